@@ -1,0 +1,71 @@
+"""`model` and `model/vlm`: which policy is trained, and what makes it a vision-language model. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from omegaconf import MISSING
+
+
+class Dtype(Enum):
+    """Dtype of weights and activations."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+@dataclass
+class VLMConfig:
+    """What a VLM family needs beyond tokens. A new family is one YAML file in `conf/model/vlm/`."""
+
+    family: str = MISSING
+    """`model_type` of the checkpoint's config.json; a checkpoint of another family is refused."""
+    renderers: list[str] = MISSING
+    """Names of `orchestrator.renderer` that can serve this family; `auto` takes the first."""
+    positions: str = MISSING
+    """Name of the position function in `vlmrl.models.positions` (`mrope`, `sequential`)."""
+    image_token: str = MISSING
+    """The placeholder token, as the tokenizer spells it."""
+    freeze_vision: bool = False
+    """Keep the vision tower as it is; only the language model learns."""
+
+
+@dataclass
+class TinyConfig:
+    """Sizes of a checkpoint that is built here, with random weights; the architecture is the real one."""
+
+    hidden_size: int = 64
+    intermediate_size: int = 128
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 32
+    vision_depth: int = 1
+    vision_hidden_size: int = 64
+    vision_intermediate_size: int = 128
+    vision_num_heads: int = 4
+    deepstack_visual_indexes: list[int] = field(default_factory=lambda: [0])
+    bpe_merges: int = 128
+    """Merges of the byte-level BPE beyond its 256 bytes; trained on the prompts' own words."""
+    max_position_embeddings: int = 4096
+    """Tokens."""
+    initializer_range: float = 0.08
+    """Standard deviation. 0.02 learns far slower at this width."""
+    seed: int = 0
+    """Seed of the weights; the same config and seed give the same bytes."""
+
+
+@dataclass
+class ModelConfig:
+    """The policy."""
+
+    name: str = MISSING
+    """Local folder or hub name of a Hugging Face checkpoint; with `tiny`, the name of the checkpoint that is built."""
+    dtype: Dtype = Dtype.float32
+    device: str = "auto"
+    """`auto` is `cuda` where there is one, else `cpu`."""
+    vlm: VLMConfig | None = None
+    """None is a text-only model."""
+    tiny: TinyConfig | None = None
+    """Set: build the checkpoint instead of loading one."""

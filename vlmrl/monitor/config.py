@@ -1,0 +1,37 @@
+"""`monitor`: what a run shows and leaves. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class WandbMode(Enum):
+    """Weights & Biases."""
+
+    disabled = "disabled"
+    offline = "offline"
+    online = "online"
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases logging."""
+
+    mode: WandbMode = WandbMode.offline
+    project: str = "vlmrl"
+    name: str | None = None
+    """None: the run folder's name."""
+    rollouts: int = 4
+    """Rollouts per evaluation whose images are logged."""
+
+
+@dataclass
+class MonitorConfig:
+    """What a run shows and leaves."""
+
+    live: bool = True
+    """A live view when the output is a terminal; plain lines otherwise or when false."""
+    record_rollouts: bool = True
+    """Write rollouts/step_*.jsonl and images/*.png."""
+    wandb: WandbConfig = field(default_factory=WandbConfig)

@@ -1,0 +1,90 @@
+"""`orchestrator`, `orchestrator/renderer` and `algorithm`: rollouts, groups, advantages, loss choice. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+@dataclass
+class RendererConfig:
+    """The renderer: the only place that makes tokens and pixels."""
+
+    name: str = "auto"
+    """`auto`: the first of `model.vlm.renderers`. Otherwise a name of the `renderers` package, e.g. `qwen3-vl`."""
+
+
+@dataclass
+class EvalConfig:
+    """Held-out evaluation: the same problems each time, sampled and greedy."""
+
+    every: int = 10
+    """Optimizer steps between evaluations; also before step 1 and after the last. 0: never."""
+    problems: int = 128
+    """Problems of the held-out split; one rollout each, once sampled and once greedy."""
+    target: float | None = None
+    """Stop the run when sampled and greedy held-out reward are both at least this …"""
+    consecutive: int = 2
+    """… at so many evaluations in a row."""
+
+
+@dataclass
+class OrchestratorConfig:
+    """Rollouts and the loop."""
+
+    renderer: RendererConfig | None = field(default_factory=RendererConfig)
+    """None (`orchestrator/renderer=none`) is for text-only models and refused for a VLM."""
+    groups_per_step: int = 8
+    """Problems per optimizer step."""
+    group_size: int = 32
+    """Sibling rollouts per problem."""
+    max_new_tokens: int = 8
+    """Tokens per completion."""
+    temperature: float = 1.0
+    """Of sampling in training and in the sampled evaluation; the trainer's logprobs use the same."""
+    max_staleness: int = 0
+    """Optimizer steps that the weights which sampled a token may lie behind those that learn from it; 0 is on-policy."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+class Credit(Enum):
+    """What a turn's advantage is made of."""
+
+    episode = "episode"
+    """The episode's reward, for every turn."""
+    turn = "turn"
+    """Each turn's own reward, against the same turn of its siblings."""
+
+
+class Advantage(Enum):
+    """How rewards of a group become advantages (advantages.py)."""
+
+    group_normalized = "group_normalized"
+    group_centered = "group_centered"
+    leave_one_out = "leave_one_out"
+
+
+class Loss(Enum):
+    """The loss of a token (trainer/loss.py)."""
+
+    grpo = "grpo"
+    dr_grpo = "dr_grpo"
+    dapo = "dapo"
+    rloo = "rloo"
+    gspo = "gspo"
+    cispo = "cispo"
+
+
+@dataclass
+class AlgorithmConfig:
+    """From rewards to a loss. One YAML file per algorithm; the functions carry paper and equation."""
+
+    loss: Loss = Loss.grpo
+    advantage: Advantage = Advantage.group_normalized
+    credit: Credit = Credit.episode
+    clip_low: float = 0.2
+    """Ratios below 1 − clip_low get no gradient where the advantage is negative."""
+    clip_high: float = 0.28
+    """Ratios above 1 + clip_high get no gradient where the advantage is positive (clip-higher, DAPO)."""
+    drop_zero_advantage: bool = False
+    """Drop groups whose advantages are all zero before the batch is built (DAPO's dynamic sampling, without refill)."""

@@ -1,0 +1,75 @@
+"""`trainer`: optimizer, schedule, packing, checkpoints. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Packing(Enum):
+    """How samples share a micro-batch (packing.py)."""
+
+    tree = "tree"
+    """Each distinct prefix token once per micro-batch."""
+    varlen = "varlen"
+    """Samples side by side, nothing shared."""
+    none = "none"
+    """One sample per forward; the reference."""
+
+
+class Decay(Enum):
+    """Learning rate after the warm-up."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class Demonstrations(Enum):
+    """What supervised samples answer."""
+
+    random = "random"
+    """Random answers in the right format: teaches the format, nothing about the pixels."""
+    true = "true"
+    """The task's true answers."""
+
+
+@dataclass
+class SFTConfig:
+    """Supervised steps: the warm-up before RL (`mode=rl`) or the whole run (`mode=sft`)."""
+
+    steps: int = 0
+    """Optimizer steps; 0 skips the warm-up."""
+    batch_size: int = 64
+    """Conversations per optimizer step."""
+    learning_rate: float = 1.5e-3
+    demonstrations: Demonstrations = Demonstrations.random
+
+
+@dataclass
+class TrainerConfig:
+    """The learner."""
+
+    max_steps: int = 400
+    """Optimizer steps of RL."""
+    seq_len: int = 1024
+    """Tokens; a sample longer than this is never made (the rollout stops before)."""
+    packing: Packing = Packing.tree
+    micro_batch_tokens: int = 16384
+    """Positions per forward/backward, counted after packing. A single tree or sample may exceed it alone."""
+    learning_rate: float = 1.5e-3
+    lr_warmup_steps: int = 0
+    decay: Decay = Decay.linear
+    min_lr_ratio: float = 0.1
+    """The decay ends at this share of `learning_rate`."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    threads: int = 1
+    """torch threads on a CPU. One is safer than two on a shared machine."""
+    checkpoint_every: int = 20
+    """Optimizer steps between checkpoints; 0: only at the end."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept; older ones are deleted."""
+    warmup: SFTConfig = field(default_factory=SFTConfig)
