@@ -1,0 +1,96 @@
+"""Distinct prefixes of many token sequences, laid out in one row in depth-first order.
+
+    samples                      rows                       segments
+    S S S a b                    0 1 2 3 4                  [0 1 2]      parent -
+    S S S a c                    0 1 2 3 5                  [3]          parent 0
+    S S S d                      0 1 2 6                    [4] [5]      parent 1
+                                                            [6]          parent 0
+
+Sequences are sorted, so each one only adds the rows after its longest common prefix with the one before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vlmrl.types import IntArray, Placeholder
+
+
+class ImageKeys:
+    """Numbers distinct images, so that a prefix with other pixels is another prefix."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    def keys(self, token_ids: IntArray, placeholders: Sequence[Placeholder]) -> IntArray:
+        """int64 [L]; the token id, or −1 − (number of the image) inside its placeholder."""
+        keys = token_ids.copy()
+        for p in placeholders:
+            keys[p.offset : p.offset + p.length] = -1 - self._numbers.setdefault(p.hash, len(self._numbers))
+        return keys
+
+
+def sort_key(keys: IntArray) -> bytes:
+    """Bytes that order and prefix-match as `keys` do (big-endian, shifted to be unsigned)."""
+    return (keys + (1 << 62)).astype(">i8").tobytes()
+
+
+def common_prefix(a: IntArray, b: IntArray) -> int:
+    """Length of the longest common prefix.
+
+    >>> common_prefix(np.array([1, 2, 3]), np.array([1, 2, 4, 5]))
+    2
+    """
+    n = min(len(a), len(b))
+    differ = a[:n] != b[:n]
+    return int(differ.argmax()) if differ.any() else n
+
+
+@dataclass(eq=False)
+class PrefixTree:
+    """Rows of the distinct tokens of sorted sequences."""
+
+    num_rows: int
+    rows: list[IntArray]
+    """Per sequence, int64 [L]: the row of each of its tokens."""
+    new_from: list[int]
+    """Per sequence: its tokens from this one on are rows that it added itself."""
+    segments: list[tuple[int, int, int]]
+    """(parent, first row, end row), depth-first; no branch leaves a segment in the middle."""
+
+
+def build_tree(sequences: Sequence[IntArray], *, share: bool = True) -> PrefixTree:
+    """Lay out `sequences`, which are distinct and sorted by `sort_key`; `share=False` shares nothing.
+
+    >>> tree = build_tree([np.array([7, 7, 1, 2]), np.array([7, 7, 1, 3]), np.array([7, 7, 4])])
+    >>> [r.tolist() for r in tree.rows], tree.segments
+    ([[0, 1, 2, 3], [0, 1, 2, 4], [0, 1, 5]], [(-1, 0, 2), (0, 2, 3), (1, 3, 4), (1, 4, 5), (0, 5, 6)])
+    """
+    rows: list[IntArray] = []
+    new_from: list[int] = []
+    num_rows = 0
+    parent_row: dict[int, int] = {}
+    """First row of each added run → the row before it on its path, -1 at a root."""
+    cuts: set[int] = set()
+    """Rows after which some branch leaves."""
+    for i, sequence in enumerate(sequences):
+        shared = common_prefix(sequences[i - 1], sequence) if i and share else 0
+        assert i == 0 or not share or shared < len(sequence), "sequences must be distinct and sorted"
+        before = int(rows[i - 1][shared - 1]) if shared else -1
+        cuts.add(before)
+        parent_row[num_rows] = before
+        added = np.arange(num_rows, num_rows + len(sequence) - shared)
+        rows.append(np.concatenate([rows[i - 1][:shared], added]) if shared else added)
+        new_from.append(shared)
+        num_rows += len(added)
+    starts = sorted(({0} | parent_row.keys() | {row + 1 for row in cuts}) - {num_rows})
+    segment_ending_at: dict[int, int] = {}
+    segments: list[tuple[int, int, int]] = []
+    for start, end in zip(starts, [*starts[1:], num_rows], strict=True):
+        row_before = parent_row.get(start, start - 1)
+        segments.append((segment_ending_at[row_before] if row_before >= 0 else -1, start, end))
+        segment_ending_at[end - 1] = len(segments) - 1
+    return PrefixTree(num_rows, rows, new_from, segments)

@@ -1,0 +1,156 @@
+"""Samples → micro-batches. The only place that knows how samples share a forward pass.
+
+    tree     each distinct prefix token once per micro-batch (vlmrl.models.prefix_tree)
+    varlen   samples side by side, nothing shared; the same rows and plan with sharing turned off
+    none     one sample per micro-batch; the reference
+
+Samples are sorted by their tokens, so the cost of the next one is what follows its longest common prefix with the one
+before it; a micro-batch is filled until the next sample would pass the token budget. Equal samples collapse into one
+row each, while the loss still counts every one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlmrl.models.positions import PositionFunction
+from vlmrl.models.prefix_tree import ImageKeys, build_tree, common_prefix, sort_key
+from vlmrl.models.tree_attention import Segment, TreePlan, plan_tree
+from vlmrl.trainer.config import Packing
+from vlmrl.types import ImageItem, IntArray, TrainingSample
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """One forward/backward. T packed rows, U rows with a loss, N loss tokens (N ≥ U where samples coincide)."""
+
+    token_ids: Tensor
+    """int64 [T]."""
+    position_ids: Tensor
+    """int64 [4, T]; each row's position in its own sample: text, then MRoPE time, height, width."""
+    mm_token_type_ids: Tensor
+    """int64 [T]; 0 text, 1 image."""
+    images: tuple[ImageItem, ...]
+    """Each distinct image once."""
+    feature_rows: Tensor
+    """int64 [placeholder rows]; which image feature each takes, in row order."""
+    plan: TreePlan
+    loss_rows: Tensor
+    """int64 [U]; rows whose hidden state predicts a loss token (the row before it)."""
+    entry: Tensor
+    """int64 [N]; index into `loss_rows`."""
+    targets: Tensor
+    """int64 [N]; the token that was sampled."""
+    inference_logprobs: Tensor
+    """float32 [N]; natural log."""
+    advantages: Tensor
+    """float32 [N]."""
+    versions: Tensor
+    """int64 [N]; policy version that sampled the token."""
+    sample_index: Tensor
+    """int64 [N]; index of the sample in the batch."""
+
+
+def pack(
+    samples: Sequence[TrainingSample],
+    packing: Packing,
+    token_budget: int,
+    positions: PositionFunction,
+    device: torch.device,
+) -> list[MicroBatch]:
+    """Micro-batches that hold each loss token of `samples` exactly once."""
+    image_keys = ImageKeys()
+    keys = [image_keys.keys(sample.token_ids, sample.placeholders) for sample in samples]
+    # One entry per distinct sequence, in sorted order; equal samples stand together.
+    members: dict[bytes, list[int]] = {}
+    for index, key in enumerate(keys):
+        members.setdefault(sort_key(key), []).append(index)
+    if packing is Packing.tree:
+        distinct = [members[key] for key in sorted(members)]
+    else:
+        distinct = [[index] for key in sorted(members) for index in members[key]]
+
+    batches: list[list[list[int]]] = []
+    tokens = 0
+    for position, group in enumerate(distinct):
+        sequence = keys[group[0]]
+        shared = common_prefix(keys[distinct[position - 1][0]], sequence) if position else 0
+        added = len(sequence) - (shared if packing is Packing.tree else 0)
+        if not batches or packing is Packing.none or tokens + added > token_budget:
+            batches.append([])
+            tokens, added = 0, len(sequence)
+        batches[-1].append(group)
+        tokens += added
+    return [_micro_batch(samples, keys, batch, packing, positions, device) for batch in batches]
+
+
+def _micro_batch(
+    samples: Sequence[TrainingSample],
+    keys: Sequence[IntArray],
+    groups: Sequence[Sequence[int]],
+    packing: Packing,
+    positions: PositionFunction,
+    device: torch.device,
+) -> MicroBatch:
+    tree = build_tree([keys[group[0]] for group in groups], share=packing is Packing.tree)
+    token_ids = np.empty(tree.num_rows, np.int64)
+    position_ids = np.empty((4, tree.num_rows), np.int64)
+    types = np.empty(tree.num_rows, np.int64)
+    images: dict[str, ImageItem] = {}
+    shown: dict[int, ImageItem] = {}
+    """First row of a placeholder run → its image."""
+    columns: list[tuple[IntArray, IntArray, TrainingSample, int]] = []
+    for group, rows, new_from in zip(groups, tree.rows, tree.new_from, strict=True):
+        sample = samples[group[0]]
+        added = rows[new_from:]
+        token_ids[added] = sample.token_ids[new_from:]
+        types[added] = sample.mm_token_type_ids[new_from:]
+        # Positions depend on the prefix alone, so the shared part has the same ones in every sample.
+        position_ids[:, added] = positions(len(sample.token_ids), sample.placeholders, sample.images)[:, new_from:]
+        for placeholder, image in zip(sample.placeholders, sample.images, strict=True):
+            images.setdefault(image.hash, image)
+            shown.setdefault(int(rows[placeholder.offset]), images[image.hash])
+        for index in group:
+            where = np.flatnonzero(samples[index].loss_mask)
+            assert not len(where) or where[0] > 0, "the first token of a sample cannot have a loss"
+            columns.append((rows[where - 1], where, samples[index], index))
+
+    first_feature, total = {}, 0
+    for image in images.values():
+        first_feature[image.hash] = total
+        total += image.num_tokens
+    feature_rows = [
+        np.arange(first_feature[image.hash], first_feature[image.hash] + image.num_tokens)
+        for _, image in sorted(shown.items(), key=lambda item: item[0])
+    ]
+    loss_rows, entry = np.unique(np.concatenate([rows for rows, *_ in columns]), return_inverse=True)
+    segments = [
+        Segment(parent, slots=np.arange(start, end), rows=np.arange(start, end)) for parent, start, end in tree.segments
+    ]
+
+    def tensor(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+    def gather(name: str) -> Tensor:
+        return tensor(np.concatenate([getattr(sample, name)[where] for _, where, sample, _ in columns]))
+
+    return MicroBatch(
+        token_ids=tensor(token_ids),
+        position_ids=tensor(position_ids),
+        mm_token_type_ids=tensor(types),
+        images=tuple(images.values()),
+        feature_rows=tensor(np.concatenate([np.empty(0, np.int64), *feature_rows])),
+        plan=plan_tree(segments, device),
+        loss_rows=tensor(loss_rows),
+        entry=tensor(entry),
+        targets=gather("token_ids"),
+        inference_logprobs=gather("inference_logprobs"),
+        advantages=gather("advantages"),
+        versions=gather("versions"),
+        sample_index=tensor(np.concatenate([np.full(len(where), index) for _, where, _, index in columns])),
+    )

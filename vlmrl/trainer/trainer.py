@@ -1,0 +1,221 @@
+"""The learner: samples → packed forward and backward → one optimizer step. Knows no task and no engine.
+
+    samples ─▶ pack ─▶ for each micro-batch: encode images, forward, loss, backward ─▶ clip ─▶ AdamW ─▶ version + 1
+
+Losses are normalized by figures of the whole batch, so loss and gradient do not depend on how the samples are split.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlmrl.errors import NonFiniteLossError
+from vlmrl.models.policy import Policy
+from vlmrl.orchestrator.config import AlgorithmConfig
+from vlmrl.trainer.checkpoint import load_training_state, save_training_state
+from vlmrl.trainer.config import Decay, TrainerConfig
+from vlmrl.trainer.loss import LOSSES, BatchTotals, LossTokens, mismatch_kl, supervised
+from vlmrl.trainer.packing import MicroBatch, pack
+from vlmrl.types import StepResult, TrainingSample
+
+
+def learning_rate(config: TrainerConfig, step: int) -> float:
+    """Learning rate of RL step `step` (0-based): linear warm-up, then the chosen decay to `min_lr_ratio`.
+
+    >>> config = TrainerConfig(max_steps=100, learning_rate=1.0, decay=Decay.linear, min_lr_ratio=0.0)
+    >>> [round(learning_rate(config, step), 2) for step in (0, 50, 99)]
+    [1.0, 0.5, 0.01]
+    """
+    if step < config.lr_warmup_steps:
+        return config.learning_rate * (step + 1) / config.lr_warmup_steps
+    progress = min(1.0, (step - config.lr_warmup_steps) / max(1, config.max_steps - config.lr_warmup_steps))
+    floor = config.min_lr_ratio
+    share = {
+        Decay.constant: 1.0,
+        Decay.linear: 1.0 - (1.0 - floor) * progress,
+        Decay.cosine: floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress)),
+    }[config.decay]
+    return config.learning_rate * share
+
+
+class LocalTrainer:
+    """One process, one device."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        config: TrainerConfig,
+        algorithm: AlgorithmConfig,
+        *,
+        temperature: float,
+        max_new_tokens: int,
+    ) -> None:
+        self._policy = policy
+        self._config = config
+        self._algorithm = algorithm
+        self._temperature = temperature
+        self._max_new_tokens = max_new_tokens
+        self._parameters = [p for p in policy.model.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.AdamW(
+            self._parameters,
+            lr=config.learning_rate,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self._version = 0
+
+    @property
+    def version(self) -> int:
+        """RL optimizer steps contained in the weights; supervised warm-up steps do not count."""
+        return self._version
+
+    def train_step(self, samples: list[TrainingSample]) -> StepResult:
+        """One RL step on `samples`. Raises `NonFiniteLossError` before the weights are touched."""
+        batches = self._pack(samples)
+        totals = BatchTotals(
+            tokens=sum(len(batch.targets) for batch in batches),
+            samples=len(samples),
+            max_new_tokens=self._max_new_tokens,
+        )
+        loss_function = LOSSES[self._algorithm.loss]
+        loss, entropy, kl_sum, kl_max = 0.0, 0.0, 0.0, 0.0
+        sums: dict[str, float] = {}
+        maxima: dict[str, float] = {}
+        for batch in batches:
+            logprobs, entropies = self._logprobs(batch)
+            tokens = LossTokens(
+                logprobs=logprobs,
+                inference_logprobs=batch.inference_logprobs,
+                advantages=batch.advantages,
+                sample_index=batch.sample_index,
+            )
+            output = loss_function(tokens, totals, self._algorithm)
+            self._assert_finite(output.loss, logprobs, batch, samples)
+            output.loss.backward()
+            loss += float(output.loss.detach())
+            entropy += float(entropies[batch.entry].sum())
+            total, largest = mismatch_kl(logprobs.detach(), batch.inference_logprobs)
+            kl_sum, kl_max = kl_sum + total, max(kl_max, largest)
+            for key, value in output.sums.items():
+                sums[key] = sums.get(key, 0.0) + value
+            for key, value in output.maxima.items():
+                maxima[key] = max(maxima.get(key, value), value)
+        lr = learning_rate(self._config, self._version)
+        versions = np.concatenate([batch.versions.cpu().numpy() for batch in batches])
+        staleness = self._version - versions
+        grad_norm = self._optimizer_step(lr, samples)
+        self._version += 1
+        return StepResult(
+            version=self._version,
+            metrics={
+                "loss": loss,
+                "grad_norm": grad_norm,
+                "learning_rate": lr,
+                "entropy": entropy / totals.tokens,
+                "mismatch_kl/mean": kl_sum / totals.tokens,
+                "mismatch_kl/max": kl_max,
+                "staleness/mean": float(staleness.mean()),
+                "staleness/max": float(staleness.max()),
+                "tokens/trained": float(totals.tokens),
+                "tokens/packed": float(sum(len(batch.token_ids) for batch in batches)),
+                "tokens/unpacked": float(sum(len(sample.token_ids) for sample in samples)),
+                "images/encoded": float(sum(len(batch.images) for batch in batches)),
+                "micro_batches": float(len(batches)),
+                **{key: value / totals.tokens for key, value in sums.items()},
+                **maxima,
+            },
+        )
+
+    def supervised_step(self, samples: list[TrainingSample], lr: float) -> dict[str, float]:
+        """One step of next-token likelihood on the samples' loss tokens. Does not count as a policy version."""
+        batches = self._pack(samples)
+        total = sum(len(batch.targets) for batch in batches)
+        loss = 0.0
+        for batch in batches:
+            logprobs, _ = self._logprobs(batch)
+            part = supervised(logprobs, total)
+            self._assert_finite(part, logprobs, batch, samples)
+            part.backward()
+            loss += float(part.detach())
+        grad_norm = self._optimizer_step(lr, samples)
+        return {"loss": loss, "grad_norm": grad_norm, "learning_rate": lr}
+
+    def logprobs(self, samples: Sequence[TrainingSample]) -> list[Tensor]:
+        """Natural-log probabilities of each sample's loss tokens, float32 [its loss tokens]; no gradient."""
+        found: list[Tensor] = [torch.empty(0)] * len(samples)
+        with torch.no_grad():
+            for batch in self._pack(samples):
+                logprobs, _ = self._logprobs(batch)
+                for index in batch.sample_index.unique().tolist():
+                    found[index] = logprobs[batch.sample_index == index]
+        return found
+
+    def save(self, folder: str) -> None:
+        """See `vlmrl.types.Trainer.save`."""
+        save_training_state(Path(folder), self._policy.model, self._optimizer, self._version)
+
+    def load(self, folder: str) -> None:
+        """See `vlmrl.types.Trainer.load`."""
+        self._version = load_training_state(Path(folder), self._policy.model, self._optimizer)
+
+    def _pack(self, samples: Sequence[TrainingSample]) -> list[MicroBatch]:
+        config = self._config
+        return pack(
+            samples, config.packing, config.micro_batch_tokens, self._policy.positions, device=self._policy.device
+        )
+
+    def _logprobs(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """float32 [N] logprobs of the loss tokens, with gradient, and float32 [U] entropies of their distributions."""
+        features = self._policy.encode_images(batch.images)
+        hidden = self._policy.hidden_states(
+            batch.token_ids,
+            batch.position_ids,
+            batch.mm_token_type_ids,
+            batch.plan,
+            features,
+            batch.feature_rows,
+        )
+        log_probs = self._policy.log_probs(hidden.index_select(0, batch.loss_rows), self._temperature)
+        with torch.no_grad():
+            # A banned token has probability 0 and log-probability −inf; its term of the entropy is 0.
+            entropies = -(log_probs.exp() * log_probs.clamp_min(-1e4)).sum(-1)
+        return log_probs[batch.entry, batch.targets], entropies
+
+    def _optimizer_step(self, lr: float, samples: Sequence[TrainingSample]) -> float:
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm))
+        if not math.isfinite(grad_norm):
+            self._optimizer.zero_grad()
+            raise NonFiniteLossError(
+                f"gradient norm is {grad_norm} at version {self._version}: nothing was changed; samples of the batch: "
+                f"{_names(samples)}"
+            )
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return grad_norm
+
+    def _assert_finite(
+        self, loss: Tensor, logprobs: Tensor, batch: MicroBatch, samples: Sequence[TrainingSample]
+    ) -> None:
+        if torch.isfinite(loss):
+            return
+        self._optimizer.zero_grad()
+        broken = batch.sample_index[~torch.isfinite(logprobs)].unique().tolist() or batch.sample_index.unique().tolist()
+        raise NonFiniteLossError(
+            f"loss is {float(loss)} at version {self._version}: nothing was changed; "
+            f"samples with a non-finite logprob: {_names([samples[i] for i in broken])}"
+        )
+
+
+def _names(samples: Sequence[TrainingSample]) -> str:
+    names = [sample.rollout_id for sample in samples]
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
