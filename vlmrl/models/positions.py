@@ -1,0 +1,83 @@
+"""Position ids: where each token of one sequence stands, in the model's own geometry.
+
+A model family names its function in `model.vlm.positions`. Every function is causal: the positions of a prefix do not
+depend on what follows it, so a conversation that grows, or a prefix that several samples share, keeps its positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+
+from vlmrl.errors import ConfigError
+from vlmrl.types import ImageItem, IntArray, Placeholder
+
+
+class PositionFunction(Protocol):
+    """Positions of a sequence of `length` tokens with these images: int64 [4, length].
+
+    Row 0 counts the tokens from 0; rows 1 to 3 are the rotary positions of time, height and width. transformers takes
+    the four together as `position_ids` [4, batch, length].
+    """
+
+    def __call__(self, length: int, placeholders: Sequence[Placeholder], images: Sequence[ImageItem]) -> IntArray: ...
+
+
+def sequential(
+    length: int, placeholders: Sequence[Placeholder], images: Sequence[ImageItem], spatial_merge_size: int
+) -> IntArray:
+    """0, 1, 2, … on all four rows, images or not.
+
+    >>> sequential(3, (), (), 1).tolist()
+    [[0, 1, 2], [0, 1, 2], [0, 1, 2], [0, 1, 2]]
+    """
+    return np.tile(np.arange(length, dtype=np.int64), (4, 1))
+
+
+def mrope(
+    length: int, placeholders: Sequence[Placeholder], images: Sequence[ImageItem], spatial_merge_size: int
+) -> IntArray:
+    """Multimodal rotary positions of Qwen2-VL and its successors (arXiv 2409.12191, section 2.1).
+
+    Text advances time, height and width together. A token of an image stands at the position where the image begins
+    plus its frame, row and column in the merged grid, and the text after an image goes on max(rows, columns) later.
+
+    Two tokens of text, an image of 2 × 4 patches (1 × 2 tokens after merging 2 × 2), one more token of text:
+
+    >>> item = ImageItem("ab", np.zeros((32, 64, 3), np.uint8), {"image_grid_thw": np.array([[1, 2, 4]])}, 2)
+    >>> mrope(5, [Placeholder(2, 2, "ab")], [item], spatial_merge_size=2).tolist()
+    [[0, 1, 2, 3, 4], [0, 1, 2, 2, 4], [0, 1, 2, 2, 4], [0, 1, 2, 3, 4]]
+    """
+    positions = sequential(length, placeholders, images, spatial_merge_size)
+    rotary = positions[1:]
+    for placeholder, image in zip(placeholders, images, strict=True):
+        frames, rows, columns = (int(n) for n in image.mm_kwargs["image_grid_thw"][0])
+        rows, columns = rows // spatial_merge_size, columns // spatial_merge_size
+        begin, end = placeholder.offset, placeholder.offset + placeholder.length
+        start = int(rotary[0, begin])
+        rotary[:, begin:end] = start + np.indices((frames, rows, columns)).reshape(3, -1)
+        rotary[:, end:] += start + max(rows, columns) - end
+    return positions
+
+
+POSITIONS: dict[str, Callable[..., IntArray]] = {
+    "mrope": mrope,
+    "sequential": sequential,
+}
+"""By the name in `model.vlm.positions`. All are called as `mrope` is; the last argument is the vision tower's spatial merge size."""
+
+
+def position_function(name: str, spatial_merge_size: int = 1) -> PositionFunction:
+    """The function of that name for a model that merges `spatial_merge_size`² patches into a token.
+
+    Raises `ConfigError` for a name that is not in `POSITIONS`.
+    """
+    if name not in POSITIONS:
+        raise ConfigError(
+            f"model.vlm.positions={name} names no position function, so tokens would have no place: "
+            f"choose one of {', '.join(POSITIONS)}"
+        )
+    return partial(POSITIONS[name], spatial_merge_size=spatial_merge_size)
