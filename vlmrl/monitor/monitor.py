@@ -1,0 +1,240 @@
+"""Monitor: what the loop tells, and where it goes.
+
+    Monitor ─┬─▶ metrics.jsonl, supervised.jsonl     at once, a whole line
+             ├─▶ rollouts/, images/                  background thread (recorder)
+             ├─▶ the screen                          live view or plain lines (progress)
+             ├─▶ wandb/                              background thread (wandb_logger)
+             ├─▶ logs/main.log                       Python's logging, warnings included
+             └─▶ summary.json                        at the end, however the run ends
+
+Wall-clock adds up over resumes: each line of metrics.jsonl carries `time/elapsed`, the seconds since the Monitor
+was entered plus those of the segments before. A segment that ended by itself counts as summary.json says, one that
+was killed up to its last line, steps that are done again included.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from vlmrl.errors import VlmrlError
+from vlmrl.monitor.config import MonitorConfig
+from vlmrl.monitor.health import WINDOW, warnings_for
+from vlmrl.monitor.logs import MainLog
+from vlmrl.monitor.metrics import ELAPSED, EVAL_GREEDY, EVAL_SAMPLED, ZERO_ADVANTAGE, MetricsLog, Record, read_metrics
+from vlmrl.monitor.progress import PHASES, Progress, duration
+from vlmrl.monitor.recorder import RolloutRecorder, Split
+from vlmrl.monitor.run_dir import RunDir, disk_errors
+from vlmrl.monitor.wandb_logger import WandbLogger
+from vlmrl.types import Group, Rollout
+
+log = logging.getLogger(__name__)
+
+SPLITS: dict[str, Split] = {"sampled": "eval_sampled", "greedy": "eval_greedy"}
+"""Kinds of evaluation → how their rollouts are recorded."""
+
+
+class Monitor:
+    """What a run shows and leaves. A context manager; leaving it closes everything, whatever happened inside.
+
+    The run folder must have been created. Methods are called from one thread. Besides their own errors all of them
+    raise VlmrlError when the disk no longer takes what they write.
+    """
+
+    def __init__(self, config: MonitorConfig, run_dir: RunDir, *, total_steps: int) -> None:
+        """`total_steps` is the number of optimizer steps of RL; the view measures progress by it."""
+        self._config = config
+        self._run_dir = run_dir
+        self._progress = Progress(name=run_dir.name, total_steps=total_steps, live=config.live)
+        self._wandb = WandbLogger(config.wandb, run_dir, on_failure=self.warn)
+        self._history: deque[Record] = deque(maxlen=WINDOW)
+        self._warned: list[str] = []
+        self._evaluation: Record = {}  # the line of the newest evaluation
+        self._supervised: MetricsLog | None = None
+        self._elapsed_before = 0.0  # seconds of earlier segments
+        self._finished = False
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Monitor:
+        self._entered = time.monotonic()
+        with ExitStack() as stack:
+            self._main_log = stack.enter_context(MainLog(self._run_dir.main_log))
+            self._metrics = MetricsLog(self._run_dir.metrics)
+            stack.callback(self._metrics.close)
+            stack.callback(self._close_supervised)
+            self._recorder = RolloutRecorder(self._run_dir)
+            stack.callback(self._recorder.close)
+            stack.callback(self._wandb.finish, 1)  # where `finish` was not called
+            stack.callback(self._progress.stop)
+            self._progress.start()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._stack.close()
+            return
+        log.error("the run ended by an exception", exc_info=error)
+        try:
+            with self._stack:
+                if not self._finished:
+                    interrupted = isinstance(error, KeyboardInterrupt)
+                    said = f"{type(error).__name__}: {error}".rstrip(": ")
+                    self.finish("interrupted" if interrupted else "error", {"error": said})
+        except VlmrlError as second:
+            error.add_note(f"While closing: {second}")  # the first trouble is the one to report
+
+    # ── before the first step ───────────────────────────────────────────────────────────────────────────────
+
+    def plan(self, lines: Mapping[str, str]) -> None:
+        """Print the derived batch arithmetic, e.g. {"rollouts per step": "8 groups × 32 = 256"}."""
+        self._progress.table("plan", lines)
+        for key, value in lines.items():
+            log.info("plan: %s: %s", key, value)
+
+    def phase(self, name: str) -> None:
+        """What the run does from now on: one of `PHASES`."""
+        assert name in PHASES, name
+        self._main_log.take_over()  # of libraries imported since
+        if name != "preparing":
+            # Not before: the imports of torch and transformers on the main thread come first.
+            self._wandb.start()
+        self._progress.phase(name)
+        log.info("phase: %s", name)
+
+    def resume_at(self, step: int) -> None:
+        """Forget what was recorded after the checkpoint of `step`; those steps come again."""
+        summary = self._run_dir.read_summary() or {}
+        recorded = self._metrics.last or {}
+        self._elapsed_before = max(summary.get("wall_clock_s", 0.0), recorded.get(ELAPSED) or 0.0)
+        self._metrics.truncate_after(step)
+        for path in self._run_dir.rollouts_after(step):
+            with disk_errors(path):
+                path.unlink()
+        with disk_errors(self._run_dir.summary):
+            self._run_dir.summary.unlink(missing_ok=True)  # it says how a run ended, and this one goes on
+        history = read_metrics(self._run_dir.metrics)
+        self._evaluation = next((line for line in reversed(history) if line.get(EVAL_SAMPLED) is not None), {})
+        self._history.extend(history)
+        self._progress.resume(history)
+        log.info("resumed at step %d", step)
+
+    # ── news ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def warmup(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        """One supervised step, 1 … total: a line of supervised.jsonl. A step done again replaces what followed it."""
+        if self._supervised is None:
+            self._supervised = MetricsLog(self._run_dir.supervised)
+        if self._supervised.last is not None and step <= self._supervised.last["step"]:
+            self._supervised.truncate_after(step - 1)
+        record = {"step": step, **metrics, ELAPSED: self._elapsed()}
+        self._supervised.write(record)
+        self._progress.warmup(step, total, metrics)
+        self._wandb.log({f"warmup/{key}": value for key, value in record.items()})
+
+    def step(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group]) -> None:
+        """One optimizer step: a line of metrics.jsonl and a file of its rollouts, which must not change any more.
+
+        Adds `groups/zero_advantage` and `time/elapsed` to the figures.
+        """
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        record: Record = {"step": step, **metrics, ELAPSED: self._elapsed()}
+        if groups:
+            record[ZERO_ADVANTAGE] = sum(map(_teaches_nothing, groups)) / len(groups)
+        self._metrics.write(record)
+        self._wandb.start()
+        self._wandb.log(record)
+        if self._config.record_rollouts:
+            self._recorder.write(step, {"train": rollouts})
+        self._history.append(self._metrics.last or record)  # as written: finite or None
+        self._progress.step(step, self._history[-1])
+        for text in warnings_for(self._history):
+            self.warn(text)
+
+    def evaluation(self, step: int, metrics: Mapping[str, float], rollouts: Mapping[str, Sequence[Rollout]]) -> None:
+        """Held-out figures (`eval/…`) of the weights after `step`, before or after `Monitor.step` of that step.
+
+        The figures go on the step's own line of metrics.jsonl, the rollouts ("sampled", "greedy") into one file.
+        """
+        self._metrics.write({"step": step, **metrics, ELAPSED: self._elapsed()})
+        self._evaluation = self._metrics.last or {}
+        self._wandb.start()
+        self._wandb.log({"step": step, **metrics})
+        self._wandb.log_rollouts(step, rollouts)
+        if self._config.record_rollouts:
+            self._recorder.write(step, {SPLITS[kind]: group for kind, group in rollouts.items()})
+        self._progress.evaluation(step, metrics)
+        log.info("evaluation after step %d: %s", step, dict(metrics))
+
+    def warn(self, text: str) -> None:
+        """Say it once: in the log, on the screen and in summary.json."""
+        if text not in self._warned:
+            self._warned.append(text)
+            log.warning(text)
+            self._progress.warn(text)
+
+    # ── the end ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def flush(self) -> None:
+        """Return when everything told so far is on the disk; to be called before a checkpoint is written."""
+        self._metrics.flush()
+        if self._supervised is not None:
+            self._supervised.flush()
+        self._recorder.flush()
+
+    def finish(self, exit_reason: str, summary: Mapping[str, Any]) -> None:
+        """Write summary.json (`summary` and the newest figures) and print where everything is."""
+        self._finished = True
+        self._wandb.finish(exit_code=1 if exit_reason == "error" else 0)
+        last = self._metrics.last or {}
+        self._run_dir.write_summary(
+            {
+                "exit_reason": exit_reason,
+                "wall_clock_s": round(self._elapsed(), 3),
+                "step": last.get("step", 0),
+                EVAL_SAMPLED: self._evaluation.get(EVAL_SAMPLED),
+                EVAL_GREEDY: self._evaluation.get(EVAL_GREEDY),
+                **summary,
+                "warnings": self._warned,
+                "metrics": last,
+            }
+        )
+        self._progress.stop()
+        closing = {
+            "ended": f"{exit_reason} after step {last.get('step', 0)} and {duration(self._elapsed())}",
+            "reward": _shown(last.get("reward/mean")),
+            "held-out": f"sampled {_shown(self._evaluation.get(EVAL_SAMPLED))}"
+            f", greedy {_shown(self._evaluation.get(EVAL_GREEDY))}",
+            "folder": _readable(self._run_dir.path),
+        }
+        self._progress.table("run", closing)
+        log.info("finished: %s", exit_reason)
+        self._recorder.flush()
+
+    def _elapsed(self) -> float:
+        return self._elapsed_before + time.monotonic() - self._entered
+
+    def _close_supervised(self) -> None:
+        if self._supervised is not None:
+            self._supervised.close()
+
+
+def _teaches_nothing(group: Group) -> bool:
+    return all(turn.advantage == 0.0 for rollout in group.rollouts for turn in rollout.turns)
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _readable(path: Path) -> str:
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

@@ -1,0 +1,305 @@
+"""What a run shows: a live view in a terminal, sparse plain lines anywhere else.
+
+The view is drawn by the calls that bring news, at most four times a second; there is no thread that draws, for it
+would take the core that the training runs on. Plain lines are ASCII of our own making (what a task or a path
+brings along is shown as far as the output's encoding goes) and come at most every two seconds, except for
+evaluations, phases and warnings, each of which has its line.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from vlmrl.monitor.metrics import EVAL_GREEDY, EVAL_SAMPLED, Record
+
+PHASES = ("preparing", "warm-up", "rl", "eval")
+
+REFRESH_EVERY = 0.25
+"""Seconds between two drawings of the live view."""
+LINE_EVERY = 2.0
+"""Seconds between two plain step lines."""
+WIDE = 112
+"""Columns from which the view shows a second column of figures."""
+SHOWN_WARNINGS = 3
+REWARDS = 400
+"""Steps that the reward's sparkline looks back."""
+
+
+class Progress:
+    """The screen of one run. `start` and `stop` bracket it; `stop` leaves the cursor visible and the last view."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        total_steps: int,
+        live: bool,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._name = name
+        self._total = total_steps
+        self._console = console or Console(highlight=False)
+        self._clock = clock
+        self._phase = "preparing"
+        self._step = 0
+        self._latest: Mapping[str, Any] = {}
+        self._supervised: tuple[int, int, Mapping[str, Any]] | None = None
+        self._rewards: deque[float] = deque(maxlen=REWARDS)
+        self._evaluations: list[tuple[int, Mapping[str, Any]]] = []
+        self._times: deque[tuple[float, int]] = deque(maxlen=50)
+        self._warnings: dict[str, int] = {}  # text → the step at which it was first said
+        self._announced: set[str] = {"preparing", "eval"}  # an evaluation's own line says enough
+        self._started = clock()
+        self._drawn = -REFRESH_EVERY
+        self._printed = -LINE_EVERY
+        utf8 = self._console.encoding.lower().startswith("utf")
+        can_draw = self._console.is_terminal and not self._console.is_dumb_terminal and utf8
+        self._live: Live | None = None
+        if live and can_draw:
+            self._live = Live(console=self._console, auto_refresh=False, get_renderable=self._view)
+
+    @property
+    def is_live(self) -> bool:
+        """Whether there is a live view; plain lines otherwise."""
+        return self._live is not None
+
+    def start(self) -> None:
+        self._started = self._clock()
+        if self._live is not None:
+            self._live.start(refresh=True)
+        else:
+            self._print(f"run {self._name}")
+
+    def stop(self) -> None:
+        """Leave the last view on the screen and give the terminal back. May be called twice."""
+        if self._live is not None:
+            self._live.stop()
+
+    # ── news ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def resume(self, history: Sequence[Record]) -> None:
+        """Show the figures of the run so far (the lines of metrics.jsonl that were kept)."""
+        for record in history:
+            if record.get(EVAL_SAMPLED) is not None:
+                self._evaluations.append((record["step"], record))
+            if record.get("reward/mean") is not None:
+                self._rewards.append(record["reward/mean"])
+        if history:
+            self._step, self._latest = history[-1]["step"], history[-1]
+
+    def table(self, title: str, lines: Mapping[str, str]) -> None:
+        """Print `lines` as a table of two columns that stays on the screen."""
+        width = max(map(len, lines), default=0)
+        self._print(title, "bold")
+        for key, value in lines.items():
+            self._print(f"  {key:<{width}}  {value}")
+
+    def phase(self, phase: str) -> None:
+        if phase == self._phase:
+            return
+        self._phase = phase
+        if self._live is not None or phase not in self._announced:
+            self._announced.add(phase)
+            self._news(f"phase: {phase}", always=True)
+
+    def warmup(self, step: int, total: int, metrics: Mapping[str, Any]) -> None:
+        self._supervised = (step, total, metrics)
+        self._news(f"warm-up {step}/{total} | loss {_number(metrics.get('loss'), '.3f')}", always=step == total)
+
+    def step(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self._step, self._latest = step, metrics
+        self._times.append((self._clock(), step))
+        if metrics.get("reward/mean") is not None:
+            self._rewards.append(metrics["reward/mean"])
+        self._news(
+            f"step {step}/{self._total} | reward {_number(metrics.get('reward/mean'), '.3f')}"
+            f" | mismatch_kl {_number(metrics.get('mismatch_kl/mean'), '.1e')}"
+            f" | {_thousands(metrics.get('throughput/tokens_per_s'))} tokens/s"
+            f" | {_number(metrics.get('time/step'), '.2f')} s/step ({_time_split(metrics)})"
+            f" | ETA {self._eta()}",
+            always=step == self._total,
+        )
+
+    def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self._evaluations.append((step, metrics))
+        when = f"after step {step}" if step else "before the first step"
+        self._news(
+            f"evaluation {when} | sampled {_number(metrics.get(EVAL_SAMPLED), '.3f')}"
+            f" | greedy {_number(metrics.get(EVAL_GREEDY), '.3f')}",
+            always=True,
+        )
+
+    def warn(self, text: str) -> None:
+        if text in self._warnings:
+            return
+        self._warnings[text] = self._step
+        self._news(f"warning: {text}", always=True)
+
+    # ── plain lines ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def _news(self, line: str, *, always: bool) -> None:
+        """Draw the view or print the line, if the last time is long enough ago."""
+        now = self._clock()
+        if self._live is not None:
+            if always or now - self._drawn >= REFRESH_EVERY:
+                self._drawn = now
+                self._live.refresh()
+        elif always or now - self._printed >= LINE_EVERY:
+            self._printed = now
+            self._print(line)
+
+    def _print(self, line: str, style: str = "") -> None:
+        encoding = self._console.encoding
+        shown = line.encode(encoding, "replace").decode(encoding)
+        self._console.print(Text(shown, style=style), soft_wrap=True)
+        self._console.file.flush()
+
+    # ── live view ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def _view(self) -> RenderableType:
+        main = _grid(self._main_figures())
+        body: RenderableType = main
+        if self._console.width >= WIDE:
+            columns = Table.grid(expand=True, padding=(0, 3, 0, 0))
+            columns.add_column(ratio=3)
+            columns.add_column(ratio=2)
+            columns.add_row(main, _grid(self._detail_figures()))
+            body = columns
+        newest = list(self._warnings.items())[-SHOWN_WARNINGS:]
+        warnings = [Text(f"! step {step}: {text}", style="yellow") for text, step in newest]
+        title = Text.assemble(("vlmrl ", "bold cyan"), (self._name, "bold"))
+        return Panel(
+            Group(body, *warnings),
+            title=title,
+            title_align="left",
+            subtitle=Text(f"{self._phase} · {duration(self._clock() - self._started)}"),
+            subtitle_align="right",
+            border_style="cyan",
+        )
+
+    def _main_figures(self) -> list[tuple[str, RenderableType]]:
+        latest = self._latest
+        if self._phase == "warm-up" and self._supervised is not None:
+            step, total, metrics = self._supervised
+            loss = f"loss {_number(metrics.get('loss'), '.3f')}"
+            figures: list[tuple[str, RenderableType]] = [("warm-up", _bar(step, total, loss))]
+        else:
+            figures = [("step", _bar(self._step, self._total, f"ETA {self._eta()}"))]
+        reward = self._rewards[-1] if self._rewards else None
+        figures.append(("reward", _value(_number(reward, ".3f"), sparkline(self._rewards, 40))))
+        figures.append(("held-out", self._held_out()))
+        mean, worst = latest.get("mismatch_kl/mean"), latest.get("mismatch_kl/max")
+        figures.append(("mismatch_kl", _value(f"mean {_number(mean, '.1e')}  max {_number(worst, '.1e')}")))
+        speed = f"{_thousands(latest.get('throughput/tokens_per_s'))} tokens/s"
+        speed += f"  {_number(latest.get('time/step'), '.2f')} s/step"
+        figures.append(("speed", _value(speed, _time_split(latest))))
+        return figures
+
+    def _held_out(self) -> Text:
+        if not self._evaluations:
+            return _value("-")
+        step, newest = self._evaluations[-1]
+        sampled = [scores[EVAL_SAMPLED] for _, scores in self._evaluations if scores.get(EVAL_SAMPLED) is not None]
+        both = f"sampled {_number(newest.get(EVAL_SAMPLED), '.3f')}  greedy {_number(newest.get(EVAL_GREEDY), '.3f')}"
+        return _value(both, f"{sparkline(sampled, 16)} step {step}")
+
+    def _detail_figures(self) -> list[tuple[str, RenderableType]]:
+        latest = self._latest
+        dropped, total = latest.get("rollouts/dropped"), latest.get("rollouts/total")
+        memory = latest.get("memory/peak_bytes")
+        norm = _number(latest.get("grad_norm"), ".2f")
+        return [
+            ("loss", _value(_number(latest.get("loss"), ".4f"), f"grad norm {norm}")),
+            ("entropy", _value(_number(latest.get("entropy"), ".3f"))),
+            ("dropped", _value(f"{_number(dropped, '.0f')} of {_number(total, '.0f')}", "rollouts")),
+            ("staleness", _value(_number(latest.get("staleness/mean"), ".1f"), "steps")),
+            ("memory", _value("-" if memory is None else f"{memory / 2**30:.2f}", "GiB peak")),
+        ]
+
+    def _eta(self) -> str:
+        """Time left at the pace of the last steps, evaluations between them included."""
+        if len(self._times) < 2:
+            return "-"
+        (since, first), (until, last) = self._times[0], self._times[-1]
+        return duration((until - since) / (last - first) * (self._total - last))
+
+
+def _grid(figures: Sequence[tuple[str, RenderableType]]) -> Table:
+    grid = Table.grid(padding=(0, 2, 0, 0), expand=True)
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
+    for label, value in figures:
+        grid.add_row(label, value)
+    return grid
+
+
+def _bar(step: int, total: int, beside: str) -> RenderableType:
+    grid = Table.grid(padding=(0, 2, 0, 0), expand=True)
+    grid.add_column(no_wrap=True)
+    grid.add_column(ratio=1)
+    grid.add_column(no_wrap=True)
+    bar = ProgressBar(total=max(total, 1), completed=step)
+    grid.add_row(Text(f"{step} / {total}", style="bold"), bar, Text(beside))
+    return grid
+
+
+def _value(value: str, beside: str = "") -> Text:
+    return Text.assemble((value, "bold"), "  ", beside)
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """One bar per value, from the least to the greatest; more values than `width` are averaged in runs.
+
+    >>> sparkline([0.0, 1.0, 2.0, 3.0], 8), sparkline([0.0, 0.0, 3.0, 3.0], 2), sparkline([], 8)
+    ('▁▃▆█', '▁█', '')
+    """
+    count, width = len(values), min(width, len(values))
+    series = list(values)
+    edges = [count * place // width for place in range(width + 1)] if width else [0]
+    means = [sum(series[start:end]) / (end - start) for start, end in pairwise(edges)]
+    low, high = min(means, default=0.0), max(means, default=0.0)
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * (mean - low) / (high - low)) if high > low else 0] for mean in means)
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> duration(58.4), duration(3725)
+    ('0:58', '1:02:05')
+    """
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _thousands(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value / 1000:.1f}k" if value >= 1000 else f"{value:.0f}"
+
+
+def _time_split(metrics: Mapping[str, Any]) -> str:
+    """
+    >>> _time_split({"time/step": 2.0, "time/rollout": 1.0, "time/train": 0.5, "time/sync": 0.0})
+    'rollout 50% train 25% sync 0%'
+    """
+    whole = metrics.get("time/step")
+    if not whole:
+        return "-"
+    parts = {key: metrics.get(f"time/{key}") for key in ("rollout", "train", "sync")}
+    return " ".join(f"{key} {seconds / whole:.0%}" for key, seconds in parts.items() if seconds is not None)

@@ -1,0 +1,173 @@
+"""Weights & Biases: the figures of metrics.jsonl and, at evaluations, some rollouts with their images.
+
+All of wandb happens in one background thread: importing it and starting its service takes over a second. Offline it
+touches no network; `wandb sync <run folder>/wandb/offline-run-*` uploads the run later. A resumed run keeps its run id
+and writes a further offline folder under it (`wandb sync --append`).
+
+Whatever goes wrong in wandb is said once and ends the logging, never the run. The service process ends with the run:
+`finish` stops it, and it watches the run's process id for the case that the run is killed.
+
+Left out on purpose: system metrics, console capture, code and git upload (the run folder has what matters).
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import PIL.Image
+from numpy.typing import NDArray
+from omegaconf import OmegaConf
+
+from vlmrl.errors import VlmrlError
+from vlmrl.monitor.config import WandbConfig, WandbMode
+from vlmrl.monitor.run_dir import RunDir, disk_errors, write_bytes_atomically
+from vlmrl.types import ImageItem, Rollout
+
+MAX_HEIGHT = 256
+"""Pixels; larger images are scaled down for the strip."""
+GAP = 4
+"""Pixels between the images of a strip."""
+
+
+class WandbLogger:
+    """Logs from one background thread. `on_failure` is called once, on the caller's thread, with what went wrong."""
+
+    def __init__(self, config: WandbConfig, run_dir: RunDir, on_failure: Callable[[str], None]) -> None:
+        self._config = config
+        self._run_dir = run_dir
+        self._on_failure = on_failure
+        self._thread: ThreadPoolExecutor | None = None
+        self._waiting: deque[Future[None]] = deque()
+        self._run: Any = None
+        self._failed = False
+
+    def start(self) -> None:
+        """Begin to start wandb; returns at once. Does nothing when called again, or when wandb is disabled."""
+        if self._config.mode is WandbMode.disabled or self._thread is not None:
+            return
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wandb")
+        self._submit(self._init, self._run_id())
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        """One step's or evaluation's figures, its `step` among them."""
+        self._submit(self._log, dict(metrics))
+
+    def log_rollouts(self, step: int, rollouts: Mapping[str, Sequence[Rollout]]) -> None:
+        """The first `monitor.wandb.rollouts` rollouts: the images of each side by side, with text and reward."""
+        named = [(kind, rollout) for kind, group in rollouts.items() for rollout in group[: self._config.rollouts]]
+        self._submit(self._log_rollouts, step, named)
+
+    def finish(self, exit_code: int) -> None:
+        """Write what is left and stop wandb's service."""
+        if self._thread is None:
+            return
+        self._submit(self._finish, exit_code)
+        self._collect(wait=True)
+        self._thread.shutdown()
+        self._thread = None
+
+    def _run_id(self) -> str:
+        path = self._run_dir.wandb_run_id
+        if path.exists():
+            return path.read_text().strip()
+        run_id = secrets.token_hex(4)
+        with disk_errors(path):
+            path.parent.mkdir(exist_ok=True)
+            write_bytes_atomically(path, run_id.encode())
+        return run_id
+
+    def _submit(self, call: Callable[..., None], *arguments: Any) -> None:
+        self._collect(wait=False)
+        if self._thread is not None and not self._failed:
+            self._waiting.append(self._thread.submit(call, *arguments))
+
+    def _collect(self, *, wait: bool) -> None:
+        while self._waiting and (wait or self._waiting[0].done()):
+            error = self._waiting.popleft().exception()
+            if error is not None and not self._failed:
+                self._failed = True
+                reason = str(error).strip() or type(error).__name__
+                self._on_failure(f"Weights & Biases has stopped, the run goes on without it: {reason}")
+
+    # ── in the thread ───────────────────────────────────────────────────────────────────────────────────────
+
+    def _init(self, run_id: str) -> None:
+        offline = self._config.mode is WandbMode.offline
+        if offline:
+            # Read once, when wandb is imported or its service starts: its error reports would go over the network.
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        import wandb
+
+        if not offline and not wandb.login(prompt=False, verify=False):
+            # wandb.init would ask for the key at the terminal, behind the live view.
+            raise VlmrlError(
+                "monitor.wandb.mode=online requires a key, else nothing can be sent: "
+                "run `wandb login`, set WANDB_API_KEY, or set monitor.wandb.mode=offline"
+            )
+        config: Any = OmegaConf.to_container(self._run_dir.read_config()) if self._run_dir.config.exists() else None
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            disable_git=True,
+            disable_code=True,
+            x_disable_meta=True,
+            x_disable_stats=True,
+            x_disable_machine_info=True,
+        )
+        self._run = wandb.init(
+            project=self._config.project,
+            name=self._config.name or self._run_dir.name,
+            id=run_id,
+            resume=None if offline else "allow",
+            mode=self._config.mode.value,
+            dir=str(self._run_dir.path),
+            config=config,
+            settings=settings,
+        )
+        # The x axis is ours, not wandb's count of calls: an evaluation shares its step with the training step, and a
+        # resumed run does some steps again.
+        self._run.define_metric("*", step_metric="step")
+        self._run.define_metric("warmup/*", step_metric="warmup/step")
+
+    def _log(self, metrics: dict[str, Any]) -> None:
+        self._run.log({key: value for key, value in metrics.items() if value is not None})
+
+    def _log_rollouts(self, step: int, named: list[tuple[str, Rollout]]) -> None:
+        import wandb
+
+        pictures = [
+            wandb.Image(strip(rollout.turns[-1].prompt.images), caption=caption(kind, rollout))
+            for kind, rollout in named
+            if rollout.turns and rollout.turns[-1].prompt.images
+        ]
+        if pictures:
+            self._run.log({"eval/rollouts": pictures, "step": step})
+
+    def _finish(self, exit_code: int) -> None:
+        self._run.finish(exit_code=exit_code)
+
+
+def strip(images: Sequence[ImageItem]) -> NDArray[np.uint8]:
+    """The images side by side on white: uint8 [H, W, 3], H at most `MAX_HEIGHT`. At least one image."""
+    pictures = [PIL.Image.fromarray(image.pixels) for image in images]
+    for picture in pictures:
+        picture.thumbnail((picture.width, MAX_HEIGHT))
+    width = sum(picture.width for picture in pictures) + GAP * (len(pictures) - 1)
+    canvas = PIL.Image.new("RGB", (width, max(picture.height for picture in pictures)), "white")
+    left = 0
+    for picture in pictures:
+        canvas.paste(picture, (left, 0))
+        left += picture.width + GAP
+    return np.asarray(canvas)
+
+
+def caption(kind: str, rollout: Rollout) -> str:
+    """What the policy said, turn by turn, and what it was worth."""
+    said = " / ".join(turn.text for turn in rollout.turns)
+    return f"{kind}, reward {rollout.reward:.2f}: {said}"
