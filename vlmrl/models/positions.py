@@ -67,7 +67,7 @@ POSITIONS: dict[str, Callable[..., IntArray]] = {
     "mrope": mrope,
     "sequential": sequential,
 }
-"""By the name in `model.vlm.positions`. All are called as `mrope` is; the last argument is the vision tower's spatial merge size."""
+"""By the name in `model.vlm.positions`; all are called as `mrope` is."""
 
 
 def position_function(name: str, spatial_merge_size: int = 1) -> PositionFunction:
