@@ -1,0 +1,192 @@
+"""The losses of `algorithm.loss`, on the loss tokens of one micro-batch.
+
+Letters: N loss tokens of the micro-batch, S samples of the whole batch, T loss tokens of the whole batch,
+π the policy that learns, μ the policy that sampled, A the advantage, r = π/μ the importance ratio of a token.
+Every loss is divided by figures of the whole batch (`BatchTotals`), so the sum over micro-batches and ranks is the
+batch's loss, however its samples were split; a sample itself is never split.
+
+Ratios are against the sampler's own logprobs, so they also correct for staleness and for the engine's rounding.
+Left out on purpose: a penalty towards a reference policy and several optimizer steps per batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from vlmrl.orchestrator.config import AlgorithmConfig, Loss
+
+
+@dataclass(frozen=True, eq=False)
+class LossTokens:
+    """The loss tokens of one micro-batch, flat. N ≥ 1; all four on one device."""
+
+    logprobs: Tensor
+    """float32 or float64 [N]; log π, natural, with gradient."""
+    inference_logprobs: Tensor
+    """float [N]; log μ, natural, as the sampler said."""
+    advantages: Tensor
+    """float [N]."""
+    sample_index: Tensor
+    """int64 [N]; which sample the token is of. Equal numbers: same sample; the numbers themselves mean nothing."""
+
+
+@dataclass(frozen=True)
+class BatchTotals:
+    """Figures of the whole batch: all micro-batches, all ranks."""
+
+    tokens: int
+    """Loss tokens, T."""
+    samples: int
+    """Samples, S."""
+    max_new_tokens: int
+    """`orchestrator.max_new_tokens`; a constant of the run."""
+
+
+@dataclass(frozen=True, eq=False)
+class LossOutput:
+    """What a micro-batch adds to the batch's loss, and its figures."""
+
+    loss: Tensor
+    """Scalar with gradient; the batch's loss is the sum over micro-batches."""
+    sums: dict[str, float] = field(default_factory=dict)
+    """`clip_fraction`, `ratio/mean`: sums over the N tokens; the batch's figure is their sum / T."""
+    maxima: dict[str, float] = field(default_factory=dict)
+    """`ratio/max`: the largest of the N; the batch's figure is the largest of these."""
+
+
+LossFunction: TypeAlias = Callable[[LossTokens, BatchTotals, AlgorithmConfig], LossOutput]
+
+
+def grpo(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> LossOutput:
+    """Group relative policy optimization, per token, normalized over the batch's tokens.
+
+        L = −1/T Σ_t min(r_t A_t, clip(r_t, 1 − clip_low, 1 + clip_high) A_t)
+
+    The clipped objective of DeepSeekMath (arXiv 2402.03300, eq. 3) without its KL term. There each sample is averaged
+    over its own length first; here every token of the batch weighs the same (DAPO, arXiv 2503.14476, section 3.3), and
+    the upper clip is its own number (section 3.1).
+    """
+    ratio = torch.exp(tokens.logprobs - tokens.inference_logprobs)
+    objective, clipped = _clipped_objective(ratio, tokens.advantages, config)
+    return LossOutput(-objective.sum() / totals.tokens, *_figures(ratio, clipped))
+
+
+def dr_grpo(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> LossOutput:
+    """GRPO done right: as `grpo`, with a constant in place of any length.
+
+        L = −1/(S · max_new_tokens) Σ_t min(r_t A_t, clip(r_t, 1 − clip_low, 1 + clip_high) A_t)
+
+    arXiv 2503.20783, section 3.2. The other half of it is `algorithm.advantage=group_centered` (no division by the
+    standard deviation).
+    """
+    ratio = torch.exp(tokens.logprobs - tokens.inference_logprobs)
+    objective, clipped = _clipped_objective(ratio, tokens.advantages, config)
+    return LossOutput(-objective.sum() / (totals.samples * totals.max_new_tokens), *_figures(ratio, clipped))
+
+
+def dapo(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> LossOutput:
+    """Decoupled clip and dynamic sampling (arXiv 2503.14476, eq. 8).
+
+        L = −1/T Σ_t min(r_t A_t, clip(r_t, 1 − clip_low, 1 + clip_high) A_t),   T over groups that differ in reward
+
+    The loss of `grpo`; what is DAPO's own is which groups are in the batch (`algorithm.drop_zero_advantage=true`).
+    """
+    return grpo(tokens, totals, config)
+
+
+def rloo(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> LossOutput:
+    """REINFORCE with the leave-one-out baseline (arXiv 2402.14740), corrected for who sampled.
+
+        L = −1/S Σ_i Σ_t sg(r_it) A_it log π_it        sg: no gradient
+
+    The baseline is in A (`algorithm.advantage=leave_one_out`). Per token and unclipped; on policy r = 1 and it is
+    plain REINFORCE.
+    """
+    ratio = torch.exp(tokens.logprobs.detach() - tokens.inference_logprobs)
+    objective = ratio * tokens.advantages * tokens.logprobs
+    return LossOutput(-objective.sum() / totals.samples, *_figures(ratio, torch.zeros_like(ratio, dtype=torch.bool)))
+
+
+def gspo(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> LossOutput:
+    """Group sequence policy optimization: one ratio per sample, the geometric mean of its tokens' (arXiv 2507.18071).
+
+        s_i  = exp(1/|i| Σ_t (log π_it − log μ_it)),      s_it = sg(s_i) · π_it / sg(π_it)
+        L    = −1/S Σ_i 1/|i| Σ_t min(s_it A_it, clip(s_it, 1 − clip_low, 1 + clip_high) A_it)
+
+    This is the paper's GSPO-token (eq. 13 and 14): where a sample has one advantage, value and gradient are those of
+    its sequence form (eq. 5), and where each turn has its own, a turn's advantage does not reach the tokens of another.
+    """
+    _, sample, length = torch.unique(tokens.sample_index, return_inverse=True, return_counts=True)
+    length = length.to(tokens.logprobs.dtype)
+    log_ratio = tokens.logprobs.detach() - tokens.inference_logprobs
+    mean_log_ratio = torch.zeros_like(length).index_add_(0, sample, log_ratio) / length
+    ratio = torch.exp(mean_log_ratio[sample] + tokens.logprobs - tokens.logprobs.detach())
+    objective, clipped = _clipped_objective(ratio, tokens.advantages, config)
+    return LossOutput(-(objective / length[sample]).sum() / totals.samples, *_figures(ratio, clipped))
+
+
+def cispo(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> LossOutput:
+    """Clipped importance weights: the weight is clipped, not the token's gradient (MiniMax-M1, arXiv 2506.13585).
+
+        L = −1/T Σ_t sg(clip(r_t, 1 − clip_low, 1 + clip_high)) A_t log π_t                         (eq. 4 and 5)
+
+    The paper bounds the weight from above alone: `algorithm.clip_low=1`.
+    """
+    ratio = torch.exp(tokens.logprobs.detach() - tokens.inference_logprobs)
+    weight = ratio.clamp(1.0 - config.clip_low, 1.0 + config.clip_high)
+    objective = weight * tokens.advantages * tokens.logprobs
+    return LossOutput(-objective.sum() / totals.tokens, *_figures(ratio, weight != ratio))
+
+
+LOSSES: dict[Loss, LossFunction] = {
+    Loss.grpo: grpo,
+    Loss.dr_grpo: dr_grpo,
+    Loss.dapo: dapo,
+    Loss.rloo: rloo,
+    Loss.gspo: gspo,
+    Loss.cispo: cispo,
+}
+
+
+def supervised(logprobs: Tensor, total_tokens: int) -> Tensor:
+    """Negative log-likelihood per token: −1/T Σ_t log π_t; scalar. `logprobs` [N] of one micro-batch, T of the batch.
+
+    >>> supervised(torch.tensor([0.5, 0.25]).log(), total_tokens=2)
+    tensor(1.0397)
+    """
+    return -logprobs.sum() / total_tokens
+
+
+def mismatch_kl(trainer_logprobs: Tensor, inference_logprobs: Tensor) -> tuple[float, float]:
+    """Sum and maximum over N ≥ 1 tokens of r − log r − 1, log r = trainer − inference; in nats, never negative.
+
+    The k3 estimator of KL(sampler ‖ trainer) (Schulman, "Approximating KL Divergence", 2020), in float64 and as
+    expm1(log r) − log r: the agreement that it is to show is finer than float32 can subtract.
+
+    >>> total, largest = mismatch_kl(torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -1.5]))
+    >>> round(total, 6), round(largest, 6)
+    (0.148721, 0.148721)
+    """
+    log_ratio = trainer_logprobs.detach().double() - inference_logprobs.double()
+    # Rounding may leave −1e-33 of a zero.
+    k3 = (torch.expm1(log_ratio) - log_ratio).clamp_min(0.0)
+    return float(k3.sum()), float(k3.max())
+
+
+def _clipped_objective(ratio: Tensor, advantages: Tensor, config: AlgorithmConfig) -> tuple[Tensor, Tensor]:
+    """min(r A, clip(r) A) [N], and where clipping took the gradient away, bool [N] (PPO, arXiv 1707.06347, eq. 7)."""
+    low, high = 1.0 - config.clip_low, 1.0 + config.clip_high
+    objective = torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
+    clipped = ((ratio > high) & (advantages > 0)) | ((ratio < low) & (advantages < 0))
+    return objective, clipped
+
+
+def _figures(ratio: Tensor, clipped: Tensor) -> tuple[dict[str, float], dict[str, float]]:
+    """`sums` and `maxima` of `LossOutput`."""
+    sums = {"clip_fraction": float(clipped.sum()), "ratio/mean": float(ratio.detach().sum())}
+    return sums, {"ratio/max": float(ratio.detach().max())}
