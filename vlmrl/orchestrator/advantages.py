@@ -1,0 +1,129 @@
+"""Rewards of a group → one advantage per turn, and which rollouts are not learned from.
+
+    group ─▶ assign_advantages: turn.advantage ─▶ mark_dropped: rollout.dropped ─▶ samples
+
+Letters: G siblings. A rollout counts as a sibling when it was played: no fault, and at least one turn. One that is
+dropped for what it sampled (a stray image token, staleness) was played and rewarded, so it counts all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmrl.orchestrator.config import Advantage, AlgorithmConfig, Credit
+from vlmrl.types import DropReason, FloatArray, Group, Rollout
+
+Estimator: TypeAlias = Callable[[FloatArray], FloatArray]
+"""float32 [G] rewards → float32 [G] advantages. Sums to zero; exactly 0.0 where G < 2 or all rewards are equal."""
+
+EPS = 1e-6
+"""Added to the standard deviation, in the rewards' unit; keeps rewards that differ by rounding from being blown up."""
+
+
+def group_normalized(rewards: FloatArray) -> FloatArray:
+    """(r − mean) / (std + 1e-6), std over the group itself, not an estimate beyond it (GRPO, arXiv 2402.03300, 4.1.2).
+
+    >>> group_normalized(np.array([1, 0, 0, 1], np.float32)).round(3).tolist()
+    [1.0, -1.0, -1.0, 1.0]
+    """
+    centered = _centered(rewards)
+    std = np.sqrt(np.sum(centered**2) / max(1, len(rewards)))
+    advantages: FloatArray = (centered / (std + EPS)).astype(np.float32)
+    return advantages
+
+
+def group_centered(rewards: FloatArray) -> FloatArray:
+    """r − mean (Dr. GRPO, arXiv 2503.20783, 3.2): hard and easy problems weigh as much as their rewards differ.
+
+    >>> group_centered(np.array([1, 0, 0, 1], np.float32)).tolist()
+    [0.5, -0.5, -0.5, 0.5]
+    """
+    return _centered(rewards).astype(np.float32)
+
+
+def leave_one_out(rewards: FloatArray) -> FloatArray:
+    """r minus the mean of the *other* rewards, which is (r − mean) · G / (G − 1) (RLOO, arXiv 2402.14740).
+
+    >>> leave_one_out(np.array([1, 0, 0], np.float32)).tolist()
+    [1.0, -0.5, -0.5]
+    """
+    return (_centered(rewards) * (len(rewards) / max(1, len(rewards) - 1))).astype(np.float32)
+
+
+ESTIMATORS: dict[Advantage, Estimator] = {
+    Advantage.group_normalized: group_normalized,
+    Advantage.group_centered: group_centered,
+    Advantage.leave_one_out: leave_one_out,
+}
+
+
+def assign_advantages(group: Group, config: AlgorithmConfig) -> None:
+    """Fill `turn.advantage` of every rollout, in place.
+
+    `credit=episode`: every turn of a rollout gets the advantage of its episode's reward. `credit=turn`: turn t gets
+    that of its own reward against turn t of the siblings that have one. Faults get 0.0.
+    """
+    for rollout in group.rollouts:
+        for turn in rollout.turns:
+            turn.advantage = 0.0
+    siblings = [r for r in group.rollouts if not r.stop_reason.is_fault and r.turns]
+    estimator = ESTIMATORS[config.advantage]
+    if config.credit is Credit.episode:
+        advantages = estimator(np.array([rollout.reward for rollout in siblings], np.float32))
+        for rollout, advantage in zip(siblings, advantages.tolist(), strict=True):
+            for turn in rollout.turns:
+                turn.advantage = advantage
+        return
+    for t in range(max((len(rollout.turns) for rollout in siblings), default=0)):
+        turns = [rollout.turns[t] for rollout in siblings if len(rollout.turns) > t]
+        advantages = estimator(np.array([turn.reward for turn in turns], np.float32))
+        for turn, advantage in zip(turns, advantages.tolist(), strict=True):
+            turn.advantage = advantage
+
+
+def mark_dropped(
+    group: Group,
+    config: AlgorithmConfig,
+    image_token_ids: Collection[int],
+    version: int,
+    max_staleness: int,
+) -> None:
+    """Set `rollout.dropped` of every rollout, in place: the first reason of `DropReason` that holds, or None.
+
+    After `assign_advantages`. `version` is the policy version that is about to learn, so this is called when the batch
+    is taken, not when the rollout ends: time in a queue counts. `image_token_ids` are the ids that stand for an image.
+    """
+    no_signal = not any(turn.advantage for rollout in group.rollouts for turn in rollout.turns)
+    for rollout in group.rollouts:
+        if rollout.stop_reason.is_fault:
+            rollout.dropped = DropReason.FAULT
+        elif not rollout.turns:
+            rollout.dropped = DropReason.EMPTY
+        elif _sampled_any(rollout, image_token_ids):
+            rollout.dropped = DropReason.STRAY_IMAGE_TOKEN
+        elif version - _oldest_version(rollout) > max_staleness:
+            rollout.dropped = DropReason.STALE
+        elif no_signal and config.drop_zero_advantage:
+            rollout.dropped = DropReason.ZERO_ADVANTAGE
+        else:
+            rollout.dropped = None
+
+
+def _centered(rewards: FloatArray) -> NDArray[np.float64]:
+    """float64 [G]; r − mean, exactly 0.0 everywhere when the rewards are equal (the mean of equals may round)."""
+    if len(rewards) < 2 or rewards.min() == rewards.max():
+        return np.zeros(len(rewards))
+    exact = rewards.astype(np.float64)
+    return exact - float(exact.mean())
+
+
+def _sampled_any(rollout: Rollout, token_ids: Collection[int]) -> bool:
+    return any((turn.completion.token_ids == token_id).any() for turn in rollout.turns for token_id in token_ids)
+
+
+def _oldest_version(rollout: Rollout) -> int:
+    return min(int(turn.completion.versions.min()) for turn in rollout.turns)
