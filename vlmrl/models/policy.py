@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmrl.errors import ModelError
 from vlmrl.models.positions import PositionFunction
@@ -26,9 +25,11 @@ from vlmrl.types import ImageItem
 AttentionInterface.register(ATTENTION_NAME, tree_attention_forward)
 
 
-class _ImageOutputs(BaseModelOutputWithPooling):  # type: ignore[misc]
-    """What a model's forward takes in place of pixels (`mm_encoder_outputs`)."""
+@dataclass(frozen=True, eq=False)
+class _ImageOutputs:
+    """What a model's forward takes in place of pixels (`mm_encoder_outputs`); it reads these two attributes."""
 
+    pooler_output: tuple[Tensor]
     deepstack_features: list[tuple[Tensor]]
 
 

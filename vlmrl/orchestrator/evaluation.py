@@ -1,0 +1,61 @@
+"""Held-out evaluation: the same problems each time, once sampled and once greedy, nothing learned from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vlmrl.orchestrator.config import EvalConfig
+from vlmrl.orchestrator.rollout import RolloutRunner
+from vlmrl.orchestrator.step_metrics import mean_task_metrics
+from vlmrl.types import Rollout
+
+
+@dataclass(eq=False)
+class Evaluator:
+    """Evaluates, and remembers whether the target is reached."""
+
+    config: EvalConfig
+    runner: RolloutRunner
+    temperature: float
+    """Of the sampled evaluation; the greedy one is at 0."""
+    history: list[tuple[float, float]] = field(default_factory=list)
+    """(sampled, greedy) held-out reward of each evaluation so far; part of a checkpoint."""
+
+    def is_due(self, step: int, last_step: int) -> bool:
+        """Before the first step, every `eval.every` steps, and after the last."""
+        return self.config.every > 0 and (step % self.config.every == 0 or step == last_step)
+
+    @property
+    def reached_target(self) -> bool:
+        """Both rewards were at least `eval.target` at the last `eval.consecutive` evaluations."""
+        target, last = self.config.target, self.history[-self.config.consecutive :]
+        if target is None or len(last) < self.config.consecutive:
+            return False
+        return all(min(both) >= target for both in last)
+
+    async def run(self, step: int) -> tuple[dict[str, float], dict[str, list[Rollout]]]:
+        """One evaluation → its metrics (`eval/…`) and its rollouts by kind ("sampled", "greedy")."""
+        rollouts: dict[str, list[Rollout]] = {}
+        for kind, temperature in (("sampled", self.temperature), ("greedy", 0.0)):
+            groups = await self.runner.run_groups(
+                split="eval",
+                step=step,
+                problem_indices=range(self.config.problems),
+                group_size=1,
+                temperature=temperature,
+            )
+            rollouts[kind] = [rollout for group in groups for rollout in group.rollouts]
+        sampled, greedy = (mean_reward(rollouts[kind]) for kind in ("sampled", "greedy"))
+        self.history.append((sampled, greedy))
+        metrics = {"eval/reward": sampled, "eval/reward_greedy": greedy}
+        for kind, suffix in (("sampled", ""), ("greedy", "_greedy")):
+            metrics |= {f"eval/{key}{suffix}": value for key, value in mean_task_metrics(rollouts[kind]).items()}
+        return metrics, rollouts
+
+
+def mean_reward(rollouts: Sequence[Rollout]) -> float:
+    """Mean reward; a fault counts as 0, since a policy that cannot be asked has not answered."""
+    return float(np.mean([rollout.reward for rollout in rollouts]))

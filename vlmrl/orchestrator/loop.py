@@ -1,0 +1,124 @@
+"""THE loop.
+
+    task ─▶ renderer ─▶ inference ─▶ rollout ─▶ advantages ─▶ samples ─▶ packing ─▶ trainer ─▶ weight sync ─▶ inference
+     env     tokens +     token ids    turns,     per group     one per    micro-      forward,    version v+1
+             pixels       + logprobs   stop       filters       branch     batches     loss, step
+                          + versions   reason
+            └──────────── roll_out(step) ────────┘└─────── learn(step) ──────────────┘└─ publish ─┘
+
+One loop serves on-policy and asynchronous runs: the rollouts of step s are started as soon as the policy has made
+s − max_staleness steps, so no token can be older than that when it is learned from, and no more than max_staleness + 1
+batches exist at a time. With max_staleness 0 that is: roll out, learn, publish, one after the other.
+
+Left out on purpose: the fault handling of one rollout (rollout.py makes it a record) and all output (monitor).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vlmrl.orchestrator.advantages import assign_advantages, mark_dropped
+from vlmrl.orchestrator.config import AlgorithmConfig, OrchestratorConfig
+from vlmrl.orchestrator.evaluation import Evaluator
+from vlmrl.orchestrator.rollout import RolloutRunner
+from vlmrl.orchestrator.samples import make_samples
+from vlmrl.orchestrator.step_metrics import rollout_metrics
+from vlmrl.types import Group, InferenceEngine, Monitor, Trainer, TrainingSample, WeightSync
+
+ExitReason = Literal["finished", "target_reached", "interrupted"]
+
+
+@dataclass(eq=False)
+class Loop:
+    """What a run is made of; `run` is the run."""
+
+    config: OrchestratorConfig
+    algorithm: AlgorithmConfig
+    max_steps: int
+    runner: RolloutRunner
+    engine: InferenceEngine
+    trainer: Trainer
+    weight_sync: WeightSync
+    evaluator: Evaluator
+    monitor: Monitor
+    checkpoint: Callable[[int], None]
+    """Called after each step with its number; saves when it is time."""
+    stop: asyncio.Event
+    """Set by Ctrl-C: the run ends at the next point where nothing is lost."""
+    _pending: dict[int, asyncio.Task[list[Group]]] = field(default_factory=dict)
+
+    async def run(self) -> ExitReason:
+        """From the trainer's version to `max_steps`."""
+        first = self.trainer.version
+        await self.weight_sync.publish(first)
+        if first == 0:
+            await self.evaluate(0)
+        try:
+            for step in range(first + 1, self.max_steps + 1):
+                if self.evaluator.reached_target:
+                    return "target_reached"
+                groups = await self.next_batch(step)
+                if groups is None:
+                    return "interrupted"
+                await self.learn(step, groups)
+            return "finished" if not self.evaluator.reached_target else "target_reached"
+        finally:
+            for task in self._pending.values():
+                task.cancel()
+            await asyncio.gather(*self._pending.values(), return_exceptions=True)
+
+    async def next_batch(self, step: int) -> list[Group] | None:
+        """The groups of `step`; starts every later batch that may be started by now. None when asked to stop."""
+        for ahead in range(step, min(step + self.config.max_staleness, self.max_steps) + 1):
+            if ahead not in self._pending:
+                self._pending[ahead] = asyncio.create_task(self.roll_out(ahead))
+        batch = self._pending[step]
+        stopped = asyncio.create_task(self.stop.wait())
+        await asyncio.wait({batch, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if self.stop.is_set():
+            return None
+        return await self._pending.pop(step)
+
+    async def roll_out(self, step: int) -> list[Group]:
+        """task → renderer → inference → rollout, for the groups of one step."""
+        first = (step - 1) * self.config.groups_per_step
+        return await self.runner.run_groups(
+            split="train",
+            step=step,
+            problem_indices=range(first, first + self.config.groups_per_step),
+            group_size=self.config.group_size,
+            temperature=self.config.temperature,
+        )
+
+    async def learn(self, step: int, groups: list[Group]) -> None:
+        """advantages → samples → packing → trainer → weight sync."""
+        started = time.perf_counter()
+        samples: list[TrainingSample] = []
+        for group in groups:
+            assign_advantages(group, self.algorithm)
+            mark_dropped(
+                group, self.algorithm, self.runner.renderer.image_token_ids, self.trainer.version, self.config.max_staleness
+            )
+            for rollout in group.rollouts:
+                if rollout.dropped is None:
+                    samples.extend(make_samples(rollout))
+        result = await asyncio.to_thread(self.trainer.train_step, samples)
+        trained = time.perf_counter()
+        await self.weight_sync.publish(result.version)
+        synced = time.perf_counter()
+        metrics = {
+            **rollout_metrics(groups),
+            **result.metrics,
+            **self.engine.metrics(),
+            "policy_version": float(result.version),
+            "time/train": trained - started,
+            "time/sync": synced - trained,
+        }
+        evaluation = await self.evaluate(step) if self.evaluator.is_due(step, self.max_steps) else {}
+        self.monitor.step(step, metrics | evaluation, groups)
+        self.checkpoint(step)

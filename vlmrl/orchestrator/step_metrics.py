@@ -1,0 +1,49 @@
+"""What a batch of rollouts says about itself, under the keys of the run directory's contract."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from vlmrl.types import Group, Rollout
+
+
+def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Rewards, stop and drop reasons, bridge breaks, tokens, images and the task's own figures.
+
+    Faulty rollouts count in `rollouts/total` and by reason, and are left out of the reward and task figures: a broken
+    image is not a wrong answer.
+    """
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    sound = [rollout for rollout in rollouts if not rollout.stop_reason.is_fault]
+    rewards = np.array([rollout.reward for rollout in sound])
+    flat = [group for group in groups if len({rollout.reward for rollout in group.rollouts}) <= 1]
+    turns = [turn for rollout in rollouts for turn in rollout.turns]
+    later_turns = sum(max(0, len(rollout.turns) - 1) for rollout in rollouts)
+    dropped = Counter(rollout.dropped for rollout in rollouts if rollout.dropped is not None)
+    metrics = {
+        "reward/mean": float(rewards.mean()) if len(rewards) else 0.0,
+        "reward/std": float(rewards.std()) if len(rewards) else 0.0,
+        "groups/equal_reward": len(flat) / len(groups) if groups else 0.0,
+        "rollouts/total": float(len(rollouts)),
+        "rollouts/dropped": float(sum(dropped.values())),
+        "bridge_break_rate": sum(max(0, r.num_branches - 1) for r in rollouts) / max(1, later_turns),
+        "tokens/prompt": float(sum(len(turn.prompt.token_ids) for turn in turns)),
+        "tokens/completion": float(sum(len(turn.completion.token_ids) for turn in turns)),
+        "images/distinct": float(len({image.hash for turn in turns for image in turn.prompt.images})),
+    }
+    metrics |= {f"rollouts/dropped/{reason}": float(count) for reason, count in sorted(dropped.items())}
+    stops = Counter(rollout.stop_reason for rollout in rollouts)
+    metrics |= {f"rollouts/stop/{reason}": float(count) for reason, count in sorted(stops.items())}
+    return metrics | mean_task_metrics(sound)
+
+
+def mean_task_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """`task/<key>`: the mean over the rollouts that report the key."""
+    keys = sorted({key for rollout in rollouts for key in rollout.metrics})
+    return {
+        f"task/{key}": float(np.mean([rollout.metrics[key] for rollout in rollouts if key in rollout.metrics]))
+        for key in keys
+    }

@@ -1,0 +1,51 @@
+"""Supervised samples: the warm-up before RL, and `mode=sft`.
+
+The warm-up gives nothing away: its demonstrations answer with random letters in the right format, so it teaches when to
+answer and how, and everything about the pixels is left to the reward.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from vlmrl.orchestrator.renderer import Renderer
+from vlmrl.tasks.base import Task
+from vlmrl.trainer.config import Demonstrations, SFTConfig
+from vlmrl.types import TrainingSample, mm_token_type_ids
+
+FIRST_PROBLEM = 1 << 40
+"""Supervised steps take training problems from here on, RL from 0: no problem serves both."""
+
+
+def demonstration_samples(
+    task: Task, renderer: Renderer, config: SFTConfig, *, step: int, seed: int
+) -> list[TrainingSample]:
+    """The samples of supervised step `step` (0-based); a function of its arguments alone."""
+    samples = []
+    for i in range(config.batch_size):
+        number = step * config.batch_size + i
+        problem = task.problem("train", FIRST_PROBLEM + number)
+        digest = hashlib.blake2b(f"demonstration/{seed}/{number}".encode(), digest_size=8).digest()
+        messages = task.demonstration(
+            problem,
+            random_answers=config.demonstrations is Demonstrations.random,
+            seed=int.from_bytes(digest, "big"),
+        )
+        prompt, sampled = renderer.render_conversation(messages)
+        length = len(prompt.token_ids)
+        samples.append(
+            TrainingSample(
+                rollout_id=f"sft/{step:06d}/{i:03d}",
+                token_ids=prompt.token_ids,
+                mm_token_type_ids=mm_token_type_ids(length, prompt.placeholders),
+                loss_mask=sampled,
+                advantages=np.zeros(length, np.float32),
+                inference_logprobs=np.zeros(length, np.float32),
+                versions=np.where(sampled, 0, -1),
+                placeholders=prompt.placeholders,
+                images=prompt.images,
+            )
+        )
+    return samples
