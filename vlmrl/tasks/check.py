@@ -1,0 +1,143 @@
+"""Does a task keep the contract of `vlmrl.tasks.base`? For a task of your own, before a run is spent on it:
+
+    python -m vlmrl.tasks.check my_package.my_module:Counting max_turns=2 args.level=3
+
+or in your tests: `assert check_task(Counting(config, seed=0), max_turns=2) == []`.
+
+The task is asked for problems of both splits, and each is played to its end with three scripts: the answers of its
+own demonstration, those of a random demonstration, and nonsense. Then every rule of rules.py judges what was
+seen. The first of them say whether anything can be judged at all: where one of those fails, the later ones are not
+checked.
+
+Left out on purpose: whether the rewards make sense, whether envs can be used from several threads at once, whether an
+image is changed after it was handed out, and whether another process gets the same problems (`hash()` of a string does
+not).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
+
+from vlmrl.errors import ConfigError, VlmrlError
+from vlmrl.tasks.base import Task
+from vlmrl.tasks.config import ColorCodewordConfig, ImportedTaskConfig, TaskConfig
+from vlmrl.tasks.loading import load_task
+from vlmrl.tasks.observation import observe
+from vlmrl.tasks.rules import RULES
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a rule found."""
+
+    rule: str
+    status: Literal["ok", "FAIL", "--"]
+    """`--`: not checked."""
+    text: str
+
+
+def find(task: Any, problems: int, max_turns: int) -> list[Finding]:
+    """One finding per rule, in their order."""
+    observed = observe(task, problems, max_turns)
+    findings: list[Finding] = []
+    gate: str | None = None
+    for rule in RULES:
+        if gate is not None:
+            findings.append(Finding(rule.name, "--", f"not checked before {gate} is mended"))
+            continue
+        if rule.of_demonstrations and all(seen.demonstration is None for seen in observed.all_problems()):
+            findings.append(
+                Finding(rule.name, "--", "not checked: demonstration() is not implemented, so there is no warm-up")
+            )
+            continue
+        violations = list(rule.violations(observed))
+        if violations:
+            more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
+            found = " ".join(violations[0].split())  # one line, whatever the task's exception says
+            findings.append(Finding(rule.name, "FAIL", f"{found}{more}. To do: {rule.remedy}"))
+            gate = rule.name if rule.gate else None
+        else:
+            findings.append(Finding(rule.name, "ok", rule.promise))
+    return findings
+
+
+def check_task(task: Task, problems: int = 8, max_turns: int = 100) -> list[str]:
+    """The violations of the contract, one line per broken rule with what to do; empty when there are none.
+
+    `problems` of each split are played; `max_turns` is the run's `task.max_turns`, by which an episode must have ended.
+
+    >>> from vlmrl.tasks.color_codeword import ColorCodeword
+    >>> task = ColorCodeword(ColorCodewordConfig(), seed=0)
+    >>> check_task(task)
+    []
+    >>> for violation in check_task(task, max_turns=1): print(violation[:58])
+    ends: train 0, nonsense: not done after 1 turns (and 47 mo
+    """
+    assert problems >= 1, problems
+    assert max_turns >= 1, max_turns
+    return [f"{f.rule}: {f.text}" for f in find(task, problems, max_turns) if f.status == "FAIL"]
+
+
+def report(findings: list[Finding]) -> str:
+    """One line per rule."""
+    width = max(len(finding.rule) for finding in findings)
+    return "\n".join(f"{finding.status:<4}  {finding.rule:<{width}}  {finding.text}" for finding in findings)
+
+
+def parse_config(target: str, overrides: list[str]) -> TaskConfig:
+    """The `task` group of a run for `target`, with `key=value` settings. Raises `ConfigError` for a key or value that
+    the schema does not take.
+
+    >>> parse_config("my_package.my_module:Counting", ["max_turns=2", "args.level=3"])
+    ImportedTaskConfig(target='my_package.my_module:Counting', max_turns=2, args={'level': 3})
+    """
+    schema = ColorCodewordConfig if target == ColorCodewordConfig.target else ImportedTaskConfig
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"{override!r} is not key=value, so it sets nothing: write e.g. max_turns=2")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema(target=target)), OmegaConf.from_dotlist(overrides))
+        config = cast("TaskConfig", OmegaConf.to_object(merged))
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(
+            f"{' '.join(overrides)} does not fit {schema.__name__} ({str(error).splitlines()[0]}), so there is no "
+            "config to make the task with: correct key or value; a task of your own has its settings under args"
+        ) from error
+    if config.max_turns < 1:
+        raise ConfigError(f"max_turns={config.max_turns} leaves no turn to play: set it to 1 or more")
+    return config
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. Returns the exit code: 0 the contract holds, 1 it does not, 2 there is no such task."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vlmrl.tasks.check", description="Check a task against the contract of vlmrl.tasks.base."
+    )
+    parser.add_argument("target", metavar="package.module:Class", help="import path of the Task class")
+    parser.add_argument(
+        "settings",
+        metavar="key=value",
+        nargs="*",
+        help="as in a run, without the leading 'task.': max_turns=2 args.level=3",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        config = parse_config(options.target, options.settings)
+        task = load_task(config, seed=0)
+    except VlmrlError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    findings = find(task, problems=8, max_turns=config.max_turns)
+    print(report(findings))
+    return int(any(finding.status == "FAIL" for finding in findings))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
