@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypedDict
 
@@ -169,9 +170,7 @@ def record_line(rollout: Rollout, step: int, split: Split) -> bytes:
         # An exception may quote a file name that is no valid Unicode.
         "error": rollout.error and rollout.error.encode(errors="replace").decode(),
         "seconds": rollout.seconds,
-        "turns": [
-            _turn(turn, previous) for turn, previous in zip(rollout.turns, [None, *rollout.turns[:-1]], strict=True)
-        ],
+        "turns": [_turn(turn, before) for before, turn in pairwise([None, *rollout.turns]) if turn is not None],
     }
     return orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
 

@@ -25,7 +25,6 @@ import logging
 import os
 import platform
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -213,7 +212,6 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "executable": Path(sys.executable).name,
         "packages": {name: _version(name) for name in PACKAGES},
         "git": git_state(Path(__file__).parent),
     }

@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 
 from vlmrl.errors import VlmrlError
 from vlmrl.monitor.config import WandbConfig, WandbMode
-from vlmrl.monitor.run_dir import RunDir, disk_errors, write_bytes_atomically
+from vlmrl.monitor.run_dir import RunDir, write_bytes_atomically
 from vlmrl.types import ImageItem, Rollout
 
 MAX_HEIGHT = 256
@@ -52,7 +52,7 @@ class WandbLogger:
         if self._config.mode is WandbMode.disabled or self._thread is not None:
             return
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wandb")
-        self._submit(self._init, self._run_id())
+        self._submit(self._init)
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """One step's or evaluation's figures, its `step` among them."""
@@ -72,16 +72,6 @@ class WandbLogger:
         self._thread.shutdown()
         self._thread = None
 
-    def _run_id(self) -> str:
-        path = self._run_dir.wandb_run_id
-        if path.exists():
-            return path.read_text().strip()
-        run_id = secrets.token_hex(4)
-        with disk_errors(path):
-            path.parent.mkdir(exist_ok=True)
-            write_bytes_atomically(path, run_id.encode())
-        return run_id
-
     def _submit(self, call: Callable[..., None], *arguments: Any) -> None:
         self._collect(wait=False)
         if self._thread is not None and not self._failed:
@@ -97,7 +87,7 @@ class WandbLogger:
 
     # ── in the thread ───────────────────────────────────────────────────────────────────────────────────────
 
-    def _init(self, run_id: str) -> None:
+    def _init(self) -> None:
         offline = self._config.mode is WandbMode.offline
         if offline:
             # Read once, when wandb is imported or its service starts: its error reports would go over the network.
@@ -123,7 +113,7 @@ class WandbLogger:
         self._run = wandb.init(
             project=self._config.project,
             name=self._config.name or self._run_dir.name,
-            id=run_id,
+            id=self._run_id(),
             resume=None if offline else "allow",
             mode=self._config.mode.value,
             dir=str(self._run_dir.path),
@@ -134,6 +124,15 @@ class WandbLogger:
         # resumed run does some steps again.
         self._run.define_metric("*", step_metric="step")
         self._run.define_metric("warmup/*", step_metric="warmup/step")
+
+    def _run_id(self) -> str:
+        path = self._run_dir.wandb_run_id
+        if path.exists():
+            return path.read_text().strip()
+        run_id = secrets.token_hex(4)
+        path.parent.mkdir(exist_ok=True)
+        write_bytes_atomically(path, run_id.encode())
+        return run_id
 
     def _log(self, metrics: dict[str, Any]) -> None:
         self._run.log({key: value for key, value in metrics.items() if value is not None})
@@ -150,7 +149,10 @@ class WandbLogger:
             self._run.log({"eval/rollouts": pictures, "step": step})
 
     def _finish(self, exit_code: int) -> None:
+        import wandb
+
         self._run.finish(exit_code=exit_code)
+        wandb.teardown(exit_code=exit_code)  # the service would stay until the interpreter ends
 
 
 def strip(images: Sequence[ImageItem]) -> NDArray[np.uint8]:
