@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlmrl.orchestrator.samples import extends, make_samples
+from vlmrl.types import (
+    Completion,
+    ContractError,
+    DropReason,
+    ImageItem,
+    Placeholder,
+    Prompt,
+    Rollout,
+    StopReason,
+    TrainingSample,
+    Turn,
+)
+
+IMAGE, END, PAD = 99, 1, 0
+
+
+def image(tokens: int) -> ImageItem:
+    return ImageItem(f"hash-{tokens}", np.zeros((1, 1, 3), np.uint8), {}, tokens)
+
+
+IMAGES = [image(1), image(4)]
+
+
+def extended(prompt: Prompt, token_ids: list[int], images: list[ImageItem]) -> Prompt:
+    """`prompt`, then `token_ids`, then each image's run with a `PAD` after it."""
+    ids, placeholders = [*prompt.token_ids.tolist(), *token_ids], list(prompt.placeholders)
+    for item in images:
+        placeholders.append(Placeholder(len(ids), item.num_tokens, item.hash))
+        ids += [IMAGE] * item.num_tokens + [PAD]
+    return Prompt(np.array(ids, np.int64), tuple(placeholders), (*prompt.images, *images))
+
+
+EMPTY = Prompt(np.zeros(0, np.int64), (), ())
+
+
+def turn(prompt: Prompt, token_ids: list[int], branch: int, number: int = 0) -> Turn:
+    """A turn whose tokens can be told apart: logprob −(number + 1) − position / 100, version 10 · number."""
+    n = len(token_ids)
+    completion = Completion(
+        token_ids=np.array(token_ids, np.int64),
+        logprobs=(-(number + 1) - np.arange(n) / 100).astype(np.float32),
+        versions=np.full(n, 10 * number, np.int64),
+        finish_reason="stop" if token_ids[-1] == END else "length",
+    )
+    return Turn(prompt, completion, "", [], branch, reward=0.0, advantage=float(number - 1))
+
+
+def rollout(turns: list[Turn], dropped: DropReason | None = None) -> Rollout:
+    return Rollout("train/000001/00/00", "p", 0, turns, 0.0, {}, StopReason.TERMINATED, dropped=dropped)
+
+
+tokens = st.lists(st.integers(2, 9) | st.just(IMAGE), max_size=5)
+
+
+@st.composite
+def rollouts(draw: st.DrawFn) -> Rollout:
+    """Up to five turns; images anywhere but in completions, image tokens sampled too, bridges and breaks."""
+    prompt = extended(EMPTY, [5, *draw(tokens)], draw(st.lists(st.sampled_from(IMAGES), max_size=2)))
+    turns: list[Turn] = []
+    branch = 0
+    for number in range(draw(st.integers(1, 5))):
+        sampled = [*draw(tokens), draw(st.sampled_from([END, 7, IMAGE]))]
+        turns.append(turn(prompt, sampled, branch, number))
+        # After a completion that was cut the renderer closes the turn itself: environment tokens.
+        reply = [*([] if sampled[-1] == END else [END]), 8, *draw(tokens)]
+        images = draw(st.lists(st.sampled_from(IMAGES), max_size=2))
+        if draw(st.booleans()):
+            prompt = extended(prompt, sampled + reply, images)
+        else:
+            branch += 1
+            history = extended(EMPTY, [6, *draw(tokens)], list(prompt.images))
+            prompt = extended(history, sampled + reply, images)
+    return rollout(turns)
+
+
+def turns_of(sample: TrainingSample) -> list[tuple[list[int], list[float], list[int], list[float]]]:
+    """What was sampled, read back from a sample alone: the runs of its loss mask, cut where the version changes."""
+    found: list[tuple[list[int], list[float], list[int], list[float]]] = []
+    for i in np.flatnonzero(sample.loss_mask).tolist():
+        if not i or not sample.loss_mask[i - 1] or sample.versions[i] != sample.versions[i - 1]:
+            found.append(([], [], [], []))
+        token_ids, logprobs, versions, advantages = found[-1]
+        token_ids.append(sample.token_ids[i].item())
+        logprobs.append(sample.inference_logprobs[i].item())
+        versions.append(sample.versions[i].item())
+        advantages.append(sample.advantages[i].item())
+    return found
+
+
+def as_played(turn: Turn) -> tuple[list[int], list[float], list[int], list[float]]:
+    c = turn.completion
+    return c.token_ids.tolist(), c.logprobs.tolist(), c.versions.tolist(), [turn.advantage] * len(c.token_ids)
+
+
+@given(rollouts())
+def test_turns_come_back_from_the_samples_each_once(played: Rollout) -> None:
+    samples = make_samples(played)
+    assert len(samples) == played.num_branches
+    assert [t for sample in samples for t in turns_of(sample)] == [as_played(t) for t in played.turns]
+
+
+@given(rollouts())
+def test_a_sample_is_its_branchs_last_prompt_and_completion(played: Rollout) -> None:
+    for branch, sample in enumerate(make_samples(played)):
+        last = [t for t in played.turns if t.branch == branch][-1]
+        assert sample.token_ids.tolist() == last.prompt.token_ids.tolist() + last.completion.token_ids.tolist()
+        assert (sample.placeholders, sample.images) == (last.prompt.placeholders, last.prompt.images)
+        assert sample.rollout_id == played.rollout_id
+
+
+@given(rollouts())
+def test_no_loss_on_environment_tokens(played: Rollout) -> None:
+    """Token by token: sampled in this branch or not. A sampled image token is text; a shown one never has a loss."""
+    for branch, sample in enumerate(make_samples(played)):
+        sampled = {
+            len(t.prompt.token_ids) + i
+            for t in played.turns
+            if t.branch == branch
+            for i in range(len(t.completion.token_ids))
+        }
+        shown = {p.offset + i for p in sample.placeholders for i in range(p.length)}
+        assert not sampled & shown
+        for i in range(len(sample.token_ids)):
+            assert sample.loss_mask[i] == (i in sampled)
+            assert sample.mm_token_type_ids[i] == (i in shown)
+            if i not in sampled:
+                assert (sample.advantages[i], sample.inference_logprobs[i], sample.versions[i]) == (0.0, 0.0, -1)
+
+
+def test_dtypes_and_a_table_to_look_at() -> None:
+    first = extended(EMPTY, [5], [IMAGES[0]])
+    second = extended(first, [7, END, 8], [])
+    (sample,) = make_samples(rollout([turn(first, [7, END], 0, number=0), turn(second, [IMAGE], 0, number=1)]))
+    assert sample.token_ids.tolist() == [5, IMAGE, PAD, 7, END, 8, IMAGE]
+    assert sample.mm_token_type_ids.tolist() == [0, 1, 0, 0, 0, 0, 0]
+    assert sample.loss_mask.tolist() == [False, False, False, True, True, False, True]
+    assert sample.versions.tolist() == [-1, -1, -1, 0, 0, -1, 10]
+    np.testing.assert_allclose(sample.inference_logprobs, [0, 0, 0, -1, -1.01, 0, -2])
+    assert sample.advantages.tolist() == [0, 0, 0, -1, -1, 0, 0]
+    for name in ("token_ids", "mm_token_type_ids", "versions"):
+        assert getattr(sample, name).dtype == np.int64, name
+    assert sample.loss_mask.dtype == np.bool_
+    assert sample.advantages.dtype == sample.inference_logprobs.dtype == np.float32
+
+
+def test_a_branch_that_does_not_extend_is_our_own_slip() -> None:
+    first = extended(EMPTY, [5], [])
+    other = extended(EMPTY, [5, 6, END, 8], [])
+    with pytest.raises(AssertionError, match="branch 0 does not start with the turn before it"):
+        make_samples(rollout([turn(first, [7, END], 0), turn(other, [END], 0)]))
+
+
+def test_a_dropped_rollout_is_not_learned_from() -> None:
+    played = rollout([turn(extended(EMPTY, [5], []), [END], 0)], dropped=DropReason.STALE)
+    with pytest.raises(AssertionError, match="stale"):
+        make_samples(played)
+
+
+def test_a_rollout_without_turns_has_no_samples() -> None:
+    assert make_samples(rollout([])) == []
+
+
+def test_an_image_lost_on_the_way_is_a_contract_error() -> None:
+    prompt = replace(extended(EMPTY, [5], [IMAGES[1]]), images=())
+    with pytest.raises(ContractError, match="1 placeholders but 0 images"):
+        make_samples(rollout([turn(prompt, [END], 0)]))
+
+
+PREVIOUS = extended(EMPTY, [5], [IMAGES[0]])
+COMPLETION = np.array([7, IMAGE], np.int64)
+NEXT = extended(PREVIOUS, [7, IMAGE, END], [IMAGES[0]])
+
+
+@pytest.mark.parametrize(
+    ("what", "prompt", "expected"),
+    [
+        ("a bridge", NEXT, True),
+        ("the completion alone", extended(PREVIOUS, [7, IMAGE], []), True),
+        ("half of the completion", extended(PREVIOUS, [7], []), False),
+        ("another completion", extended(PREVIOUS, [8, IMAGE, END], []), False),
+        ("another prompt", extended(EMPTY, [6], [IMAGES[0]]), False),
+        ("a lost image", replace(NEXT, placeholders=NEXT.placeholders[1:], images=NEXT.images[1:]), False),
+        (
+            "a sampled image token taken for an image",
+            replace(NEXT, placeholders=(PREVIOUS.placeholders[0], Placeholder(4, 1, "hash-1"))),
+            False,
+        ),
+    ],
+)
+def test_extends(what: str, prompt: Prompt, expected: bool) -> None:
+    assert extends(prompt, PREVIOUS, COMPLETION) is expected, what

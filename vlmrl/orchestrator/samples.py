@@ -1,0 +1,78 @@
+"""Rollouts → training samples: one per branch, flat, aligned by token.
+
+    turn 0   [prompt 0        ][completion 0]
+    turn 1   [prompt 0        ][completion 0][reply     ][completion 1]      ─▶  the sample of this branch
+    loss     0 0 0 0 0 0 0 0 0  1 1 1 1 1 1   0 0 0 0 0 0 1 1 1 1 1 1
+
+Where the renderer could not extend a prompt (bridge break), a new branch starts with a prompt that renders the history
+again. What the policy said earlier stands in it as environment tokens: it is learned from in the branch where it was
+sampled, once. Which tokens have a loss follows from positions alone, never from token ids, so a sampled image token is
+neither mistaken for a placeholder nor the other way round.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby, pairwise
+
+import numpy as np
+
+from vlmrl.types import IntArray, Prompt, Rollout, TrainingSample, Turn, mm_token_type_ids
+
+
+def make_samples(rollout: Rollout) -> list[TrainingSample]:
+    """One sample per branch of a rollout that is learned from; their order is that of the branches.
+
+    Raises `ContractError` where placeholders and images of a prompt disagree. Asserts that the rollout is not dropped
+    and that each later prompt of a branch starts with the prompt and the completion before it.
+    """
+    assert rollout.dropped is None, f"{rollout.rollout_id} was dropped ({rollout.dropped}): nothing is learned from it"
+    return [_branch_sample(rollout.rollout_id, list(turns)) for _, turns in groupby(rollout.turns, lambda t: t.branch)]
+
+
+def extends(prompt: Prompt, previous: Prompt, completion_ids: IntArray) -> bool:
+    """Whether `prompt` starts with the tokens and images of `previous`, then `completion_ids` without images.
+
+    >>> previous = Prompt(np.array([1, 2]), (), ())
+    >>> extends(Prompt(np.array([1, 2, 7, 3]), (), ()), previous, np.array([7]))
+    True
+    """
+    start, end = len(previous.token_ids), len(previous.token_ids) + len(completion_ids)
+    images = len(previous.placeholders)
+    return (
+        np.array_equal(prompt.token_ids[:start], previous.token_ids)
+        and np.array_equal(prompt.token_ids[start:end], completion_ids)
+        and prompt.placeholders[:images] == previous.placeholders
+        and all(placeholder.offset >= end for placeholder in prompt.placeholders[images:])
+    )
+
+
+def _branch_sample(rollout_id: str, turns: list[Turn]) -> TrainingSample:
+    for turn, later in pairwise(turns):
+        assert extends(later.prompt, turn.prompt, turn.completion.token_ids), (
+            f"{rollout_id}: a prompt of branch {turn.branch} does not start with the turn before it"
+        )
+    prompt = turns[-1].prompt
+    token_ids = np.concatenate([prompt.token_ids, turns[-1].completion.token_ids])
+    length = len(token_ids)
+    loss_mask = np.zeros(length, np.bool_)
+    advantages = np.zeros(length, np.float32)
+    inference_logprobs = np.zeros(length, np.float32)
+    versions = np.full(length, -1, np.int64)
+    for turn in turns:
+        start = len(turn.prompt.token_ids)
+        sampled = slice(start, start + len(turn.completion.token_ids))
+        loss_mask[sampled] = True
+        advantages[sampled] = turn.advantage
+        inference_logprobs[sampled] = turn.completion.logprobs
+        versions[sampled] = turn.completion.versions
+    return TrainingSample(
+        rollout_id=rollout_id,
+        token_ids=token_ids,
+        mm_token_type_ids=mm_token_type_ids(length, prompt.placeholders),
+        loss_mask=loss_mask,
+        advantages=advantages,
+        inference_logprobs=inference_logprobs,
+        versions=versions,
+        placeholders=prompt.placeholders,
+        images=prompt.images,
+    )
