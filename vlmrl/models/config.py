@@ -36,16 +36,27 @@ class TinyConfig:
     """Sizes of a checkpoint that is built here, with random weights; the architecture is the real one."""
 
     hidden_size: int = 64
+    """Width of the language model."""
     intermediate_size: int = 128
+    """Width of its MLPs."""
     num_hidden_layers: int = 2
+    """Layers of the language model."""
     num_attention_heads: int = 4
+    """Query heads."""
     num_key_value_heads: int = 2
+    """Key and value heads; divides the query heads."""
     head_dim: int = 32
+    """Width of a head; even."""
     vision_depth: int = 1
+    """Layers of the vision tower."""
     vision_hidden_size: int = 64
+    """Width of the vision tower."""
     vision_intermediate_size: int = 128
+    """Width of its MLPs."""
     vision_num_heads: int = 4
+    """Heads of the vision tower; divides its width."""
     deepstack_visual_indexes: list[int] = field(default_factory=lambda: [0])
+    """0-based vision layers whose features are added to the first layers of the language model, in order."""
     bpe_merges: int = 128
     """Merges of the byte-level BPE beyond its 256 bytes; trained on the prompts' own words."""
     max_position_embeddings: int = 4096
@@ -63,6 +74,7 @@ class ModelConfig:
     name: str = MISSING
     """Local folder or hub name of a Hugging Face checkpoint; with `tiny`, the name of the checkpoint that is built."""
     dtype: Dtype = Dtype.float32
+    """Of weights and activations."""
     device: str = "auto"
     """`auto` is `cuda` where there is one, else `cpu`."""
     vlm: VLMConfig | None = None

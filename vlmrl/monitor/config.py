@@ -19,7 +19,9 @@ class WandbConfig:
     """Weights & Biases logging."""
 
     mode: WandbMode = WandbMode.offline
+    """`offline` writes under the run folder and sends nothing; `wandb sync` uploads it later."""
     project: str = "vlmrl"
+    """Project on wandb.ai."""
     name: str | None = None
     """None: the run folder's name."""
     rollouts: int = 4
@@ -35,3 +37,4 @@ class MonitorConfig:
     record_rollouts: bool = True
     """Write rollouts/step_*.jsonl and images/*.png."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    """Weights & Biases."""

@@ -32,7 +32,7 @@ class EvalConfig:
 class OrchestratorConfig:
     """Rollouts and the loop."""
 
-    renderer: RendererConfig | None = field(default_factory=RendererConfig)
+    renderer: RendererConfig | None = None
     """None (`orchestrator/renderer=none`) is for text-only models and refused for a VLM."""
     groups_per_step: int = 8
     """Problems per optimizer step."""
@@ -45,6 +45,7 @@ class OrchestratorConfig:
     max_staleness: int = 0
     """Optimizer steps that the weights which sampled a token may lie behind those that learn from it; 0 is on-policy."""
     eval: EvalConfig = field(default_factory=EvalConfig)
+    """Held-out evaluation."""
 
 
 class Credit(Enum):
@@ -80,8 +81,11 @@ class AlgorithmConfig:
     """From rewards to a loss. One YAML file per algorithm; the functions carry paper and equation."""
 
     loss: Loss = Loss.grpo
+    """The loss of a token."""
     advantage: Advantage = Advantage.group_normalized
+    """How the rewards of a group become advantages."""
     credit: Credit = Credit.episode
+    """What a turn's advantage is made of: the episode's reward, or the turn's own."""
     clip_low: float = 0.2
     """Ratios below 1 − clip_low get no gradient where the advantage is negative."""
     clip_high: float = 0.28

@@ -23,8 +23,11 @@ class ColorCodewordConfig(TaskConfig):
     """Colours to letters: read the squares, answer with the codeword so far."""
 
     target: str = "vlmrl.tasks.color_codeword:ColorCodeword"
+    """The built-in class."""
     max_turns: int = 2
+    """User turns; the codeword has `max_turns * images_per_turn` letters."""
     images_per_turn: int = 2
+    """Squares that each user turn shows."""
     image_size: int = 32
     """Pixels per side of a square."""
     shuffle_images: bool = False

@@ -43,7 +43,9 @@ class SFTConfig:
     batch_size: int = 64
     """Conversations per optimizer step."""
     learning_rate: float = 1.5e-3
+    """Of AdamW, constant over the supervised steps."""
     demonstrations: Demonstrations = Demonstrations.random
+    """What the assistant says in them."""
 
 
 @dataclass
@@ -55,17 +57,25 @@ class TrainerConfig:
     seq_len: int = 1024
     """Tokens; a sample longer than this is never made (the rollout stops before)."""
     packing: Packing = Packing.tree
+    """How samples share a micro-batch."""
     micro_batch_tokens: int = 16384
     """Positions per forward/backward, counted after packing. A single tree or sample may exceed it alone."""
     learning_rate: float = 1.5e-3
+    """Of AdamW, at its highest."""
     lr_warmup_steps: int = 0
+    """Optimizer steps over which the learning rate rises linearly from 0."""
     decay: Decay = Decay.linear
+    """How it falls from there to `max_steps`."""
     min_lr_ratio: float = 0.1
     """The decay ends at this share of `learning_rate`."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's, of the mean and of the square."""
     eps: float = 1e-8
+    """AdamW's, added to the root of the square."""
     weight_decay: float = 0.0
+    """AdamW's, decoupled, per unit of learning rate."""
     max_grad_norm: float = 1.0
+    """The gradient is scaled down to this L2 norm over all parameters."""
     threads: int = 1
     """torch threads on a CPU. One is safer than two on a shared machine."""
     checkpoint_every: int = 20
@@ -73,3 +83,4 @@ class TrainerConfig:
     keep_checkpoints: int = 2
     """Newest checkpoints kept; older ones are deleted."""
     warmup: SFTConfig = field(default_factory=SFTConfig)
+    """Supervised steps."""

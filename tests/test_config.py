@@ -1,0 +1,275 @@
+"""conf/ against the schemas: every option composes, every check refuses what it is there for."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+import vlmrl
+from vlmrl.cli import CONF
+from vlmrl.config import RANGES, RunConfig, check, did_you_mean, known_keys, numbers_in_range, parse, typed
+from vlmrl.errors import ConfigError
+from vlmrl.models.config import Dtype
+from vlmrl.orchestrator.config import Advantage, Credit, Loss
+from vlmrl.tasks.config import ColorCodewordConfig, ImportedTaskConfig
+from vlmrl.trainer.config import Decay
+
+OPTIONS = sorted(
+    f"{path.parent.relative_to(CONF).as_posix()}={path.stem}" for path in CONF.rglob("*.yaml") if path.parent != CONF
+)
+NOT_ALONE = {
+    "orchestrator/renderer=none": "model.vlm requires orchestrator.renderer",
+    "task=imported": "task.target has no value",
+}
+"""Options that cannot run with everything else at its default, and what is said about it."""
+
+
+def test_options_are_those_that_the_groups_are_meant_to_have() -> None:
+    assert {option.partition("=")[0] for option in OPTIONS} == {
+        *("model", "model/vlm", "task", "orchestrator", "orchestrator/renderer", "algorithm", "inference"),
+        *("trainer", "weight_sync", "monitor", "experiment", "hydra/help"),
+    }
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_composes_and_is_checked(option: str, composed: Callable[..., DictConfig]) -> None:
+    config = composed(option)
+    if option in NOT_ALONE:
+        with pytest.raises(ConfigError, match=NOT_ALONE[option]):
+            parse(config)
+    else:
+        assert isinstance(parse(config), RunConfig)
+
+
+def test_default(run_config: Callable[..., RunConfig]) -> None:
+    config = run_config()
+    assert config.model.tiny is not None
+    assert config.model.vlm is not None
+    assert config.model.dtype is Dtype.float32
+    assert config.orchestrator.renderer is not None
+    assert config.orchestrator.renderer.name == "auto"
+    assert config.algorithm.credit is Credit.turn
+    assert config.inference.kind == "embedded"
+    assert isinstance(config.task, ColorCodewordConfig)
+    assert config.trainer.warmup.steps > 0
+
+
+def test_pretrained_model_brings_its_own_trainer_values(run_config: Callable[..., RunConfig]) -> None:
+    config = run_config("model=qwen3vl")
+    assert config.model.name == "Qwen/Qwen3-VL-4B-Instruct"
+    assert (config.model.dtype, config.model.tiny) == (Dtype.bfloat16, None)
+    assert (config.trainer.learning_rate, config.trainer.decay) == (1e-6, Decay.constant)
+    assert config.trainer.warmup.steps == 0
+    assert config.orchestrator.max_new_tokens == 64
+    # … and the command line has the last word.
+    config = run_config("model=qwen3vl", "trainer=default", "orchestrator.max_new_tokens=16")
+    assert (config.trainer.learning_rate, config.orchestrator.max_new_tokens) == (1.5e-3, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "advantage", "clip", "drops"),
+    [
+        ("grpo", Advantage.group_normalized, (0.2, 0.28), False),
+        ("dr_grpo", Advantage.group_centered, (0.2, 0.28), False),
+        ("dapo", Advantage.group_normalized, (0.2, 0.28), True),
+        ("rloo", Advantage.leave_one_out, (0.2, 0.28), False),
+        ("gspo", Advantage.group_normalized, (3e-4, 4e-4), False),
+        ("cispo", Advantage.group_normalized, (0.2, 0.28), False),
+    ],
+)
+def test_algorithms(
+    name: str, advantage: Advantage, clip: tuple[float, float], drops: bool, run_config: Callable[..., RunConfig]
+) -> None:
+    algorithm = run_config(f"algorithm={name}").algorithm
+    assert algorithm.loss is Loss[name]
+    assert (algorithm.advantage, algorithm.drop_zero_advantage) == (advantage, drops)
+    assert (algorithm.clip_low, algorithm.clip_high) == clip
+    assert algorithm.credit is Credit.turn  # stated once, at the root
+
+
+def test_shared_values_are_stated_once(run_config: Callable[..., RunConfig]) -> None:
+    assert run_config("trainer.seq_len=2048").inference.max_model_len == 2048
+
+
+def test_an_experiment_chooses_groups(run_config: Callable[..., RunConfig]) -> None:
+    config = run_config("experiment=color_codeword_tiny", "model=qwen3vl")
+    assert config.model.tiny is None, "the command line outranks the experiment"
+    assert run_config("experiment=color_codeword_tiny").model.tiny is not None
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("model=qwen3vl", "algorithm=gspo", "mode=sft", "trainer.warmup.steps=3"),
+        ("task=imported", "task.target=a.b:C", "++task.args.levels=[1,2]", "++task.args.name=x"),
+        ("~model/vlm", "orchestrator/renderer=none"),
+    ],
+)
+def test_config_yaml_config(overrides: tuple[str, ...], run_config: Callable[..., RunConfig]) -> None:
+    config = run_config(*overrides)
+    yaml = OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
+    tree = OmegaConf.create(yaml)
+    assert isinstance(tree, DictConfig)
+    again = parse(typed(tree))
+    assert again == config
+    assert type(again.task) is type(config.task)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "fragment"),
+    [
+        ("trainer.max_steps", "many", "trainer.max_steps: Value 'many'"),
+        ("trainer.pace", 1, "Key 'pace' not in 'TrainerConfig'"),
+        ("task.pace", 1, "task"),
+    ],
+)
+def test_a_tree_that_does_not_fit_the_schema(
+    key: str, value: object, fragment: str, run_config: Callable[..., RunConfig]
+) -> None:
+    tree = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(run_config()), enum_to_str=True))
+    assert isinstance(tree, DictConfig)
+    OmegaConf.update(tree, key, value)
+    with pytest.raises(ConfigError, match=r"config\.yaml does not fit") as caught:
+        typed(tree)
+    assert fragment in str(caught.value)
+
+
+# ── check ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+REFUSED: list[tuple[tuple[str, ...], str]] = [
+    (("orchestrator/renderer=none",), "model.vlm requires orchestrator.renderer, else"),
+    (("~orchestrator/renderer",), "model.vlm requires orchestrator.renderer, else"),
+    (("orchestrator.renderer.name=qwen3",), "name=qwen3 requires .* model.vlm.family=qwen3_vl .*=qwen3-vl"),
+    (("model.vlm.renderers=[]",), r"model.vlm.renderers=\[\] requires"),
+    (("~model/vlm",), "renderer.name=auto requires model.vlm, else"),
+    (("inference.kind=vllm",), "inference.kind=vllm requires .* set inference=embedded"),
+    (("weight_sync.kind=nccl",), "weight_sync.kind=nccl requires .* set weight_sync=in_process"),
+    (("orchestrator.max_staleness=1",), "orchestrator.max_staleness=1 requires .* inference=embedded"),
+    (("inference.max_model_len=1023",), "inference.max_model_len=1023 requires"),
+    (("trainer.seq_len=4097",), "trainer.seq_len=4097 requires model.tiny.max_position_embeddings"),
+    (("orchestrator.max_new_tokens=1024",), "max_new_tokens=1024 requires a larger trainer.seq_len"),
+    (("orchestrator.group_size=1",), "advantage=group_normalized requires orchestrator.group_size"),
+    (("algorithm=rloo", "orchestrator.group_size=1"), "advantage=leave_one_out requires orchestrator.group_size"),
+    (("mode=sft", "trainer.warmup.steps=0"), "mode=sft requires trainer.warmup.steps"),
+    (("mode=eval", "orchestrator.eval.problems=0"), "mode=eval requires orchestrator.eval.problems"),
+    (("orchestrator.eval.problems=0",), "orchestrator.eval.every=10 requires"),
+    (("orchestrator.eval.every=0", "orchestrator.eval.target=0.9"), "orchestrator.eval.target=0.9 requires"),
+    (("trainer.lr_warmup_steps=401",), "trainer.lr_warmup_steps=401 requires"),
+    (("trainer.betas=[0.9]",), r"trainer.betas=\[0.9\] requires two numbers"),
+    (("task=imported", "task.target=counting"), "task.target=counting requires the form package.module:Class"),
+    (("task=imported", "task.target=a..b:C"), "task.target=a..b:C requires"),
+    (("task.image_size=40",), "task.image_size=40 requires a multiple of 32, .*: set task.image_size=32"),
+    (("task.max_turns=4",), "max_new_tokens=8 requires .* = 8, .* set orchestrator.max_new_tokens=9 or more"),
+    (("model.tiny.num_key_value_heads=3",), "model.tiny.num_attention_heads=4 .* num_key_value_heads=3"),
+    (("+trainer.pace=1",), "trainer.pace: there is no such key"),
+    (("+pace=1",), "pace: there is no such key"),
+    (("~trainer",), "trainer has no value"),
+    (("trainer.seq_len=${nowhere}",), "Interpolation key 'nowhere' not found"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), REFUSED)
+def test_refused(overrides: tuple[str, ...], message: str, composed: Callable[..., DictConfig]) -> None:
+    config = composed(*overrides)
+    with pytest.raises(ConfigError, match=message):
+        parse(config)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("~model/vlm", "orchestrator/renderer=none"),
+        ("~model/vlm", "orchestrator/renderer=qwen3_vl"),
+        ("orchestrator/renderer=qwen3_vl",),
+        ("trainer.seq_len=512", "inference.max_model_len=1024"),
+        ("orchestrator.eval.every=0", "orchestrator.eval.problems=0"),
+        ("task.max_turns=4", "orchestrator.max_new_tokens=9"),
+        ("trainer.max_grad_norm=inf",),
+        ("mode=sft",),
+        ("mode=eval",),
+    ],
+)
+def test_not_refused(overrides: tuple[str, ...], run_config: Callable[..., RunConfig]) -> None:
+    run_config(*overrides)
+
+
+@pytest.fixture(scope="module")
+def default() -> RunConfig:
+    """The default run; not to be changed."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("config", ["output_dir=outputs/test"])
+    return parse(config)
+
+
+def set_key(config: RunConfig, key: str, value: object) -> None:
+    """`key` is dotted; lists get `value` as their first item."""
+    node: Any = config
+    *groups, name = key.split(".")
+    for group in groups:
+        node = getattr(node, group)
+    setattr(node, name, [value, 0.5] if isinstance(getattr(node, name), list) else value)
+
+
+@pytest.mark.parametrize(("key", "low", "high"), [row[:3] for row in RANGES])
+def test_numbers_out_of_range(key: str, low: float, high: float, default: RunConfig) -> None:
+    assert key in known_keys()
+    config = copy.deepcopy(default)
+    for inside in (low, high):
+        set_key(config, key, inside)
+        numbers_in_range(config)
+    outside = [math.nextafter(low, -math.inf), -1, math.nan]
+    if high < math.inf:
+        outside.append(math.nextafter(float(high), math.inf) if high <= 1 else math.inf)
+    for value in outside:
+        set_key(config, key, value)
+        with pytest.raises(ConfigError, match=rf"^{key}=.* requires a value .*, else .*: set another$"):
+            check(config)
+
+
+def test_ranges_of_another_task_are_skipped(run_config: Callable[..., RunConfig]) -> None:
+    config = run_config("task=imported", "task.target=a.b:C")
+    assert isinstance(config.task, ImportedTaskConfig)
+    assert not hasattr(config.task, "image_size")
+
+
+# ── keys ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_slip_of_the_keyboard_is_found() -> None:
+    for key in known_keys():
+        group, _, name = key.rpartition(".")
+        if len(name) >= 4:
+            slip = f"{group}.{name[:2]}{name[3:]}".lstrip(".")
+            assert key in did_you_mean(slip, known_keys()), slip
+
+
+def test_nothing_is_suggested_where_nothing_is_close() -> None:
+    assert did_you_mean("zzz", known_keys()) == ""
+
+
+def config_files() -> list[Path]:
+    package = Path(vlmrl.__file__).parent
+    return sorted([package / "config.py", *package.glob("*/config.py")])
+
+
+@pytest.mark.parametrize("path", config_files(), ids=lambda path: path.parent.name)
+def test_every_field_is_explained(path: Path) -> None:
+    """A string stands under each field of each dataclass; enums and dataclasses have a docstring."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ClassDef):
+            continue
+        assert ast.get_docstring(node), f"{node.name} has no docstring"
+        for statement, following in zip(node.body, [*node.body[1:], None], strict=True):
+            if isinstance(statement, ast.AnnAssign):
+                assert isinstance(following, ast.Expr), f"{node.name}: {ast.unparse(statement)}"
+                assert isinstance(following.value, ast.Constant), f"{node.name}: {ast.unparse(statement)}"
+                assert isinstance(following.value.value, str)

@@ -1,0 +1,7 @@
+"""`python -m vlmrl`."""
+
+import sys
+
+from vlmrl.cli import main
+
+sys.exit(main())

@@ -1,0 +1,245 @@
+"""The command line: compose, check, run.
+
+    arguments ─▶ rewrite task paths ─▶ resume=? ─ no ─▶ Hydra composes conf/ ─▶ start: parse, check, vlmrl.run.execute
+                                         └─ yes ─▶ the run's own config.yaml plus overrides ─▶ start
+
+Exit codes: 0 done, 2 the configuration cannot run, 1 anything else. A message without a traceback is for the user;
+a traceback is a bug. Imports no torch until a run starts: `--help`, `--cfg job` and refusals are quick.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
+
+from vlmrl.config import did_you_mean, parse, register_schemas, summary, typed, unknown_key
+from vlmrl.errors import ConfigError, VlmrlError
+
+PACKAGE = Path(__file__).parent
+CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
+"""conf/: inside the package where a wheel was installed, beside it in a checkout or an editable install."""
+
+
+class JobError(Exception):
+    """Takes a job's exit code through Hydra's sweep; what went wrong is printed already."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line (default: the process's own arguments); returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        arguments = rewrite(arguments)
+        if resumes(arguments):
+            start(resumed(arguments))
+        else:
+            compose_and_start(arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except JobError as failed:
+        return int(failed.args[0])
+    except SystemExit as stop:  # argparse, and a job that reported itself
+        return int(stop.code or 0)
+    except VlmrlError as error:
+        return report(error)
+    return 0
+
+
+def report(error: Exception) -> int:
+    """Print what ended the run to stderr, a traceback only where it is a bug; returns the exit code."""
+    if not isinstance(error, VlmrlError):
+        traceback.print_exception(error)
+        return 1
+    print(f"error: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+def start(config: DictConfig) -> float | None:
+    """Check a composed config and run it; returns the objective, for sweepers."""
+    run_config = parse(config)
+    from vlmrl.run import execute
+
+    return execute(run_config)
+
+
+# ── through Hydra ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def job(config: DictConfig) -> float | None:
+    """What Hydra calls, once per run."""
+    try:
+        return start(place(config, HydraConfig.get().runtime.output_dir))
+    except Exception as error:
+        code = report(error)
+        # In a sweep Hydra runs the other jobs, names this one, and raises the error again.
+        raise (JobError(code) if HydraConfig.get().mode is RunMode.MULTIRUN else SystemExit(code)) from error
+
+
+class CheckFirst(Callback):
+    """Refuses a config before Hydra makes a folder for it (conf/config.yaml names this class)."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: object) -> None:
+        """A single run; in a sweep each job checks its own config."""
+        config = copy.deepcopy(config)
+        with open_dict(config):
+            del config["hydra"]
+        try:
+            parse(place(config, "not made yet"))
+        except ConfigError as error:
+            raise SystemExit(report(error)) from error
+
+
+def place(config: DictConfig, output_dir: str) -> DictConfig:
+    """Fill in where the run goes."""
+    if not OmegaConf.is_missing(config, "output_dir"):
+        raise ConfigError(
+            f"output_dir={config.output_dir} requires to be left alone, else Hydra makes another folder than the "
+            f"run uses: set hydra.run.dir={config.output_dir}"
+        )
+    config.output_dir = output_dir
+    return config
+
+
+def compose_and_start(arguments: list[str]) -> None:
+    """Hand the command line to Hydra. Raises ConfigError where it does not compose."""
+    register_schemas()
+    sys.argv = ["vlmrl", *arguments]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors reach us as they are instead of being printed
+    try:
+        hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
+    # A job reports its own errors: these are Hydra's.
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError, AssertionError) as error:
+        raise ConfigError(explain(error, arguments)) from error
+    except OSError as error:
+        if error.filename is None:  # not about a folder
+            raise
+        key = "hydra.sweep.dir" if {"--multirun", "-m"} & set(arguments) else "hydra.run.dir"
+        raise ConfigError(
+            f"{key}: {error.filename} cannot be made ({error.strerror}), so the run could leave nothing: "
+            f"set {key} to a folder that you may write to"
+        ) from error
+
+
+def rewrite(arguments: list[str]) -> list[str]:
+    """Spell out what the command line may abbreviate: the import path of a task, and the task's own arguments.
+
+    Flags come first, because argparse takes no key=value on both sides of one.
+
+    >>> rewrite(["task=my_tasks.counting:Counting", "task.args.level=3", "--multirun", "seed=0,1"])
+    ['--multirun', 'task=imported', 'task.target=my_tasks.counting:Counting', '++task.args.level=3', 'seed=0,1']
+    """
+    rewritten = []
+    arguments = sorted(arguments, key=lambda argument: bool(re.match(r"~|[^-].*=", argument)))
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key == "task" and ":" in value:
+            if not all(":" in choice for choice in value.split(",")):
+                raise ConfigError(
+                    f"{argument} requires import paths only or names only, else there is no one group to choose from: "
+                    "sweep over them in two commands"
+                )
+            rewritten += ["task=imported", f"task.target={value}"]
+        elif key.startswith("task.args."):
+            rewritten.append(f"++{argument}")  # no schema knows these keys
+        else:
+            rewritten.append(argument)
+    return rewritten
+
+
+def explain(error: Exception, arguments: list[str]) -> str:
+    """Hydra's and OmegaConf's errors in one or two lines that name the key."""
+    cause = error.__cause__
+    where = f"{str(error).splitlines()[0]} " if str(error).startswith("In ") else ""  # "In '<file>': …"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        options = [name for name in error.options if not name.endswith("_schema")]
+        return f"{group}={option}: {group} has only {', '.join(options)}{did_you_mean(option, options)}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} does not parse as key=value: {' '.join(str(error).splitlines()[:-1])}"
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+        named = re.search(r"Could not override '(.+?)'", str(error))
+        key = named[1] if named else cause.full_key or str(cause.key)
+        if "/" in key:
+            return f"{key}: there is no such group{did_you_mean(key, groups())}"
+        return f"{where}{key}: {unknown_key(key)}"
+    if isinstance(cause, OmegaConfBaseException):
+        return f"{where}{summary(cause)}"
+    if isinstance(error, AssertionError):
+        absent = [key for key in arguments if key.startswith(("model.vlm.", "model.tiny.", "orchestrator.renderer."))]
+        if not absent:
+            raise error
+        return f"{absent[0]}: {absent[0].rpartition('.')[0]} is none under these choices and has no keys"
+    if isinstance(error, OmegaConfBaseException):
+        return summary(error)
+    lines = [line for line in str(error).splitlines() if not line.startswith(("    reference_type", "    object_type"))]
+    return "\n".join([*lines, f"(in: {' '.join(arguments)})"])
+
+
+def groups() -> list[str]:
+    """The config groups, as the command line names them.
+
+    >>> [group for group in groups() if group.startswith("model")]
+    ['model', 'model/vlm']
+    """
+    folders = {path.parent.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml")}
+    return sorted(folders - {"."})
+
+
+# ── resume ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def resumes(arguments: list[str]) -> bool:
+    """Whether the command line continues a run."""
+    return any(argument.startswith("resume=") for argument in arguments) and not {"-h", "--help"} & set(arguments)
+
+
+def resumed(arguments: list[str]) -> DictConfig:
+    """The config of the run that `resume=` names, the other overrides on top. Raises ConfigError."""
+    from vlmrl.monitor.run_dir import RunDir
+
+    folder = Path([argument for argument in arguments if argument.startswith("resume=")][-1].removeprefix("resume="))
+    overrides = [argument for argument in arguments if not argument.startswith("resume=")]
+    for text in overrides:
+        key = text.lstrip("+~").partition("=")[0]
+        if key.startswith(("-", "hydra.")) or key in ("output_dir", *groups()) or not re.match(r"(\+\+)?\w", text):
+            raise ConfigError(
+                f"{text} requires a new run, else what resume={folder} left there would not belong to it any more: "
+                "drop it, or start without resume="
+            )
+    run_dir = RunDir(folder.resolve())
+    config = typed(run_dir.read_config())
+    try:
+        for override in OverridesParser.create().parse_overrides(overrides):
+            if override.is_sweep_override():
+                raise ConfigError(f"{override.input_line} requires --multirun, which resume= cannot do: set one value")
+            apply(config, override.key_or_group, override.value(), force_add=override.is_force_add())
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error, overrides)) from error
+    config.output_dir, config.resume = str(run_dir.path), str(run_dir.path)
+    return config
+
+
+def apply(config: DictConfig, key: str, value: object, *, force_add: bool) -> None:
+    """Set one key, with Hydra's wording of what goes wrong."""
+    try:
+        OmegaConf.update(config, key, value, merge=True, force_add=force_add)
+    except (ConfigAttributeError, ConfigKeyError) as error:
+        raise ConfigCompositionException(f"Could not override '{key}'.") from error
