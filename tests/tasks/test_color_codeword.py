@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmrl.errors import ConfigError
@@ -174,9 +174,10 @@ def test_no_training_problem_is_held_out_and_every_evaluation_problem_is(max_tur
     assert not any(is_held_out(codeword, 8) for codeword in train)
 
 
+@settings(deadline=None)  # the first call of a length lists its held-out codewords
 @given(st.integers(0, 2**63), st.integers(0, 2**40), st.integers(2, 1000), st.integers(1, 9))
 def test_a_training_problem_is_never_held_out(seed: int, index: int, one_in: int, length: int) -> None:
-    if length > 5:  # listing the held-out codewords of 6 takes a second
+    if length > 5:  # listing those of 6 letters takes a second for each `one_in`
         length += 1
     task = make(seed, max_turns=1, images_per_turn=length, holdout_one_in=one_in)
     assert not is_held_out(task.problem("train", index).codeword, one_in)
@@ -211,8 +212,8 @@ def test_evaluation_problems_are_distinct_while_they_last_and_then_begin_again()
 
 
 def test_evaluation_problems_do_not_depend_on_the_seed_and_training_problems_do() -> None:
-    for settings in ({}, {"images_per_turn": 5}, {"shuffle_images": True}):
-        one, other = make(1, **settings), make(2, **settings)
+    for changes in ({}, {"images_per_turn": 5}, {"shuffle_images": True}):
+        one, other = make(1, **changes), make(2, **changes)
         assert [one.problem("eval", i) for i in range(50)] == [other.problem("eval", i) for i in range(50)]
         assert [one.problem("train", i) for i in range(50)] != [other.problem("train", i) for i in range(50)]
 
@@ -283,6 +284,7 @@ def test_true_demonstrations_answer_right_at_every_turn(shuffle_images: bool) ->
         assert tuple(conversation) == demonstration
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**64 - 1))
 def test_random_demonstrations_have_the_format_and_know_no_problem(seed: int) -> None:
     task = make(max_turns=3, images_per_turn=2)

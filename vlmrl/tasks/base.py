@@ -25,8 +25,8 @@ The contract, which `vlmrl.tasks.check` runs against a task:
 - `problem(split, i)` is a function of the config, the seed and i: asked again, in any order, in another process, it
   is the same problem. A resumed run and the siblings of a group rely on it. No global random state, no `hash()`.
 - The splits share no problem.
-- Envs share no mutable state: the envs of a group run side by side, in worker threads, and may block. An image that
-  was handed out is not changed afterwards.
+- Envs share no mutable state: the envs of a group run side by side, in worker threads, and may block. The pixels of an
+  `Image` are read before the env is called again; a new frame is a new `Image`.
 - An exception ends that one rollout as `task_error`; a reward that is no finite number ends it as `bad_reward`.
 - An episode is done within `task.max_turns`, whatever the policy says. One that is not, or that spends its token
   budget or the context before, is cut without another call: the last Reply's `reward` and `metrics` are the episode's.

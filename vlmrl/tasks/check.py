@@ -9,9 +9,8 @@ own demonstration, those of a random demonstration, and nonsense. Then every rul
 seen. The first of them say whether anything can be judged at all: where one of those fails, the later ones are not
 checked.
 
-Left out on purpose: whether the rewards make sense, whether envs can be used from several threads at once, whether an
-image is changed after it was handed out, and whether another process gets the same problems (`hash()` of a string does
-not).
+Left out on purpose: whether the rewards make sense, whether envs can be used from several threads at once, and whether
+another process gets the same problems (`hash()` of a string does not).
 """
 
 from __future__ import annotations

@@ -1,24 +1,19 @@
 """What a task does when it is asked for problems and played: the facts that `rules.py` judges.
 
-Everything that a task returned is kept as it came, whatever it is.
+Everything that a task returned is kept as it came, whatever it is. Only images are read at once, by the decoder of the
+data path: an env may draw its next frame over the last one.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 import math
-import os
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image as PILImage
-
+from vlmrl.orchestrator.images import ImageError, decode, image_hash
 from vlmrl.tasks.base import Reply, Split
 from vlmrl.types import Image, Message, Text
 
@@ -79,8 +74,8 @@ class Observed:
     texts: Any = None
     raised: str | None = None
     """The first exception of the task's code, after which nothing more was asked."""
-    _digests: dict[int, tuple[tuple[int, ...], str]] = field(default_factory=dict)
-    """By `id` of the source, which lives as long as this object: tasks share images, and hashing takes time."""
+    pixels: dict[Image, str | ImageError] = field(default_factory=dict)
+    """The hash of each image that was handed out, or why it has none."""
 
     def all_problems(self) -> Iterator[Seen]:
         for split in SPLITS:
@@ -106,21 +101,25 @@ class Observed:
                 for random in (*seen.random_demonstrations, seen.random_demonstration_again):
                     yield "demonstration", f"{seen.where}, random answers", random
         for where, reply in self.all_replies():
-            yield "step", where, reply.messages if isinstance(reply, Reply) else ()
+            yield "step", where, reply.messages if isinstance(reply, Reply) and not reply.done else ()
 
     def content(self, messages: Iterable[Message]) -> list[tuple[Any, ...]]:
         """What two conversations must agree in to be equal: roles, texts, pixels."""
         return [
-            (message.role, *(part.text if isinstance(part, Text) else self._digest(part) for part in message.content))
+            (message.role, *(part.text if isinstance(part, Text) else self.pixels[part] for part in message.content))
             for message in messages
         ]
 
-    def _digest(self, image: Image) -> tuple[tuple[int, ...], str]:
-        key = id(image.source)
-        if key not in self._digests:
-            pixels = _pixels(image.source)
-            self._digests[key] = pixels.shape, hashlib.sha256(pixels.tobytes()).hexdigest()
-        return self._digests[key]
+    def look(self, messages: Any) -> Any:
+        """Read the images of messages that were just handed out; gives the messages back."""
+        for message in messages if is_conversation(messages) else ():
+            for part in message.content if isinstance(message.content, tuple) else ():
+                if isinstance(part, Image) and part not in self.pixels:
+                    try:
+                        self.pixels[part] = image_hash(decode(part.source))
+                    except ImageError as error:
+                        self.pixels[part] = error
+        return messages
 
 
 class _TaskRaisedError(Exception):
@@ -144,13 +143,14 @@ def observe(task: Any, problems: int, max_turns: int) -> Observed:
             for index in range(problems * IDS_PER_PROBLEM):
                 observed.ids[split].append(_problem(task, split, index).id)
             for index in range(problems):
-                observed.problems[split].append(_see(task, split, index, max_turns))
+                observed.problems[split].append(_see(observed, split, index))
         for split in SPLITS:
             for index in reversed(range(problems * IDS_PER_PROBLEM)):
                 observed.ids_asked_again[split].insert(0, _problem(task, split, index).id)
             for index in reversed(range(problems)):
                 with _calling(f"reset() of {split} {index}, asked for again"):
-                    observed.problems[split][index].prompt_asked_again = task.env(_problem(task, split, index)).reset()
+                    prompt = task.env(_problem(task, split, index)).reset()
+                observed.problems[split][index].prompt_asked_again = observed.look(prompt)
         _problem(task, "train", FAR_INDEX)
         with _calling("texts()"):
             observed.texts = task.texts()
@@ -166,19 +166,20 @@ def _problem(task: Any, split: Split, index: int) -> Any:
     return problem
 
 
-def _see(task: Any, split: Split, index: int, max_turns: int) -> Seen:
+def _see(observed: Observed, split: Split, index: int) -> Seen:
+    task, look = observed.task, observed.look
     problem = _problem(task, split, index)
     where = f"{split} {index}"
     with _calling(f"env() or reset() of {where}"):
         env = task.env(problem)
-        prompt = env.reset()
+        prompt = look(env.reset())
     seen = Seen(where, problem.id, env, prompt, None)
-    scripts = {"nonsense": NONSENSE * math.ceil(max_turns / len(NONSENSE))}
+    scripts = {"nonsense": NONSENSE * math.ceil(observed.max_turns / len(NONSENSE))}
     try:
         with _calling(f"demonstration() of {where}"):
-            seen.demonstration = task.demonstration(problem, random_answers=False, seed=0)
+            seen.demonstration = look(task.demonstration(problem, random_answers=False, seed=0))
             for seed in (*SEEDS, SEEDS[0]):
-                seen.random_demonstrations.append(task.demonstration(problem, random_answers=True, seed=seed))
+                seen.random_demonstrations.append(look(task.demonstration(problem, random_answers=True, seed=seed)))
             seen.random_demonstration_again = seen.random_demonstrations.pop()
     except _TaskRaisedError as error:
         if not isinstance(error.__cause__, NotImplementedError):
@@ -189,20 +190,22 @@ def _see(task: Any, split: Split, index: int, max_turns: int) -> Seen:
         scripts["true answers"] = answers_in(seen.demonstration, prompt)
         scripts["random answers"] = answers_in(seen.random_demonstrations[0], prompt)
     for script, answers in scripts.items():
-        seen.episodes.append(_play(task, problem, f"{where}, {script}", answers, max_turns))
+        seen.episodes.append(_play(observed, problem, f"{where}, {script}", answers))
     return seen
 
 
-def _play(task: Any, problem: Any, where: str, answers: tuple[str, ...], max_turns: int) -> Episode:
+def _play(observed: Observed, problem: Any, where: str, answers: tuple[str, ...]) -> Episode:
     """Give the answers, then the last one over and over, until done or the turns are spent."""
     with _calling(f"env() or reset() of {where}"):
-        env = task.env(problem)
-        episode = Episode(where, env, env.reset(), answers, [])
-    for turn in range(max_turns if answers else 0):
+        env = observed.task.env(problem)
+        episode = Episode(where, env, observed.look(env.reset()), answers, [])
+    for turn in range(observed.max_turns if answers else 0):
         with _calling(f"step() of {where}, turn {turn + 1}"):
-            episode.replies.append(env.step(answers[min(turn, len(answers) - 1)]))
-        if getattr(episode.replies[-1], "done", True):
+            reply = env.step(answers[min(turn, len(answers) - 1)])
+        episode.replies.append(reply)
+        if not isinstance(reply, Reply) or reply.done:
             break
+        observed.look(reply.messages)
     return episode
 
 
@@ -225,17 +228,3 @@ def text_of(message: Message) -> str:
     """ "" for a malformed message; the rule `messages` says so."""
     parts = message.content if isinstance(message.content, tuple) else ()
     return "".join(part.text for part in parts if isinstance(part, Text) and isinstance(part.text, str))
-
-
-def _pixels(source: Any) -> NDArray[np.uint8]:
-    """uint8 [H, W, 3], RGB. Raises what the decoder raises, `TypeError` for what is no image source."""
-    if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or source.size == 0:
-            raise TypeError(f"an array of {source.dtype} {list(source.shape)} is not uint8 [H, W, 3]")
-        return source
-    if isinstance(source, PILImage.Image):
-        return np.asarray(source.convert("RGB"))
-    if isinstance(source, (bytes, str, os.PathLike)):
-        with PILImage.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return np.asarray(image.convert("RGB"))
-    raise TypeError(f"{type(source).__name__} is not a PIL image, a uint8 array, encoded bytes or a path")

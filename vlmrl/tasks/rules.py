@@ -5,15 +5,14 @@ The first rules are gates: they say whether the later ones can judge anything.
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
-import PIL.Image
 
+from vlmrl.orchestrator.images import ImageError
 from vlmrl.tasks.base import Reply
 from vlmrl.tasks.loading import missing_methods
 from vlmrl.tasks.observation import SEEDS, SPLITS, Observed, Seen, after_prompt, answers_in, is_conversation, text_of
@@ -21,8 +20,8 @@ from vlmrl.types import Image, Message, Text
 
 Violations: TypeAlias = Iterator[str]
 
-UNDECODABLE = (OSError, TypeError, ValueError, SyntaxError, PIL.Image.DecompressionBombError)
-"""Our own complaint, and what PIL says of broken files and of files that are too large."""
+LARGEST = float(np.finfo(np.float32).max)
+"""Rewards are float32 on the data path; beyond it they are infinite."""
 
 
 def methods(observed: Observed) -> Violations:
@@ -50,12 +49,13 @@ def messages(observed: Observed) -> Violations:
             if message.role not in roles:
                 yield f"{source}() of {where} gave a message of role {message.role!r}, not of {' or '.join(roles)}"
             elif not isinstance(message.content, tuple) or not message.content:
-                yield f"{source}() of {where} gave a {message.role} message whose content is {_kind(message.content)}"
+                content = _kind(message.content)
+                yield f"{source}() of {where} gave a message of role {message.role} whose content is {content}"
             elif not all(
                 isinstance(part, Image) or (isinstance(part, Text) and isinstance(part.text, str))
                 for part in message.content
             ):
-                yield f"{source}() of {where} gave a {message.role} message with {_kind(message.content)}"
+                yield f"{source}() of {where} gave a message of role {message.role} with {_kind(message.content)}"
         if source == "reset" and (not conversation or conversation[-1].role not in ("user", "tool")):
             yield f"reset() of {where} does not end with a user message, so the policy has nothing to answer"
 
@@ -69,10 +69,9 @@ def _kind(value: Any) -> str:
 def images(observed: Observed) -> Violations:
     for source, where, conversation in observed.all_conversations():
         for part in (part for message in conversation for part in message.content if isinstance(part, Image)):
-            try:
-                observed.content([Message("user", (part,))])
-            except UNDECODABLE as error:
-                yield f"an image in {source}() of {where} cannot be decoded: {type(error).__name__}: {error}"
+            error = observed.pixels[part]
+            if isinstance(error, ImageError):
+                yield f"{source}() of {where}: {error}"
 
 
 def ids(observed: Observed) -> Violations:
@@ -116,7 +115,7 @@ def rewards(observed: Observed) -> Violations:
     for where, reply in observed.all_replies():
         figures = {"turn_reward": reply.turn_reward, "reward": reply.reward, **reply.metrics}
         for name, value in figures.items():
-            if not isinstance(value, numbers.Real) or not math.isfinite(value):
+            if not (isinstance(value, numbers.Real) and abs(float(value)) <= LARGEST):  # NaN is not ≤ anything
                 yield f"{where}: {name} is {value!r}"
 
 
@@ -162,7 +161,9 @@ def _faults_of_shape(observed: Observed, prompt: Any, demonstration: Any) -> Vio
 def _disagreement(observed: Observed, seen: Seen) -> Violations:
     """A demonstration must be the conversation that its answers lead to, else supervised steps train other prompts."""
     played = next(episode for episode in seen.episodes if episode.where.endswith("true answers"))
-    if len(played.replies) < min(len(played.answers), observed.max_turns):
+    if not all(reply.done or reply.messages for reply in played.replies):
+        return  # `goes_on` says so
+    if played.replies[-1].done and len(played.replies) < len(played.answers):
         yield f"demonstration() of {seen.where} goes on after the env said done"
     elif len(played.replies) > len(played.answers):
         yield f"demonstration() of {seen.where} ends before the env says done"
@@ -192,7 +193,7 @@ def random_demonstrations(observed: Observed) -> Violations:
                 yield f"with seed {seed}, {first} answers {', '.join(others)} and {seen.where} {', '.join(mine)}"
         if answers_in(seen.random_demonstration_again, seen.prompt) != answers[0]:
             yield f"{seen.where} has other random answers when asked for again with the same seed"
-        if len(set(answers)) == 1:
+        if len(set(answers)) == 1 and answers[0]:
             yield f"{seen.where} has the same random answers whatever the seed: {', '.join(answers[0])}"
 
 
