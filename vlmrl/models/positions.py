@@ -59,7 +59,7 @@ def mrope(
         begin, end = placeholder.offset, placeholder.offset + placeholder.length
         start = int(rotary[0, begin])
         rotary[:, begin:end] = start + np.indices((frames, rows, columns)).reshape(3, -1)
-        rotary[:, end:] += start + max(rows, columns) - end
+        rotary[:, end:] = start + max(rows, columns) + np.arange(length - end)
     return positions
 
 

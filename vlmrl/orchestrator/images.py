@@ -7,7 +7,8 @@ images are turned upright by their EXIF tag, as viewers do. Samples of 16 bits a
 almost all of them to white.
 
 An `Image` part is a value: its pixels are read when it is first seen, and a `PIL.Image` that is drawn on afterwards
-and handed in again in a new part is another image. So parts are remembered by identity, sources are not.
+and handed in again in a new part is another image. So parts are remembered by identity, sources are not. Of a part only
+the hash is kept: a task may hold all images of a dataset without holding what they were processed to.
 
 Left out on purpose: URLs (a run must not depend on somebody's server) and animations (the first frame is taken).
 """
@@ -44,7 +45,7 @@ INLINE_PIXELS = 1 << 14
 """Up to here (128 × 128) hashing an image that is decoded already is cheaper than handing it to a thread."""
 
 RECENT_BYTES = 256 << 20
-"""Processed images kept alive although nobody holds them, newest first."""
+"""Processed images kept alive although nobody holds them: the most recently used, up to so many bytes."""
 
 WORKERS = 4
 """Threads that decode and process images."""
@@ -113,7 +114,7 @@ class ImageStore:
         self._process = process
         self._lock = threading.Lock()
         self._items: WeakValueDictionary[str, ImageItem] = WeakValueDictionary()
-        self._of_part: WeakKeyDictionary[Image, ImageItem] = WeakKeyDictionary()
+        self._hash_of_part: WeakKeyDictionary[Image, str] = WeakKeyDictionary()
         self._pending: dict[str, Future[ImageItem]] = {}
         self._recent: OrderedDict[str, ImageItem] = OrderedDict()
         self._recent_bytes = 0
@@ -131,27 +132,25 @@ class ImageStore:
     async def items_async(self, parts: Iterable[Image]) -> tuple[ImageItem, ...]:
         """As `items`, without blocking the event loop: what is new is decoded and processed in threads."""
         parts = tuple(parts)
-        found = [self._at_once(part) for part in parts]
-        if None in found:
-            loop = asyncio.get_running_loop()
-            missing = {part: None for part, item in zip(parts, found, strict=True) if item is None}
-            await asyncio.gather(*(loop.run_in_executor(self._workers, self._item, part) for part in missing))
-            return self.items(parts)
-        return tuple(item for item in found if item is not None)
+        found = {part: self._at_once(part) for part in parts}
+        missing = [part for part, item in found.items() if item is None]
+        loop = asyncio.get_running_loop()
+        processed = await asyncio.gather(*(loop.run_in_executor(self._workers, self._item, part) for part in missing))
+        made = dict(zip(missing, processed, strict=True))
+        return tuple(found[part] or made[part] for part in parts)
 
     def _at_once(self, part: Image) -> ImageItem | None:
         """The item if it takes no work worth a thread."""
-        item = self._of_part.get(part)
-        if item is None and _is_decoded_and_small(part.source):
-            item = self._items.get(image_hash(decode(part.source)))
-            if item is not None:
-                self._of_part[part] = item
-        return item
+        digest = self._hash_of_part.get(part)
+        if digest is None and _is_decoded_and_small(part.source):
+            digest = self._hash_of_part[part] = image_hash(decode(part.source))
+        return self._find(digest)
 
     def _item(self, part: Image) -> ImageItem:
-        item = self._of_part.get(part)
+        item = self._find(self._hash_of_part.get(part))
         if item is None:
-            item = self._of_part[part] = self._item_of_source(part.source)
+            item = self._item_of_source(part.source)
+            self._hash_of_part[part] = item.hash
         return item
 
     def _item_of_source(self, source: Any) -> ImageItem:
@@ -160,8 +159,7 @@ class ImageStore:
         # Siblings open the same file; reading and hashing it is far cheaper than decoding it.
         encoded = source if isinstance(source, bytes) else _read(source)
         key = hashlib.sha256(encoded).digest()
-        with self._lock:
-            item = self._items.get(self._hash_of_encoded.get(key, ""))
+        item = self._find(self._hash_of_encoded.get(key))
         if item is None:
             item = self._intern(_decode_encoded(encoded))
             with self._lock:
@@ -174,11 +172,11 @@ class ImageStore:
         digest = image_hash(pixels)
         with self._lock:
             item = self._items.get(digest)
-            if item is not None:
-                return item
             pending = self._pending.get(digest)
-            if pending is None:
+            if item is None and pending is None:
                 mine = self._pending[digest] = Future()
+        if item is not None:
+            return item
         if pending is not None:
             return pending.result()  # another thread is at it
         try:
@@ -194,14 +192,27 @@ class ImageStore:
         item = ImageItem(digest, pixels, mm_kwargs, num_tokens)
         with self._lock:
             self._items[digest] = item
-            self._remember(item)
+            self._touch(item)
             del self._pending[digest]
         mine.set_result(item)
         return item
 
-    def _remember(self, item: ImageItem) -> None:
+    def _find(self, digest: str | None) -> ImageItem | None:
+        """The item of a hash, if it is alive."""
+        if digest is None:
+            return None
+        with self._lock:
+            item = self._items.get(digest)
+            if item is not None:
+                self._touch(item)
+            return item
+
+    def _touch(self, item: ImageItem) -> None:
+        """Make an item the most recently used, and let go of the others above `RECENT_BYTES`. Needs the lock."""
+        if item.hash not in self._recent:
+            self._recent_bytes += _num_bytes(item)
         self._recent[item.hash] = item
-        self._recent_bytes += _num_bytes(item)
+        self._recent.move_to_end(item.hash)
         while self._recent_bytes > RECENT_BYTES and len(self._recent) > 1:
             _, oldest = self._recent.popitem(last=False)
             self._recent_bytes -= _num_bytes(oldest)

@@ -17,6 +17,7 @@ Left out on purpose: tool specifications and tool calls as structure (they are t
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -45,8 +46,8 @@ from vlmrl.types import (
 
 __all__ = ["FamilyRenderer", "ImageError", "Renderer", "make_renderer", "renderer_name"]
 
-MEMO_SIZE = 8192
-"""Renders remembered; token ids and placeholders only, so a few KB each."""
+MEMO_SIZE = 4096
+"""Renders and pieces of text remembered: what the siblings of a few steps share. Tokens only, no pixels."""
 
 
 class Renderer(Protocol):
@@ -209,14 +210,14 @@ class FamilyRenderer:
                 f"orchestrator.renderer.name={self._name} does not say which tokens a policy samples, so supervised "
                 "steps would learn from nothing: set trainer.warmup.steps=0, or choose another renderer"
             )
-        token_ids, placeholders = _skeleton(rendered, items)
+        token_ids, placeholders = self._skeleton(rendered, items)
         return _prompt(token_ids, placeholders, items), np.array(rendered.sampled_mask, np.bool_)
 
     def _render(self, messages: Sequence[Message], items: tuple[ImageItem, ...]) -> Prompt:
         def render() -> _Skeleton:
             with self._lock:
                 rendered = self._package.render(_to_package(messages, items), add_generation_prompt=True)
-            return _skeleton(rendered, items)
+            return self._skeleton(rendered, items)
 
         token_ids, placeholders = self._renders.get(_content_key(messages, items), render)
         return _prompt(token_ids, placeholders, items)
@@ -230,43 +231,64 @@ class FamilyRenderer:
     ) -> Prompt | None:
         """The prompt that extends `previous` and the completion, or None where the family's grammar allows none.
 
-        Remembered are the token ids and the new placeholders: those before them are the previous prompt's own, whose
-        images may be others although its token ids are the same.
+        Remembered is what comes after them: what is before is theirs, and the previous images may be others although
+        the token ids are the same.
         """
-        key = (previous.token_ids.tobytes(), completion_ids.tobytes(), _content_key(new_messages, new_items))
-        skeleton = self._bridges.get(key, lambda: self._bridge_anew(previous, completion_ids, new_messages, new_items))
-        if skeleton is None:
+        sampled = np.concatenate([previous.token_ids, completion_ids])
+
+        def bridge() -> _Skeleton | None:
+            extra = {"previous_multi_modal_data": _to_package_images(previous)} if self._multimodal else {}
+            with self._lock:
+                rendered = self._package.bridge_to_next_turn(
+                    previous.token_ids.tolist(), completion_ids.tolist(), _to_package(new_messages, new_items), **extra
+                )
+            if rendered is None or rendered.token_ids[: len(sampled)] != sampled.tolist():
+                return None  # the family's grammar cuts or rewrites what was sampled
+            token_ids, placeholders = self._skeleton(rendered, previous.images + new_items, begin=len(sampled))
+            if placeholders[: len(previous.placeholders)] != previous.placeholders:
+                raise ContractError("a bridge moved the placeholders of the turns before it")
+            return token_ids[len(sampled) :], placeholders[len(previous.placeholders) :]
+
+        digest = hashlib.blake2b(sampled.tobytes(), digest_size=16).digest()
+        key = (digest, len(completion_ids), _content_key(new_messages, new_items))
+        added = self._bridges.get(key, bridge)
+        if added is None:
             return None
-        token_ids, new_placeholders = skeleton
+        new_ids, new_placeholders = added
+        token_ids = np.concatenate([sampled, new_ids])
         return _prompt(token_ids, previous.placeholders + new_placeholders, previous.images + new_items)
 
-    def _bridge_anew(
-        self,
-        previous: Prompt,
-        completion_ids: IntArray,
-        new_messages: Sequence[Message],
-        new_items: tuple[ImageItem, ...],
-    ) -> _Skeleton | None:
-        extra = {"previous_multi_modal_data": _to_package_images(previous)} if self._multimodal else {}
-        with self._lock:
-            rendered = self._package.bridge_to_next_turn(
-                previous.token_ids.tolist(), completion_ids.tolist(), _to_package(new_messages, new_items), **extra
+    def _skeleton(self, rendered: Any, items: tuple[ImageItem, ...], begin: int = 0) -> _Skeleton:
+        """Token ids and placeholders of a render. Asserted: the images that came back are those that went in, in order,
+        and from token `begin` on (where the package wrote) image tokens stand in placeholders only."""
+        data = rendered.multi_modal_data
+        ranges = data.mm_placeholders.get("image", []) if data else []
+        outputs = data.mm_items.get("image", []) if data else []
+        if not len(ranges) == len(outputs) == len(items):
+            raise ContractError(
+                f"{len(items)} images went into the renderer and {len(ranges)} came out: does the family's chat format "
+                "allow images in messages of that role?"
             )
-        if rendered is None:
-            return None
-        token_ids, placeholders = _skeleton(rendered, previous.images + new_items)
-        sampled = np.concatenate([previous.token_ids, completion_ids])
-        if not np.array_equal(token_ids[: len(sampled)], sampled):
-            return None  # the family cuts or rewrites what was sampled
-        if placeholders[: len(previous.placeholders)] != previous.placeholders:
-            raise ContractError("a bridge moved the placeholders of the turns before it")
-        return token_ids, placeholders[len(previous.placeholders) :]
+        for item, output in zip(items, outputs, strict=True):
+            if any(output[name] is not item.mm_kwargs[name] for name in output):
+                raise ContractError(f"the renderer put other pixels where image {item.hash} belongs")
+        image_tokens = sum(id in self._image_tokens for id in rendered.token_ids[begin:])
+        expected = sum(r.length for r in ranges if r.offset >= begin)
+        if image_tokens != expected:
+            raise ContractError(
+                f"{image_tokens} image tokens but {expected} placeholder positions: a message's text must not spell "
+                "the image token"
+            )
+        token_ids = np.array(rendered.token_ids, np.int64)
+        token_ids.setflags(write=False)
+        placeholders = (Placeholder(r.offset, r.length, item.hash) for r, item in zip(ranges, items, strict=True))
+        return token_ids, tuple(placeholders)
 
 
 # ── between our records and the package's ───────────────────────────────────────────────────────────────────
 
 _Skeleton: TypeAlias = tuple[IntArray, tuple[Placeholder, ...]]
-"""A render without its images: token ids, int64 [P], read-only; placeholders."""
+"""A render, or what a bridge added, without the images: token ids, int64, read-only; placeholders."""
 
 
 def _images_of(messages: Iterable[Message]) -> list[Image]:
@@ -309,25 +331,6 @@ def _to_package_images(prompt: Prompt) -> Any:
         mm_placeholders={"image": [PlaceholderRange(p.offset, p.length) for p in prompt.placeholders]},
         mm_items={"image": [dict(image.mm_kwargs) for image in prompt.images]},
     )
-
-
-def _skeleton(rendered: Any, items: tuple[ImageItem, ...]) -> _Skeleton:
-    """Token ids and placeholders of a render; the images that came back must be those that went in, in order."""
-    data = rendered.multi_modal_data
-    ranges = data.mm_placeholders.get("image", []) if data else []
-    outputs = data.mm_items.get("image", []) if data else []
-    if not len(ranges) == len(outputs) == len(items):
-        raise ContractError(
-            f"{len(items)} images went into the renderer and {len(ranges)} came out: does the family's chat format "
-            "allow images in messages of that role?"
-        )
-    for item, output in zip(items, outputs, strict=True):
-        if any(output[name] is not item.mm_kwargs[name] for name in output):
-            raise ContractError(f"the renderer put other pixels where image {item.hash} belongs")
-    token_ids = np.array(rendered.token_ids, np.int64)
-    token_ids.setflags(write=False)
-    placeholders = (Placeholder(r.offset, r.length, item.hash) for r, item in zip(ranges, items, strict=True))
-    return token_ids, tuple(placeholders)
 
 
 def _prompt(token_ids: IntArray, placeholders: tuple[Placeholder, ...], images: tuple[ImageItem, ...]) -> Prompt:
