@@ -42,22 +42,23 @@ def check_available(config: ModelConfig) -> None:
 
     Takes a second or two at most (a few more where the network does not answer); loads and downloads nothing.
     """
+    missing: list[str] = []
+    size: int | None = None
     if config.tiny is not None:
         check_tiny(config)
-        missing: list[str] = []
-        size: int | None = 0
+        size = 0
     elif _is_hub_name(config.name):
         folder = _cached_snapshot(config.name)
-        problems = _problems(folder, config) if folder else []
-        size = _weight_bytes(folder) if folder and not problems else None
-        missing = []
-        if size is None and not _hub_is_reachable():
+        if folder and not _missing_files(folder, config):
+            missing = _wrong_family(folder, config)
+            size = _weight_bytes(folder)
+        elif not _hub_is_reachable():
             missing.append(
                 f"its weights are not in the hub's cache ({_hub_cache()}) and the hub cannot be reached from here"
             )
     else:
         folder = Path(config.name).expanduser()
-        missing = _problems(folder, config)
+        missing = _missing_files(folder, config) or _wrong_family(folder, config)
         size = None if missing else _weight_bytes(folder)
     too_big_for_cpu = size > CPU_LIMIT_BYTES if size is not None else config.dtype is Dtype.bfloat16
     if config.device not in ("cpu", "auto") and not _has_cuda():
@@ -83,7 +84,7 @@ def resolve_checkpoint(config: ModelConfig, texts: tuple[str, ...]) -> Path:
     if not _is_hub_name(config.name):
         return Path(config.name).expanduser()
     cached = _cached_snapshot(config.name)
-    if cached and not _problems(cached, config):
+    if cached and not _missing_files(cached, config):
         return cached
     from huggingface_hub import snapshot_download
 
@@ -99,7 +100,7 @@ def load_model(folder: Path, config: ModelConfig) -> PreTrainedModel:
     Raises `ModelError` for a file that is missing or corrupt, for weights that do not fill the architecture, and for
     a checkpoint of another family than `model.vlm.family`.
     """
-    problems = _problems(folder, config)
+    problems = _missing_files(folder, config) or _wrong_family(folder, config)
     if problems:
         raise ModelError(f"{folder}: {'; '.join(problems)}")
     _check_weight_headers(folder)
@@ -129,9 +130,9 @@ def load_model(folder: Path, config: ModelConfig) -> PreTrainedModel:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of `folder`. Raises `ModelError` where it is missing or corrupt."""
-    for name in ("tokenizer_config.json", "tokenizer.json"):
-        if (folder / name).exists():
-            _read_json(folder / name)
+    _read_json(folder / "tokenizer.json")  # transformers makes an empty tokenizer where there is none
+    if (folder / "tokenizer_config.json").exists():
+        _read_json(folder / "tokenizer_config.json")
     from transformers import AutoTokenizer
 
     try:
@@ -178,28 +179,29 @@ def _is_hub_name(name: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None and not Path(name).is_dir()
 
 
-def _problems(folder: Path, config: ModelConfig) -> list[str]:
-    """What keeps `folder` from being a checkpoint of the wanted family; reads JSON files only."""
+def _missing_files(folder: Path, config: ModelConfig) -> list[str]:
+    """What keeps `folder` from being a checkpoint: files that are missing, JSON files that are corrupt."""
     if not folder.is_dir():
         return [f"{folder} is no folder"]
     try:
-        hf_config = _read_json(folder / "config.json")
+        _read_json(folder / "config.json")
         weights = _weight_files(folder)
     except ModelError as error:
         return [str(error)]
-    problems = [f"{path.name} is missing" for path in weights if not path.is_file()]
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        problems.append("tokenizer.json is missing")
-    if config.vlm is not None:
-        if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
-            problems.append("preprocessor_config.json is missing")
-        family = hf_config.get("model_type")
-        if family != config.vlm.family:
-            problems.append(
-                f"config.json says model_type={family}, but model.vlm.family={config.vlm.family}: "
-                "choose the model/vlm group of that family"
-            )
-    return problems
+    needed = [*weights, folder / "tokenizer.json"]
+    if config.vlm is not None and not (folder / "processor_config.json").is_file():
+        needed.append(folder / "preprocessor_config.json")
+    return [f"{path.name} is missing" for path in needed if not path.is_file()]
+
+
+def _wrong_family(folder: Path, config: ModelConfig) -> list[str]:
+    family = _read_json(folder / "config.json").get("model_type")
+    if config.vlm is None or config.vlm.family == family:
+        return []
+    return [
+        f"config.json says model_type={family}, but model.vlm.family={config.vlm.family}: "
+        "choose the model/vlm group of that family"
+    ]
 
 
 def _weight_files(folder: Path) -> list[Path]:
