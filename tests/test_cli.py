@@ -81,6 +81,8 @@ def vlmrl(tmp_path: Path) -> Callable[..., Ended]:
             ["orchestrator/renderer=none"],
             ["model.vlm requires orchestrator.renderer, else", "set orchestrator/renderer=auto"],
         ),
+        (["+trainer.pace=1"], ["trainer.pace: there is no such key"]),
+        (["output_dir=there"], ["output_dir=there requires", "set hydra.run.dir=there"]),
         (["orchestrator.renderer.name=qwen3"], ["orchestrator.renderer.name=qwen3", "model.vlm.family=qwen3_vl"]),
     ],
 )
@@ -98,7 +100,6 @@ def test_refused(arguments: list[str], messages: list[str], vlmrl: Callable[...,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["+trainer.pace=1"], "trainer.pace: there is no such key"),
         (["lr=1"], "did you mean trainer.learning_rate or"),
         (["modle/vlm=qwen3_vl"], "modle/vlm: there is no such group; did you mean model/vlm?"),
         (["seed"], "seed does not parse as key=value"),
@@ -108,20 +109,15 @@ def test_refused(arguments: list[str], messages: list[str], vlmrl: Callable[...,
         (["~trainer.max_steps"], "trainer.max_steps: TrainerConfig (DictConfig) does not support deletion"),
         (["model=qwen3vl", "model.tiny.seed=3"], "model.tiny.seed=3: model.tiny is none"),
         (["hydra.run.dirr=x"], "hydra.run.dirr: there is no such key"),
-        (["output_dir=there"], "set hydra.run.dir=there"),
         (["task=color_codeword,a.b:C"], "task=color_codeword,a.b:C requires import paths only or names only"),
         (["--multirun", "--cfg", "job"], "Only one of"),
         (["--config-dir", "absent"], "absent' not found"),
     ],
 )
-def test_refused_without_starting_hydra_anew(
-    arguments: list[str],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+def test_what_does_not_compose(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    """In this process: Hydra raises before it touches logging or makes a folder."""
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     assert main(arguments) == 2

@@ -31,6 +31,8 @@ NOT_ALONE = {
 }
 """Options that cannot run with everything else at its default, and what is said about it."""
 
+TEXT_ONLY = ("model=qwen3vl", "~model/vlm", "model.name=some/text_model", "orchestrator.renderer.name=qwen3")
+
 
 def test_options_are_those_that_the_groups_are_meant_to_have() -> None:
     assert {option.partition("=")[0] for option in OPTIONS} == {
@@ -111,7 +113,7 @@ def test_an_experiment_chooses_groups(run_config: Callable[..., RunConfig]) -> N
         (),
         ("model=qwen3vl", "algorithm=gspo", "mode=sft", "trainer.warmup.steps=3"),
         ("task=imported", "task.target=a.b:C", "++task.args.levels=[1,2]", "++task.args.name=x"),
-        ("~model/vlm", "orchestrator/renderer=none"),
+        TEXT_ONLY,
     ],
 )
 def test_config_yaml_config(overrides: tuple[str, ...], run_config: Callable[..., RunConfig]) -> None:
@@ -151,6 +153,8 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     (("orchestrator.renderer.name=qwen3",), "name=qwen3 requires .* model.vlm.family=qwen3_vl .*=qwen3-vl"),
     (("model.vlm.renderers=[]",), r"model.vlm.renderers=\[\] requires"),
     (("~model/vlm",), "renderer.name=auto requires model.vlm, else"),
+    (("~model/vlm", "orchestrator/renderer=none"), "model.name=qwen3vl_tiny requires orchestrator.renderer, else"),
+    (("~model/vlm", "orchestrator.renderer.name=qwen3"), "model.tiny requires model.vlm.family=qwen3_vl, else"),
     (("inference.kind=vllm",), "inference.kind=vllm requires .* set inference=embedded"),
     (("weight_sync.kind=nccl",), "weight_sync.kind=nccl requires .* set weight_sync=in_process"),
     (("orchestrator.max_staleness=1",), "orchestrator.max_staleness=1 requires .* inference=embedded"),
@@ -187,8 +191,7 @@ def test_refused(overrides: tuple[str, ...], message: str, composed: Callable[..
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("~model/vlm", "orchestrator/renderer=none"),
-        ("~model/vlm", "orchestrator/renderer=qwen3_vl"),
+        TEXT_ONLY,
         ("orchestrator/renderer=qwen3_vl",),
         ("trainer.seq_len=512", "inference.max_model_len=1024"),
         ("orchestrator.eval.every=0", "orchestrator.eval.problems=0"),

@@ -288,26 +288,30 @@ RANGES: tuple[tuple[str, float, float, str], ...] = (
 """(key, lowest, highest, what follows outside): both ends are allowed. Keys that a config does not have are skipped."""
 
 
-def vlm_has_renderer(config: RunConfig) -> None:
-    """Nobody but the renderer makes image tokens and pixels."""
-    if config.model.vlm is not None and config.orchestrator.renderer is None:
+def renderer_is_there(config: RunConfig) -> None:
+    """Nobody but the renderer makes tokens and pixels."""
+    if config.orchestrator.renderer is not None:
+        return
+    if config.model.vlm is not None:
         raise ConfigError(
             "model.vlm requires orchestrator.renderer, else nobody makes the image tokens and pixels that "
-            f"{config.model.name} is trained on: set orchestrator/renderer=auto, "
-            "or ~model/vlm for a text-only model"
+            f"{config.model.name} is trained on: set orchestrator/renderer=auto"
         )
+    raise ConfigError(
+        f"model.name={config.model.name} requires orchestrator.renderer, else nobody makes its tokens: set "
+        "orchestrator/renderer=auto orchestrator.renderer.name=qwen3, or another name of the `renderers` package"
+    )
 
 
 def renderer_serves_family(config: RunConfig) -> None:
     """The renderer knows the model's placeholders."""
     vlm, renderer = config.model.vlm, config.orchestrator.renderer
-    if renderer is None:
-        return
+    assert renderer is not None, "renderer_is_there comes first"
     if vlm is None:
         if renderer.name == "auto":
             raise ConfigError(
                 "orchestrator.renderer.name=auto requires model.vlm, else there are no model.vlm.renderers to take "
-                "the first of: set orchestrator/renderer=none for a text-only model, or name a renderer"
+                "the first of: set orchestrator.renderer.name=qwen3, or another name of the `renderers` package"
             )
         return
     if not vlm.renderers:
@@ -452,17 +456,23 @@ QWEN3_VL_TOKEN_PIXELS = 32
 
 
 def tiny_is_a_model(config: RunConfig) -> None:
-    """The sizes of a checkpoint that is built here fit each other."""
-    if config.model.tiny is not None:
-        from vlmrl.models.tiny import check_tiny
+    """A checkpoint that is built here is a Qwen3-VL whose sizes fit each other."""
+    if config.model.tiny is None:
+        return
+    if config.model.vlm is None or config.model.vlm.family != "qwen3_vl":
+        raise ConfigError(
+            "model.tiny requires model.vlm.family=qwen3_vl, else the Qwen3-VL that it builds is loaded as another "
+            "model: drop the change to model.vlm, or load a checkpoint with model=qwen3vl model.name=…"
+        )
+    from vlmrl.models.tiny import check_tiny
 
-        check_tiny(config.model)
+    check_tiny(config.model)
 
 
 Check: TypeAlias = Callable[[RunConfig], None]
 
 CHECKS: tuple[Check, ...] = (
-    vlm_has_renderer,
+    renderer_is_there,
     renderer_serves_family,
     numbers_in_range,
     engine_exists,

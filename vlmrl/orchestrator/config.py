@@ -33,7 +33,7 @@ class OrchestratorConfig:
     """Rollouts and the loop."""
 
     renderer: RendererConfig | None = None
-    """None (`orchestrator/renderer=none`) is for text-only models and refused for a VLM."""
+    """None (`orchestrator/renderer=none`) is refused: nobody else makes tokens, for text-only models either."""
     groups_per_step: int = 8
     """Problems per optimizer step."""
     group_size: int = 32
