@@ -198,7 +198,7 @@ class Monitor:
         self._run_dir.write_summary(
             {
                 "exit_reason": exit_reason,
-                "wall_clock_s": round(self._elapsed(), 3),
+                "wall_clock_s": self._elapsed(),
                 "step": last.get("step", 0),
                 EVAL_SAMPLED: self._evaluation.get(EVAL_SAMPLED),
                 EVAL_GREEDY: self._evaluation.get(EVAL_GREEDY),

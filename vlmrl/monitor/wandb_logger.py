@@ -31,6 +31,8 @@ from vlmrl.types import ImageItem, Rollout
 
 MAX_HEIGHT = 256
 """Pixels; larger images are scaled down for the strip."""
+FLUSH_EVERY = 1.0
+"""Seconds; what a killed run may lose of wandb's own file (metrics.jsonl loses nothing)."""
 GAP = 4
 """Pixels between the images of a strip."""
 
@@ -109,6 +111,7 @@ class WandbLogger:
             x_disable_meta=True,
             x_disable_stats=True,
             x_disable_machine_info=True,
+            x_transaction_log_flush_interval=FLUSH_EVERY,
         )
         self._run = wandb.init(
             project=self._config.project,
