@@ -6,7 +6,8 @@
     ├── TaskError                  a task that breaks its contract (see vlmrl.tasks)
     ├── CheckpointError            a checkpoint that is corrupt or of another run
     ├── EngineError                the inference engine cannot go on
-    └── NonFiniteLossError         a loss or gradient that is NaN or infinite; names the samples
+    ├── NonFiniteLossError         a loss or gradient that is NaN or infinite; names the samples
+    └── Interrupted                Ctrl-C or SIGTERM; a checkpoint is written, the message says how to go on
 
 Faults of one rollout (a broken image, an overlong prompt, a NaN reward) are not exceptions of the run: they
 become the rollout's `stop_reason` and are counted (`vlmrl.types.StopReason`). Our own slips are `assert`s.
@@ -43,3 +44,7 @@ class EngineError(VlmrlError):
 
 class NonFiniteLossError(VlmrlError):
     """A loss or gradient norm that is not finite; the message lists the samples of the batch."""
+
+
+class Interrupted(VlmrlError):
+    """The run was asked to stop and did; says where its checkpoint is and how to continue."""

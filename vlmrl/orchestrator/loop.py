@@ -21,13 +21,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from vlmrl.monitor.monitor import Monitor
 from vlmrl.orchestrator.advantages import assign_advantages, mark_dropped
 from vlmrl.orchestrator.config import AlgorithmConfig, OrchestratorConfig
 from vlmrl.orchestrator.evaluation import Evaluator
 from vlmrl.orchestrator.rollout import RolloutRunner
 from vlmrl.orchestrator.samples import make_samples
-from vlmrl.orchestrator.step_metrics import rollout_metrics
-from vlmrl.types import Group, InferenceEngine, Monitor, Trainer, TrainingSample, WeightSync
+from vlmrl.orchestrator.step_metrics import resource_metrics, rollout_metrics
+from vlmrl.types import Group, InferenceEngine, Trainer, TrainingSample, WeightSync
 
 ExitReason = Literal["finished", "target_reached", "interrupted"]
 
@@ -60,12 +61,13 @@ class Loop:
         try:
             for step in range(first + 1, self.max_steps + 1):
                 if self.evaluator.reached_target:
-                    return "target_reached"
+                    break
+                started = time.perf_counter()
                 groups = await self.next_batch(step)
                 if groups is None:
                     return "interrupted"
-                await self.learn(step, groups)
-            return "finished" if not self.evaluator.reached_target else "target_reached"
+                await self.learn(step, groups, started)
+            return "target_reached" if self.evaluator.reached_target else "finished"
         finally:
             for task in self._pending.values():
                 task.cancel()
@@ -76,13 +78,10 @@ class Loop:
         for ahead in range(step, min(step + self.config.max_staleness, self.max_steps) + 1):
             if ahead not in self._pending:
                 self._pending[ahead] = asyncio.create_task(self.roll_out(ahead))
-        batch = self._pending[step]
         stopped = asyncio.create_task(self.stop.wait())
-        await asyncio.wait({batch, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({self._pending[step], stopped}, return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
-        if self.stop.is_set():
-            return None
-        return await self._pending.pop(step)
+        return None if self.stop.is_set() else await self._pending.pop(step)
 
     async def roll_out(self, step: int) -> list[Group]:
         """task → renderer → inference → rollout, for the groups of one step."""
@@ -95,30 +94,36 @@ class Loop:
             temperature=self.config.temperature,
         )
 
-    async def learn(self, step: int, groups: list[Group]) -> None:
+    async def learn(self, step: int, groups: list[Group], started: float) -> None:
         """advantages → samples → packing → trainer → weight sync."""
-        started = time.perf_counter()
+        rolled_out = time.perf_counter()
+        version, image_tokens = self.trainer.version, self.runner.renderer.image_token_ids
         samples: list[TrainingSample] = []
         for group in groups:
             assign_advantages(group, self.algorithm)
-            mark_dropped(
-                group, self.algorithm, self.runner.renderer.image_token_ids, self.trainer.version, self.config.max_staleness
-            )
-            for rollout in group.rollouts:
-                if rollout.dropped is None:
-                    samples.extend(make_samples(rollout))
+            mark_dropped(group, self.algorithm, image_tokens, version, self.config.max_staleness)
+            samples.extend(s for rollout in group.rollouts if rollout.dropped is None for s in make_samples(rollout))
         result = await asyncio.to_thread(self.trainer.train_step, samples)
         trained = time.perf_counter()
         await self.weight_sync.publish(result.version)
         synced = time.perf_counter()
         metrics = {
+            "policy_version": float(result.version),
             **rollout_metrics(groups),
             **result.metrics,
             **self.engine.metrics(),
-            "policy_version": float(result.version),
-            "time/train": trained - started,
+            **resource_metrics(groups, seconds=synced - started),
+            "time/step": synced - started,
+            "time/rollout": rolled_out - started,
+            "time/train": trained - rolled_out,
             "time/sync": synced - trained,
         }
-        evaluation = await self.evaluate(step) if self.evaluator.is_due(step, self.max_steps) else {}
-        self.monitor.step(step, metrics | evaluation, groups)
+        self.monitor.step(step, metrics, groups)
+        if self.evaluator.is_due(step, self.max_steps):
+            await self.evaluate(step)
         self.checkpoint(step)
+
+    async def evaluate(self, step: int) -> None:
+        """Held-out rollouts of the weights after `step`."""
+        if self.evaluator.config.every > 0:
+            self.monitor.evaluation(step, *await self.evaluator.run(step))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
+from vlmrl.orchestrator.rollout import bridge_break_rate
 from vlmrl.types import Group, Rollout
 
 
@@ -21,7 +24,6 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     rewards = np.array([rollout.reward for rollout in sound])
     flat = [group for group in groups if len({rollout.reward for rollout in group.rollouts}) <= 1]
     turns = [turn for rollout in rollouts for turn in rollout.turns]
-    later_turns = sum(max(0, len(rollout.turns) - 1) for rollout in rollouts)
     dropped = Counter(rollout.dropped for rollout in rollouts if rollout.dropped is not None)
     metrics = {
         "reward/mean": float(rewards.mean()) if len(rewards) else 0.0,
@@ -29,7 +31,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "groups/equal_reward": len(flat) / len(groups) if groups else 0.0,
         "rollouts/total": float(len(rollouts)),
         "rollouts/dropped": float(sum(dropped.values())),
-        "bridge_break_rate": sum(max(0, r.num_branches - 1) for r in rollouts) / max(1, later_turns),
+        "bridge_break_rate": bridge_break_rate(rollouts),
         "tokens/prompt": float(sum(len(turn.prompt.token_ids) for turn in turns)),
         "tokens/completion": float(sum(len(turn.completion.token_ids) for turn in turns)),
         "images/distinct": float(len({image.hash for turn in turns for image in turn.prompt.images})),
@@ -38,6 +40,18 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     stops = Counter(rollout.stop_reason for rollout in rollouts)
     metrics |= {f"rollouts/stop/{reason}": float(count) for reason, count in sorted(stops.items())}
     return metrics | mean_task_metrics(sound)
+
+
+def resource_metrics(groups: Sequence[Group], seconds: float) -> dict[str, float]:
+    """`throughput/tokens_per_s`: tokens of the batch's rollouts, prompts and completions, over the whole step's time.
+    `memory/peak_bytes`: of this process so far."""
+    last = [rollout.turns[-1] for group in groups for rollout in group.rollouts if rollout.turns]
+    tokens = sum(len(turn.prompt.token_ids) + len(turn.completion.token_ids) for turn in last)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "throughput/tokens_per_s": tokens / seconds,
+        "memory/peak_bytes": float(peak if sys.platform == "darwin" else peak * 1024),
+    }
 
 
 def mean_task_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:

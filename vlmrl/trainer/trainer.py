@@ -25,6 +25,20 @@ from vlmrl.trainer.packing import MicroBatch, pack
 from vlmrl.types import StepResult, TrainingSample
 
 
+EMPTY_STEP = (
+    "loss",
+    "grad_norm",
+    "entropy",
+    "mismatch_kl/mean",
+    "mismatch_kl/max",
+    "staleness/mean",
+    "staleness/max",
+    "tokens/trained",
+    "tokens/packed",
+)
+"""Figures of a step that had nothing to learn from; all 0.0."""
+
+
 def learning_rate(config: TrainerConfig, step: int) -> float:
     """Learning rate of RL step `step` (0-based): linear warm-up, then the chosen decay to `min_lr_ratio`.
 
@@ -71,14 +85,26 @@ class LocalTrainer:
             fused=True,
         )
         self._version = 0
+        self._supervised_steps = 0
 
     @property
     def version(self) -> int:
-        """RL optimizer steps contained in the weights; supervised warm-up steps do not count."""
+        """RL steps contained in the weights; supervised steps do not count."""
         return self._version
 
+    @property
+    def supervised_steps(self) -> int:
+        """Supervised steps contained in the weights."""
+        return self._supervised_steps
+
     def train_step(self, samples: list[TrainingSample]) -> StepResult:
-        """One RL step on `samples`. Raises `NonFiniteLossError` before the weights are touched."""
+        """One RL step on `samples`. Raises `NonFiniteLossError` before the weights are touched.
+
+        Without samples (every rollout was dropped) the weights stay as they are and the step still counts.
+        """
+        if not samples:
+            self._version += 1
+            return StepResult(self._version, dict.fromkeys(EMPTY_STEP, 0.0))
         batches = self._pack(samples)
         totals = BatchTotals(
             tokens=sum(len(batch.targets) for batch in batches),
@@ -146,6 +172,7 @@ class LocalTrainer:
             part.backward()
             loss += float(part.detach())
         grad_norm = self._optimizer_step(lr, samples)
+        self._supervised_steps += 1
         return {"loss": loss, "grad_norm": grad_norm, "learning_rate": lr}
 
     def logprobs(self, samples: Sequence[TrainingSample]) -> list[Tensor]:
@@ -160,11 +187,13 @@ class LocalTrainer:
 
     def save(self, folder: str) -> None:
         """See `vlmrl.types.Trainer.save`."""
-        save_training_state(Path(folder), self._policy.model, self._optimizer, self._version)
+        counters = {"version": self._version, "supervised_steps": self._supervised_steps}
+        save_training_state(Path(folder), self._policy.model, self._optimizer, counters)
 
     def load(self, folder: str) -> None:
         """See `vlmrl.types.Trainer.load`."""
-        self._version = load_training_state(Path(folder), self._policy.model, self._optimizer)
+        counters = load_training_state(Path(folder), self._policy.model, self._optimizer)
+        self._version, self._supervised_steps = counters["version"], counters["supervised_steps"]
 
     def _pack(self, samples: Sequence[TrainingSample]) -> list[MicroBatch]:
         config = self._config
