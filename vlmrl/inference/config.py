@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
+
+from vlmrl.models.config import Dtype
 
 
 @dataclass
@@ -23,3 +26,41 @@ class EmbeddedConfig(InferenceConfig):
 
     kind: str = "embedded"
     """The engine in the trainer's own process."""
+
+
+@dataclass
+class VllmConfig(InferenceConfig):
+    """vLLM servers, which the run starts, watches and stops, or which run already (`urls`)."""
+
+    kind: str = "vllm"
+    """vLLM behind `POST /inference/v1/generate`."""
+    dtype: Dtype = MISSING
+    """Of weights, activations and pixels; `${model.dtype}`, so that sampler and trainer round alike."""
+    replicas: int = 1
+    """Servers that the run starts. Rollouts are spread over them; each holds all weights. More replicas, and not
+    `data_parallel_size`, is the way to use more GPUs: only a server with one engine keeps images by their hash."""
+    tensor_parallel_size: int = 1
+    """GPUs that share one copy of the weights; raise it for a model that does not fit on one."""
+    data_parallel_size: int = 1
+    """Engines behind one server, for mixtures of experts. Above 1 each request carries the data of its images."""
+    gpu_memory_utilization: float = 0.5
+    """Share of a GPU's memory for weights and KV cache. Half, because on one GPU the trainer needs the other half."""
+    kv_cache_gib: int = 1
+    """GiB of KV cache on a CPU, where vLLM does not measure what is free; a GPU's follows from the memory share."""
+    enforce_eager: bool = False
+    """No CUDA graphs, no compilation: starts a minute sooner, decodes about half as fast. On a CPU it is always so."""
+    extra_args: dict[str, Any] = field(default_factory=dict)
+    """More arguments of `vllm serve`, e.g. `{max_num_seqs: 256, limit_mm_per_prompt: {image: 8}}`. They win over ours;
+    one that would make samples and trainer disagree is found at start-up and refused."""
+    urls: list[str] = field(default_factory=list)
+    """Servers that run already, e.g. `[http://10.0.0.7:8000]`; then none is started, and what a server is started with
+    (all fields from `replicas` to `extra_args`) is theirs. Their API key is taken from `VLLM_API_KEY`. They serve this
+    run alone: it replaces their weights."""
+    startup_timeout_s: float = 900.0
+    """Seconds for a server to come up. A large model from a cold disk, compiled, takes minutes."""
+    request_timeout_s: float = 600.0
+    """Seconds for one answer, weight updates in between included. Far above any honest answer: it finds what hangs."""
+    max_restarts: int = 3
+    """Times that a server is started again in one run. More often than this it would die again."""
+    max_retries: int = 3
+    """Times that one turn is asked again because its server died under it."""

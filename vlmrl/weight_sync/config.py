@@ -11,3 +11,17 @@ class WeightSyncConfig:
 
     kind: str = "in_process"
     """`in_process`: the engine reads the trainer's own weights (embedded only)."""
+
+
+@dataclass
+class FolderSyncConfig(WeightSyncConfig):
+    """Through a folder that trainer and servers both see: one safetensors file per version, read by vLLM in place."""
+
+    kind: str = "folder"
+    """`folder`: works for every engine, CPU or GPU, on this machine or, over a network disk, on others."""
+    root: str = "/dev/shm"
+    """Where the run makes its folder, which holds one or two copies of the weights. Shared memory by default, because
+    a disk would be the slowest part of a step; for servers on other machines, a folder that they see too."""
+    verify: bool = False
+    """Compare the SHA-256 of every weight in every server with the trainer's after each publish. Reads all weights
+    twice, so it is for finding out whether a set-up works, not for every step."""
