@@ -265,7 +265,7 @@ def test_the_first_trouble_is_the_one_to_report(run_dir: RunDir) -> None:
 
 
 CTRL_C = """
-import signal, sys
+import sys, time
 sys.path.insert(0, {tests!r})
 from rollout_builders import group
 from vlmrl.monitor.config import MonitorConfig
@@ -278,7 +278,8 @@ with Monitor(MonitorConfig(), run_dir, total_steps=400) as monitor:
     monitor.step(1, {{"reward/mean": 0.5}}, [group()])
     monitor._wandb._collect(wait=True)
     monitor.step(2, {{"reward/mean": 0.5}}, [group()])
-    signal.pause()
+    while True:  # not signal.pause(), which misses a signal that came just before
+        time.sleep(0.01)
 """
 
 
