@@ -154,7 +154,7 @@ class SamplingParams:
     banned_token_ids: tuple[int, ...]
     """Logit −inf at every position, here and in the trainer, so that both know the same distribution."""
     seed: int
-    """64 bits; the same seed, prompt and weights give the same completion whatever else is in the batch."""
+    """Below 2**63; the same seed, prompt and weights give the same completion whatever else is in the batch."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -272,7 +272,8 @@ class Turn:
     branch: int
     """0-based; grows by one where the prompt could not extend the turn before it (bridge break)."""
     reward: float
-    """This turn's own reward, in [0, 1] by custom; 0.0 where the task scores only the episode."""
+    """This turn's own reward, in [0, 1] by custom; 0.0 where the task scores only the episode, and where the
+    completion was cut."""
     advantage: float = 0.0
     """Filled by advantages.py; float per turn, broadcast over the completion's tokens."""
 
@@ -282,7 +283,7 @@ class Rollout:
     """One episode, finished or not. Also the record of what went wrong with it."""
 
     rollout_id: str
-    """`train/000012/03/07`: split, step, group in step, index in group."""
+    """`train/000012/03/07`: split, step, group in step, index in group. Greedy ones are `eval-greedy/…`."""
     problem_id: str
     index: int
     """0-based place in its group."""

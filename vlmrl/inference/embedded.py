@@ -137,6 +137,8 @@ class EmbeddedEngine:
         return await future
 
     def _maybe_run(self) -> None:
+        # A cancelled rollout's request is nobody's: it must not hold up a batch, nor be in one.
+        self._waiting = [request for request in self._waiting if not request.future.done()]
         if self._running or not self._waiting or len(self._waiting) < len(self._sessions):
             return
         # Order by content, not by arrival: arrival depends on threads, and the order of rows moves the last bit.
@@ -150,7 +152,7 @@ class EmbeddedEngine:
             self._running = False
             error = done.exception()
             for i, request in enumerate(batch):
-                if request.future.cancelled():
+                if request.future.done():
                     continue
                 if error is not None:
                     request.future.set_exception(error)

@@ -8,6 +8,7 @@ it is shown; the gradient is the sum over those places.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,10 @@ class ImageFeatures:
     """Image hash → index of its first feature."""
 
 
+def _arguments(module: Any) -> set[str]:
+    return set(inspect.signature(module.forward).parameters)
+
+
 class Policy:
     """A Hugging Face model with tree attention. Weights are the model's own; the policy holds no state but them."""
 
@@ -55,6 +60,12 @@ class Policy:
             raise ModelError(
                 f"model {self.config.model_type!r} uses sliding windows or soft-capped attention, which tree attention "
                 "leaves out: choose a model with plain softmax attention"
+            )
+        if "get_image_features" in dir(model.base_model) and "mm_encoder_outputs" not in _arguments(model.base_model):
+            # Without this check the features would be swallowed by **kwargs and the policy would be blind.
+            raise ModelError(
+                f"{type(model.base_model).__name__}.forward takes no mm_encoder_outputs, so images could not be placed: "
+                "install transformers 5.19"
             )
         # The vision tower keeps torch's own attention; set by name on the text config alone.
         text._attn_implementation = ATTENTION_NAME

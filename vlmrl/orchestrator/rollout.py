@@ -165,6 +165,8 @@ class RolloutRunner:
             reply = await self._threads.run(partial(_step, env, text))
             turn.reward, rollout.reward, rollout.metrics = reply.turn_reward, reply.reward, reply.metrics
             if completion.finish_reason == "length":
+                # An answer that does not end is no answer: paid for what it holds so far, a policy learns to ramble on.
+                turn.reward = 0.0
                 return StopReason.MAX_NEW_TOKENS if budget == self.max_new_tokens else StopReason.CONTEXT_FULL
             if reply.done:
                 return StopReason.TERMINATED

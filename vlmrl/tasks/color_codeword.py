@@ -25,6 +25,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image as PILImage
 
 from vlmrl.errors import ConfigError
@@ -188,8 +189,42 @@ class ColorCodewordEnv:
         )
 
 
+@functools.lru_cache(maxsize=1024)
+def balanced_block(length: int, one_in: int, *key: str | int) -> tuple[str, ...]:
+    """Nine training codewords that show each letter once at each place; a function of its arguments alone.
+
+    Nine independent draws would show some letters twice and others never, and a young policy takes up such chance
+    frequencies faster than it learns to look. Where no such nine is free of held-out codewords (a codeword of one
+    letter, say), those that are held out are replaced by letters of another nine.
+
+    >>> balanced_block(4, 8, "train", 0, 0)[:3]
+    ('FEEC', 'DHDI', 'BFGE')
+    """
+    tries = 64
+    for attempt in itertools.count():
+        places = [_permutation(*key, attempt, place) for place in range(length)]
+        block = tuple(map("".join, zip(*places, strict=True)))
+        if attempt == 0:
+            words = block
+        if not any(is_held_out(word, one_in) for word in block):
+            return block
+        if attempt >= tries:
+            words = tuple(
+                new if is_held_out(old, one_in) else old for old, new in zip(words, block, strict=True)
+            )
+            if not any(is_held_out(word, one_in) for word in words):
+                return words
+    raise AssertionError("itertools.count ended")
+
+
+def _permutation(*key: str | int) -> list[str]:
+    """The nine letters in an order that is a function of `key` alone."""
+    digest = hashlib.shake_256(repr(key).encode()).digest(8 * len(LETTERS))
+    return [LETTERS[i] for i in np.frombuffer(digest, np.uint64).argsort(kind="stable")]
+
+
 class ColorCodeword(Task):
-    """Infinite training problems from the seed; evaluation problems from the held-out codewords, the same for every
+    """Infinite training problems from the seed, nine at a time (`balanced_block`); evaluation problems from the held-out codewords, the same for every
     seed: distinct ones while they last, then from the first again. Codewords of more than `ENUMERABLE_LENGTH` letters
     are drawn for evaluation too, and one may come twice.
 
@@ -198,7 +233,7 @@ class ColorCodeword(Task):
 
     >>> task = ColorCodeword(ColorCodewordConfig(), seed=0)
     >>> [task.problem("train", index).id for index in range(3)]
-    ['EFGF', 'BDBC', 'AFAF']
+    ['FEEC', 'DHDI', 'BFGE']
     >>> env = task.env(CodewordProblem("ACIB", shown="ACIB"))
     >>> [(message.role, len(message.content)) for message in env.reset()]
     [('system', 1), ('user', 3)]
@@ -232,8 +267,11 @@ class ColorCodeword(Task):
             held_out = held_out_codewords(self._length, self._one_in)
             index %= len(held_out)
             codeword = held_out[index]
+        elif split == "eval":
+            codeword = self._draw_held_out(index)
         else:
-            codeword = self._draw_of(split, index)
+            block, member = divmod(index, len(LETTERS))
+            codeword = balanced_block(self._length, self._one_in, split, self._seed, block)[member]
         if not self._shuffle_images:
             return CodewordProblem(codeword, shown=codeword)
         return CodewordProblem(codeword, shown=_draw(self._length, "shown", *self._stream(split), index))
@@ -263,10 +301,10 @@ class ColorCodeword(Task):
         """Training problems depend on the run's seed, evaluation problems do not."""
         return (split, self._seed) if split == "train" else (split,)
 
-    def _draw_of(self, split: Split, index: int) -> str:
-        """The first of a stream of draws that is on the split's side of the held-out rule."""
+    def _draw_held_out(self, index: int) -> str:
+        """The first of a stream of draws that is held out."""
         for attempt in itertools.count():
-            codeword = _draw(self._length, *self._stream(split), index, attempt)
-            if is_held_out(codeword, self._one_in) == (split == "eval"):
+            codeword = _draw(self._length, *self._stream("eval"), index, attempt)
+            if is_held_out(codeword, self._one_in):
                 return codeword
         raise AssertionError("itertools.count ended")
