@@ -34,7 +34,7 @@ from typing import IO, Any, Literal, TypeAlias
 import orjson
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError  # type: ignore[import-untyped]
+from yaml import YAMLError
 
 from vlmrl.config import RunConfig
 from vlmrl.errors import ConfigError, VlmrlError
