@@ -7,7 +7,7 @@ the server's processes hang below this one, which is their subreaper: whoever lo
 run holds the other end of stdin. When it closes (the run has stopped the server, or died, of SIGKILL too), or when the
 API server has ended, all that is left below is ended, first asked and then killed.
 
-A line on stdin names a file or folder to remove at the end: what the run keeps in shared memory for the server.
+A line on stdin names a folder that the run keeps in shared memory for the server: removed here when the run has died.
 """
 
 from __future__ import annotations
@@ -56,8 +56,9 @@ def main(command: Sequence[str]) -> int:
         return server.poll() or 0
     finally:
         _end_descendants()
-        for path in leftovers:
-            shutil.rmtree(path, ignore_errors=True)
+        if os.getppid() != run:
+            for path in leftovers:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _watch(server: subprocess.Popen[bytes], run: int, leftovers: list[Path]) -> None:

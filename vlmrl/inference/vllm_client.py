@@ -1,0 +1,249 @@
+"""HTTP to one vLLM server: a completion for a prompt, each image's data sent once, and the calls of the weight sync.
+
+    generate ─▶ images that the server lacks: one request with their data and the prompt up to them, for one token
+             ─▶ the request itself, images by hash alone
+             ─▶ the server has forgotten one (its cache is bounded): the same request with the data of all
+
+The first of these is no waste: it computes the prefix that the siblings of the group share, and its answer is the only
+sign that the server holds the images. Requests that show the same new image at the same time wait for it.
+
+What goes wrong is told apart by what helps: `ServerLostError` (the connection broke, the server is dying: ask again
+when it or another is there) and `EngineError` (an answer, or none in time, that asking again would not change).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import orjson
+
+from vlmrl.errors import EngineError
+from vlmrl.inference.vllm_wire import Answer, WireError, data_size, encode_image, parse_answer, request_body
+from vlmrl.models.config import Dtype
+from vlmrl.types import ImageItem, Prompt, SamplingParams
+
+ENCODED_LIMIT_BYTES = 256 * 1024**2
+"""Encoded images kept for the next server, or for one that has forgotten."""
+
+KEEPALIVE_S = 2.0
+"""Seconds that an idle connection is kept. Less than the server's five: a connection that the server is closing just
+then would lose a request."""
+
+HEALTH_TIMEOUT_S = 5.0
+
+
+class ServerLostError(Exception):
+    """The server dropped the request or is dying; another, or the next one in its place, can answer it."""
+
+
+class ImageEncoder:
+    """Images as they go over the wire; the newest are kept, up to `ENCODED_LIMIT_BYTES`."""
+
+    def __init__(self, dtype: Dtype, flat: Collection[str]) -> None:
+        self.dtype = dtype
+        self._flat = flat
+        self._kept: OrderedDict[str, bytes] = OrderedDict()
+        self._bytes = 0
+
+    async def encode(self, images: Collection[ImageItem]) -> dict[str, bytes]:
+        """Hash → JSON string, of the distinct images; in a thread, for it takes milliseconds each."""
+        distinct = {image.hash: image for image in images}
+        missing = [image for image in distinct.values() if image.hash not in self._kept]
+        encoded = {hash: self._kept[hash] for hash in distinct if hash in self._kept}
+        if missing:
+            encoded |= await asyncio.to_thread(
+                lambda: {image.hash: encode_image(image, self.dtype, self._flat) for image in missing}
+            )
+        for hash, data in encoded.items():
+            self._keep(hash, data)
+        return encoded
+
+    def _keep(self, hash: str, data: bytes) -> None:
+        if hash not in self._kept:
+            self._kept[hash] = data
+            self._bytes += len(data)
+        self._kept.move_to_end(hash)
+        while self._bytes > ENCODED_LIMIT_BYTES and len(self._kept) > 1:
+            self._bytes -= len(self._kept.popitem(last=False)[1])
+
+
+class VllmClient:
+    """One life of one server: a server that was started again is another client's. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        name: str,
+        url: str,
+        api_key: str | None,
+        encoder: ImageEncoder,
+        counts: Counter[str],
+        request_timeout_s: float,
+    ) -> None:
+        self.name = name
+        self.keeps_images = False
+        """Whether the server takes an image by its hash alone; set by whoever has asked for its settings."""
+        self._encoder = encoder
+        self._counts = counts
+        self._timeout_s = request_timeout_s
+        self._numbers = itertools.count()
+        self._held: set[str] = set()
+        """Hashes whose data the server has had in this life."""
+        self._sending: dict[str, asyncio.Event] = {}
+        """Hashes whose data is on its way; the event is set when it has arrived or was lost."""
+        self._http = httpx.AsyncClient(
+            base_url=url,
+            headers={"authorization": f"Bearer {api_key}"} if api_key else {},
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEPALIVE_S),
+            timeout=httpx.Timeout(None, connect=request_timeout_s),
+            trust_env=False,  # no proxy between a run and its servers
+        )
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def is_healthy(self) -> bool:
+        """Whether the server answers and its engine lives."""
+        try:
+            return (await self._http.get("/health", timeout=HEALTH_TIMEOUT_S)).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    async def call(self, method: str, path: str, *, optional: bool = False, **arguments: Any) -> Any:
+        """A control endpoint's JSON; `arguments` are httpx's `json` and `params`.
+
+        None where an `optional` endpoint does not exist. Raises `ServerLostError`, and `EngineError` for any answer but
+        success.
+        """
+        response = await self._send(f"{method} {path}", method, path, **arguments)
+        if response.status_code == 404 and optional:
+            return None
+        if response.status_code != 200:
+            await self._raise_if_dying(response)
+            raise EngineError(f"{self.name} answered {method} {path} with {_complaint(response)}")
+        return orjson.loads(response.content) if response.content else {}
+
+    async def call_workers(self, method: str, **arguments: Any) -> list[Any]:
+        """What each worker's `method` returned."""
+        answer = await self.call("POST", "/collective_rpc", json={"method": method, "kwargs": arguments})
+        results: list[Any] = answer["results"]
+        return results
+
+    async def generate(self, rollout_id: str, prompt: Prompt, sampling: SamplingParams) -> Answer:
+        """Sample one completion. Raises `ServerLostError` and `EngineError`."""
+        answer = None
+        if not prompt.images or (self.keeps_images and await self._introduce(rollout_id, prompt, sampling)):
+            answer = await self._ask(rollout_id, prompt, {}, sampling)
+        if answer is None:
+            if self.keeps_images:
+                self._counts["wire/images_forgotten"] += 1
+                self._held.difference_update(image.hash for image in prompt.images)
+            answer = await self._ask(rollout_id, prompt, await self._encoder.encode(prompt.images), sampling)
+            assert answer is not None, "nothing was left to the server's memory"
+            if self.keeps_images:
+                self._held.update(image.hash for image in prompt.images)
+        return answer
+
+    async def _introduce(self, rollout_id: str, prompt: Prompt, sampling: SamplingParams) -> bool:
+        """Have the server hold every image of the prompt; False where it has forgotten one on the way."""
+        while True:
+            new: dict[str, ImageItem] = {}
+            shown = 0
+            for place, image in enumerate(prompt.images, 1):
+                if image.hash in self._sending:
+                    break
+                if image.hash not in self._held:
+                    new[image.hash] = image
+                    shown = place
+            else:
+                if not new:
+                    return True
+            if not new:
+                await self._sending[prompt.images[place - 1].hash].wait()
+                continue
+            # Nothing is awaited between the look and the claim, and no claim is held while waiting for another's.
+            arrived = asyncio.Event()
+            self._sending.update(dict.fromkeys(new, arrived))
+            try:
+                last = prompt.placeholders[shown - 1]
+                prefix = Prompt(
+                    prompt.token_ids[: last.offset + last.length], prompt.placeholders[:shown], prompt.images[:shown]
+                )
+                one_token = replace(sampling, max_new_tokens=1, temperature=0.0)
+                if await self._ask(rollout_id, prefix, await self._encoder.encode(new.values()), one_token) is None:
+                    return False
+                self._held.update(new)
+            finally:
+                for hash in new:
+                    del self._sending[hash]
+                arrived.set()
+
+    async def _ask(
+        self, rollout_id: str, prompt: Prompt, data: Mapping[str, bytes], sampling: SamplingParams
+    ) -> Answer | None:
+        """One request. None where the server does not hold an image that went by its hash."""
+        by_hash = [image for image in prompt.images if image.hash not in data]
+        request_id = f"{rollout_id}/{next(self._numbers)}"
+        arguments = (request_id, prompt.token_ids, prompt.placeholders, data, sampling)
+        # Megabytes of base64 are not put together on the event loop.
+        body = await asyncio.to_thread(request_body, *arguments) if data else request_body(*arguments)
+        self._counts["wire/bytes_sent"] += len(body)
+        self._counts["wire/bytes_saved"] += sum(data_size(image, self._encoder.dtype) for image in by_hash)
+        self._counts["wire/images_sent"] += len(data)
+        self._counts["inference/requests"] += 1
+        response = await self._send(
+            f"rollout {rollout_id}", "POST", "/inference/v1/generate", content=body, headers=JSON_CONTENT
+        )
+        if response.status_code == 500:
+            await self._raise_if_dying(response)
+            if by_hash:
+                return None  # vLLM 0.32 says no more than that
+        if response.status_code != 200:
+            raise EngineError(f"rollout {rollout_id}: {self.name} answered with {_complaint(response)}")
+        try:
+            answer = parse_answer(response.content)
+        except WireError as error:
+            raise EngineError(f"rollout {rollout_id}: {self.name} gave an answer that is none: {error}") from error
+        if answer.finish_reason == "abort":
+            raise ServerLostError(f"{self.name} dropped the request")
+        if not len(answer.token_ids):
+            if by_hash:
+                return None  # so says 0.26
+            raise EngineError(f"rollout {rollout_id}: {self.name} sampled nothing")
+        return answer
+
+    async def _send(self, what: str, method: str, path: str, **arguments: Any) -> httpx.Response:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await self._http.request(method, path, **arguments)
+        except TimeoutError as error:
+            self._counts["inference/timeouts"] += 1
+            raise EngineError(
+                f"{what}: {self.name} did not answer within inference.request_timeout_s={self._timeout_s:g}"
+            ) from error
+        except httpx.TransportError as error:
+            raise ServerLostError(f"{self.name}: {type(error).__name__} {error}") from error
+
+    async def _raise_if_dying(self, response: httpx.Response) -> None:
+        """A server whose engine has died answers once more before it ends."""
+        if response.status_code >= 500 and not await self.is_healthy():
+            raise ServerLostError(f"{self.name}: {_complaint(response)}")
+
+
+JSON_CONTENT = {"content-type": "application/json"}
+
+
+def _complaint(response: httpx.Response) -> str:
+    """The status and what vLLM says about it."""
+    try:
+        body = orjson.loads(response.content)
+        error = body.get("error", body)
+        text = str(error.get("message", error) if isinstance(error, dict) else error)
+    except (orjson.JSONDecodeError, AttributeError):
+        text = response.text
+    return f"HTTP {response.status_code}: {text[:500]}"

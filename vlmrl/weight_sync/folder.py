@@ -1,0 +1,68 @@
+"""`weight_sync=folder`: a safetensors file in a folder that trainer and servers see; vLLM reads it in place.
+
+The file of the version that was published last stays, for a server that comes back in the middle of a training step,
+when the trainer's own weights are in motion.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from vlmrl.errors import ConfigError
+from vlmrl.inference.vllm_client import VllmClient
+from vlmrl.inference.vllm_engine import VllmEngine
+from vlmrl.weight_sync.config import FolderSyncConfig
+from vlmrl.weight_sync.servers import ServerSync
+
+FILE = "model.safetensors"
+
+
+class FolderSync(ServerSync):
+    """For servers on this machine, or with a disk in common. Its folder goes with the run, however that ends."""
+
+    def __init__(
+        self, engine: VllmEngine, weights: Callable[[], Mapping[str, Tensor]], config: FolderSyncConfig
+    ) -> None:
+        """Makes the folder below `config.root`. Raises `ConfigError` where that cannot be."""
+        super().__init__(engine, weights, verify=config.verify)
+        try:
+            self._folder = Path(tempfile.mkdtemp(prefix="vlmrl-weights-", dir=config.root))
+        except OSError as error:
+            raise ConfigError(
+                f"weight_sync.root={config.root} takes no folder ({error.strerror}), so no weights could reach the "
+                "servers: set weight_sync.root to a folder that can be written and that the servers see"
+            ) from error
+        self._remove = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        engine.remove_if_killed(self._folder)
+        self._current = self._folder
+
+    @property
+    def folder(self) -> Path:
+        """Where the weights are."""
+        return self._folder
+
+    def close(self) -> None:
+        """Remove the folder; the interpreter's end does it too."""
+        self._remove()
+
+    def _stage(self, version: int, tensors: Mapping[str, Tensor]) -> None:
+        from safetensors.torch import save_file
+
+        before, self._current = self._current, Path(tempfile.mkdtemp(prefix=f"{version}-", dir=self._folder))
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, self._current / FILE)
+        if before != self._folder:
+            shutil.rmtree(before)
+
+    async def _transfer(self, client: VllmClient) -> None:
+        await client.call_workers("reload_weights", weights_path=str(self._current))
+
+    def _staged(self) -> Mapping[str, Tensor]:
+        from safetensors.torch import load_file
+
+        return load_file(self._current / FILE)

@@ -1,0 +1,33 @@
+"""Are the weights in the engine those of the trainer? Every tensor, by digest."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Slice: TypeAlias = tuple[str, int, int, int]
+"""(name, dim, start, stop): a part of the tensor `name`; dim −1 is all of it."""
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of the values in float32, which holds every value of the narrower formats; −0 counts as 0."""
+    values = tensor.detach().to("cpu", torch.float32) + 0.0
+    return hashlib.sha256(values.contiguous().numpy().data).hexdigest()
+
+
+def assemble(slices: Sequence[Slice], tensors: Mapping[str, Tensor]) -> Tensor:
+    """The tensor that the engine must hold.
+
+    >>> q, k = torch.arange(4.0).view(2, 2), torch.arange(10.0, 14.0).view(2, 2)
+    >>> assemble([("q", 0, 0, 1), ("k", 0, 1, 2)], {"q": q, "k": k}).tolist()
+    [[0.0, 1.0], [12.0, 13.0]]
+    """
+    parts = [
+        tensors[name] if dim < 0 else tensors[name].narrow(dim, start, stop - start)
+        for name, dim, start, stop in slices
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
