@@ -1,13 +1,14 @@
 """From a checked config to a run: builds every part once, in the order of the data path, and hands them to the loop.
 
-    mode=rl     warm-up (supervised, unless trainer.warmup.steps=0) ─▶ THE loop (orchestrator/loop.py)
-    mode=sft    supervised steps, then one evaluation
-    mode=eval   one evaluation; with resume=<run dir> of that run's newest checkpoint
+mode=rl     warm-up (supervised, unless trainer.warmup.steps=0) ─▶ THE loop (orchestrator/loop.py)
+mode=sft    supervised steps, then one evaluation
+mode=eval   one evaluation; with resume=<run dir> of that run's newest checkpoint
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,9 @@ def execute(config: RunConfig) -> float | None:
         monitor.phase("preparing")
         run = Run.build(config, monitor)
         monitor.plan(run.arithmetic())
+        # What lives as long as the run (a million objects of imported libraries) need not be looked through for
+        # garbage again and again.
+        gc.freeze()
         return asyncio.run(run.main())
 
 
@@ -241,4 +245,3 @@ class Run:
             if stop.is_set():
                 return False
         return True
-

@@ -337,11 +337,11 @@ def test_the_turn_budget_ends_an_episode_with_its_last_reward() -> None:
 
 
 @pytest.mark.parametrize("step", [endless, finished])
-def test_a_completion_that_is_cut_is_scored_and_is_the_last(step: Step) -> None:
+def test_a_completion_that_is_cut_earns_its_turn_nothing_and_is_the_last(step: Step) -> None:
     rollout = play_one(make_runner(ScriptedTask(step), policy=lambda *_: "a long answer", max_new_tokens=6))
     (turn,) = rollout.turns
     assert rollout.stop_reason is StopReason.MAX_NEW_TOKENS
-    assert (turn.text, turn.reward, rollout.reward) == ("a long", 0.25, 0.5)
+    assert (turn.text, turn.reward, rollout.reward) == ("a long", 0.0, 0.5)
 
 
 def test_a_done_task_is_terminated_even_at_the_last_turn() -> None:

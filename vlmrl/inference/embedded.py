@@ -137,9 +137,11 @@ class EmbeddedEngine:
         return await future
 
     def _maybe_run(self) -> None:
-        # A cancelled rollout's request is nobody's: it must not hold up a batch, nor be in one.
+        if self._running or len(self._waiting) < len(self._sessions):
+            return
+        # A cancelled rollout's request is nobody's: it must not stand for a session that is still on its way.
         self._waiting = [request for request in self._waiting if not request.future.done()]
-        if self._running or not self._waiting or len(self._waiting) < len(self._sessions):
+        if not self._waiting or len(self._waiting) < len(self._sessions):
             return
         # Order by content, not by arrival: arrival depends on threads, and the order of rows moves the last bit.
         batch, self._waiting = self._waiting, []

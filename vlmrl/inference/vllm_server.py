@@ -36,6 +36,9 @@ STOP_S = 30.0
 TAIL_LINES = 40
 """Of the log, in an error's message."""
 
+HEADER = "\n== "
+"""Begins each life of a server in its log."""
+
 SERVER_FLAGS = {
     # Logprobs of the distribution that was sampled from: after the bias of banned tokens and the temperature.
     "logprobs_mode": "processed_logprobs",
@@ -182,7 +185,7 @@ class VllmServer:
         vllm = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *command_line(arguments)]
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
-            log.write(f"\n== {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(vllm)}\n".encode())
+            log.write(f"{HEADER}{time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(vllm)}\n".encode())
             log.flush()
             self._process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "vlmrl.inference.vllm_supervisor", *vllm),
@@ -240,8 +243,12 @@ class VllmServer:
             self._tell_leftover(folder)
 
     def error(self, what: str) -> EngineError:
-        """An `EngineError` about this server, with the end of its log."""
-        return EngineError(f"{self.name} {what}; the end of {self.log}:\n{tail(self.log, TAIL_LINES)}")
+        """An `EngineError` about this server, with the first error in its log and the log's end."""
+        text = self.log.read_text(encoding="utf-8", errors="replace").rpartition(HEADER)[2]
+        first = re.search(r"\b\w*(?:Error|Exception): .+", text)
+        cause = f": {first.group()[:500]}" if first else ""
+        end = "\n".join(line[:500] for line in text.splitlines()[-TAIL_LINES:])
+        return EngineError(f"{self.name} {what}{cause}\nThe end of {self.log}:\n{end}")
 
     def _tell_leftover(self, folder: Path) -> None:
         assert self._process is not None
@@ -249,17 +256,11 @@ class VllmServer:
         self._process.stdin.write(os.fsencode(folder) + b"\n")
 
 
-def tail(log: Path, lines: int) -> str:
-    """The last lines of a log, without vLLM's prefix of process and time."""
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 64 * 1024))
-        text = file.read().decode(errors="replace")
-    return "\n".join(line[:500] for line in text.splitlines()[-lines:])
-
-
 def _last_line(log: Path) -> str:
-    """What vLLM is at, for the progress line."""
-    lines = [line for line in tail(log, 8).splitlines() if line.strip()]
+    """What vLLM is at, for the progress line; without its prefix of process and time."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 2048))
+        lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     return re.sub(r"^\(.*?\) |\b(INFO|WARNING) [\d-]+ [\d:]+ \[.*?\] ", "", lines[-1])[:100] if lines else ""
 
 

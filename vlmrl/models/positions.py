@@ -7,7 +7,7 @@ depend on what follows it, so a conversation that grows, or a prefix that severa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Protocol
 
 import numpy as np
@@ -58,9 +58,15 @@ def mrope(
         rows, columns = rows // spatial_merge_size, columns // spatial_merge_size
         begin, end = placeholder.offset, placeholder.offset + placeholder.length
         start = int(rotary[0, begin])
-        rotary[:, begin:end] = start + np.indices((frames, rows, columns)).reshape(3, -1)
+        rotary[:, begin:end] = start + _grid(frames, rows, columns)
         rotary[:, end:] = start + max(rows, columns) + np.arange(length - end)
     return positions
+
+
+@lru_cache(maxsize=256)
+def _grid(frames: int, rows: int, columns: int) -> IntArray:
+    """int64 [3, frames × rows × columns]; frame, row and column of each token, row by row."""
+    return np.indices((frames, rows, columns), dtype=np.int64).reshape(3, -1)
 
 
 POSITIONS: dict[str, Callable[..., IntArray]] = {

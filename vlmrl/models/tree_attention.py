@@ -28,7 +28,7 @@ from torch import Tensor
 
 ATTENTION_NAME = "vlmrl_tree"
 
-MIN_SHARED_PAIRS = 4096
+MIN_SHARED_PAIRS = 16384
 """A segment becomes a shared block when rows below it × its own tokens reach this; below, one more kernel launch
 costs more than the padding it saves."""
 
@@ -191,15 +191,15 @@ class _TreeAttention(torch.autograd.Function):
         kv_heads, _, dim = k.shape
         heads, length, _ = q.shape
         group = heads // kv_heads
+        q = q * scale
         out = torch.empty_like(q)
         lse = q.new_empty(heads, length, dtype=torch.float32)
         for local in plan.local:
             B, n = local.rows.shape
-            scores = _local_scores(q, k, local, kv_heads, group, scale)
-            block_lse = scores.logsumexp(-1)
-            scores.sub_(block_lse.unsqueeze(-1)).exp_()
+            scores, block_lse, total = _exponentiate(_local_scores(q, k, local, kv_heads, group))
             values = v.index_select(1, local.slots.reshape(-1)).view(kv_heads * B, -1, dim)
             block_out = torch.bmm(scores.view(kv_heads * B, group * n, -1).to(v.dtype), values)
+            block_out.div_(total.view(kv_heads * B, group * n, 1))
             block_out = block_out.view(kv_heads, B, group, n, dim).transpose(1, 2).reshape(heads, B * n, dim)
             flat_lse = block_lse.view(kv_heads, B, group, n).transpose(1, 2).reshape(heads, B * n)
             if local.valid is not None:
@@ -207,10 +207,8 @@ class _TreeAttention(torch.autograd.Function):
             out[:, local.valid_rows] = block_out
             lse[:, local.valid_rows] = flat_lse
         for shared in plan.shared:
-            scores = _shared_scores(q, k, shared, kv_heads, scale)
-            block_lse = scores.logsumexp(-1)
-            scores.sub_(block_lse.unsqueeze(-1)).exp_()
-            block_out = torch.bmm(scores.to(v.dtype), v[:, shared.slots])
+            scores, block_lse, total = _exponentiate(_shared_scores(q, k, shared, kv_heads))
+            block_out = torch.bmm(scores.to(v.dtype), v[:, shared.slots]).div_(total.unsqueeze(-1))
             rows = shared.end - shared.start
             _merge(
                 out[:, shared.start : shared.end],
@@ -243,7 +241,7 @@ class _TreeAttention(torch.autograd.Function):
                 x = x.index_select(1, flat_rows).view(kv_heads, group, B, n, *tail)
                 return x.transpose(1, 2).reshape(kv_heads * B, group * n, *tail)
 
-            probs = _local_scores(q, k, local, kv_heads, group, scale).view(kv_heads * B, group * n, -1)
+            probs = _local_scores(q, k, local, kv_heads, group).view(kv_heads * B, group * n, -1)
             probs.sub_(rowwise(lse).unsqueeze(-1)).exp_()
             if local.valid is not None:
                 live = torch.zeros(B * n, dtype=probs.dtype, device=probs.device)
@@ -254,7 +252,7 @@ class _TreeAttention(torch.autograd.Function):
             values = v.index_select(1, flat_slots).view(kv_heads * B, -1, dim)
             grad_values = torch.bmm(probs.transpose(1, 2).to(v.dtype), row_grad)
             grad_scores = torch.bmm(row_grad, values.transpose(1, 2)).float()
-            grad_scores.sub_(rowwise(delta).unsqueeze(-1)).mul_(probs).mul_(scale)
+            grad_scores.sub_(rowwise(delta).unsqueeze(-1)).mul_(probs)
             grad_scores = grad_scores.to(q.dtype)
             grad_rows = torch.bmm(grad_scores, keys).view(kv_heads, B, group, n, dim).transpose(1, 2)
             grad_q.index_add_(1, flat_rows, grad_rows.reshape(heads, B * n, dim))
@@ -268,33 +266,44 @@ class _TreeAttention(torch.autograd.Function):
                 """[H, T, …] → [KV, G × rows, …]."""
                 return x[:, rows].reshape(kv_heads, -1, *x.shape[2:])
 
-            probs = _shared_scores(q, k, shared, kv_heads, scale)
+            probs = _shared_scores(q, k, shared, kv_heads)
             probs.sub_(fold(lse).unsqueeze(-1)).exp_()
             row_grad = fold(grad_out)
             grad_v.index_add_(1, shared.slots, torch.bmm(probs.transpose(1, 2).to(v.dtype), row_grad))
             grad_scores = torch.bmm(row_grad, v[:, shared.slots].transpose(1, 2)).float()
-            grad_scores.sub_(fold(delta).unsqueeze(-1)).mul_(probs).mul_(scale)
+            grad_scores.sub_(fold(delta).unsqueeze(-1)).mul_(probs)
             grad_scores = grad_scores.to(q.dtype)
             grad_q[:, rows] += torch.bmm(grad_scores, k[:, shared.slots]).view(heads, -1, dim)
             grad_k.index_add_(1, shared.slots, torch.bmm(grad_scores.transpose(1, 2), fold(q)))
-        return grad_q, grad_k, grad_v, None, None
+        return grad_q.mul_(scale), grad_k, grad_v, None, None
 
 
-def _local_scores(q: Tensor, k: Tensor, block: LocalBlock, kv_heads: int, group: int, scale: float) -> Tensor:
-    """float32 [KV, B, G × n, m]; −inf where the query does not see the key."""
+def _exponentiate(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[…, m] → exp(scores − their maximum), in place; log-sum-exp […]; sum of the exponentials […].
+
+    The division is left to the output, which is narrower than the scores.
+    """
+    largest = scores.amax(-1)
+    scores.sub_(largest.unsqueeze(-1)).exp_()
+    total = scores.sum(-1)
+    return scores, largest + total.log(), total
+
+
+def _local_scores(q: Tensor, k: Tensor, block: LocalBlock, kv_heads: int, group: int) -> Tensor:
+    """float32 [KV, B, G × n, m]; −inf where the query does not see the key. `q` is scaled already."""
     B, n = block.rows.shape
     dim = q.shape[-1]
     queries = q.index_select(1, block.rows.reshape(-1)).view(kv_heads, group, B, n, dim).transpose(1, 2)
     keys = k.index_select(1, block.slots.reshape(-1)).view(kv_heads * B, -1, dim)
-    scores = torch.bmm(queries.reshape(kv_heads * B, group * n, dim), keys.transpose(1, 2)).float().mul_(scale)
+    scores = torch.bmm(queries.reshape(kv_heads * B, group * n, dim), keys.transpose(1, 2)).float()
     scores.view(kv_heads, B, group, n, -1).masked_fill_(~block.mask[:, None], float("-inf"))
     return scores.view(kv_heads, B, group * n, -1)
 
 
-def _shared_scores(q: Tensor, k: Tensor, block: SharedBlock, kv_heads: int, scale: float) -> Tensor:
-    """float32 [KV, G × rows, m]."""
+def _shared_scores(q: Tensor, k: Tensor, block: SharedBlock, kv_heads: int) -> Tensor:
+    """float32 [KV, G × rows, m]. `q` is scaled already."""
     queries = q[:, block.start : block.end].reshape(kv_heads, -1, q.shape[-1])
-    return torch.bmm(queries, k[:, block.slots].transpose(1, 2)).float().mul_(scale)
+    return torch.bmm(queries, k[:, block.slots].transpose(1, 2)).float()
 
 
 def tree_attention_forward(

@@ -17,6 +17,7 @@ import hashlib
 import numbers
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
@@ -49,6 +50,9 @@ T = TypeVar("T")
 
 THREADS = 32
 """Threads for the task's code: so many blocking resets and steps run at once."""
+
+PATIENCE = 0.01
+"""Seconds that one thread may take for the calls of a round before others help it."""
 
 LARGEST = float(np.finfo(np.float32).max)
 """Rewards are float32 from here on; beyond it they are infinite."""
@@ -214,17 +218,17 @@ class TaskCodeError(Exception):
 class TaskThreads:
     """Runs the task's code, which may block, off the event loop.
 
-    Calls made in the same round of the event loop (siblings whose completions came in one batch) share at most
-    `THREADS` hops to a thread and back: a hop costs more than the step of a fast env. A call that comes alone gets a
-    hop of its own, and as many block at once as there are threads either way.
+    Calls made in the same round of the event loop (siblings whose completions came in one batch) go to one thread, for
+    a hop to a thread and back costs more than the step of a fast env. If that thread is not through after `PATIENCE`,
+    the env is no fast one, and as many threads as there are calls left help, up to `THREADS`.
     """
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(THREADS, thread_name_prefix="task")
-        self._waiting: list[tuple[Callable[[], Any], asyncio.Future[Any]]] = []
+        self._waiting: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
 
     def run(self, call: Callable[[], T]) -> asyncio.Future[T]:
-        """The future result of `call`; an exception of it becomes a `TaskCodeError`."""
+        """The future result of `call`; an exception of it becomes a `TaskFault`."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
         if not self._waiting:
@@ -233,16 +237,40 @@ class TaskThreads:
         return future
 
     def _start(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        share = -(-len(waiting) // THREADS)
-        for start in range(0, len(waiting), share):
-            calls, futures = zip(*waiting[start : start + share], strict=True)
-            hop = asyncio.get_running_loop().run_in_executor(self._executor, _attempt_all, calls)
-            hop.add_done_callback(partial(_deliver, futures))
+        calls, self._waiting = self._waiting, deque()
+        self._hop(calls)
+        asyncio.get_running_loop().call_later(PATIENCE, self._help, calls)
+
+    def _help(self, calls: deque[tuple[Callable[[], Any], asyncio.Future[Any]]]) -> None:
+        for _ in range(min(len(calls), THREADS)):
+            self._hop(calls)
+
+    def _hop(self, calls: deque[tuple[Callable[[], Any], asyncio.Future[Any]]]) -> None:
+        def deliver(hop: asyncio.Future[list[tuple[asyncio.Future[Any], Any]]]) -> None:
+            for future, outcome in hop.result():
+                if future.done():  # cancelled meanwhile
+                    continue
+                if isinstance(outcome, BaseException):
+                    future.set_exception(outcome)
+                else:
+                    future.set_result(outcome)
+            if calls:
+                self._hop(calls)
+
+        asyncio.get_running_loop().run_in_executor(self._executor, _work_off, calls).add_done_callback(deliver)
 
 
-def _attempt_all(calls: Sequence[Callable[[], Any]]) -> list[Any]:
-    return [_attempt(call) for call in calls]
+def _work_off(calls: deque[tuple[Callable[[], Any], asyncio.Future[Any]]]) -> list[tuple[asyncio.Future[Any], Any]]:
+    """Take calls and make them, until none is left or `PATIENCE` is over: what is done by then is wanted."""
+    until = time.monotonic() + PATIENCE
+    outcomes = []
+    while calls and (not outcomes or time.monotonic() < until):
+        try:
+            call, future = calls.popleft()
+        except IndexError:  # another thread took the last one
+            break
+        outcomes.append((future, _attempt(call)))
+    return outcomes
 
 
 def _attempt(call: Callable[[], Any]) -> Any:
@@ -254,17 +282,6 @@ def _attempt(call: Callable[[], Any]) -> Any:
         where = traceback.extract_tb(error.__traceback__)[-1]
         text = f"{type(error).__name__}: {error} ({where.filename}:{where.lineno}, in {where.name})"
         return TaskCodeError(StopReason.TASK_ERROR, text)
-
-
-def _deliver(futures: Sequence[asyncio.Future[Any]], hop: asyncio.Future[list[Any]]) -> None:
-    outcomes = [hop.exception()] * len(futures) if hop.exception() else hop.result()
-    for future, outcome in zip(futures, outcomes, strict=True):
-        if future.done():  # cancelled meanwhile
-            continue
-        if isinstance(outcome, BaseException):
-            future.set_exception(outcome)
-        else:
-            future.set_result(outcome)
 
 
 def _problem(task: Task, split: Split, index: int) -> Problem:

@@ -209,9 +209,7 @@ def balanced_block(length: int, one_in: int, *key: str | int) -> tuple[str, ...]
         if not any(is_held_out(word, one_in) for word in block):
             return block
         if attempt >= tries:
-            words = tuple(
-                new if is_held_out(old, one_in) else old for old, new in zip(words, block, strict=True)
-            )
+            words = tuple(new if is_held_out(old, one_in) else old for old, new in zip(words, block, strict=True))
             if not any(is_held_out(word, one_in) for word in words):
                 return words
     raise AssertionError("itertools.count ended")

@@ -35,9 +35,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_training_state(
-    folder: Path, model: Any, optimizer: torch.optim.Optimizer, counters: dict[str, int]
-) -> None:
+def save_training_state(folder: Path, model: Any, optimizer: torch.optim.Optimizer, counters: dict[str, int]) -> None:
     """Write the four files into `folder`, which exists."""
     save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, folder / "model.safetensors")
     torch.save(optimizer.state_dict(), folder / "optimizer.pt")
