@@ -84,7 +84,9 @@ class VllmClient:
         encoder: ImageEncoder,
         counts: Counter[str],
         request_timeout_s: float,
+        transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
+        """`counts` are the engine's, by metric; `transport` is a test's stand-in for the network."""
         self.name = name
         self.keeps_images = False
         """Whether the server takes an image by its hash alone; set by whoever has asked for its settings."""
@@ -102,6 +104,7 @@ class VllmClient:
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEPALIVE_S),
             timeout=httpx.Timeout(None, connect=request_timeout_s),
             trust_env=False,  # no proxy between a run and its servers
+            transport=transport,
         )
 
     async def close(self) -> None:

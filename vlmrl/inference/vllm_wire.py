@@ -123,7 +123,7 @@ def data_size(image: ImageItem, dtype: Dtype) -> int:
 def _element(array: np.ndarray, dtype: Dtype, is_flat: bool) -> dict[str, Any]:
     keep_on_cpu = np.issubdtype(array.dtype, np.integer)
     if is_flat:
-        slices = [[0, array.shape[0], None]]
+        slices = [[[0, array.shape[0], None]]]  # of the one item, per dim, as (start, stop, step)
         field = ("flat", {"keep_on_cpu": keep_on_cpu, "slices": slices, "dim": 0})
     else:
         assert array.shape[0] == 1, f"{array.shape[0]} rows for one image: is this one of the flat mm_kwargs?"
