@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
+import hypothesis
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from vlmrl.cli import CONF
 from vlmrl.config import RunConfig, parse, register_schemas
+
+# A shared machine may be slow at any moment.
+hypothesis.settings.register_profile("vlmrl", deadline=None)
+hypothesis.settings.load_profile("vlmrl")
 
 
 @pytest.fixture
@@ -30,3 +37,22 @@ def composed() -> Callable[..., DictConfig]:
 def run_config(composed: Callable[..., DictConfig]) -> Callable[..., RunConfig]:
     """`run_config("trainer.max_steps=2")`: the checked config of a run."""
     return lambda *overrides: parse(composed(*overrides))
+
+
+@pytest.fixture(scope="session")
+def loaded_tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The tiny model of tests/helpers.py, for `tiny_model` to copy."""
+    import helpers
+    from vlmrl.models.load import load_model, resolve_checkpoint
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLMRL_CACHE", str(tmp_path_factory.mktemp("tiny-model")))
+        model = load_model(resolve_checkpoint(helpers.TINY, ("a",)), helpers.TINY)
+    assert model.config.image_token_id == helpers.IMAGE_PAD
+    return model
+
+
+@pytest.fixture
+def tiny_model(loaded_tiny_model: Any) -> Callable[[], Any]:
+    """`tiny_model()`: a fresh copy of a real, tiny Qwen3-VL (tests/helpers.py), always the same weights."""
+    return lambda: copy.deepcopy(loaded_tiny_model)

@@ -114,13 +114,16 @@ class EmbeddedEngine:
         return session
 
     def close_session(self, session: EmbeddedSession) -> None:
-        """The session asks no more."""
+        """The session asks no more. The last one takes along what the pool holds: what later rollouts compute, to the
+        last bit, must not depend on which came before them, or a resumed run would differ from one never stopped."""
         self._sessions.discard(session)
+        if not self._sessions:
+            self._generator.forget()
         self._maybe_run()
 
     def metrics(self) -> dict[str, float]:
-        """Tokens computed since the last call: `inference/rows_prefill`, `inference/rows_decode`."""
-        return self._generator.take_counters()
+        """Tokens computed since the last call: `inference/rows_prefill`, `inference/rows_decode`. There is no wire."""
+        return {"wire/bytes_sent": 0.0, **self._generator.take_counters()}
 
     async def submit(self, session: EmbeddedSession, prompt: Prompt, sampling: SamplingParams) -> Completion:
         """Queue one request of an open session."""
@@ -160,6 +163,8 @@ class EmbeddedEngine:
                     request.future.set_exception(error)
                 else:
                     request.future.set_result(done.result()[i])
+            # Sessions of the batch may have closed meanwhile, and those that wait were waiting for them alone.
+            self._maybe_run()
 
         task.add_done_callback(deliver)
 
@@ -181,6 +186,10 @@ class Generator:
         """The counters since the last call."""
         counters, self._counters = self._counters, dict.fromkeys(self._counters, 0.0)
         return counters
+
+    def forget(self) -> None:
+        """Begin the next batch with an empty pool."""
+        self._pool_version = -1
 
     @torch.inference_mode()
     def run(self, batch: Sequence[_Request], version: int) -> list[Completion]:
@@ -221,6 +230,8 @@ class Generator:
         slot = np.full(tree.num_rows, -1, np.int64)
         for prompt, nodes in zip(prompts, tree.rows, strict=True):
             slot[nodes[: prompt.cached]] = prompt.cached_slots
+        # A prompt's last token is a row even where another session, a turn ahead, has its keys: sampling reads it.
+        slot[[nodes[-1] for nodes in tree.rows]] = -1
         new = np.flatnonzero(slot < 0)
         first_slot = self._allocate(len(new))
         slot[new] = np.arange(first_slot, first_slot + len(new))
@@ -238,7 +249,7 @@ class Generator:
             fresh = rows >= 0
             length = len(source.token_ids)
             positions = self._policy.positions(length, source.placeholders, source.images)
-            prompt.next_position = positions[:, -1].max() + 1
+            prompt.next_position = positions[1:, -1].max() + 1
             prompt.next_text_position = length
             token_ids[rows[fresh]] = source.token_ids[start:][fresh]
             position_ids[:, rows[fresh]] = positions[:, start:][:, fresh]

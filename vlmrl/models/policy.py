@@ -67,6 +67,8 @@ class Policy:
                 f"{type(model.base_model).__name__}.forward takes no mm_encoder_outputs, so images could not be placed: "
                 "install transformers 5.19"
             )
+        # Rows without images of their own may still stand behind images: with MRoPE they need all four positions.
+        self._mrope = "mrope_section" in (getattr(text, "rope_parameters", None) or {})
         # The vision tower keeps torch's own attention; set by name on the text config alone.
         text._attn_implementation = ATTENTION_NAME
         self._banned = torch.tensor(sorted(banned_token_ids), dtype=torch.int64, device=self.device)
@@ -107,9 +109,9 @@ class Policy:
         token_ids, mm_token_type_ids int64 [T]; position_ids int64 [4, T]; feature_rows int64 [placeholder rows]: the
         feature that each placeholder row takes, in row order.
         """
-        arguments: dict[str, Any] = {"position_ids": position_ids[:1, :]}
+        arguments: dict[str, Any] = {"position_ids": position_ids[:, None, :] if self._mrope else position_ids[:1]}
         if features is not None:
-            arguments = {"mm_token_type_ids": mm_token_type_ids[None], "position_ids": position_ids[:, None, :]}
+            arguments["mm_token_type_ids"] = mm_token_type_ids[None]
             if len(feature_rows):
                 placed = [level.index_select(0, feature_rows) for level in features.levels]
                 arguments["mm_encoder_outputs"] = {
