@@ -90,9 +90,7 @@ def main() -> None:
 
 def compare(bench: Bench, rounds: int) -> None:
     print_head(bench)
-    print(
-        "| checkpoint | side | s/step, median | min – max | rollouts | training and the rest | prompt tokens | sampled tokens |"
-    )
+    print("| checkpoint | side | s/step, median | min – max | rollouts | the rest | prompt tokens | sampled tokens |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     verdicts = []
     for checkpoint in ("warm", "random"):
@@ -155,6 +153,15 @@ class Bench:
             f"seed={SEED}",
         ]
 
+    def rl_overrides(self, checkpoint: Path | str) -> list[str]:
+        """The run that is measured."""
+        return [
+            f"model.name={checkpoint}",
+            "model.tiny=null",
+            "trainer.warmup.steps=0",
+            f"trainer.max_steps={self.steps}",
+        ]
+
     def make_checkpoints(self) -> dict[str, Path]:
         """`random` as it is built, `warm` with the weights after the default warm-up."""
         from vlmrl.models.config import ModelConfig, TinyConfig
@@ -178,12 +185,7 @@ class Bench:
         return run
 
     def vlmrl(self, checkpoint: str) -> Steps:
-        run = self.run_vlmrl(
-            f"model.name={self.checkpoints[checkpoint]}",
-            "model.tiny=null",
-            "trainer.warmup.steps=0",
-            f"trainer.max_steps={self.steps}",
-        )
+        run = self.run_vlmrl(*self.rl_overrides(self.checkpoints[checkpoint]))
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         seconds = {line["step"]: line["time/elapsed"] for line in lines}
         return [
@@ -276,13 +278,15 @@ def execute(command: Sequence[str], environment: dict[str, str]) -> None:
 
 
 def print_head(bench: Bench) -> None:
-    command = " ".join(["python", "benchmarks/trl_step.py", *sys.argv[1:]])
+    ours = [*bench.overrides(), *bench.rl_overrides("FOLDER")]
     print(
-        f"{command}\n  vlmrl: python -m vlmrl {' '.join(bench.overrides())} model.name=<folder> model.tiny=null "
-        f"trainer.warmup.steps=0 trainer.max_steps={bench.steps}\n{platform.machine()}, {os.cpu_count()} cores, {bench.threads} torch thread(s); Python "
-        f"{platform.python_version()}; vlmrl with torch {version('torch')}, transformers {version('transformers')}; "
-        f"TRL with {', '.join(TRL_PACKAGES)}; {GROUPS} groups × {GROUP_SIZE} rollouts, {IMAGES} images a prompt, "
-        f"at most {MAX_NEW_TOKENS} new tokens; {bench.steps} steps a turn, {WARMUP_STEPS} not counted\n"
+        f"""python benchmarks/trl_step.py {" ".join(sys.argv[1:])}
+vlmrl: python -m vlmrl {" ".join(ours)}
+{platform.machine()}, {os.cpu_count()} cores, {bench.threads} torch thread(s), Python {platform.python_version()}
+vlmrl with torch=={version("torch")}, transformers=={version("transformers")}; TRL with {", ".join(TRL_PACKAGES)}
+{GROUPS} groups × {GROUP_SIZE} rollouts, {IMAGES} images a prompt, at most {MAX_NEW_TOKENS} new tokens; {bench.steps} \
+steps a turn, the first {WARMUP_STEPS} not counted
+"""
     )
 
 
