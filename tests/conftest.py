@@ -43,6 +43,7 @@ def run_config(composed: Callable[..., DictConfig]) -> Callable[..., RunConfig]:
 def loaded_tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The tiny model of tests/helpers.py, for `tiny_model` to copy."""
     import helpers
+
     from vlmrl.models.load import load_model, resolve_checkpoint
 
     with pytest.MonkeyPatch.context() as patch:

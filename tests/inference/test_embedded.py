@@ -68,8 +68,8 @@ class Episode:
     """A rollout without a task: a first prompt, then replies whatever the policy says."""
 
     first: Prompt
-    replies: tuple[tuple[Part, ...], ...] = ()
-    sampling: SamplingParams = params(0)
+    replies: tuple[tuple[Part, ...], ...]
+    sampling: SamplingParams
     """Of the first turn; turn t adds t to the seed."""
 
     async def play(self, engine: EmbeddedEngine, session: Any) -> Turns:

@@ -64,8 +64,8 @@ class Policy:
         if "get_image_features" in dir(model.base_model) and "mm_encoder_outputs" not in _arguments(model.base_model):
             # Without this check the features would be swallowed by **kwargs and the policy would be blind.
             raise ModelError(
-                f"{type(model.base_model).__name__}.forward takes no mm_encoder_outputs, so images could not be placed: "
-                "install transformers 5.19"
+                f"{type(model.base_model).__name__}.forward takes no mm_encoder_outputs, so images could not be "
+                "placed: install transformers 5.19"
             )
         # Rows without images of their own may still stand behind images: with MRoPE they need all four positions.
         self._mrope = "mrope_section" in (getattr(text, "rope_parameters", None) or {})

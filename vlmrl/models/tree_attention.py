@@ -60,11 +60,11 @@ class LocalBlock:
     """A padded batch of B paths: query i of path b sees slots[b, : offset[b] + i + 1]."""
 
     rows: Tensor
-    """int64 [B, n]; padding repeats a valid row."""
+    """int64 [B, n]; padding repeats the path's first row."""
     slots: Tensor
     """int64 [B, m]; padding repeats a valid slot and is masked."""
     mask: Tensor
-    """bool [B, n, m]; True where the query sees the key."""
+    """bool [B, n, m]; True where the query sees the key; of padding, as of the row that it repeats."""
     valid: Tensor | None
     """int64 [v]; flat indices into [B × n] that are no padding; None where nothing is padded."""
     valid_rows: Tensor
@@ -127,8 +127,11 @@ def local_blocks(
             padded_slots[b, len(paths[i]) :] = paths[i][0]
         lengths = np.array([len(rows[i]) for i in members])
         first = np.array([offsets[i] for i in members])
-        mask = np.arange(m) <= first[:, None, None] + np.arange(n)[:, None]
-        valid = np.flatnonzero(np.arange(n) < lengths[:, None])
+        is_valid = np.arange(n) < lengths[:, None]
+        # Padding sees what the row that it repeats sees: the backward pass divides by that row's log-sum-exp, and a
+        # key that did not go into it may be e^88 times larger, infinite before it is dropped.
+        mask = np.arange(m) <= (first[:, None] + np.where(is_valid, np.arange(n), 0))[:, :, None]
+        valid = np.flatnonzero(is_valid)
         whole = len(valid) == padded_rows.size
         blocks.append(
             LocalBlock(
@@ -221,7 +224,7 @@ class _TreeAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, out, lse = ctx.saved_tensors
         plan, scale = ctx.plan, ctx.scale
         kv_heads, _, dim = k.shape
