@@ -27,8 +27,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
-from vlmrl.config import did_you_mean, parse, register_schemas, summary, typed, unknown_key
-from vlmrl.errors import ConfigError, VlmrlError
+from vlmrl.config import Mode, did_you_mean, parse, register_schemas, summary, typed, unknown_key
+from vlmrl.errors import ConfigError, Interrupted, VlmrlError
 
 PACKAGE = Path(__file__).parent
 CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
@@ -68,7 +68,7 @@ def report(error: Exception) -> int:
     if not isinstance(error, VlmrlError):
         traceback.print_exception(error)
         return 1
-    print(f"error: {error}", file=sys.stderr)
+    print(f"{'interrupted' if isinstance(error, Interrupted) else 'error'}: {error}", file=sys.stderr)
     return error.exit_code
 
 
@@ -89,8 +89,9 @@ def job(config: DictConfig) -> float | None:
         return start(place(config, HydraConfig.get().runtime.output_dir))
     except Exception as error:
         code = report(error)
-        # In a sweep Hydra runs the other jobs, names this one, and raises the error again.
-        raise (JobError(code) if HydraConfig.get().mode is RunMode.MULTIRUN else SystemExit(code)) from error
+        # In a sweep Hydra runs the other jobs, names this one, and raises the error again. Ctrl-C means all of them.
+        sweep = HydraConfig.get().mode is RunMode.MULTIRUN and not isinstance(error, Interrupted)
+        raise (JobError(code) if sweep else SystemExit(code)) from error
 
 
 class CheckFirst(Callback):
@@ -226,6 +227,7 @@ def resumed(arguments: list[str]) -> DictConfig:
             )
     run_dir = RunDir(folder.resolve())
     config = typed(run_dir.read_config())
+    mode = config.mode
     try:
         for override in OverridesParser.create().parse_overrides(overrides):
             if override.is_sweep_override():
@@ -233,6 +235,11 @@ def resumed(arguments: list[str]) -> DictConfig:
             apply(config, override.key_or_group, override.value(), force_add=override.is_force_add())
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error, overrides)) from error
+    if config.mode not in (mode, Mode.eval):
+        raise ConfigError(
+            f"mode={config.mode.name} requires a new run, else its steps would stand among those of mode={mode.name} "
+            f"in resume={folder}: drop mode=, or start without resume="
+        )
     config.output_dir, config.resume = str(run_dir.path), str(run_dir.path)
     return config
 

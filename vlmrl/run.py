@@ -2,21 +2,29 @@
 
 mode=rl     warm-up (supervised, unless trainer.warmup.steps=0) ─▶ THE loop (orchestrator/loop.py)
 mode=sft    supervised steps, then one evaluation
-mode=eval   one evaluation; with resume=<run dir> of that run's newest checkpoint
+mode=eval   one evaluation; with resume=<run dir> of that run's newest checkpoint, recorded in its folder eval/
+
+However a run ends, it can be continued: what is on the disk is whole at every moment, and whatever is random is a
+function of the config and the step, so that a step which is done again is the same step.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import signal
-from dataclasses import dataclass
-from pathlib import Path
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
 
 import torch
 
 from vlmrl.config import Mode, RunConfig
-from vlmrl.errors import ConfigError, Interrupted
+from vlmrl.errors import ConfigError, EngineError, Interrupted, TaskError
 from vlmrl.inference.embedded import EmbeddedEngine
 from vlmrl.models.load import (
     check_available,
@@ -50,17 +58,58 @@ def execute(config: RunConfig) -> float | None:
     if config.mode is Mode.eval and config.resume:
         run_dir = RunDir(run_dir.path / "eval")
     run_dir.create(resume=config.resume is not None)
-    run_dir.write_config(config)
+    if config.mode is Mode.eval or not config.resume:
+        run_dir.write_config(config)
     if config.mode is not Mode.eval or not config.resume:
         run_dir.point_latest()
     with Monitor(config.monitor, run_dir, total_steps=config.trainer.max_steps) as monitor:
         monitor.phase("preparing")
-        run = Run.build(config, monitor)
+        run = Run.build(config, run_dir, monitor)
         monitor.plan(run.arithmetic())
         # What lives as long as the run (a million objects of imported libraries) need not be looked through for
         # garbage again and again.
         gc.freeze()
-        return asyncio.run(run.main())
+        try:
+            reason, objective = asyncio.run(run.main())
+        finally:
+            gc.unfreeze()  # in a sweep, the next run needs the memory of this one
+    if reason == "interrupted":
+        raise Interrupted(run.how_to_continue())
+    return objective
+
+
+@contextmanager
+def asked_to_stop(warn: Callable[[str], None]) -> Iterator[asyncio.Event]:
+    """An event that the first SIGINT or SIGTERM sets. The second ends the process at once."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def ask() -> None:
+        warn("Asked to stop: the step in progress is finished and saved. A second Ctrl-C ends the run at once.")
+        stop.set()
+
+    def first(number: int, frame: FrameType | None) -> None:
+        for each in before:
+            signal.signal(each, end_at_once)
+        loop.call_soon_threadsafe(ask)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, first)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is first:
+                signal.signal(number, handler)
+
+
+def end_at_once(number: int, frame: FrameType | None) -> None:
+    """The second signal. Nothing is waited for: the disk is in order at every moment, and servers and services that the
+    run started end by themselves when it is gone."""
+    if sys.stdout.isatty():
+        os.write(sys.stdout.fileno(), b"\x1b[?25h\n")  # the cursor, which the live view hides
+    os.write(sys.stderr.fileno(), b"ended at once\n")
+    os._exit(1)
 
 
 @dataclass(eq=False)
@@ -68,6 +117,7 @@ class Run:
     """The parts of one run."""
 
     config: RunConfig
+    run_dir: RunDir
     monitor: Monitor
     task: Task
     renderer: Renderer
@@ -77,9 +127,11 @@ class Run:
     weight_sync: WeightSync
     evaluator: Evaluator
     checkpoints: Checkpoints
+    _saved: tuple[int, ...] | None = field(init=False, default=None)
+    """What the newest checkpoint holds (`_progress`)."""
 
     @staticmethod
-    def build(config: RunConfig, monitor: Monitor) -> Run:
+    def build(config: RunConfig, run_dir: RunDir, monitor: Monitor) -> Run:
         """Task, checkpoint, renderer, policy, trainer, engine, in the order of the data path."""
         torch.set_num_threads(config.trainer.threads)
         torch.manual_seed(config.seed)
@@ -90,12 +142,13 @@ class Run:
         if vlm is not None and vlm.freeze_vision:
             model.base_model.visual.requires_grad_(False)
         assert config.orchestrator.renderer is not None, "config.check demands a renderer"
+        embeddings: Any = model.get_input_embeddings()
         renderer = make_renderer(
             config.orchestrator.renderer,
             config.model,
             load_tokenizer(folder),
             load_image_processor(folder) if vlm is not None else None,
-            model.get_input_embeddings().num_embeddings,
+            embeddings.num_embeddings,
         )
         merge = model.config.vision_config.spatial_merge_size if vlm is not None else 1
         positions = position_function(vlm.positions if vlm is not None else "sequential", merge)
@@ -120,6 +173,7 @@ class Run:
         )
         return Run(
             config=config,
+            run_dir=run_dir,
             monitor=monitor,
             task=task,
             renderer=renderer,
@@ -128,7 +182,7 @@ class Run:
             engine=engine,
             weight_sync=InProcessSync(trainer),
             evaluator=Evaluator(orchestrator.eval, runner, orchestrator.temperature),
-            checkpoints=Checkpoints(Path(config.output_dir) / "checkpoints", config.trainer.keep_checkpoints),
+            checkpoints=Checkpoints(RunDir(config.output_dir).checkpoints, config.trainer.keep_checkpoints),
         )
 
     def arithmetic(self) -> dict[str, str]:
@@ -151,72 +205,32 @@ class Run:
             + ("" if o.eval.target is None else f"; done at {o.eval.target} {o.eval.consecutive} times in a row"),
         }
 
-    async def main(self) -> float | None:
-        """Restore, warm up, run the mode, save, sum up."""
-        stop = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            # The second signal finds Python's own handler again and ends the process at once.
-            loop.add_signal_handler(number, lambda n=number: (stop.set(), loop.remove_signal_handler(n)))
+    async def main(self) -> tuple[ExitReason, float | None]:
+        """Restore, run the mode, save, sum up → why it ended, the last sampled held-out reward."""
         await self.engine.start()
         try:
-            saved = self._restore()
-            reason = await self._run_mode(stop)
+            with asked_to_stop(self.monitor.warn) as stop:
+                restored_step = self._restore()
+                try:
+                    reason = await self._run_mode(stop, restored_step)
+                except (TaskError, EngineError):  # nothing is wrong with the weights
+                    self._save()
+                    raise
+                self._save()
         finally:
             await self.engine.stop()
-        step = self._step
-        if self.config.mode is not Mode.eval and step != saved:
-            self._save(step)
         objective = self.evaluator.history[-1][0] if self.evaluator.history else None
         self.monitor.finish(reason, {"policy_version": self.trainer.version, "objective": objective})
-        if reason == "interrupted":
-            raise Interrupted(
-                f"stopped after step {step} and saved; continue with python -m vlmrl resume={self.config.output_dir}"
-            )
-        return objective
+        return reason, objective
 
-    @property
-    def _step(self) -> int:
-        return self.trainer.supervised_steps if self.config.mode is Mode.sft else self.trainer.version
-
-    def _restore(self) -> int | None:
-        """Load the newest checkpoint of a resumed run → its step."""
-        if self.config.resume is None:
-            return None
-        found = self.checkpoints.load_newest(self.trainer, self.monitor.warn)
-        if found is None:
-            if self.config.mode is Mode.eval:
-                raise ConfigError(
-                    f"resume={self.config.resume} has no checkpoint to evaluate: drop resume= to evaluate the model itself"
-                )
-            self.monitor.resume_at(-1)
-            return None
-        step, state = found
-        self.evaluator.history = [(sampled, greedy) for sampled, greedy in state["evaluations"]]
-        self.monitor.resume_at(step if self.config.mode is not Mode.eval else -1)
-        return step
-
-    def _save(self, step: int) -> None:
-        self.monitor.flush()
-        self.checkpoints.save(step, self.trainer, {"evaluations": self.evaluator.history})
-
-    def _checkpoint(self, step: int) -> None:
-        every = self.config.trainer.checkpoint_every
-        if every and step % every == 0:
-            self._save(step)
-
-    async def _run_mode(self, stop: asyncio.Event) -> ExitReason:
+    async def _run_mode(self, stop: asyncio.Event, restored_step: int) -> ExitReason:
         trainer, config = self.trainer, self.config
         if config.mode is Mode.eval:
-            self.monitor.phase("eval")
-            self.monitor.evaluation(trainer.version, *await self.evaluator.run(trainer.version))
-            return "finished"
+            return await self._evaluate(restored_step, stop)
         if trainer.version == 0 and not await self._supervised(config.trainer.warmup, stop):
             return "interrupted"
         if config.mode is Mode.sft:
-            self.monitor.phase("eval")
-            self.monitor.evaluation(trainer.supervised_steps, *await self.evaluator.run(trainer.supervised_steps))
-            return "finished"
+            return await self._evaluate(trainer.supervised_steps, stop)
         self.monitor.phase("rl")
         return await Loop(
             config=config.orchestrator,
@@ -236,12 +250,73 @@ class Run:
         """The supervised steps that are left; False when asked to stop."""
         if self.trainer.supervised_steps < sft.steps:
             self.monitor.phase("warm-up")
-        for step in range(self.trainer.supervised_steps, sft.steps):
-            samples = demonstration_samples(self.task, self.renderer, sft, step=step, seed=self.config.seed)
+        for step in range(self.trainer.supervised_steps + 1, sft.steps + 1):
+            samples = demonstration_samples(self.task, self.renderer, sft, step=step - 1, seed=self.config.seed)
             metrics = await asyncio.to_thread(self.trainer.supervised_step, samples, sft.learning_rate)
-            self.monitor.warmup(step + 1, sft.steps, metrics)
-            if self.config.mode is Mode.sft:
-                self._checkpoint(step + 1)
+            self.monitor.warmup(step, sft.steps, metrics)
+            if self.config.mode is Mode.sft and step < sft.steps:  # the last one is saved with its evaluation
+                self._checkpoint(step)
             if stop.is_set():
                 return False
         return True
+
+    async def _evaluate(self, step: int, stop: asyncio.Event) -> ExitReason:
+        """One evaluation, recorded as that of `step`, unless asked to stop."""
+        self.monitor.phase("eval")
+        evaluation, stopped = asyncio.create_task(self.evaluator.run(step)), asyncio.create_task(stop.wait())
+        await asyncio.wait({evaluation, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if not evaluation.done():
+            evaluation.cancel()
+            await asyncio.gather(evaluation, return_exceptions=True)
+            return "interrupted"
+        self.monitor.evaluation(step, *evaluation.result())
+        return "finished"
+
+    # ── checkpoints ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def _restore(self) -> int:
+        """Load the newest checkpoint of a resumed run → the step that it is called after; 0 where there is none."""
+        config = self.config
+        if config.resume is None:
+            return 0
+        found = self.checkpoints.load_newest(self.trainer, self.monitor.warn)
+        if found is not None:
+            self.evaluator.history = [(sampled, greedy) for sampled, greedy in found[1]["evaluations"]]
+            self._saved = self._progress
+        if config.mode is not Mode.eval:
+            self.run_dir.write_config(config)  # not before: an override that does not fit the checkpoint would stay
+            self.monitor.resume_at(found[0] if found is not None else -1)
+        elif found is None:
+            raise ConfigError(
+                f"resume={config.resume} has no checkpoint to evaluate: drop resume= to evaluate the model itself"
+            )
+        else:
+            self.monitor.resume_at(-1)  # an earlier evaluation of this run is replaced
+        return found[0] if found is not None else 0
+
+    def _checkpoint(self, step: int) -> None:
+        every = self.config.trainer.checkpoint_every
+        if every and step % every == 0:
+            self._save()
+
+    def _save(self) -> None:
+        """Unless it is saved already."""
+        if self.config.mode is Mode.eval or self._progress == self._saved:
+            return
+        self.monitor.flush()
+        step = self.trainer.supervised_steps if self.config.mode is Mode.sft else self.trainer.version
+        self.checkpoints.save(step, self.trainer, {"evaluations": self.evaluator.history})
+        self._saved = self._progress
+
+    @property
+    def _progress(self) -> tuple[int, ...]:
+        return self.trainer.version, self.trainer.supervised_steps, len(self.evaluator.history)
+
+    def how_to_continue(self) -> str:
+        """What to say when the run was asked to stop and did."""
+        if self.config.mode is Mode.eval:
+            return "stopped before the evaluation was through: start it again"
+        version, supervised, _ = self._progress
+        at = f"step {version}" if version else f"supervised step {supervised}"
+        return f"stopped after {at} and saved: continue with python -m vlmrl resume={self.config.output_dir}"

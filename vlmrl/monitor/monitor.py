@@ -145,19 +145,22 @@ class Monitor:
 
         Adds `groups/zero_advantage` and `time/elapsed` to the figures.
         """
-        rollouts = [rollout for group in groups for rollout in group.rollouts]
         record: Record = {"step": step, **metrics, ELAPSED: self._elapsed()}
         if groups:
             record[ZERO_ADVANTAGE] = sum(map(_teaches_nothing, groups)) / len(groups)
         self._metrics.write(record)
         self._wandb.start()
         self._wandb.log(record)
-        if self._config.record_rollouts:
-            self._recorder.write(step, {"train": rollouts})
+        self.record(step, groups)
         self._history.append(self._metrics.last or record)  # as written: finite or None
         self._progress.step(step, self._history[-1])
         for text in warnings_for(self._history):
             self.warn(text)
+
+    def record(self, step: int, groups: Sequence[Group]) -> None:
+        """Only the rollouts: of a step that ends the run by an error."""
+        if self._config.record_rollouts:
+            self._recorder.write(step, {"train": [rollout for group in groups for rollout in group.rollouts]})
 
     def evaluation(self, step: int, metrics: Mapping[str, float], rollouts: Mapping[str, Sequence[Rollout]]) -> None:
         """Held-out figures (`eval/…`) of the weights after `step`, before or after `Monitor.step` of that step.

@@ -10,7 +10,8 @@ One loop serves on-policy and asynchronous runs: the rollouts of step s are star
 s − max_staleness steps, so no token can be older than that when it is learned from, and no more than max_staleness + 1
 batches exist at a time. With max_staleness 0 that is: roll out, learn, publish, one after the other.
 
-Left out on purpose: the fault handling of one rollout (rollout.py makes it a record) and all output (monitor).
+Left out on purpose: the fault handling of one rollout (rollout.py makes it a record), of a run that has nothing but
+faults (faults.py) and all output (monitor).
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from vlmrl.errors import NonFiniteLossError
 from vlmrl.monitor.monitor import Monitor
 from vlmrl.orchestrator.advantages import assign_advantages, mark_dropped
 from vlmrl.orchestrator.config import AlgorithmConfig, OrchestratorConfig
 from vlmrl.orchestrator.evaluation import Evaluator
+from vlmrl.orchestrator.faults import FaultWatch
 from vlmrl.orchestrator.rollout import RolloutRunner
 from vlmrl.orchestrator.samples import make_samples
 from vlmrl.orchestrator.step_metrics import resource_metrics, rollout_metrics
@@ -51,12 +54,13 @@ class Loop:
     stop: asyncio.Event
     """Set by Ctrl-C: the run ends at the next point where nothing is lost."""
     _pending: dict[int, asyncio.Task[list[Group]]] = field(default_factory=dict)
+    _faults: FaultWatch = field(default_factory=FaultWatch)
 
     async def run(self) -> ExitReason:
         """From the trainer's version to `max_steps`."""
         first = self.trainer.version
         await self.weight_sync.publish(first)
-        if first == 0:
+        if first == 0 and not self.evaluator.history:
             await self.evaluate(0)
         try:
             for step in range(first + 1, self.max_steps + 1):
@@ -103,7 +107,11 @@ class Loop:
             assign_advantages(group, self.algorithm)
             mark_dropped(group, self.algorithm, image_tokens, version, self.config.max_staleness)
             samples.extend(s for rollout in group.rollouts if rollout.dropped is None for s in make_samples(rollout))
-        result = await asyncio.to_thread(self.trainer.train_step, samples)
+        try:
+            result = await asyncio.to_thread(self.trainer.train_step, samples)
+        except NonFiniteLossError:
+            self.monitor.record(step, groups)  # the error names samples: they can be looked up
+            raise
         trained = time.perf_counter()
         await self.weight_sync.publish(result.version)
         synced = time.perf_counter()
@@ -119,11 +127,16 @@ class Loop:
             "time/sync": synced - trained,
         }
         self.monitor.step(step, metrics, groups)
+        self._faults.check(step, groups)
         if self.evaluator.is_due(step, self.max_steps):
             await self.evaluate(step)
         self.checkpoint(step)
 
     async def evaluate(self, step: int) -> None:
         """Held-out rollouts of the weights after `step`."""
-        if self.evaluator.config.every > 0:
-            self.monitor.evaluation(step, *await self.evaluator.run(step))
+        if self.evaluator.config.every == 0:
+            return
+        metrics, rollouts = await self.evaluator.run(step)
+        # The engine's counters are read here too, or the next step would count the evaluation as its own.
+        metrics |= {f"eval/{key}": value for key, value in self.engine.metrics().items()}
+        self.monitor.evaluation(step, metrics, rollouts)
