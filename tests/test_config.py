@@ -166,7 +166,6 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     (("mode=sft", "trainer.warmup.steps=0"), "mode=sft requires trainer.warmup.steps"),
     (("mode=eval", "orchestrator.eval.problems=0"), "mode=eval requires orchestrator.eval.problems"),
     (("orchestrator.eval.problems=0",), "orchestrator.eval.every=10 requires"),
-    (("orchestrator.eval.every=0", "orchestrator.eval.target=0.9"), "orchestrator.eval.target=0.9 requires"),
     (("trainer.lr_warmup_steps=401",), "trainer.lr_warmup_steps=401 requires"),
     (("trainer.betas=[0.9]",), r"trainer.betas=\[0.9\] requires two numbers"),
     (("task=imported", "task.target=counting"), "task.target=counting requires the form package.module:Class"),

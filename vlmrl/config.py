@@ -244,6 +244,7 @@ RANGES: tuple[tuple[str, float, float, str], ...] = (
     ("orchestrator.eval.consecutive", 1, math.inf, "the target is met before the first evaluation"),
     ("algorithm.clip_low", 0, 1, "it clips no ratio or every one"),
     ("algorithm.clip_high", 0, math.inf, "it clips every ratio"),
+    ("algorithm.entropy_bonus", 0, LARGEST, "it drives the policy to settle at once"),
     ("trainer.max_steps", 1, math.inf, "nothing is learned"),
     ("trainer.seq_len", 1, math.inf, "no sample fits"),
     ("trainer.micro_batch_tokens", 1, math.inf, "no sample fits"),
@@ -399,11 +400,6 @@ def mode_has_work(config: RunConfig) -> None:
         raise ConfigError(
             f"orchestrator.eval.every={evaluation.every} requires orchestrator.eval.problems above 0, else an "
             "evaluation has no problem: set orchestrator.eval.problems=128, or orchestrator.eval.every=0 for none"
-        )
-    if config.mode is Mode.rl and evaluation.target is not None and evaluation.every == 0:
-        raise ConfigError(
-            f"orchestrator.eval.target={evaluation.target} requires orchestrator.eval.every above 0, else nothing "
-            "ever measures whether it is met: set orchestrator.eval.every=10"
         )
 
 

@@ -23,7 +23,7 @@ class EvalConfig:
     problems: int = 128
     """Problems of the held-out split; one rollout each, once sampled and once greedy."""
     target: float | None = None
-    """Stop the run when sampled and greedy held-out reward are both at least this …"""
+    """Stop the run when sampled and greedy held-out reward are both at least this (moot where nothing evaluates) …"""
     consecutive: int = 2
     """… at so many evaluations in a row."""
 
@@ -90,5 +90,8 @@ class AlgorithmConfig:
     """Ratios below 1 − clip_low get no gradient where the advantage is negative."""
     clip_high: float = 0.28
     """Ratios above 1 + clip_high get no gradient where the advantage is positive (clip-higher, DAPO)."""
+    entropy_bonus: float = 0.0
+    """Nats → loss: subtracts this times the mean entropy of the sampled tokens' distributions (PPO, arXiv 1707.06347,
+    eq. 9). Keeps a policy from settling on an answer that it has not tried others for."""
     drop_zero_advantage: bool = False
     """Drop groups whose advantages are all zero before the batch is built (DAPO's dynamic sampling, without refill)."""

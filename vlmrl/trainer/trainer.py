@@ -124,10 +124,12 @@ class LocalTrainer:
                 sample_index=batch.sample_index,
             )
             output = loss_function(tokens, totals, self._algorithm)
-            self._assert_finite(output.loss, logprobs, batch, samples)
-            output.loss.backward()
-            loss += float(output.loss.detach())
-            entropy += float(entropies[batch.entry].sum())
+            token_entropies = entropies[batch.entry].sum()
+            total_loss = output.loss - self._algorithm.entropy_bonus * token_entropies / totals.tokens
+            self._assert_finite(total_loss, logprobs, batch, samples)
+            total_loss.backward()
+            loss += float(total_loss.detach())
+            entropy += float(token_entropies.detach())
             total, largest = mismatch_kl(logprobs.detach(), batch.inference_logprobs)
             kl_sum, kl_max = kl_sum + total, max(kl_max, largest)
             for key, value in output.sums.items():
@@ -202,7 +204,8 @@ class LocalTrainer:
         )
 
     def _logprobs(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """float32 [N] logprobs of the loss tokens, with gradient, and float32 [U] entropies of their distributions."""
+        """float32 [N] logprobs of the loss tokens, with gradient, and float32 [U] entropies of their distributions, with
+        gradient where there is an entropy bonus."""
         features = self._policy.encode_images(batch.images)
         hidden = self._policy.hidden_states(
             batch.token_ids,
@@ -213,7 +216,7 @@ class LocalTrainer:
             batch.feature_rows,
         )
         log_probs = self._policy.log_probs(hidden.index_select(0, batch.loss_rows), self._temperature)
-        with torch.no_grad():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._algorithm.entropy_bonus > 0):
             # A banned token has probability 0 and log-probability −inf; its term of the entropy is 0.
             entropies = -(log_probs.exp() * log_probs.clamp_min(-1e4)).sum(-1)
         return log_probs[batch.entry, batch.targets], entropies
