@@ -176,7 +176,8 @@ class RunDir:
         assert isinstance(tree, dict)
 
         tree["environment"] = environment()
-        write_bytes_atomically(self.config, OmegaConf.to_yaml(OmegaConf.create(tree)).encode())
+        with disk_errors(self.config):
+            write_bytes_atomically(self.config, OmegaConf.to_yaml(OmegaConf.create(tree)).encode())
 
     def read_config(self) -> DictConfig:
         """config.yaml without `environment`, to be merged into the schema. Raises ConfigError."""
