@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vlmrl.models.config import ModelConfig, TinyConfig, VLMConfig
 from vlmrl.models.tiny import ATOMIC_TOKENS, SPECIAL_TOKENS
+from vlmrl.models.tree_attention import TreePlan
 from vlmrl.types import ImageItem, IntArray, Placeholder, Prompt, TrainingSample, mm_token_type_ids
 
 TINY = ModelConfig(
@@ -138,3 +140,18 @@ def plain_logprobs(model: Any, sample: TrainingSample) -> Tensor:
     logits = plain_logits(model, sample.token_ids, sample.mm_token_type_ids, sample.images)
     where = torch.from_numpy(np.flatnonzero(sample.loss_mask))
     return torch.log_softmax(logits, -1)[where - 1, torch.from_numpy(sample.token_ids)[where]]
+
+
+def seen(plan: TreePlan, num_rows: int, num_slots: int) -> NDArray[np.int64]:
+    """int64 [rows, slots]; in how many of the plan's blocks each row sees each slot: 1 or 0 in a plan that is right."""
+    counts = np.zeros((num_rows, num_slots), np.int64)
+    for shared in plan.shared:
+        counts[shared.start : shared.end, shared.slots] += 1
+    for local in plan.local:
+        rows, slots, mask = local.rows.numpy(), local.slots.numpy(), local.mask.numpy()
+        valid = np.arange(rows.size) if local.valid is None else local.valid.numpy()
+        np.testing.assert_array_equal(local.valid_rows.numpy(), rows.reshape(-1)[valid])
+        for flat in valid:
+            b, i = divmod(int(flat), rows.shape[1])
+            np.add.at(counts[rows[b, i]], slots[b][mask[b, i]], 1)
+    return counts

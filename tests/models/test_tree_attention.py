@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import seen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -109,17 +110,7 @@ def test_blocks_cover_each_row_and_its_ancestors_exactly_once(tree: Tree, thresh
     segments, _ = tree.segments()
     plan = plan_of(segments, threshold)
     mask = dense_mask(segments)
-    covered = np.zeros_like(mask)
-    for shared in plan.shared:
-        covered[shared.start : shared.end, shared.slots] += 1
-    for local in plan.local:
-        valid = np.arange(local.rows.numel()) if local.valid is None else local.valid.numpy()
-        rows, slots = local.rows.numpy(), local.slots.numpy()
-        np.testing.assert_array_equal(local.valid_rows.numpy(), rows.reshape(-1)[valid])
-        for flat in valid:
-            b, i = divmod(int(flat), rows.shape[1])
-            np.add.at(covered[rows[b, i]], slots[b][local.mask.numpy()[b, i]], 1)
-    np.testing.assert_array_equal(covered, mask)
+    np.testing.assert_array_equal(seen(plan, *mask.shape), mask)
 
 
 @settings(max_examples=60)
