@@ -91,8 +91,8 @@ class WandbLogger:
 
     def _init(self) -> None:
         offline = self._config.mode is WandbMode.offline
-        # Read once, when wandb is imported or its service starts. `Settings(silent=True)` below is for the run alone: what
-        # wandb says before and beside it (advice, offers) would go through the live view.
+        # Read once, when wandb is imported or its service starts. `Settings(silent=True)` below is for the run alone:
+        # what wandb says before and beside it (advice, offers) would go through the live view.
         os.environ.setdefault("WANDB_SILENT", "true")
         if offline:
             # Its error reports would go over the network.
