@@ -160,7 +160,7 @@ class VllmClient:
             for place, image in enumerate(prompt.images, 1):
                 if image.hash in self._sending:
                     break
-                if image.hash not in self._held:
+                if image.hash not in self._held and image.hash not in new:
                     new[image.hash] = image
                     shown = place
             else:

@@ -21,6 +21,7 @@ from vllm.model_executor.layers.linear import (  # type: ignore[import-not-found
     RowParallelLinear,
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import (  # type: ignore[import-not-found]
+    ParallelLMHead,
     VocabParallelEmbedding,
 )
 
@@ -50,6 +51,13 @@ class WorkerInspector:
             and parallel._api_process_count == 1,
         }
 
+    def vlmrl_repack_head(self) -> None:
+        """Finish a weight update. On a CPU a layer computes with a repacked copy of its weights, which `reload_weights`
+        makes anew for every layer but a head that is tied to the embedding: that one would keep the old weights."""
+        for module in self.model_runner.get_model().modules():
+            if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
+                module.quant_method.process_weights_after_loading(module)
+
     def vlmrl_weights(self, names: list[str], digests: bool) -> dict[str, Any]:
         """How the trainer's tensors `names` become this worker's weights.
 
@@ -58,8 +66,8 @@ class WorkerInspector:
         dim 0, and with `digests` the `sha256` of what is there.
         """
         model: nn.Module = self.model_runner.get_model()
-        parameters = dict(model.named_parameters())
-        sources, unknown = _sources(model, names, parameters.keys())
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        sources, unknown = _sources(model, names, parameters)
         weights: dict[str, Any] = {}
         missing = []
         for name, parameter in parameters.items():
@@ -74,7 +82,9 @@ class WorkerInspector:
         return {"unknown": unknown, "missing": missing, "weights": weights}
 
 
-def _sources(model: Any, names: list[str], known: Any) -> tuple[dict[str, list[str]], list[str]]:
+def _sources(
+    model: Any, names: list[str], parameters: dict[str, nn.Parameter]
+) -> tuple[dict[str, list[str]], list[str]]:
     """vLLM's name → the trainer's names that are fused into it, in order; and names that lead nowhere."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     fused = {
@@ -88,16 +98,17 @@ def _sources(model: Any, names: list[str], known: Any) -> tuple[dict[str, list[s
         mapped = (mapper.apply_list([name]) if mapper is not None else [name]) or [name]
         module, _, kind = mapped[0].rpartition(".")
         parent, _, leaf = module.rpartition(".")
-        if mapped[0] in known:
+        if mapped[0] in parameters:
             found[mapped[0]] = [name]
-        elif leaf in fused and f"{parent}.{fused[leaf][0]}.{kind}" in known:
+        elif leaf in fused and f"{parent}.{fused[leaf][0]}.{kind}" in parameters:
             whole, place, count = fused[leaf]
             found.setdefault(f"{parent}.{whole}.{kind}", [None] * count)[place] = name
         else:
             unknown.append(name)
-    return {
-        name: [s for s in sources if s is not None] for name, sources in found.items() if None not in sources
-    }, unknown
+    whole = {name: [part for part in parts if part] for name, parts in found.items() if None not in parts}
+    # Weights that are one with another, as a tied head is with the embedding, come with it.
+    by_tensor = {id(parameters[name]): parts for name, parts in whole.items()}
+    return {name: by_tensor[id(p)] for name, p in parameters.items() if id(p) in by_tensor}, unknown
 
 
 def _slices(module: nn.Module, kind: str, sources: list[str]) -> list[Slice]:
@@ -143,12 +154,12 @@ def _rows(module: nn.Module) -> list[tuple[int, int, int]] | None:
 
 def _held(module: Any, parameter: Tensor) -> Tensor:
     """The parameter as the module computes with it, without rows that only pad the vocabulary."""
-    if isinstance(module, VocabParallelEmbedding):
-        return parameter[: module.shard_indices.num_org_elements]
-    if parameter.numel() == 0:
-        # Repacked for a CPU kernel and deleted. What the layer makes of the identity is the matrix, to the bit:
-        # every product but one is with 0.
+    if parameter.numel() == 0 or (isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear")):
+        # Repacked for a CPU kernel. What the layer makes of the identity is the matrix, to the bit: every product but
+        # one is with 0.
         identity = torch.eye(module.input_size_per_partition, dtype=parameter.dtype, device=parameter.device)
         with torch.inference_mode():
-            return module.quant_method.apply(module, identity, None).t()  # type: ignore[no-any-return]
+            parameter = module.quant_method.apply(module, identity, None).t()
+    if isinstance(module, VocabParallelEmbedding):
+        return parameter[: module.shard_indices.num_org_elements]
     return parameter

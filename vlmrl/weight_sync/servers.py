@@ -93,6 +93,7 @@ class ServerSync(ABC):
             await self._check_names(client, list(tensors))
         await client.call("POST", "/pause", params={"mode": "keep", "clear_cache": "false"})
         await self._transfer(client)
+        await client.call_workers("vlmrl_repack_head")
         dropped = await client.call("POST", "/reset_prefix_cache", params={"reset_running_requests": "true"})
         if not dropped["success"]:
             raise EngineError(f"{client.name} keeps keys and values of old weights: its prefix cache was not reset")
