@@ -1,0 +1,280 @@
+"""Checkpoints: the same next step after a load, whole or absent however a save ended, damage found before a load."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vlmrl.errors import CheckpointError
+from vlmrl.trainer.checkpoint import Checkpoints, load_training_state, save_training_state
+from vlmrl.types import StepResult, TrainingSample
+
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "loop.json", "sha256.json")
+
+
+@dataclass(eq=False)
+class Learner:
+    """A Trainer of two parameters whose gradients come from torch's random state."""
+
+    inputs: int = 3
+    frozen: bool = False
+    betas: tuple[float, float] = (0.9, 0.95)
+    version: int = 0
+    model: torch.nn.Linear = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.model = torch.nn.Linear(self.inputs, 2)
+        self.model.weight.requires_grad_(not self.frozen)
+        learning = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(learning, lr=0.1, betas=self.betas, fused=True)
+
+    def train_step(self, samples: list[TrainingSample]) -> StepResult:
+        for parameter in self.optimizer.param_groups[0]["params"]:
+            parameter.grad = torch.randn_like(parameter)
+        self.optimizer.step()
+        self.version += 1
+        return StepResult(self.version)
+
+    def save(self, folder: str) -> None:
+        save_training_state(Path(folder), self.model, self.optimizer, {"version": self.version})
+
+    def load(self, folder: str) -> None:
+        self.version = load_training_state(Path(folder), self.model, self.optimizer)["version"]
+
+    def weights(self) -> list[Tensor]:
+        return [parameter.detach().clone() for parameter in self.model.parameters()]
+
+
+def saved(folder: Path, *steps: int, keep: int = 9) -> Checkpoints:
+    """Checkpoints of a learner after these steps."""
+    checkpoints, learner = Checkpoints(folder, keep), Learner()
+    for step in range(1, max(steps) + 1):
+        learner.train_step([])
+        if step in steps:
+            checkpoints.save(step, learner, {"evaluations": [[0.25, step]]})
+    return checkpoints
+
+
+def refuse_warning(text: str) -> None:
+    pytest.fail(text)
+
+
+# ── what comes back ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_same_next_step(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    learner, checkpoints = Learner(), Checkpoints(tmp_path / "made by save", 1)
+    learner.train_step([])
+    checkpoints.save(1, learner, {"evaluations": [(0.5, 0.25)]})
+    learner.train_step([])
+
+    torch.manual_seed(2)
+    other = Learner()
+    assert checkpoints.load_newest(other, refuse_warning) == (1, {"evaluations": [[0.5, 0.25]]})
+    assert other.version == 1
+    other.train_step([])
+    assert all(map(torch.equal, learner.weights(), other.weights()))
+
+
+def test_before_the_first_step(tmp_path: Path) -> None:
+    """AdamW has no averages yet."""
+    checkpoints, learner = Checkpoints(tmp_path, 1), Learner()
+    checkpoints.save(0, learner, {})
+    other = Learner()
+    assert checkpoints.load_newest(other, refuse_warning) == (0, {})
+    assert all(map(torch.equal, learner.weights(), other.weights()))
+
+
+def test_optimizer_settings_are_the_configs(tmp_path: Path) -> None:
+    """A resumed run may change them: the checkpoint does not bring the old ones back."""
+    checkpoints = saved(tmp_path, 1)
+    other = Learner(betas=(0.5, 0.6))
+    checkpoints.load_newest(other, refuse_warning)
+    assert other.optimizer.param_groups[0]["betas"] == (0.5, 0.6)
+    assert set(other.optimizer.state[other.model.weight]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_none_at_all(tmp_path: Path) -> None:
+    (tmp_path / "partial_000001").mkdir()
+    assert Checkpoints(tmp_path, 1).load_newest(Learner(), refuse_warning) is None
+    assert Checkpoints(tmp_path / "absent", 1).steps() == []
+
+
+def test_the_newest_are_kept(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 1, 2, 3, 4, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000003", "step_000004"]
+    checkpoints.save(1_234_567, Learner(), {})
+    assert checkpoints.steps() == [4, 1_234_567]
+
+
+def test_the_same_step_again(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 1, 2)
+    checkpoints.save(2, Learner(), {"again": True})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000001", "step_000002"]
+    assert checkpoints.load_newest(Learner(), refuse_warning) == (2, {"again": True})
+
+
+# ── damage ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("harm", [truncate, empty, flip, Path.unlink])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_one_is_passed_over(harm: Callable[[Path], None], name: str, tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 1, 2)
+    expected = Learner()
+    expected.load(str(tmp_path / "step_000001"))
+    harm(tmp_path / "step_000002" / name)
+    learner, warnings = Learner(), list[str]()
+    assert checkpoints.load_newest(learner, warnings.append) == (1, {"evaluations": [[0.25, 1]]})
+    assert all(map(torch.equal, learner.weights(), expected.weights()))
+    assert len(warnings) == 1
+    assert "step_000002" in warnings[0]
+    assert warnings[0].endswith("continuing from step 1 instead")
+
+
+def test_files_are_all_there_are(tmp_path: Path) -> None:
+    saved(tmp_path, 1)
+    assert sorted(path.name for path in (tmp_path / "step_000001").iterdir()) == sorted(FILES)
+
+
+def test_all_damaged(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 1, 2)
+    flip(tmp_path / "step_000001/optimizer.safetensors")
+    (tmp_path / "step_000002/state.json").unlink()
+    with pytest.raises(CheckpointError) as caught:
+        checkpoints.load_newest(Learner(), refuse_warning)
+    assert f"{tmp_path}/step_000001/optimizer.safetensors is damaged" in str(caught.value)
+    assert f"{tmp_path}/step_000002 is no whole checkpoint" in str(caught.value)
+    assert "state.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (Learner(inputs=4), r"weight has shape \(2, 3\) there and \(2, 4\) here"),
+        (Learner(frozen=True), "2 parameters learned there, 1 do here"),
+    ],
+)
+def test_of_another_model(other: Learner, message: str, tmp_path: Path) -> None:
+    checkpoints, before = saved(tmp_path, 1), other.weights()
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints.load_newest(other, refuse_warning)
+    assert all(map(torch.equal, other.weights(), before)), "nothing was changed"
+
+
+def test_of_another_architecture(tmp_path: Path) -> None:
+    checkpoints, other = saved(tmp_path, 1), Learner()
+    other.model = torch.nn.Sequential(torch.nn.Linear(3, 2))  # type: ignore[assignment]
+    with pytest.raises(CheckpointError, match=r"only there \['bias', 'weight'\], missing \['0.bias', '0.weight'\]"):
+        checkpoints.load_newest(other, refuse_warning)
+
+
+# ── ended while saving ──────────────────────────────────────────────────────────────────────────────────────
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: no cleaning up, only what was on the disk before."""
+
+
+class Killer:
+    """Ends a save before its n-th file operation. Audit events cannot be unhooked, so there is one for all tests."""
+
+    def __init__(self) -> None:
+        self.left = -1
+        self.seen: list[str] = []
+        sys.addaudithook(self._audit)
+
+    def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
+        writes = event == "open" and arguments[1] not in ("r", "rb", None)
+        if self.left < 0 or not (writes or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")):
+            return
+        self.seen.append(event)
+        self.left -= 1
+        if self.left < 0:
+            raise Killed
+
+    @contextmanager
+    def after(self, operations: int) -> Iterator[None]:
+        self.left, self.seen = operations, []
+        try:
+            yield
+        finally:
+            self.left = -1
+
+
+KILLER = Killer()
+
+
+@pytest.mark.parametrize("step", [2, 3], ids=["the same step again", "a later step"])
+def test_killed_at_any_moment(step: int, tmp_path: Path) -> None:
+    """The newest that is whole is loaded without a warning, and the next save leaves nothing of the broken one."""
+    for operations in range(100):
+        folder = tmp_path / str(operations)
+        checkpoints = saved(folder, 1, 2, keep=2)
+        learner = Learner()
+        try:
+            with KILLER.after(operations):
+                checkpoints.save(step, learner, {"evaluations": "new"})
+        except Killed:
+            found = checkpoints.load_newest(Learner(), refuse_warning)
+            assert found is not None
+            assert found in [
+                (1, {"evaluations": [[0.25, 1]]}),
+                (2, {"evaluations": [[0.25, 2]]}),
+                (step, {"evaluations": "new"}),
+            ]
+            assert found[0] >= step - 1, "nothing but what was being written is lost"
+            checkpoints.save(4, learner, {})
+            assert sorted(path.name[:5] for path in folder.iterdir()) == ["step_", "step_"]
+        else:
+            break
+    assert {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"} <= set(KILLER.seen)
+    assert operations > 10
+
+
+@pytest.mark.parametrize("limit", [64, 400], ids=["the model's file", "the hashes"])
+def test_a_full_disk(limit: int, tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"step_000002 cannot be written.*File too large"):
+            checkpoints.save(2, Learner(), {"evaluations": [0.0] * 200})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    found = checkpoints.load_newest(Learner(), refuse_warning)
+    assert found is not None
+    assert found[0] == 1
+    checkpoints.save(2, Learner(), {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000001", "step_000002"]
+
+
+def test_json_is_plain(tmp_path: Path) -> None:
+    """What a user opens in an editor."""
+    saved(tmp_path, 1)
+    assert json.loads((tmp_path / "step_000001/state.json").read_text()) == {"version": 1}
