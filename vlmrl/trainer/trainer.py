@@ -24,7 +24,6 @@ from vlmrl.trainer.loss import LOSSES, BatchTotals, LossTokens, mismatch_kl, sup
 from vlmrl.trainer.packing import MicroBatch, pack
 from vlmrl.types import StepResult, TrainingSample
 
-
 EMPTY_STEP = (
     "loss",
     "grad_norm",
@@ -127,7 +126,7 @@ class LocalTrainer:
             token_entropies = entropies[batch.entry].sum()
             total_loss = output.loss - self._algorithm.entropy_bonus * token_entropies / totals.tokens
             self._assert_finite(total_loss, logprobs, batch, samples)
-            total_loss.backward()
+            torch.autograd.backward(total_loss)
             loss += float(total_loss.detach())
             entropy += float(token_entropies.detach())
             total, largest = mismatch_kl(logprobs.detach(), batch.inference_logprobs)
@@ -171,7 +170,7 @@ class LocalTrainer:
             logprobs, _ = self._logprobs(batch)
             part = supervised(logprobs, total)
             self._assert_finite(part, logprobs, batch, samples)
-            part.backward()
+            torch.autograd.backward(part)
             loss += float(part.detach())
         grad_norm = self._optimizer_step(lr, samples)
         self._supervised_steps += 1
@@ -183,7 +182,7 @@ class LocalTrainer:
         with torch.no_grad():
             for batch in self._pack(samples):
                 logprobs, _ = self._logprobs(batch)
-                for index in batch.sample_index.unique().tolist():
+                for index in set(batch.sample_index.tolist()):
                     found[index] = logprobs[batch.sample_index == index]
         return found
 
@@ -204,7 +203,7 @@ class LocalTrainer:
         )
 
     def _logprobs(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """float32 [N] logprobs of the loss tokens, with gradient, and float32 [U] entropies of their distributions, with
+        """float32 [N] logprobs of the loss tokens, with gradient; float32 [U] entropies of their distributions, with
         gradient where there is an entropy bonus."""
         features = self._policy.encode_images(batch.images)
         hidden = self._policy.hidden_states(
@@ -241,10 +240,13 @@ class LocalTrainer:
         if torch.isfinite(loss):
             return
         self._optimizer.zero_grad()
-        broken = batch.sample_index[~torch.isfinite(logprobs)].unique().tolist() or batch.sample_index.unique().tolist()
+        figures = torch.stack([logprobs.detach(), batch.inference_logprobs, batch.advantages])
+        broken = batch.sample_index[~torch.isfinite(figures).all(0)].tolist()
+        named = sorted(set(broken or batch.sample_index.tolist()))
         raise NonFiniteLossError(
-            f"loss is {float(loss)} at version {self._version}: nothing was changed; "
-            f"samples with a non-finite logprob: {_names([samples[i] for i in broken])}"
+            f"loss is {float(loss.detach())} at version {self._version}: nothing was changed; "
+            f"samples {'with a logprob or advantage that is not finite' if broken else 'of the micro-batch'}: "
+            f"{_names([samples[i] for i in named])}"
         )
 
 
