@@ -46,5 +46,5 @@ class NonFiniteLossError(VlmrlError):
     """A loss or gradient norm that is not finite; the message lists the samples of the batch."""
 
 
-class Interrupted(VlmrlError):
+class Interrupted(VlmrlError):  # noqa: N818 — no error: it was asked to
     """The run was asked to stop and did; says where its checkpoint is and how to continue."""

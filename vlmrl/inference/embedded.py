@@ -347,14 +347,14 @@ class Generator:
             self._counters["inference/rows_decode"] += len(branches)
 
         completions = []
-        for request, (entry, branch) in enumerate(zip(batch, finished, strict=True)):
-            assert branch is not None
+        for request, (entry, last) in enumerate(zip(batch, finished, strict=True)):
+            assert last is not None
             prompt = request_prompt[request]
             token_ids = np.array(sampled[request], dtype=np.int64)
             entry.session.cached = _Cached(
                 version,
                 np.concatenate([prompts[prompt].keys, token_ids[:-1]]),
-                np.concatenate([prompt_slots[prompt], np.array(branch.tail, dtype=np.int64)]),
+                np.concatenate([prompt_slots[prompt], np.array(last.tail, dtype=np.int64)]),
             )
             completions.append(
                 Completion(
@@ -480,8 +480,8 @@ class _SharedChain:
         self, prompts: Sequence[_DistinctPrompt], segments: Sequence[Segment], request_prompt: Sequence[int]
     ) -> None:
         below = [0] * len(segments)
-        for prompt in request_prompt:
-            segment = prompts[prompt].segment
+        for number in request_prompt:
+            segment = prompts[number].segment
             while segment >= 0:
                 below[segment] += 1
                 segment = segments[segment].parent

@@ -43,7 +43,7 @@ class OrchestratorConfig:
     temperature: float = 1.0
     """Of sampling in training and in the sampled evaluation; the trainer's logprobs use the same."""
     max_staleness: int = 0
-    """Optimizer steps that the weights which sampled a token may lie behind those that learn from it; 0 is on-policy."""
+    """Optimizer steps that the weights which sampled a token may lie behind those that learn from it; 0: on-policy."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Held-out evaluation."""
 

@@ -263,7 +263,7 @@ class TaskThreads:
 def _work_off(calls: deque[tuple[Callable[[], Any], asyncio.Future[Any]]]) -> list[tuple[asyncio.Future[Any], Any]]:
     """Take calls and make them, until none is left or `PATIENCE` is over: what is done by then is wanted."""
     until = time.monotonic() + PATIENCE
-    outcomes = []
+    outcomes: list[tuple[asyncio.Future[Any], Any]] = []
     while calls and (not outcomes or time.monotonic() < until):
         try:
             call, future = calls.popleft()

@@ -22,7 +22,7 @@ from typing import Any, Literal, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError  # type: ignore[import-untyped]
+from yaml import YAMLError
 
 from vlmrl.errors import ConfigError, VlmrlError
 from vlmrl.tasks.base import Task

@@ -222,9 +222,9 @@ def _permutation(*key: str | int) -> list[str]:
 
 
 class ColorCodeword(Task):
-    """Infinite training problems from the seed, nine at a time (`balanced_block`); evaluation problems from the held-out codewords, the same for every
-    seed: distinct ones while they last, then from the first again. Codewords of more than `ENUMERABLE_LENGTH` letters
-    are drawn for evaluation too, and one may come twice.
+    """Infinite training problems from the seed, nine at a time (`balanced_block`); evaluation problems from the
+    held-out codewords, the same for every seed: distinct ones while they last, then from the first again. Codewords of
+    more than `ENUMERABLE_LENGTH` letters are drawn for evaluation too, and one may come twice.
 
     With `config.shuffle_images` each problem shows the squares of another codeword, drawn from all of them by a stream
     of its own. Leaving out the right one would tell the policy what the answer is not, so it is not left out.
