@@ -25,7 +25,7 @@ import numpy as np
 from vlmrl.errors import EngineError
 from vlmrl.inference.config import VllmConfig
 from vlmrl.inference.vllm_client import ImageEncoder, ServerLostError, VllmClient
-from vlmrl.inference.vllm_server import FLAGS_SINCE, HEALTH_POLL_S, SERVER_FLAGS, STOP_S, VllmServer, command_line
+from vlmrl.inference.vllm_server import HEALTH_POLL_S, NEW_FLAGS, SERVER_FLAGS, STOP_S, VllmServer, command_line
 from vlmrl.inference.vllm_wire import Answer
 from vlmrl.types import Completion, Prompt, SamplingParams
 
@@ -320,7 +320,7 @@ async def check_settings(client: VllmClient, config: VllmConfig) -> None:
     try:
         (settings, *_) = await client.call_workers("vlmrl_settings")
     except EngineError as error:
-        flags = command_line(SERVER_FLAGS | {name: value for name, (_, value) in FLAGS_SINCE.items()})
+        flags = command_line(SERVER_FLAGS | NEW_FLAGS)
         raise EngineError(
             f"{error}; a server of inference.urls is started with VLLM_SERVER_DEV_MODE=1, vlmrl on its PYTHONPATH, and "
             f"vllm serve {' '.join(flags)}"

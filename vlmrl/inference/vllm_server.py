@@ -50,13 +50,18 @@ SERVER_FLAGS = {
 }
 """What a server must be started with, one of `inference.urls` too."""
 
-FLAGS_SINCE: dict[str, tuple[tuple[int, int], Any]] = {
-    # 0.27 to 0.31 were not tried.
-    "enable_scale_out": ((0, 27), True),
-    "mm_device_do_normalize": ((0, 27), False),
+OLD_FLAGS: dict[str, Any] = {
+    # Its profiling of images does not run with transformers 5.19, which the trainer needs.
+    "skip_mm_profiling": True,
 }
-"""Flags that vLLM 0.26 does not know: the version that they are passed from, and the value. The first mounts
-`/inference/v1/generate`; without the second, pixels would be normalized twice."""
+NEW_FLAGS: dict[str, Any] = {
+    # Mounts /inference/v1/generate.
+    "enable_scale_out": True,
+    # Pixels would be normalized twice.
+    "mm_device_do_normalize": False,
+}
+NEW_SINCE = (0, 27)
+"""Flags beside `SERVER_FLAGS`, of vLLM 0.26 and of 0.32; of those between, none was tried."""
 
 ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",  # the endpoints for weights and caches
@@ -112,10 +117,8 @@ def server_arguments(config: VllmConfig, checkpoint: Path, version: tuple[int, i
         "enforce_eager": config.enforce_eager or on_cpu,
         "middleware": "vlmrl.inference.vllm_guard.RequireKey",
         **SERVER_FLAGS,
+        **(NEW_FLAGS if version >= NEW_SINCE else OLD_FLAGS),
     }
-    for name, (since, value) in FLAGS_SINCE.items():
-        if version >= since:
-            arguments[name] = value
     return arguments | config.extra_args
 
 
