@@ -1,6 +1,6 @@
-"""Rewards of a group → one advantage per turn, and which rollouts are not learned from.
+"""Rewards → one advantage per turn, and which rollouts are not learned from.
 
-    group ─▶ assign_advantages: turn.advantage ─▶ mark_dropped: rollout.dropped ─▶ samples
+    groups ─▶ assign_advantages: turn.advantage ─▶ mark_dropped: rollout.dropped ─▶ samples
 
 Letters: G siblings. A rollout counts as a sibling when it was played: no fault, and at least one turn. One that is
 dropped for what it sampled (a stray image token, staleness) was played and rewarded, so it counts all the same.
@@ -8,7 +8,7 @@ dropped for what it sampled (a stray image token, staleness) was played and rewa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -58,19 +58,33 @@ ESTIMATORS: dict[Advantage, Estimator] = {
     Advantage.group_normalized: group_normalized,
     Advantage.group_centered: group_centered,
     Advantage.leave_one_out: leave_one_out,
+    Advantage.batch_normalized: group_normalized,
 }
+"""What is done to the rewards that are compared; `batch_normalized` compares those of all groups with each other."""
 
 
-def assign_advantages(group: Group, config: AlgorithmConfig) -> None:
-    """Fill `turn.advantage` of every rollout, in place.
+def assign_advantages(groups: Sequence[Group], config: AlgorithmConfig) -> None:
+    """Fill `turn.advantage` of every rollout of a step's groups, in place.
+
+    Rewards are compared within each group, or with `advantage=batch_normalized` over all of them (REINFORCE++, arXiv
+    2501.03262, eq. 8): a problem that all siblings answer wrong in the same way then still says that it was wrong.
 
     `credit=episode`: every turn of a rollout gets the advantage of its episode's reward. `credit=turn`: turn t gets
     that of its own reward against turn t of the siblings that have one. Faults get 0.0.
     """
-    for rollout in group.rollouts:
+    if config.advantage is Advantage.batch_normalized:
+        _assign([rollout for group in groups for rollout in group.rollouts], config)
+    else:
+        for group in groups:
+            _assign(group.rollouts, config)
+
+
+def _assign(rollouts: Sequence[Rollout], config: AlgorithmConfig) -> None:
+    """Fill the advantages of rollouts whose rewards are compared with each other."""
+    for rollout in rollouts:
         for turn in rollout.turns:
             turn.advantage = 0.0
-    siblings = [r for r in group.rollouts if not r.stop_reason.is_fault and r.turns]
+    siblings = [r for r in rollouts if not r.stop_reason.is_fault and r.turns]
     estimator = ESTIMATORS[config.advantage]
     if config.credit is Credit.episode:
         advantages = estimator(np.array([rollout.reward for rollout in siblings], np.float32))

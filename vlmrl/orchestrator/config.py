@@ -63,6 +63,7 @@ class Advantage(Enum):
     group_normalized = "group_normalized"
     group_centered = "group_centered"
     leave_one_out = "leave_one_out"
+    batch_normalized = "batch_normalized"
 
 
 class Loss(Enum):

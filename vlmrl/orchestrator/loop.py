@@ -103,8 +103,8 @@ class Loop:
         rolled_out = time.perf_counter()
         version, image_tokens = self.trainer.version, self.runner.renderer.image_token_ids
         samples: list[TrainingSample] = []
+        assign_advantages(groups, self.algorithm)
         for group in groups:
-            assign_advantages(group, self.algorithm)
             mark_dropped(group, self.algorithm, image_tokens, version, self.config.max_staleness)
             samples.extend(s for rollout in group.rollouts if rollout.dropped is None for s in make_samples(rollout))
         try:
