@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -40,15 +41,25 @@ def run_config(composed: Callable[..., DictConfig]) -> Callable[..., RunConfig]:
 
 
 @pytest.fixture(scope="session")
-def loaded_tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The tiny model of tests/helpers.py, for `tiny_model` to copy."""
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint folder of the tiny model of tests/helpers.py."""
     import helpers
 
-    from vlmrl.models.load import load_model, resolve_checkpoint
+    from vlmrl.models.load import resolve_checkpoint
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLMRL_CACHE", str(tmp_path_factory.mktemp("tiny-model")))
-        model = load_model(resolve_checkpoint(helpers.TINY, ("a",)), helpers.TINY)
+        return resolve_checkpoint(helpers.TINY, ("a",))
+
+
+@pytest.fixture(scope="session")
+def loaded_tiny_model(tiny_folder: Path) -> Any:
+    """Its model, for `tiny_model` to copy."""
+    import helpers
+
+    from vlmrl.models.load import load_model
+
+    model = load_model(tiny_folder, helpers.TINY)
     assert model.config.image_token_id == helpers.IMAGE_PAD
     return model
 
