@@ -37,12 +37,12 @@ class VllmConfig(InferenceConfig):
     dtype: Dtype = MISSING
     """Of weights, activations and pixels; `${model.dtype}`, so that sampler and trainer round alike."""
     replicas: int = 1
-    """Servers that the run starts. Rollouts are spread over them; each holds all weights. More replicas, and not
-    `data_parallel_size`, is the way to use more GPUs: only a server with one engine keeps images by their hash."""
+    """Servers that the run starts; each holds all weights and takes its share of the rollouts. Raise it for more GPUs."""
     tensor_parallel_size: int = 1
     """GPUs that share one copy of the weights; raise it for a model that does not fit on one."""
     data_parallel_size: int = 1
-    """Engines behind one server, for mixtures of experts. Above 1 each request carries the data of its images."""
+    """Engines behind one server, as mixtures of experts want it. Else use replicas: with several engines an image's
+    data is sent more than once, and `weight_sync.verify` sees the first engine only."""
     gpu_memory_utilization: float = 0.5
     """Share of a GPU's memory for weights and KV cache. Half, because on one GPU the trainer needs the other half."""
     kv_cache_gib: int = 1

@@ -178,11 +178,13 @@ class VllmServer:
             self._environment["CUDA_VISIBLE_DEVICES"] = ",".join(replica_devices(index, config, devices))
         self._timeout_s = config.startup_timeout_s
         self._process: asyncio.subprocess.Process | None = None
+        self._port: socket.socket | None = None
         self._leftovers: list[Path] = []
 
     async def launch(self) -> None:
         """Start its processes; `url` says where it will answer."""
-        port = _free_port()
+        self._port = _reserve_port()
+        port = self._port.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         arguments = {"host": "127.0.0.1", "port": port} | self._arguments
         vllm = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *command_line(arguments)]
@@ -219,6 +221,7 @@ class VllmServer:
                 )
             on_progress(f"{self.name}: {seconds:.0f} s, {_last_line(self.log)}")
             await asyncio.sleep(HEALTH_POLL_S)
+        self._release_port()
 
     async def exited(self) -> int:
         """Wait until the server is gone with all its processes → exit status."""
@@ -227,6 +230,7 @@ class VllmServer:
 
     async def stop(self) -> None:
         """End it and all its processes; returns when they are gone. May be called twice."""
+        self._release_port()
         if self._process is None or self._process.returncode is not None:
             return
         assert self._process.stdin is not None
@@ -253,6 +257,11 @@ class VllmServer:
         end = "\n".join(line[:500] for line in text.splitlines()[-TAIL_LINES:])
         return EngineError(f"{self.name} {what}{cause}\nThe end of {self.log}:\n{end}")
 
+    def _release_port(self) -> None:
+        if self._port is not None:
+            self._port.close()
+            self._port = None
+
     def _tell_leftover(self, folder: Path) -> None:
         assert self._process is not None
         assert self._process.stdin is not None
@@ -267,11 +276,13 @@ def _last_line(log: Path) -> str:
     return re.sub(r"^\(.*?\) |\b(INFO|WARNING) [\d-]+ [\d:]+ \[.*?\] ", "", lines[-1])[:100] if lines else ""
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def _reserve_port() -> socket.socket:
+    """A free port of the loopback device, nobody else's while the socket is open. vLLM can bind it all the same, with
+    the same option and as the same user, and gets all connections, for this socket does not listen."""
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    reserved.bind(("127.0.0.1", 0))
+    return reserved
 
 
 def _environment(config: VllmConfig, *, on_cpu: bool) -> dict[str, str]:

@@ -88,7 +88,8 @@ class ServerSync(ABC):
     async def _update(self, replica: Replica, version: int, tensors: Mapping[str, Tensor]) -> None:
         """`tensors` are what the server must hold in the end."""
         client = replica.client
-        assert client is not None
+        if client is None:
+            raise ServerLostError(f"{replica.name} was lost before its update")
         if replica.version < 0:  # its first weights from us
             await self._check_names(client, list(tensors))
         await client.call("POST", "/pause", params={"mode": "keep", "clear_cache": "false"})
@@ -102,7 +103,8 @@ class ServerSync(ABC):
         known = await client.call("POST", "/update_weight_version", json={"new_version": str(version)}, optional=True)
         if self._verify:
             await self._compare(client, version, tensors)
-        replica.version = version
+        if replica.client is client:
+            replica.version = version
         await client.call("POST", "/resume")
         if known is not None:
             told = (await client.call("GET", "/weight_info"))["weight_version"]
