@@ -37,7 +37,7 @@ class VllmConfig(InferenceConfig):
     dtype: Dtype = MISSING
     """Of weights, activations and pixels; `${model.dtype}`, so that sampler and trainer round alike."""
     replicas: int = 1
-    """Servers that the run starts; each holds all weights and takes its share of the rollouts. Raise it for more GPUs."""
+    """Servers that the run starts; each holds all weights and takes its share of rollouts. Raise it for more GPUs."""
     tensor_parallel_size: int = 1
     """GPUs that share one copy of the weights; raise it for a model that does not fit on one."""
     data_parallel_size: int = 1
