@@ -228,11 +228,16 @@ def test_groups_without_a_signal_are_dropped_where_the_algorithm_filters(
     assert dropped(group, AlgorithmConfig(drop_zero_advantage=filters)) == expected
 
 
-def test_batch_normalized_compares_groups_with_each_other() -> None:
-    """A group that is wrong as one is below the batch's mean, and pays for it; alone it would say nothing."""
-    wrong, right = (Group(name, [rollout([turn(r)], r) for _ in range(3)]) for name, r in (("w", 0.0), ("r", 1.0)))
-    assign_advantages([wrong, right], AlgorithmConfig(advantage=Advantage.batch_normalized))
-    advantages = [[r.turns[0].advantage for r in group.rollouts] for group in (wrong, right)]
-    np.testing.assert_allclose(advantages, [[-1.0] * 3, [1.0] * 3], rtol=1e-5)
-    assign_advantages([wrong, right], AlgorithmConfig(advantage=Advantage.group_normalized))
-    assert all(r.turns[0].advantage == 0.0 for group in (wrong, right) for r in group.rollouts)
+def test_a_group_without_difference_is_compared_with_the_batch_where_asked() -> None:
+    """One wrong as one, one right as one, one mixed: over the batch the rewards are 0 0 1 1 0 1, mean and std 0.5."""
+    wrong, right, mixed = (
+        Group(name, [rollout([turn(r)], r) for r in rewards])
+        for name, rewards in (("wrong", (0.0, 0.0)), ("right", (1.0, 1.0)), ("mixed", (0.0, 1.0)))
+    )
+    for credit in Credit:
+        config = AlgorithmConfig(advantage=Advantage.group_then_batch, credit=credit)
+        assign_advantages([wrong, right, mixed], config)
+        for group, expected in ((wrong, [-1.0, -1.0]), (right, [1.0, 1.0]), (mixed, [-1.0, 1.0])):
+            np.testing.assert_allclose(np.ravel(advantages_of(group)), expected, rtol=1e-5)
+    assign_advantages([right], AlgorithmConfig(advantage=Advantage.group_then_batch))
+    assert advantages_of(right) == [[0.0], [0.0]]

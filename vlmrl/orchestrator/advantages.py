@@ -8,6 +8,7 @@ dropped for what it sampled (a stray image token, staleness) was played and rewa
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Sequence
 from typing import TypeAlias
 
@@ -58,45 +59,52 @@ ESTIMATORS: dict[Advantage, Estimator] = {
     Advantage.group_normalized: group_normalized,
     Advantage.group_centered: group_centered,
     Advantage.leave_one_out: leave_one_out,
-    Advantage.batch_normalized: group_normalized,
+    Advantage.group_then_batch: group_normalized,
 }
-"""What is done to the rewards that are compared; `batch_normalized` compares those of all groups with each other."""
+"""What is done to the rewards of a group."""
 
 
 def assign_advantages(groups: Sequence[Group], config: AlgorithmConfig) -> None:
     """Fill `turn.advantage` of every rollout of a step's groups, in place.
 
-    Rewards are compared within each group, or with `advantage=batch_normalized` over all of them (REINFORCE++, arXiv
-    2501.03262, eq. 8): a problem that all siblings answer wrong in the same way then still says that it was wrong.
-
     `credit=episode`: every turn of a rollout gets the advantage of its episode's reward. `credit=turn`: turn t gets
     that of its own reward against turn t of the siblings that have one. Faults get 0.0.
+
+    `advantage=group_then_batch`: where a turn's siblings all earned the same, within the group there is nothing to
+    compare, and a policy that has settled on one wrong answer to a problem would never hear of it again. Such a turn
+    is compared with all groups of the step instead, so that it is unlearned as long as other problems go better.
     """
-    if config.advantage is Advantage.batch_normalized:
-        _assign([rollout for group in groups for rollout in group.rollouts], config)
-    else:
-        for group in groups:
-            _assign(group.rollouts, config)
+    every = [rollout for group in groups for rollout in group.rollouts]
+    by_batch = iter(_advantages(every, config) if config.advantage is Advantage.group_then_batch else [])
+    for group in groups:
+        advantages = _advantages(group.rollouts, config)
+        if config.advantage is Advantage.group_then_batch:
+            wider = list(itertools.islice(by_batch, len(group.rollouts)))
+            for t in range(max(map(len, advantages), default=0)):
+                if not any(own[t] for own in advantages if len(own) > t):
+                    for own, other in zip(advantages, wider, strict=True):
+                        own[t : t + 1] = other[t : t + 1]
+        for rollout, own in zip(group.rollouts, advantages, strict=True):
+            for turn, advantage in zip(rollout.turns, own, strict=True):
+                turn.advantage = advantage
 
 
-def _assign(rollouts: Sequence[Rollout], config: AlgorithmConfig) -> None:
-    """Fill the advantages of rollouts whose rewards are compared with each other."""
-    for rollout in rollouts:
-        for turn in rollout.turns:
-            turn.advantage = 0.0
-    siblings = [r for r in rollouts if not r.stop_reason.is_fault and r.turns]
+def _advantages(rollouts: Sequence[Rollout], config: AlgorithmConfig) -> list[list[float]]:
+    """Per rollout one advantage per turn, their rewards compared with each other."""
+    advantages = [[0.0] * len(rollout.turns) for rollout in rollouts]
+    siblings = [i for i, r in enumerate(rollouts) if not r.stop_reason.is_fault and r.turns]
     estimator = ESTIMATORS[config.advantage]
     if config.credit is Credit.episode:
-        advantages = estimator(np.array([rollout.reward for rollout in siblings], np.float32))
-        for rollout, advantage in zip(siblings, advantages.tolist(), strict=True):
-            for turn in rollout.turns:
-                turn.advantage = advantage
-        return
-    for t in range(max((len(rollout.turns) for rollout in siblings), default=0)):
-        turns = [rollout.turns[t] for rollout in siblings if len(rollout.turns) > t]
-        advantages = estimator(np.array([turn.reward for turn in turns], np.float32))
-        for turn, advantage in zip(turns, advantages.tolist(), strict=True):
-            turn.advantage = advantage
+        rewards = np.array([rollouts[i].reward for i in siblings], np.float32)
+        for i, advantage in zip(siblings, estimator(rewards).tolist(), strict=True):
+            advantages[i] = [advantage] * len(rollouts[i].turns)
+        return advantages
+    for t in range(max((len(rollouts[i].turns) for i in siblings), default=0)):
+        there = [i for i in siblings if len(rollouts[i].turns) > t]
+        rewards = np.array([rollouts[i].turns[t].reward for i in there], np.float32)
+        for i, advantage in zip(there, estimator(rewards).tolist(), strict=True):
+            advantages[i][t] = advantage
+    return advantages
 
 
 def mark_dropped(

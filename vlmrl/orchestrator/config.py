@@ -63,7 +63,7 @@ class Advantage(Enum):
     group_normalized = "group_normalized"
     group_centered = "group_centered"
     leave_one_out = "leave_one_out"
-    batch_normalized = "batch_normalized"
+    group_then_batch = "group_then_batch"
 
 
 class Loss(Enum):
