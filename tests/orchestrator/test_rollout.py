@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import math
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -411,6 +414,7 @@ TASK_FAULTS: list[tuple[Any, int, str]] = [
     (ScriptedTask(on_second_turn(raising(StopIteration("end")))), 2, "StopIteration: end"),
     (ScriptedTask(on_second_turn(lambda: None)), 2, r"step\(\) gave a NoneType, not a Reply"),
     (ScriptedTask(on_second_turn(lambda: reply(metrics=None))), 2, "metrics=None, not a dict"),
+    (ScriptedTask(on_second_turn(lambda: sys.exit(3))), 2, "SystemExit: 3"),
     (
         ScriptedTask(on_second_turn(lambda: reply(done=False))),
         2,
@@ -607,24 +611,57 @@ def test_siblings_may_block_at_once() -> None:
     assert {r.stop_reason for r in group.rollouts} == {StopReason.TERMINATED}
 
 
-def test_many_calls_of_one_round_share_few_hops_and_keep_their_results_apart() -> None:
+def test_many_calls_of_one_round_share_few_hops_and_keep_their_results_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, hops = threading.Thread.start, list[str]()
+
+    def counting(thread: threading.Thread) -> None:
+        hops.append(thread.name)
+        start(thread)
+
     async def main() -> list[Any]:
         threads = TaskThreads()
-        loop = asyncio.get_running_loop()
-        run_in_executor, hops = loop.run_in_executor, []
-
-        def counting(executor: Any, function: Any, *arguments: Any) -> asyncio.Future[Any]:
-            hops.append(function)
-            return run_in_executor(executor, function, *arguments)
-
-        loop.run_in_executor = counting  # type: ignore[method-assign, assignment]
         calls = [threads.run(lambda i=i: 1 // (i % 7)) for i in range(1000)]  # type: ignore[misc]
-        outcomes = await asyncio.gather(*calls, return_exceptions=True)
-        assert len(hops) <= THREADS
-        return outcomes
+        return await asyncio.gather(*calls, return_exceptions=True)
 
+    monkeypatch.setattr(threading.Thread, "start", counting)
     for i, outcome in enumerate(asyncio.run(main())):
         assert "ZeroDivisionError" in str(outcome) if i % 7 == 0 else outcome == 1 // (i % 7)
+    assert 1 <= len(hops) <= THREADS
+
+
+def test_no_more_threads_than_that_at_once() -> None:
+    lock, now, most = threading.Lock(), [0], [0]
+
+    def step(turn: int, said: str) -> Reply:
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.005)
+        with lock:
+            now[0] -= 1
+        return reply()
+
+    (group,) = play(make_runner(ScriptedTask(step)), group_size=4 * THREADS)
+    assert {r.stop_reason for r in group.rollouts} == {StopReason.TERMINATED}
+    assert 1 < most[0] <= THREADS
+
+
+def test_code_that_hangs_keeps_no_process() -> None:
+    """An interrupted run ends, whatever the task's code does."""
+    code = """
+import asyncio, time
+from vlmrl.orchestrator.rollout import TaskThreads
+
+async def main():
+    TaskThreads().run(lambda: time.sleep(60))
+    await asyncio.sleep(0.1)
+
+asyncio.run(main())
+"""
+    started = time.monotonic()
+    ended = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=50)
+    assert ended.stderr == b""
+    assert time.monotonic() - started < 50
 
 
 @pytest.mark.parametrize("where", ["engine", "task"])

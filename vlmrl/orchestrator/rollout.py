@@ -13,13 +13,14 @@ Left out on purpose: retries (a fault is a figure, not a secret) and a time limi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import numbers
+import threading
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -221,14 +222,18 @@ class TaskThreads:
     Calls made in the same round of the event loop (siblings whose completions came in one batch) go to one thread, for
     a hop to a thread and back costs more than the step of a fast env. If that thread is not through after `PATIENCE`,
     the env is no fast one, and as many threads as there are calls left help, up to `THREADS`.
+
+    The threads are daemons, and so no pool of the standard library: code that hangs must not keep an interrupted run
+    from ending.
     """
 
     def __init__(self) -> None:
-        self._executor = ThreadPoolExecutor(THREADS, thread_name_prefix="task")
         self._waiting: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
+        self._busy = 0
+        self._queue: deque[deque[tuple[Callable[[], Any], asyncio.Future[Any]]]] = deque()  # for when a thread is free
 
     def run(self, call: Callable[[], T]) -> asyncio.Future[T]:
-        """The future result of `call`; an exception of it becomes a `TaskFault`."""
+        """The future result of `call`; an exception of it becomes a `TaskCodeError`."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
         if not self._waiting:
@@ -246,8 +251,20 @@ class TaskThreads:
             self._hop(calls)
 
     def _hop(self, calls: deque[tuple[Callable[[], Any], asyncio.Future[Any]]]) -> None:
-        def deliver(hop: asyncio.Future[list[tuple[asyncio.Future[Any], Any]]]) -> None:
-            for future, outcome in hop.result():
+        if self._busy == THREADS:
+            self._queue.append(calls)
+            return
+        self._busy += 1
+        loop = asyncio.get_running_loop()
+
+        def work() -> None:
+            outcomes = _work_off(calls)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the run was interrupted meanwhile
+                loop.call_soon_threadsafe(deliver, outcomes)
+
+        def deliver(outcomes: list[tuple[asyncio.Future[Any], Any]]) -> None:
+            self._busy -= 1
+            for future, outcome in outcomes:
                 if future.done():  # cancelled meanwhile
                     continue
                 if isinstance(outcome, BaseException):
@@ -255,9 +272,11 @@ class TaskThreads:
                 else:
                     future.set_result(outcome)
             if calls:
-                self._hop(calls)
+                self._queue.append(calls)
+            if self._queue:
+                self._hop(self._queue.popleft())
 
-        asyncio.get_running_loop().run_in_executor(self._executor, _work_off, calls).add_done_callback(deliver)
+        threading.Thread(target=work, name="task", daemon=True).start()
 
 
 def _work_off(calls: deque[tuple[Callable[[], Any], asyncio.Future[Any]]]) -> list[tuple[asyncio.Future[Any], Any]]:
@@ -278,7 +297,7 @@ def _attempt(call: Callable[[], Any]) -> Any:
         return call()
     except TaskCodeError as fault:
         return fault
-    except Exception as error:  # noqa: BLE001 — somebody else's code: whatever it raises ends its own rollout only
+    except BaseException as error:  # noqa: BLE001 — somebody else's code: even its sys.exit() ends its own rollout only
         where = traceback.extract_tb(error.__traceback__)[-1]
         text = f"{type(error).__name__}: {error} ({where.filename}:{where.lineno}, in {where.name})"
         return TaskCodeError(StopReason.TASK_ERROR, text)
