@@ -19,6 +19,7 @@ from vlmrl.models.policy import Policy
 from vlmrl.models.positions import position_function
 from vlmrl.orchestrator.config import AlgorithmConfig
 from vlmrl.trainer.config import TrainerConfig
+from vlmrl.trainer.loss import mismatch_kl
 from vlmrl.trainer.trainer import LocalTrainer
 from vlmrl.types import (
     Completion,
@@ -147,8 +148,9 @@ def plain_distribution(
 
 def test_logprobs_are_the_trainers_over_turns(policy: Policy) -> None:
     turns = play(engine_of(policy), [*group(6), *group(6, number=1), Episode(prompt([1, 2, 3]), (([4],),), params(77))])
-    sampled = np.concatenate([logprobs_of(t) for t in turns])
-    assert float(np.abs(sampled - trainer_logprobs(policy, turns)).max()) <= CLOSE
+    sampled, learned = np.concatenate([logprobs_of(t) for t in turns]), trainer_logprobs(policy, turns)
+    assert float(np.abs(sampled - learned).max()) <= CLOSE
+    assert mismatch_kl(torch.from_numpy(learned), torch.from_numpy(sampled))[1] <= 1e-9
     assert len({str(said(t)) for t in turns}) > 6, "siblings must differ for this to mean something"
 
 
