@@ -277,10 +277,10 @@ def _last_line(log: Path) -> str:
 
 
 def _reserve_port() -> socket.socket:
-    """A free port of the loopback device, nobody else's while the socket is open. vLLM can bind it all the same, with
-    the same option and as the same user, and gets all connections, for this socket does not listen."""
+    """A free port of the loopback device, nobody else's while the socket is open. vLLM can bind it all the same, since
+    both allow it (SO_REUSEADDR) and this socket does not listen."""
     reserved = socket.socket()
-    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     reserved.bind(("127.0.0.1", 0))
     return reserved
 
