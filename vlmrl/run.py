@@ -11,6 +11,7 @@ function of the config and the step, so that a step which is done again is the s
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import os
 import signal
@@ -41,13 +42,13 @@ from vlmrl.orchestrator.evaluation import Evaluator
 from vlmrl.orchestrator.loop import ExitReason, Loop
 from vlmrl.orchestrator.renderer import Renderer, make_renderer
 from vlmrl.orchestrator.rollout import RolloutRunner
-from vlmrl.orchestrator.supervised import demonstration_samples
+from vlmrl.orchestrator.supervised import AFTER_WARMUP, demonstration_samples
 from vlmrl.tasks.base import Task
 from vlmrl.tasks.loading import load_task
 from vlmrl.trainer.checkpoint import Checkpoints
 from vlmrl.trainer.config import SFTConfig
 from vlmrl.trainer.trainer import LocalTrainer
-from vlmrl.types import InferenceEngine, WeightSync
+from vlmrl.types import InferenceEngine, TrainingSample, WeightSync
 from vlmrl.weight_sync.in_process import InProcessSync
 
 
@@ -243,8 +244,17 @@ class Run:
             evaluator=self.evaluator,
             monitor=self.monitor,
             checkpoint=self._checkpoint,
+            demonstrations=self._demonstrations,
             stop=stop,
         ).run()
+
+    def _demonstrations(self, step: int) -> list[TrainingSample]:
+        """The supervised samples that go along with RL step `step`, of other problems than the warm-up's."""
+        sft = self.config.trainer.warmup
+        if sft.rl_weight == 0:
+            return []
+        sft = dataclasses.replace(sft, batch_size=sft.rl_batch_size)
+        return demonstration_samples(self.task, self.renderer, sft, step=AFTER_WARMUP + step, seed=self.config.seed)
 
     async def _supervised(self, sft: SFTConfig, stop: asyncio.Event) -> bool:
         """The supervised steps that are left; False when asked to stop."""

@@ -9,6 +9,7 @@ Letters: L tokens of a sample, P tokens of a prompt, C tokens of a completion, H
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, Protocol, TypeAlias
@@ -364,8 +365,11 @@ class Trainer(Protocol):
         """Optimizer steps contained in the weights."""
         ...
 
-    def train_step(self, samples: list[TrainingSample]) -> StepResult:
-        """One optimizer step on `samples`. Raises `NonFiniteLossError` before the weights are touched."""
+    def train_step(self, samples: list[TrainingSample], demonstrations: Sequence[TrainingSample] = ()) -> StepResult:
+        """One optimizer step on `samples`, and on supervised `demonstrations` at their weight.
+
+        Raises `NonFiniteLossError` before the weights are touched.
+        """
         ...
 
     def save(self, folder: str) -> None:

@@ -105,7 +105,7 @@ def test_leave_one_out_subtracts_the_mean_of_the_others(rewards: FloatArray) -> 
 
 def test_episode_credit_gives_every_turn_the_episodes_advantage() -> None:
     group = Group("p", [rollout([turn(1.0), turn(0.0)], reward=1.0), rollout([turn(1.0)], reward=0.0)])
-    assign_advantages([group], AlgorithmConfig(advantage=Advantage.group_centered, credit=Credit.episode))
+    assign_advantages(group, AlgorithmConfig(advantage=Advantage.group_centered, credit=Credit.episode))
     assert advantages_of(group) == [[0.5, 0.5], [-0.5]]
 
 
@@ -113,7 +113,7 @@ def test_turn_credit_compares_a_turn_with_the_same_turn_of_siblings_that_have_on
     group = Group(
         "p", [rollout([turn(1.0), turn(0.5), turn(0.7)]), rollout([turn(0.0), turn(0.0)]), rollout([turn(0.5)])]
     )
-    assign_advantages([group], AlgorithmConfig(advantage=Advantage.group_centered, credit=Credit.turn))
+    assign_advantages(group, AlgorithmConfig(advantage=Advantage.group_centered, credit=Credit.turn))
     assert advantages_of(group) == [[0.5, 0.25, 0.0], [-0.5, -0.25], [0.0]]
 
 
@@ -129,9 +129,9 @@ def test_turn_advantages_sum_to_zero_at_each_turn_and_faults_are_no_siblings(
     sound = [r for r in rollouts if not r.stop_reason.is_fault]
     config = AlgorithmConfig(advantage=advantage, credit=Credit.turn)
 
-    assign_advantages([Group("p", rollouts)], config)
+    assign_advantages(Group("p", rollouts), config)
     with_faults = advantages_of(Group("p", sound))
-    assign_advantages([Group("p", sound)], config)
+    assign_advantages(Group("p", sound), config)
 
     assert with_faults == advantages_of(Group("p", sound))
     assert all(t.advantage == 0.0 for r in rollouts if r.stop_reason.is_fault for t in r.turns)
@@ -145,22 +145,22 @@ def test_turn_advantages_sum_to_zero_at_each_turn_and_faults_are_no_siblings(
 def test_a_rollout_without_turns_is_no_sibling() -> None:
     played = [rollout([turn(0.0)], reward=r) for r in (1.0, 0.5)]
     group = Group("p", [*played, rollout([], stop_reason=StopReason.CONTEXT_FULL)])
-    assign_advantages([group], AlgorithmConfig(advantage=Advantage.group_centered))
+    assign_advantages(group, AlgorithmConfig(advantage=Advantage.group_centered))
     assert advantages_of(group) == [[0.25], [-0.25], []]
 
 
 def test_a_lone_survivor_of_a_group_has_advantage_zero() -> None:
     fault = rollout([turn(0.0)], stop_reason=StopReason.TASK_ERROR)
     group = Group("p", [rollout([turn(1.0)], reward=1.0), fault, fault])
-    assign_advantages([group], AlgorithmConfig())
+    assign_advantages(group, AlgorithmConfig())
     assert advantages_of(group) == [[0.0], [0.0], [0.0]]
 
 
 def test_assigning_again_forgets_what_stood_there() -> None:
     group = Group("p", [rollout([turn(1.0)], reward=1.0), rollout([turn(0.0)], reward=0.0)])
-    assign_advantages([group], AlgorithmConfig())
+    assign_advantages(group, AlgorithmConfig())
     group.rollouts[1].stop_reason = StopReason.BAD_REWARD
-    assign_advantages([group], AlgorithmConfig())
+    assign_advantages(group, AlgorithmConfig())
     assert advantages_of(group) == [[0.0], [0.0]]
 
 
@@ -168,7 +168,7 @@ def test_assigning_again_forgets_what_stood_there() -> None:
 
 
 def dropped(group: Group, config: AlgorithmConfig, version: int = 0, max_staleness: int = 0) -> list[DropReason | None]:
-    assign_advantages([group], config)
+    assign_advantages(group, config)
     mark_dropped(group, config, [IMAGE_TOKEN], version, max_staleness)
     return [r.dropped for r in group.rollouts]
 
@@ -226,18 +226,3 @@ def test_groups_without_a_signal_are_dropped_where_the_algorithm_filters(
 ) -> None:
     group = Group("p", [rollout([turn(0.0)], reward=r) for r in rewards])
     assert dropped(group, AlgorithmConfig(drop_zero_advantage=filters)) == expected
-
-
-def test_a_group_without_difference_is_compared_with_the_batch_where_asked() -> None:
-    """One wrong as one, one right as one, one mixed: over the batch the rewards are 0 0 1 1 0 1, mean and std 0.5."""
-    wrong, right, mixed = (
-        Group(name, [rollout([turn(r)], r) for r in rewards])
-        for name, rewards in (("wrong", (0.0, 0.0)), ("right", (1.0, 1.0)), ("mixed", (0.0, 1.0)))
-    )
-    for credit in Credit:
-        config = AlgorithmConfig(advantage=Advantage.group_then_batch, credit=credit)
-        assign_advantages([wrong, right, mixed], config)
-        for group, expected in ((wrong, [-1.0, -1.0]), (right, [1.0, 1.0]), (mixed, [-1.0, 1.0])):
-            np.testing.assert_allclose(np.ravel(advantages_of(group)), expected, rtol=1e-5)
-    assign_advantages([right], AlgorithmConfig(advantage=Advantage.group_then_batch))
-    assert advantages_of(right) == [[0.0], [0.0]]

@@ -94,7 +94,7 @@ class World:
         ]
 
     # trainer
-    def train_step(self, samples: list[TrainingSample]) -> StepResult:
+    def train_step(self, samples: list[TrainingSample], demonstrations: Sequence[TrainingSample] = ()) -> StepResult:
         assert threading.current_thread() is not threading.main_thread(), "training must not block the rollouts"
         self.happens(f"learn {self.version + 1}")
         self.learned.append(samples)
@@ -156,6 +156,7 @@ class World:
                 evaluator=Evaluator(evaluation, neighbour, temperature=0.7, history=list(history)),
                 monitor=neighbour,
                 checkpoint=self.checkpoint,
+                demonstrations=lambda step: [],
                 stop=self.stop,
             )
             try:
@@ -230,7 +231,7 @@ def test_staleness_and_the_number_of_batches_keep_their_bounds(max_staleness: in
     versions_at_learning: list[int] = []
     learn = world.train_step
 
-    def train_step(samples: list[TrainingSample]) -> StepResult:
+    def train_step(samples: list[TrainingSample], demonstrations: Sequence[TrainingSample] = ()) -> StepResult:
         versions_at_learning.append(world.version)
         return learn(samples)
 

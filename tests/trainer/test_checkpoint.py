@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +38,7 @@ class Learner:
         learning = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(learning, lr=0.1, betas=self.betas, fused=True)
 
-    def train_step(self, samples: list[TrainingSample]) -> StepResult:
+    def train_step(self, samples: list[TrainingSample], demonstrations: Sequence[TrainingSample] = ()) -> StepResult:
         for parameter in self.optimizer.param_groups[0]["params"]:
             parameter.grad = torch.randn_like(parameter)
         self.optimizer.step()

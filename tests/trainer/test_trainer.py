@@ -17,7 +17,7 @@ from vlmrl.errors import NonFiniteLossError
 from vlmrl.models.policy import Policy
 from vlmrl.models.positions import position_function
 from vlmrl.orchestrator.config import AlgorithmConfig, Loss
-from vlmrl.trainer.config import Decay, Packing, TrainerConfig
+from vlmrl.trainer.config import Decay, Packing, SFTConfig, TrainerConfig
 from vlmrl.trainer.loss import LOSSES, BatchTotals, LossTokens
 from vlmrl.trainer.trainer import EMPTY_STEP, LocalTrainer, learning_rate
 from vlmrl.types import ImageItem, TrainingSample
@@ -63,6 +63,10 @@ def batch() -> list[TrainingSample]:
     return samples
 
 
+def demonstrations() -> list[TrainingSample]:
+    return [sample("sft/0", SYSTEM, Sampled([3, END])), sample("sft/1", SYSTEM, image(1, 1), Sampled([2, 2, END]))]
+
+
 def weights(model: Any) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
@@ -77,32 +81,35 @@ def assert_weights(model: Any, wanted: dict[str, Tensor], tolerance: float = 0.0
 
 
 def reference_steps(
-    model: Any, batches: list[list[TrainingSample]], algorithm: AlgorithmConfig, banned: list[int]
+    model: Any, batches: list[list[TrainingSample]], rl_weight: float, banned: list[int]
 ) -> list[tuple[float, float]]:
     """AdamW (arXiv 1711.05101, algorithm 2) on the loss of samples one by one → (loss, gradient norm) per step."""
-    c, figures = CONFIG, []
+    c, algorithm, figures = CONFIG, AlgorithmConfig(), []
     allowed = [i for i in range(model.config.text_config.vocab_size) if i not in banned]
     parameters = list(model.parameters())
     mean, square = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
-    for t, samples in enumerate(batches):
-        logprobs, entropies = [], []
+
+    def logprobs_of(samples: list[TrainingSample]) -> Tensor:
+        logprobs = []
         for s in samples:
             where = np.flatnonzero(s.loss_mask)
             logits = plain_logits(model, s.token_ids, s.mm_token_type_ids, s.images)[where - 1]
             log_p = torch.full_like(logits, torch.nan)
             log_p[:, allowed] = torch.log_softmax(logits[:, allowed], -1)
             logprobs.append(log_p[torch.arange(len(where)), s.token_ids[where]])
-            entropies.append(-(log_p[:, allowed].exp() * log_p[:, allowed]).sum(-1))
+        return torch.cat(logprobs)
+
+    for t, samples in enumerate(batches):
         tokens = LossTokens(
-            logprobs=torch.cat(logprobs),
+            logprobs=logprobs_of(samples),
             inference_logprobs=torch.cat([torch.from_numpy(s.inference_logprobs[s.loss_mask]) for s in samples]),
             advantages=torch.cat([torch.from_numpy(s.advantages[s.loss_mask]) for s in samples]),
             sample_index=torch.cat([torch.full((int(s.loss_mask.sum()),), i) for i, s in enumerate(samples)]),
         )
         totals = BatchTotals(tokens=len(tokens.logprobs), samples=len(samples), max_new_tokens=4)
         loss = LOSSES[algorithm.loss](tokens, totals, algorithm).loss
-        loss = loss - algorithm.entropy_bonus * torch.cat(entropies).mean()
-        gradients = torch.autograd.grad(loss, parameters)
+        demonstrated = -rl_weight * logprobs_of(demonstrations()).mean()
+        gradients = torch.autograd.grad(loss + demonstrated, parameters)
         norm = math.sqrt(sum(float((g**2).sum()) for g in gradients))
         lr = learning_rate(c, t)
         with torch.no_grad():
@@ -116,18 +123,18 @@ def reference_steps(
     return figures
 
 
-@pytest.mark.parametrize(("entropy_bonus", "banned"), [(0.0, []), (0.3, BANNED)])
+@pytest.mark.parametrize(("rl_weight", "banned"), [(0.0, []), (0.3, BANNED)])
 def test_steps_are_those_of_a_plain_adamw_on_the_same_loss(
-    tiny_model: Callable[[], Any], entropy_bonus: float, banned: list[int]
+    tiny_model: Callable[[], Any], rl_weight: float, banned: list[int]
 ) -> None:
-    algorithm = AlgorithmConfig(entropy_bonus=entropy_bonus)
+    config = replace(CONFIG, warmup=SFTConfig(rl_weight=rl_weight))
     batches = [batch(), batch()[:4], batch()[2:]]
     plain, model = tiny_model(), tiny_model()
-    wanted = reference_steps(plain, batches, algorithm, banned)
-    trainer = learner(model, algorithm=algorithm, banned=banned)
+    wanted = reference_steps(plain, batches, rl_weight, banned)
+    trainer = learner(model, config, banned=banned)
     assert trainer.version == 0
     for t, (samples, (loss, norm)) in enumerate(zip(batches, wanted, strict=True)):
-        result = trainer.train_step(samples)
+        result = trainer.train_step(samples, demonstrations() if rl_weight else ())
         assert result.version == trainer.version == t + 1
         assert result.metrics["loss"] == pytest.approx(loss, rel=1e-5, abs=1e-6)
         assert result.metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
@@ -145,7 +152,7 @@ def test_a_step_depends_neither_on_packing_nor_on_the_budget(tiny_model: Callabl
     for packing, budget in ((Packing.none, 1), (Packing.varlen, 80), (Packing.tree, 50), (Packing.tree, 16384)):
         model = tiny_model()
         config = replace(CONFIG, packing=packing, micro_batch_tokens=budget)
-        result = learner(model, config, algorithm=AlgorithmConfig(loss=loss, entropy_bonus=0.1)).train_step(batch())
+        result = learner(model, config, algorithm=AlgorithmConfig(loss=loss)).train_step(batch())
         outcomes.append((result.metrics, weights(model)))
     figures, wanted = outcomes[0]
     assert [m["micro_batches"] for m, _ in outcomes[::3]] == [8, 1]

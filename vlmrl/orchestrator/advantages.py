@@ -1,6 +1,6 @@
-"""Rewards → one advantage per turn, and which rollouts are not learned from.
+"""Rewards of a group → one advantage per turn, and which rollouts are not learned from.
 
-    groups ─▶ assign_advantages: turn.advantage ─▶ mark_dropped: rollout.dropped ─▶ samples
+    group ─▶ assign_advantages: turn.advantage ─▶ mark_dropped: rollout.dropped ─▶ samples
 
 Letters: G siblings. A rollout counts as a sibling when it was played: no fault, and at least one turn. One that is
 dropped for what it sampled (a stray image token, staleness) was played and rewarded, so it counts all the same.
@@ -8,8 +8,7 @@ dropped for what it sampled (a stray image token, staleness) was played and rewa
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import TypeAlias
 
 import numpy as np
@@ -59,52 +58,31 @@ ESTIMATORS: dict[Advantage, Estimator] = {
     Advantage.group_normalized: group_normalized,
     Advantage.group_centered: group_centered,
     Advantage.leave_one_out: leave_one_out,
-    Advantage.group_then_batch: group_normalized,
 }
-"""What is done to the rewards of a group."""
 
 
-def assign_advantages(groups: Sequence[Group], config: AlgorithmConfig) -> None:
-    """Fill `turn.advantage` of every rollout of a step's groups, in place.
+def assign_advantages(group: Group, config: AlgorithmConfig) -> None:
+    """Fill `turn.advantage` of every rollout, in place.
 
     `credit=episode`: every turn of a rollout gets the advantage of its episode's reward. `credit=turn`: turn t gets
     that of its own reward against turn t of the siblings that have one. Faults get 0.0.
-
-    `advantage=group_then_batch`: where a turn's siblings all earned the same, within the group there is nothing to
-    compare, and a policy that has settled on one wrong answer to a problem would never hear of it again. Such a turn
-    is compared with all groups of the step instead, so that it is unlearned as long as other problems go better.
     """
-    every = [rollout for group in groups for rollout in group.rollouts]
-    by_batch = iter(_advantages(every, config) if config.advantage is Advantage.group_then_batch else [])
-    for group in groups:
-        advantages = _advantages(group.rollouts, config)
-        if config.advantage is Advantage.group_then_batch:
-            wider = list(itertools.islice(by_batch, len(group.rollouts)))
-            for t in range(max(map(len, advantages), default=0)):
-                if not any(own[t] for own in advantages if len(own) > t):
-                    for own, other in zip(advantages, wider, strict=True):
-                        own[t : t + 1] = other[t : t + 1]
-        for rollout, own in zip(group.rollouts, advantages, strict=True):
-            for turn, advantage in zip(rollout.turns, own, strict=True):
-                turn.advantage = advantage
-
-
-def _advantages(rollouts: Sequence[Rollout], config: AlgorithmConfig) -> list[list[float]]:
-    """Per rollout one advantage per turn, their rewards compared with each other."""
-    advantages = [[0.0] * len(rollout.turns) for rollout in rollouts]
-    siblings = [i for i, r in enumerate(rollouts) if not r.stop_reason.is_fault and r.turns]
+    for rollout in group.rollouts:
+        for turn in rollout.turns:
+            turn.advantage = 0.0
+    siblings = [r for r in group.rollouts if not r.stop_reason.is_fault and r.turns]
     estimator = ESTIMATORS[config.advantage]
     if config.credit is Credit.episode:
-        rewards = np.array([rollouts[i].reward for i in siblings], np.float32)
-        for i, advantage in zip(siblings, estimator(rewards).tolist(), strict=True):
-            advantages[i] = [advantage] * len(rollouts[i].turns)
-        return advantages
-    for t in range(max((len(rollouts[i].turns) for i in siblings), default=0)):
-        there = [i for i in siblings if len(rollouts[i].turns) > t]
-        rewards = np.array([rollouts[i].turns[t].reward for i in there], np.float32)
-        for i, advantage in zip(there, estimator(rewards).tolist(), strict=True):
-            advantages[i][t] = advantage
-    return advantages
+        advantages = estimator(np.array([rollout.reward for rollout in siblings], np.float32))
+        for rollout, advantage in zip(siblings, advantages.tolist(), strict=True):
+            for turn in rollout.turns:
+                turn.advantage = advantage
+        return
+    for t in range(max((len(rollout.turns) for rollout in siblings), default=0)):
+        turns = [rollout.turns[t] for rollout in siblings if len(rollout.turns) > t]
+        advantages = estimator(np.array([turn.reward for turn in turns], np.float32))
+        for turn, advantage in zip(turns, advantages.tolist(), strict=True):
+            turn.advantage = advantage
 
 
 def mark_dropped(

@@ -63,7 +63,6 @@ class Advantage(Enum):
     group_normalized = "group_normalized"
     group_centered = "group_centered"
     leave_one_out = "leave_one_out"
-    group_then_batch = "group_then_batch"
 
 
 class Loss(Enum):
@@ -91,8 +90,5 @@ class AlgorithmConfig:
     """Ratios below 1 − clip_low get no gradient where the advantage is negative."""
     clip_high: float = 0.28
     """Ratios above 1 + clip_high get no gradient where the advantage is positive (clip-higher, DAPO)."""
-    entropy_bonus: float = 0.0
-    """Nats → loss: subtracts this times the mean entropy of the sampled tokens' distributions (PPO, arXiv 1707.06347,
-    eq. 9). Keeps a policy from settling on an answer that it has not tried others for."""
     drop_zero_advantage: bool = False
     """Drop groups whose advantages are all zero before the batch is built (DAPO's dynamic sampling, without refill)."""

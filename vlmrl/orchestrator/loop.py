@@ -51,6 +51,8 @@ class Loop:
     monitor: Monitor
     checkpoint: Callable[[int], None]
     """Called after each step with its number; saves when it is time."""
+    demonstrations: Callable[[int], list[TrainingSample]]
+    """The supervised samples that go along with a step; none without `trainer.warmup.rl_weight`."""
     stop: asyncio.Event
     """Set by Ctrl-C: the run ends at the next point where nothing is lost."""
     _pending: dict[int, asyncio.Task[list[Group]]] = field(default_factory=dict)
@@ -103,12 +105,12 @@ class Loop:
         rolled_out = time.perf_counter()
         version, image_tokens = self.trainer.version, self.runner.renderer.image_token_ids
         samples: list[TrainingSample] = []
-        assign_advantages(groups, self.algorithm)
         for group in groups:
+            assign_advantages(group, self.algorithm)
             mark_dropped(group, self.algorithm, image_tokens, version, self.config.max_staleness)
             samples.extend(s for rollout in group.rollouts if rollout.dropped is None for s in make_samples(rollout))
         try:
-            result = await asyncio.to_thread(self.trainer.train_step, samples)
+            result = await asyncio.to_thread(self.trainer.train_step, samples, self.demonstrations(step))
         except NonFiniteLossError:
             self.monitor.record(step, groups)  # the error names samples: they can be looked up
             raise

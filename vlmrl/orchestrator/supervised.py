@@ -18,6 +18,9 @@ from vlmrl.types import TrainingSample, mm_token_type_ids
 FIRST_PROBLEM = 1 << 40
 """Supervised steps take training problems from here on, RL from 0: no problem serves both."""
 
+AFTER_WARMUP = 1 << 20
+"""Demonstrations that go along with RL steps are numbered from this supervised step on."""
+
 
 def demonstration_samples(
     task: Task, renderer: Renderer, config: SFTConfig, *, step: int, seed: int

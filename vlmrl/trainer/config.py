@@ -46,6 +46,12 @@ class SFTConfig:
     """Of AdamW, constant over the supervised steps."""
     demonstrations: Demonstrations = Demonstrations.random
     """What the assistant says in them."""
+    rl_weight: float = 0.0
+    """Goes on in RL: each step's loss gets this times the mean negative log-likelihood of `rl_batch_size` further
+    demonstrations (PPO-ptx, arXiv 2203.02155, eq. 2). With random answers it keeps the policy from being certain of an
+    answer that no reward has confirmed: certainty ends exploration, and what is not tried is not learned."""
+    rl_batch_size: int = 16
+    """Conversations per RL step, where `rl_weight` is above 0."""
 
 
 @dataclass

@@ -96,10 +96,11 @@ class LocalTrainer:
         """Supervised steps contained in the weights."""
         return self._supervised_steps
 
-    def train_step(self, samples: list[TrainingSample]) -> StepResult:
-        """One RL step on `samples`. Raises `NonFiniteLossError` before the weights are touched.
+    def train_step(self, samples: list[TrainingSample], demonstrations: Sequence[TrainingSample] = ()) -> StepResult:
+        """One RL step on `samples`, with `demonstrations` at their weight.
 
-        Without samples (every rollout was dropped) the weights stay as they are and the step still counts.
+        Raises `NonFiniteLossError` before the weights are touched. Without samples (every rollout was dropped) the
+        weights stay as they are and the step still counts.
         """
         if not samples:
             self._version += 1
@@ -123,18 +124,17 @@ class LocalTrainer:
                 sample_index=batch.sample_index,
             )
             output = loss_function(tokens, totals, self._algorithm)
-            token_entropies = entropies[batch.entry].sum()
-            total_loss = output.loss - self._algorithm.entropy_bonus * token_entropies / totals.tokens
-            self._assert_finite(total_loss, logprobs, batch, samples)
-            torch.autograd.backward(total_loss)
-            loss += float(total_loss.detach())
-            entropy += float(token_entropies.detach())
+            self._assert_finite(output.loss, logprobs, batch, samples)
+            torch.autograd.backward(output.loss)
+            loss += float(output.loss.detach())
+            entropy += float(entropies[batch.entry].sum())
             total, largest = mismatch_kl(logprobs.detach(), batch.inference_logprobs)
             kl_sum, kl_max = kl_sum + total, max(kl_max, largest)
             for key, value in output.sums.items():
                 sums[key] = sums.get(key, 0.0) + value
             for key, value in output.maxima.items():
                 maxima[key] = max(maxima.get(key, value), value)
+        demonstration_loss = self._backward_supervised(demonstrations, self._config.warmup.rl_weight)
         lr = learning_rate(self._config, self._version)
         versions = np.concatenate([batch.versions.cpu().numpy() for batch in batches])
         staleness = self._version - versions
@@ -146,6 +146,7 @@ class LocalTrainer:
                 "loss": loss,
                 "grad_norm": grad_norm,
                 "learning_rate": lr,
+                "demonstration_loss": demonstration_loss,
                 "entropy": entropy / totals.tokens,
                 "mismatch_kl/mean": kl_sum / totals.tokens,
                 "mismatch_kl/max": kl_max,
@@ -163,6 +164,13 @@ class LocalTrainer:
 
     def supervised_step(self, samples: list[TrainingSample], lr: float) -> dict[str, float]:
         """One step of next-token likelihood on the samples' loss tokens. Does not count as a policy version."""
+        loss = self._backward_supervised(samples, weight=1.0)
+        grad_norm = self._optimizer_step(lr, samples)
+        self._supervised_steps += 1
+        return {"loss": loss, "grad_norm": grad_norm, "learning_rate": lr}
+
+    def _backward_supervised(self, samples: Sequence[TrainingSample], weight: float) -> float:
+        """Add the gradient of `weight` times the mean negative log-likelihood of the loss tokens → the mean itself."""
         batches = self._pack(samples)
         total = sum(len(batch.targets) for batch in batches)
         loss = 0.0
@@ -170,11 +178,9 @@ class LocalTrainer:
             logprobs, _ = self._logprobs(batch)
             part = supervised(logprobs, total)
             self._assert_finite(part, logprobs, batch, samples)
-            torch.autograd.backward(part)
+            torch.autograd.backward(weight * part)
             loss += float(part.detach())
-        grad_norm = self._optimizer_step(lr, samples)
-        self._supervised_steps += 1
-        return {"loss": loss, "grad_norm": grad_norm, "learning_rate": lr}
+        return loss
 
     def logprobs(self, samples: Sequence[TrainingSample]) -> list[Tensor]:
         """Natural-log probabilities of each sample's loss tokens, float32 [its loss tokens]; no gradient."""
@@ -215,7 +221,7 @@ class LocalTrainer:
             batch.feature_rows,
         )
         log_probs = self._policy.log_probs(hidden.index_select(0, batch.loss_rows), self._temperature)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._algorithm.entropy_bonus > 0):
+        with torch.no_grad():
             # A banned token has probability 0 and log-probability −inf; its term of the entropy is 0.
             entropies = -(log_probs.exp() * log_probs.clamp_min(-1e4)).sum(-1)
         return log_probs[batch.entry, batch.targets], entropies
