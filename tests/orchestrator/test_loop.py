@@ -55,6 +55,7 @@ class World:
     events: list[str] = field(default_factory=list)
     asked: list[dict[str, Any]] = field(default_factory=list)
     learned: list[list[TrainingSample]] = field(default_factory=list)
+    demonstrated: list[Sequence[TrainingSample]] = field(default_factory=list)
     metrics_of: dict[int, dict[str, float]] = field(default_factory=dict)
     open_batches: set[int] = field(default_factory=set)
     most_open: int = 0
@@ -98,6 +99,7 @@ class World:
         assert threading.current_thread() is not threading.main_thread(), "training must not block the rollouts"
         self.happens(f"learn {self.version + 1}")
         self.learned.append(samples)
+        self.demonstrated.append(demonstrations)
         self.open_batches.discard(self.version + 1)
         self.version += 1
         return StepResult(self.version, dict.fromkeys(EMPTY_STEP, 0.0))
@@ -156,7 +158,7 @@ class World:
                 evaluator=Evaluator(evaluation, neighbour, temperature=0.7, history=list(history)),
                 monitor=neighbour,
                 checkpoint=self.checkpoint,
-                demonstrations=lambda step: [],
+                demonstrations=lambda step: self.learned[-1][:step] if self.learned else [],
                 stop=self.stop,
             )
             try:
@@ -233,7 +235,7 @@ def test_staleness_and_the_number_of_batches_keep_their_bounds(max_staleness: in
 
     def train_step(samples: list[TrainingSample], demonstrations: Sequence[TrainingSample] = ()) -> StepResult:
         versions_at_learning.append(world.version)
-        return learn(samples)
+        return learn(samples, demonstrations)
 
     world.train_step = train_step  # type: ignore[method-assign]
     assert world.run(steps=steps, max_staleness=max_staleness) == "finished"
@@ -367,3 +369,9 @@ def test_advantages_reach_the_samples() -> None:
     low, high = -1 / np.sqrt(2), np.sqrt(2)
     for sample, advantage in zip(samples, [low, high, low] * GROUPS, strict=True):
         np.testing.assert_allclose(sample.advantages[sample.loss_mask], advantage, rtol=1e-4)
+
+
+def test_the_demonstrations_of_a_step_go_to_the_trainer_with_it() -> None:
+    world = World()
+    world.run(steps=3)
+    assert world.demonstrated == [[], world.learned[0][:2], world.learned[1][:3]]

@@ -108,7 +108,7 @@ def reference_steps(
         )
         totals = BatchTotals(tokens=len(tokens.logprobs), samples=len(samples), max_new_tokens=4)
         loss = LOSSES[algorithm.loss](tokens, totals, algorithm).loss
-        demonstrated = -rl_weight * logprobs_of(demonstrations()).mean()
+        demonstrated = -rl_weight * learning_rate(c, t) / c.learning_rate * logprobs_of(demonstrations()).mean()
         gradients = torch.autograd.grad(loss + demonstrated, parameters)
         norm = math.sqrt(sum(float((g**2).sum()) for g in gradients))
         lr = learning_rate(c, t)

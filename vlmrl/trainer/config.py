@@ -49,7 +49,8 @@ class SFTConfig:
     rl_weight: float = 0.0
     """Goes on in RL: each step's loss gets this times the mean negative log-likelihood of `rl_batch_size` further
     demonstrations (PPO-ptx, arXiv 2203.02155, eq. 2). With random answers it keeps the policy from being certain of an
-    answer that no reward has confirmed: certainty ends exploration, and what is not tried is not learned."""
+    answer that no reward has confirmed: certainty ends exploration, and what is not tried is not learned. The weight
+    falls with the learning rate, since in the end the policy should be certain."""
     rl_batch_size: int = 16
     """Conversations per RL step, where `rl_weight` is above 0."""
 

@@ -134,8 +134,9 @@ class LocalTrainer:
                 sums[key] = sums.get(key, 0.0) + value
             for key, value in output.maxima.items():
                 maxima[key] = max(maxima.get(key, value), value)
-        demonstration_loss = self._backward_supervised(demonstrations, self._config.warmup.rl_weight)
         lr = learning_rate(self._config, self._version)
+        demonstration_weight = self._config.warmup.rl_weight * lr / self._config.learning_rate
+        demonstration_loss = self._backward_supervised(demonstrations, demonstration_weight)
         versions = np.concatenate([batch.versions.cpu().numpy() for batch in batches])
         staleness = self._version - versions
         grad_norm = self._optimizer_step(lr, samples)
