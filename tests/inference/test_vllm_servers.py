@@ -23,7 +23,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from vllm_tiny import Tiny, mismatch_kl
+from inference.vllm_tiny import Tiny, mismatch_kl
 
 from vlmrl.errors import EngineError
 from vlmrl.inference.config import VllmConfig
@@ -416,7 +416,7 @@ from vlmrl import broken_wheels
 broken_wheels.install()
 from pathlib import Path
 import torch
-from vllm_tiny import Tiny
+from inference.vllm_tiny import Tiny
 from vlmrl.inference.config import VllmConfig
 from vlmrl.inference.vllm_engine import VllmEngine
 from vlmrl.models.config import Dtype

@@ -7,7 +7,7 @@ from pathlib import Path
 import pexpect
 import psutil
 import pytest
-from rollout_builders import group, rollout
+from monitor.rollout_builders import group, rollout
 
 import vlmrl
 from vlmrl.errors import VlmrlError

@@ -14,7 +14,7 @@ import PIL.Image
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rollout_builders import completion, group, image, prompt, rollout, turn
+from monitor.rollout_builders import completion, group, image, prompt, rollout, turn
 
 import vlmrl
 from vlmrl.errors import VlmrlError

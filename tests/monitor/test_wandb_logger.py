@@ -19,7 +19,7 @@ import numpy as np
 import PIL.Image
 import psutil
 import pytest
-from rollout_builders import image, rollout
+from monitor.rollout_builders import image, rollout
 
 import vlmrl
 from vlmrl.monitor.config import WandbConfig, WandbMode
