@@ -251,7 +251,7 @@ class Run:
     def _demonstrations(self, step: int) -> list[TrainingSample]:
         """The supervised samples that go along with RL step `step`, of other problems than the warm-up's."""
         sft = self.config.trainer.warmup
-        if sft.rl_weight == 0:
+        if sft.rl_weight == 0 or sft.steps == 0:  # a task that is never warmed up may have no demonstrations
             return []
         sft = dataclasses.replace(sft, batch_size=sft.rl_batch_size)
         return demonstration_samples(self.task, self.renderer, sft, step=AFTER_WARMUP + step, seed=self.config.seed)

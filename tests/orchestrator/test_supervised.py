@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,19 @@ import numpy as np
 import pytest
 from helpers import TINY, VISION_START
 
+from vlmrl.errors import TaskError
 from vlmrl.models.load import load_image_processor, load_tokenizer
 from vlmrl.orchestrator.config import RendererConfig
 from vlmrl.orchestrator.renderer import Renderer, make_renderer
 from vlmrl.orchestrator.supervised import FIRST_PROBLEM, demonstration_samples
-from vlmrl.tasks.base import Split
+from vlmrl.tasks.base import Split, Task
 from vlmrl.tasks.color_codeword import COLORS, CodewordProblem, ColorCodeword
 from vlmrl.tasks.config import ColorCodewordConfig
 from vlmrl.trainer.config import Demonstrations, SFTConfig
-from vlmrl.types import TrainingSample
+from vlmrl.types import Image, Message, TrainingSample
 
 RANDOM = SFTConfig(batch_size=5, demonstrations=Demonstrations.random)
-TRUE = SFTConfig(batch_size=5, demonstrations=Demonstrations.true)
+TRUE = SFTConfig(batch_size=5, demonstrations=Demonstrations.correct)
 
 
 class Recording(ColorCodeword):
@@ -134,3 +136,31 @@ def test_no_problem_serves_two_steps_or_reinforcement_learning_too(renderer: Ren
 
 def test_samples_are_named_by_step_and_number(renderer: Renderer) -> None:
     assert [s.rollout_id for s in samples_of(renderer, RANDOM, step=12)] == [f"sft/000012/{i:03d}" for i in range(5)]
+
+
+def test_a_task_without_demonstrations(renderer: Renderer) -> None:
+    class Silent(Recording):
+        demonstration = Task.demonstration
+
+    with pytest.raises(TaskError, match=r"^Silent.demonstration is not defined.*set trainer.warmup.steps=0$"):
+        demonstration_samples(Silent(), renderer, RANDOM, step=0, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [
+        (lambda: 1 // 0, "Broken.demonstration raised ZeroDivisionError: "),
+        (
+            lambda: (Message.of("user", Image(b"GIF")), Message.of("assistant", "A")),
+            "raised ImageError: an encoded image",
+        ),
+    ],
+)
+def test_a_demonstration_that_cannot_be_made(said: Callable[[], Any], error: str, renderer: Renderer) -> None:
+    class Broken(Recording):
+        def demonstration(self, problem: Any, *, random_answers: bool, seed: int) -> tuple[Message, ...]:
+            messages: tuple[Message, ...] = said()
+            return messages
+
+    with pytest.raises(TaskError, match=error):
+        demonstration_samples(Broken(), renderer, RANDOM, step=0, seed=0)

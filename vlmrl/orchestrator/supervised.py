@@ -10,6 +10,7 @@ import hashlib
 
 import numpy as np
 
+from vlmrl.errors import TaskError
 from vlmrl.orchestrator.renderer import Renderer
 from vlmrl.tasks.base import Task
 from vlmrl.trainer.config import Demonstrations, SFTConfig
@@ -25,18 +26,28 @@ AFTER_WARMUP = 1 << 20
 def demonstration_samples(
     task: Task, renderer: Renderer, config: SFTConfig, *, step: int, seed: int
 ) -> list[TrainingSample]:
-    """The samples of supervised step `step` (0-based); a function of its arguments alone."""
+    """The samples of supervised step `step` (0-based); a function of its arguments alone.
+
+    Raises `TaskError` where the task has no demonstrations, or one that cannot be made.
+    """
     samples = []
     for i in range(config.batch_size):
         number = step * config.batch_size + i
-        problem = task.problem("train", FIRST_PROBLEM + number)
         digest = hashlib.blake2b(f"demonstration/{seed}/{number}".encode(), digest_size=8).digest()
-        messages = task.demonstration(
-            problem,
-            random_answers=config.demonstrations is Demonstrations.random,
-            seed=int.from_bytes(digest, "big"),
-        )
-        prompt, sampled = renderer.render_conversation(messages)
+        try:
+            messages = task.demonstration(
+                task.problem("train", FIRST_PROBLEM + number),
+                random_answers=config.demonstrations is Demonstrations.random,
+                seed=int.from_bytes(digest, "big"),
+            )
+            prompt, sampled = renderer.render_conversation(messages)
+        except NotImplementedError as error:
+            raise TaskError(str(error)) from error
+        except Exception as error:  # somebody else's code may raise anything
+            raise TaskError(
+                f"{type(task).__name__}.demonstration raised {type(error).__name__}: {error}, so there is nothing for "
+                "supervised steps: mend it, or set trainer.warmup.steps=0"
+            ) from error
         length = len(prompt.token_ids)
         samples.append(
             TrainingSample(

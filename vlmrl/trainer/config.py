@@ -30,8 +30,8 @@ class Demonstrations(Enum):
 
     random = "random"
     """Random answers in the right format: teaches the format, nothing about the pixels."""
-    true = "true"
-    """The task's true answers."""
+    correct = "correct"
+    """The task's true answers. (Not called `true`, which YAML and the command line read as a boolean.)"""
 
 
 @dataclass
