@@ -518,9 +518,8 @@ def test_a_contract_error_on_the_way_to_the_engine_is_a_named_fault() -> None:
 
 def test_our_own_slip_is_no_fault_of_a_rollout_and_leaves_no_session_open() -> None:
     runner = make_runner(ScriptedTask(two_turns), policy=raising(AssertionError("slip")))
-    with pytest.raises(ExceptionGroup) as caught:
+    with pytest.raises(AssertionError, match="slip"):  # once, not three times
         play(runner, group_size=3)
-    assert caught.group_contains(AssertionError, match="slip")
     assert engine_of(runner).open == []
 
 

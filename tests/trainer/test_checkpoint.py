@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlmrl.errors import CheckpointError
+from vlmrl.errors import CheckpointError, NonFiniteLossError
 from vlmrl.trainer.checkpoint import Checkpoints, load_training_state, save_training_state
 from vlmrl.types import StepResult, TrainingSample
 
@@ -272,6 +272,16 @@ def test_a_full_disk(limit: int, tmp_path: Path) -> None:
     assert found[0] == 1
     checkpoints.save(2, Learner(), {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000001", "step_000002"]
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    """They would push out the last that can be continued from."""
+    checkpoints, learner = saved(tmp_path, 1, keep=1), Learner()
+    with torch.no_grad():
+        learner.model.weight[0, 0] = torch.inf
+    with pytest.raises(NonFiniteLossError, match=r"^weight holds values that are not finite"):
+        checkpoints.save(2, learner, {})
+    assert checkpoints.load_newest(Learner(), refuse_warning) == (1, {"evaluations": [[0.25, 1]]})
 
 
 def test_json_is_plain(tmp_path: Path) -> None:

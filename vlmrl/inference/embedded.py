@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmrl.errors import EngineError
+from vlmrl.errors import EngineError, NonFiniteLossError
 from vlmrl.models.policy import ImageFeatures, Policy
 from vlmrl.models.prefix_tree import ImageKeys, build_tree, sort_key
 from vlmrl.models.tree_attention import (
@@ -392,8 +392,14 @@ class Generator:
                 draw = torch.tensor([uniforms[order[i]][step] for i in mine], dtype=torch.float64)
                 rows = cumulative[torch.from_numpy(row[mine])]
                 picked = torch.searchsorted(rows, draw.to(rows.device)[:, None], right=True)[:, 0].cpu().numpy()
+                picked = picked.clip(max=rows.shape[1] - 1)  # of NaN; caught below
             tokens[mine] = picked
             chosen[mine] = log_probs[torch.from_numpy(row[mine]), torch.from_numpy(picked)].cpu().numpy()
+        if not np.isfinite(chosen).all():
+            raise NonFiniteLossError(
+                f"the policy of version {self._pool_version} gives probabilities that are not finite: continue from an "
+                "earlier checkpoint, with a lower trainer.learning_rate"
+            )
         return tokens, chosen
 
     def _forward(

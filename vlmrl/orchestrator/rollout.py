@@ -83,6 +83,7 @@ class RolloutRunner:
 
         Rollouts are called `<split>/<step>/<group>/<index>`, and `<split>-greedy/…` with `temperature=0.0`. Every
         session is open before the first one asks, since an engine may wait for all that are open to make one batch.
+        What is nobody's fault but the run's (an error of the engine that is no `EngineError`) is raised.
         """
         label = split if temperature > 0 else f"{split}-greedy"
         groups = [
@@ -109,12 +110,15 @@ class RolloutRunner:
                 closing = await scope.enter_async_context(AsyncExitStack())
                 session = await closing.enter_async_context(self.engine.session(rollout.rollout_id))
                 seats[rollout.rollout_id] = session, closing
-            async with asyncio.TaskGroup() as playing:
-                for group, problem_index in zip(groups, problem_indices, strict=True):
-                    problem = self._threads.run(partial(_problem, self.task, split, problem_index))
-                    for rollout in group.rollouts:
-                        session, closing = seats[rollout.rollout_id]
-                        playing.create_task(self._run(rollout, problem, session, closing, temperature))
+            try:
+                async with asyncio.TaskGroup() as playing:
+                    for group, problem_index in zip(groups, problem_indices, strict=True):
+                        problem = self._threads.run(partial(_problem, self.task, split, problem_index))
+                        for rollout in group.rollouts:
+                            session, closing = seats[rollout.rollout_id]
+                            playing.create_task(self._run(rollout, problem, session, closing, temperature))
+            except ExceptionGroup as errors:
+                raise errors.exceptions[0] from None  # what no rollout can record; all of a batch say the same
         for group in groups:
             group.problem_id = group.rollouts[0].problem_id
         return groups

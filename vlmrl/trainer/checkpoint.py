@@ -29,7 +29,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from vlmrl.errors import CheckpointError
+from vlmrl.errors import CheckpointError, NonFiniteLossError
 from vlmrl.types import Trainer
 
 RANDOM = "torch_random_state"
@@ -39,7 +39,14 @@ HASHES = "sha256.json"
 
 
 def save_training_state(folder: Path, model: Any, optimizer: torch.optim.Optimizer, counters: dict[str, int]) -> None:
-    """Write the first three files into `folder`, which exists. Raises OSError, SafetensorError."""
+    """Write the first three files into `folder`, which exists. Raises OSError, SafetensorError, and
+    `NonFiniteLossError` for weights that cannot be continued from: they would push out the last that can."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise NonFiniteLossError(
+                f"{name} holds values that are not finite, so this policy is not saved: continue from the checkpoint "
+                "before it, with a lower trainer.learning_rate"
+            )
     save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, folder / "model.safetensors")
     averages = {
         f"{index}/{name}": value.contiguous()
@@ -103,7 +110,10 @@ class Checkpoints:
         return sorted(int(name) for name in names if name.isdigit())
 
     def save(self, step: int, trainer: Trainer, loop_state: dict[str, Any]) -> None:
-        """Write the checkpoint of `step`, then delete those that are too old. Raises `CheckpointError`."""
+        """Write the checkpoint of `step`, then delete those that are too old.
+
+        Raises `CheckpointError`, and `NonFiniteLossError` where the weights are not finite.
+        """
         try:
             for left_behind in self._folder.glob("partial_*"):  # by a run that was killed
                 shutil.rmtree(left_behind)
