@@ -227,6 +227,14 @@ def test_multirun_goes_on_after_a_failure(vlmrl: Callable[..., Ended]) -> None:
     assert "Traceback" not in ended.err
 
 
+def test_ctrl_c_ends_a_multirun(vlmrl: Callable[..., Ended]) -> None:
+    interrupted = (
+        "from vlmrl.errors import Interrupted\ndef execute(config):\n    raise Interrupted('stopped and saved')"
+    )
+    ended = vlmrl("--multirun", "seed=0,1", run=interrupted)
+    assert (ended.code, ended.err) == (1, "interrupted: stopped and saved\n"), "once: the other job is not started"
+
+
 @pytest.mark.parametrize(
     ("raised", "code", "message", "traceback"),
     [
@@ -274,7 +282,7 @@ def run_dir(tmp_path: Path, run_config: Callable[..., RunConfig]) -> RunDir:
 
 def test_resume_takes_the_runs_own_config(run_dir: RunDir) -> None:
     assert "environment" in OmegaConf.load(run_dir.config)
-    config = parse(resumed([f"resume={run_dir.path}", "trainer.max_steps=7", "++task.args.level=4"]))
+    config = parse(resumed([f"resume={run_dir.path}", "mode=eval", "trainer.max_steps=7", "++task.args.level=4"]))
     assert isinstance(config.task, ImportedTaskConfig)
     assert (config.task.target, config.task.args) == ("a.b:C", {"level": 4})
     assert config.algorithm.clip_high == 4e-4
@@ -301,6 +309,7 @@ def test_resume_follows_links(run_dir: RunDir, vlmrl: Callable[..., Ended]) -> N
         ("--multirun", "--multirun requires a new run"),
         ("hydra.run.dir=x", "hydra.run.dir=x requires a new run"),
         ("output_dir=x", "output_dir=x requires a new run"),
+        ("mode=sft", "mode=sft requires a new run, else its steps would stand among those of mode=rl"),
         ("seed=1,2", "seed=1,2 requires --multirun"),
         ("trainer.max_step=1", "did you mean trainer.max_steps"),
         ("trainer.max_steps=many", "trainer.max_steps: Value 'many'"),

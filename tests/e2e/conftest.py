@@ -1,0 +1,32 @@
+"""Fixtures of the tests that run the real command."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from e2e.command_line import SHORT, Ended, Home
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    """Where all commands run; what one builds in the cache serves the others."""
+    path = tmp_path_factory.mktemp("home")
+    shutil.copy(Path(__file__).with_name("their_tasks.py"), path)
+    return Home(path)
+
+
+@pytest.fixture(scope="session")
+def finished(home: Home) -> tuple[Path, Ended]:
+    """A short run of the default task that nothing disturbed, with Weights & Biases as it is by default."""
+    run = home.path / "first/outputs/finished"
+    ended = home.vlmrl(*SHORT, "monitor.wandb.mode=offline", f"hydra.run.dir={run}")
+    assert ended.code == 0, ended.err
+    return run, ended
+
+
+@pytest.fixture(scope="session")
+def never_stopped(finished: tuple[Path, Ended]) -> Path:
+    """The folder of that run."""
+    return finished[0]

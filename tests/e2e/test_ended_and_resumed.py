@@ -1,0 +1,260 @@
+"""Runs that were killed, interrupted or damaged, and resumed, against one that was never stopped: equal to the bit."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pexpect
+import pytest
+from e2e.command_line import KILL_AT, PATIENCE, SHORT, Ended, Gate, Home, Scenarios, assert_same_run, steady, summary
+from safetensors.torch import load_file, save_file
+
+from vlmrl.monitor.metrics import read_metrics
+from vlmrl.orchestrator.supervised import FIRST_PROBLEM
+
+pytestmark = pytest.mark.slow
+
+WARMUP_STEP_6 = FIRST_PROBLEM + 5 * 16
+"""A problem of the sixth warm-up step. Its demonstrations are made on the event loop: who waits there, stands."""
+STEP_2, STEP_4 = 2, 6
+"""A problem of each of these RL steps (two groups a step). Step 4 comes between the checkpoints of steps 2 and 4."""
+
+CURSOR = re.compile(r"\x1b\[\?25([lh])")
+"""Hides or shows the cursor."""
+
+
+def resume(run: Path) -> str:
+    return f"resume={run}"
+
+
+def signalled(
+    home: Home, gate: Gate, *arguments: str, signals: tuple[signal.Signals, ...], opens: bool = False
+) -> Ended:
+    """Send signals to a run that waits at its gate, then open the gate if asked to. `seconds` count from there."""
+    process = home.start(*arguments)
+    gate.wait(lambda: process.poll() is None)
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(0.3)  # two signals at once are one
+    started = time.monotonic()
+    if opens:
+        gate.open()
+    out, err = process.communicate(timeout=PATIENCE)
+    return Ended(process.returncode, out, err, time.monotonic() - started)
+
+
+@pytest.fixture(scope="module")
+def ends(home: Home, never_stopped: Path) -> Scenarios:
+    """Everything of this module that starts processes."""
+
+    def killed_at_work() -> tuple[Path, list[Ended]]:
+        """SIGKILL during the warm-up, then in RL between two checkpoints."""
+        run, gate = home.path / "outputs/killed_at_work", Gate(home.path / "gates/killed")
+        kill = (signal.SIGKILL,)
+        return run, [
+            signalled(home, gate, *SHORT, *gate.arguments(WARMUP_STEP_6), f"hydra.run.dir={run}", signals=kill),
+            signalled(home, gate, resume(run), *gate.again(STEP_4), signals=kill),
+            home.vlmrl(resume(run), "task.args.hold=-1"),
+        ]
+
+    def killed_while_saving() -> tuple[Path, list[Ended]]:
+        """SIGKILL when a checkpoint is about to get its name, then when the one before it is about to be deleted."""
+        run = home.path / "outputs/killed_while_saving"
+        start = (*SHORT, "trainer.keep_checkpoints=1", f"hydra.run.dir={run}")
+        at_rename = home.vlmrl("os.rename", "partial_000004", *start, code=("-c", KILL_AT))
+        assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["partial_000004", "step_000002"]
+        at_deletion = home.vlmrl("shutil.rmtree", "partial_000002_deleted", resume(run), code=("-c", KILL_AT))
+        left = sorted(path.name for path in (run / "checkpoints").iterdir())
+        assert left == ["partial_000002_deleted", "step_000004"]
+        return run, [at_rename, at_deletion, home.vlmrl(resume(run))]
+
+    def interrupted() -> tuple[Path, list[Ended]]:
+        """Two Ctrl-C in the warm-up, then one, then SIGTERM in RL while the task's code hangs."""
+        run, gate = home.path / "outputs/interrupted", Gate(home.path / "gates/interrupted")
+        start = (*SHORT, *gate.arguments(WARMUP_STEP_6), f"hydra.run.dir={run}")
+        twice = signalled(home, gate, *start, signals=(signal.SIGINT, signal.SIGINT))
+        assert not (run / "summary.json").exists()
+        assert not list((run / "checkpoints").iterdir())
+        again = gate.again(WARMUP_STEP_6)
+        once = signalled(home, gate, resume(run), *again, signals=(signal.SIGINT,), opens=True)
+        assert (summary(run)["exit_reason"], summary(run)["step"]) == ("interrupted", 0)
+        term = signalled(home, gate, resume(run), *gate.again(STEP_4), signals=(signal.SIGTERM,))
+        assert (summary(run)["exit_reason"], summary(run)["step"]) == ("interrupted", 3)
+        return run, [twice, once, term, home.vlmrl(resume(run), "task.args.hold=-1")]
+
+    def in_a_terminal() -> tuple[Path, str, int, Ended]:
+        """Ctrl-C typed at the live view, which reaches every process of the run's group, that of wandb too."""
+        run, gate = home.path / "outputs/terminal", Gate(home.path / "gates/terminal")
+        screen = pexpect.spawn(
+            "python",
+            ["-m", "vlmrl", *SHORT, *gate.arguments(STEP_2), "monitor.wandb.mode=offline", f"hydra.run.dir={run}"],
+            cwd=home.path,
+            env={**home.environment, "TERM": "xterm-256color", "LANG": "C.UTF-8"},
+            dimensions=(40, 120),
+            encoding="utf-8",
+            timeout=PATIENCE,
+        )
+        shown: list[str] = []
+
+        def drawing() -> bool:
+            """Whether it runs; what it draws must be read, or it would wait for that."""
+            with contextlib.suppress(pexpect.TIMEOUT, pexpect.EOF):
+                shown.append(screen.read_nonblocking(100_000, timeout=0))
+            return bool(screen.isalive())
+
+        gate.wait(drawing)
+        screen.sendintr()
+        shown.append(screen.read())
+        screen.wait()
+        return run, "".join(shown), screen.exitstatus, home.vlmrl(resume(run), "task.args.hold=-1")
+
+    def damaged() -> tuple[Path, Ended]:
+        """The newest checkpoint is cut, the one before it was changed, and there is half of another."""
+        run = home.copy(never_stopped, "damaged")
+        cut, changed = run / "checkpoints/step_000006/model.safetensors", run / "checkpoints/step_000004/state.json"
+        cut.write_bytes(cut.read_bytes()[:-100])
+        changed.write_bytes(changed.read_bytes().replace(b"4", b"5"))
+        (run / "checkpoints/partial_000006").mkdir()
+        return run, home.vlmrl(resume(run))
+
+    def all_damaged() -> tuple[Path, Ended]:
+        run = home.copy(never_stopped, "all_damaged")
+        for step in (2, 4):
+            (run / f"checkpoints/step_{step:06d}/optimizer.safetensors").write_bytes(b"")
+        (run / "checkpoints/step_000006/state.json").unlink()
+        return run, home.vlmrl(resume(run))
+
+    def not_finite() -> tuple[Path, Ended]:
+        """The newest checkpoint holds NaN, and its hashes are right."""
+        run = home.copy(never_stopped, "not_finite")
+        shutil.rmtree(run / "checkpoints/step_000006")
+        folder = run / "checkpoints/step_000004"
+        weights = load_file(folder / "model.safetensors")
+        save_file({name: weight * math.nan for name, weight in weights.items()}, folder / "model.safetensors")
+        hashes = json.loads((folder / "sha256.json").read_text())
+        hashes["model.safetensors"] = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        (folder / "sha256.json").write_text(json.dumps(hashes))
+        return run, home.vlmrl(resume(run))
+
+    def overridden() -> tuple[Path, Ended, Ended]:
+        """With an override that cannot work, then with one that can."""
+        run = home.copy(never_stopped, "overridden")
+        unfit = home.vlmrl(resume(run), "model.tiny.hidden_size=96")
+        return run, unfit, home.vlmrl(resume(run), "trainer.max_steps=7", "orchestrator.eval.every=0")
+
+    return Scenarios(
+        interrupted=interrupted,
+        killed_at_work=killed_at_work,
+        killed_while_saving=killed_while_saving,
+        in_a_terminal=in_a_terminal,
+        damaged=damaged,
+        all_damaged=all_damaged,
+        not_finite=not_finite,
+        overridden=overridden,
+    )
+
+
+# ── SIGKILL ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("scenario", ["killed_at_work", "killed_while_saving"])
+def test_killed(scenario: str, ends: Scenarios, never_stopped: Path) -> None:
+    run, (first, second, last) = ends[scenario]
+    assert (first.code, second.code) == (-signal.SIGKILL, -signal.SIGKILL)
+    assert (last.code, last.err) == (0, "")
+    assert_same_run(run, never_stopped)
+    assert summary(run)["warnings"] == []
+    assert not list((run / "checkpoints").glob("partial_*"))
+
+
+# ── Ctrl-C ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_interrupted(ends: Scenarios, never_stopped: Path) -> None:
+    run, (_, once, term, last) = ends["interrupted"]
+    assert (once.code, term.code, last.code) == (1, 1, 0)
+    remedy = f"continue with python -m vlmrl resume={run}\n"
+    assert once.err == f"interrupted: stopped after supervised step 6 and saved: {remedy}"
+    assert term.err == f"interrupted: stopped after step 3 and saved: {remedy}"
+    assert "phase: warm-up" in once.out
+    assert "warning: Asked to stop" in once.out
+    assert term.seconds < 20, "code of the task that hangs is not waited for"
+    assert_same_run(run, never_stopped)
+
+
+def test_twice_ends_at_once(ends: Scenarios) -> None:
+    """In the middle of a step that did not end."""
+    _, (twice, *_) = ends["interrupted"]
+    assert twice.code == 1
+    assert twice.err == "ended at once\n"
+    assert twice.seconds < 2
+
+
+def test_ctrl_c_in_a_terminal(ends: Scenarios, never_stopped: Path) -> None:
+    run, shown, code, last = ends["in_a_terminal"]
+    assert code == 1
+    assert CURSOR.findall(shown)[0] == "l", "the live view hides the cursor"
+    assert CURSOR.findall(shown)[-1] == "h", "and gives it back"
+    assert f"stopped after step 1 and saved: continue with python -m vlmrl resume={run}" in shown
+    assert "Traceback" not in shown
+    assert (last.code, last.err) == (0, "")
+    assert_same_run(run, never_stopped)
+    assert "Weights & Biases has stopped" not in (run / "logs/main.log").read_text()
+    run_id = (run / "wandb/run_id").read_text()
+    assert len(list((run / "wandb").glob(f"offline-run-*-{run_id}"))) == 2, "one run, a folder for each part of it"
+
+
+# ── checkpoints that are damaged, runs that are complete ────────────────────────────────────────────────────
+
+
+def test_damaged_checkpoints_are_passed_over(ends: Scenarios, never_stopped: Path) -> None:
+    run, ended = ends["damaged"]
+    assert ended.code == 0, ended.err
+    for file in ("step_000006/model.safetensors", "step_000004/state.json"):
+        assert f"warning: {run}/checkpoints/{file} is damaged" in ended.out
+    assert "continuing from step 2 instead" in ended.out
+    assert len(summary(run)["warnings"]) == 2
+    assert_same_run(run, never_stopped)
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["step_000002", "step_000004", "step_000006"]
+
+
+def test_no_checkpoint_is_whole(ends: Scenarios, never_stopped: Path) -> None:
+    run, ended = ends["all_damaged"]
+    assert ended.code == 1
+    assert ended.err.startswith("error: no checkpoint of this run can be loaded: ")
+    assert f"{run}/checkpoints/step_000006/state.json" in ended.err
+    assert f"{run}/checkpoints/step_000002/optimizer.safetensors is damaged" in ended.err
+    assert "Traceback" not in ended.err
+    assert summary(run)["exit_reason"] == "error"
+    assert steady(run / "metrics.jsonl") == steady(never_stopped / "metrics.jsonl"), "nothing was thrown away"
+
+
+def test_weights_that_are_not_finite(ends: Scenarios) -> None:
+    """Found when they are sampled from, before any loss."""
+    run, ended = ends["not_finite"]
+    assert ended.code == 1
+    assert ended.err.startswith("error: the policy of version 4 gives probabilities that are not finite: continue from")
+    assert ended.err.count("\n") == 1
+    assert summary(run)["exit_reason"] == "error"
+    assert summary(run)["error"].startswith("NonFiniteLossError: ")
+
+
+def test_an_override_that_does_not_fit_is_not_kept(ends: Scenarios, never_stopped: Path) -> None:
+    """Else the run could not be continued any more. One that fits is, and the run goes on from its last step."""
+    run, unfit, fit = ends["overridden"]
+    assert unfit.code == 1
+    assert "is of another model" in unfit.err
+    assert fit.code == 0, fit.err
+    lines = read_metrics(run / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(8))
+    assert steady(run / "metrics.jsonl")[:7] == steady(never_stopped / "metrics.jsonl")
+    assert lines[6]["time/elapsed"] < lines[7]["time/elapsed"]

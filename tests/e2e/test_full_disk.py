@@ -1,0 +1,58 @@
+"""A disk that takes no more: a clean stop, and the reason in one line.
+
+Stood in for by the limit on the size of a file, which ends a write in the same way.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from e2e.command_line import SHORT, Ended, Home, Scenarios, assert_same_run, summary
+
+from vlmrl.monitor.metrics import read_metrics
+
+pytestmark = pytest.mark.slow
+
+
+def limited(size: int) -> Callable[[], None]:
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+@pytest.fixture(scope="module")
+def runs(home: Home) -> Scenarios:
+    def full(name: str, size: int) -> tuple[Path, Ended]:
+        run = home.path / "outputs" / name
+        return run, home.vlmrl(*SHORT, f"hydra.run.dir={run}", preexec_fn=limited(size))
+
+    def checkpoint() -> tuple[Path, Ended, Path, Ended]:
+        """And a copy of the run that is resumed when there is room again."""
+        run, ended = full("full_checkpoint", 1_000_000)
+        again = home.copy(run, "room_again")
+        return run, ended, again, home.vlmrl(f"resume={again}")
+
+    return Scenarios(checkpoint=checkpoint, records=lambda: full("full_records", 10_000))
+
+
+@pytest.mark.parametrize(
+    ("scenario", "file", "steps"),
+    [("records", "rollouts/eval_000000.jsonl", [0, 1]), ("checkpoint", "checkpoints/step_000002", [0, 1, 2])],
+)
+def test_full_disk(scenario: str, file: str, steps: list[int], runs: Scenarios) -> None:
+    run, ended, *_ = runs[scenario]
+    assert ended.code == 1
+    assert ended.err.startswith(f"error: {run / file} cannot be written")
+    assert "File too large" in ended.err
+    assert ended.err.count("\n") == 1
+    assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == steps
+    found = summary(run)
+    assert (found["exit_reason"], found["step"]) == ("error", steps[-1])
+    assert file in found["error"]
+
+
+def test_a_run_goes_on_when_there_is_room_again(runs: Scenarios, never_stopped: Path) -> None:
+    *_, run, ended = runs["checkpoint"]
+    assert (ended.code, ended.err) == (0, "")
+    assert_same_run(run, never_stopped)

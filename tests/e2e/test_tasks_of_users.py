@@ -1,0 +1,143 @@
+"""Tasks that users bring along, sound and broken (their_tasks.py), in the command as they would run it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from e2e.command_line import SHORT, Ended, Home, Scenarios, steady_rollouts, summary
+from e2e.their_tasks import KINDS
+
+from vlmrl.monitor.metrics import missing_keys, read_metrics
+
+pytestmark = pytest.mark.slow
+
+STEPS = 6
+SWEEP = (
+    *SHORT,
+    *("--multirun", "hydra.sweep.subdir=${hydra:job.num}", "trainer.warmup.steps=2", f"trainer.max_steps={STEPS}"),
+    *("algorithm.credit=episode", "orchestrator.eval.every=3", "orchestrator.eval.problems=6"),
+)
+
+
+@pytest.fixture(scope="module")
+def runs(home: Home) -> Scenarios:
+    def sweep(name: str, *arguments: str) -> tuple[Path, Ended]:
+        folder = home.path / "outputs" / name
+        return folder, home.vlmrl(*SWEEP, f"hydra.sweep.dir={folder}", *arguments)
+
+    go_on = "task=their_tasks:Sound,their_tasks:SomeFaults,their_tasks:EqualRewards"
+    end = "task=their_tasks:AllFaults,their_tasks:AllTooLong,their_tasks:Poison"
+    return Scenarios(
+        go_on=lambda: sweep("go_on", go_on, "task.args.shift=7"),
+        end=lambda: sweep("end", end, "algorithm=dr_grpo", "trainer.warmup.steps=0"),
+    )
+
+
+def records(run: Path, kind: str) -> list[dict[str, Any]]:
+    """Training rollouts of problems of that kind."""
+    files = [found for name, found in steady_rollouts(run).items() if name.startswith("step_")]
+    return [record for found in files for record in found if record["problem_id"].endswith(f"/{kind}")]
+
+
+def test_a_sound_one(runs: Scenarios) -> None:
+    folder, ended = runs["go_on"]
+    assert (ended.code, ended.err) == (0, "")
+    lines = read_metrics(folder / "0/metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(STEPS + 1))
+    assert len(read_metrics(folder / "0/supervised.jsonl")) == 2, "its demonstrations"
+    assert all(missing_keys(line) == [] for line in lines)
+    assert max(line["grad_norm"] for line in lines[1:]) > 0
+    assert sum(line["rollouts/dropped"] for line in lines[1:]) == 0
+    assert {record["problem_id"] for record in records(folder / "0", "sound")} == {
+        f"train/{index + 7}/sound" for index in range(2 * STEPS)
+    }, "task.args reach the task"
+
+
+# ── one rollout goes wrong ──────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("kind", "stop_reason", "dropped", "error"),
+    [
+        ("no_image", "image_error", "fault", "image"),
+        ("raises", "task_error", "fault", "LookupError: no score for problem 9 ("),
+        ("nan", "bad_reward", "fault", "step() gave turn_reward=nan, which is no finite number"),
+        ("too_long", "context_full", "empty", None),
+    ],
+)
+def test_a_fault_costs_its_rollouts(
+    kind: str, stop_reason: str, dropped: str, error: str | None, runs: Scenarios
+) -> None:
+    """Recorded with its reason, counted, and the run goes on to its end."""
+    run = runs["go_on"][0] / "1"
+    found = records(run, kind)
+    assert len(found) == STEPS * 2 // len(KINDS) * 4
+    for record in found:
+        assert (record["stop_reason"], record["dropped"], record["reward"]) == (stop_reason, dropped, 0.0)
+        assert record["error"] is None if error is None else error.split(" problem")[0] in record["error"]
+    assert error is None or any(error in record["error"] for record in found)
+    step = KINDS.index(kind) // 2 + 1
+    line = read_metrics(run / "metrics.jsonl")[step]
+    assert line[f"rollouts/stop/{stop_reason}"] == 4
+    assert line[f"rollouts/dropped/{dropped}"] >= 4
+
+
+def test_a_run_with_some_faults(runs: Scenarios) -> None:
+    run = runs["go_on"][0] / "1"
+    found = summary(run)
+    assert (found["exit_reason"], found["step"]) == ("finished", STEPS)
+    assert any("rollouts were dropped (most of them: fault)" in warning for warning in found["warnings"])
+    assert all(record["dropped"] is None for kind in ("sound", "equal") for record in records(run, kind))
+    for line in read_metrics(run / "metrics.jsonl"):
+        assert missing_keys(line) == []
+        assert all(value is not None for value in line.values()), "no NaN came through"
+
+
+def test_equal_rewards_are_said_and_go_on(runs: Scenarios) -> None:
+    folder, ended = runs["go_on"]
+    found = summary(folder / "2")
+    assert (found["exit_reason"], found["step"]) == ("finished", STEPS)
+    assert any("All rollouts of every group have had equal rewards" in warning for warning in found["warnings"])
+    assert "warning: All rollouts of every group have had equal rewards" in ended.out
+    for line in read_metrics(folder / "2/metrics.jsonl")[1:]:
+        assert (line["loss"], line["groups/equal_reward"], line["groups/zero_advantage"]) == (0.0, 1.0, 1.0)
+
+
+# ── nothing else happens ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("job", "message"),
+    [
+        (0, "the first of step 3 ended as task_error: LookupError: no score for problem 4 ("),
+        (1, "the first of step 3 ended as context_full: the first prompt leaves no room for an answer: raise trainer"),
+    ],
+)
+def test_nothing_but_faults_ends_the_run(job: int, message: str, runs: Scenarios) -> None:
+    folder, ended = runs["end"]
+    assert ended.code == 1
+    assert (
+        f"error: not one rollout of the last 3 steps could be played, so there is nothing to learn from; {message}"
+        in (ended.err)
+    )
+    assert "Traceback" not in ended.err
+    run = folder / str(job)
+    found = summary(run)
+    assert (found["exit_reason"], found["step"]) == ("error", 3)
+    assert found["error"].startswith("TaskError: not one rollout of the last 3 steps")
+    assert len(steady_rollouts(run)["step_000003.jsonl"]) == 8
+    assert (run / "checkpoints/step_000003/state.json").exists(), "to be continued when the task is mended"
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(runs: Scenarios) -> None:
+    folder, ended = runs["end"]
+    assert "at version 0: nothing was changed; " in ended.err
+    assert "train/000001/0" in ended.err, "samples are named"
+    found = summary(folder / "2")
+    assert (found["exit_reason"], found["step"]) == ("error", 0)
+    assert found["error"].startswith("NonFiniteLossError: ")
+    named = records(folder / "2", "poison")
+    assert len(named) == 8, "and can be looked up"
+    assert {abs(record["reward"]) for record in named} == {3e38}

@@ -1,0 +1,164 @@
+"""The run directory of a short run, file by file."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import yaml
+from e2e.command_line import Ended, steady_rollouts, summary
+
+from vlmrl.config import RunConfig, parse, typed
+from vlmrl.monitor.metrics import missing_keys, read_metrics
+from vlmrl.monitor.run_dir import RunDir
+from vlmrl.types import StopReason
+
+pytestmark = pytest.mark.slow
+
+STEPS = range(1, 7)
+EVALUATED = (0, 2, 4, 6)
+
+
+def picture(path: Path) -> PIL.Image.Image:
+    with PIL.Image.open(path) as file:
+        return file.convert("RGB")
+
+
+def test_the_folder(never_stopped: Path) -> None:
+    assert {path.name for path in never_stopped.iterdir()} == {
+        *("config.yaml", "metrics.jsonl", "supervised.jsonl", "rollouts", "images", "checkpoints", "logs", "wandb"),
+        "summary.json",
+    }
+    assert (never_stopped.parent / "latest").resolve() == never_stopped
+    assert not list(never_stopped.rglob("*.tmp"))
+
+
+def test_config_yaml(never_stopped: Path) -> None:
+    tree = yaml.safe_load((never_stopped / "config.yaml").read_text())
+    environment = tree.pop("environment")
+    assert set(environment["packages"]) == {"vlmrl", "torch", "transformers", "renderers", "hydra-core", "numpy"}
+    assert environment["git"] is None or len(environment["git"]["commit"]) == 40
+    assert tree["inference"]["max_model_len"] == tree["trainer"]["seq_len"], "interpolations are resolved"
+    config = parse(typed(RunDir(never_stopped).read_config()))
+    assert isinstance(config, RunConfig)
+    assert config.trainer.max_steps == 6
+    assert config.output_dir == str(never_stopped)
+
+
+def test_metrics_have_every_required_key(never_stopped: Path) -> None:
+    lines = read_metrics(never_stopped / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, *STEPS]
+    for line in lines:
+        assert missing_keys(line) == []
+        assert ("eval/reward" in line) == (line["step"] in EVALUATED)
+        assert all(value is not None for value in line.values())
+
+
+def test_sampler_and_trainer_agree(never_stopped: Path) -> None:
+    for line in read_metrics(never_stopped / "metrics.jsonl")[1:]:
+        assert 0 < line["mismatch_kl/mean"] <= 1e-8
+        assert line["mismatch_kl/max"] <= 1e-6
+        assert line["policy_version"] == line["step"]
+        assert line["staleness/max"] == 0
+        assert line["wire/bytes_sent"] == 0
+
+
+def test_the_run_learned_something(never_stopped: Path) -> None:
+    """Or equal runs would be no news: gradients at every step, answers that end, second turns."""
+    for line in read_metrics(never_stopped / "metrics.jsonl")[1:]:
+        assert line["grad_norm"] > 0
+        assert line["rollouts/stop/terminated"] > 0
+    losses = [line["loss"] for line in read_metrics(never_stopped / "supervised.jsonl")]
+    assert len(losses) == 10
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_every_rollout_is_there(never_stopped: Path) -> None:
+    files = steady_rollouts(never_stopped)
+    assert set(files) == {f"step_{s:06d}.jsonl" for s in STEPS} | {f"eval_{s:06d}.jsonl" for s in EVALUATED}
+    lines = {line["step"]: line for line in read_metrics(never_stopped / "metrics.jsonl")}
+    for step in STEPS:
+        records = files[f"step_{step:06d}.jsonl"]
+        assert [record["rollout_id"] for record in records] == [
+            f"train/{step:06d}/{group:02d}/{index:02d}" for group in range(2) for index in range(4)
+        ]
+        assert np.mean([record["reward"] for record in records]) == pytest.approx(lines[step]["reward/mean"])
+        turns = [turn for record in records for turn in record["turns"]]
+        assert sum(len(turn["completion_ids"]) for turn in turns) == lines[step]["tokens/completion"]
+        assert sum(len(turn["prompt_token_ids"]) for turn in turns) == lines[step]["tokens/prompt"]
+        assert {version for turn in turns for version in turn["versions"]} == {step - 1}
+        assert len({image for turn in turns for _, _, image in turn["placeholders"]}) == lines[step]["images/distinct"]
+        assert {record["stop_reason"] for record in records} <= set(StopReason)
+    for step in EVALUATED:
+        records = files[f"eval_{step:06d}.jsonl"]
+        assert [record["split"] for record in records] == ["eval_sampled"] * 8 + ["eval_greedy"] * 8
+        sampled = [record["reward"] for record in records if record["split"] == "eval_sampled"]
+        assert np.mean(sampled) == lines[step]["eval/reward"]
+
+
+def test_images_are_the_squares(never_stopped: Path) -> None:
+    """Each distinct image once, under the hash that the records name."""
+    shown = {
+        image
+        for records in steady_rollouts(never_stopped).values()
+        for record in records
+        for turn in record["turns"]
+        for _, _, image in turn["placeholders"]
+    }
+    pictures = {path.stem: picture(path) for path in (never_stopped / "images").iterdir()}
+    assert set(pictures) == shown
+    assert len({found.tobytes() for found in pictures.values()}) == len(pictures) == 9
+    assert all(len(found.getcolors() or []) == 1 and found.size == (32, 32) for found in pictures.values())
+
+
+def test_checkpoints(never_stopped: Path) -> None:
+    assert sorted(path.name for path in (never_stopped / "checkpoints").iterdir()) == [
+        "step_000002",
+        "step_000004",
+        "step_000006",
+    ]
+    loop = json.loads((never_stopped / "checkpoints/step_000004/loop.json").read_text())
+    lines = read_metrics(never_stopped / "metrics.jsonl")
+    history = [[line["eval/reward"], line["eval/reward_greedy"]] for line in lines if line["step"] in (0, 2, 4)]
+    assert loop["evaluations"] == history
+
+
+def test_summary(never_stopped: Path) -> None:
+    lines = read_metrics(never_stopped / "metrics.jsonl")
+    found = summary(never_stopped)
+    assert found["exit_reason"] == "finished"
+    assert found["step"] == found["policy_version"] == 6
+    assert found["metrics"] == lines[-1]
+    assert found["objective"] == found["eval/reward"] == lines[-1]["eval/reward"]
+    assert found["warnings"] == []
+    assert lines[-1]["time/elapsed"] <= found["wall_clock_s"]
+
+
+def test_log_and_screen(finished: tuple[Path, Ended]) -> None:
+    run, ended = finished
+    log = (run / "logs/main.log").read_text()
+    assert "plan: rollouts per step: 2 groups × 4 = 8" in log
+    assert "finished: finished" in log
+    assert "Traceback" not in log
+    assert "rollouts per step   2 groups" in ended.out
+    assert "evaluation after step 6 | sampled" in ended.out
+    assert "\x1b" not in ended.out, "no terminal, no escape codes"
+    assert ended.err == ""
+
+
+def test_weights_and_biases_offline(never_stopped: Path) -> None:
+    """One run folder; its file holds the figures, and the images of some rollouts lie beside it."""
+    offline = list((never_stopped / "wandb").glob("offline-run-*"))
+    assert len(offline) == 1
+    run_id = (never_stopped / "wandb/run_id").read_text()
+    data = (offline[0] / f"run-{run_id}.wandb").read_bytes()
+    assert b"mismatch_kl/mean" in data
+    assert b"warmup/loss" in data
+    pictures = list((offline[0] / "files/media/images/eval").iterdir())
+    steps = Counter(path.name.split("_")[1] for path in pictures)
+    assert list(steps.values()) == [4] * len(EVALUATED), "four rollouts; greedy ones show the same squares, kept once"
+    assert {picture(path).height for path in pictures} == {32}
