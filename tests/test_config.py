@@ -171,7 +171,10 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     (("task=imported", "task.target=counting"), "task.target=counting requires the form package.module:Class"),
     (("task=imported", "task.target=a..b:C"), "task.target=a..b:C requires"),
     (("task.image_size=40",), "task.image_size=40 requires a multiple of 32, .*: set task.image_size=32"),
-    (("task.max_turns=4",), "max_new_tokens=8 requires .* = 8, .* set orchestrator.max_new_tokens=9 or more"),
+    (
+        ("task.max_turns=4", "orchestrator.max_new_tokens=8"),
+        "max_new_tokens=8 requires .* = 8, .* set orchestrator.max_new_tokens=9 or more",
+    ),
     (("model.tiny.num_key_value_heads=3",), "model.tiny.num_attention_heads=4 .* num_key_value_heads=3"),
     (("+trainer.pace=1",), "trainer.pace: there is no such key"),
     (("+pace=1",), "pace: there is no such key"),
