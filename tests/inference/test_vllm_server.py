@@ -98,6 +98,22 @@ def test_nobody_without_the_key_gets_past_the_guard(monkeypatch: pytest.MonkeyPa
     assert asyncio.run(status("/health")) == 200
 
 
+def test_an_error_quotes_the_first_error_of_this_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlmrl.inference.vllm_server.vllm_version", lambda: (0, 32))
+    log = tmp_path / "vllm_0.log"
+    log.write_text(
+        "\n== 10:00 vllm serve\nValueError: of the life before\n"
+        "\n== 11:00 vllm serve\n"
+        "(APIServer pid=7) WARNING [system_utils.py:255] This can cause errors like `OSError: [Errno 24] Too many`\n"
+        "(EngineCore pid=8) ERROR 11-23 [core.py:1330] torch.OutOfMemoryError: no memory\n"
+        "RuntimeError: Engine core initialization failed. See root cause above.\n"
+    )
+    message = str(VllmServer(CONFIG, 0, tmp_path, log).error("ended"))
+    assert message.startswith("vLLM server 0 ended: torch.OutOfMemoryError: no memory\nThe end of ")
+    assert "life before" not in message
+    assert message.endswith("See root cause above.")
+
+
 @pytest.mark.vllm
 @pytest.mark.slow
 @pytest.mark.skipif(vllm_version() is None, reason="vLLM is not installed")

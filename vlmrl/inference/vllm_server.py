@@ -252,8 +252,9 @@ class VllmServer:
     def error(self, what: str) -> EngineError:
         """An `EngineError` about this server, with the first error in its log and the log's end."""
         text = self.log.read_text(encoding="utf-8", errors="replace").rpartition(HEADER)[2]
-        first = re.search(r"\b\w*(?:Error|Exception): .+", text)
-        cause = f": {first.group()[:500]}" if first else ""
+        # After the log's prefix, `(EngineCore pid=7) ERROR 11-23 20:40:17 [core.py:1330] `: warnings quote errors too.
+        first = re.search(r"(?:^|[\])] )((?:\w+\.)*\w+(?:Error|Exception): .+)", text, re.MULTILINE)
+        cause = f": {first.group(1)[:500]}" if first else ""
         end = "\n".join(line[:500] for line in text.splitlines()[-TAIL_LINES:])
         return EngineError(f"{self.name} {what}{cause}\nThe end of {self.log}:\n{end}")
 
