@@ -22,7 +22,9 @@ def limited(size: int) -> Callable[[], None]:
 
 
 @pytest.fixture(scope="module")
-def runs(home: Home) -> Scenarios:
+def runs(home: Home, never_stopped: Path) -> Scenarios:
+    """After a run that was never stopped, since building the tiny checkpoint needs room too."""
+
     def full(name: str, size: int) -> tuple[Path, Ended]:
         run = home.path / "outputs" / name
         return run, home.vlmrl(*SHORT, f"hydra.run.dir={run}", preexec_fn=limited(size))
