@@ -130,7 +130,7 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
         await server.wait_healthy(unhealthy, lines.append)
 
     with pytest.raises(
-        EngineError, match=r"vLLM server 0 ended with status 1 before it was healthy: \w+Error: "
+        EngineError, match=r"vLLM server 0 ended with status 1 before it was healthy: \S+Error: "
     ) as error:
         asyncio.run(scenario())
     assert "The end of " in str(error.value)

@@ -210,18 +210,20 @@ class VllmServer:
         """
         assert self._process is not None, "not launched"
         started = time.monotonic()
-        while not await is_healthy():
-            seconds = time.monotonic() - started
-            if self._process.returncode is not None:
-                raise self.error(f"ended with status {self._process.returncode} before it was healthy")
-            if seconds > self._timeout_s:
-                raise self.error(
-                    f"was not healthy after inference.startup_timeout_s={self._timeout_s:g}: raise it, or find in the "
-                    "log what it waits for"
-                )
-            on_progress(f"{self.name}: {seconds:.0f} s, {_last_line(self.log)}")
-            await asyncio.sleep(HEALTH_POLL_S)
-        self._release_port()
+        try:
+            while not await is_healthy():
+                seconds = time.monotonic() - started
+                if self._process.returncode is not None:
+                    raise self.error(f"ended with status {self._process.returncode} before it was healthy")
+                if seconds > self._timeout_s:
+                    raise self.error(
+                        f"was not healthy after inference.startup_timeout_s={self._timeout_s:g}: raise it, or find in "
+                        "the log what it waits for"
+                    )
+                on_progress(f"{self.name}: {seconds:.0f} s, {_last_line(self.log)}")
+                await asyncio.sleep(HEALTH_POLL_S)
+        finally:
+            self._release_port()
 
     async def exited(self) -> int:
         """Wait until the server is gone with all its processes → exit status."""
