@@ -17,6 +17,7 @@ import vlmrl
 from vlmrl.cli import CONF
 from vlmrl.config import RANGES, RunConfig, check, did_you_mean, known_keys, numbers_in_range, parse, typed
 from vlmrl.errors import ConfigError
+from vlmrl.inference.config import VllmConfig
 from vlmrl.models.config import Dtype
 from vlmrl.orchestrator.config import Advantage, Credit, Loss
 from vlmrl.tasks.config import ColorCodewordConfig, ImportedTaskConfig
@@ -28,6 +29,7 @@ OPTIONS = sorted(
 NOT_ALONE = {
     "orchestrator/renderer=none": "model.vlm requires orchestrator.renderer",
     "task=imported": "task.target has no value",
+    "weight_sync=folder": "requires another engine than inference=embedded",
 }
 """Options that cannot run with everything else at its default, and what is said about it."""
 
@@ -101,6 +103,14 @@ def test_shared_values_are_stated_once(run_config: Callable[..., RunConfig]) -> 
     assert run_config("trainer.seq_len=2048").inference.max_model_len == 2048
 
 
+def test_an_engine_brings_its_weight_sync(run_config: Callable[..., RunConfig]) -> None:
+    config = run_config("inference=vllm")
+    assert (config.inference.kind, config.weight_sync.kind) == ("vllm", "folder")
+    assert isinstance(config.inference, VllmConfig)
+    assert (config.inference.dtype, config.inference.max_model_len) == (Dtype.float32, config.trainer.seq_len)
+    assert run_config("inference=vllm", "orchestrator.max_staleness=2").orchestrator.max_staleness == 2
+
+
 def test_an_experiment_chooses_groups(run_config: Callable[..., RunConfig]) -> None:
     config = run_config("experiment=color_codeword_tiny", "model=qwen3vl")
     assert config.model.tiny is None, "the command line outranks the experiment"
@@ -113,6 +123,7 @@ def test_an_experiment_chooses_groups(run_config: Callable[..., RunConfig]) -> N
         (),
         ("model=qwen3vl", "algorithm=gspo", "mode=sft", "trainer.warmup.steps=3"),
         ("task=imported", "task.target=a.b:C", "++task.args.levels=[1,2]", "++task.args.name=x"),
+        ("inference=vllm", "+inference.extra_args={max_num_seqs: 8}", "inference.urls=[http://h:1]"),
         TEXT_ONLY,
     ],
 )
@@ -155,8 +166,13 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     (("~model/vlm",), "renderer.name=auto requires model.vlm, else"),
     (("~model/vlm", "orchestrator/renderer=none"), "model.name=qwen3vl_tiny requires orchestrator.renderer, else"),
     (("~model/vlm", "orchestrator.renderer.name=qwen3"), "model.tiny requires model.vlm.family=qwen3_vl, else"),
-    (("inference.kind=vllm",), "inference.kind=vllm requires .* set inference=embedded"),
-    (("weight_sync.kind=nccl",), "weight_sync.kind=nccl requires .* set weight_sync=in_process"),
+    (("inference.kind=vllm",), r"inference.kind=vllm requires .* option instead, inference=embedded\|vllm"),
+    (
+        ("weight_sync.kind=folder",),
+        r"weight_sync.kind=folder requires .* choose the option instead, weight_sync=in_proc",
+    ),
+    (("weight_sync=folder",), "weight_sync=folder requires another engine than inference=embedded.*=in_process"),
+    (("inference=vllm", "weight_sync=in_process"), "weight_sync=in_process requires .* set weight_sync=folder"),
     (("orchestrator.max_staleness=1",), "orchestrator.max_staleness=1 requires .* inference=embedded"),
     (("inference.max_model_len=1023",), "inference.max_model_len=1023 requires"),
     (("trainer.seq_len=4097",), "trainer.seq_len=4097 requires model.tiny.max_position_embeddings"),
@@ -208,11 +224,13 @@ def test_not_refused(overrides: tuple[str, ...], run_config: Callable[..., RunCo
 
 
 @pytest.fixture(scope="module")
-def default() -> RunConfig:
-    """The default run; not to be changed."""
+def default() -> dict[str, RunConfig]:
+    """The default run of each engine; not to be changed."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("config", ["output_dir=outputs/test"])
-    return parse(config)
+        return {
+            engine: parse(compose("config", ["output_dir=outputs/test", f"inference={engine}"]))
+            for engine in ("embedded", "vllm")
+        }
 
 
 def set_key(config: RunConfig, key: str, value: object) -> None:
@@ -225,9 +243,9 @@ def set_key(config: RunConfig, key: str, value: object) -> None:
 
 
 @pytest.mark.parametrize(("key", "low", "high"), [row[:3] for row in RANGES])
-def test_numbers_out_of_range(key: str, low: float, high: float, default: RunConfig) -> None:
+def test_numbers_out_of_range(key: str, low: float, high: float, default: dict[str, RunConfig]) -> None:
     assert key in known_keys()
-    config = copy.deepcopy(default)
+    config = copy.deepcopy(default["vllm" if key.startswith("inference.") else "embedded"])
     for inside in (low, high):
         set_key(config, key, inside)
         numbers_in_range(config)

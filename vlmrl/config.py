@@ -25,13 +25,13 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vlmrl.errors import ConfigError
-from vlmrl.inference.config import EmbeddedConfig, InferenceConfig
+from vlmrl.inference.config import EmbeddedConfig, InferenceConfig, VllmConfig
 from vlmrl.models.config import ModelConfig
 from vlmrl.monitor.config import MonitorConfig
 from vlmrl.orchestrator.config import AlgorithmConfig, OrchestratorConfig
 from vlmrl.tasks.config import ColorCodewordConfig, ImportedTaskConfig, TaskConfig
 from vlmrl.trainer.config import TrainerConfig
-from vlmrl.weight_sync.config import WeightSyncConfig
+from vlmrl.weight_sync.config import FolderSyncConfig, InProcessSyncConfig, WeightSyncConfig
 
 
 class Mode(Enum):
@@ -77,7 +77,8 @@ class RunConfig:
 
 SCHEMAS: dict[str, dict[str, type]] = {
     "task": {"color_codeword": ColorCodewordConfig, "imported": ImportedTaskConfig},
-    "inference": {"embedded": EmbeddedConfig},
+    "inference": {"embedded": EmbeddedConfig, "vllm": VllmConfig},
+    "weight_sync": {"in_process": InProcessSyncConfig, "folder": FolderSyncConfig},
 }
 """Groups whose options differ in their fields: option → schema. Elsewhere RunConfig's field has the schema."""
 
@@ -94,14 +95,15 @@ def register_schemas() -> None:
 def typed(tree: DictConfig) -> DictConfig:
     """Give the tree of a run's config.yaml its types back. Raises ConfigError where it does not fit the schema.
 
-    The options of `SCHEMAS` are told apart by their fields.
+    The options of `SCHEMAS` are told apart by their fields, `kind` by its value too.
     """
     config = OmegaConf.structured(RunConfig)
     try:
         for group, options in SCHEMAS.items():
-            keys = set(tree[group]) if OmegaConf.is_dict(tree.get(group)) else set()
+            node = tree[group] if OmegaConf.is_dict(tree.get(group)) else {}
             for schema in options.values():
-                if keys == {field.name for field in dataclasses.fields(schema)}:
+                fields = {field.name: field.default for field in dataclasses.fields(schema)}
+                if set(node) == set(fields) and node.get("kind") == fields.get("kind"):
                     config[group] = schema
         config = OmegaConf.merge(config, tree)
     except OmegaConfBaseException as error:
@@ -242,6 +244,15 @@ RANGES: tuple[tuple[str, float, float, str], ...] = (
     ("orchestrator.eval.every", 0, math.inf, "it counts no steps (0 is never)"),
     ("orchestrator.eval.problems", 0, math.inf, "it counts no problems"),
     ("orchestrator.eval.consecutive", 1, math.inf, "the target is met before the first evaluation"),
+    ("inference.replicas", 1, math.inf, "there is no server"),
+    ("inference.tensor_parallel_size", 1, math.inf, "no GPU holds the weights"),
+    ("inference.data_parallel_size", 1, math.inf, "there is no engine behind a server"),
+    ("inference.gpu_memory_utilization", SMALLEST, 1, "it is no share of a GPU's memory"),
+    ("inference.kv_cache_gib", 1, math.inf, "no token has a place"),
+    ("inference.startup_timeout_s", SMALLEST, math.inf, "no server is up in time"),
+    ("inference.request_timeout_s", SMALLEST, math.inf, "no answer comes in time"),
+    ("inference.max_restarts", 0, math.inf, "it counts no restarts (0 is none)"),
+    ("inference.max_retries", 0, math.inf, "it counts no retries (0 is none)"),
     ("algorithm.clip_low", 0, 1, "it clips no ratio or every one"),
     ("algorithm.clip_high", 0, math.inf, "it clips every ratio"),
     ("trainer.max_steps", 1, math.inf, "nothing is learned"),
@@ -329,14 +340,26 @@ def renderer_serves_family(config: RunConfig) -> None:
         )
 
 
-def engine_exists(config: RunConfig) -> None:
-    """`kind` is chosen by the group's option, not typed by hand."""
-    for group, kind, known in (
-        ("inference", config.inference.kind, "embedded"),
-        ("weight_sync", config.weight_sync.kind, "in_process"),
-    ):
-        if kind != known:
-            raise ConfigError(f"{group}.kind={kind} requires a part that does not exist: set {group}={known}")
+def kinds_are_chosen(config: RunConfig) -> None:
+    """`kind` is said by the group's option, not typed by hand."""
+    for group in ("inference", "weight_sync"):
+        node = getattr(config, group)
+        if SCHEMAS[group].get(node.kind) is not type(node):
+            raise ConfigError(
+                f"{group}.kind={node.kind} requires the fields that go with it, else nobody knows what is meant: "
+                f"choose the option instead, {group}={'|'.join(SCHEMAS[group])}"
+            )
+
+
+def weights_reach_engine(config: RunConfig) -> None:
+    """Sampler and weight sync fit each other."""
+    inference, sync = config.inference.kind, config.weight_sync.kind
+    if (inference == "embedded") != (sync == "in_process"):
+        remedy = "in_process" if inference == "embedded" else "folder"
+        raise ConfigError(
+            f"weight_sync={sync} requires another engine than inference={inference}, else no policy version reaches "
+            f"the sampler: set weight_sync={remedy}"
+        )
 
 
 def embedded_is_in_step(config: RunConfig) -> None:
@@ -347,7 +370,7 @@ def embedded_is_in_step(config: RunConfig) -> None:
         raise ConfigError(
             f"orchestrator.max_staleness={config.orchestrator.max_staleness} requires an engine of its own, else "
             "sampler and trainer, which share one set of weights under inference=embedded, cannot be steps apart: "
-            "set orchestrator.max_staleness=0"
+            "set inference=vllm, or orchestrator.max_staleness=0"
         )
 
 
@@ -472,7 +495,8 @@ CHECKS: tuple[Check, ...] = (
     renderer_is_there,
     renderer_serves_family,
     numbers_in_range,
-    engine_exists,
+    kinds_are_chosen,
+    weights_reach_engine,
     embedded_is_in_step,
     context_holds_samples,
     groups_have_siblings,

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -26,7 +27,10 @@ import torch
 
 from vlmrl.config import Mode, RunConfig
 from vlmrl.errors import ConfigError, EngineError, Interrupted, TaskError
+from vlmrl.inference.config import VllmConfig
 from vlmrl.inference.embedded import EmbeddedEngine
+from vlmrl.inference.vllm_engine import VllmEngine
+from vlmrl.inference.vllm_server import check_vllm
 from vlmrl.models.load import (
     check_available,
     load_image_processor,
@@ -49,12 +53,16 @@ from vlmrl.trainer.checkpoint import Checkpoints
 from vlmrl.trainer.config import SFTConfig
 from vlmrl.trainer.trainer import LocalTrainer
 from vlmrl.types import InferenceEngine, TrainingSample, WeightSync
+from vlmrl.weight_sync.config import FolderSyncConfig
+from vlmrl.weight_sync.folder import FolderSync
 from vlmrl.weight_sync.in_process import InProcessSync
 
 
 def execute(config: RunConfig) -> float | None:
     """Run `config`; returns the objective (the last held-out reward), for sweepers. Raises `VlmrlError`s."""
     check_available(config.model)
+    if isinstance(config.inference, VllmConfig):
+        check_vllm(config.inference)
     run_dir = RunDir(config.output_dir)
     if config.mode is Mode.eval and config.resume:
         run_dir = RunDir(run_dir.path / "eval")
@@ -113,6 +121,19 @@ def end_at_once(number: int, frame: FrameType | None) -> None:
     os._exit(1)
 
 
+def make_engine(
+    config: RunConfig, folder: Path, policy: Policy, trainer: LocalTrainer, run_dir: RunDir, monitor: Monitor
+) -> tuple[InferenceEngine, WeightSync]:
+    """The sampler and how weights reach it. `folder` is the checkpoint's."""
+    if not isinstance(config.inference, VllmConfig):
+        engine = EmbeddedEngine(policy, lambda: trainer.version, config.inference.max_model_len)
+        return engine, InProcessSync(trainer)
+    flat = config.model.vlm.flat_mm_kwargs if config.model.vlm is not None else []
+    servers = VllmEngine(config.inference, folder, run_dir.logs, flat, monitor.status, monitor.warn)
+    assert isinstance(config.weight_sync, FolderSyncConfig), "config.check demands one that servers understand"
+    return servers, FolderSync(servers, trainer.weights, config.weight_sync)
+
+
 @dataclass(eq=False)
 class Run:
     """The parts of one run."""
@@ -162,7 +183,7 @@ class Run:
             temperature=orchestrator.temperature,
             max_new_tokens=orchestrator.max_new_tokens,
         )
-        engine = EmbeddedEngine(policy, lambda: trainer.version, config.inference.max_model_len)
+        engine, weight_sync = make_engine(config, folder, policy, trainer, run_dir, monitor)
         runner = RolloutRunner(
             task=task,
             renderer=renderer,
@@ -181,7 +202,7 @@ class Run:
             policy=policy,
             trainer=trainer,
             engine=engine,
-            weight_sync=InProcessSync(trainer),
+            weight_sync=weight_sync,
             evaluator=Evaluator(orchestrator.eval, runner, orchestrator.temperature),
             checkpoints=Checkpoints(RunDir(config.output_dir).checkpoints, config.trainer.keep_checkpoints),
         )
@@ -208,8 +229,8 @@ class Run:
 
     async def main(self) -> tuple[ExitReason, float | None]:
         """Restore, run the mode, save, sum up → why it ended, the last sampled held-out reward."""
-        await self.engine.start()
         try:
+            await self.engine.start()
             with asked_to_stop(self.monitor.warn) as stop:
                 restored_step = self._restore()
                 try:
@@ -220,6 +241,7 @@ class Run:
                 self._save()
         finally:
             await self.engine.stop()
+            self.weight_sync.close()
         objective = self.evaluator.history[-1][0] if self.evaluator.history else None
         self.monitor.finish(reason, {"policy_version": self.trainer.version, "objective": objective})
         return reason, objective
@@ -273,6 +295,7 @@ class Run:
     async def _evaluate(self, step: int, stop: asyncio.Event) -> ExitReason:
         """One evaluation, recorded as that of `step`, unless asked to stop."""
         self.monitor.phase("eval")
+        await self.weight_sync.publish(self.trainer.version)
         evaluation, stopped = asyncio.create_task(self.evaluator.run(step)), asyncio.create_task(stop.wait())
         await asyncio.wait({evaluation, stopped}, return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()

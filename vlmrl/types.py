@@ -210,6 +210,10 @@ class WeightSync(Protocol):
         """After this returns, every new token is sampled by `version`."""
         ...
 
+    def close(self) -> None:
+        """Leave nothing behind. May be called twice."""
+        ...
+
 
 # ── rollouts ────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -16,7 +16,7 @@ from vlmrl.monitor.run_dir import RunDir, git_state, write_atomically, write_byt
 from vlmrl.orchestrator.config import AlgorithmConfig, OrchestratorConfig
 from vlmrl.tasks.config import ColorCodewordConfig
 from vlmrl.trainer.config import TrainerConfig
-from vlmrl.weight_sync.config import WeightSyncConfig
+from vlmrl.weight_sync.config import InProcessSyncConfig
 
 
 def run_config(output_dir: Path) -> RunConfig:
@@ -28,7 +28,7 @@ def run_config(output_dir: Path) -> RunConfig:
         algorithm=AlgorithmConfig(),
         inference=EmbeddedConfig(),
         trainer=TrainerConfig(),
-        weight_sync=WeightSyncConfig(),
+        weight_sync=InProcessSyncConfig(),
         monitor=MonitorConfig(),
     )
 

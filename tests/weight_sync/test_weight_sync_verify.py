@@ -46,7 +46,7 @@ def test_tied_tensors_are_sent_once_and_equal_ones_each() -> None:
 
 def engine() -> VllmEngine:
     config = VllmConfig(dtype=Dtype.float32, urls=["http://127.0.0.1:1"])
-    return VllmEngine(config, Path("ckpt"), Path("logs"), [], lambda line: None)
+    return VllmEngine(config, Path("ckpt"), Path("logs"), [], lambda line: None, lambda line: None)
 
 
 def weights() -> dict[str, Any]:

@@ -90,13 +90,15 @@ class VllmEngine:
         log_folder: Path,
         flat_mm_kwargs: Collection[str],
         on_progress: Callable[[str], None],
+        warn: Callable[[str], None],
     ) -> None:
         """`checkpoint` is a folder; `log_folder` gets `vllm_<replica>.log`; `flat_mm_kwargs` are the `mm_kwargs` that a
         batch of images concatenates (vllm_wire.encode_image); `on_progress` gets a line now and then while servers
-        start."""
+        start, `warn` one for each that has died."""
         self._config = config
         self._encoder = ImageEncoder(config.dtype, flat_mm_kwargs)
         self._on_progress = on_progress
+        self._warn = warn
         self._counts: Counter[str] = Counter()
         self._restore: Callable[[Replica], Awaitable[None]] | None = None
         self._changed = asyncio.Condition()
@@ -253,7 +255,7 @@ class VllmEngine:
         while replica.restarts < self._config.max_restarts:
             replica.restarts += 1
             self._counts["inference/restarts"] += 1
-            self._on_progress(f"{replica.name} {what}; restart {replica.restarts} of {self._config.max_restarts}")
+            self._warn(f"{replica.name} {what}; restart {replica.restarts} of {self._config.max_restarts}")
             try:
                 await self._bring_up(replica)
                 if self._restore is not None:

@@ -27,6 +27,8 @@ class VLMConfig:
     """Name of the position function in `vlmrl.models.positions` (`mrope`, `sequential`)."""
     image_token: str = MISSING
     """The placeholder token, as the tokenizer spells it."""
+    flat_mm_kwargs: list[str] = MISSING
+    """Names of `mm_kwargs` whose rows are not images (Qwen-VL: `pixel_values`, a row per patch); vLLM must be told."""
     freeze_vision: bool = False
     """Keep the vision tower as it is; only the language model learns."""
 

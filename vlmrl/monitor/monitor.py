@@ -110,6 +110,10 @@ class Monitor:
         self._progress.phase(name)
         log.info("phase: %s", name)
 
+    def status(self, text: str) -> None:
+        """Say what is being waited for; shown until the next phase, at most every few seconds, and not logged."""
+        self._progress.status(text)
+
     def resume_at(self, step: int) -> None:
         """Forget what was recorded after the checkpoint of `step`; those steps come again."""
         summary = self._run_dir.read_summary() or {}

@@ -29,6 +29,8 @@ REFRESH_EVERY = 0.25
 """Seconds between two drawings of the live view."""
 LINE_EVERY = 2.0
 """Seconds between two plain step lines."""
+STATUS_EVERY = 10.0
+"""Seconds between two plain lines about something that is waited for."""
 WIDE = 112
 """Columns from which the view shows a second column of figures."""
 SHOWN_WARNINGS = 3
@@ -53,6 +55,7 @@ class Progress:
         self._console = console or Console(highlight=False)
         self._clock = clock
         self._phase = "preparing"
+        self._status = ""
         self._step = 0
         self._latest: Mapping[str, Any] = {}
         self._supervised: tuple[int, int, Mapping[str, Any]] | None = None
@@ -109,10 +112,17 @@ class Progress:
     def phase(self, phase: str) -> None:
         if phase == self._phase:
             return
-        self._phase = phase
+        self._phase, self._status = phase, ""
         if self._live is not None or phase not in self._announced:
             self._announced.add(phase)
             self._news(f"phase: {phase}", always=True)
+
+    def status(self, text: str) -> None:
+        """What is being waited for, until the next phase."""
+        self._status = text
+        since = self._clock() - self._printed
+        if self._live is not None or since >= STATUS_EVERY:
+            self._news(text, always=False)
 
     def warmup(self, step: int, total: int, metrics: Mapping[str, Any]) -> None:
         self._supervised = (step, total, metrics)
@@ -184,7 +194,9 @@ class Progress:
             Group(body, *warnings),
             title=title,
             title_align="left",
-            subtitle=Text(f"{self._phase} · {duration(self._clock() - self._started)}"),
+            subtitle=Text(
+                " · ".join(filter(None, (self._status, self._phase, duration(self._clock() - self._started))))
+            ),
             subtitle_align="right",
             border_style="cyan",
         )

@@ -96,6 +96,11 @@ class LocalTrainer:
         """Supervised steps contained in the weights."""
         return self._supervised_steps
 
+    def weights(self) -> dict[str, Tensor]:
+        """The model's tensors by their names in a checkpoint, each once: a head that is the embedding is not a second
+        one. They are the ones that learn, not copies."""
+        return dict(self._policy.model.named_parameters())
+
     def train_step(self, samples: list[TrainingSample], demonstrations: Sequence[TrainingSample] = ()) -> StepResult:
         """One RL step on `samples`, with `demonstrations` at their weight.
 

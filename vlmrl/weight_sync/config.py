@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from omegaconf import MISSING
+
 
 @dataclass
 class WeightSyncConfig:
-    """How a policy version reaches the engine."""
+    """What every way of publishing has."""
+
+    kind: str = MISSING
+    """Which one; said by its schema, chosen with `weight_sync=`, and by `inference=` for most runs."""
+
+
+@dataclass
+class InProcessSyncConfig(WeightSyncConfig):
+    """The embedded engine reads the trainer's own weights: nothing travels."""
 
     kind: str = "in_process"
-    """`in_process`: the engine reads the trainer's own weights (embedded only)."""
+    """For `inference=embedded` only."""
 
 
 @dataclass
