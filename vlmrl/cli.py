@@ -35,6 +35,10 @@ CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if 
 """conf/: inside the package where a wheel was installed, beside it in a checkout or an editable install."""
 
 
+FREE = ("task.args", "inference.extra_args")
+"""Dicts whose keys are not ours."""
+
+
 class JobError(Exception):
     """Takes a job's exit code through Hydra's sweep; what went wrong is printed already."""
 
@@ -140,7 +144,7 @@ def compose_and_start(arguments: list[str]) -> None:
 
 
 def rewrite(arguments: list[str]) -> list[str]:
-    """Spell out what the command line may abbreviate: the import path of a task, and the task's own arguments.
+    """Spell out what the command line may abbreviate: the import path of a task, and keys that are not ours (`FREE`).
 
     Flags come first, because argparse takes no key=value on both sides of one.
 
@@ -158,7 +162,7 @@ def rewrite(arguments: list[str]) -> list[str]:
                     "sweep over them in two commands"
                 )
             rewritten += ["task=imported", f"task.target={value}"]
-        elif key.startswith("task.args."):
+        elif key in FREE or key.startswith(tuple(f"{free}." for free in FREE)):
             rewritten.append(f"++{argument}")  # no schema knows these keys
         else:
             rewritten.append(argument)

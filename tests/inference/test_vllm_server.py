@@ -45,6 +45,13 @@ def test_a_cpu_never_compiles() -> None:
     assert arguments(on_cpu=True)["enforce_eager"] is True
 
 
+def test_a_cpu_takes_prompts_whole() -> None:
+    on_cpu = arguments(on_cpu=True)
+    assert on_cpu["enable_chunked_prefill"] is False
+    assert on_cpu["max_num_batched_tokens"] >= on_cpu["max_model_len"]
+    assert "enable_chunked_prefill" not in arguments(on_cpu=False)
+
+
 def test_extra_arguments_win() -> None:
     extra = arguments(gpu_memory_utilization=0.3, max_num_seqs=64, middleware=None)
     assert (extra["gpu_memory_utilization"], extra["max_num_seqs"]) == (0.3, 64)

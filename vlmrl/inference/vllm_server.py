@@ -60,6 +60,8 @@ NEW_FLAGS: dict[str, Any] = {
     # Pixels would be normalized twice.
     "mm_device_do_normalize": False,
 }
+WHOLE_PREFILL_TOKENS = 16384
+"""`max_num_batched_tokens` on a CPU: enough that a step takes prompts by the dozen."""
 NEW_SINCE = (0, 27)
 """Flags beside `SERVER_FLAGS`, of vLLM 0.26 and of 0.32; of those between, none was tried."""
 
@@ -74,6 +76,8 @@ CPU_ENVIRONMENT = {
     # Bound to cores, the workers of two replicas would get the same ones, and the trainer's would be taken too.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
+    # On a CPU, the worker runs in the engine's own process only if this is said too. The engine has its own all the same.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
 
 
@@ -119,6 +123,14 @@ def server_arguments(config: VllmConfig, checkpoint: Path, version: tuple[int, i
         **SERVER_FLAGS,
         **(NEW_FLAGS if version >= NEW_SINCE else OLD_FLAGS),
     }
+    if on_cpu:
+        # vLLM's CPU engine dies (`CPU Generator does not use offset`) of a seeded request whose prompt is split over two
+        # steps. Prompts are taken whole instead; their images fit too, since the encoder's budget is that of the tokens.
+        arguments["enable_chunked_prefill"] = False
+        arguments["max_num_batched_tokens"] = max(config.max_model_len, WHOLE_PREFILL_TOKENS)
+        if config.tensor_parallel_size == 1:
+            # A worker in a process of its own and the engine would each keep a core busy waiting for the other.
+            arguments["distributed_executor_backend"] = "uni"
     return arguments | config.extra_args
 
 
