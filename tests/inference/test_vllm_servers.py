@@ -450,7 +450,7 @@ asyncio.run(main())
 
 
 def test_a_tiny_image_cache_and_nothing_left_of_a_killed_run(tmp_path: Path) -> None:
-    here = str(Path(__file__).parent)
+    here = str(Path(__file__).parents[1])
     with subprocess.Popen([sys.executable, "-c", RUN, here, str(tmp_path)], stdout=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
         line = run.stdout.readline()
