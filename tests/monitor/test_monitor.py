@@ -292,7 +292,7 @@ def test_ctrl_c_in_a_terminal_closes_everything(tmp_path: Path) -> None:
         [str(script)],
         dimensions=(40, 80),
         encoding="utf-8",
-        timeout=60,
+        timeout=300,
         env={
             "TERM": "xterm-256color",
             "PATH": "/usr/bin:/bin",

@@ -252,3 +252,22 @@ def test_large_images_are_scaled_down() -> None:
 
 def test_caption() -> None:
     assert caption("greedy", rollout()) == "greedy, reward 0.75: AB / AB"
+
+
+def test_a_service_that_hangs_does_not_keep_the_run(tmp_path: Path) -> None:
+    script = """
+    import psutil
+    from vlmrl.monitor import wandb_logger
+    wandb_logger.FINISH_S = 1.0
+    said = []
+    logger = WandbLogger(WandbConfig(), run_dir, said.append)
+    logger.start()
+    logger.log({"step": 1, "reward/mean": 0.5})
+    logger._collect(wait=True)
+    (service,) = psutil.Process().children()
+    service.suspend()
+    logger.finish(0)
+    service.wait(10)
+    print(said)
+    """
+    assert "did not finish within 1 s: its last figures may be lost" in output_of(run_script(tmp_path, script))

@@ -16,11 +16,12 @@ import os
 import secrets
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
 import PIL.Image
+import psutil
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
@@ -33,6 +34,8 @@ MAX_HEIGHT = 256
 """Pixels; larger images are scaled down for the strip."""
 FLUSH_EVERY = 1.0
 """Seconds; what a killed run may lose of wandb's own file (metrics.jsonl loses nothing)."""
+FINISH_S = 120.0
+"""Seconds for what is left to reach the disk or the network at the end; a service that hangs is killed then."""
 GAP = 4
 """Pixels between the images of a strip."""
 
@@ -70,6 +73,12 @@ class WandbLogger:
         if self._thread is None:
             return
         self._submit(self._finish, exit_code)
+        if wait(self._waiting, FINISH_S).not_done:
+            self._failed = True
+            self._on_failure(f"Weights & Biases did not finish within {FINISH_S:g} s: its last figures may be lost")
+            for child in psutil.Process().children():
+                if child.name() == "wandb-core":
+                    child.kill()  # whoever waits for an answer of it gets an error
         self._collect(wait=True)
         self._thread.shutdown()
         self._thread = None
