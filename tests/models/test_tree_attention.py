@@ -16,7 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlmrl.models import tree_attention
-from vlmrl.models.tree_attention import KVPool, Segment, TreePlan, plan_tree, tree_attention_forward
+from vlmrl.models.tree_attention import (
+    KVPool,
+    Segment,
+    TreePlan,
+    fused_tree,
+    plan_tree,
+    tree_attention_forward,
+)
 
 CPU = torch.device("cpu")
 MODULE: Any = SimpleNamespace(layer_idx=0)
@@ -232,3 +239,51 @@ def test_a_row_is_not_moved_by_another_branch() -> None:
         torch.testing.assert_close(after[:, :4], before[:, :4], rtol=0, atol=0)
         torch.testing.assert_close(after[:, 7:], before[:, 7:], rtol=0, atol=0)
         assert bool(after[:, 4:7].isnan().all())
+
+
+@settings(max_examples=60)
+@given(trees(), st.sampled_from([2, 4, 128]))
+def test_flex_blocks_are_those_that_hold_a_visible_pair(tree: Tree, size: int) -> None:
+    segments, _ = tree.segments()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tree_attention, "FLEX_BLOCK", size)
+        mask = fused_tree(segments, CPU).fused
+    assert mask is not None
+    pairs = dense_mask(segments) > 0
+    blocks = -(-len(pairs) // size)
+    padded = np.pad(pairs, (0, blocks * size - len(pairs)))
+    inside = np.pad(np.ones_like(pairs), (0, blocks * size - len(pairs)))
+    tiles, counts = (x.reshape(blocks, size, blocks, size).sum((1, 3)) for x in (padded, inside))
+    partial, whole = (
+        {(q, int(k)) for q in range(blocks) for k in indices[0, 0, q, : int(number[0, 0, q])]}
+        for number, indices in (
+            (mask.kv_num_blocks, mask.kv_indices),
+            (mask.full_kv_num_blocks, mask.full_kv_indices),
+        )
+        if number is not None and indices is not None
+    )
+    assert not partial & whole
+    assert {(q, k) for q, k in zip(*np.nonzero(tiles), strict=True)} <= partial | whole
+    assert all(tiles[block] == counts[block] for block in whole)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@settings(max_examples=30)
+@given(trees(), st.integers(0, 2**32))
+def test_flex_attention_is_dense_attention(tree: Tree, seed: int) -> None:
+    segments, _ = tree.segments()
+    length = sum(tree.lengths)
+    q, k, v = (noise(seed + i, heads, length, DIM) for i, heads in enumerate((HEADS, KV_HEADS, KV_HEADS)))
+    expected = dense(torch.from_numpy(dense_mask(segments)), q, k, v)
+    torch.testing.assert_close(attend(fused_tree(segments, CPU), q, k, v), expected, atol=1e-5, rtol=1e-4)
+
+
+@settings(max_examples=30)
+@given(trees(), st.sampled_from(THRESHOLDS), st.integers(0, 2**32))
+def test_bfloat16_rounds_inputs_and_output_only(tree: Tree, threshold: int, seed: int) -> None:
+    segments, _ = tree.segments()
+    length = sum(tree.lengths)
+    q, k, v = (noise(seed + i, heads, length, DIM).bfloat16() for i, heads in enumerate((HEADS, KV_HEADS, KV_HEADS)))
+    plan = plan_of(segments, threshold)
+    expected = attend(plan, q.float(), k.float(), v.float()).bfloat16()
+    assert torch.equal(attend(plan, q, k, v), expected)

@@ -26,6 +26,7 @@ from typing import Any
 import vlmrl
 from vlmrl.errors import ConfigError, EngineError
 from vlmrl.inference.config import VllmConfig
+from vlmrl.models.config import Dtype
 
 HEALTH_POLL_S = 0.5
 """Seconds between two questions for a starting server's health."""
@@ -76,7 +77,7 @@ CPU_ENVIRONMENT = {
     # Bound to cores, the workers of two replicas would get the same ones, and the trainer's would be taken too.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
-    # On a CPU, the worker runs in the engine's own process only if this is said too. The engine has its own all the same.
+    # Lets a CPU's worker run in the engine's process, if that is asked for too. The engine has its own all the same.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
 
@@ -123,9 +124,12 @@ def server_arguments(config: VllmConfig, checkpoint: Path, version: tuple[int, i
         **SERVER_FLAGS,
         **(NEW_FLAGS if version >= NEW_SINCE else OLD_FLAGS),
     }
+    if config.dtype is not Dtype.float32:
+        # The head's product in half precision would round logits that the trainer has in float32.
+        arguments["hf_overrides"] = {"head_dtype": "float32"}
     if on_cpu:
-        # vLLM's CPU engine dies (`CPU Generator does not use offset`) of a seeded request whose prompt is split over two
-        # steps. Prompts are taken whole instead; their images fit too, since the encoder's budget is that of the tokens.
+        # vLLM's CPU engine dies (`CPU Generator does not use offset`) of a seeded request whose prompt is split over
+        # two steps. Prompts are taken whole instead; so are their images: the encoder's budget is that of the tokens.
         arguments["enable_chunked_prefill"] = False
         arguments["max_num_batched_tokens"] = max(config.max_model_len, WHOLE_PREFILL_TOKENS)
         if config.tensor_parallel_size == 1:

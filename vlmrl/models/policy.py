@@ -77,6 +77,12 @@ class Policy:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device  # type: ignore[no-any-return]
 
+    @property
+    def fused_attention(self) -> bool:
+        """Whether the trainer's passes are planned for FlexAttention (see tree_attention)."""
+        first = next(self.model.parameters())
+        return first.is_cuda and first.dtype in (torch.bfloat16, torch.float16)
+
     def encode_images(self, images: Sequence[ImageItem]) -> ImageFeatures | None:
         """Run the vision tower once over `images`, which are distinct. None for none."""
         if not images:
@@ -124,7 +130,9 @@ class Policy:
         """float32 [n, vocabulary] of the distribution that is sampled from and learned: banned tokens −inf, then
         divided by the temperature, then log-softmax. `temperature=0` gives the plain distribution (greedy reads its
         maximum)."""
-        logits = self.model.get_output_embeddings()(hidden).float()
+        head = self.model.get_output_embeddings()
+        # In float32 whatever the weights are: a rounded logit moves every probability.
+        logits = torch.nn.functional.linear(hidden.float(), head.weight.float(), head.bias)
         if len(self._banned):
             logits = logits.index_fill(1, self._banned, float("-inf"))
         return torch.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)

@@ -13,18 +13,24 @@ Each block yields an output and a log-sum-exp; they merge exactly, as in flash a
 The backward pass recomputes the probabilities block by block from the merged log-sum-exp, so nothing quadratic is
 kept. Work is that of the distinct tokens; a gradient of a shared key is the sum over the branches that saw it.
 
+On a GPU in half precision the trainer's rows go through FlexAttention instead (`fused_tree`): rows in depth-first order
+make "key k is an ancestor of query q" two comparisons, k ≤ q < end of what descends from k's segment, so that the whole
+tree is one block-sparse kernel.
+
 Left out: dropout, sliding windows, soft caps. A model that needs them is refused by `vlmrl.models.policy`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 ATTENTION_NAME = "vlmrl_tree"
 
@@ -89,6 +95,8 @@ class TreePlan:
     pool: KVPool | None = None
     first_slot: int = 0
     """Where the pass's own keys and values go in the pool: row r has slot `first_slot + r`."""
+    fused: BlockMask | None = None
+    """For FlexAttention, instead of the blocks; of a pass without a pool."""
 
 
 def shared_segments(parents: Sequence[int], lengths: Sequence[int], queries: Sequence[int]) -> list[bool]:
@@ -179,6 +187,56 @@ def plan_tree(segments: Sequence[Segment], device: torch.device) -> TreePlan:
     )
 
 
+def fused_tree(segments: Sequence[Segment], device: torch.device) -> TreePlan:
+    """The plan of one forward pass whose slots are its own T rows, for one kernel. As `plan_tree` else.
+
+    Which blocks of keys a block of queries touches follows from each block's extremes, without T × T of anything.
+    """
+    last = [int(segment.rows[-1]) + 1 for segment in segments]
+    for i in reversed(range(len(segments))):
+        if segments[i].parent >= 0:
+            last[segments[i].parent] = max(last[segments[i].parent], last[i])
+    ends = np.concatenate([np.full(len(s.rows), end) for s, end in zip(segments, last, strict=True)])
+    length = len(ends)
+    starts = np.arange(0, length, FLEX_BLOCK)
+    stops = np.minimum(starts + FLEX_BLOCK, length)
+    lowest, highest = np.minimum.reduceat(ends, starts), np.maximum.reduceat(ends, starts)
+    q_start, q_stop = starts[:, None], stops[:, None]
+    touched = (starts < q_stop) & (q_start < highest)
+    whole = touched & (stops - 1 <= q_start) & (q_stop - 1 < lowest)
+
+    def listed(blocks: np.ndarray) -> tuple[Tensor, Tensor]:
+        """How many per row, and which, the others after them; int32 [1, 1, n] and [1, 1, n, n]."""
+        order = np.argsort(~blocks, axis=1, kind="stable")
+        counts = torch.from_numpy(blocks.sum(1).astype(np.int32)).to(device)
+        return counts[None, None], torch.from_numpy(order.astype(np.int32)).to(device)[None, None]
+
+    end_of = torch.from_numpy(ends).to(device)
+
+    def is_ancestor(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query < end_of[key])
+
+    mask = BlockMask.from_kv_blocks(
+        *listed(touched & ~whole),
+        *listed(whole),
+        BLOCK_SIZE=FLEX_BLOCK,
+        mask_mod=is_ancestor,
+        seq_lengths=(length, length),
+    )
+    return TreePlan(shared=[], local=[], fused=mask)
+
+
+FLEX_BLOCK = 128
+"""Rows per side of a block of FlexAttention's sparsity; its own default."""
+
+
+@cache
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    """Compiled once for all lengths."""
+    compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=True)
+    return compiled
+
+
 def _merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
     """Fold one block's normalized output into the running one, in place."""
     merged = torch.logaddexp(lse, block_lse)
@@ -194,14 +252,16 @@ class _TreeAttention(torch.autograd.Function):
         kv_heads, _, dim = k.shape
         heads, length, _ = q.shape
         group = heads // kv_heads
-        q = q * scale
+        dtype = q.dtype
+        # Half-precision inputs are computed with in float32: rounded scores would be most of the sampler's mismatch.
+        q = q.float() * scale
         out = torch.empty_like(q)
         lse = q.new_empty(heads, length, dtype=torch.float32)
         for local in plan.local:
             B, n = local.rows.shape
             scores, block_lse, total = _exponentiate(_local_scores(q, k, local, kv_heads, group))
-            values = v.index_select(1, local.slots.reshape(-1)).view(kv_heads * B, -1, dim)
-            block_out = torch.bmm(scores.view(kv_heads * B, group * n, -1).to(v.dtype), values)
+            values = v.index_select(1, local.slots.reshape(-1)).float().view(kv_heads * B, -1, dim)
+            block_out = torch.bmm(scores.view(kv_heads * B, group * n, -1), values)
             block_out.div_(total.view(kv_heads * B, group * n, 1))
             block_out = block_out.view(kv_heads, B, group, n, dim).transpose(1, 2).reshape(heads, B * n, dim)
             flat_lse = block_lse.view(kv_heads, B, group, n).transpose(1, 2).reshape(heads, B * n)
@@ -211,7 +271,7 @@ class _TreeAttention(torch.autograd.Function):
             lse[:, local.valid_rows] = flat_lse
         for shared in plan.shared:
             scores, block_lse, total = _exponentiate(_shared_scores(q, k, shared, kv_heads))
-            block_out = torch.bmm(scores.to(v.dtype), v[:, shared.slots]).div_(total.unsqueeze(-1))
+            block_out = torch.bmm(scores, v[:, shared.slots].float()).div_(total.unsqueeze(-1))
             rows = shared.end - shared.start
             _merge(
                 out[:, shared.start : shared.end],
@@ -221,7 +281,7 @@ class _TreeAttention(torch.autograd.Function):
             )
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan, ctx.scale = plan, scale
-        return out
+        return out.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
@@ -230,9 +290,9 @@ class _TreeAttention(torch.autograd.Function):
         kv_heads, _, dim = k.shape
         heads = q.shape[0]
         group = heads // kv_heads
-        grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        grad_out = grad_out.contiguous()
-        delta = (grad_out.float() * out.float()).sum(-1)
+        grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))
+        dtype, grad_out = grad_out.dtype, grad_out.float().contiguous()
+        delta = (grad_out * out).sum(-1)
         """float32 [H, T]; the softmax's own term of the score gradient."""
         for local in plan.local:
             B, n = local.rows.shape
@@ -251,12 +311,11 @@ class _TreeAttention(torch.autograd.Function):
                 live[local.valid] = 1.0
                 probs.view(kv_heads, B, group, n, -1).mul_(live.view(B, 1, n, 1))
             row_grad = rowwise(grad_out)
-            keys = k.index_select(1, flat_slots).view(kv_heads * B, -1, dim)
-            values = v.index_select(1, flat_slots).view(kv_heads * B, -1, dim)
-            grad_values = torch.bmm(probs.transpose(1, 2).to(v.dtype), row_grad)
-            grad_scores = torch.bmm(row_grad, values.transpose(1, 2)).float()
+            keys = k.index_select(1, flat_slots).float().view(kv_heads * B, -1, dim)
+            values = v.index_select(1, flat_slots).float().view(kv_heads * B, -1, dim)
+            grad_values = torch.bmm(probs.transpose(1, 2), row_grad)
+            grad_scores = torch.bmm(row_grad, values.transpose(1, 2))
             grad_scores.sub_(rowwise(delta).unsqueeze(-1)).mul_(probs)
-            grad_scores = grad_scores.to(q.dtype)
             grad_rows = torch.bmm(grad_scores, keys).view(kv_heads, B, group, n, dim).transpose(1, 2)
             grad_q.index_add_(1, flat_rows, grad_rows.reshape(heads, B * n, dim))
             grad_keys = torch.bmm(grad_scores.transpose(1, 2), rowwise(q))
@@ -272,13 +331,12 @@ class _TreeAttention(torch.autograd.Function):
             probs = _shared_scores(q, k, shared, kv_heads)
             probs.sub_(fold(lse).unsqueeze(-1)).exp_()
             row_grad = fold(grad_out)
-            grad_v.index_add_(1, shared.slots, torch.bmm(probs.transpose(1, 2).to(v.dtype), row_grad))
-            grad_scores = torch.bmm(row_grad, v[:, shared.slots].transpose(1, 2)).float()
+            grad_v.index_add_(1, shared.slots, torch.bmm(probs.transpose(1, 2), row_grad))
+            grad_scores = torch.bmm(row_grad, v[:, shared.slots].float().transpose(1, 2))
             grad_scores.sub_(fold(delta).unsqueeze(-1)).mul_(probs)
-            grad_scores = grad_scores.to(q.dtype)
-            grad_q[:, rows] += torch.bmm(grad_scores, k[:, shared.slots]).view(heads, -1, dim)
+            grad_q[:, rows] += torch.bmm(grad_scores, k[:, shared.slots].float()).view(heads, -1, dim)
             grad_k.index_add_(1, shared.slots, torch.bmm(grad_scores.transpose(1, 2), fold(q)))
-        return grad_q.mul_(scale), grad_k, grad_v, None, None
+        return grad_q.mul_(scale).to(dtype), grad_k.to(dtype), grad_v.to(dtype), None, None
 
 
 def _exponentiate(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -297,8 +355,8 @@ def _local_scores(q: Tensor, k: Tensor, block: LocalBlock, kv_heads: int, group:
     B, n = block.rows.shape
     dim = q.shape[-1]
     queries = q.index_select(1, block.rows.reshape(-1)).view(kv_heads, group, B, n, dim).transpose(1, 2)
-    keys = k.index_select(1, block.slots.reshape(-1)).view(kv_heads * B, -1, dim)
-    scores = torch.bmm(queries.reshape(kv_heads * B, group * n, dim), keys.transpose(1, 2)).float()
+    keys = k.index_select(1, block.slots.reshape(-1)).float().view(kv_heads * B, -1, dim)
+    scores = torch.bmm(queries.reshape(kv_heads * B, group * n, dim), keys.transpose(1, 2))
     scores.view(kv_heads, B, group, n, -1).masked_fill_(~block.mask[:, None], float("-inf"))
     return scores.view(kv_heads, B, group * n, -1)
 
@@ -306,7 +364,7 @@ def _local_scores(q: Tensor, k: Tensor, block: LocalBlock, kv_heads: int, group:
 def _shared_scores(q: Tensor, k: Tensor, block: SharedBlock, kv_heads: int) -> Tensor:
     """float32 [KV, G × rows, m]. `q` is scaled already."""
     queries = q[:, block.start : block.end].reshape(kv_heads, -1, q.shape[-1])
-    return torch.bmm(queries, k[:, block.slots].transpose(1, 2)).float()
+    return torch.bmm(queries, k[:, block.slots].float().transpose(1, 2))
 
 
 def tree_attention_forward(
@@ -324,6 +382,11 @@ def tree_attention_forward(
     """The transformers attention interface: query [1, H, T, D], key and value [1, KV, T, D] → [1, T, H, D]."""
     assert attention_mask is None, "the tree plan is the mask"
     assert dropout == 0.0, "attention dropout is left out"
+    if tree_plan.fused is not None:
+        # Uncompiled on a CPU, for tests: it has no backward pass compiled there.
+        attend: Any = _compiled_flex_attention() if query.is_cuda else flex_attention
+        out = attend(query, key, value, block_mask=tree_plan.fused, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2), None
     q, k, v = query[0].contiguous(), key[0].contiguous(), value[0].contiguous()
     if tree_plan.pool is not None:
         layer = module.layer_idx

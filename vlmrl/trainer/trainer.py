@@ -209,9 +209,14 @@ class LocalTrainer:
         self._version, self._supervised_steps = counters["version"], counters["supervised_steps"]
 
     def _pack(self, samples: Sequence[TrainingSample]) -> list[MicroBatch]:
-        config = self._config
+        config, policy = self._config, self._policy
         return pack(
-            samples, config.packing, config.micro_batch_tokens, self._policy.positions, device=self._policy.device
+            samples,
+            config.packing,
+            config.micro_batch_tokens,
+            policy.positions,
+            policy.device,
+            fused=policy.fused_attention,
         )
 
     def _logprobs(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
