@@ -127,7 +127,7 @@ def make_engine(
     """The sampler and how weights reach it. `folder` is the checkpoint's."""
     if not isinstance(config.inference, VllmConfig):
         engine = EmbeddedEngine(policy, lambda: trainer.version, config.inference.max_model_len)
-        return engine, InProcessSync(trainer)
+        return engine, InProcessSync(trainer, engine)
     flat = config.model.vlm.flat_mm_kwargs if config.model.vlm is not None else []
     servers = VllmEngine(config.inference, folder, run_dir.logs, flat, monitor.status, monitor.warn)
     assert isinstance(config.weight_sync, FolderSyncConfig), "config.check demands one that servers understand"

@@ -203,11 +203,28 @@ class InferenceEngine(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class WeightComparison:
+    """The engine's weights against the trainer's."""
+
+    compared: int
+    """Weights of the engine that were compared; those of several servers all count."""
+    differing: tuple[str, ...]
+    """Names of those whose values are others."""
+    unmatched: tuple[str, ...]
+    """Names that only one of the two knows."""
+
+
 class WeightSync(Protocol):
     """Publishes a policy version to the engine."""
 
     async def publish(self, version: int) -> None:
         """After this returns, every new token is sampled by `version`."""
+        ...
+
+    async def compare(self) -> WeightComparison:
+        """Every weight in the engine against the trainer's, by SHA-256. Reads all of them: for finding out whether a
+        set-up works. To be called after a `publish`, while nothing trains."""
         ...
 
     def close(self) -> None:

@@ -121,6 +121,10 @@ class EmbeddedEngine:
             self._generator.forget()
         self._maybe_run()
 
+    def weights(self) -> dict[str, Tensor]:
+        """What it generates from, by the names in a checkpoint; not copies."""
+        return dict(self._policy.model.named_parameters())
+
     def metrics(self) -> dict[str, float]:
         """Tokens computed since the last call: `inference/rows_prefill`, `inference/rows_decode`. There is no wire."""
         return {"wire/bytes_sent": 0.0, **self._generator.take_counters()}

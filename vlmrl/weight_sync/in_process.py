@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from vlmrl.types import Trainer
+import asyncio
+
+from vlmrl.inference.embedded import EmbeddedEngine
+from vlmrl.trainer.trainer import LocalTrainer
+from vlmrl.types import WeightComparison
+from vlmrl.weight_sync import verify
 
 
 class InProcessSync:
     """For the embedded engine; see `vlmrl.types.WeightSync`."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: LocalTrainer, engine: EmbeddedEngine) -> None:
         self._trainer = trainer
+        self._engine = engine
 
     async def publish(self, version: int) -> None:
         """The weights are there already; the version must be the one that the trainer holds."""
         assert version == self._trainer.version, f"publishing {version} while the trainer holds {self._trainer.version}"
+
+    async def compare(self) -> WeightComparison:
+        """See `vlmrl.types.WeightSync.compare`."""
+        return await asyncio.to_thread(verify.compare, self._trainer.weights(), self._engine.weights())
 
     def close(self) -> None:
         """Nothing was made."""

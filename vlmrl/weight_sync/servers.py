@@ -25,6 +25,7 @@ from torch import Tensor
 from vlmrl.errors import EngineError
 from vlmrl.inference.vllm_client import ServerLostError, VllmClient
 from vlmrl.inference.vllm_engine import Replica, VllmEngine
+from vlmrl.types import WeightComparison
 from vlmrl.weight_sync.verify import assemble, digest
 
 SHOWN_NAMES = 8
@@ -70,28 +71,49 @@ class ServerSync(ABC):
                 if error is not None and not isinstance(error, ServerLostError):
                     raise error
 
+    async def compare(self) -> WeightComparison:
+        """See `vlmrl.types.WeightSync.compare`; names of weights are vLLM's. Raises `EngineError`."""
+        async with self._lock:
+            tensors = await asyncio.to_thread(self._gather)
+            compared = 0
+            differing: set[str] = set()
+            unmatched: set[str] = set()
+            for replica in self._engine.ready_replicas():
+                try:
+                    workers = await _ask_workers(_present(replica), tensors, digests=True)
+                except ServerLostError as error:
+                    raise EngineError(f"{replica.name} was lost while its weights were compared: {error}") from error
+                weights = _weights_of(workers)
+                compared += len(weights)
+                found = await asyncio.to_thread(_differing, weights, tensors)
+                differing |= {f"{name} of {replica.name}" for name in found}
+                unmatched |= {f"{name} of {replica.name}" for names in _unmatched(workers) for name in names}
+            return WeightComparison(compared, tuple(sorted(differing)), tuple(sorted(unmatched)))
+
     async def restore(self, replica: Replica) -> None:
         """Bring what was published last to a server that has come back. Raises `ServerLostError` and `EngineError`."""
         async with self._lock:
             if self._version is not None:
                 await self._update(replica, self._version, self._staged())
 
-    def _gather_and_stage(self, version: int) -> Mapping[str, Tensor]:
+    def _gather(self) -> Mapping[str, Tensor]:
+        """The trainer's tensors as the servers must hold them."""
         dtype = getattr(torch, self._engine.config.dtype.value)
-        tensors = {
+        return {
             name: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
             for name, tensor in without_ties(self._weights()).items()
         }
+
+    def _gather_and_stage(self, version: int) -> Mapping[str, Tensor]:
+        tensors = self._gather()
         self._stage(version, tensors)
         return tensors
 
     async def _update(self, replica: Replica, version: int, tensors: Mapping[str, Tensor]) -> None:
         """`tensors` are what the server must hold in the end."""
-        client = replica.client
-        if client is None:
-            raise ServerLostError(f"{replica.name} was lost before its update")
+        client = _present(replica)
         if replica.version < 0:  # its first weights from us
-            await self._check_names(client, list(tensors))
+            await self._check_names(client, tensors)
         await client.call("POST", "/pause", params={"mode": "keep", "clear_cache": "false"})
         await self._transfer(client)
         await client.call_workers("vlmrl_repack_head")
@@ -111,11 +133,9 @@ class ServerSync(ABC):
             if told != str(version):
                 raise EngineError(f"{client.name} says that its weights are of version {told}, not {version}")
 
-    async def _check_names(self, client: VllmClient, names: list[str]) -> None:
+    async def _check_names(self, client: VllmClient, tensors: Mapping[str, Tensor]) -> None:
         """Every tensor of ours is a weight there, and every weight there is made of tensors of ours."""
-        workers = await client.call_workers("vlmrl_weights", names=names, digests=False)
-        unknown = set.intersection(*(set(worker["unknown"]) for worker in workers))
-        missing = {name for worker in workers for name in worker["missing"]}
+        unknown, missing = _unmatched(await _ask_workers(client, tensors, digests=False))
         if unknown or missing:
             raise EngineError(
                 f"{client.name} serves another model than the one that trains: of our tensors it has no place for "
@@ -124,16 +144,34 @@ class ServerSync(ABC):
             )
 
     async def _compare(self, client: VllmClient, version: int, tensors: Mapping[str, Tensor]) -> None:
-        workers = await client.call_workers("vlmrl_weights", names=list(tensors), digests=True)
-        weights = {
-            f"{name} of worker {i}": weight for i, w in enumerate(workers) for name, weight in w["weights"].items()
-        }
+        weights = _weights_of(await _ask_workers(client, tensors, digests=True))
         differing = await asyncio.to_thread(_differing, weights, tensors)
         if differing:
             raise EngineError(
                 f"{client.name} does not hold version {version} of the weights: the SHA-256 differs for "
                 f"{_listed(differing)}"
             )
+
+
+def _present(replica: Replica) -> VllmClient:
+    if replica.client is None:
+        raise ServerLostError(f"{replica.name} has gone")
+    return replica.client
+
+
+async def _ask_workers(client: VllmClient, tensors: Mapping[str, Tensor], *, digests: bool) -> list[Any]:
+    """Of each worker, what its weights are made of (`vllm_worker.WorkerInspector.vlmrl_weights`)."""
+    return await client.call_workers("vlmrl_weights", names=list(tensors), digests=digests)
+
+
+def _unmatched(workers: list[Any]) -> tuple[set[str], set[str]]:
+    """Our names that no worker has a place for; names of theirs that we have nothing for."""
+    unknown = set.intersection(*(set(worker["unknown"]) for worker in workers))
+    return unknown, {name for worker in workers for name in worker["missing"]}
+
+
+def _weights_of(workers: list[Any]) -> dict[str, Any]:
+    return {f"{name} of worker {i}": weight for i, w in enumerate(workers) for name, weight in w["weights"].items()}
 
 
 def _differing(weights: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> set[str]:

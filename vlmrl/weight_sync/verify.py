@@ -9,6 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from vlmrl.types import WeightComparison
+
 Slice: TypeAlias = tuple[str, int, int, int]
 """(name, dim, start, stop): a part of the tensor `name`; dim −1 is all of it."""
 
@@ -31,3 +33,19 @@ def assemble(slices: Sequence[Slice], tensors: Mapping[str, Tensor]) -> Tensor:
         for name, dim, start, stop in slices
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def compare(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> WeightComparison:
+    """Two models of one architecture in one process. One storage that both read is equal without being read.
+
+    >>> held = torch.zeros(2)
+    >>> compare({"a": held, "b": held, "c": held}, {"a": held, "b": torch.ones(2), "d": held})
+    WeightComparison(compared=2, differing=('b',), unmatched=('c', 'd'))
+    """
+    common = sorted(set(ours) & set(theirs))
+    differing = [
+        name
+        for name in common
+        if ours[name].data_ptr() != theirs[name].data_ptr() and digest(ours[name]) != digest(theirs[name])
+    ]
+    return WeightComparison(len(common), tuple(differing), tuple(sorted(set(ours) ^ set(theirs))))
