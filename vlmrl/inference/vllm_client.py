@@ -24,6 +24,7 @@ import httpx
 import orjson
 
 from vlmrl.errors import EngineError
+from vlmrl.inference.connections import Connections
 from vlmrl.inference.vllm_wire import Answer, WireError, data_size, encode_image, parse_answer, request_body
 from vlmrl.models.config import Dtype
 from vlmrl.types import ImageItem, Prompt, SamplingParams
@@ -101,10 +102,9 @@ class VllmClient:
         self._http = httpx.AsyncClient(
             base_url=url,
             headers={"authorization": f"Bearer {api_key}"} if api_key else {},
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEPALIVE_S),
             timeout=httpx.Timeout(None, connect=request_timeout_s),
             trust_env=False,  # no proxy between a run and its servers
-            transport=transport,
+            transport=transport or Connections(KEEPALIVE_S),
         )
 
     async def close(self) -> None:
