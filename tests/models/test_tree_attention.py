@@ -287,3 +287,25 @@ def test_bfloat16_rounds_inputs_and_output_only(tree: Tree, threshold: int, seed
     plan = plan_of(segments, threshold)
     expected = attend(plan, q.float(), k.float(), v.float()).bfloat16()
     assert torch.equal(attend(plan, q, k, v), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("lengths", [(300, 40, 500, 7, 130), (64, 1, 1, 1, 1), (2000, 100, 100, 100, 100)])
+def test_one_kernel_and_blocks_agree_on_a_gpu(lengths: tuple[int, ...]) -> None:
+    segments, _ = Tree((-1, 0, 1, 1, 0), lengths, (False,) * 5).segments()
+    device, length, dim = torch.device("cuda"), sum(lengths), 64
+    inputs = [noise(i, heads, length, dim) for i, heads in enumerate((HEADS, KV_HEADS, KV_HEADS, HEADS))]
+    found = []
+    for plan in (fused_tree(segments, device), plan_tree(segments, device)):
+        *qkv, grad = (x.to(device, torch.bfloat16) for x in inputs)
+        leaves = [x.requires_grad_() for x in qkv]
+        out = attend(plan, *leaves)
+        out.backward(grad)  # type: ignore[no-untyped-call]
+        found.append([out.detach(), *(x.grad for x in leaves)])
+    for fused, blocks in zip(*found, strict=True):
+        assert fused is not None
+        assert blocks is not None
+        difference = (fused.float() - blocks.float()).norm() / blocks.float().norm()
+        assert difference < 0.01, float(difference)
