@@ -43,6 +43,8 @@ class Mode(Enum):
     """Supervised learning only: `trainer.warmup` is the whole run."""
     eval = "eval"
     """Held-out evaluation of the policy as it is."""
+    doctor = "doctor"
+    """A few problems through renderer, engine and trainer: do they agree? To be asked before a long run."""
 
 
 @dataclass

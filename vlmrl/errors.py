@@ -6,6 +6,7 @@
     ├── TaskError                  a task that breaks its contract (see vlmrl.tasks)
     ├── CheckpointError            a checkpoint that is corrupt or of another run
     ├── EngineError                the inference engine cannot go on
+    ├── ParityError                mode=doctor: sampler and trainer do not agree; names the lines that failed
     ├── NonFiniteLossError         a loss or gradient that is NaN or infinite; names the samples
     └── Interrupted                Ctrl-C or SIGTERM; a checkpoint is written, the message says how to go on
 
@@ -40,6 +41,11 @@ class CheckpointError(VlmrlError):
 
 class EngineError(VlmrlError):
     """The inference engine failed in a way that no single rollout can record."""
+
+
+class ParityError(VlmrlError):
+    """What the engine samples is not what the trainer learns from; the message names the lines of the doctor's table
+    that failed."""
 
 
 class NonFiniteLossError(VlmrlError):

@@ -3,6 +3,7 @@
 mode=rl     warm-up (supervised, unless trainer.warmup.steps=0) ─▶ THE loop (orchestrator/loop.py)
 mode=sft    supervised steps, then one evaluation
 mode=eval   one evaluation; with resume=<run dir> of that run's newest checkpoint, recorded in its folder eval/
+mode=doctor a few rollouts, looked at closely (doctor/doctor.py); nothing is kept but what was seen
 
 However a run ends, it can be continued: what is on the disk is whole at every moment, and whatever is random is a
 function of the config and the step, so that a step which is done again is the same step.
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 
 from vlmrl.config import Mode, RunConfig
+from vlmrl.doctor.doctor import Doctor, conclude
 from vlmrl.errors import ConfigError, EngineError, Interrupted, TaskError
 from vlmrl.inference.config import VllmConfig
 from vlmrl.inference.embedded import EmbeddedEngine
@@ -74,7 +76,7 @@ def execute(config: RunConfig) -> float | None:
     with Monitor(config.monitor, run_dir, total_steps=config.trainer.max_steps) as monitor:
         monitor.phase("preparing")
         run = Run.build(config, run_dir, monitor)
-        monitor.plan(run.arithmetic())
+        monitor.table("plan", run.arithmetic())
         # What lives as long as the run (a million objects of imported libraries) need not be looked through for
         # garbage again and again.
         gc.freeze()
@@ -110,6 +112,18 @@ def asked_to_stop(warn: Callable[[str], None]) -> Iterator[asyncio.Event]:
         for number, handler in before.items():
             if signal.getsignal(number) is first:
                 signal.signal(number, handler)
+
+
+async def stopped_before(work: asyncio.Task[Any], stop: asyncio.Event) -> bool:
+    """Wait for `work` or for `stop`; whether it was `stop`. Then the work is cancelled and over."""
+    stopped = asyncio.create_task(stop.wait())
+    await asyncio.wait({work, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if work.done():
+        return False
+    work.cancel()
+    await asyncio.gather(work, return_exceptions=True)
+    return True
 
 
 def end_at_once(number: int, frame: FrameType | None) -> None:
@@ -248,6 +262,8 @@ class Run:
 
     async def _run_mode(self, stop: asyncio.Event, restored_step: int) -> ExitReason:
         trainer, config = self.trainer, self.config
+        if config.mode is Mode.doctor:
+            return await self._examine(stop)
         if config.mode is Mode.eval:
             return await self._evaluate(restored_step, stop)
         if trainer.version == 0 and not await self._supervised(config.trainer.warmup, stop):
@@ -296,14 +312,34 @@ class Run:
         """One evaluation, recorded as that of `step`, unless asked to stop."""
         self.monitor.phase("eval")
         await self.weight_sync.publish(self.trainer.version)
-        evaluation, stopped = asyncio.create_task(self.evaluator.run(step)), asyncio.create_task(stop.wait())
-        await asyncio.wait({evaluation, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        stopped.cancel()
-        if not evaluation.done():
-            evaluation.cancel()
-            await asyncio.gather(evaluation, return_exceptions=True)
+        evaluation = asyncio.create_task(self.evaluator.run(step))
+        if await stopped_before(evaluation, stop):
             return "interrupted"
         self.monitor.evaluation(step, *evaluation.result())
+        return "finished"
+
+    async def _examine(self, stop: asyncio.Event) -> ExitReason:
+        """Do the parts agree? Raises `ParityError` where they do not, after the table is shown and written."""
+        self.monitor.phase("doctor")
+        doctor = Doctor(
+            config=self.config,
+            task=self.task,
+            renderer=self.renderer,
+            engine=self.engine,
+            policy=self.policy,
+            trainer=self.trainer,
+            weight_sync=self.weight_sync,
+            status=self.monitor.status,
+        )
+        examination = asyncio.create_task(doctor.examine())
+        if await stopped_before(examination, stop):
+            return "interrupted"
+        lines = examination.result()
+        for version, groups in doctor.groups.items():
+            self.monitor.record(version, groups)
+        self.run_dir.write_doctor([dataclasses.asdict(line) for line in lines])
+        self.monitor.table("doctor", {line.name: line.text for line in lines})
+        conclude(lines)
         return "finished"
 
     # ── checkpoints ─────────────────────────────────────────────────────────────────────────────────────────
@@ -335,7 +371,7 @@ class Run:
 
     def _save(self) -> None:
         """Unless it is saved already."""
-        if self.config.mode is Mode.eval or self._progress == self._saved:
+        if self.config.mode in (Mode.eval, Mode.doctor) or self._progress == self._saved:
             return
         self.monitor.flush()
         step = self.trainer.supervised_steps if self.config.mode is Mode.sft else self.trainer.version
@@ -350,6 +386,8 @@ class Run:
         """What to say when the run was asked to stop and did."""
         if self.config.mode is Mode.eval:
             return "stopped before the evaluation was through: start it again"
+        if self.config.mode is Mode.doctor:
+            return "stopped before the doctor was through: start it again"
         version, supervised, _ = self._progress
         at = f"step {version}" if version else f"supervised step {supervised}"
         return f"stopped after {at} and saved: continue with python -m vlmrl resume={self.config.output_dir}"

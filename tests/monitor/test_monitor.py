@@ -45,7 +45,7 @@ def monitor_of(run_dir: RunDir, *, record_rollouts: bool = True) -> Monitor:
 
 def test_a_whole_run(run_dir: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     with monitor_of(run_dir) as monitor:
-        monitor.plan({"rollouts per step": "1 group × 2 = 2", "positions": "16384"})
+        monitor.table("plan", {"rollouts per step": "1 group × 2 = 2", "positions": "16384"})
         monitor.phase("warm-up")
         for step in (1, 2):
             monitor.warmup(step, 2, {"loss": 2.0 / step})

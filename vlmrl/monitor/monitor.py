@@ -94,17 +94,17 @@ class Monitor:
 
     # ── before the first step ───────────────────────────────────────────────────────────────────────────────
 
-    def plan(self, lines: Mapping[str, str]) -> None:
-        """Print the derived batch arithmetic, e.g. {"rollouts per step": "8 groups × 32 = 256"}."""
-        self._progress.table("plan", lines)
+    def table(self, title: str, lines: Mapping[str, str]) -> None:
+        """Print lines that stay on the screen, e.g. "plan": {"rollouts per step": "8 groups × 32 = 256"}."""
+        self._progress.table(title, lines)
         for key, value in lines.items():
-            log.info("plan: %s: %s", key, value)
+            log.info("%s: %s: %s", title, key, value)
 
     def phase(self, name: str) -> None:
         """What the run does from now on: one of `PHASES`."""
         assert name in PHASES, name
         self._main_log.take_over()  # of libraries imported since
-        if name != "preparing":
+        if name not in ("preparing", "doctor"):
             # Not before: the imports of torch and transformers on the main thread come first.
             self._wandb.start()
         self._progress.phase(name)

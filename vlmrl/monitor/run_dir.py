@@ -11,6 +11,7 @@
         checkpoints/step_000020/
         logs/main.log               one file per process
         wandb/                      Weights & Biases; run_id beside it survives a resume
+        doctor.json                 mode=doctor: the table, one object per line
         summary.json                final figures, wall-clock, exit reason
 
 A file is written beside its place and renamed into it, so a run that is killed leaves no half file; the metrics
@@ -99,6 +100,7 @@ class RunDir:
         self.main_log = self.logs / "main.log"
         self.wandb = self.path / "wandb"
         self.wandb_run_id = self.wandb / "run_id"
+        self.doctor = self.path / "doctor.json"
         self.summary = self.path / "summary.json"
 
     @property
@@ -198,6 +200,12 @@ class RunDir:
         options = orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
         with disk_errors(self.summary):
             write_bytes_atomically(self.summary, orjson.dumps(summary, option=options))
+
+    def write_doctor(self, lines: list[dict[str, Any]]) -> None:
+        """Write doctor.json."""
+        with disk_errors(self.doctor):
+            options = orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
+            write_bytes_atomically(self.doctor, orjson.dumps(lines, option=options))
 
     def read_summary(self) -> dict[str, Any] | None:
         """summary.json of the run so far; None where it has not ended yet (or was killed)."""

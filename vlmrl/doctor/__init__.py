@@ -1,0 +1,1 @@
+"""`mode=doctor`: do renderer, engine and trainer agree? See doctor.py."""
