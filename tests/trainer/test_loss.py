@@ -7,6 +7,7 @@ alone are the gradient that autograd must find.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeAlias
 
 import numpy as np
@@ -16,8 +17,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from vlmrl.orchestrator.config import AlgorithmConfig, Loss
-from vlmrl.trainer.loss import LOSSES, BatchTotals, LossOutput, LossTokens, grpo, gspo, mismatch_kl, supervised
+from vlmrl.orchestrator.config import AlgorithmConfig, ImportanceCorrection, Loss
+from vlmrl.trainer.loss import (
+    LOSSES,
+    BatchTotals,
+    LossOutput,
+    LossTokens,
+    grpo,
+    gspo,
+    loss_metrics,
+    mismatch_kl,
+    policy_loss,
+    supervised,
+)
 
 Array: TypeAlias = NDArray[np.float64]
 Reference: TypeAlias = Callable[[Array, Array, Array, Array, NDArray[np.int64], BatchTotals], float]
@@ -199,6 +211,83 @@ def test_on_policy_every_loss_is_the_policy_gradient_of_its_normalization(loss: 
     np.testing.assert_allclose(gradient(output, on_policy), -tokens.advantages.numpy() / divisor, rtol=1e-12)
     assert output.sums["clip_fraction"] == 0
     assert output.maxima["ratio/max"] == 1
+
+
+# ── importance correction ───────────────────────────────────────────────────────────────────────────────────
+
+CORRECTIONS = [c for c in ImportanceCorrection if c is not ImportanceCorrection.own]
+CAP = 1.5
+
+
+def weight_reference(ratio: float, correction: ImportanceCorrection) -> float:
+    return {
+        ImportanceCorrection.truncated: min(ratio, CAP),
+        ImportanceCorrection.masked: ratio if 1 / CAP <= ratio <= CAP else 0.0,
+        ImportanceCorrection.none: 1.0,
+    }[correction]
+
+
+def corrected(loss: Loss, correction: ImportanceCorrection) -> AlgorithmConfig:
+    return replace(CONFIG, loss=loss, importance_correction=correction, importance_cap=CAP)
+
+
+@pytest.mark.parametrize("loss", Loss)
+@pytest.mark.parametrize("correction", CORRECTIONS)
+def test_a_correction_weighs_the_on_policy_gradient(loss: Loss, correction: ImportanceCorrection) -> None:
+    tokens = random_tokens(2)
+    logp, mu, _, _ = numpy_of(tokens)
+    totals = totals_of(tokens)
+    ratio = np.exp(logp - mu)
+    weight = np.array([weight_reference(r, correction) for r in ratio])
+    on_policy = replace(tokens, inference_logprobs=tokens.logprobs.detach())
+
+    output = policy_loss(tokens, totals, corrected(loss, correction))
+
+    plain = gradient(LOSSES[loss](on_policy, totals, CONFIG), on_policy)
+    np.testing.assert_allclose(gradient(output, tokens), plain * weight, rtol=1e-12)
+    figures = loss_metrics(output.sums, output.maxima, len(weight))
+    assert figures["importance/cut_fraction"] == pytest.approx(np.mean(weight != ratio))
+    assert figures["importance/weight_mean"] == pytest.approx(weight.mean())
+    assert figures["importance/ess"] == pytest.approx(weight.sum() ** 2 / (len(weight) * (weight**2).sum()))
+    assert (figures["ratio/mean"], figures["ratio/max"]) == pytest.approx((ratio.mean(), ratio.max()))
+    assert np.mean(weight != ratio) > 0, "the workload has something to cut"
+
+
+@pytest.mark.parametrize("loss", Loss)
+@pytest.mark.parametrize("correction", CORRECTIONS)
+def test_on_policy_every_correction_is_the_loss_itself(loss: Loss, correction: ImportanceCorrection) -> None:
+    tokens = random_tokens(1)
+    on_policy = replace(tokens, inference_logprobs=tokens.logprobs.detach())
+    totals = totals_of(tokens)
+
+    own, other = (
+        policy_loss(on_policy, totals, corrected(loss, each)) for each in (ImportanceCorrection.own, correction)
+    )
+
+    assert (gradient(own, on_policy) == gradient(other, on_policy)).all()
+    assert other.sums["importance/cut_fraction"] == 0
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
+def test_figures_of_a_correction_add_up_over_micro_batches(correction: ImportanceCorrection) -> None:
+    tokens = random_tokens(0)
+    totals, config = totals_of(tokens), corrected(Loss.grpo, correction)
+    first = torch.isin(tokens.sample_index, torch.tensor([3, 8]))
+
+    whole = policy_loss(tokens, totals, config)
+    parts = [policy_loss(part(tokens, keep), totals, config) for keep in (first, ~first)]
+
+    torch.testing.assert_close(parts[0].loss + parts[1].loss, whole.loss)
+    for key, value in whole.sums.items():
+        assert parts[0].sums[key] + parts[1].sums[key] == pytest.approx(value)
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
+def test_a_ratio_that_overflows_does_not_break_a_correction(correction: ImportanceCorrection) -> None:
+    logprobs = torch.tensor([-0.1, -1.0], requires_grad=True)
+    tokens = LossTokens(logprobs, torch.tensor([-200.0, -1.0]), torch.ones(2), torch.zeros(2).long())
+    output = policy_loss(tokens, BatchTotals(tokens=2, samples=1, max_new_tokens=2), corrected(Loss.grpo, correction))
+    assert np.isfinite(gradient(output, tokens)).all()
 
 
 def test_clipping_is_asymmetric_and_takes_the_gradient_of_the_advantages_own_side_only() -> None:

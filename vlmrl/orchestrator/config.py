@@ -76,6 +76,19 @@ class Loss(Enum):
     cispo = "cispo"
 
 
+class ImportanceCorrection(Enum):
+    """What makes up for tokens that other weights, or another rounding, sampled (trainer/loss.py)."""
+
+    own = "own"
+    """The loss's own ratio against the sampler, clipped as its paper says."""
+    truncated = "truncated"
+    """Each token's ratio as a weight, at most `importance_cap`; the loss itself sees a policy that is on-policy."""
+    masked = "masked"
+    """The same weight where it is between 1 / `importance_cap` and `importance_cap`, and no loss elsewhere."""
+    none = "none"
+    """No correction: as if the weights that learn had sampled. Biased by as much as they had not."""
+
+
 @dataclass
 class AlgorithmConfig:
     """From rewards to a loss. One YAML file per algorithm; the functions carry paper and equation."""
@@ -90,5 +103,10 @@ class AlgorithmConfig:
     """Ratios below 1 − clip_low get no gradient where the advantage is negative."""
     clip_high: float = 0.28
     """Ratios above 1 + clip_high get no gradient where the advantage is positive (clip-higher, DAPO)."""
+    importance_correction: ImportanceCorrection = ImportanceCorrection.own
+    """What makes up for stale and mismatched tokens."""
+    importance_cap: float = 2.0
+    """Of `truncated` and `masked`: ratios above it (`masked`: below 1 over it too) are cut. 2, as in truncated
+    importance sampling for engines that round otherwise; ratios of fresh tokens are within a percent of 1."""
     drop_zero_advantage: bool = False
     """Drop groups whose advantages are all zero before the batch is built (DAPO's dynamic sampling, without refill)."""

@@ -5,20 +5,32 @@ Letters: N loss tokens of the micro-batch, S samples of the whole batch, T loss 
 Every loss is divided by figures of the whole batch (`BatchTotals`), so the sum over micro-batches and ranks is the
 batch's loss, however its samples were split; a sample itself is never split.
 
-Ratios are against the sampler's own logprobs, so they also correct for staleness and for the engine's rounding.
+Ratios are against the sampler's own logprobs, so they also correct for staleness and for the engine's rounding. How is
+`algorithm.importance_correction`, the same for every loss; w is a weight on the token's advantage, without gradient:
+
+    own          the loss as its paper has it: its ratio is r, and its clip is the correction
+    truncated    w = min(r, C)                        C is `importance_cap`; the loss's own ratio is π / sg(π), so 1 in
+    masked       w = r if 1/C ≤ r ≤ C else 0          value, with the gradient of log π: each step is the first on its
+    none         w = 1                                batch, so what is left to correct is the sampler alone
+
+The split of the ratio into π / π_old and π_old / μ is decoupled PPO's (arXiv 2110.00641; AReaL, arXiv 2505.24298).
+Truncating the second is Yao et al.'s truncated importance sampling (2025), masking it IcePop's (arXiv 2510.18855).
+
+    r = 0.3  1.0  1.7  5.0,  C = 2:    truncated w = 0.3  1.0  1.7  2.0    masked w = 0  1.0  1.7  0    none w = 1 1 1 1
+
 Left out on purpose: a penalty towards a reference policy and several optimizer steps per batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from vlmrl.orchestrator.config import AlgorithmConfig, Loss
+from vlmrl.orchestrator.config import AlgorithmConfig, ImportanceCorrection, Loss
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +66,8 @@ class LossOutput:
     loss: Tensor
     """Scalar with gradient; the batch's loss is the sum over micro-batches."""
     sums: dict[str, float] = field(default_factory=dict)
-    """`clip_fraction`, `ratio/mean`: sums over the N tokens; the batch's figure is their sum / T."""
+    """`clip_fraction`, `ratio/mean`, with a correction `importance/cut_fraction` (tokens whose weight is not r),
+    `importance/weight_mean` and `importance/weight_squared`: sums over the N tokens; the batch's figure is sum / T."""
     maxima: dict[str, float] = field(default_factory=dict)
     """`ratio/max`: the largest of the N; the batch's figure is the largest of these."""
 
@@ -151,6 +164,62 @@ LOSSES: dict[Loss, LossFunction] = {
     Loss.gspo: gspo,
     Loss.cispo: cispo,
 }
+
+
+def policy_loss(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> LossOutput:
+    """`algorithm.loss` under `algorithm.importance_correction`; see the table at the top."""
+    loss = LOSSES[config.loss]
+    if config.importance_correction is ImportanceCorrection.own:
+        return loss(tokens, totals, config)
+    frozen = tokens.logprobs.detach()
+    ratio = torch.exp(frozen - tokens.inference_logprobs)
+    weight = importance_weight(ratio, config)
+    output = loss(
+        replace(tokens, inference_logprobs=frozen, advantages=tokens.advantages * weight),
+        totals,
+        config,
+    )
+    sums, maxima = _figures(ratio, torch.zeros_like(ratio, dtype=torch.bool))
+    sums |= {
+        "importance/cut_fraction": float((weight != ratio).sum()),
+        "importance/weight_mean": float(weight.sum()),
+        "importance/weight_squared": float(weight.square().sum()),
+    }
+    return LossOutput(output.loss, sums, maxima)
+
+
+def importance_weight(ratio: Tensor, config: AlgorithmConfig) -> Tensor:
+    """The weight of each token, float [N] ≥ 0, from its ratio π/μ.
+
+    >>> masked = AlgorithmConfig(importance_correction=ImportanceCorrection.masked, importance_cap=2.0)
+    >>> importance_weight(torch.tensor([0.25, 1.0, 1.5, 8.0]), masked)
+    tensor([0.0000, 1.0000, 1.5000, 0.0000])
+    """
+    cap = config.importance_cap
+    match config.importance_correction:
+        case ImportanceCorrection.truncated:
+            return ratio.clamp_max(cap)
+        case ImportanceCorrection.masked:
+            return torch.where((ratio >= 1 / cap) & (ratio <= cap), ratio, 0.0)
+        case ImportanceCorrection.none:
+            return torch.ones_like(ratio)
+        case ImportanceCorrection.own:
+            raise AssertionError("the loss has its own ratio")
+
+
+def loss_metrics(sums: Mapping[str, float], maxima: Mapping[str, float], tokens: int) -> dict[str, float]:
+    """The batch's figures from `sums` and `maxima` over its micro-batches.
+
+    `importance/ess`: effective sample size over the number of tokens, (Σ w)² / (T Σ w²), in (0, 1] (Kish, 1965).
+
+    >>> loss_metrics({"importance/weight_mean": 3.0, "importance/weight_squared": 5.0}, {}, tokens=2)
+    {'importance/weight_mean': 1.5, 'importance/ess': 0.9}
+    """
+    metrics = {key: value / tokens for key, value in sums.items()}
+    squared = metrics.pop("importance/weight_squared", None)
+    if squared is not None:
+        metrics["importance/ess"] = metrics["importance/weight_mean"] ** 2 / squared if squared else 0.0
+    return metrics | dict(maxima)
 
 
 def supervised(logprobs: Tensor, total_tokens: int) -> Tensor:

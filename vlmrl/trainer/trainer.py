@@ -20,7 +20,7 @@ from vlmrl.models.policy import Policy
 from vlmrl.orchestrator.config import AlgorithmConfig
 from vlmrl.trainer.checkpoint import load_training_state, save_training_state
 from vlmrl.trainer.config import Decay, TrainerConfig
-from vlmrl.trainer.loss import LOSSES, BatchTotals, LossTokens, mismatch_kl, supervised
+from vlmrl.trainer.loss import BatchTotals, LossTokens, loss_metrics, mismatch_kl, policy_loss, supervised
 from vlmrl.trainer.packing import MicroBatch, pack
 from vlmrl.types import StepResult, TrainingSample
 
@@ -116,7 +116,6 @@ class LocalTrainer:
             samples=len(samples),
             max_new_tokens=self._max_new_tokens,
         )
-        loss_function = LOSSES[self._algorithm.loss]
         loss, entropy, kl_sum, kl_max = 0.0, 0.0, 0.0, 0.0
         sums: dict[str, float] = {}
         maxima: dict[str, float] = {}
@@ -128,7 +127,7 @@ class LocalTrainer:
                 advantages=batch.advantages,
                 sample_index=batch.sample_index,
             )
-            output = loss_function(tokens, totals, self._algorithm)
+            output = policy_loss(tokens, totals, self._algorithm)
             self._assert_finite(output.loss, logprobs, batch, samples)
             torch.autograd.backward(output.loss)
             loss += float(output.loss.detach())
@@ -163,8 +162,7 @@ class LocalTrainer:
                 "tokens/unpacked": float(sum(len(sample.token_ids) for sample in samples)),
                 "images/encoded": float(sum(len(batch.images) for batch in batches)),
                 "micro_batches": float(len(batches)),
-                **{key: value / totals.tokens for key, value in sums.items()},
-                **maxima,
+                **loss_metrics(sums, maxima, totals.tokens),
             },
         )
 
