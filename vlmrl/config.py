@@ -257,6 +257,7 @@ RANGES: tuple[tuple[str, float, float, str], ...] = (
     ("inference.max_retries", 0, math.inf, "it counts no retries (0 is none)"),
     ("algorithm.clip_low", 0, 1, "it clips no ratio or every one"),
     ("algorithm.clip_high", 0, math.inf, "it clips every ratio"),
+    ("algorithm.importance_cap", 1, math.inf, "it cuts tokens that are on-policy"),
     ("trainer.max_steps", 1, math.inf, "nothing is learned"),
     ("trainer.seq_len", 1, math.inf, "no sample fits"),
     ("trainer.micro_batch_tokens", 1, math.inf, "no sample fits"),
