@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,17 +20,15 @@ from doctor.broken_parts import (
     shifted,
     with_pixels,
 )
+from doctor.examined import examine, failed, those
 
-from vlmrl.config import RunConfig
 from vlmrl.doctor.checks import Line, Verdict
-from vlmrl.doctor.doctor import LINES, Doctor, add_noise, conclude, weights_in
+from vlmrl.doctor.doctor import LINES, add_noise, conclude, weights_in
 from vlmrl.errors import EngineError, ParityError
 from vlmrl.inference.embedded import EmbeddedEngine
 from vlmrl.models.load import load_image_processor, load_tokenizer, resolve_checkpoint
 from vlmrl.models.policy import ImageFeatures, Policy
 from vlmrl.models.positions import position_function
-from vlmrl.monitor.monitor import Monitor
-from vlmrl.monitor.run_dir import RunDir
 from vlmrl.orchestrator.config import RendererConfig
 from vlmrl.orchestrator.renderer import make_renderer
 from vlmrl.run import Run
@@ -44,58 +40,6 @@ ENGINE_APART = {"logprobs, version 0", "images, engine", "logprobs, version 1"}
 """The engine computes something else than the trainer, with whatever weights."""
 
 
-@pytest.fixture(autouse=True)
-def one_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLMRL_CACHE", str(tmp_path_factory.getbasetemp() / "doctor-cache"))
-
-
-@pytest.fixture
-def build(run_config: Callable[..., RunConfig], tmp_path: Path) -> Iterator[Callable[..., Run]]:
-    """`build("model.dtype=bfloat16")`: the parts of a run, as the command makes them."""
-    threads = torch.get_num_threads()
-    run_dir = RunDir(tmp_path / "run")
-    run_dir.create()
-    config = run_config("mode=doctor", "monitor.wandb.mode=disabled")
-    with Monitor(config.monitor, run_dir, total_steps=1) as monitor:
-        yield lambda *overrides: Run.build(run_config("mode=doctor", *overrides), run_dir, monitor)
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def run(build: Callable[..., Run]) -> Run:
-    return build()
-
-
-def examine(run: Run) -> dict[str, Line]:
-    async def scenario() -> list[Line]:
-        await run.engine.start()
-        try:
-            return await Doctor(
-                config=run.config,
-                task=run.task,
-                renderer=run.renderer,
-                engine=run.engine,
-                policy=run.policy,
-                trainer=run.trainer,
-                weight_sync=run.weight_sync,
-                status=lambda line: None,
-            ).examine()
-        finally:
-            await run.engine.stop()
-
-    lines = asyncio.run(scenario())
-    assert [line.name for line in lines] == list(LINES)
-    return {line.name: line for line in lines}
-
-
-def those(lines: dict[str, Line], verdict: Verdict) -> set[str]:
-    return {name for name, line in lines.items() if line.verdict is verdict}
-
-
-def failed(run: Run) -> set[str]:
-    return those(examine(run), Verdict.FAILED)
-
-
 # ── sound runs ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -104,7 +48,7 @@ def test_every_line_is_looked_at_and_holds(run: Run) -> None:
     assert those(lines, Verdict.OK) == set(LINES), lines
     assert 0 < lines["logprobs, version 0"].figures["mismatch_kl"] <= 1e-11
     assert 0 < lines["logprobs, version 1"].figures["mismatch_kl"] <= 1e-11
-    assert lines["rollouts"].figures == {"rollouts": 18, "turns": 36, "tokens": 360}
+    assert lines["rollouts, version 0"].figures == {"rollouts": 18, "turns": 36, "tokens": 360}
     assert lines["versions"].figures["tokens"] > 360
     conclude(list(lines.values()))
 
@@ -238,8 +182,8 @@ def test_a_sync_that_raises(run: Run) -> None:
 
     sync.publish = publish  # type: ignore[method-assign]
     lines = examine(run)
-    assert those(lines, Verdict.FAILED) == {"rollouts"}
-    assert lines["rollouts"].says == "EngineError: the server serves another model"
+    assert those(lines, Verdict.FAILED) == {"rollouts, version 0"}
+    assert lines["rollouts, version 0"].says == "EngineError: the server serves another model"
     assert those(lines, Verdict.HIDDEN) == set(LINES[4:])
 
 
@@ -261,7 +205,6 @@ def test_an_engine_that_sees_other_pixels(build: Callable[..., Run], change: Any
     run = build(f"model.dtype={dtype}")
     run.engine = TamperingEngine(run.engine, with_pixels(change))
     lines = examine(run)
-    print(dtype, lines["logprobs, version 0"].text)
     assert those(lines, Verdict.FAILED) == ENGINE_APART
 
 
@@ -307,8 +250,8 @@ def test_an_engine_that_names_another_version(run: Run) -> None:
 def test_an_engine_that_refuses(run: Run) -> None:
     run.engine = TamperingEngine(run.engine, refuses)
     lines = examine(run)
-    assert those(lines, Verdict.FAILED) == {"rollouts"}
-    assert "engine_error: out of order" in lines["rollouts"].says
+    assert those(lines, Verdict.FAILED) == {"rollouts, version 0"}
+    assert "engine_error: out of order" in lines["rollouts, version 0"].says
     assert those(lines, Verdict.HIDDEN) == set(LINES[4:])
 
 

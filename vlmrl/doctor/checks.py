@@ -16,7 +16,6 @@ import torch
 from PIL import Image as PILImage
 
 from vlmrl.doctor.evidence import Played, images_of
-from vlmrl.models.config import Dtype
 from vlmrl.models.policy import Policy
 from vlmrl.orchestrator.images import image_hash
 from vlmrl.trainer.loss import mismatch_kl
@@ -96,6 +95,8 @@ class Reference:
         if not images:
             return ids
         image_token_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
+        if ids.count(image_token_id) != len(images):
+            return ids  # and it will be seen that these are others
         counts = iter(self.process(images)["image_grid_thw"].prod(-1) // self.image_processor.merge_size**2)
         return [id for token in ids for id in [token] * (int(next(counts)) if token == image_token_id else 1)]
 
@@ -367,20 +368,6 @@ class Agreement:
         return Agreement(len(trainer), total / len(trainer), float(apart.mean()), float(apart.max()))
 
 
-def kl_bound(dtypes: Sequence[Dtype], rounding_kl: float | None) -> float:
-    """Largest mean mismatch_kl that is rounding. `rounding_kl` is that of the trainer in bfloat16 against itself in
-    float32, on the same tokens; measured where either side computes in bfloat16."""
-    if all(dtype is Dtype.float32 for dtype in dtypes):
-        return EXACT_KL
-    assert rounding_kl is not None, "not measured"
-    return max(EXACT_KL, ROUNDING * rounding_kl)
-
-
-def rounding_of(bound: float) -> float:
-    """What `kl_bound` allows without its margin: the trainer's own rounding."""
-    return bound / ROUNDING if bound > EXACT_KL else bound
-
-
 def logprobs(name: str, found: Agreement, bound: float) -> Line:
     """Engine and trainer give the sampled tokens the same probability."""
     says = f"{found.tokens} tokens: mismatch_kl {found.kl:.1e}, |delta| mean {found.mean:.1e} max {found.max:.1e}"
@@ -397,36 +384,46 @@ def logprobs(name: str, found: Agreement, bound: float) -> Line:
     )
 
 
-def images_in_trainer(name: str, changed: Agreement | None, smallest: float) -> Line:
+@dataclass(frozen=True)
+class OtherPixels:
+    """Tokens that the engine sampled behind some pixels; other pixels have the same place and size."""
+
+    moved: Agreement
+    """The trainer on the right pixels against itself on the others."""
+    right: Agreement
+    """The trainer on the right pixels against the engine."""
+    wrong: Agreement
+    """The trainer on the others against the engine."""
+
+
+def images_in_trainer(name: str, found: OtherPixels | None, smallest: float) -> Line:
     """Other pixels behind the same tokens give the trainer other logprobs."""
-    if changed is None:
+    if found is None:
         return hidden(name, "no image is shown")
-    says = (
-        f"{changed.tokens} tokens with the pixels inverted: mismatch_kl {changed.kl:.1e} from those with the right ones"
-    )
-    return judged(
-        name, changed.kl > smallest, says, f"mismatch_kl > {smallest:.1e}", mismatch_kl=changed.kl, limit=smallest
-    )
+    kl = found.moved.kl
+    says = f"{found.moved.tokens} tokens: inverted pixels move the trainer's logprobs by mismatch_kl {kl:.1e}"
+    return judged(name, kl > smallest, says, f"> {smallest:.1e}", mismatch_kl=kl, limit=smallest)
 
 
-def images_in_engine(name: str, changed: Agreement | None, right: Agreement, wrong: Agreement, bound: float) -> Line:
+def images_in_engine(name: str, found: OtherPixels | None, bound: float) -> Line:
     """The engine's logprobs are those of the pixels that it was shown, not of others behind the same tokens."""
-    if changed is None:
+    if found is None:
         return hidden(name, "no image is shown")
-    if changed.kl <= bound:
+    if found.moved.kl <= bound:
         return hidden(
             name,
-            f"inverted pixels move the trainer's own logprobs by mismatch_kl {changed.kl:.1e}, which is less than "
+            f"inverted pixels move the trainer's own logprobs by mismatch_kl {found.moved.kl:.1e}, which is less than "
             f"rounding may ({bound:.1e})",
         )
-    says = f"mismatch_kl {right.kl:.1e} from the trainer on the pixels shown, {wrong.kl:.1e} on the inverted ones"
+    right, wrong = found.right.kl, found.wrong.kl
+    says = f"mismatch_kl {right:.1e} from the trainer on the pixels shown, {wrong:.1e} on the inverted ones"
     return judged(
         name,
-        right.kl <= bound and right.kl < wrong.kl,
+        right <= bound and right < wrong,
         says,
         f"<= {bound:.1e}, and less than the other",
-        shown_kl=right.kl,
-        inverted_kl=wrong.kl,
+        shown_kl=right,
+        inverted_kl=wrong,
         limit=bound,
     )
 

@@ -29,7 +29,7 @@ import torch
 
 from vlmrl.config import RunConfig
 from vlmrl.doctor import checks
-from vlmrl.doctor.checks import Agreement, Line, Reference, Verdict
+from vlmrl.doctor.checks import Agreement, Line, OtherPixels, Reference, Verdict
 from vlmrl.doctor.evidence import (
     Played,
     ScriptedEngine,
@@ -71,7 +71,7 @@ LINES = (
     "token ids, first turns",
     "token ids, later turns",
     "pixels",
-    "rollouts",
+    "rollouts, version 0",
     "placeholders",
     "image hashes",
     "positions, trainer",
@@ -81,6 +81,7 @@ LINES = (
     "images, engine",
     "update",
     "weights",
+    "rollouts, version 1",
     "logprobs, version 1",
     "versions",
 )
@@ -180,20 +181,23 @@ class Doctor:
         await look(checks.image_hashes, before, await self._shown_twice(before))
         await look(checks.trainer_positions, self.policy, self._image_token_id, before.samples)
         await look(checks.engine_positions, self.policy, before)
-        agreement, bound = await asyncio.to_thread(self._agreement, before)
-        await look(checks.logprobs, agreement, bound)
+        bound = await asyncio.to_thread(self._bound, before)
+        await look(checks.logprobs, await asyncio.to_thread(self._agreement, before), bound)
 
         self.status("doctor: other pixels behind the same tokens")
-        changed, right, wrong = await self._inverted(before)
-        await look(checks.images_in_trainer, changed, checks.rounding_of(bound))
-        await look(checks.images_in_engine, changed, right, wrong, bound)
+        pixels = await self._inverted(before)
+        await look(checks.images_in_trainer, pixels, max(checks.EXACT_KL, bound / checks.ROUNDING))
+        await look(checks.images_in_engine, pixels, bound)
 
         self.status("doctor: an optimizer step, other weights, rollouts of version 1")
         await look(checks.update, *await asyncio.to_thread(self._update, before, POWER * bound))
         await self.weight_sync.publish(1)
         await look(checks.weights, await self.weight_sync.compare())
         after = await self._play(1)
-        await look(checks.logprobs, *await asyncio.to_thread(self._agreement, after))
+        await look(checks.rollouts, after)
+        if not after.samples:
+            return
+        await look(checks.logprobs, await asyncio.to_thread(self._agreement, after), bound)
         await look(checks.versions, [before, after])
 
     # ── rollouts ────────────────────────────────────────────────────────────────────────────────────────────
@@ -241,16 +245,22 @@ class Doctor:
         found = [*self.trainer.logprobs(sampled), *self._greedy_trainer.logprobs(greedy)]
         return np.concatenate([np.empty(0, np.float32), *(logprobs.float().cpu().numpy() for logprobs in found)])
 
-    def _agreement(self, played: Played) -> tuple[Agreement, float]:
-        """Engine against trainer, and the bound on its mismatch."""
-        trainer = self._trainer_logprobs(played.sampled, played.greedy)
-        rounding: float | None = None
-        if Dtype.bfloat16 in self._dtypes:
-            other = torch.float32 if self.config.model.dtype is Dtype.bfloat16 else torch.bfloat16
-            with weights_in(self.policy, other):
-                rounding = Agreement.of(self._trainer_logprobs(played.sampled, played.greedy), trainer).kl
-        bound = checks.kl_bound(self._dtypes, rounding)
-        return Agreement.of(trainer, engine_logprobs(played.samples)), bound
+    def _agreement(self, played: Played) -> Agreement:
+        """Trainer against engine."""
+        return Agreement.of(self._trainer_logprobs(played.sampled, played.greedy), engine_logprobs(played.samples))
+
+    def _bound(self, played: Played) -> float:
+        """Largest mean mismatch_kl between engine and trainer that is rounding.
+
+        Where either computes in bfloat16: by the trainer's own rounding on the same tokens. Measured before anything
+        has moved and taken for both versions: later the optimizer's state needs the memory of the second weights.
+        """
+        if Dtype.bfloat16 not in self._dtypes:
+            return checks.EXACT_KL
+        as_it_is = self._trainer_logprobs(played.sampled, played.greedy)
+        with weights_in(self.policy, torch.float32 if self.config.model.dtype is Dtype.bfloat16 else torch.bfloat16):
+            other = self._trainer_logprobs(played.sampled, played.greedy)
+        return max(checks.EXACT_KL, checks.ROUNDING * Agreement.of(as_it_is, other).kl)
 
     def _update(self, played: Played, smallest: float) -> tuple[object, ...]:
         """A real step, then noise on every weight that learns: a step may be too small for bfloat16 to show.
@@ -275,20 +285,16 @@ class Doctor:
         opening = played.openings()
         return await self.renderer.first_turn(_repeated(opening[0])) if opening else None
 
-    async def _inverted(self, played: Played) -> tuple[Agreement | None, Agreement | None, Agreement | None]:
-        """Prompts with their pixels and with these inverted: equal tokens, other images. The engine answers both. Where
-        a turn has several images, the first of them is shown twice.
-
-        → the trainer on the right pixels against itself on the other ones; the engine against the trainer on the right
-        pixels; against the trainer on the other ones. None without images.
-        """
+    async def _inverted(self, played: Played) -> OtherPixels | None:
+        """First turns with their pixels and with these inverted: equal tokens, other images. The engine answers both.
+        Where a turn has several images, the first of them is shown twice. None without images."""
         right: list[Prompt] = []
         for opening in played.openings():
             messages = _repeated(opening) if len(images_of(opening)) > 1 else opening
             inverted = with_images(messages, [255 - part.source for part in images_of(messages)])
             right += [await self.renderer.first_turn(messages), await self.renderer.first_turn(inverted)]
         if not right:
-            return None, None, None
+            return None
         other = [right[i ^ 1] for i in range(len(right))]
         samples = await self._answered(right)
         swapped = [
@@ -298,7 +304,11 @@ class Doctor:
         ours = await asyncio.to_thread(self._trainer_logprobs, samples, ())
         ours_swapped = await asyncio.to_thread(self._trainer_logprobs, swapped, ())
         theirs = engine_logprobs(samples)
-        return Agreement.of(ours, ours_swapped), Agreement.of(ours, theirs), Agreement.of(ours_swapped, theirs)
+        return OtherPixels(
+            moved=Agreement.of(ours, ours_swapped),
+            right=Agreement.of(ours, theirs),
+            wrong=Agreement.of(ours_swapped, theirs),
+        )
 
     async def _answered(self, prompts: Sequence[Prompt]) -> list[TrainingSample]:
         """One sampled completion of the engine for each prompt."""
