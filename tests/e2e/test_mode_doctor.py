@@ -1,0 +1,64 @@
+"""mode=doctor as a user runs it: what it prints, what it leaves, how it exits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from e2e.command_line import Home, summary
+
+from vlmrl.doctor.doctor import LINES
+from vlmrl.inference.vllm_server import vllm_version
+
+pytestmark = pytest.mark.slow
+
+
+def table(run: Path) -> list[dict[str, Any]]:
+    """doctor.json."""
+    lines: list[dict[str, Any]] = json.loads((run / "doctor.json").read_bytes())
+    assert [line["name"] for line in lines] == list(LINES)
+    return lines
+
+
+def test_a_sound_run(home: Home) -> None:
+    run = home.path / "outputs/doctor"
+    ended = home.vlmrl("mode=doctor", f"hydra.run.dir={run}")
+    assert (ended.code, ended.err) == (0, "")
+    assert {line["verdict"] for line in table(run)} == {"ok"}
+    for line in table(run):
+        assert line["says"] in ended.out
+    assert "\x1b" not in ended.out
+    assert summary(run)["exit_reason"] == "finished"
+    assert {path.name for path in (run / "rollouts").iterdir()} == {"step_000000.jsonl", "step_000001.jsonl"}
+    assert not list((run / "checkpoints").iterdir()), "nothing is kept"
+    assert not (run / "wandb").exists(), "nothing is logged"
+    assert ended.seconds < 60
+
+
+def test_a_run_that_would_not_work(home: Home) -> None:
+    run = home.path / "outputs/doctor_of_faults"
+    ended = home.vlmrl("mode=doctor", "task=their_tasks:AllFaults", f"hydra.run.dir={run}")
+    assert ended.code == 1
+    assert ended.err.startswith("error: 2 of 16 lines failed, so what is sampled would not be what is learned from:\n")
+    assert "\n  rollouts, version 0: train/000000/00/00 ended as task_error: LookupError: no score" in ended.err
+    assert "Traceback" not in ended.err
+    verdicts = {line["name"]: line["verdict"] for line in table(run)}
+    assert verdicts["rollouts, version 0"] == "FAILED"
+    assert summary(run)["exit_reason"] == "error"
+    assert "rollouts, version 0" in summary(run)["error"]
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(vllm_version() is None, reason="vLLM is not installed")
+def test_a_sound_run_with_vllm(home: Home) -> None:
+    run = home.path / "outputs/doctor_of_vllm"
+    ended = home.vlmrl("mode=doctor", "inference=vllm", "weight_sync.verify=false", f"hydra.run.dir={run}")
+    assert (ended.code, ended.err) == (0, "")
+    lines = {line["name"]: line for line in table(run)}
+    assert {name for name, line in lines.items() if line["verdict"] != "ok"} == {"positions, engine"}
+    assert "the logprobs depend on them" in lines["positions, engine"]["says"]
+    assert lines["weights"]["figures"]["compared"] > 40
+    for version in (0, 1):
+        assert 0 < lines[f"logprobs, version {version}"]["figures"]["mismatch_kl"] <= 1e-11
