@@ -4,8 +4,8 @@
 
 For each way of starting vLLM: the tokens that it sampled, and k3 (`mismatch_kl/mean`: the mean over tokens of
 r − log r − 1) of every other party's logprobs of the same tokens against its own. Parties: this project's trainer in
-half precision, the same with its elementwise steps rounded less often, and in float32. The yardstick is the trainer's
-own half precision against its own float32 on the same tokens: what the number format alone costs.
+each number format, and with formats mixed. The yardstick is the trainer's own bfloat16 against its own float32 on the
+same tokens: what that format alone costs.
 
 `--logit-scale` multiplies the final norm's weight, and so every logit, for peaky distributions from random weights.
 `DIR` holds a Qwen3-VL; random weights will do.
@@ -20,7 +20,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,8 @@ ENGINES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "half_head": ({"hf_overrides": None}, {}),
     "batch_invariant": ({}, {"VLLM_BATCH_INVARIANT": "1"}),
     "eager": ({"enforce_eager": True}, {}),
+    "float16": ({"dtype": "float16"}, {}),
+    "float16_half_head": ({"dtype": "float16", "hf_overrides": None}, {}),
 }
 """Name → further arguments of the server, its environment."""
 
@@ -70,7 +72,8 @@ def scaled(folder: Path, scale: float, to: Path) -> Path:
     from safetensors.torch import load_file, save_file
 
     name = "model.language_model.norm.weight"
-    shutil.copytree(folder, to, copy_function=os.link, dirs_exist_ok=True)
+    shutil.rmtree(to, ignore_errors=True)
+    shutil.copytree(folder, to, copy_function=os.link)
     for path in sorted(to.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             has_norm = name in file.keys()  # noqa: SIM118
@@ -124,75 +127,35 @@ def as_sample(index: int, prompt: Prompt, completion: Completion) -> TrainingSam
 
 
 @contextmanager
-def norms_round_once(model: Any) -> Iterator[None]:
-    """RMSNorm in float32 to its end, weight included."""
-
-    def forward(self: Any, hidden: Any) -> Any:
-        x = hidden.float()
-        x = x * (x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
-        return (x * self.weight.float()).to(hidden.dtype)
-
-    with _replaced(model, "RMSNorm", forward):
-        yield
-
-
-@contextmanager
-def mlp_rounds_once(model: Any) -> Iterator[None]:
-    """silu(gate) · up in float32, rounded once."""
+def products_in(dtype: str) -> Iterator[None]:
+    """Matrix products in half precision, everything between them (the residual stream too) in the model's float32."""
     import torch
 
-    def forward(self: Any, x: Any) -> Any:
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj((torch.nn.functional.silu(gate.float()) * up.float()).to(x.dtype))
-
-    with _replaced(model, "TextMLP", forward):
+    with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", dtype=getattr(torch, dtype)):
         yield
 
 
 @contextmanager
-def rope_rounds_once(model: Any) -> Iterator[None]:
-    """Rotations in float32, rounded once; cosines and sines are still those of the model's dtype."""
-    from transformers.models.qwen3_vl import modeling_qwen3_vl as modeling
+def tf32() -> Iterator[None]:
+    """Matrix products of float32 with ten bits of mantissa."""
+    import torch
 
-    original = modeling.apply_rotary_pos_emb
-
-    def rotate(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
-        a, b = original(q.float(), k.float(), cos.float(), sin.float(), *args, **kwargs)
-        return a.to(q.dtype), b.to(k.dtype)
-
-    modeling.apply_rotary_pos_emb = rotate
+    torch.set_float32_matmul_precision("high")
     try:
         yield
     finally:
-        modeling.apply_rotary_pos_emb = original
+        torch.set_float32_matmul_precision("highest")
 
 
-@contextmanager
-def _replaced(model: Any, suffix: str, forward: Callable[..., Any]) -> Iterator[None]:
-    kinds = {type(module) for module in model.modules() if type(module).__name__.endswith(suffix)}
-    assert kinds, suffix
-    before = {kind: kind.forward for kind in kinds}
-    for kind in kinds:
-        kind.forward = forward
-    try:
-        yield
-    finally:
-        for kind, method in before.items():
-            kind.forward = method
-
-
-@contextmanager
-def as_it_is(model: Any) -> Iterator[None]:
-    yield
-
-
-VARIANTS: dict[str, list[Callable[[Any], Any]]] = {
-    "half": [as_it_is],
-    "half, norms round once": [norms_round_once],
-    "half, rope rounds once": [rope_rounds_once],
-    "half, mlp rounds once": [mlp_rounds_once],
-    "half, all three": [norms_round_once, rope_rounds_once, mlp_rounds_once],
+VARIANTS: dict[str, tuple[Dtype, Callable[[], Any]]] = {
+    "bfloat16": (Dtype.bfloat16, nullcontext),
+    "float16": (Dtype.float16, nullcontext),
+    "float32": (Dtype.float32, nullcontext),
+    "float32, products tf32": (Dtype.float32, tf32),
+    "float32, products bfloat16": (Dtype.float32, lambda: products_in("bfloat16")),
+    "float32, products float16": (Dtype.float32, lambda: products_in("float16")),
 }
+"""Party → the model's dtype, and what surrounds its forward pass."""
 
 
 def trainer_logprobs(folder: Path, config: ModelConfig, batches: dict[str, list[TrainingSample]]) -> dict[str, Any]:
@@ -200,7 +163,7 @@ def trainer_logprobs(folder: Path, config: ModelConfig, batches: dict[str, list[
     import torch
 
     found: dict[str, Any] = {engine: {} for engine in batches}
-    for dtype in (config.dtype, Dtype.float32):
+    for dtype in Dtype:
         model: Any = load_model(folder, ModelConfig(name=config.name, dtype=dtype, vlm=config.vlm))
         positions = position_function("mrope", model.config.vision_config.spatial_merge_size)
         renderer = renderer_of(folder, config, model.get_input_embeddings().num_embeddings)
@@ -208,11 +171,10 @@ def trainer_logprobs(folder: Path, config: ModelConfig, batches: dict[str, list[
         trainer = LocalTrainer(
             policy, TrainerConfig(micro_batch_tokens=4096), AlgorithmConfig(), temperature=1.0, max_new_tokens=8
         )
-        variants = {"float32": [as_it_is]} if dtype is Dtype.float32 else VARIANTS
-        for name, patches in variants.items():
-            with ExitStack() as stack:
-                for patch in patches:
-                    stack.enter_context(patch(model))
+        for name, (wanted, surroundings) in VARIANTS.items():
+            if wanted is not dtype:
+                continue
+            with surroundings():
                 for engine, samples in batches.items():
                     started = time.perf_counter()
                     found[engine][name] = torch.cat([x.cpu() for x in trainer.logprobs(samples)])
@@ -238,11 +200,11 @@ async def sampled_by(name: str, folder: Path, config: ModelConfig, args: argpars
     if torch.cuda.is_available() and "enforce_eager" not in extra:
         base["compilation_config"] = GRAPHS
     vllm = VllmConfig(
-        dtype=config.dtype,
+        dtype=Dtype(extra.get("dtype", config.dtype.value)),
         max_model_len=2048,
         gpu_memory_utilization=args.gpu_memory,
         enforce_eager=bool(extra.get("enforce_eager")),
-        extra_args=base | {key: value for key, value in extra.items() if key != "enforce_eager"},
+        extra_args=base | {key: value for key, value in extra.items() if key not in ("enforce_eager", "dtype")},
     )
     embeddings = json.loads((folder / "config.json").read_text())["text_config"]["vocab_size"]
     renderer = renderer_of(folder, config, embeddings)

@@ -173,6 +173,7 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     ),
     (("weight_sync=folder",), "weight_sync=folder requires another engine than inference=embedded.*=in_process"),
     (("inference=vllm", "weight_sync=in_process"), "weight_sync=in_process requires .* set weight_sync=folder"),
+    (("model.dtype=float16",), "model.dtype=float16 requires loss scaling"),
     (("orchestrator.max_staleness=1",), "orchestrator.max_staleness=1 requires .* inference=embedded"),
     (("inference.max_model_len=1023",), "inference.max_model_len=1023 requires"),
     (("trainer.seq_len=4097",), "trainer.seq_len=4097 requires model.tiny.max_position_embeddings"),

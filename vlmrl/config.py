@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vlmrl.errors import ConfigError
 from vlmrl.inference.config import EmbeddedConfig, InferenceConfig, VllmConfig
-from vlmrl.models.config import ModelConfig
+from vlmrl.models.config import Dtype, ModelConfig
 from vlmrl.monitor.config import MonitorConfig
 from vlmrl.orchestrator.config import AlgorithmConfig, OrchestratorConfig
 from vlmrl.tasks.config import ColorCodewordConfig, ImportedTaskConfig, TaskConfig
@@ -354,6 +354,15 @@ def kinds_are_chosen(config: RunConfig) -> None:
             )
 
 
+def gradients_have_range(config: RunConfig) -> None:
+    """What learns is in a format that holds gradients."""
+    if config.model.dtype is Dtype.float16 and config.mode is not Mode.eval:
+        raise ConfigError(
+            "model.dtype=float16 requires loss scaling, which the trainer does not do, else small gradients become 0: "
+            "set model.dtype=bfloat16 (inference.dtype=float16 may stay: it rounds the sampler less)"
+        )
+
+
 def weights_reach_engine(config: RunConfig) -> None:
     """Sampler and weight sync fit each other."""
     inference, sync = config.inference.kind, config.weight_sync.kind
@@ -499,6 +508,7 @@ CHECKS: tuple[Check, ...] = (
     renderer_serves_family,
     numbers_in_range,
     kinds_are_chosen,
+    gradients_have_range,
     weights_reach_engine,
     embedded_is_in_step,
     context_holds_samples,

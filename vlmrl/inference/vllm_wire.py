@@ -112,7 +112,7 @@ def encode_image(image: ImageItem, dtype: Dtype, flat: Collection[str]) -> bytes
 
 def data_size(image: ImageItem, dtype: Dtype) -> int:
     """Bytes that `encode_image` makes of it, but for the hundred or so that name its parts."""
-    widths = {"f": 2 if dtype is Dtype.bfloat16 else 4}
+    widths = {"f": 4 if dtype is Dtype.float32 else 2}
     return (
         sum(array.size * widths.get(array.dtype.kind, array.dtype.itemsize) for array in image.mm_kwargs.values())
         * 4
@@ -136,7 +136,7 @@ def _element(array: np.ndarray, dtype: Dtype, is_flat: bool) -> dict[str, Any]:
 def _tensor_bytes(array: np.ndarray, dtype: Dtype) -> tuple[str, memoryview]:
     """torch's name of the dtype, and the bytes of a contiguous tensor of it."""
     if np.issubdtype(array.dtype, np.floating):
-        array = to_bfloat16(array) if dtype is Dtype.bfloat16 else array.astype(np.float32, copy=False)
+        array = to_bfloat16(array) if dtype is Dtype.bfloat16 else array.astype(dtype.value, copy=False)
         return dtype.value, np.ascontiguousarray(array).data.cast("B")
     return array.dtype.name, np.ascontiguousarray(array).data.cast("B")
 

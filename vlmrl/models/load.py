@@ -60,7 +60,7 @@ def check_available(config: ModelConfig) -> None:
         folder = Path(config.name).expanduser()
         missing = _missing_files(folder, config) or _wrong_family(folder, config)
         size = None if missing else _weight_bytes(folder)
-    too_big_for_cpu = size > CPU_LIMIT_BYTES if size is not None else config.dtype is Dtype.bfloat16
+    too_big_for_cpu = size > CPU_LIMIT_BYTES if size is not None else config.dtype is not Dtype.float32
     if config.device not in ("cpu", "auto") and not _has_cuda():
         missing.append(f"model.device={config.device}, and there is no CUDA device that torch can use")
     elif config.device == "auto" and too_big_for_cpu and not _has_cuda():

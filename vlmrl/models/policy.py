@@ -131,8 +131,9 @@ class Policy:
         divided by the temperature, then log-softmax. `temperature=0` gives the plain distribution (greedy reads its
         maximum)."""
         head = self.model.get_output_embeddings()
-        # In float32 whatever the weights are: a rounded logit moves every probability.
-        logits = torch.nn.functional.linear(hidden.float(), head.weight.float(), head.bias)
+        # In float32 whatever the weights are and whatever is cast around us: a rounded logit moves every probability.
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = torch.nn.functional.linear(hidden.float(), head.weight.float(), head.bias)
         if len(self._banned):
             logits = logits.index_fill(1, self._banned, float("-inf"))
         return torch.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)

@@ -396,5 +396,6 @@ def tree_attention_forward(
         pool_k[:, new] = k
         pool_v[:, new] = v
         k, v = pool_k, pool_v
-    out = _TreeAttention.apply(q, k, v, tree_plan, scaling)  # type: ignore[no-untyped-call]
+    with torch.autocast(q.device.type, enabled=False):
+        out = _TreeAttention.apply(q, k, v, tree_plan, scaling)  # type: ignore[no-untyped-call]
     return out.transpose(0, 1).unsqueeze(0), None
