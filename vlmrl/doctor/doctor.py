@@ -216,15 +216,18 @@ class Doctor:
         """The run's first problems, sampled and greedy, by the policy of `version`."""
         renderer, engine = WatchedRenderer(self.renderer), WatchedEngine(self.engine)
         runner = self._runner(renderer, engine)
-        temperature = self.config.orchestrator.temperature
         groups: list[Group] = []
         with watched_rows(self.policy) as rows:
-            for size, t in ((SIBLINGS, temperature), (1, 0.0)):
+            for size, temperature in ((SIBLINGS, self.config.orchestrator.temperature), (1, 0.0)):
                 groups += await runner.run_groups(
-                    split="train", step=version, problem_indices=range(PROBLEMS), group_size=size, temperature=t
+                    split="train",
+                    step=version,
+                    problem_indices=range(PROBLEMS),
+                    group_size=size,
+                    temperature=temperature,
                 )
         self.groups[version] = groups
-        return Played(groups, temperature, renderer.rendered, engine.requests, rows.all())
+        return Played(groups, renderer.rendered, engine.requests, rows.all())
 
     def _runner(self, renderer: Renderer, engine: InferenceEngine) -> RolloutRunner:
         config = self.config
@@ -252,8 +255,8 @@ class Doctor:
     def _bound(self, played: Played) -> float:
         """Largest mean mismatch_kl between engine and trainer that is rounding.
 
-        Where either computes in bfloat16: by the trainer's own rounding on the same tokens. Measured before anything
-        has moved and taken for both versions: later the optimizer's state needs the memory of the second weights.
+        Where either computes in bfloat16: by the trainer's own rounding on the same tokens. Measured before the
+        optimizer has a state, which takes as much memory as the second weights do here, and taken for both versions.
         """
         if Dtype.bfloat16 not in self._dtypes:
             return checks.EXACT_KL

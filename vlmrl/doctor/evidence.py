@@ -62,8 +62,6 @@ class Played:
     """The rollouts of one policy version."""
 
     groups: list[Group]
-    temperature: float
-    """Of the sampled rollouts; the greedy ones are at 0."""
     rendered: list[Rendered]
     requests: list[Prompt]
     """What the engine was asked to continue, in the order of its answers."""
@@ -71,7 +69,9 @@ class Played:
     """int64 [rows, 1 + position rows]: token id and positions of every row that the engine computed; None where it
     does so elsewhere."""
     sampled: list[TrainingSample] = field(init=False)
+    """At the run's temperature."""
     greedy: list[TrainingSample] = field(init=False)
+    """At temperature 0."""
 
     def __post_init__(self) -> None:
         self.sampled = [s for rollout in self.rollouts() if not _is_greedy(rollout) for s in _samples(rollout)]
