@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,24 +22,88 @@ from doctor.broken_parts import (
     shifted,
     with_pixels,
 )
-from doctor.examined import examine, failed, those
 
+from vlmrl.config import RunConfig
 from vlmrl.doctor.checks import Line, Verdict
-from vlmrl.doctor.doctor import LINES, add_noise, conclude, weights_in
+from vlmrl.doctor.doctor import LINES, Doctor, add_noise, conclude, weights_in
 from vlmrl.errors import EngineError, ParityError
 from vlmrl.inference.embedded import EmbeddedEngine
+from vlmrl.inference.vllm_client import VllmClient
+from vlmrl.inference.vllm_server import vllm_version
 from vlmrl.models.load import load_image_processor, load_tokenizer, resolve_checkpoint
 from vlmrl.models.policy import ImageFeatures, Policy
 from vlmrl.models.positions import position_function
+from vlmrl.monitor.monitor import Monitor
+from vlmrl.monitor.run_dir import RunDir
 from vlmrl.orchestrator.config import RendererConfig
 from vlmrl.orchestrator.renderer import make_renderer
 from vlmrl.run import Run
 from vlmrl.tasks import Message, Reply
 from vlmrl.types import Completion, ImageItem
+from vlmrl.weight_sync.folder import FolderSync
 
 AFTER_THE_SYNC = {"weights", "logprobs, version 1"}
 ENGINE_APART = {"logprobs, version 0", "images, engine", "logprobs, version 1"}
 """The engine computes something else than the trainer, with whatever weights."""
+
+
+def needs_vllm(test: Callable[..., None]) -> Callable[..., None]:
+    """Starts a server."""
+    for mark in (pytest.mark.vllm, pytest.mark.slow, pytest.mark.skipif(vllm_version() is None, reason="no vLLM")):
+        test = mark(test)
+    return test
+
+
+@pytest.fixture(autouse=True)
+def one_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLMRL_CACHE", str(tmp_path_factory.getbasetemp() / "doctor-cache"))
+
+
+@pytest.fixture
+def build(run_config: Callable[..., RunConfig], tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    """`build("model.dtype=bfloat16")`: the parts of a run, as the command makes them."""
+    threads = torch.get_num_threads()
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.create()
+    config = run_config("mode=doctor", "monitor.wandb.mode=disabled")
+    with Monitor(config.monitor, run_dir, total_steps=1) as monitor:
+        yield lambda *overrides: Run.build(run_config("mode=doctor", *overrides), run_dir, monitor)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run(build: Callable[..., Run]) -> Run:
+    return build()
+
+
+def examine(run: Run) -> dict[str, Line]:
+    async def scenario() -> list[Line]:
+        await run.engine.start()
+        try:
+            return await Doctor(
+                config=run.config,
+                task=run.task,
+                renderer=run.renderer,
+                engine=run.engine,
+                policy=run.policy,
+                trainer=run.trainer,
+                weight_sync=run.weight_sync,
+                status=lambda line: None,
+            ).examine()
+        finally:
+            await run.engine.stop()
+
+    lines = asyncio.run(scenario())
+    assert [line.name for line in lines] == list(LINES)
+    return {line.name: line for line in lines}
+
+
+def those(lines: dict[str, Line], verdict: Verdict) -> set[str]:
+    return {name for name, line in lines.items() if line.verdict is verdict}
+
+
+def failed(run: Run) -> set[str]:
+    return those(examine(run), Verdict.FAILED)
 
 
 # ── sound runs ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -319,6 +385,40 @@ def test_a_trainer_with_other_weights_than_the_policy(run: Run) -> None:
     """As when the optimizer holds tensors that the model does not have any more."""
     run.trainer._policy = copy.deepcopy(run.policy)
     assert {"update"} <= failed(run)
+
+
+# ── real servers ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@needs_vllm
+def test_half_precision_of_other_kernels(build: Callable[..., Run]) -> None:
+    """The bound, which follows from the trainer's rounding alone, holds for them."""
+    run = build("inference=vllm", "model.dtype=bfloat16")
+    try:
+        lines = examine(run)
+    finally:
+        run.weight_sync.close()
+    assert those(lines, Verdict.HIDDEN) == {"positions, engine"}
+    assert those(lines, Verdict.FAILED) == set(), lines
+    found = lines["logprobs, version 0"].figures
+    assert 1e-7 < found["mismatch_kl"] < found["limit"] / 3
+
+
+@needs_vllm
+def test_a_sync_that_transfers_nothing(build: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    async def transfer(self: FolderSync, client: VllmClient) -> None:
+        """The rest of an update goes on: caches are dropped, the version is told."""
+
+    monkeypatch.setattr(FolderSync, "_transfer", transfer)
+    run = build("inference=vllm")
+    try:
+        lines = examine(run)
+    finally:
+        run.weight_sync.close()
+    assert those(lines, Verdict.FAILED) == {"weights", "logprobs, version 1"}
+    found = lines["weights"].figures
+    assert found["differing"] == found["compared"] > 40
+    assert "of vLLM server 0" in lines["weights"].says
 
 
 # ── what it says ────────────────────────────────────────────────────────────────────────────────────────────
