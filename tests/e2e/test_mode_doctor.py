@@ -41,7 +41,9 @@ def test_a_run_that_would_not_work(home: Home) -> None:
     run = home.path / "outputs/doctor_of_faults"
     ended = home.vlmrl("mode=doctor", "task=their_tasks:AllFaults", f"hydra.run.dir={run}")
     assert ended.code == 1
-    assert ended.err.startswith("error: 2 of 16 lines failed, so what is sampled would not be what is learned from:\n")
+    assert ended.err.startswith(
+        "error: 2 of 16 lines failed, so a run would learn from something else than it sampled, or not at all:\n"
+    )
     assert "\n  rollouts, version 0: train/000000/00/00 ended as task_error: LookupError: no score" in ended.err
     assert "Traceback" not in ended.err
     verdicts = {line["name"]: line["verdict"] for line in table(run)}

@@ -350,7 +350,7 @@ def conclude(lines: Sequence[Line]) -> None:
             f"  {line.name}: {line.says}" + (f" ({line.bound})" if line.bound else "") for line in failed
         )
         raise ParityError(
-            f"{len(failed)} of {len(lines)} lines failed, so what is sampled would not be what is learned from:\n"
+            f"{len(failed)} of {len(lines)} lines failed, so a run would learn from something else than it sampled, or not at all:\n"
             f"{listed}"
         )
 
