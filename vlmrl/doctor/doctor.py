@@ -350,8 +350,8 @@ def conclude(lines: Sequence[Line]) -> None:
             f"  {line.name}: {line.says}" + (f" ({line.bound})" if line.bound else "") for line in failed
         )
         raise ParityError(
-            f"{len(failed)} of {len(lines)} lines failed, so a run would learn from something else than it sampled, or not at all:\n"
-            f"{listed}"
+            f"{len(failed)} of {len(lines)} lines failed, so a run would learn from something else than it sampled, "
+            f"or not at all:\n{listed}"
         )
 
 
