@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import json
 import os
 import statistics
@@ -28,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 
 from vlmrl import broken_wheels
 
@@ -147,7 +147,8 @@ def offline(folder: Path, args: argparse.Namespace) -> list[dict[str, float]]:
 
     def of(prompt: Prompt) -> Any:
         items = [
-            decode_mm_kwargs_item(orjson.loads(encode_image(image, config.dtype, FLAT))) for image in prompt.images
+            decode_mm_kwargs_item(base64.b64encode(encode_image(image, config.dtype, FLAT)).decode())
+            for image in prompt.images
         ]
         return mm_input(
             prompt_token_ids=prompt.token_ids.tolist(),

@@ -29,7 +29,10 @@ OPTIONS = sorted(
 NOT_ALONE = {
     "orchestrator/renderer=none": "model.vlm requires orchestrator.renderer",
     "task=imported": "task.target has no value",
-    "weight_sync=folder": "requires another engine than inference=embedded",
+    **dict.fromkeys(
+        ("weight_sync=folder", "weight_sync=nccl", "weight_sync=cuda_ipc"),
+        "requires another engine than inference=embedded",
+    ),
 }
 """Options that cannot run with everything else at its default, and what is said about it."""
 

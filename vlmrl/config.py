@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeAlias
+from urllib.parse import urlsplit
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -31,7 +32,13 @@ from vlmrl.monitor.config import MonitorConfig
 from vlmrl.orchestrator.config import AlgorithmConfig, OrchestratorConfig
 from vlmrl.tasks.config import ColorCodewordConfig, ImportedTaskConfig, TaskConfig
 from vlmrl.trainer.config import TrainerConfig
-from vlmrl.weight_sync.config import FolderSyncConfig, InProcessSyncConfig, WeightSyncConfig
+from vlmrl.weight_sync.config import (
+    CudaIpcSyncConfig,
+    FolderSyncConfig,
+    InProcessSyncConfig,
+    NcclSyncConfig,
+    WeightSyncConfig,
+)
 
 
 class Mode(Enum):
@@ -80,7 +87,12 @@ class RunConfig:
 SCHEMAS: dict[str, dict[str, type]] = {
     "task": {"color_codeword": ColorCodewordConfig, "imported": ImportedTaskConfig},
     "inference": {"embedded": EmbeddedConfig, "vllm": VllmConfig},
-    "weight_sync": {"in_process": InProcessSyncConfig, "folder": FolderSyncConfig},
+    "weight_sync": {
+        "in_process": InProcessSyncConfig,
+        "folder": FolderSyncConfig,
+        "nccl": NcclSyncConfig,
+        "cuda_ipc": CudaIpcSyncConfig,
+    },
 }
 """Groups whose options differ in their fields: option → schema. Elsewhere RunConfig's field has the schema."""
 
@@ -372,6 +384,24 @@ def weights_reach_engine(config: RunConfig) -> None:
             f"weight_sync={sync} requires another engine than inference={inference}, else no policy version reaches "
             f"the sampler: set weight_sync={remedy}"
         )
+    if sync not in ("nccl", "cuda_ipc"):
+        return
+    if config.model.device == "cpu":
+        raise ConfigError(
+            f"weight_sync={sync} requires the trainer on a GPU, else there is nothing that it could send from: set "
+            "model.device=auto, or weight_sync=folder"
+        )
+    assert isinstance(config.inference, VllmConfig), "kinds_are_chosen comes first"
+    for url in config.inference.urls:
+        if sync == "cuda_ipc" and urlsplit(url).hostname not in LOOPBACK:
+            raise ConfigError(
+                f"weight_sync=cuda_ipc requires servers on this host, else {url} cannot open the trainer's memory: set "
+                "weight_sync=nccl, or in inference.urls http://127.0.0.1:<port>"
+            )
+
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+"""Hosts in `inference.urls` that are surely this one."""
 
 
 def embedded_is_in_step(config: RunConfig) -> None:

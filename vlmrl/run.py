@@ -55,9 +55,12 @@ from vlmrl.trainer.checkpoint import Checkpoints
 from vlmrl.trainer.config import SFTConfig
 from vlmrl.trainer.trainer import LocalTrainer
 from vlmrl.types import InferenceEngine, TrainingSample, WeightSync
-from vlmrl.weight_sync.config import FolderSyncConfig
+from vlmrl.weight_sync.config import CudaIpcSyncConfig, FolderSyncConfig, NcclSyncConfig
+from vlmrl.weight_sync.cuda_ipc import CudaIpcSync
 from vlmrl.weight_sync.folder import FolderSync
+from vlmrl.weight_sync.gpu import WEIGHT_TRANSFERS, check_transfer
 from vlmrl.weight_sync.in_process import InProcessSync
+from vlmrl.weight_sync.nccl import NcclSync
 
 
 def execute(config: RunConfig) -> float | None:
@@ -65,6 +68,7 @@ def execute(config: RunConfig) -> float | None:
     check_available(config.model)
     if isinstance(config.inference, VllmConfig):
         check_vllm(config.inference)
+        check_transfer(config.weight_sync, config.inference, config.model.device)
     run_dir = RunDir(config.output_dir)
     if config.mode is Mode.eval and config.resume:
         run_dir = RunDir(run_dir.path / "eval")
@@ -143,9 +147,15 @@ def make_engine(
         engine = EmbeddedEngine(policy, lambda: trainer.version, config.inference.max_model_len)
         return engine, InProcessSync(trainer, engine)
     flat = config.model.vlm.flat_mm_kwargs if config.model.vlm is not None else []
-    servers = VllmEngine(config.inference, folder, run_dir.logs, flat, monitor.status, monitor.warn)
-    assert isinstance(config.weight_sync, FolderSyncConfig), "config.check demands one that servers understand"
-    return servers, FolderSync(servers, trainer.weights, config.weight_sync)
+    sync = config.weight_sync
+    transfer = WEIGHT_TRANSFERS.get(sync.kind)
+    servers = VllmEngine(config.inference, folder, run_dir.logs, flat, monitor.status, monitor.warn, transfer)
+    if isinstance(sync, NcclSyncConfig):
+        return servers, NcclSync(servers, trainer.weights, sync)
+    if isinstance(sync, CudaIpcSyncConfig):
+        return servers, CudaIpcSync(servers, trainer.weights, sync)
+    assert isinstance(sync, FolderSyncConfig), "config.check demands one that servers understand"
+    return servers, FolderSync(servers, trainer.weights, sync)
 
 
 @dataclass(eq=False)

@@ -93,7 +93,7 @@ def test_data_of_an_image_is_what_vllm_itself_would_write(
 
     theirs = type(theirs)({name: theirs[name] for name in item.mm_kwargs})  # versions differ in the order of names
 
-    ours: str = orjson.loads(encode_image(item, dtype, FLAT))
+    ours = base64.b64encode(encode_image(item, dtype, FLAT)).decode()
     assert ours == encode(theirs)
     decoded = decode(ours)
     assert torch.equal(decoded["pixel_values"].data, pixels)
@@ -115,7 +115,7 @@ def test_a_request_passes_through_vllms_own_model(vllm: Any) -> None:
     assert request.features is not None
     assert request.features.mm_hashes == {"image": ["first", "second", "first"]}
     assert [(p.offset, p.length) for p in request.features.mm_placeholders["image"]] == [(1, 1), (3, 2), (6, 1)]
-    assert request.features.kwargs_data == {"image": [None, orjson.loads(data["second"]), None]}
+    assert request.features.kwargs_data == {"image": [None, base64.b64encode(data["second"]).decode(), None]}
     params = request.sampling_params
     assert (params.temperature, params.max_tokens, params.seed) == (0.7, 5, 2**64 - 1)
     assert params.stop_token_ids == [9]
@@ -136,9 +136,7 @@ def test_data_size_is_the_size_of_the_data(dtype: Dtype) -> None:
     item = image(4, 6)
     encoded = encode_image(item, dtype, FLAT)
     assert 0 <= len(encoded) - data_size(item, dtype) < 300
-    assert len(base64.b64decode(encoded[1:-1])) > item.mm_kwargs["pixel_values"].size * (
-        4 if dtype is Dtype.float32 else 2
-    )
+    assert len(encoded) > item.mm_kwargs["pixel_values"].size * (4 if dtype is Dtype.float32 else 2)
 
 
 def test_kwargs_that_are_not_one_row_per_image_must_be_named() -> None:

@@ -25,7 +25,18 @@ import orjson
 
 from vlmrl.errors import EngineError
 from vlmrl.inference.connections import Connections
-from vlmrl.inference.vllm_wire import Answer, WireError, data_size, encode_image, parse_answer, request_body
+from vlmrl.inference.vllm_route import FORGOTTEN
+from vlmrl.inference.vllm_wire import (
+    ROUTE,
+    Answer,
+    WireError,
+    data_size,
+    encode_image,
+    pack_request,
+    parse_answer,
+    request_body,
+    unpack_answer,
+)
 from vlmrl.models.config import Dtype
 from vlmrl.types import ImageItem, Prompt, SamplingParams
 
@@ -53,7 +64,7 @@ class ImageEncoder:
         self._bytes = 0
 
     async def encode(self, images: Collection[ImageItem]) -> dict[str, bytes]:
-        """Hash → JSON string, of the distinct images; in a thread, for it takes milliseconds each."""
+        """Hash → `encode_image` of it, of the distinct images; in a thread, for it takes milliseconds each."""
         distinct = {image.hash: image for image in images}
         missing = [image for image in distinct.values() if image.hash not in self._kept]
         encoded = {hash: self._kept[hash] for hash in distinct if hash in self._kept}
@@ -89,8 +100,11 @@ class VllmClient:
     ) -> None:
         """`counts` are the engine's, by metric; `transport` is a test's stand-in for the network."""
         self.name = name
+        self.url = url
         self.keeps_images = False
         """Whether the server takes an image by its hash alone; set by whoever has asked for its settings."""
+        self.has_route = False
+        """Whether it has the run's own route, beside vLLM's; set as `keeps_images`."""
         self._encoder = encoder
         self._counts = counts
         self._timeout_s = request_timeout_s
@@ -193,23 +207,31 @@ class VllmClient:
         by_hash = [image for image in prompt.images if image.hash not in data]
         request_id = f"{rollout_id}/{next(self._numbers)}"
         arguments = (request_id, prompt.token_ids, prompt.placeholders, data, sampling)
-        # Megabytes of base64 are not put together on the event loop.
-        body = await asyncio.to_thread(request_body, *arguments) if data else request_body(*arguments)
+        write = pack_request if self.has_route else request_body
+        # Megabytes are not put together on the event loop.
+        body = await asyncio.to_thread(write, *arguments) if data else write(*arguments)
         self._counts["wire/bytes_sent"] += len(body)
-        self._counts["wire/bytes_saved"] += sum(data_size(image, self._encoder.dtype) for image in by_hash)
+        saved = sum(data_size(image, self._encoder.dtype) for image in by_hash)
+        self._counts["wire/bytes_saved"] += saved if self.has_route else saved * 4 // 3  # base64
         self._counts["wire/images_sent"] += len(data)
         self._counts["inference/requests"] += 1
         response = await self._send(
-            f"rollout {rollout_id}", "POST", "/inference/v1/generate", content=body, headers=JSON_CONTENT
+            f"rollout {rollout_id}",
+            "POST",
+            ROUTE if self.has_route else "/inference/v1/generate",
+            content=body,
+            headers={"content-type": "application/octet-stream" if self.has_route else "application/json"},
         )
+        if response.status_code == FORGOTTEN and by_hash:
+            return None
         if response.status_code == 500:
             await self._raise_if_dying(response)
             if by_hash:
-                return None  # vLLM 0.32 says no more than that
+                return None  # vLLM's own route says no more than that
         if response.status_code != 200:
             raise EngineError(f"rollout {rollout_id}: {self.name} answered with {_complaint(response)}")
         try:
-            answer = parse_answer(response.content)
+            answer = unpack_answer(response.content) if self.has_route else parse_answer(response.content)
         except WireError as error:
             raise EngineError(f"rollout {rollout_id}: {self.name} gave an answer that is none: {error}") from error
         if answer.finish_reason == "abort":
@@ -236,9 +258,6 @@ class VllmClient:
         """A server whose engine has died answers once more before it ends."""
         if response.status_code >= 500 and not await self.is_healthy():
             raise ServerLostError(f"{self.name}: {_complaint(response)}")
-
-
-JSON_CONTENT = {"content-type": "application/json"}
 
 
 def _complaint(response: httpx.Response) -> str:

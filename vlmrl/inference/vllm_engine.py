@@ -25,8 +25,16 @@ import numpy as np
 from vlmrl.errors import EngineError
 from vlmrl.inference.config import VllmConfig
 from vlmrl.inference.vllm_client import ImageEncoder, ServerLostError, VllmClient
-from vlmrl.inference.vllm_server import HEALTH_POLL_S, NEW_FLAGS, SERVER_FLAGS, STOP_S, VllmServer, command_line
-from vlmrl.inference.vllm_wire import Answer
+from vlmrl.inference.vllm_server import (
+    HEALTH_POLL_S,
+    NEW_FLAGS,
+    SERVER_FLAGS,
+    STOP_S,
+    VllmServer,
+    WeightTransfer,
+    command_line,
+)
+from vlmrl.inference.vllm_wire import ROUTE, Answer
 from vlmrl.types import Completion, Prompt, SamplingParams
 
 SETTLE_S = 0.2
@@ -91,10 +99,11 @@ class VllmEngine:
         flat_mm_kwargs: Collection[str],
         on_progress: Callable[[str], None],
         warn: Callable[[str], None],
+        weight_transfer: WeightTransfer | None = None,
     ) -> None:
         """`checkpoint` is a folder; `log_folder` gets `vllm_<replica>.log`; `flat_mm_kwargs` are the `mm_kwargs` that a
         batch of images concatenates (vllm_wire.encode_image); `on_progress` gets a line now and then while servers
-        start, `warn` one for each that has died."""
+        start, `warn` one for each that has died; `weight_transfer` as `VllmServer`'s."""
         self._config = config
         self._encoder = ImageEncoder(config.dtype, flat_mm_kwargs)
         self._on_progress = on_progress
@@ -109,7 +118,7 @@ class VllmEngine:
             self.replicas = [Replica(url, None) for url in config.urls]
         else:
             servers = [
-                VllmServer(config, index, checkpoint, log_folder / f"vllm_{index}.log")
+                VllmServer(config, index, checkpoint, log_folder / f"vllm_{index}.log", weight_transfer)
                 for index in range(config.replicas)
             ]
             self.replicas = [Replica(server.name, server) for server in servers]
@@ -343,6 +352,7 @@ async def check_settings(client: VllmClient, config: VllmConfig) -> None:
             f"inference.max_model_len={config.max_model_len} allows: raise the one or lower the other"
         )
     client.keeps_images = settings["keeps_images"]
+    client.has_route = await client.call("GET", ROUTE, optional=True) is not None
 
 
 def _completion(rollout_id: str, answer: Answer, version: int, sampling: SamplingParams) -> Completion:

@@ -1,4 +1,5 @@
-"""Middleware of the servers that the run starts: nobody without the run's key gets past `GET /health`.
+"""Middleware of the servers that the run starts: nobody without the run's key gets past `GET /health`; behind it, the
+run's own route (vllm_route.py).
 
 vLLM's own key guards `/v1` and `/inference` only. The endpoints that replace the weights or call methods of the workers
 are open to every user of the machine who finds the port.
@@ -8,19 +9,16 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, TypeAlias
+from collections.abc import Awaitable, Callable
 
-Scope: TypeAlias = MutableMapping[str, Any]
-Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+from vlmrl.inference.vllm_route import Receive, Route, Scope, Send
 
 
 class RequireKey:
     """ASGI middleware (`--middleware vlmrl.inference.vllm_guard.RequireKey`); the key is `VLLM_API_KEY`."""
 
     def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
-        self._app = app
+        self._app = Route(app)
         self._expected = f"Bearer {os.environ['VLLM_API_KEY']}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

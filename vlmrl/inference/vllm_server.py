@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import vlmrl
 from vlmrl.errors import ConfigError, EngineError
@@ -81,6 +81,14 @@ CPU_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
 
+IPC_ENVIRONMENT = {
+    # CUDA IPC handles come as a pickle, from whoever has the key: whoever has it can run code in the server.
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+}
+
+WeightTransfer: TypeAlias = Literal["nccl", "ipc"]
+"""vLLM's names for its engines that take weights from a trainer's GPU."""
+
 
 def check_vllm(config: VllmConfig) -> None:
     """Raise `ConfigError` where this machine cannot run a server. Imports neither vLLM nor torch."""
@@ -110,7 +118,14 @@ def vllm_version() -> tuple[int, int] | None:
     return int(major), int(minor)
 
 
-def server_arguments(config: VllmConfig, checkpoint: Path, version: tuple[int, int], *, on_cpu: bool) -> dict[str, Any]:
+def server_arguments(
+    config: VllmConfig,
+    checkpoint: Path,
+    version: tuple[int, int],
+    *,
+    on_cpu: bool,
+    weight_transfer: WeightTransfer | None = None,
+) -> dict[str, Any]:
     """Arguments of `vllm serve` by name; what the config's `extra_args` say wins."""
     arguments: dict[str, Any] = {
         "model": str(checkpoint),
@@ -127,6 +142,8 @@ def server_arguments(config: VllmConfig, checkpoint: Path, version: tuple[int, i
     if config.dtype is not Dtype.float32:
         # The head's product in half precision would round logits that the trainer has in float32.
         arguments["hf_overrides"] = {"head_dtype": "float32"}
+    if weight_transfer is not None:
+        arguments["weight_transfer_config"] = {"backend": weight_transfer}
     if on_cpu:
         # vLLM's CPU engine dies (`CPU Generator does not use offset`) of a seeded request whose prompt is split over
         # two steps. Prompts are taken whole instead; so are their images: the encoder's budget is that of the tokens.
@@ -173,10 +190,26 @@ def replica_devices(replica: int, config: VllmConfig, devices: list[str]) -> lis
     return [devices[(first + place) % len(devices)] for place in range(count)]
 
 
+def visible_devices() -> list[str]:
+    """The GPUs that the run sees, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(device) for device in range(torch.cuda.device_count())]
+
+
 class VllmServer:
     """A server of the run. `launch` may be called again after its death."""
 
-    def __init__(self, config: VllmConfig, index: int, checkpoint: Path, log: Path) -> None:
+    def __init__(
+        self,
+        config: VllmConfig,
+        index: int,
+        checkpoint: Path,
+        log: Path,
+        weight_transfer: WeightTransfer | None = None,
+    ) -> None:
+        """`weight_transfer` is the engine that takes weights, where they do not come from a folder."""
         import torch
 
         version = vllm_version()
@@ -186,12 +219,12 @@ class VllmServer:
         self.log = log
         self.url = ""
         on_cpu = not torch.cuda.is_available()
-        self._arguments = server_arguments(config, checkpoint, version, on_cpu=on_cpu)
+        self._arguments = server_arguments(config, checkpoint, version, on_cpu=on_cpu, weight_transfer=weight_transfer)
         self._environment = _environment(config, on_cpu=on_cpu) | {"VLLM_API_KEY": self.api_key}
+        if weight_transfer == "ipc":
+            self._environment |= IPC_ENVIRONMENT
         if not on_cpu:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-            devices = visible.split(",") if visible else [str(device) for device in range(torch.cuda.device_count())]
-            self._environment["CUDA_VISIBLE_DEVICES"] = ",".join(replica_devices(index, config, devices))
+            self._environment["CUDA_VISIBLE_DEVICES"] = ",".join(replica_devices(index, config, visible_devices()))
         self._timeout_s = config.startup_timeout_s
         self._process: asyncio.subprocess.Process | None = None
         self._port: socket.socket | None = None

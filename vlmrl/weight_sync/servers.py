@@ -96,11 +96,11 @@ class ServerSync(ABC):
             if self._version is not None:
                 await self._update(replica, self._version, self._staged())
 
-    def _gather(self) -> Mapping[str, Tensor]:
-        """The trainer's tensors as the servers must hold them."""
+    def _gather(self, *, copy: bool = False) -> Mapping[str, Tensor]:
+        """The trainer's tensors as the servers must hold them; without `copy`, the trainer's own where they fit."""
         dtype = getattr(torch, self._engine.config.dtype.value)
         return {
-            name: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
+            name: tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype, copy=copy)
             for name, tensor in without_ties(self._weights()).items()
         }
 

@@ -1,0 +1,28 @@
+"""`weight_sync=cuda_ipc`: the servers read the trainer's copy in place, in the memory of the GPU that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from vlmrl.inference.vllm_client import VllmClient
+from vlmrl.inference.vllm_engine import VllmEngine
+from vlmrl.inference.vllm_server import vllm_version
+from vlmrl.weight_sync.config import CudaIpcSyncConfig
+from vlmrl.weight_sync.gpu import GpuSync
+from vlmrl.weight_sync.vllm_transfer import Remote, Sender, ipc_sender
+
+
+class CudaIpcSync(GpuSync):
+    """For servers on the trainer's GPU."""
+
+    def __init__(
+        self, engine: VllmEngine, weights: Callable[[], Mapping[str, Tensor]], config: CudaIpcSyncConfig
+    ) -> None:
+        super().__init__(engine, weights, verify=config.verify)
+
+    def _open(self, remote: Remote, client: VllmClient, tensors: Mapping[str, Tensor]) -> Sender:
+        version = vllm_version()
+        assert version is not None, "check_transfer comes first"
+        return ipc_sender(remote, version)
