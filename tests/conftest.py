@@ -13,7 +13,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from vlmrl.cli import CONF
-from vlmrl.config import RunConfig, parse, register_schemas
+from vlmrl.config import RunConfig, register_schemas
+from vlmrl.parse import parse
 
 # A shared machine may be slow at any moment.
 hypothesis.settings.register_profile("vlmrl", deadline=None)

@@ -15,9 +15,10 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from vlmrl.cli import CONF, PACKAGE, groups, main, resumed, rewrite
-from vlmrl.config import RunConfig, parse
+from vlmrl.config import RunConfig
 from vlmrl.errors import ConfigError
 from vlmrl.monitor.run_dir import RunDir
+from vlmrl.parse import parse
 from vlmrl.tasks.config import ImportedTaskConfig
 
 FAKE_RUN = """

@@ -14,12 +14,16 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 import vlmrl
+from vlmrl.checks import check
+from vlmrl.checks.ranges import RANGES, numbers_in_range
 from vlmrl.cli import CONF
-from vlmrl.config import RANGES, RunConfig, check, did_you_mean, known_keys, numbers_in_range, parse, typed
+from vlmrl.config import RunConfig
 from vlmrl.errors import ConfigError
 from vlmrl.inference.config import VllmConfig
+from vlmrl.keys import did_you_mean, known_keys
 from vlmrl.models.config import Dtype
 from vlmrl.orchestrator.config import Advantage, Credit, Loss
+from vlmrl.parse import parse, typed
 from vlmrl.tasks.config import ColorCodewordConfig, ImportedTaskConfig
 from vlmrl.trainer.config import Decay
 

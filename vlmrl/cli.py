@@ -27,8 +27,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
-from vlmrl.config import Mode, did_you_mean, parse, register_schemas, summary, typed, unknown_key
+from vlmrl.config import Mode, register_schemas
 from vlmrl.errors import ConfigError, Interrupted, VlmrlError
+from vlmrl.keys import did_you_mean, unknown_key
+from vlmrl.parse import parse, summary, typed
 
 PACKAGE = Path(__file__).parent
 CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())

@@ -12,9 +12,10 @@ import pytest
 import yaml
 from e2e.command_line import Ended, steady_rollouts, summary
 
-from vlmrl.config import RunConfig, parse, typed
+from vlmrl.config import RunConfig
 from vlmrl.monitor.metrics import missing_keys, read_metrics
 from vlmrl.monitor.run_dir import RunDir
+from vlmrl.parse import parse, typed
 from vlmrl.types import StopReason
 
 pytestmark = pytest.mark.slow

@@ -1,0 +1,85 @@
+"""The sampler fits the trainer: weights reach it, it is in step, its context is long enough."""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+from vlmrl.config import SCHEMAS, RunConfig
+from vlmrl.errors import ConfigError
+from vlmrl.inference.config import VllmConfig
+
+
+def kinds_are_chosen(config: RunConfig) -> None:
+    """`kind` is said by the group's option, not typed by hand."""
+    for group in ("inference", "weight_sync"):
+        node = getattr(config, group)
+        if SCHEMAS[group].get(node.kind) is not type(node):
+            raise ConfigError(
+                f"{group}.kind={node.kind} requires the fields that go with it, else nobody knows what is meant: "
+                f"choose the option instead, {group}={'|'.join(SCHEMAS[group])}"
+            )
+
+
+def weights_reach_engine(config: RunConfig) -> None:
+    """Sampler and weight sync fit each other."""
+    inference, sync = config.inference.kind, config.weight_sync.kind
+    if (inference == "embedded") != (sync == "in_process"):
+        remedy = "in_process" if inference == "embedded" else "folder"
+        raise ConfigError(
+            f"weight_sync={sync} requires another engine than inference={inference}, else no policy version reaches "
+            f"the sampler: set weight_sync={remedy}"
+        )
+    if sync not in ("nccl", "cuda_ipc"):
+        return
+    if config.model.device == "cpu":
+        raise ConfigError(
+            f"weight_sync={sync} requires the trainer on a GPU, else there is nothing that it could send from: set "
+            "model.device=auto, or weight_sync=folder"
+        )
+    assert isinstance(config.inference, VllmConfig), "kinds_are_chosen comes first"
+    for url in config.inference.urls:
+        if sync == "cuda_ipc" and urlsplit(url).hostname not in LOOPBACK:
+            raise ConfigError(
+                f"weight_sync=cuda_ipc requires servers on this host, else {url} cannot open the trainer's memory: set "
+                "weight_sync=nccl, or in inference.urls http://127.0.0.1:<port>"
+            )
+
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+"""Hosts in `inference.urls` that are surely this one."""
+
+
+def embedded_is_in_step(config: RunConfig) -> None:
+    """The embedded engine reads the trainer's weights, in turns with it."""
+    if config.inference.kind != "embedded":
+        return
+    if config.orchestrator.max_staleness != 0:
+        raise ConfigError(
+            f"orchestrator.max_staleness={config.orchestrator.max_staleness} requires an engine of its own, else "
+            "sampler and trainer, which share one set of weights under inference=embedded, cannot be steps apart: "
+            "set inference=vllm, or orchestrator.max_staleness=0"
+        )
+
+
+def context_holds_samples(config: RunConfig) -> None:
+    """Engine and model can hold what the trainer learns from."""
+    seq_len = config.trainer.seq_len
+    if config.inference.max_model_len < seq_len:
+        raise ConfigError(
+            f"inference.max_model_len={config.inference.max_model_len} requires trainer.seq_len at most as long, else "
+            f"the engine cuts rollouts that would fit in the trainer's {seq_len} tokens: raise inference.max_model_len "
+            "or lower trainer.seq_len"
+        )
+    tiny = config.model.tiny
+    if tiny is not None and tiny.max_position_embeddings < seq_len:
+        raise ConfigError(
+            f"trainer.seq_len={seq_len} requires model.tiny.max_position_embeddings at least as large, else samples "
+            f"outgrow the {tiny.max_position_embeddings} positions that the model is built for: raise it or lower "
+            "trainer.seq_len"
+        )
+    if config.orchestrator.max_new_tokens >= seq_len:
+        raise ConfigError(
+            f"orchestrator.max_new_tokens={config.orchestrator.max_new_tokens} requires a larger trainer.seq_len than "
+            f"{seq_len}, else no token is left for the prompt: raise trainer.seq_len or lower "
+            "orchestrator.max_new_tokens"
+        )

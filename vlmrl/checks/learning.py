@@ -1,0 +1,49 @@
+"""There is something to do and something to learn from."""
+
+from __future__ import annotations
+
+from vlmrl.config import Mode, RunConfig
+from vlmrl.errors import ConfigError
+
+
+def groups_have_siblings(config: RunConfig) -> None:
+    """An advantage is a comparison with the siblings, under each of the choices that exist."""
+    if config.orchestrator.group_size < 2:
+        raise ConfigError(
+            f"algorithm.advantage={config.algorithm.advantage.name} requires orchestrator.group_size of at least 2, "
+            "else a rollout has no sibling to be compared with and every advantage is 0: "
+            "set orchestrator.group_size=2 or more"
+        )
+
+
+def mode_has_work(config: RunConfig) -> None:
+    """Each mode has something to do."""
+    if config.mode is Mode.sft and config.trainer.warmup.steps == 0:
+        raise ConfigError(
+            "mode=sft requires trainer.warmup.steps above 0, else there is nothing to do: set trainer.warmup.steps=100"
+        )
+    evaluation = config.orchestrator.eval
+    if config.mode is Mode.eval and evaluation.problems == 0:
+        raise ConfigError(
+            "mode=eval requires orchestrator.eval.problems above 0, else there is nothing to do: "
+            "set orchestrator.eval.problems=128"
+        )
+    if config.mode is Mode.rl and evaluation.every > 0 and evaluation.problems == 0:
+        raise ConfigError(
+            f"orchestrator.eval.every={evaluation.every} requires orchestrator.eval.problems above 0, else an "
+            "evaluation has no problem: set orchestrator.eval.problems=128, or orchestrator.eval.every=0 for none"
+        )
+
+
+def optimizer_fits(config: RunConfig) -> None:
+    """AdamW has its two betas, and the learning rate reaches its height within the run."""
+    trainer = config.trainer
+    if len(trainer.betas) != 2:
+        raise ConfigError(
+            f"trainer.betas={trainer.betas} requires two numbers, else AdamW lacks one: set trainer.betas=[0.9,0.95]"
+        )
+    if trainer.lr_warmup_steps > trainer.max_steps:
+        raise ConfigError(
+            f"trainer.lr_warmup_steps={trainer.lr_warmup_steps} requires trainer.max_steps at least as large, else "
+            f"the run ends after {trainer.max_steps} steps, before it reaches trainer.learning_rate: lower it"
+        )

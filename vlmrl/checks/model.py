@@ -1,0 +1,69 @@
+"""The model, its renderer and its numbers fit each other."""
+
+from __future__ import annotations
+
+from vlmrl.config import Mode, RunConfig
+from vlmrl.errors import ConfigError
+from vlmrl.models.config import Dtype
+
+
+def renderer_is_there(config: RunConfig) -> None:
+    """Nobody but the renderer makes tokens and pixels."""
+    if config.orchestrator.renderer is not None:
+        return
+    if config.model.vlm is not None:
+        raise ConfigError(
+            "model.vlm requires orchestrator.renderer, else nobody makes the image tokens and pixels that "
+            f"{config.model.name} is trained on: set orchestrator/renderer=auto"
+        )
+    raise ConfigError(
+        f"model.name={config.model.name} requires orchestrator.renderer, else nobody makes its tokens: set "
+        "orchestrator/renderer=auto orchestrator.renderer.name=qwen3, or another name of the `renderers` package"
+    )
+
+
+def renderer_serves_family(config: RunConfig) -> None:
+    """The renderer knows the model's placeholders."""
+    vlm, renderer = config.model.vlm, config.orchestrator.renderer
+    assert renderer is not None, "renderer_is_there comes first"
+    if vlm is None:
+        if renderer.name == "auto":
+            raise ConfigError(
+                "orchestrator.renderer.name=auto requires model.vlm, else there are no model.vlm.renderers to take "
+                "the first of: set orchestrator.renderer.name=qwen3, or another name of the `renderers` package"
+            )
+        return
+    if not vlm.renderers:
+        raise ConfigError(
+            "model.vlm.renderers=[] requires at least one name, else no renderer can serve the model: "
+            "name one of the `renderers` package"
+        )
+    if renderer.name != "auto" and renderer.name not in vlm.renderers:
+        raise ConfigError(
+            f"orchestrator.renderer.name={renderer.name} requires a model that it can serve, else tokens and pixels "
+            f"are not those that model.vlm.family={vlm.family} was made for: set orchestrator/renderer=auto, "
+            f"or one of model.vlm.renderers={','.join(vlm.renderers)}"
+        )
+
+
+def gradients_have_range(config: RunConfig) -> None:
+    """What learns is in a format that holds gradients."""
+    if config.model.dtype is Dtype.float16 and config.mode is not Mode.eval:
+        raise ConfigError(
+            "model.dtype=float16 requires loss scaling, which the trainer does not do, else small gradients become 0: "
+            "set model.dtype=bfloat16 (inference.dtype=float16 may stay: it rounds the sampler less)"
+        )
+
+
+def tiny_is_a_model(config: RunConfig) -> None:
+    """A checkpoint that is built here is a Qwen3-VL whose sizes fit each other."""
+    if config.model.tiny is None:
+        return
+    if config.model.vlm is None or config.model.vlm.family != "qwen3_vl":
+        raise ConfigError(
+            "model.tiny requires model.vlm.family=qwen3_vl, else the Qwen3-VL that it builds is loaded as another "
+            "model: drop the change to model.vlm, or load a checkpoint with model=qwen3vl model.name=…"
+        )
+    from vlmrl.models.tiny import check_tiny
+
+    check_tiny(config.model)

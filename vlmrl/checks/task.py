@@ -1,0 +1,41 @@
+"""The task can be found, and what it asks fits into an answer."""
+
+from __future__ import annotations
+
+from vlmrl.config import RunConfig
+from vlmrl.errors import ConfigError
+from vlmrl.tasks.config import ColorCodewordConfig
+
+
+def task_has_class(config: RunConfig) -> None:
+    """`task.target` can be an import path."""
+    module, colon, name = config.task.target.partition(":")
+    if not (colon and name.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+        raise ConfigError(
+            f"task.target={config.task.target} requires the form package.module:Class, else no class can be imported: "
+            "set task=my_package.my_module:MyTask"
+        )
+
+
+def squares_fill_patches(config: RunConfig) -> None:
+    """color_codeword: a square is whole image tokens, and an answer fits in its completion."""
+    task, vlm = config.task, config.model.vlm
+    if not isinstance(task, ColorCodewordConfig):
+        return
+    if vlm is not None and vlm.family == "qwen3_vl" and task.image_size % QWEN3_VL_TOKEN_PIXELS != 0:
+        raise ConfigError(
+            f"task.image_size={task.image_size} requires a multiple of {QWEN3_VL_TOKEN_PIXELS}, else the processor "
+            f"of model.vlm.family=qwen3_vl rescales the squares (its tokens are {QWEN3_VL_TOKEN_PIXELS} pixels wide): "
+            f"set task.image_size={max(1, round(task.image_size / QWEN3_VL_TOKEN_PIXELS)) * QWEN3_VL_TOKEN_PIXELS}"
+        )
+    letters = task.max_turns * task.images_per_turn
+    if config.orchestrator.max_new_tokens < letters + 1:
+        raise ConfigError(
+            f"orchestrator.max_new_tokens={config.orchestrator.max_new_tokens} requires a codeword of fewer letters "
+            f"than task.max_turns * task.images_per_turn = {letters}, else the last answer is cut before its end: "
+            f"set orchestrator.max_new_tokens={letters + 1} or more"
+        )
+
+
+QWEN3_VL_TOKEN_PIXELS = 32
+"""Pixels per side of one image token: patches of 16, merged 2 by 2."""
