@@ -298,6 +298,9 @@ class Turn:
     completion was cut."""
     advantage: float = 0.0
     """Filled by advantages.py; float per turn, broadcast over the completion's tokens."""
+    learned: TokenFigures | None = None
+    """Filled by samples.py after the step: the trainer's view of the completion, C tokens. None where nothing was
+    learned from it."""
 
 
 @dataclass(eq=False)
@@ -368,6 +371,16 @@ class TrainingSample:
 # ── trainer ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@dataclass(frozen=True, eq=False)
+class TokenFigures:
+    """What the trainer found at N loss tokens, before the step changed the weights."""
+
+    trainer_logprobs: FloatArray
+    """float32 [N]; natural log of the probability of the token, under the distribution that was sampled from."""
+    entropies: FloatArray
+    """float32 [N]; of that distribution, in nats."""
+
+
 @dataclass(frozen=True)
 class StepResult:
     """One optimizer step, as the orchestrator sees it."""
@@ -376,6 +389,8 @@ class StepResult:
     """Policy version after the step."""
     metrics: dict[str, float] = field(default_factory=dict)
     """`loss`, `grad_norm`, `entropy`, `mismatch_kl/mean`, … (DESIGN.md's keys)."""
+    tokens: Sequence[TokenFigures] = field(default=(), compare=False)
+    """Of the loss tokens of each sample, in the order of the samples and of their tokens."""
 
 
 class Trainer(Protocol):

@@ -20,7 +20,7 @@ import vlmrl
 from vlmrl.errors import VlmrlError
 from vlmrl.monitor.recorder import QUEUE, RolloutRecord, RolloutRecorder, read_rollouts, record_line
 from vlmrl.monitor.run_dir import RunDir
-from vlmrl.types import DropReason, Image, Message, Prompt, Rollout, StopReason, Turn
+from vlmrl.types import DropReason, Image, Message, Prompt, Rollout, StopReason, TokenFigures, Turn
 
 
 @pytest.fixture
@@ -67,6 +67,18 @@ def test_every_field_comes_back(run_dir: RunDir) -> None:
         "seconds": 0.25,
     }
     assert record["turns"][0]["finish_reason"] == "stop"
+    assert (record["turns"][0]["trainer_logprobs"], record["turns"][0]["entropies"]) == (None, None)
+
+
+def test_what_the_trainer_found_is_recorded_where_it_learned(run_dir: RunDir) -> None:
+    made = rollout()
+    found = TokenFigures(np.array([-0.1, -1e-7, -3], np.float32), np.array([0.1, 0.2, 0.3], np.float32))
+    made.turns[1].learned = found
+    (record,) = written(run_dir, made)
+    first, second = record["turns"]
+    assert first["trainer_logprobs"] is first["entropies"] is None
+    assert np.array(second["trainer_logprobs"], np.float32).tobytes() == found.trainer_logprobs.tobytes()
+    assert np.array(second["entropies"], np.float32).tobytes() == found.entropies.tobytes()
 
 
 def test_a_later_turn_stores_its_tail_only() -> None:

@@ -20,7 +20,18 @@ from vlmrl.orchestrator.config import AlgorithmConfig, EvalConfig, OrchestratorC
 from vlmrl.orchestrator.evaluation import Evaluator
 from vlmrl.orchestrator.loop import ExitReason, Loop
 from vlmrl.trainer.trainer import EMPTY_STEP
-from vlmrl.types import Completion, DropReason, Group, Prompt, Rollout, StepResult, StopReason, TrainingSample, Turn
+from vlmrl.types import (
+    Completion,
+    DropReason,
+    Group,
+    Prompt,
+    Rollout,
+    StepResult,
+    StopReason,
+    TokenFigures,
+    TrainingSample,
+    Turn,
+)
 
 GROUPS, SIBLINGS = 2, 3
 
@@ -102,7 +113,11 @@ class World:
         self.demonstrated.append(demonstrations)
         self.open_batches.discard(self.version + 1)
         self.version += 1
-        return StepResult(self.version, dict.fromkeys(EMPTY_STEP, 0.0))
+        figures = [
+            TokenFigures(s.inference_logprobs[s.loss_mask] - self.version, np.ones(s.loss_mask.sum(), np.float32))
+            for s in samples
+        ]
+        return StepResult(self.version, dict.fromkeys(EMPTY_STEP, 0.0), figures)
 
     # weight sync
     async def publish(self, version: int) -> None:

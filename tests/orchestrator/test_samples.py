@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmrl.orchestrator.samples import extends, make_samples
+from vlmrl.orchestrator.samples import extends, make_samples, note_learned
 from vlmrl.types import (
     Completion,
     ContractError,
@@ -17,6 +17,7 @@ from vlmrl.types import (
     Prompt,
     Rollout,
     StopReason,
+    TokenFigures,
     TrainingSample,
     Turn,
 )
@@ -107,6 +108,20 @@ def test_turns_come_back_from_the_samples_each_once(played: Rollout) -> None:
     samples = make_samples(played)
     assert len(samples) == played.num_branches
     assert [t for sample in samples for t in turns_of(sample)] == [as_played(t) for t in played.turns]
+
+
+@given(st.lists(rollouts(), max_size=3))
+def test_what_the_trainer_found_goes_back_to_the_turns(played: list[Rollout]) -> None:
+    dropped = rollout([turn(Prompt(np.array([1]), (), ()), [END], 0)], DropReason.STALE)
+    samples = [sample for each in played for sample in make_samples(each)]
+    found = [TokenFigures(s.token_ids[s.loss_mask] + 0.25, s.token_ids[s.loss_mask] + 0.5) for s in samples]
+    note_learned([dropped, *played], found)
+    for each in played:
+        for made in each.turns:
+            assert made.learned is not None
+            assert made.learned.trainer_logprobs.tolist() == (made.completion.token_ids + 0.25).tolist()
+            assert made.learned.entropies.tolist() == (made.completion.token_ids + 0.5).tolist()
+    assert dropped.turns[0].learned is None
 
 
 @given(rollouts())

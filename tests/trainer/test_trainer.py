@@ -153,11 +153,14 @@ def test_a_step_depends_neither_on_packing_nor_on_the_budget(tiny_model: Callabl
         model = tiny_model()
         config = replace(CONFIG, packing=packing, micro_batch_tokens=budget)
         result = learner(model, config, algorithm=AlgorithmConfig(loss=loss)).train_step(batch())
-        outcomes.append((result.metrics, weights(model)))
-    figures, wanted = outcomes[0]
-    assert [m["micro_batches"] for m, _ in outcomes[::3]] == [8, 1]
+        outcomes.append((result.metrics, weights(model), result.tokens))
+    figures, wanted, tokens = outcomes[0]
+    assert [m["micro_batches"] for m, *_ in outcomes[::3]] == [8, 1]
     assert 1 < outcomes[1][0]["micro_batches"] < 8
-    for metrics, found in outcomes[1:]:
+    for metrics, found, per_sample in outcomes[1:]:
+        for one, other in zip(tokens, per_sample, strict=True):
+            np.testing.assert_allclose(one.trainer_logprobs, other.trainer_logprobs, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(one.entropies, other.entropies, rtol=1e-5, atol=1e-6)
         for key in metrics.keys() - {"tokens/packed", "images/encoded", "micro_batches"}:
             assert metrics[key] == pytest.approx(figures[key], rel=1e-5, abs=1e-6), key
         for name in wanted:
@@ -179,7 +182,13 @@ def test_the_figures_of_a_step(tiny_model: Callable[[], Any]) -> None:
     log_ratio = logprobs - torch.cat([torch.from_numpy(s.inference_logprobs[s.loss_mask]) for s in samples])
     kl = log_ratio.exp() - 1 - log_ratio
     staleness = np.concatenate([2 - s.versions[s.loss_mask] for s in samples])
-    metrics = trainer.train_step(samples).metrics
+    result = trainer.train_step(samples)
+    metrics = result.metrics
+    lengths = [int(s.loss_mask.sum()) for s in samples]
+    wanted = zip(torch.split(logprobs, lengths), entropies, strict=True)  # type: ignore[no-untyped-call]
+    for found, (logprob, entropy) in zip(result.tokens, wanted, strict=True):
+        np.testing.assert_allclose(found.trainer_logprobs, logprob, rtol=1e-5)
+        np.testing.assert_allclose(found.entropies, entropy, rtol=1e-5)
     assert metrics["entropy"] == pytest.approx(float(torch.cat(entropies).mean()), rel=1e-5)
     assert metrics["mismatch_kl/mean"] == pytest.approx(float(kl.mean()), rel=1e-4)
     assert metrics["mismatch_kl/max"] == pytest.approx(float(kl.max()), rel=1e-4)

@@ -71,6 +71,10 @@ class TurnRecord(TypedDict):
     """[C]; natural log."""
     versions: list[int]
     """[C]; policy version that sampled each token."""
+    trainer_logprobs: list[float] | None
+    """[C]; natural log, by the weights that the step began with. None where nothing was learned from the turn."""
+    entropies: list[float] | None
+    """[C]; of the trainer's distributions, in nats. None likewise."""
     finish_reason: Literal["stop", "length"]
     text: str
     reward: float
@@ -188,6 +192,8 @@ def _turn(turn: Turn, previous: Turn | None) -> dict[str, Any]:
         "completion_ids": np.ascontiguousarray(completion.token_ids),
         "logprobs": np.ascontiguousarray(completion.logprobs),
         "versions": np.ascontiguousarray(completion.versions),
+        "trainer_logprobs": turn.learned and np.ascontiguousarray(turn.learned.trainer_logprobs),
+        "entropies": turn.learned and np.ascontiguousarray(turn.learned.entropies),
         "finish_reason": completion.finish_reason,
         "text": turn.text,
         "reward": turn.reward,

@@ -29,7 +29,7 @@ from vlmrl.orchestrator.config import AlgorithmConfig, OrchestratorConfig
 from vlmrl.orchestrator.evaluation import Evaluator
 from vlmrl.orchestrator.faults import FaultWatch
 from vlmrl.orchestrator.rollout import RolloutRunner
-from vlmrl.orchestrator.samples import make_samples
+from vlmrl.orchestrator.samples import make_samples, note_learned
 from vlmrl.orchestrator.step_metrics import resource_metrics, rollout_metrics
 from vlmrl.types import Group, InferenceEngine, Trainer, TrainingSample, WeightSync
 
@@ -115,6 +115,7 @@ class Loop:
             self.monitor.record(step, groups)  # the error names samples: they can be looked up
             raise
         trained = time.perf_counter()
+        note_learned((rollout for group in groups for rollout in group.rollouts), result.tokens)
         await self.weight_sync.publish(result.version)
         synced = time.perf_counter()
         metrics = {

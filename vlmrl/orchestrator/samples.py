@@ -12,11 +12,12 @@ neither mistaken for a placeholder nor the other way round.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from itertools import groupby, pairwise
 
 import numpy as np
 
-from vlmrl.types import IntArray, Prompt, Rollout, TrainingSample, Turn, mm_token_type_ids
+from vlmrl.types import IntArray, Prompt, Rollout, TokenFigures, TrainingSample, Turn, mm_token_type_ids
 
 
 def make_samples(rollout: Rollout) -> list[TrainingSample]:
@@ -26,7 +27,21 @@ def make_samples(rollout: Rollout) -> list[TrainingSample]:
     and that each later prompt of a branch starts with the prompt and the completion before it.
     """
     assert rollout.dropped is None, f"{rollout.rollout_id} was dropped ({rollout.dropped}): nothing is learned from it"
-    return [_branch_sample(rollout.rollout_id, list(turns)) for _, turns in groupby(rollout.turns, lambda t: t.branch)]
+    return [_branch_sample(rollout.rollout_id, turns) for turns in _branches(rollout)]
+
+
+def note_learned(rollouts: Iterable[Rollout], figures: Sequence[TokenFigures]) -> None:
+    """Give each turn that was learned from what the trainer found at its tokens (`Turn.learned`).
+
+    `figures` are those of the samples that `make_samples` made of the rollouts, in order; dropped rollouts have none.
+    """
+    branches = (turns for rollout in rollouts if rollout.dropped is None for turns in _branches(rollout))
+    for turns, found in zip(branches, figures, strict=True):
+        start = 0
+        for turn in turns:
+            part = slice(start, start := start + len(turn.completion.token_ids))
+            turn.learned = TokenFigures(found.trainer_logprobs[part], found.entropies[part])
+        assert start == len(found.entropies), f"{start} tokens sampled, figures of {len(found.entropies)}"
 
 
 def extends(prompt: Prompt, previous: Prompt, completion_ids: IntArray) -> bool:
@@ -44,6 +59,10 @@ def extends(prompt: Prompt, previous: Prompt, completion_ids: IntArray) -> bool:
         and prompt.placeholders[:images] == previous.placeholders
         and all(placeholder.offset >= end for placeholder in prompt.placeholders[images:])
     )
+
+
+def _branches(rollout: Rollout) -> list[list[Turn]]:
+    return [list(turns) for _, turns in groupby(rollout.turns, lambda turn: turn.branch)]
 
 
 def _branch_sample(rollout_id: str, turns: list[Turn]) -> TrainingSample:

@@ -22,7 +22,7 @@ from vlmrl.trainer.checkpoint import load_training_state, save_training_state
 from vlmrl.trainer.config import Decay, TrainerConfig
 from vlmrl.trainer.loss import BatchTotals, LossTokens, loss_metrics, mismatch_kl, policy_loss, supervised
 from vlmrl.trainer.packing import MicroBatch, pack
-from vlmrl.types import StepResult, TrainingSample
+from vlmrl.types import StepResult, TokenFigures, TrainingSample
 
 EMPTY_STEP = (
     "loss",
@@ -119,6 +119,8 @@ class LocalTrainer:
         loss, entropy, kl_sum, kl_max = 0.0, 0.0, 0.0, 0.0
         sums: dict[str, float] = {}
         maxima: dict[str, float] = {}
+        figures: list[Tensor] = []
+        """float32 [2, N] of each micro-batch: logprobs and entropies."""
         for batch in batches:
             logprobs, entropies = self._logprobs(batch)
             tokens = LossTokens(
@@ -131,6 +133,7 @@ class LocalTrainer:
             self._assert_finite(output.loss, logprobs, batch, samples)
             torch.autograd.backward(output.loss)
             loss += float(output.loss.detach())
+            figures.append(torch.stack([logprobs.detach().float(), entropies[batch.entry].float()]))
             entropy += float(entropies[batch.entry].sum())
             total, largest = mismatch_kl(logprobs.detach(), batch.inference_logprobs)
             kl_sum, kl_max = kl_sum + total, max(kl_max, largest)
@@ -164,6 +167,7 @@ class LocalTrainer:
                 "micro_batches": float(len(batches)),
                 **loss_metrics(sums, maxima, totals.tokens),
             },
+            tokens=_by_sample(batches, figures, len(samples)),
         )
 
     def supervised_step(self, samples: list[TrainingSample], lr: float) -> dict[str, float]:
@@ -263,6 +267,15 @@ class LocalTrainer:
             f"samples {'with a logprob or advantage that is not finite' if broken else 'of the micro-batch'}: "
             f"{_names([samples[i] for i in named])}"
         )
+
+
+def _by_sample(batches: Sequence[MicroBatch], figures: Sequence[Tensor], samples: int) -> list[TokenFigures]:
+    """`figures`, float32 [2, N] of each micro-batch, sorted back to the samples; one transfer from the device."""
+    index = torch.cat([batch.sample_index for batch in batches])
+    order = index.argsort(stable=True)  # tokens of a sample stand in order, and a sample is never split
+    logprobs, entropies = torch.cat(list(figures), dim=1)[:, order].cpu().numpy()
+    ends = index.bincount(minlength=samples).cumsum(0)[:-1].tolist()
+    return [TokenFigures(*both) for both in zip(np.split(logprobs, ends), np.split(entropies, ends), strict=True)]
 
 
 def _names(samples: Sequence[TrainingSample]) -> str:
