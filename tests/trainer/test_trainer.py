@@ -185,7 +185,7 @@ def test_the_figures_of_a_step(tiny_model: Callable[[], Any]) -> None:
     result = trainer.train_step(samples)
     metrics = result.metrics
     lengths = [int(s.loss_mask.sum()) for s in samples]
-    wanted = zip(torch.split(logprobs, lengths), entropies, strict=True)  # type: ignore[no-untyped-call]
+    wanted = zip(torch.split(logprobs, lengths), entropies, strict=True)
     for found, (logprob, entropy) in zip(result.tokens, wanted, strict=True):
         np.testing.assert_allclose(found.trainer_logprobs, logprob, rtol=1e-5)
         np.testing.assert_allclose(found.entropies, entropy, rtol=1e-5)
