@@ -189,10 +189,12 @@ class Run:
             model.base_model.visual.requires_grad_(False)
         assert config.orchestrator.renderer is not None, "config.check demands a renderer"
         embeddings: Any = model.get_input_embeddings()
+        tokenizer = load_tokenizer(folder)
+        monitor.spell_with(tokenizer)
         renderer = make_renderer(
             config.orchestrator.renderer,
             config.model,
-            load_tokenizer(folder),
+            tokenizer,
             load_image_processor(folder) if vlm is not None else None,
             embeddings.num_embeddings,
         )

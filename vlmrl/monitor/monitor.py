@@ -110,6 +110,10 @@ class Monitor:
         self._progress.phase(name)
         log.info("phase: %s", name)
 
+    def spell_with(self, tokenizer: Any) -> None:
+        """The tokenizer (of transformers) that spells the tokens of the rollouts in what is recorded."""
+        self._recorder.spell_with(tokenizer)
+
     def status(self, text: str) -> None:
         """Say what is being waited for; shown until the next phase, at most every few seconds, and not logged."""
         self._progress.status(text)

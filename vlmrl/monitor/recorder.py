@@ -1,4 +1,5 @@
-"""Every rollout on disk, dropped ones too: rollouts/*.jsonl and images/*.png, written in one background thread.
+"""Every rollout on disk, dropped ones too: rollouts/*.jsonl, images/*.png and tokens.jsonl, written in one background
+thread.
 
 One JSON object per line and rollout; the keys are those of `RolloutRecord`. Nothing is stored twice within a
 branch: a turn stores the tokens of its prompt from `prompt_offset` on, the number of tokens that it shares with
@@ -33,6 +34,7 @@ import PIL.Image
 
 from vlmrl.errors import VlmrlError
 from vlmrl.monitor.run_dir import RunDir, disk_errors, write_atomically, write_bytes_atomically
+from vlmrl.monitor.tokens import TokenSpellings
 from vlmrl.types import Image, ImageItem, Message, Rollout, Text, Turn
 
 Split: TypeAlias = Literal["train", "eval_sampled", "eval_greedy"]
@@ -108,6 +110,11 @@ class RolloutRecorder:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recorder")
         self._waiting: deque[Future[None]] = deque()
         self._images: set[str] = set()  # hashes on disk; touched by the thread only
+        self._spellings: TokenSpellings | None = None
+
+    def spell_with(self, tokenizer: Any) -> None:
+        """Keep the spelling of every token from now on (tokens.jsonl)."""
+        self._spellings = TokenSpellings(self._run_dir.tokens, tokenizer)
 
     def write(self, step: int, rollouts: Mapping[Split, Sequence[Rollout]]) -> None:
         """Record a step's rollouts: {"train": …}, or {"eval_sampled": …, "eval_greedy": …}, a file each.
@@ -144,6 +151,8 @@ class RolloutRecorder:
                     with disk_errors(picture):
                         write_png(picture, image)
                 self._images.add(image.hash)
+        if self._spellings is not None:
+            self._spellings.add(_tokens(rollout for group in rollouts.values() for rollout in group))
         lines = b"".join(record_line(rollout, step, split) for split, group in rollouts.items() for rollout in group)
         with disk_errors(path):
             write_bytes_atomically(path, lines)
@@ -151,6 +160,12 @@ class RolloutRecorder:
 
 def _images(rollouts: Iterable[Rollout]) -> Iterator[ImageItem]:
     return (image for rollout in rollouts for turn in rollout.turns for image in turn.prompt.images)
+
+
+def _tokens(rollouts: Iterable[Rollout]) -> set[int]:
+    turns = [turn for rollout in rollouts for turn in rollout.turns]
+    arrays = [array for turn in turns for array in (turn.prompt.token_ids, turn.completion.token_ids)]
+    return set(np.unique(np.concatenate(arrays)).tolist()) if arrays else set()
 
 
 def write_png(path: Path, image: ImageItem) -> None:

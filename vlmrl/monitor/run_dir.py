@@ -8,6 +8,7 @@
         rollouts/step_000012.jsonl  every training rollout of step 12
         rollouts/eval_000012.jsonl  every evaluation rollout after step 12, sampled and greedy
         images/<hash>.png           each distinct image once
+        tokens.jsonl                the spelling of every token in rollouts/
         checkpoints/step_000020/
         logs/main.log               one file per process
         wandb/                      Weights & Biases; run_id beside it survives a resume
@@ -95,6 +96,7 @@ class RunDir:
         self.supervised = self.path / "supervised.jsonl"
         self.rollouts = self.path / "rollouts"
         self.images = self.path / "images"
+        self.tokens = self.path / "tokens.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"
         self.main_log = self.logs / "main.log"
