@@ -22,7 +22,7 @@ from vlmrl.errors import ConfigError
 from vlmrl.inference.config import VllmConfig
 from vlmrl.keys import did_you_mean, known_keys
 from vlmrl.models.config import Dtype
-from vlmrl.orchestrator.config import Advantage, Credit, Loss
+from vlmrl.orchestrator.config import Advantage, Credit, FilterMode, Loss
 from vlmrl.parse import parse, typed
 from vlmrl.tasks.config import ColorCodewordConfig, ImportedTaskConfig
 from vlmrl.trainer.config import Decay
@@ -101,7 +101,8 @@ def test_algorithms(
 ) -> None:
     algorithm = run_config(f"algorithm={name}").algorithm
     assert algorithm.loss is Loss[name]
-    assert (algorithm.advantage, algorithm.drop_zero_advantage) == (advantage, drops)
+    assert algorithm.advantage is advantage
+    assert (algorithm.filters.zero_advantage is FilterMode.drop) == drops
     assert (algorithm.clip_low, algorithm.clip_high) == clip
     assert algorithm.credit is Credit.turn  # stated once, at the root
 

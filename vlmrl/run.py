@@ -283,10 +283,12 @@ class Run:
         if config.mode is Mode.sft:
             return await self._evaluate(trainer.supervised_steps, stop)
         self.monitor.phase("rl")
+        embeddings: Any = self.policy.model.get_input_embeddings()
         return await Loop(
             config=config.orchestrator,
             algorithm=config.algorithm,
             max_steps=config.trainer.max_steps,
+            vocab_size=embeddings.num_embeddings,
             runner=self.evaluator.runner,
             engine=self.engine,
             trainer=trainer,

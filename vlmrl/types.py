@@ -277,8 +277,12 @@ class DropReason(StrEnum):
     """The policy sampled an image token: placeholders and features would disagree in the forward pass."""
     STALE = "stale"
     """A token is older than `orchestrator.max_staleness`."""
+    GIBBERISH = "gibberish"
+    """A rare token that was very unlikely. This and the next two only where `algorithm.filters` says `drop`."""
+    REPETITION = "repetition"
+    """A long row of tokens that were all but certain."""
     ZERO_ADVANTAGE = "zero_advantage"
-    """Every advantage is zero: no gradient. Dropped only when the algorithm filters such groups."""
+    """Every advantage of the group is zero: no gradient."""
 
 
 @dataclass(eq=False)
@@ -322,6 +326,8 @@ class Rollout:
     """What the exception said, for faults."""
     dropped: DropReason | None = None
     seconds: float = 0.0
+    filtered: tuple[DropReason, ...] = ()
+    """What the filters that are on say about it, whether they drop it or not (orchestrator/filters.py)."""
 
     @property
     def num_branches(self) -> int:

@@ -51,6 +51,7 @@ def assert_exact(record: RolloutRecord, made: Rollout) -> None:
 
 def test_every_field_comes_back(run_dir: RunDir) -> None:
     made = rollout(3, dropped=DropReason.STALE)
+    made.filtered = (DropReason.REPETITION, DropReason.ZERO_ADVANTAGE)
     (record,) = written(run_dir, made)
     assert_exact(record, made)
     assert {key: value for key, value in record.items() if key != "turns"} == {
@@ -62,6 +63,7 @@ def test_every_field_comes_back(run_dir: RunDir) -> None:
         "reward": 0.75,
         "metrics": {"share_correct": 0.5},
         "stop_reason": "terminated",
+        "filtered": ["repetition", "zero_advantage"],
         "dropped": "stale",
         "error": None,
         "seconds": 0.25,

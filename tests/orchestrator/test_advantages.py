@@ -16,7 +16,8 @@ from vlmrl.orchestrator.advantages import (
     leave_one_out,
     mark_dropped,
 )
-from vlmrl.orchestrator.config import Advantage, AlgorithmConfig, Credit
+from vlmrl.orchestrator.config import Advantage, AlgorithmConfig, Credit, FilterConfig, FilterMode
+from vlmrl.orchestrator.filters import find_filtered
 from vlmrl.types import Completion, DropReason, FloatArray, Group, Prompt, Rollout, StopReason, Turn
 
 IMAGE_TOKEN = 99
@@ -169,6 +170,7 @@ def test_assigning_again_forgets_what_stood_there() -> None:
 
 def dropped(group: Group, config: AlgorithmConfig, version: int = 0, max_staleness: int = 0) -> list[DropReason | None]:
     assign_advantages(group, config)
+    find_filtered(group, config.filters, vocab_size=100)
     mark_dropped(group, config, [IMAGE_TOKEN], version, max_staleness)
     return [r.dropped for r in group.rollouts]
 
@@ -213,16 +215,17 @@ def test_a_stray_image_token_counts_in_the_statistics_and_is_dropped() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rewards", "filters", "expected"),
+    ("rewards", "mode", "expected"),
     [
-        ((1.0, 1.0, 1.0), True, [DropReason.ZERO_ADVANTAGE] * 3),
-        ((1.0, 1.0, 1.0), False, [None] * 3),
+        ((1.0, 1.0, 1.0), FilterMode.drop, [DropReason.ZERO_ADVANTAGE] * 3),
+        ((1.0, 1.0, 1.0), FilterMode.track, [None] * 3),
+        ((1.0, 1.0, 1.0), FilterMode.none, [None] * 3),
         # The middle one has advantage zero, but its group has something to say.
-        ((0.0, 0.5, 1.0), True, [None] * 3),
+        ((0.0, 0.5, 1.0), FilterMode.drop, [None] * 3),
     ],
 )
 def test_groups_without_a_signal_are_dropped_where_the_algorithm_filters(
-    rewards: tuple[float, ...], filters: bool, expected: list[DropReason | None]
+    rewards: tuple[float, ...], mode: FilterMode, expected: list[DropReason | None]
 ) -> None:
     group = Group("p", [rollout([turn(0.0)], reward=r) for r in rewards])
-    assert dropped(group, AlgorithmConfig(drop_zero_advantage=filters)) == expected
+    assert dropped(group, AlgorithmConfig(filters=FilterConfig(zero_advantage=mode))) == expected

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from vlmrl.errors import NonFiniteLossError, TaskError
 from vlmrl.monitor.metrics import missing_keys
-from vlmrl.orchestrator.config import AlgorithmConfig, EvalConfig, OrchestratorConfig
+from vlmrl.orchestrator.config import AlgorithmConfig, EvalConfig, FilterConfig, FilterMode, OrchestratorConfig
 from vlmrl.orchestrator.evaluation import Evaluator
 from vlmrl.orchestrator.loop import ExitReason, Loop
 from vlmrl.trainer.trainer import EMPTY_STEP
@@ -166,6 +166,7 @@ class World:
                 ),
                 algorithm=algorithm or AlgorithmConfig(),
                 max_steps=steps,
+                vocab_size=100,
                 runner=neighbour,
                 engine=neighbour,
                 trainer=neighbour,
@@ -339,7 +340,10 @@ def test_a_resumed_run_whose_target_was_reached_does_nothing() -> None:
 
 def test_a_step_without_samples_goes_on() -> None:
     world = World(reward=lambda kind, index: 0.5)
-    assert world.run(steps=5, algorithm=AlgorithmConfig(drop_zero_advantage=True)) == "finished"
+    assert (
+        world.run(steps=5, algorithm=AlgorithmConfig(filters=FilterConfig(zero_advantage=FilterMode.drop)))
+        == "finished"
+    )
     assert world.learned == [[]] * 5
     assert world.version == 5
     assert world.metrics_of[5]["rollouts/dropped"] == GROUPS * SIBLINGS

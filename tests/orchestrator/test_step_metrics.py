@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 
+from vlmrl.orchestrator.config import FilterConfig, FilterMode
 from vlmrl.orchestrator.step_metrics import mean_task_metrics, resource_metrics, rollout_metrics
 from vlmrl.types import Completion, DropReason, Group, ImageItem, Placeholder, Prompt, Rollout, StopReason, Turn
 
@@ -32,7 +33,8 @@ def rollout(
     dropped: DropReason | None = None,
     **metrics: float,
 ) -> Rollout:
-    return Rollout("r", "p", 0, list(turns), reward, metrics, stop, dropped=dropped)
+    filtered = (dropped,) if dropped is DropReason.ZERO_ADVANTAGE else ()
+    return Rollout("r", "p", 0, list(turns), reward, metrics, stop, filtered=filtered, dropped=dropped)
 
 
 GROUPS = [
@@ -55,7 +57,7 @@ GROUPS = [
 
 
 def test_every_figure() -> None:
-    assert rollout_metrics(GROUPS) == {
+    assert rollout_metrics(GROUPS, FilterConfig(zero_advantage=FilterMode.drop, gibberish=FilterMode.track)) == {
         "reward/mean": 0.5,  # of 1, 0, ½, ½: a broken task is not a wrong answer
         "reward/std": pytest.approx(math.sqrt(1 / 8)),
         "groups/equal_reward": 0.5,
@@ -64,6 +66,8 @@ def test_every_figure() -> None:
         "rollouts/dropped/fault": 1,
         "rollouts/dropped/empty": 1,
         "rollouts/dropped/zero_advantage": 1,
+        "rollouts/filtered/gibberish": 0,
+        "rollouts/filtered/zero_advantage": 1,
         "rollouts/stop/terminated": 2,
         "rollouts/stop/task_error": 1,
         "rollouts/stop/max_new_tokens": 1,
@@ -86,7 +90,7 @@ def test_every_figure() -> None:
     ],
 )
 def test_nothing_sound_is_no_division_by_zero(groups: list[Group]) -> None:
-    metrics = rollout_metrics(groups)
+    metrics = rollout_metrics(groups, FilterConfig())
     assert metrics["reward/mean"] == metrics["reward/std"] == metrics["tokens/prompt"] == 0.0
     assert metrics["rollouts/total"] == metrics["rollouts/dropped"] == sum(len(g.rollouts) for g in groups)
 

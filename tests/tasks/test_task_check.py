@@ -682,7 +682,7 @@ def test_what_cannot_be_checked_is_a_config_error(
 def test_settings_are_those_of_a_run() -> None:
     target = "my_package.my_module:Mine"
     config = parse_config(target, ["max_turns=4", "args.level=3", "args.deep.name=a=b"])
-    assert config == ImportedTaskConfig(target, 4, {"level": 3, "deep": {"name": "a=b"}})
+    assert config == ImportedTaskConfig(target, 4, args={"level": 3, "deep": {"name": "a=b"}})
 
 
 def test_it_runs_as_a_module_in_the_users_own_folder(tmp_path: Path) -> None:

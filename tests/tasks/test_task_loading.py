@@ -123,7 +123,7 @@ def test_a_task_without_demonstrations_says_so_where_one_is_asked_for(folder: Pa
         ("my_package_of_tasks.counting.x:Counting", "a module that does not exist .*is not a package"),
         ("my_package_of_tasks.needy:Counting", "does not import .*a_library_that_nobody_has.*: install 'a_library"),
         ("my_package_of_tasks.counting:Countin", "'Countin', which .*it has Counting, Structural"),
-        ("my_package_of_tasks:Counting", "'Counting', which .*: define a class there"),
+        ("my_package_of_tasks:Counting", "'Counting', which .*: define a Task class there"),
         ("my_package_of_tasks.counting:make_task", "is a function, not a Task class.*it has Counting"),
         ("my_package_of_tasks.counting:Dots", "does not define problem, env, demonstration, texts"),
         ("my_package_of_tasks.counting:NoEnv", "is not a Task, for it does not define env, so"),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from vlmrl.config import RunConfig
 from vlmrl.errors import ConfigError
+from vlmrl.imports import is_import_path
 from vlmrl.tasks.config import ColorCodewordConfig
 
 
 def task_has_class(config: RunConfig) -> None:
     """`task.target` can be an import path."""
-    module, colon, name = config.task.target.partition(":")
-    if not (colon and name.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+    if not is_import_path(config.task.target):
         raise ConfigError(
             f"task.target={config.task.target} requires the form package.module:Class, else no class can be imported: "
             "set task=my_package.my_module:MyTask"

@@ -95,6 +95,8 @@ class RolloutRecord(TypedDict):
     metrics: dict[str, float]
     stop_reason: str
     """A value of `StopReason`."""
+    filtered: list[str]
+    """Values of `DropReason` that the filters found, whether they drop or only track."""
     dropped: str | None
     """A value of `DropReason`."""
     error: str | None
@@ -185,6 +187,7 @@ def record_line(rollout: Rollout, step: int, split: Split) -> bytes:
         "reward": rollout.reward,
         "metrics": rollout.metrics,
         "stop_reason": rollout.stop_reason.value,
+        "filtered": [reason.value for reason in rollout.filtered],
         "dropped": rollout.dropped and rollout.dropped.value,
         # An exception may quote a file name that is no valid Unicode.
         "error": rollout.error and rollout.error.encode(errors="replace").decode(),

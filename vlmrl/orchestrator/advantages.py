@@ -1,6 +1,6 @@
 """Rewards of a group → one advantage per turn, and which rollouts are not learned from.
 
-    group ─▶ assign_advantages: turn.advantage ─▶ mark_dropped: rollout.dropped ─▶ samples
+    group ─▶ assign_advantages: turn.advantage ─▶ filters.py: rollout.filtered ─▶ mark_dropped: rollout.dropped
 
 Letters: G siblings. A rollout counts as a sibling when it was played: no fault, and at least one turn. One that is
 dropped for what it sampled (a stray image token, staleness) was played and rewarded, so it counts all the same.
@@ -14,7 +14,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmrl.orchestrator.config import Advantage, AlgorithmConfig, Credit
+from vlmrl.orchestrator.config import Advantage, AlgorithmConfig, Credit, FilterMode
+from vlmrl.orchestrator.filters import filters_in
 from vlmrl.types import DropReason, FloatArray, Group, Rollout
 
 Estimator: TypeAlias = Callable[[FloatArray], FloatArray]
@@ -94,10 +95,10 @@ def mark_dropped(
 ) -> None:
     """Set `rollout.dropped` of every rollout, in place: the first reason of `DropReason` that holds, or None.
 
-    After `assign_advantages`. `version` is the policy version that is about to learn, so this is called when the batch
+    After `find_filtered`. `version` is the policy version that is about to learn, so this is called when the batch
     is taken, not when the rollout ends: time in a queue counts. `image_token_ids` are the ids that stand for an image.
     """
-    no_signal = not any(turn.advantage for rollout in group.rollouts for turn in rollout.turns)
+    filters = filters_in(config.filters, FilterMode.drop)
     for rollout in group.rollouts:
         if rollout.stop_reason.is_fault:
             rollout.dropped = DropReason.FAULT
@@ -107,10 +108,8 @@ def mark_dropped(
             rollout.dropped = DropReason.STRAY_IMAGE_TOKEN
         elif version - _oldest_version(rollout) > max_staleness:
             rollout.dropped = DropReason.STALE
-        elif no_signal and config.drop_zero_advantage:
-            rollout.dropped = DropReason.ZERO_ADVANTAGE
         else:
-            rollout.dropped = None
+            rollout.dropped = next((reason for reason in rollout.filtered if reason in filters), None)
 
 
 def _centered(rewards: FloatArray) -> NDArray[np.float64]:

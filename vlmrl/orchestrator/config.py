@@ -89,6 +89,37 @@ class ImportanceCorrection(Enum):
     """No correction: as if the weights that learn had sampled. Biased by as much as they had not."""
 
 
+class FilterMode(Enum):
+    """What a filter does about the rollouts that it finds. (Not called `off`, which YAML reads as a boolean.)"""
+
+    none = "none"
+    """It does not look."""
+    track = "track"
+    """They are counted, as `rollouts/filtered/<filter>`."""
+    drop = "drop"
+    """They are counted and not learned from."""
+
+
+@dataclass
+class FilterConfig:
+    """Degenerate rollouts (filters.py has formulas and papers)."""
+
+    gibberish: FilterMode = FilterMode.none
+    """Rollouts with a rare token that was unlikelier than under a uniform draw."""
+    rare_from: float = 0.66
+    """Of `gibberish`: ids from this share of the vocabulary on are rare; 100,000 of Qwen3's 151,936."""
+    rare_logprob_offset: float = 2.0
+    """Of `gibberish`: nats below −log(vocabulary) at which a rare token is no accident of a broad distribution."""
+    repetition: FilterMode = FilterMode.none
+    """Rollouts with a long row of tokens of which the policy was all but certain."""
+    repetition_window: int = 3000
+    """Of `repetition`: tokens in a row, as in MiniMax-M1; to be lowered for short answers, which have no such row."""
+    repetition_probability: float = 0.99
+    """Of `repetition`: the probability above which a token is all but certain."""
+    zero_advantage: FilterMode = FilterMode.none
+    """Groups whose advantages are all zero: DAPO's dynamic sampling, without refill."""
+
+
 @dataclass
 class AlgorithmConfig:
     """From rewards to a loss. One YAML file per algorithm; the functions carry paper and equation."""
@@ -108,5 +139,5 @@ class AlgorithmConfig:
     importance_cap: float = 2.0
     """Of `truncated` and `masked`: ratios above it (`masked`: below 1 over it too) are cut. 2, as in truncated
     importance sampling for engines that round otherwise; ratios of fresh tokens are within a percent of 1."""
-    drop_zero_advantage: bool = False
-    """Drop groups whose advantages are all zero before the batch is built (DAPO's dynamic sampling, without refill)."""
+    filters: FilterConfig = field(default_factory=FilterConfig)
+    """Rollouts that are degenerate: tracked or not learned from."""

@@ -28,6 +28,7 @@ from vlmrl.orchestrator.advantages import assign_advantages, mark_dropped
 from vlmrl.orchestrator.config import AlgorithmConfig, OrchestratorConfig
 from vlmrl.orchestrator.evaluation import Evaluator
 from vlmrl.orchestrator.faults import FaultWatch
+from vlmrl.orchestrator.filters import find_filtered
 from vlmrl.orchestrator.rollout import RolloutRunner
 from vlmrl.orchestrator.samples import make_samples, note_learned
 from vlmrl.orchestrator.step_metrics import resource_metrics, rollout_metrics
@@ -43,6 +44,8 @@ class Loop:
     config: OrchestratorConfig
     algorithm: AlgorithmConfig
     max_steps: int
+    vocab_size: int
+    """Tokens that the sampler chooses from."""
     runner: RolloutRunner
     engine: InferenceEngine
     trainer: Trainer
@@ -107,6 +110,7 @@ class Loop:
         samples: list[TrainingSample] = []
         for group in groups:
             assign_advantages(group, self.algorithm)
+            find_filtered(group, self.algorithm.filters, self.vocab_size)
             mark_dropped(group, self.algorithm, image_tokens, version, self.config.max_staleness)
             samples.extend(s for rollout in group.rollouts if rollout.dropped is None for s in make_samples(rollout))
         try:
@@ -120,7 +124,7 @@ class Loop:
         synced = time.perf_counter()
         metrics = {
             "policy_version": float(result.version),
-            **rollout_metrics(groups),
+            **rollout_metrics(groups, self.algorithm.filters),
             **result.metrics,
             **self.engine.metrics(),
             **resource_metrics(groups, seconds=synced - started),

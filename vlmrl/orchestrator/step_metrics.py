@@ -9,12 +9,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from vlmrl.orchestrator.config import FilterConfig, FilterMode
+from vlmrl.orchestrator.filters import filters_in
 from vlmrl.orchestrator.rollout import bridge_break_rate
 from vlmrl.types import Group, Rollout
 
 
-def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
+def rollout_metrics(groups: Sequence[Group], filters: FilterConfig) -> dict[str, float]:
     """Rewards, stop and drop reasons, bridge breaks, tokens, images and the task's own figures.
+
+    `rollouts/filtered/<filter>` counts what a filter found, 0.0 where it found nothing; it is there for filters that
+    are on.
 
     Faulty rollouts count in `rollouts/total` and by reason, and are left out of the reward and task figures: a broken
     image is not a wrong answer.
@@ -39,6 +44,9 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     metrics |= {f"rollouts/dropped/{reason}": float(count) for reason, count in sorted(dropped.items())}
     stops = Counter(rollout.stop_reason for rollout in rollouts)
     metrics |= {f"rollouts/stop/{reason}": float(count) for reason, count in sorted(stops.items())}
+    filtered = Counter(reason for rollout in rollouts for reason in rollout.filtered)
+    on = filters_in(filters, FilterMode.track, FilterMode.drop)
+    metrics |= {f"rollouts/filtered/{reason}": float(filtered[reason]) for reason in on}
     return metrics | mean_task_metrics(sound)
 
 

@@ -95,7 +95,7 @@ def parse_config(target: str, overrides: list[str]) -> TaskConfig:
     the schema does not take.
 
     >>> parse_config("my_package.my_module:Counting", ["max_turns=2", "args.level=3"])
-    ImportedTaskConfig(target='my_package.my_module:Counting', max_turns=2, args={'level': 3})
+    ImportedTaskConfig(target='my_package.my_module:Counting', max_turns=2, num_examples=None, args={'level': 3})
     """
     schema = ColorCodewordConfig if target == ColorCodewordConfig.target else ImportedTaskConfig
     for override in overrides:

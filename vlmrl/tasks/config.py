@@ -16,6 +16,8 @@ class TaskConfig:
     """Import path of the Task class, `package.module:Class`; called as `Class(config, seed=run seed)`."""
     max_turns: int = 1
     """Turns of an episode: prompt, completion, reply."""
+    num_examples: int | None = None
+    """Training problems: the first so many, over and over, supervised steps included. None: as many as the task has."""
 
 
 @dataclass

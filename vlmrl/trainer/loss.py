@@ -107,7 +107,7 @@ def dapo(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> Lo
 
         L = −1/T Σ_t min(r_t A_t, clip(r_t, 1 − clip_low, 1 + clip_high) A_t),   T over groups that differ in reward
 
-    The loss of `grpo`; what is DAPO's own is which groups are in the batch (`algorithm.drop_zero_advantage=true`).
+    The loss of `grpo`; what is DAPO's own is which groups are in the batch (`algorithm.filters.zero_advantage=drop`).
     """
     return grpo(tokens, totals, config)
 

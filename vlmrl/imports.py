@@ -1,0 +1,84 @@
+"""What the user wrote and the config names by its import path: a task's class, a loss, an advantage.
+
+Every way in which a path can be wrong is a `ConfigError` that names the key. What the user's module raises while it is
+imported is left as it is: the traceback points at their line. `sys.path` is left alone too: `python -m vlmrl` finds
+modules in the folder it is started from.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from vlmrl.errors import ConfigError
+
+
+def is_import_path(path: str) -> bool:
+    """Whether it has the form `package.module:name`; nothing is imported.
+
+    >>> [is_import_path(path) for path in ("my.losses:mine", "losses:mine", "mine", "my..losses:mine")]
+    [True, True, False, False]
+    """
+    module, colon, name = path.partition(":")
+    return bool(colon) and name.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
+def import_named(
+    key: str, path: str, kind: str, is_kind: Callable[[Any], bool], is_offered: Callable[[Any], bool] | None = None
+) -> Any:
+    """The object at `path`, which `key` names. `kind` says what it should be, `is_kind` whether an object is one, and
+    `is_offered` (default: `is_kind`) whether an error should name it as what could have been meant.
+
+    >>> import_named("task.target", "counting", "Task class", callable)
+    Traceback (most recent call last):
+    vlmrl.errors.ConfigError: task.target=counting is not of the form package.module:Class, so there is no Task class \
+to load: write the import path of yours
+    """
+    if not is_import_path(path):
+        form = "Class" if kind.endswith("class") else "function"
+        raise ConfigError(
+            f"{key}={path} is not of the form package.module:{form}, so there is no {kind} to load: write the import "
+            "path of yours"
+        )
+    module_name, _, attribute = path.partition(":")
+    module = _import(key, path, module_name, kind)
+    found = getattr(module, attribute, None)
+    if found is None:
+        raise ConfigError(
+            f"{key}={path} names {attribute!r}, which {module_name} ({module.__file__}) does not define, so there is "
+            f"no {kind} to load: {_offer(module, kind, is_offered or is_kind)}"
+        )
+    if not is_kind(found):
+        raise ConfigError(
+            f"{key}={path} is a {type(found).__name__}, not a {kind}, so it cannot stand in for one: "
+            f"{_offer(module, kind, is_offered or is_kind)}"
+        )
+    return found
+
+
+def _import(key: str, path: str, module_name: str, kind: str) -> ModuleType:
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (module_name == error.name or module_name.startswith(error.name + ".")):
+            raise ConfigError(
+                f"{key}={path} names a module that does not exist ({error}), so there is no {kind} to load: "
+                f"correct it, or start from the folder that holds {module_name.partition('.')[0]} or add that folder "
+                "to PYTHONPATH"
+            ) from error
+        raise ConfigError(
+            f"{key}={path} does not import ({error}), so there is no {kind} to load: install {error.name!r} or "
+            f"mend the import in {module_name}"
+        ) from error
+
+
+def _offer(module: ModuleType, kind: str, is_offered: Callable[[Any], bool]) -> str:
+    """The remedy: what the module could have been meant to give."""
+    own = [
+        name
+        for name, value in vars(module).items()
+        if getattr(value, "__module__", None) == module.__name__ and is_offered(value)
+    ]
+    return f"it has {', '.join(own)}" if own else f"define a {kind} there"
