@@ -266,6 +266,7 @@ def test_rewrite_leaves_the_rest_alone() -> None:
 
 
 def test_rewrite_import_path() -> None:
+    assert rewrite(["algorithm=a.b:c"]) == ["algorithm.loss=a.b:c"]
     assert rewrite(["task=a.b:C", "task.args.x.y=1"]) == ["task=imported", "task.target=a.b:C", "++task.args.x.y=1"]
 
 

@@ -100,8 +100,8 @@ def test_algorithms(
     name: str, advantage: Advantage, clip: tuple[float, float], drops: bool, run_config: Callable[..., RunConfig]
 ) -> None:
     algorithm = run_config(f"algorithm={name}").algorithm
-    assert algorithm.loss is Loss[name]
-    assert algorithm.advantage is advantage
+    assert algorithm.loss == Loss[name]
+    assert algorithm.advantage == advantage
     assert (algorithm.filters.zero_advantage is FilterMode.drop) == drops
     assert (algorithm.clip_low, algorithm.clip_high) == clip
     assert algorithm.credit is Credit.turn  # stated once, at the root
@@ -188,6 +188,8 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     (("orchestrator.max_new_tokens=1024",), "max_new_tokens=1024 requires a larger trainer.seq_len"),
     (("orchestrator.group_size=1",), "advantage=group_normalized requires orchestrator.group_size"),
     (("algorithm=rloo", "orchestrator.group_size=1"), "advantage=leave_one_out requires orchestrator.group_size"),
+    (("algorithm.loss=gpro",), "algorithm.loss=gpro is neither one of grpo, .* or my_package.*; did you mean grpo"),
+    (("algorithm.advantage=mine",), "algorithm.advantage=mine is neither one of group_normalized, "),
     (("mode=sft", "trainer.warmup.steps=0"), "mode=sft requires trainer.warmup.steps"),
     (("mode=eval", "orchestrator.eval.problems=0"), "mode=eval requires orchestrator.eval.problems"),
     (("orchestrator.eval.problems=0",), "orchestrator.eval.every=10 requires"),

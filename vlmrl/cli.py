@@ -37,8 +37,11 @@ CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if 
 """conf/: inside the package where a wheel was installed, beside it in a checkout or an editable install."""
 
 
-FREE = ("task.args", "inference.extra_args")
+FREE = ("task.args", "algorithm.args", "inference.extra_args")
 """Dicts whose keys are not ours."""
+
+IMPORTED = {"task": ("task=imported", "task.target="), "algorithm": ("algorithm.loss=",)}
+"""Groups whose option may be an import path, and what it is short for; the path goes to the end."""
 
 
 class JobError(Exception):
@@ -146,7 +149,7 @@ def compose_and_start(arguments: list[str]) -> None:
 
 
 def rewrite(arguments: list[str]) -> list[str]:
-    """Spell out what the command line may abbreviate: the import path of a task, and keys that are not ours (`FREE`).
+    """Spell out what the command line may abbreviate: import paths (`IMPORTED`), and keys that are not ours (`FREE`).
 
     Flags come first, because argparse takes no key=value on both sides of one.
 
@@ -157,13 +160,14 @@ def rewrite(arguments: list[str]) -> list[str]:
     arguments = sorted(arguments, key=lambda argument: bool(re.match(r"~|[^-].*=", argument)))
     for argument in arguments:
         key, _, value = argument.partition("=")
-        if key == "task" and ":" in value:
+        if key in IMPORTED and ":" in value:
             if not all(":" in choice for choice in value.split(",")):
                 raise ConfigError(
                     f"{argument} requires import paths only or names only, else there is no one group to choose from: "
                     "sweep over them in two commands"
                 )
-            rewritten += ["task=imported", f"task.target={value}"]
+            *before, last = IMPORTED[key]
+            rewritten += [*before, f"{last}{value}"]
         elif key in FREE or key.startswith(tuple(f"{free}." for free in FREE)):
             rewritten.append(f"++{argument}")  # no schema knows these keys
         else:

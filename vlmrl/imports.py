@@ -8,6 +8,7 @@ modules in the folder it is started from.
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -56,6 +57,23 @@ to load: write the import path of yours
             f"{_offer(module, kind, is_offered or is_kind)}"
         )
     return found
+
+
+def assert_takes(key: str, path: str, function: Callable[..., Any], *arguments: str) -> None:
+    """Raise `ConfigError` where `function` cannot be called with so many arguments, by position.
+
+    >>> assert_takes("algorithm.loss", "my.losses:mine", lambda tokens: None, "tokens", "totals", "config")
+    Traceback (most recent call last):
+    vlmrl.errors.ConfigError: algorithm.loss=my.losses:mine cannot be called as mine(tokens, totals, config) \
+(too many positional arguments), so no step can use it: give it these arguments
+    """
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError as error:
+        call = f"{path.rpartition(':')[2]}({', '.join(arguments)})"
+        raise ConfigError(
+            f"{key}={path} cannot be called as {call} ({error}), so no step can use it: give it these arguments"
+        ) from error
 
 
 def _import(key: str, path: str, module_name: str, kind: str) -> ModuleType:

@@ -44,6 +44,7 @@ from vlmrl.models.policy import Policy
 from vlmrl.models.positions import position_function
 from vlmrl.monitor.monitor import Monitor
 from vlmrl.monitor.run_dir import RunDir
+from vlmrl.orchestrator.advantages import estimator_named
 from vlmrl.orchestrator.evaluation import Evaluator
 from vlmrl.orchestrator.loop import ExitReason, Loop
 from vlmrl.orchestrator.renderer import Renderer, make_renderer
@@ -53,6 +54,7 @@ from vlmrl.tasks.base import Task
 from vlmrl.tasks.loading import load_task
 from vlmrl.trainer.checkpoint import Checkpoints
 from vlmrl.trainer.config import SFTConfig
+from vlmrl.trainer.loss import loss_function
 from vlmrl.trainer.trainer import LocalTrainer
 from vlmrl.types import InferenceEngine, TrainingSample, WeightSync
 from vlmrl.weight_sync.config import CudaIpcSyncConfig, FolderSyncConfig, NcclSyncConfig
@@ -66,6 +68,7 @@ from vlmrl.weight_sync.nccl import NcclSync
 def execute(config: RunConfig) -> float | None:
     """Run `config`; returns the objective (the last held-out reward), for sweepers. Raises `VlmrlError`s."""
     check_available(config.model)
+    check_algorithm(config)
     if isinstance(config.inference, VllmConfig):
         check_vllm(config.inference)
         check_transfer(config.weight_sync, config.inference, config.model.device)
@@ -91,6 +94,12 @@ def execute(config: RunConfig) -> float | None:
     if reason == "interrupted":
         raise Interrupted(run.how_to_continue())
     return objective
+
+
+def check_algorithm(config: RunConfig) -> None:
+    """Raise `ConfigError` where a function of the user's own is not there or is none. Imports it."""
+    loss_function(config.algorithm.loss)
+    estimator_named(config.algorithm.advantage)
 
 
 @contextmanager
@@ -247,7 +256,7 @@ class Run:
             "tokens per rollout": f"up to {c.inference.max_model_len}, {o.max_new_tokens} new per turn",
             "optimizer steps": f"{c.trainer.warmup.steps} supervised × {c.trainer.warmup.batch_size} conversations, "
             f"then {c.trainer.max_steps} × {rollouts} rollouts",
-            "algorithm": f"{c.algorithm.loss.value}, {c.algorithm.advantage.value} advantages, credit per "
+            "algorithm": f"{c.algorithm.loss}, {c.algorithm.advantage} advantages, credit per "
             f"{c.algorithm.credit.value}",
             "evaluation": f"{o.eval.problems} held-out problems, sampled and greedy, every {o.eval.every} steps"
             + ("" if o.eval.target is None else f"; done at {o.eval.target} {o.eval.consecutive} times in a row"),

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from vlmrl.checks.engine import context_holds_samples, embedded_is_in_step, kinds_are_chosen, weights_reach_engine
-from vlmrl.checks.learning import groups_have_siblings, mode_has_work, optimizer_fits
+from vlmrl.checks.learning import algorithm_is_known, groups_have_siblings, mode_has_work, optimizer_fits
 from vlmrl.checks.model import gradients_have_range, renderer_is_there, renderer_serves_family, tiny_is_a_model
 from vlmrl.checks.ranges import numbers_in_range
 from vlmrl.checks.task import squares_fill_patches, task_has_class
@@ -27,6 +27,7 @@ CHECKS: tuple[Check, ...] = (
     weights_reach_engine,
     embedded_is_in_step,
     context_holds_samples,
+    algorithm_is_known,
     groups_have_siblings,
     mode_has_work,
     optimizer_fits,

@@ -4,13 +4,29 @@ from __future__ import annotations
 
 from vlmrl.config import Mode, RunConfig
 from vlmrl.errors import ConfigError
+from vlmrl.imports import is_import_path
+from vlmrl.keys import did_you_mean
+from vlmrl.orchestrator.config import Advantage, Loss
+
+
+def algorithm_is_known(config: RunConfig) -> None:
+    """Loss and advantage are built in, or import paths."""
+    for key, name, known in (
+        ("algorithm.loss", config.algorithm.loss, [*Loss]),
+        ("algorithm.advantage", config.algorithm.advantage, [*Advantage]),
+    ):
+        if name not in known and not is_import_path(name):
+            raise ConfigError(
+                f"{key}={name} is neither one of {', '.join(known)} nor an import path, so nothing is computed: set "
+                f"{key}={known[0]}, or my_package.my_module:my_function{did_you_mean(name, known)}"
+            )
 
 
 def groups_have_siblings(config: RunConfig) -> None:
     """An advantage is a comparison with the siblings, under each of the choices that exist."""
     if config.orchestrator.group_size < 2:
         raise ConfigError(
-            f"algorithm.advantage={config.algorithm.advantage.name} requires orchestrator.group_size of at least 2, "
+            f"algorithm.advantage={config.algorithm.advantage} requires orchestrator.group_size of at least 2, "
             "else a rollout has no sibling to be compared with and every advantage is 0: "
             "set orchestrator.group_size=2 or more"
         )

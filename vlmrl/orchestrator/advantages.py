@@ -8,12 +8,15 @@ dropped for what it sampled (a stray image token, staleness) was played and rewa
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vlmrl.errors import ConfigError
+from vlmrl.imports import assert_takes, import_named
 from vlmrl.orchestrator.config import Advantage, AlgorithmConfig, Credit, FilterMode
 from vlmrl.orchestrator.filters import filters_in
 from vlmrl.types import DropReason, FloatArray, Group, Rollout
@@ -55,11 +58,35 @@ def leave_one_out(rewards: FloatArray) -> FloatArray:
     return (_centered(rewards) * (len(rewards) / max(1, len(rewards) - 1))).astype(np.float32)
 
 
-ESTIMATORS: dict[Advantage, Estimator] = {
+ESTIMATORS: dict[str, Estimator] = {
     Advantage.group_normalized: group_normalized,
     Advantage.group_centered: group_centered,
     Advantage.leave_one_out: leave_one_out,
 }
+
+
+@functools.cache
+def estimator_named(name: str) -> Estimator:
+    """What `algorithm.advantage` names: one of `ESTIMATORS`, or a function of the user's own, imported.
+
+    Raises `ConfigError` where there is none, or it cannot be called as an `Estimator`; the function itself does where
+    what it returns is not one finite number per reward.
+    """
+    if name in ESTIMATORS:
+        return ESTIMATORS[name]
+    function = import_named("algorithm.advantage", name, "advantage function", callable)
+    assert_takes("algorithm.advantage", name, function, "rewards")
+
+    def checked(rewards: FloatArray) -> FloatArray:
+        advantages = np.asarray(function(rewards), np.float32)
+        if advantages.shape != rewards.shape or not np.isfinite(advantages).all():
+            raise ConfigError(
+                f"algorithm.advantage={name} made {advantages.tolist()} of the rewards {rewards.tolist()}, so turns "
+                "would have no advantage: return one finite number per reward"
+            )
+        return advantages
+
+    return checked
 
 
 def assign_advantages(group: Group, config: AlgorithmConfig) -> None:
@@ -72,7 +99,7 @@ def assign_advantages(group: Group, config: AlgorithmConfig) -> None:
         for turn in rollout.turns:
             turn.advantage = 0.0
     siblings = [r for r in group.rollouts if not r.stop_reason.is_fault and r.turns]
-    estimator = ESTIMATORS[config.advantage]
+    estimator = estimator_named(config.advantage)
     if config.credit is Credit.episode:
         advantages = estimator(np.array([rollout.reward for rollout in siblings], np.float32))
         for rollout, advantage in zip(siblings, advantages.tolist(), strict=True):

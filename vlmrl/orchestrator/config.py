@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
+from typing import Any
 
 
 @dataclass
@@ -57,16 +58,16 @@ class Credit(Enum):
     """Each turn's own reward, against the same turn of its siblings."""
 
 
-class Advantage(Enum):
-    """How rewards of a group become advantages (advantages.py)."""
+class Advantage(StrEnum):
+    """The built-in ways from the rewards of a group to advantages (advantages.py)."""
 
     group_normalized = "group_normalized"
     group_centered = "group_centered"
     leave_one_out = "leave_one_out"
 
 
-class Loss(Enum):
-    """The loss of a token (trainer/loss.py)."""
+class Loss(StrEnum):
+    """The built-in losses of a token (trainer/loss.py)."""
 
     grpo = "grpo"
     dr_grpo = "dr_grpo"
@@ -124,10 +125,14 @@ class FilterConfig:
 class AlgorithmConfig:
     """From rewards to a loss. One YAML file per algorithm; the functions carry paper and equation."""
 
-    loss: Loss = Loss.grpo
-    """The loss of a token."""
-    advantage: Advantage = Advantage.group_normalized
-    """How the rewards of a group become advantages."""
+    loss: str = field(default="grpo", metadata={"choices": Loss})
+    """The loss of a token: a built-in one, or a function of your own, `my_package.my_module:my_loss`
+    (`vlmrl.trainer.loss.LossFunction`); `algorithm=my_package.my_module:my_loss` says the same."""
+    advantage: str = field(default="group_normalized", metadata={"choices": Advantage})
+    """How the rewards of a group become advantages: a built-in way, or a function of your own
+    (`vlmrl.orchestrator.advantages.Estimator`)."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Settings of functions of your own, which find them in `config.args`; not checked here."""
     credit: Credit = Credit.episode
     """What a turn's advantage is made of: the episode's reward, or the turn's own."""
     clip_low: float = 0.2

@@ -18,11 +18,22 @@ Truncating the second is Yao et al.'s truncated importance sampling (2025), mask
 
     r = 0.3  1.0  1.7  5.0,  C = 2:    truncated w = 0.3  1.0  1.7  2.0    masked w = 0  1.0  1.7  0    none w = 1 1 1 1
 
+A loss of your own has the signature of those here, `LossFunction`, and is named by its import path:
+
+    from vlmrl.trainer.loss import LossOutput
+
+    def my_loss(tokens, totals, config):                       # LossTokens, BatchTotals, AlgorithmConfig
+        objective = tokens.advantages * tokens.logprobs        # [N]; divide by figures of the whole batch alone
+        return LossOutput(-config.args["scale"] * objective.sum() / totals.tokens)
+
+    python -m vlmrl algorithm=my_package.my_module:my_loss algorithm.args.scale=0.5
+
 Left out on purpose: a penalty towards a reference policy and several optimizer steps per batch.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
@@ -30,6 +41,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from vlmrl.errors import ConfigError
+from vlmrl.imports import assert_takes, import_named
 from vlmrl.orchestrator.config import AlgorithmConfig, ImportanceCorrection, Loss
 
 
@@ -156,7 +169,7 @@ def cispo(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> L
     return LossOutput(-objective.sum() / totals.tokens, *_figures(ratio, weight != ratio))
 
 
-LOSSES: dict[Loss, LossFunction] = {
+LOSSES: dict[str, LossFunction] = {
     Loss.grpo: grpo,
     Loss.dr_grpo: dr_grpo,
     Loss.dapo: dapo,
@@ -166,9 +179,32 @@ LOSSES: dict[Loss, LossFunction] = {
 }
 
 
+@functools.cache
+def loss_function(name: str) -> LossFunction:
+    """The loss that `algorithm.loss` names: one of `LOSSES`, or a function of the user's own, imported.
+
+    Raises `ConfigError` where there is none, or it cannot be called as a `LossFunction`.
+    """
+    if name in LOSSES:
+        return LOSSES[name]
+    function = import_named("algorithm.loss", name, "loss function", callable)
+    assert_takes("algorithm.loss", name, function, "tokens", "totals", "config")
+
+    def checked(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> LossOutput:
+        output = function(tokens, totals, config)
+        if not isinstance(output, LossOutput):
+            raise ConfigError(
+                f"algorithm.loss={name} returned a {type(output).__name__}, so there is nothing to learn from: return "
+                "vlmrl.trainer.loss.LossOutput(loss)"
+            )
+        return output
+
+    return checked
+
+
 def policy_loss(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> LossOutput:
     """`algorithm.loss` under `algorithm.importance_correction`; see the table at the top."""
-    loss = LOSSES[config.loss]
+    loss = loss_function(config.loss)
     if config.importance_correction is ImportanceCorrection.own:
         return loss(tokens, totals, config)
     frozen = tokens.logprobs.detach()
