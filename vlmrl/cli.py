@@ -31,6 +31,7 @@ from vlmrl.config import Mode, register_schemas
 from vlmrl.errors import ConfigError, Interrupted, VlmrlError
 from vlmrl.keys import did_you_mean, unknown_key
 from vlmrl.parse import parse, summary, typed
+from vlmrl.trainer.place import find_place
 
 PACKAGE = Path(__file__).parent
 CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
@@ -49,8 +50,26 @@ class JobError(Exception):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line (default: the process's own arguments); returns the exit code."""
+    """Run the command line (default: the process's own arguments); returns the exit code.
+
+    Of several ranks (`vlmrl.trainer.place`) the first does; the others follow it, whatever it is asked to do.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if find_place().size == 1:
+            return command_line(arguments)
+    except VlmrlError as error:
+        return report(error)
+    from vlmrl.run import follow_leader
+    from vlmrl.trainer.distributed import init_from_environment
+
+    with init_from_environment() as group:
+        assert group is not None
+        return command_line(arguments) if group.rank == 0 else follow_leader(group)
+
+
+def command_line(arguments: list[str]) -> int:
+    """The whole command line of one process."""
     try:
         arguments = rewrite(arguments)
         if resumes(arguments):

@@ -6,6 +6,7 @@
     ├── TaskError                  a task that breaks its contract (see vlmrl.tasks)
     ├── CheckpointError            a checkpoint that is corrupt or of another run
     ├── EngineError                the inference engine cannot go on
+    ├── RankError                  a rank of the trainer has ended; says which and why
     ├── ParityError                mode=doctor: sampler and trainer do not agree; names the lines that failed
     ├── NonFiniteLossError         a loss or gradient that is NaN or infinite; names the samples
     └── Interrupted                Ctrl-C or SIGTERM; a checkpoint is written, the message says how to go on
@@ -41,6 +42,10 @@ class CheckpointError(VlmrlError):
 
 class EngineError(VlmrlError):
     """The inference engine failed in a way that no single rollout can record."""
+
+
+class RankError(VlmrlError):
+    """A rank of the trainer has ended, so none can go on; the message says which, where, and what it said last."""
 
 
 class ParityError(VlmrlError):

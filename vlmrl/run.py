@@ -28,7 +28,7 @@ import torch
 
 from vlmrl.config import Mode, RunConfig
 from vlmrl.doctor.doctor import Doctor, conclude
-from vlmrl.errors import ConfigError, EngineError, Interrupted, TaskError
+from vlmrl.errors import ConfigError, EngineError, Interrupted, RankError, TaskError
 from vlmrl.inference.config import VllmConfig
 from vlmrl.inference.embedded import EmbeddedEngine
 from vlmrl.inference.vllm_engine import VllmEngine
@@ -54,6 +54,7 @@ from vlmrl.tasks.base import Task
 from vlmrl.tasks.loading import load_task
 from vlmrl.trainer.checkpoint import Checkpoints
 from vlmrl.trainer.config import SFTConfig
+from vlmrl.trainer.distributed import Group, follow, init_from_environment
 from vlmrl.trainer.loss import loss_function
 from vlmrl.trainer.trainer import LocalTrainer
 from vlmrl.types import InferenceEngine, TrainingSample, WeightSync
@@ -66,7 +67,25 @@ from vlmrl.weight_sync.nccl import NcclSync
 
 
 def execute(config: RunConfig) -> float | None:
-    """Run `config`; returns the objective (the last held-out reward), for sweepers. Raises `VlmrlError`s."""
+    """Run `config`; returns the objective (the last held-out reward), for sweepers. Raises `VlmrlError`s.
+
+    In a group of ranks: rank 0 does; the others help it until it is done, and return None.
+    """
+    with init_from_environment() as group:
+        if group is None or group.rank == 0:
+            return lead(config)
+        if follow_leader(group) != 0:
+            raise RankError(f"rank {group.rank} has ended early; rank 0 says why")
+        return None
+
+
+def follow_leader(group: Group) -> int:
+    """What a rank other than 0 does → exit code."""
+    return follow(group, object)
+
+
+def lead(config: RunConfig) -> float | None:
+    """The run itself: of one process, or of rank 0."""
     check_available(config.model)
     check_algorithm(config)
     if isinstance(config.inference, VllmConfig):
