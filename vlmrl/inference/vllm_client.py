@@ -1,11 +1,13 @@
 """HTTP to one vLLM server: a completion for a prompt, each image's data sent once, and the calls of the weight sync.
 
-    generate ─▶ images that the server lacks: one request with their data and the prompt up to them, for one token
+    generate ─▶ images that the server lacks: their data
              ─▶ the request itself, images by hash alone
              ─▶ the server has forgotten one (its cache is bounded): the same request with the data of all
 
-The first of these is no waste: it computes the prefix that the siblings of the group share, and its answer is the only
-sign that the server holds the images. Requests that show the same new image at the same time wait for it.
+Requests that show the same new image at the same time wait for whoever sends it. A server of the run takes data by
+itself, and requests in batches (vllm_batches.py). Another's takes data with a request only, and its answer is the only
+sign that it holds them: there, data goes with the prompt up to it, for one token. That is no waste: it computes the
+prefix that the siblings of the group share.
 
 What goes wrong is told apart by what helps: `ServerLostError` (the connection broke, the server is dying: ask again
 when it or another is there) and `EngineError` (an answer, or none in time, that asking again would not change).
@@ -16,7 +18,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -25,18 +28,9 @@ import orjson
 
 from vlmrl.errors import EngineError
 from vlmrl.inference.connections import Connections
-from vlmrl.inference.vllm_route import FORGOTTEN
-from vlmrl.inference.vllm_wire import (
-    ROUTE,
-    Answer,
-    WireError,
-    data_size,
-    encode_image,
-    pack_request,
-    parse_answer,
-    request_body,
-    unpack_answer,
-)
+from vlmrl.inference.vllm_batches import CONTENT_TYPE, Batches, BatchLostError
+from vlmrl.inference.vllm_frames import FORGOTTEN, ROUTE, pack_batch, request_header
+from vlmrl.inference.vllm_wire import Answer, WireError, data_size, encode_image, parse_answer, request_body
 from vlmrl.models.config import Dtype
 from vlmrl.types import ImageItem, Prompt, SamplingParams
 
@@ -120,6 +114,7 @@ class VllmClient:
             trust_env=False,  # no proxy between a run and its servers
             transport=transport or Connections(KEEPALIVE_S),
         )
+        self._batches = Batches(self._http, counts)
 
     async def close(self) -> None:
         await self._http.aclose()
@@ -141,7 +136,7 @@ class VllmClient:
         if response.status_code == 404 and optional:
             return None
         if response.status_code != 200:
-            await self._raise_if_dying(response)
+            await self._raise_if_dying(response.status_code, _complaint(response))
             raise EngineError(f"{self.name} answered {method} {path} with {_complaint(response)}")
         return orjson.loads(response.content) if response.content else {}
 
@@ -187,53 +182,49 @@ class VllmClient:
             arrived = asyncio.Event()
             self._sending.update(dict.fromkeys(new, arrived))
             try:
-                last = prompt.placeholders[shown - 1]
-                prefix = Prompt(
-                    prompt.token_ids[: last.offset + last.length], prompt.placeholders[:shown], prompt.images[:shown]
-                )
-                one_token = replace(sampling, max_new_tokens=1, temperature=0.0)
-                if await self._ask(rollout_id, prefix, await self._encoder.encode(new.values()), one_token) is None:
-                    return False
+                data = await self._encoder.encode(new.values())
+                if self.has_route:
+                    await self._send_images(rollout_id, data)
+                else:
+                    last = prompt.placeholders[shown - 1]
+                    end = last.offset + last.length
+                    prefix = Prompt(prompt.token_ids[:end], prompt.placeholders[:shown], prompt.images[:shown])
+                    one_token = replace(sampling, max_new_tokens=1, temperature=0.0)
+                    if await self._ask(rollout_id, prefix, data, one_token) is None:
+                        return False
                 self._held.update(new)
             finally:
                 for hash in new:
                     del self._sending[hash]
                 arrived.set()
 
+    async def _send_images(self, rollout_id: str, data: Mapping[str, bytes]) -> None:
+        """Have the server keep `data` until a request shows the images."""
+        body = await asyncio.to_thread(pack_batch, (), data)
+        self._counts["wire/bytes_sent"] += len(body)
+        self._counts["wire/images_sent"] += len(data)
+        response = await self._send(f"rollout {rollout_id}", "POST", ROUTE, content=body, headers=CONTENT_TYPE)
+        if response.status_code != 200:
+            await self._raise_if_dying(response.status_code, _complaint(response))
+            raise EngineError(f"rollout {rollout_id}: {self.name} answered images with {_complaint(response)}")
+
     async def _ask(
         self, rollout_id: str, prompt: Prompt, data: Mapping[str, bytes], sampling: SamplingParams
     ) -> Answer | None:
         """One request. None where the server does not hold an image that went by its hash."""
         by_hash = [image for image in prompt.images if image.hash not in data]
-        request_id = f"{rollout_id}/{next(self._numbers)}"
-        arguments = (request_id, prompt.token_ids, prompt.placeholders, data, sampling)
-        write = pack_request if self.has_route else request_body
-        # Megabytes are not put together on the event loop.
-        body = await asyncio.to_thread(write, *arguments) if data else write(*arguments)
-        self._counts["wire/bytes_sent"] += len(body)
         saved = sum(data_size(image, self._encoder.dtype) for image in by_hash)
         self._counts["wire/bytes_saved"] += saved if self.has_route else saved * 4 // 3  # base64
         self._counts["wire/images_sent"] += len(data)
         self._counts["inference/requests"] += 1
-        response = await self._send(
-            f"rollout {rollout_id}",
-            "POST",
-            ROUTE if self.has_route else "/inference/v1/generate",
-            content=body,
-            headers={"content-type": "application/octet-stream" if self.has_route else "application/json"},
-        )
-        if response.status_code == FORGOTTEN and by_hash:
-            return None
-        if response.status_code == 500:
-            await self._raise_if_dying(response)
-            if by_hash:
-                return None  # vLLM's own route says no more than that
-        if response.status_code != 200:
-            raise EngineError(f"rollout {rollout_id}: {self.name} answered with {_complaint(response)}")
+        request_id = f"{rollout_id}/{next(self._numbers)}"
         try:
-            answer = unpack_answer(response.content) if self.has_route else parse_answer(response.content)
+            ask = self._ask_in_batch if self.has_route else self._ask_alone
+            answer = await ask(rollout_id, request_id, prompt, data, sampling, has_hashes=bool(by_hash))
         except WireError as error:
             raise EngineError(f"rollout {rollout_id}: {self.name} gave an answer that is none: {error}") from error
+        if answer is None:
+            return None
         if answer.finish_reason == "abort":
             raise ServerLostError(f"{self.name} dropped the request")
         if not len(answer.token_ids):
@@ -242,22 +233,82 @@ class VllmClient:
             raise EngineError(f"rollout {rollout_id}: {self.name} sampled nothing")
         return answer
 
+    async def _ask_in_batch(
+        self,
+        rollout_id: str,
+        request_id: str,
+        prompt: Prompt,
+        data: Mapping[str, bytes],
+        sampling: SamplingParams,
+        *,
+        has_hashes: bool,
+    ) -> Answer | None:
+        """By the run's own route, with whatever else is asked at the time."""
+        header = request_header(request_id, prompt.token_ids, prompt.placeholders, sampling, is_whole=not has_hashes)
+        try:
+            async with self._in_time(f"rollout {rollout_id}"):
+                reply = await self._batches.ask(header, data)
+        except BatchLostError as error:
+            raise ServerLostError(f"{self.name}: {error}") from error
+        if reply.status == FORGOTTEN:
+            return None
+        if reply.status != 200:
+            await self._raise_if_dying(reply.status, reply.complaint)
+            raise EngineError(f"rollout {rollout_id}: {self.name} answered with {reply.complaint}")
+        return reply.answer()
+
+    async def _ask_alone(
+        self,
+        rollout_id: str,
+        request_id: str,
+        prompt: Prompt,
+        data: Mapping[str, bytes],
+        sampling: SamplingParams,
+        *,
+        has_hashes: bool,
+    ) -> Answer | None:
+        """By vLLM's own route."""
+        arguments = (request_id, prompt.token_ids, prompt.placeholders, data, sampling)
+        # Megabytes are not put together on the event loop.
+        body = await asyncio.to_thread(request_body, *arguments) if data else request_body(*arguments)
+        self._counts["wire/bytes_sent"] += len(body)
+        response = await self._send(
+            f"rollout {rollout_id}",
+            "POST",
+            "/inference/v1/generate",
+            content=body,
+            headers={"content-type": "application/json"},
+        )
+        if response.status_code == 500:
+            await self._raise_if_dying(500, _complaint(response))
+            if has_hashes:
+                return None  # an image that it does not hold: vLLM says no more than that
+        if response.status_code != 200:
+            raise EngineError(f"rollout {rollout_id}: {self.name} answered with {_complaint(response)}")
+        return parse_answer(response.content)
+
     async def _send(self, what: str, method: str, path: str, **arguments: Any) -> httpx.Response:
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with self._in_time(what):
                 return await self._http.request(method, path, **arguments)
+        except httpx.TransportError as error:
+            raise ServerLostError(f"{self.name}: {type(error).__name__} {error}") from error
+
+    @asynccontextmanager
+    async def _in_time(self, what: str) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                yield
         except TimeoutError as error:
             self._counts["inference/timeouts"] += 1
             raise EngineError(
                 f"{what}: {self.name} did not answer within inference.request_timeout_s={self._timeout_s:g}"
             ) from error
-        except httpx.TransportError as error:
-            raise ServerLostError(f"{self.name}: {type(error).__name__} {error}") from error
 
-    async def _raise_if_dying(self, response: httpx.Response) -> None:
+    async def _raise_if_dying(self, status: int, complaint: str) -> None:
         """A server whose engine has died answers once more before it ends."""
-        if response.status_code >= 500 and not await self.is_healthy():
-            raise ServerLostError(f"{self.name}: {_complaint(response)}")
+        if status >= 500 and not await self.is_healthy():
+            raise ServerLostError(f"{self.name}: {complaint}")
 
 
 def _complaint(response: httpx.Response) -> str:

@@ -25,6 +25,7 @@ import numpy as np
 from vlmrl.errors import EngineError
 from vlmrl.inference.config import VllmConfig
 from vlmrl.inference.vllm_client import ImageEncoder, ServerLostError, VllmClient
+from vlmrl.inference.vllm_frames import ROUTE
 from vlmrl.inference.vllm_server import (
     HEALTH_POLL_S,
     NEW_FLAGS,
@@ -34,7 +35,7 @@ from vlmrl.inference.vllm_server import (
     WeightTransfer,
     command_line,
 )
-from vlmrl.inference.vllm_wire import ROUTE, Answer
+from vlmrl.inference.vllm_wire import Answer
 from vlmrl.types import Completion, Prompt, SamplingParams
 
 SETTLE_S = 0.2

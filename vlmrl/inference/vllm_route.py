@@ -1,29 +1,34 @@
-"""The run's own route in its vLLM servers: `POST /vlmrl/generate`, what `/inference/v1/generate` does, in binary.
+"""The run's own route in its vLLM servers: `POST /vlmrl/generate`, what `/inference/v1/generate` does, in batches.
 
-    body ─▶ unpack_request ─▶ token ids, tensors ─▶ AsyncLLM.generate ─▶ tokens, logprobs, versions ─▶ pack_answer
+    body ─▶ unpack_batch ─┬▶ images' data ─▶ kept until the first request that shows the image takes it to the engine
+                          └▶ each request ─▶ AsyncLLM.add_request ─▶ tokens, logprobs, versions ─▶ pack_answer
+    response begins when all of the batch are with the engine; then a frame per answer, as they come
 
-vLLM's own route reads and writes JSON, through pydantic, on the event loop that also hands out the engine's tokens.
-This one is a middleware, vLLM's own way to extend a server, and calls what the other calls. Runs in vLLM's process and
-imports it there; servers of `inference.urls` may do without.
+vLLM's own route takes an HTTP request per completion and reads and writes JSON, through pydantic, on the event loop
+that also hands out the engine's tokens. This one is a middleware, vLLM's own way to extend a server, and calls what the
+other calls. Runs in vLLM's process and imports it there; servers of `inference.urls` may do without.
 
-Left out: everything that a rollout does not ask for (streaming, several samples, LoRA, stop strings).
+The engine takes requests in the order in which they are added and keeps the images of each, so the ones after may name
+an image by its hash. Left out: everything that a rollout does not ask for (several samples, LoRA, stop strings).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from functools import lru_cache
 from typing import Any, TypeAlias
 
-from vlmrl.inference.vllm_wire import BANNED_BIAS, ROUTE, RoutedRequest, pack_answer, unpack_request
+from vlmrl.inference.vllm_frames import FORGOTTEN, ROUTE, pack_answer, pack_error, unpack_batch
+from vlmrl.inference.vllm_wire import BANNED_BIAS
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-FORGOTTEN = 409
-"""Status where the server does not hold an image that went by its hash."""
+WAITING_LIMIT_BYTES = 1024**3
+"""Of images' data that no request has taken yet; past it the oldest goes, as if the engine had forgotten it."""
 
 
 class Route:
@@ -31,34 +36,135 @@ class Route:
 
     def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
         self._app = app
+        self._waiting = WaitingImages(WAITING_LIMIT_BYTES)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] != ROUTE:
             return await self._app(scope, receive, send)
         if scope["method"] == "GET":  # is the route there?
-            return await _respond(send, 200, b"{}")
+            return await _respond(send, b"{}")
         body = await _read(receive)
         if body is None:
             return None
-        answering = asyncio.ensure_future(generate(scope["app"].state.engine_client, unpack_request(body)))
+        batch = unpack_batch(body)
+        engine = scope["app"].state.engine_client
+        frames: asyncio.Queue[bytes | BaseException | None] = asyncio.Queue()
+        """Answers; what ends the batch by an error; None when the client has left."""
         leaving = asyncio.ensure_future(_left(receive))
+        leaving.add_done_callback(lambda _: frames.put_nowait(None))
+        answering: list[asyncio.Task[None]] = []
         try:
-            await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if answering.done():
-                await _respond(send, *answering.result())
+            if not batch.requests:
+                self._waiting.add(batch.documents)
+                return await _respond(send, b"")
+            for number, header in enumerate(batch.requests):
+                documents = batch.documents if header["is_whole"] else self._waiting.take(header["images"])
+                try:
+                    outputs = await engine.add_request(
+                        header["request_id"], _engine_input(header, documents), _sampling_params(header)
+                    )
+                except ValueError as error:
+                    frames.put_nowait(pack_error(number, 400, str(error)))
+                    continue
+                answering.append(asyncio.create_task(_answer(engine, number, header, outputs, frames)))
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            left = len(batch.requests)
+            while left:
+                ready = [await frames.get()]
+                while not frames.empty():
+                    ready.append(frames.get_nowait())
+                whole = []
+                for frame in ready:
+                    if frame is None:
+                        return None
+                    if isinstance(frame, BaseException):
+                        raise frame
+                    whole.append(frame)
+                left -= len(whole)
+                await send({"type": "http.response.body", "body": b"".join(whole), "more_body": left > 0})
         finally:
-            answering.cancel()  # the engine drops what nobody waits for
             leaving.cancel()
+            for task in answering:
+                task.cancel()  # the engine drops what nobody waits for
         return None
 
 
-async def generate(engine: Any, request: RoutedRequest) -> tuple[int, bytes]:
-    """Status and body of the answer. `engine` is vLLM's `AsyncLLM`."""
-    from vllm import SamplingParams
+class WaitingImages:
+    """Images' data on its way to the engine.
+
+    >>> waiting = WaitingImages(limit_bytes=5)
+    >>> waiting.add({"a": memoryview(b"123"), "b": memoryview(b"45"), "c": memoryview(b"6")})
+    >>> list(waiting.take([["a", 0, 1], ["b", 1, 1], ["c", 2, 1]])), list(waiting.take([["b", 0, 1]]))
+    (['b', 'c'], [])
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit = limit_bytes
+        self._documents: OrderedDict[str, memoryview] = OrderedDict()
+        self._bytes = 0
+
+    def add(self, documents: Mapping[str, memoryview]) -> None:
+        self.take([[hash, 0, 0] for hash in documents])  # sent again: the newer stays
+        self._documents.update(documents)
+        self._bytes += sum(map(len, documents.values()))
+        while self._bytes > self._limit:
+            self._bytes -= len(self._documents.popitem(last=False)[1])
+
+    def take(self, images: list[list[Any]]) -> dict[str, memoryview]:
+        """Those of `images` ([hash, offset, length] each) that wait; they do not any more."""
+        taken = {hash: self._documents.pop(hash) for hash in {hash for hash, _, _ in images} & self._documents.keys()}
+        self._bytes -= sum(map(len, taken.values()))
+        return taken
+
+
+async def _answer(
+    engine: Any,
+    number: int,
+    header: Mapping[str, Any],
+    outputs: Any,
+    frames: asyncio.Queue[bytes | BaseException | None],
+) -> None:
+    """Wait for what vLLM puts into `outputs` and put it into `frames`."""
+    try:
+        frames.put_nowait(await _frame(engine, number, header, outputs))
+    except asyncio.CancelledError:
+        await engine.abort(outputs.request_id, internal=True)
+        raise
+    except Exception as error:  # noqa: BLE001 — raised again where the response is written
+        frames.put_nowait(error)
+
+
+async def _frame(engine: Any, number: int, header: Mapping[str, Any], outputs: Any) -> bytes:
     from vllm.v1.engine.exceptions import EngineDeadError
 
-    header = request.header
-    params = SamplingParams(
+    try:
+        final = outputs.get_nowait() or await outputs.get()
+        while not final.finished:
+            final = outputs.get_nowait() or await outputs.get()
+    except EngineDeadError:
+        raise
+    except ValueError as error:
+        return pack_error(number, 400, str(error))
+    except Exception as error:  # vLLM raises whatever its cache raised, wrapped
+        if engine.errored:
+            raise
+        return pack_error(number, 500 if header["is_whole"] else FORGOTTEN, str(error))
+    completion = final.outputs[0]
+    tokens = list(completion.token_ids)
+    if not tokens and completion.finish_reason != "abort" and not header["is_whole"]:
+        return pack_error(number, FORGOTTEN, "no token")  # so says 0.26
+    spans = getattr(completion, "weight_versions", None)  # 0.26 has none
+    versions = None if spans is None else [_span(span) for span in spans]
+    logprobs = completion.logprobs
+    assert list(logprobs.token_ids) == tokens, "one logprob per token, its own"
+    return pack_answer(number, tokens, logprobs.logprobs, versions, completion.finish_reason or "abort")
+
+
+def _sampling_params(header: Mapping[str, Any]) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
         temperature=header["temperature"],
         seed=header["seed"],
         max_tokens=header["max_tokens"],
@@ -68,48 +174,26 @@ async def generate(engine: Any, request: RoutedRequest) -> tuple[int, bytes]:
         logprobs=0,
         flat_logprobs=True,
         detokenize=False,
-        output_kind=_final_only(),
+        output_kind=RequestOutputKind.FINAL_ONLY,
     )
-    is_whole = len(request.documents) == len({hash for hash, _, _ in header["images"]})
-    final = None
-    try:
-        async for output in engine.generate(_engine_input(request), params, header["request_id"]):
-            final = output
-    except EngineDeadError:
-        raise
-    except ValueError as error:
-        return 400, str(error).encode()
-    except Exception as error:  # vLLM raises whatever its cache raised, wrapped
-        if is_whole or engine.errored:
-            raise
-        return FORGOTTEN, str(error).encode()
-    assert final is not None, "a request ends with an output"
-    completion = final.outputs[0]
-    tokens = list(completion.token_ids)
-    if not tokens and not is_whole:
-        return FORGOTTEN, b"no token"
-    spans = getattr(completion, "weight_versions", None)  # 0.26 has none
-    versions = None if spans is None else [_span(span) for span in spans]
-    logprobs = completion.logprobs
-    assert list(logprobs.token_ids) == tokens, "one logprob per token, its own"
-    return 200, pack_answer(tokens, logprobs.logprobs, versions, completion.finish_reason or "abort")
 
 
-def _engine_input(request: RoutedRequest) -> Any:
+def _engine_input(header: Mapping[str, Any], documents: Mapping[str, memoryview]) -> Any:
+    """Images that `documents` lacks go by their hash."""
     from vllm.inputs import mm_input, tokens_input
     from vllm.multimodal.inputs import MultiModalKwargsItem, MultiModalKwargsItems, PlaceholderRange
     from vllm.v1.serial_utils import MsgpackDecoder
 
-    header = request.header
-    if not header["images"]:
+    images = header["images"]
+    if not images:
         return tokens_input(prompt_token_ids=header["token_ids"])
     decoder = MsgpackDecoder(t=MultiModalKwargsItem)
-    items = {hash: decoder.decode(document) for hash, document in request.documents.items()}
+    items = {hash: decoder.decode(documents[hash]) for hash in {hash for hash, _, _ in images} & documents.keys()}
     return mm_input(
         prompt_token_ids=header["token_ids"],
-        mm_kwargs=MultiModalKwargsItems({"image": [items.get(hash) for hash, _, _ in header["images"]]}),
-        mm_hashes={"image": [hash for hash, _, _ in header["images"]]},
-        mm_placeholders={"image": [PlaceholderRange(offset, length) for _, offset, length in header["images"]]},
+        mm_kwargs=MultiModalKwargsItems({"image": [items.get(hash) for hash, _, _ in images]}),
+        mm_hashes={"image": [hash for hash, _, _ in images]},
+        mm_placeholders={"image": [PlaceholderRange(offset, length) for _, offset, length in images]},
     )
 
 
@@ -122,13 +206,6 @@ def _span(span: Any) -> tuple[str, int, int]:
 @lru_cache(maxsize=16)
 def _bias(banned: tuple[int, ...]) -> dict[int, float]:
     return dict.fromkeys(banned, BANNED_BIAS)
-
-
-@lru_cache(maxsize=1)
-def _final_only() -> Any:
-    from vllm.sampling_params import RequestOutputKind
-
-    return RequestOutputKind.FINAL_ONLY
 
 
 async def _read(receive: Receive) -> bytes | None:
@@ -148,6 +225,6 @@ async def _left(receive: Receive) -> None:
         pass
 
 
-async def _respond(send: Send, status: int, body: bytes) -> None:
-    await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"%d" % len(body))]})
+async def _respond(send: Send, body: bytes) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
     await send({"type": "http.response.body", "body": body})

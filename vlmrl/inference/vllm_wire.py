@@ -3,8 +3,8 @@
     Prompt, SamplingParams ──▶ request body     token ids; per image its hash, and its data where the server lacks it
     answer body ──▶ Answer                      token ids, logprobs, which weights sampled which token
 
-Two encodings of the same content. JSON for vLLM's `POST /inference/v1/generate`, which every server has; and a binary
-one for the route that servers of the run have as well (vllm_route.py), because half of a batch's time went into JSON.
+This is JSON for vLLM's `POST /inference/v1/generate`, which every server has. Servers of the run have a route of their
+own beside it (vllm_route.py), whose bytes are in vllm_frames.py.
 
 An image's data is a msgpack document: vLLM's `MultiModalKwargsItem`, which its server decodes into tensors
 (`vllm.entrypoints.scale_out.token_in_token_out.mm_serde`); in JSON, as base64. It is written here without vLLM, in the
@@ -243,10 +243,11 @@ def parse_answer(body: bytes) -> Answer:
         raise WireError(f"{type(error).__name__}: {error}; the answer began {body[:200]!r}") from error
     if entry_tokens != tokens:
         raise WireError(f"logprobs of the tokens {entry_tokens} for the tokens {tokens}")
-    return _checked(Answer(np.array(tokens, np.int64), logprobs, versions, finish_reason))
+    return checked(Answer(np.array(tokens, np.int64), logprobs, versions, finish_reason))
 
 
-def _checked(answer: Answer) -> Answer:
+def checked(answer: Answer) -> Answer:
+    """The answer, if its parts fit each other. Raises `WireError`."""
     count = len(answer.token_ids)
     if len(answer.logprobs) != count:
         raise WireError(f"{len(answer.logprobs)} logprobs for {count} tokens")
@@ -255,108 +256,6 @@ def _checked(answer: Answer) -> Answer:
     if not (np.isfinite(answer.logprobs).all() and (answer.logprobs > MISSING_LOGPROB).all()):
         raise WireError(f"logprobs {answer.logprobs.tolist()}: one is missing or not a number")
     return answer
-
-
-# ── the run's own route ─────────────────────────────────────────────────────────────────────────────────────
-#
-#     uint32, little-endian: length of the header │ header, JSON │ blobs, their sizes are in the header
-
-ROUTE = "/vlmrl/generate"
-_LENGTH = struct.Struct("<I")
-
-
-@dataclass(frozen=True, eq=False)
-class RoutedRequest:
-    """A request as the server reads it."""
-
-    header: dict[str, Any]
-    """`request_id`, `token_ids`, `temperature`, `seed`, `max_tokens`, `stop_token_ids`, `banned_token_ids`, `images`
-    (each [hash, offset, length] in tokens)."""
-    documents: dict[str, memoryview]
-    """Hash → what `encode_image` made of it; without images that the server holds."""
-
-
-def pack_request(
-    request_id: str,
-    token_ids: IntArray,
-    placeholders: Collection[Placeholder],
-    data: Mapping[str, bytes],
-    sampling: SamplingParams,
-) -> bytes:
-    """As `request_body`, for the run's own route."""
-    header = {
-        "request_id": request_id,
-        "token_ids": token_ids,
-        "temperature": sampling.temperature,
-        "seed": sampling.seed,
-        "max_tokens": sampling.max_new_tokens,
-        "stop_token_ids": sampling.stop_token_ids,
-        "banned_token_ids": _listed(sampling.banned_token_ids),
-        "images": [[p.hash, p.offset, p.length] for p in placeholders],
-        "documents": [[hash, len(document)] for hash, document in data.items()],
-    }
-    return _framed(header, *data.values())
-
-
-def unpack_request(body: bytes) -> RoutedRequest:
-    """
-    >>> sampling = SamplingParams(8, 1.0, (2,), (), seed=7)
-    >>> body = pack_request("r", np.array([5, 9, 9]), [Placeholder(1, 2, "ab")], {"ab": b"pixels"}, sampling)
-    >>> request = unpack_request(body)
-    >>> request.header["token_ids"], request.header["images"], bytes(request.documents["ab"])
-    ([5, 9, 9], [['ab', 1, 2]], b'pixels')
-    """
-    header, blobs = _unframed(body)
-    documents, start = {}, 0
-    for hash, size in header.pop("documents"):
-        documents[hash] = blobs[start : start + size]
-        start += size
-    return RoutedRequest(header, documents)
-
-
-def pack_answer(
-    token_ids: list[int], logprobs: list[float], versions: list[tuple[str, int, int]] | None, finish_reason: str
-) -> bytes:
-    """`versions` are (version, first token, end)."""
-    header = {"tokens": len(token_ids), "versions": versions, "finish_reason": finish_reason}
-    return _framed(header, np.array(token_ids, np.int64).tobytes(), np.array(logprobs, np.float32).tobytes())
-
-
-def unpack_answer(body: bytes) -> Answer:
-    """Raises `WireError`.
-
-    >>> answer = unpack_answer(pack_answer([7, 9], [-0.5, -0.25], [("3", 0, 1), ("4", 1, 2)], "length"))
-    >>> answer.token_ids.tolist(), answer.logprobs.tolist(), answer.versions.tolist(), answer.finish_reason
-    ([7, 9], [-0.5, -0.25], [3, 4], 'length')
-    """
-    try:
-        header, blobs = _unframed(body)
-        count: int = header["tokens"]
-        token_ids = np.frombuffer(blobs[: 8 * count], np.int64)
-        logprobs = np.frombuffer(blobs[8 * count :], np.float32)
-        spans = header["versions"]
-        versions = None if spans is None else _spread((int(version), start, end) for version, start, end in spans)
-        finish_reason: str = header["finish_reason"]
-    except (KeyError, TypeError, ValueError, struct.error) as error:
-        raise WireError(f"{type(error).__name__}: {error}; the answer began {body[:200]!r}") from error
-    return _checked(Answer(token_ids, logprobs, versions, finish_reason))
-
-
-def _framed(header: Mapping[str, Any], *blobs: bytes) -> bytes:
-    text = orjson.dumps(header, option=orjson.OPT_SERIALIZE_NUMPY)
-    return b"".join((_LENGTH.pack(len(text)), text, *blobs))
-
-
-def _unframed(body: bytes) -> tuple[dict[str, Any], memoryview]:
-    (length,) = _LENGTH.unpack_from(body)
-    header: dict[str, Any] = orjson.loads(body[_LENGTH.size : _LENGTH.size + length])
-    return header, memoryview(body)[_LENGTH.size + length :]
-
-
-@lru_cache(maxsize=16)
-def _listed(banned: tuple[int, ...]) -> orjson.Fragment:
-    """As `_logit_bias`."""
-    return orjson.Fragment(orjson.dumps(banned))
 
 
 MISSING_LOGPROB = -9999.0
@@ -373,9 +272,9 @@ def _token_of(entry: dict[str, Any]) -> int:
 def _versions(spans: list[dict[str, Any]] | None) -> IntArray | None:
     if spans is None:
         return None
-    return _spread((int(span["version"]), span["start"], span["end"]) for span in spans)
+    return spread((int(span["version"]), span["start"], span["end"]) for span in spans)
 
 
-def _spread(spans: Iterable[tuple[int, int, int]]) -> IntArray:
+def spread(spans: Iterable[tuple[int, int, int]]) -> IntArray:
     """(version, start, end) of consecutive tokens → int64 [C]."""
     return np.array([version for version, start, end in spans for _ in range(start, end)], np.int64)
