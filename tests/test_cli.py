@@ -220,11 +220,17 @@ def test_multirun_over_import_paths(vlmrl: Callable[..., Ended], tmp_path: Path)
 
 
 def test_multirun_goes_on_after_a_failure(vlmrl: Callable[..., Ended]) -> None:
-    ended = vlmrl("--multirun", "orchestrator/renderer=none,auto", run=PRINT_CONFIG)
-    assert ended.code == 2
-    assert len(runs(ended)) == 1
-    assert "model.vlm requires orchestrator.renderer" in ended.err
-    assert "orchestrator/renderer=none" in ended.err, "the job is named"
+    fails_once = (
+        f"import vlmrl.errors\n{PRINT_CONFIG}\nprint_config = execute\n"
+        "def execute(config):\n"
+        "    if config.seed == 0: raise vlmrl.errors.EngineError('the engine is gone')\n"
+        "    return print_config(config)"
+    )
+    ended = vlmrl("--multirun", "seed=0,1", run=fails_once)
+    assert ended.code == 1
+    assert [run[0] for run in runs(ended)] == [1]
+    assert "error: the engine is gone" in ended.err
+    assert "seed=0" in ended.err, "the job is named"
     assert "Traceback" not in ended.err
 
 

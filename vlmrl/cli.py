@@ -1,6 +1,7 @@
 """The command line: compose, check, run.
 
     arguments ─▶ rewrite task paths ─▶ resume=? ─ no ─▶ Hydra composes conf/ ─▶ start: parse, check, vlmrl.run.execute
+                                         │                └─ sweep ─▶ each job: what is left of it ─▶ start
                                          └─ yes ─▶ the run's own config.yaml plus overrides ─▶ start
 
 Exit codes: 0 done, 2 the configuration cannot run, 1 anything else. A message without a traceback is for the user;
@@ -9,6 +10,7 @@ a traceback is a bug. Imports no torch until a run starts: `--help`, `--cfg job`
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import re
@@ -16,8 +18,11 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweeperConf
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
@@ -27,10 +32,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
-from vlmrl.config import Mode, register_schemas
+from vlmrl.config import Mode, RunConfig, register_schemas
 from vlmrl.errors import ConfigError, Interrupted, VlmrlError
 from vlmrl.keys import did_you_mean, unknown_key
+from vlmrl.monitor.run_dir import RunDir
 from vlmrl.parse import parse, summary, typed
+from vlmrl.sweep.again import run_what_is_left
+from vlmrl.sweep.compare import compare_and_show
+from vlmrl.sweep.jobs import job_name
 from vlmrl.trainer.place import find_place
 
 PACKAGE = Path(__file__).parent
@@ -43,6 +52,13 @@ FREE = ("task.args", "algorithm.args", "inference.extra_args")
 
 IMPORTED = {"task": ("task=imported", "task.target="), "algorithm": ("algorithm.loss=",)}
 """Groups whose option may be an import path, and what it is short for; the path goes to the end."""
+
+
+OmegaConf.register_new_resolver("job_name", job_name, replace=True)  # conf/config.yaml: hydra.sweep.subdir
+
+
+EXTRAS = {"hydra/launcher/joblib": "joblib", "hydra/launcher/submitit_slurm": "slurm", "hydra/sweeper/optuna": "optuna"}
+"""What Hydra's plugins bring → the extra of ours that installs the plugin."""
 
 
 class JobError(Exception):
@@ -103,18 +119,34 @@ def report(error: Exception) -> int:
 def start(config: DictConfig) -> float | None:
     """Check a composed config and run it; returns the objective, for sweepers."""
     run_config = parse(config)
+    if run_config.mode is Mode.compare:
+        compare_runs(run_config)
+        return None
     from vlmrl.run import execute
 
     return execute(run_config)
+
+
+def compare_runs(config: RunConfig) -> None:
+    """mode=compare. What one multirun comes to goes into its own folder; the run's folder is left for anything else."""
+    into = Path(config.output_dir)
+    if len(config.runs) == 1 and not RunDir(config.runs[0]).config.exists():
+        with contextlib.suppress(OSError):
+            into.rmdir()  # Hydra made it
+        into = Path(config.runs[0])
+    compare_and_show(config.runs, into)
 
 
 # ── through Hydra ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 def job(config: DictConfig) -> float | None:
-    """What Hydra calls, once per run."""
+    """What Hydra calls, once per run; in a sweep by way of what is left of the job."""
     try:
-        return start(place(config, HydraConfig.get().runtime.output_dir))
+        place(config, HydraConfig.get().runtime.output_dir)
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            return run_what_is_left(config, HydraConfig.get().overrides.task, start)
+        return start(config)
     except Exception as error:
         code = report(error)
         # In a sweep Hydra runs the other jobs, names this one, and raises the error again. Ctrl-C means all of them.
@@ -126,14 +158,51 @@ class CheckFirst(Callback):
     """Refuses a config before Hydra makes a folder for it (conf/config.yaml names this class)."""
 
     def on_run_start(self, config: DictConfig, **kwargs: object) -> None:
-        """A single run; in a sweep each job checks its own config."""
-        config = copy.deepcopy(config)
-        with open_dict(config):
-            del config["hydra"]
+        """A single run."""
         try:
-            parse(place(config, "not made yet"))
+            parse(place(without_hydra(config), "not made yet"))
         except ConfigError as error:
             raise SystemExit(report(error)) from error
+
+    sweep_dir: ClassVar[Path | None] = None
+    """Of the sweep that was started; None before, and for a single run."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: object) -> None:
+        """All jobs of a sweep, before the first one is started or submitted."""
+        codes = []
+        for overrides in sweep_jobs(config):
+            job_config = GlobalHydra.instance().config_loader().load_sweep_config(config, overrides)
+            try:
+                parse(place(without_hydra(job_config), "not made yet"))
+            except ConfigError as error:
+                codes.append(report(ConfigError(f"in the job {' '.join(overrides)}: {error}")))
+        if codes:
+            raise SystemExit(codes[0])
+        CheckFirst.sweep_dir = Path(config.hydra.sweep.dir)
+
+
+def without_hydra(config: DictConfig) -> DictConfig:
+    """A copy, as a job gets it."""
+    config = copy.deepcopy(config)
+    with open_dict(config):
+        del config["hydra"]
+    return config
+
+
+def sweep_jobs(config: DictConfig) -> list[list[str]]:
+    """The overrides of each job of a sweep; none where its sweeper makes them up on the way, or they do not parse:
+    then Hydra says so itself."""
+    if config.hydra.sweeper._target_ != OmegaConf.structured(BasicSweeperConf)._target_:
+        return []
+    arguments = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+    try:
+        overrides = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(
+            [*arguments, *config.hydra.overrides.task]
+        )
+        (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
+    except HydraException:
+        return []
+    return jobs
 
 
 def place(config: DictConfig, output_dir: str) -> DictConfig:
@@ -165,6 +234,9 @@ def compose_and_start(arguments: list[str]) -> None:
             f"{key}: {error.filename} cannot be made ({error.strerror}), so the run could leave nothing: "
             f"set {key} to a folder that you may write to"
         ) from error
+    finally:
+        if CheckFirst.sweep_dir is not None and CheckFirst.sweep_dir.is_dir():  # however it ended
+            compare_and_show([CheckFirst.sweep_dir], CheckFirst.sweep_dir)
 
 
 def rewrite(arguments: list[str]) -> list[str]:
@@ -200,6 +272,9 @@ def explain(error: Exception, arguments: list[str]) -> str:
     where = f"{str(error).splitlines()[0]} " if str(error).startswith("In ") else ""  # "In '<file>': …"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
+        if error.missing_cfg_file in EXTRAS:
+            extra = EXTRAS[error.missing_cfg_file]
+            return f"{group}={option} requires a package that is not installed: pip install 'vlmrl[{extra}]'"
         options = [name for name in error.options if not name.endswith("_schema")]
         return f"{group}={option}: {group} has only {', '.join(options)}{did_you_mean(option, options)}"
     if isinstance(error, OverrideParseException):
@@ -229,8 +304,11 @@ def groups() -> list[str]:
     >>> [group for group in groups() if group.startswith("model")]
     ['model', 'model/vlm']
     """
-    folders = {path.parent.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml")}
-    return sorted(folders - {"."})
+    # conf/sweep is a link to sweeps/ in a checkout, which Path.rglob does not follow.
+    folders = [
+        Path(folder).relative_to(CONF).as_posix() for folder, _, names in os.walk(CONF, followlinks=True) if names
+    ]
+    return sorted(set(folders) - {"."})
 
 
 # ── resume ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -243,8 +321,6 @@ def resumes(arguments: list[str]) -> bool:
 
 def resumed(arguments: list[str]) -> DictConfig:
     """The config of the run that `resume=` names, the other overrides on top. Raises ConfigError."""
-    from vlmrl.monitor.run_dir import RunDir
-
     folder = Path([argument for argument in arguments if argument.startswith("resume=")][-1].removeprefix("resume="))
     overrides = [argument for argument in arguments if not argument.startswith("resume=")]
     for text in overrides:

@@ -9,7 +9,7 @@ Types, unknown keys and enum values are refused by the schemas while composing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from hydra.core.config_store import ConfigStore
@@ -19,6 +19,7 @@ from vlmrl.inference.config import EmbeddedConfig, InferenceConfig, VllmConfig
 from vlmrl.models.config import ModelConfig
 from vlmrl.monitor.config import MonitorConfig
 from vlmrl.orchestrator.config import AlgorithmConfig, OrchestratorConfig
+from vlmrl.sweep.config import SweepConfig
 from vlmrl.tasks.config import ColorCodewordConfig, ImportedTaskConfig, TaskConfig
 from vlmrl.trainer.config import TrainerConfig
 from vlmrl.weight_sync.config import (
@@ -41,6 +42,8 @@ class Mode(Enum):
     """Held-out evaluation of the policy as it is."""
     doctor = "doctor"
     """A few problems through renderer, engine and trainer: do they agree? To be asked before a long run."""
+    compare = "compare"
+    """One table and one plot of runs that were made before (`runs`)."""
 
 
 @dataclass
@@ -53,6 +56,8 @@ class RunConfig:
     """Of problems, sampling and everything random but the tiny checkpoint's weights (`model.tiny.seed`)."""
     resume: str | None = None
     """A run folder to continue; its config.yaml is taken, overrides of single values apply on top."""
+    runs: list[str] = field(default_factory=list)
+    """mode=compare: folders of runs and of multiruns, e.g. `[outputs/multirun/seeds]`."""
     output_dir: str = MISSING
     """The run's own folder, absolute; filled in from `hydra.run.dir` (`outputs/<date>/<time>_<model>_<task>`)."""
     model: ModelConfig = MISSING
@@ -71,6 +76,8 @@ class RunConfig:
     """How a policy version reaches the sampler."""
     monitor: MonitorConfig = MISSING
     """What a run shows and leaves."""
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    """What becomes of a sweep's jobs when it is run again. The sweeps themselves are in sweeps/ (`+sweep=<name>`)."""
 
 
 SCHEMAS: dict[str, dict[str, type]] = {

@@ -38,6 +38,11 @@ def mode_has_work(config: RunConfig) -> None:
         raise ConfigError(
             "mode=sft requires trainer.warmup.steps above 0, else there is nothing to do: set trainer.warmup.steps=100"
         )
+    if config.mode is Mode.compare and not config.runs:
+        raise ConfigError(
+            "mode=compare requires runs, else there is nothing to compare: set runs=[outputs/multirun/<name>], or "
+            "several folders of runs"
+        )
     evaluation = config.orchestrator.eval
     if config.mode is Mode.eval and evaluation.problems == 0:
         raise ConfigError(

@@ -14,6 +14,7 @@
         wandb/                      Weights & Biases; run_id beside it survives a resume
         doctor.json                 mode=doctor: the table, one object per line
         summary.json                final figures, wall-clock, exit reason
+        overrides.json              of a sweep's job: what it is (vlmrl/sweep/)
 
 A file is written beside its place and renamed into it, so a run that is killed leaves no half file; the metrics
 log alone grows in place. Left out on purpose: anything of the environment variables or the command line in
@@ -104,6 +105,7 @@ class RunDir:
         self.wandb_run_id = self.wandb / "run_id"
         self.doctor = self.path / "doctor.json"
         self.summary = self.path / "summary.json"
+        self.overrides = self.path / "overrides.json"
 
     @property
     def name(self) -> str:
@@ -216,6 +218,19 @@ class RunDir:
         summary = orjson.loads(self.summary.read_bytes())
         assert isinstance(summary, dict)
         return summary
+
+    def write_overrides(self, overrides: list[str]) -> None:
+        """Write overrides.json."""
+        with disk_errors(self.overrides):
+            write_bytes_atomically(self.overrides, orjson.dumps(overrides, option=orjson.OPT_APPEND_NEWLINE))
+
+    def read_overrides(self) -> list[str] | None:
+        """overrides.json; None where the run is no job of a sweep."""
+        if not self.overrides.exists():
+            return None
+        overrides = orjson.loads(self.overrides.read_bytes())
+        assert isinstance(overrides, list)
+        return overrides
 
 
 def environment() -> dict[str, Any]:

@@ -22,11 +22,11 @@ from collections.abc import Iterator, Sequence
 from enum import Enum
 from pathlib import Path
 
-from vlmrl.errors import VlmrlError
+from vlmrl.errors import ConfigError
 from vlmrl.monitor.run_dir import RunDir, disk_errors
 
-NOT_OF_THE_JOB = ("sweep", "sweep.retry_failed")
-"""Keys that say how jobs are started, not what they do."""
+NOT_OF_THE_JOB = ("sweep", "monitor")
+"""Groups that say how jobs are started and watched, not what they do."""
 
 NAME_LENGTH = 120
 """Characters of a job's name; file systems allow 255 bytes."""
@@ -47,12 +47,21 @@ def job_name(overrides: Sequence[str], default: str) -> str:
     >>> job_name(["model.name=Qwen/Qwen3-VL-4B"], "tiny")
     'model.name=Qwen_Qwen3-VL-4B-94d334'
     """
-    kept = sorted(text.lstrip("+") for text in overrides if text.lstrip("+").partition("=")[0] not in NOT_OF_THE_JOB)
-    exact = ",".join(kept)
+    exact = ",".join(of_the_job(overrides))
     name = re.sub(r"[^\w.,=~+-]", "_", exact)[:NAME_LENGTH]
     if name != exact:
         name = f"{name}-{hashlib.sha256(exact.encode()).hexdigest()[:6]}"
     return name or default
+
+
+def of_the_job(overrides: Sequence[str]) -> list[str]:
+    """The overrides that make a job what it is, sorted.
+
+    >>> of_the_job(["+task.args.level=1", "+sweep=algorithms", "algorithm=rloo", "monitor.live=false"])
+    ['algorithm=rloo', 'task.args.level=1']
+    """
+    bare = (text.lstrip("+") for text in overrides)
+    return sorted(text for text in bare if re.split(r"[./=]", text)[0] not in NOT_OF_THE_JOB)
 
 
 class State(Enum):
@@ -72,12 +81,12 @@ class State(Enum):
     """It is done: all its steps, or its target."""
 
 
-def state_of(run_dir: RunDir) -> State:
-    """Raises VlmrlError where summary.json is damaged."""
+def state_of(run_dir: RunDir, *, claimed_by_us: bool = False) -> State:
+    """How far the run is; what `claimed_by_us` is not `running`."""
+    if not claimed_by_us and is_claimed(run_dir.path):
+        return State.running
     if not run_dir.config.exists():
         return State.new
-    if is_claimed(run_dir.path):
-        return State.running
     summary = run_dir.read_summary()
     if summary is None:
         return State.killed
@@ -136,13 +145,15 @@ def _lock(file: int) -> bool:
 
 
 def runs_in(folder: Path) -> list[RunDir]:
-    """The run that `folder` is, or those that a multirun keeps in it, by name. Raises VlmrlError where it is neither.
+    """The run that `folder` is, or those that a multirun keeps in it, by name. Raises ConfigError where it is neither.
 
     A folder of a job that has not begun, or ended before it kept anything, counts as a run.
     """
     if RunDir(folder).config.exists():
         return [RunDir(folder)]
-    runs = [RunDir(path) for path in sorted(folder.glob("[!.]*/")) if path.is_dir()]
+    runs = [RunDir(path) for path in sorted(folder.glob("[!.]*")) if path.is_dir() and not path.is_symlink()]
     if not any(run.config.exists() for run in runs) and not (folder / "multirun.yaml").exists():
-        raise VlmrlError(f"{folder} is neither a run nor a multirun: name a folder of outputs/, for example")
+        raise ConfigError(
+            f"runs: {folder} is neither a run nor a multirun, so there is nothing of it to compare: name another folder"
+        )
     return runs

@@ -1,0 +1,150 @@
+"""Sweeps with the real command: killed and run again, and with the launchers and sweepers that other packages bring."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from e2e.command_line import KILL_AT, SHORT, Home, Scenarios, assert_same_run
+
+from vlmrl.sweep.jobs import job_name
+
+pytestmark = pytest.mark.slow
+
+QUICKER = (
+    "trainer.warmup.steps=1",
+    "trainer.warmup.learning_rate=0.005",  # as Hydra writes it, which a job's name is made of
+    "trainer.max_steps=4",
+    "orchestrator.eval.problems=2",
+    "orchestrator.eval.every=4",
+)
+QUICK = tuple({override.partition("=")[0]: override for override in (*SHORT, *QUICKER)}.values())
+"""A job in about a second; each key once, as Hydra names jobs."""
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    """compare.csv."""
+    with (folder / "compare.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def needs(module: str) -> pytest.MarkDecorator:
+    """Skips where an extra is not installed; asking imports nothing."""
+    return pytest.mark.skipif(importlib.util.find_spec(module) is None, reason=f"{module} is not installed")
+
+
+# ── killed, and run again ───────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def sweeps(home: Home) -> Scenarios:
+    """Everything of this module that starts processes of our own accord."""
+
+    def killed_after_three() -> tuple[Path, list[str], list[list[str]]]:
+        """A sweep of six, killed before the fourth job has its folder; then run again, twice."""
+        folder = home.path / "outputs/multirun/six"
+        arguments = ("--multirun", "seed=0,1,2,3,4,5", *QUICK, f"hydra.sweep.dir={folder}")
+        killed = home.vlmrl("os.mkdir", "seed=3", *arguments, code=("-c", KILL_AT))
+        assert killed.code == -9, killed.err
+        before = sorted(path.parent.name for path in folder.glob("*/summary.json"))
+        ran = []
+        for _ in range(2):
+            ended = home.vlmrl(*arguments)
+            assert ended.code == 0, ended.err
+            ran.append([line for line in ended.out.splitlines() if line.startswith("run ") or "skipped" in line])
+        return folder, before, ran
+
+    def killed_at_work() -> tuple[Path, Path]:
+        """Killed in the second job, after its first checkpoint; run again. And the same job, never stopped."""
+        folder, alone = home.path / "outputs/multirun/two", home.path / "outputs/alone"
+        arguments = ("--multirun", "seed=7,8", *QUICK, f"hydra.sweep.dir={folder}")
+        name = job_name(["seed=8", *QUICK], "")
+        killed = home.vlmrl("os.rename", f"{name}/checkpoints/partial_000004", *arguments, code=("-c", KILL_AT))
+        assert killed.code == -9, killed.err
+        again = home.vlmrl(*arguments)
+        assert again.code == 0, again.err
+        assert f"{name}: killed before, continues" in again.out
+        assert home.vlmrl("seed=8", *QUICK, f"hydra.run.dir={alone}").code == 0
+        return folder / name, alone
+
+    return Scenarios(killed_after_three=killed_after_three, killed_at_work=killed_at_work)
+
+
+def test_killed_after_three_of_six_exactly_three_run(sweeps: Scenarios) -> None:
+    _, before, (first, second) = sweeps["killed_after_three"]
+    jobs = [job_name([f"seed={seed}", *QUICK], "") for seed in range(6)]
+    assert before == jobs[:3]
+    assert first == [f"{job}: finished before, skipped" for job in jobs[:3]] + [f"run {job}" for job in jobs[3:]]
+    assert second == [f"{job}: finished before, skipped" for job in jobs]
+
+
+def test_the_table_is_whole(sweeps: Scenarios) -> None:
+    folder = sweeps["killed_after_three"][0]
+    rows = table(folder)
+    assert [row["job"] for row in rows] == [f"seed={seed}" for seed in range(6)]
+    for row in rows:
+        assert (row["state"], row["step"]) == ("finished", "4")
+        for figure in ("eval/reward", "reward/mean", "seconds", "throughput/tokens_per_s", "mismatch_kl/max"):
+            assert float(row[figure]) >= 0, figure
+    for name in ("compare.txt", "compare.png", "compare.html"):
+        assert (folder / name).stat().st_size > 0
+
+
+def test_an_interrupted_job_goes_on_from_its_checkpoint(sweeps: Scenarios) -> None:
+    assert_same_run(*sweeps["killed_at_work"])
+
+
+def test_compare_at_any_time(sweeps: Scenarios, home: Home) -> None:
+    """Of folders that do not belong together, into a folder of its own."""
+    folder, alone = sweeps["killed_after_three"][0], sweeps["killed_at_work"][1]
+    into = home.path / "outputs/compared"
+    ended = home.vlmrl("mode=compare", f"runs=[{folder},{alone}]", f"hydra.run.dir={into}")
+    assert ended.code == 0, ended.err
+    assert [row["state"] for row in table(into)] == ["finished"] * 7
+    assert ended.out.startswith((into / "compare.txt").read_text())
+    again = home.vlmrl("mode=compare", f"runs=[{folder}]", f"hydra.run.dir={home.path / 'outputs/not_needed'}")
+    assert again.code == 0, again.err
+    assert again.out.startswith((folder / "compare.txt").read_text())
+    assert not (home.path / "outputs/not_needed").exists(), "a multirun keeps its own table"
+
+
+def test_a_job_that_cannot_run_keeps_the_others_from_being_started(home: Home) -> None:
+    folder = home.path / "outputs/multirun/refused"
+    ended = home.vlmrl("--multirun", *QUICK, "orchestrator.group_size=4,1", f"hydra.sweep.dir={folder}")
+    assert ended.code == 2
+    assert "orchestrator.group_size=1 " in ended.err
+    assert "requires orchestrator.group_size of at least 2" in ended.err
+    assert not folder.exists()
+
+
+# ── launchers and sweepers of other packages ────────────────────────────────────────────────────────────────
+
+
+@needs("hydra_plugins.hydra_joblib_launcher")
+def test_parallel_jobs_on_one_machine(home: Home) -> None:
+    folder = home.path / "outputs/multirun/parallel"
+    arguments = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"hydra.sweep.dir={folder}")
+    ended = home.vlmrl("--multirun", "seed=0,1", *QUICK, *arguments)
+    assert ended.code == 0, ended.err
+    assert [(row["job"], row["state"]) for row in table(folder)] == [("seed=0", "finished"), ("seed=1", "finished")]
+
+
+@needs("hydra_plugins.hydra_optuna_sweeper")
+def test_a_search_by_optuna(home: Home) -> None:
+    folder = home.path / "outputs/multirun/search"
+    quick = [override for override in QUICK if "group_size" not in override]
+    arguments = ("+sweep=optuna", "hydra.sweeper.n_trials=3", *quick, f"hydra.sweep.dir={folder}")
+    ended = home.vlmrl(*arguments)
+    assert ended.code == 0, ended.err
+    rows = table(folder)
+    assert [row["state"] for row in rows] == ["finished"] * 3
+    best = max(json.loads(path.read_text())["objective"] for path in folder.glob("*/summary.json"))
+    result = (folder / "optimization_results.yaml").read_text()
+    assert f"best_value: {best}" in result
+    again = home.vlmrl(*arguments)
+    assert again.code == 0, again.err
+    assert again.out.count("finished before, skipped") == 3, "the same trials are proposed"
+    assert (folder / "optimization_results.yaml").read_text() == result
