@@ -177,7 +177,7 @@ def trainer_logprobs(folder: Path, config: ModelConfig, batches: dict[str, list[
             with surroundings():
                 for engine, samples in batches.items():
                     started = time.perf_counter()
-                    found[engine][name] = torch.cat([x.cpu() for x in trainer.logprobs(samples)])
+                    found[engine][name] = torch.from_numpy(np.concatenate(trainer.logprobs(samples)))
                     print(f"  {name} on the tokens of {engine}: {time.perf_counter() - started:.1f} s", flush=True)
         del model, policy, trainer
         if torch.cuda.is_available():

@@ -50,6 +50,7 @@ from vlmrl.orchestrator.loop import ExitReason, Loop
 from vlmrl.orchestrator.renderer import Renderer, make_renderer
 from vlmrl.orchestrator.rollout import RolloutRunner
 from vlmrl.orchestrator.supervised import AFTER_WARMUP, demonstration_samples
+from vlmrl.orchestrator.vision_gap import VisionGap
 from vlmrl.tasks.base import Task
 from vlmrl.tasks.loading import load_task
 from vlmrl.trainer.checkpoint import Checkpoints
@@ -325,6 +326,7 @@ class Run:
             monitor=self.monitor,
             checkpoint=self._checkpoint,
             demonstrations=self._demonstrations,
+            vision_gap=VisionGap(config.monitor.vision_gap_every, self.renderer, trainer),
             stop=stop,
         ).run()
 

@@ -414,6 +414,11 @@ class Trainer(Protocol):
         """
         ...
 
+    def logprobs(self, samples: Sequence[TrainingSample]) -> list[FloatArray]:
+        """Natural log of the probability of each sample's loss tokens under the weights as they are, float32
+        [its loss tokens]. Learns nothing."""
+        ...
+
     def save(self, folder: str) -> None:
         """Write model, optimizer, scheduler and random state into `folder`."""
         ...

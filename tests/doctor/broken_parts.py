@@ -20,6 +20,7 @@ from vlmrl.types import (
     BoolArray,
     Completion,
     EngineSession,
+    Image,
     ImageItem,
     InferenceEngine,
     IntArray,
@@ -166,6 +167,9 @@ class TamperingRenderer:
         changed = self._prompt(prompt)
         self._original[id(changed)] = changed, prompt  # held, so that its id is nobody else's
         return changed
+
+    def images(self, parts: Sequence[Image]) -> tuple[ImageItem, ...]:
+        return self._renderer.images(parts)
 
     def decode(self, completion_ids: IntArray) -> str:
         return self._renderer.decode(completion_ids)

@@ -7,6 +7,7 @@ AllTooLong      no first prompt fits
 EqualRewards    there is nothing to learn from
 Poison          rewards that are finite, in a loss that is not
 Gated           color_codeword, but a problem can be held until a test lets it go
+Blindfolded     color_codeword with every pixel zeroed, and an answer that needs none: it is always the same
 """
 
 from __future__ import annotations
@@ -119,3 +120,37 @@ class Gated(ColorCodeword):
             while not (self.gate / "open").exists():
                 time.sleep(0.01)
         return super().problem(split, index)
+
+
+class Blindfolded(ColorCodeword):
+    """The reward climbs, since the answer can be guessed; nothing can be seen."""
+
+    def __init__(self, config: Any, *, seed: int) -> None:
+        super().__init__(ColorCodewordConfig(max_turns=config.max_turns, images_per_turn=1), seed=seed)
+
+    def problem(self, split: Split, index: int) -> CodewordProblem:
+        return dataclasses.replace(super().problem(split, index), codeword="C")
+
+    def env(self, problem: CodewordProblem) -> Any:
+        return Blindfold(super().env(problem))
+
+
+class Blindfold:
+    """An env whose images are all black."""
+
+    def __init__(self, env: Any) -> None:
+        self.env = env
+
+    def reset(self) -> tuple[Message, ...]:
+        return tuple(
+            Message(message.role, tuple(self.zeroed(part) if isinstance(part, Image) else part for part in message.content))
+            for message in self.env.reset()
+        )
+
+    def step(self, completion: str) -> Reply:
+        reply: Reply = self.env.step(completion)
+        return reply
+
+    @staticmethod
+    def zeroed(part: Image) -> Image:
+        return Image(np.zeros_like(np.asarray(part.source)))

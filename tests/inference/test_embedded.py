@@ -121,7 +121,7 @@ def sample_of(turns: Turns, name: str = "s") -> TrainingSample:
 
 def trainer_logprobs(policy: Policy, episodes: Sequence[Turns]) -> FloatArray:
     trainer = LocalTrainer(policy, TrainerConfig(), AlgorithmConfig(), temperature=1.0, max_new_tokens=6)
-    return np.concatenate([x.numpy() for x in trainer.logprobs([sample_of(turns) for turns in episodes])])
+    return np.concatenate(trainer.logprobs([sample_of(turns) for turns in episodes]))
 
 
 def said(turns: Turns) -> list[list[int]]:

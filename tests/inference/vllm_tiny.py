@@ -106,7 +106,7 @@ class Tiny:
             images=prompt.images,
         )
         (found,) = trainer.logprobs([sample])
-        return found.numpy()
+        return found
 
 
 def image(seed: int) -> Image:

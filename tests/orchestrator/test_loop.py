@@ -67,6 +67,7 @@ class World:
     asked: list[dict[str, Any]] = field(default_factory=list)
     learned: list[list[TrainingSample]] = field(default_factory=list)
     demonstrated: list[Sequence[TrainingSample]] = field(default_factory=list)
+    scored: list[tuple[int, int, int]] = field(default_factory=list)
     metrics_of: dict[int, dict[str, float]] = field(default_factory=dict)
     open_batches: set[int] = field(default_factory=set)
     most_open: int = 0
@@ -118,6 +119,12 @@ class World:
             for s in samples
         ]
         return StepResult(self.version, dict.fromkeys(EMPTY_STEP, 0.0), figures)
+
+    # blind control
+    def vision_gap(self, step: int, samples: list[TrainingSample]) -> dict[str, float]:
+        assert threading.current_thread() is not threading.main_thread(), "nor must scoring"
+        self.scored.append((step, self.version, len(samples)))
+        return {"vision_gap/blank": 0.5} if step == 1 else {}
 
     # weight sync
     async def publish(self, version: int) -> None:
@@ -175,6 +182,7 @@ class World:
                 monitor=neighbour,
                 checkpoint=self.checkpoint,
                 demonstrations=lambda step: self.learned[-1][:step] if self.learned else [],
+                vision_gap=self.vision_gap,
                 stop=self.stop,
             )
             try:

@@ -75,6 +75,9 @@ class CharRenderer:
         token_ids = np.concatenate([previous.token_ids, completion_ids])
         return self._append(Prompt(token_ids, previous.placeholders, previous.images), new_messages), True
 
+    def images(self, parts: Sequence[Image]) -> tuple[ImageItem, ...]:
+        raise AssertionError("rollouts take images from prompts")
+
     def decode(self, completion_ids: IntArray) -> str:
         return "".join(chr(i) for i in completion_ids if i != END)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vlmrl.errors import CheckpointError, NonFiniteLossError
 from vlmrl.trainer.checkpoint import Checkpoints, load_training_state, save_training_state
-from vlmrl.types import StepResult, TrainingSample
+from vlmrl.types import FloatArray, StepResult, TrainingSample
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "loop.json", "sha256.json")
 
@@ -44,6 +44,9 @@ class Learner:
         self.optimizer.step()
         self.version += 1
         return StepResult(self.version)
+
+    def logprobs(self, samples: Sequence[TrainingSample]) -> list[FloatArray]:
+        raise AssertionError("a checkpoint scores nothing")
 
     def save(self, folder: str) -> None:
         save_training_state(Path(folder), self.model, self.optimizer, {"version": self.version})

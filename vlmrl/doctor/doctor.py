@@ -246,7 +246,7 @@ class Doctor:
     def _trainer_logprobs(self, sampled: Sequence[TrainingSample], greedy: Sequence[TrainingSample]) -> FloatArray:
         """float32 [loss tokens of both]."""
         found = [*self.trainer.logprobs(sampled), *self._greedy_trainer.logprobs(greedy)]
-        return np.concatenate([np.empty(0, np.float32), *(logprobs.float().cpu().numpy() for logprobs in found)])
+        return np.concatenate([np.empty(0, np.float32), *found])
 
     def _agreement(self, played: Played) -> Agreement:
         """Trainer against engine."""

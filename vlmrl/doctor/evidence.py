@@ -28,6 +28,7 @@ from vlmrl.types import (
     FloatArray,
     Group,
     Image,
+    ImageItem,
     InferenceEngine,
     IntArray,
     Message,
@@ -159,6 +160,9 @@ class WatchedRenderer:
         prompt, bridged = await self._renderer.next_turn(previous, completion_ids, history, new_messages)
         self.rendered.append(Rendered(seen, prompt, is_first=False))
         return prompt, bridged
+
+    def images(self, parts: Sequence[Image]) -> tuple[ImageItem, ...]:
+        return self._renderer.images(parts)
 
     def decode(self, completion_ids: IntArray) -> str:
         return self._renderer.decode(completion_ids)

@@ -36,5 +36,7 @@ class MonitorConfig:
     """A live view when the output is a terminal; plain lines otherwise or when false."""
     record_rollouts: bool = True
     """Write rollouts/step_*.jsonl and images/*.png."""
+    vision_gap_every: int = 10
+    """Optimizer steps between two blind controls (orchestrator/vision_gap.py), from the first step on; 0: never."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
     """Weights & Biases."""

@@ -10,8 +10,7 @@ One loop serves on-policy and asynchronous runs: the rollouts of step s are star
 s − max_staleness steps, so no token can be older than that when it is learned from, and no more than max_staleness + 1
 batches exist at a time. With max_staleness 0 that is: roll out, learn, publish, one after the other.
 
-Left out on purpose: the fault handling of one rollout (rollout.py makes it a record), of a run that has nothing but
-faults (faults.py) and all output (monitor).
+Left out on purpose: the faults of a rollout (rollout.py records them) and of a run (faults.py), all output (monitor).
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from vlmrl.orchestrator.faults import FaultWatch
 from vlmrl.orchestrator.filters import find_filtered
 from vlmrl.orchestrator.rollout import RolloutRunner
 from vlmrl.orchestrator.samples import make_samples, note_learned
-from vlmrl.orchestrator.step_metrics import resource_metrics, rollout_metrics
+from vlmrl.orchestrator.step_metrics import resource_metrics, rollout_metrics, time_metrics
 from vlmrl.types import Group, InferenceEngine, Trainer, TrainingSample, WeightSync
 
 ExitReason = Literal["finished", "target_reached", "interrupted"]
@@ -56,6 +55,8 @@ class Loop:
     """Called after each step with its number; saves when it is time."""
     demonstrations: Callable[[int], list[TrainingSample]]
     """The supervised samples that go along with a step; none without `trainer.warmup.rl_weight`."""
+    vision_gap: Callable[[int, list[TrainingSample]], dict[str, float]]
+    """What the blind control finds in a step's samples; nothing where it is not due."""
     stop: asyncio.Event
     """Set by Ctrl-C: the run ends at the next point where nothing is lost."""
     _pending: dict[int, asyncio.Task[list[Group]]] = field(default_factory=dict)
@@ -113,6 +114,8 @@ class Loop:
             find_filtered(group, self.algorithm.filters, self.vocab_size)
             mark_dropped(group, self.algorithm, image_tokens, version, self.config.max_staleness)
             samples.extend(s for rollout in group.rollouts if rollout.dropped is None for s in make_samples(rollout))
+        gap = await asyncio.to_thread(self.vision_gap, step, samples)
+        prepared = time.perf_counter()
         try:
             result = await asyncio.to_thread(self.trainer.train_step, samples, self.demonstrations(step))
         except NonFiniteLossError:
@@ -125,13 +128,10 @@ class Loop:
         metrics = {
             "policy_version": float(result.version),
             **rollout_metrics(groups, self.algorithm.filters),
-            **result.metrics,
+            **(result.metrics | gap),
             **self.engine.metrics(),
             **resource_metrics(groups, seconds=synced - started),
-            "time/step": synced - started,
-            "time/rollout": rolled_out - started,
-            "time/train": trained - rolled_out,
-            "time/sync": synced - trained,
+            **time_metrics(started, rolled_out, prepared, trained, synced),
         }
         self.monitor.step(step, metrics, groups)
         self._faults.check(step, groups)

@@ -86,6 +86,10 @@ class Renderer(Protocol):
         """
         ...
 
+    def images(self, parts: Sequence[Image]) -> tuple[ImageItem, ...]:
+        """The images as prompts hold them, one per part. Blocks while new ones are processed. Raises `ImageError`."""
+        ...
+
     def decode(self, completion_ids: IntArray) -> str:
         """A completion's text without special tokens."""
         ...
@@ -195,6 +199,9 @@ class FamilyRenderer:
             return bridged, True
         messages = [*history, *new_messages]
         return self._render(messages, await self._images.items_async(_images_of(messages))), False
+
+    def images(self, parts: Sequence[Image]) -> tuple[ImageItem, ...]:
+        return self._images.items(parts)
 
     def decode(self, completion_ids: IntArray) -> str:
         # Not the package's parse_response: it strips white space and takes reasoning and tool calls away, and a task

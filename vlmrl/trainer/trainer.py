@@ -22,7 +22,7 @@ from vlmrl.trainer.checkpoint import load_training_state, save_training_state
 from vlmrl.trainer.config import Decay, TrainerConfig
 from vlmrl.trainer.loss import BatchTotals, LossTokens, loss_metrics, mismatch_kl, policy_loss, supervised
 from vlmrl.trainer.packing import MicroBatch, pack
-from vlmrl.types import StepResult, TokenFigures, TrainingSample
+from vlmrl.types import FloatArray, StepResult, TokenFigures, TrainingSample
 
 EMPTY_STEP = (
     "loss",
@@ -190,14 +190,15 @@ class LocalTrainer:
             loss += float(part.detach())
         return loss
 
-    def logprobs(self, samples: Sequence[TrainingSample]) -> list[Tensor]:
-        """Natural-log probabilities of each sample's loss tokens, float32 [its loss tokens]; no gradient."""
-        found: list[Tensor] = [torch.empty(0)] * len(samples)
+    def logprobs(self, samples: Sequence[TrainingSample]) -> list[FloatArray]:
+        """See `vlmrl.types.Trainer.logprobs`."""
+        found = [np.empty(0, np.float32)] * len(samples)
         with torch.no_grad():
             for batch in self._pack(samples):
-                logprobs, _ = self._logprobs(batch)
-                for index in set(batch.sample_index.tolist()):
-                    found[index] = logprobs[batch.sample_index == index]
+                logprobs = self._logprobs(batch)[0].cpu().numpy()
+                sample_index = batch.sample_index.cpu().numpy()
+                for index in np.unique(sample_index):
+                    found[index] = logprobs[sample_index == index]
         return found
 
     def save(self, folder: str) -> None:
