@@ -33,6 +33,7 @@ from vlmrl.inference.config import VllmConfig
 from vlmrl.inference.embedded import EmbeddedEngine
 from vlmrl.inference.vllm_engine import VllmEngine
 from vlmrl.inference.vllm_server import check_vllm
+from vlmrl.models.config import Dtype
 from vlmrl.models.load import (
     check_available,
     load_image_processor,
@@ -100,7 +101,8 @@ def lead(config: RunConfig) -> float | None:
         run_dir.write_config(config)
     if config.mode is not Mode.eval or not config.resume:
         run_dir.point_latest()
-    with Monitor(config.monitor, run_dir, total_steps=config.trainer.max_steps) as monitor:
+    exact = {config.model.dtype, engine_dtype(config)} == {Dtype.float32}
+    with Monitor(config.monitor, run_dir, total_steps=config.trainer.max_steps, exact=exact) as monitor:
         monitor.phase("preparing")
         run = Run.build(config, run_dir, monitor)
         monitor.table("plan", run.arithmetic())
@@ -120,6 +122,11 @@ def check_algorithm(config: RunConfig) -> None:
     """Raise `ConfigError` where a function of the user's own is not there or is none. Imports it."""
     loss_function(config.algorithm.loss)
     estimator_named(config.algorithm.advantage)
+
+
+def engine_dtype(config: RunConfig) -> Dtype:
+    """What the sampler computes in; the embedded engine has the trainer's weights."""
+    return config.inference.dtype if isinstance(config.inference, VllmConfig) else config.model.dtype
 
 
 @contextmanager

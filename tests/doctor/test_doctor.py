@@ -66,7 +66,7 @@ def build(run_config: Callable[..., RunConfig], tmp_path: Path) -> Iterator[Call
     run_dir = RunDir(tmp_path / "run")
     run_dir.create()
     config = run_config("mode=doctor", "monitor.wandb.mode=disabled")
-    with Monitor(config.monitor, run_dir, total_steps=1) as monitor:
+    with Monitor(config.monitor, run_dir, total_steps=1, exact=True) as monitor:
         yield lambda *overrides: Run.build(run_config("mode=doctor", *overrides), run_dir, monitor)
     torch.set_num_threads(threads)
 

@@ -25,6 +25,7 @@ from vlmrl.tasks import Image, Message, Reply, Task
 from vlmrl.tasks.base import Split
 from vlmrl.tasks.color_codeword import CodewordProblem, ColorCodeword
 from vlmrl.tasks.config import ColorCodewordConfig
+from vlmrl.types import Part
 
 KINDS = ("sound", "no_image", "raises", "nan", "too_long", "equal")
 
@@ -142,15 +143,12 @@ class Blindfold:
         self.env = env
 
     def reset(self) -> tuple[Message, ...]:
-        return tuple(
-            Message(message.role, tuple(self.zeroed(part) if isinstance(part, Image) else part for part in message.content))
-            for message in self.env.reset()
-        )
+        return tuple(Message(message.role, tuple(map(self.zeroed, message.content))) for message in self.env.reset())
 
     def step(self, completion: str) -> Reply:
         reply: Reply = self.env.step(completion)
         return reply
 
     @staticmethod
-    def zeroed(part: Image) -> Image:
-        return Image(np.zeros_like(np.asarray(part.source)))
+    def zeroed(part: Part) -> Part:
+        return Image(np.zeros_like(np.asarray(part.source))) if isinstance(part, Image) else part

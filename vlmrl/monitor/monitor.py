@@ -25,7 +25,7 @@ from typing import Any
 
 from vlmrl.errors import VlmrlError
 from vlmrl.monitor.config import MonitorConfig
-from vlmrl.monitor.health import WINDOW, warnings_for
+from vlmrl.monitor.health import HISTORY, warnings_for
 from vlmrl.monitor.logs import MainLog
 from vlmrl.monitor.metrics import ELAPSED, EVAL_GREEDY, EVAL_SAMPLED, ZERO_ADVANTAGE, MetricsLog, Record, read_metrics
 from vlmrl.monitor.progress import PHASES, Progress, duration
@@ -47,13 +47,15 @@ class Monitor:
     raise VlmrlError when the disk no longer takes what they write.
     """
 
-    def __init__(self, config: MonitorConfig, run_dir: RunDir, *, total_steps: int) -> None:
-        """`total_steps` is the number of optimizer steps of RL; the view measures progress by it."""
+    def __init__(self, config: MonitorConfig, run_dir: RunDir, *, total_steps: int, exact: bool) -> None:
+        """`total_steps` is the number of optimizer steps of RL; the view measures progress by it. `exact`: sampler and
+        trainer compute in float32, so that they may differ by its rounding only."""
+        self._exact = exact
         self._config = config
         self._run_dir = run_dir
         self._progress = Progress(name=run_dir.name, total_steps=total_steps, live=config.live)
         self._wandb = WandbLogger(config.wandb, run_dir, on_failure=self.warn)
-        self._history: deque[Record] = deque(maxlen=WINDOW)
+        self._history: deque[Record] = deque(maxlen=HISTORY)
         self._warned: list[str] = []
         self._evaluation: Record = {}  # the line of the newest evaluation
         self._supervised: MetricsLog | None = None
@@ -162,7 +164,7 @@ class Monitor:
         self.record(step, groups)
         self._history.append(self._metrics.last or record)  # as written: finite or None
         self._progress.step(step, self._history[-1])
-        for text in warnings_for(self._history):
+        for text in warnings_for(self._history, exact=self._exact):
             self.warn(text)
 
     def record(self, step: int, groups: Sequence[Group]) -> None:

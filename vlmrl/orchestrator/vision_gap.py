@@ -7,9 +7,9 @@
     vision_gap/blank     mean logprob of the loss tokens with the real images, minus that with grey ones
     vision_gap/shuffled  the same against images of other problems of the step
 
-The tokens were sampled with the real images in view, so each gap is an estimate of KL(with ‖ without) per token: 0 for a
-policy that does not look, more the more it says because of what it sees. `blank` tells whether it looks at all;
-`shuffled` whether what is *in* the image matters, and it stays in the distribution that the policy was trained on.
+The tokens were sampled with the real images in view, so each gap estimates KL(with ‖ without) per token: 0 for a policy
+that does not look, more the more it says because of what it sees. `blank` tells whether it looks at all; `shuffled`
+whether what is *in* the image matters, and it shows pictures of the kind that the policy was trained on.
 
 Token ids, placeholders and positions are those of the sample; the pixels alone differ. A blank image is a picture of
 the same height and width in mid-grey, RGB (128, 128, 128), made by the renderer like any other: what the model would
