@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import ast
 import copy
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-import vlmrl
 from vlmrl.checks import check
 from vlmrl.checks.ranges import RANGES, numbers_in_range
 from vlmrl.cli import CONF
@@ -260,7 +257,7 @@ def test_numbers_out_of_range(key: str, low: float, high: float, default: dict[s
     for inside in (low, high):
         set_key(config, key, inside)
         numbers_in_range(config)
-    outside = [math.nextafter(low, -math.inf), -1, math.nan]
+    outside = [math.nextafter(low, -math.inf), math.nan, *([-1] if low >= 0 else [])]
     if high < math.inf:
         outside.append(math.nextafter(float(high), math.inf) if high <= 1 else math.inf)
     for value in outside:
@@ -288,22 +285,3 @@ def test_a_slip_of_the_keyboard_is_found() -> None:
 
 def test_nothing_is_suggested_where_nothing_is_close() -> None:
     assert did_you_mean("zzz", known_keys()) == ""
-
-
-def config_files() -> list[Path]:
-    package = Path(vlmrl.__file__).parent
-    return sorted([package / "config.py", *package.glob("*/config.py")])
-
-
-@pytest.mark.parametrize("path", config_files(), ids=lambda path: path.parent.name)
-def test_every_field_is_explained(path: Path) -> None:
-    """A string stands under each field of each dataclass; enums and dataclasses have a docstring."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if not isinstance(node, ast.ClassDef):
-            continue
-        assert ast.get_docstring(node), f"{node.name} has no docstring"
-        for statement, following in zip(node.body, [*node.body[1:], None], strict=True):
-            if isinstance(statement, ast.AnnAssign):
-                assert isinstance(following, ast.Expr), f"{node.name}: {ast.unparse(statement)}"
-                assert isinstance(following.value, ast.Constant), f"{node.name}: {ast.unparse(statement)}"
-                assert isinstance(following.value.value, str)

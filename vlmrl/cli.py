@@ -88,7 +88,9 @@ def command_line(arguments: list[str]) -> int:
     """The whole command line of one process."""
     try:
         arguments = rewrite(arguments)
-        if resumes(arguments):
+        if "explain" in arguments:
+            explain(arguments)
+        elif resumes(arguments):
             start(resumed(arguments))
         else:
             compose_and_start(arguments)
@@ -216,6 +218,20 @@ def place(config: DictConfig, output_dir: str) -> DictConfig:
     return config
 
 
+def explain(arguments: list[str]) -> None:
+    """`python -m vlmrl explain …` (explain.py). Raises ConfigError where there is no such key, or nothing composes."""
+    from vlmrl.explain import explanation
+
+    register_schemas()
+    words = [argument for argument in arguments if argument != "explain"]
+    try:
+        print(explanation(words, CONF))
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError, AssertionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(in_words(error, words)) from error
+
+
 def compose_and_start(arguments: list[str]) -> None:
     """Hand the command line to Hydra. Raises ConfigError where it does not compose."""
     register_schemas()
@@ -225,7 +241,7 @@ def compose_and_start(arguments: list[str]) -> None:
         hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
     # A job reports its own errors: these are Hydra's.
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError, AssertionError) as error:
-        raise ConfigError(explain(error, arguments)) from error
+        raise ConfigError(in_words(error, arguments)) from error
     except OSError as error:
         if error.filename is None:  # not about a folder
             raise
@@ -259,14 +275,14 @@ def rewrite(arguments: list[str]) -> list[str]:
                 )
             *before, last = IMPORTED[key]
             rewritten += [*before, f"{last}{value}"]
-        elif key in FREE or key.startswith(tuple(f"{free}." for free in FREE)):
+        elif "=" in argument and (key in FREE or key.startswith(tuple(f"{free}." for free in FREE))):
             rewritten.append(f"++{argument}")  # no schema knows these keys
         else:
             rewritten.append(argument)
     return rewritten
 
 
-def explain(error: Exception, arguments: list[str]) -> str:
+def in_words(error: Exception, arguments: list[str]) -> str:
     """Hydra's and OmegaConf's errors in one or two lines that name the key."""
     cause = error.__cause__
     where = f"{str(error).splitlines()[0]} " if str(error).startswith("In ") else ""  # "In '<file>': …"
@@ -339,7 +355,7 @@ def resumed(arguments: list[str]) -> DictConfig:
                 raise ConfigError(f"{override.input_line} requires --multirun, which resume= cannot do: set one value")
             apply(config, override.key_or_group, override.value(), force_add=override.is_force_add())
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(explain(error, overrides)) from error
+        raise ConfigError(in_words(error, overrides)) from error
     if config.mode not in (mode, Mode.eval):
         raise ConfigError(
             f"mode={config.mode.name} requires a new run, else its steps would stand among those of mode={mode.name} "

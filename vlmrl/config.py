@@ -53,7 +53,7 @@ class RunConfig:
     mode: Mode = Mode.rl
     """What the command does."""
     seed: int = 0
-    """Of problems, sampling and everything random but the tiny checkpoint's weights (`model.tiny.seed`)."""
+    """Seed of problems, sampling and everything random but the tiny checkpoint's weights (`model.tiny.seed`)."""
     resume: str | None = None
     """A run folder to continue; its config.yaml is taken, overrides of single values apply on top."""
     runs: list[str] = field(default_factory=list)

@@ -20,9 +20,28 @@ def numbers_in_range(config: RunConfig) -> None:
             continue
         for number in value if isinstance(value, tuple | list) else (value,):
             if not low <= number <= high:  # NaN is refused too
-                demand = "above 0" if low == SMALLEST else f"{low:g} or more"
-                limit = "" if high == math.inf else " and finite" if high == LARGEST else f" and at most {high:g}"
-                raise ConfigError(f"{key}={value} requires a value {demand}{limit}, else {consequence}: set another")
+                raise ConfigError(
+                    f"{key}={value} requires a value {_in_words(low, high)}, else {consequence}: set another"
+                )
+
+
+def range_text(key: str) -> str:
+    """What values a key may have; "" where it is no number.
+
+    >>> range_text("trainer.max_steps"), range_text("trainer.learning_rate"), range_text("trainer.decay")
+    ('1 or more', 'above 0 and finite', '')
+    """
+    return next((_in_words(low, high) for name, low, high, _ in RANGES if name == key), "")
+
+
+def _in_words(low: float, high: float) -> str:
+    if (low, high) == (-LARGEST, LARGEST):
+        return "finite"
+    demand = "above 0" if low == SMALLEST else f"{low:g} or more"
+    if high == 2**63 - 1:
+        return f"{demand} and below 2**63"
+    limit = "" if high == math.inf else " and finite" if high == LARGEST else f" and at most {high:g}"
+    return demand + limit
 
 
 SMALLEST, LARGEST = math.nextafter(0.0, 1.0), sys.float_info.max
@@ -37,7 +56,9 @@ RANGES: tuple[tuple[str, float, float, str], ...] = (
     ("orchestrator.max_staleness", 0, math.inf, "every token is too old"),
     ("orchestrator.eval.every", 0, math.inf, "it counts no steps (0 is never)"),
     ("orchestrator.eval.problems", 0, math.inf, "it counts no problems"),
+    ("orchestrator.eval.target", -LARGEST, LARGEST, "it is no reward"),
     ("orchestrator.eval.consecutive", 1, math.inf, "the target is met before the first evaluation"),
+    ("inference.max_model_len", 1, math.inf, "no prompt fits"),
     ("inference.replicas", 1, math.inf, "there is no server"),
     ("inference.tensor_parallel_size", 1, math.inf, "no GPU holds the weights"),
     ("inference.data_parallel_size", 1, math.inf, "there is no engine behind a server"),

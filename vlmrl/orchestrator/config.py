@@ -42,7 +42,7 @@ class OrchestratorConfig:
     max_new_tokens: int = 8
     """Tokens per completion."""
     temperature: float = 1.0
-    """Of sampling in training and in the sampled evaluation; the trainer's logprobs use the same."""
+    """Divisor of the logits in training and in the sampled evaluation; the trainer's logprobs use the same."""
     max_staleness: int = 0
     """Optimizer steps that the weights which sampled a token may lie behind those that learn from it; 0: on-policy."""
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -35,7 +35,7 @@ class ColorCodewordConfig(TaskConfig):
     shuffle_images: bool = False
     """Control: show the images of another problem. Nothing can be learned then."""
     holdout_one_in: int = 8
-    """One codeword in this many, chosen by its hash, is kept for evaluation and never trained on."""
+    """Codewords of which one, chosen by its hash, is kept for evaluation and never trained on."""
 
 
 @dataclass

@@ -43,14 +43,14 @@ class SFTConfig:
     batch_size: int = 64
     """Conversations per optimizer step."""
     learning_rate: float = 1.5e-3
-    """Of AdamW, constant over the supervised steps."""
+    """Step size of AdamW, constant over the supervised steps."""
     demonstrations: Demonstrations = Demonstrations.random
     """What the assistant says in them."""
     rl_weight: float = 0.0
-    """Goes on in RL: each step's loss gets this times the mean negative log-likelihood of `rl_batch_size` further
-    demonstrations (PPO-ptx, arXiv 2203.02155, eq. 2). With random answers it keeps the policy from being certain of an
-    answer that no reward has confirmed: certainty ends exploration, and what is not tried is not learned. The weight
-    falls with the learning rate, since in the end the policy should be certain."""
+    """Weight of supervised samples in RL: each step's loss gets this times the mean negative log-likelihood of
+    `rl_batch_size` further demonstrations (PPO-ptx, arXiv 2203.02155, eq. 2). With random answers it keeps the policy
+    from being certain of an answer that no reward has confirmed: certainty ends exploration, and what is not tried is
+    not learned. The weight falls with the learning rate, since in the end the policy should be certain."""
     rl_batch_size: int = 16
     """Conversations per RL step, where `rl_weight` is above 0."""
 
@@ -68,19 +68,19 @@ class TrainerConfig:
     micro_batch_tokens: int = 16384
     """Positions per forward/backward, counted after packing. A single tree or sample may exceed it alone."""
     learning_rate: float = 1.5e-3
-    """Of AdamW, at its highest."""
+    """Step size of AdamW, at its highest."""
     lr_warmup_steps: int = 0
     """Optimizer steps over which the learning rate rises linearly from 0."""
     decay: Decay = Decay.linear
     """How it falls from there to `max_steps`."""
     min_lr_ratio: float = 0.1
-    """The decay ends at this share of `learning_rate`."""
+    """Share of `learning_rate` at which the decay ends."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's, of the mean and of the square."""
+    """Shares of the old that AdamW's averages keep at a step, of the mean and of the square."""
     eps: float = 1e-8
-    """AdamW's, added to the root of the square."""
+    """AdamW's, in the gradient's unit; added to the root of the square."""
     weight_decay: float = 0.0
-    """AdamW's, decoupled, per unit of learning rate."""
+    """Share of a weight that AdamW takes away at a step, times the learning rate (decoupled)."""
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this L2 norm over all parameters."""
     threads: int = 1
