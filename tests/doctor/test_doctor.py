@@ -30,8 +30,9 @@ from vlmrl.errors import EngineError, ParityError
 from vlmrl.inference.embedded import EmbeddedEngine
 from vlmrl.inference.vllm_client import VllmClient
 from vlmrl.inference.vllm_server import vllm_version
+from vlmrl.models.features import ImageFeatures
 from vlmrl.models.load import load_image_processor, load_tokenizer, resolve_checkpoint
-from vlmrl.models.policy import ImageFeatures, Policy
+from vlmrl.models.policy import Policy
 from vlmrl.models.positions import position_function
 from vlmrl.monitor.monitor import Monitor
 from vlmrl.monitor.run_dir import RunDir

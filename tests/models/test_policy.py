@@ -16,8 +16,8 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 from vlmrl.errors import ModelError
 from vlmrl.models.policy import Policy
 from vlmrl.models.positions import position_function
-from vlmrl.models.prefix_tree import build_tree
-from vlmrl.models.tree_attention import Segment, TreePlan, plan_tree
+from vlmrl.models.prefix_tree import Segment, build_tree
+from vlmrl.models.tree_attention import TreePlan, plan_tree
 from vlmrl.types import ImageItem, Prompt, mm_token_type_ids
 
 CPU = torch.device("cpu")

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vlmrl.models import tree_attention
+from vlmrl.models import fused_attention, tree_attention
+from vlmrl.models.fused_attention import Kernel, plan_flex
+from vlmrl.models.prefix_tree import Segment
 from vlmrl.models.tree_attention import (
     KVPool,
-    Segment,
     TreePlan,
-    fused_tree,
+    make_plan,
     plan_tree,
     tree_attention_forward,
 )
@@ -246,9 +247,8 @@ def test_a_row_is_not_moved_by_another_branch() -> None:
 def test_flex_blocks_are_those_that_hold_a_visible_pair(tree: Tree, size: int) -> None:
     segments, _ = tree.segments()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tree_attention, "FLEX_BLOCK", size)
-        mask = fused_tree(segments, CPU).fused
-    assert mask is not None
+        patch.setattr(fused_attention, "FLEX_BLOCK", size)
+        mask = plan_flex(segments, CPU)
     pairs = dense_mask(segments) > 0
     blocks = -(-len(pairs) // size)
     padded = np.pad(pairs, (0, blocks * size - len(pairs)))
@@ -275,7 +275,7 @@ def test_flex_attention_is_dense_attention(tree: Tree, seed: int) -> None:
     length = sum(tree.lengths)
     q, k, v = (noise(seed + i, heads, length, DIM) for i, heads in enumerate((HEADS, KV_HEADS, KV_HEADS)))
     expected = dense(torch.from_numpy(dense_mask(segments)), q, k, v)
-    torch.testing.assert_close(attend(fused_tree(segments, CPU), q, k, v), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(attend(make_plan(Kernel.flex, segments, CPU), q, k, v), expected, atol=1e-5, rtol=1e-4)
 
 
 @settings(max_examples=30)
@@ -298,7 +298,7 @@ def test_one_kernel_and_blocks_agree_on_a_gpu(lengths: tuple[int, ...]) -> None:
     device, length, dim = torch.device("cuda"), sum(lengths), 64
     inputs = [noise(i, heads, length, dim) for i, heads in enumerate((HEADS, KV_HEADS, KV_HEADS, HEADS))]
     found = []
-    for plan in (fused_tree(segments, device), plan_tree(segments, device)):
+    for plan in (make_plan(kernel, segments, device) for kernel in (Kernel.flex, Kernel.blocks)):
         *qkv, grad = (x.to(device, torch.bfloat16) for x in inputs)
         leaves = [x.requires_grad_() for x in qkv]
         out = attend(plan, *leaves)

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from vlmrl.errors import EngineError, NonFiniteLossError
-from vlmrl.models.policy import ImageFeatures, Policy
-from vlmrl.models.prefix_tree import ImageKeys, build_tree, sort_key
+from vlmrl.models.features import ImageFeatures
+from vlmrl.models.policy import Policy
+from vlmrl.models.prefix_tree import ImageKeys, Segment, build_tree, sort_key
 from vlmrl.models.tree_attention import (
     KVPool,
-    Segment,
     SharedBlock,
     TreePlan,
     local_blocks,

@@ -19,11 +19,16 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from vlmrl.errors import ModelError
+from vlmrl.models.blocks import uncompiled_in_inference
+from vlmrl.models.features import FeatureCache, ImageFeatures, Levels, first_features
+from vlmrl.models.fused_attention import VISION_ATTENTION, Kernel, vision_attention_forward
+from vlmrl.models.head import token_logprobs
 from vlmrl.models.positions import PositionFunction
 from vlmrl.models.tree_attention import ATTENTION_NAME, KVPool, TreePlan, tree_attention_forward
 from vlmrl.types import ImageItem
 
 AttentionInterface.register(ATTENTION_NAME, tree_attention_forward)
+AttentionInterface.register(VISION_ATTENTION, vision_attention_forward)
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,24 +39,22 @@ class _ImageOutputs:
     deepstack_features: list[tuple[Tensor]]
 
 
-@dataclass(frozen=True, eq=False)
-class ImageFeatures:
-    """The distinct images of a pass, encoded. F is the sum of their `num_tokens`."""
-
-    levels: list[Tensor]
-    """float [F, hidden] each: the features put in place of the placeholders, then the deepstack levels if any."""
-    first: dict[str, int]
-    """Image hash → index of its first feature."""
-
-
 def _arguments(module: Any) -> set[str]:
     return set(inspect.signature(module.forward).parameters)
 
 
 class Policy:
-    """A Hugging Face model with tree attention. Weights are the model's own; the policy holds no state but them."""
+    """A Hugging Face model with tree attention. Weights are the model's own; beside them the policy holds nothing but
+    features of a frozen vision tower, `feature_cache_bytes` at most."""
 
-    def __init__(self, model: Any, positions: PositionFunction, banned_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        positions: PositionFunction,
+        banned_token_ids: Sequence[int],
+        *,
+        feature_cache_bytes: int = 0,
+    ) -> None:
         self.model = model
         self.positions = positions
         self.config = model.config
@@ -69,37 +72,75 @@ class Policy:
             )
         # Rows without images of their own may still stand behind images: with MRoPE they need all four positions.
         self._mrope = "mrope_section" in (getattr(text, "rope_parameters", None) or {})
-        # The vision tower keeps torch's own attention; set by name on the text config alone.
         text._attn_implementation = ATTENTION_NAME
-        self._banned = torch.tensor(sorted(banned_token_ids), dtype=torch.int64, device=self.device)
+        tower = model.get_encoder(modality="image")
+        self._tower = None if tower is model else tower
+        if self._tower is not None and self._is_fused:
+            # Elsewhere the tower keeps torch's own attention, image by image.
+            self._tower.config._attn_implementation = VISION_ATTENTION
+        self._banned = torch.zeros(len(model.get_output_embeddings().weight), dtype=torch.bool, device=self.device)
+        self._banned[sorted(banned_token_ids)] = True
+        self._cache = FeatureCache(feature_cache_bytes)
+        self._encoded, self._reused = 0, 0
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device  # type: ignore[no-any-return]
 
     @property
-    def fused_attention(self) -> bool:
-        """Whether the trainer's passes are planned for FlexAttention (see tree_attention)."""
+    def _is_fused(self) -> bool:
+        """Whether attention over the rows of a pass is one kernel (fused_attention.py)."""
         first = next(self.model.parameters())
         return first.is_cuda and first.dtype in (torch.bfloat16, torch.float16)
 
+    def kernel(self, *, shared: bool) -> Kernel:
+        """What a trainer's pass is planned for, whose rows share prefixes or do not."""
+        if not self._is_fused:
+            return Kernel.blocks
+        return Kernel.flex if shared else Kernel.varlen
+
     def encode_images(self, images: Sequence[ImageItem]) -> ImageFeatures | None:
-        """Run the vision tower once over `images`, which are distinct. None for none."""
+        """Run the vision tower once over `images`, which are distinct; where it is frozen, over those alone whose
+        features are not kept. None for none."""
         if not images:
             return None
+        if self._tower is not None and not any(p.requires_grad for p in self._tower.parameters()):
+            # In-place changes are counted by torch: a checkpoint that is loaded is another version.
+            version = sum(p._version for p in self._tower.parameters())
+            # Features outlive the engine's inference mode, whose tensors no backward pass may touch.
+            with torch.inference_mode(False), torch.no_grad():
+                levels, encoded = self._cache.encode(images, version, self._encode)
+        else:
+            levels, encoded = self._encode(images), len(images)
+        self._encoded += encoded
+        self._reused += len(images) - encoded
+        return ImageFeatures(levels, first_features(images))
+
+    def take_image_counters(self) -> dict[str, float]:
+        """Since the last call: images that went through the vision tower, images whose features were still there; and
+        what those take, in bytes."""
+        counters = {"images/encoded": self._encoded, "images/cached": self._reused, "images/cache_bytes": 0}
+        counters["images/cache_bytes"] = self._cache.bytes
+        self._encoded, self._reused = 0, 0
+        return {name: float(value) for name, value in counters.items()}
+
+    def _encode(self, images: Sequence[ImageItem]) -> Levels:
         mm_kwargs = {
-            name: torch.from_numpy(np.concatenate([image.mm_kwargs[name] for image in images])).to(self.device)
+            name: self._to_device(np.concatenate([image.mm_kwargs[name] for image in images]))
             for name in images[0].mm_kwargs
         }
-        out = self.model.base_model.get_image_features(**mm_kwargs, return_dict=True)
+        with uncompiled_in_inference():
+            out = self.model.base_model.get_image_features(**mm_kwargs, return_dict=True)
         levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
         features = [level if isinstance(level, Tensor) else torch.cat(list(level)) for level in levels]
-        first, total = {}, 0
-        for image in images:
-            first[image.hash] = total
-            total += image.num_tokens
+        total = sum(image.num_tokens for image in images)
         assert features[0].shape[0] == total, f"{features[0].shape[0]} image features for {total} placeholder tokens"
-        return ImageFeatures(features, first)
+        return features
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        # From pinned memory a copy waits for nothing that runs on the device.
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def hidden_states(
         self,
@@ -123,7 +164,8 @@ class Policy:
                 arguments["mm_encoder_outputs"] = {
                     "image": _ImageOutputs(pooler_output=(placed[0],), deepstack_features=[(p,) for p in placed[1:]])
                 }
-        out = self.model.base_model(input_ids=token_ids[None], use_cache=False, tree_plan=plan, **arguments)
+        with uncompiled_in_inference():
+            out = self.model.base_model(input_ids=token_ids[None], use_cache=False, tree_plan=plan, **arguments)
         return out.last_hidden_state[0]  # type: ignore[no-any-return]
 
     def log_probs(self, hidden: Tensor, temperature: float) -> Tensor:
@@ -134,9 +176,18 @@ class Policy:
         # In float32 whatever the weights are and whatever is cast around us: a rounded logit moves every probability.
         with torch.autocast(hidden.device.type, enabled=False):
             logits = torch.nn.functional.linear(hidden.float(), head.weight.float(), head.bias)
-        if len(self._banned):
-            logits = logits.index_fill(1, self._banned, float("-inf"))
+        logits = logits.masked_fill(self._banned, float("-inf"))
         return torch.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)
+
+    def token_logprobs(
+        self, hidden: Tensor, entry: Tensor, targets: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Of the same distribution: float32 [N] logprobs of `targets`, each predicted by row `entry` of `hidden`
+        [U, hidden size], with gradient, and float32 [U] entropies (head.py). Holds no row of the vocabulary."""
+        head = self.model.get_output_embeddings()
+        bias = None if head.bias is None else head.bias.detach()
+        with torch.autocast(hidden.device.type, enabled=False):
+            return token_logprobs(hidden, head.weight, bias, self._banned, entry, targets, temperature)
 
     def kv_pool(self, slots: int) -> KVPool:
         """An empty pool of keys and values for the embedded engine."""

@@ -62,6 +62,18 @@ class PrefixTree:
     """(parent, first row, end row), depth-first; no branch leaves a segment in the middle."""
 
 
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """A run of tokens that no branch leaves in the middle. Listed in depth-first order, parents first."""
+
+    parent: int
+    """Index of the segment before it on the path; -1 at a root."""
+    slots: np.ndarray
+    """int64 [n]; where its keys and values are."""
+    rows: np.ndarray
+    """int64 [n]; its query rows, ascending and contiguous; empty [0] where the keys are there already."""
+
+
 def build_tree(sequences: Sequence[IntArray], *, share: bool = True) -> PrefixTree:
     """Lay out `sequences`, which are distinct and sorted by `sort_key`; `share=False` shares nothing.
 

@@ -13,42 +13,29 @@ Each block yields an output and a log-sum-exp; they merge exactly, as in flash a
 The backward pass recomputes the probabilities block by block from the merged log-sum-exp, so nothing quadratic is
 kept. Work is that of the distinct tokens; a gradient of a shared key is the sum over the branches that saw it.
 
-On a GPU in half precision the trainer's rows go through FlexAttention instead (`fused_tree`): rows in depth-first order
-make "key k is an ancestor of query q" two comparisons, k ≤ q < end of what descends from k's segment, so that the whole
-tree is one block-sparse kernel.
+On a GPU in half precision the trainer's rows go through one kernel instead (`fused_attention.py`).
 
 Left out: dropout, sliding windows, soft caps. A model that needs them is refused by `vlmrl.models.policy`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from vlmrl.models.fused_attention import FusedPlan, Kernel, attend_fused, plan_flex, plan_varlen
+from vlmrl.models.prefix_tree import Segment
 
 ATTENTION_NAME = "vlmrl_tree"
 
 MIN_SHARED_PAIRS = 16384
 """A segment becomes a shared block when rows below it × its own tokens reach this; below, one more kernel launch
 costs more than the padding it saves."""
-
-
-@dataclass(frozen=True, eq=False)
-class Segment:
-    """A run of tokens that no branch leaves in the middle. Listed in depth-first order, parents first."""
-
-    parent: int
-    """Index of the segment before it on the path; -1 at a root."""
-    slots: np.ndarray
-    """int64 [n]; where its keys and values are."""
-    rows: np.ndarray
-    """int64 [n]; its query rows, ascending and contiguous; empty [0] where the keys are there already."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,8 +82,8 @@ class TreePlan:
     pool: KVPool | None = None
     first_slot: int = 0
     """Where the pass's own keys and values go in the pool: row r has slot `first_slot + r`."""
-    fused: BlockMask | None = None
-    """For FlexAttention, instead of the blocks; of a pass without a pool."""
+    fused: FusedPlan | None = None
+    """For one kernel, instead of the blocks; of a pass without a pool."""
 
 
 def shared_segments(parents: Sequence[int], lengths: Sequence[int], queries: Sequence[int]) -> list[bool]:
@@ -187,54 +174,15 @@ def plan_tree(segments: Sequence[Segment], device: torch.device) -> TreePlan:
     )
 
 
-def fused_tree(segments: Sequence[Segment], device: torch.device) -> TreePlan:
-    """The plan of one forward pass whose slots are its own T rows, for one kernel. As `plan_tree` else.
-
-    Which blocks of keys a block of queries touches follows from each block's extremes, without T × T of anything.
-    """
-    last = [int(segment.rows[-1]) + 1 for segment in segments]
-    for i in reversed(range(len(segments))):
-        if segments[i].parent >= 0:
-            last[segments[i].parent] = max(last[segments[i].parent], last[i])
-    ends = np.concatenate([np.full(len(s.rows), end) for s, end in zip(segments, last, strict=True)])
-    length = len(ends)
-    starts = np.arange(0, length, FLEX_BLOCK)
-    stops = np.minimum(starts + FLEX_BLOCK, length)
-    lowest, highest = np.minimum.reduceat(ends, starts), np.maximum.reduceat(ends, starts)
-    q_start, q_stop = starts[:, None], stops[:, None]
-    touched = (starts < q_stop) & (q_start < highest)
-    whole = touched & (stops - 1 <= q_start) & (q_stop - 1 < lowest)
-
-    def listed(blocks: np.ndarray) -> tuple[Tensor, Tensor]:
-        """How many per row, and which, the others after them; int32 [1, 1, n] and [1, 1, n, n]."""
-        order = np.argsort(~blocks, axis=1, kind="stable")
-        counts = torch.from_numpy(blocks.sum(1).astype(np.int32)).to(device)
-        return counts[None, None], torch.from_numpy(order.astype(np.int32)).to(device)[None, None]
-
-    end_of = torch.from_numpy(ends).to(device)
-
-    def is_ancestor(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (query < end_of[key])
-
-    mask = BlockMask.from_kv_blocks(
-        *listed(touched & ~whole),
-        *listed(whole),
-        BLOCK_SIZE=FLEX_BLOCK,
-        mask_mod=is_ancestor,
-        seq_lengths=(length, length),
-    )
-    return TreePlan(shared=[], local=[], fused=mask)
-
-
-FLEX_BLOCK = 128
-"""Rows per side of a block of FlexAttention's sparsity; its own default."""
-
-
-@cache
-def _compiled_flex_attention() -> Callable[..., Tensor]:
-    """Compiled once for all lengths."""
-    compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=True)
-    return compiled
+def make_plan(kernel: Kernel, segments: Sequence[Segment], device: torch.device) -> TreePlan:
+    """The plan of a trainer's pass: its slots are its own rows."""
+    match kernel:
+        case Kernel.blocks:
+            return plan_tree(segments, device)
+        case Kernel.flex:
+            return TreePlan(shared=[], local=[], fused=plan_flex(segments, device))
+        case Kernel.varlen:
+            return TreePlan(shared=[], local=[], fused=plan_varlen(segments, device))
 
 
 def _merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
@@ -383,10 +331,7 @@ def tree_attention_forward(
     assert attention_mask is None, "the tree plan is the mask"
     assert dropout == 0.0, "attention dropout is left out"
     if tree_plan.fused is not None:
-        # Uncompiled on a CPU, for tests: it has no backward pass compiled there.
-        attend: Any = _compiled_flex_attention() if query.is_cuda else flex_attention
-        out = attend(query, key, value, block_mask=tree_plan.fused, scale=scaling, enable_gqa=True)
-        return out.transpose(1, 2), None
+        return attend_fused(query, key, value, tree_plan.fused, scaling), None
     q, k, v = query[0].contiguous(), key[0].contiguous(), value[0].contiguous()
     if tree_plan.pool is not None:
         layer = module.layer_idx

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlmrl.models.fused_attention import Kernel
 from vlmrl.models.positions import PositionFunction
-from vlmrl.models.prefix_tree import ImageKeys, build_tree, common_prefix, sort_key
-from vlmrl.models.tree_attention import Segment, TreePlan, fused_tree, plan_tree
+from vlmrl.models.prefix_tree import ImageKeys, Segment, build_tree, common_prefix, sort_key
+from vlmrl.models.tree_attention import TreePlan, make_plan
 from vlmrl.trainer.config import Packing
 from vlmrl.types import ImageItem, IntArray, TrainingSample
 
@@ -63,9 +64,9 @@ def pack(
     positions: PositionFunction,
     device: torch.device,
     *,
-    fused: bool = False,
+    kernel: Kernel = Kernel.blocks,
 ) -> list[MicroBatch]:
-    """Micro-batches that hold each loss token of `samples` exactly once; `fused` plans them for FlexAttention."""
+    """Micro-batches that hold each loss token of `samples` exactly once, planned for attention by `kernel`."""
     image_keys = ImageKeys()
     keys = [image_keys.keys(sample.token_ids, sample.placeholders) for sample in samples]
     # One entry per distinct sequence, in sorted order; equal samples stand together.
@@ -88,7 +89,7 @@ def pack(
             tokens, added = 0, len(sequence)
         batches[-1].append(group)
         tokens += added
-    return [_micro_batch(samples, keys, batch, packing, positions, device, fused) for batch in batches]
+    return [_micro_batch(samples, keys, batch, packing, positions, device, kernel) for batch in batches]
 
 
 def _micro_batch(
@@ -98,7 +99,7 @@ def _micro_batch(
     packing: Packing,
     positions: PositionFunction,
     device: torch.device,
-    fused: bool,
+    kernel: Kernel,
 ) -> MicroBatch:
     tree = build_tree([keys[group[0]] for group in groups], share=packing is Packing.tree)
     token_ids = np.empty(tree.num_rows, np.int64)
@@ -148,7 +149,7 @@ def _micro_batch(
         mm_token_type_ids=tensor(types),
         images=tuple(images.values()),
         feature_rows=tensor(np.concatenate([np.empty(0, np.int64), *feature_rows])),
-        plan=(fused_tree if fused else plan_tree)(segments, device),
+        plan=make_plan(kernel, segments, device),
         loss_rows=tensor(loss_rows),
         entry=tensor(entry),
         targets=gather("token_ids"),

@@ -19,7 +19,8 @@ from vlmrl.errors import NonFiniteLossError
 from vlmrl.models.policy import Policy
 from vlmrl.orchestrator.config import AlgorithmConfig
 from vlmrl.trainer.checkpoint import load_training_state, save_training_state
-from vlmrl.trainer.config import Decay, TrainerConfig
+from vlmrl.trainer.config import Decay, Packing, TrainerConfig
+from vlmrl.trainer.forward import loss_logprobs
 from vlmrl.trainer.loss import BatchTotals, LossTokens, loss_metrics, mismatch_kl, policy_loss, supervised
 from vlmrl.trainer.packing import MicroBatch, pack
 from vlmrl.types import FloatArray, StepResult, TokenFigures, TrainingSample
@@ -111,6 +112,7 @@ class LocalTrainer:
             self._version += 1
             return StepResult(self._version, dict.fromkeys(EMPTY_STEP, 0.0))
         batches = self._pack(samples)
+        self._policy.take_image_counters()  # what the engine or a step that failed have counted
         totals = BatchTotals(
             tokens=sum(len(batch.targets) for batch in batches),
             samples=len(samples),
@@ -141,6 +143,7 @@ class LocalTrainer:
                 sums[key] = sums.get(key, 0.0) + value
             for key, value in output.maxima.items():
                 maxima[key] = max(maxima.get(key, value), value)
+        images = self._policy.take_image_counters()
         lr = learning_rate(self._config, self._version)
         demonstration_weight = self._config.warmup.rl_weight * lr / self._config.learning_rate
         demonstration_loss = self._backward_supervised(demonstrations, demonstration_weight)
@@ -163,7 +166,7 @@ class LocalTrainer:
                 "tokens/trained": float(totals.tokens),
                 "tokens/packed": float(sum(len(batch.token_ids) for batch in batches)),
                 "tokens/unpacked": float(sum(len(sample.token_ids) for sample in samples)),
-                "images/encoded": float(sum(len(batch.images) for batch in batches)),
+                **images,
                 "micro_batches": float(len(batches)),
                 **loss_metrics(sums, maxima, totals.tokens),
             },
@@ -219,26 +222,11 @@ class LocalTrainer:
             config.micro_batch_tokens,
             policy.positions,
             policy.device,
-            fused=policy.fused_attention,
+            kernel=policy.kernel(shared=config.packing is Packing.tree),
         )
 
     def _logprobs(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """float32 [N] logprobs of the loss tokens, with gradient; float32 [U] entropies of their distributions, with
-        gradient where there is an entropy bonus."""
-        features = self._policy.encode_images(batch.images)
-        hidden = self._policy.hidden_states(
-            batch.token_ids,
-            batch.position_ids,
-            batch.mm_token_type_ids,
-            batch.plan,
-            features,
-            batch.feature_rows,
-        )
-        log_probs = self._policy.log_probs(hidden.index_select(0, batch.loss_rows), self._temperature)
-        with torch.no_grad():
-            # A banned token has probability 0 and log-probability −inf; its term of the entropy is 0.
-            entropies = -(log_probs.exp() * log_probs.clamp_min(-1e4)).sum(-1)
-        return log_probs[batch.entry, batch.targets], entropies
+        return loss_logprobs(self._policy, batch, self._temperature)
 
     def _optimizer_step(self, lr: float, samples: Sequence[TrainingSample]) -> float:
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm))

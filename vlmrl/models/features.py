@@ -1,0 +1,79 @@
+"""Image features: what the vision tower made of each distinct image, and a cache of them for a tower that is frozen."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from vlmrl.types import ImageItem
+
+Levels: TypeAlias = list[Tensor]
+"""float [features, hidden] each: the features put in place of the placeholders, then the deepstack levels if any."""
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFeatures:
+    """The distinct images of a pass, encoded. F is the sum of their `num_tokens`."""
+
+    levels: Levels
+    """float [F, hidden] each."""
+    first: dict[str, int]
+    """Image hash → index of its first feature."""
+
+
+def first_features(images: Sequence[ImageItem]) -> dict[str, int]:
+    """`ImageFeatures.first` of images whose features stand one after another."""
+    first, total = {}, 0
+    for image in images:
+        first[image.hash] = total
+        total += image.num_tokens
+    return first
+
+
+class FeatureCache:
+    """The features of images that were seen lately, at most `capacity` bytes of them; the oldest go first.
+
+    Belongs to one version of the tower's weights: another version empties it.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.bytes = 0
+        self._version = -1
+        self._entries: OrderedDict[str, Levels] = OrderedDict()
+
+    def encode(
+        self, images: Sequence[ImageItem], version: int, encode: Callable[[Sequence[ImageItem]], Levels]
+    ) -> tuple[Levels, int]:
+        """The levels of `images` (distinct, one or more), as `encode` gives them, which is called at most once and with
+        those alone that are not here; and how many those were."""
+        if version != self._version:
+            self._version, self.bytes = version, 0
+            self._entries.clear()
+        missing = [image for image in images if image.hash not in self._entries]
+        found = {image.hash: self._entries[image.hash] for image in images if image.hash in self._entries}
+        for hash in found:
+            self._entries.move_to_end(hash)
+        if missing:
+            lengths = [image.num_tokens for image in missing]
+            parts = [torch.split(level, lengths) for level in encode(missing)]
+            for image, levels in zip(missing, zip(*parts, strict=True), strict=True):
+                found[image.hash] = list(levels)
+                self._keep(image.hash, found[image.hash])
+        return [torch.cat(level) for level in zip(*(found[image.hash] for image in images), strict=True)], len(missing)
+
+    def _keep(self, hash: str, levels: Levels) -> None:
+        size = sum(level.nbytes for level in levels)
+        if size > self.capacity:
+            return
+        while self.bytes + size > self.capacity:
+            _, oldest = self._entries.popitem(last=False)
+            self.bytes -= sum(level.nbytes for level in oldest)
+        # A part of a larger tensor would keep all of it.
+        self._entries[hash] = [level.clone() for level in levels]
+        self.bytes += size

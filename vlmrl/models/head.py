@@ -1,0 +1,182 @@
+"""Logprobs of given tokens from hidden states, without ever holding a row of logits per loss row.
+
+    hidden [U, H] ─┬─▶ logits of columns [0, w)   ─▶ running maximum, Σ exp, Σ exp · logit ─┐
+                   ├─▶           columns [w, 2w)  ─▶   …                                    ├─▶ logprobs [N]
+                   └─▶                  …                                                   ┘   entropies [U]
+
+The vocabulary is walked in chunks of columns, so that U × w logits are held at a time, however large it is. The
+backward pass walks it again and computes the same logits anew (4 products of U × H × V instead of 3). Softmax and
+logits are float32 whatever the weights are: a product of two bfloat16 numbers is exact in float32, so a tensor core's
+product with float32 sums is that of the weights taken to float32, at the speed of bfloat16.
+
+Left out: soft caps on logits, and a gradient of the entropy, which is a figure and no term of a loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+MAX_LOGITS = 1 << 26
+"""Logits held at a time: 256 MiB in float32, and a few times that in what is computed from them."""
+
+Columns: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Of the columns seen so far, float32 [U] each: maximum, Σ exp(logit − maximum), Σ exp(…) · (logit − maximum); and
+float32 [N]: the logits of the targets among them."""
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    banned: Tensor,
+    entry: Tensor,
+    targets: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """Natural-log probabilities of `targets` under the distributions of `hidden` → float32 [N], with gradient to
+    `hidden` and `weight`; entropies of the distributions in nats, float32 [U], without.
+
+    hidden float [U, H]; weight float [V, H]; bias float [V] without gradient, or None; banned bool [V], True where the
+    probability is 0; entry int64 [N], the row of `hidden` that predicts each target; targets int64 [N]; the temperature
+    is above 0.
+
+    >>> hidden, weight = torch.eye(2), torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
+    >>> rows, targets = torch.tensor([0, 0, 1]), torch.tensor([1, 2, 2])
+    >>> logprobs, entropies = token_logprobs(hidden, weight, None, torch.zeros(3, dtype=torch.bool), rows, targets, 1.0)
+    >>> torch.log_softmax(hidden @ weight.T, -1)[rows, targets], logprobs
+    (tensor([-0.5514, -1.5514, -0.2395]), tensor([-0.5514, -1.5514, -0.2395]))
+    """
+    out: tuple[Tensor, Tensor] = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, banned, entry, targets, temperature
+    )
+    return out
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        banned: Tensor,
+        entry: Tensor,
+        targets: Tensor,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor]:
+        rows = len(hidden)
+        largest = torch.full((rows,), torch.finfo(torch.float32).min, device=hidden.device)
+        zero, at_target = torch.zeros_like(largest), torch.zeros_like(targets, dtype=torch.float32)
+        found: Columns = (largest, zero, zero, at_target)
+        for columns in _chunks(rows, len(weight)):
+            logits = _logits(hidden, weight, bias, columns)
+            found = _on(hidden.device, _fold)(
+                logits, banned[columns], entry, targets - columns.start, temperature, *found
+            )
+        largest, total, moment, at_target = found
+        log_total = total.log()
+        logsumexp = largest + log_total
+        ctx.save_for_backward(hidden, weight, bias, banned, entry, targets, logsumexp)
+        ctx.temperature = temperature
+        entropies = log_total - moment / total
+        ctx.mark_non_differentiable(entropies)
+        return at_target - logsumexp[entry], entropies
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, banned, entry, targets, logsumexp = ctx.saved_tensors
+        of_row = torch.zeros_like(logsumexp).index_add_(0, entry, grad)
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        dtype = hidden.dtype if hidden.dtype == weight.dtype else torch.float32
+        of_row, grad = of_row / ctx.temperature, grad / ctx.temperature
+        for columns in _chunks(len(hidden), len(weight)):
+            logits = _logits(hidden, weight, bias, columns)
+            slope = _on(hidden.device, _slope)(
+                logits, banned[columns], entry, targets - columns.start, ctx.temperature, logsumexp, of_row, grad, dtype
+            )
+            if grad_hidden is not None:
+                grad_hidden += _product(slope, weight[columns])
+            if grad_weight is not None:
+                grad_weight[columns] = _product(slope.t(), hidden)
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden.to(hidden.dtype)
+        return grad_hidden, grad_weight, None, None, None, None, None
+
+
+def _chunks(rows: int, vocabulary: int) -> list[slice]:
+    """The vocabulary's columns, so many at a time that `rows` × columns stay within `MAX_LOGITS` (128 at least)."""
+    width = max(128, MAX_LOGITS // max(1, rows) // 128 * 128)
+    return [slice(start, min(start + width, vocabulary)) for start in range(0, vocabulary, width)]
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a [n, k] @ b [k, m] with sums in float32 → float32 [n, m]."""
+    if a.is_cuda and a.dtype == b.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.float(), b.float())
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: slice) -> Tensor:
+    """float32 [U, columns], neither banned nor divided by the temperature yet."""
+    logits = _product(hidden, weight[columns].t())
+    return logits if bias is None else logits + bias[columns].float()
+
+
+def _fold(
+    logits: Tensor,
+    banned: Tensor,
+    entry: Tensor,
+    targets: Tensor,
+    temperature: float,
+    largest: Tensor,
+    total: Tensor,
+    moment: Tensor,
+    at_target: Tensor,
+) -> Columns:
+    """`Columns` with those of `logits` added. `targets` count from the first of them and may lie outside."""
+    logits = (logits / temperature).masked_fill(banned, float("-inf"))
+    new = torch.maximum(largest, logits.amax(-1))
+    below = logits - new[:, None]
+    exponentials = below.exp()
+    shrunk, lower = (largest - new).exp(), largest - new
+    moment = shrunk * (moment + lower * total) + torch.where(banned, 0.0, exponentials * below).sum(-1)
+    total = shrunk * total + exponentials.sum(-1)
+    inside = (targets >= 0) & (targets < logits.shape[1])
+    picked = logits[entry, targets.clamp(0, logits.shape[1] - 1)]
+    return new, total, moment, torch.where(inside, picked, at_target)
+
+
+def _slope(
+    logits: Tensor,
+    banned: Tensor,
+    entry: Tensor,
+    targets: Tensor,
+    temperature: float,
+    logsumexp: Tensor,
+    of_row: Tensor,
+    grad: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`dtype` [U, columns]; the gradient of `logits`: Σ grad of the row's targets there − p · Σ grad of all of them.
+    `of_row` (the second sum) and `grad` are divided by the temperature."""
+    logits = (logits / temperature).masked_fill(banned, float("-inf"))
+    slope = -of_row[:, None] * (logits - logsumexp[:, None]).exp()
+    inside = (targets >= 0) & (targets < logits.shape[1])
+    columns = targets.clamp(0, logits.shape[1] - 1)
+    return slope.index_put((entry, columns), torch.where(inside, grad, 0.0), accumulate=True).to(dtype)
+
+
+def _on(device: torch.device, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` itself on a CPU; on a GPU compiled for all sizes: a few passes over the logits instead of ten."""
+    return _compiled(function) if device.type == "cuda" else function
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True)
