@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlmrl.models.config import ModelConfig, TinyConfig, VLMConfig
-from vlmrl.models.tiny import ATOMIC_TOKENS, SPECIAL_TOKENS
+from vlmrl.models.text_files import ATOMIC_TOKENS, SPECIAL_TOKENS
 from vlmrl.models.tree_attention import TreePlan
 from vlmrl.types import ImageItem, IntArray, Placeholder, Prompt, TrainingSample, mm_token_type_ids
 

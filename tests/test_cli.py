@@ -76,7 +76,7 @@ def vlmrl(tmp_path: Path) -> Callable[..., Ended]:
         (["mode=train"], ["mode: Invalid value 'train'", "rl, sft, eval, doctor"]),
         (
             ["model=qwen3vl_tin"],
-            ["model=qwen3vl_tin: model has only qwen3vl, qwen3vl_tiny", "did you mean qwen3vl_tiny?"],
+            ["model=qwen3vl_tin: model has only qwen3vl, qwen3vl_moe, qwen3vl_tiny", "did you mean qwen3vl_tiny?"],
         ),
         (
             ["orchestrator/renderer=none"],

@@ -30,6 +30,10 @@ OPTIONS = sorted(
 NOT_ALONE = {
     "orchestrator/renderer=none": "model.vlm requires orchestrator.renderer",
     "task=imported": "task.target has no value",
+    "model/vlm=qwen3_vl_moe": "model.tiny requires model.vlm.family=qwen3_vl",
+    **dict.fromkeys(
+        ("model/size=2b", "model/size=4b", "model/size=8b", "model/size=30b_a3b"), "require a model without model.tiny"
+    ),
     **dict.fromkeys(
         ("weight_sync=folder", "weight_sync=nccl", "weight_sync=cuda_ipc"),
         "requires another engine than inference=embedded",
@@ -42,7 +46,16 @@ TEXT_ONLY = ("model=qwen3vl", "~model/vlm", "model.name=some/text_model", "orche
 
 def test_options_are_those_that_the_groups_are_meant_to_have() -> None:
     assert {option.partition("=")[0] for option in OPTIONS} == {
-        *("model", "model/vlm", "task", "orchestrator", "orchestrator/renderer", "algorithm", "inference"),
+        *(
+            "model",
+            "model/size",
+            "model/vlm",
+            "task",
+            "orchestrator",
+            "orchestrator/renderer",
+            "algorithm",
+            "inference",
+        ),
         *("trainer", "weight_sync", "monitor", "experiment", "hydra/help"),
     }
 

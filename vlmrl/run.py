@@ -33,7 +33,7 @@ from vlmrl.inference.config import VllmConfig
 from vlmrl.inference.embedded import EmbeddedEngine
 from vlmrl.inference.vllm_engine import VllmEngine
 from vlmrl.inference.vllm_server import check_vllm
-from vlmrl.models.config import Dtype
+from vlmrl.models.config import Dtype, Init
 from vlmrl.models.load import (
     check_available,
     load_image_processor,
@@ -43,6 +43,7 @@ from vlmrl.models.load import (
 )
 from vlmrl.models.policy import Policy
 from vlmrl.models.positions import position_function
+from vlmrl.models.scratch import write_weights
 from vlmrl.monitor.monitor import Monitor
 from vlmrl.monitor.run_dir import RunDir
 from vlmrl.orchestrator.advantages import estimator_named
@@ -245,6 +246,8 @@ class Run:
             temperature=orchestrator.temperature,
             max_new_tokens=orchestrator.max_new_tokens,
         )
+        if config.model.init is Init.random and isinstance(config.inference, VllmConfig):
+            folder = write_weights(model, folder, run_dir.path / "initial_model")
         engine, weight_sync = make_engine(config, folder, policy, trainer, run_dir, monitor)
         runner = RolloutRunner(
             task=task,

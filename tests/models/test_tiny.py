@@ -13,16 +13,10 @@ import pytest
 from tokenizers import Tokenizer
 
 from vlmrl.errors import ConfigError
+from vlmrl.models.cache import MANIFEST
 from vlmrl.models.config import ModelConfig, TinyConfig
-from vlmrl.models.tiny import (
-    ATOMIC_TOKENS,
-    MANIFEST,
-    SPECIAL_TOKENS,
-    build_tokenizer,
-    check_tiny,
-    ensure_tiny_checkpoint,
-    mrope_section,
-)
+from vlmrl.models.text_files import ATOMIC_TOKENS, SPECIAL_TOKENS, build_tokenizer
+from vlmrl.models.tiny import check_tiny, ensure_tiny_checkpoint, mrope_section
 from vlmrl.tasks.color_codeword import LETTERS, ColorCodeword
 from vlmrl.tasks.config import ColorCodewordConfig
 

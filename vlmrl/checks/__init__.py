@@ -11,7 +11,13 @@ from typing import TypeAlias
 
 from vlmrl.checks.engine import context_holds_samples, embedded_is_in_step, kinds_are_chosen, weights_reach_engine
 from vlmrl.checks.learning import algorithm_is_known, groups_have_siblings, mode_has_work, optimizer_fits
-from vlmrl.checks.model import gradients_have_range, renderer_is_there, renderer_serves_family, tiny_is_a_model
+from vlmrl.checks.model import (
+    gradients_have_range,
+    random_has_size,
+    renderer_is_there,
+    renderer_serves_family,
+    tiny_is_a_model,
+)
 from vlmrl.checks.ranges import numbers_in_range
 from vlmrl.checks.task import squares_fill_patches, task_has_class
 from vlmrl.config import RunConfig
@@ -33,6 +39,7 @@ CHECKS: tuple[Check, ...] = (
     optimizer_fits,
     task_has_class,
     squares_fill_patches,
+    random_has_size,
     tiny_is_a_model,
 )
 """All of them, in the order in which they run."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vlmrl.config import Mode, RunConfig
 from vlmrl.errors import ConfigError
-from vlmrl.models.config import Dtype
+from vlmrl.models.config import Dtype, Init
 
 
 def renderer_is_there(config: RunConfig) -> None:
@@ -52,6 +52,29 @@ def gradients_have_range(config: RunConfig) -> None:
         raise ConfigError(
             "model.dtype=float16 requires loss scaling, which the trainer does not do, else small gradients become 0: "
             "set model.dtype=bfloat16 (inference.dtype=float16 may stay: it rounds the sampler less)"
+        )
+
+
+def random_has_size(config: RunConfig) -> None:
+    """Random weights are those of an architecture that is written down."""
+    model = config.model
+    if model.tiny is not None and (model.size is not None or model.init is Init.random):
+        raise ConfigError(
+            "model.size and model.init=random require a model without model.tiny, which has sizes of its own, else they "
+            "change nothing: set model=qwen3vl"
+        )
+    if model.init is not Init.random:
+        return
+    if model.size is None or model.vlm is None:
+        raise ConfigError(
+            "model.init=random requires model.size and model.vlm, else nobody knows what to build: choose "
+            "model=qwen3vl or model=qwen3vl_moe, and a size with model/size=2b|4b|8b|30b_a3b"
+        )
+    moe = "num_experts" in model.size.text
+    if moe != model.vlm.family.endswith("_moe"):
+        raise ConfigError(
+            f"model/size of {model.size.name} requires another family than model.vlm.family={model.vlm.family}, else "
+            f"its numbers build another model: set model={'qwen3vl_moe' if moe else 'qwen3vl'}"
         )
 
 

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from omegaconf import MISSING
+
+
+class Init(Enum):
+    """Where the weights come from."""
+
+    pretrained = "pretrained"
+    """A checkpoint."""
+    random = "random"
+    """Nowhere: the architecture of `model.size` with random weights (of `seed`), and a tokenizer that is made here."""
 
 
 class Dtype(Enum):
@@ -72,9 +82,26 @@ class TinyConfig:
 
 
 @dataclass
+class SizeConfig:
+    """A size of a family, by the numbers of its config.json."""
+
+    name: str = MISSING
+    """Hub name of the checkpoint of this size."""
+    tie_word_embeddings: bool = MISSING
+    """Whether the head is the embedding."""
+    text: dict[str, Any] = MISSING
+    """`text_config`; with `init=random`, token ids are filled in."""
+    vision: dict[str, Any] = MISSING
+    """`vision_config`."""
+
+
+@dataclass
 class ModelConfig:
     """The policy."""
 
+    init: Init = Init.pretrained
+    """Where the weights come from. `random` needs no download: to learn from scratch, and to measure speed, memory and
+    sharding where no weights are."""
     name: str = MISSING
     """Local folder or hub name of a Hugging Face checkpoint; with `tiny`, the name of the checkpoint that is built."""
     dtype: Dtype = Dtype.float32
@@ -83,5 +110,7 @@ class ModelConfig:
     """`auto` is `cuda` where there is one, else `cpu`."""
     vlm: VLMConfig | None = None
     """None is a text-only model."""
+    size: SizeConfig | None = None
+    """What `init=random` builds; with `pretrained`, where `name` comes from when nothing else is said."""
     tiny: TinyConfig | None = None
     """Set: build the checkpoint instead of loading one."""

@@ -1,7 +1,8 @@
 """Finding and loading a checkpoint: the tiny one, a local folder, or a hub name, all by the same code.
 
     check_available(config)             before anything is started: can this machine run it at all?
-    folder = resolve_checkpoint(…)      tiny → built or cached; folder → itself; hub name → cache or download
+    folder = resolve_checkpoint(…)      tiny → built or cached; folder → itself; hub name → cache or download;
+                                        init=random → a folder without weights, which load_model makes
     load_model, load_tokenizer, load_image_processor (folder)
 
 torch and transformers are imported inside the functions that need them: importing Qwen3-VL takes seconds, and a config
@@ -23,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from vlmrl.errors import ConfigError, ModelError
-from vlmrl.models.config import Dtype, ModelConfig
+from vlmrl.models.config import Dtype, Init, ModelConfig
+from vlmrl.models.scratch import ensure_architecture, initialize
 from vlmrl.models.tiny import check_tiny, ensure_tiny_checkpoint
 
 if TYPE_CHECKING:
@@ -47,6 +49,8 @@ def check_available(config: ModelConfig) -> None:
     if config.tiny is not None:
         check_tiny(config)
         size = 0
+    elif config.init is Init.random:
+        size = None
     elif _is_hub_name(config.name):
         folder = _cached_snapshot(config.name)
         if folder and not _missing_files(folder, config):
@@ -74,13 +78,15 @@ def check_available(config: ModelConfig) -> None:
 
 
 def resolve_checkpoint(config: ModelConfig, texts: tuple[str, ...]) -> Path:
-    """The folder to load from. `texts` are for the tiny tokenizer and unused otherwise.
+    """The folder to load from. `texts` are what a tokenizer that is made here knows.
 
     A hub name is taken from the local cache when it is complete there, else downloaded. Raises `ModelError` where the
     folder is incomplete or the download fails.
     """
     if config.tiny is not None:
         return ensure_tiny_checkpoint(config, texts)
+    if config.init is Init.random:
+        return ensure_architecture(config, texts)
     if not _is_hub_name(config.name):
         return Path(config.name).expanduser()
     cached = _cached_snapshot(config.name)
@@ -100,6 +106,8 @@ def load_model(folder: Path, config: ModelConfig) -> PreTrainedModel:
     Raises `ModelError` for a file that is missing or corrupt, for weights that do not fill the architecture, and for
     a checkpoint of another family than `model.vlm.family`.
     """
+    if config.init is Init.random and config.tiny is None:
+        return initialize(folder, config, resolve_device(config))
     problems = _missing_files(folder, config) or _wrong_family(folder, config)
     if problems:
         raise ModelError(f"{folder}: {'; '.join(problems)}")

@@ -1,0 +1,72 @@
+"""Folders that are built here once and kept: a function of their key, whole or not there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+"""File name → SHA-256, written last: a folder whose files disagree with it is built again."""
+
+
+def cache_folder() -> Path:
+    """`$VLMRL_CACHE`, else `~/.cache/vlmrl`."""
+    return Path(os.environ.get("VLMRL_CACHE") or Path.home() / ".cache" / "vlmrl")
+
+
+def built(kind: str, key: list[Any], build: Callable[[Path], None]) -> Path:
+    """The folder of `key` (JSON) under `kind` in the cache; `build` fills an empty one where it is not there.
+
+    Safe to call from several processes at once; a folder that is incomplete or was changed is mended.
+    """
+    text = json.dumps(key, ensure_ascii=False, sort_keys=True)
+    folder = cache_folder() / kind / hashlib.sha256(text.encode()).hexdigest()[:16]
+    if not _is_intact(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            build(scratch)
+            files = sorted(path for path in scratch.iterdir() if path.name != MANIFEST)
+            write_json(scratch / MANIFEST, {path.name: _sha256(path) for path in files})
+            _publish(scratch, folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _is_intact(folder: Path) -> bool:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        return all(_sha256(folder / name) == digest for name, digest in manifest.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _publish(scratch: Path, folder: Path) -> None:
+    """Move a finished build into place, whole if nothing is there, else file by file over what is there.
+
+    A build is a function of the folder's name, so replacing a file that another process reads or has just written
+    changes none of its bytes; only what is missing or broken changes. The manifest goes last.
+    """
+    try:
+        scratch.rename(folder)
+        return
+    except OSError:
+        if not folder.is_dir():
+            raise
+    for path in sorted(scratch.iterdir(), key=lambda path: path.name == MANIFEST):
+        path.replace(folder / path.name)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
