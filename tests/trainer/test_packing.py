@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from vlmrl.models import tree_attention
 from vlmrl.models.policy import Policy
 from vlmrl.models.positions import position_function
 from vlmrl.trainer.config import Packing
-from vlmrl.trainer.packing import MicroBatch, pack
+from vlmrl.trainer.packing import FIXED_COST, UNEVENNESS, MicroBatch, cut, pack
 from vlmrl.types import TrainingSample
 
 CPU = torch.device("cpu")
@@ -143,13 +145,49 @@ def identity(sample: TrainingSample) -> tuple[object, ...]:
     return tuple(ids)
 
 
-def test_a_micro_batch_is_filled_up() -> None:
-    """Ten samples that share 20 of 22 tokens, under a budget of 26: 22 + 2 + 2 rows in each but the last."""
+def test_micro_batches_are_as_few_as_the_budget_allows_and_even() -> None:
+    """Ten samples that share 20 of 22 tokens, under a budget of 26: 22 + 2 + 2 rows at most."""
     samples = [sample(str(i), list(range(20)), Sampled([100 + i, 7])) for i in range(10)]
-    assert [num_rows(b) for b in pack(samples, Packing.tree, 26, positions, CPU)] == [26, 26, 26, 22]
+    assert [num_rows(b) for b in pack(samples, Packing.tree, 26, positions, CPU)] == [24, 24, 26, 26]
     assert [num_rows(b) for b in pack(samples, Packing.tree, 40, positions, CPU)] == [40]
     assert [num_rows(b) for b in pack(samples, Packing.varlen, 50, positions, CPU)] == [44] * 5
     assert [num_rows(b) for b in pack(samples, Packing.none, 50, positions, CPU)] == [22] * 10
+
+
+def test_whole_trees_stay_together_where_they_fit() -> None:
+    """Four groups of three samples that share 20 of 22 tokens: 26 rows each, and two of them with budget to spare."""
+    samples = [sample(f"{g}{i}", [g] * 20, Sampled([100 + i, 7])) for g in range(4) for i in range(3)]
+    for budget, wanted in ((40, [26, 26, 26, 26]), (78, [52, 52])):
+        packed = pack(samples, Packing.tree, budget, positions, CPU)
+        assert [num_rows(b) for b in packed] == wanted
+        for batch in packed:
+            assert {samples[i].rollout_id[0] for i in batch.sample_index.tolist()} == {
+                str(t) for t in set(batch.token_ids.tolist()) if t < 4
+            }
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=8),
+    st.integers(1, 40),
+)
+def test_no_other_cut_costs_less(row: list[tuple[int, int]], budget: int) -> None:
+    lengths = [length for length, _ in row]
+    shared = [0] + [min(a[0], b[0] - 1, b[1]) for a, b in pairwise(row)]
+
+    def cost(bounds: list[tuple[int, int]]) -> float:
+        tokens = [sum(lengths[a:b]) - sum(shared[a + 1 : b]) for a, b in bounds]
+        if any(n > budget and b - a > 1 for n, (a, b) in zip(tokens, bounds, strict=True)):
+            return np.inf
+        return sum(n + FIXED_COST + n**2 / (UNEVENNESS * budget) for n in tokens)
+
+    every = [
+        list(pairwise([0, *ends, len(row)]))
+        for n in range(len(row))
+        for ends in itertools.combinations(range(1, len(row)), n)
+    ]
+    found = cut(lengths, shared, budget)
+    assert found in every
+    assert cost(found) == pytest.approx(min(map(cost, every)))
 
 
 # ── the numbers of packed micro-batches ─────────────────────────────────────────────────────────────────────

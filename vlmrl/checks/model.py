@@ -60,7 +60,7 @@ def random_has_size(config: RunConfig) -> None:
     model = config.model
     if model.tiny is not None and (model.size is not None or model.init is Init.random):
         raise ConfigError(
-            "model.size and model.init=random require a model without model.tiny, which has sizes of its own, else they "
+            "model.size and model.init=random require a model without model.tiny, which has its own sizes, else they "
             "change nothing: set model=qwen3vl"
         )
     if model.init is not Init.random:

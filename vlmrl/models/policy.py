@@ -187,7 +187,7 @@ class Policy:
         head = self.model.get_output_embeddings()
         bias = None if head.bias is None else head.bias.detach()
         with torch.autocast(hidden.device.type, enabled=False):
-            return token_logprobs(hidden, head.weight, bias, self._banned, entry, targets, temperature)
+            return token_logprobs(hidden, head.weight, bias, self._banned, entry, targets, temperature or 1.0)
 
     def kv_pool(self, slots: int) -> KVPool:
         """An empty pool of keys and values for the embedded engine."""

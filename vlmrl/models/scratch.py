@@ -76,11 +76,12 @@ def initialize(folder: Path, config: ModelConfig, device: torch.device) -> PreTr
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
+    auto: Any = AutoModelForImageTextToText
     with device:
-        model: PreTrainedModel = AutoModelForImageTextToText.from_config(
+        model: PreTrainedModel = auto.from_config(
             AutoConfig.from_pretrained(folder, local_files_only=True), dtype=getattr(torch, config.dtype.value)
-        )
-    return model.eval()
+        ).eval()
+    return model
 
 
 def write_weights(model: PreTrainedModel, folder: Path, target: Path) -> Path:

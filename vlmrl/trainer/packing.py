@@ -5,14 +5,16 @@
     none     one sample per micro-batch; the reference
 
 Samples are sorted by their tokens, so the cost of the next one is what follows its longest common prefix with the one
-before it; a micro-batch is filled until the next sample would pass the token budget. Equal samples collapse into one
-row each, while the loss still counts every one of them.
+before it. `cut` divides the sorted row into micro-batches within the token budget, of all ways to do so the one that
+computes least: between groups, where little is shared, and evenly. Equal samples collapse into one row each, while the
+loss still counts every one of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -78,18 +80,59 @@ def pack(
     else:
         distinct = [[index] for key in sorted(members) for index in members[key]]
 
-    batches: list[list[list[int]]] = []
-    tokens = 0
-    for position, group in enumerate(distinct):
-        sequence = keys[group[0]]
-        shared = common_prefix(keys[distinct[position - 1][0]], sequence) if position else 0
-        added = len(sequence) - (shared if packing is Packing.tree else 0)
-        if not batches or packing is Packing.none or tokens + added > token_budget:
-            batches.append([])
-            tokens, added = 0, len(sequence)
-        batches[-1].append(group)
-        tokens += added
-    return [_micro_batch(samples, keys, batch, packing, positions, device, kernel) for batch in batches]
+    sequences = [keys[group[0]] for group in distinct]
+    shared = [0] * len(sequences)
+    if packing is Packing.tree:
+        shared[1:] = [common_prefix(before, sequence) for before, sequence in pairwise(sequences)]
+    bounds = cut([len(s) for s in sequences], shared, 1 if packing is Packing.none else token_budget)
+    return [
+        _micro_batch(samples, keys, distinct[start:end], packing, positions, device, kernel) for start, end in bounds
+    ]
+
+
+FIXED_COST = 512
+"""What a micro-batch costs beside its rows, in rows: kernels that are not filled, gradients that are added up."""
+
+UNEVENNESS = 64
+"""Micro-batches of unequal size cost a 64th of their rows at most: rather a few more rows than one that is all but
+empty while the others are full."""
+
+
+def cut(lengths: Sequence[int], shared: Sequence[int], token_budget: int) -> list[tuple[int, int]]:
+    """Divide a row of sequences into micro-batches → (start, end) of each, in order.
+
+    Sequence i has `lengths[i]` tokens, the first `shared[i]` of them computed already if the sequence before it is in
+    the same micro-batch. None exceeds `token_budget` tokens but a sequence that does so alone. Least in
+    Σ (tokens + FIXED_COST + tokens² / (UNEVENNESS · budget)); exact, by dynamic programming over where the last one
+    starts.
+
+    Two groups of three that share 20 tokens of 22, under a budget of 30: the second is not begun in the first.
+
+    >>> cut([22] * 6, [0, 20, 20, 1, 20, 20], 30)
+    [(0, 3), (3, 6)]
+    """
+    count = len(lengths)
+    full, known = np.array(lengths, np.int64), np.array(shared, np.int64)
+    ends = np.concatenate([[0], np.cumsum(full - known)])
+    best = np.concatenate([[0.0], np.full(count, np.inf)])
+    begins = np.zeros(count + 1, np.int64)
+    first = 0
+    for end in range(1, count + 1):
+        # Tokens of [start, end) for every start; fewer as the start moves right, so that starts too far back stay so.
+        tokens = ends[end] - ends[first:end] + known[first:end]
+        fits = tokens <= token_budget
+        fits[-1] = True
+        skipped = int(fits.argmax())
+        first, tokens = first + skipped, tokens[skipped:]
+        costs = best[first:end] + tokens + FIXED_COST + tokens.astype(float) ** 2 / (UNEVENNESS * token_budget)
+        begins[end] = first + int(costs.argmin())
+        best[end] = costs.min()
+    bounds = []
+    end = count
+    while end > 0:
+        bounds.append((int(begins[end]), end))
+        end = int(begins[end])
+    return bounds[::-1]
 
 
 def _micro_batch(
