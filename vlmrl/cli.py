@@ -3,6 +3,7 @@
     arguments ─▶ rewrite task paths ─▶ resume=? ─ no ─▶ Hydra composes conf/ ─▶ start: parse, check, vlmrl.run.execute
                                          │                └─ sweep ─▶ each job: what is left of it ─▶ start
                                          └─ yes ─▶ the run's own config.yaml plus overrides ─▶ start
+                       mode=replay run=? ──┘
 
 Exit codes: 0 done, 2 the configuration cannot run, 1 anything else. A message without a traceback is for the user;
 a traceback is a bug. Imports no torch until a run starts: `--help`, `--cfg job` and refusals are quick.
@@ -90,6 +91,8 @@ def command_line(arguments: list[str]) -> int:
         arguments = rewrite(arguments)
         if "explain" in arguments:
             explain(arguments)
+        elif replays(arguments):
+            start(replayed(arguments))
         elif resumes(arguments):
             start(resumed(arguments))
         else:
@@ -349,13 +352,7 @@ def resumed(arguments: list[str]) -> DictConfig:
     run_dir = RunDir(folder.resolve())
     config = typed(run_dir.read_config())
     mode = config.mode
-    try:
-        for override in OverridesParser.create().parse_overrides(overrides):
-            if override.is_sweep_override():
-                raise ConfigError(f"{override.input_line} requires --multirun, which resume= cannot do: set one value")
-            apply(config, override.key_or_group, override.value(), force_add=override.is_force_add())
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(in_words(error, overrides)) from error
+    override(config, overrides)
     if config.mode not in (mode, Mode.eval):
         raise ConfigError(
             f"mode={config.mode.name} requires a new run, else its steps would stand among those of mode={mode.name} "
@@ -365,9 +362,74 @@ def resumed(arguments: list[str]) -> DictConfig:
     return config
 
 
+def override(config: DictConfig, overrides: list[str]) -> None:
+    """Set the values of `key=value` in place. Raises ConfigError."""
+    try:
+        for each in OverridesParser.create().parse_overrides(overrides):
+            if each.is_sweep_override():
+                raise ConfigError(f"{each.input_line} requires --multirun, which takes a new run: set one value")
+            apply(config, each.key_or_group, each.value(), force_add=each.is_force_add())
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(in_words(error, overrides)) from error
+
+
 def apply(config: DictConfig, key: str, value: object, *, force_add: bool) -> None:
     """Set one key, with Hydra's wording of what goes wrong."""
     try:
         OmegaConf.update(config, key, value, merge=True, force_add=force_add)
     except (ConfigAttributeError, ConfigKeyError) as error:
         raise ConfigCompositionException(f"Could not override '{key}'.") from error
+
+
+# ── replay ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+REPLAYED_GROUPS = ("inference", "weight_sync")
+"""Groups that a replay may choose anew: any engine may answer a recorded batch."""
+
+
+def replays(arguments: list[str]) -> bool:
+    """Whether the command line replays a recorded batch."""
+    return f"mode={Mode.replay.name}" in arguments and not {"-h", "--help"} & set(arguments)
+
+
+def replayed(arguments: list[str]) -> DictConfig:
+    """The config of the run that `run=` names, groups and overrides of the command line on top. Raises ConfigError."""
+    named = dict(argument.split("=", 1) for argument in arguments if argument.startswith(("run=", "step=")))
+    if named.keys() != {"run", "step"} or not re.fullmatch(r"[1-9]\d*", named["step"]):
+        raise ConfigError(
+            "mode=replay requires run=<run folder> and step=<1 or more>, else there is no batch to replay: "
+            "python -m vlmrl mode=replay run=outputs/latest step=1"
+        )
+    chosen, overrides = [], []
+    for text in arguments:
+        key = text.lstrip("+~").partition("=")[0]
+        if key in REPLAYED_GROUPS:
+            chosen.append(text)
+        elif key.startswith(("-", "hydra.")) or key in ("output_dir", "resume", *groups()):
+            raise ConfigError(
+                f"{text} requires a new run, else the batch would not be what run={named['run']} recorded: drop it "
+                f"(a replay takes values, and the groups {', '.join(REPLAYED_GROUPS)})"
+            )
+        elif key not in ("mode", "run", "step"):
+            overrides.append(text)
+    run_dir = RunDir(Path(named["run"]).resolve())
+    config = typed(run_dir.read_config(key="run"))
+    if config.mode is not Mode.rl:
+        raise ConfigError(
+            f"run={named['run']} requires to have been of mode=rl, else it learned from no batch of rollouts "
+            f"(it was of mode={config.mode.name}): name another run"
+        )
+    if chosen:
+        register_schemas()
+        try:
+            with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+                composed = hydra.compose("config", chosen)
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            raise ConfigError(in_words(error, chosen)) from error
+        for group in REPLAYED_GROUPS:
+            config[group] = composed[group]
+    override(config, overrides)
+    config.mode, config.run, config.step = Mode.replay, str(run_dir.path), int(named["step"])
+    config.monitor.wandb.mode = "disabled"
+    config.output_dir, config.resume = str(run_dir.path / "replay" / f"step_{config.step:06d}"), None
+    return config

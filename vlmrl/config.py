@@ -42,6 +42,8 @@ class Mode(Enum):
     """Held-out evaluation of the policy as it is."""
     doctor = "doctor"
     """A few problems through renderer, engine and trainer: do they agree? To be asked before a long run."""
+    replay = "replay"
+    """A recorded batch (`run`, `step`) through today's code: where does it differ? A table, and replay.json."""
     compare = "compare"
     """One table and one plot of runs that were made before (`runs`)."""
 
@@ -56,6 +58,10 @@ class RunConfig:
     """Seed of problems, sampling and everything random but the tiny checkpoint's weights (`model.tiny.seed`)."""
     resume: str | None = None
     """A run folder to continue; its config.yaml is taken, overrides of single values apply on top."""
+    run: str | None = None
+    """mode=replay: the run folder; its config.yaml is taken, overrides of values, engine and weight sync on top."""
+    step: int | None = None
+    """mode=replay: the optimizer step, 1 or more, whose batch is replayed."""
     runs: list[str] = field(default_factory=list)
     """mode=compare: folders of runs and of multiruns, e.g. `[outputs/multirun/seeds]`."""
     output_dir: str = MISSING

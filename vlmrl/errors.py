@@ -7,7 +7,7 @@
     ├── CheckpointError            a checkpoint that is corrupt or of another run
     ├── EngineError                the inference engine cannot go on
     ├── RankError                  a rank of the trainer has ended; says which and why
-    ├── ParityError                mode=doctor: sampler and trainer do not agree; names the lines that failed
+    ├── ParityError                mode=doctor, mode=replay: what should be the same is not; names the lines
     ├── NonFiniteLossError         a loss or gradient that is NaN or infinite; names the samples
     └── Interrupted                Ctrl-C or SIGTERM; a checkpoint is written, the message says how to go on
 
@@ -49,8 +49,8 @@ class RankError(VlmrlError):
 
 
 class ParityError(VlmrlError):
-    """What the engine samples is not what the trainer learns from; the message names the lines of the doctor's table
-    that failed."""
+    """What the engine samples is not what the trainer learns from, or a batch is not what was recorded; the message
+    names the lines of the table that failed."""
 
 
 class NonFiniteLossError(VlmrlError):

@@ -3,6 +3,7 @@
 mode=rl     warm-up (supervised, unless trainer.warmup.steps=0) ─▶ THE loop (orchestrator/loop.py)
 mode=sft    supervised steps, then one evaluation
 mode=eval   one evaluation; with resume=<run dir> of that run's newest checkpoint, recorded in its folder eval/
+mode=replay the batch of a step that was recorded, and what today's code makes of it (replay/replay.py)
 mode=doctor a few rollouts, looked at closely (doctor/doctor.py); nothing is kept but what was seen
 
 However a run ends, it can be continued: what is on the disk is whole at every moment, and whatever is random is a
@@ -53,6 +54,10 @@ from vlmrl.orchestrator.renderer import Renderer, make_renderer
 from vlmrl.orchestrator.rollout import RolloutRunner
 from vlmrl.orchestrator.supervised import AFTER_WARMUP, demonstration_samples
 from vlmrl.orchestrator.vision_gap import VisionGap
+from vlmrl.parse import parse, typed
+from vlmrl.replay.recorded import check_replayable
+from vlmrl.replay.replay import Replay, content
+from vlmrl.replay.replay import conclude as conclude_replay
 from vlmrl.tasks.base import Task
 from vlmrl.tasks.loading import load_task
 from vlmrl.trainer.checkpoint import Checkpoints
@@ -97,13 +102,15 @@ def lead(config: RunConfig) -> float | None:
     run_dir = RunDir(config.output_dir)
     if config.mode is Mode.eval and config.resume:
         run_dir = RunDir(run_dir.path / "eval")
-    run_dir.create(resume=config.resume is not None)
+    replays = config.mode is Mode.replay
+    if replays:
+        check_replayable(*replayed_batch(config))
+    run_dir.create(resume=config.resume is not None or replays)
     if config.mode is Mode.eval or not config.resume:
         run_dir.write_config(config)
-    if config.mode is not Mode.eval or not config.resume:
+    if not replays and (config.mode is not Mode.eval or not config.resume):
         run_dir.point_latest()
-    exact = {config.model.dtype, engine_dtype(config)} == {Dtype.float32}
-    with Monitor(config.monitor, run_dir, total_steps=config.trainer.max_steps, exact=exact) as monitor:
+    with Monitor(config.monitor, run_dir, total_steps=config.trainer.max_steps, exact=is_exact(config)) as monitor:
         monitor.phase("preparing")
         run = Run.build(config, run_dir, monitor)
         monitor.table("plan", run.arithmetic())
@@ -125,9 +132,17 @@ def check_algorithm(config: RunConfig) -> None:
     estimator_named(config.algorithm.advantage)
 
 
-def engine_dtype(config: RunConfig) -> Dtype:
-    """What the sampler computes in; the embedded engine has the trainer's weights."""
-    return config.inference.dtype if isinstance(config.inference, VllmConfig) else config.model.dtype
+def is_exact(config: RunConfig) -> bool:
+    """Whether sampler and trainer compute in float32; the embedded engine has the trainer's weights."""
+    engine = config.inference.dtype if isinstance(config.inference, VllmConfig) else config.model.dtype
+    return {config.model.dtype, engine} == {Dtype.float32}
+
+
+def replayed_batch(config: RunConfig) -> tuple[RunDir, int]:
+    """The run and the step of mode=replay."""
+    assert config.run is not None, "config.check demands both"
+    assert config.step is not None, "config.check demands both"
+    return RunDir(config.run), config.step
 
 
 @contextmanager
@@ -315,6 +330,8 @@ class Run:
         trainer, config = self.trainer, self.config
         if config.mode is Mode.doctor:
             return await self._examine(stop)
+        if config.mode is Mode.replay:
+            return await self._replay(stop)
         if config.mode is Mode.eval:
             return await self._evaluate(restored_step, stop)
         if trainer.version == 0 and not await self._supervised(config.trainer.warmup, stop):
@@ -396,6 +413,41 @@ class Run:
         conclude(lines)
         return "finished"
 
+    async def _replay(self, stop: asyncio.Event) -> ExitReason:
+        """Where does the batch differ? Raises `ParityError` where it does by more than rounding, after the table is
+        shown and written."""
+        recorded, step = replayed_batch(self.config)
+        checkpoints = Checkpoints(recorded.checkpoints, self.config.trainer.keep_checkpoints)
+        if step - 1 in checkpoints.steps():
+            checkpoints.load(step - 1, self.trainer)
+            weights = f"the checkpoint of version {step - 1}"
+        elif await self._supervised(self.config.trainer.warmup, stop):
+            weights = f"version 0, made again: the model and {self.trainer.supervised_steps} supervised steps"
+        else:
+            return "interrupted"
+        self.monitor.phase("replay")
+        await self.weight_sync.publish(step - 1)
+        then = parse(typed(recorded.read_config(key="run")))
+        replay = Replay(
+            recorded=recorded,
+            step=step,
+            config=self.config,
+            renderer=self.renderer,
+            engine=self.engine,
+            trainer=self.trainer,
+            exact=is_exact(self.config) and is_exact(then),
+            same_engine=self.config.inference.kind == then.inference.kind,
+            status=self.monitor.status,
+        )
+        replaying = asyncio.create_task(replay.run())
+        if await stopped_before(replaying, stop):
+            return "interrupted"
+        lines = replaying.result()
+        self.run_dir.write_replay(content(recorded, step, lines))
+        self.monitor.table(f"replay of step {step}", {"weights": weights, **{line.name: line.text for line in lines}})
+        conclude_replay(lines)
+        return "finished"
+
     # ── checkpoints ─────────────────────────────────────────────────────────────────────────────────────────
 
     def _restore(self) -> int:
@@ -425,7 +477,7 @@ class Run:
 
     def _save(self) -> None:
         """Unless it is saved already."""
-        if self.config.mode in (Mode.eval, Mode.doctor) or self._progress == self._saved:
+        if self.config.mode in (Mode.eval, Mode.doctor, Mode.replay) or self._progress == self._saved:
             return
         self.monitor.flush()
         step = self.trainer.supervised_steps if self.config.mode is Mode.sft else self.trainer.version
@@ -440,6 +492,8 @@ class Run:
         """What to say when the run was asked to stop and did."""
         if self.config.mode is Mode.eval:
             return "stopped before the evaluation was through: start it again"
+        if self.config.mode is Mode.replay:
+            return "stopped before the replay was through: start it again"
         if self.config.mode is Mode.doctor:
             return "stopped before the doctor was through: start it again"
         version, supervised, _ = self._progress

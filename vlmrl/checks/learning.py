@@ -38,6 +38,11 @@ def mode_has_work(config: RunConfig) -> None:
         raise ConfigError(
             "mode=sft requires trainer.warmup.steps above 0, else there is nothing to do: set trainer.warmup.steps=100"
         )
+    if config.mode is Mode.replay and (config.run is None or config.step is None):
+        raise ConfigError(
+            "mode=replay requires run and step on the command line, else there is no batch to replay: "
+            "python -m vlmrl mode=replay run=outputs/latest step=1"
+        )
     if config.mode is Mode.compare and not config.runs:
         raise ConfigError(
             "mode=compare requires runs, else there is nothing to compare: set runs=[outputs/multirun/<name>], or "

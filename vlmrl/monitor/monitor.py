@@ -106,7 +106,7 @@ class Monitor:
         """What the run does from now on: one of `PHASES`."""
         assert name in PHASES, name
         self._main_log.take_over()  # of libraries imported since
-        if name not in ("preparing", "doctor"):
+        if name not in ("preparing", "doctor", "replay"):
             # Not before: the imports of torch and transformers on the main thread come first.
             self._wandb.start()
         self._progress.phase(name)

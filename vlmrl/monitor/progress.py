@@ -23,7 +23,7 @@ from rich.text import Text
 
 from vlmrl.monitor.metrics import EVAL_GREEDY, EVAL_SAMPLED, Record
 
-PHASES = ("preparing", "doctor", "warm-up", "rl", "eval")
+PHASES = ("preparing", "doctor", "warm-up", "rl", "eval", "replay")
 
 REFRESH_EVERY = 0.25
 """Seconds between two drawings of the live view."""

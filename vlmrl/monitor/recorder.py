@@ -16,11 +16,12 @@ float32. An image part of a message carries the hash of its picture: the image p
 order, the last placeholders of its prompt (in a branch that renders the whole conversation anew, earlier
 placeholders belong to earlier turns' messages).
 
-Left out on purpose: `mm_kwargs` (the processor makes them again from the picture).
+Left out on purpose: `mm_kwargs` (the processor makes them again from the picture); their digests stand in the PNG.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,6 +32,7 @@ from typing import Any, Literal, TypeAlias, TypedDict
 import numpy as np
 import orjson
 import PIL.Image
+from PIL.PngImagePlugin import PngInfo
 
 from vlmrl.errors import VlmrlError
 from vlmrl.monitor.run_dir import RunDir, disk_errors, write_atomically, write_bytes_atomically
@@ -170,10 +172,35 @@ def _tokens(rollouts: Iterable[Rollout]) -> set[int]:
     return set(np.unique(np.concatenate(arrays)).tolist()) if arrays else set()
 
 
+DIGESTS = "vlmrl:mm_kwargs"
+"""Keyword of the PNG's text chunk that holds `mm_kwargs_digests`."""
+
+
+def mm_kwargs_digests(image: ImageItem) -> dict[str, str]:
+    """Name → dtype, shape and SHA-256 of each tensor that the processor made of the picture: small enough to be kept,
+    and enough for a replay to see that today's processor makes another one.
+
+    >>> grid = np.array([[1, 2, 2]])
+    >>> mm_kwargs_digests(ImageItem("ab", np.zeros((32, 32, 3), np.uint8), {"image_grid_thw": grid}, 1))
+    {'image_grid_thw': 'int64[1, 3] 8e593fdee7021d9c'}
+    """
+    return {
+        name: f"{array.dtype}{list(array.shape)} {hashlib.sha256(array.tobytes()).hexdigest()[:16]}"
+        for name, array in sorted(image.mm_kwargs.items())
+    }
+
+
+def recorded_digests(picture: PIL.Image.Image) -> dict[str, str] | None:
+    """`mm_kwargs_digests` as they stand in a picture of a run; None where they do not."""
+    text = picture.info.get(DIGESTS)
+    return None if text is None else orjson.loads(text)
+
+
 def write_png(path: Path, image: ImageItem) -> None:
-    """Write the picture; RGB, lossless. Raises OSError."""
-    picture = PIL.Image.fromarray(image.pixels)
-    write_atomically(path, lambda file: picture.save(file, format="PNG", compress_level=1))
+    """Write the picture, RGB, lossless, with the digests of its tensors in a text chunk. Raises OSError."""
+    picture, note = PIL.Image.fromarray(image.pixels), PngInfo()
+    note.add_text(DIGESTS, orjson.dumps(mm_kwargs_digests(image)).decode())
+    write_atomically(path, lambda file: picture.save(file, format="PNG", compress_level=1, pnginfo=note))
 
 
 def record_line(rollout: Rollout, step: int, split: Split) -> bytes:

@@ -12,6 +12,7 @@
         checkpoints/step_000020/
         logs/main.log               one file per process
         wandb/                      Weights & Biases; run_id beside it survives a resume
+        replay/step_000021/         mode=replay: replay.json, the table, in a run folder of its own
         doctor.json                 mode=doctor: the table, one object per line
         summary.json                final figures, wall-clock, exit reason
         overrides.json              of a sweep's job: what it is (vlmrl/sweep/)
@@ -104,6 +105,7 @@ class RunDir:
         self.wandb = self.path / "wandb"
         self.wandb_run_id = self.wandb / "run_id"
         self.doctor = self.path / "doctor.json"
+        self.replay = self.path / "replay.json"
         self.summary = self.path / "summary.json"
         self.overrides = self.path / "overrides.json"
 
@@ -185,17 +187,18 @@ class RunDir:
         with disk_errors(self.config):
             write_bytes_atomically(self.config, OmegaConf.to_yaml(OmegaConf.create(tree)).encode())
 
-    def read_config(self) -> DictConfig:
-        """config.yaml without `environment`, to be merged into the schema. Raises ConfigError."""
+    def read_config(self, *, key: str = "resume") -> DictConfig:
+        """config.yaml without `environment`, to be merged into the schema. Raises ConfigError, which calls the folder
+        by the `key` that named it."""
         try:
             config = OmegaConf.load(self.config)
         except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
             raise ConfigError(
-                f"resume={self.path} holds no readable config.yaml ({error}), so there is no run to continue: "
+                f"{key}={self.path} holds no readable config.yaml ({error}), so there is no run to continue: "
                 "name the folder of a run, for example outputs/latest"
             ) from error
         if not isinstance(config, DictConfig):
-            raise ConfigError(f"resume={self.path}: config.yaml is no mapping, so it was not written by a run")
+            raise ConfigError(f"{key}={self.path}: config.yaml is no mapping, so it was not written by a run")
         config.pop("environment", None)
         return config
 
@@ -210,6 +213,12 @@ class RunDir:
         with disk_errors(self.doctor):
             options = orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
             write_bytes_atomically(self.doctor, orjson.dumps(lines, option=options))
+
+    def write_replay(self, content: dict[str, object]) -> None:
+        """Write replay.json; figures that are not finite become null."""
+        with disk_errors(self.replay):
+            options = orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
+            write_bytes_atomically(self.replay, orjson.dumps(content, option=options))
 
     def read_summary(self) -> dict[str, Any] | None:
         """summary.json of the run so far; None where it has not ended yet (or was killed)."""

@@ -136,6 +136,11 @@ class Checkpoints:
                 f"{self.path(step)} cannot be written, so the run stops rather than go on without: {error}"
             ) from error
 
+    def load(self, step: int, trainer: Trainer) -> None:
+        """Restore the checkpoint of `step`. Raises `CheckpointError`."""
+        check_hashes(self.path(step))
+        trainer.load(str(self.path(step)))
+
     def load_newest(self, trainer: Trainer, warn: Callable[[str], None]) -> tuple[int, dict[str, Any]] | None:
         """Restore the newest checkpoint that is whole → its step and loop state; None where there is none at all.
 
@@ -144,8 +149,7 @@ class Checkpoints:
         damage: list[str] = []
         for step in reversed(self.steps()):
             try:
-                check_hashes(self.path(step))
-                trainer.load(str(self.path(step)))
+                self.load(step, trainer)
             except CheckpointError as error:
                 damage.append(str(error))
                 continue

@@ -1,0 +1,1 @@
+"""`mode=replay`: a recorded batch through today's code."""
