@@ -61,7 +61,7 @@ class RunConfig:
     run: str | None = None
     """mode=replay: the run folder; its config.yaml is taken, overrides of values, engine and weight sync on top."""
     step: int | None = None
-    """mode=replay: the optimizer step, 1 or more, whose batch is replayed."""
+    """mode=replay: the batch that is replayed, counted in optimizer steps from 1."""
     runs: list[str] = field(default_factory=list)
     """mode=compare: folders of runs and of multiruns, e.g. `[outputs/multirun/seeds]`."""
     output_dir: str = MISSING

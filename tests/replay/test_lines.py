@@ -84,9 +84,7 @@ def processed(scale: float) -> ImageItem:
         (None, Verdict.HIDDEN, "no digests"),
     ],
 )
-def test_a_processor_that_makes_other_tensors(
-    digests: Mapping[str, str] | None, verdict: Verdict, says: str
-) -> None:
+def test_a_processor_that_makes_other_tensors(digests: Mapping[str, str] | None, verdict: Verdict, says: str) -> None:
     item = processed(1.0)
     line = tensors("tensors", {item.hash: RecordedImage(item.hash, item, digests)}, [PLAYED])
     assert line.verdict is verdict

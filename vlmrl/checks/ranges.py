@@ -98,6 +98,7 @@ RANGES: tuple[tuple[str, float, float, str], ...] = (
     ("task.images_per_turn", 1, math.inf, "there is nothing to read"),
     ("task.image_size", 1, math.inf, "an image has no pixel"),
     ("task.holdout_one_in", 2, math.inf, "no codeword is left to train on"),
+    ("step", 1, math.inf, "there is no such batch"),
     ("monitor.vision_gap_every", 0, math.inf, "it counts no steps (0 is never)"),
     ("monitor.wandb.rollouts", 0, math.inf, "it counts no rollouts"),
     ("model.tiny.bpe_merges", 0, math.inf, "it counts no merges"),
