@@ -384,8 +384,17 @@ def test_a_step_reports_every_key_of_the_contract() -> None:
         assert missing_keys({"step": step, **metrics}) == []
         assert metrics["policy_version"] == step
         assert metrics["time/step"] >= metrics["time/rollout"] + metrics["time/train"] + metrics["time/sync"] > 0
+        assert metrics["time/rollout_span"] > 0
+        assert metrics["time/engine_idle"] >= metrics["time/train"]  # on-policy: nothing rolls out meanwhile
     assert world.metrics_of[0]["eval/reward"] == 0.0
     assert world.metrics_of[2]["eval/wire/bytes_sent"] == 0.0
+
+
+def test_rollouts_that_go_on_while_the_trainer_learns_leave_the_engine_no_idle_time() -> None:
+    world = World(delay=lambda event: 10**4 if event == "train 3" else 3)
+    world.run(steps=4, max_staleness=2)
+    assert world.metrics_of[1]["time/engine_idle"] < world.metrics_of[1]["time/step"] / 2
+    assert world.metrics_of[3]["time/rollout"] > 0
 
 
 def test_advantages_reach_the_samples() -> None:

@@ -28,6 +28,7 @@ from vlmrl.orchestrator.config import AlgorithmConfig, OrchestratorConfig
 from vlmrl.orchestrator.evaluation import Evaluator
 from vlmrl.orchestrator.faults import FaultWatch
 from vlmrl.orchestrator.filters import find_filtered
+from vlmrl.orchestrator.overlap import Overlap
 from vlmrl.orchestrator.rollout import RolloutRunner
 from vlmrl.orchestrator.samples import make_samples, note_learned
 from vlmrl.orchestrator.step_metrics import resource_metrics, rollout_metrics, time_metrics
@@ -61,12 +62,13 @@ class Loop:
     """Set by Ctrl-C: the run ends at the next point where nothing is lost."""
     _pending: dict[int, asyncio.Task[list[Group]]] = field(default_factory=dict)
     _faults: FaultWatch = field(default_factory=FaultWatch)
+    _overlap: Overlap = field(default_factory=Overlap)
 
     async def run(self) -> ExitReason:
         """From the trainer's version to `max_steps`."""
         first = self.trainer.version
         await self.weight_sync.publish(first)
-        if first == 0 and not self.evaluator.history:
+        if first == 0 and not self.evaluator.history and self.evaluator.is_due(0, self.max_steps):
             await self.evaluate(0)
         try:
             for step in range(first + 1, self.max_steps + 1):
@@ -96,13 +98,14 @@ class Loop:
     async def roll_out(self, step: int) -> list[Group]:
         """task → renderer → inference → rollout, for the groups of one step."""
         first = (step - 1) * self.config.groups_per_step
-        return await self.runner.run_groups(
-            split="train",
-            step=step,
-            problem_indices=range(first, first + self.config.groups_per_step),
-            group_size=self.config.group_size,
-            temperature=self.config.temperature,
-        )
+        with self._overlap.rolling_out(step):
+            return await self.runner.run_groups(
+                split="train",
+                step=step,
+                problem_indices=range(first, first + self.config.groups_per_step),
+                group_size=self.config.group_size,
+                temperature=self.config.temperature,
+            )
 
     async def learn(self, step: int, groups: list[Group], started: float) -> None:
         """advantages → samples → packing → trainer → weight sync."""
@@ -132,6 +135,7 @@ class Loop:
             **self.engine.metrics(),
             **resource_metrics(groups, seconds=synced - started),
             **time_metrics(started, rolled_out, prepared, trained, synced),
+            **self._overlap.metrics(step),
         }
         self.monitor.step(step, metrics, groups)
         self._faults.check(step, groups)
@@ -141,9 +145,8 @@ class Loop:
 
     async def evaluate(self, step: int) -> None:
         """Held-out rollouts of the weights after `step`."""
-        if self.evaluator.config.every == 0:
-            return
         metrics, rollouts = await self.evaluator.run(step)
         # The engine's counters are read here too, or the next step would count the evaluation as its own.
         metrics |= {f"eval/{key}": value for key, value in self.engine.metrics().items()}
         self.monitor.evaluation(step, metrics, rollouts)
+        self._overlap.begin()

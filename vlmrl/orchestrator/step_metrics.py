@@ -64,7 +64,7 @@ def resource_metrics(groups: Sequence[Group], seconds: float) -> dict[str, float
 
 def time_metrics(started: float, rolled_out: float, prepared: float, trained: float, synced: float) -> dict[str, float]:
     """Seconds of a step and of its phases, from the clock at their ends. Between `rolled_out` and `prepared` samples
-    are made, and the blind control is measured where it is due (`time/vision_gap`).
+    are made, and the blind control is measured where it is due (`time/vision_gap`). overlap.py says what waits in it.
 
     >>> time_metrics(0.0, 1.0, 1.5, 3.5, 4.0)
     {'time/step': 4.0, 'time/rollout': 1.0, 'time/train': 2.0, 'time/sync': 0.5}
