@@ -9,8 +9,9 @@ its prompt are new to the engine in every round; the siblings of a group share t
     ours      renderer ─▶ VllmEngine ─▶ HTTP ─▶ server in its own processes      clock: first request to last answer
     offline   renderer ─▶ LLM.generate in the measuring process                   clock: the call
 
-On a CPU, where servers run their worker in the engine's process, `LLM.generate` is measured both ways: with its engine in
-the same process as the caller, as that setting has it, and in its own, as is vLLM's default. The ratio is to the faster.
+On a CPU, where servers run their worker in the engine's process, `LLM.generate` is measured both ways: with its engine
+in the same process as the caller, as that setting has it, and in its own, as is vLLM's default. The ratio is to the
+faster. `--costs` also prints what a seed per rollout and the banned tokens cost, offline.
 
 Rendering is outside of both clocks; writing, sending and reading images is inside ours. Sides take turns, a process and
 a warm engine each; the table has the median and the range over all rounds.
@@ -164,8 +165,7 @@ def offline(folder: Path, args: argparse.Namespace, *, one_process: bool) -> lis
             mm_placeholders={"image": [PlaceholderRange(p.offset, p.length) for p in prompt.placeholders]},
         )
 
-    rounds = []
-    for round in range(args.rounds + 1):
+    def generate(round: int, *, has_seed: bool = True, bias: dict[int, float] | None = bias) -> dict[str, float]:
         prompts = asyncio.run(prompts_of(renderer, round, args, args.groups))
         made: dict[int, Any] = {}
         inputs = [made.setdefault(id(prompt), of(prompt)) if id(prompt) not in made else made[id(prompt)]
@@ -174,8 +174,9 @@ def offline(folder: Path, args: argparse.Namespace, *, one_process: bool) -> lis
             VllmSampling(
                 max_tokens=args.new_tokens,
                 temperature=1.0,
-                seed=i,
+                seed=i if has_seed else None,
                 logprobs=0,
+                flat_logprobs=True,
                 ignore_eos=True,
                 detokenize=False,
                 logit_bias=bias,
@@ -186,8 +187,21 @@ def offline(folder: Path, args: argparse.Namespace, *, one_process: bool) -> lis
         outputs = llm.generate(inputs, params, use_tqdm=False)
         seconds = time.perf_counter() - started
         tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
-        rounds.append({"rollouts": len(outputs), "tokens": tokens, "seconds": seconds})
+        return {"rollouts": len(outputs), "tokens": tokens, "seconds": seconds}
+
+    rounds = [generate(round) for round in range(args.rounds + 1)]
+    if args.costs:
+        for number, (name, options) in enumerate(COSTS.items(), args.rounds + 1):
+            found = [generate(2 * number + again, **options) for again in (0, 1)]
+            print(f"offline {name}: {max(f['tokens'] / f['seconds'] for f in found):.0f} tokens/s", file=sys.stderr)
     return rounds[1:]
+
+
+COSTS: dict[str, dict[str, Any]] = {
+    "without seeds": {"has_seed": False},
+    "without banned tokens": {"bias": None},
+    "without both": {"has_seed": False, "bias": None},
+}
 
 
 # ── both ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -205,6 +219,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=2, help="how often the sides take turns")
     parser.add_argument("--gpu-memory", type=float, default=0.45)
     parser.add_argument("--extra-args", default="{}", help="JSON; further arguments of vLLM, on both sides")
+    parser.add_argument("--costs", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--logs", help="folder for the server's log")
     parser.add_argument("--json", type=Path)

@@ -51,7 +51,8 @@ def engines(process: psutil.Process) -> list[psutil.Process]:
 
 
 def sums(run: Path, key: str) -> float:
-    return sum(line.get(key, 0.0) + line.get(f"eval/{key}", 0.0) for line in read_metrics(run / "metrics.jsonl"))
+    lines = read_metrics(run / "metrics.jsonl")
+    return float(sum(line.get(key, 0.0) + line.get(f"eval/{key}", 0.0) for line in lines))
 
 
 def test_a_run_goes_on_when_one_of_its_two_servers_is_killed(home: Home) -> None:
