@@ -75,8 +75,7 @@ class Loop:
                 if self.evaluator.reached_target:
                     break
                 started = time.perf_counter()
-                groups = await self.next_batch(step)
-                if groups is None:
+                if (groups := await self.next_batch(step)) is None:
                     return "interrupted"
                 await self.learn(step, groups, started)
             return "target_reached" if self.evaluator.reached_target else "finished"
@@ -111,12 +110,11 @@ class Loop:
         """advantages → samples → packing → trainer → weight sync."""
         rolled_out = time.perf_counter()
         version, image_tokens = self.trainer.version, self.runner.renderer.image_token_ids
-        samples: list[TrainingSample] = []
         for group in groups:
             assign_advantages(group, self.algorithm)
             find_filtered(group, self.algorithm.filters, self.vocab_size)
             mark_dropped(group, self.algorithm, image_tokens, version, self.config.max_staleness)
-            samples.extend(s for rollout in group.rollouts if rollout.dropped is None for s in make_samples(rollout))
+        samples = [s for g in groups for rollout in g.rollouts if rollout.dropped is None for s in make_samples(rollout)]
         gap = await asyncio.to_thread(self.vision_gap, step, samples)
         prepared = time.perf_counter()
         try:
@@ -134,8 +132,7 @@ class Loop:
             **(result.metrics | gap),
             **self.engine.metrics(),
             **resource_metrics(groups, seconds=synced - started),
-            **time_metrics(started, rolled_out, prepared, trained, synced),
-            **self._overlap.metrics(step),
+            **(time_metrics(started, rolled_out, prepared, trained, synced) | self._overlap.metrics(step)),
         }
         self.monitor.step(step, metrics, groups)
         self._faults.check(step, groups)
