@@ -114,7 +114,7 @@ class Loop:
             assign_advantages(group, self.algorithm)
             find_filtered(group, self.algorithm.filters, self.vocab_size)
             mark_dropped(group, self.algorithm, image_tokens, version, self.config.max_staleness)
-        samples = [s for g in groups for rollout in g.rollouts if rollout.dropped is None for s in make_samples(rollout)]
+        samples = [s for group in groups for r in group.rollouts if r.dropped is None for s in make_samples(r)]
         gap = await asyncio.to_thread(self.vision_gap, step, samples)
         prepared = time.perf_counter()
         try:
