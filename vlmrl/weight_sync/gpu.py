@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -60,7 +61,9 @@ class GpuSync(ServerSync):
 
     def _stage(self, version: int, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
-        torch.cuda.synchronize()  # what reads them runs on other streams
+        with on_device_of(tensors):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # what reads them runs on other streams
 
     def _staged(self) -> Mapping[str, Tensor]:
         return self._tensors
@@ -72,7 +75,7 @@ class GpuSync(ServerSync):
 
     def _send(self, remote: Remote, client: VllmClient) -> None:
         tensors = self._tensors
-        with torch.cuda.device(next(iter(tensors.values())).device):  # a thread begins on the first GPU
+        with on_device_of(tensors):
             if client not in self._senders:
                 self._leave_the_dead()
                 self._senders[client] = self._open(remote, client, tensors)
@@ -82,6 +85,12 @@ class GpuSync(ServerSync):
         alive = {replica.client for replica in self._engine.replicas}
         for client in [client for client in self._senders if client not in alive]:
             self._senders.pop(client).close()
+
+
+def on_device_of(tensors: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+    """Their GPU as the current one: a thread begins on the first. Nothing for tensors on a CPU, as tests have them."""
+    device = next(iter(tensors.values())).device
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def check_transfer(sync: WeightSyncConfig, inference: VllmConfig, device: str) -> None:
