@@ -33,6 +33,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
+from vlmrl import slurm
 from vlmrl.config import Mode, RunConfig, register_schemas
 from vlmrl.errors import ConfigError, Interrupted, VlmrlError
 from vlmrl.keys import did_you_mean, unknown_key
@@ -55,7 +56,9 @@ IMPORTED = {"task": ("task=imported", "task.target="), "algorithm": ("algorithm.
 """Groups whose option may be an import path, and what it is short for; the path goes to the end."""
 
 
-OmegaConf.register_new_resolver("job_name", job_name, replace=True)  # conf/config.yaml: hydra.sweep.subdir
+# For conf/config.yaml: hydra.sweep.subdir, hydra.run.dir.
+OmegaConf.register_new_resolver("job_name", job_name, replace=True)
+OmegaConf.register_new_resolver("started", slurm.started, use_cache=True, replace=True)
 
 
 EXTRAS = {"hydra/launcher/joblib": "joblib", "hydra/launcher/submitit_slurm": "slurm", "hydra/sweeper/optuna": "optuna"}
@@ -146,10 +149,30 @@ def compare_runs(config: RunConfig) -> None:
 
 
 def job(config: DictConfig) -> float | None:
-    """What Hydra calls, once per run; in a sweep by way of what is left of the job."""
+    """What Hydra calls, once per run; in a sweep by way of what is left of the job.
+
+    A launcher may start several ranks of it (submitit's tasks): the others follow the first.
+    """
+    if find_place().size > 1:
+        from vlmrl.run import follow_leader
+        from vlmrl.trainer.distributed import init_from_environment
+
+        with init_from_environment() as group:
+            assert group is not None
+            if group.rank == 0:
+                return only_job(config)
+            code = follow_leader(group)
+            if code != 0:
+                raise JobError(code)
+            return None
+    return only_job(config)
+
+
+def only_job(config: DictConfig) -> float | None:
+    """The job itself: of one process, or of rank 0."""
     try:
         place(config, HydraConfig.get().runtime.output_dir)
-        if HydraConfig.get().mode is RunMode.MULTIRUN:
+        if HydraConfig.get().mode is RunMode.MULTIRUN or slurm.is_restarted():
             return run_what_is_left(config, HydraConfig.get().overrides.task, start)
         return start(config)
     except Exception as error:
@@ -259,7 +282,11 @@ def compose_and_start(arguments: list[str]) -> None:
 
 
 def rewrite(arguments: list[str]) -> list[str]:
-    """Spell out what the command line may abbreviate: import paths (`IMPORTED`), and keys that are not ours (`FREE`).
+    """Spell out what the command line may abbreviate: import paths (`IMPORTED`), keys that are not ours (`FREE`), and
+    that a launcher is for multiruns, be it of one job.
+
+    >>> rewrite(["hydra/launcher=slurm", "seed=1"])
+    ['hydra.mode=MULTIRUN', 'hydra/launcher=slurm', 'seed=1']
 
     Flags come first, because argparse takes no key=value on both sides of one.
 
@@ -270,7 +297,9 @@ def rewrite(arguments: list[str]) -> list[str]:
     arguments = sorted(arguments, key=lambda argument: bool(re.match(r"~|[^-].*=", argument)))
     for argument in arguments:
         key, _, value = argument.partition("=")
-        if key in IMPORTED and ":" in value:
+        if key == "hydra/launcher":
+            rewritten += ["hydra.mode=MULTIRUN", argument]
+        elif key in IMPORTED and ":" in value:
             if not all(":" in choice for choice in value.split(",")):
                 raise ConfigError(
                     f"{argument} requires import paths only or names only, else there is no one group to choose from: "

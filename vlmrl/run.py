@@ -15,14 +15,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import gc
-import os
-import signal
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -58,6 +52,7 @@ from vlmrl.parse import parse, typed
 from vlmrl.replay.recorded import check_replayable
 from vlmrl.replay.replay import Replay, content
 from vlmrl.replay.replay import conclude as conclude_replay
+from vlmrl.stopping import Stop, asked_to_stop, stopped_before
 from vlmrl.tasks.base import Task
 from vlmrl.tasks.loading import load_task
 from vlmrl.trainer.checkpoint import Checkpoints
@@ -122,6 +117,8 @@ def lead(config: RunConfig) -> float | None:
         finally:
             gc.unfreeze()  # in a sweep, the next run needs the memory of this one
     if reason == "interrupted":
+        if run.stop is not None:
+            run.stop.requeue()
         raise Interrupted(run.how_to_continue())
     return objective
 
@@ -143,52 +140,6 @@ def replayed_batch(config: RunConfig) -> tuple[RunDir, int]:
     assert config.run is not None, "config.check demands both"
     assert config.step is not None, "config.check demands both"
     return RunDir(config.run), config.step
-
-
-@contextmanager
-def asked_to_stop(warn: Callable[[str], None]) -> Iterator[asyncio.Event]:
-    """An event that the first SIGINT or SIGTERM sets. The second ends the process at once."""
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
-
-    def ask() -> None:
-        warn("Asked to stop: the step in progress is finished and saved. A second Ctrl-C ends the run at once.")
-        stop.set()
-
-    def first(number: int, frame: FrameType | None) -> None:
-        for each in before:
-            signal.signal(each, end_at_once)
-        loop.call_soon_threadsafe(ask)
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in before:
-        signal.signal(number, first)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            if signal.getsignal(number) is first:
-                signal.signal(number, handler)
-
-
-async def stopped_before(work: asyncio.Task[Any], stop: asyncio.Event) -> bool:
-    """Wait for `work` or for `stop`; whether it was `stop`. Then the work is cancelled and over."""
-    stopped = asyncio.create_task(stop.wait())
-    await asyncio.wait({work, stopped}, return_when=asyncio.FIRST_COMPLETED)
-    stopped.cancel()
-    if work.done():
-        return False
-    work.cancel()
-    await asyncio.gather(work, return_exceptions=True)
-    return True
-
-
-def end_at_once(number: int, frame: FrameType | None) -> None:
-    """The second signal. Nothing is waited for: the disk is in order at every moment, and servers and services that the
-    run started end by themselves when it is gone."""
-    if sys.stdout.isatty():
-        os.write(sys.stdout.fileno(), b"\x1b[?25h\n")  # the cursor, which the live view hides
-    os.write(sys.stderr.fileno(), b"ended at once\n")
-    os._exit(1)
 
 
 def make_engine(
@@ -225,6 +176,8 @@ class Run:
     weight_sync: WeightSync
     evaluator: Evaluator
     checkpoints: Checkpoints
+    stop: Stop | None = field(init=False, default=None)
+    """Who asked the run to stop, if anybody did."""
     _saved: tuple[int, ...] | None = field(init=False, default=None)
     """What the newest checkpoint holds (`_progress`)."""
 
@@ -312,6 +265,7 @@ class Run:
         try:
             await self.engine.start()
             with asked_to_stop(self.monitor.warn) as stop:
+                self.stop = stop
                 restored_step = self._restore()
                 try:
                     reason = await self._run_mode(stop, restored_step)
