@@ -56,12 +56,14 @@ def test_options_are_those_that_the_groups_are_meant_to_have() -> None:
             "algorithm",
             "inference",
         ),
-        *("trainer", "weight_sync", "monitor", "experiment", "hydra/help"),
+        *("trainer", "weight_sync", "monitor", "experiment", "hydra/help", "hydra/launcher"),
     }
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_composes_and_is_checked(option: str, composed: Callable[..., DictConfig]) -> None:
+    if option == "hydra/launcher=slurm":
+        pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     config = composed(option)
     if option in NOT_ALONE:
         with pytest.raises(ConfigError, match=NOT_ALONE[option]):

@@ -350,7 +350,7 @@ def groups() -> list[str]:
     """The config groups, as the command line names them.
 
     >>> [group for group in groups() if group.startswith("model")]
-    ['model', 'model/vlm']
+    ['model', 'model/size', 'model/vlm']
     """
     # conf/sweep is a link to sweeps/ in a checkout, which Path.rglob does not follow.
     folders = [
