@@ -143,7 +143,12 @@ def test_an_experiment_chooses_groups(run_config: Callable[..., RunConfig]) -> N
         (),
         ("model=qwen3vl", "algorithm=gspo", "mode=sft", "trainer.warmup.steps=3"),
         ("task=imported", "task.target=a.b:C", "++task.args.levels=[1,2]", "++task.args.name=x"),
-        ("inference=vllm", "+inference.extra_args={max_num_seqs: 8}", "inference.urls=[http://h:1]"),
+        (
+            "inference=vllm",
+            "+inference.extra_args={max_num_seqs: 8}",
+            "inference.urls=[http://h:1]",
+            "weight_sync.root=/disk",
+        ),
         TEXT_ONLY,
     ],
 )
@@ -193,6 +198,16 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     ),
     (("weight_sync=folder",), "weight_sync=folder requires another engine than inference=embedded.*=in_process"),
     (("inference=vllm", "weight_sync=in_process"), "weight_sync=in_process requires .* set weight_sync=folder"),
+    (
+        ("inference=vllm", "inference.urls=[http://far:1]"),
+        r"weight_sync.root=/dev/shm requires servers on this host, else http://far:1 .* or weight_sync=nccl",
+    ),
+    (("orchestrator.max_staleness=400", "inference=vllm"), "max_staleness=400 requires a larger trainer.max_steps"),
+    (("algorithm.filters.repetition=drop",), "repetition_window=3000 to fit .* orchestrator.max_new_tokens=10"),
+    (
+        ("model=qwen3vl", "task.images_per_turn=9"),
+        r"seq_len=1024 requires less than .*images_per_turn=9 images \(64 tokens each .* 1,?210 tokens. Set .*=2048",
+    ),
     (("model.dtype=float16",), "model.dtype=float16 requires loss scaling"),
     (("orchestrator.max_staleness=1",), "orchestrator.max_staleness=1 requires .* inference=embedded"),
     (("inference.max_model_len=1023",), "inference.max_model_len=1023 requires"),

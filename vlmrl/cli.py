@@ -127,12 +127,33 @@ def report(error: Exception) -> int:
 def start(config: DictConfig) -> float | None:
     """Check a composed config and run it; returns the objective, for sweepers."""
     run_config = parse(config)
+    if run_config.dry_run:
+        show_plan(run_config)
+        return None
     if run_config.mode is Mode.compare:
         compare_runs(run_config)
         return None
+    check_here(run_config)
     from vlmrl.run import execute
 
     return execute(run_config)
+
+
+def check_here(config: RunConfig) -> None:
+    """Raises ConfigError where the GPUs of this machine cannot hold the run."""
+    from vlmrl.plan.machine import find_machine
+    from vlmrl.plan.places import check_machine
+    from vlmrl.plan.sizes import find_sizes
+
+    if config.model.device != "cpu":
+        check_machine(config, find_machine(), find_sizes(config.model), find_place().size)
+
+
+def show_plan(config: RunConfig) -> None:
+    """dry_run=true. Raises ConfigError."""
+    from vlmrl.plan.plan import dry_run
+
+    print(dry_run(config))
 
 
 def compare_runs(config: RunConfig) -> None:
@@ -188,7 +209,10 @@ class CheckFirst(Callback):
     def on_run_start(self, config: DictConfig, **kwargs: object) -> None:
         """A single run."""
         try:
-            parse(place(without_hydra(config), "not made yet"))
+            run_config = parse(place(without_hydra(config), "not made yet"))
+            if run_config.dry_run:
+                show_plan(run_config)
+                raise SystemExit(0)
         except ConfigError as error:
             raise SystemExit(report(error)) from error
 
@@ -197,15 +221,19 @@ class CheckFirst(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: object) -> None:
         """All jobs of a sweep, before the first one is started or submitted."""
-        codes = []
+        codes, dry_run = [], False
         for overrides in sweep_jobs(config):
             job_config = GlobalHydra.instance().config_loader().load_sweep_config(config, overrides)
             try:
-                parse(place(without_hydra(job_config), "not made yet"))
+                run_config = parse(place(without_hydra(job_config), "not made yet"))
+                if run_config.dry_run:
+                    dry_run = True
+                    print(f"job {' '.join(overrides)}")
+                    show_plan(run_config)
             except ConfigError as error:
                 codes.append(report(ConfigError(f"in the job {' '.join(overrides)}: {error}")))
-        if codes:
-            raise SystemExit(codes[0])
+        if codes or dry_run:
+            raise SystemExit(codes[0] if codes else 0)
         CheckFirst.sweep_dir = Path(config.hydra.sweep.dir)
 
 

@@ -56,6 +56,8 @@ class RunConfig:
     """What the command does."""
     seed: int = 0
     """Seed of problems, sampling and everything random but the tiny checkpoint's weights (`model.tiny.seed`)."""
+    dry_run: bool = False
+    """Compose, check, print what the run would take, and stop: no folder, no process, exit code 0 or 2."""
     resume: str | None = None
     """A run folder to continue; its config.yaml is taken, overrides of single values apply on top."""
     run: str | None = None

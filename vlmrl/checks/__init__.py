@@ -1,7 +1,8 @@
 """What is well typed and cannot run is refused here, before anything is started or submitted.
 
 A check is a function of the RunConfig that raises `ConfigError`; its message says `a=x requires b, else <consequence>:
-<remedy>`. Left out on purpose: whatever takes the model, the data or the machine to find out.
+<remedy>`. Left out on purpose: whatever takes the model, the data or the machine to find out (`vlmrl.plan` looks at
+the machine's GPUs).
 """
 
 from __future__ import annotations
@@ -9,38 +10,31 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeAlias
 
-from vlmrl.checks.engine import context_holds_samples, embedded_is_in_step, kinds_are_chosen, weights_reach_engine
-from vlmrl.checks.learning import algorithm_is_known, groups_have_siblings, mode_has_work, optimizer_fits
-from vlmrl.checks.model import (
-    gradients_have_range,
-    random_has_size,
-    renderer_is_there,
-    renderer_serves_family,
-    tiny_is_a_model,
-)
-from vlmrl.checks.ranges import numbers_in_range
-from vlmrl.checks.task import squares_fill_patches, task_has_class
+from vlmrl.checks import engine, learning, model, ranges, task
 from vlmrl.config import RunConfig
 
 Check: TypeAlias = Callable[[RunConfig], None]
 
 CHECKS: tuple[Check, ...] = (
-    renderer_is_there,
-    renderer_serves_family,
-    numbers_in_range,
-    kinds_are_chosen,
-    gradients_have_range,
-    weights_reach_engine,
-    embedded_is_in_step,
-    context_holds_samples,
-    algorithm_is_known,
-    groups_have_siblings,
-    mode_has_work,
-    optimizer_fits,
-    task_has_class,
-    squares_fill_patches,
-    random_has_size,
-    tiny_is_a_model,
+    model.renderer_is_there,
+    model.renderer_serves_family,
+    ranges.numbers_in_range,
+    engine.kinds_are_chosen,
+    model.gradients_have_range,
+    engine.weights_reach_engine,
+    engine.embedded_is_in_step,
+    engine.context_holds_samples,
+    learning.algorithm_is_known,
+    learning.groups_have_siblings,
+    learning.batches_are_learned_from,
+    learning.filters_can_find,
+    learning.mode_has_work,
+    learning.optimizer_fits,
+    task.task_has_class,
+    task.squares_fill_patches,
+    task.episode_has_room,
+    model.random_has_size,
+    model.tiny_is_a_model,
 )
 """All of them, in the order in which they run."""
 

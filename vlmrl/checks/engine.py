@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 from urllib.parse import urlsplit
 
 from vlmrl.config import SCHEMAS, RunConfig
 from vlmrl.errors import ConfigError
 from vlmrl.inference.config import VllmConfig
+from vlmrl.weight_sync.config import FolderSyncConfig
 
 
 def kinds_are_chosen(config: RunConfig) -> None:
@@ -29,6 +31,8 @@ def weights_reach_engine(config: RunConfig) -> None:
             f"weight_sync={sync} requires another engine than inference={inference}, else no policy version reaches "
             f"the sampler: set weight_sync={remedy}"
         )
+    if isinstance(config.inference, VllmConfig) and isinstance(config.weight_sync, FolderSyncConfig):
+        folder_is_shared(config.inference, config.weight_sync)
     if sync not in ("nccl", "cuda_ipc"):
         return
     if config.model.device == "cpu":
@@ -42,6 +46,17 @@ def weights_reach_engine(config: RunConfig) -> None:
             raise ConfigError(
                 f"weight_sync=cuda_ipc requires servers on this host, else {url} cannot open the trainer's memory: set "
                 "weight_sync=nccl, or in inference.urls http://127.0.0.1:<port>"
+            )
+
+
+def folder_is_shared(inference: VllmConfig, sync: FolderSyncConfig) -> None:
+    """Servers see the folder that weights go through."""
+    for url in inference.urls:
+        elsewhere = urlsplit(url).hostname not in (*LOOPBACK, socket.gethostname())
+        if elsewhere and sync.root.startswith("/dev/shm"):
+            raise ConfigError(
+                f"weight_sync.root={sync.root} requires servers on this host, else {url} never sees the weights, which "
+                "are in this host's memory: set weight_sync.root to a folder that both see, or weight_sync=nccl"
             )
 
 

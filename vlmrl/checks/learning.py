@@ -6,7 +6,8 @@ from vlmrl.config import Mode, RunConfig
 from vlmrl.errors import ConfigError
 from vlmrl.imports import is_import_path
 from vlmrl.keys import did_you_mean
-from vlmrl.orchestrator.config import Advantage, Loss
+from vlmrl.orchestrator.config import Advantage, FilterMode, Loss
+from vlmrl.trainer.place import find_place
 
 
 def algorithm_is_known(config: RunConfig) -> None:
@@ -72,4 +73,32 @@ def optimizer_fits(config: RunConfig) -> None:
         raise ConfigError(
             f"trainer.lr_warmup_steps={trainer.lr_warmup_steps} requires trainer.max_steps at least as large, else "
             f"the run ends after {trainer.max_steps} steps, before it reaches trainer.learning_rate: lower it"
+        )
+
+
+def batches_are_learned_from(config: RunConfig) -> None:
+    """Staleness is shorter than the run, and every rank has something to do."""
+    staleness, steps = config.orchestrator.max_staleness, config.trainer.max_steps
+    if config.mode is Mode.rl and staleness >= steps:
+        raise ConfigError(
+            f"orchestrator.max_staleness={staleness} requires a larger trainer.max_steps than {steps}, else the whole "
+            "run is sampled before anything is learned: lower orchestrator.max_staleness"
+        )
+    rollouts, ranks = config.orchestrator.groups_per_step * config.orchestrator.group_size, find_place().size
+    if config.mode is Mode.rl and rollouts < ranks:
+        raise ConfigError(
+            f"{ranks} trainer ranks require at least as many rollouts per step, else some learn from nothing, and "
+            f"orchestrator.groups_per_step={config.orchestrator.groups_per_step} × orchestrator.group_size="
+            f"{config.orchestrator.group_size} are {rollouts}: raise one of them, or start fewer ranks"
+        )
+
+
+def filters_can_find(config: RunConfig) -> None:
+    """A row that is to be found fits in a completion."""
+    filters, longest = config.algorithm.filters, config.orchestrator.max_new_tokens
+    if filters.repetition is not FilterMode.none and filters.repetition_window > longest:
+        raise ConfigError(
+            f"algorithm.filters.repetition={filters.repetition.value} requires algorithm.filters.repetition_window="
+            f"{filters.repetition_window} to fit in a completion, else it finds nothing: set it to at most "
+            f"orchestrator.max_new_tokens={longest}"
         )

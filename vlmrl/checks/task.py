@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from vlmrl.config import RunConfig
 from vlmrl.errors import ConfigError
 from vlmrl.imports import is_import_path
+from vlmrl.plan.episode import IMAGE_FRAME, TURN_FRAME, vision_tokens
+from vlmrl.plan.sizes import QWEN3_VL_PIXELS, TINY_PIXELS
 from vlmrl.tasks.config import ColorCodewordConfig
 
 
@@ -39,3 +43,21 @@ def squares_fill_patches(config: RunConfig) -> None:
 
 QWEN3_VL_TOKEN_PIXELS = 32
 """Pixels per side of one image token: patches of 16, merged 2 by 2."""
+
+
+def episode_has_room(config: RunConfig) -> None:
+    """color_codeword: the last turn can be reached. Images alone, and one token for each answer."""
+    task, vlm = config.task, config.model.vlm
+    if not isinstance(task, ColorCodewordConfig) or vlm is None or not vlm.family.startswith("qwen3_vl"):
+        return
+    bounds = TINY_PIXELS if config.model.tiny is not None else QWEN3_VL_PIXELS
+    image = vision_tokens(task.image_size, task.image_size, bounds)
+    images = task.max_turns * task.images_per_turn
+    least = images * (image + IMAGE_FRAME) + task.max_turns * (1 + TURN_FRAME)
+    if least > config.trainer.seq_len:
+        raise ConfigError(
+            f"trainer.seq_len={config.trainer.seq_len} requires less than task.max_turns={task.max_turns} × "
+            f"task.images_per_turn={task.images_per_turn} images ({image} tokens each with "
+            f"task.image_size={task.image_size}), else no episode reaches its last turn: it takes at least {least} "
+            f"tokens. Set trainer.seq_len={2 ** math.ceil(math.log2(least + 1))}, or fewer or smaller images"
+        )

@@ -100,6 +100,15 @@ def resolve_checkpoint(config: ModelConfig, texts: tuple[str, ...]) -> Path:
         raise ModelError(f"model.name={config.name} could not be downloaded: {error}") from error
 
 
+def cached_folder(name: str) -> Path | None:
+    """Where the checkpoint of a local folder or a hub name is on this machine, complete or not; None where it is not.
+    Downloads nothing."""
+    if _is_hub_name(name):
+        return _cached_snapshot(name)
+    folder = Path(name).expanduser()
+    return folder if folder.is_dir() else None
+
+
 def load_model(folder: Path, config: ModelConfig) -> PreTrainedModel:
     """The model of `folder`, of `config.dtype`, on `config.device`, in eval mode (nothing on the path has dropout).
 

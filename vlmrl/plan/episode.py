@@ -1,0 +1,96 @@
+"""How long an episode gets, without a tokenizer. An estimate, whose formula is
+
+    tokens = Σ images (vision tokens + 2) + turns × (max_new_tokens + 10) + characters / 4
+
+Vision tokens are exact: an image's sides are rounded to multiples of 32 pixels, scaled into the processor's bounds, and
+each 32 × 32 pixels are one token; 2 tokens enclose them. 10 is what a chat template puts around a turn's messages. 4
+characters per token is English under a large vocabulary; the tiny model's few hundred tokens, made for the task's own
+words, take 2.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image as PILImage
+
+from vlmrl.tasks.base import Task
+from vlmrl.types import Image, Message
+
+TOKEN_PIXELS = 32
+"""Pixels per side of one image token of Qwen3-VL: patches of 16, merged 2 by 2."""
+
+IMAGE_FRAME, TURN_FRAME, CHARACTERS_PER_TOKEN, TINY_CHARACTERS_PER_TOKEN = 2, 10, 4, 2
+
+
+def vision_tokens(width: int, height: int, bounds: tuple[int, int]) -> int:
+    """Tokens of an image under Qwen-VL's processor, which keeps its area within `bounds` pixels.
+
+    >>> vision_tokens(32, 32, (32 * 32, 1024 * 1024)), vision_tokens(32, 32, (256 * 256, 4096 * 4096))
+    (1, 64)
+    >>> vision_tokens(448, 448, (256 * 256, 4096 * 4096)), vision_tokens(1000, 600, (256 * 256, 4096 * 4096))
+    (196, 589)
+    """
+    unit, (least, most) = TOKEN_PIXELS, bounds
+    rounded = [round(side / unit) * unit for side in (height, width)]
+    if math.prod(rounded) > most:
+        scale = math.sqrt(height * width / most)
+        rounded = [max(unit, math.floor(side / scale / unit) * unit) for side in (height, width)]
+    elif math.prod(rounded) < least:
+        scale = math.sqrt(least / (height * width))
+        rounded = [math.ceil(side * scale / unit) * unit for side in (height, width)]
+    return math.prod(rounded) // unit**2
+
+
+@dataclass(frozen=True)
+class Episode:
+    """What a problem shows."""
+
+    turns: int
+    images: tuple[tuple[int, int], ...]
+    """(width, height) in pixels of each image, those shown twice twice."""
+    characters: int
+    """Of all prompts and replies."""
+
+    def tokens(
+        self, max_new_tokens: int, bounds: tuple[int, int] | None, characters_per_token: int = CHARACTERS_PER_TOKEN
+    ) -> int:
+        """The longest that it gets (the formula at the top); images of an unknown processor count nothing."""
+        shown = sum(vision_tokens(*size, bounds) + IMAGE_FRAME for size in self.images) if bounds else 0
+        return shown + self.turns * (max_new_tokens + TURN_FRAME) + math.ceil(self.characters / characters_per_token)
+
+
+def play(task: Task, max_turns: int) -> Episode:
+    """One training problem, answered with nothing, up to its end or `max_turns`."""
+    env = task.env(task.problem("train", 0))
+    messages, turns = list(env.reset()), 1
+    while turns < max_turns:
+        reply = env.step("")
+        if reply.done:
+            break
+        messages += reply.messages
+        turns += 1
+    return Episode(turns, tuple(_images(messages)), sum(len(text) for text in _texts(messages)))
+
+
+def _images(messages: list[Message]) -> list[tuple[int, int]]:
+    return [_size(part.source) for message in messages for part in message.content if isinstance(part, Image)]
+
+
+def _texts(messages: list[Message]) -> list[str]:
+    return [part.text for message in messages for part in message.content if not isinstance(part, Image)]
+
+
+def _size(source: Any) -> tuple[int, int]:
+    """(width, height) of what a task hands in as an image, without decoding it."""
+    import io
+
+    if isinstance(source, np.ndarray):
+        return source.shape[1], source.shape[0]
+    if isinstance(source, PILImage.Image):
+        return source.size
+    with PILImage.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        return image.size
