@@ -17,10 +17,11 @@ from vlmrl.models.load import load_image_processor, load_tokenizer, resolve_chec
 from vlmrl.orchestrator.config import RendererConfig
 from vlmrl.orchestrator.renderer import make_renderer
 from vlmrl.plan.episode import TINY_CHARACTERS_PER_TOKEN, Episode, play, vision_tokens
-from vlmrl.plan.sizes import TINY_PIXELS
 from vlmrl.tasks import load_task
 from vlmrl.tasks.config import ColorCodewordConfig
 from vlmrl.types import Image, Message
+
+TINY_PIXELS = (32 * 32, 1024 * 1024)
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,15 @@ import helpers
 import pytest
 
 from vlmrl.models.config import ModelConfig
-from vlmrl.plan.sizes import QWEN3_VL_PIXELS, TINY_PIXELS, find_sizes
+from vlmrl.plan.sizes import find_sizes
+
+TINY_PIXELS = (32 * 32, 1024 * 1024)
+QWEN3_VL_PIXELS = (256 * 256, 4096 * 4096)
 
 
 def test_the_parameters_of_the_tiny_model_are_counted_exactly(tiny_model: Callable[[], Any], tiny_folder: Path) -> None:
     model = tiny_model()
-    config = helpers.TINY
-    found = find_sizes(ModelConfig(str(tiny_folder), config.dtype, config.device, config.vlm))
+    found = find_sizes(replace(helpers.TINY, name=str(tiny_folder), tiny=None))
     assert found.parameters == sum(p.numel() for p in model.parameters())
     assert found.vision_parameters == sum(p.numel() for p in model.base_model.visual.parameters())
     assert found.text is not None
@@ -31,37 +33,44 @@ def test_before_it_is_built_they_are_those_of_the_config(run_config: Callable[..
     assert (found.parameters, found.source) == (428_480, "model.tiny")
 
 
-def test_a_released_checkpoint_by_its_numbers(tmp_path: Path) -> None:
-    """Qwen3-VL-4B has 4,437,815,808 parameters by its own account."""
-    text = {
-        "hidden_size": 2560,
-        "intermediate_size": 9728,
-        "num_hidden_layers": 36,
-        "head_dim": 128,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 151936,
-        "tie_word_embeddings": True,
-    }
-    vision = {
-        "depth": 24,
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "out_hidden_size": 2560,
-        "patch_size": 16,
-        "num_position_embeddings": 2304,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "deepstack_visual_indexes": [5, 11, 17],
-    }
-    (tmp_path / "config.json").write_text(json.dumps({"text_config": text, "vision_config": vision}))
-    assert find_sizes(ModelConfig(str(tmp_path))).parameters == 4_437_815_808
+@pytest.mark.parametrize(("size", "parameters"), [("2b", 2_127_532_032), ("4b", 4_437_815_808), ("8b", 8_767_123_696)])
+def test_a_released_checkpoint_by_its_size(size: str, parameters: int, run_config: Callable[..., Any]) -> None:
+    """The hub says 2.13, 4.44 and 8.77 billion."""
+    assert find_sizes(run_config("model=qwen3vl", f"model/size={size}").model).parameters == parameters
+
+
+def test_a_mixture_of_experts(run_config: Callable[..., Any]) -> None:
+    found = find_sizes(run_config("model=qwen3vl_moe").model)
+    assert found.parameters == 31_070_754_032
+    assert found.text is not None
+    assert found.text.intermediate == 8 * 768, "eight of 128 experts work on a token"
+
+
+@pytest.mark.parametrize(("group", "family"), [("qwen3vl", "qwen3_vl"), ("qwen3vl_moe", "qwen3_vl_moe")])
+def test_the_parameters_of_an_architecture_are_counted_exactly(
+    group: str, family: str, run_config: Callable[..., Any]
+) -> None:
+    """On the meta device: no weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = run_config(f"model={group}", "model.init=random").model
+    architecture = AutoConfig.for_model(
+        family,
+        text_config=dict(config.size.text),
+        vision_config=dict(config.size.vision),
+        tie_word_embeddings=config.size.tie_word_embeddings,
+    )
+    auto: Any = AutoModelForImageTextToText
+    with torch.device("meta"):
+        model = auto.from_config(architecture)
+    assert find_sizes(config).parameters == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"text_config": {"d_model": 64}}'])
 def test_of_an_unknown_or_corrupt_config_nothing_is_known(content: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(content)
-    found = find_sizes(ModelConfig(str(tmp_path)))
+    found = find_sizes(ModelConfig(name=str(tmp_path)))
     assert (found.parameters, found.text) == (None, None)
 
 

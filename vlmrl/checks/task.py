@@ -8,7 +8,7 @@ from vlmrl.config import RunConfig
 from vlmrl.errors import ConfigError
 from vlmrl.imports import is_import_path
 from vlmrl.plan.episode import IMAGE_FRAME, TURN_FRAME, vision_tokens
-from vlmrl.plan.sizes import QWEN3_VL_PIXELS, TINY_PIXELS
+from vlmrl.plan.sizes import image_bounds
 from vlmrl.tasks.config import ColorCodewordConfig
 
 
@@ -47,10 +47,9 @@ QWEN3_VL_TOKEN_PIXELS = 32
 
 def episode_has_room(config: RunConfig) -> None:
     """color_codeword: the last turn can be reached. Images alone, and one token for each answer."""
-    task, vlm = config.task, config.model.vlm
-    if not isinstance(task, ColorCodewordConfig) or vlm is None or not vlm.family.startswith("qwen3_vl"):
+    task, bounds = config.task, image_bounds(config.model)
+    if not isinstance(task, ColorCodewordConfig) or bounds is None:
         return
-    bounds = TINY_PIXELS if config.model.tiny is not None else QWEN3_VL_PIXELS
     image = vision_tokens(task.image_size, task.image_size, bounds)
     images = task.max_turns * task.images_per_turn
     least = images * (image + IMAGE_FRAME) + task.max_turns * (1 + TURN_FRAME)

@@ -1,8 +1,11 @@
 """The model's numbers, before it is loaded.
 
-model.tiny                     its sizes
-a folder, or the hub's cache   config.json
-a hub name that is not here    parameters, from the name ("…-4B-…"); nothing else
+    model.tiny                     its sizes
+    model.size                     its numbers, where the weights are random or the checkpoint is the one of that size
+    a folder, or the hub's cache   config.json
+    a hub name that is not here    parameters, from the name ("…-4B-…"); nothing else
+
+Nothing is loaded, and nothing downloaded.
 """
 
 from __future__ import annotations
@@ -14,19 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmrl.models.config import ModelConfig, TinyConfig
-from vlmrl.models.tiny import (
-    ATOMIC_TOKENS,
-    MERGE_SIZE,
-    PATCH_SIZE,
-    SPECIAL_TOKENS,
-    TEMPORAL_PATCH_SIZE,
-    VOCAB_MULTIPLE,
-)
+from vlmrl.models.config import Init, ModelConfig, TinyConfig
+from vlmrl.models.scratch import MAX_PIXELS
+from vlmrl.models.text_files import ATOMIC_TOKENS, MERGE_SIZE, PATCH_SIZE, SPECIAL_TOKENS, TEMPORAL_PATCH_SIZE
+from vlmrl.models.tiny import MAX_PIXELS as TINY_MAX_PIXELS
+from vlmrl.models.tiny import VOCAB_MULTIPLE
 
-TINY_PIXELS = (32 * 32, 1024 * 1024)
-QWEN3_VL_PIXELS = (256 * 256, 4096 * 4096)
-"""Least and most pixels of an image: of the tiny model, and of the released checkpoints (preprocessor_config.json)."""
+LEAST_PIXELS, RELEASED_LEAST_PIXELS = 32 * 32, 256 * 256
+"""An image of fewer is scaled up to it: by what is made here, and by the released checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -57,18 +55,34 @@ class Sizes:
     """Least and most pixels of an image: smaller ones are scaled up, larger ones down."""
 
 
+def image_bounds(config: ModelConfig) -> tuple[int, int] | None:
+    """Least and most pixels of an image, as far as the config says; None of another family than Qwen3-VL."""
+    if config.vlm is None or not config.vlm.family.startswith("qwen3_vl"):
+        return None
+    made_here = config.tiny is not None or config.init is Init.random
+    return (LEAST_PIXELS if made_here else RELEASED_LEAST_PIXELS, TINY_MAX_PIXELS if config.tiny else MAX_PIXELS)
+
+
 def find_sizes(config: ModelConfig) -> Sizes:
     """The sizes of `config`; reads a folder's config.json, loads and downloads nothing."""
-    pixels = QWEN3_VL_PIXELS if config.vlm is not None and config.vlm.family.startswith("qwen3_vl") else None
+    pixels = image_bounds(config)
     if config.tiny is not None:
-        return from_numbers(tiny_numbers(config.tiny), "model.tiny", TINY_PIXELS)
+        return from_numbers(tiny_numbers(config.tiny), "model.tiny", pixels)
+    size = config.size
+    if size is not None and (config.init is Init.random or config.name == size.name):
+        numbers = {
+            "text_config": size.text,
+            "vision_config": size.vision,
+            "tie_word_embeddings": size.tie_word_embeddings,
+        }
+        return from_numbers(numbers, f"model.size of {size.name}", pixels)
     folder = _folder(config)
     if folder is None:
         return Sizes(f"the name {config.name}", parameters_by_name(config.name), None, None, pixels)
     numbers, preprocessor = (_read(folder / name) for name in ("config.json", "preprocessor_config.json"))
     if pixels:
-        size = preprocessor.get("size") or {}
-        pixels = (size.get("shortest_edge", pixels[0]), size.get("longest_edge", pixels[1]))
+        edges = preprocessor.get("size") or {}
+        pixels = (edges.get("shortest_edge", pixels[0]), edges.get("longest_edge", pixels[1]))
     return from_numbers(numbers, str(folder / "config.json"), pixels)
 
 
