@@ -4,10 +4,13 @@ import io
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pexpect
 import pytest
+from monitor.rollout_builders import image, rollout
 from rich.console import Console
 
 import vlmrl
@@ -183,6 +186,57 @@ def test_markup_in_names_is_text() -> None:
     progress.warn("[red]not markup[/red] [/oops]")
     progress.stop()
     assert "[red]not markup[/red] [/oops]" in "\n".join(Screen(output.getvalue()).rows)
+
+
+# ── the last rollouts ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def view_of_rollouts(
+    width: int = 100, height: int = 40, colors: Literal["truecolor", "256", "standard"] = "truecolor"
+) -> tuple[str, list[str]]:
+    """A view with three rollouts of two turns: its escape codes, and its rows."""
+    output = io.StringIO()
+    console = Console(
+        file=output, force_terminal=True, width=width, height=height, color_system=colors, highlight=False, _environ={}
+    )
+    progress = Progress(name="my_run", total_steps=400, live=True, console=console, clock=Clock())
+    progress.start()
+    shown = [rollout(index) for index in range(3)]
+    if colors == "256":  # rich remembers what a colour came to in the first console that drew it
+        shown[0].turns[-1].prompt = replace(shown[0].turns[-1].prompt, images=(image(77),))
+    progress.rollouts("rollouts of step 7", shown)
+    progress.step(7, METRICS)
+    progress.stop()
+    return output.getvalue(), [row for row in Screen(output.getvalue()).rows if row]
+
+
+def test_the_view_shows_what_the_policy_saw_and_said() -> None:
+    output, rows = view_of_rollouts()
+    assert {len(row) for row in rows} == {100}
+    assert sum("reward 0.75  red-green  terminated" in row for row in rows) == 3
+    assert sum("› AB" in row for row in rows) == 6
+    assert any("rollouts of step 7 ──" in row for row in rows)
+    for shade in (10, 20, 30):  # the images of the rollout, in its last turn's prompt
+        assert f"\x1b[38;2;{shade};{shade};{shade};48;2;{shade};{shade};{shade}m▀" in output
+
+
+def test_in_256_colours_the_squares_are_still_coloured() -> None:
+    output, _ = view_of_rollouts(colors="256")
+    assert re.search(r"\x1b\[38;5;\d+;48;5;\d+m▀", output)
+
+
+def test_with_fewer_colours_there_are_words() -> None:
+    output, rows = view_of_rollouts(colors="standard")
+    assert "▀" not in output
+    assert sum("[image 8 × 8]" in row for row in rows) == 9
+
+
+@pytest.mark.parametrize(("height", "fit"), [(40, 3), (20, 2), (14, 1), (10, 0)])
+def test_rollouts_give_way_where_the_terminal_is_low(height: int, fit: int) -> None:
+    _, rows = view_of_rollouts(height=height)
+    assert len(rows) < height
+    assert sum("reward 0.75" in row for row in rows) == fit
+    assert rows[-1].startswith("╰"), "nothing is cut"
 
 
 # ── plain lines ─────────────────────────────────────────────────────────────────────────────────────────────

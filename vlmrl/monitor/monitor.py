@@ -25,6 +25,7 @@ from typing import Any
 
 from vlmrl.errors import VlmrlError
 from vlmrl.monitor.config import MonitorConfig
+from vlmrl.monitor.glimpse import SHOWN, pick
 from vlmrl.monitor.health import HISTORY, warnings_for
 from vlmrl.monitor.logs import MainLog
 from vlmrl.monitor.metrics import ELAPSED, EVAL_GREEDY, EVAL_SAMPLED, ZERO_ADVANTAGE, MetricsLog, Record, read_metrics
@@ -163,6 +164,7 @@ class Monitor:
         self._wandb.log(record)
         self.record(step, groups)
         self._history.append(self._metrics.last or record)  # as written: finite or None
+        self._progress.rollouts(f"rollouts of step {step}", pick(groups))
         self._progress.step(step, self._history[-1])
         for text in warnings_for(self._history, exact=self._exact):
             self.warn(text)
@@ -184,6 +186,7 @@ class Monitor:
         self._wandb.log_rollouts(step, rollouts)
         if self._config.record_rollouts:
             self._recorder.write(step, {SPLITS[kind]: group for kind, group in rollouts.items()})
+        self._progress.rollouts(f"held-out rollouts after step {step}", rollouts.get("sampled", ())[:SHOWN])
         self._progress.evaluation(step, metrics)
         log.info("evaluation after step %d: %s", step, dict(metrics))
 

@@ -18,10 +18,13 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
+from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from vlmrl.monitor.glimpse import ROWS, Glimpse
 from vlmrl.monitor.metrics import EVAL_GREEDY, EVAL_SAMPLED, Record
+from vlmrl.types import Rollout
 
 PHASES = ("preparing", "doctor", "warm-up", "rl", "eval", "replay")
 
@@ -34,6 +37,8 @@ STATUS_EVERY = 10.0
 WIDE = 112
 """Columns from which the view shows a second column of figures."""
 SHOWN_WARNINGS = 3
+BORDERS = 3
+"""Lines of the terminal that the view does not fill: its frame and the cursor's."""
 REWARDS = 400
 """Steps that the reward's sparkline looks back."""
 
@@ -62,6 +67,9 @@ class Progress:
         self._rewards: deque[float] = deque(maxlen=REWARDS)
         self._evaluations: list[tuple[int, Mapping[str, Any]]] = []
         self._times: deque[tuple[float, int]] = deque(maxlen=50)
+        self._rollouts: tuple[str, Sequence[Rollout]] = ("", ())  # where they are from, the newest ones
+        colors = self._console.color_system in ("truecolor", "256") and not self._console.no_color
+        self._glimpse = Glimpse(squares=colors)
         self._warnings: dict[str, int] = {}  # text → the step at which it was first said
         self._announced: set[str] = {"preparing", "eval"}  # an evaluation's own line says enough
         self._started = clock()
@@ -151,6 +159,10 @@ class Progress:
             always=True,
         )
 
+    def rollouts(self, source: str, rollouts: Sequence[Rollout]) -> None:
+        """The newest rollouts, for the next drawing of the live view; `source` says where they are from."""
+        self._rollouts = source, rollouts
+
     def warn(self, text: str) -> None:
         if text in self._warnings:
             return
@@ -189,9 +201,11 @@ class Progress:
             body = columns
         newest = list(self._warnings.items())[-SHOWN_WARNINGS:]
         warnings = [Text(f"! step {step}: {text}", style="yellow") for text, step in newest]
+        taken = len(self._main_figures()) + sum(1 + len(text) // (self._console.width - 4) for text in warnings)
+        rollouts = self._last_rollouts(self._console.height - taken - BORDERS)
         title = Text.assemble(("vlmrl ", "bold cyan"), (self._name, "bold"))
         return Panel(
-            Group(body, *warnings),
+            Group(body, *rollouts, *warnings),
             title=title,
             title_align="left",
             subtitle=Text(
@@ -200,6 +214,12 @@ class Progress:
             subtitle_align="right",
             border_style="cyan",
         )
+
+    def _last_rollouts(self, lines: int) -> list[RenderableType]:
+        """As many of the newest rollouts as fit in so many lines, under a line that says where they are from."""
+        source, rollouts = self._rollouts
+        shown = rollouts[: max(0, (lines - 1) // (ROWS + 1))]
+        return [Rule(Text(source, style="dim"), style="dim", align="left"), self._glimpse.draw(shown)] if shown else []
 
     def _main_figures(self) -> list[tuple[str, RenderableType]]:
         latest = self._latest
