@@ -25,7 +25,7 @@ from vlmrl.models.positions import PositionFunction
 from vlmrl.models.prefix_tree import ImageKeys, Segment, build_tree, common_prefix, sort_key
 from vlmrl.models.tree_attention import TreePlan, make_plan
 from vlmrl.trainer.config import Packing
-from vlmrl.types import ImageItem, IntArray, TrainingSample
+from vlmrl.types import ImageItem, IntArray, Placeholder, TrainingSample
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,13 +152,18 @@ def _micro_batch(
     shown: dict[int, ImageItem] = {}
     """First row of a placeholder run → its image."""
     columns: list[tuple[IntArray, IntArray, TrainingSample, int]] = []
+    placed: dict[tuple[int, tuple[Placeholder, ...]], IntArray] = {}
+    """Length and placeholders → positions: of siblings they are the same."""
     for group, rows, new_from in zip(groups, tree.rows, tree.new_from, strict=True):
         sample = samples[group[0]]
         added = rows[new_from:]
         token_ids[added] = sample.token_ids[new_from:]
         types[added] = sample.mm_token_type_ids[new_from:]
+        place = len(sample.token_ids), sample.placeholders
+        if place not in placed:
+            placed[place] = positions(len(sample.token_ids), sample.placeholders, sample.images)
         # Positions depend on the prefix alone, so the shared part has the same ones in every sample.
-        position_ids[:, added] = positions(len(sample.token_ids), sample.placeholders, sample.images)[:, new_from:]
+        position_ids[:, added] = placed[place][:, new_from:]
         for placeholder, image in zip(sample.placeholders, sample.images, strict=True):
             images.setdefault(image.hash, image)
             shown.setdefault(int(rows[placeholder.offset]), images[image.hash])

@@ -1,0 +1,191 @@
+"""Batches of training samples for the benchmarks of the trainer, and what a forward pass over them costs.
+
+Samples come by the product's own path (renderer, image processor) from prompts that are made here; what the policy
+"sampled" is random, so that siblings differ from their first token on: the least that a prefix tree can share.
+
+    codeword   color_codeword: two turns of two 32-pixel squares, answers of random letters
+    image      one image of 1024 × 1024 pixels, a line of text, 256 new tokens
+    images     six images of 448 × 448 pixels with a line of text each, 1024 new tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlmrl import broken_wheels
+
+broken_wheels.install()
+
+# ruff: noqa: E402
+import torch
+from omegaconf import OmegaConf
+from PIL import Image as PILImage
+
+from vlmrl.models.config import Dtype, Init, ModelConfig, SizeConfig, VLMConfig
+from vlmrl.models.load import load_image_processor, load_model, load_tokenizer, resolve_checkpoint
+from vlmrl.models.policy import Policy
+from vlmrl.models.positions import position_function
+from vlmrl.orchestrator.config import RendererConfig
+from vlmrl.orchestrator.renderer import Renderer, make_renderer
+from vlmrl.tasks.color_codeword import ColorCodeword
+from vlmrl.tasks.config import ColorCodewordConfig
+from vlmrl.types import Image, Message, TrainingSample, mm_token_type_ids
+
+CONF = Path(__file__).parent.parent / "conf" / "model"
+MERGE = 2
+GROUP_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What one problem shows and how much is said about it."""
+
+    images: int
+    side: int
+    """Pixels."""
+    new_tokens: int
+    """0: color_codeword decides."""
+    groups: int
+    """Of 16 rollouts in a batch."""
+
+
+SHAPES = {
+    "codeword": Shape(images=4, side=32, new_tokens=0, groups=32),
+    "image": Shape(images=1, side=1024, new_tokens=256, groups=4),
+    "images": Shape(images=6, side=448, new_tokens=1024, groups=2),
+}
+
+
+def model_config(size: str, dtype: Dtype, device: str) -> ModelConfig:
+    """`model=qwen3vl model/size=<size> model.init=random`; `tiny` is the 2B with small numbers."""
+    tree: Any = OmegaConf.load(CONF / "size" / f"{'2b' if size == 'tiny' else size}.yaml")
+    if size == "tiny":
+        tree.text.update(vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+        tree.text.update(num_attention_heads=4, num_key_value_heads=2, head_dim=32)
+        tree.text.rope_parameters.mrope_section = [6, 5, 5]
+        tree.vision.update(depth=2, hidden_size=64, intermediate_size=128, num_heads=4, out_hidden_size=64)
+        tree.vision.deepstack_visual_indexes = [0]
+    family: Any = OmegaConf.to_container(OmegaConf.load(CONF / "vlm" / "qwen3_vl.yaml"))
+    numbers: Any = OmegaConf.to_container(tree)
+    return ModelConfig(
+        init=Init.random,
+        name=numbers["name"],
+        dtype=dtype,
+        device=device,
+        vlm=VLMConfig(**family),
+        size=SizeConfig(**numbers),
+    )
+
+
+def task() -> ColorCodeword:
+    return ColorCodeword(ColorCodewordConfig(), seed=0)
+
+
+def renderer_of(config: ModelConfig, folder: Path, vocabulary: int) -> Renderer:
+    return make_renderer(RendererConfig(), config, load_tokenizer(folder), load_image_processor(folder), vocabulary)
+
+
+def policy_of(config: ModelConfig) -> tuple[Policy, Renderer]:
+    """A model with random weights (seed 0) and its renderer."""
+    folder = resolve_checkpoint(config, task().texts())
+    torch.manual_seed(0)
+    model: Any = load_model(folder, config)
+    renderer = renderer_of(config, folder, model.get_input_embeddings().num_embeddings)
+    return Policy(model, position_function("mrope", MERGE), renderer.banned_token_ids), renderer
+
+
+def make_batch(shape: Shape, renderer: Renderer, vocabulary: int, group_size: int = GROUP_SIZE) -> list[TrainingSample]:
+    """`shape.groups` groups of samples, siblings side by side."""
+    make = _conversations if shape.new_tokens == 0 else _answers
+    return [
+        _sample(group, index, *parts)
+        for group in range(shape.groups)
+        for index, parts in enumerate(make(shape, renderer, vocabulary, group, group_size))
+    ]
+
+
+def _conversations(shape: Shape, renderer: Renderer, vocabulary: int, group: int, size: int) -> list[Any]:
+    problems = task()
+    problem = problems.problem("train", group)
+    rendered = []
+    for index in range(size):
+        messages = problems.demonstration(problem, random_answers=True, seed=1000 * group + index)
+        rendered.append(renderer.render_conversation(messages))
+    return rendered
+
+
+def _answers(shape: Shape, renderer: Renderer, vocabulary: int, group: int, size: int) -> list[Any]:
+    random = np.random.default_rng(group)
+    parts: list[Any] = []
+    for number in range(shape.images):
+        noise = random.integers(0, 256, (shape.side, shape.side, 3), np.uint8)
+        parts += [f"Image {number}: ", Image(PILImage.fromarray(noise))]
+    messages = [Message.of("system", "Answer with reasons."), Message.of("user", *parts, "What is to be seen?")]
+    # A conversation with an answer that is replaced: the renderer says where it stands.
+    prompt, sampled = renderer.render_conversation([*messages, Message.of("assistant", "x")])
+    start = int(np.flatnonzero(sampled)[0])
+    allowed = np.setdiff1d(np.arange(vocabulary), np.array(renderer.banned_token_ids))
+    rendered = []
+    for _ in range(size):
+        ids = np.concatenate([prompt.token_ids[:start], random.choice(allowed, shape.new_tokens)])
+        whole = type(prompt)(ids, prompt.placeholders, prompt.images)
+        rendered.append((whole, np.arange(len(ids)) >= start))
+    return rendered
+
+
+def _sample(group: int, index: int, prompt: Any, sampled: np.ndarray) -> TrainingSample:
+    length = len(prompt.token_ids)
+    random = np.random.default_rng([group, index])
+    return TrainingSample(
+        rollout_id=f"{group}/{index}",
+        token_ids=prompt.token_ids,
+        mm_token_type_ids=mm_token_type_ids(length, prompt.placeholders),
+        loss_mask=sampled,
+        advantages=np.where(sampled, random.choice([-1.0, 1.0]), 0).astype(np.float32),
+        inference_logprobs=np.where(sampled, -11.0, 0).astype(np.float32),
+        versions=np.where(sampled, 0, -1),
+        placeholders=prompt.placeholders,
+        images=prompt.images,
+    )
+
+
+# ── operations ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Work:
+    """What the forward passes over a batch computed."""
+
+    rows: int = 0
+    """Token positions of the language model."""
+    pairs: int = 0
+    """(query, key) pairs of its attention that are not masked."""
+    head_rows: int = 0
+    """Positions whose logits were computed."""
+    images: Sequence[int] = ()
+    """Patches of each image that went through the tower, as often as it did."""
+
+
+def forward_flops(model: Any, work: Work) -> float:
+    """Floating-point operations of the matrix products of `work`, 2 per multiplication and addition; a step's forward
+    and backward are 3 times that. Masked pairs, recomputation and everything that is no product count as nothing."""
+    config = model.config
+    text, vision = config.text_config, config.vision_config
+    counted = {"text": 0, "vision": 0, "merger": 0}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and "lm_head" not in name:
+            part = "text" if "language_model" in name else "merger" if "merger" in name else "vision"
+            counted[part] += module.weight.numel()
+    embedding = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * vision.hidden_size
+    patches = sum(work.images)
+    flops = 2.0 * counted["text"] * work.rows
+    flops += 4.0 * text.num_hidden_layers * text.num_attention_heads * text.head_dim * work.pairs
+    flops += 2.0 * text.vocab_size * text.hidden_size * work.head_rows
+    flops += 2.0 * (counted["vision"] + embedding) * patches + 2.0 * counted["merger"] * patches / MERGE**2
+    flops += 4.0 * vision.depth * vision.hidden_size * sum(n * n for n in work.images)
+    return flops
