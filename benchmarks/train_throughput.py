@@ -34,7 +34,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
-from training_batches import SHAPES, Shape, Work, forward_flops, make_batch, model_config, policy_of
+from training_batches import SHAPES, Shape, Work, make_batch, model_config, policy_of, step_flops
 
 from vlmrl.models.blocks import checkpoint_blocks, compile_blocks
 from vlmrl.models.config import Dtype
@@ -190,7 +190,7 @@ class Bench:
                 seconds.append(time.perf_counter() - began)
         median = statistics.median(seconds[1:])
         squares = [p.grad.float().square().sum() for p in policy.model.parameters() if p.grad is not None]
-        flops = 3 * forward_flops(policy.model, done.work)
+        flops = step_flops(policy.model, done.work)
         peak = torch.cuda.max_memory_allocated() / 2**30 if self.gpu else 0.0
         return (
             f"{median:.3f} | {done.tokens / median:.0f} | {done.work.rows} | {done.work.rows / median:.0f} "

@@ -91,12 +91,13 @@ def renderer_of(config: ModelConfig, folder: Path, vocabulary: int) -> Renderer:
 
 
 def policy_of(config: ModelConfig) -> tuple[Policy, Renderer]:
-    """A model with random weights (seed 0) and its renderer."""
+    """A model with random weights (seed 0) and its renderer. No token is banned: transformers' own forward knows of no
+    such thing, and losses are to be compared."""
     folder = resolve_checkpoint(config, task().texts())
     torch.manual_seed(0)
     model: Any = load_model(folder, config)
     renderer = renderer_of(config, folder, model.get_input_embeddings().num_embeddings)
-    return Policy(model, position_function("mrope", MERGE), renderer.banned_token_ids), renderer
+    return Policy(model, position_function("mrope", MERGE), []), renderer
 
 
 def make_batch(shape: Shape, renderer: Renderer, vocabulary: int, group_size: int = GROUP_SIZE) -> list[TrainingSample]:
@@ -171,9 +172,11 @@ class Work:
     """Patches of each image that went through the tower, as often as it did."""
 
 
-def forward_flops(model: Any, work: Work) -> float:
-    """Floating-point operations of the matrix products of `work`, 2 per multiplication and addition; a step's forward
-    and backward are 3 times that. Masked pairs, recomputation and everything that is no product count as nothing."""
+def step_flops(model: Any, work: Work) -> float:
+    """Floating-point operations of the matrix products of a forward and backward pass over `work`, 2 per multiplication
+    and addition: each product has two in the backward pass, the patch embedding one, since pixels do not learn. Masked
+    pairs, recomputation and everything that is no product count as nothing. Without attention it is what torch's
+    FlopCounterMode counts, to the last one."""
     config = model.config
     text, vision = config.text_config, config.vision_config
     counted = {"text": 0, "vision": 0, "merger": 0}
@@ -188,4 +191,4 @@ def forward_flops(model: Any, work: Work) -> float:
     flops += 2.0 * text.vocab_size * text.hidden_size * work.head_rows
     flops += 2.0 * (counted["vision"] + embedding) * patches + 2.0 * counted["merger"] * patches / MERGE**2
     flops += 4.0 * vision.depth * vision.hidden_size * sum(n * n for n in work.images)
-    return flops
+    return 3 * flops - 2.0 * embedding * patches

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlmrl.models import fused_attention, tree_attention
-from vlmrl.models.fused_attention import Kernel, plan_flex
+from vlmrl.models.fused_attention import Kernel, Sequences, plan_flex
 from vlmrl.models.prefix_tree import Segment
 from vlmrl.models.tree_attention import (
     KVPool,
@@ -289,16 +289,29 @@ def test_bfloat16_rounds_inputs_and_output_only(tree: Tree, threshold: int, seed
     assert torch.equal(attend(plan, q, k, v), expected)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.filterwarnings("ignore")  # the compiler's own
-@pytest.mark.parametrize("lengths", [(300, 40, 500, 7, 130), (64, 1, 1, 1, 1), (2000, 100, 100, 100, 100)])
-def test_one_kernel_and_blocks_agree_on_a_gpu(lengths: tuple[int, ...]) -> None:
-    segments, _ = Tree((-1, 0, 1, 1, 0), lengths, (False,) * 5).segments()
-    device, length, dim = torch.device("cuda"), sum(lengths), 64
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6))
+def test_sequences_side_by_side_are_known_by_their_bounds(lengths: list[int]) -> None:
+    segments, _ = Tree((-1,) * len(lengths), tuple(lengths), (False,) * len(lengths)).segments()
+    plan = make_plan(Kernel.varlen, segments, CPU).fused
+    assert isinstance(plan, Sequences)
+    assert plan.starts.dtype is torch.int32
+    assert plan.starts.tolist() == np.concatenate([[0], np.cumsum(lengths)]).tolist()
+    assert plan.longest == max(lengths)
+
+
+def test_a_tree_is_no_row_of_sequences() -> None:
+    segments, _ = Tree((-1, 0), (3, 2), (False, False)).segments()
+    with pytest.raises(AssertionError, match="shared prefixes"):
+        make_plan(Kernel.varlen, segments, CPU)
+
+
+def agree_on_a_gpu(tree: Tree, kernel: Kernel) -> None:
+    """Output and gradients by `kernel` and by the blocks, in bfloat16."""
+    segments, _ = tree.segments()
+    device, length, dim = torch.device("cuda"), sum(tree.lengths), 64
     inputs = [noise(i, heads, length, dim) for i, heads in enumerate((HEADS, KV_HEADS, KV_HEADS, HEADS))]
     found = []
-    for plan in (make_plan(kernel, segments, device) for kernel in (Kernel.flex, Kernel.blocks)):
+    for plan in (make_plan(each, segments, device) for each in (kernel, Kernel.blocks)):
         *qkv, grad = (x.to(device, torch.bfloat16) for x in inputs)
         leaves = [x.requires_grad_() for x in qkv]
         out = attend(plan, *leaves)
@@ -309,3 +322,17 @@ def test_one_kernel_and_blocks_agree_on_a_gpu(lengths: tuple[int, ...]) -> None:
         assert blocks is not None
         difference = (fused.float() - blocks.float()).norm() / blocks.float().norm()
         assert difference < 0.01, float(difference)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_flash_attention_and_blocks_agree_on_a_gpu() -> None:
+    agree_on_a_gpu(Tree((-1,) * 4, (300, 1, 64, 700), (False,) * 4), Kernel.varlen)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("lengths", [(300, 40, 500, 7, 130), (64, 1, 1, 1, 1), (2000, 100, 100, 100, 100)])
+def test_one_kernel_and_blocks_agree_on_a_gpu(lengths: tuple[int, ...]) -> None:
+    agree_on_a_gpu(Tree((-1, 0, 1, 1, 0), lengths, (False,) * 5), Kernel.flex)
