@@ -4,6 +4,7 @@
                                          │                └─ sweep ─▶ each job: what is left of it ─▶ start
                                          └─ yes ─▶ the run's own config.yaml plus overrides ─▶ start
                        mode=replay run=? ──┘
+    mode=report ─▶ the page of the runs that run= or runs= names; nothing is composed but the defaults to compare with
 
 Exit codes: 0 done, 2 the configuration cannot run, 1 anything else. A message without a traceback is for the user;
 a traceback is a bug. Imports no torch until a run starts: `--help`, `--cfg job` and refusals are quick.
@@ -56,6 +57,9 @@ IMPORTED = {"task": ("task=imported", "task.target="), "algorithm": ("algorithm.
 """Groups whose option may be an import path, and what it is short for; the path goes to the end."""
 
 
+REPORT = f"mode={Mode.report.name}"
+
+
 # For conf/config.yaml: hydra.sweep.subdir, hydra.run.dir.
 OmegaConf.register_new_resolver("job_name", job_name, replace=True)
 OmegaConf.register_new_resolver("started", slurm.started, use_cache=True, replace=True)
@@ -76,6 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        if REPORT in arguments:  # before ranks are counted: a run of several ranks starts it from one of them
+            print(write_page(arguments))
+            return 0
         if find_place().size == 1:
             return command_line(arguments)
     except VlmrlError as error:
@@ -385,6 +392,52 @@ def groups() -> list[str]:
         Path(folder).relative_to(CONF).as_posix() for folder, _, names in os.walk(CONF, followlinks=True) if names
     ]
     return sorted(set(folders) - {"."})
+
+
+# ── mode=report ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def write_page(arguments: list[str]) -> Path:
+    """Write the page that `mode=report run=<dir>` or `runs=[<dir>,<dir>]` asks for → where it is. Raises ConfigError.
+
+    Of one run it is report.html in its folder, of several side_by_side.html beside the first.
+    """
+    from vlmrl.monitor.report.page import write_report
+    from vlmrl.sweep.compare import names
+    from vlmrl.sweep.jobs import runs_in
+
+    asked = [argument for argument in arguments if argument != REPORT]
+    if len(asked) != 1 or not asked[0].startswith(("run=", "runs=")):
+        raise ConfigError(
+            f"mode=report requires one of run= and runs= and nothing else ({' '.join(asked) or 'nothing was given'}), "
+            "else it is open which page is meant: say run=outputs/latest, 'runs=[outputs/a,outputs/b]', or "
+            "runs=outputs/multirun/<name>"
+        )
+    key, _, value = asked[0].partition("=")
+    if key == "run":
+        run_dir = RunDir(Path(value).resolve())
+        write_report({run_dir.name: run_dir}, run_dir.report, usual())
+        return run_dir.report
+    folders = [Path(folder.strip()).resolve() for folder in value.removeprefix("[").removesuffix("]").split(",")]
+    runs = [run for folder in folders for run in runs_in(folder) if run.config.exists()]
+    if len(runs) < 2:
+        raise ConfigError(f"{asked[0]} requires two runs or more, else there is nothing to compare: set run=<folder>")
+    called = names(runs)
+    if len(set(called)) < len(called):
+        called = [f"{name} ({number})" for number, name in enumerate(called, 1)]
+    target = runs[0].path.parent / "side_by_side.html"
+    write_report(dict(zip(called, runs, strict=True)), target, usual())
+    return target
+
+
+def usual() -> dict[str, object]:
+    """The config that `python -m vlmrl` composes when nothing is set, as a tree; without a place to run in."""
+    register_schemas()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        config = hydra.compose("config")
+    tree = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
+    assert isinstance(tree, dict)
+    return {str(key): value for key, value in tree.items() if key != "output_dir"}
 
 
 # ── resume ──────────────────────────────────────────────────────────────────────────────────────────────────

@@ -46,6 +46,8 @@ class Mode(Enum):
     """A recorded batch (`run`, `step`) through today's code: where does it differ? A table, and replay.json."""
     compare = "compare"
     """One table and one plot of runs that were made before (`runs`)."""
+    report = "report"
+    """The page of a run, or of several side by side. Takes `run=` or `runs=` and nothing else; no torch."""
 
 
 @dataclass
@@ -61,11 +63,12 @@ class RunConfig:
     resume: str | None = None
     """A run folder to continue; its config.yaml is taken, overrides of single values apply on top."""
     run: str | None = None
-    """mode=replay: the run folder; its config.yaml is taken, overrides of values, engine and weight sync on top."""
+    """mode=replay, mode=report: the run folder. For a replay its config.yaml is taken, overrides of values, engine and
+    weight sync on top."""
     step: int | None = None
     """mode=replay: the batch that is replayed, counted in optimizer steps from 1."""
     runs: list[str] = field(default_factory=list)
-    """mode=compare: folders of runs and of multiruns, e.g. `[outputs/multirun/seeds]`."""
+    """mode=compare, mode=report: folders of runs and of multiruns, e.g. `[outputs/multirun/seeds]`."""
     output_dir: str = MISSING
     """The run's own folder, absolute; filled in from `hydra.run.dir` (`outputs/<date>/<time>_<model>_<task>`)."""
     model: ModelConfig = MISSING

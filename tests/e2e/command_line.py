@@ -37,6 +37,7 @@ SHORT = (
     "orchestrator.eval.problems=8",
     "orchestrator.eval.every=2",
     "monitor.wandb.mode=disabled",
+    "monitor.report=false",
 )
 """A whole run in about two seconds beside the start."""
 

@@ -19,9 +19,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
 
 @pytest.fixture(scope="session")
 def finished(home: Home) -> tuple[Path, Ended]:
-    """A short run of the default task that nothing disturbed, with Weights & Biases as it is by default."""
+    """A short run of the default task that nothing disturbed; Weights & Biases and the page are as by default."""
     run = home.path / "first/outputs/finished"
-    ended = home.vlmrl(*SHORT, "monitor.wandb.mode=offline", f"hydra.run.dir={run}")
+    ended = home.vlmrl(*SHORT, "monitor.wandb.mode=offline", "monitor.report=true", f"hydra.run.dir={run}")
     assert ended.code == 0, ended.err
     return run, ended
 

@@ -32,7 +32,7 @@ def picture(path: Path) -> PIL.Image.Image:
 def test_the_folder(never_stopped: Path) -> None:
     assert {path.name for path in never_stopped.iterdir()} == {
         *("config.yaml", "metrics.jsonl", "supervised.jsonl", "rollouts", "images", "checkpoints", "logs", "wandb"),
-        "summary.json",
+        *("tokens.jsonl", "report.html", "summary.json"),
     }
     assert (never_stopped.parent / "latest").resolve() == never_stopped
     assert not list(never_stopped.rglob("*.tmp"))

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import json
 import logging
+import re
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pexpect
 import psutil
@@ -10,6 +15,7 @@ import pytest
 from monitor.rollout_builders import group, rollout
 
 import vlmrl
+from vlmrl.config import RunConfig
 from vlmrl.errors import VlmrlError
 from vlmrl.monitor.config import MonitorConfig, WandbConfig, WandbMode
 from vlmrl.monitor.metrics import STEP_KEYS, missing_keys, read_metrics
@@ -38,8 +44,9 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     return made
 
 
-def monitor_of(run_dir: RunDir, *, record_rollouts: bool = True) -> Monitor:
-    config = MonitorConfig(record_rollouts=record_rollouts, wandb=WandbConfig(mode=WandbMode.disabled))
+def monitor_of(run_dir: RunDir, *, record_rollouts: bool = True, report: bool = False) -> Monitor:
+    wandb = WandbConfig(mode=WandbMode.disabled)
+    config = MonitorConfig(record_rollouts=record_rollouts, report=report, wandb=wandb)
     return Monitor(config, run_dir, total_steps=3, exact=True)
 
 
@@ -165,6 +172,57 @@ def test_libraries_log_to_the_file_and_not_on_the_screen(run_dir: RunDir, capsys
     assert "be warned" not in capsys.readouterr().err
 
 
+# ── report.html ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def page_of(run_dir: RunDir) -> dict[str, Any]:
+    """What report.html says of the run."""
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', run_dir.report.read_text(), re.DOTALL)
+    assert data is not None
+    run: dict[str, Any] = json.loads(data[1])["runs"][0]
+    return run
+
+
+def test_a_page_is_written_after_an_evaluation_and_at_the_end(
+    run_dir: RunDir, run_config: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir.write_config(run_config())
+    with monitor_of(run_dir, report=True) as monitor:
+        monitor.step(1, METRICS, [group()])
+        monitor.flush()
+        monitor.evaluation(1, {"eval/reward": 0.5, "eval/reward_greedy": 0.75}, {})
+        for _ in range(600):
+            if run_dir.report.exists():
+                break
+            time.sleep(0.1)
+        page = page_of(run_dir)
+        assert (page["state"], page["metrics"]["eval/reward"]) == (None, [0.5])
+        monitor.step(2, METRICS, [group()])
+        monitor.finish("finished", {})
+    page = page_of(run_dir)
+    assert (page["state"], page["metrics"]["step"]) == ("finished", [1, 2])
+    assert "  report    outputs/my_run/report.html\n" in capsys.readouterr().out
+
+
+def test_a_page_is_written_however_the_run_ends(run_dir: RunDir, run_config: Callable[..., RunConfig]) -> None:
+    run_dir.write_config(run_config())
+    with pytest.raises(ZeroDivisionError):
+        run_that_raises(run_dir, ZeroDivisionError("by zero"), report=True)
+    page = page_of(run_dir)
+    assert (page["state"], page["summary"]["error"]) == ("error", "ZeroDivisionError: by zero")
+    assert len(page["rollouts"]) == 2, "what was still on its way to the disk"
+
+
+def test_a_run_goes_on_without_its_page(run_dir: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    with monitor_of(run_dir, report=True) as monitor:  # no config.yaml: no page
+        monitor.step(1, METRICS, [group()])
+        monitor.finish("finished", {})
+    out = capsys.readouterr().out
+    assert "warning: report.html could not be written. logs/report.log says why." in out
+    assert "  ended     finished after step 1" in out
+    assert "holds no config.yaml of a run" in run_dir.report_log.read_text()
+
+
 # ── resume ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -224,8 +282,8 @@ def test_a_warm_up_that_comes_again_replaces_the_first(run_dir: RunDir) -> None:
 # ── runs that end badly ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def run_that_raises(run_dir: RunDir, error: BaseException, *, finish: bool = False) -> None:
-    with monitor_of(run_dir) as monitor:
+def run_that_raises(run_dir: RunDir, error: BaseException, *, finish: bool = False, report: bool = False) -> None:
+    with monitor_of(run_dir, report=report) as monitor:
         monitor.step(1, METRICS, [group()])
         if finish:
             monitor.finish("target_reached", {})

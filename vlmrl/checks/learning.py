@@ -35,6 +35,11 @@ def groups_have_siblings(config: RunConfig) -> None:
 
 def mode_has_work(config: RunConfig) -> None:
     """Each mode has something to do."""
+    if config.mode is Mode.report:
+        raise ConfigError(
+            "mode=report requires to stand on the command line with run=, else there is no run to show: "
+            "python -m vlmrl mode=report run=outputs/latest"
+        )
     if config.mode is Mode.sft and config.trainer.warmup.steps == 0:
         raise ConfigError(
             "mode=sft requires trainer.warmup.steps above 0, else there is nothing to do: set trainer.warmup.steps=100"

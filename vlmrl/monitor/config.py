@@ -38,5 +38,7 @@ class MonitorConfig:
     """Write rollouts/step_*.jsonl and images/*.png."""
     vision_gap_every: int = 10
     """Optimizer steps between two blind controls (orchestrator/vision_gap.py), from the first step on; 0: never."""
+    report: bool = True
+    """Write report.html after each evaluation and at the end, in a process of its own."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
     """Weights & Biases."""

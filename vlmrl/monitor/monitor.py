@@ -5,7 +5,8 @@
              ├─▶ the screen                          live view or plain lines (progress)
              ├─▶ wandb/                              background thread (wandb_logger)
              ├─▶ logs/main.log                       Python's logging, warnings included
-             └─▶ summary.json                        at the end, however the run ends
+             ├─▶ summary.json                        at the end, however the run ends
+             └─▶ report.html                         a process of its own (report/), then and after each evaluation
 
 Wall-clock adds up over resumes: each line of metrics.jsonl carries `time/elapsed`, the seconds since the Monitor
 was entered plus those of the segments before. A segment that ended by itself counts as summary.json says, one that
@@ -31,6 +32,7 @@ from vlmrl.monitor.logs import MainLog
 from vlmrl.monitor.metrics import ELAPSED, EVAL_GREEDY, EVAL_SAMPLED, ZERO_ADVANTAGE, MetricsLog, Record, read_metrics
 from vlmrl.monitor.progress import PHASES, Progress, duration
 from vlmrl.monitor.recorder import RolloutRecorder, Split
+from vlmrl.monitor.report.background import ReportWriter
 from vlmrl.monitor.run_dir import RunDir, disk_errors
 from vlmrl.monitor.wandb_logger import WandbLogger
 from vlmrl.types import Group, Rollout
@@ -39,6 +41,9 @@ log = logging.getLogger(__name__)
 
 SPLITS: dict[str, Split] = {"sampled": "eval_sampled", "greedy": "eval_greedy"}
 """Kinds of evaluation → how their rollouts are recorded."""
+
+
+NO_REPORT = "report.html could not be written. logs/report.log says why."
 
 
 class Monitor:
@@ -57,6 +62,7 @@ class Monitor:
         self._progress = Progress(name=run_dir.name, total_steps=total_steps, live=config.live)
         self._wandb = WandbLogger(config.wandb, run_dir, on_failure=self.warn)
         self._history: deque[Record] = deque(maxlen=HISTORY)
+        self._report = ReportWriter(run_dir) if config.report else None
         self._warned: list[str] = []
         self._evaluation: Record = {}  # the line of the newest evaluation
         self._supervised: MetricsLog | None = None
@@ -187,6 +193,8 @@ class Monitor:
         if self._config.record_rollouts:
             self._recorder.write(step, {SPLITS[kind]: group for kind, group in rollouts.items()})
         self._progress.rollouts(f"held-out rollouts after step {step}", rollouts.get("sampled", ())[:SHOWN])
+        if self._report is not None and not self._report.start():
+            self.warn(NO_REPORT)
         self._progress.evaluation(step, metrics)
         log.info("evaluation after step %d: %s", step, dict(metrics))
 
@@ -231,9 +239,16 @@ class Monitor:
             f", greedy {_shown(self._evaluation.get(EVAL_GREEDY))}",
             "folder": _readable(self._run_dir.path),
         }
-        self._progress.table("run", closing)
         log.info("finished: %s", exit_reason)
-        self._recorder.flush()
+        try:
+            self._recorder.flush()
+            if self._report is not None and not self._report.finish():
+                self._progress.warn(NO_REPORT)
+                log.warning(NO_REPORT)
+            elif self._report is not None:
+                closing["report"] = _readable(self._run_dir.report)
+        finally:
+            self._progress.table("run", closing)
 
     def _elapsed(self) -> float:
         return self._elapsed_before + time.monotonic() - self._entered

@@ -22,8 +22,9 @@ Left out on purpose: `mm_kwargs` (the processor makes them again from the pictur
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -41,6 +42,8 @@ from vlmrl.types import Image, ImageItem, Message, Rollout, Text, Turn
 
 Split: TypeAlias = Literal["train", "eval_sampled", "eval_greedy"]
 
+ROLLOUT_ID = re.compile(rb'\{"rollout_id":"([^"\\]*)"')
+"""How a line begins."""
 QUEUE = 4
 """Step files that may wait for the disk; the next `write` waits for the oldest of them."""
 
@@ -277,10 +280,14 @@ def _messages(messages: Sequence[Message], hashes: Sequence[str]) -> list[Messag
     return [{"role": message.role, "content": [part_record(part) for part in message.content]} for message in messages]
 
 
-def read_rollouts(path: Path) -> Iterator[RolloutRecord]:
-    """The rollouts of a file, prompts and placeholders whole again. Raises OSError, VlmrlError."""
+def read_rollouts(path: Path, wanted: Callable[[str], bool] = lambda rollout_id: True) -> Iterator[RolloutRecord]:
+    """The rollouts of a file, prompts and placeholders whole again; only those whose `rollout_id` is `wanted`, which
+    costs less than reading all. Raises OSError, VlmrlError."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
+            named = ROLLOUT_ID.match(line)
+            if named and not wanted(named[1].decode()):
+                continue
             try:
                 record: RolloutRecord = orjson.loads(line)
             except orjson.JSONDecodeError as error:

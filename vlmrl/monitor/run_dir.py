@@ -12,6 +12,7 @@
         checkpoints/step_000020/
         logs/main.log               one file per process
         wandb/                      Weights & Biases; run_id beside it survives a resume
+        report.html                 what there is to see, in one page
         replay/step_000021/         mode=replay: replay.json, the table, in a run folder of its own
         doctor.json                 mode=doctor: the table, one object per line
         summary.json                final figures, wall-clock, exit reason
@@ -104,6 +105,8 @@ class RunDir:
         self.main_log = self.logs / "main.log"
         self.wandb = self.path / "wandb"
         self.wandb_run_id = self.wandb / "run_id"
+        self.report = self.path / "report.html"
+        self.report_log = self.logs / "report.log"
         self.doctor = self.path / "doctor.json"
         self.replay = self.path / "replay.json"
         self.summary = self.path / "summary.json"

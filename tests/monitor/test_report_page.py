@@ -1,0 +1,142 @@
+"""The file itself: one, whole, closed to everything outside; and the process that writes it beside a run."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import re
+import signal
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import psutil
+import pytest
+from monitor.report_runs import noise, one_rollout, one_turn, record
+
+from vlmrl.cli import usual
+from vlmrl.config import RunConfig
+from vlmrl.errors import VlmrlError
+from vlmrl.monitor.report.background import ReportWriter
+from vlmrl.monitor.report.page import FILES, SCRIPTS, html, write_report
+from vlmrl.monitor.run_dir import RunDir
+
+HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>{{data}}"
+
+
+class Page(HTMLParser):
+    """Scripts, styles and whatever names an address."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.scripts: list[str] = []
+        self.data = ""
+        self.policy = ""
+        self.addresses: list[str] = []
+        self._inside = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self._inside = tag if given.get("type") != "application/json" else "data"
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "action", "srcset")]
+        if given.get("http-equiv") == "Content-Security-Policy":
+            self.policy = given["content"] or ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "script":
+            self.scripts.append(data)
+        elif self._inside == "data":
+            self.data += data
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, run_config: Callable[..., RunConfig]) -> RunDir:
+    turn = one_turn(HOSTILE, noise(0, 8, 8), step=1, reward=1.0, advantage=1.0, question=HOSTILE)
+    made = one_rollout("train", 1, 0, 0, [turn], problem=HOSTILE, error=HOSTILE)
+    return record(tmp_path / "run", run_config(), [(1, [made])], names={97: HOSTILE})
+
+
+def test_the_page_is_one_file_that_asks_for_nothing(run_dir: RunDir) -> None:
+    write_report({HOSTILE: run_dir}, run_dir.report, usual())
+    page = Page(run_dir.report.read_text())
+    assert page.addresses == []
+    assert len(page.scripts) == len(SCRIPTS)
+    digests = {base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in page.scripts}
+    directives = dict(part.strip().split(" ", 1) for part in page.policy.split(";"))
+    assert directives.keys() == {"default-src", "img-src", "style-src", "script-src"}
+    assert directives["default-src"] == "'none'"
+    assert directives["img-src"] == "data:"
+    assert set(directives["script-src"].split()) == {f"'sha256-{digest}'" for digest in digests}
+
+
+def test_the_data_is_that_of_the_run_whatever_its_texts_are(run_dir: RunDir) -> None:
+    write_report({HOSTILE: run_dir}, run_dir.report, usual())
+    content = json.loads(Page(run_dir.report.read_text()).data)
+    (shown,) = content["runs"][0]["rollouts"]
+    assert (shown["problem"], shown["error"], shown["turns"][0]["text"]) == (HOSTILE, HOSTILE, HOSTILE)
+    assert content["runs"][0]["name"] == HOSTILE
+    assert content["defaults"]["trainer.packing"] == "tree"
+    assert b"<script>window" not in run_dir.report.read_bytes()
+
+
+def test_the_plotting_library_is_there_with_its_licence() -> None:
+    page = html({"runs": [], "images": {}, "defaults": {}}).decode()
+    version = re.search(r"uPlot (\d+\.\d+\.\d+) \(MIT", (FILES / "vendor/README.md").read_text())
+    assert version is not None
+    assert f"https://github.com/leeoniya/uPlot (v{version[1]})" in page
+    assert "Permission is hereby granted, free of charge" in page
+
+
+def test_a_page_that_cannot_be_written_leaves_the_old_one(run_dir: RunDir, tmp_path: Path) -> None:
+    with pytest.raises(VlmrlError, match=r"gone/report\.html cannot be written"):
+        write_report({"run": run_dir}, tmp_path / "gone/report.html", {})
+    write_report({"run": run_dir}, run_dir.report, {})
+    before = run_dir.report.read_bytes()
+    run_dir.rollouts_file("step", 1).write_text("{,}\n")
+    with pytest.raises(VlmrlError):
+        write_report({"run": run_dir}, run_dir.report, {})
+    assert run_dir.report.read_bytes() == before
+    assert not list(run_dir.path.glob(".report*"))
+
+
+# ── beside a run ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_page_is_written_in_the_background_and_again_at_the_end(run_dir: RunDir) -> None:
+    writer = ReportWriter(run_dir)
+    assert writer.start()
+    (process,) = [each for each in psutil.Process().children() if f"run={run_dir.path}" in each.cmdline()]
+    assert process.nice() > os.getpriority(os.PRIO_PROCESS, 0)
+    assert os.getsid(process.pid) != os.getsid(0), "Ctrl-C in the terminal is the run's"
+    assert writer.start(), "one at a time"
+    assert len([each for each in psutil.Process().children() if f"run={run_dir.path}" in each.cmdline()]) == 1
+    assert writer.finish()
+    assert HOSTILE in json.loads(Page(run_dir.report.read_text()).data)["runs"][0]["rollouts"][0]["problem"]
+    assert run_dir.report_log.read_text() == f"{run_dir.report}\n"
+
+
+def test_a_page_that_fails_is_said_and_the_log_says_why(run_dir: RunDir) -> None:
+    run_dir.rollouts_file("step", 1).write_text("{,}\n")
+    writer = ReportWriter(run_dir)
+    assert writer.start(), "not known yet"
+    assert not writer.finish()
+    assert "step_000001.jsonl, line 1 is no JSON" in run_dir.report_log.read_text()
+
+
+def test_a_page_that_hangs_does_not_keep_the_run_from_ending(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlmrl.monitor.report.background.PATIENCE_S", 0.5)
+    writer = ReportWriter(run_dir)
+    writer.start()
+    hanging = writer._process
+    assert hanging is not None
+    hanging.send_signal(signal.SIGSTOP)
+    writer.finish()
+    assert hanging.returncode == -signal.SIGKILL
+    assert writer._process is not None
+    assert writer._process.returncode is not None

@@ -1,0 +1,58 @@
+"""report.html beside a run: `python -m vlmrl mode=report run=<dir>` in a process of its own, at low priority.
+
+Not a thread: a page takes about a second of Python, which a thread would take out of the training step.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from vlmrl.monitor.run_dir import RunDir, disk_errors
+
+NICENESS = 10
+PATIENCE_S = 120.0
+"""Seconds that a page may take before the run ends without it."""
+
+
+class ReportWriter:
+    """Starts the process and looks after it; one at a time."""
+
+    def __init__(self, run_dir: RunDir) -> None:
+        self._run_dir = run_dir
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> bool:
+        """Write the page in the background, unless that is being done. False where the last time went wrong.
+
+        Raises VlmrlError where the disk does not take the log.
+        """
+        if self._process is not None and self._process.poll() is None:
+            return True
+        went_well = self._process is None or self._process.returncode == 0
+        with disk_errors(self._run_dir.report_log), self._run_dir.report_log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "vlmrl", "mode=report", f"run={self._run_dir.path}"],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C is the run's
+            )
+        os.setpriority(os.PRIO_PROCESS, self._process.pid, NICENESS)
+        return went_well
+
+    def finish(self) -> bool:
+        """Write the page of the whole run and return when it is there; False where it is not."""
+        if self._process is not None:
+            self._wait(self._process)
+        self.start()
+        assert self._process is not None
+        return self._wait(self._process) == 0
+
+    def _wait(self, process: subprocess.Popen[bytes]) -> int:
+        try:
+            return process.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.wait()

@@ -1,0 +1,193 @@
+"use strict";
+// What every part of the page uses: the data, elements, numbers, colours, files to keep.
+// Texts come from models and tasks. They become text nodes, never HTML.
+
+const DATA = JSON.parse(document.getElementById("data").textContent);
+const RUNS = DATA.runs;
+const SEVERAL = RUNS.length > 1;
+
+function el(tag, options = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [key, value] of Object.entries(options)) {
+    if (value === undefined || value === null || value === false) continue;
+    if (key === "class") made.className = value;
+    else if (key === "on") for (const [event, run] of Object.entries(value)) made.addEventListener(event, run);
+    else if (key === "style") for (const [name, of] of Object.entries(value)) made.style.setProperty(name, of);
+    else if (key === "data") Object.assign(made.dataset, value);
+    else if (key in made && typeof value !== "string") made[key] = value;
+    else made.setAttribute(key, value);
+  }
+  made.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  return made;
+}
+
+// ── numbers ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+const MINUS = "\u2212";
+const known = (value) => value !== null && value !== undefined && !Number.isNaN(value);
+
+const fmt = {
+  // Four significant digits; powers of ten where decimals would hide the figure.
+  number(value, digits = 4) {
+    if (!known(value)) return "–";
+    if (typeof value !== "number") return String(value);
+    if (value === 0) return "0";
+    const size = Math.abs(value);
+    let text;
+    if (size < 1e-3 || size >= 1e7) {
+      const [mantissa, exponent] = value.toExponential(Math.max(0, digits - 3)).split("e");
+      text = `${mantissa}e${Number(exponent)}`;
+    } else if (Number.isInteger(value)) text = value.toLocaleString("en");
+    else if (size >= 10 ** (digits - 1)) text = Math.round(value).toLocaleString("en");
+    else text = Number(value.toPrecision(digits)).toString();
+    return text.replaceAll("-", MINUS);
+  },
+  signed: (value) => (known(value) && value > 0 ? "+" : "") + fmt.number(value, 3),
+  count: (value) => (known(value) ? Math.round(value).toLocaleString("en") : "–"),
+  percent: (value) => (known(value) ? `${fmt.number(100 * value, 3)} %` : "–"),
+  gib: (value) => (known(value) ? `${(value / 2 ** 30).toFixed(2)} GiB` : "–"),
+  seconds(value) {
+    if (!known(value)) return "–";
+    if (value < 1) return `${fmt.number(value * 1000, 3)} ms`;
+    if (value < 60) return `${fmt.number(value, 3)} s`;
+    const minutes = Math.floor(value / 60);
+    if (minutes < 60) return `${minutes} min ${Math.round(value % 60)} s`;
+    return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+  },
+  value(value) {
+    if (value === null || value === undefined) return "none";
+    if (typeof value === "number" && !Number.isInteger(value)) return String(value);
+    return typeof value === "object" ? JSON.stringify(value) : String(value);
+  },
+};
+
+const lastOf = (values) => (values ? values.findLast(known) : undefined);
+const firstOf = (values) => (values ? values.find(known) : undefined);
+
+// Of an array of numbers (NaN left out), the value below which `share` of them lie.
+function quantile(values, share) {
+  const sorted = Float64Array.from(values.filter((value) => !Number.isNaN(value))).sort();
+  return sorted.length ? sorted[Math.min(sorted.length - 1, Math.floor(share * sorted.length))] : NaN;
+}
+
+// ── packed arrays ───────────────────────────────────────────────────────────────────────────────────────────
+
+function unpack(text, Type) {
+  const bytes = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+  const view = new DataView(bytes.buffer);
+  const read = Type === Float32Array ? "getFloat32" : "getInt32";
+  return Type.from({ length: bytes.length / 4 }, (_, index) => view[read](4 * index, true));
+}
+
+for (const [index, run] of RUNS.entries()) {
+  run.index = index;
+  // Unpacked when somebody looks: the curves are there first.
+  let tokens;
+  Object.defineProperty(run, "columns", {
+    get() {
+      return (tokens ??= {
+        ids: unpack(run.tokens.ids, Int32Array),
+        versions: unpack(run.tokens.versions, Int32Array),
+        engine: unpack(run.tokens.engine, Float32Array),
+        trainer: unpack(run.tokens.trainer, Float32Array),
+        entropy: unpack(run.tokens.entropy, Float32Array),
+        prompts: unpack(run.prompt_ids, Int32Array),
+      });
+    },
+  });
+}
+
+const NAMES = RUNS.map((run) => run.name);
+
+// ── colours ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+const PALETTE = 8;
+const paletteName = (index) => `--c${index % PALETTE}`;
+
+// The colour of a custom property as the canvas needs it.
+function colour(name) {
+  const probe = el("span", { style: { color: `var(${name})`, display: "none" } });
+  document.body.append(probe);
+  const found = getComputedStyle(probe).color;
+  probe.remove();
+  return found;
+}
+
+const faded = (rgb, alpha) => rgb.replace(/^rgb\((.*)\)$/, `rgba($1, ${alpha})`);
+
+const isDark = () => {
+  const chosen = document.documentElement.dataset.theme;
+  return chosen ? chosen === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+};
+
+function remember(key, value) {
+  try {
+    localStorage.setItem(`vlmrl.${key}`, value);
+  } catch {
+    // A browser may forbid a local file to keep anything.
+  }
+}
+
+function recall(key) {
+  try {
+    return localStorage.getItem(`vlmrl.${key}`);
+  } catch {
+    return null;
+  }
+}
+
+function toggleTheme() {
+  document.documentElement.dataset.theme = isDark() ? "light" : "dark";
+  remember("theme", document.documentElement.dataset.theme);
+}
+
+// ── files ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+function download(name, text, type) {
+  const url = URL.createObjectURL(new Blob([text], { type }));
+  el("a", { href: url, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 10_000);
+}
+
+function csv(columns) {
+  const keys = Object.keys(columns);
+  const cell = (value) => (known(value) ? String(value) : "");
+  const rows = columns[keys[0]].map((_, row) => keys.map((key) => cell(columns[key][row])).join(","));
+  return [keys.map((key) => JSON.stringify(key)).join(","), ...rows].join("\n") + "\n";
+}
+
+const button = (label, title, run, options = {}) =>
+  el("button", { type: "button", title, on: { click: run }, ...options }, label);
+
+// One of several: buttons that exclude each other.
+function segmented(label, choices, chosen, changed) {
+  const box = el("div", { class: "segmented", role: "radiogroup", "aria-label": label });
+  const set = (value, focus) => {
+    for (const each of box.children) {
+      const on = each.dataset.value === value;
+      each.setAttribute("aria-checked", on);
+      each.tabIndex = on ? 0 : -1;
+      if (on && focus) each.focus();
+    }
+  };
+  const choose = (value, focus) => {
+    set(value, focus);
+    changed(value);
+  };
+  for (const [value, text, title] of choices) {
+    box.append(
+      button(text, title, () => choose(value), { role: "radio", data: { value } }),
+    );
+  }
+  box.addEventListener("keydown", (event) => {
+    const step = { ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1 }[event.key];
+    if (!step) return;
+    event.preventDefault();
+    event.stopPropagation();
+    const at = choices.findIndex(([value]) => value === document.activeElement.dataset.value);
+    choose(choices[(at + step + choices.length) % choices.length][0], true);
+  });
+  set(chosen);
+  box.choose = choose;
+  return box;
+}

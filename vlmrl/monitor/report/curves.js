@@ -1,0 +1,351 @@
+"use strict";
+// The curves. uPlot draws; what is under the cursor stands in the legend of every chart at once.
+
+const GROUP = "step"; // charts whose cursors move together
+const charts = [];
+
+// [title, unit, [[key, label], …], options]. A chart none of whose keys a run has is left out.
+const CHARTS = [
+  ["Reward", "", [
+    ["reward/mean", "training"],
+    ["eval/reward", "held-out, sampled"],
+    ["eval/reward_greedy", "held-out, greedy"],
+  ], { wide: true, points: 1, target: "orchestrator.eval.target" }],
+  ["Mismatch, sampler and trainer", "nats", [["mismatch_kl/mean", "mean"], ["mismatch_kl/max", "max"]], { log: true }],
+  ["Vision gap", "nats", [["vision_gap/blank", "images blanked"], ["vision_gap/shuffled", "images of others"]],
+    { spans: true }],
+  ["Entropy", "nats per token", [["entropy", "mean"]]],
+  ["Time per step", "s", [
+    ["time/rollout", "rollout"],
+    ["time/train", "train"],
+    ["time/sync", "sync"],
+    ["time/other", "other"],
+  ], { stacked: true }],
+  ["Throughput", "tokens / s", [["throughput/tokens_per_s", "prompts and completions"]]],
+  ["Memory", "GiB", [["memory/peak_bytes", "peak"]], { scale: 2 ** -30 }],
+  ["Staleness", "optimizer steps", [["staleness/mean", "mean"], ["staleness/max", "max"]]],
+  ["Loss", "", [["loss", "loss"]]],
+  ["Gradient norm", "", [["grad_norm", "before clipping"]]],
+  ["How rollouts ended", "rollouts", "rollouts/stop/", { stacked: true }],
+  ["Dropped rollouts", "rollouts", "rollouts/dropped/", { stacked: true }],
+  ["Groups without a signal", "share of groups", [["groups/zero_advantage", "all advantages 0"]]],
+];
+
+const REST = new Set(["step", "policy_version"]);
+
+function prepare(run) {
+  const m = run.metrics;
+  if (m["time/step"]) {
+    m["time/other"] = m["time/step"].map((whole, i) =>
+      known(whole) ? Math.max(0, whole - m["time/rollout"][i] - m["time/train"][i] - m["time/sync"][i]) : null,
+    );
+    const share = Math.max(...m["time/other"].map((value, i) => (known(value) ? value / m["time/step"][i] : 0)));
+    if (share < 0.01) delete m["time/other"];
+  }
+  // A step without such a rollout has no key.
+  for (const prefix of ["rollouts/stop/", "rollouts/dropped/"]) {
+    for (const key of Object.keys(m).filter((key) => key.startsWith(prefix))) {
+      m[key] = m[key].map((value, i) => (known(m["rollouts/total"]?.[i]) ? (value ?? 0) : null));
+    }
+  }
+}
+
+const keysOf = (wanted) => {
+  if (typeof wanted !== "string") return wanted.filter(([key]) => RUNS.some((run) => run.metrics[key]?.some(known)));
+  const found = new Set(RUNS.flatMap((run) => Object.keys(run.metrics).filter((key) => key.startsWith(wanted))));
+  return [...found].sort().map((key) => [key, key.slice(wanted.length)]);
+};
+
+function chart(title, unit, keys, options = {}) {
+  const source = options.source ?? "metrics";
+  const { stacked = false, log = false, scale = 1 } = options;
+  const holders = RUNS.filter((run) => keys.some(([key]) => run[source][key]?.some(known)));
+  if (!holders.length) return null;
+
+  // Several runs: a colour per run, a dash per figure, one table of all their steps.
+  const lines = holders.flatMap((run) =>
+    keys.filter(([key]) => run[source][key]?.some(known)).map(([key, label], place) => ({
+      run, key, label, place,
+      name: SEVERAL ? (keys.length > 1 ? `${NAMES[run.index]} · ${label}` : NAMES[run.index]) : label,
+      few: sparse(run[source][key]),
+      colour: paletteName(SEVERAL ? run.index : (options.colour ?? 0) + place),
+    })),
+  );
+  const shape = (value) => (known(value) ? value * scale : null);
+  const tables = holders.map((run) => [
+    run[source].step,
+    ...lines.filter((line) => line.run === run).map((line) => run[source][line.key].map(shape)),
+  ]);
+  const raw = tables.length > 1 ? uPlot.join(tables) : tables[0];
+  const stacks = stacked && !SEVERAL;
+  const drawn = stacks ? stack(raw) : log ? logarithms(raw) : raw;
+
+  const values = lines.map(() => el("b"));
+  const at = el("span", { class: "at" });
+  const legend = el("ul", { class: "legend" }, lines.map((line, i) => {
+    const item = button([el("i", { style: { background: `var(${line.colour})` }, class: line.place && SEVERAL ? "dash" : "" }),
+      el("span", {}, line.name), values[i]], `Show or hide ${line.name}`, () => {
+      const on = item.getAttribute("aria-pressed") !== "true";
+      item.setAttribute("aria-pressed", on);
+      plot?.setSeries(i + 1, { show: on });
+    }, { "aria-pressed": "true" });
+    return el("li", {}, item);
+  }));
+  const canvas = el("div", { class: "plot", tabindex: "0", role: "img",
+    "aria-label": `${title}: left and right arrow keys move the cursor` });
+  const box = el("article", { class: `chart${options.wide ? " wide" : ""}`, data: { title } },
+    el("header", {}, el("h3", {}, title), unit && el("small", {}, unit), at,
+      button("CSV", `Download the figures of “${title}”`, () => {
+        const plain = holders.map((run) => [
+          run[source].step,
+          ...lines.filter((line) => line.run === run).map((line) => run[source][line.key]),
+        ]);
+        const whole = plain.length > 1 ? uPlot.join(plain) : plain[0];
+        const table = { step: whole[0] };
+        lines.forEach((line, i) => (table[SEVERAL ? `${NAMES[line.run.index]}:${line.key}` : line.key] = whole[i + 1]));
+        download(`${title.replaceAll(/\W+/g, "_").toLowerCase()}.csv`, csv(table), "text/csv");
+      }, { class: "quiet" })),
+    legend, canvas);
+
+  let plot = null;
+  const read = () => {
+    const index = plot?.cursor.idx;
+    const over = known(index) && plot.cursor.left >= 0;
+    at.textContent = over ? `step ${fmt.count(raw[0][index])}` : "";
+    values.forEach((value, i) => {
+      // A figure of some steps only (an evaluation) keeps its newest value up to the cursor.
+      const upTo = over ? raw[i + 1].slice(0, index + 1) : raw[i + 1];
+      const shown = over && !lines[i].few ? raw[i + 1][index] : lastOf(upTo);
+      value.textContent = fmt.number(shown);
+    });
+  };
+
+  const draw = () => {
+    const width = canvas.clientWidth;
+    if (!width) { // hidden: drawn when it is seen
+      plot?.destroy();
+      plot = null;
+      return;
+    }
+    const shown = plot ? plot.series.map((series) => series.show) : null;
+    plot?.destroy();
+    const [ink, grid, surface] = [colour("--muted"), colour("--line"), colour("--surface")];
+    const font = `11px ${getComputedStyle(document.body).fontFamily}`;
+    const axis = { stroke: ink, font, grid: { stroke: grid, width: 1 }, ticks: { show: false }, gap: 6 };
+    plot = new uPlot({
+      width,
+      height: 190,
+      padding: [10, 14, 0, 0],
+      legend: { show: false },
+      cursor: {
+        sync: { key: GROUP, setSeries: false },
+        drag: { x: true, y: false },
+        points: { size: 7, width: 2, fill: surface },
+      },
+      scales: { x: { time: false }, y: { range: (u, low, high) => (log ? decades(low, high) : margins(low, high, stacks)) } },
+      axes: [
+        { ...axis, grid: { show: false }, size: 26, values: (u, splits) => splits.map((v) => (Number.isInteger(v) ? fmt.count(v) : "")) },
+        {
+          ...axis,
+          values: (u, splits) => splits.map((v) => fmt.number(log ? 10 ** v : v, 3)),
+          size: (u, texts, index, cycle) => {
+            if (cycle > 1) return u.axes[index]._size;
+            u.ctx.font = font;
+            const widest = Math.max(0, ...(texts ?? []).map((text) => u.ctx.measureText(text).width));
+            return Math.ceil(widest) + 12;
+          },
+          space: 34,
+          ...(log ? { incrs: [1, 2, 3, 5, 10, 20, 50, 100] } : {}),
+        },
+      ],
+      series: [{}, ...lines.map((line, i) => {
+        const stroke = colour(line.colour);
+        return {
+          stroke,
+          width: 1.6,
+          fill: stacks ? faded(stroke, 0.28) : undefined,
+          dash: SEVERAL && line.place ? [[5, 4], [1.5, 3]][(line.place - 1) % 2] : undefined,
+          spanGaps: SEVERAL || line.few || options.spans,
+          points: { show: line.few || raw[0].length < 3, size: 6, fill: surface, stroke, width: 1.6 },
+          show: shown ? shown[i + 1] : true,
+        };
+      })],
+      bands: stacks ? lines.slice(1).map((_, i) => ({ series: [i + 2, i + 1] })) : undefined,
+      hooks: {
+        setCursor: [read],
+        draw: [(u) => target(u, options.target, ink)],
+      },
+    }, drawn, canvas);
+    read();
+  };
+
+  canvas.addEventListener("keydown", (event) => {
+    const steps = { ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity, PageUp: -10, PageDown: 10 }[event.key];
+    if (!steps || !plot) return;
+    event.preventDefault();
+    event.stopPropagation();
+    const from = plot.cursor.left >= 0 ? plot.cursor.idx : (steps > 0 ? -1 : raw[0].length);
+    const index = Math.max(0, Math.min(raw[0].length - 1, from + steps));
+    plot.setCursor({ left: plot.valToPos(raw[0][index], "x"), top: 20 });
+  });
+  canvas.addEventListener("blur", () => plot?.setCursor({ left: -10, top: -10 }));
+  new ResizeObserver(() => {
+    if (plot && plot.width !== canvas.clientWidth && canvas.clientWidth) plot.setSize({ width: canvas.clientWidth, height: plot.height });
+    else if (!plot) draw();
+  }).observe(canvas);
+  charts.push(draw);
+  return box;
+}
+
+const sparse = (values) => values.filter(known).length < values.length / 2;
+
+// Logarithmic figures are drawn as exponents on a plain axis. uPlot's own logarithmic axis takes seconds where figures
+// lie many decades apart, and a mismatch may be anything from 1e-40 to 1.
+const logarithms = (raw) => [raw[0], ...raw.slice(1).map((values) =>
+  values.map((value) => (known(value) && value > 0 ? Math.log10(value) : null)))];
+
+function decades(low, high) {
+  if (low === null || high === null) return [-1, 0];
+  return [Math.floor(low), Math.max(Math.ceil(high), Math.floor(low) + 1)];
+}
+
+function margins(low, high, fromZero) {
+  if (low === null || high === null) return [0, 1];
+  if (low === high) return low === 0 ? [0, 1] : [Math.min(0, low * 1.2), Math.max(0, low * 1.2)];
+  const room = 0.06 * (high - low);
+  const near = low >= 0 && low < 0.5 * high;
+  return [fromZero || near ? 0 : low - room, high + room];
+}
+
+// Each figure on top of those before it.
+function stack(raw) {
+  const sums = raw[0].map(() => 0);
+  return [raw[0], ...raw.slice(1).map((values) => values.map((value, i) => (known(value) ? (sums[i] += value) : null)))];
+}
+
+// The reward at which the run is done, if it has one.
+function target(u, key, ink) {
+  const value = key && RUNS[0].config[key];
+  if (!known(value) || value > u.scales.y.max) return;
+  const [y, left, right] = [u.valToPos(value, "y", true), u.bbox.left, u.bbox.left + u.bbox.width];
+  u.ctx.save();
+  u.ctx.strokeStyle = ink;
+  u.ctx.setLineDash([2 * devicePixelRatio, 4 * devicePixelRatio]);
+  u.ctx.beginPath();
+  u.ctx.moveTo(left, y);
+  u.ctx.lineTo(right, y);
+  u.ctx.stroke();
+  u.ctx.restore();
+}
+
+// ── the view ────────────────────────────────────────────────────────────────────────────────────────────────
+
+const STATES = {
+  finished: ["finished", "good"],
+  target_reached: ["target reached", "good"],
+  interrupted: ["interrupted", "fair"],
+  error: ["ended by an error", "bad"],
+};
+const stateOf = (run) => STATES[run.state] ?? (run.state ? [run.state, "fair"] : ["no end yet: running, or killed", "fair"]);
+
+const worstMismatch = (run) => run.metrics["mismatch_kl/max"]?.filter(known).reduce((a, b) => Math.max(a, b), 0);
+
+function tile(label, value, note) {
+  return el("div", { class: "tile" }, el("span", {}, label), el("b", {}, value), note && el("small", {}, note));
+}
+
+function tiles(run) {
+  const m = run.metrics;
+  const change = (key) => {
+    const [first, last] = [firstOf(m[key]), lastOf(m[key])];
+    return known(first) && first !== last ? `from ${fmt.number(first, 3)}` : "";
+  };
+  const shown = [
+    ["held-out reward, sampled", fmt.number(lastOf(m["eval/reward"]), 3), change("eval/reward")],
+    ["held-out reward, greedy", fmt.number(lastOf(m["eval/reward_greedy"]), 3), change("eval/reward_greedy")],
+    ["training reward", fmt.number(lastOf(m["reward/mean"]), 3), change("reward/mean")],
+    ["optimizer steps", fmt.count(lastOf(m.step)), `of at most ${fmt.count(run.config["trainer.max_steps"])}`],
+    ["wall-clock", fmt.seconds(run.summary?.wall_clock_s ?? lastOf(m["time/elapsed"])),
+      known(lastOf(m["time/step"])) ? `${fmt.seconds(quantile(m["time/step"].filter(known), 0.5))} a step, median` : ""],
+    ["worst mismatch", fmt.number(worstMismatch(run), 3), "nats, one token"],
+    ["throughput", fmt.count(lastOf(m["throughput/tokens_per_s"])), "tokens / s"],
+  ];
+  return el("div", { class: "tiles" }, shown.filter(([, value]) => value !== "–").map((each) => tile(...each)));
+}
+
+function runHead(run) {
+  const [state, kind] = stateOf(run);
+  const c = run.config;
+  const facts = [c["model.name"], String(c["task.target"]).split(":").at(-1), c["algorithm.loss"], `seed ${c.seed}`];
+  return el("div", { class: "run" },
+    el("div", { class: "runline" },
+      el("h2", {}, NAMES[run.index]),
+      el("span", { class: `pill ${kind}`, data: { state: run.state ?? "" } }, state),
+      el("span", { class: "muted" }, facts.join(" · ")),
+      el("span", { class: "muted push", title: run.path }, `last figures ${run.updated}`),
+      button("metrics.csv", "Every figure of every step", () => download(`${run.name}_metrics.csv`, csv(run.metrics), "text/csv"),
+        { class: "quiet" }),
+      Object.keys(run.supervised).length > 0 && button("supervised.csv", "Every figure of every warm-up step",
+        () => download(`${run.name}_supervised.csv`, csv(run.supervised), "text/csv"), { class: "quiet" })),
+    run.summary?.error && el("p", { class: "note bad" }, run.summary.error),
+    (run.summary?.warnings ?? []).map((text) => el("p", { class: "note fair" }, text)),
+    tiles(run),
+    run.doctor && el("table", { class: "doctor" }, el("tbody", {}, run.doctor.map((line) =>
+      el("tr", {}, el("th", { scope: "row" }, line.name), el("td", { class: line.verdict === "ok" ? "good" : "" }, line.verdict),
+        el("td", {}, line.says))))));
+}
+
+// Of several runs a line each.
+function runTable(runs) {
+  const titles = ["held-out", "greedy", "training", "steps", "wall-clock", "median step", "worst mismatch", "tokens / s"];
+  return el("div", { class: "tablebox" }, el("table", { class: "runs" },
+    el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "run"), el("th", {}), titles.map((title) => el("th", { scope: "col" }, title)), el("th", {}))),
+    el("tbody", {}, runs.map((run) => {
+      const [m, [state, kind]] = [run.metrics, stateOf(run)];
+      const figures = [
+        fmt.number(lastOf(m["eval/reward"]), 3), fmt.number(lastOf(m["eval/reward_greedy"]), 3), fmt.number(lastOf(m["reward/mean"]), 3),
+        fmt.count(lastOf(m.step)), fmt.seconds(run.summary?.wall_clock_s ?? lastOf(m["time/elapsed"])),
+        fmt.seconds(quantile((m["time/step"] ?? []).filter(known), 0.5)), fmt.number(worstMismatch(run), 2),
+        fmt.count(lastOf(m["throughput/tokens_per_s"])),
+      ];
+      return el("tr", { title: run.path },
+        el("th", { scope: "row" }, el("i", { class: "dot", style: { background: `var(${paletteName(run.index)})` } }), NAMES[run.index]),
+        el("td", {}, el("span", { class: `pill ${kind}`, data: { state: run.state ?? "" } }, state)),
+        figures.map((figure) => el("td", {}, figure)),
+        el("td", {}, button("CSV", "Every figure of every step", () => download(`${run.name}_metrics.csv`, csv(run.metrics), "text/csv"), { class: "quiet" })));
+    }))));
+}
+
+function buildCurves(section) {
+  const grid = el("div", { class: "charts" });
+  const used = new Set(REST);
+  // time/other is made here; it is in no file.
+  const files = RUNS.map((run) => ({ ...run, metrics: { ...run.metrics } }));
+  section.append(...(SEVERAL ? [runTable(files)] : files.map(runHead)), grid);
+  RUNS.forEach(prepare);
+  for (const [title, unit, wanted, options = {}] of CHARTS) {
+    const keys = keysOf(wanted);
+    keys.forEach(([key]) => used.add(key));
+    if (options.stacked && SEVERAL) {
+      for (const [key, label] of keys) grid.append(chart(`${title}: ${label}`, unit, [[key, label]]) ?? "");
+    } else grid.append(chart(title, unit, keys, options) ?? "");
+  }
+  grid.append(chart("Warm-up loss", "nats per token", [["loss", "supervised"]], { source: "supervised", colour: 3 }) ?? "");
+  if (!grid.children.length) grid.replaceWith(el("p", { class: "empty" }, "No figures yet: metrics.jsonl is empty."));
+
+  const others = [...new Set(RUNS.flatMap((run) => Object.keys(run.metrics)))].filter((key) => !used.has(key)).sort();
+  if (!others.length) return;
+  const more = el("div", { class: "charts" });
+  const find = el("input", { type: "search", placeholder: "Filter by name", "aria-label": "Filter figures by name" });
+  find.addEventListener("input", () => {
+    for (const box of more.children) box.hidden = !box.dataset.title.includes(find.value.trim());
+  });
+  const details = el("details", { class: "more" },
+    el("summary", {}, `${others.length} more figures`), find, more);
+  details.addEventListener("toggle", () => {
+    if (more.children.length) return;
+    for (const key of others) more.append(chart(key, "", [[key, key.split("/").at(-1)]]) ?? "");
+  });
+  section.append(details);
+}
+

@@ -1,0 +1,393 @@
+"""What a run left → the document that the page shows: plain JSON.
+
+    {"generated": "2026-03-01 12:00", "defaults": {key: value},
+     "images": {hash: {"src": "data:image/png;base64,…", "width": 32, "height": 32, "whole": true}},
+     "runs": [{"name", "path", "state", "summary", "environment", "config": {key: value}, "doctor",
+               "metrics": {key: [value per line or null]}, "supervised": …,
+               "spellings": {token id: text}, "messages": [[message, …], …],
+               "prompts": [{"at", "count", "placeholders": [[offset, length, hash], …]}],
+               "prompt_ids": base64 int32 [Σ count],
+               "tokens": {"ids", "versions": base64 int32 [C], "engine", "trainer", "entropy": base64 float32 [C]},
+               "rollouts": [{"id", …, "turns": [{"at", "count", "prompt", "offset", "messages", …}]}],
+               "recorded": {"step": files, "eval": files, "rollouts": rollouts in them, "shown": …}}]}
+
+All completions stand one after the other in `tokens` (C tokens), a turn's from `at` on, `count` of them; what the
+trainer did not see is NaN there. Prompts are stored as in rollouts/ (from `offset` on) and each distinct one once, so
+that siblings share theirs. Figures are exact: float32 bytes, and Python's shortest decimals.
+
+Left out on purpose: environment variables (they are in no file that is read here), and what a free-form part of the
+config says under a name that sounds like a secret.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import re
+import sys
+import time
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+import PIL.Image
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from vlmrl.errors import ConfigError
+from vlmrl.monitor.metrics import Record, read_metrics
+from vlmrl.monitor.recorder import RolloutRecord, TurnRecord, read_rollouts
+from vlmrl.monitor.report.choice import Choice, Shape, choose, recorded_steps
+from vlmrl.monitor.run_dir import RunDir
+from vlmrl.monitor.tokens import read_spellings
+
+ROLLOUTS = 2000
+"""Rollouts of a page, all its runs together; fewer where they are long or show many large images."""
+TOKENS = 1_500_000
+"""Tokens of a page, shared prompts counted once."""
+IMAGE_BYTES = 24 * 2**20
+"""Encoded images of a page."""
+IMAGE_SIDE = 512
+"""Pixels; a larger image is shown smaller, the original is in images/."""
+LOSSLESS_BYTES = 64 * 2**10
+"""An image that takes no more is shown byte for byte."""
+SECRET = re.compile(r"(api|access|auth|private|secret).?(key|token)|secret|password|passwd|credential", re.IGNORECASE)
+FREE = ("task.args.", "algorithm.args.", "inference.extra_args.")
+"""Keys of the config that are not ours, and may be called anything."""
+
+
+@dataclass(eq=False)
+class Pictures:
+    """The images of a page, each once."""
+
+    encoded: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Hash → what the page needs."""
+
+    def of(self, run_dir: RunDir, hashes: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """Those that are in the run's folder."""
+        found = {}
+        for hash in hashes:
+            if hash not in self.encoded and run_dir.image(hash).exists():
+                self.encoded[hash] = encode(run_dir.image(hash))
+            if hash in self.encoded:
+                found[hash] = self.encoded[hash]
+        return found
+
+
+def encode(path: Path) -> dict[str, Any]:
+    """A picture as the page shows it: the file itself, or a smaller one where it is large. Raises OSError."""
+    data, kind = path.read_bytes(), "png"
+    with PIL.Image.open(io.BytesIO(data)) as picture:
+        width, height = picture.size
+        if whole := len(data) <= LOSSLESS_BYTES and max(width, height) <= IMAGE_SIDE:
+            pass
+        else:
+            picture.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
+            small = io.BytesIO()
+            picture.convert("RGB").save(small, "WEBP", quality=85)
+            data, kind = small.getvalue(), "webp"
+    source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return {"src": source, "width": width, "height": height, "whole": whole}
+
+
+@dataclass(eq=False)
+class Rollouts:
+    """Rollouts on their way into the document."""
+
+    rollouts: list[dict[str, Any]] = field(default_factory=list)
+    messages: dict[bytes, int] = field(default_factory=dict)
+    prompts: dict[bytes, int] = field(default_factory=dict)
+    prompt_places: list[dict[str, Any]] = field(default_factory=list)
+    prompt_ids: array[int] = field(default_factory=lambda: array("i"))
+    ids: array[int] = field(default_factory=lambda: array("i"))
+    versions: array[int] = field(default_factory=lambda: array("i"))
+    engine: array[float] = field(default_factory=lambda: array("f"))
+    trainer: array[float] = field(default_factory=lambda: array("f"))
+    entropy: array[float] = field(default_factory=lambda: array("f"))
+    hashes: dict[str, None] = field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.ids) + len(self.prompt_ids)
+
+    def add(self, record: RolloutRecord) -> None:
+        label, step, group, _ = record["rollout_id"].split("/")
+        self.rollouts.append(
+            {
+                "id": record["rollout_id"],
+                "group": f"{label.removesuffix('-greedy')}/{step}/{group}",
+                "problem": record["problem_id"],
+                "step": record["step"],
+                "split": record["split"],
+                "index": record["index"],
+                "reward": record["reward"],
+                "metrics": record["metrics"],
+                "stop": record["stop_reason"],
+                "dropped": record["dropped"],
+                "filtered": record.get("filtered", []),
+                "error": record["error"],
+                "seconds": record["seconds"],
+                "turns": [self._turn(turn, record) for turn in record["turns"]],
+            }
+        )
+
+    def _turn(self, turn: TurnRecord, record: RolloutRecord) -> dict[str, Any]:
+        at, count = len(self.ids), len(turn["completion_ids"])
+        nothing = [math.nan] * count
+        trainer = turn.get("trainer_logprobs")
+        self.ids.extend(turn["completion_ids"])
+        self.versions.extend(turn["versions"])
+        self.engine.extend(turn["logprobs"])
+        self.trainer.extend(trainer or nothing)
+        self.entropy.extend(turn.get("entropies") or nothing)
+        return {
+            "at": at,
+            "count": count,
+            "prompt": self._prompt(turn),
+            "offset": turn["prompt_offset"],
+            "messages": self.messages.setdefault(orjson.dumps(turn["messages"]), len(self.messages)),
+            "branch": turn["branch"],
+            "finish": turn["finish_reason"],
+            "text": turn["text"],
+            "reward": turn["reward"],
+            "advantage": turn["advantage"],
+            # Recorded before trainer_logprobs were: what was not dropped was learned from.
+            "learned": trainer is not None or (record["split"] == "train" and record["dropped"] is None),
+        }
+
+    def _prompt(self, turn: TurnRecord) -> int:
+        offset = turn["prompt_offset"]
+        ids = array("i", turn["prompt_token_ids"][offset:])
+        placeholders = [place for place in turn["placeholders"] if place[0] >= offset]
+        self.hashes |= dict.fromkeys(hash for _, _, hash in placeholders)
+        key = orjson.dumps([offset, placeholders]) + ids.tobytes()
+        if key not in self.prompts:
+            self.prompts[key] = len(self.prompts)
+            self.prompt_places.append(
+                {"at": len(self.prompt_ids), "count": len(ids), "offset": offset, "placeholders": placeholders}
+            )
+            self.prompt_ids.extend(ids)
+        return self.prompts[key]
+
+    def document(self) -> dict[str, Any]:
+        return {
+            "rollouts": self.rollouts,
+            "messages": [orjson.Fragment(messages) for messages in self.messages],
+            "prompts": self.prompt_places,
+            "prompt_ids": packed(self.prompt_ids),
+            "tokens": {
+                "ids": packed(self.ids),
+                "versions": packed(self.versions),
+                "engine": packed(self.engine),
+                "trainer": packed(self.trainer),
+                "entropy": packed(self.entropy),
+            },
+        }
+
+
+def packed(values: array[Any]) -> str:
+    """Base64 of 4-byte items, little-endian.
+
+    >>> packed(array("i", [1, 2]))
+    'AQAAAAIAAAA='
+    """
+    assert values.itemsize == 4
+    if sys.byteorder == "big":
+        values.byteswap()
+    return base64.b64encode(values.tobytes()).decode()
+
+
+def read_groups(choice: Choice) -> Iterator[RolloutRecord]:
+    """The chosen rollouts, file by file. A file that a resumed run has taken away meanwhile is passed over."""
+    for path in choice.paths:
+        numbers = set(choice.groups.get(path, ()))
+        if not path.exists():
+            continue
+        for reason in choice.dropped.get(path, ()):
+            having = (record for record in read_rollouts(path) if record["dropped"] == reason)
+            if (first := next(having, None)) is not None:
+                numbers.add(_group(first["rollout_id"]))
+        yield from read_rollouts(path, _of_groups(numbers))
+
+
+def _of_groups(numbers: set[int]) -> Callable[[str], bool]:
+    return lambda rollout_id: _group(rollout_id) in numbers
+
+
+def _group(rollout_id: str) -> int:
+    return int(rollout_id.split("/")[2])
+
+
+# ── a run ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(eq=False)
+class Run:
+    """One run's folder, read but for its rollouts."""
+
+    name: str
+    run_dir: RunDir
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    shape: Shape
+    metrics: list[Record]
+    steps: list[int]
+    """That have rollouts."""
+    evaluations: list[int]
+
+    @staticmethod
+    def read(name: str, run_dir: RunDir) -> Run:
+        """Raises ConfigError where the folder holds no run, VlmrlError where a file is damaged."""
+        try:
+            config = flat(OmegaConf.to_container(OmegaConf.load(run_dir.config)))
+            shape = Shape(
+                config["orchestrator.groups_per_step"],
+                config["orchestrator.group_size"],
+                config["orchestrator.eval.problems"],
+            )
+        except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError, AttributeError, KeyError) as error:
+            raise ConfigError(
+                f"run={run_dir.path} holds no config.yaml of a run ({error}), so there is nothing to show: name the "
+                "folder of a run, for example outputs/latest"
+            ) from error
+        prefix = "environment."
+        return Run(
+            name=name,
+            run_dir=run_dir,
+            config={key: value for key, value in config.items() if not key.startswith(prefix)},
+            environment={key.removeprefix(prefix): value for key, value in config.items() if key.startswith(prefix)},
+            shape=shape,
+            metrics=read_metrics(run_dir.metrics) if run_dir.metrics.exists() else [],
+            steps=recorded_steps(run_dir, "step"),
+            evaluations=recorded_steps(run_dir, "eval"),
+        )
+
+    def document(self, rollouts: Rollouts) -> dict[str, Any]:
+        run_dir, summary = self.run_dir, self.run_dir.read_summary()
+        newest = max((path.stat().st_mtime for path in (run_dir.metrics, run_dir.config) if path.exists()), default=0.0)
+        recorded = len(self.steps) * self.shape.step + len(self.evaluations) * 2 * self.shape.problems
+        shown = set(rollouts.ids).union(rollouts.prompt_ids)
+        spellings = read_spellings(run_dir.tokens) if run_dir.tokens.exists() else {}
+        return {
+            "name": self.name,
+            "path": str(run_dir.path),
+            "state": summary["exit_reason"] if summary else None,
+            "updated": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(newest)),
+            "summary": summary,
+            "environment": self.environment,
+            "config": self.config,
+            "doctor": orjson.loads(run_dir.doctor.read_bytes()) if run_dir.doctor.exists() else None,
+            "metrics": columns(self.metrics),
+            "supervised": columns(read_metrics(run_dir.supervised) if run_dir.supervised.exists() else []),
+            "spellings": {str(id): text for id, text in spellings.items() if id in shown},
+            "recorded": {
+                "steps": len(self.steps),
+                "evaluations": len(self.evaluations),
+                "rollouts": recorded,
+                "shown": len(rollouts.rollouts),
+            },
+            **rollouts.document(),
+        }
+
+
+def columns(records: Sequence[Record]) -> dict[str, list[Any]]:
+    """Lines → one list per key, None where a line lacks it.
+
+    >>> columns([{"step": 0, "eval/reward": 0.5}, {"step": 1, "loss": 2.0}])
+    {'step': [0, 1], 'eval/reward': [0.5, None], 'loss': [None, 2.0]}
+    """
+    keys = dict.fromkeys(key for record in records for key in record)
+    return {key: [record.get(key) for record in records] for key in keys}
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A tree of mappings → dotted keys; secrets hidden.
+
+    >>> flat({"task": {"target": "m:T", "args": {"level": 3, "api_key": "hunter2"}}})
+    {'task.target': 'm:T', 'task.args.level': 3, 'task.args.api_key': '(hidden)'}
+    >>> flat({"inference": {"urls": ["https://user:hunter2@host:8000"]}})
+    {'inference.urls': ['https://(hidden)@host:8000']}
+    """
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{key}.")
+        elif f"{key}.".startswith(FREE) and SECRET.search(key):
+            found[key] = "(hidden)"
+        else:
+            found[key] = _without_password(value)
+    return found
+
+
+def _without_password(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_password(each) for each in value]
+    return re.sub(r"(?<=://)[^/@\s]+@", "(hidden)@", value) if isinstance(value, str) else value
+
+
+# ── a page ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def document(named: Mapping[str, RunDir], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The page's document of one run or several, by the name to call each. `defaults`: the config that runs when
+    nothing is set, as a tree.
+
+    Raises ConfigError and VlmrlError (see `Run.read`), OSError.
+    """
+    runs = [Run.read(name, run_dir) for name, run_dir in named.items()]
+    pictures = Pictures()
+    wanted = ROLLOUTS
+    while True:
+        gathered = [_gather(run, runs, wanted // len(runs)) for run in runs]
+        images: dict[str, dict[str, Any]] = {}
+        for run, rollouts in zip(runs, gathered, strict=True):
+            images |= pictures.of(run.run_dir, rollouts.hashes)
+        tokens = sum(rollouts.num_tokens for rollouts in gathered)
+        size = sum(len(image["src"]) for image in images.values())
+        if (tokens <= TOKENS and size <= IMAGE_BYTES) or wanted < 2 * len(runs):
+            break
+        wanted //= 2
+    return {
+        "generated": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "defaults": flat(defaults),
+        "images": images,
+        "runs": [run.document(rollouts) for run, rollouts in zip(runs, gathered, strict=True)],
+    }
+
+
+def _gather(run: Run, runs: Sequence[Run], wanted: int) -> Rollouts:
+    """Of steps, groups and held-out problems that all the runs have, so that the same problem's rollouts can stand side
+    by side."""
+    shapes = [other.shape for other in runs]
+    steps, evaluations = _common(runs) or (run.steps, run.evaluations)
+    choice = choose(
+        run.run_dir,
+        Shape(
+            groups_per_step=min(shape.groups_per_step for shape in shapes),
+            group_size=max(shape.group_size for shape in shapes),
+            problems=min(shape.problems for shape in shapes),
+        ),
+        wanted,
+        steps,
+        evaluations,
+        run.metrics,
+    )
+    rollouts = Rollouts()
+    for record in read_groups(choice):
+        rollouts.add(record)
+    return rollouts
+
+
+def _common(runs: Sequence[Run]) -> tuple[list[int], list[int]] | None:
+    """Steps and evaluations that all runs have; None where there is neither."""
+    steps, evaluations = (
+        sorted(set.intersection(*map(set, each)))
+        for each in ([run.steps for run in runs], [run.evaluations for run in runs])
+    )
+    return (steps, evaluations) if steps or evaluations else None

@@ -1,0 +1,72 @@
+"""The document and the page's own files → one HTML file.
+
+    page.html + page.css + uPlot (vendor/, MIT) + *.js + the document as JSON
+
+The page asks nobody for anything: its content security policy forbids every request and every script but the ones
+that are in it, named by their digest. So a text of a model or a task that finds a way around the escaping (all text is
+set as text, never as HTML) still cannot run.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from vlmrl.monitor.report.document import document
+from vlmrl.monitor.run_dir import RunDir, disk_errors
+
+FILES = Path(__file__).parent
+SCRIPTS = ("vendor/uPlot.iife.min.js", "base.js", "curves.js", "tokens.js", "rollouts.js", "config.js", "main.js")
+"""In the order in which they run."""
+STYLES = ("vendor/uPlot.min.css", "page.css")
+
+
+def write_report(runs: Mapping[str, RunDir], target: Path, defaults: Mapping[str, Any]) -> None:
+    """Write the page of one run or several, by the name to call each, to `target`, whole or not at all.
+
+    Raises ConfigError where a folder holds no run, VlmrlError where a file is damaged or the disk is full.
+    """
+    page = html(document(runs, defaults))
+    # Not run_dir.write_atomically: a run and its reader may write the page at the same moment.
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    with disk_errors(target):
+        try:
+            temporary.write_bytes(page)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def html(content: Mapping[str, Any]) -> bytes:
+    """The page."""
+    licence = (FILES / "vendor/uPlot.LICENSE").read_text()
+    scripts = [f"\n{(FILES / name).read_text()}\n" for name in SCRIPTS]
+    styles = "\n".join((FILES / name).read_text() for name in STYLES)
+    digests = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
+    policy = f"default-src 'none'; img-src data:; style-src 'sha256-{_digest(styles)}'; script-src {digests}"
+    data = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY).replace(b"<", rb"\u003c")
+    parts = {
+        "policy": policy.encode(),
+        "title": escape(" · ".join(run["name"] for run in content["runs"])).encode(),
+        "licence": licence.encode(),
+        "styles": styles.encode(),
+        "scripts": "\n".join(f"<script>{script}</script>" for script in scripts).encode(),
+        "data": data,
+    }
+
+    def part(place: re.Match[bytes]) -> bytes:
+        return parts[place[1].decode()]
+
+    return re.sub(rb"\{\{(\w+)\}\}", part, (FILES / "page.html").read_bytes())
+
+
+def _digest(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,0 +1,362 @@
+"use strict";
+// One rollout, or its siblings side by side, token by token.
+
+// ── what can be read off a token ────────────────────────────────────────────────────────────────────────────
+
+// A tint's `of` gives the figure of token t (an index into the columns) of a turn; NaN where there is none.
+const TINTS = {
+  gap: {
+    label: "gap", title: "trainer logprob minus engine logprob", unit: "nats", diverging: true,
+    of: (c, t) => c.trainer[t] - c.engine[t],
+    none: "Only tokens that were learned from have a trainer logprob.",
+  },
+  advantage: {
+    label: "advantage", title: "advantage of the turn", unit: "", diverging: true,
+    of: (c, t, turn) => (turn.trained ? turn.advantage : NaN),
+    none: "Held-out rollouts have no advantage.",
+  },
+  entropy: {
+    label: "entropy", title: "entropy of the trainer's distribution at the token", unit: "nats",
+    of: (c, t) => c.entropy[t],
+    none: "Only tokens that were learned from have an entropy.",
+  },
+  surprise: {
+    label: "surprise", title: "minus the engine's logprob of the token", unit: "nats",
+    of: (c, t) => -c.engine[t],
+  },
+  version: {
+    label: "version", title: "policy version that sampled the token", unit: "", distinct: true,
+    of: (c, t) => c.versions[t],
+  },
+};
+
+// The 99th percentile over everything on the page: one scale, so that two rollouts can be compared.
+const scales = {};
+function scaleOf(name) {
+  if (scales[name]) return scales[name];
+  const tint = TINTS[name];
+  const values = [];
+  for (const rollout of all) {
+    for (const turn of rollout.turns) {
+      for (let t = turn.at; t < turn.at + turn.count; t++) values.push(tint.of(rollout.run.columns, t, turn));
+    }
+  }
+  const sizes = values.filter((value) => !Number.isNaN(value)).map(Math.abs);
+  return (scales[name] = quantile(sizes, 0.99) || 0);
+}
+
+const spell = (run, id) => run.spellings[id] ?? `‹${id}›`;
+const isSpecial = (text) => /^<\|.*\|>$/s.test(text) || /^<[a-z/_]+>$/.test(text);
+
+// ── one rollout ─────────────────────────────────────────────────────────────────────────────────────────────
+
+function show(rollout) {
+  state.chosen = rollout;
+  mark();
+  draw();
+  if (rollout) keepPlace();
+}
+
+function draw() {
+  view.legend.replaceChildren(...legend());
+  const rollout = state.chosen;
+  if (!rollout) {
+    view.detail.replaceChildren(el("p", { class: "empty" }, all.length ? "No rollout matches the filters." : nothing()));
+    return;
+  }
+  view.detail.replaceChildren(...(state.siblings ? siblings(rollout) : single(rollout)));
+  paint();
+  view.detail.scrollTop = 0;
+}
+
+const fact = (label, value, kind) => el("div", { class: `fact ${kind ?? ""}` }, el("span", {}, label), el("b", {}, value));
+
+const DROPPED = {
+  fault: "its stop reason is a fault",
+  empty: "nothing was sampled",
+  stray_image_token: "the policy sampled an image token",
+  stale: "a token is older than orchestrator.max_staleness",
+  zero_advantage: "every advantage is zero",
+  gibberish: "a rare token that was very unlikely",
+  repetition: "a long row of tokens that were all but certain",
+};
+
+function headline(rollout) {
+  const c = rollout.run.columns;
+  const versions = new Set(rollout.turns.flatMap((turn) => [...c.versions.subarray(turn.at, turn.at + turn.count)]));
+  const sampled = rollout.turns.reduce((sum, turn) => sum + turn.count, 0);
+  const last = rollout.turns.at(-1);
+  return [
+    el("div", { class: "title" },
+      SEVERAL && el("i", { class: "dot", style: { background: `var(${paletteName(rollout.run.index)})` } }),
+      el("h2", {}, rollout.id), el("span", { class: "muted" }, rollout.problem),
+      rollout.dropped && el("span", { class: "pill bad", title: DROPPED[rollout.dropped] ?? "" }, `dropped: ${rollout.dropped}`)),
+    rollout.dropped && el("p", { class: "note bad" }, `Not learned from: ${DROPPED[rollout.dropped] ?? rollout.dropped}.`),
+    rollout.error && el("pre", { class: "note bad" }, rollout.error),
+    el("div", { class: "facts" },
+      fact("reward", fmt.number(rollout.reward, 4)),
+      Object.entries(rollout.metrics).map(([key, value]) => fact(key, fmt.number(value, 4))),
+      fact("stop", rollout.stop),
+      rollout.filtered.length > 0 && fact("filters found", rollout.filtered.join(", ")),
+      fact("step", fmt.count(rollout.step)),
+      fact("policy version", [...versions].sort((a, b) => a - b).join(", ") || "–"),
+      fact("tokens", last ? `${fmt.count(promptLength(rollout.run, last))} + ${fmt.count(sampled)}` : "–"),
+      fact("took", fmt.seconds(rollout.seconds))),
+  ];
+}
+
+const promptLength = (run, turn) => turn.offset + run.prompts[turn.prompt].count;
+
+function single(rollout) {
+  return [
+    ...headline(rollout),
+    !rollout.turns.length && el("p", { class: "empty" }, "It ended before its first completion."),
+    rollout.turns.map((turn, index) => turnOf(rollout, turn, index)),
+  ].flat().filter(Boolean);
+}
+
+function turnOf(rollout, turn, index) {
+  const forked = index > 0 && turn.branch !== rollout.turns[index - 1].branch;
+  return el("article", { class: "turn" },
+    forked && el("p", { class: "fork" }, `Branch ${turn.branch}: the prompt could not extend the turn before it and was rendered anew`),
+    state.tokens ? promptTokens(rollout.run, turn) : messages(rollout.run, turn),
+    el("div", { class: "message completion" },
+      el("div", { class: "role" }, "policy"),
+      el("div", { class: "said" }, completion(rollout, turn),
+        el("div", { class: "scored" },
+          el("span", {}, "turn reward ", el("b", {}, fmt.number(turn.reward, 3))),
+          rollout.split === "train" && el("span", {}, "advantage ", el("b", {}, fmt.signed(turn.advantage))),
+          turn.finish === "length" && el("span", { class: "cut" }, "cut at max_new_tokens"),
+          !learned(turn) && el("span", {}, "no loss")))));
+}
+
+const learned = (turn) => turn.learned;
+
+// The image of a placeholder or of a message: pixels as they are, small ones enlarged without smoothing.
+function picture(hash, { small = false, place = null } = {}) {
+  const image = DATA.images[hash];
+  if (!image) {
+    return el("span", { class: "lost" }, hash ? `image ${hash.slice(0, 8)}… is not in images/` : "an image that never reached the prompt");
+  }
+  const size = Math.max(image.width, image.height);
+  const room = small ? 40 : 320;
+  const zoom = size < 96 ? Math.max(1, Math.floor((small ? 32 : 72) / size)) : Math.min(1, room / size);
+  const made = el("img", {
+    src: image.src, alt: `image ${hash.slice(0, 8)}, ${image.width} × ${image.height} pixels`,
+    class: size < 96 ? "pixels" : "", data: { hash },
+    style: { width: `${Math.round(image.width * zoom)}px`, height: `${Math.round(image.height * zoom)}px` },
+    title: [`${image.width} × ${image.height} pixels`, place && `${place[1]} token${place[1] > 1 ? "s" : ""} from ${place[0]} on`,
+      `images/${hash}.png`, !image.whole && "shown smaller; the file has every pixel"].filter(Boolean).join("\n"),
+  });
+  return made;
+}
+
+function messages(run, turn) {
+  const places = run.prompts[turn.prompt].placeholders;
+  const said = run.messages[turn.messages];
+  const images = said.flatMap((message) => message.content).filter((part) => part.type === "image").length;
+  const own = places.slice(places.length - images);
+  let next = 0;
+  return said.map((message) => el("div", { class: `message ${message.role}` },
+    el("div", { class: "role" }, message.role),
+    el("div", { class: "said" }, message.content.map((part) => {
+      if (part.type === "text") return el("span", { class: "text" }, part.text);
+      const place = images === own.length ? own[next++] : null;
+      return picture(part.hash, { place });
+    }))));
+}
+
+function promptTokens(run, turn) {
+  const prompt = run.prompts[turn.prompt];
+  const made = [];
+  let t = 0;
+  const places = [...prompt.placeholders];
+  while (t < prompt.count) {
+    const [offset, length, hash] = places[0] ?? [];
+    if (offset === turn.offset + t) {
+      places.shift();
+      made.push(el("span", { class: "placeholder" }, picture(hash, { small: true, place: [offset, length] }),
+        el("small", {}, `${spell(run, run.columns.prompts[prompt.at + t])} × ${length}`)));
+      t += length;
+      continue;
+    }
+    const id = run.columns.prompts[prompt.at + t];
+    const token = piece(spell(run, id), "prompt");
+    Object.assign(token.dataset, { id, position: turn.offset + t });
+    made.push(token);
+    t += 1;
+  }
+  return el("div", { class: "message prompt" },
+    el("div", { class: "role" }, "prompt", turn.offset > 0 && el("small", {}, `from ${turn.offset}`)),
+    el("div", { class: "said tokens" }, made));
+}
+
+function piece(text, kind) {
+  const special = isSpecial(text);
+  const shown = special ? text : text.replaceAll("\n", "⏎\n").replaceAll("\t", "⇥");
+  return el("span", { class: `token ${kind}${special ? " special" : ""}` }, shown);
+}
+
+function completion(rollout, turn) {
+  const c = rollout.run.columns;
+  const box = el("div", { class: "tokens" });
+  for (let i = 0; i < turn.count; i++) {
+    const token = piece(spell(rollout.run, c.ids[turn.at + i]), learned(turn) ? "sampled loss" : "sampled");
+    token.tabIndex = -1;
+    token.source = { rollout, turn, t: turn.at + i, position: promptLength(rollout.run, turn) + i };
+    box.append(token);
+  }
+  if (box.firstChild) box.firstChild.tabIndex = 0;
+  return box;
+}
+
+// ── tint ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+function paint() {
+  const tint = TINTS[state.tint];
+  const tokens = [...view.detail.querySelectorAll(".sampled")];
+  const figures = tokens.map(({ source: { rollout, turn, t } }) => (tint ? tint.of(rollout.run.columns, t, turn) : NaN));
+  const distinct = tint?.distinct ? [...new Set(figures)].sort((a, b) => a - b) : [];
+  const scale = tint && !tint.distinct ? scaleOf(state.tint) : 0;
+  tokens.forEach((token, i) => {
+    const value = figures[i];
+    let [colour, strength] = ["none", 0];
+    if (!Number.isNaN(value) && tint) {
+      if (tint.distinct) [colour, strength] = [paletteName(distinct.indexOf(value)), 0.55];
+      else {
+        strength = scale ? Math.min(1, Math.abs(value) / scale) : 0;
+        colour = tint.diverging ? (value < 0 ? "--below" : "--above") : "--much";
+      }
+    }
+    token.dataset.value = value;
+    token.style.setProperty("--tint", colour === "none" ? "transparent" : `var(${colour})`);
+    token.style.setProperty("--strength", `${Math.round(strength * 100)}%`);
+  });
+  view.scale.replaceChildren(...scaleLegend(tint, scale, distinct, figures));
+}
+
+function scaleLegend(tint, scale, distinct, figures) {
+  if (!tint) return [];
+  if (figures.every(Number.isNaN)) return [el("span", { class: "muted" }, figures.length ? tint.none : "")];
+  if (tint.distinct) {
+    return distinct.slice(0, 12).map((version, i) =>
+      el("span", { class: "key" }, el("i", { style: { background: `var(${paletteName(i)})` } }), fmt.count(version)));
+  }
+  const unit = tint.unit ? ` ${tint.unit}` : "";
+  const ends = tint.diverging ? [`${MINUS}${fmt.number(scale, 2)}`, `+${fmt.number(scale, 2)}${unit}`] : ["0", `${fmt.number(scale, 2)}${unit}`];
+  const rounding = state.tint === "gap" && scale < 1e-4;
+  return [el("span", {}, ends[0]), el("i", { class: `bar ${tint.diverging ? "diverging" : "sequential"}` }), el("span", {}, ends[1]),
+    el("span", { class: "muted wide" }, rounding ? "(rounding)" : "")];
+}
+
+function legend() {
+  return [
+    segmented("Tint tokens by", [...Object.entries(TINTS).map(([name, tint]) => [name, tint.label, tint.title]), ["", "none", "No tint"]],
+      state.tint, (name) => {
+        state.tint = name;
+        paint();
+        remember("tint", name);
+        keepPlace();
+      }),
+    (view.scale = el("div", { class: "scale", "aria-live": "polite" })),
+    el("span", { class: "key muted", title: "Loss mask: tokens that this step learned from" }, el("u", {}, "abc"), "learned from"),
+    el("span", { class: "push switches" },
+      toggle("tokens", "Tokens", "Prompts token by token, with their placeholders (m)"),
+      toggle("siblings", SEVERAL ? "Side by side" : "Siblings", "Everything that was tried on the problem, side by side (g)")),
+  ];
+}
+
+function toggle(name, label, title) {
+  return button(label, title, () => flip(name), { "aria-pressed": String(state[name]), class: "toggle", data: { toggle: name } });
+}
+
+function flip(name) {
+  state[name] = !state[name];
+  const focused = view.legend.contains(document.activeElement);
+  draw();
+  keepPlace();
+  if (focused) view.legend.querySelector(`[data-toggle=${name}]`).focus({ preventScroll: true });
+}
+
+// What is known of one token, beside it.
+function tell(token) {
+  const tip = document.getElementById("tip");
+  const { rollout, turn, t, position } = token.source ?? {};
+  const rows = [];
+  if (token.source) {
+    const c = rollout.run.columns;
+    const gap = c.trainer[t] - c.engine[t];
+    rows.push(
+      ["token", `${JSON.stringify(spell(rollout.run, c.ids[t]))}  ${c.ids[t]}`],
+      ["position", fmt.count(position)],
+      ["probability", fmt.number(Math.exp(c.engine[t]), 4)],
+      ["engine logprob", fmt.number(c.engine[t], 6)],
+      ["trainer logprob", Number.isNaN(c.trainer[t]) ? "–" : fmt.number(c.trainer[t], 6)],
+      ["gap", Number.isNaN(gap) ? "–" : `${fmt.signed(gap)} nats`],
+      ["entropy", Number.isNaN(c.entropy[t]) ? "–" : `${fmt.number(c.entropy[t], 4)} nats`],
+      ["advantage", turn.trained ? fmt.signed(turn.advantage) : "–"],
+      ["policy version", fmt.count(c.versions[t])],
+      ["loss", learned(turn) ? "yes" : "no"],
+    );
+  } else {
+    rows.push(["token", `${JSON.stringify(token.textContent.replaceAll("⏎", ""))}  ${token.dataset.id}`],
+      ["position", fmt.count(Number(token.dataset.position))], ["loss", "no: the environment's"]);
+  }
+  tip.replaceChildren(el("dl", {}, rows.map(([name, value]) => [el("dt", {}, name), el("dd", {}, value)])));
+  tip.hidden = false;
+  const [spot, box] = [token.getBoundingClientRect(), tip.getBoundingClientRect()];
+  const left = Math.max(8, Math.min(spot.left, innerWidth - box.width - 8));
+  const below = spot.bottom + 6 + box.height < innerHeight;
+  tip.style.left = `${left}px`;
+  tip.style.top = `${below ? spot.bottom + 6 : Math.max(8, spot.top - box.height - 6)}px`;
+}
+
+const silence = () => (document.getElementById("tip").hidden = true);
+
+// ── siblings side by side ───────────────────────────────────────────────────────────────────────────────────
+
+function siblings(rollout) {
+  const here = rollout.of.rollouts.filter((other) => matching.has(other));
+  const opening = here.find((other) => other.turns.length);
+  const same = here.every((other) => !other.turns.length
+    || JSON.stringify(other.run.messages[other.turns[0].messages]) === JSON.stringify(opening.run.messages[opening.turns[0].messages]));
+  const head = [
+    el("div", { class: "title" }, el("h2", {}, rollout.problem),
+      el("span", { class: "muted" }, SEVERAL ? `${here.length} rollouts`
+        : rollout.split === "train" ? `step ${fmt.count(rollout.step)}, ${here.length} siblings`
+          : `held-out, ${new Set(here.map((other) => other.step)).size} evaluations`)),
+    opening && same && el("article", { class: "turn" },
+      state.tokens ? promptTokens(opening.run, opening.turns[0]) : messages(opening.run, opening.turns[0])),
+  ].filter(Boolean);
+  const order = (rollouts) => [...rollouts].sort((a, b) => b.reward - a.reward || a.index - b.index);
+  if (!SEVERAL && rollout.split === "train") return [...head, el("div", { class: "cards" }, order(here).map((other) => card(other, same)))];
+  const steps = [...new Set(here.map((other) => other.step))].sort((a, b) => b - a);
+  return [...head, el("div", { class: "versus", style: { "--runs": RUNS.length } },
+    SEVERAL && RUNS.map((run) => el("h3", {}, el("i", { class: "dot", style: { background: `var(${paletteName(run.index)})` } }), NAMES[run.index])),
+    steps.flatMap((step) => [
+      el("h4", {}, `step ${fmt.count(step)}`),
+      ...RUNS.map((run) => el("div", { class: "cards" },
+        order(here.filter((other) => other.run === run && other.step === step)).map((other) => card(other, same)))),
+    ]))];
+}
+
+const LABELS = { eval_sampled: "sampled", eval_greedy: "greedy" };
+
+function card(rollout, openingShown) {
+  const made = el("article", { class: `card${rollout === state.chosen ? " chosen" : ""}${rollout.dropped ? " dropped" : ""}` },
+    el("header", {},
+      button(LABELS[rollout.split] ?? String(rollout.index).padStart(2, "0"), `Open ${rollout.id}`, () => {
+        state.siblings = false;
+        show(rollout);
+      }, { class: "open" }),
+      el("b", {}, fmt.number(rollout.reward, 3)),
+      rollout.stop !== "terminated" && el("span", { class: "tag" }, rollout.stop),
+      rollout.dropped && el("span", { class: "tag bad" }, `dropped: ${rollout.dropped}`)),
+    rollout.error && el("pre", { class: "note bad" }, rollout.error),
+    rollout.turns.map((turn, index) => el("div", { class: "cardturn" },
+      (index > 0 || !openingShown) && rollout.run.prompts[turn.prompt].placeholders.length > 0 && el("div", { class: "thumbs" },
+        rollout.run.prompts[turn.prompt].placeholders.map(([offset, length, hash]) => picture(hash, { small: true, place: [offset, length] }))),
+      completion(rollout, turn),
+      rollout.split === "train" && el("small", { class: "muted" }, fmt.signed(turn.advantage)))));
+  return made;
+}
