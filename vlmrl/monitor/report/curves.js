@@ -337,14 +337,16 @@ function buildCurves(section) {
   if (!others.length) return;
   const more = el("div", { class: "charts" });
   const find = el("input", { type: "search", placeholder: "Filter by name", "aria-label": "Filter figures by name" });
-  find.addEventListener("input", () => {
+  const apply = () => {
     for (const box of more.children) box.hidden = !box.dataset.title.includes(find.value.trim());
-  });
+  };
+  find.addEventListener("input", apply);
   const details = el("details", { class: "more" },
     el("summary", {}, `${others.length} more figures`), find, more);
   details.addEventListener("toggle", () => {
     if (more.children.length) return;
     for (const key of others) more.append(chart(key, "", [[key, key.split("/").at(-1)]]) ?? "");
+    apply();
   });
   section.append(details);
 }
