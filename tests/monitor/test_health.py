@@ -100,6 +100,11 @@ def test_a_mismatch_that_no_rounding_makes() -> None:
     assert "mode=doctor" in text
 
 
+def test_stale_tokens_have_other_probabilities_and_no_fault() -> None:
+    assert said(history(mismatch_kl__max=0.5, mismatch_kl__mean=0.1, staleness__max=2.0)) == []
+    assert len(said(history(mismatch_kl__max=0.5, staleness__max=0.0))) == 1
+
+
 def test_a_mismatch_that_rises() -> None:
     lines = history(steps=20, mismatch_kl__mean=1e-3)
     assert said(lines, exact=False) == []
