@@ -157,7 +157,7 @@ def test_a_large_image_is_shown_smaller(tmp_path: Path) -> None:
     kind, _, data = shown["src"].partition(",")
     with PIL.Image.open(io.BytesIO(base64.b64decode(data))) as picture:
         assert picture.size == (512, 256)
-    assert kind == "data:image/webp;base64"
+    assert kind == "data:image/jpeg;base64"
 
 
 def test_a_lost_image_and_a_rollout_without_turns(tmp_path: Path, config: RunConfig) -> None:
@@ -229,7 +229,7 @@ def test_neither_the_environment_nor_a_secret_is_in_it(
         "++task.args.api_key=key-of-the-task",
         "++task.args.level=3",
         "inference=vllm",
-        "inference.urls=[https://me:key-of-the-url@host:1]",
+        "inference.urls=[https://me:key-of-the-url@127.0.0.1:1]",
         "weight_sync=folder",
     )
     run_dir = record(tmp_path / "run", config, [])
@@ -237,7 +237,7 @@ def test_neither_the_environment_nor_a_secret_is_in_it(
     said = str(content)
     assert "key-of" not in said
     assert content["runs"][0]["config"]["task.args.level"] == 3
-    assert content["runs"][0]["config"]["inference.urls"] == ["https://(hidden)@host:1"]
+    assert content["runs"][0]["config"]["inference.urls"] == ["https://(hidden)@127.0.0.1:1"]
 
 
 @pytest.mark.parametrize("what", ["absent", "empty", "damaged", "other"])

@@ -8,6 +8,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,9 +18,9 @@ import psutil
 import pytest
 from monitor.report_runs import noise, one_rollout, one_turn, record
 
-from vlmrl.cli import usual
+from vlmrl.cli import main, usual
 from vlmrl.config import RunConfig
-from vlmrl.errors import VlmrlError
+from vlmrl.errors import ConfigError, VlmrlError
 from vlmrl.monitor.report.background import ReportWriter
 from vlmrl.monitor.report.page import FILES, SCRIPTS, html, write_report
 from vlmrl.monitor.run_dir import RunDir
@@ -103,6 +105,63 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(run_dir: RunDir, tmp_p
         write_report({"run": run_dir}, run_dir.report, {})
     assert run_dir.report.read_bytes() == before
     assert not list(run_dir.path.glob(".report*"))
+
+
+# ── mode=report ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_command_writes_the_page_without_torch(run_dir: RunDir) -> None:
+    script = (
+        "import sys; from vlmrl.cli import main; code = main(sys.argv[1:]); "
+        "sys.exit(code or ('torch' in sys.modules and 'torch was imported'))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", script, "mode=report", f"run={run_dir.path}"],
+        capture_output=True,
+        text=True,
+        # As beside a run of several ranks: it must not wait for the others.
+        env={**os.environ, "RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"},
+        timeout=120,
+    )
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, f"{run_dir.report}\n", "")
+    assert HOSTILE in json.loads(Page(run_dir.report.read_text()).data)["runs"][0]["rollouts"][0]["problem"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], r"mode=report requires one of run= and runs= and nothing else \(nothing was given\)"),
+        (["run=a", "seed=1"], r"and nothing else \(run=a seed=1\)"),
+        (["--multirun", "run=a"], "and nothing else"),
+        (["run=nowhere"], r"run=.*nowhere holds no config\.yaml of a run"),
+        (["runs=[nowhere]"], "nowhere is neither a run nor a multirun"),
+    ],
+)
+def test_what_it_cannot_show_is_refused(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["mode=report", *arguments]) == 2
+    assert re.search(says, capsys.readouterr().err)
+
+
+def test_one_run_alone_is_not_compared(run_dir: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["mode=report", f"runs=[{run_dir.path}]"]) == 2
+    assert "requires two runs or more" in capsys.readouterr().err
+
+
+def test_a_multirun_is_shown_by_what_its_jobs_differ_in(
+    tmp_path: Path, run_config: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in (0, 1):
+        record(tmp_path / f"seeds/seed={seed}", run_config(f"seed={seed}"), [])
+    (tmp_path / "seeds/not_begun").mkdir()
+    assert main(["mode=report", f"runs={tmp_path / 'seeds'}"]) == 0
+    page = tmp_path / "seeds/side_by_side.html"
+    assert capsys.readouterr().out == f"{page}\n"
+    assert [run["name"] for run in json.loads(Page(page.read_text()).data)["runs"]] == ["seed=0", "seed=1"]
+
+
+def test_a_config_cannot_ask_for_it(run_config: Callable[..., RunConfig]) -> None:
+    with pytest.raises(ConfigError, match="mode=report requires to stand on the command line with run="):
+        run_config("mode=report")
 
 
 # ── beside a run ────────────────────────────────────────────────────────────────────────────────────────────

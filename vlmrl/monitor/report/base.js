@@ -72,11 +72,12 @@ function quantile(values, share) {
 
 // ── packed arrays ───────────────────────────────────────────────────────────────────────────────────────────
 
+// Base64 of little-endian items, as every machine that runs a browser has them.
 function unpack(text, Type) {
-  const bytes = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
-  const view = new DataView(bytes.buffer);
-  const read = Type === Float32Array ? "getFloat32" : "getInt32";
-  return Type.from({ length: bytes.length / 4 }, (_, index) => view[read](4 * index, true));
+  const characters = atob(text);
+  const bytes = new Uint8Array(characters.length);
+  for (let i = 0; i < bytes.length; i++) bytes[i] = characters.charCodeAt(i);
+  return new Type(bytes.buffer);
 }
 
 for (const [index, run] of RUNS.entries()) {

@@ -53,7 +53,8 @@ function prepare(run) {
 const keysOf = (wanted) => {
   if (typeof wanted !== "string") return wanted.filter(([key]) => RUNS.some((run) => run.metrics[key]?.some(known)));
   const found = new Set(RUNS.flatMap((run) => Object.keys(run.metrics).filter((key) => key.startsWith(wanted))));
-  return [...found].sort().map((key) => [key, key.slice(wanted.length)]);
+  const most = (key) => Math.max(...RUNS.map((run) => lastOf(run.metrics[key]) ?? 0));
+  return [...found].sort((a, b) => most(b) - most(a) || a.localeCompare(b)).map((key) => [key, key.slice(wanted.length)]);
 };
 
 function chart(title, unit, keys, options = {}) {

@@ -296,7 +296,9 @@ function buildRollouts(section) {
   // The newest training group whose rewards differ says most.
   const differs = (group, key) => new Set(group.rollouts.map((rollout) => rollout[key])).size > 1;
   const telling = groups.findLast((group) => group.kind === "train" && differs(group, "reward") && (!SEVERAL || differs(group, "run")));
-  state.chosen = byPlace() ?? (telling ?? groups.at(SEVERAL ? 0 : -1))?.rollouts[0] ?? null;
+  const stake = (rollout) => Math.max(0, ...rollout.turns.map((turn) => Math.abs(turn.advantage)));
+  const first = (telling ?? groups.at(SEVERAL ? 0 : -1))?.rollouts.reduce((a, b) => (stake(b) > stake(a) ? b : a));
+  state.chosen = byPlace() ?? first ?? null;
   apply();
   draw();
 }

@@ -30,18 +30,21 @@ const TINTS = {
   },
 };
 
-// The 99th percentile over everything on the page: one scale, so that two rollouts can be compared.
+// The 99th percentile over everything on the page (of very many tokens every nth): one scale, so that two rollouts can
+// be compared.
 const scales = {};
 function scaleOf(name) {
   if (scales[name]) return scales[name];
   const tint = TINTS[name];
-  const values = [];
+  const every = Math.ceil(RUNS.reduce((sum, run) => sum + run.columns.ids.length, 0) / 50_000);
+  const sizes = [];
   for (const rollout of all) {
+    const columns = rollout.run.columns;
     for (const turn of rollout.turns) {
-      for (let t = turn.at; t < turn.at + turn.count; t++) values.push(tint.of(rollout.run.columns, t, turn));
+      const first = turn.at + ((every - (turn.at % every)) % every);
+      for (let t = first; t < turn.at + turn.count; t += every) sizes.push(Math.abs(tint.of(columns, t, turn)));
     }
   }
-  const sizes = values.filter((value) => !Number.isNaN(value)).map(Math.abs);
   return (scales[name] = quantile(sizes, 0.99) || 0);
 }
 
@@ -67,6 +70,7 @@ function draw() {
   view.detail.replaceChildren(...(state.siblings ? siblings(rollout) : single(rollout)));
   paint();
   view.detail.scrollTop = 0;
+  view.detail.querySelector(".card.chosen")?.scrollIntoView({ block: "nearest" });
 }
 
 const fact = (label, value, kind) => el("div", { class: `fact ${kind ?? ""}` }, el("span", {}, label), el("b", {}, value));
