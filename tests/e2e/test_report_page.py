@@ -382,7 +382,7 @@ def test_figures_under_the_cursor(browser: Any, made: RunDir, made_page: Path) -
         assert drawn > 20, "there is a curve on the canvas"
         tab.page.get_by_text("more figures").click()
         tab.fill("Filter figures by name", "task/")
-        tab.page.wait_for_selector(".more .chart")
+        tab.page.wait_for_selector(".more .chart", state="attached")
         assert tab.texts(".more .chart:not([hidden]) h3") == ["task/thing"]
 
 
