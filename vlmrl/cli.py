@@ -18,7 +18,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -35,8 +35,10 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from yaml import YAMLError
 
 from vlmrl import slurm
+from vlmrl.checks.engine import weights_cross_nodes
 from vlmrl.config import Mode, RunConfig, register_schemas
 from vlmrl.errors import ConfigError, Interrupted, VlmrlError
+from vlmrl.inference.config import VllmConfig
 from vlmrl.keys import did_you_mean, unknown_key
 from vlmrl.monitor.run_dir import RunDir
 from vlmrl.parse import parse, summary, typed
@@ -83,16 +85,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if REPORT in arguments:  # before ranks are counted: a run of several ranks starts it from one of them
             print(write_page(arguments))
             return 0
-        if find_place().size == 1:
+        if slurm.tasks_of_step() > 1:
+            slurm.part(slurm.said_in(arguments))
+        if slurm.server_index() is not None:
             return command_line(arguments)
+        with slurm.holding_servers():
+            return of_all_ranks(lambda: command_line(arguments))
     except VlmrlError as error:
         return report(error)
+
+
+def of_all_ranks(lead: Callable[[], int]) -> int:
+    """Rank 0 leads, the others follow → exit code."""
+    if find_place().size == 1:
+        return lead()
     from vlmrl.run import follow_leader
     from vlmrl.trainer.distributed import init_from_environment
 
     with init_from_environment() as group:
         assert group is not None
-        return command_line(arguments) if group.rank == 0 else follow_leader(group)
+        return lead() if group.rank == 0 else follow_leader(group)
 
 
 def command_line(arguments: list[str]) -> int:
@@ -140,6 +152,14 @@ def start(config: DictConfig) -> float | None:
     if run_config.mode is Mode.compare:
         compare_runs(run_config)
         return None
+    if isinstance(run_config.inference, VllmConfig):
+        slurm.part(run_config.inference.slurm_tasks)
+        if (index := slurm.server_index()) is not None:
+            from vlmrl.serve import serve
+
+            serve(run_config, index)
+            return None
+        weights_cross_nodes(run_config, slurm.nodes())
     check_here(run_config)
     from vlmrl.run import execute
 
@@ -181,33 +201,31 @@ def job(config: DictConfig) -> float | None:
 
     A launcher may start several ranks of it (submitit's tasks): the others follow the first.
     """
-    if find_place().size > 1:
-        from vlmrl.run import follow_leader
-        from vlmrl.trainer.distributed import init_from_environment
+    objective, code = None, 0
 
-        with init_from_environment() as group:
-            assert group is not None
-            if group.rank == 0:
-                return only_job(config)
-            code = follow_leader(group)
-            if code != 0:
-                raise JobError(code)
-            return None
-    return only_job(config)
+    def lead() -> int:
+        nonlocal objective
+        if HydraConfig.get().mode is RunMode.MULTIRUN or slurm.is_restarted():
+            objective = run_what_is_left(config, HydraConfig.get().overrides.task, start)
+        else:
+            objective = start(config)
+        return 0
 
-
-def only_job(config: DictConfig) -> float | None:
-    """The job itself: of one process, or of rank 0."""
     try:
         place(config, HydraConfig.get().runtime.output_dir)
-        if HydraConfig.get().mode is RunMode.MULTIRUN or slurm.is_restarted():
-            return run_what_is_left(config, HydraConfig.get().overrides.task, start)
-        return start(config)
+        slurm.part(config.inference.get("slurm_tasks", 0))
+        if slurm.server_index() is not None:
+            return start(config)
+        with slurm.holding_servers():
+            code = of_all_ranks(lead)
     except Exception as error:
         code = report(error)
         # In a sweep Hydra runs the other jobs, names this one, and raises the error again. Ctrl-C means all of them.
         sweep = HydraConfig.get().mode is RunMode.MULTIRUN and not isinstance(error, Interrupted)
         raise (JobError(code) if sweep else SystemExit(code)) from error
+    if code != 0:  # of a rank that is not the first
+        raise JobError(code)
+    return objective
 
 
 class CheckFirst(Callback):
@@ -233,6 +251,7 @@ class CheckFirst(Callback):
             job_config = GlobalHydra.instance().config_loader().load_sweep_config(config, overrides)
             try:
                 run_config = parse(place(without_hydra(job_config), "not made yet"))
+                check_launcher(config.hydra.launcher, run_config)
                 if run_config.dry_run:
                     dry_run = True
                     print(f"job {' '.join(overrides)}")
@@ -242,6 +261,26 @@ class CheckFirst(Callback):
         if codes or dry_run:
             raise SystemExit(codes[0] if codes else 0)
         CheckFirst.sweep_dir = Path(config.hydra.sweep.dir)
+
+
+def check_launcher(launcher: DictConfig, config: RunConfig) -> None:
+    """Whether the tasks that `launcher` starts are those that a run needs. Raises ConfigError."""
+    serving = config.inference.slurm_tasks if isinstance(config.inference, VllmConfig) else 0
+    if serving == 0:
+        return
+    if "tasks_per_node" not in launcher:
+        raise ConfigError(
+            f"inference.slurm_tasks={serving} requires tasks of its own for each job of a sweep, else the servers of "
+            "the first never end: set hydra/launcher=slurm"
+        )
+    tasks = launcher.nodes * launcher.tasks_per_node
+    if serving >= tasks:
+        raise ConfigError(
+            f"inference.slurm_tasks={serving} requires more tasks than hydra.launcher.nodes={launcher.nodes} × "
+            f"hydra.launcher.tasks_per_node={launcher.tasks_per_node}, else none trains: set "
+            f"hydra.launcher.tasks_per_node={-(-(serving + 1) // launcher.nodes)}"
+        )
+    weights_cross_nodes(config, launcher.nodes)
 
 
 def without_hydra(config: DictConfig) -> DictConfig:

@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 from e2e.command_line import PATIENCE, REPOSITORY, SHORT, Gate, Home, assert_same_run, summary
 
+from vlmrl.inference.vllm_server import vllm_version
+from vlmrl.monitor.metrics import read_metrics
+
 STEP_4 = 6
 """A problem of the fourth RL step of `SHORT`, between the checkpoints of steps 2 and 4."""
 
@@ -151,3 +154,21 @@ def test_a_job_of_the_launcher_that_is_out_of_time_resumes(home: Home, never_sto
     (out,) = folder.glob(".submitit/*/*_log.out")
     assert "stopped before, continues" in out.read_text()
     assert_same_run(metrics.parent, never_stopped)
+
+
+# ── several tasks ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(vllm_version() is None, reason="no vLLM")
+def test_a_task_that_serves(home: Home) -> None:
+    """One task trains, the other is its vLLM server; both end with the run."""
+    job = sbatch(home, vlmrl(*SHORT, "inference=vllm", "inference.slurm_tasks=1"), "--ntasks=2", "--wait")
+    assert state(job) == "COMPLETED", log(home, job)
+    (run,) = (home.path / "outputs/slurm").glob(f"{job}.0_*")
+    assert summary(run)["exit_reason"] == "finished"
+    steps = [line for line in read_metrics(run / "metrics.jsonl") if line["step"] > 0]
+    assert sum(line["inference/requests"] for line in steps) > 0
+    assert max(line["mismatch_kl/max"] for line in steps) < 1e-6
+    assert (run / "logs/vllm_0.log").exists()
+    assert list((run / "servers").iterdir()) == [], "the server's key is gone with it"

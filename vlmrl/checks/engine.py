@@ -60,6 +60,37 @@ def folder_is_shared(inference: VllmConfig, sync: FolderSyncConfig) -> None:
             )
 
 
+def servers_have_one_place(config: RunConfig) -> None:
+    """Servers are started here, run already, or are on tasks of the Slurm job."""
+    inference = config.inference
+    if not isinstance(inference, VllmConfig) or inference.slurm_tasks == 0:
+        return
+    tasks = f"inference.slurm_tasks={inference.slurm_tasks}"
+    if inference.urls or inference.replicas != 1:
+        other = "inference.urls" if inference.urls else f"inference.replicas={inference.replicas}"
+        raise ConfigError(
+            f"{tasks} requires all servers to be on those tasks, else nobody knows whether {other} is meant too: drop "
+            "the one or the other"
+        )
+    if config.weight_sync.kind == "cuda_ipc":
+        raise ConfigError(
+            f"{tasks} requires weights that leave the trainer's GPU, else the servers, which have GPUs of their own, "
+            "cannot open its memory: set weight_sync=nccl or weight_sync=folder"
+        )
+
+
+def weights_cross_nodes(config: RunConfig, nodes: int) -> None:
+    """All of the `nodes` hosts see the weights; known where a Slurm job is submitted, and where it runs."""
+    inference, sync = config.inference, config.weight_sync
+    if nodes == 1 or not isinstance(inference, VllmConfig) or inference.slurm_tasks == 0:
+        return
+    if isinstance(sync, FolderSyncConfig) and sync.root.startswith(("/dev/shm", "/tmp")):
+        raise ConfigError(
+            f"weight_sync.root={sync.root} requires all tasks on one node, else servers on the others of {nodes} nodes "
+            "do not see the weights: set weight_sync.root to a folder that every node sees, or weight_sync=nccl"
+        )
+
+
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 """Hosts in `inference.urls` that are surely this one."""
 

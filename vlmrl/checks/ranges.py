@@ -64,6 +64,7 @@ RANGES: tuple[tuple[str, float, float, str], ...] = (
     ("inference.data_parallel_size", 1, math.inf, "there is no engine behind a server"),
     ("inference.gpu_memory_utilization", SMALLEST, 1, "it is no share of a GPU's memory"),
     ("inference.kv_cache_gib", 1, math.inf, "no token has a place"),
+    ("inference.slurm_tasks", 0, math.inf, "it counts no tasks (0 is none)"),
     ("inference.startup_timeout_s", SMALLEST, math.inf, "no server is up in time"),
     ("inference.request_timeout_s", SMALLEST, math.inf, "no answer comes in time"),
     ("inference.max_restarts", 0, math.inf, "it counts no restarts (0 is none)"),

@@ -56,6 +56,12 @@ class VllmConfig(InferenceConfig):
     """Servers that run already, e.g. `[http://10.0.0.7:8000]`; then none is started, and what a server is started with
     (all fields from `replicas` to `extra_args`) is theirs. Their API key is taken from `VLLM_API_KEY`. They serve this
     run alone: it replaces their weights."""
+    slurm_tasks: int = 0
+    """Tasks of the Slurm job that serve instead of training, the last ones; one server each, on the task's node, and
+    none elsewhere. With a task per GPU and n GPUs per server (`tensor_parallel_size` × `data_parallel_size`), n − 1
+    tasks are left without work: give a node that samples one task per server. Under srun it is said on the command
+    line, not in a file: tasks part before they read any. On several nodes the servers listen beyond their own host;
+    the run's key, which goes over the network as it is, keeps others out."""
     startup_timeout_s: float = 900.0
     """Seconds for a server to come up. A large model from a cold disk, compiled, takes minutes."""
     request_timeout_s: float = 600.0
@@ -64,3 +70,8 @@ class VllmConfig(InferenceConfig):
     """Times that a server is started again in one run. More often than this it would die again."""
     max_retries: int = 3
     """Times that one turn is asked again because its server died under it."""
+
+    @property
+    def starts_servers(self) -> bool:
+        """Whether the run's own process starts them, on its machine."""
+        return not self.urls and self.slurm_tasks == 0

@@ -24,6 +24,7 @@ import numpy as np
 
 from vlmrl.errors import EngineError
 from vlmrl.inference.config import VllmConfig
+from vlmrl.inference.slurm_servers import find_servers
 from vlmrl.inference.vllm_client import ImageEncoder, ServerLostError, VllmClient
 from vlmrl.inference.vllm_frames import ROUTE
 from vlmrl.inference.vllm_server import (
@@ -50,6 +51,8 @@ class Replica:
     """For messages; of a server that the run did not start, its URL."""
     server: VllmServer | None
     """None for a server that the run did not start."""
+    key: str | None = None
+    """API key of such a server."""
     client: VllmClient | None = None
     """Of the server's present life."""
     is_ready: bool = False
@@ -107,6 +110,7 @@ class VllmEngine:
         start, `warn` one for each that has died; `weight_transfer` as `VllmServer`'s."""
         self._config = config
         self._encoder = ImageEncoder(config.dtype, flat_mm_kwargs)
+        self._run = log_folder.parent
         self._on_progress = on_progress
         self._warn = warn
         self._counts: Counter[str] = Counter()
@@ -116,7 +120,9 @@ class VllmEngine:
         """Clients of servers that are gone; requests of theirs may still be failing."""
         self._watchers: list[asyncio.Task[None]] = []
         if config.urls:
-            self.replicas = [Replica(url, None) for url in config.urls]
+            self.replicas = [Replica(url, None, os.environ.get("VLLM_API_KEY")) for url in config.urls]
+        elif config.slurm_tasks:
+            self.replicas = []  # found by `start`
         else:
             servers = [
                 VllmServer(config, index, checkpoint, log_folder / f"vllm_{index}.log", weight_transfer)
@@ -128,6 +134,9 @@ class VllmEngine:
 
     async def start(self) -> None:
         """Bring all servers up. Raises `EngineError` where one does not come up, and leaves none running then."""
+        if self._config.slurm_tasks:
+            found = await find_servers(self._run, self._config.startup_timeout_s, self._on_progress)
+            self.replicas = [Replica(server.url, None, server.key) for server in found]
         coming = [asyncio.create_task(self._bring_up(replica)) for replica in self.replicas]
         try:
             await asyncio.wait(coming, return_when=asyncio.FIRST_EXCEPTION)
@@ -286,7 +295,7 @@ class VllmEngine:
         server = replica.server
         if server is not None:
             await server.launch()
-        url, key = (server.url, server.api_key) if server else (replica.name, os.environ.get("VLLM_API_KEY"))
+        url, key = (server.url, server.api_key) if server else (replica.name, replica.key)
         client = VllmClient(replica.name, url, key, self._encoder, self._counts, self._config.request_timeout_s)
         replica.client = client
         if server is not None:

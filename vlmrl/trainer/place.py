@@ -2,7 +2,8 @@
 
     python -m vlmrl …                               one process, rank 0 of 1
     torchrun --nproc-per-node=2 -m vlmrl …          RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT
-    srun --ntasks=2 python -m vlmrl …               SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID, …
+    srun --ntasks=2 python -m vlmrl …               SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID, …; the last
+                                                    tasks may serve instead (vlmrl/slurm.py)
 
 Slurm's variables are those of a step: a batch script that runs `python -m vlmrl` without srun is one process, although
 SLURM_NTASKS may say more.
@@ -11,11 +12,11 @@ SLURM_NTASKS may say more.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vlmrl.errors import ConfigError
+from vlmrl.slurm import first_host, serving_tasks, tasks_of_step
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -55,7 +56,7 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place:
             )
         rank, size, local_rank = (int(environment.get(name, 0)) for name in TORCHRUN[:3])
         return Place(rank, size, local_rank, environment.get("MASTER_ADDR", ""), int(environment.get("MASTER_PORT", 0)))
-    size = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
+    size = tasks_of_step(environment) - serving_tasks()
     if size == 1:
         return Place()
     job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
@@ -67,14 +68,3 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place:
         address="127.0.0.1" if one_host else first_host(environment["SLURM_STEP_NODELIST"]),
         port=FIRST_PORT + (31 * job + step) % PORTS,
     )
-
-
-def first_host(nodes: str) -> str:
-    """The first host of a Slurm node list.
-
-    >>> [first_host(nodes) for nodes in ("gpu[07-09,12],login", "a,b", "rack1-node3", "r[2-3]n[01-16]")]
-    ['gpu07', 'a', 'rack1-node3', 'r2n01']
-    """
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
-    assert first is not None, nodes
-    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0])

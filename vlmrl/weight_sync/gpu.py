@@ -107,7 +107,7 @@ def check_transfer(sync: WeightSyncConfig, inference: VllmConfig, device: str) -
             f"weight_sync={sync.kind} requires vLLM here too, for the trainer's side of its weight transfer: "
             "pip install 'vlmrl[vllm]' in the version that the servers have, or set weight_sync=folder"
         )
-    if inference.urls:
+    if not inference.starts_servers:
         return
     check_places(sync, inference, device, visible_devices())
 
