@@ -94,7 +94,7 @@ class WaitingImages:
 
     >>> waiting = WaitingImages(limit_bytes=5)
     >>> waiting.add({"a": memoryview(b"123"), "b": memoryview(b"45"), "c": memoryview(b"6")})
-    >>> list(waiting.take([["a", 0, 1], ["b", 1, 1], ["c", 2, 1]])), list(waiting.take([["b", 0, 1]]))
+    >>> sorted(waiting.take([["a", 0, 1], ["b", 1, 1], ["c", 2, 1]])), list(waiting.take([["b", 0, 1]]))
     (['b', 'c'], [])
     """
 
