@@ -8,6 +8,7 @@ import typing
 from collections.abc import Iterator, Sequence
 
 from vlmrl.config import SCHEMAS, RunConfig
+from vlmrl.docs import fields_of
 
 
 def unknown_key(key: str) -> str:
@@ -17,8 +18,10 @@ def unknown_key(key: str) -> str:
     'there is no such key; did you mean trainer.learning_rate or trainer.warmup.learning_rate?'
     >>> unknown_key("group_size")
     'there is no such key; did you mean orchestrator.group_size?'
+    >>> unknown_key("modle")
+    'there is no such key; did you mean model?'
     """
-    return "there is no such key" + did_you_mean(key, known_keys())
+    return "there is no such key" + did_you_mean(key, [*known_keys(), *known_groups()])
 
 
 def did_you_mean(word: str, candidates: Sequence[str]) -> str:
@@ -32,6 +35,8 @@ def did_you_mean(word: str, candidates: Sequence[str]) -> str:
         name = candidate.rpartition(".")[2]
         initials = "".join(part[:1] for part in name.split("_"))
         likeness = 1.0 if last_part == initials else difflib.SequenceMatcher(None, last_part, name).ratio()
+        if sorted(last_part) == sorted(name):  # letters that changed places
+            likeness = max(likeness, 0.95)
         if likeness >= 0.7:
             scores[candidate] = likeness + difflib.SequenceMatcher(None, word, candidate).ratio() / 2
     best = [candidate for candidate in scores if scores[candidate] > max(scores.values()) - 0.1]
@@ -45,6 +50,15 @@ def known_keys() -> list[str]:
     ['task.image_size']
     """
     return sorted(set(_keys_of(RunConfig, "")))
+
+
+def known_groups() -> list[str]:
+    """The groups of the root.
+
+    >>> known_groups()[:3]
+    ['model', 'task', 'orchestrator']
+    """
+    return [field.name for field in fields_of(RunConfig) if field.schema is not None]
 
 
 def _keys_of(schema: type, prefix: str) -> Iterator[str]:

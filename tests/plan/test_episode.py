@@ -16,7 +16,8 @@ from vlmrl.config import RunConfig
 from vlmrl.models.load import load_image_processor, load_tokenizer, resolve_checkpoint
 from vlmrl.orchestrator.config import RendererConfig
 from vlmrl.orchestrator.renderer import make_renderer
-from vlmrl.plan.episode import TINY_CHARACTERS_PER_TOKEN, Episode, play, vision_tokens
+from vlmrl.plan.episode import Episode, play
+from vlmrl.plan.vision import TINY_CHARACTERS_PER_TOKEN, vision_tokens
 from vlmrl.tasks import load_task
 from vlmrl.tasks.config import ColorCodewordConfig
 from vlmrl.types import Image, Message

@@ -7,8 +7,8 @@ import math
 from vlmrl.config import RunConfig
 from vlmrl.errors import ConfigError
 from vlmrl.imports import is_import_path
-from vlmrl.plan.episode import IMAGE_FRAME, TURN_FRAME, vision_tokens
 from vlmrl.plan.sizes import image_bounds
+from vlmrl.plan.vision import IMAGE_FRAME, TURN_FRAME, vision_tokens
 from vlmrl.tasks.config import ColorCodewordConfig
 
 

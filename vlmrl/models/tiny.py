@@ -13,8 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vlmrl.errors import ConfigError
 from vlmrl.models.cache import built
 from vlmrl.models.config import ModelConfig, TinyConfig
@@ -110,6 +108,7 @@ def _write_weights(sizes: TinyConfig, ids: dict[str, int], vocab_size: int, fold
     Names and shapes come from the real class on the meta device; values from numpy, because torch's normal numbers
     differ by rounding between processors and numpy's do not. The rule is transformers' own initialization.
     """
+    import numpy as np
     import torch
     from safetensors.numpy import save_file
     from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLConfig

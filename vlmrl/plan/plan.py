@@ -13,11 +13,12 @@ from vlmrl.config import Mode, RunConfig
 from vlmrl.inference.config import VllmConfig
 from vlmrl.inference.vllm_server import vllm_version
 from vlmrl.models.config import Dtype
-from vlmrl.plan.episode import CHARACTERS_PER_TOKEN, TINY_CHARACTERS_PER_TOKEN, Episode, play
+from vlmrl.plan.episode import Episode, play
 from vlmrl.plan.machine import Machine, find_machine
 from vlmrl.plan.memory import pixel_bytes, server_memory, trainer_memory
 from vlmrl.plan.places import GIB, check_machine, gpus_needed, processes, uses_gpus
 from vlmrl.plan.sizes import Sizes, find_sizes
+from vlmrl.plan.vision import CHARACTERS_PER_TOKEN, TINY_CHARACTERS_PER_TOKEN
 from vlmrl.tasks.loading import load_task
 from vlmrl.trainer.config import Packing
 from vlmrl.trainer.place import find_place

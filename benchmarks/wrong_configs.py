@@ -1,0 +1,67 @@
+"""Twenty wrong command lines, each in a process of its own: what is said, how it exits, how long it takes.
+
+    python benchmarks/wrong_configs.py        prints the table of benchmarks/README.md
+
+Seconds are of the clock and, since a machine may be busy, of the processor (user and system).
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+
+WRONG: tuple[tuple[str, ...], ...] = (
+    ("trainer.learning_rat=1e-5",),
+    ("lr=1e-5",),
+    ("model=qwen3vl_tin",),
+    ("modle=qwen3vl",),
+    ("mode=train",),
+    ("trainer.max_steps=many",),
+    ("trainer.learning_rate=-1",),
+    ("orchestrator/renderer=none",),
+    ("orchestrator.renderer.name=qwen3",),
+    ("~model/vlm",),
+    ("inference=vllm", "weight_sync=in_process"),
+    ("inference=vllm", "weight_sync=nccl", "model.device=cpu"),
+    ("orchestrator.max_staleness=2",),
+    ("orchestrator.group_size=1",),
+    ("task.image_size=40",),
+    ("task.max_turns=4", "orchestrator.max_new_tokens=8"),
+    ("model=qwen3vl", "task.images_per_turn=9"),
+    ("inference=vllm", "inference.max_model_len=512"),
+    ("algorithm.loss=gpro",),
+    ("algorithm.filters.repetition=drop",),
+)
+
+
+def run(arguments: tuple[str, ...], folder: str) -> tuple[int, str, float, float]:
+    """Exit code, message, seconds of the clock, seconds of the processor."""
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    command = [sys.executable, "-m", "vlmrl", *arguments]
+    ended = subprocess.run(command, cwd=folder, env=dict(os.environ), capture_output=True, text=True, check=False)
+    wall, after = time.monotonic() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return ended.returncode, ended.stderr.strip().removeprefix("error: "), wall, processor
+
+
+def main() -> None:
+    print("| `python -m vlmrl …` | exit code | what is said | seconds | of the processor |")
+    print("|---|---|---|---|---|")
+    slowest = 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        run(WRONG[0], folder)  # the first one reads everything from the disk
+        for arguments in WRONG:
+            code, said, wall, processor = run(arguments, folder)
+            slowest = max(slowest, wall)
+            cells = (f"`{' '.join(arguments)}`", code, said.replace("|", "\\|"), f"{wall:.1f}", f"{processor:.1f}")
+            print(f"| {' | '.join(map(str, cells))} |")
+        left = os.listdir(folder)
+    print(f"\nThe slowest took {slowest:.1f} seconds. Files that they left: {len(left)}.")
+
+
+if __name__ == "__main__":
+    main()
