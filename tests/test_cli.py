@@ -190,7 +190,7 @@ def test_cfg_job_is_what_would_run(vlmrl: Callable[..., Ended]) -> None:
         (["trainer.max_steps=many"], 2),
         (["model=qwen3vl", "inference=vllm", "orchestrator.group_size=1"], 2),
         (["-m", "seed=0,1", "orchestrator.group_size=1"], 2),
-        (["-sc", "query=bash"], 0),
+        (["-sc", "install=bash"], 0),
     ],
 )
 def test_what_needs_no_model_imports_nothing_heavy(arguments: list[str], code: int, tmp_path: Path) -> None:

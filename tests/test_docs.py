@@ -74,7 +74,7 @@ def test_an_option_with_a_schema_of_its_own_has_a_file_of_its_own() -> None:
         assert {path.stem for path in (CONF / group).glob("*.yaml")} == set(options)
         for option in options:
             text = (CONF / group / f"{option}.yaml").read_text()
-            assert f"- {option}_schema" in text, f"conf/{group}/{option}.yaml does not name its schema"
+            assert f"- /schema/{group}/{option}@_here_" in text, f"conf/{group}/{option}.yaml does not name its schema"
 
 
 def test_the_reference_is_up_to_date() -> None:

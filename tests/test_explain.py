@@ -66,7 +66,7 @@ def test_without_a_key_the_groups_and_their_options() -> None:
     text = explain("model=qwen3vl")
     assert "model=qwen3vl\n" in text
     assert "options: cuda_ipc, folder, in_process, nccl" in text
-    assert "_schema" not in text
+    assert "color_codeword_schema" not in text
 
 
 def test_a_folder_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -397,8 +397,7 @@ def in_words(error: Exception, arguments: list[str]) -> str:
         if error.missing_cfg_file in EXTRAS:
             extra = EXTRAS[error.missing_cfg_file]
             return f"{group}={option} requires a package that is not installed: pip install 'vlmrl[{extra}]'"
-        options = [name for name in error.options if not name.endswith("_schema")]
-        return f"{group}={option}: {group} has only {', '.join(options)}{did_you_mean(option, options)}"
+        return f"{group}={option}: {group} has only {', '.join(error.options)}{did_you_mean(option, error.options)}"
     if isinstance(error, OverrideParseException):
         return f"{error.override} does not parse as key=value: {' '.join(str(error).splitlines()[:-1])}"
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):

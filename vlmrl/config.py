@@ -105,9 +105,10 @@ SCHEMAS: dict[str, dict[str, type]] = {
 
 
 def register_schemas() -> None:
-    """Put the schemas where the defaults lists of conf/ find them: `run_schema`, `task/color_codeword_schema`, …"""
+    """Put the schemas where the defaults lists of conf/ find them, `schema/run`, `schema/task/color_codeword`, …; not
+    among the groups' own files, so that they are no options."""
     store = ConfigStore.instance()
-    store.store(name="run_schema", node=RunConfig)
+    store.store(group="schema", name="run", node=RunConfig)
     for group, options in SCHEMAS.items():
         for option, schema in options.items():
-            store.store(group=group, name=f"{option}_schema", node=schema)
+            store.store(group=f"schema/{group}", name=option, node=schema)

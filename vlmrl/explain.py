@@ -29,7 +29,6 @@ from vlmrl.config import RunConfig
 from vlmrl.docs import FieldDoc, fields_of, summary_of, unit_of
 from vlmrl.errors import ConfigError
 from vlmrl.keys import unknown_key
-from vlmrl.parse import known_options
 
 WIDTH = 100
 """Columns of what is printed."""
@@ -87,7 +86,7 @@ def composed(overrides: list[str], conf: Path, config_dir: str | None) -> Compos
         return Composition(
             config=config,
             choices={group: choices[group] for group in groups},
-            options={group: known_options(loader.get_group_options(group)) for group in groups},
+            options={group: loader.get_group_options(group) for group in groups},
             settings=settings_of(loader, overrides, config.hydra.searchpath),
         )
 

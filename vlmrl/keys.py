@@ -19,7 +19,7 @@ def unknown_key(key: str) -> str:
     >>> unknown_key("group_size")
     'there is no such key; did you mean orchestrator.group_size?'
     >>> unknown_key("modle")
-    'there is no such key; did you mean model?'
+    'there is no such key; did you mean mode or model?'
     """
     return "there is no such key" + did_you_mean(key, [*known_keys(), *known_groups()])
 

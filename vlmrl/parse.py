@@ -78,12 +78,3 @@ def _missing_keys(config: DictConfig) -> Iterator[str]:
     # Groups first: values of others may be interpolated from them.
     yield from (field.name for field in dataclasses.fields(RunConfig) if OmegaConf.is_missing(config, field.name))
     yield from sorted(OmegaConf.missing_keys(config))
-
-
-def known_options(options: list[str]) -> list[str]:
-    """The options of a group, without the schemas that stand among them.
-
-    >>> known_options(["vllm", "vllm_schema", "embedded"])
-    ['embedded', 'vllm']
-    """
-    return sorted(option for option in options if not option.endswith("_schema"))

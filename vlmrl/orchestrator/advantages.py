@@ -9,6 +9,7 @@ dropped for what it sampled (a stray image token, staleness) was played and rewa
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Collection
 from typing import TypeAlias
 
@@ -74,7 +75,7 @@ def estimator_named(name: str) -> Estimator:
     """
     if name in ESTIMATORS:
         return ESTIMATORS[name]
-    function = import_named("algorithm.advantage", name, "advantage function", callable)
+    function = import_named("algorithm.advantage", name, "advantage function", callable, inspect.isfunction)
     assert_takes("algorithm.advantage", name, function, "rewards")
 
     def checked(rewards: FloatArray) -> FloatArray:

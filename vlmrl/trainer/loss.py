@@ -34,6 +34,7 @@ Left out on purpose: a penalty towards a reference policy and several optimizer 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
@@ -187,7 +188,7 @@ def loss_function(name: str) -> LossFunction:
     """
     if name in LOSSES:
         return LOSSES[name]
-    function = import_named("algorithm.loss", name, "loss function", callable)
+    function = import_named("algorithm.loss", name, "loss function", callable, inspect.isfunction)
     assert_takes("algorithm.loss", name, function, "tokens", "totals", "config")
 
     def checked(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> LossOutput:
