@@ -219,6 +219,7 @@ def assert_pictures(tab: Tab, run_dir: RunDir, hashes: list[str]) -> None:
 def test_it_opens_within_two_seconds(browser: Any, made_page: Path, place: str) -> None:
     with Tab(browser, made_page, place) as tab:
         assert len(tab.page.evaluate("all.length ? all : RUNS[0].rollouts")) >= 2000
+        print(f"{place}: {tab.ready_ms:.0f} ms")
         assert tab.ready_ms < 2000
 
 

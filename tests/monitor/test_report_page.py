@@ -22,7 +22,7 @@ from vlmrl.cli import main, usual
 from vlmrl.config import RunConfig
 from vlmrl.errors import ConfigError, VlmrlError
 from vlmrl.monitor.report.background import ReportWriter
-from vlmrl.monitor.report.page import FILES, SCRIPTS, html, write_report
+from vlmrl.monitor.report.page import FILES, SCRIPTS, html, temporary_of, write_report
 from vlmrl.monitor.run_dir import RunDir
 
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>{{data}}"
@@ -189,13 +189,16 @@ def test_a_page_that_fails_is_said_and_the_log_says_why(run_dir: RunDir) -> None
 
 
 def test_a_page_that_hangs_does_not_keep_the_run_from_ending(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlmrl.monitor.report.background.PATIENCE_S", 0.5)
+    monkeypatch.setattr("vlmrl.monitor.report.background.PATIENCE_S", 0.01)
     writer = ReportWriter(run_dir)
     writer.start()
     hanging = writer._process
     assert hanging is not None
     hanging.send_signal(signal.SIGSTOP)
-    writer.finish()
+    half = temporary_of(run_dir.report, hanging.pid)
+    half.write_bytes(b"half a page")
+    assert not writer.finish()
     assert hanging.returncode == -signal.SIGKILL
+    assert not half.exists()
     assert writer._process is not None
-    assert writer._process.returncode is not None
+    assert writer._process.returncode == -signal.SIGKILL

@@ -1,6 +1,7 @@
-"""report.html beside a run: `python -m vlmrl mode=report run=<dir>` in a process of its own, at low priority.
+"""report.html beside a run: `python -m vlmrl mode=report run=<dir>` in a process of its own.
 
-Not a thread: a page takes about a second of Python, which a thread would take out of the training step.
+Not a thread: a page takes about half a second of Python, which a thread would take out of the training step. While the
+run goes on, the process has the lowest priority and takes what nobody else wants; at the end the run waits for it.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ import os
 import subprocess
 import sys
 
+from vlmrl.monitor.report.page import temporary_of
 from vlmrl.monitor.run_dir import RunDir, disk_errors
 
-NICENESS = 10
+LOWEST_PRIORITY = 19
 PATIENCE_S = 120.0
 """Seconds that a page may take before the run ends without it."""
 
@@ -31,28 +33,32 @@ class ReportWriter:
         if self._process is not None and self._process.poll() is None:
             return True
         went_well = self._process is None or self._process.returncode == 0
+        self._process = self._begin()
+        os.setpriority(os.PRIO_PROCESS, self._process.pid, LOWEST_PRIORITY)
+        return went_well
+
+    def finish(self) -> bool:
+        """Write the page of the whole run and return when it is there; False where it is not."""
+        if self._process is not None:
+            self._end(self._process)  # its page would be an old one
+        self._process = self._begin()
+        try:
+            return self._process.wait(PATIENCE_S) == 0
+        except subprocess.TimeoutExpired:
+            self._end(self._process)
+            return False
+
+    def _begin(self) -> subprocess.Popen[bytes]:
         with disk_errors(self._run_dir.report_log), self._run_dir.report_log.open("wb") as log:
-            self._process = subprocess.Popen(
+            return subprocess.Popen(
                 [sys.executable, "-m", "vlmrl", "mode=report", f"run={self._run_dir.path}"],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # Ctrl-C is the run's
             )
-        os.setpriority(os.PRIO_PROCESS, self._process.pid, NICENESS)
-        return went_well
 
-    def finish(self) -> bool:
-        """Write the page of the whole run and return when it is there; False where it is not."""
-        if self._process is not None:
-            self._wait(self._process)
-        self.start()
-        assert self._process is not None
-        return self._wait(self._process) == 0
-
-    def _wait(self, process: subprocess.Popen[bytes]) -> int:
-        try:
-            return process.wait(PATIENCE_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            return process.wait()
+    def _end(self, process: subprocess.Popen[bytes]) -> None:
+        process.kill()
+        process.wait()
+        temporary_of(self._run_dir.report, process.pid).unlink(missing_ok=True)

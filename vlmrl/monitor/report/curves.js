@@ -269,6 +269,7 @@ function tiles(run) {
     ["wall-clock", fmt.seconds(run.summary?.wall_clock_s ?? lastOf(m["time/elapsed"])),
       known(lastOf(m["time/step"])) ? `${fmt.seconds(quantile(m["time/step"].filter(known), 0.5))} a step, median` : ""],
     ["worst mismatch", fmt.number(worstMismatch(run), 3), "nats, one token"],
+    ["vision gap", fmt.number(lastOf(m["vision_gap/blank"]), 3), "nats, images blanked"],
     ["throughput", fmt.count(lastOf(m["throughput/tokens_per_s"])), "tokens / s"],
   ];
   return el("div", { class: "tiles" }, shown.filter(([, value]) => value !== "–").map((each) => tile(...each)));
@@ -322,7 +323,8 @@ function buildCurves(section) {
   const used = new Set(REST);
   // time/other is made here; it is in no file.
   const files = RUNS.map((run) => ({ ...run, metrics: { ...run.metrics } }));
-  section.append(...(SEVERAL ? [runTable(files)] : files.map(runHead)), grid);
+  section.append(...(SEVERAL ? [runTable(files)] : files.map(runHead)),
+    el("p", { class: "muted caption" }, "Over optimizer steps. Drag over a curve to zoom in, double-click to zoom out."), grid);
   RUNS.forEach(prepare);
   for (const [title, unit, wanted, options = {}] of CHARTS) {
     const keys = keysOf(wanted);

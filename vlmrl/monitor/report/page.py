@@ -35,14 +35,21 @@ def write_report(runs: Mapping[str, RunDir], target: Path, defaults: Mapping[str
     Raises ConfigError where a folder holds no run, VlmrlError where a file is damaged or the disk is full.
     """
     page = html(document(runs, defaults))
-    # Not run_dir.write_atomically: a run and its reader may write the page at the same moment.
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = temporary_of(target, os.getpid())
     with disk_errors(target):
         try:
             temporary.write_bytes(page)
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def temporary_of(target: Path, pid: int) -> Path:
+    """What process `pid` writes before it is renamed.
+
+    Not the one name of `run_dir.write_atomically`: a run and its reader may write the page at the same moment.
+    """
+    return target.with_name(f".{target.name}.{pid}.tmp")
 
 
 def html(content: Mapping[str, Any]) -> bytes:
