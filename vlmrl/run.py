@@ -19,8 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vlmrl.config import Mode, RunConfig
 from vlmrl.doctor.doctor import Doctor, conclude
 from vlmrl.errors import ConfigError, EngineError, Interrupted, RankError, TaskError
@@ -29,15 +27,8 @@ from vlmrl.inference.embedded import EmbeddedEngine
 from vlmrl.inference.vllm_engine import VllmEngine
 from vlmrl.inference.vllm_server import check_vllm
 from vlmrl.models.config import Dtype, Init
-from vlmrl.models.load import (
-    check_available,
-    load_image_processor,
-    load_model,
-    load_tokenizer,
-    resolve_checkpoint,
-)
+from vlmrl.models.load import check_available, load_image_processor, load_tokenizer, resolve_checkpoint
 from vlmrl.models.policy import Policy
-from vlmrl.models.positions import position_function
 from vlmrl.models.scratch import write_weights
 from vlmrl.monitor.monitor import Monitor
 from vlmrl.monitor.run_dir import RunDir
@@ -52,13 +43,15 @@ from vlmrl.parse import parse, typed
 from vlmrl.replay.recorded import check_replayable
 from vlmrl.replay.replay import Replay, content
 from vlmrl.replay.replay import conclude as conclude_replay
-from vlmrl.stopping import Stop, asked_to_stop, stopped_before
+from vlmrl.stopping import Stop, asked_to_stop, rank_lost, stopped_before
 from vlmrl.tasks.base import Task
 from vlmrl.tasks.loading import load_task
 from vlmrl.trainer.checkpoint import Checkpoints
 from vlmrl.trainer.config import SFTConfig
 from vlmrl.trainer.distributed import Group, follow, init_from_environment
 from vlmrl.trainer.loss import loss_function
+from vlmrl.trainer.optimizer import check_optimizer
+from vlmrl.trainer.parts import Following, begin, check_group, make_model, make_policy, make_trainer
 from vlmrl.trainer.trainer import LocalTrainer
 from vlmrl.types import InferenceEngine, TrainingSample, WeightSync
 from vlmrl.weight_sync.config import CudaIpcSyncConfig, FolderSyncConfig, NcclSyncConfig
@@ -76,7 +69,7 @@ def execute(config: RunConfig) -> float | None:
     """
     with init_from_environment() as group:
         if group is None or group.rank == 0:
-            return lead(config)
+            return lead(config, group)
         if follow_leader(group) != 0:
             raise RankError(f"rank {group.rank} has ended early; rank 0 says why")
         return None
@@ -84,12 +77,14 @@ def execute(config: RunConfig) -> float | None:
 
 def follow_leader(group: Group) -> int:
     """What a rank other than 0 does → exit code."""
-    return follow(group, object)
+    return follow(group, Following(group).make)
 
 
-def lead(config: RunConfig) -> float | None:
+def lead(config: RunConfig, group: Group | None) -> float | None:
     """The run itself: of one process, or of rank 0."""
+    check_group(config, group)
     check_available(config.model)
+    check_optimizer(config.trainer)
     check_algorithm(config)
     if isinstance(config.inference, VllmConfig):
         check_vllm(config.inference)
@@ -107,7 +102,7 @@ def lead(config: RunConfig) -> float | None:
         run_dir.point_latest()
     with Monitor(config.monitor, run_dir, total_steps=config.trainer.max_steps, exact=is_exact(config)) as monitor:
         monitor.phase("preparing")
-        run = Run.build(config, run_dir, monitor)
+        run = Run.build(config, run_dir, monitor, group)
         monitor.table("plan", run.arithmetic())
         # What lives as long as the run (a million objects of imported libraries) need not be looked through for
         # garbage again and again.
@@ -176,22 +171,20 @@ class Run:
     weight_sync: WeightSync
     evaluator: Evaluator
     checkpoints: Checkpoints
+    group: Group | None
     stop: Stop | None = field(init=False, default=None)
     """Who asked the run to stop, if anybody did."""
     _saved: tuple[int, ...] | None = field(init=False, default=None)
     """What the newest checkpoint holds (`_progress`)."""
 
     @staticmethod
-    def build(config: RunConfig, run_dir: RunDir, monitor: Monitor) -> Run:
+    def build(config: RunConfig, run_dir: RunDir, monitor: Monitor, group: Group | None = None) -> Run:
         """Task, checkpoint, renderer, policy, trainer, engine, in the order of the data path."""
-        torch.set_num_threads(config.trainer.threads)
-        torch.manual_seed(config.seed)
+        begin(config)
         task = load_task(config.task, seed=config.seed)
         folder = resolve_checkpoint(config.model, task.texts())
         vlm = config.model.vlm
-        model = load_model(folder, config.model)
-        if vlm is not None and vlm.freeze_vision:
-            model.base_model.visual.requires_grad_(False)
+        model = make_model(config.model, folder, group)
         assert config.orchestrator.renderer is not None, "config.check demands a renderer"
         embeddings: Any = model.get_input_embeddings()
         tokenizer = load_tokenizer(folder)
@@ -203,19 +196,11 @@ class Run:
             load_image_processor(folder) if vlm is not None else None,
             embeddings.num_embeddings,
         )
-        merge = model.config.vision_config.spatial_merge_size if vlm is not None else 1
-        positions = position_function(vlm.positions if vlm is not None else "sequential", merge)
-        policy = Policy(model, positions, renderer.banned_token_ids)
-        orchestrator = config.orchestrator
-        trainer = LocalTrainer(
-            policy,
-            config.trainer,
-            config.algorithm,
-            temperature=orchestrator.temperature,
-            max_new_tokens=orchestrator.max_new_tokens,
-        )
         if config.model.init is Init.random and isinstance(config.inference, VllmConfig):
             folder = write_weights(model, folder, run_dir.path / "initial_model")
+        policy = make_policy(config.model, model, renderer.banned_token_ids)
+        orchestrator = config.orchestrator
+        trainer = make_trainer(config, policy, task.texts(), renderer.banned_token_ids, group)
         engine, weight_sync = make_engine(config, folder, policy, trainer, run_dir, monitor)
         runner = RolloutRunner(
             task=task,
@@ -238,6 +223,7 @@ class Run:
             weight_sync=weight_sync,
             evaluator=Evaluator(orchestrator.eval, runner, orchestrator.temperature),
             checkpoints=Checkpoints(RunDir(config.output_dir).checkpoints, config.trainer.keep_checkpoints),
+            group=group,
         )
 
     def arithmetic(self) -> dict[str, str]:
@@ -248,7 +234,7 @@ class Run:
         learning = sum(p.numel() for p in self.policy.model.parameters() if p.requires_grad)
         return {
             "model": f"{c.model.name}: {parameters:,} parameters, {learning:,} learn, {c.model.dtype.value} "
-            f"on {self.policy.device}",
+            f"on {self.policy.device}" + ("" if self.group is None else f", {self.group.size} ranks"),
             "task": f"{c.task.target.rpartition(':')[2]}, up to {c.task.max_turns} turns",
             "rollouts per step": f"{o.groups_per_step} groups × {o.group_size} = {rollouts}",
             "tokens per rollout": f"up to {c.inference.max_model_len}, {o.max_new_tokens} new per turn",
@@ -264,15 +250,25 @@ class Run:
         """Restore, run the mode, save, sum up → why it ended, the last sampled held-out reward."""
         try:
             await self.engine.start()
-            with asked_to_stop(self.monitor.warn) as stop:
+            with asked_to_stop(self.monitor.warn) as stop, rank_lost(self.group) as lost:
                 self.stop = stop
                 restored_step = self._restore()
+                work = asyncio.create_task(self._run_mode(stop, restored_step))
                 try:
-                    reason = await self._run_mode(stop, restored_step)
+                    if await stopped_before(work, lost):
+                        assert self.group is not None
+                        raise RankError(self.group.lost)
+                    reason = work.result()
                 except (TaskError, EngineError):  # nothing is wrong with the weights
                     self._save()
+                    self.checkpoints.finish()
                     raise
                 self._save()
+                self.checkpoints.finish()
+        except RankError as error:
+            # At once: a collective that hangs in another thread may keep the process from a proper end.
+            self.monitor.finish("error", {"error": f"RankError: {error}"})
+            raise
         finally:
             await self.engine.stop()
             self.weight_sync.close()
@@ -425,6 +421,7 @@ class Run:
         return found[0] if found is not None else 0
 
     def _checkpoint(self, step: int) -> None:
+        self.checkpoints.check()
         every = self.config.trainer.checkpoint_every
         if every and step % every == 0:
             self._save()

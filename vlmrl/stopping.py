@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from vlmrl import slurm
+from vlmrl.trainer.distributed import Group
 
 
 class Stop(asyncio.Event):
@@ -58,6 +59,21 @@ def asked_to_stop(warn: Callable[[str], None]) -> Iterator[Stop]:
         for number, handler in before.items():
             if signal.getsignal(number) is first:
                 signal.signal(number, handler)
+
+
+@contextmanager
+def rank_lost(group: Group | None) -> Iterator[asyncio.Event]:
+    """An event that is set when a rank of `group` has ended before its time."""
+    lost, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def tell() -> None:
+        loop.call_soon_threadsafe(lost.set)
+
+    if group is not None:
+        group.on_lost(tell)
+    yield lost
+    if group is not None:
+        group.on_lost(None)
 
 
 async def stopped_before(work: asyncio.Task[Any], stop: asyncio.Event) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, Protocol, TypeAlias
@@ -419,8 +420,8 @@ class Trainer(Protocol):
         [its loss tokens]. Learns nothing."""
         ...
 
-    def save(self, folder: str) -> None:
-        """Write model, optimizer, scheduler and random state into `folder`."""
+    def save(self, folder: str) -> Future[None]:
+        """Copy model, optimizer and random state, and begin to write them into `folder`; the future ends with that."""
         ...
 
     def load(self, folder: str) -> None:

@@ -384,7 +384,7 @@ def test_a_policy_that_is_blind(run: Run, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_trainer_with_other_weights_than_the_policy(run: Run) -> None:
     """As when the optimizer holds tensors that the model does not have any more."""
-    run.trainer._policy = copy.deepcopy(run.policy)
+    run.trainer._learner.policy = copy.deepcopy(run.policy)
     assert {"update"} <= failed(run)
 
 

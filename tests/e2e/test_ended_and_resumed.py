@@ -27,6 +27,8 @@ WARMUP_STEP_6 = FIRST_PROBLEM + 5 * 16
 STEP_2, STEP_4 = 2, 6
 """A problem of each of these RL steps (two groups a step). Step 4 comes between the checkpoints of steps 2 and 4."""
 
+MODEL, OPTIMIZER = (f"shard-00001-model-0000{part}-of-00002.safetensors" for part in (1, 2))
+
 CURSOR = re.compile(r"\x1b\[\?25([lh])")
 """Hides or shows the cursor."""
 
@@ -119,7 +121,7 @@ def ends(home: Home, never_stopped: Path) -> Scenarios:
     def damaged() -> tuple[Path, Ended]:
         """The newest checkpoint is cut, the one before it was changed, and there is half of another."""
         run = home.copy(never_stopped, "damaged")
-        cut, changed = run / "checkpoints/step_000006/model.safetensors", run / "checkpoints/step_000004/state.json"
+        cut, changed = run / "checkpoints/step_000006" / MODEL, run / "checkpoints/step_000004/state.json"
         cut.write_bytes(cut.read_bytes()[:-100])
         changed.write_bytes(changed.read_bytes().replace(b"4", b"5"))
         (run / "checkpoints/partial_000006").mkdir()
@@ -128,7 +130,7 @@ def ends(home: Home, never_stopped: Path) -> Scenarios:
     def all_damaged() -> tuple[Path, Ended]:
         run = home.copy(never_stopped, "all_damaged")
         for step in (2, 4):
-            (run / f"checkpoints/step_{step:06d}/optimizer.safetensors").write_bytes(b"")
+            (run / f"checkpoints/step_{step:06d}" / OPTIMIZER).write_bytes(b"")
         (run / "checkpoints/step_000006/state.json").unlink()
         return run, home.vlmrl(resume(run))
 
@@ -137,10 +139,10 @@ def ends(home: Home, never_stopped: Path) -> Scenarios:
         run = home.copy(never_stopped, "not_finite")
         shutil.rmtree(run / "checkpoints/step_000006")
         folder = run / "checkpoints/step_000004"
-        weights = load_file(folder / "model.safetensors")
-        save_file({name: weight * math.nan for name, weight in weights.items()}, folder / "model.safetensors")
+        weights = load_file(folder / MODEL)
+        save_file({name: weight * math.nan for name, weight in weights.items()}, folder / MODEL)
         hashes = json.loads((folder / "sha256.json").read_text())
-        hashes["model.safetensors"] = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        hashes[MODEL] = hashlib.sha256((folder / MODEL).read_bytes()).hexdigest()
         (folder / "sha256.json").write_text(json.dumps(hashes))
         return run, home.vlmrl(resume(run))
 
@@ -218,7 +220,7 @@ def test_ctrl_c_in_a_terminal(ends: Scenarios, never_stopped: Path) -> None:
 def test_damaged_checkpoints_are_passed_over(ends: Scenarios, never_stopped: Path) -> None:
     run, ended = ends["damaged"]
     assert ended.code == 0, ended.err
-    for file in ("step_000006/model.safetensors", "step_000004/state.json"):
+    for file in (f"step_000006/{MODEL}", "step_000004/state.json"):
         assert f"warning: {run}/checkpoints/{file} is damaged" in ended.out
     assert "continuing from step 2 instead" in ended.out
     assert len(summary(run)["warnings"]) == 2
@@ -232,7 +234,7 @@ def test_no_checkpoint_is_whole(ends: Scenarios, never_stopped: Path) -> None:
     assert ended.code == 1
     assert ended.err.startswith("error: no checkpoint of this run can be loaded: ")
     assert f"{run}/checkpoints/step_000006/state.json" in ended.err
-    assert f"{run}/checkpoints/step_000002/optimizer.safetensors is damaged" in ended.err
+    assert f"{run}/checkpoints/step_000002/{OPTIMIZER} is damaged" in ended.err
     assert "Traceback" not in ended.err
     assert summary(run)["exit_reason"] == "error"
     assert steady(run / "metrics.jsonl") == steady(never_stopped / "metrics.jsonl"), "nothing was thrown away"

@@ -118,7 +118,7 @@ class World:
             TokenFigures(s.inference_logprobs[s.loss_mask] - self.version, np.ones(s.loss_mask.sum(), np.float32))
             for s in samples
         ]
-        return StepResult(self.version, dict.fromkeys(EMPTY_STEP, 0.0), figures)
+        return StepResult(self.version, dict.fromkeys((*EMPTY_STEP, "memory/peak_bytes"), 0.0), figures)
 
     # blind control
     def vision_gap(self, step: int, samples: list[TrainingSample]) -> dict[str, float]:

@@ -39,7 +39,7 @@ def environments(size: int) -> list[dict[str, str]]:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": f"{TESTS}:{TESTS.parent}",
+            "PYTHONPATH": ":".join([str(TESTS), str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
         }
         for rank in range(size)
     ]

@@ -6,6 +6,7 @@ import json
 import resource
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor
 
 from vlmrl.errors import CheckpointError, NonFiniteLossError
-from vlmrl.trainer.checkpoint import Checkpoints, load_training_state, save_training_state
+from vlmrl.trainer.checkpoint import Checkpoints, begin_to_save, not_finite, restore
 from vlmrl.types import FloatArray, StepResult, TrainingSample
 
-FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "loop.json", "sha256.json")
+MODEL, OPTIMIZER = (f"shard-00001-model-0000{part}-of-00002.safetensors" for part in (1, 2))
+FILES = (MODEL, OPTIMIZER, "state.json", "loop.json", "sha256.json")
 
 
 @dataclass(eq=False)
@@ -48,14 +50,27 @@ class Learner:
     def logprobs(self, samples: Sequence[TrainingSample]) -> list[FloatArray]:
         raise AssertionError("a checkpoint scores nothing")
 
-    def save(self, folder: str) -> None:
-        save_training_state(Path(folder), self.model, self.optimizer, {"version": self.version})
+    def save(self, folder: str) -> Future[None]:
+        broken = not_finite(self.parameters())
+        if broken is not None:
+            raise NonFiniteLossError(f"{broken} holds values that are not finite")
+        return begin_to_save(Path(folder), self.parameters(), self.optimizer, {"version": self.version})
 
     def load(self, folder: str) -> None:
-        self.version = load_training_state(Path(folder), self.model, self.optimizer)["version"]
+        learning = {name: p for name, p in self.parameters().items() if p.requires_grad}
+        self.version = restore(Path(folder), self.parameters(), self.optimizer, learning)["version"]
+
+    def parameters(self) -> dict[str, Tensor]:
+        return dict(self.model.named_parameters())
 
     def weights(self) -> list[Tensor]:
         return [parameter.detach().clone() for parameter in self.model.parameters()]
+
+
+def save(checkpoints: Checkpoints, step: int, learner: Learner, loop_state: dict[str, Any]) -> None:
+    """And wait until it is on the disk."""
+    checkpoints.save(step, learner, loop_state)
+    checkpoints.finish()
 
 
 def saved(folder: Path, *steps: int, keep: int = 9) -> Checkpoints:
@@ -64,7 +79,7 @@ def saved(folder: Path, *steps: int, keep: int = 9) -> Checkpoints:
     for step in range(1, max(steps) + 1):
         learner.train_step([])
         if step in steps:
-            checkpoints.save(step, learner, {"evaluations": [[0.25, step]]})
+            save(checkpoints, step, learner, {"evaluations": [[0.25, step]]})
     return checkpoints
 
 
@@ -79,7 +94,7 @@ def test_the_same_next_step(tmp_path: Path) -> None:
     torch.manual_seed(1)
     learner, checkpoints = Learner(), Checkpoints(tmp_path / "made by save", 1)
     learner.train_step([])
-    checkpoints.save(1, learner, {"evaluations": [(0.5, 0.25)]})
+    save(checkpoints, 1, learner, {"evaluations": [(0.5, 0.25)]})
     learner.train_step([])
 
     torch.manual_seed(2)
@@ -93,7 +108,7 @@ def test_the_same_next_step(tmp_path: Path) -> None:
 def test_before_the_first_step(tmp_path: Path) -> None:
     """AdamW has no averages yet."""
     checkpoints, learner = Checkpoints(tmp_path, 1), Learner()
-    checkpoints.save(0, learner, {})
+    save(checkpoints, 0, learner, {})
     other = Learner()
     assert checkpoints.load_newest(other, refuse_warning) == (0, {})
     assert all(map(torch.equal, learner.weights(), other.weights()))
@@ -117,13 +132,13 @@ def test_none_at_all(tmp_path: Path) -> None:
 def test_the_newest_are_kept(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 1, 2, 3, 4, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000003", "step_000004"]
-    checkpoints.save(1_234_567, Learner(), {})
+    save(checkpoints, 1_234_567, Learner(), {})
     assert checkpoints.steps() == [4, 1_234_567]
 
 
 def test_the_same_step_again(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 1, 2)
-    checkpoints.save(2, Learner(), {"again": True})
+    save(checkpoints, 2, Learner(), {"again": True})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000001", "step_000002"]
     assert checkpoints.load_newest(Learner(), refuse_warning) == (2, {"again": True})
 
@@ -167,11 +182,11 @@ def test_files_are_all_there_are(tmp_path: Path) -> None:
 
 def test_all_damaged(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 1, 2)
-    flip(tmp_path / "step_000001/optimizer.safetensors")
+    flip(tmp_path / f"step_000001/{OPTIMIZER}")
     (tmp_path / "step_000002/state.json").unlink()
     with pytest.raises(CheckpointError) as caught:
         checkpoints.load_newest(Learner(), refuse_warning)
-    assert f"{tmp_path}/step_000001/optimizer.safetensors is damaged" in str(caught.value)
+    assert f"{tmp_path}/step_000001/{OPTIMIZER} is damaged" in str(caught.value)
     assert f"{tmp_path}/step_000002 is no whole checkpoint" in str(caught.value)
     assert "state.json" in str(caught.value)
 
@@ -242,8 +257,8 @@ def test_killed_at_any_moment(step: int, tmp_path: Path) -> None:
         learner = Learner()
         try:
             with KILLER.after(operations):
-                checkpoints.save(step, learner, {"evaluations": "new"})
-        except Killed:
+                save(checkpoints, step, learner, {"evaluations": "new"})
+        except (Killed, CheckpointError):  # what torch's writer meets, it wraps
             found = checkpoints.load_newest(Learner(), refuse_warning)
             assert found is not None
             assert found in [
@@ -252,7 +267,7 @@ def test_killed_at_any_moment(step: int, tmp_path: Path) -> None:
                 (step, {"evaluations": "new"}),
             ]
             assert found[0] >= step - 1, "nothing but what was being written is lost"
-            checkpoints.save(4, learner, {})
+            save(checkpoints, 4, learner, {})
             assert sorted(path.name[:5] for path in folder.iterdir()) == ["step_", "step_"]
         else:
             break
@@ -260,20 +275,29 @@ def test_killed_at_any_moment(step: int, tmp_path: Path) -> None:
     assert operations > 10
 
 
-@pytest.mark.parametrize("limit", [64, 400], ids=["the model's file", "the hashes"])
-def test_a_full_disk(limit: int, tmp_path: Path) -> None:
+def checked(checkpoints: Checkpoints) -> None:
+    """As after each step, until it is known how the writing ended."""
+    while True:
+        checkpoints.check()
+
+
+@pytest.mark.parametrize("limit", [64, 2000], ids=["the model's file", "the optimizer's"])
+@pytest.mark.parametrize("told", [checked, Checkpoints.finish])
+def test_a_full_disk(told: Callable[[Checkpoints], None], limit: int, tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
+        checkpoints.save(2, Learner(), {})
         with pytest.raises(CheckpointError, match=r"step_000002 cannot be written.*File too large"):
-            checkpoints.save(2, Learner(), {"evaluations": [0.0] * 200})
+            told(checkpoints)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    checkpoints.finish()  # it is told once
     found = checkpoints.load_newest(Learner(), refuse_warning)
     assert found is not None
     assert found[0] == 1
-    checkpoints.save(2, Learner(), {})
+    save(checkpoints, 2, Learner(), {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000001", "step_000002"]
 
 
@@ -283,8 +307,26 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     with torch.no_grad():
         learner.model.weight[0, 0] = torch.inf
     with pytest.raises(NonFiniteLossError, match=r"^weight holds values that are not finite"):
-        checkpoints.save(2, learner, {})
+        save(checkpoints, 2, learner, {})
     assert checkpoints.load_newest(Learner(), refuse_warning) == (1, {"evaluations": [[0.25, 1]]})
+
+
+def test_what_is_written_is_what_was_there_when_it_was_saved(tmp_path: Path) -> None:
+    """The next steps change the weights meanwhile."""
+    checkpoints, learner = Checkpoints(tmp_path, 1), Learner()
+    learner.train_step([])
+    before = learner.weights()
+    checkpoints.save(1, learner, {})
+    with torch.no_grad():
+        for parameter in learner.model.parameters():
+            parameter.fill_(7.0)
+        for state in learner.optimizer.state.values():
+            state["exp_avg"].fill_(7.0)
+    checkpoints.finish()
+    other = Learner()
+    checkpoints.load_newest(other, refuse_warning)
+    assert all(map(torch.equal, other.weights(), before))
+    assert all(float(state["exp_avg"].abs().max()) < 7 for state in other.optimizer.state.values())
 
 
 def test_json_is_plain(tmp_path: Path) -> None:

@@ -20,8 +20,9 @@ from torch import Tensor
 from vlmrl.models import tree_attention
 from vlmrl.models.policy import Policy
 from vlmrl.models.positions import position_function
+from vlmrl.trainer.balance import FIXED_COST, UNEVENNESS, cut
 from vlmrl.trainer.config import Packing
-from vlmrl.trainer.packing import FIXED_COST, UNEVENNESS, MicroBatch, cut, pack
+from vlmrl.trainer.packing import MicroBatch, pack
 from vlmrl.types import TrainingSample
 
 CPU = torch.device("cpu")

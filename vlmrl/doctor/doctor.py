@@ -374,12 +374,14 @@ def _repeated(messages: Sequence[Message]) -> tuple[Message, ...]:
 def weights_in(policy: Policy, dtype: torch.dtype) -> Iterator[None]:
     """The policy computes in `dtype` meanwhile. Its weights are then what they were, to the bit; both are in memory."""
     parameters = list(policy.model.parameters())
-    kept = [parameter.data for parameter in parameters]
+    kept, kept_dtype = [parameter.data for parameter in parameters], policy.dtype
     try:
+        policy.dtype = dtype
         for parameter in parameters:
             parameter.data = parameter.data.to(dtype)
         yield
     finally:
+        policy.dtype = kept_dtype
         for parameter, data in zip(parameters, kept, strict=True):
             parameter.data = data
 

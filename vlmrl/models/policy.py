@@ -56,6 +56,10 @@ class Policy:
         feature_cache_bytes: int = 0,
     ) -> None:
         self.model = model
+        first = next(model.parameters())
+        # Of the computation. A trainer may hold the weights in another place and format.
+        self.device: torch.device = first.device
+        self.dtype: torch.dtype = first.dtype
         self.positions = positions
         self.config = model.config
         text = self.config.get_text_config()
@@ -84,14 +88,14 @@ class Policy:
         self._encoded, self._reused = 0, 0
 
     @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device  # type: ignore[no-any-return]
+    def tower_learns(self) -> bool:
+        """Whether there is a vision tower and something of it is trained."""
+        return self._tower is not None and any(p.requires_grad for p in self._tower.parameters())
 
     @property
     def _is_fused(self) -> bool:
         """Whether attention over the rows of a pass is one kernel (fused_attention.py)."""
-        first = next(self.model.parameters())
-        return first.is_cuda and first.dtype in (torch.bfloat16, torch.float16)
+        return self.device.type == "cuda" and self.dtype in (torch.bfloat16, torch.float16)
 
     def kernel(self, *, shared: bool) -> Kernel:
         """What a trainer's pass is planned for, whose rows share prefixes or do not."""
@@ -104,7 +108,7 @@ class Policy:
         features are not kept. None for none."""
         if not images:
             return None
-        if self._tower is not None and not any(p.requires_grad for p in self._tower.parameters()):
+        if self._tower is not None and not self.tower_learns:
             # In-place changes are counted by torch: a checkpoint that is loaded is another version.
             version = sum(p._version for p in self._tower.parameters())
             # Features outlive the engine's inference mode, whose tensors no backward pass may touch.

@@ -31,7 +31,7 @@ from vlmrl.orchestrator.filters import find_filtered
 from vlmrl.orchestrator.overlap import Overlap
 from vlmrl.orchestrator.rollout import RolloutRunner
 from vlmrl.orchestrator.samples import make_samples, note_learned
-from vlmrl.orchestrator.step_metrics import resource_metrics, rollout_metrics, time_metrics
+from vlmrl.orchestrator.step_metrics import rollout_metrics, throughput_metrics, time_metrics
 from vlmrl.types import Group, InferenceEngine, Trainer, TrainingSample, WeightSync
 
 ExitReason = Literal["finished", "target_reached", "interrupted"]
@@ -131,7 +131,7 @@ class Loop:
             **rollout_metrics(groups, self.algorithm.filters),
             **(result.metrics | gap),
             **self.engine.metrics(),
-            **resource_metrics(groups, seconds=synced - started),
+            **throughput_metrics(groups, seconds=synced - started),
             **(time_metrics(started, rolled_out, prepared, trained, synced) | self._overlap.metrics(step)),
         }
         self.monitor.step(step, metrics, groups)

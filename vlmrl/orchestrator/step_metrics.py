@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections import Counter
 from collections.abc import Sequence
 
@@ -50,16 +48,11 @@ def rollout_metrics(groups: Sequence[Group], filters: FilterConfig) -> dict[str,
     return metrics | mean_task_metrics(sound)
 
 
-def resource_metrics(groups: Sequence[Group], seconds: float) -> dict[str, float]:
-    """`throughput/tokens_per_s`: tokens of the batch's rollouts, prompts and completions, over the whole step's time.
-    `memory/peak_bytes`: of this process so far."""
+def throughput_metrics(groups: Sequence[Group], seconds: float) -> dict[str, float]:
+    """`throughput/tokens_per_s`: tokens of the batch's rollouts, prompts and completions, over the whole step."""
     last = [rollout.turns[-1] for group in groups for rollout in group.rollouts if rollout.turns]
     tokens = sum(len(turn.prompt.token_ids) + len(turn.completion.token_ids) for turn in last)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {
-        "throughput/tokens_per_s": tokens / seconds,
-        "memory/peak_bytes": float(peak if sys.platform == "darwin" else peak * 1024),
-    }
+    return {"throughput/tokens_per_s": tokens / seconds}
 
 
 def time_metrics(started: float, rolled_out: float, prepared: float, trained: float, synced: float) -> dict[str, float]:

@@ -1,11 +1,17 @@
 """Training state in a folder: whole, or not there.
 
-    model.safetensors        the parameters under their transformers names
-    optimizer.safetensors    AdamW's averages, `<index of the parameter>/<average>`, and torch's random state
-                             (sampling has seeds of its own and needs none)
-    state.json               steps done
-    loop.json                what the loop wants back (`Checkpoints.save`): the evaluations so far
-    sha256.json              of each of these, written last
+    shard-00001-model-00001-of-00002.safetensors   rank 0's slices of the weights, under their transformers names: in
+                                                   float32 what learns, the rest as it is
+    shard-00001-model-00002-of-00002.safetensors   its slices of the optimizer's averages, `<average>/<weight>`, and
+                                                   torch's random state (sampling has seeds of its own and needs none)
+    shard-00002-…                                  those of rank 1
+    state.json                                     steps done
+    loop.json                                      what the loop wants back (`Checkpoints.save`): the evaluations so far
+    sha256.json                                    of each of these, written last
+
+torch.distributed.checkpoint writes and reads the tensors. Each file says of which part of a tensor it holds, so any
+number of ranks continues what any other number wrote. A copy is staged in the host's memory; it is written while the
+next steps run.
 
 A checkpoint is written under another name and renamed when it is whole, taken out of sight before it is deleted, and
 its hashes are checked before anything is loaded: a half-written or damaged one is never taken for one, whenever the
@@ -21,84 +27,190 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from vlmrl.errors import CheckpointError, NonFiniteLossError
+from vlmrl.errors import CheckpointError
 from vlmrl.types import Trainer
 
 RANDOM = "torch_random_state"
-"""Key in optimizer.safetensors; uint8 [5056], of the CPU generator."""
+"""uint8 [5056], of the CPU generator."""
+
+AVERAGES = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW keeps of each weight, by its names: steps done, mean of the gradient and of its square."""
 
 HASHES = "sha256.json"
 
+HASHING_THREADS = 8
 
-def save_training_state(folder: Path, model: Any, optimizer: torch.optim.Optimizer, counters: dict[str, int]) -> None:
-    """Write the first three files into `folder`, which exists. Raises OSError, SafetensorError, and
-    `NonFiniteLossError` for weights that cannot be continued from: they would push out the last that can."""
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise NonFiniteLossError(
-                f"{name} holds values that are not finite, so this policy is not saved: continue from the checkpoint "
-                "before it, with a lower trainer.learning_rate"
-            )
-    save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, folder / "model.safetensors")
-    averages = {
-        f"{index}/{name}": value.contiguous()
-        for index, state in optimizer.state_dict()["state"].items()
-        for name, value in state.items()
-    }
-    save_file({**averages, RANDOM: torch.get_rng_state()}, folder / "optimizer.safetensors")
-    (folder / "state.json").write_text(json.dumps(counters))
+MODEL_FILE, OPTIMIZER_FILE = 1, 2
 
 
-def load_training_state(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Restore what `save_training_state` wrote → its counters.
+def not_finite(weights: Mapping[str, Tensor]) -> str | None:
+    """The first of `weights` that holds values (of this rank) which are not finite."""
+    return next((name for name, weight in weights.items() if not torch.isfinite(_local(weight)).all()), None)
+
+
+def begin_to_save(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    counters: Mapping[str, int],
+    process_group: Any = None,
+) -> Future[None]:
+    """Copy the state, and write it into `folder`, which exists, all but the last two files; the future ends with that.
+
+    To be called by all ranks of `process_group`, which nothing else may use. Raises OSError; so may the future, or
+    torch's `CheckpointException`.
+    """
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import async_save
+
+    averages: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        for average, value in optimizer.state.get(weight, {}).items():
+            averages[f"{average}/{name}"] = _as_float(value)
+    optimizer_state = {**averages, RANDOM: torch.get_rng_state()}
+    writer = HuggingFaceStorageWriter(
+        str(folder),
+        fqn_to_index_mapping=dict.fromkeys(weights, MODEL_FILE) | dict.fromkeys(optimizer_state, OPTIMIZER_FILE),
+        save_distributed=True,
+    )
+    if process_group is None or process_group.rank() == 0:
+        (folder / "state.json").write_text(json.dumps(counters))
+    state = {name: weight.detach() for name, weight in weights.items()} | optimizer_state
+    _one_process_is_meant()
+    saved: Any = async_save(state, storage_writer=writer, process_group=process_group)
+    future: Future[None] = saved
+    return future
+
+
+def restore(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    learning: Mapping[str, Tensor],
+    process_group: Any = None,
+) -> dict[str, int]:
+    """Restore what `begin_to_save` wrote, into `weights` and `optimizer`, which `learning` of them → the counters.
 
     Raises `CheckpointError` where it is of another model; then nothing was changed.
     """
-    weights = load_file(folder / "model.safetensors")
-    parameters = dict(model.named_parameters())
-    if weights.keys() != parameters.keys():
-        raise CheckpointError(
-            f"{folder} is of another model: only there {sorted(weights.keys() - parameters.keys())[:3]}, "
-            f"missing {sorted(parameters.keys() - weights.keys())[:3]}"
-        )
-    for name, parameter in parameters.items():
-        if weights[name].shape != parameter.shape:
+    there = _shapes(folder)
+    names = {name for name in there if "/" not in name and name != RANDOM}
+    _check_names(folder, names, weights)
+    for name, weight in weights.items():
+        if there[name] != weight.shape:
             raise CheckpointError(
-                f"{folder} is of another model: {name} has shape {tuple(weights[name].shape)} there and "
-                f"{tuple(parameter.shape)} here"
+                f"{folder} is of another model: {name} has shape {tuple(there[name])} there and "
+                f"{tuple(weight.shape)} here"
             )
-    averages = load_file(folder / "optimizer.safetensors")
-    random_state = averages.pop(RANDOM)
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in averages.items():
-        index, _, name = key.partition("/")
-        state.setdefault(int(index), {})[name] = value
-    learning = sum(len(group["params"]) for group in optimizer.param_groups)
-    if state and len(state) != learning:
-        raise CheckpointError(f"{folder} is of another run: {len(state)} parameters learned there, {learning} do here")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    learned = {name.partition("/")[2] for name in there if "/" in name}
+    if learned and learned != set(learning):
+        raise CheckpointError(
+            f"{folder} is of another run: {len(learned)} parameters learned there, {len(learning)} do here"
+        )
+    random_state = torch.get_rng_state()
+    averages = {
+        f"{average}/{name}": torch.zeros(1, device=weight.device) if average == "step" else torch.zeros_like(weight)
+        for name, weight in learning.items()
+        for average in AVERAGES
+        if learned
+    }
+    state = {name: weight.detach() for name, weight in weights.items()} | averages | {RANDOM: random_state}
+    _read(folder, state, process_group)
+    optimizer.state.clear()
+    for name, weight in learning.items():
+        if learned:
+            step, mean, square = (averages[f"{average}/{name}"].detach() for average in AVERAGES)
+            optimizer.state[weight] = dict(
+                zip(
+                    AVERAGES,
+                    (step.reshape(()), _kept(optimizer, weight, mean), _kept(optimizer, weight, square)),
+                    strict=True,
+                )
+            )
     torch.set_rng_state(random_state)
     counters = json.loads((folder / "state.json").read_text())
     return {name: int(count) for name, count in counters.items()}
 
 
+def load_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Restore the weights alone. Raises `CheckpointError` where they are of another model."""
+    there = _shapes(folder)
+    _check_names(folder, {name for name in there if "/" not in name and name != RANDOM}, weights)
+    _read(folder, {name: weight.detach() for name, weight in weights.items()}, None)
+
+
+def _check_names(folder: Path, there: set[str], weights: Mapping[str, Tensor]) -> None:
+    if there != set(weights):
+        raise CheckpointError(
+            f"{folder} is of another model: only there {sorted(there - set(weights))[:3]}, "
+            f"missing {sorted(set(weights) - there)[:3]}"
+        )
+
+
+def _shapes(folder: Path) -> dict[str, torch.Size]:
+    """Of every tensor in the checkpoint."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {name: metadata.size for name, metadata in found.items()}  # type: ignore[union-attr]
+
+
+def _read(folder: Path, state: dict[str, Tensor], process_group: Any) -> None:
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    _one_process_is_meant()
+    reader = HuggingFaceStorageReader(str(folder))
+    load(state, storage_reader=reader, process_group=process_group, no_dist=process_group is None)
+
+
+def _one_process_is_meant() -> None:
+    # Said at each save and load of a run without ranks. Not undone: the save goes on in another thread.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's slice."""
+    found: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return found.detach()
+
+
+def _as_float(average: Tensor) -> Tensor:
+    """As it is written: [1] of a number, float32 of an average in 8 bits."""
+    if hasattr(average, "dequantize") and type(average) is not Tensor and hasattr(average, "codes"):
+        average = average.dequantize()
+    return average.reshape(1) if average.dim() == 0 else average
+
+
+def _kept(optimizer: torch.optim.Optimizer, weight: Tensor, average: Tensor) -> Tensor:
+    """As the optimizer keeps it."""
+    if average.shape != weight.shape:
+        return average.reshape(())  # the step
+    if not hasattr(optimizer, "_new_buffer"):
+        return average
+    buffer: Tensor = optimizer._new_buffer(weight, signed=True)
+    buffer.copy_(average)
+    return buffer
+
+
 class Checkpoints:
-    """The checkpoints of one run, the newest `keep` of them."""
+    """The checkpoints of one run, the newest `keep` of them. One is written at a time, in the background."""
 
     def __init__(self, folder: Path, keep: int) -> None:
         self._folder = folder
         self._keep = keep
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
 
     def path(self, step: int) -> Path:
         """`step_000020`."""
@@ -110,19 +222,40 @@ class Checkpoints:
         return sorted(int(name) for name in names if name.isdigit())
 
     def save(self, step: int, trainer: Trainer, loop_state: dict[str, Any]) -> None:
-        """Write the checkpoint of `step`, then delete those that are too old.
+        """Copy the state after `step` and begin to write it; those that are too old are deleted when it is whole.
 
-        Raises `CheckpointError`, and `NonFiniteLossError` where the weights are not finite.
+        Waits for the one before. Raises what `finish` does, and `NonFiniteLossError` where the weights are not finite:
+        they would push out the last that can be continued from.
         """
+        self.finish()
+        partial = self._folder / f"partial_{step:06d}"
         try:
             for left_behind in self._folder.glob("partial_*"):  # by a run that was killed
                 shutil.rmtree(left_behind)
-            partial = self._folder / f"partial_{step:06d}"
             partial.mkdir(parents=True)
-            trainer.save(str(partial))
             (partial / "loop.json").write_text(json.dumps(loop_state))
-            hashes = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
-            (partial / HASHES).write_text(json.dumps(hashes, indent=1))
+            written = trainer.save(str(partial))
+        except OSError as error:
+            raise self._cannot_be_written(step, error) from error
+        self._pending = self._background.submit(self._complete, step, partial, written)
+
+    def check(self) -> None:
+        """Raise `CheckpointError` if the one that is being written has failed by now."""
+        if self._pending is not None and self._pending.done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Return when what is being written is on the disk. Raises `CheckpointError` where it cannot be written."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _complete(self, step: int, partial: Path, written: Future[None]) -> None:
+        from torch.distributed.checkpoint.api import CheckpointException
+
+        try:
+            written.result()
+            (partial / HASHES).write_text(json.dumps(_hashes(partial), indent=1))
             for path in partial.iterdir():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
@@ -132,9 +265,15 @@ class Checkpoints:
             for old in self.steps()[: -self._keep]:
                 self._delete(old)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{self.path(step)} cannot be written, so the run stops rather than go on without: {error}"
-            ) from error
+            raise self._cannot_be_written(step, error) from error
+        except CheckpointException as error:
+            of_a_rank, _ = next(iter(error.failures.values()))
+            raise self._cannot_be_written(step, of_a_rank) from error
+
+    def _cannot_be_written(self, step: int, error: BaseException) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path(step)} cannot be written, so the run stops rather than go on without: {error}"
+        )
 
     def load(self, step: int, trainer: Trainer) -> None:
         """Restore the checkpoint of `step`. Raises `CheckpointError`."""
@@ -169,11 +308,22 @@ class Checkpoints:
 def check_hashes(folder: Path) -> None:
     """Raise `CheckpointError` unless every file of the checkpoint is what was written."""
     try:
-        for name, expected in json.loads((folder / HASHES).read_bytes()).items():
-            if _sha256(folder / name) != expected:
+        expected = json.loads((folder / HASHES).read_bytes())
+        found = _hashes(folder)
+        for name in expected:
+            if name not in found:
+                raise CheckpointError(f"{folder} is no whole checkpoint ({folder / name} is missing)")
+            if found[name] != expected[name]:
                 raise CheckpointError(f"{folder / name} is damaged (its SHA-256 is not the one in {HASHES})")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} is no whole checkpoint ({error})") from error
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file but `HASHES`, by name."""
+    paths = sorted(path for path in folder.iterdir() if path.name != HASHES)
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        return {path.name: digest for path, digest in zip(paths, pool.map(_sha256, paths), strict=True)}
 
 
 def _sha256(path: Path) -> str:

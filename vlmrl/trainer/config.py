@@ -17,6 +17,24 @@ class Packing(Enum):
     """One sample per forward; the reference."""
 
 
+class Sharding(Enum):
+    """Where the weights of a trainer of several ranks are; a run of one process has nothing to choose."""
+
+    full = "full"
+    """Each rank holds a slice of every tensor, of its gradient and of the optimizer's averages (FSDP2)."""
+    none = "none"
+    """Each rank holds all of them: for a model that has room, and for inference=embedded, which samples from them."""
+
+
+class Optimizer(Enum):
+    """What changes the weights."""
+
+    adamw = "adamw"
+    """Averages in float32."""
+    adamw_8bit = "adamw_8bit"
+    """Averages in 8 bits, a scale per block (torchao, after arXiv 2110.02861): 2 bytes a parameter instead of 8."""
+
+
 class Decay(Enum):
     """Learning rate after the warm-up."""
 
@@ -67,6 +85,13 @@ class TrainerConfig:
     """How samples share a micro-batch."""
     micro_batch_tokens: int = 16384
     """Positions per forward/backward, counted after packing. A single tree or sample may exceed it alone."""
+    sharding: Sharding = Sharding.full
+    """What each rank holds, where torchrun or Slurm started several."""
+    cpu_offload: bool = False
+    """What learns (float32 weights, gradients, the optimizer's averages) is in the host's memory, and AdamW runs there:
+    for a model that a GPU has no room for otherwise. Nothing changes where the model is on a CPU."""
+    optimizer: Optimizer = Optimizer.adamw
+    """AdamW, and how it keeps its averages."""
     learning_rate: float = 1.5e-3
     """Step size of AdamW, at its highest."""
     lr_warmup_steps: int = 0

@@ -10,7 +10,8 @@ Work and answers are pickled over one connection per rank, with a key that only 
 how a death is noticed: it closes with the process. A rank that fails says why before it goes. Rank 0 then ends the run
 with that reason, also when it stands in a collective that nobody will ever join; the others end when rank 0 does.
 
-Ctrl-C and SIGTERM are rank 0's: it finishes the step and saves, and needs the others for both, so they pay no heed.
+Ctrl-C, SIGTERM and a queue's signals are rank 0's: it finishes the step and saves, and needs the others for both, so
+they pay no heed.
 
 Left out on purpose: going on with fewer ranks. `resume=` does that, with any number of them.
 """
@@ -79,7 +80,7 @@ class Group:
         self._to_leader: Connection[Any, Any] | None = None
         self._work: queue.SimpleQueue[tuple[str, tuple[Any, ...]]] = queue.SimpleQueue()
         self._leaving = False
-        self._on_lost: Callable[[], None] = lambda: None
+        self._on_lost: Callable[[], None] | None = None
         self._losing = threading.Lock()
         self._is_lost = threading.Event()
         self._meet()
@@ -99,10 +100,18 @@ class Group:
 
         Raises `RankError` where a rank is gone, and what `own` raises.
         """
+        with self.meanwhile(name, arguments) as answers:
+            result = own()
+        return [result, *answers]
+
+    @contextmanager
+    def meanwhile(self, name: str, arguments: Sequence[tuple[Any, ...]]) -> Iterator[list[Any]]:
+        """The same, for what is done in the block; the list has the other ranks' answers at its end."""
         for link, each in zip(self._links, arguments, strict=True):
             self._send(link, (name, each))
+        answers: list[Any] = []
         try:
-            results = [own()]
+            yield answers
         except RuntimeError as error:  # what a collective says of a peer that is gone tells nobody anything
             self._raise_if_lost(wait=REASON_S, cause=error)
             raise
@@ -110,15 +119,14 @@ class Group:
             done, answer = link.answers.get()
             if not done:
                 raise RankError(answer)
-            results.append(answer)
-        return results
+            answers.append(answer)
 
-    def on_lost(self, callback: Callable[[], None]) -> None:
-        """Call `callback`, in another thread, when a rank is lost, or at once if one is."""
+    def on_lost(self, callback: Callable[[], None] | None) -> None:
+        """Call `callback` when a rank is lost, in another thread, or at once if one is. None: nobody any more."""
         with self._losing:
             self._on_lost = callback
             lost = self.lost
-        if lost is not None:
+        if lost is not None and callback is not None:
             callback()
 
     def leave(self) -> None:
@@ -174,7 +182,8 @@ class Group:
             callback = self._on_lost
         log.error(reason)
         threading.Thread(target=self._end_at_last, daemon=True).start()
-        callback()
+        if callback is not None:
+            callback()
 
     def _end_at_last(self) -> None:
         threading.Event().wait(GRACE_S)
@@ -295,7 +304,7 @@ def follow(group: Group, make: Callable[..., object]) -> int:
 
     `make` is the first work of each run: its result does the work that follows.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     worker: object = None
     try:

@@ -4,17 +4,14 @@
     varlen   samples side by side, nothing shared; the same rows and plan with sharing turned off
     none     one sample per micro-batch; the reference
 
-Samples are sorted by their tokens, so the cost of the next one is what follows its longest common prefix with the one
-before it. `cut` divides the sorted row into micro-batches within the token budget, of all ways to do so the one that
-computes least: between groups, where little is shared, and evenly. Equal samples collapse into one row each, while the
-loss still counts every one of them.
+Which samples go together is shares.py's to say: neighbours in the order of their tokens, as many as the token budget
+takes. Equal samples collapse into one row each, while the loss still counts every one of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,9 +19,10 @@ from torch import Tensor
 
 from vlmrl.models.fused_attention import Kernel
 from vlmrl.models.positions import PositionFunction
-from vlmrl.models.prefix_tree import ImageKeys, Segment, build_tree, common_prefix, sort_key
+from vlmrl.models.prefix_tree import ImageKeys, Segment, build_tree
 from vlmrl.models.tree_attention import TreePlan, make_plan
 from vlmrl.trainer.config import Packing
+from vlmrl.trainer.shares import Share, divide
 from vlmrl.types import ImageItem, IntArray, Placeholder, TrainingSample
 
 
@@ -56,7 +54,11 @@ class MicroBatch:
     versions: Tensor
     """int64 [N]; policy version that sampled the token."""
     sample_index: Tensor
-    """int64 [N]; index of the sample in the batch."""
+    """int64 [N]; index of the sample in the share."""
+    is_filler: bool = False
+    """Nothing of it is learned: it keeps a rank in step with the others."""
+    idle_image: ImageItem | None = None
+    """Goes through the vision tower for nothing, where this pass has no image and that of another rank may have one."""
 
 
 def pack(
@@ -69,75 +71,26 @@ def pack(
     kernel: Kernel = Kernel.blocks,
 ) -> list[MicroBatch]:
     """Micro-batches that hold each loss token of `samples` exactly once, planned for attention by `kernel`."""
-    image_keys = ImageKeys()
-    keys = [image_keys.keys(sample.token_ids, sample.placeholders) for sample in samples]
-    # One entry per distinct sequence, in sorted order; equal samples stand together.
-    members: dict[bytes, list[int]] = {}
-    for index, key in enumerate(keys):
-        members.setdefault(sort_key(key), []).append(index)
-    if packing is Packing.tree:
-        distinct = [members[key] for key in sorted(members)]
-    else:
-        distinct = [[index] for key in sorted(members) for index in members[key]]
-
-    sequences = [keys[group[0]] for group in distinct]
-    shared = [0] * len(sequences)
-    if packing is Packing.tree:
-        shared[1:] = [common_prefix(before, sequence) for before, sequence in pairwise(sequences)]
-    bounds = cut([len(s) for s in sequences], shared, 1 if packing is Packing.none else token_budget)
-    return [
-        _micro_batch(samples, keys, distinct[start:end], packing, positions, device, kernel) for start, end in bounds
-    ]
+    return pack_share(divide(samples, packing, token_budget)[0], packing, positions, device, kernel)
 
 
-FIXED_COST = 512
-"""What a micro-batch costs beside its rows, in rows: kernels that are not filled, gradients that are added up."""
-
-UNEVENNESS = 64
-"""Micro-batches of unequal size cost a 64th of their rows at most: rather a few more rows than one that is all but
-empty while the others are full."""
-
-
-def cut(lengths: Sequence[int], shared: Sequence[int], token_budget: int) -> list[tuple[int, int]]:
-    """Divide a row of sequences into micro-batches → (start, end) of each, in order.
-
-    Sequence i has `lengths[i]` tokens, the first `shared[i]` of them computed already if the sequence before it is in
-    the same micro-batch. None exceeds `token_budget` tokens but a sequence that does so alone. Least in
-    Σ (tokens + FIXED_COST + tokens² / (UNEVENNESS · budget)); exact, by dynamic programming over where the last one
-    starts.
-
-    Two groups of three that share 20 tokens of 22, under a budget of 30: the second is not begun in the first.
-
-    >>> cut([22] * 6, [0, 20, 20, 1, 20, 20], 30)
-    [(0, 3), (3, 6)]
-    """
-    count = len(lengths)
-    full, known = np.array(lengths, np.int64), np.array(shared, np.int64)
-    ends = np.concatenate([[0], np.cumsum(full - known)])
-    best = np.concatenate([[0.0], np.full(count, np.inf)])
-    begins = np.zeros(count + 1, np.int64)
-    first = 0
-    for end in range(1, count + 1):
-        # Tokens of [start, end) for every start; fewer as the start moves right, so that starts too far back stay so.
-        tokens = ends[end] - ends[first:end] + known[first:end]
-        fits = tokens <= token_budget
-        fits[-1] = True
-        skipped = int(fits.argmax())
-        first, tokens = first + skipped, tokens[skipped:]
-        costs = best[first:end] + tokens + FIXED_COST + tokens.astype(float) ** 2 / (UNEVENNESS * token_budget)
-        begins[end] = first + int(costs.argmin())
-        best[end] = costs.min()
-    bounds = []
-    end = count
-    while end > 0:
-        bounds.append((int(begins[end]), end))
-        end = int(begins[end])
-    return bounds[::-1]
+def pack_share(
+    share: Share, packing: Packing, positions: PositionFunction, device: torch.device, kernel: Kernel
+) -> list[MicroBatch]:
+    """The micro-batches of one rank, one per pass."""
+    batches = []
+    for groups in share.passes:
+        samples, of = (share.samples, groups) if groups else ([share.filler], [[0]])
+        image_keys = ImageKeys()
+        keys = {i: image_keys.keys(samples[i].token_ids, samples[i].placeholders) for i, *_ in of}
+        batch = _micro_batch(samples, keys, of, packing, positions, device, kernel)
+        batches.append(replace(batch, is_filler=not groups, idle_image=None if batch.images else share.filler_image))
+    return batches
 
 
 def _micro_batch(
     samples: Sequence[TrainingSample],
-    keys: Sequence[IntArray],
+    keys: Mapping[int, IntArray],
     groups: Sequence[Sequence[int]],
     packing: Packing,
     positions: PositionFunction,

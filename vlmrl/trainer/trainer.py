@@ -1,28 +1,29 @@
-"""The learner: samples → packed forward and backward → one optimizer step. Knows no task and no engine.
+"""The trainer as the run knows it: divides a batch over the ranks, and adds up what they found.
 
-    samples ─▶ pack ─▶ for each micro-batch: encode images, forward, loss, backward ─▶ clip ─▶ AdamW ─▶ version + 1
+    samples ─▶ divide ─▶ a share for each rank ─▶ Learner.learn, on all of them at once ─▶ one StepResult
 
-Losses are normalized by figures of the whole batch, so loss and gradient do not depend on how the samples are split.
+One process or many: what is learned does not depend on it, since losses are normalized by figures of the whole batch
+and gradients are summed.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from pathlib import Path
+from concurrent.futures import Future
+from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from vlmrl.errors import NonFiniteLossError
 from vlmrl.models.policy import Policy
 from vlmrl.orchestrator.config import AlgorithmConfig
-from vlmrl.trainer.checkpoint import load_training_state, save_training_state
-from vlmrl.trainer.config import Decay, Packing, TrainerConfig
-from vlmrl.trainer.forward import loss_logprobs
-from vlmrl.trainer.loss import BatchTotals, LossTokens, loss_metrics, mismatch_kl, policy_loss, supervised
-from vlmrl.trainer.packing import MicroBatch, pack
+from vlmrl.trainer.config import TrainerConfig
+from vlmrl.trainer.distributed import Group
+from vlmrl.trainer.learner import Learner, Outcome, Step
+from vlmrl.trainer.loss import BatchTotals, loss_metrics
+from vlmrl.trainer.optimizer import learning_rate
+from vlmrl.trainer.shares import Share, divide, without_pictures
 from vlmrl.types import FloatArray, StepResult, TokenFigures, TrainingSample
 
 EMPTY_STEP = (
@@ -36,30 +37,14 @@ EMPTY_STEP = (
     "tokens/trained",
     "tokens/packed",
 )
-"""Figures of a step that had nothing to learn from; all 0.0."""
+"""Figures of a step that had nothing to learn from, 0.0 all of them; beside them there is `memory/peak_bytes`."""
 
-
-def learning_rate(config: TrainerConfig, step: int) -> float:
-    """Learning rate of RL step `step` (0-based): linear warm-up, then the chosen decay to `min_lr_ratio`.
-
-    >>> config = TrainerConfig(max_steps=100, learning_rate=1.0, decay=Decay.linear, min_lr_ratio=0.0)
-    >>> [round(learning_rate(config, step), 2) for step in (0, 50, 99)]
-    [1.0, 0.5, 0.01]
-    """
-    if step < config.lr_warmup_steps:
-        return config.learning_rate * (step + 1) / config.lr_warmup_steps
-    progress = min(1.0, (step - config.lr_warmup_steps) / max(1, config.max_steps - config.lr_warmup_steps))
-    floor = config.min_lr_ratio
-    share = {
-        Decay.constant: 1.0,
-        Decay.linear: 1.0 - (1.0 - floor) * progress,
-        Decay.cosine: floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress)),
-    }[config.decay]
-    return config.learning_rate * share
+NAMES = 8
+"""Of samples, in an error's message."""
 
 
 class LocalTrainer:
-    """One process, one device."""
+    """See `vlmrl.types.Trainer`. Its methods are called one at a time."""
 
     def __init__(
         self,
@@ -69,38 +54,32 @@ class LocalTrainer:
         *,
         temperature: float,
         max_new_tokens: int,
+        group: Group | None = None,
     ) -> None:
-        self._policy = policy
+        """The other ranks of `group` make their learners at the same time, and do what this one asks of them."""
+        self._group = group
         self._config = config
-        self._algorithm = algorithm
-        self._temperature = temperature
-        self._max_new_tokens = max_new_tokens
-        self._parameters = [p for p in policy.model.parameters() if p.requires_grad]
-        self._optimizer = torch.optim.AdamW(
-            self._parameters,
-            lr=config.learning_rate,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            fused=True,
+        self._ranks = 1 if group is None else group.size
+        self._learner = Learner(
+            policy, config, algorithm, temperature=temperature, max_new_tokens=max_new_tokens, ranks=self._ranks
         )
-        self._version = 0
-        self._supervised_steps = 0
 
     @property
     def version(self) -> int:
         """RL steps contained in the weights; supervised steps do not count."""
-        return self._version
+        return self._learner.version
 
     @property
     def supervised_steps(self) -> int:
         """Supervised steps contained in the weights."""
-        return self._supervised_steps
+        return self._learner.supervised_steps
 
     def weights(self) -> dict[str, Tensor]:
         """The model's tensors by their names in a checkpoint, each once: a head that is the embedding is not a second
-        one. They are the ones that learn, not copies."""
-        return dict(self._policy.model.named_parameters())
+        one. They are the ones that are computed with, not copies, where this process holds all of them; of a sharded
+        model they are gathered, one after the other."""
+        found: dict[str, Tensor] = self._all("whole_weights", [()] * self._ranks)[0]
+        return found
 
     def train_step(self, samples: list[TrainingSample], demonstrations: Sequence[TrainingSample] = ()) -> StepResult:
         """One RL step on `samples`, with `demonstrations` at their weight.
@@ -109,164 +88,147 @@ class LocalTrainer:
         weights stay as they are and the step still counts.
         """
         if not samples:
-            self._version += 1
-            return StepResult(self._version, dict.fromkeys(EMPTY_STEP, 0.0))
-        batches = self._pack(samples)
-        self._policy.take_image_counters()  # what the engine or a step that failed have counted
+            peaks = self._all("skip", [()] * self._ranks)
+            return StepResult(self.version, dict.fromkeys(EMPTY_STEP, 0.0) | {"memory/peak_bytes": float(max(peaks))})
+        before = self.version
+        rate = learning_rate(self._config, before)
+        masks = [sample.loss_mask for sample in samples]
         totals = BatchTotals(
-            tokens=sum(len(batch.targets) for batch in batches),
+            tokens=int(sum(mask.sum() for mask in masks)),
             samples=len(samples),
-            max_new_tokens=self._max_new_tokens,
+            max_new_tokens=self._learner.max_new_tokens,
         )
-        loss, entropy, kl_sum, kl_max = 0.0, 0.0, 0.0, 0.0
+        step = Step(
+            totals=totals,
+            demonstrated_tokens=int(sum(sample.loss_mask.sum() for sample in demonstrations)),
+            demonstration_weight=self._config.warmup.rl_weight * rate / self._config.learning_rate,
+            learning_rate=rate,
+        )
+        shares = self._divide(samples)
+        outcomes = self._learn(shares, self._divide(demonstrations), step, samples)
+        tokens: list[TokenFigures | None] = [None] * len(samples)
         sums: dict[str, float] = {}
         maxima: dict[str, float] = {}
-        figures: list[Tensor] = []
-        """float32 [2, N] of each micro-batch: logprobs and entropies."""
-        for batch in batches:
-            logprobs, entropies = self._logprobs(batch)
-            tokens = LossTokens(
-                logprobs=logprobs,
-                inference_logprobs=batch.inference_logprobs,
-                advantages=batch.advantages,
-                sample_index=batch.sample_index,
-            )
-            output = policy_loss(tokens, totals, self._algorithm)
-            self._assert_finite(output.loss, logprobs, batch, samples)
-            torch.autograd.backward(output.loss)
-            loss += float(output.loss.detach())
-            figures.append(torch.stack([logprobs.detach().float(), entropies[batch.entry].float()]))
-            entropy += float(entropies[batch.entry].sum())
-            total, largest = mismatch_kl(logprobs.detach(), batch.inference_logprobs)
-            kl_sum, kl_max = kl_sum + total, max(kl_max, largest)
-            for key, value in output.sums.items():
+        images: dict[str, float] = {}
+        for share, outcome in zip(shares, outcomes, strict=True):
+            for place, figures in zip(share.index, outcome.tokens, strict=True):
+                tokens[place] = figures
+            for key, value in outcome.sums.items():
                 sums[key] = sums.get(key, 0.0) + value
-            for key, value in output.maxima.items():
+            for key, value in outcome.maxima.items():
                 maxima[key] = max(maxima.get(key, value), value)
-        images = self._policy.take_image_counters()
-        lr = learning_rate(self._config, self._version)
-        demonstration_weight = self._config.warmup.rl_weight * lr / self._config.learning_rate
-        demonstration_loss = self._backward_supervised(demonstrations, demonstration_weight)
-        versions = np.concatenate([batch.versions.cpu().numpy() for batch in batches])
-        staleness = self._version - versions
-        grad_norm = self._optimizer_step(lr, samples)
-        self._version += 1
+            for key, value in outcome.images.items():
+                images[key] = images.get(key, 0.0) + value
+        staleness = before - np.concatenate([s.versions[mask] for s, mask in zip(samples, masks, strict=True)])
         return StepResult(
-            version=self._version,
+            version=self.version,
             metrics={
-                "loss": loss,
-                "grad_norm": grad_norm,
-                "learning_rate": lr,
-                "demonstration_loss": demonstration_loss,
-                "entropy": entropy / totals.tokens,
-                "mismatch_kl/mean": kl_sum / totals.tokens,
-                "mismatch_kl/max": kl_max,
+                "loss": sum(outcome.loss for outcome in outcomes),
+                "grad_norm": outcomes[0].grad_norm,
+                "learning_rate": rate,
+                "demonstration_loss": sum(outcome.demonstration_loss for outcome in outcomes),
+                "entropy": sum(outcome.entropy for outcome in outcomes) / totals.tokens,
+                "mismatch_kl/mean": sum(outcome.kl_sum for outcome in outcomes) / totals.tokens,
+                "mismatch_kl/max": max(outcome.kl_max for outcome in outcomes),
                 "staleness/mean": float(staleness.mean()),
                 "staleness/max": float(staleness.max()),
                 "tokens/trained": float(totals.tokens),
-                "tokens/packed": float(sum(len(batch.token_ids) for batch in batches)),
+                "tokens/packed": float(sum(outcome.rows for outcome in outcomes)),
                 "tokens/unpacked": float(sum(len(sample.token_ids) for sample in samples)),
                 **images,
-                "micro_batches": float(len(batches)),
+                "micro_batches": float(sum(outcome.micro_batches for outcome in outcomes)),
+                "memory/peak_bytes": float(max(outcome.peak_bytes for outcome in outcomes)),
                 **loss_metrics(sums, maxima, totals.tokens),
             },
-            tokens=_by_sample(batches, figures, len(samples)),
+            tokens=[figures for figures in tokens if figures is not None],
         )
 
     def supervised_step(self, samples: list[TrainingSample], lr: float) -> dict[str, float]:
         """One step of next-token likelihood on the samples' loss tokens. Does not count as a policy version."""
-        loss = self._backward_supervised(samples, weight=1.0)
-        grad_norm = self._optimizer_step(lr, samples)
-        self._supervised_steps += 1
-        return {"loss": loss, "grad_norm": grad_norm, "learning_rate": lr}
-
-    def _backward_supervised(self, samples: Sequence[TrainingSample], weight: float) -> float:
-        """Add the gradient of `weight` times the mean negative log-likelihood of the loss tokens → the mean itself."""
-        batches = self._pack(samples)
-        total = sum(len(batch.targets) for batch in batches)
-        loss = 0.0
-        for batch in batches:
-            logprobs, _ = self._logprobs(batch)
-            part = supervised(logprobs, total)
-            self._assert_finite(part, logprobs, batch, samples)
-            torch.autograd.backward(weight * part)
-            loss += float(part.detach())
-        return loss
+        step = Step(
+            totals=None,
+            demonstrated_tokens=int(sum(sample.loss_mask.sum() for sample in samples)),
+            demonstration_weight=1.0,
+            learning_rate=lr,
+        )
+        outcomes = self._learn([], self._divide(samples), step, samples)
+        loss = sum(outcome.demonstration_loss for outcome in outcomes)
+        return {"loss": loss, "grad_norm": outcomes[0].grad_norm, "learning_rate": lr}
 
     def logprobs(self, samples: Sequence[TrainingSample]) -> list[FloatArray]:
         """See `vlmrl.types.Trainer.logprobs`."""
+        shares = self._divide(samples)
         found = [np.empty(0, np.float32)] * len(samples)
-        with torch.no_grad():
-            for batch in self._pack(samples):
-                logprobs = self._logprobs(batch)[0].cpu().numpy()
-                sample_index = batch.sample_index.cpu().numpy()
-                for index in np.unique(sample_index):
-                    found[index] = logprobs[sample_index == index]
+        if shares:
+            for share, logprobs in zip(shares, self._all("logprobs", [(share,) for share in shares]), strict=True):
+                for place, each in zip(share.index, logprobs, strict=True):
+                    found[place] = each
         return found
 
-    def save(self, folder: str) -> None:
+    def save(self, folder: str) -> Future[None]:
         """See `vlmrl.types.Trainer.save`."""
-        counters = {"version": self._version, "supervised_steps": self._supervised_steps}
-        save_training_state(Path(folder), self._policy.model, self._optimizer, counters)
+        found: list[str | Future[None]] = self._all("save", [(folder,)] * self._ranks)
+        if isinstance(found[0], Future):
+            return found[0]
+        name = next(name for name in found if name)
+        raise NonFiniteLossError(
+            f"{name} holds values that are not finite, so this policy is not saved: continue from the "
+            "checkpoint before it, with a lower trainer.learning_rate"
+        )
 
     def load(self, folder: str) -> None:
         """See `vlmrl.types.Trainer.load`."""
-        counters = load_training_state(Path(folder), self._policy.model, self._optimizer)
-        self._version, self._supervised_steps = counters["version"], counters["supervised_steps"]
+        self._all("load", [(folder,)] * self._ranks)
 
-    def _pack(self, samples: Sequence[TrainingSample]) -> list[MicroBatch]:
-        config, policy = self._config, self._policy
-        return pack(
+    # ── all ranks ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def _divide(self, samples: Sequence[TrainingSample]) -> list[Share]:
+        """A share for each rank; none where there are no samples."""
+        if not samples:
+            return []
+        return divide(
             samples,
-            config.packing,
-            config.micro_batch_tokens,
-            policy.positions,
-            policy.device,
-            kernel=policy.kernel(shared=config.packing is Packing.tree),
+            self._config.packing,
+            self._config.micro_batch_tokens,
+            ranks=self._ranks,
+            tower_waits=self._ranks > 1 and self._learner.policy.tower_learns,
         )
 
-    def _logprobs(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        return loss_logprobs(self._policy, batch, self._temperature)
-
-    def _optimizer_step(self, lr: float, samples: Sequence[TrainingSample]) -> float:
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm))
-        if not math.isfinite(grad_norm):
-            self._optimizer.zero_grad()
+    def _learn(
+        self, shares: list[Share], demonstrations: list[Share], step: Step, samples: Sequence[TrainingSample]
+    ) -> list[Outcome]:
+        """Raises `NonFiniteLossError`."""
+        nothing: list[Share | None] = [None] * self._ranks
+        both = zip(shares or nothing, demonstrations or nothing, strict=True)
+        outcomes: list[Outcome] = self._all("learn", [(share, demonstrated, step) for share, demonstrated in both])
+        broken = next((outcome.broken_loss for outcome in outcomes if outcome.broken_loss is not None), None)
+        if broken is not None:
+            exact = any(outcome.names_are_exact for outcome in outcomes)
+            named = [name for outcome in outcomes if outcome.names_are_exact is exact for name in outcome.broken]
             raise NonFiniteLossError(
-                f"gradient norm is {grad_norm} at version {self._version}: nothing was changed; samples of the batch: "
-                f"{_names(samples)}"
+                f"loss is {broken} at version {self.version}: nothing was changed; "
+                f"samples {'with a logprob or advantage that is not finite' if exact else 'of the micro-batch'}: "
+                f"{_listed(named)}"
             )
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        return grad_norm
+        if not outcomes[0].stepped:
+            raise NonFiniteLossError(
+                f"gradient norm is {outcomes[0].grad_norm} at version {self.version}: nothing was changed; samples of "
+                f"the batch: {_listed([sample.rollout_id for sample in samples])}"
+            )
+        return outcomes
 
-    def _assert_finite(
-        self, loss: Tensor, logprobs: Tensor, batch: MicroBatch, samples: Sequence[TrainingSample]
-    ) -> None:
-        if torch.isfinite(loss):
-            return
-        self._optimizer.zero_grad()
-        figures = torch.stack([logprobs.detach(), batch.inference_logprobs, batch.advantages])
-        broken = batch.sample_index[~torch.isfinite(figures).all(0)].tolist()
-        named = sorted(set(broken or batch.sample_index.tolist()))
-        raise NonFiniteLossError(
-            f"loss is {float(loss.detach())} at version {self._version}: nothing was changed; "
-            f"samples {'with a logprob or advantage that is not finite' if broken else 'of the micro-batch'}: "
-            f"{_names([samples[i] for i in named])}"
-        )
+    def _all(self, name: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """What the method `name` of each rank's learner returns."""
+        method = getattr(self._learner, name)
+        if self._group is None:
+            return [method(*arguments[0])]
+        light = [tuple(without_pictures(a) if isinstance(a, Share) else a for a in each) for each in arguments[1:]]
+        return self._group.together(name, light, lambda: method(*arguments[0]))
 
 
-def _by_sample(batches: Sequence[MicroBatch], figures: Sequence[Tensor], samples: int) -> list[TokenFigures]:
-    """`figures`, float32 [2, N] of each micro-batch, sorted back to the samples; one transfer from the device."""
-    index = torch.cat([batch.sample_index for batch in batches])
-    order = index.argsort(stable=True)  # tokens of a sample stand in order, and a sample is never split
-    logprobs, entropies = torch.cat(list(figures), dim=1)[:, order].cpu().numpy()
-    ends = index.bincount(minlength=samples).cumsum(0)[:-1].tolist()
-    return [TokenFigures(*both) for both in zip(np.split(logprobs, ends), np.split(entropies, ends), strict=True)]
-
-
-def _names(samples: Sequence[TrainingSample]) -> str:
-    names = [sample.rollout_id for sample in samples]
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+def _listed(names: Sequence[str]) -> str:
+    """
+    >>> _listed(["0/0", "0/1"])
+    '0/0, 0/1'
+    """
+    return ", ".join(names[:NAMES]) + (f" and {len(names) - NAMES} more" if len(names) > NAMES else "")

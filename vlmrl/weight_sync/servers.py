@@ -99,10 +99,11 @@ class ServerSync(ABC):
     def _gather(self, *, copy: bool = False) -> Mapping[str, Tensor]:
         """The trainer's tensors as the servers must hold them; without `copy`, the trainer's own where they fit."""
         dtype = getattr(torch, self._engine.config.dtype.value)
-        return {
-            name: tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype, copy=copy)
-            for name, tensor in without_ties(self._weights()).items()
-        }
+        tensors, held = without_ties(self._weights()), {}
+        for name in list(tensors):
+            tensor = tensors.pop(name).detach()  # what a sharded trainer gathered is let go as it is copied
+            held[name] = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=copy)
+        return held
 
     def _gather_and_stage(self, version: int) -> Mapping[str, Tensor]:
         tensors = self._gather()

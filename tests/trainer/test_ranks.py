@@ -1,0 +1,118 @@
+"""What is learned depends neither on the number of ranks nor on what each holds, and checkpoints know no ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from trainer import learning
+from trainer.learning import CASES
+from trainer.ranks import ended, start
+
+EXACT = [name for name, case in CASES.items() if "bfloat16" not in name and "bits" not in name]
+
+Found = dict[str, NDArray[np.float64]]
+
+
+def by_ranks(size: int, folder: Path, out: Path, *cases: str) -> dict[str, Found]:
+    """Rank 0's findings per case."""
+    out.mkdir(exist_ok=True)
+    script = str(Path(__file__).with_name("learning.py"))
+    for rank, each in enumerate(ended(start(size, [script, str(folder), str(out), *cases]))):
+        assert each.code == 0, f"rank {rank}: {each.err}"
+    return {case: dict(np.load(out / f"{case}.npz")) for case in (name.partition("@")[0] for name in cases)}
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_folder: Path) -> Callable[[str], Found]:
+    """The findings of one process."""
+    known: dict[str, Found] = {}
+
+    def find(case: str) -> Found:
+        if case not in known:
+            known[case] = learning.steps(learning.learner(str(tiny_folder), case, None), case)
+        return known[case]
+
+    return find
+
+
+def assert_same(found: Found, wanted: Found, tolerance: float) -> None:
+    """Equal but for rounding, and for what depends on the division itself."""
+    divided = ("tokens/packed", "images/encoded", "images/cached", "images/cache_bytes", "micro_batches", "memory/")
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        if not key.partition("/")[2].startswith(divided):
+            scale = np.abs(value).max() if value.size else 0.0
+            error = np.abs(found[key] - value).max() / max(scale, 1e-2)
+            assert error <= tolerance, f"{key} is off by {error} of {scale}"
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(
+    request: pytest.FixtureRequest, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Found]:
+    return by_ranks(request.param, tiny_folder, tmp_path_factory.mktemp("ranks"), *EXACT)
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_ranks_learn_what_one_process_learns(case: str, ranks: dict[str, Found], alone: Callable[[str], Found]) -> None:
+    """Some passes of some ranks are fillers, some have no image."""
+    wanted = alone(case)
+    assert_same(ranks[case], wanted, tolerance=1e-5)
+    assert ranks[case]["2/micro_batches"] >= wanted["2/micro_batches"]
+
+
+def test_master_weights_are_float32(tiny_folder: Path) -> None:
+    """A step that bfloat16 would round to nothing is not lost: it adds up."""
+    trainer = learning.learner(str(tiny_folder), "replicated bfloat16", None)
+    before = {name: weight.detach().clone() for name, weight in trainer.weights().items()}
+    for _ in range(12):
+        trainer.supervised_step(learning.demonstrations(images=True), lr=3e-5)
+    moved = [name for name, weight in trainer.weights().items() if not torch.equal(weight, before[name])]
+    assert {weight.dtype for weight in trainer.weights().values()} == {torch.bfloat16}
+    assert any("layers.0.mlp" in name for name in moved)
+
+
+def test_ranks_in_bfloat16(tiny_folder: Path, tmp_path: Path, alone: Callable[[str], Found]) -> None:
+    for case, found in by_ranks(2, tiny_folder, tmp_path, "bfloat16", "replicated bfloat16").items():
+        assert_same(found, alone(case), tolerance=2e-2)
+
+
+# ── checkpoints ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_any_number_of_ranks_goes_on_where_another_number_stopped(tiny_folder: Path, tmp_path: Path) -> None:
+    by_one, by_two = str(tmp_path / "by one"), str(tmp_path / "by two")
+
+    def one_process(case: str, checkpoints: str) -> Found:
+        return learning.continued(learning.learner(str(tiny_folder), case, None), case, checkpoints)
+
+    wanted = one_process("small", by_one)
+    two = by_ranks(2, tiny_folder, tmp_path / "2", f"whole@{by_one}", f"small@{by_two}")
+    assert_same(two["whole"], wanted, tolerance=1e-5)
+    assert_same(two["small"], wanted, tolerance=1e-5)
+    four = by_ranks(4, tiny_folder, tmp_path / "4", f"replicated@{by_two}", f"small@{by_two}")
+    assert_same(four["replicated"], wanted, tolerance=1e-5)
+    assert_same(four["small"], wanted, tolerance=1e-5)
+    assert_same(one_process("one by one", by_two), wanted, tolerance=1e-5)
+    slices = {path.name[:11] for path in (tmp_path / "by two/step_000001").glob("*.safetensors")}
+    assert slices == {"shard-00001", "shard-00002"}
+
+
+def test_a_checkpoint_in_bfloat16_holds_the_float32_weights(tiny_folder: Path, tmp_path: Path) -> None:
+    wanted = learning.continued(learning.learner(str(tiny_folder), "bfloat16", None), "bfloat16", str(tmp_path))
+    again = learning.continued(learning.learner(str(tiny_folder), "bfloat16", None), "bfloat16", str(tmp_path))
+    assert_same(again, wanted, tolerance=0.0)
+
+
+@pytest.mark.slow
+def test_the_optimizer_in_8_bits(tiny_folder: Path, tmp_path: Path) -> None:
+    """torchao's, which is compiled: over slices, and from a checkpoint."""
+    pytest.importorskip("torchao")
+    wanted = learning.continued(learning.learner(str(tiny_folder), "8 bits", None), "8 bits", str(tmp_path / "saved"))
+    ranks = by_ranks(2, tiny_folder, tmp_path, f"8 bits@{tmp_path / 'saved'}")["8 bits"]
+    assert_same(ranks, wanted, tolerance=1e-2)

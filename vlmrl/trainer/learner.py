@@ -1,0 +1,297 @@
+"""One rank's part in learning. All ranks call the same methods, in the same order, each with its own share.
+
+    share ─▶ pack ─▶ each pass: encode images, forward, loss, backward ─▶ is all of it finite? ─▶ clip ─▶ optimizer
+
+Nobody may leave in the middle: the other ranks would wait for it. So a loss that is not finite is noted, the passes go
+on, and before anything is changed the ranks agree on whether there was one.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vlmrl.models.policy import Policy
+from vlmrl.orchestrator.config import AlgorithmConfig
+from vlmrl.trainer.checkpoint import begin_to_save, not_finite, restore
+from vlmrl.trainer.config import Packing, Sharding, TrainerConfig
+from vlmrl.trainer.forward import loss_logprobs
+from vlmrl.trainer.loss import BatchTotals, LossTokens, mismatch_kl, policy_loss, supervised
+from vlmrl.trainer.optimizer import make_optimizer, set_learning_rate
+from vlmrl.trainer.packing import MicroBatch, pack_share
+from vlmrl.trainer.shares import Share
+from vlmrl.trainer.weights import PlainWeights, ShardedWeights
+from vlmrl.types import FloatArray, TokenFigures
+
+WRITING = timedelta(hours=2)
+"""How much longer one rank may write at a checkpoint than another."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What every rank must know of an optimizer step."""
+
+    totals: BatchTotals | None
+    """Of the samples that are learned from by reward; None where there are none."""
+    demonstrated_tokens: int
+    """Loss tokens of all demonstrations."""
+    demonstration_weight: float
+    learning_rate: float
+
+
+@dataclass
+class Outcome:
+    """What one rank adds to the figures of a step, and what all of them found."""
+
+    loss: float = 0.0
+    demonstration_loss: float = 0.0
+    entropy: float = 0.0
+    """Nats, summed over the loss tokens."""
+    kl_sum: float = 0.0
+    kl_max: float = 0.0
+    sums: dict[str, float] = field(default_factory=dict)
+    maxima: dict[str, float] = field(default_factory=dict)
+    """Of `LossOutput`, over the micro-batches."""
+    rows: int = 0
+    """That the forward passes computed."""
+    micro_batches: int = 0
+    images: dict[str, float] = field(default_factory=dict)
+    """`Policy.take_image_counters`."""
+    tokens: list[TokenFigures] = field(default_factory=list)
+    """Of each sample of the share."""
+    peak_bytes: int = 0
+    """See `peak_bytes`."""
+    grad_norm: float = math.nan
+    """L2, of all ranks together."""
+    broken_loss: float | None = None
+    """The first that is not finite."""
+    broken: list[str] = field(default_factory=list)
+    """Names of the samples with a figure that is not finite, or else of the micro-batch where the loss is not."""
+    names_are_exact: bool = False
+    stepped: bool = False
+    """Whether the weights were changed; of all ranks or of none."""
+
+
+class Learner:
+    """Model, optimizer and counters of one rank."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        config: TrainerConfig,
+        algorithm: AlgorithmConfig,
+        *,
+        temperature: float,
+        max_new_tokens: int,
+        ranks: int = 1,
+    ) -> None:
+        """Of several ranks, all make theirs at the same time; torch.distributed must be up."""
+        self.policy = policy
+        self.config = config
+        self._algorithm = algorithm
+        self._temperature = temperature
+        self.max_new_tokens = max_new_tokens
+        self._ranks = ranks
+        self._weights: PlainWeights | ShardedWeights
+        if ranks > 1 and config.sharding is Sharding.full:
+            self._weights = ShardedWeights(policy.model, policy.device, offload=config.cpu_offload)
+        else:
+            self._weights = PlainWeights(policy.model, offload=config.cpu_offload, ranks=ranks)
+        self._checkpoint_group = dist.new_group(backend="gloo", timeout=WRITING) if ranks > 1 else None
+        self.version = 0
+        self.supervised_steps = 0
+
+    @cached_property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """Made when something is learned: until then there is no second copy of the weights either."""
+        return make_optimizer(self.config, list(self._weights.learning().values()))
+
+    def learn(self, share: Share | None, demonstrations: Share | None, step: Step) -> Outcome:
+        """One optimizer step. Where a loss or the gradient is not finite, nothing is changed; the outcome says so."""
+        self.policy.take_image_counters()  # what the engine or a step that failed have counted
+        optimizer = self._optimizer  # and with it the weights that learn, before there is a gradient for them
+        outcome = Outcome()
+        if share is not None:
+            assert step.totals is not None
+            self._backward_policy(share, step.totals, outcome)
+        outcome.images = self.policy.take_image_counters()
+        if demonstrations is not None:
+            self._backward_supervised(demonstrations, step, outcome)
+        if self._any_rank(outcome.broken_loss is not None):
+            optimizer.zero_grad()
+            return outcome
+        self._weights.sum_gradients()
+        outcome.grad_norm = self._clip()
+        if math.isfinite(outcome.grad_norm):
+            set_learning_rate(optimizer, step.learning_rate)
+            optimizer.step()
+            self._weights.publish()
+            outcome.stepped = True
+            self.version += share is not None
+            self.supervised_steps += share is None
+        optimizer.zero_grad()
+        outcome.peak_bytes = peak_bytes(self.policy.device)
+        return outcome
+
+    def skip(self) -> int:
+        """A step that had nothing to learn from → `peak_bytes`."""
+        self.version += 1
+        return peak_bytes(self.policy.device)
+
+    def logprobs(self, share: Share) -> list[FloatArray]:
+        """Natural-log probabilities of each sample's loss tokens, float32 [its loss tokens]."""
+        found = [np.empty(0, np.float32)] * len(share.samples)
+        with torch.no_grad():
+            for batch in self._pack(share):
+                logprobs = self._logprobs(batch)[0].cpu().numpy()
+                sample_index = batch.sample_index.cpu().numpy()
+                for index in [] if batch.is_filler else np.unique(sample_index):
+                    found[index] = logprobs[sample_index == index]
+        return found
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        """The tensors that are computed with, whole."""
+        return dict(self._weights.whole())
+
+    def give_weights(self) -> None:
+        """This rank's slices of all of them, for `whole_weights` of another."""
+        for _ in self._weights.whole():
+            pass
+
+    def save(self, folder: str) -> str | Future[None]:
+        """Copy the training state and begin to write the copy; the future ends when all of it, of all ranks, is on the
+        disk. Or the name of a weight that is not finite: then nothing is written."""
+        broken = not_finite(self._weights.state())
+        if self._any_rank(broken is not None):
+            return broken or ""
+        counters = {"version": self.version, "supervised_steps": self.supervised_steps}
+        return begin_to_save(Path(folder), self._weights.state(), self._optimizer, counters, self._checkpoint_group)
+
+    def load(self, folder: str) -> None:
+        """Restore what `save` wrote, by however many ranks. Raises `CheckpointError`."""
+        weights = self._weights
+        counters = restore(Path(folder), weights.state(), self._optimizer, weights.learning(), self._checkpoint_group)
+        weights.publish()
+        self.version, self.supervised_steps = counters["version"], counters["supervised_steps"]
+
+    # ── passes ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _backward_policy(self, share: Share, totals: BatchTotals, outcome: Outcome) -> None:
+        batches = self._pack(share)
+        figures: list[Tensor] = []
+        """float32 [2, N] of each micro-batch: logprobs and entropies."""
+        for batch in batches:
+            logprobs, entropies = self._logprobs(batch)
+            if batch.is_filler:
+                torch.autograd.backward(0.0 * logprobs.sum())
+                continue
+            tokens = LossTokens(
+                logprobs=logprobs,
+                inference_logprobs=batch.inference_logprobs,
+                advantages=batch.advantages,
+                sample_index=batch.sample_index,
+            )
+            output = policy_loss(tokens, totals, self._algorithm)
+            self._note_broken(output.loss, logprobs, batch, share, outcome)
+            torch.autograd.backward(output.loss)
+            outcome.loss += float(output.loss.detach())
+            figures.append(torch.stack([logprobs.detach().float(), entropies[batch.entry].float()]))
+            outcome.entropy += float(entropies[batch.entry].sum())
+            total, largest = mismatch_kl(logprobs.detach(), batch.inference_logprobs)
+            outcome.kl_sum, outcome.kl_max = outcome.kl_sum + total, max(outcome.kl_max, largest)
+            for key, value in output.sums.items():
+                outcome.sums[key] = outcome.sums.get(key, 0.0) + value
+            for key, value in output.maxima.items():
+                outcome.maxima[key] = max(outcome.maxima.get(key, value), value)
+        learned = [batch for batch in batches if not batch.is_filler]
+        outcome.rows = sum(len(batch.token_ids) for batch in batches)
+        outcome.micro_batches = len(batches)
+        outcome.tokens = _by_sample(learned, figures, len(share.samples)) if learned else []
+
+    def _backward_supervised(self, share: Share, step: Step, outcome: Outcome) -> None:
+        """Add the gradient of the weight times the mean negative log-likelihood of the loss tokens."""
+        for batch in self._pack(share):
+            logprobs, _ = self._logprobs(batch)
+            if batch.is_filler:
+                torch.autograd.backward(0.0 * logprobs.sum())
+                continue
+            part = supervised(logprobs, step.demonstrated_tokens)
+            self._note_broken(part, logprobs, batch, share, outcome)
+            torch.autograd.backward(step.demonstration_weight * part)
+            outcome.demonstration_loss += float(part.detach())
+
+    def _pack(self, share: Share) -> list[MicroBatch]:
+        policy, packing = self.policy, self.config.packing
+        kernel = policy.kernel(shared=packing is Packing.tree)
+        return pack_share(share, packing, policy.positions, policy.device, kernel)
+
+    def _logprobs(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        return self._weights.compute(lambda: loss_logprobs(self.policy, batch, self._temperature))
+
+    def _clip(self) -> float:
+        norm = torch.nn.utils.clip_grad_norm_(self._weights.learning().values(), self.config.max_grad_norm)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    # ── what is not finite ──────────────────────────────────────────────────────────────────────────────────
+
+    def _note_broken(self, loss: Tensor, logprobs: Tensor, batch: MicroBatch, share: Share, outcome: Outcome) -> None:
+        if torch.isfinite(loss) or outcome.broken_loss is not None:
+            return
+        figures = torch.stack([logprobs.detach(), batch.inference_logprobs, batch.advantages])
+        broken = batch.sample_index[~torch.isfinite(figures).all(0)].tolist()
+        outcome.broken_loss = float(loss.detach())
+        outcome.names_are_exact = bool(broken)
+        outcome.broken = [share.samples[i].rollout_id for i in sorted(set(broken or batch.sample_index.tolist()))]
+
+    def _any_rank(self, here: bool) -> bool:
+        if self._ranks == 1:
+            return here
+        anywhere = torch.tensor(here, dtype=torch.int32)
+        dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
+        return bool(anywhere)
+
+
+class Follower:
+    """A learner of a rank other than 0: the same methods, with answers that fit through a connection."""
+
+    def __init__(self, learner: Learner) -> None:
+        self._learner = learner
+        self.learn = learner.learn
+        self.skip = learner.skip
+        self.load = learner.load
+        self.logprobs = learner.logprobs
+        self.whole_weights = learner.give_weights
+
+    def save(self, folder: str) -> str | None:
+        """The name of a weight that is not finite. How the writing ends, rank 0 knows too."""
+        found = self._learner.save(folder)
+        return None if isinstance(found, Future) else found
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that was taken so far: of the GPU by torch, or by this process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _by_sample(batches: Sequence[MicroBatch], figures: Sequence[Tensor], samples: int) -> list[TokenFigures]:
+    """`figures`, float32 [2, N] of each micro-batch, sorted back to the samples; one transfer from the device."""
+    index = torch.cat([batch.sample_index for batch in batches])
+    order = index.argsort(stable=True)  # tokens of a sample stand in order, and a sample is never split
+    logprobs, entropies = torch.cat(list(figures), dim=1)[:, order].cpu().numpy()
+    ends = index.bincount(minlength=samples).cumsum(0)[:-1].tolist()
+    return [TokenFigures(*both) for both in zip(np.split(logprobs, ends), np.split(entropies, ends), strict=True)]

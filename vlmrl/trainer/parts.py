@@ -1,0 +1,122 @@
+"""What every rank makes of a run's config: the model, the policy, its learner. Rank 0 makes the rest (run.py)."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlmrl.config import Mode, RunConfig
+from vlmrl.errors import ConfigError
+from vlmrl.models.config import ModelConfig
+from vlmrl.models.load import load_model, resolve_checkpoint
+from vlmrl.models.policy import Policy
+from vlmrl.models.positions import position_function
+from vlmrl.monitor.logs import MainLog
+from vlmrl.monitor.run_dir import RunDir
+from vlmrl.trainer.config import Sharding
+from vlmrl.trainer.distributed import Group
+from vlmrl.trainer.learner import Follower, Learner
+from vlmrl.trainer.trainer import LocalTrainer
+
+log = logging.getLogger(__name__)
+
+
+def check_group(config: RunConfig, group: Group | None) -> None:
+    """Raise `ConfigError` where several ranks cannot do what the config asks."""
+    if group is None:
+        return
+    ranks = f"{group.size} ranks"
+    if config.mode is Mode.doctor:
+        raise ConfigError(
+            f"mode=doctor requires one process, else it would compare the parts of {ranks} that hold slices of the "
+            "weights: start it without torchrun or srun"
+        )
+    if config.inference.kind == "embedded" and config.trainer.sharding is Sharding.full:
+        raise ConfigError(
+            f"inference=embedded requires trainer.sharding=none with {ranks}, else rank 0, which samples from the "
+            "trainer's own weights, has a slice of them only: set trainer.sharding=none, or inference=vllm"
+        )
+    if config.model.device not in ("auto", "cuda", "cpu"):
+        raise ConfigError(
+            f"model.device={config.model.device} requires one process, else {ranks} share that GPU: set "
+            "model.device=auto, where each rank has its own, and choose them by CUDA_VISIBLE_DEVICES"
+        )
+
+
+def on_own_device(config: ModelConfig, group: Group | None) -> ModelConfig:
+    """With the GPU of this rank, where there are several."""
+    if group is None or config.device == "cpu" or not torch.cuda.is_available():
+        return config
+    number = group.place.local_rank % torch.cuda.device_count()
+    torch.cuda.set_device(number)
+    return dataclasses.replace(config, device=f"cuda:{number}")
+
+
+def begin(config: RunConfig) -> None:
+    """Threads and seeds of a process, before anything is made."""
+    torch.set_num_threads(config.trainer.threads)
+    torch.manual_seed(config.seed)
+
+
+def make_model(config: ModelConfig, folder: Path, group: Group | None) -> Any:
+    """The model of the checkpoint `folder` on this rank's device, with what of it learns."""
+    model: Any = load_model(folder, on_own_device(config, group))
+    if config.vlm is not None and config.vlm.freeze_vision:
+        model.base_model.visual.requires_grad_(False)
+    return model
+
+
+def make_policy(config: ModelConfig, model: Any, banned_token_ids: Sequence[int]) -> Policy:
+    """The policy of that model."""
+    merge = model.config.vision_config.spatial_merge_size if config.vlm is not None else 1
+    positions = position_function(config.vlm.positions if config.vlm is not None else "sequential", merge)
+    return Policy(model, positions, banned_token_ids)
+
+
+def make_trainer(
+    config: RunConfig, policy: Policy, texts: tuple[str, ...], banned_token_ids: Sequence[int], group: Group | None
+) -> LocalTrainer:
+    """Rank 0's; the other ranks make their parts of it at the same time."""
+
+    def own() -> LocalTrainer:
+        return LocalTrainer(policy, config.trainer, config.algorithm, **_sampling(config), group=group)
+
+    if group is None:
+        return own()
+    return group.together("make", [(config, texts, tuple(banned_token_ids))] * (group.size - 1), own)[0]
+
+
+class Following:
+    """What makes the learners of a rank other than 0, one for each run, and keeps its log: `logs/rank_1.log`."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        self._log = ExitStack()
+
+    def make(self, config: RunConfig, texts: tuple[str, ...], banned_token_ids: tuple[int, ...]) -> Follower:
+        """For `follow`."""
+        self._log.close()
+        logs = RunDir(config.output_dir).logs
+        logs.mkdir(parents=True, exist_ok=True)
+        self._log.enter_context(MainLog(logs / f"rank_{self._group.rank}.log"))
+        log.info("rank %d of %d is process %d", self._group.rank, self._group.size, os.getpid())
+        begin(config)
+        model = make_model(config.model, resolve_checkpoint(config.model, texts), self._group)
+        policy = make_policy(config.model, model, banned_token_ids)
+        ranks = self._group.size
+        return Follower(Learner(policy, config.trainer, config.algorithm, **_sampling(config), ranks=ranks))
+
+
+def _sampling(config: RunConfig) -> dict[str, Any]:
+    """What the loss must know of how it was sampled."""
+    return {
+        "temperature": config.orchestrator.temperature,
+        "max_new_tokens": config.orchestrator.max_new_tokens,
+    }
