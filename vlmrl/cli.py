@@ -205,6 +205,8 @@ def job(config: DictConfig) -> float | None:
 
     def lead() -> int:
         nonlocal objective
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            config.monitor.wandb.group = config.monitor.wandb.group or sweep_name(HydraConfig.get().sweep.dir)
         if HydraConfig.get().mode is RunMode.MULTIRUN or slurm.is_restarted():
             objective = run_what_is_left(config, HydraConfig.get().overrides.task, start)
         else:
@@ -226,6 +228,17 @@ def job(config: DictConfig) -> float | None:
     if code != 0:  # of a rank that is not the first
         raise JobError(code)
     return objective
+
+
+def sweep_name(folder: str) -> str:
+    """What a sweep is called elsewhere: its folder below `multirun`, else the folder's own name.
+
+    >>> sweep_name("outputs/multirun/2026-03-01/12-00-00"), sweep_name("/data/my_sweep")
+    ('2026-03-01/12-00-00', 'my_sweep')
+    """
+    path = Path(folder)
+    below = path.parts[path.parts.index("multirun") + 1 :] if "multirun" in path.parts else ()
+    return "/".join(below or (path.name,))
 
 
 class CheckFirst(Callback):

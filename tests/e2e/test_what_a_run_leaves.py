@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import yaml
-from e2e.command_line import Ended, steady_rollouts, summary
+from e2e.command_line import KEYS, Ended, steady_rollouts, summary
 
 from vlmrl.config import RunConfig
 from vlmrl.monitor.metrics import missing_keys, read_metrics
@@ -159,7 +159,19 @@ def test_weights_and_biases_offline(never_stopped: Path) -> None:
     data = (offline[0] / f"run-{run_id}.wandb").read_bytes()
     assert b"mismatch_kl/mean" in data
     assert b"warmup/loss" in data
-    pictures = list((offline[0] / "files/media/images/eval").iterdir())
-    steps = Counter(path.name.split("_")[1] for path in pictures)
-    assert list(steps.values()) == [4] * len(EVALUATED), "four rollouts; greedy ones show the same squares, kept once"
-    assert {picture(path).height for path in pictures} == {32}
+    tables = [json.loads(path.read_bytes()) for path in (offline[0] / "files/media/table/eval").iterdir()]
+    assert len(tables) == len(EVALUATED)
+    counts = [Counter(row[0] for row in table["data"]) for table in tables]
+    assert sorted(count["trained on"] for count in counts) == [0, 2, 2, 2], "the first rollout of each group"
+    assert all((count["sampled"], count["greedy"]) == (4, 4) for count in counts)
+
+
+def test_no_key_is_written_anywhere(finished: tuple[Path, Ended]) -> None:
+    """The run had every key that it may need in its environment."""
+    run, ended = finished
+    files = [path for path in run.rglob("*") if path.is_file()]
+    assert {"config.yaml", "main.log", "summary.json", "metrics.jsonl"} <= {path.name for path in files}
+    assert any(path.suffix == ".wandb" for path in files)
+    for name, key in KEYS.items():
+        assert key not in ended.out + ended.err, name
+        assert not [path for path in files if key.encode() in path.read_bytes()], name

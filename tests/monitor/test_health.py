@@ -20,7 +20,7 @@ def history(*, steps: int = WINDOW, **figures: float | None) -> list[Record]:
         "reward/mean": 0.4,
         "time/step": 2.0,
         "time/rollout": 1.0,
-        "time/train": 0.9,
+        "time/engine_idle": 0.9,
     }
     changes = {key.replace("__", "/"): value for key, value in figures.items()}
     return [{"step": step, **healthy, **changes} for step in range(1, steps + 1)]
@@ -167,7 +167,7 @@ def test_a_policy_that_begins_to_look_clears_it() -> None:
 
 @pytest.mark.parametrize(
     ("key", "text"),
-    [("time/rollout", "The trainer is starved: it waits"), ("time/train", "The engine is starved: the trainer takes")],
+    [("time/rollout", "The trainer is starved: it waits"), ("time/engine_idle", "The engine is starved: it waits")],
 )
 def test_one_side_waits(key: str, text: str) -> None:
     lines = history()

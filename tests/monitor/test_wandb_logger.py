@@ -24,7 +24,7 @@ from monitor.rollout_builders import image, rollout
 import vlmrl
 from vlmrl.monitor.config import WandbConfig, WandbMode
 from vlmrl.monitor.run_dir import RunDir
-from vlmrl.monitor.wandb_logger import GAP, MAX_HEIGHT, WandbLogger, caption, strip
+from vlmrl.monitor.wandb_logger import COLUMNS, GAP, MAX_HEIGHT, WandbLogger, said, strip
 
 ROOT = Path(vlmrl.__file__).parents[1]
 
@@ -89,14 +89,21 @@ def run_ids(run_dir: RunDir) -> set[str]:
 
 
 LOG_TWO_STEPS = """
-import time
-logger = WandbLogger(WandbConfig(rollouts=1), run_dir, on_failure=print)
+import shutil, time
+from dataclasses import replace
+logger = WandbLogger(WandbConfig(rollouts=1, checkpoints=True, group="my_sweep"), run_dir, on_failure=print)
 began = time.perf_counter()
 logger.start()
 logger.log({"step": 1, "reward/mean": 0.25, "loss": None})
 held_back = time.perf_counter() - began
 logger.log({"warmup/step": 3, "warmup/loss": 1.5})
-logger.log_rollouts(1, {"sampled": [rollout(0), rollout(1)], "greedy": [rollout(2)]})
+nothing = replace(rollout(2), turns=[])
+logger.log_rollouts(1, {"trained on": [rollout(0)], "sampled": [rollout(0), rollout(1)], "greedy": [nothing]})
+folder = run_dir.checkpoint(1)
+folder.mkdir()
+(folder / "model.safetensors").write_bytes(b"weights of step 1")
+logger.log_checkpoint(1, folder)
+shutil.rmtree(folder)
 logger.finish(0)
 import psutil
 print("held back:", held_back < 0.5, "children left:", psutil.Process().children(recursive=True))
@@ -118,16 +125,46 @@ def test_it_says_nothing_delays_nothing_and_leaves_no_process(run_and_resume: tu
 
 def test_offline_leaves_figures_and_pictures(run_and_resume: tuple[RunDir, list[str]]) -> None:
     run_dir, _ = run_and_resume
-    figures, warmup, pictures = histories(run_dir)[:3]
+    figures, warmup, logged = histories(run_dir)[:3]
     assert (figures["step"], figures["reward/mean"]) == (1, 0.25)
     assert "loss" not in figures
     assert (warmup["warmup/step"], warmup["warmup/loss"]) == (3, 1.5)
-    assert pictures["step"] == 1
-    assert pictures["eval/rollouts/captions"] == ["sampled, reward 0.75: AB / AB", "greedy, reward 0.75: AB / AB"]
+    assert logged["step"] == 1
     folder = min(run_dir.wandb.glob("offline-run-*"))
-    (media,) = {path.read_bytes() for path in (folder / "files/media/images/eval").glob("*.png")}
-    with PIL.Image.open(io.BytesIO(media)) as picture:
+    (table,) = (json.loads(path.read_bytes()) for path in (folder / "files/media/table/eval").glob("*.table.json"))
+    assert table["columns"] == list(COLUMNS)
+    assert [row[0] for row in table["data"]] == ["trained on", "sampled", "greedy"]
+    name, seen = "train/000001/00/00", "AB / AB"
+    assert table["data"][0][:3] == ["trained on", name, "red-green"]
+    assert table["data"][0][4:] == [seen, 0.75, "terminated", None]
+    assert [row[3] for row in table["data"]] == ["Image", "Image", None], "the last one saw nothing"
+
+
+def staged(run_dir: RunDir) -> list[bytes]:
+    """What waits for `wandb sync` beside the figures."""
+    return [path.read_bytes() for path in (run_dir.wandb / "data/artifacts/staging").iterdir()]
+
+
+def test_offline_keeps_pictures_and_checkpoints_in_the_run_folder(run_and_resume: tuple[RunDir, list[str]]) -> None:
+    run_dir, _ = run_and_resume
+    pictures = {content for content in staged(run_dir) if content.startswith(b"\x89PNG")}
+    assert len(pictures) == 1, "the rollouts saw the same"
+    with PIL.Image.open(io.BytesIO(pictures.pop())) as picture:
         assert picture.size == (3 * 8 + 2 * GAP, 8)
+    assert b"weights of step 1" in staged(run_dir), "although the run has deleted them"
+    logged = [r.artifact for r in offline_records(run_dir) if r.HasField("artifact")]
+    logged += [r.request.log_artifact.artifact for r in offline_records(run_dir) if r.HasField("request")]
+    models = [artifact for artifact in logged if artifact.type == "model"]
+    assert {artifact.name for artifact in models} == {f"checkpoint-{run_dir.wandb_run_id.read_text()}"}
+    assert {alias for artifact in models for alias in artifact.aliases} == {"latest", "step_000001"}
+    tables = [json.loads(content) for content in staged(run_dir) if content.startswith(b'{"_type": "table"')]
+    assert {row[3]["_type"] for table in tables for row in table["data"] if row[3]} == {"image-file"}
+
+
+def test_the_runs_of_a_sweep_stand_together(run_and_resume: tuple[RunDir, list[str]]) -> None:
+    run_dir, _ = run_and_resume
+    groups = {record.run.run_group for record in offline_records(run_dir) if record.HasField("run")}
+    assert groups == {"my_sweep"}
 
 
 def test_a_resumed_run_keeps_its_id(run_and_resume: tuple[RunDir, list[str]]) -> None:
@@ -221,6 +258,7 @@ def test_disabled_does_nothing(tmp_path: Path) -> None:
     logger.start()
     logger.log({"step": 1})
     logger.log_rollouts(1, {"sampled": [rollout()]})
+    logger.log_checkpoint(1, tmp_path)
     logger.finish(0)
     assert (said, list(tmp_path.iterdir())) == ([], [])
 
@@ -250,8 +288,8 @@ def test_large_images_are_scaled_down() -> None:
     assert strip([image(10, size=2 * MAX_HEIGHT)]).shape == (MAX_HEIGHT, MAX_HEIGHT, 3)
 
 
-def test_caption() -> None:
-    assert caption("greedy", rollout()) == "greedy, reward 0.75: AB / AB"
+def test_what_was_said() -> None:
+    assert said(rollout()) == "AB / AB"
 
 
 def test_a_service_that_hangs_does_not_keep_the_run(tmp_path: Path) -> None:

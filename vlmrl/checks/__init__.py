@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeAlias
 
-from vlmrl.checks import engine, learning, model, ranges, task
+from vlmrl.checks import engine, learning, model, ranges, secrecy, task
 from vlmrl.config import RunConfig
 
 Check: TypeAlias = Callable[[RunConfig], None]
 
 CHECKS: tuple[Check, ...] = (
+    secrecy.no_key_is_written_down,
     model.renderer_is_there,
     model.renderer_serves_family,
     ranges.numbers_in_range,

@@ -24,8 +24,12 @@ class WandbConfig:
     """Project on wandb.ai."""
     name: str | None = None
     """None: the run folder's name."""
+    group: str | None = None
+    """What the runs of a sweep stand together under; None: the sweep's folder, and none for a single run."""
     rollouts: int = 4
-    """Rollouts per evaluation whose images are logged."""
+    """Rollouts of each kind (trained on, sampled, greedy) in the table of an evaluation."""
+    checkpoints: bool = False
+    """Log each checkpoint as an artifact. Offline it is copied into the run folder, to be uploaded by `wandb sync`."""
 
 
 @dataclass

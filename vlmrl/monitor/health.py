@@ -202,10 +202,10 @@ def _starved(recent: Sequence[Record]) -> str | None:
             "inference.replicas, lower orchestrator.max_new_tokens, or let both work at once "
             "(inference=vllm orchestrator.max_staleness=1); a task's own slow code counts too."
         )
-    if share("time/train") > STARVED:
+    if share("time/engine_idle") > STARVED:
         return (
-            f"The engine is starved: the trainer takes more than {STARVED:.0%} of the time. Let both work at once "
-            "(inference=vllm orchestrator.max_staleness=1), give the trainer more of the GPUs, or raise "
+            f"The engine is starved: it waits for the trainer more than {STARVED:.0%} of the time. Let both work at "
+            "once (inference=vllm orchestrator.max_staleness=1), give the trainer more of the GPUs, or raise "
             "trainer.micro_batch_tokens."
         )
     return None

@@ -64,6 +64,7 @@ class Monitor:
         self._history: deque[Record] = deque(maxlen=HISTORY)
         self._report = ReportWriter(run_dir) if config.report else None
         self._warned: list[str] = []
+        self._trained_on: Sequence[Rollout] = ()  # some of the newest step
         self._evaluation: Record = {}  # the line of the newest evaluation
         self._supervised: MetricsLog | None = None
         self._elapsed_before = 0.0  # seconds of earlier segments
@@ -170,6 +171,7 @@ class Monitor:
         self._wandb.log(record)
         self.record(step, groups)
         self._history.append(self._metrics.last or record)  # as written: finite or None
+        self._trained_on = [group.rollouts[0] for group in groups]
         self._progress.rollouts(f"rollouts of step {step}", pick(groups))
         self._progress.step(step, self._history[-1])
         for text in warnings_for(self._history, exact=self._exact):
@@ -189,7 +191,7 @@ class Monitor:
         self._evaluation = self._metrics.last or {}
         self._wandb.start()
         self._wandb.log({"step": step, **metrics})
-        self._wandb.log_rollouts(step, rollouts)
+        self._wandb.log_rollouts(step, {"trained on": self._trained_on, **rollouts})
         if self._config.record_rollouts:
             self._recorder.write(step, {SPLITS[kind]: group for kind, group in rollouts.items()})
         self._progress.rollouts(f"held-out rollouts after step {step}", rollouts.get("sampled", ())[:SHOWN])
@@ -197,6 +199,10 @@ class Monitor:
             self.warn(NO_REPORT)
         self._progress.evaluation(step, metrics)
         log.info("evaluation after step %d: %s", step, dict(metrics))
+
+    def checkpoint(self, step: int, folder: Path) -> None:
+        """A checkpoint was written; it must stay until this returns."""
+        self._wandb.log_checkpoint(step, folder)
 
     def warn(self, text: str) -> None:
         """Say it once: in the log, on the screen and in summary.json."""

@@ -1,8 +1,10 @@
-"""Weights & Biases: the figures of metrics.jsonl and, at evaluations, some rollouts with their images.
+"""Weights & Biases: the figures of metrics.jsonl and, at evaluations, a table of some rollouts with their images; on
+request the checkpoints as artifacts.
 
 All of wandb happens in one background thread: importing it and starting its service takes over a second. Offline it
 touches no network; `wandb sync <run folder>/wandb/offline-run-*` uploads the run later. A resumed run keeps its run id
-and writes a further offline folder under it (`wandb sync --append`).
+and writes a further offline folder under it (`wandb sync --append`). What a table or an artifact refers to is kept in
+wandb/data until it is synced, so a run folder that is synced later must lie where it was written.
 
 Whatever goes wrong in wandb is said once and ends the logging, never the run. The service process ends with the run:
 `finish` stops it, and it watches the run's process id for the case that the run is killed.
@@ -17,6 +19,7 @@ import secrets
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,6 +41,8 @@ FINISH_S = 120.0
 """Seconds for what is left to reach the disk or the network at the end; a service that hangs is killed then."""
 GAP = 4
 """Pixels between the images of a strip."""
+COLUMNS = ("kind", "rollout", "problem", "images", "said", "reward", "stop_reason", "dropped")
+"""Of the table of rollouts; `images` are all that the policy saw, side by side."""
 
 
 class WandbLogger:
@@ -64,9 +69,17 @@ class WandbLogger:
         self._submit(self._log, dict(metrics))
 
     def log_rollouts(self, step: int, rollouts: Mapping[str, Sequence[Rollout]]) -> None:
-        """The first `monitor.wandb.rollouts` rollouts: the images of each side by side, with text and reward."""
+        """A table of the first `monitor.wandb.rollouts` rollouts of each kind (`COLUMNS`)."""
         named = [(kind, rollout) for kind, group in rollouts.items() for rollout in group[: self._config.rollouts]]
         self._submit(self._log_rollouts, step, named)
+
+    def log_checkpoint(self, step: int, folder: Path) -> None:
+        """The checkpoint as an artifact, where the config asks for it. Returns when its files are copied: the run may
+        delete them then."""
+        if not self._config.checkpoints:
+            return
+        self._submit(self._log_checkpoint, step, folder)
+        wait(self._waiting, FINISH_S)
 
     def finish(self, exit_code: int) -> None:
         """Write what is left and stop wandb's service."""
@@ -106,6 +119,8 @@ class WandbLogger:
         if offline:
             # Its error reports would go over the network.
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        # Where wandb keeps what is to be uploaded; by default a folder of the user's home, apart from the run.
+        os.environ["WANDB_DATA_DIR"] = str(self._run_dir.wandb / "data")
         import wandb
 
         if not offline and not wandb.login(prompt=False, verify=False):
@@ -128,6 +143,7 @@ class WandbLogger:
         self._run = wandb.init(
             project=self._config.project,
             name=self._config.name or self._run_dir.name,
+            group=self._config.group,
             id=self._run_id(),
             resume=None if offline else "allow",
             mode=self._config.mode.value,
@@ -155,13 +171,28 @@ class WandbLogger:
     def _log_rollouts(self, step: int, named: list[tuple[str, Rollout]]) -> None:
         import wandb
 
-        pictures = [
-            wandb.Image(strip(rollout.turns[-1].prompt.images), caption=caption(kind, rollout))
-            for kind, rollout in named
-            if rollout.turns and rollout.turns[-1].prompt.images
-        ]
-        if pictures:
-            self._run.log({"eval/rollouts": pictures, "step": step})
+        table = wandb.Table(columns=list(COLUMNS))
+        for kind, rollout in named:
+            images = rollout.turns[-1].prompt.images if rollout.turns else ()
+            table.add_data(
+                kind,
+                rollout.rollout_id,
+                rollout.problem_id,
+                wandb.Image(strip(images)) if images else None,
+                said(rollout),
+                rollout.reward,
+                str(rollout.stop_reason),
+                rollout.dropped and str(rollout.dropped),
+            )
+        if named:
+            self._run.log({"eval/rollouts": table, "step": step})
+
+    def _log_checkpoint(self, step: int, folder: Path) -> None:
+        import wandb
+
+        artifact = wandb.Artifact(f"checkpoint-{self._run.id}", type="model", metadata={"step": step})
+        artifact.add_dir(str(folder))
+        self._run.log_artifact(artifact, aliases=["latest", folder.name])
 
     def _finish(self, exit_code: int) -> None:
         import wandb
@@ -184,7 +215,6 @@ def strip(images: Sequence[ImageItem]) -> NDArray[np.uint8]:
     return np.asarray(canvas)
 
 
-def caption(kind: str, rollout: Rollout) -> str:
-    """What the policy said, turn by turn, and what it was worth."""
-    said = " / ".join(turn.text for turn in rollout.turns)
-    return f"{kind}, reward {rollout.reward:.2f}: {said}"
+def said(rollout: Rollout) -> str:
+    """What the policy said, turn by turn."""
+    return " / ".join(turn.text for turn in rollout.turns)
