@@ -591,6 +591,6 @@ def replayed(arguments: list[str]) -> DictConfig:
             config[group] = composed[group]
     override(config, overrides)
     config.mode, config.run, config.step = Mode.replay, str(run_dir.path), int(named["step"])
-    config.monitor.wandb.mode = "disabled"
+    config.monitor.report, config.monitor.wandb.mode = False, "disabled"
     config.output_dir, config.resume = str(run_dir.path / "replay" / f"step_{config.step:06d}"), None
     return config
