@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -225,6 +226,18 @@ def test_a_run_gets_its_folder(vlmrl: Callable[..., Ended], tmp_path: Path) -> N
     assert folder.is_relative_to(tmp_path / "outputs")
     assert folder.name.endswith("_qwen3vl_tiny_color_codeword")
     assert list(folder.iterdir()) == [], "Hydra leaves nothing of its own there"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["experiment=color_codeword_tiny"], "color_codeword_tiny"),
+        (["task=a.b:Counting", "mode=eval"], "qwen3vl_tiny_Counting_eval"),
+    ],
+)
+def test_a_folder_is_called_after_what_was_chosen(arguments: list[str], name: str, vlmrl: Callable[..., Ended]) -> None:
+    [[*_, output_dir]] = runs(vlmrl(*arguments, run=PRINT_CONFIG))
+    assert re.fullmatch(rf"\d\d-\d\d-\d\d_{name}", Path(str(output_dir)).name)
 
 
 def test_multirun_over_import_paths(vlmrl: Callable[..., Ended], tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ from vlmrl.config import Mode, RunConfig, register_schemas
 from vlmrl.errors import ConfigError, Interrupted, VlmrlError
 from vlmrl.inference.config import VllmConfig
 from vlmrl.keys import did_you_mean, unknown_key
-from vlmrl.monitor.run_dir import RunDir
+from vlmrl.monitor.run_dir import RunDir, run_name
 from vlmrl.parse import parse, summary, typed
 from vlmrl.sweep.again import run_what_is_left
 from vlmrl.sweep.compare import compare_and_show
@@ -64,6 +64,7 @@ REPORT = f"mode={Mode.report.name}"
 
 # For conf/config.yaml: hydra.sweep.subdir, hydra.run.dir.
 OmegaConf.register_new_resolver("job_name", job_name, replace=True)
+OmegaConf.register_new_resolver("run_name", run_name, replace=True)
 OmegaConf.register_new_resolver("started", slurm.started, use_cache=True, replace=True)
 
 

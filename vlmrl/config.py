@@ -70,7 +70,8 @@ class RunConfig:
     runs: list[str] = field(default_factory=list)
     """mode=compare, mode=report: folders of runs and of multiruns, e.g. `[outputs/multirun/seeds]`."""
     output_dir: str = MISSING
-    """The run's own folder, absolute; filled in from `hydra.run.dir` (`outputs/<date>/<time>_<model>_<task>`)."""
+    """The run's own folder, absolute; filled in from `hydra.run.dir` (`outputs/<date>/<time>_<model>_<task>`, or
+    `<time>_<experiment>`)."""
     model: ModelConfig = MISSING
     """The policy."""
     task: TaskConfig = MISSING

@@ -31,7 +31,7 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal, TypeAlias
@@ -41,7 +41,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from vlmrl.config import RunConfig
+from vlmrl.config import Mode, RunConfig
 from vlmrl.errors import ConfigError, VlmrlError
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,23 @@ log = logging.getLogger(__name__)
 RecordKind: TypeAlias = Literal["step", "eval"]
 
 PACKAGES = ("vlmrl", "torch", "transformers", "renderers", "hydra-core", "numpy")
+
+
+def run_name(choices: Mapping[str, str | None], target: str, mode: Mode) -> str:
+    """What a single run's folder is called after its time: the experiment, else model and task, and a mode that is not
+    the usual one. A task of the user's own goes by its class.
+
+    >>> chosen = {"experiment": None, "model": "qwen3vl_tiny", "task": "color_codeword"}
+    >>> run_name(chosen, "vlmrl.tasks.color_codeword:ColorCodeword", Mode.eval)
+    'qwen3vl_tiny_color_codeword_eval'
+    >>> run_name({**chosen, "task": "imported"}, "my_package.my_module:Counting", Mode.rl)
+    'qwen3vl_tiny_Counting'
+    >>> run_name({**chosen, "experiment": "color_codeword_4b"}, "vlmrl.tasks.color_codeword:ColorCodeword", Mode.rl)
+    'color_codeword_4b'
+    """
+    task = target.rpartition(":")[2] if choices["task"] == "imported" else choices["task"]
+    name = choices["experiment"] or f"{choices['model']}_{task}"
+    return name if mode is Mode.rl else f"{name}_{mode.name}"
 
 
 @contextmanager
