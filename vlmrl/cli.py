@@ -216,6 +216,8 @@ def job(config: DictConfig) -> float | None:
 
     try:
         place(config, HydraConfig.get().runtime.output_dir)
+        if "n_jobs" in HydraConfig.get().launcher:
+            config.monitor.live = False  # joblib's jobs share a screen
         slurm.part(config.inference.get("slurm_tasks", 0))
         if slurm.server_index() is not None:
             return start(config)
