@@ -172,7 +172,8 @@ def test_the_page_is_written_in_the_background_and_again_at_the_end(run_dir: Run
     assert writer.start()
     (process,) = [each for each in psutil.Process().children() if f"run={run_dir.path}" in each.cmdline()]
     assert process.nice() > os.getpriority(os.PRIO_PROCESS, 0)
-    assert os.getsid(process.pid) != os.getsid(0), "Ctrl-C in the terminal is the run's"
+    assert os.getpgid(process.pid) != os.getpgid(0), "Ctrl-C in the terminal is the run's"
+    assert os.getsid(process.pid) == os.getsid(0), "or the priority counts for nothing"
     assert writer.start(), "one at a time"
     assert len([each for each in psutil.Process().children() if f"run={run_dir.path}" in each.cmdline()]) == 1
     assert writer.finish()

@@ -55,7 +55,9 @@ class ReportWriter:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # Ctrl-C is the run's
+                # Ctrl-C is the run's. Not a session of its own: Linux shares processors among sessions first, and the
+                # priority would count for nothing.
+                process_group=0,
             )
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
