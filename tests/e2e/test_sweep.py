@@ -33,7 +33,9 @@ def table(folder: Path) -> list[dict[str, str]]:
 
 def needs(module: str) -> pytest.MarkDecorator:
     """Skips where an extra is not installed; asking imports nothing."""
-    return pytest.mark.skipif(importlib.util.find_spec(module) is None, reason=f"{module} is not installed")
+    package = module.partition(".")[0]  # find_spec raises where it is not there either
+    found = importlib.util.find_spec(package) and importlib.util.find_spec(module)
+    return pytest.mark.skipif(found is None, reason=f"{module} is not installed")
 
 
 # ── killed, and run again ───────────────────────────────────────────────────────────────────────────────────
