@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from vlmrl.config import RunConfig
 from vlmrl.errors import ConfigError
 from vlmrl.plan.machine import Gpu, Machine
-from vlmrl.plan.memory import trainer_memory
+from vlmrl.plan.memory import learning_bytes, trainer_memory
 from vlmrl.plan.places import check_machine, gpus_needed, processes
-from vlmrl.plan.sizes import Sizes, find_sizes
+from vlmrl.plan.sizes import Sizes
 
 
 def machine(*gib: int) -> Machine:
@@ -37,8 +38,14 @@ VLLM = ("model=qwen3vl", "inference=vllm")
         ),
         ((*VLLM, "inference.tensor_parallel_size=4"), (80, 80), 1, 2e9, "require 4 GPUs, .* and 2 are visible"),
         (("model=qwen3vl",), (80,), 2, 2e9, "^2 trainer ranks with .* require 2 GPUs, .*: start fewer ranks"),
-        (("model=qwen3vl",), (24,), 1, 9e9, r"requires \d+ GiB for weights, gradients .* GPU 0 has 24 GiB: take"),
-        (VLLM, (80,), 1, 6e9, r"GPU 0 has 80 GiB, 50% of it for vLLM .* or lower inference.gpu_memory_utilization"),
+        (
+            ("model=qwen3vl",),
+            (24,),
+            1,
+            9e9,
+            r"requires 151 GiB of each rank's GPU .* GPU 0 has 24 GiB: set trainer.opt",
+        ),
+        (VLLM, (80,), 1, 6e9, r"GPU 0 has 80 GiB, 50% of it for vLLM .* a lower inference.gpu_memory_utilization"),
         (
             (*VLLM, "inference.replicas=2", "inference.gpu_memory_utilization=0.6"),
             (80,),
@@ -46,7 +53,14 @@ VLLM = ("model=qwen3vl", "inference=vllm")
             1e9,
             "the 2 on GPU 0 want 1",
         ),
-        ((*VLLM, "weight_sync=nccl"), (80, 24), 1, 6e9, r"the 11.2 GiB of weights leave no room .*: raise it, or"),
+        ((*VLLM, "trainer.cpu_offload=true"), (80, 24), 1, 6e9, r"the 11.2 GiB of weights leave no room .*: raise it"),
+        (
+            ("model=qwen3vl", "trainer.cpu_offload=true"),
+            (80,),
+            1,
+            9e9,
+            r"requires 134 GiB of the host's .* has 128 GiB",
+        ),
     ],
 )
 def test_refused(
@@ -70,6 +84,8 @@ def test_refused(
         (VLLM, (80,), 1, 2e9),
         ((*VLLM, "inference.urls=[http://127.0.0.1:8000]"), (80,), 1, 2e9),
         (("model=qwen3vl", "model.device=cpu"), (8,), 1, 4e9),
+        (("model=qwen3vl", "trainer.cpu_offload=true"), (24,), 1, 7e9),
+        (("model=qwen3vl",), (80,) * 4, 4, 8e9),  # slices
     ],
 )
 def test_not_refused(
@@ -95,19 +111,43 @@ def test_who_is_where(run_config: Callable[..., RunConfig]) -> None:
     assert [process.devices for process in processes(run_config(), 1, [])] == [()]
 
 
-def test_what_the_optimizer_holds_is_what_was_said(run_config: Callable[..., RunConfig]) -> None:
-    """Of the default run: the tensors of a real step, in bytes."""
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("offload", [False, True])
+def test_what_learns_holds_what_was_said(
+    dtype: str, offload: bool, run_config: Callable[..., RunConfig], tiny_model: Callable[[], Any]
+) -> None:
+    """The tiny model's weights, masters, gradients and averages after a step, in bytes."""
     import torch
 
-    config = run_config()
-    sizes = find_sizes(config.model)
-    assert sizes.parameters is not None
-    weight = torch.nn.Parameter(torch.zeros(sizes.parameters, dtype=torch.float32))
-    optimizer = torch.optim.AdamW([weight])
-    weight.grad = torch.zeros_like(weight)
+    from vlmrl.trainer.optimizer import make_optimizer
+    from vlmrl.trainer.weights import PlainWeights
+
+    config = run_config(f"model.dtype={dtype}", f"trainer.cpu_offload={offload}", "model.device=cpu")
+    model = tiny_model().to(getattr(torch, dtype))
+    weights = PlainWeights(model, offload=offload, ranks=1)
+    learning = list(weights.learning().values())
+    optimizer = make_optimizer(config.trainer, learning)
+    for parameter in model.parameters():
+        parameter.sum().backward()
     optimizer.step()
-    state = [value for value in optimizer.state[weight].values() if value.numel() > 1]
-    held = sum(tensor.numel() * tensor.element_size() for tensor in (weight, weight.grad, *state))
-    memory = trainer_memory(config, sizes, rows=0, loss_tokens=0)
+    averages = [value for state in optimizer.state.values() for value in state.values() if value.numel() > 1]
+    gradients = [tensor.grad for tensor in learning if tensor.grad is not None]
+    held = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *learning, *gradients, *averages)}
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    memory = trainer_memory(config, Sizes("a test", parameters, 0, None, None), rows=0, loss_tokens=0, ranks=1)
     assert memory is not None
-    assert memory.fixed == held
+    assert memory.on_host == 0, "nothing moves where the model is on a CPU"
+    assert memory.fixed == pytest.approx(sum(held.values()), rel=0.01)
+
+
+def test_slices_and_eight_bits(run_config: Callable[..., RunConfig]) -> None:
+    def bytes_of(*overrides: str, ranks: int = 1) -> tuple[float, float]:
+        return learning_bytes(run_config("model=qwen3vl", *overrides), ranks)
+
+    assert bytes_of() == (2 + 16, 0)
+    assert bytes_of("trainer.optimizer=adamw_8bit") == (2 + 10, 0)
+    assert bytes_of("trainer.cpu_offload=true") == (2, 16)
+    assert bytes_of(ranks=4) == (4, 0)
+    assert bytes_of("trainer.sharding=none", ranks=4) == (18, 0)
+    assert bytes_of("trainer.cpu_offload=true", ranks=4) == (0, 4)
+    assert bytes_of("model.dtype=float32") == (16, 0)

@@ -1,19 +1,21 @@
 """Bytes that a run holds: on the trainer's GPU, on the servers' GPUs, on the host. Estimates, by these formulas:
 
-    learning     parameters that learn × (weight + gradient + AdamW's two averages)
-    frozen       the other parameters × weight
+    learning     parameters that learn × (float32 weight 4 + gradient 4 + AdamW's averages 8, or 2 in 8 bits), on the
+                 host with trainer.cpu_offload, a slice of them on each rank with trainer.sharding=full;
+                 + weight in the model's dtype, where that is not float32 and the ranks hold no slices
+    frozen       the other parameters × weight in the model's dtype
     in transit   parameters × weight in the engine's dtype, for weight_sync=nccl and cuda_ipc
     activations  tokens of a micro-batch × layers × bytes
                  × (8 hidden + 2 (heads + 2 kv_heads) head_dim + 4 intermediate)
-                 + loss tokens × vocabulary × 4 × 3
+                 + 4 × 256 MiB for the chunks that logits are computed in, less where they are fewer
     server       gpu_memory_utilization × the GPU, which holds parameters × weight / tensor_parallel_size, and
                  key-value cache of 2 × layers × kv_heads × head_dim × bytes for each token
     pixels       distinct images alive × (patches × 1536 × 4 + width × height × 3)
 
 Activations are what the layers keep for the backward pass: inputs of norms and projections, queries, keys, values, what
-attention and the MLP make of them. For the 2B in bfloat16 at 16,384 tokens with a 1,024-token sample's logits the
-formula gives 73 GB; 75 GB were measured on an H200. It leaves out the vision tower's, which are small beside them where
-images are, and what fragmentation costs.
+attention and the MLP make of them; of the 2B in bfloat16, 43 GB for 16,384 tokens. A step of it that held its logits
+whole, 30 GB in float32 with their softmax and gradient, was measured on an H200 at 75 GB. The vision tower's are left
+out, which are small where answers are long, and what fragmentation costs.
 """
 
 from __future__ import annotations
@@ -26,11 +28,15 @@ from vlmrl.inference.config import VllmConfig
 from vlmrl.models.config import Dtype
 from vlmrl.plan.episode import Episode
 from vlmrl.plan.sizes import Sizes, Text
+from vlmrl.trainer.config import Optimizer, Sharding
 
 BYTES = {Dtype.float32: 4, Dtype.bfloat16: 2, Dtype.float16: 2}
 
 PATCH_BYTES = 3 * 2 * 16 * 16 * 4
 """A patch of Qwen-VL as the processor gives it: 3 colours, 2 frames, 16 × 16 pixels, float32."""
+
+LOGITS_BYTES = 256 << 20
+"""Of logits that the head computes at a time (models/head.py)."""
 
 SERVER_BYTES = 3 * 10**9
 """What a vLLM server needs beside weights and cache: activations, CUDA graphs, the CUDA context."""
@@ -38,21 +44,24 @@ SERVER_BYTES = 3 * 10**9
 
 @dataclass(frozen=True)
 class TrainerMemory:
-    """Bytes on the trainer's device."""
+    """Bytes of one rank."""
 
     learning: int
+    """On its device."""
     frozen: int
     in_transit: int
     activations: int | None
     """None where the model's layers are not known."""
+    on_host: int
+    """Of what learns, in the host's memory."""
 
     @property
     def fixed(self) -> int:
-        """What is held from the first step to the last."""
+        """What the device holds from the first step to the last."""
         return self.learning + self.frozen + self.in_transit
 
 
-def trainer_memory(config: RunConfig, sizes: Sizes, rows: int, loss_tokens: int) -> TrainerMemory | None:
+def trainer_memory(config: RunConfig, sizes: Sizes, rows: int, loss_tokens: int, ranks: int) -> TrainerMemory | None:
     """For a micro-batch of `rows` tokens, `loss_tokens` of them learned from; None where the model is unknown."""
     if sizes.parameters is None:
         return None
@@ -61,22 +70,33 @@ def trainer_memory(config: RunConfig, sizes: Sizes, rows: int, loss_tokens: int)
     in_transit = 0
     if isinstance(config.inference, VllmConfig) and config.weight_sync.kind in ("nccl", "cuda_ipc"):
         in_transit = sizes.parameters * BYTES[config.inference.dtype]
+    on_device, on_host = learning_bytes(config, ranks)
+    learns = sizes.parameters - frozen
     return TrainerMemory(
-        learning=(sizes.parameters - frozen) * learning_bytes(config),
+        learning=math.ceil(learns * on_device),
         frozen=frozen * weight,
         in_transit=in_transit,
         activations=_activations(sizes.text, weight, rows, loss_tokens) if sizes.text is not None else None,
+        on_host=math.ceil(learns * on_host),
     )
 
 
-def learning_bytes(config: RunConfig) -> int:
-    """Bytes per parameter that learns: weight, gradient, two averages, all of the model's dtype."""
-    return 4 * BYTES[config.model.dtype]
+def learning_bytes(config: RunConfig, ranks: int) -> tuple[float, float]:
+    """Bytes of each rank for a parameter that learns, on its device and on the host.
+
+    A bfloat16 model that learns in one process takes 2 + 4 + 4 + 8 bytes on its GPU, or 2 there and 16 on the host.
+    """
+    trainer, weight = config.trainer, BYTES[config.model.dtype]
+    sharded = ranks > 1 and trainer.sharding is Sharding.full
+    offloaded = trainer.cpu_offload and config.model.device != "cpu"
+    learning = (4 + 4 + (8 if trainer.optimizer is Optimizer.adamw else 2)) / (ranks if sharded else 1)
+    computed_with = 0 if sharded or (weight == 4 and not offloaded) else weight
+    return (computed_with, learning) if offloaded else (computed_with + learning, 0)
 
 
 def _activations(text: Text, weight: int, rows: int, loss_tokens: int) -> int:
     layer = 8 * text.hidden + 2 * (text.heads + 2 * text.kv_heads) * text.head_dim + 4 * text.intermediate
-    return rows * text.layers * weight * layer + loss_tokens * text.vocabulary * 4 * 3
+    return rows * text.layers * weight * layer + min(loss_tokens * text.vocabulary * 4, LOGITS_BYTES) * 4
 
 
 @dataclass(frozen=True)

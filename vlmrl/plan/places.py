@@ -16,6 +16,7 @@ from vlmrl.inference.vllm_server import replica_devices
 from vlmrl.plan.machine import Gpu, Machine
 from vlmrl.plan.memory import SERVER_BYTES, server_memory, trainer_memory
 from vlmrl.plan.sizes import Sizes
+from vlmrl.trainer.config import Optimizer
 
 GIB = 1 << 30
 
@@ -84,6 +85,7 @@ def check_machine(config: RunConfig, machine: Machine, sizes: Sizes, ranks: int)
             _check_server(own, sizes, gpu.memory)
         if len(here) > servers:
             _check_trainer(config, sizes, gpu, share, ranks)
+    _check_host(config, sizes, machine, ranks)
 
 
 def _check_count(config: RunConfig, own: VllmConfig | None, gpus: int, ranks: int) -> None:
@@ -103,15 +105,28 @@ def _check_count(config: RunConfig, own: VllmConfig | None, gpus: int, ranks: in
 
 def _check_trainer(config: RunConfig, sizes: Sizes, gpu: Gpu, share: float, ranks: int) -> None:
     """`share` of the GPU is vLLM's."""
-    trainer = trainer_memory(config, sizes, rows=0, loss_tokens=0)
-    if trainer is None or trainer.fixed / ranks <= (1 - share) * gpu.memory:
+    trainer = trainer_memory(config, sizes, rows=0, loss_tokens=0, ranks=ranks)
+    if trainer is None or trainer.fixed <= (1 - share) * gpu.memory:
         return
     beside = f", {share:.0%} of it for vLLM (inference.gpu_memory_utilization)" if share else ""
+    remedies = ["trainer.optimizer=adamw_8bit"] * (config.trainer.optimizer is Optimizer.adamw)
+    remedies += ["trainer.cpu_offload=true"] * (not config.trainer.cpu_offload)
+    remedies += ["a lower inference.gpu_memory_utilization"] * (share > 0)
     raise ConfigError(
-        f"model.name={config.model.name} requires {trainer.fixed / ranks / GIB:.0f} GiB for weights, gradients and "
-        f"AdamW's averages, else it runs out of memory: GPU {gpu.index} has {gpu.memory / GIB:.0f} GiB{beside}: "
-        "take a smaller model or more GPUs" + (", or lower inference.gpu_memory_utilization" if share else "")
+        f"model.name={config.model.name} requires {trainer.fixed / GIB:.0f} GiB of each rank's GPU before the first "
+        f"token, else it runs out of memory: GPU {gpu.index} has {gpu.memory / GIB:.0f} GiB{beside}: set "
+        f"{', '.join([*remedies, 'a smaller model'])}, or start more ranks"
     )
+
+
+def _check_host(config: RunConfig, sizes: Sizes, machine: Machine, ranks: int) -> None:
+    trainer = trainer_memory(config, sizes, rows=0, loss_tokens=0, ranks=ranks)
+    if trainer is not None and trainer.on_host * ranks > machine.memory:
+        raise ConfigError(
+            f"trainer.cpu_offload=true requires {trainer.on_host * ranks / GIB:.0f} GiB of the host's memory, else the "
+            f"run is killed, and it has {machine.memory / GIB:.0f} GiB: set trainer.optimizer=adamw_8bit, or "
+            "trainer.cpu_offload=false with more GPUs"
+        )
 
 
 def _check_server(config: VllmConfig, sizes: Sizes, memory: int) -> None:

@@ -109,17 +109,16 @@ def step_tokens(config: RunConfig, sizes: Sizes, episode: Episode) -> tuple[int,
 def _memory(config: RunConfig, sizes: Sizes, episode: Episode, ranks: int) -> Iterator[tuple[str, str]]:
     rows, loss_tokens = step_tokens(config, sizes, episode)
     share = min(1.0, config.trainer.micro_batch_tokens / rows)
-    trainer = trainer_memory(config, sizes, math.ceil(share * rows), math.ceil(share * loss_tokens))
+    trainer = trainer_memory(config, sizes, math.ceil(share * rows), math.ceil(share * loss_tokens), ranks)
     if trainer is not None:
         active = "unknown" if trainer.activations is None else size(trainer.activations)
         yield (
             "trainer's memory",
-            (
-                f"about {size(trainer.fixed / ranks)} a device"
-                + (f" (of these {size(trainer.in_transit)} weights in transit)" if trainer.in_transit else "")
-                + f" + {active} activations of a micro-batch (estimate)"
-            ),
+            f"about {size(trainer.fixed)} a rank + {active} of activations (estimate)"
+            + (f"; {size(trainer.in_transit)} of it are weights in transit" if trainer.in_transit else ""),
         )
+        if trainer.on_host:
+            yield "", f"and {size(trainer.on_host)} of the host's, where AdamW runs (trainer.cpu_offload)"
     if isinstance(config.inference, VllmConfig):
         server = server_memory(config.inference, sizes)
         if server is not None:
