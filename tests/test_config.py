@@ -208,7 +208,6 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
         ("model=qwen3vl", "task.images_per_turn=9"),
         r"seq_len=1024 requires less than .*images_per_turn=9 images \(64 tokens each .* 1,?210 tokens. Set .*=2048",
     ),
-    (("model.dtype=float16",), "model.dtype=float16 requires loss scaling"),
     (("orchestrator.max_staleness=1",), "orchestrator.max_staleness=1 requires .* inference=embedded"),
     (("inference.max_model_len=1023",), "inference.max_model_len=1023 requires"),
     (("trainer.seq_len=4097",), "trainer.seq_len=4097 requires model.tiny.max_position_embeddings"),

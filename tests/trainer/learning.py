@@ -64,6 +64,8 @@ CASES = {
     "replicated one by one": Case(packing=Packing.none, sharding=Sharding.none),
     "bfloat16": Case(micro_batch_tokens=60, dtype=torch.bfloat16),
     "replicated bfloat16": Case(micro_batch_tokens=60, sharding=Sharding.none, dtype=torch.bfloat16),
+    "float16": Case(micro_batch_tokens=60, dtype=torch.float16),
+    "replicated float16": Case(micro_batch_tokens=60, sharding=Sharding.none, dtype=torch.float16),
     "8 bits": Case(micro_batch_tokens=60, optimizer=Optimizer.adamw_8bit),
 }
 

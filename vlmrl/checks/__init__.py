@@ -21,7 +21,6 @@ CHECKS: tuple[Check, ...] = (
     model.renderer_serves_family,
     ranges.numbers_in_range,
     engine.kinds_are_chosen,
-    model.gradients_have_range,
     engine.servers_have_one_place,
     engine.weights_reach_engine,
     engine.embedded_is_in_step,

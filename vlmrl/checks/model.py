@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from vlmrl.config import Mode, RunConfig
+from vlmrl.config import RunConfig
 from vlmrl.errors import ConfigError
-from vlmrl.models.config import Dtype, Init
+from vlmrl.models.config import Init
 
 
 def renderer_is_there(config: RunConfig) -> None:
@@ -43,15 +43,6 @@ def renderer_serves_family(config: RunConfig) -> None:
             f"orchestrator.renderer.name={renderer.name} requires a model that it can serve, else tokens and pixels "
             f"are not those that model.vlm.family={vlm.family} was made for: set orchestrator/renderer=auto, "
             f"or one of model.vlm.renderers={','.join(vlm.renderers)}"
-        )
-
-
-def gradients_have_range(config: RunConfig) -> None:
-    """What learns is in a format that holds gradients."""
-    if config.model.dtype is Dtype.float16 and config.mode is not Mode.eval:
-        raise ConfigError(
-            "model.dtype=float16 requires loss scaling, which the trainer does not do, else small gradients become 0: "
-            "set model.dtype=bfloat16 (inference.dtype=float16 may stay: it rounds the sampler less)"
         )
 
 

@@ -24,7 +24,8 @@ class Dtype(Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
-    """Three bits more than bfloat16 for the same time; of the sampler alone, since gradients underflow in it."""
+    """Three bits more than bfloat16 for the same time, so that sampler and trainer round eight times less apart; the
+    trainer scales its loss for it. Activations above 65504 are infinite in it: some pretrained models have them."""
 
 
 @dataclass

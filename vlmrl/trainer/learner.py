@@ -29,6 +29,7 @@ from vlmrl.trainer.checkpoint import begin_to_save, not_finite, restore
 from vlmrl.trainer.config import Packing, Sharding, TrainerConfig
 from vlmrl.trainer.forward import loss_logprobs
 from vlmrl.trainer.loss import BatchTotals, LossTokens, mismatch_kl, policy_loss, supervised
+from vlmrl.trainer.loss_scale import LossScale
 from vlmrl.trainer.optimizer import make_optimizer, set_learning_rate
 from vlmrl.trainer.packing import MicroBatch, pack_share
 from vlmrl.trainer.shares import Share
@@ -80,6 +81,8 @@ class Outcome:
     broken: list[str] = field(default_factory=list)
     """Names of the samples with a figure that is not finite, or else of the micro-batch where the loss is not."""
     names_are_exact: bool = False
+    loss_scale: int = 1
+    """`LossScale.factor` after the step."""
     stepped: bool = False
     """Whether the weights were changed; of all ranks or of none."""
 
@@ -104,6 +107,7 @@ class Learner:
         self._temperature = temperature
         self.max_new_tokens = max_new_tokens
         self._ranks = ranks
+        self._loss_scale = LossScale(next(policy.model.parameters()).dtype)
         self._weights: PlainWeights | ShardedWeights
         if ranks > 1 and config.sharding is Sharding.full:
             self._weights = ShardedWeights(policy.model, policy.device, offload=config.cpu_offload)
@@ -120,8 +124,33 @@ class Learner:
 
     def learn(self, share: Share | None, demonstrations: Share | None, step: Step) -> Outcome:
         """One optimizer step. Where a loss or the gradient is not finite, nothing is changed; the outcome says so."""
-        self.policy.take_image_counters()  # what the engine or a step that failed have counted
         optimizer = self._optimizer  # and with it the weights that learn, before there is a gradient for them
+        while True:
+            outcome = self._passes(share, demonstrations, step)
+            if self._any_rank(outcome.broken_loss is not None):
+                optimizer.zero_grad()
+                return outcome
+            self._weights.sum_gradients()
+            outcome.grad_norm = self._clip()
+            if math.isfinite(outcome.grad_norm) or not self._loss_scale.shrink():
+                break
+            optimizer.zero_grad()
+        if math.isfinite(outcome.grad_norm):
+            set_learning_rate(optimizer, step.learning_rate)
+            optimizer.step()
+            self._weights.publish()
+            self._loss_scale.keep()
+            outcome.stepped = True
+            self.version += share is not None
+            self.supervised_steps += share is None
+        optimizer.zero_grad()
+        outcome.peak_bytes = peak_bytes(self.policy.device)
+        outcome.loss_scale = self._loss_scale.factor
+        return outcome
+
+    def _passes(self, share: Share | None, demonstrations: Share | None, step: Step) -> Outcome:
+        """All forward and backward passes of a step."""
+        self.policy.take_image_counters()  # what the engine or a step that failed have counted
         outcome = Outcome()
         if share is not None:
             assert step.totals is not None
@@ -129,20 +158,6 @@ class Learner:
         outcome.images = self.policy.take_image_counters()
         if demonstrations is not None:
             self._backward_supervised(demonstrations, step, outcome)
-        if self._any_rank(outcome.broken_loss is not None):
-            optimizer.zero_grad()
-            return outcome
-        self._weights.sum_gradients()
-        outcome.grad_norm = self._clip()
-        if math.isfinite(outcome.grad_norm):
-            set_learning_rate(optimizer, step.learning_rate)
-            optimizer.step()
-            self._weights.publish()
-            outcome.stepped = True
-            self.version += share is not None
-            self.supervised_steps += share is None
-        optimizer.zero_grad()
-        outcome.peak_bytes = peak_bytes(self.policy.device)
         return outcome
 
     def skip(self) -> int:
@@ -176,7 +191,7 @@ class Learner:
         broken = not_finite(self._weights.state())
         if self._any_rank(broken is not None):
             return broken or ""
-        counters = {"version": self.version, "supervised_steps": self.supervised_steps}
+        counters = {"version": self.version, "supervised_steps": self.supervised_steps, **self._loss_scale.state}
         return begin_to_save(Path(folder), self._weights.state(), self._optimizer, counters, self._checkpoint_group)
 
     def load(self, folder: str) -> None:
@@ -185,6 +200,7 @@ class Learner:
         counters = restore(Path(folder), weights.state(), self._optimizer, weights.learning(), self._checkpoint_group)
         weights.publish()
         self.version, self.supervised_steps = counters["version"], counters["supervised_steps"]
+        self._loss_scale.state = counters
 
     # ── passes ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -205,7 +221,7 @@ class Learner:
             )
             output = policy_loss(tokens, totals, self._algorithm)
             self._note_broken(output.loss, logprobs, batch, share, outcome)
-            torch.autograd.backward(output.loss)
+            torch.autograd.backward(self._loss_scale.factor * output.loss)
             outcome.loss += float(output.loss.detach())
             figures.append(torch.stack([logprobs.detach().float(), entropies[batch.entry].float()]))
             outcome.entropy += float(entropies[batch.entry].sum())
@@ -229,7 +245,7 @@ class Learner:
                 continue
             part = supervised(logprobs, step.demonstrated_tokens)
             self._note_broken(part, logprobs, batch, share, outcome)
-            torch.autograd.backward(step.demonstration_weight * part)
+            torch.autograd.backward(self._loss_scale.factor * step.demonstration_weight * part)
             outcome.demonstration_loss += float(part.detach())
 
     def _pack(self, share: Share) -> list[MicroBatch]:
@@ -241,7 +257,12 @@ class Learner:
         return self._weights.compute(lambda: loss_logprobs(self.policy, batch, self._temperature))
 
     def _clip(self) -> float:
-        norm = torch.nn.utils.clip_grad_norm_(self._weights.learning().values(), self.config.max_grad_norm)
+        learning = self._weights.learning().values()
+        if self._loss_scale.factor != 1:
+            for tensor in learning:
+                if tensor.grad is not None:
+                    tensor.grad.div_(self._loss_scale.factor)
+        norm = torch.nn.utils.clip_grad_norm_(learning, self.config.max_grad_norm)
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     # ── what is not finite ──────────────────────────────────────────────────────────────────────────────────

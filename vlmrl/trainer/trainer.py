@@ -138,6 +138,7 @@ class LocalTrainer:
                 **images,
                 "micro_batches": float(sum(outcome.micro_batches for outcome in outcomes)),
                 "memory/peak_bytes": float(max(outcome.peak_bytes for outcome in outcomes)),
+                "loss_scale": float(outcomes[0].loss_scale),
                 **loss_metrics(sums, maxima, totals.tokens),
             },
             tokens=[figures for figures in tokens if figures is not None],
