@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def gradients(trainer: LocalTrainer, monkeypatch: pytest.MonkeyPatch, small: flo
 
     monkeypatch.setattr(learner, "_clip", look)
     samples = learning.demonstrations(images=True)
-    trainer._config.warmup.rl_weight = small
+    trainer._config = replace(trainer._config, warmup=replace(trainer._config.warmup, rl_weight=small))
     trainer.train_step(learning.batch(images=True)[:1], samples)
     return found[0]
 
