@@ -1,0 +1,147 @@
+"""Logprobs in chunks of the vocabulary: the numbers of log_softmax, memory that does not grow with the vocabulary."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vlmrl.models import head
+from vlmrl.models.head import token_logprobs
+
+
+def problem(seed: int, rows: int, tokens: int, vocabulary: int, banned: int) -> Any:
+    """hidden, weight, bias, banned, entry, targets; the targets are not banned, rows and targets repeat."""
+    random = torch.Generator().manual_seed(seed)
+    hidden, weight = torch.randn(rows, 8, generator=random), torch.randn(vocabulary, 8, generator=random)
+    order = torch.randperm(vocabulary, generator=random)
+    forbidden = torch.zeros(vocabulary, dtype=torch.bool)
+    forbidden[order[:banned]] = True
+    entry = torch.randint(rows, (tokens,), generator=random)
+    targets = order[banned:][torch.randint(vocabulary - banned, (tokens,), generator=random)]
+    return hidden, weight, torch.randn(vocabulary, generator=random), forbidden, entry, targets
+
+
+def plain(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, banned: Tensor, entry: Tensor, targets: Tensor, t: float
+) -> tuple[Tensor, Tensor]:
+    """The same by log_softmax over all of it, in float64."""
+    logits = hidden.double() @ weight.double().T + (0 if bias is None else bias.double())
+    logprobs = torch.log_softmax((logits / t).masked_fill(banned, -torch.inf), -1)
+    return logprobs[entry, targets], torch.special.entr(logprobs.exp()).sum(-1)
+
+
+@settings(max_examples=60)
+@given(
+    seed=st.integers(0, 2**32),
+    rows=st.integers(1, 9),
+    tokens=st.integers(1, 20),
+    vocabulary=st.sampled_from([5, 128, 300, 700]),
+    temperature=st.sampled_from([0.3, 1.0, 2.5]),
+    with_bias=st.booleans(),
+    data=st.data(),
+)
+def test_values_and_gradients_are_those_of_log_softmax(
+    seed: int, rows: int, tokens: int, vocabulary: int, temperature: float, with_bias: bool, data: st.DataObject
+) -> None:
+    banned = data.draw(st.integers(0, vocabulary - 1))
+    hidden, weight, bias, forbidden, entry, targets = problem(seed, rows, tokens, vocabulary, banned)
+    chosen = bias if with_bias else None
+    found = [x.clone().requires_grad_() for x in (hidden, weight)]
+    wanted = [x.clone().double().requires_grad_() for x in (hidden, weight)]
+    grad = torch.randn(tokens, generator=torch.Generator().manual_seed(seed))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(head, "MAX_LOGITS", rows * 128)  # chunks of 128 columns
+        logprobs, entropies = token_logprobs(found[0], found[1], chosen, forbidden, entry, targets, temperature)
+        logprobs.backward(grad)  # type: ignore[no-untyped-call]
+    reference, reference_entropies = plain(wanted[0], wanted[1], chosen, forbidden, entry, targets, temperature)
+    reference.backward(grad.double())  # type: ignore[no-untyped-call]
+    assert logprobs.dtype is entropies.dtype is torch.float32
+    assert not entropies.requires_grad
+    torch.testing.assert_close(logprobs.double(), reference, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(entropies.double(), reference_entropies, rtol=1e-5, atol=2e-5)
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert mine.grad is not None
+        assert theirs.grad is not None
+        torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-4, atol=2e-4 / temperature)
+
+
+def test_bfloat16_is_multiplied_as_float32() -> None:
+    """What is rounded is the inputs and the gradients, not the logits."""
+    hidden, weight, _, forbidden, entry, targets = problem(0, 6, 12, 700, 50)
+    half, whole = (
+        [x.bfloat16().to(dtype).requires_grad_() for x in (hidden, weight)] for dtype in (torch.bfloat16, torch.float32)
+    )
+    found, wanted = (token_logprobs(a, b, None, forbidden, entry, targets, 0.7)[0] for a, b in (half, whole))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    found.sum().backward()  # type: ignore[no-untyped-call]
+    wanted.sum().backward()  # type: ignore[no-untyped-call]
+    for mine, theirs in zip(half, whole, strict=True):
+        assert mine.grad is not None
+        assert theirs.grad is not None
+        assert mine.grad.dtype is torch.bfloat16
+        assert float((mine.grad.float() - theirs.grad).norm() / theirs.grad.norm()) < 0.01
+
+
+def test_a_frozen_head_or_frozen_hidden_states_get_no_gradient() -> None:
+    hidden, weight, _, forbidden, entry, targets = problem(0, 3, 4, 200, 0)
+    for learning in (hidden, weight):
+        learning.requires_grad_()
+        token_logprobs(hidden, weight, None, forbidden, entry, targets, 1.0)[0].sum().backward()  # type: ignore[no-untyped-call]
+        assert learning.grad is not None
+        learning.requires_grad_(False)
+        assert (hidden.grad is None) == (learning is weight)
+        hidden.grad = weight.grad = None
+
+
+class Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes of the tensors that operations made, at their highest; views count once, what was there before not."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live, self.highest = 0, 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in before | self._known:
+                storage = tensor.untyped_storage()
+                pointer, size = storage.data_ptr(), storage.nbytes()
+                self._known.add(pointer)
+                self.live += size
+                self.highest = max(self.highest, self.live)
+                weakref.finalize(tensor, self._gone, pointer, size)
+        return out
+
+    def _gone(self, pointer: int, size: int) -> None:
+        self._known.discard(pointer)
+        self.live -= size
+
+
+def peak(vocabulary: int, logprobs: Callable[..., Tensor]) -> int:
+    """Bytes at most while the logprobs of 64 tokens and their gradients are computed; the gradient of the weights is
+    left out, being as large as they are."""
+    hidden, weight, _, forbidden, entry, targets = problem(0, 64, 64, vocabulary, 0)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    with Peak() as measured:
+        logprobs(hidden, weight, None, forbidden, entry, targets, 1.0).sum().backward()  # type: ignore[no-untyped-call]
+    return int(measured.highest - weight.nbytes)
+
+
+def test_memory_is_flat_in_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "MAX_LOGITS", 64 * 1024)
+    small, large = (peak(vocabulary, lambda *args: token_logprobs(*args)[0]) for vocabulary in (8 * 1024, 64 * 1024))
+    assert small >= 64 * 1024 * 4, "the measure sees a chunk of logits"
+    assert large <= 1.01 * small
+    assert peak(64 * 1024, lambda *args: plain(*args)[0]) > 7 * peak(8 * 1024, lambda *args: plain(*args)[0])
