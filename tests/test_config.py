@@ -18,7 +18,7 @@ from vlmrl.config import RunConfig
 from vlmrl.errors import ConfigError
 from vlmrl.inference.config import VllmConfig
 from vlmrl.keys import did_you_mean, known_keys
-from vlmrl.models.config import Dtype
+from vlmrl.models.config import Dtype, LoraConfig
 from vlmrl.orchestrator.config import Advantage, Credit, FilterMode, Loss
 from vlmrl.parse import parse, typed
 from vlmrl.tasks.config import ColorCodewordConfig, ImportedTaskConfig
@@ -48,6 +48,7 @@ def test_options_are_those_that_the_groups_are_meant_to_have() -> None:
     assert {option.partition("=")[0] for option in OPTIONS} == {
         *(
             "model",
+            "model/lora",
             "model/size",
             "model/vlm",
             "task",
@@ -286,6 +287,7 @@ def set_key(config: RunConfig, key: str, value: object) -> None:
 def test_numbers_out_of_range(key: str, low: float, high: float, default: dict[str, RunConfig]) -> None:
     assert key in known_keys()
     config = copy.deepcopy(default["vllm" if key.startswith("inference.") else "embedded"])
+    config.model.lora = LoraConfig()
     for inside in (low, high):
         set_key(config, key, inside)
         numbers_in_range(config)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ from vlmrl.stopping import Stop, asked_to_stop, rank_lost, stopped_before
 from vlmrl.tasks.base import Task
 from vlmrl.tasks.loading import load_task
 from vlmrl.trainer.checkpoint import Checkpoints
-from vlmrl.trainer.config import SFTConfig
+from vlmrl.trainer.config import Packing, SFTConfig
 from vlmrl.trainer.distributed import Group, follow, init_from_environment
 from vlmrl.trainer.loss import loss_function
 from vlmrl.trainer.optimizer import check_optimizer
@@ -156,6 +157,27 @@ def make_engine(
     return servers, FolderSync(servers, trainer.weights, sync)
 
 
+def fit_to_layers(config: RunConfig, policy: Policy, warn: Callable[[str], None]) -> RunConfig:
+    """`config` for a model whose layers are not all softmax attention: its samples are trained one by one.
+
+    Raises `ConfigError` where the embedded engine is asked for, whose cache holds keys and values alone.
+    """
+    if not policy.is_recurrent:
+        return config
+    if config.inference.kind == "embedded":
+        raise ConfigError(
+            "inference=embedded requires layers of softmax attention, else its cache of keys and values is not all "
+            f"that a prefix leaves behind, and {config.model.name} has others (linear_attention): set inference=vllm"
+        )
+    if config.trainer.packing is Packing.none:
+        return config
+    warn(
+        f"trainer.packing={config.trainer.packing.value} is none for {config.model.name}: layers of linear_attention "
+        "carry a state from token to token, so its samples are trained one by one"
+    )
+    return dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, packing=Packing.none))
+
+
 @dataclass(eq=False)
 class Run:
     """The parts of one run."""
@@ -184,7 +206,7 @@ class Run:
         task = load_task(config.task, seed=config.seed)
         folder = resolve_checkpoint(config.model, task.texts())
         vlm = config.model.vlm
-        model = make_model(config.model, folder, group)
+        model = make_model(config, folder, group)
         assert config.orchestrator.renderer is not None, "config.check demands a renderer"
         embeddings: Any = model.get_input_embeddings()
         tokenizer = load_tokenizer(folder)
@@ -198,7 +220,8 @@ class Run:
         )
         if config.model.init is Init.random and isinstance(config.inference, VllmConfig):
             folder = write_weights(model, folder, run_dir.path / "initial_model")
-        policy = make_policy(config.model, model, renderer.banned_token_ids)
+        policy = make_policy(config, model, renderer.banned_token_ids)
+        config = fit_to_layers(config, policy, monitor.warn)
         orchestrator = config.orchestrator
         trainer = make_trainer(config, policy, task.texts(), renderer.banned_token_ids, group)
         engine, weight_sync = make_engine(config, folder, policy, trainer, run_dir, monitor)

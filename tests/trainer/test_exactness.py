@@ -18,7 +18,14 @@ from helpers import Part, Sampled, image, plain_logprobs, sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+from transformers import (
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
+)
 
 from vlmrl.models.blocks import checkpoint_blocks, compile_blocks
 from vlmrl.models.policy import Policy
@@ -227,3 +234,42 @@ def test_a_mixture_of_experts(tiny_model: Callable[[], Any]) -> None:
     other.load_state_dict(model.state_dict())
     policy = Policy(model, position_function("mrope", 2), [])
     assert_same(packed(policy, forks(), Packing.tree, 16384), one_by_one(other, forks()))
+
+
+def test_a_family_with_layers_that_carry_a_state_is_trained_one_by_one(tiny_model: Callable[[], Any]) -> None:
+    """Qwen3.5: three of four layers are linear attention. Side by side or as a tree, states would leak."""
+    torch.manual_seed(0)
+    ids = tiny_model().config
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_interleaved": True, "mrope_section": [1, 1, 0]}
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    linear |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+    config = Qwen3_5Config(
+        text_config={
+            **TEXT,
+            **linear,
+            "num_hidden_layers": 4,
+            "rope_parameters": {**rope, "partial_rotary_factor": 0.25},
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_heads": 4,
+            "out_hidden_size": 32,
+            "num_position_embeddings": 64,
+        },
+        image_token_id=ids.image_token_id,
+        video_token_id=ids.video_token_id,
+        vision_start_token_id=ids.vision_start_token_id,
+        vision_end_token_id=ids.vision_end_token_id,
+    )
+    auto: Any = Qwen3_5ForConditionalGeneration
+    model, other = (auto(copy.deepcopy(config)).eval() for _ in range(2))
+    other.load_state_dict(model.state_dict())
+    policy = Policy(model, position_function("mrope", 2), [])
+    assert policy.is_recurrent
+    wanted = one_by_one(other, forks())
+    assert_same(packed(policy, forks(), Packing.none, 1), wanted)
+    for packing in (Packing.tree, Packing.varlen):
+        with pytest.raises(AssertionError):
+            assert_same(packed(policy, forks(), packing, 16384), wanted)

@@ -35,6 +35,7 @@ CHECKS: tuple[Check, ...] = (
     task.squares_fill_patches,
     task.episode_has_room,
     model.random_has_size,
+    model.something_learns,
     model.tiny_is_a_model,
 )
 """All of them, in the order in which they run."""

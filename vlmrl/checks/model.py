@@ -69,6 +69,23 @@ def random_has_size(config: RunConfig) -> None:
         )
 
 
+def something_learns(config: RunConfig) -> None:
+    """Freezing and adapters leave something to learn, once."""
+    vlm, lora = config.model.vlm, config.model.lora
+    if vlm is None or not (vlm.freeze_vision or vlm.freeze_language):
+        return
+    if vlm.freeze_vision and vlm.freeze_language:
+        raise ConfigError(
+            "model.vlm.freeze_vision=true requires model.vlm.freeze_language=false, else nothing learns: set one of "
+            "them"
+        )
+    if lora is not None:
+        raise ConfigError(
+            "model.lora requires neither model.vlm.freeze_vision nor model.vlm.freeze_language, since nothing but the "
+            "adapters learns anyway, and they are the language model's: leave both false"
+        )
+
+
 def tiny_is_a_model(config: RunConfig) -> None:
     """A checkpoint that is built here is a Qwen3-VL whose sizes fit each other."""
     if config.model.tiny is None:

@@ -102,6 +102,9 @@ RANGES: tuple[tuple[str, float, float, str], ...] = (
     ("step", 1, math.inf, "there is no such batch"),
     ("monitor.vision_gap_every", 0, math.inf, "it counts no steps (0 is never)"),
     ("monitor.wandb.rollouts", 0, math.inf, "it counts no rollouts"),
+    ("trainer.feature_cache_mib", 0, math.inf, "it counts no bytes (0 keeps nothing)"),
+    ("model.lora.rank", 1, math.inf, "an adapter has no column"),
+    ("model.lora.alpha", SMALLEST, LARGEST, "adapters count nothing"),
     ("model.tiny.bpe_merges", 0, math.inf, "it counts no merges"),
     *(
         (f"model.tiny.{size}", 1, math.inf, "there is no such model")

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from vlmrl.errors import EngineError, NonFiniteLossError
 from vlmrl.models.features import ImageFeatures
+from vlmrl.models.lora import merged
 from vlmrl.models.policy import Policy
 from vlmrl.models.prefix_tree import ImageKeys, Segment, build_tree, sort_key
 from vlmrl.models.tree_attention import (
@@ -123,7 +124,7 @@ class EmbeddedEngine:
 
     def weights(self) -> dict[str, Tensor]:
         """What it generates from, by the names in a checkpoint; not copies."""
-        return dict(self._policy.model.named_parameters())
+        return dict(merged(self._policy.model))
 
     def metrics(self) -> dict[str, float]:
         """Tokens computed since the last call: `inference/rows_prefill`, `inference/rows_decode`. There is no wire."""

@@ -19,6 +19,14 @@ def blocks(model: Any) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
+def prepare_blocks(model: Any, *, compiled: bool, recomputed: bool) -> None:
+    """`trainer.compile` and `trainer.activation_checkpointing`; before the model is sharded."""
+    if recomputed:
+        checkpoint_blocks(model)
+    if compiled:
+        compile_blocks(model)
+
+
 def compile_blocks(model: Any) -> None:
     """`torch.compile` each layer. Layers of a kind share their code; sizes are left open: micro-batches differ."""
     for block in blocks(model):

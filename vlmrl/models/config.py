@@ -44,6 +44,8 @@ class VLMConfig:
     """Names of `mm_kwargs` whose rows are not images (Qwen-VL: `pixel_values`, a row per patch); vLLM must be told."""
     freeze_vision: bool = False
     """Keep the vision tower as it is; only the language model learns."""
+    freeze_language: bool = False
+    """Keep the language model as it is, embedding and head included; only the vision tower learns."""
 
 
 @dataclass
@@ -97,6 +99,20 @@ class SizeConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters beside linear layers of the language model; nothing else learns (models/lora.py)."""
+
+    rank: int = 16
+    """Rank of B A: columns of B, rows of A."""
+    alpha: float = 32.0
+    """The weight of an adapter is alpha / rank."""
+    targets: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    """Last parts of the layers' names. The experts of a mixture are no linear layers and have no adapters."""
+
+
+@dataclass
 class ModelConfig:
     """The policy."""
 
@@ -113,5 +129,7 @@ class ModelConfig:
     """None is a text-only model."""
     size: SizeConfig | None = None
     """What `init=random` builds; with `pretrained`, where `name` comes from when nothing else is said."""
+    lora: LoraConfig | None = None
+    """Set: adapters learn, and the model stays as it is."""
     tiny: TinyConfig | None = None
     """Set: build the checkpoint instead of loading one."""

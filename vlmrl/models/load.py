@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 
 from vlmrl.errors import ConfigError, ModelError
 from vlmrl.models.config import Dtype, Init, ModelConfig
+from vlmrl.models.lora import check_lora
 from vlmrl.models.scratch import ensure_architecture, initialize
 from vlmrl.models.tiny import check_tiny, ensure_tiny_checkpoint
 
@@ -44,6 +45,8 @@ def check_available(config: ModelConfig) -> None:
 
     Takes a second or two at most (a few more where the network does not answer); loads and downloads nothing.
     """
+    if config.lora is not None:
+        check_lora()
     missing: list[str] = []
     size: int | None = None
     if config.tiny is not None:

@@ -68,6 +68,14 @@ class Policy:
                 f"model {self.config.model_type!r} uses sliding windows or soft-capped attention, which tree attention "
                 "leaves out: choose a model with plain softmax attention"
             )
+        layers = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
+        if layers - {"linear_attention"}:
+            raise ModelError(
+                f"model {self.config.model_type!r} has layers of {', '.join(sorted(layers))}, and what a prefix leaves "
+                "behind in them is not known: choose a model with softmax attention"
+            )
+        self.is_recurrent = bool(layers)
+        """Some layers carry a state from token to token: samples can neither share a prefix nor stand side by side."""
         if "get_image_features" in dir(model.base_model) and "mm_encoder_outputs" not in _arguments(model.base_model):
             # Without this check the features would be swallowed by **kwargs and the policy would be blind.
             raise ModelError(

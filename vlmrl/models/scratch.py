@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmrl.models.cache import MANIFEST, built
 from vlmrl.models.config import ModelConfig
+from vlmrl.models.lora import merged
 from vlmrl.models.text_files import special_ids, write_text_files
 
 if TYPE_CHECKING:
@@ -90,5 +91,5 @@ def write_weights(model: PreTrainedModel, folder: Path, target: Path) -> Path:
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # it would draw over the live view
     shutil.copytree(folder, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
-    model.save_pretrained(target)
+    model.save_pretrained(target, state_dict=dict(merged(model)))
     return target

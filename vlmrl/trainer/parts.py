@@ -14,7 +14,9 @@ import torch
 
 from vlmrl.config import Mode, RunConfig
 from vlmrl.errors import ConfigError
+from vlmrl.models.blocks import prepare_blocks
 from vlmrl.models.config import ModelConfig
+from vlmrl.models.learning import choose_what_learns
 from vlmrl.models.load import load_model, resolve_checkpoint
 from vlmrl.models.policy import Policy
 from vlmrl.models.positions import position_function
@@ -65,19 +67,20 @@ def begin(config: RunConfig) -> None:
     torch.manual_seed(config.seed)
 
 
-def make_model(config: ModelConfig, folder: Path, group: Group | None) -> Any:
-    """The model of the checkpoint `folder` on this rank's device, with what of it learns."""
-    model: Any = load_model(folder, on_own_device(config, group))
-    if config.vlm is not None and config.vlm.freeze_vision:
-        model.base_model.visual.requires_grad_(False)
+def make_model(config: RunConfig, folder: Path, group: Group | None) -> Any:
+    """The model of the checkpoint `folder` on this rank's device, with what of it learns, its layers prepared."""
+    model: Any = load_model(folder, on_own_device(config.model, group))
+    choose_what_learns(model, config.model)
+    prepare_blocks(model, compiled=config.trainer.compile, recomputed=config.trainer.activation_checkpointing)
     return model
 
 
-def make_policy(config: ModelConfig, model: Any, banned_token_ids: Sequence[int]) -> Policy:
+def make_policy(config: RunConfig, model: Any, banned_token_ids: Sequence[int]) -> Policy:
     """The policy of that model."""
-    merge = model.config.vision_config.spatial_merge_size if config.vlm is not None else 1
-    positions = position_function(config.vlm.positions if config.vlm is not None else "sequential", merge)
-    return Policy(model, positions, banned_token_ids)
+    vlm = config.model.vlm
+    merge = model.config.vision_config.spatial_merge_size if vlm is not None else 1
+    positions = position_function(vlm.positions if vlm is not None else "sequential", merge)
+    return Policy(model, positions, banned_token_ids, feature_cache_bytes=config.trainer.feature_cache_mib << 20)
 
 
 def make_trainer(
@@ -108,8 +111,8 @@ class Following:
         self._log.enter_context(MainLog(logs / f"rank_{self._group.rank}.log"))
         log.info("rank %d of %d is process %d", self._group.rank, self._group.size, os.getpid())
         begin(config)
-        model = make_model(config.model, resolve_checkpoint(config.model, texts), self._group)
-        policy = make_policy(config.model, model, banned_token_ids)
+        model = make_model(config, resolve_checkpoint(config.model, texts), self._group)
+        policy = make_policy(config, model, banned_token_ids)
         ranks = self._group.size
         return Follower(Learner(policy, config.trainer, config.algorithm, **_sampling(config), ranks=ranks))
 

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vlmrl.models.blocks import blocks
+from vlmrl.models.lora import merged
 
 T = TypeVar("T")
 
@@ -78,8 +79,8 @@ class PlainWeights:
                 parameters[name].copy_(master)
 
     def whole(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors that are computed with, one after the other; not copies."""
-        yield from self._model.named_parameters()
+        """The tensors that are computed with, one after the other; not copies, unless adapters are merged into them."""
+        yield from merged(self._model)
 
 
 def _hand_over(master: nn.Parameter, parameter: Tensor) -> None:
@@ -152,8 +153,7 @@ class ShardedWeights:
 
     def whole(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors as they are computed with, gathered one after the other; every rank must come to the end."""
-        for name, parameter in self._model.named_parameters():
-            yield name, gathered(parameter, self._device, self._dtype)
+        yield from merged(self._model, lambda parameter: gathered(parameter, self._device, self._dtype))
 
 
 class _Root(nn.Module):
