@@ -159,12 +159,35 @@ def test_a_job_of_the_launcher_that_is_out_of_time_resumes(home: Home, never_sto
 # ── several tasks ───────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_two_tasks_train_together(home: Home) -> None:
+    """The launcher's tasks are one trainer; told that their time is over, they save, and go on together."""
+    gate, folder = Gate(home.path / "gates/together"), home.path / "outputs/multirun/together"
+    launcher = ("hydra/launcher=slurm", "hydra.launcher.name=together", "hydra.launcher.tasks_per_node=2")
+    choices = (*SHORT, *gate.arguments(STEP_4), "trainer.sharding=none")  # the first samples from its own weights
+    launched = home.start(*choices, *launcher, f"hydra.sweep.dir={folder}")
+    gate.wait(lambda: launched.poll() is None)
+    job = call(home, "squeue", "--noheader", "--name=together", "--format=%i").strip()
+    call(home, "scancel", "--signal=USR2", job)
+    errors = folder / f".submitit/{job}/{job}_0_log.err"
+    wait_for(lambda: "Requeued job" in errors.read_text())
+    gate.open()
+    _, err = launched.communicate(timeout=PATIENCE)
+    assert launched.returncode == 0, err
+    (run,) = (path.parent for path in folder.glob("*/metrics.jsonl"))
+    assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == list(range(7))
+    assert summary(run)["exit_reason"] == "finished"
+    out = (folder / f".submitit/{job}/{job}_0_log.out").read_text()
+    assert out.count(", 2 ranks") == 2
+    assert "stopped before, continues" in out
+
+
 @pytest.mark.vllm
 @pytest.mark.skipif(vllm_version() is None, reason="no vLLM")
-def test_a_task_that_serves(home: Home) -> None:
-    """One task trains, the other is its vLLM server; both end with the run."""
-    job = sbatch(home, vlmrl(*SHORT, "inference=vllm", "inference.slurm_tasks=1"), "--ntasks=2", "--wait")
+def test_two_tasks_train_and_one_serves(home: Home) -> None:
+    """The last task is a vLLM server, the others are a trainer of two ranks; all end with the run."""
+    job = sbatch(home, vlmrl(*SHORT, "inference=vllm", "inference.slurm_tasks=1"), "--ntasks=3", "--wait")
     assert state(job) == "COMPLETED", log(home, job)
+    assert ", 2 ranks" in log(home, job)
     (run,) = (home.path / "outputs/slurm").glob(f"{job}.0_*")
     assert summary(run)["exit_reason"] == "finished"
     steps = [line for line in read_metrics(run / "metrics.jsonl") if line["step"] > 0]
