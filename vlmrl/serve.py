@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from pathlib import Path
 
 import httpx
@@ -27,6 +28,9 @@ from vlmrl.weight_sync.gpu import WEIGHT_TRANSFERS
 def serve(config: RunConfig, index: int) -> None:
     """Be server `index` of the run. Raises what keeps it from that, which the run is told too."""
     assert isinstance(config.inference, VllmConfig), "slurm.part comes first"
+    # Whatever is asked of the job, the run answers: it needs its servers until it has saved.
+    for number in (signal.SIGINT, signal.SIGTERM, *slurm.QUEUE_SIGNALS):
+        signal.signal(number, lambda *_: None)
     run = Path(config.output_dir)
     path = announcement(run, index)
     try:

@@ -117,3 +117,13 @@ def test_the_api_server_dies_with_the_supervisor(run: Run) -> None:
 def test_what_does_not_end_when_asked_is_killed(stubborn_run: Run) -> None:
     stubborn_run.process.send_signal(signal.SIGKILL)
     assert stubborn_run.survivors() == []
+
+
+def test_what_slurm_asks_of_the_run_is_nothing_to_the_server(run: Run) -> None:
+    """A signal that a job is to save by goes to all of its processes."""
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        for process in run.processes:
+            process.send_signal(number)
+    assert run.survivors(timeout_s=1.0) == run.processes
+    run.process.send_signal(signal.SIGKILL)
+    assert run.survivors() == []

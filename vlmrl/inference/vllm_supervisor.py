@@ -40,7 +40,9 @@ def main(command: Sequence[str]) -> int:
     """Run `command` until it ends or the run does; returns its exit status (negative: the signal that ended it)."""
     run = os.getppid()
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run
+    # Ctrl-C is for the run, and so are the signals by which Slurm, which sends them to all processes, asks it to save.
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # vLLM inherits that
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     leftovers: list[Path] = []
     try:
