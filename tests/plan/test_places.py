@@ -15,8 +15,8 @@ from vlmrl.plan.places import check_machine, gpus_needed, processes
 from vlmrl.plan.sizes import Sizes
 
 
-def machine(*gib: int) -> Machine:
-    return Machine(tuple(Gpu(str(index), "H100", size << 30) for index, size in enumerate(gib)), 16, 128 << 30)
+def machine(*gib: int, ranks: int = 1) -> Machine:
+    return Machine(tuple(Gpu(str(index), "H100", size << 30) for index, size in enumerate(gib)), 16, 128 << 30, ranks)
 
 
 def of(parameters: float) -> Sizes:
@@ -72,7 +72,7 @@ def test_refused(
     run_config: Callable[..., RunConfig],
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_machine(run_config(*overrides), machine(*gib), of(parameters), ranks)
+        check_machine(run_config(*overrides), machine(*gib, ranks=ranks), of(parameters), ranks)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +86,9 @@ def test_refused(
         (("model=qwen3vl", "model.device=cpu"), (8,), 1, 4e9),
         (("model=qwen3vl", "trainer.cpu_offload=true"), (24,), 1, 7e9),
         (("model=qwen3vl",), (80,) * 4, 4, 8e9),  # slices
+        (("model=qwen3vl",), (80,), 16, 8e9),  # Slurm shows a task its own GPU
+        (("model=qwen3vl", "mode=eval"), (24,), 1, 9e9),
+        ((*VLLM, "weight_sync=nccl", "model.device=cuda:1"), (24, 80, 24), 1, 2e9),
     ],
 )
 def test_not_refused(

@@ -30,13 +30,16 @@ class Machine:
     """That this process may run on."""
     memory: int
     """Bytes of the host."""
+    ranks: int = 1
+    """Of the run, that share these GPUs: torchrun's of this host. Slurm may show each of its tasks a GPU of its own."""
 
 
 def find_machine() -> Machine:
     """This one. Asks `nvidia-smi`, where there is one, which takes a fraction of a second."""
     pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Machine(visible(_nvidia_smi(), os.environ.get("CUDA_VISIBLE_DEVICES")), cores, pages * page)
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return Machine(visible(_nvidia_smi(), os.environ.get("CUDA_VISIBLE_DEVICES")), cores, pages * page, ranks)
 
 
 def visible(listing: str, chosen: str | None) -> tuple[Gpu, ...]:

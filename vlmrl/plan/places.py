@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vlmrl.config import RunConfig
+from vlmrl.config import Mode, RunConfig
 from vlmrl.errors import ConfigError
 from vlmrl.inference.config import VllmConfig
 from vlmrl.inference.vllm_server import replica_devices
@@ -49,10 +49,11 @@ def gpus_needed(config: RunConfig, ranks: int) -> int:
 
 def processes(config: RunConfig, ranks: int, gpus: list[str]) -> list[Process]:
     """What starts where; `gpus` are those that are visible."""
+    _, _, first = config.model.device.partition("cuda:")
     trainer = [
         Process(
             "trainer and orchestrator" if rank == 0 else f"trainer rank {rank}",
-            (gpus[rank % len(gpus)],) if gpus else (),
+            (gpus[(int(first or 0) + rank) % len(gpus)],) if gpus else (),
         )
         for rank in range(ranks)
     ]
@@ -70,7 +71,7 @@ def check_machine(config: RunConfig, machine: Machine, sizes: Sizes, ranks: int)
     if not machine.gpus or config.model.device == "cpu":
         return
     own = config.inference if isinstance(config.inference, VllmConfig) and config.inference.starts_servers else None
-    _check_count(config, own, len(machine.gpus), ranks)
+    _check_count(config, own, len(machine.gpus), machine.ranks)
     started = processes(config, ranks, [gpu.index for gpu in machine.gpus])
     for gpu in machine.gpus:
         here = [process.name for process in started if gpu.index in process.devices]
@@ -83,9 +84,10 @@ def check_machine(config: RunConfig, machine: Machine, sizes: Sizes, ranks: int)
             )
         if own and servers:
             _check_server(own, sizes, gpu.memory)
-        if len(here) > servers:
+        if len(here) > servers and config.mode in (Mode.rl, Mode.sft):
             _check_trainer(config, sizes, gpu, share, ranks)
-    _check_host(config, sizes, machine, ranks)
+    if config.mode in (Mode.rl, Mode.sft):
+        _check_host(config, sizes, machine, ranks)
 
 
 def _check_count(config: RunConfig, own: VllmConfig | None, gpus: int, ranks: int) -> None:
@@ -121,11 +123,12 @@ def _check_trainer(config: RunConfig, sizes: Sizes, gpu: Gpu, share: float, rank
 
 def _check_host(config: RunConfig, sizes: Sizes, machine: Machine, ranks: int) -> None:
     trainer = trainer_memory(config, sizes, rows=0, loss_tokens=0, ranks=ranks)
-    if trainer is not None and trainer.on_host * ranks > machine.memory:
+    needed = trainer.on_host * machine.ranks if trainer is not None else 0
+    if needed > machine.memory:
         raise ConfigError(
-            f"trainer.cpu_offload=true requires {trainer.on_host * ranks / GIB:.0f} GiB of the host's memory, else the "
-            f"run is killed, and it has {machine.memory / GIB:.0f} GiB: set trainer.optimizer=adamw_8bit, or "
-            "trainer.cpu_offload=false with more GPUs"
+            f"trainer.cpu_offload=true requires {needed / GIB:.0f} GiB of the host's memory, else the run is killed, and "
+            f"it has {machine.memory / GIB:.0f} GiB: set trainer.optimizer=adamw_8bit, or trainer.cpu_offload=false with "
+            "more GPUs"
         )
 
 
