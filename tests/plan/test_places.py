@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import helpers
 import pytest
 
 from vlmrl.config import RunConfig
 from vlmrl.errors import ConfigError
 from vlmrl.plan.machine import Gpu, Machine
-from vlmrl.plan.memory import learning_bytes, trainer_memory
+from vlmrl.plan.memory import learning_bytes, learning_parameters, trainer_memory
 from vlmrl.plan.places import check_machine, gpus_needed, processes
-from vlmrl.plan.sizes import Sizes
+from vlmrl.plan.sizes import Sizes, find_sizes
 
 
 def machine(*gib: int, ranks: int = 1) -> Machine:
@@ -154,3 +155,44 @@ def test_slices_and_eight_bits(run_config: Callable[..., RunConfig]) -> None:
     assert bytes_of("trainer.sharding=none", ranks=4) == (18, 0)
     assert bytes_of("trainer.cpu_offload=true", ranks=4) == (0, 4)
     assert bytes_of("model.dtype=float32") == (16, 0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "learns"),
+    [
+        ((), 428_480),
+        (("model.vlm.freeze_vision=true",), 428_480 - 301_056),
+        (("model.vlm.freeze_language=true",), 301_056),
+    ],
+)
+def test_what_is_frozen_does_not_learn(
+    overrides: tuple[str, ...], learns: int, run_config: Callable[..., RunConfig]
+) -> None:
+    config = run_config(*overrides)
+    assert learning_parameters(config, find_sizes(config.model)) == (learns, 428_480 - learns)
+
+
+def test_adapters_are_counted_exactly(run_config: Callable[..., RunConfig], tiny_model: Callable[[], Any]) -> None:
+    pytest.importorskip("peft")
+    from vlmrl.models.lora import add_adapters
+
+    config = run_config("model/lora=all_linear")
+    config.model.tiny = helpers.TINY.tiny
+    model = tiny_model()
+    parameters = sum(p.numel() for p in model.parameters())
+    assert config.model.lora is not None
+    add_adapters(model, config.model.lora)
+    adapters = sum(p.numel() for p in model.parameters()) - parameters
+    assert learning_parameters(config, find_sizes(config.model)) == (adapters, parameters)
+
+
+def test_recomputed_layers_keep_their_inputs_alone(run_config: Callable[..., RunConfig]) -> None:
+    def activations(*overrides: str) -> int:
+        config = run_config("model=qwen3vl", "model/size=2b", *overrides)
+        memory = trainer_memory(config, find_sizes(config.model), rows=16384, loss_tokens=0, ranks=1)
+        assert memory is not None
+        assert memory.activations is not None
+        return memory.activations
+
+    assert activations() == pytest.approx(45e9, rel=0.01)
+    assert activations("trainer.activation_checkpointing=true") == pytest.approx(3.4e9, rel=0.1)

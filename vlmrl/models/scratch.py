@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from vlmrl.models.cache import MANIFEST, built
 from vlmrl.models.config import ModelConfig
 from vlmrl.models.lora import merged
-from vlmrl.models.text_files import special_ids, write_text_files
+from vlmrl.models.text_files import MAX_PIXELS, special_ids, write_text_files
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +28,6 @@ BUILDER_VERSION = 1
 """Raise it when this file writes other bytes for the same config and texts: old caches are then not found."""
 
 BPE_MERGES = 128
-MAX_PIXELS = 16 * 1024 * 1024
-"""Of an image, as Qwen3-VL's own processor has it: 16384 tokens."""
 
 
 def ensure_architecture(config: ModelConfig, texts: tuple[str, ...]) -> Path:

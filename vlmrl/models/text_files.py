@@ -78,6 +78,8 @@ CHAT_TEMPLATE = """\
 """
 
 PATCH_SIZE, MERGE_SIZE, TEMPORAL_PATCH_SIZE = 16, 2, 2
+MAX_PIXELS = 16 * 1024 * 1024
+"""Of an image, as Qwen3-VL's own processor has it: 16384 tokens."""
 
 
 def build_tokenizer(texts: tuple[str, ...], merges: int) -> Tokenizer:

@@ -3,17 +3,19 @@
     learning     parameters that learn × (float32 weight 4 + gradient 4 + AdamW's averages 8, or 2 in 8 bits), on the
                  host with trainer.cpu_offload, a slice of them on each rank with trainer.sharding=full;
                  + weight in the model's dtype, where that is not float32 and the ranks hold no slices
-    frozen       the other parameters × weight in the model's dtype
+    frozen       the other parameters × weight in the model's dtype (model.lora, model.vlm.freeze_*), and
+                 trainer.feature_cache_mib where the vision tower is among them
     in transit   parameters × weight in the engine's dtype, for weight_sync=nccl and cuda_ipc
     activations  tokens of a micro-batch × layers × bytes
                  × (8 hidden + 2 (heads + 2 kv_heads) head_dim + 4 intermediate)
-                 + 4 × 256 MiB for the chunks that logits are computed in, less where they are fewer
+                 + 4 × 256 MiB for the chunks that logits are computed in, less where they are fewer;
+                 with trainer.activation_checkpointing, hidden of each layer and the rest of one
     server       gpu_memory_utilization × the GPU, which holds parameters × weight / tensor_parallel_size, and
                  key-value cache of 2 × layers × kv_heads × head_dim × bytes for each token
     pixels       distinct images alive × (patches × 1536 × 4 + width × height × 3)
 
 Activations are what the layers keep for the backward pass: inputs of norms and projections, queries, keys, values, what
-attention and the MLP make of them; of the 2B in bfloat16, 43 GB for 16,384 tokens. A step of it that held its logits
+attention and the MLP make of them; of the 2B in bfloat16, 45 GB for 16,384 tokens. A step of it that held its logits
 whole, 30 GB in float32 with their softmax and gradient, was measured on an H200 at 75 GB. The vision tower's are left
 out, which are small where answers are long, and what fragmentation costs.
 """
@@ -25,7 +27,7 @@ from dataclasses import dataclass
 
 from vlmrl.config import RunConfig
 from vlmrl.inference.config import VllmConfig
-from vlmrl.models.config import Dtype
+from vlmrl.models.config import Dtype, LoraConfig
 from vlmrl.plan.episode import Episode
 from vlmrl.plan.sizes import Sizes, Text
 from vlmrl.trainer.config import Optimizer, Sharding
@@ -66,19 +68,59 @@ def trainer_memory(config: RunConfig, sizes: Sizes, rows: int, loss_tokens: int,
     if sizes.parameters is None:
         return None
     weight = BYTES[config.model.dtype]
-    frozen = sizes.vision_parameters or 0 if config.model.vlm is not None and config.model.vlm.freeze_vision else 0
     in_transit = 0
     if isinstance(config.inference, VllmConfig) and config.weight_sync.kind in ("nccl", "cuda_ipc"):
         in_transit = sizes.parameters * BYTES[config.inference.dtype]
     on_device, on_host = learning_bytes(config, ranks)
-    learns = sizes.parameters - frozen
+    learns, frozen = learning_parameters(config, sizes)
+    cache = config.trainer.feature_cache_mib << 20 if vision_is_frozen(config) else 0
+    activations = None if sizes.text is None else _activations(config, sizes.text, rows, loss_tokens)
     return TrainerMemory(
         learning=math.ceil(learns * on_device),
-        frozen=frozen * weight,
+        frozen=frozen * weight + cache,
         in_transit=in_transit,
-        activations=_activations(sizes.text, weight, rows, loss_tokens) if sizes.text is not None else None,
+        activations=activations,
         on_host=math.ceil(learns * on_host),
     )
+
+
+def vision_is_frozen(config: RunConfig) -> bool:
+    """Whether the vision tower, if there is one, stays as it is."""
+    vlm = config.model.vlm
+    return vlm is not None and (vlm.freeze_vision or config.model.lora is not None)
+
+
+def learning_parameters(config: RunConfig, sizes: Sizes) -> tuple[int, int]:
+    """How many parameters learn, adapters included, and how many stay as they are."""
+    assert sizes.parameters is not None, "asked of a model that is known"
+    vision = sizes.vision_parameters or 0
+    if config.model.lora is not None:
+        return adapter_parameters(config.model.lora, sizes.text), sizes.parameters
+    if config.model.vlm is not None and config.model.vlm.freeze_language:
+        return vision, sizes.parameters - vision
+    return (sizes.parameters - vision, vision) if vision_is_frozen(config) else (sizes.parameters, 0)
+
+
+def adapter_parameters(lora: LoraConfig, text: Text | None) -> int:
+    """rank × (columns + rows) of each linear layer that has an adapter; of a model whose layers are unknown, nothing.
+
+    >>> text = Text(layers=2, hidden=64, intermediate=128, heads=4, kv_heads=2, head_dim=32, vocabulary=448)
+    >>> adapter_parameters(LoraConfig(rank=4, targets=["q_proj", "down_proj"]), text)
+    3072
+    """
+    if text is None:
+        return 0
+    queries, keys = text.heads * text.head_dim, text.kv_heads * text.head_dim
+    shapes = {
+        "q_proj": (text.hidden, queries),
+        "k_proj": (text.hidden, keys),
+        "v_proj": (text.hidden, keys),
+        "o_proj": (queries, text.hidden),
+        "gate_proj": (text.hidden, text.intermediate),
+        "up_proj": (text.hidden, text.intermediate),
+        "down_proj": (text.intermediate, text.hidden),
+    }
+    return sum(text.layers * lora.rank * sum(shapes.get(name, (0, 0))) for name in lora.targets)
 
 
 def learning_bytes(config: RunConfig, ranks: int) -> tuple[float, float]:
@@ -94,9 +136,10 @@ def learning_bytes(config: RunConfig, ranks: int) -> tuple[float, float]:
     return (computed_with, learning) if offloaded else (computed_with + learning, 0)
 
 
-def _activations(text: Text, weight: int, rows: int, loss_tokens: int) -> int:
+def _activations(config: RunConfig, text: Text, rows: int, loss_tokens: int) -> int:
     layer = 8 * text.hidden + 2 * (text.heads + 2 * text.kv_heads) * text.head_dim + 4 * text.intermediate
-    return rows * text.layers * weight * layer + min(loss_tokens * text.vocabulary * 4, LOGITS_BYTES) * 4
+    kept = text.layers * text.hidden + layer if config.trainer.activation_checkpointing else text.layers * layer
+    return rows * BYTES[config.model.dtype] * kept + min(loss_tokens * text.vocabulary * 4, LOGITS_BYTES) * 4
 
 
 @dataclass(frozen=True)

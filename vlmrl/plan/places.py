@@ -126,9 +126,9 @@ def _check_host(config: RunConfig, sizes: Sizes, machine: Machine, ranks: int) -
     needed = trainer.on_host * machine.ranks if trainer is not None else 0
     if needed > machine.memory:
         raise ConfigError(
-            f"trainer.cpu_offload=true requires {needed / GIB:.0f} GiB of the host's memory, else the run is killed, and "
-            f"it has {machine.memory / GIB:.0f} GiB: set trainer.optimizer=adamw_8bit, or trainer.cpu_offload=false with "
-            "more GPUs"
+            f"trainer.cpu_offload=true requires {needed / GIB:.0f} GiB of the host's memory, else the run is killed, "
+            f"and it has {machine.memory / GIB:.0f} GiB: set trainer.optimizer=adamw_8bit, or take more GPUs and set "
+            "trainer.cpu_offload=false"
         )
 
 

@@ -18,8 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from vlmrl.models.config import Init, ModelConfig, TinyConfig
-from vlmrl.models.scratch import MAX_PIXELS
-from vlmrl.models.text_files import ATOMIC_TOKENS, MERGE_SIZE, PATCH_SIZE, SPECIAL_TOKENS, TEMPORAL_PATCH_SIZE
+from vlmrl.models.text_files import (
+    ATOMIC_TOKENS,
+    MAX_PIXELS,
+    MERGE_SIZE,
+    PATCH_SIZE,
+    SPECIAL_TOKENS,
+    TEMPORAL_PATCH_SIZE,
+)
 from vlmrl.models.tiny import MAX_PIXELS as TINY_MAX_PIXELS
 from vlmrl.models.tiny import VOCAB_MULTIPLE
 
