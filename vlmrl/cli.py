@@ -438,8 +438,8 @@ def in_words(error: Exception, arguments: list[str]) -> str:
 def groups() -> list[str]:
     """The config groups, as the command line names them.
 
-    >>> [group for group in groups() if group.startswith("model")]
-    ['model', 'model/size', 'model/vlm']
+    >>> [group for group in groups() if group.startswith(("orchestrator", "sweep"))]
+    ['orchestrator', 'orchestrator/renderer', 'sweep']
     """
     # conf/sweep is a link to sweeps/ in a checkout, which Path.rglob does not follow.
     folders = [
