@@ -12,7 +12,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from vlmrl.cli import CONF
+from vlmrl.arguments import CONF
 from vlmrl.config import RunConfig, register_schemas
 from vlmrl.parse import parse
 

@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from vlmrl.cli import CONF, PACKAGE, groups, main, resumed, rewrite
+from vlmrl.arguments import CONF, PACKAGE, groups, rewrite
+from vlmrl.cli import main
 from vlmrl.config import RunConfig
 from vlmrl.errors import ConfigError
 from vlmrl.monitor.run_dir import RunDir
 from vlmrl.parse import parse
+from vlmrl.past_runs import resumed
 from vlmrl.tasks.config import ImportedTaskConfig
 
 FAKE_RUN = """

@@ -11,9 +11,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+from vlmrl.arguments import CONF
 from vlmrl.checks import check
 from vlmrl.checks.ranges import RANGES, numbers_in_range
-from vlmrl.cli import CONF
 from vlmrl.config import RunConfig
 from vlmrl.errors import ConfigError
 from vlmrl.inference.config import VllmConfig

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import vlmrl
+from vlmrl.arguments import CONF, PACKAGE
 from vlmrl.checks.ranges import range_text
-from vlmrl.cli import CONF, PACKAGE
 from vlmrl.config import SCHEMAS, RunConfig
 from vlmrl.docs import UNITS, FieldDoc, fields_of, unit_of
 from vlmrl.keys import known_keys

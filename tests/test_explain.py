@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vlmrl.cli import CONF, main
+from vlmrl.arguments import CONF
+from vlmrl.cli import main
 from vlmrl.config import register_schemas
 from vlmrl.errors import ConfigError
 from vlmrl.explain import explanation

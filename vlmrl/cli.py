@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -27,49 +26,31 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweepe
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from vlmrl import slurm
+from vlmrl.arguments import CONF, in_words, rewrite
 from vlmrl.checks.engine import weights_cross_nodes
 from vlmrl.config import Mode, RunConfig, register_schemas
 from vlmrl.errors import ConfigError, Interrupted, VlmrlError
 from vlmrl.inference.config import VllmConfig
-from vlmrl.keys import did_you_mean, unknown_key
 from vlmrl.monitor.run_dir import RunDir, run_name
-from vlmrl.parse import parse, summary, typed
+from vlmrl.parse import parse
+from vlmrl.past_runs import REPORT, replayed, replays, resumed, resumes, write_page
 from vlmrl.sweep.again import run_what_is_left
 from vlmrl.sweep.compare import compare_and_show
 from vlmrl.sweep.jobs import job_name
 from vlmrl.trainer.place import find_place
 
-PACKAGE = Path(__file__).parent
-CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
-"""conf/: inside the package where a wheel was installed, beside it in a checkout or an editable install."""
-
-
-FREE = ("task.args", "algorithm.args", "inference.extra_args")
-"""Dicts whose keys are not ours."""
-
-IMPORTED = {"task": ("task=imported", "task.target="), "algorithm": ("algorithm.loss=",)}
-"""Groups whose option may be an import path, and what it is short for; the path goes to the end."""
-
-
-REPORT = f"mode={Mode.report.name}"
-
-
 # For conf/config.yaml: hydra.sweep.subdir, hydra.run.dir.
 OmegaConf.register_new_resolver("job_name", job_name, replace=True)
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
 OmegaConf.register_new_resolver("started", slurm.started, use_cache=True, replace=True)
-
-
-EXTRAS = {"hydra/launcher/joblib": "joblib", "hydra/launcher/submitit_slurm": "slurm", "hydra/sweeper/optuna": "optuna"}
-"""What Hydra's plugins bring → the extra of ours that installs the plugin."""
 
 
 class JobError(Exception):
@@ -369,231 +350,3 @@ def compose_and_start(arguments: list[str]) -> None:
     finally:
         if CheckFirst.sweep_dir is not None and CheckFirst.sweep_dir.is_dir():  # however it ended
             compare_and_show([CheckFirst.sweep_dir], CheckFirst.sweep_dir)
-
-
-def rewrite(arguments: list[str]) -> list[str]:
-    """Spell out what the command line may abbreviate: import paths (`IMPORTED`), keys that are not ours (`FREE`), and
-    that a launcher is for multiruns, be it of one job.
-
-    >>> rewrite(["hydra/launcher=slurm", "seed=1"])
-    ['hydra.mode=MULTIRUN', 'hydra/launcher=slurm', 'seed=1']
-
-    Flags come first, because argparse takes no key=value on both sides of one.
-
-    >>> rewrite(["task=my_tasks.counting:Counting", "task.args.level=3", "--multirun", "seed=0,1"])
-    ['--multirun', 'task=imported', 'task.target=my_tasks.counting:Counting', '++task.args.level=3', 'seed=0,1']
-    """
-    rewritten = []
-    arguments = sorted(arguments, key=lambda argument: bool(re.match(r"~|[^-].*=", argument)))
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key == "hydra/launcher":
-            rewritten += ["hydra.mode=MULTIRUN", argument]
-        elif key in IMPORTED and ":" in value:
-            if not all(":" in choice for choice in value.split(",")):
-                raise ConfigError(
-                    f"{argument} requires import paths only or names only, else there is no one group to choose from: "
-                    "sweep over them in two commands"
-                )
-            *before, last = IMPORTED[key]
-            rewritten += [*before, f"{last}{value}"]
-        elif "=" in argument and (key in FREE or key.startswith(tuple(f"{free}." for free in FREE))):
-            rewritten.append(f"++{argument}")  # no schema knows these keys
-        else:
-            rewritten.append(argument)
-    return rewritten
-
-
-def in_words(error: Exception, arguments: list[str]) -> str:
-    """Hydra's and OmegaConf's errors in one or two lines that name the key."""
-    cause = error.__cause__
-    where = f"{str(error).splitlines()[0]} " if str(error).startswith("In ") else ""  # "In '<file>': …"
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
-        group, _, option = str(error.missing_cfg_file).rpartition("/")
-        if error.missing_cfg_file in EXTRAS:
-            extra = EXTRAS[error.missing_cfg_file]
-            return f"{group}={option} requires a package that is not installed: pip install 'vlmrl[{extra}]'"
-        return f"{group}={option}: {group} has only {', '.join(error.options)}{did_you_mean(option, error.options)}"
-    if isinstance(error, OverrideParseException):
-        return f"{error.override} does not parse as key=value: {' '.join(str(error).splitlines()[:-1])}"
-    if isinstance(cause, ConfigAttributeError | ConfigKeyError):
-        named = re.search(r"Could not override '(.+?)'", str(error))
-        key = named[1] if named else cause.full_key or str(cause.key)
-        if "/" in key:
-            return f"{key}: there is no such group{did_you_mean(key, groups())}"
-        return f"{where}{key}: {unknown_key(key)}"
-    if isinstance(cause, OmegaConfBaseException):
-        return f"{where}{summary(cause)}"
-    if isinstance(error, AssertionError):
-        absent = [key for key in arguments if key.startswith(("model.vlm.", "model.tiny.", "orchestrator.renderer."))]
-        if not absent:
-            raise error
-        return f"{absent[0]}: {absent[0].rpartition('.')[0]} is none under these choices and has no keys"
-    if isinstance(error, OmegaConfBaseException):
-        return summary(error)
-    lines = [line for line in str(error).splitlines() if not line.startswith(("    reference_type", "    object_type"))]
-    return "\n".join([*lines, f"(in: {' '.join(arguments)})"])
-
-
-def groups() -> list[str]:
-    """The config groups, as the command line names them.
-
-    >>> [group for group in groups() if group.startswith(("orchestrator", "sweep"))]
-    ['orchestrator', 'orchestrator/renderer', 'sweep']
-    """
-    # conf/sweep is a link to sweeps/ in a checkout, which Path.rglob does not follow.
-    folders = [
-        Path(folder).relative_to(CONF).as_posix() for folder, _, names in os.walk(CONF, followlinks=True) if names
-    ]
-    return sorted(set(folders) - {"."})
-
-
-# ── mode=report ─────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def write_page(arguments: list[str]) -> Path:
-    """Write the page that `mode=report run=<dir>` or `runs=[<dir>,<dir>]` asks for → where it is. Raises ConfigError.
-
-    Of one run it is report.html in its folder, of several side_by_side.html beside the first.
-    """
-    from vlmrl.monitor.report.page import write_report
-    from vlmrl.sweep.compare import names
-    from vlmrl.sweep.jobs import runs_in
-
-    asked = [argument for argument in arguments if argument != REPORT]
-    if len(asked) != 1 or not asked[0].startswith(("run=", "runs=")):
-        raise ConfigError(
-            f"mode=report requires one of run= and runs= and nothing else ({' '.join(asked) or 'nothing was given'}), "
-            "else it is open which page is meant: say run=outputs/latest, 'runs=[outputs/a,outputs/b]', or "
-            "runs=outputs/multirun/<name>"
-        )
-    key, _, value = asked[0].partition("=")
-    if key == "run":
-        run_dir = RunDir(Path(value).resolve())
-        write_report({run_dir.name: run_dir}, run_dir.report, usual())
-        return run_dir.report
-    folders = [Path(folder.strip()).resolve() for folder in value.removeprefix("[").removesuffix("]").split(",")]
-    runs = [run for folder in folders for run in runs_in(folder) if run.config.exists()]
-    if len(runs) < 2:
-        raise ConfigError(f"{asked[0]} requires two runs or more, else there is nothing to compare: set run=<folder>")
-    called = names(runs)
-    if len(set(called)) < len(called):
-        called = [f"{name} ({number})" for number, name in enumerate(called, 1)]
-    target = runs[0].path.parent / "side_by_side.html"
-    write_report(dict(zip(called, runs, strict=True)), target, usual())
-    return target
-
-
-def usual() -> dict[str, object]:
-    """The config that `python -m vlmrl` composes when nothing is set, as a tree; without a place to run in."""
-    register_schemas()
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        config = hydra.compose("config")
-    tree = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
-    assert isinstance(tree, dict)
-    return {str(key): value for key, value in tree.items() if key != "output_dir"}
-
-
-# ── resume ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def resumes(arguments: list[str]) -> bool:
-    """Whether the command line continues a run."""
-    return any(argument.startswith("resume=") for argument in arguments) and not {"-h", "--help"} & set(arguments)
-
-
-def resumed(arguments: list[str]) -> DictConfig:
-    """The config of the run that `resume=` names, the other overrides on top. Raises ConfigError."""
-    folder = Path([argument for argument in arguments if argument.startswith("resume=")][-1].removeprefix("resume="))
-    overrides = [argument for argument in arguments if not argument.startswith("resume=")]
-    for text in overrides:
-        key = text.lstrip("+~").partition("=")[0]
-        if key.startswith(("-", "hydra.")) or key in ("output_dir", *groups()) or not re.match(r"(\+\+)?\w", text):
-            raise ConfigError(
-                f"{text} requires a new run, else what resume={folder} left there would not belong to it any more: "
-                "drop it, or start without resume="
-            )
-    run_dir = RunDir(folder.resolve())
-    config = typed(run_dir.read_config())
-    mode = config.mode
-    override(config, overrides)
-    if config.mode not in (mode, Mode.eval):
-        raise ConfigError(
-            f"mode={config.mode.name} requires a new run, else its steps would stand among those of mode={mode.name} "
-            f"in resume={folder}: drop mode=, or start without resume="
-        )
-    config.output_dir, config.resume = str(run_dir.path), str(run_dir.path)
-    return config
-
-
-def override(config: DictConfig, overrides: list[str]) -> None:
-    """Set the values of `key=value` in place. Raises ConfigError."""
-    try:
-        for each in OverridesParser.create().parse_overrides(overrides):
-            if each.is_sweep_override():
-                raise ConfigError(f"{each.input_line} requires --multirun, which takes a new run: set one value")
-            apply(config, each.key_or_group, each.value(), force_add=each.is_force_add())
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(in_words(error, overrides)) from error
-
-
-def apply(config: DictConfig, key: str, value: object, *, force_add: bool) -> None:
-    """Set one key, with Hydra's wording of what goes wrong."""
-    try:
-        OmegaConf.update(config, key, value, merge=True, force_add=force_add)
-    except (ConfigAttributeError, ConfigKeyError) as error:
-        raise ConfigCompositionException(f"Could not override '{key}'.") from error
-
-
-# ── replay ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-REPLAYED_GROUPS = ("inference", "weight_sync")
-"""Groups that a replay may choose anew: any engine may answer a recorded batch."""
-
-
-def replays(arguments: list[str]) -> bool:
-    """Whether the command line replays a recorded batch."""
-    return f"mode={Mode.replay.name}" in arguments and not {"-h", "--help"} & set(arguments)
-
-
-def replayed(arguments: list[str]) -> DictConfig:
-    """The config of the run that `run=` names, groups and overrides of the command line on top. Raises ConfigError."""
-    named = dict(argument.split("=", 1) for argument in arguments if argument.startswith(("run=", "step=")))
-    if named.keys() != {"run", "step"} or not re.fullmatch(r"[1-9]\d*", named["step"]):
-        raise ConfigError(
-            "mode=replay requires run=<run folder> and step=<1 or more>, else there is no batch to replay: "
-            "python -m vlmrl mode=replay run=outputs/latest step=1"
-        )
-    chosen, overrides = [], []
-    for text in arguments:
-        key = text.lstrip("+~").partition("=")[0]
-        if key in REPLAYED_GROUPS:
-            chosen.append(text)
-        elif key.startswith(("-", "hydra.")) or key in ("output_dir", "resume", *groups()):
-            raise ConfigError(
-                f"{text} requires a new run, else the batch would not be what run={named['run']} recorded: drop it "
-                f"(a replay takes values, and the groups {', '.join(REPLAYED_GROUPS)})"
-            )
-        elif key not in ("mode", "run", "step"):
-            overrides.append(text)
-    run_dir = RunDir(Path(named["run"]).resolve())
-    config = typed(run_dir.read_config(key="run"))
-    if config.mode is not Mode.rl:
-        raise ConfigError(
-            f"run={named['run']} requires to have been of mode=rl, else it learned from no batch of rollouts "
-            f"(it was of mode={config.mode.name}): name another run"
-        )
-    if chosen:
-        register_schemas()
-        try:
-            with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-                composed = hydra.compose("config", chosen)
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
-            raise ConfigError(in_words(error, chosen)) from error
-        for group in REPLAYED_GROUPS:
-            config[group] = composed[group]
-    override(config, overrides)
-    config.mode, config.run, config.step = Mode.replay, str(run_dir.path), int(named["step"])
-    config.monitor.report, config.monitor.wandb.mode = False, "disabled"
-    config.output_dir, config.resume = str(run_dir.path / "replay" / f"step_{config.step:06d}"), None
-    return config

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from vlmrl.arguments import CONF
 from vlmrl.checks.ranges import range_text
-from vlmrl.cli import CONF
 from vlmrl.config import SCHEMAS, RunConfig
 from vlmrl.docs import FieldDoc, fields_of, summary_of, unit_of
 from vlmrl.explain import leaves, text_of

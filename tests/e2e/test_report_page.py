@@ -20,13 +20,15 @@ import pytest
 from hydra import compose, initialize_config_dir
 from monitor.report_runs import noise, one_rollout, one_turn, ordinary_rollout, record
 
-from vlmrl.cli import CONF, main, usual
+from vlmrl.arguments import CONF
+from vlmrl.cli import main
 from vlmrl.config import RunConfig, register_schemas
 from vlmrl.monitor.metrics import read_metrics
 from vlmrl.monitor.recorder import RolloutRecord, read_rollouts
 from vlmrl.monitor.report.page import write_report
 from vlmrl.monitor.run_dir import RunDir
 from vlmrl.parse import parse
+from vlmrl.past_runs import usual
 from vlmrl.types import DropReason, Rollout, StopReason
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install 'vlmrl[browser]'")

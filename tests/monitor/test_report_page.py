@@ -18,12 +18,13 @@ import psutil
 import pytest
 from monitor.report_runs import noise, one_rollout, one_turn, record
 
-from vlmrl.cli import main, usual
+from vlmrl.cli import main
 from vlmrl.config import RunConfig
 from vlmrl.errors import ConfigError, VlmrlError
 from vlmrl.monitor.report.background import ReportWriter
 from vlmrl.monitor.report.page import FILES, SCRIPTS, html, temporary_of, write_report
 from vlmrl.monitor.run_dir import RunDir
+from vlmrl.past_runs import usual
 
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>{{data}}"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmrl.cli import PACKAGE
+from vlmrl.arguments import PACKAGE
 from vlmrl.config import RunConfig
 from vlmrl.plan.episode import Episode
 from vlmrl.plan.plan import notes, step_tokens

@@ -9,7 +9,8 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
-from vlmrl.cli import CONF, place, sweep_jobs, without_hydra
+from vlmrl.arguments import CONF
+from vlmrl.cli import place, sweep_jobs, without_hydra
 from vlmrl.config import RunConfig, register_schemas
 from vlmrl.parse import parse
 from vlmrl.sweep.jobs import job_name
