@@ -21,6 +21,7 @@ from vlmrl.keys import did_you_mean, known_keys
 from vlmrl.models.config import Dtype, LoraConfig
 from vlmrl.orchestrator.config import Advantage, Credit, FilterMode, Loss
 from vlmrl.parse import parse, typed
+from vlmrl.plan.places import gpus_needed
 from vlmrl.tasks.config import ColorCodewordConfig, ImportedTaskConfig
 from vlmrl.trainer.config import Decay
 
@@ -136,6 +137,36 @@ def test_an_experiment_chooses_groups(run_config: Callable[..., RunConfig]) -> N
     config = run_config("experiment=color_codeword_tiny", "model=qwen3vl")
     assert config.model.tiny is None, "the command line outranks the experiment"
     assert run_config("experiment=color_codeword_tiny").model.tiny is not None
+
+
+def test_the_4b_recipe(run_config: Callable[..., RunConfig]) -> None:
+    """A learner and a sampler on a GPU each: 20 steps on 100 problems."""
+    config = run_config("experiment=color_codeword_4b")
+    assert (config.model.name, config.model.dtype) == ("Qwen/Qwen3-VL-4B-Instruct", Dtype.bfloat16)
+    assert (config.seed, config.task.num_examples, config.trainer.max_steps) == (42, 100, 20)
+    assert isinstance(config.task, ColorCodewordConfig)
+    assert (config.task.images_per_turn, config.task.max_turns) == (2, 2)
+    orchestrator, filters = config.orchestrator, config.algorithm.filters
+    assert (orchestrator.groups_per_step * orchestrator.group_size, orchestrator.group_size) == (16, 8)
+    assert (orchestrator.max_new_tokens, orchestrator.max_staleness) == (64, 0)
+    assert config.trainer.learning_rate == 3e-6
+    assert (filters.gibberish, filters.repetition) == (FilterMode.drop, FilterMode.drop)
+    assert filters.zero_advantage is FilterMode.track
+    assert config.monitor.wandb.project == "multimodal-renderer"
+    assert (config.inference.kind, config.weight_sync.kind) == ("vllm", "nccl")
+    assert gpus_needed(config, ranks=1) == 2
+
+
+def test_recipes_are_told_apart_by_what_they_are_for(run_config: Callable[..., RunConfig]) -> None:
+    base, stale = (run_config(f"experiment=color_codeword_{name}") for name in ("4b", "async"))
+    one = run_config("experiment=color_codeword_1gpu")
+    assert stale.orchestrator.max_staleness == 2
+    assert stale.algorithm.importance_correction is not base.algorithm.importance_correction
+    stale.orchestrator.max_staleness = 0
+    stale.algorithm.importance_correction = base.algorithm.importance_correction
+    assert stale == base
+    assert (one.model.name, one.weight_sync.kind) == ("Qwen/Qwen3-VL-2B-Instruct", "cuda_ipc")
+    assert gpus_needed(one, ranks=1) == 1
 
 
 @pytest.mark.parametrize(

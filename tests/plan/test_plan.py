@@ -27,6 +27,7 @@ def vlmrl(*arguments: str, folder: Path) -> tuple[int, str, str, list[str]]:
         f"print('\\n' + json.dumps([code, [name for name in {HEAVY} if name in sys.modules]]))"
     )
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder)}
+    environment["PATH"] = f"{folder / 'bin'}{os.pathsep}{environment['PATH']}"
     environment.pop("CUDA_VISIBLE_DEVICES", None)
     ended = subprocess.run(
         [sys.executable, "-c", code, *arguments],
@@ -79,6 +80,28 @@ def test_dry_run(arguments: list[str], code: int, lines: list[str], tmp_path: Pa
         assert line in out
     assert err.startswith("error: ") if code else not err
     assert not (tmp_path / "outputs").exists(), "nothing is made"
+
+
+ON_GPU = ("trainer.cpu_offload=false", "trainer.optimizer=adamw_8bit")
+"""Takes nothing of this host's memory."""
+
+
+@pytest.mark.parametrize(
+    ("gpus", "code", "said"),
+    [
+        (1, 2, "inference.tensor_parallel_size=1 with weight_sync=nccl require 2 GPUs"),
+        (2, 0, "starts              vLLM server 0 on GPU 1"),
+    ],
+)
+def test_the_gpus_that_are_there(gpus: int, code: int, said: str, tmp_path: Path) -> None:
+    """As nvidia-smi lists them; here it is a script."""
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin/nvidia-smi"
+    program.write_text("#!/bin/sh\n" + "".join(f"echo '{i}, GPU-{i}, NVIDIA H100, 81559'\n" for i in range(gpus)))
+    program.chmod(0o755)
+    exit_code, out, err, heavy = vlmrl("dry_run=true", "experiment=color_codeword_4b", *ON_GPU, folder=tmp_path)
+    assert (exit_code, heavy) == (code, [])
+    assert said in out + err
 
 
 @pytest.mark.parametrize(
