@@ -172,6 +172,7 @@ def replayed(arguments: list[str]) -> DictConfig:
         for group in REPLAYED_GROUPS:
             config[group] = composed[group]
     override(config, overrides)
+    config.orchestrator.max_staleness = 0  # every engine may answer: nothing is learned
     config.mode, config.run, config.step = Mode.replay, str(run_dir.path), int(named["step"])
     config.monitor.report, config.monitor.wandb.mode = False, "disabled"
     config.output_dir, config.resume = str(run_dir.path / "replay" / f"step_{config.step:06d}"), None

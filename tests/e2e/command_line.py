@@ -160,6 +160,12 @@ class Scenarios:
         return self._futures[name].result()
 
 
+def keys_found(run: Path) -> set[str]:
+    """Names of the `KEYS` that stand in a file below the folder."""
+    contents = [path.read_bytes() for path in run.rglob("*") if path.is_file()]
+    return {name for name, key in KEYS.items() for content in contents if key.encode() in content}
+
+
 # ── what a run left ─────────────────────────────────────────────────────────────────────────────────────────
 
 

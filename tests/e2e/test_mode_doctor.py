@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from e2e.command_line import Home, summary
+from e2e.command_line import Home, keys_found, summary
 
 from vlmrl.doctor.doctor import LINES
 from vlmrl.inference.vllm_server import vllm_version
@@ -64,3 +64,5 @@ def test_a_sound_run_with_vllm(home: Home) -> None:
     assert lines["weights"]["figures"]["compared"] > 40
     for version in (0, 1):
         assert 0 < lines[f"logprobs, version {version}"]["figures"]["mismatch_kl"] <= 1e-11
+    assert any(path.name.startswith("vllm") for path in (run / "logs").iterdir()), "the server's own log is there"
+    assert keys_found(run) == set()

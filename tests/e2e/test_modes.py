@@ -11,6 +11,7 @@ import pytest
 from e2e.command_line import SHORT, Ended, Gate, Home, Scenarios, assert_same_run, steady, steady_rollouts, summary
 
 from vlmrl.monitor.metrics import missing_keys, read_metrics
+from vlmrl.monitor.run_dir import RunDir
 from vlmrl.orchestrator.supervised import FIRST_PROBLEM
 
 pytestmark = pytest.mark.slow
@@ -157,6 +158,7 @@ def test_every_algorithm(runs: Scenarios) -> None:
     """One after the other in one process, on the control: the images are those of other problems."""
     folder, ended = runs["algorithms"]
     assert (ended.code, ended.err) == (0, "")
+    assert {RunDir(folder / str(job)).read_config().monitor.wandb.group for job in range(6)} == {"algorithms"}
     losses = set()
     for job in range(len(ALGORITHMS)):
         lines = read_metrics(folder / str(job) / "metrics.jsonl")

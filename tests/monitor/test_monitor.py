@@ -361,6 +361,8 @@ def test_ctrl_c_in_a_terminal_closes_everything(tmp_path: Path) -> None:
         },
     )
     child.expect("2 / 400")
+    child.expect("rollouts of step 2")
+    child.expect("red-green")
     services = psutil.Process(child.pid).children(recursive=True)
     assert [service.name() for service in services] == ["wandb-core"]
     child.sendintr()
