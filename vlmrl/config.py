@@ -21,7 +21,7 @@ from vlmrl.monitor.config import MonitorConfig
 from vlmrl.orchestrator.config import AlgorithmConfig, OrchestratorConfig
 from vlmrl.sweep.config import SweepConfig
 from vlmrl.tasks.config import ColorCodewordConfig, ImportedTaskConfig, TaskConfig
-from vlmrl.trainer.config import TrainerConfig
+from vlmrl.trainer.config import ExportConfig, TrainerConfig
 from vlmrl.weight_sync.config import (
     CudaIpcSyncConfig,
     FolderSyncConfig,
@@ -44,6 +44,8 @@ class Mode(Enum):
     """A few problems through renderer, engine and trainer: do they agree? To be asked before a long run."""
     replay = "replay"
     """A recorded batch (`run`, `step`) through today's code: where does it differ? A table, and replay.json."""
+    export = "export"
+    """The newest checkpoint of a run (`resume`) as a Hugging Face folder, for transformers and vLLM."""
     compare = "compare"
     """One table and one plot of runs that were made before (`runs`)."""
     report = "report"
@@ -88,6 +90,8 @@ class RunConfig:
     """How a policy version reaches the sampler."""
     monitor: MonitorConfig = MISSING
     """What a run shows and leaves."""
+    export: ExportConfig = field(default_factory=ExportConfig)
+    """Where mode=export writes to."""
     sweep: SweepConfig = field(default_factory=SweepConfig)
     """What becomes of a sweep's jobs when it is run again. The sweeps themselves are in sweeps/ (`+sweep=<name>`)."""
 

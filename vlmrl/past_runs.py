@@ -96,7 +96,7 @@ def resumed(arguments: list[str]) -> DictConfig:
     config = typed(run_dir.read_config())
     mode = config.mode
     override(config, overrides)
-    if config.mode not in (mode, Mode.eval):
+    if config.mode not in (mode, Mode.eval, Mode.export):
         raise ConfigError(
             f"mode={config.mode.name} requires a new run, else its steps would stand among those of mode={mode.name} "
             f"in resume={folder}: drop mode=, or start without resume="

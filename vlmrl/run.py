@@ -4,6 +4,7 @@ mode=rl     warm-up (supervised, unless trainer.warmup.steps=0) ─▶ THE loop 
 mode=sft    supervised steps, then one evaluation
 mode=eval   one evaluation; with resume=<run dir> of that run's newest checkpoint, recorded in its folder eval/
 mode=replay the batch of a step that was recorded, and what today's code makes of it (replay/replay.py)
+mode=export the newest checkpoint of resume=<run dir> as a Hugging Face folder (trainer/export.py)
 mode=doctor a few rollouts, looked at closely (doctor/doctor.py); nothing is kept but what was seen
 
 However a run ends, it can be continued: what is on the disk is whole at every moment, and whatever is random is a
@@ -50,6 +51,7 @@ from vlmrl.tasks.loading import load_task
 from vlmrl.trainer.checkpoint import Checkpoints
 from vlmrl.trainer.config import Packing, SFTConfig
 from vlmrl.trainer.distributed import Group, follow, init_from_environment
+from vlmrl.trainer.export import export
 from vlmrl.trainer.loss import loss_function
 from vlmrl.trainer.optimizer import check_optimizer
 from vlmrl.trainer.parts import Following, begin, check_group, make_model, make_policy, make_trainer
@@ -84,9 +86,14 @@ def follow_leader(group: Group) -> int:
 def lead(config: RunConfig, group: Group | None) -> float | None:
     """The run itself: of one process, or of rank 0."""
     check_group(config, group)
+    if config.mode is Mode.export:  # computes nothing, and needs no GPU
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, device="cpu"))
     check_available(config.model)
     check_optimizer(config.trainer)
     check_algorithm(config)
+    if config.mode is Mode.export:
+        print(f"exported to {export(config, lambda text: print(f'warning: {text}'))}")
+        return None
     if isinstance(config.inference, VllmConfig):
         check_vllm(config.inference)
         check_transfer(config.weight_sync, config.inference, config.model.device)

@@ -44,6 +44,14 @@ def mode_has_work(config: RunConfig) -> None:
         raise ConfigError(
             "mode=sft requires trainer.warmup.steps above 0, else there is nothing to do: set trainer.warmup.steps=100"
         )
+    if config.mode is Mode.export and config.resume is None:
+        raise ConfigError(
+            "mode=export requires resume=<run folder>, else there is no checkpoint to write: set resume=outputs/latest"
+        )
+    if config.export.folder is not None and config.mode is not Mode.export:
+        raise ConfigError(
+            f"export.folder={config.export.folder} requires mode=export, else nothing is written there: set mode=export"
+        )
     if config.mode is Mode.replay and (config.run is None or config.step is None):
         raise ConfigError(
             "mode=replay requires run and step on the command line, else there is no batch to replay: "

@@ -31,7 +31,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -203,6 +203,14 @@ def _kept(optimizer: torch.optim.Optimizer, weight: Tensor, average: Tensor) -> 
     return buffer
 
 
+class Loads(Protocol):
+    """What a checkpoint is loaded into."""
+
+    def load(self, folder: str) -> None:
+        """See `vlmrl.types.Trainer.load`."""
+        ...
+
+
 class Checkpoints:
     """The checkpoints of one run, the newest `keep` of them. One is written at a time, in the background."""
 
@@ -275,12 +283,12 @@ class Checkpoints:
             f"{self.path(step)} cannot be written, so the run stops rather than go on without: {error}"
         )
 
-    def load(self, step: int, trainer: Trainer) -> None:
+    def load(self, step: int, trainer: Loads) -> None:
         """Restore the checkpoint of `step`. Raises `CheckpointError`."""
         check_hashes(self.path(step))
         trainer.load(str(self.path(step)))
 
-    def load_newest(self, trainer: Trainer, warn: Callable[[str], None]) -> tuple[int, dict[str, Any]] | None:
+    def load_newest(self, trainer: Loads, warn: Callable[[str], None]) -> tuple[int, dict[str, Any]] | None:
         """Restore the newest checkpoint that is whole → its step and loop state; None where there is none at all.
 
         A damaged one is named by `warn` and the one before it is taken. Raises `CheckpointError` where all are damaged.

@@ -37,7 +37,7 @@ import torch
 import torch.distributed as dist
 
 from vlmrl.errors import RankError, VlmrlError
-from vlmrl.trainer.place import TORCHRUN, Place, find_place
+from vlmrl.trainer.place import TORCHRUN, Place, find_place, joined
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -291,12 +291,14 @@ def init_from_environment() -> Iterator[Group | None]:
         yield None
         return
     _group = Group(place)
+    joined(place)
     try:
         yield _group
     finally:
         if place.rank == 0:
             _group.leave()
         _group = None
+        joined(None)
 
 
 def follow(group: Group, make: Callable[..., object]) -> int:

@@ -35,10 +35,10 @@ def check_group(config: RunConfig, group: Group | None) -> None:
     if group is None:
         return
     ranks = f"{group.size} ranks"
-    if config.mode is Mode.doctor:
+    if config.mode in (Mode.doctor, Mode.replay, Mode.export):
         raise ConfigError(
-            f"mode=doctor requires one process, else it would compare the parts of {ranks} that hold slices of the "
-            "weights: start it without torchrun or srun"
+            f"mode={config.mode.name} requires one process, else {ranks} do what one does: start it without torchrun "
+            "or srun"
         )
     if config.inference.kind == "embedded" and config.trainer.sharding is Sharding.full:
         raise ConfigError(

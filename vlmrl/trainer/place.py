@@ -39,6 +39,15 @@ class Place:
     """There, where the ranks meet."""
 
 
+_joined: Place | None = None
+
+
+def joined(place: Place | None) -> None:
+    """This process has met the others there, and nothing in the environment says so any more. None: it has left."""
+    global _joined
+    _joined = place
+
+
 def find_place(environment: Mapping[str, str] = os.environ) -> Place:
     """Raises `ConfigError` where a launcher's variables are only half there.
 
@@ -47,6 +56,8 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place:
     >>> find_place({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "29500"})
     Place(rank=3, size=4, local_rank=1, address='a', port=29500)
     """
+    if _joined is not None and environment is os.environ:
+        return _joined
     if "RANK" in environment and "WORLD_SIZE" in environment:
         missing = [name for name in TORCHRUN if name not in environment]
         if missing and environment["WORLD_SIZE"] != "1":
