@@ -58,7 +58,7 @@ def test_options_are_those_that_the_groups_are_meant_to_have() -> None:
             "algorithm",
             "inference",
         ),
-        *("trainer", "weight_sync", "monitor", "experiment", "hydra/help", "hydra/launcher"),
+        *("trainer", "weight_sync", "monitor", "export", "experiment", "hydra/help", "hydra/launcher"),
     }
 
 

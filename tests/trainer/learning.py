@@ -47,6 +47,7 @@ class Case:
     micro_batch_tokens: int = 16384
     sharding: Sharding = Sharding.full
     freeze_vision: bool = False
+    freeze_language: bool = False
     images: bool = True
     """Whether any sample of the batch shows one."""
     dtype: torch.dtype = torch.float32
@@ -59,6 +60,7 @@ CASES = {
     "one by one": Case(packing=Packing.none),
     "side by side": Case(packing=Packing.varlen, micro_batch_tokens=100),
     "frozen": Case(micro_batch_tokens=60, freeze_vision=True),
+    "tower alone": Case(packing=Packing.none, freeze_language=True),
     "text": Case(micro_batch_tokens=60, images=False),
     "replicated": Case(micro_batch_tokens=60, sharding=Sharding.none),
     "replicated one by one": Case(packing=Packing.none, sharding=Sharding.none),
@@ -95,8 +97,8 @@ def parts(folder: str, name: str) -> tuple[Policy, TrainerConfig]:
     case = CASES[name]
     model: Any = load_model(Path(folder), helpers.TINY)
     model.to(case.dtype)
-    if case.freeze_vision:
-        model.base_model.visual.requires_grad_(False)
+    model.requires_grad_(not case.freeze_language)
+    model.base_model.visual.requires_grad_(not case.freeze_vision)
     config = replace(
         CONFIG,
         packing=case.packing,

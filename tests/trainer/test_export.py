@@ -53,7 +53,7 @@ def policy_and_folder(composed: Callable[..., DictConfig], tmp_path: Path) -> tu
         load_image_processor(folder),
         model.get_input_embeddings().num_embeddings,
     )
-    tiny = Tiny(folder, make_policy(config.model, model, renderer.banned_token_ids), renderer)
+    tiny = Tiny(folder, make_policy(config, model, renderer.banned_token_ids), renderer)
     tiny.learn_something(seed=1)
     trainer = LocalTrainer(tiny.policy, TrainerConfig(), AlgorithmConfig(), temperature=1.0, max_new_tokens=NEW_TOKENS)
     checkpoints = Checkpoints(tmp_path / "checkpoints", 1)

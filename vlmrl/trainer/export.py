@@ -3,7 +3,8 @@
     weights, float32 where they learned ─▶ the model's dtype ─▶ model.safetensors, config.json, generation_config.json
     the folder that the run began with ─▶ tokenizer, chat template, processor: byte for byte
 
-What transformers and vLLM load is what the policy sampled with. The folder appears whole or not at all.
+What transformers and vLLM load is what the policy sampled with, adapters merged. The folder appears whole or not at
+all.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vlmrl.config import RunConfig
 from vlmrl.errors import CheckpointError, ConfigError
 from vlmrl.models.cache import MANIFEST
 from vlmrl.models.config import Init
+from vlmrl.models.learning import choose_what_learns
 from vlmrl.models.load import HUB_FILES, load_model, resolve_checkpoint
+from vlmrl.models.lora import merged
 from vlmrl.monitor.run_dir import RunDir
 from vlmrl.tasks.loading import load_task
 from vlmrl.trainer.checkpoint import Checkpoints, load_weights
@@ -57,10 +62,13 @@ def export(config: RunConfig, warn: Callable[[str], None]) -> Path:
     # The tokenizer of a model that is built here is made of the task's words.
     is_built = config.model.tiny is not None or config.model.init is Init.random
     source = resolve_checkpoint(config.model, load_task(config.task, seed=config.seed).texts() if is_built else ())
-    model = load_model(source, config.model)
+    model: Any = load_model(source, config.model)
+    choose_what_learns(model, config.model)
     found = checkpoints.load_newest(_Weights(model), warn)
     if found is None:
         raise CheckpointError(f"{run_dir.path} has no checkpoint to export")
+    if config.model.lora is not None:
+        model = _without_adapters(model, load_model(source, config.model))
     folder = Path(config.export.folder or run_dir.path / "export" / f"step_{found[0]:06d}")
     partial = folder.with_name(f".partial_{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -75,3 +83,12 @@ def export(config: RunConfig, warn: Callable[[str], None]) -> Path:
         shutil.rmtree(folder)
     partial.rename(folder)
     return folder
+
+
+def _without_adapters(model: Any, plain: Any) -> Any:
+    """`plain` with the weights of `model`, adapters merged."""
+    parameters = dict(plain.named_parameters())
+    with torch.no_grad():
+        for name, tensor in merged(model):
+            parameters[name].copy_(tensor)
+    return plain

@@ -211,7 +211,7 @@ class Learner:
         for batch in batches:
             logprobs, entropies = self._logprobs(batch)
             if batch.is_filler:
-                torch.autograd.backward(0.0 * logprobs.sum())
+                _backward(0.0 * logprobs.sum())
                 continue
             tokens = LossTokens(
                 logprobs=logprobs,
@@ -221,7 +221,7 @@ class Learner:
             )
             output = policy_loss(tokens, totals, self._algorithm)
             self._note_broken(output.loss, logprobs, batch, share, outcome)
-            torch.autograd.backward(self._loss_scale.factor * output.loss)
+            _backward(self._loss_scale.factor * output.loss)
             outcome.loss += float(output.loss.detach())
             figures.append(torch.stack([logprobs.detach().float(), entropies[batch.entry].float()]))
             outcome.entropy += float(entropies[batch.entry].sum())
@@ -241,11 +241,11 @@ class Learner:
         for batch in self._pack(share):
             logprobs, _ = self._logprobs(batch)
             if batch.is_filler:
-                torch.autograd.backward(0.0 * logprobs.sum())
+                _backward(0.0 * logprobs.sum())
                 continue
             part = supervised(logprobs, step.demonstrated_tokens)
             self._note_broken(part, logprobs, batch, share, outcome)
-            torch.autograd.backward(self._loss_scale.factor * step.demonstration_weight * part)
+            _backward(self._loss_scale.factor * step.demonstration_weight * part)
             outcome.demonstration_loss += float(part.detach())
 
     def _pack(self, share: Share) -> list[MicroBatch]:
@@ -299,6 +299,12 @@ class Follower:
         """The name of a weight that is not finite. How the writing ends, rank 0 knows too."""
         found = self._learner.save(folder)
         return None if isinstance(found, Future) else found
+
+
+def _backward(loss: Tensor) -> None:
+    """Nothing, where no part of the model that learns had a part in the loss: a vision tower alone, and no images."""
+    if loss.requires_grad:
+        torch.autograd.backward(loss)
 
 
 def peak_bytes(device: torch.device) -> int:

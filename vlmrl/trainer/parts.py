@@ -70,6 +70,7 @@ def begin(config: RunConfig) -> None:
 def make_model(config: RunConfig, folder: Path, group: Group | None) -> Any:
     """The model of the checkpoint `folder` on this rank's device, with what of it learns, its layers prepared."""
     model: Any = load_model(folder, on_own_device(config.model, group))
+    torch.manual_seed(config.seed)  # whatever came before: adapters begin alike on all ranks
     choose_what_learns(model, config.model)
     prepare_blocks(model, compiled=config.trainer.compile, recomputed=config.trainer.activation_checkpointing)
     return model

@@ -97,8 +97,8 @@ def _hand_over(master: nn.Parameter, parameter: Tensor) -> None:
 class ShardedWeights:
     """See the module.
 
-    Layers that learn are slices; what is frozen as a whole (the vision tower of `model.vlm.freeze_vision`) is left on
-    every rank as it is, since the ranks need not run it together: its features may be there already.
+    What is frozen as a whole, the vision tower or all but the tower, is left on every rank as it is: the ranks need not
+    run it together. The features of an image may be there already, and no gradient may have to come through a layer.
     """
 
     def __init__(self, model: Any, device: torch.device, *, offload: bool) -> None:
@@ -109,7 +109,7 @@ class ShardedWeights:
         self._model = model
         self._device = device
         dtype = self._dtype = next(model.parameters()).dtype
-        whole = {p for block in _frozen(model) for p in block.parameters()}
+        whole = _frozen(model)
         arguments: dict[str, Any] = {
             "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
             "mp_policy": MixedPrecisionPolicy(
@@ -181,9 +181,9 @@ def gathered(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor
     return placed.full_tensor()
 
 
-def _frozen(model: Any) -> list[Any]:
-    """The vision tower, if nothing of it learns."""
+def _frozen(model: Any) -> set[nn.Parameter]:
+    """Those of the vision tower, if nothing of it learns; those of the rest, if nothing of that does."""
     tower = model.get_encoder(modality="image")
-    if tower is model or any(parameter.requires_grad for parameter in tower.parameters()):
-        return []
-    return [tower]
+    of_tower = set() if tower is model else set(tower.parameters())
+    parts = (of_tower, set(model.parameters()) - of_tower)
+    return {p for part in parts if not any(each.requires_grad for each in part) for p in part}
