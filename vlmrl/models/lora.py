@@ -51,7 +51,7 @@ def add_adapters(model: Any, config: LoraConfig) -> None:
         )
     settings = peft.LoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]  # a float will do
+        lora_alpha=config.alpha,
         target_modules=targets,
         lora_dropout=0.0,
     )
