@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from train_throughput import Step, attention, packed_step, padded_step
 
-from vlmrl.cli import CONF
+from vlmrl.arguments import CONF
 from vlmrl.config import RunConfig, register_schemas
 from vlmrl.models.fused_attention import Kernel
 from vlmrl.models.policy import Policy

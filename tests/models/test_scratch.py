@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from vlmrl.cli import CONF
+from vlmrl.arguments import CONF
 from vlmrl.config import RunConfig
 from vlmrl.models.config import Init, ModelConfig
 from vlmrl.models.load import load_image_processor, load_model, load_tokenizer, resolve_checkpoint
