@@ -102,6 +102,7 @@ def ends(home: Home, never_stopped: Path) -> Scenarios:
             env={**home.environment, "TERM": "xterm-256color", "LANG": "C.UTF-8"},
             dimensions=(40, 120),
             encoding="utf-8",
+            codec_errors="replace",  # the terminal echoes ^C wherever the output is at that moment
             timeout=PATIENCE,
         )
         shown: list[str] = []
