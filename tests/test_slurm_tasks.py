@@ -88,12 +88,21 @@ def test_no_task_serves_outside_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"n_jobs": 2}, (), "set hydra/launcher=slurm"),
         ({"nodes": 2, "tasks_per_node": 4}, ("weight_sync.root=/scratch",), None),
         ({"nodes": 1, "tasks_per_node": 2}, (), None),
+        (
+            {"nodes": 1, "tasks_per_node": 3},
+            ("inference=embedded",),
+            "inference=embedded requires trainer.sharding=none",
+        ),
+        ({"nodes": 1, "tasks_per_node": 2}, ("inference=embedded", "trainer.sharding=none"), None),
+        ({"nodes": 1, "tasks_per_node": 3}, ("model.device=cuda:0",), "model.device=cuda:0 requires one process"),
+        ({"nodes": 9, "tasks_per_node": 32}, ("weight_sync.root=/x", "orchestrator.group_size=2"), "287 ranks require"),
     ],
 )
 def test_tasks_that_the_launcher_starts(
     launcher: dict[str, int], overrides: tuple[str, ...], message: str | None, run_config: Callable[..., RunConfig]
 ) -> None:
-    config = run_config(*SERVES, *overrides)
+    serves = () if "inference=embedded" in overrides else SERVES
+    config = run_config(*serves, *overrides)
     if message is None:
         check_launcher(OmegaConf.create(launcher), config)
     else:

@@ -36,6 +36,7 @@ from yaml import YAMLError
 from vlmrl import slurm
 from vlmrl.arguments import CONF, in_words, rewrite
 from vlmrl.checks.engine import weights_cross_nodes
+from vlmrl.checks.ranks import ranks_work_together
 from vlmrl.config import Mode, RunConfig, register_schemas
 from vlmrl.errors import ConfigError, Interrupted, VlmrlError
 from vlmrl.inference.config import VllmConfig
@@ -263,13 +264,13 @@ class CheckFirst(Callback):
 def check_launcher(launcher: DictConfig, config: RunConfig) -> None:
     """Whether the tasks that `launcher` starts are those that a run needs. Raises ConfigError."""
     serving = config.inference.slurm_tasks if isinstance(config.inference, VllmConfig) else 0
-    if serving == 0:
-        return
     if "tasks_per_node" not in launcher:
-        raise ConfigError(
-            f"inference.slurm_tasks={serving} requires tasks of its own for each job of a sweep, else the servers of "
-            "the first never end: set hydra/launcher=slurm"
-        )
+        if serving:
+            raise ConfigError(
+                f"inference.slurm_tasks={serving} requires tasks of its own for each job of a sweep, else the servers "
+                "of the first never end: set hydra/launcher=slurm"
+            )
+        return
     tasks = launcher.nodes * launcher.tasks_per_node
     if serving >= tasks:
         raise ConfigError(
@@ -277,6 +278,7 @@ def check_launcher(launcher: DictConfig, config: RunConfig) -> None:
             f"hydra.launcher.tasks_per_node={launcher.tasks_per_node}, else none trains: set "
             f"hydra.launcher.tasks_per_node={-(-(serving + 1) // launcher.nodes)}"
         )
+    ranks_work_together(config, tasks - serving)
     weights_cross_nodes(config, launcher.nodes)
 
 

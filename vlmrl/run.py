@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vlmrl.checks.ranks import ranks_work_together
 from vlmrl.config import Mode, RunConfig
 from vlmrl.doctor.doctor import Doctor, conclude
 from vlmrl.errors import ConfigError, EngineError, Interrupted, RankError, TaskError
@@ -54,7 +55,7 @@ from vlmrl.trainer.distributed import Group, follow, init_from_environment
 from vlmrl.trainer.export import export
 from vlmrl.trainer.loss import loss_function
 from vlmrl.trainer.optimizer import check_optimizer
-from vlmrl.trainer.parts import Following, begin, check_group, make_model, make_policy, make_trainer
+from vlmrl.trainer.parts import Following, begin, make_model, make_policy, make_trainer
 from vlmrl.trainer.trainer import LocalTrainer
 from vlmrl.types import InferenceEngine, TrainingSample, WeightSync
 from vlmrl.weight_sync.config import CudaIpcSyncConfig, FolderSyncConfig, NcclSyncConfig
@@ -85,7 +86,7 @@ def follow_leader(group: Group) -> int:
 
 def lead(config: RunConfig, group: Group | None) -> float | None:
     """The run itself: of one process, or of rank 0."""
-    check_group(config, group)
+    ranks_work_together(config, 1 if group is None else group.size)
     if config.mode is Mode.export:  # computes nothing, and needs no GPU
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, device="cpu"))
     check_available(config.model)

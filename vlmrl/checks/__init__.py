@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeAlias
 
-from vlmrl.checks import engine, learning, model, ranges, secrecy, task
+from vlmrl.checks import engine, learning, model, ranges, ranks, secrecy, task
 from vlmrl.config import RunConfig
 
 Check: TypeAlias = Callable[[RunConfig], None]
@@ -28,6 +28,7 @@ CHECKS: tuple[Check, ...] = (
     learning.algorithm_is_known,
     learning.groups_have_siblings,
     learning.batches_are_learned_from,
+    ranks.ranks_here_work_together,
     learning.filters_can_find,
     learning.mode_has_work,
     learning.optimizer_fits,

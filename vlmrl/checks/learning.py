@@ -7,7 +7,6 @@ from vlmrl.errors import ConfigError
 from vlmrl.imports import is_import_path
 from vlmrl.keys import did_you_mean
 from vlmrl.orchestrator.config import Advantage, FilterMode, Loss
-from vlmrl.trainer.place import find_place
 
 
 def algorithm_is_known(config: RunConfig) -> None:
@@ -90,19 +89,12 @@ def optimizer_fits(config: RunConfig) -> None:
 
 
 def batches_are_learned_from(config: RunConfig) -> None:
-    """Staleness is shorter than the run, and every rank has something to do."""
+    """Staleness is shorter than the run."""
     staleness, steps = config.orchestrator.max_staleness, config.trainer.max_steps
     if config.mode is Mode.rl and staleness >= steps:
         raise ConfigError(
             f"orchestrator.max_staleness={staleness} requires a larger trainer.max_steps than {steps}, else the whole "
             "run is sampled before anything is learned: lower orchestrator.max_staleness"
-        )
-    rollouts, ranks = config.orchestrator.groups_per_step * config.orchestrator.group_size, find_place().size
-    if config.mode is Mode.rl and rollouts < ranks:
-        raise ConfigError(
-            f"{ranks} trainer ranks require at least as many rollouts per step, else some learn from nothing, and "
-            f"orchestrator.groups_per_step={config.orchestrator.groups_per_step} × orchestrator.group_size="
-            f"{config.orchestrator.group_size} are {rollouts}: raise one of them, or start fewer ranks"
         )
 
 

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from vlmrl.config import Mode, RunConfig
-from vlmrl.errors import ConfigError
+from vlmrl.config import RunConfig
 from vlmrl.models.blocks import prepare_blocks
 from vlmrl.models.config import ModelConfig
 from vlmrl.models.learning import choose_what_learns
@@ -22,34 +21,11 @@ from vlmrl.models.policy import Policy
 from vlmrl.models.positions import position_function
 from vlmrl.monitor.logs import MainLog
 from vlmrl.monitor.run_dir import RunDir
-from vlmrl.trainer.config import Sharding
 from vlmrl.trainer.distributed import Group
 from vlmrl.trainer.learner import Follower, Learner
 from vlmrl.trainer.trainer import LocalTrainer
 
 log = logging.getLogger(__name__)
-
-
-def check_group(config: RunConfig, group: Group | None) -> None:
-    """Raise `ConfigError` where several ranks cannot do what the config asks."""
-    if group is None:
-        return
-    ranks = f"{group.size} ranks"
-    if config.mode in (Mode.doctor, Mode.replay, Mode.export):
-        raise ConfigError(
-            f"mode={config.mode.name} requires one process, else {ranks} do what one does: start it without torchrun "
-            "or srun"
-        )
-    if config.inference.kind == "embedded" and config.trainer.sharding is Sharding.full:
-        raise ConfigError(
-            f"inference=embedded requires trainer.sharding=none with {ranks}, else rank 0, which samples from the "
-            "trainer's own weights, has a slice of them only: set trainer.sharding=none, or inference=vllm"
-        )
-    if config.model.device not in ("auto", "cuda", "cpu"):
-        raise ConfigError(
-            f"model.device={config.model.device} requires one process, else {ranks} share that GPU: set "
-            "model.device=auto, where each rank has its own, and choose them by CUDA_VISIBLE_DEVICES"
-        )
 
 
 def on_own_device(config: ModelConfig, group: Group | None) -> ModelConfig:
