@@ -59,7 +59,13 @@ GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
 """On a GPU: decode graphs without torch.compile, which serve as fast and start a minute sooner."""
 
 SIDES = ("ours", "offline", "offline, one process")
-SERVER_ONLY = ("middleware", "enable_scale_out", "disable_uvicorn_access_log", "worker_extension_cls")
+SERVER_ONLY = (
+    "middleware",
+    "enable_scale_out",
+    "disable_uvicorn_access_log",
+    "disable_log_stats",
+    "worker_extension_cls",
+)
 
 
 def model_config(folder: Path | None, dtype: Dtype) -> ModelConfig:

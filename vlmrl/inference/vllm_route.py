@@ -63,7 +63,9 @@ class Route:
                     outputs = await engine.add_request(
                         header["request_id"], _engine_input(header, documents), _sampling_params(header)
                     )
-                except ValueError as error:
+                except Exception as error:  # ValueError in 0.26, vLLM's own in 0.32
+                    if engine.errored:
+                        raise
                     frames.put_nowait(pack_error(number, 400, str(error)))
                     continue
                 answering.append(asyncio.create_task(_answer(engine, number, header, outputs, frames)))

@@ -141,13 +141,15 @@ def _tensor_bytes(array: np.ndarray, dtype: Dtype) -> tuple[str, memoryview]:
 
 
 def to_bfloat16(array: np.ndarray) -> np.ndarray:
-    """float32 of any shape → uint16 of that shape, the bits of bfloat16; rounds to nearest and ties to even, as torch.
+    """float32 of any shape → uint16 of that shape, the bits of bfloat16; rounds to nearest and ties to even.
 
     >>> [hex(bits) for bits in to_bfloat16(np.array([1.0, 1.00390625, 1.01171875, -2.5], np.float32))]
     ['0x3f80', '0x3f80', '0x3f82', '0xc020']
     """
-    bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    import torch  # in a third of numpy's time; the one thing here that needs it
+
+    floats = torch.from_numpy(np.require(array, np.float32, ["C", "W"]))
+    return floats.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
 
 
 # ── msgpack, as far as an image needs it ────────────────────────────────────────────────────────────────────
