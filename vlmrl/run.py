@@ -464,7 +464,9 @@ class Run:
         self.monitor.flush()
         step = self.trainer.supervised_steps if self.config.mode is Mode.sft else self.trainer.version
         self.checkpoints.save(step, self.trainer, {"evaluations": self.evaluator.history})
-        self.monitor.checkpoint(step, self.checkpoints.path(step))
+        if self.config.monitor.wandb.checkpoints:
+            self.checkpoints.finish()  # an artifact is made of a whole one
+            self.monitor.checkpoint(step, self.checkpoints.path(step))
         self._saved = self._progress
 
     @property

@@ -201,7 +201,7 @@ class Monitor:
         log.info("evaluation after step %d: %s", step, dict(metrics))
 
     def checkpoint(self, step: int, folder: Path) -> None:
-        """A checkpoint was written; it must stay until this returns."""
+        """Log a checkpoint that is whole (`monitor.wandb.checkpoints`); it must stay until this returns."""
         self._wandb.log_checkpoint(step, folder)
 
     def warn(self, text: str) -> None:

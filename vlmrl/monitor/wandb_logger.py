@@ -74,10 +74,7 @@ class WandbLogger:
         self._submit(self._log_rollouts, step, named)
 
     def log_checkpoint(self, step: int, folder: Path) -> None:
-        """The checkpoint as an artifact, where the config asks for it. Returns when its files are copied: the run may
-        delete them then."""
-        if not self._config.checkpoints:
-            return
+        """The checkpoint as an artifact. Returns when its files are copied: the run may delete them then."""
         self._submit(self._log_checkpoint, step, folder)
         wait(self._waiting, FINISH_S)
 
