@@ -19,9 +19,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
 
 @pytest.fixture(scope="session")
 def finished(home: Home) -> tuple[Path, Ended]:
-    """A short run of the default task that nothing disturbed; Weights & Biases and the page are as by default."""
+    """A short run of the default task that nothing disturbed, with its page; Weights & Biases gets checkpoints too."""
     run = home.path / "first/outputs/finished"
-    ended = home.vlmrl(*SHORT, "monitor.wandb.mode=offline", "monitor.report=true", f"hydra.run.dir={run}")
+    wandb = ("monitor.wandb.mode=offline", "monitor.wandb.checkpoints=true")
+    ended = home.vlmrl(*SHORT, *wandb, "monitor.report=true", f"hydra.run.dir={run}")
     assert ended.code == 0, ended.err
     return run, ended
 

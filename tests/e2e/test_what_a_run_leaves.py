@@ -164,6 +164,10 @@ def test_weights_and_biases_offline(never_stopped: Path) -> None:
     counts = [Counter(row[0] for row in table["data"]) for table in tables]
     assert sorted(count["trained on"] for count in counts) == [0, 2, 2, 2], "the first rollout of each group"
     assert all((count["sampled"], count["greedy"]) == (4, 4) for count in counts)
+    staged = {path.read_bytes() for path in (never_stopped / "wandb/data/artifacts/staging").iterdir()}
+    for checkpoint in (never_stopped / "checkpoints").iterdir():
+        files = {path.read_bytes() for path in checkpoint.iterdir()}
+        assert files <= staged, "every checkpoint waits for wandb sync, whole"
 
 
 def test_no_key_is_written_anywhere(finished: tuple[Path, Ended]) -> None:

@@ -20,6 +20,7 @@ def history(*, steps: int = WINDOW, **figures: float | None) -> list[Record]:
         "reward/mean": 0.4,
         "time/step": 2.0,
         "time/rollout": 1.0,
+        "time/train": 0.9,
         "time/engine_idle": 0.9,
     }
     changes = {key.replace("__", "/"): value for key, value in figures.items()}
@@ -166,18 +167,29 @@ def test_a_policy_that_begins_to_look_clears_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "text"),
-    [("time/rollout", "The trainer is starved: it waits"), ("time/engine_idle", "The engine is starved: it waits")],
+    ("keys", "text"),
+    [
+        (["time/rollout"], "The trainer is starved: it waits"),
+        (["time/engine_idle", "time/train"], "The engine is starved: it waits"),
+    ],
 )
-def test_one_side_waits(key: str, text: str) -> None:
+def test_one_side_waits(keys: list[str], text: str) -> None:
     lines = history()
     for line in lines:
-        line[key] = 1.7
+        line |= dict.fromkeys(keys, 1.7)
     assert said(lines)[0].startswith(text)
     assert "orchestrator.max_staleness=1" in said(lines)[0]
     assert said(lines[1:]) == []
-    del lines[2][key]
+    del lines[2][keys[0]]
     assert said(lines) == [], "skipped where a line does not say"
+
+
+@pytest.mark.parametrize("key", ["time/engine_idle", "time/train"])
+def test_an_engine_is_idle_or_a_trainer_busy_without_starving_it(key: str) -> None:
+    lines = history()
+    for line in lines:
+        line[key] = 2.5
+    assert said(lines) == []
 
 
 # ── texts ───────────────────────────────────────────────────────────────────────────────────────────────────

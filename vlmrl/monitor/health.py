@@ -202,7 +202,8 @@ def _starved(recent: Sequence[Record]) -> str | None:
             "inference.replicas, lower orchestrator.max_new_tokens, or let both work at once "
             "(inference=vllm orchestrator.max_staleness=1); a task's own slow code counts too."
         )
-    if share("time/engine_idle") > STARVED:
+    # Both: an engine is idle during a checkpoint too, and a trainer that is busy may have rollouts beside it.
+    if min(share("time/engine_idle"), share("time/train")) > STARVED:
         return (
             f"The engine is starved: it waits for the trainer more than {STARVED:.0%} of the time. Let both work at "
             "once (inference=vllm orchestrator.max_staleness=1), give the trainer more of the GPUs, or raise "
