@@ -137,11 +137,17 @@ class Group:
                 link.connection.send((LEAVE, ()))
             except OSError:
                 continue  # it is gone
+        if self.lost is None:  # else it may wait for a rank that is gone
+            self.part()
         for link in self._links:
             assert link.reader is not None
             link.reader.join(LEAVE_S)
-        if self.lost is None:  # else it may wait for a rank that is gone
-            dist.destroy_process_group()
+
+    def part(self) -> None:
+        """Give up torch.distributed; all ranks do so at the same time. One that cannot is left to the process's end."""
+        parting = threading.Thread(target=dist.destroy_process_group, daemon=True)
+        parting.start()
+        parting.join(LEAVE_S / 2)
 
     def _send(self, link: _Link, message: tuple[str, tuple[Any, ...]]) -> None:
         self._raise_if_lost()
@@ -313,6 +319,7 @@ def follow(group: Group, make: Callable[..., object]) -> int:
         while True:
             name, arguments = group.work()
             if name == LEAVE:
+                group.part()
                 return 0
             if name == "make":
                 worker = None  # two models need not have room
