@@ -72,11 +72,12 @@ def in_words(error: Exception, arguments: list[str]) -> str:
     """Hydra's and OmegaConf's errors in one or two lines that name the key."""
     cause = error.__cause__
     where = f"{str(error).splitlines()[0]} " if str(error).startswith("In ") else ""  # "In '<file>': …"
+    for plugin, extra in EXTRAS.items():
+        if isinstance(error, MissingConfigException) and plugin in (error.missing_cfg_file or str(error)):
+            group, _, option = plugin.rpartition("/")
+            return f"{group}={option} requires a package that is not installed: pip install 'vlmrl[{extra}]'"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
-        if error.missing_cfg_file in EXTRAS:
-            extra = EXTRAS[error.missing_cfg_file]
-            return f"{group}={option} requires a package that is not installed: pip install 'vlmrl[{extra}]'"
         return f"{group}={option}: {group} has only {', '.join(error.options)}{did_you_mean(option, error.options)}"
     if isinstance(error, OverrideParseException):
         return f"{error.override} does not parse as key=value: {' '.join(str(error).splitlines()[:-1])}"
