@@ -52,13 +52,33 @@ class Ended:
     err: str
 
 
+TASK = """
+class {}:
+    def __init__(self, config, *, seed): ...
+    def problem(self, split, index): ...
+    def env(self, problem): ...
+    def demonstration(self, problem, *, random_answers, seed): ...
+    def texts(self): ...
+"""
+
+
+@pytest.fixture(scope="module")
+def their_modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tasks of the user's own: a.b:C, a.b:Counting, d:E."""
+    folder = tmp_path_factory.mktemp("their_modules")
+    (folder / "a").mkdir()
+    (folder / "a/b.py").write_text(TASK.format("C") + TASK.format("Counting"))
+    (folder / "d.py").write_text(TASK.format("E"))
+    return folder
+
+
 @pytest.fixture
-def vlmrl(tmp_path: Path) -> Callable[..., Ended]:
+def vlmrl(tmp_path: Path, their_modules: Path) -> Callable[..., Ended]:
     """`vlmrl("seed=1")`: `python -m vlmrl seed=1` in an empty folder. `run=` is the source of a fake `vlmrl.run`."""
 
     def start(*arguments: str, run: str | None = None) -> Ended:
         command = [sys.executable, *(["-m", "vlmrl"] if run is None else ["-c", FAKE_RUN, run]), *arguments]
-        environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+        environment = {**os.environ, "PYTHONPATH": f"{PACKAGE.parent}{os.pathsep}{their_modules}"}
         ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
         return Ended(ended.returncode, ended.stdout, ended.stderr)
 
@@ -88,6 +108,8 @@ def vlmrl(tmp_path: Path) -> Callable[..., Ended]:
         (["+trainer.pace=1"], ["trainer.pace: there is no such key"]),
         (["output_dir=there"], ["output_dir=there requires", "set hydra.run.dir=there"]),
         (["orchestrator.renderer.name=qwen3"], ["orchestrator.renderer.name=qwen3", "model.vlm.family=qwen3_vl"]),
+        (["task=no_such.module:Task"], ["task.target=no_such.module:Task names a module that does not exist"]),
+        (["algorithm=a.b:my_loss"], ["algorithm.loss=a.b:my_loss names 'my_loss', which a.b", "does not define"]),
     ],
 )
 def test_refused(arguments: list[str], messages: list[str], vlmrl: Callable[..., Ended], tmp_path: Path) -> None:

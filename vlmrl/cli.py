@@ -39,6 +39,7 @@ from vlmrl.checks.engine import weights_cross_nodes
 from vlmrl.checks.ranks import ranks_work_together
 from vlmrl.config import Mode, RunConfig, register_schemas
 from vlmrl.errors import ConfigError, Interrupted, VlmrlError
+from vlmrl.imports import is_import_path
 from vlmrl.inference.config import VllmConfig
 from vlmrl.monitor.run_dir import RunDir, run_name
 from vlmrl.parse import parse
@@ -143,10 +144,27 @@ def start(config: DictConfig) -> float | None:
             serve(run_config, index)
             return None
         weights_cross_nodes(run_config, slurm.nodes())
+    check_imports(run_config)
     check_here(run_config)
     from vlmrl.run import execute
 
     return execute(run_config)
+
+
+def check_imports(config: RunConfig) -> None:
+    """Import what the user wrote and the config names by its import path. Raises ConfigError where it is not there, or
+    is no such thing; what the user's module raises is left as it is."""
+    from vlmrl.tasks.loading import find_task
+
+    find_task(config.task)
+    if is_import_path(config.algorithm.loss):
+        from vlmrl.trainer.loss import loss_function
+
+        loss_function(config.algorithm.loss)
+    if is_import_path(config.algorithm.advantage):
+        from vlmrl.orchestrator.advantages import estimator_named
+
+        estimator_named(config.algorithm.advantage)
 
 
 def check_here(config: RunConfig) -> None:
@@ -233,10 +251,12 @@ class CheckFirst(Callback):
         """A single run."""
         try:
             run_config = parse(place(without_hydra(config), "not made yet"))
+            if run_config.mode is not Mode.compare:
+                check_imports(run_config)
             if run_config.dry_run:
                 show_plan(run_config)
                 raise SystemExit(0)
-        except ConfigError as error:
+        except Exception as error:  # Hydra would print a warning of a callback, and go on
             raise SystemExit(report(error)) from error
 
     sweep_dir: ClassVar[Path | None] = None
@@ -250,6 +270,7 @@ class CheckFirst(Callback):
             try:
                 run_config = parse(place(without_hydra(job_config), "not made yet"))
                 check_launcher(config.hydra.launcher, run_config)
+                check_imports(run_config)
                 if run_config.dry_run:
                     dry_run = True
                     print(f"job {' '.join(overrides)}")

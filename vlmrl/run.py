@@ -35,7 +35,6 @@ from vlmrl.models.policy import Policy
 from vlmrl.models.scratch import write_weights
 from vlmrl.monitor.monitor import Monitor
 from vlmrl.monitor.run_dir import RunDir
-from vlmrl.orchestrator.advantages import estimator_named
 from vlmrl.orchestrator.evaluation import Evaluator
 from vlmrl.orchestrator.loop import ExitReason, Loop
 from vlmrl.orchestrator.renderer import Renderer, make_renderer
@@ -53,7 +52,6 @@ from vlmrl.trainer.checkpoint import Checkpoints
 from vlmrl.trainer.config import Packing, SFTConfig
 from vlmrl.trainer.distributed import Group, follow, init_from_environment
 from vlmrl.trainer.export import export
-from vlmrl.trainer.loss import loss_function
 from vlmrl.trainer.optimizer import check_optimizer
 from vlmrl.trainer.parts import Following, begin, make_model, make_policy, make_trainer
 from vlmrl.trainer.trainer import LocalTrainer
@@ -91,7 +89,6 @@ def lead(config: RunConfig, group: Group | None) -> float | None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, device="cpu"))
     check_available(config.model)
     check_optimizer(config.trainer)
-    check_algorithm(config)
     if config.mode is Mode.export:
         print(f"exported to {export(config, lambda text: print(f'warning: {text}'))}")
         return None
@@ -125,12 +122,6 @@ def lead(config: RunConfig, group: Group | None) -> float | None:
             run.stop.requeue()
         raise Interrupted(run.how_to_continue())
     return objective
-
-
-def check_algorithm(config: RunConfig) -> None:
-    """Raise `ConfigError` where a function of the user's own is not there or is none. Imports it."""
-    loss_function(config.algorithm.loss)
-    estimator_named(config.algorithm.advantage)
 
 
 def is_exact(config: RunConfig) -> bool:

@@ -31,6 +31,13 @@ def load_task(config: TaskConfig, *, seed: int) -> Task:
     >>> few.problem("train", 0).id == few.problem("train", 100).id == few.problem("train", 2**40 + 24).id
     True
     """
+    task_class = find_task(config)
+    task = cast("Task", task_class(config, seed=seed))
+    return task if config.num_examples is None else FirstExamples(task, config.num_examples)
+
+
+def find_task(config: TaskConfig) -> Any:
+    """The class that `config.target` names; it is not called. Raises as `load_task` does."""
     task_class = import_named("task.target", config.target, "Task class", _is_class, _is_task)
     name = task_class.__name__
     if missing := missing_methods(task_class):
@@ -39,14 +46,13 @@ def load_task(config: TaskConfig, *, seed: int) -> Task:
             f"stop at its first problem: define what vlmrl.tasks.base.Task lists"
         )
     try:
-        inspect.signature(task_class).bind(config, seed=seed)
+        inspect.signature(task_class).bind(config, seed=0)
     except TypeError as error:
         raise ConfigError(
             f"task.target={config.target} cannot be called as {name}(config, seed=…) ({error}), so it is not a "
             "Task: give it `def __init__(self, config, *, seed)`"
         ) from error
-    task = cast("Task", task_class(config, seed=seed))
-    return task if config.num_examples is None else FirstExamples(task, config.num_examples)
+    return task_class
 
 
 def _is_class(found: object) -> bool:
