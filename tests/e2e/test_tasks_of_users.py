@@ -88,7 +88,7 @@ def test_a_run_with_some_faults(runs: Scenarios) -> None:
     run = runs["go_on"][0] / "1"
     found = summary(run)
     assert (found["exit_reason"], found["step"]) == ("finished", STEPS)
-    assert any("rollouts were dropped (most of them: fault)" in warning for warning in found["warnings"])
+    assert any("rollouts were dropped as fault: " in warning for warning in found["warnings"])
     assert all(record["dropped"] is None for kind in ("sound", "equal") for record in records(run, kind))
     for line in read_metrics(run / "metrics.jsonl"):
         assert missing_keys(line) == []
