@@ -241,6 +241,7 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
         r"seq_len=1024 requires less than .*images_per_turn=9 images \(64 tokens each .* 1,?210 tokens. Set .*=2048",
     ),
     (("orchestrator.max_staleness=1",), "orchestrator.max_staleness=1 requires .* inference=embedded"),
+    (("model=qwen3vl_moe", "inference=vllm"), "inference=vllm requires a model without mixtures of experts"),
     (("inference.max_model_len=1023",), "inference.max_model_len=1023 requires"),
     (("trainer.seq_len=4097",), "trainer.seq_len=4097 requires model.tiny.max_position_embeddings"),
     (("orchestrator.max_new_tokens=1024",), "max_new_tokens=1024 requires a larger trainer.seq_len"),

@@ -22,6 +22,7 @@ CHECKS: tuple[Check, ...] = (
     ranges.numbers_in_range,
     engine.kinds_are_chosen,
     engine.servers_have_one_place,
+    engine.experts_are_served,
     engine.weights_reach_engine,
     engine.embedded_is_in_step,
     engine.context_holds_samples,

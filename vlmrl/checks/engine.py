@@ -22,6 +22,17 @@ def kinds_are_chosen(config: RunConfig) -> None:
             )
 
 
+def experts_are_served(config: RunConfig) -> None:
+    """vLLM takes the experts of a mixture from a checkpoint in the hub's layout, which is the transpose of the one that
+    the trainer holds and a weight sync sends."""
+    vlm = config.model.vlm
+    if config.inference.kind == "vllm" and vlm is not None and vlm.family.endswith("_moe"):
+        raise ConfigError(
+            f"inference=vllm requires a model without mixtures of experts, else the weights that model.vlm.family="
+            f"{vlm.family} publishes do not fit the server's: set inference=embedded, or model=qwen3vl"
+        )
+
+
 def weights_reach_engine(config: RunConfig) -> None:
     """Sampler and weight sync fit each other."""
     inference, sync = config.inference.kind, config.weight_sync.kind
