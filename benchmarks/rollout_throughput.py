@@ -63,7 +63,6 @@ SERVER_ONLY = (
     "middleware",
     "enable_scale_out",
     "disable_uvicorn_access_log",
-    "disable_log_stats",
     "worker_extension_cls",
 )
 

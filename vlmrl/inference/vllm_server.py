@@ -49,8 +49,6 @@ SERVER_FLAGS = {
     "worker_extension_cls": "vlmrl.inference.vllm_worker.WorkerInspector",
     # A line per request would be most of the log.
     "disable_uvicorn_access_log": True,
-    # Latencies of every token for /metrics, which nobody reads; on the event loop that hands the tokens out.
-    "disable_log_stats": True,
 }
 """What a server must be started with, one of `inference.urls` too."""
 
