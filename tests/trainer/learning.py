@@ -72,7 +72,7 @@ CASES = {
 }
 
 
-def batch(images: bool) -> list[TrainingSample]:
+def batch(images: bool = True) -> list[TrainingSample]:
     """Two groups; two turns in some; one sample twice; one without images."""
     shown: Callable[[int, int], Part] = image if images else lambda rows, columns: [rows, columns]
     samples = []
@@ -86,7 +86,7 @@ def batch(images: bool) -> list[TrainingSample]:
     return samples
 
 
-def demonstrations(images: bool) -> list[TrainingSample]:
+def demonstrations(images: bool = True) -> list[TrainingSample]:
     shown: Part = image(1, 1) if images else [7]
     return [sample("sft/0", SYSTEM, Sampled([3, END])), sample("sft/1", SYSTEM, shown, Sampled([2, 2, END]))]
 

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import BANNED, END, VISION_START, Part, Sampled, image, plain_logits, plain_logprobs, sample
+from helpers import BANNED, VISION_START, Sampled, plain_logits, plain_logprobs, sample
 from torch import Tensor
+from trainer.learning import batch, demonstrations
 
 from vlmrl.errors import NonFiniteLossError
 from vlmrl.models.policy import Policy
@@ -49,23 +50,6 @@ def learner(
 ) -> LocalTrainer:
     policy = Policy(model, position_function("mrope", 2), banned or [])
     return LocalTrainer(policy, config, algorithm or AlgorithmConfig(), temperature=temperature, max_new_tokens=4)
-
-
-def batch() -> list[TrainingSample]:
-    """Two groups; two turns in some; one sample twice; one without images."""
-    samples = []
-    for group in range(2):
-        for i in range(3):
-            opening: list[Part] = [SYSTEM, image(2, 1 + group), [group, 1]]
-            last: list[Part] = [[4], image(1, 1), Sampled([5 + i, 6, END])] if i else []
-            samples.append(sample(f"{group}/{i}", *opening, Sampled([2, i, END]), *last, seed=10 * group + i))
-    samples.append(replace(samples[1], rollout_id="again"))
-    samples.append(sample("text", SYSTEM, Sampled([1, 2])))
-    return samples
-
-
-def demonstrations() -> list[TrainingSample]:
-    return [sample("sft/0", SYSTEM, Sampled([3, END])), sample("sft/1", SYSTEM, image(1, 1), Sampled([2, 2, END]))]
 
 
 def weights(model: Any) -> dict[str, Tensor]:

@@ -90,8 +90,8 @@ class Batches:
         error: Exception = BatchLostError("the response ended before the last answer")
         try:
             await self._post(members)
-        except (BatchLostError, WireError) as known:
-            error = known
+        except WireError as wrong:
+            error = wrong
         except httpx.TransportError as broken:
             error = BatchLostError(f"{type(broken).__name__} {broken}")
         finally:
