@@ -146,7 +146,8 @@ def test_a_step_depends_neither_on_packing_nor_on_the_budget(tiny_model: Callabl
         for one, other in zip(tokens, per_sample, strict=True):
             np.testing.assert_allclose(one.trainer_logprobs, other.trainer_logprobs, rtol=1e-5, atol=1e-6)
             np.testing.assert_allclose(one.entropies, other.entropies, rtol=1e-5, atol=1e-6)
-        for key in metrics.keys() - {"tokens/packed", "images/encoded", "micro_batches"}:
+        # The peak is of the whole process so far: a later pass may raise it, whatever it computes.
+        for key in metrics.keys() - {"tokens/packed", "images/encoded", "micro_batches", "memory/peak_bytes"}:
             assert metrics[key] == pytest.approx(figures[key], rel=1e-5, abs=1e-6), key
         for name in wanted:
             assert float((found[name] - wanted[name]).abs().max()) <= 2e-6, name
