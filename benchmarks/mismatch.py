@@ -267,8 +267,8 @@ def main() -> None:
         sampler = torch.from_numpy(inference)
         for name, logprobs in parties.items():
             row: dict[str, Any] = {"engine": engine, "trainer": name, "tokens": len(sampler)}
-            row["k3 trainer against sampler"] = mismatch_kl(logprobs, sampler)[0] / len(sampler)
-            row["k3 trainer against float32"] = mismatch_kl(logprobs, parties["float32"])[0] / len(sampler)
+            row["k3 trainer against sampler"] = float(mismatch_kl(logprobs, sampler)[0]) / len(sampler)
+            row["k3 trainer against float32"] = float(mismatch_kl(logprobs, parties["float32"])[0]) / len(sampler)
             row["mean |difference|"] = float((logprobs - sampler).abs().mean())
             table.append(row)
     print(f"\nlogits × {args.logit_scale:g}, {args.dtype}; k3 in nats per token")

@@ -245,7 +245,8 @@ def test_a_correction_weighs_the_on_policy_gradient(loss: Loss, correction: Impo
 
     plain = gradient(LOSSES[loss](on_policy, totals, CONFIG), on_policy)
     np.testing.assert_allclose(gradient(output, tokens), plain * weight, rtol=1e-12)
-    figures = loss_metrics(output.sums, output.maxima, len(weight))
+    sums, maxima = ({k: float(v) for k, v in part.items()} for part in (output.sums, output.maxima))
+    figures = loss_metrics(sums, maxima, len(weight))
     assert figures["importance/cut_fraction"] == pytest.approx(np.mean(weight != ratio))
     assert figures["importance/weight_mean"] == pytest.approx(weight.mean())
     assert figures["importance/ess"] == pytest.approx(weight.sum() ** 2 / (len(weight) * (weight**2).sum()))

@@ -365,7 +365,7 @@ class Agreement:
     @staticmethod
     def of(trainer: FloatArray, other: FloatArray) -> Agreement:
         """Both float32 [tokens], at least one token."""
-        total, _ = mismatch_kl(torch.from_numpy(trainer), torch.from_numpy(other))
+        total = float(mismatch_kl(torch.from_numpy(trainer), torch.from_numpy(other))[0])
         apart = np.abs(trainer.astype(np.float64) - other)
         return Agreement(len(trainer), total / len(trainer), float(apart.mean()), float(apart.max()))
 

@@ -25,6 +25,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
 from vlmrl.models.prefix_tree import Segment
+from vlmrl.models.transfer import to_device
 
 
 class Kernel(Enum):
@@ -76,10 +77,10 @@ def plan_flex(segments: Sequence[Segment], device: torch.device) -> BlockMask:
     def listed(blocks: np.ndarray) -> tuple[Tensor, Tensor]:
         """How many per row, and which, the others after them; int32 [1, 1, n] and [1, 1, n, n]."""
         order = np.argsort(~blocks, axis=1, kind="stable")
-        counts = torch.from_numpy(blocks.sum(1).astype(np.int32)).to(device)
-        return counts[None, None], torch.from_numpy(order.astype(np.int32)).to(device)[None, None]
+        counts = to_device(blocks.sum(1).astype(np.int32), device)
+        return counts[None, None], to_device(order.astype(np.int32), device)[None, None]
 
-    end_of = torch.from_numpy(ends).to(device)
+    end_of = to_device(ends, device)
 
     def is_ancestor(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (query < end_of[key])
@@ -97,8 +98,7 @@ def plan_varlen(segments: Sequence[Segment], device: torch.device) -> Sequences:
     """The bounds of `segments`, none of which has a parent."""
     assert all(segment.parent < 0 for segment in segments), "a tree with shared prefixes is no row of sequences"
     lengths = [len(segment.rows) for segment in segments]
-    starts = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
-    return Sequences(starts.to(device), max(lengths))
+    return Sequences(to_device(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), device), max(lengths))
 
 
 def attend_fused(query: Tensor, key: Tensor, value: Tensor, plan: FusedPlan, scaling: float) -> Tensor:

@@ -24,6 +24,7 @@ from vlmrl.models.features import FeatureCache, ImageFeatures, Levels, first_fea
 from vlmrl.models.fused_attention import VISION_ATTENTION, Kernel, vision_attention_forward
 from vlmrl.models.head import token_logprobs
 from vlmrl.models.positions import PositionFunction
+from vlmrl.models.transfer import to_device
 from vlmrl.models.tree_attention import ATTENTION_NAME, KVPool, TreePlan, tree_attention_forward
 from vlmrl.types import ImageItem
 
@@ -138,7 +139,7 @@ class Policy:
 
     def _encode(self, images: Sequence[ImageItem]) -> Levels:
         mm_kwargs = {
-            name: self._to_device(np.concatenate([image.mm_kwargs[name] for image in images]))
+            name: to_device(np.concatenate([image.mm_kwargs[name] for image in images]), self.device)
             for name in images[0].mm_kwargs
         }
         with uncompiled_in_inference():
@@ -148,11 +149,6 @@ class Policy:
         total = sum(image.num_tokens for image in images)
         assert features[0].shape[0] == total, f"{features[0].shape[0]} image features for {total} placeholder tokens"
         return features
-
-    def _to_device(self, array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(array)
-        # From pinned memory a copy waits for nothing that runs on the device.
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def hidden_states(
         self,

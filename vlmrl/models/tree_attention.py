@@ -30,6 +30,7 @@ from torch import Tensor
 
 from vlmrl.models.fused_attention import FusedPlan, Kernel, attend_fused, plan_flex, plan_varlen
 from vlmrl.models.prefix_tree import Segment
+from vlmrl.models.transfer import to_device
 
 ATTENTION_NAME = "vlmrl_tree"
 
@@ -130,11 +131,11 @@ def local_blocks(
         whole = len(valid) == padded_rows.size
         blocks.append(
             LocalBlock(
-                rows=torch.from_numpy(padded_rows).to(device),
-                slots=torch.from_numpy(padded_slots).to(device),
-                mask=torch.from_numpy(mask).to(device),
-                valid=None if whole else torch.from_numpy(valid).to(device),
-                valid_rows=torch.from_numpy(padded_rows.reshape(-1)[valid]).to(device),
+                rows=to_device(padded_rows, device),
+                slots=to_device(padded_slots, device),
+                mask=to_device(mask, device),
+                valid=None if whole else to_device(valid, device),
+                valid_rows=to_device(padded_rows.reshape(-1)[valid], device),
             )
         )
     return blocks
@@ -166,7 +167,7 @@ def plan_tree(segments: Sequence[Segment], device: torch.device) -> TreePlan:
             offsets.append(len(above))
     return TreePlan(
         shared=[
-            SharedBlock(end[i] - below[i], end[i], torch.from_numpy(segments[i].slots).to(device))
+            SharedBlock(end[i] - below[i], end[i], to_device(segments[i].slots, device))
             for i in range(len(segments))
             if shared[i]
         ],

@@ -2,8 +2,11 @@
 
     share ─▶ pack ─▶ each pass: encode images, forward, loss, backward ─▶ is all of it finite? ─▶ clip ─▶ optimizer
 
-Nobody may leave in the middle: the other ranks would wait for it. So a loss that is not finite is noted, the passes go
-on, and before anything is changed the ranks agree on whether there was one.
+Nobody may leave in the middle: the other ranks would wait for it. So the passes go on whatever a loss is, and before
+anything is changed the ranks agree on whether one was not finite.
+
+Nothing of a pass is read before the last has been asked for: a GPU that is asked for figures in between runs empty, and
+micro-batches are packed while it works on the ones before.
 """
 
 from __future__ import annotations
@@ -11,12 +14,13 @@ from __future__ import annotations
 import math
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -28,7 +32,7 @@ from vlmrl.orchestrator.config import AlgorithmConfig
 from vlmrl.trainer.checkpoint import begin_to_save, not_finite, restore
 from vlmrl.trainer.config import Packing, Sharding, TrainerConfig
 from vlmrl.trainer.forward import loss_logprobs
-from vlmrl.trainer.loss import BatchTotals, LossTokens, mismatch_kl, policy_loss, supervised
+from vlmrl.trainer.loss import BatchTotals, LossOutput, LossTokens, mismatch_kl, policy_loss, supervised
 from vlmrl.trainer.loss_scale import LossScale
 from vlmrl.trainer.optimizer import make_optimizer, set_learning_rate
 from vlmrl.trainer.packing import MicroBatch, pack_share
@@ -85,6 +89,27 @@ class Outcome:
     """`LossScale.factor` after the step."""
     stepped: bool = False
     """Whether the weights were changed; of all ranks or of none."""
+
+
+Scalars: TypeAlias = dict[str, Tensor | float]
+
+
+@dataclass(frozen=True, eq=False)
+class _Pass:
+    """A micro-batch that is behind us, or will be: its figures are read when all are."""
+
+    batch: MicroBatch
+    output: LossOutput
+    logprobs: Tensor
+    """float32 [N]; without gradient."""
+    entropies: Tensor
+    """float32 [N]; nats."""
+
+    def figures(self) -> tuple[Scalars, Scalars, Scalars]:
+        """Of the pass itself, and `sums` and `maxima` of its `LossOutput`."""
+        total, largest = mismatch_kl(self.logprobs, self.batch.inference_logprobs)
+        own: Scalars = {"loss": self.output.loss.detach(), "entropy": self.entropies.sum()}
+        return own | {"kl_sum": total, "kl_max": largest}, self.output.sums, self.output.maxima
 
 
 class Learner:
@@ -205,10 +230,10 @@ class Learner:
     # ── passes ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def _backward_policy(self, share: Share, totals: BatchTotals, outcome: Outcome) -> None:
-        batches = self._pack(share)
-        figures: list[Tensor] = []
-        """float32 [2, N] of each micro-batch: logprobs and entropies."""
-        for batch in batches:
+        passed: list[_Pass] = []
+        for batch in self._pack(share):
+            outcome.rows += len(batch.token_ids)
+            outcome.micro_batches += 1
             logprobs, entropies = self._logprobs(batch)
             if batch.is_filler:
                 _backward(0.0 * logprobs.sum())
@@ -220,35 +245,36 @@ class Learner:
                 sample_index=batch.sample_index,
             )
             output = policy_loss(tokens, totals, self._algorithm)
-            self._note_broken(output.loss, logprobs, batch, share, outcome)
             _backward(self._loss_scale.factor * output.loss)
-            outcome.loss += float(output.loss.detach())
-            figures.append(torch.stack([logprobs.detach().float(), entropies[batch.entry].float()]))
-            outcome.entropy += float(entropies[batch.entry].sum())
-            total, largest = mismatch_kl(logprobs.detach(), batch.inference_logprobs)
-            outcome.kl_sum, outcome.kl_max = outcome.kl_sum + total, max(outcome.kl_max, largest)
-            for key, value in output.sums.items():
+            passed.append(_Pass(batch, output, logprobs.detach(), entropies[batch.entry]))
+        self._note_broken(passed, share, outcome)
+        for figures, sums, maxima in _read([each.figures() for each in passed]):
+            outcome.loss += figures["loss"]
+            outcome.entropy += figures["entropy"]
+            outcome.kl_sum += figures["kl_sum"]
+            outcome.kl_max = max(outcome.kl_max, figures["kl_max"])
+            for key, value in sums.items():
                 outcome.sums[key] = outcome.sums.get(key, 0.0) + value
-            for key, value in output.maxima.items():
+            for key, value in maxima.items():
                 outcome.maxima[key] = max(outcome.maxima.get(key, value), value)
-        learned = [batch for batch in batches if not batch.is_filler]
-        outcome.rows = sum(len(batch.token_ids) for batch in batches)
-        outcome.micro_batches = len(batches)
-        outcome.tokens = _by_sample(learned, figures, len(share.samples)) if learned else []
+        outcome.tokens = _by_sample(passed, len(share.samples)) if passed else []
 
     def _backward_supervised(self, share: Share, step: Step, outcome: Outcome) -> None:
         """Add the gradient of the weight times the mean negative log-likelihood of the loss tokens."""
+        passed: list[_Pass] = []
         for batch in self._pack(share):
-            logprobs, _ = self._logprobs(batch)
+            logprobs, entropies = self._logprobs(batch)
             if batch.is_filler:
                 _backward(0.0 * logprobs.sum())
                 continue
             part = supervised(logprobs, step.demonstrated_tokens)
-            self._note_broken(part, logprobs, batch, share, outcome)
             _backward(self._loss_scale.factor * step.demonstration_weight * part)
-            outcome.demonstration_loss += float(part.detach())
+            passed.append(_Pass(batch, LossOutput(part), logprobs.detach(), entropies[batch.entry]))
+        self._note_broken(passed, share, outcome)
+        read = _read([each.figures() for each in passed])
+        outcome.demonstration_loss = sum(figures["loss"] for figures, *_ in read)
 
-    def _pack(self, share: Share) -> list[MicroBatch]:
+    def _pack(self, share: Share) -> Iterator[MicroBatch]:
         policy, packing = self.policy, self.config.packing
         kernel = policy.kernel(shared=packing is Packing.tree)
         return pack_share(share, packing, policy.positions, policy.device, kernel)
@@ -267,12 +293,18 @@ class Learner:
 
     # ── what is not finite ──────────────────────────────────────────────────────────────────────────────────
 
-    def _note_broken(self, loss: Tensor, logprobs: Tensor, batch: MicroBatch, share: Share, outcome: Outcome) -> None:
-        if torch.isfinite(loss) or outcome.broken_loss is not None:
+    def _note_broken(self, passed: Sequence[_Pass], share: Share, outcome: Outcome) -> None:
+        """The first of `passed` whose loss is not finite, unless there was one before."""
+        if not passed or outcome.broken_loss is not None:
             return
-        figures = torch.stack([logprobs.detach(), batch.inference_logprobs, batch.advantages])
+        is_broken = (~torch.isfinite(torch.stack([each.output.loss.detach() for each in passed]))).tolist()
+        if not any(is_broken):
+            return
+        first = passed[is_broken.index(True)]
+        batch = first.batch
+        figures = torch.stack([first.logprobs, batch.inference_logprobs, batch.advantages])
         broken = batch.sample_index[~torch.isfinite(figures).all(0)].tolist()
-        outcome.broken_loss = float(loss.detach())
+        outcome.broken_loss = float(first.output.loss.detach())
         outcome.names_are_exact = bool(broken)
         outcome.broken = [share.samples[i].rollout_id for i in sorted(set(broken or batch.sample_index.tolist()))]
 
@@ -315,10 +347,22 @@ def peak_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _by_sample(batches: Sequence[MicroBatch], figures: Sequence[Tensor], samples: int) -> list[TokenFigures]:
-    """`figures`, float32 [2, N] of each micro-batch, sorted back to the samples; one transfer from the device."""
-    index = torch.cat([batch.sample_index for batch in batches])
+def _by_sample(passed: Sequence[_Pass], samples: int) -> list[TokenFigures]:
+    """Logprobs and entropies, sorted back to the samples; one transfer from the device."""
+    index = torch.cat([each.batch.sample_index for each in passed])
     order = index.argsort(stable=True)  # tokens of a sample stand in order, and a sample is never split
-    logprobs, entropies = torch.cat(list(figures), dim=1)[:, order].cpu().numpy()
+    figures = torch.cat([torch.stack([each.logprobs.float(), each.entropies.float()]) for each in passed], dim=1)
+    logprobs, entropies = figures[:, order].cpu().numpy()
     ends = index.bincount(minlength=samples).cumsum(0)[:-1].tolist()
     return [TokenFigures(*both) for both in zip(np.split(logprobs, ends), np.split(entropies, ends), strict=True)]
+
+
+def _read(passes: Sequence[tuple[Scalars, ...]]) -> list[tuple[dict[str, float], ...]]:
+    """The same with numbers in place of tensors; one transfer from the device."""
+    tensors = [value for scalars in passes for part in scalars for value in part.values() if isinstance(value, Tensor)]
+    numbers = iter(torch.stack([value.detach().double() for value in tensors]).tolist() if tensors else [])
+
+    def read(part: Scalars) -> dict[str, float]:
+        return {key: next(numbers) if isinstance(value, Tensor) else value for key, value in part.items()}
+
+    return [tuple(map(read, scalars)) for scalars in passes]

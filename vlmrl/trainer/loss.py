@@ -79,11 +79,12 @@ class LossOutput:
 
     loss: Tensor
     """Scalar with gradient; the batch's loss is the sum over micro-batches."""
-    sums: dict[str, float] = field(default_factory=dict)
+    sums: dict[str, Tensor | float] = field(default_factory=dict)
     """`clip_fraction`, `ratio/mean`, with a correction `importance/cut_fraction` (tokens whose weight is not r),
-    `importance/weight_mean` and `importance/weight_squared`: sums over the N tokens; the batch's figure is sum / T."""
-    maxima: dict[str, float] = field(default_factory=dict)
-    """`ratio/max`: the largest of the N; the batch's figure is the largest of these."""
+    `importance/weight_mean` and `importance/weight_squared`: sums over the N tokens; the batch's figure is sum / T.
+    Scalars that stay on the device: to read one here would let a GPU run empty."""
+    maxima: dict[str, Tensor | float] = field(default_factory=dict)
+    """`ratio/max`: the largest of the N; the batch's figure is the largest of these. Scalars as in `sums`."""
 
 
 LossFunction: TypeAlias = Callable[[LossTokens, BatchTotals, AlgorithmConfig], LossOutput]
@@ -218,9 +219,9 @@ def policy_loss(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig
     )
     sums, maxima = _figures(ratio, torch.zeros_like(ratio, dtype=torch.bool))
     sums |= {
-        "importance/cut_fraction": float((weight != ratio).sum()),
-        "importance/weight_mean": float(weight.sum()),
-        "importance/weight_squared": float(weight.square().sum()),
+        "importance/cut_fraction": (weight != ratio).sum(),
+        "importance/weight_mean": weight.sum(),
+        "importance/weight_squared": weight.square().sum(),
     }
     return LossOutput(output.loss, sums, maxima)
 
@@ -268,20 +269,21 @@ def supervised(logprobs: Tensor, total_tokens: int) -> Tensor:
     return -logprobs.sum() / total_tokens
 
 
-def mismatch_kl(trainer_logprobs: Tensor, inference_logprobs: Tensor) -> tuple[float, float]:
+def mismatch_kl(trainer_logprobs: Tensor, inference_logprobs: Tensor) -> tuple[Tensor, Tensor]:
     """Sum and maximum over N ≥ 1 tokens of r − log r − 1, log r = trainer − inference; in nats, never negative.
+    Scalars, float64.
 
     The k3 estimator of KL(sampler ‖ trainer) (Schulman, "Approximating KL Divergence", 2020), in float64 and as
     expm1(log r) − log r: the agreement that it is to show is finer than float32 can subtract.
 
     >>> total, largest = mismatch_kl(torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -1.5]))
-    >>> round(total, 6), round(largest, 6)
+    >>> round(float(total), 6), round(float(largest), 6)
     (0.148721, 0.148721)
     """
     log_ratio = trainer_logprobs.detach().double() - inference_logprobs.double()
     # Rounding may leave −1e-33 of a zero.
     k3 = (torch.expm1(log_ratio) - log_ratio).clamp_min(0.0)
-    return float(k3.sum()), float(k3.max())
+    return k3.sum(), k3.max()
 
 
 def _clipped_objective(ratio: Tensor, advantages: Tensor, config: AlgorithmConfig) -> tuple[Tensor, Tensor]:
@@ -292,7 +294,6 @@ def _clipped_objective(ratio: Tensor, advantages: Tensor, config: AlgorithmConfi
     return objective, clipped
 
 
-def _figures(ratio: Tensor, clipped: Tensor) -> tuple[dict[str, float], dict[str, float]]:
+def _figures(ratio: Tensor, clipped: Tensor) -> tuple[dict[str, Tensor | float], dict[str, Tensor | float]]:
     """`sums` and `maxima` of `LossOutput`."""
-    sums = {"clip_fraction": float(clipped.sum()), "ratio/mean": float(ratio.detach().sum())}
-    return sums, {"ratio/max": float(ratio.detach().max())}
+    return {"clip_fraction": clipped.sum(), "ratio/mean": ratio.detach().sum()}, {"ratio/max": ratio.detach().max()}

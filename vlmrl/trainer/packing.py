@@ -10,7 +10,7 @@ takes. Equal samples collapse into one row each, while the loss still counts eve
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor
 from vlmrl.models.fused_attention import Kernel
 from vlmrl.models.positions import PositionFunction
 from vlmrl.models.prefix_tree import ImageKeys, Segment, build_tree
+from vlmrl.models.transfer import to_device
 from vlmrl.models.tree_attention import TreePlan, make_plan
 from vlmrl.trainer.config import Packing
 from vlmrl.trainer.shares import Share, divide
@@ -71,21 +72,19 @@ def pack(
     kernel: Kernel = Kernel.blocks,
 ) -> list[MicroBatch]:
     """Micro-batches that hold each loss token of `samples` exactly once, planned for attention by `kernel`."""
-    return pack_share(divide(samples, packing, token_budget)[0], packing, positions, device, kernel)
+    return list(pack_share(divide(samples, packing, token_budget)[0], packing, positions, device, kernel))
 
 
 def pack_share(
     share: Share, packing: Packing, positions: PositionFunction, device: torch.device, kernel: Kernel
-) -> list[MicroBatch]:
-    """The micro-batches of one rank, one per pass."""
-    batches = []
+) -> Iterator[MicroBatch]:
+    """The micro-batches of one rank, one per pass, each when it is asked for."""
     for groups in share.passes:
         samples, of = (share.samples, groups) if groups else ([share.filler], [[0]])
         image_keys = ImageKeys()
         keys = {i: image_keys.keys(samples[i].token_ids, samples[i].placeholders) for i, *_ in of}
         batch = _micro_batch(samples, keys, of, packing, positions, device, kernel)
-        batches.append(replace(batch, is_filler=not groups, idle_image=None if batch.images else share.filler_image))
-    return batches
+        yield replace(batch, is_filler=not groups, idle_image=None if batch.images else share.filler_image)
 
 
 def _micro_batch(
@@ -139,7 +138,7 @@ def _micro_batch(
     ]
 
     def tensor(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+        return to_device(array, device)
 
     def gather(name: str) -> Tensor:
         return tensor(np.concatenate([getattr(sample, name)[where] for _, where, sample, _ in columns]))
