@@ -44,7 +44,8 @@ from vlmrl.orchestrator.config import AlgorithmConfig
 from vlmrl.trainer.config import Packing
 from vlmrl.trainer.forward import loss_logprobs
 from vlmrl.trainer.loss import BatchTotals, LossTokens, policy_loss
-from vlmrl.trainer.packing import pack
+from vlmrl.trainer.packing import pack_share
+from vlmrl.trainer.shares import divide
 from vlmrl.types import TrainingSample
 
 
@@ -222,11 +223,11 @@ def packed_step(
     policy: Policy, samples: Sequence[TrainingSample], packing: Packing, kernel: Kernel, budget: int
 ) -> Step:
     """The product's own: what `LocalTrainer.train_step` does before the optimizer."""
-    batches = pack(samples, packing, budget, policy.positions, policy.device, kernel=kernel)
-    totals = BatchTotals(sum(len(batch.targets) for batch in batches), len(samples), max_new_tokens=1024)
-    done = Step(Work(), totals.tokens, 0.0, len(batches))
+    totals = BatchTotals(sum(int(s.loss_mask.sum()) for s in samples), len(samples), max_new_tokens=1024)
+    share = divide(samples, packing, budget)[0]
+    done = Step(Work(), totals.tokens, 0.0, len(share.passes))
     losses, pairs = [], []
-    for batch in batches:
+    for batch in pack_share(share, packing, policy.positions, policy.device, kernel):
         logprobs, _ = loss_logprobs(policy, batch, 1.0)
         tokens = LossTokens(logprobs, batch.inference_logprobs, batch.advantages, batch.sample_index)
         loss = policy_loss(tokens, totals, AlgorithmConfig()).loss

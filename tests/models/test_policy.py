@@ -11,7 +11,7 @@ import torch
 from helpers import BANNED, IMAGE_PAD, PATCH_DIM, Part, image, plain_logits, prompt
 from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 
 from vlmrl.errors import ModelError
 from vlmrl.models.policy import Policy
@@ -34,7 +34,7 @@ TINY_TEXT: dict[str, Any] = {
 
 
 # transformers does not annotate its constructors.
-BaseModel: Any = Qwen3VLModel
+Decoder: Any = Qwen3VLTextModel
 Mistral: Any = MistralForCausalLM
 Qwen3: Any = Qwen3ForCausalLM
 
@@ -70,18 +70,34 @@ def policy(tiny_model: Callable[[], Any]) -> Policy:
 # ── what is refused ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-class OlderModel(BaseModel):  # type: ignore[misc]
-    """As transformers had it before `mm_encoder_outputs`: anything else goes into **kwargs and is not missed."""
+class NewerDecoder(Decoder):  # type: ignore[misc]
+    """Adds the levels of features in some way that is not known."""
 
-    def forward(self, input_ids: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
+    @property
+    def _deepstack_process(self) -> Any:
+        raise AttributeError
+
+
+class OlderDecoder(Decoder):  # type: ignore[misc]
+    """Any other argument goes into **kwargs and is not missed."""
+
+    def forward(self, inputs_embeds: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
         raise NotImplementedError
 
 
-def test_a_model_that_would_be_blind_is_refused(tiny_model: Callable[[], Any]) -> None:
+def test_a_decoder_that_would_place_features_in_another_way_is_refused(tiny_model: Callable[[], Any]) -> None:
     model = tiny_model()
-    model.model.__class__ = OlderModel
-    with pytest.raises(ModelError, match=r"OlderModel\.forward takes no mm_encoder_outputs.*transformers 5\.19"):
+    model.model.language_model.__class__ = NewerDecoder
+    with pytest.raises(ModelError, match=r"NewerDecoder has no _deepstack_process.*transformers 5\.19"):
         Policy(model, position_function("mrope", 2), [])
+
+
+def test_a_decoder_that_would_be_half_blind_is_refused(tiny_model: Callable[[], Any]) -> None:
+    model = tiny_model()
+    model.model.language_model.__class__ = OlderDecoder
+    policy = Policy(model, position_function("mrope", 2), [])
+    with pytest.raises(ModelError, match=r"OlderDecoder\.forward takes no deepstack_visual_embeds, so 2 of the 3"):
+        policy.encode_images([image(2, 3)])
 
 
 def test_a_model_with_sliding_windows_is_refused() -> None:

@@ -4,13 +4,16 @@ Nothing here knows a model family: images go in by the forward names that the re
 model's own `get_image_features` encodes them, and its own layers run with our attention plugged in. Images are
 encoded apart from the tokens, so each distinct image of a pass is encoded once and its features are placed wherever
 it is shown; the gradient is the sum over those places.
+
+Nothing in a pass waits for a GPU, forward or backward: what depends on sizes alone is computed on the host, and
+features are placed by row numbers. A model of transformers places them by a mask, which has to be counted first, and so
+lets the GPU run empty a dozen times in a pass.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,22 +29,21 @@ from vlmrl.models.head import token_logprobs
 from vlmrl.models.positions import PositionFunction
 from vlmrl.models.transfer import to_device
 from vlmrl.models.tree_attention import ATTENTION_NAME, KVPool, TreePlan, tree_attention_forward
+from vlmrl.models.vision_geometry import tower_arguments
 from vlmrl.types import ImageItem
 
 AttentionInterface.register(ATTENTION_NAME, tree_attention_forward)
 AttentionInterface.register(VISION_ATTENTION, vision_attention_forward)
 
 
-@dataclass(frozen=True, eq=False)
-class _ImageOutputs:
-    """What a model's forward takes in place of pixels (`mm_encoder_outputs`); it reads these two attributes."""
-
-    pooler_output: tuple[Tensor]
-    deepstack_features: list[tuple[Tensor]]
-
-
 def _arguments(module: Any) -> set[str]:
     return set(inspect.signature(module.forward).parameters)
+
+
+def _add_features(hidden_states: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor) -> Tensor:
+    """Stands in for a decoder's own `_deepstack_process`: hidden_states [1, T, hidden], visual_embeds [P, hidden];
+    `visual_pos_masks` are the P rows, int64, not a mask over T."""
+    return hidden_states.index_add(1, visual_pos_masks, visual_embeds.to(hidden_states.dtype)[None])
 
 
 class Policy:
@@ -77,12 +79,16 @@ class Policy:
             )
         self.is_recurrent = bool(layers)
         """Some layers carry a state from token to token: samples can neither share a prefix nor stand side by side."""
-        if "get_image_features" in dir(model.base_model) and "mm_encoder_outputs" not in _arguments(model.base_model):
-            # Without this check the features would be swallowed by **kwargs and the policy would be blind.
-            raise ModelError(
-                f"{type(model.base_model).__name__}.forward takes no mm_encoder_outputs, so images could not be "
-                "placed: install transformers 5.19"
-            )
+        self._decoder = model.base_model.get_decoder()
+        # With several levels of features, the others are added to the outputs of the first layers.
+        self._takes_levels = "deepstack_visual_embeds" in _arguments(self._decoder)
+        if self._takes_levels:
+            if not hasattr(self._decoder, "_deepstack_process"):
+                raise ModelError(
+                    f"{type(self._decoder).__name__} has no _deepstack_process, so the features of images could not be "
+                    "placed: install transformers 5.19"
+                )
+            self._decoder._deepstack_process = _add_features
         # Rows without images of their own may still stand behind images: with MRoPE they need all four positions.
         self._mrope = "mrope_section" in (getattr(text, "rope_parameters", None) or {})
         text._attn_implementation = ATTENTION_NAME
@@ -138,13 +144,18 @@ class Policy:
         return {name: float(value) for name, value in counters.items()}
 
     def _encode(self, images: Sequence[ImageItem]) -> Levels:
-        mm_kwargs = {
-            name: to_device(np.concatenate([image.mm_kwargs[name] for image in images]), self.device)
-            for name in images[0].mm_kwargs
-        }
+        arrays = {name: np.concatenate([i.mm_kwargs[name] for i in images]) for name in images[0].mm_kwargs}
+        sizes = {name: torch.from_numpy(array) for name, array in arrays.items() if array.dtype.kind in "iu"}
+        pixels = {name: to_device(array, self.device) for name, array in arrays.items() if name not in sizes}
+        derived = tower_arguments(self._tower, sizes, self.device)
         with uncompiled_in_inference():
-            out = self.model.base_model.get_image_features(**mm_kwargs, return_dict=True)
+            out = self.model.base_model.get_image_features(**pixels, **sizes, **derived, return_dict=True)
         levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
+        if len(levels) > 1 and not self._takes_levels:
+            raise ModelError(
+                f"{type(self._decoder).__name__}.forward takes no deepstack_visual_embeds, so {len(levels) - 1} of the "
+                f"{len(levels)} levels of features that {type(self._tower).__name__} gives could not be placed"
+            )
         features = [level if isinstance(level, Tensor) else torch.cat(list(level)) for level in levels]
         total = sum(image.num_tokens for image in images)
         assert features[0].shape[0] == total, f"{features[0].shape[0]} image features for {total} placeholder tokens"
@@ -164,16 +175,22 @@ class Policy:
         token_ids, mm_token_type_ids int64 [T]; position_ids int64 [4, T]; feature_rows int64 [placeholder rows]: the
         feature that each placeholder row takes, in row order.
         """
-        arguments: dict[str, Any] = {"position_ids": position_ids[:, None, :] if self._mrope else position_ids[:1]}
-        if features is not None:
-            arguments["mm_token_type_ids"] = mm_token_type_ids[None]
-            if len(feature_rows):
-                placed = [level.index_select(0, feature_rows) for level in features.levels]
-                arguments["mm_encoder_outputs"] = {
-                    "image": _ImageOutputs(pooler_output=(placed[0],), deepstack_features=[(p,) for p in placed[1:]])
-                }
+        rows = self.model.get_input_embeddings()(token_ids)
+        levels: dict[str, Any] = {}
+        if features is not None and len(feature_rows):
+            shown = mm_token_type_ids.nonzero_static(size=len(feature_rows))[:, 0]
+            first, *others = (level.index_select(0, feature_rows) for level in features.levels)
+            rows = rows.index_copy(0, shown, first.to(rows.dtype))
+            if others:
+                levels = {"visual_pos_masks": shown, "deepstack_visual_embeds": others}
         with uncompiled_in_inference():
-            out = self.model.base_model(input_ids=token_ids[None], use_cache=False, tree_plan=plan, **arguments)
+            out = self._decoder(
+                inputs_embeds=rows[None],
+                position_ids=position_ids[:, None, :] if self._mrope else position_ids[:1],
+                use_cache=False,
+                tree_plan=plan,
+                **levels,
+            )
         return out.last_hidden_state[0]  # type: ignore[no-any-return]
 
     def log_probs(self, hidden: Tensor, temperature: float) -> Tensor:

@@ -1,0 +1,47 @@
+"""What a vision tower derives from the sizes of images, computed on the host.
+
+A tower of transformers computes positions, interpolation of its learned grid and the bounds of images where the sizes
+are, and reads them back to do so: on a GPU each time a wait for all that was asked of it before. It takes them ready as
+well, under the names here.
+
+Left out: what only some towers derive beside these (windows, merged shapes). They compute that themselves, with sizes
+that are on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.vision_utils import (
+    get_vision_attention_seqlens,
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+)
+
+from vlmrl.models.transfer import to_device
+
+SIZES = "image_grid_thw"
+"""The `mm_kwargs` name of int64 [images, 3]: time, height and width of each image in patches."""
+
+
+def tower_arguments(tower: Any, sizes: Mapping[str, Tensor], device: torch.device) -> dict[str, Any]:
+    """Arguments of `get_image_features` beside `mm_kwargs`, whose integers are `sizes`, on the host. Empty for a tower
+    that knows images by other sizes than `SIZES`."""
+    if SIZES not in sizes:
+        return {}
+    grid, merge = sizes[SIZES], tower.spatial_merge_size
+    bounds, longest = get_vision_attention_seqlens(grid, tower.config)
+    found = {"cu_seqlens": bounds, "position_ids": get_vision_position_ids(grid, merge)}
+    if hasattr(tower, "interpolation_mode"):
+        found["interp_indices"], found["interp_weights"] = get_vision_interpolation_indices_and_weights(
+            grid,
+            tower.num_grid_per_side,
+            mode=tower.interpolation_mode,
+            align_corners=tower.interpolation_align_corners,
+            spatial_merge_size=merge,
+        )
+    arguments: dict[str, Any] = {name: to_device(tensor.numpy(), device) for name, tensor in found.items()}
+    return arguments if longest is None else arguments | {"max_seqlen": longest}
