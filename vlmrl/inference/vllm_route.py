@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from copy import copy
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -54,14 +55,16 @@ class Route:
         leaving.add_done_callback(lambda _: frames.put_nowait(None))
         answering: list[asyncio.Task[None]] = []
         try:
+            # Milliseconds each, which the event loop has better use for.
+            items = await asyncio.to_thread(_decode, batch.documents) if batch.documents else {}
             if not batch.requests:
-                self._waiting.add(batch.documents)
+                self._waiting.add({hash: (item, len(batch.documents[hash])) for hash, item in items.items()})
                 return await _respond(send, b"")
             for number, header in enumerate(batch.requests):
-                documents = batch.documents if header["is_whole"] else self._waiting.take(header["images"])
+                shown = items if header["is_whole"] else self._waiting.take(header["images"])
                 try:
                     outputs = await engine.add_request(
-                        header["request_id"], _engine_input(header, documents), _sampling_params(header)
+                        header["request_id"], _engine_input(header, shown), _sampling_params(header)
                     )
                 except Exception as error:  # ValueError in 0.26, vLLM's own in 0.32
                     if engine.errored:
@@ -69,6 +72,7 @@ class Route:
                     frames.put_nowait(pack_error(number, 400, str(error)))
                     continue
                 answering.append(asyncio.create_task(_answer(engine, number, header, outputs, frames)))
+                await asyncio.sleep(0)  # images that arrive meanwhile are read
             await send({"type": "http.response.start", "status": 200, "headers": []})
             left = len(batch.requests)
             while left:
@@ -92,31 +96,41 @@ class Route:
 
 
 class WaitingImages:
-    """Images' data on its way to the engine.
+    """Images on their way to the engine.
 
     >>> waiting = WaitingImages(limit_bytes=5)
-    >>> waiting.add({"a": memoryview(b"123"), "b": memoryview(b"45"), "c": memoryview(b"6")})
-    >>> sorted(waiting.take([["a", 0, 1], ["b", 1, 1], ["c", 2, 1]])), list(waiting.take([["b", 0, 1]]))
-    (['b', 'c'], [])
+    >>> waiting.add({"a": ("A", 3), "b": ("B", 2), "c": ("C", 1)})
+    >>> waiting.take([["b", 0, 1], ["c", 1, 1], ["a", 2, 1]]), waiting.take([["b", 0, 1]])
+    ({'b': 'B', 'c': 'C'}, {})
     """
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit = limit_bytes
-        self._documents: OrderedDict[str, memoryview] = OrderedDict()
+        self._items: OrderedDict[str, tuple[Any, int]] = OrderedDict()
         self._bytes = 0
 
-    def add(self, documents: Mapping[str, memoryview]) -> None:
-        self.take([[hash, 0, 0] for hash in documents])  # sent again: the newer stays
-        self._documents.update(documents)
-        self._bytes += sum(map(len, documents.values()))
+    def add(self, items: Mapping[str, tuple[Any, int]]) -> None:
+        """Hash → the image as vLLM takes it, and its size in bytes."""
+        self.take([[hash, 0, 0] for hash in items])  # sent again: the newer stays
+        self._items.update(items)
+        self._bytes += sum(size for _, size in items.values())
         while self._bytes > self._limit:
-            self._bytes -= len(self._documents.popitem(last=False)[1])
+            self._bytes -= self._items.popitem(last=False)[1][1]
 
-    def take(self, images: list[list[Any]]) -> dict[str, memoryview]:
+    def take(self, images: list[list[Any]]) -> dict[str, Any]:
         """Those of `images` ([hash, offset, length] each) that wait; they do not any more."""
-        taken = {hash: self._documents.pop(hash) for hash in {hash for hash, _, _ in images} & self._documents.keys()}
-        self._bytes -= sum(map(len, taken.values()))
-        return taken
+        taken = {hash: self._items.pop(hash) for hash in dict.fromkeys(i[0] for i in images) if hash in self._items}
+        self._bytes -= sum(size for _, size in taken.values())
+        return {hash: item for hash, (item, _) in taken.items()}
+
+
+def _decode(documents: Mapping[str, memoryview]) -> dict[str, Any]:
+    """Hash → vLLM's `MultiModalKwargsItem`, made of what `vllm_wire.encode_image` wrote."""
+    from vllm.multimodal.inputs import MultiModalKwargsItem
+    from vllm.v1.serial_utils import MsgpackDecoder
+
+    decoder = MsgpackDecoder(t=MultiModalKwargsItem)
+    return {hash: decoder.decode(document) for hash, document in documents.items()}
 
 
 async def _answer(
@@ -163,34 +177,42 @@ async def _frame(engine: Any, number: int, header: Mapping[str, Any], outputs: A
 
 
 def _sampling_params(header: Mapping[str, Any]) -> Any:
+    stops, banned = tuple(header["stop_token_ids"]), tuple(header["banned_token_ids"])
+    params = copy(_sampling(header["temperature"], header["max_tokens"], stops, banned))
+    params.seed = header["seed"]
+    return params
+
+
+@lru_cache(maxsize=16)
+def _sampling(temperature: float, max_tokens: int, stops: tuple[int, ...], banned: tuple[int, ...]) -> Any:
+    """What a run's requests have in common. vLLM would copy the hundreds of banned tokens of each of them, in more time
+    than all else takes."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
-        temperature=header["temperature"],
-        seed=header["seed"],
-        max_tokens=header["max_tokens"],
-        stop_token_ids=header["stop_token_ids"],
+        temperature=temperature,
+        seed=0,  # each has its own
+        max_tokens=max_tokens,
+        stop_token_ids=list(stops),
         ignore_eos=True,
-        logit_bias=_bias(tuple(header["banned_token_ids"])) or None,
+        logit_bias=dict.fromkeys(banned, BANNED_BIAS) or None,
         logprobs=0,
         flat_logprobs=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
+        skip_clone=True,
     )
 
 
-def _engine_input(header: Mapping[str, Any], documents: Mapping[str, memoryview]) -> Any:
-    """Images that `documents` lacks go by their hash."""
+def _engine_input(header: Mapping[str, Any], items: Mapping[str, Any]) -> Any:
+    """Images that `items` lacks go by their hash."""
     from vllm.inputs import mm_input, tokens_input
-    from vllm.multimodal.inputs import MultiModalKwargsItem, MultiModalKwargsItems, PlaceholderRange
-    from vllm.v1.serial_utils import MsgpackDecoder
+    from vllm.multimodal.inputs import MultiModalKwargsItems, PlaceholderRange
 
     images = header["images"]
     if not images:
         return tokens_input(prompt_token_ids=header["token_ids"])
-    decoder = MsgpackDecoder(t=MultiModalKwargsItem)
-    items = {hash: decoder.decode(documents[hash]) for hash in {hash for hash, _, _ in images} & documents.keys()}
     return mm_input(
         prompt_token_ids=header["token_ids"],
         mm_kwargs=MultiModalKwargsItems({"image": [items.get(hash) for hash, _, _ in images]}),
@@ -203,11 +225,6 @@ def _span(span: Any) -> tuple[str, int, int]:
     if isinstance(span, dict):
         return span["version"], span["start"], span["end"]
     return span.version, span.start, span.end
-
-
-@lru_cache(maxsize=16)
-def _bias(banned: tuple[int, ...]) -> dict[int, float]:
-    return dict.fromkeys(banned, BANNED_BIAS)
 
 
 async def _read(receive: Receive) -> bytes | None:

@@ -10,6 +10,7 @@ Runs in vLLM's processes and uses the names of vLLM's own layers; imported by no
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -26,6 +27,13 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 
 from vlmrl.weight_sync.verify import Slice, digest
+
+SWITCH_INTERVAL_S = 1e-4
+"""For how long another thread may keep the interpreter from one that wants it; Python's own is 5e-3."""
+
+# vLLM's engine reads requests and writes answers in threads beside the one that launches a step's thousands of
+# kernels. Each launch gives the interpreter up and asks for it again, and would wait a whole interval.
+sys.setswitchinterval(SWITCH_INTERVAL_S)
 
 
 class WorkerInspector:
