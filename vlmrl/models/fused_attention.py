@@ -80,7 +80,7 @@ def plan_flex(segments: Sequence[Segment], device: torch.device) -> BlockMask:
         counts = to_device(blocks.sum(1).astype(np.int32), device)
         return counts[None, None], to_device(order.astype(np.int32), device)[None, None]
 
-    end_of = to_device(ends, device)
+    end_of = to_device(ends.astype(np.int32), device)
 
     def is_ancestor(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (query < end_of[key])

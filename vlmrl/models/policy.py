@@ -27,7 +27,7 @@ from vlmrl.models.features import FeatureCache, ImageFeatures, Levels, first_fea
 from vlmrl.models.fused_attention import VISION_ATTENTION, Kernel, vision_attention_forward
 from vlmrl.models.head import token_logprobs
 from vlmrl.models.positions import PositionFunction
-from vlmrl.models.transfer import to_device
+from vlmrl.models.transfer import side_by_side
 from vlmrl.models.tree_attention import ATTENTION_NAME, KVPool, TreePlan, tree_attention_forward
 from vlmrl.models.vision_geometry import tower_arguments
 from vlmrl.types import ImageItem
@@ -144,9 +144,15 @@ class Policy:
         return {name: float(value) for name, value in counters.items()}
 
     def _encode(self, images: Sequence[ImageItem]) -> Levels:
-        arrays = {name: np.concatenate([i.mm_kwargs[name] for i in images]) for name in images[0].mm_kwargs}
-        sizes = {name: torch.from_numpy(array) for name, array in arrays.items() if array.dtype.kind in "iu"}
-        pixels = {name: to_device(array, self.device) for name, array in arrays.items() if name not in sizes}
+        sizes: dict[str, Tensor] = {}
+        pixels: dict[str, Tensor] = {}
+        for name, first in images[0].mm_kwargs.items():
+            arrays = [image.mm_kwargs[name] for image in images]
+            # Integers are geometry: to read them back from a device would wait for it.
+            if first.dtype.kind in "iu":
+                sizes[name] = torch.from_numpy(np.concatenate(arrays))
+            else:
+                pixels[name] = side_by_side(arrays, self.device)
         derived = tower_arguments(self._tower, sizes, self.device)
         with uncompiled_in_inference():
             out = self.model.base_model.get_image_features(**pixels, **sizes, **derived, return_dict=True)

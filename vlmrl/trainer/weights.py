@@ -86,12 +86,12 @@ class PlainWeights:
 def _hand_over(master: nn.Parameter, parameter: Tensor) -> None:
     """The gradient of one micro-batch, in the model's dtype, to the sum of them."""
     assert parameter.grad is not None
-    grad = parameter.grad.to(master.device, master.dtype)
+    grad = parameter.grad.to(master.device)
     parameter.grad = None
     if master.grad is None:
-        master.grad = grad
+        master.grad = grad.to(master.dtype)
     else:
-        master.grad += grad
+        master.grad += grad  # in the sum's dtype
 
 
 class ShardedWeights:
