@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import TypeAlias
 
 import httpx
@@ -121,6 +122,14 @@ def test_an_images_data_goes_once_and_its_hash_from_then_on(forgotten: Callable[
         ]
 
     asyncio.run(scenario())
+
+
+def test_more_banned_tokens_than_a_server_has_room_for_are_not_sent() -> None:
+    server = Server(lambda: sampled())
+    many = replace(SAMPLING, banned_token_ids=tuple(range(1025)))
+    with pytest.raises(EngineError, match=r"server has room for 1024 banned tokens.* 1025 .*inference\.urls=\[\]"):
+        asyncio.run(client_of(server).generate("train/0", prompt(), many))
+    assert not server.requests
 
 
 def test_siblings_wait_for_the_one_that_sends_their_image() -> None:

@@ -30,7 +30,15 @@ from vlmrl.errors import EngineError
 from vlmrl.inference.connections import Connections
 from vlmrl.inference.vllm_batches import CONTENT_TYPE, Batches, BatchLostError
 from vlmrl.inference.vllm_frames import FORGOTTEN, ROUTE, pack_batch, request_header
-from vlmrl.inference.vllm_wire import Answer, WireError, data_size, encode_image, parse_answer, request_body
+from vlmrl.inference.vllm_wire import (
+    MOST_TOKENS,
+    Answer,
+    WireError,
+    data_size,
+    encode_image,
+    parse_answer,
+    request_body,
+)
 from vlmrl.models.config import Dtype
 from vlmrl.types import ImageItem, Prompt, SamplingParams
 
@@ -268,6 +276,12 @@ class VllmClient:
         has_hashes: bool,
     ) -> Answer | None:
         """By vLLM's own route."""
+        banned = len(sampling.banned_token_ids)
+        if banned > MOST_TOKENS:
+            raise EngineError(
+                f"rollout {rollout_id}: {self.name} has room for {MOST_TOKENS} banned tokens, and the vocabulary has "
+                f"{banned} that are not the tokenizer's: set inference.urls=[], so that the run starts servers itself"
+            )
         arguments = (request_id, prompt.token_ids, prompt.placeholders, data, sampling)
         # Megabytes are not put together on the event loop.
         body = await asyncio.to_thread(request_body, *arguments) if data else request_body(*arguments)

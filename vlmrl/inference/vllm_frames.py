@@ -49,16 +49,20 @@ def request_header(
         "seed": sampling.seed,
         "max_tokens": sampling.max_new_tokens,
         "stop_token_ids": sampling.stop_token_ids,
-        "banned_token_ids": _listed(sampling.banned_token_ids),
+        "banned": _runs(sampling.banned_token_ids),
         "images": [[p.hash, p.offset, p.length] for p in placeholders],
         "is_whole": is_whole,
     }
 
 
 @lru_cache(maxsize=16)
-def _listed(banned: tuple[int, ...]) -> orjson.Fragment:
-    """Hundreds of tokens, the same in every request: encoded once."""
-    return orjson.Fragment(orjson.dumps(banned))
+def _runs(token_ids: tuple[int, ...]) -> orjson.Fragment:
+    """[first, end) of each run of successive tokens; the same in every request, so encoded once. Where a vocabulary is
+    larger than its tokenizer, 150,000 may be banned."""
+    ids = np.array(sorted(token_ids), np.int64)
+    cuts = np.flatnonzero(np.diff(ids) > 1) + 1
+    runs = [[int(part[0]), int(part[-1]) + 1] for part in np.split(ids, cuts) if len(part)]
+    return orjson.Fragment(orjson.dumps(runs))
 
 
 def pack_batch(requests: Sequence[Mapping[str, Any]], data: Mapping[str, bytes]) -> bytes:
@@ -79,11 +83,13 @@ class Batch:
 
 def unpack_batch(body: bytes) -> Batch:
     """
-    >>> sampling = SamplingParams(8, 1.0, (2,), (), seed=7)
+    >>> sampling = SamplingParams(8, 1.0, (2,), (4, 5, 6, 9), seed=7)
     >>> header = request_header("r", np.array([5, 9, 9]), [Placeholder(1, 2, "ab")], sampling, is_whole=True)
     >>> batch = unpack_batch(pack_batch([header], {"ab": b"pixels"}))
     >>> batch.requests[0]["token_ids"], batch.requests[0]["images"], bytes(batch.documents["ab"])
     ([5, 9, 9], [['ab', 1, 2]], b'pixels')
+    >>> batch.requests[0]["banned"]
+    [[4, 7], [9, 10]]
     """
     ((header, data),) = Frames().feed(body)
     documents, start = {}, 0

@@ -22,7 +22,7 @@ from functools import lru_cache
 from typing import Any, TypeAlias
 
 from vlmrl.inference.vllm_frames import FORGOTTEN, ROUTE, pack_answer, pack_error, unpack_batch
-from vlmrl.inference.vllm_wire import BANNED_BIAS
+from vlmrl.inference.vllm_wire import BANNED_BIAS, MOST_TOKENS
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -64,7 +64,9 @@ class Route:
                 shown = items if header["is_whole"] else self._waiting.take(header["images"])
                 try:
                     outputs = await engine.add_request(
-                        header["request_id"], _engine_input(header, shown), _sampling_params(header)
+                        header["request_id"],
+                        _engine_input(header, shown),
+                        _sampling_params(header, engine.model_config.get_vocab_size()),
                     )
                 except Exception as error:  # ValueError in 0.26, vLLM's own in 0.32
                     if engine.errored:
@@ -176,15 +178,17 @@ async def _frame(engine: Any, number: int, header: Mapping[str, Any], outputs: A
     return pack_answer(number, tokens, logprobs.logprobs, versions, completion.finish_reason or "abort")
 
 
-def _sampling_params(header: Mapping[str, Any]) -> Any:
-    stops, banned = tuple(header["stop_token_ids"]), tuple(header["banned_token_ids"])
-    params = copy(_sampling(header["temperature"], header["max_tokens"], stops, banned))
+def _sampling_params(header: Mapping[str, Any], vocabulary: int) -> Any:
+    stops, banned = tuple(header["stop_token_ids"]), tuple(map(tuple, header["banned"]))
+    params = copy(_sampling(header["temperature"], header["max_tokens"], stops, banned, vocabulary))
     params.seed = header["seed"]
     return params
 
 
 @lru_cache(maxsize=16)
-def _sampling(temperature: float, max_tokens: int, stops: tuple[int, ...], banned: tuple[int, ...]) -> Any:
+def _sampling(
+    temperature: float, max_tokens: int, stops: tuple[int, ...], banned: tuple[tuple[int, int], ...], vocabulary: int
+) -> Any:
     """What a run's requests have in common. vLLM would copy the hundreds of banned tokens of each of them, in more time
     than all else takes."""
     from vllm import SamplingParams
@@ -196,13 +200,30 @@ def _sampling(temperature: float, max_tokens: int, stops: tuple[int, ...], banne
         max_tokens=max_tokens,
         stop_token_ids=list(stops),
         ignore_eos=True,
-        logit_bias=dict.fromkeys(banned, BANNED_BIAS) or None,
         logprobs=0,
         flat_logprobs=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
         skip_clone=True,
+        **_ban(banned, vocabulary),
     )
+
+
+def _ban(banned: tuple[tuple[int, int], ...], vocabulary: int) -> dict[str, Any]:
+    """Keep the tokens of all runs [first, end) from being sampled, in whichever way vLLM has room for.
+
+    >>> _ban(((3, 5),), 8), _ban((), 8), _ban(((2, 5000),), 5001)
+    ({'logit_bias': {3: -1e+30, 4: -1e+30}}, {}, {'allowed_token_ids': [0, 1, 5000]})
+    """
+    count = sum(end - first for first, end in banned)
+    if count <= MOST_TOKENS:
+        bias = {token: BANNED_BIAS for first, end in banned for token in range(first, end)}
+        return {"logit_bias": bias} if bias else {}
+    edges = [0, *(edge for run in banned for edge in run), vocabulary]
+    allowed = [token for first, end in zip(edges[::2], edges[1::2], strict=True) for token in range(first, end)]
+    if len(allowed) > MOST_TOKENS:
+        raise ValueError(f"{count} tokens are banned and {len(allowed)} are not: vLLM takes {MOST_TOKENS} of either")
+    return {"allowed_token_ids": allowed}
 
 
 def _engine_input(header: Mapping[str, Any], items: Mapping[str, Any]) -> Any:

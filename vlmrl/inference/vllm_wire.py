@@ -32,6 +32,10 @@ BANNED_BIAS = -1e30
 """Added to the logits of banned tokens. JSON has no −inf; in float32, in which vLLM samples, this gives the same: the
 probability of a banned token is 0 and those of the others are what they are without it."""
 
+MOST_TOKENS = 1024
+"""Of a request's biased tokens, or of its allowed ones: on a GPU vLLM has tables of this size, and its engine dies of
+more."""
+
 FINAL_ONLY = 2
 """`output_kind`: one answer at the end. Left out, 0.26 answers with what its last update held."""
 

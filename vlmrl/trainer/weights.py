@@ -131,6 +131,10 @@ class ShardedWeights:
             sharded: Any = fully_shard(module, **arguments)
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)
+        for module in model.modules():
+            # A compiler that sees this takes a layer's integers, its head size among them, for sizes that change, and
+            # then has no attention kernel for them.
+            module._is_fsdp_managed_module = False
 
     def learning(self) -> dict[str, Tensor]:
         """What the optimizer changes, by name; float32, this rank's slices."""

@@ -1,0 +1,61 @@
+"""Layers that are compiled and sharded: what a compiler sees of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import FileStore
+
+from vlmrl.models.blocks import blocks
+from vlmrl.trainer.weights import ShardedWeights
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process."""
+    dist.init_process_group("gloo", store=FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_of_a_sharded_layer_that_is_compiled_nothing_but_rows_is_taken_for_a_size_that_changes(
+    tiny_model: Callable[[], Any], alone: None
+) -> None:
+    model = tiny_model()
+    tower = model.get_encoder(modality="image")
+    layer = next(block for block in blocks(model) if block in set(tower.modules()))
+    symbols: list[str] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        symbols.extend(
+            node.name for node in graph.graph.nodes if isinstance(node.meta.get("example_value"), torch.SymInt)
+        )
+        return graph.forward
+
+    layer.compile(dynamic=True, backend=backend)
+    weights = ShardedWeights(model, CPU, offload=False)
+    width, head = model.config.vision_config.hidden_size, layer.attn.head_dim
+
+    def forward(patches: int) -> Tensor:
+        angles = torch.zeros(patches, head)
+        found: Tensor = layer(
+            torch.ones(patches, width),
+            cu_seqlens=torch.tensor([0, patches], dtype=torch.int32),
+            position_embeddings=(angles.cos(), angles.sin()),
+        )
+        return found
+
+    for patches in (8, 12):
+        torch.autograd.backward(weights.compute(partial(forward, patches)).sum())
+    assert symbols, "sizes are left open"
+    assert not [name for name in symbols if "head_dim" in name or "num_heads" in name]
