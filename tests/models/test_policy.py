@@ -129,6 +129,15 @@ def test_one_prompt_is_the_plain_forward(
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-5)
 
 
+def test_the_models_own_forward_is_left_as_it_was(policy: Policy, tiny_model: Callable[[], Any]) -> None:
+    asked = prompt(*CASES[-1])
+    types = mm_token_type_ids(len(asked.token_ids), asked.placeholders)
+    policy.config.get_text_config()._attn_implementation = "sdpa"
+    with torch.no_grad():
+        found, wanted = (plain_logits(m, asked.token_ids, types, asked.images) for m in (policy.model, tiny_model()))
+    torch.testing.assert_close(found, wanted, rtol=0.0, atol=0.0)
+
+
 def test_rows_that_stand_behind_images_keep_their_positions_without_showing_any(policy: Policy) -> None:
     """A reply without images in a conversation with them: MRoPE positions fall behind the count of tokens."""
     ids, types, none = torch.tensor([1, 2, 3]), torch.zeros(3, dtype=torch.int64), torch.empty(0, dtype=torch.int64)

@@ -13,7 +13,7 @@ lets the GPU run empty a dozen times in a pass.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,10 +40,18 @@ def _arguments(module: Any) -> set[str]:
     return set(inspect.signature(module.forward).parameters)
 
 
-def _add_features(hidden_states: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor) -> Tensor:
-    """Stands in for a decoder's own `_deepstack_process`: hidden_states [1, T, hidden], visual_embeds [P, hidden];
-    `visual_pos_masks` are the P rows, int64, not a mask over T."""
-    return hidden_states.index_add(1, visual_pos_masks, visual_embeds.to(hidden_states.dtype)[None])
+class _AddFeatures:
+    """Stands in for a decoder's own `_deepstack_process`."""
+
+    def __init__(self, decoder: Any) -> None:
+        self._by_mask: Callable[[Tensor, Tensor, Tensor], Tensor] = decoder._deepstack_process
+
+    def __call__(self, hidden_states: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor) -> Tensor:
+        """hidden_states [1, T, hidden], visual_embeds [P, hidden]. `visual_pos_masks` are the P rows, int64; if it is
+        not the policy that asks, a mask over [B, T]."""
+        if visual_pos_masks.dtype is torch.bool:
+            return self._by_mask(hidden_states, visual_pos_masks, visual_embeds)
+        return hidden_states.index_add(1, visual_pos_masks, visual_embeds.to(hidden_states.dtype)[None])
 
 
 class Policy:
@@ -88,7 +96,8 @@ class Policy:
                     f"{type(self._decoder).__name__} has no _deepstack_process, so the features of images could not be "
                     "placed: install transformers 5.19"
                 )
-            self._decoder._deepstack_process = _add_features
+            if not isinstance(self._decoder._deepstack_process, _AddFeatures):
+                self._decoder._deepstack_process = _AddFeatures(self._decoder)
         # Rows without images of their own may still stand behind images: with MRoPE they need all four positions.
         self._mrope = "mrope_section" in (getattr(text, "rope_parameters", None) or {})
         text._attn_implementation = ATTENTION_NAME
