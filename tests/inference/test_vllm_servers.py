@@ -196,6 +196,10 @@ def test_sampling_keeps_to_its_params(servers: Engine, do: Do[Any]) -> None:
     assert (len(endless.token_ids), endless.finish_reason) == (40, "length")
 
 
+LONG = 800
+"""New tokens that take longer than a publish."""
+
+
 def test_requests_in_flight_survive_a_sync_and_each_token_has_its_version(servers: Engine, do: Do[Any]) -> None:
     """Tokens before the update are the old policy's, those after it the new one's, for keys and values are computed
     anew."""
@@ -203,8 +207,9 @@ def test_requests_in_flight_survive_a_sync_and_each_token_has_its_version(server
     prompts = [do(tiny.prompt(20 + i)) for i in range(4)]
 
     async def scenario() -> tuple[list[Completion], dict[str, torch.Tensor]]:
+        await servers.publish()
         before = await generated(servers)
-        asked = [asyncio.create_task(servers.ask(p, tiny.endless(i, 400))) for i, p in enumerate(prompts)]
+        asked = [asyncio.create_task(servers.ask(p, tiny.endless(i, LONG))) for i, p in enumerate(prompts)]
         while await generated(servers) < before + 100:
             await asyncio.sleep(0.01)
         old = {name: weight.clone() for name, weight in tiny.weights().items()}
@@ -219,7 +224,7 @@ def test_requests_in_flight_survive_a_sync_and_each_token_has_its_version(server
     expected_old = [tiny.logprobs(p, c) for p, c in zip(prompts, completions, strict=True)]
     set_weights(tiny, new)
     for completion, was, becomes in zip(completions, expected_old, expected_new, strict=True):
-        assert len(completion.token_ids) == 400
+        assert len(completion.token_ids) == LONG
         assert np.abs(was - becomes).max() > 0.1
         if TELLS_VERSIONS:
             assert sorted(set(completion.versions.tolist())) == [servers.version - 1, servers.version]
@@ -228,7 +233,7 @@ def test_requests_in_flight_survive_a_sync_and_each_token_has_its_version(server
         else:
             assert set(completion.versions.tolist()) == {servers.version - 1}
             switch = int(np.argmax(np.abs(completion.logprobs - was) > 1e-3))
-        assert 0 < switch < 400
+        assert 0 < switch < LONG
         expected = np.concatenate([was[:switch], becomes[switch:]])
         np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4, rtol=0)
 
