@@ -162,9 +162,9 @@ class Policy:
                 sizes[name] = torch.from_numpy(np.concatenate(arrays))
             else:
                 pixels[name] = side_by_side(arrays, self.device)
-        derived = tower_arguments(self._tower, sizes, self.device)
+        arguments = tower_arguments(self._tower, sizes, self.device)
         with uncompiled_in_inference():
-            out = self.model.base_model.get_image_features(**pixels, **sizes, **derived, return_dict=True)
+            out = self.model.base_model.get_image_features(**pixels, **arguments, return_dict=True)
         levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
         if len(levels) > 1 and not self._takes_levels:
             raise ModelError(

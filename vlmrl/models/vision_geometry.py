@@ -4,8 +4,7 @@ A tower of transformers computes positions, interpolation of its learned grid an
 are, and reads them back to do so: on a GPU each time a wait for all that was asked of it before. It takes them ready as
 well, under the names here.
 
-Left out: what only some towers derive beside these (windows, merged shapes). They compute that themselves, with sizes
-that are on the host.
+Left out: towers that derive more than these (windows, merged shapes). They compute all of it themselves.
 """
 
 from __future__ import annotations
@@ -28,20 +27,25 @@ SIZES = "image_grid_thw"
 
 
 def tower_arguments(tower: Any, sizes: Mapping[str, Tensor], device: torch.device) -> dict[str, Any]:
-    """Arguments of `get_image_features` beside `mm_kwargs`, whose integers are `sizes`, on the host. Empty for a tower
-    that knows images by other sizes than `SIZES`."""
-    if SIZES not in sizes:
-        return {}
+    """Arguments of `get_image_features` beside pixels: `sizes`, which are the integers of `mm_kwargs` on the host, and
+    what is derived from them. A tower that derives other things gets `sizes` alone, on its device."""
+    # A tower that says how it resamples its grid derives the grid's places and weights, and those two.
+    if SIZES not in sizes or not hasattr(tower, "interpolation_mode"):
+        return {name: to_device(tensor.numpy(), device) for name, tensor in sizes.items()}
     grid, merge = sizes[SIZES], tower.spatial_merge_size
     bounds, longest = get_vision_attention_seqlens(grid, tower.config)
-    found = {"cu_seqlens": bounds, "position_ids": get_vision_position_ids(grid, merge)}
-    if hasattr(tower, "interpolation_mode"):
-        found["interp_indices"], found["interp_weights"] = get_vision_interpolation_indices_and_weights(
-            grid,
-            tower.num_grid_per_side,
-            mode=tower.interpolation_mode,
-            align_corners=tower.interpolation_align_corners,
-            spatial_merge_size=merge,
-        )
-    arguments: dict[str, Any] = {name: to_device(tensor.numpy(), device) for name, tensor in found.items()}
-    return arguments if longest is None else arguments | {"max_seqlen": longest}
+    indices, weights = get_vision_interpolation_indices_and_weights(
+        grid,
+        tower.num_grid_per_side,
+        mode=tower.interpolation_mode,
+        align_corners=tower.interpolation_align_corners,
+        spatial_merge_size=merge,
+    )
+    derived = {
+        "cu_seqlens": bounds,
+        "position_ids": get_vision_position_ids(grid, merge),
+        "interp_indices": indices,
+        "interp_weights": weights,
+    }
+    arguments = {**sizes, **{name: to_device(tensor.numpy(), device) for name, tensor in derived.items()}}
+    return arguments if longest is None else {**arguments, "max_seqlen": longest}

@@ -1,0 +1,40 @@
+"""What a vision tower derives from sizes, computed beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+
+from vlmrl.models.vision_geometry import SIZES, tower_arguments
+
+CPU = torch.device("cpu")
+GRID = torch.tensor([[1, 4, 6], [1, 2, 2], [2, 6, 4]])
+
+Config: Any = Qwen2_5_VLVisionConfig
+Windows: Any = Qwen2_5_VisionTransformerPretrainedModel
+
+
+def test_a_tower_makes_the_same_of_what_it_is_given_and_of_what_it_derives(tiny_model: Callable[[], Any]) -> None:
+    model = tiny_model()
+    tower = model.get_encoder(modality="image")
+    patches = torch.randn(int(GRID.prod(-1).sum()), tower.patch_embed.proj.weight[0].numel())
+    arguments = tower_arguments(tower, {SIZES: GRID}, CPU)
+    assert arguments.keys() == {SIZES, "cu_seqlens", "position_ids", "interp_indices", "interp_weights"}
+    with torch.no_grad():
+        found = model.base_model.get_image_features(pixel_values=patches, **arguments, return_dict=True)
+        wanted = model.base_model.get_image_features(pixel_values=patches, image_grid_thw=GRID, return_dict=True)
+    for one, other in zip(found.pooler_output, wanted.pooler_output, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("name", [SIZES, "image_sizes"])
+def test_a_tower_that_derives_other_things_is_given_sizes_alone(name: str) -> None:
+    sizes = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    arguments = tower_arguments(Windows(Config(**sizes)), {name: GRID}, CPU)
+    assert arguments.keys() == {name}
+    assert torch.equal(arguments[name], GRID)
