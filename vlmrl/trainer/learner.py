@@ -16,7 +16,7 @@ import resource
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -101,14 +101,20 @@ class _Pass:
     batch: MicroBatch
     output: LossOutput
     logprobs: Tensor
-    """float32 [N]; without gradient."""
+    """float32 [N]."""
     entropies: Tensor
     """float32 [N]; nats."""
+
+    @staticmethod
+    def behind(batch: MicroBatch, output: LossOutput, logprobs: Tensor, entropies: Tensor) -> _Pass:
+        """Without gradients, whose graphs would keep memory; `entropies` [U] as the head gives them."""
+        output = replace(output, loss=output.loss.detach())
+        return _Pass(batch, output, logprobs.detach(), entropies[batch.entry])
 
     def figures(self) -> tuple[Scalars, Scalars, Scalars]:
         """Of the pass itself, and `sums` and `maxima` of its `LossOutput`."""
         total, largest = mismatch_kl(self.logprobs, self.batch.inference_logprobs)
-        own: Scalars = {"loss": self.output.loss.detach(), "entropy": self.entropies.sum()}
+        own: Scalars = {"loss": self.output.loss, "entropy": self.entropies.sum()}
         return own | {"kl_sum": total, "kl_max": largest}, self.output.sums, self.output.maxima
 
 
@@ -246,7 +252,7 @@ class Learner:
             )
             output = policy_loss(tokens, totals, self._algorithm)
             _backward(self._loss_scale.factor * output.loss)
-            passed.append(_Pass(batch, output, logprobs.detach(), entropies[batch.entry]))
+            passed.append(_Pass.behind(batch, output, logprobs, entropies))
         self._note_broken(passed, share, outcome)
         for figures, sums, maxima in _read([each.figures() for each in passed]):
             outcome.loss += figures["loss"]
@@ -269,7 +275,7 @@ class Learner:
                 continue
             part = supervised(logprobs, step.demonstrated_tokens)
             _backward(self._loss_scale.factor * step.demonstration_weight * part)
-            passed.append(_Pass(batch, LossOutput(part), logprobs.detach(), entropies[batch.entry]))
+            passed.append(_Pass.behind(batch, LossOutput(part), logprobs, entropies))
         self._note_broken(passed, share, outcome)
         read = _read([each.figures() for each in passed])
         outcome.demonstration_loss = sum(figures["loss"] for figures, *_ in read)
@@ -297,14 +303,14 @@ class Learner:
         """The first of `passed` whose loss is not finite, unless there was one before."""
         if not passed or outcome.broken_loss is not None:
             return
-        is_broken = (~torch.isfinite(torch.stack([each.output.loss.detach() for each in passed]))).tolist()
+        is_broken = (~torch.isfinite(torch.stack([each.output.loss for each in passed]))).tolist()
         if not any(is_broken):
             return
         first = passed[is_broken.index(True)]
         batch = first.batch
         figures = torch.stack([first.logprobs, batch.inference_logprobs, batch.advantages])
         broken = batch.sample_index[~torch.isfinite(figures).all(0)].tolist()
-        outcome.broken_loss = float(first.output.loss.detach())
+        outcome.broken_loss = float(first.output.loss)
         outcome.names_are_exact = bool(broken)
         outcome.broken = [share.samples[i].rollout_id for i in sorted(set(broken or batch.sample_index.tolist()))]
 
