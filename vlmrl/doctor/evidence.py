@@ -261,14 +261,22 @@ class Rows:
 def watched_rows(policy: Policy) -> Iterator[Rows]:
     """Token ids and positions of every row that the policy's model computes meanwhile."""
     rows = Rows()
+    looked_up: list[IntArray] = []
+
+    def look_up(module: Any, args: tuple[Any, ...]) -> None:
+        looked_up.append(args[0].reshape(1, -1).cpu().numpy())
 
     def look(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        token_ids = kwargs["input_ids"].reshape(1, -1)
-        positions = kwargs["position_ids"].reshape(-1, token_ids.shape[1])
-        rows.batches.append(np.concatenate([token_ids.cpu().numpy(), positions.cpu().numpy()]).T)
+        token_ids = looked_up.pop()
+        positions = kwargs["position_ids"].reshape(-1, token_ids.shape[1]).cpu().numpy()
+        rows.batches.append(np.concatenate([token_ids, positions]).T)
 
-    handle = policy.model.base_model.register_forward_pre_hook(look, with_kwargs=True)
+    handles = [
+        policy.model.get_input_embeddings().register_forward_pre_hook(look_up),
+        policy.model.base_model.get_decoder().register_forward_pre_hook(look, with_kwargs=True),
+    ]
     try:
         yield rows
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
