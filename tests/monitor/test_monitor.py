@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -352,7 +353,8 @@ def test_ctrl_c_in_a_terminal_closes_everything(tmp_path: Path) -> None:
         dimensions=(40, 80),
         encoding="utf-8",
         codec_errors="replace",  # the terminal echoes ^C wherever the output is at that moment
-        timeout=300,
+        timeout=60,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in what a script runs behind itself
         env={
             "TERM": "xterm-256color",
             "PATH": "/usr/bin:/bin",
