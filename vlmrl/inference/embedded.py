@@ -28,6 +28,7 @@ from vlmrl.models.features import ImageFeatures
 from vlmrl.models.lora import merged
 from vlmrl.models.policy import Policy
 from vlmrl.models.prefix_tree import ImageKeys, Segment, build_tree, sort_key
+from vlmrl.models.transfer import to_device
 from vlmrl.models.tree_attention import (
     KVPool,
     SharedBlock,
@@ -426,12 +427,12 @@ class Generator:
                 np.arange(features.first[image.hash], features.first[image.hash] + image.num_tokens) for image in images
             ]
         return self._policy.hidden_states(
-            torch.from_numpy(token_ids).to(device),
-            torch.from_numpy(position_ids).to(device),
-            torch.from_numpy(types).to(device),
+            to_device(token_ids, device),
+            to_device(position_ids, device),
+            to_device(types, device),
             plan,
             features,
-            torch.from_numpy(np.concatenate(feature_rows)).to(device),
+            to_device(np.concatenate(feature_rows), device),
         )
 
     def _encode(self, images: Sequence[ImageItem]) -> ImageFeatures | None:
@@ -518,6 +519,6 @@ class _SharedChain:
         for segment, members in self._members.items():
             start, end = np.searchsorted(row_prompts, [members[0], members[-1] + 1])
             if start < end:
-                slots = torch.from_numpy(self._segments[segment].slots).to(device)
+                slots = to_device(self._segments[segment].slots, device)
                 blocks.append(SharedBlock(int(start), int(end), slots))
         return blocks

@@ -277,8 +277,8 @@ class Learner:
             _backward(self._loss_scale.factor * step.demonstration_weight * part)
             passed.append(_Pass.behind(batch, LossOutput(part), logprobs, entropies))
         self._note_broken(passed, share, outcome)
-        read = _read([each.figures() for each in passed])
-        outcome.demonstration_loss = sum(figures["loss"] for figures, *_ in read)
+        losses = _read([({"loss": each.output.loss},) for each in passed])
+        outcome.demonstration_loss = sum(figures["loss"] for (figures,) in losses)
 
     def _pack(self, share: Share) -> Iterator[MicroBatch]:
         policy, packing = self.policy, self.config.packing
