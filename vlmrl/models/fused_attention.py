@@ -49,6 +49,10 @@ class Sequences:
 
 FusedPlan: TypeAlias = BlockMask | Sequences
 
+_ONE_KERNEL: dict[str, Any] = {"FORCE_USE_FLEX_ATTENTION": True}
+"""Below 128 rows FlexAttention would take a kernel that is made for decoding, and of torch 2.11 that one has no
+configuration for some lengths (68 rows): the pass would fail."""
+
 FLEX_BLOCK = 128
 """Rows per side of a block of FlexAttention's sparsity; its own default."""
 
@@ -108,7 +112,7 @@ def attend_fused(query: Tensor, key: Tensor, value: Tensor, plan: FusedPlan, sca
     # Within a compiled layer it is part of that layer. Uncompiled on a CPU, for tests: it has no backward pass there.
     apart = query.is_cuda and not torch.compiler.is_compiling()
     attend: Any = _compiled_flex_attention() if apart else flex_attention
-    out: Tensor = attend(query, key, value, block_mask=plan, scale=scaling, enable_gqa=True)
+    out: Tensor = attend(query, key, value, block_mask=plan, scale=scaling, enable_gqa=True, kernel_options=_ONE_KERNEL)
     return out.transpose(1, 2)
 
 
