@@ -6,9 +6,11 @@
 A step is the product's own `train_step`: the batch divided and sent to the ranks, packing, forward, backward, gradients
 summed, clipping, AdamW over float32 weights; bf16 on a GPU. Rows:
 
-    alone   one GPU, the others idle
-    full    all of them, weights, gradients and averages in slices (trainer.sharding=full, FSDP2)
-    none    all of them, each with the whole model (trainer.sharding=none)
+    alone       one GPU, the others idle
+    full        all of them, weights, gradients and averages in slices (trainer.sharding=full, FSDP2)
+    optimizer   all of them, what learns and its averages in slices, weights and sums of gradients whole through the
+                micro-batches of a step (trainer.sharding=optimizer)
+    none        all of them, each with the whole model (trainer.sharding=none)
 
 With N GPUs the batch has N times the groups. `efficiency` is computed rows per second over N times those of `alone`;
 `gathered` the seconds for rank 0 to have every tensor whole, as a weight sync asks for them.
@@ -61,7 +63,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="2b", help="tiny, 2b, 4b, 8b")
     parser.add_argument("--shape", default="image", help=f"of {', '.join(SHAPES)}")
-    parser.add_argument("--rows", default="alone,full,none")
+    parser.add_argument("--rows", default="alone,full,optimizer,none")
     parser.add_argument("--device", default="auto", help="auto or cpu")
     parser.add_argument("--groups", type=int, default=0, help="of 16 rollouts, per GPU; 0: the shape's own")
     parser.add_argument("--micro-batch-tokens", type=int, default=8192)

@@ -93,6 +93,11 @@ def test_no_task_serves_outside_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
             ("inference=embedded",),
             "inference=embedded requires trainer.sharding=none",
         ),
+        (
+            {"nodes": 1, "tasks_per_node": 2},
+            ("inference=embedded", "trainer.sharding=optimizer"),
+            "inference=embedded requires trainer.sharding=none",
+        ),
         ({"nodes": 1, "tasks_per_node": 2}, ("inference=embedded", "trainer.sharding=none"), None),
         ({"nodes": 1, "tasks_per_node": 3}, ("model.device=cuda:0",), "model.device=cuda:0 requires one process"),
         ({"nodes": 9, "tasks_per_node": 32}, ("weight_sync.root=/x", "orchestrator.group_size=2"), "287 ranks require"),

@@ -153,6 +153,9 @@ def test_slices_and_eight_bits(run_config: Callable[..., RunConfig]) -> None:
     assert bytes_of("trainer.cpu_offload=true") == (2, 16)
     assert bytes_of(ranks=4) == (4, 0)
     assert bytes_of("trainer.sharding=none", ranks=4) == (18, 0)
+    assert bytes_of("trainer.sharding=optimizer", ranks=4) == (2 + 4 + 4, 0)
+    assert bytes_of("trainer.sharding=optimizer", "trainer.cpu_offload=true", ranks=4) == (2 + 4, 4)
+    assert bytes_of("trainer.sharding=optimizer") == bytes_of()
     assert bytes_of("trainer.cpu_offload=true", ranks=4) == (0, 4)
     assert bytes_of("model.dtype=float32") == (16, 0)
 

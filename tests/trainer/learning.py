@@ -10,13 +10,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import helpers
 import numpy as np
 import torch
+import torch.distributed as dist
 from helpers import END, Part, Sampled, image, sample
 
+from vlmrl.models.blocks import blocks, prepare_blocks
+from vlmrl.models.config import LoraConfig
 from vlmrl.models.load import load_model
+from vlmrl.models.lora import add_adapters
 from vlmrl.models.policy import Policy
 from vlmrl.models.positions import position_function
 from vlmrl.orchestrator.config import AlgorithmConfig
@@ -36,6 +41,7 @@ CONFIG = TrainerConfig(
     max_grad_norm=0.5,
     warmup=SFTConfig(rl_weight=0.3),
 )
+COLLECTIVES = "collectives"
 SYSTEM = list(range(100, 120))
 
 
@@ -50,6 +56,10 @@ class Case:
     freeze_language: bool = False
     images: bool = True
     """Whether any sample of the batch shows one."""
+    shown: bool = True
+    """Whether a demonstration shows one, if any sample does."""
+    recomputed: bool = False
+    lora: bool = False
     dtype: torch.dtype = torch.float32
     optimizer: Optimizer = Optimizer.adamw
 
@@ -61,9 +71,23 @@ CASES = {
     "side by side": Case(packing=Packing.varlen, micro_batch_tokens=100),
     "frozen": Case(micro_batch_tokens=60, freeze_vision=True),
     "tower alone": Case(packing=Packing.none, freeze_language=True),
+    "tower alone, last pass of text": Case(packing=Packing.none, freeze_language=True, shown=False),
     "text": Case(micro_batch_tokens=60, images=False),
     "replicated": Case(micro_batch_tokens=60, sharding=Sharding.none),
     "replicated one by one": Case(packing=Packing.none, sharding=Sharding.none),
+    "kept whole": Case(micro_batch_tokens=60, sharding=Sharding.optimizer),
+    "kept whole one by one": Case(packing=Packing.none, sharding=Sharding.optimizer),
+    "kept whole, one pass": Case(sharding=Sharding.optimizer),
+    "kept whole, frozen": Case(micro_batch_tokens=60, freeze_vision=True, sharding=Sharding.optimizer),
+    "kept whole, recomputed": Case(micro_batch_tokens=60, recomputed=True, sharding=Sharding.optimizer),
+    "kept whole, last pass of text": Case(micro_batch_tokens=60, shown=False, sharding=Sharding.optimizer),
+    "kept whole, tower alone": Case(packing=Packing.none, freeze_language=True, sharding=Sharding.optimizer),
+    "kept whole, tower alone, last pass of text": Case(
+        packing=Packing.none, freeze_language=True, shown=False, sharding=Sharding.optimizer
+    ),
+    "kept whole, adapters": Case(micro_batch_tokens=60, lora=True, sharding=Sharding.optimizer),
+    "kept whole in bfloat16": Case(micro_batch_tokens=60, sharding=Sharding.optimizer, dtype=torch.bfloat16),
+    "kept whole in float16": Case(micro_batch_tokens=60, sharding=Sharding.optimizer, dtype=torch.float16),
     "bfloat16": Case(micro_batch_tokens=60, dtype=torch.bfloat16),
     "replicated bfloat16": Case(micro_batch_tokens=60, sharding=Sharding.none, dtype=torch.bfloat16),
     "float16": Case(micro_batch_tokens=60, dtype=torch.float16),
@@ -86,9 +110,10 @@ def batch(images: bool = True) -> list[TrainingSample]:
     return samples
 
 
-def demonstrations(images: bool = True) -> list[TrainingSample]:
-    shown: Part = image(1, 1) if images else [7]
-    return [sample("sft/0", SYSTEM, Sampled([3, END])), sample("sft/1", SYSTEM, shown, Sampled([2, 2, END]))]
+def demonstrations(shown: bool = True) -> list[TrainingSample]:
+    """Two, of which the second shows an image."""
+    part: Part = image(1, 1) if shown else [7]
+    return [sample("sft/0", SYSTEM, Sampled([3, END])), sample("sft/1", SYSTEM, part, Sampled([2, 2, END]))]
 
 
 def parts(folder: str, name: str) -> tuple[Policy, TrainerConfig]:
@@ -99,6 +124,10 @@ def parts(folder: str, name: str) -> tuple[Policy, TrainerConfig]:
     model.to(case.dtype)
     model.requires_grad_(not case.freeze_language)
     model.base_model.visual.requires_grad_(not case.freeze_vision)
+    if case.lora:
+        torch.manual_seed(0)
+        add_adapters(model, LoraConfig(rank=4))
+    prepare_blocks(model, compiled=False, recomputed=case.recomputed)
     config = replace(
         CONFIG,
         packing=case.packing,
@@ -126,12 +155,27 @@ def follower(folder: str, name: str) -> Follower:
     return Follower(Learner(policy, config, AlgorithmConfig(), temperature=1.0, max_new_tokens=4, ranks=ranks))
 
 
+def counted(*names: str) -> Any:
+    """A context that counts calls of the first of these of torch.distributed that there is; they got new names."""
+    name = next(name for name in names if hasattr(dist, name))
+    return patch.object(dist, name, wraps=getattr(dist, name))
+
+
 def steps(trainer: LocalTrainer, name: str, number: int = 2) -> dict[str, np.ndarray]:
-    """Figures of each step; then the logprobs of every sample, and the weights."""
+    """Figures of each step, how often weights were gathered in it and gradients reduced; then the logprobs of every
+    sample, and the weights."""
     images = CASES[name].images
+    demonstrated = demonstrations(images and CASES[name].shown)
     found: dict[str, np.ndarray] = {}
+    found["units"] = np.array(1 + len(blocks(trainer._learner.policy.model)))
+    trainer.logprobs(batch(images))  # leaves nothing behind that a step would take for its own
     for _ in range(number):
-        result = trainer.train_step(batch(images), demonstrations(images))
+        with (
+            counted("all_gather_single", "all_gather_into_tensor") as gathers,
+            counted("reduce_scatter_single", "reduce_scatter_tensor") as reductions,
+        ):
+            result = trainer.train_step(batch(images), demonstrated)
+        found[f"{result.version}/{COLLECTIVES}"] = np.array([gathers.call_count, reductions.call_count])
         for key, value in result.metrics.items():
             found[f"{result.version}/{key}"] = np.array(value)
         found[f"{result.version}/entropies"] = np.concatenate([figures.entropies for figures in result.tokens])

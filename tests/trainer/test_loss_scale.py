@@ -38,7 +38,7 @@ def gradients(trainer: LocalTrainer, monkeypatch: pytest.MonkeyPatch, small: flo
         return norm
 
     monkeypatch.setattr(learner, "_clip", look)
-    samples = learning.demonstrations(images=True)
+    samples = learning.demonstrations()
     trainer._config = replace(trainer._config, warmup=replace(trainer._config.warmup, rl_weight=small))
     trainer.train_step(learning.batch(images=True)[:1], samples)
     return found[0]

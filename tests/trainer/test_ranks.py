@@ -13,6 +13,8 @@ from trainer import learning
 from trainer.learning import CASES
 from trainer.ranks import ended, start
 
+from vlmrl.trainer.config import Sharding
+
 EXACT = [name for name, case in CASES.items() if "float16" not in name and "bits" not in name]
 
 Found = dict[str, NDArray[np.float64]]
@@ -45,7 +47,7 @@ def assert_same(found: Found, wanted: Found, tolerance: float) -> None:
     divided = ("tokens/packed", "images/encoded", "images/cached", "images/cache_bytes", "micro_batches", "memory/")
     assert found.keys() == wanted.keys()
     for key, value in wanted.items():
-        if not key.partition("/")[2].startswith(divided):
+        if not key.partition("/")[2].startswith((*divided, learning.COLLECTIVES)):
             scale = np.abs(value).max() if value.size else 0.0
             error = np.abs(found[key] - value).max() / max(scale, 1e-2)
             assert error <= tolerance, f"{key} is off by {error} of {scale}"
@@ -66,25 +68,41 @@ def test_ranks_learn_what_one_process_learns(case: str, ranks: dict[str, Found],
     assert ranks[case]["2/micro_batches"] >= wanted["2/micro_batches"]
 
 
+@pytest.mark.parametrize("case", [name for name in EXACT if CASES[name].sharding is Sharding.optimizer])
+def test_what_is_kept_whole_is_gathered_once_a_step_and_reduced_once(case: str, ranks: dict[str, Found]) -> None:
+    found = ranks[case]
+    for step in (1, 2):
+        gathered, reduced = found[f"{step}/collectives"]
+        assert 0 < gathered <= found["units"]
+        assert 0 < reduced <= gathered, "and none of what does not learn"
+    if case in ("kept whole", "kept whole one by one", "kept whole, last pass of text"):
+        assert gathered == reduced == found["units"]
+    assert min(ranks["one by one"]["2/collectives"]) > 2 * found["units"], "where each micro-batch does so"
+
+
 def test_master_weights_are_float32(tiny_folder: Path) -> None:
     """A step that bfloat16 would round to nothing is not lost: it adds up."""
     trainer = learning.learner(str(tiny_folder), "replicated bfloat16", None)
     before = {name: weight.detach().clone() for name, weight in trainer.weights().items()}
     for _ in range(12):
-        trainer.supervised_step(learning.demonstrations(images=True), lr=3e-5)
+        trainer.supervised_step(learning.demonstrations(), lr=3e-5)
     moved = [name for name, weight in trainer.weights().items() if not torch.equal(weight, before[name])]
     assert {weight.dtype for weight in trainer.weights().values()} == {torch.bfloat16}
     assert any("layers.0.mlp" in name for name in moved)
 
 
 def test_ranks_in_bfloat16(tiny_folder: Path, tmp_path: Path, alone: Callable[[str], Found]) -> None:
-    for case, found in by_ranks(2, tiny_folder, tmp_path, "bfloat16", "replicated bfloat16").items():
+    for case, found in by_ranks(
+        2, tiny_folder, tmp_path, "bfloat16", "replicated bfloat16", "kept whole in bfloat16"
+    ).items():
         assert_same(found, alone(case), tolerance=2e-2)
 
 
 def test_ranks_in_float16(tiny_folder: Path, tmp_path: Path, alone: Callable[[str], Found]) -> None:
     """Eight times nearer to float32 than bfloat16 is: what the loss is scaled by is out of the gradient again."""
-    for case, found in by_ranks(2, tiny_folder, tmp_path, "float16", "replicated float16").items():
+    for case, found in by_ranks(
+        2, tiny_folder, tmp_path, "float16", "replicated float16", "kept whole in float16"
+    ).items():
         assert_same(found, alone(case), tolerance=3e-3)
     exact = {
         key: value for key, value in alone("small").items() if "grad_norm" in key or "loss" in key.partition("/")[2]
@@ -108,10 +126,17 @@ def test_any_number_of_ranks_goes_on_where_another_number_stopped(tiny_folder: P
     two = by_ranks(2, tiny_folder, tmp_path / "2", f"whole@{by_one}", f"small@{by_two}")
     assert_same(two["whole"], wanted, tolerance=1e-5)
     assert_same(two["small"], wanted, tolerance=1e-5)
-    four = by_ranks(4, tiny_folder, tmp_path / "4", f"replicated@{by_two}", f"small@{by_two}")
+    four = by_ranks(4, tiny_folder, tmp_path / "4", f"replicated@{by_two}", f"small@{by_two}", f"kept whole@{by_two}")
     assert_same(four["replicated"], wanted, tolerance=1e-5)
     assert_same(four["small"], wanted, tolerance=1e-5)
+    assert_same(four["kept whole"], wanted, tolerance=1e-5)
     assert_same(one_process("one by one", by_two), wanted, tolerance=1e-5)
+    by_slices = str(tmp_path / "by slices")
+    kept = by_ranks(2, tiny_folder, tmp_path / "kept", f"kept whole@{by_slices}")["kept whole"]
+    assert_same(kept, wanted, tolerance=1e-5)
+    again = by_ranks(2, tiny_folder, tmp_path / "again", f"small@{by_slices}", f"whole@{by_slices}")
+    assert_same(again["small"], wanted, tolerance=1e-5)
+    assert_same(again["whole"], wanted, tolerance=1e-5)
     slices = {path.name[:11] for path in (tmp_path / "by two/step_000001").glob("*.safetensors")}
     assert slices == {"shard-00001", "shard-00002"}
 

@@ -23,7 +23,7 @@ def ranks_work_together(config: RunConfig, count: int) -> None:
             f"mode={config.mode.name} requires one process, else {ranks} do what one does: start it without torchrun "
             "or srun"
         )
-    if config.inference.kind == "embedded" and config.trainer.sharding is Sharding.full:
+    if config.inference.kind == "embedded" and config.trainer.sharding is not Sharding.none:
         raise ConfigError(
             f"inference=embedded requires trainer.sharding=none with {ranks}, else rank 0, which samples from the "
             "trainer's own weights, has a slice of them only: set trainer.sharding=none, or inference=vllm"

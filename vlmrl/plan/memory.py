@@ -1,8 +1,9 @@
 """Bytes that a run holds: on the trainer's GPU, on the servers' GPUs, on the host. Estimates, by these formulas:
 
     learning     parameters that learn × (float32 weight 4 + gradient 4 + AdamW's averages 8, or 2 in 8 bits), on the
-                 host with trainer.cpu_offload, a slice of them on each rank with trainer.sharding=full;
-                 + weight in the model's dtype, where that is not float32 and the ranks hold no slices
+                 host with trainer.cpu_offload, a slice of them on each rank with trainer.sharding=full or optimizer;
+                 + weight in the model's dtype, where that is not float32 and the ranks hold no slices;
+                 + weight in the model's dtype and gradient 4 on the GPU, with trainer.sharding=optimizer
     frozen       the other parameters × weight in the model's dtype (model.lora, model.vlm.freeze_*), and
                  trainer.feature_cache_mib where the vision tower is among them
     in transit   parameters × weight in the engine's dtype, for weight_sync=nccl and cuda_ipc
@@ -129,10 +130,13 @@ def learning_bytes(config: RunConfig, ranks: int) -> tuple[float, float]:
     A bfloat16 model that learns in one process takes 2 + 4 + 4 + 8 bytes on its GPU, or 2 there and 16 on the host.
     """
     trainer, weight = config.trainer, BYTES[config.model.dtype]
-    sharded = ranks > 1 and trainer.sharding is Sharding.full
+    sharded = ranks > 1 and trainer.sharding is not Sharding.none
+    kept_whole = sharded and trainer.sharding is Sharding.optimizer
     offloaded = trainer.cpu_offload and config.model.device != "cpu"
     learning = (4 + 4 + (8 if trainer.optimizer is Optimizer.adamw else 2)) / (ranks if sharded else 1)
     computed_with = 0 if sharded or (weight == 4 and not offloaded) else weight
+    if kept_whole:
+        computed_with = weight + 4
     return (computed_with, learning) if offloaded else (computed_with + learning, 0)
 
 

@@ -22,6 +22,10 @@ class Sharding(Enum):
 
     full = "full"
     """Each rank holds a slice of every tensor, of its gradient and of the optimizer's averages (FSDP2)."""
+    optimizer = "optimizer"
+    """Each rank holds a slice of what learns and of the optimizer's averages (ZeRO-1, arXiv 1910.02054). Through the
+    micro-batches of a step it holds the weights that are computed with and the sums of the gradients whole: a weight is
+    gathered once a step and a gradient summed over the ranks once, where `full` does both in every micro-batch."""
     none = "none"
     """Each rank holds all of them: for a model that has room, and for inference=embedded, which samples from them."""
 

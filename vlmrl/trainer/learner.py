@@ -140,8 +140,11 @@ class Learner:
         self._ranks = ranks
         self._loss_scale = LossScale(next(policy.model.parameters()).dtype)
         self._weights: PlainWeights | ShardedWeights
-        if ranks > 1 and config.sharding is Sharding.full:
-            self._weights = ShardedWeights(policy.model, policy.device, offload=config.cpu_offload)
+        if ranks > 1 and config.sharding is not Sharding.none:
+            kept_whole = config.sharding is Sharding.optimizer
+            self._weights = ShardedWeights(
+                policy.model, policy.device, offload=config.cpu_offload, kept_whole=kept_whole
+            )
         else:
             self._weights = PlainWeights(policy.model, offload=config.cpu_offload, ranks=ranks)
         self._checkpoint_group = dist.new_group(backend="gloo", timeout=WRITING) if ranks > 1 else None
@@ -185,7 +188,7 @@ class Learner:
         outcome = Outcome()
         if share is not None:
             assert step.totals is not None
-            self._backward_policy(share, step.totals, outcome)
+            self._backward_policy(share, step.totals, outcome, is_last=demonstrations is None)
         outcome.images = self.policy.take_image_counters()
         if demonstrations is not None:
             self._backward_supervised(demonstrations, step, outcome)
@@ -200,8 +203,8 @@ class Learner:
         """Natural-log probabilities of each sample's loss tokens, float32 [its loss tokens]."""
         found = [np.empty(0, np.float32)] * len(share.samples)
         with torch.no_grad():
-            for batch in self._pack(share):
-                logprobs = self._logprobs(batch)[0].cpu().numpy()
+            for batch, is_last in self._pack(share):
+                logprobs = self._logprobs(batch, is_last=is_last)[0].cpu().numpy()
                 sample_index = batch.sample_index.cpu().numpy()
                 for index in [] if batch.is_filler else np.unique(sample_index):
                     found[index] = logprobs[sample_index == index]
@@ -235,12 +238,13 @@ class Learner:
 
     # ── passes ──────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _backward_policy(self, share: Share, totals: BatchTotals, outcome: Outcome) -> None:
+    def _backward_policy(self, share: Share, totals: BatchTotals, outcome: Outcome, *, is_last: bool) -> None:
+        """`is_last`: no other passes of the step follow."""
         passed: list[_Pass] = []
-        for batch in self._pack(share):
+        for batch, ends_share in self._pack(share):
             outcome.rows += len(batch.token_ids)
             outcome.micro_batches += 1
-            logprobs, entropies = self._logprobs(batch)
+            logprobs, entropies = self._logprobs(batch, is_last=is_last and ends_share)
             if batch.is_filler:
                 _backward(0.0 * logprobs.sum())
                 continue
@@ -268,8 +272,8 @@ class Learner:
     def _backward_supervised(self, share: Share, step: Step, outcome: Outcome) -> None:
         """Add the gradient of the weight times the mean negative log-likelihood of the loss tokens."""
         passed: list[_Pass] = []
-        for batch in self._pack(share):
-            logprobs, entropies = self._logprobs(batch)
+        for batch, is_last in self._pack(share):
+            logprobs, entropies = self._logprobs(batch, is_last=is_last)
             if batch.is_filler:
                 _backward(0.0 * logprobs.sum())
                 continue
@@ -280,13 +284,16 @@ class Learner:
         losses = _read([({"loss": each.output.loss},) for each in passed])
         outcome.demonstration_loss = sum(figures["loss"] for (figures,) in losses)
 
-    def _pack(self, share: Share) -> Iterator[MicroBatch]:
+    def _pack(self, share: Share) -> Iterator[tuple[MicroBatch, bool]]:
+        """Each micro-batch, and whether it is the last."""
         policy, packing = self.policy, self.config.packing
         kernel = policy.kernel(shared=packing is Packing.tree)
-        return pack_share(share, packing, policy.positions, policy.device, kernel)
+        batches = pack_share(share, packing, policy.positions, policy.device, kernel)
+        for number, batch in enumerate(batches, 1):
+            yield batch, number == len(share.passes)
 
-    def _logprobs(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        return self._weights.compute(lambda: loss_logprobs(self.policy, batch, self._temperature))
+    def _logprobs(self, batch: MicroBatch, *, is_last: bool) -> tuple[Tensor, Tensor]:
+        return self._weights.compute(lambda: loss_logprobs(self.policy, batch, self._temperature), last=is_last)
 
     def _clip(self) -> float:
         learning = self._weights.learning().values()

@@ -2,6 +2,7 @@
 
     PlainWeights     every rank holds the whole model (trainer.sharding=none, and a run of one process)
     ShardedWeights   every rank holds a slice of each tensor (FSDP2); a layer is whole only while it is computed
+                     (trainer.sharding=full), or through all passes of a step, with the sum of its gradients (optimizer)
 
 A policy gradient's step is of the order of the learning rate, 1e-6 of a weight, and bfloat16 rounds such a step to
 nothing. So whatever the model computes in, what learns is held in float32, as are the optimizer's averages and the sum
@@ -55,8 +56,8 @@ class PlainWeights:
         """What a checkpoint holds: `learning`, and what does not learn as it is."""
         return {name: self._masters.get(name, p) for name, p in self._model.named_parameters()}
 
-    def compute(self, function: Callable[[], T]) -> T:
-        """Run a forward pass."""
+    def compute(self, function: Callable[[], T], *, last: bool) -> T:
+        """Run a forward pass; `last` of a step, or of a number of passes without gradients."""
         return function()
 
     def sum_gradients(self) -> None:
@@ -99,15 +100,19 @@ class ShardedWeights:
 
     What is frozen as a whole, the vision tower or all but the tower, is left on every rank as it is: the ranks need not
     run it together. The features of an image may be there already, and no gradient may have to come through a layer.
+
+    Parameters are slices between steps, whoever asks for them. With `kept_whole`, units are whole from the first pass
+    that computes them to the backward pass of the last one, which reduces what all passes of the step have summed.
     """
 
-    def __init__(self, model: Any, device: torch.device, *, offload: bool) -> None:
+    def __init__(self, model: Any, device: torch.device, *, offload: bool, kept_whole: bool = False) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
         from torch.distributed.tensor import DTensor
 
         self._model = model
         self._device = device
+        self._kept_whole = kept_whole
         dtype = self._dtype = next(model.parameters()).dtype
         whole = _frozen(model)
         arguments: dict[str, Any] = {
@@ -119,8 +124,10 @@ class ShardedWeights:
             ),
             "offload_policy": CPUOffloadPolicy() if offload and device.type != "cpu" else OffloadPolicy(),
             "ignored_params": whole,
+            "reshard_after_forward": False if kept_whole else None,
         }
         self._root = _Root(model)
+        self._units: list[Any] = []
         for module in [*blocks(model), self._root]:
             parameters = [p for p in module.parameters() if p not in whole]
             if not parameters:
@@ -131,6 +138,7 @@ class ShardedWeights:
             sharded: Any = fully_shard(module, **arguments)
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)
+            self._units.append(sharded)
         for module in model.modules():
             # A compiler that sees this takes a layer's integers, its head size among them, for sizes that change, and
             # then has no attention kernel for them.
@@ -144,16 +152,37 @@ class ShardedWeights:
         """What a checkpoint holds."""
         return dict(self._model.named_parameters())
 
-    def compute(self, function: Callable[[], T]) -> T:
-        """Run a forward pass, with the weights that belong to no layer gathered."""
+    def compute(self, function: Callable[[], T], *, last: bool) -> T:
+        """Run a forward pass, with the weights that belong to no layer gathered; `last` of a step, or of a number of
+        passes without gradients."""
+        if self._kept_whole:
+            for unit in self._units:
+                unit.set_requires_gradient_sync(last, recurse=False)
+                unit.set_reshard_after_backward(last, recurse=False)
         found: T = self._root(function)
+        if last and not torch.is_grad_enabled():
+            self._slice()
         return found
 
     def sum_gradients(self) -> None:
-        """The backward passes did."""
+        """The backward pass of the last one did, and sliced everything again. Unless there was none, since nothing that
+        learns had a part in the last loss: then one through nothing does."""
+        from torch.distributed.tensor import DTensor
+
+        if not all(isinstance(p, DTensor) for p in self.learning().values()):
+            nothing = torch.zeros((), device=self._device, requires_grad=True)
+            torch.autograd.backward(self.compute(lambda: 1.0 * nothing, last=True))
+            self._slice()
 
     def publish(self) -> None:
         """The next forward pass gathers what learned."""
+        self._slice()
+
+    def _slice(self) -> None:
+        """Let go of what is whole. FSDP leaves the root so even where it lets go of the layers: without this, whoever
+        asks for parameters after a pass without gradients is given the root's whole ones, which do not learn."""
+        for unit in self._units:
+            unit.reshard()
 
     def whole(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors as they are computed with, gathered one after the other; every rank must come to the end."""
