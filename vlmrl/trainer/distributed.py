@@ -6,8 +6,9 @@
              its own share                        ══ torch.distributed: gradients, weights ══
              ◀──────────────────────────────────── answer ─────
 
-Work and answers are pickled over one connection per rank, with a key that only this run knows. The connection is also
-how a death is noticed: it closes with the process. A rank that fails says why before it goes. Rank 0 then ends the run
+Work and answers are pickled over one connection per rank, with a key that only this run knows; the arrays of a share go
+through shared memory where there is some (messages.py). The connection is also how a death is noticed: it closes with
+the process. A rank that fails says why before it goes. Rank 0 then ends the run
 with that reason, also when it stands in a collective that nobody will ever join; the others end when rank 0 does.
 
 Ctrl-C, SIGTERM and a queue's signals are rank 0's: it finishes the step and saves, and needs the others for both, so
@@ -37,6 +38,7 @@ import torch
 import torch.distributed as dist
 
 from vlmrl.errors import RankError, VlmrlError
+from vlmrl.trainer.messages import Outbox, offer, receive
 from vlmrl.trainer.place import TORCHRUN, Place, find_place, joined
 
 T = TypeVar("T")
@@ -64,6 +66,7 @@ class _Link:
 
     rank: int
     connection: Connection[Any, Any]
+    outbox: Outbox
     answers: queue.SimpleQueue[tuple[bool, Any]] = field(default_factory=queue.SimpleQueue)
     """(whether it did its work, the answer or what went wrong)."""
     reader: threading.Thread | None = None
@@ -117,6 +120,7 @@ class Group:
             raise
         for link in self._links:
             done, answer = link.answers.get()
+            link.outbox.answered()
             if not done:
                 raise RankError(answer)
             answers.append(answer)
@@ -134,7 +138,7 @@ class Group:
         self._leaving = True
         for link in self._links:
             try:
-                link.connection.send((LEAVE, ()))
+                link.outbox.send((LEAVE, ()))
             except OSError:
                 continue  # it is gone
         if self.lost is None:  # else it may wait for a rank that is gone
@@ -152,7 +156,7 @@ class Group:
     def _send(self, link: _Link, message: tuple[str, tuple[Any, ...]]) -> None:
         self._raise_if_lost()
         try:
-            link.connection.send(message)
+            link.outbox.send(message)
         except OSError as error:
             self._raise_if_lost(wait=REASON_S, cause=error)
             raise
@@ -221,7 +225,7 @@ class Group:
         assert self._to_leader is not None
         try:
             while not self._leaving:
-                message = self._to_leader.recv()
+                message = receive(self._to_leader)
                 self._leaving = message[0] == LEAVE
                 self._work.put(message)
         except (EOFError, OSError):
@@ -242,24 +246,27 @@ class Group:
             del os.environ[name]  # what this process starts (vLLM) is no rank of ours
         key = secrets.token_bytes(32)
         listener = Listener(("", 0), backlog=place.size, authkey=key) if place.rank == 0 else None
-        told: list[Any] = [(listener.address[1], key) if listener is not None else None]
+        probe, file = offer() if place.rank == 0 else (None, None)
+        told: list[Any] = [(listener.address[1], key, probe) if listener is not None else None]
         dist.broadcast_object_list(told, device=torch.device("cpu"))
         if listener is None:
-            port, key = told[0]
+            port, key, probe = told[0]
             self._to_leader = Client((place.address, port), authkey=key)
             _keep_alive(self._to_leader)
-            self._to_leader.send((place.rank, socket.gethostname(), os.getpid()))
+            self._to_leader.send((place.rank, socket.gethostname(), os.getpid(), probe.is_readable()))
             threading.Thread(target=self._read_work, daemon=True).start()
             return
-        found: dict[int, tuple[Connection[Any, Any], str, int]] = {}
+        found: dict[int, tuple[Connection[Any, Any], str, int, bool]] = {}
         while len(found) < place.size - 1:
             connection = listener.accept()
             _keep_alive(connection)
-            rank, host, pid = connection.recv()
-            found[rank] = (connection, host, pid)
+            rank, *about = connection.recv()
+            found[rank] = (connection, *about)
         listener.close()
-        for rank, (connection, host, pid) in sorted(found.items()):
-            link = _Link(rank, connection)
+        if file is not None:
+            os.close(file)
+        for rank, (connection, host, pid, shares_memory) in sorted(found.items()):
+            link = _Link(rank, connection, Outbox(connection, shares_memory=shares_memory))
             link.reader = threading.Thread(target=self._read_answers, args=(link, host, pid), daemon=True)
             self._links.append(link)
         for link in self._links:
