@@ -102,3 +102,29 @@ def test_a_probe_is_readable_where_it_was_offered_and_nowhere_else() -> None:
     os.close(file)
     assert not probe.is_readable()
     assert not Probe(None, b"").is_readable()
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux")
+def test_a_probe_of_another_host_may_lead_anywhere() -> None:
+    """There the path is another process's, or this one's own: a pipe that nobody writes to, a device without an end."""
+    reading, writing = os.pipe()
+    endless = os.open("/dev/zero", os.O_RDWR)
+    larger = os.memfd_create("larger")
+    os.truncate(larger, 33)
+    for file in (reading, writing, endless, larger):
+        assert not Probe(f"/proc/{os.getpid()}/fd/{file}", bytes(32)).is_readable()
+        os.close(file)
+
+
+def test_where_no_shared_memory_can_be_made_none_is_offered(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def forbidden(*_: object) -> int:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(os, "memfd_create", forbidden, raising=False)
+    probe, file = offer()
+    assert (probe.path, file) == (None, None)
+    assert "Function not implemented" in caplog.text
+    monkeypatch.delattr(os, "memfd_create")
+    assert offer()[0].path is None
