@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from vlmrl.errors import RankError
 from vlmrl.trainer import messages
 from vlmrl.trainer.messages import LARGE, Outbox, Probe, offer, receive
 
@@ -57,6 +58,30 @@ def test_what_arrives_is_what_was_sent_and_may_be_written_to(shares_memory: bool
         warnings.simplefilter("error")  # torch warns of arrays that it must not write to
         torch.from_numpy(found[1]["pixels"]).add_(1)
     assert ARRAYS["pixels"][0, 0] == 0
+
+
+@pytest.mark.parametrize("shares_memory", [False, shared])
+def test_read_only_arrays_stay_so(shares_memory: bool) -> None:
+    """An image's pixels are; they may stand in many samples."""
+    pixels = ARRAYS["pixels"].copy()
+    pixels.setflags(write=False)
+    found, outbox = sent_and_received([pixels, pixels], shares_memory=shares_memory)
+    outbox.answered()
+    assert found[0] is found[1]
+    assert not found[0].flags.writeable
+    np.testing.assert_array_equal(found[0], pixels)
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux")
+def test_shared_memory_that_is_gone_is_no_lost_connection() -> None:
+    ours, theirs = Pipe()
+    outbox = Outbox(ours, shares_memory=True)
+    outbox.send(MESSAGE)
+    outbox.answered()
+    with pytest.raises(RankError, match=r"what rank 0 has put into shared memory cannot be read: .*No such file"):
+        receive(theirs)
+    outbox.send(("leave", ()))
+    assert receive(theirs) == ("leave", ())
 
 
 @pytest.mark.parametrize("shares_memory", [False, shared])

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+from vlmrl.errors import RankError
+
 LARGE = 64 * 1024
 """Bytes; smaller arrays go into the pickle."""
 
@@ -93,14 +95,21 @@ class Outbox:
 
 
 def receive(connection: Connection[Any, Any]) -> Any:
-    """The next message of an `Outbox`. Its large arrays are this process's own: they may be written to."""
+    """The next message of an `Outbox`. Its arrays are this process's own, and read-only where they were before.
+
+    Raises `OSError` where the connection is gone, `RankError` where the shared memory is.
+    """
     payload, sizes, path = connection.recv()
     if path is not None:
-        return pickle.loads(payload, buffers=_mapped(path, sizes))
-    buffers = [bytearray(size) for size in sizes]
-    for buffer in buffers:
+        try:
+            buffers = _mapped(path, sizes)
+        except OSError as error:
+            raise RankError(f"what rank 0 has put into shared memory cannot be read: {error}") from error
+        return pickle.loads(payload, buffers=buffers)
+    received = [bytearray(size) for size in sizes]
+    for buffer in received:
         connection.recv_bytes_into(buffer)
-    return pickle.loads(payload, buffers=buffers)
+    return pickle.loads(payload, buffers=received)
 
 
 def offer() -> tuple[Probe, int | None]:
