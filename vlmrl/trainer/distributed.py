@@ -81,7 +81,7 @@ class Group:
         """Why a rank is gone that should be there."""
         self._links: list[_Link] = []
         self._to_leader: Connection[Any, Any] | None = None
-        self._work: queue.SimpleQueue[tuple[str, tuple[Any, ...]] | Exception] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[tuple[str, tuple[Any, ...]] | RankError] = queue.SimpleQueue()
         self._leaving = False
         self._on_lost: Callable[[], None] | None = None
         self._losing = threading.Lock()
@@ -203,9 +203,9 @@ class Group:
     # ── the other ranks ─────────────────────────────────────────────────────────────────────────────────────
 
     def work(self) -> tuple[str, tuple[Any, ...]]:
-        """The next work, or `LEAVE`. Raises what was wrong with it, if it did not arrive whole."""
+        """The next work, or `LEAVE`. Raises `RankError` where it could not be read."""
         message = self._work.get()
-        if isinstance(message, Exception):
+        if isinstance(message, RankError):
             raise message
         return message
 
@@ -230,11 +230,14 @@ class Group:
             while not self._leaving:
                 try:
                     message = receive(self._to_leader)
-                except (RankError, MemoryError) as error:  # no room: rank 0 must be told, or it waits for an answer
+                except RankError as error:
                     self._work.put(error)
                     continue
                 self._leaving = message[0] == LEAVE
                 self._work.put(message)
+        except MemoryError as error:  # rank 0 must be told, or it waits for an answer; half a message cannot be skipped
+            self.fail(error)
+            os._exit(1)
         except (EOFError, OSError):
             os._exit(1)  # rank 0 is gone; what this rank does is for nobody, and may wait for it forever
         threading.Event().wait(LEAVE_S)
