@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
@@ -52,6 +53,41 @@ def test_no_rank_outlives_rank_0() -> None:
     leader, *others = group_of_three("leader killed")
     assert leader.code == -signal.SIGKILL
     assert [(other.code, other.err) for other in others] == [(1, "")] * 2
+
+
+# ── arrays ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+needs_memfd = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux")
+
+
+@needs_memfd
+@pytest.mark.parametrize("way", ["shared", "nothing shared"])
+def test_each_rank_gets_its_own_arrays_and_rank_0_keeps_nothing_open(way: str) -> None:
+    leader, *others = group_of_three(way)
+    assert (leader.code, leader.out, leader.err) == (
+        0,
+        f"[(21.0, {way == 'shared'}), (22.0, {way == 'shared'})] 0\n",
+        "",
+    )
+    assert [(other.code, other.out, other.err) for other in others] == [(0, "", "")] * 2
+
+
+@needs_memfd
+def test_a_rank_that_is_killed_with_its_arrays_ends_all() -> None:
+    leader, killed, other = group_of_three("killed looking")
+    assert killed.code == -signal.SIGKILL
+    assert leader.code == 1
+    assert other.code in (0, 1)
+    assert leader.out.endswith(" has ended: it was killed, or its host is gone\n")
+
+
+@needs_memfd
+def test_a_rank_without_room_for_its_arrays_says_so() -> None:
+    leader, failed, _ = group_of_three("no room")
+    assert (leader.code, failed.code) == (1, 1)
+    assert leader.out.startswith("rank 1 (process ")
+    assert "RankError: what rank 0 has put into shared memory cannot be read: " in leader.out
+    assert leader.out.endswith("Cannot allocate memory\n")
 
 
 # ── places ──────────────────────────────────────────────────────────────────────────────────────────────────

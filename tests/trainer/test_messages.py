@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from vlmrl.errors import RankError
 from vlmrl.trainer import messages
 from vlmrl.trainer.messages import LARGE, Outbox, Probe, offer, receive
 
@@ -60,6 +61,30 @@ def test_what_arrives_is_what_was_sent_and_may_be_written_to(shares_memory: bool
 
 
 @pytest.mark.parametrize("shares_memory", [False, shared])
+def test_read_only_arrays_stay_so(shares_memory: bool) -> None:
+    """An image's pixels are; they may stand in many samples."""
+    pixels = ARRAYS["pixels"].copy()
+    pixels.setflags(write=False)
+    found, outbox = sent_and_received([pixels, pixels], shares_memory=shares_memory)
+    outbox.answered()
+    assert found[0] is found[1]
+    assert not found[0].flags.writeable
+    np.testing.assert_array_equal(found[0], pixels)
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux")
+def test_shared_memory_that_is_gone_is_no_lost_connection() -> None:
+    ours, theirs = Pipe()
+    outbox = Outbox(ours, shares_memory=True)
+    outbox.send(MESSAGE)
+    outbox.answered()
+    with pytest.raises(RankError, match=r"what rank 0 has put into shared memory cannot be read: .*No such file"):
+        receive(theirs)
+    outbox.send(("leave", ()))
+    assert receive(theirs) == ("leave", ())
+
+
+@pytest.mark.parametrize("shares_memory", [False, shared])
 def test_arrays_outlive_the_message_and_nothing_stays_open(shares_memory: bool) -> None:
     before = open_files()
     for _ in range(3):
@@ -102,3 +127,29 @@ def test_a_probe_is_readable_where_it_was_offered_and_nowhere_else() -> None:
     os.close(file)
     assert not probe.is_readable()
     assert not Probe(None, b"").is_readable()
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux")
+def test_a_probe_of_another_host_may_lead_anywhere() -> None:
+    """There the path is another process's, or this one's own: a pipe that nobody writes to, a device without an end."""
+    reading, writing = os.pipe()
+    endless = os.open("/dev/zero", os.O_RDWR)
+    larger = os.memfd_create("larger")
+    os.truncate(larger, 33)
+    for file in (reading, writing, endless, larger):
+        assert not Probe(f"/proc/{os.getpid()}/fd/{file}", bytes(32)).is_readable()
+        os.close(file)
+
+
+def test_where_no_shared_memory_can_be_made_none_is_offered(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def forbidden(*_: object) -> int:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(os, "memfd_create", forbidden, raising=False)
+    probe, file = offer()
+    assert (probe.path, file) == (None, None)
+    assert "Function not implemented" in caplog.text
+    monkeypatch.delattr(os, "memfd_create")
+    assert offer()[0].path is None

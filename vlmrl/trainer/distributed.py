@@ -8,8 +8,8 @@
 
 Work and answers are pickled over one connection per rank, with a key that only this run knows; the arrays of a share go
 through shared memory where there is some (messages.py). The connection is also how a death is noticed: it closes with
-the process. A rank that fails says why before it goes. Rank 0 then ends the run
-with that reason, also when it stands in a collective that nobody will ever join; the others end when rank 0 does.
+the process. A rank that fails says why before it goes. Rank 0 then ends the run with that reason, also when it stands
+in a collective that nobody will ever join; the others end when rank 0 does.
 
 Ctrl-C, SIGTERM and a queue's signals are rank 0's: it finishes the step and saves, and needs the others for both, so
 they pay no heed.
@@ -81,7 +81,7 @@ class Group:
         """Why a rank is gone that should be there."""
         self._links: list[_Link] = []
         self._to_leader: Connection[Any, Any] | None = None
-        self._work: queue.SimpleQueue[tuple[str, tuple[Any, ...]]] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[tuple[str, tuple[Any, ...]] | RankError] = queue.SimpleQueue()
         self._leaving = False
         self._on_lost: Callable[[], None] | None = None
         self._losing = threading.Lock()
@@ -203,8 +203,11 @@ class Group:
     # ── the other ranks ─────────────────────────────────────────────────────────────────────────────────────
 
     def work(self) -> tuple[str, tuple[Any, ...]]:
-        """The next work, or `LEAVE`."""
-        return self._work.get()
+        """The next work, or `LEAVE`. Raises `RankError` where it could not be read."""
+        message = self._work.get()
+        if isinstance(message, RankError):
+            raise message
+        return message
 
     def answer(self, result: Any) -> None:
         """What came of the work."""
@@ -225,9 +228,16 @@ class Group:
         assert self._to_leader is not None
         try:
             while not self._leaving:
-                message = receive(self._to_leader)
+                try:
+                    message = receive(self._to_leader)
+                except RankError as error:
+                    self._work.put(error)
+                    continue
                 self._leaving = message[0] == LEAVE
                 self._work.put(message)
+        except MemoryError as error:  # rank 0 must be told, or it waits for an answer; half a message cannot be skipped
+            self.fail(error)
+            os._exit(1)
         except (EOFError, OSError):
             os._exit(1)  # rank 0 is gone; what this rank does is for nobody, and may wait for it forever
         threading.Event().wait(LEAVE_S)

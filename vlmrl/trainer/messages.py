@@ -15,10 +15,13 @@ import mmap
 import os
 import pickle
 import secrets
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
+
+from vlmrl.errors import RankError
 
 LARGE = 64 * 1024
 """Bytes; smaller arrays go into the pickle."""
@@ -42,8 +45,12 @@ class Probe:
         if self.path is None:
             return False
         try:
-            with open(self.path, "rb") as file:
-                return file.read() == self.content
+            about = os.stat(self.path)
+            # On another host the path leads anywhere, even to this process's own files: a pipe would never end.
+            if not stat.S_ISREG(about.st_mode) or about.st_size != len(self.content):
+                return False
+            with open(self.path, "r+b") as file:  # as `_mapped` does
+                return file.read(len(self.content)) == self.content
         except OSError:
             return False
 
@@ -88,14 +95,21 @@ class Outbox:
 
 
 def receive(connection: Connection[Any, Any]) -> Any:
-    """The next message of an `Outbox`. Its large arrays are this process's own: they may be written to."""
+    """The next message of an `Outbox`. Its arrays are this process's own, and read-only where they were before.
+
+    Raises `OSError` where the connection is gone, `RankError` where the shared memory is.
+    """
     payload, sizes, path = connection.recv()
     if path is not None:
-        return pickle.loads(payload, buffers=_mapped(path, sizes))
-    buffers = [bytearray(size) for size in sizes]
-    for buffer in buffers:
+        try:
+            buffers = _mapped(path, sizes)
+        except OSError as error:
+            raise RankError(f"what rank 0 has put into shared memory cannot be read: {error}") from error
+        return pickle.loads(payload, buffers=buffers)
+    received = [bytearray(size) for size in sizes]
+    for buffer in received:
         connection.recv_bytes_into(buffer)
-    return pickle.loads(payload, buffers=buffers)
+    return pickle.loads(payload, buffers=received)
 
 
 def offer() -> tuple[Probe, int | None]:
@@ -103,8 +117,15 @@ def offer() -> tuple[Probe, int | None]:
     content = secrets.token_bytes(32)
     if not hasattr(os, "memfd_create"):
         return Probe(None, content), None
-    file, path = _nameless()
-    _write(file, memoryview(content), 0)
+    file = None
+    try:
+        file, path = _nameless()
+        _write(file, memoryview(content), 0)
+    except OSError as error:  # a sandbox may forbid it
+        log.warning(f"no shared memory, so what other ranks are to learn goes over the connections: {error}")
+        if file is not None:
+            os.close(file)
+        return Probe(None, content), None
     return Probe(path, content), file
 
 
