@@ -15,7 +15,7 @@ from trainer.ranks import ended, start
 
 from vlmrl.trainer.config import Sharding
 
-EXACT = [name for name, case in CASES.items() if "float16" not in name and "bits" not in name]
+EXACT = [name for name, case in CASES.items() if not ("float16" in name or "bits" in name or case.lora)]
 
 Found = dict[str, NDArray[np.float64]]
 
@@ -78,6 +78,15 @@ def test_what_is_kept_whole_is_gathered_once_a_step_and_reduced_once(case: str, 
     if case in ("kept whole", "kept whole one by one", "kept whole, last pass of text"):
         assert gathered == reduced == found["units"]
     assert min(ranks["one by one"]["2/collectives"]) > 2 * found["units"], "where each micro-batch does so"
+
+
+def test_ranks_learn_adapters(tiny_folder: Path, tmp_path: Path, alone: Callable[[str], Found]) -> None:
+    pytest.importorskip("peft")
+    case = "kept whole, adapters"
+    found = by_ranks(2, tiny_folder, tmp_path, case)[case]
+    assert_same(found, alone(case), tolerance=1e-5)
+    gathered, reduced = found["2/collectives"]
+    assert 0 < reduced <= gathered <= found["units"]
 
 
 def test_master_weights_are_float32(tiny_folder: Path) -> None:
