@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,12 @@ def slurm_runs() -> bool:
     return shutil.which("sinfo") is not None and subprocess.run(["sinfo"], capture_output=True).returncode == 0
 
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.skipif(not slurm_runs(), reason="no Slurm runs here")]
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.slow,
+    pytest.mark.skipif(not slurm_runs(), reason="no Slurm runs here"),
+    pytest.mark.skipif(find_spec("submitit") is None, reason="its launcher is not installed: '.[test,slurm]'"),
+]
 
 
 @pytest.fixture(scope="session")
