@@ -31,16 +31,16 @@ from typing import Any
 import torch
 from training_batches import SHAPES, make_batch, model_config, policy_of
 
+from vlmrl.config.model import Dtype
+from vlmrl.config.orchestrator import AlgorithmConfig
+from vlmrl.config.trainer import Sharding, TrainerConfig
 from vlmrl.models.blocks import prepare_blocks
-from vlmrl.models.config import Dtype
 from vlmrl.models.policy import Policy
-from vlmrl.orchestrator.config import AlgorithmConfig
-from vlmrl.orchestrator.renderer import Renderer
-from vlmrl.trainer.config import Sharding, TrainerConfig
-from vlmrl.trainer.distributed import Group, follow, init_from_environment
-from vlmrl.trainer.distributed import group as joined_group
+from vlmrl.ranks.rank_group import Group, follow, init_from_environment
+from vlmrl.ranks.rank_group import group as joined_group
+from vlmrl.rendering.renderer import Renderer
+from vlmrl.runs.parts import on_own_device
 from vlmrl.trainer.learner import Follower, Learner
-from vlmrl.trainer.parts import on_own_device
 from vlmrl.trainer.trainer import LocalTrainer
 from vlmrl.types import TrainingSample
 

@@ -26,19 +26,19 @@ from typing import Any
 
 import numpy as np
 
-from vlmrl.inference.config import VllmConfig
-from vlmrl.inference.vllm_engine import VllmEngine
-from vlmrl.models.config import Dtype, ModelConfig, VLMConfig
-from vlmrl.models.load import load_image_processor, load_model, load_tokenizer
+from vlmrl.config.inference import VllmConfig
+from vlmrl.config.model import Dtype, ModelConfig, VLMConfig
+from vlmrl.config.orchestrator import AlgorithmConfig, RendererConfig
+from vlmrl.config.trainer import TrainerConfig
+from vlmrl.config.weight_sync import FolderSyncConfig
+from vlmrl.inference.vllm.engine import VllmEngine
+from vlmrl.models.checkpoints.load import load_image_processor, load_model, load_tokenizer
 from vlmrl.models.policy import Policy
 from vlmrl.models.positions import position_function
-from vlmrl.orchestrator.config import AlgorithmConfig, RendererConfig
-from vlmrl.orchestrator.renderer import Renderer, make_renderer
-from vlmrl.trainer.config import TrainerConfig
+from vlmrl.rendering.renderer import Renderer, make_renderer
 from vlmrl.trainer.loss import mismatch_kl
 from vlmrl.trainer.trainer import LocalTrainer
 from vlmrl.types import Completion, Image, Message, Prompt, SamplingParams, TrainingSample, mm_token_type_ids
-from vlmrl.weight_sync.config import FolderSyncConfig
 from vlmrl.weight_sync.folder import FolderSync
 
 ENGINES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {

@@ -34,24 +34,24 @@ from typing import Any
 
 import numpy as np
 
-from vlmrl import broken_wheels
+from vlmrl.models import broken_wheels
 
 broken_wheels.install()
 
 # ruff: noqa: E402
 import torch
 
-from vlmrl.inference.config import VllmConfig
-from vlmrl.inference.vllm_engine import VllmEngine
-from vlmrl.inference.vllm_server import _environment, server_arguments, vllm_version
-from vlmrl.inference.vllm_wire import BANNED_BIAS, encode_image
-from vlmrl.models.config import Dtype, ModelConfig, TinyConfig, VLMConfig
-from vlmrl.models.load import load_image_processor, load_tokenizer
-from vlmrl.models.tiny import ensure_tiny_checkpoint
-from vlmrl.orchestrator.config import RendererConfig
-from vlmrl.orchestrator.renderer import Renderer, make_renderer
+from vlmrl.config.inference import VllmConfig
+from vlmrl.config.model import Dtype, ModelConfig, TinyConfig, VLMConfig
+from vlmrl.config.orchestrator import RendererConfig
+from vlmrl.config.weight_sync import FolderSyncConfig
+from vlmrl.inference.vllm.engine import VllmEngine
+from vlmrl.inference.vllm.server import _environment, server_arguments, vllm_version
+from vlmrl.inference.vllm.wire import BANNED_BIAS, encode_image
+from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer
+from vlmrl.models.checkpoints.tiny import ensure_tiny_checkpoint
+from vlmrl.rendering.renderer import Renderer, make_renderer
 from vlmrl.types import Image, Message, Prompt, SamplingParams
-from vlmrl.weight_sync.config import FolderSyncConfig
 from vlmrl.weight_sync.folder import FolderSync
 
 FLAT = ["pixel_values"]

@@ -27,18 +27,18 @@ from pathlib import Path
 import torch
 from train_throughput import Step, attention, packed_step, padded_step
 
-from vlmrl.arguments import CONF
-from vlmrl.config import RunConfig, register_schemas
-from vlmrl.models.fused_attention import Kernel
+from vlmrl.cli.arguments import CONF
+from vlmrl.config.parse import parse
+from vlmrl.config.run import RunConfig, register_schemas
+from vlmrl.config.trainer import Packing
+from vlmrl.models.attention.fused import Kernel
 from vlmrl.models.policy import Policy
 from vlmrl.monitor.monitor import Monitor
-from vlmrl.monitor.run_dir import RunDir
 from vlmrl.orchestrator.advantages import assign_advantages
 from vlmrl.orchestrator.samples import make_samples
 from vlmrl.orchestrator.supervised import demonstration_samples
-from vlmrl.parse import parse
-from vlmrl.run import Run
-from vlmrl.trainer.config import Packing
+from vlmrl.record.run_dir import RunDir
+from vlmrl.runs.run import Run
 from vlmrl.types import TrainingSample
 
 

@@ -36,12 +36,12 @@ import torch
 from torch import Tensor
 from training_batches import SHAPES, Shape, Work, make_batch, model_config, policy_of, step_flops
 
+from vlmrl.config.model import Dtype
+from vlmrl.config.orchestrator import AlgorithmConfig
+from vlmrl.config.trainer import Packing
+from vlmrl.models.attention.fused import Kernel
 from vlmrl.models.blocks import checkpoint_blocks, compile_blocks
-from vlmrl.models.config import Dtype
-from vlmrl.models.fused_attention import Kernel
 from vlmrl.models.policy import Policy
-from vlmrl.orchestrator.config import AlgorithmConfig
-from vlmrl.trainer.config import Packing
 from vlmrl.trainer.forward import loss_logprobs
 from vlmrl.trainer.loss import BatchTotals, LossTokens, policy_loss
 from vlmrl.trainer.packing import pack_share

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmrl import broken_wheels
+from vlmrl.models import broken_wheels
 
 broken_wheels.install()
 
@@ -26,14 +26,14 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image as PILImage
 
-from vlmrl.models.config import Dtype, Init, ModelConfig, SizeConfig, VLMConfig
-from vlmrl.models.load import load_image_processor, load_model, load_tokenizer, resolve_checkpoint
+from vlmrl.config.model import Dtype, Init, ModelConfig, SizeConfig, VLMConfig
+from vlmrl.config.orchestrator import RendererConfig
+from vlmrl.config.task import ColorCodewordConfig
+from vlmrl.models.checkpoints.load import load_image_processor, load_model, load_tokenizer, resolve_checkpoint
 from vlmrl.models.policy import Policy
 from vlmrl.models.positions import position_function
-from vlmrl.orchestrator.config import RendererConfig
-from vlmrl.orchestrator.renderer import Renderer, make_renderer
+from vlmrl.rendering.renderer import Renderer, make_renderer
 from vlmrl.tasks.color_codeword import ColorCodeword
-from vlmrl.tasks.config import ColorCodewordConfig
 from vlmrl.types import Image, Message, TrainingSample, mm_token_type_ids
 
 CONF = Path(__file__).parent.parent / "conf" / "model"

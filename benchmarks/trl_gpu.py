@@ -31,11 +31,11 @@ import numpy as np
 import torch
 from training_batches import SHAPES, Shape, make_batch, model_config, policy_of
 
+from vlmrl.config.model import Dtype
+from vlmrl.config.orchestrator import AlgorithmConfig
+from vlmrl.config.trainer import TrainerConfig
 from vlmrl.models.blocks import prepare_blocks
-from vlmrl.models.config import Dtype
-from vlmrl.models.load import load_tokenizer, resolve_checkpoint
-from vlmrl.orchestrator.config import AlgorithmConfig
-from vlmrl.trainer.config import TrainerConfig
+from vlmrl.models.checkpoints.load import load_tokenizer, resolve_checkpoint
 from vlmrl.trainer.trainer import LocalTrainer
 
 WARMUP_STEPS = 2

@@ -164,8 +164,8 @@ class Bench:
 
     def make_checkpoints(self) -> dict[str, Path]:
         """`random` as it is built, `warm` with the weights after the default warm-up."""
-        from vlmrl.models.config import ModelConfig, TinyConfig
-        from vlmrl.models.tiny import ensure_tiny_checkpoint
+        from vlmrl.config.model import ModelConfig, TinyConfig
+        from vlmrl.models.checkpoints.tiny import ensure_tiny_checkpoint
 
         random = ensure_tiny_checkpoint(ModelConfig(name="qwen3vl_tiny", tiny=TinyConfig()), task().texts())
         run = self.run_vlmrl("mode=sft", "model=qwen3vl_tiny")
@@ -220,8 +220,8 @@ class Bench:
 
 
 def task() -> Any:
+    from vlmrl.config.task import ColorCodewordConfig
     from vlmrl.tasks.color_codeword import ColorCodeword
-    from vlmrl.tasks.config import ColorCodewordConfig
 
     return ColorCodeword(ColorCodewordConfig(max_turns=1, images_per_turn=IMAGES), seed=SEED)
 

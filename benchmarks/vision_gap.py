@@ -14,9 +14,9 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from vlmrl.cli import main
-from vlmrl.monitor.config import MonitorConfig
-from vlmrl.monitor.metrics import read_metrics
+from vlmrl.cli.main import main
+from vlmrl.config.monitor import MonitorConfig
+from vlmrl.record.metrics import read_metrics
 
 SHORT = ("trainer.max_steps=60", "orchestrator.eval.every=0", "monitor.wandb.mode=disabled")
 

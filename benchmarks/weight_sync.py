@@ -29,12 +29,12 @@ from mismatch import GRAPHS, config_of, prompts_of, renderer_of
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vlmrl.inference.config import VllmConfig
-from vlmrl.inference.vllm_engine import VllmEngine
-from vlmrl.models.config import Dtype
-from vlmrl.orchestrator.renderer import Renderer
+from vlmrl.config.inference import VllmConfig
+from vlmrl.config.model import Dtype
+from vlmrl.config.weight_sync import CudaIpcSyncConfig, FolderSyncConfig, NcclSyncConfig
+from vlmrl.inference.vllm.engine import VllmEngine
+from vlmrl.rendering.renderer import Renderer
 from vlmrl.types import Completion, Prompt, SamplingParams
-from vlmrl.weight_sync.config import CudaIpcSyncConfig, FolderSyncConfig, NcclSyncConfig
 from vlmrl.weight_sync.cuda_ipc import CudaIpcSync
 from vlmrl.weight_sync.folder import FolderSync
 from vlmrl.weight_sync.gpu import WEIGHT_TRANSFERS, check_transfer

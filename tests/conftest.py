@@ -12,9 +12,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from vlmrl.arguments import CONF
-from vlmrl.config import RunConfig, register_schemas
-from vlmrl.parse import parse
+from vlmrl.cli.arguments import CONF
+from vlmrl.config.parse import parse
+from vlmrl.config.run import RunConfig, register_schemas
 
 # A shared machine may be slow at any moment.
 hypothesis.settings.register_profile("vlmrl", deadline=None)
@@ -43,10 +43,9 @@ def run_config(composed: Callable[..., DictConfig]) -> Callable[..., RunConfig]:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint folder of the tiny model of tests/helpers.py."""
-    import helpers
-
-    from vlmrl.models.load import resolve_checkpoint
+    """The checkpoint folder of the tiny model of tests/support/helpers.py."""
+    from support import helpers
+    from vlmrl.models.checkpoints.load import resolve_checkpoint
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLMRL_CACHE", str(tmp_path_factory.mktemp("tiny-model")))
@@ -56,9 +55,8 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def loaded_tiny_model(tiny_folder: Path) -> Any:
     """Its model, for `tiny_model` to copy."""
-    import helpers
-
-    from vlmrl.models.load import load_model
+    from support import helpers
+    from vlmrl.models.checkpoints.load import load_model
 
     model = load_model(tiny_folder, helpers.TINY)
     assert model.config.image_token_id == helpers.IMAGE_PAD
@@ -67,5 +65,5 @@ def loaded_tiny_model(tiny_folder: Path) -> Any:
 
 @pytest.fixture
 def tiny_model(loaded_tiny_model: Any) -> Callable[[], Any]:
-    """`tiny_model()`: a fresh copy of a real, tiny Qwen3-VL (tests/helpers.py), always the same weights."""
+    """`tiny_model()`: a fresh copy of a real, tiny Qwen3-VL (tests/support/helpers.py), always the same weights."""
     return lambda: copy.deepcopy(loaded_tiny_model)

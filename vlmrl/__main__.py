@@ -2,6 +2,6 @@
 
 import sys
 
-from vlmrl.cli import main
+from vlmrl.cli.main import main
 
 sys.exit(main())

@@ -6,14 +6,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-from e2e.command_line import SHORT, Ended, Home
+
+from support import TESTS
+from support.command_line import SHORT, Ended, Home
 
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     """Where all commands run; what one builds in the cache serves the others."""
     path = tmp_path_factory.mktemp("home")
-    shutil.copy(Path(__file__).with_name("their_tasks.py"), path)
+    shutil.copy(TESTS / "support/their_tasks.py", path)
     return Home(path)
 
 

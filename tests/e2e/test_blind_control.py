@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from e2e.command_line import Home, Scenarios, summary
 
+from support.command_line import Home, Scenarios, summary
 from vlmrl.monitor.health import MIN_GAP
-from vlmrl.monitor.metrics import read_metrics
+from vlmrl.record.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 

@@ -14,11 +14,22 @@ from pathlib import Path
 
 import pexpect
 import pytest
-from e2e.command_line import KILL_AT, PATIENCE, SHORT, Ended, Gate, Home, Scenarios, assert_same_run, steady, summary
 from safetensors.torch import load_file, save_file
 
-from vlmrl.monitor.metrics import read_metrics
+from support.command_line import (
+    KILL_AT,
+    PATIENCE,
+    SHORT,
+    Ended,
+    Gate,
+    Home,
+    Scenarios,
+    assert_same_run,
+    steady,
+    summary,
+)
 from vlmrl.orchestrator.supervised import FIRST_PROBLEM
+from vlmrl.record.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 

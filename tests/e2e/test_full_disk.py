@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from e2e.command_line import SHORT, Ended, Home, Scenarios, assert_same_run, summary
 
-from vlmrl.monitor.metrics import read_metrics
+from support.command_line import SHORT, Ended, Home, Scenarios, assert_same_run, summary
+from vlmrl.record.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 

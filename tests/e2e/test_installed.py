@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from e2e.command_line import PATIENCE, REPOSITORY, SHORT
+
+from support.command_line import PATIENCE, REPOSITORY, SHORT
 
 MINE = """
 import numpy as np
@@ -117,7 +118,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     zipfile.ZipFile(wheel).extractall(site)
     (site / "bin").mkdir()
     script = site / "bin/vlmrl"
-    script.write_text(f"#!{sys.executable}\nimport sys\nfrom vlmrl.cli import main\nsys.exit(main())\n")
+    script.write_text(f"#!{sys.executable}\nimport sys\nfrom vlmrl.cli.main import main\nsys.exit(main())\n")
     script.chmod(0o755)
     (home / "my_package").mkdir(parents=True)
     (home / "my_package/mine.py").write_text(MINE)

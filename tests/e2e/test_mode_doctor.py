@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from e2e.command_line import Home, keys_found, summary
 
-from vlmrl.doctor.doctor import LINES
-from vlmrl.inference.vllm_server import vllm_version
+from support.command_line import Home, keys_found, summary
+from vlmrl.inference.vllm.server import vllm_version
+from vlmrl.runs.doctor.doctor import LINES
 
 pytestmark = pytest.mark.slow
 

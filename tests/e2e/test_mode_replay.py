@@ -11,10 +11,10 @@ import numpy as np
 import orjson
 import PIL.Image
 import pytest
-from e2e.command_line import Ended, Home, Scenarios
 
-from vlmrl.inference.vllm_server import vllm_version
-from vlmrl.replay.replay import LINES
+from support.command_line import Ended, Home, Scenarios
+from vlmrl.inference.vllm.server import vllm_version
+from vlmrl.runs.replay.replay import LINES
 
 pytestmark = pytest.mark.slow
 
@@ -187,7 +187,7 @@ def test_what_cannot_be_replayed_is_refused(
 ) -> None:
     import re
 
-    from vlmrl.cli import main
+    from vlmrl.cli.main import main
 
     assert main(["mode=replay", f"run={never_stopped}", *arguments]) == 2
     assert re.search(message, capsys.readouterr().err)

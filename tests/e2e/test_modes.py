@@ -8,11 +8,11 @@ import signal
 from pathlib import Path
 
 import pytest
-from e2e.command_line import SHORT, Ended, Gate, Home, Scenarios, assert_same_run, steady, steady_rollouts, summary
 
-from vlmrl.monitor.metrics import missing_keys, read_metrics
-from vlmrl.monitor.run_dir import RunDir
+from support.command_line import SHORT, Ended, Gate, Home, Scenarios, assert_same_run, steady, steady_rollouts, summary
 from vlmrl.orchestrator.supervised import FIRST_PROBLEM
+from vlmrl.record.metrics import missing_keys, read_metrics
+from vlmrl.record.run_dir import RunDir
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +25,7 @@ SFT_STEP_4 = FIRST_PROBLEM + 3 * 16
 
 COUNT_TRAINERS = """
 import gc, sys
-from vlmrl.cli import main
+from vlmrl.cli.main import main
 code = main()
 gc.collect()
 print("trainers left:", sum(type(each).__name__ == "LocalTrainer" for each in gc.get_objects()))

@@ -18,17 +18,17 @@ import numpy as np
 import PIL.Image
 import pytest
 from hydra import compose, initialize_config_dir
-from monitor.report_runs import noise, one_rollout, one_turn, ordinary_rollout, record
 
-from vlmrl.arguments import CONF
-from vlmrl.cli import main
-from vlmrl.config import RunConfig, register_schemas
-from vlmrl.monitor.metrics import read_metrics
-from vlmrl.monitor.recorder import RolloutRecord, read_rollouts
+from support.report_runs import noise, one_rollout, one_turn, ordinary_rollout, record
+from vlmrl.cli.arguments import CONF
+from vlmrl.cli.main import main
+from vlmrl.cli.past_runs import usual
+from vlmrl.config.parse import parse
+from vlmrl.config.run import RunConfig, register_schemas
 from vlmrl.monitor.report.page import write_report
-from vlmrl.monitor.run_dir import RunDir
-from vlmrl.parse import parse
-from vlmrl.past_runs import usual
+from vlmrl.record.metrics import read_metrics
+from vlmrl.record.rollouts import RolloutRecord, read_rollouts
+from vlmrl.record.run_dir import RunDir
 from vlmrl.types import DropReason, Rollout, StopReason
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install 'vlmrl[browser]'")

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from e2e.command_line import PATIENCE, SHORT, Ended, Gate, Home, Scenarios, steady, summary
+
+from support.command_line import PATIENCE, SHORT, Ended, Gate, Home, Scenarios, steady, summary
 
 pytestmark = pytest.mark.slow
 

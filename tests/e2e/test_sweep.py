@@ -8,9 +8,9 @@ import json
 from pathlib import Path
 
 import pytest
-from e2e.command_line import KILL_AT, SHORT, Home, Scenarios, assert_same_run
 
-from vlmrl.sweep.jobs import job_name
+from support.command_line import KILL_AT, SHORT, Home, Scenarios, assert_same_run
+from vlmrl.cli.sweep.jobs import job_name
 
 pytestmark = pytest.mark.slow
 

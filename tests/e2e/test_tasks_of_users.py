@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from e2e.command_line import SHORT, Ended, Home, Scenarios, steady_rollouts, summary
-from e2e.their_tasks import KINDS
 
-from vlmrl.monitor.metrics import missing_keys, read_metrics
+from support.command_line import SHORT, Ended, Home, Scenarios, steady_rollouts, summary
+from support.their_tasks import KINDS
+from vlmrl.record.metrics import missing_keys, read_metrics
 
 pytestmark = pytest.mark.slow
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from e2e.command_line import SHORT, Home, summary
 
-from vlmrl.inference.vllm_server import vllm_version
-from vlmrl.monitor.metrics import read_metrics
-from vlmrl.monitor.recorder import read_rollouts
+from support.command_line import SHORT, Home, summary
+from vlmrl.inference.vllm.server import vllm_version
+from vlmrl.record.metrics import read_metrics
+from vlmrl.record.rollouts import read_rollouts
 
 pytestmark = [
     pytest.mark.vllm,
@@ -46,7 +46,7 @@ def engines(process: psutil.Process) -> list[psutil.Process]:
         child
         for child in process.children(recursive=True)
         if "vllm.entrypoints.openai.api_server" in child.cmdline()
-        and "vlmrl.inference.vllm_supervisor" not in child.cmdline()
+        and "vlmrl.inference.vllm.in_server.supervisor" not in child.cmdline()
     ]
 
 

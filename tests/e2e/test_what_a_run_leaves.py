@@ -10,12 +10,12 @@ import numpy as np
 import PIL.Image
 import pytest
 import yaml
-from e2e.command_line import KEYS, Ended, keys_found, steady_rollouts, summary
 
-from vlmrl.config import RunConfig
-from vlmrl.monitor.metrics import missing_keys, read_metrics
-from vlmrl.monitor.run_dir import RunDir
-from vlmrl.parse import parse, typed
+from support.command_line import KEYS, Ended, keys_found, steady_rollouts, summary
+from vlmrl.config.parse import parse, typed
+from vlmrl.config.run import RunConfig
+from vlmrl.record.metrics import missing_keys, read_metrics
+from vlmrl.record.run_dir import RunDir
 from vlmrl.types import StopReason
 
 pytestmark = pytest.mark.slow

@@ -24,12 +24,8 @@ import torch
 from torch import Tensor
 
 from vlmrl.errors import EngineError, NonFiniteLossError
-from vlmrl.models.features import ImageFeatures
-from vlmrl.models.lora import merged
-from vlmrl.models.policy import Policy
-from vlmrl.models.prefix_tree import ImageKeys, Segment, build_tree, sort_key
-from vlmrl.models.transfer import to_device
-from vlmrl.models.tree_attention import (
+from vlmrl.models.attention.prefix_tree import ImageKeys, Segment, build_tree, sort_key
+from vlmrl.models.attention.tree import (
     KVPool,
     SharedBlock,
     TreePlan,
@@ -37,6 +33,10 @@ from vlmrl.models.tree_attention import (
     plan_tree,
     shared_segments,
 )
+from vlmrl.models.features import ImageFeatures
+from vlmrl.models.lora import merged
+from vlmrl.models.policy import Policy
+from vlmrl.models.transfer import to_device
 from vlmrl.types import Completion, ImageItem, IntArray, Prompt, SamplingParams, mm_token_type_ids
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlmrl.models.config import ModelConfig
+from vlmrl.config.model import ModelConfig
 from vlmrl.models.lora import add_adapters
 
 

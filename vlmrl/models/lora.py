@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmrl.config.model import LoraConfig
 from vlmrl.errors import ConfigError
-from vlmrl.models.config import LoraConfig
 
 ADAPTER = "default"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vlmrl.monitor.metrics import ZERO_ADVANTAGE, Record
+from vlmrl.record.metrics import ZERO_ADVANTAGE, Record
 
 WINDOW = 5
 """Optimizer steps that a trouble must last (no signal, entropy) or is averaged over (drops, time)."""

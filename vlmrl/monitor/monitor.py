@@ -24,17 +24,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from vlmrl.config.monitor import MonitorConfig
 from vlmrl.errors import VlmrlError
-from vlmrl.monitor.config import MonitorConfig
 from vlmrl.monitor.glimpse import SHOWN, pick
 from vlmrl.monitor.health import HISTORY, warnings_for
-from vlmrl.monitor.logs import MainLog
-from vlmrl.monitor.metrics import ELAPSED, EVAL_GREEDY, EVAL_SAMPLED, ZERO_ADVANTAGE, MetricsLog, Record, read_metrics
 from vlmrl.monitor.progress import PHASES, Progress, duration
-from vlmrl.monitor.recorder import RolloutRecorder, Split
 from vlmrl.monitor.report.background import ReportWriter
-from vlmrl.monitor.run_dir import RunDir, disk_errors
 from vlmrl.monitor.wandb_logger import WandbLogger
+from vlmrl.record.logs import MainLog
+from vlmrl.record.metrics import ELAPSED, EVAL_GREEDY, EVAL_SAMPLED, ZERO_ADVANTAGE, MetricsLog, Record, read_metrics
+from vlmrl.record.rollouts import RolloutRecorder, Split
+from vlmrl.record.run_dir import RunDir, disk_errors
 from vlmrl.types import Group, Rollout
 
 log = logging.getLogger(__name__)

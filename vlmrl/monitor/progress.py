@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vlmrl.monitor.glimpse import ROWS, Glimpse
-from vlmrl.monitor.metrics import EVAL_GREEDY, EVAL_SAMPLED, Record
+from vlmrl.record.metrics import EVAL_GREEDY, EVAL_SAMPLED, Record
 from vlmrl.types import Rollout
 
 PHASES = ("preparing", "doctor", "warm-up", "rl", "eval", "replay")

@@ -28,9 +28,9 @@ import psutil
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
+from vlmrl.config.monitor import WandbConfig, WandbMode
 from vlmrl.errors import VlmrlError
-from vlmrl.monitor.config import WandbConfig, WandbMode
-from vlmrl.monitor.run_dir import RunDir, write_bytes_atomically
+from vlmrl.record.run_dir import RunDir, write_bytes_atomically
 from vlmrl.types import ImageItem, Rollout
 
 MAX_HEIGHT = 256

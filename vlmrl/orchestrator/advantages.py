@@ -16,9 +16,9 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from vlmrl.config.import_paths import assert_takes, import_named
+from vlmrl.config.orchestrator import Advantage, AlgorithmConfig, Credit, FilterMode
 from vlmrl.errors import ConfigError
-from vlmrl.imports import assert_takes, import_named
-from vlmrl.orchestrator.config import Advantage, AlgorithmConfig, Credit, FilterMode
 from vlmrl.orchestrator.filters import filters_in
 from vlmrl.types import DropReason, FloatArray, Group, Rollout
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vlmrl.orchestrator.config import EvalConfig
+from vlmrl.config.orchestrator import EvalConfig
 from vlmrl.orchestrator.rollout import RolloutRunner
 from vlmrl.orchestrator.step_metrics import mean_task_metrics
 from vlmrl.types import Rollout

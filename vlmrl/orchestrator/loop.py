@@ -21,10 +21,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from vlmrl.config.orchestrator import AlgorithmConfig, OrchestratorConfig
 from vlmrl.errors import NonFiniteLossError
 from vlmrl.monitor.monitor import Monitor
 from vlmrl.orchestrator.advantages import assign_advantages, mark_dropped
-from vlmrl.orchestrator.config import AlgorithmConfig, OrchestratorConfig
 from vlmrl.orchestrator.evaluation import Evaluator
 from vlmrl.orchestrator.faults import FaultWatch
 from vlmrl.orchestrator.filters import find_filtered

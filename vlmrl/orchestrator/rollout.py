@@ -29,8 +29,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from vlmrl.errors import EngineError
-from vlmrl.orchestrator.renderer import ImageError, Renderer
 from vlmrl.orchestrator.samples import extends
+from vlmrl.rendering.renderer import ImageError, Renderer
 from vlmrl.tasks.base import Env, Problem, Reply, Split, Task
 from vlmrl.types import (
     ContractError,

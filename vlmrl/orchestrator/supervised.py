@@ -10,10 +10,10 @@ import hashlib
 
 import numpy as np
 
+from vlmrl.config.trainer import Demonstrations, SFTConfig
 from vlmrl.errors import TaskError
-from vlmrl.orchestrator.renderer import Renderer
+from vlmrl.rendering.renderer import Renderer
 from vlmrl.tasks.base import Task
-from vlmrl.trainer.config import Demonstrations, SFTConfig
 from vlmrl.types import TrainingSample, mm_token_type_ids
 
 FIRST_PROBLEM = 1 << 40

@@ -31,7 +31,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from vlmrl.orchestrator.renderer import Renderer
+from vlmrl.rendering.renderer import Renderer
 from vlmrl.types import Image, ImageItem, Placeholder, Trainer, TrainingSample
 
 SAMPLES = 8

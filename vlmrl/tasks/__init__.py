@@ -1,6 +1,6 @@
 """What a task of your own needs; the contract is in `vlmrl.tasks.base`, its check is `python -m vlmrl.tasks.check`.
 
-The names are imported when they are first asked for: a config knows `vlmrl.tasks.config` alone, and to refuse one takes
+The names are imported when they are first asked for: a config knows `vlmrl.config.task` alone, and to refuse one takes
 no numpy.
 """
 

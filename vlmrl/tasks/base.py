@@ -89,7 +89,7 @@ class Task(Protocol):
     """Problems with scoring."""
 
     def __init__(self, config: Any, *, seed: int) -> None:
-        """`config` is the run's `task` group (`vlmrl.tasks.config`; a user's task finds its own settings in
+        """`config` is the run's `task` group (`vlmrl.config.task`; a user's task finds its own settings in
         `config.args`, a dict), `seed` the run's. Raise `vlmrl.errors.ConfigError` for settings that cannot work."""
 
     def problem(self, split: Split, index: int) -> Problem:

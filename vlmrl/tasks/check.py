@@ -24,12 +24,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from vlmrl.config.task import ColorCodewordConfig, ImportedTaskConfig, TaskConfig
 from vlmrl.errors import ConfigError, VlmrlError
 from vlmrl.tasks.base import Task
-from vlmrl.tasks.config import ColorCodewordConfig, ImportedTaskConfig, TaskConfig
+from vlmrl.tasks.contract.observation import observe
+from vlmrl.tasks.contract.rules import RULES
 from vlmrl.tasks.loading import load_task
-from vlmrl.tasks.observation import observe
-from vlmrl.tasks.rules import RULES
 
 
 @dataclass(frozen=True)

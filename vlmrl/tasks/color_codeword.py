@@ -28,9 +28,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image as PILImage
 
+from vlmrl.config.task import ColorCodewordConfig
 from vlmrl.errors import ConfigError
 from vlmrl.tasks.base import Reply, Split, Task
-from vlmrl.tasks.config import ColorCodewordConfig
 from vlmrl.types import Image, Message
 
 COLORS: dict[str, tuple[str, tuple[int, int, int]]] = {

@@ -8,10 +8,10 @@ from __future__ import annotations
 import inspect
 from typing import Any, cast
 
+from vlmrl.config.import_paths import import_named
+from vlmrl.config.task import TaskConfig
 from vlmrl.errors import ConfigError
-from vlmrl.imports import import_named
 from vlmrl.tasks.base import Env, Split, Task
-from vlmrl.tasks.config import TaskConfig
 from vlmrl.types import Message
 
 METHODS = ("problem", "env", "demonstration", "texts")
@@ -24,7 +24,7 @@ def load_task(config: TaskConfig, *, seed: int) -> Task:
 
     Raises `ConfigError` when there is no such module or attribute, or when it is no Task.
 
-    >>> from vlmrl.tasks.config import ColorCodewordConfig
+    >>> from vlmrl.config.task import ColorCodewordConfig
     >>> load_task(ColorCodewordConfig(), seed=0).problem("eval", 0).id
     'EBGH'
     >>> few = load_task(ColorCodewordConfig(num_examples=100), seed=0)

@@ -27,10 +27,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vlmrl.config.orchestrator import AlgorithmConfig
+from vlmrl.config.trainer import Packing, Sharding, TrainerConfig
 from vlmrl.models.policy import Policy
-from vlmrl.orchestrator.config import AlgorithmConfig
 from vlmrl.trainer.checkpoint import begin_to_save, not_finite, restore
-from vlmrl.trainer.config import Packing, Sharding, TrainerConfig
 from vlmrl.trainer.forward import loss_logprobs
 from vlmrl.trainer.loss import BatchTotals, LossOutput, LossTokens, mismatch_kl, policy_loss, supervised
 from vlmrl.trainer.loss_scale import LossScale

@@ -42,9 +42,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from vlmrl.config.import_paths import assert_takes, import_named
+from vlmrl.config.orchestrator import AlgorithmConfig, ImportanceCorrection, Loss
 from vlmrl.errors import ConfigError
-from vlmrl.imports import assert_takes, import_named
-from vlmrl.orchestrator.config import AlgorithmConfig, ImportanceCorrection, Loss
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmrl.config.trainer import Decay, Optimizer, TrainerConfig
 from vlmrl.errors import ConfigError
-from vlmrl.trainer.config import Decay, Optimizer, TrainerConfig
 
 
 def learning_rate(config: TrainerConfig, step: int) -> float:

@@ -1,6 +1,6 @@
 """Samples → micro-batches. The only place that knows how samples share a forward pass.
 
-    tree     each distinct prefix token once per micro-batch (vlmrl.models.prefix_tree)
+    tree     each distinct prefix token once per micro-batch (vlmrl.models.attention.prefix_tree)
     varlen   samples side by side, nothing shared; the same rows and plan with sharing turned off
     none     one sample per micro-batch; the reference
 
@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmrl.models.fused_attention import Kernel
+from vlmrl.config.trainer import Packing
+from vlmrl.models.attention.fused import Kernel
+from vlmrl.models.attention.prefix_tree import ImageKeys, Segment, build_tree
+from vlmrl.models.attention.tree import TreePlan, make_plan
 from vlmrl.models.positions import PositionFunction
-from vlmrl.models.prefix_tree import ImageKeys, Segment, build_tree
 from vlmrl.models.transfer import to_device
-from vlmrl.models.tree_attention import TreePlan, make_plan
-from vlmrl.trainer.config import Packing
 from vlmrl.trainer.shares import Share, divide
 from vlmrl.types import ImageItem, IntArray, Placeholder, TrainingSample
 

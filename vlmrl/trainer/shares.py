@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlmrl.models.prefix_tree import ImageKeys, common_prefix, sort_key
+from vlmrl.config.trainer import Packing
+from vlmrl.models.attention.prefix_tree import ImageKeys, common_prefix, sort_key
 from vlmrl.trainer.balance import cut_for_ranks, deal
-from vlmrl.trainer.config import Packing
 from vlmrl.types import ImageItem, TrainingSample
 
 Groups = tuple[tuple[int, ...], ...]

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from vlmrl.config.orchestrator import AlgorithmConfig
+from vlmrl.config.trainer import TrainerConfig
 from vlmrl.errors import NonFiniteLossError
 from vlmrl.models.policy import Policy
-from vlmrl.orchestrator.config import AlgorithmConfig
-from vlmrl.trainer.config import TrainerConfig
-from vlmrl.trainer.distributed import Group
+from vlmrl.ranks.rank_group import Group
 from vlmrl.trainer.learner import Learner, Outcome, Step
 from vlmrl.trainer.loss import BatchTotals, loss_metrics
 from vlmrl.trainer.optimizer import learning_rate

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from vlmrl.inference.vllm_client import VllmClient
-from vlmrl.inference.vllm_engine import VllmEngine
-from vlmrl.inference.vllm_server import vllm_version
-from vlmrl.weight_sync.config import CudaIpcSyncConfig
+from vlmrl.config.weight_sync import CudaIpcSyncConfig
+from vlmrl.inference.vllm.client import VllmClient
+from vlmrl.inference.vllm.engine import VllmEngine
+from vlmrl.inference.vllm.server import vllm_version
 from vlmrl.weight_sync.gpu import GpuSync
 from vlmrl.weight_sync.vllm_transfer import Remote, Sender, ipc_sender
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from vlmrl.config.weight_sync import FolderSyncConfig
 from vlmrl.errors import ConfigError
-from vlmrl.inference.vllm_client import VllmClient
-from vlmrl.inference.vllm_engine import VllmEngine
-from vlmrl.weight_sync.config import FolderSyncConfig
+from vlmrl.inference.vllm.client import VllmClient
+from vlmrl.inference.vllm.engine import VllmEngine
 from vlmrl.weight_sync.servers import ServerSync
 
 FILE = "model.safetensors"

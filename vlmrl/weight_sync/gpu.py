@@ -21,12 +21,12 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from vlmrl.config.inference import VllmConfig
+from vlmrl.config.weight_sync import WeightSyncConfig
 from vlmrl.errors import ConfigError
-from vlmrl.inference.config import VllmConfig
-from vlmrl.inference.vllm_client import VllmClient
-from vlmrl.inference.vllm_engine import VllmEngine
-from vlmrl.inference.vllm_server import WeightTransfer, replica_devices, visible_devices, vllm_version
-from vlmrl.weight_sync.config import WeightSyncConfig
+from vlmrl.inference.vllm.client import VllmClient
+from vlmrl.inference.vllm.engine import VllmEngine
+from vlmrl.inference.vllm.server import WeightTransfer, replica_devices, visible_devices, vllm_version
 from vlmrl.weight_sync.servers import ServerSync
 from vlmrl.weight_sync.vllm_transfer import Remote, Sender
 
@@ -115,7 +115,7 @@ def check_transfer(sync: WeightSyncConfig, inference: VllmConfig, device: str) -
 def check_places(sync: WeightSyncConfig, inference: VllmConfig, device: str, devices: list[str]) -> None:
     """Whether the servers are on the GPUs, out of `devices`, that `sync` needs them on. Raises `ConfigError`.
 
-    >>> from vlmrl.weight_sync.config import CudaIpcSyncConfig
+    >>> from vlmrl.config.weight_sync import CudaIpcSyncConfig
     >>> check_places(CudaIpcSyncConfig(), VllmConfig(), "auto", ["0"])
     """
     trainer = devices[torch.device("cuda" if device == "auto" else device).index or 0]

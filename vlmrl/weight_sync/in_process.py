@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 
 from vlmrl.inference.embedded import EmbeddedEngine
+from vlmrl.models import digests as verify
 from vlmrl.trainer.trainer import LocalTrainer
 from vlmrl.types import WeightComparison
-from vlmrl.weight_sync import verify
 
 
 class InProcessSync:

@@ -8,10 +8,10 @@ from urllib.parse import urlsplit
 
 from torch import Tensor
 
-from vlmrl.inference.vllm_client import VllmClient
-from vlmrl.inference.vllm_engine import VllmEngine
-from vlmrl.inference.vllm_server import vllm_version
-from vlmrl.weight_sync.config import NcclSyncConfig
+from vlmrl.config.weight_sync import NcclSyncConfig
+from vlmrl.inference.vllm.client import VllmClient
+from vlmrl.inference.vllm.engine import VllmEngine
+from vlmrl.inference.vllm.server import vllm_version
 from vlmrl.weight_sync.gpu import GpuSync
 from vlmrl.weight_sync.vllm_transfer import Remote, Sender, bucket_bytes, nccl_sender
 

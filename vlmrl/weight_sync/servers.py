@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from vlmrl.errors import EngineError
-from vlmrl.inference.vllm_client import ServerLostError, VllmClient
-from vlmrl.inference.vllm_engine import Replica, VllmEngine
+from vlmrl.inference.vllm.client import ServerLostError, VllmClient
+from vlmrl.inference.vllm.engine import Replica, VllmEngine
+from vlmrl.models.digests import assemble, digest
 from vlmrl.types import WeightComparison
-from vlmrl.weight_sync.verify import assemble, digest
 
 SHOWN_NAMES = 8
 """Of a list of names, in an error's message."""

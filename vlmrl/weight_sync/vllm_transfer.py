@@ -25,8 +25,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from vlmrl.inference.vllm_client import VllmClient
-from vlmrl.inference.vllm_server import NEW_SINCE
+from vlmrl.inference.vllm.client import VllmClient
+from vlmrl.inference.vllm.server import NEW_SINCE
 
 BUCKET_BYTES = 256 * 1024**2
 """Of tensors that go through NCCL in one broadcast; two are under way at a time. A larger tensor is a bucket alone."""

@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 from vlmrl.monitor.report.page import temporary_of
-from vlmrl.monitor.run_dir import RunDir, disk_errors
+from vlmrl.record.run_dir import RunDir, disk_errors
 
 LOWEST_PRIORITY = 19
 PATIENCE_S = 120.0

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vlmrl.monitor.metrics import Record
-from vlmrl.monitor.run_dir import RunDir
+from vlmrl.record.metrics import Record
+from vlmrl.record.run_dir import RunDir
 
 EVALUATION_SHARE = 0.3
 """Share of the page that evaluations may take where not everything fits."""

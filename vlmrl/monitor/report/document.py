@@ -40,11 +40,11 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from vlmrl.errors import ConfigError
-from vlmrl.monitor.metrics import Record, read_metrics
-from vlmrl.monitor.recorder import RolloutRecord, TurnRecord, read_rollouts
 from vlmrl.monitor.report.choice import Choice, Shape, choose, recorded_steps
-from vlmrl.monitor.run_dir import RunDir
-from vlmrl.monitor.tokens import read_spellings
+from vlmrl.record.metrics import Record, read_metrics
+from vlmrl.record.rollouts import RolloutRecord, TurnRecord, read_rollouts
+from vlmrl.record.run_dir import RunDir
+from vlmrl.record.tokens import read_spellings
 
 ROLLOUTS = 2000
 """Rollouts of a page, all its runs together; fewer where they are long or show many large images."""

@@ -222,7 +222,7 @@ function move(by, whole) {
 
 // ── files ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-// As the run wrote them (vlmrl/monitor/recorder.py), tokens and all.
+// As the run wrote them (vlmrl/record/rollouts.py), tokens and all.
 function saveMatching() {
   const numbers = (array, turn) => [...array.subarray(turn.at, turn.at + turn.count)];
   const figures = (array, turn) => (Number.isNaN(array[turn.at]) ? null : numbers(array, turn));

@@ -1,0 +1,213 @@
+"""Two steps of learning, by one process or by ranks: run by test_ranks.py as each rank, and called by it for one.
+
+python learning.py <checkpoint folder> <out folder> <case> …
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from support import helpers
+from support.helpers import END, Part, Sampled, image, sample
+from vlmrl.config.model import LoraConfig
+from vlmrl.config.orchestrator import AlgorithmConfig
+from vlmrl.config.trainer import Optimizer, Packing, SFTConfig, Sharding, TrainerConfig
+from vlmrl.models.blocks import blocks, prepare_blocks
+from vlmrl.models.checkpoints.load import load_model
+from vlmrl.models.lora import add_adapters
+from vlmrl.models.policy import Policy
+from vlmrl.models.positions import position_function
+from vlmrl.ranks.rank_group import Group, follow, init_from_environment
+from vlmrl.trainer.checkpoint import Checkpoints
+from vlmrl.trainer.learner import Follower, Learner
+from vlmrl.trainer.trainer import LocalTrainer
+from vlmrl.types import TrainingSample
+
+CONFIG = TrainerConfig(
+    max_steps=10,
+    learning_rate=1e-2,
+    # AdamW's first step is nearly the gradient's sign; with a large eps it is as smooth as the gradient.
+    eps=1e-2,
+    weight_decay=0.1,
+    max_grad_norm=0.5,
+    warmup=SFTConfig(rl_weight=0.3),
+)
+COLLECTIVES = "collectives"
+SYSTEM = list(range(100, 120))
+
+
+@dataclass(frozen=True)
+class Case:
+    """How the same two steps are computed."""
+
+    packing: Packing = Packing.tree
+    micro_batch_tokens: int = 16384
+    sharding: Sharding = Sharding.full
+    freeze_vision: bool = False
+    freeze_language: bool = False
+    images: bool = True
+    """Whether any sample of the batch shows one."""
+    shown: bool = True
+    """Whether a demonstration shows one, if any sample does."""
+    recomputed: bool = False
+    lora: bool = False
+    dtype: torch.dtype = torch.float32
+    optimizer: Optimizer = Optimizer.adamw
+
+
+CASES = {
+    "whole": Case(),
+    "small": Case(micro_batch_tokens=60),
+    "one by one": Case(packing=Packing.none),
+    "side by side": Case(packing=Packing.varlen, micro_batch_tokens=100),
+    "frozen": Case(micro_batch_tokens=60, freeze_vision=True),
+    "tower alone": Case(packing=Packing.none, freeze_language=True),
+    "tower alone, last pass of text": Case(packing=Packing.none, freeze_language=True, shown=False),
+    "text": Case(micro_batch_tokens=60, images=False),
+    "replicated": Case(micro_batch_tokens=60, sharding=Sharding.none),
+    "replicated one by one": Case(packing=Packing.none, sharding=Sharding.none),
+    "kept whole": Case(micro_batch_tokens=60, sharding=Sharding.optimizer),
+    "kept whole one by one": Case(packing=Packing.none, sharding=Sharding.optimizer),
+    "kept whole, one pass": Case(sharding=Sharding.optimizer),
+    "kept whole, frozen": Case(micro_batch_tokens=60, freeze_vision=True, sharding=Sharding.optimizer),
+    "kept whole, recomputed": Case(micro_batch_tokens=60, recomputed=True, sharding=Sharding.optimizer),
+    "kept whole, last pass of text": Case(micro_batch_tokens=60, shown=False, sharding=Sharding.optimizer),
+    "kept whole, tower alone": Case(packing=Packing.none, freeze_language=True, sharding=Sharding.optimizer),
+    "kept whole, tower alone, last pass of text": Case(
+        packing=Packing.none, freeze_language=True, shown=False, sharding=Sharding.optimizer
+    ),
+    "kept whole, adapters": Case(micro_batch_tokens=60, lora=True, sharding=Sharding.optimizer),
+    "kept whole in bfloat16": Case(micro_batch_tokens=60, sharding=Sharding.optimizer, dtype=torch.bfloat16),
+    "kept whole in float16": Case(micro_batch_tokens=60, sharding=Sharding.optimizer, dtype=torch.float16),
+    "bfloat16": Case(micro_batch_tokens=60, dtype=torch.bfloat16),
+    "replicated bfloat16": Case(micro_batch_tokens=60, sharding=Sharding.none, dtype=torch.bfloat16),
+    "float16": Case(micro_batch_tokens=60, dtype=torch.float16),
+    "replicated float16": Case(micro_batch_tokens=60, sharding=Sharding.none, dtype=torch.float16),
+    "8 bits": Case(micro_batch_tokens=60, optimizer=Optimizer.adamw_8bit),
+}
+
+
+def batch(images: bool = True) -> list[TrainingSample]:
+    """Two groups; two turns in some; one sample twice; one without images."""
+    shown: Callable[[int, int], Part] = image if images else lambda rows, columns: [rows, columns]
+    samples = []
+    for group in range(2):
+        for i in range(3):
+            opening: list[Part] = [SYSTEM, shown(2, 1 + group), [group, 1]]
+            last: list[Part] = [[4], shown(1, 1), Sampled([5 + i, 6, END])] if i else []
+            samples.append(sample(f"{group}/{i}", *opening, Sampled([2, i, END]), *last, seed=10 * group + i))
+    samples.append(replace(samples[1], rollout_id="again"))
+    samples.append(sample("text", SYSTEM, Sampled([1, 2])))
+    return samples
+
+
+def demonstrations(shown: bool = True) -> list[TrainingSample]:
+    """Two, of which the second shows an image."""
+    part: Part = image(1, 1) if shown else [7]
+    return [sample("sft/0", SYSTEM, Sampled([3, END])), sample("sft/1", SYSTEM, part, Sampled([2, 2, END]))]
+
+
+def parts(folder: str, name: str) -> tuple[Policy, TrainerConfig]:
+    """The policy and the trainer's config of a case."""
+    torch.set_num_threads(1)
+    case = CASES[name]
+    model: Any = load_model(Path(folder), helpers.TINY)
+    model.to(case.dtype)
+    model.requires_grad_(not case.freeze_language)
+    model.base_model.visual.requires_grad_(not case.freeze_vision)
+    if case.lora:
+        torch.manual_seed(0)
+        add_adapters(model, LoraConfig(rank=4))
+    prepare_blocks(model, compiled=False, recomputed=case.recomputed)
+    config = replace(
+        CONFIG,
+        packing=case.packing,
+        micro_batch_tokens=case.micro_batch_tokens,
+        sharding=case.sharding,
+        optimizer=case.optimizer,
+    )
+    return Policy(model, position_function("mrope", 2), []), config
+
+
+def learner(folder: str, name: str, group: Group | None) -> LocalTrainer:
+    """That of rank 0, or of a process alone."""
+
+    def own() -> LocalTrainer:
+        policy, config = parts(folder, name)
+        return LocalTrainer(policy, config, AlgorithmConfig(), temperature=1.0, max_new_tokens=4, group=group)
+
+    return own() if group is None else group.together("make", [(folder, name)] * (group.size - 1), own)[0]
+
+
+def follower(folder: str, name: str) -> Follower:
+    """That of another rank."""
+    policy, config = parts(folder, name)
+    ranks = torch.distributed.get_world_size()
+    return Follower(Learner(policy, config, AlgorithmConfig(), temperature=1.0, max_new_tokens=4, ranks=ranks))
+
+
+def counted(*names: str) -> Any:
+    """A context that counts calls of the first of these of torch.distributed that there is; they got new names."""
+    name = next(name for name in names if hasattr(dist, name))
+    return patch.object(dist, name, wraps=getattr(dist, name))
+
+
+def steps(trainer: LocalTrainer, name: str, number: int = 2) -> dict[str, np.ndarray]:
+    """Figures of each step, how often weights were gathered in it and gradients reduced; then the logprobs of every
+    sample, and the weights."""
+    images = CASES[name].images
+    demonstrated = demonstrations(images and CASES[name].shown)
+    found: dict[str, np.ndarray] = {}
+    found["units"] = np.array(1 + len(blocks(trainer._learner.policy.model)))
+    trainer.logprobs(batch(images))  # leaves nothing behind that a step would take for its own
+    for _ in range(number):
+        with (
+            counted("all_gather_single", "all_gather_into_tensor") as gathers,
+            counted("reduce_scatter_single", "reduce_scatter_tensor") as reductions,
+        ):
+            result = trainer.train_step(batch(images), demonstrated)
+        found[f"{result.version}/{COLLECTIVES}"] = np.array([gathers.call_count, reductions.call_count])
+        for key, value in result.metrics.items():
+            found[f"{result.version}/{key}"] = np.array(value)
+        found[f"{result.version}/entropies"] = np.concatenate([figures.entropies for figures in result.tokens])
+    found["logprobs"] = np.concatenate(trainer.logprobs(batch(images)))
+    for key, weight in trainer.weights().items():
+        found[f"weights/{key}"] = weight.detach().float().numpy()
+    return found
+
+
+def continued(trainer: LocalTrainer, name: str, checkpoints: str) -> dict[str, np.ndarray]:
+    """One more step after the checkpoint, and a checkpoint of that."""
+    place = Checkpoints(Path(checkpoints), 9)
+    restored = place.load_newest(trainer, print)
+    if restored is None:
+        trainer.train_step(batch(CASES[name].images), demonstrations(CASES[name].images))
+        place.save(trainer.version, trainer, {})
+        place.finish()
+    return steps(trainer, name, 1)
+
+
+def main(folder: str, out: str, names: list[str]) -> int:
+    """`case` learns from the start, `case@checkpoints` goes on from there, or leaves a checkpoint there."""
+    with init_from_environment() as group:
+        if group is not None and group.rank > 0:
+            return follow(group, follower)
+        for name in names:
+            case, _, checkpoints = name.partition("@")
+            trainer = learner(folder, case, group)
+            found = continued(trainer, case, checkpoints) if checkpoints else steps(trainer, case)
+            np.savez(Path(out) / f"{case}.npz", **found)  # type: ignore[arg-type]
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2], sys.argv[3:]))

@@ -1,0 +1,69 @@
+"""Several ranks on this machine, as a launcher starts them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from support import TESTS
+
+PATIENCE = 120.0
+"""Seconds that ranks may take before they count as hanging."""
+
+
+@dataclass(frozen=True)
+class EndedRank:
+    """A rank that ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def environments(size: int) -> list[dict[str, str]]:
+    """What torchrun tells each of `size` ranks on one host."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [
+        {
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": ":".join([str(TESTS), str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        }
+        for rank in range(size)
+    ]
+
+
+def start(size: int, command: Sequence[str], **options: object) -> list[subprocess.Popen[str]]:
+    """`python <command>` as each of `size` ranks."""
+    return [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            **options,  # type: ignore[call-overload]
+        )
+        for environment in environments(size)
+    ]
+
+
+def ended(processes: Sequence[subprocess.Popen[str]]) -> list[EndedRank]:
+    """Wait for all. Kills what hangs, and fails."""
+    try:
+        found = [process.communicate(timeout=PATIENCE) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [EndedRank(process.returncode, out, err) for process, (out, err) in zip(processes, found, strict=True)]

@@ -1,0 +1,154 @@
+"""Tasks as a user writes them, beside the built-in one; a copy lies in the folder that the tests run in.
+
+Sound           answers are scored by their length, so that siblings differ
+SomeFaults      one problem in six is sound, each of the others goes wrong in its own way
+AllFaults       every rollout raises
+AllTooLong      no first prompt fits
+EqualRewards    there is nothing to learn from
+Poison          rewards that are finite, in a loss that is not
+Gated           color_codeword, but a problem can be held until a test lets it go
+Blindfolded     color_codeword with every pixel zeroed, and an answer that needs none: it is always the same
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from vlmrl.config.task import ColorCodewordConfig
+from vlmrl.tasks import Image, Message, Reply, Task
+from vlmrl.tasks.base import Split
+from vlmrl.tasks.color_codeword import CodewordProblem, ColorCodeword
+from vlmrl.types import Part
+
+KINDS = ("sound", "no_image", "raises", "nan", "too_long", "equal")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A dataset row."""
+
+    split: str
+    index: int
+    kind: str
+
+    @property
+    def id(self) -> str:
+        return f"{self.split}/{self.index}/{self.kind}"
+
+
+class Say:
+    """One turn about one image."""
+
+    def __init__(self, row: Row) -> None:
+        self.row = row
+
+    def reset(self) -> tuple[Message, ...]:
+        image: Any = np.full((32, 32, 3), self.row.index % 256, np.uint8)
+        if self.row.kind == "no_image":
+            image = b"GIF89a, or so it says"
+        text = "Say anything." * (500 if self.row.kind == "too_long" else 1)
+        return (Message.of("user", text, Image(image)),)
+
+    def step(self, completion: str) -> Reply:
+        if self.row.kind == "raises":
+            raise LookupError(f"no score for problem {self.row.index}")
+        reward = {"nan": math.nan, "equal": 0.5, "poison": 3e38 * (-1) ** len(completion)}
+        score = reward.get(self.row.kind, len(completion) % 4 / 4)
+        return Reply(turn_reward=score, reward=score, done=True, metrics={"length": len(completion)})
+
+
+class Sound(Task):
+    """The least that a task is made of."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("sound",)
+
+    def __init__(self, config: Any, *, seed: int) -> None:
+        self.shift = config.args.get("shift", 0)
+
+    def problem(self, split: Split, index: int) -> Row:
+        return Row(split, index + self.shift, self.kinds[index % len(self.kinds)])
+
+    def env(self, problem: Row) -> Say:
+        return Say(problem)
+
+    def demonstration(self, problem: Row, *, random_answers: bool, seed: int) -> tuple[Message, ...]:
+        sound = dataclasses.replace(problem, kind="sound")
+        return (*Say(sound).reset(), Message.of("assistant", f"anything {seed % 10}"))
+
+    def texts(self) -> tuple[str, ...]:
+        return ("Say anything.",)
+
+
+class SomeFaults(Sound):
+    kinds = KINDS
+
+
+class AllFaults(Sound):
+    kinds = ("raises",)
+
+
+class AllTooLong(Sound):
+    kinds = ("too_long",)
+
+
+class EqualRewards(Sound):
+    kinds = ("equal",)
+
+
+class Poison(Sound):
+    kinds = ("poison",)
+
+
+class Gated(ColorCodeword):
+    """Whoever asks for problem `args.hold` leaves the file `reached` in the folder `args.gate` and waits there until
+    the file `open` appears."""
+
+    def __init__(self, config: Any, *, seed: int) -> None:
+        super().__init__(ColorCodewordConfig(max_turns=config.max_turns), seed=seed)
+        self.hold: int = config.args.get("hold", -1)
+        self.gate = Path(config.args.get("gate", "."))
+
+    def problem(self, split: Split, index: int) -> CodewordProblem:
+        if split == "train" and index == self.hold:
+            (self.gate / "reached").touch()
+            while not (self.gate / "open").exists():
+                time.sleep(0.01)
+        return super().problem(split, index)
+
+
+class Blindfolded(ColorCodeword):
+    """The reward climbs, since the answer can be guessed; nothing can be seen."""
+
+    def __init__(self, config: Any, *, seed: int) -> None:
+        super().__init__(ColorCodewordConfig(max_turns=config.max_turns, images_per_turn=1), seed=seed)
+
+    def problem(self, split: Split, index: int) -> CodewordProblem:
+        return dataclasses.replace(super().problem(split, index), codeword="C")
+
+    def env(self, problem: CodewordProblem) -> Any:
+        return Blindfold(super().env(problem))
+
+
+class Blindfold:
+    """An env whose images are all black."""
+
+    def __init__(self, env: Any) -> None:
+        self.env = env
+
+    def reset(self) -> tuple[Message, ...]:
+        return tuple(Message(message.role, tuple(map(self.zeroed, message.content))) for message in self.env.reset())
+
+    def step(self, completion: str) -> Reply:
+        reply: Reply = self.env.step(completion)
+        return reply
+
+    @staticmethod
+    def zeroed(part: Part) -> Part:
+        return Image(np.zeros_like(np.asarray(part.source))) if isinstance(part, Image) else part

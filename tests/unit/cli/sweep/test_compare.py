@@ -1,0 +1,132 @@
+"""The table and the plot across runs, of runs whose figures are known."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vlmrl.cli.sweep.compare import COLUMNS, compare, compare_and_show
+from vlmrl.config.run import RunConfig
+from vlmrl.record.run_dir import RunDir
+
+LINES = [
+    {"step": 0, "eval/reward": 0.0, "eval/reward_greedy": 0.0, "time/elapsed": 5.0},
+    {
+        "step": 1,
+        "reward/mean": 0.25,
+        "throughput/tokens_per_s": 1000.0,
+        "mismatch_kl/mean": 1e-13,
+        "mismatch_kl/max": 4e-12,
+        "time/elapsed": 6.0,
+        "eval/reward": 0.96,
+        "eval/reward_greedy": 1.0,
+    },
+    {
+        "step": 2,
+        "reward/mean": 0.5,
+        "throughput/tokens_per_s": 3000.0,
+        "mismatch_kl/mean": 3e-13,
+        "mismatch_kl/max": 2e-12,
+        "time/elapsed": 8.0,
+        "eval/reward": 0.98,
+        "eval/reward_greedy": 0.99,
+    },
+]
+
+
+@pytest.fixture
+def multirun(tmp_path: Path, run_config: Callable[..., RunConfig]) -> Path:
+    """Three jobs: one at its target, one killed after a step, one that has not begun."""
+    folder = tmp_path / "multirun"
+    for seed, lines in enumerate([LINES, LINES[:2]]):
+        run = RunDir(folder / f"seed={seed},trainer.max_steps=9")
+        run.create()
+        run.write_config(run_config("orchestrator.eval.target=0.95", "orchestrator.eval.consecutive=2"))
+        run.write_overrides([f"seed={seed}", "trainer.max_steps=9"])
+        run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        if seed == 0:
+            run.write_summary({"exit_reason": "target_reached", "wall_clock_s": 9.5, "objective": 0.98})
+    (folder / "seed=2,trainer.max_steps=9").mkdir()
+    (folder / "seed=0,trainer.max_steps=9/report.html").touch()
+    return folder
+
+
+def test_the_table(multirun: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compare_and_show([multirun], multirun)
+    first, second, third = csv.DictReader(io.StringIO((multirun / "compare.csv").read_text()))
+    assert first == {
+        "job": "seed=0",
+        "state": "finished",
+        "step": "2",
+        "eval/reward": "0.98",
+        "eval/reward_greedy": "0.99",
+        "reward/mean": "0.5",
+        "seconds_to_target": "8.0",
+        "seconds": "9.5",
+        "throughput/tokens_per_s": "2000.0",
+        "mismatch_kl/mean": "2e-13",
+        "mismatch_kl/max": "4e-12",
+    }
+    assert (second["job"], second["state"], second["step"]) == ("seed=1", "killed", "1")
+    assert second["seconds_to_target"] == "", "once is not twice in a row"
+    assert second["seconds"] == "6.0"
+    assert third == dict.fromkeys(COLUMNS, "") | {"job": "seed=2,trainer.max_steps=9", "state": "new"}
+    text = (multirun / "compare.txt").read_text()
+    assert capsys.readouterr().out.startswith(text)
+    head, row = text.splitlines()[:2]
+    assert head.split() == list(COLUMNS)
+    assert " ".join(row.split()) == "seed=0 finished 2 0.980 0.990 0.500 8 10 2000 2.0e-13 4.0e-12"
+    assert len({len(line) for line in text.splitlines()}) == 1, "columns line up"
+
+
+def test_the_page_is_one_file_with_table_and_plot(multirun: Path) -> None:
+    compare([multirun], multirun)
+    html = (multirun / "compare.html").read_text()
+
+    class Cells(HTMLParser):
+        cells: list[str]
+
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            self.in_cell = tag in ("td", "a")
+
+        def handle_data(self, data: str) -> None:
+            if self.in_cell and data.strip():
+                self.cells.append(data)
+
+    parser = Cells()
+    parser.cells = []
+    parser.in_cell = False
+    parser.feed(html)
+    assert parser.cells[:3] == ["seed=0", "finished", "2"]
+    assert len(parser.cells) == 3 * len(COLUMNS)
+    assert 'href="seed=0,trainer.max_steps=9/report.html"' in html
+    embedded = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
+    assert base64.b64decode(embedded[0]) == (multirun / "compare.png").read_bytes()
+    assert "http" not in html, "nothing is loaded"
+
+
+def test_the_plot_has_a_line_per_run_that_was_evaluated(multirun: Path) -> None:
+    compare([multirun], multirun)
+    picture = Image.open(multirun / "compare.png").convert("RGB")
+    # Of two evaluated runs out of three, the colours are the first two of viridis in three steps.
+    colors = picture.getcolors(picture.width * picture.height) or []
+    shown = {color for count, color in colors if count > 100}
+    assert {(68, 1, 84), (33, 145, 140)} <= shown
+    assert (253, 231, 37) not in shown, "the third has no line"
+
+
+def test_single_runs_are_called_by_their_folders(multirun: Path, tmp_path: Path) -> None:
+    one, other = sorted(multirun.glob("seed=*"))[:2]
+    for run in (one, other):
+        RunDir(run).overrides.unlink()
+    rows = compare([one, other], tmp_path)
+    assert [row.figures["job"] for row in rows] == [one.name, other.name]

@@ -1,0 +1,185 @@
+"""Jobs of a sweep by their folders: names, states, claims, and what is done about each."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig
+
+from vlmrl.cli.sweep.again import run_what_is_left
+from vlmrl.cli.sweep.jobs import NAME_LENGTH, State, claim, job_name, runs_in, state_of
+from vlmrl.config.run import RunConfig
+from vlmrl.errors import ConfigError, VlmrlError
+from vlmrl.record.run_dir import RunDir
+
+# ── names ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_job_is_its_overrides_in_any_order() -> None:
+    one = job_name(["seed=1", "trainer.max_steps=2", "+sweep=seeds", "sweep.retry_failed=false"], "")
+    other = job_name(["+sweep=other", "trainer.max_steps=2", "monitor.wandb.mode=disabled", "seed=1"], "")
+    assert one == other == "seed=1,trainer.max_steps=2"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (["model.name=a/b"], ["model.name=a_b"]),
+        (["model.name=" + "x" * 200 + "1"], ["model.name=" + "x" * 200 + "2"]),
+        (["~model/vlm"], ["model/vlm=qwen3_vl"]),
+        (["task.target=a.b:C"], ["task.target=a.b;C"]),
+    ],
+)
+def test_other_overrides_are_another_job(one: list[str], other: list[str]) -> None:
+    names = {job_name(one, ""), job_name(other, "")}
+    assert len(names) == 2
+    for name in names:
+        assert "/" not in name
+        assert len(name.encode()) <= NAME_LENGTH + 7
+
+
+# ── states ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, run_config: Callable[..., RunConfig]) -> RunDir:
+    """A run that kept its config and then was killed."""
+    run_dir = RunDir(tmp_path / "multirun/seed=1")
+    run_dir.create()
+    run_dir.write_config(run_config("seed=1"))
+    return run_dir
+
+
+SUMMARIES = {
+    None: State.killed,
+    "interrupted": State.stopped,
+    "error": State.failed,
+    "finished": State.finished,
+    "target_reached": State.finished,
+}
+"""Exit reason → state."""
+
+
+def end(run_dir: RunDir, exit_reason: str | None) -> None:
+    if exit_reason is not None:
+        run_dir.write_summary({"exit_reason": exit_reason, "objective": 0.5, "error": "NonFiniteLossError: nan"})
+
+
+@pytest.mark.parametrize(("exit_reason", "state"), SUMMARIES.items())
+def test_state(exit_reason: str | None, state: State, run_dir: RunDir) -> None:
+    end(run_dir, exit_reason)
+    assert state_of(run_dir) is state
+    with claim(run_dir.path) as is_held:
+        assert is_held
+        assert state_of(run_dir) is State.running
+    assert state_of(run_dir) is state
+
+
+def test_a_folder_without_a_config_is_new(tmp_path: Path) -> None:
+    assert state_of(RunDir(tmp_path)) is State.new
+
+
+def test_a_claim_ends_with_its_process_however_that_ends(run_dir: RunDir) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from vlmrl.cli.sweep.jobs import claim\n"
+        "with claim(Path(sys.argv[1])) as held: print(held, flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(run_dir.path)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "True\n"
+        assert state_of(run_dir) is State.running
+        with claim(run_dir.path) as is_held:
+            assert not is_held
+        other.kill()
+        other.wait()
+    with claim(run_dir.path) as is_held:
+        assert is_held
+
+
+# ── what is left ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("exit_reason", "retry_failed", "starts", "resumes"),
+    [
+        (None, True, True, True),
+        ("interrupted", False, True, True),
+        ("finished", True, False, False),
+        ("target_reached", True, False, False),
+        ("error", True, True, True),
+        ("error", False, False, False),
+    ],
+)
+def test_what_is_left(
+    exit_reason: str | None,
+    retry_failed: bool,
+    starts: bool,
+    resumes: bool,
+    run_dir: RunDir,
+    composed: Callable[..., DictConfig],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    end(run_dir, exit_reason)
+    config = composed("seed=1", f"sweep.retry_failed={str(retry_failed).lower()}")
+    config.output_dir = str(run_dir.path)
+    started: list[DictConfig] = []
+
+    def start(config: DictConfig) -> float:
+        assert state_of(run_dir) is State.running, "it is claimed while it runs"
+        started.append(config)
+        return 0.75
+
+    objective = run_what_is_left(config, ["seed=1"], start)
+    said = capsys.readouterr().out
+    assert len(started) == starts
+    if starts:
+        assert objective == 0.75
+        assert started[0].resume == (str(run_dir.path) if resumes else None)
+        assert run_dir.read_overrides() == ["seed=1"]
+    elif exit_reason == "error":
+        assert objective is None
+        assert "NonFiniteLossError: nan" in said
+    else:
+        assert objective == 0.5, "of the first time: sweepers need it"
+        assert "skipped" in said
+
+
+def test_a_new_job_is_started_and_an_evaluation_is_done_again(
+    tmp_path: Path, composed: Callable[..., DictConfig]
+) -> None:
+    config = composed()
+    config.output_dir = str(tmp_path / "new")
+    run_what_is_left(config, [], lambda config: None)
+    assert config.resume is None
+    config = composed("mode=eval")
+    config.output_dir = str(tmp_path / "eval")
+    RunDir(config.output_dir).create()
+    RunDir(config.output_dir).config.touch()
+    run_what_is_left(config, [], lambda config: None)
+    assert config.resume is None, "there is no checkpoint of an evaluation"
+
+
+def test_what_another_process_runs_is_left_to_it(run_dir: RunDir, composed: Callable[..., DictConfig]) -> None:
+    config = composed()
+    config.output_dir = str(run_dir.path)
+    with claim(run_dir.path), pytest.raises(VlmrlError, match="is being run by another process"):
+        run_what_is_left(config, [], lambda config: pytest.fail("started"))
+
+
+# ── folders ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_runs_in(run_dir: RunDir) -> None:
+    multirun = run_dir.path.parent
+    (multirun / "seed=2").mkdir()
+    (multirun / ".submitit").mkdir()
+    (multirun / "multirun.yaml").touch()
+    (multirun / "latest").symlink_to("seed=1")
+    assert [run.name for run in runs_in(multirun)] == ["seed=1", "seed=2"], "one that has not begun counts"
+    assert [run.path for run in runs_in(run_dir.path)] == [run_dir.path]
+    with pytest.raises(ConfigError, match="neither a run nor a multirun"):
+        runs_in(multirun / "seed=2")

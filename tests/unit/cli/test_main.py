@@ -1,0 +1,414 @@
+"""The command line as a user meets it: what it prints, what it leaves, how it exits."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from vlmrl.cli.arguments import CONF, PACKAGE, groups, rewrite
+from vlmrl.cli.main import main
+from vlmrl.cli.past_runs import resumed
+from vlmrl.config.parse import parse
+from vlmrl.config.run import RunConfig
+from vlmrl.config.task import ImportedTaskConfig
+from vlmrl.errors import ConfigError
+from vlmrl.record.run_dir import RunDir
+
+FAKE_RUN = """
+import sys, types
+
+fake = types.ModuleType("vlmrl.runs.run")
+exec(sys.argv.pop(1), fake.__dict__)
+sys.modules["vlmrl.runs.run"] = fake
+from vlmrl.cli.main import main
+sys.exit(main())
+"""
+"""Starts the command line with a `vlmrl.runs.run` of our own, whose source is the first argument."""
+
+PRINT_CONFIG = """
+import json
+def execute(config):
+    print("RUN", json.dumps([config.seed, config.task.target, getattr(config.task, "args", None), config.output_dir]))
+    return 0.5
+"""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A process that ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+TASK = """
+class {}:
+    def __init__(self, config, *, seed): ...
+    def problem(self, split, index): ...
+    def env(self, problem): ...
+    def demonstration(self, problem, *, random_answers, seed): ...
+    def texts(self): ...
+"""
+
+
+@pytest.fixture(scope="module")
+def their_modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tasks of the user's own: a.b:C, a.b:Counting, d:E."""
+    folder = tmp_path_factory.mktemp("their_modules")
+    (folder / "a").mkdir()
+    (folder / "a/b.py").write_text(TASK.format("C") + TASK.format("Counting"))
+    (folder / "d.py").write_text(TASK.format("E"))
+    return folder
+
+
+@pytest.fixture
+def vlmrl(tmp_path: Path, their_modules: Path) -> Callable[..., Ended]:
+    """`vlmrl("seed=1")`: `python -m vlmrl seed=1` in an empty folder; `run=` is the source of a fake run module."""
+
+    def start(*arguments: str, run: str | None = None) -> Ended:
+        command = [sys.executable, *(["-m", "vlmrl"] if run is None else ["-c", FAKE_RUN, run]), *arguments]
+        environment = {**os.environ, "PYTHONPATH": f"{PACKAGE.parent}{os.pathsep}{their_modules}"}
+        ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+        return Ended(ended.returncode, ended.stdout, ended.stderr)
+
+    return start
+
+
+# ── what it refuses ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        (
+            ["trainer.learning_rat=1"],
+            ["trainer.learning_rat: there is no such key", "did you mean trainer.learning_rate"],
+        ),
+        (["trainer.max_steps=many"], ["trainer.max_steps: Value 'many'", "Integer"]),
+        (["mode=train"], ["mode: Invalid value 'train'", "rl, sft, eval, doctor"]),
+        (
+            ["model=qwen3vl_tin"],
+            ["model=qwen3vl_tin: model has only qwen3vl, qwen3vl_moe, qwen3vl_tiny", "did you mean qwen3vl_tiny?"],
+        ),
+        (
+            ["orchestrator/renderer=none"],
+            ["model.vlm requires orchestrator.renderer, else", "set orchestrator/renderer=auto"],
+        ),
+        (["+trainer.pace=1"], ["trainer.pace: there is no such key"]),
+        (["output_dir=there"], ["output_dir=there requires", "set hydra.run.dir=there"]),
+        (["orchestrator.renderer.name=qwen3"], ["orchestrator.renderer.name=qwen3", "model.vlm.family=qwen3_vl"]),
+        (["task=no_such.module:Task"], ["task.target=no_such.module:Task names a module that does not exist"]),
+        (["algorithm=a.b:my_loss"], ["algorithm.loss=a.b:my_loss names 'my_loss', which a.b", "does not define"]),
+    ],
+)
+def test_refused(arguments: list[str], messages: list[str], vlmrl: Callable[..., Ended], tmp_path: Path) -> None:
+    ended = vlmrl(*arguments)
+    assert ended.code == 2
+    for message in messages:
+        assert message in ended.err
+    assert "Traceback" not in ended.err
+    assert ended.err.count("\n") == 1, "one line"
+    assert not ended.out
+    assert list(tmp_path.iterdir()) == [], "nothing is made for a run that is refused"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["lr=1"], "did you mean trainer.learning_rate or"),
+        (["modle/vlm=qwen3_vl"], "modle/vlm: there is no such group; did you mean model/vlm?"),
+        (["seed"], "seed does not parse as key=value"),
+        (["seed=[1"], "seed=[1 does not parse as key=value"),
+        (["seed=1,2"], "add --multirun"),
+        (["trainer=null"], "trainer=null"),
+        (["~trainer.max_steps"], "trainer.max_steps: TrainerConfig (DictConfig) does not support deletion"),
+        (["model=qwen3vl", "model.tiny.seed=3"], "model.tiny.seed=3: model.tiny is none"),
+        (["hydra.run.dirr=x"], "hydra.run.dirr: there is no such key"),
+        (["task=color_codeword,a.b:C"], "task=color_codeword,a.b:C requires import paths only or names only"),
+        (["--multirun", "--cfg", "job"], "Only one of"),
+        (["--config-dir", "absent"], "absent' not found"),
+    ],
+)
+def test_what_does_not_compose(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process: Hydra raises before it touches logging or makes a folder."""
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_a_file_of_the_users_own_is_named(vlmrl: Callable[..., Ended], tmp_path: Path) -> None:
+    (tmp_path / "conf/task").mkdir(parents=True)
+    (tmp_path / "conf/task/mine.yaml").write_text("defaults: [color_codeword, _self_]\nimage_sise: 64\n")
+    ended = vlmrl("--config-dir", "conf", "task=mine")
+    assert ended.code == 2
+    assert "In 'task/mine'" in ended.err
+    assert "image_sise" in ended.err
+    (tmp_path / "conf/task/mine.yaml").write_text("defaults: [color_codeword, _self_]\nimage_size: 64\n")
+    assert "image_size: 64" in vlmrl("--config-dir", "conf", "task=mine", "--cfg", "job").out
+
+
+@pytest.mark.parametrize(("key", "arguments"), [("hydra.run.dir", []), ("hydra.sweep.dir", ["--multirun", "seed=0,1"])])
+def test_an_output_folder_that_cannot_be_made(
+    key: str, arguments: list[str], vlmrl: Callable[..., Ended], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    ended = vlmrl(f"{key}=file/run", *arguments)
+    assert ended.code == 2
+    assert f"error: {key}: " in ended.err
+    assert "Not a directory" in ended.err
+    assert "Traceback" not in ended.err
+
+
+# ── what it shows ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_help_names_every_group_and_option(vlmrl: Callable[..., Ended]) -> None:
+    ended = vlmrl("--help")
+    assert ended.code == 0
+    assert not ended.err
+    table = ended.out[ended.out.index("Groups") : ended.out.index("Modes")]
+    rows = table.split("\n  ")
+    for group in groups():
+        if group.startswith("hydra"):
+            continue
+        row = next(index for index, row in enumerate(rows) if row.startswith(f"{group} "))
+        following = [index for index, text in enumerate(rows) if index > row and not text.startswith(" ")]
+        entry = " ".join(rows[row : following[0] if following else None])
+        for option in sorted((CONF / group).glob("*.yaml")):
+            assert option.stem in entry, f"{group}={option.stem}"
+    assert ended.out.count("python -m vlmrl") >= 5
+    assert "outputs/" in ended.out
+    assert max(map(len, ended.out.splitlines())) <= 120
+
+
+def test_cfg_job_is_what_would_run(vlmrl: Callable[..., Ended]) -> None:
+    config = OmegaConf.create(vlmrl("--cfg", "job", "seed=7").out)
+    assert isinstance(config, DictConfig)
+    assert config.seed == 7
+    assert config.model.name == "qwen3vl_tiny"
+    assert "defaults" not in config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--cfg", "job"], 0),
+        (["--help"], 0),
+        (["explain", "trainer"], 0),
+        (["lr=1"], 2),
+        (["trainer.max_steps=many"], 2),
+        (["model=qwen3vl", "inference=vllm", "orchestrator.group_size=1"], 2),
+        (["-m", "seed=0,1", "orchestrator.group_size=1"], 2),
+        (["-sc", "install=bash"], 0),
+    ],
+)
+def test_what_needs_no_model_imports_nothing_heavy(arguments: list[str], code: int, tmp_path: Path) -> None:
+    heavy = ("torch", "transformers", "renderers", "wandb", "vllm", "numpy", "PIL")
+    source = (
+        "import atexit, sys; from vlmrl.cli.main import main; "
+        f"atexit.register(lambda: print([name for name in {heavy} if name in sys.modules], file=sys.stderr)); "
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    command = [sys.executable, "-c", source, *arguments]
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == code
+    assert ended.stderr.splitlines()[-1] == "[]"
+
+
+# ── what it starts ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def runs(ended: Ended) -> list[list[object]]:
+    """What PRINT_CONFIG printed, one entry per run."""
+    return [json.loads(line.removeprefix("RUN ")) for line in ended.out.splitlines() if line.startswith("RUN ")]
+
+
+def test_a_run_gets_its_folder(vlmrl: Callable[..., Ended], tmp_path: Path) -> None:
+    ended = vlmrl("seed=3", run=PRINT_CONFIG)
+    assert (ended.code, ended.err) == (0, "")
+    [[seed, target, _, output_dir]] = runs(ended)
+    assert (seed, target) == (3, "vlmrl.tasks.color_codeword:ColorCodeword")
+    folder = Path(str(output_dir))
+    assert folder.is_absolute()
+    assert folder.is_relative_to(tmp_path / "outputs")
+    assert folder.name.endswith("_qwen3vl_tiny_color_codeword")
+    assert list(folder.iterdir()) == [], "Hydra leaves nothing of its own there"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["experiment=color_codeword_tiny"], "color_codeword_tiny"),
+        (["task=a.b:Counting", "mode=eval"], "qwen3vl_tiny_Counting_eval"),
+    ],
+)
+def test_a_folder_is_called_after_what_was_chosen(arguments: list[str], name: str, vlmrl: Callable[..., Ended]) -> None:
+    [[*_, output_dir]] = runs(vlmrl(*arguments, run=PRINT_CONFIG))
+    assert re.fullmatch(rf"\d\d-\d\d-\d\d_{name}", Path(str(output_dir)).name)
+
+
+def test_multirun_over_import_paths(vlmrl: Callable[..., Ended], tmp_path: Path) -> None:
+    ended = vlmrl("--multirun", "task=a.b:C,d:E", "task.args.level=3", "seed=0,1", run=PRINT_CONFIG)
+    assert ended.code == 0
+    assert [run[:3] for run in runs(ended)] == [
+        [seed, target, {"level": 3}] for target in ("a.b:C", "d:E") for seed in (0, 1)
+    ]
+    folders = [Path(str(run[3])) for run in runs(ended)]
+    assert len(set(folders)) == 4
+    assert all(folder.is_relative_to(tmp_path / "outputs/multirun") for folder in folders)
+
+
+def test_multirun_goes_on_after_a_failure(vlmrl: Callable[..., Ended]) -> None:
+    fails_once = (
+        f"import vlmrl.errors\n{PRINT_CONFIG}\nprint_config = execute\n"
+        "def execute(config):\n"
+        "    if config.seed == 0: raise vlmrl.errors.EngineError('the engine is gone')\n"
+        "    return print_config(config)"
+    )
+    ended = vlmrl("--multirun", "seed=0,1", run=fails_once)
+    assert ended.code == 1
+    assert [run[0] for run in runs(ended)] == [1]
+    assert "error: the engine is gone" in ended.err
+    assert "seed=0" in ended.err, "the job is named"
+    assert "Traceback" not in ended.err
+
+
+def test_ctrl_c_ends_a_multirun(vlmrl: Callable[..., Ended]) -> None:
+    interrupted = (
+        "from vlmrl.errors import Interrupted\ndef execute(config):\n    raise Interrupted('stopped and saved')"
+    )
+    ended = vlmrl("--multirun", "seed=0,1", run=interrupted)
+    assert (ended.code, ended.err) == (1, "interrupted: stopped and saved\n"), "once: the other job is not started"
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "message", "traceback"),
+    [
+        ("vlmrl.errors.EngineError('the engine is gone')", 1, "error: the engine is gone\n", False),
+        ("vlmrl.errors.ConfigError('set it')", 2, "error: set it\n", False),
+        ("OSError(2, 'No such file or directory', 'weights')", 1, "'weights'", True),
+        ("ValueError('a slip')", 1, "ValueError: a slip", True),
+        ("KeyboardInterrupt()", 1, "interrupted\n", False),
+    ],
+)
+def test_how_a_run_that_raises_ends(
+    raised: str, code: int, message: str, traceback: bool, vlmrl: Callable[..., Ended]
+) -> None:
+    ended = vlmrl(run=f"import vlmrl.errors\ndef execute(config):\n    raise {raised}")
+    assert ended.code == code
+    assert message in ended.err
+    assert ("Traceback" in ended.err) == traceback
+    if not traceback:
+        assert ended.err == message
+
+
+# ── arguments ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_rewrite_leaves_the_rest_alone() -> None:
+    arguments = ["--multirun", "task=color_codeword", "task.max_turns=2", "model.name=a:b", "seed=1,2"]
+    assert rewrite(arguments) == arguments
+
+
+def test_rewrite_import_path() -> None:
+    assert rewrite(["algorithm=a.b:c"]) == ["algorithm.loss=a.b:c"]
+    assert rewrite(["task=a.b:C", "task.args.x.y=1"]) == ["task=imported", "task.target=a.b:C", "++task.args.x.y=1"]
+
+
+# ── resume ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, run_config: Callable[..., RunConfig]) -> RunDir:
+    """A run of a task of the user's own, with config.yaml and nothing else."""
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.create()
+    run_dir.write_config(run_config("task=imported", "task.target=a.b:C", "++task.args.level=3", "algorithm=gspo"))
+    return run_dir
+
+
+def test_resume_takes_the_runs_own_config(run_dir: RunDir) -> None:
+    assert "environment" in OmegaConf.load(run_dir.config)
+    config = parse(resumed([f"resume={run_dir.path}", "mode=eval", "trainer.max_steps=7", "++task.args.level=4"]))
+    assert isinstance(config.task, ImportedTaskConfig)
+    assert (config.task.target, config.task.args) == ("a.b:C", {"level": 4})
+    assert config.algorithm.clip_high == 4e-4
+    assert config.trainer.max_steps == 7
+    assert config.resume == config.output_dir == str(run_dir.path)
+
+
+def test_resume_follows_links(run_dir: RunDir, vlmrl: Callable[..., Ended]) -> None:
+    link = run_dir.path.parent / "latest"
+    link.symlink_to(run_dir.path)
+    ended = vlmrl("resume=latest", "seed=5", "task.args.more=1", run=PRINT_CONFIG)
+    assert (ended.code, ended.err) == (0, "")
+    assert runs(ended) == [[5, "a.b:C", {"level": 3, "more": 1}, str(run_dir.path.resolve())]]
+    assert sorted(path.name for path in link.parent.iterdir()) == ["latest", "run"], "no folder but the run's"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model=qwen3vl", "model=qwen3vl requires a new run, else"),
+        ("orchestrator/renderer=none", "orchestrator/renderer=none requires a new run"),
+        ("~model/vlm", "~model/vlm requires a new run"),
+        ("+trainer.pace=1", "+trainer.pace=1 requires a new run"),
+        ("--multirun", "--multirun requires a new run"),
+        ("hydra.run.dir=x", "hydra.run.dir=x requires a new run"),
+        ("output_dir=x", "output_dir=x requires a new run"),
+        ("mode=sft", "mode=sft requires a new run, else its steps would stand among those of mode=rl"),
+        ("seed=1,2", "seed=1,2 requires --multirun"),
+        ("trainer.max_step=1", "did you mean trainer.max_steps"),
+        ("trainer.max_steps=many", "trainer.max_steps: Value 'many'"),
+        ("seed", "seed does not parse"),
+    ],
+)
+def test_resume_refuses(override: str, message: str, run_dir: RunDir) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resumed([f"resume={run_dir.path}", override])
+    assert message in str(caught.value)
+
+
+def test_resume_is_checked(run_dir: RunDir) -> None:
+    config = resumed([f"resume={run_dir.path}", "orchestrator.renderer=null"])
+    with pytest.raises(ConfigError, match=r"model\.vlm requires orchestrator\.renderer"):
+        parse(config)
+
+
+@pytest.mark.parametrize("folder", ["absent", "empty"])
+def test_resume_of_no_run(folder: str, vlmrl: Callable[..., Ended], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    ended = vlmrl(f"resume={folder}")
+    assert ended.code == 2
+    assert f"{folder} holds no readable config.yaml" in ended.err
+    assert "Traceback" not in ended.err
+
+
+# ── packaging ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_wheel_has_every_package() -> None:
+    pyproject = PACKAGE.parent / "pyproject.toml"
+    if not pyproject.exists():
+        pytest.skip("not a checkout")
+    setuptools = tomllib.loads(pyproject.read_text())["tool"]["setuptools"]
+    packages = {path.parent.relative_to(PACKAGE.parent).as_posix() for path in PACKAGE.rglob("__init__.py")}
+    assert set(setuptools["packages"]) == {package.replace("/", ".") for package in packages} | {"vlmrl.conf"}
+    assert setuptools["package-dir"] == {"vlmrl.conf": "conf"}

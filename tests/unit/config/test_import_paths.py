@@ -1,0 +1,131 @@
+"""Losses and advantages of the user's own, by import path."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vlmrl.cli.main import check_imports
+from vlmrl.config.orchestrator import AlgorithmConfig, ImportanceCorrection
+from vlmrl.config.run import RunConfig
+from vlmrl.errors import ConfigError
+from vlmrl.orchestrator.advantages import assign_advantages, estimator_named, group_centered
+from vlmrl.trainer.loss import BatchTotals, LossTokens, loss_function, policy_loss
+from vlmrl.types import Completion, Group, Prompt, Rollout, StopReason, Turn
+
+ALGORITHM = """
+import numpy as np
+from vlmrl.trainer.loss import LossOutput
+
+def scaled(tokens, totals, config):
+    objective = tokens.advantages * tokens.logprobs
+    return LossOutput(-config.args["scale"] * objective.sum() / totals.tokens, {"my/figure": float(len(objective))})
+
+def bare(tokens, totals, config):
+    return tokens.logprobs.sum()
+
+def two_arguments(tokens, totals):
+    return None
+
+def ranks(rewards):
+    return np.argsort(np.argsort(rewards)) - (len(rewards) - 1) / 2
+
+def infinite(rewards):
+    return rewards / 0.0
+
+def one(rewards):
+    return rewards.mean()
+
+number = 3
+"""
+TOKENS = LossTokens(
+    logprobs=torch.tensor([-1.0, -2.0], requires_grad=True),
+    inference_logprobs=torch.tensor([-1.0, -2.5]),
+    advantages=torch.tensor([1.0, -0.5]),
+    sample_index=torch.tensor([0, 0]),
+)
+TOTALS = BatchTotals(tokens=2, samples=1, max_new_tokens=8)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder on sys.path with a package of the user's own."""
+    (tmp_path / "my_algorithms").mkdir()
+    (tmp_path / "my_algorithms/mine.py").write_text(ALGORITHM)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    for name in [name for name in sys.modules if name.startswith("my_algorithms")]:
+        monkeypatch.delitem(sys.modules, name)
+    loss_function.cache_clear()
+    estimator_named.cache_clear()
+
+
+def test_a_loss_of_the_users_own_with_its_settings() -> None:
+    config = AlgorithmConfig(loss="my_algorithms.mine:scaled", args={"scale": 0.5})
+    output = policy_loss(TOKENS, TOTALS, config)
+    assert output.loss.item() == pytest.approx(-0.5 * (-1.0 + 1.0) / 2)
+    assert output.sums == {"my/figure": 2.0}
+    (gradient,) = torch.autograd.grad(output.loss, TOKENS.logprobs)
+    assert gradient.tolist() == [-0.25, 0.125]
+
+
+def test_it_is_corrected_as_the_built_in_ones_are() -> None:
+    config = AlgorithmConfig(
+        loss="my_algorithms.mine:scaled",
+        args={"scale": 1.0},
+        importance_correction=ImportanceCorrection.truncated,
+        importance_cap=1.2,
+    )
+    output = policy_loss(TOKENS, TOTALS, config)
+    assert output.loss.item() == pytest.approx(-(1.0 * -1.0 + 1.2 * -0.5 * -2.0) / 2), "weights 1 and min(e^½, 1.2)"
+
+
+def test_an_advantage_of_the_users_own() -> None:
+    completion = Completion(np.array([1]), np.array([-1.0], np.float32), np.zeros(1, np.int64), "stop")
+    turns = [Turn(Prompt(np.array([1]), (), ()), completion, "", [], branch=0, reward=0.0) for _ in range(3)]
+    group = Group(
+        "p",
+        [
+            Rollout("r", "p", index, [turn], reward, {}, StopReason.TERMINATED)
+            for index, (turn, reward) in enumerate(zip(turns, (0.1, 0.9, 0.2), strict=True))
+        ],
+    )
+    assign_advantages(group, AlgorithmConfig(advantage="my_algorithms.mine:ranks"))
+    assert [turn.advantage for turn in turns] == [-1.0, 1.0, 0.0]
+
+
+def test_built_in_names_need_no_import() -> None:
+    assert estimator_named("group_centered") is group_centered
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "message"),
+    [
+        ("loss", "my_algorithms.mine:two_arguments", r"cannot be called as two_arguments\(tokens, totals, config\)"),
+        ("loss", "my_algorithms.mine:number", "is a int, not a loss function, .*: it has scaled, bare, two_arguments"),
+        ("loss", "my_algorithms.mine:scald", "names 'scald', which my_algorithms.mine .* does not define"),
+        ("loss", "my_algorithms.gone:scaled", "names a module that does not exist"),
+        ("advantage", "my_algorithms.mine:scaled", r"cannot be called as scaled\(rewards\)"),
+    ],
+)
+def test_what_cannot_be_called_is_refused_before_anything_starts(
+    key: str, name: str, message: str, run_config: Callable[..., RunConfig]
+) -> None:
+    config = run_config(f"algorithm.{key}={name}")
+    with pytest.raises(ConfigError, match=f"^algorithm.{key}={name} {message}"):
+        check_imports(config)
+
+
+def test_what_a_function_returns_is_looked_at() -> None:
+    with pytest.raises(ConfigError, match=r"returned a Tensor, .*: return vlmrl.trainer.loss.LossOutput\(loss\)"):
+        policy_loss(TOKENS, TOTALS, AlgorithmConfig(loss="my_algorithms.mine:bare"))
+    with pytest.raises(ConfigError, match=r"made 0.5 of the rewards \[0.0, 1.0\], .*: return one finite number per"):
+        estimator_named("my_algorithms.mine:one")(np.array([0, 1], np.float32))
+    with np.errstate(divide="ignore"), pytest.raises(ConfigError, match=r"made \[inf, inf\] of the rewards"):
+        estimator_named("my_algorithms.mine:infinite")(np.array([1, 1], np.float32))

@@ -1,0 +1,477 @@
+"""The embedded engine against the trainer's logprobs and transformers' own forward; its batches, sessions and cache."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from support.helpers import BANNED, END, TEXT_TOKENS, Part, extended, image, plain_logits, prompt
+from vlmrl.config.orchestrator import AlgorithmConfig
+from vlmrl.config.trainer import TrainerConfig
+from vlmrl.errors import EngineError
+from vlmrl.inference.embedded import EmbeddedEngine
+from vlmrl.models.policy import Policy
+from vlmrl.models.positions import position_function
+from vlmrl.trainer.loss import mismatch_kl
+from vlmrl.trainer.trainer import LocalTrainer
+from vlmrl.types import (
+    Completion,
+    FloatArray,
+    ImageItem,
+    IntArray,
+    Placeholder,
+    Prompt,
+    SamplingParams,
+    TrainingSample,
+    mm_token_type_ids,
+)
+
+SYSTEM = list(range(40, 70))
+MAX_MODEL_LEN = 2048
+CLOSE = 2e-5
+"""Nats. Rows in another order round otherwise; a wrong position or a key of old weights moves logprobs by 1e-2."""
+
+positions = position_function("mrope", 2)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def policy(tiny_model: Callable[[], Any]) -> Policy:
+    return Policy(tiny_model(), positions, BANNED)
+
+
+def engine_of(policy: Policy, version: int = 0) -> EmbeddedEngine:
+    return EmbeddedEngine(policy, lambda: version, MAX_MODEL_LEN)
+
+
+def params(
+    seed: int, *, temperature: float = 1.0, max_new_tokens: int = 6, stops: Sequence[int] = (END,)
+) -> SamplingParams:
+    return SamplingParams(max_new_tokens, temperature, tuple(stops), tuple(BANNED), seed)
+
+
+Turns = list[tuple[Prompt, Completion]]
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A rollout without a task: a first prompt, then replies whatever the policy says."""
+
+    first: Prompt
+    replies: tuple[tuple[Part, ...], ...]
+    sampling: SamplingParams
+    """Of the first turn; turn t adds t to the seed."""
+
+    async def play(self, engine: EmbeddedEngine, session: Any) -> Turns:
+        turns: Turns = []
+        async with session:
+            asked = self.first
+            for number, reply in enumerate([*self.replies, ()]):
+                completion = await session.generate(asked, replace(self.sampling, seed=self.sampling.seed + number))
+                turns.append((asked, completion))
+                asked = extended(asked, completion.token_ids, *reply)
+        return turns
+
+
+def play(engine: EmbeddedEngine, episodes: Sequence[Episode]) -> list[Turns]:
+    async def main() -> list[Turns]:
+        sessions = [engine.session(str(i)) for i in range(len(episodes))]
+        return await asyncio.gather(*(e.play(engine, s) for e, s in zip(episodes, sessions, strict=True)))
+
+    return asyncio.run(main())
+
+
+def group(size: int, *, number: int = 0, **sampling: Any) -> list[Episode]:
+    """Siblings over three turns: images of several sizes, one of them twice, then a turn without any."""
+    first = prompt(SYSTEM, [number], image(2, 3), [5, 6], image(1, 1, number), [7])
+    replies: tuple[tuple[Part, ...], ...] = (([9, 8], image(3, 1), image(2, 3), 7), ([11, 12],))
+    return [Episode(first, replies, params(1000 * number + 10 * i, **sampling)) for i in range(size)]
+
+
+def sample_of(turns: Turns, name: str = "s") -> TrainingSample:
+    last, completion = turns[-1]
+    ids = np.concatenate([last.token_ids, completion.token_ids])
+    mask, logprobs = np.zeros(len(ids), np.bool_), np.zeros(len(ids), np.float32)
+    for asked, said in turns:
+        here = slice(len(asked.token_ids), len(asked.token_ids) + len(said.token_ids))
+        mask[here], logprobs[here] = True, said.logprobs
+    return TrainingSample(
+        rollout_id=name,
+        token_ids=ids,
+        mm_token_type_ids=mm_token_type_ids(len(ids), last.placeholders),
+        loss_mask=mask,
+        advantages=mask.astype(np.float32),
+        inference_logprobs=logprobs,
+        versions=np.where(mask, 0, -1),
+        placeholders=last.placeholders,
+        images=last.images,
+    )
+
+
+def trainer_logprobs(policy: Policy, episodes: Sequence[Turns]) -> FloatArray:
+    trainer = LocalTrainer(policy, TrainerConfig(), AlgorithmConfig(), temperature=1.0, max_new_tokens=6)
+    return np.concatenate(trainer.logprobs([sample_of(turns) for turns in episodes]))
+
+
+def said(turns: Turns) -> list[list[int]]:
+    return [completion.token_ids.tolist() for _, completion in turns]
+
+
+def logprobs_of(turns: Turns) -> FloatArray:
+    return np.concatenate([completion.logprobs for _, completion in turns])
+
+
+def plain_distribution(
+    model: Any, asked: Prompt, token_ids: Sequence[int] = (), temperature: float = 1.0
+) -> FloatArray:
+    """float64 [vocabulary]: probabilities of the token after the prompt and `token_ids`, by transformers alone."""
+    ids = np.concatenate([asked.token_ids, np.array(token_ids, np.int64)])
+    with torch.no_grad():
+        logits = plain_logits(model, ids, mm_token_type_ids(len(ids), asked.placeholders), asked.images)[-1].double()
+    logits[BANNED] = -torch.inf
+    return np.asarray(torch.softmax(logits / temperature, -1).numpy())
+
+
+# ── what is sampled ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_logprobs_are_the_trainers_over_turns(policy: Policy) -> None:
+    turns = play(engine_of(policy), [*group(6), *group(6, number=1), Episode(prompt([1, 2, 3]), (([4],),), params(77))])
+    sampled, learned = np.concatenate([logprobs_of(t) for t in turns]), trainer_logprobs(policy, turns)
+    assert float(np.abs(sampled - learned).max()) <= CLOSE
+    assert mismatch_kl(torch.from_numpy(learned), torch.from_numpy(sampled))[1] <= 1e-9
+    assert len({str(said(t)) for t in turns}) > 6, "siblings must differ for this to mean something"
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+def test_a_completion_is_the_same_alone_and_in_a_batch(policy: Policy, temperature: float) -> None:
+    episodes = [*group(4, temperature=temperature), *group(3, number=1), *group(2, number=2, temperature=0.5)]
+    together = play(engine_of(policy), episodes)
+    for episode, turns in zip(episodes, together, strict=True):
+        (alone,) = play(engine_of(policy), [episode])
+        assert said(alone) == said(turns)
+        np.testing.assert_allclose(logprobs_of(alone), logprobs_of(turns), atol=CLOSE)
+
+
+def test_greedy_is_the_argmax_of_a_plain_forward_token_by_token(policy: Policy, tiny_model: Callable[[], Any]) -> None:
+    plain = tiny_model()
+    for turns in play(engine_of(policy), group(1, temperature=0.0, max_new_tokens=4, stops=())):
+        for asked, completion in turns:
+            told: list[int] = []
+            for token, logprob in zip(completion.token_ids.tolist(), completion.logprobs.tolist(), strict=True):
+                probabilities = plain_distribution(plain, asked, told)
+                assert token == probabilities.argmax()
+                assert logprob == pytest.approx(np.log(probabilities[token]), abs=1e-5)
+                told.append(token)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_frequencies_are_the_probabilities_and_banned_tokens_never_come(
+    policy: Policy, tiny_model: Callable[[], Any], temperature: float
+) -> None:
+    draws = 4000
+    asked = prompt(SYSTEM, image(2, 2), [1])
+    turns = play(
+        engine_of(policy),
+        [Episode(asked, (), params(i, temperature=temperature, max_new_tokens=1)) for i in range(draws)],
+    )
+    tokens = np.array([completion.token_ids[0] for ((_, completion),) in turns])
+    assert not set(tokens.tolist()) & set(BANNED)
+    probabilities = plain_distribution(tiny_model(), asked, temperature=temperature)
+    said_logprobs = np.array([completion.logprobs[0] for ((_, completion),) in turns])
+    np.testing.assert_allclose(said_logprobs, np.log(probabilities[tokens]), atol=1e-5)
+    # Pearson's chi-square over cells of at least 20 expected draws, tokens in the order of their probability.
+    order = np.argsort(probabilities)
+    cells = np.floor((np.cumsum(probabilities[order]) - probabilities[order] / 2) * draws / 20).astype(int)
+    expected = np.bincount(cells, probabilities[order]) * draws
+    observed = np.bincount(cells, np.bincount(tokens, minlength=len(order))[order])
+    held = expected > 5
+    assert not observed[expected == 0].any()
+    statistic = float(((observed - expected)[held] ** 2 / expected[held]).sum())
+    degrees = int(held.sum()) - 1
+    assert degrees > 20
+    assert abs(statistic - degrees) < 4 * np.sqrt(2 * degrees)
+
+
+def test_a_stop_token_ends_the_completion_and_is_part_of_it(policy: Policy) -> None:
+    (free,) = play(engine_of(policy), group(1, stops=(), max_new_tokens=6))
+    tokens = free[0][1].token_ids.tolist()
+    assert free[0][1].finish_reason == "length"
+    stop = tokens[3]
+    (cut,) = play(engine_of(policy), group(1, stops=(stop, END), max_new_tokens=6))
+    assert cut[0][1].token_ids.tolist() == tokens[: tokens.index(stop) + 1]
+    assert cut[0][1].finish_reason == "stop"
+
+
+def test_each_request_keeps_its_own_budget_temperature_and_stops(policy: Policy) -> None:
+    first = prompt(SYSTEM, image(2, 2), [1])
+    wanted = [
+        params(1, max_new_tokens=1, stops=()),
+        params(1, max_new_tokens=9, stops=()),
+        params(1, temperature=0.0, max_new_tokens=4, stops=()),
+        params(1, temperature=0.0, max_new_tokens=7, stops=(END,)),
+        params(2, temperature=0.3, max_new_tokens=3, stops=()),
+    ]
+    together = play(engine_of(policy), [Episode(first, (), sampling) for sampling in wanted])
+    for sampling, ((_, completion),) in zip(wanted, together, strict=True):
+        ((_, alone),) = play(engine_of(policy), [Episode(first, (), sampling)])[0]
+        assert completion.token_ids.tolist() == alone.token_ids.tolist()
+        assert len(completion.token_ids) <= sampling.max_new_tokens
+        stopped = completion.token_ids[-1] in sampling.stop_token_ids
+        assert completion.finish_reason == ("stop" if stopped else "length")
+        assert stopped or len(completion.token_ids) == sampling.max_new_tokens
+    assert len(together[1][0][1].token_ids) == 9
+
+
+def test_the_same_schedule_gives_the_same_bits_whatever_order_they_arrive_in(policy: Policy) -> None:
+    episodes = [*group(5), *group(4, number=1), *group(3, number=2)]
+    once = play(engine_of(policy), episodes)
+    again = play(engine_of(policy), episodes[::-1])[::-1]
+    for a, b in zip(once, again, strict=True):
+        assert said(a) == said(b)
+        assert logprobs_of(a).tobytes() == logprobs_of(b).tobytes()
+
+
+# ── the cache ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_only_what_is_new_is_computed(policy: Policy) -> None:
+    engine = engine_of(policy)
+    episodes = group(3, stops=(), max_new_tokens=2)
+    turns = play(engine, episodes)
+    first = len(episodes[0].first.token_ids)
+    replies = sum(len(prompt(*reply).token_ids) for reply in episodes[0].replies)
+    # Siblings share their first prompt; each later turn computes the last sampled token and the reply.
+    later = {(n, tuple(np.concatenate(said(t)[: n + 1]))) for t in turns for n in range(2)}
+    assert len(later) == 6, "siblings must differ for the count below"
+    counters = engine.metrics()
+    assert counters["inference/rows_prefill"] == first + 3 * (2 + replies)
+    assert engine.metrics()["inference/rows_prefill"] == 0
+
+
+def test_siblings_that_said_the_same_share_their_rows(policy: Policy) -> None:
+    engine = engine_of(policy)
+    (one,) = play(engine, group(1, temperature=0.0, stops=()))
+    alone = engine.metrics()
+    many = play(engine_of(policy), group(5, temperature=0.0, stops=()))
+    engine = engine_of(policy)
+    play(engine, group(5, temperature=0.0, stops=()))
+    assert engine.metrics() == alone
+    assert all(said(turns) == said(one) for turns in many)
+
+
+def test_a_distinct_image_is_encoded_once_per_version(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[str] = []
+    encode = policy.encode_images
+
+    def counted(images: Sequence[ImageItem]) -> Any:
+        encoded.extend(item.hash for item in images)
+        return encode(images)
+
+    monkeypatch.setattr(policy, "encode_images", counted)
+    play(engine_of(policy), [*group(2), *group(2, number=1)])
+    assert sorted(encoded) == sorted({image(2, 3).hash, image(3, 1).hash, image(1, 1, 0).hash, image(1, 1, 1).hash})
+
+
+def test_new_weights_are_followed_and_nothing_of_the_old_is_read(policy: Policy) -> None:
+    version = 0
+    engine = EmbeddedEngine(policy, lambda: version, MAX_MODEL_LEN)
+    episode = group(1, stops=())[0]
+    held: list[Turns] = []
+
+    async def main() -> None:
+        nonlocal version
+        async with engine.session("a") as session:
+            completion = await session.generate(episode.first, episode.sampling)
+            with torch.no_grad():
+                for parameter in policy.model.parameters():
+                    parameter.mul_(1.1)
+            version = 3
+            asked = extended(episode.first, completion.token_ids, *episode.replies[0])
+            later = await session.generate(asked, episode.sampling)
+            held.append([(episode.first, completion), (asked, later)])
+
+    asyncio.run(main())
+    (_, before), (asked, after) = held[0]
+    assert before.versions.tolist() == [0] * 6
+    assert after.versions.tolist() == [3] * 6
+    ((_, fresh),) = play(engine_of(policy), [Episode(asked, (), episode.sampling)])[0]
+    assert after.token_ids.tolist() == fresh.token_ids.tolist()
+    assert after.logprobs.tobytes() == fresh.logprobs.tobytes()
+    assert engine.metrics()["inference/rows_prefill"] == len(episode.first.token_ids) + len(asked.token_ids)
+
+
+def test_keys_survive_the_growth_of_the_pool(policy: Policy) -> None:
+    """The first turn makes a pool of 4096 slots, the second needs more."""
+    random = np.random.default_rng(0)
+    replies = [random.integers(0, TEXT_TOKENS, 700).tolist() for _ in range(6)]
+    episodes = [
+        Episode(prompt(SYSTEM, image(2, 2, i), [i]), ((reply,),), params(i, max_new_tokens=3, stops=()))
+        for i, reply in enumerate(replies)
+    ]
+    engine = engine_of(policy)
+    turns = play(engine, episodes)
+    assert engine.metrics()["inference/rows_prefill"] > 4096
+    sampled = np.concatenate([logprobs_of(t) for t in turns])
+    assert float(np.abs(sampled - trainer_logprobs(policy, turns)).max()) <= CLOSE
+
+
+def test_a_prompt_whose_every_token_another_session_holds(policy: Policy) -> None:
+    """One session is a turn ahead of a new one that asks its first prompt: the last token must be computed anew."""
+    engine = engine_of(policy)
+    episode = group(1, stops=())[0]
+    late = params(5, stops=())
+
+    async def main() -> tuple[Turns, Completion]:
+        async with engine.session("ahead") as ahead:
+            first = await ahead.generate(episode.first, episode.sampling)
+            asked = extended(episode.first, first.token_ids, *episode.replies[0])
+            async with engine.session("late") as session:
+                second, completion = await asyncio.gather(
+                    ahead.generate(asked, episode.sampling), session.generate(episode.first, late)
+                )
+            return [(episode.first, first), (asked, second)], completion
+
+    turns, completion = asyncio.run(main())
+    ((_, alone),) = play(engine_of(policy), [Episode(episode.first, (), late)])[0]
+    assert completion.token_ids.tolist() == alone.token_ids.tolist()
+    np.testing.assert_allclose(completion.logprobs, alone.logprobs, atol=CLOSE)
+    np.testing.assert_allclose(logprobs_of(turns), trainer_logprobs(policy, [turns]), atol=CLOSE)
+
+
+# ── sessions ────────────────────────────────────────────────────────────────────────────────────────────────
+
+FIRST = prompt([1, 2, 3])
+
+
+async def settle() -> None:
+    """Let everything run that can."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+def test_a_batch_waits_until_every_open_session_has_asked_or_closed(policy: Policy) -> None:
+    async def main() -> None:
+        engine = engine_of(policy)
+        a, b, c = (engine.session(name) for name in "abc")
+        asking = asyncio.create_task(a.generate(FIRST, params(1)))
+        await settle()
+        also = asyncio.create_task(b.generate(FIRST, params(2)))
+        await settle()
+        assert not asking.done()
+        assert not also.done()
+        assert engine.metrics()["inference/rows_prefill"] == 0
+        await c.__aexit__()
+        await asyncio.gather(asking, also)
+        assert engine.metrics()["inference/rows_prefill"] == len(FIRST.token_ids)
+        await a.__aexit__()
+        await b.generate(FIRST, params(3))  # nobody else is open
+
+    asyncio.run(main())
+
+
+def test_a_cancelled_request_neither_stalls_the_batch_nor_joins_it(policy: Policy) -> None:
+    async def main() -> None:
+        engine = engine_of(policy)
+
+        async def one_turn(name: str, asked: Prompt) -> Completion:
+            async with engine.session(name) as session:
+                return await session.generate(asked, params(1))
+
+        other = engine.session("b")
+        asking = asyncio.create_task(one_turn("a", prompt([9, 9, 9, 9])))
+        await settle()
+        asking.cancel()
+        await settle()
+        assert asking.cancelled()
+        completion = await other.generate(FIRST, params(1))
+        assert len(completion.token_ids)
+        assert engine.metrics()["inference/rows_prefill"] == len(FIRST.token_ids)
+
+    asyncio.run(main())
+
+
+def test_a_request_cancelled_with_its_session_still_open_does_not_stand_for_it(policy: Policy) -> None:
+    async def main() -> None:
+        engine = engine_of(policy)
+        a, b = engine.session("a"), engine.session("b")
+        asking = asyncio.create_task(a.generate(prompt([9, 9, 9, 9]), params(1)))
+        await settle()
+        asking.cancel()
+        other = asyncio.create_task(b.generate(FIRST, params(1)))
+        await settle()
+        assert not other.done(), "a has not asked again yet"
+        again = await a.generate(FIRST, params(2))
+        assert len(again.token_ids)
+        await other
+        assert engine.metrics()["inference/rows_prefill"] == len(FIRST.token_ids)
+
+    asyncio.run(main())
+
+
+def test_who_asks_during_a_batch_that_is_cancelled_is_answered(tiny_model: Callable[[], Any]) -> None:
+    """The batch's only session closes while it runs, so its end is the last event there is."""
+    gate = threading.Event()
+
+    def held(length: int, placeholders: Sequence[Placeholder], images: Sequence[ImageItem]) -> IntArray:
+        gate.wait()
+        return positions(length, placeholders, images)
+
+    async def main() -> Completion:
+        engine = engine_of(Policy(tiny_model(), held, BANNED))
+
+        async def one_turn(name: str) -> Completion:
+            async with engine.session(name) as session:
+                return await session.generate(FIRST, params(1))
+
+        running = asyncio.create_task(one_turn("a"))
+        await settle()
+        waiting = asyncio.create_task(one_turn("b"))
+        await settle()
+        running.cancel()
+        await settle()
+        assert running.cancelled()
+        gate.set()
+        return await asyncio.wait_for(waiting, 30)
+
+    assert len(asyncio.run(main()).token_ids)
+
+
+def test_a_prompt_that_is_too_long_fails_alone(policy: Policy) -> None:
+    async def main() -> None:
+        engine = EmbeddedEngine(policy, lambda: 0, max_model_len=20)
+
+        async def one_turn(length: int) -> Completion:
+            async with engine.session(str(length)) as session:
+                return await session.generate(prompt(list(range(length))), params(1, max_new_tokens=6))
+
+        fits, too_long = await asyncio.gather(one_turn(14), one_turn(15), return_exceptions=True)
+        assert isinstance(fits, Completion)
+        assert isinstance(too_long, EngineError)
+        assert "15 tokens + max_new_tokens=6 passes inference.max_model_len=20" in str(too_long)
+
+    asyncio.run(main())
+
+
+def test_a_closed_session_is_refused(policy: Policy) -> None:
+    async def main() -> None:
+        engine = engine_of(policy)
+        async with engine.session("a") as session:
+            pass
+        with pytest.raises(EngineError, match="closed"):
+            await session.generate(FIRST, params(1))
+        await engine.stop()
+        await engine.stop()
+
+    asyncio.run(main())

@@ -1,0 +1,129 @@
+"""The supervisor on real processes: whatever dies first, nothing is left below it."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="subreapers are Linux")
+
+# Like vLLM: an API server whose engine, in a session of its own, outlives it; and the engine's worker.
+API_SERVER = """
+import subprocess, sys, time
+engine = subprocess.Popen([sys.executable, "-c", sys.argv[1]], start_new_session=True, stdout=subprocess.PIPE)
+print(engine.pid, engine.stdout.readline().decode().strip(), flush=True)
+time.sleep(600)
+"""
+ENGINE = """
+import signal, subprocess, sys, time
+worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(worker.pid, flush=True)
+time.sleep(600)
+"""
+STUBBORN_ENGINE = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + ENGINE
+
+RUN = """
+import subprocess, sys
+supervisor = subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE, start_new_session=True)
+for line in sys.stdin:
+    supervisor.stdin.write(line.encode())
+    supervisor.stdin.flush()
+    print("told", flush=True)
+supervisor.stdin.close()
+sys.exit(supervisor.wait() != 0)
+"""
+
+
+class Run:
+    """A run with a supervised server; `processes` are the supervisor and all below it."""
+
+    def __init__(self, engine: str) -> None:
+        server = [sys.executable, "-c", API_SERVER, engine]
+        command = [sys.executable, "-m", "vlmrl.inference.vllm.in_server.supervisor", *server]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", RUN, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self.process.stdout is not None
+        self.engine, self.worker = map(psutil.Process, map(int, self.process.stdout.readline().split()))
+        self.supervisor, self.api_server = psutil.Process(self.process.pid).children(recursive=True)[:2]
+        self.processes = [self.supervisor, self.api_server, self.engine, self.worker]
+
+    def survivors(self, timeout_s: float = 60.0) -> list[psutil.Process]:
+        _, alive = psutil.wait_procs(self.processes, timeout_s)
+        return list(alive)
+
+
+@pytest.fixture
+def run() -> Iterator[Run]:
+    yield from started(ENGINE)
+
+
+@pytest.fixture
+def stubborn_run() -> Iterator[Run]:
+    yield from started(STUBBORN_ENGINE)
+
+
+def started(engine: str) -> Iterator[Run]:
+    run = Run(engine)
+    yield run
+    for process in run.processes:
+        if process.is_running():
+            process.kill()
+    run.process.kill()
+    run.process.communicate()
+
+
+def test_nothing_is_left_when_the_run_lets_go(run: Run, tmp_path: Path) -> None:
+    kept = tmp_path / "weights"
+    kept.mkdir()
+    assert run.process.communicate(f"{kept}\n", timeout=60)[0] == "told\n"
+    assert run.survivors() == []
+    assert kept.is_dir()  # the run lives, and may start the server again
+
+
+def test_nothing_is_left_when_the_run_is_killed(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "weights"
+    (folder / "inside").mkdir(parents=True)
+    assert run.process.stdin is not None
+    run.process.stdin.write(f"{folder}\n")
+    run.process.stdin.flush()
+    assert run.process.stdout is not None
+    assert run.process.stdout.readline() == "told\n"
+    run.process.send_signal(signal.SIGKILL)
+    assert run.survivors() == []
+    assert not folder.exists()
+
+
+def test_nothing_is_left_when_the_api_server_is_killed(run: Run) -> None:
+    run.api_server.kill()
+    run.process.communicate(timeout=60)
+    assert run.process.returncode == 1
+    assert run.survivors() == []
+
+
+def test_the_api_server_dies_with_the_supervisor(run: Run) -> None:
+    run.supervisor.kill()
+    _, alive = psutil.wait_procs([run.api_server], 60)
+    assert alive == []
+
+
+@pytest.mark.slow
+def test_what_does_not_end_when_asked_is_killed(stubborn_run: Run) -> None:
+    stubborn_run.process.send_signal(signal.SIGKILL)
+    assert stubborn_run.survivors() == []
+
+
+def test_what_slurm_asks_of_the_run_is_nothing_to_the_server(run: Run) -> None:
+    """A signal that a job is to save by goes to all of its processes."""
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        for process in run.processes:
+            process.send_signal(number)
+    assert set(run.survivors(timeout_s=1.0)) == set(run.processes)
+    run.process.send_signal(signal.SIGKILL)
+    assert run.survivors() == []

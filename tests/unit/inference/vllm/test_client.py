@@ -1,0 +1,273 @@
+"""What the client sends to a server that answers by script: each image's data once, and again when it was forgotten.
+
+The same against real servers: test_vllm_servers.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from typing import TypeAlias
+
+import httpx
+import numpy as np
+import orjson
+import pytest
+
+from vlmrl.config.model import Dtype
+from vlmrl.errors import EngineError
+from vlmrl.inference.vllm.client import ImageEncoder, ServerLostError, VllmClient
+from vlmrl.inference.vllm.wire import Answer
+from vlmrl.types import ImageItem, Placeholder, Prompt, SamplingParams
+
+SAMPLING = SamplingParams(max_new_tokens=2, temperature=1.0, stop_token_ids=(9,), banned_token_ids=(), seed=0)
+Reply: TypeAlias = httpx.Response
+Handler: TypeAlias = Callable[[httpx.Request], Coroutine[None, None, Reply]]
+
+
+def sampled(*tokens: int, finish_reason: str = "stop") -> Reply:
+    content = [{"token_id": token, "logprob": -1.0} for token in tokens]
+    choice = {"token_ids": tokens, "finish_reason": finish_reason, "logprobs": {"content": content}}
+    return httpx.Response(200, json={"choices": [choice]})
+
+
+class Server:
+    """Holds what it was sent, like vLLM; `forgets` makes it lose everything before the next request."""
+
+    def __init__(self, forgotten: Callable[[], Reply]) -> None:
+        self.requests: list[list[tuple[str, bool]]] = []
+        """Per request and image: its hash, and whether its data came along."""
+        self.held: set[str] = set()
+        self.forgets = False
+        self.arrived = asyncio.Event()
+        self.go_on = asyncio.Event()
+        self.go_on.set()
+        self._forgotten = forgotten
+
+    async def __call__(self, request: httpx.Request) -> Reply:
+        if request.url.path == "/health":
+            return httpx.Response(200)
+        features = orjson.loads(request.content).get("features")
+        images = (
+            [
+                (hash, data is not None)
+                for hash, data in zip(features["mm_hashes"]["image"], features["kwargs_data"]["image"], strict=True)
+            ]
+            if features
+            else []
+        )
+        self.requests.append(images)
+        self.arrived.set()
+        await self.go_on.wait()
+        if self.forgets:
+            self.held.clear()
+            self.forgets = False
+        self.held.update(hash for hash, has_data in images if has_data)
+        if any(hash not in self.held for hash, _ in images):
+            return self._forgotten()
+        return sampled(5, 9)
+
+
+FORGOTTEN = [
+    pytest.param(lambda: httpx.Response(500, json={"error": {"message": "Internal server error"}}), id="0.32"),
+    pytest.param(lambda: sampled(), id="0.26"),
+]
+
+
+def client_of(handler: Handler, timeout_s: float = 60.0) -> VllmClient:
+    encoder = ImageEncoder(Dtype.float32, ["pixel_values"])
+    client = VllmClient(
+        "server", "http://server", "key", encoder, Counter(), timeout_s, transport=httpx.MockTransport(handler)
+    )
+    client.keeps_images = True
+    return client
+
+
+def prompt(*hashes: str) -> Prompt:
+    """One placeholder token per image, one token of text around each."""
+    images = {
+        hash: ImageItem(
+            hash,
+            np.zeros((32, 32, 3), np.uint8),
+            {"pixel_values": np.ones((4, 6), np.float32), "image_grid_thw": np.array([[1, 2, 2]])},
+            1,
+        )
+        for hash in hashes
+    }
+    placeholders = tuple(Placeholder(2 * place + 1, 1, hash) for place, hash in enumerate(hashes))
+    return Prompt(np.arange(2 * len(hashes) + 1), placeholders, tuple(images[hash] for hash in hashes))
+
+
+async def ask(client: VllmClient, *hashes: str) -> Answer:
+    return await client.generate("train/000001/00/00", prompt(*hashes), SAMPLING)
+
+
+@pytest.mark.parametrize("forgotten", FORGOTTEN)
+def test_an_images_data_goes_once_and_its_hash_from_then_on(forgotten: Callable[[], Reply]) -> None:
+    async def scenario() -> None:
+        server = Server(forgotten)
+        client = client_of(server)
+        await ask(client, "a", "b", "a")
+        await ask(client, "a", "b", "a")
+        answer = await ask(client, "b", "c")
+        assert answer.token_ids.tolist() == [5, 9]
+        assert server.requests == [
+            [("a", True), ("b", True)],  # the prompt up to the last new image
+            [("a", False), ("b", False), ("a", False)],
+            [("a", False), ("b", False), ("a", False)],
+            [("b", False), ("c", True)],
+            [("b", False), ("c", False)],
+        ]
+
+    asyncio.run(scenario())
+
+
+def test_more_banned_tokens_than_a_server_has_room_for_are_not_sent() -> None:
+    server = Server(lambda: sampled())
+    many = replace(SAMPLING, banned_token_ids=tuple(range(1025)))
+    with pytest.raises(EngineError, match=r"server has room for 1024 banned tokens.* 1025 .*inference\.urls=\[\]"):
+        asyncio.run(client_of(server).generate("train/0", prompt(), many))
+    assert not server.requests
+
+
+def test_siblings_wait_for_the_one_that_sends_their_image() -> None:
+    async def scenario() -> None:
+        server = Server(lambda: sampled())
+        client = client_of(server)
+        server.go_on.clear()
+        first = asyncio.create_task(ask(client, "a", "b"))
+        await server.arrived.wait()
+        others = [asyncio.create_task(ask(client, *hashes)) for hashes in (("a", "b"), ("b", "a"), ("c", "a"))]
+        while len(server.requests) < 2:
+            await asyncio.sleep(0)  # "c" does not wait for "a": its data comes first in the prompt
+        server.go_on.set()
+        await asyncio.gather(first, *others)
+        sent = [hash for request in server.requests for hash, has_data in request if has_data]
+        assert sorted(sent) == ["a", "b", "c"]
+
+    asyncio.run(scenario())
+
+
+def test_who_waits_for_an_image_sends_it_when_its_sender_fails() -> None:
+    async def scenario() -> None:
+        server = Server(lambda: sampled())
+        client = client_of(server)
+        server.go_on.clear()
+        first = asyncio.create_task(ask(client, "a"))
+        await server.arrived.wait()
+        second = asyncio.create_task(ask(client, "a"))
+        await asyncio.sleep(0)
+        first.cancel()
+        server.go_on.set()
+        assert (await second).token_ids.tolist() == [5, 9]
+        assert server.requests == [[("a", True)], [("a", True)], [("a", False)]]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("forgotten", FORGOTTEN)
+@pytest.mark.parametrize("new", [(), ("c",)])
+def test_a_server_that_forgot_gets_all_data_again(forgotten: Callable[[], Reply], new: tuple[str, ...]) -> None:
+    async def scenario() -> None:
+        server = Server(forgotten)
+        client = client_of(server)
+        await ask(client, "a", "b")
+        server.requests.clear()
+        server.forgets = True
+        assert (await ask(client, "a", "b", *new)).token_ids.tolist() == [5, 9]
+        assert server.requests == [
+            [("a", False), ("b", False), *((hash, True) for hash in new)],
+            [(hash, True) for hash in ("a", "b", *new)],
+        ]
+        await ask(client, "a", "b", *new)
+        assert server.requests[2:] == [[(hash, False) for hash in ("a", "b", *new)]]
+
+    asyncio.run(scenario())
+
+
+def test_a_server_without_an_image_cache_gets_data_every_time() -> None:
+    async def scenario() -> None:
+        server = Server(lambda: sampled())
+        client = client_of(server)
+        client.keeps_images = False
+        await ask(client, "a")
+        await ask(client, "a")
+        assert server.requests == [[("a", True)], [("a", True)]]
+
+    asyncio.run(scenario())
+
+
+def test_a_text_prompt_is_one_request() -> None:
+    async def scenario() -> None:
+        server = Server(lambda: sampled())
+        await ask(client_of(server))
+        assert server.requests == [[]]
+
+    asyncio.run(scenario())
+
+
+def failing(reply: Callable[[httpx.Request], Reply], is_healthy: bool) -> Handler:
+    async def handler(request: httpx.Request) -> Reply:
+        if request.url.path == "/health":
+            return httpx.Response(200 if is_healthy else 503)
+        return reply(request)
+
+    return handler
+
+
+def broken(request: httpx.Request) -> Reply:
+    raise httpx.ReadError("connection reset", request=request)
+
+
+@pytest.mark.parametrize(
+    ("reply", "is_healthy", "error", "message"),
+    [
+        (
+            lambda request: httpx.Response(400, json={"error": {"message": "prompt too long"}}),
+            True,
+            EngineError,
+            "rollout train/000001/00/00: server answered with HTTP 400: prompt too long",
+        ),
+        (lambda request: httpx.Response(500, text="oops"), True, EngineError, "train/000001/00/00.*HTTP 500: oops"),
+        (lambda request: httpx.Response(500, text="oops"), False, ServerLostError, "oops"),
+        (broken, True, ServerLostError, "connection reset"),
+        (lambda request: sampled(finish_reason="abort"), True, ServerLostError, "dropped"),
+        (lambda request: sampled(), True, EngineError, "train/000001/00/00.*sampled nothing"),
+        (
+            lambda request: httpx.Response(200, text="{}"),
+            True,
+            EngineError,
+            "train/000001/00/00.*an answer that is none",
+        ),
+    ],
+)
+def test_what_goes_wrong_is_told_apart(
+    reply: Callable[[httpx.Request], Reply], is_healthy: bool, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        asyncio.run(ask(client_of(failing(reply, is_healthy))))
+
+
+def test_a_request_that_hangs_times_out() -> None:
+    async def scenario() -> None:
+        server = Server(lambda: sampled())
+        server.go_on.clear()
+        await ask(client_of(server, timeout_s=0.05), "a")
+
+    with pytest.raises(EngineError, match=r"rollout train/000001/00/00: .*request_timeout_s=0\.05"):
+        asyncio.run(scenario())
+
+
+def test_encoded_images_are_kept_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        encoder = ImageEncoder(Dtype.float32, ["pixel_values"])
+        images = prompt("a", "b", "c").images
+        encoded = await encoder.encode(images)
+        monkeypatch.setattr("vlmrl.inference.vllm.client.ENCODED_LIMIT_BYTES", 2 * len(encoded["a"]))
+        again = await encoder.encode(images[2:])
+        assert again["c"] is encoded["c"]
+        assert (await encoder.encode(images[:1]))["a"] is not encoded["a"]
+
+    asyncio.run(scenario())

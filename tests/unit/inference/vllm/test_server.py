@@ -1,0 +1,146 @@
+"""A server's command line and what is said when it cannot start; its life is in test_vllm_servers.py."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlmrl.config.inference import VllmConfig
+from vlmrl.config.model import Dtype
+from vlmrl.errors import ConfigError, EngineError
+from vlmrl.inference.vllm.in_server.guard import RequireKey
+from vlmrl.inference.vllm.server import VllmServer, check_vllm, command_line, server_arguments, vllm_version
+
+CONFIG = VllmConfig(dtype=Dtype.bfloat16, max_model_len=512)
+
+
+def arguments(version: tuple[int, int] = (0, 32), *, on_cpu: bool = False, **extra: Any) -> dict[str, Any]:
+    config = VllmConfig(dtype=Dtype.bfloat16, max_model_len=512, extra_args=extra)
+    return server_arguments(config, Path("/ckpt"), version, on_cpu=on_cpu)
+
+
+def test_what_makes_samples_the_trainers_is_always_asked_for() -> None:
+    words = command_line(arguments())
+    assert words[words.index("--logprobs-mode") + 1] == "processed_logprobs"
+    assert words[words.index("--dtype") + 1] == "bfloat16"
+    assert words[words.index("--max-model-len") + 1] == "512"
+    assert "--no-mm-device-do-normalize" in words
+    assert "--enable-scale-out" in words
+    assert "--no-enforce-eager" in words
+
+
+def test_the_older_vllm_is_not_given_flags_that_it_does_not_know() -> None:
+    words = command_line(arguments((0, 26)))
+    assert "--no-mm-device-do-normalize" not in words
+    assert "--enable-scale-out" not in words
+
+
+def test_a_cpu_never_compiles() -> None:
+    assert arguments(on_cpu=True)["enforce_eager"] is True
+
+
+def test_a_cpu_takes_prompts_whole() -> None:
+    on_cpu = arguments(on_cpu=True)
+    assert on_cpu["enable_chunked_prefill"] is False
+    assert on_cpu["max_num_batched_tokens"] >= on_cpu["max_model_len"]
+    assert "enable_chunked_prefill" not in arguments(on_cpu=False)
+
+
+def test_extra_arguments_win() -> None:
+    extra = arguments(gpu_memory_utilization=0.3, max_num_seqs=64, middleware=None)
+    assert (extra["gpu_memory_utilization"], extra["max_num_seqs"]) == (0.3, 64)
+    assert "--middleware" not in command_line(extra)
+
+
+def without(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    find: Callable[..., ModuleSpec | None] = importlib.util.find_spec
+    here = ModuleSpec("vllm", None, origin=__file__)
+    found = {"vllm": here, "torchvision": here, name: None}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module, *args: found.get(module, find))
+
+
+def test_without_vllm_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    without("vllm", monkeypatch)
+    with pytest.raises(ConfigError, match=r"inference=vllm requires vLLM.*pip install 'vlmrl\[vllm\]'"):
+        check_vllm(CONFIG)
+    check_vllm(VllmConfig(dtype=Dtype.bfloat16, urls=["http://there"]))
+
+
+def test_without_torchvision_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlmrl.inference.vllm.server.vllm_version", lambda: (0, 32))
+    without("torchvision", monkeypatch)
+    with pytest.raises(ConfigError, match="requires torchvision"):
+        check_vllm(CONFIG)
+
+
+def test_nobody_without_the_key_gets_past_the_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+
+    async def status(path: str, *headers: tuple[bytes, bytes]) -> int:
+        statuses = [200]
+
+        async def app(*_: Any) -> None:
+            statuses.append(200)
+
+        async def receive() -> dict[str, Any]:
+            return {}
+
+        async def send(message: Any) -> None:
+            statuses.append(message.get("status", statuses[-1]))
+
+        scope = {"type": "http", "path": path, "headers": list(headers)}
+        await RequireKey(app)(scope, receive, send)
+        return statuses[-1]
+
+    for path in ("/collective_rpc", "/pause", "/inference/v1/generate", "/metrics"):
+        assert asyncio.run(status(path)) == 401
+        assert asyncio.run(status(path, (b"authorization", b"Bearer guess"))) == 401
+        assert asyncio.run(status(path, (b"authorization", b"Bearer secret"))) == 200
+    assert asyncio.run(status("/health")) == 200
+
+
+def test_an_error_quotes_the_first_error_of_this_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlmrl.inference.vllm.server.vllm_version", lambda: (0, 32))
+    log = tmp_path / "vllm_0.log"
+    log.write_text(
+        "\n== 10:00 vllm serve\nValueError: of the life before\n"
+        "\n== 11:00 vllm serve\n"
+        "(APIServer pid=7) WARNING [system_utils.py:255] This can cause errors like `OSError: [Errno 24] Too many`\n"
+        "(EngineCore pid=8) ERROR 11-23 [core.py:1330] torch.OutOfMemoryError: no memory\n"
+        "RuntimeError: Engine core initialization failed. See root cause above.\n"
+    )
+    message = str(VllmServer(CONFIG, 0, tmp_path, log).error("ended"))
+    assert message.startswith("vLLM server 0 ended: torch.OutOfMemoryError: no memory\nThe end of ")
+    assert "life before" not in message
+    assert message.endswith("See root cause above.")
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.skipif(vllm_version() is None, reason="vLLM is not installed")
+def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
+    (tmp_path / "ckpt").mkdir()
+    server = VllmServer(CONFIG, 0, tmp_path / "ckpt", tmp_path / "logs" / "vllm_0.log")
+    lines: list[str] = []
+
+    async def scenario() -> None:
+        async def unhealthy() -> bool:
+            return False
+
+        await server.launch()
+        await server.wait_healthy(unhealthy, lines.append)
+
+    with pytest.raises(
+        EngineError, match=r"vLLM server 0 ended with status 1 before it was healthy: \S+Error: "
+    ) as error:
+        asyncio.run(scenario())
+    assert "The end of " in str(error.value)
+    assert "ckpt" in str(error.value)
+    assert lines
+    assert lines[-1].startswith("vLLM server 0: ")

@@ -1,0 +1,339 @@
+"""Tree attention against a dense masked softmax in float64: output, every gradient, and which block covers what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor
+
+from support.helpers import seen
+from vlmrl.models.attention import fused as fused_attention
+from vlmrl.models.attention import tree as tree_attention
+from vlmrl.models.attention.fused import Kernel, Sequences, plan_flex
+from vlmrl.models.attention.prefix_tree import Segment
+from vlmrl.models.attention.tree import (
+    KVPool,
+    TreePlan,
+    make_plan,
+    plan_tree,
+    tree_attention_forward,
+)
+
+CPU = torch.device("cpu")
+MODULE: Any = SimpleNamespace(layer_idx=0)
+HEADS, KV_HEADS, DIM, SCALE = 6, 2, 8, 0.3
+THRESHOLDS = [1, 30, 16384]
+"""Of MIN_SHARED_PAIRS: every segment with rows below it, some, none."""
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A random tree; `cached` segments have their keys in the pool already and no rows."""
+
+    parents: tuple[int, ...]
+    lengths: tuple[int, ...]
+    cached: tuple[bool, ...]
+
+    def segments(self) -> tuple[list[Segment], int]:
+        """Segments whose rows are numbered in order, and the first slot of the rows: cached keys come before it."""
+        first_slot = sum(n for n, cached in zip(self.lengths, self.cached, strict=True) if cached)
+        # Cached keys lie in any order, as turns and branches left them.
+        free = iter(np.random.default_rng(0).permutation(first_slot))
+        segments, rows = [], 0
+        for parent, length, cached in zip(self.parents, self.lengths, self.cached, strict=True):
+            if cached:
+                slots = np.array([next(free) for _ in range(length)], np.int64)
+                segments.append(Segment(parent, slots, np.empty(0, np.int64)))
+            else:
+                own = np.arange(rows, rows + length)
+                segments.append(Segment(parent, first_slot + own, own))
+                rows += length
+        return segments, first_slot
+
+
+def dense_mask(segments: list[Segment]) -> NDArray[np.int64]:
+    """int64 [rows, slots]; 1 where the slot is the row's own or an ancestor's, straight from the definition."""
+    num_rows = sum(len(s.rows) for s in segments)
+    mask = np.zeros((num_rows, sum(len(s.slots) for s in segments)), np.int64)
+    for segment in segments:
+        above: list[int] = []
+        index = segment.parent
+        while index >= 0:
+            above += segments[index].slots.tolist()
+            index = segments[index].parent
+        for i, row in enumerate(segment.rows):
+            mask[row, above] = 1
+            mask[row, segment.slots[: i + 1]] = 1
+    return mask
+
+
+@st.composite
+def trees(draw: st.DrawFn, pool: bool = False) -> Tree:
+    parents: list[int] = []
+    cached: list[bool] = []
+    open_path = [-1]
+    for index in range(draw(st.integers(1, 9))):
+        depth = draw(st.integers(0, len(open_path) - 1))
+        parents.append(open_path[depth])
+        del open_path[depth + 1 :]
+        open_path.append(index)
+        cached.append(pool and (parents[-1] < 0 or cached[parents[-1]]) and draw(st.booleans()))
+    if all(cached):
+        cached = [False] * len(cached)
+    return Tree(tuple(parents), tuple(draw(st.integers(1, 9)) for _ in parents), tuple(cached))
+
+
+def plan_of(segments: list[Segment], threshold: int) -> TreePlan:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tree_attention, "MIN_SHARED_PAIRS", threshold)
+        return plan_tree(segments, CPU)
+
+
+def dense(mask: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q [H, T, D], k and v [KV, S, D], mask [T, S] → [H, T, D]."""
+    k, v = (x.repeat_interleave(len(q) // len(k), 0) for x in (k, v))
+    scores = (q @ k.transpose(1, 2) * SCALE).masked_fill(mask == 0, float("-inf"))
+    return torch.softmax(scores, -1) @ v
+
+
+def noise(seed: int, *shape: int) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape)).float()
+
+
+def attend(plan: TreePlan, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As `dense`, by the plan."""
+    out, _ = tree_attention_forward(MODULE, q[None], k[None], v[None], None, SCALE, tree_plan=plan)
+    return out[0].transpose(0, 1)
+
+
+@given(trees(pool=True), st.sampled_from(THRESHOLDS))
+def test_blocks_cover_each_row_and_its_ancestors_exactly_once(tree: Tree, threshold: int) -> None:
+    segments, _ = tree.segments()
+    plan = plan_of(segments, threshold)
+    mask = dense_mask(segments)
+    np.testing.assert_array_equal(seen(plan, *mask.shape), mask)
+
+
+@settings(max_examples=60)
+@given(trees(), st.sampled_from(THRESHOLDS), st.integers(0, 2**32), st.sampled_from([1.0, 6.0]))
+def test_output_and_gradients_are_those_of_dense_attention(
+    tree: Tree, threshold: int, seed: int, sharpness: float
+) -> None:
+    segments, _ = tree.segments()
+    length = sum(tree.lengths)
+    mask = torch.from_numpy(dense_mask(segments))
+    inputs = [noise(seed + i, heads, length, DIM) * sharpness for i, heads in enumerate((HEADS, KV_HEADS, KV_HEADS))]
+    grad = noise(seed + 3, HEADS, length, DIM)
+    found = [x.clone().requires_grad_() for x in inputs]
+    out = attend(plan_of(segments, threshold), *found)
+    out.backward(grad)  # type: ignore[no-untyped-call]
+    wanted = [x.double().requires_grad_() for x in inputs]
+    reference = dense(mask, *wanted)
+    reference.backward(grad.double())  # type: ignore[no-untyped-call]
+    # Scores round as their size, which is that of q · k.
+    assert_close(out, reference, 3e-6 * sharpness**2)
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert mine.grad is not None
+        assert theirs.grad is not None
+        assert_close(mine.grad, theirs.grad, 3e-6 * sharpness**2, terms=sharpness)
+
+
+def assert_close(found: Tensor, wanted: Tensor, tolerance: float = 3e-6, terms: float = 0.0) -> None:
+    """Relative to the whole tensor, since an entry may be a small difference of large terms; their size is `terms`."""
+    error = float((found.detach().double() - wanted.detach()).norm())
+    assert error <= tolerance * (float(wanted.detach().norm()) + terms)
+
+
+@settings(max_examples=60)
+@given(trees(pool=True), st.sampled_from(THRESHOLDS), st.integers(0, 2**32))
+def test_rows_see_the_keys_that_earlier_passes_left_in_the_pool(tree: Tree, threshold: int, seed: int) -> None:
+    segments, first_slot = tree.segments()
+    mask = dense_mask(segments)
+    rows, slots = mask.shape
+    q, k, v = (
+        noise(seed, HEADS, rows, DIM),
+        noise(seed + 1, KV_HEADS, slots, DIM),
+        noise(seed + 2, KV_HEADS, slots, DIM),
+    )
+    # The pool is larger than what is in it, and what is not in it is poison.
+    pool = KVPool(
+        [torch.full((KV_HEADS, slots + 5, DIM), torch.nan)], [torch.full((KV_HEADS, slots + 5, DIM), torch.nan)]
+    )
+    pool.keys[0][:, :first_slot], pool.values[0][:, :first_slot] = k[:, :first_slot], v[:, :first_slot]
+    plan = replace(plan_of(segments, threshold), pool=pool, first_slot=first_slot)
+    with torch.no_grad():
+        out = attend(plan, q, k[:, first_slot:], v[:, first_slot:])
+    assert_close(out, dense(torch.from_numpy(mask), q.double(), k.double(), v.double()))
+    torch.testing.assert_close(pool.keys[0][:, :slots], k, rtol=0, atol=0)
+    torch.testing.assert_close(pool.values[0][:, :slots], v, rtol=0, atol=0)
+    assert bool(pool.keys[0][:, slots:].isnan().all())
+
+
+GROUPS = Tree(
+    # A system prompt of 300, four problems of 60 below it, eight answers of 5 to 12 below each.
+    parents=(-1, *[p for g in range(4) for p in (0, *[1 + 9 * g] * 8)]),
+    lengths=(300, *[n for g in range(4) for n in (60, *range(5, 13))]),
+    cached=(False,) * 37,
+)
+
+
+def test_a_group_of_rollouts_shares_its_prompt_at_the_default_threshold() -> None:
+    segments, _ = GROUPS.segments()
+    plan = plan_tree(segments, CPU)
+    assert [len(block.slots) for block in plan.shared] == [300]
+    assert [(block.start, block.end) for block in plan.shared] == [(300, sum(GROUPS.lengths))]
+    lower = plan_of(segments, 4000)
+    assert [len(block.slots) for block in lower.shared] == [300, 60, 60, 60, 60]
+    work = [sum(block.mask.numel() for block in p.local) for p in (plan_of(segments, 10**9), plan, lower)]
+    assert work[0] > 2 * work[1] > 2 * work[2]
+
+
+@pytest.mark.parametrize("threshold", [4000, 16384])
+def test_bfloat16_is_as_close_as_bfloat16_is(threshold: int) -> None:
+    segments, _ = GROUPS.segments()
+    mask = torch.from_numpy(dense_mask(segments))
+    length = len(mask)
+    inputs = [noise(i, heads, length, DIM).bfloat16() for i, heads in enumerate((HEADS, KV_HEADS, KV_HEADS))]
+    found = [x.clone().requires_grad_() for x in inputs]
+    wanted = [x.double().requires_grad_() for x in inputs]
+    grad = noise(5, HEADS, length, DIM).bfloat16()
+    out, reference = attend(plan_of(segments, threshold), *found), dense(mask, *wanted)
+    out.backward(grad)  # type: ignore[no-untyped-call]
+    reference.backward(grad.double())  # type: ignore[no-untyped-call]
+    assert out.dtype is torch.bfloat16
+    assert_close(out, reference, 1e-2)
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert mine.grad is not None
+        assert theirs.grad is not None
+        assert_close(mine.grad, theirs.grad, 2e-2)
+
+
+@pytest.mark.parametrize("threshold", THRESHOLDS)
+def test_gradients_are_finite_where_scores_span_more_than_float32(threshold: int) -> None:
+    """Row 0 sees a score of -250, a later row of its own path one of +250; the shorter path beside it is padded."""
+    segments, _ = Tree((-1, -1), (3, 2), (False, False)).segments()
+    q = torch.ones(HEADS, 5, DIM).requires_grad_()
+    k = (torch.ones(KV_HEADS, 5, DIM) * torch.tensor([-1, 0, 1, -1, 1])[:, None] * 104).requires_grad_()
+    v = noise(0, KV_HEADS, 5, DIM).requires_grad_()
+    attend(plan_of(segments, threshold), q, k, v).sum().backward()  # type: ignore[no-untyped-call]
+    assert all(x.grad is not None and bool(x.grad.isfinite().all()) for x in (q, k, v))
+
+
+def test_a_row_is_not_moved_by_another_branch() -> None:
+    """Not even by what is not finite there: a padded or masked key would spread it."""
+    tree = Tree((-1, 0, 0), (4, 3, 2), (False,) * 3)
+    segments, _ = tree.segments()
+    q, k, v = noise(0, HEADS, 9, DIM), noise(1, KV_HEADS, 9, DIM), noise(2, KV_HEADS, 9, DIM)
+    for threshold in THRESHOLDS:
+        plan = plan_of(segments, threshold)
+        before = attend(plan, q, k, v)
+        poisoned_k, poisoned_v = k.clone(), v.clone()
+        poisoned_k[:, 4:7], poisoned_v[:, 4:7] = torch.inf, torch.nan
+        after = attend(plan, q, poisoned_k, poisoned_v)
+        torch.testing.assert_close(after[:, :4], before[:, :4], rtol=0, atol=0)
+        torch.testing.assert_close(after[:, 7:], before[:, 7:], rtol=0, atol=0)
+        assert bool(after[:, 4:7].isnan().all())
+
+
+@settings(max_examples=60)
+@given(trees(), st.sampled_from([2, 4, 128]))
+def test_flex_blocks_are_those_that_hold_a_visible_pair(tree: Tree, size: int) -> None:
+    segments, _ = tree.segments()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused_attention, "FLEX_BLOCK", size)
+        mask = plan_flex(segments, CPU)
+    pairs = dense_mask(segments) > 0
+    blocks = -(-len(pairs) // size)
+    padded = np.pad(pairs, (0, blocks * size - len(pairs)))
+    inside = np.pad(np.ones_like(pairs), (0, blocks * size - len(pairs)))
+    tiles, counts = (x.reshape(blocks, size, blocks, size).sum((1, 3)) for x in (padded, inside))
+    partial, whole = (
+        {(q, int(k)) for q in range(blocks) for k in indices[0, 0, q, : int(number[0, 0, q])]}
+        for number, indices in (
+            (mask.kv_num_blocks, mask.kv_indices),
+            (mask.full_kv_num_blocks, mask.full_kv_indices),
+        )
+        if number is not None and indices is not None
+    )
+    assert not partial & whole
+    assert {(q, k) for q, k in zip(*np.nonzero(tiles), strict=True)} <= partial | whole
+    assert all(tiles[block] == counts[block] for block in whole)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@settings(max_examples=30)
+@given(trees(), st.integers(0, 2**32))
+def test_flex_attention_is_dense_attention(tree: Tree, seed: int) -> None:
+    segments, _ = tree.segments()
+    length = sum(tree.lengths)
+    q, k, v = (noise(seed + i, heads, length, DIM) for i, heads in enumerate((HEADS, KV_HEADS, KV_HEADS)))
+    expected = dense(torch.from_numpy(dense_mask(segments)), q, k, v)
+    torch.testing.assert_close(attend(make_plan(Kernel.flex, segments, CPU), q, k, v), expected, atol=1e-5, rtol=1e-4)
+
+
+@settings(max_examples=30)
+@given(trees(), st.sampled_from(THRESHOLDS), st.integers(0, 2**32))
+def test_bfloat16_rounds_inputs_and_output_only(tree: Tree, threshold: int, seed: int) -> None:
+    segments, _ = tree.segments()
+    length = sum(tree.lengths)
+    q, k, v = (noise(seed + i, heads, length, DIM).bfloat16() for i, heads in enumerate((HEADS, KV_HEADS, KV_HEADS)))
+    plan = plan_of(segments, threshold)
+    expected = attend(plan, q.float(), k.float(), v.float()).bfloat16()
+    assert torch.equal(attend(plan, q, k, v), expected)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6))
+def test_sequences_side_by_side_are_known_by_their_bounds(lengths: list[int]) -> None:
+    segments, _ = Tree((-1,) * len(lengths), tuple(lengths), (False,) * len(lengths)).segments()
+    plan = make_plan(Kernel.varlen, segments, CPU).fused
+    assert isinstance(plan, Sequences)
+    assert plan.starts.dtype is torch.int32
+    assert plan.starts.tolist() == np.concatenate([[0], np.cumsum(lengths)]).tolist()
+    assert plan.longest == max(lengths)
+
+
+def test_a_tree_is_no_row_of_sequences() -> None:
+    segments, _ = Tree((-1, 0), (3, 2), (False, False)).segments()
+    with pytest.raises(AssertionError, match="shared prefixes"):
+        make_plan(Kernel.varlen, segments, CPU)
+
+
+def agree_on_a_gpu(tree: Tree, kernel: Kernel) -> None:
+    """Output and gradients by `kernel` and by the blocks, in bfloat16."""
+    segments, _ = tree.segments()
+    device, length, dim = torch.device("cuda"), sum(tree.lengths), 64
+    inputs = [noise(i, heads, length, dim) for i, heads in enumerate((HEADS, KV_HEADS, KV_HEADS, HEADS))]
+    found = []
+    for plan in (make_plan(each, segments, device) for each in (kernel, Kernel.blocks)):
+        *qkv, grad = (x.to(device, torch.bfloat16) for x in inputs)
+        leaves = [x.requires_grad_() for x in qkv]
+        out = attend(plan, *leaves)
+        out.backward(grad)  # type: ignore[no-untyped-call]
+        found.append([out.detach(), *(x.grad for x in leaves)])
+    for fused, blocks in zip(*found, strict=True):
+        assert fused is not None
+        assert blocks is not None
+        difference = (fused.float() - blocks.float()).norm() / blocks.float().norm()
+        assert difference < 0.01, float(difference)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_flash_attention_and_blocks_agree_on_a_gpu() -> None:
+    agree_on_a_gpu(Tree((-1,) * 4, (300, 1, 64, 700), (False,) * 4), Kernel.varlen)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("lengths", [(300, 40, 500, 7, 130), (64, 1, 1, 1, 1), (2000, 100, 100, 100, 100)])
+def test_one_kernel_and_blocks_agree_on_a_gpu(lengths: tuple[int, ...]) -> None:
+    agree_on_a_gpu(Tree((-1, 0, 1, 1, 0), lengths, (False,) * 5), Kernel.flex)

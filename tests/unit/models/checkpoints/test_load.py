@@ -1,0 +1,316 @@
+"""Checkpoints: the tiny one and others by the same code; what is missing or broken is said by name, early."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as PILImage
+from safetensors.numpy import load_file, save_file
+
+from vlmrl.config.model import Dtype, ModelConfig, TinyConfig, VLMConfig
+from vlmrl.errors import ConfigError, ModelError
+from vlmrl.models.checkpoints.load import (
+    check_available,
+    load_image_processor,
+    load_model,
+    load_tokenizer,
+    resolve_checkpoint,
+    resolve_device,
+)
+from vlmrl.models.checkpoints.text_files import ATOMIC_TOKENS, SPECIAL_TOKENS
+
+TEXTS = ("red A, green B",)
+QWEN3_VL = VLMConfig(family="qwen3_vl", renderers=["qwen3-vl"], positions="mrope", image_token="<|image_pad|>")
+
+
+def tiny_config() -> ModelConfig:
+    return ModelConfig(name="tiny", vlm=QWEN3_VL, tiny=TinyConfig())
+
+
+def folder_config(folder: Path, dtype: Dtype = Dtype.float32, device: str = "cpu") -> ModelConfig:
+    return ModelConfig(name=str(folder), dtype=dtype, device=device, vlm=QWEN3_VL)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLMRL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return resolve_checkpoint(tiny_config(), TEXTS)
+
+
+@pytest.fixture
+def copy(tiny: Path, tmp_path: Path) -> Path:
+    """A folder of the user's own, to be damaged."""
+    return Path(shutil.copytree(tiny, tmp_path / "checkpoint"))
+
+
+@pytest.fixture
+def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty hub cache, and a hub that nobody serves. Returns the cache."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    return cache
+
+
+# ── loading ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_tiny_checkpoint_is_a_real_qwen3_vl(tiny: Path) -> None:
+    model = load_model(tiny, tiny_config())
+    assert type(model).__name__ == "Qwen3VLForConditionalGeneration"
+    assert not model.training
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert {str(parameter.device) for parameter in model.parameters()} == {str(resolve_device(tiny_config()))}
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert model.config.vision_config.deepstack_visual_indexes == [0]
+    assert model.config.text_config.rope_parameters["mrope_interleaved"] is True
+    assert model.config.text_config.rope_parameters["mrope_section"] == [6, 5, 5]
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    matrices = [w for name, w in weights.items() if w.ndim > 1]
+    assert all(0.06 < float(w.std()) < 0.1 for w in matrices if w.numel() > 1000)
+    assert all(bool((w == 1).all()) for name, w in weights.items() if w.ndim == 1 and name.endswith("weight"))
+    assert all(bool((w == 0).all()) for name, w in weights.items() if name.endswith("bias"))
+
+
+def test_the_model_sees_the_image(tiny: Path) -> None:
+    """The whole forward runs, and other pixels give other logits."""
+    model, tokenizer, processor = load_model(tiny, tiny_config()), load_tokenizer(tiny), load_image_processor(tiny)
+    ids = tokenizer("<|vision_start|><|image_pad|><|vision_end|>A", return_tensors="pt").input_ids
+    logits = []
+    for colour in ((255, 0, 0), (0, 0, 255)):
+        pixels = processor(images=[PILImage.new("RGB", (32, 32), colour)], return_tensors="pt")
+        types = (ids == model.config.image_token_id).long()
+        with torch.no_grad():
+            logits.append(model(input_ids=ids, mm_token_type_ids=types, **pixels).logits[0, -1])
+    assert float((logits[0] - logits[1]).abs().max()) > 1e-3
+
+
+def test_the_vocabulary_exceeds_the_tokenizer_as_the_real_one_does(tiny: Path) -> None:
+    model, tokenizer = load_model(tiny, tiny_config()), load_tokenizer(tiny)
+    assert model.config.text_config.vocab_size % 64 == 0
+    assert model.config.text_config.vocab_size > len(tokenizer)
+
+
+def test_a_folder_loads_by_the_same_code_in_another_dtype(copy: Path) -> None:
+    config = folder_config(copy, Dtype.bfloat16)
+    assert resolve_checkpoint(config, TEXTS) == copy
+    check_available(config)
+    model = load_model(copy, config)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_a_text_only_model_loads(tmp_path: Path, copy: Path) -> None:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    sizes = Qwen3Config(
+        vocab_size=448,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+    )
+    Qwen3ForCausalLM(sizes).save_pretrained(tmp_path / "text")  # type: ignore[no-untyped-call]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(copy / name, tmp_path / "text")
+    config = ModelConfig(name=str(tmp_path / "text"), device="cpu", vlm=None)
+    check_available(config)
+    assert type(load_model(tmp_path / "text", config)).__name__ == "Qwen3ForCausalLM"
+
+
+def test_the_tokenizer_has_qwens_roles(tiny: Path) -> None:
+    tokenizer = load_tokenizer(tiny)
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.pad_token == "<|endoftext|>"
+    assert tokenizer.unk_token is None
+    assert tokenizer.bos_token is None
+    text = "<|im_start|>A<think> b</think><|im_end|>"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "A<think> b</think>"
+    assert sorted(tokenizer.all_special_tokens) == sorted(SPECIAL_TOKENS)
+    assert all(tokenizer.encode(token) == [tokenizer.convert_tokens_to_ids(token)] for token in ATOMIC_TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("size", "grid"), [((32, 32), (2, 2)), ((64, 32), (2, 4)), ((100, 45), (2, 6)), ((5, 5), (2, 2))]
+)
+def test_the_image_processor_keeps_small_images_small(tiny: Path, size: tuple[int, int], grid: tuple[int, int]) -> None:
+    processor = load_image_processor(tiny)
+    assert type(processor).__name__.endswith("Pil")
+    output = processor(images=[PILImage.new("RGB", size)], return_tensors="np")
+    assert output["image_grid_thw"].tolist() == [[1, *grid]]
+    assert output["pixel_values"].shape == (grid[0] * grid[1], 3 * 2 * 16 * 16)
+    np.testing.assert_array_equal(output["pixel_values"], -1.0)  # black, mean and std 0.5
+
+
+# ── what is broken ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def drop_a_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.language_model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def another_shape(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["intermediate_size"] = 96
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def name_a_missing_shard(folder: Path) -> None:
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda folder: truncate(folder / "model.safetensors"), "model.safetensors"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"no weights"), "model.safetensors"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (lambda folder: truncate(folder / "config.json"), "config.json is corrupt"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "config.json is corrupt"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+        (lambda folder: (folder / "preprocessor_config.json").unlink(), "preprocessor_config.json is missing"),
+        (drop_a_weight, "lacks 1 weights .* model.language_model.norm.weight"),
+        (another_shape, "does not load"),
+        (name_a_missing_shard, "model-00001-of-00002.safetensors is missing"),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "no weight_map"),
+    ],
+)
+def test_a_broken_folder_is_a_model_error_that_names_the_file(
+    copy: Path, damage: Callable[[Path], object], named: str
+) -> None:
+    damage(copy)
+    with pytest.raises(ModelError, match=named):
+        load_model(copy, folder_config(copy))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_corrupt_tokenizer_is_named(copy: Path, name: str) -> None:
+    truncate(copy / name)
+    with pytest.raises(ModelError, match=f"{name} is corrupt"):
+        load_tokenizer(copy)
+
+
+def test_a_missing_tokenizer_is_not_an_empty_one(copy: Path) -> None:
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"tokenizer\.json is missing"):
+        load_tokenizer(copy)
+
+
+def test_a_corrupt_image_processor_is_named(copy: Path) -> None:
+    truncate(copy / "preprocessor_config.json")
+    with pytest.raises(ModelError, match=r"preprocessor_config\.json is corrupt"):
+        load_image_processor(copy)
+
+
+def test_another_family_is_refused_early_and_late(copy: Path) -> None:
+    other = VLMConfig(family="qwen3_5", renderers=["qwen3.5"], positions="mrope", image_token="<|image_pad|>")
+    config = ModelConfig(name=str(copy), device="cpu", vlm=other)
+    with pytest.raises(ConfigError, match=r"model_type=qwen3_vl, but model\.vlm\.family=qwen3_5"):
+        check_available(config)
+    with pytest.raises(ModelError, match=r"model_type=qwen3_vl, but model\.vlm\.family=qwen3_5"):
+        load_model(copy, config)
+
+
+# ── what this machine cannot run ────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_tiny_default_is_available_anywhere() -> None:
+    check_available(tiny_config())
+
+
+def test_impossible_sizes_are_refused() -> None:
+    with pytest.raises(ConfigError, match="head_dim=6"):
+        check_available(ModelConfig(name="tiny", vlm=QWEN3_VL, tiny=TinyConfig(head_dim=6)))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_real_model_without_gpu_weights_and_network_is_refused_in_seconds(no_hub: Path) -> None:
+    config = ModelConfig(name="Qwen/Qwen3-VL-4B-Instruct", dtype=Dtype.bfloat16, vlm=QWEN3_VL)
+    begin = time.monotonic()
+    with pytest.raises(ConfigError) as error:
+        check_available(config)
+    assert time.monotonic() - begin < 10
+    for said in (
+        "model.name=Qwen/Qwen3-VL-4B-Instruct",
+        str(no_hub),
+        "cannot be reached",
+        "no CUDA device",
+        "python -m vlmrl",
+        "model.name=<folder",
+    ):
+        assert said in str(error.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_demanded_gpu_that_is_not_there_is_refused(copy: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.device=cuda"):
+        check_available(folder_config(copy, device="cuda"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_weights_too_big_for_a_cpu_are_refused_unless_the_cpu_is_asked_for(copy: Path) -> None:
+    with (copy / "model.safetensors").open("r+b") as file:
+        file.truncate(3 * 1024**3)  # sparse: takes no room
+    with pytest.raises(ConfigError, match="needs a GPU"):
+        check_available(folder_config(copy, device="auto"))
+    check_available(folder_config(copy, device="cpu"))
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is no folder"):
+        check_available(folder_config(tmp_path / "nothing"))
+
+
+def cache_as_hub_does(folder: Path, hub: Path) -> Path:
+    snapshot = hub / "models--org--tiny-vl" / "snapshots" / "0123abc"
+    shutil.copytree(folder, snapshot)
+    (hub / "models--org--tiny-vl" / "refs").mkdir()
+    (hub / "models--org--tiny-vl" / "refs" / "main").write_text("0123abc")
+    return snapshot
+
+
+def test_a_cached_hub_name_needs_no_network(tiny: Path, no_hub: Path) -> None:
+    snapshot = cache_as_hub_does(tiny, no_hub)
+    config = ModelConfig(name="org/tiny-vl", device="cpu", vlm=QWEN3_VL)
+    check_available(config)
+    assert resolve_checkpoint(config, TEXTS) == snapshot
+
+
+def test_a_half_downloaded_hub_name_counts_as_missing(tiny: Path, no_hub: Path) -> None:
+    (cache_as_hub_does(tiny, no_hub) / "model.safetensors").unlink()
+    config = ModelConfig(name="org/tiny-vl", device="cpu", vlm=QWEN3_VL)
+    with pytest.raises(ConfigError, match="not in the hub's cache"):
+        check_available(config)
+
+
+def test_a_cached_hub_name_of_another_family_is_refused(tiny: Path, no_hub: Path) -> None:
+    cache_as_hub_does(tiny, no_hub)
+    other = VLMConfig(family="qwen3_5", renderers=["qwen3.5"], positions="mrope", image_token="<|image_pad|>")
+    with pytest.raises(ConfigError, match=r"model\.vlm\.family=qwen3_5"):
+        check_available(ModelConfig(name="org/tiny-vl", device="cpu", vlm=other))
+
+
+def test_a_failed_download_is_a_model_error(no_hub: Path) -> None:
+    with pytest.raises(ModelError, match=r"model\.name=org/tiny-vl could not be downloaded"):
+        resolve_checkpoint(ModelConfig(name="org/tiny-vl", vlm=QWEN3_VL), TEXTS)

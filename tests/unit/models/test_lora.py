@@ -1,0 +1,94 @@
+"""Adapters: they alone learn, and engines get the model with them merged in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from support.helpers import TINY, Sampled, image, plain_logprobs, sample
+from vlmrl.config.model import LoraConfig, ModelConfig, VLMConfig
+from vlmrl.errors import ConfigError
+from vlmrl.models import lora
+from vlmrl.models.learning import choose_what_learns
+from vlmrl.models.lora import add_adapters, check_lora, merged
+
+SAMPLE = sample("a", [1, 2], image(2, 3), Sampled([4, 5, 6]))
+
+
+@pytest.fixture
+def adapted(tiny_model: Callable[[], Any]) -> Any:
+    """A model whose adapters are no longer what they begin as."""
+    pytest.importorskip("peft")
+    model = tiny_model()
+    add_adapters(model, LoraConfig(rank=3, alpha=5.0))
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def test_adapters_alone_learn_and_begin_as_nothing(tiny_model: Callable[[], Any]) -> None:
+    pytest.importorskip("peft")
+    model = tiny_model()
+    add_adapters(model, LoraConfig(rank=3, targets=["q_proj", "down_proj"]))
+    learning = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    layers = model.config.text_config.num_hidden_layers
+    assert len(learning) == layers * 2 * 2
+    assert all("language_model.layers" in name and 3 in shape for name, shape in learning.items())
+    assert torch.equal(plain_logprobs(model, SAMPLE), plain_logprobs(tiny_model(), SAMPLE))
+
+
+def test_merged_weights_are_the_adapted_model_by_the_names_of_the_checkpoint(
+    adapted: Any, tiny_model: Callable[[], Any]
+) -> None:
+    plain = tiny_model()
+    before = plain_logprobs(plain, SAMPLE)
+    weights = dict(merged(adapted))
+    parameters = dict(plain.named_parameters())
+    assert weights.keys() == parameters.keys()
+    changed = {name for name, p in parameters.items() if not torch.equal(weights[name], p)}
+    assert len(changed) == 7 * plain.config.text_config.num_hidden_layers
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            assert weights[name].dtype is parameter.dtype
+            parameter.copy_(weights[name])
+    wanted = plain_logprobs(adapted, SAMPLE)
+    torch.testing.assert_close(plain_logprobs(plain, SAMPLE), wanted, rtol=1e-5, atol=1e-5)
+    assert float((wanted - before).detach().abs().max()) > 0.1
+
+
+def test_a_model_without_adapters_is_merged_as_it_is(tiny_model: Callable[[], Any]) -> None:
+    model = tiny_model()
+    for (name, tensor), (other, parameter) in zip(merged(model), model.named_parameters(), strict=True):
+        assert name == other
+        assert tensor is parameter
+
+
+def test_names_that_no_layer_has(tiny_model: Callable[[], Any]) -> None:
+    pytest.importorskip("peft")
+    with pytest.raises(ConfigError, match=r"model\.lora\.targets=\['qkv'\] requires linear layers"):
+        add_adapters(tiny_model(), LoraConfig(targets=["qkv"]))  # the vision tower has one
+
+
+def test_without_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'vlmrl\[lora\]'"):
+        check_lora()
+
+
+@pytest.mark.parametrize(("vision", "language"), [(True, False), (False, True), (False, False)])
+def test_parts_are_frozen(tiny_model: Callable[[], Any], vision: bool, language: bool) -> None:
+    model = tiny_model()
+    assert TINY.vlm is not None
+    family: dict[str, Any] = {k: v for k, v in vars(TINY.vlm).items() if not k.startswith("freeze")}
+    vlm = VLMConfig(**family, freeze_vision=vision, freeze_language=language)
+    choose_what_learns(model, ModelConfig(name="tiny", vlm=vlm))
+    plain_logprobs(model, SAMPLE).sum().backward()  # type: ignore[no-untyped-call]
+    for name, parameter in model.named_parameters():
+        is_frozen = vision if ".visual." in name else language
+        assert parameter.requires_grad is not is_frozen
+        assert is_frozen or parameter.grad is not None, name

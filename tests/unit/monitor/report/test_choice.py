@@ -1,0 +1,113 @@
+"""Which rollouts the page shows: whole groups, evenly, the same held-out problems, every kind that was dropped."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlmrl.monitor.report.choice import DROPPED_GROUPS, Choice, Shape, choose, evenly
+from vlmrl.record.metrics import Record
+from vlmrl.record.run_dir import RunDir
+
+RUN = RunDir("/nowhere")
+SHAPE = Shape(groups_per_step=9, group_size=32, problems=128)
+
+
+def chosen(
+    steps: int, evaluations: int, wanted: int = 2000, metrics: list[Record] | None = None, shape: Shape = SHAPE
+) -> Choice:
+    at = [10 * i for i in range(evaluations)]
+    return choose(RUN, shape, wanted, list(range(1, steps + 1)), at, metrics or [])
+
+
+def counts(choice: Choice, shape: Shape = SHAPE) -> tuple[int, int]:
+    """Rollouts of training and of evaluations."""
+    trained = sum(len(groups) for path, groups in choice.groups.items() if path.name.startswith("step"))
+    evaluated = sum(len(groups) for path, groups in choice.groups.items() if path.name.startswith("eval"))
+    return trained * shape.group_size, evaluated * 2
+
+
+def step_of(path: Path) -> int:
+    return int(path.stem.split("_")[1])
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000))
+def test_evenly_keeps_both_ends_and_repeats_nothing(count: int, wanted: int) -> None:
+    places = evenly(count, wanted)
+    assert len(places) == min(count, wanted) == len(set(places))
+    assert places == sorted(places)
+    assert places[-1] == count - 1
+    gaps = {b - a for a, b in itertools.pairwise(places)}
+    assert len(gaps) <= 2 or max(gaps) - min(gaps) <= 1
+
+
+def test_a_run_that_fits_is_shown_whole() -> None:
+    choice = chosen(5, 1)
+    assert counts(choice) == (5 * 9 * 32, 256)
+    assert {len(groups) for path, groups in choice.groups.items() if path.name.startswith("step")} == {9}
+
+
+def test_a_long_run_is_sampled_evenly_over_steps_and_groups() -> None:
+    choice = chosen(1000, 101)
+    trained, evaluated = counts(choice)
+    assert evaluated == 2 * 101 * 2
+    assert 2000 - evaluated <= trained <= 2000 - evaluated + 32
+    steps = sorted(step_of(path) for path in choice.groups if path.name.startswith("step"))
+    assert (steps[0], steps[-1]) == (1, 1000)
+    assert max(b - a for a, b in itertools.pairwise(steps)) <= 1.2 * 1000 / (len(steps) - 1)
+    groups = {group for path, each in choice.groups.items() if path.name.startswith("step") for group in each}
+    assert len(groups) > 4, "not always the first group of a step"
+
+
+def test_held_out_problems_are_the_same_at_every_evaluation() -> None:
+    choice = chosen(1000, 20)
+    shown = [groups for path, groups in choice.groups.items() if path.name.startswith("eval")]
+    assert len(shown) == 20
+    assert all(each == shown[0] for each in shown)
+    assert len(shown[0]) > 10
+
+
+def test_more_evaluations_than_there_is_room_for() -> None:
+    choice = chosen(50, 5000)
+    trained, evaluated = counts(choice)
+    assert trained + evaluated <= 2000 + SHAPE.group_size
+    steps = sorted(step_of(path) for path in choice.groups if path.name.startswith("eval"))
+    assert steps[-1] == 49990
+
+
+@given(
+    st.integers(0, 60),
+    st.integers(0, 60),
+    st.integers(1, 3000),
+    st.builds(Shape, st.integers(1, 8), st.integers(1, 40), st.integers(0, 50)),
+)
+def test_no_more_than_wanted_but_for_the_last_group(steps: int, evaluations: int, wanted: int, shape: Shape) -> None:
+    choice = chosen(steps, evaluations, wanted, shape=shape)
+    trained, evaluated = counts(choice, shape)
+    assert trained + evaluated <= wanted + shape.group_size + 2
+    everything = steps * shape.step + 2 * evaluations * shape.problems
+    if everything <= wanted:
+        assert trained + evaluated == everything
+
+
+def test_every_kind_that_was_dropped_is_shown() -> None:
+    metrics: list[Record] = [
+        {
+            "step": step,
+            "rollouts/dropped": 1.0,
+            "rollouts/dropped/stale": float(step > 900),
+            "rollouts/dropped/fault": float(step == 77),
+            "rollouts/dropped/zero_advantage": 200.0,
+        }
+        for step in range(1, 1001)
+    ]
+    choice = chosen(1000, 0, metrics=metrics)
+    found = {(step_of(path), reason) for path, reasons in choice.dropped.items() for reason in reasons}
+    assert {reason for _, reason in found} == {"stale", "fault"}, "what the algorithm leaves out by itself is no news"
+    assert (77, "fault") in found
+    stale = sorted(step for step, reason in found if reason == "stale")
+    assert len(stale) == DROPPED_GROUPS
+    assert (stale[0], stale[-1]) == (901, 1000)

@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import pytest
+
+from vlmrl.monitor.health import HISTORY, REMEDIES, WINDOW, warnings_for
+from vlmrl.record.metrics import Record
+from vlmrl.types import DropReason
+
+
+def history(*, steps: int = WINDOW, **figures: float | None) -> list[Record]:
+    """Lines with these figures (`reward__mean=…` for `reward/mean`) over healthy ones."""
+    healthy: Record = {
+        "groups/zero_advantage": 0.2,
+        "rollouts/total": 100.0,
+        "rollouts/dropped": 0.0,
+        "rollouts/stop/max_new_tokens": 5.0,
+        "mismatch_kl/mean": 1e-12,
+        "mismatch_kl/max": 1e-9,
+        "entropy": 0.5,
+        "reward/mean": 0.4,
+        "time/step": 2.0,
+        "time/rollout": 1.0,
+        "time/train": 0.9,
+        "time/engine_idle": 0.9,
+    }
+    changes = {key.replace("__", "/"): value for key, value in figures.items()}
+    return [{"step": step, **healthy, **changes} for step in range(1, steps + 1)]
+
+
+def said(lines: list[Record], *, exact: bool = True) -> list[str]:
+    return warnings_for(lines, exact=exact)
+
+
+def test_a_healthy_run_has_no_warning() -> None:
+    assert said(history()) == []
+    assert said([]) == []
+    assert said([{"step": 0, "eval/reward": 0.0}]) == []
+
+
+def test_equal_rewards_everywhere_for_all_steps() -> None:
+    (text,) = said(history(groups__zero_advantage=1.0))
+    assert text.startswith("All rollouts of every group have had equal rewards for 5 steps")
+    assert "raise orchestrator.temperature" in text
+
+
+def test_one_step_with_a_signal_is_enough() -> None:
+    lines = history(groups__zero_advantage=1.0)
+    lines[2]["groups/zero_advantage"] = 0.875
+    assert said(lines) == []
+    assert said(history(groups__zero_advantage=1.0)[1:]) == []
+
+
+@pytest.mark.parametrize(("dropped", "warned"), [(20.0, False), (21.0, True)])
+def test_many_drops(dropped: float, warned: bool) -> None:
+    texts = said(history(rollouts__dropped=dropped, rollouts__dropped__stale=dropped))
+    assert bool(texts) is warned
+    assert all("dropped as stale: the engine is too far behind" in text for text in texts)
+    assert all("Raise orchestrator.max_staleness" in text for text in texts)
+
+
+def test_drops_name_the_main_reason() -> None:
+    lines = history(rollouts__dropped=50.0, rollouts__dropped__stale=20.0, rollouts__dropped__fault=30.0)
+    assert "dropped as fault: `error` in rollouts/" in said(lines)[0]
+
+
+def test_every_reason_for_a_drop_has_a_remedy() -> None:
+    assert set(REMEDIES) == {reason.value for reason in DropReason} - {DropReason.ZERO_ADVANTAGE.value}
+
+
+def test_drops_that_the_algorithm_asked_for_do_not_count() -> None:
+    lines = history(rollouts__dropped=90.0, rollouts__dropped__zero_advantage=80.0, rollouts__dropped__fault=10.0)
+    assert said(lines) == []
+
+
+@pytest.mark.parametrize(
+    ("reason", "remedy"),
+    [("max_new_tokens", "raise orchestrator.max_new_tokens"), ("context_full", "raise trainer.seq_len")],
+)
+def test_answers_that_are_cut(reason: str, remedy: str) -> None:
+    lines = history()
+    for line in lines:
+        line[f"rollouts/stop/{reason}"] = 60.0
+    (text,) = said(lines)
+    assert remedy in text
+    assert said(lines[1:]) == [], "a young policy rambles for a few steps"
+
+
+def test_in_float32_a_token_that_differs_counts_at_the_newest_step() -> None:
+    assert "mismatch_kl/max above 0.001" in said(history(mismatch_kl__max=2e-3))[0]
+    assert said(history(mismatch_kl__max=2e-3), exact=False) == [], "bfloat16 does that by itself"
+    lines = history(mismatch_kl__max=2e-3)
+    lines[-1]["mismatch_kl/max"] = 1e-9
+    assert said(lines) == []
+
+
+def test_a_mismatch_that_no_rounding_makes() -> None:
+    """Pixels that were lost on the way gave 5.24."""
+    assert said(history(mismatch_kl__mean=0.03), exact=False) == []
+    (text,) = said(history(mismatch_kl__mean=5.24), exact=False)
+    assert "mismatch_kl/mean above 0.05" in text
+    assert "mode=doctor" in text
+
+
+def test_stale_tokens_have_other_probabilities_and_no_fault() -> None:
+    assert said(history(mismatch_kl__max=0.5, mismatch_kl__mean=0.1, staleness__max=2.0)) == []
+    assert len(said(history(mismatch_kl__max=0.5, staleness__max=0.0))) == 1
+
+
+def test_a_mismatch_that_rises() -> None:
+    lines = history(steps=20, mismatch_kl__mean=1e-3)
+    assert said(lines, exact=False) == []
+    for line in lines[-WINDOW:]:
+        line["mismatch_kl/mean"] = 0.02
+    (text,) = said(lines, exact=False)
+    assert text.startswith("mismatch_kl/mean has risen more than 10 times")
+    assert "importance_correction" in text
+
+
+def test_entropy_collapse_unless_solved() -> None:
+    (text,) = said(history(entropy=0.001))
+    assert "settled on one answer" in text
+    assert "lower trainer.learning_rate" in text
+    assert said(history(entropy=0.001, reward__mean=0.97)) == []
+
+
+# ── the blind control ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def climbing(*, blank: float, shuffled: float | None, climb: float = 0.3) -> list[Record]:
+    """Twenty steps, the control at every fifth."""
+    lines = history(steps=20)
+    for line in lines:
+        line["reward/mean"] = 0.1 + climb * line["step"] / 20
+        if line["step"] % 5 == 1:
+            line["vision_gap/blank"] = blank
+            if shuffled is not None:
+                line["vision_gap/shuffled"] = shuffled
+    return lines
+
+
+@pytest.mark.parametrize(("blank", "shuffled"), [(0.0, 0.0), (0.001, None), (0.3, 0.005), (-0.02, -0.001)])
+def test_a_reward_that_climbs_blind(blank: float, shuffled: float | None) -> None:
+    """What is in the images decides: grey may move a policy by being new to it."""
+    (text,) = said(climbing(blank=blank, shuffled=shuffled))
+    assert text.startswith("The reward climbs, but the policy does not look")
+    for cause in ("blank or broken images", "gives the answer away", "guessing", "lost on the way"):
+        assert cause in text
+
+
+def test_a_policy_that_looks_or_does_not_learn_yet_is_no_trouble() -> None:
+    assert said(climbing(blank=0.5, shuffled=0.5)) == []
+    assert said(climbing(blank=0.0, shuffled=0.02)) == []
+    assert said(climbing(blank=0.0, shuffled=0.0, climb=0.0)) == [], "early in a run no policy looks"
+    once = climbing(blank=0.0, shuffled=0.0)
+    for line in once[:-WINDOW]:
+        line.pop("vision_gap/blank", None)
+    assert said(once) == [], "one control may be chance"
+
+
+def test_a_policy_that_begins_to_look_clears_it() -> None:
+    lines = climbing(blank=0.0, shuffled=0.0)
+    lines[-5]["vision_gap/shuffled"] = 0.4
+    assert said(lines) == []
+
+
+# ── who waits for whom ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("keys", "text"),
+    [
+        (["time/rollout"], "The trainer is starved: it waits"),
+        (["time/engine_idle", "time/train"], "The engine is starved: it waits"),
+    ],
+)
+def test_one_side_waits(keys: list[str], text: str) -> None:
+    lines = history()
+    for line in lines:
+        line |= dict.fromkeys(keys, 1.7)
+    assert said(lines)[0].startswith(text)
+    assert "orchestrator.max_staleness=1" in said(lines)[0]
+    assert said(lines[1:]) == []
+    del lines[2][keys[0]]
+    assert said(lines) == [], "skipped where a line does not say"
+
+
+@pytest.mark.parametrize("key", ["time/engine_idle", "time/train"])
+def test_an_engine_is_idle_or_a_trainer_busy_without_starving_it(key: str) -> None:
+    lines = history()
+    for line in lines:
+        line[key] = 2.5
+    assert said(lines) == []
+
+
+# ── texts ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_figures_that_are_not_finite_are_null_and_do_not_raise() -> None:
+    keys = [key for key in history()[0] if key != "step"]
+    nulls: list[Record] = [
+        {"step": step, **dict.fromkeys(("vision_gap/blank", "vision_gap/shuffled", *keys))} for step in range(HISTORY)
+    ]
+    assert said(nulls) == []
+
+
+def test_the_same_trouble_is_the_same_text() -> None:
+    first = said(history(rollouts__dropped=50.0, rollouts__dropped__fault=50.0, mismatch_kl__max=0.1))
+    assert len(first) == 2
+    assert first == said(history(rollouts__dropped=60.0, rollouts__dropped__fault=60.0, mismatch_kl__max=0.2))

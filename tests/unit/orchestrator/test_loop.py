@@ -1,0 +1,413 @@
+"""The loop among scripted neighbours that write down what happens: order, staleness, stopping, what a step reports."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlmrl.config.orchestrator import AlgorithmConfig, EvalConfig, FilterConfig, FilterMode, OrchestratorConfig
+from vlmrl.errors import NonFiniteLossError, TaskError
+from vlmrl.orchestrator.evaluation import Evaluator
+from vlmrl.orchestrator.loop import ExitReason, Loop
+from vlmrl.record.metrics import missing_keys
+from vlmrl.trainer.trainer import EMPTY_STEP
+from vlmrl.types import (
+    Completion,
+    DropReason,
+    Group,
+    Prompt,
+    Rollout,
+    StepResult,
+    StopReason,
+    TokenFigures,
+    TrainingSample,
+    Turn,
+)
+
+GROUPS, SIBLINGS = 2, 3
+
+
+async def pass_the_turn(times: int) -> None:
+    """Let others run; a delay that needs no clock."""
+    for _ in range(times):
+        await asyncio.sleep(0)
+
+
+def constant(_: str) -> int:
+    return 3
+
+
+def rollout(name: str, index: int, versions: Sequence[int], reward: float) -> Rollout:
+    """One turn, one token per entry of `versions`."""
+    n = len(versions)
+    completion = Completion(np.arange(n), np.full(n, -1.0, np.float32), np.array(versions, np.int64), "stop")
+    turn = Turn(Prompt(np.array([1, 2, 3]), (), ()), completion, "", [], branch=0, reward=reward)
+    return Rollout(f"{name}/{index}", name, index, [turn], reward, {"share": reward}, StopReason.TERMINATED)
+
+
+@dataclass(eq=False)
+class World:
+    """Runner, trainer, engine, weight sync, monitor and checkpoints in one."""
+
+    delay: Callable[[str], int] = constant
+    """How often an await of this name passes the turn."""
+    reward: Callable[[str, int], float] = lambda kind, index: float(index % 2)
+    version: int = 0
+    published: int = -1
+    events: list[str] = field(default_factory=list)
+    asked: list[dict[str, Any]] = field(default_factory=list)
+    learned: list[list[TrainingSample]] = field(default_factory=list)
+    demonstrated: list[Sequence[TrainingSample]] = field(default_factory=list)
+    scored: list[tuple[int, int, int]] = field(default_factory=list)
+    metrics_of: dict[int, dict[str, float]] = field(default_factory=dict)
+    open_batches: set[int] = field(default_factory=set)
+    most_open: int = 0
+    failing: dict[str, Exception] = field(default_factory=dict)
+    during: dict[str, Callable[[], None]] = field(default_factory=dict)
+    """What else happens at an event, e.g. Ctrl-C."""
+
+    def happens(self, event: str) -> None:
+        self.events.append(event)
+        if event in self.during:
+            self.during[event]()
+        if event in self.failing:
+            raise self.failing[event]
+
+    # runner
+    renderer = SimpleNamespace(image_token_ids=(99,))
+
+    async def run_groups(self, **asked: Any) -> list[Group]:
+        self.asked.append(asked)
+        step, split = asked["step"], asked["split"]
+        kind = split if split == "train" else ("sampled" if asked["temperature"] else "greedy")
+        if split == "train":
+            self.open_batches.add(step)
+            self.most_open = max(self.most_open, len(self.open_batches))
+        self.happens(f"{kind} {step}")
+        start = self.published
+        await pass_the_turn(self.delay(f"{kind} {step}"))
+        return [
+            Group(
+                f"{split}[{index}]",
+                [
+                    rollout(f"{kind}/{step}/{index}", i, [start, self.published], self.reward(kind, i))
+                    for i in range(asked["group_size"])
+                ],
+            )
+            for index in asked["problem_indices"]
+        ]
+
+    # trainer
+    def train_step(self, samples: list[TrainingSample], demonstrations: Sequence[TrainingSample] = ()) -> StepResult:
+        assert threading.current_thread() is not threading.main_thread(), "training must not block the rollouts"
+        self.happens(f"learn {self.version + 1}")
+        self.learned.append(samples)
+        self.demonstrated.append(demonstrations)
+        self.open_batches.discard(self.version + 1)
+        self.version += 1
+        figures = [
+            TokenFigures(s.inference_logprobs[s.loss_mask] - self.version, np.ones(s.loss_mask.sum(), np.float32))
+            for s in samples
+        ]
+        return StepResult(self.version, dict.fromkeys((*EMPTY_STEP, "memory/peak_bytes"), 0.0), figures)
+
+    # blind control
+    def vision_gap(self, step: int, samples: list[TrainingSample]) -> dict[str, float]:
+        assert threading.current_thread() is not threading.main_thread(), "nor must scoring"
+        self.scored.append((step, self.version, len(samples)))
+        return {"vision_gap/blank": 0.5} if step == 1 else {}
+
+    # weight sync
+    async def publish(self, version: int) -> None:
+        await pass_the_turn(self.delay(f"publish {version}"))
+        self.happens(f"publish {version}")
+        self.published = version
+
+    # engine
+    def metrics(self) -> dict[str, float]:
+        return {"wire/bytes_sent": 0.0}
+
+    # monitor
+    def step(self, step: int, metrics: dict[str, float], groups: Sequence[Group]) -> None:
+        self.metrics_of[step] = dict(metrics)
+        self.happens(f"step {step}")
+
+    def record(self, step: int, groups: Sequence[Group]) -> None:
+        self.happens(f"record {step}")
+
+    def evaluation(self, step: int, metrics: dict[str, float], rollouts: dict[str, list[Rollout]]) -> None:
+        assert {kind: len(of_kind) for kind, of_kind in rollouts.items()} == {"sampled": 4, "greedy": 4}
+        self.metrics_of.setdefault(step, {}).update(metrics)
+        self.happens(f"evaluation {step}")
+
+    def checkpoint(self, step: int) -> None:
+        self.happens(f"checkpoint {step}")
+
+    # the loop itself
+    def run(
+        self,
+        *,
+        steps: int = 3,
+        every: int = 0,
+        max_staleness: int = 0,
+        target: float | None = None,
+        history: Sequence[tuple[float, float]] = (),
+        algorithm: AlgorithmConfig | None = None,
+    ) -> ExitReason:
+        async def main() -> ExitReason:
+            neighbour: Any = self
+            evaluation = EvalConfig(every=every, problems=4, target=target, consecutive=2)
+            self.stop = asyncio.Event()
+            loop = Loop(
+                config=OrchestratorConfig(
+                    groups_per_step=GROUPS, group_size=SIBLINGS, max_staleness=max_staleness, eval=evaluation
+                ),
+                algorithm=algorithm or AlgorithmConfig(),
+                max_steps=steps,
+                vocab_size=100,
+                runner=neighbour,
+                engine=neighbour,
+                trainer=neighbour,
+                weight_sync=neighbour,
+                evaluator=Evaluator(evaluation, neighbour, temperature=0.7, history=list(history)),
+                monitor=neighbour,
+                checkpoint=self.checkpoint,
+                demonstrations=lambda step: self.learned[-1][:step] if self.learned else [],
+                vision_gap=self.vision_gap,
+                stop=self.stop,
+            )
+            try:
+                return await loop.run()
+            finally:
+                await pass_the_turn(2)  # for what was cancelled to end
+                assert asyncio.all_tasks() == {asyncio.current_task()}, "a task was left behind"
+
+        return asyncio.run(main())
+
+
+def of_step(step: int, *, evaluated: bool = False) -> list[str]:
+    evaluation = [f"sampled {step}", f"greedy {step}", f"evaluation {step}"] if evaluated else []
+    return [f"train {step}", f"learn {step}", f"publish {step}", f"step {step}", *evaluation, f"checkpoint {step}"]
+
+
+# ── order ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_on_policy_one_thing_follows_the_other() -> None:
+    world = World()
+    assert world.run(steps=5, every=2) == "finished"
+    assert world.events == [
+        "publish 0",
+        *("sampled 0", "greedy 0", "evaluation 0"),
+        *of_step(1),
+        *of_step(2, evaluated=True),
+        *of_step(3),
+        *of_step(4, evaluated=True),
+        *of_step(5, evaluated=True),
+    ]
+
+
+def test_without_evaluation_there_is_none() -> None:
+    world = World()
+    assert world.run(steps=2) == "finished"
+    assert world.events == ["publish 0", *of_step(1), *of_step(2)]
+
+
+def test_a_resumed_run_publishes_before_it_rolls_out_and_goes_on_with_the_next_problems() -> None:
+    world = World(version=3)
+    assert world.run(steps=5, every=5) == "finished"
+    assert world.events == ["publish 3", *of_step(4), *of_step(5, evaluated=True)]
+    assert [list(asked["problem_indices"]) for asked in world.asked[:2]] == [[6, 7], [8, 9]]
+
+
+def test_a_run_that_was_resumed_before_its_first_step_is_not_evaluated_twice() -> None:
+    world = World()
+    world.run(steps=1, every=1, history=[(0.0, 0.0)])
+    assert world.events == ["publish 0", *of_step(1, evaluated=True)]
+
+
+def test_each_step_takes_the_next_training_problems() -> None:
+    world = World()
+    world.run(steps=3, every=3)
+    train = [asked for asked in world.asked if asked["split"] == "train"]
+    assert [list(asked["problem_indices"]) for asked in train] == [[0, 1], [2, 3], [4, 5]]
+    assert all((asked["group_size"], asked["temperature"]) == (SIBLINGS, 1.0) for asked in train)
+    held_out = [asked for asked in world.asked if asked["split"] == "eval"]
+    assert [asked["temperature"] for asked in held_out] == [0.7, 0.0] * 2
+    assert all((list(asked["problem_indices"]), asked["group_size"]) == ([0, 1, 2, 3], 1) for asked in held_out)
+
+
+# ── staleness ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 3), st.integers(0, 2**32), st.integers(1, 8))
+def test_staleness_and_the_number_of_batches_keep_their_bounds(max_staleness: int, seed: int, steps: int) -> None:
+    random = np.random.default_rng(seed)
+    world = World(delay=lambda event: int(random.integers(0, 30)))
+    versions_at_learning: list[int] = []
+    learn = world.train_step
+
+    def train_step(samples: list[TrainingSample], demonstrations: Sequence[TrainingSample] = ()) -> StepResult:
+        versions_at_learning.append(world.version)
+        return learn(samples, demonstrations)
+
+    world.train_step = train_step  # type: ignore[method-assign]
+    assert world.run(steps=steps, max_staleness=max_staleness) == "finished"
+    assert versions_at_learning == list(range(steps))
+    for version, samples in zip(versions_at_learning, world.learned, strict=True):
+        assert len(samples) == GROUPS * SIBLINGS, "nothing may be too old"
+        staleness = version - np.concatenate([s.versions[s.loss_mask] for s in samples])
+        assert 0 <= staleness.min() <= staleness.max() <= max_staleness
+    for step in range(1, steps + 1):
+        # Not before its weights are out, not later than they allow.
+        assert world.events.index(f"publish {max(0, step - 1 - max_staleness)}") < world.events.index(f"train {step}")
+        if step <= max_staleness + 1:
+            assert world.events.index(f"train {step}") < world.events.index("learn 1")
+        assert world.metrics_of[step]["rollouts/dropped"] == 0
+    assert world.most_open == min(steps, max_staleness + 1)
+
+
+def test_rollouts_go_on_while_the_trainer_learns() -> None:
+    """The trainer waits for the next rollouts to end: it would wait forever if they stood still."""
+    rolled_out = threading.Event()
+    world = World(during={"train 2": rolled_out.set})
+
+    def wait() -> None:
+        assert rolled_out.wait(30)
+
+    world.during["learn 1"] = wait
+    world.delay = lambda event: 50 if event == "train 2" else 0
+    assert world.run(steps=2, max_staleness=1) == "finished"
+
+
+def test_what_is_too_old_is_dropped_and_counted() -> None:
+    """An engine that sampled with the weights before: with max_staleness=0 there is nothing to learn from then."""
+    world = World()
+    publish = world.publish
+
+    async def publish_late(version: int) -> None:
+        await publish(version)
+        world.published = version - 1
+
+    world.publish = publish_late  # type: ignore[method-assign]
+    world.run(steps=2)
+    assert world.learned == [[], []]
+    assert world.metrics_of[2][f"rollouts/dropped/{DropReason.STALE}"] == GROUPS * SIBLINGS
+
+
+# ── ends ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("max_staleness", [0, 2])
+def test_a_stop_during_rollouts_interrupts_at_once(max_staleness: int) -> None:
+    world = World(delay=lambda event: 10**9 if event == "train 2" else 3)
+    world.during["train 2"] = lambda: world.stop.set()
+    assert world.run(steps=5, every=5, max_staleness=max_staleness) == "interrupted"
+    assert world.version == (1 if max_staleness == 0 else 0)
+    assert not {"learn 2", "checkpoint 2"} & set(world.events)
+
+
+def test_a_stop_while_learning_loses_nothing_of_the_step() -> None:
+    world = World()
+    world.during["learn 2"] = lambda: world.stop.set()
+    world.stop = asyncio.Event()
+    assert world.run(steps=5) == "interrupted"
+    assert world.events[:-1] == ["publish 0", *of_step(1), *of_step(2)]
+    assert world.events[-1] == "train 3", "asked for, and dropped"
+
+
+def test_a_target_that_is_reached_ends_the_run() -> None:
+    rewards = {0: 0.0, 2: 1.0, 4: 0.0, 6: 1.0, 8: 1.0}
+    world = World(reward=lambda kind, index: float(index % 2) if kind == "train" else rewards[world.version])
+    assert world.run(steps=20, every=2, target=0.95, max_staleness=1) == "target_reached"
+    assert world.version == 8
+    assert world.events[-1] == "checkpoint 8"
+
+
+def test_a_target_reached_at_the_last_step_is_reached() -> None:
+    world = World(reward=lambda kind, index: 1.0)
+    assert world.run(steps=1, every=1, target=1.0) == "target_reached"
+    assert world.version == 1
+
+
+def test_a_resumed_run_whose_target_was_reached_does_nothing() -> None:
+    world = World(version=4)
+    assert world.run(steps=20, every=2, target=0.9, history=[(0.0, 0.0), (0.95, 0.9), (1.0, 0.99)]) == "target_reached"
+    assert world.events == ["publish 4"]
+
+
+def test_a_step_without_samples_goes_on() -> None:
+    world = World(reward=lambda kind, index: 0.5)
+    assert (
+        world.run(steps=5, algorithm=AlgorithmConfig(filters=FilterConfig(zero_advantage=FilterMode.drop)))
+        == "finished"
+    )
+    assert world.learned == [[]] * 5
+    assert world.version == 5
+    assert world.metrics_of[5]["rollouts/dropped"] == GROUPS * SIBLINGS
+    assert world.metrics_of[5][f"rollouts/dropped/{DropReason.ZERO_ADVANTAGE}"] == GROUPS * SIBLINGS
+
+
+@pytest.mark.parametrize("failing", ["train 2", "train 1"])
+def test_an_error_of_the_rollouts_ends_the_run_and_the_batches_ahead(failing: str) -> None:
+    world = World(failing={failing: TaskError("gone")}, delay=lambda event: 10**9 if event == "train 3" else 3)
+    with pytest.raises(TaskError, match="gone"):
+        world.run(steps=5, max_staleness=2)
+    assert world.version == (1 if failing == "train 2" else 0)
+
+
+def test_a_loss_that_is_not_finite_records_the_rollouts_and_publishes_nothing() -> None:
+    world = World(failing={"learn 2": NonFiniteLossError("nan")})
+    with pytest.raises(NonFiniteLossError):
+        world.run(steps=5)
+    assert world.events == ["publish 0", *of_step(1), "train 2", "learn 2", "record 2"]
+
+
+# ── figures ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_step_reports_every_key_of_the_contract() -> None:
+    world = World()
+    world.run(steps=2, every=2)
+    for step in (1, 2):
+        metrics = world.metrics_of[step]
+        assert missing_keys({"step": step, **metrics}) == []
+        assert metrics["policy_version"] == step
+        assert metrics["time/step"] >= metrics["time/rollout"] + metrics["time/train"] + metrics["time/sync"] > 0
+        assert metrics["time/rollout_span"] > 0
+        assert metrics["time/engine_idle"] >= metrics["time/train"]  # on-policy: nothing rolls out meanwhile
+    assert world.metrics_of[0]["eval/reward"] == 0.0
+    assert world.metrics_of[2]["eval/wire/bytes_sent"] == 0.0
+
+
+def test_rollouts_that_go_on_while_the_trainer_learns_leave_the_engine_no_idle_time() -> None:
+    world = World(delay=lambda event: 10**4 if event == "train 3" else 3)
+    world.run(steps=4, max_staleness=2)
+    assert world.metrics_of[1]["time/engine_idle"] < world.metrics_of[1]["time/step"] / 2
+    assert world.metrics_of[3]["time/rollout"] > 0
+
+
+def test_advantages_reach_the_samples() -> None:
+    world = World()
+    world.run(steps=1)
+    (samples,) = world.learned
+    # Rewards 0, 1, 0 in each group.
+    low, high = -1 / np.sqrt(2), np.sqrt(2)
+    for sample, advantage in zip(samples, [low, high, low] * GROUPS, strict=True):
+        np.testing.assert_allclose(sample.advantages[sample.loss_mask], advantage, rtol=1e-4)
+
+
+def test_the_demonstrations_of_a_step_go_to_the_trainer_with_it() -> None:
+    world = World()
+    world.run(steps=3)
+    assert world.demonstrated == [[], world.learned[0][:2], world.learned[1][:3]]

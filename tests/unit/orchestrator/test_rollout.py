@@ -1,0 +1,698 @@
+"""Rollouts against a scripted renderer, engine and task, all three strict about their protocols.
+
+Token id = code point of a character, so prompts can be read. A message is `role:text`, an image is one `IMAGE` token
+per feature, and `>` asks the assistant to speak. The engine, like the embedded one, answers nobody until every open
+session has asked or closed: a runner that opened sessions late would get small batches, one that closed them late
+would hang.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlmrl.errors import EngineError
+from vlmrl.orchestrator.rollout import THREADS, RolloutRunner, TaskThreads, bridge_break_rate, sampling_seed
+from vlmrl.rendering.images import ImageError
+from vlmrl.tasks.base import Reply
+from vlmrl.types import (
+    BoolArray,
+    Completion,
+    ContractError,
+    EngineSession,
+    Group,
+    Image,
+    ImageItem,
+    IntArray,
+    Message,
+    Placeholder,
+    Prompt,
+    Rollout,
+    SamplingParams,
+    StopReason,
+    Text,
+)
+
+IMAGE, END = ord("#"), ord("$")
+BROKEN = "broken"
+
+
+# ── scripted neighbours ─────────────────────────────────────────────────────────────────────────────────────
+
+
+class CharRenderer:
+    """`Renderer` in characters. An `Image.source` is its number of features, or `BROKEN`."""
+
+    stop_token_ids = (END,)
+    banned_token_ids = (IMAGE,)
+    image_token_ids = frozenset({IMAGE})
+
+    def __init__(self, *, bridges: bool = True) -> None:
+        self.bridges = bridges
+        self.histories: list[list[Message]] = []
+
+    async def first_turn(self, messages: Sequence[Message]) -> Prompt:
+        return self._append(Prompt(np.zeros(0, np.int64), (), ()), messages)
+
+    async def next_turn(
+        self, previous: Prompt, completion_ids: IntArray, history: Sequence[Message], new_messages: Sequence[Message]
+    ) -> tuple[Prompt, bool]:
+        self.histories.append(list(history))
+        if not self.bridges:
+            return await self.first_turn([*history, *new_messages]), False
+        token_ids = np.concatenate([previous.token_ids, completion_ids])
+        return self._append(Prompt(token_ids, previous.placeholders, previous.images), new_messages), True
+
+    def images(self, parts: Sequence[Image]) -> tuple[ImageItem, ...]:
+        raise AssertionError("rollouts take images from prompts")
+
+    def decode(self, completion_ids: IntArray) -> str:
+        return "".join(chr(i) for i in completion_ids if i != END)
+
+    def render_conversation(self, messages: Sequence[Message]) -> tuple[Prompt, BoolArray]:
+        raise AssertionError("rollouts do not render demonstrations")
+
+    def _append(self, prompt: Prompt, messages: Sequence[Message]) -> Prompt:
+        ids, placeholders, images = prompt.token_ids.tolist(), list(prompt.placeholders), list(prompt.images)
+        for message in messages:
+            ids += map(ord, f"{message.role}:")
+            for part in message.content:
+                if isinstance(part, Text):
+                    ids += map(ord, part.text)
+                    continue
+                if part.source == BROKEN:
+                    raise ImageError("an image is broken")
+                item = ImageItem(f"hash-{part.source}", np.zeros((1, 1, 3), np.uint8), {}, part.source)
+                placeholders.append(Placeholder(len(ids), item.num_tokens, item.hash))
+                images.append(item)
+                ids += [IMAGE] * item.num_tokens
+        return Prompt(np.array([*ids, ord(">")], np.int64), tuple(placeholders), tuple(images))
+
+
+Policy: TypeAlias = Callable[[str, str], str]
+"""rollout id, prompt → what to say (an END is added), or raises."""
+
+
+@dataclass(eq=False)
+class LockstepSession:
+    engine: LockstepEngine
+    rollout_id: str
+
+    async def __aenter__(self) -> EngineSession:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self.engine.open.remove(self.rollout_id)
+        self.engine.maybe_run()
+
+    async def generate(self, prompt: Prompt, sampling: SamplingParams) -> Completion:
+        future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
+        self.engine.waiting.append((self.rollout_id, prompt, sampling, future))
+        self.engine.maybe_run()
+        return await future
+
+
+@dataclass(eq=False)
+class LockstepEngine:
+    """`InferenceEngine` that says what `policy` says, one batch of all open sessions at a time."""
+
+    policy: Policy
+    max_model_len: int = 10_000
+    open: list[str] = field(default_factory=list)
+    waiting: list[tuple[str, Prompt, SamplingParams, asyncio.Future[Completion]]] = field(default_factory=list)
+    batches: list[list[tuple[str, SamplingParams]]] = field(default_factory=list)
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def session(self, rollout_id: str) -> EngineSession:
+        assert rollout_id not in self.open
+        self.open.append(rollout_id)
+        return LockstepSession(self, rollout_id)
+
+    def maybe_run(self) -> None:
+        if not self.waiting or len(self.waiting) < len(self.open):
+            return
+        batch, self.waiting = self.waiting, []
+        self.batches.append([(rollout_id, sampling) for rollout_id, _, sampling, _ in batch])
+        for rollout_id, prompt, sampling, future in batch:
+            if future.cancelled():
+                continue
+            assert 1 <= sampling.max_new_tokens <= self.max_model_len - len(prompt.token_ids)
+            try:
+                said = self.policy(rollout_id, text_of(prompt))
+            except (EngineError, AssertionError) as error:
+                future.set_exception(error)
+                continue
+            ids = np.array([*map(ord, said), END][: sampling.max_new_tokens], np.int64)
+            future.set_result(
+                Completion(
+                    token_ids=ids,
+                    logprobs=np.full(len(ids), -1.0, np.float32),
+                    versions=np.zeros(len(ids), np.int64),
+                    finish_reason="stop" if ids[-1] == END else "length",
+                )
+            )
+
+
+def text_of(prompt: Prompt) -> str:
+    return "".join(map(chr, prompt.token_ids))
+
+
+HI = (Message.of("user", "hi"),)
+
+
+@dataclass(frozen=True)
+class Row:
+    id: str
+
+
+Step: TypeAlias = Callable[[int, str], Any]
+"""0-based turn and what the policy said → a Reply, or whatever a broken task returns."""
+
+
+@dataclass
+class ScriptedEnv:
+    first: Any
+    script: Step
+    turn: int = -1
+
+    def reset(self) -> Any:
+        return self.first() if callable(self.first) else self.first
+
+    def step(self, completion: str) -> Any:
+        self.turn += 1
+        return self.script(self.turn, completion)
+
+
+class ScriptedTask:
+    """Problem n is called `row n`; every env of it plays the script."""
+
+    def __init__(self, script: Step, first: Any = HI, row: Callable[[int], Any] = lambda index: Row(f"row {index}")):
+        self.script, self.first, self.row = script, first, row
+
+    def problem(self, split: str, index: int) -> Any:
+        return self.row(index)
+
+    def env(self, problem: Any) -> Any:
+        return ScriptedEnv(self.first, self.script)
+
+
+def user(*parts: str | Image) -> tuple[Message, ...]:
+    return (Message.of("user", *parts),)
+
+
+def two_turns(turn: int, said: str) -> Reply:
+    """Half a point for each "yes"; done after two turns."""
+    return Reply(
+        turn_reward=float(said == "yes"),
+        done=turn == 1,
+        reward=0.5 * (turn + (said == "yes")),
+        messages=() if turn == 1 else user("and ", Image(3), "?"),
+        metrics={"turns": turn + 1},
+    )
+
+
+def make_runner(
+    task: Any,
+    *,
+    policy: Policy = lambda rollout_id, prompt: "yes",
+    renderer: Any = None,
+    max_turns: int = 5,
+    max_new_tokens: int = 8,
+    max_model_len: int = 10_000,
+) -> RolloutRunner:
+    return RolloutRunner(
+        task=task,
+        renderer=renderer or CharRenderer(),
+        engine=LockstepEngine(policy, max_model_len),
+        seed=0,
+        max_turns=max_turns,
+        max_new_tokens=max_new_tokens,
+        max_model_len=max_model_len,
+    )
+
+
+def engine_of(runner: RolloutRunner) -> LockstepEngine:
+    assert isinstance(runner.engine, LockstepEngine)
+    return runner.engine
+
+
+def play(runner: RolloutRunner, problems: Sequence[int] = (0,), group_size: int = 1, **how: Any) -> list[Group]:
+    async def bounded() -> list[Group]:
+        async with asyncio.timeout(30):  # a session closed late would wait forever
+            return await runner.run_groups(
+                **{"split": "train", "step": 7, "temperature": 1.0, **how},
+                problem_indices=problems,
+                group_size=group_size,
+            )
+
+    groups = asyncio.run(bounded())
+    assert engine_of(runner).open == []
+    return groups
+
+
+def play_one(runner: RolloutRunner) -> Rollout:
+    ((rollout,),) = [group.rollouts for group in play(runner)]
+    return rollout
+
+
+# ── an episode ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_episode_of_two_turns_is_recorded_in_full() -> None:
+    renderer = CharRenderer()
+    rollout = play_one(make_runner(ScriptedTask(two_turns, first=user("see ", Image(2))), renderer=renderer))
+
+    first, second = rollout.turns
+    assert text_of(first.prompt) == "user:see ##>"
+    assert text_of(second.prompt) == "user:see ##>yes$user:and ###?>"
+    assert second.prompt.placeholders == (Placeholder(9, 2, "hash-2"), Placeholder(25, 3, "hash-3"))
+    assert [t.text for t in rollout.turns] == ["yes", "yes"]
+    assert [t.reward for t in rollout.turns] == [1.0, 1.0]
+    assert [t.branch for t in rollout.turns] == [0, 0]
+    assert [[m.role for m in t.messages] for t in rollout.turns] == [["user"], ["user"]]
+    assert [[(m.role, len(m.content)) for m in history] for history in renderer.histories] == [
+        [("user", 2), ("assistant", 1)]
+    ]
+    assert (rollout.stop_reason, rollout.reward, rollout.metrics) == (StopReason.TERMINATED, 1.0, {"turns": 2.0})
+    assert (rollout.error, rollout.dropped, rollout.num_branches) == (None, None, 1)
+    assert rollout.seconds > 0
+
+
+def test_groups_siblings_and_names() -> None:
+    groups = play(make_runner(ScriptedTask(two_turns)), problems=range(40, 43), group_size=2)
+    assert [group.problem_id for group in groups] == ["row 40", "row 41", "row 42"]
+    assert [[r.rollout_id for r in group.rollouts] for group in groups] == [
+        [f"train/000007/{number:02d}/{index:02d}" for index in range(2)] for number in range(3)
+    ]
+    assert all(r.problem_id == g.problem_id for g in groups for r in g.rollouts)
+    assert [r.index for r in groups[2].rollouts] == [0, 1]
+
+
+def test_a_sampled_and_a_greedy_evaluation_of_one_step_differ_in_name() -> None:
+    runner = make_runner(ScriptedTask(two_turns))
+    for temperature, expected in ((0.7, "eval/000007/00/00"), (0.0, "eval-greedy/000007/00/00")):
+        ((rollout,),) = [g.rollouts for g in play(runner, split="eval", temperature=temperature)]
+        assert rollout.rollout_id == expected
+        assert {sampling.temperature for _, sampling in engine_of(runner).batches[-1]} == {temperature}
+
+
+def test_all_sessions_are_open_before_the_first_asks_and_a_batch_holds_all_that_play() -> None:
+    def policy(rollout_id: str, prompt: str) -> str:
+        return "no" if rollout_id.endswith("/01") else "yes"
+
+    def step(turn: int, said: str) -> Reply:
+        return Reply(0.0, done=said == "no" or turn == 2, messages=user("?"))
+
+    runner = make_runner(ScriptedTask(step), policy=policy)
+    play(runner, problems=range(4), group_size=3)
+    assert [len(batch) for batch in engine_of(runner).batches] == [12, 8, 8]
+
+
+# ── budgets ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def endless(turn: int, said: str) -> Reply:
+    return Reply(turn_reward=0.25, done=False, reward=0.5, messages=user("?"))
+
+
+def finished(turn: int, said: str) -> Reply:
+    return Reply(turn_reward=0.25, done=True, reward=0.5)
+
+
+def test_the_turn_budget_ends_an_episode_with_its_last_reward() -> None:
+    rollout = play_one(make_runner(ScriptedTask(endless), max_turns=3))
+    assert (rollout.stop_reason, len(rollout.turns), rollout.reward) == (StopReason.MAX_TURNS, 3, 0.5)
+
+
+@pytest.mark.parametrize("step", [endless, finished])
+def test_a_completion_that_is_cut_earns_its_turn_nothing_and_is_the_last(step: Step) -> None:
+    rollout = play_one(make_runner(ScriptedTask(step), policy=lambda *_: "a long answer", max_new_tokens=6))
+    (turn,) = rollout.turns
+    assert rollout.stop_reason is StopReason.MAX_NEW_TOKENS
+    assert (turn.text, turn.reward, rollout.reward) == ("a long", 0.0, 0.5)
+
+
+def test_a_done_task_is_terminated_even_at_the_last_turn() -> None:
+    assert play_one(make_runner(ScriptedTask(finished), max_turns=1)).stop_reason is StopReason.TERMINATED
+
+
+PROMPT = len("user:hi>")
+SECOND_PROMPT = len("user:hi>yes$user:?>")
+
+
+@pytest.mark.parametrize(
+    ("max_model_len", "stop_reason", "texts"),
+    [
+        (PROMPT - 1, StopReason.CONTEXT_FULL, []),
+        (PROMPT, StopReason.CONTEXT_FULL, []),
+        # One token fits, or three; it is the context that cuts, not max_new_tokens.
+        (PROMPT + 1, StopReason.CONTEXT_FULL, ["y"]),
+        (PROMPT + 3, StopReason.CONTEXT_FULL, ["yes"]),
+        (PROMPT + 4, StopReason.CONTEXT_FULL, ["yes"]),
+        (SECOND_PROMPT, StopReason.CONTEXT_FULL, ["yes"]),
+        (SECOND_PROMPT + 2, StopReason.CONTEXT_FULL, ["yes", "ye"]),
+        (SECOND_PROMPT + 4, StopReason.MAX_TURNS, ["yes", "yes"]),
+    ],
+)
+def test_the_context_cuts_completions_and_never_prompts(
+    max_model_len: int, stop_reason: StopReason, texts: list[str]
+) -> None:
+    rollout = play_one(make_runner(ScriptedTask(endless), max_model_len=max_model_len, max_turns=2))
+    assert (rollout.stop_reason, [turn.text for turn in rollout.turns]) == (stop_reason, texts)
+    assert rollout.reward == (0.5 if texts else 0.0)
+    assert rollout.error is None
+
+
+def test_a_completion_that_just_fits_is_not_cut() -> None:
+    rollout = play_one(make_runner(ScriptedTask(finished), max_new_tokens=4))
+    assert rollout.stop_reason is StopReason.TERMINATED
+
+
+# ── faults ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def function(*_: Any) -> Any:
+        raise error
+
+    return function
+
+
+def on_second_turn(outcome: Callable[[], Any]) -> Step:
+    return lambda turn, said: outcome() if turn == 1 else endless(turn, said)
+
+
+def reply(**changes: Any) -> Reply:
+    return Reply(**{"turn_reward": 0.0, "done": True, **changes})
+
+
+TASK_FAULTS: list[tuple[Any, int, str]] = [
+    (ScriptedTask(endless, row=raising(KeyError("row 0"))), 0, "KeyError: 'row 0'"),
+    (ScriptedTask(endless, row=lambda index: Row(index)), 0, r"problem\('train', 0\).id is 0, not a str"),  # type: ignore[arg-type]
+    (ScriptedTask(endless, first=raising(OSError("no file"))), 0, r"OSError: no file \(.*test_rollout.py:\d+, in func"),
+    (ScriptedTask(endless, first=None), 0, r"reset\(\) gave a NoneType, not a tuple of Message"),
+    (ScriptedTask(endless, first=()), 0, r"reset\(\) gave no message"),
+    (ScriptedTask(endless, first=("hi",)), 0, "not a tuple of Message"),
+    (ScriptedTask(endless, first=(Message("user", ("hi",)),)), 0, "content is no tuple of Text and Image"),  # type: ignore[arg-type]
+    (ScriptedTask(endless, first=(Message.of("system", "hi"),)), 0, "does not end with a user message"),
+    (ScriptedTask(on_second_turn(raising(ZeroDivisionError("x / 0")))), 2, "ZeroDivisionError: x / 0"),
+    (ScriptedTask(on_second_turn(raising(StopIteration("end")))), 2, "StopIteration: end"),
+    (ScriptedTask(on_second_turn(lambda: None)), 2, r"step\(\) gave a NoneType, not a Reply"),
+    (ScriptedTask(on_second_turn(lambda: reply(metrics=None))), 2, "metrics=None, not a dict"),
+    (ScriptedTask(on_second_turn(lambda: sys.exit(3))), 2, "SystemExit: 3"),
+    (
+        ScriptedTask(on_second_turn(lambda: reply(done=False))),
+        2,
+        r"step\(\) gave no message and the episode is not done",
+    ),
+    (
+        ScriptedTask(on_second_turn(lambda: reply(done=False, messages=(Message.of("assistant", "I"),)))),
+        2,
+        "role 'assistant', not user or tool",
+    ),
+]
+
+
+@pytest.mark.parametrize(("task", "turns", "error"), TASK_FAULTS)
+def test_what_a_task_does_wrong_ends_its_rollout(task: Any, turns: int, error: str) -> None:
+    rollout = play_one(make_runner(task))
+    assert rollout.stop_reason is StopReason.TASK_ERROR
+    assert (len(rollout.turns), rollout.reward) == (turns, 0.0)
+    assert rollout.error is not None
+    with pytest.raises(RuntimeError, match=error):
+        raise RuntimeError(rollout.error)
+
+
+def test_a_problem_that_cannot_be_made_is_the_fault_of_each_sibling_and_of_no_other_group() -> None:
+    task = ScriptedTask(two_turns, row=lambda index: Row(["a", "b"][index]))
+    bad, good = play(make_runner(task), problems=[2, 1], group_size=2)
+    assert (bad.problem_id, [r.stop_reason for r in bad.rollouts]) == ("train[2]", [StopReason.TASK_ERROR] * 2)
+    assert (good.problem_id, [r.stop_reason for r in good.rollouts]) == ("b", [StopReason.TERMINATED] * 2)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e39, 10**400, "1.0", None, np.True_, 1j])
+@pytest.mark.parametrize("place", ["turn_reward", "reward", "metrics"])
+def test_a_reward_that_is_no_finite_number_is_no_reward(place: str, value: Any) -> None:
+    bad = reply(**{place: {"score": value} if place == "metrics" else value})
+    rollout = play_one(make_runner(ScriptedTask(lambda turn, said: bad if turn == 1 else endless(turn, said))))
+    assert rollout.stop_reason is StopReason.BAD_REWARD
+    assert (rollout.reward, [turn.reward for turn in rollout.turns]) == (0.0, [0.25, 0.0])
+    assert f"{'score' if place == 'metrics' else place}={value!r}" in str(rollout.error)
+
+
+@pytest.mark.parametrize("value", [1, True, np.float32(1), np.float64(1), np.int64(1)])
+def test_every_kind_of_finite_number_is_a_reward(value: Any) -> None:
+    rollout = play_one(make_runner(ScriptedTask(lambda turn, said: reply(reward=value, metrics={"m": value}))))
+    assert (type(rollout.reward), rollout.reward, rollout.metrics) == (float, 1.0, {"m": 1.0})
+
+
+def test_a_broken_image_ends_its_rollout_and_keeps_the_turns_before() -> None:
+    first = play_one(make_runner(ScriptedTask(endless, first=user(Image(BROKEN)))))
+    later = play_one(make_runner(ScriptedTask(lambda turn, said: reply(done=False, messages=user(Image(BROKEN))))))
+    for rollout, turns in ((first, 0), (later, 1)):
+        assert (rollout.stop_reason, rollout.error) == (StopReason.IMAGE_ERROR, "an image is broken")
+        assert len(rollout.turns) == turns
+
+
+def test_an_engines_error_for_one_request_ends_that_rollout_alone() -> None:
+    def policy(rollout_id: str, prompt: str) -> str:
+        if rollout_id.endswith("/01") and "?" in prompt:
+            raise EngineError("HTTP 500")
+        return "yes"
+
+    (group,) = play(make_runner(ScriptedTask(two_turns), policy=policy), group_size=3)
+    assert [r.stop_reason for r in group.rollouts] == [
+        StopReason.TERMINATED,
+        StopReason.ENGINE_ERROR,
+        StopReason.TERMINATED,
+    ]
+    assert (group.rollouts[1].error, group.rollouts[1].reward, len(group.rollouts[1].turns)) == ("HTTP 500", 0.0, 1)
+
+
+class ImageLosingRenderer(CharRenderer):
+    async def first_turn(self, messages: Sequence[Message]) -> Prompt:
+        prompt = await super().first_turn(messages)
+        return Prompt(prompt.token_ids, prompt.placeholders, ())
+
+
+class RetokenizingRenderer(CharRenderer):
+    """Says "bridged" of a prompt that renders the completion anew, without its end."""
+
+    async def next_turn(self, *conversation: Any) -> tuple[Prompt, bool]:
+        _, _, history, new_messages = conversation
+        return await self.first_turn([*history, *new_messages]), True
+
+
+@pytest.mark.parametrize(
+    ("renderer", "turns", "error"),
+    [
+        (ImageLosingRenderer(), 0, "1 placeholders but 0 images"),
+        (RetokenizingRenderer(), 1, "the prompt of turn 1 does not extend the turn before it"),
+    ],
+)
+def test_tokens_and_pixels_that_disagree_are_a_named_fault(renderer: CharRenderer, turns: int, error: str) -> None:
+    rollout = play_one(make_runner(ScriptedTask(two_turns, first=user(Image(2))), renderer=renderer))
+    assert (rollout.stop_reason, rollout.error) == (StopReason.CONTRACT, error)
+    assert len(rollout.turns) == turns
+
+
+def test_a_contract_error_on_the_way_to_the_engine_is_a_named_fault() -> None:
+    runner = make_runner(ScriptedTask(two_turns), policy=raising(ContractError("features differ")))
+    assert play_one(runner).stop_reason is StopReason.CONTRACT
+
+
+def test_our_own_slip_is_no_fault_of_a_rollout_and_leaves_no_session_open() -> None:
+    runner = make_runner(ScriptedTask(two_turns), policy=raising(AssertionError("slip")))
+    with pytest.raises(AssertionError, match="slip"):  # once, not three times
+        play(runner, group_size=3)
+    assert engine_of(runner).open == []
+
+
+# ── branches ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_prompt_that_is_rendered_anew_starts_a_branch() -> None:
+    renderer = CharRenderer(bridges=False)
+    rollout = play_one(make_runner(ScriptedTask(endless), renderer=renderer, max_turns=3))
+    assert [turn.branch for turn in rollout.turns] == [0, 1, 2]
+    assert [text_of(turn.prompt) for turn in rollout.turns] == [
+        "user:hi>",
+        "user:hiassistant:yesuser:?>",
+        "user:hiassistant:yesuser:?assistant:yesuser:?>",
+    ]
+    assert bridge_break_rate([rollout]) == 1.0
+
+
+def test_bridge_break_rate_is_the_share_of_later_turns() -> None:
+    bridged = play_one(make_runner(ScriptedTask(endless), max_turns=4))
+    broken = play_one(make_runner(ScriptedTask(endless), renderer=CharRenderer(bridges=False), max_turns=2))
+    empty = play_one(make_runner(ScriptedTask(endless), max_model_len=1))
+    assert bridge_break_rate([bridged, broken, empty]) == 1 / 4
+    assert bridge_break_rate([empty]) == 0.0
+
+
+# ── seeds ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_completion_has_the_seed_of_its_name_in_whatever_company() -> None:
+    seeds: list[dict[str, list[int]]] = []
+    for group_size in (1, 3):
+        runner = make_runner(ScriptedTask(two_turns))
+        play(runner, group_size=group_size)
+        mine: dict[str, list[int]] = {}
+        for batch in engine_of(runner).batches:
+            for rollout_id, sampling in batch:
+                mine.setdefault(rollout_id, []).append(sampling.seed)
+        seeds.append(mine)
+    name = "train/000007/00/00"
+    assert seeds[0][name] == seeds[1][name] == [sampling_seed(0, name, turn) for turn in range(2)]
+    assert len({seed for turns in seeds[1].values() for seed in turns}) == 6
+
+
+completions = st.tuples(st.integers(0, 2**64), st.text("abc", max_size=3), st.integers(0, 99))
+
+
+@given(st.sets(completions, min_size=2, max_size=8))
+def test_sampling_seeds_differ_and_fit_a_signed_64_bit_number(names: set[tuple[int, str, int]]) -> None:
+    seeds = {sampling_seed(*name) for name in names}
+    assert len(seeds) == len(names)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+# ── threads and cancellation ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_step_that_blocks_leaves_the_event_loop_free() -> None:
+    stepping, released = threading.Event(), threading.Event()
+
+    def step(turn: int, said: str) -> Reply:
+        stepping.set()
+        assert released.wait(30), "the event loop was blocked"
+        return reply()
+
+    async def main() -> list[Group]:
+        runner = make_runner(ScriptedTask(step))
+        rollouts = asyncio.create_task(
+            runner.run_groups(split="train", step=1, problem_indices=[0], group_size=1, temperature=1.0)
+        )
+        while not stepping.is_set():
+            await asyncio.sleep(0)
+        released.set()
+        return await rollouts
+
+    ((rollout,),) = [group.rollouts for group in asyncio.run(main())]
+    assert rollout.stop_reason is StopReason.TERMINATED
+
+
+def test_siblings_may_block_at_once() -> None:
+    together = threading.Barrier(THREADS, timeout=30)
+
+    def step(turn: int, said: str) -> Reply:
+        together.wait()
+        return reply()
+
+    (group,) = play(make_runner(ScriptedTask(step)), group_size=THREADS)
+    assert {r.stop_reason for r in group.rollouts} == {StopReason.TERMINATED}
+
+
+def test_many_calls_of_one_round_share_few_hops_and_keep_their_results_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, hops = threading.Thread.start, list[str]()
+
+    def counting(thread: threading.Thread) -> None:
+        hops.append(thread.name)
+        start(thread)
+
+    async def main() -> list[Any]:
+        threads = TaskThreads()
+        calls = [threads.run(lambda i=i: 1 // (i % 7)) for i in range(1000)]  # type: ignore[misc]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    monkeypatch.setattr(threading.Thread, "start", counting)
+    for i, outcome in enumerate(asyncio.run(main())):
+        assert "ZeroDivisionError" in str(outcome) if i % 7 == 0 else outcome == 1 // (i % 7)
+    assert 1 <= len(hops) <= THREADS
+
+
+def test_no_more_threads_than_that_at_once() -> None:
+    lock, now, most = threading.Lock(), [0], [0]
+
+    def step(turn: int, said: str) -> Reply:
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.005)
+        with lock:
+            now[0] -= 1
+        return reply()
+
+    (group,) = play(make_runner(ScriptedTask(step)), group_size=4 * THREADS)
+    assert {r.stop_reason for r in group.rollouts} == {StopReason.TERMINATED}
+    assert 1 < most[0] <= THREADS
+
+
+def test_code_that_hangs_keeps_no_process() -> None:
+    """An interrupted run ends, whatever the task's code does."""
+    code = """
+import asyncio, time
+from vlmrl.orchestrator.rollout import TaskThreads
+
+async def main():
+    TaskThreads().run(lambda: time.sleep(60))
+    await asyncio.sleep(0.1)
+
+asyncio.run(main())
+"""
+    started = time.monotonic()
+    ended = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=50)
+    assert ended.stderr == b""
+    assert time.monotonic() - started < 50
+
+
+@pytest.mark.parametrize("where", ["engine", "task"])
+def test_cancellation_propagates_and_closes_every_session(where: str) -> None:
+    reached, release = threading.Event(), threading.Event()
+
+    def step(turn: int, said: str) -> Reply:
+        reached.set()
+        release.wait(30)
+        return reply()
+
+    class SilentEngine(LockstepEngine):
+        def maybe_run(self) -> None:
+            if self.open and len(self.waiting) == len(self.open):
+                reached.set()
+
+    async def main() -> RolloutRunner:
+        runner = make_runner(ScriptedTask(step))
+        if where == "engine":
+            runner.engine = SilentEngine(lambda *_: "yes")
+        rollouts = asyncio.create_task(
+            runner.run_groups(split="train", step=1, problem_indices=[0], group_size=3, temperature=1.0)
+        )
+        while not reached.is_set():
+            await asyncio.sleep(0)
+        rollouts.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await rollouts
+        release.set()
+        return runner
+
+    assert engine_of(asyncio.run(main())).open == []

@@ -1,0 +1,105 @@
+"""The figures of a batch of rollouts, counted by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from vlmrl.config.orchestrator import FilterConfig, FilterMode
+from vlmrl.orchestrator.step_metrics import mean_task_metrics, rollout_metrics, throughput_metrics
+from vlmrl.types import Completion, DropReason, Group, ImageItem, Placeholder, Prompt, Rollout, StopReason, Turn
+
+
+def image(name: str) -> ImageItem:
+    return ImageItem(name, np.zeros((1, 1, 3), np.uint8), {}, 1)
+
+
+def turn(prompt_tokens: int, completion_tokens: int, *images: str, branch: int = 0) -> Turn:
+    placeholders = tuple(Placeholder(i, 1, name) for i, name in enumerate(images))
+    prompt = Prompt(np.arange(prompt_tokens), placeholders, tuple(map(image, images)))
+    n = completion_tokens
+    completion = Completion(np.arange(n), np.full(n, -1.0, np.float32), np.zeros(n, np.int64), "stop")
+    return Turn(prompt, completion, "", [], branch, reward=0.0)
+
+
+def rollout(
+    reward: float,
+    *turns: Turn,
+    stop: StopReason = StopReason.TERMINATED,
+    dropped: DropReason | None = None,
+    **metrics: float,
+) -> Rollout:
+    filtered = (dropped,) if dropped is DropReason.ZERO_ADVANTAGE else ()
+    return Rollout("r", "p", 0, list(turns), reward, metrics, stop, filtered=filtered, dropped=dropped)
+
+
+GROUPS = [
+    Group(
+        "one",
+        [
+            rollout(1.0, turn(10, 2, "red"), turn(20, 3, "red", "blue"), share=1.0),
+            rollout(0.0, turn(10, 2, "red"), turn(21, 4, "red", "green", branch=1), share=0.5, length=3.0),
+            rollout(0.0, turn(10, 5, "red"), stop=StopReason.TASK_ERROR, dropped=DropReason.FAULT),
+        ],
+    ),
+    Group(
+        "two",
+        [
+            rollout(0.5, turn(8, 1), stop=StopReason.MAX_NEW_TOKENS, dropped=DropReason.ZERO_ADVANTAGE, share=0.0),
+            rollout(0.5, stop=StopReason.CONTEXT_FULL, dropped=DropReason.EMPTY),
+        ],
+    ),
+]
+
+
+def test_every_figure() -> None:
+    assert rollout_metrics(GROUPS, FilterConfig(zero_advantage=FilterMode.drop, gibberish=FilterMode.track)) == {
+        "reward/mean": 0.5,  # of 1, 0, ½, ½: a broken task is not a wrong answer
+        "reward/std": pytest.approx(math.sqrt(1 / 8)),
+        "groups/equal_reward": 0.5,
+        "rollouts/total": 5,
+        "rollouts/dropped": 3,
+        "rollouts/dropped/fault": 1,
+        "rollouts/dropped/empty": 1,
+        "rollouts/dropped/zero_advantage": 1,
+        "rollouts/filtered/gibberish": 0,
+        "rollouts/filtered/zero_advantage": 1,
+        "rollouts/stop/terminated": 2,
+        "rollouts/stop/task_error": 1,
+        "rollouts/stop/max_new_tokens": 1,
+        "rollouts/stop/context_full": 1,
+        "bridge_break_rate": 0.5,
+        "tokens/prompt": 10 + 20 + 10 + 21 + 10 + 8,
+        "tokens/completion": 2 + 3 + 2 + 4 + 5 + 1,
+        "images/distinct": 3,
+        "task/share": 0.5,
+        "task/length": 3.0,
+    }
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        [],
+        [Group("p", [])],
+        [Group("p", [rollout(0.0, stop=StopReason.IMAGE_ERROR, dropped=DropReason.FAULT)] * 2)],
+    ],
+)
+def test_nothing_sound_is_no_division_by_zero(groups: list[Group]) -> None:
+    metrics = rollout_metrics(groups, FilterConfig())
+    assert metrics["reward/mean"] == metrics["reward/std"] == metrics["tokens/prompt"] == 0.0
+    assert metrics["rollouts/total"] == metrics["rollouts/dropped"] == sum(len(g.rollouts) for g in groups)
+
+
+def test_throughput_counts_each_token_once() -> None:
+    metrics = throughput_metrics(GROUPS, seconds=2.0)
+    # A last turn's prompt holds the turns before it.
+    assert metrics["throughput/tokens_per_s"] == ((20 + 3) + (21 + 4) + (10 + 5) + (8 + 1)) / 2
+
+
+def test_task_figures_are_means_over_those_that_report_them() -> None:
+    rollouts = [rollout(0, a=1.0, b=4.0), rollout(0, a=2.0), rollout(0)]
+    assert mean_task_metrics(rollouts) == {"task/a": 1.5, "task/b": 4.0}
+    assert mean_task_metrics([]) == {}

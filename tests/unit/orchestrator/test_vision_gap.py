@@ -1,0 +1,186 @@
+"""The blind control: which samples, which images take the place of theirs, and the figures, against a hand-made trainer
+and through the real renderer and policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from support import helpers
+from support.helpers import BANNED, MERGE, TINY, Sampled, image
+from vlmrl.config.orchestrator import AlgorithmConfig, RendererConfig
+from vlmrl.config.trainer import TrainerConfig
+from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer
+from vlmrl.models.policy import Policy
+from vlmrl.models.positions import position_function
+from vlmrl.orchestrator.vision_gap import GREY, SAMPLES, VisionGap, evenly, group_of, layout, shuffle_images
+from vlmrl.rendering.renderer import Renderer, make_renderer
+from vlmrl.trainer.trainer import LocalTrainer
+from vlmrl.types import FloatArray, Image, ImageItem, Message, TrainingSample, mm_token_type_ids
+
+GREY_ITEM = replace(image(1, 1, 99), hash="grey")
+
+
+def named(group: int, index: int, *parts: helpers.Part) -> TrainingSample:
+    return helpers.sample(f"train/000001/{group:02d}/{index:02d}", [1, 2], *parts)
+
+
+@dataclass(eq=False)
+class Neighbours:
+    """Renderer and trainer: each image of a sample is worth so many nats to each of its tokens."""
+
+    worth: dict[str, float]
+    asked: list[list[TrainingSample]] = field(default_factory=list)
+    pictures: list[Image] = field(default_factory=list)
+
+    def images(self, parts: Sequence[Image]) -> tuple[ImageItem, ...]:
+        self.pictures += parts
+        return (GREY_ITEM,) * len(parts)
+
+    def logprobs(self, samples: Sequence[TrainingSample]) -> list[FloatArray]:
+        self.asked.append(list(samples))
+        return [
+            np.full(int(s.loss_mask.sum()), sum(self.worth.get(i.hash, 0.0) for i in s.images), np.float32)
+            for s in samples
+        ]
+
+
+def gap_of(neighbours: Any, every: int = 1) -> VisionGap:
+    return VisionGap(every, neighbours, neighbours)
+
+
+RED, BLUE = image(1, 1, 1), image(1, 1, 2)
+
+
+def test_the_figures_are_nats_per_token() -> None:
+    """Red is worth 1 nat and blue 3; of 2 and 4 tokens: with 1 and 3, blank 0 and 0, shuffled 3 and 1."""
+    samples = [named(0, 0, RED, Sampled([5, 6])), named(1, 0, BLUE, Sampled([5, 6, 7, 8]))]
+    found = gap_of(Neighbours({RED.hash: 1.0, BLUE.hash: 3.0}))(1, samples)
+    assert found.pop("time/vision_gap") > 0
+    assert found == pytest.approx(
+        {"vision_gap/blank": (2 * 1 + 4 * 3) / 6, "vision_gap/shuffled": (2 * (1 - 3) + 4 * (3 - 1)) / 6}
+    )
+
+
+def test_only_the_pixels_differ() -> None:
+    neighbours = Neighbours({})
+    samples = [named(0, 0, RED, Sampled([5])), named(1, 0, BLUE, Sampled([5]))]
+    gap_of(neighbours)(1, samples)
+    ((*real, a, b, c, d),) = neighbours.asked
+    assert real == samples
+    for sample, other in zip([*samples, *samples], [a, b, c, d], strict=True):
+        for name in ("token_ids", "mm_token_type_ids", "loss_mask"):
+            np.testing.assert_array_equal(getattr(sample, name), getattr(other, name))
+        assert [(p.offset, p.length) for p in other.placeholders] == [(p.offset, p.length) for p in sample.placeholders]
+    assert [sample.images for sample in (a, b, c, d)] == [(GREY_ITEM,), (GREY_ITEM,), (BLUE,), (RED,)]
+    assert all((picture.source == GREY).all() for picture in neighbours.pictures)
+
+
+@pytest.mark.parametrize(("every", "due"), [(1, [1, 2, 3, 4, 5, 6, 7]), (3, [1, 4, 7]), (10, [1]), (0, [])])
+def test_when(every: int, due: list[int]) -> None:
+    gap = gap_of(Neighbours({}), every)
+    samples = [named(0, 0, RED, Sampled([5]))]
+    assert [step for step in range(1, 8) if gap(step, samples)] == due
+
+
+def test_without_images_or_samples_there_is_nothing_to_control() -> None:
+    gap = gap_of(Neighbours({}))
+    assert gap(1, []) == {}
+    assert gap(1, [named(0, 0, Sampled([5]))]) == {}
+
+
+def test_samples_are_drawn_evenly() -> None:
+    samples = [named(g, i, RED, Sampled([5])) for g in range(4) for i in range(16)]
+    assert len(evenly(samples, SAMPLES)) == SAMPLES
+    assert {group_of(sample) for sample in evenly(samples, 4)} == {f"train/000001/{g:02d}" for g in range(4)}
+    assert evenly(samples[:2], SAMPLES) == samples[:2]
+
+
+# ── images of other problems ────────────────────────────────────────────────────────────────────────────────
+
+
+def stand_ins(batch: list[TrainingSample], index: int = 0) -> list[str] | None:
+    """The images that the sample is shown instead."""
+    found = dict(shuffle_images([batch[index]], batch))
+    return [each.hash for each in found[0].images] if found else None
+
+
+def test_they_are_laid_out_alike() -> None:
+    """2 × 1 and 1 × 2 take as many tokens, and are other grids."""
+    wide, high, other = image(1, 2, 1), image(2, 1, 2), image(1, 2, 3)
+    assert layout(wide) == layout(other) != layout(high)
+    batch = [named(0, 0, wide, Sampled([5])), named(1, 0, high, Sampled([5]))]
+    assert stand_ins(batch) is None
+    assert stand_ins([*batch, named(2, 0, other, Sampled([5]))]) == [other.hash]
+
+
+def test_they_are_of_other_groups() -> None:
+    batch = [named(0, 0, RED, Sampled([5])), named(0, 1, BLUE, Sampled([5]))]
+    assert stand_ins(batch) is None
+    assert gap_of(Neighbours({}))(1, batch).keys() == {"vision_gap/blank", "time/vision_gap"}
+
+
+def test_they_have_other_pixels_unless_there_are_none() -> None:
+    batch = [named(0, 0, RED, RED, Sampled([5])), *(named(g, 0, RED, BLUE, Sampled([5])) for g in (1, 2))]
+    assert stand_ins(batch) == [BLUE.hash] * 2
+    assert stand_ins([named(g, 0, RED, Sampled([5])) for g in (0, 1)]) == [RED.hash]
+
+
+def test_a_step_that_is_done_again_draws_the_same() -> None:
+    batch = [named(g, 0, *(image(1, 1, 10 * g + i) for i in range(4)), Sampled([5])) for g in range(5)]
+    assert stand_ins(batch) == stand_ins(batch)
+    assert len({tuple(stand_ins(batch, i) or ()) for i in range(5)}) == 5
+
+
+# ── through the real renderer and policy ────────────────────────────────────────────────────────────────────
+
+
+def test_a_blank_image_is_grey_in_the_processors_own_space(tiny_folder: Path, tiny_model: Callable[[], Any]) -> None:
+    """And the figures are those of logprobs taken one by one."""
+    model = tiny_model()
+    renderer: Renderer = make_renderer(
+        RendererConfig(),
+        TINY,
+        load_tokenizer(tiny_folder),
+        load_image_processor(tiny_folder),
+        model.get_input_embeddings().num_embeddings,
+    )
+    policy = Policy(model, position_function("mrope", MERGE), BANNED)
+    trainer = LocalTrainer(policy, TrainerConfig(), AlgorithmConfig(), temperature=1.0, max_new_tokens=4)
+    samples = []
+    for group in range(3):
+        pixels = np.random.default_rng(group).integers(0, 256, (32, 64, 3), np.uint8)
+        messages = (Message.of("user", "a", Image(pixels)), Message.of("assistant", "abc"))
+        prompt, sampled = renderer.render_conversation(messages)
+        length = len(prompt.token_ids)
+        samples.append(
+            TrainingSample(
+                rollout_id=f"train/000001/{group:02d}/00",
+                token_ids=prompt.token_ids,
+                mm_token_type_ids=mm_token_type_ids(length, prompt.placeholders),
+                loss_mask=sampled,
+                advantages=np.zeros(length, np.float32),
+                inference_logprobs=np.zeros(length, np.float32),
+                versions=np.where(sampled, 0, -1),
+                placeholders=prompt.placeholders,
+                images=prompt.images,
+            )
+        )
+    gap = VisionGap(1, renderer, trainer)
+    found = gap(1, samples)
+    (grey,) = renderer.images([Image(np.full((32, 64, 3), GREY, np.uint8))])
+    assert abs(grey.mm_kwargs["pixel_values"]).max() < 0.01, "mid-grey is the middle of what the processor makes"
+    assert layout(grey) == layout(samples[0].images[0])
+    blank = [gap._blanked(sample) for sample in samples]
+    assert {each.images for each in blank} == {(grey,)}
+    (real, other) = (np.concatenate([trainer.logprobs([s])[0] for s in batch]) for batch in (samples, blank))
+    assert found["vision_gap/blank"] == pytest.approx(float((real - other).mean()), abs=1e-5)
+    shuffled = [each for _, each in shuffle_images(samples, samples)]
+    other = np.concatenate([trainer.logprobs([s])[0] for s in shuffled])
+    assert found["vision_gap/shuffled"] == pytest.approx(float((real - other).mean()), abs=1e-5)
+    assert abs(found["vision_gap/blank"]) > 1e-4, "the model does react to pixels"

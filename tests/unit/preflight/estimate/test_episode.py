@@ -1,0 +1,85 @@
+"""Lengths that are worked out against those of the real renderer and processor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image as PILImage
+
+from vlmrl.config.orchestrator import RendererConfig
+from vlmrl.config.run import RunConfig
+from vlmrl.config.task import ColorCodewordConfig
+from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer, resolve_checkpoint
+from vlmrl.preflight.estimate.episode import Episode, play
+from vlmrl.preflight.estimate.vision import TINY_CHARACTERS_PER_TOKEN, vision_tokens
+from vlmrl.rendering.renderer import make_renderer
+from vlmrl.tasks import load_task
+from vlmrl.types import Image, Message
+
+TINY_PIXELS = (32 * 32, 1024 * 1024)
+
+
+@pytest.fixture(scope="module")
+def processor(tiny_folder: Path) -> Any:
+    return load_image_processor(tiny_folder)
+
+
+@settings(max_examples=30)
+@given(width=st.integers(8, 1500), height=st.integers(8, 1500))
+def test_vision_tokens_are_the_processors(processor: Any, width: int, height: int) -> None:
+    if max(width, height) / min(width, height) > 100:
+        return  # refused by the processor
+    made = processor(images=[PILImage.new("RGB", (width, height))], return_tensors="np")
+    assert vision_tokens(width, height, TINY_PIXELS) == made["image_grid_thw"][0].prod() // 4
+
+
+def test_an_episode_is_played_to_its_end() -> None:
+    config = ColorCodewordConfig(max_turns=3, images_per_turn=2, image_size=64)
+    episode = play(load_task(config, seed=0), config.max_turns)
+    assert (episode.turns, episode.images) == (3, ((64, 64),) * 6)
+    assert play(load_task(config, seed=0), 1).turns == 1
+
+
+def test_what_is_said_to_be_the_longest_is_longer_than_what_the_renderer_makes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_config: Callable[..., RunConfig]
+) -> None:
+    model = run_config().model
+    task = load_task(ColorCodewordConfig(), seed=0)
+    monkeypatch.setenv("VLMRL_CACHE", str(tmp_path))
+    folder = resolve_checkpoint(model, task.texts())
+    episode = play(task, 2)
+    renderer = make_renderer(RendererConfig(), model, load_tokenizer(folder), load_image_processor(folder), 448)
+    conversation = task.demonstration(task.problem("train", 0), random_answers=False, seed=0)
+    prompt, mask = renderer.render_conversation(conversation)
+    real = len(prompt.token_ids)
+    assert real <= episode.tokens(int(mask.sum()), TINY_PIXELS, TINY_CHARACTERS_PER_TOKEN) <= 2 * real
+
+
+@pytest.mark.parametrize(
+    "source",
+    [PILImage.new("RGB", (40, 20)), np.zeros((20, 40, 3), np.uint8)],
+    ids=["pillow", "array"],
+)
+def test_images_as_a_task_hands_them_in(source: Any, tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    PILImage.new("RGB", (40, 20)).save(path)
+
+    class Env:
+        def reset(self) -> tuple[Message, ...]:
+            return (Message.of("user", "abcd", Image(source), Image(path), Image(path.read_bytes())),)
+
+    class OneTurn:
+        def problem(self, split: str, index: int) -> None:
+            return None
+
+        def env(self, problem: None) -> Env:
+            return Env()
+
+    task: Any = OneTurn()
+    assert play(task, 1) == Episode(1, ((40, 20),) * 3, 4)

@@ -1,0 +1,133 @@
+"""`dry_run=true` as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vlmrl.cli.arguments import PACKAGE
+from vlmrl.config.run import RunConfig
+from vlmrl.preflight.estimate.episode import Episode
+from vlmrl.preflight.estimate.plan import notes, step_tokens
+from vlmrl.preflight.estimate.sizes import find_sizes
+
+HEAVY = ("torch", "transformers", "renderers", "vllm", "wandb")
+
+
+def vlmrl(*arguments: str, folder: Path) -> tuple[int, str, str, list[str]]:
+    """`python -m vlmrl …` → exit code, output, errors, the heavy packages that it imported."""
+    code = (
+        "import json, sys; from vlmrl.cli.main import main; code = main(sys.argv[1:]); sys.stdout.flush();"
+        f"print('\\n' + json.dumps([code, [name for name in {HEAVY} if name in sys.modules]]))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder)}
+    environment["PATH"] = f"{folder / 'bin'}{os.pathsep}{environment['PATH']}"
+    environment.pop("CUDA_VISIBLE_DEVICES", None)
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    out, _, last = ended.stdout.rstrip().rpartition("\n")
+    exit_code, heavy = json.loads(last)
+    return exit_code, out, ended.stderr, heavy
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "lines"),
+    [
+        (
+            ["dry_run=true"],
+            0,
+            [
+                "model               qwen3vl_tiny: 428,480 parameters",
+                "rollouts per step   9 groups × 32 = 288",
+                "optimizer steps     100 supervised × 64 conversations, then 400 × 288 rollouts",
+                "policy              on-policy, so 1 batch of 288 rollouts in flight or waiting",
+                "starts              trainer and orchestrator on ",
+            ],
+        ),
+        (
+            ["dry_run=true", "experiment=color_codeword_async"],
+            0,
+            [
+                "rollouts per step   2 groups × 8 = 16",
+                "optimizer steps     20 × 16 rollouts",
+                "up to 2 steps stale, so 3 batches of 16 rollouts",
+                "vLLM server 0 on ",
+                "weights go          by weight_sync=nccl",
+            ],
+        ),
+        (["dry_run=true", "-m", "seed=0,1"], 0, ["job dry_run=True seed=0", "job dry_run=True seed=1"]),
+        (["dry_run=true", "task=no_such_module:Task"], 2, []),
+        (["dry_run=true", "orchestrator.group_size=1"], 2, []),
+    ],
+)
+def test_dry_run(arguments: list[str], code: int, lines: list[str], tmp_path: Path) -> None:
+    exit_code, out, err, heavy = vlmrl(*arguments, folder=tmp_path)
+    assert (exit_code, heavy) == (code, [])
+    for line in lines:
+        assert line in out
+    assert err.startswith("error: ") if code else not err
+    assert not (tmp_path / "outputs").exists(), "nothing is made"
+
+
+ON_GPU = ("trainer.cpu_offload=false", "trainer.optimizer=adamw_8bit")
+"""Takes nothing of this host's memory."""
+
+
+@pytest.mark.parametrize(
+    ("gpus", "code", "said"),
+    [
+        (1, 2, "inference.tensor_parallel_size=1 with weight_sync=nccl require 2 GPUs"),
+        (2, 0, "starts              vLLM server 0 on GPU 1"),
+    ],
+)
+def test_the_gpus_that_are_there(gpus: int, code: int, said: str, tmp_path: Path) -> None:
+    """As nvidia-smi lists them; here it is a script."""
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin/nvidia-smi"
+    program.write_text("#!/bin/sh\n" + "".join(f"echo '{i}, GPU-{i}, NVIDIA H100, 81559'\n" for i in range(gpus)))
+    program.chmod(0o755)
+    exit_code, out, err, heavy = vlmrl("dry_run=true", "experiment=color_codeword_4b", *ON_GPU, folder=tmp_path)
+    assert (exit_code, heavy) == (code, [])
+    assert said in out + err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fragment"),
+    [
+        (("trainer.seq_len=96",), "an episode may grow to about 141 tokens and trainer.seq_len=96 cuts it"),
+        (("trainer.micro_batch_tokens=100",), "trainer.micro_batch_tokens=100 is less than an episode"),
+        (("model=qwen3vl", "inference=vllm", "inference.dtype=float32"), "round differently"),
+        (("task.num_examples=4",), "task.num_examples=4 is less than orchestrator.groups_per_step=9"),
+        ((), None),
+        (("model=qwen3vl", "inference=vllm", "inference.dtype=float16"), None),
+    ],
+)
+def test_notes(overrides: tuple[str, ...], fragment: str | None, run_config: Callable[..., RunConfig]) -> None:
+    config = run_config(*overrides)
+    found = list(notes(config, find_sizes(config.model), EPISODE))
+    assert found == [] if fragment is None else fragment in found[0]
+
+
+EPISODE = Episode(turns=2, images=((32, 32),) * 4, characters=178)
+"""That of the default task."""
+
+
+def test_a_tree_holds_a_prompt_once(run_config: Callable[..., RunConfig]) -> None:
+    tree, apart = run_config(), run_config("trainer.packing=varlen")
+    sizes = find_sizes(tree.model)
+    shared = (141 - 20) // 2
+    assert step_tokens(apart, sizes, EPISODE) == (288 * 141, 288 * 20)
+    assert step_tokens(tree, sizes, EPISODE) == (9 * shared + 288 * (141 - shared), 288 * 20)

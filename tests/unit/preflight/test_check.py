@@ -1,0 +1,353 @@
+"""conf/ against the schemas: every option composes, every check refuses what it is there for."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from vlmrl.cli.arguments import CONF
+from vlmrl.config.inference import VllmConfig
+from vlmrl.config.keys import did_you_mean, known_keys
+from vlmrl.config.model import Dtype, LoraConfig
+from vlmrl.config.orchestrator import Advantage, Credit, FilterMode, Loss
+from vlmrl.config.parse import parse, typed
+from vlmrl.config.ranges import RANGES, numbers_in_range
+from vlmrl.config.run import RunConfig
+from vlmrl.config.task import ColorCodewordConfig, ImportedTaskConfig
+from vlmrl.config.trainer import Decay
+from vlmrl.errors import ConfigError
+from vlmrl.preflight.check import check
+from vlmrl.preflight.places import gpus_needed
+
+OPTIONS = sorted(
+    f"{path.parent.relative_to(CONF).as_posix()}={path.stem}" for path in CONF.rglob("*.yaml") if path.parent != CONF
+)
+NOT_ALONE = {
+    "orchestrator/renderer=none": "model.vlm requires orchestrator.renderer",
+    "task=imported": "task.target has no value",
+    "model/vlm=qwen3_vl_moe": "model.tiny requires model.vlm.family=qwen3_vl",
+    **dict.fromkeys(
+        ("model/size=2b", "model/size=4b", "model/size=8b", "model/size=30b_a3b"), "require a model without model.tiny"
+    ),
+    **dict.fromkeys(
+        ("weight_sync=folder", "weight_sync=nccl", "weight_sync=cuda_ipc"),
+        "requires another engine than inference=embedded",
+    ),
+}
+"""Options that cannot run with everything else at its default, and what is said about it."""
+
+TEXT_ONLY = ("model=qwen3vl", "~model/vlm", "model.name=some/text_model", "orchestrator.renderer.name=qwen3")
+
+
+def test_options_are_those_that_the_groups_are_meant_to_have() -> None:
+    assert {option.partition("=")[0] for option in OPTIONS} == {
+        *(
+            "model",
+            "model/lora",
+            "model/size",
+            "model/vlm",
+            "task",
+            "orchestrator",
+            "orchestrator/renderer",
+            "algorithm",
+            "inference",
+        ),
+        *("trainer", "weight_sync", "monitor", "export", "experiment", "hydra/help", "hydra/launcher"),
+    }
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_composes_and_is_checked(option: str, composed: Callable[..., DictConfig]) -> None:
+    if option == "hydra/launcher=slurm":
+        pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    config = composed(option)
+    if option in NOT_ALONE:
+        with pytest.raises(ConfigError, match=NOT_ALONE[option]):
+            parse(config)
+    else:
+        assert isinstance(parse(config), RunConfig)
+
+
+def test_default(run_config: Callable[..., RunConfig]) -> None:
+    config = run_config()
+    assert config.model.tiny is not None
+    assert config.model.vlm is not None
+    assert config.model.dtype is Dtype.float32
+    assert config.orchestrator.renderer is not None
+    assert config.orchestrator.renderer.name == "auto"
+    assert config.algorithm.credit is Credit.turn
+    assert config.inference.kind == "embedded"
+    assert isinstance(config.task, ColorCodewordConfig)
+    assert config.trainer.warmup.steps > 0
+
+
+def test_pretrained_model_brings_its_own_trainer_values(run_config: Callable[..., RunConfig]) -> None:
+    config = run_config("model=qwen3vl")
+    assert config.model.name == "Qwen/Qwen3-VL-4B-Instruct"
+    assert (config.model.dtype, config.model.tiny) == (Dtype.bfloat16, None)
+    assert (config.trainer.learning_rate, config.trainer.decay) == (1e-6, Decay.constant)
+    assert config.trainer.warmup.steps == 0
+    assert config.orchestrator.max_new_tokens == 64
+    # … and the command line has the last word.
+    config = run_config("model=qwen3vl", "trainer=default", "orchestrator.max_new_tokens=16")
+    assert (config.trainer.learning_rate, config.orchestrator.max_new_tokens) == (1.5e-3, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "advantage", "clip", "drops"),
+    [
+        ("grpo", Advantage.group_normalized, (0.2, 0.28), False),
+        ("dr_grpo", Advantage.group_centered, (0.2, 0.28), False),
+        ("dapo", Advantage.group_normalized, (0.2, 0.28), True),
+        ("rloo", Advantage.leave_one_out, (0.2, 0.28), False),
+        ("gspo", Advantage.group_normalized, (3e-4, 4e-4), False),
+        ("cispo", Advantage.group_normalized, (1.0, 0.28), False),
+    ],
+)
+def test_algorithms(
+    name: str, advantage: Advantage, clip: tuple[float, float], drops: bool, run_config: Callable[..., RunConfig]
+) -> None:
+    algorithm = run_config(f"algorithm={name}").algorithm
+    assert algorithm.loss == Loss[name]
+    assert algorithm.advantage == advantage
+    assert (algorithm.filters.zero_advantage is FilterMode.drop) == drops
+    assert (algorithm.clip_low, algorithm.clip_high) == clip
+    assert algorithm.credit is Credit.turn  # stated once, at the root
+
+
+def test_shared_values_are_stated_once(run_config: Callable[..., RunConfig]) -> None:
+    assert run_config("trainer.seq_len=2048").inference.max_model_len == 2048
+
+
+def test_an_engine_brings_its_weight_sync(run_config: Callable[..., RunConfig]) -> None:
+    config = run_config("inference=vllm")
+    assert (config.inference.kind, config.weight_sync.kind) == ("vllm", "folder")
+    assert isinstance(config.inference, VllmConfig)
+    assert (config.inference.dtype, config.inference.max_model_len) == (Dtype.float32, config.trainer.seq_len)
+    assert run_config("inference=vllm", "orchestrator.max_staleness=2").orchestrator.max_staleness == 2
+
+
+def test_an_experiment_chooses_groups(run_config: Callable[..., RunConfig]) -> None:
+    config = run_config("experiment=color_codeword_tiny", "model=qwen3vl")
+    assert config.model.tiny is None, "the command line outranks the experiment"
+    assert run_config("experiment=color_codeword_tiny").model.tiny is not None
+
+
+def test_the_4b_recipe(run_config: Callable[..., RunConfig]) -> None:
+    """A learner and a sampler on a GPU each: 20 steps on 100 problems."""
+    config = run_config("experiment=color_codeword_4b")
+    assert (config.model.name, config.model.dtype) == ("Qwen/Qwen3-VL-4B-Instruct", Dtype.bfloat16)
+    assert (config.seed, config.task.num_examples, config.trainer.max_steps) == (42, 100, 20)
+    assert isinstance(config.task, ColorCodewordConfig)
+    assert (config.task.images_per_turn, config.task.max_turns) == (2, 2)
+    orchestrator, filters = config.orchestrator, config.algorithm.filters
+    assert (orchestrator.groups_per_step * orchestrator.group_size, orchestrator.group_size) == (16, 8)
+    assert (orchestrator.max_new_tokens, orchestrator.max_staleness) == (64, 0)
+    assert config.trainer.learning_rate == 3e-6
+    assert (filters.gibberish, filters.repetition) == (FilterMode.drop, FilterMode.drop)
+    assert filters.zero_advantage is FilterMode.track
+    assert config.monitor.wandb.project == "multimodal-renderer"
+    assert (config.inference.kind, config.weight_sync.kind) == ("vllm", "nccl")
+    assert gpus_needed(config, ranks=1) == 2
+
+
+def test_recipes_are_told_apart_by_what_they_are_for(run_config: Callable[..., RunConfig]) -> None:
+    base, stale = (run_config(f"experiment=color_codeword_{name}") for name in ("4b", "async"))
+    one = run_config("experiment=color_codeword_1gpu")
+    assert stale.orchestrator.max_staleness == 2
+    assert stale.algorithm.importance_correction is not base.algorithm.importance_correction
+    stale.orchestrator.max_staleness = 0
+    stale.algorithm.importance_correction = base.algorithm.importance_correction
+    assert stale == base
+    assert (one.model.name, one.weight_sync.kind) == ("Qwen/Qwen3-VL-2B-Instruct", "cuda_ipc")
+    assert gpus_needed(one, ranks=1) == 1
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("model=qwen3vl", "algorithm=gspo", "mode=sft", "trainer.warmup.steps=3"),
+        ("task=imported", "task.target=a.b:C", "++task.args.levels=[1,2]", "++task.args.name=x"),
+        (
+            "inference=vllm",
+            "+inference.extra_args={max_num_seqs: 8}",
+            "inference.urls=[http://h:1]",
+            "weight_sync.root=/disk",
+        ),
+        TEXT_ONLY,
+    ],
+)
+def test_config_yaml_config(overrides: tuple[str, ...], run_config: Callable[..., RunConfig]) -> None:
+    config = run_config(*overrides)
+    yaml = OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
+    tree = OmegaConf.create(yaml)
+    assert isinstance(tree, DictConfig)
+    again = parse(typed(tree))
+    assert again == config
+    assert type(again.task) is type(config.task)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "fragment"),
+    [
+        ("trainer.max_steps", "many", "trainer.max_steps: Value 'many'"),
+        ("trainer.pace", 1, "Key 'pace' not in 'TrainerConfig'"),
+        ("task.pace", 1, "task"),
+    ],
+)
+def test_a_tree_that_does_not_fit_the_schema(
+    key: str, value: object, fragment: str, run_config: Callable[..., RunConfig]
+) -> None:
+    tree = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(run_config()), enum_to_str=True))
+    assert isinstance(tree, DictConfig)
+    OmegaConf.update(tree, key, value)
+    with pytest.raises(ConfigError, match=r"config\.yaml does not fit") as caught:
+        typed(tree)
+    assert fragment in str(caught.value)
+
+
+# ── check ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+REFUSED: list[tuple[tuple[str, ...], str]] = [
+    (("orchestrator/renderer=none",), "model.vlm requires orchestrator.renderer, else"),
+    (("~orchestrator/renderer",), "model.vlm requires orchestrator.renderer, else"),
+    (("orchestrator.renderer.name=qwen3",), "name=qwen3 requires .* model.vlm.family=qwen3_vl .*=qwen3-vl"),
+    (("model.vlm.renderers=[]",), r"model.vlm.renderers=\[\] requires"),
+    (("~model/vlm",), "renderer.name=auto requires model.vlm, else"),
+    (("~model/vlm", "orchestrator/renderer=none"), "model.name=qwen3vl_tiny requires orchestrator.renderer, else"),
+    (("~model/vlm", "orchestrator.renderer.name=qwen3"), "model.tiny requires model.vlm.family=qwen3_vl, else"),
+    (("inference.kind=vllm",), r"inference.kind=vllm requires .* option instead, inference=embedded\|vllm"),
+    (
+        ("weight_sync.kind=folder",),
+        r"weight_sync.kind=folder requires .* choose the option instead, weight_sync=in_proc",
+    ),
+    (("weight_sync=folder",), "weight_sync=folder requires another engine than inference=embedded.*=in_process"),
+    (("inference=vllm", "weight_sync=in_process"), "weight_sync=in_process requires .* set weight_sync=folder"),
+    (
+        ("inference=vllm", "inference.urls=[http://far:1]"),
+        r"weight_sync.root=/dev/shm requires servers on this host, else http://far:1 .* or weight_sync=nccl",
+    ),
+    (("orchestrator.max_staleness=400", "inference=vllm"), "max_staleness=400 requires a larger trainer.max_steps"),
+    (("algorithm.filters.repetition=drop",), "repetition_window=3000 to fit .* orchestrator.max_new_tokens=10"),
+    (
+        ("model=qwen3vl", "task.images_per_turn=9"),
+        r"seq_len=1024 requires less than .*images_per_turn=9 images \(64 tokens each .* 1,?210 tokens. Set .*=2048",
+    ),
+    (("orchestrator.max_staleness=1",), "orchestrator.max_staleness=1 requires .* inference=embedded"),
+    (("model=qwen3vl_moe", "inference=vllm"), "inference=vllm requires a model without mixtures of experts"),
+    (("inference.max_model_len=1023",), "inference.max_model_len=1023 requires"),
+    (("trainer.seq_len=4097",), "trainer.seq_len=4097 requires model.tiny.max_position_embeddings"),
+    (("orchestrator.max_new_tokens=1024",), "max_new_tokens=1024 requires a larger trainer.seq_len"),
+    (("orchestrator.group_size=1",), "advantage=group_normalized requires orchestrator.group_size"),
+    (("algorithm=rloo", "orchestrator.group_size=1"), "advantage=leave_one_out requires orchestrator.group_size"),
+    (("algorithm.loss=gpro",), "algorithm.loss=gpro is neither one of grpo, .* or my_package.*; did you mean grpo"),
+    (("algorithm.advantage=mine",), "algorithm.advantage=mine is neither one of group_normalized, "),
+    (("mode=sft", "trainer.warmup.steps=0"), "mode=sft requires trainer.warmup.steps"),
+    (("mode=eval", "orchestrator.eval.problems=0"), "mode=eval requires orchestrator.eval.problems"),
+    (("orchestrator.eval.problems=0",), "orchestrator.eval.every=10 requires"),
+    (("trainer.lr_warmup_steps=401",), "trainer.lr_warmup_steps=401 requires"),
+    (("trainer.betas=[0.9]",), r"trainer.betas=\[0.9\] requires two numbers"),
+    (("task=imported", "task.target=counting"), "task.target=counting requires the form package.module:Class"),
+    (("task=imported", "task.target=a..b:C"), "task.target=a..b:C requires"),
+    (("task.image_size=40",), "task.image_size=40 requires a multiple of 32, .*: set task.image_size=32"),
+    (
+        ("task.max_turns=4", "orchestrator.max_new_tokens=8"),
+        "max_new_tokens=8 requires .* = 8, .* set orchestrator.max_new_tokens=9 or more",
+    ),
+    (("model.tiny.num_key_value_heads=3",), "model.tiny.num_attention_heads=4 .* num_key_value_heads=3"),
+    (("task=imported", "task.target=a.b:C", "++task.args.openai_api_key=x"), "task.args.openai_api_key requires to be"),
+    (("inference=vllm", "++inference.extra_args.api-key=x"), "inference.extra_args.api-key requires .*VLLM_API_KEY"),
+    (("inference=vllm", "inference.urls=['http://me:secret@h:1']"), "inference.urls requires .* without a password"),
+    (("+trainer.pace=1",), "trainer.pace: there is no such key"),
+    (("+pace=1",), "pace: there is no such key"),
+    (("~trainer",), "trainer has no value"),
+    (("trainer.seq_len=${nowhere}",), "Interpolation key 'nowhere' not found"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), REFUSED)
+def test_refused(overrides: tuple[str, ...], message: str, composed: Callable[..., DictConfig]) -> None:
+    config = composed(*overrides)
+    with pytest.raises(ConfigError, match=message):
+        parse(config)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        TEXT_ONLY,
+        ("orchestrator/renderer=qwen3_vl",),
+        ("trainer.seq_len=512", "inference.max_model_len=1024"),
+        ("orchestrator.eval.every=0", "orchestrator.eval.problems=0"),
+        ("task.max_turns=4", "orchestrator.max_new_tokens=9"),
+        ("trainer.max_grad_norm=inf",),
+        ("mode=sft",),
+        ("mode=eval",),
+    ],
+)
+def test_not_refused(overrides: tuple[str, ...], run_config: Callable[..., RunConfig]) -> None:
+    run_config(*overrides)
+
+
+@pytest.fixture(scope="module")
+def default() -> dict[str, RunConfig]:
+    """The default run of each engine; not to be changed."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return {
+            engine: parse(compose("config", ["output_dir=outputs/test", f"inference={engine}"]))
+            for engine in ("embedded", "vllm")
+        }
+
+
+def set_key(config: RunConfig, key: str, value: object) -> None:
+    """`key` is dotted; lists get `value` as their first item."""
+    node: Any = config
+    *groups, name = key.split(".")
+    for group in groups:
+        node = getattr(node, group)
+    setattr(node, name, [value, 0.5] if isinstance(getattr(node, name), list) else value)
+
+
+@pytest.mark.parametrize(("key", "low", "high"), [row[:3] for row in RANGES])
+def test_numbers_out_of_range(key: str, low: float, high: float, default: dict[str, RunConfig]) -> None:
+    assert key in known_keys()
+    config = copy.deepcopy(default["vllm" if key.startswith("inference.") else "embedded"])
+    config.model.lora = LoraConfig()
+    for inside in (low, high):
+        set_key(config, key, inside)
+        numbers_in_range(config)
+    outside = [math.nextafter(low, -math.inf), math.nan, *([-1] if low >= 0 else [])]
+    if high < math.inf:
+        outside.append(math.nextafter(float(high), math.inf) if high <= 1 else math.inf)
+    for value in outside:
+        set_key(config, key, value)
+        with pytest.raises(ConfigError, match=rf"^{key}=.* requires a value .*, else .*: set another$"):
+            check(config)
+
+
+def test_ranges_of_another_task_are_skipped(run_config: Callable[..., RunConfig]) -> None:
+    config = run_config("task=imported", "task.target=a.b:C")
+    assert isinstance(config.task, ImportedTaskConfig)
+    assert not hasattr(config.task, "image_size")
+
+
+# ── keys ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_slip_of_the_keyboard_is_found() -> None:
+    for key in known_keys():
+        group, _, name = key.rpartition(".")
+        if len(name) >= 4:
+            slip = f"{group}.{name[:2]}{name[3:]}".lstrip(".")
+            assert key in did_you_mean(slip, known_keys()), slip
+
+
+def test_nothing_is_suggested_where_nothing_is_close() -> None:
+    assert did_you_mean("zzz", known_keys()) == ""

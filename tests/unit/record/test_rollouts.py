@@ -1,0 +1,293 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import orjson
+import PIL.Image
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import vlmrl
+from support import TESTS
+from support.rollout_builders import completion, group, image, prompt, rollout, turn
+from vlmrl.errors import VlmrlError
+from vlmrl.record.rollouts import QUEUE, RolloutRecord, RolloutRecorder, read_rollouts, record_line
+from vlmrl.record.run_dir import RunDir
+from vlmrl.types import DropReason, Image, Message, Prompt, Rollout, StopReason, TokenFigures, Turn
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> RunDir:
+    made = RunDir(tmp_path / "run")
+    made.create()
+    return made
+
+
+def written(run_dir: RunDir, *rollouts: Rollout) -> list[RolloutRecord]:
+    recorder = RolloutRecorder(run_dir)
+    recorder.write(1, {"train": rollouts})
+    recorder.close()
+    return list(read_rollouts(run_dir.rollouts_file("step", 1)))
+
+
+def assert_exact(record: RolloutRecord, made: Rollout) -> None:
+    assert len(record["turns"]) == len(made.turns)
+    for stored, original in zip(record["turns"], made.turns, strict=True):
+        assert stored["prompt_token_ids"] == original.prompt.token_ids.tolist()
+        assert stored["placeholders"] == [(p.offset, p.length, p.hash) for p in original.prompt.placeholders]
+        assert stored["completion_ids"] == original.completion.token_ids.tolist()
+        assert np.array(stored["logprobs"], np.float32).tobytes() == original.completion.logprobs.tobytes()
+        assert stored["versions"] == original.completion.versions.tolist()
+        assert (stored["branch"], stored["text"]) == (original.branch, original.text)
+        assert (stored["reward"], stored["advantage"]) == (original.reward, original.advantage)
+
+
+def test_every_field_comes_back(run_dir: RunDir) -> None:
+    made = rollout(3, dropped=DropReason.STALE)
+    made.filtered = (DropReason.REPETITION, DropReason.ZERO_ADVANTAGE)
+    (record,) = written(run_dir, made)
+    assert_exact(record, made)
+    assert {key: value for key, value in record.items() if key != "turns"} == {
+        "rollout_id": "train/000001/00/03",
+        "problem_id": "red-green",
+        "step": 1,
+        "split": "train",
+        "index": 3,
+        "reward": 0.75,
+        "metrics": {"share_correct": 0.5},
+        "stop_reason": "terminated",
+        "filtered": ["repetition", "zero_advantage"],
+        "dropped": "stale",
+        "error": None,
+        "seconds": 0.25,
+    }
+    assert record["turns"][0]["finish_reason"] == "stop"
+    assert (record["turns"][0]["trainer_logprobs"], record["turns"][0]["entropies"]) == (None, None)
+
+
+def test_what_the_trainer_found_is_recorded_where_it_learned(run_dir: RunDir) -> None:
+    made = rollout()
+    found = TokenFigures(np.array([-0.1, -1e-7, -3], np.float32), np.array([0.1, 0.2, 0.3], np.float32))
+    made.turns[1].learned = found
+    (record,) = written(run_dir, made)
+    first, second = record["turns"]
+    assert first["trainer_logprobs"] is first["entropies"] is None
+    assert np.array(second["trainer_logprobs"], np.float32).tobytes() == found.trainer_logprobs.tobytes()
+    assert np.array(second["entropies"], np.float32).tobytes() == found.entropies.tobytes()
+
+
+def test_a_later_turn_stores_its_tail_only() -> None:
+    made = rollout()
+    first, second = orjson.loads(record_line(made, 1, "train"))["turns"]
+    assert (first["prompt_offset"], second["prompt_offset"]) == (0, 8 + 3)
+    assert second["prompt_token_ids"] == made.turns[1].prompt.token_ids[11:].tolist() == [7, 7, 7, 7, 99, 99]
+    assert second["placeholders"] == [[15, 2, image(30).hash]]
+
+
+def test_a_fork_stores_the_whole_prompt(run_dir: RunDir) -> None:
+    made = rollout()
+    again = prompt([5, 5, 5], [10, 20, 30])
+    made.turns[1] = turn(again, [30], branch=1)
+    (record,) = written(run_dir, made)
+    assert_exact(record, made)
+    assert record["turns"][1]["prompt_offset"] == 0
+    (image_part,) = [part for part in record["turns"][1]["messages"][0]["content"] if part["type"] == "image"]
+    assert image_part["hash"] == image(30).hash, "the reply's image is the last of the branch"
+
+
+def test_a_turn_that_does_not_extend_its_branch_is_exact_all_the_same(run_dir: RunDir) -> None:
+    made = rollout()
+    made.turns[1] = turn(prompt([5, 5, 5], [30]), [30])
+    (record,) = written(run_dir, made)
+    assert_exact(record, made)
+
+
+def test_messages_name_their_images(run_dir: RunDir) -> None:
+    (record,) = written(run_dir, rollout())
+    assert record["turns"][0]["messages"] == [
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "Which?"},
+                {"type": "image", "hash": image(10).hash},
+                {"type": "image", "hash": image(20).hash},
+            ],
+        }
+    ]
+    assert record["turns"][1]["messages"][0]["content"][1] == {"type": "image", "hash": image(30).hash}
+
+
+def test_an_image_that_never_reached_the_prompt_has_no_hash() -> None:
+    text_only = prompt([1, 2], [])
+    lost = Turn(text_only, completion([1]), "A", [Message.of("user", Image(b"no image"))], 0, reward=0.0)
+    made = Rollout("id", "problem", 0, [lost], 0.0, {}, StopReason.CONTRACT)
+    (message,) = orjson.loads(record_line(made, 1, "train"))["turns"][0]["messages"]
+    assert message["content"] == [{"type": "image", "hash": None}]
+
+
+def test_each_distinct_image_is_written_once_and_is_the_picture(run_dir: RunDir) -> None:
+    recorder = RolloutRecorder(run_dir)
+    recorder.write(1, {"train": group(3).rollouts})
+    recorder.flush()
+    assert sorted(path.stem for path in run_dir.images.iterdir()) == sorted(image(s).hash for s in (10, 20, 30))
+    with PIL.Image.open(run_dir.image(image(20).hash)) as picture:
+        assert np.array_equal(np.asarray(picture), image(20).pixels)
+    before = run_dir.image(image(20).hash).stat().st_mtime_ns
+    recorder.write(2, {"train": group(3).rollouts})
+    recorder.close()
+    resumed = RolloutRecorder(run_dir)
+    resumed.write(3, {"train": group(3).rollouts})
+    resumed.close()
+    assert run_dir.image(image(20).hash).stat().st_mtime_ns == before
+
+
+def test_a_rollout_without_turns_keeps_its_fault(run_dir: RunDir) -> None:
+    error = "cannot open 'sch\udcf6n.png'"  # what a file name that is no UTF-8 looks like in Python
+    made = Rollout("id", "problem", 0, [], 0.0, {}, StopReason.IMAGE_ERROR, error, DropReason.FAULT)
+    (record,) = written(run_dir, made)
+    assert (record["stop_reason"], record["dropped"], record["turns"]) == ("image_error", "fault", [])
+    assert record["error"] == "cannot open 'sch?n.png'"
+
+
+def test_an_engine_may_hand_out_columns_of_its_batch() -> None:
+    made = rollout()
+    batch = np.zeros((3, 2), np.float32)
+    object.__setattr__(made.turns[0].completion, "logprobs", batch[:, 0])
+    assert orjson.loads(record_line(made, 1, "train"))["turns"][0]["logprobs"] == [0.0, 0.0, 0.0]
+
+
+def test_both_evaluations_share_a_file(run_dir: RunDir) -> None:
+    recorder = RolloutRecorder(run_dir)
+    recorder.write(10, {"eval_sampled": [rollout(0)], "eval_greedy": [rollout(1)]})
+    recorder.close()
+    records = read_rollouts(run_dir.rollouts_file("eval", 10))
+    assert [(record["split"], record["index"]) for record in records] == [("eval_sampled", 0), ("eval_greedy", 1)]
+
+
+token_ids = st.lists(st.integers(0, 2**31), min_size=1, max_size=5)
+one_turn = st.tuples(token_ids, st.lists(st.integers(0, 3), max_size=2), token_ids, st.booleans())
+
+
+@given(st.lists(one_turn, max_size=5))
+def test_any_conversation_comes_back(script: list[tuple[list[int], list[int], list[int], bool]]) -> None:
+    turns: list[Turn] = []
+    branch = 0
+    for text, shades, sampled, fork in script:
+        branch += fork and bool(turns)
+        made: Prompt = prompt(text, shades, turns[-1] if turns and not fork else None)
+        turns.append(Turn(made, completion(sampled, len(turns)), "x", [], branch, reward=0.0))
+    made_rollout = Rollout("id", "problem", 0, turns, 0.0, {}, StopReason.MAX_TURNS)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "step.jsonl")
+        path.write_bytes(record_line(made_rollout, 1, "train"))
+        (record,) = read_rollouts(path)
+    assert_exact(record, made_rollout)
+
+
+class GatedRollouts(list[Rollout]):
+    """Rollouts that cannot be read before the gate opens: a disk that is slow."""
+
+    def __init__(self, gate: threading.Event) -> None:
+        super().__init__([rollout()])
+        self.gate = gate
+
+    def __iter__(self) -> Iterator[Rollout]:
+        assert self.gate.wait(60)
+        return super().__iter__()
+
+
+def test_a_slow_disk_holds_the_caller_back(run_dir: RunDir) -> None:
+    gate = threading.Event()
+    recorder = RolloutRecorder(run_dir)
+    for step in range(QUEUE):
+        recorder.write(step, {"train": GatedRollouts(gate)})  # returns, though nothing can be written
+    with ThreadPoolExecutor(1) as caller:
+        blocked = caller.submit(recorder.write, QUEUE, {"train": [rollout()]})
+        assert not blocked.done()
+        assert not list(run_dir.rollouts.iterdir())
+        gate.set()
+        blocked.result(60)
+    recorder.close()
+    assert len(list(run_dir.rollouts.iterdir())) == QUEUE + 1
+
+
+def test_what_the_disk_refuses_is_raised_with_the_path(run_dir: RunDir) -> None:
+    recorder = RolloutRecorder(run_dir)
+    run_dir.rollouts.rmdir()
+    recorder.write(1, {"train": [rollout()]})
+    with pytest.raises(VlmrlError, match=r"rollouts/step_000001\.jsonl cannot be written \(No such file"):
+        recorder.flush()
+    run_dir.rollouts.mkdir()
+    recorder.write(2, {"train": [rollout()]})
+    recorder.close()
+    assert len(list(read_rollouts(run_dir.rollouts_file("step", 2)))) == 1
+
+
+def test_a_full_disk_is_raised_at_a_later_write(tmp_path: Path) -> None:
+    """The file-size limit of a process stands in for the disk; Python sees EFBIG instead of a signal."""
+    script = f"""
+import resource, sys
+sys.path.insert(0, {str(TESTS)!r})
+from support.rollout_builders import group
+from vlmrl.errors import VlmrlError
+from vlmrl.record.rollouts import RolloutRecorder
+from vlmrl.record.run_dir import RunDir
+run_dir = RunDir({str(tmp_path / "run")!r})
+run_dir.create()
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+recorder = RolloutRecorder(run_dir)
+try:
+    for step in range(1, 1000):
+        recorder.write(step, {{"train": group(100).rollouts}})
+except VlmrlError as error:
+    print(step, error)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(vlmrl.__file__).parents[1], check=True
+    )
+    step, message = ran.stdout.split(" ", 1)
+    assert 1 < int(step) <= 1 + QUEUE
+    assert "step_000001.jsonl cannot be written (File too large)" in message
+    assert not (tmp_path / "run/rollouts/step_000001.jsonl").exists()
+
+
+def test_a_killed_run_leaves_whole_files_only(tmp_path: Path) -> None:
+    script = f"""
+import sys
+sys.path.insert(0, {str(TESTS)!r})
+from support.rollout_builders import group
+from vlmrl.record.rollouts import RolloutRecorder
+from vlmrl.record.run_dir import RunDir
+run_dir = RunDir({str(tmp_path / "run")!r})
+run_dir.create()
+recorder = RolloutRecorder(run_dir)
+rollouts = group(200).rollouts
+for step in range(1, 10_000):
+    recorder.write(step, {{"train": rollouts}})
+    print(step, flush=True)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=Path(vlmrl.__file__).parents[1]
+    ) as process:
+        assert process.stdout is not None
+        while process.stdout.readline() != "12\n":
+            assert process.poll() is None
+        process.kill()
+    files = sorted((tmp_path / "run/rollouts").glob("step_*.jsonl"))
+    assert len(files) >= 12 - QUEUE
+    assert [len(list(read_rollouts(path))) for path in files] == [200] * len(files)
+
+
+def test_a_damaged_file_is_named(run_dir: RunDir) -> None:
+    path = run_dir.rollouts_file("step", 1)
+    path.write_text("{}}\n")
+    with pytest.raises(VlmrlError, match=r"step_000001\.jsonl, line 1 is no JSON"):
+        list(read_rollouts(path))

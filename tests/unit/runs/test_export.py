@@ -1,0 +1,150 @@
+"""An exported folder is what the policy samples from: the same greedy tokens from transformers and from vLLM."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import DictConfig
+
+from support.vllm_tiny import Tiny
+from vlmrl.config.inference import VllmConfig
+from vlmrl.config.model import Dtype
+from vlmrl.config.orchestrator import AlgorithmConfig
+from vlmrl.config.parse import parse
+from vlmrl.config.trainer import TrainerConfig
+from vlmrl.errors import CheckpointError, ConfigError
+from vlmrl.inference.embedded import EmbeddedEngine
+from vlmrl.inference.vllm.engine import VllmEngine
+from vlmrl.inference.vllm.server import vllm_version
+from vlmrl.models.checkpoints.load import load_image_processor, load_model, load_tokenizer, resolve_checkpoint
+from vlmrl.rendering.renderer import make_renderer
+from vlmrl.runs.export import export
+from vlmrl.runs.parts import make_policy
+from vlmrl.tasks.loading import load_task
+from vlmrl.trainer.checkpoint import Checkpoints
+from vlmrl.trainer.trainer import LocalTrainer
+from vlmrl.types import Completion, InferenceEngine, Prompt
+
+NEW_TOKENS = 8
+
+
+@pytest.fixture
+def policy_and_folder(composed: Callable[..., DictConfig], tmp_path: Path) -> tuple[Tiny, Path]:
+    """A policy that has learned something, and what was exported of its run."""
+    tree = composed("mode=export", f"resume={tmp_path}", f"export.folder={tmp_path / 'exported'}")
+    tree.output_dir = str(tmp_path)
+    config = parse(tree)
+    with pytest.raises(CheckpointError, match="has no checkpoint to export"):
+        export(config, pytest.fail)
+    folder = resolve_checkpoint(config.model, load_task(config.task, seed=0).texts())
+    model: Any = load_model(folder, config.model)
+    assert config.orchestrator.renderer is not None
+    renderer = make_renderer(
+        config.orchestrator.renderer,
+        config.model,
+        load_tokenizer(folder),
+        load_image_processor(folder),
+        model.get_input_embeddings().num_embeddings,
+    )
+    tiny = Tiny(folder, make_policy(config, model, renderer.banned_token_ids), renderer)
+    tiny.learn_something(seed=1)
+    trainer = LocalTrainer(tiny.policy, TrainerConfig(), AlgorithmConfig(), temperature=1.0, max_new_tokens=NEW_TOKENS)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 1)
+    checkpoints.save(3, trainer, {})
+    checkpoints.finish()
+    exported = export(config, pytest.fail)
+    assert exported == tmp_path / "exported"
+    with pytest.raises(ConfigError, match=r"^export.folder=.* is there already, and nothing is written over"):
+        export(config, pytest.fail)
+    assert not list(tmp_path.glob(".partial*"))
+    return tiny, exported
+
+
+async def greedy(engine: InferenceEngine, tiny: Tiny, prompts: list[Prompt]) -> list[Completion]:
+    """Each prompt's most likely completion."""
+    found = []
+    for prompt in prompts:
+        async with engine.session("eval-greedy/000000/00/00") as session:
+            found.append(await session.generate(prompt, tiny.sampling(0, NEW_TOKENS, temperature=0.0)))
+    return found
+
+
+async def prompts_of(tiny: Tiny) -> list[Prompt]:
+    return [await tiny.prompt(), await tiny.prompt(1), await tiny.prompt(2, 3)]
+
+
+def test_transformers_loads_it(policy_and_folder: tuple[Tiny, Path]) -> None:
+    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
+
+    tiny, folder = policy_and_folder
+    auto: Any = AutoModelForImageTextToText
+    model, info = auto.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, tiny.weights()[name]), name
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json"):
+        assert (folder / name).read_bytes() == (tiny.folder / name).read_bytes()
+    assert AutoTokenizer.from_pretrained(folder).get_vocab() == load_tokenizer(tiny.folder).get_vocab()
+    processor: Any = AutoImageProcessor
+    assert processor.from_pretrained(folder, backend="pil").merge_size == 2
+    GenerationConfig.from_pretrained(folder)
+    assert os.stat(folder / "model.safetensors").st_mode & 0o444 == os.stat(folder / "config.json").st_mode & 0o444
+
+    prompts = asyncio.run(prompts_of(tiny))
+    expected = asyncio.run(greedy(EmbeddedEngine(tiny.policy, lambda: 0, 512), tiny, prompts))
+    for prompt, completion in zip(prompts, expected, strict=True):
+        names = prompt.images[0].mm_kwargs if prompt.images else {}
+        pixels = {
+            name: torch.tensor(np.concatenate([image.mm_kwargs[name] for image in prompt.images])) for name in names
+        }
+        types = np.zeros(len(prompt.token_ids), np.int64)
+        for placeholder in prompt.placeholders:
+            types[placeholder.offset : placeholder.offset + placeholder.length] = 1
+        generated = model.generate(
+            input_ids=torch.tensor(prompt.token_ids)[None],
+            attention_mask=torch.ones(1, len(prompt.token_ids), dtype=torch.int64),
+            mm_token_type_ids=torch.from_numpy(types)[None],
+            **pixels,
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            suppress_tokens=list(tiny.renderer.banned_token_ids),
+            eos_token_id=list(tiny.renderer.stop_token_ids),
+            pad_token_id=tiny.renderer.stop_token_ids[0],
+        )
+        assert generated[0, len(prompt.token_ids) :].tolist() == completion.token_ids.tolist()
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.skipif(vllm_version() is None, reason="vLLM is not installed")
+def test_vllm_serves_it(policy_and_folder: tuple[Tiny, Path], tmp_path: Path) -> None:
+    """Without a weight sync: what it samples from is what the folder holds."""
+    tiny, folder = policy_and_folder
+
+    async def both() -> tuple[list[Completion], list[Completion]]:
+        prompts = await prompts_of(tiny)
+        config = VllmConfig(dtype=Dtype.float32, max_restarts=0)
+        engine = VllmEngine(config, folder, tmp_path / "logs", ["pixel_values"], lambda _: None, pytest.fail)
+        await engine.start()
+        try:
+            (replica,) = engine.replicas
+            assert replica.client is not None
+            # As a weight sync would tell it; 0.26 knows no versions.
+            await replica.client.call("POST", "/update_weight_version", json={"new_version": "3"}, optional=True)
+            served = await greedy(engine, tiny, prompts)
+        finally:
+            await engine.stop()
+        return served, await greedy(EmbeddedEngine(tiny.policy, lambda: 0, 512), tiny, prompts)
+
+    served, expected = asyncio.run(both())
+    for mine, theirs in zip(expected, served, strict=True):
+        assert theirs.token_ids.tolist() == mine.token_ids.tolist()
+        np.testing.assert_allclose(theirs.logprobs, mine.logprobs, atol=1e-4)

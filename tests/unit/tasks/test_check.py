@@ -1,0 +1,709 @@
+"""The contract check. `Counting` keeps every rule; each of its children breaks one, and that one is reported."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import math
+import os
+import random
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image as PILImage
+
+import vlmrl
+from vlmrl.config.task import ColorCodewordConfig, ImportedTaskConfig
+from vlmrl.tasks import Env, Image, Message, Reply, Split, Task, Text
+from vlmrl.tasks.check import check_task, find, main, parse_config
+from vlmrl.tasks.color_codeword import ColorCodeword
+from vlmrl.tasks.contract.rules import RULES
+
+MAX_TURNS = 2
+NO_CONFIG: Any = None
+
+
+@dataclass
+class Dots:
+    """How many dots, asked twice: once for the number, once for the number plus one."""
+
+    id: str
+    count: int
+
+
+class CountingEnv:
+    def __init__(self, problem: Dots) -> None:
+        self.count = problem.count
+        self.turn = 0
+
+    def picture(self) -> Any:
+        pixels = np.zeros((8, 64, 3), np.uint8)
+        pixels[4, 2 * np.arange(self.count % 32)] = 255
+        pixels[0, :, 2] = self.count
+        return pixels
+
+    def reset(self) -> tuple[Message, ...]:
+        return Message.of("system", "Count."), Message.of("user", Image(self.picture()), "How many?")
+
+    def step(self, completion: str) -> Reply:
+        right = float(completion == str(self.count + self.turn))
+        self.turn += 1
+        if self.turn == MAX_TURNS:
+            return Reply(right, done=True, reward=right, metrics={"right": right})
+        return Reply(right, done=False, messages=(Message.of("user", "And one more?"),))
+
+
+class Counting(Task):
+    def __init__(self, config: object = NO_CONFIG, *, seed: int = 0) -> None:
+        self.seed = seed
+
+    def problem(self, split: Split, index: int) -> Dots:
+        count = random.Random(f"{self.seed} {split} {index}").randrange(100) + (0 if split == "train" else 100)
+        return Dots(str(count), count)
+
+    def env(self, problem: Dots) -> Env:
+        return CountingEnv(problem)
+
+    def demonstration(self, problem: Dots, *, random_answers: bool, seed: int) -> tuple[Message, ...]:
+        first = random.Random(seed).randrange(100) if random_answers else problem.count
+        return (
+            *CountingEnv(problem).reset(),
+            Message.of("assistant", str(first)),
+            Message.of("user", "And one more?"),
+            Message.of("assistant", str(first + 1)),
+        )
+
+    def texts(self) -> tuple[str, ...]:
+        return "Count.", "How many?", "And one more?"
+
+
+# ── tasks that keep the contract ────────────────────────────────────────────────────────────────────────────
+
+
+class Silent(Counting):
+    """No demonstrations: allowed, for a task that is never warmed up."""
+
+    def demonstration(self, problem: Dots, *, random_answers: bool, seed: int) -> tuple[Message, ...]:
+        raise NotImplementedError
+
+
+class OtherImages(Counting):
+    """The same squares as PIL image, bytes and path."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def env(self, problem: Dots) -> Env:
+        image = PILImage.fromarray(CountingEnv(problem).picture())
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        path = self.folder / f"{problem.id}.png"
+        path.write_bytes(file.getvalue())
+        return WithParts(problem, (Image(image), Image(file.getvalue()), Image(path), Image(str(path)), Text("?")))
+
+    def demonstration(self, problem: Dots, *, random_answers: bool, seed: int) -> tuple[Message, ...]:
+        rest = super().demonstration(problem, random_answers=random_answers, seed=seed)[2:]
+        return (*self.env(problem).reset(), *rest)
+
+
+class WithParts(CountingEnv):
+    def __init__(self, problem: Dots, parts: Any) -> None:
+        super().__init__(problem)
+        self.parts = parts
+
+    def reset(self) -> tuple[Message, ...]:
+        return (Message("user", self.parts),)
+
+
+class FewShot(Counting):
+    """An assistant message in the prompt is no answer of the demonstration."""
+
+    shots = (Message.of("user", "How many?"), Message.of("assistant", "3"))
+
+    def env(self, problem: Dots) -> Env:
+        env = CountingEnv(problem)
+        prompt = (*self.shots, *env.reset())
+        env.reset = lambda: prompt  # type: ignore[method-assign]
+        return env
+
+    def demonstration(self, problem: Dots, *, random_answers: bool, seed: int) -> tuple[Message, ...]:
+        return self.shots + super().demonstration(problem, random_answers=random_answers, seed=seed)
+
+
+class OneFrameBuffer(Counting):
+    """Each env draws all its frames into one array."""
+
+    def env(self, problem: Dots) -> Env:
+        frame = CountingEnv(problem).picture()
+
+        class Drawing(CountingEnv):
+            def reset(self) -> tuple[Message, ...]:
+                return Message.of("system", "Count."), Message.of("user", Image(frame), "How many?")
+
+            def step(self, completion: str) -> Reply:
+                frame[4:6] ^= 255
+                return super().step(completion)
+
+        return Drawing(problem)
+
+
+def test_tasks_that_keep_the_contract_have_no_violations(tmp_path: Path) -> None:
+    for task in (Counting(), Silent(), OtherImages(tmp_path), FewShot(), OneFrameBuffer()):
+        assert check_task(task, max_turns=MAX_TURNS) == []
+        assert check_task(task, problems=1) == []
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"max_turns": 1, "images_per_turn": 1},
+        {"max_turns": 1, "images_per_turn": 2},
+        {"max_turns": 2, "images_per_turn": 1, "image_size": 64},
+        {"max_turns": 4, "images_per_turn": 2},
+        {"shuffle_images": True},
+        {"max_turns": 1, "images_per_turn": 1, "shuffle_images": True},
+        {"holdout_one_in": 1000},
+    ],
+)
+def test_color_codeword_keeps_the_contract(settings: dict[str, Any]) -> None:
+    config = ColorCodewordConfig(**settings)
+    assert check_task(ColorCodeword(config, seed=3), max_turns=config.max_turns) == []
+
+
+def test_a_task_without_demonstrations_has_their_rules_not_checked() -> None:
+    unchecked = [finding.rule for finding in find(Silent(), 1, MAX_TURNS) if finding.status == "--"]
+    assert unchecked == ["demonstrations", "random_demonstrations"]
+
+
+# ── tasks that break one rule ───────────────────────────────────────────────────────────────────────────────
+
+
+class NoTexts:
+    """Not derived from Task, and one method short."""
+
+    problem, env, demonstration = Counting.problem, Counting.env, Counting.demonstration
+    seed = 0
+
+
+class InheritedEnv(Task):
+    """The protocol's own empty body would answer None."""
+
+    def __init__(self) -> None:
+        self.seed = 0
+
+    problem, demonstration, texts = Counting.problem, Counting.demonstration, Counting.texts
+
+
+class NoId(Counting):
+    def problem(self, split: Split, index: int) -> Any:
+        return object()
+
+
+class FiniteWithoutWrapping(Counting):
+    def problem(self, split: Split, index: int) -> Dots:
+        return super().problem(split, range(1000)[index])
+
+
+class WithEnv(Counting):
+    """Children change what the env does."""
+
+    def env(self, problem: Dots) -> Env:
+        outer = self
+
+        class Changed(CountingEnv):
+            def reset(self) -> tuple[Message, ...]:
+                return outer.change_prompt(super().reset())
+
+            def step(self, completion: str) -> Reply:
+                return outer.change_reply(super().step(completion), completion)
+
+        return Changed(problem)
+
+    def change_prompt(self, prompt: tuple[Message, ...]) -> tuple[Message, ...]:
+        return prompt
+
+    def change_reply(self, reply: Reply, completion: str) -> Reply:
+        return reply
+
+
+class StepRaises(WithEnv):
+    def change_reply(self, reply: Reply, completion: str) -> Reply:
+        int(completion)  # what a policy says is not always a number
+        return reply
+
+
+class StepNotImplemented(WithEnv):
+    def change_reply(self, reply: Reply, completion: str) -> Reply:
+        raise NotImplementedError("later")
+
+
+class DemonstrationRaises(Counting):
+    def demonstration(self, problem: Dots, *, random_answers: bool, seed: int) -> tuple[Message, ...]:
+        np.random.RandomState(seed)  # takes 32 bits only
+        return super().demonstration(problem, random_answers=random_answers, seed=seed)
+
+
+class TextsRaise(Counting):
+    def texts(self) -> tuple[str, ...]:
+        raise OSError("no such\nfile")
+
+
+class NoReply(WithEnv):
+    def change_reply(self, reply: Reply, completion: str) -> Any:
+        return reply.reward
+
+
+class DoneIsNoBool(WithEnv):
+    def change_reply(self, reply: Reply, completion: str) -> Reply:
+        return dataclasses.replace(reply, done=reply.done and "yes")  # type: ignore[arg-type]
+
+
+class MetricsAreNoDict(WithEnv):
+    def change_reply(self, reply: Reply, completion: str) -> Reply:
+        return dataclasses.replace(reply, metrics=[0.5])  # type: ignore[arg-type]
+
+
+class PromptIsList(WithEnv):
+    def change_prompt(self, prompt: tuple[Message, ...]) -> Any:
+        return list(prompt)
+
+
+class PromptIsText(WithEnv):
+    def change_prompt(self, prompt: tuple[Message, ...]) -> Any:
+        return ("How many?",)
+
+
+class PromptIsEmpty(WithEnv):
+    def change_prompt(self, prompt: tuple[Message, ...]) -> Any:
+        return ()
+
+
+class PromptEndsWithAssistant(WithEnv):
+    def change_prompt(self, prompt: tuple[Message, ...]) -> Any:
+        return (*prompt, Message.of("assistant", "3"))
+
+
+class UnknownRole(WithEnv):
+    def change_prompt(self, prompt: tuple[Message, ...]) -> Any:
+        return (Message.of("human", "How many?"),)  # type: ignore[arg-type]
+
+
+class EmptyContent(WithEnv):
+    def change_prompt(self, prompt: tuple[Message, ...]) -> Any:
+        return (Message("user", ()),)
+
+
+class ContentIsText(WithEnv):
+    def change_prompt(self, prompt: tuple[Message, ...]) -> Any:
+        return (Message("user", "How many?"),)  # type: ignore[arg-type]
+
+
+class PartIsPicture(WithEnv):
+    def change_prompt(self, prompt: tuple[Message, ...]) -> Any:
+        return (Message("user", (PILImage.new("RGB", (8, 8)),)),)  # type: ignore[arg-type]
+
+
+class ReplyOfAssistant(WithEnv):
+    def change_reply(self, reply: Reply, completion: str) -> Reply:
+        return dataclasses.replace(reply, messages=(Message.of("assistant", "So?"),))
+
+
+class DemonstrationContentIsPart(Counting):
+    def demonstration(self, problem: Dots, *, random_answers: bool, seed: int) -> tuple[Message, ...]:
+        return (*CountingEnv(problem).reset(), Message("assistant", Text("3")))  # type: ignore[arg-type]
+
+
+class DemonstrationIsNone(Counting):
+    def demonstration(self, problem: Dots, *, random_answers: bool, seed: int) -> Any:
+        return None if random_answers else super().demonstration(problem, random_answers=False, seed=seed)
+
+
+class BadImage(Counting):
+    source: Any = b"\x89PNG but no more"
+
+    def env(self, problem: Dots) -> Env:
+        return WithParts(problem, (Image(self.source),))
+
+
+class MissingFile(BadImage):
+    source = "no_such_file.png"
+
+
+class FloatImage(BadImage):
+    source = np.zeros((8, 8, 3), np.float32)
+
+
+class GreyImage(BadImage):
+    source = np.zeros((8, 8), np.uint8)
+
+
+class EmptyImage(BadImage):
+    source = PILImage.new("RGB", (0, 4))
+
+
+class NoImage(BadImage):
+    source = 3
+
+
+class NumericIds(Counting):
+    def problem(self, split: Split, index: int) -> Dots:
+        problem = super().problem(split, index)
+        return Dots(problem.count, problem.count)  # type: ignore[arg-type]
+
+
+class OneIdForAll(Counting):
+    def problem(self, split: Split, index: int) -> Dots:
+        return Dots(split, super().problem(split, index).count)
+
+
+class CountsCalls(Counting):
+    """A cursor: problem i is what comes next, whatever i."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cursor = itertools.count()
+
+    def problem(self, split: Split, index: int) -> Dots:
+        return super().problem(split, next(self.cursor))
+
+
+class RandomPicture(Counting):
+    """The same ids, but other pixels each time that a problem is asked for."""
+
+    def problem(self, split: Split, index: int) -> Dots:
+        return Dots(f"{split} {index}", random.SystemRandom().randrange(200))
+
+
+class SharedSplits(Counting):
+    def problem(self, split: Split, index: int) -> Dots:
+        return super().problem("train", index)
+
+
+class SharedEnv(Counting):
+    def __init__(self) -> None:
+        super().__init__()
+        self.envs: dict[str, CountingEnv] = {}
+
+    def env(self, problem: Dots) -> Env:
+        env = self.envs.setdefault(problem.id, CountingEnv(problem))
+        env.turn = 0
+        return env
+
+
+class SecondEnvDiffers(Counting):
+    """Only the first env of a problem object gets a picture."""
+
+    def problem(self, split: Split, index: int) -> Dots:
+        problem = super().problem(split, index)
+        return FreshDots(problem.id, problem.count)
+
+    def env(self, problem: Dots) -> Env:
+        assert isinstance(problem, FreshDots)
+        env = CountingEnv(problem)
+        if not problem.fresh:
+            env.count += 1
+        problem.fresh = False
+        return env
+
+
+@dataclass
+class FreshDots(Dots):
+    fresh: bool = True
+
+
+class NaNReward(WithEnv):
+    def change_reply(self, reply: Reply, completion: str) -> Reply:
+        return dataclasses.replace(reply, reward=math.nan)
+
+
+class InfiniteTurnReward(WithEnv):
+    def change_reply(self, reply: Reply, completion: str) -> Reply:
+        return dataclasses.replace(reply, turn_reward=-math.inf if not completion else 0.0)
+
+
+class RewardIsNone(WithEnv):
+    def change_reply(self, reply: Reply, completion: str) -> Reply:
+        return dataclasses.replace(reply, reward=None)  # type: ignore[arg-type]
+
+
+class HugeReward(WithEnv):
+    """Finite, but not in float32."""
+
+    def change_reply(self, reply: Reply, completion: str) -> Reply:
+        return dataclasses.replace(reply, reward=1e39)
+
+
+class NaNMetric(WithEnv):
+    def change_reply(self, reply: Reply, completion: str) -> Reply:
+        return dataclasses.replace(reply, metrics={"seconds": math.nan})
+
+
+class Endless(WithEnv):
+    """Done only when the answer is right."""
+
+    def change_reply(self, reply: Reply, completion: str) -> Reply:
+        return dataclasses.replace(reply, done=reply.reward == 1.0, messages=(Message.of("user", "And one more?"),))
+
+
+class Speechless(WithEnv):
+    def change_reply(self, reply: Reply, completion: str) -> Reply:
+        return dataclasses.replace(reply, messages=())
+
+
+class WithDemonstration(Counting):
+    """Children change what is demonstrated, true or random: five messages, of which the first two are the prompt."""
+
+    def demonstration(self, problem: Dots, *, random_answers: bool, seed: int) -> tuple[Message, ...]:
+        return self.change(super().demonstration(problem, random_answers=random_answers, seed=seed), random_answers)
+
+    def change(self, messages: tuple[Message, ...], random_answers: bool) -> tuple[Message, ...]:
+        raise NotImplementedError
+
+
+class OtherPrompt(WithDemonstration):
+    def change(self, messages: tuple[Message, ...], random_answers: bool) -> tuple[Message, ...]:
+        return messages[1:]
+
+
+class NoLastAnswer(WithDemonstration):
+    def change(self, messages: tuple[Message, ...], random_answers: bool) -> tuple[Message, ...]:
+        return messages[:-1]
+
+
+class NoAnswer(WithDemonstration):
+    def change(self, messages: tuple[Message, ...], random_answers: bool) -> tuple[Message, ...]:
+        return messages[:2] if random_answers else messages
+
+
+class AnswersWithImage(WithDemonstration):
+    def change(self, messages: tuple[Message, ...], random_answers: bool) -> tuple[Message, ...]:
+        image = Image(np.zeros((4, 4, 3), np.uint8))
+        return (*messages[:2], Message("assistant", (*messages[2].content, image)), *messages[3:])
+
+
+class OtherReply(WithDemonstration):
+    def change(self, messages: tuple[Message, ...], random_answers: bool) -> tuple[Message, ...]:
+        return (*messages[:3], Message.of("user", "And another?"), messages[4])
+
+
+class HalfDemonstration(WithDemonstration):
+    def change(self, messages: tuple[Message, ...], random_answers: bool) -> tuple[Message, ...]:
+        return messages[:3]
+
+
+class EndlessDemonstration(WithDemonstration):
+    def change(self, messages: tuple[Message, ...], random_answers: bool) -> tuple[Message, ...]:
+        return (*messages, *messages[3:])
+
+
+class SometimesDemonstrated(Counting):
+    def demonstration(self, problem: Dots, *, random_answers: bool, seed: int) -> tuple[Message, ...]:
+        if problem.count >= 100:
+            raise NotImplementedError
+        return super().demonstration(problem, random_answers=random_answers, seed=seed)
+
+
+class GivesAway(Counting):
+    """ "Random" answers near the true one."""
+
+    def demonstration(self, problem: Dots, *, random_answers: bool, seed: int) -> tuple[Message, ...]:
+        near = Dots(problem.id, problem.count + random.Random(seed).randrange(5) * random_answers)
+        answers = super().demonstration(near, random_answers=False, seed=seed)[2:]
+        return (*CountingEnv(problem).reset(), *answers)
+
+
+class FixedAnswers(Counting):
+    def demonstration(self, problem: Dots, *, random_answers: bool, seed: int) -> tuple[Message, ...]:
+        return super().demonstration(problem, random_answers=random_answers, seed=0)
+
+
+class UnseededAnswers(Counting):
+    """The letters are a function of the seed and of how often one was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = 0
+
+    def demonstration(self, problem: Dots, *, random_answers: bool, seed: int) -> tuple[Message, ...]:
+        self.asked += random_answers
+        return super().demonstration(problem, random_answers=random_answers, seed=seed * 100 + (self.asked % 9 == 0))
+
+
+class TextsIsText(Counting):
+    def texts(self) -> Any:
+        return "Count. How many?"
+
+
+class TextsAreBlank(Counting):
+    def texts(self) -> tuple[str, ...]:
+        return ("", " ")
+
+
+@pytest.mark.parametrize(
+    ("broken", "rule", "message"),
+    [
+        (NoTexts, "methods", "NoTexts does not define texts. To do: define what vlmrl.tasks.base.Task lists"),
+        (InheritedEnv, "methods", "InheritedEnv does not define env."),
+        (NoId, "runs", 'problem("train", 0): AttributeError: '),
+        (
+            FiniteWithoutWrapping,
+            "runs",
+            'problem("train", 1099511627776): IndexError: range object index out of range (',
+        ),
+        (StepRaises, "runs", "step() of train 0, nonsense, turn 1: ValueError: invalid literal for int()"),
+        (StepNotImplemented, "runs", "turn 1: NotImplementedError: later (" + __file__),
+        (DemonstrationRaises, "runs", "demonstration() of train 0: ValueError: Seed must be between 0 and 2**32 - 1"),
+        (TextsRaise, "runs", "texts(): OSError: no such file ("),
+        (NoReply, "messages", "step() of train 0, nonsense, turn 1 gave a float, not a Reply"),
+        (DoneIsNoBool, "messages", "gave done='yes', metrics={'right': 0.0}, not a bool and a dict"),
+        (MetricsAreNoDict, "messages", "gave done=False, metrics=[0.5], not a bool and a dict"),
+        (PromptIsList, "messages", "reset() of train 0 gave a list of Message, not a tuple of Message"),
+        (PromptIsText, "messages", "reset() of train 0 gave a tuple of str, not a tuple of Message"),
+        (PromptIsEmpty, "messages", "reset() of train 0 does not end with a user message"),
+        (PromptEndsWithAssistant, "messages", "reset() of train 0 does not end with a user message"),
+        (UnknownRole, "messages", "a message of role 'human', not of system or user or assistant or tool"),
+        (EmptyContent, "messages", "a message of role user whose content is a tuple of nothing"),
+        (ContentIsText, "messages", "a message of role user whose content is a str"),
+        (PartIsPicture, "messages", "a message of role user with a tuple of Image"),
+        (ReplyOfAssistant, "messages", "turn 1 gave a message of role 'assistant', not of user or tool"),
+        (DemonstrationContentIsPart, "messages", "a message of role assistant whose content is a Text"),
+        (DemonstrationIsNone, "messages", "demonstration() of train 0, random answers gave None"),
+        (BadImage, "images", "reset() of train 0: an encoded image of 16 bytes cannot be decoded"),
+        (MissingFile, "images", "the image file no_such_file.png cannot be read"),
+        (FloatImage, "images", "an image array must be uint8 [H, W, 3], not float32 [8, 8, 3]"),
+        (GreyImage, "images", "an image array must be uint8 [H, W, 3], not uint8 [8, 8]"),
+        (EmptyImage, "images", "0 × 4 pixels"),
+        (NoImage, "images", "an image must be a PIL image, a uint8 array, bytes or a path, not int"),
+        (NumericIds, "ids", "not a non-empty str"),
+        (OneIdForAll, "ids", " have the id 'train' but not the same prompt"),
+        (CountsCalls, "deterministic", "when asked for again"),
+        (RandomPicture, "deterministic", "train 0 has another prompt when asked for again"),
+        (SharedSplits, "splits", "eval 0 has the id '14' of train 0"),
+        (SharedEnv, "siblings", "env() of train 0 gave the same env twice"),
+        (SecondEnvDiffers, "siblings", "a second env of train 0 begins with another prompt"),
+        (NaNReward, "rewards", "train 0, nonsense, turn 1: reward is nan"),
+        (InfiniteTurnReward, "rewards", "turn_reward is -inf"),
+        (RewardIsNone, "rewards", "reward is None"),
+        (HugeReward, "rewards", "reward is 1e+39"),
+        (NaNMetric, "rewards", "seconds is nan"),
+        (Endless, "ends", "train 0, nonsense: not done after 2 turns (and"),
+        (Speechless, "goes_on", "train 0, nonsense, turn 1: neither done nor a message"),
+        (OtherPrompt, "demonstrations", "demonstration() of train 0 does not begin with what reset() gives"),
+        (NoLastAnswer, "demonstrations", "does not go from a first to a last assistant message"),
+        (NoAnswer, "demonstrations", "random demonstration() of train 0 does not go from a first to a last"),
+        (AnswersWithImage, "demonstrations", "has an assistant message that is not text"),
+        (OtherReply, "demonstrations", "shows other messages after answer 1 than step() gives"),
+        (HalfDemonstration, "demonstrations", "demonstration() of train 0 ends before the env says done"),
+        (EndlessDemonstration, "demonstrations", "demonstration() of train 0 goes on after the env said done"),
+        (SometimesDemonstrated, "demonstrations", "demonstration() of eval 0 is not implemented, of other problems it"),
+        (GivesAway, "random_demonstrations", "with seed 0, train 0 answers "),
+        (FixedAnswers, "random_demonstrations", "train 0 has the same random answers whatever the seed: "),
+        (UnseededAnswers, "random_demonstrations", "train 0 has other random answers when asked for again"),
+        (TextsIsText, "texts", "texts() gave a str, not a tuple of str"),
+        (TextsAreBlank, "texts", "texts() gave no text"),
+    ],
+)
+def test_a_broken_rule_is_reported_and_no_other(broken: type[Any], rule: str, message: str) -> None:
+    violations = check_task(broken(), max_turns=MAX_TURNS)
+    assert [violation.partition(":")[0] for violation in violations] == [rule]
+    assert message in violations[0]
+    assert ". To do: " in violations[0]
+    assert "\n" not in violations[0]
+
+
+def test_every_rule_is_broken_by_some_task_above() -> None:
+    (parameters,) = [
+        mark.args[1] for mark in test_a_broken_rule_is_reported_and_no_other.pytestmark if mark.name == "parametrize"
+    ]
+    assert {rule for _, rule, _ in parameters} == {rule.name for rule in RULES}
+
+
+def test_after_a_broken_gate_nothing_is_claimed() -> None:
+    statuses = [finding.status for finding in find(StepRaises(), 2, MAX_TURNS)]
+    assert statuses == ["ok", "FAIL", *["--"] * (len(RULES) - 2)]
+
+
+def test_several_broken_rules_are_reported_together() -> None:
+    class TwoFaults(NaNReward, TextsAreBlank):
+        pass
+
+    assert [violation.partition(":")[0] for violation in check_task(TwoFaults())] == ["rewards", "texts"]
+
+
+# ── the command line ────────────────────────────────────────────────────────────────────────────────────────
+
+THIS = f"{__name__}:"
+
+
+def test_the_report_has_a_line_per_rule_and_the_exit_code_says_whether_all_is_well(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["vlmrl.tasks.color_codeword:ColorCodeword", "max_turns=3", "shuffle_images=true"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [["ok", rule.name] for rule in RULES]
+    assert main([f"{THIS}NaNReward", "max_turns=2"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(RULES)
+    assert [line.split()[1] for line in lines if line.startswith("FAIL ")] == ["rewards"]
+    assert main([f"{THIS}Counting"]) == 1  # max_turns is 1 unless it is set, as in a run
+    assert "FAIL  ends" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no_such_module:Task"], "task.target=no_such_module:Task names a module that does not exist"),
+        ([f"{THIS}Dots"], "is not a Task"),
+        ([f"{THIS}Counting", "max_turn=2"], "max_turn=2 does not fit ImportedTaskConfig (Key 'max_turn' not in"),
+        ([f"{THIS}Counting", "max_turns=two"], "max_turns=two does not fit ImportedTaskConfig (Value 'two'"),
+        ([f"{THIS}Counting", "max_turns=0"], "max_turns=0 leaves no turn to play"),
+        ([f"{THIS}Counting", "args.level=[1"], "args.level=[1 does not fit"),
+        ([f"{THIS}Counting", "level"], "'level' is not key=value"),
+        (["vlmrl.tasks.color_codeword:ColorCodeword", "image_size=0"], "task.image_size=0 is below 1"),
+    ],
+)
+def test_what_cannot_be_checked_is_a_config_error(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(arguments) == 2
+    output = capsys.readouterr()
+    assert message in output.err
+    assert output.out == ""
+
+
+def test_settings_are_those_of_a_run() -> None:
+    target = "my_package.my_module:Mine"
+    config = parse_config(target, ["max_turns=4", "args.level=3", "args.deep.name=a=b"])
+    assert config == ImportedTaskConfig(target, 4, args={"level": 3, "deep": {"name": "a=b"}})
+
+
+def test_it_runs_as_a_module_in_the_users_own_folder(tmp_path: Path) -> None:
+    """As a user calls it; their module is found because they stand in its folder."""
+    (tmp_path / "my_counting.py").write_text(Path(__file__).read_text())
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "vlmrl.tasks.check", *arguments],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(Path(vlmrl.__file__).parents[1])},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    good = run("my_counting:Counting", "max_turns=2")
+    assert (good.returncode, good.stderr) == (0, "")
+    assert "ok    rewards" in good.stdout
+    bad = run("my_counting:SharedSplits", "max_turns=2")
+    assert bad.returncode == 1
+    assert "FAIL  splits" in bad.stdout
+    assert run().returncode == 2

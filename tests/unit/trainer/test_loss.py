@@ -1,0 +1,365 @@
+"""Each loss against a loop that restates its equation, token by token, in numpy float64.
+
+A reference takes log π and, separately, the log π under "no gradient" (`frozen`). Its finite differences in the first
+alone are the gradient that autograd must find.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeAlias
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from vlmrl.config.orchestrator import AlgorithmConfig, ImportanceCorrection, Loss
+from vlmrl.trainer.loss import (
+    LOSSES,
+    BatchTotals,
+    LossOutput,
+    LossTokens,
+    grpo,
+    gspo,
+    loss_metrics,
+    mismatch_kl,
+    policy_loss,
+    supervised,
+)
+
+Array: TypeAlias = NDArray[np.float64]
+Reference: TypeAlias = Callable[[Array, Array, Array, Array, NDArray[np.int64], BatchTotals], float]
+
+CONFIG = AlgorithmConfig(clip_low=0.2, clip_high=0.28)
+
+
+def clipped_term(ratio: float, advantage: float) -> float:
+    bounded = min(max(ratio, 1 - CONFIG.clip_low), 1 + CONFIG.clip_high)
+    return float(min(ratio * advantage, bounded * advantage))
+
+
+def grpo_reference(
+    logp: Array, frozen: Array, mu: Array, adv: Array, sample: NDArray[np.int64], totals: BatchTotals
+) -> float:
+    return -sum(clipped_term(np.exp(logp[t] - mu[t]), adv[t]) for t in range(len(logp))) / totals.tokens
+
+
+def dr_grpo_reference(
+    logp: Array, frozen: Array, mu: Array, adv: Array, sample: NDArray[np.int64], totals: BatchTotals
+) -> float:
+    terms = sum(clipped_term(np.exp(logp[t] - mu[t]), adv[t]) for t in range(len(logp)))
+    return -terms / totals.samples / totals.max_new_tokens
+
+
+def rloo_reference(
+    logp: Array, frozen: Array, mu: Array, adv: Array, sample: NDArray[np.int64], totals: BatchTotals
+) -> float:
+    return -float(sum(np.exp(frozen[t] - mu[t]) * adv[t] * logp[t] for t in range(len(logp)))) / totals.samples
+
+
+def gspo_reference(
+    logp: Array, frozen: Array, mu: Array, adv: Array, sample: NDArray[np.int64], totals: BatchTotals
+) -> float:
+    loss = 0.0
+    for i in set(sample.tolist()):
+        mine = np.flatnonzero(sample == i)
+        sequence = np.exp(np.mean([frozen[t] - mu[t] for t in mine]))
+        terms = [clipped_term(sequence * np.exp(logp[t]) / np.exp(frozen[t]), adv[t]) for t in mine]
+        loss -= sum(terms) / len(mine) / totals.samples
+    return loss
+
+
+def cispo_reference(
+    logp: Array, frozen: Array, mu: Array, adv: Array, sample: NDArray[np.int64], totals: BatchTotals
+) -> float:
+    loss = 0.0
+    for t in range(len(logp)):
+        weight = min(max(np.exp(frozen[t] - mu[t]), 1 - CONFIG.clip_low), 1 + CONFIG.clip_high)
+        loss -= weight * adv[t] * logp[t] / totals.tokens
+    return loss
+
+
+REFERENCES: dict[Loss, Reference] = {
+    Loss.grpo: grpo_reference,
+    Loss.dr_grpo: dr_grpo_reference,
+    Loss.dapo: grpo_reference,
+    Loss.rloo: rloo_reference,
+    Loss.gspo: gspo_reference,
+    Loss.cispo: cispo_reference,
+}
+
+
+def random_tokens(seed: int, *, per_token_advantages: bool = True) -> LossTokens:
+    """Five samples of 1 to 9 tokens, interleaved, with ratios on both sides of both clips."""
+    rng = np.random.default_rng(seed)
+    sample = rng.permutation(np.repeat([3, 4, 7, 8, 9], rng.integers(1, 10, 5)))
+    n = len(sample)
+    mu = -rng.exponential(1.5, n)
+    advantages = rng.normal(size=n) if per_token_advantages else rng.normal(size=10)[sample]
+    return LossTokens(
+        logprobs=torch.tensor(mu + rng.normal(0.0, 0.5, n), dtype=torch.float64, requires_grad=True),
+        inference_logprobs=torch.tensor(mu, dtype=torch.float64),
+        advantages=torch.tensor(advantages, dtype=torch.float64),
+        sample_index=torch.tensor(sample),
+    )
+
+
+def totals_of(tokens: LossTokens) -> BatchTotals:
+    samples = len(set(tokens.sample_index.tolist()))
+    return BatchTotals(tokens=len(tokens.logprobs), samples=samples, max_new_tokens=6)
+
+
+def numpy_of(tokens: LossTokens) -> tuple[Array, Array, Array, NDArray[np.int64]]:
+    logp, mu, adv = tokens.logprobs.detach().numpy(), tokens.inference_logprobs.numpy(), tokens.advantages.numpy()
+    return logp, mu, adv, tokens.sample_index.numpy()
+
+
+def finite_differences(function: Callable[[Array], float], at: Array, h: float = 1e-6) -> Array:
+    steps = np.eye(len(at)) * h
+    return np.array([(function(at + step) - function(at - step)) / (2 * h) for step in steps])
+
+
+def gradient(output: LossOutput, tokens: LossTokens) -> Array:
+    (found,) = torch.autograd.grad(output.loss, tokens.logprobs)
+    return found.numpy()
+
+
+def part(tokens: LossTokens, keep: torch.Tensor) -> LossTokens:
+    return LossTokens(
+        tokens.logprobs[keep], tokens.inference_logprobs[keep], tokens.advantages[keep], tokens.sample_index[keep]
+    )
+
+
+def test_every_loss_of_the_config_has_its_function() -> None:
+    assert set(LOSSES) == set(Loss) == set(REFERENCES)
+
+
+@pytest.mark.parametrize("loss", Loss)
+@pytest.mark.parametrize("seed", range(5))
+def test_value_and_gradient_are_those_of_the_reference(loss: Loss, seed: int) -> None:
+    tokens = random_tokens(seed)
+    totals, reference = totals_of(tokens), REFERENCES[loss]
+    logp, mu, adv, sample = numpy_of(tokens)
+
+    output = LOSSES[loss](tokens, totals, CONFIG)
+
+    np.testing.assert_allclose(output.loss.item(), reference(logp, logp, mu, adv, sample, totals), rtol=1e-12)
+    expected = finite_differences(lambda x: reference(x, logp, mu, adv, sample, totals), logp)
+    np.testing.assert_allclose(gradient(output, tokens), expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("loss", Loss)
+@pytest.mark.parametrize("seed", range(3))
+def test_micro_batches_add_up_to_the_batch(loss: Loss, seed: int) -> None:
+    tokens = random_tokens(seed)
+    totals = totals_of(tokens)
+    first = torch.isin(tokens.sample_index, torch.tensor([3, 8]))
+
+    whole = LOSSES[loss](tokens, totals, CONFIG)
+    parts = [LOSSES[loss](part(tokens, keep), totals, CONFIG) for keep in (first, ~first)]
+
+    torch.testing.assert_close(parts[0].loss + parts[1].loss, whole.loss)
+    np.testing.assert_allclose(sum(gradient(p, tokens) for p in parts), gradient(whole, tokens), rtol=1e-12)
+    for key, value in whole.sums.items():
+        assert parts[0].sums[key] + parts[1].sums[key] == pytest.approx(value)
+    for key, value in whole.maxima.items():
+        assert max(p.maxima[key] for p in parts) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("loss", Loss)
+def test_the_figures_are_those_of_a_loop(loss: Loss) -> None:
+    tokens = random_tokens(0)
+    logp, mu, adv, sample = numpy_of(tokens)
+    ratio = np.exp(logp - mu)
+    if loss is Loss.gspo:
+        ratio = np.array([np.exp(np.mean((logp - mu)[sample == i])) for i in sample])
+    above, below = ratio > 1 + CONFIG.clip_high, ratio < 1 - CONFIG.clip_low
+    clipped = {Loss.cispo: above | below, Loss.rloo: np.zeros_like(above)}.get(
+        loss, (above & (adv > 0)) | (below & (adv < 0))
+    )
+
+    output = LOSSES[loss](tokens, totals_of(tokens), CONFIG)
+
+    assert output.sums["clip_fraction"] == clipped.sum()
+    assert output.sums["ratio/mean"] == pytest.approx(ratio.sum())
+    assert output.maxima["ratio/max"] == pytest.approx(ratio.max())
+    assert loss is Loss.rloo or clipped.any()
+
+
+@pytest.mark.parametrize("loss", Loss)
+def test_on_policy_every_loss_is_the_policy_gradient_of_its_normalization(loss: Loss) -> None:
+    tokens = random_tokens(1)
+    on_policy = LossTokens(tokens.logprobs, tokens.logprobs.detach(), tokens.advantages, tokens.sample_index)
+    totals = totals_of(tokens)
+    sample = tokens.sample_index.numpy()
+    lengths = np.array([(sample == i).sum() for i in sample])
+    divisor = {
+        Loss.grpo: totals.tokens,
+        Loss.dapo: totals.tokens,
+        Loss.cispo: totals.tokens,
+        Loss.dr_grpo: totals.samples * totals.max_new_tokens,
+        Loss.rloo: totals.samples,
+        Loss.gspo: totals.samples * lengths,
+    }[loss]
+
+    output = LOSSES[loss](on_policy, totals, CONFIG)
+
+    np.testing.assert_allclose(gradient(output, on_policy), -tokens.advantages.numpy() / divisor, rtol=1e-12)
+    assert output.sums["clip_fraction"] == 0
+    assert output.maxima["ratio/max"] == 1
+
+
+# ── importance correction ───────────────────────────────────────────────────────────────────────────────────
+
+CORRECTIONS = [c for c in ImportanceCorrection if c is not ImportanceCorrection.own]
+CAP = 1.5
+
+
+def weight_reference(ratio: float, correction: ImportanceCorrection) -> float:
+    return {
+        ImportanceCorrection.truncated: min(ratio, CAP),
+        ImportanceCorrection.masked: ratio if 1 / CAP <= ratio <= CAP else 0.0,
+        ImportanceCorrection.none: 1.0,
+    }[correction]
+
+
+def corrected(loss: Loss, correction: ImportanceCorrection) -> AlgorithmConfig:
+    return replace(CONFIG, loss=loss, importance_correction=correction, importance_cap=CAP)
+
+
+@pytest.mark.parametrize("loss", Loss)
+@pytest.mark.parametrize("correction", CORRECTIONS)
+def test_a_correction_weighs_the_on_policy_gradient(loss: Loss, correction: ImportanceCorrection) -> None:
+    tokens = random_tokens(2)
+    logp, mu, _, _ = numpy_of(tokens)
+    totals = totals_of(tokens)
+    ratio = np.exp(logp - mu)
+    weight = np.array([weight_reference(r, correction) for r in ratio])
+    on_policy = replace(tokens, inference_logprobs=tokens.logprobs.detach())
+
+    output = policy_loss(tokens, totals, corrected(loss, correction))
+
+    plain = gradient(LOSSES[loss](on_policy, totals, CONFIG), on_policy)
+    np.testing.assert_allclose(gradient(output, tokens), plain * weight, rtol=1e-12)
+    sums, maxima = ({k: float(v) for k, v in part.items()} for part in (output.sums, output.maxima))
+    figures = loss_metrics(sums, maxima, len(weight))
+    assert figures["importance/cut_fraction"] == pytest.approx(np.mean(weight != ratio))
+    assert figures["importance/weight_mean"] == pytest.approx(weight.mean())
+    assert figures["importance/ess"] == pytest.approx(weight.sum() ** 2 / (len(weight) * (weight**2).sum()))
+    assert (figures["ratio/mean"], figures["ratio/max"]) == pytest.approx((ratio.mean(), ratio.max()))
+    assert np.mean(weight != ratio) > 0, "the workload has something to cut"
+
+
+@pytest.mark.parametrize("loss", Loss)
+@pytest.mark.parametrize("correction", CORRECTIONS)
+def test_on_policy_every_correction_is_the_loss_itself(loss: Loss, correction: ImportanceCorrection) -> None:
+    tokens = random_tokens(1)
+    on_policy = replace(tokens, inference_logprobs=tokens.logprobs.detach())
+    totals = totals_of(tokens)
+
+    own, other = (
+        policy_loss(on_policy, totals, corrected(loss, each)) for each in (ImportanceCorrection.own, correction)
+    )
+
+    assert (gradient(own, on_policy) == gradient(other, on_policy)).all()
+    assert other.sums["importance/cut_fraction"] == 0
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
+def test_figures_of_a_correction_add_up_over_micro_batches(correction: ImportanceCorrection) -> None:
+    tokens = random_tokens(0)
+    totals, config = totals_of(tokens), corrected(Loss.grpo, correction)
+    first = torch.isin(tokens.sample_index, torch.tensor([3, 8]))
+
+    whole = policy_loss(tokens, totals, config)
+    parts = [policy_loss(part(tokens, keep), totals, config) for keep in (first, ~first)]
+
+    torch.testing.assert_close(parts[0].loss + parts[1].loss, whole.loss)
+    for key, value in whole.sums.items():
+        assert parts[0].sums[key] + parts[1].sums[key] == pytest.approx(value)
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
+def test_a_ratio_that_overflows_does_not_break_a_correction(correction: ImportanceCorrection) -> None:
+    logprobs = torch.tensor([-0.1, -1.0], requires_grad=True)
+    tokens = LossTokens(logprobs, torch.tensor([-200.0, -1.0]), torch.ones(2), torch.zeros(2).long())
+    output = policy_loss(tokens, BatchTotals(tokens=2, samples=1, max_new_tokens=2), corrected(Loss.grpo, correction))
+    assert np.isfinite(gradient(output, tokens)).all()
+
+
+def test_clipping_is_asymmetric_and_takes_the_gradient_of_the_advantages_own_side_only() -> None:
+    ratios = torch.tensor([1.27, 1.29, 0.81, 0.79, 1.29, 0.79], dtype=torch.float64)
+    advantages = torch.tensor([1.0, 1.0, -1.0, -1.0, -1.0, 1.0], dtype=torch.float64)
+    logprobs = (ratios.log() - 2.0).requires_grad_()
+    tokens = LossTokens(logprobs, torch.full((6,), -2.0, dtype=torch.float64), advantages, torch.zeros(6).long())
+
+    output = grpo(tokens, BatchTotals(tokens=6, samples=1, max_new_tokens=6), CONFIG)
+
+    assert (gradient(output, tokens) != 0).tolist() == [True, False, True, False, True, True]
+    assert output.sums["clip_fraction"] == 2
+
+
+def test_gspo_with_one_advantage_per_sample_is_the_sequence_form() -> None:
+    tokens = random_tokens(2, per_token_advantages=False)
+    totals = totals_of(tokens)
+    logp, mu, adv, sample = numpy_of(tokens)
+
+    def sequence_form(x: Array) -> float:
+        loss = 0.0
+        for i in set(sample.tolist()):
+            ratio = np.exp(np.mean((x - mu)[sample == i]))
+            loss -= clipped_term(ratio, adv[sample == i][0]) / totals.samples
+        return loss
+
+    output = gspo(tokens, totals, CONFIG)
+
+    assert output.loss.item() == pytest.approx(sequence_form(logp), rel=1e-12)
+    np.testing.assert_allclose(gradient(output, tokens), finite_differences(sequence_form, logp), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("loss", Loss)
+def test_float32_stays_float32(loss: Loss) -> None:
+    tokens = random_tokens(3)
+    single = LossTokens(
+        tokens.logprobs.detach().float().requires_grad_(),
+        tokens.inference_logprobs.float(),
+        tokens.advantages.float(),
+        tokens.sample_index,
+    )
+    output = LOSSES[loss](single, totals_of(tokens), CONFIG)
+    assert output.loss.dtype == torch.float32
+    assert output.loss.item() == pytest.approx(LOSSES[loss](tokens, totals_of(tokens), CONFIG).loss.item(), rel=1e-5)
+
+
+def test_supervised_is_the_mean_negative_log_likelihood_of_the_batch() -> None:
+    logprobs = -torch.rand(11, dtype=torch.float64)
+    expected = -float(np.mean(logprobs.numpy()))
+    assert supervised(logprobs, 11).item() == pytest.approx(expected)
+    assert (supervised(logprobs[:4], 11) + supervised(logprobs[4:], 11)).item() == pytest.approx(expected)
+
+
+@given(st.lists(st.tuples(st.floats(-20, 0), st.floats(-20, 0)), min_size=1, max_size=20))
+def test_mismatch_kl_is_never_negative_and_that_of_a_loop(pairs: list[tuple[float, float]]) -> None:
+    trainer, inference = np.array(pairs, np.float64).T
+    k3 = np.exp(trainer - inference) - (trainer - inference) - 1
+
+    total, largest = mismatch_kl(torch.tensor(trainer), torch.tensor(inference))
+
+    assert 0 <= largest <= total
+    assert total == pytest.approx(k3.sum(), rel=1e-9, abs=1e-13)
+    assert largest == pytest.approx(k3.max(), rel=1e-9, abs=1e-13)
+
+
+def test_mismatch_kl_of_a_float32_rounding_is_not_lost_in_subtraction() -> None:
+    """k3(d) = d²/2 for small d; one step of float32 at −1 is 1.2e-7, so k3 is 7e-15, and 0 when computed in float32."""
+    inference = torch.tensor([-1.0])
+    trainer = torch.nextafter(inference, torch.tensor([0.0]))
+    step = float(trainer.double() - inference.double())
+
+    total, largest = mismatch_kl(trainer, inference)
+
+    assert total == largest == pytest.approx(step**2 / 2, rel=1e-6)

@@ -1,0 +1,165 @@
+"""What is learned depends neither on the number of ranks nor on what each holds, and checkpoints know no ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from support import TESTS, learning
+from support.learning import CASES
+from support.ranks import ended, start
+from vlmrl.config.trainer import Sharding
+
+EXACT = [name for name, case in CASES.items() if not ("float16" in name or "bits" in name or case.lora)]
+
+Found = dict[str, NDArray[np.float64]]
+
+
+def by_ranks(size: int, folder: Path, out: Path, *cases: str) -> dict[str, Found]:
+    """Rank 0's findings per case."""
+    out.mkdir(exist_ok=True)
+    script = str(TESTS / "support/learning.py")
+    for rank, each in enumerate(ended(start(size, [script, str(folder), str(out), *cases]))):
+        assert each.code == 0, f"rank {rank}: {each.err}"
+    return {case: dict(np.load(out / f"{case}.npz")) for case in (name.partition("@")[0] for name in cases)}
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_folder: Path) -> Callable[[str], Found]:
+    """The findings of one process."""
+    known: dict[str, Found] = {}
+
+    def find(case: str) -> Found:
+        if case not in known:
+            known[case] = learning.steps(learning.learner(str(tiny_folder), case, None), case)
+        return known[case]
+
+    return find
+
+
+def assert_same(found: Found, wanted: Found, tolerance: float) -> None:
+    """Equal but for rounding, and for what depends on the division itself."""
+    divided = ("tokens/packed", "images/encoded", "images/cached", "images/cache_bytes", "micro_batches", "memory/")
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        if not key.partition("/")[2].startswith((*divided, learning.COLLECTIVES)):
+            scale = np.abs(value).max() if value.size else 0.0
+            error = np.abs(found[key] - value).max() / max(scale, 1e-2)
+            assert error <= tolerance, f"{key} is off by {error} of {scale}"
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(
+    request: pytest.FixtureRequest, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Found]:
+    return by_ranks(request.param, tiny_folder, tmp_path_factory.mktemp("ranks"), *EXACT)
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_ranks_learn_what_one_process_learns(case: str, ranks: dict[str, Found], alone: Callable[[str], Found]) -> None:
+    """Some passes of some ranks are fillers, some have no image."""
+    wanted = alone(case)
+    assert_same(ranks[case], wanted, tolerance=1e-5)
+    assert ranks[case]["2/micro_batches"] >= wanted["2/micro_batches"]
+
+
+@pytest.mark.parametrize("case", [name for name in EXACT if CASES[name].sharding is Sharding.optimizer])
+def test_what_is_kept_whole_is_gathered_once_a_step_and_reduced_once(case: str, ranks: dict[str, Found]) -> None:
+    found = ranks[case]
+    for step in (1, 2):
+        gathered, reduced = found[f"{step}/collectives"]
+        assert 0 < gathered <= found["units"]
+        assert 0 < reduced <= gathered, "and none of what does not learn"
+    if case in ("kept whole", "kept whole one by one", "kept whole, last pass of text"):
+        assert gathered == reduced == found["units"]
+    assert min(ranks["one by one"]["2/collectives"]) > 2 * found["units"], "where each micro-batch does so"
+
+
+def test_ranks_learn_adapters(tiny_folder: Path, tmp_path: Path, alone: Callable[[str], Found]) -> None:
+    pytest.importorskip("peft")
+    case = "kept whole, adapters"
+    found = by_ranks(2, tiny_folder, tmp_path, case)[case]
+    assert_same(found, alone(case), tolerance=1e-5)
+    gathered, reduced = found["2/collectives"]
+    assert 0 < reduced <= gathered <= found["units"]
+
+
+def test_master_weights_are_float32(tiny_folder: Path) -> None:
+    """A step that bfloat16 would round to nothing is not lost: it adds up."""
+    trainer = learning.learner(str(tiny_folder), "replicated bfloat16", None)
+    before = {name: weight.detach().clone() for name, weight in trainer.weights().items()}
+    for _ in range(12):
+        trainer.supervised_step(learning.demonstrations(), lr=3e-5)
+    moved = [name for name, weight in trainer.weights().items() if not torch.equal(weight, before[name])]
+    assert {weight.dtype for weight in trainer.weights().values()} == {torch.bfloat16}
+    assert any("layers.0.mlp" in name for name in moved)
+
+
+def test_ranks_in_bfloat16(tiny_folder: Path, tmp_path: Path, alone: Callable[[str], Found]) -> None:
+    for case, found in by_ranks(
+        2, tiny_folder, tmp_path, "bfloat16", "replicated bfloat16", "kept whole in bfloat16"
+    ).items():
+        assert_same(found, alone(case), tolerance=2e-2)
+
+
+def test_ranks_in_float16(tiny_folder: Path, tmp_path: Path, alone: Callable[[str], Found]) -> None:
+    """Eight times nearer to float32 than bfloat16 is: what the loss is scaled by is out of the gradient again."""
+    for case, found in by_ranks(
+        2, tiny_folder, tmp_path, "float16", "replicated float16", "kept whole in float16"
+    ).items():
+        assert_same(found, alone(case), tolerance=3e-3)
+    exact = {
+        key: value for key, value in alone("small").items() if "grad_norm" in key or "loss" in key.partition("/")[2]
+    }
+    half = alone("float16")
+    for key in exact.keys() - {"1/loss_scale", "2/loss_scale"}:
+        np.testing.assert_allclose(half[key], exact[key], rtol=3e-3, atol=1e-4)
+    assert half["2/loss_scale"] == 2**16
+
+
+# ── checkpoints ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_any_number_of_ranks_goes_on_where_another_number_stopped(tiny_folder: Path, tmp_path: Path) -> None:
+    by_one, by_two = str(tmp_path / "by one"), str(tmp_path / "by two")
+
+    def one_process(case: str, checkpoints: str) -> Found:
+        return learning.continued(learning.learner(str(tiny_folder), case, None), case, checkpoints)
+
+    wanted = one_process("small", by_one)
+    two = by_ranks(2, tiny_folder, tmp_path / "2", f"whole@{by_one}", f"small@{by_two}")
+    assert_same(two["whole"], wanted, tolerance=1e-5)
+    assert_same(two["small"], wanted, tolerance=1e-5)
+    four = by_ranks(4, tiny_folder, tmp_path / "4", f"replicated@{by_two}", f"small@{by_two}", f"kept whole@{by_two}")
+    assert_same(four["replicated"], wanted, tolerance=1e-5)
+    assert_same(four["small"], wanted, tolerance=1e-5)
+    assert_same(four["kept whole"], wanted, tolerance=1e-5)
+    assert_same(one_process("one by one", by_two), wanted, tolerance=1e-5)
+    by_slices = str(tmp_path / "by slices")
+    kept = by_ranks(2, tiny_folder, tmp_path / "kept", f"kept whole@{by_slices}")["kept whole"]
+    assert_same(kept, wanted, tolerance=1e-5)
+    again = by_ranks(2, tiny_folder, tmp_path / "again", f"small@{by_slices}", f"whole@{by_slices}")
+    assert_same(again["small"], wanted, tolerance=1e-5)
+    assert_same(again["whole"], wanted, tolerance=1e-5)
+    slices = {path.name[:11] for path in (tmp_path / "by two/step_000001").glob("*.safetensors")}
+    assert slices == {"shard-00001", "shard-00002"}
+
+
+def test_a_checkpoint_in_bfloat16_holds_the_float32_weights(tiny_folder: Path, tmp_path: Path) -> None:
+    wanted = learning.continued(learning.learner(str(tiny_folder), "bfloat16", None), "bfloat16", str(tmp_path))
+    again = learning.continued(learning.learner(str(tiny_folder), "bfloat16", None), "bfloat16", str(tmp_path))
+    assert_same(again, wanted, tolerance=0.0)
+
+
+@pytest.mark.slow
+def test_the_optimizer_in_8_bits(tiny_folder: Path, tmp_path: Path) -> None:
+    """torchao's, which is compiled: over slices, and from a checkpoint."""
+    pytest.importorskip("torchao")
+    wanted = learning.continued(learning.learner(str(tiny_folder), "8 bits", None), "8 bits", str(tmp_path / "saved"))
+    ranks = by_ranks(2, tiny_folder, tmp_path, f"8 bits@{tmp_path / 'saved'}")["8 bits"]
+    assert_same(ranks, wanted, tolerance=1e-2)

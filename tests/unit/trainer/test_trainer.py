@@ -1,0 +1,343 @@
+"""The trainer: one step against a reference in a few lines, whatever the packing; what it refuses; what it reports."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from support.helpers import BANNED, VISION_START, Sampled, plain_logits, plain_logprobs, sample
+from support.learning import batch, demonstrations
+from vlmrl.config.orchestrator import AlgorithmConfig, Loss
+from vlmrl.config.trainer import Decay, Packing, SFTConfig, TrainerConfig
+from vlmrl.errors import NonFiniteLossError
+from vlmrl.models.policy import Policy
+from vlmrl.models.positions import position_function
+from vlmrl.trainer.loss import LOSSES, BatchTotals, LossTokens
+from vlmrl.trainer.optimizer import learning_rate
+from vlmrl.trainer.trainer import EMPTY_STEP, LocalTrainer
+from vlmrl.types import ImageItem, TrainingSample
+
+CONFIG = TrainerConfig(
+    max_steps=10,
+    learning_rate=1e-2,
+    # AdamW's first step is nearly the gradient's sign; with a large eps it is as smooth as the gradient.
+    eps=1e-2,
+    weight_decay=0.1,
+    max_grad_norm=0.5,
+)
+SYSTEM = list(range(100, 120))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def learner(
+    model: Any,
+    config: TrainerConfig = CONFIG,
+    *,
+    algorithm: AlgorithmConfig | None = None,
+    temperature: float = 1.0,
+    banned: list[int] | None = None,
+) -> LocalTrainer:
+    policy = Policy(model, position_function("mrope", 2), banned or [])
+    return LocalTrainer(policy, config, algorithm or AlgorithmConfig(), temperature=temperature, max_new_tokens=4)
+
+
+def weights(model: Any) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def assert_weights(model: Any, wanted: dict[str, Tensor], tolerance: float = 0.0) -> None:
+    for name, parameter in model.named_parameters():
+        error = float((parameter.detach() - wanted[name]).abs().max())
+        assert error <= tolerance, f"{name} is off by {error}"
+
+
+# ── a step ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def reference_steps(
+    model: Any, batches: list[list[TrainingSample]], rl_weight: float, banned: list[int]
+) -> list[tuple[float, float]]:
+    """AdamW (arXiv 1711.05101, algorithm 2) on the loss of samples one by one → (loss, gradient norm) per step."""
+    c, algorithm, figures = CONFIG, AlgorithmConfig(), []
+    allowed = [i for i in range(model.config.text_config.vocab_size) if i not in banned]
+    parameters = list(model.parameters())
+    mean, square = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
+
+    def logprobs_of(samples: list[TrainingSample]) -> Tensor:
+        logprobs = []
+        for s in samples:
+            where = np.flatnonzero(s.loss_mask)
+            logits = plain_logits(model, s.token_ids, s.mm_token_type_ids, s.images)[where - 1]
+            log_p = torch.full_like(logits, torch.nan)
+            log_p[:, allowed] = torch.log_softmax(logits[:, allowed], -1)
+            logprobs.append(log_p[torch.arange(len(where)), s.token_ids[where]])
+        return torch.cat(logprobs)
+
+    for t, samples in enumerate(batches):
+        tokens = LossTokens(
+            logprobs=logprobs_of(samples),
+            inference_logprobs=torch.cat([torch.from_numpy(s.inference_logprobs[s.loss_mask]) for s in samples]),
+            advantages=torch.cat([torch.from_numpy(s.advantages[s.loss_mask]) for s in samples]),
+            sample_index=torch.cat([torch.full((int(s.loss_mask.sum()),), i) for i, s in enumerate(samples)]),
+        )
+        totals = BatchTotals(tokens=len(tokens.logprobs), samples=len(samples), max_new_tokens=4)
+        loss = LOSSES[algorithm.loss](tokens, totals, algorithm).loss
+        demonstrated = -rl_weight * learning_rate(c, t) / c.learning_rate * logprobs_of(demonstrations()).mean()
+        gradients = torch.autograd.grad(loss + demonstrated, parameters)
+        norm = math.sqrt(sum(float((g**2).sum()) for g in gradients))
+        lr = learning_rate(c, t)
+        with torch.no_grad():
+            for p, g, m, v in zip(parameters, gradients, mean, square, strict=True):
+                g = g * min(1.0, c.max_grad_norm / norm)
+                m.mul_(c.betas[0]).add_(g * (1 - c.betas[0]))
+                v.mul_(c.betas[1]).add_(g**2 * (1 - c.betas[1]))
+                m_hat, v_hat = m / (1 - c.betas[0] ** (t + 1)), v / (1 - c.betas[1] ** (t + 1))
+                p.mul_(1 - lr * c.weight_decay).sub_(lr * m_hat / (v_hat.sqrt() + c.eps))
+        figures.append((float(loss.detach()), norm))
+    return figures
+
+
+@pytest.mark.parametrize(("rl_weight", "banned"), [(0.0, []), (0.3, BANNED)])
+def test_steps_are_those_of_a_plain_adamw_on_the_same_loss(
+    tiny_model: Callable[[], Any], rl_weight: float, banned: list[int]
+) -> None:
+    config = replace(CONFIG, warmup=SFTConfig(rl_weight=rl_weight))
+    batches = [batch(), batch()[:4], batch()[2:]]
+    plain, model = tiny_model(), tiny_model()
+    wanted = reference_steps(plain, batches, rl_weight, banned)
+    trainer = learner(model, config, banned=banned)
+    assert trainer.version == 0
+    for t, (samples, (loss, norm)) in enumerate(zip(batches, wanted, strict=True)):
+        result = trainer.train_step(samples, demonstrations() if rl_weight else ())
+        assert result.version == trainer.version == t + 1
+        assert result.metrics["loss"] == pytest.approx(loss, rel=1e-5, abs=1e-6)
+        assert result.metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
+        assert result.metrics["learning_rate"] == learning_rate(CONFIG, t)
+    assert max(norm for _, norm in wanted) > CONFIG.max_grad_norm, "else the clipping is not tested"
+    before = tiny_model()
+    moved = weights(plain)
+    assert max(float((moved[name] - w).abs().max()) for name, w in weights(before).items()) > 1e-3
+    assert_weights(model, weights(plain), tolerance=2e-6)
+
+
+@pytest.mark.parametrize("loss", Loss)
+def test_a_step_depends_neither_on_packing_nor_on_the_budget(tiny_model: Callable[[], Any], loss: Loss) -> None:
+    outcomes = []
+    for packing, budget in ((Packing.none, 1), (Packing.varlen, 80), (Packing.tree, 50), (Packing.tree, 16384)):
+        model = tiny_model()
+        config = replace(CONFIG, packing=packing, micro_batch_tokens=budget)
+        result = learner(model, config, algorithm=AlgorithmConfig(loss=loss)).train_step(batch())
+        outcomes.append((result.metrics, weights(model), result.tokens))
+    figures, wanted, tokens = outcomes[0]
+    assert [m["micro_batches"] for m, *_ in outcomes[::3]] == [8, 1]
+    assert 1 < outcomes[1][0]["micro_batches"] < 8
+    for metrics, found, per_sample in outcomes[1:]:
+        for one, other in zip(tokens, per_sample, strict=True):
+            np.testing.assert_allclose(one.trainer_logprobs, other.trainer_logprobs, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(one.entropies, other.entropies, rtol=1e-5, atol=1e-6)
+        # The peak is of the whole process so far: a later pass may raise it, whatever it computes.
+        for key in metrics.keys() - {"tokens/packed", "images/encoded", "micro_batches", "memory/peak_bytes"}:
+            assert metrics[key] == pytest.approx(figures[key], rel=1e-5, abs=1e-6), key
+        for name in wanted:
+            assert float((found[name] - wanted[name]).abs().max()) <= 2e-6, name
+
+
+def test_the_figures_of_a_step(tiny_model: Callable[[], Any]) -> None:
+    samples, model = batch(), tiny_model()
+    trainer = learner(model)
+    for _ in range(2):
+        trainer.train_step([])
+    plain = tiny_model()
+    with torch.no_grad():
+        logprobs = torch.cat([plain_logprobs(plain, s) for s in samples]).double()
+        entropies = []
+        for s in samples:
+            log_p = torch.log_softmax(plain_logits(plain, s.token_ids, s.mm_token_type_ids, s.images), -1).double()
+            entropies.append(-(log_p.exp() * log_p).sum(-1)[np.flatnonzero(s.loss_mask) - 1])
+    log_ratio = logprobs - torch.cat([torch.from_numpy(s.inference_logprobs[s.loss_mask]) for s in samples])
+    kl = log_ratio.exp() - 1 - log_ratio
+    staleness = np.concatenate([2 - s.versions[s.loss_mask] for s in samples])
+    result = trainer.train_step(samples)
+    metrics = result.metrics
+    lengths = [int(s.loss_mask.sum()) for s in samples]
+    wanted = zip(torch.split(logprobs, lengths), entropies, strict=True)
+    for found, (logprob, entropy) in zip(result.tokens, wanted, strict=True):
+        np.testing.assert_allclose(found.trainer_logprobs, logprob, rtol=1e-5)
+        np.testing.assert_allclose(found.entropies, entropy, rtol=1e-5)
+    assert metrics["entropy"] == pytest.approx(float(torch.cat(entropies).mean()), rel=1e-5)
+    assert metrics["mismatch_kl/mean"] == pytest.approx(float(kl.mean()), rel=1e-4)
+    assert metrics["mismatch_kl/max"] == pytest.approx(float(kl.max()), rel=1e-4)
+    assert metrics["ratio/mean"] == pytest.approx(float(log_ratio.exp().mean()), rel=1e-4)
+    assert metrics["staleness/mean"] == pytest.approx(float(staleness.mean()))
+    assert metrics["staleness/max"] == staleness.max() == 2
+    assert metrics["tokens/trained"] == len(logprobs)
+    assert metrics["tokens/unpacked"] == sum(len(s.token_ids) for s in samples)
+    assert metrics["tokens/packed"] < metrics["tokens/unpacked"] / 2
+    assert metrics["images/encoded"] == len({item.hash for s in samples for item in s.images})
+
+
+def test_an_empty_batch_is_a_step_that_changes_nothing(tiny_model: Callable[[], Any]) -> None:
+    model = tiny_model()
+    trainer, before = learner(model), weights(model)
+    result = trainer.train_step([])
+    assert result.version == trainer.version == 1
+    assert result.metrics.pop("memory/peak_bytes") > 10_000_000
+    assert result.metrics == dict.fromkeys(EMPTY_STEP, 0.0)
+    assert_weights(model, before)
+
+
+def test_frozen_vision_stays_as_it_is_and_the_rest_learns(tiny_model: Callable[[], Any]) -> None:
+    frozen, free = tiny_model(), tiny_model()
+    frozen.base_model.visual.requires_grad_(False)
+    before = weights(frozen)
+    metrics, wanted = learner(frozen).train_step(batch()).metrics, learner(free).train_step(batch()).metrics
+    assert metrics["loss"] == pytest.approx(wanted["loss"])
+    assert metrics["grad_norm"] < wanted["grad_norm"], "the norm is over what learns"
+    for name, parameter in frozen.named_parameters():
+        assert torch.equal(parameter, before[name]) == ("visual" in name), name
+
+
+# ── what stops it ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def with_nan(sample: TrainingSample, field: str) -> TrainingSample:
+    values = getattr(sample, field).copy()
+    values[np.flatnonzero(sample.loss_mask)[-1]] = np.nan
+    return replace(sample, **{field: values})
+
+
+def with_broken_image(sample: TrainingSample) -> TrainingSample:
+    pixels = np.full_like(sample.images[0].mm_kwargs["pixel_values"], np.nan)
+    item = sample.images[0]
+    broken = ImageItem("broken", item.pixels, {**item.mm_kwargs, "pixel_values": pixels}, item.num_tokens)
+    placeholders = (replace(sample.placeholders[0], hash="broken"), *sample.placeholders[1:])
+    return replace(sample, images=(broken, *sample.images[1:]), placeholders=placeholders)
+
+
+BREAK: dict[str, Callable[[TrainingSample], TrainingSample]] = {
+    "advantage": lambda s: with_nan(s, "advantages"),
+    "inference_logprob": lambda s: with_nan(s, "inference_logprobs"),
+    "pixels": with_broken_image,
+}
+
+
+@pytest.mark.parametrize(
+    ("what", "packing"),
+    [
+        ("advantage", Packing.tree),
+        ("advantage", Packing.none),
+        ("inference_logprob", Packing.varlen),
+        ("pixels", Packing.tree),
+    ],
+)
+def test_a_sample_that_is_not_finite_stops_the_step_by_name_and_nothing_is_changed(
+    tiny_model: Callable[[], Any], what: str, packing: Packing
+) -> None:
+    """Also of the optimizer: the step after it is the one that would have come without it."""
+    config = replace(CONFIG, packing=packing, micro_batch_tokens=60)
+    model, other = tiny_model(), tiny_model()
+    trainer, undisturbed = learner(model, config), learner(other, config)
+    good, broken = batch(), batch()
+    broken[3] = BREAK[what](broken[3])
+    for each in (trainer, undisturbed):
+        each.train_step(good)
+    before = weights(model)
+    with pytest.raises(NonFiniteLossError, match=r"loss is nan at version 1: nothing was changed; .*: 1/0$"):
+        trainer.train_step(broken)
+    assert trainer.version == 1
+    assert_weights(model, before)
+    assert all(p.grad is None for p in model.parameters())
+    after, wanted = trainer.train_step(good), undisturbed.train_step(good)
+    assert {**after.metrics, "memory/peak_bytes": 0} == {**wanted.metrics, "memory/peak_bytes": 0}
+    assert_weights(model, weights(other))
+
+
+def test_a_poisoned_weight_stops_the_step(tiny_model: Callable[[], Any]) -> None:
+    model = tiny_model()
+    trainer = learner(model)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[7, 3] = torch.nan
+    with pytest.raises(NonFiniteLossError, match=r"loss is nan at version 0.*: 0/0, 0/1, .*, text$"):
+        trainer.train_step(batch())
+    assert trainer.version == 0
+    assert float(model.get_input_embeddings().weight.isnan().sum()) == 1
+    with pytest.raises(NonFiniteLossError):
+        trainer.supervised_step(batch(), 1e-3)
+    assert trainer.supervised_steps == 0
+
+
+def test_a_gradient_that_is_not_finite_stops_the_step(tiny_model: Callable[[], Any]) -> None:
+    """The loss is finite: only the derivative of this layer is not."""
+    model = tiny_model()
+    trainer, before = learner(model), weights(model)
+    handle = model.base_model.language_model.norm.weight.register_hook(lambda g: g * torch.inf)
+    with pytest.raises(NonFiniteLossError, match=r"gradient norm is (inf|nan) at version 0: .*0/0, 0/1, 0/2"):
+        trainer.train_step(batch())
+    handle.remove()
+    assert_weights(model, before)
+    assert all(p.grad is None for p in model.parameters())
+
+
+# ── schedule, distribution, supervision ─────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("decay", "wanted"),
+    [
+        (Decay.constant, [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        (Decay.linear, [0.25, 0.5, 0.75, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2]),
+        (Decay.cosine, [0.25, 0.5, 0.75, 1.0, 1.0, 0.8828, 0.6, 0.3172, 0.2]),
+    ],
+)
+def test_the_learning_rate_rises_then_decays_to_its_floor(decay: Decay, wanted: list[float]) -> None:
+    config = TrainerConfig(max_steps=8, learning_rate=2.0, lr_warmup_steps=4, decay=decay, min_lr_ratio=0.2)
+    assert [round(learning_rate(config, step) / 2, 4) for step in range(9)] == wanted
+    assert learning_rate(config, 100) == learning_rate(config, 8)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_logprobs_are_of_the_distribution_that_was_sampled_from(
+    tiny_model: Callable[[], Any], temperature: float
+) -> None:
+    """Banned tokens have no share in it, and a sampled one of probability 0 poisons nobody else."""
+    samples, model = batch(), tiny_model()
+    stray = sample("stray", SYSTEM, Sampled([1, VISION_START, 2]))
+    found = learner(model, temperature=temperature, banned=BANNED).logprobs([*samples, stray])
+    plain = tiny_model()
+    for s, mine in zip([*samples, stray], found, strict=True):
+        with torch.no_grad():
+            logits = plain_logits(plain, s.token_ids, s.mm_token_type_ids, s.images) if s is not stray else None
+        if logits is None:
+            assert mine[1] == -np.inf
+            assert np.isfinite(mine[[0, 2]]).all()
+            continue
+        logits[:, BANNED] = -torch.inf
+        where = np.flatnonzero(s.loss_mask)
+        wanted = torch.log_softmax(logits / temperature, -1)[where - 1, s.token_ids[where]]
+        np.testing.assert_allclose(mine, wanted.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_supervised_steps_lower_the_loss_and_are_no_policy_versions(tiny_model: Callable[[], Any]) -> None:
+    samples, model = batch(), tiny_model()
+    with torch.no_grad():
+        wanted = -torch.cat([plain_logprobs(model, s) for s in samples]).mean()
+    config = replace(CONFIG, eps=1e-8, weight_decay=0.0, micro_batch_tokens=60)
+    trainer = learner(model, config)
+    metrics = [trainer.supervised_step(samples, 3e-3) for _ in range(12)]
+    losses = [m["loss"] for m in metrics]
+    assert losses[0] == pytest.approx(float(wanted), rel=1e-5)
+    assert losses[-1] < losses[0] / 2
+    assert metrics[0]["learning_rate"] == 3e-3
+    assert metrics[0]["grad_norm"] > 0
+    assert (trainer.supervised_steps, trainer.version) == (12, 0)

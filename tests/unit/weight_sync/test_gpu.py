@@ -1,0 +1,237 @@
+"""GPU to GPU, without a GPU: what is sent, when, and to whom. The senders alone, which move the data, are stand-ins;
+benchmarks/weight_sync.py has the real ones on GPUs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import orjson
+import pytest
+import torch
+from torch import Tensor
+
+from vlmrl.config.inference import VllmConfig
+from vlmrl.config.model import Dtype
+from vlmrl.config.weight_sync import CudaIpcSyncConfig, NcclSyncConfig, WeightSyncConfig
+from vlmrl.errors import ConfigError, EngineError
+from vlmrl.inference.vllm.client import ImageEncoder, ServerLostError, VllmClient
+from vlmrl.inference.vllm.engine import Replica, VllmEngine
+from vlmrl.weight_sync.gpu import GpuSync, check_places, check_transfer
+from vlmrl.weight_sync.vllm_transfer import Remote, bucket_bytes
+
+CONFIG = VllmConfig(dtype=Dtype.bfloat16, urls=["http://first", "http://second"])
+
+
+class Server:
+    """Answers the control calls of a publish, and says which came."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.version = "-1"
+        self.is_lost = False
+
+    async def __call__(self, request: httpx.Request) -> httpx.Response:
+        if self.is_lost:
+            raise httpx.ReadError("connection reset", request=request)
+        path = request.url.path
+        body = orjson.loads(request.content) if request.content else {}
+        self.calls.append(path.strip("/"))
+        if path == "/update_weight_version":
+            self.version = body["new_version"]
+        if path == "/collective_rpc":
+            return httpx.Response(200, json={"results": [{"unknown": [], "missing": [], "weights": {}}]})
+        return httpx.Response(200, json={"weight_version": self.version, "success": True, "world_size": 3})
+
+
+class Wire:
+    """A sender: what it was given is as it was when `send` returned."""
+
+    def __init__(self, remote: Remote, server: Server) -> None:
+        self.remote = remote
+        self.server = server
+        self.sent: list[dict[str, Tensor]] = []
+        self.is_closed = False
+
+    def send(self, tensors: Mapping[str, Tensor]) -> None:
+        self.remote.start_weight_update()
+        self.sent.append({name: tensor.clone() for name, tensor in tensors.items()})
+        self.server.calls.append("(data)")
+        self.remote.update_weights({"names": list(tensors)})
+        self.remote.finish_weight_update()
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+class Sync(GpuSync):
+    def __init__(self, world: World) -> None:
+        super().__init__(world.engine, lambda: world.weights, verify=False)
+        self.world = world
+
+    def _open(self, remote: Remote, client: VllmClient, tensors: Mapping[str, Tensor]) -> Wire:
+        self.world.wires.append(Wire(remote, self.world.servers[client.name]))
+        return self.world.wires[-1]
+
+
+class World:
+    """Two servers that run already, and the trainer's weights."""
+
+    def __init__(self) -> None:
+        self.engine = VllmEngine(CONFIG, Path(), Path(), [], print, print)
+        self.weights = {"w": torch.tensor([1.0, 2.0]), "tied": torch.ones(3)}
+        self.weights["head"] = self.weights["tied"]
+        self.wires: list[Wire] = []
+        self.servers: dict[str, Server] = {}
+        for replica in self.engine.replicas:
+            self.begin(replica)
+        self.sync = Sync(self)
+
+    def begin(self, replica: Replica) -> None:
+        """A new life of a server."""
+        server = self.servers[replica.name] = Server()
+        replica.client = VllmClient(
+            replica.name,
+            replica.name,
+            None,
+            ImageEncoder(Dtype.bfloat16, []),
+            Counter(),
+            10.0,
+            transport=httpx.MockTransport(server),
+        )
+        replica.is_ready = True
+
+
+def in_world(scenario: Callable[[World], Coroutine[Any, Any, None]]) -> None:
+    async def run() -> None:
+        world = World()
+        await scenario(world)
+        world.sync.close()
+        assert all(wire.is_closed for wire in world.wires)
+
+    asyncio.run(run())
+
+
+def test_every_server_gets_every_tensor_once_in_the_engines_dtype_while_it_is_paused() -> None:
+    async def scenario(world: World) -> None:
+        await world.sync.publish(0)
+        await world.sync.publish(1)
+        assert len(world.wires) == 2  # a life of a server, a sender
+        for wire in world.wires:
+            assert [sorted(sent) for sent in wire.sent] == [["tied", "w"]] * 2
+            assert all(tensor.dtype is torch.bfloat16 for sent in wire.sent for tensor in sent.values())
+        for server in world.servers.values():
+            assert server.version == "1"
+            calls = server.calls[server.calls.index("pause") :]
+            second = calls[calls.index("pause", 1) :]
+            update = ["start_weight_update", "(data)", "update_weights", "finish_weight_update"]
+            assert second[: second.index("finish_weight_update") + 1][-4:] == update
+            assert second.index("pause") < second.index("start_weight_update")
+            assert second.index("finish_weight_update") < second.index("reset_prefix_cache") < second.index("resume")
+
+    in_world(scenario)
+
+
+def test_a_server_that_comes_back_gets_what_was_published_not_what_the_trainer_is_at() -> None:
+    async def scenario(world: World) -> None:
+        await world.sync.publish(7)
+        world.weights["w"].add_(100.0)  # in the middle of a step
+        replica = world.engine.replicas[0]
+        world.begin(replica)
+        await world.sync.restore(replica)
+        dead, other, new = (
+            world.wires
+            if world.wires[0].server is not world.servers["http://second"]
+            else (
+                world.wires[1],
+                world.wires[0],
+                world.wires[2],
+            )
+        )
+        assert new.sent[0]["w"].tolist() == [1.0, 2.0]
+        assert world.servers[replica.name].version == "7"
+        assert (dead.is_closed, other.is_closed, new.is_closed) == (True, False, False)
+
+    in_world(scenario)
+
+
+def test_a_server_that_dies_in_its_update_is_left_to_the_engine_and_the_other_gets_its_own() -> None:
+    async def scenario(world: World) -> None:
+        await world.sync.publish(0)
+        world.servers["http://first"].is_lost = True
+        await world.sync.publish(1)
+        assert world.servers["http://second"].version == "1"
+        with pytest.raises(ServerLostError, match="connection reset"):
+            await world.sync.restore(world.engine.replicas[0])
+
+    in_world(scenario)
+
+
+def test_a_failed_update_gives_up_the_broadcast() -> None:
+    async def scenario(world: World) -> None:
+        await world.sync.publish(0)
+        wire = world.wires[0]
+        given_up: list[bool] = []
+        wire.remote.on_failure = lambda: given_up.append(True)
+        wire.server.is_lost = True
+        with pytest.raises(ServerLostError):
+            await asyncio.to_thread(wire.remote.update_weights, {"names": []})
+        assert given_up == [True]
+        assert await asyncio.to_thread(world.wires[1].remote.world_size) == 3
+
+    in_world(scenario)
+
+
+def test_a_wrong_answer_to_an_update_is_an_error() -> None:
+    async def scenario(world: World) -> None:
+        server = world.servers["http://first"]
+
+        async def refuse(request: httpx.Request) -> httpx.Response:
+            if request.url.path == "/update_weights":
+                return httpx.Response(500, json={"error": {"message": "shape mismatch"}})
+            return await server(request)
+
+        client = world.engine.replicas[0].client
+        assert client is not None
+        client._http = httpx.AsyncClient(base_url="http://first", transport=httpx.MockTransport(refuse))
+        with pytest.raises(EngineError, match="shape mismatch"):
+            await world.sync.publish(0)
+
+    in_world(scenario)
+
+
+def test_buckets_hold_the_largest_tensor() -> None:
+    assert bucket_bytes({"small": torch.zeros(2)}) == 256 * 2**20
+    large = torch.empty(2**28, dtype=torch.bfloat16, device="meta")
+    assert bucket_bytes({"large": large, "small": torch.zeros(2)}) == 2**29
+
+
+@pytest.mark.parametrize(
+    ("sync", "replicas", "devices", "message"),
+    [
+        (NcclSyncConfig(), 1, ["0", "1"], None),
+        (NcclSyncConfig(), 1, ["0"], "weight_sync=nccl requires servers on other GPUs .* set weight_sync=cuda_ipc"),
+        (NcclSyncConfig(), 2, ["3", "5"], "than the trainer's 3.*weight_sync=folder"),
+        (CudaIpcSyncConfig(), 1, ["0"], None),
+        (CudaIpcSyncConfig(), 1, ["0", "1"], "requires every server on the trainer's GPU 0.*they are on 1.*nccl"),
+    ],
+)
+def test_servers_must_be_on_the_gpus_that_the_transfer_needs(
+    sync: WeightSyncConfig, replicas: int, devices: list[str], message: str | None
+) -> None:
+    config = VllmConfig(replicas=replicas)
+    if message is None:
+        check_places(sync, config, "auto", devices)
+        return
+    with pytest.raises(ConfigError, match=message):
+        check_places(sync, config, "auto", devices)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_said() -> None:
+    with pytest.raises(ConfigError, match="weight_sync=nccl requires a GPU that torch can use"):
+        check_transfer(NcclSyncConfig(), VllmConfig(), "auto")

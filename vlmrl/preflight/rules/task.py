@@ -1,0 +1,62 @@
+"""The task can be found, and what it asks fits into an answer."""
+
+from __future__ import annotations
+
+import math
+
+from vlmrl.config.import_paths import is_import_path
+from vlmrl.config.run import RunConfig
+from vlmrl.config.task import ColorCodewordConfig
+from vlmrl.errors import ConfigError
+from vlmrl.preflight.estimate.sizes import image_bounds
+from vlmrl.preflight.estimate.vision import IMAGE_FRAME, TURN_FRAME, vision_tokens
+
+
+def task_has_class(config: RunConfig) -> None:
+    """`task.target` can be an import path."""
+    if not is_import_path(config.task.target):
+        raise ConfigError(
+            f"task.target={config.task.target} requires the form package.module:Class, else no class can be imported: "
+            "set task=my_package.my_module:MyTask"
+        )
+
+
+def squares_fill_patches(config: RunConfig) -> None:
+    """color_codeword: a square is whole image tokens, and an answer fits in its completion."""
+    task, vlm = config.task, config.model.vlm
+    if not isinstance(task, ColorCodewordConfig):
+        return
+    if vlm is not None and vlm.family == "qwen3_vl" and task.image_size % QWEN3_VL_TOKEN_PIXELS != 0:
+        raise ConfigError(
+            f"task.image_size={task.image_size} requires a multiple of {QWEN3_VL_TOKEN_PIXELS}, else the processor "
+            f"of model.vlm.family=qwen3_vl rescales the squares (its tokens are {QWEN3_VL_TOKEN_PIXELS} pixels wide): "
+            f"set task.image_size={max(1, round(task.image_size / QWEN3_VL_TOKEN_PIXELS)) * QWEN3_VL_TOKEN_PIXELS}"
+        )
+    letters = task.max_turns * task.images_per_turn
+    if config.orchestrator.max_new_tokens < letters + 1:
+        raise ConfigError(
+            f"orchestrator.max_new_tokens={config.orchestrator.max_new_tokens} requires a codeword of fewer letters "
+            f"than task.max_turns * task.images_per_turn = {letters}, else the last answer is cut before its end: "
+            f"set orchestrator.max_new_tokens={letters + 1} or more"
+        )
+
+
+QWEN3_VL_TOKEN_PIXELS = 32
+"""Pixels per side of one image token: patches of 16, merged 2 by 2."""
+
+
+def episode_has_room(config: RunConfig) -> None:
+    """color_codeword: the last turn can be reached. Images alone, and one token for each answer."""
+    task, bounds = config.task, image_bounds(config.model)
+    if not isinstance(task, ColorCodewordConfig) or bounds is None:
+        return
+    image = vision_tokens(task.image_size, task.image_size, bounds)
+    images = task.max_turns * task.images_per_turn
+    least = images * (image + IMAGE_FRAME) + task.max_turns * (1 + TURN_FRAME)
+    if least > config.trainer.seq_len:
+        raise ConfigError(
+            f"trainer.seq_len={config.trainer.seq_len} requires less than task.max_turns={task.max_turns} × "
+            f"task.images_per_turn={task.images_per_turn} images ({image} tokens each with "
+            f"task.image_size={task.image_size}), else no episode reaches its last turn: it takes at least {least} "
+            f"tokens. Set trainer.seq_len={2 ** math.ceil(math.log2(least + 1))}, or fewer or smaller images"
+        )

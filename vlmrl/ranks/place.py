@@ -1,0 +1,81 @@
+"""Which rank of how many this process is, by what started it. No torch.
+
+    python -m vlmrl …                               one process, rank 0 of 1
+    torchrun --nproc-per-node=2 -m vlmrl …          RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT
+    srun --ntasks=2 python -m vlmrl …               SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID, …; the last
+                                                    tasks may serve instead (vlmrl/ranks/slurm.py)
+
+Slurm's variables are those of a step: a batch script that runs `python -m vlmrl` without srun is one process, although
+SLURM_NTASKS may say more.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from vlmrl.errors import ConfigError
+from vlmrl.ranks.slurm import first_host, serving_tasks, tasks_of_step
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+FIRST_PORT, PORTS = 20_000, 20_000
+"""Where the ranks of a Slurm step meet: a port that the step's number gives, below those that Linux hands out."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A process among the `size` of its run."""
+
+    rank: int = 0
+    """0 runs the orchestrator; the others train with it."""
+    size: int = 1
+    local_rank: int = 0
+    """Among the ranks of its host; the number of its GPU, where each rank sees all of them."""
+    address: str = ""
+    """Of rank 0's host."""
+    port: int = 0
+    """There, where the ranks meet."""
+
+
+_joined: Place | None = None
+
+
+def joined(place: Place | None) -> None:
+    """This process has met the others there, and nothing in the environment says so any more. None: it has left."""
+    global _joined
+    _joined = place
+
+
+def find_place(environment: Mapping[str, str] = os.environ) -> Place:
+    """Raises `ConfigError` where a launcher's variables are only half there.
+
+    >>> find_place({})
+    Place(rank=0, size=1, local_rank=0, address='', port=0)
+    >>> find_place({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "29500"})
+    Place(rank=3, size=4, local_rank=1, address='a', port=29500)
+    """
+    if _joined is not None and environment is os.environ:
+        return _joined
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        missing = [name for name in TORCHRUN if name not in environment]
+        if missing and environment["WORLD_SIZE"] != "1":
+            raise ConfigError(
+                f"WORLD_SIZE={environment['WORLD_SIZE']} requires {', '.join(missing)} too, else the ranks cannot "
+                "meet: start the run with torchrun or srun, or unset RANK and WORLD_SIZE"
+            )
+        rank, size, local_rank = (int(environment.get(name, 0)) for name in TORCHRUN[:3])
+        return Place(rank, size, local_rank, environment.get("MASTER_ADDR", ""), int(environment.get("MASTER_PORT", 0)))
+    size = tasks_of_step(environment) - serving_tasks()
+    if size == 1:
+        return Place()
+    job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
+    one_host = environment.get("SLURM_STEP_NUM_NODES") == "1"
+    return Place(
+        rank=int(environment["SLURM_PROCID"]),
+        size=size,
+        local_rank=int(environment["SLURM_LOCALID"]),
+        address="127.0.0.1" if one_host else first_host(environment["SLURM_STEP_NODELIST"]),
+        port=FIRST_PORT + (31 * job + step) % PORTS,
+    )

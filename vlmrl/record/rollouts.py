@@ -1,0 +1,305 @@
+"""Every rollout on disk, dropped ones too: rollouts/*.jsonl, images/*.png and tokens.jsonl, written in one background
+thread.
+
+One JSON object per line and rollout; the keys are those of `RolloutRecord`. Nothing is stored twice within a
+branch: a turn stores the tokens of its prompt from `prompt_offset` on, the number of tokens that it shares with
+the turn before it (that turn's prompt and completion), and the placeholders that lie in this tail. A first turn
+and a turn that starts a new branch store everything, `prompt_offset` 0. Offsets count from the start of the prompt.
+
+    turn 0   prompt [5, 9, 9, 7]     completion [1, 2]
+             → "prompt_offset": 0, "prompt_token_ids": [5, 9, 9, 7], "placeholders": [[1, 2, "ab…"]]
+    turn 1   prompt [5, 9, 9, 7, 1, 2, 6, 9, 9]
+             → "prompt_offset": 6, "prompt_token_ids": [6, 9, 9], "placeholders": [[7, 2, "cd…"]]
+
+`read_rollouts` puts the whole prompts back. Logprobs are written as the shortest decimal that gives the same
+float32. An image part of a message carries the hash of its picture: the image parts of a turn's messages are, in
+order, the last placeholders of its prompt (in a branch that renders the whole conversation anew, earlier
+placeholders belong to earlier turns' messages).
+
+Left out on purpose: `mm_kwargs` (the processor makes them again from the picture); their digests stand in the PNG.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, TypedDict
+
+import numpy as np
+import orjson
+import PIL.Image
+from PIL.PngImagePlugin import PngInfo
+
+from vlmrl.errors import VlmrlError
+from vlmrl.record.run_dir import RunDir, disk_errors, write_atomically, write_bytes_atomically
+from vlmrl.record.tokens import TokenSpellings
+from vlmrl.types import Image, ImageItem, Message, Rollout, Text, Turn
+
+Split: TypeAlias = Literal["train", "eval_sampled", "eval_greedy"]
+
+ROLLOUT_ID = re.compile(rb'\{"rollout_id":"([^"\\]*)"')
+"""How a line begins."""
+QUEUE = 4
+"""Step files that may wait for the disk; the next `write` waits for the oldest of them."""
+
+
+class PartRecord(TypedDict, total=False):
+    """`{"type": "text", "text": …}` or `{"type": "image", "hash": …}`; hash None where the prompt has no such image."""
+
+    type: Literal["text", "image"]
+    text: str
+    hash: str | None
+
+
+class MessageRecord(TypedDict):
+    role: str
+    content: list[PartRecord]
+
+
+class TurnRecord(TypedDict):
+    """One turn as `read_rollouts` gives it; P tokens of the prompt, C of the completion."""
+
+    branch: int
+    messages: list[MessageRecord]
+    prompt_offset: int
+    """Tokens shared with the turn before."""
+    prompt_token_ids: list[int]
+    """[P]; in the file only [prompt_offset:]."""
+    placeholders: list[tuple[int, int, str]]
+    """(offset, length, image hash) of each image in the prompt; in the file only those from prompt_offset on."""
+    completion_ids: list[int]
+    """[C]."""
+    logprobs: list[float]
+    """[C]; natural log."""
+    versions: list[int]
+    """[C]; policy version that sampled each token."""
+    trainer_logprobs: list[float] | None
+    """[C]; natural log, by the weights that the step began with. None where nothing was learned from the turn."""
+    entropies: list[float] | None
+    """[C]; of the trainer's distributions, in nats. None likewise."""
+    finish_reason: Literal["stop", "length"]
+    text: str
+    reward: float
+    advantage: float
+
+
+class RolloutRecord(TypedDict):
+    """One line."""
+
+    rollout_id: str
+    problem_id: str
+    step: int
+    split: Split
+    index: int
+    reward: float
+    metrics: dict[str, float]
+    stop_reason: str
+    """A value of `StopReason`."""
+    filtered: list[str]
+    """Values of `DropReason` that the filters found, whether they drop or only track."""
+    dropped: str | None
+    """A value of `DropReason`."""
+    error: str | None
+    seconds: float
+    turns: list[TurnRecord]
+
+
+class RolloutRecorder:
+    """Writes step files in the order of the calls, in one thread behind a bounded queue."""
+
+    def __init__(self, run_dir: RunDir) -> None:
+        self._run_dir = run_dir
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recorder")
+        self._waiting: deque[Future[None]] = deque()
+        self._images: set[str] = set()  # hashes on disk; touched by the thread only
+        self._spellings: TokenSpellings | None = None
+
+    def spell_with(self, tokenizer: Any) -> None:
+        """Keep the spelling of every token from now on (tokens.jsonl)."""
+        self._spellings = TokenSpellings(self._run_dir.tokens, tokenizer)
+
+    def write(self, step: int, rollouts: Mapping[Split, Sequence[Rollout]]) -> None:
+        """Record a step's rollouts: {"train": …}, or {"eval_sampled": …, "eval_greedy": …}, a file each.
+
+        Returns at once unless `QUEUE` files wait. The rollouts must not change any more. Raises VlmrlError when
+        an earlier file could not be written.
+        """
+        kind: Literal["step", "eval"] = "step" if "train" in rollouts else "eval"
+        assert kind == "eval" or len(rollouts) == 1, f"one file for {list(rollouts)}"
+        self._collect(leave=QUEUE - 1)
+        path = self._run_dir.rollouts_file(kind, step)
+        self._waiting.append(self._thread.submit(self._write, path, step, dict(rollouts)))
+
+    def flush(self) -> None:
+        """Return when everything is on the disk. Raises VlmrlError where it is not."""
+        self._collect(leave=0)
+
+    def close(self) -> None:
+        """`flush`, and end the thread."""
+        try:
+            self.flush()
+        finally:
+            self._thread.shutdown()
+
+    def _collect(self, leave: int) -> None:
+        while self._waiting and (len(self._waiting) > leave or self._waiting[0].done()):
+            self._waiting.popleft().result()
+
+    def _write(self, path: Path, step: int, rollouts: dict[Split, Sequence[Rollout]]) -> None:
+        for image in _images(rollout for group in rollouts.values() for rollout in group):
+            if image.hash not in self._images:
+                picture = self._run_dir.image(image.hash)
+                if not picture.exists():
+                    with disk_errors(picture):
+                        write_png(picture, image)
+                self._images.add(image.hash)
+        if self._spellings is not None:
+            self._spellings.add(_tokens(rollout for group in rollouts.values() for rollout in group))
+        lines = b"".join(record_line(rollout, step, split) for split, group in rollouts.items() for rollout in group)
+        with disk_errors(path):
+            write_bytes_atomically(path, lines)
+
+
+def _images(rollouts: Iterable[Rollout]) -> Iterator[ImageItem]:
+    return (image for rollout in rollouts for turn in rollout.turns for image in turn.prompt.images)
+
+
+def _tokens(rollouts: Iterable[Rollout]) -> set[int]:
+    turns = [turn for rollout in rollouts for turn in rollout.turns]
+    arrays = [array for turn in turns for array in (turn.prompt.token_ids, turn.completion.token_ids)]
+    return set(np.unique(np.concatenate(arrays)).tolist()) if arrays else set()
+
+
+DIGESTS = "vlmrl:mm_kwargs"
+"""Keyword of the PNG's text chunk that holds `mm_kwargs_digests`."""
+
+
+def mm_kwargs_digests(image: ImageItem) -> dict[str, str]:
+    """Name → dtype, shape and SHA-256 of each tensor that the processor made of the picture: small enough to be kept,
+    and enough for a replay to see that today's processor makes another one.
+
+    >>> grid = np.array([[1, 2, 2]])
+    >>> mm_kwargs_digests(ImageItem("ab", np.zeros((32, 32, 3), np.uint8), {"image_grid_thw": grid}, 1))
+    {'image_grid_thw': 'int64[1, 3] 8e593fdee7021d9c'}
+    """
+    return {
+        name: f"{array.dtype}{list(array.shape)} {hashlib.sha256(array.tobytes()).hexdigest()[:16]}"
+        for name, array in sorted(image.mm_kwargs.items())
+    }
+
+
+def recorded_digests(picture: PIL.Image.Image) -> dict[str, str] | None:
+    """`mm_kwargs_digests` as they stand in a picture of a run; None where they do not."""
+    text = picture.info.get(DIGESTS)
+    return None if text is None else orjson.loads(text)
+
+
+def write_png(path: Path, image: ImageItem) -> None:
+    """Write the picture, RGB, lossless, with the digests of its tensors in a text chunk. Raises OSError."""
+    picture, note = PIL.Image.fromarray(image.pixels), PngInfo()
+    note.add_text(DIGESTS, orjson.dumps(mm_kwargs_digests(image)).decode())
+    write_atomically(path, lambda file: picture.save(file, format="PNG", compress_level=1, pnginfo=note))
+
+
+def record_line(rollout: Rollout, step: int, split: Split) -> bytes:
+    """The line of a rollout, newline included."""
+    record = {
+        "rollout_id": rollout.rollout_id,
+        "problem_id": rollout.problem_id,
+        "step": step,
+        "split": split,
+        "index": rollout.index,
+        "reward": rollout.reward,
+        "metrics": rollout.metrics,
+        "stop_reason": rollout.stop_reason.value,
+        "filtered": [reason.value for reason in rollout.filtered],
+        "dropped": rollout.dropped and rollout.dropped.value,
+        # An exception may quote a file name that is no valid Unicode.
+        "error": rollout.error and rollout.error.encode(errors="replace").decode(),
+        "seconds": rollout.seconds,
+        "turns": [_turn(turn, before) for before, turn in pairwise([None, *rollout.turns]) if turn is not None],
+    }
+    return orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
+
+
+def _turn(turn: Turn, previous: Turn | None) -> dict[str, Any]:
+    prompt, completion = turn.prompt, turn.completion
+    offset = shared_prefix(turn, previous)
+    return {
+        "branch": turn.branch,
+        "messages": _messages(turn.messages, [placeholder.hash for placeholder in prompt.placeholders]),
+        "prompt_offset": offset,
+        "prompt_token_ids": np.ascontiguousarray(prompt.token_ids[offset:]),
+        "placeholders": [(p.offset, p.length, p.hash) for p in prompt.placeholders if p.offset >= offset],
+        # orjson takes contiguous arrays only, and an engine may hand out columns of its batch.
+        "completion_ids": np.ascontiguousarray(completion.token_ids),
+        "logprobs": np.ascontiguousarray(completion.logprobs),
+        "versions": np.ascontiguousarray(completion.versions),
+        "trainer_logprobs": turn.learned and np.ascontiguousarray(turn.learned.trainer_logprobs),
+        "entropies": turn.learned and np.ascontiguousarray(turn.learned.entropies),
+        "finish_reason": completion.finish_reason,
+        "text": turn.text,
+        "reward": turn.reward,
+        "advantage": turn.advantage,
+    }
+
+
+def shared_prefix(turn: Turn, previous: Turn | None) -> int:
+    """Tokens of the prompt that the turn before has already: all of its prompt and completion, or none.
+
+    None also where a turn of the same branch does not extend the one before, token for token and image for image;
+    the record is exact then, only longer.
+    """
+    if previous is None or previous.branch != turn.branch:
+        return 0
+    before, sampled, now = previous.prompt, previous.completion.token_ids, turn.prompt
+    middle, end = len(before.token_ids), len(before.token_ids) + len(sampled)
+    extends = (
+        np.array_equal(now.token_ids[:middle], before.token_ids)
+        and np.array_equal(now.token_ids[middle:end], sampled)
+        and tuple(p for p in now.placeholders if p.offset < end) == before.placeholders
+    )
+    return end if extends else 0
+
+
+def _messages(messages: Sequence[Message], hashes: Sequence[str]) -> list[MessageRecord]:
+    """`hashes` of all images of the prompt, in order; the last of them are those of `messages`."""
+    count = sum(isinstance(part, Image) for message in messages for part in message.content)
+    own: Iterator[str | None] = iter([*[None] * count, *hashes][-count:])
+
+    def part_record(part: Text | Image) -> PartRecord:
+        if isinstance(part, Text):
+            return {"type": "text", "text": part.text}
+        return {"type": "image", "hash": next(own)}
+
+    return [{"role": message.role, "content": [part_record(part) for part in message.content]} for message in messages]
+
+
+def read_rollouts(path: Path, wanted: Callable[[str], bool] = lambda rollout_id: True) -> Iterator[RolloutRecord]:
+    """The rollouts of a file, prompts and placeholders whole again; only those whose `rollout_id` is `wanted`, which
+    costs less than reading all. Raises OSError, VlmrlError."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            named = ROLLOUT_ID.match(line)
+            if named and not wanted(named[1].decode()):
+                continue
+            try:
+                record: RolloutRecord = orjson.loads(line)
+            except orjson.JSONDecodeError as error:
+                raise VlmrlError(f"{path}, line {number} is no JSON: the file was edited or damaged") from error
+            previous: TurnRecord | None = None
+            for turn in record["turns"]:
+                own = [(offset, length, hash) for offset, length, hash in turn["placeholders"]]
+                turn["placeholders"] = own
+                if turn["prompt_offset"]:
+                    assert previous is not None, f"{path}, line {number}: a first turn with prompt_offset"
+                    shared = previous["prompt_token_ids"] + previous["completion_ids"]
+                    turn["prompt_token_ids"] = shared + turn["prompt_token_ids"]
+                    turn["placeholders"] = previous["placeholders"] + own
+                previous = turn
+            yield record

@@ -1,0 +1,301 @@
+"""The run directory: the one place that knows what its files are called.
+
+    outputs/latest -> 2026-03-01/12-00-00_qwen3vl_tiny_color_codeword
+    outputs/2026-03-01/12-00-00_qwen3vl_tiny_color_codeword/
+        config.yaml                 the resolved RunConfig, and under `environment` what it ran with
+        metrics.jsonl               one JSON object per optimizer step
+        supervised.jsonl            one per supervised step (warm-up, mode=sft); absent where there were none
+        rollouts/step_000012.jsonl  every training rollout of step 12
+        rollouts/eval_000012.jsonl  every evaluation rollout after step 12, sampled and greedy
+        images/<hash>.png           each distinct image once
+        tokens.jsonl                the spelling of every token in rollouts/
+        checkpoints/step_000020/
+        logs/main.log               one file per process
+        wandb/                      Weights & Biases; run_id beside it survives a resume
+        report.html                 what there is to see, in one page
+        replay/step_000021/         mode=replay: replay.json, the table, in a run folder of its own
+        doctor.json                 mode=doctor: the table, one object per line
+        summary.json                final figures, wall-clock, exit reason
+        overrides.json              of a sweep's job: what it is (vlmrl/sweep/)
+
+A file is written beside its place and renamed into it, so a run that is killed leaves no half file; the metrics
+log alone grows in place. Left out on purpose: anything of the environment variables or the command line in
+config.yaml, which may hold keys.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Literal, TypeAlias
+
+import orjson
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from vlmrl.config.run import Mode, RunConfig
+from vlmrl.errors import ConfigError, VlmrlError
+
+log = logging.getLogger(__name__)
+
+RecordKind: TypeAlias = Literal["step", "eval"]
+
+PACKAGES = ("vlmrl", "torch", "transformers", "renderers", "hydra-core", "numpy")
+
+
+def run_name(choices: Mapping[str, str | None], target: str, mode: Mode) -> str:
+    """What a single run's folder is called after its time: the experiment, else model and task, and a mode that is not
+    the usual one. A task of the user's own goes by its class.
+
+    >>> chosen = {"experiment": None, "model": "qwen3vl_tiny", "task": "color_codeword"}
+    >>> run_name(chosen, "vlmrl.tasks.color_codeword:ColorCodeword", Mode.eval)
+    'qwen3vl_tiny_color_codeword_eval'
+    >>> run_name({**chosen, "task": "imported"}, "my_package.my_module:Counting", Mode.rl)
+    'qwen3vl_tiny_Counting'
+    >>> run_name({**chosen, "experiment": "color_codeword_4b"}, "vlmrl.tasks.color_codeword:ColorCodeword", Mode.rl)
+    'color_codeword_4b'
+    """
+    task = target.rpartition(":")[2] if choices["task"] == "imported" else choices["task"]
+    name = choices["experiment"] or f"{choices['model']}_{task}"
+    return name if mode is Mode.rl else f"{name}_{mode.name}"
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError (disk full, folder gone) into the VlmrlError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise VlmrlError(
+            f"{path} cannot be written ({error.strerror}), so the run would leave no record: "
+            "free space or mend the folder, then continue with resume="
+        ) from error
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Let `write` fill a file that appears at `path` whole or not at all. Raises OSError.
+
+    The temporary name is fixed (`.<name>.tmp`): one process writes a run folder, and what a killed one left
+    behind is overwritten by the next.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_bytes_atomically(path: Path, data: bytes) -> None:
+    """`write_atomically` for bytes at hand."""
+    write_atomically(path, lambda file: file.write(data))
+
+
+class RunDir:
+    """Names and writes the files of one run. Making the object touches nothing; `create` does.
+
+    >>> run_dir = RunDir("/tmp/outputs/2026-03-01/12-00-00_tiny")
+    >>> run_dir.rollouts_file("eval", 12).relative_to(run_dir.path).as_posix()
+    'rollouts/eval_000012.jsonl'
+    >>> run_dir.checkpoint(20).name
+    'step_000020'
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).absolute()
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.supervised = self.path / "supervised.jsonl"
+        self.rollouts = self.path / "rollouts"
+        self.images = self.path / "images"
+        self.tokens = self.path / "tokens.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.logs = self.path / "logs"
+        self.main_log = self.logs / "main.log"
+        self.wandb = self.path / "wandb"
+        self.wandb_run_id = self.wandb / "run_id"
+        self.report = self.path / "report.html"
+        self.report_log = self.logs / "report.log"
+        self.doctor = self.path / "doctor.json"
+        self.replay = self.path / "replay.json"
+        self.summary = self.path / "summary.json"
+        self.overrides = self.path / "overrides.json"
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.path.name
+
+    def rollouts_file(self, kind: RecordKind, step: int) -> Path:
+        """Rollouts that were learned from in `step`, or evaluated after it."""
+        return self.rollouts / f"{kind}_{step:06d}.jsonl"
+
+    def image(self, hash: str) -> Path:
+        """The picture of an `ImageItem`."""
+        return self.images / f"{hash}.png"
+
+    def checkpoint(self, step: int) -> Path:
+        """The checkpoint folder of the weights after `step`."""
+        return self.checkpoints / f"step_{step:06d}"
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps that have a checkpoint folder, ascending; temporary folders are not among them."""
+        steps = (folder.name.removeprefix("step_") for folder in self.checkpoints.glob("step_*") if folder.is_dir())
+        return sorted(int(step) for step in steps if step.isdigit())
+
+    def rollouts_after(self, step: int) -> list[Path]:
+        """Rollout files of later steps than `step`: what a resumed run writes anew."""
+        return [path for path in sorted(self.rollouts.glob("*_*.jsonl")) if int(path.stem.split("_")[1]) > step]
+
+    # ── making it ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def create(self, *, resume: bool = False) -> None:
+        """Make the folder and its subfolders.
+
+        Raises ConfigError where the folder cannot be written, and, unless `resume`, where it already holds the
+        figures of a run: two runs in one folder could not be told apart.
+        """
+        if not resume and (self.metrics.exists() or self.supervised.exists()):
+            raise ConfigError(
+                f"output_dir={self.path} already holds a run, so two runs would mix in one folder: "
+                f"set another output_dir, or continue that run with resume={self.path}"
+            )
+        try:
+            for folder in (self.path, self.rollouts, self.images, self.checkpoints, self.logs):
+                folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+        except OSError as error:
+            raise ConfigError(
+                f"output_dir={self.path} cannot be written ({error.strerror}), so the run could leave nothing: "
+                "set output_dir to a folder that you may write to"
+            ) from error
+
+    def point_latest(self) -> None:
+        """Point `latest` in the nearest ancestor called `outputs` (else in the parent) at this run.
+
+        Best effort: where the file system has no links, or something else is called `latest`, the log says so.
+        """
+        home = next((parent for parent in self.path.parents if parent.name == "outputs"), self.path.parent)
+        temporary = home / f".latest.{os.getpid()}"
+        try:
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(self.path.relative_to(home), target_is_directory=True)
+            try:
+                temporary.replace(home / "latest")
+            finally:
+                temporary.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("%s does not point at this run: %s", home / "latest", error)
+
+    # ── config.yaml ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def write_config(self, config: RunConfig) -> None:
+        """Write config.yaml: the resolved config and, under `environment`, versions and the git commit."""
+        tree = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
+        assert isinstance(tree, dict)
+
+        tree["environment"] = environment()
+        with disk_errors(self.config):
+            write_bytes_atomically(self.config, OmegaConf.to_yaml(OmegaConf.create(tree)).encode())
+
+    def read_config(self, *, key: str = "resume") -> DictConfig:
+        """config.yaml without `environment`, to be merged into the schema. Raises ConfigError, which calls the folder
+        by the `key` that named it."""
+        try:
+            config = OmegaConf.load(self.config)
+        except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"{key}={self.path} holds no readable config.yaml ({error}), so there is no run to continue: "
+                "name the folder of a run, for example outputs/latest"
+            ) from error
+        if not isinstance(config, DictConfig):
+            raise ConfigError(f"{key}={self.path}: config.yaml is no mapping, so it was not written by a run")
+        config.pop("environment", None)
+        return config
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write summary.json; figures that are not finite become null."""
+        options = orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
+        with disk_errors(self.summary):
+            write_bytes_atomically(self.summary, orjson.dumps(summary, option=options))
+
+    def write_doctor(self, lines: list[dict[str, Any]]) -> None:
+        """Write doctor.json."""
+        with disk_errors(self.doctor):
+            options = orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
+            write_bytes_atomically(self.doctor, orjson.dumps(lines, option=options))
+
+    def write_replay(self, content: dict[str, object]) -> None:
+        """Write replay.json; figures that are not finite become null."""
+        with disk_errors(self.replay):
+            options = orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
+            write_bytes_atomically(self.replay, orjson.dumps(content, option=options))
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """summary.json of the run so far; None where it has not ended yet (or was killed)."""
+        if not self.summary.exists():
+            return None
+        summary = orjson.loads(self.summary.read_bytes())
+        assert isinstance(summary, dict)
+        return summary
+
+    def write_overrides(self, overrides: list[str]) -> None:
+        """Write overrides.json."""
+        with disk_errors(self.overrides):
+            write_bytes_atomically(self.overrides, orjson.dumps(overrides, option=orjson.OPT_APPEND_NEWLINE))
+
+    def read_overrides(self) -> list[str] | None:
+        """overrides.json; None where the run is no job of a sweep."""
+        if not self.overrides.exists():
+            return None
+        overrides = orjson.loads(self.overrides.read_bytes())
+        assert isinstance(overrides, list)
+        return overrides
+
+
+def environment() -> dict[str, Any]:
+    """What the run ran with. A package that is not installed (vlmrl from a bare checkout) has version None."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "git": git_state(Path(__file__).parent),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """`{"commit": 40 hex digits, "dirty": bool}` of the checkout that tracks `folder`.
+
+    None without git, or where `folder` is not tracked: an installed package in a virtual environment that happens
+    to lie in somebody else's checkout has no commit of its own.
+    """
+    tracked = _git(folder, "ls-files", "--", ".")
+    commit = _git(folder, "rev-parse", "HEAD")
+    changes = _git(folder, "status", "--porcelain", "--untracked-files=normal")
+    if not tracked or not commit or changes is None:
+        return None
+    return {"commit": commit.strip(), "dirty": bool(changes.strip())}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    command = ["git", "-C", str(folder), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None

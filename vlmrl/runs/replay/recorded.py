@@ -1,0 +1,166 @@
+"""A step's batch as it was recorded: rollouts/step_*.jsonl and images/*.png → `Rollout`s, and which steps have weights.
+
+    rollouts/step_000021.jsonl ─┐
+    images/<hash>.png ─ today's renderer ─▶ ImageItem ─┴─▶ Rollout, as the loop handed it to `make_samples`
+
+The weights that learned from step N are those of policy version N − 1: the checkpoint of that name. Checkpoints are
+kept every `trainer.checkpoint_every` steps, the newest `trainer.keep_checkpoints` of them, so few steps can be
+replayed; the first one always, since what came before it (the model, and the warm-up where there was one) is a function
+of the config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image as PILImage
+
+from vlmrl.errors import ConfigError, VlmrlError
+from vlmrl.record.rollouts import RolloutRecord, TurnRecord, mm_kwargs_digests, read_rollouts, recorded_digests
+from vlmrl.record.run_dir import RunDir
+from vlmrl.rendering.images import ImageError
+from vlmrl.rendering.renderer import Renderer
+from vlmrl.types import (
+    Completion,
+    DropReason,
+    Image,
+    ImageItem,
+    Message,
+    Placeholder,
+    Prompt,
+    Rollout,
+    StopReason,
+    Text,
+    TokenFigures,
+    Turn,
+)
+
+
+def check_replayable(run_dir: RunDir, step: int) -> None:
+    """Raise `ConfigError` where the batch of `step`, or the weights that learned from it, are gone."""
+    recorded = [int(path.stem.removeprefix("step_")) for path in sorted(run_dir.rollouts.glob("step_*.jsonl"))]
+    kept = run_dir.checkpoint_steps()
+    possible = [each for each in recorded if each == 1 or each - 1 in kept]
+    remedy = f"set step={' or '.join(map(str, possible[-8:]))}" if possible else "replay another run"
+    if step not in recorded:
+        raise ConfigError(
+            f"step={step} requires {run_dir.rollouts_file('step', step)}, else there is no batch to replay "
+            f"(mode=rl writes it where monitor.record_rollouts=true): {remedy}"
+        )
+    if step not in possible:
+        raise ConfigError(
+            f"step={step} requires the checkpoint of policy version {step - 1}, else the weights that learned from "
+            f"this batch are gone ({run_dir.checkpoints} holds {', '.join(map(str, kept)) or 'none'}): {remedy}; a run "
+            "keeps more of them with trainer.checkpoint_every and trainer.keep_checkpoints"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class RecordedImage:
+    """One picture of the batch, and what today's code makes of its file."""
+
+    hash: str
+    """As recorded."""
+    item: ImageItem
+    digests: Mapping[str, str] | None
+    """Of the processor's tensors when the run saw it (`mm_kwargs_digests`); None in a run that did not note them."""
+
+    @property
+    def changed_tensors(self) -> list[str]:
+        """Names of tensors that today's processor makes otherwise, or that only one of the two makes."""
+        if self.digests is None:
+            return []
+        today = mm_kwargs_digests(self.item)
+        return sorted(name for name in {*today, *self.digests} if today.get(name) != self.digests.get(name))
+
+
+def load_images(run_dir: RunDir, records: Sequence[RolloutRecord], renderer: Renderer) -> dict[str, RecordedImage]:
+    """Recorded hash → image, in the order in which the batch shows them. Raises VlmrlError where a file is gone."""
+    hashes = dict.fromkeys(
+        hash for record in records for turn in record["turns"] for _, _, hash in turn["placeholders"]
+    )
+    found = {}
+    for hash in hashes:
+        path = run_dir.image(hash)
+        try:
+            with PILImage.open(path) as picture:
+                digests = recorded_digests(picture)
+            (item,) = renderer.images([Image(path)])
+        except (OSError, ImageError) as error:
+            raise VlmrlError(f"{path} cannot be read, so its batch cannot be replayed: {error}") from error
+        found[hash] = RecordedImage(hash, item, digests)
+    return found
+
+
+def load_records(run_dir: RunDir, step: int) -> list[RolloutRecord]:
+    """The step's rollouts, dropped ones too. Raises VlmrlError."""
+    return list(read_rollouts(run_dir.rollouts_file("step", step)))
+
+
+def rollout_of(record: RolloutRecord, images: Mapping[str, RecordedImage]) -> Rollout:
+    """The rollout as the loop had it, with today's images in its prompts."""
+    return Rollout(
+        rollout_id=record["rollout_id"],
+        problem_id=record["problem_id"],
+        index=record["index"],
+        turns=[_turn(turn, images) for turn in record["turns"]],
+        reward=record["reward"],
+        metrics=record["metrics"],
+        stop_reason=StopReason(record["stop_reason"]),
+        error=record["error"],
+        dropped=None if record["dropped"] is None else DropReason(record["dropped"]),
+        seconds=record["seconds"],
+    )
+
+
+def _turn(record: TurnRecord, images: Mapping[str, RecordedImage]) -> Turn:
+    shown = [(offset, length, images[hash].item) for offset, length, hash in record["placeholders"]]
+    prompt = Prompt(
+        np.array(record["prompt_token_ids"], np.int64),
+        tuple(Placeholder(offset, length, item.hash) for offset, length, item in shown),
+        tuple(item for _, _, item in shown),
+    )
+    completion = Completion(
+        np.array(record["completion_ids"], np.int64),
+        np.array(record["logprobs"], np.float32),
+        np.array(record["versions"], np.int64),
+        record["finish_reason"],
+    )
+    learned, entropies = record.get("trainer_logprobs"), record.get("entropies")
+    return Turn(
+        prompt=prompt,
+        completion=completion,
+        text=record["text"],
+        messages=[_message(message, images) for message in record["messages"]],
+        branch=record["branch"],
+        reward=record["reward"],
+        advantage=record["advantage"],
+        learned=None
+        if learned is None or entropies is None
+        else TokenFigures(np.array(learned, np.float32), np.array(entropies, np.float32)),
+    )
+
+
+def _message(record: Mapping[str, object], images: Mapping[str, RecordedImage]) -> Message:
+    parts: list[Text | Image] = []
+    content = record["content"]
+    assert isinstance(content, list)
+    for part in content:
+        if part["type"] == "text":
+            parts.append(Text(part["text"]))
+        else:
+            parts.append(Image(images[part["hash"]].item.pixels))
+    role = record["role"]
+    assert role in ("system", "user", "assistant", "tool")
+    return Message(role, tuple(parts))
+
+
+def fits(rollout: Rollout) -> bool:
+    """Whether each image still takes the tokens that its placeholder has: one of another size would not."""
+    return all(
+        place.length == image.num_tokens
+        for turn in rollout.turns
+        for place, image in zip(turn.prompt.placeholders, turn.prompt.images, strict=True)
+    )

@@ -1,0 +1,230 @@
+"""What a task does when it is asked for problems and played: the facts that `rules.py` judges.
+
+Everything that a task returned is kept as it came, whatever it is. Only images are read at once, by the decoder of the
+data path: an env may draw its next frame over the last one.
+"""
+
+from __future__ import annotations
+
+import math
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias, get_args
+
+from vlmrl.rendering.images import ImageError, decode, image_hash
+from vlmrl.tasks.base import Reply, Split
+from vlmrl.types import Image, Message, Text
+
+SPLITS: tuple[Split, ...] = get_args(Split)
+IDS_PER_PROBLEM = 16
+"""Ids are cheap: for each problem that is played, so many are only asked for their id."""
+FAR_INDEX = 1 << 40
+"""Supervised steps ask for training problems from here on."""
+SEEDS = (0, 1, 2, 3, 4, 5, 6, (1 << 64) - 1)
+"""Of random demonstrations; a run's are of 64 bits."""
+NONSENSE = ("", "☃ 12,5 <b>no idea</b>\n", "Z" * 500)
+"""What an untrained policy may say."""
+
+
+Source: TypeAlias = Literal["reset", "step", "demonstration"]
+
+
+@dataclass
+class Episode:
+    """One problem played with one script."""
+
+    where: str
+    env: Any
+    prompt: Any
+    answers: tuple[str, ...]
+    replies: list[Any]
+
+
+@dataclass
+class Seen:
+    """One problem, asked for twice and played once per script."""
+
+    where: str
+    id: Any
+    env: Any
+    prompt: Any
+    prompt_asked_again: Any
+    episodes: list[Episode] = field(default_factory=list)
+    demonstration: Any = None
+    """None: the task has no demonstrations."""
+    random_demonstrations: list[Any] = field(default_factory=list)
+    """One per seed of `SEEDS`."""
+    random_demonstration_again: Any = None
+    """The first seed's, asked for again."""
+
+
+@dataclass
+class Observed:
+    """All that the rules judge. Values are `Any`: what a user's task returned, whatever it is."""
+
+    task: Any
+    max_turns: int
+    problems: dict[Split, list[Seen]]
+    ids: dict[Split, list[Any]]
+    """By index; `IDS_PER_PROBLEM` times as many as problems."""
+    ids_asked_again: dict[Split, list[Any]]
+    """The same, by index; asked for from the last to the first."""
+    texts: Any = None
+    raised: str | None = None
+    """The first exception of the task's code, after which nothing more was asked."""
+    pixels: dict[Image, str | ImageError] = field(default_factory=dict)
+    """The hash of each image that was handed out, or why it has none."""
+
+    def all_problems(self) -> Iterator[Seen]:
+        for split in SPLITS:
+            yield from self.problems[split]
+
+    def all_episodes(self) -> Iterator[Episode]:
+        for seen in self.all_problems():
+            yield from seen.episodes
+
+    def all_replies(self) -> Iterator[tuple[str, Any]]:
+        """With the place of each."""
+        for episode in self.all_episodes():
+            for turn, reply in enumerate(episode.replies, start=1):
+                yield f"{episode.where}, turn {turn}", reply
+
+    def all_conversations(self) -> Iterator[tuple[Source, str, Any]]:
+        """Every value that must be a tuple of messages: who gave it, the place, the value."""
+        for seen in self.all_problems():
+            for prompt in (seen.prompt, seen.prompt_asked_again, *(episode.prompt for episode in seen.episodes)):
+                yield "reset", seen.where, prompt
+            if seen.demonstration is not None:
+                yield "demonstration", seen.where, seen.demonstration
+                for random in (*seen.random_demonstrations, seen.random_demonstration_again):
+                    yield "demonstration", f"{seen.where}, random answers", random
+        for where, reply in self.all_replies():
+            yield "step", where, reply.messages if isinstance(reply, Reply) and not reply.done else ()
+
+    def content(self, messages: Iterable[Message]) -> list[tuple[Any, ...]]:
+        """What two conversations must agree in to be equal: roles, texts, pixels."""
+        return [
+            (message.role, *(part.text if isinstance(part, Text) else self.pixels[part] for part in message.content))
+            for message in messages
+        ]
+
+    def look(self, messages: Any) -> Any:
+        """Read the images of messages that were just handed out; gives the messages back."""
+        for message in messages if is_conversation(messages) else ():
+            for part in message.content if isinstance(message.content, tuple) else ():
+                if isinstance(part, Image) and part not in self.pixels:
+                    try:
+                        self.pixels[part] = image_hash(decode(part.source))
+                    except ImageError as error:
+                        self.pixels[part] = error
+        return messages
+
+
+class _TaskRaisedError(Exception):
+    """The task's code raised; the message says where and what."""
+
+
+@contextmanager
+def _calling(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # a user's code may raise anything, and that it did is the finding
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise _TaskRaisedError(f"{what}: {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})") from error
+
+
+def observe(task: Any, problems: int, max_turns: int) -> Observed:
+    """Ask and play. Ends early where the task raises; judges nothing."""
+    observed = Observed(task, max_turns, {s: [] for s in SPLITS}, {s: [] for s in SPLITS}, {s: [] for s in SPLITS})
+    try:
+        for split in SPLITS:
+            for index in range(problems * IDS_PER_PROBLEM):
+                observed.ids[split].append(_problem(task, split, index).id)
+            for index in range(problems):
+                observed.problems[split].append(_see(observed, split, index))
+        for split in SPLITS:
+            for index in reversed(range(problems * IDS_PER_PROBLEM)):
+                observed.ids_asked_again[split].insert(0, _problem(task, split, index).id)
+            for index in reversed(range(problems)):
+                with _calling(f"reset() of {split} {index}, asked for again"):
+                    prompt = task.env(_problem(task, split, index)).reset()
+                observed.problems[split][index].prompt_asked_again = observed.look(prompt)
+        _problem(task, "train", FAR_INDEX)
+        with _calling("texts()"):
+            observed.texts = task.texts()
+    except _TaskRaisedError as error:
+        observed.raised = str(error)
+    return observed
+
+
+def _problem(task: Any, split: Split, index: int) -> Any:
+    with _calling(f'problem("{split}", {index})'):
+        problem = task.problem(split, index)
+        problem.id  # noqa: B018 - read here, so that a problem without one is reported with its index
+    return problem
+
+
+def _see(observed: Observed, split: Split, index: int) -> Seen:
+    task, look = observed.task, observed.look
+    problem = _problem(task, split, index)
+    where = f"{split} {index}"
+    with _calling(f"env() or reset() of {where}"):
+        env = task.env(problem)
+        prompt = look(env.reset())
+    seen = Seen(where, problem.id, env, prompt, None)
+    scripts = {"nonsense": NONSENSE * math.ceil(observed.max_turns / len(NONSENSE))}
+    try:
+        with _calling(f"demonstration() of {where}"):
+            seen.demonstration = look(task.demonstration(problem, random_answers=False, seed=0))
+            for seed in (*SEEDS, SEEDS[0]):
+                seen.random_demonstrations.append(look(task.demonstration(problem, random_answers=True, seed=seed)))
+            seen.random_demonstration_again = seen.random_demonstrations.pop()
+    except _TaskRaisedError as error:
+        if not isinstance(error.__cause__, NotImplementedError):
+            raise
+        seen.demonstration = None
+        seen.random_demonstrations = []
+    else:
+        scripts["true answers"] = answers_in(seen.demonstration, prompt)
+        scripts["random answers"] = answers_in(seen.random_demonstrations[0], prompt)
+    for script, answers in scripts.items():
+        seen.episodes.append(_play(observed, problem, f"{where}, {script}", answers))
+    return seen
+
+
+def _play(observed: Observed, problem: Any, where: str, answers: tuple[str, ...]) -> Episode:
+    """Give the answers, then the last one over and over, until done or the turns are spent."""
+    with _calling(f"env() or reset() of {where}"):
+        env = observed.task.env(problem)
+        episode = Episode(where, env, observed.look(env.reset()), answers, [])
+    for turn in range(observed.max_turns if answers else 0):
+        with _calling(f"step() of {where}, turn {turn + 1}"):
+            reply = env.step(answers[min(turn, len(answers) - 1)])
+        episode.replies.append(reply)
+        if not isinstance(reply, Reply) or reply.done:
+            break
+        observed.look(reply.messages)
+    return episode
+
+
+def is_conversation(messages: Any) -> bool:
+    return isinstance(messages, tuple) and all(isinstance(message, Message) for message in messages)
+
+
+def after_prompt(demonstration: Any, prompt: Any) -> tuple[Message, ...]:
+    """What a demonstration adds to the prompt; () where either is no conversation (a rule of its own says so)."""
+    if not (is_conversation(demonstration) and is_conversation(prompt)):
+        return ()
+    return tuple(demonstration[len(prompt) :])
+
+
+def answers_in(demonstration: Any, prompt: Any) -> tuple[str, ...]:
+    return tuple(text_of(message) for message in after_prompt(demonstration, prompt) if message.role == "assistant")
+
+
+def text_of(message: Message) -> str:
+    """ "" for a malformed message; the rule `messages` says so."""
+    parts = message.content if isinstance(message.content, tuple) else ()
+    return "".join(part.text for part in parts if isinstance(part, Text) and isinstance(part.text, str))
