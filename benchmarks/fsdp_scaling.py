@@ -36,7 +36,7 @@ from vlmrl.config.orchestrator import AlgorithmConfig
 from vlmrl.config.trainer import Sharding, TrainerConfig
 from vlmrl.models.blocks import prepare_blocks
 from vlmrl.models.policy import Policy
-from vlmrl.ranks.rank_group import Group, follow, init_from_environment
+from vlmrl.ranks.rank_group import RankGroup, follow, init_from_environment
 from vlmrl.ranks.rank_group import group as joined_group
 from vlmrl.rendering.renderer import Renderer
 from vlmrl.runs.parts import on_own_device
@@ -102,7 +102,7 @@ def follower(settings: Settings) -> Follower:
 
 
 class Bench:
-    def __init__(self, arguments: argparse.Namespace, group: Group | None) -> None:
+    def __init__(self, arguments: argparse.Namespace, group: RankGroup | None) -> None:
         self.arguments = arguments
         self.group = group
         self.gpus = 1 if group is None else group.size
@@ -124,7 +124,7 @@ class Bench:
             elif self.group is not None:
                 self.row(row, Sharding(row), self.group)
 
-    def row(self, name: str, sharding: Sharding, group: Group | None) -> None:
+    def row(self, name: str, sharding: Sharding, group: RankGroup | None) -> None:
         settings = Settings(
             size=self.arguments.size,
             device=self.arguments.device,

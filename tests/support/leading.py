@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from vlmrl.errors import RankError
 from vlmrl.ranks import messages
-from vlmrl.ranks.rank_group import Group, follow, init_from_environment
+from vlmrl.ranks.rank_group import RankGroup, follow, init_from_environment
 
 MEMORY = "/memfd:vlmrl"
 LOOKING = ("shared", "nothing shared", "killed looking", "no room")
@@ -48,7 +48,7 @@ def no_room(path: str, sizes: Sequence[int]) -> list[memoryview]:
     raise OSError(12, "Cannot allocate memory")
 
 
-def look(group: Group) -> None:
+def look(group: RankGroup) -> None:
     """Have the other ranks look at 4 MiB each, three times; print what the last saw, and how many files were opened."""
     answers: list[tuple[float, bool]] = []
     before = len(os.listdir("/proc/self/fd"))

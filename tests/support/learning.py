@@ -26,7 +26,7 @@ from vlmrl.models.checkpoints.load import load_model
 from vlmrl.models.lora import add_adapters
 from vlmrl.models.policy import Policy
 from vlmrl.models.positions import position_function
-from vlmrl.ranks.rank_group import Group, follow, init_from_environment
+from vlmrl.ranks.rank_group import RankGroup, follow, init_from_environment
 from vlmrl.trainer.checkpoint import Checkpoints
 from vlmrl.trainer.learner import Follower, Learner
 from vlmrl.trainer.trainer import LocalTrainer
@@ -138,7 +138,7 @@ def parts(folder: str, name: str) -> tuple[Policy, TrainerConfig]:
     return Policy(model, position_function("mrope", 2), []), config
 
 
-def learner(folder: str, name: str, group: Group | None) -> LocalTrainer:
+def learner(folder: str, name: str, group: RankGroup | None) -> LocalTrainer:
     """That of rank 0, or of a process alone."""
 
     def own() -> LocalTrainer:

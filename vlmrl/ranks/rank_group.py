@@ -72,7 +72,7 @@ class _Link:
     reader: threading.Thread | None = None
 
 
-class Group:
+class RankGroup:
     """This process's part in the run. Made by `join`."""
 
     def __init__(self, place: Place) -> None:
@@ -290,16 +290,16 @@ def _keep_alive(connection: Connection[Any, Any]) -> None:
             shared.setsockopt(socket.SOL_SOCKET if option == socket.SO_KEEPALIVE else socket.IPPROTO_TCP, option, value)
 
 
-_group: Group | None = None
+_group: RankGroup | None = None
 
 
-def group() -> Group | None:
+def group() -> RankGroup | None:
     """This process's group; None where it is a run alone."""
     return _group
 
 
 @contextmanager
-def init_from_environment() -> Iterator[Group | None]:
+def init_from_environment() -> Iterator[RankGroup | None]:
     """Join the other ranks, if the environment says that there are any (place.py); leave them at the end.
 
     Within it, again: the same group. Rank 0 gets here first of all, before its arguments are looked at, so that the
@@ -313,7 +313,7 @@ def init_from_environment() -> Iterator[Group | None]:
     if place.size == 1:
         yield None
         return
-    _group = Group(place)
+    _group = RankGroup(place)
     joined(place)
     try:
         yield _group
@@ -324,7 +324,7 @@ def init_from_environment() -> Iterator[Group | None]:
         joined(None)
 
 
-def follow(group: Group, make: Callable[..., object]) -> int:
+def follow(group: RankGroup, make: Callable[..., object]) -> int:
     """What a rank other than 0 does: wait for work and do it, until rank 0 says that the run is over → exit code.
 
     `make` is the first work of each run: its result does the work that follows.

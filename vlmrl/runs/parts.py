@@ -19,7 +19,7 @@ from vlmrl.models.checkpoints.load import load_model, resolve_checkpoint
 from vlmrl.models.learning import choose_what_learns
 from vlmrl.models.policy import Policy
 from vlmrl.models.positions import position_function
-from vlmrl.ranks.rank_group import Group
+from vlmrl.ranks.rank_group import RankGroup
 from vlmrl.record.logs import MainLog
 from vlmrl.record.run_dir import RunDir
 from vlmrl.trainer.learner import Follower, Learner
@@ -28,7 +28,7 @@ from vlmrl.trainer.trainer import LocalTrainer
 log = logging.getLogger(__name__)
 
 
-def on_own_device(config: ModelConfig, group: Group | None) -> ModelConfig:
+def on_own_device(config: ModelConfig, group: RankGroup | None) -> ModelConfig:
     """With the GPU of this rank, where there are several."""
     if group is None or config.device == "cpu" or not torch.cuda.is_available():
         return config
@@ -43,7 +43,7 @@ def begin(config: RunConfig) -> None:
     torch.manual_seed(config.seed)
 
 
-def make_model(config: RunConfig, folder: Path, group: Group | None) -> Any:
+def make_model(config: RunConfig, folder: Path, group: RankGroup | None) -> Any:
     """The model of the checkpoint `folder` on this rank's device, with what of it learns, its layers prepared."""
     model: Any = load_model(folder, on_own_device(config.model, group))
     torch.manual_seed(config.seed)  # whatever came before: adapters begin alike on all ranks
@@ -61,7 +61,7 @@ def make_policy(config: RunConfig, model: Any, banned_token_ids: Sequence[int]) 
 
 
 def make_trainer(
-    config: RunConfig, policy: Policy, texts: tuple[str, ...], banned_token_ids: Sequence[int], group: Group | None
+    config: RunConfig, policy: Policy, texts: tuple[str, ...], banned_token_ids: Sequence[int], group: RankGroup | None
 ) -> LocalTrainer:
     """Rank 0's; the other ranks make their parts of it at the same time."""
 
@@ -76,7 +76,7 @@ def make_trainer(
 class Following:
     """What makes the learners of a rank other than 0, one for each run, and keeps its log: `logs/rank_1.log`."""
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: RankGroup) -> None:
         self._group = group
         self._log = ExitStack()
 

@@ -41,7 +41,7 @@ from vlmrl.orchestrator.rollout import RolloutRunner
 from vlmrl.orchestrator.supervised import AFTER_WARMUP, demonstration_samples
 from vlmrl.orchestrator.vision_gap import VisionGap
 from vlmrl.preflight.rules.ranks import ranks_work_together
-from vlmrl.ranks.rank_group import Group, follow, init_from_environment
+from vlmrl.ranks.rank_group import RankGroup, follow, init_from_environment
 from vlmrl.record.run_dir import RunDir
 from vlmrl.rendering.renderer import Renderer, make_renderer
 from vlmrl.runs.doctor.doctor import Doctor, conclude
@@ -77,12 +77,12 @@ def execute(config: RunConfig) -> float | None:
         return None
 
 
-def follow_leader(group: Group) -> int:
+def follow_leader(group: RankGroup) -> int:
     """What a rank other than 0 does → exit code."""
     return follow(group, Following(group).make)
 
 
-def lead(config: RunConfig, group: Group | None) -> float | None:
+def lead(config: RunConfig, group: RankGroup | None) -> float | None:
     """The run itself: of one process, or of rank 0."""
     ranks_work_together(config, 1 if group is None else group.size)
     if config.mode is Mode.export:  # computes nothing, and needs no GPU
@@ -192,14 +192,14 @@ class Run:
     weight_sync: WeightSync
     evaluator: Evaluator
     checkpoints: Checkpoints
-    group: Group | None
+    group: RankGroup | None
     stop: Stop | None = field(init=False, default=None)
     """Who asked the run to stop, if anybody did."""
     _saved: tuple[int, ...] | None = field(init=False, default=None)
     """What the newest checkpoint holds (`_progress`)."""
 
     @staticmethod
-    def build(config: RunConfig, run_dir: RunDir, monitor: Monitor, group: Group | None = None) -> Run:
+    def build(config: RunConfig, run_dir: RunDir, monitor: Monitor, group: RankGroup | None = None) -> Run:
         """Task, checkpoint, renderer, policy, trainer, engine, in the order of the data path."""
         begin(config)
         task = load_task(config.task, seed=config.seed)

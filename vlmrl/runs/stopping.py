@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 from vlmrl.ranks import slurm
-from vlmrl.ranks.rank_group import Group
+from vlmrl.ranks.rank_group import RankGroup
 
 
 class Stop(asyncio.Event):
@@ -62,7 +62,7 @@ def asked_to_stop(warn: Callable[[str], None]) -> Iterator[Stop]:
 
 
 @contextmanager
-def rank_lost(group: Group | None) -> Iterator[asyncio.Event]:
+def rank_lost(group: RankGroup | None) -> Iterator[asyncio.Event]:
     """An event that is set when a rank of `group` has ended before its time."""
     lost, loop = asyncio.Event(), asyncio.get_running_loop()
 

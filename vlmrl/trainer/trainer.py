@@ -19,7 +19,7 @@ from vlmrl.config.orchestrator import AlgorithmConfig
 from vlmrl.config.trainer import TrainerConfig
 from vlmrl.errors import NonFiniteLossError
 from vlmrl.models.policy import Policy
-from vlmrl.ranks.rank_group import Group
+from vlmrl.ranks.rank_group import RankGroup
 from vlmrl.trainer.learner import Learner, Outcome, Step
 from vlmrl.trainer.loss import BatchTotals, loss_metrics
 from vlmrl.trainer.optimizer import learning_rate
@@ -54,7 +54,7 @@ class LocalTrainer:
         *,
         temperature: float,
         max_new_tokens: int,
-        group: Group | None = None,
+        group: RankGroup | None = None,
     ) -> None:
         """The other ranks of `group` make their learners at the same time, and do what this one asks of them."""
         self._group = group
