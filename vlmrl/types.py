@@ -303,7 +303,7 @@ class Turn:
     completion was cut."""
     advantage: float = 0.0
     """Filled by advantages.py; float per turn, broadcast over the completion's tokens."""
-    learned: TokenFigures | None = None
+    learned: TokenMetrics | None = None
     """Filled by samples.py after the step: the trainer's view of the completion, C tokens. None where nothing was
     learned from it."""
 
@@ -379,7 +379,7 @@ class TrainingSample:
 
 
 @dataclass(frozen=True, eq=False)
-class TokenFigures:
+class TokenMetrics:
     """What the trainer found at N loss tokens, before the step changed the weights."""
 
     trainer_logprobs: FloatArray
@@ -396,7 +396,7 @@ class StepResult:
     """Policy version after the step."""
     metrics: dict[str, float] = field(default_factory=dict)
     """`loss`, `grad_norm`, `entropy`, `mismatch_kl/mean`, … (DESIGN.md's keys)."""
-    tokens: Sequence[TokenFigures] = field(default=(), compare=False)
+    tokens: Sequence[TokenMetrics] = field(default=(), compare=False)
     """Of the loss tokens of each sample, in the order of the samples and of their tokens."""
 
 

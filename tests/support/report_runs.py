@@ -23,7 +23,7 @@ from vlmrl.types import (
     Prompt,
     Rollout,
     StopReason,
-    TokenFigures,
+    TokenMetrics,
     Turn,
 )
 
@@ -78,7 +78,7 @@ def one_turn(
         branch=0,
         reward=reward,
         advantage=advantage,
-        learned=TokenFigures(
+        learned=TokenMetrics(
             logprobs + random.normal(0, 0.01, len(completion_ids)).astype(np.float32),
             random.exponential(size=len(completion_ids)).astype(np.float32),
         ),

@@ -33,13 +33,13 @@ from vlmrl.monitor.report.background import ReportWriter
 from vlmrl.monitor.wandb_logger import WandbLogger
 from vlmrl.record.logs import MainLog
 from vlmrl.record.metrics import ELAPSED, EVAL_GREEDY, EVAL_SAMPLED, ZERO_ADVANTAGE, MetricsLog, Record, read_metrics
-from vlmrl.record.rollouts import RolloutRecorder, Split
+from vlmrl.record.rollouts import RecordedSplit, RolloutRecorder
 from vlmrl.record.run_dir import RunDir, disk_errors
 from vlmrl.types import Group, Rollout
 
 log = logging.getLogger(__name__)
 
-SPLITS: dict[str, Split] = {"sampled": "eval_sampled", "greedy": "eval_greedy"}
+SPLITS: dict[str, RecordedSplit] = {"sampled": "eval_sampled", "greedy": "eval_greedy"}
 """Kinds of evaluation → how their rollouts are recorded."""
 
 

@@ -23,12 +23,12 @@ from typing import Literal
 
 from vlmrl.config.orchestrator import AlgorithmConfig, OrchestratorConfig
 from vlmrl.errors import NonFiniteLossError
-from vlmrl.monitor.monitor import Monitor
 from vlmrl.orchestrator.advantages import assign_advantages, mark_dropped
 from vlmrl.orchestrator.evaluation import Evaluator
 from vlmrl.orchestrator.faults import FaultWatch
 from vlmrl.orchestrator.filters import find_filtered
 from vlmrl.orchestrator.overlap import Overlap
+from vlmrl.orchestrator.recorder import Recorder
 from vlmrl.orchestrator.rollout import RolloutRunner
 from vlmrl.orchestrator.samples import make_samples, note_learned
 from vlmrl.orchestrator.step_metrics import rollout_metrics, throughput_metrics, time_metrics
@@ -51,7 +51,7 @@ class Loop:
     trainer: Trainer
     weight_sync: WeightSync
     evaluator: Evaluator
-    monitor: Monitor
+    recorder: Recorder
     checkpoint: Callable[[int], None]
     """Called after each step with its number; saves when it is time."""
     demonstrations: Callable[[int], list[TrainingSample]]
@@ -120,7 +120,7 @@ class Loop:
         try:
             result = await asyncio.to_thread(self.trainer.train_step, samples, self.demonstrations(step))
         except NonFiniteLossError:
-            self.monitor.record(step, groups)  # the error names samples: they can be looked up
+            self.recorder.record(step, groups)  # the error names samples: they can be looked up
             raise
         trained = time.perf_counter()
         note_learned((rollout for group in groups for rollout in group.rollouts), result.tokens)
@@ -134,7 +134,7 @@ class Loop:
             **throughput_metrics(groups, seconds=synced - started),
             **(time_metrics(started, rolled_out, prepared, trained, synced) | self._overlap.metrics(step)),
         }
-        self.monitor.step(step, metrics, groups)
+        self.recorder.step(step, metrics, groups)
         self._faults.check(step, groups)
         if self.evaluator.is_due(step, self.max_steps):
             await self.evaluate(step)
@@ -145,5 +145,5 @@ class Loop:
         metrics, rollouts = await self.evaluator.run(step)
         # The engine's counters are read here too, or the next step would count the evaluation as its own.
         metrics |= {f"eval/{key}": value for key, value in self.engine.metrics().items()}
-        self.monitor.evaluation(step, metrics, rollouts)
+        self.recorder.evaluation(step, metrics, rollouts)
         self._overlap.begin()

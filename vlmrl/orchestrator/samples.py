@@ -17,7 +17,7 @@ from itertools import groupby, pairwise
 
 import numpy as np
 
-from vlmrl.types import IntArray, Prompt, Rollout, TokenFigures, TrainingSample, Turn, mm_token_type_ids
+from vlmrl.types import IntArray, Prompt, Rollout, TokenMetrics, TrainingSample, Turn, mm_token_type_ids
 
 
 def make_samples(rollout: Rollout) -> list[TrainingSample]:
@@ -30,7 +30,7 @@ def make_samples(rollout: Rollout) -> list[TrainingSample]:
     return [_branch_sample(rollout.rollout_id, turns) for turns in _branches(rollout)]
 
 
-def note_learned(rollouts: Iterable[Rollout], figures: Sequence[TokenFigures]) -> None:
+def note_learned(rollouts: Iterable[Rollout], figures: Sequence[TokenMetrics]) -> None:
     """Give each turn that was learned from what the trainer found at its tokens (`Turn.learned`).
 
     `figures` are those of the samples that `make_samples` made of the rollouts, in order; dropped rollouts have none.
@@ -40,7 +40,7 @@ def note_learned(rollouts: Iterable[Rollout], figures: Sequence[TokenFigures]) -
         start = 0
         for turn in turns:
             part = slice(start, start := start + len(turn.completion.token_ids))
-            turn.learned = TokenFigures(found.trainer_logprobs[part], found.entropies[part])
+            turn.learned = TokenMetrics(found.trainer_logprobs[part], found.entropies[part])
         assert start == len(found.entropies), f"{start} tokens sampled, figures of {len(found.entropies)}"
 
 

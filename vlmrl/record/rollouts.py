@@ -40,7 +40,7 @@ from vlmrl.record.run_dir import RunDir, disk_errors, write_atomically, write_by
 from vlmrl.record.tokens import TokenSpellings
 from vlmrl.types import Image, ImageItem, Message, Rollout, Text, Turn
 
-Split: TypeAlias = Literal["train", "eval_sampled", "eval_greedy"]
+RecordedSplit: TypeAlias = Literal["train", "eval_sampled", "eval_greedy"]
 
 ROLLOUT_ID = re.compile(rb'\{"rollout_id":"([^"\\]*)"')
 """How a line begins."""
@@ -94,7 +94,7 @@ class RolloutRecord(TypedDict):
     rollout_id: str
     problem_id: str
     step: int
-    split: Split
+    split: RecordedSplit
     index: int
     reward: float
     metrics: dict[str, float]
@@ -123,7 +123,7 @@ class RolloutRecorder:
         """Keep the spelling of every token from now on (tokens.jsonl)."""
         self._spellings = TokenSpellings(self._run_dir.tokens, tokenizer)
 
-    def write(self, step: int, rollouts: Mapping[Split, Sequence[Rollout]]) -> None:
+    def write(self, step: int, rollouts: Mapping[RecordedSplit, Sequence[Rollout]]) -> None:
         """Record a step's rollouts: {"train": …}, or {"eval_sampled": …, "eval_greedy": …}, a file each.
 
         Returns at once unless `QUEUE` files wait. The rollouts must not change any more. Raises VlmrlError when
@@ -150,7 +150,7 @@ class RolloutRecorder:
         while self._waiting and (len(self._waiting) > leave or self._waiting[0].done()):
             self._waiting.popleft().result()
 
-    def _write(self, path: Path, step: int, rollouts: dict[Split, Sequence[Rollout]]) -> None:
+    def _write(self, path: Path, step: int, rollouts: dict[RecordedSplit, Sequence[Rollout]]) -> None:
         for image in _images(rollout for group in rollouts.values() for rollout in group):
             if image.hash not in self._images:
                 picture = self._run_dir.image(image.hash)
@@ -206,7 +206,7 @@ def write_png(path: Path, image: ImageItem) -> None:
     write_atomically(path, lambda file: picture.save(file, format="PNG", compress_level=1, pnginfo=note))
 
 
-def record_line(rollout: Rollout, step: int, split: Split) -> bytes:
+def record_line(rollout: Rollout, step: int, split: RecordedSplit) -> bytes:
     """The line of a rollout, newline included."""
     record = {
         "rollout_id": rollout.rollout_id,

@@ -322,7 +322,7 @@ class Run:
             trainer=trainer,
             weight_sync=self.weight_sync,
             evaluator=self.evaluator,
-            monitor=self.monitor,
+            recorder=self.monitor,
             checkpoint=self._checkpoint,
             demonstrations=self._demonstrations,
             vision_gap=VisionGap(config.monitor.vision_gap_every, self.renderer, trainer),

@@ -38,7 +38,7 @@ from vlmrl.trainer.optimizer import make_optimizer, set_learning_rate
 from vlmrl.trainer.packing import MicroBatch, pack_share
 from vlmrl.trainer.shares import Share
 from vlmrl.trainer.weights import PlainWeights, ShardedWeights
-from vlmrl.types import FloatArray, TokenFigures
+from vlmrl.types import FloatArray, TokenMetrics
 
 WRITING = timedelta(hours=2)
 """How much longer one rank may write at a checkpoint than another."""
@@ -74,7 +74,7 @@ class Outcome:
     micro_batches: int = 0
     images: dict[str, float] = field(default_factory=dict)
     """`Policy.take_image_counters`."""
-    tokens: list[TokenFigures] = field(default_factory=list)
+    tokens: list[TokenMetrics] = field(default_factory=list)
     """Of each sample of the share."""
     peak_bytes: int = 0
     """See `peak_bytes`."""
@@ -360,14 +360,14 @@ def peak_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _by_sample(passed: Sequence[_Pass], samples: int) -> list[TokenFigures]:
+def _by_sample(passed: Sequence[_Pass], samples: int) -> list[TokenMetrics]:
     """Logprobs and entropies, sorted back to the samples; one transfer from the device."""
     index = torch.cat([each.batch.sample_index for each in passed])
     order = index.argsort(stable=True)  # tokens of a sample stand in order, and a sample is never split
     figures = torch.cat([torch.stack([each.logprobs.float(), each.entropies.float()]) for each in passed], dim=1)
     logprobs, entropies = figures[:, order].cpu().numpy()
     ends = index.bincount(minlength=samples).cumsum(0)[:-1].tolist()
-    return [TokenFigures(*both) for both in zip(np.split(logprobs, ends), np.split(entropies, ends), strict=True)]
+    return [TokenMetrics(*both) for both in zip(np.split(logprobs, ends), np.split(entropies, ends), strict=True)]
 
 
 def _read(passes: Sequence[tuple[Scalars, ...]]) -> list[tuple[dict[str, float], ...]]:

@@ -24,7 +24,7 @@ from vlmrl.trainer.learner import Learner, Outcome, Step
 from vlmrl.trainer.loss import BatchTotals, loss_metrics
 from vlmrl.trainer.optimizer import learning_rate
 from vlmrl.trainer.shares import Share, divide, without_pictures
-from vlmrl.types import FloatArray, StepResult, TokenFigures, TrainingSample
+from vlmrl.types import FloatArray, StepResult, TokenMetrics, TrainingSample
 
 EMPTY_STEP = (
     "loss",
@@ -106,7 +106,7 @@ class LocalTrainer:
         )
         shares = self._divide(samples)
         outcomes = self._learn(shares, self._divide(demonstrations), step, samples)
-        tokens: list[TokenFigures | None] = [None] * len(samples)
+        tokens: list[TokenMetrics | None] = [None] * len(samples)
         sums: dict[str, float] = {}
         maxima: dict[str, float] = {}
         images: dict[str, float] = {}

@@ -28,7 +28,7 @@ from vlmrl.types import (
     Rollout,
     StepResult,
     StopReason,
-    TokenFigures,
+    TokenMetrics,
     TrainingSample,
     Turn,
 )
@@ -115,7 +115,7 @@ class World:
         self.open_batches.discard(self.version + 1)
         self.version += 1
         figures = [
-            TokenFigures(s.inference_logprobs[s.loss_mask] - self.version, np.ones(s.loss_mask.sum(), np.float32))
+            TokenMetrics(s.inference_logprobs[s.loss_mask] - self.version, np.ones(s.loss_mask.sum(), np.float32))
             for s in samples
         ]
         return StepResult(self.version, dict.fromkeys((*EMPTY_STEP, "memory/peak_bytes"), 0.0), figures)
@@ -136,7 +136,7 @@ class World:
     def metrics(self) -> dict[str, float]:
         return {"wire/bytes_sent": 0.0}
 
-    # monitor
+    # recorder
     def step(self, step: int, metrics: dict[str, float], groups: Sequence[Group]) -> None:
         self.metrics_of[step] = dict(metrics)
         self.happens(f"step {step}")
@@ -179,7 +179,7 @@ class World:
                 trainer=neighbour,
                 weight_sync=neighbour,
                 evaluator=Evaluator(evaluation, neighbour, temperature=0.7, history=list(history)),
-                monitor=neighbour,
+                recorder=neighbour,
                 checkpoint=self.checkpoint,
                 demonstrations=lambda step: self.learned[-1][:step] if self.learned else [],
                 vision_gap=self.vision_gap,

@@ -17,7 +17,7 @@ from vlmrl.types import (
     Prompt,
     Rollout,
     StopReason,
-    TokenFigures,
+    TokenMetrics,
     TrainingSample,
     Turn,
 )
@@ -114,7 +114,7 @@ def test_turns_come_back_from_the_samples_each_once(played: Rollout) -> None:
 def test_what_the_trainer_found_goes_back_to_the_turns(played: list[Rollout]) -> None:
     dropped = rollout([turn(Prompt(np.array([1]), (), ()), [END], 0)], DropReason.STALE)
     samples = [sample for each in played for sample in make_samples(each)]
-    found = [TokenFigures(s.token_ids[s.loss_mask] + 0.25, s.token_ids[s.loss_mask] + 0.5) for s in samples]
+    found = [TokenMetrics(s.token_ids[s.loss_mask] + 0.25, s.token_ids[s.loss_mask] + 0.5) for s in samples]
     note_learned([dropped, *played], found)
     for each in played:
         for made in each.turns:

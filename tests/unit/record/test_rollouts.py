@@ -21,7 +21,7 @@ from support.rollout_builders import completion, group, image, prompt, rollout, 
 from vlmrl.errors import VlmrlError
 from vlmrl.record.rollouts import QUEUE, RolloutRecord, RolloutRecorder, read_rollouts, record_line
 from vlmrl.record.run_dir import RunDir
-from vlmrl.types import DropReason, Image, Message, Prompt, Rollout, StopReason, TokenFigures, Turn
+from vlmrl.types import DropReason, Image, Message, Prompt, Rollout, StopReason, TokenMetrics, Turn
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_every_field_comes_back(run_dir: RunDir) -> None:
 
 def test_what_the_trainer_found_is_recorded_where_it_learned(run_dir: RunDir) -> None:
     made = rollout()
-    found = TokenFigures(np.array([-0.1, -1e-7, -3], np.float32), np.array([0.1, 0.2, 0.3], np.float32))
+    found = TokenMetrics(np.array([-0.1, -1e-7, -3], np.float32), np.array([0.1, 0.2, 0.3], np.float32))
     made.turns[1].learned = found
     (record,) = written(run_dir, made)
     first, second = record["turns"]

@@ -227,7 +227,7 @@ def _group(rollout_id: str) -> int:
 
 
 @dataclass(eq=False)
-class Run:
+class ReportedRun:
     """One run's folder, read but for its rollouts."""
 
     name: str
@@ -241,7 +241,7 @@ class Run:
     evaluations: list[int]
 
     @staticmethod
-    def read(name: str, run_dir: RunDir) -> Run:
+    def read(name: str, run_dir: RunDir) -> ReportedRun:
         """Raises ConfigError where the folder holds no run, VlmrlError where a file is damaged."""
         try:
             config = flat(OmegaConf.to_container(OmegaConf.load(run_dir.config)))
@@ -256,7 +256,7 @@ class Run:
                 "folder of a run, for example outputs/latest"
             ) from error
         prefix = "environment."
-        return Run(
+        return ReportedRun(
             name=name,
             run_dir=run_dir,
             config={key: value for key, value in config.items() if not key.startswith(prefix)},
@@ -338,9 +338,9 @@ def document(named: Mapping[str, RunDir], defaults: Mapping[str, Any]) -> dict[s
     """The page's document of one run or several, by the name to call each. `defaults`: the config that runs when
     nothing is set, as a tree.
 
-    Raises ConfigError and VlmrlError (see `Run.read`), OSError.
+    Raises ConfigError and VlmrlError (see `ReportedRun.read`), OSError.
     """
-    runs = [Run.read(name, run_dir) for name, run_dir in named.items()]
+    runs = [ReportedRun.read(name, run_dir) for name, run_dir in named.items()]
     pictures = Pictures()
     wanted = ROLLOUTS
     while True:
@@ -361,7 +361,7 @@ def document(named: Mapping[str, RunDir], defaults: Mapping[str, Any]) -> dict[s
     }
 
 
-def _gather(run: Run, runs: Sequence[Run], wanted: int) -> Rollouts:
+def _gather(run: ReportedRun, runs: Sequence[ReportedRun], wanted: int) -> Rollouts:
     """Of steps, groups and held-out problems that all the runs have, so that the same problem's rollouts can stand side
     by side."""
     shapes = [other.shape for other in runs]
@@ -384,7 +384,7 @@ def _gather(run: Run, runs: Sequence[Run], wanted: int) -> Rollouts:
     return rollouts
 
 
-def _common(runs: Sequence[Run]) -> tuple[list[int], list[int]] | None:
+def _common(runs: Sequence[ReportedRun]) -> tuple[list[int], list[int]] | None:
     """Steps and evaluations that all runs have; None where there is neither."""
     steps, evaluations = (
         sorted(set.intersection(*map(set, each)))

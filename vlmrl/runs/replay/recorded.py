@@ -33,7 +33,7 @@ from vlmrl.types import (
     Rollout,
     StopReason,
     Text,
-    TokenFigures,
+    TokenMetrics,
     Turn,
 )
 
@@ -139,7 +139,7 @@ def _turn(record: TurnRecord, images: Mapping[str, RecordedImage]) -> Turn:
         advantage=record["advantage"],
         learned=None
         if learned is None or entropies is None
-        else TokenFigures(np.array(learned, np.float32), np.array(entropies, np.float32)),
+        else TokenMetrics(np.array(learned, np.float32), np.array(entropies, np.float32)),
     )
 
 

@@ -1,0 +1,28 @@
+"""The interface through which the loop reports metrics and rollouts.
+
+`monitor.Monitor` implements it. The loop itself writes no files and prints nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from vlmrl.types import Group, Rollout
+
+
+class Recorder(Protocol):
+    """Receives the metrics and rollouts of a run. Called from one thread; rollouts must not change after the call."""
+
+    def step(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group]) -> None:
+        """Record one optimizer step (1, 2, …): its metrics under their keys in metrics.jsonl, and its rollouts."""
+        ...
+
+    def record(self, step: int, groups: Sequence[Group]) -> None:
+        """Record only the rollouts of a step that failed, so that an error message can refer to them."""
+        ...
+
+    def evaluation(self, step: int, metrics: Mapping[str, float], rollouts: Mapping[str, Sequence[Rollout]]) -> None:
+        """Record an evaluation of the weights after `step`: `eval/…` metrics, and rollouts by kind ("sampled",
+        "greedy")."""
+        ...
