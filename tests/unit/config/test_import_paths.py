@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from vlmrl.cli.main import check_imports
+from vlmrl.cli.start import check_imports
 from vlmrl.config.orchestrator import AlgorithmConfig, ImportanceCorrection
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import ConfigError

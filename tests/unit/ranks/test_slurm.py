@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from vlmrl.cli.main import check_launcher
+from vlmrl.cli.hydra_job import check_launcher
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import ConfigError, EngineError, VlmrlError
 from vlmrl.inference.vllm.slurm_servers import Announced, announce, announcement, find_servers

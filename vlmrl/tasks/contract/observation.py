@@ -32,7 +32,7 @@ Source: TypeAlias = Literal["reset", "step", "demonstration"]
 
 
 @dataclass
-class Episode:
+class ObservedEpisode:
     """One problem played with one script."""
 
     where: str
@@ -51,7 +51,7 @@ class Seen:
     env: Any
     prompt: Any
     prompt_asked_again: Any
-    episodes: list[Episode] = field(default_factory=list)
+    episodes: list[ObservedEpisode] = field(default_factory=list)
     demonstration: Any = None
     """None: the task has no demonstrations."""
     random_demonstrations: list[Any] = field(default_factory=list)
@@ -81,7 +81,7 @@ class Observed:
         for split in SPLITS:
             yield from self.problems[split]
 
-    def all_episodes(self) -> Iterator[Episode]:
+    def all_episodes(self) -> Iterator[ObservedEpisode]:
         for seen in self.all_problems():
             yield from seen.episodes
 
@@ -194,11 +194,11 @@ def _see(observed: Observed, split: Split, index: int) -> Seen:
     return seen
 
 
-def _play(observed: Observed, problem: Any, where: str, answers: tuple[str, ...]) -> Episode:
+def _play(observed: Observed, problem: Any, where: str, answers: tuple[str, ...]) -> ObservedEpisode:
     """Give the answers, then the last one over and over, until done or the turns are spent."""
     with _calling(f"env() or reset() of {where}"):
         env = observed.task.env(problem)
-        episode = Episode(where, env, observed.look(env.reset()), answers, [])
+        episode = ObservedEpisode(where, env, observed.look(env.reset()), answers, [])
     for turn in range(observed.max_turns if answers else 0):
         with _calling(f"step() of {where}, turn {turn + 1}"):
             reply = env.step(answers[min(turn, len(answers) - 1)])

@@ -10,7 +10,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
 from vlmrl.cli.arguments import CONF
-from vlmrl.cli.main import place, sweep_jobs, without_hydra
+from vlmrl.cli.hydra_job import place, sweep_jobs, without_hydra
 from vlmrl.cli.sweep.jobs import job_name
 from vlmrl.config.parse import parse
 from vlmrl.config.run import RunConfig, register_schemas

@@ -1,0 +1,107 @@
+"""From a composed config to a run: parse, check, execute.
+
+    DictConfig ─▶ parse ─▶ RunConfig ─┬─ dry_run=true ─▶ print the plan
+                                      ├─ mode=compare ─▶ sweep/compare.py
+                                      ├─ a server's Slurm task ─▶ runs/serve_slurm
+                                      └─ else ─▶ check this machine ─▶ runs.run.execute
+
+Torch is imported only in the last two branches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from vlmrl.cli.sweep.compare import compare_and_show
+from vlmrl.config.import_paths import is_import_path
+from vlmrl.config.inference import VllmConfig
+from vlmrl.config.parse import parse
+from vlmrl.config.run import Mode, RunConfig
+from vlmrl.preflight.rules.engine import weights_cross_nodes
+from vlmrl.ranks import slurm
+from vlmrl.ranks.place import find_place
+from vlmrl.record.run_dir import RunDir
+
+
+def start(config: DictConfig) -> float | None:
+    """Check a composed config and run it; returns the objective for sweepers. Raises VlmrlError."""
+    run_config = parse(config)
+    if run_config.dry_run:
+        show_plan(run_config)
+        return None
+    if run_config.mode is Mode.compare:
+        compare_runs(run_config)
+        return None
+    if isinstance(run_config.inference, VllmConfig):
+        slurm.part(run_config.inference.slurm_tasks)
+        if (index := slurm.server_index()) is not None:
+            from vlmrl.runs.serve_slurm import serve
+
+            serve(run_config, index)
+            return None
+        weights_cross_nodes(run_config, slurm.nodes())
+    check_imports(run_config)
+    check_here(run_config)
+    from vlmrl.runs.run import execute
+
+    return execute(run_config)
+
+
+def lead_or_follow(lead: Callable[[], int]) -> int:
+    """Run `lead` on rank 0; the other ranks follow its commands. Returns the exit code."""
+    if find_place().size == 1:
+        return lead()
+    from vlmrl.ranks.rank_group import init_from_environment
+    from vlmrl.runs.run import follow_leader
+
+    with init_from_environment() as group:
+        assert group is not None
+        return lead() if group.rank == 0 else follow_leader(group)
+
+
+def check_imports(config: RunConfig) -> None:
+    """Import what the user wrote and the config names by its import path. Raises ConfigError where it is not there, or
+    is no such thing; what the user's module raises is left as it is."""
+    from vlmrl.tasks.loading import find_task
+
+    find_task(config.task)
+    if is_import_path(config.algorithm.loss):
+        from vlmrl.trainer.loss import loss_function
+
+        loss_function(config.algorithm.loss)
+    if is_import_path(config.algorithm.advantage):
+        from vlmrl.orchestrator.advantages import estimator_named
+
+        estimator_named(config.algorithm.advantage)
+
+
+def check_here(config: RunConfig) -> None:
+    """Raises ConfigError where the GPUs of this machine cannot hold the run."""
+    from vlmrl.preflight.estimate.sizes import find_sizes
+    from vlmrl.preflight.machine import find_machine
+    from vlmrl.preflight.places import check_machine
+
+    if config.model.device != "cpu":
+        check_machine(config, find_machine(), find_sizes(config.model), find_place().size)
+
+
+def show_plan(config: RunConfig) -> None:
+    """Print the plan of `dry_run=true`. Raises ConfigError."""
+    from vlmrl.preflight.estimate.plan import dry_run
+
+    print(dry_run(config))
+
+
+def compare_runs(config: RunConfig) -> None:
+    """Run `mode=compare`. The comparison of a single multirun is written into the multirun's own folder, any other into
+    the folder of this run."""
+    into = Path(config.output_dir)
+    if len(config.runs) == 1 and not RunDir(config.runs[0]).config.exists():
+        with contextlib.suppress(OSError):
+            into.rmdir()  # Hydra made it
+        into = Path(config.runs[0])
+    compare_and_show(config.runs, into)
