@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -10,6 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from vlmrl.caches.lru import ByteLRU
 from vlmrl.types import ImageItem
 
 Levels: TypeAlias = list[Tensor]
@@ -42,10 +42,13 @@ class FeatureCache:
     """
 
     def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.bytes = 0
         self._version = -1
-        self._entries: OrderedDict[str, Levels] = OrderedDict()
+        self._entries: ByteLRU[str, Levels] = ByteLRU(capacity)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the features that are kept."""
+        return self._entries.num_bytes
 
     def encode(
         self, images: Sequence[ImageItem], version: int, encode: Callable[[Sequence[ImageItem]], Levels]
@@ -53,27 +56,18 @@ class FeatureCache:
         """The levels of `images` (distinct, one or more), as `encode` gives them, which is called at most once and with
         those alone that are not here; and how many those were."""
         if version != self._version:
-            self._version, self.bytes = version, 0
+            self._version = version
             self._entries.clear()
-        missing = [image for image in images if image.hash not in self._entries]
-        found = {image.hash: self._entries[image.hash] for image in images if image.hash in self._entries}
-        for hash in found:
-            self._entries.move_to_end(hash)
+        kept = {image.hash: self._entries.get(image.hash) for image in images}
+        found = {hash: levels for hash, levels in kept.items() if levels is not None}
+        missing = [image for image in images if image.hash not in found]
         if missing:
             lengths = [image.num_tokens for image in missing]
             parts = [torch.split(level, lengths) for level in encode(missing)]
             for image, levels in zip(missing, zip(*parts, strict=True), strict=True):
                 found[image.hash] = list(levels)
-                self._keep(image.hash, found[image.hash])
+                num_bytes = sum(level.nbytes for level in levels)
+                if num_bytes <= self._entries.limit_bytes:
+                    # A view of a larger tensor would keep all of that tensor alive.
+                    self._entries.put(image.hash, [level.clone() for level in levels], num_bytes)
         return [torch.cat(level) for level in zip(*(found[image.hash] for image in images), strict=True)], len(missing)
-
-    def _keep(self, hash: str, levels: Levels) -> None:
-        size = sum(level.nbytes for level in levels)
-        if size > self.capacity:
-            return
-        while self.bytes + size > self.capacity:
-            _, oldest = self._entries.popitem(last=False)
-            self.bytes -= sum(level.nbytes for level in oldest)
-        # A part of a larger tensor would keep all of it.
-        self._entries[hash] = [level.clone() for level in levels]
-        self.bytes += size

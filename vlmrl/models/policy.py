@@ -148,7 +148,7 @@ class Policy:
         """Since the last call: images that went through the vision tower, images whose features were still there; and
         what those take, in bytes."""
         counters = {"images/encoded": self._encoded, "images/cached": self._reused, "images/cache_bytes": 0}
-        counters["images/cache_bytes"] = self._cache.bytes
+        counters["images/cache_bytes"] = self._cache.num_bytes
         self._encoded, self._reused = 0, 0
         return {name: float(value) for name, value in counters.items()}
 

@@ -21,7 +21,6 @@ import io
 import struct
 import threading
 import zlib
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -33,6 +32,7 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 from PIL import ImageFile, ImageOps
 
+from vlmrl.caches.lru import ByteLRU
 from vlmrl.types import Image, ImageItem
 
 Pixels: TypeAlias = NDArray[np.uint8]
@@ -45,7 +45,10 @@ INLINE_PIXELS = 1 << 14
 """Up to here (128 × 128) hashing an image that is decoded already is cheaper than handing it to a thread."""
 
 RECENT_BYTES = 256 << 20
-"""Processed images kept alive although nobody holds them: the most recently used, up to so many bytes."""
+"""Processed images that are kept alive although nothing else refers to them: the most recently used ones."""
+
+ENCODED_HASH_BYTES = 65536 * (32 + 32)
+"""Memory for the hashes of encoded images (files, bytes): room for 65,536 pairs of SHA-256 digest and image hash."""
 
 WORKERS = 4
 """Threads that decode and process images."""
@@ -116,9 +119,8 @@ class ImageStore:
         self._items: WeakValueDictionary[str, ImageItem] = WeakValueDictionary()
         self._hash_of_part: WeakKeyDictionary[Image, str] = WeakKeyDictionary()
         self._pending: dict[str, Future[ImageItem]] = {}
-        self._recent: OrderedDict[str, ImageItem] = OrderedDict()
-        self._recent_bytes = 0
-        self._hash_of_encoded: OrderedDict[bytes, str] = OrderedDict()
+        self._recent: ByteLRU[str, ImageItem] = ByteLRU(RECENT_BYTES, keep_newest=True)
+        self._hash_of_encoded: ByteLRU[bytes, str] = ByteLRU(ENCODED_HASH_BYTES)
         self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="images")
 
     def known(self, digest: str) -> ImageItem:
@@ -162,10 +164,7 @@ class ImageStore:
         item = self._find(self._hash_of_encoded.get(key))
         if item is None:
             item = self._intern(_decode_encoded(encoded))
-            with self._lock:
-                self._hash_of_encoded[key] = item.hash
-                if len(self._hash_of_encoded) > 65536:
-                    self._hash_of_encoded.popitem(last=False)
+            self._hash_of_encoded.put(key, item.hash, len(key) + len(item.hash))
         return item
 
     def _intern(self, pixels: Pixels) -> ImageItem:
@@ -208,14 +207,8 @@ class ImageStore:
             return item
 
     def _touch(self, item: ImageItem) -> None:
-        """Make an item the most recently used, and let go of the others above `RECENT_BYTES`. Needs the lock."""
-        if item.hash not in self._recent:
-            self._recent_bytes += _num_bytes(item)
-        self._recent[item.hash] = item
-        self._recent.move_to_end(item.hash)
-        while self._recent_bytes > RECENT_BYTES and len(self._recent) > 1:
-            _, oldest = self._recent.popitem(last=False)
-            self._recent_bytes -= _num_bytes(oldest)
+        """Mark an item as the most recently used one."""
+        self._recent.get_or_make(item.hash, lambda: item, _num_bytes)
 
 
 def _num_bytes(item: ImageItem) -> int:

@@ -19,14 +19,14 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from functools import lru_cache
-from typing import Any, Generic, Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from PIL import Image as PILImage
 
+from vlmrl.caches.lru import ByteLRU
 from vlmrl.config.model import ModelConfig
 from vlmrl.config.orchestrator import RendererConfig
 from vlmrl.errors import ConfigError
@@ -46,8 +46,11 @@ from vlmrl.types import (
 
 __all__ = ["FamilyRenderer", "ImageError", "Renderer", "make_renderer", "renderer_name"]
 
-MEMO_SIZE = 4096
-"""Renders and pieces of text remembered: what the siblings of a few steps share. Tokens only, no pixels."""
+MEMO_BYTES = 64 << 20
+"""Renders, and as much again of bridges, that are kept for the siblings of a few steps. Tokens only, no pixels."""
+
+MEMO_PIECES = 4096
+"""Pieces of text whose tokens are kept."""
 
 
 class Renderer(Protocol):
@@ -158,8 +161,8 @@ class FamilyRenderer:
         self._name = name
         self._tokenizer = memo_tokenizer
         self._lock = threading.Lock()
-        self._renders: _Memo[_Skeleton] = _Memo(MEMO_SIZE)
-        self._bridges: _Memo[_Skeleton | None] = _Memo(MEMO_SIZE)
+        self._renders: ByteLRU[Hashable, _Skeleton] = ByteLRU(MEMO_BYTES)
+        self._bridges: ByteLRU[Hashable, _Skeleton | None] = ByteLRU(MEMO_BYTES)
 
         # The package's first stop token closes a turn in its grammar; the others end a document and are banned.
         stop_ids: list[int] = self._package.get_stop_token_ids()
@@ -226,7 +229,7 @@ class FamilyRenderer:
                 rendered = self._package.render(_to_package(messages, items), add_generation_prompt=True)
             return self._skeleton(rendered, items)
 
-        token_ids, placeholders = self._renders.get(_content_key(messages, items), render)
+        token_ids, placeholders = self._renders.get_or_make(_content_key(messages, items), render, _num_bytes)
         return _prompt(token_ids, placeholders, items)
 
     def _bridge(
@@ -258,7 +261,7 @@ class FamilyRenderer:
 
         digest = hashlib.blake2b(sampled.tobytes(), digest_size=16).digest()
         key = (digest, len(completion_ids), _content_key(new_messages, new_items))
-        added = self._bridges.get(key, bridge)
+        added = self._bridges.get_or_make(key, bridge, _num_bytes)
         if added is None:
             return None
         new_ids, new_placeholders = added
@@ -296,6 +299,11 @@ class FamilyRenderer:
 
 _Skeleton: TypeAlias = tuple[IntArray, tuple[Placeholder, ...]]
 """A render, or what a bridge added, without the images: token ids, int64, read-only; placeholders."""
+
+
+def _num_bytes(skeleton: _Skeleton | None) -> int:
+    """An estimate, with 1 KiB for what an entry takes beside its tokens (its key, its placeholders)."""
+    return 1024 + (skeleton[0].nbytes if skeleton is not None else 0)
 
 
 def _images_of(messages: Iterable[Message]) -> list[Image]:
@@ -403,11 +411,11 @@ class _MemoTokenizer:
         self.eos_token_id: int | None = tokenizer.eos_token_id
         self.convert_tokens_to_ids = lru_cache(maxsize=1024)(tokenizer.convert_tokens_to_ids)
 
-        @lru_cache(maxsize=MEMO_SIZE)
+        @lru_cache(maxsize=MEMO_PIECES)
         def encode(text: str, add_special_tokens: bool) -> tuple[int, ...]:
             return tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
-        @lru_cache(maxsize=MEMO_SIZE)
+        @lru_cache(maxsize=MEMO_PIECES)
         def decode(token_ids: tuple[int, ...], skip_special_tokens: bool) -> str:
             text: str = tokenizer.decode(
                 list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
@@ -424,27 +432,3 @@ class _MemoTokenizer:
 
     def text(self, token_ids: tuple[int, ...]) -> str:
         return self._decode(token_ids, True)
-
-
-_Value = TypeVar("_Value")
-
-
-class _Memo(Generic[_Value]):
-    """The `size` most recently used results."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._entries: OrderedDict[Hashable, _Value] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: Hashable, make: Callable[[], _Value]) -> _Value:
-        with self._lock:
-            if key in self._entries:
-                self._entries.move_to_end(key)
-                return self._entries[key]
-        value = make()
-        with self._lock:
-            self._entries[key] = value
-            if len(self._entries) > self._size:
-                self._entries.popitem(last=False)
-        return value

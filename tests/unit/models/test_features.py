@@ -54,7 +54,7 @@ def test_what_is_asked_for_is_what_the_tower_says_now(
         for level, found in enumerate(levels):
             torch.testing.assert_close(found, torch.cat([tower.features(item, level) for item in images]))
         assert encoded == len(tower.asked) == len(set(tower.asked))
-        assert 0 <= cache.bytes <= capacity
+        assert 0 <= cache.num_bytes <= capacity
         if weights_change or capacity == 0:
             assert tower.asked == [item.hash for item in images]
 

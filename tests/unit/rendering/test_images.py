@@ -250,8 +250,8 @@ def test_a_failure_is_told_to_all_and_not_remembered() -> None:
 
 def test_images_that_nobody_holds_are_let_go_above_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     process = Process()
-    store = ImageStore(process)
     monkeypatch.setattr("vlmrl.rendering.images.RECENT_BYTES", 4 * 5 * 8 * 8 * 3)  # four of 8 × 8, uint8 + float32
+    store = ImageStore(process)
     parts = [Image(picture(8, 8, seed)) for seed in range(8)]
     held = store.items(parts[:1])
     for part in parts:

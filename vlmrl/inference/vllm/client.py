@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -26,6 +26,7 @@ from typing import Any
 import httpx
 import orjson
 
+from vlmrl.caches.lru import ByteLRU
 from vlmrl.config.model import Dtype
 from vlmrl.errors import EngineError
 from vlmrl.inference.vllm.batches import CONTENT_TYPE, Batches, BatchLostError
@@ -62,29 +63,22 @@ class ImageEncoder:
     def __init__(self, dtype: Dtype, flat: Collection[str]) -> None:
         self.dtype = dtype
         self._flat = flat
-        self._kept: OrderedDict[str, bytes] = OrderedDict()
-        self._bytes = 0
+        self._kept: ByteLRU[str, bytes] = ByteLRU(ENCODED_LIMIT_BYTES, keep_newest=True)
 
     async def encode(self, images: Collection[ImageItem]) -> dict[str, bytes]:
         """Hash → `encode_image` of it, of the distinct images; in a thread, for it takes milliseconds each."""
         distinct = {image.hash: image for image in images}
-        missing = [image for image in distinct.values() if image.hash not in self._kept]
-        encoded = {hash: self._kept[hash] for hash in distinct if hash in self._kept}
+        kept = {hash: self._kept.get(hash) for hash in distinct}
+        encoded = {hash: data for hash, data in kept.items() if data is not None}
+        missing = [image for image in distinct.values() if image.hash not in encoded]
         if missing:
-            encoded |= await asyncio.to_thread(
+            made = await asyncio.to_thread(
                 lambda: {image.hash: encode_image(image, self.dtype, self._flat) for image in missing}
             )
-        for hash, data in encoded.items():
-            self._keep(hash, data)
+            for hash, data in made.items():
+                self._kept.put(hash, data, len(data))
+            encoded |= made
         return encoded
-
-    def _keep(self, hash: str, data: bytes) -> None:
-        if hash not in self._kept:
-            self._kept[hash] = data
-            self._bytes += len(data)
-        self._kept.move_to_end(hash)
-        while self._bytes > ENCODED_LIMIT_BYTES and len(self._kept) > 1:
-            self._bytes -= len(self._kept.popitem(last=False)[1])
 
 
 class VllmClient:

@@ -262,10 +262,11 @@ def test_a_request_that_hangs_times_out() -> None:
 
 def test_encoded_images_are_kept_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
-        encoder = ImageEncoder(Dtype.float32, ["pixel_values"])
         images = prompt("a", "b", "c").images
+        size = len((await ImageEncoder(Dtype.float32, ["pixel_values"]).encode(images[:1]))["a"])
+        monkeypatch.setattr("vlmrl.inference.vllm.client.ENCODED_LIMIT_BYTES", 2 * size)
+        encoder = ImageEncoder(Dtype.float32, ["pixel_values"])
         encoded = await encoder.encode(images)
-        monkeypatch.setattr("vlmrl.inference.vllm.client.ENCODED_LIMIT_BYTES", 2 * len(encoded["a"]))
         again = await encoder.encode(images[2:])
         assert again["c"] is encoded["c"]
         assert (await encoder.encode(images[:1]))["a"] is not encoded["a"]

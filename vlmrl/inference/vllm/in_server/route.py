@@ -15,12 +15,12 @@ an image by its hash. Left out: everything that a rollout does not ask for (seve
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from copy import copy
 from functools import lru_cache
 from typing import Any, TypeAlias
 
+from vlmrl.caches.lru import ByteLRU
 from vlmrl.inference.vllm.frames import FORGOTTEN, ROUTE, pack_answer, pack_error, unpack_batch
 from vlmrl.inference.vllm.wire import BANNED_BIAS, MOST_TOKENS
 
@@ -107,23 +107,17 @@ class WaitingImages:
     """
 
     def __init__(self, limit_bytes: int) -> None:
-        self._limit = limit_bytes
-        self._items: OrderedDict[str, tuple[Any, int]] = OrderedDict()
-        self._bytes = 0
+        self._items: ByteLRU[str, Any] = ByteLRU(limit_bytes)
 
     def add(self, items: Mapping[str, tuple[Any, int]]) -> None:
         """Hash → the image as vLLM takes it, and its size in bytes."""
-        self.take([[hash, 0, 0] for hash in items])  # sent again: the newer stays
-        self._items.update(items)
-        self._bytes += sum(size for _, size in items.values())
-        while self._bytes > self._limit:
-            self._bytes -= self._items.popitem(last=False)[1][1]
+        for hash, (item, num_bytes) in items.items():
+            self._items.put(hash, item, num_bytes)
 
     def take(self, images: list[list[Any]]) -> dict[str, Any]:
         """Those of `images` ([hash, offset, length] each) that wait; they do not any more."""
-        taken = {hash: self._items.pop(hash) for hash in dict.fromkeys(i[0] for i in images) if hash in self._items}
-        self._bytes -= sum(size for _, size in taken.values())
-        return {hash: item for hash, (item, _) in taken.items()}
+        hashes = dict.fromkeys(hash for hash, _, _ in images)
+        return {hash: self._items.pop(hash) for hash in hashes if hash in self._items}
 
 
 def _decode(documents: Mapping[str, memoryview]) -> dict[str, Any]:
