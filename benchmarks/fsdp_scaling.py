@@ -31,8 +31,8 @@ from typing import Any
 import torch
 from training_batches import SHAPES, make_batch, model_config, policy_of
 
+from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.model import Dtype
-from vlmrl.config.orchestrator import AlgorithmConfig
 from vlmrl.config.trainer import Sharding, TrainerConfig
 from vlmrl.models.blocks import prepare_blocks
 from vlmrl.models.policy import Policy

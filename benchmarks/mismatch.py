@@ -26,9 +26,10 @@ from typing import Any
 
 import numpy as np
 
+from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.model import Dtype, ModelConfig, VLMConfig
-from vlmrl.config.orchestrator import AlgorithmConfig, RendererConfig
+from vlmrl.config.orchestrator import RendererConfig
 from vlmrl.config.trainer import TrainerConfig
 from vlmrl.config.weight_sync import FolderSyncConfig
 from vlmrl.inference.vllm.engine import VllmEngine

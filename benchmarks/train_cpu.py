@@ -28,8 +28,9 @@ import torch
 from train_throughput import Step, attention, packed_step, padded_step
 
 from vlmrl.cli.arguments import CONF
+from vlmrl.cli.schemas import register_schemas
 from vlmrl.config.parse import parse
-from vlmrl.config.run import RunConfig, register_schemas
+from vlmrl.config.run import RunConfig
 from vlmrl.config.trainer import Packing
 from vlmrl.models.attention.fused import Kernel
 from vlmrl.models.policy import Policy

@@ -36,8 +36,8 @@ import torch
 from torch import Tensor
 from training_batches import SHAPES, Shape, Work, make_batch, model_config, policy_of, step_flops
 
+from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.model import Dtype
-from vlmrl.config.orchestrator import AlgorithmConfig
 from vlmrl.config.trainer import Packing
 from vlmrl.models.attention.fused import Kernel
 from vlmrl.models.blocks import checkpoint_blocks, compile_blocks

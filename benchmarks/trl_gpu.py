@@ -31,8 +31,8 @@ import numpy as np
 import torch
 from training_batches import SHAPES, Shape, make_batch, model_config, policy_of
 
+from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.model import Dtype
-from vlmrl.config.orchestrator import AlgorithmConfig
 from vlmrl.config.trainer import TrainerConfig
 from vlmrl.models.blocks import prepare_blocks
 from vlmrl.models.checkpoints.load import load_tokenizer, resolve_checkpoint

@@ -12,9 +12,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
+from support.configs import checked
 from vlmrl.cli.arguments import CONF
-from vlmrl.config.parse import parse
-from vlmrl.config.run import RunConfig, register_schemas
+from vlmrl.cli.schemas import register_schemas
+from vlmrl.config.run import RunConfig
 
 # A shared machine may be slow at any moment.
 hypothesis.settings.register_profile("vlmrl", deadline=None)
@@ -38,7 +39,7 @@ def composed() -> Callable[..., DictConfig]:
 @pytest.fixture
 def run_config(composed: Callable[..., DictConfig]) -> Callable[..., RunConfig]:
     """`run_config("trainer.max_steps=2")`: the checked config of a run."""
-    return lambda *overrides: parse(composed(*overrides))
+    return lambda *overrides: checked(composed(*overrides))
 
 
 @pytest.fixture(scope="session")

@@ -19,12 +19,13 @@ import PIL.Image
 import pytest
 from hydra import compose, initialize_config_dir
 
+from support.configs import checked
 from support.report_runs import noise, one_rollout, one_turn, ordinary_rollout, record
 from vlmrl.cli.arguments import CONF
 from vlmrl.cli.main import main
 from vlmrl.cli.past_runs import usual
-from vlmrl.config.parse import parse
-from vlmrl.config.run import RunConfig, register_schemas
+from vlmrl.cli.schemas import register_schemas
+from vlmrl.config.run import RunConfig
 from vlmrl.monitor.report.page import write_report
 from vlmrl.record.metrics import read_metrics
 from vlmrl.record.rollouts import RolloutRecord, read_rollouts
@@ -111,7 +112,7 @@ def config_of(*overrides: str) -> RunConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("config", list(overrides))
     config.output_dir = "made later"
-    return parse(config)
+    return checked(config)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from support.command_line import KEYS, Ended, keys_found, steady_rollouts, summary
-from vlmrl.config.parse import parse, typed
+from support.configs import checked
+from vlmrl.config.parse import typed
 from vlmrl.config.run import RunConfig
 from vlmrl.record.metrics import missing_keys, read_metrics
 from vlmrl.record.run_dir import RunDir
@@ -44,7 +45,7 @@ def test_config_yaml(never_stopped: Path) -> None:
     assert set(environment["packages"]) == {"vlmrl", "torch", "transformers", "renderers", "hydra-core", "numpy"}
     assert environment["git"] is None or len(environment["git"]["commit"]) == 40
     assert tree["inference"]["max_model_len"] == tree["trainer"]["seq_len"], "interpolations are resolved"
-    config = parse(typed(RunDir(never_stopped).read_config()))
+    config = checked(typed(RunDir(never_stopped).read_config()))
     assert isinstance(config, RunConfig)
     assert config.trainer.max_steps == 6
     assert config.output_dir == str(never_stopped)

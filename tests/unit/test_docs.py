@@ -65,8 +65,9 @@ def test_a_group_of_the_root_has_a_folder_of_conf_and_an_owner() -> None:
     for field in fields_of(RunConfig):
         if field.schema is not None:
             assert list((CONF / field.name).glob("*.yaml")), f"conf/{field.name}/ has no option"
-            owner = Path(inspect.getfile(field.schema)).relative_to(PACKAGE)
-            assert owner.name == "config.py", f"{field.schema} of {field.name} is in {owner}"
+            for schema in (field.schema, *SCHEMAS.get(field.name, {}).values()):
+                owner = Path(inspect.getfile(schema)).relative_to(PACKAGE).as_posix()
+                assert owner == f"config/{field.name}.py", f"{schema} of {field.name} is in {owner}"
 
 
 def test_an_option_with_a_schema_of_its_own_has_a_file_of_its_own() -> None:

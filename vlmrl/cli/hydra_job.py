@@ -21,11 +21,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from vlmrl.cli.exit_codes import JobError, report
-from vlmrl.cli.start import check_imports, lead_or_follow, show_plan, start
+from vlmrl.cli.start import check_imports, checked, lead_or_follow, show_plan, start
 from vlmrl.cli.sweep.again import run_what_is_left
 from vlmrl.cli.sweep.jobs import job_name
 from vlmrl.config.inference import VllmConfig
-from vlmrl.config.parse import parse
 from vlmrl.config.run import Mode, RunConfig
 from vlmrl.errors import ConfigError, Interrupted
 from vlmrl.preflight.rules.engine import weights_cross_nodes
@@ -92,7 +91,7 @@ class CheckFirst(Callback):
     def on_run_start(self, config: DictConfig, **kwargs: object) -> None:
         """A single run."""
         try:
-            run_config = parse(place(without_hydra(config), "not made yet"))
+            run_config = checked(place(without_hydra(config), "not made yet"))
             if run_config.mode is not Mode.compare:
                 check_imports(run_config)
             if run_config.dry_run:
@@ -110,7 +109,7 @@ class CheckFirst(Callback):
         for overrides in sweep_jobs(config):
             job_config = GlobalHydra.instance().config_loader().load_sweep_config(config, overrides)
             try:
-                run_config = parse(place(without_hydra(job_config), "not made yet"))
+                run_config = checked(place(without_hydra(job_config), "not made yet"))
                 check_launcher(config.hydra.launcher, run_config)
                 check_imports(run_config)
                 if run_config.dry_run:

@@ -25,9 +25,9 @@ from vlmrl.cli.arguments import CONF, in_words, rewrite
 from vlmrl.cli.exit_codes import JobError, report
 from vlmrl.cli.hydra_job import CheckFirst, job
 from vlmrl.cli.past_runs import REPORT, replayed, replays, resumed, resumes, write_page
+from vlmrl.cli.schemas import register_schemas
 from vlmrl.cli.start import lead_or_follow, start
 from vlmrl.cli.sweep.compare import compare_and_show
-from vlmrl.config.run import register_schemas
 from vlmrl.errors import ConfigError, VlmrlError
 from vlmrl.ranks import slurm
 

@@ -19,8 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from vlmrl.cli.arguments import CONF, groups, in_words
+from vlmrl.cli.schemas import register_schemas
 from vlmrl.config.parse import typed
-from vlmrl.config.run import Mode, register_schemas
+from vlmrl.config.run import Mode
 from vlmrl.errors import ConfigError
 from vlmrl.record.run_dir import RunDir
 

@@ -21,6 +21,7 @@ from vlmrl.config.import_paths import is_import_path
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.parse import parse
 from vlmrl.config.run import Mode, RunConfig
+from vlmrl.preflight.check import check
 from vlmrl.preflight.rules.engine import weights_cross_nodes
 from vlmrl.ranks import slurm
 from vlmrl.ranks.place import find_place
@@ -29,7 +30,7 @@ from vlmrl.record.run_dir import RunDir
 
 def start(config: DictConfig) -> float | None:
     """Check a composed config and run it; returns the objective for sweepers. Raises VlmrlError."""
-    run_config = parse(config)
+    run_config = checked(config)
     if run_config.dry_run:
         show_plan(run_config)
         return None
@@ -49,6 +50,13 @@ def start(config: DictConfig) -> float | None:
     from vlmrl.runs.run import execute
 
     return execute(run_config)
+
+
+def checked(config: DictConfig) -> RunConfig:
+    """Type a composed config and check it. Raises ConfigError."""
+    run_config = parse(config)
+    check(run_config)
+    return run_config
 
 
 def lead_or_follow(lead: Callable[[], int]) -> int:

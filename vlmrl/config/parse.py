@@ -1,6 +1,8 @@
-"""From what Hydra composed, or a run's config.yaml, to a checked RunConfig.
+"""From what Hydra composed, or a run's config.yaml, to a RunConfig.
 
-DictConfig ─▶ keys without a value, keys that no schema has ─▶ RunConfig ─▶ vlmrl.preflight.check
+    DictConfig ─▶ refuse keys without a value and keys that no schema has ─▶ RunConfig
+
+Whether a well-typed config can run is checked afterwards by `vlmrl.preflight.check.check`.
 """
 
 from __future__ import annotations
@@ -14,11 +16,10 @@ from omegaconf.errors import OmegaConfBaseException
 from vlmrl.config.keys import unknown_key
 from vlmrl.config.run import SCHEMAS, RunConfig
 from vlmrl.errors import ConfigError
-from vlmrl.preflight.check import check
 
 
 def parse(config: DictConfig) -> RunConfig:
-    """Turn a composed config into a checked RunConfig. Raises ConfigError."""
+    """Turn a composed config into a RunConfig. Only types are checked. Raises ConfigError."""
     try:
         for key in _missing_keys(config):
             raise ConfigError(f"{key} has no value, so the run cannot start: set {key}=…")
@@ -28,7 +29,6 @@ def parse(config: DictConfig) -> RunConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(summary(error)) from error
     assert isinstance(run_config, RunConfig)
-    check(run_config)
     return run_config
 
 

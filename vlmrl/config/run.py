@@ -12,16 +12,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+from vlmrl.config.algorithm import AlgorithmConfig
+from vlmrl.config.export import ExportConfig
 from vlmrl.config.inference import EmbeddedConfig, InferenceConfig, VllmConfig
 from vlmrl.config.model import ModelConfig
 from vlmrl.config.monitor import MonitorConfig
-from vlmrl.config.orchestrator import AlgorithmConfig, OrchestratorConfig
+from vlmrl.config.orchestrator import OrchestratorConfig
 from vlmrl.config.sweep import SweepConfig
 from vlmrl.config.task import ColorCodewordConfig, ImportedTaskConfig, TaskConfig
-from vlmrl.config.trainer import ExportConfig, TrainerConfig
+from vlmrl.config.trainer import TrainerConfig
 from vlmrl.config.weight_sync import (
     CudaIpcSyncConfig,
     FolderSyncConfig,
@@ -107,13 +108,3 @@ SCHEMAS: dict[str, dict[str, type]] = {
     },
 }
 """Groups whose options differ in their fields: option → schema. Elsewhere RunConfig's field has the schema."""
-
-
-def register_schemas() -> None:
-    """Put the schemas where the defaults lists of conf/ find them, `schema/run`, `schema/task/color_codeword`, …; not
-    among the groups' own files, so that they are no options."""
-    store = ConfigStore.instance()
-    store.store(group="schema", name="run", node=RunConfig)
-    for group, options in SCHEMAS.items():
-        for option, schema in options.items():
-            store.store(group=f"schema/{group}", name=option, node=schema)

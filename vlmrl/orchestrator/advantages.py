@@ -16,8 +16,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from vlmrl.config.algorithm import Advantage, AlgorithmConfig, Credit, FilterMode
 from vlmrl.config.import_paths import assert_takes, import_named
-from vlmrl.config.orchestrator import Advantage, AlgorithmConfig, Credit, FilterMode
 from vlmrl.errors import ConfigError
 from vlmrl.orchestrator.filters import filters_in
 from vlmrl.types import DropReason, FloatArray, Group, Rollout

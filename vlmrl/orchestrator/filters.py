@@ -29,7 +29,7 @@ import math
 
 import numpy as np
 
-from vlmrl.config.orchestrator import FilterConfig, FilterMode
+from vlmrl.config.algorithm import FilterConfig, FilterMode
 from vlmrl.types import Completion, DropReason, Group
 
 FILTERS = {reason.value: reason for reason in (DropReason.GIBBERISH, DropReason.REPETITION, DropReason.ZERO_ADVANTAGE)}

@@ -21,7 +21,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vlmrl.config.orchestrator import AlgorithmConfig, OrchestratorConfig
+from vlmrl.config.algorithm import AlgorithmConfig
+from vlmrl.config.orchestrator import OrchestratorConfig
 from vlmrl.errors import NonFiniteLossError
 from vlmrl.orchestrator.advantages import assign_advantages, mark_dropped
 from vlmrl.orchestrator.evaluation import Evaluator

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vlmrl.config.orchestrator import FilterConfig, FilterMode
+from vlmrl.config.algorithm import FilterConfig, FilterMode
 from vlmrl.orchestrator.filters import filters_in
 from vlmrl.orchestrator.rollout import bridge_break_rate
 from vlmrl.types import Group, Rollout

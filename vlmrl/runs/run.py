@@ -40,6 +40,7 @@ from vlmrl.orchestrator.loop import ExitReason, Loop
 from vlmrl.orchestrator.rollout import RolloutRunner
 from vlmrl.orchestrator.supervised import AFTER_WARMUP, demonstration_samples
 from vlmrl.orchestrator.vision_gap import VisionGap
+from vlmrl.preflight.check import check
 from vlmrl.preflight.rules.ranks import ranks_work_together
 from vlmrl.ranks.rank_group import RankGroup, follow, init_from_environment
 from vlmrl.record.run_dir import RunDir
@@ -400,6 +401,7 @@ class Run:
         self.monitor.phase("replay")
         await self.weight_sync.publish(step - 1)
         then = parse(typed(recorded.read_config(key="run")))
+        check(then)
         replay = Replay(
             recorded=recorded,
             step=step,

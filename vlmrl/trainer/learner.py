@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vlmrl.config.orchestrator import AlgorithmConfig
+from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.trainer import Packing, Sharding, TrainerConfig
 from vlmrl.models.policy import Policy
 from vlmrl.trainer.checkpoint import begin_to_save, not_finite, restore

@@ -42,8 +42,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from vlmrl.config.algorithm import AlgorithmConfig, ImportanceCorrection, Loss
 from vlmrl.config.import_paths import assert_takes, import_named
-from vlmrl.config.orchestrator import AlgorithmConfig, ImportanceCorrection, Loss
 from vlmrl.errors import ConfigError
 
 

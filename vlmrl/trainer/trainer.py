@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from vlmrl.config.orchestrator import AlgorithmConfig
+from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.trainer import TrainerConfig
 from vlmrl.errors import NonFiniteLossError
 from vlmrl.models.policy import Policy

@@ -10,8 +10,8 @@ import pytest
 from vlmrl.cli.arguments import CONF
 from vlmrl.cli.explain import explanation
 from vlmrl.cli.main import main
+from vlmrl.cli.schemas import register_schemas
 from vlmrl.config.keys import known_keys
-from vlmrl.config.run import register_schemas
 from vlmrl.errors import ConfigError
 
 

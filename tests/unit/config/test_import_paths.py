@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from vlmrl.cli.start import check_imports
-from vlmrl.config.orchestrator import AlgorithmConfig, ImportanceCorrection
+from vlmrl.config.algorithm import AlgorithmConfig, ImportanceCorrection
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import ConfigError
 from vlmrl.orchestrator.advantages import assign_advantages, estimator_named, group_centered

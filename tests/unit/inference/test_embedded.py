@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from support.helpers import BANNED, END, TEXT_TOKENS, Part, extended, image, plain_logits, prompt
-from vlmrl.config.orchestrator import AlgorithmConfig
+from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.trainer import TrainerConfig
 from vlmrl.errors import EngineError
 from vlmrl.inference.embedded import EmbeddedEngine

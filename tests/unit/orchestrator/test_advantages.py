@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmrl.config.orchestrator import Advantage, AlgorithmConfig, Credit, FilterConfig, FilterMode
+from vlmrl.config.algorithm import Advantage, AlgorithmConfig, Credit, FilterConfig, FilterMode
 from vlmrl.orchestrator.advantages import (
     EPS,
     ESTIMATORS,

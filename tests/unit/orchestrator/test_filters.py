@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmrl.config.orchestrator import AlgorithmConfig, FilterConfig, FilterMode
+from vlmrl.config.algorithm import AlgorithmConfig, FilterConfig, FilterMode
 from vlmrl.orchestrator.advantages import assign_advantages, mark_dropped
 from vlmrl.orchestrator.filters import FILTERS, find_filtered, is_gibberish, is_repetition
 from vlmrl.types import Completion, DropReason, Group, Prompt, Rollout, StopReason, Turn

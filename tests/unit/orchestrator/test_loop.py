@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmrl.config.orchestrator import AlgorithmConfig, EvalConfig, FilterConfig, FilterMode, OrchestratorConfig
+from vlmrl.config.algorithm import AlgorithmConfig, FilterConfig, FilterMode
+from vlmrl.config.orchestrator import EvalConfig, OrchestratorConfig
 from vlmrl.errors import NonFiniteLossError, TaskError
 from vlmrl.orchestrator.evaluation import Evaluator
 from vlmrl.orchestrator.loop import ExitReason, Loop

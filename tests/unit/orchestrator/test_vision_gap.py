@@ -13,7 +13,8 @@ import pytest
 
 from support import helpers
 from support.helpers import BANNED, MERGE, TINY, Sampled, image
-from vlmrl.config.orchestrator import AlgorithmConfig, RendererConfig
+from vlmrl.config.algorithm import AlgorithmConfig
+from vlmrl.config.orchestrator import RendererConfig
 from vlmrl.config.trainer import TrainerConfig
 from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer
 from vlmrl.models.policy import Policy

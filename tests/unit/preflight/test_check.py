@@ -11,12 +11,13 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+from support.configs import checked
 from vlmrl.cli.arguments import CONF
+from vlmrl.config.algorithm import Advantage, Credit, FilterMode, Loss
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.keys import did_you_mean, known_keys
 from vlmrl.config.model import Dtype, LoraConfig
-from vlmrl.config.orchestrator import Advantage, Credit, FilterMode, Loss
-from vlmrl.config.parse import parse, typed
+from vlmrl.config.parse import typed
 from vlmrl.config.ranges import RANGES, numbers_in_range
 from vlmrl.config.run import RunConfig
 from vlmrl.config.task import ColorCodewordConfig, ImportedTaskConfig
@@ -69,9 +70,9 @@ def test_every_option_composes_and_is_checked(option: str, composed: Callable[..
     config = composed(option)
     if option in NOT_ALONE:
         with pytest.raises(ConfigError, match=NOT_ALONE[option]):
-            parse(config)
+            checked(config)
     else:
-        assert isinstance(parse(config), RunConfig)
+        assert isinstance(checked(config), RunConfig)
 
 
 def test_default(run_config: Callable[..., RunConfig]) -> None:
@@ -189,7 +190,7 @@ def test_config_yaml_config(overrides: tuple[str, ...], run_config: Callable[...
     yaml = OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
     tree = OmegaConf.create(yaml)
     assert isinstance(tree, DictConfig)
-    again = parse(typed(tree))
+    again = checked(typed(tree))
     assert again == config
     assert type(again.task) is type(config.task)
 
@@ -276,7 +277,7 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
 def test_refused(overrides: tuple[str, ...], message: str, composed: Callable[..., DictConfig]) -> None:
     config = composed(*overrides)
     with pytest.raises(ConfigError, match=message):
-        parse(config)
+        checked(config)
 
 
 @pytest.mark.parametrize(
@@ -301,7 +302,7 @@ def default() -> dict[str, RunConfig]:
     """The default run of each engine; not to be changed."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return {
-            engine: parse(compose("config", ["output_dir=outputs/test", f"inference={engine}"]))
+            engine: checked(compose("config", ["output_dir=outputs/test", f"inference={engine}"]))
             for engine in ("embedded", "vllm")
         }
 

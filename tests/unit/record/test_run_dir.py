@@ -7,10 +7,11 @@ from typing import IO
 import pytest
 from omegaconf import OmegaConf
 
+from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.inference import EmbeddedConfig
 from vlmrl.config.model import ModelConfig
 from vlmrl.config.monitor import MonitorConfig, WandbMode
-from vlmrl.config.orchestrator import AlgorithmConfig, OrchestratorConfig
+from vlmrl.config.orchestrator import OrchestratorConfig
 from vlmrl.config.run import RunConfig
 from vlmrl.config.task import ColorCodewordConfig
 from vlmrl.config.trainer import TrainerConfig

@@ -13,11 +13,11 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
+from support.configs import checked
 from support.vllm_tiny import Tiny
+from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.model import Dtype
-from vlmrl.config.orchestrator import AlgorithmConfig
-from vlmrl.config.parse import parse
 from vlmrl.config.trainer import TrainerConfig
 from vlmrl.errors import CheckpointError, ConfigError
 from vlmrl.inference.embedded import EmbeddedEngine
@@ -40,7 +40,7 @@ def policy_and_folder(composed: Callable[..., DictConfig], tmp_path: Path) -> tu
     """A policy that has learned something, and what was exported of its run."""
     tree = composed("mode=export", f"resume={tmp_path}", f"export.folder={tmp_path / 'exported'}")
     tree.output_dir = str(tmp_path)
-    config = parse(tree)
+    config = checked(tree)
     with pytest.raises(CheckpointError, match="has no checkpoint to export"):
         export(config, pytest.fail)
     folder = resolve_checkpoint(config.model, load_task(config.task, seed=0).texts())

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from support.helpers import Sampled, image, sample
+from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.model import Dtype, LoraConfig
-from vlmrl.config.orchestrator import AlgorithmConfig
 from vlmrl.config.trainer import TrainerConfig
 from vlmrl.config.weight_sync import FolderSyncConfig
 from vlmrl.inference.embedded import EmbeddedEngine

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from support.helpers import Part, Sampled, image, plain_logprobs, sample
-from vlmrl.config.orchestrator import AlgorithmConfig
+from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.trainer import Packing
 from vlmrl.models.blocks import checkpoint_blocks, compile_blocks
 from vlmrl.models.policy import Policy

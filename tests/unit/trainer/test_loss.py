@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from vlmrl.config.orchestrator import AlgorithmConfig, ImportanceCorrection, Loss
+from vlmrl.config.algorithm import AlgorithmConfig, ImportanceCorrection, Loss
 from vlmrl.trainer.loss import (
     LOSSES,
     BatchTotals,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from support.helpers import BANNED, VISION_START, Sampled, plain_logits, plain_logprobs, sample
 from support.learning import batch, demonstrations
-from vlmrl.config.orchestrator import AlgorithmConfig, Loss
+from vlmrl.config.algorithm import AlgorithmConfig, Loss
 from vlmrl.config.trainer import Decay, Packing, SFTConfig, TrainerConfig
 from vlmrl.errors import NonFiniteLossError
 from vlmrl.models.policy import Policy

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from vlmrl.config.algorithm import Advantage, FilterMode, Loss
 from vlmrl.config.import_paths import is_import_path
 from vlmrl.config.keys import did_you_mean
-from vlmrl.config.orchestrator import Advantage, FilterMode, Loss
 from vlmrl.config.run import Mode, RunConfig
 from vlmrl.errors import ConfigError
 

@@ -9,11 +9,12 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
+from support.configs import checked
 from vlmrl.cli.arguments import CONF
 from vlmrl.cli.hydra_job import place, sweep_jobs, without_hydra
+from vlmrl.cli.schemas import register_schemas
 from vlmrl.cli.sweep.jobs import job_name
-from vlmrl.config.parse import parse
-from vlmrl.config.run import RunConfig, register_schemas
+from vlmrl.config.run import RunConfig
 
 SWEEPS = sorted(path.stem for path in (CONF / "sweep").glob("*.yaml"))
 JOBS = {"algorithms": 12, "learning_rate": 6, "seeds": 5, "staleness": 12}
@@ -33,7 +34,7 @@ def jobs_of(sweep: str, *arguments: str) -> dict[str, RunConfig]:
         loader = GlobalHydra.instance().config_loader()
         jobs = sweep_jobs(config)
         configs = [without_hydra(loader.load_sweep_config(config, job)) for job in jobs]
-    return {job_name(job, ""): parse(place(config, "there")) for job, config in zip(jobs, configs, strict=True)}
+    return {job_name(job, ""): checked(place(config, "there")) for job, config in zip(jobs, configs, strict=True)}
 
 
 def test_all_sweeps_are_known() -> None:

@@ -1,0 +1,16 @@
+"""Configs of runs for tests."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from vlmrl.config.parse import parse
+from vlmrl.config.run import RunConfig
+from vlmrl.preflight.check import check
+
+
+def checked(config: DictConfig) -> RunConfig:
+    """Type a composed config and check it, as the command line does. Raises ConfigError."""
+    run_config = parse(config)
+    check(run_config)
+    return run_config
