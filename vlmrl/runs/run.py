@@ -28,7 +28,7 @@ from vlmrl.config.run import Mode, RunConfig
 from vlmrl.config.trainer import Packing, SFTConfig
 from vlmrl.config.weight_sync import CudaIpcSyncConfig, FolderSyncConfig, NcclSyncConfig
 from vlmrl.errors import ConfigError, EngineError, Interrupted, RankError, TaskError
-from vlmrl.inference.embedded import EmbeddedEngine
+from vlmrl.inference.embedded.engine import EmbeddedEngine
 from vlmrl.inference.vllm.engine import VllmEngine
 from vlmrl.inference.vllm.server import check_vllm
 from vlmrl.models.checkpoints.load import check_available, load_image_processor, load_tokenizer, resolve_checkpoint
@@ -144,7 +144,7 @@ def make_engine(
     """The sampler and how weights reach it. `folder` is the checkpoint's."""
     if not isinstance(config.inference, VllmConfig):
         engine = EmbeddedEngine(policy, lambda: trainer.version, config.inference.max_model_len)
-        return engine, InProcessSync(trainer, engine)
+        return engine, InProcessSync(lambda: trainer.version, trainer.weights, engine.weights)
     flat = config.model.vlm.flat_mm_kwargs if config.model.vlm is not None else []
     sync = config.weight_sync
     transfer = WEIGHT_TRANSFERS.get(sync.kind)

@@ -1,29 +1,38 @@
-"""`weight_sync=in_process`: the engine reads the trainer's own weights, so publishing is a check and no copy."""
+"""`weight_sync=in_process`: the engine generates from the trainer's own tensors, so publishing copies nothing."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Mapping
 
-from vlmrl.inference.embedded import EmbeddedEngine
-from vlmrl.models import digests as verify
-from vlmrl.trainer.trainer import LocalTrainer
+from torch import Tensor
+
+from vlmrl.models.digests import compare
 from vlmrl.types import WeightComparison
 
 
 class InProcessSync:
-    """For the embedded engine; see `vlmrl.types.WeightSync`."""
+    """Weight sync for the embedded engine; implements `vlmrl.types.WeightSync`."""
 
-    def __init__(self, trainer: LocalTrainer, engine: EmbeddedEngine) -> None:
-        self._trainer = trainer
-        self._engine = engine
+    def __init__(
+        self,
+        trainer_version: Callable[[], int],
+        trainer_weights: Callable[[], Mapping[str, Tensor]],
+        engine_weights: Callable[[], Mapping[str, Tensor]],
+    ) -> None:
+        """Both `*_weights` return the current tensors (not copies) under their names in a checkpoint."""
+        self._trainer_version = trainer_version
+        self._trainer_weights = trainer_weights
+        self._engine_weights = engine_weights
 
     async def publish(self, version: int) -> None:
-        """The weights are there already; the version must be the one that the trainer holds."""
-        assert version == self._trainer.version, f"publishing {version} while the trainer holds {self._trainer.version}"
+        """Do nothing: the engine holds the weights already. `version` must be the trainer's current version."""
+        held = self._trainer_version()
+        assert version == held, f"publishing version {version}, but the trainer holds version {held}"
 
     async def compare(self) -> WeightComparison:
-        """See `vlmrl.types.WeightSync.compare`."""
-        return await asyncio.to_thread(verify.compare, self._trainer.weights(), self._engine.weights())
+        """Compare the digests of the trainer's and the engine's weights; see `vlmrl.types.WeightSync.compare`."""
+        return await asyncio.to_thread(lambda: compare(self._trainer_weights(), self._engine_weights()))
 
     def close(self) -> None:
-        """Nothing was made."""
+        """Do nothing: this transport holds no resources."""
