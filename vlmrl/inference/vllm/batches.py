@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 
-from vlmrl.inference.vllm.frames import ROUTE, Replies, Reply, pack_batch
+from vlmrl.inference.vllm.frames import ROUTE, Response, Responses, pack_batch
 from vlmrl.inference.vllm.wire import WireError
 
 BATCH_LIMIT_BYTES = 64 * 1024**2
@@ -32,7 +32,7 @@ class BatchLostError(Exception):
 class _Asked:
     header: Mapping[str, Any]
     documents: Mapping[str, bytes]
-    reply: asyncio.Future[Reply]
+    reply: asyncio.Future[Response]
     batch: _Batch | None = None
 
 
@@ -51,7 +51,7 @@ class Batches:
         self._asked: list[_Asked] = []
         self._under_way: set[asyncio.Task[None]] = set()
 
-    async def ask(self, header: Mapping[str, Any], documents: Mapping[str, bytes]) -> Reply:
+    async def ask(self, header: Mapping[str, Any], documents: Mapping[str, bytes]) -> Response:
         """The reply to one request (`vllm_frames.request_header`); `documents` go with it. Raises `BatchLostError`,
         and `WireError` for a response that is none."""
         loop = asyncio.get_running_loop()
@@ -107,14 +107,16 @@ class Batches:
         self._counts["wire/bytes_sent"] += len(body)
         async with self._http.stream("POST", ROUTE, content=body, headers=CONTENT_TYPE) as response:
             if response.status_code != 200:
-                whole = Reply(response.status_code, {"error": (await response.aread()).decode(errors="replace")}, _NONE)
+                whole = Response(
+                    response.status_code, {"error": (await response.aread()).decode(errors="replace")}, _NONE
+                )
                 for one in members:
                     if not one.reply.done():
                         one.reply.set_result(whole)
                 return
-            replies = Replies()
+            responses = Responses()
             async for chunk in response.aiter_raw():
-                for number, reply in replies.feed(chunk):
+                for number, reply in responses.feed(chunk):
                     if not members[number].reply.done():
                         members[number].reply.set_result(reply)
 

@@ -103,7 +103,7 @@ def unpack_batch(body: bytes) -> Batch:
 
 
 @dataclass(frozen=True, eq=False)
-class Reply:
+class Response:
     """What came back for one request of a batch."""
 
     status: int
@@ -153,15 +153,15 @@ def pack_error(number: int, status: int, error: str) -> bytes:
     return _framed({"number": number, "status": status, "error": error})
 
 
-class Replies:
+class Responses:
     """Reads a response as it arrives.
 
     >>> response = pack_answer(1, [7, 9], [-0.5, -0.25], [("3", 0, 1), ("4", 1, 2)], "length")
     >>> response += pack_error(0, 400, "no")
-    >>> replies = Replies()
-    >>> list(replies.feed(response[:20]))
+    >>> responses = Responses()
+    >>> list(responses.feed(response[:20]))
     []
-    >>> (_, first), (number, second) = replies.feed(response[20:])
+    >>> (_, first), (number, second) = responses.feed(response[20:])
     >>> answer = first.answer()
     >>> answer.token_ids.tolist(), answer.logprobs.tolist(), answer.versions.tolist(), answer.finish_reason
     ([7, 9], [-0.5, -0.25], [3, 4], 'length')
@@ -172,11 +172,11 @@ class Replies:
     def __init__(self) -> None:
         self._frames = Frames()
 
-    def feed(self, chunk: bytes) -> Iterator[tuple[int, Reply]]:
-        """The replies that `chunk` completes, each with the number of its request. Raises `WireError`."""
+    def feed(self, chunk: bytes) -> Iterator[tuple[int, Response]]:
+        """The responses that `chunk` completes, each with the number of its request. Raises `WireError`."""
         try:
             for header, data in self._frames.feed(chunk):
-                yield header["number"], Reply(header["status"], header, data)
+                yield header["number"], Response(header["status"], header, data)
         except (orjson.JSONDecodeError, KeyError, TypeError) as error:
             raise WireError(f"{type(error).__name__}: {error}") from error
 

@@ -23,11 +23,11 @@ from vlmrl.inference.vllm.wire import Answer
 from vlmrl.types import ImageItem, Placeholder, Prompt, SamplingParams
 
 SAMPLING = SamplingParams(max_new_tokens=2, temperature=1.0, stop_token_ids=(9,), banned_token_ids=(), seed=0)
-Reply: TypeAlias = httpx.Response
-Handler: TypeAlias = Callable[[httpx.Request], Coroutine[None, None, Reply]]
+HttpResponse: TypeAlias = httpx.Response
+Handler: TypeAlias = Callable[[httpx.Request], Coroutine[None, None, HttpResponse]]
 
 
-def sampled(*tokens: int, finish_reason: str = "stop") -> Reply:
+def sampled(*tokens: int, finish_reason: str = "stop") -> HttpResponse:
     content = [{"token_id": token, "logprob": -1.0} for token in tokens]
     choice = {"token_ids": tokens, "finish_reason": finish_reason, "logprobs": {"content": content}}
     return httpx.Response(200, json={"choices": [choice]})
@@ -36,7 +36,7 @@ def sampled(*tokens: int, finish_reason: str = "stop") -> Reply:
 class Server:
     """Holds what it was sent, like vLLM; `forgets` makes it lose everything before the next request."""
 
-    def __init__(self, forgotten: Callable[[], Reply]) -> None:
+    def __init__(self, forgotten: Callable[[], HttpResponse]) -> None:
         self.requests: list[list[tuple[str, bool]]] = []
         """Per request and image: its hash, and whether its data came along."""
         self.held: set[str] = set()
@@ -46,7 +46,7 @@ class Server:
         self.go_on.set()
         self._forgotten = forgotten
 
-    async def __call__(self, request: httpx.Request) -> Reply:
+    async def __call__(self, request: httpx.Request) -> HttpResponse:
         if request.url.path == "/health":
             return httpx.Response(200)
         features = orjson.loads(request.content).get("features")
@@ -105,7 +105,7 @@ async def ask(client: VllmClient, *hashes: str) -> Answer:
 
 
 @pytest.mark.parametrize("forgotten", FORGOTTEN)
-def test_an_images_data_goes_once_and_its_hash_from_then_on(forgotten: Callable[[], Reply]) -> None:
+def test_an_images_data_goes_once_and_its_hash_from_then_on(forgotten: Callable[[], HttpResponse]) -> None:
     async def scenario() -> None:
         server = Server(forgotten)
         client = client_of(server)
@@ -169,7 +169,7 @@ def test_who_waits_for_an_image_sends_it_when_its_sender_fails() -> None:
 
 @pytest.mark.parametrize("forgotten", FORGOTTEN)
 @pytest.mark.parametrize("new", [(), ("c",)])
-def test_a_server_that_forgot_gets_all_data_again(forgotten: Callable[[], Reply], new: tuple[str, ...]) -> None:
+def test_a_server_that_forgot_gets_all_data_again(forgotten: Callable[[], HttpResponse], new: tuple[str, ...]) -> None:
     async def scenario() -> None:
         server = Server(forgotten)
         client = client_of(server)
@@ -208,8 +208,8 @@ def test_a_text_prompt_is_one_request() -> None:
     asyncio.run(scenario())
 
 
-def failing(reply: Callable[[httpx.Request], Reply], is_healthy: bool) -> Handler:
-    async def handler(request: httpx.Request) -> Reply:
+def failing(reply: Callable[[httpx.Request], HttpResponse], is_healthy: bool) -> Handler:
+    async def handler(request: httpx.Request) -> HttpResponse:
         if request.url.path == "/health":
             return httpx.Response(200 if is_healthy else 503)
         return reply(request)
@@ -217,7 +217,7 @@ def failing(reply: Callable[[httpx.Request], Reply], is_healthy: bool) -> Handle
     return handler
 
 
-def broken(request: httpx.Request) -> Reply:
+def broken(request: httpx.Request) -> HttpResponse:
     raise httpx.ReadError("connection reset", request=request)
 
 
@@ -244,7 +244,7 @@ def broken(request: httpx.Request) -> Reply:
     ],
 )
 def test_what_goes_wrong_is_told_apart(
-    reply: Callable[[httpx.Request], Reply], is_healthy: bool, error: type[Exception], message: str
+    reply: Callable[[httpx.Request], HttpResponse], is_healthy: bool, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         asyncio.run(ask(client_of(failing(reply, is_healthy))))
