@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from vlmrl.errors import EngineError
-from vlmrl.inference.embedded import EmbeddedEngine
+from vlmrl.inference.embedded.engine import EmbeddedEngine
 from vlmrl.models import digests as verify
 from vlmrl.models.policy import Policy
 from vlmrl.rendering.renderer import Renderer

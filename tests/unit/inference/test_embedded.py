@@ -16,7 +16,7 @@ from support.helpers import BANNED, END, TEXT_TOKENS, Part, extended, image, pla
 from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.trainer import TrainerConfig
 from vlmrl.errors import EngineError
-from vlmrl.inference.embedded import EmbeddedEngine
+from vlmrl.inference.embedded.engine import EmbeddedEngine
 from vlmrl.models.policy import Policy
 from vlmrl.models.positions import position_function
 from vlmrl.trainer.loss import mismatch_kl
@@ -459,7 +459,7 @@ def test_a_prompt_that_is_too_long_fails_alone(policy: Policy) -> None:
         fits, too_long = await asyncio.gather(one_turn(14), one_turn(15), return_exceptions=True)
         assert isinstance(fits, Completion)
         assert isinstance(too_long, EngineError)
-        assert "15 tokens + max_new_tokens=6 passes inference.max_model_len=20" in str(too_long)
+        assert "15 tokens + max_new_tokens=6 exceeds inference.max_model_len=20" in str(too_long)
 
     asyncio.run(main())
 

@@ -20,7 +20,7 @@ from vlmrl.config.inference import VllmConfig
 from vlmrl.config.model import Dtype
 from vlmrl.config.trainer import TrainerConfig
 from vlmrl.errors import CheckpointError, ConfigError
-from vlmrl.inference.embedded import EmbeddedEngine
+from vlmrl.inference.embedded.engine import EmbeddedEngine
 from vlmrl.inference.vllm.engine import VllmEngine
 from vlmrl.inference.vllm.server import vllm_version
 from vlmrl.models.checkpoints.load import load_image_processor, load_model, load_tokenizer, resolve_checkpoint

@@ -17,7 +17,7 @@ from vlmrl.config.inference import VllmConfig
 from vlmrl.config.model import Dtype, LoraConfig
 from vlmrl.config.trainer import TrainerConfig
 from vlmrl.config.weight_sync import FolderSyncConfig
-from vlmrl.inference.embedded import EmbeddedEngine
+from vlmrl.inference.embedded.engine import EmbeddedEngine
 from vlmrl.inference.vllm.engine import VllmEngine
 from vlmrl.models.lora import add_adapters
 from vlmrl.models.policy import Policy

@@ -26,7 +26,7 @@ from support.broken_parts import (
 from vlmrl.config.orchestrator import RendererConfig
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import EngineError, ParityError
-from vlmrl.inference.embedded import EmbeddedEngine
+from vlmrl.inference.embedded.engine import EmbeddedEngine
 from vlmrl.inference.vllm.client import VllmClient
 from vlmrl.inference.vllm.server import vllm_version
 from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer, resolve_checkpoint

@@ -1,0 +1,199 @@
+"""Decoding: sample the completions of a batch, token by token, after its prompts are prefilled.
+
+Requests with the same prompt that have sampled the same tokens so far form one branch, which is one row of the forward
+pass. A branch splits where its requests sample different tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlmrl.inference.embedded.cached_policy import CachedPolicy
+from vlmrl.inference.embedded.prefill import DistinctPrompt, Prefilled
+from vlmrl.inference.embedded.requests import CachedTurn, Request
+from vlmrl.inference.embedded.sampling import sample_tokens, uniform_numbers
+from vlmrl.models.attention.prefix_tree import Segment
+from vlmrl.models.attention.tree import SharedBlock, TreePlan, local_blocks, shared_segments
+from vlmrl.models.transfer import to_device
+from vlmrl.types import Completion, FloatArray, IntArray
+
+
+class _Sequence:
+    """One request while its completion is sampled."""
+
+    def __init__(self, request: Request, prompt: int) -> None:
+        self.request = request
+        self.prompt = prompt
+        """Index of its prompt."""
+        self.stop_token_ids = frozenset(request.sampling.stop_token_ids)
+        self.uniforms = uniform_numbers(request.sampling)
+        self.token_ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.last_branch: _Branch | None = None
+        """The branch that sampled the last token; None while the completion is not finished."""
+
+    def add(self, token: int, logprob: float, branch: _Branch) -> None:
+        """Append a token that `branch` sampled."""
+        self.token_ids.append(token)
+        self.logprobs.append(logprob)
+        if token in self.stop_token_ids or len(self.token_ids) == self.request.sampling.max_new_tokens:
+            self.last_branch = branch
+
+    @property
+    def is_finished(self) -> bool:
+        return self.last_branch is not None
+
+
+@dataclass(eq=False)
+class _Branch:
+    """A distinct continuation of a distinct prompt."""
+
+    prompt: int
+    """Index of the prompt."""
+    slots: list[int] = field(default_factory=list)
+    """Slots of the continuation's tokens in the KV cache."""
+    sequences: list[_Sequence] = field(default_factory=list)
+    """The unfinished requests that have sampled exactly this continuation."""
+
+
+def decode(
+    model: CachedPolicy,
+    version: int,
+    requests: Sequence[Request],
+    prompts: Sequence[DistinctPrompt],
+    request_prompt: Sequence[int],
+    prefilled: Prefilled,
+) -> tuple[list[Completion], int]:
+    """Sample one completion per request, in order → the completions, and the number of rows that were computed.
+
+    `request_prompt` has the index of each request's prompt. Leaves a `CachedTurn` in each request's session.
+    """
+    sequences = [_Sequence(request, prompt) for request, prompt in zip(requests, request_prompt, strict=True)]
+    chain = _SharedChain(prompts, prefilled.segments, request_prompt)
+    branches = [_Branch(prompt) for prompt in range(len(prompts))]
+    for sequence in sequences:
+        branches[sequence.prompt].sequences.append(sequence)
+    hidden, rows = prefilled.hidden, 0
+    for step in range(max(request.sampling.max_new_tokens for request in requests)):
+        tokens, logprobs = _sample(model, branches, hidden, step)
+        branches, branch_tokens = _split(branches, tokens, logprobs)
+        if not branches:
+            break
+        hidden = _forward(model, branches, branch_tokens, prompts, chain, step)
+        rows += len(branches)
+    return [_finish(sequence, version, prompts, prefilled) for sequence in sequences], rows
+
+
+def _sample(model: CachedPolicy, branches: Sequence[_Branch], hidden: Tensor, step: int) -> tuple[IntArray, FloatArray]:
+    """Token and logprob of each unfinished request, in the order of `branches` and their sequences."""
+    order = [sequence for branch in branches for sequence in branch.sequences]
+    row = np.repeat(np.arange(len(branches)), [len(branch.sequences) for branch in branches])
+    temperatures = [sequence.request.sampling.temperature for sequence in order]
+    return sample_tokens(model, hidden, row, temperatures, [sequence.uniforms[step] for sequence in order])
+
+
+def _split(branches: Sequence[_Branch], tokens: IntArray, logprobs: FloatArray) -> tuple[list[_Branch], list[int]]:
+    """Append the sampled tokens to the requests → the branches of the unfinished ones, and the token of each branch."""
+    children: list[_Branch] = []
+    child_tokens: list[int] = []
+    position = 0
+    for branch in branches:
+        by_token: dict[int, _Branch] = {}
+        for sequence in branch.sequences:
+            token = int(tokens[position])
+            sequence.add(token, float(logprobs[position]), branch)
+            position += 1
+            if not sequence.is_finished:
+                by_token.setdefault(token, _Branch(branch.prompt, branch.slots)).sequences.append(sequence)
+        for token, child in sorted(by_token.items()):
+            children.append(child)
+            child_tokens.append(token)
+    return children, child_tokens
+
+
+def _forward(
+    model: CachedPolicy,
+    branches: Sequence[_Branch],
+    tokens: Sequence[int],
+    prompts: Sequence[DistinctPrompt],
+    chain: _SharedChain,
+    step: int,
+) -> Tensor:
+    """Compute the newest token of each branch, in a slot of its own → float [branches, hidden]."""
+    first_slot = model.kv_cache.allocate(len(branches))
+    for i, branch in enumerate(branches):
+        branch.slots = [*branch.slots, first_slot + i]
+    paths = [np.concatenate([chain.private_slots[b.prompt], np.array(b.slots, dtype=np.int64)]) for b in branches]
+    plan = TreePlan(
+        shared=chain.blocks([b.prompt for b in branches], model.device),
+        local=local_blocks(
+            paths, [np.array([i]) for i in range(len(branches))], [len(path) - 1 for path in paths], model.device
+        ),
+    )
+    at = np.array([[prompts[b.prompt].next_text_position, prompts[b.prompt].next_position] for b in branches])
+    positions = np.stack([at[:, 0], at[:, 1], at[:, 1], at[:, 1]]) + step
+    types = np.zeros(len(branches), np.int64)
+    return model.forward(np.array(tokens), positions, types, [], plan, first_slot)
+
+
+def _finish(sequence: _Sequence, version: int, prompts: Sequence[DistinctPrompt], prefilled: Prefilled) -> Completion:
+    """The completion of a finished request; its session keeps the turn."""
+    assert sequence.last_branch is not None
+    token_ids = np.array(sequence.token_ids, dtype=np.int64)
+    sequence.request.session.last_turn = CachedTurn(
+        version,
+        np.concatenate([prompts[sequence.prompt].keys, token_ids[:-1]]),
+        np.concatenate([prefilled.slots[sequence.prompt], np.array(sequence.last_branch.slots, dtype=np.int64)]),
+    )
+    return Completion(
+        token_ids=token_ids,
+        logprobs=np.array(sequence.logprobs, dtype=np.float32),
+        versions=np.full(len(token_ids), version, dtype=np.int64),
+        finish_reason="stop" if sequence.token_ids[-1] in sequence.stop_token_ids else "length",
+    )
+
+
+class _SharedChain:
+    """Splits each prompt for decoding: its leading segments are read in blocks that several rows share, the rest is
+    read by each row for itself."""
+
+    def __init__(
+        self, prompts: Sequence[DistinctPrompt], segments: Sequence[Segment], request_prompt: Sequence[int]
+    ) -> None:
+        requests_below = [0] * len(segments)
+        for number in request_prompt:
+            segment = prompts[number].segment
+            while segment >= 0:
+                requests_below[segment] += 1
+                segment = segments[segment].parent
+        shared = shared_segments([s.parent for s in segments], [len(s.slots) for s in segments], requests_below)
+        self._segments = segments
+        self._members: dict[int, list[int]] = {i: [] for i in range(len(segments)) if shared[i]}
+        """Shared segment → indices of the prompts below it, ascending and contiguous."""
+        self.private_slots: list[IntArray] = []
+        """Per prompt, int64: the slots that no shared block covers."""
+        for index, prompt in enumerate(prompts):
+            private: list[IntArray] = []
+            segment = prompt.segment
+            while segment >= 0:
+                if shared[segment]:
+                    self._members[segment].append(index)
+                else:
+                    private.append(segments[segment].slots)
+                segment = segments[segment].parent
+            self.private_slots.append(np.concatenate([np.empty(0, np.int64), *reversed(private)]))
+
+    def blocks(self, row_prompts: Sequence[int], device: torch.device) -> list[SharedBlock]:
+        """The shared blocks for rows whose prompts are `row_prompts`, in ascending order."""
+        blocks = []
+        for segment, members in self._members.items():
+            start, end = np.searchsorted(row_prompts, [members[0], members[-1] + 1])
+            if start < end:
+                slots = to_device(self._segments[segment].slots, device)
+                blocks.append(SharedBlock(int(start), int(end), slots))
+        return blocks

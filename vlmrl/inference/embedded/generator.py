@@ -1,0 +1,42 @@
+"""Prefill and decode of one batch of the embedded engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from vlmrl.inference.embedded.cached_policy import CachedPolicy
+from vlmrl.inference.embedded.decoding import decode
+from vlmrl.inference.embedded.prefill import distinct_prompts, prefill
+from vlmrl.inference.embedded.requests import Request
+from vlmrl.models.policy import Policy
+from vlmrl.types import Completion
+
+
+class Generator:
+    """Samples the completions of one batch after another, in one thread."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._model = CachedPolicy(policy)
+        self._counters = {"inference/rows_prefill": 0.0, "inference/rows_decode": 0.0}
+
+    def take_counters(self) -> dict[str, float]:
+        """Rows computed since the last call: `inference/rows_prefill`, `inference/rows_decode`."""
+        counters, self._counters = self._counters, dict.fromkeys(self._counters, 0.0)
+        return counters
+
+    def clear_cache(self) -> None:
+        """Have the next batch start with empty caches."""
+        self._model.clear()
+
+    @torch.inference_mode()
+    def run(self, requests: Sequence[Request], version: int) -> list[Completion]:
+        """Sample one completion per request, in order. `version` is the policy version of the weights."""
+        self._model.use_version(version)
+        prompts, request_prompt = distinct_prompts(self._model, requests)
+        prefilled, rows = prefill(self._model, prompts)
+        self._counters["inference/rows_prefill"] += rows
+        completions, rows = decode(self._model, version, requests, prompts, request_prompt, prefilled)
+        self._counters["inference/rows_decode"] += rows
+        return completions

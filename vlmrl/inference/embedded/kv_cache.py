@@ -1,0 +1,36 @@
+"""The KV cache of the embedded engine: slots for the keys and values of one policy version."""
+
+from __future__ import annotations
+
+from vlmrl.models.attention.tree import KVPool
+from vlmrl.models.policy import Policy
+
+FIRST_CAPACITY_SLOTS = 4096
+
+
+class KVCache:
+    """Hands out slots of a `KVPool` in ascending order. It grows when it is full, and is cleared only as a whole."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.pool = KVPool([], [])
+        self._policy = policy
+        self._capacity = 0
+        self._used = 0
+
+    def clear(self) -> None:
+        """Reuse all slots from the first one on."""
+        self._used = 0
+
+    def allocate(self, slots: int) -> int:
+        """Reserve `slots` consecutive slots and return the first. A full pool is copied into one of twice the size."""
+        first = self._used
+        self._used += slots
+        if self._used > self._capacity:
+            self._capacity = max(FIRST_CAPACITY_SLOTS, 2 * self._used)
+            pool = self._policy.kv_pool(self._capacity)
+            for old, new in zip(
+                [*self.pool.keys, *self.pool.values], [*pool.keys, *pool.values], strict=bool(self.pool.keys)
+            ):
+                new[:, :first] = old[:, :first]
+            self.pool = pool
+        return first

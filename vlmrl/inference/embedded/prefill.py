@@ -1,0 +1,173 @@
+"""Prefill: compute the keys and values that the KV cache lacks for the prompts of a batch.
+
+All distinct prompts form one prefix tree, so a token that several prompts share is one row of one forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlmrl.inference.embedded.cached_policy import CachedPolicy
+from vlmrl.inference.embedded.requests import Request
+from vlmrl.models.attention.prefix_tree import PrefixTree, Segment, build_tree, sort_key
+from vlmrl.models.attention.tree import plan_tree
+from vlmrl.types import ImageItem, IntArray, Prompt, mm_token_type_ids
+
+
+@dataclass(eq=False)
+class DistinctPrompt:
+    """A prompt of the batch, once for all requests that have it. P is its length in tokens."""
+
+    prompt: Prompt
+    keys: IntArray
+    """int64 [P]; token ids, with an image's number (`ImageKeys`) inside its placeholder."""
+    cached: int = 0
+    """Leading tokens whose keys and values are in the KV cache."""
+    cached_slots: IntArray = field(default_factory=lambda: np.empty(0, np.int64))
+    """int64 [cached]; their slots."""
+    next_position: int = 0
+    """MRoPE position of the first sampled token."""
+    next_text_position: int = 0
+    """Text position of the first sampled token: P."""
+    segment: int = -1
+    """Index of the segment that the prompt ends in."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prefilled:
+    """The prompts of a batch, in the KV cache."""
+
+    slots: list[IntArray]
+    """Per prompt, int64 [P]: the slot of each token."""
+    hidden: Tensor
+    """float [prompts, hidden]; the hidden state of each prompt's last token."""
+    segments: list[Segment]
+    """The prefix tree of the prompts."""
+
+
+def distinct_prompts(model: CachedPolicy, requests: Sequence[Request]) -> tuple[list[DistinctPrompt], list[int]]:
+    """Return the distinct prompts in sorted order, and the index of each request's prompt.
+
+    Each prompt gets the longest cached prefix among the sessions that send it.
+    """
+    by_key: dict[bytes, DistinctPrompt] = {}
+    requested: list[bytes] = []
+    seen: dict[int, bytes] = {}
+    for request in requests:
+        prompt = request.prompt
+        key = seen.get(id(prompt))
+        if key is None:
+            keys = model.image_keys.keys(prompt.token_ids, prompt.placeholders)
+            key = seen[id(prompt)] = sort_key(keys)
+            by_key.setdefault(key, DistinctPrompt(prompt, keys))
+        distinct = by_key[key]
+        last_turn = request.session.last_turn
+        if last_turn is not None and last_turn.version == model.version and len(last_turn.keys) > distinct.cached:
+            n = min(len(last_turn.keys), len(distinct.keys) - 1)
+            if np.array_equal(last_turn.keys[:n], distinct.keys[:n]):
+                distinct.cached, distinct.cached_slots = n, last_turn.slots[:n]
+        requested.append(key)
+    order = {key: i for i, key in enumerate(sorted(by_key))}
+    return [by_key[key] for key in order], [order[key] for key in requested]
+
+
+def prefill(model: CachedPolicy, prompts: Sequence[DistinctPrompt]) -> tuple[Prefilled, int]:
+    """Compute what the KV cache lacks of `prompts` → the result, and the number of rows that were computed.
+
+    `prompts` are distinct and sorted by `sort_key`. Sets their `next_position`, `next_text_position` and `segment`.
+    """
+    tree = build_tree([prompt.keys for prompt in prompts])
+    slot = _cached_slots(tree, prompts)
+    new = np.flatnonzero(slot < 0)
+    first_slot = model.kv_cache.allocate(len(new))
+    slot[new] = np.arange(first_slot, first_slot + len(new))
+    row = np.full(tree.num_rows, -1, np.int64)
+    row[new] = np.arange(len(new))
+
+    inputs = _inputs(model, tree, prompts, row, len(new))
+    segments, segment_of = _cut_segments(tree, slot, row)
+    plan = plan_tree(segments, model.device)
+    last_rows = np.array([row[nodes[-1]] for nodes in tree.rows])
+    hidden = model.forward(
+        inputs.token_ids, inputs.position_ids, inputs.mm_token_type_ids, inputs.images, plan, first_slot
+    )
+    ends = [end for _, _, end in tree.segments]
+    for prompt, nodes in zip(prompts, tree.rows, strict=True):
+        prompt.segment = segment_of[int(np.searchsorted(ends, nodes[-1], side="right"))]
+    slots = [slot[nodes] for nodes in tree.rows]
+    return Prefilled(slots, hidden[torch.from_numpy(last_rows)], segments), len(new)
+
+
+def _cached_slots(tree: PrefixTree, prompts: Sequence[DistinctPrompt]) -> IntArray:
+    """int64 [nodes]: the cached slot of each node of the tree, −1 for a node that this pass computes."""
+    slot = np.full(tree.num_rows, -1, np.int64)
+    for prompt, nodes in zip(prompts, tree.rows, strict=True):
+        slot[nodes[: prompt.cached]] = prompt.cached_slots
+    # The last token of a prompt is computed even where another session has it in the cache: sampling needs its
+    # hidden state.
+    slot[[nodes[-1] for nodes in tree.rows]] = -1
+    return slot
+
+
+@dataclass(frozen=True, eq=False)
+class _Inputs:
+    """What the forward pass reads, for its T rows."""
+
+    token_ids: IntArray
+    """int64 [T]."""
+    position_ids: IntArray
+    """int64 [4, T]."""
+    mm_token_type_ids: IntArray
+    """int64 [T]."""
+    images: list[ImageItem]
+    """In the order of their placeholders in the rows."""
+
+
+def _inputs(
+    model: CachedPolicy, tree: PrefixTree, prompts: Sequence[DistinctPrompt], row: IntArray, num_rows: int
+) -> _Inputs:
+    """Fill the rows of the pass from the prompts. `row` int64 [nodes] is each node's row, −1 for a cached node."""
+    token_ids = np.empty(num_rows, np.int64)
+    position_ids = np.empty((4, num_rows), np.int64)
+    types = np.empty(num_rows, np.int64)
+    shown: dict[int, ImageItem] = {}
+    for prompt, nodes, new_from in zip(prompts, tree.rows, tree.new_from, strict=True):
+        source = prompt.prompt
+        start = max(new_from, prompt.cached)
+        rows = row[nodes[start:]]
+        fresh = rows >= 0
+        length = len(source.token_ids)
+        positions = model.policy.positions(length, source.placeholders, source.images)
+        prompt.next_position = positions[1:, -1].max() + 1
+        prompt.next_text_position = length
+        token_ids[rows[fresh]] = source.token_ids[start:][fresh]
+        position_ids[:, rows[fresh]] = positions[:, start:][:, fresh]
+        types[rows[fresh]] = mm_token_type_ids(length, source.placeholders)[start:][fresh]
+        for placeholder, image in zip(source.placeholders, source.images, strict=True):
+            first = int(row[nodes[placeholder.offset]])
+            if first >= 0:
+                shown.setdefault(first, image)
+    images = [image for _, image in sorted(shown.items(), key=lambda item: item[0])]
+    return _Inputs(token_ids, position_ids, types, images)
+
+
+def _cut_segments(tree: PrefixTree, slot: IntArray, row: IntArray) -> tuple[list[Segment], dict[int, int]]:
+    """Cut each segment of the tree where its cached nodes end and its new rows begin → the segments, and for each
+    segment of the tree the index of its last part."""
+    segments: list[Segment] = []
+    segment_of: dict[int, int] = {}
+    for index, (parent, start, end) in enumerate(tree.segments):
+        fresh_from = start + int((row[start:end] < 0).sum())
+        above = segment_of[parent] if parent >= 0 else -1
+        for a, b in ((start, fresh_from), (fresh_from, end)):
+            if a < b:
+                fresh_rows = row[a:b] if a == fresh_from else np.empty(0, np.int64)
+                segments.append(Segment(above, slot[a:b], fresh_rows))
+                above = len(segments) - 1
+        segment_of[index] = above
+    return segments, segment_of

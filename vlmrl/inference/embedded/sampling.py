@@ -1,0 +1,52 @@
+"""Sampling one token per request from hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlmrl.errors import NonFiniteLossError
+from vlmrl.inference.embedded.cached_policy import CachedPolicy
+from vlmrl.types import FloatArray, IntArray, SamplingParams
+
+
+def uniform_numbers(sampling: SamplingParams) -> np.ndarray:
+    """float64 [max_new_tokens] in [0, 1): one number per token, from the request's seed alone (Philox)."""
+    return np.random.Generator(np.random.Philox(key=sampling.seed)).random(sampling.max_new_tokens)
+
+
+def sample_tokens(
+    model: CachedPolicy, hidden: Tensor, row: IntArray, temperatures: Sequence[float], uniforms: Sequence[float]
+) -> tuple[IntArray, FloatArray]:
+    """Sample one token for each of N requests → tokens int64 [N], logprobs float32 [N].
+
+    hidden float [rows, hidden]; `row` int64 [N] is the row of each request; temperature 0.0 takes the most probable
+    token; `uniforms` in [0, 1) pick a token by the inverse of the cumulative distribution.
+    Raises `NonFiniteLossError` where a probability is NaN or infinite.
+    """
+    tokens = np.empty(len(row), np.int64)
+    chosen = np.empty(len(row), np.float32)
+    for temperature in set(temperatures):
+        members = np.array([i for i, other in enumerate(temperatures) if other == temperature])
+        log_probs = model.policy.log_probs(hidden, temperature)
+        if temperature == 0:
+            picked = log_probs.argmax(-1).cpu().numpy()[row[members]]
+        else:
+            # The cumulative distribution in float64; the last token with a probability takes the rounding error.
+            cumulative = log_probs.double().exp().cumsum(-1)
+            cumulative /= cumulative[:, -1:].clone()
+            draw = torch.tensor([uniforms[i] for i in members], dtype=torch.float64)
+            rows = cumulative[torch.from_numpy(row[members])]
+            picked = torch.searchsorted(rows, draw.to(rows.device)[:, None], right=True)[:, 0].cpu().numpy()
+            picked = picked.clip(max=rows.shape[1] - 1)  # past the end only for NaN, which is refused below
+        tokens[members] = picked
+        chosen[members] = log_probs[torch.from_numpy(row[members]), torch.from_numpy(picked)].cpu().numpy()
+    if not np.isfinite(chosen).all():
+        raise NonFiniteLossError(
+            f"the policy of version {model.version} gives probabilities that are not finite: continue from an earlier "
+            "checkpoint with a lower trainer.learning_rate"
+        )
+    return tokens, chosen
