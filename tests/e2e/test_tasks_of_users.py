@@ -63,7 +63,7 @@ def test_a_sound_one(runs: Scenarios) -> None:
     [
         ("no_image", "image_error", "fault", "image"),
         ("raises", "task_error", "fault", "LookupError: no score for problem 9 ("),
-        ("nan", "bad_reward", "fault", "step() gave turn_reward=nan, which is no finite number"),
+        ("nan", "bad_reward", "fault", "step() returned turn_reward=nan, which is not a finite number"),
         ("too_long", "context_full", "empty", None),
     ],
 )
@@ -118,17 +118,16 @@ def test_equal_rewards_are_said_and_go_on(runs: Scenarios) -> None:
 def test_nothing_but_faults_ends_the_run(job: int, message: str, runs: Scenarios) -> None:
     folder, ended = runs["end"]
     assert ended.code == 1
-    assert (
-        f"error: not one rollout of the last 3 steps could be played, so there is nothing to learn from; {message}"
-        in (ended.err)
+    assert f"error: every rollout of the last 3 steps failed, so there is nothing to learn from; {message}" in (
+        ended.err
     )
     assert "Traceback" not in ended.err
     run = folder / str(job)
     found = summary(run)
     assert (found["exit_reason"], found["step"]) == ("error", 3)
-    assert found["error"].startswith("TaskError: not one rollout of the last 3 steps")
+    assert found["error"].startswith("TaskError: every rollout of the last 3 steps failed")
     assert len(steady_rollouts(run)["step_000003.jsonl"]) == 8
-    assert (run / "checkpoints/step_000003/state.json").exists(), "to be continued when the task is mended"
+    assert (run / "checkpoints/step_000003/state.json").exists(), "to be continued when the task is fixed"
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(runs: Scenarios) -> None:

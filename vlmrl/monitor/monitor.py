@@ -31,10 +31,11 @@ from vlmrl.monitor.health import HISTORY, warnings_for
 from vlmrl.monitor.progress import PHASES, Progress, duration
 from vlmrl.monitor.report.background import ReportWriter
 from vlmrl.monitor.wandb_logger import WandbLogger
+from vlmrl.record.files import disk_errors
 from vlmrl.record.logs import MainLog
 from vlmrl.record.metrics import ELAPSED, EVAL_GREEDY, EVAL_SAMPLED, ZERO_ADVANTAGE, MetricsLog, Record, read_metrics
 from vlmrl.record.rollouts import RecordedSplit, RolloutRecorder
-from vlmrl.record.run_dir import RunDir, disk_errors
+from vlmrl.record.run_dir import RunDir
 from vlmrl.types import Group, Rollout
 
 log = logging.getLogger(__name__)

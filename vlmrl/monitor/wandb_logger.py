@@ -30,7 +30,8 @@ from omegaconf import OmegaConf
 
 from vlmrl.config.monitor import WandbConfig, WandbMode
 from vlmrl.errors import VlmrlError
-from vlmrl.record.run_dir import RunDir, write_bytes_atomically
+from vlmrl.record.files import write_bytes_atomically
+from vlmrl.record.run_dir import RunDir
 from vlmrl.types import ImageItem, Rollout
 
 MAX_HEIGHT = 256

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vlmrl.config.orchestrator import EvalConfig
+from vlmrl.orchestrator.metrics import mean_task_metrics
 from vlmrl.orchestrator.rollout import RolloutRunner
-from vlmrl.orchestrator.step_metrics import mean_task_metrics
 from vlmrl.types import Rollout
 
 

@@ -28,11 +28,10 @@ from vlmrl.orchestrator.advantages import assign_advantages, mark_dropped
 from vlmrl.orchestrator.evaluation import Evaluator
 from vlmrl.orchestrator.faults import FaultWatch
 from vlmrl.orchestrator.filters import find_filtered
-from vlmrl.orchestrator.overlap import Overlap
+from vlmrl.orchestrator.metrics import Overlap, rollout_metrics, throughput_metrics, time_metrics
 from vlmrl.orchestrator.recorder import Recorder
 from vlmrl.orchestrator.rollout import RolloutRunner
 from vlmrl.orchestrator.samples import make_samples, note_learned
-from vlmrl.orchestrator.step_metrics import rollout_metrics, throughput_metrics, time_metrics
 from vlmrl.types import Group, InferenceEngine, Trainer, TrainingSample, WeightSync
 
 ExitReason = Literal["finished", "target_reached", "interrupted"]
@@ -147,4 +146,4 @@ class Loop:
         # The engine's counters are read here too, or the next step would count the evaluation as its own.
         metrics |= {f"eval/{key}": value for key, value in self.engine.metrics().items()}
         self.recorder.evaluation(step, metrics, rollouts)
-        self._overlap.begin()
+        self._overlap.reset_idle()

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
-from vlmrl.record.run_dir import disk_errors
+from vlmrl.record.files import disk_errors
 
 
 class MainLog:

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import orjson
 
 from vlmrl.errors import VlmrlError
-from vlmrl.record.run_dir import disk_errors
+from vlmrl.record.files import disk_errors
 
 Record: TypeAlias = dict[str, Any]
 """One line: floats (None where not finite) by key; `step` an int."""

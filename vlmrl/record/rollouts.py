@@ -36,7 +36,8 @@ import PIL.Image
 from PIL.PngImagePlugin import PngInfo
 
 from vlmrl.errors import VlmrlError
-from vlmrl.record.run_dir import RunDir, disk_errors, write_atomically, write_bytes_atomically
+from vlmrl.record.files import disk_errors, write_atomically, write_bytes_atomically
+from vlmrl.record.run_dir import RunDir
 from vlmrl.record.tokens import TokenSpellings
 from vlmrl.types import Image, ImageItem, Message, Rollout, Text, Turn
 

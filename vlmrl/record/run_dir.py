@@ -31,10 +31,9 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import orjson
 from omegaconf import DictConfig, OmegaConf
@@ -42,7 +41,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from vlmrl.config.run import Mode, RunConfig
-from vlmrl.errors import ConfigError, VlmrlError
+from vlmrl.errors import ConfigError
+from vlmrl.record.files import disk_errors, write_bytes_atomically
 
 log = logging.getLogger(__name__)
 
@@ -66,37 +66,6 @@ def run_name(choices: Mapping[str, str | None], target: str, mode: Mode) -> str:
     task = target.rpartition(":")[2] if choices["task"] == "imported" else choices["task"]
     name = choices["experiment"] or f"{choices['model']}_{task}"
     return name if mode is Mode.rl else f"{name}_{mode.name}"
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError (disk full, folder gone) into the VlmrlError that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise VlmrlError(
-            f"{path} cannot be written ({error.strerror}), so the run would leave no record: "
-            "free space or mend the folder, then continue with resume="
-        ) from error
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Let `write` fill a file that appears at `path` whole or not at all. Raises OSError.
-
-    The temporary name is fixed (`.<name>.tmp`): one process writes a run folder, and what a killed one left
-    behind is overwritten by the next.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def write_bytes_atomically(path: Path, data: bytes) -> None:
-    """`write_atomically` for bytes at hand."""
-    write_atomically(path, lambda file: file.write(data))
 
 
 class RunDir:

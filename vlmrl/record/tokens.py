@@ -16,7 +16,7 @@ from typing import Any
 
 import orjson
 
-from vlmrl.record.run_dir import disk_errors
+from vlmrl.record.files import disk_errors
 
 
 class TokenSpellings:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
-from typing import IO
 
 import pytest
 from omegaconf import OmegaConf
@@ -17,7 +16,7 @@ from vlmrl.config.task import ColorCodewordConfig
 from vlmrl.config.trainer import TrainerConfig
 from vlmrl.config.weight_sync import InProcessSyncConfig
 from vlmrl.errors import ConfigError, VlmrlError
-from vlmrl.record.run_dir import RunDir, git_state, write_atomically, write_bytes_atomically
+from vlmrl.record.run_dir import RunDir, git_state
 
 
 def run_config(output_dir: Path) -> RunConfig:
@@ -188,7 +187,7 @@ def test_without_git_there_is_no_commit(tmp_path: Path, monkeypatch: pytest.Monk
     assert git_state(Path(__file__).parent) is None
 
 
-# ── summary.json and atomic files ───────────────────────────────────────────────────────────────────────────
+# ── summary.json ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_summary_comes_back(tmp_path: Path) -> None:
@@ -201,18 +200,3 @@ def test_summary_comes_back(tmp_path: Path) -> None:
 def test_a_summary_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(VlmrlError, match=r"gone/summary\.json cannot be written"):
         RunDir(tmp_path / "gone").write_summary({})
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    write_bytes_atomically(path, b"old")
-
-    def half(file: IO[bytes]) -> None:
-        file.write(b"ne")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, half)
-    assert path.read_bytes() == b"old"
-    write_bytes_atomically(path, b"new")
-    assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [("file", b"new")]

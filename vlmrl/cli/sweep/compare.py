@@ -16,8 +16,9 @@ from statistics import fmean, median
 from typing import Any
 
 from vlmrl.cli.sweep.jobs import runs_in, state_of
+from vlmrl.record.files import disk_errors, write_bytes_atomically
 from vlmrl.record.metrics import ELAPSED, EVAL_GREEDY, EVAL_SAMPLED, Record, read_metrics
-from vlmrl.record.run_dir import RunDir, disk_errors, write_bytes_atomically
+from vlmrl.record.run_dir import RunDir
 
 THROUGHPUT, MISMATCH_MEAN, MISMATCH_MAX = "throughput/tokens_per_s", "mismatch_kl/mean", "mismatch_kl/max"
 

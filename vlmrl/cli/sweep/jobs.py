@@ -23,7 +23,8 @@ from enum import Enum
 from pathlib import Path
 
 from vlmrl.errors import ConfigError
-from vlmrl.record.run_dir import RunDir, disk_errors
+from vlmrl.record.files import disk_errors
+from vlmrl.record.run_dir import RunDir
 
 NOT_OF_THE_JOB = ("sweep", "monitor")
 """Groups that say how jobs are started and watched, not what they do."""

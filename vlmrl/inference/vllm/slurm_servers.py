@@ -17,7 +17,7 @@ from pathlib import Path
 
 from vlmrl.errors import EngineError
 from vlmrl.ranks import slurm
-from vlmrl.record.run_dir import disk_errors
+from vlmrl.record.files import disk_errors
 
 POLL_S = 0.5
 """Seconds between two looks for a file; a network disk shows it late anyway."""

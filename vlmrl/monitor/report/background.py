@@ -11,7 +11,8 @@ import subprocess
 import sys
 
 from vlmrl.monitor.report.page import temporary_of
-from vlmrl.record.run_dir import RunDir, disk_errors
+from vlmrl.record.files import disk_errors
+from vlmrl.record.run_dir import RunDir
 
 LOWEST_PRIORITY = 19
 PATIENCE_S = 120.0

@@ -21,7 +21,8 @@ from typing import Any
 import orjson
 
 from vlmrl.monitor.report.document import document
-from vlmrl.record.run_dir import RunDir, disk_errors
+from vlmrl.record.files import disk_errors
+from vlmrl.record.run_dir import RunDir
 
 FILES = Path(__file__).parent
 SCRIPTS = ("vendor/uPlot.iife.min.js", "base.js", "curves.js", "tokens.js", "rollouts.js", "config.js", "main.js")

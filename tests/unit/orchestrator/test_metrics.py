@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vlmrl.config.algorithm import FilterConfig, FilterMode
-from vlmrl.orchestrator.step_metrics import mean_task_metrics, rollout_metrics, throughput_metrics
+from vlmrl.orchestrator.metrics import mean_task_metrics, rollout_metrics, throughput_metrics
 from vlmrl.types import Completion, DropReason, Group, ImageItem, Placeholder, Prompt, Rollout, StopReason, Turn
 
 

@@ -1,0 +1,150 @@
+"""Metrics that the orchestrator adds to a step, under their keys in metrics.jsonl.
+
+Times of a step, with rollouts and training at the same time where `max_staleness` allows it:
+
+    time/step            = time/rollout + (blind control) + time/train + time/sync
+    time/rollout         how long the trainer waited for this step's rollouts; all of their time in an on-policy run
+    time/rollout_span    from the start of this step's rollouts to the end of the last one
+    time/engine_idle     how long no training rollout was running, because the engine waited for the trainer
+
+If rollouts are the bottleneck, time/engine_idle is near 0. If training is, time/rollout is near 0.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+
+from vlmrl.config.algorithm import FilterConfig, FilterMode
+from vlmrl.orchestrator.filters import filters_in
+from vlmrl.types import Group, Rollout
+
+
+def rollout_metrics(groups: Sequence[Group], filters: FilterConfig) -> dict[str, float]:
+    """Rewards, stop and drop reasons, bridge breaks, tokens, images and the task's own metrics of one batch.
+
+    `rollouts/filtered/<filter>` counts the rollouts that a filter matched; the key is present for each enabled filter,
+    0.0 where it matched none.
+
+    Rollouts that failed count in `rollouts/total` and by reason, but not in the reward and task metrics: a broken
+    image is not a wrong answer.
+    """
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    sound = [rollout for rollout in rollouts if not rollout.stop_reason.is_fault]
+    rewards = np.array([rollout.reward for rollout in sound])
+    equal = [group for group in groups if len({rollout.reward for rollout in group.rollouts}) <= 1]
+    turns = [turn for rollout in rollouts for turn in rollout.turns]
+    dropped = Counter(rollout.dropped for rollout in rollouts if rollout.dropped is not None)
+    metrics = {
+        "reward/mean": float(rewards.mean()) if len(rewards) else 0.0,
+        "reward/std": float(rewards.std()) if len(rewards) else 0.0,
+        "groups/equal_reward": len(equal) / len(groups) if groups else 0.0,
+        "rollouts/total": float(len(rollouts)),
+        "rollouts/dropped": float(sum(dropped.values())),
+        "bridge_break_rate": bridge_break_rate(rollouts),
+        "tokens/prompt": float(sum(len(turn.prompt.token_ids) for turn in turns)),
+        "tokens/completion": float(sum(len(turn.completion.token_ids) for turn in turns)),
+        "images/distinct": float(len({image.hash for turn in turns for image in turn.prompt.images})),
+    }
+    metrics |= {f"rollouts/dropped/{reason}": float(count) for reason, count in sorted(dropped.items())}
+    stops = Counter(rollout.stop_reason for rollout in rollouts)
+    metrics |= {f"rollouts/stop/{reason}": float(count) for reason, count in sorted(stops.items())}
+    filtered = Counter(reason for rollout in rollouts for reason in rollout.filtered)
+    enabled = filters_in(filters, FilterMode.track, FilterMode.drop)
+    metrics |= {f"rollouts/filtered/{reason}": float(filtered[reason]) for reason in enabled}
+    return metrics | mean_task_metrics(sound)
+
+
+def bridge_break_rate(rollouts: Sequence[Rollout]) -> float:
+    """Share of later turns (all but the first of each rollout) whose prompt could not extend the turn before it.
+
+    0.0 where there are no later turns.
+    """
+    later_turns = sum(max(0, len(rollout.turns) - 1) for rollout in rollouts)
+    forks = sum(max(0, rollout.num_branches - 1) for rollout in rollouts)
+    return forks / max(1, later_turns)
+
+
+def mean_task_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """`task/<key>`: the mean over the rollouts that report the key."""
+    keys = sorted({key for rollout in rollouts for key in rollout.metrics})
+    return {
+        f"task/{key}": float(np.mean([rollout.metrics[key] for rollout in rollouts if key in rollout.metrics]))
+        for key in keys
+    }
+
+
+def throughput_metrics(groups: Sequence[Group], seconds: float) -> dict[str, float]:
+    """`throughput/tokens_per_s`: tokens of the batch's rollouts (prompts and completions, each token once) divided by
+    the seconds of the whole step."""
+    last = [rollout.turns[-1] for group in groups for rollout in group.rollouts if rollout.turns]
+    tokens = sum(len(turn.prompt.token_ids) + len(turn.completion.token_ids) for turn in last)
+    return {"throughput/tokens_per_s": tokens / seconds}
+
+
+def time_metrics(started: float, rolled_out: float, prepared: float, trained: float, synced: float) -> dict[str, float]:
+    """Seconds of a step and of its phases, from clock readings at the end of each phase.
+
+    Between `rolled_out` and `prepared` the samples are made, and the blind control is measured where it is due
+    (`time/vision_gap`).
+
+    >>> time_metrics(0.0, 1.0, 1.5, 3.5, 4.0)
+    {'time/step': 4.0, 'time/rollout': 1.0, 'time/train': 2.0, 'time/sync': 0.5}
+    """
+    return {
+        "time/step": synced - started,
+        "time/rollout": rolled_out - started,
+        "time/train": trained - prepared,
+        "time/sync": synced - trained,
+    }
+
+
+class Overlap:
+    """Measures how long the rollouts of each step run and how long no rollout runs at all."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._spans: dict[int, float] = {}
+        self._running_steps = 0
+        self._idle_since = clock()
+        self._idle = 0.0
+
+    @contextmanager
+    def rolling_out(self, step: int) -> Iterator[None]:
+        """Enter this while the rollouts of `step` run. Several steps may run at once."""
+        started = self._clock()
+        if not self._running_steps:
+            self._idle += started - self._idle_since
+        self._running_steps += 1
+        try:
+            yield
+        finally:
+            ended = self._clock()
+            self._spans[step] = ended - started
+            self._running_steps -= 1
+            if not self._running_steps:
+                self._idle_since = ended
+
+    def reset_idle(self) -> None:
+        """Set the idle time to 0, so that an evaluation or the start of the run does not count."""
+        self._idle, self._idle_since = 0.0, self._clock()
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """Seconds that the rollouts of `step` took (they must have ended), and seconds without any rollout since the
+        last call or `reset_idle`.
+
+        >>> now = iter([0.0, 1.0, 5.0, 7.0]).__next__
+        >>> overlap = Overlap(now)
+        >>> with overlap.rolling_out(1):  # from second 1 to 5
+        ...     pass
+        >>> overlap.metrics(1)  # at second 7
+        {'time/rollout_span': 4.0, 'time/engine_idle': 3.0}
+        """
+        now = self._clock()
+        idle = self._idle + (now - self._idle_since if not self._running_steps else 0.0)
+        self._idle, self._idle_since = 0.0, now
+        return {"time/rollout_span": self._spans.pop(step), "time/engine_idle": idle}
