@@ -160,7 +160,6 @@ def step_env(env: Env, text: str) -> Reply:
     _check(isinstance(reply.metrics, dict), f"step() returned metrics={reply.metrics!r}, not a dict")
     if not reply.done:
         _check_messages("step()", reply.messages, ("user", "tool"))
-    rewards = {"turn_reward": reply.turn_reward, "reward": reply.reward}
     for name, value in {**reply.metrics, "turn_reward": reply.turn_reward, "reward": reply.reward}.items():
         if not (isinstance(value, numbers.Real) and abs(value) <= LARGEST_REWARD):  # NaN fails this comparison too
             raise TaskCodeError(
