@@ -39,7 +39,7 @@ from vlmrl.models.policy import Policy
 from vlmrl.ranks.rank_group import RankGroup, follow, init_from_environment
 from vlmrl.ranks.rank_group import group as joined_group
 from vlmrl.rendering.renderer import Renderer
-from vlmrl.runs.parts import on_own_device
+from vlmrl.runs.build import on_own_device
 from vlmrl.trainer.learner import Follower, Learner
 from vlmrl.trainer.trainer import LocalTrainer
 from vlmrl.types import TrainingSample

@@ -39,7 +39,7 @@ from vlmrl.orchestrator.advantages import assign_advantages
 from vlmrl.orchestrator.samples import make_samples
 from vlmrl.orchestrator.supervised import demonstration_samples
 from vlmrl.record.run_dir import RunDir
-from vlmrl.runs.run import Run
+from vlmrl.runs.build import build_run
 from vlmrl.types import TrainingSample
 
 
@@ -94,7 +94,7 @@ def default_batch(folder: str) -> tuple[Policy, list[TrainingSample]]:
     run_dir = RunDir(config.output_dir)
     run_dir.create(resume=False)
     with Monitor(config.monitor, run_dir, total_steps=1, exact=True) as monitor:
-        run = Run.build(config, run_dir, monitor)
+        run = build_run(config, run_dir, monitor)
         warmup = config.trainer.warmup
         for step in range(warmup.steps):
             batch = demonstration_samples(run.task, run.renderer, warmup, step=step, seed=config.seed)

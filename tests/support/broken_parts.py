@@ -16,7 +16,7 @@ from vlmrl.inference.embedded.engine import EmbeddedEngine
 from vlmrl.models import digests as verify
 from vlmrl.models.policy import Policy
 from vlmrl.rendering.renderer import Renderer
-from vlmrl.runs.run import Run
+from vlmrl.runs.build import Run
 from vlmrl.types import (
     BoolArray,
     Completion,

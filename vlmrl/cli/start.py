@@ -3,7 +3,7 @@
     DictConfig ─▶ parse ─▶ RunConfig ─┬─ dry_run=true ─▶ print the plan
                                       ├─ mode=compare ─▶ sweep/compare.py
                                       ├─ a server's Slurm task ─▶ runs/serve_slurm
-                                      └─ else ─▶ check this machine ─▶ runs.run.execute
+                                      └─ else ─▶ check this machine ─▶ runs.lifecycle.execute
 
 Torch is imported only in the last two branches.
 """
@@ -47,7 +47,7 @@ def start(config: DictConfig) -> float | None:
         weights_cross_nodes(run_config, slurm.nodes())
     check_imports(run_config)
     check_here(run_config)
-    from vlmrl.runs.run import execute
+    from vlmrl.runs.lifecycle import execute
 
     return execute(run_config)
 
@@ -64,7 +64,7 @@ def lead_or_follow(lead: Callable[[], int]) -> int:
     if find_place().size == 1:
         return lead()
     from vlmrl.ranks.rank_group import init_from_environment
-    from vlmrl.runs.run import follow_leader
+    from vlmrl.runs.lifecycle import follow_leader
 
     with init_from_environment() as group:
         assert group is not None

@@ -26,7 +26,7 @@ from vlmrl.models.checkpoints.load import HUB_FILES, load_model, resolve_checkpo
 from vlmrl.models.learning import choose_what_learns
 from vlmrl.models.lora import merged
 from vlmrl.record.run_dir import RunDir
-from vlmrl.runs.parts import begin
+from vlmrl.runs.build import seed_process
 from vlmrl.tasks.loading import load_task
 from vlmrl.trainer.checkpoint import Checkpoints, load_weights
 
@@ -46,7 +46,12 @@ class _Weights:
         load_weights(Path(folder), dict(self.model.named_parameters()))
 
 
-def export(config: RunConfig, warn: Callable[[str], None]) -> Path:
+def export(config: RunConfig) -> None:
+    """Export the run's newest checkpoint and print the folder."""
+    print(f"exported to {export_checkpoint(config, lambda text: print(f'warning: {text}'))}")
+
+
+def export_checkpoint(config: RunConfig, warn: Callable[[str], None]) -> Path:
     """Write the newest whole checkpoint of `config.resume` to `export.folder` → that folder.
 
     Raises `CheckpointError` where there is none.
@@ -58,7 +63,7 @@ def export(config: RunConfig, warn: Callable[[str], None]) -> Path:
             f"export.folder={config.export.folder} is there already, and nothing is written over: remove it, or name "
             "another"
         )
-    begin(config)
+    seed_process(config)
     # The tokenizer of a model that is built here is made of the task's words.
     is_built = config.model.tiny is not None or config.model.init is Init.random
     source = resolve_checkpoint(config.model, load_task(config.task, seed=config.seed).texts() if is_built else ())

@@ -1,7 +1,9 @@
-"""How a run is asked to stop: it finishes its step, saves and ends.
+"""Signals that ask a run to stop: it finishes its step, saves and ends.
 
-first Ctrl-C or SIGTERM; of a Slurm job SIGUSR1 and SIGUSR2 too ─▶ Stop
-second ─▶ the process ends at once; of a Slurm job only by Ctrl-C, for Slurm and srun may each pass on the same wish
+    first Ctrl-C or SIGTERM (in a Slurm job SIGUSR1 and SIGUSR2 too)   Stop is set
+    second Ctrl-C or SIGTERM                                           the process ends at once
+
+In a Slurm job only a second Ctrl-C ends the process at once: Slurm and srun may both pass on the same signal.
 """
 
 from __future__ import annotations
@@ -20,27 +22,28 @@ from vlmrl.ranks.rank_group import RankGroup
 
 
 class Stop(asyncio.Event):
-    """Set when the run is asked to stop."""
+    """Set when the run is to stop."""
 
     number: int | None = None
-    """The signal that asked."""
+    """The number of the signal; None until there was one."""
     handler_before: Any = None
-    """Who held that signal before the run did."""
+    """The handler that the signal had before the run installed its own."""
 
     def requeue(self) -> None:
-        """Where the signal asks for it, put the Slurm job back into the queue. Raises VlmrlError where that fails."""
+        """Put the Slurm job back into the queue if the signal was one of the queue's. Raises VlmrlError if Slurm
+        refuses."""
         if self.number in slurm.QUEUE_SIGNALS:
             slurm.requeue(self.number, self.handler_before)
 
 
 @contextmanager
-def asked_to_stop(warn: Callable[[str], None]) -> Iterator[Stop]:
-    """What the first signal sets; see the top of the file."""
-    stop, loop = Stop(), asyncio.get_running_loop()
+def stopping_on_signals(stop: Stop, warn: Callable[[str], None]) -> Iterator[None]:
+    """Handle the signals (see the top of this file) inside the block; the first one sets `stop`."""
+    loop = asyncio.get_running_loop()
     is_slurm = slurm.in_step()
     numbers = (signal.SIGINT, signal.SIGTERM, *(slurm.QUEUE_SIGNALS if is_slurm else ()))
 
-    def ask() -> None:
+    def set_stop() -> None:
         warn("Asked to stop: the step in progress is finished and saved. A second Ctrl-C ends the run at once.")
         stop.set()
 
@@ -48,13 +51,13 @@ def asked_to_stop(warn: Callable[[str], None]) -> Iterator[Stop]:
         stop.number, stop.handler_before = number, before[number]
         for each in numbers:
             signal.signal(each, signal.SIG_IGN if is_slurm and each != signal.SIGINT else end_at_once)
-        loop.call_soon_threadsafe(ask)
+        loop.call_soon_threadsafe(set_stop)
 
     before = {number: signal.getsignal(number) for number in numbers}
     for number in numbers:
         signal.signal(number, first)
     try:
-        yield stop
+        yield
     finally:
         for number, handler in before.items():
             if signal.getsignal(number) is first:
@@ -63,21 +66,22 @@ def asked_to_stop(warn: Callable[[str], None]) -> Iterator[Stop]:
 
 @contextmanager
 def rank_lost(group: RankGroup | None) -> Iterator[asyncio.Event]:
-    """An event that is set when a rank of `group` has ended before its time."""
+    """An event that is set when another rank of `group` ends before the run does. Never set without a group."""
     lost, loop = asyncio.Event(), asyncio.get_running_loop()
 
-    def tell() -> None:
+    def set_lost() -> None:
         loop.call_soon_threadsafe(lost.set)
 
     if group is not None:
-        group.on_lost(tell)
+        group.on_lost(set_lost)
     yield lost
     if group is not None:
         group.on_lost(None)
 
 
 async def stopped_before(work: asyncio.Task[Any], stop: asyncio.Event) -> bool:
-    """Wait for `work` or for `stop`; whether it was `stop`. Then the work is cancelled and over."""
+    """Wait for `work` or for `stop`, whichever is first. Returns whether `stop` was; then `work` is cancelled and has
+    ended."""
     stopped = asyncio.create_task(stop.wait())
     await asyncio.wait({work, stopped}, return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()
@@ -89,9 +93,12 @@ async def stopped_before(work: asyncio.Task[Any], stop: asyncio.Event) -> bool:
 
 
 def end_at_once(number: int, frame: FrameType | None) -> None:
-    """The second signal. Nothing is waited for: the disk is in order at every moment, and servers and services that the
-    run started end by themselves when it is gone."""
+    """End the process on the second signal, without waiting for anything.
+
+    The files on disk are complete at every moment. Servers and services that the run started end by themselves when
+    this process is gone.
+    """
     if sys.stdout.isatty():
-        os.write(sys.stdout.fileno(), b"\x1b[?25h\n")  # the cursor, which the live view hides
+        os.write(sys.stdout.fileno(), b"\x1b[?25h\n")  # show the cursor, which the live view hides
     os.write(sys.stderr.fileno(), b"ended at once\n")
     os._exit(1)

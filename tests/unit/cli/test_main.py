@@ -27,13 +27,13 @@ from vlmrl.record.run_dir import RunDir
 FAKE_RUN = """
 import sys, types
 
-fake = types.ModuleType("vlmrl.runs.run")
+fake = types.ModuleType("vlmrl.runs.lifecycle")
 exec(sys.argv.pop(1), fake.__dict__)
-sys.modules["vlmrl.runs.run"] = fake
+sys.modules["vlmrl.runs.lifecycle"] = fake
 from vlmrl.cli.main import main
 sys.exit(main())
 """
-"""Starts the command line with a `vlmrl.runs.run` of our own, whose source is the first argument."""
+"""Starts the command line with a `vlmrl.runs.lifecycle` of our own, whose source is the first argument."""
 
 PRINT_CONFIG = """
 import json

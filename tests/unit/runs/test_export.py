@@ -25,8 +25,8 @@ from vlmrl.inference.vllm.engine import VllmEngine
 from vlmrl.inference.vllm.server import vllm_version
 from vlmrl.models.checkpoints.load import load_image_processor, load_model, load_tokenizer, resolve_checkpoint
 from vlmrl.rendering.renderer import make_renderer
-from vlmrl.runs.export import export
-from vlmrl.runs.parts import make_policy
+from vlmrl.runs.build import make_policy
+from vlmrl.runs.export import export_checkpoint
 from vlmrl.tasks.loading import load_task
 from vlmrl.trainer.checkpoint import Checkpoints
 from vlmrl.trainer.trainer import LocalTrainer
@@ -42,7 +42,7 @@ def policy_and_folder(composed: Callable[..., DictConfig], tmp_path: Path) -> tu
     tree.output_dir = str(tmp_path)
     config = checked(tree)
     with pytest.raises(CheckpointError, match="has no checkpoint to export"):
-        export(config, pytest.fail)
+        export_checkpoint(config, pytest.fail)
     folder = resolve_checkpoint(config.model, load_task(config.task, seed=0).texts())
     model: Any = load_model(folder, config.model)
     assert config.orchestrator.renderer is not None
@@ -59,10 +59,10 @@ def policy_and_folder(composed: Callable[..., DictConfig], tmp_path: Path) -> tu
     checkpoints = Checkpoints(tmp_path / "checkpoints", 1)
     checkpoints.save(3, trainer, {})
     checkpoints.finish()
-    exported = export(config, pytest.fail)
+    exported = export_checkpoint(config, pytest.fail)
     assert exported == tmp_path / "exported"
     with pytest.raises(ConfigError, match=r"^export.folder=.* is there already, and nothing is written over"):
-        export(config, pytest.fail)
+        export_checkpoint(config, pytest.fail)
     assert not list(tmp_path.glob(".partial*"))
     return tiny, exported
 

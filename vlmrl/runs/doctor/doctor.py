@@ -22,20 +22,19 @@ import dataclasses
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from vlmrl.config.inference import VllmConfig
 from vlmrl.config.model import Dtype
-from vlmrl.config.run import RunConfig
 from vlmrl.errors import ParityError
 from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer, resolve_checkpoint
 from vlmrl.models.policy import Policy
+from vlmrl.orchestrator.loop import ExitReason
 from vlmrl.orchestrator.rollout import RolloutRunner, sampling_seed
 from vlmrl.orchestrator.samples import make_samples
 from vlmrl.rendering.renderer import Renderer
+from vlmrl.runs.build import Run, compute_dtypes
 from vlmrl.runs.doctor import lines as checks
 from vlmrl.runs.doctor.evidence import (
     Played,
@@ -49,7 +48,7 @@ from vlmrl.runs.doctor.evidence import (
 )
 from vlmrl.runs.doctor.lines import Agreement, Line, OtherPixels, Reference, Verdict
 from vlmrl.runs.doctor.pictures import PicturedTask
-from vlmrl.tasks.base import Task
+from vlmrl.runs.stopping import stopped_before
 from vlmrl.trainer.trainer import LocalTrainer
 from vlmrl.types import (
     FloatArray,
@@ -62,7 +61,6 @@ from vlmrl.types import (
     StopReason,
     TrainingSample,
     Turn,
-    WeightSync,
 )
 
 log = logging.getLogger(__name__)
@@ -105,24 +103,35 @@ POWER = 10.0
 """Times the bound on the mismatch that a change must be, for the bound to tell it from none."""
 
 
-@dataclass(eq=False)
+async def examine(run: Run) -> ExitReason:
+    """Check that the parts of the run agree. Raises `ParityError` where they do not, after the table is shown and
+    written."""
+    run.monitor.phase("doctor")
+    doctor = Doctor(run)
+    examination = asyncio.create_task(doctor.examine())
+    if await stopped_before(examination, run.stop):
+        return "interrupted"
+    lines = examination.result()
+    for version, groups in doctor.groups.items():
+        run.monitor.record(version, groups)
+    run.run_dir.write_doctor([dataclasses.asdict(line) for line in lines])
+    run.monitor.table("doctor", {line.name: line.text for line in lines})
+    conclude(lines)
+    return "finished"
+
+
 class Doctor:
-    """Examines the parts of a run. The engine is up, nothing was published yet."""
+    """Examines the parts of a run. The engine is up, and nothing was published yet."""
 
-    config: RunConfig
-    task: Task
-    renderer: Renderer
-    engine: InferenceEngine
-    policy: Policy
-    trainer: LocalTrainer
-    weight_sync: WeightSync
-    status: Callable[[str], None]
-    """Gets a line about what is being done."""
-    groups: dict[int, list[Group]] = field(init=False, default_factory=dict)
-    """Policy version → its rollouts, for the record."""
-
-    def __post_init__(self) -> None:
-        config, vlm = self.config, self.config.model.vlm
+    def __init__(self, run: Run) -> None:
+        config, vlm = run.config, run.config.model.vlm
+        self.run = run
+        self.config = config
+        self.task, self.renderer, self.policy = run.task, run.renderer, run.policy
+        self.engine, self.trainer, self.weight_sync = run.engine, run.trainer, run.weight_sync
+        self.status = run.monitor.status
+        self.groups: dict[int, list[Group]] = {}
+        """Policy version → its rollouts, for the record."""
         folder = resolve_checkpoint(config.model, self.task.texts())
         self._reference = Reference(
             load_tokenizer(folder),
@@ -136,8 +145,6 @@ class Doctor:
         self._greedy_trainer = LocalTrainer(
             self.policy, config.trainer, config.algorithm, temperature=0.0, max_new_tokens=MAX_NEW_TOKENS
         )
-        engine = config.inference.dtype if isinstance(config.inference, VllmConfig) else config.model.dtype
-        self._dtypes = (config.model.dtype, engine)
 
     async def examine(self) -> list[Line]:
         """One line for each of `LINES`."""
@@ -258,7 +265,7 @@ class Doctor:
         Where either computes in bfloat16: by the trainer's own rounding on the same tokens. Measured before the
         optimizer has a state, which takes as much memory as the second weights do here, and taken for both versions.
         """
-        if Dtype.bfloat16 not in self._dtypes:
+        if Dtype.bfloat16 not in compute_dtypes(self.config):
             return checks.EXACT_KL
         as_it_is = self._trainer_logprobs(played.sampled, played.greedy)
         with weights_in(self.policy, torch.float32 if self.config.model.dtype is Dtype.bfloat16 else torch.bfloat16):

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image as PILImage
 
+from vlmrl.config.run import RunConfig
 from vlmrl.errors import ConfigError, VlmrlError
 from vlmrl.record.rollouts import RolloutRecord, TurnRecord, mm_kwargs_digests, read_rollouts, recorded_digests
 from vlmrl.record.run_dir import RunDir
@@ -36,6 +37,13 @@ from vlmrl.types import (
     TokenMetrics,
     Turn,
 )
+
+
+def replayed_batch(config: RunConfig) -> tuple[RunDir, int]:
+    """The run and the step that `mode=replay` replays."""
+    assert config.run is not None, "preflight refuses a replay without run="
+    assert config.step is not None, "preflight refuses a replay without step="
+    return RunDir(config.run), config.step
 
 
 def check_replayable(run_dir: RunDir, step: int) -> None:

@@ -29,16 +29,23 @@ from itertools import groupby
 
 import numpy as np
 
+from vlmrl.config.parse import parse, typed
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import ParityError
+from vlmrl.orchestrator.loop import ExitReason
 from vlmrl.orchestrator.rollout import sampling_seed
 from vlmrl.orchestrator.samples import make_samples
+from vlmrl.preflight.check import check
 from vlmrl.record.run_dir import RunDir
 from vlmrl.record.tokens import read_spellings
 from vlmrl.rendering.renderer import Renderer
+from vlmrl.runs.build import Run, is_float32
 from vlmrl.runs.replay import lines
 from vlmrl.runs.replay.lines import Line, Rendered, Resampled, Scored, Spelling, Verdict
-from vlmrl.runs.replay.recorded import fits, load_images, load_records, rollout_of
+from vlmrl.runs.replay.recorded import fits, load_images, load_records, replayed_batch, rollout_of
+from vlmrl.runs.sft import take_supervised_steps
+from vlmrl.runs.stopping import stopped_before
+from vlmrl.trainer.checkpoint import Checkpoints
 from vlmrl.types import EngineSession, InferenceEngine, Message, Rollout, SamplingParams, Trainer, TrainingSample, Turn
 
 LINES = ("pictures", "tensors", "prompts", "completions", "logprobs, engine", "logprobs, trainer")
@@ -48,6 +55,44 @@ ROUNDING_EXACT = 1e-4
 """Nats of one token where everything computes in float32; measured between packings and engines: below 1e-5."""
 ROUNDING = 0.5
 """The same where anything computes in a shorter format: bfloat16 makes 0.1 to 0.3 of a token that was unlikely."""
+
+
+async def replay(run: Run) -> ExitReason:
+    """Compare one recorded batch with what today's code makes of it. Raises `ParityError` where they differ by more
+    than rounding, after the table is shown and written."""
+    recorded, step = replayed_batch(run.config)
+    checkpoints = Checkpoints(recorded.checkpoints, run.config.trainer.keep_checkpoints)
+    if step - 1 in checkpoints.steps():
+        checkpoints.load(step - 1, run.trainer)
+        weights = f"the checkpoint of version {step - 1}"
+    elif await take_supervised_steps(run):
+        weights = f"version 0, made again: the model and {run.trainer.supervised_steps} supervised steps"
+    else:
+        return "interrupted"
+    run.monitor.phase("replay")
+    await run.weight_sync.publish(step - 1)
+    then = parse(typed(recorded.read_config(key="run")))
+    check(then)
+    replaying = asyncio.create_task(
+        Replay(
+            recorded=recorded,
+            step=step,
+            config=run.config,
+            renderer=run.renderer,
+            engine=run.engine,
+            trainer=run.trainer,
+            exact=is_float32(run.config) and is_float32(then),
+            same_engine=run.config.inference.kind == then.inference.kind,
+            status=run.monitor.status,
+        ).run()
+    )
+    if await stopped_before(replaying, run.stop):
+        return "interrupted"
+    found = replaying.result()
+    run.run_dir.write_replay(content(recorded, step, found))
+    run.monitor.table(f"replay of step {step}", {"weights": weights, **{line.name: line.text for line in found}})
+    conclude(found)
+    return "finished"
 
 
 @dataclass(eq=False)

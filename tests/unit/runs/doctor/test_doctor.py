@@ -36,9 +36,9 @@ from vlmrl.models.positions import position_function
 from vlmrl.monitor.monitor import Monitor
 from vlmrl.record.run_dir import RunDir
 from vlmrl.rendering.renderer import make_renderer
+from vlmrl.runs.build import Run, build_run
 from vlmrl.runs.doctor.doctor import LINES, Doctor, add_noise, conclude, weights_in
 from vlmrl.runs.doctor.lines import Line, Verdict
-from vlmrl.runs.run import Run
 from vlmrl.tasks import Message, Reply
 from vlmrl.types import Completion, ImageItem
 from vlmrl.weight_sync.folder import FolderSync
@@ -68,7 +68,7 @@ def build(run_config: Callable[..., RunConfig], tmp_path: Path) -> Iterator[Call
     run_dir.create()
     config = run_config("mode=doctor", "monitor.wandb.mode=disabled")
     with Monitor(config.monitor, run_dir, total_steps=1, exact=True) as monitor:
-        yield lambda *overrides: Run.build(run_config("mode=doctor", *overrides), run_dir, monitor)
+        yield lambda *overrides: build_run(run_config("mode=doctor", *overrides), run_dir, monitor)
     torch.set_num_threads(threads)
 
 
@@ -81,16 +81,7 @@ def examine(run: Run) -> dict[str, Line]:
     async def scenario() -> list[Line]:
         await run.engine.start()
         try:
-            return await Doctor(
-                config=run.config,
-                task=run.task,
-                renderer=run.renderer,
-                engine=run.engine,
-                policy=run.policy,
-                trainer=run.trainer,
-                weight_sync=run.weight_sync,
-                status=lambda line: None,
-            ).examine()
+            return await Doctor(run).examine()
         finally:
             await run.engine.stop()
 

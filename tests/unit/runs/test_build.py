@@ -11,7 +11,7 @@ import pytest
 from vlmrl.config.run import RunConfig
 from vlmrl.config.trainer import Packing
 from vlmrl.errors import ConfigError
-from vlmrl.runs.run import fit_to_layers
+from vlmrl.runs.build import fit_to_layers
 
 RECURRENT: Any = SimpleNamespace(is_recurrent=True)
 

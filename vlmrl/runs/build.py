@@ -1,0 +1,283 @@
+"""The parts of a run, built once, in the order of the data path.
+
+    every rank    seed_process ─▶ make_model ─▶ make_policy ─▶ learner
+    rank 0 only   task ─▶ checkpoint ─▶ renderer ─▶ trainer ─▶ engine and weight sync ─▶ evaluator ─▶ Run
+
+Every rank holds the model and its own learner. Rank 0 also renders, samples, scores and records.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from vlmrl.config.inference import VllmConfig
+from vlmrl.config.model import Dtype, Init, ModelConfig
+from vlmrl.config.run import RunConfig
+from vlmrl.config.trainer import Packing
+from vlmrl.config.weight_sync import CudaIpcSyncConfig, FolderSyncConfig, NcclSyncConfig
+from vlmrl.errors import ConfigError
+from vlmrl.inference.embedded.engine import EmbeddedEngine
+from vlmrl.inference.vllm.engine import VllmEngine
+from vlmrl.models.blocks import prepare_blocks
+from vlmrl.models.checkpoints.load import load_image_processor, load_model, load_tokenizer, resolve_checkpoint
+from vlmrl.models.checkpoints.scratch import write_weights
+from vlmrl.models.learning import choose_what_learns
+from vlmrl.models.policy import Policy
+from vlmrl.models.positions import position_function
+from vlmrl.monitor.monitor import Monitor
+from vlmrl.orchestrator.evaluation import Evaluator
+from vlmrl.orchestrator.rollout import RolloutRunner
+from vlmrl.ranks.rank_group import RankGroup
+from vlmrl.record.logs import MainLog
+from vlmrl.record.run_dir import RunDir
+from vlmrl.rendering.renderer import Renderer, make_renderer
+from vlmrl.runs.stopping import Stop
+from vlmrl.tasks.base import Task
+from vlmrl.tasks.loading import load_task
+from vlmrl.trainer.checkpoint import Checkpoints
+from vlmrl.trainer.learner import Follower, Learner
+from vlmrl.trainer.trainer import LocalTrainer
+from vlmrl.types import InferenceEngine, WeightSync
+from vlmrl.weight_sync.cuda_ipc import CudaIpcSync
+from vlmrl.weight_sync.folder import FolderSync
+from vlmrl.weight_sync.gpu import WEIGHT_TRANSFERS
+from vlmrl.weight_sync.in_process import InProcessSync
+from vlmrl.weight_sync.nccl import NcclSync
+
+log = logging.getLogger(__name__)
+
+
+class Progress(NamedTuple):
+    """How far a run has come. Two equal values mean that nothing new needs saving."""
+
+    policy_version: int
+    supervised_steps: int
+    evaluations: int
+
+    def __str__(self) -> str:
+        """`step 3`, or `supervised step 5` before the first RL step."""
+        return f"step {self.policy_version}" if self.policy_version else f"supervised step {self.supervised_steps}"
+
+
+@dataclass(eq=False)
+class Run:
+    """The parts of one run on rank 0. Each mode is a function of a `Run` (see modes.py)."""
+
+    config: RunConfig
+    run_dir: RunDir
+    monitor: Monitor
+    task: Task
+    renderer: Renderer
+    policy: Policy
+    trainer: LocalTrainer
+    engine: InferenceEngine
+    weight_sync: WeightSync
+    evaluator: Evaluator
+    checkpoints: Checkpoints
+    group: RankGroup | None
+    """None: the run is one process."""
+    stop: Stop = field(init=False, default_factory=Stop)
+    """Set when the run is to finish its step, save and end."""
+    restored_step: int = field(init=False, default=0)
+    """The step in the name of the checkpoint that the run was restored from; 0 without one."""
+    saved: Progress | None = field(init=False, default=None)
+    """The progress that the newest checkpoint holds; None before the first checkpoint."""
+
+    @property
+    def progress(self) -> Progress:
+        """How far the run has come."""
+        return Progress(self.trainer.version, self.trainer.supervised_steps, len(self.evaluator.history))
+
+
+# ── what every rank builds ──────────────────────────────────────────────────────────────────────────────────
+
+
+def on_own_device(config: ModelConfig, group: RankGroup | None) -> ModelConfig:
+    """The model's config with `device` set to this rank's GPU; unchanged without a rank group or without a GPU."""
+    if group is None or config.device == "cpu" or not torch.cuda.is_available():
+        return config
+    number = group.place.local_rank % torch.cuda.device_count()
+    torch.cuda.set_device(number)
+    return dataclasses.replace(config, device=f"cuda:{number}")
+
+
+def seed_process(config: RunConfig) -> None:
+    """Set this process's torch threads and torch seed. Call it before anything else is built."""
+    torch.set_num_threads(config.trainer.threads)
+    torch.manual_seed(config.seed)
+
+
+def make_model(config: RunConfig, folder: Path, group: RankGroup | None) -> Any:
+    """Load the checkpoint in `folder` onto this rank's device, select its trainable parameters, prepare its layers."""
+    model: Any = load_model(folder, on_own_device(config.model, group))
+    torch.manual_seed(config.seed)  # again, so that new LoRA adapters start equal on every rank
+    choose_what_learns(model, config.model)
+    prepare_blocks(model, compiled=config.trainer.compile, recomputed=config.trainer.activation_checkpointing)
+    return model
+
+
+def make_policy(config: RunConfig, model: Any, banned_token_ids: Sequence[int]) -> Policy:
+    """The policy that computes with `model`. It never samples `banned_token_ids`."""
+    vlm = config.model.vlm
+    merge = model.config.vision_config.spatial_merge_size if vlm is not None else 1
+    positions = position_function(vlm.positions if vlm is not None else "sequential", merge)
+    return Policy(model, positions, banned_token_ids, feature_cache_bytes=config.trainer.feature_cache_mib << 20)
+
+
+def make_trainer(
+    config: RunConfig, policy: Policy, texts: tuple[str, ...], banned_token_ids: Sequence[int], group: RankGroup | None
+) -> LocalTrainer:
+    """Rank 0's trainer. The other ranks build their learners at the same time (`FollowerBuilder`)."""
+
+    def own() -> LocalTrainer:
+        return LocalTrainer(policy, config.trainer, config.algorithm, **_sampling(config), group=group)
+
+    if group is None:
+        return own()
+    return group.together("make", [(config, texts, tuple(banned_token_ids))] * (group.size - 1), own)[0]
+
+
+class FollowerBuilder:
+    """Builds the learner of a rank other than 0, once per run, and writes that rank's log, e.g. `logs/rank_1.log`."""
+
+    def __init__(self, group: RankGroup) -> None:
+        self._group = group
+        self._log = ExitStack()
+
+    def make(self, config: RunConfig, texts: tuple[str, ...], banned_token_ids: tuple[int, ...]) -> Follower:
+        """The learner for the run `config`. A sweep calls this once per job; the log of the job before is closed."""
+        self._log.close()
+        logs = RunDir(config.output_dir).logs
+        logs.mkdir(parents=True, exist_ok=True)
+        self._log.enter_context(MainLog(logs / f"rank_{self._group.rank}.log"))
+        log.info("rank %d of %d is process %d", self._group.rank, self._group.size, os.getpid())
+        seed_process(config)
+        model = make_model(config, resolve_checkpoint(config.model, texts), self._group)
+        policy = make_policy(config, model, banned_token_ids)
+        ranks = self._group.size
+        return Follower(Learner(policy, config.trainer, config.algorithm, **_sampling(config), ranks=ranks))
+
+
+def _sampling(config: RunConfig) -> dict[str, Any]:
+    """The sampling settings that the loss needs."""
+    return {
+        "temperature": config.orchestrator.temperature,
+        "max_new_tokens": config.orchestrator.max_new_tokens,
+    }
+
+
+# ── what rank 0 builds ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def build_run(config: RunConfig, run_dir: RunDir, monitor: Monitor, group: RankGroup | None = None) -> Run:
+    """Build every part of a run; the engine is not started yet."""
+    seed_process(config)
+    task = load_task(config.task, seed=config.seed)
+    folder = resolve_checkpoint(config.model, task.texts())
+    model = make_model(config, folder, group)
+    renderer = make_run_renderer(config, folder, model, monitor)
+    if config.model.init is Init.random and isinstance(config.inference, VllmConfig):
+        folder = write_weights(model, folder, run_dir.path / "initial_model")
+    policy = make_policy(config, model, renderer.banned_token_ids)
+    config = fit_to_layers(config, policy, monitor.warn)
+    trainer = make_trainer(config, policy, task.texts(), renderer.banned_token_ids, group)
+    engine, weight_sync = make_engine(config, folder, policy, trainer, run_dir, monitor)
+    runner = RolloutRunner(
+        task=task,
+        renderer=renderer,
+        engine=engine,
+        seed=config.seed,
+        max_turns=config.task.max_turns,
+        max_new_tokens=config.orchestrator.max_new_tokens,
+        max_model_len=config.inference.max_model_len,
+    )
+    return Run(
+        config=config,
+        run_dir=run_dir,
+        monitor=monitor,
+        task=task,
+        renderer=renderer,
+        policy=policy,
+        trainer=trainer,
+        engine=engine,
+        weight_sync=weight_sync,
+        evaluator=Evaluator(config.orchestrator.eval, runner, config.orchestrator.temperature),
+        checkpoints=Checkpoints(RunDir(config.output_dir).checkpoints, config.trainer.keep_checkpoints),
+        group=group,
+    )
+
+
+def make_run_renderer(config: RunConfig, folder: Path, model: Any, monitor: Monitor) -> Renderer:
+    """The renderer with the tokenizer and image processor in `folder`. The monitor spells recorded tokens with that
+    tokenizer."""
+    assert config.orchestrator.renderer is not None, "preflight refuses a config without a renderer"
+    tokenizer = load_tokenizer(folder)
+    monitor.spell_with(tokenizer)
+    return make_renderer(
+        config.orchestrator.renderer,
+        config.model,
+        tokenizer,
+        load_image_processor(folder) if config.model.vlm is not None else None,
+        model.get_input_embeddings().num_embeddings,
+    )
+
+
+def make_engine(
+    config: RunConfig, folder: Path, policy: Policy, trainer: LocalTrainer, run_dir: RunDir, monitor: Monitor
+) -> tuple[InferenceEngine, WeightSync]:
+    """The inference engine and the weight sync that publishes the trainer's weights to it. vLLM servers load the
+    checkpoint in `folder`."""
+    if not isinstance(config.inference, VllmConfig):
+        engine = EmbeddedEngine(policy, lambda: trainer.version, config.inference.max_model_len)
+        return engine, InProcessSync(lambda: trainer.version, trainer.weights, engine.weights)
+    flat = config.model.vlm.flat_mm_kwargs if config.model.vlm is not None else []
+    sync = config.weight_sync
+    transfer = WEIGHT_TRANSFERS.get(sync.kind)
+    servers = VllmEngine(config.inference, folder, run_dir.logs, flat, monitor.status, monitor.warn, transfer)
+    if isinstance(sync, NcclSyncConfig):
+        return servers, NcclSync(servers, trainer.weights, sync)
+    if isinstance(sync, CudaIpcSyncConfig):
+        return servers, CudaIpcSync(servers, trainer.weights, sync)
+    assert isinstance(sync, FolderSyncConfig), "preflight refuses a weight sync that vLLM servers cannot receive"
+    return servers, FolderSync(servers, trainer.weights, sync)
+
+
+def fit_to_layers(config: RunConfig, policy: Policy, warn: Callable[[str], None]) -> RunConfig:
+    """`config` for a model whose layers are not all softmax attention: its samples are trained one by one.
+
+    Raises `ConfigError` where the embedded engine is asked for, whose cache holds keys and values alone.
+    """
+    if not policy.is_recurrent:
+        return config
+    if config.inference.kind == "embedded":
+        raise ConfigError(
+            "inference=embedded requires layers of softmax attention, else its cache of keys and values is not all "
+            f"that a prefix leaves behind, and {config.model.name} has others (linear_attention): set inference=vllm"
+        )
+    if config.trainer.packing is Packing.none:
+        return config
+    warn(
+        f"trainer.packing={config.trainer.packing.value} is none for {config.model.name}: layers of linear_attention "
+        "carry a state from token to token, so its samples are trained one by one"
+    )
+    return dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, packing=Packing.none))
+
+
+def compute_dtypes(config: RunConfig) -> set[Dtype]:
+    """The dtypes in which trainer and engine compute. The embedded engine computes in the trainer's."""
+    engine = config.inference.dtype if isinstance(config.inference, VllmConfig) else config.model.dtype
+    return {config.model.dtype, engine}
+
+
+def is_float32(config: RunConfig) -> bool:
+    """Whether both trainer and engine compute in float32, so that their logprobs differ by its rounding only."""
+    return compute_dtypes(config) == {Dtype.float32}

@@ -1,0 +1,188 @@
+"""A run from its checked config to its end.
+
+    execute ─┬─ rank 0 ──▶ lead: check ─▶ run directory ─▶ build ─▶ start engine ─▶ restore ─▶ mode ─▶ save ─▶ summary
+             └─ others ──▶ follow_leader: work for rank 0 until it ends
+
+However a run ends, it can be continued: the files on disk are complete at every moment, and everything random is a
+function of the config and the step, so a step that runs again gives the same result.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import gc
+
+from vlmrl.config.inference import VllmConfig
+from vlmrl.config.run import Mode, RunConfig
+from vlmrl.errors import ConfigError, EngineError, Interrupted, RankError, TaskError
+from vlmrl.inference.vllm.server import check_vllm
+from vlmrl.models.checkpoints.load import check_available
+from vlmrl.monitor.monitor import Monitor
+from vlmrl.orchestrator.loop import ExitReason
+from vlmrl.preflight.rules.ranks import ranks_work_together
+from vlmrl.ranks.rank_group import RankGroup, follow, init_from_environment
+from vlmrl.record.run_dir import RunDir
+from vlmrl.runs.build import FollowerBuilder, Run, build_run, is_float32
+from vlmrl.runs.modes import MODES, OfflineMode, RunMode
+from vlmrl.runs.replay.recorded import check_replayable, replayed_batch
+from vlmrl.runs.saving import save
+from vlmrl.runs.stopping import rank_lost, stopped_before, stopping_on_signals
+from vlmrl.trainer.optimizer import check_optimizer
+from vlmrl.weight_sync.gpu import check_transfer
+
+
+def execute(config: RunConfig) -> float | None:
+    """Run `config` and return the objective for sweepers: the last sampled held-out reward, None without evaluation.
+
+    In a rank group, rank 0 leads; the other ranks work for it until it is done and return None. Raises `VlmrlError`s.
+    """
+    with init_from_environment() as group:
+        if group is None or group.rank == 0:
+            return lead(config, group)
+        if follow_leader(group) != 0:
+            raise RankError(f"rank {group.rank} ended early; rank 0 reports the reason")
+        return None
+
+
+def follow_leader(group: RankGroup) -> int:
+    """Work for rank 0 until it ends; returns this process's exit code."""
+    return follow(group, FollowerBuilder(group).make)
+
+
+def lead(config: RunConfig, group: RankGroup | None) -> float | None:
+    """Run `config` as the only process or as rank 0; returns the objective."""
+    mode = MODES[config.mode]
+    ranks_work_together(config, 1 if group is None else group.size)
+    if isinstance(mode, OfflineMode):
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, device=mode.device))
+    check_available(config.model)
+    check_optimizer(config.trainer)
+    if isinstance(mode, OfflineMode):
+        mode.run(config)
+        return None
+    if isinstance(config.inference, VllmConfig):
+        check_vllm(config.inference)
+        check_transfer(config.weight_sync, config.inference, config.model.device)
+    if config.mode is Mode.replay:
+        check_replayable(*replayed_batch(config))
+    run_dir = open_run_dir(config, mode)
+    with Monitor(config.monitor, run_dir, total_steps=config.trainer.max_steps, exact=is_float32(config)) as monitor:
+        monitor.phase("preparing")
+        run = build_run(config, run_dir, monitor, group)
+        monitor.table("plan", plan_table(run))
+        # The imported libraries hold about a million objects for as long as the run lives. Frozen, they are not
+        # scanned again at every garbage collection.
+        gc.freeze()
+        try:
+            reason, objective = asyncio.run(carry_out(run, mode))
+        finally:
+            gc.unfreeze()  # the next run of a sweep needs this run's memory
+    if reason == "interrupted":
+        run.stop.requeue()
+        raise Interrupted(mode.interrupted.format(progress=run.progress, folder=config.output_dir))
+    return objective
+
+
+def open_run_dir(config: RunConfig, mode: RunMode) -> RunDir:
+    """Create the run directory, write config.yaml, and point `latest` at it. Raises ConfigError.
+
+    A run that continues another writes config.yaml later, once its checkpoint is restored (`restore`).
+    """
+    run_dir = RunDir(config.output_dir)
+    if config.resume is not None:
+        run_dir = RunDir(run_dir.path / mode.folder_in_resumed_run)
+    run_dir.create(resume=config.resume is not None or mode.is_inside_past_run)
+    if not mode.continues_run(config):
+        run_dir.write_config(config)
+    if not mode.reads_past_run(config):
+        run_dir.point_latest()
+    return run_dir
+
+
+async def carry_out(run: Run, mode: RunMode) -> tuple[ExitReason, float | None]:
+    """Start the engine, restore, run the mode, save and write the summary.
+
+    Returns why the run ended and the last sampled held-out reward. Where the task or the engine fails, the weights are
+    sound, so they are saved before the error goes on.
+    """
+    try:
+        await run.engine.start()
+        with stopping_on_signals(run.stop, run.monitor.warn), rank_lost(run.group) as lost:
+            restore(run, mode)
+            work = asyncio.create_task(mode.run(run))
+            try:
+                if await stopped_before(work, lost):
+                    assert run.group is not None
+                    raise RankError(run.group.lost)
+                reason = work.result()
+            except (TaskError, EngineError):
+                save_at_the_end(run, mode)
+                raise
+            save_at_the_end(run, mode)
+    except RankError as error:
+        # Now, not when the Monitor closes: a collective that hangs in another thread may keep this process from that.
+        run.monitor.finish("error", {"error": f"RankError: {error}"})
+        raise
+    finally:
+        await run.engine.stop()
+        run.weight_sync.close()
+    objective = run.evaluator.history[-1][0] if run.evaluator.history else None
+    run.monitor.finish(reason, {"policy_version": run.trainer.version, "objective": objective})
+    return reason, objective
+
+
+def restore(run: Run, mode: RunMode) -> None:
+    """Load the newest complete checkpoint of the run that `resume=` names; without `resume=`, do nothing.
+
+    Raises `CheckpointError` where every checkpoint is damaged or of another model, `ConfigError` where the mode needs
+    a checkpoint and there is none.
+    """
+    if run.config.resume is None:
+        return
+    found = run.checkpoints.load_newest(run.trainer, run.monitor.warn)
+    if found is not None:
+        run.restored_step, loop_state = found
+        run.evaluator.history = [(sampled, greedy) for sampled, greedy in loop_state["evaluations"]]
+        run.saved = run.progress
+    if mode.continues_run(run.config):
+        # Not earlier: an override that does not fit the checkpoint would stay in config.yaml.
+        run.run_dir.write_config(run.config)
+        run.monitor.resume_at(run.restored_step if found is not None else -1)
+    elif found is None:
+        raise ConfigError(
+            f"resume={run.config.resume} has no checkpoint, so there is nothing of that run to evaluate: "
+            "drop resume= to evaluate the model itself"
+        )
+    else:
+        run.monitor.resume_at(-1)  # replaces what an earlier evaluation of the same run recorded
+
+
+def save_at_the_end(run: Run, mode: RunMode) -> None:
+    """Save what the newest checkpoint does not hold, if the mode saves, and wait until it is written."""
+    if mode.checkpoint_step is not None:
+        save(run, mode.checkpoint_step(run.progress))
+    run.checkpoints.finish()
+
+
+def plan_table(run: Run) -> dict[str, str]:
+    """What the numbers of the config add up to, for the screen."""
+    config, orchestrator, warmup = run.config, run.config.orchestrator, run.config.trainer.warmup
+    rollouts = orchestrator.groups_per_step * orchestrator.group_size
+    parameters = sum(p.numel() for p in run.policy.model.parameters())
+    trainable = sum(p.numel() for p in run.policy.model.parameters() if p.requires_grad)
+    target, consecutive = orchestrator.eval.target, orchestrator.eval.consecutive
+    return {
+        "model": f"{config.model.name}: {parameters:,} parameters, {trainable:,} trainable, {config.model.dtype.value} "
+        f"on {run.policy.device}" + ("" if run.group is None else f", {run.group.size} ranks"),
+        "task": f"{config.task.target.rpartition(':')[2]}, up to {config.task.max_turns} turns",
+        "rollouts per step": f"{orchestrator.groups_per_step} groups × {orchestrator.group_size} = {rollouts}",
+        "tokens per rollout": f"up to {config.inference.max_model_len}, {orchestrator.max_new_tokens} new per turn",
+        "optimizer steps": f"{warmup.steps} supervised × {warmup.batch_size} conversations, "
+        f"then {config.trainer.max_steps} × {rollouts} rollouts",
+        "algorithm": f"{config.algorithm.loss}, {config.algorithm.advantage} advantages, credit per "
+        f"{config.algorithm.credit.value}",
+        "evaluation": f"{orchestrator.eval.problems} held-out problems, sampled and greedy, every "
+        f"{orchestrator.eval.every} steps"
+        + ("" if target is None else f"; done at {target} {consecutive} times in a row"),
+    }

@@ -1,0 +1,28 @@
+"""Checkpoints while a run goes on. Restoring is part of the lifecycle (lifecycle.py)."""
+
+from __future__ import annotations
+
+from vlmrl.runs.build import Run
+
+
+def save_if_due(run: Run, step: int) -> None:
+    """Save after `step` where `trainer.checkpoint_every` divides it.
+
+    Raises `CheckpointError` where the checkpoint before it could not be written.
+    """
+    run.checkpoints.check()
+    every = run.config.trainer.checkpoint_every
+    if every and step % every == 0:
+        save(run, step)
+
+
+def save(run: Run, step: int) -> None:
+    """Save a checkpoint called after `step`, unless the newest checkpoint already holds this progress."""
+    if run.progress == run.saved:
+        return
+    run.monitor.flush()
+    run.checkpoints.save(step, run.trainer, {"evaluations": run.evaluator.history})
+    if run.config.monitor.wandb.checkpoints:
+        run.checkpoints.finish()  # W&B uploads the files, so they must be complete
+        run.monitor.checkpoint(step, run.checkpoints.path(step))
+    run.saved = run.progress

@@ -1,0 +1,48 @@
+"""`mode=rl`: the supervised warm-up, if `trainer.warmup.steps` asks for one, then reinforcement learning (loop.py)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from vlmrl.orchestrator.loop import ExitReason, Loop
+from vlmrl.orchestrator.supervised import AFTER_WARMUP, demonstration_samples
+from vlmrl.orchestrator.vision_gap import VisionGap
+from vlmrl.runs.build import Run
+from vlmrl.runs.saving import save_if_due
+from vlmrl.runs.sft import take_supervised_steps
+from vlmrl.types import TrainingSample
+
+
+async def train(run: Run) -> ExitReason:
+    """Train from the policy version that the trainer holds to `trainer.max_steps` or the evaluation target."""
+    if run.trainer.version == 0 and not await take_supervised_steps(run):
+        return "interrupted"
+    run.monitor.phase("rl")
+    config = run.config
+    embeddings: Any = run.policy.model.get_input_embeddings()
+    return await Loop(
+        config=config.orchestrator,
+        algorithm=config.algorithm,
+        max_steps=config.trainer.max_steps,
+        vocab_size=embeddings.num_embeddings,
+        runner=run.evaluator.runner,
+        engine=run.engine,
+        trainer=run.trainer,
+        weight_sync=run.weight_sync,
+        evaluator=run.evaluator,
+        recorder=run.monitor,
+        checkpoint=lambda step: save_if_due(run, step),
+        demonstrations=lambda step: demonstrations(run, step),
+        vision_gap=VisionGap(config.monitor.vision_gap_every, run.renderer, run.trainer),
+        stop=run.stop,
+    ).run()
+
+
+def demonstrations(run: Run, step: int) -> list[TrainingSample]:
+    """The supervised samples that are mixed into RL step `step`, from other problems than the warm-up's."""
+    warmup = run.config.trainer.warmup
+    if warmup.rl_weight == 0 or warmup.steps == 0:  # a task without a warm-up may have no demonstrations
+        return []
+    warmup = dataclasses.replace(warmup, batch_size=warmup.rl_batch_size)
+    return demonstration_samples(run.task, run.renderer, warmup, step=AFTER_WARMUP + step, seed=run.config.seed)
