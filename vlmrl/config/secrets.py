@@ -40,7 +40,8 @@ SECRET_VALUE = re.compile(
     | (?<![A-Za-z0-9]) eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*                    # JSON web token
     | -----BEGIN\ [A-Z\ ]*PRIVATE\ KEY-----
     | \b[Bb]earer\ +(?=[^\s]*[0-9A-Z])[\w.~+/=-]{8,}
-    | \b[A-Za-z][A-Za-z0-9+.-]*://[^\s/?\#@:]*:[^\s/?\#@]+@               # a URL with a password
+    | ://[^\s/?\#@:]*:[^\s/?\#@]+@                                      # a URL with a password,
+    | ://(?=[^\s/@]*[0-9])[\w.~-]{16,}@                                 # or with a token in place of the user
     """,
     re.VERBOSE,
 )
@@ -50,6 +51,8 @@ ASSIGNMENT = re.compile(
     r"(?<![\w-])(?:--?)?([A-Za-z][\w-]*)=[^\s&;,] | (?<!\S)--([A-Za-z][\w-]*)\s+[^\s-] | [?&](token)=[^&\s]", re.VERBOSE
 )
 """`name=value`, `--name value` and `?token=value` inside a text: connection strings, commands, queries of URLs."""
+
+USER_OF_URL = re.compile(r"(?<=://)[^\s/?#@]+@")
 
 OPAQUE = re.compile(r"(?=.*[0-9])(?=.*[A-Za-z])((?=.*[a-z])(?=.*[A-Z])[\w.~+/=-]{8,}|[\w.~+/=-]{20,})")
 """Text that no one would choose as a word."""
@@ -89,10 +92,10 @@ def find_secrets(tree: Any) -> list[str]:
 
 
 def redacted(tree: Any) -> Any:
-    """A copy of a tree with `HIDDEN` in place of each secret.
+    """A copy of a tree with `HIDDEN` in place of each secret. Of a URL, only its user and password are hidden.
 
     >>> redacted({"level": 3, "api_key": "hunter2", "urls": ["http://host", "http://me:pw@host"]})
-    {'level': 3, 'api_key': '(hidden)', 'urls': ['http://host', '(hidden)']}
+    {'level': 3, 'api_key': '(hidden)', 'urls': ['http://host', 'http://(hidden)@host']}
     """
     return _redacted(tree, "")
 
@@ -124,7 +127,10 @@ def _redacted(tree: Any, name: str) -> Any:
         case list() | tuple():
             return [_redacted(value, name) for value in tree]
         case _:
-            return HIDDEN if _is_secret(name, tree) else tree
+            if not _is_secret(name, tree):
+                return tree
+            rest = USER_OF_URL.sub(f"{HIDDEN}@", str(tree))
+            return HIDDEN if _is_secret(name, rest) else rest
 
 
 def _inherited(above: str, name: str) -> str:

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
 from vlmrl.config.monitor import WandbConfig, WandbMode
+from vlmrl.config.secrets import redacted
 from vlmrl.errors import VlmrlError
 from vlmrl.record.files import write_bytes_atomically
 from vlmrl.record.run_dir import RunDir
@@ -127,7 +128,9 @@ class WandbLogger:
                 "monitor.wandb.mode=online requires a key, else nothing can be sent: "
                 "run `wandb login`, set WANDB_API_KEY, or set monitor.wandb.mode=offline"
             )
-        config: Any = OmegaConf.to_container(self._run_dir.read_config()) if self._run_dir.config.exists() else None
+        config: Any = None
+        if self._run_dir.config.exists():
+            config = redacted(OmegaConf.to_container(self._run_dir.read_config()))
         settings = wandb.Settings(
             silent=True,
             console="off",

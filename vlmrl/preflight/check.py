@@ -17,7 +17,7 @@ from vlmrl.preflight.rules import engine, learning, model, ranks, secrecy, task
 Check: TypeAlias = Callable[[RunConfig], None]
 
 CHECKS: tuple[Check, ...] = (
-    secrecy.no_key_is_written_down,
+    secrecy.no_secret_is_recorded,
     model.renderer_is_there,
     model.renderer_serves_family,
     ranges.numbers_in_range,

@@ -24,7 +24,6 @@ from __future__ import annotations
 import base64
 import io
 import math
-import re
 import sys
 import time
 from array import array
@@ -39,6 +38,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from vlmrl.config.secrets import redacted
 from vlmrl.errors import ConfigError
 from vlmrl.monitor.report.choice import Choice, Shape, choose, recorded_steps
 from vlmrl.record.metrics import Record, read_metrics
@@ -56,9 +56,6 @@ IMAGE_SIDE = 512
 """Pixels; a larger image is shown smaller, the original is in images/."""
 LOSSLESS_BYTES = 64 * 2**10
 """An image that takes no more is shown byte for byte."""
-SECRET = re.compile(r"(api|access|auth|private|secret).?(key|token)|secret|password|passwd|credential", re.IGNORECASE)
-FREE = ("task.args.", "algorithm.args.", "inference.extra_args.")
-"""Keys of the config that are not ours, and may be called anything."""
 
 
 @dataclass(eq=False)
@@ -244,7 +241,7 @@ class ReportedRun:
     def read(name: str, run_dir: RunDir) -> ReportedRun:
         """Raises ConfigError where the folder holds no run, VlmrlError where a file is damaged."""
         try:
-            config = flat(OmegaConf.to_container(OmegaConf.load(run_dir.config)))
+            config = flat(redacted(OmegaConf.to_container(OmegaConf.load(run_dir.config))))
             shape = Shape(
                 config["orchestrator.groups_per_step"],
                 config["orchestrator.group_size"],
@@ -306,29 +303,19 @@ def columns(records: Sequence[Record]) -> dict[str, list[Any]]:
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """A tree of mappings → dotted keys; secrets hidden.
+    """A tree of mappings → dotted keys.
 
-    >>> flat({"task": {"target": "m:T", "args": {"level": 3, "api_key": "hunter2"}}})
-    {'task.target': 'm:T', 'task.args.level': 3, 'task.args.api_key': '(hidden)'}
-    >>> flat({"inference": {"urls": ["https://user:hunter2@host:8000"]}})
-    {'inference.urls': ['https://(hidden)@host:8000']}
+    >>> flat({"task": {"target": "m:T", "args": {"level": 3}}})
+    {'task.target': 'm:T', 'task.args.level': 3}
     """
     found: dict[str, Any] = {}
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if isinstance(value, Mapping) and value:
             found |= flat(value, f"{key}.")
-        elif f"{key}.".startswith(FREE) and SECRET.search(key):
-            found[key] = "(hidden)"
         else:
-            found[key] = _without_password(value)
+            found[key] = value
     return found
-
-
-def _without_password(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_without_password(each) for each in value]
-    return re.sub(r"(?<=://)[^/@\s]+@", "(hidden)@", value) if isinstance(value, str) else value
 
 
 # ── a page ──────────────────────────────────────────────────────────────────────────────────────────────────
