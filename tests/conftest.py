@@ -12,9 +12,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from support.configs import checked
 from vlmrl.cli.arguments import CONF
 from vlmrl.cli.schemas import register_schemas
+from vlmrl.config.parse import parse
 from vlmrl.config.run import RunConfig
 
 # A shared machine may be slow at any moment.
@@ -38,8 +38,8 @@ def composed() -> Callable[..., DictConfig]:
 
 @pytest.fixture
 def run_config(composed: Callable[..., DictConfig]) -> Callable[..., RunConfig]:
-    """`run_config("trainer.max_steps=2")`: the checked config of a run."""
-    return lambda *overrides: checked(composed(*overrides))
+    """`run_config("trainer.max_steps=2")`: the config of a run, typed and not checked (`support.configs.checked`)."""
+    return lambda *overrides: parse(composed(*overrides))
 
 
 @pytest.fixture(scope="session")

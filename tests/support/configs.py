@@ -6,11 +6,11 @@ from omegaconf import DictConfig
 
 from vlmrl.config.parse import parse
 from vlmrl.config.run import RunConfig
-from vlmrl.preflight.check import check
+from vlmrl.preflight.check import Stage, check
 
 
 def checked(config: DictConfig) -> RunConfig:
     """Type a composed config and check it, as the command line does. Raises ConfigError."""
     run_config = parse(config)
-    check(run_config)
+    check(run_config, Stage.composed)
     return run_config

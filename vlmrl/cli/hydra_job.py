@@ -21,14 +21,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from vlmrl.cli.exit_codes import JobError, report
-from vlmrl.cli.start import check_imports, checked, lead_or_follow, show_plan, start
+from vlmrl.cli.start import checked, lead_or_follow, show_plan, start
 from vlmrl.cli.sweep.again import run_what_is_left
 from vlmrl.cli.sweep.jobs import job_name
-from vlmrl.config.inference import VllmConfig
-from vlmrl.config.run import Mode, RunConfig
 from vlmrl.errors import ConfigError, Interrupted
-from vlmrl.preflight.rules.engine import weights_cross_nodes
-from vlmrl.preflight.rules.ranks import ranks_work_together
+from vlmrl.preflight.check import Stage, Submission, check
 from vlmrl.ranks import slurm
 from vlmrl.record.run_dir import run_name
 
@@ -92,8 +89,6 @@ class CheckFirst(Callback):
         """A single run."""
         try:
             run_config = checked(place(without_hydra(config), "not made yet"))
-            if run_config.mode is not Mode.compare:
-                check_imports(run_config)
             if run_config.dry_run:
                 show_plan(run_config)
                 raise SystemExit(0)
@@ -110,8 +105,7 @@ class CheckFirst(Callback):
             job_config = GlobalHydra.instance().config_loader().load_sweep_config(config, overrides)
             try:
                 run_config = checked(place(without_hydra(job_config), "not made yet"))
-                check_launcher(config.hydra.launcher, run_config)
-                check_imports(run_config)
+                check(run_config, Stage.submitted, submission_of(config.hydra.launcher))
                 if run_config.dry_run:
                     dry_run = True
                     print(f"job {' '.join(overrides)}")
@@ -123,25 +117,11 @@ class CheckFirst(Callback):
         CheckFirst.sweep_dir = Path(config.hydra.sweep.dir)
 
 
-def check_launcher(launcher: DictConfig, config: RunConfig) -> None:
-    """Whether the tasks that `launcher` starts are those that a run needs. Raises ConfigError."""
-    serving = config.inference.slurm_tasks if isinstance(config.inference, VllmConfig) else 0
+def submission_of(launcher: DictConfig) -> Submission:
+    """What `launcher` starts for each job."""
     if "tasks_per_node" not in launcher:
-        if serving:
-            raise ConfigError(
-                f"inference.slurm_tasks={serving} requires tasks of its own for each job of a sweep, else the servers "
-                "of the first never end: set hydra/launcher=slurm"
-            )
-        return
-    tasks = launcher.nodes * launcher.tasks_per_node
-    if serving >= tasks:
-        raise ConfigError(
-            f"inference.slurm_tasks={serving} requires more tasks than hydra.launcher.nodes={launcher.nodes} × "
-            f"hydra.launcher.tasks_per_node={launcher.tasks_per_node}, else none trains: set "
-            f"hydra.launcher.tasks_per_node={-(-(serving + 1) // launcher.nodes)}"
-        )
-    ranks_work_together(config, tasks - serving)
-    weights_cross_nodes(config, launcher.nodes)
+        return Submission()
+    return Submission(nodes=launcher.nodes, tasks_per_node=launcher.tasks_per_node)
 
 
 def without_hydra(config: DictConfig) -> DictConfig:

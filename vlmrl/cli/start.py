@@ -17,12 +17,10 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from vlmrl.cli.sweep.compare import compare_and_show
-from vlmrl.config.import_paths import is_import_path
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.parse import parse
 from vlmrl.config.run import Mode, RunConfig
-from vlmrl.preflight.check import check
-from vlmrl.preflight.rules.engine import weights_cross_nodes
+from vlmrl.preflight.check import Stage, check
 from vlmrl.ranks import slurm
 from vlmrl.ranks.place import find_place
 from vlmrl.record.run_dir import RunDir
@@ -44,8 +42,7 @@ def start(config: DictConfig) -> float | None:
 
             serve(run_config, index)
             return None
-        weights_cross_nodes(run_config, slurm.nodes())
-    check_imports(run_config)
+    check(run_config, Stage.here)
     check_here(run_config)
     from vlmrl.runs.lifecycle import execute
 
@@ -55,7 +52,7 @@ def start(config: DictConfig) -> float | None:
 def checked(config: DictConfig) -> RunConfig:
     """Type a composed config and check it. Raises ConfigError."""
     run_config = parse(config)
-    check(run_config)
+    check(run_config, Stage.composed)
     return run_config
 
 
@@ -69,22 +66,6 @@ def lead_or_follow(lead: Callable[[], int]) -> int:
     with init_from_environment() as group:
         assert group is not None
         return lead() if group.rank == 0 else follow_leader(group)
-
-
-def check_imports(config: RunConfig) -> None:
-    """Import what the user wrote and the config names by its import path. Raises ConfigError where it is not there, or
-    is no such thing; what the user's module raises is left as it is."""
-    from vlmrl.tasks.loading import find_task
-
-    find_task(config.task)
-    if is_import_path(config.algorithm.loss):
-        from vlmrl.trainer.loss import loss_function
-
-        loss_function(config.algorithm.loss)
-    if is_import_path(config.algorithm.advantage):
-        from vlmrl.orchestrator.advantages import estimator_named
-
-        estimator_named(config.algorithm.advantage)
 
 
 def check_here(config: RunConfig) -> None:

@@ -1,50 +1,99 @@
-"""What is well typed and cannot run is refused here, before anything is started or submitted.
+"""The one door for refusals of a configuration: `check(config, stage)` raises what cannot work.
 
-A check is a function of the RunConfig that raises `ConfigError`; its message says `a=x requires b, else <consequence>:
-<remedy>`. Left out on purpose: whatever takes the model, the data or the machine to find out (`places`
-looks at the machine's GPUs).
+    composed    on the command line, before anything exists: the configuration alone. No torch, below a second
+    submitted   before a launcher submits a job: the nodes and tasks that it will start
+    here        on the machine that runs it, before the run's folder exists: packages, GPUs, the checkpoint
+
+Each refusal is a small function in `rules/`, which raises `ConfigError`. Its message names the key with its value, says
+what would go wrong, and what to set instead. `RULES` says at which stages each one runs.
+
+Left out on purpose: faults that are not about the configuration (a user's module that raises while it is imported, a
+corrupt checkpoint, a rank that runs out of memory). They stay where they happen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from dataclasses import dataclass
+from enum import Enum
 
 from vlmrl.config import ranges
 from vlmrl.config.run import RunConfig
-from vlmrl.preflight.rules import engine, learning, model, ranks, secrecy, task
+from vlmrl.preflight.rules import engine, imports, learning, model, ranks, secrecy, slurm, task
+from vlmrl.preflight.site import Site, Submission, submitted_site, this_site
 
-Check: TypeAlias = Callable[[RunConfig], None]
+__all__ = ["RULES", "Rule", "Stage", "Submission", "check"]
 
-CHECKS: tuple[Check, ...] = (
-    secrecy.no_secret_is_recorded,
-    model.renderer_is_there,
-    model.renderer_serves_family,
-    ranges.numbers_in_range,
-    engine.kinds_are_chosen,
-    engine.servers_have_one_place,
-    engine.experts_are_served,
-    engine.weights_reach_engine,
-    engine.embedded_is_in_step,
-    engine.context_holds_samples,
-    learning.algorithm_is_known,
-    learning.groups_have_siblings,
-    learning.batches_are_learned_from,
-    ranks.ranks_here_work_together,
-    learning.filters_can_find,
-    learning.mode_has_work,
-    learning.optimizer_fits,
-    task.task_has_class,
-    task.squares_fill_patches,
-    task.episode_has_room,
-    model.random_has_size,
-    model.something_learns,
-    model.tiny_is_a_model,
+
+class Stage(Enum):
+    """When a configuration is checked; what is known grows from one stage to the next."""
+
+    composed = "composed"
+    submitted = "submitted"
+    here = "here"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One refusal and the stages at which it runs."""
+
+    name: str
+    stages: tuple[Stage, ...]
+    refuse: Callable[[RunConfig, Site], None]
+    """Raises `ConfigError` for a configuration that breaks the rule at that site."""
+
+
+def _of_config(refuse: Callable[[RunConfig], None]) -> Rule:
+    """A rule that needs the configuration alone, so it runs at the first stage."""
+    return Rule(refuse.__name__, (Stage.composed,), lambda config, site: refuse(config))
+
+
+def _of_site(refuse: Callable[[RunConfig, Site], None], *stages: Stage) -> Rule:
+    return Rule(refuse.__name__, stages, refuse)
+
+
+RULES: tuple[Rule, ...] = (
+    _of_config(secrecy.no_secret_is_recorded),
+    _of_config(model.renderer_is_there),
+    _of_config(model.renderer_serves_family),
+    _of_config(ranges.numbers_in_range),
+    _of_config(engine.kinds_are_chosen),
+    _of_config(engine.servers_have_one_place),
+    _of_config(engine.experts_are_served),
+    _of_config(engine.weights_reach_engine),
+    _of_config(engine.embedded_is_in_step),
+    _of_config(engine.context_holds_samples),
+    _of_config(learning.algorithm_is_known),
+    _of_config(learning.groups_have_siblings),
+    _of_config(learning.batches_are_learned_from),
+    _of_site(slurm.servers_have_tasks, Stage.submitted),
+    _of_site(slurm.some_task_trains, Stage.submitted),
+    _of_site(ranks.ranks_work_together, Stage.composed, Stage.submitted, Stage.here),
+    _of_site(slurm.weights_cross_nodes, Stage.submitted, Stage.here),
+    _of_config(learning.filters_can_find),
+    _of_config(learning.mode_has_work),
+    _of_config(learning.optimizer_fits),
+    _of_config(task.task_has_class),
+    _of_config(task.squares_fill_patches),
+    _of_config(task.episode_has_room),
+    _of_config(model.random_has_size),
+    _of_config(model.something_learns),
+    _of_config(model.tiny_is_a_model),
+    _of_config(imports.imports_resolve),
 )
-"""All of them, in the order in which they run."""
+"""All rules, in the order in which they run: cheap ones first, and imports of the user's modules last."""
 
 
-def check(config: RunConfig) -> None:
-    """Refuse a config that is well typed and cannot run. Raises ConfigError."""
-    for holds in CHECKS:
-        holds(config)
+def check(config: RunConfig, stage: Stage, submission: Submission | None = None) -> None:
+    """Refuse a configuration that cannot run, by the rules of one stage. Raises `ConfigError`.
+
+    `submission` is what the launcher will start, for `Stage.submitted`.
+    """
+    if stage is Stage.submitted:
+        assert submission is not None, "the stage is about what the launcher will start"
+        site = submitted_site(config, submission)
+    else:
+        site = this_site()
+    for rule in RULES:
+        if stage in rule.stages:
+            rule.refuse(config, site)

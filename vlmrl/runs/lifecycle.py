@@ -20,7 +20,6 @@ from vlmrl.inference.vllm.server import check_vllm
 from vlmrl.models.checkpoints.load import check_available
 from vlmrl.monitor.monitor import Monitor
 from vlmrl.orchestrator.loop import ExitReason
-from vlmrl.preflight.rules.ranks import ranks_work_together
 from vlmrl.ranks.rank_group import RankGroup, follow, init_from_environment
 from vlmrl.record.run_dir import RunDir
 from vlmrl.runs.build import FollowerBuilder, Run, build_run, is_float32
@@ -53,7 +52,6 @@ def follow_leader(group: RankGroup) -> int:
 def lead(config: RunConfig, group: RankGroup | None) -> float | None:
     """Run `config` as the only process or as rank 0; returns the objective."""
     mode = MODES[config.mode]
-    ranks_work_together(config, 1 if group is None else group.size)
     if isinstance(mode, OfflineMode):
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, device=mode.device))
     check_available(config.model)

@@ -19,6 +19,7 @@ from support.configs import checked
 from vlmrl.cli.arguments import CONF, PACKAGE, groups, rewrite
 from vlmrl.cli.main import main
 from vlmrl.cli.past_runs import resumed
+from vlmrl.config.parse import parse
 from vlmrl.config.run import RunConfig
 from vlmrl.config.task import ImportedTaskConfig
 from vlmrl.errors import ConfigError
@@ -346,7 +347,7 @@ def run_dir(tmp_path: Path, run_config: Callable[..., RunConfig]) -> RunDir:
 
 def test_resume_takes_the_runs_own_config(run_dir: RunDir) -> None:
     assert "environment" in OmegaConf.load(run_dir.config)
-    config = checked(resumed([f"resume={run_dir.path}", "mode=eval", "trainer.max_steps=7", "++task.args.level=4"]))
+    config = parse(resumed([f"resume={run_dir.path}", "mode=eval", "trainer.max_steps=7", "++task.args.level=4"]))
     assert isinstance(config.task, ImportedTaskConfig)
     assert (config.task.target, config.task.args) == ("a.b:C", {"level": 4})
     assert config.algorithm.clip_high == 4e-4

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from vlmrl.cli.start import check_imports
 from vlmrl.config.algorithm import AlgorithmConfig, ImportanceCorrection
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import ConfigError
 from vlmrl.orchestrator.advantages import assign_advantages, estimator_named, group_centered
+from vlmrl.preflight.rules.imports import imports_resolve
 from vlmrl.trainer.loss import BatchTotals, LossTokens, loss_function, policy_loss
 from vlmrl.types import Completion, Group, Prompt, Rollout, StopReason, Turn
 
@@ -119,7 +119,7 @@ def test_what_cannot_be_called_is_refused_before_anything_starts(
 ) -> None:
     config = run_config(f"algorithm.{key}={name}")
     with pytest.raises(ConfigError, match=f"^algorithm.{key}={name} {message}"):
-        check_imports(config)
+        imports_resolve(config)
 
 
 def test_what_a_function_returns_is_looked_at() -> None:

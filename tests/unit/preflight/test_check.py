@@ -17,13 +17,13 @@ from vlmrl.config.algorithm import Advantage, Credit, FilterMode, Loss
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.keys import did_you_mean, known_keys
 from vlmrl.config.model import Dtype, LoraConfig
-from vlmrl.config.parse import typed
+from vlmrl.config.parse import parse, typed
 from vlmrl.config.ranges import RANGES, numbers_in_range
 from vlmrl.config.run import RunConfig
 from vlmrl.config.task import ColorCodewordConfig, ImportedTaskConfig
 from vlmrl.config.trainer import Decay
 from vlmrl.errors import ConfigError
-from vlmrl.preflight.check import check
+from vlmrl.preflight.check import Stage, check
 from vlmrl.preflight.places import gpus_needed
 
 OPTIONS = sorted(
@@ -190,7 +190,7 @@ def test_config_yaml_config(overrides: tuple[str, ...], run_config: Callable[...
     yaml = OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
     tree = OmegaConf.create(yaml)
     assert isinstance(tree, DictConfig)
-    again = checked(typed(tree))
+    again = parse(typed(tree))
     assert again == config
     assert type(again.task) is type(config.task)
 
@@ -301,7 +301,7 @@ def test_refused(overrides: tuple[str, ...], message: str, composed: Callable[..
     ],
 )
 def test_not_refused(overrides: tuple[str, ...], run_config: Callable[..., RunConfig]) -> None:
-    run_config(*overrides)
+    check(run_config(*overrides), Stage.composed)
 
 
 @pytest.fixture(scope="module")
@@ -337,7 +337,7 @@ def test_numbers_out_of_range(key: str, low: float, high: float, default: dict[s
     for value in outside:
         set_key(config, key, value)
         with pytest.raises(ConfigError, match=rf"^{key}=.* requires a value .*, else .*: set another$"):
-            check(config)
+            check(config, Stage.composed)
 
 
 def test_ranges_of_another_task_are_skipped(run_config: Callable[..., RunConfig]) -> None:

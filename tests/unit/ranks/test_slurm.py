@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from vlmrl.cli.hydra_job import check_launcher
+from vlmrl.cli.hydra_job import submission_of
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import ConfigError, EngineError, VlmrlError
 from vlmrl.inference.vllm.slurm_servers import Announced, announce, announcement, find_servers
-from vlmrl.preflight.rules.engine import weights_cross_nodes
+from vlmrl.preflight.check import Stage, check
+from vlmrl.preflight.rules.slurm import weights_cross_nodes
+from vlmrl.preflight.site import Site
 from vlmrl.ranks import slurm
 from vlmrl.ranks.place import Place, find_place
 
@@ -83,8 +85,12 @@ def test_no_task_serves_outside_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("launcher", "overrides", "message"),
     [
-        ({"nodes": 1, "tasks_per_node": 1}, (), r"requires more tasks than hydra\.launcher\.nodes=1 .*_node=2$"),
-        ({"nodes": 2, "tasks_per_node": 1}, (), r"weight_sync\.root=/dev/shm requires all tasks on one node"),
+        (
+            {"nodes": 1, "tasks_per_node": 1},
+            (),
+            r"slurm_tasks=1 takes every task of hydra\.launcher\.nodes=1 .*_node=2$",
+        ),
+        ({"nodes": 2, "tasks_per_node": 1}, (), r"weight_sync\.root=/dev/shm exists on one node only"),
         ({"n_jobs": 2}, (), "set hydra/launcher=slurm"),
         ({"nodes": 2, "tasks_per_node": 4}, ("weight_sync.root=/scratch",), None),
         ({"nodes": 1, "tasks_per_node": 2}, (), None),
@@ -109,10 +115,10 @@ def test_tasks_that_the_launcher_starts(
     serves = () if "inference=embedded" in overrides else SERVES
     config = run_config(*serves, *overrides)
     if message is None:
-        check_launcher(OmegaConf.create(launcher), config)
+        check(config, Stage.submitted, submission_of(OmegaConf.create(launcher)))
     else:
         with pytest.raises(ConfigError, match=message):
-            check_launcher(OmegaConf.create(launcher), config)
+            check(config, Stage.submitted, submission_of(OmegaConf.create(launcher)))
 
 
 @pytest.mark.parametrize(
@@ -125,12 +131,12 @@ def test_tasks_that_the_launcher_starts(
 )
 def test_servers_have_one_place(overrides: tuple[str, ...], message: str, run_config: Callable[..., RunConfig]) -> None:
     with pytest.raises(ConfigError, match=message):
-        run_config(*SERVES, *overrides)
+        check(run_config(*SERVES, *overrides), Stage.composed)
 
 
 def test_one_node_needs_no_network_disk(run_config: Callable[..., RunConfig]) -> None:
-    weights_cross_nodes(run_config(*SERVES), 1)
-    weights_cross_nodes(run_config("inference=vllm"), 2)
+    weights_cross_nodes(run_config(*SERVES), Site(nodes=1))
+    weights_cross_nodes(run_config("inference=vllm"), Site(nodes=2))
 
 
 # ── finding each other ──────────────────────────────────────────────────────────────────────────────────────

@@ -23,7 +23,7 @@ from vlmrl.types import Image, Message
 
 
 @dataclass(frozen=True)
-class Episode:
+class EpisodeEstimate:
     """What a problem shows."""
 
     turns: int
@@ -40,7 +40,7 @@ class Episode:
         return shown + self.turns * (max_new_tokens + TURN_FRAME) + math.ceil(self.characters / characters_per_token)
 
 
-def play(task: Task, max_turns: int) -> Episode:
+def play(task: Task, max_turns: int) -> EpisodeEstimate:
     """One training problem, answered with nothing, up to its end or `max_turns`."""
     env = task.env(task.problem("train", 0))
     messages, turns = list(env.reset()), 1
@@ -50,7 +50,7 @@ def play(task: Task, max_turns: int) -> Episode:
             break
         messages += reply.messages
         turns += 1
-    return Episode(turns, tuple(_images(messages)), sum(len(text) for text in _texts(messages)))
+    return EpisodeEstimate(turns, tuple(_images(messages)), sum(len(text) for text in _texts(messages)))
 
 
 def _images(messages: list[Message]) -> list[tuple[int, int]]:

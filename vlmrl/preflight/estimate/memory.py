@@ -30,8 +30,8 @@ from vlmrl.config.inference import VllmConfig
 from vlmrl.config.model import Dtype, LoraConfig
 from vlmrl.config.run import RunConfig
 from vlmrl.config.trainer import Optimizer, Sharding
-from vlmrl.preflight.estimate.episode import Episode
-from vlmrl.preflight.estimate.sizes import Sizes, Text
+from vlmrl.preflight.estimate.episode import EpisodeEstimate
+from vlmrl.preflight.estimate.sizes import Sizes, TextSizes
 
 BYTES = {Dtype.float32: 4, Dtype.bfloat16: 2, Dtype.float16: 2}
 
@@ -102,10 +102,10 @@ def learning_parameters(config: RunConfig, sizes: Sizes) -> tuple[int, int]:
     return (sizes.parameters - vision, vision) if vision_is_frozen(config) else (sizes.parameters, 0)
 
 
-def adapter_parameters(lora: LoraConfig, text: Text | None) -> int:
+def adapter_parameters(lora: LoraConfig, text: TextSizes | None) -> int:
     """rank × (columns + rows) of each linear layer that has an adapter; of a model whose layers are unknown, nothing.
 
-    >>> text = Text(layers=2, hidden=64, intermediate=128, heads=4, kv_heads=2, head_dim=32, vocabulary=448)
+    >>> text = TextSizes(layers=2, hidden=64, intermediate=128, heads=4, kv_heads=2, head_dim=32, vocabulary=448)
     >>> adapter_parameters(LoraConfig(rank=4, targets=["q_proj", "down_proj"]), text)
     3072
     """
@@ -140,7 +140,7 @@ def learning_bytes(config: RunConfig, ranks: int) -> tuple[float, float]:
     return (computed_with, learning) if offloaded else (computed_with + learning, 0)
 
 
-def _activations(config: RunConfig, text: Text, rows: int, loss_tokens: int) -> int:
+def _activations(config: RunConfig, text: TextSizes, rows: int, loss_tokens: int) -> int:
     layer = 8 * text.hidden + 2 * (text.heads + 2 * text.kv_heads) * text.head_dim + 4 * text.intermediate
     kept = text.layers * text.hidden + layer if config.trainer.activation_checkpointing else text.layers * layer
     return rows * BYTES[config.model.dtype] * kept + min(loss_tokens * text.vocabulary * 4, LOGITS_BYTES) * 4
@@ -166,7 +166,7 @@ def server_memory(config: VllmConfig, sizes: Sizes) -> ServerMemory | None:
     return ServerMemory(math.ceil(sizes.parameters * weight / parallel), cache)
 
 
-def pixel_bytes(config: RunConfig, episode: Episode) -> int:
+def pixel_bytes(config: RunConfig, episode: EpisodeEstimate) -> int:
     """Of the images that may be alive at once: of the batches ahead and of an evaluation, all of them distinct."""
     problems = (config.orchestrator.max_staleness + 1) * config.orchestrator.groups_per_step
     problems += config.orchestrator.eval.problems

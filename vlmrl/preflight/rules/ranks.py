@@ -5,16 +5,12 @@ from __future__ import annotations
 from vlmrl.config.run import Mode, RunConfig
 from vlmrl.config.trainer import Sharding
 from vlmrl.errors import ConfigError
-from vlmrl.ranks.place import find_place
+from vlmrl.preflight.site import Site
 
 
-def ranks_here_work_together(config: RunConfig) -> None:
-    """Those that the environment of this process tells of."""
-    ranks_work_together(config, find_place().size)
-
-
-def ranks_work_together(config: RunConfig, count: int) -> None:
-    """A trainer of `count` ranks. Raises `ConfigError`."""
+def ranks_work_together(config: RunConfig, site: Site) -> None:
+    """The mode, the engine, the device and the batch allow as many ranks as the site has."""
+    count = site.ranks
     if count == 1:
         return
     ranks = f"{count} ranks"

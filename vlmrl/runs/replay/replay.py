@@ -35,7 +35,6 @@ from vlmrl.errors import ParityError
 from vlmrl.orchestrator.loop import ExitReason
 from vlmrl.orchestrator.rollout import sampling_seed
 from vlmrl.orchestrator.samples import make_samples
-from vlmrl.preflight.check import check
 from vlmrl.record.run_dir import RunDir
 from vlmrl.record.tokens import read_spellings
 from vlmrl.rendering.renderer import Renderer
@@ -72,7 +71,6 @@ async def replay(run: Run) -> ExitReason:
     run.monitor.phase("replay")
     await run.weight_sync.publish(step - 1)
     then = parse(typed(recorded.read_config(key="run")))
-    check(then)
     replaying = asyncio.create_task(
         Replay(
             recorded=recorded,

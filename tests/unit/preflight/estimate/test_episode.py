@@ -16,7 +16,7 @@ from vlmrl.config.orchestrator import RendererConfig
 from vlmrl.config.run import RunConfig
 from vlmrl.config.task import ColorCodewordConfig
 from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer, resolve_checkpoint
-from vlmrl.preflight.estimate.episode import Episode, play
+from vlmrl.preflight.estimate.episode import EpisodeEstimate, play
 from vlmrl.preflight.estimate.vision import TINY_CHARACTERS_PER_TOKEN, vision_tokens
 from vlmrl.rendering.renderer import make_renderer
 from vlmrl.tasks import load_task
@@ -82,4 +82,4 @@ def test_images_as_a_task_hands_them_in(source: Any, tmp_path: Path) -> None:
             return Env()
 
     task: Any = OneTurn()
-    assert play(task, 1) == Episode(1, ((40, 20),) * 3, 4)
+    assert play(task, 1) == EpisodeEstimate(1, ((40, 20),) * 3, 4)

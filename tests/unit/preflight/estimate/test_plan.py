@@ -13,7 +13,7 @@ import pytest
 
 from vlmrl.cli.arguments import PACKAGE
 from vlmrl.config.run import RunConfig
-from vlmrl.preflight.estimate.episode import Episode
+from vlmrl.preflight.estimate.episode import EpisodeEstimate
 from vlmrl.preflight.estimate.plan import notes, step_tokens
 from vlmrl.preflight.estimate.sizes import find_sizes
 
@@ -121,7 +121,7 @@ def test_notes(overrides: tuple[str, ...], fragment: str | None, run_config: Cal
     assert found == [] if fragment is None else fragment in found[0]
 
 
-EPISODE = Episode(turns=2, images=((32, 32),) * 4, characters=178)
+EPISODE = EpisodeEstimate(turns=2, images=((32, 32),) * 4, characters=178)
 """That of the default task."""
 
 
