@@ -36,11 +36,12 @@ from vlmrl.config.model import Dtype
 from vlmrl.config.trainer import Sharding, TrainerConfig
 from vlmrl.models.blocks import prepare_blocks
 from vlmrl.models.policy import Policy
-from vlmrl.ranks.rank_group import RankGroup, follow, init_from_environment
-from vlmrl.ranks.rank_group import group as joined_group
+from vlmrl.ranks.commands import Command
+from vlmrl.ranks.rank_group import RankGroup, follow, init_from_environment, joined_group
 from vlmrl.rendering.renderer import Renderer
 from vlmrl.runs.build import on_own_device
-from vlmrl.trainer.learner import Follower, Learner
+from vlmrl.trainer.commands import Follower
+from vlmrl.trainer.learner import Learner
 from vlmrl.trainer.trainer import LocalTrainer
 from vlmrl.types import TrainingSample
 
@@ -74,7 +75,7 @@ def main() -> int:
     torch.set_num_threads(8 if torch.cuda.is_available() and arguments.device != "cpu" else 1)
     with init_from_environment() as group:
         if group is not None and group.rank > 0:
-            return follow(group, follower)
+            return follow(group, Follower())
         Bench(arguments, group).run()
     return 0
 
@@ -93,12 +94,20 @@ def policy_here(settings: Settings) -> tuple[Policy, Renderer]:
     return policy, renderer
 
 
-def follower(settings: Settings) -> Follower:
-    """What a rank other than 0 makes."""
-    group = joined_group()
-    assert group is not None
-    policy, _ = policy_here(settings)
-    return Follower(Learner(policy, settings.config, AlgorithmConfig(), **SAMPLING, ranks=group.size))
+@dataclass(frozen=True)
+class BuildLearner(Command[Follower, None]):
+    """Build the learner of a rank other than 0."""
+
+    settings: Settings
+
+    def run(self, worker: Follower) -> None:
+        worker.build(self._learner)
+
+    def _learner(self) -> Learner:
+        group = joined_group()
+        assert group is not None
+        policy, _ = policy_here(self.settings)
+        return Learner(policy, self.settings.config, AlgorithmConfig(), **SAMPLING, ranks=group.size)
 
 
 class Bench:
@@ -143,9 +152,9 @@ class Bench:
         samples = make_batch(shape, renderer, policy.config.text_config.vocab_size)
 
         def own() -> LocalTrainer:
-            return LocalTrainer(policy, settings.config, AlgorithmConfig(), **SAMPLING, group=group)
+            return LocalTrainer(policy, settings.config, AlgorithmConfig(), **SAMPLING, rank_group=group)
 
-        trainer = own() if group is None else group.together("make", [(settings,)] * (gpus - 1), own)[0]
+        trainer = own() if group is None else group.together([BuildLearner(settings)] * (gpus - 1), own)[0]
         print(f"| {name} | {gpus} | {self.measure(trainer, samples, gpus)}", flush=True)
 
     def measure(self, trainer: LocalTrainer, samples: Sequence[TrainingSample], gpus: int) -> str:

@@ -1,4 +1,7 @@
-"""A group at work, run by test_distributed.py as each rank: sums over the ranks, and ways to come to an end."""
+"""A rank group at work. test_rank_group.py runs this script once per rank.
+
+python leading.py <trouble>        sums over the ranks, or arrays for each rank; `trouble` says what goes wrong
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,52 +18,78 @@ import torch.distributed as dist
 
 from vlmrl.errors import RankError
 from vlmrl.ranks import messages
+from vlmrl.ranks.commands import Command
 from vlmrl.ranks.rank_group import RankGroup, follow, init_from_environment
 
 MEMORY = "/memfd:vlmrl"
 LOOKING = ("shared", "nothing shared", "killed looking", "no room")
 
 
-class Summing:
-    """What the ranks do."""
+class Worker:
+    """The state of a rank."""
 
-    def __init__(self, trouble: str) -> None:
-        self._trouble = trouble
+    trouble = ""
 
     def sum(self, number: int) -> float:
-        """Of the numbers of all ranks."""
-        if number == 1 and self._trouble == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if number == 1 and self._trouble == "raises":
-            raise ValueError("no such number")
+        """The sum of the numbers of all ranks."""
         total = torch.tensor(float(number))
         dist.all_reduce(total)
         return float(total)
 
-    def look(self, pixels: np.ndarray) -> tuple[float, bool]:
-        """Their mean, and whether this process maps memory that it shares."""
-        if pixels[0, 0] == 1 and self._trouble == "killed looking":
+
+@dataclass(frozen=True)
+class Begin(Command[Worker, None]):
+    """Tell a rank what goes wrong."""
+
+    trouble: str
+
+    def run(self, worker: Worker) -> None:
+        worker.trouble = self.trouble
+
+
+@dataclass(frozen=True)
+class Sum(Command[Worker, float]):
+    """Take part in a sum over all ranks."""
+
+    number: int
+
+    def run(self, worker: Worker) -> float:
+        if self.number == 1 and worker.trouble == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
-        return float(pixels.mean()), MEMORY in Path("/proc/self/maps").read_text()
+        if self.number == 1 and worker.trouble == "raises":
+            raise ValueError("no such number")
+        return worker.sum(self.number)
+
+
+@dataclass(frozen=True, eq=False)
+class Look(Command[Worker, tuple[float, bool]]):
+    """Return the mean of `pixels`, and whether this process maps memory that rank 0 shares."""
+
+    pixels: np.ndarray
+
+    def run(self, worker: Worker) -> tuple[float, bool]:
+        if self.pixels[0, 0] == 1 and worker.trouble == "killed looking":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return float(self.pixels.mean()), MEMORY in Path("/proc/self/maps").read_text()
 
 
 def no_room(path: str, sizes: Sequence[int]) -> list[memoryview]:
-    """In place of `messages._mapped`."""
+    """A `messages._mapped` that finds no memory."""
     raise OSError(12, "Cannot allocate memory")
 
 
 def look(group: RankGroup) -> None:
-    """Have the other ranks look at 4 MiB each, three times; print what the last saw, and how many files were opened."""
+    """Send the other ranks 4 MiB each, three times; print their last answers, and how many files stayed open."""
     answers: list[tuple[float, bool]] = []
     before = len(os.listdir("/proc/self/fd"))
     for step in range(3):
-        shares = [(np.full((1024, 1024), 10 * step + rank, np.float32),) for rank in range(1, group.size)]
-        _, *answers = group.together("look", shares, lambda: (0.0, False))
+        commands = [Look(np.full((1024, 1024), 10 * step + rank, np.float32)) for rank in range(1, group.size)]
+        _, answers = group.together(commands, lambda: None)
     print(answers, len(os.listdir("/proc/self/fd")) - before, flush=True)
 
 
 def main(trouble: str) -> int:
-    """Rank 0 has everyone add 10 to what the other ranks have, or look at pixels."""
+    """As rank 0: sum 10 and the numbers of the other ranks, or send them pixels."""
     if trouble == "nothing shared":
         del os.memfd_create
     if trouble == "no room" and os.environ["RANK"] == "1":
@@ -68,13 +98,14 @@ def main(trouble: str) -> int:
         assert group is not None
         assert not {"RANK", "WORLD_SIZE", "MASTER_PORT"} & set(os.environ)
         if group.rank > 0:
-            return follow(group, Summing)
-        group.together("make", [(trouble,)] * (group.size - 1), lambda: None)
+            return follow(group, Worker())
+        group.together([Begin(trouble)] * (group.size - 1), lambda: None)
         try:
             if trouble in LOOKING:
                 look(group)
                 return 0
-            print(group.together("sum", [(r,) for r in range(1, group.size)], lambda: Summing("").sum(10)), flush=True)
+            own, others = group.together([Sum(rank) for rank in range(1, group.size)], lambda: Worker().sum(10))
+            print([own, *others], flush=True)
         except RankError as error:
             print(error, flush=True)
             return 1

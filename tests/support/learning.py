@@ -26,9 +26,11 @@ from vlmrl.models.checkpoints.load import load_model
 from vlmrl.models.lora import add_adapters
 from vlmrl.models.policy import Policy
 from vlmrl.models.positions import position_function
+from vlmrl.ranks.commands import Command
 from vlmrl.ranks.rank_group import RankGroup, follow, init_from_environment
 from vlmrl.trainer.checkpoint import Checkpoints
-from vlmrl.trainer.learner import Follower, Learner
+from vlmrl.trainer.commands import Follower
+from vlmrl.trainer.learner import Learner
 from vlmrl.trainer.trainer import LocalTrainer
 from vlmrl.types import TrainingSample
 
@@ -138,21 +140,32 @@ def parts(folder: str, name: str) -> tuple[Policy, TrainerConfig]:
     return Policy(model, position_function("mrope", 2), []), config
 
 
-def learner(folder: str, name: str, group: RankGroup | None) -> LocalTrainer:
-    """That of rank 0, or of a process alone."""
+def learner(folder: str, name: str, rank_group: RankGroup | None) -> LocalTrainer:
+    """The trainer of a case: on rank 0 of `rank_group`, or in a run of one process."""
 
     def own() -> LocalTrainer:
         policy, config = parts(folder, name)
-        return LocalTrainer(policy, config, AlgorithmConfig(), temperature=1.0, max_new_tokens=4, group=group)
+        return LocalTrainer(policy, config, AlgorithmConfig(), temperature=1.0, max_new_tokens=4, rank_group=rank_group)
 
-    return own() if group is None else group.together("make", [(folder, name)] * (group.size - 1), own)[0]
+    if rank_group is None:
+        return own()
+    return rank_group.together([BuildLearner(folder, name)] * (rank_group.size - 1), own)[0]
 
 
-def follower(folder: str, name: str) -> Follower:
-    """That of another rank."""
-    policy, config = parts(folder, name)
-    ranks = torch.distributed.get_world_size()
-    return Follower(Learner(policy, config, AlgorithmConfig(), temperature=1.0, max_new_tokens=4, ranks=ranks))
+@dataclass(frozen=True)
+class BuildLearner(Command[Follower, None]):
+    """Build the learner of a case on a rank other than 0."""
+
+    folder: str
+    name: str
+
+    def run(self, worker: Follower) -> None:
+        worker.build(self._learner)
+
+    def _learner(self) -> Learner:
+        policy, config = parts(self.folder, self.name)
+        ranks = torch.distributed.get_world_size()
+        return Learner(policy, config, AlgorithmConfig(), temperature=1.0, max_new_tokens=4, ranks=ranks)
 
 
 def counted(*names: str) -> Any:
@@ -198,12 +211,12 @@ def continued(trainer: LocalTrainer, name: str, checkpoints: str) -> dict[str, n
 
 def main(folder: str, out: str, names: list[str]) -> int:
     """`case` learns from the start, `case@checkpoints` goes on from there, or leaves a checkpoint there."""
-    with init_from_environment() as group:
-        if group is not None and group.rank > 0:
-            return follow(group, follower)
+    with init_from_environment() as rank_group:
+        if rank_group is not None and rank_group.rank > 0:
+            return follow(rank_group, Follower())
         for name in names:
             case, _, checkpoints = name.partition("@")
-            trainer = learner(folder, case, group)
+            trainer = learner(folder, case, rank_group)
             found = continued(trainer, case, checkpoints) if checkpoints else steps(trainer, case)
             np.savez(Path(out) / f"{case}.npz", **found)  # type: ignore[arg-type]
     return 0

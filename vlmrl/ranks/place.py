@@ -42,8 +42,9 @@ class Place:
 _joined: Place | None = None
 
 
-def joined(place: Place | None) -> None:
-    """This process has met the others there, and nothing in the environment says so any more. None: it has left."""
+def remember_place(place: Place | None) -> None:
+    """Set what `find_place` returns from now on: the place of this process in the rank group that it has joined, since
+    joining removes the launcher's variables. None: the process has left the group."""
     global _joined
     _joined = place
 

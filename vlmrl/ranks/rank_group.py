@@ -1,20 +1,20 @@
-"""The ranks of one run: how they meet, how rank 0 leads the others, and how all of them end together.
+"""The ranks of one run: how rank 0 leads the others, and how all of them end together.
 
     rank 0                                                      ranks 1 …
-    the whole command line, orchestrator, engine, monitor       follow(): wait for work, do it, answer
-    together("train_step", a share for each rank) ── work ────▶ worker.train_step(share)
-             its own share                        ══ torch.distributed: gradients, weights ══
-             ◀──────────────────────────────────── answer ─────
+    the whole command line, orchestrator, engine, monitor       follow(): receive a command, run it, answer
+    together(a command per rank, own) ────── command ─────────▶ command.run(worker)
+             own()                        ══ torch.distributed: gradients, weights ══
+             ◀────────────────────────────── answer ───────────
 
-Work and answers are pickled over one connection per rank, with a key that only this run knows; the arrays of a share go
-through shared memory where there is some (messages.py). The connection is also how a death is noticed: it closes with
-the process. A rank that fails says why before it goes. Rank 0 then ends the run with that reason, also when it stands
-in a collective that nobody will ever join; the others end when rank 0 does.
+Commands and answers are pickled over one connection per rank (meeting.py); large arrays of a command go through shared
+memory where the two processes share some (messages.py). The connection also reveals a death, because it closes with the
+process. A rank that fails sends its reason before it ends. Rank 0 then ends the run with that reason, even while it
+waits in a collective that the failed rank will never join. The other ranks end when rank 0 does.
 
-Ctrl-C, SIGTERM and a queue's signals are rank 0's: it finishes the step and saves, and needs the others for both, so
-they pay no heed.
+Only rank 0 reacts to Ctrl-C, SIGTERM and a queue's signals: it finishes the step and saves, and needs the other ranks
+for both, so they ignore these signals.
 
-Left out on purpose: going on with fewer ranks. `resume=` does that, with any number of them.
+Left out on purpose: continuing with fewer ranks. `resume=` continues a run with any number of ranks.
 """
 
 from __future__ import annotations
@@ -22,71 +22,72 @@ from __future__ import annotations
 import logging
 import os
 import queue
-import secrets
 import signal
-import socket
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing.connection import Client, Connection, Listener
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from vlmrl.errors import RankError, VlmrlError
-from vlmrl.ranks.messages import Outbox, offer, receive
-from vlmrl.ranks.place import TORCHRUN, Place, find_place, joined
+from vlmrl.ranks.commands import Command, Leave, Message
+from vlmrl.ranks.meeting import Peer, meet
+from vlmrl.ranks.messages import Outbox, receive
+from vlmrl.ranks.place import Place, find_place, remember_place
 
-T = TypeVar("T")
+AnswerT = TypeVar("AnswerT")
+OwnT = TypeVar("OwnT")
+WorkerT = TypeVar("WorkerT")
 log = logging.getLogger(__name__)
 
-REASON_S = 5.0
-"""Seconds that rank 0 waits, when a collective has failed, for the connection to say whose fault it was."""
+REASON_WAIT_S = 5.0
+"""Seconds that rank 0 waits, after a collective has failed, for a connection to report which rank failed and why."""
 
-GRACE_S = 60.0
-"""Seconds that rank 0 has to end in order when a rank is lost: servers are stopped, the records closed. A collective
-that hangs may keep it from that."""
+SHUTDOWN_GRACE_S = 60.0
+"""Seconds that rank 0 has to shut down in order (stop servers, close records) after a rank is lost. Then the process is
+ended by force, since a collective that hangs may keep it from ending."""
 
-LEAVE_S = 20.0
-"""Seconds that a rank has to come to an end when it is told to."""
-
-KEEPALIVE = ((socket.SO_KEEPALIVE, 1), (socket.TCP_KEEPIDLE, 20), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
-"""A host that vanishes without closing its connections is noticed within a minute."""
-
-LEAVE = "leave"
+LEAVE_TIMEOUT_S = 20.0
+"""Seconds that a rank has to end after it is told to leave."""
 
 
 @dataclass(eq=False)
 class _Link:
     """Rank 0's connection to one other rank."""
 
-    rank: int
-    connection: Connection[Any, Any]
+    peer: Peer
     outbox: Outbox
     answers: queue.SimpleQueue[tuple[bool, Any]] = field(default_factory=queue.SimpleQueue)
-    """(whether it did its work, the answer or what went wrong)."""
+    """(True, the answer) or (False, why the rank is lost)."""
     reader: threading.Thread | None = None
 
 
 class RankGroup:
-    """This process's part in the run. Made by `join`."""
+    """The rank group of a run, as seen from this process. Built by `init_from_environment`."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
         self.lost: str | None = None
-        """Why a rank is gone that should be there."""
-        self._links: list[_Link] = []
-        self._to_leader: Connection[Any, Any] | None = None
-        self._work: queue.SimpleQueue[tuple[str, tuple[Any, ...]] | RankError] = queue.SimpleQueue()
+        """Which rank ended early, and why; None while all ranks are alive."""
+        self._messages: queue.SimpleQueue[Message | RankError] = queue.SimpleQueue()
+        """On ranks other than 0: what rank 0 sent, or why it could not be read."""
         self._leaving = False
         self._on_lost: Callable[[], None] | None = None
         self._losing = threading.Lock()
         self._is_lost = threading.Event()
-        self._meet()
+        meeting = meet(place)
+        self._to_leader = meeting.to_leader
+        if self._to_leader is not None:
+            threading.Thread(target=self._read_messages, daemon=True).start()
+        self._links = [_Link(peer, Outbox(peer.connection, shares_memory=peer.shares_memory)) for peer in meeting.peers]
+        for link in self._links:
+            link.reader = threading.Thread(target=self._read_answers, args=(link,), daemon=True)
+            link.reader.start()
 
     @property
     def rank(self) -> int:
@@ -98,35 +99,32 @@ class RankGroup:
 
     # ── rank 0 ──────────────────────────────────────────────────────────────────────────────────────────────
 
-    def together(self, name: str, arguments: Sequence[tuple[Any, ...]], own: Callable[[], T]) -> list[T]:
-        """Have rank r do `name` with `arguments[r - 1]`, do `own` meanwhile → the results by rank.
+    def together(
+        self, commands: Sequence[Command[Any, AnswerT]], own: Callable[[], OwnT]
+    ) -> tuple[OwnT, list[AnswerT]]:
+        """Send `commands[r - 1]` to each rank r > 0 and call `own` meanwhile → its result, and the answers by rank.
 
-        Raises `RankError` where a rank is gone, and what `own` raises.
+        Raises `RankError` where a rank is lost, and whatever `own` raises.
         """
-        with self.meanwhile(name, arguments) as answers:
-            result = own()
-        return [result, *answers]
-
-    @contextmanager
-    def meanwhile(self, name: str, arguments: Sequence[tuple[Any, ...]]) -> Iterator[list[Any]]:
-        """The same, for what is done in the block; the list has the other ranks' answers at its end."""
-        for link, each in zip(self._links, arguments, strict=True):
-            self._send(link, (name, each))
-        answers: list[Any] = []
+        for link, command in zip(self._links, commands, strict=True):
+            self._send(link, command)
         try:
-            yield answers
-        except RuntimeError as error:  # what a collective says of a peer that is gone tells nobody anything
-            self._raise_if_lost(wait=REASON_S, cause=error)
+            result = own()
+        except RuntimeError as error:  # a collective's error does not say which peer is gone, or why
+            self._raise_if_lost(wait=REASON_WAIT_S, cause=error)
             raise
+        answers: list[AnswerT] = []
         for link in self._links:
             done, answer = link.answers.get()
             link.outbox.answered()
             if not done:
                 raise RankError(answer)
             answers.append(answer)
+        return result, answers
 
     def on_lost(self, callback: Callable[[], None] | None) -> None:
-        """Call `callback` when a rank is lost, in another thread, or at once if one is. None: nobody any more."""
+        """Call `callback` when a rank is lost, in another thread, or at once if one is lost already. None: call nothing
+        from now on."""
         with self._losing:
             self._on_lost = callback
             lost = self.lost
@@ -134,31 +132,32 @@ class RankGroup:
             callback()
 
     def leave(self) -> None:
-        """Rank 0: the run is over. Returns when the others are gone, or should be."""
+        """End the group: tell all other ranks to leave, and wait up to `LEAVE_TIMEOUT_S` for each to end."""
         self._leaving = True
         for link in self._links:
             try:
-                link.outbox.send((LEAVE, ()))
+                link.outbox.send(Leave())
             except OSError:
-                continue  # it is gone
-        if self.lost is None:  # else it may wait for a rank that is gone
+                continue  # this rank has ended already
+        if self.lost is None:  # otherwise this could wait for the lost rank forever
             self.part()
         for link in self._links:
             assert link.reader is not None
-            link.reader.join(LEAVE_S)
+            link.reader.join(LEAVE_TIMEOUT_S)
 
     def part(self) -> None:
-        """Give up torch.distributed; all ranks do so at the same time. One that cannot is left to the process's end."""
+        """Shut torch.distributed down; all ranks do so at the same time. Where that hangs, return after half of
+        `LEAVE_TIMEOUT_S`."""
         parting = threading.Thread(target=dist.destroy_process_group, daemon=True)
         parting.start()
-        parting.join(LEAVE_S / 2)
+        parting.join(LEAVE_TIMEOUT_S / 2)
 
-    def _send(self, link: _Link, message: tuple[str, tuple[Any, ...]]) -> None:
+    def _send(self, link: _Link, message: Message) -> None:
         self._raise_if_lost()
         try:
             link.outbox.send(message)
         except OSError as error:
-            self._raise_if_lost(wait=REASON_S, cause=error)
+            self._raise_if_lost(wait=REASON_WAIT_S, cause=error)
             raise
 
     def _raise_if_lost(self, *, wait: float = 0.0, cause: BaseException | None = None) -> None:
@@ -166,21 +165,22 @@ class RankGroup:
         if self.lost is not None:
             raise RankError(self.lost) from cause
 
-    def _read_answers(self, link: _Link, host: str, pid: int) -> None:
+    def _read_answers(self, link: _Link) -> None:
+        """Queue the answers of one rank until its connection closes; then report the rank as lost."""
         reason = "it was killed, or its host is gone"
         try:
             while True:
-                done, answer = link.connection.recv()
+                done, answer = link.peer.connection.recv()
                 if not done:
-                    reason, second_hand = answer
-                    if second_hand:  # whose fault it was is about to be known
-                        self._is_lost.wait(REASON_S)
+                    reason, is_second_hand = answer
+                    if is_second_hand:  # the rank that caused it is about to report
+                        self._is_lost.wait(REASON_WAIT_S)
                     break
                 link.answers.put((True, answer))
         except (EOFError, OSError):
             pass
         if not self._leaving:
-            self._lose(f"rank {link.rank} (process {pid} on {host}) has ended: {reason}")
+            self._lose(f"rank {link.peer.rank} (process {link.peer.pid} on {link.peer.host}) has ended: {reason}")
         link.answers.put((False, self.lost))
 
     def _lose(self, reason: str) -> None:
@@ -191,166 +191,111 @@ class RankGroup:
             self._is_lost.set()
             callback = self._on_lost
         log.error(reason)
-        threading.Thread(target=self._end_at_last, daemon=True).start()
+        threading.Thread(target=self._end_after_grace, daemon=True).start()
         if callback is not None:
             callback()
 
-    def _end_at_last(self) -> None:
-        threading.Event().wait(GRACE_S)
+    def _end_after_grace(self) -> None:
+        threading.Event().wait(SHUTDOWN_GRACE_S)
         os.write(sys.stderr.fileno(), f"error: {self.lost}\n".encode())
         os._exit(1)
 
     # ── the other ranks ─────────────────────────────────────────────────────────────────────────────────────
 
-    def work(self) -> tuple[str, tuple[Any, ...]]:
-        """The next work, or `LEAVE`. Raises `RankError` where it could not be read."""
-        message = self._work.get()
+    def next_message(self) -> Message:
+        """Wait for the next message from rank 0. Raises `RankError` where its arrays could not be read."""
+        message = self._messages.get()
         if isinstance(message, RankError):
             raise message
         return message
 
-    def answer(self, result: Any) -> None:
-        """What came of the work."""
+    def answer(self, result: object) -> None:
+        """Send the result of the last command to rank 0."""
         assert self._to_leader is not None
         self._to_leader.send((True, result))
 
     def fail(self, error: Exception) -> None:
         """Tell rank 0 why this rank ends."""
         assert self._to_leader is not None
-        # A collective fails with such an error where another rank is gone.
-        second_hand = isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)
+        # A collective raises a RuntimeError where another rank is gone.
+        is_second_hand = isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)
         try:
-            self._to_leader.send((False, (f"{type(error).__name__}: {error}".rstrip(": "), second_hand)))
+            self._to_leader.send((False, (f"{type(error).__name__}: {error}".rstrip(": "), is_second_hand)))
         except OSError:
-            return  # nobody is there to be told
+            return  # rank 0 has ended already
 
-    def _read_work(self) -> None:
+    def _read_messages(self) -> None:
         assert self._to_leader is not None
         try:
             while not self._leaving:
                 try:
                     message = receive(self._to_leader)
                 except RankError as error:
-                    self._work.put(error)
+                    self._messages.put(error)
                     continue
-                self._leaving = message[0] == LEAVE
-                self._work.put(message)
-        except MemoryError as error:  # rank 0 must be told, or it waits for an answer; half a message cannot be skipped
+                self._leaving = isinstance(message, Leave)
+                self._messages.put(message)
+        except MemoryError as error:
+            # The rest of a half-read message cannot be skipped, and rank 0 would wait for an answer.
             self.fail(error)
             os._exit(1)
         except (EOFError, OSError):
-            os._exit(1)  # rank 0 is gone; what this rank does is for nobody, and may wait for it forever
-        threading.Event().wait(LEAVE_S)
-        os._exit(1)  # it stands in a collective that rank 0 has left
-
-    # ── meeting ─────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _meet(self) -> None:
-        place = self.place
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        os.environ |= dict(
-            zip(TORCHRUN, map(str, (place.rank, place.size, place.local_rank, place.address, place.port)), strict=True)
-        )
-        dist.init_process_group(backend)
-        for name in [name for name in os.environ if name in TORCHRUN or name.startswith("TORCHELASTIC_")]:
-            del os.environ[name]  # what this process starts (vLLM) is no rank of ours
-        key = secrets.token_bytes(32)
-        listener = Listener(("", 0), backlog=place.size, authkey=key) if place.rank == 0 else None
-        probe, file = offer() if place.rank == 0 else (None, None)
-        told: list[Any] = [(listener.address[1], key, probe) if listener is not None else None]
-        dist.broadcast_object_list(told, device=torch.device("cpu"))
-        if listener is None:
-            port, key, probe = told[0]
-            self._to_leader = Client((place.address, port), authkey=key)
-            _keep_alive(self._to_leader)
-            self._to_leader.send((place.rank, socket.gethostname(), os.getpid(), probe.is_readable()))
-            threading.Thread(target=self._read_work, daemon=True).start()
-            return
-        found: dict[int, tuple[Connection[Any, Any], str, int, bool]] = {}
-        while len(found) < place.size - 1:
-            connection = listener.accept()
-            _keep_alive(connection)
-            rank, *about = connection.recv()
-            found[rank] = (connection, *about)
-        listener.close()
-        if file is not None:
-            os.close(file)
-        for rank, (connection, host, pid, shares_memory) in sorted(found.items()):
-            link = _Link(rank, connection, Outbox(connection, shares_memory=shares_memory))
-            link.reader = threading.Thread(target=self._read_answers, args=(link, host, pid), daemon=True)
-            self._links.append(link)
-        for link in self._links:
-            assert link.reader is not None
-            link.reader.start()
+            os._exit(1)  # rank 0 is gone, and the work of this rank may wait for rank 0 forever
+        threading.Event().wait(LEAVE_TIMEOUT_S)
+        os._exit(1)  # this rank still waits in a collective that rank 0 has left
 
 
-def _keep_alive(connection: Connection[Any, Any]) -> None:
-    with socket.socket(fileno=os.dup(connection.fileno())) as shared:
-        for option, value in KEEPALIVE:
-            shared.setsockopt(socket.SOL_SOCKET if option == socket.SO_KEEPALIVE else socket.IPPROTO_TCP, option, value)
+_rank_group: RankGroup | None = None
 
 
-_group: RankGroup | None = None
-
-
-def group() -> RankGroup | None:
-    """This process's group; None where it is a run alone."""
-    return _group
+def joined_group() -> RankGroup | None:
+    """The rank group that this process has joined; None in a run of one process."""
+    return _rank_group
 
 
 @contextmanager
 def init_from_environment() -> Iterator[RankGroup | None]:
-    """Join the other ranks, if the environment says that there are any (place.py); leave them at the end.
+    """Join the other ranks that the environment names (place.py), and leave them at the end. None: there are none.
 
-    Within it, again: the same group. Rank 0 gets here first of all, before its arguments are looked at, so that the
-    others end with it whatever is wrong with them.
+    A nested call yields the same group. Rank 0 joins before it parses its arguments, so that the other ranks end with
+    it whatever is wrong with the arguments.
     """
-    global _group
-    if _group is not None:
-        yield _group
+    global _rank_group
+    if _rank_group is not None:
+        yield _rank_group
         return
     place = find_place()
     if place.size == 1:
         yield None
         return
-    _group = RankGroup(place)
-    joined(place)
+    _rank_group = RankGroup(place)
+    remember_place(place)
     try:
-        yield _group
+        yield _rank_group
     finally:
         if place.rank == 0:
-            _group.leave()
-        _group = None
-        joined(None)
+            _rank_group.leave()
+        _rank_group = None
+        remember_place(None)
 
 
-def follow(group: RankGroup, make: Callable[..., object]) -> int:
-    """What a rank other than 0 does: wait for work and do it, until rank 0 says that the run is over → exit code.
-
-    `make` is the first work of each run: its result does the work that follows.
-    """
+def follow(rank_group: RankGroup, worker: WorkerT) -> int:
+    """Run the commands of rank 0 with `worker` until rank 0 sends `Leave` → exit code. For ranks other than 0."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    worker: object = None
     try:
-        while True:
-            name, arguments = group.work()
-            if name == LEAVE:
-                group.part()
-                return 0
-            if name == "make":
-                worker = None  # two models need not have room
-                worker = make(*arguments)
-                group.answer(None)
-            else:
-                group.answer(getattr(worker, name)(*arguments))
-    except Exception as error:  # whatever it is, rank 0 must be told
+        while not isinstance(message := rank_group.next_message(), Leave):
+            rank_group.answer(message.run(worker))
+        rank_group.part()
+        return 0
+    except Exception as error:  # rank 0 must learn of every error
         if not isinstance(error, VlmrlError):
             traceback.print_exception(error)
         log.error("this rank ends by an exception", exc_info=error)
-        group.fail(error)
+        rank_group.fail(error)
         if not torch.cuda.is_available():
-            dist.destroy_process_group()  # gloo: who waits for this rank fails at once. NCCL would wait for the others
-        while group.work()[0] != LEAVE:  # not before rank 0: a launcher that sees one rank fail ends the others
-            pass
+            # gloo: ranks that wait for this one fail at once. With NCCL, this call would wait for the others.
+            dist.destroy_process_group()
+        while not isinstance(rank_group.next_message(), Leave):
+            pass  # do not end before rank 0: a launcher that sees one rank fail kills the others
         return 1

@@ -36,6 +36,7 @@ from vlmrl.models.positions import position_function
 from vlmrl.monitor.monitor import Monitor
 from vlmrl.orchestrator.evaluation import Evaluator
 from vlmrl.orchestrator.rollout import RolloutRunner
+from vlmrl.ranks.commands import Command
 from vlmrl.ranks.rank_group import RankGroup
 from vlmrl.record.logs import MainLog
 from vlmrl.record.run_dir import RunDir
@@ -44,7 +45,8 @@ from vlmrl.runs.stopping import Stop
 from vlmrl.tasks.base import Task
 from vlmrl.tasks.loading import load_task
 from vlmrl.trainer.checkpoint import Checkpoints
-from vlmrl.trainer.learner import Follower, Learner
+from vlmrl.trainer.commands import Follower
+from vlmrl.trainer.learner import Learner
 from vlmrl.trainer.trainer import LocalTrainer
 from vlmrl.types import InferenceEngine, WeightSync
 from vlmrl.weight_sync.cuda_ipc import CudaIpcSync
@@ -136,24 +138,26 @@ def make_policy(config: RunConfig, model: Any, banned_token_ids: Sequence[int]) 
 def make_trainer(
     config: RunConfig, policy: Policy, texts: tuple[str, ...], banned_token_ids: Sequence[int], group: RankGroup | None
 ) -> LocalTrainer:
-    """Rank 0's trainer. The other ranks build their learners at the same time (`FollowerBuilder`)."""
+    """Rank 0's trainer. The other ranks build their learners at the same time (`BuildLearner`)."""
 
     def own() -> LocalTrainer:
-        return LocalTrainer(policy, config.trainer, config.algorithm, **_sampling(config), group=group)
+        return LocalTrainer(policy, config.trainer, config.algorithm, **_sampling(config), rank_group=group)
 
     if group is None:
         return own()
-    return group.together("make", [(config, texts, tuple(banned_token_ids))] * (group.size - 1), own)[0]
+    command = BuildLearner(config, texts, tuple(banned_token_ids))
+    return group.together([command] * (group.size - 1), own)[0]
 
 
-class FollowerBuilder:
-    """Builds the learner of a rank other than 0, once per run, and writes that rank's log, e.g. `logs/rank_1.log`."""
+class RunFollower(Follower):
+    """The state of a rank other than 0: the learner of the current run, and that rank's log, e.g. `logs/rank_1.log`."""
 
     def __init__(self, group: RankGroup) -> None:
+        super().__init__()
         self._group = group
         self._log = ExitStack()
 
-    def make(self, config: RunConfig, texts: tuple[str, ...], banned_token_ids: tuple[int, ...]) -> Follower:
+    def make_learner(self, config: RunConfig, texts: tuple[str, ...], banned_token_ids: tuple[int, ...]) -> Learner:
         """The learner for the run `config`. A sweep calls this once per job; the log of the job before is closed."""
         self._log.close()
         logs = RunDir(config.output_dir).logs
@@ -164,7 +168,19 @@ class FollowerBuilder:
         model = make_model(config, resolve_checkpoint(config.model, texts), self._group)
         policy = make_policy(config, model, banned_token_ids)
         ranks = self._group.size
-        return Follower(Learner(policy, config.trainer, config.algorithm, **_sampling(config), ranks=ranks))
+        return Learner(policy, config.trainer, config.algorithm, **_sampling(config), ranks=ranks)
+
+
+@dataclass(frozen=True)
+class BuildLearner(Command[RunFollower, None]):
+    """Build the learner of a run on a rank other than 0."""
+
+    config: RunConfig
+    texts: tuple[str, ...]
+    banned_token_ids: tuple[int, ...]
+
+    def run(self, worker: RunFollower) -> None:
+        worker.build(lambda: worker.make_learner(self.config, self.texts, self.banned_token_ids))
 
 
 def _sampling(config: RunConfig) -> dict[str, Any]:

@@ -329,23 +329,6 @@ class Learner:
         return bool(anywhere)
 
 
-class Follower:
-    """A learner of a rank other than 0: the same methods, with answers that fit through a connection."""
-
-    def __init__(self, learner: Learner) -> None:
-        self._learner = learner
-        self.learn = learner.learn
-        self.skip = learner.skip
-        self.load = learner.load
-        self.logprobs = learner.logprobs
-        self.whole_weights = learner.give_weights
-
-    def save(self, folder: str) -> str | None:
-        """The name of a weight that is not finite. How the writing ends, rank 0 knows too."""
-        found = self._learner.save(folder)
-        return None if isinstance(found, Future) else found
-
-
 def _backward(loss: Tensor) -> None:
     """Nothing, where no part of the model that learns had a part in the loss: a vision tower alone, and no images."""
     if loss.requires_grad:

@@ -8,9 +8,9 @@ and gradients are summed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -19,12 +19,17 @@ from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.trainer import TrainerConfig
 from vlmrl.errors import NonFiniteLossError
 from vlmrl.models.policy import Policy
+from vlmrl.ranks.commands import Command
 from vlmrl.ranks.rank_group import RankGroup
+from vlmrl.trainer.commands import Follower, GiveWeights, Learn, Load, Logprobs, Save, Skip
 from vlmrl.trainer.learner import Learner, Outcome, Step
 from vlmrl.trainer.loss import BatchTotals, loss_metrics
 from vlmrl.trainer.optimizer import learning_rate
 from vlmrl.trainer.shares import Share, divide, without_pictures
 from vlmrl.types import FloatArray, StepResult, TokenMetrics, TrainingSample
+
+AnswerT = TypeVar("AnswerT")
+OwnT = TypeVar("OwnT")
 
 EMPTY_STEP = (
     "loss",
@@ -54,12 +59,12 @@ class LocalTrainer:
         *,
         temperature: float,
         max_new_tokens: int,
-        group: RankGroup | None = None,
+        rank_group: RankGroup | None = None,
     ) -> None:
-        """The other ranks of `group` make their learners at the same time, and do what this one asks of them."""
-        self._group = group
+        """The other ranks of `rank_group` must build their learners at the same time (`Follower.build`)."""
+        self._rank_group = rank_group
         self._config = config
-        self._ranks = 1 if group is None else group.size
+        self._ranks = 1 if rank_group is None else rank_group.size
         self._learner = Learner(
             policy, config, algorithm, temperature=temperature, max_new_tokens=max_new_tokens, ranks=self._ranks
         )
@@ -78,8 +83,8 @@ class LocalTrainer:
         """The model's tensors by their names in a checkpoint, each once: a head that is the embedding is not a second
         one. They are the ones that are computed with, not copies, where this process holds all of them; of a sharded
         model they are gathered, one after the other."""
-        found: dict[str, Tensor] = self._all("whole_weights", [()] * self._ranks)[0]
-        return found
+        whole, _ = self._together([GiveWeights()] * (self._ranks - 1), self._learner.whole_weights)
+        return whole
 
     def train_step(self, samples: list[TrainingSample], demonstrations: Sequence[TrainingSample] = ()) -> StepResult:
         """One RL step on `samples`, with `demonstrations` at their weight.
@@ -88,8 +93,9 @@ class LocalTrainer:
         weights stay as they are and the step still counts.
         """
         if not samples:
-            peaks = self._all("skip", [()] * self._ranks)
-            return StepResult(self.version, dict.fromkeys(EMPTY_STEP, 0.0) | {"memory/peak_bytes": float(max(peaks))})
+            peak, peaks = self._together([Skip()] * (self._ranks - 1), self._learner.skip)
+            peak = max([peak, *peaks])
+            return StepResult(self.version, dict.fromkeys(EMPTY_STEP, 0.0) | {"memory/peak_bytes": float(peak)})
         before = self.version
         rate = learning_rate(self._config, before)
         masks = [sample.loss_mask for sample in samples]
@@ -161,17 +167,20 @@ class LocalTrainer:
         shares = self._divide(samples)
         found = [np.empty(0, np.float32)] * len(samples)
         if shares:
-            for share, logprobs in zip(shares, self._all("logprobs", [(share,) for share in shares]), strict=True):
+            own, others = self._together(
+                [Logprobs(without_pictures(share)) for share in shares[1:]], lambda: self._learner.logprobs(shares[0])
+            )
+            for share, logprobs in zip(shares, [own, *others], strict=True):
                 for place, each in zip(share.index, logprobs, strict=True):
                     found[place] = each
         return found
 
     def save(self, folder: str) -> Future[None]:
         """See `vlmrl.types.Trainer.save`."""
-        found: list[str | Future[None]] = self._all("save", [(folder,)] * self._ranks)
-        if isinstance(found[0], Future):
-            return found[0]
-        name = next(name for name in found if name)
+        own, others = self._together([Save(folder)] * (self._ranks - 1), lambda: self._learner.save(folder))
+        if isinstance(own, Future):
+            return own
+        name = next(name for name in [own, *others] if name)
         raise NonFiniteLossError(
             f"{name} holds values that are not finite, so this policy is not saved: continue from the "
             "checkpoint before it, with a lower trainer.learning_rate"
@@ -179,7 +188,7 @@ class LocalTrainer:
 
     def load(self, folder: str) -> None:
         """See `vlmrl.types.Trainer.load`."""
-        self._all("load", [(folder,)] * self._ranks)
+        self._together([Load(folder)] * (self._ranks - 1), lambda: self._learner.load(folder))
 
     # ── all ranks ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -200,8 +209,12 @@ class LocalTrainer:
     ) -> list[Outcome]:
         """Raises `NonFiniteLossError`."""
         nothing: list[Share | None] = [None] * self._ranks
-        both = zip(shares or nothing, demonstrations or nothing, strict=True)
-        outcomes: list[Outcome] = self._all("learn", [(share, demonstrated, step) for share, demonstrated in both])
+        (share, demonstrated), *others = zip(shares or nothing, demonstrations or nothing, strict=True)
+        own, answers = self._together(
+            [Learn(_sent(share), _sent(demonstrated), step) for share, demonstrated in others],
+            lambda: self._learner.learn(share, demonstrated, step),
+        )
+        outcomes = [own, *answers]
         broken = next((outcome.broken_loss for outcome in outcomes if outcome.broken_loss is not None), None)
         if broken is not None:
             exact = any(outcome.names_are_exact for outcome in outcomes)
@@ -218,13 +231,15 @@ class LocalTrainer:
             )
         return outcomes
 
-    def _all(self, name: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """What the method `name` of each rank's learner returns."""
-        method = getattr(self._learner, name)
-        if self._group is None:
-            return [method(*arguments[0])]
-        light = [tuple(without_pictures(a) if isinstance(a, Share) else a for a in each) for each in arguments[1:]]
-        return self._group.together(name, light, lambda: method(*arguments[0]))
+    def _together(
+        self, commands: Sequence[Command[Follower, AnswerT]], own: Callable[[], OwnT]
+    ) -> tuple[OwnT, list[AnswerT]]:
+        """Run `commands` on the other ranks, one on each, and `own` here → its result, and the answers by rank."""
+        return (own(), []) if self._rank_group is None else self._rank_group.together(commands, own)
+
+
+def _sent(share: Share | None) -> Share | None:
+    return None if share is None else without_pictures(share)
 
 
 def _listed(names: Sequence[str]) -> str:

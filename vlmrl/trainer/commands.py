@@ -1,0 +1,93 @@
+"""The commands that rank 0's trainer sends to the learners of the other ranks.
+
+LocalTrainer on rank 0 ── Learn(share, …) ──▶ rank r: Learn.run(follower) ─▶ follower.learner.learn(share, …)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from vlmrl.ranks.commands import Command
+from vlmrl.trainer.learner import Learner, Outcome, Step
+from vlmrl.trainer.shares import Share
+from vlmrl.types import FloatArray
+
+
+class Follower:
+    """The state of a rank other than 0: the learner of the current run."""
+
+    def __init__(self) -> None:
+        self._learner: Learner | None = None
+
+    @property
+    def learner(self) -> Learner:
+        assert self._learner is not None, "the first command of a run builds the learner"
+        return self._learner
+
+    def build(self, make: Callable[[], Learner]) -> None:
+        """Replace the learner by a new one. The old one is freed first, since two models may not fit into memory."""
+        self._learner = None
+        self._learner = make()
+
+
+@dataclass(frozen=True, eq=False)
+class Learn(Command[Follower, Outcome]):
+    """Take part in one optimizer step."""
+
+    share: Share | None
+    """Samples to learn from by reward; None in a supervised step."""
+    demonstrations: Share | None
+    step: Step
+
+    def run(self, worker: Follower) -> Outcome:
+        return worker.learner.learn(self.share, self.demonstrations, self.step)
+
+
+@dataclass(frozen=True)
+class Skip(Command[Follower, int]):
+    """Count a step that has no samples; the answer is the peak memory in bytes."""
+
+    def run(self, worker: Follower) -> int:
+        return worker.learner.skip()
+
+
+@dataclass(frozen=True, eq=False)
+class Logprobs(Command[Follower, list[FloatArray]]):
+    """Compute logprobs of the loss tokens: float32 [loss tokens] per sample of `share`."""
+
+    share: Share
+
+    def run(self, worker: Follower) -> list[FloatArray]:
+        return worker.learner.logprobs(self.share)
+
+
+@dataclass(frozen=True)
+class GiveWeights(Command[Follower, None]):
+    """Take part in gathering the whole weights on rank 0."""
+
+    def run(self, worker: Follower) -> None:
+        worker.learner.give_weights()
+
+
+@dataclass(frozen=True)
+class Save(Command[Follower, str | None]):
+    """Begin to write this rank's part of a checkpoint. The answer names a weight that is not finite ("" where only
+    another rank has one), or is None; whether the writing succeeds, rank 0 learns through torch.distributed."""
+
+    folder: str
+
+    def run(self, worker: Follower) -> str | None:
+        saved = worker.learner.save(self.folder)
+        return None if isinstance(saved, Future) else saved
+
+
+@dataclass(frozen=True)
+class Load(Command[Follower, None]):
+    """Load this rank's part of a checkpoint."""
+
+    folder: str
+
+    def run(self, worker: Follower) -> None:
+        worker.learner.load(self.folder)
