@@ -22,7 +22,7 @@ from vlmrl.monitor.monitor import Monitor
 from vlmrl.orchestrator.loop import ExitReason
 from vlmrl.ranks.rank_group import RankGroup, follow, init_from_environment
 from vlmrl.record.run_dir import RunDir
-from vlmrl.runs.build import RunFollower, Run, build_run, is_float32
+from vlmrl.runs.build import Run, RunFollower, build_run, is_float32
 from vlmrl.runs.modes import MODES, OfflineMode, RunMode
 from vlmrl.runs.replay.recorded import check_replayable, replayed_batch
 from vlmrl.runs.saving import save
