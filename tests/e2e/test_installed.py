@@ -13,14 +13,13 @@ from pathlib import Path
 
 import pytest
 
+import vlmrl
 from support.command_line import PATIENCE, REPOSITORY, SHORT
 
 MINE = """
-import numpy as np
 import PIL.Image
 
-from vlmrl.tasks import Message, Image, Reply, Task
-from vlmrl.trainer.loss import LossOutput
+from vlmrl import Image, Message, Reply, Task
 
 
 class Problem:
@@ -53,16 +52,6 @@ class Shades(Task):
 
     def texts(self):
         return ("Say anything. ",)
-
-
-def scaled(tokens, totals, config):
-    objective = tokens.advantages * tokens.logprobs
-    loss = -config.args["scale"] * objective.sum() / totals.tokens
-    return LossOutput(loss, {"mine/scale": config.args["scale"] * len(objective)})
-
-
-def ranks(rewards):
-    return np.argsort(np.argsort(rewards)) - (len(rewards) - 1) / 2
 """
 CONF = """
 defaults:
@@ -122,6 +111,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     script.chmod(0o755)
     (home / "my_package").mkdir(parents=True)
     (home / "my_package/mine.py").write_text(MINE)
+    shutil.copy(REPOSITORY / "tests/support/their_losses.py", home / "my_package/losses.py")
     (home / "their_conf/task").mkdir(parents=True)
     (home / "their_conf/task/shades.yaml").write_text(CONF)
     return Installed(site, home)
@@ -131,13 +121,14 @@ def test_it_is_the_wheels(installed: Installed) -> None:
     found = installed.run(sys.executable, "-c", "import vlmrl; print(vlmrl.__file__)")
     assert found.strip() == str(installed.site / "vlmrl/__init__.py")
     assert "qwen3vl_tiny" in installed.vlmrl("--cfg", "job")
+    assert installed.vlmrl("--version") == f"vlmrl {vlmrl.__version__}\n"
     sweep = installed.vlmrl("+sweep=seeds", "dry_run=true").splitlines()
     assert sum(line.startswith("job ") for line in sweep) == 5, "sweeps/ travels too"
 
 
 OWN = (
     *("--config-dir", "their_conf", "task=shades"),
-    *("algorithm=my_package.mine:scaled", "algorithm.advantage=my_package.mine:ranks", "algorithm.args.scale=0.5"),
+    *("algorithm=my_package.losses:scaled", "algorithm.advantage=my_package.losses:ranks", "algorithm.args.scale=0.5"),
     "algorithm.credit=episode",
 )
 
@@ -150,9 +141,24 @@ def test_conf_task_loss_and_advantage_of_the_users_own(installed: Installed) -> 
     lines = (installed.home / "outputs/latest/metrics.jsonl").read_text().splitlines()
     learned = [line for line in map(json.loads, lines) if line.get("loss") is not None]
     assert [line["mine/scale"] for line in learned] == [0.5, 0.5]
-    said = installed.vlmrl("algorithm=my_package.mine:scald", code=2)
-    assert "algorithm.loss=my_package.mine:scald names 'scald'" in said
+    said = installed.vlmrl("algorithm=my_package.losses:scald", code=2)
+    assert "algorithm.loss=my_package.losses:scald names 'scald'" in said
     assert "it has scaled, ranks" in said
+
+
+def test_init_writes_a_task_that_runs(installed: Installed) -> None:
+    """The template travels in the wheel; what `init` writes passes its check and its tests, and learns."""
+    assert "cd counting" in installed.vlmrl("init", "counting")
+    home = installed.home / "counting"
+    counting = Installed(installed.site, home)
+    table = counting.run(sys.executable, "-m", "vlmrl.tasks.check", "counting:Counting", "args.level=3")
+    assert {line.split()[0] for line in table.splitlines()} == {"ok"}
+    assert counting.vlmrl("mode=check", "task=counting:Counting", "task.args.level=3") == table
+    assert "2 passed" in counting.run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    assert not (home / "outputs").exists(), "none of these makes a run folder"
+    counting.vlmrl("--config-dir", "conf", "experiment=counting", "trainer.max_steps=25", "monitor.wandb.mode=disabled")
+    first, *_, last = map(json.loads, (home / "outputs/latest/metrics.jsonl").read_text().splitlines())
+    assert first["eval/reward_greedy"] < 0.5 < 0.9 < last["eval/reward_greedy"], "it has learned to see"
 
 
 def test_the_shell_completes(installed: Installed) -> None:

@@ -21,11 +21,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from vlmrl import Image, Message, Reply, Split, Task, Text
 from vlmrl.config.task import ColorCodewordConfig
-from vlmrl.tasks import Image, Message, Reply, Task
-from vlmrl.tasks.base import Split
 from vlmrl.tasks.color_codeword import CodewordProblem, ColorCodeword
-from vlmrl.types import Part
 
 KINDS = ("sound", "no_image", "raises", "nan", "too_long", "equal")
 
@@ -150,5 +148,5 @@ class Blindfold:
         return reply
 
     @staticmethod
-    def zeroed(part: Part) -> Part:
+    def zeroed(part: Text | Image) -> Text | Image:
         return Image(np.zeros_like(np.asarray(part.source))) if isinstance(part, Image) else part

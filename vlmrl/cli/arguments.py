@@ -16,12 +16,11 @@ from pathlib import Path
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-import vlmrl
 from vlmrl.config.keys import did_you_mean, unknown_key
 from vlmrl.config.parse import summary
 from vlmrl.errors import ConfigError
 
-PACKAGE = Path(vlmrl.__file__).parent
+PACKAGE = Path(__file__).parents[1]
 CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
 """conf/: inside the package where a wheel was installed, beside it in a checkout or an editable install."""
 

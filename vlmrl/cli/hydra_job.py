@@ -21,9 +21,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from vlmrl.cli.exit_codes import JobError, report
-from vlmrl.cli.start import checked, lead_or_follow, show_plan, start
+from vlmrl.cli.start import answer_without_a_run, checked, lead_or_follow, start
 from vlmrl.cli.sweep.again import run_what_is_left
 from vlmrl.cli.sweep.jobs import job_name
+from vlmrl.config.run import Mode
 from vlmrl.errors import ConfigError, Interrupted
 from vlmrl.preflight.check import Stage, Submission, check
 from vlmrl.ranks import slurm
@@ -89,31 +90,31 @@ class CheckFirst(Callback):
         """A single run."""
         try:
             run_config = checked(place(without_hydra(config), "not made yet"))
-            if run_config.dry_run:
-                show_plan(run_config)
-                raise SystemExit(0)
+            code = answer_without_a_run(run_config)
         except Exception as error:  # Hydra would print a warning of a callback, and go on
             raise SystemExit(report(error)) from error
+        if code is not None:
+            raise SystemExit(code)
 
     sweep_dir: ClassVar[Path | None] = None
     """Of the sweep that was started; None before, and for a single run."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: object) -> None:
         """All jobs of a sweep, before the first one is started or submitted."""
-        codes, dry_run = [], False
+        codes: list[int] = []
         for overrides in sweep_jobs(config):
             job_config = GlobalHydra.instance().config_loader().load_sweep_config(config, overrides)
             try:
                 run_config = checked(place(without_hydra(job_config), "not made yet"))
                 check(run_config, Stage.submitted, submission_of(config.hydra.launcher))
-                if run_config.dry_run:
-                    dry_run = True
+                if run_config.dry_run or run_config.mode is Mode.check:
                     print(f"job {' '.join(overrides)}")
-                    show_plan(run_config)
+                if (code := answer_without_a_run(run_config)) is not None:
+                    codes.append(code)
             except ConfigError as error:
                 codes.append(report(ConfigError(f"in the job {' '.join(overrides)}: {error}")))
-        if codes or dry_run:
-            raise SystemExit(codes[0] if codes else 0)
+        if codes:
+            raise SystemExit(next((code for code in codes if code != 0), 0))
         CheckFirst.sweep_dir = Path(config.hydra.sweep.dir)
 
 

@@ -21,9 +21,11 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+import vlmrl
 from vlmrl.cli.arguments import CONF, in_words, rewrite
 from vlmrl.cli.exit_codes import JobError, report
 from vlmrl.cli.hydra_job import CheckFirst, job
+from vlmrl.cli.init import init
 from vlmrl.cli.past_runs import REPORT, replayed, replays, resumed, resumes, write_page
 from vlmrl.cli.schemas import register_schemas
 from vlmrl.cli.start import lead_or_follow, start
@@ -39,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        if "--version" in arguments:
+            print(f"vlmrl {vlmrl.__version__}")
+            return 0
         if REPORT in arguments:  # before ranks are counted: a run of several ranks starts it from one of them
             print(write_page(arguments))
             return 0
@@ -55,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def command_line(arguments: list[str]) -> int:
     """The whole command line of one process."""
     try:
+        if arguments[:1] == ["init"]:
+            print(init(arguments[1:]))
+            return 0
         arguments = rewrite(arguments)
         if "explain" in arguments:
             explain(arguments)

@@ -1,6 +1,7 @@
 """From a composed config to a run: parse, check, execute.
 
     DictConfig ─▶ parse ─▶ RunConfig ─┬─ dry_run=true ─▶ print the plan
+                                      ├─ mode=check ─▶ tasks/check.py
                                       ├─ mode=compare ─▶ sweep/compare.py
                                       ├─ a server's Slurm task ─▶ runs/serve_slurm
                                       └─ else ─▶ check this machine ─▶ runs.lifecycle.execute
@@ -29,8 +30,9 @@ from vlmrl.record.run_dir import RunDir
 def start(config: DictConfig) -> float | None:
     """Check a composed config and run it; returns the objective for sweepers. Raises VlmrlError."""
     run_config = checked(config)
-    if run_config.dry_run:
-        show_plan(run_config)
+    if (code := answer_without_a_run(run_config)) is not None:
+        if code != 0:
+            raise SystemExit(code)
         return None
     if run_config.mode is Mode.compare:
         compare_runs(run_config)
@@ -78,11 +80,21 @@ def check_here(config: RunConfig) -> None:
         check_machine(config, find_machine(), find_sizes(config.model), find_place().size)
 
 
-def show_plan(config: RunConfig) -> None:
-    """Print the plan of `dry_run=true`. Raises ConfigError."""
-    from vlmrl.preflight.estimate.plan import dry_run
+def answer_without_a_run(config: RunConfig) -> int | None:
+    """Print what `mode=check` or `dry_run=true` asks for and return the exit code; None if a run has to be started.
 
-    print(dry_run(config))
+    Raises ConfigError.
+    """
+    if config.mode is Mode.check:
+        from vlmrl.tasks.check import print_findings
+
+        return print_findings(config.task)
+    if config.dry_run:
+        from vlmrl.preflight.estimate.plan import dry_run
+
+        print(dry_run(config))
+        return 0
+    return None
 
 
 def compare_runs(config: RunConfig) -> None:

@@ -41,6 +41,9 @@ class Mode(Enum):
     """Supervised learning only: `trainer.warmup` is the whole run."""
     eval = "eval"
     """Held-out evaluation of the policy as it is."""
+    check = "check"
+    """The task against the contract of `vlmrl.tasks.base`: a table, and exit code 0 only if every rule holds. Takes
+    neither a model nor a run folder."""
     doctor = "doctor"
     """A few problems through renderer, engine and trainer: do they agree? To be asked before a long run."""
     replay = "replay"

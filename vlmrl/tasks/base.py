@@ -1,35 +1,76 @@
-"""Task and Env: what a user writes for a task of their own.
+"""Task, Env and Reply: what you write to train on problems of your own.
 
-    from vlmrl.tasks import Env, Image, Message, Reply, Task
+A **task** makes problems. An **env** is one attempt at one problem: it gives the prompt, reads the policy's answer and
+scores it, for one or several turns. A complete task, whose policy has to say how bright a grey square is:
 
-    class Counting(Task):
-        def __init__(self, config, *, seed): ...                        # config.max_turns, config.args["level"]
-        def problem(self, split, index): ...                            # a dataset row: any object with an `id`
-        def env(self, problem): ...                                     # a single-use interaction with it
-        def demonstration(self, problem, *, random_answers, seed): ...  # only for supervised steps
-        def texts(self): ...                                            # only read for a tiny tokenizer
+    >>> import numpy as np
+    >>> from vlmrl import ConfigError, Env, Image, Message, Problem, Reply, Split, Task, check_task
+    >>>
+    >>> class Square:
+    ...     def __init__(self, split: Split, index: int) -> None:
+    ...         self.id = f"{split} {index}"
+    ...         self.shade = 37 * index % 256
+    >>>
+    >>> class Ask:
+    ...     def __init__(self, square: Square) -> None:
+    ...         self.square = square
+    ...
+    ...     def reset(self):
+    ...         picture = np.full((32, 32, 3), self.square.shade, np.uint8)
+    ...         return (Message.of("user", "How bright is it, from 0 to 255?", Image(picture)),)
+    ...
+    ...     def step(self, completion: str) -> Reply:
+    ...         guess = int(completion) if completion.isdecimal() and len(completion) <= 3 else 999
+    ...         error = abs(guess - self.square.shade)
+    ...         return Reply(done=True, reward=max(0.0, 1 - error / 64), metrics={"error": error})
+    >>>
+    >>> class Brightness(Task):
+    ...     def __init__(self, config, *, seed: int) -> None:
+    ...         if config.max_turns != 1:
+    ...             raise ConfigError(f"task.max_turns={config.max_turns}: this task has one turn: set it to 1")
+    ...
+    ...     def problem(self, split: Split, index: int) -> Problem:
+    ...         return Square(split, index)
+    ...
+    ...     def env(self, problem: Square) -> Env:
+    ...         return Ask(problem)
+    ...
+    ...     def texts(self):
+    ...         return ("How bright is it, from 0 to 255?", "0 1 2 3 4 5 6 7 8 9")
 
-    python -m vlmrl task=my_package.my_module:Counting task.args.level=3
-    python -m vlmrl.tasks.check my_package.my_module:Counting args.level=3      # does it keep the contract?
+This is how vlmrl plays it. The third square of the training split has shade 2 · 37 = 74:
 
-An Env is driven like this, one completion at a time:
+    >>> from vlmrl import ImportedTaskConfig
+    >>> task = Brightness(ImportedTaskConfig(), seed=0)
+    >>> env = task.env(task.problem("train", 2))
+    >>> [message.role for message in env.reset()]
+    ['user']
+    >>> env.step("90")
+    Reply(turn_reward=0.0, done=True, reward=0.75, messages=(), metrics={'error': 16})
 
-    messages = env.reset()                         # system + first user message, with images
-    while True:
-        completion = <the policy answers>
-        reply = env.step(completion)               # score the turn; more messages or done
-        if reply.done: break
+and this is how you check that it keeps the contract below, in a test or on the command line:
 
-The contract, which `vlmrl.tasks.check` runs against a task:
+    >>> check_task(task, max_turns=1)
+    []
 
-- `problem(split, i)` is a function of the config, the seed and i: asked again, in any order, in another process, it
-  is the same problem. A resumed run and the siblings of a group rely on it. No global random state, no `hash()`.
-- The splits share no problem.
-- Envs share no mutable state: the envs of a group run side by side, in worker threads, and may block. The pixels of an
-  `Image` are read before the env is called again; a new frame is a new `Image`.
-- An exception ends that one rollout as `task_error`; a reward that is no finite number ends it as `bad_reward`.
-- An episode is done within `task.max_turns`, whatever the policy says. One that is not, or that spends its token
-  budget or the context before, is cut without another call: the last Reply's `reward` and `metrics` are the episode's.
+    python -m vlmrl.tasks.check my_package.my_module:Brightness
+    python -m vlmrl task=my_package.my_module:Brightness
+
+`python -m vlmrl init my_task` writes a task that the tiny model learns in a minute, as a folder to start from.
+
+The contract:
+
+- `problem(split, index)` is a function of the config, the seed, the split and the index. It gives the same problem
+  whenever it is called, in any order and in any process, because a resumed run and the siblings of a group rely on it.
+  So use no global random state and no `hash()` of a string.
+- The training and the evaluation split share no problem.
+- Envs share no mutable state. The envs of a group run at the same time in worker threads; an env may block. The pixels
+  of an `Image` are read before the env is called again, so show a new frame as a new `Image`.
+- An exception ends only the rollout in which it is raised, as `task_error`. A reward that is not a finite number ends
+  the rollout as `bad_reward`.
+- An episode is done within `task.max_turns` turns, whatever the policy answers. An episode that is not done by then, or
+  that spends its token budget or the context before, is cut off without another call of the env: `reward` and `metrics`
+  of the last Reply count.
 """
 
 from __future__ import annotations
@@ -43,7 +84,7 @@ Split: TypeAlias = Literal["train", "eval"]
 
 
 class Problem(Protocol):
-    """One dataset row."""
+    """One dataset row: any object with an `id`."""
 
     @property
     def id(self) -> str:
@@ -55,65 +96,93 @@ class Problem(Protocol):
 class Reply:
     """The env's answer to one completion.
 
-    >>> Reply(turn_reward=1.0, done=False, messages=(Message.of("user", "And now?"),)).reward
+    The last turn of an episode, and a turn that is followed by another one:
+
+    >>> Reply(done=True, reward=1.0).messages
+    ()
+    >>> Reply(done=False, messages=(Message.of("user", "And now?"),)).reward
     0.0
     """
 
-    turn_reward: float
-    """This turn's own reward, finite, in [0, 1] by custom; used where `algorithm.credit=turn`."""
-    done: bool
-    """The episode is over; `reward` is final."""
+    turn_reward: float = 0.0
+    """Reward of this turn alone, finite, by convention in [0, 1]. Only `algorithm.credit=turn` uses it."""
+    done: bool = field(kw_only=True)
+    """True ends the episode, and `reward` is final."""
     reward: float = 0.0
-    """The episode's reward so far (not a sum over turns unless the task makes it one), finite, in [0, 1] by custom;
-    what counts when the episode ends here, by `done` or by a budget."""
+    """Reward of the whole episode so far, finite, by convention in [0, 1]. It replaces the reward of the last Reply and
+    is not added to it. It counts when the episode ends here, because it is done or because a budget cuts it off."""
     messages: tuple[Message, ...] = ()
-    """What the policy sees next; must be non-empty unless `done`. User or tool messages only. Not read when `done`."""
+    """What the policy sees next: user and tool messages, at least one unless `done`. Ignored when `done`."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """The task's own figures for the episode so far, finite, e.g. `share_correct`. Those of the last Reply are the
-    rollout's; a step reports their means as `task/<key>`."""
+    """The task's own metrics of the episode so far, finite, e.g. `{"share_correct": 0.5}`. The rollout keeps those of
+    the last Reply, and each step reports their means over its rollouts as `task/<key>`."""
 
 
 class Env(Protocol):
-    """A single-use interaction with one problem: one `reset`, then `step` until it says done."""
+    """One attempt at one problem. It is used once: one `reset`, then `step` until it says done.
+
+    >>> def play(env: Env, policy) -> float:
+    ...     messages = env.reset()
+    ...     while True:
+    ...         reply = env.step(policy(messages))
+    ...         if reply.done:
+    ...             return reply.reward
+    ...         messages = (*messages, *reply.messages)
+    """
 
     def reset(self) -> tuple[Message, ...]:
-        """The first prompt; its last message is of the user (or a tool). Siblings of a group get equal messages."""
+        """The first prompt, which ends with a user or tool message. The envs of one problem give equal prompts."""
         ...
 
     def step(self, completion: str) -> Reply:
-        """Score one completion: its text without special tokens; may be empty or anything else a policy may say."""
+        """Score one completion: its text without special tokens. It may be empty or any text that a policy samples."""
         ...
 
 
 class Task(Protocol):
-    """Problems with scoring."""
+    """Problems with scoring. The module's docstring shows a complete one.
+
+    Derive from this class, or write a class with the same methods.
+    """
 
     def __init__(self, config: Any, *, seed: int) -> None:
-        """`config` is the run's `task` group (`vlmrl.config.task`; a user's task finds its own settings in
-        `config.args`, a dict), `seed` the run's. Raise `vlmrl.errors.ConfigError` for settings that cannot work."""
+        """Make the task of a run.
+
+        `config` is the run's `task` group: `config.max_turns` and the rest of `vlmrl.config.task.ImportedTaskConfig`.
+        Settings of your own are in the dict `config.args`: `task.args.level=3` on the command line is
+        `config.args["level"]` here. `seed` is the run's seed. Raise `vlmrl.ConfigError` for settings that cannot work.
+        """
 
     def problem(self, split: Split, index: int) -> Problem:
-        """Problem number `index` of a split. Any index from 0 up may be asked for, 2**40 too (supervised steps begin
-        there); a finite set begins again (`rows[index % len(rows)]`). Let the evaluation problems not depend on the
-        seed, so that runs compare."""
+        """Problem number `index` of a split.
+
+        Every index from 0 up must work, also 2**40, where the problems of supervised steps begin. A finite data set
+        starts again from the front: `rows[index % len(rows)]`. The evaluation problems should not depend on the seed,
+        so that runs with different seeds compare.
+        """
         ...
 
     def env(self, problem: Any) -> Env:
-        """A fresh env for a problem that `problem` made."""
+        """A new env for a problem that `problem` returned."""
         ...
 
     def demonstration(self, problem: Any, *, random_answers: bool, seed: int) -> tuple[Message, ...]:
-        """A whole conversation with assistant turns, for supervised steps: what `reset` gives, an assistant message
-        of text, what `step` would give after it, …, ending with an assistant message. With `random_answers` the
-        answers are in the right format, drawn from `seed` (0 to 2**64 − 1) alone, and say nothing about the problem.
+        """A whole conversation with the answers, for supervised steps.
 
-        A task that is never warmed up leaves this out."""
+        It starts with the messages of `reset`, then an assistant message of text, then the messages that `step` would
+        return after it, and so on; it ends with an assistant message. With `random_answers` the answers have the right
+        format but are drawn from `seed` alone (0 to 2**64 − 1), so that they say nothing about the problem.
+
+        Leave this method out if the task is never used with supervised steps (`trainer.warmup.steps=0`).
+        """
         raise NotImplementedError(
-            f"{type(self).__name__}.demonstration is not defined, so there is nothing for supervised steps: "
+            f"{type(self).__name__}.demonstration is not defined, so supervised steps have no conversations: "
             "define it, or set trainer.warmup.steps=0"
         )
 
     def texts(self) -> tuple[str, ...]:
-        """Text that stands in the task's prompts and answers; a tiny tokenizer is trained on it, so what stands
-        together here may become one token."""
+        """Examples of the text in prompts and answers.
+
+        Only the tokenizer of a tiny model is trained on them. Characters that stand together here may become one token.
+        """
         ...

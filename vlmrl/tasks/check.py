@@ -90,6 +90,16 @@ def report(findings: list[Finding]) -> str:
     return "\n".join(f"{finding.status:<4}  {finding.rule:<{width}}  {finding.text}" for finding in findings)
 
 
+def print_findings(config: TaskConfig) -> int:
+    """Check the task that `config` names and print one line per rule; returns 0 if every rule holds, else 1.
+
+    Raises ConfigError where there is no such task.
+    """
+    findings = find(load_task(config, seed=0), problems=8, max_turns=config.max_turns)
+    print(report(findings))
+    return int(any(finding.status == "FAIL" for finding in findings))
+
+
 def parse_config(target: str, overrides: list[str]) -> TaskConfig:
     """The `task` group of a run for `target`, with `key=value` settings. Raises `ConfigError` for a key or value that
     the schema does not take.
@@ -128,14 +138,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        config = parse_config(options.target, options.settings)
-        task = load_task(config, seed=0)
+        return print_findings(parse_config(options.target, options.settings))
     except VlmrlError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    findings = find(task, problems=8, max_turns=config.max_turns)
-    print(report(findings))
-    return int(any(finding.status == "FAIL" for finding in findings))
 
 
 if __name__ == "__main__":

@@ -217,6 +217,8 @@ def test_cfg_job_is_what_would_run(vlmrl: Callable[..., Ended]) -> None:
         (["model=qwen3vl", "inference=vllm", "orchestrator.group_size=1"], 2),
         (["-m", "seed=0,1", "orchestrator.group_size=1"], 2),
         (["-sc", "install=bash"], 0),
+        (["--version"], 0),
+        (["init", "counting"], 0),
     ],
 )
 def test_what_needs_no_model_imports_nothing_heavy(arguments: list[str], code: int, tmp_path: Path) -> None:
@@ -231,6 +233,24 @@ def test_what_needs_no_model_imports_nothing_heavy(arguments: list[str], code: i
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert ended.returncode == code
     assert ended.stderr.splitlines()[-1] == "[]"
+
+
+def test_mode_check_does_what_the_tasks_check_does(vlmrl: Callable[..., Ended], tmp_path: Path) -> None:
+    """The composed task config against the contract, the same table and exit code; no torch and no run folder."""
+    source = (PACKAGE / "cli/template/my_task.py").read_text()
+    (tmp_path / "sound.py").write_text(source)
+    (tmp_path / "broken.py").write_text(source.replace("done=True", "done=False"))
+    before = sorted(path.name for path in tmp_path.iterdir())
+    sound = vlmrl("mode=check", "task=sound:MyTask", "task.args.level=2")
+    assert (sound.code, sound.err) == (0, "")
+    assert sound.out.startswith("ok    methods ")
+    broken = vlmrl("mode=check", "task=broken:MyTask")
+    assert broken.code == 1
+    assert "FAIL  ends " in broken.out
+    several = vlmrl("--multirun", "mode=check", "task=sound:MyTask,broken:MyTask")
+    assert several.code == 1
+    assert several.out.count("job ") == 2
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "__pycache__") == before
 
 
 # ── what it starts ──────────────────────────────────────────────────────────────────────────────────────────

@@ -19,8 +19,8 @@ import pytest
 from PIL import Image as PILImage
 
 import vlmrl
+from vlmrl import Env, Image, Message, Reply, Split, Task, Text
 from vlmrl.config.task import ColorCodewordConfig, ImportedTaskConfig
-from vlmrl.tasks import Env, Image, Message, Reply, Split, Task, Text
 from vlmrl.tasks.check import check_task, find, main, parse_config
 from vlmrl.tasks.color_codeword import ColorCodeword
 from vlmrl.tasks.contract.rules import RULES

@@ -10,13 +10,13 @@ import pytest
 
 from vlmrl.config.task import ColorCodewordConfig, ImportedTaskConfig, TaskConfig
 from vlmrl.errors import ConfigError
-from vlmrl.tasks import load_task
 from vlmrl.tasks.color_codeword import ColorCodeword
+from vlmrl.tasks.loading import load_task
 
 COUNTING = '''
 import random
 from dataclasses import dataclass
-from vlmrl.tasks import Image, Message, Reply, Task
+from vlmrl import Image, Message, Reply, Task
 import PIL.Image
 
 @dataclass

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import vlmrl
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.model import Dtype
 from vlmrl.errors import ConfigError, EngineError
@@ -360,7 +359,7 @@ def _environment(config: VllmConfig, *, on_cpu: bool) -> dict[str, str]:
     environment = os.environ | ENVIRONMENT
     if on_cpu:
         environment = CPU_ENVIRONMENT | environment | {"VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib)}
-    package = Path(vlmrl.__file__).parent
+    package = Path(__file__).parents[2]
     paths = [
         str(package / "inference" / "vllm" / "in_server" / "site"),
         str(package.parent),

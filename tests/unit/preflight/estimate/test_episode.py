@@ -19,7 +19,7 @@ from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer, 
 from vlmrl.preflight.estimate.episode import EpisodeEstimate, play
 from vlmrl.preflight.estimate.vision import TINY_CHARACTERS_PER_TOKEN, vision_tokens
 from vlmrl.rendering.renderer import make_renderer
-from vlmrl.tasks import load_task
+from vlmrl.tasks.loading import load_task
 from vlmrl.types import Image, Message
 
 TINY_PIXELS = (32 * 32, 1024 * 1024)

@@ -23,6 +23,7 @@ from support.broken_parts import (
     shifted,
     with_pixels,
 )
+from vlmrl import Message, Reply
 from vlmrl.config.orchestrator import RendererConfig
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import EngineError, ParityError
@@ -39,7 +40,6 @@ from vlmrl.rendering.renderer import make_renderer
 from vlmrl.runs.build import Run, build_run
 from vlmrl.runs.doctor.doctor import LINES, Doctor, add_noise, conclude, weights_in
 from vlmrl.runs.doctor.lines import Line, Verdict
-from vlmrl.tasks import Message, Reply
 from vlmrl.types import Completion, ImageItem
 from vlmrl.weight_sync.folder import FolderSync
 
