@@ -25,11 +25,8 @@ def examples() -> Iterator[str]:
     yield from (path.read_text() for path in (PACKAGE / "cli/template").glob("*.py"))
     yield from (path.read_text() for path in (REPOSITORY / "tests/support").glob("their_*.py"))
     for path in PACKAGE.rglob("*.py"):  # examples in docstrings
-        yield from (node.value for node in ast.walk(ast.parse(path.read_text())) if is_text(node))
-
-
-def is_text(node: ast.AST) -> bool:
-    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+        constants = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant))
+        yield from (node.value for node in constants if isinstance(node.value, str))
 
 
 def imported_names(text: str) -> set[str]:

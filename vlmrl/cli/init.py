@@ -17,7 +17,7 @@ from pathlib import Path
 
 from vlmrl.cli.arguments import PACKAGE
 from vlmrl.errors import ConfigError
-from vlmrl.record.run_dir import disk_errors
+from vlmrl.record.files import disk_errors
 
 TEMPLATE = PACKAGE / "cli" / "template"
 TEMPLATE_MODULE, TEMPLATE_CLASS = "my_task", "MyTask"
