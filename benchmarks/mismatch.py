@@ -34,8 +34,8 @@ from vlmrl.config.trainer import TrainerConfig
 from vlmrl.config.weight_sync import FolderSyncConfig
 from vlmrl.inference.vllm.engine import VllmEngine
 from vlmrl.models.checkpoints.load import load_image_processor, load_model, load_tokenizer
+from vlmrl.models.families.positions import position_function
 from vlmrl.models.policy import Policy
-from vlmrl.models.positions import position_function
 from vlmrl.rendering.renderer import Renderer, make_renderer
 from vlmrl.trainer.loss import mismatch_kl
 from vlmrl.trainer.trainer import LocalTrainer

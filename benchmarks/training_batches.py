@@ -30,8 +30,8 @@ from vlmrl.config.model import Dtype, Init, ModelConfig, SizeConfig, VLMConfig
 from vlmrl.config.orchestrator import RendererConfig
 from vlmrl.config.task import ColorCodewordConfig
 from vlmrl.models.checkpoints.load import load_image_processor, load_model, load_tokenizer, resolve_checkpoint
+from vlmrl.models.families.positions import position_function
 from vlmrl.models.policy import Policy
-from vlmrl.models.positions import position_function
 from vlmrl.rendering.renderer import Renderer, make_renderer
 from vlmrl.tasks.color_codeword import ColorCodeword
 from vlmrl.types import Image, Message, TrainingSample, mm_token_type_ids

@@ -164,10 +164,12 @@ class Bench:
 
     def make_checkpoints(self) -> dict[str, Path]:
         """`random` as it is built, `warm` with the weights after the default warm-up."""
-        from vlmrl.config.model import ModelConfig, TinyConfig
+        from vlmrl.config.model import ModelConfig, TinyConfig, VLMConfig
         from vlmrl.models.checkpoints.tiny import ensure_tiny_checkpoint
 
-        random = ensure_tiny_checkpoint(ModelConfig(name="qwen3vl_tiny", tiny=TinyConfig()), task().texts())
+        random = ensure_tiny_checkpoint(
+            ModelConfig(name="qwen3vl_tiny", vlm=VLMConfig(family="qwen3_vl"), tiny=TinyConfig()), task().texts()
+        )
         run = self.run_vlmrl("mode=sft", "model=qwen3vl_tiny")
         warm = self.folder / "warm"
         shutil.copytree(random, warm)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vlmrl.config.model import ModelConfig, TinyConfig, VLMConfig
 from vlmrl.models.attention.tree import TreePlan
-from vlmrl.models.checkpoints.text_files import ATOMIC_TOKENS, SPECIAL_TOKENS
+from vlmrl.models.families.qwen3_vl import ATOMIC_TOKENS, SPECIAL_TOKENS
 from vlmrl.types import ImageItem, IntArray, Placeholder, Prompt, TrainingSample, mm_token_type_ids
 
 TINY = ModelConfig(

@@ -23,9 +23,9 @@ from vlmrl.config.model import LoraConfig
 from vlmrl.config.trainer import Optimizer, Packing, SFTConfig, Sharding, TrainerConfig
 from vlmrl.models.blocks import blocks, prepare_blocks
 from vlmrl.models.checkpoints.load import load_model
+from vlmrl.models.families.positions import position_function
 from vlmrl.models.lora import add_adapters
 from vlmrl.models.policy import Policy
-from vlmrl.models.positions import position_function
 from vlmrl.ranks.commands import Command
 from vlmrl.ranks.rank_group import RankGroup, follow, init_from_environment
 from vlmrl.trainer.checkpoint import Checkpoints

@@ -20,8 +20,8 @@ from vlmrl.config.orchestrator import RendererConfig
 from vlmrl.config.trainer import TrainerConfig
 from vlmrl.models.checkpoints.load import load_image_processor, load_model, load_tokenizer
 from vlmrl.models.checkpoints.tiny import ensure_tiny_checkpoint
+from vlmrl.models.families.positions import position_function
 from vlmrl.models.policy import Policy
-from vlmrl.models.positions import position_function
 from vlmrl.rendering.renderer import Renderer, make_renderer
 from vlmrl.trainer.trainer import LocalTrainer
 from vlmrl.types import Completion, Image, Message, Prompt, SamplingParams, TrainingSample, mm_token_type_ids

@@ -37,7 +37,7 @@ class VLMConfig:
     renderers: list[str] = MISSING
     """Names of `orchestrator.renderer` that can serve this family; `auto` takes the first."""
     positions: str = MISSING
-    """Name of the position function in `vlmrl.models.positions` (`mrope`, `sequential`)."""
+    """Name of the position function in `vlmrl.models.families.positions` (`mrope`, `sequential`)."""
     image_token: str = MISSING
     """The placeholder token, as the tokenizer spells it."""
     flat_mm_kwargs: list[str] = MISSING

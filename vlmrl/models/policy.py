@@ -25,11 +25,11 @@ from vlmrl.errors import ModelError
 from vlmrl.models.attention.fused import VISION_ATTENTION, Kernel, vision_attention_forward
 from vlmrl.models.attention.tree import ATTENTION_NAME, KVPool, TreePlan, tree_attention_forward
 from vlmrl.models.blocks import uncompiled_in_inference
+from vlmrl.models.families.positions import PositionFunction
+from vlmrl.models.families.vision_geometry import tower_arguments
 from vlmrl.models.features import FeatureCache, ImageFeatures, Levels, first_features
 from vlmrl.models.head import token_logprobs
-from vlmrl.models.positions import PositionFunction
 from vlmrl.models.transfer import side_by_side
-from vlmrl.models.vision_geometry import tower_arguments
 from vlmrl.types import ImageItem
 
 AttentionInterface.register(ATTENTION_NAME, tree_attention_forward)

@@ -30,9 +30,9 @@ from vlmrl.inference.vllm.engine import VllmEngine
 from vlmrl.models.blocks import prepare_blocks
 from vlmrl.models.checkpoints.load import load_image_processor, load_model, load_tokenizer, resolve_checkpoint
 from vlmrl.models.checkpoints.scratch import write_weights
+from vlmrl.models.families import family_of
 from vlmrl.models.learning import choose_what_learns
 from vlmrl.models.policy import Policy
-from vlmrl.models.positions import position_function
 from vlmrl.monitor.monitor import Monitor
 from vlmrl.orchestrator.evaluation import Evaluator
 from vlmrl.orchestrator.rollout import RolloutRunner
@@ -129,9 +129,7 @@ def make_model(config: RunConfig, folder: Path, group: RankGroup | None) -> Any:
 
 def make_policy(config: RunConfig, model: Any, banned_token_ids: Sequence[int]) -> Policy:
     """The policy that computes with `model`. It never samples `banned_token_ids`."""
-    vlm = config.model.vlm
-    merge = model.config.vision_config.spatial_merge_size if vlm is not None else 1
-    positions = position_function(vlm.positions if vlm is not None else "sequential", merge)
+    positions = family_of(config.model.vlm).position_function(model.config)
     return Policy(model, positions, banned_token_ids, feature_cache_bytes=config.trainer.feature_cache_mib << 20)
 
 

@@ -17,8 +17,8 @@ from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.trainer import TrainerConfig
 from vlmrl.errors import EngineError
 from vlmrl.inference.embedded.engine import EmbeddedEngine
+from vlmrl.models.families.positions import position_function
 from vlmrl.models.policy import Policy
-from vlmrl.models.positions import position_function
 from vlmrl.trainer.loss import mismatch_kl
 from vlmrl.trainer.trainer import LocalTrainer
 from vlmrl.types import (

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from support.helpers import image
+from vlmrl.models.families.positions import position_function
 from vlmrl.models.features import FeatureCache, Levels
 from vlmrl.models.policy import Policy
-from vlmrl.models.positions import position_function
 from vlmrl.types import ImageItem
 
 ITEMS = [image(1, 1), image(2, 1), image(2, 3), image(1, 1, seed=1)]

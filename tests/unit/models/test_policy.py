@@ -16,8 +16,8 @@ from support.helpers import BANNED, IMAGE_PAD, PATCH_DIM, Part, image, plain_log
 from vlmrl.errors import ModelError
 from vlmrl.models.attention.prefix_tree import Segment, build_tree
 from vlmrl.models.attention.tree import TreePlan, plan_tree
+from vlmrl.models.families.positions import position_function
 from vlmrl.models.policy import Policy
-from vlmrl.models.positions import position_function
 from vlmrl.types import ImageItem, Prompt, mm_token_type_ids
 
 CPU = torch.device("cpu")

@@ -17,8 +17,8 @@ from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.orchestrator import RendererConfig
 from vlmrl.config.trainer import TrainerConfig
 from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer
+from vlmrl.models.families.positions import position_function
 from vlmrl.models.policy import Policy
-from vlmrl.models.positions import position_function
 from vlmrl.orchestrator.vision_gap import GREY, SAMPLES, VisionGap, evenly, group_of, layout, shuffle_images
 from vlmrl.rendering.renderer import Renderer, make_renderer
 from vlmrl.trainer.trainer import LocalTrainer

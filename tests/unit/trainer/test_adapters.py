@@ -19,9 +19,9 @@ from vlmrl.config.trainer import TrainerConfig
 from vlmrl.config.weight_sync import FolderSyncConfig
 from vlmrl.inference.embedded.engine import EmbeddedEngine
 from vlmrl.inference.vllm.engine import VllmEngine
+from vlmrl.models.families.positions import position_function
 from vlmrl.models.lora import add_adapters
 from vlmrl.models.policy import Policy
-from vlmrl.models.positions import position_function
 from vlmrl.trainer.trainer import LocalTrainer
 from vlmrl.types import TrainingSample
 from vlmrl.weight_sync.folder import FILE, FolderSync

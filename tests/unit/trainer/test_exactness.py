@@ -30,8 +30,8 @@ from support.helpers import Part, Sampled, image, plain_logprobs, sample
 from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.trainer import Packing
 from vlmrl.models.blocks import checkpoint_blocks, compile_blocks
+from vlmrl.models.families.positions import position_function
 from vlmrl.models.policy import Policy
-from vlmrl.models.positions import position_function
 from vlmrl.trainer.forward import loss_logprobs
 from vlmrl.trainer.loss import BatchTotals, LossTokens, policy_loss
 from vlmrl.trainer.packing import pack

@@ -19,8 +19,8 @@ from torch import Tensor
 from support.helpers import IMAGE_PAD, Part, Sampled, image, plain_logprobs, sample, seen
 from vlmrl.config.trainer import Packing
 from vlmrl.models.attention import tree as tree_attention
+from vlmrl.models.families.positions import position_function
 from vlmrl.models.policy import Policy
-from vlmrl.models.positions import position_function
 from vlmrl.trainer.balance import FIXED_COST, UNEVENNESS, cut
 from vlmrl.trainer.packing import MicroBatch, pack
 from vlmrl.types import TrainingSample

@@ -17,8 +17,8 @@ from support.learning import batch, demonstrations
 from vlmrl.config.algorithm import AlgorithmConfig, Loss
 from vlmrl.config.trainer import Decay, Packing, SFTConfig, TrainerConfig
 from vlmrl.errors import NonFiniteLossError
+from vlmrl.models.families.positions import position_function
 from vlmrl.models.policy import Policy
-from vlmrl.models.positions import position_function
 from vlmrl.trainer.loss import LOSSES, BatchTotals, LossTokens
 from vlmrl.trainer.optimizer import learning_rate
 from vlmrl.trainer.trainer import EMPTY_STEP, LocalTrainer

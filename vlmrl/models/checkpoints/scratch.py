@@ -1,11 +1,11 @@
-"""`model.init=random`: the true architecture of `model.size` with random weights, and nothing downloaded.
+"""`model.init=random`: the real architecture of `model.size` with random weights. Nothing is downloaded.
 
-    ensure_architecture   a folder with config.json, tokenizer, chat template and image processor, and no weights
-    initialize            the model, made in its format on its device: no copy of it passes through the host
+    ensure_architecture   a folder with config.json, tokenizer, chat template and image processor, without weights
+    initialize            the model, made in its dtype on its device: no copy of it passes through the host
     write_weights         the same folder with weights, for vLLM's servers
 
-Token ids are those of a small tokenizer trained on the task's words; the vocabulary is the size's own, and what the
-tokenizer does not know is never sampled. Left out on purpose: MoE's load-balancing loss.
+Token ids are those of a small tokenizer trained on the task's words. The vocabulary is the size's own; ids that the
+tokenizer does not know are never sampled. Left out on purpose: the load-balancing loss of mixtures of experts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from vlmrl.config.model import ModelConfig
 from vlmrl.models.cache import MANIFEST, built
-from vlmrl.models.checkpoints.text_files import MAX_PIXELS, special_ids, write_text_files
+from vlmrl.models.checkpoints.text_files import config_token_ids, write_text_files
+from vlmrl.models.families import family_of
 from vlmrl.models.lora import merged
 
 if TYPE_CHECKING:
@@ -31,35 +32,29 @@ BPE_MERGES = 128
 
 
 def ensure_architecture(config: ModelConfig, texts: tuple[str, ...]) -> Path:
-    """The folder of `config.size`, without weights, from the cache or built. `texts` are what the tokenizer knows."""
-    assert config.size is not None, "random_has_size checks it"
-    assert config.vlm is not None, "random_has_size checks it"
-    size = config.size
+    """The folder of `config.size`, without weights, from the cache or built. The tokenizer is trained on `texts`."""
+    size, family = config.size, family_of(config.vlm)
+    recipe = family.recipe
+    assert size is not None, "preflight refuses model.init=random without model.size"
+    assert recipe is not None, f"preflight refuses model.init=random for family {family.name}"
 
     def build(folder: Path) -> None:
         from transformers import AutoConfig
 
         length = int(size.text["max_position_embeddings"])
-        ids = special_ids(write_text_files(folder, texts, BPE_MERGES, length, MAX_PIXELS))
-        assert config.vlm is not None
+        text_ids, ids = config_token_ids(
+            recipe, write_text_files(folder, recipe, texts, BPE_MERGES, length, recipe.made_here)
+        )
         AutoConfig.for_model(
-            config.vlm.family,
-            text_config={
-                **size.text,
-                "tie_word_embeddings": size.tie_word_embeddings,
-                "bos_token_id": ids["<|endoftext|>"],
-                "eos_token_id": ids["<|im_end|>"],
-            },
+            family.name,
+            text_config={**size.text, "tie_word_embeddings": size.tie_word_embeddings, **text_ids},
             vision_config=dict(size.vision),
-            image_token_id=ids["<|image_pad|>"],
-            video_token_id=ids["<|video_pad|>"],
-            vision_start_token_id=ids["<|vision_start|>"],
-            vision_end_token_id=ids["<|vision_end|>"],
+            **ids,
             tie_word_embeddings=size.tie_word_embeddings,
             dtype=config.dtype.value,
         ).save_pretrained(folder)
 
-    key: list[Any] = [BUILDER_VERSION, config.vlm.family, config.dtype.value, list(texts)]
+    key: list[Any] = [BUILDER_VERSION, family.name, config.dtype.value, list(texts)]
     key += [
         dict(size.text),
         dict(size.vision),
@@ -71,7 +66,7 @@ def ensure_architecture(config: ModelConfig, texts: tuple[str, ...]) -> Path:
 
 
 def initialize(folder: Path, config: ModelConfig, device: torch.device) -> PreTrainedModel:
-    """The model of `folder`'s config.json, of `config.dtype` on `device`, in eval mode; random by torch's own state."""
+    """The model of `folder`'s config.json, in `config.dtype` on `device`, in eval mode; random by torch's own state."""
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -84,7 +79,7 @@ def initialize(folder: Path, config: ModelConfig, device: torch.device) -> PreTr
 
 
 def write_weights(model: PreTrainedModel, folder: Path, target: Path) -> Path:
-    """A checkpoint in `target`: what is in `folder`, and the weights of `model` → `target`."""
+    """Write a checkpoint to `target`: the files of `folder` and the weights of `model`. Returns `target`."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # it would draw over the live view

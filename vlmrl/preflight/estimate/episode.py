@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image as PILImage
 
-from vlmrl.preflight.estimate.vision import CHARACTERS_PER_TOKEN, IMAGE_FRAME, TURN_FRAME, vision_tokens
+from vlmrl.models.families.base import Family, ImageBounds
+from vlmrl.preflight.estimate.vision import CHARACTERS_PER_TOKEN, TURN_FRAME
 from vlmrl.tasks.base import Task
 from vlmrl.types import Image, Message
 
@@ -33,10 +34,16 @@ class EpisodeEstimate:
     """Of all prompts and replies."""
 
     def tokens(
-        self, max_new_tokens: int, bounds: tuple[int, int] | None, characters_per_token: int = CHARACTERS_PER_TOKEN
+        self,
+        max_new_tokens: int,
+        family: Family,
+        bounds: ImageBounds | None,
+        characters_per_token: int = CHARACTERS_PER_TOKEN,
     ) -> int:
         """The longest that it gets (the formula at the top); images of an unknown processor count nothing."""
-        shown = sum(vision_tokens(*size, bounds) + IMAGE_FRAME for size in self.images) if bounds else 0
+        shown = 0
+        if bounds is not None:
+            shown = sum(family.image_tokens(*size, bounds) + family.frame_tokens for size in self.images)
         return shown + self.turns * (max_new_tokens + TURN_FRAME) + math.ceil(self.characters / characters_per_token)
 
 

@@ -13,7 +13,7 @@
                  with trainer.activation_checkpointing, hidden of each layer and the rest of one
     server       gpu_memory_utilization × the GPU, which holds parameters × weight / tensor_parallel_size, and
                  key-value cache of 2 × layers × kv_heads × head_dim × bytes for each token
-    pixels       distinct images alive × (patches × 1536 × 4 + width × height × 3)
+    pixels       distinct images alive × width × height × (bytes per pixel that the processor makes + 3)
 
 Activations are what the layers keep for the backward pass: inputs of norms and projections, queries, keys, values, what
 attention and the MLP make of them; of the 2B in bfloat16, 45 GB for 16,384 tokens. A step of it that held its logits
@@ -30,13 +30,11 @@ from vlmrl.config.inference import VllmConfig
 from vlmrl.config.model import Dtype, LoraConfig
 from vlmrl.config.run import RunConfig
 from vlmrl.config.trainer import Optimizer, Sharding
+from vlmrl.models.families import family_of
 from vlmrl.preflight.estimate.episode import EpisodeEstimate
 from vlmrl.preflight.estimate.sizes import Sizes, TextSizes
 
 BYTES = {Dtype.float32: 4, Dtype.bfloat16: 2, Dtype.float16: 2}
-
-PATCH_BYTES = 3 * 2 * 16 * 16 * 4
-"""A patch of Qwen-VL as the processor gives it: 3 colours, 2 frames, 16 × 16 pixels, float32."""
 
 LOGITS_BYTES = 256 << 20
 """Of logits that the head computes at a time (models/head.py)."""
@@ -170,5 +168,6 @@ def pixel_bytes(config: RunConfig, episode: EpisodeEstimate) -> int:
     """Of the images that may be alive at once: of the batches ahead and of an evaluation, all of them distinct."""
     problems = (config.orchestrator.max_staleness + 1) * config.orchestrator.groups_per_step
     problems += config.orchestrator.eval.problems
-    one = sum(width * height * 3 + math.ceil(width * height / 256) * PATCH_BYTES for width, height in episode.images)
+    per_pixel = 3 + family_of(config.model.vlm).processed_bytes_per_pixel
+    one = sum(width * height * per_pixel for width, height in episode.images)
     return problems * one

@@ -14,6 +14,7 @@ from vlmrl.config.model import Dtype
 from vlmrl.config.run import Mode, RunConfig
 from vlmrl.config.trainer import Packing
 from vlmrl.inference.vllm.server import vllm_version
+from vlmrl.models.families import family_of
 from vlmrl.preflight.estimate.episode import EpisodeEstimate, play
 from vlmrl.preflight.estimate.memory import pixel_bytes, server_memory, trainer_memory
 from vlmrl.preflight.estimate.sizes import Sizes, find_sizes
@@ -93,7 +94,8 @@ def _tokens(config: RunConfig, sizes: Sizes, episode: EpisodeEstimate, ranks: in
 def longest_episode(config: RunConfig, sizes: Sizes, episode: EpisodeEstimate) -> int:
     """Tokens; see episode.py."""
     per_token = TINY_CHARACTERS_PER_TOKEN if config.model.tiny is not None else CHARACTERS_PER_TOKEN
-    return episode.tokens(config.orchestrator.max_new_tokens, sizes.image_pixels, per_token)
+    family = family_of(config.model.vlm)
+    return episode.tokens(config.orchestrator.max_new_tokens, family, sizes.image_bounds, per_token)
 
 
 def step_tokens(config: RunConfig, sizes: Sizes, episode: EpisodeEstimate) -> tuple[int, int]:

@@ -17,20 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmrl.config.model import Init, ModelConfig, TinyConfig
-from vlmrl.models.checkpoints.text_files import (
-    ATOMIC_TOKENS,
-    MAX_PIXELS,
-    MERGE_SIZE,
-    PATCH_SIZE,
-    SPECIAL_TOKENS,
-    TEMPORAL_PATCH_SIZE,
-)
-from vlmrl.models.checkpoints.tiny import MAX_PIXELS as TINY_MAX_PIXELS
-from vlmrl.models.checkpoints.tiny import VOCAB_MULTIPLE
-
-LEAST_PIXELS, RELEASED_LEAST_PIXELS = 32 * 32, 256 * 256
-"""An image of fewer is scaled up to it: by what is made here, and by the released checkpoints."""
+from vlmrl.config.model import Init, ModelConfig
+from vlmrl.models.checkpoints.tiny import largest_vocabulary
+from vlmrl.models.families import family_of
+from vlmrl.models.families.base import Family, ImageBounds
 
 
 @dataclass(frozen=True)
@@ -57,23 +47,17 @@ class Sizes:
     vision_parameters: int | None
     """Of these, the vision tower's."""
     text: TextSizes | None
-    image_pixels: tuple[int, int] | None
-    """Least and most pixels of an image: smaller ones are scaled up, larger ones down."""
-
-
-def image_bounds(config: ModelConfig) -> tuple[int, int] | None:
-    """Least and most pixels of an image, as far as the config says; None of another family than Qwen3-VL."""
-    if config.vlm is None or not config.vlm.family.startswith("qwen3_vl"):
-        return None
-    made_here = config.tiny is not None or config.init is Init.random
-    return (LEAST_PIXELS if made_here else RELEASED_LEAST_PIXELS, TINY_MAX_PIXELS if config.tiny else MAX_PIXELS)
+    image_bounds: ImageBounds | None
+    """Bounds of an image's area; None where they are not known."""
 
 
 def find_sizes(config: ModelConfig) -> Sizes:
     """The sizes of `config`; reads a folder's config.json, loads and downloads nothing."""
-    pixels = image_bounds(config)
-    if config.tiny is not None:
-        return from_numbers(tiny_numbers(config.tiny), "model.tiny", pixels)
+    family = family_of(config.vlm)
+    bounds = family.image_bounds(config)
+    if config.tiny is not None and family.recipe is not None:
+        numbers = family.tiny_config(config.tiny, largest_vocabulary(family.recipe, config.tiny))
+        return from_numbers(numbers, "model.tiny", family, bounds)
     size = config.size
     if size is not None and (config.init is Init.random or config.name == size.name):
         numbers = {
@@ -81,15 +65,15 @@ def find_sizes(config: ModelConfig) -> Sizes:
             "vision_config": size.vision,
             "tie_word_embeddings": size.tie_word_embeddings,
         }
-        return from_numbers(numbers, f"model.size of {size.name}", pixels)
+        return from_numbers(numbers, f"model.size of {size.name}", family, bounds)
     folder = _folder(config)
     if folder is None:
-        return Sizes(f"the name {config.name}", parameters_by_name(config.name), None, None, pixels)
+        return Sizes(f"the name {config.name}", parameters_by_name(config.name), None, None, bounds)
     numbers, preprocessor = (_read(folder / name) for name in ("config.json", "preprocessor_config.json"))
-    if pixels:
+    if bounds is not None:
         edges = preprocessor.get("size") or {}
-        pixels = (edges.get("shortest_edge", pixels[0]), edges.get("longest_edge", pixels[1]))
-    return from_numbers(numbers, str(folder / "config.json"), pixels)
+        bounds = ImageBounds(edges.get("shortest_edge", bounds.least), edges.get("longest_edge", bounds.most))
+    return from_numbers(numbers, str(folder / "config.json"), family, bounds)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -108,36 +92,14 @@ def _folder(config: ModelConfig) -> Path | None:
     return folder if folder is not None and (folder / "config.json").is_file() else None
 
 
-def tiny_numbers(tiny: TinyConfig) -> dict[str, Any]:
-    """`model.tiny` as a config.json has it. The vocabulary counts all merges that may be learned."""
-    tokens = 256 + tiny.bpe_merges + len(SPECIAL_TOKENS) + len(ATOMIC_TOKENS)
-    return {
-        "text_config": {
-            **{name: getattr(tiny, name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers")},
-            **{name: getattr(tiny, name) for name in ("num_attention_heads", "num_key_value_heads", "head_dim")},
-            "vocab_size": -(-tokens // VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
-        },
-        "vision_config": {
-            "depth": tiny.vision_depth,
-            "hidden_size": tiny.vision_hidden_size,
-            "intermediate_size": tiny.vision_intermediate_size,
-            "out_hidden_size": tiny.hidden_size,
-            "num_position_embeddings": 64,
-            "deepstack_visual_indexes": tiny.deepstack_visual_indexes,
-            "patch_size": PATCH_SIZE,
-            "spatial_merge_size": MERGE_SIZE,
-            "temporal_patch_size": TEMPORAL_PATCH_SIZE,
-        },
-        "tie_word_embeddings": True,
-    }
-
-
-def from_numbers(numbers: Mapping[str, Any], source: str, image_pixels: tuple[int, int] | None) -> Sizes:
+def from_numbers(numbers: Mapping[str, Any], source: str, family: Family, image_bounds: ImageBounds | None) -> Sizes:
     """From what a config.json says. Of a family that spells its numbers otherwise nothing is known."""
     text, vision = numbers.get("text_config", numbers), numbers.get("vision_config")
     tied = numbers.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
     try:
-        tower = _vision_parameters(vision) if vision is not None else 0
+        tower = family.vision_parameters(vision) if vision is not None else 0
+        if tower is None:
+            return Sizes(source, None, None, None, image_bounds)
         parameters = _text_parameters(text, tied=tied) + tower
         shape = TextSizes(
             layers=text["num_hidden_layers"],
@@ -151,8 +113,8 @@ def from_numbers(numbers: Mapping[str, Any], source: str, image_pixels: tuple[in
             vocabulary=text["vocab_size"],
         )
     except KeyError:
-        return Sizes(source, None, None, None, image_pixels)
-    return Sizes(source, parameters, tower, shape, image_pixels)
+        return Sizes(source, None, None, None, image_bounds)
+    return Sizes(source, parameters, tower, shape, image_bounds)
 
 
 def _head_dim(text: Mapping[str, Any]) -> int:
@@ -170,25 +132,6 @@ def _text_parameters(text: Mapping[str, Any], *, tied: bool) -> int:
         mlp = 3 * width * text["intermediate_size"]
     embedding = text["vocab_size"] * width
     return int(text["num_hidden_layers"] * (attention + mlp + 2 * width) + width + embedding * (1 if tied else 2))
-
-
-def _vision_parameters(vision: Mapping[str, Any]) -> int:
-    """Of Qwen3-VL's tower: patches, positions, blocks with biases, a merger for the output and each deepstack level."""
-    width, inner = vision["hidden_size"], vision["intermediate_size"]
-    merged = width * vision["spatial_merge_size"] ** 2
-    patch = 3 * vision["temporal_patch_size"] * vision["patch_size"] ** 2
-    block = 4 * (width * width + width) + 2 * width * inner + inner + width + 4 * width
-    merger = merged * merged + merged + merged * vision["out_hidden_size"] + vision["out_hidden_size"]
-    levels = len(vision["deepstack_visual_indexes"])
-    return int(
-        patch * width
-        + width
-        + vision["num_position_embeddings"] * width
-        + vision["depth"] * block
-        + merger
-        + 2 * width
-        + levels * (merger + 2 * merged)
-    )
 
 
 def parameters_by_name(name: str) -> int | None:

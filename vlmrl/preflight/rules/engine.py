@@ -9,6 +9,7 @@ from vlmrl.config.inference import VllmConfig
 from vlmrl.config.run import SCHEMAS, RunConfig
 from vlmrl.config.weight_sync import FolderSyncConfig
 from vlmrl.errors import ConfigError
+from vlmrl.models.families import family_of
 
 
 def kinds_are_chosen(config: RunConfig) -> None:
@@ -25,11 +26,11 @@ def kinds_are_chosen(config: RunConfig) -> None:
 def experts_are_served(config: RunConfig) -> None:
     """vLLM takes the experts of a mixture from a checkpoint in the hub's layout, which is the transpose of the one that
     the trainer holds and a weight sync sends."""
-    vlm = config.model.vlm
-    if config.inference.kind == "vllm" and vlm is not None and vlm.family.endswith("_moe"):
+    family = family_of(config.model.vlm)
+    if config.inference.kind == "vllm" and not family.vllm_takes_weights:
         raise ConfigError(
             f"inference=vllm requires a model without mixtures of experts, else the weights that model.vlm.family="
-            f"{vlm.family} publishes do not fit the server's: set inference=embedded, or model=qwen3vl"
+            f"{family.name} publishes do not fit the server's: set inference=embedded, or model=qwen3vl"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from vlmrl.config.model import Init
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import ConfigError
+from vlmrl.models.families import family_of
 
 
 def renderer_is_there(config: RunConfig) -> None:
@@ -62,7 +63,7 @@ def random_has_size(config: RunConfig) -> None:
             "model=qwen3vl or model=qwen3vl_moe, and a size with model/size=2b|4b|8b|30b_a3b"
         )
     moe = "num_experts" in model.size.text
-    if moe != model.vlm.family.endswith("_moe"):
+    if moe != family_of(model.vlm).has_experts:
         raise ConfigError(
             f"model/size of {model.size.name} requires another family than model.vlm.family={model.vlm.family}, else "
             f"its numbers build another model: set model={'qwen3vl_moe' if moe else 'qwen3vl'}"
@@ -90,7 +91,7 @@ def tiny_is_a_model(config: RunConfig) -> None:
     """A checkpoint that is built here is a Qwen3-VL whose sizes fit each other."""
     if config.model.tiny is None:
         return
-    if config.model.vlm is None or config.model.vlm.family != "qwen3_vl":
+    if not family_of(config.model.vlm).builds_tiny:
         raise ConfigError(
             "model.tiny requires model.vlm.family=qwen3_vl, else the Qwen3-VL that it builds is loaded as another "
             "model: drop the change to model.vlm, or load a checkpoint with model=qwen3vl model.name=…"

@@ -8,8 +8,8 @@ from vlmrl.config.import_paths import is_import_path
 from vlmrl.config.run import RunConfig
 from vlmrl.config.task import ColorCodewordConfig
 from vlmrl.errors import ConfigError
-from vlmrl.preflight.estimate.sizes import image_bounds
-from vlmrl.preflight.estimate.vision import IMAGE_FRAME, TURN_FRAME, vision_tokens
+from vlmrl.models.families import family_of
+from vlmrl.preflight.estimate.vision import TURN_FRAME
 
 
 def task_has_class(config: RunConfig) -> None:
@@ -23,14 +23,15 @@ def task_has_class(config: RunConfig) -> None:
 
 def squares_fill_patches(config: RunConfig) -> None:
     """color_codeword: a square is whole image tokens, and an answer fits in its completion."""
-    task, vlm = config.task, config.model.vlm
+    task, family = config.task, family_of(config.model.vlm)
     if not isinstance(task, ColorCodewordConfig):
         return
-    if vlm is not None and vlm.family == "qwen3_vl" and task.image_size % QWEN3_VL_TOKEN_PIXELS != 0:
+    side = family.token_pixels
+    if side is not None and task.image_size % side != 0:
         raise ConfigError(
-            f"task.image_size={task.image_size} requires a multiple of {QWEN3_VL_TOKEN_PIXELS}, else the processor "
-            f"of model.vlm.family=qwen3_vl rescales the squares (its tokens are {QWEN3_VL_TOKEN_PIXELS} pixels wide): "
-            f"set task.image_size={max(1, round(task.image_size / QWEN3_VL_TOKEN_PIXELS)) * QWEN3_VL_TOKEN_PIXELS}"
+            f"task.image_size={task.image_size} requires a multiple of {side}, else the processor "
+            f"of model.vlm.family={family.name} rescales the squares (its tokens are {side} pixels wide): "
+            f"set task.image_size={max(1, round(task.image_size / side)) * side}"
         )
     letters = task.max_turns * task.images_per_turn
     if config.orchestrator.max_new_tokens < letters + 1:
@@ -41,18 +42,15 @@ def squares_fill_patches(config: RunConfig) -> None:
         )
 
 
-QWEN3_VL_TOKEN_PIXELS = 32
-"""Pixels per side of one image token: patches of 16, merged 2 by 2."""
-
-
 def episode_has_room(config: RunConfig) -> None:
     """color_codeword: the last turn can be reached. Images alone, and one token for each answer."""
-    task, bounds = config.task, image_bounds(config.model)
+    task, family = config.task, family_of(config.model.vlm)
+    bounds = family.image_bounds(config.model)
     if not isinstance(task, ColorCodewordConfig) or bounds is None:
         return
-    image = vision_tokens(task.image_size, task.image_size, bounds)
+    image = family.image_tokens(task.image_size, task.image_size, bounds)
     images = task.max_turns * task.images_per_turn
-    least = images * (image + IMAGE_FRAME) + task.max_turns * (1 + TURN_FRAME)
+    least = images * (image + family.frame_tokens) + task.max_turns * (1 + TURN_FRAME)
     if least > config.trainer.seq_len:
         raise ConfigError(
             f"trainer.seq_len={config.trainer.seq_len} requires less than task.max_turns={task.max_turns} × "

@@ -24,7 +24,7 @@ from vlmrl.models.checkpoints.load import (
     resolve_checkpoint,
     resolve_device,
 )
-from vlmrl.models.checkpoints.text_files import ATOMIC_TOKENS, SPECIAL_TOKENS
+from vlmrl.models.families.qwen3_vl import ATOMIC_TOKENS, SPECIAL_TOKENS
 
 TEXTS = ("red A, green B",)
 QWEN3_VL = VLMConfig(family="qwen3_vl", renderers=["qwen3-vl"], positions="mrope", image_token="<|image_pad|>")

@@ -12,27 +12,29 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from vlmrl.config.model import ModelConfig, TinyConfig
+from vlmrl.config.model import ModelConfig, TinyConfig, VLMConfig
 from vlmrl.config.task import ColorCodewordConfig
 from vlmrl.errors import ConfigError
 from vlmrl.models.cache import MANIFEST
-from vlmrl.models.checkpoints.text_files import ATOMIC_TOKENS, SPECIAL_TOKENS, build_tokenizer
-from vlmrl.models.checkpoints.tiny import check_tiny, ensure_tiny_checkpoint, mrope_section
+from vlmrl.models.checkpoints.text_files import build_tokenizer
+from vlmrl.models.checkpoints.tiny import check_tiny, ensure_tiny_checkpoint
+from vlmrl.models.families.qwen3_vl import ATOMIC_TOKENS, RECIPE, SPECIAL_TOKENS, mrope_section
 from vlmrl.tasks.color_codeword import LETTERS, ColorCodeword
 
 TEXTS = ColorCodeword(ColorCodewordConfig(), seed=0).texts()
 
 PRINT_FOLDER = """
 import json, sys
-from vlmrl.config.model import ModelConfig, TinyConfig
+from vlmrl.config.model import ModelConfig, TinyConfig, VLMConfig
 from vlmrl.models.checkpoints.tiny import ensure_tiny_checkpoint
-print(ensure_tiny_checkpoint(ModelConfig(name="tiny", tiny=TinyConfig()), tuple(json.loads(sys.argv[1]))))
+config = ModelConfig(name="tiny", tiny=TinyConfig(), vlm=VLMConfig(family="qwen3_vl"))
+print(ensure_tiny_checkpoint(config, tuple(json.loads(sys.argv[1]))))
 assert sys.argv[2] == "may build" or "torch" not in sys.modules
 """
 
 
 def config(**sizes: Any) -> ModelConfig:
-    return ModelConfig(name="tiny", tiny=TinyConfig(**sizes))
+    return ModelConfig(name="tiny", tiny=TinyConfig(**sizes), vlm=VLMConfig(family="qwen3_vl"))
 
 
 def start(cache: Path, mode: str) -> subprocess.Popen[str]:
@@ -112,10 +114,10 @@ def test_every_size_and_the_texts_make_another_checkpoint(tmp_path: Path, monkey
 
 
 def test_special_tokens_are_qwens() -> None:
-    tokenizer = build_tokenizer(TEXTS, 128)
+    tokenizer = build_tokenizer(RECIPE, TEXTS, 128)
     added = tokenizer.get_added_tokens_decoder()
-    assert [added[id].content for id in sorted(added)] == SPECIAL_TOKENS + ATOMIC_TOKENS
-    assert [token.content for _, token in sorted(added.items()) if token.special] == SPECIAL_TOKENS
+    assert [added[id].content for id in sorted(added)] == [*SPECIAL_TOKENS, *ATOMIC_TOKENS]
+    assert [token.content for _, token in sorted(added.items()) if token.special] == list(SPECIAL_TOKENS)
     first = min(added)
     # In Qwen3-VL: <|endoftext|> 151643, <|im_end|> 151645, <|image_pad|> 151655, <tool_call> 151657, </think> 151668.
     for token, real_id in {
@@ -132,7 +134,7 @@ def tokens(tokenizer: Tokenizer, text: str) -> list[str]:
 
 
 def test_letters_are_single_tokens_and_runs_of_them_do_not_merge() -> None:
-    tokenizer = build_tokenizer(TEXTS, TinyConfig().bpe_merges)
+    tokenizer = build_tokenizer(RECIPE, TEXTS, TinyConfig().bpe_merges)
     for letter in LETTERS:
         assert tokens(tokenizer, letter) == [letter]
         assert tokens(tokenizer, f" {letter}") == [f" {letter}"]
@@ -142,7 +144,7 @@ def test_letters_are_single_tokens_and_runs_of_them_do_not_merge() -> None:
 
 
 def test_a_byte_level_tokenizer_knows_every_text() -> None:
-    tokenizer = build_tokenizer(TEXTS, 128)
+    tokenizer = build_tokenizer(RECIPE, TEXTS, 128)
     text = "naïve 漢字 \U0001f600\r\n\ttab"
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
 

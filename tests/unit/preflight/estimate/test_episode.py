@@ -16,13 +16,15 @@ from vlmrl.config.orchestrator import RendererConfig
 from vlmrl.config.run import RunConfig
 from vlmrl.config.task import ColorCodewordConfig
 from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer, resolve_checkpoint
+from vlmrl.models.families.base import ImageBounds
+from vlmrl.models.families.qwen3_vl import Qwen3VL
 from vlmrl.preflight.estimate.episode import EpisodeEstimate, play
-from vlmrl.preflight.estimate.vision import TINY_CHARACTERS_PER_TOKEN, vision_tokens
+from vlmrl.preflight.estimate.vision import TINY_CHARACTERS_PER_TOKEN
 from vlmrl.rendering.renderer import make_renderer
 from vlmrl.tasks.loading import load_task
 from vlmrl.types import Image, Message
 
-TINY_PIXELS = (32 * 32, 1024 * 1024)
+FAMILY, TINY_PIXELS = Qwen3VL(None), ImageBounds(32 * 32, 1024 * 1024)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def test_vision_tokens_are_the_processors(processor: Any, width: int, height: in
     if max(width, height) / min(width, height) > 100:
         return  # refused by the processor
     made = processor(images=[PILImage.new("RGB", (width, height))], return_tensors="np")
-    assert vision_tokens(width, height, TINY_PIXELS) == made["image_grid_thw"][0].prod() // 4
+    assert FAMILY.image_tokens(width, height, TINY_PIXELS) == made["image_grid_thw"][0].prod() // 4
 
 
 def test_an_episode_is_played_to_its_end() -> None:
@@ -58,7 +60,7 @@ def test_what_is_said_to_be_the_longest_is_longer_than_what_the_renderer_makes(
     conversation = task.demonstration(task.problem("train", 0), random_answers=False, seed=0)
     prompt, mask = renderer.render_conversation(conversation)
     real = len(prompt.token_ids)
-    assert real <= episode.tokens(int(mask.sum()), TINY_PIXELS, TINY_CHARACTERS_PER_TOKEN) <= 2 * real
+    assert real <= episode.tokens(int(mask.sum()), FAMILY, TINY_PIXELS, TINY_CHARACTERS_PER_TOKEN) <= 2 * real
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ import pytest
 
 from support import helpers
 from vlmrl.config.model import ModelConfig
+from vlmrl.models.families.base import ImageBounds
 from vlmrl.preflight.estimate.sizes import find_sizes
 
-TINY_PIXELS = (32 * 32, 1024 * 1024)
-QWEN3_VL_PIXELS = (256 * 256, 4096 * 4096)
+TINY_PIXELS = ImageBounds(32 * 32, 1024 * 1024)
+QWEN3_VL_PIXELS = ImageBounds(256 * 256, 4096 * 4096)
 
 
 def test_the_parameters_of_the_tiny_model_are_counted_exactly(tiny_model: Callable[[], Any], tiny_folder: Path) -> None:
@@ -24,7 +25,7 @@ def test_the_parameters_of_the_tiny_model_are_counted_exactly(tiny_model: Callab
     assert found.vision_parameters == sum(p.numel() for p in model.base_model.visual.parameters())
     assert found.text is not None
     assert found.text.vocabulary == model.get_input_embeddings().num_embeddings
-    assert found.image_pixels == TINY_PIXELS
+    assert found.image_bounds == TINY_PIXELS
     assert found.source == str(tiny_folder / "config.json")
 
 
@@ -77,4 +78,4 @@ def test_of_an_unknown_or_corrupt_config_nothing_is_known(content: str, tmp_path
 def test_a_name_says_how_many(monkeypatch: pytest.MonkeyPatch, run_config: Callable[..., Any]) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     found = find_sizes(run_config("model=qwen3vl", "model.name=nobody/has-this-7B").model)
-    assert (found.parameters, found.text, found.image_pixels) == (7_000_000_000, None, QWEN3_VL_PIXELS)
+    assert (found.parameters, found.text, found.image_bounds) == (7_000_000_000, None, QWEN3_VL_PIXELS)

@@ -31,9 +31,9 @@ from vlmrl.inference.embedded.engine import EmbeddedEngine
 from vlmrl.inference.vllm.client import VllmClient
 from vlmrl.inference.vllm.server import vllm_version
 from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer, resolve_checkpoint
+from vlmrl.models.families.positions import position_function
 from vlmrl.models.features import ImageFeatures
 from vlmrl.models.policy import Policy
-from vlmrl.models.positions import position_function
 from vlmrl.monitor.monitor import Monitor
 from vlmrl.record.run_dir import RunDir
 from vlmrl.rendering.renderer import make_renderer

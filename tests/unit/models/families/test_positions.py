@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 
 from vlmrl.errors import ConfigError
-from vlmrl.models.positions import POSITIONS, position_function
+from vlmrl.models.families.positions import POSITIONS, position_function
 from vlmrl.types import ImageItem, IntArray, Placeholder, mm_token_type_ids
 
 MERGE = 2

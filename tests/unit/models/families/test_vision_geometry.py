@@ -10,7 +10,7 @@ import torch
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
-from vlmrl.models.vision_geometry import SIZES, tower_arguments
+from vlmrl.models.families.vision_geometry import SIZES, tower_arguments
 
 CPU = torch.device("cpu")
 GRID = torch.tensor([[1, 4, 6], [1, 2, 2], [2, 6, 4]])

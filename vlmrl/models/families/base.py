@@ -1,0 +1,123 @@
+"""The neutral family: what holds for a model of which nothing special is known. Families override parts of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vlmrl.config.model import Init, ModelConfig, TinyConfig, VLMConfig
+from vlmrl.models.families.positions import PositionFunction, position_function
+
+
+@dataclass(frozen=True)
+class ImageBounds:
+    """Bounds of an image's area in pixels: the image processor scales smaller images up and larger ones down."""
+
+    least: int
+    most: int
+
+
+@dataclass(frozen=True)
+class CheckpointRecipe:
+    """How the files of a checkpoint of this family are made here, without a download (checkpoints/text_files.py)."""
+
+    architecture: str
+    """Name of the model's class in transformers."""
+    special_tokens: tuple[str, ...]
+    """Tokens that `skip_special_tokens` removes from a text, in the order of their ids."""
+    atomic_tokens: tuple[str, ...]
+    """Tokens after them that are never split either, but count as text."""
+    end_of_text: str
+    """The special token that ends a document; also the padding."""
+    end_of_turn: str
+    """The special token that ends a message."""
+    config_tokens: Mapping[str, str]
+    """Key of config.json that holds a token id → the token."""
+    tokenizer_class: str
+    pre_tokenizer_regex: str
+    chat_words: tuple[str, ...]
+    """Texts that the chat template writes itself; the BPE merges are also trained on them."""
+    chat_template: str
+    """In Jinja."""
+    preprocessor_config: Mapping[str, Any]
+    """preprocessor_config.json without `size`, which holds the bounds of an image."""
+    made_here: ImageBounds
+    """Bounds that the image processor of a checkpoint with `model.init=random` has."""
+    tiny: ImageBounds | None
+    """Bounds that the image processor of a checkpoint of `model.tiny` has. None: no tiny checkpoint can be built."""
+
+
+class Family:
+    """A model family, or a text-only model where `vlm` is None."""
+
+    has_experts: bool = False
+    """Whether the MLPs are mixtures of experts."""
+    vllm_takes_weights: bool = True
+    """Whether a running vLLM server accepts this family's weights under the names and shapes that the trainer holds."""
+    token_pixels: int | None = None
+    """Pixels per side of the square that one image token covers. None where a token does not cover a fixed area."""
+    frame_tokens: int = 2
+    """Tokens that enclose an image's placeholder tokens."""
+    processed_bytes_per_pixel: int = 12
+    """Bytes of `mm_kwargs` per pixel of an image: float32 in 3 channels, times what the processor repeats."""
+    released_bounds: ImageBounds | None = None
+    """Bounds of an image in the checkpoints that the family's authors released. None where they are not known."""
+    recipe: CheckpointRecipe | None = None
+    """None: no checkpoint of this family can be made here (`model.tiny`, `model.init=random`)."""
+
+    def __init__(self, vlm: VLMConfig | None) -> None:
+        self.vlm = vlm
+
+    @property
+    def name(self) -> str:
+        """The `model_type` of config.json; empty for a text-only model."""
+        return self.vlm.family if self.vlm is not None else ""
+
+    @property
+    def flat_mm_kwargs(self) -> tuple[str, ...]:
+        """Names of the `mm_kwargs` whose rows are not images; vLLM must be told."""
+        return tuple(self.vlm.flat_mm_kwargs) if self.vlm is not None else ()
+
+    @property
+    def builds_tiny(self) -> bool:
+        """Whether `model.tiny` can build a checkpoint of this family."""
+        return self.recipe is not None and self.recipe.tiny is not None
+
+    def position_function(self, model_config: Any) -> PositionFunction:
+        """The function of `model.vlm.positions`; `model_config` is the loaded model's own `config`."""
+        if self.vlm is None:
+            return position_function("sequential")
+        return position_function(self.vlm.positions, model_config.vision_config.spatial_merge_size)
+
+    def placeholder_tokens(self, mm_kwargs: Mapping[str, np.ndarray], image_processor: Any) -> int:
+        """Placeholder tokens of one image, from the processor's output: `image_grid_thw` counts patches, of which
+        `merge_size`² become a token."""
+        return int(mm_kwargs["image_grid_thw"].prod()) // int(image_processor.merge_size) ** 2
+
+    def image_bounds(self, model: ModelConfig) -> ImageBounds | None:
+        """Bounds of an image, as far as the configuration tells; None where they are not known."""
+        if self.recipe is None:
+            return self.released_bounds
+        if model.tiny is not None:
+            return self.recipe.tiny
+        return self.recipe.made_here if model.init is Init.random else self.released_bounds
+
+    def image_tokens(self, width: int, height: int, bounds: ImageBounds) -> int:
+        """Placeholder tokens of an image of width × height pixels. Only for a family that knows its `token_pixels`."""
+        raise NotImplementedError(f"model.vlm.family={self.name} has no formula for the tokens of an image")
+
+    def vision_parameters(self, vision: Mapping[str, Any]) -> int | None:
+        """Parameters of the vision tower of a `vision_config`; None where there is no formula. Raises `KeyError` where
+        a number that the formula needs is missing."""
+        return None
+
+    def tiny_config(self, tiny: TinyConfig, vocab_size: int) -> dict[str, Any]:
+        """`text_config`, `vision_config` and `tie_word_embeddings` of the checkpoint that `tiny` describes."""
+        raise NotImplementedError(f"model.vlm.family={self.name} cannot build a tiny checkpoint")
+
+    def tiny_problem(self, tiny: TinyConfig) -> str | None:
+        """What keeps the sizes of `model.tiny` from being a model, beginning with a key; None where they are one."""
+        return None
