@@ -1,9 +1,9 @@
-"""Every record on the data path, in the order in which the path makes them.
+"""The records of the data path, in the order in which they are made.
 
     Problem ─▶ Message ─▶ Prompt ─▶ Completion ─▶ Turn ─▶ Rollout ─▶ Group ─▶ TrainingSample ─▶ StepResult
 
-This module knows nobody: numpy and the standard library only. Arrays state shape, dtype and off-value.
-Letters: L tokens of a sample, P tokens of a prompt, C tokens of a completion, H × W pixels.
+This module imports only numpy and the standard library. Every array field states its shape, its dtype and its value
+where it does not apply. Letters: L tokens of a sample, P tokens of a prompt, C tokens of a completion, H × W pixels.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Text:
 
 @dataclass(frozen=True, eq=False)
 class Image:
-    """An image part of a message, as a task hands it in: not decoded, not hashed yet.
+    """An image part of a message as the task supplies it, before it is decoded and hashed.
 
-    `source` is a `PIL.Image.Image`, a uint8 array [H, W, 3], encoded bytes (PNG, JPEG, …) or a path to a file.
+    `source` is a `PIL.Image.Image`, a uint8 array [H, W, 3], encoded bytes (PNG, JPEG, …) or the path of a file.
     """
 
     source: Any
@@ -55,7 +55,7 @@ class Message:
 
     @staticmethod
     def of(role: Literal["system", "user", "assistant", "tool"], *parts: Part | str) -> Message:
-        """`Message.of("user", "Which colour? ", Image(pil))`: strings become `Text`."""
+        """Make a message from texts and images: `Message.of("user", "Which colour? ", Image(pil))`."""
         return Message(role, tuple(Text(part) if isinstance(part, str) else part for part in parts))
 
 
@@ -64,22 +64,22 @@ class Message:
 
 @dataclass(frozen=True, eq=False)
 class ImageItem:
-    """One distinct image, decoded and processed once. Interned: one object per `hash` and process."""
+    """One distinct image, decoded and processed once. There is one object per `hash` and process."""
 
     hash: str
-    """Hex, 32 characters: SHA-256 of the RGB bytes and the size."""
+    """SHA-256 of the RGB bytes and the size; the first 32 hex characters."""
     pixels: NDArray[np.uint8]
-    """uint8 [H, W, 3], RGB, as decoded; what images/<hash>.png shows."""
+    """uint8 [H, W, 3]; RGB as decoded, the content of images/<hash>.png."""
     mm_kwargs: dict[str, np.ndarray]
-    """The processor's output under the model's forward names, batched along dim 0:
-    `pixel_values` float32 [patches, patch_dim], `image_grid_thw` int64 [1, 3] for Qwen-VL."""
+    """The processor's outputs by the names of the model's forward arguments, batched along dim 0:
+    `pixel_values` float32 [patches, patch_dim] and `image_grid_thw` int64 [1, 3] for Qwen-VL."""
     num_tokens: int
-    """Placeholder tokens that the image takes: grid.prod() / merge² for Qwen-VL."""
+    """Number of placeholder tokens of the image; grid.prod() / merge² for Qwen-VL."""
 
 
 @dataclass(frozen=True)
 class Placeholder:
-    """The run of image tokens of one image: `token_ids[offset : offset + length]`."""
+    """The run of image tokens that stands for one image: `token_ids[offset : offset + length]`."""
 
     offset: int
     length: int
@@ -88,11 +88,11 @@ class Placeholder:
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """What the renderer made of a conversation; goes as it is to the engine and to the trainer.
+    """A rendered conversation. Engine and trainer receive the same object, unchanged.
 
     Contract, asserted by `check_placeholders`: `placeholders[i]` belongs to `images[i]`, its length is
-    `images[i].num_tokens`, runs do not overlap and stand in ascending order. The same image shown twice is two
-    placeholders and the same `ImageItem` twice.
+    `images[i].num_tokens`, and runs are in ascending order without overlap. An image that is shown twice has two
+    placeholders, and its `ImageItem` is listed twice.
     """
 
     token_ids: IntArray
@@ -102,11 +102,11 @@ class Prompt:
 
 
 class ContractError(AssertionError):
-    """Tokens and pixels disagree: a placeholder run without its image, or the other way round."""
+    """Placeholder tokens and images do not match."""
 
 
 def check_placeholders(length: int, placeholders: tuple[Placeholder, ...], images: tuple[ImageItem, ...]) -> None:
-    """Assert the contract of `Prompt` on a sequence of `length` tokens. Raises `ContractError`.
+    """Check the contract of `Prompt` for a sequence of `length` tokens. Raises `ContractError`.
 
     >>> check_placeholders(9, (Placeholder(5, 1, "ab"),), ())
     Traceback (most recent call last):
@@ -117,7 +117,9 @@ def check_placeholders(length: int, placeholders: tuple[Placeholder, ...], image
     end = 0
     for placeholder, image in zip(placeholders, images, strict=True):
         if placeholder.hash != image.hash:
-            raise ContractError(f"placeholder at {placeholder.offset} is of image {placeholder.hash}, not {image.hash}")
+            raise ContractError(
+                f"placeholder at {placeholder.offset} belongs to image {placeholder.hash}, not to {image.hash}"
+            )
         if placeholder.length != image.num_tokens:
             raise ContractError(
                 f"placeholder at {placeholder.offset} has {placeholder.length} tokens, "
@@ -125,13 +127,13 @@ def check_placeholders(length: int, placeholders: tuple[Placeholder, ...], image
             )
         if placeholder.offset < end or placeholder.offset + placeholder.length > length:
             raise ContractError(
-                f"placeholder at {placeholder.offset}+{placeholder.length} overlaps or leaves [0, {length})"
+                f"placeholder at {placeholder.offset}+{placeholder.length} overlaps another or leaves [0, {length})"
             )
         end = placeholder.offset + placeholder.length
 
 
 def mm_token_type_ids(length: int, placeholders: tuple[Placeholder, ...]) -> IntArray:
-    """int64 [length]; 1 on placeholder runs, 0 elsewhere. From the runs, never from token ids.
+    """int64 [length]; 1 on placeholder runs, 0 elsewhere. Derived from the runs, never from token ids.
 
     >>> mm_token_type_ids(5, (Placeholder(1, 2, "ab"),)).tolist()
     [0, 1, 1, 0, 0]
@@ -147,36 +149,37 @@ def mm_token_type_ids(length: int, placeholders: tuple[Placeholder, ...]) -> Int
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to sample one completion. `temperature=0.0` is greedy."""
+    """How to sample one completion. `temperature=0.0` is greedy decoding."""
 
     max_new_tokens: int
     temperature: float
     stop_token_ids: tuple[int, ...]
-    """Sampling one of these ends the completion; the token is part of it."""
+    """Sampling one of these tokens ends the completion; the token is part of the completion."""
     banned_token_ids: tuple[int, ...]
-    """Logit −inf at every position, here and in the trainer, so that both know the same distribution."""
+    """Their logits are −inf at every position, in the engine and in the trainer, so that both compute the same
+    distribution."""
     seed: int
-    """Below 2**63; the same seed, prompt and weights give the same completion whatever else is in the batch."""
+    """In [0, 2**63). Same seed, prompt and weights give the same completion, whatever else is in the batch."""
 
 
 @dataclass(frozen=True, eq=False)
 class Completion:
-    """What the engine sampled for one prompt. C ≥ 1."""
+    """The tokens that the engine sampled for one prompt. C ≥ 1."""
 
     token_ids: IntArray
-    """int64 [C]; ends with a stop token iff `finish_reason` is "stop"."""
+    """int64 [C]; the last one is a stop token exactly when `finish_reason` is "stop"."""
     logprobs: FloatArray
-    """float32 [C]; natural log of the probability under the distribution that was sampled from."""
+    """float32 [C]; natural log of each token's probability under the distribution that it was sampled from."""
     versions: IntArray
-    """int64 [C]; policy version that sampled each token."""
+    """int64 [C]; the policy version that sampled each token."""
     finish_reason: Literal["stop", "length"]
 
 
 class EngineSession(Protocol):
-    """One rollout's hold on the engine: its turns stay together (prefix cache, replica)."""
+    """One rollout's session with the engine. Its turns go to the same replica and share its prefix cache."""
 
     async def generate(self, prompt: Prompt, sampling: SamplingParams) -> Completion:
-        """Sample one completion. Raises `EngineError` when the engine answered with an error for this request."""
+        """Sample one completion. Raises `EngineError` when the engine reports an error for this request."""
         ...
 
     async def __aenter__(self) -> EngineSession: ...
@@ -185,18 +188,19 @@ class EngineSession(Protocol):
 
 
 class InferenceEngine(Protocol):
-    """The sampler, as the orchestrator knows it."""
+    """The interface of the sampler."""
 
     async def start(self) -> None:
-        """Bring the engine up; returns when it can answer."""
+        """Start the engine; returns when it can serve requests."""
         ...
 
     async def stop(self) -> None:
-        """Leave nothing running. May be called twice."""
+        """Stop the engine and every process that it started. May be called twice."""
         ...
 
     def session(self, rollout_id: str) -> EngineSession:
-        """Open a rollout's session. An engine may batch until every open session has asked or closed."""
+        """Open the session of a rollout. An engine may wait with a batch until every open session has sent a request
+        or closed."""
         ...
 
     def metrics(self) -> dict[str, float]:
@@ -206,30 +210,30 @@ class InferenceEngine(Protocol):
 
 @dataclass(frozen=True)
 class WeightComparison:
-    """The engine's weights against the trainer's."""
+    """Result of comparing the engine's weights with the trainer's."""
 
     compared: int
-    """Weights of the engine that were compared; those of several servers all count."""
+    """Number of weights of the engine that were compared, summed over its servers."""
     differing: tuple[str, ...]
-    """Names of those whose values are others."""
+    """Names of the weights whose values differ."""
     unmatched: tuple[str, ...]
-    """Names that only one of the two knows."""
+    """Names that only one of the two has."""
 
 
 class WeightSync(Protocol):
-    """Publishes a policy version to the engine."""
+    """The interface that publishes policy versions to the engine."""
 
     async def publish(self, version: int) -> None:
-        """After this returns, every new token is sampled by `version`."""
+        """Send the weights of `version`. After this returns, every new token is sampled by `version`."""
         ...
 
     async def compare(self) -> WeightComparison:
-        """Every weight in the engine against the trainer's, by SHA-256. Reads all of them: for finding out whether a
-        set-up works. To be called after a `publish`, while nothing trains."""
+        """Compare every weight of the engine with the trainer's by SHA-256. This reads all weights, so only mode=doctor
+        does it. Call it after a `publish`, while no step is trained."""
         ...
 
     def close(self) -> None:
-        """Leave nothing behind. May be called twice."""
+        """Release all resources and temporary files. May be called twice."""
         ...
 
 
@@ -237,26 +241,26 @@ class WeightSync(Protocol):
 
 
 class StopReason(StrEnum):
-    """Why a rollout ended. The first is `terminated`, the next three `truncated`, the rest are faults."""
+    """Why a rollout ended: terminated (the first), truncated (the next three) or a fault (the rest)."""
 
     TERMINATED = "terminated"
-    """The task said done."""
+    """The task ended the episode."""
     MAX_TURNS = "max_turns"
-    """The turn budget is spent before the task said done."""
+    """The turn budget was used up before the task ended the episode."""
     MAX_NEW_TOKENS = "max_new_tokens"
-    """A completion ran into its token budget; there is no next turn after it."""
+    """A completion reached its token budget; it is the last turn."""
     CONTEXT_FULL = "context_full"
-    """The next prompt (or prompt + completion) would not fit in the context; turns before it are kept."""
+    """The next prompt (or prompt and completion) does not fit in the context; earlier turns are kept."""
     IMAGE_ERROR = "image_error"
-    """An image that cannot be decoded or processed."""
+    """An image cannot be decoded or processed."""
     TASK_ERROR = "task_error"
     """The task's code raised."""
     BAD_REWARD = "bad_reward"
-    """The task returned a reward that is NaN, infinite or no number."""
+    """The task returned a reward that is NaN, infinite or not a number."""
     ENGINE_ERROR = "engine_error"
-    """The engine answered this rollout's request with an error."""
+    """The engine reported an error for a request of this rollout."""
     CONTRACT = "contract"
-    """Tokens and pixels disagree on the way (`ContractError`)."""
+    """Placeholder tokens and images do not match (`ContractError`)."""
 
     @property
     def is_truncated(self) -> bool:
@@ -268,67 +272,70 @@ class StopReason(StrEnum):
 
 
 class DropReason(StrEnum):
-    """Why a rollout was not learned from. Each is counted as `rollouts/dropped/<value>`."""
+    """Why a rollout is excluded from training. Each reason is counted as `rollouts/dropped/<value>`."""
 
     FAULT = "fault"
     """Its `stop_reason` is a fault."""
     EMPTY = "empty"
-    """Nothing was sampled (the first prompt did not fit, say)."""
+    """Nothing was sampled, for example because the first prompt did not fit in the context."""
     STRAY_IMAGE_TOKEN = "stray_image_token"
-    """The policy sampled an image token: placeholders and features would disagree in the forward pass."""
+    """The policy sampled an image token, so placeholders and features would not match in the forward pass."""
     STALE = "stale"
-    """A token is older than `orchestrator.max_staleness`."""
+    """A token was sampled by weights that are more than `orchestrator.max_staleness` steps behind."""
     GIBBERISH = "gibberish"
-    """A rare token that was very unlikely. This and the next two only where `algorithm.filters` says `drop`."""
+    """It contains a rare, very unlikely token. This reason and the next two need `algorithm.filters.<name>=drop`."""
     REPETITION = "repetition"
-    """A long row of tokens that were all but certain."""
+    """It contains a long run of tokens with a probability of nearly 1."""
     ZERO_ADVANTAGE = "zero_advantage"
-    """Every advantage of the group is zero: no gradient."""
+    """Every advantage of its group is zero, so there is no gradient."""
 
 
 @dataclass(eq=False)
 class Turn:
-    """prompt + completion + reply."""
+    """One exchange of an episode: prompt, completion, and the task's reward for it."""
 
     prompt: Prompt
     completion: Completion
     text: str
-    """The completion's text without special tokens; what the task scored."""
+    """The completion's text without special tokens; the task scored this text."""
     messages: list[Message]
-    """What was new in this turn's prompt: the first turn's system and user messages, later the env's reply."""
+    """The messages that are new in this turn's prompt: system and user messages in the first turn, the env's reply in
+    later ones."""
     branch: int
     """0-based; grows by one where the prompt could not extend the turn before it (bridge break)."""
     reward: float
-    """This turn's own reward, in [0, 1] by custom; 0.0 where the task scores only the episode, and where the
-    completion was cut."""
+    """This turn's own reward, usually in [0, 1]; 0.0 where the task scores only the whole episode, and where the
+    completion was truncated."""
     advantage: float = 0.0
-    """Filled by advantages.py; float per turn, broadcast over the completion's tokens."""
+    """Filled by advantages.py; one float per turn, broadcast over the completion's tokens."""
     learned: TokenMetrics | None = None
-    """Filled by samples.py after the step: the trainer's view of the completion, C tokens. None where nothing was
-    learned from it."""
+    """Filled by samples.py after the step: the trainer's logprobs and entropies of the C tokens of the completion. None
+    where the turn was not trained on."""
 
 
 @dataclass(eq=False)
 class Rollout:
-    """One episode, finished or not. Also the record of what went wrong with it."""
+    """One episode, complete or not, with the reason why it ended."""
 
     rollout_id: str
-    """`train/000012/03/07`: split, step, group in step, index in group. Greedy ones are `eval-greedy/…`."""
+    """`train/000012/03/07`: split, step, group in the step, index in the group. Greedy ones are `eval-greedy/…`."""
     problem_id: str
     index: int
-    """0-based place in its group."""
+    """0-based index in its group."""
     turns: list[Turn]
     reward: float
     """The episode's reward; 0.0 for a fault."""
     metrics: dict[str, float]
-    """The task's own figures, e.g. `share_correct`; averaged over rollouts as `task/<key>`."""
+    """The task's own metrics, e.g. `share_correct`; averaged over rollouts as `task/<key>`."""
     stop_reason: StopReason
     error: str | None = None
-    """What the exception said, for faults."""
+    """The exception's message, for faults."""
     dropped: DropReason | None = None
+    """Why it is excluded from training; None where it is trained on."""
     seconds: float = 0.0
+    """Wall-clock seconds from start to end, including waiting."""
     filtered: tuple[DropReason, ...] = ()
-    """What the filters that are on say about it, whether they drop it or not (orchestrator/filters.py)."""
+    """The enabled filters that match it, whether they drop or only track (orchestrator/filters.py)."""
 
     @property
     def num_branches(self) -> int:
@@ -348,21 +355,21 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class TrainingSample:
-    """One branch of a rollout, flat; arrays of length L aligned by token."""
+    """One branch of a rollout as flat arrays of length L, aligned by token."""
 
     rollout_id: str
     token_ids: IntArray
-    """int64 [L]; the branch's last prompt plus its last completion."""
+    """int64 [L]; the branch's last prompt followed by its last completion."""
     mm_token_type_ids: IntArray
-    """int64 [L]; 0 text, 1 image; from placeholders."""
+    """int64 [L]; 0 text, 1 image; derived from the placeholders."""
     loss_mask: BoolArray
-    """bool [L]; True on tokens sampled by this policy in this branch, never on environment tokens."""
+    """bool [L]; True on tokens that this policy sampled in this branch, never on environment tokens."""
     advantages: FloatArray
     """float32 [L]; 0.0 where loss_mask is False."""
     inference_logprobs: FloatArray
-    """float32 [L]; natural log; 0.0 where loss_mask is False."""
+    """float32 [L]; natural log of the sampling probability; 0.0 where loss_mask is False."""
     versions: IntArray
-    """int64 [L]; policy version; -1 where loss_mask is False."""
+    """int64 [L]; policy version that sampled the token; -1 where loss_mask is False."""
     placeholders: tuple[Placeholder, ...]
     images: tuple[ImageItem, ...]
 
@@ -380,28 +387,29 @@ class TrainingSample:
 
 @dataclass(frozen=True, eq=False)
 class TokenMetrics:
-    """What the trainer found at N loss tokens, before the step changed the weights."""
+    """The trainer's metrics of N loss tokens, computed with the weights before the step."""
 
     trainer_logprobs: FloatArray
-    """float32 [N]; natural log of the probability of the token, under the distribution that was sampled from."""
+    """float32 [N]; natural log of the token's probability under the trainer's distribution, with the temperature and
+    the banned tokens of sampling applied."""
     entropies: FloatArray
-    """float32 [N]; of that distribution, in nats."""
+    """float32 [N]; entropy of that distribution, in nats."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step, as the orchestrator sees it."""
+    """The result of one optimizer step."""
 
     version: int
     """Policy version after the step."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """`loss`, `grad_norm`, `entropy`, `mismatch_kl/mean`, … (DESIGN.md's keys)."""
+    """`loss`, `grad_norm`, `entropy`, `mismatch_kl/mean`, …; record/metrics.py explains each key."""
     tokens: Sequence[TokenMetrics] = field(default=(), compare=False)
-    """Of the loss tokens of each sample, in the order of the samples and of their tokens."""
+    """One per sample, in the order of the samples; its arrays are in the order of the sample's loss tokens."""
 
 
 class Trainer(Protocol):
-    """The learner, as the orchestrator knows it."""
+    """The interface of the trainer."""
 
     @property
     def version(self) -> int:
@@ -409,19 +417,20 @@ class Trainer(Protocol):
         ...
 
     def train_step(self, samples: list[TrainingSample], demonstrations: Sequence[TrainingSample] = ()) -> StepResult:
-        """One optimizer step on `samples`, and on supervised `demonstrations` at their weight.
+        """Take one optimizer step on `samples` and on supervised `demonstrations`, at `trainer.warmup.rl_weight`.
 
-        Raises `NonFiniteLossError` before the weights are touched.
+        Raises `NonFiniteLossError` before the weights change.
         """
         ...
 
     def logprobs(self, samples: Sequence[TrainingSample]) -> list[FloatArray]:
-        """Natural log of the probability of each sample's loss tokens under the weights as they are, float32
-        [its loss tokens]. Learns nothing."""
+        """For each sample, float32 [loss tokens]: natural log of the probability of its loss tokens under the current
+        weights. Does not change the weights."""
         ...
 
     def save(self, folder: str) -> Future[None]:
-        """Copy model, optimizer and random state, and begin to write them into `folder`; the future ends with that."""
+        """Copy model, optimizer and random state, then write them into `folder` in the background. The future completes
+        when they are written."""
         ...
 
     def load(self, folder: str) -> None:

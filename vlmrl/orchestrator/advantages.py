@@ -1,9 +1,9 @@
-"""Rewards of a group → one advantage per turn, and which rollouts are not learned from.
+"""Compute one advantage per turn from the rewards of a group, and decide which rollouts are dropped.
 
     group ─▶ assign_advantages: turn.advantage ─▶ filters.py: rollout.filtered ─▶ mark_dropped: rollout.dropped
 
-Letters: G siblings. A rollout counts as a sibling when it was played: no fault, and at least one turn. One that is
-dropped for what it sampled (a stray image token, staleness) was played and rewarded, so it counts all the same.
+Letters: G siblings. A rollout counts as a sibling if it is not a fault and has at least one turn. A rollout that is
+dropped for what it sampled (a stray image token, staleness) was played and rewarded, so it still counts.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ from vlmrl.orchestrator.filters import filters_in
 from vlmrl.types import DropReason, FloatArray, Group, Rollout
 
 Estimator: TypeAlias = Callable[[FloatArray], FloatArray]
-"""float32 [G] rewards → float32 [G] advantages. Sums to zero; exactly 0.0 where G < 2 or all rewards are equal."""
+"""float32 [G] rewards → float32 [G] advantages. They sum to zero and are exactly 0.0 where G < 2 or all rewards are
+equal."""
 
 EPS = 1e-6
-"""Added to the standard deviation, in the rewards' unit; keeps rewards that differ by rounding from being blown up."""
+"""Added to the standard deviation, in units of the reward, so that rewards which differ only by rounding do not get
+large advantages."""
 
 
 def group_normalized(rewards: FloatArray) -> FloatArray:
-    """(r − mean) / (std + 1e-6), std over the group itself, not an estimate beyond it (GRPO, arXiv 2402.03300, 4.1.2).
+    """(r − mean) / (std + 1e-6), with the population std of the group (GRPO, arXiv 2402.03300, section 4.1.2).
 
     >>> group_normalized(np.array([1, 0, 0, 1], np.float32)).round(3).tolist()
     [1.0, -1.0, -1.0, 1.0]
@@ -42,7 +44,7 @@ def group_normalized(rewards: FloatArray) -> FloatArray:
 
 
 def group_centered(rewards: FloatArray) -> FloatArray:
-    """r − mean (Dr. GRPO, arXiv 2503.20783, 3.2): hard and easy problems weigh as much as their rewards differ.
+    """r − mean (Dr. GRPO, arXiv 2503.20783, section 3.2): a problem weighs as much as its rewards differ.
 
     >>> group_centered(np.array([1, 0, 0, 1], np.float32)).tolist()
     [0.5, -0.5, -0.5, 0.5]
@@ -51,7 +53,7 @@ def group_centered(rewards: FloatArray) -> FloatArray:
 
 
 def leave_one_out(rewards: FloatArray) -> FloatArray:
-    """r minus the mean of the *other* rewards, which is (r − mean) · G / (G − 1) (RLOO, arXiv 2402.14740).
+    """r minus the mean of the other rewards, which equals (r − mean) · G / (G − 1) (RLOO, arXiv 2402.14740).
 
     >>> leave_one_out(np.array([1, 0, 0], np.float32)).tolist()
     [1.0, -0.5, -0.5]
@@ -68,10 +70,10 @@ ESTIMATORS: dict[str, Estimator] = {
 
 @functools.cache
 def estimator_named(name: str) -> Estimator:
-    """What `algorithm.advantage` names: one of `ESTIMATORS`, or a function of the user's own, imported.
+    """The function that `algorithm.advantage` names: one of `ESTIMATORS`, or a user's function, imported.
 
-    Raises `ConfigError` where there is none, or it cannot be called as an `Estimator`; the function itself does where
-    what it returns is not one finite number per reward.
+    Raises `ConfigError` where the function does not exist or cannot be called as an `Estimator`. A user's function is
+    wrapped so that it raises `ConfigError` unless it returns one finite number per reward.
     """
     if name in ESTIMATORS:
         return ESTIMATORS[name]
@@ -82,8 +84,8 @@ def estimator_named(name: str) -> Estimator:
         advantages = np.asarray(function(rewards), np.float32)
         if advantages.shape != rewards.shape or not np.isfinite(advantages).all():
             raise ConfigError(
-                f"algorithm.advantage={name} made {advantages.tolist()} of the rewards {rewards.tolist()}, so turns "
-                "would have no advantage: return one finite number per reward"
+                f"algorithm.advantage={name} returned {advantages.tolist()} for the rewards {rewards.tolist()}, so "
+                "some turns would have no valid advantage: return one finite number per reward"
             )
         return advantages
 
@@ -93,8 +95,8 @@ def estimator_named(name: str) -> Estimator:
 def assign_advantages(group: Group, config: AlgorithmConfig) -> None:
     """Fill `turn.advantage` of every rollout, in place.
 
-    `credit=episode`: every turn of a rollout gets the advantage of its episode's reward. `credit=turn`: turn t gets
-    that of its own reward against turn t of the siblings that have one. Faults get 0.0.
+    `credit=episode`: all turns of a rollout get the advantage of the episode's reward. `credit=turn`: turn t gets the
+    advantage of its own reward among the t-th turns of the siblings. Faults get 0.0.
     """
     for rollout in group.rollouts:
         for turn in rollout.turns:
@@ -121,10 +123,10 @@ def mark_dropped(
     version: int,
     max_staleness: int,
 ) -> None:
-    """Set `rollout.dropped` of every rollout, in place: the first reason of `DropReason` that holds, or None.
+    """Set `rollout.dropped` of every rollout, in place: the first reason of `DropReason` that applies, or None.
 
-    After `find_filtered`. `version` is the policy version that is about to learn, so this is called when the batch
-    is taken, not when the rollout ends: time in a queue counts. `image_token_ids` are the ids that stand for an image.
+    Call after `find_filtered`, and only when the trainer takes the batch: `version` is the trainer's policy version,
+    and time that a rollout waits in a queue adds to its staleness. `image_token_ids` are the ids of image tokens.
     """
     filters = filters_in(config.filters, FilterMode.drop)
     for rollout in group.rollouts:
@@ -141,7 +143,7 @@ def mark_dropped(
 
 
 def _centered(rewards: FloatArray) -> NDArray[np.float64]:
-    """float64 [G]; r − mean, exactly 0.0 everywhere when the rewards are equal (the mean of equals may round)."""
+    """float64 [G]; r − mean, exactly 0.0 everywhere if all rewards are equal (their computed mean may be rounded)."""
     if len(rewards) < 2 or rewards.min() == rewards.max():
         return np.zeros(len(rewards))
     exact = rewards.astype(np.float64)

@@ -1,4 +1,4 @@
-"""Held-out evaluation: the same problems each time, once sampled and once greedy, nothing learned from them."""
+"""Held-out evaluation: play the same problems each time, once sampled and once greedy, without training on them."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from vlmrl.types import Rollout
 
 @dataclass(eq=False)
 class Evaluator:
-    """Evaluates, and remembers whether the target is reached."""
+    """Evaluates the policy, and knows from past evaluations whether the target is reached."""
 
     config: EvalConfig
     runner: RolloutRunner
     temperature: float
-    """Of the sampled evaluation; the greedy one is at 0."""
+    """Temperature of the sampled evaluation; the greedy one uses 0."""
     history: list[tuple[float, float]] = field(default_factory=list)
-    """(sampled, greedy) held-out reward of each evaluation so far; part of a checkpoint."""
+    """(sampled, greedy) held-out reward of each evaluation so far; saved in checkpoints."""
 
     def is_due(self, step: int, last_step: int) -> bool:
-        """Before the first step, every `eval.every` steps, and after the last."""
+        """Whether to evaluate after `step`: before the first step, every `eval.every` steps, and after the last."""
         return self.config.every > 0 and (step % self.config.every == 0 or step == last_step)
 
     @property
     def reached_target(self) -> bool:
-        """Both rewards were at least `eval.target` at the last `eval.consecutive` evaluations."""
+        """Whether both rewards were at least `eval.target` in the last `eval.consecutive` evaluations."""
         target, last = self.config.target, self.history[-self.config.consecutive :]
         if target is None or len(last) < self.config.consecutive:
             return False
         return all(min(both) >= target for both in last)
 
     async def run(self, step: int) -> tuple[dict[str, float], dict[str, list[Rollout]]]:
-        """One evaluation → its metrics (`eval/…`) and its rollouts by kind ("sampled", "greedy")."""
+        """Evaluate; return metrics (`eval/…`) and rollouts by kind ("sampled", "greedy")."""
         rollouts: dict[str, list[Rollout]] = {}
         for kind, temperature in (("sampled", self.temperature), ("greedy", 0.0)):
             groups = await self.runner.run_groups(
@@ -57,5 +57,5 @@ class Evaluator:
 
 
 def mean_reward(rollouts: Sequence[Rollout]) -> float:
-    """Mean reward; a fault counts as 0, since a policy that cannot be asked has not answered."""
+    """Mean reward. A fault counts as 0.0, because the problem was not solved."""
     return float(np.mean([rollout.reward for rollout in rollouts]))

@@ -1,26 +1,27 @@
-"""Which rollouts are degenerate: `rollout.filtered`, found from what was sampled and what it was worth.
+"""Find degenerate rollouts by their tokens and advantages, and list the matching filters in `rollout.filtered`.
 
-    assign_advantages ─▶ find_filtered: rollout.filtered ─▶ mark_dropped: those whose filter says `drop`
+    assign_advantages ─▶ find_filtered: rollout.filtered ─▶ mark_dropped: drops those whose filter is set to `drop`
 
-Letters: μ_t the probability that the sampler gave its token t, V the vocabulary's size; s, o, n and p are settings.
+Letters: μ_t the sampler's probability of its token t, V the size of the vocabulary; s, o, n and p are config values.
 
     gibberish        a token with id ≥ s V and log μ_t < −log V − o      s = rare_from, o = rare_logprob_offset
     repetition       n tokens in a row of one completion with μ_t > p    n = repetition_window,
                                                                          p = repetition_probability
     zero_advantage   every advantage of the group is zero
 
-- gibberish: byte-level BPE numbers its tokens in the order of their merges, so high ids are rare words and scraps of
-  other scripts; one that was sampled although it was less likely than under a uniform draw is noise. Code World Model,
-  arXiv 2510.02387, section 5.2.
-- repetition: a policy that repeats itself is all but certain of every token, however the loop is spelt, so certainty is
-  looked for, not equal strings. MiniMax-M1, arXiv 2506.13585, section 3.2, which stops at 3,000 tokens above 0.99.
-- zero_advantage: a group whose siblings are all equally good has no gradient; dropped, it does not count in the loss's
-  normalization either. DAPO's dynamic sampling, arXiv 2503.14476, section 3.2, without its refill.
+- gibberish: byte-level BPE numbers its tokens in the order of their merges, so high ids are rare words and fragments of
+  other scripts. If such a token was sampled although it was less likely than under a uniform distribution, it is noise.
+  Code World Model, arXiv 2510.02387, section 5.2.
+- repetition: a policy that repeats itself is nearly certain of every token, whatever the repeated text is. So the
+  filter looks for certainty, not for equal strings. MiniMax-M1, arXiv 2506.13585, section 3.2, stops a completion after
+  3,000 tokens above 0.99.
+- zero_advantage: a group whose rollouts are all equally good has no gradient. If it is dropped, it does not count in
+  the normalization of the loss either. DAPO's dynamic sampling, arXiv 2503.14476, section 3.2, without its refill.
 
-What is filtered was played and rewarded, so it is in its siblings' baseline all the same.
+A filtered rollout was played and rewarded, so it still counts in the baseline of its siblings.
 
-Left out on purpose: stopping a completion while it is sampled. A filter costs microseconds a rollout here and works
-with every engine; a completion's length is bounded anyway.
+Left out on purpose: stopping a completion while it is sampled. A filter here costs microseconds per rollout and works
+with every engine, and the length of a completion is bounded anyway.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from vlmrl.config.algorithm import FilterConfig, FilterMode
 from vlmrl.types import Completion, DropReason, Group
 
 FILTERS = {reason.value: reason for reason in (DropReason.GIBBERISH, DropReason.REPETITION, DropReason.ZERO_ADVANTAGE)}
-"""Name of the filter in `FilterConfig` → what a rollout is dropped as, in the order in which reasons are looked for."""
+"""Name of a filter in `FilterConfig` → its drop reason. If several filters match, the first one is the reason."""
 
 
 def filters_in(config: FilterConfig, *modes: FilterMode) -> tuple[DropReason, ...]:
@@ -46,11 +47,11 @@ def filters_in(config: FilterConfig, *modes: FilterMode) -> tuple[DropReason, ..
 
 
 def find_filtered(group: Group, config: FilterConfig, vocab_size: int) -> None:
-    """Set `rollout.filtered` of every rollout, in place: what the filters that are on say about it.
+    """Set `rollout.filtered` of every rollout, in place: the enabled filters that match it.
 
-    After `assign_advantages`. `vocab_size` is the number of tokens that the sampler chooses from.
+    Call after `assign_advantages`. `vocab_size` is the number of tokens that the sampler chooses from.
     """
-    on = filters_in(config, FilterMode.track, FilterMode.drop)
+    enabled = filters_in(config, FilterMode.track, FilterMode.drop)
     no_signal = not any(turn.advantage for rollout in group.rollouts for turn in rollout.turns)
     for rollout in group.rollouts:
         completions = [turn.completion for turn in rollout.turns]
@@ -60,13 +61,13 @@ def find_filtered(group: Group, config: FilterConfig, vocab_size: int) -> None:
             DropReason.REPETITION: any(is_repetition(completion, config) for completion in completions),
             DropReason.ZERO_ADVANTAGE: no_signal and played,
         }
-        rollout.filtered = tuple(reason for reason in on if found[reason])
+        rollout.filtered = tuple(reason for reason in enabled if found[reason])
 
 
 def is_gibberish(completion: Completion, config: FilterConfig, vocab_size: int) -> bool:
-    """Whether a rare token was sampled that was unlikelier than under a uniform draw.
+    """Whether the completion contains a rare token that was less likely than under a uniform distribution.
 
-    Of 1,000 tokens, the ids from 660 on are rare, and a uniform draw has log 1/1000 = −6.9, less 2 is −8.9:
+    With 1,000 tokens, ids from 660 on are rare. A uniform distribution gives log 1/1000 = −6.9; minus 2 is −8.9:
 
     >>> def sampled(token_id: int, logprob: float) -> Completion:
     ...     one = np.array([token_id])
@@ -80,7 +81,7 @@ def is_gibberish(completion: Completion, config: FilterConfig, vocab_size: int) 
 
 
 def is_repetition(completion: Completion, config: FilterConfig) -> bool:
-    """Whether so many tokens in a row were all but certain.
+    """Whether at least `repetition_window` tokens in a row had a probability above `repetition_probability`.
 
     >>> logprobs = np.log(np.array([0.5, 0.999, 0.999, 0.995, 0.5], np.float32))
     >>> completion = Completion(np.arange(5), logprobs, np.zeros(5, np.int64), "length")

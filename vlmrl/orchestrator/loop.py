@@ -1,4 +1,4 @@
-"""THE loop.
+"""The training loop: from problems to new weights, step by step.
 
     task ─▶ renderer ─▶ inference ─▶ rollout ─▶ advantages ─▶ samples ─▶ packing ─▶ trainer ─▶ weight sync ─▶ inference
      env     tokens +     token ids    turns,     per group     one per    micro-      forward,    version v+1
@@ -6,11 +6,12 @@
                           + versions   reason
             └──────────── roll_out(step) ────────┘└─────── learn(step) ──────────────┘└─ publish ─┘
 
-One loop serves on-policy and asynchronous runs: the rollouts of step s are started as soon as the policy has made
-s − max_staleness steps, so no token can be older than that when it is learned from, and no more than max_staleness + 1
-batches exist at a time. With max_staleness 0 that is: roll out, learn, publish, one after the other.
+One loop serves on-policy and asynchronous runs. The rollouts of step s start as soon as the policy has made
+s − 1 − max_staleness steps. So no token is older than max_staleness steps when the trainer learns from it, and at most
+max_staleness + 1 batches exist at a time. With max_staleness=0, rolling out, learning and publishing take turns.
 
-Left out on purpose: the faults of a rollout (rollout.py records them) and of a run (faults.py), all output (monitor).
+Left out on purpose: faults of one rollout (rollout.py), a run whose rollouts all fail (faults.py), and all output
+(recorder.py).
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ ExitReason = Literal["finished", "target_reached", "interrupted"]
 
 @dataclass(eq=False)
 class Loop:
-    """What a run is made of; `run` is the run."""
+    """The parts of a run and the loop over them."""
 
     config: OrchestratorConfig
     algorithm: AlgorithmConfig
     max_steps: int
     vocab_size: int
-    """Tokens that the sampler chooses from."""
+    """Number of tokens that the sampler chooses from."""
     runner: RolloutRunner
     engine: InferenceEngine
     trainer: Trainer
@@ -53,19 +54,19 @@ class Loop:
     evaluator: Evaluator
     recorder: Recorder
     checkpoint: Callable[[int], None]
-    """Called after each step with its number; saves when it is time."""
+    """Called with the number of each step after it; saves a checkpoint when one is due."""
     demonstrations: Callable[[int], list[TrainingSample]]
-    """The supervised samples that go along with a step; none without `trainer.warmup.rl_weight`."""
+    """Returns the supervised samples that join a step's batch; empty without `trainer.warmup.rl_weight`."""
     vision_gap: Callable[[int, list[TrainingSample]], dict[str, float]]
-    """What the blind control finds in a step's samples; nothing where it is not due."""
+    """Returns the metrics of the blind control on a step's samples; empty where it is not due."""
     stop: asyncio.Event
-    """Set by Ctrl-C: the run ends at the next point where nothing is lost."""
+    """Set by Ctrl-C: the loop ends before the next step is trained."""
     _pending: dict[int, asyncio.Task[list[Group]]] = field(default_factory=dict)
     _faults: FaultWatch = field(default_factory=FaultWatch)
     _overlap: Overlap = field(default_factory=Overlap)
 
     async def run(self) -> ExitReason:
-        """From the trainer's version to `max_steps`."""
+        """Run the steps from the trainer's version to `max_steps`; return why the loop ended."""
         first = self.trainer.version
         await self.weight_sync.publish(first)
         if first == 0 and not self.evaluator.history and self.evaluator.is_due(0, self.max_steps):
@@ -85,7 +86,8 @@ class Loop:
             await asyncio.gather(*self._pending.values(), return_exceptions=True)
 
     async def next_batch(self, step: int) -> list[Group] | None:
-        """The groups of `step`; starts every later batch that may be started by now. None when asked to stop."""
+        """Wait for the groups of `step`, after starting every later batch that max_staleness allows. None when the run
+        was told to stop."""
         for ahead in range(step, min(step + self.config.max_staleness, self.max_steps) + 1):
             if ahead not in self._pending:
                 self._pending[ahead] = asyncio.create_task(self.roll_out(ahead))
@@ -95,7 +97,7 @@ class Loop:
         return None if self.stop.is_set() else await self._pending.pop(step)
 
     async def roll_out(self, step: int) -> list[Group]:
-        """task → renderer → inference → rollout, for the groups of one step."""
+        """task → renderer → inference → rollout: play the groups of one step."""
         first = (step - 1) * self.config.groups_per_step
         with self._overlap.rolling_out(step):
             return await self.runner.run_groups(
@@ -107,7 +109,7 @@ class Loop:
             )
 
     async def learn(self, step: int, groups: list[Group], started: float) -> None:
-        """advantages → samples → packing → trainer → weight sync."""
+        """advantages → samples → packing → trainer → weight sync: one optimizer step and its metrics."""
         rolled_out = time.perf_counter()
         version, image_tokens = self.trainer.version, self.runner.renderer.image_token_ids
         for group in groups:
@@ -120,7 +122,7 @@ class Loop:
         try:
             result = await asyncio.to_thread(self.trainer.train_step, samples, self.demonstrations(step))
         except NonFiniteLossError:
-            self.recorder.record(step, groups)  # the error names samples: they can be looked up
+            self.recorder.record(step, groups)  # the error message names samples, which must be in the record
             raise
         trained = time.perf_counter()
         note_learned((rollout for group in groups for rollout in group.rollouts), result.tokens)
@@ -141,9 +143,9 @@ class Loop:
         self.checkpoint(step)
 
     async def evaluate(self, step: int) -> None:
-        """Held-out rollouts of the weights after `step`."""
+        """Evaluate the weights after `step` on held-out problems."""
         metrics, rollouts = await self.evaluator.run(step)
-        # The engine's counters are read here too, or the next step would count the evaluation as its own.
+        # Read the engine's counters here too; otherwise the next step would include those of the evaluation.
         metrics |= {f"eval/{key}": value for key, value in self.engine.metrics().items()}
         self.recorder.evaluation(step, metrics, rollouts)
         self._overlap.reset_idle()

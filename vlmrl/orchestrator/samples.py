@@ -1,13 +1,13 @@
-"""Rollouts → training samples: one per branch, flat, aligned by token.
+"""Turn rollouts into training samples: one per branch, as flat arrays aligned by token.
 
     turn 0   [prompt 0        ][completion 0]
     turn 1   [prompt 0        ][completion 0][reply     ][completion 1]      ─▶  the sample of this branch
     loss     0 0 0 0 0 0 0 0 0  1 1 1 1 1 1   0 0 0 0 0 0 1 1 1 1 1 1
 
-Where the renderer could not extend a prompt (bridge break), a new branch starts with a prompt that renders the history
-again. What the policy said earlier stands in it as environment tokens: it is learned from in the branch where it was
-sampled, once. Which tokens have a loss follows from positions alone, never from token ids, so a sampled image token is
-neither mistaken for a placeholder nor the other way round.
+Where the renderer could not extend a prompt (bridge break), a new branch starts with a prompt that renders the whole
+history again. Earlier completions are environment tokens there; each one is trained on once, in the branch where it was
+sampled. The loss mask follows from positions, never from token ids, so a sampled image token cannot be confused with a
+placeholder.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from vlmrl.types import IntArray, Prompt, Rollout, TokenMetrics, TrainingSample,
 
 
 def make_samples(rollout: Rollout) -> list[TrainingSample]:
-    """One sample per branch of a rollout that is learned from; their order is that of the branches.
+    """Make one sample per branch of a rollout, in the order of its branches.
 
-    Raises `ContractError` where placeholders and images of a prompt disagree. Asserts that the rollout is not dropped
-    and that each later prompt of a branch starts with the prompt and the completion before it.
+    Raises `ContractError` where placeholders and images of a prompt do not match. Asserts that the rollout is not
+    dropped and that each later prompt of a branch starts with the prompt and the completion before it.
     """
-    assert rollout.dropped is None, f"{rollout.rollout_id} was dropped ({rollout.dropped}): nothing is learned from it"
+    assert rollout.dropped is None, f"{rollout.rollout_id} was dropped ({rollout.dropped}) and must not be trained on"
     return [_branch_sample(rollout.rollout_id, turns) for turns in _branches(rollout)]
 
 
-def note_learned(rollouts: Iterable[Rollout], figures: Sequence[TokenMetrics]) -> None:
-    """Give each turn that was learned from what the trainer found at its tokens (`Turn.learned`).
+def note_learned(rollouts: Iterable[Rollout], metrics: Sequence[TokenMetrics]) -> None:
+    """Set `Turn.learned` of each turn that was trained on to the trainer's metrics of its tokens.
 
-    `figures` are those of the samples that `make_samples` made of the rollouts, in order; dropped rollouts have none.
+    `metrics` has one entry per sample that `make_samples` made of the rollouts, in order; dropped rollouts have none.
     """
     branches = (turns for rollout in rollouts if rollout.dropped is None for turns in _branches(rollout))
-    for turns, found in zip(branches, figures, strict=True):
+    for turns, found in zip(branches, metrics, strict=True):
         start = 0
         for turn in turns:
             part = slice(start, start := start + len(turn.completion.token_ids))
             turn.learned = TokenMetrics(found.trainer_logprobs[part], found.entropies[part])
-        assert start == len(found.entropies), f"{start} tokens sampled, figures of {len(found.entropies)}"
+        assert start == len(found.entropies), f"{start} tokens were sampled, but {len(found.entropies)} have metrics"
 
 
 def extends(prompt: Prompt, previous: Prompt, completion_ids: IntArray) -> bool:

@@ -1,7 +1,7 @@
-"""Supervised samples: the warm-up before RL, and `mode=sft`.
+"""Make supervised samples from a task's demonstrations, for the warm-up before RL and for `mode=sft`.
 
-The warm-up gives nothing away: its demonstrations answer with random letters in the right format, so it teaches when to
-answer and how, and everything about the pixels is left to the reward.
+With random answers (`demonstrations=random`), the warm-up teaches only when to answer and in which format. What the
+images show must be learned from the reward.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from vlmrl.tasks.base import Task
 from vlmrl.types import TrainingSample, mm_token_type_ids
 
 FIRST_PROBLEM = 1 << 40
-"""Supervised steps take training problems from here on, RL from 0: no problem serves both."""
+"""Index of the first training problem for supervised steps. RL starts at index 0, so no problem is used for both."""
 
 AFTER_WARMUP = 1 << 20
-"""Demonstrations that go along with RL steps are numbered from this supervised step on."""
+"""Demonstrations that join RL steps (`trainer.warmup.rl_weight`) are numbered from this supervised step on."""
 
 
 def demonstration_samples(
     task: Task, renderer: Renderer, config: SFTConfig, *, step: int, seed: int
 ) -> list[TrainingSample]:
-    """The samples of supervised step `step` (0-based); a function of its arguments alone.
+    """Make the samples of supervised step `step` (0-based). The result depends only on the arguments.
 
-    Raises `TaskError` where the task has no demonstrations, or one that cannot be made.
+    Raises `TaskError` where the task has no demonstrations or its code raises.
     """
     samples = []
     for i in range(config.batch_size):
@@ -43,10 +43,10 @@ def demonstration_samples(
             prompt, sampled = renderer.render_conversation(messages)
         except NotImplementedError as error:
             raise TaskError(str(error)) from error
-        except Exception as error:  # somebody else's code may raise anything
+        except Exception as error:  # user code may raise anything
             raise TaskError(
-                f"{type(task).__name__}.demonstration raised {type(error).__name__}: {error}, so there is nothing for "
-                "supervised steps: mend it, or set trainer.warmup.steps=0"
+                f"{type(task).__name__}.demonstration raised {type(error).__name__}: {error}, so supervised steps have "
+                "no samples: fix it, or set trainer.warmup.steps=0"
             ) from error
         length = len(prompt.token_ids)
         samples.append(

@@ -1,24 +1,24 @@
-"""The blind control: would the policy have said the same without its images?
+"""The blind control: measure how much the policy's answers depend on its images.
 
-    a step's samples ─▶ SAMPLES of them ─┬─ as they are ──────────────┐
+    a step's samples ─▶ SAMPLES of them ─┬─ unchanged ────────────────┐
                                          ├─ every image mid-grey ─────┼─▶ trainer.logprobs ─▶ nats per token
                                          └─ images of other problems ─┘
 
-    vision_gap/blank     mean logprob of the loss tokens with the real images, minus that with grey ones
-    vision_gap/shuffled  the same against images of other problems of the step
+    vision_gap/blank     mean logprob of the loss tokens with the real images, minus that with grey images
+    vision_gap/shuffled  mean logprob with the real images, minus that with images of other problems of the step
 
-The tokens were sampled with the real images in view, so each gap estimates KL(with ‖ without) per token: 0 for a policy
-that does not look, more the more it says because of what it sees. `blank` tells whether it looks at all; `shuffled`
-whether what is *in* the image matters, and it shows pictures of the kind that the policy was trained on.
+The tokens were sampled with the real images, so each gap estimates KL(with ‖ without images) per token. It is 0 for a
+policy that ignores its images, and grows with their influence on the answer. `blank` shows whether the policy uses the
+images at all. `shuffled` shows whether their content matters; it uses images like those that the policy was trained on.
 
-Token ids, placeholders and positions are those of the sample; the pixels alone differ. A blank image is a picture of
-the same height and width in mid-grey, RGB (128, 128, 128), made by the renderer like any other: what the model would
-be given if the camera's cap were on. Zeros in the processor's normalized space would be another colour for every
-family. An image of another problem is one that the processor laid out alike (same grid): where several fit, it is drawn
-among those with other pixels; where none fits, the sample is left out of `shuffled`.
+Only the pixels change; token ids, placeholders and positions stay those of the sample. A blank image has the same
+height and width in mid-grey, RGB (128, 128, 128), and passes through the renderer like any other. (Zeros in the
+processor's normalized space would be a different colour for every model family.) An image of another problem must have
+the same processed layout (grid). If several fit, one with different pixels is drawn; if none fits, the sample is left
+out of `shuffled`.
 
-It is measured before the step, on the weights that learn. Left out on purpose: masking a share of the patches, and a
-loss term that rewards looking (a control that is trained on is none).
+The gap is measured before the step, with the weights before their update. Left out on purpose: masking
+only some patches, and a loss term that rewards looking (a control that is optimized is no control any more).
 """
 
 from __future__ import annotations
@@ -35,48 +35,50 @@ from vlmrl.rendering.renderer import Renderer
 from vlmrl.types import Image, ImageItem, Placeholder, Trainer, TrainingSample
 
 SAMPLES = 8
-"""Completions that are scored again, drawn evenly from the step's; each is three short forward passes."""
+"""How many samples of the step are scored again, at even distances. Each costs three short forward passes."""
 
 GREY = 128
-"""Of 0 to 255: what a blank image shows in each channel."""
+"""Value of each channel of a blank image, 0 to 255."""
 
 Layout: TypeAlias = tuple[object, ...]
-"""What two images must share to stand in for each other (`layout`)."""
+"""The properties in which two images must agree to replace each other (`layout`)."""
 
 
 @dataclass(eq=False)
 class VisionGap:
-    """Measures the gap every `every` steps, the first one included; `every=0` is never."""
+    """Measures the gap every `every` steps, starting with the first; `every=0` disables it."""
 
     every: int
     renderer: Renderer
     trainer: Trainer
 
     def __call__(self, step: int, samples: Sequence[TrainingSample]) -> dict[str, float]:
-        """The figures of `step` (1-based) from the samples that it is about to learn from, and `time/vision_gap` in
-        seconds; nothing where it is not due or no sample shows an image. `vision_gap/shuffled` is left out where no
-        sample could be shown another problem's images."""
+        """Measure the gap on the samples of `step` (1-based), before they are trained on.
+
+        Returns `vision_gap/…` in nats per token and `time/vision_gap` in seconds; empty where the control is not due
+        or no sample has an image. `vision_gap/shuffled` is missing where no sample has replacements for its images.
+        """
         if self.every == 0 or (step - 1) % self.every:
             return {}
         started = time.perf_counter()
-        seeing = [sample for sample in samples if sample.images and sample.loss_mask.any()]
-        if not seeing:
+        with_image = [sample for sample in samples if sample.images and sample.loss_mask.any()]
+        if not with_image:
             return {}
-        real = evenly(seeing, SAMPLES)
+        real = evenly(with_image, SAMPLES)
         blank = [self._blanked(sample) for sample in real]
-        shuffled = list(shuffle_images(real, seeing))
+        shuffled = list(shuffle_images(real, with_image))
         scored = self.trainer.logprobs([*real, *blank, *(sample for _, sample in shuffled)])
         mean = [float(logprobs.mean()) for logprobs in scored]
         tokens = [len(logprobs) for logprobs in scored[: len(real)]]
 
         def gap(pairs: Sequence[tuple[int, int]]) -> float:
-            """(index of a real one, index of its counterpart) → the gap over all their tokens."""
+            """(index of a real sample, index of its counterpart) pairs → the gap, averaged over their tokens."""
             return float(np.average([mean[a] - mean[b] for a, b in pairs], weights=[tokens[a] for a, _ in pairs]))
 
-        figures = {"vision_gap/blank": gap([(i, len(real) + i) for i in range(len(real))])}
+        metrics = {"vision_gap/blank": gap([(i, len(real) + i) for i in range(len(real))])}
         if shuffled:
-            figures["vision_gap/shuffled"] = gap([(i, 2 * len(real) + j) for j, (i, _) in enumerate(shuffled)])
-        return {**figures, "time/vision_gap": time.perf_counter() - started}
+            metrics["vision_gap/shuffled"] = gap([(i, 2 * len(real) + j) for j, (i, _) in enumerate(shuffled)])
+        return {**metrics, "time/vision_gap": time.perf_counter() - started}
 
     def _blanked(self, sample: TrainingSample) -> TrainingSample:
         pictures = [Image(np.full(image.pixels.shape, GREY, np.uint8)) for image in sample.images]
@@ -84,13 +86,14 @@ class VisionGap:
 
 
 def evenly(samples: Sequence[TrainingSample], count: int) -> list[TrainingSample]:
-    """`count` of them at even distances (all where there are fewer): a batch stands group by group."""
+    """`count` samples at even distances (all if there are fewer). A batch is ordered by group, so they come from
+    different groups."""
     places = np.linspace(0, len(samples), min(count, len(samples)), endpoint=False)
     return [samples[int(place)] for place in places]
 
 
 def with_images(sample: TrainingSample, images: Sequence[ImageItem]) -> TrainingSample:
-    """The same tokens with other images in their places. Raises `ContractError` where one takes more or fewer."""
+    """The same sample with other images. Raises `ContractError` where an image has another number of tokens."""
     placeholders = tuple(
         Placeholder(place.offset, place.length, image.hash)
         for place, image in zip(sample.placeholders, images, strict=True)
@@ -99,8 +102,8 @@ def with_images(sample: TrainingSample, images: Sequence[ImageItem]) -> Training
 
 
 def layout(image: ImageItem) -> Layout:
-    """Equal for images whose processed arrays are of one shape and stand for the same grid. Whole numbers among them
-    (`image_grid_thw`) say how the patches lie, so they count by value; the rest is pixels."""
+    """A key that is equal for images with the same processed shapes and the same grid. Integer arrays (such as
+    `image_grid_thw`) describe the grid, so their values count; float arrays hold pixels, so only their shapes do."""
     return tuple(
         (name, array.shape, array.tobytes() if np.issubdtype(array.dtype, np.integer) else None)
         for name, array in sorted(image.mm_kwargs.items())
@@ -110,8 +113,8 @@ def layout(image: ImageItem) -> Layout:
 def shuffle_images(
     chosen: Sequence[TrainingSample], batch: Sequence[TrainingSample]
 ) -> Iterator[tuple[int, TrainingSample]]:
-    """(index in `chosen`, the sample with images of other groups of `batch`) for each that has a stand-in for every
-    image. Which one it gets is a function of its name, so that a step that is done again is the same."""
+    """Yield (index in `chosen`, the sample with images of other groups of `batch`) for each sample that has a
+    replacement for every image. The draw depends only on the sample's rollout id, so a repeated step is identical."""
     shown: dict[Layout, dict[str, tuple[ImageItem, set[str]]]] = {}
     for sample in batch:
         for image in sample.images:
@@ -123,7 +126,7 @@ def shuffle_images(
             others = [
                 other for other, groups in shown[layout(image)].values() if groups - {group_of(sample)}
             ]  # in the order of the batch
-            # The same pixels only where every other problem shows them too: then there is nothing in them to be seen.
+            # Fall back to the same pixels only if every other problem shows them too: then they carry no information.
             others = [other for other in others if other.hash != image.hash] or others
             if others:
                 images.append(draw.choice(others))
@@ -132,5 +135,5 @@ def shuffle_images(
 
 
 def group_of(sample: TrainingSample) -> str:
-    """`train/000012/03` of `train/000012/03/07`: siblings show the same problem."""
+    """The group part of the rollout id: `train/000012/03` of `train/000012/03/07`. Siblings show the same problem."""
     return sample.rollout_id.rpartition("/")[0]
