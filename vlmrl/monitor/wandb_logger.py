@@ -1,24 +1,27 @@
-"""Weights & Biases: the figures of metrics.jsonl and, at evaluations, a table of some rollouts with their images; on
-request the checkpoints as artifacts.
+"""Log to Weights & Biases: the metrics of metrics.jsonl, a table of rollouts with their images at each evaluation, and
+on request the checkpoints as artifacts.
 
-All of wandb happens in one background thread: importing it and starting its service takes over a second. Offline it
-touches no network; `wandb sync <run folder>/wandb/offline-run-*` uploads the run later. A resumed run keeps its run id
-and writes a further offline folder under it (`wandb sync --append`). What a table or an artifact refers to is kept in
-wandb/data until it is synced, so a run folder that is synced later must lie where it was written.
+wandb is an extra (`pip install 'vlmrl[wandb]'`). It runs in one background thread, because importing it and starting
+its service takes more than a second. Offline it uses no network; `wandb sync <run directory>/wandb/offline-run-*`
+uploads the run later. A resumed run keeps its run id and writes another offline folder (`wandb sync --append`). The
+files that a table or an artifact refers to stay in wandb/data until they are synced, so do not move a run directory
+before it is synced.
 
-Whatever goes wrong in wandb is said once and ends the logging, never the run. The service process ends with the run:
-`finish` stops it, and it watches the run's process id for the case that the run is killed.
+An error in wandb is reported once and ends the logging, not the run. The service process ends with the run: `finish`
+stops it, and it exits by itself when the run's process is gone.
 
-Left out on purpose: system metrics, console capture, code and git upload (the run folder has what matters).
+Left out on purpose: system metrics, console capture, upload of code and git state (the run directory has them).
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import secrets
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +39,30 @@ from vlmrl.record.run_dir import RunDir
 from vlmrl.types import ImageItem, Rollout
 
 MAX_HEIGHT = 256
-"""Pixels; larger images are scaled down for the strip."""
-FLUSH_EVERY = 1.0
-"""Seconds; what a killed run may lose of wandb's own file (metrics.jsonl loses nothing)."""
+"""Pixels; taller images are scaled down for the strip."""
+FLUSH_EVERY_S = 1.0
+"""A killed run loses at most this many seconds of wandb's own file (metrics.jsonl loses nothing)."""
 FINISH_S = 120.0
-"""Seconds for what is left to reach the disk or the network at the end; a service that hangs is killed then."""
+"""Seconds in which the rest must reach the disk or the network at the end; then the service is killed."""
 GAP = 4
 """Pixels between the images of a strip."""
 COLUMNS = ("kind", "rollout", "problem", "images", "said", "reward", "stop_reason", "dropped")
-"""Of the table of rollouts; `images` are all that the policy saw, side by side."""
+"""Columns of the table of rollouts; `images` shows all images of the last prompt side by side."""
+
+
+def settle_wandb(config: WandbConfig) -> WandbConfig:
+    """Replace `mode=auto`: by `offline` where wandb is installed, else by `disabled`. Other modes stay."""
+    if config.mode is not WandbMode.auto:
+        return config
+    installed = importlib.util.find_spec("wandb") is not None
+    return replace(config, mode=WandbMode.offline if installed else WandbMode.disabled)
 
 
 class WandbLogger:
-    """Logs from one background thread. `on_failure` is called once, on the caller's thread, with what went wrong."""
+    """Logs from one background thread. `on_failure` is called once, in the caller's thread, with the error."""
 
     def __init__(self, config: WandbConfig, run_dir: RunDir, on_failure: Callable[[str], None]) -> None:
-        self._config = config
+        self._config = settle_wandb(config)
         self._run_dir = run_dir
         self._on_failure = on_failure
         self._thread: ThreadPoolExecutor | None = None
@@ -60,37 +71,40 @@ class WandbLogger:
         self._failed = False
 
     def start(self) -> None:
-        """Begin to start wandb; returns at once. Does nothing when called again, or when wandb is disabled."""
+        """Start wandb in the background. Does nothing when called again, or when wandb is disabled."""
         if self._config.mode is WandbMode.disabled or self._thread is not None:
             return
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wandb")
         self._submit(self._init)
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """One step's or evaluation's figures, its `step` among them."""
+        """Log the metrics of a step or an evaluation, including its `step`."""
         self._submit(self._log, dict(metrics))
 
     def log_rollouts(self, step: int, rollouts: Mapping[str, Sequence[Rollout]]) -> None:
-        """A table of the first `monitor.wandb.rollouts` rollouts of each kind (`COLUMNS`)."""
+        """Log a table (`COLUMNS`) of the first `monitor.wandb.rollouts` rollouts of each kind."""
         named = [(kind, rollout) for kind, group in rollouts.items() for rollout in group[: self._config.rollouts]]
         self._submit(self._log_rollouts, step, named)
 
     def log_checkpoint(self, step: int, folder: Path) -> None:
-        """The checkpoint as an artifact. Returns when its files are copied: the run may delete them then."""
+        """Log a checkpoint as an artifact. Returns when its files are copied, so that the run may delete them."""
         self._submit(self._log_checkpoint, step, folder)
         wait(self._waiting, FINISH_S)
 
     def finish(self, exit_code: int) -> None:
-        """Write what is left and stop wandb's service."""
+        """Write everything that is left and stop wandb's service."""
         if self._thread is None:
             return
         self._submit(self._finish, exit_code)
         if wait(self._waiting, FINISH_S).not_done:
             self._failed = True
-            self._on_failure(f"Weights & Biases did not finish within {FINISH_S:g} s: its last figures may be lost")
+            self._on_failure(
+                f"Weights & Biases did not finish within {FINISH_S:g} s, so its last metrics may be missing there: "
+                "metrics.jsonl has them all"
+            )
             for child in psutil.Process().children():
                 if child.name() == "wandb-core":
-                    child.kill()  # whoever waits for an answer of it gets an error
+                    child.kill()  # the background thread then gets an error instead of waiting on
         self._collect(wait=True)
         self._thread.shutdown()
         self._thread = None
@@ -106,26 +120,26 @@ class WandbLogger:
             if error is not None and not self._failed:
                 self._failed = True
                 reason = str(error).strip() or type(error).__name__
-                self._on_failure(f"Weights & Biases has stopped, the run goes on without it: {reason}")
+                self._on_failure(f"Weights & Biases stopped logging, and the run goes on without it: {reason}")
 
-    # ── in the thread ───────────────────────────────────────────────────────────────────────────────────────
+    # ── called in the background thread ─────────────────────────────────────────────────────────────────────
 
     def _init(self) -> None:
         offline = self._config.mode is WandbMode.offline
-        # Read once, when wandb is imported or its service starts. `Settings(silent=True)` below is for the run alone:
-        # what wandb says before and beside it (advice, offers) would go through the live view.
+        # wandb reads these variables once, when it is imported or its service starts. `Settings(silent=True)` below
+        # covers only the run itself; other messages of wandb (hints, offers) would disturb the live view.
         os.environ.setdefault("WANDB_SILENT", "true")
         if offline:
-            # Its error reports would go over the network.
+            # Error reports would use the network.
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        # Where wandb keeps what is to be uploaded; by default a folder of the user's home, apart from the run.
+        # The folder of files to upload. By default it is in the user's home, away from the run directory.
         os.environ["WANDB_DATA_DIR"] = str(self._run_dir.wandb / "data")
         import wandb
 
         if not offline and not wandb.login(prompt=False, verify=False):
-            # wandb.init would ask for the key at the terminal, behind the live view.
+            # wandb.init would prompt for the key in the terminal, hidden by the live view.
             raise VlmrlError(
-                "monitor.wandb.mode=online requires a key, else nothing can be sent: "
+                "monitor.wandb.mode=online has no API key, so nothing can be sent: "
                 "run `wandb login`, set WANDB_API_KEY, or set monitor.wandb.mode=offline"
             )
         config: Any = None
@@ -139,7 +153,7 @@ class WandbLogger:
             x_disable_meta=True,
             x_disable_stats=True,
             x_disable_machine_info=True,
-            x_transaction_log_flush_interval=FLUSH_EVERY,
+            x_transaction_log_flush_interval=FLUSH_EVERY_S,
         )
         self._run = wandb.init(
             project=self._config.project,
@@ -152,8 +166,8 @@ class WandbLogger:
             config=config,
             settings=settings,
         )
-        # The x axis is ours, not wandb's count of calls: an evaluation shares its step with the training step, and a
-        # resumed run does some steps again.
+        # Use our step as the x axis, not wandb's count of calls: an evaluation has the same step as the training step
+        # before it, and a resumed run repeats some steps.
         self._run.define_metric("*", step_metric="step")
         self._run.define_metric("warmup/*", step_metric="warmup/step")
 
@@ -199,11 +213,11 @@ class WandbLogger:
         import wandb
 
         self._run.finish(exit_code=exit_code)
-        wandb.teardown(exit_code=exit_code)  # the service would stay until the interpreter ends
+        wandb.teardown(exit_code=exit_code)  # otherwise the service runs until the interpreter exits
 
 
 def strip(images: Sequence[ImageItem]) -> NDArray[np.uint8]:
-    """The images side by side on white: uint8 [H, W, 3], H at most `MAX_HEIGHT`. At least one image."""
+    """At least one image, side by side on white: uint8 [H, W, 3], H at most `MAX_HEIGHT`."""
     pictures = [PIL.Image.fromarray(image.pixels) for image in images]
     for picture in pictures:
         picture.thumbnail((picture.width, MAX_HEIGHT))
@@ -217,5 +231,5 @@ def strip(images: Sequence[ImageItem]) -> NDArray[np.uint8]:
 
 
 def said(rollout: Rollout) -> str:
-    """What the policy said, turn by turn."""
+    """The texts of the completions, turn by turn."""
     return " / ".join(turn.text for turn in rollout.turns)

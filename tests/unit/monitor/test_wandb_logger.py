@@ -24,7 +24,7 @@ import vlmrl
 from support import TESTS
 from support.rollout_builders import image, rollout
 from vlmrl.config.monitor import WandbConfig, WandbMode
-from vlmrl.monitor.wandb_logger import COLUMNS, GAP, MAX_HEIGHT, WandbLogger, said, strip
+from vlmrl.monitor.wandb_logger import COLUMNS, GAP, MAX_HEIGHT, WandbLogger, said, settle_wandb, strip
 from vlmrl.record.run_dir import RunDir
 
 ROOT = Path(vlmrl.__file__).parents[1]
@@ -192,7 +192,7 @@ def test_a_killed_run_leaves_no_process_and_keeps_its_figures(tmp_path: Path) ->
     assert [service.name() for service in services] == ["wandb-core"]
     run_dir = RunDir(tmp_path / "run")
     until = time.monotonic() + 30
-    while not histories(run_dir):  # written every FLUSH_EVERY seconds
+    while not histories(run_dir):  # written every FLUSH_EVERY_S seconds
         assert time.monotonic() < until
         time.sleep(0.05)
     process.kill()
@@ -221,8 +221,8 @@ def test_online_without_a_key_is_said_once_and_does_not_ask(tmp_path: Path) -> N
         )
     )
     assert output == (
-        "Weights & Biases has stopped, the run goes on without it: monitor.wandb.mode=online requires a key, else "
-        "nothing can be sent: run `wandb login`, set WANDB_API_KEY, or set monitor.wandb.mode=offline\n"
+        "Weights & Biases stopped logging, and the run goes on without it: monitor.wandb.mode=online has no API key, "
+        "so nothing can be sent: run `wandb login`, set WANDB_API_KEY, or set monitor.wandb.mode=offline\n"
     )
 
 
@@ -249,8 +249,41 @@ def test_a_service_that_dies_is_said_once(tmp_path: Path) -> None:
             """,
         )
     )
-    assert output.startswith("Weights & Biases has stopped, the run goes on without it: ")
+    assert output.startswith("Weights & Biases stopped logging, and the run goes on without it: ")
     assert output.count("\n") == 1
+
+
+@pytest.mark.parametrize("mode", WandbMode)
+@pytest.mark.parametrize("installed", [True, False])
+def test_auto_logs_offline_where_wandb_is_installed(
+    mode: WandbMode, installed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find_spec(name: str) -> object:
+        assert name == "wandb"
+        return object() if installed else None
+
+    monkeypatch.setattr("importlib.util.find_spec", find_spec)
+    automatic = WandbMode.offline if installed else WandbMode.disabled
+    expected = automatic if mode is WandbMode.auto else mode
+    assert settle_wandb(WandbConfig(mode=mode, project="mine")) == WandbConfig(mode=expected, project="mine")
+
+
+def test_auto_does_nothing_where_wandb_is_not_installed(tmp_path: Path) -> None:
+    output = output_of(
+        run_script(
+            tmp_path,
+            """
+            import importlib.util
+            importlib.util.find_spec = lambda name: None
+            logger = WandbLogger(WandbConfig(), run_dir, on_failure=print)
+            logger.start()
+            logger.log({"step": 1})
+            logger.finish(0)
+            print("wandb" in sys.modules, run_dir.wandb.exists())
+            """,
+        )
+    )
+    assert output == "False False\n"
 
 
 def test_disabled_does_nothing(tmp_path: Path) -> None:
@@ -309,4 +342,6 @@ def test_a_service_that_hangs_does_not_keep_the_run(tmp_path: Path) -> None:
     service.wait(10)
     print(said)
     """
-    assert "did not finish within 1 s: its last figures may be lost" in output_of(run_script(tmp_path, script))
+    assert "did not finish within 1 s, so its last metrics may be missing there" in output_of(
+        run_script(tmp_path, script)
+    )

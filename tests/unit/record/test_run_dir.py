@@ -136,7 +136,7 @@ def test_config_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "a-secret-of-mine" not in text
     whole = OmegaConf.load(run_dir.config)
     assert whole.task.image_size == 48
-    assert whole.monitor.wandb.mode == "offline"
+    assert whole.monitor.wandb.mode == "auto"
     assert set(whole.environment) == {"python", "platform", "packages", "git"}
     assert set(whole.environment.packages) == {"vlmrl", "torch", "transformers", "renderers", "hydra-core", "numpy"}
     assert whole.environment.packages["numpy"].count(".") >= 1
@@ -152,7 +152,7 @@ def test_the_config_comes_back_equal(tmp_path: Path) -> None:
     back = OmegaConf.to_object(OmegaConf.merge(schema, run_dir.read_config()))
     assert OmegaConf.structured(back) == OmegaConf.structured(made)  # tuples are lists to OmegaConf
     assert isinstance(back, RunConfig)
-    assert back.monitor.wandb.mode is WandbMode.offline
+    assert back.monitor.wandb.mode is WandbMode.auto
 
 
 @pytest.mark.parametrize("content", [None, "a: [", "- 1\n- 2\n", "a: ${\n"])
