@@ -10,6 +10,7 @@ import pytest
 
 from support.command_line import Home, keys_found, summary
 from vlmrl.inference.vllm.server import vllm_version
+from vlmrl.record.run_dir import RunDir
 from vlmrl.runs.doctor.doctor import LINES
 
 pytestmark = pytest.mark.slow
@@ -34,6 +35,8 @@ def test_a_sound_run(home: Home) -> None:
     assert {path.name for path in (run / "rollouts").iterdir()} == {"step_000000.jsonl", "step_000001.jsonl"}
     assert not list((run / "checkpoints").iterdir()), "nothing is kept"
     assert not (run / "wandb").exists(), "nothing is logged"
+    mode = RunDir(run).read_config().monitor.wandb.mode
+    assert mode == "offline", "config.yaml says what monitor.wandb.mode=auto means on this machine"
     assert ended.seconds < 60
 
 

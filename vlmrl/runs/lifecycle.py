@@ -19,6 +19,7 @@ from vlmrl.errors import ConfigError, EngineError, Interrupted, RankError, TaskE
 from vlmrl.inference.vllm.server import check_vllm
 from vlmrl.models.checkpoints.load import check_available
 from vlmrl.monitor.monitor import Monitor
+from vlmrl.monitor.wandb_logger import settle_wandb
 from vlmrl.orchestrator.loop import ExitReason
 from vlmrl.ranks.rank_group import RankGroup, follow, init_from_environment
 from vlmrl.record.run_dir import RunDir
@@ -64,6 +65,8 @@ def lead(config: RunConfig, group: RankGroup | None) -> float | None:
         check_transfer(config.weight_sync, config.inference, config.model.device)
     if config.mode is Mode.replay:
         check_replayable(*replayed_batch(config))
+    wandb = settle_wandb(config.monitor.wandb)  # so that config.yaml says whether the run logs there
+    config = dataclasses.replace(config, monitor=dataclasses.replace(config.monitor, wandb=wandb))
     run_dir = open_run_dir(config, mode)
     with Monitor(config.monitor, run_dir, total_steps=config.trainer.max_steps, exact=is_float32(config)) as monitor:
         monitor.phase("preparing")

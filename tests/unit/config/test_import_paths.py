@@ -125,7 +125,7 @@ def test_what_cannot_be_called_is_refused_before_anything_starts(
 def test_what_a_function_returns_is_looked_at() -> None:
     with pytest.raises(ConfigError, match=r"returned a Tensor, .*: return vlmrl.trainer.loss.LossOutput\(loss\)"):
         policy_loss(TOKENS, TOTALS, AlgorithmConfig(loss="my_algorithms.mine:bare"))
-    with pytest.raises(ConfigError, match=r"made 0.5 of the rewards \[0.0, 1.0\], .*: return one finite number per"):
+    with pytest.raises(ConfigError, match=r"returned 0.5 for the rewards \[0.0, 1.0\], .*: return one finite"):
         estimator_named("my_algorithms.mine:one")(np.array([0, 1], np.float32))
-    with np.errstate(divide="ignore"), pytest.raises(ConfigError, match=r"made \[inf, inf\] of the rewards"):
+    with np.errstate(divide="ignore"), pytest.raises(ConfigError, match=r"returned \[inf, inf\] for the rewards"):
         estimator_named("my_algorithms.mine:infinite")(np.array([1, 1], np.float32))
