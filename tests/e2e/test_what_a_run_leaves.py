@@ -15,7 +15,7 @@ from support.command_line import KEYS, Ended, keys_found, steady_rollouts, summa
 from support.configs import checked
 from vlmrl.config.parse import typed
 from vlmrl.config.run import RunConfig
-from vlmrl.record.metrics import missing_keys, read_metrics
+from vlmrl.record.metrics import STEP_KEYS, missing_keys, read_metrics, step_key
 from vlmrl.record.run_dir import RunDir
 from vlmrl.types import StopReason
 
@@ -58,6 +58,17 @@ def test_metrics_have_every_required_key(never_stopped: Path) -> None:
         assert missing_keys(line) == []
         assert ("eval/reward" in line) == (line["step"] in EVALUATED)
         assert all(value is not None for value in line.values())
+
+
+def test_metrics_have_the_keys_that_are_listed_and_no_others(never_stopped: Path) -> None:
+    written = {key for line in read_metrics(never_stopped / "metrics.jsonl") for key in line}
+    assert {key for key in written if step_key(key) is None} == set()
+    unwritten = STEP_KEYS.keys() - {step_key(key) for key in written}
+    vllm = {f"inference/{name}" for name in ("requests", "retries", "restarts", "timeouts")}
+    vllm |= {f"wire/{name}" for name in ("bytes_saved", "images_sent", "images_forgotten")}
+    importance = {f"importance/{name}" for name in ("cut_fraction", "weight_mean", "ess")}
+    filters = {"rollouts/filtered/<filter>", "rollouts/dropped/<reason>"}
+    assert unwritten - filters == vllm | importance, "this run has neither servers nor a correction"
 
 
 def test_sampler_and_trainer_agree(never_stopped: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vlmrl.config.run import RunConfig
-from vlmrl.record.metrics import STEP_KEYS, MetricsLog
+from vlmrl.record.metrics import REQUIRED_KEYS, MetricsLog
 from vlmrl.record.rollouts import RolloutRecorder
 from vlmrl.record.run_dir import RunDir
 from vlmrl.types import (
@@ -151,7 +151,11 @@ def record(
     evaluated = {step: (sampled, greedy) for step, sampled, greedy in evaluations}
     for step, rollouts in steps:
         recorder.write(step, {"train": rollouts})
-        figures = {**dict.fromkeys(STEP_KEYS[1:], 1.0 / step), "rollouts/total": float(len(rollouts)), **metrics(step)}
+        figures = {
+            **dict.fromkeys(REQUIRED_KEYS[1:], 1.0 / step),
+            "rollouts/total": float(len(rollouts)),
+            **metrics(step),
+        }
         for rollout in rollouts:
             if rollout.dropped is not None:
                 key = f"rollouts/dropped/{rollout.dropped}"

@@ -161,7 +161,7 @@ class WandbLogger:
             group=self._config.group,
             id=self._run_id(),
             resume=None if offline else "allow",
-            mode=self._config.mode.value,
+            mode="offline" if offline else "online",
             dir=str(self._run_dir.path),
             config=config,
             settings=settings,

@@ -4,15 +4,17 @@
     {"step":1,"policy_version":1,"reward/mean":0.03,…,"time/elapsed":9.6}
     {"step":10,…,"eval/reward":0.11,"eval/reward_greedy":0.13,…}                     a step that was evaluated
 
-Numbers are finite or null. `eval/reward` is held-out reward under sampling, `eval/reward_greedy` under greedy
-decoding; both stand on the line of the step after which they were measured.
+Numbers are finite or null. An evaluation (`eval/…`) is on the line of the step after which it was made. `STEP_KEYS`
+explains every key.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,63 +24,149 @@ from vlmrl.errors import VlmrlError
 from vlmrl.record.files import disk_errors
 
 Record: TypeAlias = dict[str, Any]
-"""One line: floats (None where not finite) by key; `step` an int."""
+"""One line: floats (None where not finite) by key; `step` is an int."""
 
 EVAL_SAMPLED = "eval/reward"
 EVAL_GREEDY = "eval/reward_greedy"
 ELAPSED = "time/elapsed"
-"""Wall-clock seconds of the run so far, the segments before a resume included."""
 ZERO_ADVANTAGE = "groups/zero_advantage"
-"""Share of the step's groups in [0, 1] in which no turn has an advantage: they teach nothing."""
 
-STEP_KEYS = (
-    "step",
-    "policy_version",
-    "reward/mean",
-    "reward/std",
-    "loss",
-    "grad_norm",
-    "entropy",
-    "mismatch_kl/mean",
-    "mismatch_kl/max",
-    "staleness/mean",
-    "staleness/max",
-    "rollouts/total",
-    "rollouts/dropped",
-    "bridge_break_rate",
-    "tokens/prompt",
-    "tokens/completion",
-    "tokens/trained",
-    "tokens/packed",
-    "images/distinct",
-    "wire/bytes_sent",
-    "time/step",
-    "time/rollout",
-    "time/train",
-    "time/sync",
-    "throughput/tokens_per_s",
-    "memory/peak_bytes",
-)
-"""Keys that every optimizer step must have; an evaluation adds `eval/reward`."""
+
+@dataclass(frozen=True)
+class StepKey:
+    """What a key of metrics.jsonl means."""
+
+    unit: str
+    meaning: str
+    required: bool = True
+    """Whether `missing_keys` expects the key of every optimizer step. If not, `meaning` says when it is there."""
+
+
+def _sometimes(unit: str, meaning: str) -> StepKey:
+    return StepKey(unit, meaning, required=False)
+
+
+STEP_KEYS: dict[str, StepKey] = {
+    "step": StepKey("steps", "Optimizer step of the line. 0 is the evaluation before the first step."),
+    "policy_version": StepKey("steps", "Optimizer steps that the published weights contain."),
+    "reward/mean": StepKey("reward", "Mean reward of the step's rollouts; faults do not count."),
+    "reward/std": StepKey("reward", "Population standard deviation of these rewards."),
+    "eval/reward": _sometimes("reward", "Mean held-out reward, sampled; faults count as 0. Steps with an evaluation."),
+    "eval/reward_greedy": _sometimes("reward", "Mean held-out reward, greedy decoding. Steps with an evaluation."),
+    "task/<key>": _sometimes("the task's", "Mean of a metric that the task reports, over the rollouts that report it."),
+    "eval/task/<key>": _sometimes("the task's", "The same of the held-out rollouts, sampled."),
+    "eval/task/<key>_greedy": _sometimes("the task's", "The same of the held-out rollouts, greedy decoding."),
+    "loss": StepKey("loss", "The loss before the step, demonstrations of trainer.warmup.rl_weight not included."),
+    "grad_norm": StepKey("loss", "L2 norm of the gradient of all trainable parameters, before clipping."),
+    "learning_rate": _sometimes("1", "Learning rate of the step. Steps that trained on something."),
+    "entropy": StepKey("nats per token", "Mean entropy of the trainer's distribution at the loss tokens."),
+    "mismatch_kl/mean": StepKey(
+        "nats per token",
+        "Mean of r - log r - 1 over the loss tokens before the step; log r = trainer - inference logprob.",
+    ),
+    "mismatch_kl/max": StepKey(
+        "nats", "The largest of these values, of the token on which engine and trainer differ most."
+    ),
+    "demonstration_loss": _sometimes(
+        "nats per token", "Negative log-likelihood of the step's demonstrations (trainer.warmup.rl_weight), else 0."
+    ),
+    "loss_scale": _sometimes("1", "Factor on the loss that keeps float16 gradients in range; 1 in other formats."),
+    "clip_fraction": _sometimes("share of tokens", "Loss tokens whose gradient the loss clipped. Losses with a ratio."),
+    "ratio/mean": _sometimes("1", "Mean importance ratio, trainer over engine. Losses with a ratio."),
+    "ratio/max": _sometimes("1", "Largest importance ratio. Losses with a ratio."),
+    "importance/cut_fraction": _sometimes(
+        "share of tokens", "Loss tokens whose weight is not the ratio. algorithm.importance_correction is not `own`."
+    ),
+    "importance/weight_mean": _sometimes("1", "Mean importance weight. algorithm.importance_correction is not `own`."),
+    "importance/ess": _sometimes(
+        "share of tokens", "Effective sample size of the weights. algorithm.importance_correction is not `own`."
+    ),
+    "vision_gap/blank": _sometimes(
+        "nats per token",
+        "Mean logprob with real images minus that with grey ones. Every monitor.vision_gap_every steps.",
+    ),
+    "vision_gap/shuffled": _sometimes(
+        "nats per token", "The same against images of other problems. Where the step has images of the same size."
+    ),
+    "staleness/mean": StepKey("steps", "Mean staleness of the loss tokens: training version minus sampling version."),
+    "staleness/max": StepKey("steps", "Largest staleness of a loss token."),
+    "groups/equal_reward": _sometimes("share of groups", "Groups whose rollouts all have the same episode reward."),
+    "groups/zero_advantage": _sometimes("share of groups", "Groups without any advantage, so without a gradient."),
+    "rollouts/total": StepKey("rollouts", "Rollouts of the step, dropped ones included."),
+    "rollouts/dropped": StepKey("rollouts", "Rollouts that were not trained on."),
+    "rollouts/dropped/<reason>": _sometimes("rollouts", "Those by reason (`DropReason`). Reasons that occurred."),
+    "rollouts/stop/<reason>": _sometimes("rollouts", "Rollouts by their end (`StopReason`). Reasons that occurred."),
+    "rollouts/filtered/<filter>": _sometimes("rollouts", "Rollouts that a filter matched. Filters that are enabled."),
+    "bridge_break_rate": StepKey("share of turns", "Later turns whose prompt could not extend the turn before."),
+    "tokens/prompt": StepKey("tokens", "Sum of the prompt lengths of all turns; shared prefixes count in every turn."),
+    "tokens/completion": StepKey("tokens", "Tokens that the policy sampled."),
+    "tokens/trained": StepKey("tokens", "Loss tokens of the step."),
+    "tokens/packed": StepKey("tokens", "Tokens that the trainer computed, each shared prefix once."),
+    "tokens/unpacked": _sometimes("tokens", "Tokens of the samples one by one. Steps that trained on something."),
+    "micro_batches": _sometimes("micro-batches", "Forward and backward passes. Steps that trained on something."),
+    "images/distinct": StepKey("images", "Distinct images of the step's rollouts."),
+    "images/encoded": _sometimes("images", "Images that the trainer's vision tower encoded. Models with images."),
+    "images/cached": _sometimes("images", "Images whose features came from the trainer's cache. Models with images."),
+    "images/cache_bytes": _sometimes("bytes", "Size of the trainer's feature cache. Models with images."),
+    "inference/rows_prefill": _sometimes("tokens", "Prompt tokens that the engine computed. inference=embedded."),
+    "inference/rows_decode": _sometimes("tokens", "Completion tokens that the engine computed. inference=embedded."),
+    "inference/requests": _sometimes("requests", "Requests to the servers. inference=vllm."),
+    "inference/retries": _sometimes("requests", "Requests that were sent again after a server died. inference=vllm."),
+    "inference/restarts": _sometimes("servers", "Servers that were started again. inference=vllm."),
+    "inference/timeouts": _sometimes("requests", "Requests that took too long. inference=vllm."),
+    "wire/bytes_sent": StepKey("bytes", "Request bodies sent to the servers; 0 with inference=embedded."),
+    "wire/bytes_saved": _sometimes("bytes", "What sending every image with every request would add. inference=vllm."),
+    "wire/images_sent": _sometimes("images", "Images sent to the servers. inference=vllm."),
+    "wire/images_forgotten": _sometimes("requests", "Requests whose image a server had evicted. inference=vllm."),
+    "eval/inference/<key>": _sometimes("as above", "The inference/… keys, counted during the evaluation."),
+    "eval/wire/<key>": _sometimes("as above", "The wire/… keys, counted during the evaluation."),
+    "time/step": StepKey("s", "Wall-clock time of the step, without evaluation and checkpoint."),
+    "time/rollout": StepKey("s", "Time that the trainer waited for the step's rollouts."),
+    "time/train": StepKey("s", "Time of forward, backward and optimizer."),
+    "time/sync": StepKey("s", "Time to publish the new weights to the engine."),
+    "time/vision_gap": _sometimes("s", "Time of the blind control. Steps with vision_gap/blank."),
+    "time/rollout_span": _sometimes("s", "Time from the start of the step's rollouts to their end."),
+    "time/engine_idle": _sometimes("s", "Time in which no training rollout ran."),
+    "time/elapsed": _sometimes("s", "Wall-clock time of the run so far, segments before a resume included."),
+    "throughput/tokens_per_s": StepKey("tokens/s", "Tokens of the rollouts, each once, over time/step."),
+    "memory/peak_bytes": StepKey("bytes", "Peak memory so far: of the GPU by torch, or of the process without a GPU."),
+}
+"""Every key of metrics.jsonl, except metrics that a user's own loss reports. `<…>` stands for any name."""
+
+REQUIRED_KEYS = tuple(key for key, known in STEP_KEYS.items() if known.required)
+"""Keys that every optimizer step must have."""
+
+
+def step_key(key: str) -> str | None:
+    """The entry of `STEP_KEYS` for a key as it stands in metrics.jsonl; None where there is none.
+
+    >>> [step_key(key) for key in ("loss", "rollouts/stop/max_turns", "eval/task/share_greedy", "my_loss/beta")]
+    ['loss', 'rollouts/stop/<reason>', 'eval/task/<key>_greedy', None]
+    """
+    if key in STEP_KEYS:
+        return key
+    patterns = {known: re.sub("<[^>]+>", ".+", known) for known in STEP_KEYS if "<" in known}
+    matching = [known for known, pattern in patterns.items() if re.fullmatch(pattern, key)]
+    return max(matching, key=len, default=None)
 
 
 def missing_keys(record: Mapping[str, Any]) -> list[str]:
-    """Keys that a line of metrics.jsonl lacks. Step 0 is the evaluation before the first step.
+    """Required keys that a line of metrics.jsonl lacks. Step 0 needs only the evaluation before the first step.
 
     >>> missing_keys({"step": 0})
     ['eval/reward']
-    >>> missing_keys(dict.fromkeys(STEP_KEYS, 1.0))
+    >>> missing_keys(dict.fromkeys(REQUIRED_KEYS, 1.0))
     []
     """
-    required = ("step", EVAL_SAMPLED) if record.get("step") == 0 else STEP_KEYS
+    required = ("step", EVAL_SAMPLED) if record.get("step") == 0 else REQUIRED_KEYS
     return [key for key in required if key not in record]
 
 
 class MetricsLog:
-    """Appends lines; each reaches the file whole, in one write."""
+    """Appends lines to metrics.jsonl. Each line is written in one piece."""
 
     def __init__(self, path: Path) -> None:
-        """Open or make the file. Raises VlmrlError where a complete line in it is no JSON object."""
+        """Open or create the file. Raises VlmrlError where a complete line in it is not JSON."""
         self.path = path
         with disk_errors(path):
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -89,10 +177,10 @@ class MetricsLog:
         for start, end, record in _lines(path):
             self.last, self._last_start, self._end = record, start, end
         with disk_errors(path):
-            os.ftruncate(self._fd, self._end)  # a half-written last line
+            os.ftruncate(self._fd, self._end)  # remove a half-written last line
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append a line; a second record of the newest step (its evaluation) is merged into that line."""
+        """Append a line. A second record of the newest step (its evaluation) is merged into the step's line."""
         step = record["step"]
         if self.last is not None and step == self.last["step"]:
             start, merged = self._last_start, {**self.last, **record}
@@ -102,14 +190,14 @@ class MetricsLog:
         line = orjson.dumps(merged, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
         with disk_errors(self.path):
             written = os.pwrite(self._fd, line, start)
-            if written < len(line):  # the disk is full: say it here rather than leave half a line
+            if written < len(line):  # the disk is full: remove the half-written line and report it
                 os.ftruncate(self._fd, start)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.ftruncate(self._fd, start + len(line))
         self.last, self._last_start, self._end = orjson.loads(line), start, start + len(line)
 
     def truncate_after(self, step: int) -> None:
-        """Drop the lines of later steps than `step`: what a resumed run does again."""
+        """Remove the lines of steps after `step`, which a resumed run repeats."""
         self.last, self._last_start, self._end = None, 0, 0
         for start, end, record in _lines(self.path):
             if record["step"] > step:
@@ -119,7 +207,7 @@ class MetricsLog:
             os.ftruncate(self._fd, self._end)
 
     def flush(self) -> None:
-        """Return when every line is on the disk."""
+        """Wait until every line is on the disk."""
         with disk_errors(self.path):
             os.fsync(self._fd)
 
@@ -128,12 +216,12 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """The lines of a metrics.jsonl, without a half-written last one. Raises VlmrlError, OSError."""
+    """Read the lines of metrics.jsonl, except a half-written last one. Raises VlmrlError, OSError."""
     return [record for _, _, record in _lines(path)]
 
 
 def _lines(path: Path) -> Iterator[tuple[int, int, Record]]:
-    """(first byte, byte after the newline, record) of each complete line."""
+    """Yield (first byte, byte after the newline, record) of each complete line."""
     start = 0
     for line in path.read_bytes().splitlines(keepends=True):
         if not line.endswith(b"\n"):
@@ -141,6 +229,9 @@ def _lines(path: Path) -> Iterator[tuple[int, int, Record]]:
         try:
             record = orjson.loads(line)
         except orjson.JSONDecodeError as error:
-            raise VlmrlError(f"{path} has a line that is no JSON, at byte {start}: it was edited or damaged") from error
+            raise VlmrlError(
+                f"{path} has a line that is not JSON, at byte {start}, so the file was edited or damaged: "
+                "remove that line, or restore the file"
+            ) from error
         yield start, start + len(line), record
         start += len(line)

@@ -292,7 +292,9 @@ def read_rollouts(path: Path, wanted: Callable[[str], bool] = lambda rollout_id:
             try:
                 record: RolloutRecord = orjson.loads(line)
             except orjson.JSONDecodeError as error:
-                raise VlmrlError(f"{path}, line {number} is no JSON: the file was edited or damaged") from error
+                raise VlmrlError(
+                    f"{path}, line {number} is not JSON, so the file was edited or damaged: remove that line, or restore the file"
+                ) from error
             previous: TurnRecord | None = None
             for turn in record["turns"]:
                 own = [(offset, length, hash) for offset, length, hash in turn["placeholders"]]

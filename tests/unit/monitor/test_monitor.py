@@ -21,12 +21,12 @@ from vlmrl.config.monitor import MonitorConfig, WandbConfig, WandbMode
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import VlmrlError
 from vlmrl.monitor.monitor import Monitor
-from vlmrl.record.metrics import STEP_KEYS, missing_keys, read_metrics
+from vlmrl.record.metrics import REQUIRED_KEYS, missing_keys, read_metrics
 from vlmrl.record.rollouts import read_rollouts
 from vlmrl.record.run_dir import RunDir
 from vlmrl.types import Group
 
-METRICS = {**dict.fromkeys(STEP_KEYS[1:], 1.0), "mismatch_kl/max": 0.0, "rollouts/dropped": 0.0}
+METRICS = {**dict.fromkeys(REQUIRED_KEYS[1:], 1.0), "mismatch_kl/max": 0.0, "rollouts/dropped": 0.0}
 
 
 def flat_group() -> Group:

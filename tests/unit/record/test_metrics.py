@@ -10,7 +10,7 @@ import pytest
 
 import vlmrl
 from vlmrl.errors import VlmrlError
-from vlmrl.record.metrics import STEP_KEYS, MetricsLog, missing_keys, read_metrics
+from vlmrl.record.metrics import REQUIRED_KEYS, STEP_KEYS, MetricsLog, missing_keys, read_metrics
 
 
 def log_of_steps(path: Path, *steps: int) -> MetricsLog:
@@ -91,7 +91,7 @@ def test_a_half_written_last_line_is_not_read_and_is_dropped_when_the_log_goes_o
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step":1}\nwhat?\n{"step":3}\n')
-    with pytest.raises(VlmrlError, match=r"metrics\.jsonl has a line that is no JSON, at byte 11"):
+    with pytest.raises(VlmrlError, match=r"metrics\.jsonl has a line that is not JSON, at byte 11"):
         MetricsLog(path)
 
 
@@ -120,8 +120,16 @@ except VlmrlError as error:
 
 
 def test_required_keys() -> None:
-    complete = dict.fromkeys(STEP_KEYS, 1.0)
+    complete = dict.fromkeys(REQUIRED_KEYS, 1.0)
     assert missing_keys(complete) == []
     assert missing_keys({key: value for key, value in complete.items() if key != "time/sync"}) == ["time/sync"]
     assert missing_keys({"step": 0, "eval/reward": 0.0}) == []
-    assert missing_keys({}) == list(STEP_KEYS)
+    assert missing_keys({}) == list(REQUIRED_KEYS)
+
+
+def test_every_key_has_a_unit_and_one_sentence_or_two() -> None:
+    for key, known in STEP_KEYS.items():
+        assert known.unit, key
+        assert known.meaning[0].isupper(), key
+        assert known.meaning.endswith("."), key
+        assert len(known.meaning) < 130, key

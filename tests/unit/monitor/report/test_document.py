@@ -248,5 +248,5 @@ def test_no_run(tmp_path: Path, what: str) -> None:
 def test_a_damaged_file_is_named(tmp_path: Path, config: RunConfig) -> None:
     run_dir = small_run(tmp_path / "run", config)
     run_dir.rollouts_file("step", 2).write_text('{"rollout_id":"train/000002/00/00",}\n')
-    with pytest.raises(VlmrlError, match=r"step_000002\.jsonl, line 1 is no JSON"):
+    with pytest.raises(VlmrlError, match=r"step_000002\.jsonl, line 1 is not JSON"):
         document({"run": run_dir}, {})

@@ -187,7 +187,7 @@ def test_a_page_that_fails_is_said_and_the_log_says_why(run_dir: RunDir) -> None
     writer = ReportWriter(run_dir)
     assert writer.start(), "not known yet"
     assert not writer.finish()
-    assert "step_000001.jsonl, line 1 is no JSON" in run_dir.report_log.read_text()
+    assert "step_000001.jsonl, line 1 is not JSON" in run_dir.report_log.read_text()
 
 
 def test_a_page_that_hangs_does_not_keep_the_run_from_ending(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
