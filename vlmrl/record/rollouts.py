@@ -293,7 +293,8 @@ def read_rollouts(path: Path, wanted: Callable[[str], bool] = lambda rollout_id:
                 record: RolloutRecord = orjson.loads(line)
             except orjson.JSONDecodeError as error:
                 raise VlmrlError(
-                    f"{path}, line {number} is not JSON, so the file was edited or damaged: remove that line, or restore the file"
+                    f"{path}, line {number} is not JSON, so the file was edited or damaged: "
+                    "remove that line, or restore the file"
                 ) from error
             previous: TurnRecord | None = None
             for turn in record["turns"]:
