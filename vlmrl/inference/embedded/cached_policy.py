@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 from vlmrl.inference.embedded.kv_cache import KVCache
 from vlmrl.models.attention.prefix_tree import ImageKeys
 from vlmrl.models.attention.tree import TreePlan
-from vlmrl.models.features import ImageFeatures
+from vlmrl.models.features import FeatureCache, ImageFeatures, Levels, first_features
 from vlmrl.models.policy import Policy
 from vlmrl.models.transfer import to_device
 from vlmrl.types import ImageItem
@@ -26,7 +27,7 @@ class CachedPolicy:
         self.image_keys = ImageKeys()
         self.version = -1
         """Policy version of the caches; −1 while they are empty."""
-        self._features: dict[str, ImageFeatures] = {}
+        self._features = FeatureCache(sys.maxsize)
 
     @property
     def device(self) -> torch.device:
@@ -37,7 +38,7 @@ class CachedPolicy:
         if version != self.version:
             self.version = version
             self.kv_cache.clear()
-            self._features, self.image_keys = {}, ImageKeys()
+            self._features, self.image_keys = FeatureCache(sys.maxsize), ImageKeys()
 
     def clear(self) -> None:
         """Have the next `use_version` clear all caches."""
@@ -75,19 +76,13 @@ class CachedPolicy:
 
     def _encode(self, images: Sequence[ImageItem]) -> ImageFeatures | None:
         """Features of the distinct images. Each image is encoded once per policy version. None for no images."""
-        missing = {image.hash: image for image in images if image.hash not in self._features}
-        encoded = self.policy.encode_images(list(missing.values()))
-        if encoded is not None:
-            for image in missing.values():
-                start = encoded.first[image.hash]
-                levels = [level[start : start + image.num_tokens] for level in encoded.levels]
-                self._features[image.hash] = ImageFeatures(levels, {image.hash: 0})
         if not images:
             return None
         distinct = list({image.hash: image for image in images}.values())
-        first, total = {}, 0
-        for image in distinct:
-            first[image.hash] = total
-            total += image.num_tokens
-        per_image = [self._features[image.hash].levels for image in distinct]
-        return ImageFeatures([torch.cat(level) for level in zip(*per_image, strict=True)], first)
+        levels, _ = self._features.encode(distinct, self.version, self._encode_missing)
+        return ImageFeatures(levels, first_features(distinct))
+
+    def _encode_missing(self, images: Sequence[ImageItem]) -> Levels:
+        features = self.policy.encode_images(images)
+        assert features is not None, "encode_images returns None only for no images"
+        return features.levels
