@@ -45,8 +45,9 @@ from vlmrl.config.inference import VllmConfig
 from vlmrl.config.model import Dtype, ModelConfig, TinyConfig, VLMConfig
 from vlmrl.config.orchestrator import RendererConfig
 from vlmrl.config.weight_sync import FolderSyncConfig
+from vlmrl.inference.vllm.arguments import server_arguments, server_environment
 from vlmrl.inference.vllm.engine import VllmEngine
-from vlmrl.inference.vllm.server import _environment, server_arguments, vllm_version
+from vlmrl.inference.vllm.server import vllm_version
 from vlmrl.inference.vllm.wire import BANNED_BIAS, encode_image
 from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer
 from vlmrl.models.checkpoints.tiny import ensure_tiny_checkpoint
@@ -140,7 +141,7 @@ async def ours(folder: Path, args: argparse.Namespace) -> list[dict[str, float]]
 def offline(folder: Path, args: argparse.Namespace, *, one_process: bool) -> list[dict[str, float]]:
     config = vllm_config(args)
     on_cpu = not torch.cuda.is_available()
-    os.environ.update(_environment(config, on_cpu=on_cpu))
+    os.environ.update(server_environment(config, on_cpu=on_cpu))
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if one_process else "1"
     version = vllm_version()
     assert version is not None

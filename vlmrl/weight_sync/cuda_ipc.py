@@ -1,4 +1,4 @@
-"""`weight_sync=cuda_ipc`: the servers read the trainer's copy in place, in the memory of the GPU that they share."""
+"""`weight_sync=cuda_ipc`: servers on the trainer's GPU read the trainer's copy of the weights in place."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from vlmrl.weight_sync.vllm_transfer import Remote, Sender, ipc_sender
 
 
 class CudaIpcSync(GpuSync):
-    """For servers on the trainer's GPU."""
+    """Weight sync for servers on the trainer's GPU."""
 
     def __init__(
         self, engine: VllmEngine, weights: Callable[[], Mapping[str, Tensor]], config: CudaIpcSyncConfig
     ) -> None:
+        """`weights` as for `ServerSync`."""
         super().__init__(engine, weights, verify=config.verify)
 
     def _open(self, remote: Remote, client: VllmClient, tensors: Mapping[str, Tensor]) -> Sender:
         version = vllm_version()
-        assert version is not None, "check_transfer comes first"
+        assert version is not None, "preflight refuses a trainer without vLLM"
         return ipc_sender(remote, version)

@@ -1,7 +1,7 @@
-"""`weight_sync=folder`: a safetensors file in a folder that trainer and servers see; vLLM reads it in place.
+"""`weight_sync=folder`: the trainer writes a safetensors file to a folder, and vLLM loads it in place.
 
-The file of the version that was published last stays, for a server that comes back in the middle of a training step,
-when the trainer's own weights are in motion.
+The file of the newest published version stays. A server that restarts in the middle of a training step loads it,
+because the trainer's own weights are changing then.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ FILE = "model.safetensors"
 
 
 class FolderSync(ServerSync):
-    """For servers on this machine, or with a disk in common. Its folder goes with the run, however that ends."""
+    """Weight sync for servers on this machine or on a shared disk. The folder is removed however the run ends."""
 
     def __init__(
         self, engine: VllmEngine, weights: Callable[[], Mapping[str, Tensor]], config: FolderSyncConfig
     ) -> None:
-        """Makes the folder below `config.root`. Raises `ConfigError` where that cannot be."""
+        """Make a folder below `config.root`; `weights` as for `ServerSync`. Raises `ConfigError` where that fails."""
         super().__init__(engine, weights, verify=config.verify)
         try:
             self._folder = Path(tempfile.mkdtemp(prefix="vlmrl-weights-", dir=config.root))
         except OSError as error:
             raise ConfigError(
-                f"weight_sync.root={config.root} takes no folder ({error.strerror}), so no weights could reach the "
-                "servers: set weight_sync.root to a folder that can be written and that the servers see"
+                f"weight_sync.root={config.root} is not a folder that this process can write to ({error.strerror}), so "
+                "no weights would reach the servers: set weight_sync.root to a folder that the trainer can write and "
+                "the servers can read."
             ) from error
         self._remove = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         engine.remove_if_killed(self._folder)
@@ -44,11 +45,11 @@ class FolderSync(ServerSync):
 
     @property
     def folder(self) -> Path:
-        """Where the weights are."""
+        """The folder that holds the weights."""
         return self._folder
 
     def close(self) -> None:
-        """Remove the folder; the interpreter's end does it too."""
+        """Remove the folder. Otherwise the interpreter removes it when it exits."""
         self._remove()
 
     def _stage(self, version: int, tensors: Mapping[str, Tensor]) -> None:

@@ -1,14 +1,17 @@
-"""What `weight_sync=nccl` and `weight_sync=cuda_ipc` share: GPU to GPU, nothing touches a disk or the host's memory.
+"""Weight sync from GPU to GPU: the part that `weight_sync=nccl` and `weight_sync=cuda_ipc` share.
 
-    publish ─▶ copy on the trainer's GPU (engine's dtype) ─▶ one server after the other, each by a `Sender` of its own
+    publish ─▶ copy on the trainer's GPU (engine's dtype) ─▶ one server after another, each by a `Sender` of its own
 
-The copy stays until the next version. It is what a server gets that comes back in the middle of a training step, when
-the trainer's own weights are in motion; to wait for the next publish instead would have rollouts wait for a whole step.
-It costs 2 bytes a parameter in bfloat16, beside the trainer's 12 to 16 (weights, gradients, AdamW's two averages), and
-a millisecond per few GB. And only memory that nobody writes to is lent to another process.
+No data goes through a disk or the host's memory.
 
-Servers take turns: they would share the one link out of the trainer's GPU anyway. Each life of a server has a sender of
-its own, so one that dies takes no other's connection down; a broadcast that it leaves hanging is aborted.
+The copy stays until the next version. A server that restarts in the middle of a training step gets it, because the
+trainer's own weights are changing then; waiting for the next publish would delay rollouts by a whole step. The copy
+costs 2 bytes per parameter in bfloat16, on top of the trainer's 12 to 16 (weights, gradients, AdamW's two averages),
+and a millisecond per few GB. Also, other processes only ever read memory that is not being written.
+
+Servers are updated in turn, because they share the one link out of the trainer's GPU anyway. Each launch of a server
+has a sender of its own, so a server that dies breaks no other connection, and a broadcast that it leaves hanging can be
+aborted.
 """
 
 from __future__ import annotations
@@ -24,20 +27,22 @@ from torch import Tensor
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.weight_sync import WeightSyncConfig
 from vlmrl.errors import ConfigError
+from vlmrl.inference.vllm.arguments import WeightTransfer
 from vlmrl.inference.vllm.client import VllmClient
 from vlmrl.inference.vllm.engine import VllmEngine
-from vlmrl.inference.vllm.server import WeightTransfer, replica_devices, visible_devices, vllm_version
+from vlmrl.inference.vllm.server import replica_devices, visible_devices, vllm_version
 from vlmrl.weight_sync.servers import ServerSync
 from vlmrl.weight_sync.vllm_transfer import Remote, Sender
 
 WEIGHT_TRANSFERS: dict[str, WeightTransfer] = {"nccl": "nccl", "cuda_ipc": "ipc"}
-"""`weight_sync.kind` → vLLM's engine that a server must be started with."""
+"""`weight_sync.kind` → the weight-transfer engine that vLLM must be started with. Other kinds need none."""
 
 
 class GpuSync(ServerSync):
-    """See the module."""
+    """Base class of the transports from the trainer's GPU to the servers' GPUs."""
 
     def __init__(self, engine: VllmEngine, weights: Callable[[], Mapping[str, Tensor]], *, verify: bool) -> None:
+        """`weights` and `verify` as for `ServerSync`."""
         super().__init__(engine, weights, verify=verify)
         self._tensors: Mapping[str, Tensor] = {}
         self._senders: dict[VllmClient, Sender] = {}
@@ -45,17 +50,17 @@ class GpuSync(ServerSync):
 
     @abstractmethod
     def _open(self, remote: Remote, client: VllmClient, tensors: Mapping[str, Tensor]) -> Sender:
-        """Connect to a server that is new. Runs in a thread, on the GPU of `tensors`."""
+        """Connect to a server that has just been launched. Runs in a thread, on the GPU of `tensors`."""
 
     def close(self) -> None:
-        """Leave the servers."""
+        """Disconnect from all servers and free the copy."""
         for sender in self._senders.values():
             sender.close()
         self._senders.clear()
         self._tensors = {}
 
     def _gather_and_stage(self, version: int) -> Mapping[str, Tensor]:
-        self._tensors = {}  # before the new ones are made: two copies need not have room
+        self._tensors = {}  # free the old copy first, so that the GPU never holds two
         self._stage(version, self._gather(copy=True))
         return self._tensors
 
@@ -63,7 +68,7 @@ class GpuSync(ServerSync):
         self._tensors = tensors
         with on_device_of(tensors):
             if torch.cuda.is_available():
-                torch.cuda.synchronize()  # what reads them runs on other streams
+                torch.cuda.synchronize()  # the transfers read the copy on other streams
 
     def _staged(self) -> Mapping[str, Tensor]:
         return self._tensors
@@ -77,18 +82,20 @@ class GpuSync(ServerSync):
         tensors = self._tensors
         with on_device_of(tensors):
             if client not in self._senders:
-                self._leave_the_dead()
+                self._close_stale_senders()
                 self._senders[client] = self._open(remote, client, tensors)
             self._senders[client].send(tensors)
 
-    def _leave_the_dead(self) -> None:
+    def _close_stale_senders(self) -> None:
+        """Close the senders to servers that have ended."""
         alive = {replica.client for replica in self._engine.replicas}
         for client in [client for client in self._senders if client not in alive]:
             self._senders.pop(client).close()
 
 
 def on_device_of(tensors: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-    """Their GPU as the current one: a thread begins on the first. Nothing for tensors on a CPU, as tests have them."""
+    """Make the GPU of `tensors` the current one, because a new thread starts on the first GPU. No effect for tensors on
+    a CPU, which tests use."""
     device = next(iter(tensors.values())).device
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 

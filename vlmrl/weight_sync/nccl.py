@@ -1,4 +1,7 @@
-"""`weight_sync=nccl`: the trainer's GPU broadcasts to those of a server. Each server is a group of its own with it."""
+"""`weight_sync=nccl`: the trainer's GPU broadcasts the weights to the GPUs of each server.
+
+Every server forms an NCCL group of its own with the trainer.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,15 @@ from vlmrl.weight_sync.vllm_transfer import Remote, Sender, bucket_bytes, nccl_s
 
 
 class NcclSync(GpuSync):
-    """For servers on other GPUs than the trainer's."""
+    """Weight sync for servers on other GPUs than the trainer's."""
 
     def __init__(self, engine: VllmEngine, weights: Callable[[], Mapping[str, Tensor]], config: NcclSyncConfig) -> None:
+        """`weights` as for `ServerSync`."""
         super().__init__(engine, weights, verify=config.verify)
 
     def _open(self, remote: Remote, client: VllmClient, tensors: Mapping[str, Tensor]) -> Sender:
         version = vllm_version()
-        assert version is not None, "check_transfer comes first"
+        assert version is not None, "preflight refuses a trainer without vLLM"
         address = address_towards(client.url)
         return nccl_sender(
             remote, version, address=address, port=free_port(address), bucket_bytes=bucket_bytes(tensors)
@@ -32,7 +36,7 @@ class NcclSync(GpuSync):
 
 
 def address_towards(url: str) -> str:
-    """This host's address as the server at `url` sees it. Nothing is sent.
+    """This host's address, as seen by the server at `url`. Sends no data.
 
     >>> address_towards("http://127.0.0.1:8000")
     '127.0.0.1'
@@ -47,7 +51,7 @@ def address_towards(url: str) -> str:
 
 
 def free_port(address: str) -> int:
-    """One that was free a moment ago; vLLM binds it itself."""
+    """A port of `address` that is free now. It is not reserved, because vLLM binds it itself."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family) as probe:
         probe.bind((address, 0))

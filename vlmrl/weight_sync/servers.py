@@ -1,15 +1,15 @@
-"""Publishing a policy version to vLLM servers, whatever carries the tensors.
+"""Publishing a policy version to vLLM servers: the part that all transports share.
 
-    publish ─▶ stage (once) ─▶ each server:  pause ─▶ transfer ─▶ drop caches ─▶ version ─▶ verify ─▶ resume
+    publish ─▶ stage (once) ─▶ each server:  pause ─▶ transfer ─▶ clear caches ─▶ set version ─▶ verify ─▶ resume
 
-Requests in flight stay: those in the middle of a completion go on after it. Their tokens so far keep the version that
-sampled them; keys and values of the old weights are dropped and computed anew, so that each later token is sampled by
-the new weights exactly, as the trainer computes it. Dropped with them are the prefix cache, and what vLLM's scheduler
-knows of encoded images: `reload_weights` drops only the features themselves, and the engine would die of the next
-request that shows one of those images. The images' data stays.
+Requests in flight continue after the update. Their tokens so far keep the version that sampled them. The keys and
+values of the old weights are cleared and computed again, so each later token is sampled from exactly the distribution
+that the trainer computes with the new weights. The prefix cache is cleared too, and so is the scheduler's record of
+encoded images: `reload_weights` clears only the features themselves, and the engine would die of the next request with
+one of those images. The data of the images stays.
 
-A transport says how tensors travel: `_stage` and `_transfer`. A server that dies on the way is left to the engine,
-which starts it again and has `restore` bring it the published version.
+A transport implements `_stage` and `_transfer`. If a server dies during an update, the engine restarts it and calls
+`restore`, which publishes the newest version to it.
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ import torch
 from torch import Tensor
 
 from vlmrl.errors import EngineError
+from vlmrl.inference.vllm import old_vllm
 from vlmrl.inference.vllm.client import ServerLostError, VllmClient
 from vlmrl.inference.vllm.engine import Replica, VllmEngine
 from vlmrl.models.digests import assemble, digest
 from vlmrl.types import WeightComparison
 
 SHOWN_NAMES = 8
-"""Of a list of names, in an error's message."""
+"""How many names of weights an error message lists."""
 
 
 class ServerSync(ABC):
-    """See `vlmrl.types.WeightSync`."""
+    """Base class of the transports to servers; implements `vlmrl.types.WeightSync`."""
 
     def __init__(self, engine: VllmEngine, weights: Callable[[], Mapping[str, Tensor]], *, verify: bool) -> None:
-        """`weights` gives the trainer's tensors under their names in a checkpoint; `publish` calls it, in a thread,
-        while nothing trains."""
+        """`weights` returns the trainer's tensors by their names in a checkpoint; `publish` calls it in a thread while
+        no training step runs. `verify` compares digests after every update."""
         self._engine = engine
         self._weights = weights
         self._verify = verify
@@ -47,11 +48,11 @@ class ServerSync(ABC):
 
     @abstractmethod
     def _stage(self, version: int, tensors: Mapping[str, Tensor]) -> None:
-        """Make the tensors of `version` ready for every server, also for one that comes later. Runs in a thread."""
+        """Prepare the tensors of `version` for all servers, also those that restart later. Runs in a thread."""
 
     @abstractmethod
     async def _transfer(self, client: VllmClient) -> None:
-        """Have a paused server take what was staged last."""
+        """Have a paused server load the tensors that were staged last."""
 
     @abstractmethod
     def _staged(self) -> Mapping[str, Tensor]:
@@ -59,10 +60,11 @@ class ServerSync(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Leave nothing behind. May be called twice."""
+        """Release all resources. May be called twice."""
 
     async def publish(self, version: int) -> None:
-        """Bring the trainer's weights to every server that is up. Raises `EngineError` where one does not take them."""
+        """Publish the weights to every server that is up. Raises `EngineError` where an update fails. A server
+        that dies is left to the engine."""
         async with self._lock:
             tensors = await asyncio.to_thread(self._gather_and_stage, version)
             self._version = version
@@ -72,7 +74,8 @@ class ServerSync(ABC):
                     raise error
 
     async def compare(self) -> WeightComparison:
-        """See `vlmrl.types.WeightSync.compare`; names of weights are vLLM's. Raises `EngineError`."""
+        """See `vlmrl.types.WeightSync.compare`; the names of weights are vLLM's. Raises `EngineError` where a server is
+        lost."""
         async with self._lock:
             tensors = await asyncio.to_thread(self._gather)
             compared = 0
@@ -80,7 +83,7 @@ class ServerSync(ABC):
             unmatched: set[str] = set()
             for replica in self._engine.ready_replicas():
                 try:
-                    workers = await _ask_workers(_present(replica), tensors, digests=True)
+                    workers = await _worker_weights(_client_of(replica), tensors, digests=True)
                 except ServerLostError as error:
                     raise EngineError(f"{replica.name} was lost while its weights were compared: {error}") from error
                 weights = _weights_of(workers)
@@ -91,17 +94,17 @@ class ServerSync(ABC):
             return WeightComparison(compared, tuple(sorted(differing)), tuple(sorted(unmatched)))
 
     async def restore(self, replica: Replica) -> None:
-        """Bring what was published last to a server that has come back. Raises `ServerLostError` and `EngineError`."""
+        """Publish the newest version to a restarted server. Raises `ServerLostError` and `EngineError`."""
         async with self._lock:
             if self._version is not None:
                 await self._update(replica, self._version, self._staged())
 
     def _gather(self, *, copy: bool = False) -> Mapping[str, Tensor]:
-        """The trainer's tensors as the servers must hold them; without `copy`, the trainer's own where they fit."""
+        """The trainer's tensors in the engine's dtype. Without `copy`, tensors of that dtype are the trainer's own."""
         dtype = getattr(torch, self._engine.config.dtype.value)
         tensors, held = without_ties(self._weights()), {}
         for name in list(tensors):
-            tensor = tensors.pop(name).detach()  # what a sharded trainer gathered is let go as it is copied
+            tensor = tensors.pop(name).detach()  # frees each tensor that a sharded trainer has gathered after its copy
             held[name] = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=copy)
         return held
 
@@ -111,41 +114,43 @@ class ServerSync(ABC):
         return tensors
 
     async def _update(self, replica: Replica, version: int, tensors: Mapping[str, Tensor]) -> None:
-        """`tensors` are what the server must hold in the end."""
-        client = _present(replica)
-        if replica.version < 0:  # its first weights from us
+        """Update one server. `tensors` is what it must hold afterwards."""
+        client = _client_of(replica)
+        if replica.version < 0:  # the first update of this launch
             await self._check_names(client, tensors)
         await client.call("POST", "/pause", params={"mode": "keep", "clear_cache": "false"})
         await self._transfer(client)
         await client.call_workers("vlmrl_repack_head")
         dropped = await client.call("POST", "/reset_prefix_cache", params={"reset_running_requests": "true"})
         if not dropped["success"]:
-            raise EngineError(f"{client.name} keeps keys and values of old weights: its prefix cache was not reset")
+            raise EngineError(
+                f"{client.name} did not reset its prefix cache, so it still has keys and values of old weights"
+            )
         await client.call("POST", "/reset_encoder_cache")
-        # 0.26 knows no versions: there, a token's is that of the time when it was asked for.
-        known = await client.call("POST", "/update_weight_version", json={"new_version": str(version)}, optional=True)
+        keeps_version = await old_vllm.update_weight_version(client, version)
         if self._verify:
             await self._compare(client, version, tensors)
         if replica.client is client:
             replica.version = version
         await client.call("POST", "/resume")
-        if known is not None:
-            told = (await client.call("GET", "/weight_info"))["weight_version"]
-            if told != str(version):
-                raise EngineError(f"{client.name} says that its weights are of version {told}, not {version}")
+        if keeps_version:
+            reported = (await client.call("GET", "/weight_info"))["weight_version"]
+            if reported != str(version):
+                raise EngineError(f"{client.name} reports version {reported} of its weights instead of {version}")
 
     async def _check_names(self, client: VllmClient, tensors: Mapping[str, Tensor]) -> None:
-        """Every tensor of ours is a weight there, and every weight there is made of tensors of ours."""
-        unknown, missing = _unmatched(await _ask_workers(client, tensors, digests=False))
+        """Raise `EngineError` unless each of `tensors` is part of a weight of the server, and each weight of the server
+        consists of `tensors`."""
+        unknown, missing = _unmatched(await _worker_weights(client, tensors, digests=False))
         if unknown or missing:
             raise EngineError(
-                f"{client.name} serves another model than the one that trains: of our tensors it has no place for "
-                f"{_listed(unknown)}; of its weights we have nothing for {_listed(missing)}. Its checkpoint must be of "
-                "the same architecture (model.name)"
+                f"{client.name} serves another model than the trainer's. Tensors that the server lacks: "
+                f"{_listed(unknown)}; weights that the trainer lacks: {_listed(missing)}. Start the server with a "
+                "checkpoint of the same architecture as model.name."
             )
 
     async def _compare(self, client: VllmClient, version: int, tensors: Mapping[str, Tensor]) -> None:
-        weights = _weights_of(await _ask_workers(client, tensors, digests=True))
+        weights = _weights_of(await _worker_weights(client, tensors, digests=True))
         differing = await asyncio.to_thread(_differing, weights, tensors)
         if differing:
             raise EngineError(
@@ -154,19 +159,19 @@ class ServerSync(ABC):
             )
 
 
-def _present(replica: Replica) -> VllmClient:
+def _client_of(replica: Replica) -> VllmClient:
     if replica.client is None:
-        raise ServerLostError(f"{replica.name} has gone")
+        raise ServerLostError(f"{replica.name} is down")
     return replica.client
 
 
-async def _ask_workers(client: VllmClient, tensors: Mapping[str, Tensor], *, digests: bool) -> list[Any]:
-    """Of each worker, what its weights are made of (`vllm_worker.WorkerInspector.vlmrl_weights`)."""
+async def _worker_weights(client: VllmClient, tensors: Mapping[str, Tensor], *, digests: bool) -> list[Any]:
+    """What the weights of each worker consist of (`in_server.worker.WorkerInspector.vlmrl_weights`)."""
     return await client.call_workers("vlmrl_weights", names=list(tensors), digests=digests)
 
 
 def _unmatched(workers: list[Any]) -> tuple[set[str], set[str]]:
-    """Our names that no worker has a place for; names of theirs that we have nothing for."""
+    """Names of the trainer's tensors that no worker has, and names of the workers' weights that the trainer lacks."""
     unknown = set.intersection(*(set(worker["unknown"]) for worker in workers))
     return unknown, {name for worker in workers for name in worker["missing"]}
 
@@ -176,17 +181,17 @@ def _weights_of(workers: list[Any]) -> dict[str, Any]:
 
 
 def _differing(weights: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> set[str]:
-    """Names of the engine's weights that are not made of our tensors."""
+    """Names of the engine's weights whose digest differs from that of the trainer's tensors."""
     digests: dict[str, str] = {}
     for weight in weights.values():
-        made_of = repr(weight["slices"])  # most are the same on every rank
-        if made_of not in digests:
-            digests[made_of] = digest(assemble(weight["slices"], tensors))
+        slices = repr(weight["slices"])  # most are the same on every rank
+        if slices not in digests:
+            digests[slices] = digest(assemble(weight["slices"], tensors))
     return {name for name, weight in weights.items() if weight["sha256"] != digests[repr(weight["slices"])]}
 
 
 def without_ties(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without names for what another name before them holds: a head that is the embedding is not sent twice.
+    """Drop each name whose tensor is also that of an earlier name, so that a tied head is not sent twice.
 
     >>> embedding = torch.zeros(4, 2)
     >>> list(without_ties({"embed_tokens": embedding, "norm": torch.ones(2), "lm_head": embedding}))
@@ -200,7 +205,8 @@ def without_ties(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _listed(names: set[str]) -> str:
-    """
+    """Names for an error message, at most `SHOWN_NAMES` of them.
+
     >>> _listed(set()), _listed({"b", "a"})
     ('none', 'a, b')
     """

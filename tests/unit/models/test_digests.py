@@ -54,7 +54,9 @@ def weights() -> dict[str, Any]:
 
 
 def test_a_root_that_takes_no_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"weight_sync\.root=.*/nowhere takes no folder.*: set weight_sync\.root"):
+    with pytest.raises(
+        ConfigError, match=r"weight_sync\.root=.*/nowhere is not a folder that .*: set weight_sync\.root"
+    ):
         FolderSync(engine(), weights, FolderSyncConfig(root=str(tmp_path / "nowhere")))
 
 

@@ -1,16 +1,16 @@
-"""HTTP to one vLLM server: a completion for a prompt, each image's data sent once, and the calls of the weight sync.
+"""The HTTP client of one vLLM server: completions, with each image's data sent once, and the calls of the weight sync.
 
-    generate ─▶ images that the server lacks: their data
-             ─▶ the request itself, images by hash alone
-             ─▶ the server has forgotten one (its cache is bounded): the same request with the data of all
+    generate ─▶ send the data of images that the server lacks
+             ─▶ send the request, with images by hash alone
+             ─▶ if the server has forgotten one (its cache is bounded): send the request again with the data of all
 
-Requests that show the same new image at the same time wait for whoever sends it. A server of the run takes data by
-itself, and requests in batches (vllm_batches.py). Another's takes data with a request only, and its answer is the only
-sign that it holds them: there, data goes with the prompt up to it, for one token. That is no waste: it computes the
-prefix that the siblings of the group share.
+Requests with the same new image wait until the first of them has sent its data. A server that the run has started takes
+image data without a request, and requests in batches (batches.py). Another server takes data only as part of a request,
+and only an answer shows that it holds the images. There the client sends the prompt up to the last new image and
+samples one token. This is not wasted work: it computes the prefix that the siblings of the group share.
 
-What goes wrong is told apart by what helps: `ServerLostError` (the connection broke, the server is dying: ask again
-when it or another is there) and `EngineError` (an answer, or none in time, that asking again would not change).
+There are two errors. After a `ServerLostError` (the connection broke, or the server is dying) the same request can
+succeed on another server. After an `EngineError` (an error response, or a timeout) it would fail again.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ import orjson
 from vlmrl.caches.lru import ByteLRU
 from vlmrl.config.model import Dtype
 from vlmrl.errors import EngineError
-from vlmrl.inference.vllm.batches import CONTENT_TYPE, Batches, BatchLostError
+from vlmrl.inference.vllm import old_vllm
+from vlmrl.inference.vllm.batches import CONTENT_TYPE, Batcher, BatchLostError
 from vlmrl.inference.vllm.connections import Connections
 from vlmrl.inference.vllm.frames import FORGOTTEN, ROUTE, pack_batch, request_header
 from vlmrl.inference.vllm.wire import (
-    MOST_TOKENS,
+    MAX_LISTED_TOKENS,
     Answer,
     WireError,
     data_size,
@@ -44,29 +45,30 @@ from vlmrl.inference.vllm.wire import (
 from vlmrl.types import ImageItem, Prompt, SamplingParams
 
 ENCODED_LIMIT_BYTES = 256 * 1024**2
-"""Encoded images kept for the next server, or for one that has forgotten."""
+"""Limit on the encoded images that are kept for the next server, or for one that has forgotten them."""
 
 KEEPALIVE_S = 2.0
-"""Seconds that an idle connection is kept. Less than the server's five: a connection that the server is closing just
-then would lose a request."""
+"""How long an idle connection is kept. The server closes it after five seconds; a request on a connection that the
+server is closing would be lost."""
 
 HEALTH_TIMEOUT_S = 5.0
 
 
 class ServerLostError(Exception):
-    """The server dropped the request or is dying; another, or the next one in its place, can answer it."""
+    """The server dropped the request or is dying. Another server, or this one after a restart, can answer it."""
 
 
 class ImageEncoder:
-    """Images as they go over the wire; the newest are kept, up to `ENCODED_LIMIT_BYTES`."""
+    """Encodes images for servers, and keeps the most recent results, up to `ENCODED_LIMIT_BYTES`."""
 
     def __init__(self, dtype: Dtype, flat: Collection[str]) -> None:
+        """`dtype` and `flat` as for `wire.encode_image`."""
         self.dtype = dtype
         self._flat = flat
         self._kept: ByteLRU[str, bytes] = ByteLRU(ENCODED_LIMIT_BYTES, keep_newest=True)
 
     async def encode(self, images: Collection[ImageItem]) -> dict[str, bytes]:
-        """Hash → `encode_image` of it, of the distinct images; in a thread, for it takes milliseconds each."""
+        """Hash → output of `encode_image`, for the distinct images. Runs in a thread: an image takes milliseconds."""
         distinct = {image.hash: image for image in images}
         kept = {hash: self._kept.get(hash) for hash in distinct}
         encoded = {hash: data for hash, data in kept.items() if data is not None}
@@ -82,7 +84,7 @@ class ImageEncoder:
 
 
 class VllmClient:
-    """One life of one server: a server that was started again is another client's. Belongs to one event loop."""
+    """The client of one launch of one server; a restarted server gets a new client. Belongs to one event loop."""
 
     def __init__(
         self,
@@ -94,45 +96,44 @@ class VllmClient:
         request_timeout_s: float,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        """`counts` are the engine's, by metric; `transport` is a test's stand-in for the network."""
+        """`counts` are the engine's counters by metric; `transport` replaces the network in tests."""
         self.name = name
         self.url = url
         self.keeps_images = False
-        """Whether the server takes an image by its hash alone; set by whoever has asked for its settings."""
+        """Whether the server takes an image by its hash alone; set by `engine.check_settings`."""
         self.has_route = False
-        """Whether it has the run's own route, beside vLLM's; set as `keeps_images`."""
+        """Whether the server has the run's own endpoint (`frames.ROUTE`); set by `engine.check_settings`."""
         self._encoder = encoder
         self._counts = counts
         self._timeout_s = request_timeout_s
         self._numbers = itertools.count()
         self._held: set[str] = set()
-        """Hashes whose data the server has had in this life."""
+        """Hashes of the images whose data the server has received."""
         self._sending: dict[str, asyncio.Event] = {}
-        """Hashes whose data is on its way; the event is set when it has arrived or was lost."""
+        """Hashes of the images whose data is being sent; the event is set when it has arrived or was lost."""
         self._http = httpx.AsyncClient(
             base_url=url,
             headers={"authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=httpx.Timeout(None, connect=request_timeout_s),
-            trust_env=False,  # no proxy between a run and its servers
+            trust_env=False,  # ignore proxy settings: servers are reached directly
             transport=transport or Connections(KEEPALIVE_S),
         )
-        self._batches = Batches(self._http, counts)
+        self._batcher = Batcher(self._http, counts)
 
     async def close(self) -> None:
         await self._http.aclose()
 
     async def is_healthy(self) -> bool:
-        """Whether the server answers and its engine lives."""
+        """Whether the server answers and its engine is alive."""
         try:
             return (await self._http.get("/health", timeout=HEALTH_TIMEOUT_S)).status_code == 200
         except httpx.TransportError:
             return False
 
     async def call(self, method: str, path: str, *, optional: bool = False, **arguments: Any) -> Any:
-        """A control endpoint's JSON; `arguments` are httpx's `json` and `params`.
+        """Call a control endpoint → its JSON; None if an `optional` endpoint does not exist.
 
-        None where an `optional` endpoint does not exist. Raises `ServerLostError`, and `EngineError` for any answer but
-        success.
+        `arguments` are httpx's `json` and `params`. Raises `ServerLostError`, and `EngineError` for any other failure.
         """
         response = await self._send(f"{method} {path}", method, path, **arguments)
         if response.status_code == 404 and optional:
@@ -143,7 +144,7 @@ class VllmClient:
         return orjson.loads(response.content) if response.content else {}
 
     async def call_workers(self, method: str, **arguments: Any) -> list[Any]:
-        """What each worker's `method` returned."""
+        """Call `method` on every worker → what each returned. Raises `ServerLostError` and `EngineError`."""
         answer = await self.call("POST", "/collective_rpc", json={"method": method, "kwargs": arguments})
         results: list[Any] = answer["results"]
         return results
@@ -151,20 +152,20 @@ class VllmClient:
     async def generate(self, rollout_id: str, prompt: Prompt, sampling: SamplingParams) -> Answer:
         """Sample one completion. Raises `ServerLostError` and `EngineError`."""
         answer = None
-        if not prompt.images or (self.keeps_images and await self._introduce(rollout_id, prompt, sampling)):
-            answer = await self._ask(rollout_id, prompt, {}, sampling)
+        if not prompt.images or (self.keeps_images and await self._send_new_images(rollout_id, prompt, sampling)):
+            answer = await self._request(rollout_id, prompt, {}, sampling)
         if answer is None:
             if self.keeps_images:
                 self._counts["wire/images_forgotten"] += 1
                 self._held.difference_update(image.hash for image in prompt.images)
-            answer = await self._ask(rollout_id, prompt, await self._encoder.encode(prompt.images), sampling)
-            assert answer is not None, "nothing was left to the server's memory"
+            answer = await self._request(rollout_id, prompt, await self._encoder.encode(prompt.images), sampling)
+            assert answer is not None, "a request with the data of all images needs no image from the server's cache"
             if self.keeps_images:
                 self._held.update(image.hash for image in prompt.images)
         return answer
 
-    async def _introduce(self, rollout_id: str, prompt: Prompt, sampling: SamplingParams) -> bool:
-        """Have the server hold every image of the prompt; False where it has forgotten one on the way."""
+    async def _send_new_images(self, rollout_id: str, prompt: Prompt, sampling: SamplingParams) -> bool:
+        """Send the images of the prompt that the server lacks; False if it has forgotten one in the meantime."""
         while True:
             new: dict[str, ImageItem] = {}
             shown = 0
@@ -180,7 +181,8 @@ class VllmClient:
             if not new:
                 await self._sending[prompt.images[place - 1].hash].wait()
                 continue
-            # Nothing is awaited between the look and the claim, and no claim is held while waiting for another's.
+            # No await between finding the new images and claiming them, so no other request claims the same ones. And
+            # this request holds no claim while it waits for another, so requests cannot deadlock.
             arrived = asyncio.Event()
             self._sending.update(dict.fromkeys(new, arrived))
             try:
@@ -192,7 +194,7 @@ class VllmClient:
                     end = last.offset + last.length
                     prefix = Prompt(prompt.token_ids[:end], prompt.placeholders[:shown], prompt.images[:shown])
                     one_token = replace(sampling, max_new_tokens=1, temperature=0.0)
-                    if await self._ask(rollout_id, prefix, data, one_token) is None:
+                    if await self._request(rollout_id, prefix, data, one_token) is None:
                         return False
                 self._held.update(new)
             finally:
@@ -201,19 +203,19 @@ class VllmClient:
                 arrived.set()
 
     async def _send_images(self, rollout_id: str, data: Mapping[str, bytes]) -> None:
-        """Have the server keep `data` until a request shows the images."""
+        """Send the data of images, by hash; the server keeps it until a request refers to the image."""
         body = await asyncio.to_thread(pack_batch, (), data)
         self._counts["wire/bytes_sent"] += len(body)
         self._counts["wire/images_sent"] += len(data)
         response = await self._send(f"rollout {rollout_id}", "POST", ROUTE, content=body, headers=CONTENT_TYPE)
         if response.status_code != 200:
             await self._raise_if_dying(response.status_code, _complaint(response))
-            raise EngineError(f"rollout {rollout_id}: {self.name} answered images with {_complaint(response)}")
+            raise EngineError(f"rollout {rollout_id}: {self.name} refused the images with {_complaint(response)}")
 
-    async def _ask(
+    async def _request(
         self, rollout_id: str, prompt: Prompt, data: Mapping[str, bytes], sampling: SamplingParams
     ) -> Answer | None:
-        """One request. None where the server does not hold an image that went by its hash."""
+        """Send one request with `data`, the other images by hash → the answer; None if the server lacks an image."""
         by_hash = [image for image in prompt.images if image.hash not in data]
         saved = sum(data_size(image, self._encoder.dtype) for image in by_hash)
         self._counts["wire/bytes_saved"] += saved if self.has_route else saved * 4 // 3  # base64
@@ -221,21 +223,21 @@ class VllmClient:
         self._counts["inference/requests"] += 1
         request_id = f"{rollout_id}/{next(self._numbers)}"
         try:
-            ask = self._ask_in_batch if self.has_route else self._ask_alone
-            answer = await ask(rollout_id, request_id, prompt, data, sampling, has_hashes=bool(by_hash))
+            send = self._send_in_batch if self.has_route else self._send_alone
+            answer = await send(rollout_id, request_id, prompt, data, sampling, has_hashes=bool(by_hash))
         except WireError as error:
-            raise EngineError(f"rollout {rollout_id}: {self.name} gave an answer that is none: {error}") from error
+            raise EngineError(f"rollout {rollout_id}: {self.name} returned a malformed answer: {error}") from error
         if answer is None:
             return None
         if answer.finish_reason == "abort":
             raise ServerLostError(f"{self.name} dropped the request")
+        if old_vllm.has_forgotten_image(len(answer.token_ids), has_hashes=bool(by_hash)):
+            return None
         if not len(answer.token_ids):
-            if by_hash:
-                return None  # so says 0.26
-            raise EngineError(f"rollout {rollout_id}: {self.name} sampled nothing")
+            raise EngineError(f"rollout {rollout_id}: {self.name} returned a completion without tokens")
         return answer
 
-    async def _ask_in_batch(
+    async def _send_in_batch(
         self,
         rollout_id: str,
         request_id: str,
@@ -245,21 +247,21 @@ class VllmClient:
         *,
         has_hashes: bool,
     ) -> Answer | None:
-        """By the run's own route, with whatever else is asked at the time."""
+        """Use the run's own endpoint, in a batch with the other requests of this turn of the event loop."""
         header = request_header(request_id, prompt.token_ids, prompt.placeholders, sampling, is_whole=not has_hashes)
         try:
-            async with self._in_time(f"rollout {rollout_id}"):
-                reply = await self._batches.ask(header, data)
+            async with self._timeout(f"rollout {rollout_id}"):
+                response = await self._batcher.send(header, data)
         except BatchLostError as error:
             raise ServerLostError(f"{self.name}: {error}") from error
-        if reply.status == FORGOTTEN:
+        if response.status == FORGOTTEN:
             return None
-        if reply.status != 200:
-            await self._raise_if_dying(reply.status, reply.complaint)
-            raise EngineError(f"rollout {rollout_id}: {self.name} answered with {reply.complaint}")
-        return reply.answer()
+        if response.status != 200:
+            await self._raise_if_dying(response.status, response.complaint)
+            raise EngineError(f"rollout {rollout_id}: {self.name} answered with {response.complaint}")
+        return response.answer()
 
-    async def _ask_alone(
+    async def _send_alone(
         self,
         rollout_id: str,
         request_id: str,
@@ -269,15 +271,16 @@ class VllmClient:
         *,
         has_hashes: bool,
     ) -> Answer | None:
-        """By vLLM's own route."""
+        """Use vLLM's own endpoint."""
         banned = len(sampling.banned_token_ids)
-        if banned > MOST_TOKENS:
+        if banned > MAX_LISTED_TOKENS:
             raise EngineError(
-                f"rollout {rollout_id}: {self.name} has room for {MOST_TOKENS} banned tokens, and the vocabulary has "
-                f"{banned} that are not the tokenizer's: set inference.urls=[], so that the run starts servers itself"
+                f"rollout {rollout_id}: {self.name} takes at most {MAX_LISTED_TOKENS} banned tokens, but {banned} "
+                "tokens of the vocabulary are not the tokenizer's: set inference.urls=[], so that the run starts "
+                "servers itself"
             )
         arguments = (request_id, prompt.token_ids, prompt.placeholders, data, sampling)
-        # Megabytes are not put together on the event loop.
+        # Joining megabytes would block the event loop.
         body = await asyncio.to_thread(request_body, *arguments) if data else request_body(*arguments)
         self._counts["wire/bytes_sent"] += len(body)
         response = await self._send(
@@ -290,20 +293,20 @@ class VllmClient:
         if response.status_code == 500:
             await self._raise_if_dying(500, _complaint(response))
             if has_hashes:
-                return None  # an image that it does not hold: vLLM says no more than that
+                return None  # the server lacks an image: vLLM reports this as a plain error 500
         if response.status_code != 200:
             raise EngineError(f"rollout {rollout_id}: {self.name} answered with {_complaint(response)}")
         return parse_answer(response.content)
 
     async def _send(self, what: str, method: str, path: str, **arguments: Any) -> httpx.Response:
         try:
-            async with self._in_time(what):
+            async with self._timeout(what):
                 return await self._http.request(method, path, **arguments)
         except httpx.TransportError as error:
             raise ServerLostError(f"{self.name}: {type(error).__name__} {error}") from error
 
     @asynccontextmanager
-    async def _in_time(self, what: str) -> AsyncIterator[None]:
+    async def _timeout(self, what: str) -> AsyncIterator[None]:
         try:
             async with asyncio.timeout(self._timeout_s):
                 yield
@@ -314,13 +317,13 @@ class VllmClient:
             ) from error
 
     async def _raise_if_dying(self, status: int, complaint: str) -> None:
-        """A server whose engine has died answers once more before it ends."""
+        """Raise `ServerLostError` if the server's engine has died: such a server answers once more before it ends."""
         if status >= 500 and not await self.is_healthy():
             raise ServerLostError(f"{self.name}: {complaint}")
 
 
 def _complaint(response: httpx.Response) -> str:
-    """The status and what vLLM says about it."""
+    """The status and vLLM's error message."""
     try:
         body = orjson.loads(response.content)
         error = body.get("error", body)

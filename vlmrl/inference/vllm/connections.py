@@ -1,8 +1,8 @@
-"""Connections for hundreds of requests at a time to one server.
+"""A connection pool for hundreds of concurrent requests to one server.
 
-httpx's own pool looks at every connection whenever a request comes or goes: with 288 rollouts in flight that was 60 %
-of the run's processor time. Here a request takes a connection that is idle, or makes one, and looks at no other.
-Everything else is httpx's.
+httpx's own pool checks every connection whenever a request starts or ends: with 288 rollouts in flight this took 60 %
+of the run's processor time. This pool takes an idle connection or opens a new one, without a look at the others.
+httpx does everything else.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import httpx
 
 
 class Connections(httpx.AsyncBaseTransport):
-    """A transport of httpx: one request per connection at a time, as many connections as there are requests."""
+    """An httpx transport with one request per connection at a time, and no limit on the number of connections."""
 
     def __init__(self, keepalive_s: float) -> None:
-        """`keepalive_s`: seconds after which an idle connection is not used again."""
+        """`keepalive_s`: seconds after which an idle connection is no longer used."""
         self._limits = httpx.Limits(max_connections=1, keepalive_expiry=keepalive_s)
-        self._ssl = httpx.create_ssl_context(trust_env=False)  # milliseconds, so made once
+        self._ssl = httpx.create_ssl_context(trust_env=False)  # takes milliseconds, so all connections share it
         self._idle: list[httpx.AsyncHTTPTransport] = []
-        """The one that was used last is taken first; those at the bottom rest."""
+        """A stack: the connection that was used last is taken first, so surplus connections stay idle and expire."""
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send `request` over a connection of its own until the response is closed."""
+        """Send `request` on a connection that no other request uses until the response is closed."""
         connection = self._idle.pop() if self._idle else httpx.AsyncHTTPTransport(self._ssl, limits=self._limits)
         try:
             response = await connection.handle_async_request(request)
@@ -35,13 +35,13 @@ class Connections(httpx.AsyncBaseTransport):
         return response
 
     async def aclose(self) -> None:
-        """Close the idle ones; those in use close with their requests."""
+        """Close the idle connections. Connections in use close with their requests."""
         while self._idle:
             await self._idle.pop().aclose()
 
 
 class _Returning(httpx.AsyncByteStream):
-    """A response's body; closing it gives the connection back."""
+    """The body of a response; closing it returns the connection to the pool."""
 
     def __init__(
         self, stream: httpx.AsyncByteStream, connection: httpx.AsyncHTTPTransport, idle: list[httpx.AsyncHTTPTransport]

@@ -1,13 +1,14 @@
-"""`inference=vllm`: vLLM servers as the sampler; see `vlmrl.types.InferenceEngine`.
+"""`inference=vllm`: vLLM servers sample; see `vlmrl.types.InferenceEngine`.
 
     session ──▶ the replica with the fewest sessions ──▶ VllmClient ──HTTP──▶ server
-                 dies? ─▶ started again ─▶ gets the current weights ─▶ takes requests again
-                          its sessions move to another replica, their lost turns are asked again
+                 dies? ─▶ is restarted ─▶ gets the published weights ─▶ takes requests again
+                          its sessions move to another replica, and their lost turns are sent again
 
-A session stays on its replica, whose prefix cache has its earlier turns. Nothing is sampled before the weight sync has
-published: a server starts with the checkpoint's weights, which have no version.
+A session stays on its replica, whose prefix cache has the session's earlier turns. No request is sent before the weight
+sync has published once: a server starts with the checkpoint's weights, which have no version.
 
-Left out on purpose: a bound on requests in flight (the orchestrator's), hedged requests, moving a session for balance.
+Left out on purpose: a limit on requests in flight (the orchestrator has one), hedged requests, and moving sessions to
+balance the load.
 """
 
 from __future__ import annotations
@@ -20,55 +21,48 @@ from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from vlmrl.config.inference import VllmConfig
 from vlmrl.errors import EngineError
+from vlmrl.inference.vllm import old_vllm
+from vlmrl.inference.vllm.arguments import NEW_FLAGS, SERVER_FLAGS, WeightTransfer, command_line
 from vlmrl.inference.vllm.client import ImageEncoder, ServerLostError, VllmClient
 from vlmrl.inference.vllm.frames import ROUTE
-from vlmrl.inference.vllm.server import (
-    HEALTH_POLL_S,
-    NEW_FLAGS,
-    SERVER_FLAGS,
-    STOP_S,
-    VllmServer,
-    WeightTransfer,
-    command_line,
-)
+from vlmrl.inference.vllm.server import HEALTH_POLL_S, STOP_S, VllmServer
 from vlmrl.inference.vllm.slurm_servers import find_servers
 from vlmrl.inference.vllm.wire import Answer
 from vlmrl.types import Completion, Prompt, SamplingParams
 
 SETTLE_S = 0.2
-"""Seconds between two looks at a server that has dropped a request: is it dying, or was it this connection only?"""
+"""Seconds between two health checks of a server that has dropped a request: either it is dying, or only the connection
+broke."""
 
 
 @dataclass(eq=False)
 class Replica:
-    """One place for a server; servers come and go in it."""
+    """One server, through all its restarts."""
 
     name: str
-    """For messages; of a server that the run did not start, its URL."""
+    """Name in messages; the URL of a server that the run did not start."""
     server: VllmServer | None
     """None for a server that the run did not start."""
     key: str | None = None
-    """API key of such a server."""
+    """API key of a server that the run did not start; None for no key."""
     client: VllmClient | None = None
-    """Of the server's present life."""
+    """Client of the current launch; None while the server is down."""
     is_ready: bool = False
-    """Up, and its weights are those that were published last (or none were yet)."""
+    """The server is up, and it has the weights that were published last, if any were."""
     error: EngineError | None = None
-    """Why it is given up; the run goes on with the others."""
+    """Why the run has given up this replica; None while it has not. The run goes on with the others."""
     version: int = -1
-    """Policy version of its weights; −1 before the first one was published."""
+    """Policy version of the server's weights; −1 before it has received any."""
     sessions: int = 0
     restarts: int = 0
     suspected: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when a server that the run did not start was found not to be healthy."""
+    """Set when a health check of a server that the run did not start has failed."""
 
 
 class VllmSession:
-    """One rollout's hold on the engine."""
+    """One rollout's session; implements `vlmrl.types.EngineSession`."""
 
     def __init__(self, engine: VllmEngine, rollout_id: str) -> None:
         self._engine = engine
@@ -82,7 +76,7 @@ class VllmSession:
         self.leave()
 
     def leave(self) -> None:
-        """Give the place on the replica back."""
+        """Stop counting as a session of the replica."""
         if self.replica is not None:
             self.replica.sessions -= 1
             self.replica = None
@@ -93,7 +87,7 @@ class VllmSession:
 
 
 class VllmEngine:
-    """Replicas, and the sessions on them."""
+    """Distributes sessions over replicas and restarts replicas that die; implements `vlmrl.types.InferenceEngine`."""
 
     def __init__(
         self,
@@ -105,9 +99,9 @@ class VllmEngine:
         warn: Callable[[str], None],
         weight_transfer: WeightTransfer | None = None,
     ) -> None:
-        """`checkpoint` is a folder; `log_folder` gets `vllm_<replica>.log`; `flat_mm_kwargs` are the `mm_kwargs` that a
-        batch of images concatenates (vllm_wire.encode_image); `on_progress` gets a line now and then while servers
-        start, `warn` one for each that has died; `weight_transfer` as `VllmServer`'s."""
+        """`checkpoint` is a folder; `log_folder` gets `vllm_<replica>.log`; `flat_mm_kwargs` as `flat` of
+        `wire.encode_image`; `on_progress` is called with a line about every half second while servers start, `warn`
+        with a line for each server that has died; `weight_transfer` as for `VllmServer`."""
         self._config = config
         self._encoder = ImageEncoder(config.dtype, flat_mm_kwargs)
         self._run = log_folder.parent
@@ -117,12 +111,12 @@ class VllmEngine:
         self._restore: Callable[[Replica], Awaitable[None]] | None = None
         self._changed = asyncio.Condition()
         self._retired: list[VllmClient] = []
-        """Clients of servers that are gone; requests of theirs may still be failing."""
+        """Clients of servers that have ended. Their requests may still be failing, so they are closed by `stop`."""
         self._watchers: list[asyncio.Task[None]] = []
         if config.urls:
             self.replicas = [Replica(url, None, os.environ.get("VLLM_API_KEY")) for url in config.urls]
         elif config.slurm_tasks:
-            self.replicas = []  # found by `start`
+            self.replicas = []  # `start` finds them
         else:
             servers = [
                 VllmServer(config, index, checkpoint, log_folder / f"vllm_{index}.log", weight_transfer)
@@ -130,10 +124,10 @@ class VllmEngine:
             ]
             self.replicas = [Replica(server.name, server) for server in servers]
 
-    # ── the engine's life ───────────────────────────────────────────────────────────────────────────────────
+    # ── start and stop ──────────────────────────────────────────────────────────────────────────────────────
 
     async def start(self) -> None:
-        """Bring all servers up. Raises `EngineError` where one does not come up, and leaves none running then."""
+        """Start all servers. If one does not start, stop the others and raise `EngineError`."""
         if self._config.slurm_tasks:
             found = await find_servers(self._run, self._config.startup_timeout_s, self._on_progress)
             self.replicas = [Replica(server.url, None, server.key) for server in found]
@@ -154,7 +148,7 @@ class VllmEngine:
             self._watchers.append(asyncio.create_task(self._watch(replica)))
 
     async def stop(self) -> None:
-        """Leave nothing running. May be called twice."""
+        """Stop all servers and close all clients. May be called twice."""
         for task in self._watchers:
             task.cancel()
         await asyncio.gather(*self._watchers, return_exceptions=True)
@@ -164,15 +158,16 @@ class VllmEngine:
         self._retired.clear()
 
     def session(self, rollout_id: str) -> VllmSession:
-        """Open a session; it gets its replica with its first request."""
+        """Open a session. Its first request chooses a replica."""
         return VllmSession(self, rollout_id)
 
     def metrics(self) -> dict[str, float]:
         """Counters since the last call.
 
-        `wire/bytes_sent` of request bodies; `wire/bytes_saved`: what sending every image with every request would have
-        cost on top; `wire/images_sent`, `wire/images_forgotten` (requests that a server lacked an image for);
-        `inference/requests`, `inference/retries` (lost turns asked again), `inference/restarts`, `inference/timeouts`.
+        `wire/bytes_sent`: size of the request bodies; `wire/bytes_saved`: what sending every image with every request
+        would have added; `wire/images_sent`; `wire/images_forgotten`: requests for which the server lacked an image;
+        `inference/requests`; `inference/retries`: lost turns that were sent again; `inference/restarts`;
+        `inference/timeouts`.
         """
         wire = ("wire/bytes_sent", "wire/bytes_saved", "wire/images_sent", "wire/images_forgotten")
         faults = ("inference/requests", "inference/retries", "inference/restarts", "inference/timeouts")
@@ -187,17 +182,17 @@ class VllmEngine:
         return self._config
 
     def restore_with(self, restore: Callable[[Replica], Awaitable[None]]) -> None:
-        """Have `restore` bring the published weights to a replica that has come back, before it is asked anything."""
+        """Set the function that publishes the current weights to a restarted replica, before it gets requests."""
         self._restore = restore
 
     def remove_if_killed(self, folder: Path) -> None:
-        """Have `folder` removed if the run dies before it can do so itself."""
+        """Have the servers' supervisors remove `folder` if the run dies before it can remove it itself."""
         for replica in self.replicas:
             if replica.server is not None:
                 replica.server.remove_if_killed(folder)
 
     def ready_replicas(self) -> list[Replica]:
-        """Those that take requests. Raises `EngineError` where none does or ever will."""
+        """The replicas that take requests. Raises `EngineError` if the run has given up all replicas."""
         ready = [replica for replica in self.replicas if replica.is_ready]
         given_up = [replica.error for replica in self.replicas if replica.error is not None]
         if not ready and len(given_up) == len(self.replicas):
@@ -207,7 +202,10 @@ class VllmEngine:
     # ── requests ────────────────────────────────────────────────────────────────────────────────────────────
 
     async def generate(self, session: VllmSession, prompt: Prompt, sampling: SamplingParams) -> Completion:
-        """Sample one completion for a session, on another server if the session's own dies under it."""
+        """Sample one completion for a session. If its server dies, send the request to another one.
+
+        Raises `EngineError` after `inference.max_retries` retries, or where the server refuses the request.
+        """
         for attempt in range(self._config.max_retries + 1):
             replica = await self._replica_of(session)
             client, version = replica.client, replica.version
@@ -222,12 +220,13 @@ class VllmEngine:
                 continue
             return _completion(session.rollout_id, answer, version, sampling)
         raise EngineError(
-            f"rollout {session.rollout_id}: lost {self._config.max_retries + 1} times, the last time because {lost}; "
-            "inference.max_retries bounds this"
+            f"rollout {session.rollout_id}: its request was lost {self._config.max_retries + 1} times, the limit that "
+            f"inference.max_retries={self._config.max_retries} sets; the last error was: {lost}"
         )
 
     async def _replica_of(self, session: VllmSession) -> Replica:
-        """The session's replica, or the one with the fewest sessions if it has none that is ready; waits for one."""
+        """The session's replica if it is ready, otherwise the ready one with the fewest sessions. Waits until one is
+        ready."""
         async with self._changed:
             while session.replica is None or not session.replica.is_ready:
                 session.leave()
@@ -240,19 +239,19 @@ class VllmEngine:
             return session.replica
 
     async def _settle(self, replica: Replica, client: VllmClient) -> None:
-        """Return when it is known whether the server that dropped a request is alive."""
+        """A server dropped a request: return when it is known whether it is alive."""
         give_up = time.monotonic() + STOP_S
         while replica.is_ready and replica.client is client and not await client.is_healthy():
             if replica.server is None:
                 replica.suspected.set()
-            elif time.monotonic() > give_up:  # neither healthy nor ending
+            elif time.monotonic() > give_up:  # it is neither healthy nor does it end
                 await replica.server.stop()
             await asyncio.sleep(SETTLE_S)
 
-    # ── servers that die and come back ──────────────────────────────────────────────────────────────────────
+    # ── restarts of servers that have died ──────────────────────────────────────────────────────────────────
 
     async def _watch(self, replica: Replica) -> None:
-        """Wait for a replica's death and bring it back, as often as `max_restarts` allows."""
+        """Restart the replica whenever it dies, as often as `max_restarts` allows."""
         try:
             while True:
                 what = await self._death(replica)
@@ -262,12 +261,13 @@ class VllmEngine:
         except EngineError as error:
             replica.error = error
         finally:
-            # Whoever waits for the replica must not wait for ever, whatever ended the watch.
+            # However this task ends, requests that wait for a replica must not wait forever.
             replica.error = replica.error or EngineError(f"{replica.name} was stopped")
             await self._set_ready(replica, False)
 
     async def _bring_back(self, replica: Replica, what: str) -> None:
-        """A new life, with the published weights. Raises `EngineError` when the last restart has failed."""
+        """Restart the replica and publish the current weights to it. Raises `EngineError` when the last restart has
+        failed."""
         error = EngineError(f"{replica.name} {what}")
         if replica.server is not None:
             error = replica.server.error(what)
@@ -288,7 +288,7 @@ class VllmEngine:
         raise EngineError(f"given up after inference.max_restarts={self._config.max_restarts} restarts: {error}")
 
     async def _bring_up(self, replica: Replica) -> None:
-        """A new life: process (if it is ours), health, client, settings."""
+        """Start the server (if it is the run's own), wait until it is healthy, and check its settings."""
         await self._take_down(replica)
         replica.suspected.clear()
         replica.version = -1
@@ -308,12 +308,12 @@ class VllmEngine:
         try:
             async with asyncio.timeout(self._config.startup_timeout_s):
                 while not await client.is_healthy():
-                    self._on_progress(f"{replica.name}: waiting for its health")
+                    self._on_progress(f"{replica.name}: waiting until it is healthy")
                     await asyncio.sleep(HEALTH_POLL_S)
         except TimeoutError:
             raise EngineError(
                 f"inference.urls: {replica.name} was not healthy within inference.startup_timeout_s="
-                f"{self._config.startup_timeout_s:g}: start it, or take it out of inference.urls"
+                f"{self._config.startup_timeout_s:g}: start it, or remove it from inference.urls"
             ) from None
 
     async def _take_down(self, replica: Replica) -> None:
@@ -337,19 +337,19 @@ class VllmEngine:
 
 
 async def check_settings(client: VllmClient, config: VllmConfig) -> None:
-    """Refuse a server whose samples the trainer could not learn from. Raises `EngineError`."""
+    """Read a server's settings into `client`. Raises `EngineError` where the trainer cannot use its samples."""
     try:
         (settings, *_) = await client.call_workers("vlmrl_settings")
     except EngineError as error:
         flags = command_line(SERVER_FLAGS | NEW_FLAGS)
         raise EngineError(
-            f"{error}; a server of inference.urls is started with VLLM_SERVER_DEV_MODE=1, vlmrl on its PYTHONPATH, and "
+            f"{error}. Start a server of inference.urls with VLLM_SERVER_DEV_MODE=1, with vlmrl on its PYTHONPATH, by: "
             f"vllm serve {' '.join(flags)}"
         ) from error
     demands = [
-        ("logprobs_mode", "processed_logprobs", "its logprobs are not those of the distribution it samples from"),
+        ("logprobs_mode", "processed_logprobs", "its logprobs are not those of the distribution that it samples from"),
         ("mm_device_do_normalize", False, "it normalizes pixels that are normalized already"),
-        ("dtype", config.dtype.value, "it rounds otherwise than the trainer"),
+        ("dtype", config.dtype.value, "it does not round as inference.dtype says"),
     ]
     for name, value, consequence in demands:
         if settings[name] != value:
@@ -359,21 +359,21 @@ async def check_settings(client: VllmClient, config: VllmConfig) -> None:
     if settings["max_model_len"] < config.max_model_len:
         raise EngineError(
             f"{client.name} runs with max_model_len={settings['max_model_len']}, so it refuses prompts that "
-            f"inference.max_model_len={config.max_model_len} allows: raise the one or lower the other"
+            f"inference.max_model_len={config.max_model_len} allows: raise it there or lower inference.max_model_len"
         )
     client.keeps_images = settings["keeps_images"]
     client.has_route = await client.call("GET", ROUTE, optional=True) is not None
 
 
 def _completion(rollout_id: str, answer: Answer, version: int, sampling: SamplingParams) -> Completion:
-    """`version` is that of the server when the request was sent: the oldest that a token can have."""
+    """`version` is the server's policy version when the request was sent: the oldest that a token can have."""
     versions = answer.versions
     if versions is None:
-        versions = np.full(len(answer.token_ids), version, np.int64)
+        versions = old_vllm.versions_of_request(len(answer.token_ids), version)
     stopped = int(answer.token_ids[-1]) in sampling.stop_token_ids
     if answer.finish_reason != ("stop" if stopped else "length"):
         raise EngineError(
-            f"rollout {rollout_id}: the server says finish_reason={answer.finish_reason}, but the last token is "
+            f"rollout {rollout_id}: the server reports finish_reason={answer.finish_reason}, but the last token is "
             f"{answer.token_ids[-1]} and the stop tokens are {sampling.stop_token_ids}"
         )
     return Completion(answer.token_ids, answer.logprobs, versions, "stop" if stopped else "length")

@@ -1,10 +1,11 @@
-"""The bytes of the run's own route in its servers (vllm_route.py). No I/O, no vLLM.
+"""The bytes of the endpoint that the run adds to its own servers (in_server/route.py).
 
-    request    one frame: the requests of a batch │ images' data, once per image
-    response   a frame per answer, as they come
+    request    one frame: the requests of a batch │ the data of images, once per image
+    response   one frame per request of the batch, in the order in which they finish
 
-A frame is its header's length and its data's, uint32 little-endian each, the header in JSON, and the data. The content
-is that of vllm_wire.py, without base64 and with one HTTP request for all that is asked at a time.
+A frame is the length of the header and the length of the data (uint32 little-endian each), the header in JSON, and the
+data. The content is that of wire.py, but without base64, and one HTTP request holds a batch of requests.
+No I/O, no import of vLLM.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from typing import Any
 import numpy as np
 import orjson
 
-from vlmrl.inference.vllm.wire import Answer, WireError, checked, spread
+from vlmrl.inference.vllm.wire import Answer, WireError, checked, versions_of_tokens
 from vlmrl.types import IntArray, Placeholder, SamplingParams
 
 ROUTE = "/vlmrl/generate"
 
 FORGOTTEN = 409
-"""Status of an answer where the server does not hold an image that went by its hash."""
+"""Status of a response where the server lacks an image that the request refers to by its hash."""
 
 _LENGTHS = struct.Struct("<II")
 
@@ -40,8 +41,8 @@ def request_header(
     *,
     is_whole: bool,
 ) -> dict[str, Any]:
-    """One request of a batch. `is_whole`: the data of all its images comes with the batch, and the server is to use
-    that; else it takes from what it holds."""
+    """The header of one request of a batch. `is_whole`: the batch has the data of all the request's images, and the
+    server uses that; otherwise the server takes the images from its cache."""
     return {
         "request_id": request_id,
         "token_ids": token_ids,
@@ -57,8 +58,8 @@ def request_header(
 
 @lru_cache(maxsize=16)
 def _runs(token_ids: tuple[int, ...]) -> orjson.Fragment:
-    """[first, end) of each run of successive tokens; the same in every request, so encoded once. Where a vocabulary is
-    larger than its tokenizer, 150,000 may be banned."""
+    """JSON of [first, end) for each run of consecutive token ids. Cached, because every request of a run has the same
+    ids: up to 150,000 where the vocabulary is larger than the tokenizer's."""
     ids = np.array(sorted(token_ids), np.int64)
     cuts = np.flatnonzero(np.diff(ids) > 1) + 1
     runs = [[int(part[0]), int(part[-1]) + 1] for part in np.split(ids, cuts) if len(part)]
@@ -66,23 +67,25 @@ def _runs(token_ids: tuple[int, ...]) -> orjson.Fragment:
 
 
 def pack_batch(requests: Sequence[Mapping[str, Any]], data: Mapping[str, bytes]) -> bytes:
-    """`data`: hash → what `vllm_wire.encode_image` made of the image. Without requests, the server just keeps it."""
+    """The body of a batch. `data` maps the hash of an image to the output of `wire.encode_image`. If there are no
+    requests, the server only keeps the data."""
     sizes = [[hash, len(document)] for hash, document in data.items()]
     return _framed({"requests": requests, "documents": sizes}, *data.values())
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Requests as the server reads them."""
+    """A batch, as the server reads it."""
 
     requests: list[dict[str, Any]]
-    """`request_header`s; `images` are [hash, offset, length] each, in tokens."""
+    """Outputs of `request_header`; each of their `images` is [hash, offset, length], in tokens."""
     documents: dict[str, memoryview]
-    """Hash → an image's data."""
+    """Hash of an image → its data."""
 
 
 def unpack_batch(body: bytes) -> Batch:
-    """
+    """Read the body of a batch.
+
     >>> sampling = SamplingParams(8, 1.0, (2,), (4, 5, 6, 9), seed=7)
     >>> header = request_header("r", np.array([5, 9, 9]), [Placeholder(1, 2, "ab")], sampling, is_whole=True)
     >>> batch = unpack_batch(pack_batch([header], {"ab": b"pixels"}))
@@ -104,29 +107,29 @@ def unpack_batch(body: bytes) -> Batch:
 
 @dataclass(frozen=True, eq=False)
 class Response:
-    """What came back for one request of a batch."""
+    """The server's response to one request of a batch."""
 
     status: int
-    """As of HTTP: 200, `FORGOTTEN`, 400 or 500."""
+    """An HTTP status: 200, `FORGOTTEN`, 400 or 500."""
     header: Mapping[str, Any]
     data: memoryview
 
     @property
     def complaint(self) -> str:
-        """What the server says where `status` is not 200."""
+        """The status and the server's error message, for a `status` other than 200."""
         return f"HTTP {self.status}: {str(self.header.get('error', ''))[:500]}"
 
     def answer(self) -> Answer:
-        """Raises `WireError`."""
+        """The answer in a response of status 200. Raises `WireError` where it is malformed."""
         try:
             count: int = self.header["tokens"]
             token_ids = np.frombuffer(self.data[: 8 * count], np.int64)
             logprobs = np.frombuffer(self.data[8 * count :], np.float32)
             spans = self.header["versions"]
-            versions = None if spans is None else spread((int(version), start, end) for version, start, end in spans)
+            versions = None if spans is None else versions_of_tokens((int(v), start, end) for v, start, end in spans)
             finish_reason: str = self.header["finish_reason"]
         except (KeyError, TypeError, ValueError) as error:
-            raise WireError(f"{type(error).__name__}: {error}; its header is {str(self.header)[:200]}") from error
+            raise WireError(f"{type(error).__name__}: {error}; the header is {str(self.header)[:200]}") from error
         return checked(Answer(token_ids, logprobs, versions, finish_reason))
 
 
@@ -137,7 +140,7 @@ def pack_answer(
     versions: list[tuple[str, int, int]] | None,
     finish_reason: str,
 ) -> bytes:
-    """The answer to request `number` of a batch; `versions` are (version, first token, end)."""
+    """The frame that answers request `number` of a batch; each of `versions` is (version, first token, end)."""
     header = {
         "number": number,
         "status": 200,
@@ -149,19 +152,19 @@ def pack_answer(
 
 
 def pack_error(number: int, status: int, error: str) -> bytes:
-    """Instead of an answer."""
+    """The frame of a request `number` that failed; `status` is an HTTP status."""
     return _framed({"number": number, "status": status, "error": error})
 
 
-class Responses:
-    """Reads a response as it arrives.
+class ResponseReader:
+    """Reads the responses to a batch while they arrive.
 
-    >>> response = pack_answer(1, [7, 9], [-0.5, -0.25], [("3", 0, 1), ("4", 1, 2)], "length")
-    >>> response += pack_error(0, 400, "no")
-    >>> responses = Responses()
-    >>> list(responses.feed(response[:20]))
+    >>> body = pack_answer(1, [7, 9], [-0.5, -0.25], [("3", 0, 1), ("4", 1, 2)], "length")
+    >>> body += pack_error(0, 400, "no")
+    >>> reader = ResponseReader()
+    >>> list(reader.feed(body[:20]))
     []
-    >>> (_, first), (number, second) = responses.feed(response[20:])
+    >>> (_, first), (number, second) = reader.feed(body[20:])
     >>> answer = first.answer()
     >>> answer.token_ids.tolist(), answer.logprobs.tolist(), answer.versions.tolist(), answer.finish_reason
     ([7, 9], [-0.5, -0.25], [3, 4], 'length')
@@ -173,7 +176,8 @@ class Responses:
         self._frames = Frames()
 
     def feed(self, chunk: bytes) -> Iterator[tuple[int, Response]]:
-        """The responses that `chunk` completes, each with the number of its request. Raises `WireError`."""
+        """The responses that `chunk` completes, each with the number of its request. Raises `WireError` for malformed
+        bytes."""
         try:
             for header, data in self._frames.feed(chunk):
                 yield header["number"], Response(header["status"], header, data)
@@ -182,13 +186,13 @@ class Responses:
 
 
 class Frames:
-    """Cuts bytes into frames."""
+    """Cuts a stream of bytes into frames."""
 
     def __init__(self) -> None:
         self._left = b""
 
     def feed(self, chunk: bytes) -> Iterator[tuple[dict[str, Any], memoryview]]:
-        """(header, data) of the frames that `chunk` completes."""
+        """(header, data) of each frame that `chunk` completes."""
         buffer = memoryview(self._left + chunk if self._left else chunk)
         start = 0
         while len(buffer) - start >= _LENGTHS.size:

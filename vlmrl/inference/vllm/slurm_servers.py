@@ -1,8 +1,8 @@
-"""Servers on tasks of the Slurm job (`inference.slurm_tasks`): how the run finds them.
+"""Servers on other tasks of the Slurm job (`inference.slurm_tasks`): how the run finds them.
 
     <run>/servers/<job>.<step>.<life>.<server>.json     {"url": …, "key": …} once it is healthy, or {"error": …}
 
-The files are the user's own (mode 0600), since who has the key may replace a server's weights.
+Only the user can read the files (mode 0600), because the key allows replacing a server's weights.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from vlmrl.ranks import slurm
 from vlmrl.record.files import disk_errors
 
 POLL_S = 0.5
-"""Seconds between two looks for a file; a network disk shows it late anyway."""
+"""Seconds between two checks for a file. A network disk shows it later than that anyway."""
 
 
 @dataclass(frozen=True)
 class Announced:
-    """A server that is up."""
+    """A healthy server."""
 
     url: str
     key: str
 
 
 def announcement(run: Path, index: int) -> Path:
-    """The file of server `index` in the folder of a run."""
+    """The path of the announcement of server `index`, for the run folder `run`."""
     return run / "servers" / f"{slurm.step_name()}.{index}.json"
 
 
 def announce(path: Path, **content: str) -> None:
-    """Write an announcement, whole from the first moment."""
+    """Write an announcement atomically: `url` and `key`, or `error`."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
@@ -47,14 +47,15 @@ def announce(path: Path, **content: str) -> None:
 
 
 async def find_servers(run: Path, timeout_s: float, on_progress: Callable[[str], None]) -> list[Announced]:
-    """Wait for all servers of this step → one `Announced` each. Raises `EngineError` where one does not come up."""
+    """Wait until all servers of this Slurm step are announced. Raises `EngineError` where one fails or is too late."""
     paths = [announcement(run, index) for index in range(slurm.serving_tasks())]
     give_up = time.monotonic() + timeout_s
     while missing := [path for path in paths if not path.exists()]:
         if time.monotonic() > give_up:
             raise EngineError(
                 f"inference.slurm_tasks: {len(missing)} of {len(paths)} servers were not up within "
-                f"inference.startup_timeout_s={timeout_s:g}: logs/vllm_<server>.log says what they wait for"
+                f"inference.startup_timeout_s={timeout_s:g}: raise it, or see in logs/vllm_<server>.log "
+                "what they wait for"
             )
         on_progress(f"waiting for {len(missing)} of {len(paths)} servers on other tasks")
         await asyncio.sleep(POLL_S)

@@ -1,16 +1,14 @@
-"""The bytes that go to a vLLM server and come back: our records in, bytes out. No I/O, no vLLM.
+"""The JSON of vLLM's own endpoint `POST /inference/v1/generate`: converts between our records and bytes.
 
     Prompt, SamplingParams ──▶ request body     token ids; per image its hash, and its data where the server lacks it
-    answer body ──▶ Answer                      token ids, logprobs, which weights sampled which token
+    answer body ──▶ Answer                      token ids, logprobs, and the version of the weights for each token
 
-This is JSON for vLLM's `POST /inference/v1/generate`, which every server has. Servers of the run have a route of their
-own beside it (vllm_route.py), whose bytes are in vllm_frames.py.
+No I/O, no import of vLLM. Every server has this endpoint. Servers that the run starts have an endpoint of their own as
+well (in_server/route.py), whose bytes are in frames.py.
 
-An image's data is a msgpack document: vLLM's `MultiModalKwargsItem`, which its server decodes into tensors
-(`vllm.entrypoints.scale_out.token_in_token_out.mm_serde`); in JSON, as base64. It is written here without vLLM, in the
-dtype that the engine computes in; a test puts it through vLLM's own decoder and encoder and compares the bytes.
-
-Written for vLLM 0.26 to 0.32, which differ in the shape of logprobs and in that only the latter names weight versions.
+An image's data is a msgpack document: vLLM's `MultiModalKwargsItem`, which the server decodes into tensors
+(`vllm.entrypoints.scale_out.token_in_token_out.mm_serde`); JSON holds it as base64. Floats have the dtype that the
+engine computes in. A test passes the document through vLLM's own decoder and encoder and compares the bytes.
 """
 
 from __future__ import annotations
@@ -26,34 +24,33 @@ import numpy as np
 import orjson
 
 from vlmrl.config.model import Dtype
+from vlmrl.inference.vllm import old_vllm
 from vlmrl.types import FloatArray, ImageItem, IntArray, Placeholder, SamplingParams
 
 BANNED_BIAS = -1e30
-"""Added to the logits of banned tokens. JSON has no −inf; in float32, in which vLLM samples, this gives the same: the
-probability of a banned token is 0 and those of the others are what they are without it."""
+"""Added to the logits of banned tokens, because JSON has no −inf. vLLM samples in float32, where the result is equal: a
+banned token has probability 0, and the other probabilities are exact."""
 
-MOST_TOKENS = 1024
-"""Of a request's biased tokens, or of its allowed ones: on a GPU vLLM has tables of this size, and its engine dies of
-more."""
-
-FINAL_ONLY = 2
-"""`output_kind`: one answer at the end. Left out, 0.26 answers with what its last update held."""
+MAX_LISTED_TOKENS = 1024
+"""Largest number of biased tokens, or of allowed tokens, in one request. On a GPU vLLM keeps them in tables of this
+size, and its engine dies of a longer list."""
 
 
 class WireError(ValueError):
-    """An answer that is not what the protocol says."""
+    """A server sent a malformed answer."""
 
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """What a server made of one request. C ≥ 0: empty where the server lacked an image (0.26) or aborted."""
+    """A server's answer to one request. C ≥ 0: there are no tokens where the server aborted the request or, with vLLM
+    0.26, lacked an image."""
 
     token_ids: IntArray
     """int64 [C]."""
     logprobs: FloatArray
-    """float32 [C]; natural log, of the distribution that was sampled from."""
+    """float32 [C]; natural log of the token's probability under the distribution that it was sampled from."""
     versions: IntArray | None
-    """int64 [C]; the version of the weights that sampled each token. None where the server does not say."""
+    """int64 [C]; the version of the weights that sampled each token. None where the server does not report it."""
     finish_reason: str
     """`stop`, `length` or `abort`."""
 
@@ -68,8 +65,8 @@ def request_body(
     data: Mapping[str, bytes],
     sampling: SamplingParams,
 ) -> bytes:
-    """The body of a request in JSON. `data` has what `encode_image` made of the images to send along, by hash; the
-    others are named by their hash alone, for the server to take from its cache."""
+    """The body of a request in JSON. `data` maps the hash of each image to send to the output of `encode_image`. The
+    server takes the other images of the request from its cache, by their hash."""
     body: dict[str, Any] = {
         "request_id": request_id,
         "token_ids": token_ids,
@@ -78,13 +75,13 @@ def request_body(
             "seed": sampling.seed,
             "max_tokens": sampling.max_new_tokens,
             "stop_token_ids": sampling.stop_token_ids,
-            # Only our stop tokens end a completion, not those of the checkpoint's generation config.
+            # Only `stop_token_ids` ends a completion, not the EOS tokens of the checkpoint's generation config.
             "ignore_eos": True,
             "logit_bias": _logit_bias(sampling.banned_token_ids),
-            # The sampled token's own logprob comes with 0 as well, without a ranking of the others.
+            # 0 gives the logprob of the sampled token without those of the most probable tokens.
             "logprobs": 0,
             "detokenize": False,
-            "output_kind": FINAL_ONLY,
+            **old_vllm.SAMPLING_PARAMS,
         },
     }
     if placeholders:
@@ -103,22 +100,22 @@ def request_body(
 
 @lru_cache(maxsize=16)
 def _logit_bias(banned: tuple[int, ...]) -> orjson.Fragment:
-    """The same few hundred ids go with every request of a run: written once."""
+    """JSON of the bias of banned tokens. Cached, because every request of a run has the same few hundred ids."""
     return orjson.Fragment(orjson.dumps({str(token): BANNED_BIAS for token in banned}))
 
 
 def encode_image(image: ImageItem, dtype: Dtype, flat: Collection[str]) -> bytes:
-    """An image's data: vLLM's msgpack, floats in `dtype`.
+    """An image's data as vLLM's msgpack document, with floats in `dtype`.
 
-    `flat` names the `mm_kwargs` that a batch of images concatenates along dim 0 (`pixel_values` of Qwen-VL, whose rows
-    are patches); the others have one row per image. Integers are geometry, which vLLM reads on the CPU.
+    `flat` names the `mm_kwargs` that a batch of images concatenates along dim 0, e.g. `pixel_values` of Qwen-VL, whose
+    rows are patches. The other `mm_kwargs` have one row per image. Integers are sizes, which vLLM reads on the CPU.
     """
     item = {name: _element(array, dtype, name in flat) for name, array in image.mm_kwargs.items()}
     return _msgpack(item)
 
 
 def data_size(image: ImageItem, dtype: Dtype) -> int:
-    """Bytes that `encode_image` makes of it, but for the hundred or so that name its parts."""
+    """Size of `encode_image`'s output in bytes, without its roughly one hundred bytes of names."""
     widths = {"f": 4 if dtype is Dtype.float32 else 2}
     return sum(array.size * widths.get(array.dtype.kind, array.dtype.itemsize) for array in image.mm_kwargs.values())
 
@@ -126,10 +123,10 @@ def data_size(image: ImageItem, dtype: Dtype) -> int:
 def _element(array: np.ndarray, dtype: Dtype, is_flat: bool) -> dict[str, Any]:
     keep_on_cpu = np.issubdtype(array.dtype, np.integer)
     if is_flat:
-        slices = [[[0, array.shape[0], None]]]  # of the one item, per dim, as (start, stop, step)
+        slices = [[[0, array.shape[0], None]]]  # for the only item, per dim: (start, stop, step)
         field = ("flat", {"keep_on_cpu": keep_on_cpu, "slices": slices, "dim": 0})
     else:
-        assert array.shape[0] == 1, f"{array.shape[0]} rows for one image: is this one of the flat mm_kwargs?"
+        assert array.shape[0] == 1, f"{array.shape[0]} rows for one image: should it be one of the flat mm_kwargs?"
         array = array[0]
         field = ("batched", {"keep_on_cpu": keep_on_cpu})
     name, raw = _tensor_bytes(array, dtype)
@@ -137,7 +134,7 @@ def _element(array: np.ndarray, dtype: Dtype, is_flat: bool) -> dict[str, Any]:
 
 
 def _tensor_bytes(array: np.ndarray, dtype: Dtype) -> tuple[str, memoryview]:
-    """torch's name of the dtype, and the bytes of a contiguous tensor of it."""
+    """torch's name of the dtype that is sent, and the bytes of the contiguous tensor."""
     if np.issubdtype(array.dtype, np.floating):
         array = to_bfloat16(array) if dtype is Dtype.bfloat16 else array.astype(dtype.value, copy=False)
         return dtype.value, np.ascontiguousarray(array).data.cast("B")
@@ -145,21 +142,21 @@ def _tensor_bytes(array: np.ndarray, dtype: Dtype) -> tuple[str, memoryview]:
 
 
 def to_bfloat16(array: np.ndarray) -> np.ndarray:
-    """float32 of any shape → uint16 of that shape, the bits of bfloat16; rounds to nearest and ties to even.
+    """float32 of any shape → uint16 of the same shape with the bits of bfloat16; rounds to nearest, ties to even.
 
     >>> [hex(bits) for bits in to_bfloat16(np.array([1.0, 1.00390625, 1.01171875, -2.5], np.float32))]
     ['0x3f80', '0x3f80', '0x3f82', '0xc020']
     """
-    import torch  # in a third of numpy's time; the one thing here that needs it
+    import torch  # three times as fast as numpy; imported here because nothing else in this file needs it
 
     floats = torch.from_numpy(np.require(array, np.float32, ["C", "W"]))
     return floats.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
 
 
-# ── msgpack, as far as an image needs it ────────────────────────────────────────────────────────────────────
+# ── msgpack, the part that an image needs ────────────────────────────────────────────────────────────────────
 
 RAW_VIEW = 3
-"""vLLM's extension type of a tensor's bytes."""
+"""vLLM's extension type for the bytes of a tensor."""
 
 
 def _msgpack(value: Any) -> bytes:
@@ -193,7 +190,7 @@ def _pack(value: Any, parts: list[bytes | memoryview]) -> None:
             for item in value:
                 _pack(item, parts)
         case _:
-            raise AssertionError(f"{type(value).__name__} is no part of an image")
+            raise AssertionError(f"{type(value).__name__} cannot be part of an image")
 
 
 def _pack_int(value: int) -> bytes:
@@ -208,7 +205,8 @@ _UNSIGNED = ((8, 0xCC, "B"), (16, 0xCD, "H"), (32, 0xCE, "I"), (64, 0xCF, "Q"))
 
 
 def _header(length: int, short: tuple[int, int], codes: dict[int, int]) -> bytes:
-    """`short` is (code, lengths below which it holds the length itself); `codes` has a code per bits of the length."""
+    """The header of a string, list or dict. `short` is (code, limit): below the limit one byte holds code and length.
+    `codes` maps the width of the length in bits to the code for it."""
     base, limit = short
     if length < limit:
         return bytes([base | length])
@@ -227,7 +225,7 @@ def _extension_header(length: int) -> bytes:
 
 
 def parse_answer(body: bytes) -> Answer:
-    """Read the answer to one request. Raises `WireError`.
+    """Read the body of an answer. Raises `WireError` where it is malformed.
 
     >>> answer = parse_answer(
     ...     b'{"choices": [{"token_ids": [7, 9], "finish_reason": "length", "logprobs": {"content": ['
@@ -242,45 +240,40 @@ def parse_answer(body: bytes) -> Answer:
         tokens: list[int] = choice["token_ids"] or []
         entries: list[dict[str, Any]] = choice["logprobs"]["content"] or []
         finish_reason: str = choice["finish_reason"]
-        entry_tokens = [_token_of(entry) for entry in entries]
+        entry_tokens = [
+            int(entry["token_id"]) if "token_id" in entry else old_vllm.sampled_token(entry) for entry in entries
+        ]
         logprobs = np.array([entry["logprob"] for entry in entries], np.float32)
         versions = _versions(choice.get("weight_versions"))
     except (KeyError, TypeError, ValueError) as error:
         raise WireError(f"{type(error).__name__}: {error}; the answer began {body[:200]!r}") from error
     if entry_tokens != tokens:
-        raise WireError(f"logprobs of the tokens {entry_tokens} for the tokens {tokens}")
+        raise WireError(f"the logprobs are for the tokens {entry_tokens}, but the tokens are {tokens}")
     return checked(Answer(np.array(tokens, np.int64), logprobs, versions, finish_reason))
 
 
 def checked(answer: Answer) -> Answer:
-    """The answer, if its parts fit each other. Raises `WireError`."""
+    """Return `answer`. Raises `WireError` where its lengths differ or a logprob is missing or not finite."""
     count = len(answer.token_ids)
     if len(answer.logprobs) != count:
-        raise WireError(f"{len(answer.logprobs)} logprobs for {count} tokens")
+        raise WireError(f"there are {len(answer.logprobs)} logprobs for {count} tokens")
     if answer.versions is not None and len(answer.versions) != count:
-        raise WireError(f"weight versions of {len(answer.versions)} tokens for {count}")
+        raise WireError(f"there are weight versions of {len(answer.versions)} tokens for {count} tokens")
     if not (np.isfinite(answer.logprobs).all() and (answer.logprobs > MISSING_LOGPROB).all()):
-        raise WireError(f"logprobs {answer.logprobs.tolist()}: one is missing or not a number")
+        raise WireError(f"one of the logprobs {answer.logprobs.tolist()} is missing or not a number")
     return answer
 
 
 MISSING_LOGPROB = -9999.0
-"""What vLLM writes for a logprob that it does not have, or that is NaN."""
-
-
-def _token_of(entry: dict[str, Any]) -> int:
-    """0.32 writes `token_id: 7`, 0.26 `token: "token_id:7"`."""
-    if "token_id" in entry:
-        return int(entry["token_id"])
-    return int(str(entry["token"]).removeprefix("token_id:"))
+"""vLLM sends this in place of a logprob that is missing or NaN."""
 
 
 def _versions(spans: list[dict[str, Any]] | None) -> IntArray | None:
     if spans is None:
         return None
-    return spread((int(span["version"]), span["start"], span["end"]) for span in spans)
+    return versions_of_tokens((int(span["version"]), span["start"], span["end"]) for span in spans)
 
 
-def spread(spans: Iterable[tuple[int, int, int]]) -> IntArray:
-    """(version, start, end) of consecutive tokens → int64 [C]."""
+def versions_of_tokens(spans: Iterable[tuple[int, int, int]]) -> IntArray:
+    """Spans (version, first token, end) of consecutive tokens → int64 [C], the version of each token."""
     return np.array([version for version, start, end in spans for _ in range(start, end)], np.int64)

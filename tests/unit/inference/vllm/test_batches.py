@@ -1,4 +1,4 @@
-"""Batches to a server that answers by script. The same against real servers: test_vllm_servers.py."""
+"""Batches of requests to a scripted server. test_engine.py has the same with real servers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from vlmrl.inference.vllm import batches as vllm_batches
-from vlmrl.inference.vllm.batches import Batches, BatchLostError
+from vlmrl.inference.vllm.batches import Batcher, BatchLostError
 from vlmrl.inference.vllm.frames import Batch, pack_answer, pack_error, request_header, unpack_batch
 from vlmrl.inference.vllm.wire import WireError
 from vlmrl.types import SamplingParams
@@ -20,13 +20,13 @@ SAMPLING = SamplingParams(max_new_tokens=2, temperature=1.0, stop_token_ids=(9,)
 
 
 class Server(httpx.AsyncBaseTransport):
-    """Reads batches; each response is what the test puts into `says`: bytes, an error, or None for its end."""
+    """Reads batches. A test puts the parts of each response into `says`: bytes, an error, or None for the end."""
 
     def __init__(self, status: int = 200) -> None:
         self.batches: list[Batch] = []
         self.says: list[asyncio.Queue[bytes | Exception | None]] = []
         self.left = 0
-        """Responses that the client did not wait for the end of."""
+        """Responses that the client closed before their end."""
         self._status = status
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
@@ -50,15 +50,15 @@ class _Stream(httpx.AsyncByteStream):
         self._server.left += not self._ended
 
 
-def batches_to(server: Server, counts: Counter[str] | None = None) -> Batches:
+def batcher_to(server: Server, counts: Counter[str] | None = None) -> Batcher:
     http = httpx.AsyncClient(base_url="http://server", transport=server)
-    return Batches(http, counts if counts is not None else Counter())
+    return Batcher(http, counts if counts is not None else Counter())
 
 
-async def ask(batches: Batches, name: str, data: dict[str, bytes] | None = None) -> list[int]:
+async def ask(batcher: Batcher, name: str, data: dict[str, bytes] | None = None) -> list[int]:
     header = request_header(name, np.arange(3), (), SAMPLING, is_whole=True)
-    reply = await batches.ask(header, data or {})
-    return [int(token) for token in reply.answer().token_ids]
+    response = await batcher.send(header, data or {})
+    return [int(token) for token in response.answer().token_ids]
 
 
 def answer(number: int, *tokens: int) -> bytes:
@@ -70,18 +70,18 @@ async def until(holds: Callable[[], bool]) -> None:
         await asyncio.sleep(0)
 
 
-def test_what_is_asked_in_one_turn_is_one_request_and_answers_come_one_by_one() -> None:
+def test_requests_of_one_turn_are_one_http_request_and_responses_come_one_by_one() -> None:
     async def scenario() -> None:
         server, counts = Server(), Counter[str]()
-        batches = batches_to(server, counts)
-        asked = [asyncio.create_task(ask(batches, name)) for name in "abc"]
+        batcher = batcher_to(server, counts)
+        asked = [asyncio.create_task(ask(batcher, name)) for name in "abc"]
         await until(lambda: len(server.says) == 1)
         assert [header["request_id"] for header in server.batches[0].requests] == ["a", "b", "c"]
         assert counts["wire/bytes_sent"] > 0
         server.says[0].put_nowait(answer(2, 5) + answer(0, 6)[:10])
         assert await asked[2] == [5]
         assert not asked[0].done()
-        later = asyncio.create_task(ask(batches, "d"))
+        later = asyncio.create_task(ask(batcher, "d"))
         await until(lambda: len(server.says) == 2)
         server.says[0].put_nowait(answer(0, 6)[10:] + answer(1, 7, 8))
         server.says[0].put_nowait(None)
@@ -93,11 +93,11 @@ def test_what_is_asked_in_one_turn_is_one_request_and_answers_come_one_by_one() 
 
 
 @pytest.mark.parametrize("end", [None, httpx.ReadError("connection reset")])
-def test_a_response_that_breaks_off_loses_only_what_it_had_not_brought(end: Exception | None) -> None:
+def test_a_response_that_breaks_off_loses_only_the_requests_without_an_answer(end: Exception | None) -> None:
     async def scenario() -> None:
         server = Server()
-        batches = batches_to(server)
-        asked = [asyncio.create_task(ask(batches, name)) for name in "ab"]
+        batcher = batcher_to(server)
+        asked = [asyncio.create_task(ask(batcher, name)) for name in "ab"]
         await until(lambda: len(server.says) == 1)
         server.says[0].put_nowait(answer(0, 5))
         server.says[0].put_nowait(end)
@@ -108,26 +108,26 @@ def test_a_response_that_breaks_off_loses_only_what_it_had_not_brought(end: Exce
     asyncio.run(scenario())
 
 
-def test_the_connection_is_closed_when_nobody_waits_any_more() -> None:
+def test_the_connection_is_closed_when_the_last_caller_is_cancelled() -> None:
     async def scenario() -> None:
         server = Server()
-        batches = batches_to(server)
-        asked = [asyncio.create_task(ask(batches, name)) for name in "ab"]
+        batcher = batcher_to(server)
+        asked = [asyncio.create_task(ask(batcher, name)) for name in "ab"]
         await until(lambda: len(server.says) == 1)
         asked[0].cancel()
         await asyncio.sleep(0)
-        assert not server.left  # the other one waits
+        assert not server.left  # the other caller still waits
         asked[1].cancel()
         await until(lambda: server.left == 1)
 
     asyncio.run(scenario())
 
 
-def test_an_error_is_of_its_own_request_and_a_refusal_of_all() -> None:
+def test_an_error_fails_its_own_request_and_a_refusal_fails_all() -> None:
     async def scenario(status: int) -> list[BaseException | list[int]]:
         server = Server(status)
-        batches = batches_to(server)
-        asked = [asyncio.create_task(ask(batches, name)) for name in "ab"]
+        batcher = batcher_to(server)
+        asked = [asyncio.create_task(ask(batcher, name)) for name in "ab"]
         await until(lambda: len(server.says) == 1)
         server.says[0].put_nowait(pack_error(0, 400, "too long") + answer(1, 5))
         server.says[0].put_nowait(None)
@@ -139,13 +139,13 @@ def test_an_error_is_of_its_own_request_and_a_refusal_of_all() -> None:
     assert all(isinstance(one, WireError) for one in asyncio.run(scenario(503)))
 
 
-def test_data_of_an_image_is_in_a_batch_once_and_much_data_is_several_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_has_an_images_data_once_and_large_data_makes_several_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         monkeypatch.setattr(vllm_batches, "BATCH_LIMIT_BYTES", 10)
         server = Server()
-        batches = batches_to(server)
+        batcher = batcher_to(server)
         for data in ({"x": b"12345"}, {"x": b"12345"}, {"y": b"6"}):
-            asyncio.get_running_loop().create_task(ask(batches, "a", data))
+            asyncio.get_running_loop().create_task(ask(batcher, "a", data))
         await until(lambda: len(server.says) == 2)
         documents = [{hash: bytes(data) for hash, data in b.documents.items()} for b in server.batches]
         assert sorted(documents, key=len) == [{"x": b"12345"}, {"y": b"6"}]
@@ -153,11 +153,11 @@ def test_data_of_an_image_is_in_a_batch_once_and_much_data_is_several_batches(mo
     asyncio.run(scenario())
 
 
-def test_what_is_no_response_is_refused() -> None:
+def test_a_malformed_response_is_refused() -> None:
     async def scenario() -> None:
         server = Server()
-        batches = batches_to(server)
-        asked = asyncio.create_task(ask(batches, "a"))
+        batcher = batcher_to(server)
+        asked = asyncio.create_task(ask(batcher, "a"))
         await until(lambda: len(server.says) == 1)
         server.says[0].put_nowait(b"\x02\x00\x00\x00\x00\x00\x00\x00no")
         with pytest.raises(WireError, match="JSONDecodeError"):

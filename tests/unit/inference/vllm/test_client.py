@@ -124,10 +124,10 @@ def test_an_images_data_goes_once_and_its_hash_from_then_on(forgotten: Callable[
     asyncio.run(scenario())
 
 
-def test_more_banned_tokens_than_a_server_has_room_for_are_not_sent() -> None:
+def test_more_banned_tokens_than_a_server_takes_are_not_sent() -> None:
     server = Server(lambda: sampled())
     many = replace(SAMPLING, banned_token_ids=tuple(range(1025)))
-    with pytest.raises(EngineError, match=r"server has room for 1024 banned tokens.* 1025 .*inference\.urls=\[\]"):
+    with pytest.raises(EngineError, match=r"server takes at most 1024 banned tokens.* 1025 .*inference\.urls=\[\]"):
         asyncio.run(client_of(server).generate("train/0", prompt(), many))
     assert not server.requests
 
@@ -234,12 +234,12 @@ def broken(request: httpx.Request) -> HttpResponse:
         (lambda request: httpx.Response(500, text="oops"), False, ServerLostError, "oops"),
         (broken, True, ServerLostError, "connection reset"),
         (lambda request: sampled(finish_reason="abort"), True, ServerLostError, "dropped"),
-        (lambda request: sampled(), True, EngineError, "train/000001/00/00.*sampled nothing"),
+        (lambda request: sampled(), True, EngineError, "train/000001/00/00.*a completion without tokens"),
         (
             lambda request: httpx.Response(200, text="{}"),
             True,
             EngineError,
-            "train/000001/00/00.*an answer that is none",
+            "train/000001/00/00.*a malformed answer",
         ),
     ],
 )

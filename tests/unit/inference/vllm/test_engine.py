@@ -132,9 +132,9 @@ def test_names_that_do_not_match_are_listed_before_anything_is_replaced(servers:
     with pytest.raises(EngineError, match="serves another model") as error:
         do(sync.publish(0))
     sync.close()
-    assert "no place for model.language_model.layers.1.mlp.up;" in str(error.value)
-    nothing_for = "nothing for language_model.model.layers.1.mlp.gate_up_proj.weight, visual.pos_embed.weight"
-    assert nothing_for in str(error.value)
+    assert "the server lacks: model.language_model.layers.1.mlp.up;" in str(error.value)
+    lacking = "the trainer lacks: language_model.model.layers.1.mlp.gate_up_proj.weight, visual.pos_embed.weight"
+    assert lacking in str(error.value)
     servers.engine.restore_with(servers.sync.restore)
 
 
@@ -346,7 +346,9 @@ def test_servers_that_run_already(servers: Engine, do: Do[Any], monkeypatch: pyt
     prompt = do(servers.tiny.prompt(41))
     config = VllmConfig(dtype=Dtype.float32, urls=[server.url])
     servers.assert_parity(prompt, do(use(config)))
-    with pytest.raises(EngineError, match=r"dtype=float32, so it rounds otherwise .*: start it with dtype=bfloat16"):
+    with pytest.raises(
+        EngineError, match=r"dtype=float32, so it does not round as inference.dtype .*: start it with dtype=bfloat16"
+    ):
         do(use(replace(config, dtype=Dtype.bfloat16)))
     with pytest.raises(EngineError, match=r"max_model_len=1024, so it refuses .*inference\.max_model_len=4096"):
         do(use(replace(config, max_model_len=4096)))

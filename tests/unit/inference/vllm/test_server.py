@@ -14,8 +14,9 @@ import pytest
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.model import Dtype
 from vlmrl.errors import ConfigError, EngineError
+from vlmrl.inference.vllm.arguments import command_line, server_arguments
 from vlmrl.inference.vllm.in_server.guard import RequireKey
-from vlmrl.inference.vllm.server import VllmServer, check_vllm, command_line, server_arguments, vllm_version
+from vlmrl.inference.vllm.server import VllmServer, check_vllm, vllm_version
 
 CONFIG = VllmConfig(dtype=Dtype.bfloat16, max_model_len=512)
 

@@ -1,8 +1,8 @@
-"""Middleware of the servers that the run starts: nobody without the run's key gets past `GET /health`; behind it, the
-run's own route (vllm_route.py).
+"""Middleware of the servers that the run starts: every endpoint but `/health` requires the run's API key. It also adds
+the run's own endpoint (route.py).
 
-vLLM's own key guards `/v1` and `/inference` only. The endpoints that replace the weights or call methods of the workers
-are open to every user of the machine who finds the port.
+vLLM checks its API key only for `/v1` and `/inference`. Without this middleware, every user of the machine could call
+the endpoints that replace the weights or run methods of the workers.
 """
 
 from __future__ import annotations

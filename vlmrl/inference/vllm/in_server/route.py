@@ -1,15 +1,17 @@
-"""The run's own route in its vLLM servers: `POST /vlmrl/generate`, what `/inference/v1/generate` does, in batches.
+"""The endpoint that the run adds to its vLLM servers: `POST /vlmrl/generate` is `/inference/v1/generate` for batches.
 
-    body ─▶ unpack_batch ─┬▶ images' data ─▶ kept until the first request that shows the image takes it to the engine
+    body ─▶ unpack_batch ─┬▶ data of images ─▶ kept until the first request with the image takes it to the engine
                           └▶ each request ─▶ AsyncLLM.add_request ─▶ tokens, logprobs, versions ─▶ pack_answer
-    response begins when all of the batch are with the engine; then a frame per answer, as they come
+    the response begins when the engine has all requests of the batch; then it gets a frame for each finished request
 
-vLLM's own route takes an HTTP request per completion and reads and writes JSON, through pydantic, on the event loop
-that also hands out the engine's tokens. This one is a middleware, vLLM's own way to extend a server, and calls what the
-other calls. Runs in vLLM's process and imports it there; servers of `inference.urls` may do without.
+vLLM's own endpoint needs one HTTP request per completion, and reads and writes JSON through pydantic on the event loop
+that also distributes the engine's tokens. This endpoint is a middleware, which is vLLM's own way to extend a server,
+and calls the same methods of the engine. It runs in vLLM's process and imports vLLM there. Servers of `inference.urls`
+work without it.
 
-The engine takes requests in the order in which they are added and keeps the images of each, so the ones after may name
-an image by its hash. Left out: everything that a rollout does not ask for (several samples, LoRA, stop strings).
+The engine processes requests in the order in which they are added, and caches their images. So a later request may
+refer to an image of an earlier one by its hash. Left out on purpose: everything that a rollout does not use (several
+samples per request, LoRA, stop strings).
 """
 
 from __future__ import annotations
@@ -21,19 +23,21 @@ from functools import lru_cache
 from typing import Any, TypeAlias
 
 from vlmrl.caches.lru import ByteLRU
+from vlmrl.inference.vllm import old_vllm
 from vlmrl.inference.vllm.frames import FORGOTTEN, ROUTE, pack_answer, pack_error, unpack_batch
-from vlmrl.inference.vllm.wire import BANNED_BIAS, MOST_TOKENS
+from vlmrl.inference.vllm.wire import BANNED_BIAS, MAX_LISTED_TOKENS
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 WAITING_LIMIT_BYTES = 1024**3
-"""Of images' data that no request has taken yet; past it the oldest goes, as if the engine had forgotten it."""
+"""Limit on the data of images that no request has taken yet. Past the limit the oldest image is dropped, as if the
+engine had forgotten it."""
 
 
 class Route:
-    """ASGI middleware; answers `ROUTE` itself and leaves everything else to `app`."""
+    """ASGI middleware that answers requests to `ROUTE` and passes all others to `app`."""
 
     def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
         self._app = app
@@ -42,7 +46,7 @@ class Route:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] != ROUTE:
             return await self._app(scope, receive, send)
-        if scope["method"] == "GET":  # is the route there?
+        if scope["method"] == "GET":  # the client checks whether the endpoint exists
             return await _respond(send, b"{}")
         body = await _read(receive)
         if body is None:
@@ -50,12 +54,12 @@ class Route:
         batch = unpack_batch(body)
         engine = scope["app"].state.engine_client
         frames: asyncio.Queue[bytes | BaseException | None] = asyncio.Queue()
-        """Answers; what ends the batch by an error; None when the client has left."""
-        leaving = asyncio.ensure_future(_left(receive))
-        leaving.add_done_callback(lambda _: frames.put_nowait(None))
+        """Frames of answers; an exception that ends the batch; None when the client has disconnected."""
+        disconnected = asyncio.ensure_future(_wait_for_disconnect(receive))
+        disconnected.add_done_callback(lambda _: frames.put_nowait(None))
         answering: list[asyncio.Task[None]] = []
         try:
-            # Milliseconds each, which the event loop has better use for.
+            # In a thread, because an image takes milliseconds.
             items = await asyncio.to_thread(_decode, batch.documents) if batch.documents else {}
             if not batch.requests:
                 self._waiting.add({hash: (item, len(batch.documents[hash])) for hash, item in items.items()})
@@ -68,13 +72,13 @@ class Route:
                         _engine_input(header, shown),
                         _sampling_params(header, engine.model_config.get_vocab_size()),
                     )
-                except Exception as error:  # ValueError in 0.26, vLLM's own in 0.32
+                except Exception as error:  # a request that vLLM refuses: ValueError or vLLM's own class
                     if engine.errored:
                         raise
                     frames.put_nowait(pack_error(number, 400, str(error)))
                     continue
                 answering.append(asyncio.create_task(_answer(engine, number, header, outputs, frames)))
-                await asyncio.sleep(0)  # images that arrive meanwhile are read
+                await asyncio.sleep(0)  # let the event loop read images that have arrived in the meantime
             await send({"type": "http.response.start", "status": 200, "headers": []})
             left = len(batch.requests)
             while left:
@@ -91,14 +95,14 @@ class Route:
                 left -= len(whole)
                 await send({"type": "http.response.body", "body": b"".join(whole), "more_body": left > 0})
         finally:
-            leaving.cancel()
+            disconnected.cancel()
             for task in answering:
-                task.cancel()  # the engine drops what nobody waits for
+                task.cancel()  # which makes the engine drop the request
         return None
 
 
 class WaitingImages:
-    """Images on their way to the engine.
+    """Images that the server has received and the engine has not.
 
     >>> waiting = WaitingImages(limit_bytes=5)
     >>> waiting.add({"a": ("A", 3), "b": ("B", 2), "c": ("C", 1)})
@@ -110,18 +114,18 @@ class WaitingImages:
         self._items: ByteLRU[str, Any] = ByteLRU(limit_bytes)
 
     def add(self, items: Mapping[str, tuple[Any, int]]) -> None:
-        """Hash → the image as vLLM takes it, and its size in bytes."""
+        """`items` maps the hash of an image to vLLM's item for it and its size in bytes."""
         for hash, (item, num_bytes) in items.items():
             self._items.put(hash, item, num_bytes)
 
     def take(self, images: list[list[Any]]) -> dict[str, Any]:
-        """Those of `images` ([hash, offset, length] each) that wait; they do not any more."""
+        """Remove the items of `images` ([hash, offset, length] each) that are here → hash to item."""
         hashes = dict.fromkeys(hash for hash, _, _ in images)
         return {hash: self._items.pop(hash) for hash in hashes if hash in self._items}
 
 
 def _decode(documents: Mapping[str, memoryview]) -> dict[str, Any]:
-    """Hash → vLLM's `MultiModalKwargsItem`, made of what `vllm_wire.encode_image` wrote."""
+    """Decode the output of `wire.encode_image` for each image → hash to vLLM's `MultiModalKwargsItem`."""
     from vllm.multimodal.inputs import MultiModalKwargsItem
     from vllm.v1.serial_utils import MsgpackDecoder
 
@@ -136,17 +140,18 @@ async def _answer(
     outputs: Any,
     frames: asyncio.Queue[bytes | BaseException | None],
 ) -> None:
-    """Wait for what vLLM puts into `outputs` and put it into `frames`."""
+    """Wait for vLLM's final output of a request and put its frame into `frames`."""
     try:
         frames.put_nowait(await _frame(engine, number, header, outputs))
     except asyncio.CancelledError:
         await engine.abort(outputs.request_id, internal=True)
         raise
-    except Exception as error:  # noqa: BLE001 — raised again where the response is written
+    except Exception as error:  # noqa: BLE001 — __call__ raises it again
         frames.put_nowait(error)
 
 
 async def _frame(engine: Any, number: int, header: Mapping[str, Any], outputs: Any) -> bytes:
+    """The frame of a request, from vLLM's queue of `outputs`. Raises what vLLM raises when its engine has died."""
     from vllm.v1.engine.exceptions import EngineDeadError
 
     try:
@@ -157,18 +162,19 @@ async def _frame(engine: Any, number: int, header: Mapping[str, Any], outputs: A
         raise
     except ValueError as error:
         return pack_error(number, 400, str(error))
-    except Exception as error:  # vLLM raises whatever its cache raised, wrapped
+    except Exception as error:  # vLLM wraps what its image cache raises for a missing image
         if engine.errored:
             raise
         return pack_error(number, 500 if header["is_whole"] else FORGOTTEN, str(error))
     completion = final.outputs[0]
     tokens = list(completion.token_ids)
-    if not tokens and completion.finish_reason != "abort" and not header["is_whole"]:
-        return pack_error(number, FORGOTTEN, "no token")  # so says 0.26
-    spans = getattr(completion, "weight_versions", None)  # 0.26 has none
+    is_aborted = completion.finish_reason == "abort"
+    if not is_aborted and old_vllm.has_forgotten_image(len(tokens), has_hashes=not header["is_whole"]):
+        return pack_error(number, FORGOTTEN, "no token")
+    spans = old_vllm.weight_versions(completion)
     versions = None if spans is None else [_span(span) for span in spans]
     logprobs = completion.logprobs
-    assert list(logprobs.token_ids) == tokens, "one logprob per token, its own"
+    assert list(logprobs.token_ids) == tokens, "vLLM gives one logprob per token, that of the token itself"
     return pack_answer(number, tokens, logprobs.logprobs, versions, completion.finish_reason or "abort")
 
 
@@ -183,14 +189,14 @@ def _sampling_params(header: Mapping[str, Any], vocabulary: int) -> Any:
 def _sampling(
     temperature: float, max_tokens: int, stops: tuple[int, ...], banned: tuple[tuple[int, int], ...], vocabulary: int
 ) -> Any:
-    """What a run's requests have in common. vLLM would copy the hundreds of banned tokens of each of them, in more time
-    than all else takes."""
+    """The sampling parameters that a run's requests share. Cached, because vLLM would process the hundreds of banned
+    tokens again for each request, which would take longer than everything else."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
         temperature=temperature,
-        seed=0,  # each has its own
+        seed=0,  # `_sampling_params` sets the request's own
         max_tokens=max_tokens,
         stop_token_ids=list(stops),
         ignore_eos=True,
@@ -204,24 +210,26 @@ def _sampling(
 
 
 def _ban(banned: tuple[tuple[int, int], ...], vocabulary: int) -> dict[str, Any]:
-    """Keep the tokens of all runs [first, end) from being sampled, in whichever way vLLM has room for.
+    """Ban the tokens of all runs [first, end), by a bias or by the list of the other tokens: vLLM limits both.
 
     >>> _ban(((3, 5),), 8), _ban((), 8), _ban(((2, 5000),), 5001)
     ({'logit_bias': {3: -1e+30, 4: -1e+30}}, {}, {'allowed_token_ids': [0, 1, 5000]})
     """
     count = sum(end - first for first, end in banned)
-    if count <= MOST_TOKENS:
+    if count <= MAX_LISTED_TOKENS:
         bias = {token: BANNED_BIAS for first, end in banned for token in range(first, end)}
         return {"logit_bias": bias} if bias else {}
     edges = [0, *(edge for run in banned for edge in run), vocabulary]
     allowed = [token for first, end in zip(edges[::2], edges[1::2], strict=True) for token in range(first, end)]
-    if len(allowed) > MOST_TOKENS:
-        raise ValueError(f"{count} tokens are banned and {len(allowed)} are not: vLLM takes {MOST_TOKENS} of either")
+    if len(allowed) > MAX_LISTED_TOKENS:
+        raise ValueError(
+            f"{count} tokens are banned and {len(allowed)} are not: vLLM takes at most {MAX_LISTED_TOKENS} of either"
+        )
     return {"allowed_token_ids": allowed}
 
 
 def _engine_input(header: Mapping[str, Any], items: Mapping[str, Any]) -> Any:
-    """Images that `items` lacks go by their hash."""
+    """vLLM's input for a request. It refers to images that are not in `items` by their hash."""
     from vllm.inputs import mm_input, tokens_input
     from vllm.multimodal.inputs import MultiModalKwargsItems, PlaceholderRange
 
@@ -237,13 +245,14 @@ def _engine_input(header: Mapping[str, Any], items: Mapping[str, Any]) -> Any:
 
 
 def _span(span: Any) -> tuple[str, int, int]:
+    """vLLM's span of tokens with one weight version → (version, first token, end)."""
     if isinstance(span, dict):
         return span["version"], span["start"], span["end"]
     return span.version, span.start, span.end
 
 
 async def _read(receive: Receive) -> bytes | None:
-    """The body; None where the client left before its end."""
+    """The body of a request; None if the client has disconnected before its end."""
     parts = []
     while True:
         message = await receive()
@@ -254,7 +263,7 @@ async def _read(receive: Receive) -> bytes | None:
             return b"".join(parts)
 
 
-async def _left(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 

@@ -1,13 +1,14 @@
-"""Keeps a server from outliving its run: `python -m vlmrl.inference.vllm.in_server.supervisor <command of the server>`.
+"""Ends a server with its run: `python -m vlmrl.inference.vllm.in_server.supervisor <command of the server>`.
 
     run ──stdin──▶ supervisor ──▶ API server ──▶ engine ──▶ workers
 
-vLLM's engine and workers stay behind when the API server is killed, and nothing at all would stop when the run is. So
-the server's processes hang below this one, which is their subreaper: whoever loses its parent becomes its child. The
-run holds the other end of stdin. When it closes (the run has stopped the server, or died, of SIGKILL too), or when the
-API server has ended, all that is left below is ended, first asked and then killed.
+If the API server is killed, vLLM's engine and workers keep running. If the run is killed, all of them do. So the
+supervisor is the ancestor and subreaper of the server's processes: a process that loses its parent becomes its child.
+The run holds the other end of stdin. When stdin closes (the run has stopped the server, or has died, even of SIGKILL)
+or the API server has ended, the supervisor sends SIGTERM and then SIGKILL to all processes below it.
 
-A line on stdin names a folder that the run keeps in shared memory for the server: removed here when the run has died.
+Each line on stdin is the path of a folder that the run keeps in shared memory for the server. The supervisor removes it
+if the run has died.
 """
 
 from __future__ import annotations
@@ -30,23 +31,24 @@ PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 
 GRACE_S = 10.0
-"""Seconds between asking and killing. vLLM takes a few to end by itself, and then leaves no shared memory behind."""
+"""Seconds between SIGTERM and SIGKILL. vLLM takes a few seconds to exit; then it leaves no shared memory behind."""
 
 POLL_S = 0.2
-"""Seconds between two looks at whether the API server runs."""
+"""Seconds between two checks whether the API server still runs."""
 
 
 def main(command: Sequence[str]) -> int:
     """Run `command` until it ends or the run does; returns its exit status (negative: the signal that ended it)."""
     run = os.getppid()
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
-    # Ctrl-C is for the run, and so are the signals by which Slurm, which sends them to all processes, asks it to save.
+    # Ctrl-C concerns the run only. So do the signals by which Slurm requests a checkpoint, though it sends them to all
+    # processes.
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # vLLM inherits that
+        signal.signal(number, signal.SIG_IGN)  # vLLM inherits this
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     leftovers: list[Path] = []
     try:
-        # If this process is killed itself, the API server goes with it.
+        # PDEATHSIG: if this process itself is killed, so is the API server.
         server = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, preexec_fn=lambda: _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         )
@@ -64,7 +66,7 @@ def main(command: Sequence[str]) -> int:
 
 
 def _watch(server: subprocess.Popen[bytes], run: int, leftovers: list[Path]) -> None:
-    """Return when the API server has ended or the run has let go of stdin."""
+    """Return when the API server has ended, the run has died, or the run has closed stdin."""
     received = b""
     while server.poll() is None and os.getppid() == run:
         if not select.select([0], [], [], POLL_S)[0]:
@@ -77,7 +79,7 @@ def _watch(server: subprocess.Popen[bytes], run: int, leftovers: list[Path]) -> 
 
 
 def _end_descendants() -> None:
-    """SIGTERM to all that is below, then SIGKILL to what is left, until nothing is."""
+    """Send SIGTERM to all descendants, then SIGKILL to those that remain, until none remains."""
     _, alive = psutil.wait_procs(_signal_descendants(signal.SIGTERM), GRACE_S)
     while alive:
         _, alive = psutil.wait_procs(_signal_descendants(signal.SIGKILL), GRACE_S)

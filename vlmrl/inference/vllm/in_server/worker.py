@@ -1,11 +1,11 @@
-"""What vLLM's workers tell about themselves (`--worker-extension-cls`).
+"""Methods that the run adds to vLLM's workers (`--worker-extension-cls`): they report settings and weights.
 
-vLLM keeps its weights under its own names, fused (q, k and v are one matrix), split over tensor-parallel ranks, and on
-a CPU repacked for its kernels, the matrices themselves deleted. So each worker says of each of its weights which slices
-of which of the trainer's tensors it must be made of, and the digest of what it holds. The trainer does the same from
-its own tensors (`weight_sync/verify.py`) and compares.
+vLLM keeps weights under its own names, fused (q, k and v are one matrix), split over tensor-parallel ranks, and on a
+CPU repacked for its kernels, with the original matrices deleted. So each worker reports, for each of its weights, the
+slices of the trainer's tensors that the weight must consist of, and the digest of the weight itself. The trainer
+computes the digest of the same slices of its own tensors (`models/digests.py`) and compares.
 
-Runs in vLLM's processes and uses the names of vLLM's own layers; imported by nobody else. Left out: quantized weights.
+Runs in vLLM's processes only, and uses the names of vLLM's own layers. Left out on purpose: quantized weights.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vlmrl.models.digests import Slice, digest
 
 SWITCH_INTERVAL_S = 1e-4
-"""For how long another thread may keep the interpreter from one that wants it; Python's own is 5e-3."""
+"""How long a thread may hold the interpreter lock while another thread waits for it. Python's default is 5e-3."""
 
-# vLLM's engine reads requests and writes answers in threads beside the one that launches a step's thousands of
-# kernels. Each launch gives the interpreter up and asks for it again, and would wait a whole interval.
+# vLLM's engine reads requests and writes answers in threads next to the thread that launches the thousands of kernels
+# of a step. Each launch releases the lock and takes it again, and would wait up to a whole interval for it.
 sys.setswitchinterval(SWITCH_INTERVAL_S)
 
 
 class WorkerInspector:
-    """Methods that a worker gets beside its own; called through `/collective_rpc`."""
+    """Methods that a worker gets in addition to its own; the run calls them through `/collective_rpc`."""
 
     model_runner: Any
     vllm_config: Any
 
     def vlmrl_settings(self) -> dict[str, Any]:
-        """What the run must know of the server, or refuses it for."""
+        """The settings that `engine.check_settings` reads."""
         model, parallel = self.vllm_config.model_config, self.vllm_config.parallel_config
         images = model.multimodal_config
         return {
@@ -51,7 +51,7 @@ class WorkerInspector:
             "max_model_len": model.max_model_len,
             "logprobs_mode": model.logprobs_mode,
             "mm_device_do_normalize": bool(getattr(images, "mm_device_do_normalize", False)),
-            # Elsewhere the engine has no images of its own, and one that goes by its hash kills it.
+            # Otherwise the engine has no image cache of its own, and it dies of a request with an image by its hash.
             "keeps_images": images is not None
             and images.mm_processor_cache_gb > 0
             and images.mm_processor_cache_type == "lru"
@@ -60,18 +60,18 @@ class WorkerInspector:
         }
 
     def vlmrl_repack_head(self) -> None:
-        """Finish a weight update. On a CPU a layer computes with a repacked copy of its weights, which `reload_weights`
-        makes anew for every layer but a head that is tied to the embedding: that one would keep the old weights."""
+        """Finish a weight update. On a CPU a layer computes with a repacked copy of its weights. `reload_weights` makes
+        a new copy for every layer except a head that is tied to the embedding, which would keep the old weights."""
         for module in self.model_runner.get_model().modules():
             if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
                 module.quant_method.process_weights_after_loading(module)
 
     def vlmrl_weights(self, names: list[str], digests: bool) -> dict[str, Any]:
-        """How the trainer's tensors `names` become this worker's weights.
+        """How this worker's weights consist of the trainer's tensors `names`.
 
-        `unknown`: names that become nothing here. `missing`: weights that would not get all they are made of.
-        `weights`, by vLLM's name: `slices` ([name, dim, start, stop] each, dim −1 for all of it), concatenated along
-        dim 0, and with `digests` the `sha256` of what is there.
+        `unknown`: names that no weight here consists of. `missing`: weights that need a tensor that is not in `names`.
+        `weights`, by vLLM's name: `slices`, each [name, dim, start, stop] with dim −1 for the whole tensor, which are
+        concatenated along dim 0; and, if `digests`, the `sha256` of the weight that the worker holds.
         """
         model: nn.Module = self.model_runner.get_model()
         parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -93,7 +93,8 @@ class WorkerInspector:
 def _sources(
     model: Any, names: list[str], parameters: dict[str, nn.Parameter]
 ) -> tuple[dict[str, list[str]], list[str]]:
-    """vLLM's name → the trainer's names that are fused into it, in order; and names that lead nowhere."""
+    """Map vLLM's name of each weight to the trainer's names that are fused into it, in order; and list the names that
+    belong to no weight."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     fused = {
         part: (whole, place, len(parts))
@@ -114,13 +115,13 @@ def _sources(
         else:
             unknown.append(name)
     whole = {name: [part for part in parts if part] for name, parts in found.items() if None not in parts}
-    # Weights that are one with another, as a tied head is with the embedding, come with it.
+    # A weight that shares its tensor with another (a tied head and the embedding) has the same sources.
     by_tensor = {id(parameters[name]): parts for name, parts in whole.items()}
     return {name: by_tensor[id(p)] for name, p in parameters.items() if id(p) in by_tensor}, unknown
 
 
 def _slices(module: nn.Module, kind: str, sources: list[str]) -> list[Slice]:
-    """Which parts of `sources` this rank's `weight` or `bias` is made of; empty where sources are missing."""
+    """The parts of `sources` that this rank's `weight` or `bias` consists of; empty if there are no sources."""
     if not sources:
         return []
     if isinstance(module, RowParallelLinear) and kind == "weight":
@@ -141,7 +142,7 @@ def _slices(module: nn.Module, kind: str, sources: list[str]) -> list[Slice]:
 
 
 def _rows(module: nn.Module) -> list[tuple[int, int, int]] | None:
-    """Per fused part: its rows in all, and the first and last of this rank's. None where every rank has all rows."""
+    """Per fused part: its number of rows, and the first and end of this rank's. None if every rank has all rows."""
     if isinstance(module, QKVParallelLinear):
         rank, shared = module.tp_rank, module.tp_rank // module.num_kv_head_replicas
         parts = [
@@ -161,10 +162,10 @@ def _rows(module: nn.Module) -> list[tuple[int, int, int]] | None:
 
 
 def _held(module: Any, parameter: Tensor) -> Tensor:
-    """The parameter as the module computes with it, without rows that only pad the vocabulary."""
+    """The parameter that the module computes with, without the rows that pad the vocabulary."""
     if parameter.numel() == 0 or (isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear")):
-        # Repacked for a CPU kernel. What the layer makes of the identity is the matrix, to the bit: every product but
-        # one is with 0.
+        # Repacked for a CPU kernel. The layer's output for the identity matrix is the weight, bit for bit, because all
+        # products but one are with 0.
         identity = torch.eye(module.input_size_per_partition, dtype=parameter.dtype, device=parameter.device)
         with torch.inference_mode():
             parameter = module.quant_method.apply(module, identity, None).t()

@@ -1,1 +1,1 @@
-"""A folder for the `PYTHONPATH` of a vLLM server: Python imports its `sitecustomize` at the start of every process."""
+"""A folder on the `PYTHONPATH` of a vLLM server. Python imports its `sitecustomize` at the start of every process."""

@@ -1,7 +1,7 @@
-"""Runs at the start of every process of a vLLM server, however vLLM starts it (spawn, fork, a subprocess).
+"""Runs at the start of every process of a vLLM server, however vLLM starts it (spawn, fork, subprocess).
 
-Two of them matter: the engine, which multiprocessing spawns, and the process that vLLM starts to look at a model's
-class. Imports nothing heavy.
+Two processes need it: the engine, which multiprocessing spawns, and the process in which vLLM inspects a model's class.
+Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vlmrl.models import broken_wheels
 
 broken_wheels.install()
 
-# Python takes the first sitecustomize that it finds; the one that would have been it without this folder runs too.
+# Python imports only the first sitecustomize that it finds. Run the one that it would have found without this folder.
 _here = Path(__file__).parent
 _spec = PathFinder.find_spec("sitecustomize", [path for path in sys.path if Path(path).resolve() != _here])
 if _spec is not None and _spec.loader is not None:
