@@ -11,7 +11,7 @@ import pytest
 from support.command_line import Home, keys_found, summary
 from vlmrl.inference.vllm.server import vllm_version
 from vlmrl.record.run_dir import RunDir
-from vlmrl.runs.doctor.doctor import LINES
+from vlmrl.runs.doctor.doctor import CHECKS
 
 pytestmark = pytest.mark.slow
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 def table(run: Path) -> list[dict[str, Any]]:
     """doctor.json."""
     lines: list[dict[str, Any]] = json.loads((run / "doctor.json").read_bytes())
-    assert [line["name"] for line in lines] == list(LINES)
+    assert [line["name"] for line in lines] == list(CHECKS)
     return lines
 
 
@@ -45,7 +45,7 @@ def test_a_run_that_would_not_work(home: Home) -> None:
     ended = home.vlmrl("mode=doctor", "task=their_tasks:AllFaults", f"hydra.run.dir={run}")
     assert ended.code == 1
     assert ended.err.startswith(
-        "error: 2 of 16 lines failed, so a run would learn from something else than it sampled, or not at all:\n"
+        "error: 2 of 16 lines failed, so a run would learn from something other than what it sampled, or not at all:\n"
     )
     assert "\n  rollouts, version 0: train/000000/00/00 ended as task_error: LookupError: no score" in ended.err
     assert "Traceback" not in ended.err
@@ -63,7 +63,7 @@ def test_a_sound_run_with_vllm(home: Home) -> None:
     assert (ended.code, ended.err) == (0, "")
     lines = {line["name"]: line for line in table(run)}
     assert {name for name, line in lines.items() if line["verdict"] != "ok"} == {"positions, engine"}
-    assert "the logprobs depend on them" in lines["positions, engine"]["says"]
+    assert "wrong positions would show in the logprobs" in lines["positions, engine"]["says"]
     assert lines["weights"]["figures"]["compared"] > 40
     for version in (0, 1):
         assert 0 < lines[f"logprobs, version {version}"]["figures"]["mismatch_kl"] <= 1e-11

@@ -16,7 +16,7 @@ from vlmrl.runs.build import Progress, Run
 from vlmrl.runs.doctor.doctor import examine
 from vlmrl.runs.evaluate import evaluate
 from vlmrl.runs.export import export
-from vlmrl.runs.replay.replay import replay
+from vlmrl.runs.replay.replay import replay_batch
 from vlmrl.runs.sft import sft
 from vlmrl.runs.train import train
 
@@ -68,7 +68,7 @@ MODES: Mapping[Mode, RunMode | OfflineMode] = {
     ),
     Mode.doctor: RunMode(examine, "stopped before the doctor was done: start it again"),
     Mode.replay: RunMode(
-        replay,
+        replay_batch,
         "stopped before the replay was complete: start it again",
         is_inside_past_run=True,
     ),

@@ -1,22 +1,22 @@
-"""`mode=replay run=<dir> step=N`: a recorded batch through today's code, line by line along the data path.
+"""`mode=replay run=<dir> step=N`: send a recorded batch through today's code and compare hop by hop.
 
-    images/*.png ─▶ pictures      the hash that a file is called by
-       processor ─▶ tensors       digests noted in the PNGs
-        renderer ─▶ prompts       rendered again from the messages, each turn from the one before it as recorded
+    images/*.png ─▶ pictures      the pixels against the hash that names the file
+       processor ─▶ tensors       against the digests recorded in the PNG files
+        renderer ─▶ prompts       rendered again from the messages, each turn after the recorded turn before it
           engine ─▶ completions   sampled again from the recorded prompts with the run's seeds
                     logprobs, engine   of the tokens that came out the same
          trainer ─▶ logprobs, trainer
 
-What goes into each line is what was *recorded*, not what the line before it made: the first line that differs is where
-to look. Engine, device, number format and packing are those of today's config, which is the run's own with the
-overrides of the command line on top.
+Each hop gets what was *recorded* as its input, not what the hop before it made today, so the first line that differs is
+where to look. Engine, device, dtype and packing are those of today's config: the run's own with the overrides of the
+command line on top.
 
 An engine of another kind draws other tokens from the same seed. Then there are no completions to compare, and its
-logprobs of the tokens that it draws are held against the trainer's of the same tokens.
+logprobs of the tokens that it draws are compared with the trainer's of the same tokens.
 
-The same code on the same device gives the same bits: a batch is what the loop handed over, in its order, so that the
-engine forms the batches and the trainer the micro-batches that it formed then. Left out on purpose: the update of the
-weights (a resumed run does it again), evaluations, and tokens that other policy versions sampled.
+The same code on the same device gives the same bits: the batch is what the loop handed over, in its order, so the
+engine and the trainer form the same batches again. Left out on purpose: the update of the weights (a resumed run
+repeats it), evaluations, and tokens that other policy versions sampled.
 """
 
 from __future__ import annotations
@@ -24,14 +24,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import numpy as np
 
 from vlmrl.config.parse import parse, typed
 from vlmrl.config.run import RunConfig
-from vlmrl.errors import ParityError
 from vlmrl.orchestrator.loop import ExitReason
 from vlmrl.orchestrator.rollout import sampling_seed
 from vlmrl.orchestrator.samples import make_samples
@@ -39,117 +38,136 @@ from vlmrl.record.run_dir import RunDir
 from vlmrl.record.tokens import read_spellings
 from vlmrl.rendering.renderer import Renderer
 from vlmrl.runs.build import Run, is_float32
-from vlmrl.runs.replay import lines
-from vlmrl.runs.replay.lines import Line, Rendered, Resampled, Scored, Spelling, Verdict
+from vlmrl.runs.replay import comparisons
+from vlmrl.runs.replay.comparisons import RerenderedTurn, ResampledTurn, ScoredTurn, Spelling
 from vlmrl.runs.replay.recorded import fits, load_images, load_records, replayed_batch, rollout_of
 from vlmrl.runs.sft import take_supervised_steps
 from vlmrl.runs.stopping import stopped_before
+from vlmrl.runs.verdicts import State, Verdict, as_table, conclude, not_visible
 from vlmrl.trainer.checkpoint import Checkpoints
 from vlmrl.types import EngineSession, InferenceEngine, Message, Rollout, SamplingParams, Trainer, TrainingSample, Turn
 
-LINES = ("pictures", "tensors", "prompts", "completions", "logprobs, engine", "logprobs, trainer")
-"""Names, in the order of the table."""
+COMPARISONS = ("pictures", "tensors", "prompts", "completions", "logprobs, engine", "logprobs, trainer")
+"""Names of the comparisons, in the order of the table."""
 
-ROUNDING_EXACT = 1e-4
-"""Nats of one token where everything computes in float32; measured between packings and engines: below 1e-5."""
-ROUNDING = 0.5
-"""The same where anything computes in a shorter format: bfloat16 makes 0.1 to 0.3 of a token that was unlikely."""
+CONSEQUENCE = "so today's code does not reproduce the recorded batch"
+
+ROUNDING_FLOAT32 = 1e-4
+"""Nats that one token's logprob may differ where everything computes in float32. Measured between packings and
+engines: below 1e-5."""
+ROUNDING_BFLOAT16 = 0.5
+"""The same where anything computes in bfloat16, which changes the logprob of an unlikely token by 0.1 to 0.3."""
 
 
-async def replay(run: Run) -> ExitReason:
+async def replay_batch(run: Run) -> ExitReason:
     """Compare one recorded batch with what today's code makes of it. Raises `ParityError` where they differ by more
     than rounding, after the table is shown and written."""
     recorded, step = replayed_batch(run.config)
-    checkpoints = Checkpoints(recorded.checkpoints, run.config.trainer.keep_checkpoints)
-    if step - 1 in checkpoints.steps():
-        checkpoints.load(step - 1, run.trainer)
-        weights = f"the checkpoint of version {step - 1}"
-    elif await take_supervised_steps(run):
-        weights = f"version 0, made again: the model and {run.trainer.supervised_steps} supervised steps"
-    else:
+    weights = await _load_weights(run, recorded, step)
+    if weights is None:
         return "interrupted"
     run.monitor.phase("replay")
     await run.weight_sync.publish(step - 1)
-    then = parse(typed(recorded.read_config(key="run")))
-    replaying = asyncio.create_task(
-        Replay(
-            recorded=recorded,
-            step=step,
-            config=run.config,
-            renderer=run.renderer,
-            engine=run.engine,
-            trainer=run.trainer,
-            exact=is_float32(run.config) and is_float32(then),
-            same_engine=run.config.inference.kind == then.inference.kind,
-            status=run.monitor.status,
-        ).run()
+    recorded_config = parse(typed(recorded.read_config(key="run")))
+    replay = Replay(
+        recorded=recorded,
+        step=step,
+        config=run.config,
+        renderer=run.renderer,
+        engine=run.engine,
+        trainer=run.trainer,
+        exact=is_float32(run.config) and is_float32(recorded_config),
+        same_engine=run.config.inference.kind == recorded_config.inference.kind,
+        status=run.monitor.status,
     )
-    if await stopped_before(replaying, run.stop):
+    comparing = asyncio.create_task(replay.compare())
+    if await stopped_before(comparing, run.stop):
         return "interrupted"
-    found = replaying.result()
-    run.run_dir.write_replay(content(recorded, step, found))
-    run.monitor.table(f"replay of step {step}", {"weights": weights, **{line.name: line.text for line in found}})
-    conclude(found)
+    verdicts = comparing.result()
+    run.run_dir.write_replay(content(recorded, step, verdicts))
+    run.monitor.table(f"replay of step {step}", {"weights": weights, **as_table(verdicts)})
+    conclude(verdicts, CONSEQUENCE)
     return "finished"
+
+
+async def _load_weights(run: Run, recorded: RunDir, step: int) -> str | None:
+    """Give the trainer the weights that learned from the batch of `step`.
+
+    Returns where they come from, for the screen; None if the run was asked to stop.
+    """
+    checkpoints = Checkpoints(recorded.checkpoints, run.config.trainer.keep_checkpoints)
+    if step - 1 in checkpoints.steps():
+        checkpoints.load(step - 1, run.trainer)
+        return f"the checkpoint of version {step - 1}"
+    if await take_supervised_steps(run):
+        return f"version 0, made again: the model and {run.trainer.supervised_steps} supervised steps"
+    return None
 
 
 @dataclass(eq=False)
 class Replay:
-    """Replays one batch. The engine is up and serves the weights of version `step` − 1, which the trainer holds."""
+    """Compares one batch. The trainer holds the weights of version `step` − 1, and the engine serves them."""
 
     recorded: RunDir
-    """The run."""
+    """The run that recorded the batch."""
     step: int
     config: RunConfig
-    """Today's."""
+    """Today's config."""
     renderer: Renderer
     engine: InferenceEngine
     trainer: Trainer
     exact: bool
-    """Whether the run computed in float32, and today's code does."""
+    """Whether both the recorded run and today's code compute in float32."""
     same_engine: bool
-    """Whether the engine is of the kind that the run had."""
+    """Whether today's engine is of the kind that the run had."""
     status: Callable[[str], None]
-    """Gets a line about what is being done."""
+    """Called with a line about what is being done."""
     _rounding: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self._rounding = ROUNDING_EXACT if self.exact else ROUNDING
+        self._rounding = ROUNDING_FLOAT32 if self.exact else ROUNDING_BFLOAT16
 
-    async def run(self) -> list[Line]:
-        """One line for each of `LINES`. Raises VlmrlError where the record cannot be read."""
+    async def compare(self) -> list[Verdict]:
+        """One verdict for each of `COMPARISONS`. Raises VlmrlError where the record cannot be read."""
+        pictures, tensors, prompts, completions, of_engine, of_trainer = COMPARISONS
         spelling: Spelling = read_spellings(self.recorded.tokens) if self.recorded.tokens.exists() else {}
         self.status("replay: pictures and prompts")
         records = await asyncio.to_thread(load_records, self.recorded, self.step)
         images = await asyncio.to_thread(load_images, self.recorded, records, self.renderer)
         rollouts = [rollout_of(record, images) for record in records]
-        found = [lines.pictures(LINES[0], images, rollouts), lines.tensors(LINES[1], images, rollouts)]
-        found.append(lines.prompts(LINES[2], await self._rendered(rollouts), spelling))
+        verdicts = [
+            comparisons.pictures(pictures, images, rollouts),
+            comparisons.tensors(tensors, images, rollouts),
+            comparisons.prompts(prompts, await self._rerendered(rollouts), spelling),
+        ]
         if not all(fits(rollout) for rollout in rollouts):
             why = "an image takes another number of tokens than was recorded"
-            return [*found, *(Line(name, Verdict.HIDDEN, why) for name in LINES[3:])]
+            return [*verdicts, *(not_visible(name, why) for name in (completions, of_engine, of_trainer))]
         self.status("replay: completions")
         resampled = await self._resampled(rollouts)
         if not resampled:
             why = f"other policy versions than {self.step - 1} sampled the batch"
-            found += [Line(name, Verdict.HIDDEN, why) for name in LINES[3:5]]
+            verdicts += [not_visible(completions, why), not_visible(of_engine, why)]
         elif self.same_engine:
-            found.append(lines.completions(LINES[3], resampled, self.exact, spelling))
-            same = [_same_tokens(each) for each in resampled]
-            found.append(lines.logprobs(LINES[4], same, self._rounding, spelling))
+            same = [_up_to_first_difference(each) for each in resampled]
+            verdicts += [
+                comparisons.completions(completions, resampled, self.exact, spelling),
+                comparisons.logprobs(of_engine, same, self._rounding, spelling),
+            ]
         else:
-            found.append(Line(LINES[3], Verdict.HIDDEN, "another engine draws other tokens from the same seeds"))
             sides = "by the trainer", f"by the engine, of {len(resampled)} completions of its own"
-            both = await asyncio.to_thread(self._scored_again, resampled)
-            found.append(lines.logprobs(LINES[4], both, self._rounding, spelling, sides=sides))
+            both = await asyncio.to_thread(self._scored_by_both, resampled)
+            verdicts += [
+                not_visible(completions, "another engine draws other tokens from the same seeds"),
+                comparisons.logprobs(of_engine, both, self._rounding, spelling, sides=sides),
+            ]
         self.status("replay: the trainer's logprobs")
         scored = await asyncio.to_thread(self._scored, rollouts)
-        found.append(lines.logprobs(LINES[5], scored, self._rounding, spelling))
-        return found
+        return [*verdicts, comparisons.logprobs(of_trainer, scored, self._rounding, spelling)]
 
-    async def _rendered(self, rollouts: Sequence[Rollout]) -> list[Rendered]:
+    async def _rerendered(self, rollouts: Sequence[Rollout]) -> list[RerenderedTurn]:
         """Every prompt, rendered again from its messages and, in later turns, the recorded turn before it."""
-        made = []
+        rerendered = []
         for rollout in rollouts:
             history: list[Message] = []
             for number, turn in enumerate(rollout.turns):
@@ -162,21 +180,23 @@ class Replay:
                         before.prompt, before.completion.token_ids, history, turn.messages
                     )
                 history.extend(turn.messages)
-                made.append(Rendered(rollout, number, prompt))
-        return made
+                rerendered.append(RerenderedTurn(rollout, number, prompt))
+        return rerendered
 
-    async def _resampled(self, rollouts: Sequence[Rollout]) -> list[Resampled]:
-        """Every completion that the weights of this replay sampled, sampled again, in the order of the batch."""
+    async def _resampled(self, rollouts: Sequence[Rollout]) -> list[ResampledTurn]:
+        """Every completion that this replay's weights sampled, sampled again, in the order of the batch."""
         async with AsyncExitStack() as scope:
             seats = []
-            for rollout in rollouts:  # all open before the first one asks: an engine may wait for all that are
+            # All sessions are open before the first request: an engine may wait for every open session to ask.
+            for rollout in rollouts:
                 closing = await scope.enter_async_context(AsyncExitStack())
                 session = await closing.enter_async_context(self.engine.session(rollout.rollout_id))
                 seats.append((rollout, session, closing))
             played = await asyncio.gather(*(self._play(*seat) for seat in seats))
         return [each for turns in played for each in turns]
 
-    async def _play(self, rollout: Rollout, session: EngineSession, closing: AsyncExitStack) -> list[Resampled]:
+    async def _play(self, rollout: Rollout, session: EngineSession, closing: AsyncExitStack) -> list[ResampledTurn]:
+        """The rollout's turns up to the first token of another version. Closes the session by `closing`."""
         orchestrator, played = self.config.orchestrator, []
         async with closing:
             for number, turn in enumerate(rollout.turns):
@@ -191,15 +211,16 @@ class Replay:
                     banned_token_ids=self.renderer.banned_token_ids,
                     seed=sampling_seed(self.config.seed, rollout.rollout_id, number),
                 )
-                played.append(Resampled(rollout, number, await session.generate(turn.prompt, sampling)))
+                played.append(ResampledTurn(rollout, number, await session.generate(turn.prompt, sampling)))
         return played
 
-    def _scored(self, rollouts: Sequence[Rollout]) -> list[Scored]:
-        """The turns that were learned from; the samples are those of the step, so they pack as they did."""
-        learned = [rollout for rollout in rollouts if rollout.dropped is None]
-        samples = [(rollout, sample) for rollout in learned for sample in make_samples(rollout)]
+    def _scored(self, rollouts: Sequence[Rollout]) -> list[ScoredTurn]:
+        """The turns that were trained on, by the trainer then and today. The samples are those of the step, so they
+        pack as they did."""
+        trained_on = [rollout for rollout in rollouts if rollout.dropped is None]
+        samples = [(rollout, sample) for rollout in trained_on for sample in make_samples(rollout)]
         branches = [
-            list(branch) for rollout in learned for _, branch in groupby(_numbered(rollout), lambda n: n[1].branch)
+            list(branch) for rollout in trained_on for _, branch in groupby(_numbered(rollout), lambda n: n[1].branch)
         ]
         scored = []
         today = self.trainer.logprobs([sample for _, sample in samples])
@@ -207,14 +228,14 @@ class Replay:
             ends = np.cumsum([len(turn.completion.token_ids) for _, turn in turns])
             for (number, turn), part in zip(turns, np.split(found, ends[:-1]), strict=True):
                 recorded = turn.learned.trainer_logprobs if turn.learned is not None else turn.completion.logprobs
-                scored.append(Scored(rollout, number, turn.completion.token_ids, recorded, part))
+                scored.append(ScoredTurn(rollout, number, turn.completion.token_ids, recorded, part))
         return scored
 
-    def _scored_again(self, resampled: Sequence[Resampled]) -> list[Scored]:
-        """What the engine sampled today, by the trainer and by the engine."""
+    def _scored_by_both(self, resampled: Sequence[ResampledTurn]) -> list[ScoredTurn]:
+        """The tokens that the engine sampled today, by the trainer and by the engine."""
         samples = [_sample_of(each) for each in resampled]
         return [
-            Scored(each.rollout, each.number, each.today.token_ids, by_trainer, each.today.logprobs)
+            ScoredTurn(each.rollout, each.number, each.today.token_ids, by_trainer, each.today.logprobs)
             for each, by_trainer in zip(resampled, self.trainer.logprobs(samples), strict=True)
         ]
 
@@ -223,16 +244,16 @@ def _numbered(rollout: Rollout) -> list[tuple[int, Turn]]:
     return list(enumerate(rollout.turns))
 
 
-def _same_tokens(each: Resampled) -> Scored:
-    """The logprobs of a completion up to the first token that was sampled otherwise."""
+def _up_to_first_difference(each: ResampledTurn) -> ScoredTurn:
+    """The engine's logprobs of a completion, up to the first token that is sampled differently today."""
     recorded = each.turn.completion
-    end = lines.first_difference(recorded.token_ids, each.today.token_ids)
+    end = comparisons.first_difference(recorded.token_ids, each.today.token_ids)
     ids = recorded.token_ids[:end]
-    return Scored(each.rollout, each.number, ids, recorded.logprobs[:end], each.today.logprobs[:end])
+    return ScoredTurn(each.rollout, each.number, ids, recorded.logprobs[:end], each.today.logprobs[:end])
 
 
-def _sample_of(each: Resampled) -> TrainingSample:
-    """A recorded prompt with the completion that the engine gives it today."""
+def _sample_of(each: ResampledTurn) -> TrainingSample:
+    """A training sample of the recorded prompt and the completion that the engine samples today."""
     (sample,) = make_samples(
         Rollout(
             rollout_id=each.rollout.rollout_id,
@@ -247,30 +268,23 @@ def _sample_of(each: Resampled) -> TrainingSample:
     return sample
 
 
-def content(recorded: RunDir, step: int, found: Sequence[Line]) -> dict[str, object]:
-    """replay.json."""
-    first = first_of(found)
+def content(recorded: RunDir, step: int, verdicts: Sequence[Verdict]) -> dict[str, object]:
+    """The content of replay.json."""
+    first = first_of(verdicts)
     return {
         "run": str(recorded.path),
         "step": step,
         "policy_version": step - 1,
-        "identical": all(line.verdict in (Verdict.SAME, Verdict.HIDDEN) for line in found),
-        "first": first and asdict(first),
-        "lines": [asdict(line) for line in found],
+        "identical": all(verdict.state in (State.SAME, State.NOT_VISIBLE) for verdict in verdicts),
+        "first": None if first is None else first.as_json("first"),
+        "lines": [verdict.as_json("first") for verdict in verdicts],
     }
 
 
-def first_of(found: Sequence[Line]) -> Line | None:
-    """The first line that differs, or else the first that rounds otherwise."""
-    for verdict in (Verdict.DIFFERS, Verdict.ROUNDING):
-        for line in found:
-            if line.verdict is verdict:
-                return line
+def first_of(verdicts: Sequence[Verdict]) -> Verdict | None:
+    """The first line that differs, else the first that differs by rounding; None where all lines are equal."""
+    for state in (State.DIFFERS, State.ROUNDING):
+        for verdict in verdicts:
+            if verdict.state is state:
+                return verdict
     return None
-
-
-def conclude(found: Sequence[Line]) -> None:
-    """Raise `ParityError` with the first line that differs, unless all that differs is rounding."""
-    first = first_of(found)
-    if first is not None and first.verdict is Verdict.DIFFERS:
-        raise ParityError(f"the batch is not what it was; {first.name}: {first.says}")

@@ -1,4 +1,4 @@
-"""What a line says about cases that a sound run does not have."""
+"""Findings for cases that a run without faults does not have."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ import pytest
 
 from support.rollout_builders import image, rollout
 from vlmrl.record.rollouts import mm_kwargs_digests
-from vlmrl.runs.replay.lines import Rendered, Scored, Verdict, logprobs, prompts, tensors
+from vlmrl.runs.replay.comparisons import RerenderedTurn, ScoredTurn, logprobs, prompts, tensors
 from vlmrl.runs.replay.recorded import RecordedImage, fits
+from vlmrl.runs.verdicts import State
 from vlmrl.types import FloatArray, ImageItem, Prompt
 
 PLAYED = rollout()
 
 
-def scored(recorded: list[float], today: list[float], number: int = 0) -> Scored:
-    def figures(values: list[float]) -> FloatArray:
+def scored(recorded: list[float], today: list[float], number: int = 0) -> ScoredTurn:
+    def array(values: list[float]) -> FloatArray:
         return np.array(values, np.float32)
 
-    return Scored(PLAYED, number, PLAYED.turns[number].completion.token_ids, figures(recorded), figures(today))
+    return ScoredTurn(PLAYED, number, PLAYED.turns[number].completion.token_ids, array(recorded), array(today))
 
 
 def test_the_first_beyond_rounding_comes_before_the_first() -> None:
     turns = [scored([-1, -2, -3], [-1, -2.00001, -3]), scored([-1, -2, -3], [-1, -2, -3.5], number=1)]
     line = logprobs("logprobs", turns, rounding=1e-3, spelling={202: " red"})
-    assert line.verdict is Verdict.DIFFERS
+    assert line.state is State.DIFFERS
     assert line.first == {"rollout_id": PLAYED.rollout_id, "turn": 1, "completion_token": 2}
-    assert "turn 1, completion token 2 (202 ' red'): -3 was recorded, -3.5 it is today, 0.5 apart" in line.says
-    assert line.figures == {
+    assert "turn 1, completion token 2 (202 ' red'): -3 recorded, -3.5 today, 0.5 apart" in line.finding
+    assert line.metrics == {
         "tokens": 6,
         "differing": 2,
         "beyond_rounding": 1,
@@ -41,28 +42,28 @@ def test_the_first_beyond_rounding_comes_before_the_first() -> None:
 
 def test_within_rounding() -> None:
     line = logprobs("logprobs", [scored([-1, -2, -3], [-1, -2.00001, -3])], rounding=1e-3, spelling={})
-    assert line.verdict is Verdict.ROUNDING
+    assert line.state is State.ROUNDING
     assert line.first == {"rollout_id": PLAYED.rollout_id, "turn": 0, "completion_token": 1}
 
 
 @pytest.mark.parametrize("broken", [math.nan, -math.inf])
-def test_what_is_not_finite_is_infinitely_far(broken: float) -> None:
+def test_a_logprob_that_is_not_finite_is_infinitely_far(broken: float) -> None:
     line = logprobs("logprobs", [scored([-1, -2, -3], [-1, broken, -3])], rounding=1.0, spelling={})
-    assert line.verdict is Verdict.DIFFERS
-    assert line.figures["largest"] == math.inf
+    assert line.state is State.DIFFERS
+    assert line.metrics["largest"] == math.inf
 
 
 def test_nothing_to_compare() -> None:
-    assert logprobs("logprobs", [], rounding=1.0, spelling={}).verdict is Verdict.HIDDEN
-    assert prompts("prompts", [], spelling={}).verdict is Verdict.HIDDEN
+    assert logprobs("logprobs", [], rounding=1.0, spelling={}).state is State.NOT_VISIBLE
+    assert prompts("prompts", [], spelling={}).state is State.NOT_VISIBLE
 
 
-def test_a_prompt_that_ends_sooner_differs_behind_its_end() -> None:
+def test_a_shorter_prompt_differs_at_its_end() -> None:
     whole = PLAYED.turns[0].prompt
     shorter = Prompt(whole.token_ids[:-1], whole.placeholders, whole.images)
-    line = prompts("prompts", [Rendered(PLAYED, 0, shorter)], spelling={})
+    line = prompts("prompts", [RerenderedTurn(PLAYED, 0, shorter)], spelling={})
     assert line.first == {"rollout_id": PLAYED.rollout_id, "turn": 0, "prompt_token": len(whole.token_ids) - 1}
-    assert "nothing it is today" in line.says
+    assert "no token is rendered today" in line.finding
 
 
 # ── tensors ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -76,19 +77,19 @@ def processed(scale: float) -> ImageItem:
 
 
 @pytest.mark.parametrize(
-    ("digests", "verdict", "says"),
+    ("digests", "state", "finding"),
     [
-        (mm_kwargs_digests(processed(1.0)), Verdict.SAME, "image_grid_thw, pixel_values of 1 images"),
-        (mm_kwargs_digests(processed(2.0)), Verdict.DIFFERS, "the first is pixel_values of image"),
-        ({}, Verdict.DIFFERS, "the first is image_grid_thw of image"),
-        (None, Verdict.HIDDEN, "no digests"),
+        (mm_kwargs_digests(processed(1.0)), State.SAME, "image_grid_thw, pixel_values of 1 images"),
+        (mm_kwargs_digests(processed(2.0)), State.DIFFERS, "the first is pixel_values of image"),
+        ({}, State.DIFFERS, "the first is image_grid_thw of image"),
+        (None, State.NOT_VISIBLE, "no digests"),
     ],
 )
-def test_a_processor_that_makes_other_tensors(digests: Mapping[str, str] | None, verdict: Verdict, says: str) -> None:
+def test_a_processor_that_makes_other_tensors(digests: Mapping[str, str] | None, state: State, finding: str) -> None:
     item = processed(1.0)
     line = tensors("tensors", {item.hash: RecordedImage(item.hash, item, digests)}, [PLAYED])
-    assert line.verdict is verdict
-    assert says in line.says
+    assert line.state is state
+    assert finding in line.finding
 
 
 def test_an_image_of_another_size_does_not_fit() -> None:

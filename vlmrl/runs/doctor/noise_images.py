@@ -1,0 +1,95 @@
+"""The task's problems, each once as it is and once with noise in place of its images.
+
+A task's own images can hide a fault: a square of one colour looks the same with its patches in any order, an image of
+one token has only one position, and images of equal size have equal grids. So every odd problem shows noise in several
+sizes instead: no two parts of it are equal, no size is square, and the processor rescales the last one.
+
+Left out on purpose: adding images where the task shows none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import numpy as np
+
+from vlmrl.runs.doctor.evidence import images_of, with_images
+from vlmrl.tasks.base import Env, Problem, Reply, Split, Task
+from vlmrl.types import Message
+
+SIZES = ((96, 64), (64, 160), (45, 100))
+"""Height × width in pixels. Small, because the run chose its context length for the task's own images."""
+
+NOISE_PER_MESSAGE = 2
+"""Images of a message that become noise; the others stay."""
+
+
+@dataclass(frozen=True)
+class NoiseProblem:
+    """A problem of the task, with its own images or with noise."""
+
+    problem: Problem
+    seed: int | None
+    """Seed of the noise; None: the task's own images."""
+
+    @property
+    def id(self) -> str:
+        return self.problem.id if self.seed is None else f"{self.problem.id}_in_noise"
+
+
+class NoiseTask:
+    """A `Task` whose problem 2i is the given task's problem i, and whose problem 2i + 1 is the same in noise."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+
+    def problem(self, split: Split, index: int) -> NoiseProblem:
+        return NoiseProblem(self._task.problem(split, index // 2), seed=index if index % 2 else None)
+
+    def env(self, problem: NoiseProblem) -> Env:
+        env = self._task.env(problem.problem)
+        return env if problem.seed is None else NoiseEnv(env, problem.seed)
+
+    def demonstration(self, problem: NoiseProblem, *, random_answers: bool, seed: int) -> tuple[Message, ...]:
+        return self._task.demonstration(problem.problem, random_answers=random_answers, seed=seed)
+
+    def texts(self) -> tuple[str, ...]:
+        return self._task.texts()
+
+
+class NoiseEnv:
+    """An env that shows noise in place of its images."""
+
+    def __init__(self, env: Env, seed: int) -> None:
+        self._env = env
+        self._noise = noise(seed)
+
+    def reset(self) -> tuple[Message, ...]:
+        return self._in_noise(self._env.reset())
+
+    def step(self, completion: str) -> Reply:
+        reply = self._env.step(completion)
+        return Reply(
+            turn_reward=reply.turn_reward,
+            done=reply.done,
+            reward=reply.reward,
+            messages=self._in_noise(reply.messages),
+            metrics=reply.metrics,
+        )
+
+    def _in_noise(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        changed: list[Message] = []
+        for message in messages:
+            sources: list[Any] = [part.source for part in images_of([message])]
+            sources[:NOISE_PER_MESSAGE] = [next(self._noise) for _ in sources[:NOISE_PER_MESSAGE]]
+            changed += with_images([message], sources)
+        return tuple(changed)
+
+
+def noise(seed: int) -> Iterator[np.ndarray]:
+    """Endless noise images, uint8 [H, W, 3]; a function of the seed."""
+    random = np.random.default_rng(seed)
+    return (random.integers(0, 256, (*SIZES[number % len(SIZES)], 3), np.uint8) for number in count())

@@ -1,0 +1,81 @@
+"""Checks of pixels: the renderer's against the image processor's, and whether trainer and engine look at them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vlmrl.runs.doctor.logprobs import LogprobDifference
+from vlmrl.runs.doctor.reference import Reference
+from vlmrl.runs.verdicts import Verdict, failed, judged, not_visible
+from vlmrl.types import Rollout
+
+NO_IMAGE = "no problem shows an image"
+
+
+def pixels(name: str, reference: Reference, rollouts: Sequence[Rollout]) -> Verdict:
+    """The renderer's pixels and grids are the image processor's, byte for byte."""
+    if reference.image_processor is None:
+        return not_visible(name, "the model is text-only")
+    distinct = {image.hash: image for r in rollouts for turn in r.turns for image in turn.prompt.images}
+    if not distinct:
+        return not_visible(name, NO_IMAGE)
+    images = list(distinct.values())
+    theirs = reference.process(images)
+    for key, array in theirs.items():
+        ours = np.concatenate([image.mm_kwargs[key] for image in images])
+        if ours.dtype != array.dtype or ours.tobytes() != np.ascontiguousarray(array).tobytes():
+            apart = float(np.abs(ours - array).max()) if ours.shape == array.shape else float("nan")
+            return failed(
+                name,
+                f"{key}: the renderer made {ours.dtype} {list(ours.shape)}, the image processor {array.dtype} "
+                f"{list(array.shape)}, max |delta| {apart:.3g}",
+            )
+    finding = f"{', '.join(theirs)} of {len(images)} images are the image processor's, byte for byte"
+    return judged(name, True, finding, images=len(images))
+
+
+@dataclass(frozen=True)
+class InvertedPixels:
+    """Logprobs of tokens that the engine sampled after images, and the same with the images inverted."""
+
+    trainer_change: LogprobDifference
+    """The trainer with the images that were shown, against the trainer with the inverted ones."""
+    shown: LogprobDifference
+    """The trainer with the images that were shown, against the engine."""
+    inverted: LogprobDifference
+    """The trainer with the inverted images, against the engine."""
+
+
+def images_in_trainer(name: str, found: InvertedPixels | None, smallest: float) -> Verdict:
+    """Inverted pixels behind the same tokens change the trainer's logprobs."""
+    if found is None:
+        return not_visible(name, NO_IMAGE)
+    change = found.trainer_change
+    finding = f"{change.tokens} tokens: inverted pixels change the trainer's logprobs by mismatch_kl {change.kl:.1e}"
+    return judged(name, change.kl > smallest, finding, f"> {smallest:.1e}", mismatch_kl=change.kl, limit=smallest)
+
+
+def images_in_engine(name: str, found: InvertedPixels | None, bound: float) -> Verdict:
+    """The engine's logprobs follow from the pixels that it was shown, not from others behind the same tokens."""
+    if found is None:
+        return not_visible(name, NO_IMAGE)
+    if found.trainer_change.kl <= bound:
+        return not_visible(
+            name,
+            f"inverted pixels change the trainer's own logprobs by mismatch_kl {found.trainer_change.kl:.1e}, which "
+            f"rounding alone could explain ({bound:.1e})",
+        )
+    shown, inverted = found.shown.kl, found.inverted.kl
+    finding = f"mismatch_kl {shown:.1e} from the trainer with the pixels shown, {inverted:.1e} with the inverted ones"
+    return judged(
+        name,
+        shown <= bound and shown < inverted,
+        finding,
+        f"<= {bound:.1e}, and less than with the inverted ones",
+        shown_kl=shown,
+        inverted_kl=inverted,
+        limit=bound,
+    )

@@ -1,0 +1,72 @@
+"""Checks of position ids: the trainer's against transformers', the engine's against the trainer's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from vlmrl.models.policy import Policy
+from vlmrl.runs.doctor.evidence import Evidence
+from vlmrl.runs.verdicts import Verdict, judged, not_visible
+from vlmrl.types import IntArray, TrainingSample
+
+
+def trainer_positions(
+    name: str, policy: Policy, image_token_id: int | None, samples: Sequence[TrainingSample]
+) -> Verdict:
+    """The trainer's positions equal those of transformers' `get_rope_index`, which finds the images by the token ids
+    alone."""
+    get_rope_index = getattr(policy.model.base_model, "get_rope_index", None)
+    if get_rope_index is None:
+        return not_visible(name, f"{type(policy.model.base_model).__name__} has no get_rope_index to compare with")
+    worst, tokens = 0, 0
+    for sample in samples:
+        length = len(sample.token_ids)
+        grids = [image.mm_kwargs["image_grid_thw"] for image in sample.images]
+        theirs, _ = get_rope_index(
+            input_ids=torch.from_numpy(sample.token_ids)[None],
+            mm_token_type_ids=torch.from_numpy((sample.token_ids == image_token_id).astype(np.int64))[None],
+            image_grid_thw=torch.from_numpy(np.concatenate(grids)) if grids else None,
+        )
+        ours = policy.positions(length, sample.placeholders, sample.images)
+        expected = np.concatenate([np.arange(length)[None], theirs[:, 0].numpy()])
+        worst = max(worst, int(np.abs(ours - expected).max()))
+        tokens += length
+    finding = f"{len(samples)} samples, {tokens} tokens: max |delta| {worst} from get_rope_index"
+    return judged(name, worst == 0, finding, "0", max_delta=worst, tokens=tokens)
+
+
+def engine_positions(name: str, policy: Policy, evidence: Evidence) -> Verdict:
+    """Every token that the engine computed has the trainer's position, and the engine computed every token but the
+    last of each sample."""
+    if evidence.rows is None:
+        return not_visible(
+            name, "the engine computes in another process or model; wrong positions would show in the logprobs"
+        )
+    k = evidence.rows.shape[1] - 1
+    whole: list[IntArray] = []
+    fed: list[IntArray] = []
+    for sample in evidence.samples:
+        positions = policy.positions(len(sample.token_ids), sample.placeholders, sample.images)[:k]
+        rows = np.concatenate([sample.token_ids[None], positions]).T
+        whole.append(rows)
+        fed.append(rows[:-1])  # the last token was sampled and never fed
+    theirs = {row.tobytes() for row in evidence.rows}
+    ours = {row.tobytes() for rows in whole for row in np.ascontiguousarray(rows)}
+    missing = {row.tobytes() for rows in fed for row in np.ascontiguousarray(rows)} - theirs
+    stray = theirs - ours
+    finding = (
+        f"the engine computed {len(theirs)} distinct pairs of token and position: {len(stray)} are not the trainer's, "
+        f"{len(missing)} of the trainer's are missing"
+    )
+    return judged(
+        name,
+        not stray and not missing,
+        finding,
+        "0 and 0",
+        rows=len(theirs),
+        stray=len(stray),
+        missing=len(missing),
+    )

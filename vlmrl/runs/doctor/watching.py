@@ -1,0 +1,192 @@
+"""Wrappers that record what passes through renderer, engine and model while rollouts are played.
+
+task ─▶ WatchedRenderer ─▶ WatchedEngine ─▶ rollouts ─▶ samples
+        RenderedTurns      requests         Evidence
+        (watched_rows: the rows of the embedded engine's forward passes)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from vlmrl.models.policy import Policy
+from vlmrl.rendering.images import decode
+from vlmrl.rendering.renderer import Renderer
+from vlmrl.runs.doctor.evidence import RenderedTurn, images_of, with_images
+from vlmrl.types import (
+    BoolArray,
+    Completion,
+    EngineSession,
+    Image,
+    ImageItem,
+    InferenceEngine,
+    IntArray,
+    Message,
+    Prompt,
+    SamplingParams,
+)
+
+
+class WatchedRenderer:
+    """A `Renderer` that records each prompt it makes with the messages it was made from."""
+
+    def __init__(self, renderer: Renderer) -> None:
+        self._renderer = renderer
+        self.rendered: list[RenderedTurn] = []
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        return self._renderer.stop_token_ids
+
+    @property
+    def banned_token_ids(self) -> tuple[int, ...]:
+        return self._renderer.banned_token_ids
+
+    @property
+    def image_token_ids(self) -> frozenset[int]:
+        return self._renderer.image_token_ids
+
+    async def first_turn(self, messages: Sequence[Message]) -> Prompt:
+        seen = _decoded(messages)
+        prompt = await self._renderer.first_turn(messages)
+        self.rendered.append(RenderedTurn(seen, prompt, is_first=True))
+        return prompt
+
+    async def next_turn(
+        self, previous: Prompt, completion_ids: IntArray, history: Sequence[Message], new_messages: Sequence[Message]
+    ) -> tuple[Prompt, bool]:
+        seen = _decoded(new_messages)
+        prompt, bridged = await self._renderer.next_turn(previous, completion_ids, history, new_messages)
+        self.rendered.append(RenderedTurn(seen, prompt, is_first=False))
+        return prompt, bridged
+
+    def images(self, parts: Sequence[Image]) -> tuple[ImageItem, ...]:
+        return self._renderer.images(parts)
+
+    def decode(self, completion_ids: IntArray) -> str:
+        return self._renderer.decode(completion_ids)
+
+    def render_conversation(self, messages: Sequence[Message]) -> tuple[Prompt, BoolArray]:
+        return self._renderer.render_conversation(messages)
+
+
+def _decoded(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """The messages with their images decoded now, because an env may draw on them later. Raises `ImageError`."""
+    return with_images(messages, [decode(part.source) for part in images_of(messages)])
+
+
+class WatchedEngine:
+    """An engine that records its requests and reports every completion as stopped.
+
+    A policy that does not end its answers yet would have no second turn, and later turns bring images of their own.
+    The run starts and stops the engine inside.
+    """
+
+    def __init__(self, engine: InferenceEngine) -> None:
+        self._engine = engine
+        self.requests: list[Prompt] = []
+
+    async def start(self) -> None:
+        """Do nothing: the run has started the engine."""
+
+    async def stop(self) -> None:
+        """Do nothing: the run stops the engine."""
+
+    def session(self, rollout_id: str) -> _WatchedSession:
+        return _WatchedSession(self._engine.session(rollout_id), self.requests)
+
+    def metrics(self) -> dict[str, float]:
+        return self._engine.metrics()
+
+
+class _WatchedSession:
+    def __init__(self, session: EngineSession, requests: list[Prompt]) -> None:
+        self._session = session
+        self._requests = requests
+
+    async def __aenter__(self) -> _WatchedSession:
+        await self._session.__aenter__()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._session.__aexit__(*exc)
+
+    async def generate(self, prompt: Prompt, sampling: SamplingParams) -> Completion:
+        completion = await self._session.generate(prompt, sampling)
+        self._requests.append(prompt)
+        return dataclasses.replace(completion, finish_reason="stop")
+
+
+class ScriptedEngine:
+    """An engine that gives every prompt the same completion.
+
+    With the token ids that the tokenizer makes of a text, the next prompt is the chat template's for that conversation.
+    """
+
+    def __init__(self, token_ids: IntArray) -> None:
+        self._completion = Completion(
+            token_ids, np.zeros(len(token_ids), np.float32), np.zeros(len(token_ids), np.int64), "stop"
+        )
+
+    async def start(self) -> None:
+        """Do nothing."""
+
+    async def stop(self) -> None:
+        """Do nothing."""
+
+    def session(self, rollout_id: str) -> ScriptedEngine:
+        return self
+
+    async def __aenter__(self) -> ScriptedEngine:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        """Do nothing."""
+
+    async def generate(self, prompt: Prompt, sampling: SamplingParams) -> Completion:
+        return self._completion
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+
+@dataclass(eq=False)
+class Rows:
+    """Token ids and positions of the rows that a model computed while it was watched."""
+
+    batches: list[IntArray] = field(default_factory=list)
+
+    def distinct(self) -> IntArray | None:
+        """int64 [rows, 1 + position rows], each distinct row once; None where the model computed nothing."""
+        return np.unique(np.concatenate(self.batches), axis=0) if self.batches else None
+
+
+@contextmanager
+def watched_rows(policy: Policy) -> Iterator[Rows]:
+    """Record token id and positions of every row that the policy's model computes inside the block."""
+    rows = Rows()
+    looked_up: list[IntArray] = []
+
+    def embedding_hook(module: Any, args: tuple[Any, ...]) -> None:
+        looked_up.append(args[0].reshape(1, -1).cpu().numpy())
+
+    def decoder_hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        token_ids = looked_up.pop()
+        positions = kwargs["position_ids"].reshape(-1, token_ids.shape[1]).cpu().numpy()
+        rows.batches.append(np.concatenate([token_ids, positions]).T)
+
+    handles = [
+        policy.model.get_input_embeddings().register_forward_pre_hook(embedding_hook),
+        policy.model.base_model.get_decoder().register_forward_pre_hook(decoder_hook, with_kwargs=True),
+    ]
+    try:
+        yield rows
+    finally:
+        for handle in handles:
+            handle.remove()
