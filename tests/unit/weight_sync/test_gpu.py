@@ -1,5 +1,5 @@
-"""GPU to GPU, without a GPU: what is sent, when, and to whom. The senders alone, which move the data, are stand-ins;
-benchmarks/weight_sync.py has the real ones on GPUs."""
+"""Weight sync from GPU to GPU, tested without a GPU: which server gets which tensors, and when. Only the senders, which
+move the data, are replaced; benchmarks/weight_sync.py runs the real ones on GPUs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CONFIG = VllmConfig(dtype=Dtype.bfloat16, urls=["http://first", "http://second"]
 
 
 class Server:
-    """Answers the control calls of a publish, and says which came."""
+    """Answers the control calls of a publish and records them."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -49,7 +49,7 @@ class Server:
 
 
 class Wire:
-    """A sender: what it was given is as it was when `send` returned."""
+    """A sender that records a copy of the tensors of every `send`."""
 
     def __init__(self, remote: Remote, server: Server) -> None:
         self.remote = remote
@@ -79,7 +79,7 @@ class Sync(GpuSync):
 
 
 class World:
-    """Two servers that run already, and the trainer's weights."""
+    """Two servers of `inference.urls`, and the trainer's weights."""
 
     def __init__(self) -> None:
         self.engine = VllmEngine(CONFIG, Path(), Path(), [], print, print)
@@ -92,7 +92,7 @@ class World:
         self.sync = Sync(self)
 
     def begin(self, replica: Replica) -> None:
-        """A new life of a server."""
+        """Launch the server of a replica."""
         server = self.servers[replica.name] = Server()
         replica.client = VllmClient(
             replica.name,
@@ -120,7 +120,7 @@ def test_every_server_gets_every_tensor_once_in_the_engines_dtype_while_it_is_pa
     async def scenario(world: World) -> None:
         await world.sync.publish(0)
         await world.sync.publish(1)
-        assert len(world.wires) == 2  # a life of a server, a sender
+        assert len(world.wires) == 2  # one sender per launch of a server
         for wire in world.wires:
             assert [sorted(sent) for sent in wire.sent] == [["tied", "w"]] * 2
             assert all(tensor.dtype is torch.bfloat16 for sent in wire.sent for tensor in sent.values())
@@ -136,10 +136,10 @@ def test_every_server_gets_every_tensor_once_in_the_engines_dtype_while_it_is_pa
     in_world(scenario)
 
 
-def test_a_server_that_comes_back_gets_what_was_published_not_what_the_trainer_is_at() -> None:
+def test_a_restarted_server_gets_the_published_weights_not_the_trainers_current_ones() -> None:
     async def scenario(world: World) -> None:
         await world.sync.publish(7)
-        world.weights["w"].add_(100.0)  # in the middle of a step
+        world.weights["w"].add_(100.0)  # the trainer is in the middle of a step
         replica = world.engine.replicas[0]
         world.begin(replica)
         await world.sync.restore(replica)
@@ -159,7 +159,7 @@ def test_a_server_that_comes_back_gets_what_was_published_not_what_the_trainer_i
     in_world(scenario)
 
 
-def test_a_server_that_dies_in_its_update_is_left_to_the_engine_and_the_other_gets_its_own() -> None:
+def test_a_server_that_dies_in_its_update_does_not_stop_the_update_of_the_other() -> None:
     async def scenario(world: World) -> None:
         await world.sync.publish(0)
         world.servers["http://first"].is_lost = True
@@ -171,22 +171,22 @@ def test_a_server_that_dies_in_its_update_is_left_to_the_engine_and_the_other_ge
     in_world(scenario)
 
 
-def test_a_failed_update_gives_up_the_broadcast() -> None:
+def test_a_failed_update_aborts_the_broadcast() -> None:
     async def scenario(world: World) -> None:
         await world.sync.publish(0)
         wire = world.wires[0]
-        given_up: list[bool] = []
-        wire.remote.on_failure = lambda: given_up.append(True)
+        aborted: list[bool] = []
+        wire.remote.on_failure = lambda: aborted.append(True)
         wire.server.is_lost = True
         with pytest.raises(ServerLostError):
             await asyncio.to_thread(wire.remote.update_weights, {"names": []})
-        assert given_up == [True]
+        assert aborted == [True]
         assert await asyncio.to_thread(world.wires[1].remote.world_size) == 3
 
     in_world(scenario)
 
 
-def test_a_wrong_answer_to_an_update_is_an_error() -> None:
+def test_a_refused_update_is_an_error() -> None:
     async def scenario(world: World) -> None:
         server = world.servers["http://first"]
 

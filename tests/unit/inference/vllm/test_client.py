@@ -1,6 +1,6 @@
-"""What the client sends to a server that answers by script: each image's data once, and again when it was forgotten.
+"""Requests of the client to a scripted server: each image's data once, and again after the server has forgotten it.
 
-The same against real servers: test_vllm_servers.py.
+test_engine.py has the same with real servers.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def sampled(*tokens: int, finish_reason: str = "stop") -> HttpResponse:
 
 
 class Server:
-    """Holds what it was sent, like vLLM; `forgets` makes it lose everything before the next request."""
+    """Caches the images that it receives, as vLLM does. `forgets` makes it empty the cache before the next request."""
 
     def __init__(self, forgotten: Callable[[], HttpResponse]) -> None:
         self.requests: list[list[tuple[str, bool]]] = []
-        """Per request and image: its hash, and whether its data came along."""
+        """Per request and image: the image's hash, and whether the request has its data."""
         self.held: set[str] = set()
         self.forgets = False
         self.arrived = asyncio.Event()
@@ -105,7 +105,7 @@ async def ask(client: VllmClient, *hashes: str) -> Answer:
 
 
 @pytest.mark.parametrize("forgotten", FORGOTTEN)
-def test_an_images_data_goes_once_and_its_hash_from_then_on(forgotten: Callable[[], HttpResponse]) -> None:
+def test_an_images_data_is_sent_once_and_then_only_its_hash(forgotten: Callable[[], HttpResponse]) -> None:
     async def scenario() -> None:
         server = Server(forgotten)
         client = client_of(server)
@@ -141,7 +141,7 @@ def test_siblings_wait_for_the_one_that_sends_their_image() -> None:
         await server.arrived.wait()
         others = [asyncio.create_task(ask(client, *hashes)) for hashes in (("a", "b"), ("b", "a"), ("c", "a"))]
         while len(server.requests) < 2:
-            await asyncio.sleep(0)  # "c" does not wait for "a": its data comes first in the prompt
+            await asyncio.sleep(0)  # ("c", "a") does not wait for "a", because "c" is new and comes first in its prompt
         server.go_on.set()
         await asyncio.gather(first, *others)
         sent = [hash for request in server.requests for hash, has_data in request if has_data]
@@ -150,7 +150,7 @@ def test_siblings_wait_for_the_one_that_sends_their_image() -> None:
     asyncio.run(scenario())
 
 
-def test_who_waits_for_an_image_sends_it_when_its_sender_fails() -> None:
+def test_a_request_that_waits_for_an_image_sends_it_when_the_sender_fails() -> None:
     async def scenario() -> None:
         server = Server(lambda: sampled())
         client = client_of(server)
@@ -208,11 +208,11 @@ def test_a_text_prompt_is_one_request() -> None:
     asyncio.run(scenario())
 
 
-def failing(reply: Callable[[httpx.Request], HttpResponse], is_healthy: bool) -> Handler:
+def failing(respond: Callable[[httpx.Request], HttpResponse], is_healthy: bool) -> Handler:
     async def handler(request: httpx.Request) -> HttpResponse:
         if request.url.path == "/health":
             return httpx.Response(200 if is_healthy else 503)
-        return reply(request)
+        return respond(request)
 
     return handler
 
@@ -222,7 +222,7 @@ def broken(request: httpx.Request) -> HttpResponse:
 
 
 @pytest.mark.parametrize(
-    ("reply", "is_healthy", "error", "message"),
+    ("respond", "is_healthy", "error", "message"),
     [
         (
             lambda request: httpx.Response(400, json={"error": {"message": "prompt too long"}}),
@@ -243,11 +243,11 @@ def broken(request: httpx.Request) -> HttpResponse:
         ),
     ],
 )
-def test_what_goes_wrong_is_told_apart(
-    reply: Callable[[httpx.Request], HttpResponse], is_healthy: bool, error: type[Exception], message: str
+def test_each_failure_raises_the_error_that_says_whether_to_retry(
+    respond: Callable[[httpx.Request], HttpResponse], is_healthy: bool, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        asyncio.run(ask(client_of(failing(reply, is_healthy))))
+        asyncio.run(ask(client_of(failing(respond, is_healthy))))
 
 
 def test_a_request_that_hangs_times_out() -> None:

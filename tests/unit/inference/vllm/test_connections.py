@@ -1,4 +1,4 @@
-"""The transport against a real server on the loopback device that counts its connections."""
+"""The connection pool with a real server on the loopback device that counts its connections."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vlmrl.inference.vllm.connections import Connections
 
 
 class Server:
-    """Answers every request with its path, once `go_on` is set; hangs up in the middle of an answer to /broken."""
+    """Answers every request with its path once `go_on` is set. Closes the connection amid its answer to /broken."""
 
     def __init__(self) -> None:
         self.opened = 0
@@ -48,7 +48,7 @@ async def running() -> AsyncIterator[tuple[Server, httpx.AsyncClient]]:
         port = listening.sockets[0].getsockname()[1]
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", transport=Connections(5.0)) as client:
             yield server, client
-        while server.closed < server.opened:  # what the client closed, the server sees
+        while server.closed < server.opened:  # wait until the server notices what the client has closed
             await asyncio.sleep(0)
 
 
@@ -79,7 +79,7 @@ def test_a_broken_connection_is_not_used_again() -> None:
     asyncio.run(main())
 
 
-def test_a_request_that_is_given_up_closes_its_connection() -> None:
+def test_a_cancelled_request_closes_its_connection() -> None:
     async def main() -> None:
         async with running() as (server, client):
             server.expected = 1

@@ -1,7 +1,8 @@
-"""Real vLLM servers on the CPU: parity with the trainer, images once per server, weights in flight, deaths.
+"""Real vLLM servers on the CPU: parity with the trainer, one transfer per image, weight updates in flight, restarts.
 
-Two servers are started once and used by all tests but the last; the tests run in order, the destructive ones at the
-end. A third serves a run of its own, a process that is killed. In float32 sampler and trainer differ by rounding only.
+All tests but the last share two servers, which start once. The tests run in order, and the destructive ones come last.
+The last test has a third server, of a run in a process of its own, which is killed. In float32, sampler and trainer
+differ only by rounding.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from vlmrl.config.inference import VllmConfig
 from vlmrl.config.model import Dtype
 from vlmrl.config.weight_sync import FolderSyncConfig
 from vlmrl.errors import EngineError
+from vlmrl.inference.vllm import old_vllm
 from vlmrl.inference.vllm.engine import Replica, VllmEngine
 from vlmrl.inference.vllm.server import vllm_version
 from vlmrl.types import Completion, Prompt, SamplingParams
@@ -40,7 +42,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(vllm_version() is None, reason="vLLM is not installed"),
 ]
-TELLS_VERSIONS = (vllm_version() or (0, 0)) >= (0, 27)
+REPORTS_VERSIONS = not old_vllm.is_old(vllm_version() or (0, 0))
 
 Result = TypeVar("Result")
 Do: TypeAlias = Callable[[Coroutine[Any, Any, Result]], Result]
@@ -48,7 +50,7 @@ Do: TypeAlias = Callable[[Coroutine[Any, Any, Result]], Result]
 
 @dataclass
 class Engine:
-    """The servers, and the trainer's side of them."""
+    """The engine with its servers, the weight sync and the trainer's model."""
 
     engine: VllmEngine
     sync: FolderSync
@@ -72,14 +74,14 @@ class Engine:
 
 @pytest.fixture(scope="module")
 def do() -> Iterator[Any]:
-    """Run a coroutine in the one event loop of the module: engine and clients belong to it."""
+    """Run a coroutine in the event loop of this module, which the engine and its clients belong to."""
     with asyncio.Runner() as runner:
         yield runner.run
 
 
 @pytest.fixture(scope="module")
 def servers(do: Do[Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """Two servers with the tiny checkpoint; nothing was published yet."""
+    """Two servers with the tiny checkpoint. No version is published yet."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     tiny = Tiny.load()
@@ -102,7 +104,7 @@ def servers(do: Do[Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[E
 
 
 def processes_of(replica: Replica) -> list[psutil.Process]:
-    """The supervisor and all below it."""
+    """The supervisor and all its descendants."""
     assert replica.server is not None
     process = replica.server._process
     if process is None or process.returncode is not None:
@@ -112,14 +114,14 @@ def processes_of(replica: Replica) -> list[psutil.Process]:
 
 
 def alive(processes: list[psutil.Process], timeout_s: float = 60.0) -> list[psutil.Process]:
-    """Those that are still running after `timeout_s`."""
+    """The processes that still run after `timeout_s`."""
     return list(psutil.wait_procs(processes, timeout_s)[1])
 
 
 # ── weights ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_names_that_do_not_match_are_listed_before_anything_is_replaced(servers: Engine, do: Do[Any]) -> None:
+def test_names_that_do_not_match_are_listed_before_any_weight_is_replaced(servers: Engine, do: Do[Any]) -> None:
     def renamed() -> Mapping[str, torch.Tensor]:
         weights = servers.tiny.weights()
         weights["model.language_model.layers.1.mlp.up"] = weights.pop(
@@ -139,14 +141,14 @@ def test_names_that_do_not_match_are_listed_before_anything_is_replaced(servers:
 
 
 def test_nothing_is_sampled_from_weights_without_a_version(servers: Engine, do: Do[Any]) -> None:
-    if not TELLS_VERSIONS:
-        pytest.skip("this vLLM knows no versions")
+    if not REPORTS_VERSIONS:
+        pytest.skip("vLLM 0.26 reports no versions")
     with pytest.raises(EngineError, match="default"):
         do(servers.ask(do(servers.tiny.prompt(1)), servers.tiny.sampling(0)))
 
 
 def test_logprobs_are_the_trainers_before_and_after_a_sync(servers: Engine, do: Do[Any]) -> None:
-    """Same images before and after, so vision features and prefixes of the old weights would show."""
+    """The images are the same before and after, so stale vision features or prefixes would be found."""
     tiny = servers.tiny
     for seed in (1, 2):
         version = do(servers.publish())
@@ -160,7 +162,7 @@ def test_logprobs_are_the_trainers_before_and_after_a_sync(servers: Engine, do: 
     do(servers.publish())
 
 
-def test_later_turns_are_the_trainers_too(servers: Engine, do: Do[Any]) -> None:
+def test_logprobs_of_later_turns_are_the_trainers(servers: Engine, do: Do[Any]) -> None:
     async def episode() -> None:
         tiny, engine = servers.tiny, servers.engine
         async with engine.session("train/000001/00/00") as session:
@@ -173,7 +175,7 @@ def test_later_turns_are_the_trainers_too(servers: Engine, do: Do[Any]) -> None:
     do(episode())
 
 
-def test_sampling_keeps_to_its_params(servers: Engine, do: Do[Any]) -> None:
+def test_sampling_follows_its_params(servers: Engine, do: Do[Any]) -> None:
     tiny = servers.tiny
     prompt = do(tiny.prompt(5))
 
@@ -189,7 +191,7 @@ def test_sampling_keeps_to_its_params(servers: Engine, do: Do[Any]) -> None:
     huge = do(servers.ask(prompt, tiny.sampling(2**64 - 1)))
     servers.assert_parity(prompt, huge)
 
-    # Whatever comes first may be the stop token: it ends the completion and is part of it.
+    # With its first token as stop token, the completion ends there, and the token is part of it.
     first = int(sampled[0].token_ids[0])
     stopped = do(servers.ask(prompt, replace(tiny.sampling(0), stop_token_ids=(first,))))
     assert (stopped.token_ids.tolist(), stopped.finish_reason) == ([first], "stop")
@@ -198,12 +200,12 @@ def test_sampling_keeps_to_its_params(servers: Engine, do: Do[Any]) -> None:
 
 
 LONG = 800
-"""New tokens that take longer than a publish."""
+"""So many new tokens that sampling them takes longer than a publish."""
 
 
 def test_requests_in_flight_survive_a_sync_and_each_token_has_its_version(servers: Engine, do: Do[Any]) -> None:
-    """Tokens before the update are the old policy's, those after it the new one's, for keys and values are computed
-    anew."""
+    """Tokens before the update are sampled from the old policy and those after it from the new one, because keys and
+    values are computed again."""
     tiny = servers.tiny
     prompts = [do(tiny.prompt(20 + i)) for i in range(4)]
 
@@ -227,7 +229,7 @@ def test_requests_in_flight_survive_a_sync_and_each_token_has_its_version(server
     for completion, was, becomes in zip(completions, expected_old, expected_new, strict=True):
         assert len(completion.token_ids) == LONG
         assert np.abs(was - becomes).max() > 0.1
-        if TELLS_VERSIONS:
+        if REPORTS_VERSIONS:
             assert sorted(set(completion.versions.tolist())) == [servers.version - 1, servers.version]
             assert (np.diff(completion.versions) >= 0).all()
             switch = int(np.argmax(completion.versions))
@@ -246,7 +248,7 @@ def set_weights(tiny: Tiny, weights: Mapping[str, torch.Tensor]) -> None:
 
 
 async def generated(servers: Engine) -> float:
-    """Tokens that all servers have generated so far."""
+    """Tokens that all servers together have generated so far."""
     total = 0.0
     for replica in servers.engine.replicas:
         assert replica.client is not None
@@ -292,7 +294,7 @@ def test_each_images_data_goes_to_each_server_once(servers: Engine, do: Do[Any])
     assert metrics["wire/images_sent"] == 8 * len(engine.replicas)
     assert metrics["wire/images_forgotten"] == 0
     assert metrics["inference/requests"] <= 128 + 2 * 8 * len(engine.replicas)
-    # 16 times in 256 instead of every time.
+    # The data of an image is sent 16 times, not 256 times.
     assert metrics["wire/bytes_sent"] * 10 < metrics["wire/bytes_sent"] + metrics["wire/bytes_saved"]
     assert engine.metrics()["wire/bytes_sent"] == 0
 
@@ -320,14 +322,14 @@ def test_a_refused_request_names_its_rollout(servers: Engine, do: Do[Any]) -> No
         do(servers.ask(prompt, servers.tiny.sampling(0), "train/000007/01/02"))
 
 
-def test_strangers_are_turned_away(servers: Engine) -> None:
+def test_requests_without_the_key_are_refused(servers: Engine) -> None:
     server = servers.engine.replicas[0].server
     assert server is not None
     for method, path in (("POST", "/collective_rpc"), ("POST", "/pause"), ("GET", "/server_info"), ("GET", "/metrics")):
         assert httpx.request(method, server.url + path, json={"method": "vlmrl_settings"}).status_code == 401
 
 
-def test_servers_that_run_already(servers: Engine, do: Do[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_servers_of_inference_urls(servers: Engine, do: Do[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     server = servers.engine.replicas[0].server
     assert server is not None
     monkeypatch.setenv("VLLM_API_KEY", server.api_key)
@@ -356,14 +358,14 @@ def test_servers_that_run_already(servers: Engine, do: Do[Any], monkeypatch: pyt
         do(use(replace(config, urls=["http://127.0.0.1:9"], startup_timeout_s=0.5)))
 
 
-# ── deaths ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── restarts ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_killed_servers_turns_are_asked_again_and_it_comes_back_with_the_current_weights(
+def test_a_killed_servers_turns_are_sent_again_and_it_restarts_with_the_current_weights(
     servers: Engine, do: Do[Any]
 ) -> None:
-    """First the API server of one is killed: the other takes over. Then a worker of the other, while nothing else is
-    there: its turns wait for whichever comes back first."""
+    """First the API server of one replica is killed, and the other replica takes over. Then a worker of the other is
+    killed while no replica is ready, so its turns wait for the first that is."""
     tiny, engine = servers.tiny, servers.engine
     first, second = engine.replicas
 
@@ -404,8 +406,8 @@ def test_a_killed_servers_turns_are_asked_again_and_it_comes_back_with_the_curre
     do(scenario())
 
 
-def test_when_no_server_is_left_everything_says_so(servers: Engine, do: Do[Any]) -> None:
-    """Each has been started again as often as `max_restarts` allows."""
+def test_when_no_server_is_left_every_call_raises(servers: Engine, do: Do[Any]) -> None:
+    """Both replicas have used up `max_restarts`."""
 
     async def scenario() -> None:
         prompt = await servers.tiny.prompt(60)
@@ -436,7 +438,7 @@ from vlmrl.weight_sync.folder import FolderSync
 async def main():
     torch.set_num_threads(1)
     tiny = Tiny.load()
-    # A cache for one image of 2 x 2 tokens and no second one.
+    # The image cache holds one image of 2 x 2 tokens and no second one.
     config = VllmConfig(dtype=Dtype.float32, extra_args={"mm_processor_cache_gb": 150_000 / 2**30})
     engine = VllmEngine(config, tiny.folder, Path(sys.argv[2]), ["pixel_values"], lambda line: None, lambda line: None)
     await engine.start()
@@ -457,12 +459,12 @@ asyncio.run(main())
 """
 
 
-def test_a_tiny_image_cache_and_nothing_left_of_a_killed_run(tmp_path: Path) -> None:
+def test_a_tiny_image_cache_and_no_process_left_of_a_killed_run(tmp_path: Path) -> None:
     here = str(TESTS)
     with subprocess.Popen([sys.executable, "-c", RUN, here, str(tmp_path)], stdout=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
         line = run.stdout.readline()
-        assert line, "the run died; its standard error says why"
+        assert line, "the run died; see its standard error"
         found = json.loads(line)
         assert found["worst"] <= 1e-4
         assert found["wire/images_forgotten"] > 0

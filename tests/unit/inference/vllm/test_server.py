@@ -1,4 +1,4 @@
-"""A server's command line and what is said when it cannot start; its life is in test_vllm_servers.py."""
+"""A server's command line, and its errors when it cannot start. test_engine.py tests running servers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def arguments(version: tuple[int, int] = (0, 32), *, on_cpu: bool = False, **ext
     return server_arguments(config, Path("/ckpt"), version, on_cpu=on_cpu)
 
 
-def test_what_makes_samples_the_trainers_is_always_asked_for() -> None:
+def test_the_flags_that_parity_with_the_trainer_needs_are_always_there() -> None:
     words = command_line(arguments())
     assert words[words.index("--logprobs-mode") + 1] == "processed_logprobs"
     assert words[words.index("--dtype") + 1] == "bfloat16"
@@ -36,7 +36,7 @@ def test_what_makes_samples_the_trainers_is_always_asked_for() -> None:
     assert "--no-enforce-eager" in words
 
 
-def test_the_older_vllm_is_not_given_flags_that_it_does_not_know() -> None:
+def test_vllm_0_26_does_not_get_flags_that_it_does_not_know() -> None:
     words = command_line(arguments((0, 26)))
     assert "--no-mm-device-do-normalize" not in words
     assert "--enable-scale-out" not in words
@@ -46,7 +46,7 @@ def test_a_cpu_never_compiles() -> None:
     assert arguments(on_cpu=True)["enforce_eager"] is True
 
 
-def test_a_cpu_takes_prompts_whole() -> None:
+def test_a_cpu_prefills_prompts_whole() -> None:
     on_cpu = arguments(on_cpu=True)
     assert on_cpu["enable_chunked_prefill"] is False
     assert on_cpu["max_num_batched_tokens"] >= on_cpu["max_model_len"]
@@ -80,7 +80,7 @@ def test_without_torchvision_it_is_said_what_to_install(monkeypatch: pytest.Monk
         check_vllm(CONFIG)
 
 
-def test_nobody_without_the_key_gets_past_the_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_guard_refuses_requests_without_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "secret")
 
     async def status(path: str, *headers: tuple[bytes, bytes]) -> int:
@@ -106,11 +106,11 @@ def test_nobody_without_the_key_gets_past_the_guard(monkeypatch: pytest.MonkeyPa
     assert asyncio.run(status("/health")) == 200
 
 
-def test_an_error_quotes_the_first_error_of_this_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_quotes_the_first_error_of_the_last_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlmrl.inference.vllm.server.vllm_version", lambda: (0, 32))
     log = tmp_path / "vllm_0.log"
     log.write_text(
-        "\n== 10:00 vllm serve\nValueError: of the life before\n"
+        "\n== 10:00 vllm serve\nValueError: of the launch before\n"
         "\n== 11:00 vllm serve\n"
         "(APIServer pid=7) WARNING [system_utils.py:255] This can cause errors like `OSError: [Errno 24] Too many`\n"
         "(EngineCore pid=8) ERROR 11-23 [core.py:1330] torch.OutOfMemoryError: no memory\n"
@@ -118,7 +118,7 @@ def test_an_error_quotes_the_first_error_of_this_life(tmp_path: Path, monkeypatc
     )
     message = str(VllmServer(CONFIG, 0, tmp_path, log).error("ended"))
     assert message.startswith("vLLM server 0 ended: torch.OutOfMemoryError: no memory\nThe end of ")
-    assert "life before" not in message
+    assert "launch before" not in message
     assert message.endswith("See root cause above.")
 
 

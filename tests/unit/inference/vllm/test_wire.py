@@ -1,4 +1,4 @@
-"""The wire: what we write is what vLLM reads, to the byte; what it answers is read in both of its shapes."""
+"""The JSON of vLLM's endpoint: our bytes are those of vLLM's own encoder, and both shapes of its answers are read."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SAMPLING = SamplingParams(
 
 @pytest.fixture(scope="module")
 def vllm() -> Any:
-    """`vllm("a.b", "name")` is what vLLM has there; importing it warns of what it uses itself."""
+    """`vllm("a.b", "name")` returns `name` of the module `vllm.a.b`, without the warnings of its import."""
     if vllm_version() is None:
         pytest.skip("vLLM is not installed")
     broken_wheels.install()
@@ -67,15 +67,15 @@ def test_bfloat16_rounds_as_torch_does(array: np.ndarray) -> None:
     np.testing.assert_array_equal(to_bfloat16(array), expected)
 
 
-# Patch dims chosen so that the lengths of the raw data meet each of msgpack's ways to write a length.
+# With these patch dims, the lengths of the raw data need every one of msgpack's encodings of a length.
 SIZES = [(2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 2, 15), (2, 2, 16), (2, 4, 1536), (14, 30, 1536)]
 
 
 @pytest.mark.vllm
-@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # vLLM's decoder reads tensors where they stand
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # vLLM's decoder does not copy tensors
 @pytest.mark.parametrize("dtype", list(Dtype))
 @pytest.mark.parametrize(("rows", "columns", "patch_dim"), SIZES)
-def test_data_of_an_image_is_what_vllm_itself_would_write(
+def test_data_of_an_image_is_what_vllms_own_encoder_writes(
     rows: int, columns: int, patch_dim: int, dtype: Dtype, vllm: Any
 ) -> None:
     from transformers import BatchFeature
@@ -91,7 +91,9 @@ def test_data_of_an_image_is_what_vllm_itself_would_write(
     inputs = BatchFeature({"pixel_values": pixels, "image_grid_thw": grid})
     (theirs,) = items_type.from_hf_inputs(inputs, fields_of(inputs))["image"]
 
-    theirs = type(theirs)({name: theirs[name] for name in item.mm_kwargs})  # versions differ in the order of names
+    theirs = type(theirs)(
+        {name: theirs[name] for name in item.mm_kwargs}
+    )  # the order of names differs between versions
 
     ours = base64.b64encode(encode_image(item, dtype, FLAT)).decode()
     assert ours == encode(theirs)
@@ -139,7 +141,7 @@ def test_data_size_is_the_size_of_the_data(dtype: Dtype) -> None:
     assert len(encoded) > item.mm_kwargs["pixel_values"].size * (4 if dtype is Dtype.float32 else 2)
 
 
-def test_kwargs_that_are_not_one_row_per_image_must_be_named() -> None:
+def test_mm_kwargs_with_several_rows_per_image_must_be_in_flat() -> None:
     with pytest.raises(AssertionError, match="flat mm_kwargs"):
         encode_image(image(2, 2), Dtype.float32, ())
 
@@ -191,6 +193,6 @@ def test_an_empty_answer_is_an_answer() -> None:
         answer(weight_versions=[{"version": "default", "start": 0, "end": 2}]),
     ],
 )
-def test_what_is_no_answer_is_refused(body: bytes) -> None:
+def test_a_malformed_answer_is_refused(body: bytes) -> None:
     with pytest.raises(WireError):
         parse_answer(body)

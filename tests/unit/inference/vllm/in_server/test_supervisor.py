@@ -1,4 +1,4 @@
-"""The supervisor on real processes: whatever dies first, nothing is left below it."""
+"""The supervisor with real processes: whichever process dies first, no process of the server survives."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="subreapers are Linux")
 
-# Like vLLM: an API server whose engine, in a session of its own, outlives it; and the engine's worker.
+# As in vLLM: an API server, its engine in a session of its own, which would outlive it, and the engine's worker.
 API_SERVER = """
 import subprocess, sys, time
 engine = subprocess.Popen([sys.executable, "-c", sys.argv[1]], start_new_session=True, stdout=subprocess.PIPE)
@@ -41,7 +41,7 @@ sys.exit(supervisor.wait() != 0)
 
 
 class Run:
-    """A run with a supervised server; `processes` are the supervisor and all below it."""
+    """A run with a supervised server; `processes` are the supervisor and all its descendants."""
 
     def __init__(self, engine: str) -> None:
         server = [sys.executable, "-c", API_SERVER, engine]
@@ -79,15 +79,15 @@ def started(engine: str) -> Iterator[Run]:
     run.process.communicate()
 
 
-def test_nothing_is_left_when_the_run_lets_go(run: Run, tmp_path: Path) -> None:
+def test_no_process_is_left_when_the_run_closes_stdin(run: Run, tmp_path: Path) -> None:
     kept = tmp_path / "weights"
     kept.mkdir()
     assert run.process.communicate(f"{kept}\n", timeout=60)[0] == "told\n"
     assert run.survivors() == []
-    assert kept.is_dir()  # the run lives, and may start the server again
+    assert kept.is_dir()  # the run is alive and may restart the server
 
 
-def test_nothing_is_left_when_the_run_is_killed(run: Run, tmp_path: Path) -> None:
+def test_no_process_is_left_when_the_run_is_killed(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "weights"
     (folder / "inside").mkdir(parents=True)
     assert run.process.stdin is not None
@@ -100,7 +100,7 @@ def test_nothing_is_left_when_the_run_is_killed(run: Run, tmp_path: Path) -> Non
     assert not folder.exists()
 
 
-def test_nothing_is_left_when_the_api_server_is_killed(run: Run) -> None:
+def test_no_process_is_left_when_the_api_server_is_killed(run: Run) -> None:
     run.api_server.kill()
     run.process.communicate(timeout=60)
     assert run.process.returncode == 1
@@ -114,13 +114,13 @@ def test_the_api_server_dies_with_the_supervisor(run: Run) -> None:
 
 
 @pytest.mark.slow
-def test_what_does_not_end_when_asked_is_killed(stubborn_run: Run) -> None:
+def test_a_process_that_ignores_sigterm_is_killed(stubborn_run: Run) -> None:
     stubborn_run.process.send_signal(signal.SIGKILL)
     assert stubborn_run.survivors() == []
 
 
-def test_what_slurm_asks_of_the_run_is_nothing_to_the_server(run: Run) -> None:
-    """A signal that a job is to save by goes to all of its processes."""
+def test_slurms_signals_to_the_run_do_not_end_the_server(run: Run) -> None:
+    """Slurm sends the signal that requests a checkpoint to all processes of a job."""
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         for process in run.processes:
             process.send_signal(number)
