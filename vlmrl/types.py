@@ -101,6 +101,24 @@ class Prompt:
     images: tuple[ImageItem, ...]
 
 
+def extends(prompt: Prompt, previous: Prompt, completion_ids: IntArray) -> bool:
+    """Whether `prompt` continues an earlier turn: it begins with the tokens and images of `previous`, then
+    `completion_ids` (int64 [C]) as plain tokens. Only then can both turns be one training sample.
+
+    >>> previous = Prompt(np.array([1, 2]), (), ())
+    >>> extends(Prompt(np.array([1, 2, 7, 3]), (), ()), previous, np.array([7]))
+    True
+    """
+    start, end = len(previous.token_ids), len(previous.token_ids) + len(completion_ids)
+    images = len(previous.placeholders)
+    return (
+        np.array_equal(prompt.token_ids[:start], previous.token_ids)
+        and np.array_equal(prompt.token_ids[start:end], completion_ids)
+        and prompt.placeholders[:images] == previous.placeholders
+        and all(placeholder.offset >= end for placeholder in prompt.placeholders[images:])
+    )
+
+
 class ContractError(AssertionError):
     """Placeholder tokens and images do not match."""
 

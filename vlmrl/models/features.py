@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -36,14 +37,14 @@ def first_features(images: Sequence[ImageItem]) -> dict[str, int]:
 
 
 class FeatureCache:
-    """The features of images that were seen lately, at most `capacity` bytes of them; the oldest go first.
+    """Features of the most recently used images, up to `limit_bytes`; None for no limit.
 
-    Belongs to one version of the tower's weights: another version empties it.
+    All of them belong to one version of the vision tower's weights: another version clears the cache.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self._version = -1
-        self._entries: ByteLRU[str, Levels] = ByteLRU(capacity)
+    def __init__(self, limit_bytes: int | None) -> None:
+        self._version: int | None = None
+        self._entries: ByteLRU[str, Levels] = ByteLRU(sys.maxsize if limit_bytes is None else limit_bytes)
 
     @property
     def num_bytes(self) -> int:
@@ -52,9 +53,12 @@ class FeatureCache:
 
     def encode(
         self, images: Sequence[ImageItem], version: int, encode: Callable[[Sequence[ImageItem]], Levels]
-    ) -> tuple[Levels, int]:
-        """The levels of `images` (distinct, one or more), as `encode` gives them, which is called at most once and with
-        those alone that are not here; and how many those were."""
+    ) -> tuple[ImageFeatures, int]:
+        """Features of `images` (distinct, one or more), and how many of the images had to be encoded.
+
+        `encode` returns the levels of the images that it is given. It is called at most once, with the images that are
+        not in the cache.
+        """
         if version != self._version:
             self._version = version
             self._entries.clear()
@@ -64,10 +68,15 @@ class FeatureCache:
         if missing:
             lengths = [image.num_tokens for image in missing]
             parts = [torch.split(level, lengths) for level in encode(missing)]
-            for image, levels in zip(missing, zip(*parts, strict=True), strict=True):
-                found[image.hash] = list(levels)
-                num_bytes = sum(level.nbytes for level in levels)
+            for image, own in zip(missing, zip(*parts, strict=True), strict=True):
+                found[image.hash] = list(own)
+                num_bytes = sum(level.nbytes for level in own)
                 if num_bytes <= self._entries.limit_bytes:
                     # A view of a larger tensor would keep all of that tensor alive.
-                    self._entries.put(image.hash, [level.clone() for level in levels], num_bytes)
-        return [torch.cat(level) for level in zip(*(found[image.hash] for image in images), strict=True)], len(missing)
+                    self._entries.put(image.hash, [level.clone() for level in own], num_bytes)
+        levels = [torch.cat(level) for level in zip(*(found[image.hash] for image in images), strict=True)]
+        return ImageFeatures(levels, first_features(images)), len(missing)
+
+    def clear(self) -> None:
+        """Remove all features."""
+        self._entries.clear()

@@ -137,12 +137,12 @@ class Policy:
             version = sum(p._version for p in self._tower.parameters())
             # Features outlive the engine's inference mode, whose tensors no backward pass may touch.
             with torch.inference_mode(False), torch.no_grad():
-                levels, encoded = self._cache.encode(images, version, self._encode)
+                features, encoded = self._cache.encode(images, version, self._encode)
         else:
-            levels, encoded = self._encode(images), len(images)
+            features, encoded = ImageFeatures(self._encode(images), first_features(images)), len(images)
         self._encoded += encoded
         self._reused += len(images) - encoded
-        return ImageFeatures(levels, first_features(images))
+        return features
 
     def take_image_counters(self) -> dict[str, float]:
         """Since the last call: images that went through the vision tower, images whose features were still there; and

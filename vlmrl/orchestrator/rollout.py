@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from vlmrl.errors import EngineError
-from vlmrl.orchestrator.samples import extends
 from vlmrl.orchestrator.task_threads import TaskCodeError, TaskThreads, get_problem, open_env, step_env
 from vlmrl.rendering.renderer import ImageError, Renderer
 from vlmrl.tasks.base import Problem, Split, Task
@@ -36,6 +35,7 @@ from vlmrl.types import (
     StopReason,
     Turn,
     check_placeholders,
+    extends,
 )
 
 

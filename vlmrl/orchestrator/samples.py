@@ -17,7 +17,7 @@ from itertools import groupby, pairwise
 
 import numpy as np
 
-from vlmrl.types import IntArray, Prompt, Rollout, TokenMetrics, TrainingSample, Turn, mm_token_type_ids
+from vlmrl.types import Rollout, TokenMetrics, TrainingSample, Turn, extends, mm_token_type_ids
 
 
 def make_samples(rollout: Rollout) -> list[TrainingSample]:
@@ -42,23 +42,6 @@ def note_learned(rollouts: Iterable[Rollout], metrics: Sequence[TokenMetrics]) -
             part = slice(start, start := start + len(turn.completion.token_ids))
             turn.learned = TokenMetrics(found.trainer_logprobs[part], found.entropies[part])
         assert start == len(found.entropies), f"{start} tokens were sampled, but {len(found.entropies)} have metrics"
-
-
-def extends(prompt: Prompt, previous: Prompt, completion_ids: IntArray) -> bool:
-    """Whether `prompt` starts with the tokens and images of `previous`, then `completion_ids` without images.
-
-    >>> previous = Prompt(np.array([1, 2]), (), ())
-    >>> extends(Prompt(np.array([1, 2, 7, 3]), (), ()), previous, np.array([7]))
-    True
-    """
-    start, end = len(previous.token_ids), len(previous.token_ids) + len(completion_ids)
-    images = len(previous.placeholders)
-    return (
-        np.array_equal(prompt.token_ids[:start], previous.token_ids)
-        and np.array_equal(prompt.token_ids[start:end], completion_ids)
-        and prompt.placeholders[:images] == previous.placeholders
-        and all(placeholder.offset >= end for placeholder in prompt.placeholders[images:])
-    )
 
 
 def _branches(rollout: Rollout) -> list[list[Turn]]:

@@ -39,7 +39,7 @@ from vlmrl.errors import VlmrlError
 from vlmrl.record.files import disk_errors, write_atomically, write_bytes_atomically
 from vlmrl.record.run_dir import RunDir
 from vlmrl.record.tokens import TokenSpellings
-from vlmrl.types import Image, ImageItem, Message, Rollout, Text, Turn
+from vlmrl.types import Image, ImageItem, Message, Rollout, Text, Turn, extends
 
 RecordedSplit: TypeAlias = Literal["train", "eval_sampled", "eval_greedy"]
 
@@ -258,14 +258,10 @@ def shared_prefix(turn: Turn, previous: Turn | None) -> int:
     """
     if previous is None or previous.branch != turn.branch:
         return 0
-    before, sampled, now = previous.prompt, previous.completion.token_ids, turn.prompt
-    middle, end = len(before.token_ids), len(before.token_ids) + len(sampled)
-    extends = (
-        np.array_equal(now.token_ids[:middle], before.token_ids)
-        and np.array_equal(now.token_ids[middle:end], sampled)
-        and tuple(p for p in now.placeholders if p.offset < end) == before.placeholders
-    )
-    return end if extends else 0
+    completion_ids = previous.completion.token_ids
+    if not extends(turn.prompt, previous.prompt, completion_ids):
+        return 0
+    return len(previous.prompt.token_ids) + len(completion_ids)
 
 
 def _messages(messages: Sequence[Message], hashes: Sequence[str]) -> list[MessageRecord]:

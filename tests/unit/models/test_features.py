@@ -50,8 +50,8 @@ def test_what_is_asked_for_is_what_the_tower_says_now(
     for images, weights_change in requests:
         tower.version += weights_change
         tower.asked.clear()
-        levels, encoded = cache.encode(images, tower.version, tower)
-        for level, found in enumerate(levels):
+        features, encoded = cache.encode(images, tower.version, tower)
+        for level, found in enumerate(features.levels):
             torch.testing.assert_close(found, torch.cat([tower.features(item, level) for item in images]))
         assert encoded == len(tower.asked) == len(set(tower.asked))
         assert 0 <= cache.num_bytes <= capacity

@@ -7,13 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmrl.orchestrator.samples import extends, make_samples, note_learned
+from support.prompt_builders import EMPTY, END, IMAGE, IMAGES, PAD, extended
+from vlmrl.orchestrator.samples import make_samples, note_learned
 from vlmrl.types import (
     Completion,
     ContractError,
     DropReason,
-    ImageItem,
-    Placeholder,
     Prompt,
     Rollout,
     StopReason,
@@ -21,27 +20,6 @@ from vlmrl.types import (
     TrainingSample,
     Turn,
 )
-
-IMAGE, END, PAD = 99, 1, 0
-
-
-def image(tokens: int) -> ImageItem:
-    return ImageItem(f"hash-{tokens}", np.zeros((1, 1, 3), np.uint8), {}, tokens)
-
-
-IMAGES = [image(1), image(4)]
-
-
-def extended(prompt: Prompt, token_ids: list[int], images: list[ImageItem]) -> Prompt:
-    """`prompt`, then `token_ids`, then each image's run with a `PAD` after it."""
-    ids, placeholders = [*prompt.token_ids.tolist(), *token_ids], list(prompt.placeholders)
-    for item in images:
-        placeholders.append(Placeholder(len(ids), item.num_tokens, item.hash))
-        ids += [IMAGE] * item.num_tokens + [PAD]
-    return Prompt(np.array(ids, np.int64), tuple(placeholders), (*prompt.images, *images))
-
-
-EMPTY = Prompt(np.zeros(0, np.int64), (), ())
 
 
 def turn(prompt: Prompt, token_ids: list[int], branch: int, number: int = 0) -> Turn:
@@ -189,28 +167,3 @@ def test_an_image_lost_on_the_way_is_a_contract_error() -> None:
     prompt = replace(extended(EMPTY, [5], [IMAGES[1]]), images=())
     with pytest.raises(ContractError, match="1 placeholders but 0 images"):
         make_samples(rollout([turn(prompt, [END], 0)]))
-
-
-PREVIOUS = extended(EMPTY, [5], [IMAGES[0]])
-COMPLETION = np.array([7, IMAGE], np.int64)
-NEXT = extended(PREVIOUS, [7, IMAGE, END], [IMAGES[0]])
-
-
-@pytest.mark.parametrize(
-    ("what", "prompt", "expected"),
-    [
-        ("a bridge", NEXT, True),
-        ("the completion alone", extended(PREVIOUS, [7, IMAGE], []), True),
-        ("half of the completion", extended(PREVIOUS, [7], []), False),
-        ("another completion", extended(PREVIOUS, [8, IMAGE, END], []), False),
-        ("another prompt", extended(EMPTY, [6], [IMAGES[0]]), False),
-        ("a lost image", replace(NEXT, placeholders=NEXT.placeholders[1:], images=NEXT.images[1:]), False),
-        (
-            "a sampled image token taken for an image",
-            replace(NEXT, placeholders=(PREVIOUS.placeholders[0], Placeholder(4, 1, "hash-1"))),
-            False,
-        ),
-    ],
-)
-def test_extends(what: str, prompt: Prompt, expected: bool) -> None:
-    assert extends(prompt, PREVIOUS, COMPLETION) is expected, what

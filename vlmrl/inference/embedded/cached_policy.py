@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,7 +11,7 @@ from torch import Tensor
 from vlmrl.inference.embedded.kv_cache import KVCache
 from vlmrl.models.attention.prefix_tree import ImageKeys
 from vlmrl.models.attention.tree import TreePlan
-from vlmrl.models.features import FeatureCache, ImageFeatures, Levels, first_features
+from vlmrl.models.features import FeatureCache, ImageFeatures, Levels
 from vlmrl.models.policy import Policy
 from vlmrl.models.transfer import to_device
 from vlmrl.types import ImageItem
@@ -27,7 +26,7 @@ class CachedPolicy:
         self.image_keys = ImageKeys()
         self.version = -1
         """Policy version of the caches; −1 while they are empty."""
-        self._features = FeatureCache(sys.maxsize)
+        self._features = FeatureCache(limit_bytes=None)
 
     @property
     def device(self) -> torch.device:
@@ -38,7 +37,8 @@ class CachedPolicy:
         if version != self.version:
             self.version = version
             self.kv_cache.clear()
-            self._features, self.image_keys = FeatureCache(sys.maxsize), ImageKeys()
+            self._features.clear()
+            self.image_keys = ImageKeys()
 
     def clear(self) -> None:
         """Have the next `use_version` clear all caches."""
@@ -79,10 +79,9 @@ class CachedPolicy:
         if not images:
             return None
         distinct = list({image.hash: image for image in images}.values())
-        levels, _ = self._features.encode(distinct, self.version, self._encode_missing)
-        return ImageFeatures(levels, first_features(distinct))
+        return self._features.encode(distinct, self.version, self._encode_levels)[0]
 
-    def _encode_missing(self, images: Sequence[ImageItem]) -> Levels:
+    def _encode_levels(self, images: Sequence[ImageItem]) -> Levels:
         features = self.policy.encode_images(images)
-        assert features is not None, "encode_images returns None only for no images"
+        assert features is not None, "the cache asks for at least one image"
         return features.levels
