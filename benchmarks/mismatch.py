@@ -34,6 +34,7 @@ from vlmrl.config.trainer import TrainerConfig
 from vlmrl.config.weight_sync import FolderSyncConfig
 from vlmrl.inference.vllm.engine import VllmEngine
 from vlmrl.models.checkpoints.load import load_image_processor, load_model, load_tokenizer
+from vlmrl.models.families import family_of
 from vlmrl.models.families.positions import position_function
 from vlmrl.models.policy import Policy
 from vlmrl.rendering.renderer import Renderer, make_renderer
@@ -187,7 +188,10 @@ def trainer_logprobs(folder: Path, config: ModelConfig, batches: dict[str, list[
 
 
 def renderer_of(folder: Path, config: ModelConfig, embeddings: int) -> Renderer:
-    return make_renderer(RendererConfig(), config, load_tokenizer(folder), load_image_processor(folder), embeddings)
+    tokenizer, processor = load_tokenizer(folder), load_image_processor(folder)
+    return make_renderer(
+        RendererConfig(), config, tokenizer, processor, embeddings, family_of(config.vlm).placeholder_tokens
+    )
 
 
 async def sampled_by(name: str, folder: Path, config: ModelConfig, args: argparse.Namespace) -> list[TrainingSample]:

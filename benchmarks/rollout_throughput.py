@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 
 from vlmrl.models import broken_wheels
+from vlmrl.models.families import family_of
 
 broken_wheels.install()
 
@@ -87,8 +88,9 @@ def vllm_config(args: argparse.Namespace) -> VllmConfig:
 
 def make(folder: Path, dtype: Dtype) -> Renderer:
     vocabulary = json.loads((folder / "config.json").read_text())["text_config"]["vocab_size"]
+    config, tokenizer, processor = model_config(folder, dtype), load_tokenizer(folder), load_image_processor(folder)
     return make_renderer(
-        RendererConfig(), model_config(folder, dtype), load_tokenizer(folder), load_image_processor(folder), vocabulary
+        RendererConfig(), config, tokenizer, processor, vocabulary, family_of(config.vlm).placeholder_tokens
     )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from vlmrl.models import broken_wheels
+from vlmrl.models.families import family_of
 
 broken_wheels.install()
 
@@ -87,7 +88,10 @@ def task() -> ColorCodeword:
 
 
 def renderer_of(config: ModelConfig, folder: Path, vocabulary: int) -> Renderer:
-    return make_renderer(RendererConfig(), config, load_tokenizer(folder), load_image_processor(folder), vocabulary)
+    tokenizer, processor = load_tokenizer(folder), load_image_processor(folder)
+    return make_renderer(
+        RendererConfig(), config, tokenizer, processor, vocabulary, family_of(config.vlm).placeholder_tokens
+    )
 
 
 def policy_of(config: ModelConfig) -> tuple[Policy, Renderer]:

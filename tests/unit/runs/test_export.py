@@ -24,6 +24,7 @@ from vlmrl.inference.embedded.engine import EmbeddedEngine
 from vlmrl.inference.vllm.engine import VllmEngine
 from vlmrl.inference.vllm.server import vllm_version
 from vlmrl.models.checkpoints.load import load_image_processor, load_model, load_tokenizer, resolve_checkpoint
+from vlmrl.models.families import family_of
 from vlmrl.rendering.renderer import make_renderer
 from vlmrl.runs.build import make_policy
 from vlmrl.runs.export import export_checkpoint
@@ -52,6 +53,7 @@ def policy_and_folder(composed: Callable[..., DictConfig], tmp_path: Path) -> tu
         load_tokenizer(folder),
         load_image_processor(folder),
         model.get_input_embeddings().num_embeddings,
+        family_of(config.model.vlm).placeholder_tokens,
     )
     tiny = Tiny(folder, make_policy(config, model, renderer.banned_token_ids), renderer)
     tiny.learn_something(seed=1)

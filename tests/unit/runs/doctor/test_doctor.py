@@ -31,6 +31,7 @@ from vlmrl.inference.embedded.engine import EmbeddedEngine
 from vlmrl.inference.vllm.client import VllmClient
 from vlmrl.inference.vllm.server import vllm_version
 from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer, resolve_checkpoint
+from vlmrl.models.families import family_of
 from vlmrl.models.families.positions import position_function
 from vlmrl.models.features import ImageFeatures
 from vlmrl.models.policy import Policy
@@ -344,7 +345,14 @@ def test_a_renderer_with_other_pixels(run: Run) -> None:
     processor.image_mean = [0.48, 0.46, 0.41]
     tokenizer = load_tokenizer(folder)
     vocabulary = run.policy.model.get_input_embeddings().num_embeddings
-    run.renderer = make_renderer(RendererConfig(), run.config.model, tokenizer, processor, vocabulary)
+    run.renderer = make_renderer(
+        RendererConfig(),
+        run.config.model,
+        tokenizer,
+        processor,
+        vocabulary,
+        family_of(run.config.model.vlm).placeholder_tokens,
+    )
     lines = examine(run)
     assert those(lines, State.FAILED) == {"pixels"}
     assert "pixel_values: the renderer made float32" in lines["pixels"].finding

@@ -1,0 +1,47 @@
+"""The tokenizer as the `renderers` package gets it, with the tokens of recent pieces of text kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+MEMO_PIECES = 4096
+"""Pieces of text, and as many of tokens, that are kept: prompts repeat the same pieces."""
+
+
+class MemoTokenizer:
+    """Encodes and decodes through a memo.
+
+    It has no `__call__` on purpose: the package would use it to map characters to tokens, which nothing here reads and
+    which takes longer than the rest of a render.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.name_or_path: str = tokenizer.name_or_path
+        self.unk_token_id: int | None = tokenizer.unk_token_id
+        self.eos_token_id: int | None = tokenizer.eos_token_id
+        self.convert_tokens_to_ids = lru_cache(maxsize=1024)(tokenizer.convert_tokens_to_ids)
+
+        @lru_cache(maxsize=MEMO_PIECES)
+        def encode(text: str, add_special_tokens: bool) -> tuple[int, ...]:
+            return tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+        @lru_cache(maxsize=MEMO_PIECES)
+        def decode(token_ids: tuple[int, ...], skip_special_tokens: bool) -> str:
+            text: str = tokenizer.decode(
+                list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+            )
+            return text
+
+        self._encode, self._decode = encode, decode
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return list(self._encode(text, add_special_tokens))
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        return self._decode(tuple(token_ids), skip_special_tokens)
+
+    def text(self, token_ids: tuple[int, ...]) -> str:
+        """The text of token ids, without special tokens."""
+        return self._decode(token_ids, True)

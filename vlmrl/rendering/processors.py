@@ -1,0 +1,55 @@
+"""Image processors: the model's own one as the `ImageStore` calls it, and the one that the `renderers` package gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from PIL import Image as PILImage
+
+from vlmrl.rendering.images import ImageError, ImageStore, Pixels
+from vlmrl.rendering.messages import hash_of_stand_in
+
+PlaceholderTokens: TypeAlias = Callable[[Mapping[str, np.ndarray], Any], int]
+"""(mm_kwargs of one image, image processor) → placeholder tokens of the image. The model family defines it."""
+
+
+class ProcessImage:
+    """Runs the model's image processor on one image: pixels → (mm_kwargs, placeholder tokens)."""
+
+    def __init__(self, image_processor: Any, placeholder_tokens: PlaceholderTokens) -> None:
+        """`image_processor` is None for a text-only model, which refuses images."""
+        self._image_processor = image_processor
+        self._placeholder_tokens = placeholder_tokens
+
+    def __call__(self, pixels: Pixels) -> tuple[dict[str, np.ndarray], int]:
+        if self._image_processor is None:
+            raise ImageError("a text-only model was shown an image")
+        try:
+            # State the layout: transformers cannot infer it for an image that is 3 pixels high.
+            output = self._image_processor(images=[pixels], return_tensors="np", input_data_format="channels_last")
+        except (ValueError, TypeError, ArithmeticError) as error:
+            raise ImageError(
+                f"an image of {pixels.shape[1]} × {pixels.shape[0]} cannot be processed: {error}"
+            ) from error
+        mm_kwargs = {name: np.ascontiguousarray(array) for name, array in output.items()}
+        return mm_kwargs, self._placeholder_tokens(mm_kwargs, self._image_processor)
+
+
+class StandInProcessor:
+    """Takes the place of the model's processor in the package: given a stand-in, it returns what the image that the
+    stand-in names was processed to."""
+
+    def __init__(self, image_processor: Any, images: ImageStore) -> None:
+        self.merge_size = image_processor.merge_size
+        self._images = images
+
+    @property
+    def image_processor(self) -> StandInProcessor:
+        """The package expects a processor that holds an image processor."""
+        return self
+
+    def __call__(self, images: Sequence[PILImage.Image], return_tensors: str) -> dict[str, np.ndarray]:
+        (picture,) = images
+        return self._images.known(hash_of_stand_in(picture)).mm_kwargs
