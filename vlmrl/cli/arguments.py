@@ -1,103 +1,145 @@
-"""Arguments of the command line and Hydra's errors about them, in the words of this project.
+"""Arguments of the command line: the abbreviations that Hydra does not know, spelled out.
 
-    rewrite    what may be abbreviated, spelt out: import paths, keys that are not ours
-    groups     the groups that there are
-    in_words   an error of Hydra's or OmegaConf's, in one or two lines that name the key
+    task=my_module:MyTask       task=imported task.target=my_module:MyTask
+    task.args.level=3           ++task.args.level=3
+    model.name=~/models/a(1)    model.name="/home/me/models/a(1)"
+    hydra/launcher=slurm        hydra.mode=MULTIRUN hydra/launcher=slurm
 
-Beside cli.py, because what continues or replays a run (past_runs.py) needs them too.
+hydra_errors.py explains what Hydra refuses.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
-from hydra.errors import MissingConfigException, OverrideParseException
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
-from vlmrl.config.keys import did_you_mean, unknown_key
-from vlmrl.config.parse import summary
+from vlmrl.config.field_docs import fields_of
+from vlmrl.config.run import SCHEMAS, RunConfig
 from vlmrl.errors import ConfigError
 
 PACKAGE = Path(__file__).parents[1]
 CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
-"""conf/: inside the package where a wheel was installed, beside it in a checkout or an editable install."""
+"""conf/: inside the package where a wheel was installed, next to it in a checkout or an editable install."""
 
 
 FREE = ("task.args", "algorithm.args", "inference.extra_args")
-"""Dicts whose keys are not ours."""
+"""Dicts whose keys the schema does not know."""
 
 IMPORTED = {"task": ("task=imported", "task.target="), "algorithm": ("algorithm.loss=",)}
-"""Groups whose option may be an import path, and what it is short for; the path goes to the end."""
+"""Groups whose option may be an import path → the overrides that it stands for; the path goes to the end."""
 
-EXTRAS = {"hydra/launcher/joblib": "joblib", "hydra/launcher/submitit_slurm": "slurm", "hydra/sweeper/optuna": "optuna"}
-"""What Hydra's plugins bring → the extra of ours that installs the plugin."""
+NOT_PARSED = ("resume", "run")
+"""Text keys that past_runs.py reads as they stand, without Hydra's grammar."""
+
+HYDRA_TEXT = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.name")
+"""Keys of Hydra's own whose value is text."""
+
+MULTIRUN = ("--multirun", "-m")
 
 
 def rewrite(arguments: list[str]) -> list[str]:
-    """Spell out what the command line may abbreviate: import paths (`IMPORTED`), keys that are not ours (`FREE`), and
-    that a launcher is for multiruns, be it of one job.
+    """Spell out the abbreviations in the module's docstring. Raises ConfigError.
+
+    A launcher is for multiruns, so choosing one makes the command a multirun, even of a single job:
 
     >>> rewrite(["hydra/launcher=slurm", "seed=1"])
     ['hydra.mode=MULTIRUN', 'hydra/launcher=slurm', 'seed=1']
 
-    Flags come first, because argparse takes no key=value on both sides of one.
+    Flags come first, because argparse takes no key=value on both sides of one:
 
     >>> rewrite(["task=my_tasks.counting:Counting", "task.args.level=3", "--multirun", "seed=0,1"])
     ['--multirun', 'task=imported', 'task.target=my_tasks.counting:Counting', '++task.args.level=3', 'seed=0,1']
     """
-    rewritten = []
     arguments = sorted(arguments, key=lambda argument: bool(re.match(r"~|[^-].*=", argument)))
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key == "hydra/launcher":
-            rewritten += ["hydra.mode=MULTIRUN", argument]
-        elif key in IMPORTED and ":" in value:
-            if not all(":" in choice for choice in value.split(",")):
-                raise ConfigError(
-                    f"{argument} requires import paths only or names only, else there is no one group to choose from: "
-                    "sweep over them in two commands"
-                )
-            *before, last = IMPORTED[key]
-            rewritten += [*before, f"{last}{value}"]
-        elif "=" in argument and (key in FREE or key.startswith(tuple(f"{free}." for free in FREE))):
-            rewritten.append(f"++{argument}")  # no schema knows these keys
-        else:
-            rewritten.append(argument)
-    return rewritten
+    is_multirun = any(argument in MULTIRUN for argument in arguments)
+    return [text for argument in arguments for text in _rewritten(argument, is_multirun=is_multirun)]
 
 
-def in_words(error: Exception, arguments: list[str]) -> str:
-    """Hydra's and OmegaConf's errors in one or two lines that name the key."""
-    cause = error.__cause__
-    where = f"{str(error).splitlines()[0]} " if str(error).startswith("In ") else ""  # "In '<file>': …"
-    for plugin, extra in EXTRAS.items():
-        if isinstance(error, MissingConfigException) and plugin in (error.missing_cfg_file or str(error)):
-            group, _, option = plugin.rpartition("/")
-            return f"{group}={option} requires a package that is not installed: pip install 'vlmrl[{extra}]'"
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
-        group, _, option = str(error.missing_cfg_file).rpartition("/")
-        return f"{group}={option}: {group} has only {', '.join(error.options)}{did_you_mean(option, error.options)}"
-    if isinstance(error, OverrideParseException):
-        return f"{error.override} does not parse as key=value: {' '.join(str(error).splitlines()[:-1])}"
-    if isinstance(cause, ConfigAttributeError | ConfigKeyError):
-        named = re.search(r"Could not override '(.+?)'", str(error))
-        key = named[1] if named else cause.full_key or str(cause.key)
-        if "/" in key:
-            return f"{key}: there is no such group{did_you_mean(key, groups())}"
-        return f"{where}{key}: {unknown_key(key)}"
-    if isinstance(cause, OmegaConfBaseException):
-        return f"{where}{summary(cause)}"
-    if isinstance(error, AssertionError):
-        absent = [key for key in arguments if key.startswith(("model.vlm.", "model.tiny.", "orchestrator.renderer."))]
-        if not absent:
-            raise error
-        return f"{absent[0]}: {absent[0].rpartition('.')[0]} is none under these choices and has no keys"
-    if isinstance(error, OmegaConfBaseException):
-        return summary(error)
-    lines = [line for line in str(error).splitlines() if not line.startswith(("    reference_type", "    object_type"))]
-    return "\n".join([*lines, f"(in: {' '.join(arguments)})"])
+def rewrite_params(params: dict[str, str]) -> dict[str, str]:
+    """Spell out the abbreviations in `hydra.sweeper.params`, where a sweep's file lists values.
+
+    >>> rewrite_params({"task": "a.b:C,d:E", "task.args.level": "1,2", "seed": "0,1"})
+    {'task': 'imported', 'task.target': 'a.b:C,d:E', '++task.args.level': '1,2', 'seed': '0,1'}
+    """
+    texts = [text for key, value in params.items() for text in _rewritten(f"{key}={value}", is_multirun=True)]
+    return dict(text.split("=", 1) for text in texts)
+
+
+def _rewritten(argument: str, *, is_multirun: bool) -> list[str]:
+    key, equals, value = argument.partition("=")
+    if key == "hydra/launcher":
+        return ["hydra.mode=MULTIRUN", argument]
+    if key in IMPORTED and ":" in value:
+        if not all(":" in choice for choice in value.split(",")):
+            raise ConfigError(
+                f"{argument} mixes import paths with names of options, which cannot be swept together: "
+                "sweep over them in two commands"
+            )
+        *before, last = IMPORTED[key]
+        return [*before, f"{last}{value}"]
+    if equals and (key in FREE or key.startswith(tuple(f"{free}." for free in FREE))):
+        return [f"++{argument}"]
+    if equals and key.lstrip("+") in text_keys():
+        return [f"{key}={as_text(key, value, is_multirun=is_multirun)}"]
+    return [argument]
+
+
+def as_text(key: str, value: str, *, is_multirun: bool) -> str:
+    """The value of a text key, in quotes where Hydra's grammar cannot parse it. `~/` at its start becomes the home
+    folder, as in a shell. The values of a sweep are quoted one by one.
+
+    >>> as_text("model.name", "日本(1).parquet", is_multirun=False), as_text("model.name", "a/b", is_multirun=False)
+    ("'日本(1).parquet'", 'a/b')
+    >>> as_text("model.name", "a,b=1", is_multirun=True), as_text("model.name", "a,b=1", is_multirun=False)
+    ("a,'b=1'", "'a,b=1'")
+    """
+    if is_multirun and "," in value and not set(value) & set("[](){}'\""):  # a list of values to sweep over
+        return ",".join(as_text(key, part, is_multirun=False) for part in value.split(","))
+    if value.startswith("~/"):
+        value = os.path.expanduser(value)
+    return value if _parses(f"{key}={value}") else quoted(value)
+
+
+def quoted(value: str) -> str:
+    """A text in single quotes, by Hydra's rules: a backslash escapes only a quote or the backslashes before one.
+
+    >>> quoted("it's"), quoted("C:\\\\")
+    ("'it\\\\'s'", "'C:\\\\\\\\'")
+    """
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value) + "'"
+
+
+def _parses(override: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        return False
+    return True
+
+
+@functools.cache
+def text_keys() -> frozenset[str]:
+    """The keys whose value is text by their schema.
+
+    >>> sorted(key for key in text_keys() if key.startswith("model."))[:3]
+    ['model.device', 'model.name', 'model.size.name']
+    """
+    return frozenset({*_text_keys(RunConfig, ""), *HYDRA_TEXT} - {*NOT_PARSED})
+
+
+def _text_keys(schema: type, prefix: str) -> Iterator[str]:
+    for field in fields_of(schema):
+        key = prefix + field.name
+        if field.type_text in ("str", "str or null") or field.type_text.endswith("or an import path"):
+            yield key
+        for nested in {field.schema, *SCHEMAS.get(key, {}).values()} - {None}:
+            yield from _text_keys(nested, f"{key}.")
 
 
 def groups() -> list[str]:

@@ -20,6 +20,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from vlmrl.cli.arguments import rewrite_params
 from vlmrl.cli.exit_codes import JobError, report
 from vlmrl.cli.start import answer_without_a_run, checked, lead_or_follow, start
 from vlmrl.cli.sweep.again import run_what_is_left
@@ -101,6 +102,7 @@ class CheckFirst(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: object) -> None:
         """All jobs of a sweep, before the first one is started or submitted."""
+        spell_out_params(config)
         codes: list[int] = []
         for overrides in sweep_jobs(config):
             job_config = GlobalHydra.instance().config_loader().load_sweep_config(config, overrides)
@@ -131,6 +133,14 @@ def without_hydra(config: DictConfig) -> DictConfig:
     with open_dict(config):
         del config["hydra"]
     return config
+
+
+def spell_out_params(config: DictConfig) -> None:
+    """Spell out abbreviations in `hydra.sweeper.params` in place; Hydra makes the sweeper from them afterwards."""
+    params = config.hydra.sweeper.get("params")
+    if params and all(isinstance(value, str) for value in params.values()):  # Optuna's may be dictionaries
+        with open_dict(config):
+            config.hydra.sweeper.params = rewrite_params(dict(params))
 
 
 def sweep_jobs(config: DictConfig) -> list[list[str]]:

@@ -22,8 +22,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 import vlmrl
-from vlmrl.cli.arguments import CONF, in_words, rewrite
+from vlmrl.cli.arguments import CONF, rewrite
 from vlmrl.cli.exit_codes import JobError, report
+from vlmrl.cli.hydra_errors import in_words
 from vlmrl.cli.hydra_job import CheckFirst, job
 from vlmrl.cli.init import init
 from vlmrl.cli.past_runs import REPORT, replayed, replays, resumed, resumes, write_page

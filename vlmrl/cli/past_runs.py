@@ -18,7 +18,8 @@ from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from vlmrl.cli.arguments import CONF, groups, in_words
+from vlmrl.cli.arguments import CONF, groups
+from vlmrl.cli.hydra_errors import in_words
 from vlmrl.cli.schemas import register_schemas
 from vlmrl.config.parse import typed
 from vlmrl.config.run import Mode

@@ -16,7 +16,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from support.configs import checked
-from vlmrl.cli.arguments import CONF, PACKAGE, groups, rewrite
+from vlmrl.cli.arguments import CONF, PACKAGE, groups
 from vlmrl.cli.main import main
 from vlmrl.cli.past_runs import resumed
 from vlmrl.config.parse import parse
@@ -134,9 +134,22 @@ def test_refused(arguments: list[str], messages: list[str], vlmrl: Callable[...,
         (["seed=1,2"], "add --multirun"),
         (["trainer=null"], "trainer=null"),
         (["~trainer.max_steps"], "trainer.max_steps: TrainerConfig (DictConfig) does not support deletion"),
-        (["model=qwen3vl", "model.tiny.seed=3"], "model.tiny.seed=3: model.tiny is none"),
+        (["model=qwen3vl", "model.tiny.seed=3"], "model.tiny.seed=3: model.tiny is null under these choices"),
+        (
+            ["model.lora.rank=4"],
+            "model.lora is null under these choices, so it has no keys: choose",
+        ),
+        (
+            ["experiment=null"],
+            "is not how Hydra leaves a group out: write ~experiment or experiment=[]",
+        ),
+        (["model/lora=null"], "write ~model/lora or model/lora=[], or choose model/lora=<one of all_linear>"),
+        (
+            ["task=null"],
+            "a run needs one: choose task=<one of color_codeword, imported>",
+        ),
         (["hydra.run.dirr=x"], "hydra.run.dirr: there is no such key"),
-        (["task=color_codeword,a.b:C"], "task=color_codeword,a.b:C requires import paths only or names only"),
+        (["task=color_codeword,a.b:C"], "task=color_codeword,a.b:C mixes import paths with names of options"),
         (["--multirun", "--cfg", "job"], "Only one of"),
         (["--config-dir", "absent"], "absent' not found"),
     ],
@@ -296,6 +309,19 @@ def test_multirun_over_import_paths(vlmrl: Callable[..., Ended], tmp_path: Path)
     assert all(folder.is_relative_to(tmp_path / "outputs/multirun") for folder in folders)
 
 
+def test_a_sweeps_file_may_name_import_paths(vlmrl: Callable[..., Ended], tmp_path: Path) -> None:
+    (tmp_path / "conf/sweep").mkdir(parents=True)
+    (tmp_path / "conf/sweep/tasks.yaml").write_text(
+        "# @package _global_\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n"
+        "      task: a.b:C,d:E\n      task.args.level: 1,2\n"
+    )
+    ended = vlmrl("--config-dir", "conf", "+sweep=tasks", run=PRINT_CONFIG)
+    assert ended.code == 0, ended.err
+    assert [run[1:3] for run in runs(ended)] == [
+        [target, {"level": level}] for target in ("a.b:C", "d:E") for level in (1, 2)
+    ]
+
+
 def test_multirun_goes_on_after_a_failure(vlmrl: Callable[..., Ended]) -> None:
     fails_once = (
         f"import vlmrl.errors\n{PRINT_CONFIG}\nprint_config = execute\n"
@@ -338,19 +364,6 @@ def test_how_a_run_that_raises_ends(
     assert ("Traceback" in ended.err) == traceback
     if not traceback:
         assert ended.err == message
-
-
-# ── arguments ───────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_rewrite_leaves_the_rest_alone() -> None:
-    arguments = ["--multirun", "task=color_codeword", "task.max_turns=2", "model.name=a:b", "seed=1,2"]
-    assert rewrite(arguments) == arguments
-
-
-def test_rewrite_import_path() -> None:
-    assert rewrite(["algorithm=a.b:c"]) == ["algorithm.loss=a.b:c"]
-    assert rewrite(["task=a.b:C", "task.args.x.y=1"]) == ["task=imported", "task.target=a.b:C", "++task.args.x.y=1"]
 
 
 # ── resume ──────────────────────────────────────────────────────────────────────────────────────────────────
