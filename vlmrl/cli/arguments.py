@@ -138,8 +138,9 @@ def _text_keys(schema: type, prefix: str) -> Iterator[str]:
         key = prefix + field.name
         if field.type_text in ("str", "str or null") or field.type_text.endswith("or an import path"):
             yield key
-        for nested in {field.schema, *SCHEMAS.get(key, {}).values()} - {None}:
-            yield from _text_keys(nested, f"{key}.")
+        for nested in {field.schema, *SCHEMAS.get(key, {}).values()}:
+            if nested is not None:
+                yield from _text_keys(nested, f"{key}.")
 
 
 def groups() -> list[str]:

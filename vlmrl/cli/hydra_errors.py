@@ -30,8 +30,8 @@ def in_words(error: Exception, arguments: list[str]) -> str:
         return f"{group}={option}: {group} has only {', '.join(error.options)}{did_you_mean(option, error.options)}"
     if isinstance(error, OverrideParseException):
         return f"{error.override} does not parse as key=value: {' '.join(str(error).splitlines()[:-1])}"
-    if "Got NoneType" in str(error) and (group := _null_group(arguments)):
-        return _about_null(group)
+    if "Got NoneType" in str(error) and (absent := _null_group(arguments)):
+        return _about_null(absent)
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
         named = re.search(r"Could not override '(.+?)'", str(error))
         key = named[1] if named else cause.full_key or str(cause.key)
