@@ -5,8 +5,6 @@ Stood in for by the limit on the size of a file, which ends a write in the same 
 
 from __future__ import annotations
 
-import resource
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,17 +15,13 @@ from vlmrl.record.metrics import read_metrics
 pytestmark = pytest.mark.slow
 
 
-def limited(size: int) -> Callable[[], None]:
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-
 @pytest.fixture(scope="module")
 def runs(home: Home, never_stopped: Path) -> Scenarios:
     """After a run that was never stopped, since building the tiny checkpoint needs room too."""
 
     def full(name: str, size: int) -> tuple[Path, Ended]:
         run = home.path / "outputs" / name
-        return run, home.vlmrl(*SHORT, f"hydra.run.dir={run}", preexec_fn=limited(size))
+        return run, home.vlmrl(*SHORT, f"hydra.run.dir={run}", file_size_limit=size)
 
     def checkpoint() -> tuple[Path, Ended, Path, Ended]:
         """And a copy of the run that is resumed when there is room again."""

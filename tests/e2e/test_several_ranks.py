@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import socket
-import subprocess
 import time
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import psutil
 import pytest
 
 from support.command_line import PATIENCE, SHORT, Ended, Gate, Home, Scenarios, steady, summary
+from support.processes import Process
 
 pytestmark = pytest.mark.slow
 
@@ -24,22 +24,22 @@ DIVIDED = ("tokens/packed", "micro_batches", "images/", "memory/", "time/", "thr
 """What depends on how a batch is divided."""
 
 
-def in_ranks(home: Home, *arguments: str) -> subprocess.Popen[str]:
+def in_ranks(home: Home, *arguments: str) -> Process:
     """Two ranks, under torchrun; a port of their own."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     code = (*TORCHRUN[:2], f"--master-port={port}", *TORCHRUN[2:])
-    return home.start(*arguments, code=code, start_new_session=True)
+    return home.start(*arguments, code=code, new_session=True)
 
 
-def ended(process: subprocess.Popen[str]) -> Ended:
+def ended(process: Process) -> Ended:
     started = time.monotonic()
     out, err = process.communicate(timeout=PATIENCE)
     return Ended(process.returncode, out, err, time.monotonic() - started)
 
 
-def ranks_of(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+def ranks_of(process: Process) -> dict[int, psutil.Process]:
     """Rank → process, of a run under torchrun that is at work; both were told their ranks at their start."""
     children = psutil.Process(process.pid).children()
     return {int(child.environ()["RANK"]): child for child in children if "RANK" in child.environ()}

@@ -9,15 +9,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
+from support.processes import Options, Process, start
 from vlmrl.record.metrics import read_metrics
 from vlmrl.record.rollouts import read_rollouts
 
@@ -95,19 +94,11 @@ class Home:
             **KEYS,
         }
 
-    def start(self, *arguments: str, code: Sequence[str] = ("-m", "vlmrl"), **options: Any) -> subprocess.Popen[str]:
-        """`python -m vlmrl <arguments>`, running."""
-        return subprocess.Popen(
-            [sys.executable, *code, *arguments],
-            cwd=self.path,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            **options,
-        )
+    def start(self, *arguments: str, code: Sequence[str] = ("-m", "vlmrl"), **options: Unpack[Options]) -> Process:
+        """`python -m vlmrl <arguments>`, running; `options` are those of `support.processes.start`."""
+        return start(*code, *arguments, cwd=self.path, environment=self.environment, **options)
 
-    def vlmrl(self, *arguments: str, code: Sequence[str] = ("-m", "vlmrl"), **options: Any) -> Ended:
+    def vlmrl(self, *arguments: str, code: Sequence[str] = ("-m", "vlmrl"), **options: Unpack[Options]) -> Ended:
         """`python -m vlmrl <arguments>`, ended."""
         started = time.monotonic()
         process = self.start(*arguments, code=code, **options)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from support import TESTS
+from support import TESTS, processes
 
 PATIENCE = 120.0
 """Seconds that ranks may take before they count as hanging."""
@@ -44,26 +43,16 @@ def environments(size: int) -> list[dict[str, str]]:
     ]
 
 
-def start(size: int, command: Sequence[str], **options: object) -> list[subprocess.Popen[str]]:
+def start(size: int, command: Sequence[str]) -> list[processes.Process]:
     """`python <command>` as each of `size` ranks."""
-    return [
-        subprocess.Popen(
-            [sys.executable, *command],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            **options,  # type: ignore[call-overload]
-        )
-        for environment in environments(size)
-    ]
+    return [processes.start(*command, cwd=Path.cwd(), environment=environment) for environment in environments(size)]
 
 
-def ended(processes: Sequence[subprocess.Popen[str]]) -> list[EndedRank]:
+def ended(started: Sequence[processes.Process]) -> list[EndedRank]:
     """Wait for all. Kills what hangs, and fails."""
     try:
-        found = [process.communicate(timeout=PATIENCE) for process in processes]
+        found = [process.communicate(timeout=PATIENCE) for process in started]
     finally:
-        for process in processes:
+        for process in started:
             process.kill()
-    return [EndedRank(process.returncode, out, err) for process, (out, err) in zip(processes, found, strict=True)]
+    return [EndedRank(process.returncode, out, err) for process, (out, err) in zip(started, found, strict=True)]
