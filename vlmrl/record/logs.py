@@ -1,4 +1,4 @@
-"""logs/main.log: everything that Python's logging and `warnings` have to say, and nothing of it on the screen."""
+"""logs/main.log: receives all messages of Python's `logging` and `warnings`, and keeps them off the screen."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from vlmrl.record.files import disk_errors
 
 
 class MainLog:
-    """While entered, the root logger writes to a file and no logger writes to the screen.
+    """A context manager. Inside it, the root logger writes to a file, and no logger writes to the screen.
 
-    Libraries that bring a handler of their own to stderr (transformers does, when it is first used) are handed
-    over by `take_over`, to be called again after imports; on exit they get it back.
+    Some libraries install their own handler for stderr (transformers does when it is first used). `take_over` removes
+    such handlers, so call it again after imports; they are restored on exit.
     """
 
     def __init__(self, path: Path) -> None:
@@ -34,7 +34,7 @@ class MainLog:
         return self
 
     def take_over(self) -> None:
-        """Turn loggers that write to the screen towards the file."""
+        """Remove handlers that write to the screen, so that their loggers write to the file instead."""
         root = logging.getLogger()
         known = [each for each in root.manager.loggerDict.values() if isinstance(each, logging.Logger)]
         screens = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)

@@ -1,22 +1,22 @@
-"""Every rollout on disk, dropped ones too: rollouts/*.jsonl, images/*.png and tokens.jsonl, written in one background
-thread.
+"""Record every rollout, dropped ones too: rollouts/*.jsonl, images/*.png and tokens.jsonl.
 
-One JSON object per line and rollout; the keys are those of `RolloutRecord`. Nothing is stored twice within a
-branch: a turn stores the tokens of its prompt from `prompt_offset` on, the number of tokens that it shares with
-the turn before it (that turn's prompt and completion), and the placeholders that lie in this tail. A first turn
-and a turn that starts a new branch store everything, `prompt_offset` 0. Offsets count from the start of the prompt.
+Each line is the JSON object of one rollout, with the keys of `RolloutRecord`. A background thread writes them.
+
+Within a branch nothing is stored twice. `prompt_offset` is the number of tokens that a turn's prompt shares with the
+turn before it (that turn's prompt and completion); the turn stores only the prompt tokens and placeholders from there
+on. The first turn of a branch stores everything, with `prompt_offset` 0. Offsets count from the start of the prompt.
 
     turn 0   prompt [5, 9, 9, 7]     completion [1, 2]
              → "prompt_offset": 0, "prompt_token_ids": [5, 9, 9, 7], "placeholders": [[1, 2, "ab…"]]
     turn 1   prompt [5, 9, 9, 7, 1, 2, 6, 9, 9]
              → "prompt_offset": 6, "prompt_token_ids": [6, 9, 9], "placeholders": [[7, 2, "cd…"]]
 
-`read_rollouts` puts the whole prompts back. Logprobs are written as the shortest decimal that gives the same
-float32. An image part of a message carries the hash of its picture: the image parts of a turn's messages are, in
-order, the last placeholders of its prompt (in a branch that renders the whole conversation anew, earlier
-placeholders belong to earlier turns' messages).
+`read_rollouts` restores the whole prompts. Logprobs are written as the shortest decimal that gives the same float32.
+An image part of a message holds the hash of its image. The image parts of a turn's messages belong, in order, to the
+last placeholders of its prompt (in a branch that renders the whole conversation again, earlier placeholders belong to
+the messages of earlier turns).
 
-Left out on purpose: `mm_kwargs` (the processor makes them again from the picture); their digests stand in the PNG.
+Left out on purpose: `mm_kwargs`. The processor can compute them again from the image; the PNG holds their digests.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ from vlmrl.types import Image, ImageItem, Message, Rollout, Text, Turn, extends
 RecordedSplit: TypeAlias = Literal["train", "eval_sampled", "eval_greedy"]
 
 ROLLOUT_ID = re.compile(rb'\{"rollout_id":"([^"\\]*)"')
-"""How a line begins."""
-QUEUE = 4
-"""Step files that may wait for the disk; the next `write` waits for the oldest of them."""
+"""The start of a line."""
+MAX_QUEUED_FILES = 4
+"""Files that may wait for the disk. With that many waiting, `write` blocks until the oldest is written."""
 
 
 class PartRecord(TypedDict, total=False):
-    """`{"type": "text", "text": …}` or `{"type": "image", "hash": …}`; hash None where the prompt has no such image."""
+    """`{"type": "text", "text": …}` or `{"type": "image", "hash": …}`; hash is None if the prompt lacks it."""
 
     type: Literal["text", "image"]
     text: str
@@ -63,16 +63,16 @@ class MessageRecord(TypedDict):
 
 
 class TurnRecord(TypedDict):
-    """One turn as `read_rollouts` gives it; P tokens of the prompt, C of the completion."""
+    """One turn as `read_rollouts` returns it; P prompt tokens, C completion tokens."""
 
     branch: int
     messages: list[MessageRecord]
     prompt_offset: int
-    """Tokens shared with the turn before."""
+    """Number of tokens shared with the turn before."""
     prompt_token_ids: list[int]
-    """[P]; in the file only [prompt_offset:]."""
+    """[P]; the file holds only [prompt_offset:]."""
     placeholders: list[tuple[int, int, str]]
-    """(offset, length, image hash) of each image in the prompt; in the file only those from prompt_offset on."""
+    """(offset, length, image hash) of each image in the prompt; the file holds only those from prompt_offset on."""
     completion_ids: list[int]
     """[C]."""
     logprobs: list[float]
@@ -80,9 +80,9 @@ class TurnRecord(TypedDict):
     versions: list[int]
     """[C]; policy version that sampled each token."""
     trainer_logprobs: list[float] | None
-    """[C]; natural log, by the weights that the step began with. None where nothing was learned from the turn."""
+    """[C]; natural log, under the weights before the step. None where the turn was not trained on."""
     entropies: list[float] | None
-    """[C]; of the trainer's distributions, in nats. None likewise."""
+    """[C]; entropy of the trainer's distribution in nats. None where the turn was not trained on."""
     finish_reason: Literal["stop", "length"]
     text: str
     reward: float
@@ -90,7 +90,7 @@ class TurnRecord(TypedDict):
 
 
 class RolloutRecord(TypedDict):
-    """One line."""
+    """One rollout, one line of the file."""
 
     rollout_id: str
     problem_id: str
@@ -102,46 +102,46 @@ class RolloutRecord(TypedDict):
     stop_reason: str
     """A value of `StopReason`."""
     filtered: list[str]
-    """Values of `DropReason` that the filters found, whether they drop or only track."""
+    """Values of `DropReason`: the enabled filters that match, whether they drop or only track."""
     dropped: str | None
-    """A value of `DropReason`."""
+    """A value of `DropReason`; None where the rollout was trained on."""
     error: str | None
     seconds: float
     turns: list[TurnRecord]
 
 
 class RolloutRecorder:
-    """Writes step files in the order of the calls, in one thread behind a bounded queue."""
+    """Writes files of rollouts in the order of the calls, in one thread with a bounded queue."""
 
     def __init__(self, run_dir: RunDir) -> None:
         self._run_dir = run_dir
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recorder")
         self._waiting: deque[Future[None]] = deque()
-        self._images: set[str] = set()  # hashes on disk; touched by the thread only
+        self._images: set[str] = set()  # hashes of images on disk; used only by the thread
         self._spellings: TokenSpellings | None = None
 
     def spell_with(self, tokenizer: Any) -> None:
-        """Keep the spelling of every token from now on (tokens.jsonl)."""
+        """From now on, write the spelling of every token to tokens.jsonl."""
         self._spellings = TokenSpellings(self._run_dir.tokens, tokenizer)
 
     def write(self, step: int, rollouts: Mapping[RecordedSplit, Sequence[Rollout]]) -> None:
-        """Record a step's rollouts: {"train": …}, or {"eval_sampled": …, "eval_greedy": …}, a file each.
+        """Record the rollouts of a step in one file: {"train": …}, or {"eval_sampled": …, "eval_greedy": …}.
 
-        Returns at once unless `QUEUE` files wait. The rollouts must not change any more. Raises VlmrlError when
-        an earlier file could not be written.
+        Returns at once unless `MAX_QUEUED_FILES` files wait. The rollouts must not change after the call. Raises
+        VlmrlError when an earlier file could not be written.
         """
         kind: Literal["step", "eval"] = "step" if "train" in rollouts else "eval"
         assert kind == "eval" or len(rollouts) == 1, f"one file for {list(rollouts)}"
-        self._collect(leave=QUEUE - 1)
+        self._collect(leave=MAX_QUEUED_FILES - 1)
         path = self._run_dir.rollouts_file(kind, step)
         self._waiting.append(self._thread.submit(self._write, path, step, dict(rollouts)))
 
     def flush(self) -> None:
-        """Return when everything is on the disk. Raises VlmrlError where it is not."""
+        """Wait until everything is on the disk. Raises VlmrlError where a file could not be written."""
         self._collect(leave=0)
 
     def close(self) -> None:
-        """`flush`, and end the thread."""
+        """Flush and end the thread. Raises VlmrlError like `flush`."""
         try:
             self.flush()
         finally:
@@ -177,12 +177,12 @@ def _tokens(rollouts: Iterable[Rollout]) -> set[int]:
 
 
 DIGESTS = "vlmrl:mm_kwargs"
-"""Keyword of the PNG's text chunk that holds `mm_kwargs_digests`."""
+"""Keyword of the PNG text chunk that holds `mm_kwargs_digests`."""
 
 
 def mm_kwargs_digests(image: ImageItem) -> dict[str, str]:
-    """Name → dtype, shape and SHA-256 of each tensor that the processor made of the picture: small enough to be kept,
-    and enough for a replay to see that today's processor makes another one.
+    """Name → dtype, shape and start of the SHA-256 of each processor output of an image. mode=replay compares them with
+    those of the installed processor.
 
     >>> grid = np.array([[1, 2, 2]])
     >>> mm_kwargs_digests(ImageItem("ab", np.zeros((32, 32, 3), np.uint8), {"image_grid_thw": grid}, 1))
@@ -195,20 +195,20 @@ def mm_kwargs_digests(image: ImageItem) -> dict[str, str]:
 
 
 def recorded_digests(picture: PIL.Image.Image) -> dict[str, str] | None:
-    """`mm_kwargs_digests` as they stand in a picture of a run; None where they do not."""
+    """The `mm_kwargs_digests` in a PNG of a run; None where it has none."""
     text = picture.info.get(DIGESTS)
     return None if text is None else orjson.loads(text)
 
 
 def write_png(path: Path, image: ImageItem) -> None:
-    """Write the picture, RGB, lossless, with the digests of its tensors in a text chunk. Raises OSError."""
+    """Write the image as a lossless RGB PNG, with the digests of its tensors in a text chunk. Raises OSError."""
     picture, note = PIL.Image.fromarray(image.pixels), PngInfo()
     note.add_text(DIGESTS, orjson.dumps(mm_kwargs_digests(image)).decode())
     write_atomically(path, lambda file: picture.save(file, format="PNG", compress_level=1, pnginfo=note))
 
 
 def record_line(rollout: Rollout, step: int, split: RecordedSplit) -> bytes:
-    """The line of a rollout, newline included."""
+    """The JSON line of a rollout, including the newline."""
     record = {
         "rollout_id": rollout.rollout_id,
         "problem_id": rollout.problem_id,
@@ -220,7 +220,7 @@ def record_line(rollout: Rollout, step: int, split: RecordedSplit) -> bytes:
         "stop_reason": rollout.stop_reason.value,
         "filtered": [reason.value for reason in rollout.filtered],
         "dropped": rollout.dropped and rollout.dropped.value,
-        # An exception may quote a file name that is no valid Unicode.
+        # An exception may quote a file name that is not valid Unicode.
         "error": rollout.error and rollout.error.encode(errors="replace").decode(),
         "seconds": rollout.seconds,
         "turns": [_turn(turn, before) for before, turn in pairwise([None, *rollout.turns]) if turn is not None],
@@ -237,7 +237,7 @@ def _turn(turn: Turn, previous: Turn | None) -> dict[str, Any]:
         "prompt_offset": offset,
         "prompt_token_ids": np.ascontiguousarray(prompt.token_ids[offset:]),
         "placeholders": [(p.offset, p.length, p.hash) for p in prompt.placeholders if p.offset >= offset],
-        # orjson takes contiguous arrays only, and an engine may hand out columns of its batch.
+        # orjson needs contiguous arrays, and an engine may return columns of its batch.
         "completion_ids": np.ascontiguousarray(completion.token_ids),
         "logprobs": np.ascontiguousarray(completion.logprobs),
         "versions": np.ascontiguousarray(completion.versions),
@@ -251,10 +251,10 @@ def _turn(turn: Turn, previous: Turn | None) -> dict[str, Any]:
 
 
 def shared_prefix(turn: Turn, previous: Turn | None) -> int:
-    """Tokens of the prompt that the turn before has already: all of its prompt and completion, or none.
+    """How many prompt tokens a turn shares with the turn before: that turn's prompt and completion, or 0.
 
-    None also where a turn of the same branch does not extend the one before, token for token and image for image;
-    the record is exact then, only longer.
+    0 also where a turn of the same branch does not extend the one before, token for token and image for image. The
+    record is then longer, but still exact.
     """
     if previous is None or previous.branch != turn.branch:
         return 0
@@ -265,7 +265,7 @@ def shared_prefix(turn: Turn, previous: Turn | None) -> int:
 
 
 def _messages(messages: Sequence[Message], hashes: Sequence[str]) -> list[MessageRecord]:
-    """`hashes` of all images of the prompt, in order; the last of them are those of `messages`."""
+    """Records of `messages`. `hashes` lists all images of the prompt in order; the last ones belong to `messages`."""
     count = sum(isinstance(part, Image) for message in messages for part in message.content)
     own: Iterator[str | None] = iter([*[None] * count, *hashes][-count:])
 
@@ -278,8 +278,8 @@ def _messages(messages: Sequence[Message], hashes: Sequence[str]) -> list[Messag
 
 
 def read_rollouts(path: Path, wanted: Callable[[str], bool] = lambda rollout_id: True) -> Iterator[RolloutRecord]:
-    """The rollouts of a file, prompts and placeholders whole again; only those whose `rollout_id` is `wanted`, which
-    costs less than reading all. Raises OSError, VlmrlError."""
+    """Read the rollouts of a file, with whole prompts and placeholders. Lines whose `rollout_id` is not `wanted` are
+    skipped without parsing. Raises OSError, VlmrlError."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             named = ROLLOUT_ID.match(line)

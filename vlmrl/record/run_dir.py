@@ -1,26 +1,26 @@
-"""The run directory: the one place that knows what its files are called.
+"""The run directory: names of its files, config.yaml, summary.json and the other small files.
 
     outputs/latest -> 2026-03-01/12-00-00_qwen3vl_tiny_color_codeword
     outputs/2026-03-01/12-00-00_qwen3vl_tiny_color_codeword/
-        config.yaml                 the resolved RunConfig, and under `environment` what it ran with
+        config.yaml                 the resolved RunConfig; versions and git commit under `environment`
         metrics.jsonl               one JSON object per optimizer step
-        supervised.jsonl            one per supervised step (warm-up, mode=sft); absent where there were none
+        supervised.jsonl            one JSON object per supervised step (warm-up, mode=sft); absent without any
         rollouts/step_000012.jsonl  every training rollout of step 12
         rollouts/eval_000012.jsonl  every evaluation rollout after step 12, sampled and greedy
         images/<hash>.png           each distinct image once
         tokens.jsonl                the spelling of every token in rollouts/
-        checkpoints/step_000020/
-        logs/main.log               one file per process
-        wandb/                      Weights & Biases; run_id beside it survives a resume
-        report.html                 what there is to see, in one page
-        replay/step_000021/         mode=replay: replay.json, the table, in a run folder of its own
+        checkpoints/step_000020/    weights, optimizer and random state after step 20
+        logs/main.log               the main process; every other process has a file of its own
+        wandb/                      Weights & Biases; wandb/run_id keeps its run id for a resume
+        report.html                 the whole run on one page
+        replay/step_000021/         mode=replay: a run directory of its own, with the table in replay.json
         doctor.json                 mode=doctor: the table, one object per line
-        summary.json                final figures, wall-clock, exit reason
-        overrides.json              of a sweep's job: what it is (vlmrl/sweep/)
+        summary.json                final metrics, wall-clock time, exit reason
+        overrides.json              a job of a sweep: its overrides (vlmrl/cli/sweep)
 
-A file is written beside its place and renamed into it, so a run that is killed leaves no half file; the metrics
-log alone grows in place. Left out on purpose: anything of the environment variables or the command line in
-config.yaml, which may hold keys.
+Most files are written under a temporary name and then renamed, so a killed run leaves no half-written file. Only
+metrics.jsonl, supervised.jsonl, tokens.jsonl and logs grow in place. Left out on purpose: environment variables and
+the command line, which may contain secrets.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ PACKAGES = ("vlmrl", "torch", "transformers", "renderers", "hydra-core", "numpy"
 
 
 def run_name(choices: Mapping[str, str | None], target: str, mode: Mode) -> str:
-    """What a single run's folder is called after its time: the experiment, else model and task, and a mode that is not
-    the usual one. A task of the user's own goes by its class.
+    """The name of a single run's folder, without its time: the experiment, or model and task; then the mode, unless it
+    is `rl`. A user's task is called by its class.
 
     >>> chosen = {"experiment": None, "model": "qwen3vl_tiny", "task": "color_codeword"}
     >>> run_name(chosen, "vlmrl.tasks.color_codeword:ColorCodeword", Mode.eval)
@@ -69,7 +69,7 @@ def run_name(choices: Mapping[str, str | None], target: str, mode: Mode) -> str:
 
 
 class RunDir:
-    """Names and writes the files of one run. Making the object touches nothing; `create` does.
+    """Names, reads and writes the files of one run. The constructor does not touch the disk; `create` does.
 
     >>> run_dir = RunDir("/tmp/outputs/2026-03-01/12-00-00_tiny")
     >>> run_dir.rollouts_file("eval", 12).relative_to(run_dir.path).as_posix()
@@ -100,37 +100,37 @@ class RunDir:
 
     @property
     def name(self) -> str:
-        """The folder's own name."""
+        """Name of the folder."""
         return self.path.name
 
     def rollouts_file(self, kind: RecordKind, step: int) -> Path:
-        """Rollouts that were learned from in `step`, or evaluated after it."""
+        """The file of the training rollouts of `step` ("step"), or of the evaluation after it ("eval")."""
         return self.rollouts / f"{kind}_{step:06d}.jsonl"
 
     def image(self, hash: str) -> Path:
-        """The picture of an `ImageItem`."""
+        """The PNG of the `ImageItem` with this hash."""
         return self.images / f"{hash}.png"
 
     def checkpoint(self, step: int) -> Path:
-        """The checkpoint folder of the weights after `step`."""
+        """The folder of the checkpoint after `step`."""
         return self.checkpoints / f"step_{step:06d}"
 
     def checkpoint_steps(self) -> list[int]:
-        """Steps that have a checkpoint folder, ascending; temporary folders are not among them."""
+        """Steps that have a checkpoint folder, in ascending order. Temporary folders do not count."""
         steps = (folder.name.removeprefix("step_") for folder in self.checkpoints.glob("step_*") if folder.is_dir())
         return sorted(int(step) for step in steps if step.isdigit())
 
     def rollouts_after(self, step: int) -> list[Path]:
-        """Rollout files of later steps than `step`: what a resumed run writes anew."""
+        """Rollout files of steps after `step`, which a resumed run writes again."""
         return [path for path in sorted(self.rollouts.glob("*_*.jsonl")) if int(path.stem.split("_")[1]) > step]
 
-    # ── making it ───────────────────────────────────────────────────────────────────────────────────────────
+    # ── the folder ──────────────────────────────────────────────────────────────────────────────────────────
 
     def create(self, *, resume: bool = False) -> None:
-        """Make the folder and its subfolders.
+        """Create the folder and its subfolders.
 
-        Raises ConfigError where the folder cannot be written, and, unless `resume`, where it already holds the
-        figures of a run: two runs in one folder could not be told apart.
+        Raises ConfigError where the folder cannot be written and, unless `resume`, where it already holds the metrics
+        of a run.
         """
         if not resume and (self.metrics.exists() or self.supervised.exists()):
             raise ConfigError(
@@ -144,14 +144,14 @@ class RunDir:
                 pass
         except OSError as error:
             raise ConfigError(
-                f"output_dir={self.path} cannot be written ({error.strerror}), so the run could leave nothing: "
+                f"output_dir={self.path} cannot be written ({error.strerror}), so the run cannot be recorded: "
                 "set output_dir to a folder that you may write to"
             ) from error
 
     def point_latest(self) -> None:
-        """Point `latest` in the nearest ancestor called `outputs` (else in the parent) at this run.
+        """Point the link `latest` at this run, in the nearest ancestor called `outputs`, or else in the parent.
 
-        Best effort: where the file system has no links, or something else is called `latest`, the log says so.
+        Where that fails (no symbolic links, another file called `latest`), the log has a warning.
         """
         home = next((parent for parent in self.path.parents if parent.name == "outputs"), self.path.parent)
         temporary = home / f".latest.{os.getpid()}"
@@ -163,12 +163,12 @@ class RunDir:
             finally:
                 temporary.unlink(missing_ok=True)
         except OSError as error:
-            log.warning("%s does not point at this run: %s", home / "latest", error)
+            log.warning("%s does not point to this run (%s): name its folder instead", home / "latest", error)
 
     # ── config.yaml ─────────────────────────────────────────────────────────────────────────────────────────
 
     def write_config(self, config: RunConfig) -> None:
-        """Write config.yaml: the resolved config and, under `environment`, versions and the git commit."""
+        """Write config.yaml: the resolved config, and under `environment` versions and the git commit."""
         tree = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
         assert isinstance(tree, dict)
 
@@ -177,8 +177,8 @@ class RunDir:
             write_bytes_atomically(self.config, OmegaConf.to_yaml(OmegaConf.create(tree)).encode())
 
     def read_config(self, *, key: str = "resume") -> DictConfig:
-        """config.yaml without `environment`, to be merged into the schema. Raises ConfigError, which calls the folder
-        by the `key` that named it."""
+        """Read config.yaml without `environment`; the caller merges it into the schema. Raises ConfigError; its message
+        starts with `key`, the config key that named the folder."""
         try:
             config = OmegaConf.load(self.config)
         except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
@@ -187,12 +187,15 @@ class RunDir:
                 "name the folder of a run, for example outputs/latest"
             ) from error
         if not isinstance(config, DictConfig):
-            raise ConfigError(f"{key}={self.path}: config.yaml is no mapping, so it was not written by a run")
+            raise ConfigError(
+                f"{key}={self.path} has a config.yaml that is not a mapping, so no run wrote it: "
+                "name the folder of a run, for example outputs/latest"
+            )
         config.pop("environment", None)
         return config
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Write summary.json; figures that are not finite become null."""
+        """Write summary.json. Numbers that are not finite become null."""
         options = orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
         with disk_errors(self.summary):
             write_bytes_atomically(self.summary, orjson.dumps(summary, option=options))
@@ -204,13 +207,13 @@ class RunDir:
             write_bytes_atomically(self.doctor, orjson.dumps(lines, option=options))
 
     def write_replay(self, content: dict[str, object]) -> None:
-        """Write replay.json; figures that are not finite become null."""
+        """Write replay.json. Numbers that are not finite become null."""
         with disk_errors(self.replay):
             options = orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
             write_bytes_atomically(self.replay, orjson.dumps(content, option=options))
 
     def read_summary(self) -> dict[str, Any] | None:
-        """summary.json of the run so far; None where it has not ended yet (or was killed)."""
+        """Read summary.json; None where the run has not ended, or was killed."""
         if not self.summary.exists():
             return None
         summary = orjson.loads(self.summary.read_bytes())
@@ -223,7 +226,7 @@ class RunDir:
             write_bytes_atomically(self.overrides, orjson.dumps(overrides, option=orjson.OPT_APPEND_NEWLINE))
 
     def read_overrides(self) -> list[str] | None:
-        """overrides.json; None where the run is no job of a sweep."""
+        """Read overrides.json; None where the run is not a job of a sweep."""
         if not self.overrides.exists():
             return None
         overrides = orjson.loads(self.overrides.read_bytes())
@@ -232,7 +235,7 @@ class RunDir:
 
 
 def environment() -> dict[str, Any]:
-    """What the run ran with. A package that is not installed (vlmrl from a bare checkout) has version None."""
+    """Versions of Python and the main packages, and the git commit. A package that is not installed has None."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -251,8 +254,8 @@ def _version(package: str) -> str | None:
 def git_state(folder: Path) -> dict[str, Any] | None:
     """`{"commit": 40 hex digits, "dirty": bool}` of the checkout that tracks `folder`.
 
-    None without git, or where `folder` is not tracked: an installed package in a virtual environment that happens
-    to lie in somebody else's checkout has no commit of its own.
+    None without git, or where git does not track `folder`: a package in a virtual environment inside some other
+    checkout has no commit of its own.
     """
     tracked = _git(folder, "ls-files", "--", ".")
     commit = _git(folder, "rev-parse", "HEAD")

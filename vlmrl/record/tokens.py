@@ -1,11 +1,10 @@
-"""tokens.jsonl: the spelling of every token that stands in rollouts/, each once, so that the records can be read
-without the tokenizer.
+"""tokens.jsonl: the spelling of every token in rollouts/, each once, so that no tokenizer is needed to read them.
 
     {"id":17,"text":" red"}
-    {"id":201,"text":"Ģ"}          a token that is no whole character has its spelling in the vocabulary
+    {"id":201,"text":"Ģ"}          a token that is not a whole character is spelled as in the vocabulary
     {"id":258,"text":"<|im_end|>"}
 
-It grows in place; a half-written last line is dropped by the next segment of the run and skipped by readers.
+Lines are appended. Readers skip a half-written last line, and a resumed run removes it.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from vlmrl.record.files import disk_errors
 
 
 class TokenSpellings:
-    """Appends the tokens that are not in the file yet."""
+    """Appends tokens that are not in the file yet."""
 
     def __init__(self, path: Path, tokenizer: Any) -> None:
-        """`tokenizer` is one of transformers'. Raises VlmrlError where the file cannot be written."""
+        """`tokenizer` is a tokenizer of transformers. Raises VlmrlError where the file cannot be written."""
         self._path = path
         self._tokenizer = tokenizer
         self._known: set[int] = set()
@@ -35,7 +34,7 @@ class TokenSpellings:
                     path.write_bytes(b"".join(lines[:-1]))
 
     def add(self, token_ids: Iterable[int]) -> None:
-        """Raises VlmrlError where the disk does not take them."""
+        """Append the new ones of `token_ids`. Raises VlmrlError where the file cannot be written."""
         new = sorted(set(token_ids) - self._known)
         if not new:
             return
@@ -52,6 +51,6 @@ class TokenSpellings:
 
 
 def read_spellings(path: Path) -> dict[int, str]:
-    """Token id → text. Raises OSError."""
+    """Read token id → text. Raises OSError."""
     lines = (line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n"))
     return {record["id"]: record["text"] for record in map(orjson.loads, lines)}

@@ -19,7 +19,7 @@ import vlmrl
 from support import TESTS
 from support.rollout_builders import completion, group, image, prompt, rollout, turn
 from vlmrl.errors import VlmrlError
-from vlmrl.record.rollouts import QUEUE, RolloutRecord, RolloutRecorder, read_rollouts, record_line
+from vlmrl.record.rollouts import MAX_QUEUED_FILES, RolloutRecord, RolloutRecorder, read_rollouts, record_line
 from vlmrl.record.run_dir import RunDir
 from vlmrl.types import DropReason, Image, Message, Prompt, Rollout, StopReason, TokenMetrics, Turn
 
@@ -207,16 +207,16 @@ class GatedRollouts(list[Rollout]):
 def test_a_slow_disk_holds_the_caller_back(run_dir: RunDir) -> None:
     gate = threading.Event()
     recorder = RolloutRecorder(run_dir)
-    for step in range(QUEUE):
+    for step in range(MAX_QUEUED_FILES):
         recorder.write(step, {"train": GatedRollouts(gate)})  # returns, though nothing can be written
     with ThreadPoolExecutor(1) as caller:
-        blocked = caller.submit(recorder.write, QUEUE, {"train": [rollout()]})
+        blocked = caller.submit(recorder.write, MAX_QUEUED_FILES, {"train": [rollout()]})
         assert not blocked.done()
         assert not list(run_dir.rollouts.iterdir())
         gate.set()
         blocked.result(60)
     recorder.close()
-    assert len(list(run_dir.rollouts.iterdir())) == QUEUE + 1
+    assert len(list(run_dir.rollouts.iterdir())) == MAX_QUEUED_FILES + 1
 
 
 def test_what_the_disk_refuses_is_raised_with_the_path(run_dir: RunDir) -> None:
@@ -254,7 +254,7 @@ except VlmrlError as error:
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(vlmrl.__file__).parents[1], check=True
     )
     step, message = ran.stdout.split(" ", 1)
-    assert 1 < int(step) <= 1 + QUEUE
+    assert 1 < int(step) <= 1 + MAX_QUEUED_FILES
     assert "step_000001.jsonl cannot be written (File too large)" in message
     assert not (tmp_path / "run/rollouts/step_000001.jsonl").exists()
 
@@ -282,7 +282,7 @@ for step in range(1, 10_000):
             assert process.poll() is None
         process.kill()
     files = sorted((tmp_path / "run/rollouts").glob("step_*.jsonl"))
-    assert len(files) >= 12 - QUEUE
+    assert len(files) >= 12 - MAX_QUEUED_FILES
     assert [len(list(read_rollouts(path))) for path in files] == [200] * len(files)
 
 

@@ -74,7 +74,7 @@ def test_a_folder_that_cannot_be_written_is_refused_with_the_remedy(tmp_path: Pa
     run_dir = RunDir(tmp_path / "file" / "run")
     with pytest.raises(
         ConfigError,
-        match=r"^output_dir=.*/file/run cannot be written \(Not a directory\), so the run could leave nothing: set",
+        match=r"^output_dir=.*/file/run cannot be written \(Not a directory\), so the run cannot be recorded: set",
     ):
         run_dir.create()
 
@@ -122,7 +122,7 @@ def test_a_folder_called_latest_is_left_alone_and_logged(tmp_path: Path, caplog:
     run_dir.point_latest()
     assert sorted(path.name for path in (tmp_path / "outputs").iterdir()) == ["latest", "run"]
     assert (tmp_path / "outputs/latest/precious").is_dir()
-    assert "outputs/latest does not point at this run" in caplog.text
+    assert "outputs/latest does not point to this run" in caplog.text
 
 
 # ── config.yaml ─────────────────────────────────────────────────────────────────────────────────────────────
