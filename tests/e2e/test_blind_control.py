@@ -57,7 +57,7 @@ def gaps(run: Path) -> list[tuple[float, float]]:
 
 
 def looks_away(run: Path) -> list[str]:
-    return [text for text in summary(run)["warnings"] if "does not look" in text]
+    return [text for text in summary(run)["warnings"] if "ignores its images" in text]
 
 
 def test_a_policy_that_reads_the_squares_shows_a_clear_gap(runs: Scenarios) -> None:

@@ -1,7 +1,7 @@
-"""Warnings in plain words, each with its remedy, computed from the newest lines of metrics.jsonl.
+"""Find typical problems of a run in the newest lines of metrics.jsonl, and describe each one with its remedy.
 
-The texts hold no changing figures, so that the same trouble is the same text at every step and is said once. A text
-says what is the matter, what it is likely to come from, and what to set.
+A text says what is wrong, what the likely cause is, and what to set. It contains no numbers that change from step to
+step, so a problem has the same text at every step and is reported once.
 """
 
 from __future__ import annotations
@@ -11,46 +11,47 @@ from collections.abc import Sequence
 from vlmrl.record.metrics import ZERO_ADVANTAGE, Record
 
 WINDOW = 5
-"""Optimizer steps that a trouble must last (no signal, entropy) or is averaged over (drops, time)."""
+"""Optimizer steps that a problem must last (no signal, entropy) or is averaged over (drops, time)."""
 HISTORY = 200
-"""Lines that the rules may look back: what rises or climbs does so against the first `WINDOW` of them."""
+"""Newest lines that the rules see. A rise is measured against the first `WINDOW` of them."""
 MAX_DROPPED = 0.2
-"""Share of rollouts."""
+"""Largest share of dropped rollouts without a warning."""
 MAX_CUT = 0.5
-"""Share of rollouts that a token budget ended."""
+"""Largest share of rollouts ended by a token budget without a warning."""
 MAX_MISMATCH_KL_EXACT = 1e-3
-"""Of a single token (`mismatch_kl/max`), where sampler and trainer compute in float32 and differ by rounding alone."""
+"""Nats. Limit of `mismatch_kl/max` where engine and trainer compute in float32 and differ only by rounding."""
 MAX_MISMATCH_KL = 0.05
-"""Mean per token, where either computes in a shorter format: bfloat16 alone makes half of it of sharp logits."""
+"""Nats per token. Limit of the mean where one of them computes in a shorter format; with sharp logits, bfloat16 alone
+gives half of it."""
 MISMATCH_RISE = 10.0
-"""Times the mean of the first lines …"""
+"""Factor on the mean of the first lines that counts as a rise of the mismatch."""
 MISMATCH_FLOOR = 1e-3
-"""… counted from this mean on: below it a rise is rounding."""
+"""Nats per token. Below this mean, a rise of the mismatch is rounding."""
 MIN_ENTROPY = 0.01
-"""Nats per token."""
+"""Nats per token. Entropy below which the policy no longer explores."""
 SOLVED = 0.9
-"""`reward/mean` from which a low entropy is what one wants."""
+"""`reward/mean` from which a low entropy is expected."""
 MIN_GAP = 0.01
-"""Nats per token. Measured: within 0.004 of 0 where every image is black; above 0.5 once a policy looks."""
+"""Nats per token. Measured: within 0.004 of 0 where every image is black; above 0.5 once the policy uses its images."""
 GAPS = 2
 """Blind controls in a row that must find no gap."""
 MIN_CLIMB = 0.05
-"""In `reward/mean`."""
+"""Rise of `reward/mean` that counts as learning."""
 STARVED = 0.8
-"""Share of a step's time in which one side works and the other waits for it."""
+"""Share of the step time for which one side must wait for the other."""
 
 
 def warnings_for(history: Sequence[Record], *, exact: bool) -> list[str]:
-    """What looks wrong in the newest lines; empty where nothing does. `exact`: sampler and trainer compute in float32.
+    """The problems that the newest lines show; empty where there are none.
 
-    Lines without a key (step 0, a null) neither raise nor clear the warning that is computed from it. Drops by
-    the algorithm's own filter (`zero_advantage`) do not count as drops.
+    `exact`: engine and trainer both compute in float32. A line that lacks a key (step 0, or a null) neither raises nor
+    clears the warnings that use it. Rollouts dropped as `zero_advantage` do not count as dropped.
 
     >>> quiet = {"step": 1, "rollouts/total": 64, "rollouts/dropped": 0}
     >>> warnings_for([quiet], exact=True)
     []
     >>> warnings_for([{**quiet, "rollouts/dropped": 32, "rollouts/dropped/fault": 32}], exact=True)[0]
-    'More than 20% of the rollouts were dropped as fault: `error` in rollouts/ says what was raised.'
+    'More than 20% of the rollouts were dropped as fault: read the field `error` in rollouts/*.jsonl.'
     """
     lines = [record for record in history if record["step"] > 0]
     recent = lines[-WINDOW:]
@@ -66,7 +67,7 @@ def warnings_for(history: Sequence[Record], *, exact: bool) -> list[str]:
     return [text for text in checks if text is not None]
 
 
-def _figures(recent: Sequence[Record], key: str) -> list[float]:
+def _values(recent: Sequence[Record], key: str) -> list[float]:
     return [record[key] for record in recent if record.get(key) is not None]
 
 
@@ -75,26 +76,28 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _no_signal(recent: Sequence[Record]) -> str | None:
-    shares = _figures(recent, ZERO_ADVANTAGE)
+    shares = _values(recent, ZERO_ADVANTAGE)
     if len(shares) < WINDOW or min(shares) < 1.0:
         return None
     return (
-        f"All rollouts of every group have had equal rewards for {WINDOW} steps: there is nothing to learn from. "
-        "The task may be too hard (reward a part of it, or warm up), solved, or its reward constant; groups may be too "
-        "small (raise orchestrator.group_size) or too alike (raise orchestrator.temperature)."
+        f"For {WINDOW} steps, the rewards that are compared (turn_reward with algorithm.credit=turn, reward with "
+        "algorithm.credit=episode) have been equal within every group, so there is nothing to learn from. Check that "
+        "algorithm.credit names the reward that the task sets. If the task is too hard, reward partial success or add "
+        "warm-up steps. If the rollouts of a group are too similar, raise orchestrator.group_size or "
+        "orchestrator.temperature. If the task is solved, stop the run."
     )
 
 
 REMEDIES = {
-    "fault": "`error` in rollouts/ says what was raised.",
+    "fault": "read the field `error` in rollouts/*.jsonl.",
     "empty": "their first prompt fills the context. Raise trainer.seq_len, or shorten the task's prompts.",
-    "stray_image_token": "they sampled an image token, which the engine should have banned: run mode=doctor.",
-    "gibberish": "the policy falls apart. Lower trainer.learning_rate and resume from an earlier checkpoint.",
-    "repetition": "the policy falls apart. Lower trainer.learning_rate and resume from an earlier checkpoint.",
+    "stray_image_token": "they contain an image token that the engine should not have sampled. Run mode=doctor.",
+    "gibberish": "the policy collapses. Lower trainer.learning_rate and resume from an earlier checkpoint.",
+    "repetition": "the policy collapses. Lower trainer.learning_rate and resume from an earlier checkpoint.",
     "stale": "the engine is too far behind the trainer. Raise orchestrator.max_staleness or inference.replicas, or "
     "lower orchestrator.max_new_tokens.",
 }
-"""`DropReason` → what to do about it."""
+"""`DropReason` → cause and remedy, the end of the warning."""
 
 
 def _dropped(recent: Sequence[Record]) -> str | None:
@@ -105,19 +108,19 @@ def _dropped(recent: Sequence[Record]) -> str | None:
             if key.startswith(prefix) and count:
                 reasons[key.removeprefix(prefix)] = reasons.get(key.removeprefix(prefix), 0.0) + count
     filtered = reasons.pop("zero_advantage", 0.0)
-    dropped = sum(_figures(recent, "rollouts/dropped")) - filtered
-    total = sum(_figures(recent, "rollouts/total"))
+    dropped = sum(_values(recent, "rollouts/dropped")) - filtered
+    total = sum(_values(recent, "rollouts/total"))
     if dropped <= MAX_DROPPED * total or not reasons:
         return None
     most = max(reasons, key=lambda reason: reasons[reason])
-    remedy = REMEDIES.get(most, "the records under rollouts/ say why.")
+    remedy = REMEDIES.get(most, "look at these rollouts in report.html.")
     return f"More than {MAX_DROPPED:.0%} of the rollouts were dropped as {most}: {remedy}"
 
 
 def _cut(recent: Sequence[Record]) -> str | None:
-    new_tokens = sum(_figures(recent, "rollouts/stop/max_new_tokens"))
-    context = sum(_figures(recent, "rollouts/stop/context_full"))
-    if len(recent) < WINDOW or new_tokens + context <= MAX_CUT * sum(_figures(recent, "rollouts/total")):
+    new_tokens = sum(_values(recent, "rollouts/stop/max_new_tokens"))
+    context = sum(_values(recent, "rollouts/stop/context_full"))
+    if len(recent) < WINDOW or new_tokens + context <= MAX_CUT * sum(_values(recent, "rollouts/total")):
         return None
     budget, what = (
         ("the context", "trainer.seq_len")
@@ -125,88 +128,89 @@ def _cut(recent: Sequence[Record]) -> str | None:
         else ("orchestrator.max_new_tokens", "orchestrator.max_new_tokens")
     )
     return (
-        f"Most rollouts are cut by {budget} before they answer, and a cut turn earns nothing: raise {what}, or have "
-        "the prompt ask for shorter answers."
+        f"Most rollouts are cut by {budget} before they end, and a cut turn gets no reward: raise {what}, or ask for "
+        "shorter answers in the prompt."
     )
 
 
 def _mismatch(lines: Sequence[Record], exact: bool) -> str | None:
     causes = (
-        "weights that did not arrive, images that differ on the way, or another number format. "
-        "Run mode=doctor with the same choices: it says which."
+        "the engine may lack the newest weights, the images may differ, or the number formats may. "
+        "Run mode=doctor with the same settings to find out which."
     )
-    # Of tokens that older weights sampled it is no fault: those do give other probabilities.
+    # Skip steps with stale tokens: older weights give other probabilities, and that is not a fault.
     lines = [line for line in lines if not line.get("staleness/max")]
-    worst = _figures(lines[-1:], "mismatch_kl/max")
+    worst = _values(lines[-1:], "mismatch_kl/max")
     if exact and worst and worst[0] > MAX_MISMATCH_KL_EXACT:
         return (
-            f"Sampler and trainer disagree on a token (mismatch_kl/max above {MAX_MISMATCH_KL_EXACT:g}, both in "
+            f"Engine and trainer disagree on a token (mismatch_kl/max above {MAX_MISMATCH_KL_EXACT:g}, both in "
             f"float32): {causes}"
         )
-    means = _figures(lines, "mismatch_kl/mean")
+    means = _values(lines, "mismatch_kl/mean")
     if not means:
         return None
     now = _mean(means[-WINDOW:])
     if now > MAX_MISMATCH_KL:
-        return f"Sampler and trainer disagree (mismatch_kl/mean above {MAX_MISMATCH_KL:g}): {causes}"
+        return f"Engine and trainer disagree (mismatch_kl/mean above {MAX_MISMATCH_KL:g}): {causes}"
     if len(means) >= 2 * WINDOW and now > max(MISMATCH_FLOOR, MISMATCH_RISE * _mean(means[:WINDOW])):
         return (
-            f"mismatch_kl/mean has risen more than {MISMATCH_RISE:g} times: sampler and trainer drift apart. "
-            "Set algorithm.importance_correction=truncated, a lower trainer.learning_rate or inference.dtype=float32; "
-            "if it came at once, a weight sync failed, and mode=doctor says so."
+            f"mismatch_kl/mean has grown more than {MISMATCH_RISE:g}-fold, so engine and trainer drift apart. Set "
+            "algorithm.importance_correction=truncated, a lower trainer.learning_rate or inference.dtype=float32. If "
+            "it rose within one step, a weight sync may have failed: run mode=doctor."
         )
     return None
 
 
 def _entropy(recent: Sequence[Record]) -> str | None:
-    entropies = _figures(recent, "entropy")
-    rewards = _figures(recent, "reward/mean")
+    entropies = _values(recent, "entropy")
+    rewards = _values(recent, "reward/mean")
     if len(entropies) < WINDOW or max(entropies) >= MIN_ENTROPY or not rewards or rewards[-1] >= SOLVED:
         return None
     return (
-        f"The entropy has been below {MIN_ENTROPY:g} nats for {WINDOW} steps while the task is not solved: the policy "
-        "has settled on one answer. Resume from an earlier checkpoint with a lower trainer.learning_rate, a larger "
-        "orchestrator.group_size or a higher algorithm.clip_high: they keep it exploring."
+        f"The entropy has been below {MIN_ENTROPY:g} nats for {WINDOW} steps although the task is not solved, so the "
+        "policy no longer explores. Resume from an earlier checkpoint with a lower trainer.learning_rate, a larger "
+        "orchestrator.group_size or a higher algorithm.clip_high."
     )
 
 
 def _blind(lines: Sequence[Record]) -> str | None:
-    """`shuffled` decides where there is one: a grey image is new to the policy and may move it by that alone."""
+    """Uses `vision_gap/shuffled` where it exists: a grey image is new to the policy and may change its answers just
+    because of that."""
     gaps = [
-        max(_figures([record], "vision_gap/shuffled") or _figures([record], "vision_gap/blank"))
+        max(_values([record], "vision_gap/shuffled") or _values([record], "vision_gap/blank"))
         for record in lines
         if record.get("vision_gap/blank") is not None
     ]
-    rewards = _figures(lines, "reward/mean")
+    rewards = _values(lines, "reward/mean")
     if len(gaps) < GAPS or max(gaps[-GAPS:]) >= MIN_GAP or len(rewards) < 2 * WINDOW:
         return None
     if _mean(rewards[-WINDOW:]) - _mean(rewards[:WINDOW]) < MIN_CLIMB:
         return None
     return (
-        f"The reward climbs, but the policy does not look: with other images it would say the same (vision_gap below "
-        f"{MIN_GAP:g} nats per token). Likely causes: the task hands in blank or broken images (look at images/), the "
-        "prompt's text gives the answer away, a few answers are right so often that guessing pays, all problems show "
-        "one picture, or the pixels are lost on the way (run mode=doctor)."
+        f"The reward rises, but the policy ignores its images: other images would not change its answers (vision_gap "
+        f"below {MIN_GAP:g} nats per token). Check that the images are not blank or broken (look at images/), that the "
+        "prompt does not contain the answer, that no answer is right so often that guessing pays, and that problems "
+        "have different images. Run mode=doctor to check that the pixels arrive."
     )
 
 
 def _starved(recent: Sequence[Record]) -> str | None:
     def share(key: str) -> float:
-        """Of the steps' time; 0.0 where not every one of `WINDOW` lines says."""
-        seconds, steps = _figures(recent, key), _figures(recent, "time/step")
+        """Share of the steps' time; 0.0 unless all of the last `WINDOW` lines have the key."""
+        seconds, steps = _values(recent, key), _values(recent, "time/step")
         return sum(seconds) / max(sum(steps), 1e-9) if len(seconds) == len(steps) == WINDOW else 0.0
 
     if share("time/rollout") > STARVED:
         return (
-            f"The trainer is starved: it waits for rollouts more than {STARVED:.0%} of the time. Raise "
-            "inference.replicas, lower orchestrator.max_new_tokens, or let both work at once "
-            "(inference=vllm orchestrator.max_staleness=1); a task's own slow code counts too."
+            f"The trainer waits for rollouts more than {STARVED:.0%} of the time. Raise inference.replicas, lower "
+            "orchestrator.max_new_tokens, let both work at once (inference=vllm orchestrator.max_staleness=1), or make "
+            "the task's code faster."
         )
-    # Both: an engine is idle during a checkpoint too, and a trainer that is busy may have rollouts beside it.
+    # Both conditions: the engine is also idle during a checkpoint, and rollouts may run while the trainer is busy.
     if min(share("time/engine_idle"), share("time/train")) > STARVED:
         return (
-            f"The engine is starved: it waits for the trainer more than {STARVED:.0%} of the time. Let both work at "
-            "once (inference=vllm orchestrator.max_staleness=1), give the trainer more of the GPUs, or raise "
+            f"The engine waits for the trainer more than {STARVED:.0%} of the time. Let both work at once "
+            "(inference=vllm orchestrator.max_staleness=1), give the trainer more of the GPUs, or raise "
             "trainer.micro_batch_tokens."
         )
     return None

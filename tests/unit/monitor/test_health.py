@@ -8,7 +8,7 @@ from vlmrl.types import DropReason
 
 
 def history(*, steps: int = WINDOW, **figures: float | None) -> list[Record]:
-    """Lines with these figures (`reward__mean=…` for `reward/mean`) over healthy ones."""
+    """Lines with these values (`reward__mean=…` for `reward/mean`) over healthy ones."""
     healthy: Record = {
         "groups/zero_advantage": 0.2,
         "rollouts/total": 100.0,
@@ -39,8 +39,11 @@ def test_a_healthy_run_has_no_warning() -> None:
 
 def test_equal_rewards_everywhere_for_all_steps() -> None:
     (text,) = said(history(groups__zero_advantage=1.0))
-    assert text.startswith("All rollouts of every group have had equal rewards for 5 steps")
-    assert "raise orchestrator.temperature" in text
+    assert text.startswith(
+        "For 5 steps, the rewards that are compared (turn_reward with algorithm.credit=turn, reward with "
+    )
+    assert "have been equal within every group" in text
+    assert "raise orchestrator.group_size or orchestrator.temperature" in text
 
 
 def test_one_step_with_a_signal_is_enough() -> None:
@@ -60,7 +63,7 @@ def test_many_drops(dropped: float, warned: bool) -> None:
 
 def test_drops_name_the_main_reason() -> None:
     lines = history(rollouts__dropped=50.0, rollouts__dropped__stale=20.0, rollouts__dropped__fault=30.0)
-    assert "dropped as fault: `error` in rollouts/" in said(lines)[0]
+    assert "dropped as fault: read the field `error` in rollouts/" in said(lines)[0]
 
 
 def test_every_reason_for_a_drop_has_a_remedy() -> None:
@@ -112,13 +115,13 @@ def test_a_mismatch_that_rises() -> None:
     for line in lines[-WINDOW:]:
         line["mismatch_kl/mean"] = 0.02
     (text,) = said(lines, exact=False)
-    assert text.startswith("mismatch_kl/mean has risen more than 10 times")
+    assert text.startswith("mismatch_kl/mean has grown more than 10-fold")
     assert "importance_correction" in text
 
 
 def test_entropy_collapse_unless_solved() -> None:
     (text,) = said(history(entropy=0.001))
-    assert "settled on one answer" in text
+    assert "no longer explores" in text
     assert "lower trainer.learning_rate" in text
     assert said(history(entropy=0.001, reward__mean=0.97)) == []
 
@@ -142,8 +145,8 @@ def climbing(*, blank: float, shuffled: float | None, climb: float = 0.3) -> lis
 def test_a_reward_that_climbs_blind(blank: float, shuffled: float | None) -> None:
     """What is in the images decides: grey may move a policy by being new to it."""
     (text,) = said(climbing(blank=blank, shuffled=shuffled))
-    assert text.startswith("The reward climbs, but the policy does not look")
-    for cause in ("blank or broken images", "gives the answer away", "guessing", "lost on the way"):
+    assert text.startswith("The reward rises, but the policy ignores its images")
+    for cause in ("blank or broken", "contain the answer", "guessing", "pixels arrive"):
         assert cause in text
 
 
@@ -169,8 +172,8 @@ def test_a_policy_that_begins_to_look_clears_it() -> None:
 @pytest.mark.parametrize(
     ("keys", "text"),
     [
-        (["time/rollout"], "The trainer is starved: it waits"),
-        (["time/engine_idle", "time/train"], "The engine is starved: it waits"),
+        (["time/rollout"], "The trainer waits for rollouts"),
+        (["time/engine_idle", "time/train"], "The engine waits for the trainer"),
     ],
 )
 def test_one_side_waits(keys: list[str], text: str) -> None:
