@@ -1,12 +1,12 @@
-"""A few rollouts on the terminal: what the policy saw, as small coloured squares, and what it said.
+"""Draw a few rollouts in the terminal: their images as small coloured squares, and the policy's answers.
 
     ▀▀▀▀▀▀ ▀▀▀▀▀▀   reward 0.25  FEEC  terminated
     ▀▀▀▀▀▀ ▀▀▀▀▀▀   › FE
     ▀▀▀▀▀▀ ▀▀▀▀▀▀   › FEDC
 
-A cell of the terminal shows two pixels, one above the other: the upper half block in one colour on the other. Where
-there are fewer than 256 colours, the sizes of the images stand there in words. Left out on purpose: sixel and other
-picture protocols, for the view is redrawn in place and cannot draw over them; report.html has the pixels.
+A terminal cell shows two pixels, one above the other: an upper half block in one colour on a background in another.
+With fewer than 256 colours, the sizes of the images are shown as text instead. Left out on purpose: sixel and other
+image protocols, because the view is redrawn in place and cannot draw over such images. report.html shows the pixels.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ from rich.text import Text
 from vlmrl.types import Group, ImageItem, Rollout
 
 SHOWN = 3
-"""Rollouts of a step."""
+"""Rollouts that are shown of a step."""
 ROWS = 3
-"""Lines of a rollout: its images' height, two pixels to a line."""
+"""Lines per rollout, which is the height of its images, two pixels to a line."""
 MAX_COLUMNS = 12
-"""Of an image, one pixel to a column."""
+"""Largest width of an image, one pixel to a column."""
 MAX_IMAGES = 4
-"""Of a rollout: its last ones."""
-REMEMBERED = 256
-"""Thumbnails that need not be made again."""
+"""Images per rollout; the last ones are shown."""
+MAX_THUMBNAILS = 256
+"""Thumbnails that are cached; then the cache is cleared."""
 
 
 def pick(groups: Sequence[Group]) -> list[Rollout]:
-    """The first rollouts of `SHOWN` groups at even distances; of one group, its first ones."""
+    """The first rollout of each of `SHOWN` groups at even distances. If there is one group, its first rollouts."""
     rollouts = [rollout for group in groups for rollout in group.rollouts[: SHOWN if len(groups) == 1 else 1]]
     places = np.linspace(0, len(rollouts), min(SHOWN, len(rollouts)), endpoint=False)
     return [rollouts[int(place)] for place in places]
 
 
 class Glimpse:
-    """Draws rollouts; remembers the thumbnails of images that were drawn lately, not the images."""
+    """Draws rollouts and caches the thumbnails of their images."""
 
     def __init__(self, *, squares: bool) -> None:
-        """`squares`: the terminal has 256 colours or more."""
+        """`squares`: draw images as squares; the terminal needs at least 256 colours."""
         self._squares = squares
         self._thumbnails: dict[str, Text] = {}
 
     def draw(self, rollouts: Sequence[Rollout]) -> RenderableType:
-        """`ROWS` lines per rollout, an empty one between two."""
+        """Draw `ROWS` lines per rollout, with an empty line between two."""
         grid = Table.grid(padding=(0, 2, 0, 0), expand=True)
         grid.add_column(no_wrap=True)
         grid.add_column(ratio=1)
@@ -74,14 +74,14 @@ class Glimpse:
 
     def _thumbnail(self, image: ImageItem) -> Text:
         if image.hash not in self._thumbnails:
-            if len(self._thumbnails) >= REMEMBERED:
+            if len(self._thumbnails) >= MAX_THUMBNAILS:
                 self._thumbnails.clear()
             self._thumbnails[image.hash] = thumbnail(image)
         return self._thumbnails[image.hash]
 
 
 def thumbnail(image: ImageItem) -> Text:
-    """The image in `ROWS` lines of half blocks, its proportions kept as far as `MAX_COLUMNS` allows."""
+    """The image as `ROWS` lines of half blocks. Keeps its proportions unless `MAX_COLUMNS` limits its width."""
     height, width = image.pixels.shape[:2]
     columns = max(1, min(MAX_COLUMNS, round(2 * ROWS * width / height)))
     small = PIL.Image.fromarray(image.pixels).resize((columns, 2 * ROWS), PIL.Image.Resampling.BOX)
@@ -89,19 +89,20 @@ def thumbnail(image: ImageItem) -> Text:
     text = Text()
     for row in range(ROWS):
         cells = (tuple(map(int, (*upper, *lower))) for upper, lower in zip(*pixels[2 * row : 2 * row + 2], strict=True))
-        for cell, run in groupby(cells):  # equal neighbours in one piece: less for the terminal to read
+        for cell, run in groupby(cells):  # join equal neighbours, so that the terminal has less to parse
             text.append("▀" * len(list(run)), Style(color=Color.from_rgb(*cell[:3]), bgcolor=Color.from_rgb(*cell[3:])))
         text.append("\n" if row + 1 < ROWS else "")
     return text
 
 
 def size_of(image: ImageItem) -> str:
+    """The size of an image as text, e.g. `[image 32 × 48]`."""
     height, width = image.pixels.shape[:2]
     return f"[image {width} × {height}]"
 
 
 def said(rollout: Rollout) -> Text:
-    """Reward, problem, how it ended, then the policy's last answers, a line each."""
+    """A line with reward, problem and stop reason, then the last answers of the policy, one line each."""
     ended = f"dropped: {rollout.dropped}" if rollout.dropped else str(rollout.stop_reason)
     text = Text(no_wrap=True, overflow="ellipsis")
     text.append(f"reward {rollout.reward:.2f}", "bold")
@@ -113,7 +114,7 @@ def said(rollout: Rollout) -> Text:
 
 
 def printable(text: str) -> str:
-    """What a policy may say must not move the cursor.
+    """Replace control characters in a policy's text, so that they cannot move the cursor.
 
     >>> printable("two\\nlines, \\x1b[2J and a bell\\x07")
     'two⏎lines, ·[2J and a bell·'

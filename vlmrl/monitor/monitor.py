@@ -1,16 +1,16 @@
-"""Monitor: what the loop tells, and where it goes.
+"""Monitor: receives the metrics and rollouts of a run and passes them on.
 
     Monitor ─┬─▶ metrics.jsonl, supervised.jsonl     at once, a whole line
-             ├─▶ rollouts/, images/                  background thread (recorder)
-             ├─▶ the screen                          live view or plain lines (progress)
-             ├─▶ wandb/                              background thread (wandb_logger)
-             ├─▶ logs/main.log                       Python's logging, warnings included
+             ├─▶ rollouts/, images/                  in a background thread (record/rollouts.py)
+             ├─▶ the screen                          live view or plain lines (progress.py)
+             ├─▶ wandb/                              in a background thread (wandb_logger.py)
+             ├─▶ logs/main.log                       Python's logging and warnings (record/logs.py)
              ├─▶ summary.json                        at the end, however the run ends
-             └─▶ report.html                         a process of its own (report/), then and after each evaluation
+             └─▶ report.html                         in a separate process (report/), after evaluations and at the end
 
-Wall-clock adds up over resumes: each line of metrics.jsonl carries `time/elapsed`, the seconds since the Monitor
-was entered plus those of the segments before. A segment that ended by itself counts as summary.json says, one that
-was killed up to its last line, steps that are done again included.
+Wall-clock time adds up over resumes. `time/elapsed` on each line of metrics.jsonl is the seconds since the Monitor was
+entered plus those of earlier segments: as summary.json says where a segment ended normally, and up to its last line
+where it was killed. Steps that a resumed run repeats count both times.
 """
 
 from __future__ import annotations
@@ -41,22 +41,21 @@ from vlmrl.types import Group, Rollout
 log = logging.getLogger(__name__)
 
 SPLITS: dict[str, RecordedSplit] = {"sampled": "eval_sampled", "greedy": "eval_greedy"}
-"""Kinds of evaluation → how their rollouts are recorded."""
+"""Kind of an evaluation's rollouts → the split under which they are recorded."""
 
-
-NO_REPORT = "report.html could not be written. logs/report.log says why."
+NO_REPORT = "report.html could not be written: read logs/report.log for the reason."
 
 
 class Monitor:
-    """What a run shows and leaves. A context manager; leaving it closes everything, whatever happened inside.
+    """Records and shows a run. A context manager: leaving it closes everything, also after an exception.
 
-    The run folder must have been created. Methods are called from one thread. Besides their own errors all of them
-    raise VlmrlError when the disk no longer takes what they write.
+    The run directory must exist. All methods are called from one thread, and all of them raise VlmrlError when a file
+    cannot be written.
     """
 
     def __init__(self, config: MonitorConfig, run_dir: RunDir, *, total_steps: int, exact: bool) -> None:
-        """`total_steps` is the number of optimizer steps of RL; the view measures progress by it. `exact`: sampler and
-        trainer compute in float32, so that they may differ by its rounding only."""
+        """`total_steps`: RL steps of the whole run, for the progress bar. `exact`: engine and trainer both compute in
+        float32, so that their logprobs may differ only by rounding."""
         self._exact = exact
         self._config = config
         self._run_dir = run_dir
@@ -65,8 +64,8 @@ class Monitor:
         self._history: deque[Record] = deque(maxlen=HISTORY)
         self._report = ReportWriter(run_dir) if config.report else None
         self._warned: list[str] = []
-        self._trained_on: Sequence[Rollout] = ()  # some of the newest step
-        self._evaluation: Record = {}  # the line of the newest evaluation
+        self._trained_on: Sequence[Rollout] = ()  # one rollout per group of the newest step
+        self._evaluation: Record = {}  # the line of metrics.jsonl with the newest evaluation
         self._supervised: MetricsLog | None = None
         self._elapsed_before = 0.0  # seconds of earlier segments
         self._finished = False
@@ -81,7 +80,7 @@ class Monitor:
             stack.callback(self._close_supervised)
             self._recorder = RolloutRecorder(self._run_dir)
             stack.callback(self._recorder.close)
-            stack.callback(self._wandb.finish, 1)  # where `finish` was not called
+            stack.callback(self._wandb.finish, 1)  # exit code 1: does nothing if `finish` was called
             stack.callback(self._progress.stop)
             self._progress.start()
             self._stack = stack.pop_all()
@@ -93,7 +92,7 @@ class Monitor:
         if error is None:
             self._stack.close()
             return
-        log.error("the run ended by an exception", exc_info=error)
+        log.error("the run ended with an exception", exc_info=error)
         try:
             with self._stack:
                 if not self._finished:
@@ -101,36 +100,36 @@ class Monitor:
                     said = f"{type(error).__name__}: {error}".rstrip(": ")
                     self.finish("interrupted" if interrupted else "error", {"error": said})
         except VlmrlError as second:
-            error.add_note(f"While closing: {second}")  # the first trouble is the one to report
+            error.add_note(f"While closing: {second}")  # the first error is the one to report
 
     # ── before the first step ───────────────────────────────────────────────────────────────────────────────
 
     def table(self, title: str, lines: Mapping[str, str]) -> None:
-        """Print lines that stay on the screen, e.g. "plan": {"rollouts per step": "8 groups × 32 = 256"}."""
+        """Print a table that stays on the screen, e.g. "plan": {"rollouts per step": "8 groups × 32 = 256"}."""
         self._progress.table(title, lines)
         for key, value in lines.items():
             log.info("%s: %s: %s", title, key, value)
 
     def phase(self, name: str) -> None:
-        """What the run does from now on: one of `PHASES`."""
+        """Set the current phase, one of `PHASES`."""
         assert name in PHASES, name
-        self._main_log.take_over()  # of libraries imported since
+        self._main_log.take_over()  # handlers of libraries that were imported meanwhile
         if name not in ("preparing", "doctor", "replay"):
-            # Not before: the imports of torch and transformers on the main thread come first.
+            # Not earlier: importing wandb in its thread would slow down the main thread's imports.
             self._wandb.start()
         self._progress.phase(name)
         log.info("phase: %s", name)
 
     def spell_with(self, tokenizer: Any) -> None:
-        """The tokenizer (of transformers) that spells the tokens of the rollouts in what is recorded."""
+        """Record the spelling of the rollouts' tokens with this tokenizer of transformers."""
         self._recorder.spell_with(tokenizer)
 
     def status(self, text: str) -> None:
-        """Say what is being waited for; shown until the next phase, at most every few seconds, and not logged."""
+        """Show what the run waits for, until the next phase. It is printed at most every few seconds and not logged."""
         self._progress.status(text)
 
     def resume_at(self, step: int) -> None:
-        """Forget what was recorded after the checkpoint of `step`; those steps come again."""
+        """Remove what was recorded after the checkpoint of `step`, because the run repeats those steps."""
         summary = self._run_dir.read_summary() or {}
         recorded = self._metrics.last or {}
         self._elapsed_before = max(summary.get("wall_clock_s", 0.0), recorded.get(ELAPSED) or 0.0)
@@ -139,17 +138,17 @@ class Monitor:
             with disk_errors(path):
                 path.unlink()
         with disk_errors(self._run_dir.summary):
-            self._run_dir.summary.unlink(missing_ok=True)  # it says how a run ended, and this one goes on
+            self._run_dir.summary.unlink(missing_ok=True)  # it means that a run has ended, and this one goes on
         history = read_metrics(self._run_dir.metrics)
         self._evaluation = next((line for line in reversed(history) if line.get(EVAL_SAMPLED) is not None), {})
         self._history.extend(history)
         self._progress.resume(history)
         log.info("resumed at step %d", step)
 
-    # ── news ────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── during the run ──────────────────────────────────────────────────────────────────────────────────────
 
     def warmup(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
-        """One supervised step, 1 … total: a line of supervised.jsonl. A step done again replaces what followed it."""
+        """Record supervised step 1 … total in supervised.jsonl. A repeated step replaces the lines from it on."""
         if self._supervised is None:
             self._supervised = MetricsLog(self._run_dir.supervised)
         if self._supervised.last is not None and step <= self._supervised.last["step"]:
@@ -160,18 +159,18 @@ class Monitor:
         self._wandb.log({f"warmup/{key}": value for key, value in record.items()})
 
     def step(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group]) -> None:
-        """One optimizer step: a line of metrics.jsonl and a file of its rollouts, which must not change any more.
+        """Record one optimizer step: a line of metrics.jsonl, and a file of its rollouts, which must not change again.
 
-        Adds `groups/zero_advantage` and `time/elapsed` to the figures.
+        Adds `groups/zero_advantage` and `time/elapsed` to the metrics.
         """
         record: Record = {"step": step, **metrics, ELAPSED: self._elapsed()}
         if groups:
-            record[ZERO_ADVANTAGE] = sum(map(_teaches_nothing, groups)) / len(groups)
+            record[ZERO_ADVANTAGE] = sum(map(_has_no_advantage, groups)) / len(groups)
         self._metrics.write(record)
         self._wandb.start()
         self._wandb.log(record)
         self.record(step, groups)
-        self._history.append(self._metrics.last or record)  # as written: finite or None
+        self._history.append(self._metrics.last or record)  # as written: numbers that are not finite are None
         self._trained_on = [group.rollouts[0] for group in groups]
         self._progress.rollouts(f"rollouts of step {step}", pick(groups))
         self._progress.step(step, self._history[-1])
@@ -179,14 +178,14 @@ class Monitor:
             self.warn(text)
 
     def record(self, step: int, groups: Sequence[Group]) -> None:
-        """Only the rollouts: of a step that ends the run by an error."""
+        """Record only the rollouts of a step, after which the run ends with an error."""
         if self._config.record_rollouts:
             self._recorder.write(step, {"train": [rollout for group in groups for rollout in group.rollouts]})
 
     def evaluation(self, step: int, metrics: Mapping[str, float], rollouts: Mapping[str, Sequence[Rollout]]) -> None:
-        """Held-out figures (`eval/…`) of the weights after `step`, before or after `Monitor.step` of that step.
+        """Record an evaluation of the weights after `step`; may be called before or after `Monitor.step` for that step.
 
-        The figures go on the step's own line of metrics.jsonl, the rollouts ("sampled", "greedy") into one file.
+        The metrics (`eval/…`) join the step's line in metrics.jsonl; the rollouts ("sampled", "greedy") go into a file.
         """
         self._metrics.write({"step": step, **metrics, ELAPSED: self._elapsed()})
         self._evaluation = self._metrics.last or {}
@@ -202,11 +201,11 @@ class Monitor:
         log.info("evaluation after step %d: %s", step, dict(metrics))
 
     def checkpoint(self, step: int, folder: Path) -> None:
-        """Log a checkpoint that is whole (`monitor.wandb.checkpoints`); it must stay until this returns."""
+        """Log a complete checkpoint to W&B (`monitor.wandb.checkpoints`). Do not delete it before this returns."""
         self._wandb.log_checkpoint(step, folder)
 
     def warn(self, text: str) -> None:
-        """Say it once: in the log, on the screen and in summary.json."""
+        """Report a warning in the log, on the screen and in summary.json. The same text is reported only once."""
         if text not in self._warned:
             self._warned.append(text)
             log.warning(text)
@@ -215,14 +214,14 @@ class Monitor:
     # ── the end ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def flush(self) -> None:
-        """Return when everything told so far is on the disk; to be called before a checkpoint is written."""
+        """Wait until everything recorded so far is on the disk. Call this before writing a checkpoint."""
         self._metrics.flush()
         if self._supervised is not None:
             self._supervised.flush()
         self._recorder.flush()
 
     def finish(self, exit_reason: str, summary: Mapping[str, Any]) -> None:
-        """Write summary.json (`summary` and the newest figures) and print where everything is."""
+        """Write summary.json (`summary` and the newest metrics) and report.html, and print how the run ended."""
         self._finished = True
         self._wandb.finish(exit_code=1 if exit_reason == "error" else 0)
         last = self._metrics.last or {}
@@ -265,7 +264,7 @@ class Monitor:
             self._supervised.close()
 
 
-def _teaches_nothing(group: Group) -> bool:
+def _has_no_advantage(group: Group) -> bool:
     return all(turn.advantage == 0.0 for rollout in group.rollouts for turn in rollout.turns)
 
 

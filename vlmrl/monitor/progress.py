@@ -1,9 +1,8 @@
-"""What a run shows: a live view in a terminal, sparse plain lines anywhere else.
+"""Show a run's progress: a live view in a terminal, and occasional plain lines elsewhere.
 
-The view is drawn by the calls that bring news, at most four times a second; there is no thread that draws, for it
-would take the core that the training runs on. Plain lines are ASCII of our own making (what a task or a path
-brings along is shown as far as the output's encoding goes) and come at most every two seconds, except for
-evaluations, phases and warnings, each of which has its line.
+The calls that report progress also draw the view, at most four times a second. A drawing thread would take the core
+that trains. Plain lines are printed at most every two seconds, except that each evaluation, phase and warning has its
+line. Our own text in them is ASCII; characters of a task or a path that the output cannot encode become `?`.
 """
 
 from __future__ import annotations
@@ -28,23 +27,24 @@ from vlmrl.types import Rollout
 
 PHASES = ("preparing", "doctor", "warm-up", "rl", "eval", "replay")
 
-REFRESH_EVERY = 0.25
+REFRESH_EVERY_S = 0.25
 """Seconds between two drawings of the live view."""
-LINE_EVERY = 2.0
+LINE_EVERY_S = 2.0
 """Seconds between two plain step lines."""
-STATUS_EVERY = 10.0
-"""Seconds between two plain lines about something that is waited for."""
-WIDE = 112
-"""Columns from which the view shows a second column of figures."""
+STATUS_EVERY_S = 10.0
+"""Seconds between two plain lines about what the run waits for."""
+WIDE_COLUMNS = 112
+"""Terminal width from which the view shows a second column of metrics."""
 SHOWN_WARNINGS = 3
-BORDERS = 3
-"""Lines of the terminal that the view does not fill: its frame and the cursor's."""
-REWARDS = 400
-"""Steps that the reward's sparkline looks back."""
+"""How many warnings the view shows; the newest ones."""
+BORDER_LINES = 3
+"""Terminal lines that the view cannot use: its frame, and the line of the cursor."""
+SPARKLINE_STEPS = 400
+"""Steps in the sparkline of the reward."""
 
 
 class Progress:
-    """The screen of one run. `start` and `stop` bracket it; `stop` leaves the cursor visible and the last view."""
+    """Draws the progress of one run, between `start` and `stop`."""
 
     def __init__(
         self,
@@ -64,17 +64,17 @@ class Progress:
         self._step = 0
         self._latest: Mapping[str, Any] = {}
         self._supervised: tuple[int, int, Mapping[str, Any]] | None = None
-        self._rewards: deque[float] = deque(maxlen=REWARDS)
+        self._rewards: deque[float] = deque(maxlen=SPARKLINE_STEPS)
         self._evaluations: list[tuple[int, Mapping[str, Any]]] = []
         self._times: deque[tuple[float, int]] = deque(maxlen=50)
-        self._rollouts: tuple[str, Sequence[Rollout]] = ("", ())  # where they are from, the newest ones
+        self._rollouts: tuple[str, Sequence[Rollout]] = ("", ())  # (description, the newest rollouts)
         colors = self._console.color_system in ("truecolor", "256") and not self._console.no_color
         self._glimpse = Glimpse(squares=colors)
-        self._warnings: dict[str, int] = {}  # text → the step at which it was first said
-        self._announced: set[str] = {"preparing", "eval"}  # an evaluation's own line says enough
+        self._warnings: dict[str, int] = {}  # text → step at which it first appeared
+        self._announced: set[str] = {"preparing", "eval"}  # these phases need no line: an evaluation has its own
         self._started = clock()
-        self._drawn = -REFRESH_EVERY
-        self._printed = -LINE_EVERY
+        self._drawn = -REFRESH_EVERY_S
+        self._printed = -LINE_EVERY_S
         utf8 = self._console.encoding.lower().startswith("utf")
         can_draw = self._console.is_terminal and not self._console.is_dumb_terminal and utf8
         self._live: Live | None = None
@@ -83,10 +83,11 @@ class Progress:
 
     @property
     def is_live(self) -> bool:
-        """Whether there is a live view; plain lines otherwise."""
+        """Whether there is a live view. Otherwise plain lines are printed."""
         return self._live is not None
 
     def start(self) -> None:
+        """Show the live view, or print the run's name."""
         self._started = self._clock()
         if self._live is not None:
             self._live.start(refresh=True)
@@ -94,14 +95,14 @@ class Progress:
             self._print(f"run {self._name}")
 
     def stop(self) -> None:
-        """Leave the last view on the screen and give the terminal back. May be called twice."""
+        """End the live view; its last state stays on the screen, and the cursor is visible. May be called twice."""
         if self._live is not None:
             self._live.stop()
 
-    # ── news ────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── progress ────────────────────────────────────────────────────────────────────────────────────────────
 
     def resume(self, history: Sequence[Record]) -> None:
-        """Show the figures of the run so far (the lines of metrics.jsonl that were kept)."""
+        """Show the metrics of the run before it was resumed: the kept lines of metrics.jsonl."""
         for record in history:
             if record.get(EVAL_SAMPLED) is not None:
                 self._evaluations.append((record["step"], record))
@@ -118,6 +119,7 @@ class Progress:
             self._print(f"  {key:<{width}}  {value}")
 
     def phase(self, phase: str) -> None:
+        """Show the phase; print a line the first time."""
         if phase == self._phase:
             return
         self._phase, self._status = phase, ""
@@ -126,17 +128,19 @@ class Progress:
             self._news(f"phase: {phase}", always=True)
 
     def status(self, text: str) -> None:
-        """What is being waited for, until the next phase."""
+        """Show what the run waits for, until the next phase."""
         self._status = text
         since = self._clock() - self._printed
-        if self._live is not None or since >= STATUS_EVERY:
+        if self._live is not None or since >= STATUS_EVERY_S:
             self._news(text, always=False)
 
     def warmup(self, step: int, total: int, metrics: Mapping[str, Any]) -> None:
+        """Show a supervised step of `total`."""
         self._supervised = (step, total, metrics)
         self._news(f"warm-up {step}/{total} | loss {_number(metrics.get('loss'), '.3f')}", always=step == total)
 
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Show an optimizer step."""
         self._step, self._latest = step, metrics
         self._times.append((self._clock(), step))
         if metrics.get("reward/mean") is not None:
@@ -151,6 +155,7 @@ class Progress:
         )
 
     def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Show the evaluation after `step`."""
         self._evaluations.append((step, metrics))
         when = f"after step {step}" if step else "before the first step"
         self._news(
@@ -160,10 +165,11 @@ class Progress:
         )
 
     def rollouts(self, source: str, rollouts: Sequence[Rollout]) -> None:
-        """The newest rollouts, for the next drawing of the live view; `source` says where they are from."""
+        """Show `rollouts` in the live view from its next drawing on; `source` describes them."""
         self._rollouts = source, rollouts
 
     def warn(self, text: str) -> None:
+        """Show a warning, once."""
         if text in self._warnings:
             return
         self._warnings[text] = self._step
@@ -172,13 +178,13 @@ class Progress:
     # ── plain lines ─────────────────────────────────────────────────────────────────────────────────────────
 
     def _news(self, line: str, *, always: bool) -> None:
-        """Draw the view or print the line, if the last time is long enough ago."""
+        """Draw the view or print the line, unless the last time was too recent and not `always`."""
         now = self._clock()
         if self._live is not None:
-            if always or now - self._drawn >= REFRESH_EVERY:
+            if always or now - self._drawn >= REFRESH_EVERY_S:
                 self._drawn = now
                 self._live.refresh()
-        elif always or now - self._printed >= LINE_EVERY:
+        elif always or now - self._printed >= LINE_EVERY_S:
             self._printed = now
             self._print(line)
 
@@ -191,18 +197,18 @@ class Progress:
     # ── live view ───────────────────────────────────────────────────────────────────────────────────────────
 
     def _view(self) -> RenderableType:
-        main = _grid(self._main_figures())
+        main = _grid(self._main_metrics())
         body: RenderableType = main
-        if self._console.width >= WIDE:
+        if self._console.width >= WIDE_COLUMNS:
             columns = Table.grid(expand=True, padding=(0, 3, 0, 0))
             columns.add_column(ratio=3)
             columns.add_column(ratio=2)
-            columns.add_row(main, _grid(self._detail_figures()))
+            columns.add_row(main, _grid(self._detail_metrics()))
             body = columns
         newest = list(self._warnings.items())[-SHOWN_WARNINGS:]
         warnings = [Text(f"! step {step}: {text}", style="yellow") for text, step in newest]
-        taken = len(self._main_figures()) + sum(1 + len(text) // (self._console.width - 4) for text in warnings)
-        rollouts = self._last_rollouts(self._console.height - taken - BORDERS)
+        taken = len(self._main_metrics()) + sum(1 + len(text) // (self._console.width - 4) for text in warnings)
+        rollouts = self._last_rollouts(self._console.height - taken - BORDER_LINES)
         title = Text.assemble(("vlmrl ", "bold cyan"), (self._name, "bold"))
         return Panel(
             Group(body, *rollouts, *warnings),
@@ -216,28 +222,28 @@ class Progress:
         )
 
     def _last_rollouts(self, lines: int) -> list[RenderableType]:
-        """As many of the newest rollouts as fit in so many lines, under a line that says where they are from."""
+        """As many of the newest rollouts as fit in `lines` lines, under a line that describes them."""
         source, rollouts = self._rollouts
         shown = rollouts[: max(0, (lines - 1) // (ROWS + 1))]
         return [Rule(Text(source, style="dim"), style="dim", align="left"), self._glimpse.draw(shown)] if shown else []
 
-    def _main_figures(self) -> list[tuple[str, RenderableType]]:
+    def _main_metrics(self) -> list[tuple[str, RenderableType]]:
         latest = self._latest
         if self._phase == "warm-up" and self._supervised is not None:
             step, total, metrics = self._supervised
             loss = f"loss {_number(metrics.get('loss'), '.3f')}"
-            figures: list[tuple[str, RenderableType]] = [("warm-up", _bar(step, total, loss))]
+            rows: list[tuple[str, RenderableType]] = [("warm-up", _bar(step, total, loss))]
         else:
-            figures = [("step", _bar(self._step, self._total, f"ETA {self._eta()}"))]
+            rows = [("step", _bar(self._step, self._total, f"ETA {self._eta()}"))]
         reward = self._rewards[-1] if self._rewards else None
-        figures.append(("reward", _value(_number(reward, ".3f"), sparkline(self._rewards, 40))))
-        figures.append(("held-out", self._held_out()))
+        rows.append(("reward", _value(_number(reward, ".3f"), sparkline(self._rewards, 40))))
+        rows.append(("held-out", self._held_out()))
         mean, worst = latest.get("mismatch_kl/mean"), latest.get("mismatch_kl/max")
-        figures.append(("mismatch_kl", _value(f"mean {_number(mean, '.1e')}  max {_number(worst, '.1e')}")))
+        rows.append(("mismatch_kl", _value(f"mean {_number(mean, '.1e')}  max {_number(worst, '.1e')}")))
         speed = f"{_thousands(latest.get('throughput/tokens_per_s'))} tokens/s"
         speed += f"  {_number(latest.get('time/step'), '.2f')} s/step"
-        figures.append(("speed", _value(speed, _time_split(latest))))
-        return figures
+        rows.append(("speed", _value(speed, _time_split(latest))))
+        return rows
 
     def _held_out(self) -> Text:
         if not self._evaluations:
@@ -247,7 +253,7 @@ class Progress:
         both = f"sampled {_number(newest.get(EVAL_SAMPLED), '.3f')}  greedy {_number(newest.get(EVAL_GREEDY), '.3f')}"
         return _value(both, f"{sparkline(sampled, 16)} step {step}")
 
-    def _detail_figures(self) -> list[tuple[str, RenderableType]]:
+    def _detail_metrics(self) -> list[tuple[str, RenderableType]]:
         latest = self._latest
         dropped, total = latest.get("rollouts/dropped"), latest.get("rollouts/total")
         memory = latest.get("memory/peak_bytes")
@@ -261,18 +267,18 @@ class Progress:
         ]
 
     def _eta(self) -> str:
-        """Time left at the pace of the last steps, evaluations between them included."""
+        """Time left at the speed of the last steps, including evaluations between them."""
         if len(self._times) < 2:
             return "-"
         (since, first), (until, last) = self._times[0], self._times[-1]
         return duration((until - since) / (last - first) * (self._total - last))
 
 
-def _grid(figures: Sequence[tuple[str, RenderableType]]) -> Table:
+def _grid(metrics: Sequence[tuple[str, RenderableType]]) -> Table:
     grid = Table.grid(padding=(0, 2, 0, 0), expand=True)
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
-    for label, value in figures:
+    for label, value in metrics:
         grid.add_row(label, value)
     return grid
 
@@ -292,7 +298,8 @@ def _value(value: str, beside: str = "") -> Text:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """One bar per value, from the least to the greatest; more values than `width` are averaged in runs.
+    """One bar per value, scaled from the smallest to the largest. If there are more than `width` values, neighbours are
+    averaged.
 
     >>> sparkline([0.0, 1.0, 2.0, 3.0], 8), sparkline([0.0, 0.0, 3.0, 3.0], 2), sparkline([], 8)
     ('▁▃▆█', '▁█', '')
@@ -306,7 +313,8 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """
+    """Format seconds as m:ss or h:mm:ss.
+
     >>> duration(58.4), duration(3725)
     ('0:58', '1:02:05')
     """
@@ -326,7 +334,8 @@ def _thousands(value: float | None) -> str:
 
 
 def _time_split(metrics: Mapping[str, Any]) -> str:
-    """
+    """Shares of the step time.
+
     >>> _time_split({"time/step": 2.0, "time/rollout": 1.0, "time/train": 0.5, "time/sync": 0.0})
     'rollout 50% train 25% sync 0%'
     """

@@ -220,7 +220,7 @@ def test_a_run_goes_on_without_its_page(run_dir: RunDir, capsys: pytest.CaptureF
         monitor.step(1, METRICS, [group()])
         monitor.finish("finished", {})
     out = capsys.readouterr().out
-    assert "warning: report.html could not be written. logs/report.log says why." in out
+    assert "warning: report.html could not be written: read logs/report.log for the reason." in out
     assert "  ended     finished after step 1" in out
     assert "holds no config.yaml of a run" in run_dir.report_log.read_text()
 

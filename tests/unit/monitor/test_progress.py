@@ -14,7 +14,7 @@ from rich.console import Console
 
 import vlmrl
 from support.rollout_builders import image, rollout
-from vlmrl.monitor.progress import LINE_EVERY, REFRESH_EVERY, Progress
+from vlmrl.monitor.progress import LINE_EVERY_S, REFRESH_EVERY_S, Progress
 
 METRICS = {
     "reward/mean": 0.4123,
@@ -148,7 +148,7 @@ def test_the_warm_up_has_its_own_bar() -> None:
     progress, clock, output = terminal(80)
     progress.start()
     progress.phase("warm-up")
-    clock.now += REFRESH_EVERY
+    clock.now += REFRESH_EVERY_S
     progress.warmup(30, 60, {"loss": 1.25})
     progress.stop()
     text = "\n".join(Screen(output.getvalue()).rows)
@@ -166,7 +166,7 @@ def test_the_view_is_drawn_at_most_four_times_a_second() -> None:
         progress.step(step, METRICS)
         drawn.append(output.tell() > before)
     progress.stop()
-    assert 1 <= sum(drawn) <= 1 + 1.0 / REFRESH_EVERY
+    assert 1 <= sum(drawn) <= 1 + 1.0 / REFRESH_EVERY_S
 
 
 def test_what_others_print_stands_above_the_view() -> None:
@@ -248,7 +248,7 @@ def test_no_terminal_gets_plain_lines() -> None:
     progress.start()
     progress.phase("rl")
     progress.step(1, METRICS)
-    clock.now += LINE_EVERY
+    clock.now += LINE_EVERY_S
     progress.step(2, METRICS)
     progress.evaluation(2, {"eval/reward": 0.5, "eval/reward_greedy": 0.75})
     progress.warn("Something looks wrong.")
@@ -269,7 +269,7 @@ def test_plain_lines_are_sparse() -> None:
         clock.now += 0.25
         progress.step(step, METRICS)
     steps = [line for line in lines() if line.startswith("step ")]
-    assert len(steps) == 400 * 0.25 / LINE_EVERY + 1
+    assert len(steps) == 400 * 0.25 / LINE_EVERY_S + 1
     assert steps[-1].startswith("step 400/400 "), "the last step is always there"
 
 
