@@ -16,7 +16,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from omegaconf import DictConfig
 
+from support.configs import checked
 from support.report_runs import noise, one_rollout, one_turn, record
 from vlmrl.cli.main import main
 from vlmrl.cli.past_runs import usual
@@ -160,9 +162,9 @@ def test_a_multirun_is_shown_by_what_its_jobs_differ_in(
     assert [run["name"] for run in json.loads(Page(page.read_text()).data)["runs"]] == ["seed=0", "seed=1"]
 
 
-def test_a_config_cannot_ask_for_it(run_config: Callable[..., RunConfig]) -> None:
+def test_a_config_cannot_ask_for_it(composed: Callable[..., DictConfig]) -> None:
     with pytest.raises(ConfigError, match="mode=report requires to stand on the command line with run="):
-        run_config("mode=report")
+        checked(composed("mode=report"))
 
 
 # ── beside a run ────────────────────────────────────────────────────────────────────────────────────────────
