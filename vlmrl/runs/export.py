@@ -1,10 +1,10 @@
-"""mode=export: the newest checkpoint of a run as a Hugging Face folder.
+"""`mode=export`: write the newest checkpoint of a run as a Hugging Face folder.
 
-    weights, float32 where they learned ─▶ the model's dtype ─▶ model.safetensors, config.json, generation_config.json
-    the folder that the run began with ─▶ tokenizer, chat template, processor: byte for byte
+    the checkpoint's weights (trainable ones in float32) ─▶ the model's dtype ─▶ model.safetensors, config.json
+    the folder that the run started from ─▶ tokenizer, chat template, processor, generation_config.json, byte for byte
 
-What transformers and vLLM load is what the policy sampled with, adapters merged. The folder appears whole or not at
-all.
+transformers and vLLM then load what the policy sampled with, LoRA adapters merged. The folder appears complete or not
+at all.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from vlmrl.runs.build import seed_process
 from vlmrl.tasks.loading import load_task
 from vlmrl.trainer.checkpoint import Checkpoints, load_weights
 
-MADE_ANEW = (".safetensors", ".safetensors.index.json", "/config.json", MANIFEST)
-"""Ends of names in a checkpoint's folder of what is not copied. `generation_config.json` is: how to sample and where to
-stop is the checkpoint's to say."""
+WRITTEN_BY_EXPORT = (".safetensors", ".safetensors.index.json", "/config.json", MANIFEST)
+"""Files whose names end so are not copied from the folder that the run started from. `generation_config.json` is
+copied: it says how to sample from the model and where to stop."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Weights:
-    """A model that a checkpoint is loaded into."""
+    """Loads a checkpoint's weights into `model`, without an optimizer."""
 
     model: Any
 
     def load(self, folder: str) -> None:
-        """See `vlmrl.types.Trainer.load`; the optimizer's state is left where it is."""
+        """Load the weights as `vlmrl.types.Trainer.load` does; ignore the optimizer's state."""
         load_weights(Path(folder), dict(self.model.named_parameters()))
 
 
@@ -52,9 +52,9 @@ def export(config: RunConfig) -> None:
 
 
 def export_checkpoint(config: RunConfig, warn: Callable[[str], None]) -> Path:
-    """Write the newest whole checkpoint of `config.resume` to `export.folder` → that folder.
+    """Write the newest complete checkpoint of `config.resume` to `export.folder` and return that folder.
 
-    Raises `CheckpointError` where there is none.
+    Raises `CheckpointError` where the run has no checkpoint, or every one is damaged.
     """
     run_dir = RunDir(config.output_dir)
     checkpoints = Checkpoints(run_dir.checkpoints, config.trainer.keep_checkpoints)
@@ -64,7 +64,7 @@ def export_checkpoint(config: RunConfig, warn: Callable[[str], None]) -> Path:
             "another"
         )
     seed_process(config)
-    # The tokenizer of a model that is built here is made of the task's words.
+    # A model that is built here has a tokenizer made of the task's words.
     is_built = config.model.tiny is not None or config.model.init is Init.random
     source = resolve_checkpoint(config.model, load_task(config.task, seed=config.seed).texts() if is_built else ())
     model: Any = load_model(source, config.model)
@@ -79,19 +79,20 @@ def export_checkpoint(config: RunConfig, warn: Callable[[str], None]) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     model.save_pretrained(partial)
-    for path in partial.glob("*.safetensors"):  # which safetensors keeps from other users
+    for path in partial.glob("*.safetensors"):  # safetensors makes them readable for this user only
         path.chmod((partial / "config.json").stat().st_mode)
     for path in source.iterdir():
-        if any(fnmatch(path.name, pattern) for pattern in HUB_FILES) and not f"/{path.name}".endswith(MADE_ANEW):
+        is_needed = any(fnmatch(path.name, pattern) for pattern in HUB_FILES)
+        if is_needed and not f"/{path.name}".endswith(WRITTEN_BY_EXPORT):
             shutil.copyfile(path, partial / path.name)
-    if folder.exists():  # of an export before
+    if folder.exists():  # from an earlier export of the same step
         shutil.rmtree(folder)
     partial.rename(folder)
     return folder
 
 
 def _without_adapters(model: Any, plain: Any) -> Any:
-    """`plain` with the weights of `model`, adapters merged."""
+    """Copy the weights of `model`, adapters merged, into `plain`, the same model without adapters; returns `plain`."""
     parameters = dict(plain.named_parameters())
     with torch.no_grad():
         for name, tensor in merged(model):

@@ -1,8 +1,8 @@
-"""What a task of a Slurm job does that serves (`inference.slurm_tasks`): one vLLM server, until the run is over.
+"""A Slurm task that runs one vLLM server (`inference.slurm_tasks`) until the run is over.
 
-    compose ─▶ serve: checkpoint ─▶ VllmServer ─▶ announce ─▶ wait: the run is over, or the server dies and is restarted
+    compose ─▶ serve: checkpoint ─▶ VllmServer ─▶ announce ─▶ wait until the run is over; restart a server that dies
 
-It serves the checkpoint's weights until the run has published its own, as every server does.
+Like every server, it serves the checkpoint's weights until the run publishes its own.
 """
 
 from __future__ import annotations
@@ -26,9 +26,12 @@ from vlmrl.weight_sync.gpu import WEIGHT_TRANSFERS
 
 
 def serve(config: RunConfig, index: int) -> None:
-    """Be server `index` of the run. Raises what keeps it from that, which the run is told too."""
-    assert isinstance(config.inference, VllmConfig), "slurm.part comes first"
-    # Whatever is asked of the job, the run answers: it needs its servers until it has saved.
+    """Run server `index` of the run until the run is over.
+
+    Raises `EngineError` where the server cannot run; the run is told the reason too (`announce`).
+    """
+    assert isinstance(config.inference, VllmConfig), "slurm.part gives this role to tasks of runs with vLLM only"
+    # Ignore every signal that asks the job to stop: the run answers it, and needs its servers until it has saved.
     for number in (signal.SIGINT, signal.SIGTERM, *slurm.QUEUE_SIGNALS):
         signal.signal(number, lambda *_: None)
     run = Path(config.output_dir)
@@ -54,7 +57,7 @@ def serve(config: RunConfig, index: int) -> None:
 
 
 def host(config: VllmConfig) -> Host:
-    """Where this task's server listens, and on which GPUs it runs."""
+    """The address on which this task's server listens, and the GPUs it runs on."""
     count = config.tensor_parallel_size * config.data_parallel_size
     devices = visible_devices()
     if len(devices) > count:
@@ -66,22 +69,23 @@ def host(config: VllmConfig) -> Host:
 
 
 async def _until_over(server: VllmServer, path: Path, max_restarts: int) -> None:
+    """Keep the server running until the run is over, then stop it."""
     over = asyncio.create_task(slurm.run_is_over())
-    living = asyncio.create_task(_live(server, path, max_restarts))
+    running = asyncio.create_task(_keep_running(server, path, max_restarts))
     try:
-        await asyncio.wait({over, living}, return_when=asyncio.FIRST_COMPLETED)
-        for task in (living, over):
+        await asyncio.wait({over, running}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (running, over):
             if task.done():
                 task.result()
     finally:
         over.cancel()
-        living.cancel()
-        await asyncio.gather(over, living, return_exceptions=True)
+        running.cancel()
+        await asyncio.gather(over, running, return_exceptions=True)
         await server.stop()
 
 
-async def _live(server: VllmServer, path: Path, max_restarts: int) -> None:
-    """Keep the server up. Raises `EngineError` when it has died once too often."""
+async def _keep_running(server: VllmServer, path: Path, max_restarts: int) -> None:
+    """Start the server, and restart it up to `max_restarts` times when it dies. Raises `EngineError` after that."""
     async with httpx.AsyncClient() as client:
 
         async def is_healthy() -> bool:
@@ -98,4 +102,6 @@ async def _live(server: VllmServer, path: Path, max_restarts: int) -> None:
                 print(f"{server.name} listens on {server.url}", flush=True)
             status = await server.exited()
             print(f"{server.name} ended with status {status}", flush=True)
-    raise server.error(f"ended with status {status}, once more than inference.max_restarts={max_restarts} allows")
+    raise server.error(
+        f"ended with status {status} and was restarted inference.max_restarts={max_restarts} times before"
+    )

@@ -1,1 +1,1 @@
-"""`mode=doctor`: do renderer, engine and trainer agree? See doctor.py."""
+"""`mode=doctor`: check that renderer, engine and trainer agree. doctor.py runs the checks in order."""

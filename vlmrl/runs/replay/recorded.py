@@ -1,12 +1,11 @@
-"""A step's batch as it was recorded: rollouts/step_*.jsonl and images/*.png → `Rollout`s, and which steps have weights.
+"""Read a step's recorded batch: rollouts/step_*.jsonl and images/*.png become `Rollout`s again.
 
-    rollouts/step_000021.jsonl ─┐
+    rollouts/step_000021.jsonl ────────────────────────┐
     images/<hash>.png ─ today's renderer ─▶ ImageItem ─┴─▶ Rollout, as the loop handed it to `make_samples`
 
-The weights that learned from step N are those of policy version N − 1: the checkpoint of that name. Checkpoints are
-kept every `trainer.checkpoint_every` steps, the newest `trainer.keep_checkpoints` of them, so few steps can be
-replayed; the first one always, since what came before it (the model, and the warm-up where there was one) is a function
-of the config.
+The batch of step N is replayed with the weights of policy version N − 1, which the checkpoint of that name holds. A run
+saves every `trainer.checkpoint_every` steps and keeps the newest `trainer.keep_checkpoints`, so few steps can be
+replayed. Step 1 always can: the model and its warm-up are a function of the config.
 """
 
 from __future__ import annotations
@@ -67,17 +66,18 @@ def check_replayable(run_dir: RunDir, step: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class RecordedImage:
-    """One picture of the batch, and what today's code makes of its file."""
+    """One image of the batch, and what today's code makes of its file."""
 
     hash: str
-    """As recorded."""
+    """The recorded hash, which names the file."""
     item: ImageItem
+    """Today's pixels, hash and tensors."""
     digests: Mapping[str, str] | None
-    """Of the processor's tensors when the run saw it (`mm_kwargs_digests`); None in a run that did not note them."""
+    """The recorded digests of the image processor's tensors (`mm_kwargs_digests`); None where the run recorded none."""
 
     @property
     def changed_tensors(self) -> list[str]:
-        """Names of tensors that today's processor makes otherwise, or that only one of the two makes."""
+        """Names of the tensors that today's image processor makes differently, or that only one of the two made."""
         if self.digests is None:
             return []
         today = mm_kwargs_digests(self.item)
@@ -85,7 +85,8 @@ class RecordedImage:
 
 
 def load_images(run_dir: RunDir, records: Sequence[RolloutRecord], renderer: Renderer) -> dict[str, RecordedImage]:
-    """Recorded hash → image, in the order in which the batch shows them. Raises VlmrlError where a file is gone."""
+    """Recorded hash → image, in the order in which the batch shows them. Raises VlmrlError where a file cannot be
+    read."""
     hashes = dict.fromkeys(
         hash for record in records for turn in record["turns"] for _, _, hash in turn["placeholders"]
     )
@@ -103,7 +104,7 @@ def load_images(run_dir: RunDir, records: Sequence[RolloutRecord], renderer: Ren
 
 
 def load_records(run_dir: RunDir, step: int) -> list[RolloutRecord]:
-    """The step's rollouts, dropped ones too. Raises VlmrlError."""
+    """The step's rollouts, including dropped ones. Raises VlmrlError where the file cannot be read."""
     return list(read_rollouts(run_dir.rollouts_file("step", step)))
 
 
@@ -166,7 +167,7 @@ def _message(record: Mapping[str, object], images: Mapping[str, RecordedImage]) 
 
 
 def fits(rollout: Rollout) -> bool:
-    """Whether each image still takes the tokens that its placeholder has: one of another size would not."""
+    """Whether each image still takes as many tokens as its placeholder has; an image of another size would not."""
     return all(
         place.length == image.num_tokens
         for turn in rollout.turns
