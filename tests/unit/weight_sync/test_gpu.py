@@ -19,10 +19,11 @@ from vlmrl.config.inference import VllmConfig
 from vlmrl.config.model import Dtype
 from vlmrl.config.weight_sync import CudaIpcSyncConfig, NcclSyncConfig, WeightSyncConfig
 from vlmrl.errors import ConfigError, EngineError
+from vlmrl.inference.vllm import old_vllm
 from vlmrl.inference.vllm.client import ImageEncoder, ServerLostError, VllmClient
 from vlmrl.inference.vllm.engine import Replica, VllmEngine
 from vlmrl.weight_sync.gpu import GpuSync, check_places, check_transfer
-from vlmrl.weight_sync.vllm_transfer import Remote, bucket_bytes
+from vlmrl.weight_sync.vllm_transfer import Remote, bucket_bytes, ipc_sender
 
 CONFIG = VllmConfig(dtype=Dtype.bfloat16, urls=["http://first", "http://second"])
 
@@ -200,6 +201,18 @@ def test_a_refused_update_is_an_error() -> None:
         client._http = httpx.AsyncClient(base_url="http://first", transport=httpx.MockTransport(refuse))
         with pytest.raises(EngineError, match="shape mismatch"):
             await world.sync.publish(0)
+
+    in_world(scenario)
+
+
+def test_vllm_0_26_gets_a_sender_of_its_own() -> None:
+    async def scenario(world: World) -> None:
+        client = world.engine.replicas[0].client
+        assert client is not None
+        remote = Remote(client, asyncio.get_running_loop())
+        sender = await asyncio.to_thread(ipc_sender, remote, (0, 26))
+        assert isinstance(sender, old_vllm.IpcSender)
+        assert world.servers["http://first"].calls == ["init_weight_transfer_engine"]
 
     in_world(scenario)
 

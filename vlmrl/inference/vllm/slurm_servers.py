@@ -1,6 +1,6 @@
 """Servers on other tasks of the Slurm job (`inference.slurm_tasks`): how the run finds them.
 
-    <run>/servers/<job>.<step>.<life>.<server>.json     {"url": …, "key": …} once it is healthy, or {"error": …}
+    <run>/servers/<job>.<step>.<requeues>.<server>.json     {"url": …, "key": …} once it is healthy, or {"error": …}
 
 Only the user can read the files (mode 0600), because the key allows replacing a server's weights.
 """

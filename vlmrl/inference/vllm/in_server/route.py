@@ -79,21 +79,7 @@ class Route:
                     continue
                 answering.append(asyncio.create_task(_answer(engine, number, header, outputs, frames)))
                 await asyncio.sleep(0)  # let the event loop read images that have arrived in the meantime
-            await send({"type": "http.response.start", "status": 200, "headers": []})
-            left = len(batch.requests)
-            while left:
-                ready = [await frames.get()]
-                while not frames.empty():
-                    ready.append(frames.get_nowait())
-                whole = []
-                for frame in ready:
-                    if frame is None:
-                        return None
-                    if isinstance(frame, BaseException):
-                        raise frame
-                    whole.append(frame)
-                left -= len(whole)
-                await send({"type": "http.response.body", "body": b"".join(whole), "more_body": left > 0})
+            await _stream_frames(send, frames, len(batch.requests))
         finally:
             disconnected.cancel()
             for task in answering:
@@ -261,6 +247,24 @@ async def _read(receive: Receive) -> bytes | None:
         parts.append(message.get("body", b""))
         if not message.get("more_body"):
             return b"".join(parts)
+
+
+async def _stream_frames(send: Send, frames: asyncio.Queue[bytes | BaseException | None], count: int) -> None:
+    """Send a response with `count` frames as they come. Return early at None, raise an exception."""
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    while count:
+        ready = [await frames.get()]
+        while not frames.empty():
+            ready.append(frames.get_nowait())
+        body = []
+        for frame in ready:
+            if frame is None:
+                return
+            if isinstance(frame, BaseException):
+                raise frame
+            body.append(frame)
+        count -= len(body)
+        await send({"type": "http.response.body", "body": b"".join(body), "more_body": count > 0})
 
 
 async def _wait_for_disconnect(receive: Receive) -> None:
