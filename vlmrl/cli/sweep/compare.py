@@ -1,16 +1,21 @@
-"""`mode=compare`, and the end of every sweep: one table across runs, as text and CSV; page.py makes the plot and HTML.
+"""`mode=compare`, and the end of every sweep: one table and one plot across runs.
 
-    folders ─▶ runs_in ─▶ config.yaml, metrics.jsonl, summary.json ─▶ a Row each ─▶ compare.txt, .csv, .png, .html
+    folders ─▶ runs_in ─▶ config.yaml, metrics.jsonl, summary.json ─▶ one Row per run ─▶ compare.txt, .csv, .html, .png
 
-Runs that are not over, or never began, have their row as well: the table is whole at any time.
+Runs that are still going, or that have not started, have a row as well, so the table can be made at any time.
+compare.html is one self-contained page that uPlot draws; compare.png needs matplotlib (`pip install 'vlmrl[plot]'`) and
+is left out where it is not installed.
 """
 
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -23,52 +28,66 @@ from vlmrl.record.run_dir import RunDir
 THROUGHPUT, MISMATCH_MEAN, MISMATCH_MAX = "throughput/tokens_per_s", "mismatch_kl/mean", "mismatch_kl/max"
 
 COLUMNS: dict[str, tuple[str, str]] = {
-    "job": ("what the run is called: the overrides in which it differs, or its folder", ""),
+    "job": ("name of the run: the overrides in which it differs from the others, or its folder", ""),
     "state": ("new, running, stopped, killed, failed, finished", ""),
     "step": ("optimizer steps so far", "{:d}"),
-    EVAL_SAMPLED: ("held-out reward under sampling, at the last evaluation", "{:.3f}"),
-    EVAL_GREEDY: ("the same under greedy decoding", "{:.3f}"),
-    "reward/mean": ("of the last step's rollouts", "{:.3f}"),
-    "seconds_to_target": ("seconds until orchestrator.eval.target was reached; none where it was not", "{:.0f}"),
-    "seconds": ("wall-clock so far", "{:.0f}"),
+    EVAL_SAMPLED: ("held-out reward at the last evaluation, sampled", "{:.3f}"),
+    EVAL_GREEDY: ("held-out reward at the last evaluation, greedy", "{:.3f}"),
+    "reward/mean": ("mean reward of the last step's rollouts", "{:.3f}"),
+    "seconds_to_target": ("seconds until orchestrator.eval.target was reached; empty if it was not", "{:.0f}"),
+    "seconds": ("wall-clock seconds so far", "{:.0f}"),
     THROUGHPUT: ("median over the steps", "{:.0f}"),
     MISMATCH_MEAN: ("mean over the steps", "{:.1e}"),
-    MISMATCH_MAX: ("highest of all steps", "{:.1e}"),
+    MISMATCH_MAX: ("maximum over the steps", "{:.1e}"),
 }
-"""Column → what it says, and how the text shows it. The CSV has the figures in full."""
+"""Column → its meaning, and its format in the text and the page. The CSV has the numbers in full."""
+
+FILES = Path(__file__).parent
+
+VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
+"""RGB of matplotlib's colormap of that name at 0, 1/4, 1/2, 3/4 and 1."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One run."""
+    """One run in the table."""
 
     run_dir: RunDir
-    figures: Mapping[str, Any]
-    """By column; None where there is none (yet)."""
+    values: Mapping[str, Any]
+    """By column; None where the run has no such value (yet)."""
     curve: tuple[tuple[float, ...], tuple[float, ...]]
     """Seconds and held-out sampled reward of each evaluation."""
 
 
+def compare_and_show(folders: Sequence[str | Path], into: Path) -> None:
+    """Write the comparison, print its table and say where the files are. Raises VlmrlError."""
+    print(as_text(compare(folders, into)), end="")
+    if can_plot():
+        print(f"also as {into}/compare.html, .png, .csv, .txt")
+    else:
+        print(f"also as {into}/compare.html, .csv, .txt; compare.png needs matplotlib: pip install 'vlmrl[plot]'")
+
+
 def compare(folders: Sequence[str | Path], into: Path) -> list[Row]:
-    """Write compare.txt, compare.csv, compare.png and compare.html into a folder that exists.
+    """Write compare.txt, compare.csv, compare.html and, with matplotlib, compare.png into an existing folder.
 
-    Raises ConfigError where a folder holds no run, VlmrlError where the files cannot be read or written.
+    Raises ConfigError where a folder holds no run, VlmrlError where files cannot be read or written.
     """
-    from vlmrl.cli.sweep.page import page, plot  # matplotlib takes its time to import
-
     rows = read_rows([run for folder in folders for run in runs_in(Path(folder))])
-    picture = plot(rows)
-    files = {
-        "txt": as_text(rows).encode(),
-        "csv": as_csv(rows).encode(),
-        "png": picture,
-        "html": page(rows, picture, into).encode(),
-    }
+    files = {"txt": as_text(rows).encode(), "csv": as_csv(rows).encode(), "html": as_page(rows, into)}
+    if can_plot():
+        files["png"] = as_picture(rows)
+    else:
+        with disk_errors(into / "compare.png"):
+            (into / "compare.png").unlink(missing_ok=True)  # of an earlier comparison, with other numbers
     for ending, content in files.items():
         path = into / f"compare.{ending}"
         with disk_errors(path):
             write_bytes_atomically(path, content)
     return rows
+
+
+# ── the rows ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def read_rows(runs: Sequence[RunDir]) -> list[Row]:
@@ -77,7 +96,7 @@ def read_rows(runs: Sequence[RunDir]) -> list[Row]:
 
 
 def names(runs: Sequence[RunDir]) -> list[str]:
-    """What to call each run: the overrides that not all of them have, where they are jobs; else the folder."""
+    """The name of each run: the overrides that not all jobs have in common, or the folder of a run that is no job."""
     overrides = [run.read_overrides() for run in runs]
     jobs = [set(job) for job in overrides if job is not None]
     common = set.intersection(*jobs) if jobs else set()
@@ -91,7 +110,7 @@ def _row(run: RunDir, name: str) -> Row:
     steps = [line for line in metrics if THROUGHPUT in line]
     summary = run.read_summary() or {}
     last = metrics[-1] if metrics else {}
-    figures = {
+    values = {
         "job": name,
         "state": state_of(run).value,
         "step": last.get("step"),
@@ -100,16 +119,16 @@ def _row(run: RunDir, name: str) -> Row:
         "reward/mean": steps[-1].get("reward/mean") if steps else None,
         "seconds_to_target": seconds_to_target(evaluations, *_target(run)),
         "seconds": summary.get("wall_clock_s", last.get(ELAPSED)),
-        THROUGHPUT: _over(median, steps, THROUGHPUT),
-        MISMATCH_MEAN: _over(fmean, steps, MISMATCH_MEAN),
-        MISMATCH_MAX: _over(max, steps, MISMATCH_MAX),
+        THROUGHPUT: _over_steps(median, steps, THROUGHPUT),
+        MISMATCH_MEAN: _over_steps(fmean, steps, MISMATCH_MEAN),
+        MISMATCH_MAX: _over_steps(max, steps, MISMATCH_MAX),
     }
     curve = tuple(line[ELAPSED] for line in evaluations), tuple(line[EVAL_SAMPLED] for line in evaluations)
-    return Row(run, figures, curve)
+    return Row(run, values, curve)
 
 
 def _target(run: RunDir) -> tuple[float | None, int]:
-    """`orchestrator.eval.target` and `.consecutive` of the run; no target of one that has not begun."""
+    """`orchestrator.eval.target` and `.consecutive` of the run; a run that has not started has no target."""
     if not run.config.exists():
         return None, 1
     evaluation = run.read_config().orchestrator.eval
@@ -133,26 +152,26 @@ def seconds_to_target(evaluations: Sequence[Record], target: float | None, conse
     return None
 
 
-def _over(what: Any, steps: Iterable[Record], key: str) -> float | None:
+def _over_steps(reduce: Callable[[list[float]], float], steps: Iterable[Record], key: str) -> float | None:
     values = [line[key] for line in steps if line.get(key) is not None]
-    return what(values) if values else None
+    return reduce(values) if values else None
 
 
-# ── as text ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── text and CSV ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def shown(row: Row) -> list[str]:
-    """A row's cells, rounded."""
-    cells = []
+def cells(row: Row) -> list[str]:
+    """A row's values as text, rounded; `-` for None."""
+    texts = []
     for column, (_, form) in COLUMNS.items():
-        value = row.figures[column]
-        cells.append("-" if value is None else form.format(value) if form else str(value))
-    return cells
+        value = row.values[column]
+        texts.append("-" if value is None else form.format(value) if form else str(value))
+    return texts
 
 
 def as_text(rows: Sequence[Row]) -> str:
-    """The table in fixed columns."""
-    lines = [list(COLUMNS), *map(shown, rows)]
+    """The table in columns of fixed width."""
+    lines = [list(COLUMNS), *map(cells, rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "".join(
         "  ".join(
@@ -165,15 +184,87 @@ def as_text(rows: Sequence[Row]) -> str:
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """The table with its figures in full; nothing where there is none."""
+    """The table with its numbers in full; None is an empty cell."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
-    writer.writerows([["" if row.figures[c] is None else row.figures[c] for c in COLUMNS] for row in rows])
+    writer.writerows([["" if row.values[c] is None else row.values[c] for c in COLUMNS] for row in rows])
     return text.getvalue()
 
 
-def compare_and_show(folders: Sequence[str | Path], into: Path) -> None:
-    """`compare`, the table on the screen and where the rest is. Raises VlmrlError."""
-    print(as_text(compare(folders, into)), end="")
-    print(f"also as {into}/compare.html, .png, .csv, .txt")
+# ── the page and the picture ────────────────────────────────────────────────────────────────────────────────
+
+
+def as_page(rows: Sequence[Row], folder: Path) -> bytes:
+    """compare.html, to be written into `folder`: the table, and a plot that uPlot draws. No request leaves it."""
+    from vlmrl.monitor.report.page import FILES as REPORT_FILES
+    from vlmrl.monitor.report.page import assembled
+
+    curves = [
+        {"name": str(row.values["job"]), "color": f"rgb{color}", "seconds": row.curve[0], "reward": row.curve[1]}
+        for row, color in zip(rows, colors(len(rows)), strict=True)
+        if row.curve[0]
+    ]
+    return assembled(
+        (FILES / "compare.html").read_bytes(),
+        title=f"{len(rows)} runs compared",
+        scripts=[(REPORT_FILES / "vendor/uPlot.iife.min.js").read_text(), (FILES / "compare.js").read_text()],
+        styles=[(REPORT_FILES / "vendor/uPlot.min.css").read_text(), (FILES / "compare.css").read_text()],
+        content=curves,
+        body=html_table(rows, folder),
+    )
+
+
+def html_table(rows: Sequence[Row], folder: Path) -> str:
+    """The table. The name of a run that has a report.html is a link to it, relative to `folder`."""
+    head = "".join(f'<th title="{escape(meaning)}">{escape(column)}</th>' for column, (meaning, _) in COLUMNS.items())
+    body = ""
+    for row in rows:
+        name, *others = map(escape, cells(row))
+        report = row.run_dir.report
+        if report.exists():
+            name = f'<a href="{escape(os.path.relpath(report, folder))}">{name}</a>'
+        body += f"<tr><td>{name}</td>{''.join(f'<td>{text}</td>' for text in others)}</tr>\n"
+    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>"
+
+
+def colors(count: int) -> list[tuple[int, int, int]]:
+    """RGB, 0 to 255, of `count` lines, evenly spaced on viridis.
+
+    >>> colors(3), colors(2)[0] == colors(1)[0]
+    ([(68, 1, 84), (33, 145, 140), (253, 231, 37)], True)
+    """
+    found = []
+    for place in range(count):
+        position = place / max(count - 1, 1) * (len(VIRIDIS) - 1)
+        left = min(int(position), len(VIRIDIS) - 2)
+        pairs = zip(VIRIDIS[left], VIRIDIS[left + 1], strict=True)
+        red, green, blue = (round(a + (b - a) * (position - left)) for a, b in pairs)
+        found.append((red, green, blue))
+    return found
+
+
+def can_plot() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def as_picture(rows: Sequence[Row]) -> bytes:
+    """compare.png: held-out reward over seconds, one line per run that was evaluated."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for row, color in zip(rows, colors(len(rows)), strict=True):
+        if row.curve[0]:
+            rgb = tuple(part / 255 for part in color)
+            axes.plot(*row.curve, marker="o", markersize=3, color=rgb, label=str(row.values["job"]))
+    axes.set_xlabel("seconds")
+    axes.set_ylabel("held-out reward (sampled)")
+    axes.set_ylim(-0.02, max(1.02, axes.get_ylim()[1]))
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        figure.legend(loc="outside right upper", fontsize="small", frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()

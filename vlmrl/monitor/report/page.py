@@ -13,7 +13,7 @@ import base64
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -54,26 +54,36 @@ def temporary_of(target: Path, pid: int) -> Path:
 
 
 def html(content: Mapping[str, Any]) -> bytes:
-    """The page."""
-    licence = (FILES / "vendor/uPlot.LICENSE").read_text()
-    scripts = [f"\n{(FILES / name).read_text()}\n" for name in SCRIPTS]
-    styles = "\n".join((FILES / name).read_text() for name in STYLES)
+    """The report's page."""
+    title = " · ".join(run["name"] for run in content["runs"])
+    scripts = [(FILES / name).read_text() for name in SCRIPTS]
+    styles = [(FILES / name).read_text() for name in STYLES]
+    return assembled((FILES / "page.html").read_bytes(), title=title, scripts=scripts, styles=styles, content=content)
+
+
+def assembled(
+    template: bytes, *, title: str, scripts: Sequence[str], styles: Sequence[str], content: Any, body: str = ""
+) -> bytes:
+    """One self-contained HTML page from a template with the places `{{policy}}`, `{{title}}`, `{{licence}}` (uPlot's),
+    `{{styles}}`, `{{scripts}}`, `{{data}}` (`content` as JSON) and, where the template has it, `{{body}}` (HTML)."""
+    scripts = [f"\n{script}\n" for script in scripts]
+    style = "\n".join(styles)
     digests = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
-    policy = f"default-src 'none'; img-src data:; style-src 'sha256-{_digest(styles)}'; script-src {digests}"
-    data = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY).replace(b"<", rb"\u003c")
+    policy = f"default-src 'none'; img-src data:; style-src 'sha256-{_digest(style)}'; script-src {digests}"
     parts = {
         "policy": policy.encode(),
-        "title": escape(" · ".join(run["name"] for run in content["runs"])).encode(),
-        "licence": licence.encode(),
-        "styles": styles.encode(),
+        "title": escape(title).encode(),
+        "licence": (FILES / "vendor/uPlot.LICENSE").read_bytes(),
+        "styles": style.encode(),
         "scripts": "\n".join(f"<script>{script}</script>" for script in scripts).encode(),
-        "data": data,
+        "data": orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY).replace(b"<", rb"\u003c"),
+        "body": body.encode(),
     }
 
     def part(place: re.Match[bytes]) -> bytes:
         return parts[place[1].decode()]
 
-    return re.sub(rb"\{\{(\w+)\}\}", part, (FILES / "page.html").read_bytes())
+    return re.sub(rb"\{\{(\w+)\}\}", part, template)
 
 
 def _digest(text: str) -> str:

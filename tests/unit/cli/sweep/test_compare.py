@@ -1,12 +1,15 @@
-"""The table and the plot across runs, of runs whose figures are known."""
+"""The table and the plot across runs whose metrics are known."""
 
 from __future__ import annotations
 
-import base64
 import csv
+import importlib.util
 import io
 import json
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -109,9 +112,39 @@ def test_the_page_is_one_file_with_table_and_plot(multirun: Path) -> None:
     assert parser.cells[:3] == ["seed=0", "finished", "2"]
     assert len(parser.cells) == 3 * len(COLUMNS)
     assert 'href="seed=0,trainer.max_steps=9/report.html"' in html
-    embedded = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
-    assert base64.b64decode(embedded[0]) == (multirun / "compare.png").read_bytes()
-    assert "http" not in html, "nothing is loaded"
+    assert "src=" not in html.replace("-src ", ""), "nothing is loaded"
+    (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', html)
+    assert [(curve["name"], curve["seconds"], curve["reward"]) for curve in json.loads(data)] == [
+        ("seed=0", [5.0, 6.0, 8.0], [0.0, 0.96, 0.98]),
+        ("seed=1", [5.0, 6.0], [0.0, 0.96]),
+    ], "a line per run that was evaluated"
+    assert "uPlot" in html
+
+
+@pytest.mark.chromium
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium")
+def test_the_page_draws_itself(multirun: Path) -> None:
+    """In a browser, under the page's own content security policy."""
+    compare([multirun], multirun)
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
+    page = (multirun / "compare.html").as_uri()
+    ended = subprocess.run([*command, page], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    drawn = ended.stdout[ended.stdout.index('id="plot"') :]
+    assert "<canvas" in drawn
+    assert re.findall(r"seed=\d", drawn.partition("<script")[0]) == ["seed=0", "seed=1"], "the legend"
+
+
+def test_without_matplotlib_the_picture_is_left_out(
+    multirun: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compare_and_show([multirun], multirun)
+    assert capsys.readouterr().out.endswith("compare.html, .png, .csv, .txt\n")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    compare_and_show([multirun], multirun)
+    assert "compare.png needs matplotlib: pip install 'vlmrl[plot]'" in capsys.readouterr().out
+    assert sorted(path.name for path in multirun.glob("compare.*")) == ["compare.csv", "compare.html", "compare.txt"]
 
 
 def test_the_plot_has_a_line_per_run_that_was_evaluated(multirun: Path) -> None:
@@ -129,4 +162,4 @@ def test_single_runs_are_called_by_their_folders(multirun: Path, tmp_path: Path)
     for run in (one, other):
         RunDir(run).overrides.unlink()
     rows = compare([one, other], tmp_path)
-    assert [row.figures["job"] for row in rows] == [one.name, other.name]
+    assert [row.values["job"] for row in rows] == [one.name, other.name]
