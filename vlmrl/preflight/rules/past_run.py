@@ -1,0 +1,47 @@
+"""What `mode=replay` and `mode=export` need of an earlier run is still there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vlmrl.config.run import Mode, RunConfig
+from vlmrl.errors import ConfigError
+from vlmrl.preflight.site import Site
+from vlmrl.record.run_dir import RunDir
+
+
+def batch_was_recorded(config: RunConfig, site: Site) -> None:
+    """mode=replay: the batch of `step` and the weights that learned from it are on disk."""
+    if config.mode is not Mode.replay:
+        return
+    assert config.run is not None, "mode_has_work runs at an earlier stage"
+    assert config.step is not None, "mode_has_work runs at an earlier stage"
+    refuse_batch(RunDir(config.run), config.step)
+
+
+def refuse_batch(run_dir: RunDir, step: int) -> None:
+    """Raise `ConfigError` where `run_dir` does not hold the batch of `step` or the weights that learned from it."""
+    recorded = [int(path.stem.removeprefix("step_")) for path in sorted(run_dir.rollouts.glob("step_*.jsonl"))]
+    kept = run_dir.checkpoint_steps()
+    possible = [each for each in recorded if each == 1 or each - 1 in kept]
+    remedy = f"set step={' or '.join(map(str, possible[-8:]))}" if possible else "replay another run"
+    if step not in recorded:
+        raise ConfigError(
+            f"step={step} has no recorded batch ({run_dir.rollouts_file('step', step)} is missing; mode=rl writes it "
+            f"where monitor.record_rollouts=true), so there is nothing to replay: {remedy}"
+        )
+    if step not in possible:
+        raise ConfigError(
+            f"step={step} was learned from by policy version {step - 1}, whose checkpoint is gone "
+            f"({run_dir.checkpoints} holds {', '.join(map(str, kept)) or 'none'}), so the batch cannot be replayed: "
+            f"{remedy}. A run keeps more of them with trainer.checkpoint_every and trainer.keep_checkpoints"
+        )
+
+
+def export_folder_is_free(config: RunConfig, site: Site) -> None:
+    """mode=export: `export.folder` does not exist yet."""
+    if config.mode is Mode.export and config.export.folder is not None and Path(config.export.folder).exists():
+        raise ConfigError(
+            f"export.folder={config.export.folder} exists already, and an export overwrites nothing: remove it, or set "
+            "export.folder to another one"
+        )
