@@ -33,11 +33,12 @@ from vlmrl.config.inference import VllmConfig
 from vlmrl.config.model import Dtype
 from vlmrl.config.weight_sync import CudaIpcSyncConfig, FolderSyncConfig, NcclSyncConfig
 from vlmrl.inference.vllm.engine import VllmEngine
+from vlmrl.preflight.rules.transfer import refuse_transfer
 from vlmrl.rendering.renderer import Renderer
 from vlmrl.types import Completion, Prompt, SamplingParams
 from vlmrl.weight_sync.cuda_ipc import CudaIpcSync
 from vlmrl.weight_sync.folder import FolderSync
-from vlmrl.weight_sync.gpu import WEIGHT_TRANSFERS, check_transfer
+from vlmrl.weight_sync.gpu import WEIGHT_TRANSFERS
 from vlmrl.weight_sync.nccl import NcclSync
 from vlmrl.weight_sync.servers import ServerSync, without_ties
 
@@ -158,7 +159,7 @@ async def measure_all(args: argparse.Namespace) -> list[Row]:
         for name in here:
             if name in WEIGHT_TRANSFERS:
                 config = NcclSyncConfig() if name == "nccl" else CudaIpcSyncConfig()
-                check_transfer(config, vllm, "auto")
+                refuse_transfer(config, vllm, "auto")
         engine = VllmEngine(vllm, folder, Path(args.logs), ["pixel_values"], lambda line: None, print, backend)
         started = time.perf_counter()
         try:

@@ -12,19 +12,17 @@ from vlmrl.config.field_docs import fields_of
 from vlmrl.config.keys import did_you_mean, unknown_key
 from vlmrl.config.parse import summary
 from vlmrl.config.run import RunConfig
-
-EXTRAS = {"hydra/launcher/joblib": "joblib", "hydra/launcher/submitit_slurm": "slurm", "hydra/sweeper/optuna": "optuna"}
-"""Options that Hydra's plugins bring → the extra of vlmrl that installs the plugin."""
+from vlmrl.preflight.installed import LAUNCHERS, pip_line
 
 
 def in_words(error: Exception, arguments: list[str]) -> str:
     """The message for an error that `arguments` caused. Raises the error itself where it is a bug."""
     cause = error.__cause__
     where = f"{str(error).splitlines()[0]} " if str(error).startswith("In ") else ""  # "In '<file>': …"
-    for plugin, extra in EXTRAS.items():
+    for plugin, extra in LAUNCHERS.items():
         if isinstance(error, MissingConfigException) and plugin in (error.missing_cfg_file or str(error)):
             group, _, option = plugin.rpartition("/")
-            return f"{group}={option} needs a package that is not installed: pip install 'vlmrl[{extra}]'"
+            return f"{group}={option} needs a package that is not installed: {pip_line(extra)}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={option}: {group} has only {', '.join(error.options)}{did_you_mean(option, error.options)}"

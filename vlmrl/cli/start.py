@@ -42,10 +42,10 @@ def start(config: DictConfig) -> float | None:
         if (index := slurm.server_index()) is not None:
             from vlmrl.runs.serve_slurm import serve
 
+            check(run_config, Stage.here)
             serve(run_config, index)
             return None
     check(run_config, Stage.here)
-    check_here(run_config)
     from vlmrl.runs.lifecycle import execute
 
     return execute(run_config)
@@ -68,16 +68,6 @@ def lead_or_follow(lead: Callable[[], int]) -> int:
     with init_from_environment() as group:
         assert group is not None
         return lead() if group.rank == 0 else follow_leader(group)
-
-
-def check_here(config: RunConfig) -> None:
-    """Raises ConfigError where the GPUs of this machine cannot hold the run."""
-    from vlmrl.preflight.estimate.sizes import find_sizes
-    from vlmrl.preflight.machine import find_machine
-    from vlmrl.preflight.places import check_machine
-
-    if config.model.device != "cpu":
-        check_machine(config, find_machine(), find_sizes(config.model), find_place().size)
 
 
 def answer_without_a_run(config: RunConfig) -> int | None:

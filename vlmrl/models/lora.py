@@ -7,7 +7,6 @@ every way to bring them weights stays as it is. Left out on purpose: adapters th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,15 +16,6 @@ from vlmrl.config.model import LoraConfig
 from vlmrl.errors import ConfigError
 
 ADAPTER = "default"
-
-
-def check_lora() -> None:
-    """Raise `ConfigError` where PEFT is not installed."""
-    if find_spec("peft") is None:
-        raise ConfigError(
-            "model.lora requires the package peft, else there is nothing to make adapters with: "
-            "pip install 'vlmrl[lora]', or set ~model/lora"
-        )
 
 
 def add_adapters(model: Any, config: LoraConfig) -> None:

@@ -19,7 +19,21 @@ from enum import Enum
 
 from vlmrl.config import ranges
 from vlmrl.config.run import RunConfig
-from vlmrl.preflight.rules import engine, imports, learning, model, ranks, secrecy, slurm, task
+from vlmrl.preflight.rules import (
+    checkpoint,
+    engine,
+    imports,
+    learning,
+    machine,
+    model,
+    packages,
+    past_run,
+    ranks,
+    secrecy,
+    slurm,
+    task,
+    transfer,
+)
 from vlmrl.preflight.site import Site, Submission, submitted_site, this_site
 
 __all__ = ["RULES", "Rule", "Stage", "Submission", "check"]
@@ -80,6 +94,13 @@ RULES: tuple[Rule, ...] = (
     _of_config(model.something_learns),
     _of_config(model.tiny_is_a_model),
     _of_config(imports.imports_resolve),
+    _of_site(packages.packages_are_installed, Stage.here),
+    _of_site(past_run.batch_was_recorded, Stage.here),
+    _of_site(past_run.export_folder_is_free, Stage.here),
+    _of_site(machine.gpus_hold_the_run, Stage.here),
+    _of_site(transfer.gpus_can_transfer, Stage.here),
+    _of_site(checkpoint.model_runs_here, Stage.here),
+    _of_site(checkpoint.embedded_engine_has_a_cache, Stage.here),
 )
 """All rules, in the order in which they run: cheap ones first, and imports of the user's modules last."""
 

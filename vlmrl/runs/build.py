@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,6 @@ from vlmrl.config.model import Dtype, Init, ModelConfig
 from vlmrl.config.run import RunConfig
 from vlmrl.config.trainer import Packing
 from vlmrl.config.weight_sync import CudaIpcSyncConfig, FolderSyncConfig, NcclSyncConfig
-from vlmrl.errors import ConfigError
 from vlmrl.inference.embedded.engine import EmbeddedEngine
 from vlmrl.inference.vllm.engine import VllmEngine
 from vlmrl.models.blocks import prepare_blocks
@@ -202,7 +201,7 @@ def build_run(config: RunConfig, run_dir: RunDir, monitor: Monitor, group: RankG
     if config.model.init is Init.random and isinstance(config.inference, VllmConfig):
         folder = write_weights(model, folder, run_dir.path / "initial_model")
     policy = make_policy(config, model, renderer.banned_token_ids)
-    config = fit_to_layers(config, policy, monitor.warn)
+    assert config.trainer.packing is Packing.none or not policy.is_recurrent, "settle() chooses the packing"
     trainer = make_trainer(config, policy, task.texts(), renderer.banned_token_ids, group)
     engine, weight_sync = make_engine(config, folder, policy, trainer, run_dir, monitor)
     runner = RolloutRunner(
@@ -264,27 +263,6 @@ def make_engine(
         return servers, CudaIpcSync(servers, trainer.weights, sync)
     assert isinstance(sync, FolderSyncConfig), "preflight refuses a weight sync that vLLM servers cannot receive"
     return servers, FolderSync(servers, trainer.weights, sync)
-
-
-def fit_to_layers(config: RunConfig, policy: Policy, warn: Callable[[str], None]) -> RunConfig:
-    """`config` for a model whose layers are not all softmax attention: its samples are trained one by one.
-
-    Raises `ConfigError` where the embedded engine is asked for, whose cache holds keys and values alone.
-    """
-    if not policy.is_recurrent:
-        return config
-    if config.inference.kind == "embedded":
-        raise ConfigError(
-            "inference=embedded requires layers of softmax attention, else its cache of keys and values is not all "
-            f"that a prefix leaves behind, and {config.model.name} has others (linear_attention): set inference=vllm"
-        )
-    if config.trainer.packing is Packing.none:
-        return config
-    warn(
-        f"trainer.packing={config.trainer.packing.value} is none for {config.model.name}: layers of linear_attention "
-        "carry a state from token to token, so its samples are trained one by one"
-    )
-    return dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, packing=Packing.none))
 
 
 def compute_dtypes(config: RunConfig) -> set[Dtype]:

@@ -20,7 +20,7 @@ import torch
 
 from vlmrl.config.model import Init
 from vlmrl.config.run import RunConfig
-from vlmrl.errors import CheckpointError, ConfigError
+from vlmrl.errors import CheckpointError
 from vlmrl.models.cache import MANIFEST
 from vlmrl.models.checkpoints.load import HUB_FILES, load_model, resolve_checkpoint
 from vlmrl.models.learning import choose_what_learns
@@ -58,11 +58,6 @@ def export_checkpoint(config: RunConfig, warn: Callable[[str], None]) -> Path:
     """
     run_dir = RunDir(config.output_dir)
     checkpoints = Checkpoints(run_dir.checkpoints, config.trainer.keep_checkpoints)
-    if config.export.folder is not None and Path(config.export.folder).exists():
-        raise ConfigError(
-            f"export.folder={config.export.folder} is there already, and nothing is written over: remove it, or name "
-            "another"
-        )
     seed_process(config)
     # A model that is built here has a tokenizer made of the task's words.
     is_built = config.model.tiny is not None or config.model.init is Init.random

@@ -1,6 +1,6 @@
 """A run from its checked config to its end.
 
-    execute ─┬─ rank 0 ──▶ lead: check ─▶ run directory ─▶ build ─▶ start engine ─▶ restore ─▶ mode ─▶ save ─▶ summary
+    execute ─┬─ rank 0 ──▶ lead: settle ─▶ run directory ─▶ build ─▶ start engine ─▶ restore ─▶ mode ─▶ save ─▶ summary
              └─ others ──▶ follow_leader: work for rank 0 until it ends
 
 However a run ends, it can be continued: the files on disk are complete at every moment, and everything random is a
@@ -13,23 +13,17 @@ import asyncio
 import dataclasses
 import gc
 
-from vlmrl.config.inference import VllmConfig
-from vlmrl.config.run import Mode, RunConfig
+from vlmrl.config.run import RunConfig
 from vlmrl.errors import ConfigError, EngineError, Interrupted, RankError, TaskError
-from vlmrl.inference.vllm.server import check_vllm
-from vlmrl.models.checkpoints.load import check_available
 from vlmrl.monitor.monitor import Monitor
-from vlmrl.monitor.wandb_logger import settle_wandb
 from vlmrl.orchestrator.loop import ExitReason
+from vlmrl.preflight.settle import settle
 from vlmrl.ranks.rank_group import RankGroup, follow, init_from_environment
 from vlmrl.record.run_dir import RunDir
 from vlmrl.runs.build import Run, RunFollower, build_run, is_float32
 from vlmrl.runs.modes import MODES, OfflineMode, RunMode
-from vlmrl.runs.replay.recorded import check_replayable, replayed_batch
 from vlmrl.runs.saving import save
 from vlmrl.runs.stopping import rank_lost, stopped_before, stopping_on_signals
-from vlmrl.trainer.optimizer import check_optimizer
-from vlmrl.weight_sync.gpu import check_transfer
 
 
 def execute(config: RunConfig) -> float | None:
@@ -55,21 +49,15 @@ def lead(config: RunConfig, group: RankGroup | None) -> float | None:
     mode = MODES[config.mode]
     if isinstance(mode, OfflineMode):
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, device=mode.device))
-    check_available(config.model)
-    check_optimizer(config.trainer)
     if isinstance(mode, OfflineMode):
         mode.run(config)
         return None
-    if isinstance(config.inference, VllmConfig):
-        check_vllm(config.inference)
-        check_transfer(config.weight_sync, config.inference, config.model.device)
-    if config.mode is Mode.replay:
-        check_replayable(*replayed_batch(config))
-    wandb = settle_wandb(config.monitor.wandb)  # so that config.yaml says whether the run logs there
-    config = dataclasses.replace(config, monitor=dataclasses.replace(config.monitor, wandb=wandb))
+    config, notes = settle(config)
     run_dir = open_run_dir(config, mode)
     with Monitor(config.monitor, run_dir, total_steps=config.trainer.max_steps, exact=is_float32(config)) as monitor:
         monitor.phase("preparing")
+        for note in notes:
+            monitor.warn(note)
         run = build_run(config, run_dir, monitor, group)
         monitor.table("plan", plan_table(run))
         # The imported libraries hold about a million objects for as long as the run lives. Frozen, they are not

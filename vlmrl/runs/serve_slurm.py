@@ -17,9 +17,9 @@ import httpx
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import EngineError
-from vlmrl.inference.vllm.server import Host, VllmServer, check_vllm, visible_devices
+from vlmrl.inference.vllm.server import Host, VllmServer, visible_devices
 from vlmrl.inference.vllm.slurm_servers import announce, announcement
-from vlmrl.models.checkpoints.load import check_available, resolve_checkpoint
+from vlmrl.models.checkpoints.load import resolve_checkpoint
 from vlmrl.ranks import slurm
 from vlmrl.tasks.loading import load_task
 from vlmrl.weight_sync.gpu import WEIGHT_TRANSFERS
@@ -37,8 +37,6 @@ def serve(config: RunConfig, index: int) -> None:
     run = Path(config.output_dir)
     path = announcement(run, index)
     try:
-        check_available(config.model)
-        check_vllm(config.inference)
         checkpoint = resolve_checkpoint(config.model, load_task(config.task, seed=config.seed).texts())
         server = VllmServer(
             config.inference,

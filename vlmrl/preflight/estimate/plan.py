@@ -20,7 +20,8 @@ from vlmrl.preflight.estimate.memory import pixel_bytes, server_memory, trainer_
 from vlmrl.preflight.estimate.sizes import Sizes, find_sizes
 from vlmrl.preflight.estimate.vision import CHARACTERS_PER_TOKEN, TINY_CHARACTERS_PER_TOKEN
 from vlmrl.preflight.machine import Machine, find_machine
-from vlmrl.preflight.places import GIB, check_machine, gpus_needed, processes, uses_gpus
+from vlmrl.preflight.places import GIB, gpus_needed, processes, uses_gpus
+from vlmrl.preflight.rules.machine import refuse_machine
 from vlmrl.ranks.place import find_place
 from vlmrl.tasks.loading import load_task
 
@@ -30,7 +31,8 @@ def dry_run(config: RunConfig) -> str:
     task; what the task itself raises is left as it is."""
     machine, sizes, ranks = find_machine(), find_sizes(config.model), find_place().size
     episode = play(load_task(config.task, seed=config.seed), config.task.max_turns)
-    check_machine(config, machine, sizes, ranks)
+    if machine.gpus and config.model.device != "cpu":
+        refuse_machine(config, machine, sizes, ranks)
     rows = [
         *_model(config, sizes),
         *_arithmetic(config, ranks),

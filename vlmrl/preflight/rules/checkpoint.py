@@ -7,7 +7,6 @@ from pathlib import Path
 from vlmrl.config.model import Dtype, Init, ModelConfig
 from vlmrl.config.run import Mode, RunConfig
 from vlmrl.errors import ConfigError
-from vlmrl.models.checkpoints import load
 from vlmrl.preflight.site import Site
 
 CPU_LIMIT_BYTES = 2 * 1024**3
@@ -43,6 +42,8 @@ def _weights(config: ModelConfig) -> tuple[list[str], int | None]:
         return [], 0
     if config.init is Init.random:
         return [], None
+    from vlmrl.models.checkpoints import load
+
     if not load.is_hub_name(config.name):
         folder = Path(config.name).expanduser()
         problems = load.missing_files(folder, config) or load.wrong_family(folder, config)
@@ -52,10 +53,24 @@ def _weights(config: ModelConfig) -> tuple[list[str], int | None]:
         return load.wrong_family(cached, config), load.weight_bytes(cached)
     if load.hub_is_reachable():
         return [], None
-    return [f"its weights are not in the hub's cache ({load.hub_cache()}) and the hub cannot be reached from here"], None
+    where = load.hub_cache()
+    return [f"its weights are not in the hub's cache ({where}) and the hub cannot be reached from here"], None
 
 
 def _has_cuda() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def embedded_engine_has_a_cache(config: RunConfig, site: Site) -> None:
+    """The embedded engine keeps keys and values only, so it cannot continue layers with a state."""
+    if config.inference.kind != "embedded" or config.mode is Mode.export:
+        return
+    from vlmrl.models.checkpoints.layers import stateful_layers
+
+    if layers := stateful_layers(config.model):
+        raise ConfigError(
+            f"inference=embedded keeps keys and values only, and {config.model.name} has layers of "
+            f"{', '.join(layers)}, whose state it would lose between tokens: set inference=vllm"
+        )

@@ -91,11 +91,11 @@ def tiny_is_a_model(config: RunConfig) -> None:
     """A checkpoint that is built here is a Qwen3-VL whose sizes fit each other."""
     if config.model.tiny is None:
         return
-    if not family_of(config.model.vlm).builds_tiny:
+    family = family_of(config.model.vlm)
+    if not family.builds_tiny:
         raise ConfigError(
             "model.tiny requires model.vlm.family=qwen3_vl, else the Qwen3-VL that it builds is loaded as another "
             "model: drop the change to model.vlm, or load a checkpoint with model=qwen3vl model.name=…"
         )
-    from vlmrl.models.checkpoints.tiny import check_tiny
-
-    check_tiny(config.model)
+    if problem := family.tiny_problem(config.model.tiny):
+        raise ConfigError(f"model.tiny.{problem}: change one of them")

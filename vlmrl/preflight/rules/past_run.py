@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vlmrl.config.run import Mode, RunConfig
 from vlmrl.errors import ConfigError
 from vlmrl.preflight.site import Site
-from vlmrl.record.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from vlmrl.record.run_dir import RunDir
 
 
 def batch_was_recorded(config: RunConfig, site: Site) -> None:
     """mode=replay: the batch of `step` and the weights that learned from it are on disk."""
     if config.mode is not Mode.replay:
         return
+    from vlmrl.record.run_dir import RunDir
+
     assert config.run is not None, "mode_has_work runs at an earlier stage"
     assert config.step is not None, "mode_has_work runs at an earlier stage"
     refuse_batch(RunDir(config.run), config.step)

@@ -30,7 +30,8 @@ def refuse_transfer(sync: WeightSyncConfig, inference: VllmConfig, device: str) 
         )
     if inference.starts_servers:
         devices = visible_devices()
-        refuse_places(sync, inference, devices[torch.device("cuda" if device == "auto" else device).index or 0], devices)
+        trainer = torch.device("cuda" if device == "auto" else device).index or 0
+        refuse_places(sync, inference, devices[trainer], devices)
 
 
 def refuse_places(sync: WeightSyncConfig, inference: VllmConfig, trainer: str, devices: list[str]) -> None:

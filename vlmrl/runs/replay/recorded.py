@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image as PILImage
 
 from vlmrl.config.run import RunConfig
-from vlmrl.errors import ConfigError, VlmrlError
+from vlmrl.errors import VlmrlError
 from vlmrl.record.rollouts import RolloutRecord, TurnRecord, mm_kwargs_digests, read_rollouts, recorded_digests
 from vlmrl.record.run_dir import RunDir
 from vlmrl.rendering.images import ImageError
@@ -43,25 +43,6 @@ def replayed_batch(config: RunConfig) -> tuple[RunDir, int]:
     assert config.run is not None, "preflight refuses a replay without run="
     assert config.step is not None, "preflight refuses a replay without step="
     return RunDir(config.run), config.step
-
-
-def check_replayable(run_dir: RunDir, step: int) -> None:
-    """Raise `ConfigError` where the batch of `step`, or the weights that learned from it, are gone."""
-    recorded = [int(path.stem.removeprefix("step_")) for path in sorted(run_dir.rollouts.glob("step_*.jsonl"))]
-    kept = run_dir.checkpoint_steps()
-    possible = [each for each in recorded if each == 1 or each - 1 in kept]
-    remedy = f"set step={' or '.join(map(str, possible[-8:]))}" if possible else "replay another run"
-    if step not in recorded:
-        raise ConfigError(
-            f"step={step} requires {run_dir.rollouts_file('step', step)}, else there is no batch to replay "
-            f"(mode=rl writes it where monitor.record_rollouts=true): {remedy}"
-        )
-    if step not in possible:
-        raise ConfigError(
-            f"step={step} requires the checkpoint of policy version {step - 1}, else the weights that learned from "
-            f"this batch are gone ({run_dir.checkpoints} holds {', '.join(map(str, kept)) or 'none'}): {remedy}; a run "
-            "keeps more of them with trainer.checkpoint_every and trainer.keep_checkpoints"
-        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
-from collections.abc import Callable
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +10,10 @@ import pytest
 
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.model import Dtype
-from vlmrl.errors import ConfigError, EngineError
+from vlmrl.errors import EngineError
 from vlmrl.inference.vllm.arguments import command_line, server_arguments
 from vlmrl.inference.vllm.in_server.guard import RequireKey
-from vlmrl.inference.vllm.server import VllmServer, check_vllm, vllm_version
+from vlmrl.inference.vllm.server import VllmServer, vllm_version
 
 CONFIG = VllmConfig(dtype=Dtype.bfloat16, max_model_len=512)
 
@@ -57,27 +54,6 @@ def test_extra_arguments_win() -> None:
     extra = arguments(gpu_memory_utilization=0.3, max_num_seqs=64, middleware=None)
     assert (extra["gpu_memory_utilization"], extra["max_num_seqs"]) == (0.3, 64)
     assert "--middleware" not in command_line(extra)
-
-
-def without(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    find: Callable[..., ModuleSpec | None] = importlib.util.find_spec
-    here = ModuleSpec("vllm", None, origin=__file__)
-    found = {"vllm": here, "torchvision": here, name: None}
-    monkeypatch.setattr(importlib.util, "find_spec", lambda module, *args: found.get(module, find))
-
-
-def test_without_vllm_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    without("vllm", monkeypatch)
-    with pytest.raises(ConfigError, match=r"inference=vllm requires vLLM.*pip install 'vlmrl\[vllm\]'"):
-        check_vllm(CONFIG)
-    check_vllm(VllmConfig(dtype=Dtype.bfloat16, urls=["http://there"]))
-
-
-def test_without_torchvision_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlmrl.inference.vllm.server.vllm_version", lambda: (0, 32))
-    without("torchvision", monkeypatch)
-    with pytest.raises(ConfigError, match="requires torchvision"):
-        check_vllm(CONFIG)
 
 
 def test_the_guard_refuses_requests_without_the_key(monkeypatch: pytest.MonkeyPatch) -> None:

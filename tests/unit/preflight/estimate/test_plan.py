@@ -89,7 +89,7 @@ ON_GPU = ("trainer.cpu_offload=false", "trainer.optimizer=adamw_8bit")
 @pytest.mark.parametrize(
     ("gpus", "code", "said"),
     [
-        (1, 2, "inference.tensor_parallel_size=1 with weight_sync=nccl require 2 GPUs"),
+        (1, 2, "inference.tensor_parallel_size=1 with weight_sync=nccl need 2 GPUs"),
         (2, 0, "starts              vLLM server 0 on GPU 1"),
     ],
 )

@@ -1,0 +1,99 @@
+"""Estimated bytes against the bytes that a trainer holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from support import helpers
+from vlmrl.config.run import RunConfig
+from vlmrl.preflight.estimate.memory import learning_bytes, learning_parameters, trainer_memory
+from vlmrl.preflight.estimate.sizes import Sizes, find_sizes
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("offload", [False, True])
+def test_what_learns_holds_what_was_said(
+    dtype: str, offload: bool, run_config: Callable[..., RunConfig], tiny_model: Callable[[], Any]
+) -> None:
+    """The tiny model's weights, masters, gradients and averages after a step, in bytes."""
+    import torch
+
+    from vlmrl.trainer.optimizer import make_optimizer
+    from vlmrl.trainer.weights import PlainWeights
+
+    config = run_config(f"model.dtype={dtype}", f"trainer.cpu_offload={offload}", "model.device=cpu")
+    model = tiny_model().to(getattr(torch, dtype))
+    weights = PlainWeights(model, offload=offload, ranks=1)
+    learning = list(weights.learning().values())
+    optimizer = make_optimizer(config.trainer, learning)
+    for parameter in model.parameters():
+        parameter.sum().backward()
+    optimizer.step()
+    averages = [value for state in optimizer.state.values() for value in state.values() if value.numel() > 1]
+    gradients = [tensor.grad for tensor in learning if tensor.grad is not None]
+    held = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *learning, *gradients, *averages)}
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    memory = trainer_memory(config, Sizes("a test", parameters, 0, None, None), rows=0, loss_tokens=0, ranks=1)
+    assert memory is not None
+    assert memory.on_host == 0, "nothing moves where the model is on a CPU"
+    assert memory.fixed == pytest.approx(sum(held.values()), rel=0.01)
+
+
+def test_slices_and_eight_bits(run_config: Callable[..., RunConfig]) -> None:
+    def bytes_of(*overrides: str, ranks: int = 1) -> tuple[float, float]:
+        return learning_bytes(run_config("model=qwen3vl", *overrides), ranks)
+
+    assert bytes_of() == (2 + 16, 0)
+    assert bytes_of("trainer.optimizer=adamw_8bit") == (2 + 10, 0)
+    assert bytes_of("trainer.cpu_offload=true") == (2, 16)
+    assert bytes_of(ranks=4) == (4, 0)
+    assert bytes_of("trainer.sharding=none", ranks=4) == (18, 0)
+    assert bytes_of("trainer.sharding=optimizer", ranks=4) == (2 + 4 + 4, 0)
+    assert bytes_of("trainer.sharding=optimizer", "trainer.cpu_offload=true", ranks=4) == (2 + 4, 4)
+    assert bytes_of("trainer.sharding=optimizer") == bytes_of()
+    assert bytes_of("trainer.cpu_offload=true", ranks=4) == (0, 4)
+    assert bytes_of("model.dtype=float32") == (16, 0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "learns"),
+    [
+        ((), 428_480),
+        (("model.vlm.freeze_vision=true",), 428_480 - 301_056),
+        (("model.vlm.freeze_language=true",), 301_056),
+    ],
+)
+def test_what_is_frozen_does_not_learn(
+    overrides: tuple[str, ...], learns: int, run_config: Callable[..., RunConfig]
+) -> None:
+    config = run_config(*overrides)
+    assert learning_parameters(config, find_sizes(config.model)) == (learns, 428_480 - learns)
+
+
+def test_adapters_are_counted_exactly(run_config: Callable[..., RunConfig], tiny_model: Callable[[], Any]) -> None:
+    pytest.importorskip("peft")
+    from vlmrl.models.lora import add_adapters
+
+    config = run_config("model/lora=all_linear")
+    config.model.tiny = helpers.TINY.tiny
+    model = tiny_model()
+    parameters = sum(p.numel() for p in model.parameters())
+    assert config.model.lora is not None
+    add_adapters(model, config.model.lora)
+    adapters = sum(p.numel() for p in model.parameters()) - parameters
+    assert learning_parameters(config, find_sizes(config.model)) == (adapters, parameters)
+
+
+def test_recomputed_layers_keep_their_inputs_alone(run_config: Callable[..., RunConfig]) -> None:
+    def activations(*overrides: str) -> int:
+        config = run_config("model=qwen3vl", "model/size=2b", *overrides)
+        memory = trainer_memory(config, find_sizes(config.model), rows=16384, loss_tokens=0, ranks=1)
+        assert memory is not None
+        assert memory.activations is not None
+        return memory.activations
+
+    assert activations() == pytest.approx(45e9, rel=0.01)
+    assert activations("trainer.activation_checkpointing=true") == pytest.approx(3.4e9, rel=0.1)

@@ -1,0 +1,173 @@
+"""A machine that has, or lacks, the checkpoint and the device of a model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vlmrl.config.model import Dtype, ModelConfig, TinyConfig, VLMConfig
+from vlmrl.config.run import RunConfig
+from vlmrl.errors import ConfigError
+from vlmrl.models.checkpoints.layers import stateful_layers
+from vlmrl.models.checkpoints.load import resolve_checkpoint
+from vlmrl.preflight.rules.checkpoint import embedded_engine_has_a_cache, refuse_model
+from vlmrl.preflight.site import Site
+
+QWEN3_VL = VLMConfig(family="qwen3_vl", renderers=["qwen3-vl"], positions="mrope", image_token="<|image_pad|>")
+
+
+def folder_config(folder: Path, dtype: Dtype = Dtype.float32, device: str = "cpu") -> ModelConfig:
+    return ModelConfig(name=str(folder), dtype=dtype, device=device, vlm=QWEN3_VL)
+
+
+@pytest.fixture
+def copy(tiny_folder: Path, tmp_path: Path) -> Path:
+    """A folder of the user's own, which a test may damage."""
+    return Path(shutil.copytree(tiny_folder, tmp_path / "checkpoint"))
+
+
+@pytest.fixture
+def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty hub cache, and a hub that nobody serves. Returns the cache."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    return cache
+
+
+def test_the_tiny_default_is_available_anywhere() -> None:
+    refuse_model(ModelConfig(name="tiny", vlm=QWEN3_VL, tiny=TinyConfig()))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_real_model_without_gpu_weights_and_network_is_refused_in_seconds(no_hub: Path) -> None:
+    config = ModelConfig(name="Qwen/Qwen3-VL-4B-Instruct", dtype=Dtype.bfloat16, vlm=QWEN3_VL)
+    begin = time.monotonic()
+    with pytest.raises(ConfigError) as error:
+        refuse_model(config)
+    assert time.monotonic() - begin < 10
+    for said in (
+        "model.name=Qwen/Qwen3-VL-4B-Instruct",
+        str(no_hub),
+        "cannot be reached",
+        "no CUDA device",
+        "python -m vlmrl",
+        "model.name=<folder",
+    ):
+        assert said in str(error.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_demanded_gpu_that_is_not_there_is_refused(copy: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.device=cuda"):
+        refuse_model(folder_config(copy, device="cuda"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_weights_too_big_for_a_cpu_are_refused_unless_the_cpu_is_asked_for(copy: Path) -> None:
+    with (copy / "model.safetensors").open("r+b") as file:
+        file.truncate(3 * 1024**3)  # sparse: takes no room
+    with pytest.raises(ConfigError, match="needs a GPU"):
+        refuse_model(folder_config(copy, device="auto"))
+    refuse_model(folder_config(copy, device="cpu"))
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is no folder"):
+        refuse_model(folder_config(tmp_path / "nothing"))
+
+
+def cache_as_hub_does(folder: Path, hub: Path) -> Path:
+    snapshot = hub / "models--org--tiny-vl" / "snapshots" / "0123abc"
+    shutil.copytree(folder, snapshot)
+    (hub / "models--org--tiny-vl" / "refs").mkdir()
+    (hub / "models--org--tiny-vl" / "refs" / "main").write_text("0123abc")
+    return snapshot
+
+
+def test_a_cached_hub_name_needs_no_network(tiny_folder: Path, no_hub: Path) -> None:
+    snapshot = cache_as_hub_does(tiny_folder, no_hub)
+    config = ModelConfig(name="org/tiny-vl", device="cpu", vlm=QWEN3_VL)
+    refuse_model(config)
+    assert resolve_checkpoint(config, ()) == snapshot
+
+
+def test_a_half_downloaded_hub_name_counts_as_missing(tiny_folder: Path, no_hub: Path) -> None:
+    (cache_as_hub_does(tiny_folder, no_hub) / "model.safetensors").unlink()
+    config = ModelConfig(name="org/tiny-vl", device="cpu", vlm=QWEN3_VL)
+    with pytest.raises(ConfigError, match="not in the hub's cache"):
+        refuse_model(config)
+
+
+def test_a_cached_hub_name_of_another_family_is_refused(tiny_folder: Path, no_hub: Path) -> None:
+    cache_as_hub_does(tiny_folder, no_hub)
+    other = VLMConfig(family="qwen3_5", renderers=["qwen3.5"], positions="mrope", image_token="<|image_pad|>")
+    with pytest.raises(ConfigError, match=r"model\.vlm\.family=qwen3_5"):
+        refuse_model(ModelConfig(name="org/tiny-vl", device="cpu", vlm=other))
+
+
+def test_a_folder_and_a_text_only_model_are_taken(copy: Path) -> None:
+    refuse_model(folder_config(copy, Dtype.bfloat16))
+    (copy / "preprocessor_config.json").unlink()
+    refuse_model(ModelConfig(name=str(copy), device="cpu", vlm=None))
+    with pytest.raises(ConfigError, match=r"preprocessor_config\.json is missing"):
+        refuse_model(folder_config(copy))
+
+
+def test_a_folder_of_another_family_is_refused(copy: Path) -> None:
+    other = VLMConfig(family="qwen3_5", renderers=["qwen3.5"], positions="mrope", image_token="<|image_pad|>")
+    with pytest.raises(ConfigError, match=r"model_type=qwen3_vl, but model\.vlm\.family=qwen3_5"):
+        refuse_model(ModelConfig(name=str(copy), device="cpu", vlm=other))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_an_export_needs_no_gpu(copy: Path) -> None:
+    refuse_model(folder_config(copy, device="cuda"), needs_device=False)
+
+
+# ── layers that carry a state ───────────────────────────────────────────────────────────────────────────────
+
+
+def with_layers(folder: Path, *kinds: str) -> Path:
+    """`folder` with a config.json that names these kinds of layers."""
+    numbers: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    numbers["text_config"]["layer_types"] = list(kinds)
+    (folder / "config.json").write_text(json.dumps(numbers))
+    return folder
+
+
+def test_layers_with_a_state_are_read_from_the_checkpoint(copy: Path, no_hub: Path) -> None:
+    assert stateful_layers(folder_config(copy)) == (), "derived by transformers"
+    with_layers(copy, "linear_attention", "full_attention")
+    assert stateful_layers(folder_config(copy)) == ("linear_attention",)
+    assert stateful_layers(ModelConfig(name="org/not-here")) == ()
+    (copy / "config.json").write_text("{")
+    assert stateful_layers(folder_config(copy)) == ()
+
+
+def test_layers_with_a_state_that_transformers_derives(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "qwen3_next", "num_hidden_layers": 4, "full_attention_interval": 4})
+    )
+    assert stateful_layers(folder_config(tmp_path)) == ("linear_attention",)
+
+
+def test_the_embedded_engine_is_refused_for_layers_with_a_state(
+    copy: Path, run_config: Callable[..., RunConfig]
+) -> None:
+    config = run_config()
+    embedded_engine_has_a_cache(config, Site())
+    config.model = folder_config(with_layers(copy, "linear_attention", "full_attention"))
+    with pytest.raises(ConfigError, match=r"inference=embedded keeps keys and values only.* linear_attention, .*=vllm"):
+        embedded_engine_has_a_cache(config, Site())
+    config.inference = run_config("inference=vllm").inference
+    embedded_engine_has_a_cache(config, Site())
