@@ -80,7 +80,7 @@ def export_checkpoint(config: RunConfig, warn: Callable[[str], None]) -> Path:
         is_needed = any(fnmatch(path.name, pattern) for pattern in HUB_FILES)
         if is_needed and not f"/{path.name}".endswith(WRITTEN_BY_EXPORT):
             shutil.copyfile(path, partial / path.name)
-    if folder.exists():  # from an earlier export of the same step
+    if config.export.folder is None and folder.exists():  # an earlier export of this run, at its usual place
         shutil.rmtree(folder)
     partial.rename(folder)
     return folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from vlmrl.inference.vllm.engine import VllmEngine
 from vlmrl.inference.vllm.server import vllm_version
 from vlmrl.models.checkpoints.load import load_image_processor, load_model, load_tokenizer, resolve_checkpoint
 from vlmrl.models.families import family_of
+from vlmrl.preflight.rules.past_run import export_folder_is_free
+from vlmrl.preflight.site import Site
 from vlmrl.rendering.renderer import make_renderer
 from vlmrl.runs.build import make_policy
 from vlmrl.runs.export import export_checkpoint
@@ -63,8 +66,11 @@ def policy_and_folder(composed: Callable[..., DictConfig], tmp_path: Path) -> tu
     checkpoints.finish()
     exported = export_checkpoint(config, pytest.fail)
     assert exported == tmp_path / "exported"
-    with pytest.raises(ConfigError, match=r"^export.folder=.* is there already, and nothing is written over"):
+    with pytest.raises(ConfigError, match=r"^export.folder=.* exists already, and an export overwrites nothing"):
+        export_folder_is_free(config, Site())
+    with pytest.raises(OSError, match="not empty"):
         export_checkpoint(config, pytest.fail)
+    shutil.rmtree(tmp_path / ".partial_exported")
     assert not list(tmp_path.glob(".partial*"))
     return tiny, exported
 
