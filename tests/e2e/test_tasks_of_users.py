@@ -132,7 +132,7 @@ def test_nothing_but_faults_ends_the_run(job: int, message: str, runs: Scenarios
 
 def test_a_loss_that_is_not_finite_ends_the_run(runs: Scenarios) -> None:
     folder, ended = runs["end"]
-    assert "at version 0: nothing was changed; " in ended.err
+    assert "at version 0, so the weights were not changed. " in ended.err
     assert "train/000001/0" in ended.err, "samples are named"
     found = summary(folder / "2")
     assert (found["exit_reason"], found["step"]) == ("error", 0)

@@ -10,7 +10,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from vlmrl.ranks.commands import Command
-from vlmrl.trainer.learner import Learner, Outcome, Step
+from vlmrl.trainer.learner import Learner, StepSettings
+from vlmrl.trainer.outcome import Outcome
 from vlmrl.trainer.shares import Share
 from vlmrl.types import FloatArray
 
@@ -39,7 +40,7 @@ class Learn(Command[Follower, Outcome]):
     share: Share | None
     """Samples to learn from by reward; None in a supervised step."""
     demonstrations: Share | None
-    step: Step
+    step: StepSettings
 
     def run(self, worker: Follower) -> Outcome:
         return worker.learner.learn(self.share, self.demonstrations, self.step)

@@ -1,12 +1,13 @@
-"""One rank's part in learning. All ranks call the same methods, in the same order, each with its own share.
+"""One rank's part in learning: its model, its optimizer, its forward and backward passes.
 
-    share ─▶ pack ─▶ each pass: encode images, forward, loss, backward ─▶ is all of it finite? ─▶ clip ─▶ optimizer
+    share ─▶ pack ─▶ each micro-batch: encode images, forward, loss, backward ─▶ all finite? ─▶ clip ─▶ optimizer step
 
-Nobody may leave in the middle: the other ranks would wait for it. So the passes go on whatever a loss is, and before
-anything is changed the ranks agree on whether one was not finite.
+All ranks call the same methods in the same order, each with its own share. No rank may stop in the middle, because the
+others would wait for it. So the passes continue after a loss that is not finite, and before anything is changed the
+ranks agree on whether there was one.
 
-Nothing of a pass is read before the last has been asked for: a GPU that is asked for figures in between runs empty, and
-micro-batches are packed while it works on the ones before.
+All micro-batches are launched before any scalar is read back (outcome.py), and each is packed while the device computes
+the ones before it.
 """
 
 from __future__ import annotations
@@ -14,13 +15,12 @@ from __future__ import annotations
 import math
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -31,95 +31,33 @@ from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.trainer import Packing, Sharding, TrainerConfig
 from vlmrl.models.policy import Policy
 from vlmrl.trainer.checkpoint import begin_to_save, not_finite, restore
-from vlmrl.trainer.forward import loss_logprobs
-from vlmrl.trainer.loss import BatchTotals, LossOutput, LossTokens, mismatch_kl, policy_loss, supervised
-from vlmrl.trainer.loss_scale import LossScale
-from vlmrl.trainer.optimizer import make_optimizer, set_learning_rate
+from vlmrl.trainer.loss import BatchTotals, LossOutput, LossTokens, policy_loss, supervised
+from vlmrl.trainer.optimizer import LossScale, make_optimizer, set_learning_rate
+from vlmrl.trainer.outcome import Outcome, PassResult
 from vlmrl.trainer.packing import MicroBatch, pack_share
 from vlmrl.trainer.shares import Share
 from vlmrl.trainer.weights import PlainWeights, ShardedWeights
-from vlmrl.types import FloatArray, TokenMetrics
+from vlmrl.types import FloatArray
 
-WRITING = timedelta(hours=2)
-"""How much longer one rank may write at a checkpoint than another."""
+CHECKPOINT_TIMEOUT = timedelta(hours=2)
+"""How much longer one rank may take to write its part of a checkpoint than another."""
 
 
 @dataclass(frozen=True)
-class Step:
-    """What every rank must know of an optimizer step."""
+class StepSettings:
+    """What every rank must know about an optimizer step."""
 
     totals: BatchTotals | None
-    """Of the samples that are learned from by reward; None where there are none."""
+    """Sizes of the whole batch of samples that are learned from by reward; None where there are no such samples."""
     demonstrated_tokens: int
-    """Loss tokens of all demonstrations."""
+    """Loss tokens of all demonstrations on all ranks."""
     demonstration_weight: float
+    """Factor of the demonstrations' loss."""
     learning_rate: float
 
 
-@dataclass
-class Outcome:
-    """What one rank adds to the figures of a step, and what all of them found."""
-
-    loss: float = 0.0
-    demonstration_loss: float = 0.0
-    entropy: float = 0.0
-    """Nats, summed over the loss tokens."""
-    kl_sum: float = 0.0
-    kl_max: float = 0.0
-    sums: dict[str, float] = field(default_factory=dict)
-    maxima: dict[str, float] = field(default_factory=dict)
-    """Of `LossOutput`, over the micro-batches."""
-    rows: int = 0
-    """That the forward passes computed."""
-    micro_batches: int = 0
-    images: dict[str, float] = field(default_factory=dict)
-    """`Policy.take_image_counters`."""
-    tokens: list[TokenMetrics] = field(default_factory=list)
-    """Of each sample of the share."""
-    peak_bytes: int = 0
-    """See `peak_bytes`."""
-    grad_norm: float = math.nan
-    """L2, of all ranks together."""
-    broken_loss: float | None = None
-    """The first that is not finite."""
-    broken: list[str] = field(default_factory=list)
-    """Names of the samples with a figure that is not finite, or else of the micro-batch where the loss is not."""
-    names_are_exact: bool = False
-    loss_scale: int = 1
-    """`LossScale.factor` after the step."""
-    stepped: bool = False
-    """Whether the weights were changed; of all ranks or of none."""
-
-
-Scalars: TypeAlias = dict[str, Tensor | float]
-
-
-@dataclass(frozen=True, eq=False)
-class _Pass:
-    """A micro-batch that is behind us, or will be: its figures are read when all are."""
-
-    batch: MicroBatch
-    output: LossOutput
-    logprobs: Tensor
-    """float32 [N]."""
-    entropies: Tensor
-    """float32 [N]; nats."""
-
-    @staticmethod
-    def behind(batch: MicroBatch, output: LossOutput, logprobs: Tensor, entropies: Tensor) -> _Pass:
-        """Without gradients, whose graphs would keep memory; `entropies` [U] as the head gives them."""
-        output = replace(output, loss=output.loss.detach())
-        return _Pass(batch, output, logprobs.detach(), entropies[batch.entry])
-
-    def figures(self) -> tuple[Scalars, Scalars, Scalars]:
-        """Of the pass itself, and `sums` and `maxima` of its `LossOutput`."""
-        total, largest = mismatch_kl(self.logprobs, self.batch.inference_logprobs)
-        own: Scalars = {"loss": self.output.loss, "entropy": self.entropies.sum()}
-        return own | {"kl_sum": total, "kl_max": largest}, self.output.sums, self.output.maxima
-
-
 class Learner:
-    """Model, optimizer and counters of one rank."""
+    """Model, optimizer and step counters of one rank."""
 
     def __init__(
         self,
@@ -131,7 +69,7 @@ class Learner:
         max_new_tokens: int,
         ranks: int = 1,
     ) -> None:
-        """Of several ranks, all make theirs at the same time; torch.distributed must be up."""
+        """With several ranks, torch.distributed must be initialized, and all ranks must call this at the same time."""
         self.policy = policy
         self.config = config
         self._algorithm = algorithm
@@ -147,18 +85,18 @@ class Learner:
             )
         else:
             self._weights = PlainWeights(policy.model, offload=config.cpu_offload, ranks=ranks)
-        self._checkpoint_group = dist.new_group(backend="gloo", timeout=WRITING) if ranks > 1 else None
+        self._checkpoint_group = dist.new_group(backend="gloo", timeout=CHECKPOINT_TIMEOUT) if ranks > 1 else None
         self.version = 0
         self.supervised_steps = 0
 
     @cached_property
     def _optimizer(self) -> torch.optim.Optimizer:
-        """Made when something is learned: until then there is no second copy of the weights either."""
+        """Built for the first step: until then there is no float32 copy of the weights either."""
         return make_optimizer(self.config, list(self._weights.learning().values()))
 
-    def learn(self, share: Share | None, demonstrations: Share | None, step: Step) -> Outcome:
-        """One optimizer step. Where a loss or the gradient is not finite, nothing is changed; the outcome says so."""
-        optimizer = self._optimizer  # and with it the weights that learn, before there is a gradient for them
+    def learn(self, share: Share | None, demonstrations: Share | None, step: StepSettings) -> Outcome:
+        """One optimizer step. Where a loss or the gradient is not finite, no weight changes and the outcome says so."""
+        optimizer = self._optimizer  # creates the float32 weights before there is a gradient for them
         while True:
             outcome = self._passes(share, demonstrations, step)
             if self._any_rank(outcome.broken_loss is not None):
@@ -182,25 +120,13 @@ class Learner:
         outcome.loss_scale = self._loss_scale.factor
         return outcome
 
-    def _passes(self, share: Share | None, demonstrations: Share | None, step: Step) -> Outcome:
-        """All forward and backward passes of a step."""
-        self.policy.take_image_counters()  # what the engine or a step that failed have counted
-        outcome = Outcome()
-        if share is not None:
-            assert step.totals is not None
-            self._backward_policy(share, step.totals, outcome, is_last=demonstrations is None)
-        outcome.images = self.policy.take_image_counters()
-        if demonstrations is not None:
-            self._backward_supervised(demonstrations, step, outcome)
-        return outcome
-
     def skip(self) -> int:
-        """A step that had nothing to learn from → `peak_bytes`."""
+        """Count a step that had no samples → `peak_bytes`."""
         self.version += 1
         return peak_bytes(self.policy.device)
 
     def logprobs(self, share: Share) -> list[FloatArray]:
-        """Natural-log probabilities of each sample's loss tokens, float32 [its loss tokens]."""
+        """Natural-log probabilities of each sample's loss tokens, float32 [loss tokens of the sample]."""
         found = [np.empty(0, np.float32)] * len(share.samples)
         with torch.no_grad():
             for batch, is_last in self._pack(share):
@@ -211,17 +137,21 @@ class Learner:
         return found
 
     def whole_weights(self) -> dict[str, Tensor]:
-        """The tensors that are computed with, whole."""
+        """The whole tensors that the forward pass computes with, by name. While one rank calls this, all other ranks
+        call this or `give_weights`."""
         return dict(self._weights.whole())
 
     def give_weights(self) -> None:
-        """This rank's slices of all of them, for `whole_weights` of another."""
+        """Contribute this rank's slices to `whole_weights` of another rank, and keep none of the whole tensors."""
         for _ in self._weights.whole():
             pass
 
     def save(self, folder: str) -> str | Future[None]:
-        """Copy the training state and begin to write the copy; the future ends when all of it, of all ranks, is on the
-        disk. Or the name of a weight that is not finite: then nothing is written."""
+        """Copy the training state and begin to write the copy → a future that ends when all ranks have written theirs.
+
+        Where a weight of any rank is not finite, nothing is written and all ranks return a string: the name of the
+        weight, or "" on ranks whose own weights are finite.
+        """
         broken = not_finite(self._weights.state())
         if self._any_rank(broken is not None):
             return broken or ""
@@ -229,7 +159,7 @@ class Learner:
         return begin_to_save(Path(folder), self._weights.state(), self._optimizer, counters, self._checkpoint_group)
 
     def load(self, folder: str) -> None:
-        """Restore what `save` wrote, by however many ranks. Raises `CheckpointError`."""
+        """Restore what `save` wrote with any number of ranks. Raises `CheckpointError`."""
         weights = self._weights
         counters = restore(Path(folder), weights.state(), self._optimizer, weights.learning(), self._checkpoint_group)
         weights.publish()
@@ -238,9 +168,21 @@ class Learner:
 
     # ── passes ──────────────────────────────────────────────────────────────────────────────────────────────
 
+    def _passes(self, share: Share | None, demonstrations: Share | None, step: StepSettings) -> Outcome:
+        """Run all forward and backward passes of a step."""
+        self.policy.take_image_counters()  # reset: the engine, or a step that failed, may have counted images
+        outcome = Outcome()
+        if share is not None:
+            assert step.totals is not None
+            self._backward_policy(share, step.totals, outcome, is_last=demonstrations is None)
+        outcome.images = self.policy.take_image_counters()
+        if demonstrations is not None:
+            self._backward_supervised(demonstrations, step, outcome)
+        return outcome
+
     def _backward_policy(self, share: Share, totals: BatchTotals, outcome: Outcome, *, is_last: bool) -> None:
-        """`is_last`: no other passes of the step follow."""
-        passed: list[_Pass] = []
+        """Add the gradient of the policy loss. `is_last`: the step has no passes after these."""
+        results: list[PassResult] = []
         for batch, ends_share in self._pack(share):
             outcome.rows += len(batch.token_ids)
             outcome.micro_batches += 1
@@ -256,22 +198,12 @@ class Learner:
             )
             output = policy_loss(tokens, totals, self._algorithm)
             _backward(self._loss_scale.factor * output.loss)
-            passed.append(_Pass.behind(batch, output, logprobs, entropies))
-        self._note_broken(passed, share, outcome)
-        for figures, sums, maxima in _read([each.figures() for each in passed]):
-            outcome.loss += figures["loss"]
-            outcome.entropy += figures["entropy"]
-            outcome.kl_sum += figures["kl_sum"]
-            outcome.kl_max = max(outcome.kl_max, figures["kl_max"])
-            for key, value in sums.items():
-                outcome.sums[key] = outcome.sums.get(key, 0.0) + value
-            for key, value in maxima.items():
-                outcome.maxima[key] = max(outcome.maxima.get(key, value), value)
-        outcome.tokens = _by_sample(passed, len(share.samples)) if passed else []
+            results.append(PassResult.detached(batch, output, logprobs, entropies))
+        outcome.add_policy(results, share)
 
-    def _backward_supervised(self, share: Share, step: Step, outcome: Outcome) -> None:
-        """Add the gradient of the weight times the mean negative log-likelihood of the loss tokens."""
-        passed: list[_Pass] = []
+    def _backward_supervised(self, share: Share, step: StepSettings, outcome: Outcome) -> None:
+        """Add the gradient of `demonstration_weight` × the mean negative log-likelihood of the loss tokens."""
+        results: list[PassResult] = []
         for batch, is_last in self._pack(share):
             logprobs, entropies = self._logprobs(batch, is_last=is_last)
             if batch.is_filler:
@@ -279,10 +211,8 @@ class Learner:
                 continue
             part = supervised(logprobs, step.demonstrated_tokens)
             _backward(self._loss_scale.factor * step.demonstration_weight * part)
-            passed.append(_Pass.behind(batch, LossOutput(part), logprobs, entropies))
-        self._note_broken(passed, share, outcome)
-        losses = _read([({"loss": each.output.loss},) for each in passed])
-        outcome.demonstration_loss = sum(figures["loss"] for (figures,) in losses)
+            results.append(PassResult.detached(batch, LossOutput(part), logprobs, entropies))
+        outcome.add_supervised(results, share)
 
     def _pack(self, share: Share) -> Iterator[tuple[MicroBatch, bool]]:
         """Each micro-batch, and whether it is the last."""
@@ -296,6 +226,7 @@ class Learner:
         return self._weights.compute(lambda: loss_logprobs(self.policy, batch, self._temperature), last=is_last)
 
     def _clip(self) -> float:
+        """Undo the loss scale and clip the gradient → its L2 norm before clipping."""
         learning = self._weights.learning().values()
         if self._loss_scale.factor != 1:
             for tensor in learning:
@@ -304,24 +235,8 @@ class Learner:
         norm = torch.nn.utils.clip_grad_norm_(learning, self.config.max_grad_norm)
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
-    # ── what is not finite ──────────────────────────────────────────────────────────────────────────────────
-
-    def _note_broken(self, passed: Sequence[_Pass], share: Share, outcome: Outcome) -> None:
-        """The first of `passed` whose loss is not finite, unless there was one before."""
-        if not passed or outcome.broken_loss is not None:
-            return
-        is_broken = (~torch.isfinite(torch.stack([each.output.loss for each in passed]))).tolist()
-        if not any(is_broken):
-            return
-        first = passed[is_broken.index(True)]
-        batch = first.batch
-        figures = torch.stack([first.logprobs, batch.inference_logprobs, batch.advantages])
-        broken = batch.sample_index[~torch.isfinite(figures).all(0)].tolist()
-        outcome.broken_loss = float(first.output.loss)
-        outcome.names_are_exact = bool(broken)
-        outcome.broken = [share.samples[i].rollout_id for i in sorted(set(broken or batch.sample_index.tolist()))]
-
     def _any_rank(self, here: bool) -> bool:
+        """Whether `here` is true on any rank; all ranks call this at the same time."""
         if self._ranks == 1:
             return here
         anywhere = torch.tensor(here, dtype=torch.int32)
@@ -329,36 +244,34 @@ class Learner:
         return bool(anywhere)
 
 
-def _backward(loss: Tensor) -> None:
-    """Nothing, where no part of the model that learns had a part in the loss: a vision tower alone, and no images."""
-    if loss.requires_grad:
-        torch.autograd.backward(loss)
+def loss_logprobs(policy: Policy, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
+    """One forward pass over a micro-batch → float32 [N] logprobs of its loss tokens, with gradient, and float32 [U]
+    entropies (nats) of the distributions they were sampled from, without gradient."""
+    # The vision tower runs first in every pass. Otherwise the ranks of a sharded model would gather the weights of the
+    # tower and of the layers in different orders.
+    idle = policy.encode_images([] if batch.idle_image is None else [batch.idle_image])
+    features = policy.encode_images(batch.images)
+    hidden = policy.hidden_states(
+        batch.token_ids, batch.position_ids, batch.mm_token_type_ids, batch.plan, features, batch.feature_rows
+    )
+    logprobs, entropies = policy.token_logprobs(
+        hidden.index_select(0, batch.loss_rows), batch.entry, batch.targets, temperature
+    )
+    if idle is not None:
+        logprobs = logprobs + 0.0 * torch.stack([level.float().sum() for level in idle.levels]).sum()
+    return logprobs, entropies
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory that was taken so far: of the GPU by torch, or by this process where there is none."""
+    """Peak memory so far, in bytes: what torch allocated on the GPU, or without a GPU what this process occupied."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _by_sample(passed: Sequence[_Pass], samples: int) -> list[TokenMetrics]:
-    """Logprobs and entropies, sorted back to the samples; one transfer from the device."""
-    index = torch.cat([each.batch.sample_index for each in passed])
-    order = index.argsort(stable=True)  # tokens of a sample stand in order, and a sample is never split
-    figures = torch.cat([torch.stack([each.logprobs.float(), each.entropies.float()]) for each in passed], dim=1)
-    logprobs, entropies = figures[:, order].cpu().numpy()
-    ends = index.bincount(minlength=samples).cumsum(0)[:-1].tolist()
-    return [TokenMetrics(*both) for both in zip(np.split(logprobs, ends), np.split(entropies, ends), strict=True)]
-
-
-def _read(passes: Sequence[tuple[Scalars, ...]]) -> list[tuple[dict[str, float], ...]]:
-    """The same with numbers in place of tensors; one transfer from the device."""
-    tensors = [value for scalars in passes for part in scalars for value in part.values() if isinstance(value, Tensor)]
-    numbers = iter(torch.stack([value.detach().double() for value in tensors]).tolist() if tensors else [])
-
-    def read(part: Scalars) -> dict[str, float]:
-        return {key: next(numbers) if isinstance(value, Tensor) else value for key, value in part.items()}
-
-    return [tuple(map(read, scalars)) for scalars in passes]
+def _backward(loss: Tensor) -> None:
+    """Run the backward pass, unless no trainable parameter had a part in the loss: where only the vision tower is
+    trainable, a micro-batch without images has no gradient."""
+    if loss.requires_grad:
+        torch.autograd.backward(loss)

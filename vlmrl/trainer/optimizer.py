@@ -1,4 +1,15 @@
-"""AdamW and its learning rate."""
+"""AdamW, its learning rate, and the loss scale that lets float16 hold gradients.
+
+Loss scaling is from Micikevicius et al., 2018, arXiv 1710.03740, section 3.2. float16 has three bits of mantissa more
+than bfloat16, so the logprobs of sampler and trainer differ eight times less (mismatch_kl of 4.6e-4 where bfloat16 has
+3.1e-2: benchmarks/README.md). But float16 holds nothing below 6e-8, and most gradients are smaller. So the loss is
+multiplied by a factor before its backward pass, as large as the largest gradient allows, and the float32 sum of the
+gradients is divided by it again. Where a gradient overflows nevertheless, the step is computed again with half the
+factor, so no batch is lost.
+
+Loss scaling does not help the forward pass: activations above 65504 are infinite in float16, and a model that has them
+needs bfloat16.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +21,11 @@ import torch
 from torch import Tensor
 
 from vlmrl.config.trainer import Decay, Optimizer, TrainerConfig
+
+FIRST_LOSS_SCALE = 2**16
+LARGEST_LOSS_SCALE = 2**24
+LOSS_SCALE_GROWTH_STEPS = 50
+"""Optimizer steps without an overflow after which the factor is doubled. RL makes hundreds of steps, not millions."""
 
 
 def learning_rate(config: TrainerConfig, step: int) -> float:
@@ -32,7 +48,7 @@ def learning_rate(config: TrainerConfig, step: int) -> float:
 
 
 def make_optimizer(config: TrainerConfig, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-    """Of `trainer.optimizer`, over float32 tensors."""
+    """Build the optimizer that `trainer.optimizer` names, over float32 parameters."""
     settings: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": config.betas,
@@ -48,9 +64,51 @@ def make_optimizer(config: TrainerConfig, parameters: Sequence[Tensor]) -> torch
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """For the next step."""
+    """Set the learning rate of the next step."""
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):  # torchao's, which would be compiled anew for another number
+        if isinstance(group["lr"], Tensor):  # torchao recompiles its step for every new Python number
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
+
+
+class LossScale:
+    """The factor that the loss is multiplied by; always 1 for dtypes with the exponent range of float32.
+
+    >>> scale = LossScale(torch.float16)
+    >>> scale.factor, scale.shrink(), scale.factor
+    (65536, True, 32768)
+    >>> LossScale(torch.bfloat16).shrink()
+    False
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._is_needed = dtype == torch.float16
+        self.factor = FIRST_LOSS_SCALE if self._is_needed else 1
+        self._kept = 0
+        """Steps since the factor last changed."""
+
+    def shrink(self) -> bool:
+        """Halve the factor after a gradient overflowed → False where it is 1 already and cannot shrink."""
+        if self.factor == 1:
+            return False
+        self.factor //= 2
+        self._kept = 0
+        return True
+
+    def keep(self) -> None:
+        """Count a step whose gradient was finite, and double the factor after `LOSS_SCALE_GROWTH_STEPS` of them."""
+        self._kept += 1
+        if self._is_needed and self._kept >= LOSS_SCALE_GROWTH_STEPS and self.factor < LARGEST_LOSS_SCALE:
+            self.factor *= 2
+            self._kept = 0
+
+    @property
+    def state(self) -> dict[str, int]:
+        """What a checkpoint stores."""
+        return {"loss_scale": self.factor, "loss_scale_kept": self._kept}
+
+    @state.setter
+    def state(self, state: dict[str, int]) -> None:
+        if self._is_needed:  # a run in another dtype may have written the checkpoint
+            self.factor, self._kept = state["loss_scale"], state["loss_scale_kept"]

@@ -1,16 +1,17 @@
 """Samples → micro-batches. The only place that knows how samples share a forward pass.
 
     tree     each distinct prefix token once per micro-batch (vlmrl.models.attention.prefix_tree)
-    varlen   samples side by side, nothing shared; the same rows and plan with sharing turned off
+    varlen   samples side by side, nothing shared; the same rows and attention plan with sharing turned off
     none     one sample per micro-batch; the reference
 
-Which samples go together is shares.py's to say: neighbours in the order of their tokens, as many as the token budget
-takes. Equal samples collapse into one row each, while the loss still counts every one of them.
+    samples ─▶ shares.py: which samples form a micro-batch ─▶ here: rows, positions, images, loss tokens ─▶ MicroBatch
+
+Samples with equal tokens and images become one set of rows, while the loss still counts each of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from vlmrl.config.trainer import Packing
 from vlmrl.models.attention.fused import Kernel
-from vlmrl.models.attention.prefix_tree import ImageKeys, Segment, build_tree
+from vlmrl.models.attention.prefix_tree import ImageKeys, PrefixTree, Segment, build_tree
 from vlmrl.models.attention.tree import TreePlan, make_plan
 from vlmrl.models.families.positions import PositionFunction
 from vlmrl.models.transfer import to_device
@@ -40,10 +41,10 @@ class MicroBatch:
     images: tuple[ImageItem, ...]
     """Each distinct image once."""
     feature_rows: Tensor
-    """int64 [placeholder rows]; which image feature each takes, in row order."""
+    """int64 [placeholder rows]; for each placeholder row, in row order, the index of its image feature."""
     plan: TreePlan
     loss_rows: Tensor
-    """int64 [U]; rows whose hidden state predicts a loss token (the row before it)."""
+    """int64 [U]; rows whose hidden state predicts a loss token (the row before that token)."""
     entry: Tensor
     """int64 [N]; index into `loss_rows`."""
     targets: Tensor
@@ -57,9 +58,10 @@ class MicroBatch:
     sample_index: Tensor
     """int64 [N]; index of the sample in the share."""
     is_filler: bool = False
-    """Nothing of it is learned: it keeps a rank in step with the others."""
+    """The micro-batch only keeps this rank in step with the others; its loss counts as zero."""
     idle_image: ImageItem | None = None
-    """Goes through the vision tower for nothing, where this pass has no image and that of another rank may have one."""
+    """Set where this micro-batch has no image while another rank's may have one: the image is sent through the vision
+    tower, and its features are not used."""
 
 
 def pack(
@@ -78,52 +80,112 @@ def pack(
 def pack_share(
     share: Share, packing: Packing, positions: PositionFunction, device: torch.device, kernel: Kernel
 ) -> Iterator[MicroBatch]:
-    """The micro-batches of one rank, one per pass, each when it is asked for."""
-    for groups in share.passes:
-        samples, of = (share.samples, groups) if groups else ([share.filler], [[0]])
-        image_keys = ImageKeys()
-        keys = {i: image_keys.keys(samples[i].token_ids, samples[i].placeholders) for i, *_ in of}
-        batch = _micro_batch(samples, keys, of, packing, positions, device, kernel)
-        yield replace(batch, is_filler=not groups, idle_image=None if batch.images else share.filler_image)
+    """The micro-batches of one rank, each packed when it is asked for, so that packing overlaps with the GPU's work."""
+    for members in share.passes:
+        samples, packed = (share.samples, members) if members else ([share.filler], [[0]])
+        batch = _micro_batch(samples, packed, packing, positions, device, kernel)
+        yield replace(batch, is_filler=not members, idle_image=None if batch.images else share.filler_image)
+
+
+@dataclass(frozen=True, eq=False)
+class _SampleLoss:
+    """The loss tokens of one sample, n of them."""
+
+    sample: TrainingSample
+    index: int
+    """Index of the sample in the share."""
+    where: IntArray
+    """int64 [n]; the positions of the loss tokens in the sample."""
+    rows: IntArray
+    """int64 [n]; the rows that predict them."""
+
+    @staticmethod
+    def of(sample: TrainingSample, index: int, rows: IntArray) -> _SampleLoss:
+        """`rows`: int64 [L], the row of each of the sample's tokens."""
+        where = np.flatnonzero(sample.loss_mask)
+        assert not len(where) or where[0] > 0, "no row predicts the first token, so it cannot have a loss"
+        return _SampleLoss(sample, index, where, rows[where - 1])
 
 
 def _micro_batch(
     samples: Sequence[TrainingSample],
-    keys: Mapping[int, IntArray],
-    groups: Sequence[Sequence[int]],
+    members: Sequence[Sequence[int]],
     packing: Packing,
     positions: PositionFunction,
     device: torch.device,
     kernel: Kernel,
 ) -> MicroBatch:
-    tree = build_tree([keys[group[0]] for group in groups], share=packing is Packing.tree)
+    """Pack the samples that `members` names; those of one inner sequence are equal and share all rows."""
+    image_keys = ImageKeys()
+    distinct = [samples[first] for first, *_ in members]
+    keys = [image_keys.keys(sample.token_ids, sample.placeholders) for sample in distinct]
+    tree = build_tree(keys, share=packing is Packing.tree)
+    token_ids, position_ids, mm_token_type_ids = _row_contents(distinct, tree, positions)
+    images, feature_rows = _image_features(distinct, tree)
+    losses = [
+        _SampleLoss.of(samples[index], index, rows)
+        for equal, rows in zip(members, tree.rows, strict=True)
+        for index in equal
+    ]
+    loss_rows, entry = np.unique(np.concatenate([loss.rows for loss in losses]), return_inverse=True)
+    segments = [
+        Segment(parent, slots=np.arange(start, end), rows=np.arange(start, end)) for parent, start, end in tree.segments
+    ]
+
+    def tensor(array: np.ndarray) -> Tensor:
+        return to_device(array, device)
+
+    def gather(values: Callable[[TrainingSample], np.ndarray]) -> Tensor:
+        return tensor(np.concatenate([values(loss.sample)[loss.where] for loss in losses]))
+
+    return MicroBatch(
+        token_ids=tensor(token_ids),
+        position_ids=tensor(position_ids),
+        mm_token_type_ids=tensor(mm_token_type_ids),
+        images=images,
+        feature_rows=tensor(feature_rows),
+        plan=make_plan(kernel, segments, device),
+        loss_rows=tensor(loss_rows),
+        entry=tensor(entry),
+        targets=gather(lambda sample: sample.token_ids),
+        inference_logprobs=gather(lambda sample: sample.inference_logprobs),
+        advantages=gather(lambda sample: sample.advantages),
+        versions=gather(lambda sample: sample.versions),
+        sample_index=tensor(np.concatenate([np.full(len(loss.where), loss.index) for loss in losses])),
+    )
+
+
+def _row_contents(
+    samples: Sequence[TrainingSample], tree: PrefixTree, positions: PositionFunction
+) -> tuple[IntArray, IntArray, IntArray]:
+    """token_ids int64 [T], position_ids int64 [4, T] and mm_token_type_ids int64 [T] of the rows of `tree`."""
     token_ids = np.empty(tree.num_rows, np.int64)
     position_ids = np.empty((4, tree.num_rows), np.int64)
-    types = np.empty(tree.num_rows, np.int64)
-    images: dict[str, ImageItem] = {}
-    shown: dict[int, ImageItem] = {}
-    """First row of a placeholder run → its image."""
-    columns: list[tuple[IntArray, IntArray, TrainingSample, int]] = []
-    placed: dict[tuple[int, tuple[Placeholder, ...]], IntArray] = {}
-    """Length and placeholders → positions: of siblings they are the same."""
-    for group, rows, new_from in zip(groups, tree.rows, tree.new_from, strict=True):
-        sample = samples[group[0]]
+    mm_token_type_ids = np.empty(tree.num_rows, np.int64)
+    known: dict[tuple[int, tuple[Placeholder, ...]], IntArray] = {}
+    """Length and placeholders → positions. Sibling rollouts often have the same."""
+    for sample, rows, new_from in zip(samples, tree.rows, tree.new_from, strict=True):
         added = rows[new_from:]
         token_ids[added] = sample.token_ids[new_from:]
-        types[added] = sample.mm_token_type_ids[new_from:]
-        place = len(sample.token_ids), sample.placeholders
-        if place not in placed:
-            placed[place] = positions(len(sample.token_ids), sample.placeholders, sample.images)
-        # Positions depend on the prefix alone, so the shared part has the same ones in every sample.
-        position_ids[:, added] = placed[place][:, new_from:]
+        mm_token_type_ids[added] = sample.mm_token_type_ids[new_from:]
+        shape = len(sample.token_ids), sample.placeholders
+        if shape not in known:
+            known[shape] = positions(len(sample.token_ids), sample.placeholders, sample.images)
+        # A position depends on the prefix alone, so shared rows have the same positions in every sample.
+        position_ids[:, added] = known[shape][:, new_from:]
+    return token_ids, position_ids, mm_token_type_ids
+
+
+def _image_features(samples: Sequence[TrainingSample], tree: PrefixTree) -> tuple[tuple[ImageItem, ...], IntArray]:
+    """Each distinct image once, and for each placeholder row, in row order, the index of its feature (int64) where the
+    features of all these images stand one after another."""
+    images: dict[str, ImageItem] = {}
+    shown: dict[int, ImageItem] = {}
+    """First row of a placeholder → its image."""
+    for sample, rows in zip(samples, tree.rows, strict=True):
         for placeholder, image in zip(sample.placeholders, sample.images, strict=True):
             images.setdefault(image.hash, image)
             shown.setdefault(int(rows[placeholder.offset]), images[image.hash])
-        for index in group:
-            where = np.flatnonzero(samples[index].loss_mask)
-            assert not len(where) or where[0] > 0, "the first token of a sample cannot have a loss"
-            columns.append((rows[where - 1], where, samples[index], index))
-
     first_feature, total = {}, 0
     for image in images.values():
         first_feature[image.hash] = total
@@ -132,29 +194,4 @@ def _micro_batch(
         np.arange(first_feature[image.hash], first_feature[image.hash] + image.num_tokens)
         for _, image in sorted(shown.items(), key=lambda item: item[0])
     ]
-    loss_rows, entry = np.unique(np.concatenate([rows for rows, *_ in columns]), return_inverse=True)
-    segments = [
-        Segment(parent, slots=np.arange(start, end), rows=np.arange(start, end)) for parent, start, end in tree.segments
-    ]
-
-    def tensor(array: np.ndarray) -> Tensor:
-        return to_device(array, device)
-
-    def gather(name: str) -> Tensor:
-        return tensor(np.concatenate([getattr(sample, name)[where] for _, where, sample, _ in columns]))
-
-    return MicroBatch(
-        token_ids=tensor(token_ids),
-        position_ids=tensor(position_ids),
-        mm_token_type_ids=tensor(types),
-        images=tuple(images.values()),
-        feature_rows=tensor(np.concatenate([np.empty(0, np.int64), *feature_rows])),
-        plan=make_plan(kernel, segments, device),
-        loss_rows=tensor(loss_rows),
-        entry=tensor(entry),
-        targets=gather("token_ids"),
-        inference_logprobs=gather("inference_logprobs"),
-        advantages=gather("advantages"),
-        versions=gather("versions"),
-        sample_index=tensor(np.concatenate([np.full(len(where), index) for _, where, _, index in columns])),
-    )
+    return tuple(images.values()), np.concatenate([np.empty(0, np.int64), *feature_rows])

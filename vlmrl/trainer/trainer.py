@@ -1,9 +1,9 @@
-"""The trainer as the run knows it: divides a batch over the ranks, and adds up what they found.
+"""The trainer of a run: divides a batch over the ranks and combines what they return.
 
-    samples ─▶ divide ─▶ a share for each rank ─▶ Learner.learn, on all of them at once ─▶ one StepResult
+    samples ─▶ divide ─▶ one Share per rank ─▶ Learner.learn on all ranks at once ─▶ one Outcome per rank ─▶ StepResult
 
-One process or many: what is learned does not depend on it, since losses are normalized by figures of the whole batch
-and gradients are summed.
+The number of ranks does not change what is learned, since losses are normalized by the sizes of the whole batch and
+gradients are summed over the ranks.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from vlmrl.models.policy import Policy
 from vlmrl.ranks.commands import Command
 from vlmrl.ranks.rank_group import RankGroup
 from vlmrl.trainer.commands import Follower, GiveWeights, Learn, Load, Logprobs, Save, Skip
-from vlmrl.trainer.learner import Learner, Outcome, Step
+from vlmrl.trainer.learner import Learner, StepSettings
 from vlmrl.trainer.loss import BatchTotals, loss_metrics
 from vlmrl.trainer.optimizer import learning_rate
+from vlmrl.trainer.outcome import Outcome
 from vlmrl.trainer.shares import Share, divide, without_pictures
-from vlmrl.types import FloatArray, StepResult, TokenMetrics, TrainingSample
+from vlmrl.types import FloatArray, IntArray, StepResult, TrainingSample
 
 AnswerT = TypeVar("AnswerT")
 OwnT = TypeVar("OwnT")
+T = TypeVar("T")
 
 EMPTY_STEP = (
     "loss",
@@ -42,14 +44,14 @@ EMPTY_STEP = (
     "tokens/trained",
     "tokens/packed",
 )
-"""Figures of a step that had nothing to learn from, 0.0 all of them; beside them there is `memory/peak_bytes`."""
+"""Metrics of a step that had no samples; all are 0.0. Such a step also has `memory/peak_bytes`."""
 
-NAMES = 8
-"""Of samples, in an error's message."""
+MOST_NAMES_IN_ERROR = 8
+"""How many samples an error message names."""
 
 
 class LocalTrainer:
-    """See `vlmrl.types.Trainer`. Its methods are called one at a time."""
+    """Implements `vlmrl.types.Trainer`. Its methods are called one at a time, on rank 0."""
 
     def __init__(
         self,
@@ -80,81 +82,51 @@ class LocalTrainer:
         return self._learner.supervised_steps
 
     def weights(self) -> dict[str, Tensor]:
-        """The model's tensors by their names in a checkpoint, each once: a head that is the embedding is not a second
-        one. They are the ones that are computed with, not copies, where this process holds all of them; of a sharded
-        model they are gathered, one after the other."""
+        """The model's tensors by their names in a checkpoint. A head that is tied to the embedding is listed once.
+
+        They are the tensors that the forward pass computes with, not copies, where this process holds all of them; the
+        tensors of a sharded model are gathered one after the other.
+        """
         whole, _ = self._together([GiveWeights()] * (self._ranks - 1), self._learner.whole_weights)
         return whole
 
     def train_step(self, samples: list[TrainingSample], demonstrations: Sequence[TrainingSample] = ()) -> StepResult:
-        """One RL step on `samples`, with `demonstrations` at their weight.
+        """One RL step on `samples`, with the loss of `demonstrations` added at its weight.
 
         Raises `NonFiniteLossError` before the weights are touched. Without samples (every rollout was dropped) the
         weights stay as they are and the step still counts.
         """
         if not samples:
-            peak, peaks = self._together([Skip()] * (self._ranks - 1), self._learner.skip)
-            peak = max([peak, *peaks])
-            return StepResult(self.version, dict.fromkeys(EMPTY_STEP, 0.0) | {"memory/peak_bytes": float(peak)})
-        before = self.version
-        rate = learning_rate(self._config, before)
-        masks = [sample.loss_mask for sample in samples]
+            own, others = self._together([Skip()] * (self._ranks - 1), self._learner.skip)
+            peak = float(max([own, *others]))
+            return StepResult(self.version, dict.fromkeys(EMPTY_STEP, 0.0) | {"memory/peak_bytes": peak})
         totals = BatchTotals(
-            tokens=int(sum(mask.sum() for mask in masks)),
+            tokens=_loss_tokens(samples),
             samples=len(samples),
             max_new_tokens=self._learner.max_new_tokens,
         )
-        step = Step(
+        rate = learning_rate(self._config, self.version)
+        step = StepSettings(
             totals=totals,
-            demonstrated_tokens=int(sum(sample.loss_mask.sum() for sample in demonstrations)),
+            demonstrated_tokens=_loss_tokens(demonstrations),
             demonstration_weight=self._config.warmup.rl_weight * rate / self._config.learning_rate,
             learning_rate=rate,
         )
+        staleness = self.version - np.concatenate([sample.versions[sample.loss_mask] for sample in samples])
         shares = self._divide(samples)
         outcomes = self._learn(shares, self._divide(demonstrations), step, samples)
-        tokens: list[TokenMetrics | None] = [None] * len(samples)
-        sums: dict[str, float] = {}
-        maxima: dict[str, float] = {}
-        images: dict[str, float] = {}
-        for share, outcome in zip(shares, outcomes, strict=True):
-            for place, figures in zip(share.index, outcome.tokens, strict=True):
-                tokens[place] = figures
-            for key, value in outcome.sums.items():
-                sums[key] = sums.get(key, 0.0) + value
-            for key, value in outcome.maxima.items():
-                maxima[key] = max(maxima.get(key, value), value)
-            for key, value in outcome.images.items():
-                images[key] = images.get(key, 0.0) + value
-        staleness = before - np.concatenate([s.versions[mask] for s, mask in zip(samples, masks, strict=True)])
         return StepResult(
             version=self.version,
-            metrics={
-                "loss": sum(outcome.loss for outcome in outcomes),
-                "grad_norm": outcomes[0].grad_norm,
-                "learning_rate": rate,
-                "demonstration_loss": sum(outcome.demonstration_loss for outcome in outcomes),
-                "entropy": sum(outcome.entropy for outcome in outcomes) / totals.tokens,
-                "mismatch_kl/mean": sum(outcome.kl_sum for outcome in outcomes) / totals.tokens,
-                "mismatch_kl/max": max(outcome.kl_max for outcome in outcomes),
-                "staleness/mean": float(staleness.mean()),
-                "staleness/max": float(staleness.max()),
-                "tokens/trained": float(totals.tokens),
-                "tokens/packed": float(sum(outcome.rows for outcome in outcomes)),
-                "tokens/unpacked": float(sum(len(sample.token_ids) for sample in samples)),
-                **images,
-                "micro_batches": float(sum(outcome.micro_batches for outcome in outcomes)),
-                "memory/peak_bytes": float(max(outcome.peak_bytes for outcome in outcomes)),
-                "loss_scale": float(outcomes[0].loss_scale),
-                **loss_metrics(sums, maxima, totals.tokens),
-            },
-            tokens=[figures for figures in tokens if figures is not None],
+            metrics=_step_metrics(samples, staleness, outcomes, totals, rate),
+            tokens=_in_batch_order(shares, [outcome.tokens for outcome in outcomes]),
         )
 
     def supervised_step(self, samples: list[TrainingSample], lr: float) -> dict[str, float]:
-        """One step of next-token likelihood on the samples' loss tokens. Does not count as a policy version."""
-        step = Step(
+        """One step on the mean negative log-likelihood of the samples' loss tokens → `loss` (nats per token),
+        `grad_norm`, `learning_rate`. It does not count as a policy version. Raises `NonFiniteLossError`."""
+        step = StepSettings(
             totals=None,
-            demonstrated_tokens=int(sum(sample.loss_mask.sum() for sample in samples)),
+            demonstrated_tokens=_loss_tokens(samples),
             demonstration_weight=1.0,
             learning_rate=lr,
         )
@@ -164,16 +136,13 @@ class LocalTrainer:
 
     def logprobs(self, samples: Sequence[TrainingSample]) -> list[FloatArray]:
         """See `vlmrl.types.Trainer.logprobs`."""
+        if not samples:
+            return []
         shares = self._divide(samples)
-        found = [np.empty(0, np.float32)] * len(samples)
-        if shares:
-            own, others = self._together(
-                [Logprobs(without_pictures(share)) for share in shares[1:]], lambda: self._learner.logprobs(shares[0])
-            )
-            for share, logprobs in zip(shares, [own, *others], strict=True):
-                for place, each in zip(share.index, logprobs, strict=True):
-                    found[place] = each
-        return found
+        own, others = self._together(
+            [Logprobs(without_pictures(share)) for share in shares[1:]], lambda: self._learner.logprobs(shares[0])
+        )
+        return _in_batch_order(shares, [own, *others])
 
     def save(self, folder: str) -> Future[None]:
         """See `vlmrl.types.Trainer.save`."""
@@ -182,8 +151,8 @@ class LocalTrainer:
             return own
         name = next(name for name in [own, *others] if name)
         raise NonFiniteLossError(
-            f"{name} holds values that are not finite, so this policy is not saved: continue from the "
-            "checkpoint before it, with a lower trainer.learning_rate"
+            f"{name} holds values that are not finite, so this policy is not saved: continue from the previous "
+            "checkpoint with a lower trainer.learning_rate."
         )
 
     def load(self, folder: str) -> None:
@@ -193,7 +162,7 @@ class LocalTrainer:
     # ── all ranks ───────────────────────────────────────────────────────────────────────────────────────────
 
     def _divide(self, samples: Sequence[TrainingSample]) -> list[Share]:
-        """A share for each rank; none where there are no samples."""
+        """One share per rank; an empty list where there are no samples."""
         if not samples:
             return []
         return divide(
@@ -205,13 +174,13 @@ class LocalTrainer:
         )
 
     def _learn(
-        self, shares: list[Share], demonstrations: list[Share], step: Step, samples: Sequence[TrainingSample]
+        self, shares: list[Share], demonstrations: list[Share], step: StepSettings, samples: Sequence[TrainingSample]
     ) -> list[Outcome]:
-        """Raises `NonFiniteLossError`."""
+        """Make one optimizer step on all ranks → their outcomes by rank. Raises `NonFiniteLossError`."""
         nothing: list[Share | None] = [None] * self._ranks
         (share, demonstrated), *others = zip(shares or nothing, demonstrations or nothing, strict=True)
         own, answers = self._together(
-            [Learn(_sent(share), _sent(demonstrated), step) for share, demonstrated in others],
+            [Learn(_to_send(share), _to_send(demonstrated), step) for share, demonstrated in others],
             lambda: self._learner.learn(share, demonstrated, step),
         )
         outcomes = [own, *answers]
@@ -220,14 +189,14 @@ class LocalTrainer:
             exact = any(outcome.names_are_exact for outcome in outcomes)
             named = [name for outcome in outcomes if outcome.names_are_exact is exact for name in outcome.broken]
             raise NonFiniteLossError(
-                f"loss is {broken} at version {self.version}: nothing was changed; "
-                f"samples {'with a logprob or advantage that is not finite' if exact else 'of the micro-batch'}: "
+                f"The loss is {broken} at version {self.version}, so the weights were not changed. Samples "
+                f"{'with a logprob or advantage that is not finite' if exact else 'of the micro-batch'}: "
                 f"{_listed(named)}"
             )
         if not outcomes[0].stepped:
             raise NonFiniteLossError(
-                f"gradient norm is {outcomes[0].grad_norm} at version {self.version}: nothing was changed; samples of "
-                f"the batch: {_listed([sample.rollout_id for sample in samples])}"
+                f"The gradient norm is {outcomes[0].grad_norm} at version {self.version}, so the weights were not "
+                f"changed. Samples of the batch: {_listed([sample.rollout_id for sample in samples])}"
             )
         return outcomes
 
@@ -238,8 +207,61 @@ class LocalTrainer:
         return (own(), []) if self._rank_group is None else self._rank_group.together(commands, own)
 
 
-def _sent(share: Share | None) -> Share | None:
+def _to_send(share: Share | None) -> Share | None:
     return None if share is None else without_pictures(share)
+
+
+def _loss_tokens(samples: Sequence[TrainingSample]) -> int:
+    return int(sum(sample.loss_mask.sum() for sample in samples))
+
+
+def _step_metrics(
+    samples: Sequence[TrainingSample],
+    staleness: IntArray,
+    outcomes: Sequence[Outcome],
+    totals: BatchTotals,
+    learning_rate: float,
+) -> dict[str, float]:
+    """The metrics of an RL step, from the outcomes of all ranks. `staleness` is int64 [loss tokens of the batch]."""
+    sums: dict[str, float] = {}
+    maxima: dict[str, float] = {}
+    images: dict[str, float] = {}
+    for outcome in outcomes:
+        for key, value in outcome.sums.items():
+            sums[key] = sums.get(key, 0.0) + value
+        for key, value in outcome.maxima.items():
+            maxima[key] = max(maxima.get(key, value), value)
+        for key, value in outcome.images.items():
+            images[key] = images.get(key, 0.0) + value
+    return {
+        "loss": sum(outcome.loss for outcome in outcomes),
+        "grad_norm": outcomes[0].grad_norm,
+        "learning_rate": learning_rate,
+        "demonstration_loss": sum(outcome.demonstration_loss for outcome in outcomes),
+        "entropy": sum(outcome.entropy for outcome in outcomes) / totals.tokens,
+        "mismatch_kl/mean": sum(outcome.kl_sum for outcome in outcomes) / totals.tokens,
+        "mismatch_kl/max": max(outcome.kl_max for outcome in outcomes),
+        "staleness/mean": float(staleness.mean()),
+        "staleness/max": float(staleness.max()),
+        "tokens/trained": float(totals.tokens),
+        "tokens/packed": float(sum(outcome.rows for outcome in outcomes)),
+        "tokens/unpacked": float(sum(len(sample.token_ids) for sample in samples)),
+        **images,
+        "micro_batches": float(sum(outcome.micro_batches for outcome in outcomes)),
+        "memory/peak_bytes": float(max(outcome.peak_bytes for outcome in outcomes)),
+        "loss_scale": float(outcomes[0].loss_scale),
+        **loss_metrics(sums, maxima, totals.tokens),
+    }
+
+
+def _in_batch_order(shares: Sequence[Share], by_rank: Sequence[Sequence[T]]) -> list[T]:
+    """Sort one result per sample of each share back into the order of the batch."""
+    found = {
+        index: result
+        for share, results in zip(shares, by_rank, strict=True)
+        for index, result in zip(share.index, results, strict=True)
+    }
+    return [found[index] for index in range(len(found))]
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -247,4 +269,5 @@ def _listed(names: Sequence[str]) -> str:
     >>> _listed(["0/0", "0/1"])
     '0/0, 0/1'
     """
-    return ", ".join(names[:NAMES]) + (f" and {len(names) - NAMES} more" if len(names) > NAMES else "")
+    more = len(names) - MOST_NAMES_IN_ERROR
+    return ", ".join(names[:MOST_NAMES_IN_ERROR]) + (f" and {more} more" if more > 0 else "")

@@ -21,8 +21,8 @@ from vlmrl.config.trainer import Packing
 from vlmrl.models.attention import tree as tree_attention
 from vlmrl.models.families.positions import position_function
 from vlmrl.models.policy import Policy
-from vlmrl.trainer.balance import FIXED_COST, UNEVENNESS, cut
 from vlmrl.trainer.packing import MicroBatch, pack
+from vlmrl.trainer.shares import FIXED_COST_ROWS, UNEVENNESS, cut
 from vlmrl.types import TrainingSample
 
 CPU = torch.device("cpu")
@@ -179,7 +179,7 @@ def test_no_other_cut_costs_less(row: list[tuple[int, int]], budget: int) -> Non
         tokens = [sum(lengths[a:b]) - sum(shared[a + 1 : b]) for a, b in bounds]
         if any(n > budget and b - a > 1 for n, (a, b) in zip(tokens, bounds, strict=True)):
             return np.inf
-        return sum(n + FIXED_COST + n**2 / (UNEVENNESS * budget) for n in tokens)
+        return sum(n + FIXED_COST_ROWS + n**2 / (UNEVENNESS * budget) for n in tokens)
 
     every = [
         list(pairwise([0, *ends, len(row)]))

@@ -1,4 +1,4 @@
-"""Learning in float16: small gradients are there, large ones cost a second try, and a checkpoint knows the factor."""
+"""Learning in float16: small gradients survive, an overflow costs a second try, and a checkpoint stores the factor."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from support import learning
 from vlmrl.errors import NonFiniteLossError
-from vlmrl.trainer import loss_scale
-from vlmrl.trainer.loss_scale import GROWS_AFTER, LossScale
+from vlmrl.trainer import optimizer
+from vlmrl.trainer.optimizer import LOSS_SCALE_GROWTH_STEPS, LossScale
 from vlmrl.trainer.trainer import LocalTrainer
 
 
@@ -26,7 +26,7 @@ def weights_after_a_step(trainer: LocalTrainer) -> dict[str, Tensor]:
 
 
 def gradients(trainer: LocalTrainer, monkeypatch: pytest.MonkeyPatch, small: float) -> Tensor:
-    """Of demonstrations at a tiny weight, all in one; as the optimizer gets them, divided by the weight."""
+    """One vector with all gradients that the optimizer gets from demonstrations at weight `small`."""
     found: list[Tensor] = []
     learner = trainer._learner
     clip = learner._clip
@@ -47,7 +47,7 @@ def gradients(trainer: LocalTrainer, monkeypatch: pytest.MonkeyPatch, small: flo
 def test_gradients_that_float16_cannot_hold_are_not_lost(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scaled = gradients(trainer_in(tiny_folder), monkeypatch, small=1e-6)
     exact = gradients(trainer_in(tiny_folder, "replicated"), monkeypatch, small=1e-6)
-    monkeypatch.setattr(loss_scale, "FIRST", 1)
+    monkeypatch.setattr(optimizer, "FIRST_LOSS_SCALE", 1)
     plain = gradients(trainer_in(tiny_folder), monkeypatch, small=1e-6)
     lost = [float((found - exact).norm() / exact.norm()) for found in (scaled, plain)]
     assert lost[0] < 0.02
@@ -66,12 +66,12 @@ def test_an_overflow_costs_a_second_try_and_no_batch(tiny_folder: Path) -> None:
         torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=1e-4)
 
 
-def test_what_no_factor_helps_is_said(tiny_folder: Path) -> None:
+def test_an_overflow_at_every_factor_is_an_error(tiny_folder: Path) -> None:
     trainer = trainer_in(tiny_folder)
     samples = learning.batch(images=True)
     for sample in samples:
         sample.advantages[sample.loss_mask] = 1e30
-    with pytest.raises(NonFiniteLossError, match="nothing was changed"):
+    with pytest.raises(NonFiniteLossError, match="the weights were not changed"):
         trainer.train_step(samples)
     assert trainer.version == 0
 
@@ -79,7 +79,7 @@ def test_what_no_factor_helps_is_said(tiny_folder: Path) -> None:
 def test_the_factor_grows_again_and_is_in_a_checkpoint(tiny_folder: Path, tmp_path: Path) -> None:
     trainer = trainer_in(tiny_folder)
     trainer._learner._loss_scale.factor = 2**10
-    for _ in range(GROWS_AFTER - 1):
+    for _ in range(LOSS_SCALE_GROWTH_STEPS - 1):
         trainer._learner._loss_scale.keep()
     trainer.save(str(tmp_path)).result()
     again = trainer_in(tiny_folder)
@@ -94,6 +94,6 @@ def test_the_factor_grows_again_and_is_in_a_checkpoint(tiny_folder: Path, tmp_pa
 def test_formats_that_have_the_range_are_not_scaled() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         scale = LossScale(dtype)
-        for _ in range(2 * GROWS_AFTER):
+        for _ in range(2 * LOSS_SCALE_GROWTH_STEPS):
             scale.keep()
         assert (scale.factor, scale.shrink()) == (1, False)
