@@ -1,12 +1,16 @@
-"""The weights as the optimizer and the forward pass hold them: float32 to learn in, the model's dtype to compute in.
+"""The trainable weights in two forms: float32 for the optimizer, and the model's dtype for forward and backward.
 
     PlainWeights     every rank holds the whole model (trainer.sharding=none, and a run of one process)
     ShardedWeights   every rank holds a slice of each tensor (FSDP2); a layer is whole only while it is computed
                      (trainer.sharding=full), or through all passes of a step, with the sum of its gradients (optimizer)
 
 A policy gradient's step is of the order of the learning rate, 1e-6 of a weight, and bfloat16 rounds such a step to
-nothing. So whatever the model computes in, what learns is held in float32, as are the optimizer's averages and the sum
-of the gradients over micro-batches. `trainer.cpu_offload` holds all of these in the host's memory.
+nothing. So whatever dtype the model computes in, trainable weights are kept in float32 ("master weights"), as are the
+optimizer's averages and the sum of the gradients over micro-batches. `trainer.cpu_offload` keeps all of these in the
+host's memory.
+
+    micro-batch: gradient in the model's dtype ─▶ added to the float32 gradient ─▶ summed over ranks ─▶ optimizer step
+    on the float32 weights ─▶ publish: copied, or gathered, into the weights that the next forward pass computes with
 
 The loss is a sum over micro-batches and ranks (loss.py), so gradients are summed and never averaged.
 """
@@ -28,7 +32,8 @@ T = TypeVar("T")
 
 
 class PlainWeights:
-    """See the module. Where the model computes in float32 and stays where it is, its parameters are what learns."""
+    """Weights that every rank holds whole. Where the model computes in float32 and is not offloaded, the optimizer
+    changes the model's parameters themselves; otherwise it changes float32 master weights."""
 
     def __init__(self, model: Any, *, offload: bool, ranks: int) -> None:
         self._model = model
@@ -37,72 +42,74 @@ class PlainWeights:
 
     @cached_property
     def _masters(self) -> dict[str, nn.Parameter]:
-        """What learns in place of a parameter, by its name. Not made before something is learned: it is a second copy
-        of the weights."""
+        """The master weights by the names of their parameters; empty where none are needed. Created on first use, since
+        they are a second copy of the weights."""
         masters = {}
         for name, parameter in self._model.named_parameters():
             moves = self._offload and parameter.device.type != "cpu"
             if parameter.requires_grad and (parameter.dtype != torch.float32 or moves):
                 place = torch.device("cpu") if self._offload else parameter.device
                 masters[name] = nn.Parameter(parameter.detach().to(place, torch.float32))
-                parameter.register_post_accumulate_grad_hook(partial(_hand_over, masters[name]))
+                parameter.register_post_accumulate_grad_hook(partial(_add_to_master_gradient, masters[name]))
         return masters
 
     def learning(self) -> dict[str, Tensor]:
-        """What the optimizer changes, by name; float32."""
+        """The tensors that the optimizer changes, by name; float32."""
         return {name: self._masters.get(name, p) for name, p in self._model.named_parameters() if p.requires_grad}
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: `learning`, and what does not learn as it is."""
+        """The tensors that a checkpoint stores: those of `learning`, and frozen parameters in the model's dtype."""
         return {name: self._masters.get(name, p) for name, p in self._model.named_parameters()}
 
     def compute(self, function: Callable[[], T], *, last: bool) -> T:
-        """Run a forward pass; `last` of a step, or of a number of passes without gradients."""
+        """Run a forward pass. `last`: the last of a step, or of a series of passes without gradients."""
         return function()
 
     def sum_gradients(self) -> None:
-        """Over the ranks; to be called after the last backward pass of a step."""
+        """Sum the gradients over the ranks, after the last backward pass of a step."""
         if self._ranks > 1:
             under_way = [
                 dist.all_reduce(tensor.grad, async_op=True)
                 for tensor in self.learning().values()
-                if tensor.grad is not None  # of all ranks or of none: they run the same parts of the model
+                if tensor.grad is not None  # on all ranks or on none, as all run the same parts of the model
             ]
             for work in under_way:
                 assert work is not None
                 work.wait()
 
     def publish(self) -> None:
-        """What learned is what is computed with."""
+        """Copy the master weights into the parameters that the next forward pass computes with."""
         with torch.no_grad():
             parameters = dict(self._model.named_parameters())
             for name, master in self._masters.items():
                 parameters[name].copy_(master)
 
     def whole(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors that are computed with, one after the other; not copies, unless adapters are merged into them."""
+        """The tensors that the forward pass computes with, by name, one after the other. They are copies only where
+        LoRA adapters are merged into them."""
         yield from merged(self._model)
 
 
-def _hand_over(master: nn.Parameter, parameter: Tensor) -> None:
-    """The gradient of one micro-batch, in the model's dtype, to the sum of them."""
+def _add_to_master_gradient(master: nn.Parameter, parameter: Tensor) -> None:
+    """Move the gradient of one micro-batch, in the model's dtype, into the float32 sum over micro-batches."""
     assert parameter.grad is not None
     grad = parameter.grad.to(master.device)
     parameter.grad = None
     if master.grad is None:
         master.grad = grad.to(master.dtype)
     else:
-        master.grad += grad  # in the sum's dtype
+        master.grad += grad  # adds in float32
 
 
 class ShardedWeights:
-    """See the module.
+    """Weights of which every rank holds a slice (FSDP2).
 
-    What is frozen as a whole, the vision tower or all but the tower, is left on every rank as it is: the ranks need not
-    run it together. The features of an image may be there already, and no gradient may have to come through a layer.
+    A part that is frozen as a whole (the vision tower, or everything but the tower) is replicated, not sharded, so that
+    a rank may skip it: the features of an image may be cached, and a layer may need no backward pass.
 
-    Parameters are slices between steps, whoever asks for them. With `kept_whole`, units are whole from the first pass
-    that computes them to the backward pass of the last one, which reduces what all passes of the step have summed.
+    Between steps, all sharded parameters are slices. With `kept_whole`, an FSDP unit is gathered in the first pass of a
+    step that computes it and stays whole until the backward pass of the last micro-batch, which reduces the gradients
+    that all passes of the step have summed.
     """
 
     def __init__(self, model: Any, device: torch.device, *, offload: bool, kept_whole: bool = False) -> None:
@@ -140,21 +147,21 @@ class ShardedWeights:
             sharded.set_force_sum_reduction_for_comms(True)
             self._units.append(sharded)
         for module in model.modules():
-            # A compiler that sees this takes a layer's integers, its head size among them, for sizes that change, and
-            # then has no attention kernel for them.
+            # With this flag set, torch.compile treats a layer's integers, such as its head size, as dynamic sizes, and
+            # has no attention kernel for a dynamic head size.
             module._is_fsdp_managed_module = False
 
     def learning(self) -> dict[str, Tensor]:
-        """What the optimizer changes, by name; float32, this rank's slices."""
+        """The tensors that the optimizer changes, by name: this rank's slices, float32."""
         return {name: p for name, p in self._model.named_parameters() if p.requires_grad}
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds."""
+        """The tensors that a checkpoint stores."""
         return dict(self._model.named_parameters())
 
     def compute(self, function: Callable[[], T], *, last: bool) -> T:
-        """Run a forward pass, with the weights that belong to no layer gathered; `last` of a step, or of a number of
-        passes without gradients."""
+        """Run a forward pass with the weights that belong to no layer gathered. `last`: the last of a step, or of a
+        series of passes without gradients."""
         if self._kept_whole:
             for unit in self._units:
                 unit.set_requires_gradient_sync(last, recurse=False)
@@ -165,33 +172,36 @@ class ShardedWeights:
         return found
 
     def sum_gradients(self) -> None:
-        """The backward pass of the last one did, and sliced everything again. Unless there was none, since nothing that
-        learns had a part in the last loss: then one through nothing does."""
+        """Make sure that the gradients are summed over the ranks. FSDP does it in the last backward pass, and slices
+        the weights again. Where the last loss involved no trainable parameter, that pass did not run, so a backward
+        pass of a constant zero runs here instead."""
         from torch.distributed.tensor import DTensor
 
         if not all(isinstance(p, DTensor) for p in self.learning().values()):
-            nothing = torch.zeros((), device=self._device, requires_grad=True)
-            torch.autograd.backward(self.compute(lambda: 1.0 * nothing, last=True))
+            zero = torch.zeros((), device=self._device, requires_grad=True)
+            torch.autograd.backward(self.compute(lambda: 1.0 * zero, last=True))
             self._slice()
 
     def publish(self) -> None:
-        """The next forward pass gathers what learned."""
+        """Slice all weights, so that the next forward pass gathers the new values."""
         self._slice()
 
     def _slice(self) -> None:
-        """Let go of what is whole. FSDP leaves the root so even where it lets go of the layers: without this, whoever
-        asks for parameters after a pass without gradients is given the root's whole ones, which do not learn."""
+        """Free all gathered weights. After a pass without gradients FSDP frees those of the layers but not those of the
+        root, and `model.parameters()` would then return the root's whole tensors, which the optimizer does not
+        change."""
         for unit in self._units:
             unit.reshard()
 
     def whole(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors as they are computed with, gathered one after the other; every rank must come to the end."""
+        """The whole tensors in the model's dtype, by name, gathered one after the other. Every rank must iterate to the
+        end."""
         yield from merged(self._model, lambda parameter: gathered(parameter, self._device, self._dtype))
 
 
 class _Root(nn.Module):
-    """Holds the model, so that what is called of it (its vision tower, its layers, its head) is called within the
-    forward pass of the one module that FSDP takes for the root."""
+    """Wraps the model as the root module of FSDP. Parts of the model (vision tower, layers, head) are called one by one,
+    and FSDP requires that this happens within the forward pass of its root."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -202,7 +212,7 @@ class _Root(nn.Module):
 
 
 def gathered(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The whole of a tensor of which each rank holds a slice, in `dtype`; the tensor itself where it is no slice."""
+    """The whole tensor in `dtype`, from the slices of all ranks; the tensor itself where it is not sharded."""
     from torch.distributed.tensor import DTensor
 
     if not isinstance(tensor, DTensor):
@@ -215,7 +225,7 @@ def gathered(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor
 
 
 def _frozen(model: Any) -> set[nn.Parameter]:
-    """Those of the vision tower, if nothing of it learns; those of the rest, if nothing of that does."""
+    """The parameters of the vision tower, if all of them are frozen, and those of the rest, if all of those are."""
     tower = model.get_encoder(modality="image")
     of_tower = set() if tower is model else set(tower.parameters())
     parts = (of_tower, set(model.parameters()) - of_tower)
