@@ -266,7 +266,7 @@ def test_an_override_that_does_not_fit_is_not_kept(ends: Scenarios, never_stoppe
     """Else the run could not be continued any more. One that fits is, and the run goes on from its last step."""
     run, unfit, fit = ends["overridden"]
     assert unfit.code == 1
-    assert "is of another model" in unfit.err
+    assert "belongs to another model" in unfit.err
     assert fit.code == 0, fit.err
     lines = read_metrics(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(8))

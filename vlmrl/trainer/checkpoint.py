@@ -1,24 +1,24 @@
-"""Training state in a folder: whole, or not there.
+"""Checkpoints: the training state of a run in a folder that is either complete or absent.
 
-    shard-00001-model-00001-of-00002.safetensors   rank 0's slices of the weights, under their transformers names: in
-                                                   float32 what learns, the rest as it is
-    shard-00001-model-00002-of-00002.safetensors   its slices of the optimizer's averages, `<average>/<weight>`, and
-                                                   torch's random state (sampling has seeds of its own and needs none)
-    shard-00002-…                                  those of rank 1
-    state.json                                     steps done
-    loop.json                                      what the loop wants back (`Checkpoints.save`): the evaluations so far
-    sha256.json                                    of each of these, written last
+    shard-00001-model-00001-of-00002.safetensors   rank 0's slices of the weights, under their transformers names;
+                                                   trainable ones in float32, frozen ones in the model's dtype
+    shard-00001-model-00002-of-00002.safetensors   rank 0's slices of the optimizer's averages, `<average>/<weight>`,
+                                                   and torch's random state (sampling has its own seeds)
+    shard-00002-…                                  the slices of rank 1
+    state.json                                     step counters and the loss scale
+    loop.json                                      the loop's state (`Checkpoints.save`): the evaluations so far
+    sha256.json                                    the hash of each file above, written last
 
-torch.distributed.checkpoint writes and reads the tensors. Each file says of which part of a tensor it holds, so any
-number of ranks continues what any other number wrote. A copy is staged in the host's memory; it is written while the
-next steps run.
+torch.distributed.checkpoint writes and reads the tensors. Each file states which part of a tensor it holds, so any
+number of ranks can load what any other number wrote. The state is copied into the host's memory and written from there
+while the next steps run.
 
-A checkpoint is written under another name and renamed when it is whole, taken out of sight before it is deleted, and
-its hashes are checked before anything is loaded: a half-written or damaged one is never taken for one, whenever the
-process was killed. No pickle: a checkpoint from elsewhere cannot run code.
+A checkpoint is written under a temporary name and renamed when it is complete; it is renamed again before it is
+deleted; and its hashes are checked before anything is loaded. So an incomplete or damaged folder is never loaded,
+whenever the process was killed. The files contain no pickle, so loading a checkpoint from a stranger runs no code.
 
-Left out on purpose: AdamW's settings (rate, betas, weight decay). They are the config's, so a resumed run may change
-them.
+Left out on purpose: AdamW's settings (learning rate, betas, weight decay). They come from the config, so a resumed run
+may change them.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from vlmrl.errors import CheckpointError
 from vlmrl.types import Trainer
 
 RANDOM = "torch_random_state"
-"""uint8 [5056], of the CPU generator."""
+"""Name of the CPU generator's state, uint8 [5056]."""
 
 AVERAGES = ("step", "exp_avg", "exp_avg_sq")
-"""What AdamW keeps of each weight, by its names: steps done, mean of the gradient and of its square."""
+"""AdamW's own names for its state per weight: steps done, running mean of the gradient, and of its square."""
 
 HASHES = "sha256.json"
 
@@ -54,7 +54,7 @@ MODEL_FILE, OPTIMIZER_FILE = 1, 2
 
 
 def not_finite(weights: Mapping[str, Tensor]) -> str | None:
-    """The first of `weights` that holds values (of this rank) which are not finite."""
+    """The name of the first weight whose values on this rank are not all finite; None where all are finite."""
     return next((name for name, weight in weights.items() if not torch.isfinite(_local(weight)).all()), None)
 
 
@@ -65,10 +65,10 @@ def begin_to_save(
     counters: Mapping[str, int],
     process_group: Any = None,
 ) -> Future[None]:
-    """Copy the state, and write it into `folder`, which exists, all but the last two files; the future ends with that.
+    """Copy the state and begin to write it into `folder`, which exists: all files but loop.json and sha256.json.
 
-    To be called by all ranks of `process_group`, which nothing else may use. Raises OSError; so may the future, or
-    torch's `CheckpointException`.
+    The future ends when all ranks have written. All ranks of `process_group` call this, and nothing else may use that
+    group. Raises OSError; the future may raise OSError or torch's `CheckpointException`.
     """
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import async_save
@@ -86,7 +86,7 @@ def begin_to_save(
     if process_group is None or process_group.rank() == 0:
         (folder / "state.json").write_text(json.dumps(counters))
     state = {name: weight.detach() for name, weight in weights.items()} | optimizer_state
-    _one_process_is_meant()
+    _silence_single_process_warning()
     saved: Any = async_save(state, storage_writer=writer, process_group=process_group)
     future: Future[None] = saved
     return future
@@ -99,9 +99,10 @@ def restore(
     learning: Mapping[str, Tensor],
     process_group: Any = None,
 ) -> dict[str, int]:
-    """Restore what `begin_to_save` wrote, into `weights` and `optimizer`, which `learning` of them → the counters.
+    """Restore what `begin_to_save` wrote into `weights` and `optimizer` → the counters. `learning` are the weights that
+    the optimizer changes.
 
-    Raises `CheckpointError` where it is of another model; then nothing was changed.
+    Raises `CheckpointError`, before anything is changed, where the checkpoint belongs to another model.
     """
     there = _shapes(folder)
     names = {name for name in there if "/" not in name and name != RANDOM}
@@ -109,13 +110,14 @@ def restore(
     for name, weight in weights.items():
         if there[name] != weight.shape:
             raise CheckpointError(
-                f"{folder} is of another model: {name} has shape {tuple(there[name])} there and "
-                f"{tuple(weight.shape)} here"
+                f"{folder} belongs to another model: {name} has shape {tuple(there[name])} there and "
+                f"{tuple(weight.shape)} here."
             )
     learned = {name.partition("/")[2] for name in there if "/" in name}
     if learned and learned != set(learning):
         raise CheckpointError(
-            f"{folder} is of another run: {len(learned)} parameters learned there, {len(learning)} do here"
+            f"{folder} belongs to another run: {len(learned)} parameters were trainable there, {len(learning)} are "
+            "trainable here."
         )
     random_state = torch.get_rng_state()
     averages = {
@@ -143,7 +145,7 @@ def restore(
 
 
 def load_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
-    """Restore the weights alone. Raises `CheckpointError` where they are of another model."""
+    """Restore only the weights. Raises `CheckpointError` where the checkpoint belongs to another model."""
     there = _shapes(folder)
     _check_names(folder, {name for name in there if "/" not in name and name != RANDOM}, weights)
     _read(folder, {name: weight.detach() for name, weight in weights.items()}, None)
@@ -152,13 +154,13 @@ def load_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
 def _check_names(folder: Path, there: set[str], weights: Mapping[str, Tensor]) -> None:
     if there != set(weights):
         raise CheckpointError(
-            f"{folder} is of another model: only there {sorted(there - set(weights))[:3]}, "
-            f"missing {sorted(set(weights) - there)[:3]}"
+            f"{folder} belongs to another model: it has {sorted(there - set(weights))[:3]}, which this model has not, "
+            f"and lacks {sorted(set(weights) - there)[:3]}."
         )
 
 
 def _shapes(folder: Path) -> dict[str, torch.Size]:
-    """Of every tensor in the checkpoint."""
+    """The whole shape of every tensor in the checkpoint, by name."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
     found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
@@ -169,33 +171,33 @@ def _read(folder: Path, state: dict[str, Tensor], process_group: Any) -> None:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    _one_process_is_meant()
+    _silence_single_process_warning()
     reader = HuggingFaceStorageReader(str(folder))
     load(state, storage_reader=reader, process_group=process_group, no_dist=process_group is None)
 
 
-def _one_process_is_meant() -> None:
-    # Said at each save and load of a run without ranks. Not undone: the save goes on in another thread.
+def _silence_single_process_warning() -> None:
+    # torch warns at each save and load of a single process. The filter stays, since a save continues in another thread.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This rank's slice."""
+    """This rank's slice, without gradient."""
     found: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return found.detach()
 
 
 def _as_float(average: Tensor) -> Tensor:
-    """As it is written: [1] of a number, float32 of an average in 8 bits."""
+    """The form that is written: [1] for a scalar, float32 for an average that is kept in 8 bits."""
     if hasattr(average, "dequantize") and type(average) is not Tensor and hasattr(average, "codes"):
         average = average.dequantize()
     return average.reshape(1) if average.dim() == 0 else average
 
 
 def _kept(optimizer: torch.optim.Optimizer, weight: Tensor, average: Tensor) -> Tensor:
-    """As the optimizer keeps it."""
+    """The form that the optimizer keeps: the inverse of `_as_float`."""
     if average.shape != weight.shape:
-        return average.reshape(())  # the step
+        return average.reshape(())  # the step counter
     if not hasattr(optimizer, "_new_buffer"):
         return average
     buffer: Tensor = optimizer._new_buffer(weight, signed=True)
@@ -204,7 +206,7 @@ def _kept(optimizer: torch.optim.Optimizer, weight: Tensor, average: Tensor) -> 
 
 
 class Loads(Protocol):
-    """What a checkpoint is loaded into."""
+    """An object that a checkpoint can be loaded into."""
 
     def load(self, folder: str) -> None:
         """See `vlmrl.types.Trainer.load`."""
@@ -212,7 +214,7 @@ class Loads(Protocol):
 
 
 class Checkpoints:
-    """The checkpoints of one run, the newest `keep` of them. One is written at a time, in the background."""
+    """The newest `keep` checkpoints of one run. One is written at a time, in the background."""
 
     def __init__(self, folder: Path, keep: int) -> None:
         self._folder = folder
@@ -221,7 +223,7 @@ class Checkpoints:
         self._pending: Future[None] | None = None
 
     def path(self, step: int) -> Path:
-        """`step_000020`."""
+        """The folder of a step's checkpoint, e.g. `step_000020`."""
         return self._folder / f"step_{step:06d}"
 
     def steps(self) -> list[int]:
@@ -230,15 +232,16 @@ class Checkpoints:
         return sorted(int(name) for name in names if name.isdigit())
 
     def save(self, step: int, trainer: Trainer, loop_state: dict[str, Any]) -> None:
-        """Copy the state after `step` and begin to write it; those that are too old are deleted when it is whole.
+        """Copy the state after `step` and begin to write it. Once it is complete, delete checkpoints beyond `keep`.
 
-        Waits for the one before. Raises what `finish` does, and `NonFiniteLossError` where the weights are not finite:
-        they would push out the last that can be continued from.
+        Waits until the previous checkpoint is written. Raises `CheckpointError` where that one or this one cannot be
+        written, and `NonFiniteLossError` where a weight is not finite: such a checkpoint would replace the last one
+        from which the run can be continued.
         """
         self.finish()
         partial = self._folder / f"partial_{step:06d}"
         try:
-            for left_behind in self._folder.glob("partial_*"):  # by a run that was killed
+            for left_behind in self._folder.glob("partial_*"):  # left by a process that was killed
                 shutil.rmtree(left_behind)
             partial.mkdir(parents=True)
             (partial / "loop.json").write_text(json.dumps(loop_state))
@@ -248,12 +251,12 @@ class Checkpoints:
         self._pending = self._background.submit(self._complete, step, partial, written)
 
     def check(self) -> None:
-        """Raise `CheckpointError` if the one that is being written has failed by now."""
+        """Raise `CheckpointError` if writing the current checkpoint has failed by now; return at once otherwise."""
         if self._pending is not None and self._pending.done():
             self.finish()
 
     def finish(self) -> None:
-        """Return when what is being written is on the disk. Raises `CheckpointError` where it cannot be written."""
+        """Wait until the current checkpoint is on the disk. Raises `CheckpointError` where it cannot be written."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -280,7 +283,7 @@ class Checkpoints:
 
     def _cannot_be_written(self, step: int, error: BaseException) -> CheckpointError:
         return CheckpointError(
-            f"{self.path(step)} cannot be written, so the run stops rather than go on without: {error}"
+            f"{self.path(step)} cannot be written, so the run stops, since it could not be resumed from here: {error}"
         )
 
     def load(self, step: int, trainer: Loads) -> None:
@@ -289,9 +292,10 @@ class Checkpoints:
         trainer.load(str(self.path(step)))
 
     def load_newest(self, trainer: Loads, warn: Callable[[str], None]) -> tuple[int, dict[str, Any]] | None:
-        """Restore the newest checkpoint that is whole → its step and loop state; None where there is none at all.
+        """Restore the newest undamaged checkpoint → its step and loop state; None where there is no checkpoint at all.
 
-        A damaged one is named by `warn` and the one before it is taken. Raises `CheckpointError` where all are damaged.
+        Each damaged one is reported through `warn`, and the one before it is tried. Raises `CheckpointError` where all
+        are damaged.
         """
         damage: list[str] = []
         for step in reversed(self.steps()):
@@ -314,21 +318,21 @@ class Checkpoints:
 
 
 def check_hashes(folder: Path) -> None:
-    """Raise `CheckpointError` unless every file of the checkpoint is what was written."""
+    """Raise `CheckpointError` unless every file of the checkpoint has the hash that was recorded for it."""
     try:
         expected = json.loads((folder / HASHES).read_bytes())
         found = _hashes(folder)
         for name in expected:
             if name not in found:
-                raise CheckpointError(f"{folder} is no whole checkpoint ({folder / name} is missing)")
+                raise CheckpointError(f"{folder} is not a complete checkpoint ({folder / name} is missing)")
             if found[name] != expected[name]:
-                raise CheckpointError(f"{folder / name} is damaged (its SHA-256 is not the one in {HASHES})")
+                raise CheckpointError(f"{folder / name} is damaged (its SHA-256 differs from the one in {HASHES})")
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} is no whole checkpoint ({error})") from error
+        raise CheckpointError(f"{folder} is not a complete checkpoint ({error})") from error
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file but `HASHES`, by name."""
+    """The SHA-256 of each file except `HASHES`, by name."""
     paths = sorted(path for path in folder.iterdir() if path.name != HASHES)
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
         return {path.name: digest for path, digest in zip(paths, pool.map(_sha256, paths), strict=True)}

@@ -1,34 +1,37 @@
 """The losses of `algorithm.loss`, on the loss tokens of one micro-batch.
 
-Letters: N loss tokens of the micro-batch, S samples of the whole batch, T loss tokens of the whole batch,
-π the policy that learns, μ the policy that sampled, A the advantage, r = π/μ the importance ratio of a token.
-Every loss is divided by figures of the whole batch (`BatchTotals`), so the sum over micro-batches and ranks is the
-batch's loss, however its samples were split; a sample itself is never split.
+    LossTokens (logprobs, inference_logprobs, advantages) ─▶ importance correction ─▶ loss ─▶ LossOutput
 
-Ratios are against the sampler's own logprobs, so they also correct for staleness and for the engine's rounding. How is
-`algorithm.importance_correction`, the same for every loss; w is a weight on the token's advantage, without gradient:
+Symbols: N loss tokens of the micro-batch, S samples of the whole batch, T loss tokens of the whole batch, π the policy
+that is trained, μ the policy that sampled, A the advantage, r = π/μ the importance ratio of a token, sg(x) the value of
+x without its gradient. Every loss is divided by sizes of the whole batch (`BatchTotals`), so the sum over micro-batches
+and ranks is the batch's loss, however its samples were divided; a single sample is never divided.
 
-    own          the loss as its paper has it: its ratio is r, and its clip is the correction
-    truncated    w = min(r, C)                        C is `importance_cap`; the loss's own ratio is π / sg(π), so 1 in
-    masked       w = r if 1/C ≤ r ≤ C else 0          value, with the gradient of log π: each step is the first on its
-    none         w = 1                                batch, so what is left to correct is the sampler alone
+Ratios are taken against the sampler's own logprobs, so they also correct for staleness and for the rounding of the
+engine. `algorithm.importance_correction` chooses how, in the same way for every loss. w is a weight on the token's
+advantage, without gradient:
 
-The split of the ratio into π / π_old and π_old / μ is decoupled PPO's (arXiv 2110.00641; AReaL, arXiv 2505.24298).
-Truncating the second is Yao et al.'s truncated importance sampling (2025), masking it IcePop's (arXiv 2510.18855).
+    own          the loss of the paper: its ratio is r, and its clip is the correction
+    truncated    w = min(r, C)                        C is `importance_cap`. The ratio in the loss is π / sg(π): 1 in
+    masked       w = r if 1/C ≤ r ≤ C else 0          value, with the gradient of log π. Each batch gets only one step,
+    none         w = 1                                so only the difference to the sampler is left to correct
+
+Decoupled PPO splits the ratio into π / π_old and π_old / μ (arXiv 2110.00641; AReaL, arXiv 2505.24298). Truncating the
+second factor is truncated importance sampling (Yao et al., 2025); masking it is IcePop (arXiv 2510.18855).
 
     r = 0.3  1.0  1.7  5.0,  C = 2:    truncated w = 0.3  1.0  1.7  2.0    masked w = 0  1.0  1.7  0    none w = 1 1 1 1
 
-A loss of your own has the signature of those here, `LossFunction`, and is named by its import path:
+Your own loss has the signature `LossFunction`, like those here, and is named by its import path:
 
     from vlmrl.trainer.loss import LossOutput
 
     def my_loss(tokens, totals, config):                       # LossTokens, BatchTotals, AlgorithmConfig
-        objective = tokens.advantages * tokens.logprobs        # [N]; divide by figures of the whole batch alone
+        objective = tokens.advantages * tokens.logprobs        # [N]; divide only by sizes of the whole batch
         return LossOutput(-config.args["scale"] * objective.sum() / totals.tokens)
 
     python -m vlmrl algorithm=my_package.my_module:my_loss algorithm.args.scale=0.5
 
-Left out on purpose: a penalty towards a reference policy and several optimizer steps per batch.
+Left out on purpose: a penalty towards a reference policy, and several optimizer steps per batch.
 """
 
 from __future__ import annotations
@@ -54,16 +57,16 @@ class LossTokens:
     logprobs: Tensor
     """float32 or float64 [N]; log π, natural, with gradient."""
     inference_logprobs: Tensor
-    """float [N]; log μ, natural, as the sampler said."""
+    """float [N]; log μ, natural, as the sampler returned it."""
     advantages: Tensor
     """float [N]."""
     sample_index: Tensor
-    """int64 [N]; which sample the token is of. Equal numbers: same sample; the numbers themselves mean nothing."""
+    """int64 [N]; the sample of the token. Equal numbers mean the same sample; the numbers themselves mean nothing."""
 
 
 @dataclass(frozen=True)
 class BatchTotals:
-    """Figures of the whole batch: all micro-batches, all ranks."""
+    """Sizes of the whole batch: all micro-batches on all ranks."""
 
     tokens: int
     """Loss tokens, T."""
@@ -75,79 +78,85 @@ class BatchTotals:
 
 @dataclass(frozen=True, eq=False)
 class LossOutput:
-    """What a micro-batch adds to the batch's loss, and its figures."""
+    """What a micro-batch adds to the batch's loss and to its metrics."""
 
     loss: Tensor
-    """Scalar with gradient; the batch's loss is the sum over micro-batches."""
+    """Scalar with gradient; the batch's loss is the sum of these over its micro-batches."""
     sums: dict[str, Tensor | float] = field(default_factory=dict)
-    """`clip_fraction`, `ratio/mean`, with a correction `importance/cut_fraction` (tokens whose weight is not r),
-    `importance/weight_mean` and `importance/weight_squared`: sums over the N tokens; the batch's figure is sum / T.
-    Scalars that stay on the device: to read one here would let a GPU run empty."""
+    """Sums over the N tokens; the batch's metric is the sum over its micro-batches, divided by T.
+
+    Keys: `clip_fraction`, `ratio/mean`; with an importance correction also `importance/cut_fraction` (tokens whose weight
+    is not r), `importance/weight_mean` and `importance/weight_squared`. Scalars stay on the device: reading one here
+    (`.item()`) would synchronize and leave the GPU idle."""
     maxima: dict[str, Tensor | float] = field(default_factory=dict)
-    """`ratio/max`: the largest of the N; the batch's figure is the largest of these. Scalars as in `sums`."""
+    """`ratio/max`: the maximum over the N tokens; the batch's metric is the maximum of these. On the device, as above."""
 
 
 LossFunction: TypeAlias = Callable[[LossTokens, BatchTotals, AlgorithmConfig], LossOutput]
 
 
 def grpo(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> LossOutput:
-    """Group relative policy optimization, per token, normalized over the batch's tokens.
+    """GRPO, group relative policy optimization, per token, normalized by the batch's tokens.
 
         L = −1/T Σ_t min(r_t A_t, clip(r_t, 1 − clip_low, 1 + clip_high) A_t)
 
-    The clipped objective of DeepSeekMath (arXiv 2402.03300, eq. 3) without its KL term. There each sample is averaged
-    over its own length first; here every token of the batch weighs the same (DAPO, arXiv 2503.14476, section 3.3), and
-    the upper clip is its own number (section 3.1).
+    This is the clipped objective of DeepSeekMath (arXiv 2402.03300, eq. 3) without its KL term. The paper averages each
+    sample over its own length first; here every token of the batch has the same weight (DAPO, arXiv 2503.14476,
+    section 3.3), and the upper clip is a separate number (section 3.1).
     """
     ratio = torch.exp(tokens.logprobs - tokens.inference_logprobs)
     objective, clipped = _clipped_objective(ratio, tokens.advantages, config)
-    return LossOutput(-objective.sum() / totals.tokens, *_figures(ratio, clipped))
+    return LossOutput(-objective.sum() / totals.tokens, *_ratio_metrics(ratio, clipped))
 
 
 def dr_grpo(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> LossOutput:
-    """GRPO done right: as `grpo`, with a constant in place of any length.
+    """GRPO done right: `grpo`, divided by a constant in place of a length.
 
         L = −1/(S · max_new_tokens) Σ_t min(r_t A_t, clip(r_t, 1 − clip_low, 1 + clip_high) A_t)
 
-    arXiv 2503.20783, section 3.2. The other half of it is `algorithm.advantage=group_centered` (no division by the
+    arXiv 2503.20783, section 3.2. The paper's other change is `algorithm.advantage=group_centered` (no division by the
     standard deviation).
     """
     ratio = torch.exp(tokens.logprobs - tokens.inference_logprobs)
     objective, clipped = _clipped_objective(ratio, tokens.advantages, config)
-    return LossOutput(-objective.sum() / (totals.samples * totals.max_new_tokens), *_figures(ratio, clipped))
+    return LossOutput(-objective.sum() / (totals.samples * totals.max_new_tokens), *_ratio_metrics(ratio, clipped))
 
 
 def dapo(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> LossOutput:
-    """Decoupled clip and dynamic sampling (arXiv 2503.14476, eq. 8).
+    """DAPO, decoupled clip and dynamic sampling (arXiv 2503.14476, eq. 8).
 
         L = −1/T Σ_t min(r_t A_t, clip(r_t, 1 − clip_low, 1 + clip_high) A_t),   T over groups that differ in reward
 
-    The loss of `grpo`; what is DAPO's own is which groups are in the batch (`algorithm.filters.zero_advantage=drop`).
+    The formula is that of `grpo`. DAPO differs in which groups are in the batch
+    (`algorithm.filters.zero_advantage=drop`).
     """
     return grpo(tokens, totals, config)
 
 
 def rloo(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> LossOutput:
-    """REINFORCE with the leave-one-out baseline (arXiv 2402.14740), corrected for who sampled.
+    """RLOO, REINFORCE with the leave-one-out baseline (arXiv 2402.14740), with importance ratios for the sampler.
 
         L = −1/S Σ_i Σ_t sg(r_it) A_it log π_it        sg: no gradient
 
-    The baseline is in A (`algorithm.advantage=leave_one_out`). Per token and unclipped; on policy r = 1 and it is
-    plain REINFORCE.
+    The baseline is part of A (`algorithm.advantage=leave_one_out`). The ratio is per token and not clipped. On-policy,
+    r = 1 and the loss is plain REINFORCE.
     """
     ratio = torch.exp(tokens.logprobs.detach() - tokens.inference_logprobs)
     objective = ratio * tokens.advantages * tokens.logprobs
-    return LossOutput(-objective.sum() / totals.samples, *_figures(ratio, torch.zeros_like(ratio, dtype=torch.bool)))
+    return LossOutput(
+        -objective.sum() / totals.samples, *_ratio_metrics(ratio, torch.zeros_like(ratio, dtype=torch.bool))
+    )
 
 
 def gspo(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> LossOutput:
-    """Group sequence policy optimization: one ratio per sample, the geometric mean of its tokens' (arXiv 2507.18071).
+    """GSPO, group sequence policy optimization: one ratio per sample, the geometric mean of the ratios of its tokens
+    (arXiv 2507.18071).
 
         s_i  = exp(1/|i| Σ_t (log π_it − log μ_it)),      s_it = sg(s_i) · π_it / sg(π_it)
         L    = −1/S Σ_i 1/|i| Σ_t min(s_it A_it, clip(s_it, 1 − clip_low, 1 + clip_high) A_it)
 
-    This is the paper's GSPO-token (eq. 13 and 14): where a sample has one advantage, value and gradient are those of
-    its sequence form (eq. 5), and where each turn has its own, a turn's advantage does not reach the tokens of another.
+    This is the paper's GSPO-token (eq. 13 and 14). Where a sample has one advantage, value and gradient equal those of
+    the sequence form (eq. 5). Where each turn has its own, a turn's advantage does not reach the tokens of other turns.
     """
     _, sample, length = torch.unique(tokens.sample_index, return_inverse=True, return_counts=True)
     length = length.to(tokens.logprobs.dtype)
@@ -155,20 +164,21 @@ def gspo(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> Lo
     mean_log_ratio = torch.zeros_like(length).index_add_(0, sample, log_ratio) / length
     ratio = torch.exp(mean_log_ratio[sample] + tokens.logprobs - tokens.logprobs.detach())
     objective, clipped = _clipped_objective(ratio, tokens.advantages, config)
-    return LossOutput(-(objective / length[sample]).sum() / totals.samples, *_figures(ratio, clipped))
+    return LossOutput(-(objective / length[sample]).sum() / totals.samples, *_ratio_metrics(ratio, clipped))
 
 
 def cispo(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> LossOutput:
-    """Clipped importance weights: the weight is clipped, not the token's gradient (MiniMax-M1, arXiv 2506.13585).
+    """CISPO, clipped importance weights: the weight is clipped, so that no token loses its gradient (MiniMax-M1,
+    arXiv 2506.13585).
 
         L = −1/T Σ_t sg(clip(r_t, 1 − clip_low, 1 + clip_high)) A_t log π_t                         (eq. 4 and 5)
 
-    The paper bounds the weight from above alone: `algorithm.clip_low=1`.
+    The paper bounds the weight only from above: `algorithm.clip_low=1`.
     """
     ratio = torch.exp(tokens.logprobs.detach() - tokens.inference_logprobs)
     weight = ratio.clamp(1.0 - config.clip_low, 1.0 + config.clip_high)
     objective = weight * tokens.advantages * tokens.logprobs
-    return LossOutput(-objective.sum() / totals.tokens, *_figures(ratio, weight != ratio))
+    return LossOutput(-objective.sum() / totals.tokens, *_ratio_metrics(ratio, weight != ratio))
 
 
 LOSSES: dict[str, LossFunction] = {
@@ -183,9 +193,9 @@ LOSSES: dict[str, LossFunction] = {
 
 @functools.cache
 def loss_function(name: str) -> LossFunction:
-    """The loss that `algorithm.loss` names: one of `LOSSES`, or a function of the user's own, imported.
+    """The loss that `algorithm.loss` names: one of `LOSSES`, or a function that is imported from the user's code.
 
-    Raises `ConfigError` where there is none, or it cannot be called as a `LossFunction`.
+    Raises `ConfigError` where there is no such function, or where it cannot be called as a `LossFunction`.
     """
     if name in LOSSES:
         return LOSSES[name]
@@ -196,8 +206,8 @@ def loss_function(name: str) -> LossFunction:
         output = function(tokens, totals, config)
         if not isinstance(output, LossOutput):
             raise ConfigError(
-                f"algorithm.loss={name} returned a {type(output).__name__}, so there is nothing to learn from: return "
-                "vlmrl.trainer.loss.LossOutput(loss)"
+                f"algorithm.loss={name} returned a {type(output).__name__}, so there is no loss to learn from: return "
+                "vlmrl.trainer.loss.LossOutput(loss)."
             )
         return output
 
@@ -205,7 +215,7 @@ def loss_function(name: str) -> LossFunction:
 
 
 def policy_loss(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> LossOutput:
-    """`algorithm.loss` under `algorithm.importance_correction`; see the table at the top."""
+    """The loss `algorithm.loss` under `algorithm.importance_correction` (see the table at the top of this file)."""
     loss = loss_function(config.loss)
     if config.importance_correction is ImportanceCorrection.own:
         return loss(tokens, totals, config)
@@ -217,7 +227,7 @@ def policy_loss(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig
         totals,
         config,
     )
-    sums, maxima = _figures(ratio, torch.zeros_like(ratio, dtype=torch.bool))
+    sums, maxima = _ratio_metrics(ratio, torch.zeros_like(ratio, dtype=torch.bool))
     sums |= {
         "importance/cut_fraction": (weight != ratio).sum(),
         "importance/weight_mean": weight.sum(),
@@ -242,13 +252,14 @@ def importance_weight(ratio: Tensor, config: AlgorithmConfig) -> Tensor:
         case ImportanceCorrection.none:
             return torch.ones_like(ratio)
         case ImportanceCorrection.own:
-            raise AssertionError("the loss has its own ratio")
+            raise AssertionError("with this setting the loss uses its own ratio, and no weight")
 
 
 def loss_metrics(sums: Mapping[str, float], maxima: Mapping[str, float], tokens: int) -> dict[str, float]:
-    """The batch's figures from `sums` and `maxima` over its micro-batches.
+    """The batch's metrics, from `sums` and `maxima` combined over its micro-batches. `tokens`: T.
 
-    `importance/ess`: effective sample size over the number of tokens, (Σ w)² / (T Σ w²), in (0, 1] (Kish, 1965).
+    `importance/ess` is the effective sample size divided by the number of tokens, (Σ w)² / (T Σ w²), in (0, 1]
+    (Kish, 1965).
 
     >>> loss_metrics({"importance/weight_mean": 3.0, "importance/weight_squared": 5.0}, {}, tokens=2)
     {'importance/weight_mean': 1.5, 'importance/ess': 0.9}
@@ -261,7 +272,8 @@ def loss_metrics(sums: Mapping[str, float], maxima: Mapping[str, float], tokens:
 
 
 def supervised(logprobs: Tensor, total_tokens: int) -> Tensor:
-    """Negative log-likelihood per token: −1/T Σ_t log π_t; scalar. `logprobs` [N] of one micro-batch, T of the batch.
+    """Negative log-likelihood per token: −1/T Σ_t log π_t, in nats; a scalar. `logprobs` [N] are of one micro-batch,
+    `total_tokens` is T, the loss tokens of the whole batch.
 
     >>> supervised(torch.tensor([0.5, 0.25]).log(), total_tokens=2)
     tensor(1.0397)
@@ -270,30 +282,30 @@ def supervised(logprobs: Tensor, total_tokens: int) -> Tensor:
 
 
 def mismatch_kl(trainer_logprobs: Tensor, inference_logprobs: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum and maximum over N ≥ 1 tokens of r − log r − 1, log r = trainer − inference; in nats, never negative.
-    Scalars, float64.
+    """Sum and maximum over N ≥ 1 tokens of r − log r − 1, where log r = trainer − inference logprob. In nats, never
+    negative. Scalars, float64.
 
-    The k3 estimator of KL(sampler ‖ trainer) (Schulman, "Approximating KL Divergence", 2020), in float64 and as
-    expm1(log r) − log r: the agreement that it is to show is finer than float32 can subtract.
+    This is the k3 estimator of KL(sampler ‖ trainer) (Schulman, "Approximating KL Divergence", 2020). It is computed in
+    float64 and as expm1(log r) − log r, because it has to resolve differences that a float32 subtraction rounds to 0.
 
     >>> total, largest = mismatch_kl(torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -1.5]))
     >>> round(float(total), 6), round(float(largest), 6)
     (0.148721, 0.148721)
     """
     log_ratio = trainer_logprobs.detach().double() - inference_logprobs.double()
-    # Rounding may leave −1e-33 of a zero.
+    # Rounding may turn a zero into −1e-33.
     k3 = (torch.expm1(log_ratio) - log_ratio).clamp_min(0.0)
     return k3.sum(), k3.max()
 
 
 def _clipped_objective(ratio: Tensor, advantages: Tensor, config: AlgorithmConfig) -> tuple[Tensor, Tensor]:
-    """min(r A, clip(r) A) [N], and where clipping took the gradient away, bool [N] (PPO, arXiv 1707.06347, eq. 7)."""
+    """min(r A, clip(r) A) [N] (PPO, arXiv 1707.06347, eq. 7), and bool [N], True where clipping removed the gradient."""
     low, high = 1.0 - config.clip_low, 1.0 + config.clip_high
     objective = torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
     clipped = ((ratio > high) & (advantages > 0)) | ((ratio < low) & (advantages < 0))
     return objective, clipped
 
 
-def _figures(ratio: Tensor, clipped: Tensor) -> tuple[dict[str, Tensor | float], dict[str, Tensor | float]]:
-    """`sums` and `maxima` of `LossOutput`."""
+def _ratio_metrics(ratio: Tensor, clipped: Tensor) -> tuple[dict[str, Tensor | float], dict[str, Tensor | float]]:
+    """`sums` and `maxima` of `LossOutput` for ratios [N] and the bool mask `clipped` [N]."""
     return {"clip_fraction": clipped.sum(), "ratio/mean": ratio.detach().sum()}, {"ratio/max": ratio.detach().max()}

@@ -200,7 +200,7 @@ class ShardedWeights:
 
 
 class _Root(nn.Module):
-    """Wraps the model as the root module of FSDP. Parts of the model (vision tower, layers, head) are called one by one,
+    """Wraps the model as FSDP's root module. The parts of the model (vision tower, layers, head) are called one by one,
     and FSDP requires that this happens within the forward pass of its root."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -187,7 +187,7 @@ def test_all_damaged(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         checkpoints.load_newest(Learner(), refuse_warning)
     assert f"{tmp_path}/step_000001/{OPTIMIZER} is damaged" in str(caught.value)
-    assert f"{tmp_path}/step_000002 is no whole checkpoint" in str(caught.value)
+    assert f"{tmp_path}/step_000002 is not a complete checkpoint" in str(caught.value)
     assert "state.json" in str(caught.value)
 
 
@@ -195,7 +195,7 @@ def test_all_damaged(tmp_path: Path) -> None:
     ("other", "message"),
     [
         (Learner(inputs=4), r"weight has shape \(2, 3\) there and \(2, 4\) here"),
-        (Learner(frozen=True), "2 parameters learned there, 1 do here"),
+        (Learner(frozen=True), "2 parameters were trainable there, 1 are trainable here"),
     ],
 )
 def test_of_another_model(other: Learner, message: str, tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_of_another_model(other: Learner, message: str, tmp_path: Path) -> None:
 def test_of_another_architecture(tmp_path: Path) -> None:
     checkpoints, other = saved(tmp_path, 1), Learner()
     other.model = torch.nn.Sequential(torch.nn.Linear(3, 2))  # type: ignore[assignment]
-    with pytest.raises(CheckpointError, match=r"only there \['bias', 'weight'\], missing \['0.bias', '0.weight'\]"):
+    with pytest.raises(CheckpointError, match=r"has \['bias', 'weight'\], .* lacks \['0.bias', '0.weight'\]"):
         checkpoints.load_newest(other, refuse_warning)
 
 
