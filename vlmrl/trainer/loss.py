@@ -85,11 +85,11 @@ class LossOutput:
     sums: dict[str, Tensor | float] = field(default_factory=dict)
     """Sums over the N tokens; the batch's metric is the sum over its micro-batches, divided by T.
 
-    Keys: `clip_fraction`, `ratio/mean`; with an importance correction also `importance/cut_fraction` (tokens whose weight
-    is not r), `importance/weight_mean` and `importance/weight_squared`. Scalars stay on the device: reading one here
-    (`.item()`) would synchronize and leave the GPU idle."""
+    Keys: `clip_fraction`, `ratio/mean`; with an importance correction also `importance/cut_fraction` (tokens whose
+    weight is not r), `importance/weight_mean` and `importance/weight_squared`. Scalars stay on the device: reading one
+    here (`.item()`) would synchronize and leave the GPU idle."""
     maxima: dict[str, Tensor | float] = field(default_factory=dict)
-    """`ratio/max`: the maximum over the N tokens; the batch's metric is the maximum of these. On the device, as above."""
+    """`ratio/max`: the maximum over the N tokens; the batch's metric is the maximum of these. Stays on the device."""
 
 
 LossFunction: TypeAlias = Callable[[LossTokens, BatchTotals, AlgorithmConfig], LossOutput]
@@ -299,7 +299,7 @@ def mismatch_kl(trainer_logprobs: Tensor, inference_logprobs: Tensor) -> tuple[T
 
 
 def _clipped_objective(ratio: Tensor, advantages: Tensor, config: AlgorithmConfig) -> tuple[Tensor, Tensor]:
-    """min(r A, clip(r) A) [N] (PPO, arXiv 1707.06347, eq. 7), and bool [N], True where clipping removed the gradient."""
+    """min(r A, clip(r) A) [N] (PPO, arXiv 1707.06347, eq. 7), and bool [N]: where clipping removes the gradient."""
     low, high = 1.0 - config.clip_low, 1.0 + config.clip_high
     objective = torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
     clipped = ((ratio > high) & (advantages > 0)) | ((ratio < low) & (advantages < 0))
