@@ -250,7 +250,7 @@ FILTERS: list[tuple[Callable[[Tab], object], Callable[[RolloutRecord], bool]]] =
     (lambda tab: tab.fill("Step from", "39", "Step to", "39"), lambda r: r["step"] == 39),
     (lambda tab: tab.fill("Reward from", "0.6", "Reward to", "0.8"), lambda r: 0.6 <= r["reward"] <= 0.8),
     (
-        lambda tab: tab.page.get_by_label("Stop", exact=True).select_option("image_error"),
+        lambda tab: tab.page.get_by_label("Stop reason", exact=True).select_option("image_error"),
         lambda r: r["stop_reason"] == "image_error",
     ),
     (
@@ -296,11 +296,11 @@ def test_a_dropped_rollout_says_why(browser: Any, made_page: Path) -> None:
     with Tab(browser, made_page, "#rollouts") as tab:
         tab.open("train/000040/01/05")
         assert tab.texts(".detail .title .pill") == ["dropped: stale"]
-        assert tab.texts(".detail .note") == ["Not learned from: a token is older than orchestrator.max_staleness."]
+        assert tab.texts(".detail .note") == ["Not trained on: a token is older than orchestrator.max_staleness."]
         assert tab.page.locator(".token.loss").count() == 0
         assert tab.page.locator(".token.sampled").count() == 3
         tab.open("train/000040/01/06")
-        assert tab.texts(".detail .note") == ["Not learned from: its stop reason is a fault.", "no PNG"]
+        assert tab.texts(".detail .note") == ["Not trained on: its stop reason is a fault.", "no PNG"]
         tab.open("train/000040/01/07")
         assert tab.page.locator(".token.loss").count() == tab.page.locator(".token.sampled").count() > 0
 
@@ -384,8 +384,8 @@ def test_figures_under_the_cursor(browser: Any, made: RunDir, made_page: Path) -
             "c => new Set(c.getContext('2d').getImageData(0, 0, c.width, c.height).data).size"
         )
         assert drawn > 20, "there is a curve on the canvas"
-        tab.page.get_by_text("more figures").click()
-        tab.fill("Filter figures by name", "task/")
+        tab.page.get_by_text("more metrics").click()
+        tab.fill("Filter metrics by name", "task/")
         tab.page.wait_for_selector(".more .chart", state="attached")
         assert tab.texts(".more .chart:not([hidden]) h3") == ["task/thing"]
 
@@ -449,7 +449,7 @@ def test_it_is_used_by_keyboard(browser: Any, made_page: Path) -> None:
         page.keyboard.type("train/000040/02")
         press("Escape")
         assert len(tab.shown()) == 16
-        tinted = page.locator('[aria-label="Tint tokens by"] [aria-checked=true]')
+        tinted = page.locator('[aria-label="Colour tokens by"] [aria-checked=true]')
         before = tinted.inner_text()
         press("c")
         assert tinted.inner_text() != before

@@ -1,1 +1,1 @@
-"""report.html: what a run left, in one page that needs nothing else."""
+"""report.html: a whole run on one self-contained page."""

@@ -1,7 +1,7 @@
-"""report.html beside a run: `python -m vlmrl mode=report run=<dir>` in a process of its own.
+"""Write report.html during a run, by `python -m vlmrl mode=report run=<dir>` in a separate process.
 
-Not a thread: a page takes about half a second of Python, which a thread would take out of the training step. While the
-run goes on, the process has the lowest priority and takes what nobody else wants; at the end the run waits for it.
+A page takes about half a second of Python, which a thread would take from the training step. During the run, the
+process has the lowest priority, so that it uses only idle processor time; at the end, the run waits for it.
 """
 
 from __future__ import annotations
@@ -15,36 +15,36 @@ from vlmrl.record.files import disk_errors
 from vlmrl.record.run_dir import RunDir
 
 LOWEST_PRIORITY = 19
-PATIENCE_S = 120.0
-"""Seconds that a page may take before the run ends without it."""
+REPORT_TIMEOUT_S = 120.0
+"""Seconds that the last page may take before the run ends without it."""
 
 
 class ReportWriter:
-    """Starts the process and looks after it; one at a time."""
+    """Starts the process that writes the page, one at a time."""
 
     def __init__(self, run_dir: RunDir) -> None:
         self._run_dir = run_dir
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> bool:
-        """Write the page in the background, unless that is being done. False where the last time went wrong.
+        """Write the page in the background, unless it is being written. Returns False if the page before it failed.
 
-        Raises VlmrlError where the disk does not take the log.
+        Raises VlmrlError where the log cannot be written.
         """
         if self._process is not None and self._process.poll() is None:
             return True
-        went_well = self._process is None or self._process.returncode == 0
+        succeeded = self._process is None or self._process.returncode == 0
         self._process = self._begin()
         os.setpriority(os.PRIO_PROCESS, self._process.pid, LOWEST_PRIORITY)
-        return went_well
+        return succeeded
 
     def finish(self) -> bool:
-        """Write the page of the whole run and return when it is there; False where it is not."""
+        """Write the page of the whole run and wait for it. Returns False if that failed."""
         if self._process is not None:
-            self._end(self._process)  # its page would be an old one
+            self._end(self._process)  # its page would be outdated
         self._process = self._begin()
         try:
-            return self._process.wait(PATIENCE_S) == 0
+            return self._process.wait(REPORT_TIMEOUT_S) == 0
         except subprocess.TimeoutExpired:
             self._end(self._process)
             return False
@@ -56,8 +56,8 @@ class ReportWriter:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                # Ctrl-C is the run's. Not a session of its own: Linux shares processors among sessions first, and the
-                # priority would count for nothing.
+                # A process group of its own, so that Ctrl-C reaches only the run. Not a session of its own: Linux
+                # divides processor time among sessions first, so the priority would have no effect.
                 process_group=0,
             )
 

@@ -1,6 +1,6 @@
 "use strict";
-// What every part of the page uses: the data, elements, numbers, colours, files to keep.
-// Texts come from models and tasks. They become text nodes, never HTML.
+// Shared by all parts of the page: data, DOM elements, number formats, colours, downloads.
+// Texts come from models and tasks, so they become text nodes, never HTML.
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const RUNS = DATA.runs;
@@ -27,7 +27,7 @@ const MINUS = "\u2212";
 const known = (value) => value !== null && value !== undefined && !Number.isNaN(value);
 
 const fmt = {
-  // Four significant digits; powers of ten where decimals would hide the figure.
+  // Four significant digits. Very small and very large numbers have an exponent.
   number(value, digits = 4) {
     if (!known(value)) return "–";
     if (typeof value !== "number") return String(value);
@@ -64,7 +64,7 @@ const fmt = {
 const lastOf = (values) => (values ? values.findLast(known) : undefined);
 const firstOf = (values) => (values ? values.find(known) : undefined);
 
-// Of an array of numbers (NaN left out), the value below which `share` of them lie.
+// The value below which `share` of the numbers lie. NaNs are ignored.
 function quantile(values, share) {
   const sorted = Float64Array.from(values.filter((value) => !Number.isNaN(value))).sort();
   return sorted.length ? sorted[Math.min(sorted.length - 1, Math.floor(share * sorted.length))] : NaN;
@@ -72,7 +72,7 @@ function quantile(values, share) {
 
 // ── packed arrays ───────────────────────────────────────────────────────────────────────────────────────────
 
-// Base64 of little-endian items, as every machine that runs a browser has them.
+// Decode base64 of little-endian numbers. Every machine that runs a browser is little-endian.
 function unpack(text, Type) {
   const characters = atob(text);
   const bytes = new Uint8Array(characters.length);
@@ -82,7 +82,7 @@ function unpack(text, Type) {
 
 for (const [index, run] of RUNS.entries()) {
   run.index = index;
-  // Unpacked when somebody looks: the curves are there first.
+  // Decoded on first use, so that the curves appear first.
   let tokens;
   Object.defineProperty(run, "columns", {
     get() {
@@ -105,7 +105,7 @@ const NAMES = RUNS.map((run) => run.name);
 const PALETTE = 8;
 const paletteName = (index) => `--c${index % PALETTE}`;
 
-// The colour of a custom property as the canvas needs it.
+// The value of a CSS colour property, as a canvas needs it.
 function colour(name) {
   const probe = el("span", { style: { color: `var(${name})`, display: "none" } });
   document.body.append(probe);
@@ -125,7 +125,7 @@ function remember(key, value) {
   try {
     localStorage.setItem(`vlmrl.${key}`, value);
   } catch {
-    // A browser may forbid a local file to keep anything.
+    // A browser may forbid storage to a local file.
   }
 }
 
@@ -160,7 +160,7 @@ function csv(columns) {
 const button = (label, title, run, options = {}) =>
   el("button", { type: "button", title, on: { click: run }, ...options }, label);
 
-// One of several: buttons that exclude each other.
+// A group of buttons of which exactly one is chosen.
 function segmented(label, choices, chosen, changed) {
   const box = el("div", { class: "segmented", role: "radiogroup", "aria-label": label });
   const set = (value, focus) => {

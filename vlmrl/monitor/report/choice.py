@@ -1,11 +1,10 @@
-"""Which rollouts a page shows. A run may leave millions; a page opens at once with some thousands.
+"""Choose the rollouts that a page shows. A run may record millions; a page opens quickly with a few thousand.
 
-    training     whole groups, evenly over all (step, group), first and last included
+    training     whole groups, evenly spaced over all (step, group), including the first and the last
     evaluation   the same held-out problems at each evaluation, sampled and greedy
-    dropped      for each reason a few groups of steps that had it, whole, so that it can be looked at
+    dropped      for each drop reason, a few whole groups that contain such a rollout
 
-Nothing is read but the names of the files, metrics.jsonl and the run's config; so the choice costs nothing, however
-long the run was.
+The choice needs only file names, metrics.jsonl and the config of the run, so it is fast for a run of any length.
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ from vlmrl.record.metrics import Record
 from vlmrl.record.run_dir import RunDir
 
 EVALUATION_SHARE = 0.3
-"""Share of the page that evaluations may take where not everything fits."""
+"""Largest share of the page for evaluations, if not everything fits."""
 DROPPED_GROUPS = 6
-"""Groups per drop reason."""
+"""Extra groups per drop reason."""
 ORDINARY_DROPS = ("zero_advantage",)
-"""Reasons that are the algorithm's own choice: their groups are among the others."""
+"""Drop reasons without extra groups: the algorithm drops these rollouts by design, and they are not rare."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How many rollouts a step has, by the run's config."""
+    """Numbers of groups and rollouts, from the run's config."""
 
     groups_per_step: int
     group_size: int
@@ -36,28 +35,31 @@ class Shape:
 
     @property
     def step(self) -> int:
+        """Rollouts of a step."""
         return self.groups_per_step * self.group_size
 
 
 @dataclass(eq=False)
 class Choice:
-    """Groups to read, by file."""
+    """The groups to read from each file."""
 
     groups: dict[Path, set[int]] = field(default_factory=dict)
-    """File → numbers of its groups (an evaluation's are its problems)."""
+    """File → numbers of its groups; the groups of an evaluation are its problems."""
     dropped: dict[Path, set[str]] = field(default_factory=dict)
-    """File → drop reasons of which its first group is wanted too."""
+    """File → drop reasons; for each, the first group with such a rollout is read too."""
 
     def add(self, path: Path, group: int) -> None:
+        """Choose a group of a file."""
         self.groups.setdefault(path, set()).add(group)
 
     @property
     def paths(self) -> list[Path]:
+        """The files to read, sorted."""
         return sorted({*self.groups, *self.dropped})
 
 
 def evenly(count: int, wanted: int) -> list[int]:
-    """`wanted` of range(count), evenly, both ends included; all of them where there are no more.
+    """`wanted` numbers of range(count), evenly spaced and including both ends; all numbers if there are fewer.
 
     >>> evenly(10, 4), evenly(3, 5), evenly(9, 1)
     ([0, 3, 6, 9], [0, 1, 2], [8])
@@ -70,7 +72,7 @@ def evenly(count: int, wanted: int) -> list[int]:
 
 
 def recorded_steps(run_dir: RunDir, kind: str) -> list[int]:
-    """Steps that have a file of rollouts; `kind` is "step" or "eval"."""
+    """The steps that have a file of rollouts. `kind` is "step" or "eval"."""
     return sorted(int(path.stem.split("_")[1]) for path in run_dir.rollouts.glob(f"{kind}_*.jsonl"))
 
 
@@ -82,9 +84,9 @@ def choose(
     evaluations: Sequence[int],
     metrics: Iterable[Record],
 ) -> Choice:
-    """About `wanted` rollouts of `steps` and `evaluations` (dropped ones come on top of it, a few groups)."""
+    """Choose about `wanted` rollouts of `steps` and `evaluations`, plus a few groups with dropped rollouts."""
     choice = Choice()
-    pairs = max(int(wanted * EVALUATION_SHARE), wanted - len(steps) * shape.step) // 2  # sampled and greedy
+    pairs = max(int(wanted * EVALUATION_SHARE), wanted - len(steps) * shape.step) // 2  # pairs of sampled and greedy
     shown = evenly(len(evaluations), pairs)
     problems = evenly(shape.problems, pairs // len(shown)) if shown else []
     for problem in problems:
@@ -105,7 +107,7 @@ def choose(
 
 
 def _steps_with_drops(metrics: Iterable[Record]) -> Mapping[str, list[int]]:
-    """Drop reason → steps that have such a rollout."""
+    """Drop reason → the steps that have such a rollout."""
     prefix = "rollouts/dropped/"
     found: dict[str, list[int]] = {}
     for record in metrics:

@@ -1,9 +1,9 @@
 "use strict";
-// The config: what differs from the defaults, and, of several runs, from each other.
+// The config: values that differ from the defaults, and with several runs, from each other.
 
 function buildConfig(section) {
   const keys = [...new Set([...RUNS.flatMap((run) => Object.keys(run.config)), ...Object.keys(DATA.defaults)])].sort();
-  const places = new Set(["output_dir", "resume", "run", "runs", "step"]); // say where a run is, not what it does
+  const places = new Set(["output_dir", "resume", "run", "runs", "step"]); // where a run is stored; not compared
   const text = (tree, key) => (key in tree ? fmt.value(tree[key]) : "");
   const rows = keys.map((key) => {
     const own = RUNS.map((run) => text(run.config, key));
@@ -27,19 +27,19 @@ function buildConfig(section) {
       count += !each.row.hidden;
     }
     empty.hidden = count > 0;
-    empty.textContent = count ? "" : which === "changed" && !wanted ? "Every value is the default." : "Nothing here.";
+    empty.textContent = count ? "" : which === "changed" && !wanted ? "Every value is the default." : "No key matches.";
   };
   find.addEventListener("input", apply);
-  const choices = [["changed", `not default (${rows.filter((each) => each.changed).length})`, "What was set"],
-    ["all", `all (${rows.length})`, "Every key"]];
-  if (SEVERAL) choices.unshift(["differs", `differs (${rows.filter((each) => each.differs).length})`, "Where the runs differ"]);
+  const choices = [["changed", `not default (${rows.filter((each) => each.changed).length})`, "Keys whose value is not the default"],
+    ["all", `all (${rows.length})`, "All keys"]];
+  if (SEVERAL) choices.unshift(["differs", `differs (${rows.filter((each) => each.differs).length})`, "Keys in which the runs differ"]);
   const environment = [...new Set(RUNS.flatMap((run) => Object.keys(run.environment)))];
   section.append(
     el("div", { class: "filters" }, segmented("Which keys", choices, which, (value) => {
       which = value;
       apply();
     }), find,
-    button("JSON", "The config as dotted keys", () => download("config.json",
+    button("JSON", "Download the config with dotted keys", () => download("config.json",
       JSON.stringify(SEVERAL ? Object.fromEntries(RUNS.map((run) => [NAMES[run.index], run.config])) : RUNS[0].config, null, 2), "application/json"),
     { class: "quiet" })),
     el("div", { class: "tablebox" }, el("table", { class: "config" },
@@ -47,7 +47,7 @@ function buildConfig(section) {
         el("th", { scope: "col" }, "(default)"))),
       el("tbody", {}, rows.map((each) => each.row)))),
     empty,
-    el("h3", {}, "Ran with"),
+    el("h3", {}, "Environment"),
     el("div", { class: "tablebox" }, el("table", { class: "config" }, el("tbody", {}, environment.map((key) => {
       const own = RUNS.map((run) => text(run.environment, key));
       return el("tr", {}, el("th", { scope: "row" }, key),

@@ -1,18 +1,18 @@
 "use strict";
-// The curves. uPlot draws; what is under the cursor stands in the legend of every chart at once.
+// The curves, drawn by uPlot. The legends of all charts show the values under the shared cursor.
 
-const GROUP = "step"; // charts whose cursors move together
+const GROUP = "step"; // the name of the shared cursor
 const charts = [];
 
-// [title, unit, [[key, label], …], options]. A chart none of whose keys a run has is left out.
+// [title, unit, [[key, label], …], options]. A chart is left out if no run has any of its keys.
 const CHARTS = [
   ["Reward", "", [
     ["reward/mean", "training"],
     ["eval/reward", "held-out, sampled"],
     ["eval/reward_greedy", "held-out, greedy"],
   ], { wide: true, points: 1, target: "orchestrator.eval.target" }],
-  ["Mismatch, sampler and trainer", "nats", [["mismatch_kl/mean", "mean"], ["mismatch_kl/max", "max"]], { log: true }],
-  ["Vision gap", "nats", [["vision_gap/blank", "images blanked"], ["vision_gap/shuffled", "images of others"]],
+  ["Mismatch of engine and trainer", "nats", [["mismatch_kl/mean", "mean"], ["mismatch_kl/max", "max"]], { log: true }],
+  ["Vision gap", "nats per token", [["vision_gap/blank", "with grey images"], ["vision_gap/shuffled", "with other images"]],
     { spans: true }],
   ["Entropy", "nats per token", [["entropy", "mean"]]],
   ["Time per step", "s", [
@@ -26,9 +26,9 @@ const CHARTS = [
   ["Staleness", "optimizer steps", [["staleness/mean", "mean"], ["staleness/max", "max"]]],
   ["Loss", "", [["loss", "loss"]]],
   ["Gradient norm", "", [["grad_norm", "before clipping"]]],
-  ["How rollouts ended", "rollouts", "rollouts/stop/", { stacked: true }],
+  ["Stop reasons", "rollouts", "rollouts/stop/", { stacked: true }],
   ["Dropped rollouts", "rollouts", "rollouts/dropped/", { stacked: true }],
-  ["Groups without a signal", "share of groups", [["groups/zero_advantage", "all advantages 0"]]],
+  ["Groups without a gradient", "share of groups", [["groups/zero_advantage", "all advantages 0"]]],
 ];
 
 const REST = new Set(["step", "policy_version"]);
@@ -42,7 +42,7 @@ function prepare(run) {
     const share = Math.max(...m["time/other"].map((value, i) => (known(value) ? value / m["time/step"][i] : 0)));
     if (share < 0.01) delete m["time/other"];
   }
-  // A step without such a rollout has no key.
+  // Where a step has no rollout of a kind, it has no key: draw 0.
   for (const prefix of ["rollouts/stop/", "rollouts/dropped/"]) {
     for (const key of Object.keys(m).filter((key) => key.startsWith(prefix))) {
       m[key] = m[key].map((value, i) => (known(m["rollouts/total"]?.[i]) ? (value ?? 0) : null));
@@ -63,7 +63,7 @@ function chart(title, unit, keys, options = {}) {
   const holders = RUNS.filter((run) => keys.some(([key]) => run[source][key]?.some(known)));
   if (!holders.length) return null;
 
-  // Several runs: a colour per run, a dash per figure, one table of all their steps.
+  // With several runs, each run has a colour and each key a dash pattern; their steps are joined in one table.
   const lines = holders.flatMap((run) =>
     keys.filter(([key]) => run[source][key]?.some(known)).map(([key, label], place) => ({
       run, key, label, place,
@@ -96,7 +96,7 @@ function chart(title, unit, keys, options = {}) {
     "aria-label": `${title}: left and right arrow keys move the cursor` });
   const box = el("article", { class: `chart${options.wide ? " wide" : ""}`, data: { title } },
     el("header", {}, el("h3", {}, title), unit && el("small", {}, unit), at,
-      button("CSV", `Download the figures of “${title}”`, () => {
+      button("CSV", `Download the values of “${title}”`, () => {
         const plain = holders.map((run) => [
           run[source].step,
           ...lines.filter((line) => line.run === run).map((line) => run[source][line.key]),
@@ -114,7 +114,7 @@ function chart(title, unit, keys, options = {}) {
     const over = known(index) && plot.cursor.left >= 0;
     at.textContent = over ? `step ${fmt.count(raw[0][index])}` : "";
     values.forEach((value, i) => {
-      // A figure of some steps only (an evaluation) keeps its newest value up to the cursor.
+      // A metric that few steps have (an evaluation) shows its newest value up to the cursor.
       const upTo = over ? raw[i + 1].slice(0, index + 1) : raw[i + 1];
       const shown = over && !lines[i].few ? raw[i + 1][index] : lastOf(upTo);
       value.textContent = fmt.number(shown);
@@ -123,7 +123,7 @@ function chart(title, unit, keys, options = {}) {
 
   const draw = () => {
     const width = canvas.clientWidth;
-    if (!width) { // hidden: drawn when it is seen
+    if (!width) { // hidden: drawn once it is visible
       plot?.destroy();
       plot = null;
       return;
@@ -200,8 +200,8 @@ function chart(title, unit, keys, options = {}) {
 
 const sparse = (values) => values.filter(known).length < values.length / 2;
 
-// Logarithmic figures are drawn as exponents on a plain axis. uPlot's own logarithmic axis takes seconds where figures
-// lie many decades apart, and a mismatch may be anything from 1e-40 to 1.
+// Logarithmic values are drawn as exponents on a linear axis. uPlot's own logarithmic axis takes seconds if the values
+// span many decades, and a mismatch ranges from 1e-40 to 1.
 const logarithms = (raw) => [raw[0], ...raw.slice(1).map((values) =>
   values.map((value) => (known(value) && value > 0 ? Math.log10(value) : null)))];
 
@@ -218,13 +218,13 @@ function margins(low, high, fromZero) {
   return [fromZero || near ? 0 : low - room, high + room];
 }
 
-// Each figure on top of those before it.
+// Stack each series on top of the ones before it.
 function stack(raw) {
   const sums = raw[0].map(() => 0);
   return [raw[0], ...raw.slice(1).map((values) => values.map((value, i) => (known(value) ? (sums[i] += value) : null)))];
 }
 
-// The reward at which the run is done, if it has one.
+// Draw a line at the reward that ends the run (orchestrator.eval.target), if it is set.
 function target(u, key, ink) {
   const value = key && RUNS[0].config[key];
   if (!known(value) || value > u.scales.y.max) return;
@@ -245,9 +245,9 @@ const STATES = {
   finished: ["finished", "good"],
   target_reached: ["target reached", "good"],
   interrupted: ["interrupted", "fair"],
-  error: ["ended by an error", "bad"],
+  error: ["ended with an error", "bad"],
 };
-const stateOf = (run) => STATES[run.state] ?? (run.state ? [run.state, "fair"] : ["no end yet: running, or killed", "fair"]);
+const stateOf = (run) => STATES[run.state] ?? (run.state ? [run.state, "fair"] : ["not ended: running or killed", "fair"]);
 
 const worstMismatch = (run) => run.metrics["mismatch_kl/max"]?.filter(known).reduce((a, b) => Math.max(a, b), 0);
 
@@ -266,10 +266,10 @@ function tiles(run) {
     ["held-out reward, greedy", fmt.number(lastOf(m["eval/reward_greedy"]), 3), change("eval/reward_greedy")],
     ["training reward", fmt.number(lastOf(m["reward/mean"]), 3), change("reward/mean")],
     ["optimizer steps", fmt.count(lastOf(m.step)), `of at most ${fmt.count(run.config["trainer.max_steps"])}`],
-    ["wall-clock", fmt.seconds(run.summary?.wall_clock_s ?? lastOf(m["time/elapsed"])),
-      known(lastOf(m["time/step"])) ? `${fmt.seconds(quantile(m["time/step"].filter(known), 0.5))} a step, median` : ""],
-    ["worst mismatch", fmt.number(worstMismatch(run), 3), "nats, one token"],
-    ["vision gap", fmt.number(lastOf(m["vision_gap/blank"]), 3), "nats, images blanked"],
+    ["wall-clock time", fmt.seconds(run.summary?.wall_clock_s ?? lastOf(m["time/elapsed"])),
+      known(lastOf(m["time/step"])) ? `median step ${fmt.seconds(quantile(m["time/step"].filter(known), 0.5))}` : ""],
+    ["largest mismatch", fmt.number(worstMismatch(run), 3), "nats, of one token"],
+    ["vision gap", fmt.number(lastOf(m["vision_gap/blank"]), 3), "nats per token, with grey images"],
     ["throughput", fmt.count(lastOf(m["throughput/tokens_per_s"])), "tokens / s"],
   ];
   return el("div", { class: "tiles" }, shown.filter(([, value]) => value !== "–").map((each) => tile(...each)));
@@ -284,10 +284,10 @@ function runHead(run) {
       el("h2", {}, NAMES[run.index]),
       el("span", { class: `pill ${kind}`, data: { state: run.state ?? "" } }, state),
       el("span", { class: "muted" }, facts.join(" · ")),
-      el("span", { class: "muted push", title: run.path }, `last figures ${run.updated}`),
-      button("metrics.csv", "Every figure of every step", () => download(`${run.name}_metrics.csv`, csv(run.metrics), "text/csv"),
+      el("span", { class: "muted push", title: run.path }, `updated ${run.updated}`),
+      button("metrics.csv", "Download all metrics of all steps", () => download(`${run.name}_metrics.csv`, csv(run.metrics), "text/csv"),
         { class: "quiet" }),
-      Object.keys(run.supervised).length > 0 && button("supervised.csv", "Every figure of every warm-up step",
+      Object.keys(run.supervised).length > 0 && button("supervised.csv", "Download all metrics of all supervised steps",
         () => download(`${run.name}_supervised.csv`, csv(run.supervised), "text/csv"), { class: "quiet" })),
     run.summary?.error && el("p", { class: "note bad" }, run.summary.error),
     (run.summary?.warnings ?? []).map((text) => el("p", { class: "note fair" }, text)),
@@ -297,14 +297,14 @@ function runHead(run) {
         el("td", {}, line.says))))));
 }
 
-// Of several runs a line each.
+// The summary of several runs: one row per run.
 function runTable(runs) {
-  const titles = ["held-out", "greedy", "training", "steps", "wall-clock", "median step", "worst mismatch", "tokens / s"];
+  const titles = ["held-out", "greedy", "training", "steps", "wall-clock time", "median step", "largest mismatch", "tokens / s"];
   return el("div", { class: "tablebox" }, el("table", { class: "runs" },
     el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "run"), el("th", {}), titles.map((title) => el("th", { scope: "col" }, title)), el("th", {}))),
     el("tbody", {}, runs.map((run) => {
       const [m, [state, kind]] = [run.metrics, stateOf(run)];
-      const figures = [
+      const values = [
         fmt.number(lastOf(m["eval/reward"]), 3), fmt.number(lastOf(m["eval/reward_greedy"]), 3), fmt.number(lastOf(m["reward/mean"]), 3),
         fmt.count(lastOf(m.step)), fmt.seconds(run.summary?.wall_clock_s ?? lastOf(m["time/elapsed"])),
         fmt.seconds(quantile((m["time/step"] ?? []).filter(known), 0.5)), fmt.number(worstMismatch(run), 2),
@@ -313,18 +313,18 @@ function runTable(runs) {
       return el("tr", { title: run.path },
         el("th", { scope: "row" }, el("i", { class: "dot", style: { background: `var(${paletteName(run.index)})` } }), NAMES[run.index]),
         el("td", {}, el("span", { class: `pill ${kind}`, data: { state: run.state ?? "" } }, state)),
-        figures.map((figure) => el("td", {}, figure)),
-        el("td", {}, button("CSV", "Every figure of every step", () => download(`${run.name}_metrics.csv`, csv(run.metrics), "text/csv"), { class: "quiet" })));
+        values.map((value) => el("td", {}, value)),
+        el("td", {}, button("CSV", "Download all metrics of all steps", () => download(`${run.name}_metrics.csv`, csv(run.metrics), "text/csv"), { class: "quiet" })));
     }))));
 }
 
 function buildCurves(section) {
   const grid = el("div", { class: "charts" });
   const used = new Set(REST);
-  // time/other is made here; it is in no file.
+  // The table and the CSV files use the run's own metrics, without time/other, which is computed here.
   const files = RUNS.map((run) => ({ ...run, metrics: { ...run.metrics } }));
   section.append(...(SEVERAL ? [runTable(files)] : files.map(runHead)),
-    el("p", { class: "muted caption" }, "Over optimizer steps. Drag over a curve to zoom in, double-click to zoom out."), grid);
+    el("p", { class: "muted caption" }, "The x axis is optimizer steps. Drag to zoom in, double-click to zoom out."), grid);
   RUNS.forEach(prepare);
   for (const [title, unit, wanted, options = {}] of CHARTS) {
     const keys = keysOf(wanted);
@@ -334,18 +334,18 @@ function buildCurves(section) {
     } else grid.append(chart(title, unit, keys, options) ?? "");
   }
   grid.append(chart("Warm-up loss", "nats per token", [["loss", "supervised"]], { source: "supervised", colour: 3 }) ?? "");
-  if (!grid.children.length) grid.replaceWith(el("p", { class: "empty" }, "No figures yet: metrics.jsonl is empty."));
+  if (!grid.children.length) grid.replaceWith(el("p", { class: "empty" }, "No metrics yet: metrics.jsonl is empty."));
 
   const others = [...new Set(RUNS.flatMap((run) => Object.keys(run.metrics)))].filter((key) => !used.has(key)).sort();
   if (!others.length) return;
   const more = el("div", { class: "charts" });
-  const find = el("input", { type: "search", placeholder: "Filter by name", "aria-label": "Filter figures by name" });
+  const find = el("input", { type: "search", placeholder: "Filter by name", "aria-label": "Filter metrics by name" });
   const apply = () => {
     for (const box of more.children) box.hidden = !box.dataset.title.includes(find.value.trim());
   };
   find.addEventListener("input", apply);
   const details = el("details", { class: "more" },
-    el("summary", {}, `${others.length} more figures`), find, more);
+    el("summary", {}, `${others.length} more metrics`), find, more);
   details.addEventListener("toggle", () => {
     if (more.children.length) return;
     for (const key of others) more.append(chart(key, "", [[key, key.split("/").at(-1)]]) ?? "");

@@ -1,4 +1,4 @@
-"""What a run left → the document that the page shows: plain JSON.
+"""Read run directories into the document that the page shows: plain JSON.
 
     {"generated": "2026-03-01 12:00", "defaults": {key: value},
      "images": {hash: {"src": "data:image/png;base64,…", "width": 32, "height": 32, "whole": true}},
@@ -11,12 +11,12 @@
                "rollouts": [{"id", …, "turns": [{"at", "count", "prompt", "offset", "messages", …}]}],
                "recorded": {"step": files, "eval": files, "rollouts": rollouts in them, "shown": …}}]}
 
-All completions stand one after the other in `tokens` (C tokens), a turn's from `at` on, `count` of them; what the
-trainer did not see is NaN there. Prompts are stored as in rollouts/ (from `offset` on) and each distinct one once, so
-that siblings share theirs. Figures are exact: float32 bytes, and Python's shortest decimals.
+`tokens` holds all completions one after the other (C tokens in total); a turn's completion is `count` tokens from `at`
+on. Values that only trained tokens have are NaN elsewhere. Prompts are stored as in rollouts/ (from `offset` on), each
+distinct one once, so that siblings share it. Numbers are exact: float32 bytes and Python's shortest decimals.
 
-Left out on purpose: environment variables (they are in no file that is read here), and what a free-form part of the
-config says under a name that sounds like a secret.
+Left out on purpose: environment variables (no file that is read here has them), and secrets in the config
+(vlmrl/config/secrets.py).
 """
 
 from __future__ import annotations
@@ -46,27 +46,27 @@ from vlmrl.record.rollouts import RolloutRecord, TurnRecord, read_rollouts
 from vlmrl.record.run_dir import RunDir
 from vlmrl.record.tokens import read_spellings
 
-ROLLOUTS = 2000
-"""Rollouts of a page, all its runs together; fewer where they are long or show many large images."""
-TOKENS = 1_500_000
-"""Tokens of a page, shared prompts counted once."""
-IMAGE_BYTES = 24 * 2**20
-"""Encoded images of a page."""
-IMAGE_SIDE = 512
-"""Pixels; a larger image is shown smaller, the original is in images/."""
+MAX_ROLLOUTS = 2000
+"""Most rollouts of a page, over all its runs. Fewer if they are long or have many large images."""
+MAX_TOKENS = 1_500_000
+"""Most tokens of a page; a shared prompt counts once."""
+MAX_IMAGE_BYTES = 24 * 2**20
+"""Most bytes of encoded images on a page."""
+MAX_IMAGE_SIDE = 512
+"""Pixels. A larger image is reduced; the original is in images/."""
 LOSSLESS_BYTES = 64 * 2**10
-"""An image that takes no more is shown byte for byte."""
+"""An image of at most this size is embedded unchanged."""
 
 
 @dataclass(eq=False)
 class Pictures:
-    """The images of a page, each once."""
+    """The images of a page. Each distinct one is encoded once."""
 
     encoded: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Hash → what the page needs."""
+    """Hash → the entry of `images` in the document."""
 
     def of(self, run_dir: RunDir, hashes: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """Those that are in the run's folder."""
+        """Entries of the images that the run directory has."""
         found = {}
         for hash in hashes:
             if hash not in self.encoded and run_dir.image(hash).exists():
@@ -77,16 +77,16 @@ class Pictures:
 
 
 def encode(path: Path) -> dict[str, Any]:
-    """A picture as the page shows it: the file itself, or a smaller one where it is large. Raises OSError."""
+    """The entry of an image: the file itself, or a reduced JPEG if it is large. Raises OSError."""
     data, kind = path.read_bytes(), "png"
     with PIL.Image.open(io.BytesIO(data)) as picture:
         width, height = picture.size
-        if whole := len(data) <= LOSSLESS_BYTES and max(width, height) <= IMAGE_SIDE:
+        if whole := len(data) <= LOSSLESS_BYTES and max(width, height) <= MAX_IMAGE_SIDE:
             pass
         else:
-            picture.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
+            picture.thumbnail((MAX_IMAGE_SIDE, MAX_IMAGE_SIDE))
             small = io.BytesIO()
-            picture.convert("RGB").save(small, "JPEG", quality=88, subsampling=0)  # WebP takes ten times as long
+            picture.convert("RGB").save(small, "JPEG", quality=88, subsampling=0)  # WebP would take ten times as long
             data, kind = small.getvalue(), "jpeg"
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     return {"src": source, "width": width, "height": height, "whole": whole}
@@ -94,7 +94,7 @@ def encode(path: Path) -> dict[str, Any]:
 
 @dataclass(eq=False)
 class Rollouts:
-    """Rollouts on their way into the document."""
+    """Collects the rollouts of one run, with shared prompts and messages stored once."""
 
     rollouts: list[dict[str, Any]] = field(default_factory=list)
     messages: dict[bytes, int] = field(default_factory=dict)
@@ -110,9 +110,11 @@ class Rollouts:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of all completions and distinct prompts."""
         return len(self.ids) + len(self.prompt_ids)
 
     def add(self, record: RolloutRecord) -> None:
+        """Add a recorded rollout."""
         label, step, group, _ = record["rollout_id"].split("/")
         self.rollouts.append(
             {
@@ -153,7 +155,7 @@ class Rollouts:
             "text": turn["text"],
             "reward": turn["reward"],
             "advantage": turn["advantage"],
-            # Recorded before trainer_logprobs were: what was not dropped was learned from.
+            # Old records have no trainer_logprobs. There, every training rollout that was not dropped was trained on.
             "learned": trainer is not None or (record["split"] == "train" and record["dropped"] is None),
         }
 
@@ -172,6 +174,7 @@ class Rollouts:
         return self.prompts[key]
 
     def document(self) -> dict[str, Any]:
+        """The rollouts' part of a run's document."""
         return {
             "rollouts": self.rollouts,
             "messages": [orjson.Fragment(messages) for messages in self.messages],
@@ -188,7 +191,7 @@ class Rollouts:
 
 
 def packed(values: array[Any]) -> str:
-    """Base64 of 4-byte items, little-endian.
+    """Base64 of 4-byte numbers, little-endian.
 
     >>> packed(array("i", [1, 2]))
     'AQAAAAIAAAA='
@@ -200,7 +203,7 @@ def packed(values: array[Any]) -> str:
 
 
 def read_groups(choice: Choice) -> Iterator[RolloutRecord]:
-    """The chosen rollouts, file by file. A file that a resumed run has taken away meanwhile is passed over."""
+    """Read the chosen rollouts, file by file. A file that a resumed run has deleted in the meantime is skipped."""
     for path in choice.paths:
         numbers = set(choice.groups.get(path, ()))
         if not path.exists():
@@ -225,7 +228,7 @@ def _group(rollout_id: str) -> int:
 
 @dataclass(eq=False)
 class ReportedRun:
-    """One run's folder, read but for its rollouts."""
+    """One run directory, read except for its rollouts."""
 
     name: str
     run_dir: RunDir
@@ -234,12 +237,13 @@ class ReportedRun:
     shape: Shape
     metrics: list[Record]
     steps: list[int]
-    """That have rollouts."""
+    """Steps with recorded training rollouts."""
     evaluations: list[int]
+    """Steps with recorded evaluation rollouts."""
 
     @staticmethod
     def read(name: str, run_dir: RunDir) -> ReportedRun:
-        """Raises ConfigError where the folder holds no run, VlmrlError where a file is damaged."""
+        """Read a run. Raises ConfigError where the folder holds no run, VlmrlError where a file is damaged."""
         try:
             config = flat(redacted(OmegaConf.to_container(OmegaConf.load(run_dir.config))))
             shape = Shape(
@@ -265,6 +269,7 @@ class ReportedRun:
         )
 
     def document(self, rollouts: Rollouts) -> dict[str, Any]:
+        """The document of this run with `rollouts`."""
         run_dir, summary = self.run_dir, self.run_dir.read_summary()
         newest = max((path.stat().st_mtime for path in (run_dir.metrics, run_dir.config) if path.exists()), default=0.0)
         recorded = len(self.steps) * self.shape.step + len(self.evaluations) * 2 * self.shape.problems
@@ -293,7 +298,7 @@ class ReportedRun:
 
 
 def columns(records: Sequence[Record]) -> dict[str, list[Any]]:
-    """Lines → one list per key, None where a line lacks it.
+    """Turn lines into one list per key, with None where a line lacks the key.
 
     >>> columns([{"step": 0, "eval/reward": 0.5}, {"step": 1, "loss": 2.0}])
     {'step': [0, 1], 'eval/reward': [0.5, None], 'loss': [None, 2.0]}
@@ -303,7 +308,7 @@ def columns(records: Sequence[Record]) -> dict[str, list[Any]]:
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """A tree of mappings → dotted keys.
+    """Flatten a tree of mappings to dotted keys.
 
     >>> flat({"task": {"target": "m:T", "args": {"level": 3}}})
     {'task.target': 'm:T', 'task.args.level': 3}
@@ -322,14 +327,12 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def document(named: Mapping[str, RunDir], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The page's document of one run or several, by the name to call each. `defaults`: the config that runs when
-    nothing is set, as a tree.
-
-    Raises ConfigError and VlmrlError (see `ReportedRun.read`), OSError.
+    """The document of a page about one or several runs, by their display names. `defaults`: the default config as a
+    tree. Raises ConfigError and VlmrlError (see `ReportedRun.read`), OSError.
     """
     runs = [ReportedRun.read(name, run_dir) for name, run_dir in named.items()]
     pictures = Pictures()
-    wanted = ROLLOUTS
+    wanted = MAX_ROLLOUTS
     while True:
         gathered = [_gather(run, runs, wanted // len(runs)) for run in runs]
         images: dict[str, dict[str, Any]] = {}
@@ -337,7 +340,7 @@ def document(named: Mapping[str, RunDir], defaults: Mapping[str, Any]) -> dict[s
             images |= pictures.of(run.run_dir, rollouts.hashes)
         tokens = sum(rollouts.num_tokens for rollouts in gathered)
         size = sum(len(image["src"]) for image in images.values())
-        if (tokens <= TOKENS and size <= IMAGE_BYTES) or wanted < 2 * len(runs):
+        if (tokens <= MAX_TOKENS and size <= MAX_IMAGE_BYTES) or wanted < 2 * len(runs):
             break
         wanted //= 2
     return {
@@ -349,8 +352,8 @@ def document(named: Mapping[str, RunDir], defaults: Mapping[str, Any]) -> dict[s
 
 
 def _gather(run: ReportedRun, runs: Sequence[ReportedRun], wanted: int) -> Rollouts:
-    """Of steps, groups and held-out problems that all the runs have, so that the same problem's rollouts can stand side
-    by side."""
+    """Read about `wanted` rollouts of `run`, from steps, groups and held-out problems that all runs have, so that the
+    page can show rollouts of the same problem side by side."""
     shapes = [other.shape for other in runs]
     steps, evaluations = _common(runs) or (run.steps, run.evaluations)
     choice = choose(
@@ -372,7 +375,7 @@ def _gather(run: ReportedRun, runs: Sequence[ReportedRun], wanted: int) -> Rollo
 
 
 def _common(runs: Sequence[ReportedRun]) -> tuple[list[int], list[int]] | None:
-    """Steps and evaluations that all runs have; None where there is neither."""
+    """Steps and evaluations that all runs have; None where they have none in common."""
     steps, evaluations = (
         sorted(set.intersection(*map(set, each)))
         for each in ([run.steps for run in runs], [run.evaluations for run in runs])

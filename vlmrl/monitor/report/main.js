@@ -1,5 +1,5 @@
 "use strict";
-// Tabs, keys, theme.
+// Tabs, keyboard shortcuts, light and dark theme.
 
 const VIEWS = { curves: ["Curves", buildCurves], rollouts: ["Rollouts", buildRollouts], config: ["Config", buildConfig] };
 const built = new Set();
@@ -27,7 +27,7 @@ function openView(name, focus) {
   } else history.replaceState(null, "", `#${name}`);
 }
 
-// Canvases do not follow the theme by themselves, and one that is hidden cannot be drawn.
+// A canvas does not follow the theme by itself, and a hidden one cannot be drawn.
 function drawCurves() {
   if (drawnDark === isDark()) return;
   drawnDark = isDark();
@@ -42,9 +42,9 @@ const KEYS = [
   ["J  K", "next and previous group"],
   ["g", "siblings side by side, or one rollout"],
   ["m", "prompts as messages, or token by token"],
-  ["c", "tint by the next figure"],
+  ["c", "colour tokens by the next value"],
   ["/", "search"],
-  ["← →", "in a chart: the cursor; in a completion: the token"],
+  ["← →", "move the cursor of a chart, or the token of a completion"],
 ];
 
 function nextTint() {
@@ -125,7 +125,7 @@ function begin() {
   });
   const named = location.hash.slice(1).split("?")[0];
   openView(VIEWS[named] ? named : "curves");
-  // Two frames later everything is on the screen.
+  // Two frames later everything is drawn.
   requestAnimationFrame(() => requestAnimationFrame(() => (document.documentElement.dataset.ready = Math.round(performance.now()))));
 }
 

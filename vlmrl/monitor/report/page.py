@@ -1,10 +1,10 @@
-"""The document and the page's own files → one HTML file.
+"""Assemble report.html from the document and the page's own files.
 
     page.html + page.css + uPlot (vendor/, MIT) + *.js + the document as JSON
 
-The page asks nobody for anything: its content security policy forbids every request and every script but the ones
-that are in it, named by their digest. So a text of a model or a task that finds a way around the escaping (all text is
-set as text, never as HTML) still cannot run.
+The page makes no requests. Its content security policy forbids every request, and every script except those in the
+page, which it lists by digest. So even a text of a model or a task that escapes the escaping (text is only ever set as
+text, never as HTML) cannot run.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from vlmrl.record.run_dir import RunDir
 
 FILES = Path(__file__).parent
 SCRIPTS = ("vendor/uPlot.iife.min.js", "base.js", "curves.js", "tokens.js", "rollouts.js", "config.js", "main.js")
-"""In the order in which they run."""
+"""Files of the page's scripts, in the order in which they run."""
 STYLES = ("vendor/uPlot.min.css", "page.css")
 
 
 def write_report(runs: Mapping[str, RunDir], target: Path, defaults: Mapping[str, Any]) -> None:
-    """Write the page of one run or several, by the name to call each, to `target`, whole or not at all.
+    """Write the page of one or several runs (by their display names) to `target`, complete or not at all.
 
-    Raises ConfigError where a folder holds no run, VlmrlError where a file is damaged or the disk is full.
+    `defaults` is the default config as a tree. Raises ConfigError where a folder holds no run, VlmrlError where a file
+    is damaged or the disk is full.
     """
     page = html(document(runs, defaults))
     temporary = temporary_of(target, os.getpid())
@@ -46,9 +47,9 @@ def write_report(runs: Mapping[str, RunDir], target: Path, defaults: Mapping[str
 
 
 def temporary_of(target: Path, pid: int) -> Path:
-    """What process `pid` writes before it is renamed.
+    """The temporary file that process `pid` writes and then renames.
 
-    Not the one name of `run_dir.write_atomically`: a run and its reader may write the page at the same moment.
+    `write_atomically` has one fixed name, but a run and a user may write the page at the same moment.
     """
     return target.with_name(f".{target.name}.{pid}.tmp")
 

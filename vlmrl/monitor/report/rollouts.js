@@ -1,5 +1,5 @@
 "use strict";
-// The rollout browser: what is chosen, filters, the list of groups. tokens.js shows a rollout.
+// The rollout browser: the list of groups, its filters, and the chosen rollout. tokens.js shows that rollout.
 
 const state = {
   tint: "advantage",
@@ -22,7 +22,8 @@ function collect() {
       all.push(rollout);
     }
   }
-  // Siblings of a step; of a held-out problem what was said at each evaluation; of several runs all on one problem.
+  // Groups of the list. One run: the siblings of a step, or the evaluations of a held-out problem. Several runs: all
+  // rollouts of one problem.
   const byKey = new Map();
   for (const rollout of all) {
     const kind = rollout.split === "train" ? "train" : "held-out";
@@ -51,7 +52,7 @@ const idOf = (rollout) => (SEVERAL ? `${rollout.run.index}:${rollout.id}` : roll
 
 const SPLITS = [
   ["", "all", "Training and held-out"],
-  ["train", "training", "What was learned from, or dropped"],
+  ["train", "training", "Training rollouts, dropped ones too"],
   ["eval_sampled", "held-out", "Held-out problems, sampled"],
   ["eval_greedy", "greedy", "Held-out problems, greedy"],
 ];
@@ -84,7 +85,7 @@ function buildFilters() {
   view.search = search;
   view.count = el("output", { class: "count", "aria-live": "polite" });
   const split = segmented("Kind of rollout", SPLITS, "", (value) => filter("split", value));
-  view.clear = button("Clear", "Forget the filters", () => {
+  view.clear = button("Clear", "Remove all filters", () => {
     box.reset();
     state.filter = {};
     split.choose("");
@@ -94,12 +95,12 @@ function buildFilters() {
     SEVERAL && select("Run", [["", "all"], ...RUNS.map((run) => [String(run.index), NAMES[run.index]])], "run"),
     range("Step", "step", 1),
     range("Reward", "reward", "any"),
-    select("Stop", [["", "any reason"], ...counted("stop", "")], "stop"),
+    select("Stop reason", [["", "any reason"], ...counted("stop", "")], "stop"),
     select("Dropped", [["", "kept or dropped"], ["kept", "kept"], ["dropped", "dropped"], ...counted("dropped", "")], "dropped"),
     search,
     view.clear,
     el("span", { class: "push" }, view.count,
-      button("JSONL", "The rollouts that match, with every token", saveMatching, { class: "quiet" })));
+      button("JSONL", "Download the matching rollouts with all tokens", saveMatching, { class: "quiet" })));
   return box;
 }
 
@@ -129,7 +130,7 @@ function apply() {
   view.clear.hidden = Object.values(state.filter).every((value) => value === "");
   const stored = RUNS.reduce((sum, run) => sum + run.recorded.rollouts, 0);
   view.count.textContent = `${fmt.count(matching.size)} of ${fmt.count(all.length)}`;
-  view.count.title = `${fmt.count(all.length)} rollouts are in this page, ${fmt.count(stored)} in rollouts/`;
+  view.count.title = `${fmt.count(all.length)} rollouts are on this page, ${fmt.count(stored)} in rollouts/`;
   listGroups();
   if (!state.chosen || !matching.has(state.chosen)) {
     const first = all.find((rollout) => matching.has(rollout));
@@ -140,11 +141,11 @@ function apply() {
 // ── the list ────────────────────────────────────────────────────────────────────────────────────────────────
 
 const SECTIONS = {
-  train: "Training: step, problem, a bar per sibling",
-  "held-out": "Held-out: a bar per evaluation",
+  train: "Training: step, problem, one bar per sibling",
+  "held-out": "Held-out: one bar per evaluation",
 };
 
-// The bars of a group: of one run's siblings a row; of a held-out problem a row sampled and a row greedy.
+// The rows of bars of a group: one for the siblings of a run, or one sampled and one greedy for a held-out problem.
 function stripsOf(group, rollouts) {
   if (SEVERAL) return RUNS.map((run) => [paletteName(run.index), NAMES[run.index], rollouts.filter((each) => each.run === run)]);
   if (group.kind === "train") return [[null, "", rollouts]];
@@ -179,7 +180,7 @@ function listGroups() {
 }
 
 const nothing = () => RUNS.some((run) => run.config["monitor.record_rollouts"] === false)
-  ? "This run kept no rollouts (monitor.record_rollouts=false)."
+  ? "This run did not record its rollouts (monitor.record_rollouts=false)."
   : "No rollouts yet.";
 
 function cell(rollout) {
@@ -222,10 +223,10 @@ function move(by, whole) {
 
 // ── files ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-// As the run wrote them (vlmrl/record/rollouts.py), tokens and all.
+// The format in which the run writes them (vlmrl/record/rollouts.py).
 function saveMatching() {
   const numbers = (array, turn) => [...array.subarray(turn.at, turn.at + turn.count)];
-  const figures = (array, turn) => (Number.isNaN(array[turn.at]) ? null : numbers(array, turn));
+  const numbersOrNull = (array, turn) => (Number.isNaN(array[turn.at]) ? null : numbers(array, turn));
   const lines = [...matching].map((rollout) => {
     const { run } = rollout;
     const c = run.columns;
@@ -240,7 +241,7 @@ function saveMatching() {
           branch: turn.branch, messages: run.messages[turn.messages], prompt_offset: turn.offset,
           prompt_token_ids: [...c.prompts.subarray(prompt.at, prompt.at + prompt.count)], placeholders: prompt.placeholders,
           completion_ids: numbers(c.ids, turn), logprobs: numbers(c.engine, turn), versions: numbers(c.versions, turn),
-          trainer_logprobs: figures(c.trainer, turn), entropies: figures(c.entropy, turn),
+          trainer_logprobs: numbersOrNull(c.trainer, turn), entropies: numbersOrNull(c.entropy, turn),
           finish_reason: turn.finish, text: turn.text, reward: turn.reward, advantage: turn.advantage,
         };
       }),
@@ -256,8 +257,8 @@ function sampleNote() {
   if (sum("shown") >= sum("rollouts")) return `All ${fmt.count(sum("shown"))} rollouts.`;
   const over = SEVERAL ? "the steps and evaluations that the runs have in common"
     : `${fmt.count(sum("steps"))} steps and ${fmt.count(sum("evaluations"))} evaluations`;
-  return `${fmt.count(sum("shown"))} of ${fmt.count(sum("rollouts"))} rollouts: whole groups, evenly over ${over}, and some of every `
-    + "kind that was dropped. All of them are in rollouts/.";
+  return `${fmt.count(sum("shown"))} of ${fmt.count(sum("rollouts"))} rollouts: whole groups, evenly spaced over ${over}, and some `
+    + "groups for every drop reason. All rollouts are in rollouts/.";
 }
 
 function buildRollouts(section) {
@@ -293,7 +294,7 @@ function buildRollouts(section) {
     next.focus();
   });
 
-  // The newest training group whose rewards differ says most.
+  // Open the newest training group whose rewards differ, at the rollout with the largest advantage.
   const differs = (group, key) => new Set(group.rollouts.map((rollout) => rollout[key])).size > 1;
   const telling = groups.findLast((group) => group.kind === "train" && differs(group, "reward") && (!SEVERAL || differs(group, "run")));
   const stake = (rollout) => Math.max(0, ...rollout.turns.map((turn) => Math.abs(turn.advantage)));
@@ -310,7 +311,7 @@ function byPlace() {
   return all.find((rollout) => idOf(rollout) === place.get("rollout"));
 }
 
-// The address names what is shown, so that it can be bookmarked and gone back to.
+// The URL names the chosen rollout, so that it can be bookmarked.
 function keepPlace() {
   if (!state.chosen || document.getElementById("view-rollouts").hidden) return;
   const place = new URLSearchParams({ rollout: idOf(state.chosen), tint: state.tint, view: state.siblings ? "siblings" : "one" });

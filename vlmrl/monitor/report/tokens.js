@@ -1,14 +1,14 @@
 "use strict";
-// One rollout, or its siblings side by side, token by token.
+// Show one rollout, or siblings side by side, token by token.
 
-// ── what can be read off a token ────────────────────────────────────────────────────────────────────────────
+// ── values of a token ───────────────────────────────────────────────────────────────────────────────────────
 
-// A tint's `of` gives the figure of token t (an index into the columns) of a turn; NaN where there is none.
+// `of` returns the value of token t (an index into the columns) of a turn; NaN where it has none.
 const TINTS = {
   gap: {
     label: "gap", title: "trainer logprob minus engine logprob", unit: "nats", diverging: true,
     of: (c, t) => c.trainer[t] - c.engine[t],
-    none: "Only tokens that were learned from have a trainer logprob.",
+    none: "Only tokens that were trained on have a trainer logprob.",
   },
   advantage: {
     label: "advantage", title: "advantage of the turn", unit: "", diverging: true,
@@ -18,7 +18,7 @@ const TINTS = {
   entropy: {
     label: "entropy", title: "entropy of the trainer's distribution at the token", unit: "nats",
     of: (c, t) => c.entropy[t],
-    none: "Only tokens that were learned from have an entropy.",
+    none: "Only tokens that were trained on have an entropy.",
   },
   surprise: {
     label: "surprise", title: "minus the engine's logprob of the token", unit: "nats",
@@ -30,8 +30,8 @@ const TINTS = {
   },
 };
 
-// The 99th percentile over everything on the page (of very many tokens every nth): one scale, so that two rollouts can
-// be compared.
+// The scale of the colours: the 99th percentile of all tokens on the page (of every nth where there are very many). All
+// rollouts share it, so that they can be compared.
 const scales = {};
 function scaleOf(name) {
   if (scales[name]) return scales[name];
@@ -80,9 +80,9 @@ const DROPPED = {
   empty: "nothing was sampled",
   stray_image_token: "the policy sampled an image token",
   stale: "a token is older than orchestrator.max_staleness",
-  zero_advantage: "every advantage is zero",
-  gibberish: "a rare token that was very unlikely",
-  repetition: "a long row of tokens that were all but certain",
+  zero_advantage: "every advantage of its group is zero",
+  gibberish: "it contains a rare, very unlikely token",
+  repetition: "it contains a long run of tokens with a probability of nearly 1",
 };
 
 function headline(rollout) {
@@ -95,17 +95,17 @@ function headline(rollout) {
       SEVERAL && el("i", { class: "dot", style: { background: `var(${paletteName(rollout.run.index)})` } }),
       el("h2", {}, rollout.id), el("span", { class: "muted" }, rollout.problem),
       rollout.dropped && el("span", { class: "pill bad", title: DROPPED[rollout.dropped] ?? "" }, `dropped: ${rollout.dropped}`)),
-    rollout.dropped && el("p", { class: "note bad" }, `Not learned from: ${DROPPED[rollout.dropped] ?? rollout.dropped}.`),
+    rollout.dropped && el("p", { class: "note bad" }, `Not trained on: ${DROPPED[rollout.dropped] ?? rollout.dropped}.`),
     rollout.error && el("pre", { class: "note bad" }, rollout.error),
     el("div", { class: "facts" },
       fact("reward", fmt.number(rollout.reward, 4)),
       Object.entries(rollout.metrics).map(([key, value]) => fact(key, fmt.number(value, 4))),
-      fact("stop", rollout.stop),
-      rollout.filtered.length > 0 && fact("filters found", rollout.filtered.join(", ")),
+      fact("stop reason", rollout.stop),
+      rollout.filtered.length > 0 && fact("matching filters", rollout.filtered.join(", ")),
       fact("step", fmt.count(rollout.step)),
       fact("policy version", [...versions].sort((a, b) => a - b).join(", ") || "–"),
       fact("tokens", last ? `${fmt.count(promptLength(rollout.run, last))} + ${fmt.count(sampled)}` : "–"),
-      fact("took", fmt.seconds(rollout.seconds))),
+      fact("time", fmt.seconds(rollout.seconds))),
   ];
 }
 
@@ -114,7 +114,7 @@ const promptLength = (run, turn) => turn.offset + run.prompts[turn.prompt].count
 function single(rollout) {
   return [
     ...headline(rollout),
-    !rollout.turns.length && el("p", { class: "empty" }, "It ended before its first completion."),
+    !rollout.turns.length && el("p", { class: "empty" }, "This rollout ended before its first completion."),
     rollout.turns.map((turn, index) => turnOf(rollout, turn, index)),
   ].flat().filter(Boolean);
 }
@@ -122,7 +122,7 @@ function single(rollout) {
 function turnOf(rollout, turn, index) {
   const forked = index > 0 && turn.branch !== rollout.turns[index - 1].branch;
   return el("article", { class: "turn" },
-    forked && el("p", { class: "fork" }, `Branch ${turn.branch}: the prompt could not extend the turn before it and was rendered anew`),
+    forked && el("p", { class: "fork" }, `Branch ${turn.branch}: the prompt could not extend the turn before it, so the whole conversation was rendered again`),
     state.tokens ? promptTokens(rollout.run, turn) : messages(rollout.run, turn),
     el("div", { class: "message completion" },
       el("div", { class: "role" }, "policy"),
@@ -130,17 +130,17 @@ function turnOf(rollout, turn, index) {
         el("div", { class: "scored" },
           el("span", {}, "turn reward ", el("b", {}, fmt.number(turn.reward, 3))),
           rollout.split === "train" && el("span", {}, "advantage ", el("b", {}, fmt.signed(turn.advantage))),
-          turn.finish === "length" && el("span", { class: "cut" }, "cut at max_new_tokens"),
+          turn.finish === "length" && el("span", { class: "cut" }, "cut by the token budget"),
           !learned(turn) && el("span", {}, "no loss")))));
 }
 
 const learned = (turn) => turn.learned;
 
-// The image of a placeholder or of a message: pixels as they are, small ones enlarged without smoothing.
+// The image of a placeholder or a message. Small images are enlarged without smoothing.
 function picture(hash, { small = false, place = null } = {}) {
   const image = DATA.images[hash];
   if (!image) {
-    return el("span", { class: "lost" }, hash ? `image ${hash.slice(0, 8)}… is not in images/` : "an image that never reached the prompt");
+    return el("span", { class: "lost" }, hash ? `image ${hash.slice(0, 8)}… is missing in images/` : "an image that is not in the prompt");
   }
   const size = Math.max(image.width, image.height);
   const room = small ? 40 : 320;
@@ -149,8 +149,8 @@ function picture(hash, { small = false, place = null } = {}) {
     src: image.src, alt: `image ${hash.slice(0, 8)}, ${image.width} × ${image.height} pixels`,
     class: size < 96 ? "pixels" : "", data: { hash },
     style: { width: `${Math.round(image.width * zoom)}px`, height: `${Math.round(image.height * zoom)}px` },
-    title: [`${image.width} × ${image.height} pixels`, place && `${place[1]} token${place[1] > 1 ? "s" : ""} from ${place[0]} on`,
-      `images/${hash}.png`, !image.whole && "shown smaller; the file has every pixel"].filter(Boolean).join("\n"),
+    title: [`${image.width} × ${image.height} pixels`, place && `${place[1]} token${place[1] > 1 ? "s" : ""} from position ${place[0]}`,
+      `images/${hash}.png`, !image.whole && "reduced in size; the file has all pixels"].filter(Boolean).join("\n"),
   });
   return made;
 }
@@ -219,11 +219,11 @@ function completion(rollout, turn) {
 function paint() {
   const tint = TINTS[state.tint];
   const tokens = [...view.detail.querySelectorAll(".sampled")];
-  const figures = tokens.map(({ source: { rollout, turn, t } }) => (tint ? tint.of(rollout.run.columns, t, turn) : NaN));
-  const distinct = tint?.distinct ? [...new Set(figures)].sort((a, b) => a - b) : [];
+  const values = tokens.map(({ source: { rollout, turn, t } }) => (tint ? tint.of(rollout.run.columns, t, turn) : NaN));
+  const distinct = tint?.distinct ? [...new Set(values)].sort((a, b) => a - b) : [];
   const scale = tint && !tint.distinct ? scaleOf(state.tint) : 0;
   tokens.forEach((token, i) => {
-    const value = figures[i];
+    const value = values[i];
     let [colour, strength] = ["none", 0];
     if (!Number.isNaN(value) && tint) {
       if (tint.distinct) [colour, strength] = [paletteName(distinct.indexOf(value)), 0.55];
@@ -236,12 +236,12 @@ function paint() {
     token.style.setProperty("--tint", colour === "none" ? "transparent" : `var(${colour})`);
     token.style.setProperty("--strength", `${Math.round(strength * 100)}%`);
   });
-  view.scale.replaceChildren(...scaleLegend(tint, scale, distinct, figures));
+  view.scale.replaceChildren(...scaleLegend(tint, scale, distinct, values));
 }
 
-function scaleLegend(tint, scale, distinct, figures) {
+function scaleLegend(tint, scale, distinct, values) {
   if (!tint) return [];
-  if (figures.every(Number.isNaN)) return [el("span", { class: "muted" }, figures.length ? tint.none : "")];
+  if (values.every(Number.isNaN)) return [el("span", { class: "muted" }, values.length ? tint.none : "")];
   if (tint.distinct) {
     return distinct.slice(0, 12).map((version, i) =>
       el("span", { class: "key" }, el("i", { style: { background: `var(${paletteName(i)})` } }), fmt.count(version)));
@@ -255,7 +255,7 @@ function scaleLegend(tint, scale, distinct, figures) {
 
 function legend() {
   return [
-    segmented("Tint tokens by", [...Object.entries(TINTS).map(([name, tint]) => [name, tint.label, tint.title]), ["", "none", "No tint"]],
+    segmented("Colour tokens by", [...Object.entries(TINTS).map(([name, tint]) => [name, tint.label, tint.title]), ["", "none", "No colour"]],
       state.tint, (name) => {
         state.tint = name;
         paint();
@@ -263,10 +263,10 @@ function legend() {
         keepPlace();
       }),
     (view.scale = el("div", { class: "scale", "aria-live": "polite" })),
-    el("span", { class: "key muted", title: "Loss mask: tokens that this step learned from" }, el("u", {}, "abc"), "learned from"),
+    el("span", { class: "key muted", title: "Loss mask: tokens that this step was trained on" }, el("u", {}, "abc"), "trained on"),
     el("span", { class: "push switches" },
       toggle("tokens", "Tokens", "Prompts token by token, with their placeholders (m)"),
-      toggle("siblings", SEVERAL ? "Side by side" : "Siblings", "Everything that was tried on the problem, side by side (g)")),
+      toggle("siblings", SEVERAL ? "Side by side" : "Siblings", "All rollouts of the problem, side by side (g)")),
   ];
 }
 
@@ -282,7 +282,7 @@ function flip(name) {
   if (focused) view.legend.querySelector(`[data-toggle=${name}]`).focus({ preventScroll: true });
 }
 
-// What is known of one token, beside it.
+// The tooltip of a token.
 function tell(token) {
   const tip = document.getElementById("tip");
   const { rollout, turn, t, position } = token.source ?? {};
@@ -304,7 +304,7 @@ function tell(token) {
     );
   } else {
     rows.push(["token", `${JSON.stringify(token.textContent.replaceAll("⏎", ""))}  ${token.dataset.id}`],
-      ["position", fmt.count(Number(token.dataset.position))], ["loss", "no: the environment's"]);
+      ["position", fmt.count(Number(token.dataset.position))], ["loss", "no (environment token)"]);
   }
   tip.replaceChildren(el("dl", {}, rows.map(([name, value]) => [el("dt", {}, name), el("dd", {}, value)])));
   tip.hidden = false;

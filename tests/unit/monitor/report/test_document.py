@@ -111,7 +111,7 @@ def test_siblings_share_their_prompt(tmp_path: Path, config: RunConfig) -> None:
 def test_a_long_run_is_sampled_and_the_page_knows_it(
     tmp_path: Path, config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(document_module, "ROLLOUTS", 40)
+    monkeypatch.setattr(document_module, "MAX_ROLLOUTS", 40)
     (run,) = document({"run": small_run(tmp_path / "run", config, steps=20)}, {})["runs"]
     assert run["recorded"]["rollouts"] == 20 * 8 + 10 * 6
     assert 36 <= run["recorded"]["shown"] <= 48
@@ -122,15 +122,15 @@ def test_a_long_run_is_sampled_and_the_page_knows_it(
     assert set(sizes.values()) == {4}, "whole groups"
 
 
-@pytest.mark.parametrize("limit", ["TOKENS", "IMAGE_BYTES"])
+@pytest.mark.parametrize("limit", ["MAX_TOKENS", "MAX_IMAGE_BYTES"])
 def test_long_or_heavy_rollouts_are_fewer(
     tmp_path: Path, config: RunConfig, monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
     run_dir = small_run(tmp_path / "run", config, steps=10)
     whole = document({"run": run_dir}, {})
     size = {
-        "TOKENS": len(unpacked(whole["runs"][0]["tokens"]["ids"], "<i4")),
-        "IMAGE_BYTES": sum(len(image["src"]) for image in whole["images"].values()),
+        "MAX_TOKENS": len(unpacked(whole["runs"][0]["tokens"]["ids"], "<i4")),
+        "MAX_IMAGE_BYTES": sum(len(image["src"]) for image in whole["images"].values()),
     }
     monkeypatch.setattr(document_module, limit, size[limit] // 2)
     assert document({"run": run_dir}, {})["runs"][0]["recorded"]["shown"] < whole["runs"][0]["recorded"]["shown"]
@@ -174,7 +174,7 @@ def test_a_lost_image_and_a_rollout_without_turns(tmp_path: Path, config: RunCon
 def test_a_dropped_rollout_of_a_step_that_is_not_sampled_is_shown_with_its_group(
     tmp_path: Path, config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(document_module, "ROLLOUTS", 16)
+    monkeypatch.setattr(document_module, "MAX_ROLLOUTS", 16)
     steps = []
     for step in range(1, 31):
         rollouts = [ordinary_rollout("train", step, group, index, IMAGES) for group in range(2) for index in range(4)]
@@ -209,7 +209,7 @@ def test_a_run_that_has_just_begun(tmp_path: Path, config: RunConfig) -> None:
 def test_runs_side_by_side_show_the_same_steps_and_problems(
     tmp_path: Path, config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(document_module, "ROLLOUTS", 60)
+    monkeypatch.setattr(document_module, "MAX_ROLLOUTS", 60)
     long = small_run(tmp_path / "long", config, steps=20)
     short = small_run(tmp_path / "short", replace(config, seed=1), steps=12)
     content = document({"long": long, "short": short}, {})

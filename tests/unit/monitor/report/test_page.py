@@ -193,7 +193,7 @@ def test_a_page_that_fails_is_said_and_the_log_says_why(run_dir: RunDir) -> None
 
 
 def test_a_page_that_hangs_does_not_keep_the_run_from_ending(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlmrl.monitor.report.background.PATIENCE_S", 0.01)
+    monkeypatch.setattr("vlmrl.monitor.report.background.REPORT_TIMEOUT_S", 0.01)
     writer = ReportWriter(run_dir)
     writer.start()
     hanging = writer._process
