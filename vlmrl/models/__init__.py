@@ -1,4 +1,5 @@
-"""Everything that imports transformers' models. Beside wheels that cannot be imported, transformers cannot either."""
+"""Everything that imports transformers' models. Importing this package first works around wheels that cannot be
+imported (broken_wheels.py) and would take transformers down with them."""
 
 from vlmrl.models import broken_wheels
 

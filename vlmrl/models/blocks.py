@@ -1,7 +1,7 @@
-"""The repeated layers of a model, of its vision tower and of its language model: compiled, recomputed.
+"""The repeated layers of a model's vision tower and language model: compiling them, and activation checkpointing.
 
-Both leave the numbers as they are, up to rounding where kernels are fused. Layers are found by the class that every
-family of transformers gives them, so that nothing here knows a family.
+Neither changes results beyond the rounding of fused kernels. Layers are found by the base class that transformers gives
+them in every family.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def blocks(model: Any) -> list[Any]:
-    """The layers, in the order in which the model lists them."""
+    """The layers, in the order of `model.modules()`."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def prepare_blocks(model: Any, *, compiled: bool, recomputed: bool) -> None:
-    """`trainer.compile` and `trainer.activation_checkpointing`; before the model is sharded."""
+    """Apply `trainer.compile` and `trainer.activation_checkpointing`. Call it before the model is sharded."""
     if recomputed:
         checkpoint_blocks(model)
     if compiled:
@@ -28,22 +28,22 @@ def prepare_blocks(model: Any, *, compiled: bool, recomputed: bool) -> None:
 
 
 def compile_blocks(model: Any) -> None:
-    """`torch.compile` each layer. Layers of a kind share their code; sizes are left open: micro-batches differ."""
+    """`torch.compile` each layer, for all sizes: micro-batches differ. Layers of one class share the compiled code."""
     for block in blocks(model):
         block.compile(dynamic=True)
 
 
 def checkpoint_blocks(model: Any) -> None:
-    """Keep a layer's input alone for the backward pass, which computes the layer again."""
+    """Keep only each layer's input for the backward pass, which computes the layer again."""
     model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     for block in blocks(model):
-        block.training = True  # transformers recomputes in training alone; its parts stay as they are
+        block.training = True  # transformers recomputes only in training mode; the submodules stay in eval mode
 
 
 @contextmanager
 def uncompiled_in_inference() -> Iterator[None]:
-    """Run compiled layers as they were where the embedded engine asks: its sizes change with every token, and each
-    kind of plan would be compiled anew."""
+    """In inference mode (the embedded engine), run layers uncompiled: sizes change with every token, and each kind of
+    plan would be compiled again."""
     if torch.is_inference_mode_enabled():
         with torch.compiler.set_stance("force_eager"):
             yield

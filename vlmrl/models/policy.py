@@ -1,13 +1,13 @@
-"""The policy as trainer and embedded engine use it: `forward(token_ids, position_ids, mm_token_type_ids, **mm_kwargs)`.
+"""The policy of trainer and embedded engine: `forward(token_ids, position_ids, mm_token_type_ids, **mm_kwargs)`.
 
-Nothing here knows a model family: images go in by the forward names that the renderer gave them (`mm_kwargs`), the
-model's own `get_image_features` encodes them, and its own layers run with our attention plugged in. Images are
-encoded apart from the tokens, so each distinct image of a pass is encoded once and its features are placed wherever
-it is shown; the gradient is the sum over those places.
+Nothing here names a model family. Images are passed under the forward names that the renderer gave them (`mm_kwargs`),
+the model's own `get_image_features` encodes them, and its own layers run with our attention plugged in. Images are
+encoded separately from the tokens: each distinct image of a pass is encoded once, its features are placed wherever it
+is shown, and the gradient is the sum over those places.
 
-Nothing in a pass waits for a GPU, forward or backward: what depends on sizes alone is computed on the host, and
-features are placed by row numbers. A model of transformers places them by a mask, which has to be counted first, and so
-lets the GPU run empty a dozen times in a pass.
+No forward or backward pass synchronizes with the GPU: what depends only on sizes is computed on the host, and features
+are placed by row numbers. transformers places them by a mask, which must be counted first and leaves the GPU idle a
+dozen times per pass.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ from vlmrl.models.attention.tree import ATTENTION_NAME, KVPool, TreePlan, tree_a
 from vlmrl.models.blocks import uncompiled_in_inference
 from vlmrl.models.families.positions import PositionFunction
 from vlmrl.models.families.vision_geometry import tower_arguments
-from vlmrl.models.features import FeatureCache, ImageFeatures, Levels, first_features
+from vlmrl.models.features import FeatureCache, ImageFeatures, Levels, concatenate_on, first_features
 from vlmrl.models.head import token_logprobs
-from vlmrl.models.transfer import side_by_side
 from vlmrl.types import ImageItem
 
 AttentionInterface.register(ATTENTION_NAME, tree_attention_forward)
@@ -41,22 +40,22 @@ def _arguments(module: Any) -> set[str]:
 
 
 class _AddFeatures:
-    """Stands in for a decoder's own `_deepstack_process`."""
+    """Replaces a decoder's `_deepstack_process`: adds features at row numbers instead of at a mask."""
 
     def __init__(self, decoder: Any) -> None:
         self._by_mask: Callable[[Tensor, Tensor, Tensor], Tensor] = decoder._deepstack_process
 
     def __call__(self, hidden_states: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor) -> Tensor:
-        """hidden_states [1, T, hidden], visual_embeds [P, hidden]. `visual_pos_masks` are the P rows, int64; if it is
-        not the policy that asks, a mask over [B, T]."""
+        """hidden_states [1, T, hidden], visual_embeds [P, hidden]. The policy passes the P row numbers (int64) as
+        `visual_pos_masks`; other callers pass a mask (bool [B, T])."""
         if visual_pos_masks.dtype is torch.bool:
             return self._by_mask(hidden_states, visual_pos_masks, visual_embeds)
         return hidden_states.index_add(1, visual_pos_masks, visual_embeds.to(hidden_states.dtype)[None])
 
 
 class Policy:
-    """A Hugging Face model with tree attention. Weights are the model's own; beside them the policy holds nothing but
-    features of a frozen vision tower, `feature_cache_bytes` at most."""
+    """A Hugging Face model with tree attention. The weights are the model's own. Apart from them the policy holds only
+    features of a frozen vision tower, at most `feature_cache_bytes`."""
 
     def __init__(
         self,
@@ -68,7 +67,7 @@ class Policy:
     ) -> None:
         self.model = model
         first = next(model.parameters())
-        # Of the computation. A trainer may hold the weights in another place and format.
+        # Device and dtype of the computation. A trainer may hold the weights elsewhere and in another dtype.
         self.device: torch.device = first.device
         self.dtype: torch.dtype = first.dtype
         self.positions = positions
@@ -77,34 +76,35 @@ class Policy:
         if getattr(text, "sliding_window", None) or getattr(text, "attn_logit_softcapping", None):
             raise ModelError(
                 f"model {self.config.model_type!r} uses sliding windows or soft-capped attention, which tree attention "
-                "leaves out: choose a model with plain softmax attention"
+                "does not compute: choose a model with plain softmax attention"
             )
         layers = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
         if layers - {"linear_attention"}:
             raise ModelError(
-                f"model {self.config.model_type!r} has layers of {', '.join(sorted(layers))}, and what a prefix leaves "
-                "behind in them is not known: choose a model with softmax attention"
+                f"model {self.config.model_type!r} has layers of type {', '.join(sorted(layers))}, whose state after a "
+                "prefix the policy cannot share: choose a model with softmax attention"
             )
         self.is_recurrent = bool(layers)
-        """Some layers carry a state from token to token: samples can neither share a prefix nor stand side by side."""
+        """Whether some layers carry a state from token to token. Then samples can neither share a prefix nor be packed
+        side by side."""
         self._decoder = model.base_model.get_decoder()
-        # With several levels of features, the others are added to the outputs of the first layers.
+        # Deepstack: levels of features after the first are added to the outputs of the first layers.
         self._takes_levels = "deepstack_visual_embeds" in _arguments(self._decoder)
         if self._takes_levels:
             if not hasattr(self._decoder, "_deepstack_process"):
                 raise ModelError(
-                    f"{type(self._decoder).__name__} has no _deepstack_process, so the features of images could not be "
-                    "placed: install transformers 5.19"
+                    f"{type(self._decoder).__name__} has no _deepstack_process, so the policy could not place the "
+                    "features of images: install transformers 5.19"
                 )
             if not isinstance(self._decoder._deepstack_process, _AddFeatures):
                 self._decoder._deepstack_process = _AddFeatures(self._decoder)
-        # Rows without images of their own may still stand behind images: with MRoPE they need all four positions.
+        # With MRoPE, rows without images may still come after images, so they too need all four positions.
         self._mrope = "mrope_section" in (getattr(text, "rope_parameters", None) or {})
         text._attn_implementation = ATTENTION_NAME
         tower = model.get_encoder(modality="image")
         self._tower = None if tower is model else tower
         if self._tower is not None and self._is_fused:
-            # Elsewhere the tower keeps torch's own attention, image by image.
+            # Otherwise the tower keeps torch's own attention, image by image.
             self._tower.config._attn_implementation = VISION_ATTENTION
         self._banned = torch.zeros(len(model.get_output_embeddings().weight), dtype=torch.bool, device=self.device)
         self._banned[sorted(banned_token_ids)] = True
@@ -113,29 +113,29 @@ class Policy:
 
     @property
     def tower_learns(self) -> bool:
-        """Whether there is a vision tower and something of it is trained."""
+        """Whether there is a vision tower with trainable parameters."""
         return self._tower is not None and any(p.requires_grad for p in self._tower.parameters())
 
     @property
     def _is_fused(self) -> bool:
-        """Whether attention over the rows of a pass is one kernel (fused_attention.py)."""
+        """Whether one kernel computes the attention of a pass (attention/fused.py)."""
         return self.device.type == "cuda" and self.dtype in (torch.bfloat16, torch.float16)
 
     def kernel(self, *, shared: bool) -> Kernel:
-        """What a trainer's pass is planned for, whose rows share prefixes or do not."""
+        """The kernel to plan a trainer's pass for. `shared`: whether rows share prefixes."""
         if not self._is_fused:
             return Kernel.blocks
         return Kernel.flex if shared else Kernel.varlen
 
     def encode_images(self, images: Sequence[ImageItem]) -> ImageFeatures | None:
-        """Run the vision tower once over `images`, which are distinct; where it is frozen, over those alone whose
-        features are not kept. None for none."""
+        """Run the vision tower once over `images`, which must be distinct. A frozen tower encodes only the images whose
+        features are not cached. None for no images."""
         if not images:
             return None
         if self._tower is not None and not self.tower_learns:
-            # In-place changes are counted by torch: a checkpoint that is loaded is another version.
+            # torch counts in-place changes, so loading a checkpoint changes the version.
             version = sum(p._version for p in self._tower.parameters())
-            # Features outlive the engine's inference mode, whose tensors no backward pass may touch.
+            # Cached features are used outside the engine's inference mode, whose tensors no backward pass may touch.
             with torch.inference_mode(False), torch.no_grad():
                 features, encoded = self._cache.encode(images, version, self._encode)
         else:
@@ -145,8 +145,8 @@ class Policy:
         return features
 
     def take_image_counters(self) -> dict[str, float]:
-        """Since the last call: images that went through the vision tower, images whose features were still there; and
-        what those take, in bytes."""
+        """`images/encoded` and `images/cached` since the last call: images that the vision tower encoded, and images
+        whose features were cached. `images/cache_bytes`: bytes of the cached features now."""
         counters = {"images/encoded": self._encoded, "images/cached": self._reused, "images/cache_bytes": 0}
         counters["images/cache_bytes"] = self._cache.num_bytes
         self._encoded, self._reused = 0, 0
@@ -157,11 +157,11 @@ class Policy:
         pixels: dict[str, Tensor] = {}
         for name, first in images[0].mm_kwargs.items():
             arrays = [image.mm_kwargs[name] for image in images]
-            # Integers are geometry: to read them back from a device would wait for it.
+            # Integers are geometry. They stay on the host: reading them back from the device would synchronize.
             if first.dtype.kind in "iu":
                 sizes[name] = torch.from_numpy(np.concatenate(arrays))
             else:
-                pixels[name] = side_by_side(arrays, self.device)
+                pixels[name] = concatenate_on(arrays, self.device)
         arguments = tower_arguments(self._tower, sizes, self.device)
         with uncompiled_in_inference():
             out = self.model.base_model.get_image_features(**pixels, **arguments, return_dict=True)
@@ -169,7 +169,8 @@ class Policy:
         if len(levels) > 1 and not self._takes_levels:
             raise ModelError(
                 f"{type(self._decoder).__name__}.forward takes no deepstack_visual_embeds, so {len(levels) - 1} of the "
-                f"{len(levels)} levels of features that {type(self._tower).__name__} gives could not be placed"
+                f"{len(levels)} levels of features that {type(self._tower).__name__} returns could not be placed: "
+                "choose a model whose decoder takes them"
             )
         features = [level if isinstance(level, Tensor) else torch.cat(list(level)) for level in levels]
         total = sum(image.num_tokens for image in images)
@@ -188,7 +189,7 @@ class Policy:
         """One pass over T rows → float [T, hidden], after the final norm.
 
         token_ids, mm_token_type_ids int64 [T]; position_ids int64 [4, T]; feature_rows int64 [placeholder rows]: the
-        feature that each placeholder row takes, in row order.
+        index of the feature that each placeholder row gets, in row order.
         """
         rows = self.model.get_input_embeddings()(token_ids)
         levels: dict[str, Any] = {}
@@ -209,11 +210,11 @@ class Policy:
         return out.last_hidden_state[0]  # type: ignore[no-any-return]
 
     def log_probs(self, hidden: Tensor, temperature: float) -> Tensor:
-        """float32 [n, vocabulary] of the distribution that is sampled from and learned: banned tokens −inf, then
-        divided by the temperature, then log-softmax. `temperature=0` gives the plain distribution (greedy reads its
-        maximum)."""
+        """Log-probabilities float32 [n, vocabulary] of the distribution that the engine samples from and the trainer
+        learns: banned tokens −inf, then the division by the temperature, then log-softmax. `temperature=0` gives the
+        distribution at temperature 1; greedy sampling takes its maximum."""
         head = self.model.get_output_embeddings()
-        # In float32 whatever the weights are and whatever is cast around us: a rounded logit moves every probability.
+        # In float32, for any dtype of the weights and under autocast: a rounded logit moves every probability.
         with torch.autocast(hidden.device.type, enabled=False):
             logits = torch.nn.functional.linear(hidden.float(), head.weight.float(), head.bias)
         logits = logits.masked_fill(self._banned, float("-inf"))
@@ -222,8 +223,8 @@ class Policy:
     def token_logprobs(
         self, hidden: Tensor, entry: Tensor, targets: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
-        """Of the same distribution: float32 [N] logprobs of `targets`, each predicted by row `entry` of `hidden`
-        [U, hidden size], with gradient, and float32 [U] entropies (head.py). Holds no row of the vocabulary."""
+        """Logprobs float32 [N] of `targets` under the same distribution, with gradient, and entropies float32 [U]
+        (head.py). Row `entry` of `hidden` [U, hidden size] predicts each target. Never holds a full row of logits."""
         head = self.model.get_output_embeddings()
         bias = None if head.bias is None else head.bias.detach()
         with torch.autocast(hidden.device.type, enabled=False):

@@ -23,7 +23,7 @@ from vlmrl.models.attention.fused import Kernel
 from vlmrl.models.attention.prefix_tree import ImageKeys, PrefixTree, Segment, build_tree
 from vlmrl.models.attention.tree import TreePlan, make_plan
 from vlmrl.models.families.positions import PositionFunction
-from vlmrl.models.transfer import to_device
+from vlmrl.models.features import to_device
 from vlmrl.trainer.shares import Share, divide
 from vlmrl.types import ImageItem, IntArray, Placeholder, TrainingSample
 

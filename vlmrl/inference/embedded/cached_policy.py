@@ -11,9 +11,8 @@ from torch import Tensor
 from vlmrl.inference.embedded.kv_cache import KVCache
 from vlmrl.models.attention.prefix_tree import ImageKeys
 from vlmrl.models.attention.tree import TreePlan
-from vlmrl.models.features import FeatureCache, ImageFeatures, Levels
+from vlmrl.models.features import FeatureCache, ImageFeatures, Levels, to_device
 from vlmrl.models.policy import Policy
-from vlmrl.models.transfer import to_device
 from vlmrl.types import ImageItem
 
 

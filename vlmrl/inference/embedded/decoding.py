@@ -19,7 +19,7 @@ from vlmrl.inference.embedded.requests import CachedTurn, Request
 from vlmrl.inference.embedded.sampling import sample_tokens, uniform_numbers
 from vlmrl.models.attention.prefix_tree import Segment
 from vlmrl.models.attention.tree import SharedBlock, TreePlan, local_blocks, shared_segments
-from vlmrl.models.transfer import to_device
+from vlmrl.models.features import to_device
 from vlmrl.types import Completion, FloatArray, IntArray
 
 

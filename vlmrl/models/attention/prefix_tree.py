@@ -1,4 +1,4 @@
-"""Distinct prefixes of many token sequences, laid out in one row in depth-first order.
+"""The distinct prefixes of many token sequences, laid out as the rows of one pass in depth-first order.
 
     samples                      rows                       segments
     S S S a b                    0 1 2 3 4                  [0 1 2]      parent -
@@ -6,7 +6,7 @@
     S S S d                      0 1 2 6                    [4] [5]      parent 1
                                                             [6]          parent 0
 
-Sequences are sorted, so each one only adds the rows after its longest common prefix with the one before it.
+Sequences are sorted, so each one adds only the rows after its longest common prefix with the sequence before it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from vlmrl.types import IntArray, Placeholder
 
 
 class ImageKeys:
-    """Numbers distinct images, so that a prefix with other pixels is another prefix."""
+    """Numbers the distinct images, so that equal tokens with different pixels are different prefixes."""
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
 
     def keys(self, token_ids: IntArray, placeholders: Sequence[Placeholder]) -> IntArray:
-        """int64 [L]; the token id, or −1 − (number of the image) inside its placeholder."""
+        """int64 [L]: the token id; inside a placeholder, −1 − (number of its image)."""
         keys = token_ids.copy()
         for p in placeholders:
             keys[p.offset : p.offset + p.length] = -1 - self._numbers.setdefault(p.hash, len(self._numbers))
@@ -34,7 +34,7 @@ class ImageKeys:
 
 
 def sort_key(keys: IntArray) -> bytes:
-    """Bytes that order and prefix-match as `keys` do (big-endian, shifted to be unsigned)."""
+    """Bytes with the order and the common prefixes of `keys` (big-endian, shifted to be unsigned)."""
     return (keys + (1 << 62)).astype(">i8").tobytes()
 
 
@@ -51,31 +51,31 @@ def common_prefix(a: IntArray, b: IntArray) -> int:
 
 @dataclass(eq=False)
 class PrefixTree:
-    """Rows of the distinct tokens of sorted sequences."""
+    """One row per distinct token of sorted sequences."""
 
     num_rows: int
     rows: list[IntArray]
     """Per sequence, int64 [L]: the row of each of its tokens."""
     new_from: list[int]
-    """Per sequence: its tokens from this one on are rows that it added itself."""
+    """Per sequence: the index of its first token that is not shared with the sequence before it."""
     segments: list[tuple[int, int, int]]
-    """(parent, first row, end row), depth-first; no branch leaves a segment in the middle."""
+    """(parent, first row, end row) in depth-first order. Branches begin only at the end of a segment."""
 
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """A run of tokens that no branch leaves in the middle. Listed in depth-first order, parents first."""
+    """A run of tokens at whose end only branches begin. Segments are listed in depth-first order, parents first."""
 
     parent: int
     """Index of the segment before it on the path; -1 at a root."""
     slots: np.ndarray
-    """int64 [n]; where its keys and values are."""
+    """int64 [n]; the slots of its keys and values."""
     rows: np.ndarray
-    """int64 [n]; its query rows, ascending and contiguous; empty [0] where the keys are there already."""
+    """int64 [n]; its query rows, ascending and contiguous; empty [0] where the keys are cached already."""
 
 
 def build_tree(sequences: Sequence[IntArray], *, share: bool = True) -> PrefixTree:
-    """Lay out `sequences`, which are distinct and sorted by `sort_key`; `share=False` shares nothing.
+    """Lay out `sequences`, which must be distinct and sorted by `sort_key`. With `share=False` no row is shared.
 
     >>> tree = build_tree([np.array([7, 7, 1, 2]), np.array([7, 7, 1, 3]), np.array([7, 7, 4])])
     >>> [r.tolist() for r in tree.rows], tree.segments
@@ -85,9 +85,9 @@ def build_tree(sequences: Sequence[IntArray], *, share: bool = True) -> PrefixTr
     new_from: list[int] = []
     num_rows = 0
     parent_row: dict[int, int] = {}
-    """First row of each added run → the row before it on its path, -1 at a root."""
+    """First row of each added run → the row before it on its path; -1 at a root."""
     cuts: set[int] = set()
-    """Rows after which some branch leaves."""
+    """Rows after which a branch begins."""
     for i, sequence in enumerate(sequences):
         shared = common_prefix(sequences[i - 1], sequence) if i and share else 0
         assert i == 0 or not share or shared < len(sequence), "sequences must be distinct and sorted"

@@ -1,21 +1,23 @@
-"""Attention over a prefix tree: every query attends to its own ancestors and to nobody else.
+"""Attention over a prefix tree: every query attends to its own ancestors and to nothing else.
 
-The rows of a packed forward are the distinct tokens of many samples (trainer) or the new tokens of many requests
-(embedded engine). Keys live in a pool of slots: in the trainer the rows themselves, in the engine its KV cache. A
-`TreePlan` says who sees whom, in two kinds of blocks that together cover every (query, ancestor) pair once:
+The rows of a packed forward pass are the distinct tokens of many samples (trainer) or the new tokens of many requests
+(embedded engine). Keys and values are addressed by slots: in the trainer a slot is a row, in the engine a place in its
+KV cache. A `TreePlan` states which query attends to which key, in two kinds of blocks that together cover every
+(query, ancestor) pair once:
 
-    shared   a segment that many rows descend from, e.g. the system prompt: one dense block, no mask
+    shared   a segment that many rows descend from, e.g. the system prompt: one dense block without a mask
              rows  [start, end)  ×  slots of the segment
-    local    what is left of each segment's path, and the segment itself: padded batches, causal
+    local    the rest of each segment's path, and the segment itself: padded batches with a causal mask
              rows  [B, n]        ×  slots [B, m]
 
-Each block yields an output and a log-sum-exp; they merge exactly, as in flash attention (arXiv 2205.14135, eq. 3).
-The backward pass recomputes the probabilities block by block from the merged log-sum-exp, so nothing quadratic is
-kept. Work is that of the distinct tokens; a gradient of a shared key is the sum over the branches that saw it.
+Each block yields an output and a log-sum-exp. They merge exactly, as in flash attention (arXiv 2205.14135, eq. 3). The
+backward pass recomputes the probabilities block by block from the merged log-sum-exp, so no quadratic array is kept.
+The work is proportional to the distinct tokens. The gradient of a shared key is the sum over the branches that
+attended to it.
 
-On a GPU in half precision the trainer's rows go through one kernel instead (`fused_attention.py`).
+On a GPU in half precision, the trainer's rows go through one kernel instead (fused.py).
 
-Left out: dropout, sliding windows, soft caps. A model that needs them is refused by `vlmrl.models.policy`.
+Left out: dropout, sliding windows, soft caps. `vlmrl.models.policy` refuses a model that needs them.
 """
 
 from __future__ import annotations
@@ -30,18 +32,18 @@ from torch import Tensor
 
 from vlmrl.models.attention.fused import FusedPlan, Kernel, attend_fused, plan_flex, plan_varlen
 from vlmrl.models.attention.prefix_tree import Segment
-from vlmrl.models.transfer import to_device
+from vlmrl.models.features import to_device
 
 ATTENTION_NAME = "vlmrl_tree"
 
 MIN_SHARED_PAIRS = 16384
-"""A segment becomes a shared block when rows below it × its own tokens reach this; below, one more kernel launch
-costs more than the padding it saves."""
+"""A segment becomes a shared block when (rows below it) × (its own tokens) reaches this. Below it, one more kernel
+launch costs more than the padding that it saves."""
 
 
 @dataclass(frozen=True, eq=False)
 class SharedBlock:
-    """Rows [start, end) see every one of `slots`."""
+    """Rows [start, end) attend to all of `slots`."""
 
     start: int
     end: int
@@ -51,23 +53,23 @@ class SharedBlock:
 
 @dataclass(frozen=True, eq=False)
 class LocalBlock:
-    """A padded batch of B paths: query i of path b sees slots[b, : offset[b] + i + 1]."""
+    """A padded batch of B paths: query i of path b attends to slots[b, : offset[b] + i + 1]."""
 
     rows: Tensor
     """int64 [B, n]; padding repeats the path's first row."""
     slots: Tensor
     """int64 [B, m]; padding repeats a valid slot and is masked."""
     mask: Tensor
-    """bool [B, n, m]; True where the query sees the key; of padding, as of the row that it repeats."""
+    """bool [B, n, m]; True where the query attends to the key. A padding row has the mask of the row it repeats."""
     valid: Tensor | None
-    """int64 [v]; flat indices into [B × n] that are no padding; None where nothing is padded."""
+    """int64 [v]; flat indices into [B × n] of the rows that are not padding; None where nothing is padded."""
     valid_rows: Tensor
     """int64 [v]; the rows of `valid`."""
 
 
 @dataclass(eq=False)
 class KVPool:
-    """Keys and values of the engine, per layer; the trainer has none (its rows are the slots)."""
+    """Keys and values of the embedded engine, per layer. The trainer has no pool: its rows are the slots."""
 
     keys: list[Tensor]
     """float [kv_heads, slots, head_dim] per layer."""
@@ -76,22 +78,22 @@ class KVPool:
 
 @dataclass(eq=False)
 class TreePlan:
-    """Who sees whom in one forward pass."""
+    """Which rows attend to which slots in one forward pass."""
 
     shared: list[SharedBlock]
     local: list[LocalBlock]
     pool: KVPool | None = None
     first_slot: int = 0
-    """Where the pass's own keys and values go in the pool: row r has slot `first_slot + r`."""
+    """The slot in the pool of the pass's first row: row r has slot `first_slot + r`."""
     fused: FusedPlan | None = None
-    """For one kernel, instead of the blocks; of a pass without a pool."""
+    """The plan of a single kernel, used instead of the blocks; only for a pass without a pool."""
 
 
 def shared_segments(parents: Sequence[int], lengths: Sequence[int], queries: Sequence[int]) -> list[bool]:
-    """Which segments become shared blocks: a chain from the root, dense enough to be worth a block.
+    """Which segments become shared blocks: a chain from the root whose blocks are dense enough.
 
-    `queries[i]` counts the query rows strictly below segment i. Only a segment whose parent is shared (or which is a
-    root) may be, so that what is left of a path is its tail.
+    `queries[i]` counts the query rows strictly below segment i. A segment may be shared only if it is a root or its
+    parent is shared, so that the part of a path that is not shared is its tail.
 
     >>> shared_segments([-1, 0, 1, 1], [100, 2000, 5, 5], [10_000, 100, 0, 0])
     [True, True, False, False]
@@ -105,10 +107,10 @@ def shared_segments(parents: Sequence[int], lengths: Sequence[int], queries: Seq
 def local_blocks(
     paths: Sequence[np.ndarray], rows: Sequence[np.ndarray], offsets: Sequence[int], device: torch.device
 ) -> list[LocalBlock]:
-    """Batch (path, rows) pairs of similar size. `offsets[b]` keys of path b come before its first query's own key."""
+    """Batch (path, rows) pairs of similar size. On path b, `offsets[b]` keys come before the first query's own key."""
     buckets: dict[tuple[int, int], list[int]] = {}
     for index, (path, row) in enumerate(zip(paths, rows, strict=True)):
-        # Powers of two bound the padding by half; paths below 32 keys are not worth a bucket of their own.
+        # Powers of two bound the padding by half. Paths below 32 keys share one bucket.
         buckets.setdefault((len(row).bit_length(), max(len(path), 31).bit_length()), []).append(index)
     blocks = []
     for members in buckets.values():
@@ -124,8 +126,8 @@ def local_blocks(
         lengths = np.array([len(rows[i]) for i in members])
         first = np.array([offsets[i] for i in members])
         is_valid = np.arange(n) < lengths[:, None]
-        # Padding sees what the row that it repeats sees: the backward pass divides by that row's log-sum-exp, and a
-        # key that did not go into it may be e^88 times larger, infinite before it is dropped.
+        # A padding row attends to the keys of the row that it repeats: the backward pass subtracts that row's
+        # log-sum-exp, and the score of a key that is not part of it may be 88 larger, whose exponential is infinite.
         mask = np.arange(m) <= (first[:, None] + np.where(is_valid, np.arange(n), 0))[:, :, None]
         valid = np.flatnonzero(is_valid)
         whole = len(valid) == padded_rows.size
@@ -157,7 +159,7 @@ def plan_tree(segments: Sequence[Segment], device: torch.device) -> TreePlan:
     tails: list[np.ndarray] = []
     paths, rows_of, offsets = [], [], []
     for segment, is_shared in zip(segments, shared, strict=True):
-        # The tail is the part of the path that no shared block covers; a shared segment still sees itself causally.
+        # The tail is the part of the path that no shared block covers. A shared segment attends to itself causally.
         above = tails[segment.parent] if segment.parent >= 0 else np.empty(0, np.int64)
         assert not is_shared or len(above) == 0
         tails.append(above if is_shared else np.concatenate([above, segment.slots]))
@@ -187,7 +189,7 @@ def make_plan(kernel: Kernel, segments: Sequence[Segment], device: torch.device)
 
 
 def _merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
-    """Fold one block's normalized output into the running one, in place."""
+    """Merge one block's normalized output into the running output, in place."""
     merged = torch.logaddexp(lse, block_lse)
     out.mul_((lse - merged).exp_().unsqueeze(-1)).add_(block_out.mul_((block_lse - merged).exp_().unsqueeze(-1)))
     lse.copy_(merged)
@@ -202,7 +204,8 @@ class _TreeAttention(torch.autograd.Function):
         heads, length, _ = q.shape
         group = heads // kv_heads
         dtype = q.dtype
-        # Half-precision inputs are computed with in float32: rounded scores would be most of the sampler's mismatch.
+        # Compute in float32 also for half-precision inputs: rounded scores would cause most of the mismatch between
+        # sampler and trainer.
         q = q.float() * scale
         out = torch.empty_like(q)
         lse = q.new_empty(heads, length, dtype=torch.float32)
@@ -242,7 +245,7 @@ class _TreeAttention(torch.autograd.Function):
         grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))
         dtype, grad_out = grad_out.dtype, grad_out.float().contiguous()
         delta = (grad_out * out).sum(-1)
-        """float32 [H, T]; the softmax's own term of the score gradient."""
+        """float32 [H, T]; the term of the score gradient that comes from the softmax's normalization."""
         for local in plan.local:
             B, n = local.rows.shape
             flat_rows, flat_slots = local.rows.reshape(-1), local.slots.reshape(-1)
@@ -291,7 +294,7 @@ class _TreeAttention(torch.autograd.Function):
 def _exponentiate(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """[…, m] → exp(scores − their maximum), in place; log-sum-exp […]; sum of the exponentials […].
 
-    The division is left to the output, which is narrower than the scores.
+    The caller divides its output by the sum, which is cheaper than dividing the scores: the output is narrower.
     """
     largest = scores.amax(-1)
     scores.sub_(largest.unsqueeze(-1)).exp_()
@@ -300,7 +303,7 @@ def _exponentiate(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _local_scores(q: Tensor, k: Tensor, block: LocalBlock, kv_heads: int, group: int) -> Tensor:
-    """float32 [KV, B, G × n, m]; −inf where the query does not see the key. `q` is scaled already."""
+    """float32 [KV, B, G × n, m]; −inf where the query does not attend to the key. `q` is scaled already."""
     B, n = block.rows.shape
     dim = q.shape[-1]
     queries = q.index_select(1, block.rows.reshape(-1)).view(kv_heads, group, B, n, dim).transpose(1, 2)
@@ -328,9 +331,9 @@ def tree_attention_forward(
     tree_plan: TreePlan,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """The transformers attention interface: query [1, H, T, D], key and value [1, KV, T, D] → [1, T, H, D]."""
-    assert attention_mask is None, "the tree plan is the mask"
-    assert dropout == 0.0, "attention dropout is left out"
+    """transformers' attention interface: query [1, H, T, D], key and value [1, KV, T, D] → [1, T, H, D]."""
+    assert attention_mask is None, "the tree plan replaces the mask"
+    assert dropout == 0.0, "attention dropout is not supported"
     if tree_plan.fused is not None:
         return attend_fused(query, key, value, tree_plan.fused, scaling), None
     q, k, v = query[0].contiguous(), key[0].contiguous(), value[0].contiguous()

@@ -1,7 +1,7 @@
-"""Position ids: where each token of one sequence stands, in the model's own geometry.
+"""Position ids of the tokens of one sequence, in the geometry of the model.
 
 A model family names its function in `model.vlm.positions`. Every function is causal: the positions of a prefix do not
-depend on what follows it, so a conversation that grows, or a prefix that several samples share, keeps its positions.
+depend on what follows it. So a growing conversation, and a prefix that several samples share, keep their positions.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from vlmrl.types import ImageItem, IntArray, Placeholder
 class PositionFunction(Protocol):
     """Positions of a sequence of `length` tokens with these images: int64 [4, length].
 
-    Row 0 counts the tokens from 0; rows 1 to 3 are the rotary positions of time, height and width. transformers takes
-    the four together as `position_ids` [4, batch, length].
+    Row 0 counts the tokens from 0. Rows 1 to 3 are the rotary positions of time, height and width. transformers takes
+    all four as `position_ids` [4, batch, length].
     """
 
     def __call__(self, length: int, placeholders: Sequence[Placeholder], images: Sequence[ImageItem]) -> IntArray: ...
@@ -42,10 +42,10 @@ def mrope(
 ) -> IntArray:
     """Multimodal rotary positions of Qwen2-VL and its successors (arXiv 2409.12191, section 2.1).
 
-    Text advances time, height and width together. A token of an image stands at the position where the image begins
-    plus its frame, row and column in the merged grid, and the text after an image goes on max(rows, columns) later.
+    A text token advances time, height and width together. An image token has the position where the image begins, plus
+    its frame, row and column in the merged grid. The text after an image continues max(rows, columns) later.
 
-    Two tokens of text, an image of 2 × 4 patches (1 × 2 tokens after merging 2 × 2), one more token of text:
+    Example: two text tokens, an image of 2 × 4 patches (1 × 2 tokens after merging 2 × 2), one more text token.
 
     >>> item = ImageItem("ab", np.zeros((32, 64, 3), np.uint8), {"image_grid_thw": np.array([[1, 2, 4]])}, 2)
     >>> mrope(5, [Placeholder(2, 2, "ab")], [item], spatial_merge_size=2).tolist()
@@ -73,7 +73,7 @@ POSITIONS: dict[str, Callable[..., IntArray]] = {
     "mrope": mrope,
     "sequential": sequential,
 }
-"""By the name in `model.vlm.positions`; all are called as `mrope` is."""
+"""Name in `model.vlm.positions` → function. All of them have the signature of `mrope`."""
 
 
 def position_function(name: str, spatial_merge_size: int = 1) -> PositionFunction:

@@ -1,10 +1,10 @@
-"""What a vision tower derives from the sizes of images, computed on the host.
+"""Computes on the host what a vision tower derives from the sizes of the images.
 
-A tower of transformers computes positions, interpolation of its learned grid and the bounds of images where the sizes
-are, and reads them back to do so: on a GPU each time a wait for all that was asked of it before. It takes them ready as
-well, under the names here.
+A vision tower of transformers computes positions, the interpolation of its learned position grid and the bounds of the
+images on the device that holds the sizes, and reads them back: on a GPU each read is a synchronization. It also accepts
+them precomputed, under the names used here.
 
-Left out: towers that derive more than these (windows, merged shapes). They compute all of it themselves.
+Left out: towers that derive more than these (windows, merged shapes). They compute everything themselves.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from transformers.vision_utils import (
     get_vision_position_ids,
 )
 
-from vlmrl.models.transfer import to_device
+from vlmrl.models.features import to_device
 
 SIZES = "image_grid_thw"
 """The `mm_kwargs` name of int64 [images, 3]: time, height and width of each image in patches."""
 
 
 def tower_arguments(tower: Any, sizes: Mapping[str, Tensor], device: torch.device) -> dict[str, Any]:
-    """Arguments of `get_image_features` beside pixels: `sizes`, which are the integers of `mm_kwargs` on the host, and
-    what is derived from them. A tower that derives other things gets `sizes` alone, on its device."""
-    # A tower that says how it resamples its grid derives the grid's places and weights, and those two.
+    """Arguments of `get_image_features` apart from pixels: `sizes` (the integers of `mm_kwargs`, on the host) and what
+    is derived from them. A tower that derives other quantities gets only `sizes`, on its device."""
+    # A tower with `interpolation_mode` derives exactly these: bounds, positions, and the grid's indices and weights.
     if SIZES not in sizes or not hasattr(tower, "interpolation_mode"):
         return {name: to_device(tensor.numpy(), device) for name, tensor in sizes.items()}
     grid, merge = sizes[SIZES], tower.spatial_merge_size
