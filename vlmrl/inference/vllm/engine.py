@@ -4,8 +4,8 @@
                  dies? ─▶ is restarted ─▶ gets the published weights ─▶ takes requests again
                           its sessions move to another replica, and their lost turns are sent again
 
-A session stays on its replica, whose prefix cache has the session's earlier turns. No request is sent before the weight
-sync has published once: a server starts with the checkpoint's weights, which have no version.
+A session stays on its replica, whose prefix cache has the session's earlier turns. The run publishes its weights before
+the first request, because a server starts with the checkpoint's weights, which have no version.
 
 Left out on purpose: a limit on requests in flight (the orchestrator has one), hedged requests, and moving sessions to
 balance the load.
