@@ -1,4 +1,4 @@
-"""Run folders as a run leaves them, made in a moment: real config, real recorder, real metrics log."""
+"""Run directories for tests, with a real config, written by the real recorder and metrics log."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ IMAGE_TOKEN = 999
 
 
 class Alphabet:
-    """A tokenizer whose token 97 is "a"; `names` spell others."""
+    """A tokenizer whose token 97 is "a"; `names` gives other spellings."""
 
     def __init__(self, names: dict[int, str]) -> None:
         self.names = names
@@ -41,7 +41,7 @@ class Alphabet:
 
 
 def noise(seed: int, height: int, width: int) -> ImageItem:
-    """A picture of which no pixel is like its neighbour."""
+    """An image of random pixels."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     return ImageItem(hashlib.sha256(pixels.tobytes()).hexdigest()[:32], pixels, {}, 3)
 
@@ -57,7 +57,7 @@ def one_turn(
     before: Turn | None = None,
     ids: list[int] | None = None,
 ) -> Turn:
-    """A turn that says `text`, a token per letter, with figures drawn from its own letters."""
+    """A turn with the completion `text`, one token per letter, and metrics drawn from a seed made of its letters."""
     prompt_ids = [*before.prompt.token_ids, *before.completion.token_ids] if before else []
     placeholders = list(before.prompt.placeholders) if before else []
     images = list(before.prompt.images) if before else []
@@ -115,7 +115,7 @@ def one_rollout(
 
 
 def ordinary_rollout(label: str, step: int, group: int, index: int, images: list[ImageItem]) -> Rollout:
-    """Two turns, the second with another image; a reward that differs between siblings."""
+    """Two turns, the second with another image, and a reward that differs between siblings."""
     reward = ((step + group + index) % 5) / 4
     answer = "abcdefgh"[index % 8] * 2 + chr(97 + step % 26)
     first = one_turn(answer, images[group % len(images)], step=step, reward=0.0, advantage=(0.5 - reward) / 2)
@@ -140,7 +140,7 @@ def record(
     summary: dict[str, Any] | None = None,
     metrics: Callable[[int], dict[str, float]] = lambda step: {},
 ) -> RunDir:
-    """A run folder with these rollouts; `metrics` gives the figures of a step that are not 1 / step."""
+    """A run directory with these rollouts; `metrics` returns the metrics of a step that are not 1 / step."""
     run_dir = RunDir(path)
     run_dir.create()
     config.output_dir = str(run_dir.path)

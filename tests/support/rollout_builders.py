@@ -1,4 +1,4 @@
-"""Rollouts as the path makes them, without the path: later turns extend earlier ones, images are interned."""
+"""Builders of rollouts for tests: later turns extend earlier ones, and equal images are the same object."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small pictures on the terminal, and the words beside them."""
+"""Small images in the terminal, and the text next to them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def shown(rollout: Rollout, *, squares: bool) -> list[str]:
 
 
 def test_a_thumbnail_has_the_colours_of_the_image() -> None:
-    """Red above, blue below: of three lines the middle one is half and half."""
+    """Red above, blue below: the middle one of three lines has both colours."""
     pixels = np.zeros((60, 60, 3), np.uint8)
     pixels[:30, :, 0], pixels[30:, :, 2] = 255, 255
     text = thumbnail(picture(pixels))

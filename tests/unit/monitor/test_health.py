@@ -8,7 +8,7 @@ from vlmrl.types import DropReason
 
 
 def history(*, steps: int = WINDOW, **figures: float | None) -> list[Record]:
-    """Lines with these values (`reward__mean=…` for `reward/mean`) over healthy ones."""
+    """Lines with these values (`reward__mean=…` for `reward/mean`) replaced in healthy ones."""
     healthy: Record = {
         "groups/zero_advantage": 0.2,
         "rollouts/total": 100.0,
@@ -70,7 +70,7 @@ def test_every_reason_for_a_drop_has_a_remedy() -> None:
     assert set(REMEDIES) == {reason.value for reason in DropReason} - {DropReason.ZERO_ADVANTAGE.value}
 
 
-def test_drops_that_the_algorithm_asked_for_do_not_count() -> None:
+def test_rollouts_dropped_as_zero_advantage_do_not_count() -> None:
     lines = history(rollouts__dropped=90.0, rollouts__dropped__zero_advantage=80.0, rollouts__dropped__fault=10.0)
     assert said(lines) == []
 
@@ -85,26 +85,26 @@ def test_answers_that_are_cut(reason: str, remedy: str) -> None:
         line[f"rollouts/stop/{reason}"] = 60.0
     (text,) = said(lines)
     assert remedy in text
-    assert said(lines[1:]) == [], "a young policy rambles for a few steps"
+    assert said(lines[1:]) == [], "early in a run, a few steps may have long answers"
 
 
 def test_in_float32_a_token_that_differs_counts_at_the_newest_step() -> None:
     assert "mismatch_kl/max above 0.001" in said(history(mismatch_kl__max=2e-3))[0]
-    assert said(history(mismatch_kl__max=2e-3), exact=False) == [], "bfloat16 does that by itself"
+    assert said(history(mismatch_kl__max=2e-3), exact=False) == [], "bfloat16 alone makes such a mismatch"
     lines = history(mismatch_kl__max=2e-3)
     lines[-1]["mismatch_kl/max"] = 1e-9
     assert said(lines) == []
 
 
-def test_a_mismatch_that_no_rounding_makes() -> None:
-    """Pixels that were lost on the way gave 5.24."""
+def test_a_mismatch_that_is_too_large_for_rounding() -> None:
+    """5.24 was measured in a run that lost its pixels."""
     assert said(history(mismatch_kl__mean=0.03), exact=False) == []
     (text,) = said(history(mismatch_kl__mean=5.24), exact=False)
     assert "mismatch_kl/mean above 0.05" in text
     assert "mode=doctor" in text
 
 
-def test_stale_tokens_have_other_probabilities_and_no_fault() -> None:
+def test_a_mismatch_of_stale_tokens_is_expected() -> None:
     assert said(history(mismatch_kl__max=0.5, mismatch_kl__mean=0.1, staleness__max=2.0)) == []
     assert len(said(history(mismatch_kl__max=0.5, staleness__max=0.0))) == 1
 
@@ -130,7 +130,7 @@ def test_entropy_collapse_unless_solved() -> None:
 
 
 def climbing(*, blank: float, shuffled: float | None, climb: float = 0.3) -> list[Record]:
-    """Twenty steps, the control at every fifth."""
+    """Twenty steps, with a blind control every five steps."""
     lines = history(steps=20)
     for line in lines:
         line["reward/mean"] = 0.1 + climb * line["step"] / 20
@@ -143,17 +143,17 @@ def climbing(*, blank: float, shuffled: float | None, climb: float = 0.3) -> lis
 
 @pytest.mark.parametrize(("blank", "shuffled"), [(0.0, 0.0), (0.001, None), (0.3, 0.005), (-0.02, -0.001)])
 def test_a_reward_that_climbs_blind(blank: float, shuffled: float | None) -> None:
-    """What is in the images decides: grey may move a policy by being new to it."""
+    """`shuffled` decides: a grey image may change the answers just because it is new to the policy."""
     (text,) = said(climbing(blank=blank, shuffled=shuffled))
     assert text.startswith("The reward rises, but the policy ignores its images")
     for cause in ("blank or broken", "contain the answer", "guessing", "pixels arrive"):
         assert cause in text
 
 
-def test_a_policy_that_looks_or_does_not_learn_yet_is_no_trouble() -> None:
+def test_a_policy_that_looks_or_does_not_learn_yet_has_no_warning() -> None:
     assert said(climbing(blank=0.5, shuffled=0.5)) == []
     assert said(climbing(blank=0.0, shuffled=0.02)) == []
-    assert said(climbing(blank=0.0, shuffled=0.0, climb=0.0)) == [], "early in a run no policy looks"
+    assert said(climbing(blank=0.0, shuffled=0.0, climb=0.0)) == [], "early in a run, the policy ignores its images"
     once = climbing(blank=0.0, shuffled=0.0)
     for line in once[:-WINDOW]:
         line.pop("vision_gap/blank", None)
@@ -166,7 +166,7 @@ def test_a_policy_that_begins_to_look_clears_it() -> None:
     assert said(lines) == []
 
 
-# ── who waits for whom ──────────────────────────────────────────────────────────────────────────────────────
+# ── waiting times ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_one_side_waits(keys: list[str], text: str) -> None:
     assert "orchestrator.max_staleness=1" in said(lines)[0]
     assert said(lines[1:]) == []
     del lines[2][keys[0]]
-    assert said(lines) == [], "skipped where a line does not say"
+    assert said(lines) == [], "no warning where a line lacks the key"
 
 
 @pytest.mark.parametrize("key", ["time/engine_idle", "time/train"])
@@ -206,7 +206,7 @@ def test_figures_that_are_not_finite_are_null_and_do_not_raise() -> None:
     assert said(nulls) == []
 
 
-def test_the_same_trouble_is_the_same_text() -> None:
+def test_the_same_problem_has_the_same_text() -> None:
     first = said(history(rollouts__dropped=50.0, rollouts__dropped__fault=50.0, mismatch_kl__max=0.1))
     assert len(first) == 2
     assert first == said(history(rollouts__dropped=60.0, rollouts__dropped__fault=60.0, mismatch_kl__max=0.2))

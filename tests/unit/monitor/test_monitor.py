@@ -30,7 +30,7 @@ METRICS = {**dict.fromkeys(REQUIRED_KEYS[1:], 1.0), "mismatch_kl/max": 0.0, "rol
 
 
 def flat_group() -> Group:
-    """A group in which nothing has an advantage."""
+    """A group without any advantage."""
     made = group()
     for each in made.rollouts:
         for turn in each.turns:
@@ -178,7 +178,7 @@ def test_libraries_log_to_the_file_and_not_on_the_screen(run_dir: RunDir, capsys
 
 
 def page_of(run_dir: RunDir) -> dict[str, Any]:
-    """What report.html says of the run."""
+    """The data of the run in report.html."""
     data = re.search(r'<script type="application/json" id="data">(.*?)</script>', run_dir.report.read_text(), re.DOTALL)
     assert data is not None
     run: dict[str, Any] = json.loads(data[1])["runs"][0]
@@ -212,11 +212,11 @@ def test_a_page_is_written_however_the_run_ends(run_dir: RunDir, run_config: Cal
         run_that_raises(run_dir, ZeroDivisionError("by zero"), report=True)
     page = page_of(run_dir)
     assert (page["state"], page["summary"]["error"]) == ("error", "ZeroDivisionError: by zero")
-    assert len(page["rollouts"]) == 2, "what was still on its way to the disk"
+    assert len(page["rollouts"]) == 2, "rollouts that were still being written"
 
 
 def test_a_run_goes_on_without_its_page(run_dir: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
-    with monitor_of(run_dir, report=True) as monitor:  # no config.yaml: no page
+    with monitor_of(run_dir, report=True) as monitor:  # without config.yaml, the page cannot be written
         monitor.step(1, METRICS, [group()])
         monitor.finish("finished", {})
     out = capsys.readouterr().out
@@ -236,7 +236,7 @@ def test_a_resumed_run_does_the_later_steps_again(run_dir: RunDir) -> None:
         monitor.finish("interrupted", {})
     with monitor_of(run_dir) as monitor:
         monitor.resume_at(2)
-        assert run_dir.read_summary() is None, "it would say that the run has ended"
+        assert run_dir.read_summary() is None, "a summary would mean that the run has ended"
         assert sorted(path.name for path in run_dir.rollouts.iterdir()) == [
             "eval_000001.jsonl",
             "eval_000002.jsonl",
@@ -248,7 +248,7 @@ def test_a_resumed_run_does_the_later_steps_again(run_dir: RunDir) -> None:
     assert [record["loss"] for record in read_metrics(run_dir.metrics)] == [1.0, 1.0, 9.0]
     summary = run_dir.read_summary()
     assert summary is not None
-    assert summary["eval/reward"] == 0.2, "of step 2, the newest that is left"
+    assert summary["eval/reward"] == 0.2, "of step 2, the newest evaluation that is left"
 
 
 def test_wall_clock_adds_up_over_segments(run_dir: RunDir) -> None:
@@ -257,12 +257,12 @@ def test_wall_clock_adds_up_over_segments(run_dir: RunDir) -> None:
         monitor.finish("interrupted", {})
     ended = run_dir.read_summary()
     assert ended is not None
-    run_dir.write_summary({**ended, "wall_clock_s": 100.0})  # as if it had lasted so long
+    run_dir.write_summary({**ended, "wall_clock_s": 100.0})  # as if the segment had taken 100 s
     with monitor_of(run_dir) as monitor:
         monitor.resume_at(1)
         monitor.step(2, METRICS, [])
         assert 100.0 <= read_metrics(run_dir.metrics)[-1]["time/elapsed"] < 160.0
-        # Killed here: no summary. The next segment counts on from the last line, though step 2 comes again.
+        # Killed here, without a summary: the next segment adds to the time of the last line and repeats step 2.
     run_dir.metrics.write_text(run_dir.metrics.read_text().replace('"time/elapsed":10', '"time/elapsed":20'))
     with monitor_of(run_dir) as monitor:
         monitor.resume_at(1)
@@ -339,7 +339,7 @@ with Monitor(MonitorConfig(), run_dir, total_steps=400, exact=True) as monitor:
     monitor.step(1, {{"reward/mean": 0.5}}, [group()])
     monitor._wandb._collect(wait=True)
     monitor.step(2, {{"reward/mean": 0.5}}, [group()])
-    while True:  # not signal.pause(), which misses a signal that came just before
+    while True:  # signal.pause() would miss a signal that came just before
         time.sleep(0.01)
 """
 
@@ -355,7 +355,7 @@ def test_ctrl_c_in_a_terminal_closes_everything(tmp_path: Path) -> None:
         encoding="utf-8",
         codec_errors="replace",  # the terminal echoes ^C wherever the output is at that moment
         timeout=60,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in what a script runs behind itself
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background processes ignore it
         env={
             "TERM": "xterm-256color",
             "PATH": "/usr/bin:/bin",

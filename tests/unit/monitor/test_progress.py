@@ -36,7 +36,7 @@ METRICS = {
 
 
 class Clock:
-    """Time that passes only when told."""
+    """A clock that the test sets."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -46,7 +46,7 @@ class Clock:
 
 
 class Screen:
-    """What a terminal shows after some output: text, line feeds, cursor up, erase line; anything else is garbage."""
+    """A terminal that knows text, line feeds, cursor up and erase line; it rejects any other output."""
 
     def __init__(self, output: str) -> None:
         self.rows = [""]
@@ -58,7 +58,7 @@ class Screen:
                 self.control(parameter, final)
             else:
                 self.put(text)
-        assert "\x1b" not in re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", output), "an escape that is no control sequence"
+        assert "\x1b" not in re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", output), "a stray escape character"
 
     def control(self, parameter: str, final: str) -> None:
         if final == "A":
@@ -84,7 +84,7 @@ class Screen:
 
 
 def plain(live: bool = True, encoding: str = "utf-8") -> tuple[Progress, Clock, Callable[[], list[str]]]:
-    """A view whose output is no terminal, its clock, and what it printed so far."""
+    """A view whose output is not a terminal, its clock, and the lines printed so far."""
     raw = io.BytesIO()
     console = Console(file=io.TextIOWrapper(raw, encoding=encoding), width=80, highlight=False)
     clock = Clock()
@@ -123,7 +123,7 @@ def test_the_view_fills_its_width_and_says_what_matters(width: int) -> None:
     assert rows[0].startswith("╭─ vlmrl my_run ─")
     panel = rows[: [row.startswith("╰") for row in rows].index(True) + 1]
     assert {len(row) for row in panel} == {width}
-    assert "".join(rows[len(panel) :]) == "", "the panel stands once"
+    assert "".join(rows[len(panel) :]) == "", "the panel is drawn once"
     text = "\n".join(panel)
     assert "120 / 400" in text
     assert "ETA 2:20" in text  # 280 steps at 0.5 s
@@ -172,7 +172,7 @@ def test_the_view_is_drawn_at_most_four_times_a_second() -> None:
 def test_what_others_print_stands_above_the_view() -> None:
     progress, _, output = terminal(80)
     progress.start()
-    print("a library says hello")  # rich redirects stdout while the view is live
+    print("a library says hello")  # while the view is live, rich redirects stdout
     progress.table("plan", {"rollouts per step": "256", "groups": "8"})
     progress.stop()
     rows = Screen(output.getvalue()).rows
@@ -202,7 +202,7 @@ def view_of_rollouts(
     progress = Progress(name="my_run", total_steps=400, live=True, console=console, clock=Clock())
     progress.start()
     shown = [rollout(index) for index in range(3)]
-    if colors == "256":  # rich remembers what a colour came to in the first console that drew it
+    if colors == "256":  # rich caches a colour as the first console drew it
         shown[0].turns[-1].prompt = replace(shown[0].turns[-1].prompt, images=(image(77),))
     progress.rollouts("rollouts of step 7", shown)
     progress.step(7, METRICS)
@@ -216,7 +216,7 @@ def test_the_view_shows_what_the_policy_saw_and_said() -> None:
     assert sum("reward 0.75  red-green  terminated" in row for row in rows) == 3
     assert sum("› AB" in row for row in rows) == 6
     assert any("rollouts of step 7 ──" in row for row in rows)
-    for shade in (10, 20, 30):  # the images of the rollout, in its last turn's prompt
+    for shade in (10, 20, 30):  # the images in the prompt of the rollout's last turn
         assert f"\x1b[38;2;{shade};{shade};{shade};48;2;{shade};{shade};{shade}m▀" in output
 
 

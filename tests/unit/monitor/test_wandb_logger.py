@@ -1,4 +1,4 @@
-"""The real wandb, offline."""
+"""The logger with the real wandb, offline."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROOT = Path(vlmrl.__file__).parents[1]
 
 
 def run_script(tmp_path: Path, body: str) -> subprocess.Popen[str]:
-    """A process of its own, as wandb holds global state and a service per process."""
+    """Run `body` in a separate process, because wandb has global state and one service per process."""
     lines = f"""
     import signal, sys
     sys.path.insert(0, {str(TESTS)!r})
@@ -44,7 +44,7 @@ def run_script(tmp_path: Path, body: str) -> subprocess.Popen[str]:
     run_dir.create(resume=True)
     """
     script = textwrap.dedent(lines) + textwrap.dedent(body)
-    # A proxy that nobody listens on: whatever tries to reach the network fails.
+    # A proxy on a closed port: every attempt to reach the network fails.
     env = {**os.environ, "HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
     env.pop("WANDB_MODE", None)
     return subprocess.Popen(
@@ -70,7 +70,7 @@ def offline_records(run_dir: RunDir) -> Iterator[Any]:
             _, length, kind = struct.unpack_from("<IHB", data, place)
             parts += data[place + 7 : place + 7 + length]
             place += 7 + length
-            if kind in (1, 4):  # a whole record, or the last part of one
+            if kind in (1, 4):  # a complete record, or its last part
                 record = protobufs.Record()
                 record.ParseFromString(parts)
                 parts = b""
@@ -113,13 +113,13 @@ print("held back:", held_back < 0.5, "children left:", psutil.Process().children
 
 @pytest.fixture(scope="module")
 def run_and_resume(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, list[str]]:
-    """A run, and the same again in its folder; what each printed."""
+    """A run that is logged twice into the same folder, and the output of each process."""
     tmp_path = tmp_path_factory.mktemp("wandb")
     return RunDir(tmp_path / "run"), [output_of(run_script(tmp_path, LOG_TWO_STEPS)) for _ in range(2)]
 
 
 def test_it_says_nothing_delays_nothing_and_leaves_no_process(run_and_resume: tuple[RunDir, list[str]]) -> None:
-    """Importing wandb alone takes over half a second."""
+    """Importing wandb alone takes more than half a second."""
     _, outputs = run_and_resume
     assert outputs == ["held back: True children left: []\n"] * 2
 
@@ -138,18 +138,18 @@ def test_offline_leaves_figures_and_pictures(run_and_resume: tuple[RunDir, list[
     name, seen = "train/000001/00/00", "AB / AB"
     assert table["data"][0][:3] == ["trained on", name, "red-green"]
     assert table["data"][0][4:] == [seen, 0.75, "terminated", None]
-    assert [row[3] for row in table["data"]] == ["Image", "Image", None], "the last one saw nothing"
+    assert [row[3] for row in table["data"]] == ["Image", "Image", None], "the last rollout has no image"
 
 
 def staged(run_dir: RunDir) -> list[bytes]:
-    """What waits for `wandb sync` beside the figures."""
+    """The files that wait for `wandb sync`."""
     return [path.read_bytes() for path in (run_dir.wandb / "data/artifacts/staging").iterdir()]
 
 
 def test_offline_keeps_pictures_and_checkpoints_in_the_run_folder(run_and_resume: tuple[RunDir, list[str]]) -> None:
     run_dir, _ = run_and_resume
     pictures = {content for content in staged(run_dir) if content.startswith(b"\x89PNG")}
-    assert len(pictures) == 1, "the rollouts saw the same"
+    assert len(pictures) == 1, "the rollouts have the same image"
     with PIL.Image.open(io.BytesIO(pictures.pop())) as picture:
         assert picture.size == (3 * 8 + 2 * GAP, 8)
     assert b"weights of step 1" in staged(run_dir), "although the run has deleted them"
@@ -174,7 +174,7 @@ def test_a_resumed_run_keeps_its_id(run_and_resume: tuple[RunDir, list[str]]) ->
     assert run_ids(run_dir) == {run_dir.wandb_run_id.read_text()}
 
 
-def test_a_killed_run_leaves_no_process_and_keeps_its_figures(tmp_path: Path) -> None:
+def test_a_killed_run_leaves_no_process_and_keeps_its_metrics(tmp_path: Path) -> None:
     process = run_script(
         tmp_path,
         """
@@ -204,7 +204,7 @@ def test_a_killed_run_leaves_no_process_and_keeps_its_figures(tmp_path: Path) ->
     assert [line["reward/mean"] for line in histories(run_dir)] == [0.25]
 
 
-def test_online_without_a_key_is_said_once_and_does_not_ask(tmp_path: Path) -> None:
+def test_online_without_a_key_is_reported_once_and_does_not_prompt(tmp_path: Path) -> None:
     output = output_of(
         run_script(
             tmp_path,
@@ -226,7 +226,7 @@ def test_online_without_a_key_is_said_once_and_does_not_ask(tmp_path: Path) -> N
     )
 
 
-def test_a_service_that_dies_is_said_once(tmp_path: Path) -> None:
+def test_a_service_that_dies_is_reported_once(tmp_path: Path) -> None:
     output = output_of(
         run_script(
             tmp_path,
@@ -245,7 +245,7 @@ def test_a_service_that_dies_is_said_once(tmp_path: Path) -> None:
             logger.finish(0)
             import os
             sys.stdout.flush()
-            os._exit(0)  # wandb's own exit hook prints what it thinks of this
+            os._exit(0)  # skip wandb's exit hook, which would print a message
             """,
         )
     )
@@ -297,7 +297,7 @@ def test_disabled_does_nothing(tmp_path: Path) -> None:
     assert (said, list(tmp_path.iterdir())) == ([], [])
 
 
-def test_a_wandb_folder_that_cannot_be_made_is_a_failure_of_wandb_only(
+def test_a_wandb_folder_that_cannot_be_created_ends_only_the_logging(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")  # restored afterwards

@@ -76,7 +76,7 @@ def test_scaled_rewards_scale_the_advantages_unless_they_are_normalized(rewards:
 
 @any_estimator
 @given(rewards=group_rewards, data=st.data())
-def test_siblings_may_stand_in_any_order(advantage: Advantage, rewards: FloatArray, data: st.DataObject) -> None:
+def test_the_order_of_siblings_does_not_matter(advantage: Advantage, rewards: FloatArray, data: st.DataObject) -> None:
     order = np.array(data.draw(st.permutations(range(len(rewards)))))
     estimator = ESTIMATORS[advantage]
     np.testing.assert_allclose(estimator(rewards[order]), estimator(rewards)[order], rtol=1e-6, atol=1e-7)
@@ -157,7 +157,7 @@ def test_a_lone_survivor_of_a_group_has_advantage_zero() -> None:
     assert advantages_of(group) == [[0.0], [0.0], [0.0]]
 
 
-def test_assigning_again_forgets_what_stood_there() -> None:
+def test_assigning_again_overwrites_old_advantages() -> None:
     group = Group("p", [rollout([turn(1.0)], reward=1.0), rollout([turn(0.0)], reward=0.0)])
     assign_advantages(group, AlgorithmConfig())
     group.rollouts[1].stop_reason = StopReason.BAD_REWARD
@@ -201,7 +201,7 @@ def test_staleness_up_to_the_bound_is_kept(version: int, reason: DropReason | No
     assert dropped(group, AlgorithmConfig(), version=version, max_staleness=1) == [reason]
 
 
-def test_what_aged_in_a_queue_is_dropped_when_it_is_looked_at_again() -> None:
+def test_a_rollout_that_became_stale_in_a_queue_is_dropped() -> None:
     group = Group("p", [rollout([turn(0.0, version=0)], reward=r) for r in (0.0, 1.0)])
     assert dropped(group, AlgorithmConfig(), version=1, max_staleness=1) == [None, None]
     assert dropped(group, AlgorithmConfig(), version=2, max_staleness=1) == [DropReason.STALE, DropReason.STALE]
@@ -220,7 +220,7 @@ def test_a_stray_image_token_counts_in_the_statistics_and_is_dropped() -> None:
         ((1.0, 1.0, 1.0), FilterMode.drop, [DropReason.ZERO_ADVANTAGE] * 3),
         ((1.0, 1.0, 1.0), FilterMode.track, [None] * 3),
         ((1.0, 1.0, 1.0), FilterMode.none, [None] * 3),
-        # The middle one has advantage zero, but its group has something to say.
+        # The middle rollout has advantage zero, but its group has a gradient.
         ((0.0, 0.5, 1.0), FilterMode.drop, [None] * 3),
     ],
 )

@@ -1,4 +1,4 @@
-"""Held-out evaluation: when it is due, when the target is reached, and what a fault counts."""
+"""Held-out evaluation: when it is due, when the target is reached, and how faults count."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def test_the_target_is_met_by_both_rewards_at_consecutive_evaluations(
 
 
 @given(st.lists(st.tuples(st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([0.0, 0.5, 1.0]))), st.integers(1, 4))
-def test_reached_is_what_it_says(history: list[tuple[float, float]], consecutive: int) -> None:
+def test_reached_target_agrees_with_its_definition(history: list[tuple[float, float]], consecutive: int) -> None:
     tail = history[max(0, len(history) - consecutive) :]
     wanted = len(tail) == consecutive and min((reward for both in tail for reward in both), default=0) >= 0.5
     assert evaluator(history, target=0.5, consecutive=consecutive).reached_target is wanted
 
 
-def test_it_is_due_every_n_steps_and_after_the_last() -> None:
+def test_an_evaluation_is_due_every_n_steps_and_after_the_last() -> None:
     every_four = evaluator([], every=4)
     assert [step for step in range(1, 11) if every_four.is_due(step, last_step=10)] == [4, 8, 10]
     assert not any(evaluator([], every=0).is_due(step, last_step=10) for step in range(11))
@@ -61,7 +61,7 @@ def test_a_fault_counts_as_zero() -> None:
 
 
 class ScriptedRunner:
-    """Greedy rollouts all get 1; of the sampled ones every second is a fault without figures of the task."""
+    """All greedy rollouts get reward 1; every second sampled rollout is a fault without task metrics."""
 
     async def run_groups(self, *, split: str, step: int, problem_indices: range, **asked: Any) -> list[Group]:
         assert (split, step, asked["group_size"]) == ("eval", 7, 1)

@@ -1,4 +1,4 @@
-"""When faults end the run: after three steps in a row in which nothing else happened, and not before."""
+"""A run ends after three steps in a row in which every rollout failed, and not earlier."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vlmrl.types import DropReason, Group, Rollout, StopReason
 
 
 def step(*ends: tuple[StopReason, DropReason | None], error: str | None = None) -> list[Group]:
-    """A step of one group whose rollouts ended so."""
+    """A step with one group, one rollout per entry of `ends`."""
     rollouts = [
         Rollout(
             rollout_id=f"train/000001/00/{index:02d}",
@@ -61,8 +61,8 @@ def test_the_third_step_in_a_row_ends_the_run(last: list[Group], kind: type[Vlmr
         step((StopReason.MAX_NEW_TOKENS, DropReason.STRAY_IMAGE_TOKEN)),
     ],
 )
-def test_one_rollout_that_was_played_begins_the_count_again(between: list[Group]) -> None:
-    """Whether it was learned from or not: equal rewards are no fault, and pass."""
+def test_one_rollout_that_did_not_fail_resets_the_count(between: list[Group]) -> None:
+    """Also where it was dropped: equal rewards, for example, are not a fault."""
     watch = FaultWatch()
     for number in range(1, 40):
         watch.check(number, between if number % 3 == 0 else step(RAISED))

@@ -1,4 +1,4 @@
-"""The filters against rows of tokens written by hand, and what they do to a group."""
+"""The filters on hand-written tokens, and their effect on a group."""
 
 from __future__ import annotations
 
@@ -50,18 +50,18 @@ def test_gibberish_is_rare_and_unlikely(token_id: int, logprob: float, expected:
     assert is_gibberish(sampled, FilterConfig(), VOCABULARY) is expected
 
 
-def test_rare_and_unlikely_are_asked_of_the_same_token() -> None:
+def test_the_same_token_must_be_rare_and_unlikely() -> None:
     assert not is_gibberish(completion([700, 5], [-0.1, UNIFORM - 9.0]), FilterConfig(), VOCABULARY)
 
 
 @given(st.lists(st.sampled_from([0.999, 0.5]), max_size=30), st.integers(1, 6))
-def test_repetition_is_the_longest_row(probabilities: list[float], window: int) -> None:
+def test_repetition_measures_the_longest_run(probabilities: list[float], window: int) -> None:
     text = "".join("x" if probability > 0.99 else "." for probability in probabilities)
     sampled = completion(range(len(text)), [math.log(probability) for probability in probabilities])
     assert is_repetition(sampled, FilterConfig(repetition_window=window)) is ("x" * window in text)
 
 
-def test_a_row_ends_with_its_turn() -> None:
+def test_a_run_does_not_continue_in_the_next_turn() -> None:
     half = completion([1, 2], [-1e-4, -1e-4])
     config = FilterConfig(repetition=FilterMode.drop, repetition_window=3)
     group = Group("p", [rollout(half, half), rollout(completion([1, 2, 3], [-1e-4] * 3))])
@@ -99,10 +99,10 @@ def test_track_counts_and_drop_drops(
     mark_dropped(group, config, (), version=0, max_staleness=0)
     assert [each.filtered for each in group.rollouts] == filtered
     assert [each.dropped for each in group.rollouts] == dropped
-    assert all(each.turns[0].advantage for each in group.rollouts), "they are in the baseline all the same"
+    assert all(each.turns[0].advantage for each in group.rollouts), "filtered rollouts still count in the baseline"
 
 
-def test_a_fault_has_no_advantage_and_is_not_counted_as_such() -> None:
+def test_a_fault_does_not_count_as_zero_advantage() -> None:
     config = AlgorithmConfig(filters=FilterConfig(zero_advantage=FilterMode.drop))
     group = Group("p", [rollout(SOUND), rollout(SOUND, stop=StopReason.TASK_ERROR), rollout()])
     assign_advantages(group, config)

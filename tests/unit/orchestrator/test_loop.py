@@ -1,4 +1,4 @@
-"""The loop among scripted neighbours that write down what happens: order, staleness, stopping, what a step reports."""
+"""The loop with scripted parts that log each event: order, staleness, stopping, and the metrics of a step."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ GROUPS, SIBLINGS = 2, 3
 
 
 async def pass_the_turn(times: int) -> None:
-    """Let others run; a delay that needs no clock."""
+    """Let other tasks run `times` times: a delay without a clock."""
     for _ in range(times):
         await asyncio.sleep(0)
 
@@ -60,7 +60,7 @@ class World:
     """Runner, trainer, engine, weight sync, monitor and checkpoints in one."""
 
     delay: Callable[[str], int] = constant
-    """How often an await of this name passes the turn."""
+    """How often an await of this event lets other tasks run."""
     reward: Callable[[str, int], float] = lambda kind, index: float(index % 2)
     version: int = 0
     published: int = -1
@@ -74,7 +74,7 @@ class World:
     most_open: int = 0
     failing: dict[str, Exception] = field(default_factory=dict)
     during: dict[str, Callable[[], None]] = field(default_factory=dict)
-    """What else happens at an event, e.g. Ctrl-C."""
+    """A side effect of an event, e.g. Ctrl-C."""
 
     def happens(self, event: str) -> None:
         self.events.append(event)
@@ -109,7 +109,7 @@ class World:
 
     # trainer
     def train_step(self, samples: list[TrainingSample], demonstrations: Sequence[TrainingSample] = ()) -> StepResult:
-        assert threading.current_thread() is not threading.main_thread(), "training must not block the rollouts"
+        assert threading.current_thread() is not threading.main_thread(), "training must not block the event loop"
         self.happens(f"learn {self.version + 1}")
         self.learned.append(samples)
         self.demonstrated.append(demonstrations)
@@ -123,7 +123,7 @@ class World:
 
     # blind control
     def vision_gap(self, step: int, samples: list[TrainingSample]) -> dict[str, float]:
-        assert threading.current_thread() is not threading.main_thread(), "nor must scoring"
+        assert threading.current_thread() is not threading.main_thread(), "scoring must not block the event loop"
         self.scored.append((step, self.version, len(samples)))
         return {"vision_gap/blank": 0.5} if step == 1 else {}
 
@@ -189,7 +189,7 @@ class World:
             try:
                 return await loop.run()
             finally:
-                await pass_the_turn(2)  # for what was cancelled to end
+                await pass_the_turn(2)  # so that cancelled tasks can end
                 assert asyncio.all_tasks() == {asyncio.current_task()}, "a task was left behind"
 
         return asyncio.run(main())
@@ -203,7 +203,7 @@ def of_step(step: int, *, evaluated: bool = False) -> list[str]:
 # ── order ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_on_policy_one_thing_follows_the_other() -> None:
+def test_on_policy_phases_run_one_after_the_other() -> None:
     world = World()
     assert world.run(steps=5, every=2) == "finished"
     assert world.events == [
@@ -266,11 +266,11 @@ def test_staleness_and_the_number_of_batches_keep_their_bounds(max_staleness: in
     assert world.run(steps=steps, max_staleness=max_staleness) == "finished"
     assert versions_at_learning == list(range(steps))
     for version, samples in zip(versions_at_learning, world.learned, strict=True):
-        assert len(samples) == GROUPS * SIBLINGS, "nothing may be too old"
+        assert len(samples) == GROUPS * SIBLINGS, "no rollout may be stale"
         staleness = version - np.concatenate([s.versions[s.loss_mask] for s in samples])
         assert 0 <= staleness.min() <= staleness.max() <= max_staleness
     for step in range(1, steps + 1):
-        # Not before its weights are out, not later than they allow.
+        # Not before its weights are published, and not later than max_staleness allows.
         assert world.events.index(f"publish {max(0, step - 1 - max_staleness)}") < world.events.index(f"train {step}")
         if step <= max_staleness + 1:
             assert world.events.index(f"train {step}") < world.events.index("learn 1")
@@ -278,8 +278,8 @@ def test_staleness_and_the_number_of_batches_keep_their_bounds(max_staleness: in
     assert world.most_open == min(steps, max_staleness + 1)
 
 
-def test_rollouts_go_on_while_the_trainer_learns() -> None:
-    """The trainer waits for the next rollouts to end: it would wait forever if they stood still."""
+def test_rollouts_run_while_the_trainer_learns() -> None:
+    """The trainer waits for the next rollouts. It would wait forever if they did not run during training."""
     rolled_out = threading.Event()
     world = World(during={"train 2": rolled_out.set})
 
@@ -291,8 +291,8 @@ def test_rollouts_go_on_while_the_trainer_learns() -> None:
     assert world.run(steps=2, max_staleness=1) == "finished"
 
 
-def test_what_is_too_old_is_dropped_and_counted() -> None:
-    """An engine that sampled with the weights before: with max_staleness=0 there is nothing to learn from then."""
+def test_stale_rollouts_are_dropped_and_counted() -> None:
+    """The engine sampled with older weights: with max_staleness=0, every rollout is dropped."""
     world = World()
     publish = world.publish
 
@@ -324,7 +324,7 @@ def test_a_stop_while_learning_loses_nothing_of_the_step() -> None:
     world.stop = asyncio.Event()
     assert world.run(steps=5) == "interrupted"
     assert world.events[:-1] == ["publish 0", *of_step(1), *of_step(2)]
-    assert world.events[-1] == "train 3", "asked for, and dropped"
+    assert world.events[-1] == "train 3", "requested, then dropped"
 
 
 def test_a_target_that_is_reached_ends_the_run() -> None:
@@ -386,12 +386,12 @@ def test_a_step_reports_every_key_of_the_contract() -> None:
         assert metrics["policy_version"] == step
         assert metrics["time/step"] >= metrics["time/rollout"] + metrics["time/train"] + metrics["time/sync"] > 0
         assert metrics["time/rollout_span"] > 0
-        assert metrics["time/engine_idle"] >= metrics["time/train"]  # on-policy: nothing rolls out meanwhile
+        assert metrics["time/engine_idle"] >= metrics["time/train"]  # on-policy: no rollout runs during training
     assert world.metrics_of[0]["eval/reward"] == 0.0
     assert world.metrics_of[2]["eval/wire/bytes_sent"] == 0.0
 
 
-def test_rollouts_that_go_on_while_the_trainer_learns_leave_the_engine_no_idle_time() -> None:
+def test_rollouts_that_run_while_the_trainer_learns_leave_the_engine_no_idle_time() -> None:
     world = World(delay=lambda event: 10**4 if event == "train 3" else 3)
     world.run(steps=4, max_staleness=2)
     assert world.metrics_of[1]["time/engine_idle"] < world.metrics_of[1]["time/step"] / 2

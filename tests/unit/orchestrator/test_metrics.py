@@ -1,4 +1,4 @@
-"""The figures of a batch of rollouts, counted by hand."""
+"""The metrics of a batch of rollouts, compared with values counted by hand."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ GROUPS = [
 ]
 
 
-def test_every_figure() -> None:
+def test_every_metric() -> None:
     assert rollout_metrics(GROUPS, FilterConfig(zero_advantage=FilterMode.drop, gibberish=FilterMode.track)) == {
-        "reward/mean": 0.5,  # of 1, 0, ½, ½: a broken task is not a wrong answer
+        "reward/mean": 0.5,  # of 1, 0, ½, ½; the fault does not count
         "reward/std": pytest.approx(math.sqrt(1 / 8)),
         "groups/equal_reward": 0.5,
         "rollouts/total": 5,
@@ -87,7 +87,7 @@ def test_every_figure() -> None:
         [Group("p", [rollout(0.0, stop=StopReason.IMAGE_ERROR, dropped=DropReason.FAULT)] * 2)],
     ],
 )
-def test_nothing_sound_is_no_division_by_zero(groups: list[Group]) -> None:
+def test_a_batch_of_faults_does_not_divide_by_zero(groups: list[Group]) -> None:
     metrics = rollout_metrics(groups, FilterConfig())
     assert metrics["reward/mean"] == metrics["reward/std"] == metrics["tokens/prompt"] == 0.0
     assert metrics["rollouts/total"] == metrics["rollouts/dropped"] == sum(len(g.rollouts) for g in groups)
@@ -95,11 +95,11 @@ def test_nothing_sound_is_no_division_by_zero(groups: list[Group]) -> None:
 
 def test_throughput_counts_each_token_once() -> None:
     metrics = throughput_metrics(GROUPS, seconds=2.0)
-    # A last turn's prompt holds the turns before it.
+    # The prompt of the last turn contains the earlier turns.
     assert metrics["throughput/tokens_per_s"] == ((20 + 3) + (21 + 4) + (10 + 5) + (8 + 1)) / 2
 
 
-def test_task_figures_are_means_over_those_that_report_them() -> None:
+def test_task_metrics_are_means_over_the_rollouts_that_report_them() -> None:
     rollouts = [rollout(0, a=1.0, b=4.0), rollout(0, a=2.0), rollout(0)]
     assert mean_task_metrics(rollouts) == {"task/a": 1.5, "task/b": 4.0}
     assert mean_task_metrics([]) == {}

@@ -1,9 +1,9 @@
-"""Rollouts against a scripted renderer, engine and task, all three strict about their protocols.
+"""Rollouts with a scripted renderer, engine and task, which are strict about their protocols.
 
-Token id = code point of a character, so prompts can be read. A message is `role:text`, an image is one `IMAGE` token
-per feature, and `>` asks the assistant to speak. The engine, like the embedded one, answers nobody until every open
-session has asked or closed: a runner that opened sessions late would get small batches, one that closed them late
-would hang.
+A token id is the code point of a character, so prompts are readable. A message is `role:text`, an image is one `IMAGE`
+token per feature, and `>` is the generation prompt. Like the embedded engine, the scripted one answers once every open
+session has sent a request or closed: a runner that opened sessions late would get small batches, and one that closed
+them late would hang.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class CharRenderer:
 
 
 Policy: TypeAlias = Callable[[str, str], str]
-"""rollout id, prompt → what to say (an END is added), or raises."""
+"""(rollout id, prompt) → the completion, to which END is added. May raise."""
 
 
 @dataclass(eq=False)
@@ -127,7 +127,7 @@ class LockstepSession:
 
 @dataclass(eq=False)
 class LockstepEngine:
-    """`InferenceEngine` that says what `policy` says, one batch of all open sessions at a time."""
+    """An `InferenceEngine` that answers with `policy`, one batch of all open sessions at a time."""
 
     policy: Policy
     max_model_len: int = 10_000
@@ -185,7 +185,7 @@ class Row:
 
 
 Step: TypeAlias = Callable[[int, str], Any]
-"""0-based turn and what the policy said → a Reply, or whatever a broken task returns."""
+"""(0-based turn, completion) → a Reply, or anything else that a broken task returns."""
 
 
 @dataclass
@@ -203,7 +203,7 @@ class ScriptedEnv:
 
 
 class ScriptedTask:
-    """Problem n is called `row n`; every env of it plays the script."""
+    """Problem n has the id `row n`; its envs play the script."""
 
     def __init__(self, script: Step, first: Any = HI, row: Callable[[int], Any] = lambda index: Row(f"row {index}")):
         self.script, self.first, self.row = script, first, row
@@ -220,7 +220,7 @@ def user(*parts: str | Image) -> tuple[Message, ...]:
 
 
 def two_turns(turn: int, said: str) -> Reply:
-    """Half a point for each "yes"; done after two turns."""
+    """Reward 0.5 for each "yes"; done after two turns."""
     return Reply(
         turn_reward=float(said == "yes"),
         done=turn == 1,
@@ -257,7 +257,7 @@ def engine_of(runner: RolloutRunner) -> LockstepEngine:
 
 def play(runner: RolloutRunner, problems: Sequence[int] = (0,), group_size: int = 1, **how: Any) -> list[Group]:
     async def bounded() -> list[Group]:
-        async with asyncio.timeout(30):  # a session closed late would wait forever
+        async with asyncio.timeout(30):  # a session that is closed late would hang
             return await runner.run_groups(
                 **{"split": "train", "step": 7, "temperature": 1.0, **how},
                 problem_indices=problems,
@@ -315,7 +315,7 @@ def test_a_sampled_and_a_greedy_evaluation_of_one_step_differ_in_name() -> None:
         assert {sampling.temperature for _, sampling in engine_of(runner).batches[-1]} == {temperature}
 
 
-def test_all_sessions_are_open_before_the_first_asks_and_a_batch_holds_all_that_play() -> None:
+def test_all_sessions_are_open_before_the_first_request_and_a_batch_holds_all_of_them() -> None:
     def policy(rollout_id: str, prompt: str) -> str:
         return "no" if rollout_id.endswith("/01") else "yes"
 
@@ -344,7 +344,7 @@ def test_the_turn_budget_ends_an_episode_with_its_last_reward() -> None:
 
 
 @pytest.mark.parametrize("step", [endless, finished])
-def test_a_completion_that_is_cut_earns_its_turn_nothing_and_is_the_last(step: Step) -> None:
+def test_a_completion_that_is_cut_has_no_reward_and_is_the_last(step: Step) -> None:
     rollout = play_one(make_runner(ScriptedTask(step), policy=lambda *_: "a long answer", max_new_tokens=6))
     (turn,) = rollout.turns
     assert rollout.stop_reason is StopReason.MAX_NEW_TOKENS
@@ -364,7 +364,7 @@ SECOND_PROMPT = len("user:hi>yes$user:?>")
     [
         (PROMPT - 1, StopReason.CONTEXT_FULL, []),
         (PROMPT, StopReason.CONTEXT_FULL, []),
-        # One token fits, or three; it is the context that cuts, not max_new_tokens.
+        # One or three tokens fit: the context cuts the completion, not max_new_tokens.
         (PROMPT + 1, StopReason.CONTEXT_FULL, ["y"]),
         (PROMPT + 3, StopReason.CONTEXT_FULL, ["yes"]),
         (PROMPT + 4, StopReason.CONTEXT_FULL, ["yes"]),
@@ -433,7 +433,7 @@ TASK_FAULTS: list[tuple[Any, int, str]] = [
 
 
 @pytest.mark.parametrize(("task", "turns", "error"), TASK_FAULTS)
-def test_what_a_task_does_wrong_ends_its_rollout(task: Any, turns: int, error: str) -> None:
+def test_an_error_of_the_task_ends_its_rollout(task: Any, turns: int, error: str) -> None:
     rollout = play_one(make_runner(task))
     assert rollout.stop_reason is StopReason.TASK_ERROR
     assert (len(rollout.turns), rollout.reward) == (turns, 0.0)
@@ -451,7 +451,7 @@ def test_a_problem_that_cannot_be_made_is_the_fault_of_each_sibling_and_of_no_ot
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e39, 10**400, "1.0", None, np.True_, 1j])
 @pytest.mark.parametrize("place", ["turn_reward", "reward", "metrics"])
-def test_a_reward_that_is_no_finite_number_is_no_reward(place: str, value: Any) -> None:
+def test_a_reward_that_is_not_a_finite_number_is_a_fault(place: str, value: Any) -> None:
     bad = reply(**{place: {"score": value} if place == "metrics" else value})
     rollout = play_one(make_runner(ScriptedTask(lambda turn, said: bad if turn == 1 else endless(turn, said))))
     assert rollout.stop_reason is StopReason.BAD_REWARD
@@ -495,7 +495,7 @@ class ImageLosingRenderer(CharRenderer):
 
 
 class RetokenizingRenderer(CharRenderer):
-    """Says "bridged" of a prompt that renders the completion anew, without its end."""
+    """Claims to extend a prompt, but renders the completion again without its last token."""
 
     async def next_turn(self, *conversation: Any) -> tuple[Prompt, bool]:
         _, _, history, new_messages = conversation
@@ -520,9 +520,9 @@ def test_a_contract_error_on_the_way_to_the_engine_is_a_named_fault() -> None:
     assert play_one(runner).stop_reason is StopReason.CONTRACT
 
 
-def test_our_own_slip_is_no_fault_of_a_rollout_and_leaves_no_session_open() -> None:
+def test_a_bug_of_ours_is_raised_and_leaves_no_session_open() -> None:
     runner = make_runner(ScriptedTask(two_turns), policy=raising(AssertionError("slip")))
-    with pytest.raises(AssertionError, match="slip"):  # once, not three times
+    with pytest.raises(AssertionError, match="slip"):  # raised once, not once per sibling
         play(runner, group_size=3)
     assert engine_of(runner).open == []
 
@@ -530,7 +530,7 @@ def test_our_own_slip_is_no_fault_of_a_rollout_and_leaves_no_session_open() -> N
 # ── branches ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_prompt_that_is_rendered_anew_starts_a_branch() -> None:
+def test_a_prompt_that_is_rendered_again_starts_a_branch() -> None:
     renderer = CharRenderer(bridges=False)
     rollout = play_one(make_runner(ScriptedTask(endless), renderer=renderer, max_turns=3))
     assert [turn.branch for turn in rollout.turns] == [0, 1, 2]
@@ -553,7 +553,7 @@ def test_bridge_break_rate_is_the_share_of_later_turns() -> None:
 # ── seeds ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_every_completion_has_the_seed_of_its_name_in_whatever_company() -> None:
+def test_the_seed_of_a_completion_does_not_depend_on_its_batch() -> None:
     seeds: list[dict[str, list[int]]] = []
     for group_size in (1, 3):
         runner = make_runner(ScriptedTask(two_turns))

@@ -23,7 +23,7 @@ from vlmrl.types import (
 
 
 def turn(prompt: Prompt, token_ids: list[int], branch: int, number: int = 0) -> Turn:
-    """A turn whose tokens can be told apart: logprob −(number + 1) − position / 100, version 10 · number."""
+    """A turn with distinguishable tokens: logprob −(number + 1) − position / 100, version 10 · number."""
     n = len(token_ids)
     completion = Completion(
         token_ids=np.array(token_ids, np.int64),
@@ -43,14 +43,14 @@ tokens = st.lists(st.integers(2, 9) | st.just(IMAGE), max_size=5)
 
 @st.composite
 def rollouts(draw: st.DrawFn) -> Rollout:
-    """Up to five turns; images anywhere but in completions, image tokens sampled too, bridges and breaks."""
+    """Up to five turns, with images outside completions, sampled image tokens, bridges and bridge breaks."""
     prompt = extended(EMPTY, [5, *draw(tokens)], draw(st.lists(st.sampled_from(IMAGES), max_size=2)))
     turns: list[Turn] = []
     branch = 0
     for number in range(draw(st.integers(1, 5))):
         sampled = [*draw(tokens), draw(st.sampled_from([END, 7, IMAGE]))]
         turns.append(turn(prompt, sampled, branch, number))
-        # After a completion that was cut the renderer closes the turn itself: environment tokens.
+        # After a truncated completion, the renderer closes the turn with environment tokens.
         reply = [*([] if sampled[-1] == END else [END]), 8, *draw(tokens)]
         images = draw(st.lists(st.sampled_from(IMAGES), max_size=2))
         if draw(st.booleans()):
@@ -63,7 +63,7 @@ def rollouts(draw: st.DrawFn) -> Rollout:
 
 
 def turns_of(sample: TrainingSample) -> list[tuple[list[int], list[float], list[int], list[float]]]:
-    """What was sampled, read back from a sample alone: the runs of its loss mask, cut where the version changes."""
+    """The completions read back from a sample: the runs of its loss mask, split where the version changes."""
     found: list[tuple[list[int], list[float], list[int], list[float]]] = []
     for i in np.flatnonzero(sample.loss_mask).tolist():
         if not i or not sample.loss_mask[i - 1] or sample.versions[i] != sample.versions[i - 1]:
@@ -89,7 +89,7 @@ def test_turns_come_back_from_the_samples_each_once(played: Rollout) -> None:
 
 
 @given(st.lists(rollouts(), max_size=3))
-def test_what_the_trainer_found_goes_back_to_the_turns(played: list[Rollout]) -> None:
+def test_the_trainers_metrics_go_back_to_the_turns(played: list[Rollout]) -> None:
     dropped = rollout([turn(Prompt(np.array([1]), (), ()), [END], 0)], DropReason.STALE)
     samples = [sample for each in played for sample in make_samples(each)]
     found = [TokenMetrics(s.token_ids[s.loss_mask] + 0.25, s.token_ids[s.loss_mask] + 0.5) for s in samples]
@@ -113,7 +113,7 @@ def test_a_sample_is_its_branchs_last_prompt_and_completion(played: Rollout) -> 
 
 @given(rollouts())
 def test_no_loss_on_environment_tokens(played: Rollout) -> None:
-    """Token by token: sampled in this branch or not. A sampled image token is text; a shown one never has a loss."""
+    """Exactly the tokens that were sampled in this branch have a loss. A sampled image token counts as text."""
     for branch, sample in enumerate(make_samples(played)):
         sampled = {
             len(t.prompt.token_ids) + i
@@ -130,7 +130,7 @@ def test_no_loss_on_environment_tokens(played: Rollout) -> None:
                 assert (sample.advantages[i], sample.inference_logprobs[i], sample.versions[i]) == (0.0, 0.0, -1)
 
 
-def test_dtypes_and_a_table_to_look_at() -> None:
+def test_dtypes_and_an_example() -> None:
     first = extended(EMPTY, [5], [IMAGES[0]])
     second = extended(first, [7, END, 8], [])
     (sample,) = make_samples(rollout([turn(first, [7, END], 0, number=0), turn(second, [IMAGE], 0, number=1)]))
@@ -146,14 +146,14 @@ def test_dtypes_and_a_table_to_look_at() -> None:
     assert sample.advantages.dtype == sample.inference_logprobs.dtype == np.float32
 
 
-def test_a_branch_that_does_not_extend_is_our_own_slip() -> None:
+def test_a_branch_whose_prompt_does_not_extend_is_an_assertion_error() -> None:
     first = extended(EMPTY, [5], [])
     other = extended(EMPTY, [5, 6, END, 8], [])
     with pytest.raises(AssertionError, match="branch 0 does not start with the turn before it"):
         make_samples(rollout([turn(first, [7, END], 0), turn(other, [END], 0)]))
 
 
-def test_a_dropped_rollout_is_not_learned_from() -> None:
+def test_a_dropped_rollout_makes_no_samples() -> None:
     played = rollout([turn(extended(EMPTY, [5], []), [END], 0)], dropped=DropReason.STALE)
     with pytest.raises(AssertionError, match="stale"):
         make_samples(played)
@@ -163,7 +163,7 @@ def test_a_rollout_without_turns_has_no_samples() -> None:
     assert make_samples(rollout([])) == []
 
 
-def test_an_image_lost_on_the_way_is_a_contract_error() -> None:
+def test_a_missing_image_is_a_contract_error() -> None:
     prompt = replace(extended(EMPTY, [5], [IMAGES[1]]), images=())
     with pytest.raises(ContractError, match="1 placeholders but 0 images"):
         make_samples(rollout([turn(prompt, [END], 0)]))

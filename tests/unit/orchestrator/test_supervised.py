@@ -1,4 +1,4 @@
-"""Supervised samples: loss on what the assistant says alone, random answers that give nothing away, problems apart."""
+"""Supervised samples: loss only on assistant tokens, random answers without information, and separate problems."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TRUE = SFTConfig(batch_size=5, demonstrations=Demonstrations.correct)
 
 
 class Recording(ColorCodeword):
-    """Which problems were asked for."""
+    """Remembers which problems were requested."""
 
     def __init__(self) -> None:
         super().__init__(ColorCodewordConfig(max_turns=2, images_per_turn=2), seed=0)
@@ -61,7 +61,7 @@ def said(sample: TrainingSample, tokenizer: Any) -> list[str]:
 
 
 def shown(sample: TrainingSample) -> str:
-    """The codeword, read off the pixels of the squares in the order of their placeholders."""
+    """The codeword, read from the pixels of the squares in the order of their placeholders."""
     letters = {rgb: letter for letter, (_, rgb) in COLORS.items()}
     by_hash = {item.hash: item for item in sample.images}
     corners = [by_hash[p.hash].pixels[0, 0] for p in sample.placeholders]
@@ -69,9 +69,7 @@ def shown(sample: TrainingSample) -> str:
 
 
 @pytest.mark.parametrize("config", [RANDOM, TRUE])
-def test_there_is_a_loss_on_what_the_assistant_says_and_nowhere_else(
-    renderer: Renderer, tokenizer: Any, config: SFTConfig
-) -> None:
+def test_only_assistant_tokens_have_a_loss(renderer: Renderer, tokenizer: Any, config: SFTConfig) -> None:
     for sample in samples_of(renderer, config):
         text = tokenizer.decode(sample.token_ids)
         answers = re.findall(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", text)
@@ -106,9 +104,7 @@ def test_true_demonstrations_answer_what_is_shown(renderer: Renderer, tokenizer:
         ]
 
 
-def test_random_demonstrations_are_of_step_and_seed_alone_and_never_the_same(
-    renderer: Renderer, tokenizer: Any
-) -> None:
+def test_random_demonstrations_depend_only_on_step_and_seed(renderer: Renderer, tokenizer: Any) -> None:
     drawn = [answers(renderer, tokenizer, RANDOM, step, seed) for step in range(4) for seed in range(4)]
     assert len({answer for of_step in drawn for answer in of_step}) >= 16 * 5 - 5, "9⁴ answers, 80 draws"
     assert drawn[0] == answers(renderer, tokenizer, RANDOM, step=0, seed=0)
@@ -116,7 +112,7 @@ def test_random_demonstrations_are_of_step_and_seed_alone_and_never_the_same(
 
 
 def test_random_answers_say_nothing_about_the_squares(renderer: Renderer, tokenizer: Any) -> None:
-    """Of 400 letters one in nine is right by chance: 44 ± 6.3."""
+    """One in nine of 400 letters is right by chance: 44 ± 6.3."""
     config = SFTConfig(batch_size=100, demonstrations=Demonstrations.random)
     found = answers(renderer, tokenizer, config, step=0, seed=0)
     right = sum(
@@ -133,7 +129,7 @@ def test_no_problem_serves_two_steps_or_reinforcement_learning_too(renderer: Ren
         demonstration_samples(task, renderer, RANDOM, step=step, seed=0)
     assert task.asked == [("train", FIRST_PROBLEM + number) for number in range(15)]
     largest_of_rl = 10**6 * 1024
-    assert largest_of_rl < FIRST_PROBLEM, "steps × groups of any run that ends"
+    assert largest_of_rl < FIRST_PROBLEM, "more than steps × groups of any run"
 
 
 def test_samples_are_named_by_step_and_number(renderer: Renderer) -> None:

@@ -1,4 +1,4 @@
-"""Threads for the task's code. What a faulty task does to a rollout is tested in test_rollout.py."""
+"""Threads for the task's code. test_rollout.py tests how errors of a task end a rollout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from vlmrl.orchestrator.task_threads import TASK_THREADS, TaskThreads
 
 
-def test_many_calls_of_one_round_share_few_hops_and_keep_their_results_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_calls_of_one_round_share_few_threads_and_get_their_own_results(monkeypatch: pytest.MonkeyPatch) -> None:
     start, hops = threading.Thread.start, list[str]()
 
     def counting(thread: threading.Thread) -> None:
@@ -33,7 +33,7 @@ def test_many_calls_of_one_round_share_few_hops_and_keep_their_results_apart(mon
 
 
 def test_code_that_hangs_keeps_no_process() -> None:
-    """An interrupted run ends, whatever the task's code does."""
+    """A hanging task must not keep an interrupted run from ending."""
     code = """
 import asyncio, time
 from vlmrl.orchestrator.task_threads import TaskThreads

@@ -1,5 +1,5 @@
-"""The blind control: which samples, which images take the place of theirs, and the figures, against a hand-made trainer
-and through the real renderer and policy."""
+"""The blind control: the samples, the images that replace theirs, and the metrics, with a scripted trainer and with the
+real renderer and policy."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def named(group: int, index: int, *parts: helpers.Part) -> TrainingSample:
 
 @dataclass(eq=False)
 class Neighbours:
-    """Renderer and trainer: each image of a sample is worth so many nats to each of its tokens."""
+    """Renderer and trainer in which each image adds a fixed number of nats to every token of its sample."""
 
     worth: dict[str, float]
     asked: list[list[TrainingSample]] = field(default_factory=list)
@@ -59,8 +59,8 @@ def gap_of(neighbours: Any, every: int = 1) -> VisionGap:
 RED, BLUE = image(1, 1, 1), image(1, 1, 2)
 
 
-def test_the_figures_are_nats_per_token() -> None:
-    """Red is worth 1 nat and blue 3; of 2 and 4 tokens: with 1 and 3, blank 0 and 0, shuffled 3 and 1."""
+def test_gaps_are_nats_per_token() -> None:
+    """Red adds 1 nat, blue 3. Samples of 2 and 4 tokens: real 1 and 3, blank 0 and 0, shuffled 3 and 1."""
     samples = [named(0, 0, RED, Sampled([5, 6])), named(1, 0, BLUE, Sampled([5, 6, 7, 8]))]
     found = gap_of(Neighbours({RED.hash: 1.0, BLUE.hash: 3.0}))(1, samples)
     assert found.pop("time/vision_gap") > 0
@@ -84,7 +84,7 @@ def test_only_the_pixels_differ() -> None:
 
 
 @pytest.mark.parametrize(("every", "due"), [(1, [1, 2, 3, 4, 5, 6, 7]), (3, [1, 4, 7]), (10, [1]), (0, [])])
-def test_when(every: int, due: list[int]) -> None:
+def test_the_control_is_due_every_n_steps(every: int, due: list[int]) -> None:
     gap = gap_of(Neighbours({}), every)
     samples = [named(0, 0, RED, Sampled([5]))]
     assert [step for step in range(1, 8) if gap(step, samples)] == due
@@ -107,13 +107,13 @@ def test_samples_are_drawn_evenly() -> None:
 
 
 def stand_ins(batch: list[TrainingSample], index: int = 0) -> list[str] | None:
-    """The images that the sample is shown instead."""
+    """The images that replace those of the sample."""
     found = dict(shuffle_images([batch[index]], batch))
     return [each.hash for each in found[0].images] if found else None
 
 
-def test_they_are_laid_out_alike() -> None:
-    """2 × 1 and 1 × 2 take as many tokens, and are other grids."""
+def test_replacements_have_the_same_grid() -> None:
+    """2 × 1 and 1 × 2 have equally many tokens but different grids."""
     wide, high, other = image(1, 2, 1), image(2, 1, 2), image(1, 2, 3)
     assert layout(wide) == layout(other) != layout(high)
     batch = [named(0, 0, wide, Sampled([5])), named(1, 0, high, Sampled([5]))]
@@ -121,19 +121,19 @@ def test_they_are_laid_out_alike() -> None:
     assert stand_ins([*batch, named(2, 0, other, Sampled([5]))]) == [other.hash]
 
 
-def test_they_are_of_other_groups() -> None:
+def test_replacements_come_from_other_groups() -> None:
     batch = [named(0, 0, RED, Sampled([5])), named(0, 1, BLUE, Sampled([5]))]
     assert stand_ins(batch) is None
     assert gap_of(Neighbours({}))(1, batch).keys() == {"vision_gap/blank", "time/vision_gap"}
 
 
-def test_they_have_other_pixels_unless_there_are_none() -> None:
+def test_replacements_have_other_pixels_where_there_are_any() -> None:
     batch = [named(0, 0, RED, RED, Sampled([5])), *(named(g, 0, RED, BLUE, Sampled([5])) for g in (1, 2))]
     assert stand_ins(batch) == [BLUE.hash] * 2
     assert stand_ins([named(g, 0, RED, Sampled([5])) for g in (0, 1)]) == [RED.hash]
 
 
-def test_a_step_that_is_done_again_draws_the_same() -> None:
+def test_a_repeated_step_draws_the_same_images() -> None:
     batch = [named(g, 0, *(image(1, 1, 10 * g + i) for i in range(4)), Sampled([5])) for g in range(5)]
     assert stand_ins(batch) == stand_ins(batch)
     assert len({tuple(stand_ins(batch, i) or ()) for i in range(5)}) == 5
@@ -143,7 +143,7 @@ def test_a_step_that_is_done_again_draws_the_same() -> None:
 
 
 def test_a_blank_image_is_grey_in_the_processors_own_space(tiny_folder: Path, tiny_model: Callable[[], Any]) -> None:
-    """And the figures are those of logprobs taken one by one."""
+    """The gap also equals the one computed from logprobs one by one."""
     model = tiny_model()
     renderer: Renderer = make_renderer(
         RendererConfig(),

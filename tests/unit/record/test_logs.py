@@ -11,7 +11,7 @@ from vlmrl.record.logs import MainLog
 
 
 def library_logger() -> logging.Logger:
-    """Of a library that brings its own handler and keeps its messages to itself, as transformers does."""
+    """A logger with its own handler and without propagation, like that of transformers."""
     logger = logging.getLogger("a_library_of_the_test")
     logger.handlers = [logging.StreamHandler(sys.stderr)]
     logger.propagate = False

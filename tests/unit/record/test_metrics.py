@@ -51,7 +51,7 @@ def test_an_evaluation_joins_the_line_of_its_step_in_either_order(tmp_path: Path
     ]
 
 
-def test_a_figure_measured_again_replaces_the_first(tmp_path: Path) -> None:
+def test_a_metric_written_again_replaces_the_first(tmp_path: Path) -> None:
     log = log_of_steps(tmp_path / "metrics.jsonl", 1)
     log.write({"step": 1, "loss": None})
     log.write({"step": 1, "loss": 5.0})
@@ -70,7 +70,7 @@ def test_resume_drops_later_lines_and_goes_on(tmp_path: Path) -> None:
     assert [record["loss"] for record in read_metrics(path)] == [0.0, 0.1, 7.0]
 
 
-def test_everything_can_be_dropped(tmp_path: Path) -> None:
+def test_all_lines_can_be_removed(tmp_path: Path) -> None:
     log = log_of_steps(tmp_path / "metrics.jsonl", 3)
     log.truncate_after(2)
     log.write({"step": 1})
@@ -96,7 +96,7 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_raises_and_leaves_no_half_line(tmp_path: Path) -> None:
-    """The file-size limit of a process stands in for the disk."""
+    """The file-size limit of a process simulates a full disk."""
     path = tmp_path / "metrics.jsonl"
     script = f"""
 import resource

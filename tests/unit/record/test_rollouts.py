@@ -73,7 +73,7 @@ def test_every_field_comes_back(run_dir: RunDir) -> None:
     assert (record["turns"][0]["trainer_logprobs"], record["turns"][0]["entropies"]) == (None, None)
 
 
-def test_what_the_trainer_found_is_recorded_where_it_learned(run_dir: RunDir) -> None:
+def test_the_trainers_metrics_are_recorded_for_trained_turns(run_dir: RunDir) -> None:
     made = rollout()
     found = TokenMetrics(np.array([-0.1, -1e-7, -3], np.float32), np.array([0.1, 0.2, 0.3], np.float32))
     made.turns[1].learned = found
@@ -103,7 +103,7 @@ def test_a_fork_stores_the_whole_prompt(run_dir: RunDir) -> None:
     assert image_part["hash"] == image(30).hash, "the reply's image is the last of the branch"
 
 
-def test_a_turn_that_does_not_extend_its_branch_is_exact_all_the_same(run_dir: RunDir) -> None:
+def test_a_turn_that_does_not_extend_its_branch_is_still_exact(run_dir: RunDir) -> None:
     made = rollout()
     made.turns[1] = turn(prompt([5, 5, 5], [30]), [30])
     (record,) = written(run_dir, made)
@@ -150,14 +150,14 @@ def test_each_distinct_image_is_written_once_and_is_the_picture(run_dir: RunDir)
 
 
 def test_a_rollout_without_turns_keeps_its_fault(run_dir: RunDir) -> None:
-    error = "cannot open 'sch\udcf6n.png'"  # what a file name that is no UTF-8 looks like in Python
+    error = "cannot open 'sch\udcf6n.png'"  # how Python represents a file name that is not UTF-8
     made = Rollout("id", "problem", 0, [], 0.0, {}, StopReason.IMAGE_ERROR, error, DropReason.FAULT)
     (record,) = written(run_dir, made)
     assert (record["stop_reason"], record["dropped"], record["turns"]) == ("image_error", "fault", [])
     assert record["error"] == "cannot open 'sch?n.png'"
 
 
-def test_an_engine_may_hand_out_columns_of_its_batch() -> None:
+def test_an_engine_may_return_columns_of_its_batch() -> None:
     made = rollout()
     batch = np.zeros((3, 2), np.float32)
     object.__setattr__(made.turns[0].completion, "logprobs", batch[:, 0])
@@ -193,7 +193,7 @@ def test_any_conversation_comes_back(script: list[tuple[list[int], list[int], li
 
 
 class GatedRollouts(list[Rollout]):
-    """Rollouts that cannot be read before the gate opens: a disk that is slow."""
+    """Rollouts that cannot be read before the gate opens, which simulates a slow disk."""
 
     def __init__(self, gate: threading.Event) -> None:
         super().__init__([rollout()])
@@ -208,7 +208,7 @@ def test_a_slow_disk_holds_the_caller_back(run_dir: RunDir) -> None:
     gate = threading.Event()
     recorder = RolloutRecorder(run_dir)
     for step in range(MAX_QUEUED_FILES):
-        recorder.write(step, {"train": GatedRollouts(gate)})  # returns, though nothing can be written
+        recorder.write(step, {"train": GatedRollouts(gate)})  # returns although nothing can be written yet
     with ThreadPoolExecutor(1) as caller:
         blocked = caller.submit(recorder.write, MAX_QUEUED_FILES, {"train": [rollout()]})
         assert not blocked.done()
@@ -219,7 +219,7 @@ def test_a_slow_disk_holds_the_caller_back(run_dir: RunDir) -> None:
     assert len(list(run_dir.rollouts.iterdir())) == MAX_QUEUED_FILES + 1
 
 
-def test_what_the_disk_refuses_is_raised_with_the_path(run_dir: RunDir) -> None:
+def test_a_disk_error_is_raised_with_the_path(run_dir: RunDir) -> None:
     recorder = RolloutRecorder(run_dir)
     run_dir.rollouts.rmdir()
     recorder.write(1, {"train": [rollout()]})
@@ -232,7 +232,7 @@ def test_what_the_disk_refuses_is_raised_with_the_path(run_dir: RunDir) -> None:
 
 
 def test_a_full_disk_is_raised_at_a_later_write(tmp_path: Path) -> None:
-    """The file-size limit of a process stands in for the disk; Python sees EFBIG instead of a signal."""
+    """The file-size limit of a process simulates a full disk; Python ignores the signal and sees EFBIG."""
     script = f"""
 import resource, sys
 sys.path.insert(0, {str(TESTS)!r})

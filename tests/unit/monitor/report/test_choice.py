@@ -1,4 +1,4 @@
-"""Which rollouts the page shows: whole groups, evenly, the same held-out problems, every kind that was dropped."""
+"""The rollouts that a page shows: whole groups, evenly spaced, the same held-out problems, every drop reason."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def chosen(
 
 
 def counts(choice: Choice, shape: Shape = SHAPE) -> tuple[int, int]:
-    """Rollouts of training and of evaluations."""
+    """The number of training and of evaluation rollouts in a choice."""
     trained = sum(len(groups) for path, groups in choice.groups.items() if path.name.startswith("step"))
     evaluated = sum(len(groups) for path, groups in choice.groups.items() if path.name.startswith("eval"))
     return trained * shape.group_size, evaluated * 2
@@ -84,7 +84,7 @@ def test_more_evaluations_than_there_is_room_for() -> None:
     st.integers(1, 3000),
     st.builds(Shape, st.integers(1, 8), st.integers(1, 40), st.integers(0, 50)),
 )
-def test_no_more_than_wanted_but_for_the_last_group(steps: int, evaluations: int, wanted: int, shape: Shape) -> None:
+def test_at_most_one_group_more_than_wanted(steps: int, evaluations: int, wanted: int, shape: Shape) -> None:
     choice = chosen(steps, evaluations, wanted, shape=shape)
     trained, evaluated = counts(choice, shape)
     assert trained + evaluated <= wanted + shape.group_size + 2
@@ -93,7 +93,7 @@ def test_no_more_than_wanted_but_for_the_last_group(steps: int, evaluations: int
         assert trained + evaluated == everything
 
 
-def test_every_kind_that_was_dropped_is_shown() -> None:
+def test_every_drop_reason_is_shown() -> None:
     metrics: list[Record] = [
         {
             "step": step,
@@ -106,7 +106,7 @@ def test_every_kind_that_was_dropped_is_shown() -> None:
     ]
     choice = chosen(1000, 0, metrics=metrics)
     found = {(step_of(path), reason) for path, reasons in choice.dropped.items() for reason in reasons}
-    assert {reason for _, reason in found} == {"stale", "fault"}, "what the algorithm leaves out by itself is no news"
+    assert {reason for _, reason in found} == {"stale", "fault"}, "zero_advantage has no extra groups"
     assert (77, "fault") in found
     stale = sorted(step for step, reason in found if reason == "stale")
     assert len(stale) == DROPPED_GROUPS

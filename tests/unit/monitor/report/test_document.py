@@ -1,4 +1,4 @@
-"""What the page holds of a run: exact figures, each prompt once, the run's own pixels, no secrets."""
+"""The document of a page: exact numbers, each prompt once, the run's own pixels, no secrets."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_every_rollout_of_a_short_run_is_there_exactly(tmp_path: Path, config: R
 def test_siblings_share_their_prompt(tmp_path: Path, config: RunConfig) -> None:
     (run,) = document({"run": small_run(tmp_path / "run", config)}, {})["runs"]
     openings = {shown["turns"][0]["prompt"] for shown in run["rollouts"]}
-    assert len(openings) == 3, "three different images are asked about first"
+    assert len(openings) == 3, "three different images are in the first prompts"
     assert len(run["messages"]) == 3
 
 
@@ -186,7 +186,7 @@ def test_a_dropped_rollout_of_a_step_that_is_not_sampled_is_shown_with_its_group
     assert [shown["dropped"] for shown in group] == [None, None, "stale", None]
 
 
-def test_a_run_that_is_killed_or_goes_on(tmp_path: Path, config: RunConfig) -> None:
+def test_a_run_that_was_killed_or_still_runs(tmp_path: Path, config: RunConfig) -> None:
     run_dir = small_run(tmp_path / "run", config)
     run_dir.metrics.write_bytes(run_dir.metrics.read_bytes() + b'{"step":4,"rew')
     run_dir.tokens.write_bytes(run_dir.tokens.read_bytes() + b'{"id":4')
@@ -224,7 +224,7 @@ def test_neither_the_environment_nor_a_secret_is_in_it(
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "key-of-the-environment")
     config: Any = run_config("task=imported", "task.target=a.b:C", "++task.args.level=3", "inference=vllm")
-    config.task.args["api_key"] = "key-of-the-task"  # today's config refuses both; an older run may have them
+    config.task.args["api_key"] = "key-of-the-task"  # such a config is refused, but an older run may have it
     config.inference.urls = ["https://me:key-of-the-url@127.0.0.1:1"]
     run_dir = record(tmp_path / "run", config, [])
     content = document({"run": run_dir}, {})
@@ -235,7 +235,7 @@ def test_neither_the_environment_nor_a_secret_is_in_it(
 
 
 @pytest.mark.parametrize("what", ["absent", "empty", "damaged", "other"])
-def test_no_run(tmp_path: Path, what: str) -> None:
+def test_a_folder_without_a_run(tmp_path: Path, what: str) -> None:
     folder = tmp_path / "run"
     if what != "absent":
         folder.mkdir()

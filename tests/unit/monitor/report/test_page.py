@@ -1,4 +1,4 @@
-"""The file itself: one, whole, closed to everything outside; and the process that writes it beside a run."""
+"""The HTML file: self-contained, written completely, without requests; and the process that writes it during a run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window
 
 
 class Page(HTMLParser):
-    """Scripts, styles and whatever names an address."""
+    """Collects scripts, styles and every address in the page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ def test_the_command_writes_the_page_without_torch(run_dir: RunDir) -> None:
         [sys.executable, "-c", script, "mode=report", f"run={run_dir.path}"],
         capture_output=True,
         text=True,
-        # As beside a run of several ranks: it must not wait for the others.
+        # As during a run of several ranks: it must not wait for the other ranks.
         env={**os.environ, "RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"},
         timeout=120,
     )
@@ -140,12 +140,14 @@ def test_the_command_writes_the_page_without_torch(run_dir: RunDir) -> None:
         (["runs=[nowhere]"], "nowhere is neither a run nor a multirun"),
     ],
 )
-def test_what_it_cannot_show_is_refused(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_arguments_without_runs_are_refused(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["mode=report", *arguments]) == 2
     assert re.search(says, capsys.readouterr().err)
 
 
-def test_one_run_alone_is_not_compared(run_dir: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_single_run_cannot_be_compared(run_dir: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["mode=report", f"runs=[{run_dir.path}]"]) == 2
     assert "requires two runs or more" in capsys.readouterr().err
 
@@ -175,8 +177,8 @@ def test_the_page_is_written_in_the_background_and_again_at_the_end(run_dir: Run
     assert writer.start()
     (process,) = [each for each in psutil.Process().children() if f"run={run_dir.path}" in each.cmdline()]
     assert process.nice() > os.getpriority(os.PRIO_PROCESS, 0)
-    assert os.getpgid(process.pid) != os.getpgid(0), "Ctrl-C in the terminal is the run's"
-    assert os.getsid(process.pid) == os.getsid(0), "or the priority counts for nothing"
+    assert os.getpgid(process.pid) != os.getpgid(0), "Ctrl-C in the terminal must reach only the run"
+    assert os.getsid(process.pid) == os.getsid(0), "in another session, the priority would have no effect"
     assert writer.start(), "one at a time"
     assert len([each for each in psutil.Process().children() if f"run={run_dir.path}" in each.cmdline()]) == 1
     assert writer.finish()
@@ -184,7 +186,7 @@ def test_the_page_is_written_in_the_background_and_again_at_the_end(run_dir: Run
     assert run_dir.report_log.read_text() == f"{run_dir.report}\n"
 
 
-def test_a_page_that_fails_is_said_and_the_log_says_why(run_dir: RunDir) -> None:
+def test_a_page_that_fails_is_reported_and_its_log_says_why(run_dir: RunDir) -> None:
     run_dir.rollouts_file("step", 1).write_text("{,}\n")
     writer = ReportWriter(run_dir)
     assert writer.start(), "not known yet"
