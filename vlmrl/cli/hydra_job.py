@@ -34,7 +34,7 @@ from vlmrl.record.run_dir import run_name
 # conf/config.yaml uses these in hydra.sweep.subdir and hydra.run.dir.
 OmegaConf.register_new_resolver("job_name", job_name, replace=True)
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
-OmegaConf.register_new_resolver("started", slurm.started, use_cache=True, replace=True)
+OmegaConf.register_new_resolver("started", slurm.run_folder_prefix, use_cache=True, replace=True)
 
 
 def job(config: DictConfig) -> float | None:
@@ -58,7 +58,7 @@ def job(config: DictConfig) -> float | None:
         place(config, HydraConfig.get().runtime.output_dir)
         if "n_jobs" in HydraConfig.get().launcher:
             config.monitor.live = False  # joblib's jobs share a screen
-        slurm.part(config.inference.get("slurm_tasks", 0))
+        slurm.divide_tasks(config.inference.get("slurm_tasks", 0))
         if slurm.server_index() is not None:
             return start(config)
         with slurm.holding_servers():

@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(write_page(arguments))
             return 0
         if slurm.tasks_of_step() > 1:
-            slurm.part(slurm.said_in(arguments))
+            slurm.divide_tasks(slurm.serving_tasks_in(arguments))
         if slurm.server_index() is not None:
             return command_line(arguments)
         with slurm.holding_servers():

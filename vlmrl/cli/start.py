@@ -38,7 +38,7 @@ def start(config: DictConfig) -> float | None:
         compare_runs(run_config)
         return None
     if isinstance(run_config.inference, VllmConfig):
-        slurm.part(run_config.inference.slurm_tasks)
+        slurm.divide_tasks(run_config.inference.slurm_tasks)
         if (index := slurm.server_index()) is not None:
             from vlmrl.runs.serve_slurm import serve
 

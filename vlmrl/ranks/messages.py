@@ -1,11 +1,12 @@
-"""What rank 0 tells another rank: a pickle, and beside it the large arrays (pixels), not copied into it.
+"""How a message travels from rank 0 to another rank: as a pickle, with its large arrays (pixels) outside of it.
 
-    same host     one copy, into memory that the other rank maps too. It is a file without a name (memfd), of which
-                  nothing is left when both have let go, whoever was killed
-    other hosts   one after another over the connection
+    message ─▶ pickle protocol 5 ─┬─ small ────────────────────────────────▶ over the connection
+                                  └─ arrays of at least 64 KiB ─┬─ same host: one copy into shared memory
+                                                                └─ other host: one by one over the connection
 
-Whether two ranks share memory is tried when they meet (`Probe`), not concluded from names: containers of one host may
-not see each other's processes.
+Shared memory is an anonymous file (memfd) that both processes map. It vanishes when both have closed it, even where one
+was killed. Whether two ranks share memory is tried when they meet (`Probe`) rather than concluded from host names,
+because containers on one host may not see each other's processes.
 """
 
 from __future__ import annotations
@@ -23,51 +24,51 @@ from typing import Any
 
 from vlmrl.errors import RankError
 
-LARGE = 64 * 1024
-"""Bytes; smaller arrays go into the pickle."""
+LARGE_ARRAY_BYTES = 64 * 1024
+"""Arrays of at least this size travel outside the pickle."""
 
-ALIGNED = 64
-"""Bytes; where an array may begin in shared memory."""
+ALIGNMENT_BYTES = 64
+"""Every array in shared memory begins at a multiple of this."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Shared memory that rank 0 offers, for the others to try."""
+    """A piece of shared memory with which other ranks test whether they can read rank 0's memory."""
 
     path: str | None
-    """None: this system has none."""
+    """None where this system has no such memory."""
     content: bytes
 
     def is_readable(self) -> bool:
-        """Whether this process finds there what rank 0 has written."""
+        """Whether this process finds at `path` what rank 0 wrote."""
         if self.path is None:
             return False
         try:
             about = os.stat(self.path)
-            # On another host the path leads anywhere, even to this process's own files: a pipe would never end.
+            # On another host the path may be any file, even one that this process has open. Reading a pipe would hang.
             if not stat.S_ISREG(about.st_mode) or about.st_size != len(self.content):
                 return False
-            with open(self.path, "r+b") as file:  # as `_mapped` does
+            with open(self.path, "r+b") as file:  # the mode that `_mapped` uses
                 return file.read(len(self.content)) == self.content
         except OSError:
             return False
 
 
 class Outbox:
-    """Rank 0's end of a connection. One message at a time: `answered` comes before the next."""
+    """Rank 0's end of a connection. It sends one message at a time: call `answered` before the next `send`."""
 
     def __init__(self, connection: Connection[Any, Any], *, shares_memory: bool) -> None:
         self._connection = connection
         self._shares_memory = shares_memory
         self._file: int | None = None
-        """Of the message that is not answered yet."""
+        """The shared memory of the last message; None where it used none, or was answered."""
 
     def send(self, message: object) -> None:
-        """Returns when all of it is in shared memory or on its way."""
+        """Send a message; returns when all of it is in shared memory or written to the connection."""
         large: list[memoryview] = []
-        payload = pickle.dumps(message, protocol=5, buffer_callback=lambda buffer: _stays(buffer, large))
+        payload = pickle.dumps(message, protocol=5, buffer_callback=lambda buffer: _is_small(buffer, large))
         sizes = [each.nbytes for each in large]
         path = self._share(large) if self._shares_memory and large else None
         self._connection.send((payload, sizes, path))
@@ -76,7 +77,8 @@ class Outbox:
                 self._connection.send_bytes(each)
 
     def answered(self) -> None:
-        """The other rank has received the last message; it maps the memory for as long as it needs it."""
+        """Close the shared memory of the last message, which the other rank has received. That rank keeps its own
+        mapping for as long as it needs the arrays."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
@@ -84,27 +86,28 @@ class Outbox:
     def _share(self, arrays: Sequence[memoryview]) -> str | None:
         assert self._file is None, "the last message is not answered"
         try:
-            self._file, path = _nameless()
+            self._file, path = _memory_file()
             for array, start in zip(arrays, _starts([each.nbytes for each in arrays]), strict=True):
                 _write(self._file, array, start)
         except OSError as error:
-            log.warning(f"no shared memory for what another rank is to learn, so it goes over the connection: {error}")
+            log.warning(f"no shared memory for the arrays of a message, so they go over the connection: {error}")
             self.answered()
             return None
         return path
 
 
 def receive(connection: Connection[Any, Any]) -> Any:
-    """The next message of an `Outbox`. Its arrays are this process's own, and read-only where they were before.
+    """Receive the next message of an `Outbox`. Changing its arrays does not change the sender's; arrays that were
+    read-only for the sender are read-only here.
 
-    Raises `OSError` where the connection is gone, `RankError` where the shared memory is.
+    Raises `OSError` where the connection is closed, and `RankError` where the shared memory cannot be read.
     """
     payload, sizes, path = connection.recv()
     if path is not None:
         try:
             buffers = _mapped(path, sizes)
         except OSError as error:
-            raise RankError(f"what rank 0 has put into shared memory cannot be read: {error}") from error
+            raise RankError(f"the shared memory with rank 0's message cannot be read: {error}") from error
         return pickle.loads(payload, buffers=buffers)
     received = [bytearray(size) for size in sizes]
     for buffer in received:
@@ -113,52 +116,52 @@ def receive(connection: Connection[Any, Any]) -> Any:
 
 
 def offer() -> tuple[Probe, int | None]:
-    """A probe, and the file to close when all have tried it."""
+    """Create a probe → the probe, and the file to close when all ranks have tried it (None where there is none)."""
     content = secrets.token_bytes(32)
     if not hasattr(os, "memfd_create"):
         return Probe(None, content), None
     file = None
     try:
-        file, path = _nameless()
+        file, path = _memory_file()
         _write(file, memoryview(content), 0)
     except OSError as error:  # a sandbox may forbid it
-        log.warning(f"no shared memory, so what other ranks are to learn goes over the connections: {error}")
+        log.warning(f"no shared memory, so arrays for other ranks go over the connections: {error}")
         if file is not None:
             os.close(file)
         return Probe(None, content), None
     return Probe(path, content), file
 
 
-def _stays(buffer: pickle.PickleBuffer, large: list[memoryview]) -> bool:
-    """Whether an array goes into the pickle; else it joins `large`."""
+def _is_small(buffer: pickle.PickleBuffer, large: list[memoryview]) -> bool:
+    """Whether an array stays in the pickle; otherwise it is appended to `large`."""
     raw = buffer.raw()
-    if raw.nbytes < LARGE:
+    if raw.nbytes < LARGE_ARRAY_BYTES:
         return True
     large.append(raw)
     return False
 
 
-def _nameless() -> tuple[int, str]:
-    """A file in memory, and where other processes of this user find it."""
+def _memory_file() -> tuple[int, str]:
+    """Create an anonymous file in memory → its descriptor, and the path by which this user's processes can open it."""
     file = os.memfd_create("vlmrl")
     return file, f"/proc/{os.getpid()}/fd/{file}"
 
 
 def _starts(sizes: Sequence[int]) -> list[int]:
-    """Where each array begins.
+    """The offset of each array in shared memory, in bytes.
 
     >>> _starts([10, 64, 1])
     [0, 64, 128]
     """
     starts = [0]
     for size in sizes[:-1]:
-        starts.append(starts[-1] + -(-size // ALIGNED) * ALIGNED)
+        starts.append(starts[-1] + -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES)
     return starts
 
 
 def _write(file: int, array: memoryview, start: int) -> None:
     done = 0
-    while done < array.nbytes:  # the system writes at most 2 GiB at a time
+    while done < array.nbytes:  # one pwrite writes at most 2 GiB
         done += os.pwrite(file, array[done:], start + done)
 
 

@@ -1,12 +1,12 @@
-"""Which rank of how many this process is, by what started it. No torch.
+"""Which rank of how many this process is, from the variables of the launcher that started it. Imports no torch.
 
     python -m vlmrl …                               one process, rank 0 of 1
     torchrun --nproc-per-node=2 -m vlmrl …          RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT
     srun --ntasks=2 python -m vlmrl …               SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID, …; the last
-                                                    tasks may serve instead (vlmrl/ranks/slurm.py)
+                                                    tasks may run servers instead (vlmrl/ranks/slurm.py)
 
-Slurm's variables are those of a step: a batch script that runs `python -m vlmrl` without srun is one process, although
-SLURM_NTASKS may say more.
+Only the variables of a Slurm step count: a batch script that runs `python -m vlmrl` without srun is one process, even
+where SLURM_NTASKS is larger.
 """
 
 from __future__ import annotations
@@ -20,23 +20,24 @@ from vlmrl.ranks.slurm import first_host, serving_tasks, tasks_of_step
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
-FIRST_PORT, PORTS = 20_000, 20_000
-"""Where the ranks of a Slurm step meet: a port that the step's number gives, below those that Linux hands out."""
+FIRST_PORT, PORT_COUNT = 20_000, 20_000
+"""The ports on which the ranks of a Slurm step meet. Job and step number choose one of them; all are below the ports
+that Linux assigns by itself."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """A process among the `size` of its run."""
+    """The place of one process among all training processes of its run."""
 
     rank: int = 0
-    """0 runs the orchestrator; the others train with it."""
+    """Rank 0 runs the orchestrator and trains; the other ranks only train."""
     size: int = 1
     local_rank: int = 0
-    """Among the ranks of its host; the number of its GPU, where each rank sees all of them."""
+    """Number among the ranks of the same host. Where every rank sees all GPUs, also the number of its GPU."""
     address: str = ""
-    """Of rank 0's host."""
+    """Address of rank 0's host; empty in a run of one process."""
     port: int = 0
-    """There, where the ranks meet."""
+    """Port on that host where the ranks meet; 0 in a run of one process."""
 
 
 _joined: Place | None = None
@@ -50,7 +51,7 @@ def remember_place(place: Place | None) -> None:
 
 
 def find_place(environment: Mapping[str, str] = os.environ) -> Place:
-    """Raises `ConfigError` where a launcher's variables are only half there.
+    """The place of this process. Raises `ConfigError` where some of the launcher's variables are missing.
 
     >>> find_place({})
     Place(rank=0, size=1, local_rank=0, address='', port=0)
@@ -63,8 +64,8 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place:
         missing = [name for name in TORCHRUN if name not in environment]
         if missing and environment["WORLD_SIZE"] != "1":
             raise ConfigError(
-                f"WORLD_SIZE={environment['WORLD_SIZE']} requires {', '.join(missing)} too, else the ranks cannot "
-                "meet: start the run with torchrun or srun, or unset RANK and WORLD_SIZE"
+                f"WORLD_SIZE={environment['WORLD_SIZE']} is set without {', '.join(missing)}, so the ranks cannot "
+                "meet: start the run with torchrun or srun, or unset RANK and WORLD_SIZE."
             )
         rank, size, local_rank = (int(environment.get(name, 0)) for name in TORCHRUN[:3])
         return Place(rank, size, local_rank, environment.get("MASTER_ADDR", ""), int(environment.get("MASTER_PORT", 0)))
@@ -78,5 +79,5 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place:
         size=size,
         local_rank=int(environment["SLURM_LOCALID"]),
         address="127.0.0.1" if one_host else first_host(environment["SLURM_STEP_NODELIST"]),
-        port=FIRST_PORT + (31 * job + step) % PORTS,
+        port=FIRST_PORT + (31 * job + step) % PORT_COUNT,
     )

@@ -1,16 +1,17 @@
-"""A run inside a Slurm job: where its folder is, what signals ask of it, how it goes back into the queue. No torch.
+"""A run inside a Slurm job: its folder, its signals, its way back into the queue, its servers. Imports no torch.
 
     sbatch ─▶ srun python -m vlmrl … ─▶ outputs/slurm/<job>.<step>_…
               SIGUSR1, SIGUSR2 (#SBATCH --signal=USR2@120: the time limit is near) ─▶ save ─▶ scontrol requeue ─┐
               SIGTERM (scancel, scontrol requeue, preemption)                      ─▶ save ─▶ end               │
-    the job again, SLURM_RESTART_COUNT=1 ─▶ the same folder ─▶ what is left of the run (sweep/again.py) ◀───────┘
+    the job again, SLURM_RESTART_COUNT=1 ─▶ the same folder ─▶ the rest of the run (cli/sweep/again.py) ◀───────┘
 
-Under hydra/launcher=slurm submitit holds these signals first, and has the last word about the queue.
+Under hydra/launcher=slurm, submitit installs its own handlers for these signals first, and decides about requeueing.
 
-The last tasks of a step may serve instead of training (inference.slurm_tasks):
+The last tasks of a job step may run vLLM servers instead of training (inference.slurm_tasks):
 
-    task 0 ─ holding_servers ──── a connection to each, closed with the process ────▶ run_is_over ─ task n
-       VllmEngine ◀── <run>/servers/<task>.json: its URL and key (inference/slurm_servers.py) ── its vLLM server
+    task 0 ─ holding_servers ──── one connection to each server task, which closes ─▶ run_is_over ─ task n
+                                  when task 0 ends
+       VllmEngine ◀── <run>/servers/<task>.json: its URL and key (inference/vllm/slurm_servers.py) ── its vLLM server
 """
 
 from __future__ import annotations
@@ -30,27 +31,27 @@ from datetime import datetime
 from vlmrl.errors import ConfigError, VlmrlError
 
 QUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
-"""Ask to save and to go on later. Slurm sends what `--signal` says; submitit asks for SIGUSR2."""
+"""Signals that mean: save, and continue later. `#SBATCH --signal` chooses one; submitit uses SIGUSR2."""
 
-SCONTROL_S = 60.0
-"""Seconds for a busy controller to answer."""
+SCONTROL_TIMEOUT_S = 60.0
+"""Seconds that a busy Slurm controller may take to answer."""
 
 
 def in_step(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process is a task that srun started."""
+    """Whether this process is a task that srun started (a batch script outside srun is none)."""
     return "SLURM_STEP_ID" in environment
 
 
 def is_restarted(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether its job was in the queue before."""
+    """Whether its job was requeued and now runs again."""
     return in_step(environment) and int(environment.get("SLURM_RESTART_COUNT", 0)) > 0
 
 
-def started(environment: Mapping[str, str] = os.environ) -> str:
-    """How the folder of a run begins: `2026-03-01/12-00-00`; of a step of a batch job, what its tasks and its later
-    lives have in common.
+def run_folder_prefix(environment: Mapping[str, str] = os.environ) -> str:
+    """How the name of a run's folder begins: the time, `2026-03-01/12-00-00`. In a step of a batch job: the job and the
+    step, which are the same for all of its tasks and after a requeue.
 
-    >>> started({"ENVIRONMENT": "BATCH", "SLURM_JOB_ID": "1234", "SLURM_STEP_ID": "0"})
+    >>> run_folder_prefix({"ENVIRONMENT": "BATCH", "SLURM_JOB_ID": "1234", "SLURM_STEP_ID": "0"})
     'slurm/1234.0'
     """
     if in_step(environment) and environment.get("ENVIRONMENT") == "BATCH":
@@ -59,41 +60,42 @@ def started(environment: Mapping[str, str] = os.environ) -> str:
 
 
 def requeue(number: int, handler_before: object) -> None:
-    """Put this job, whose run is saved, back into the queue, as signal `number` asked.
+    """Put this job, whose run is saved, back into the queue after signal `number`.
 
-    `handler_before` is who held the signal before the run: submitit, which ends the process then, or nobody. Raises
-    VlmrlError where the job is not put back.
+    `handler_before` is the handler that the signal had before the run installed its own. If it is callable it is
+    submitit's, which requeues the job and ends the process. Raises VlmrlError where the job is not requeued.
     """
     if callable(handler_before):
         try:
             handler_before(number, None)
-        except RuntimeError as error:  # submitit's UncompletedJobError: it was put back often enough
-            raise VlmrlError(f"{error} Continue it by hand with the same command") from error
+        except RuntimeError as error:  # submitit's UncompletedJobError: the job was requeued as often as allowed
+            raise VlmrlError(f"{error} Continue the run by hand with the same command.") from error
         return
     job = os.environ["SLURM_JOB_ID"]
-    said = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=SCONTROL_S)
-    if said.returncode != 0:
+    answer = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=SCONTROL_TIMEOUT_S)
+    if answer.returncode != 0:
         raise VlmrlError(
-            f"job {job} is not put back into the queue ({said.stderr.strip()}): submit it with sbatch --requeue, or "
-            "continue it by hand with resume="
+            f"job {job} was not put back into the queue ({answer.stderr.strip()}): submit it with sbatch --requeue, or "
+            "continue the run by hand with resume=."
         )
 
 
 # ── tasks that serve ────────────────────────────────────────────────────────────────────────────────────────
 
-FIRST_PORT, PORTS = 10_000, 10_000
-"""Where task 0 holds those that serve: a port that the step's number gives, below those that Linux hands out."""
+FIRST_PORT, PORT_COUNT = 10_000, 10_000
+"""The ports on which task 0 accepts server tasks. Job and step number choose one of them; all are below the ports that
+Linux assigns by itself."""
 
-COME_S = 30.0
-"""Seconds that task 0 waits at its end for tasks that have not come yet."""
-CONNECT_S = 120.0
-"""Seconds that a task which serves waits for task 0 to be there."""
+ARRIVAL_TIMEOUT_S = 30.0
+"""Seconds that task 0 waits at its end for server tasks that have not connected yet."""
+CONNECT_TIMEOUT_S = 120.0
+"""Seconds that a server task tries to connect to task 0."""
 
 
-def said_in(arguments: Sequence[str]) -> int:
-    """`inference.slurm_tasks` of a command line.
+def serving_tasks_in(arguments: Sequence[str]) -> int:
+    """The value of `inference.slurm_tasks` on a command line; 0 where it is not there.
 
-    >>> said_in(["inference=vllm", "inference.slurm_tasks=2"]), said_in(["seed=1"])
+    >>> serving_tasks_in(["inference=vllm", "inference.slurm_tasks=2"]), serving_tasks_in(["seed=1"])
     (2, 0)
     """
     values = [text.partition("=")[2] for text in arguments if text.startswith("inference.slurm_tasks=")]
@@ -101,45 +103,47 @@ def said_in(arguments: Sequence[str]) -> int:
 
 
 _serving: int | None = None
-"""How many tasks of this step serve; None until `part` has said so."""
+"""How many tasks of this step run servers; None before `divide_tasks`."""
 
 
-def part(count: int) -> None:
-    """Let the last `count` tasks of this step serve. Raises `ConfigError` where that was said otherwise before, or
-    there are not as many tasks."""
+def divide_tasks(count: int) -> None:
+    """Let the last `count` tasks of this step run servers. Raises `ConfigError` where another number was given before,
+    or where no task would be left for training."""
     global _serving
     if not in_step():
         if count:
             raise ConfigError(
-                f"inference.slurm_tasks={count} requires a task of a Slurm job for each and one that trains, else "
-                "nobody serves: start the run with srun or hydra/launcher=slurm, or set inference.replicas instead"
+                f"inference.slurm_tasks={count} runs servers in tasks of a Slurm job step, but this process is not in "
+                "a step, so no server would start: start the run with srun or hydra/launcher=slurm, or set "
+                "inference.replicas instead."
             )
         return
     if _serving not in (None, count):
         raise ConfigError(
-            f"inference.slurm_tasks={count} requires to be said on the command line, else the tasks that srun has "
-            f"started part otherwise ({_serving} serve): add inference.slurm_tasks={count}"
+            f"inference.slurm_tasks={count} is not on the command line, by which the tasks of this step were divided "
+            f"({_serving} run servers), so tasks would disagree about their roles: add inference.slurm_tasks={count} "
+            "to the command line."
         )
     if count >= (tasks := tasks_of_step()):
         raise ConfigError(
-            f"inference.slurm_tasks={count} requires more tasks than the {tasks} of this step, else none trains: start "
-            f"srun with --ntasks={count + 1} or more"
+            f"inference.slurm_tasks={count} takes all {tasks} tasks of this step, so none would train: start srun with "
+            f"--ntasks={count + 1} or more."
         )
     _serving = count
 
 
 def tasks_of_step(environment: Mapping[str, str] = os.environ) -> int:
-    """How many tasks srun has started, this one among them; 1 outside Slurm."""
+    """How many tasks srun started in this step, including this one; 1 outside Slurm."""
     return int(environment.get("SLURM_STEP_NUM_TASKS", 1))
 
 
 def serving_tasks() -> int:
-    """How many of them serve."""
+    """How many tasks of this step run servers."""
     return _serving or 0
 
 
 def server_index(environment: Mapping[str, str] = os.environ) -> int | None:
-    """Which server this task is; None for one that trains."""
+    """The index of the server that this task runs; None for a task that trains."""
     if not in_step(environment):
         return None
     index = int(environment["SLURM_PROCID"]) - tasks_of_step(environment) + serving_tasks()
@@ -147,10 +151,11 @@ def server_index(environment: Mapping[str, str] = os.environ) -> int | None:
 
 
 def first_gpu(count: int, training: int, environment: Mapping[str, str] = os.environ) -> int:
-    """Where the `count` GPUs of this task's server begin, on a node whose tasks see all of its GPUs: after one for each
-    of the step's `training` tasks that is there, and those of the servers before.
+    """The first of the `count` GPUs of this task's server, on a node where every task sees all GPUs. Before it come one
+    GPU for each of the step's `training` tasks on this node, and the GPUs of the servers before it.
 
-    Two nodes, and servers of two GPUs: tasks 0 and 1 train on the first, which serves too (2), as does the second.
+    Two nodes, servers with two GPUs each: tasks 0 and 1 train on the first node, where task 2 serves; tasks 3 and 4
+    serve on the second.
 
     >>> servers = [{"SLURM_PROCID": "2", "SLURM_LOCALID": "2"}, {"SLURM_PROCID": "3", "SLURM_LOCALID": "0"}]
     >>> [first_gpu(2, 2, server) for server in [*servers, {"SLURM_PROCID": "4", "SLURM_LOCALID": "1"}]]
@@ -162,14 +167,15 @@ def first_gpu(count: int, training: int, environment: Mapping[str, str] = os.env
 
 
 def nodes(environment: Mapping[str, str] = os.environ) -> int:
-    """How many hosts this step's tasks are on; 1 outside Slurm."""
+    """How many hosts this step's tasks run on; 1 outside Slurm."""
     return int(environment.get("SLURM_STEP_NUM_NODES", 1))
 
 
 def step_name(environment: Mapping[str, str] = os.environ) -> str:
-    """This life of this step: what an earlier one has left behind is called otherwise."""
-    life = (environment["SLURM_JOB_ID"], environment["SLURM_STEP_ID"], environment.get("SLURM_RESTART_COUNT", "0"))
-    return ".".join(life)
+    """A name for this execution of this step. It changes with every requeue, so files of an earlier execution have
+    another name."""
+    parts = (environment["SLURM_JOB_ID"], environment["SLURM_STEP_ID"], environment.get("SLURM_RESTART_COUNT", "0"))
+    return ".".join(parts)
 
 
 _is_held = False
@@ -177,13 +183,13 @@ _is_held = False
 
 @contextmanager
 def holding_servers() -> Iterator[None]:
-    """Task 0: the tasks that serve do so while the block runs, and end with this process, however it ends."""
+    """On task 0: keep the server tasks running during the block. They end with this process, however it ends."""
     global _is_held
     count = serving_tasks()
     if count == 0 or _is_held or os.environ["SLURM_PROCID"] != "0":
         yield
         return
-    _, port = _meeting()
+    _, port = _meeting_point()
     held: list[socket.socket] = []
     with socket.create_server(("127.0.0.1" if nodes() == 1 else "", port), backlog=count) as listener:
 
@@ -191,7 +197,7 @@ def holding_servers() -> Iterator[None]:
             while len(held) < count:
                 try:
                     held.append(listener.accept()[0])
-                except OSError:  # closed: it is over
+                except OSError:  # the listener is closed, because the block has ended
                     return
 
         holder = threading.Thread(target=hold, daemon=True)
@@ -201,33 +207,36 @@ def holding_servers() -> Iterator[None]:
             yield
         finally:
             _is_held = False
-            holder.join(COME_S)
+            holder.join(ARRIVAL_TIMEOUT_S)
             for connection in held:
                 connection.close()
 
 
 async def run_is_over() -> None:
-    """A task that serves: return when task 0 has ended. Raises VlmrlError where it was never there."""
-    address, port = _meeting()
-    give_up = time.monotonic() + CONNECT_S
+    """On a server task: wait until task 0 has ended. Raises VlmrlError where task 0 never answered."""
+    address, port = _meeting_point()
+    give_up = time.monotonic() + CONNECT_TIMEOUT_S
     while True:
         try:
             reader, writer = await asyncio.open_connection(address, port)
             break
         except OSError as error:
             if time.monotonic() > give_up:
-                raise VlmrlError(f"task 0 of this step is not at {address}:{port}: it says why") from error
+                raise VlmrlError(
+                    f"task 0 of this step did not answer at {address}:{port} within {CONNECT_TIMEOUT_S:.0f} s, so this "
+                    "server has no run to serve: see the output of task 0."
+                ) from error
             await asyncio.sleep(0.5)
     with suppress(ConnectionError):
         await reader.read()
     writer.close()
 
 
-def _meeting() -> tuple[str, int]:
-    """Address and port of task 0."""
+def _meeting_point() -> tuple[str, int]:
+    """The address and port on which task 0 accepts server tasks."""
     job, step = int(os.environ["SLURM_JOB_ID"]), int(os.environ["SLURM_STEP_ID"])
     address = "127.0.0.1" if nodes() == 1 else first_host(os.environ["SLURM_STEP_NODELIST"])
-    return address, FIRST_PORT + (31 * job + step) % PORTS
+    return address, FIRST_PORT + (31 * job + step) % PORT_COUNT
 
 
 def first_host(nodes: str) -> str:

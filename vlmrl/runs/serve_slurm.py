@@ -30,7 +30,9 @@ def serve(config: RunConfig, index: int) -> None:
 
     Raises `EngineError` where the server cannot run; the run is told the reason too (`announce`).
     """
-    assert isinstance(config.inference, VllmConfig), "slurm.part gives this role to tasks of runs with vLLM only"
+    assert isinstance(config.inference, VllmConfig), (
+        "slurm.divide_tasks gives this role to tasks of runs with vLLM only"
+    )
     # Ignore every signal that asks the job to stop: the run answers it, and needs its servers until it has saved.
     for number in (signal.SIGINT, signal.SIGTERM, *slurm.QUEUE_SIGNALS):
         signal.signal(number, lambda *_: None)

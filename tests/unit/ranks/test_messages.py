@@ -14,11 +14,11 @@ import torch
 
 from vlmrl.errors import RankError
 from vlmrl.ranks import messages
-from vlmrl.ranks.messages import LARGE, Outbox, Probe, offer, receive
+from vlmrl.ranks.messages import LARGE_ARRAY_BYTES, Outbox, Probe, offer, receive
 
 ARRAYS: dict[str, np.ndarray] = {
     "pixels": np.arange(300_000, dtype=np.float32).reshape(1000, 300),
-    "odd": np.arange(LARGE + 3, dtype=np.uint8),
+    "odd": np.arange(LARGE_ARRAY_BYTES + 3, dtype=np.uint8),
     "ids": np.arange(10),
     "empty": np.empty((0, 3)),
 }
@@ -78,7 +78,7 @@ def test_shared_memory_that_is_gone_is_no_lost_connection() -> None:
     outbox = Outbox(ours, shares_memory=True)
     outbox.send(MESSAGE)
     outbox.answered()
-    with pytest.raises(RankError, match=r"what rank 0 has put into shared memory cannot be read: .*No such file"):
+    with pytest.raises(RankError, match=r"the shared memory with rank 0's message cannot be read: .*No such file"):
         receive(theirs)
     outbox.send(("leave", ()))
     assert receive(theirs) == ("leave", ())
@@ -113,7 +113,7 @@ def test_where_there_is_no_memory_to_share_arrays_go_over_the_connection(
 
 
 def test_small_messages_need_no_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(messages, "_nameless", lambda: pytest.fail("nothing is large"))
+    monkeypatch.setattr(messages, "_memory_file", lambda: pytest.fail("nothing is large"))
     found, _ = sent_and_received(("skip", (np.arange(100),)), shares_memory=True)
     np.testing.assert_array_equal(found[1][0], np.arange(100))
 

@@ -86,7 +86,7 @@ def test_a_rank_without_room_for_its_arrays_says_so() -> None:
     leader, failed, _ = group_of_three("no room")
     assert (leader.code, failed.code) == (1, 1)
     assert leader.out.startswith("rank 1 (process ")
-    assert "RankError: what rank 0 has put into shared memory cannot be read: " in leader.out
+    assert "RankError: the shared memory with rank 0's message cannot be read: " in leader.out
     assert leader.out.endswith("Cannot allocate memory\n")
 
 
@@ -112,5 +112,5 @@ def test_torchrun_in_a_step_of_slurm() -> None:
 
 
 def test_half_of_what_a_launcher_says() -> None:
-    with pytest.raises(ConfigError, match="WORLD_SIZE=2 requires LOCAL_RANK, MASTER_ADDR, MASTER_PORT too, else"):
+    with pytest.raises(ConfigError, match="WORLD_SIZE=2 is set without LOCAL_RANK, MASTER_ADDR, MASTER_PORT, so"):
         find_place({"RANK": "0", "WORLD_SIZE": "2"})

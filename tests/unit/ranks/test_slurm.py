@@ -59,24 +59,24 @@ def test_ranks_are_those_that_do_not_serve(in_task: Callable[..., None]) -> None
 
 def test_tasks_part_once(in_task: Callable[..., None]) -> None:
     in_task(2)
-    slurm.part(1)
+    slurm.divide_tasks(1)
     assert slurm.server_index() == 0
-    slurm.part(1)
-    with pytest.raises(ConfigError, match=r"inference\.slurm_tasks=2 requires to be said on the command line.*1 serve"):
-        slurm.part(2)
+    slurm.divide_tasks(1)
+    with pytest.raises(ConfigError, match=r"inference\.slurm_tasks=2 is not on the command line.*\(1 run servers"):
+        slurm.divide_tasks(2)
 
 
 def test_one_task_must_train(in_task: Callable[..., None]) -> None:
     in_task(0)
-    with pytest.raises(ConfigError, match="requires more tasks than the 3 of this step"):
-        slurm.part(3)
+    with pytest.raises(ConfigError, match="takes all 3 tasks of this step"):
+        slurm.divide_tasks(3)
 
 
 def test_no_task_serves_outside_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_STEP_ID", raising=False)
-    slurm.part(0)
-    with pytest.raises(ConfigError, match="requires a task of a Slurm job for each"):
-        slurm.part(1)
+    slurm.divide_tasks(0)
+    with pytest.raises(ConfigError, match="this process is not in a step"):
+        slurm.divide_tasks(1)
 
 
 # ── what is refused before it is submitted ──────────────────────────────────────────────────────────────────
@@ -171,7 +171,7 @@ def test_a_server_that_does_not_come(in_task: Callable[..., None], tmp_path: Pat
 def test_servers_end_with_task_0(ends: str, in_task: Callable[..., None]) -> None:
     hold = (
         "import sys; from vlmrl.ranks import slurm\n"
-        "slurm.part(1)\n"
+        "slurm.divide_tasks(1)\n"
         "with slurm.holding_servers(): print('held', flush=True); sys.stdin.readline()"
     )
     number = os.getpid()  # tests of two sessions do not meet
@@ -199,9 +199,9 @@ def test_task_0_that_was_never_there(in_task: Callable[..., None], monkeypatch: 
     in_task(1, tasks=2)
     with socket.create_server(("127.0.0.1", 0)) as free:
         monkeypatch.setattr(slurm, "FIRST_PORT", free.getsockname()[1])
-    monkeypatch.setattr(slurm, "PORTS", 1)
-    monkeypatch.setattr(slurm, "CONNECT_S", 0.0)
-    with pytest.raises(VlmrlError, match="task 0 of this step is not at"):
+    monkeypatch.setattr(slurm, "PORT_COUNT", 1)
+    monkeypatch.setattr(slurm, "CONNECT_TIMEOUT_S", 0.0)
+    with pytest.raises(VlmrlError, match="task 0 of this step did not answer at"):
         asyncio.run(slurm.run_is_over())
 
 
