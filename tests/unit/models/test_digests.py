@@ -1,22 +1,10 @@
-"""Digests and slices; against a real engine in tests/unit/inference/vllm/test_engine.py."""
+"""Digests of tensors, and slices of them; tests/unit/inference/vllm/test_engine.py has them with a real engine."""
 
 from __future__ import annotations
 
-import gc
-from pathlib import Path
-from typing import Any
-
-import pytest
 import torch
 
-from vlmrl.config.inference import VllmConfig
-from vlmrl.config.model import Dtype
-from vlmrl.config.weight_sync import FolderSyncConfig
-from vlmrl.errors import ConfigError
-from vlmrl.inference.vllm.engine import VllmEngine
 from vlmrl.models.digests import assemble, digest
-from vlmrl.weight_sync.folder import FolderSync
-from vlmrl.weight_sync.servers import without_ties
 
 
 def test_a_digest_is_of_values() -> None:
@@ -36,36 +24,3 @@ def test_assembled_shards_are_the_fused_matrix() -> None:
     assert torch.equal(ranks[1], torch.tensor([[4.0, 5.0], [6.0, 7.0], [22.0, 23.0]]))
     assert torch.equal(assemble([("q", 1, 1, 2)], tensors), q[:, 1:])
     assert assemble([("q", -1, 0, 0)], tensors) is q
-
-
-def test_tied_tensors_are_sent_once_and_equal_ones_each() -> None:
-    weight = torch.zeros(4, 2)
-    tensors = {"embed": weight, "head": weight, "other": torch.zeros(4, 2), "view": weight[:2]}
-    assert list(without_ties(tensors)) == ["embed", "other", "view"]
-
-
-def engine() -> VllmEngine:
-    config = VllmConfig(dtype=Dtype.float32, urls=["http://127.0.0.1:1"])
-    return VllmEngine(config, Path("ckpt"), Path("logs"), [], lambda line: None, lambda line: None)
-
-
-def weights() -> dict[str, Any]:
-    return {"w": torch.zeros(2)}
-
-
-def test_a_root_that_takes_no_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"weight_sync\.root=.*/nowhere is not a folder that .*: set weight_sync\.root"
-    ):
-        FolderSync(engine(), weights, FolderSyncConfig(root=str(tmp_path / "nowhere")))
-
-
-def test_the_folder_goes_with_the_sync(tmp_path: Path) -> None:
-    sync = FolderSync(engine(), weights, FolderSyncConfig(root=str(tmp_path)))
-    assert sync.folder.parent == tmp_path
-    sync.close()
-    sync.close()
-    assert list(tmp_path.iterdir()) == []
-    FolderSync(engine(), weights, FolderSyncConfig(root=str(tmp_path)))
-    gc.collect()  # engine and sync know each other
-    assert list(tmp_path.iterdir()) == []
