@@ -174,10 +174,10 @@ def test_one_shade_of_one_pixel_is_found(runs: Scenarios) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("step=4",), "step=4 requires the checkpoint of policy version 3, else .* set step=1 or 3 or 5"),
-        (("step=99",), "step=99 requires .*step_000099.jsonl, else there is no batch to replay"),
-        ((), "mode=replay requires run=<run folder> and step="),
-        (("step=0",), "mode=replay requires run=<run folder> and step="),
+        (("step=4",), "step=4 was learned from by policy version 3, whose checkpoint is gone .* set step=1 or 3 or 5"),
+        (("step=99",), "step=99 has no recorded batch .*step_000099.jsonl is missing"),
+        ((), "mode=replay needs run=<run folder> and step="),
+        (("step=0",), "mode=replay needs run=<run folder> and step="),
         (("step=3", "task=imported"), "task=imported requires a new run, else the batch would not be what"),
         (("step=3", "trainer.packin=tree"), "trainer.packin: there is no such key; did you mean trainer.packing"),
         (("step=3", "inference=vlm"), "inference=vlm: inference has only embedded, vllm"),

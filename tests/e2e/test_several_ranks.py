@@ -107,6 +107,9 @@ def test_no_rank_outlives_rank_0(ends: Scenarios) -> None:
 def test_what_ranks_cannot_run_is_refused_and_all_of_them_end(ends: Scenarios) -> None:
     sharded, unknown = ends["refused"]
     assert sharded.code != 0
-    assert "error: inference=embedded requires trainer.sharding=none with 2 ranks, else rank 0" in sharded.err
+    assert (
+        "error: trainer.sharding=full leaves each of 2 ranks a slice of the weights, so inference=embedded"
+        in sharded.err
+    )
     assert unknown.code != 0
     assert "trainer.lr: there is no such key" in unknown.err

@@ -134,7 +134,7 @@ def test_nothing_is_submitted_that_cannot_run(home: Home) -> None:
     folder = home.path / "outputs/multirun/refused"
     ended = home.vlmrl("orchestrator.group_size=4,1", "hydra/launcher=slurm", f"hydra.sweep.dir={folder}")
     assert ended.code == 2
-    assert "requires orchestrator.group_size of at least 2" in ended.err
+    assert "set orchestrator.group_size=2 or more" in ended.err
     assert not folder.exists()
 
 

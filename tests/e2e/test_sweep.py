@@ -115,7 +115,7 @@ def test_a_job_that_cannot_run_keeps_the_others_from_being_started(home: Home) -
     ended = home.vlmrl("--multirun", *QUICK, "orchestrator.group_size=4,1", f"hydra.sweep.dir={folder}")
     assert ended.code == 2
     assert "orchestrator.group_size=1 " in ended.err
-    assert "requires orchestrator.group_size of at least 2" in ended.err
+    assert "set orchestrator.group_size=2 or more" in ended.err
     assert not folder.exists()
 
 

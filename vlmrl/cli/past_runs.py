@@ -24,6 +24,7 @@ from vlmrl.cli.schemas import register_schemas
 from vlmrl.config.parse import typed
 from vlmrl.config.run import Mode
 from vlmrl.errors import ConfigError
+from vlmrl.preflight.rules.mode import REPLAY_HAS_NO_BATCH
 from vlmrl.record.run_dir import RunDir
 
 REPORT = f"mode={Mode.report.name}"
@@ -141,10 +142,7 @@ def replayed(arguments: list[str]) -> DictConfig:
     """The config of the run that `run=` names, groups and overrides of the command line on top. Raises ConfigError."""
     named = dict(argument.split("=", 1) for argument in arguments if argument.startswith(("run=", "step=")))
     if named.keys() != {"run", "step"} or not re.fullmatch(r"[1-9]\d*", named["step"]):
-        raise ConfigError(
-            "mode=replay requires run=<run folder> and step=<1 or more>, else there is no batch to replay: "
-            "python -m vlmrl mode=replay run=outputs/latest step=1"
-        )
+        raise ConfigError(REPLAY_HAS_NO_BATCH)
     chosen, overrides = [], []
     for text in arguments:
         key = text.lstrip("+~").partition("=")[0]

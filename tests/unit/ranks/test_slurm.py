@@ -97,16 +97,20 @@ def test_no_task_serves_outside_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             {"nodes": 1, "tasks_per_node": 3},
             ("inference=embedded",),
-            "inference=embedded requires trainer.sharding=none",
+            "trainer.sharding=.* inference=embedded, which .* set trainer.sharding=none",
         ),
         (
             {"nodes": 1, "tasks_per_node": 2},
             ("inference=embedded", "trainer.sharding=optimizer"),
-            "inference=embedded requires trainer.sharding=none",
+            "trainer.sharding=.* inference=embedded, which .* set trainer.sharding=none",
         ),
         ({"nodes": 1, "tasks_per_node": 2}, ("inference=embedded", "trainer.sharding=none"), None),
-        ({"nodes": 1, "tasks_per_node": 3}, ("model.device=cuda:0",), "model.device=cuda:0 requires one process"),
-        ({"nodes": 9, "tasks_per_node": 32}, ("weight_sync.root=/x", "orchestrator.group_size=2"), "287 ranks require"),
+        ({"nodes": 1, "tasks_per_node": 3}, ("model.device=cuda:0",), "model.device=cuda:0 names one GPU"),
+        (
+            {"nodes": 9, "tasks_per_node": 32},
+            ("weight_sync.root=/x", "orchestrator.group_size=2"),
+            "18 rollouts .* for 287 ranks",
+        ),
     ],
 )
 def test_tasks_that_the_launcher_starts(
@@ -124,8 +128,8 @@ def test_tasks_that_the_launcher_starts(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("inference.replicas=2",), r"all servers to be on those tasks.* inference\.replicas=2"),
-        (("inference.urls=[http://h:1]",), r"inference\.urls is meant too"),
+        (("inference.replicas=2",), r"puts all servers on those tasks.* inference\.replicas=2 would have no effect"),
+        (("inference.urls=[http://h:1]",), r"inference\.urls would have no effect"),
         (("weight_sync=cuda_ipc",), "set weight_sync=nccl or weight_sync=folder"),
     ],
 )

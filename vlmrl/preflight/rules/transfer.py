@@ -6,7 +6,6 @@ from vlmrl.config.inference import VllmConfig
 from vlmrl.config.run import Mode, RunConfig
 from vlmrl.config.weight_sync import WeightSyncConfig
 from vlmrl.errors import ConfigError
-from vlmrl.inference.vllm.server import replica_devices, visible_devices
 from vlmrl.preflight.site import Site
 
 
@@ -22,6 +21,8 @@ def refuse_transfer(sync: WeightSyncConfig, inference: VllmConfig, device: str) 
     if sync.kind not in ("nccl", "cuda_ipc"):
         return
     import torch
+
+    from vlmrl.inference.vllm.server import visible_devices
 
     if not torch.cuda.is_available():
         raise ConfigError(
@@ -40,6 +41,8 @@ def refuse_places(sync: WeightSyncConfig, inference: VllmConfig, trainer: str, d
     >>> from vlmrl.config.weight_sync import CudaIpcSyncConfig
     >>> refuse_places(CudaIpcSyncConfig(), VllmConfig(), "0", ["0"])
     """
+    from vlmrl.inference.vllm.server import replica_devices
+
     taken = {gpu for replica in range(inference.replicas) for gpu in replica_devices(replica, inference, devices)}
     if sync.kind == "cuda_ipc" and taken != {trainer}:
         raise ConfigError(

@@ -165,7 +165,7 @@ def test_a_multirun_is_shown_by_what_its_jobs_differ_in(
 
 
 def test_a_config_cannot_ask_for_it(composed: Callable[..., DictConfig]) -> None:
-    with pytest.raises(ConfigError, match="mode=report requires to stand on the command line with run="):
+    with pytest.raises(ConfigError, match="mode=report works on the command line only, next to run="):
         checked(composed("mode=report"))
 
 

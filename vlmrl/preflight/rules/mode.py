@@ -1,0 +1,59 @@
+"""The mode has what it works on."""
+
+from __future__ import annotations
+
+from vlmrl.config.run import Mode, RunConfig
+from vlmrl.errors import ConfigError
+
+REPLAY_HAS_NO_BATCH = (
+    "mode=replay needs run=<run folder> and step=<1 or more> on the command line, because there is no batch to replay "
+    "without them: python -m vlmrl mode=replay run=outputs/latest step=1"
+)
+"""The command line refuses `mode=replay` with this text, too, because it reads the run's config first."""
+
+
+def past_run_is_named(config: RunConfig) -> None:
+    """Modes that read past runs say which."""
+    if config.mode is Mode.report:
+        raise ConfigError(
+            "mode=report works on the command line only, next to run=, because it composes no config of a run: "
+            "python -m vlmrl mode=report run=outputs/latest"
+        )
+    if config.mode is Mode.export and config.resume is None:
+        raise ConfigError("mode=export has no resume=, so there is no checkpoint to write: set resume=outputs/latest")
+    if config.mode is Mode.replay and (config.run is None or config.step is None):
+        raise ConfigError(REPLAY_HAS_NO_BATCH)
+    if config.mode is Mode.compare and not config.runs:
+        raise ConfigError(
+            "mode=compare has no runs=, so there is nothing to compare: set runs=[outputs/multirun/<name>], or several "
+            "folders of runs"
+        )
+
+
+def export_folder_has_effect(config: RunConfig) -> None:
+    """`export.folder` is set for an export only."""
+    if config.export.folder is not None and config.mode is not Mode.export:
+        raise ConfigError(
+            f"export.folder={config.export.folder} has no effect with mode={config.mode.name}, so no checkpoint would "
+            "be written there: set mode=export, or drop export.folder"
+        )
+
+
+def mode_has_work(config: RunConfig) -> None:
+    """A supervised run has steps, and an evaluation has problems."""
+    if config.mode is Mode.sft and config.trainer.warmup.steps == 0:
+        raise ConfigError(
+            "mode=sft trains for trainer.warmup.steps=0 steps, so nothing would be learned: set "
+            "trainer.warmup.steps=100"
+        )
+    evaluation = config.orchestrator.eval
+    if config.mode is Mode.eval and evaluation.problems == 0:
+        raise ConfigError(
+            "mode=eval evaluates orchestrator.eval.problems=0 problems, so nothing would be measured: set "
+            "orchestrator.eval.problems=128"
+        )
+    if config.mode is Mode.rl and evaluation.every > 0 and evaluation.problems == 0:
+        raise ConfigError(
+            f"orchestrator.eval.every={evaluation.every} evaluates orchestrator.eval.problems=0 problems, so nothing "
+            "would be measured: set orchestrator.eval.problems=128, or orchestrator.eval.every=0 for no evaluation"
+        )
