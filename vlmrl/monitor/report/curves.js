@@ -57,58 +57,27 @@ const keysOf = (wanted) => {
   return [...found].sort((a, b) => most(b) - most(a) || a.localeCompare(b)).map((key) => [key, key.slice(wanted.length)]);
 };
 
+// One chart: its header, legend and plot. Returns null where no run has any of the keys.
 function chart(title, unit, keys, options = {}) {
   const source = options.source ?? "metrics";
   const { stacked = false, log = false, scale = 1 } = options;
   const holders = RUNS.filter((run) => keys.some(([key]) => run[source][key]?.some(known)));
   if (!holders.length) return null;
-
-  // With several runs, each run has a colour and each key a dash pattern; their steps are joined in one table.
-  const lines = holders.flatMap((run) =>
-    keys.filter(([key]) => run[source][key]?.some(known)).map(([key, label], place) => ({
-      run, key, label, place,
-      name: SEVERAL ? (keys.length > 1 ? `${NAMES[run.index]} · ${label}` : NAMES[run.index]) : label,
-      few: sparse(run[source][key]),
-      colour: paletteName(SEVERAL ? run.index : (options.colour ?? 0) + place),
-    })),
-  );
-  const shape = (value) => (known(value) ? value * scale : null);
-  const tables = holders.map((run) => [
-    run[source].step,
-    ...lines.filter((line) => line.run === run).map((line) => run[source][line.key].map(shape)),
-  ]);
-  const raw = tables.length > 1 ? uPlot.join(tables) : tables[0];
+  const lines = linesOf(holders, keys, source, options.colour ?? 0);
+  const raw = tableOf(holders, lines, source, (value) => (known(value) ? value * scale : null));
   const stacks = stacked && !SEVERAL;
   const drawn = stacks ? stack(raw) : log ? logarithms(raw) : raw;
 
+  let plot = null;
   const values = lines.map(() => el("b"));
   const at = el("span", { class: "at" });
-  const legend = el("ul", { class: "legend" }, lines.map((line, i) => {
-    const item = button([el("i", { style: { background: `var(${line.colour})` }, class: line.place && SEVERAL ? "dash" : "" }),
-      el("span", {}, line.name), values[i]], `Show or hide ${line.name}`, () => {
-      const on = item.getAttribute("aria-pressed") !== "true";
-      item.setAttribute("aria-pressed", on);
-      plot?.setSeries(i + 1, { show: on });
-    }, { "aria-pressed": "true" });
-    return el("li", {}, item);
-  }));
   const canvas = el("div", { class: "plot", tabindex: "0", role: "img",
     "aria-label": `${title}: left and right arrow keys move the cursor` });
   const box = el("article", { class: `chart${options.wide ? " wide" : ""}`, data: { title } },
     el("header", {}, el("h3", {}, title), unit && el("small", {}, unit), at,
-      button("CSV", `Download the values of “${title}”`, () => {
-        const plain = holders.map((run) => [
-          run[source].step,
-          ...lines.filter((line) => line.run === run).map((line) => run[source][line.key]),
-        ]);
-        const whole = plain.length > 1 ? uPlot.join(plain) : plain[0];
-        const table = { step: whole[0] };
-        lines.forEach((line, i) => (table[SEVERAL ? `${NAMES[line.run.index]}:${line.key}` : line.key] = whole[i + 1]));
-        download(`${title.replaceAll(/\W+/g, "_").toLowerCase()}.csv`, csv(table), "text/csv");
-      }, { class: "quiet" })),
-    legend, canvas);
+      button("CSV", `Download the values of “${title}”`, () => saveChart(title, holders, lines, source), { class: "quiet" })),
+    legendOf(lines, values, (index, show) => plot?.setSeries(index + 1, { show })), canvas);
 
-  let plot = null;
   const read = () => {
     const index = plot?.cursor.idx;
     const over = known(index) && plot.cursor.left >= 0;
@@ -120,82 +89,132 @@ function chart(title, unit, keys, options = {}) {
       value.textContent = fmt.number(shown);
     });
   };
-
   const draw = () => {
-    const width = canvas.clientWidth;
-    if (!width) { // hidden: drawn once it is visible
-      plot?.destroy();
-      plot = null;
-      return;
-    }
     const shown = plot ? plot.series.map((series) => series.show) : null;
     plot?.destroy();
-    const [ink, grid, surface] = [colour("--muted"), colour("--line"), colour("--surface")];
-    const font = `11px ${getComputedStyle(document.body).fontFamily}`;
-    const axis = { stroke: ink, font, grid: { stroke: grid, width: 1 }, ticks: { show: false }, gap: 6 };
-    plot = new uPlot({
-      width,
-      height: 190,
-      padding: [10, 14, 0, 0],
-      legend: { show: false },
-      cursor: {
-        sync: { key: GROUP, setSeries: false },
-        drag: { x: true, y: false },
-        points: { size: 7, width: 2, fill: surface },
-      },
-      scales: { x: { time: false }, y: { range: (u, low, high) => (log ? decades(low, high) : margins(low, high, stacks)) } },
-      axes: [
-        { ...axis, grid: { show: false }, size: 26, values: (u, splits) => splits.map((v) => (Number.isInteger(v) ? fmt.count(v) : "")) },
-        {
-          ...axis,
-          values: (u, splits) => splits.map((v) => fmt.number(log ? 10 ** v : v, 3)),
-          size: (u, texts, index, cycle) => {
-            if (cycle > 1) return u.axes[index]._size;
-            u.ctx.font = font;
-            const widest = Math.max(0, ...(texts ?? []).map((text) => u.ctx.measureText(text).width));
-            return Math.ceil(widest) + 12;
-          },
-          space: 34,
-          ...(log ? { incrs: [1, 2, 3, 5, 10, 20, 50, 100] } : {}),
-        },
-      ],
-      series: [{}, ...lines.map((line, i) => {
-        const stroke = colour(line.colour);
-        return {
-          stroke,
-          width: 1.6,
-          fill: stacks ? faded(stroke, 0.28) : undefined,
-          dash: SEVERAL && line.place ? [[5, 4], [1.5, 3]][(line.place - 1) % 2] : undefined,
-          spanGaps: SEVERAL || line.few || options.spans,
-          points: { show: line.few || raw[0].length < 3, size: 6, fill: surface, stroke, width: 1.6 },
-          show: shown ? shown[i + 1] : true,
-        };
-      })],
-      bands: stacks ? lines.slice(1).map((_, i) => ({ series: [i + 2, i + 1] })) : undefined,
-      hooks: {
-        setCursor: [read],
-        draw: [(u) => target(u, options.target, ink)],
-      },
-    }, drawn, canvas);
+    plot = null;
+    if (!canvas.clientWidth) return; // hidden: drawn once it is visible
+    const fewSteps = raw[0].length < 3;
+    plot = new uPlot(plotOptions(canvas.clientWidth, lines, { ...options, log, stacks, fewSteps }, shown, read), drawn, canvas);
     read();
   };
 
-  canvas.addEventListener("keydown", (event) => {
-    const steps = { ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity, PageUp: -10, PageDown: 10 }[event.key];
-    if (!steps || !plot) return;
-    event.preventDefault();
-    event.stopPropagation();
-    const from = plot.cursor.left >= 0 ? plot.cursor.idx : (steps > 0 ? -1 : raw[0].length);
-    const index = Math.max(0, Math.min(raw[0].length - 1, from + steps));
-    plot.setCursor({ left: plot.valToPos(raw[0][index], "x"), top: 20 });
-  });
+  canvas.addEventListener("keydown", (event) => moveCursor(event, plot, raw[0]));
   canvas.addEventListener("blur", () => plot?.setCursor({ left: -10, top: -10 }));
   new ResizeObserver(() => {
-    if (plot && plot.width !== canvas.clientWidth && canvas.clientWidth) plot.setSize({ width: canvas.clientWidth, height: plot.height });
-    else if (!plot) draw();
+    if (!plot) draw();
+    else if (plot.width !== canvas.clientWidth && canvas.clientWidth) {
+      plot.setSize({ width: canvas.clientWidth, height: plot.height });
+    }
   }).observe(canvas);
   charts.push(draw);
   return box;
+}
+
+// The lines of a chart. With several runs, each run has a colour and each key a dash pattern.
+function linesOf(holders, keys, source, firstColour) {
+  return holders.flatMap((run) =>
+    keys.filter(([key]) => run[source][key]?.some(known)).map(([key, label], place) => ({
+      run, key, label, place,
+      name: SEVERAL ? (keys.length > 1 ? `${NAMES[run.index]} · ${label}` : NAMES[run.index]) : label,
+      few: sparse(run[source][key]),
+      colour: paletteName(SEVERAL ? run.index : firstColour + place),
+    })),
+  );
+}
+
+// [steps, values of each line]; the steps of several runs are joined.
+function tableOf(holders, lines, source, shape) {
+  const tables = holders.map((run) => [
+    run[source].step,
+    ...lines.filter((line) => line.run === run).map((line) => run[source][line.key].map(shape)),
+  ]);
+  return tables.length > 1 ? uPlot.join(tables) : tables[0];
+}
+
+function saveChart(title, holders, lines, source) {
+  const table = tableOf(holders, lines, source, (value) => value);
+  const columns = { step: table[0] };
+  lines.forEach((line, i) => (columns[SEVERAL ? `${NAMES[line.run.index]}:${line.key}` : line.key] = table[i + 1]));
+  download(`${title.replaceAll(/\W+/g, "_").toLowerCase()}.csv`, csv(columns), "text/csv");
+}
+
+// The legend: a button per line that shows or hides it, with the elements `values` inside.
+function legendOf(lines, values, setShown) {
+  return el("ul", { class: "legend" }, lines.map((line, i) => {
+    const mark = el("i", { style: { background: `var(${line.colour})` }, class: line.place && SEVERAL ? "dash" : "" });
+    const item = button([mark, el("span", {}, line.name), values[i]], `Show or hide ${line.name}`, () => {
+      const on = item.getAttribute("aria-pressed") !== "true";
+      item.setAttribute("aria-pressed", on);
+      setShown(i, on);
+    }, { "aria-pressed": "true" });
+    return el("li", {}, item);
+  }));
+}
+
+// uPlot's options. `shown` says which series are visible (null: all); `read` runs when the cursor moves.
+function plotOptions(width, lines, { log, stacks, fewSteps, spans, target: targetKey }, shown, read) {
+  const [ink, grid, surface] = [colour("--muted"), colour("--line"), colour("--surface")];
+  const font = `11px ${getComputedStyle(document.body).fontFamily}`;
+  return {
+    width,
+    height: 190,
+    padding: [10, 14, 0, 0],
+    legend: { show: false },
+    cursor: {
+      sync: { key: GROUP, setSeries: false },
+      drag: { x: true, y: false },
+      points: { size: 7, width: 2, fill: surface },
+    },
+    scales: { x: { time: false }, y: { range: (u, low, high) => (log ? decades(low, high) : margins(low, high, stacks)) } },
+    axes: axesOf({ stroke: ink, font, grid: { stroke: grid, width: 1 }, ticks: { show: false }, gap: 6 }, log),
+    series: [{}, ...lines.map((line, i) => {
+      const stroke = colour(line.colour);
+      return {
+        stroke,
+        width: 1.6,
+        fill: stacks ? faded(stroke, 0.28) : undefined,
+        dash: SEVERAL && line.place ? [[5, 4], [1.5, 3]][(line.place - 1) % 2] : undefined,
+        spanGaps: SEVERAL || line.few || spans,
+        points: { show: line.few || fewSteps, size: 6, fill: surface, stroke, width: 1.6 },
+        show: shown ? shown[i + 1] : true,
+      };
+    })],
+    bands: stacks ? lines.slice(1).map((_, i) => ({ series: [i + 2, i + 1] })) : undefined,
+    hooks: {
+      setCursor: [read],
+      draw: [(u) => target(u, targetKey, ink)],
+    },
+  };
+}
+
+function axesOf(axis, log) {
+  return [
+    { ...axis, grid: { show: false }, size: 26, values: (u, splits) => splits.map((v) => (Number.isInteger(v) ? fmt.count(v) : "")) },
+    {
+      ...axis,
+      values: (u, splits) => splits.map((v) => fmt.number(log ? 10 ** v : v, 3)),
+      size: (u, texts, index, cycle) => {
+        if (cycle > 1) return u.axes[index]._size;
+        u.ctx.font = axis.font;
+        const widest = Math.max(0, ...(texts ?? []).map((text) => u.ctx.measureText(text).width));
+        return Math.ceil(widest) + 12;
+      },
+      space: 34,
+      ...(log ? { incrs: [1, 2, 3, 5, 10, 20, 50, 100] } : {}),
+    },
+  ];
+}
+
+// Arrow keys, Home, End and Page keys move the cursor over the steps.
+function moveCursor(event, plot, steps) {
+  const by = { ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity, PageUp: -10, PageDown: 10 }[event.key];
+  if (!by || !plot) return;
+  event.preventDefault();
+  event.stopPropagation();
+  const from = plot.cursor.left >= 0 ? plot.cursor.idx : (by > 0 ? -1 : steps.length);
+  const index = Math.max(0, Math.min(steps.length - 1, from + by));
+  plot.setCursor({ left: plot.valToPos(steps[index], "x"), top: 20 });
 }
 
 const sparse = (values) => values.filter(known).length < values.length / 2;
