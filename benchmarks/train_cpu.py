@@ -28,6 +28,7 @@ import torch
 from train_throughput import Step, attention, packed_step, padded_step
 
 from vlmrl.cli.arguments import CONF
+from vlmrl.cli.recipe import RECIPE
 from vlmrl.cli.schemas import register_schemas
 from vlmrl.config.parse import parse
 from vlmrl.config.run import RunConfig
@@ -123,7 +124,9 @@ def default_config(folder: str) -> RunConfig:
     register_schemas()
     with initialize_config_dir(str(CONF), version_base=None):
         return parse(
-            compose("config", [f"output_dir={Path(folder)}", "monitor.live=false", "monitor.wandb.mode=disabled"])
+            compose(
+                "config", [RECIPE, f"output_dir={Path(folder)}", "monitor.live=false", "monitor.wandb.mode=disabled"]
+            )
         )
 
 

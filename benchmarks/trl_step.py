@@ -170,7 +170,7 @@ class Bench:
         random = ensure_tiny_checkpoint(
             ModelConfig(name="qwen3vl_tiny", vlm=VLMConfig(family="qwen3_vl"), tiny=TinyConfig()), task().texts()
         )
-        run = self.run_vlmrl("mode=sft", "model=qwen3vl_tiny")
+        run = self.run_vlmrl("mode=sft")
         warm = self.folder / "warm"
         shutil.copytree(random, warm)
         (newest,) = (run / "checkpoints").glob("step_*/")

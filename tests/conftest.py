@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from vlmrl.cli.arguments import CONF
+from vlmrl.cli.recipe import with_recipe
 from vlmrl.cli.schemas import register_schemas
 from vlmrl.config.parse import parse
 from vlmrl.config.run import RunConfig
@@ -24,12 +25,12 @@ hypothesis.settings.load_profile("vlmrl")
 
 @pytest.fixture
 def composed() -> Callable[..., DictConfig]:
-    """`composed("model=qwen3vl", "seed=1")`: what Hydra makes of these overrides, `output_dir` filled in."""
+    """`composed("model=qwen3vl", "seed=1")`: the config that the command line composes, with `output_dir`."""
 
     def compose_config(*overrides: str) -> DictConfig:
         register_schemas()
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = compose("config", list(overrides))
+            config = compose("config", with_recipe(list(overrides)))
         config.output_dir = "outputs/test"
         return config
 

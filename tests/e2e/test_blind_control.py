@@ -43,6 +43,10 @@ def runs(home: Home) -> Scenarios:
         blind=lambda: run(
             "blind",
             "task=their_tasks:Blindfolded",
+            "task.credit=turn",
+            "orchestrator.max_new_tokens=10",
+            "trainer.max_grad_norm=0.3",
+            "trainer.warmup.rl_weight=0.04",
             "trainer.warmup.steps=15",
             "trainer.warmup.batch_size=16",
             "trainer.max_steps=20",

@@ -24,6 +24,7 @@ from support.report_runs import noise, one_rollout, one_turn, ordinary_rollout, 
 from vlmrl.cli.arguments import CONF
 from vlmrl.cli.main import main
 from vlmrl.cli.past_runs import usual
+from vlmrl.cli.recipe import with_recipe
 from vlmrl.cli.schemas import register_schemas
 from vlmrl.config.run import RunConfig
 from vlmrl.monitor.report.page import write_report
@@ -110,7 +111,7 @@ class Tab:
 def config_of(*overrides: str) -> RunConfig:
     register_schemas()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("config", list(overrides))
+        config = compose("config", with_recipe(list(overrides)))
     config.output_dir = "made later"
     return checked(config)
 

@@ -47,7 +47,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
 def never_stopped(home: Home) -> Path:
     """What `SHORT` comes to where nobody disturbs it; no Slurm in it."""
     run = home.path / "outputs/never_stopped"
-    ended = home.vlmrl(*SHORT, "task=their_tasks:Gated", "task.max_turns=2", f"hydra.run.dir={run}")
+    ended = home.vlmrl(*SHORT, "task=their_tasks:Gated", "task.max_turns=2", "task.credit=turn", f"hydra.run.dir={run}")
     assert ended.code == 0, ended.err
     return run
 

@@ -35,6 +35,10 @@ SHORT = (
     "orchestrator.group_size=4",
     "orchestrator.eval.problems=8",
     "orchestrator.eval.every=2",
+    "orchestrator.eval.target=0.95",
+    "orchestrator.max_new_tokens=10",
+    "trainer.max_grad_norm=0.3",
+    "trainer.warmup.rl_weight=0.04",
     "monitor.wandb.mode=disabled",
     "monitor.report=false",
 )
@@ -119,7 +123,7 @@ class Gate:
     def arguments(self, problem: int) -> tuple[str, ...]:
         """Overrides that make the run wait at this training problem."""
         self.folder.mkdir(parents=True)
-        return "task=their_tasks:Gated", "task.max_turns=2", *self.again(problem)
+        return "task=their_tasks:Gated", "task.max_turns=2", "task.credit=turn", *self.again(problem)
 
     def again(self, problem: int) -> tuple[str, ...]:
         """Overrides that make a resumed run wait at another problem."""

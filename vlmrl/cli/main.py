@@ -28,6 +28,7 @@ from vlmrl.cli.hydra_errors import in_words
 from vlmrl.cli.hydra_job import CheckFirst, job
 from vlmrl.cli.init import init
 from vlmrl.cli.past_runs import REPORT, replayed, replays, resumed, resumes, write_page
+from vlmrl.cli.recipe import with_recipe
 from vlmrl.cli.schemas import register_schemas
 from vlmrl.cli.start import lead_or_follow, start
 from vlmrl.cli.sweep.compare import compare_and_show
@@ -66,13 +67,13 @@ def command_line(arguments: list[str]) -> int:
             return 0
         arguments = rewrite(arguments)
         if "explain" in arguments:
-            explain(arguments)
+            explain(with_recipe(arguments))
         elif replays(arguments):
             start(replayed(arguments))
         elif resumes(arguments):
             start(resumed(arguments))
         else:
-            compose_and_start(arguments)
+            compose_and_start(with_recipe(arguments))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 1

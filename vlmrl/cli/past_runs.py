@@ -20,6 +20,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from vlmrl.cli.arguments import CONF, groups
 from vlmrl.cli.hydra_errors import in_words
+from vlmrl.cli.recipe import RECIPE
 from vlmrl.cli.schemas import register_schemas
 from vlmrl.config.parse import typed
 from vlmrl.config.run import Mode
@@ -70,7 +71,7 @@ def usual() -> dict[str, object]:
     """The config that `python -m vlmrl` composes when nothing is set, as a tree; without a place to run in."""
     register_schemas()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        config = hydra.compose("config")
+        config = hydra.compose("config", [RECIPE])
     tree = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     assert isinstance(tree, dict)
     return {str(key): value for key, value in tree.items() if key != "output_dir"}

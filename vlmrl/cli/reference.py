@@ -21,7 +21,7 @@ from vlmrl.config.run import SCHEMAS, RunConfig
 HEAD = """\
 # Every key
 
-Made from the schemas (`vlmrl/*/config.py`) and the files of this folder by `python -m vlmrl.cli.reference > \
+Made from the schemas (`vlmrl/config/*.py`) and the files of this folder by `python -m vlmrl.cli.reference > \
 conf/REFERENCE.md`; not to be edited. `python -m vlmrl explain <key>` says the same on the command line, and where the \
 value of a run comes from.
 

@@ -6,18 +6,20 @@ from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from typing import Any
 
+from vlmrl.config.fields import LARGEST, SMALLEST, Resume, setting
+
 
 class Credit(Enum):
-    """What a turn's advantage is made of."""
+    """Which reward a turn's advantage is computed from."""
 
     episode = "episode"
-    """The episode's reward, for every turn."""
+    """The episode's reward, for every turn of it."""
     turn = "turn"
-    """Each turn's own reward, against the same turn of its siblings."""
+    """Each turn's own reward, compared with the same turn of the sibling rollouts."""
 
 
 class Advantage(StrEnum):
-    """The built-in ways from the rewards of a group to advantages (advantages.py)."""
+    """The built-in ways to turn the rewards of a group into advantages (`vlmrl.orchestrator.advantages`)."""
 
     group_normalized = "group_normalized"
     group_centered = "group_centered"
@@ -25,7 +27,7 @@ class Advantage(StrEnum):
 
 
 class Loss(StrEnum):
-    """The built-in losses of a token (trainer/loss.py)."""
+    """The built-in losses of a token (`vlmrl.trainer.loss`)."""
 
     grpo = "grpo"
     dr_grpo = "dr_grpo"
@@ -36,71 +38,82 @@ class Loss(StrEnum):
 
 
 class ImportanceCorrection(Enum):
-    """What makes up for tokens that other weights, or another rounding, sampled (trainer/loss.py)."""
+    """How the loss corrects for tokens that older weights, or an engine that rounds differently, have sampled."""
 
     own = "own"
-    """The loss's own ratio against the sampler, clipped as its paper says."""
+    """The loss uses its own ratio to the sampler's probability, clipped as its paper says."""
     truncated = "truncated"
-    """Each token's ratio as a weight, at most `importance_cap`; the loss itself sees a policy that is on-policy."""
+    """Each token is weighted by its ratio, at most `importance_cap`; the loss itself treats the tokens as on-policy."""
     masked = "masked"
-    """The same weight where it is between 1 / `importance_cap` and `importance_cap`, and no loss elsewhere."""
+    """The same weight where the ratio is between 1 / `importance_cap` and `importance_cap`; no loss elsewhere."""
     none = "none"
-    """No correction: as if the weights that learn had sampled. Biased by as much as they had not."""
+    """No correction: the loss treats all tokens as on-policy. Its gradient is biased where they are not."""
 
 
 class FilterMode(Enum):
-    """What a filter does about the rollouts that it finds. (Not called `off`, which YAML reads as a boolean.)"""
+    """What a filter does with the rollouts it finds. (Not called `off`, which YAML reads as a boolean.)"""
 
     none = "none"
-    """It does not look."""
+    """The filter is disabled."""
     track = "track"
-    """They are counted, as `rollouts/filtered/<filter>`."""
+    """The rollouts are counted, as `rollouts/filtered/<filter>`."""
     drop = "drop"
-    """They are counted and not learned from."""
+    """The rollouts are counted and left out of training."""
 
 
 @dataclass
 class FilterConfig:
-    """Degenerate rollouts (filters.py has formulas and papers)."""
+    """Filters for degenerate rollouts (`vlmrl.orchestrator.filters` has the formulas and papers)."""
 
-    gibberish: FilterMode = FilterMode.none
-    """Rollouts with a rare token that was unlikelier than under a uniform draw."""
-    rare_from: float = 0.66
-    """Of `gibberish`: ids from this share of the vocabulary on are rare; 100,000 of Qwen3's 151,936."""
-    rare_logprob_offset: float = 2.0
-    """Of `gibberish`: nats below −log(vocabulary) at which a rare token is no accident of a broad distribution."""
-    repetition: FilterMode = FilterMode.none
-    """Rollouts with a long row of tokens of which the policy was all but certain."""
-    repetition_window: int = 3000
-    """Of `repetition`: tokens in a row, as in MiniMax-M1; to be lowered for short answers, which have no such row."""
-    repetition_probability: float = 0.99
-    """Of `repetition`: the probability above which a token is all but certain."""
-    zero_advantage: FilterMode = FilterMode.none
-    """Groups whose advantages are all zero: DAPO's dynamic sampling, without refill."""
+    gibberish: FilterMode = setting(FilterMode.none, on_resume=Resume.noted)
+    """Finds rollouts with a rare token that was less likely than under a uniform distribution."""
+    rare_from: float = setting(
+        0.66, on_resume=Resume.noted, low=0, high=1, outside="it is not a share of the vocabulary"
+    )
+    """For `gibberish`: token ids from this share of the vocabulary on are rare; 100,000 of Qwen3's 151,936."""
+    rare_logprob_offset: float = setting(
+        2.0,
+        on_resume=Resume.noted,
+        low=0,
+        high=LARGEST,
+        outside="ordinary tokens are rare",
+    )
+    """For `gibberish`: a rare token is found where its logprob lies this many nats or more below −log(vocabulary)."""
+    repetition: FilterMode = setting(FilterMode.none, on_resume=Resume.noted)
+    """Finds rollouts with a long row of tokens that the policy was almost certain of."""
+    repetition_window: int = setting(3000, on_resume=Resume.noted, low=1, outside="every rollout is a repetition")
+    """For `repetition`: tokens in a row, as in MiniMax-M1. Lower it for short answers, which have no such row."""
+    repetition_probability: float = setting(
+        0.99, on_resume=Resume.noted, low=SMALLEST, high=1, outside="it is not a probability"
+    )
+    """For `repetition`: the probability above which the policy is almost certain of a token."""
+    zero_advantage: FilterMode = setting(FilterMode.none, on_resume=Resume.noted)
+    """Finds groups whose advantages are all zero: DAPO's dynamic sampling, without sampling others in their place."""
 
 
 @dataclass
 class AlgorithmConfig:
-    """From rewards to a loss. One YAML file per algorithm; the functions carry paper and equation."""
+    """From rewards to a loss. There is one YAML file per algorithm; the functions name paper and equation."""
 
-    loss: str = field(default="grpo", metadata={"choices": Loss})
+    loss: str = setting("grpo", on_resume=Resume.noted, choices=Loss)
     """The loss of a token: a built-in one, or a function of your own, `my_package.my_module:my_loss`
-    (`vlmrl.trainer.loss.LossFunction`); `algorithm=my_package.my_module:my_loss` says the same."""
-    advantage: str = field(default="group_normalized", metadata={"choices": Advantage})
+    (`vlmrl.trainer.loss.LossFunction`); `algorithm=my_package.my_module:my_loss` sets the same."""
+    advantage: str = setting("group_normalized", on_resume=Resume.noted, choices=Advantage)
     """How the rewards of a group become advantages: a built-in way, or a function of your own
     (`vlmrl.orchestrator.advantages.Estimator`)."""
-    args: dict[str, Any] = field(default_factory=dict)
-    """Settings of functions of your own, which find them in `config.args`; not checked here."""
-    credit: Credit = Credit.episode
-    """What a turn's advantage is made of: the episode's reward, or the turn's own."""
-    clip_low: float = 0.2
-    """Ratios below 1 − clip_low get no gradient where the advantage is negative."""
-    clip_high: float = 0.28
-    """Ratios above 1 + clip_high get no gradient where the advantage is positive (clip-higher, DAPO)."""
-    importance_correction: ImportanceCorrection = ImportanceCorrection.own
-    """What makes up for stale and mismatched tokens."""
-    importance_cap: float = 2.0
-    """Of `truncated` and `masked`: ratios above it (`masked`: below 1 over it too) are cut. 2, as in truncated
-    importance sampling for engines that round otherwise; ratios of fresh tokens are within a percent of 1."""
+    args: dict[str, Any] = setting({}, on_resume=Resume.noted, free_form=True)
+    """Settings for functions of your own, which read them from `config.args`; they are not checked."""
+    credit: Credit = setting(Credit.episode, on_resume=Resume.noted)
+    """Which reward a turn's advantage is computed from. A run takes it from `task.credit` unless it is set here."""
+    clip_low: float = setting(0.2, on_resume=Resume.noted, low=0, high=1, outside="it clips no ratio or every one")
+    """Ratios below 1 − `clip_low` get no gradient where the advantage is negative."""
+    clip_high: float = setting(0.28, on_resume=Resume.noted, low=0, outside="it clips every ratio")
+    """Ratios above 1 + `clip_high` get no gradient where the advantage is positive (clip-higher, DAPO)."""
+    importance_correction: ImportanceCorrection = setting(ImportanceCorrection.own, on_resume=Resume.noted)
+    """How the loss corrects for stale and mismatched tokens."""
+    importance_cap: float = setting(2.0, on_resume=Resume.noted, low=1, outside="it cuts tokens that are on-policy")
+    """For `truncated` and `masked`: ratios above it are cut; `masked` also cuts ratios below 1 / `importance_cap`. The
+    default of 2 is that of truncated importance sampling for engines that round differently; the ratios of fresh
+    tokens are within a percent of 1."""
     filters: FilterConfig = field(default_factory=FilterConfig)
-    """Rollouts that are degenerate: tracked or not learned from."""
+    """Degenerate rollouts: count them or leave them out of training."""

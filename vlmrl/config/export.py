@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vlmrl.config.fields import Resume, setting
+
 
 @dataclass
 class ExportConfig:
-    """mode=export: the newest checkpoint as a Hugging Face folder."""
+    """mode=export writes the newest checkpoint of a run as a Hugging Face folder."""
 
-    folder: str | None = None
-    """Where to; None is `export/step_000020` in the run's folder. One of that name is not written over."""
+    folder: str | None = setting(None, on_resume=Resume.free)
+    """The folder to write; None is `export/step_000020` in the run's folder. It must not exist yet."""

@@ -1,7 +1,7 @@
-"""What the schemas say about their fields, read from the sources: type, default, choices and the string below a field.
+"""Documentation of config fields, read from the sources: type, default, choices and the string below a field.
 
-Docstrings of fields are strings that Python throws away, so they are read from the syntax tree. Whatever is added to a
-dataclass of the config is explained here without a word more (`python -m vlmrl explain`, conf/REFERENCE.md).
+Python does not keep the strings below fields, so they are read from the syntax tree. A field that is added to a
+dataclass of the config is explained without further work (`python -m vlmrl explain`, conf/REFERENCE.md).
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from vlmrl.config.fields import setting_of
+
 
 @dataclass(frozen=True)
 class FieldDoc:
@@ -28,15 +30,15 @@ class FieldDoc:
 
     name: str
     type_text: str
-    """For people: `int`, `float or null`, `one of tree, varlen, none`, `group`."""
+    """The type in words: `int`, `float or null`, `one of tree, varlen, none`, `group`."""
     default: Any
-    """The schema's; `MISSING` where a YAML file or the command line has to say."""
+    """The schema's default; `MISSING` where a YAML file or the command line has to set the value."""
     doc: str
-    """One line."""
+    """The string below the field, on one line."""
     choices: dict[str, str]
-    """Name → what it means ("" where the name says it); empty where the value is no choice."""
+    """Name → its meaning ("" where the name says enough); empty where the field is not a choice."""
     schema: type | None
-    """The dataclass of a group; None for a value."""
+    """The dataclass of a group; None for a field with a value."""
 
     @property
     def is_number(self) -> bool:
@@ -44,12 +46,12 @@ class FieldDoc:
 
 
 def fields_of(schema: type) -> tuple[FieldDoc, ...]:
-    """The fields of a dataclass, in order, those that it inherits included.
+    """The fields of a dataclass, in order, including inherited ones.
 
     >>> from vlmrl.config.trainer import TrainerConfig
     >>> field = next(field for field in fields_of(TrainerConfig) if field.name == "decay")
     >>> field.type_text, field.doc
-    ('one of constant, linear, cosine', 'How it falls from there to `max_steps`.')
+    ('one of constant, linear, cosine', 'How the learning rate falls from there to `max_steps`.')
     """
     return tuple(_fields_of(schema))
 
@@ -64,11 +66,13 @@ def _fields_of(schema: type) -> Iterator[FieldDoc]:
         alternatives = [one for one in alternatives_of(hints[field.name]) if one is not types.NoneType]
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         nested = next((one for one in alternatives if isinstance(one, type) and dataclasses.is_dataclass(one)), None)
-        enum = field.metadata.get("choices") or next((one for one in alternatives if _is_enum(one)), None)
+        setting = setting_of(field)
+        named = setting.choices if setting is not None else None
+        enum = named or next((one for one in alternatives if _is_enum(one)), None)
         choices = below_names(enum) if enum else {}
         yield FieldDoc(
             name=field.name,
-            type_text=in_words(hints[field.name], tuple(choices), open_ended="choices" in field.metadata),
+            type_text=in_words(hints[field.name], tuple(choices), open_ended=named is not None),
             default=MISSING if default is dataclasses.MISSING else default,
             doc=docs.get(field.name, ""),
             choices=choices,
@@ -83,11 +87,11 @@ UNITS = (
     *("layers", "heads", "width", "rank", "merges", "positions", "times", "standard deviation", "seed", "step size"),
     *("weight", "divisor", "the gradient's unit"),
 )
-"""What numbers count or measure, in the words of the docstrings; every number's docstring has one of them."""
+"""Units of numbers, in the words of the docstrings; the docstring of every number names one of them."""
 
 
 def unit_of(field: FieldDoc) -> str:
-    """The unit of a number: the first word of `UNITS` in its docstring; "" for what is no number.
+    """The unit of a number: the first word of `UNITS` in its docstring; "" for a field that is not a number.
 
     >>> from vlmrl.config.trainer import TrainerConfig
     >>> [unit_of(field) for field in fields_of(TrainerConfig)][:2]
@@ -148,11 +152,11 @@ def _classes(module: str) -> dict[str, ast.ClassDef]:
 
 @functools.cache
 def below_names(owner: type) -> dict[str, str]:
-    """Field or member → the string below it, on one line; "" where there is none. Of the class's own body.
+    """Field or enum member → the string below it, on one line; "" where there is none. Inherited ones are left out.
 
     >>> from vlmrl.config.trainer import Packing
     >>> below_names(Packing)["none"]
-    'One sample per forward; the reference.'
+    'One sample per forward pass; the reference.'
     """
     found: dict[str, str] = {}
     body = _classes(owner.__module__)[owner.__name__].body

@@ -1,12 +1,13 @@
-"""`inference`: the sampler. No torch."""
+"""`inference`: the engine that samples."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import MISSING
 
+from vlmrl.config.fields import SMALLEST, Resume, setting
 from vlmrl.config.model import Dtype
 
 
@@ -14,64 +15,72 @@ from vlmrl.config.model import Dtype
 class InferenceConfig:
     """What every engine has."""
 
-    kind: str = MISSING
-    """Which engine; said by its schema, chosen with `inference=`."""
-    max_model_len: int = 1024
-    """Tokens of prompt plus completion."""
+    kind: str = setting(MISSING, on_resume=Resume.refused)
+    """The engine; set by the option that `inference=` chooses."""
+    max_model_len: int = setting(1024, on_resume=Resume.noted, low=1, outside="no prompt fits")
+    """The most tokens of prompt and completion together."""
 
 
 @dataclass
 class EmbeddedConfig(InferenceConfig):
-    """The policy generates in the trainer's own process, from the trainer's own weights; no server, no copy."""
+    """The policy generates in the trainer's own process, from the trainer's own weights: no server and no copy."""
 
-    kind: str = "embedded"
+    kind: str = setting("embedded", on_resume=Resume.refused)
     """The engine in the trainer's own process."""
 
 
 @dataclass
 class VllmConfig(InferenceConfig):
-    """vLLM servers, which the run starts, watches and stops, or which run already (`urls`)."""
+    """vLLM servers, which the run starts, watches and stops, or servers that already run (`urls`)."""
 
-    kind: str = "vllm"
+    kind: str = setting("vllm", on_resume=Resume.refused)
     """vLLM behind `POST /inference/v1/generate`."""
-    dtype: Dtype = MISSING
-    """Of weights, activations and pixels; `${model.dtype}`, so that sampler and trainer round alike."""
-    replicas: int = 1
-    """Servers that the run starts; each holds all weights and takes its share of rollouts. Raise it for more GPUs."""
-    tensor_parallel_size: int = 1
-    """GPUs that share one copy of the weights; raise it for a model that does not fit on one."""
-    data_parallel_size: int = 1
-    """Engines behind one server, as mixtures of experts want it. Else use replicas: with several engines an image's
-    data is sent more than once, and `weight_sync.verify` sees the first engine only."""
-    gpu_memory_utilization: float = 0.5
-    """Share of a GPU's memory for weights and KV cache. Half, because on one GPU the trainer needs the other half."""
-    kv_cache_gib: int = 1
-    """GiB of KV cache on a CPU, where vLLM does not measure what is free; a GPU's follows from the memory share."""
-    enforce_eager: bool = False
-    """No CUDA graphs, no compilation: starts a minute sooner, decodes about half as fast. On a CPU it is always so."""
-    extra_args: dict[str, Any] = field(default_factory=dict)
-    """More arguments of `vllm serve`, e.g. `{max_num_seqs: 256, limit_mm_per_prompt: {image: 8}}`. They win over ours;
-    one that would make samples and trainer disagree is found at start-up and refused."""
-    urls: list[str] = field(default_factory=list)
-    """Servers that run already, e.g. `[http://10.0.0.7:8000]`; then none is started, and what a server is started with
-    (all fields from `replicas` to `extra_args`) is theirs. Their API key is taken from `VLLM_API_KEY`. They serve this
-    run alone: it replaces their weights."""
-    slurm_tasks: int = 0
-    """Tasks of the Slurm job that serve instead of training, the last ones; one server each, on the task's node, and
-    none elsewhere. With a task per GPU and n GPUs per server (`tensor_parallel_size` × `data_parallel_size`), n − 1
-    tasks are left without work: give a node that samples one task per server. Under srun it is said on the command
-    line, not in a file: tasks part before they read any. On several nodes the servers listen beyond their own host;
-    the run's key, which goes over the network as it is, keeps others out."""
-    startup_timeout_s: float = 900.0
-    """Seconds for a server to come up. A large model from a cold disk, compiled, takes minutes."""
-    request_timeout_s: float = 600.0
-    """Seconds for one answer, weight updates in between included. Far above any honest answer: it finds what hangs."""
-    max_restarts: int = 3
-    """Times that a server is started again in one run. More often than this it would die again."""
-    max_retries: int = 3
-    """Times that one turn is asked again because its server died under it."""
+    dtype: Dtype = setting(MISSING, on_resume=Resume.noted)
+    """Number format of weights, activations and pixels. The default is `${model.dtype}`, so that sampler and trainer
+    round alike."""
+    replicas: int = setting(1, on_resume=Resume.free, low=1, outside="there is no server")
+    """Servers that the run starts. Each holds all weights and takes its share of the rollouts. Raise it to use more
+    GPUs."""
+    tensor_parallel_size: int = setting(1, on_resume=Resume.free, low=1, outside="no GPU holds the weights")
+    """GPUs that share one copy of the weights. Raise it for a model that does not fit on one."""
+    data_parallel_size: int = setting(1, on_resume=Resume.free, low=1, outside="there is no engine behind a server")
+    """Engines behind one server, which mixtures of experts need. Otherwise use `replicas`: with several engines an
+    image's data is sent more than once, and `weight_sync.verify` sees the first engine only."""
+    gpu_memory_utilization: float = setting(
+        0.5, on_resume=Resume.free, low=SMALLEST, high=1, outside="it is not a share of a GPU's memory"
+    )
+    """Share of a GPU's memory for weights and KV cache. The default is half, because on one GPU the trainer needs the
+    other half."""
+    kv_cache_gib: int = setting(1, on_resume=Resume.free, low=1, outside="the KV cache holds no token")
+    """GiB of KV cache on a CPU, where vLLM does not measure the free memory. On a GPU it follows from
+    `gpu_memory_utilization`."""
+    enforce_eager: bool = setting(False, on_resume=Resume.free)
+    """Use neither CUDA graphs nor compilation: a server starts a minute sooner and decodes about half as fast. On a CPU
+    this is always so."""
+    extra_args: dict[str, Any] = setting({}, on_resume=Resume.free, free_form=True)
+    """More arguments of `vllm serve`, e.g. `{max_num_seqs: 256, limit_mm_per_prompt: {image: 8}}`. They win over ours.
+    An argument that would make samples and trainer disagree is found at start-up and refused."""
+    urls: list[str] = setting([], on_resume=Resume.free)
+    """Servers that already run, e.g. `[http://10.0.0.7:8000]`. Then the run starts none, and the fields from `replicas`
+    to `extra_args` have no effect. Their API key comes from the environment variable `VLLM_API_KEY`. They may serve
+    this run only, because it replaces their weights."""
+    slurm_tasks: int = setting(0, on_resume=Resume.free, low=0, outside="it is not a number of tasks (0 is none)")
+    """Tasks of the Slurm job that serve instead of training: the last ones of the job, one server each, on the task's
+    node. The run starts no other servers then. With a task per GPU and n GPUs per server (`tensor_parallel_size` ×
+    `data_parallel_size`), n − 1 tasks have no work, so give a node that samples one task per server. Under srun, set it
+    on the command line and not in a file, because tasks take their parts before they read files. On several nodes, the
+    servers listen beyond their own host; the run's key keeps others out, but it goes over the network unencrypted."""
+    startup_timeout_s: float = setting(900.0, on_resume=Resume.free, low=SMALLEST, outside="no server is up in time")
+    """Seconds for a server to come up. A large model from a cold disk, with compilation, takes minutes."""
+    request_timeout_s: float = setting(600.0, on_resume=Resume.free, low=SMALLEST, outside="no response comes in time")
+    """Seconds for one response, including the weight updates in between. It lies far above normal times and exists to
+    find servers that hang."""
+    max_restarts: int = setting(3, on_resume=Resume.free, low=0, outside="it is not a number of restarts (0 is none)")
+    """Times that a server is started again in one run. A server that dies more often would die again."""
+    max_retries: int = setting(3, on_resume=Resume.free, low=0, outside="it is not a number of retries (0 is none)")
+    """Times that a request is repeated because its server died."""
 
     @property
     def starts_servers(self) -> bool:
-        """Whether the run's own process starts them, on its machine."""
+        """Whether the run's own process starts the servers, on its machine."""
         return not self.urls and self.slurm_tasks == 0

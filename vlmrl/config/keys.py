@@ -1,4 +1,4 @@
-"""The keys that can be set, and what to say about one that cannot. All from the schemas."""
+"""The keys that can be set, their metadata, and what to say about a key that cannot be set. All from the schemas."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import difflib
 import typing
 from collections.abc import Iterator, Sequence
 
-from vlmrl.config.field_docs import fields_of
-from vlmrl.config.run import SCHEMAS, RunConfig
+from vlmrl.config.field_docs import alternatives_of, fields_of
+from vlmrl.config.fields import Resume, Setting, setting_of
+from vlmrl.config.run import RunConfig, schemas_of
+from vlmrl.errors import ConfigError
 
 
 def unknown_key(key: str) -> str:
-    """What to say about a key that no schema has.
+    """The error text for a key that no schema has.
 
     >>> unknown_key("trainer.lr")
     'there is no such key; did you mean trainer.learning_rate or trainer.warmup.learning_rate?'
@@ -25,9 +27,9 @@ def unknown_key(key: str) -> str:
 
 
 def did_you_mean(word: str, candidates: Sequence[str]) -> str:
-    """`; did you mean a or b?`, or nothing where no candidate is close.
+    """`; did you mean a or b?`, or "" where no candidate is close.
 
-    Dotted names are close by their last part, initials included (`lr`); the rest decides between equals.
+    Dotted names are compared by their last part, or by its initials (`lr`); the rest decides between equals.
     """
     last_part = word.rpartition(".")[2]
     scores = {}
@@ -35,7 +37,7 @@ def did_you_mean(word: str, candidates: Sequence[str]) -> str:
         name = candidate.rpartition(".")[2]
         initials = "".join(part[:1] for part in name.split("_"))
         likeness = 1.0 if last_part == initials else difflib.SequenceMatcher(None, last_part, name).ratio()
-        if sorted(last_part) == sorted(name):  # letters that changed places
+        if sorted(last_part) == sorted(name):  # swapped letters
             likeness = max(likeness, 0.95)
         if likeness >= 0.7:
             scores[candidate] = likeness + difflib.SequenceMatcher(None, word, candidate).ratio() / 2
@@ -44,12 +46,12 @@ def did_you_mean(word: str, candidates: Sequence[str]) -> str:
 
 
 def known_keys() -> list[str]:
-    """Every key that can be set, dotted; of all the schemas, without the groups themselves.
+    """Every dotted key that can be set, of all schemas; groups themselves are not in it.
 
     >>> [key for key in known_keys() if key.endswith("image_size")]
     ['task.image_size']
     """
-    return sorted(set(_keys_of(RunConfig, "")))
+    return sorted({key for key, _ in all_settings()})
 
 
 def known_groups() -> list[str]:
@@ -61,13 +63,68 @@ def known_groups() -> list[str]:
     return [field.name for field in fields_of(RunConfig) if field.schema is not None]
 
 
-def _keys_of(schema: type, prefix: str) -> Iterator[str]:
+def settings_at(key: str) -> list[Setting]:
+    """The metadata of a dotted key: of a value, of a free-form dictionary for a key in it, or of all values in a group.
+
+    A key that several schemas of a mixed group share has one entry per schema.
+    """
+    return list(_settings_at(RunConfig, key.split(".")))
+
+
+def all_settings(schema: type = RunConfig, prefix: str = "") -> Iterator[tuple[str, Setting]]:
+    """Dotted key and metadata of every value of a schema and of the schemas in it. `*` stands for any name."""
+    for name, setting, nested, wildcard in _fields(schema):
+        if setting is not None:
+            yield prefix + name, setting
+        for each in nested:
+            yield from all_settings(each, f"{prefix}{name}.{wildcard}")
+
+
+def resume_policy(key: str) -> Resume:
+    """What a resumed run may do with a key: the strictest policy of the values that it names.
+
+    >>> resume_policy("seed").name, resume_policy("trainer.learning_rate").name, resume_policy("monitor.live").name
+    ('refused', 'noted', 'free')
+    >>> resume_policy("task.args.level").name, resume_policy("model").name
+    ('noted', 'refused')
+
+    Raises `ConfigError` where no schema has the key.
+    """
+    policies = {setting.on_resume for setting in settings_at(key)}
+    if not policies:
+        raise ConfigError(f"{key}: {unknown_key(key)}")
+    return next(policy for policy in Resume if policy in policies)  # Resume lists the strictest first
+
+
+def is_free_form(key: str) -> bool:
+    """Whether a key is a dictionary whose keys no schema knows, or lies in one.
+
+    >>> is_free_form("task.args.level"), is_free_form("inference.extra_args"), is_free_form("task.target")
+    (True, True, False)
+    """
+    return any(setting.free_form for setting in settings_at(key))
+
+
+def _settings_at(schema: type, names: Sequence[str]) -> Iterator[Setting]:
+    first, *rest = names
+    for name, setting, nested, wildcard in _fields(schema):
+        if name != first:
+            continue
+        if setting is not None and (not rest or wildcard):
+            yield setting
+        below = rest[1:] if wildcard else rest
+        for each in nested:
+            yield from _settings_at(each, below) if below else (found for _, found in all_settings(each))
+
+
+def _fields(schema: type) -> Iterator[tuple[str, Setting | None, list[type], str]]:
+    """Name, metadata, schemas of what it holds, and `*.` where it is a dictionary, of each field."""
     types = typing.get_type_hints(schema)
     for field in dataclasses.fields(schema):
-        key = prefix + field.name
-        choices = [types[field.name], *typing.get_args(types[field.name]), *SCHEMAS.get(key, {}).values()]
-        nested = [choice for choice in choices if isinstance(choice, type) and dataclasses.is_dataclass(choice)]
-        if not nested:
-            yield key
-        for choice in nested:
-            yield from _keys_of(choice, f"{key}.")
+        alternatives = alternatives_of(types[field.name])
+        wildcard = ""
+        if typing.get_origin(types[field.name]) is dict:
+            alternatives, wildcard = typing.get_args(types[field.name])[1:], "*."
+        bases = [each for each in alternatives if isinstance(each, type) and dataclasses.is_dataclass(each)]
+        nested = [each for base in bases for each in (base, *schemas_of(base).values())]
+        yield field.name, setting_of(field), nested, wildcard

@@ -1,135 +1,146 @@
-"""`model` and `model/vlm`: which policy is trained, and what makes it a vision-language model. Imports no torch."""
+"""`model` and its groups `vlm`, `size` and `lora`: the policy, and what makes it a vision-language model."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 from omegaconf import MISSING
+
+from vlmrl.config.fields import LARGEST, LARGEST_SEED, SMALLEST, Resume, setting
+
+NO_MODEL = "there is no such model"
+"""The consequence of a size below 1."""
 
 
 class Init(Enum):
     """Where the weights come from."""
 
     pretrained = "pretrained"
-    """A checkpoint."""
+    """From a checkpoint."""
     random = "random"
-    """Nowhere: the architecture of `model.size` with random weights (of `seed`), and a tokenizer that is made here."""
+    """From a random generator (`seed`): the architecture of `model.size`, with a tokenizer that is made on the spot."""
 
 
 class Dtype(Enum):
-    """Dtype of weights and activations."""
+    """Number format of weights and activations."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
-    """Three bits more than bfloat16 for the same time, so that sampler and trainer round eight times less apart; the
-    trainer scales its loss for it. Activations above 65504 are infinite in it: some pretrained models have them."""
+    """Three bits more precision than bfloat16 in the same time, so sampler and trainer differ eight times less. The
+    trainer scales its loss for it. Activations above 65504 become infinite, and some pretrained models have them."""
 
 
 @dataclass
 class VLMConfig:
     """What a VLM family needs beyond tokens. A new family is one YAML file in `conf/model/vlm/`."""
 
-    family: str = MISSING
-    """`model_type` of the checkpoint's config.json; a checkpoint of another family is refused."""
-    renderers: list[str] = MISSING
+    family: str = setting(MISSING, on_resume=Resume.refused)
+    """`model_type` in the checkpoint's config.json; a checkpoint of another family is refused."""
+    renderers: list[str] = setting(MISSING, on_resume=Resume.noted)
     """Names of `orchestrator.renderer` that can serve this family; `auto` takes the first."""
-    positions: str = MISSING
+    positions: str = setting(MISSING, on_resume=Resume.refused)
     """Name of the position function in `vlmrl.models.families.positions` (`mrope`, `sequential`)."""
-    image_token: str = MISSING
+    image_token: str = setting(MISSING, on_resume=Resume.refused)
     """The placeholder token, as the tokenizer spells it."""
-    flat_mm_kwargs: list[str] = MISSING
-    """Names of `mm_kwargs` whose rows are not images (Qwen-VL: `pixel_values`, a row per patch); vLLM must be told."""
-    freeze_vision: bool = False
-    """Keep the vision tower as it is; only the language model learns."""
-    freeze_language: bool = False
-    """Keep the language model as it is, embedding and head included; only the vision tower learns."""
+    flat_mm_kwargs: list[str] = setting(MISSING, on_resume=Resume.refused)
+    """Names of `mm_kwargs` whose rows are not images (Qwen-VL: `pixel_values`, a row per patch); vLLM needs to know
+    them."""
+    freeze_vision: bool = setting(False, on_resume=Resume.refused)
+    """Do not train the vision tower; train the language model only."""
+    freeze_language: bool = setting(False, on_resume=Resume.refused)
+    """Do not train the language model, its embedding and its head; train the vision tower only."""
 
 
 @dataclass
 class TinyConfig:
-    """Sizes of a checkpoint that is built here, with random weights; the architecture is the real one."""
+    """Sizes of a checkpoint that the run builds itself, with random weights; the architecture is the real one."""
 
-    hidden_size: int = 64
+    hidden_size: int = setting(64, on_resume=Resume.refused, low=1, outside=NO_MODEL)
     """Width of the language model."""
-    intermediate_size: int = 128
-    """Width of its MLPs."""
-    num_hidden_layers: int = 2
+    intermediate_size: int = setting(128, on_resume=Resume.refused, low=1, outside=NO_MODEL)
+    """Width of the language model's MLPs."""
+    num_hidden_layers: int = setting(2, on_resume=Resume.refused, low=1, outside=NO_MODEL)
     """Layers of the language model."""
-    num_attention_heads: int = 4
-    """Query heads."""
-    num_key_value_heads: int = 2
-    """Key and value heads; divides the query heads."""
-    head_dim: int = 32
+    num_attention_heads: int = setting(4, on_resume=Resume.refused, low=1, outside=NO_MODEL)
+    """Query heads of the language model."""
+    num_key_value_heads: int = setting(2, on_resume=Resume.refused, low=1, outside=NO_MODEL)
+    """Key and value heads; their number divides that of the query heads."""
+    head_dim: int = setting(32, on_resume=Resume.refused, low=1, outside=NO_MODEL)
     """Width of a head; even."""
-    vision_depth: int = 1
+    vision_depth: int = setting(1, on_resume=Resume.refused, low=1, outside=NO_MODEL)
     """Layers of the vision tower."""
-    vision_hidden_size: int = 64
+    vision_hidden_size: int = setting(64, on_resume=Resume.refused, low=1, outside=NO_MODEL)
     """Width of the vision tower."""
-    vision_intermediate_size: int = 128
-    """Width of its MLPs."""
-    vision_num_heads: int = 4
-    """Heads of the vision tower; divides its width."""
-    deepstack_visual_indexes: list[int] = field(default_factory=lambda: [0])
+    vision_intermediate_size: int = setting(128, on_resume=Resume.refused, low=1, outside=NO_MODEL)
+    """Width of the vision tower's MLPs."""
+    vision_num_heads: int = setting(4, on_resume=Resume.refused, low=1, outside=NO_MODEL)
+    """Heads of the vision tower; their number divides its width."""
+    deepstack_visual_indexes: list[int] = setting([0], on_resume=Resume.refused)
     """0-based vision layers whose features are added to the first layers of the language model, in order."""
-    bpe_merges: int = 128
-    """Merges of the byte-level BPE beyond its 256 bytes; trained on the prompts' own words."""
-    max_position_embeddings: int = 4096
-    """Tokens."""
-    initializer_range: float = 0.08
-    """Standard deviation. 0.02 learns far slower at this width."""
-    seed: int = 0
-    """Seed of the weights; the same config and seed give the same bytes."""
+    bpe_merges: int = setting(128, on_resume=Resume.refused, low=0, outside="it is not a number of merges")
+    """Merges of the byte-level BPE beyond its 256 bytes; trained on the words of the prompts."""
+    max_position_embeddings: int = setting(4096, on_resume=Resume.refused, low=1, outside=NO_MODEL)
+    """The most tokens of a sequence."""
+    initializer_range: float = setting(
+        0.08, on_resume=Resume.refused, low=SMALLEST, high=LARGEST, outside="all weights are equal"
+    )
+    """Standard deviation of the random weights. 0.02 learns far slower at this width."""
+    seed: int = setting(0, on_resume=Resume.refused, low=0, high=LARGEST_SEED, outside="it seeds no generator")
+    """Seed of the random weights; the same config and seed give the same bytes."""
 
 
 @dataclass
 class SizeConfig:
-    """A size of a family, by the numbers of its config.json."""
+    """A size of a family, by the numbers in its config.json."""
 
-    name: str = MISSING
+    name: str = setting(MISSING, on_resume=Resume.refused)
     """Hub name of the checkpoint of this size."""
-    tie_word_embeddings: bool = MISSING
-    """Whether the head is the embedding."""
-    text: dict[str, Any] = MISSING
-    """`text_config`; with `init=random`, token ids are filled in."""
-    vision: dict[str, Any] = MISSING
+    tie_word_embeddings: bool = setting(MISSING, on_resume=Resume.refused)
+    """Whether the head uses the weights of the embedding."""
+    text: dict[str, Any] = setting(MISSING, on_resume=Resume.refused)
+    """`text_config`; with `init=random`, the run fills in the token ids."""
+    vision: dict[str, Any] = setting(MISSING, on_resume=Resume.refused)
     """`vision_config`."""
 
 
 @dataclass
 class LoraConfig:
-    """Low-rank adapters beside linear layers of the language model; nothing else learns (models/lora.py)."""
+    """Low-rank adapters (LoRA) next to linear layers of the language model; nothing else is trained."""
 
-    rank: int = 16
-    """Rank of B A: columns of B, rows of A."""
-    alpha: float = 32.0
-    """The weight of an adapter is alpha / rank."""
-    targets: list[str] = field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    rank: int = setting(16, on_resume=Resume.refused, low=1, outside="an adapter has no column")
+    """Rank of the product B A: columns of B and rows of A."""
+    alpha: float = setting(
+        32.0, on_resume=Resume.refused, low=SMALLEST, high=LARGEST, outside="adapters have no effect"
     )
-    """Last parts of the layers' names. The experts of a mixture are no linear layers and have no adapters."""
+    """The weight of an adapter is alpha / rank."""
+    targets: list[str] = setting(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], on_resume=Resume.refused
+    )
+    """Last parts of the names of the layers that get adapters. The experts of a mixture are not linear layers and get
+    none."""
 
 
 @dataclass
 class ModelConfig:
     """The policy."""
 
-    init: Init = Init.pretrained
-    """Where the weights come from. `random` needs no download: to learn from scratch, and to measure speed, memory and
-    sharding where no weights are."""
-    name: str = MISSING
+    init: Init = setting(Init.pretrained, on_resume=Resume.refused)
+    """Where the weights come from. `random` needs no download: use it to train from scratch, or to measure speed,
+    memory and sharding without the real weights."""
+    name: str = setting(MISSING, on_resume=Resume.refused)
     """Local folder or hub name of a Hugging Face checkpoint; with `tiny`, the name of the checkpoint that is built."""
-    dtype: Dtype = Dtype.float32
-    """Of weights and activations."""
-    device: str = "auto"
-    """`auto` is `cuda` where there is one, else `cpu`."""
+    dtype: Dtype = setting(Dtype.float32, on_resume=Resume.noted)
+    """Number format of weights and activations."""
+    device: str = setting("auto", on_resume=Resume.free)
+    """`auto` is `cuda` where the machine has one, else `cpu`."""
     vlm: VLMConfig | None = None
-    """None is a text-only model."""
+    """What makes the model a VLM; None is a text-only model."""
     size: SizeConfig | None = None
-    """What `init=random` builds; with `pretrained`, where `name` comes from when nothing else is said."""
+    """The size that `init=random` builds. With `init=pretrained`, `name` is taken from it unless it is set."""
     lora: LoraConfig | None = None
-    """Set: adapters learn, and the model stays as it is."""
+    """If set, adapters are trained and the model stays as it is."""
     tiny: TinyConfig | None = None
-    """Set: build the checkpoint instead of loading one."""
+    """If set, the run builds a small checkpoint instead of loading one."""

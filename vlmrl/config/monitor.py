@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from vlmrl.config.fields import Resume, setting
+
 
 class WandbMode(Enum):
     """Whether to log to Weights & Biases, and where the logs go."""
@@ -19,18 +21,18 @@ class WandbMode(Enum):
 class WandbConfig:
     """Weights & Biases logging."""
 
-    mode: WandbMode = WandbMode.auto
+    mode: WandbMode = setting(WandbMode.auto, on_resume=Resume.free)
     """`offline` writes into the run directory and sends nothing; `wandb sync` uploads it later. `online` sends during
     the run. `auto` is `offline` where wandb is installed and `disabled` elsewhere; config.yaml says which."""
-    project: str = "vlmrl"
+    project: str = setting("vlmrl", on_resume=Resume.free)
     """Project on wandb.ai."""
-    name: str | None = None
+    name: str | None = setting(None, on_resume=Resume.free)
     """Name of the run. null: the name of the run directory."""
-    group: str | None = None
+    group: str | None = setting(None, on_resume=Resume.free)
     """Group that the jobs of a sweep share. null: the name of the sweep's folder; a single run has no group."""
-    rollouts: int = 4
+    rollouts: int = setting(4, on_resume=Resume.free, low=0, outside="it is not a number of rollouts")
     """Rollouts of each kind (trained on, sampled, greedy) in the table of an evaluation."""
-    checkpoints: bool = False
+    checkpoints: bool = setting(False, on_resume=Resume.free)
     """Log each checkpoint as an artifact. Offline, it is copied into the run directory, and `wandb sync` uploads it."""
 
 
@@ -38,14 +40,16 @@ class WandbConfig:
 class MonitorConfig:
     """What a run shows on the screen and logs."""
 
-    live: bool = True
+    live: bool = setting(True, on_resume=Resume.free)
     """Show a live view when the output is a terminal. false: plain lines, as without a terminal."""
-    record_rollouts: bool = True
+    record_rollouts: bool = setting(True, on_resume=Resume.free)
     """Write rollouts/*.jsonl and images/*.png."""
-    vision_gap_every: int = 10
+    vision_gap_every: int = setting(
+        10, on_resume=Resume.free, low=0, outside="it is not a number of steps (0 disables the blind control)"
+    )
     """Optimizer steps between two blind controls, which compare the policy's answers with and without its images
     (vision_gap/… in metrics.jsonl). The first step has one. 0: never."""
-    report: bool = True
+    report: bool = setting(True, on_resume=Resume.free)
     """Write report.html after each evaluation and at the end, in a separate process."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
     """Weights & Biases."""

@@ -4,27 +4,36 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from vlmrl.config.fields import LARGEST, SMALLEST, Resume, setting
+
 
 @dataclass
 class RendererConfig:
-    """The renderer: the only place that makes tokens and pixels."""
+    """The renderer: the only part that makes tokens and pixels."""
 
-    name: str = "auto"
-    """`auto`: the first of `model.vlm.renderers`. Otherwise a name of the `renderers` package, e.g. `qwen3-vl`."""
+    name: str = setting("auto", on_resume=Resume.noted)
+    """`auto` is the first of `model.vlm.renderers`. Other values are names of the `renderers` package, e.g.
+    `qwen3-vl`."""
 
 
 @dataclass
 class EvalConfig:
-    """Held-out evaluation: the same problems each time, sampled and greedy."""
+    """Held-out evaluation: the same problems each time, with sampled and with greedy answers."""
 
-    every: int = 10
-    """Optimizer steps between evaluations; also before step 1 and after the last. 0: never."""
-    problems: int = 128
-    """Problems of the held-out split; one rollout each, once sampled and once greedy."""
-    target: float | None = None
-    """Stop the run when sampled and greedy held-out reward are both at least this (moot where nothing evaluates) …"""
-    consecutive: int = 2
-    """… at so many evaluations in a row."""
+    every: int = setting(
+        10, on_resume=Resume.free, low=0, outside="it is not a number of steps (0 disables evaluation)"
+    )
+    """Optimizer steps between evaluations. A run also evaluates before step 1 and after the last step. 0 disables
+    evaluation."""
+    problems: int = setting(128, on_resume=Resume.noted, low=0, outside="it is not a number of problems")
+    """Problems of the held-out split; each gets one sampled and one greedy rollout."""
+    target: float | None = setting(
+        None, on_resume=Resume.free, low=-LARGEST, high=LARGEST, outside="it is not a reward that a policy can reach"
+    )
+    """End the run when the sampled and the greedy held-out reward are both at least this, `consecutive` times. None
+    runs all steps."""
+    consecutive: int = setting(2, on_resume=Resume.free, low=1, outside="the target is met before the first evaluation")
+    """Number of evaluations in a row that must reach `target`."""
 
 
 @dataclass
@@ -32,16 +41,24 @@ class OrchestratorConfig:
     """Rollouts and the loop."""
 
     renderer: RendererConfig | None = None
-    """None (`orchestrator/renderer=none`) is refused: nobody else makes tokens, for text-only models either."""
-    groups_per_step: int = 8
-    """Problems per optimizer step."""
-    group_size: int = 32
-    """Sibling rollouts per problem."""
-    max_new_tokens: int = 8
-    """Tokens per completion."""
-    temperature: float = 1.0
+    """The renderer. None (`orchestrator/renderer=none`) is refused, because nothing else makes tokens, not even for
+    text-only models."""
+    groups_per_step: int = setting(8, on_resume=Resume.noted, low=1, outside="a step has nothing to learn from")
+    """Problems per optimizer step; each gets a group of rollouts."""
+    group_size: int = setting(8, on_resume=Resume.noted, low=1, outside="a group has no rollout")
+    """Rollouts per problem, which are compared with each other."""
+    max_new_tokens: int = setting(64, on_resume=Resume.noted, low=1, outside="the policy cannot answer")
+    """The most tokens of a completion."""
+    temperature: float = setting(
+        1.0,
+        on_resume=Resume.noted,
+        low=SMALLEST,
+        high=LARGEST,
+        outside="training samples greedily and the rollouts of a group do not differ",
+    )
     """Divisor of the logits in training and in the sampled evaluation; the trainer's logprobs use the same."""
-    max_staleness: int = 0
-    """Optimizer steps that the weights which sampled a token may lie behind those that learn from it; 0: on-policy."""
+    max_staleness: int = setting(0, on_resume=Resume.noted, low=0, outside="every token is too old")
+    """Optimizer steps that the weights which sampled a token may lie behind the weights that learn from it. 0 is
+    on-policy."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Held-out evaluation."""

@@ -7,10 +7,12 @@ Whether a well-typed config can run is checked afterwards by `vlmrl.preflight.ch
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import typing
 from collections.abc import Iterator
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from vlmrl.config.keys import unknown_key
@@ -35,16 +37,20 @@ def parse(config: DictConfig) -> RunConfig:
 def typed(tree: DictConfig) -> DictConfig:
     """Give the tree of a run's config.yaml its types back. Raises ConfigError where it does not fit the schema.
 
-    The options of `SCHEMAS` are told apart by their fields, `kind` by its value too.
+    The schema of a mixed group is found by its `kind`. Keys that an older version did not write get the values that
+    reproduce its behavior.
     """
+    tree = _upgraded(tree)
     config = OmegaConf.structured(RunConfig)
     try:
-        for group, options in SCHEMAS.items():
-            node = tree[group] if OmegaConf.is_dict(tree.get(group)) else {}
-            for schema in options.values():
-                fields = {field.name: field.default for field in dataclasses.fields(schema)}
-                if set(node) == set(fields) and node.get("kind") == fields.get("kind"):
-                    config[group] = schema
+        for group, schemas in SCHEMAS.items():
+            kind = tree[group].get("kind") if OmegaConf.is_dict(tree.get(group)) else None
+            if kind is not None and kind not in schemas:
+                raise ConfigError(
+                    f"config.yaml has {group}.kind={kind}, and this version of vlmrl knows only {', '.join(schemas)}: "
+                    "continue the run with the version that its `environment` names."
+                )
+            config[group] = schemas[kind] if kind is not None else base_of(group)
         config = OmegaConf.merge(config, tree)
     except OmegaConfBaseException as error:
         raise ConfigError(
@@ -56,8 +62,33 @@ def typed(tree: DictConfig) -> DictConfig:
     return config
 
 
+def base_of(group: str) -> type:
+    """The schema that the field of a mixed group has in RunConfig."""
+    base: type = typing.get_type_hints(RunConfig)[group]
+    return base
+
+
+def _upgraded(tree: DictConfig) -> DictConfig:
+    """A copy of an older config.yaml with the keys of today.
+
+    The first version had no `task.kind`, whose value follows from the task's keys, and no `task.credit`: the credit
+    was `algorithm.credit` alone.
+    """
+    if not OmegaConf.is_dict(tree.get("task")) or "kind" in tree.task:
+        return tree
+    tree = copy.deepcopy(tree)
+    with open_dict(tree):
+        known = {kind: {field.name for field in dataclasses.fields(schema)} for kind, schema in SCHEMAS["task"].items()}
+        kind = next((kind for kind, names in known.items() if names.issuperset(tree.task)), None)
+        if kind is not None:
+            tree.task.kind = kind
+        if (credit := OmegaConf.select(tree, "algorithm.credit")) is not None:
+            tree.task.credit = credit
+    return tree
+
+
 def summary(error: OmegaConfBaseException) -> str:
-    """The key and the first line of what OmegaConf says about it."""
+    """The key and the first line of an OmegaConf error."""
     text = str(error).splitlines()[0]
     return f"{error.full_key}: {text}" if error.full_key else text
 

@@ -1,10 +1,10 @@
-"""RunConfig, the root schema.
+"""RunConfig, the root of the schema.
 
-Every group has a file of dataclasses beside this one; YAML files in conf/ hold choices only.
+Each group of conf/ has a file of dataclasses next to this one; YAML files in conf/ hold choices only.
 
-    command line ─▶ Hydra composes conf/ against the schemas ─▶ parse: DictConfig to RunConfig ─▶ preflight
+    command line ─▶ Hydra composes conf/ against the schema ─▶ parse: DictConfig to RunConfig ─▶ preflight: check
 
-Types, unknown keys and enum values are refused by the schemas while composing.
+While composing, the schema refuses wrong types, unknown keys and unknown choices.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from omegaconf import MISSING
 
 from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.export import ExportConfig
+from vlmrl.config.fields import LARGEST_SEED, Resume, setting
 from vlmrl.config.inference import EmbeddedConfig, InferenceConfig, VllmConfig
 from vlmrl.config.model import ModelConfig
 from vlmrl.config.monitor import MonitorConfig
@@ -36,68 +37,72 @@ class Mode(Enum):
     """What the command does."""
 
     rl = "rl"
-    """A supervised warm-up where `trainer.warmup.steps` asks for one, then reinforcement learning."""
+    """Reinforcement learning, after a supervised warm-up where `trainer.warmup.steps` is above 0."""
     sft = "sft"
     """Supervised learning only: `trainer.warmup` is the whole run."""
     eval = "eval"
-    """Held-out evaluation of the policy as it is."""
+    """Evaluate the policy on held-out problems and stop."""
     check = "check"
-    """The task against the contract of `vlmrl.tasks.base`: a table, and exit code 0 only if every rule holds. Takes
-    neither a model nor a run folder."""
+    """Check the task against the contract of `vlmrl.tasks.base`: prints a table; exit code 0 only if every rule holds.
+    Takes neither a model nor a run folder."""
     doctor = "doctor"
-    """A few problems through renderer, engine and trainer: do they agree? To be asked before a long run."""
+    """Send a few problems through renderer, engine and trainer and compare what each saw. Use it before a long run."""
     replay = "replay"
-    """A recorded batch (`run`, `step`) through today's code: where does it differ? A table, and replay.json."""
+    """Send a recorded batch (`run`, `step`) through today's code and show where it differs: a table, and
+    replay.json."""
     export = "export"
-    """The newest checkpoint of a run (`resume`) as a Hugging Face folder, for transformers and vLLM."""
+    """Write the newest checkpoint of a run (`resume`) as a Hugging Face folder, for transformers and vLLM."""
     compare = "compare"
-    """One table and one plot of runs that were made before (`runs`)."""
+    """Make one table and one plot of earlier runs (`runs`)."""
     report = "report"
-    """The page of a run, or of several side by side. Takes `run=` or `runs=` and nothing else; no torch."""
+    """Write the page of one run, or of several side by side. Takes `run=` or `runs=` and nothing else; needs no
+    torch."""
 
 
 @dataclass
 class RunConfig:
     """One run."""
 
-    mode: Mode = Mode.rl
-    """What the command does."""
-    seed: int = 0
-    """Seed of problems, sampling and everything random but the tiny checkpoint's weights (`model.tiny.seed`)."""
-    dry_run: bool = False
-    """Compose, check, print what the run would take, and stop: no folder, no process, exit code 0 or 2."""
-    resume: str | None = None
-    """A run folder to continue; its config.yaml is taken, overrides of single values apply on top."""
-    run: str | None = None
-    """mode=replay, mode=report: the run folder. For a replay its config.yaml is taken, overrides of values, engine and
-    weight sync on top."""
-    step: int | None = None
-    """mode=replay: the batch that is replayed, counted in optimizer steps from 1."""
-    runs: list[str] = field(default_factory=list)
+    mode: Mode = setting(Mode.rl, on_resume=Resume.free)
+    """What the command does. A resumed run keeps its mode, or is evaluated or exported."""
+    seed: int = setting(0, on_resume=Resume.refused, low=0, high=LARGEST_SEED, outside="it seeds no generator")
+    """Seed of problems, sampling and everything else that is random, except the weights of the tiny checkpoint
+    (`model.tiny.seed`)."""
+    dry_run: bool = setting(False, on_resume=Resume.free)
+    """Compose the config, check it, print what the run would take, and stop. Makes no folder and starts no process;
+    exit code 0 or 2."""
+    resume: str | None = setting(None, on_resume=Resume.free)
+    """Folder of a run to continue. The run uses its own config.yaml, with the overrides of single values on top."""
+    run: str | None = setting(None, on_resume=Resume.free)
+    """mode=replay, mode=report: folder of the run. A replay uses the run's config.yaml, with overrides of values,
+    engine and weight sync on top."""
+    step: int | None = setting(None, on_resume=Resume.free, low=1, outside="there is no such batch")
+    """mode=replay: the batch to replay, counted in optimizer steps from 1."""
+    runs: list[str] = setting([], on_resume=Resume.free)
     """mode=compare, mode=report: folders of runs and of multiruns, e.g. `[outputs/multirun/seeds]`."""
-    output_dir: str = MISSING
-    """The run's own folder, absolute; filled in from `hydra.run.dir` (`outputs/<date>/<time>_<model>_<task>`, or
-    `<time>_<experiment>`)."""
+    output_dir: str = setting(MISSING, on_resume=Resume.refused)
+    """The run's own folder, an absolute path. It is filled in from `hydra.run.dir`:
+    `outputs/<date>/<time>_<experiment>`, or `<time>_<model>_<task>` without an experiment."""
     model: ModelConfig = MISSING
     """The policy."""
     task: TaskConfig = MISSING
-    """What is learned."""
+    """What the policy learns."""
     orchestrator: OrchestratorConfig = MISSING
     """Rollouts and the loop."""
     algorithm: AlgorithmConfig = MISSING
     """From rewards to a loss."""
     inference: InferenceConfig = MISSING
-    """The sampler."""
+    """The engine that samples."""
     trainer: TrainerConfig = MISSING
-    """The learner."""
+    """Optimizer, schedule, packing and checkpoints."""
     weight_sync: WeightSyncConfig = MISSING
-    """How a policy version reaches the sampler."""
+    """How new weights reach the inference engine."""
     monitor: MonitorConfig = MISSING
-    """What a run shows and leaves."""
+    """What a run shows and records."""
     export: ExportConfig = field(default_factory=ExportConfig)
-    """Where mode=export writes to."""
+    """Where mode=export writes."""
     sweep: SweepConfig = field(default_factory=SweepConfig)
-    """What becomes of a sweep's jobs when it is run again. The sweeps themselves are in sweeps/ (`+sweep=<name>`)."""
+    """What a sweep does with its earlier jobs. The sweeps themselves are in sweeps/ (`+sweep=<name>`)."""
 
 
 SCHEMAS: dict[str, dict[str, type]] = {
@@ -110,4 +115,15 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "cuda_ipc": CudaIpcSyncConfig,
     },
 }
-"""Groups whose options differ in their fields: option → schema. Elsewhere RunConfig's field has the schema."""
+"""Mixed groups, whose options differ in their fields: group → `kind` → schema. A schema's `kind` is its default."""
+
+
+def schemas_of(base: type) -> dict[str, type]:
+    """The schemas by `kind` of a field whose type is `base`; empty where `base` is not the base of a mixed group.
+
+    It goes by type and not by name, so it also finds a mixed group that lies deeper than in the root.
+
+    >>> list(schemas_of(TaskConfig)), schemas_of(ModelConfig)
+    (['color_codeword', 'imported'], {})
+    """
+    return next((kinds for kinds in SCHEMAS.values() if all(base in kind.__bases__ for kind in kinds.values())), {})

@@ -1,46 +1,61 @@
-"""`task`: what is learned. Each built-in task has its own schema; `task.target` may name a user's class."""
+"""`task`: what the policy learns. Each built-in task has its own schema; `task.target` may name a class of your own."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import MISSING
+
+from vlmrl.config.algorithm import Credit
+from vlmrl.config.fields import Resume, setting
 
 
 @dataclass
 class TaskConfig:
     """What every task has."""
 
-    target: str = MISSING
+    target: str = setting(MISSING, on_resume=Resume.refused)
     """Import path of the Task class, `package.module:Class`; called as `Class(config, seed=run seed)`."""
-    max_turns: int = 1
-    """Turns of an episode: prompt, completion, reply."""
-    num_examples: int | None = None
-    """Training problems: the first so many, over and over, supervised steps included. None: as many as the task has."""
+    max_turns: int = setting(1, on_resume=Resume.noted, low=1, outside="an episode has no turn")
+    """The most turns of an episode; a turn is a prompt and its completion."""
+    num_examples: int | None = setting(None, on_resume=Resume.noted, low=1, outside="there is no problem to train on")
+    """Number of training problems: the run repeats the first so many, in supervised steps too. None uses all problems
+    of the task."""
+    credit: Credit = setting(Credit.episode, on_resume=Resume.noted)
+    """Which reward the task's turns are trained on; the default of `algorithm.credit`. A task that rewards single turns
+    says `turn`."""
+    kind: str = setting(MISSING, on_resume=Resume.refused)
+    """The task's schema; set by the option that `task=` chooses."""
 
 
 @dataclass
 class ColorCodewordConfig(TaskConfig):
-    """Colours to letters: read the squares, answer with the codeword so far."""
+    """Read the colors of squares as letters: the answer is the codeword so far."""
 
-    target: str = "vlmrl.tasks.color_codeword:ColorCodeword"
+    kind: str = setting("color_codeword", on_resume=Resume.refused)
+    """The built-in task."""
+    target: str = setting("vlmrl.tasks.color_codeword:ColorCodeword", on_resume=Resume.refused)
     """The built-in class."""
-    max_turns: int = 2
+    max_turns: int = setting(2, on_resume=Resume.noted, low=1, outside="an episode has no turn")
     """User turns; the codeword has `max_turns * images_per_turn` letters."""
-    images_per_turn: int = 2
+    credit: Credit = setting(Credit.turn, on_resume=Resume.noted)
+    """Each answer has a reward of its own. With one reward per episode, the tiny model does not learn the task."""
+    images_per_turn: int = setting(2, on_resume=Resume.noted, low=1, outside="there is nothing to read")
     """Squares that each user turn shows."""
-    image_size: int = 32
+    image_size: int = setting(32, on_resume=Resume.noted, low=1, outside="an image has no pixel")
     """Pixels per side of a square."""
-    shuffle_images: bool = False
-    """Control: show the images of another problem. Nothing can be learned then."""
-    holdout_one_in: int = 8
-    """Codewords of which one, chosen by its hash, is kept for evaluation and never trained on."""
+    shuffle_images: bool = setting(False, on_resume=Resume.refused)
+    """Blind control: show the images of another problem. Nothing can be learned then."""
+    holdout_one_in: int = setting(8, on_resume=Resume.refused, low=2, outside="no codeword is left to train on")
+    """One of so many codewords, chosen by its hash, is kept for evaluation and never trained on."""
 
 
 @dataclass
 class ImportedTaskConfig(TaskConfig):
-    """A task of the user's own: `task=my_package.my_module:MyTask task.args.level=3`."""
+    """A task of your own: `task=my_package.my_module:MyTask task.args.level=3`."""
 
-    args: dict[str, Any] = field(default_factory=dict)
-    """Whatever the task reads; not checked here."""
+    kind: str = setting("imported", on_resume=Resume.refused)
+    """A task of your own, which `task.target` names."""
+    args: dict[str, Any] = setting({}, on_resume=Resume.noted, free_form=True)
+    """Settings that your task reads; they are not checked."""

@@ -1,46 +1,49 @@
-"""`trainer`: optimizer, schedule, packing, checkpoints. No torch."""
+"""`trainer`: optimizer, schedule, packing and checkpoints."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
 
+from vlmrl.config.fields import LARGEST, SMALLEST, Resume, setting
+
 
 class Packing(Enum):
-    """How samples share a micro-batch (packing.py)."""
+    """How samples share a micro-batch (`vlmrl.trainer.packing`)."""
 
     tree = "tree"
-    """Each distinct prefix token once per micro-batch."""
+    """Each distinct prefix token is computed once per micro-batch."""
     varlen = "varlen"
-    """Samples side by side, nothing shared."""
+    """Samples stand side by side and share nothing."""
     none = "none"
-    """One sample per forward; the reference."""
+    """One sample per forward pass; the reference."""
 
 
 class Sharding(Enum):
-    """Where the weights of a trainer of several ranks are; a run of one process has nothing to choose."""
+    """Where the weights are when the trainer has several ranks. With one rank it has no effect."""
 
     full = "full"
-    """Each rank holds a slice of every tensor, of its gradient and of the optimizer's averages (FSDP2)."""
+    """Each rank holds a slice of every tensor, of its gradient and of the optimizer state (FSDP2)."""
     optimizer = "optimizer"
-    """Each rank holds a slice of what learns and of the optimizer's averages (ZeRO-1, arXiv 1910.02054). Through the
-    micro-batches of a step it holds the weights that are computed with and the sums of the gradients whole: a weight is
-    gathered once a step and a gradient summed over the ranks once, where `full` does both in every micro-batch."""
+    """Each rank holds a slice of the trainable weights and of the optimizer state (ZeRO-1, arXiv 1910.02054). During
+    the micro-batches of a step it holds the compute weights and the summed gradients whole: weights are gathered and
+    gradients summed over the ranks once per step, where `full` does both in every micro-batch."""
     none = "none"
-    """Each rank holds all of them: for a model that has room, and for inference=embedded, which samples from them."""
+    """Each rank holds all weights: for a model that fits, and for inference=embedded, which samples from them."""
 
 
 class Optimizer(Enum):
-    """What changes the weights."""
+    """The optimizer and the number format of its state."""
 
     adamw = "adamw"
-    """Averages in float32."""
+    """AdamW with its averages in float32."""
     adamw_8bit = "adamw_8bit"
-    """Averages in 8 bits, a scale per block (torchao, after arXiv 2110.02861): 2 bytes a parameter instead of 8."""
+    """AdamW with its averages in 8 bits and one scale per block (torchao, after arXiv 2110.02861): 2 bytes per
+    parameter instead of 8."""
 
 
 class Decay(Enum):
-    """Learning rate after the warm-up."""
+    """The learning rate after the warm-up."""
 
     constant = "constant"
     linear = "linear"
@@ -48,10 +51,10 @@ class Decay(Enum):
 
 
 class Demonstrations(Enum):
-    """What supervised samples answer."""
+    """What the assistant says in supervised samples."""
 
     random = "random"
-    """Random answers in the right format: teaches the format, nothing about the pixels."""
+    """Random answers in the right format: they teach the format and nothing about the pixels."""
     correct = "correct"
     """The task's true answers. (Not called `true`, which YAML and the command line read as a boolean.)"""
 
@@ -60,70 +63,86 @@ class Demonstrations(Enum):
 class SFTConfig:
     """Supervised steps: the warm-up before RL (`mode=rl`) or the whole run (`mode=sft`)."""
 
-    steps: int = 0
+    steps: int = setting(0, on_resume=Resume.noted, low=0, outside="it is not a number of steps (0 is no warm-up)")
     """Optimizer steps; 0 skips the warm-up."""
-    batch_size: int = 64
+    batch_size: int = setting(64, on_resume=Resume.noted, low=1, outside="a supervised step has nothing to learn from")
     """Conversations per optimizer step."""
-    learning_rate: float = 1.5e-3
+    learning_rate: float = setting(
+        1.5e-3, on_resume=Resume.noted, low=SMALLEST, high=LARGEST, outside="nothing is learned"
+    )
     """Step size of AdamW, constant over the supervised steps."""
-    demonstrations: Demonstrations = Demonstrations.random
-    """What the assistant says in them."""
-    rl_weight: float = 0.0
+    demonstrations: Demonstrations = setting(Demonstrations.random, on_resume=Resume.noted)
+    """What the assistant says in supervised samples."""
+    rl_weight: float = setting(0.0, on_resume=Resume.noted, low=0, high=LARGEST, outside="demonstrations are unlearned")
     """Weight of supervised samples in RL: each step's loss gets this times the mean negative log-likelihood of
-    `rl_batch_size` further demonstrations (PPO-ptx, arXiv 2203.02155, eq. 2). With random answers it keeps the policy
-    from being certain of an answer that no reward has confirmed: certainty ends exploration, and what is not tried is
-    not learned. The weight falls with the learning rate, since in the end the policy should be certain."""
-    rl_batch_size: int = 16
+    `rl_batch_size` more demonstrations (PPO-ptx, arXiv 2203.02155, eq. 2). With random answers, it keeps the policy
+    from becoming certain of an answer that no reward has confirmed: certainty ends exploration, and an answer that is
+    never tried is never learned. The weight falls with the learning rate, because the policy should be certain in the
+    end."""
+    rl_batch_size: int = setting(16, on_resume=Resume.noted, low=1, outside="there are no demonstrations to weigh")
     """Conversations per RL step, where `rl_weight` is above 0."""
 
 
 @dataclass
 class TrainerConfig:
-    """The learner."""
+    """The trainer: it computes the loss and updates the weights."""
 
-    max_steps: int = 400
+    max_steps: int = setting(400, on_resume=Resume.free, low=1, outside="nothing is learned")
     """Optimizer steps of RL."""
-    seq_len: int = 1024
-    """Tokens; a sample longer than this is never made (the rollout stops before)."""
-    packing: Packing = Packing.tree
+    seq_len: int = setting(1024, on_resume=Resume.noted, low=1, outside="no sample fits")
+    """The most tokens of a sample; a rollout stops before it gets longer."""
+    packing: Packing = setting(Packing.tree, on_resume=Resume.free)
     """How samples share a micro-batch."""
-    micro_batch_tokens: int = 16384
-    """Positions per forward/backward, counted after packing. A single tree or sample may exceed it alone."""
-    sharding: Sharding = Sharding.full
-    """What each rank holds, where torchrun or Slurm started several."""
-    cpu_offload: bool = False
-    """What learns (float32 weights, gradients, the optimizer's averages) is in the host's memory, and AdamW runs there:
-    for a model that a GPU has no room for otherwise. Nothing changes where the model is on a CPU."""
-    optimizer: Optimizer = Optimizer.adamw
-    """AdamW, and how it keeps its averages."""
-    compile: bool = False
-    """`torch.compile` of each layer: fewer passes over memory, a minute at the start. For a GPU."""
-    activation_checkpointing: bool = False
-    """Keep of each layer its input alone and compute it again in the backward pass: a third more work, a fraction of
-    the memory, so that more tokens fit in a micro-batch."""
-    feature_cache_mib: int = 1024
-    """Bytes, in MiB, for features of images on the trainer's device; only where the vision tower is frozen."""
-    learning_rate: float = 1.5e-3
-    """Step size of AdamW, at its highest."""
-    lr_warmup_steps: int = 0
+    micro_batch_tokens: int = setting(16384, on_resume=Resume.free, low=1, outside="no sample fits")
+    """Positions per forward/backward pass, counted after packing. A single tree or sample may exceed it alone."""
+    sharding: Sharding = setting(Sharding.full, on_resume=Resume.free)
+    """What each rank holds, where torchrun or Slurm started several ranks."""
+    cpu_offload: bool = setting(False, on_resume=Resume.free)
+    """Keep the trainable float32 weights, the gradients and the optimizer state in the host's memory, and run AdamW
+    there: for a model that does not fit on the GPU otherwise. It has no effect where the model is on a CPU."""
+    optimizer: Optimizer = setting(Optimizer.adamw, on_resume=Resume.refused)
+    """AdamW and the number format of its averages."""
+    compile: bool = setting(False, on_resume=Resume.free)
+    """Compile each layer with `torch.compile`: it reads and writes memory less often and takes a minute at the start.
+    For GPUs."""
+    activation_checkpointing: bool = setting(False, on_resume=Resume.free)
+    """Keep only the input of each layer and compute the layer again in the backward pass: a third more work and a
+    fraction of the memory, so more tokens fit in a micro-batch."""
+    feature_cache_mib: int = setting(
+        1024, on_resume=Resume.free, low=0, outside="it is not a number of bytes (0 keeps nothing)"
+    )
+    """Bytes, in MiB, of image features to keep on the trainer's device; used only where the vision tower is frozen."""
+    learning_rate: float = setting(
+        1e-6, on_resume=Resume.noted, low=SMALLEST, high=LARGEST, outside="nothing is learned"
+    )
+    """Highest step size of AdamW. The default suits pretrained weights; the option of `model` sets its own."""
+    lr_warmup_steps: int = setting(0, on_resume=Resume.noted, low=0, outside="it is not a number of steps")
     """Optimizer steps over which the learning rate rises linearly from 0."""
-    decay: Decay = Decay.linear
-    """How it falls from there to `max_steps`."""
-    min_lr_ratio: float = 0.1
+    decay: Decay = setting(Decay.linear, on_resume=Resume.noted)
+    """How the learning rate falls from there to `max_steps`."""
+    min_lr_ratio: float = setting(
+        0.1, on_resume=Resume.noted, low=0, high=1, outside="the decay ends below 0 or above its start"
+    )
     """Share of `learning_rate` at which the decay ends."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Shares of the old that AdamW's averages keep at a step, of the mean and of the square."""
-    eps: float = 1e-8
-    """AdamW's, in the gradient's unit; added to the root of the square."""
-    weight_decay: float = 0.0
-    """Share of a weight that AdamW takes away at a step, times the learning rate (decoupled)."""
-    max_grad_norm: float = 1.0
+    betas: tuple[float, float] = setting(
+        (0.9, 0.95), on_resume=Resume.noted, low=0, high=1 - 2**-53, outside="an average of AdamW never changes"
+    )
+    """Shares of the old values that AdamW's averages of the gradient and of its square keep at a step."""
+    eps: float = setting(1e-8, on_resume=Resume.noted, low=SMALLEST, high=LARGEST, outside="AdamW may divide by 0")
+    """AdamW's epsilon, in the gradient's unit; added to the root of the average square."""
+    weight_decay: float = setting(0.0, on_resume=Resume.noted, low=0, high=LARGEST, outside="weights grow on their own")
+    """Share of a weight that AdamW subtracts at a step, times the learning rate (decoupled)."""
+    max_grad_norm: float = setting(
+        1.0, on_resume=Resume.noted, low=SMALLEST, outside="every gradient is scaled to nothing"
+    )
     """The gradient is scaled down to this L2 norm over all parameters."""
-    threads: int = 1
-    """torch threads on a CPU. One is safer than two on a shared machine."""
-    checkpoint_every: int = 20
-    """Optimizer steps between checkpoints; 0: only at the end."""
-    keep_checkpoints: int = 2
-    """Newest checkpoints kept; older ones are deleted."""
+    threads: int = setting(1, on_resume=Resume.free, low=1, outside="torch has no thread to run on")
+    """torch threads on a CPU. On a shared machine, one is safer than two."""
+    checkpoint_every: int = setting(
+        20, on_resume=Resume.free, low=0, outside="it is not a number of steps (0 writes one at the end only)"
+    )
+    """Optimizer steps between checkpoints; 0 writes one at the end only."""
+    keep_checkpoints: int = setting(2, on_resume=Resume.free, low=1, outside="there is nothing to resume from")
+    """Number of newest checkpoints to keep; older ones are deleted."""
     warmup: SFTConfig = field(default_factory=SFTConfig)
     """Supervised steps."""

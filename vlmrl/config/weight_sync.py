@@ -1,4 +1,4 @@
-"""`weight_sync`: how a policy version reaches the engine. No torch."""
+"""`weight_sync`: how new weights reach the inference engine."""
 
 from __future__ import annotations
 
@@ -6,59 +6,63 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
+from vlmrl.config.fields import Resume, setting
+
 
 @dataclass
 class WeightSyncConfig:
-    """What every way of publishing has."""
+    """What every way of weight sync has."""
 
-    kind: str = MISSING
-    """Which one; said by its schema, chosen with `weight_sync=`, and by `inference=` for most runs."""
+    kind: str = setting(MISSING, on_resume=Resume.refused)
+    """The way of weight sync; set by the option that `weight_sync=` chooses. `inference=` chooses a fitting one."""
 
 
 @dataclass
 class InProcessSyncConfig(WeightSyncConfig):
-    """The embedded engine reads the trainer's own weights: nothing travels."""
+    """The embedded engine reads the trainer's own weights; nothing is copied."""
 
-    kind: str = "in_process"
+    kind: str = setting("in_process", on_resume=Resume.refused)
     """For `inference=embedded` only."""
 
 
 @dataclass
 class FolderSyncConfig(WeightSyncConfig):
-    """Through a folder that trainer and servers both see: one safetensors file per version, read by vLLM in place."""
+    """Weights go through a folder that trainer and servers both see: one safetensors file per version, which vLLM reads
+    in place."""
 
-    kind: str = "folder"
-    """`folder`: works for every engine, CPU or GPU, on this machine or, over a network disk, on others."""
-    root: str = "/dev/shm"
-    """Where the run makes its folder, which holds one or two copies of the weights. Shared memory by default, because
-    a disk would be the slowest part of a step; for servers on other machines, a folder that they see too."""
-    verify: bool = False
-    """Compare the SHA-256 of every weight in every server with the trainer's after each publish. Reads all weights
-    twice, so it is for finding out whether a set-up works, not for every step."""
+    kind: str = setting("folder", on_resume=Resume.refused)
+    """`folder` works for every engine: on CPU or GPU, on this machine or, over a network disk, on others."""
+    root: str = setting("/dev/shm", on_resume=Resume.free)
+    """Where the run makes its folder, which holds one or two copies of the weights. The default is shared memory,
+    because a disk would be the slowest part of a step. For servers on other machines, name a folder that they also
+    see."""
+    verify: bool = setting(False, on_resume=Resume.free)
+    """After each weight sync, compare the SHA-256 of every weight in every server with the trainer's. It reads all
+    weights twice, so use it to test a set-up, not in every run."""
 
 
 @dataclass
 class NcclSyncConfig(WeightSyncConfig):
-    """From GPU to GPU through vLLM's weight transfer, for servers on other GPUs than the trainer's, this host's or
-    another's. The trainer's GPU holds a second copy of the weights in `inference.dtype`, and room for two buckets of
-    half a GiB or so."""
+    """Weights go from GPU to GPU through vLLM's weight transfer, for servers on other GPUs than the trainer's, on this
+    host or another. The trainer's GPU holds a second copy of the weights in `inference.dtype`, and room for two buckets
+    of about half a GiB."""
 
-    kind: str = "nccl"
-    """`nccl`: the fastest where the trainer has a GPU of its own."""
-    verify: bool = False
-    """As `folder`'s."""
+    kind: str = setting("nccl", on_resume=Resume.refused)
+    """`nccl` is the fastest way where the trainer has a GPU of its own."""
+    verify: bool = setting(False, on_resume=Resume.free)
+    """After each weight sync, compare the SHA-256 of every weight in every server with the trainer's."""
 
 
 @dataclass
 class CudaIpcSyncConfig(WeightSyncConfig):
-    """Through the memory of the one GPU that trainer and servers share, by vLLM's weight transfer. The GPU holds a
-    third copy of the weights, in `inference.dtype`, beside the trainer's and the server's.
+    """Weights go through the memory of the one GPU that trainer and servers share, by vLLM's weight transfer. The GPU
+    holds a third copy of the weights, in `inference.dtype`, next to the trainer's and the server's.
 
-    Servers read pickles of whoever has their key (VLLM_ALLOW_INSECURE_SERIALIZATION=1), so who has it can run code as
-    the server's user; those that the run starts listen on this host alone, with a random key.
+    The servers unpickle what clients with their key send (VLLM_ALLOW_INSECURE_SERIALIZATION=1), so anyone who has the
+    key can run code as the server's user. Servers that the run starts listen on this host only, with a random key.
     """
 
-    kind: str = "cuda_ipc"
-    """`cuda_ipc`: the fastest where trainer and servers share one GPU."""
-    verify: bool = False
-    """As `folder`'s."""
+    kind: str = setting("cuda_ipc", on_resume=Resume.refused)
+    """`cuda_ipc` is the fastest way where trainer and servers share one GPU."""
+    verify: bool = setting(False, on_resume=Resume.free)
+    """After each weight sync, compare the SHA-256 of every weight in every server with the trainer's."""

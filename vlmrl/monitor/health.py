@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vlmrl.record.metrics import ZERO_ADVANTAGE, Record
+from vlmrl.config.algorithm import Credit
+from vlmrl.record.metrics import Record
+from vlmrl.types import Group
 
+EQUAL_COMPARED = "groups/equal_compared"
+"""The share of groups whose compared rewards are equal; in the monitor's memory only, not in metrics.jsonl."""
 WINDOW = 5
 """Optimizer steps that a problem must last (no signal, entropy) or is averaged over (drops, time)."""
 HISTORY = 200
@@ -41,11 +45,12 @@ STARVED = 0.8
 """Share of the step time for which one side must wait for the other."""
 
 
-def warnings_for(history: Sequence[Record], *, exact: bool) -> list[str]:
+def warnings_for(history: Sequence[Record], *, exact: bool, credit: Credit = Credit.episode) -> list[str]:
     """The problems that the newest lines show; empty where there are none.
 
-    `exact`: engine and trainer both compute in float32. A line that lacks a key (step 0, or a null) neither raises nor
-    clears the warnings that use it. Rollouts dropped as `zero_advantage` do not count as dropped.
+    `exact`: engine and trainer both compute in float32. `credit`: which rewards the advantages compare. A line that
+    lacks a key (step 0, or a null) neither raises nor clears the warnings that use it. Rollouts dropped as
+    `zero_advantage` do not count as dropped.
 
     >>> quiet = {"step": 1, "rollouts/total": 64, "rollouts/dropped": 0}
     >>> warnings_for([quiet], exact=True)
@@ -56,7 +61,7 @@ def warnings_for(history: Sequence[Record], *, exact: bool) -> list[str]:
     lines = [record for record in history if record["step"] > 0]
     recent = lines[-WINDOW:]
     checks = (
-        _no_signal(recent),
+        _no_signal(recent, credit),
         _dropped(recent),
         _cut(recent),
         _mismatch(lines, exact),
@@ -75,15 +80,32 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _no_signal(recent: Sequence[Record]) -> str | None:
-    shares = _values(recent, ZERO_ADVANTAGE)
+def compares_equal_rewards(group: Group, credit: Credit) -> bool:
+    """Whether the rewards that this group compares are all equal: the episodes' rewards, or for every turn the rewards
+    of that turn. Failed rollouts are not compared; fewer than two others compare nothing, which is False."""
+    siblings = [rollout for rollout in group.rollouts if rollout.turns and not rollout.stop_reason.is_fault]
+    if len(siblings) < 2:
+        return False
+    if credit is Credit.episode:
+        return len({rollout.reward for rollout in siblings}) == 1
+    turns = max(len(rollout.turns) for rollout in siblings)
+    return all(
+        len({rollout.turns[t].reward for rollout in siblings if len(rollout.turns) > t}) == 1 for t in range(turns)
+    )
+
+
+def _no_signal(recent: Sequence[Record], credit: Credit) -> str | None:
+    shares = _values(recent, EQUAL_COMPARED)
     if len(shares) < WINDOW or min(shares) < 1.0:
         return None
+    if credit is Credit.turn:
+        compared, other = "each turn's turn_reward", "If the task sets only `reward`, set algorithm.credit=episode. "
+    else:
+        compared, other = "the episode's reward", ""
     return (
-        f"For {WINDOW} steps, the rewards that are compared (turn_reward with algorithm.credit=turn, reward with "
-        "algorithm.credit=episode) have been equal within every group, so there is nothing to learn from. Check that "
-        "algorithm.credit names the reward that the task sets. If the task is too hard, reward partial success or add "
-        "warm-up steps. If the rollouts of a group are too similar, raise orchestrator.group_size or "
+        f"For {WINDOW} steps, the rewards that algorithm.credit={credit.name} compares ({compared}) have been equal "
+        f"within every group, so there is nothing to learn from. {other}If the task is too hard, reward partial "
+        "success or add warm-up steps. If the rollouts of a group are too similar, raise orchestrator.group_size or "
         "orchestrator.temperature. If the task is solved, stop the run."
     )
 

@@ -24,10 +24,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from vlmrl.config.algorithm import Credit
 from vlmrl.config.monitor import MonitorConfig
 from vlmrl.errors import VlmrlError
 from vlmrl.monitor.glimpse import SHOWN, pick
-from vlmrl.monitor.health import HISTORY, warnings_for
+from vlmrl.monitor.health import EQUAL_COMPARED, HISTORY, compares_equal_rewards, warnings_for
 from vlmrl.monitor.progress import PHASES, Progress, duration
 from vlmrl.monitor.report.background import ReportWriter
 from vlmrl.monitor.wandb_logger import WandbLogger
@@ -53,10 +54,13 @@ class Monitor:
     cannot be written.
     """
 
-    def __init__(self, config: MonitorConfig, run_dir: RunDir, *, total_steps: int, exact: bool) -> None:
+    def __init__(
+        self, config: MonitorConfig, run_dir: RunDir, *, total_steps: int, exact: bool, credit: Credit
+    ) -> None:
         """`total_steps`: RL steps of the whole run, for the progress bar. `exact`: engine and trainer both compute in
-        float32, so that their logprobs may differ only by rounding."""
+        float32, so that their logprobs may differ only by rounding. `credit`: which rewards the advantages compare."""
         self._exact = exact
+        self._credit = credit
         self._config = config
         self._run_dir = run_dir
         self._progress = Progress(name=run_dir.name, total_steps=total_steps, live=config.live)
@@ -170,11 +174,14 @@ class Monitor:
         self._wandb.start()
         self._wandb.log(record)
         self.record(step, groups)
-        self._history.append(self._metrics.last or record)  # as written: numbers that are not finite are None
+        self._history.append(dict(self._metrics.last or record))  # as written: numbers that are not finite are None
+        if groups:
+            equal = [compares_equal_rewards(group, self._credit) for group in groups]
+            self._history[-1][EQUAL_COMPARED] = sum(equal) / len(groups)
         self._trained_on = [group.rollouts[0] for group in groups]
         self._progress.rollouts(f"rollouts of step {step}", pick(groups))
         self._progress.step(step, self._history[-1])
-        for text in warnings_for(self._history, exact=self._exact):
+        for text in warnings_for(self._history, exact=self._exact, credit=self._credit):
             self.warn(text)
 
     def record(self, step: int, groups: Sequence[Group]) -> None:

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-from vlmrl.config import ranges
 from vlmrl.config.run import RunConfig
 from vlmrl.preflight.rules import (
     checkpoint,
@@ -27,6 +26,7 @@ from vlmrl.preflight.rules import (
     machine,
     mode,
     model,
+    numbers,
     packages,
     past_run,
     ranks,
@@ -72,7 +72,7 @@ RULES: tuple[Rule, ...] = (
     _of_config(model.renderer_is_there),
     _of_config(model.renderer_serves_family),
     _of_config(model.positions_are_known),
-    _of_config(ranges.numbers_in_range),
+    _of_config(numbers.numbers_in_range),
     _of_config(engine.kinds_are_chosen),
     _of_config(engine.servers_have_one_place),
     _of_config(engine.vllm_takes_the_weights),

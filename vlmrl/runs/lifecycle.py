@@ -54,7 +54,13 @@ def lead(config: RunConfig, group: RankGroup | None) -> float | None:
         return None
     config, notes = settle(config)
     run_dir = open_run_dir(config, mode)
-    with Monitor(config.monitor, run_dir, total_steps=config.trainer.max_steps, exact=is_float32(config)) as monitor:
+    with Monitor(
+        config.monitor,
+        run_dir,
+        total_steps=config.trainer.max_steps,
+        exact=is_float32(config),
+        credit=config.algorithm.credit,
+    ) as monitor:
         monitor.phase("preparing")
         for note in notes:
             monitor.warn(note)

@@ -10,6 +10,7 @@ import pytest
 from vlmrl.cli.arguments import CONF
 from vlmrl.cli.explain import explanation
 from vlmrl.cli.main import main
+from vlmrl.cli.recipe import with_recipe
 from vlmrl.cli.schemas import register_schemas
 from vlmrl.config.keys import known_keys
 from vlmrl.errors import ConfigError
@@ -17,7 +18,7 @@ from vlmrl.errors import ConfigError
 
 def explain(*arguments: str) -> str:
     register_schemas()
-    return explanation(arguments, CONF)
+    return explanation(with_recipe(list(arguments)), CONF)
 
 
 def test_one_key_from_schema_to_command_line() -> None:
@@ -25,8 +26,9 @@ def test_one_key_from_schema_to_command_line() -> None:
     assert text == (
         "trainer.learning_rate = 1e-05\n"
         "    float; step size; above 0 and finite\n"
-        "    Step size of AdamW, at its highest.\n"
-        "    from schema 0.0015 → trainer/finetune.yaml 1e-06 → experiment/color_codeword_4b.yaml 3e-06 →\n"
+        "    Highest step size of AdamW. The default suits pretrained weights; the option of `model` sets its\n"
+        "    own.\n"
+        "    from schema 1e-06 → trainer/finetune.yaml 1e-06 → experiment/color_codeword_4b.yaml 3e-06 →\n"
         "    override 1e-05\n"
     )
 
@@ -36,13 +38,16 @@ def test_one_key_from_schema_to_command_line() -> None:
     [
         (["seed"], "from schema 0"),
         (["inference.max_model_len"], "= 1024 .* from schema 1024 → inference/embedded.yaml \\${trainer.seq_len}"),
-        (["algorithm.credit"], "= turn .* turn: Each turn's own reward, .* from schema episode → config.yaml turn"),
-        (["trainer.warmup.steps"], "= 100 .* from schema 0 → trainer/default.yaml 100"),
+        (
+            ["algorithm.credit"],
+            "= turn .* turn: Each turn's own reward, .* schema episode → config.yaml \\${task.credit}",
+        ),
+        (["trainer.warmup.steps"], "= 100 .* from schema 0 → experiment/color_codeword_tiny.yaml 100"),
         (["trainer.betas", "trainer.betas=[0.8,0.9]"], r"= \[0.8,0.9\] .* → override \[0.8,0.9\]"),
         (["model.tiny.seed", "model=qwen3vl"], "= nothing: model.tiny is null under these choices"),
         (["task.target", "task=imported"], "= not set .* from schema not set"),
         (["task.args", "task=imported", "++task.args.level=3"], r"= {level:3} .* → override level=3"),
-        (["algorithm.filters.gibberish"], "one of none, track, drop .* none: It does not look."),
+        (["algorithm.filters.gibberish"], "one of none, track, drop .* none: The filter is disabled."),
         (["orchestrator/renderer"], "^orchestrator/renderer=auto The renderer: .* orchestrator.renderer.name = auto"),
         (["model/vlm"], "^model/vlm=qwen3_vl .* options: qwen3_vl, qwen3_vl_moe model.vlm.family = qwen3_vl"),
     ],

@@ -285,7 +285,7 @@ def test_a_run_gets_its_folder(vlmrl: Callable[..., Ended], tmp_path: Path) -> N
     folder = Path(str(output_dir))
     assert folder.is_absolute()
     assert folder.is_relative_to(tmp_path / "outputs")
-    assert folder.name.endswith("_qwen3vl_tiny_color_codeword")
+    assert folder.name.endswith("_color_codeword_tiny")
     assert list(folder.iterdir()) == [], "Hydra leaves nothing of its own there"
 
 

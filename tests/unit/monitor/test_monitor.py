@@ -17,6 +17,7 @@ import pytest
 import vlmrl
 from support import TESTS
 from support.rollout_builders import group, rollout
+from vlmrl.config.algorithm import Credit
 from vlmrl.config.monitor import MonitorConfig, WandbConfig, WandbMode
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import VlmrlError
@@ -49,7 +50,7 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
 def monitor_of(run_dir: RunDir, *, record_rollouts: bool = True, report: bool = False) -> Monitor:
     wandb = WandbConfig(mode=WandbMode.disabled)
     config = MonitorConfig(record_rollouts=record_rollouts, report=report, wandb=wandb)
-    return Monitor(config, run_dir, total_steps=3, exact=True)
+    return Monitor(config, run_dir, total_steps=3, exact=True, credit=Credit.episode)
 
 
 def test_a_whole_run(run_dir: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,7 +159,7 @@ def test_many_groups_without_a_signal_are_a_warning_said_once(
     summary = run_dir.read_summary()
     assert summary is not None
     (text,) = summary["warnings"]
-    assert text.startswith("For 5 steps, the rewards that are compared")
+    assert text.startswith("For 5 steps, the rewards that algorithm.credit=episode compares")
     assert capsys.readouterr().out.count(f"warning: {text}\n") == 1
     assert run_dir.main_log.read_text().count(f"WARNING vlmrl.monitor.monitor: {text}\n") == 1
 
@@ -329,12 +330,13 @@ CTRL_C = """
 import sys, time
 sys.path.insert(0, {tests!r})
 from support.rollout_builders import group
+from vlmrl.config.algorithm import Credit
 from vlmrl.config.monitor import MonitorConfig
 from vlmrl.monitor.monitor import Monitor
 from vlmrl.record.run_dir import RunDir
 run_dir = RunDir({path!r})
 run_dir.create()
-with Monitor(MonitorConfig(), run_dir, total_steps=400, exact=True) as monitor:
+with Monitor(MonitorConfig(), run_dir, total_steps=400, exact=True, credit=Credit.episode) as monitor:
     monitor.phase("rl")
     monitor.step(1, {{"reward/mean": 0.5}}, [group()])
     monitor._wandb._collect(wait=True)

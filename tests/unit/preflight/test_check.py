@@ -13,18 +13,20 @@ from omegaconf import DictConfig, OmegaConf
 
 from support.configs import checked
 from vlmrl.cli.arguments import CONF
+from vlmrl.cli.recipe import RECIPE
 from vlmrl.config.algorithm import Advantage, Credit, FilterMode, Loss
+from vlmrl.config.fields import Range
 from vlmrl.config.inference import VllmConfig
-from vlmrl.config.keys import did_you_mean, known_keys
+from vlmrl.config.keys import all_settings, did_you_mean, known_keys
 from vlmrl.config.model import Dtype, LoraConfig
 from vlmrl.config.parse import parse, typed
-from vlmrl.config.ranges import RANGES, numbers_in_range
 from vlmrl.config.run import RunConfig
 from vlmrl.config.task import ColorCodewordConfig, ImportedTaskConfig
 from vlmrl.config.trainer import Decay
 from vlmrl.errors import ConfigError
 from vlmrl.preflight.check import Stage, check
 from vlmrl.preflight.places import gpus_needed
+from vlmrl.preflight.rules.numbers import numbers_in_range
 
 OPTIONS = sorted(
     f"{path.parent.relative_to(CONF).as_posix()}={path.stem}" for path in CONF.rglob("*.yaml") if path.parent != CONF
@@ -97,7 +99,7 @@ def test_pretrained_model_brings_its_own_trainer_values(run_config: Callable[...
     assert config.trainer.warmup.steps == 0
     assert config.orchestrator.max_new_tokens == 64
     # … and the command line has the last word.
-    config = run_config("model=qwen3vl", "trainer=default", "orchestrator.max_new_tokens=16")
+    config = run_config("model=qwen3vl", "trainer=scratch", "orchestrator.max_new_tokens=16")
     assert (config.trainer.learning_rate, config.orchestrator.max_new_tokens) == (1.5e-3, 16)
 
 
@@ -302,7 +304,7 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     (("model.name=https://me:hunter2@host/x",), "model.name looks like a secret.*HF_TOKEN"),
     (("+trainer.pace=1",), "trainer.pace: there is no such key"),
     (("+pace=1",), "pace: there is no such key"),
-    (("~trainer",), "trainer has no value"),
+    (("~monitor",), "monitor has no value"),
     (("trainer.seq_len=${nowhere}",), "Interpolation key 'nowhere' not found"),
 ]
 
@@ -336,7 +338,7 @@ def default() -> dict[str, RunConfig]:
     """The default run of each engine; not to be changed."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return {
-            engine: checked(compose("config", ["output_dir=outputs/test", f"inference={engine}"]))
+            engine: checked(compose("config", [RECIPE, "output_dir=outputs/test", f"inference={engine}"]))
             for engine in ("embedded", "vllm")
         }
 
@@ -350,9 +352,12 @@ def set_key(config: RunConfig, key: str, value: object) -> None:
     setattr(node, name, [value, 0.5] if isinstance(getattr(node, name), list) else value)
 
 
-@pytest.mark.parametrize(("key", "low", "high"), [row[:3] for row in RANGES])
-def test_numbers_out_of_range(key: str, low: float, high: float, default: dict[str, RunConfig]) -> None:
-    assert key in known_keys()
+RANGES = {key: setting.range for key, setting in all_settings() if setting.range is not None}
+
+
+@pytest.mark.parametrize(("key", "allowed"), RANGES.items(), ids=RANGES)
+def test_numbers_out_of_range(key: str, allowed: Range, default: dict[str, RunConfig]) -> None:
+    low, high = allowed.low, allowed.high
     config = copy.deepcopy(default["vllm" if key.startswith("inference.") else "embedded"])
     config.model.lora = LoraConfig()
     for inside in (low, high):
@@ -363,7 +368,7 @@ def test_numbers_out_of_range(key: str, low: float, high: float, default: dict[s
         outside.append(math.nextafter(float(high), math.inf) if high <= 1 else math.inf)
     for value in outside:
         set_key(config, key, value)
-        with pytest.raises(ConfigError, match=rf"^{key}=.* requires a value .*, else .*: set another$"):
+        with pytest.raises(ConfigError, match=rf"^{key}=.* is out of range, and .*: set {key} to a value that is .*"):
             check(config, Stage.composed)
 
 

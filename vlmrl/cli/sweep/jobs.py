@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from enum import Enum
 from pathlib import Path
 
+from vlmrl.cli.recipe import RECIPE
 from vlmrl.errors import ConfigError
 from vlmrl.record.files import disk_errors
 from vlmrl.record.run_dir import RunDir
@@ -58,10 +59,14 @@ def job_name(overrides: Sequence[str], default: str) -> str:
 def of_the_job(overrides: Sequence[str]) -> list[str]:
     """The overrides that make a job what it is, sorted.
 
+    The recipe is left out, because a job without it means the same.
+
     >>> of_the_job(["+task.args.level=1", "+sweep=algorithms", "algorithm=rloo", "monitor.live=false"])
     ['algorithm=rloo', 'task.args.level=1']
+    >>> of_the_job(["seed=1", "experiment=color_codeword_tiny"])
+    ['seed=1']
     """
-    bare = (text.lstrip("+") for text in overrides)
+    bare = (text.lstrip("+") for text in overrides if text != RECIPE)
     return sorted(text for text in bare if re.split(r"[./=]", text)[0] not in NOT_OF_THE_JOB)
 
 

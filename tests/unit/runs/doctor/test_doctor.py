@@ -24,6 +24,7 @@ from support.broken_parts import (
     with_pixels,
 )
 from vlmrl import Message, Reply
+from vlmrl.config.algorithm import Credit
 from vlmrl.config.orchestrator import RendererConfig
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import EngineError
@@ -69,7 +70,7 @@ def build(run_config: Callable[..., RunConfig], tmp_path: Path) -> Iterator[Call
     run_dir = RunDir(tmp_path / "run")
     run_dir.create()
     config = run_config("mode=doctor", "monitor.wandb.mode=disabled")
-    with Monitor(config.monitor, run_dir, total_steps=1, exact=True) as monitor:
+    with Monitor(config.monitor, run_dir, total_steps=1, exact=True, credit=Credit.turn) as monitor:
         yield lambda *overrides: build_run(run_config("mode=doctor", *overrides), run_dir, monitor)
     torch.set_num_threads(threads)
 
