@@ -100,7 +100,7 @@ def test_equal_rewards_are_said_and_go_on(runs: Scenarios) -> None:
     found = summary(folder / "2")
     assert (found["exit_reason"], found["step"]) == ("finished", STEPS)
     assert any("have been equal within every group" in warning for warning in found["warnings"])
-    assert "warning: For 5 steps, the rewards that are compared" in ended.out
+    assert "warning: For 5 steps, the rewards that algorithm.credit=episode compares" in ended.out
     for line in read_metrics(folder / "2/metrics.jsonl")[1:]:
         assert (line["loss"], line["groups/equal_reward"], line["groups/zero_advantage"]) == (0.0, 1.0, 1.0)
 
