@@ -1,4 +1,4 @@
-"""Runs that were killed, interrupted or damaged, and resumed, against one that was never stopped: equal to the bit."""
+"""A run that was killed, interrupted or damaged and then resumed equals one that was never stopped, bit for bit."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from vlmrl.record.metrics import read_metrics
 pytestmark = pytest.mark.slow
 
 WARMUP_STEP_6 = FIRST_PROBLEM + 5 * 16
-"""A problem of the sixth warm-up step. Its demonstrations are made on the event loop: who waits there, stands."""
+"""A problem of the sixth warm-up step. Its demonstration is made on the event loop, so a gate there stops the run."""
 STEP_2, STEP_4 = 2, 6
-"""A problem of each of these RL steps (two groups a step). Step 4 comes between the checkpoints of steps 2 and 4."""
+"""Problems of RL steps 2 and 4 (two groups per step). A run stopped in step 4 has a checkpoint of step 2."""
 
 MODEL, OPTIMIZER = (f"shard-00001-model-0000{part}-of-00002.safetensors" for part in (1, 2))
 
 CURSOR = re.compile(r"\x1b\[\?25([lh])")
-"""Hides or shows the cursor."""
+"""The escape code that hides or shows the cursor."""
 
 
 def resume(run: Path) -> str:
@@ -51,12 +51,12 @@ def resume(run: Path) -> str:
 def signalled(
     home: Home, gate: Gate, *arguments: str, signals: tuple[signal.Signals, ...], opens: bool = False
 ) -> Ended:
-    """Send signals to a run that waits at its gate, then open the gate if asked to. `seconds` count from there."""
+    """Send signals to a run that waits at its gate, then open the gate if `opens`. `seconds` count from the signals."""
     process = home.start(*arguments)
     gate.wait(lambda: process.poll() is None)
     for number in signals:
         process.send_signal(number)
-        time.sleep(0.3)  # two signals at once are one
+        time.sleep(0.3)  # two signals at the same time count as one
     started = time.monotonic()
     if opens:
         gate.open()
@@ -104,7 +104,7 @@ def ends(home: Home, never_stopped: Path) -> Scenarios:
         return run, [twice, once, term, home.vlmrl(resume(run), "task.args.hold=-1")]
 
     def in_a_terminal() -> tuple[Path, str, int, Ended]:
-        """Ctrl-C typed at the live view, which reaches every process of the run's group, that of wandb too."""
+        """Type Ctrl-C at the live view; the signal reaches every process of the group, including wandb's."""
         run, gate = home.path / "outputs/terminal", Gate(home.path / "gates/terminal")
         screen = pexpect.spawn(
             "python",
@@ -113,13 +113,13 @@ def ends(home: Home, never_stopped: Path) -> Scenarios:
             env={**home.environment, "TERM": "xterm-256color", "LANG": "C.UTF-8"},
             dimensions=(40, 120),
             encoding="utf-8",
-            codec_errors="replace",  # the terminal echoes ^C wherever the output is at that moment
+            codec_errors="replace",  # the terminal echoes ^C in the middle of the output
             timeout=PATIENCE,
         )
         shown: list[str] = []
 
         def drawing() -> bool:
-            """Whether it runs; what it draws must be read, or it would wait for that."""
+            """Whether the process runs. Reads what it draws; a full terminal buffer would block it."""
             with contextlib.suppress(pexpect.TIMEOUT, pexpect.EOF):
                 shown.append(screen.read_nonblocking(100_000, timeout=0))
             return bool(screen.isalive())
@@ -131,7 +131,7 @@ def ends(home: Home, never_stopped: Path) -> Scenarios:
         return run, "".join(shown), screen.exitstatus, home.vlmrl(resume(run), "task.args.hold=-1")
 
     def damaged() -> tuple[Path, Ended]:
-        """The newest checkpoint is cut, the one before it was changed, and there is half of another."""
+        """Cut the newest checkpoint short, change the one before it, add a half-written one, and resume."""
         run = home.copy(never_stopped, "damaged")
         cut, changed = run / "checkpoints/step_000006" / MODEL, run / "checkpoints/step_000004/state.json"
         cut.write_bytes(cut.read_bytes()[:-100])
@@ -147,7 +147,7 @@ def ends(home: Home, never_stopped: Path) -> Scenarios:
         return run, home.vlmrl(resume(run))
 
     def not_finite() -> tuple[Path, Ended]:
-        """The newest checkpoint holds NaN, and its hashes are right."""
+        """Resume from a checkpoint of NaN weights whose hashes are right."""
         run = home.copy(never_stopped, "not_finite")
         shutil.rmtree(run / "checkpoints/step_000006")
         folder = run / "checkpoints/step_000004"
@@ -159,7 +159,7 @@ def ends(home: Home, never_stopped: Path) -> Scenarios:
         return run, home.vlmrl(resume(run))
 
     def overridden() -> tuple[Path, Ended, Ended]:
-        """With an override that cannot work, then with one that can."""
+        """Resume with an override that does not fit the checkpoint, then with one that does."""
         run = home.copy(never_stopped, "overridden")
         unfit = home.vlmrl(resume(run), "model.tiny.hidden_size=96")
         return run, unfit, home.vlmrl(resume(run), "trainer.max_steps=7", "orchestrator.eval.every=0")
@@ -200,12 +200,12 @@ def test_interrupted(ends: Scenarios, never_stopped: Path) -> None:
     assert term.err == f"interrupted: stopped after step 3 and saved: {remedy}"
     assert "phase: warm-up" in once.out
     assert "warning: Asked to stop" in once.out
-    assert term.seconds < 20, "code of the task that hangs is not waited for"
+    assert term.seconds < 20, "the run does not wait for task code that hangs"
     assert_same_run(run, never_stopped)
 
 
 def test_twice_ends_at_once(ends: Scenarios) -> None:
-    """In the middle of a step that did not end."""
+    """The step in progress did not end."""
     _, (twice, *_) = ends["interrupted"]
     assert twice.code == 1
     assert twice.err == "ended at once\n"
@@ -216,20 +216,20 @@ def test_ctrl_c_in_a_terminal(ends: Scenarios, never_stopped: Path) -> None:
     run, shown, code, last = ends["in_a_terminal"]
     assert code == 1
     assert CURSOR.findall(shown)[0] == "l", "the live view hides the cursor"
-    assert CURSOR.findall(shown)[-1] == "h", "and gives it back"
+    assert CURSOR.findall(shown)[-1] == "h", "and shows it again"
     assert f"stopped after step 1 and saved: continue with python -m vlmrl resume={run}" in shown
     assert "Traceback" not in shown
     assert (last.code, last.err) == (0, "")
     assert_same_run(run, never_stopped)
     assert "Weights & Biases has stopped" not in (run / "logs/main.log").read_text()
     run_id = (run / "wandb/run_id").read_text()
-    assert len(list((run / "wandb").glob(f"offline-run-*-{run_id}"))) == 2, "one run, a folder for each part of it"
+    assert len(list((run / "wandb").glob(f"offline-run-*-{run_id}"))) == 2, "one W&B run with a folder for each segment"
 
 
 # ── checkpoints that are damaged, runs that are complete ────────────────────────────────────────────────────
 
 
-def test_damaged_checkpoints_are_passed_over(ends: Scenarios, never_stopped: Path) -> None:
+def test_damaged_checkpoints_are_skipped(ends: Scenarios, never_stopped: Path) -> None:
     run, ended = ends["damaged"]
     assert ended.code == 0, ended.err
     for file in (f"step_000006/{MODEL}", "step_000004/state.json"):
@@ -249,11 +249,11 @@ def test_no_checkpoint_is_whole(ends: Scenarios, never_stopped: Path) -> None:
     assert f"{run}/checkpoints/step_000002/{OPTIMIZER} is damaged" in ended.err
     assert "Traceback" not in ended.err
     assert summary(run)["exit_reason"] == "error"
-    assert steady(run / "metrics.jsonl") == steady(never_stopped / "metrics.jsonl"), "nothing was thrown away"
+    assert steady(run / "metrics.jsonl") == steady(never_stopped / "metrics.jsonl"), "nothing was deleted"
 
 
 def test_weights_that_are_not_finite(ends: Scenarios) -> None:
-    """Found when they are sampled from, before any loss."""
+    """The error comes when the policy samples, before any loss."""
     run, ended = ends["not_finite"]
     assert ended.code == 1
     assert ended.err.startswith("error: the policy of version 4 gives probabilities that are not finite: continue from")
@@ -263,7 +263,8 @@ def test_weights_that_are_not_finite(ends: Scenarios) -> None:
 
 
 def test_an_override_that_does_not_fit_is_not_kept(ends: Scenarios, never_stopped: Path) -> None:
-    """Else the run could not be continued any more. One that fits is, and the run goes on from its last step."""
+    """If it stayed in config.yaml, the run could not be resumed again. An override that fits is kept, and the run
+    continues from its last step."""
     run, unfit, fit = ends["overridden"]
     assert unfit.code == 1
     assert "belongs to another model" in unfit.err

@@ -1,4 +1,4 @@
-"""mode=doctor as a user runs it: what it prints, what it leaves, how it exits."""
+"""mode=doctor as a user runs it: its output, its files, its exit code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 
 def table(run: Path) -> list[dict[str, Any]]:
-    """doctor.json."""
+    """The lines of doctor.json."""
     lines: list[dict[str, Any]] = json.loads((run / "doctor.json").read_bytes())
     assert [line["name"] for line in lines] == list(CHECKS)
     return lines
@@ -33,7 +33,7 @@ def test_a_sound_run(home: Home) -> None:
     assert "\x1b" not in ended.out
     assert summary(run)["exit_reason"] == "finished"
     assert {path.name for path in (run / "rollouts").iterdir()} == {"step_000000.jsonl", "step_000001.jsonl"}
-    assert not list((run / "checkpoints").iterdir()), "nothing is kept"
+    assert not list((run / "checkpoints").iterdir()), "nothing is saved"
     assert not (run / "wandb").exists(), "nothing is logged"
     mode = RunDir(run).read_config().monitor.wandb.mode
     assert mode == "offline", "config.yaml says what monitor.wandb.mode=auto means on this machine"

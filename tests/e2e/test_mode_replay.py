@@ -1,4 +1,4 @@
-"""mode=replay on a real run: the same bits again, and what was tampered with is found where it was."""
+"""mode=replay of a real run gives the same bits, and finds every change to the record where it was made."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from vlmrl.runs.replay.replay import COMPARISONS
 pytestmark = pytest.mark.slow
 
 STEP = 3
-"""Of the run of six steps whose checkpoints are those of 2, 4 and 6."""
+"""A step of the six-step run, whose checkpoints are of steps 2, 4 and 6."""
 
 Outcome = tuple[Ended, dict[str, Any]]
-"""What the command printed, and replay.json by the names of its lines."""
+"""The ended command, and replay.json with its lines by name."""
 
 TamperWith = Callable[[list[dict[str, Any]]], None]
-"""Changes the lines of a rollouts file in place."""
+"""Changes the records of a rollouts file in place."""
 
 
 def replay(home: Home, run: Path, *overrides: str, step: int = STEP) -> Outcome:
@@ -36,7 +36,7 @@ def replay(home: Home, run: Path, *overrides: str, step: int = STEP) -> Outcome:
 
 
 def tampered(home: Home, run: Path, name: str, change: TamperWith) -> Outcome:
-    """A copy of the run, its batch changed, replayed."""
+    """Change the batch in a copy of the run and replay it."""
     copy = home.copy(run, name)
     path = copy / f"rollouts/step_{STEP:06d}.jsonl"
     records = [orjson.loads(line) for line in path.read_bytes().splitlines()]
@@ -59,7 +59,7 @@ def another_logprob(records: list[dict[str, Any]]) -> None:
 
 
 def another_picture(home: Home, run: Path) -> tuple[str, Outcome]:
-    """One pixel of one image of the batch is one shade brighter."""
+    """Make one pixel of one image of the batch one shade brighter and replay it: (the image's hash, outcome)."""
     copy = home.copy(run, "another_picture")
     records = (orjson.loads(line) for line in (copy / f"rollouts/step_{STEP:06d}.jsonl").read_bytes().splitlines())
     hash = next(records)["turns"][1]["placeholders"][-1][2]
@@ -103,14 +103,14 @@ def test_the_same_code_on_the_same_device_gives_the_same_bits(runs: Scenarios) -
 
 
 def test_the_weights_before_the_first_step_are_made_again(runs: Scenarios) -> None:
-    """The model and its warm-up; no checkpoint holds them."""
+    """No checkpoint holds them; the model and its warm-up are repeated."""
     ended, content = runs["first_step"]
     assert (ended.code, ended.err) == (0, "")
     assert content["identical"] is True
     assert "version 0, made again: the model and 10 supervised steps" in ended.out
 
 
-def test_another_packing_rounds_otherwise(runs: Scenarios) -> None:
+def test_another_packing_rounds_differently(runs: Scenarios) -> None:
     ended, content = runs["varlen"]
     assert (ended.code, ended.err) == (0, "")
     assert content["identical"] is False
@@ -118,7 +118,7 @@ def test_another_packing_rounds_otherwise(runs: Scenarios) -> None:
     assert 0 < content["logprobs, trainer"]["figures"]["largest"] < 1e-5
 
 
-def test_another_number_format_rounds_more(runs: Scenarios) -> None:
+def test_another_dtype_rounds_more(runs: Scenarios) -> None:
     ended, content = runs["bfloat16"]
     assert (ended.code, ended.err) == (0, "")
     assert verdicts(content)[:3] == ["same"] * 3
@@ -134,7 +134,7 @@ def test_one_token_of_a_completion_is_found(runs: Scenarios) -> None:
     assert content["first"]["name"] == "completions"
     assert content["completions"]["first"] == place
     assert content["completions"]["figures"] == {"differing": 1}
-    assert content["logprobs, trainer"]["first"] == place, "and the trainer finds it by itself"
+    assert content["logprobs, trainer"]["first"] == place, "the trainer sees the same change"
     assert ended.err.startswith("error: 2 of 6 lines failed, so today's code does not reproduce the recorded batch:\n")
     assert f"\n  completions: {content['completions']['says']}\n" in ended.err
 
@@ -167,7 +167,7 @@ def test_one_shade_of_one_pixel_is_found(runs: Scenarios) -> None:
     assert content["first"]["name"] == "pictures"
     assert content["pictures"]["first"]["image"] == hash
     assert content["pictures"]["figures"] == {"changed": 1}
-    assert content["prompts"]["verdict"] == "same", "the tokens are what they were"
+    assert content["prompts"]["verdict"] == "same", "the tokens did not change"
     assert content["logprobs, trainer"]["verdict"] in ("rounding", "DIFFERS")
 
 

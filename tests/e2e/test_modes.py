@@ -1,4 +1,4 @@
-"""mode=sft, mode=eval and the algorithms and packings, as whole runs."""
+"""Whole runs of mode=sft, mode=eval, every algorithm and every packing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PACKINGS = ("tree", "varlen", "none")
 
 SFT = (*SHORT, "mode=sft", "trainer.warmup.steps=5")
 SFT_STEP_4 = FIRST_PROBLEM + 3 * 16
-"""A problem of the fourth supervised step; checkpoints are of steps 2 and 4."""
+"""A problem of the fourth supervised step. Checkpoints are saved after steps 2 and 4."""
 
 COUNT_TRAINERS = """
 import gc, sys
@@ -59,7 +59,7 @@ def runs(home: Home, never_stopped: Path) -> Scenarios:
         return run, Ended(process.returncode, out, err, 0.0), home.vlmrl(f"resume={run}", "task.args.hold=-1")
 
     def sft_evaluated() -> tuple[Path, Ended]:
-        """Both kinds of demonstrations, then an evaluation of what the second left."""
+        """A run for each kind of demonstrations, then mode=eval of the second run."""
         folder, ended = sweep("sft", *SFT, "trainer.warmup.demonstrations=random,correct")
         assert ended.code == 0, ended.err
         return folder, home.vlmrl(f"resume={folder / '1'}", "mode=eval")
@@ -131,7 +131,7 @@ def test_eval_of_a_fresh_model(runs: Scenarios) -> None:
 
 
 def test_eval_of_a_runs_newest_checkpoint(runs: Scenarios, never_stopped: Path) -> None:
-    """Gives the figures and the rollouts that the run recorded itself, and leaves the run alone."""
+    """It gives the metrics and rollouts that the run recorded itself, and changes nothing of the run."""
     run, before, ended = runs["evaluated"]
     assert (ended.code, ended.err) == (0, "")
     (line,) = steady(run / "eval/metrics.jsonl")
@@ -155,7 +155,7 @@ def test_eval_of_a_supervised_run(runs: Scenarios) -> None:
 
 
 def test_every_algorithm(runs: Scenarios) -> None:
-    """One after the other in one process, on the control: the images are those of other problems."""
+    """All algorithms run one after the other in one process, on the blind control: images of other problems."""
     folder, ended = runs["algorithms"]
     assert (ended.code, ended.err) == (0, "")
     assert {RunDir(folder / str(job)).read_config().monitor.wandb.group for job in range(6)} == {"algorithms"}
@@ -181,7 +181,7 @@ def test_every_packing_learns_the_same(runs: Scenarios) -> None:
     folder, ended = runs["packings"]
     assert (ended.code, ended.err) == (0, "")
     tree, varlen, none = (steady(folder / str(job) / "metrics.jsonl") for job in range(len(PACKINGS)))
-    ours = ("tokens/packed", "micro_batches", "images/encoded")  # what a packing is about
+    ours = ("tokens/packed", "micro_batches", "images/encoded")  # these depend on the packing
     for ours_line, *others in zip(tree, varlen, none, strict=True):
         for line in others:
             assert line.keys() == ours_line.keys()
@@ -193,7 +193,7 @@ def test_every_packing_learns_the_same(runs: Scenarios) -> None:
 
 
 def test_a_model_that_this_machine_cannot_run(runs: Scenarios) -> None:
-    """Neither network nor weights: said within seconds, and what to run instead."""
+    """Without network and weights, the command says within seconds that the model is missing and what to run."""
     ended: Ended = runs["too_big"]
     assert ended.code == 2
     assert "model.name=Qwen/Qwen3-VL-4B-Instruct cannot run on this machine" in ended.err

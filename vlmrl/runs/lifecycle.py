@@ -45,12 +45,10 @@ def follow_leader(group: RankGroup) -> int:
 
 
 def lead(config: RunConfig, group: RankGroup | None) -> float | None:
-    """Run `config` as the only process or as rank 0; returns the objective."""
+    """Run `config`, which preflight has checked, as the only process or as rank 0; returns the objective."""
     mode = MODES[config.mode]
     if isinstance(mode, OfflineMode):
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, device=mode.device))
-    if isinstance(mode, OfflineMode):
-        mode.run(config)
+        mode.run(dataclasses.replace(config, model=dataclasses.replace(config.model, device=mode.device)))
         return None
     config, notes = settle(config)
     run_dir = open_run_dir(config, mode)

@@ -1,4 +1,4 @@
-"""An exported folder is what the policy samples from: the same greedy tokens from transformers and from vLLM."""
+"""transformers and vLLM load an exported folder and sample the same greedy tokens as the policy."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ NEW_TOKENS = 8
 
 @pytest.fixture
 def policy_and_folder(composed: Callable[..., DictConfig], tmp_path: Path) -> tuple[Tiny, Path]:
-    """A policy that has learned something, and what was exported of its run."""
+    """A policy with changed weights, and the folder exported from a checkpoint of it."""
     tree = composed("mode=export", f"resume={tmp_path}", f"export.folder={tmp_path / 'exported'}")
     tree.output_dir = str(tmp_path)
     config = checked(tree)
@@ -88,7 +88,7 @@ async def prompts_of(tiny: Tiny) -> list[Prompt]:
     return [await tiny.prompt(), await tiny.prompt(1), await tiny.prompt(2, 3)]
 
 
-def test_transformers_loads_it(policy_and_folder: tuple[Tiny, Path]) -> None:
+def test_transformers_loads_the_folder(policy_and_folder: tuple[Tiny, Path]) -> None:
     from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 
     tiny, folder = policy_and_folder
@@ -133,8 +133,8 @@ def test_transformers_loads_it(policy_and_folder: tuple[Tiny, Path]) -> None:
 @pytest.mark.vllm
 @pytest.mark.slow
 @pytest.mark.skipif(vllm_version() is None, reason="vLLM is not installed")
-def test_vllm_serves_it(policy_and_folder: tuple[Tiny, Path], tmp_path: Path) -> None:
-    """Without a weight sync: what it samples from is what the folder holds."""
+def test_vllm_serves_the_folder(policy_and_folder: tuple[Tiny, Path], tmp_path: Path) -> None:
+    """There is no weight sync, so vLLM samples from the weights in the folder."""
     tiny, folder = policy_and_folder
 
     async def both() -> tuple[list[Completion], list[Completion]]:
@@ -145,7 +145,7 @@ def test_vllm_serves_it(policy_and_folder: tuple[Tiny, Path], tmp_path: Path) ->
         try:
             (replica,) = engine.replicas
             assert replica.client is not None
-            # As a weight sync would tell it; 0.26 knows no versions.
+            # A weight sync would send the version; vLLM 0.26 has no versions.
             await replica.client.call("POST", "/update_weight_version", json={"new_version": "3"}, optional=True)
             served = await greedy(engine, tiny, prompts)
         finally:

@@ -1,4 +1,4 @@
-"""The doctor on sound runs, and on runs with one fault each: which lines fail, and no others."""
+"""The doctor passes runs without a fault, and of a run with one fault exactly the lines that see it fail."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ from vlmrl.weight_sync.folder import FolderSync
 
 AFTER_THE_SYNC = {"weights", "logprobs, version 1"}
 ENGINE_APART = {"logprobs, version 0", "images, engine", "logprobs, version 1"}
-"""The engine computes something else than the trainer, with whatever weights."""
+"""The lines that fail where the engine computes something other than the trainer, at every policy version."""
 
 
 def needs_vllm(test: Callable[..., None]) -> Callable[..., None]:
-    """Starts a server."""
+    """Mark a test that starts a vLLM server."""
     for mark in (pytest.mark.vllm, pytest.mark.slow, pytest.mark.skipif(vllm_version() is None, reason="no vLLM")):
         test = mark(test)
     return test
@@ -65,7 +65,7 @@ def one_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 @pytest.fixture
 def build(run_config: Callable[..., RunConfig], tmp_path: Path) -> Iterator[Callable[..., Run]]:
-    """`build("model.dtype=bfloat16")`: the parts of a run, as the command makes them."""
+    """`build("model.dtype=bfloat16")` builds the parts of a run as the command does."""
     threads = torch.get_num_threads()
     run_dir = RunDir(tmp_path / "run")
     run_dir.create()
@@ -104,7 +104,7 @@ def failed(run: Run) -> set[str]:
 # ── sound runs ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_every_line_is_looked_at_and_holds(run: Run) -> None:
+def test_every_line_is_checked_and_passes(run: Run) -> None:
     lines = examine(run)
     assert those(lines, State.OK) == set(CHECKS), lines
     assert 0 < lines["logprobs, version 0"].metrics["mismatch_kl"] <= 1e-11
@@ -122,7 +122,7 @@ def test_an_engine_with_weights_of_its_own(run: Run) -> None:
 
 
 def test_half_precision(build: Callable[..., Run]) -> None:
-    """The bound follows the rounding, and the images still show above it."""
+    """The bound follows the rounding of bfloat16, and inverted images still change the logprobs by more."""
     lines = examine(build("model.dtype=bfloat16", "orchestrator.temperature=0.7"))
     assert those(lines, State.OK) == set(CHECKS), lines
     bound = lines["logprobs, version 0"].metrics["limit"]
@@ -137,7 +137,7 @@ def test_one_turn_of_one_image(build: Callable[..., Run]) -> None:
 
 
 class Words:
-    """A task without images; both env and problem."""
+    """An env without images, which is its own problem."""
 
     id = "words"
 
@@ -166,7 +166,7 @@ class OnlyWords:
         raise NotImplementedError
 
     def texts(self) -> tuple[str, ...]:
-        """Those of the checkpoint that is built already."""
+        """The texts that the checkpoint's tokenizer was built from."""
         return self.built_with
 
 
@@ -183,7 +183,7 @@ def test_problems_without_images(run: Run) -> None:
     }
 
 
-def test_it_moves_every_weight_and_reads_them_in_another_dtype(run: Run) -> None:
+def test_noise_changes_every_weight_and_another_dtype_changes_none(run: Run) -> None:
     before = {name: tensor.clone() for name, tensor in run.trainer.weights().items()}
     with weights_in(run.policy, torch.bfloat16):
         assert {tensor.dtype for tensor in run.trainer.weights().values()} == {torch.bfloat16}
@@ -205,7 +205,7 @@ def test_a_sync_that_does_nothing(run: Run) -> None:
     assert failed(run) == AFTER_THE_SYNC | {"versions"}
 
 
-def test_a_sync_that_only_says_so(run: Run) -> None:
+def test_a_sync_that_only_reports_the_version(run: Run) -> None:
     apart(run).carry = lambda version, name, tensor: None
     assert failed(run) == AFTER_THE_SYNC
 
@@ -270,7 +270,7 @@ def test_an_engine_that_sees_other_pixels(build: Callable[..., Run], change: Any
 
 
 def test_an_engine_that_takes_one_image_for_another(run: Run) -> None:
-    """It keeps what it saw first behind the same tokens, as a cache without hashes does."""
+    """It reuses the first images that it saw behind the same tokens, as a cache without hashes would."""
     kept: dict[bytes, tuple[ImageItem, ...]] = {}
 
     def first_seen(prompt: Any) -> Any:
@@ -362,14 +362,14 @@ def test_a_renderer_with_other_pixels(run: Run) -> None:
 # ── the trainer ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_positions_that_are_not_the_models(run: Run) -> None:
-    """Wrong alike for both: only transformers' own tell."""
+def test_positions_of_another_model(run: Run) -> None:
+    """Engine and trainer are wrong in the same way, so only the comparison with transformers finds it."""
     run.policy.positions = position_function("sequential")
     assert failed(run) == {"positions, trainer"}
 
 
 def test_a_policy_that_is_blind(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trainer and engine alike."""
+    """Trainer and engine both see nothing."""
     encode = Policy.encode_images
 
     def blind(self: Policy, images: Any) -> ImageFeatures | None:
@@ -384,7 +384,7 @@ def test_a_policy_that_is_blind(run: Run, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_trainer_with_other_weights_than_the_policy(run: Run) -> None:
-    """As when the optimizer holds tensors that the model does not have any more."""
+    """As if the optimizer held tensors that the model no longer has."""
     model = copy.deepcopy(run.policy.model)
     run.trainer._learner.policy = Policy(model, run.policy.positions, run.renderer.banned_token_ids)
     assert {"update"} <= failed(run)
@@ -395,7 +395,7 @@ def test_a_trainer_with_other_weights_than_the_policy(run: Run) -> None:
 
 @needs_vllm
 def test_half_precision_of_other_kernels(build: Callable[..., Run]) -> None:
-    """The bound, which follows from the trainer's rounding alone, holds for them."""
+    """The bound is measured from the trainer's rounding alone, and vLLM's kernels keep it."""
     run = build("inference=vllm", "model.dtype=bfloat16")
     try:
         lines = examine(run)
@@ -410,7 +410,7 @@ def test_half_precision_of_other_kernels(build: Callable[..., Run]) -> None:
 @needs_vllm
 def test_a_sync_that_transfers_nothing(build: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     async def transfer(self: FolderSync, client: VllmClient) -> None:
-        """The rest of an update goes on: caches are dropped, the version is told."""
+        """Transfer nothing; the rest of an update happens: caches are dropped, the version is sent."""
 
     monkeypatch.setattr(FolderSync, "_transfer", transfer)
     run = build("inference=vllm")

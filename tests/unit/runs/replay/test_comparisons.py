@@ -25,7 +25,7 @@ def scored(recorded: list[float], today: list[float], number: int = 0) -> Scored
     return ScoredTurn(PLAYED, number, PLAYED.turns[number].completion.token_ids, array(recorded), array(today))
 
 
-def test_the_first_beyond_rounding_comes_before_the_first() -> None:
+def test_a_difference_beyond_rounding_is_named_before_an_earlier_smaller_one() -> None:
     turns = [scored([-1, -2, -3], [-1, -2.00001, -3]), scored([-1, -2, -3], [-1, -2, -3.5], number=1)]
     line = logprobs("logprobs", turns, rounding=1e-3, spelling={202: " red"})
     assert line.state is State.DIFFERS
@@ -70,7 +70,7 @@ def test_a_shorter_prompt_differs_at_its_end() -> None:
 
 
 def processed(scale: float) -> ImageItem:
-    """Shade 10, which the builders' rollout shows, by a processor that scales."""
+    """The image that the builders' rollout shows, with tensors of an image processor that multiplies by `scale`."""
     plain = image(10)
     pixels = np.full((4, 8), scale, np.float32)
     return ImageItem(plain.hash, plain.pixels, {"pixel_values": pixels, "image_grid_thw": np.array([[1, 2, 2]])}, 2)
