@@ -1,7 +1,8 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) by PEFT: W x + (alpha / rank) B A x, where A and B learn and W does not.
+"""Which parameters are trainable: everything, one tower, or LoRA adapters only.
 
-Engines get W + (alpha / rank) B A in place of each W, under W's name (`merged`): they need not know of adapters, and
-every way to bring them weights stays as it is. Left out on purpose: adapters that an engine loads as such, dropout.
+LoRA (arXiv 2106.09685) by PEFT computes W x + (alpha / rank) B A x, with trainable A and B and a frozen W. Engines get
+W + (alpha / rank) B A in place of each W, under W's name (`merged`), so neither they nor weight sync know of adapters.
+Left out on purpose: adapters that an engine loads as adapters, dropout.
 """
 
 from __future__ import annotations
@@ -12,16 +13,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmrl.config.model import LoraConfig
+from vlmrl.config.model import LoraConfig, ModelConfig
 from vlmrl.errors import ConfigError
 
 ADAPTER = "default"
+"""PEFT's name of the one adapter."""
+
+
+def select_trainable(model: Any, config: ModelConfig) -> None:
+    """Add adapters, or freeze what `model.vlm.freeze_*` says, in place. Raises `ConfigError` where adapters have no
+    layer to be added to."""
+    if config.lora is not None:
+        add_adapters(model, config.lora)
+    elif config.vlm is not None and (config.vlm.freeze_vision or config.vlm.freeze_language):
+        tower = model.get_encoder(modality="image")
+        if config.vlm.freeze_language:
+            model.requires_grad_(False)
+        tower.requires_grad_(not config.vlm.freeze_vision)
 
 
 def add_adapters(model: Any, config: LoraConfig) -> None:
-    """Put adapters beside the linear layers of the language model that `config` names; nothing else learns then.
+    """Add adapters to the linear layers of the language model that `config` names; only adapters are trainable then.
 
-    B begins at 0, so the model computes what it did. Raises `ConfigError` where no layer has such a name.
+    B starts at 0, so the model's outputs do not change at first. Raises `ConfigError` where no layer has such a name.
     """
     import peft
 
@@ -36,8 +50,8 @@ def add_adapters(model: Any, config: LoraConfig) -> None:
     ]
     if not targets:
         raise ConfigError(
-            f"model.lora.targets={list(config.targets)} requires linear layers of these names, else nothing learns: "
-            f"{type(model).__name__} has none in its language model"
+            f"model.lora.targets={list(config.targets)} names no linear layer of {type(model).__name__}'s language "
+            "model, so there would be nothing to train: name layers that it has, e.g. [q_proj, v_proj]"
         )
     settings = peft.LoraConfig(
         r=config.rank,
@@ -49,10 +63,10 @@ def add_adapters(model: Any, config: LoraConfig) -> None:
 
 
 def merged(model: Any, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Iterator[tuple[str, Tensor]]:
-    """The model's tensors by their names in a checkpoint, adapters merged; one after the other, and each once: a head
-    that is the embedding is not a second one. A tensor without an adapter is itself, not a copy.
+    """Yield the model's tensors by their names in a checkpoint, with adapters merged. A tied head is not repeated.
 
-    `whole` makes a tensor whole of which this rank holds a slice; every rank must come to the end then.
+    A tensor without an adapter is yielded itself, not a copy. `whole` gathers a tensor of which this rank holds a
+    slice; then every rank must consume the whole iterator.
     """
     modules = dict(model.named_modules())
     for name, parameter in model.named_parameters():

@@ -1,16 +1,16 @@
-"""Images, content-addressed: decoded once, hashed, processed once, one `ImageItem` per distinct image.
+"""Images by content: each distinct image is decoded, hashed and processed once, and becomes one `ImageItem`.
 
     Image part ──decode──▶ pixels [H, W, 3] ──hash──▶ known? ──process──▶ ImageItem, interned by its hash
 
-Decoding follows what the model's own tool chain does: Pillow's `convert("RGB")`, which drops an alpha channel. Encoded
-images are turned upright by their EXIF tag, as viewers do. Samples of 16 bits are scaled to 8, where Pillow would clip
-almost all of them to white.
+Decoding follows the model's own tool chain: Pillow's `convert("RGB")`, which drops an alpha channel. Encoded images are
+rotated by their EXIF tag, as image viewers do. Samples of 16 bits are scaled to 8 bits; Pillow would clip almost all of
+them to white.
 
-An `Image` part is a value: its pixels are read when it is first seen, and a `PIL.Image` that is drawn on afterwards
-and handed in again in a new part is another image. So parts are remembered by identity, sources are not. Of a part only
-the hash is kept: a task may hold all images of a dataset without holding what they were processed to.
+An `Image` part is a value: its pixels are read when it is first used. A `PIL.Image` that is changed afterwards and
+passed in a new part is a different image. So the store remembers parts by identity, but not their sources. It keeps
+only the hash of a part: a task may hold all images of a dataset without keeping their processed versions alive.
 
-Left out on purpose: URLs (a run must not depend on somebody's server) and animations (the first frame is taken).
+Left out on purpose: URLs (a run must not depend on a web server) and animations (the first frame is used).
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ Pixels: TypeAlias = NDArray[np.uint8]
 """uint8 [H, W, 3], RGB, 0 to 255."""
 
 MAX_PIXELS = 1 << 26
-"""H × W above which an image is refused before it is decoded (67 million; a few KB of PNG can claim billions)."""
+"""Images with a larger H × W are refused before decoding (67 million; a PNG of a few KB can claim billions)."""
 
 INLINE_PIXELS = 1 << 14
-"""Up to here (128 × 128) hashing an image that is decoded already is cheaper than handing it to a thread."""
+"""Up to this size (128 × 128), hashing a decoded image takes less time than handing it to a thread."""
 
 RECENT_BYTES = 256 << 20
 """Processed images that are kept alive although nothing else refers to them: the most recently used ones."""
@@ -65,7 +65,7 @@ DECODE_ERRORS = (
     struct.error,
     zlib.error,
 )
-"""What Pillow's decoders raise on broken files."""
+"""Exceptions that Pillow's decoders raise for broken files."""
 
 
 class ImageError(Exception):
@@ -96,7 +96,7 @@ def decode(source: Any) -> Pixels:
 
 
 def image_hash(pixels: Pixels) -> str:
-    """32 hex characters: SHA-256 of the RGB bytes and of "(width, height)"; the same as the renderers package's.
+    """32 hex characters: SHA-256 of the RGB bytes and of "(width, height)". The `renderers` package uses the same hash.
 
     >>> image_hash(np.zeros((32, 32, 3), np.uint8))
     '4d7fc975f0b1832b9a3356b0492f265a'
@@ -109,8 +109,8 @@ def image_hash(pixels: Pixels) -> str:
 class ImageStore:
     """The images of one renderer. Thread-safe.
 
-    `process` makes the processor's output of an image, `(mm_kwargs, placeholder tokens)`; it runs once per distinct
-    image that is in use, and again only if the image was forgotten in between.
+    `process` returns the image processor's output, `(mm_kwargs, placeholder tokens)`. It runs once per distinct image,
+    and again only if the image was evicted in between.
     """
 
     def __init__(self, process: Callable[[Pixels], tuple[dict[str, np.ndarray], int]]) -> None:
@@ -124,7 +124,7 @@ class ImageStore:
         self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="images")
 
     def known(self, digest: str) -> ImageItem:
-        """The item of a hash that somebody holds."""
+        """The item of a hash. The caller must keep the item alive."""
         return self._items[digest]
 
     def items(self, parts: Iterable[Image]) -> tuple[ImageItem, ...]:
@@ -132,7 +132,7 @@ class ImageStore:
         return tuple(self._item(part) for part in parts)
 
     async def items_async(self, parts: Iterable[Image]) -> tuple[ImageItem, ...]:
-        """As `items`, without blocking the event loop: what is new is decoded and processed in threads."""
+        """Same as `items`, without blocking the event loop: threads decode and process new images."""
         parts = tuple(parts)
         found = {part: self._at_once(part) for part in parts}
         missing = [part for part, item in found.items() if item is None]
@@ -142,7 +142,7 @@ class ImageStore:
         return tuple(found[part] or made[part] for part in parts)
 
     def _at_once(self, part: Image) -> ImageItem | None:
-        """The item if it takes no work worth a thread."""
+        """The item of a part, if finding it takes too little work for a thread; else None."""
         digest = self._hash_of_part.get(part)
         if digest is None and _is_decoded_and_small(part.source):
             digest = self._hash_of_part[part] = image_hash(decode(part.source))
@@ -158,7 +158,7 @@ class ImageStore:
     def _item_of_source(self, source: Any) -> ImageItem:
         if not isinstance(source, bytes | str | Path):
             return self._intern(decode(source))
-        # Siblings open the same file; reading and hashing it is far cheaper than decoding it.
+        # Sibling rollouts open the same file. Reading and hashing it takes far less time than decoding it.
         encoded = source if isinstance(source, bytes) else _read(source)
         key = hashlib.sha256(encoded).digest()
         item = self._find(self._hash_of_encoded.get(key))
@@ -177,7 +177,7 @@ class ImageStore:
         if item is not None:
             return item
         if pending is not None:
-            return pending.result()  # another thread is at it
+            return pending.result()  # another thread is processing this image
         try:
             mm_kwargs, num_tokens = self._process(pixels)
         except BaseException as error:
@@ -197,7 +197,7 @@ class ImageStore:
         return item
 
     def _find(self, digest: str | None) -> ImageItem | None:
-        """The item of a hash, if it is alive."""
+        """The item of a hash; None if there is none."""
         if digest is None:
             return None
         with self._lock:
@@ -266,6 +266,6 @@ def _to_rgb(image: PILImage.Image) -> PILImage.Image:
 
 def _check_size(width: int, height: int) -> None:
     if width < 1 or height < 1:
-        raise ImageError(f"an image of {width} × {height} pixels shows nothing")
+        raise ImageError(f"an image of {width} × {height} pixels is empty")
     if width * height > MAX_PIXELS:
         raise ImageError(f"an image of {width} × {height} pixels is larger than {MAX_PIXELS} pixels: shrink it")

@@ -30,7 +30,7 @@ from vlmrl.models.blocks import prepare_blocks
 from vlmrl.models.checkpoints.load import load_image_processor, load_model, load_tokenizer, resolve_checkpoint
 from vlmrl.models.checkpoints.scratch import write_weights
 from vlmrl.models.families import family_of
-from vlmrl.models.learning import choose_what_learns
+from vlmrl.models.lora import select_trainable
 from vlmrl.models.policy import Policy
 from vlmrl.monitor.monitor import Monitor
 from vlmrl.orchestrator.evaluation import Evaluator
@@ -121,7 +121,7 @@ def make_model(config: RunConfig, folder: Path, group: RankGroup | None) -> Any:
     """Load the checkpoint in `folder` onto this rank's device, select its trainable parameters, prepare its layers."""
     model: Any = load_model(folder, on_own_device(config.model, group))
     torch.manual_seed(config.seed)  # again, so that new LoRA adapters start equal on every rank
-    choose_what_learns(model, config.model)
+    select_trainable(model, config.model)
     prepare_blocks(model, compiled=config.trainer.compile, recomputed=config.trainer.activation_checkpointing)
     return model
 

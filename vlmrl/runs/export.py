@@ -21,10 +21,9 @@ import torch
 from vlmrl.config.model import Init
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import CheckpointError
-from vlmrl.models.cache import MANIFEST
+from vlmrl.models.checkpoints.built_folders import MANIFEST
 from vlmrl.models.checkpoints.load import HUB_FILES, load_model, resolve_checkpoint
-from vlmrl.models.learning import choose_what_learns
-from vlmrl.models.lora import merged
+from vlmrl.models.lora import merged, select_trainable
 from vlmrl.record.run_dir import RunDir
 from vlmrl.runs.build import seed_process
 from vlmrl.tasks.loading import load_task
@@ -63,7 +62,7 @@ def export_checkpoint(config: RunConfig, warn: Callable[[str], None]) -> Path:
     is_built = config.model.tiny is not None or config.model.init is Init.random
     source = resolve_checkpoint(config.model, load_task(config.task, seed=config.seed).texts() if is_built else ())
     model: Any = load_model(source, config.model)
-    choose_what_learns(model, config.model)
+    select_trainable(model, config.model)
     found = checkpoints.load_newest(_Weights(model), warn)
     if found is None:
         raise CheckpointError(f"{run_dir.path} has no checkpoint to export")

@@ -1,4 +1,4 @@
-"""Wheels that do not fit the installed torch, as packages of our own: importing them dies as the real ones do."""
+"""Fake wheels that do not fit the installed torch: importing them fails in the same way as the real ones."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ print("imported")
 
 @pytest.fixture
 def python(tmp_path: Path) -> list[str]:
-    """A Python that finds such wheels first."""
+    """A Python interpreter that finds the fake wheels first."""
     for name, code in {"torchvision": TORCHVISION, "torchaudio": TORCHAUDIO, "torchcodec": TORCHAUDIO}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(code)
@@ -53,7 +53,7 @@ def test_without_install_the_wheels_cannot_be_imported(python: list[str]) -> Non
     assert "operator torchvision::nms does not exist" in output([*python, "import torchvision"])
 
 
-def test_with_install_they_are_harmless(python: list[str]) -> None:
+def test_with_install_the_wheels_are_harmless(python: list[str]) -> None:
     assert output([*python, INSTALL + TRY]) == "imported\n"
 
 

@@ -1,4 +1,4 @@
-"""Digests of tensors, and slices of them; tests/unit/inference/vllm/test_engine.py has them with a real engine."""
+"""Digests and slices of weights. tests/unit/inference/vllm/test_engine.py compares with a real engine."""
 
 from __future__ import annotations
 

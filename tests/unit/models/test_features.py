@@ -1,4 +1,5 @@
-"""Features of a frozen vision tower: kept within their bytes, never of other weights, and then nothing is encoded."""
+"""The feature cache of a frozen vision tower: it stays within its bytes, never returns features of other weights, and
+saves encoding."""
 
 from __future__ import annotations
 
@@ -20,11 +21,11 @@ from vlmrl.types import ImageItem
 ITEMS = [image(1, 1), image(2, 1), image(2, 3), image(1, 1, seed=1)]
 LEVELS, WIDTH = 2, 4
 BYTES = LEVELS * WIDTH * 4
-"""Of a token."""
+"""Bytes of one token's features at all levels."""
 
 
 class Tower:
-    """Two levels of features that say which image and version they are of; counts what it is asked."""
+    """Two levels of features that encode their image and version. Records the images that it is asked for."""
 
     def __init__(self) -> None:
         self.version = 0
@@ -43,9 +44,7 @@ class Tower:
     st.lists(st.tuples(st.lists(st.sampled_from(ITEMS), min_size=1, unique=True), st.booleans()), max_size=12),
     st.sampled_from([0, BYTES, 3 * BYTES, 9 * BYTES, 100 * BYTES]),
 )
-def test_what_is_asked_for_is_what_the_tower_says_now(
-    requests: list[tuple[list[ImageItem], bool]], capacity: int
-) -> None:
+def test_features_are_those_of_the_current_weights(requests: list[tuple[list[ImageItem], bool]], capacity: int) -> None:
     tower, cache = Tower(), FeatureCache(capacity)
     for images, weights_change in requests:
         tower.version += weights_change
@@ -59,8 +58,8 @@ def test_what_is_asked_for_is_what_the_tower_says_now(
             assert tower.asked == [item.hash for item in images]
 
 
-def test_the_one_that_was_seen_longest_ago_goes_first() -> None:
-    """One token each in ITEMS[0] and [3], two in [1]: room for three tokens."""
+def test_the_least_recently_used_image_is_evicted_first() -> None:
+    """ITEMS[0] and ITEMS[3] have one token, ITEMS[1] has two. There is room for three tokens."""
     tower, cache = Tower(), FeatureCache(3 * BYTES)
     for images in ([ITEMS[0], ITEMS[3]], [ITEMS[0]], [ITEMS[1]]):
         cache.encode(images, 0, tower)
@@ -88,7 +87,7 @@ def test_a_frozen_tower_encodes_an_image_once(policy: Policy, monkeypatch: pytes
     policy.model.model.visual.requires_grad_(False)
     first = policy.encode_images(ITEMS[:3])
     assert counted(policy) == (3, 0)
-    monkeypatch.setattr(policy.model.model, "get_image_features", None)  # nobody may ask it now
+    monkeypatch.setattr(policy.model.model, "get_image_features", None)  # a call would fail now
     for images in (ITEMS[:3], [ITEMS[2], ITEMS[0]]):
         again = policy.encode_images(images)
         assert first is not None
@@ -125,7 +124,7 @@ def test_weights_that_are_loaded_into_a_frozen_tower_are_another_version(policy:
     assert float((before.levels[0] - after.levels[0]).abs().max()) > 1e-3
 
 
-def test_a_tower_that_learns_is_asked_every_time(policy: Policy) -> None:
+def test_a_trainable_tower_encodes_every_time(policy: Policy) -> None:
     for _ in range(2):
         policy.encode_images(ITEMS[:2])
     assert counted(policy) == (4, 0)

@@ -1,4 +1,4 @@
-"""Logprobs in chunks of the vocabulary: the numbers of log_softmax, memory that does not grow with the vocabulary."""
+"""Logprobs by chunks of the vocabulary equal log_softmax, and their memory does not grow with the vocabulary."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vlmrl.models.head import token_logprobs
 
 
 def problem(seed: int, rows: int, tokens: int, vocabulary: int, banned: int) -> Any:
-    """hidden, weight, bias, banned, entry, targets; the targets are not banned, rows and targets repeat."""
+    """hidden, weight, bias, banned, entry, targets. No target is banned; rows and targets occur more than once."""
     random = torch.Generator().manual_seed(seed)
     hidden, weight = torch.randn(rows, 8, generator=random), torch.randn(vocabulary, 8, generator=random)
     order = torch.randperm(vocabulary, generator=random)
@@ -33,7 +33,7 @@ def problem(seed: int, rows: int, tokens: int, vocabulary: int, banned: int) -> 
 def plain(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, banned: Tensor, entry: Tensor, targets: Tensor, t: float
 ) -> tuple[Tensor, Tensor]:
-    """The same by log_softmax over all of it, in float64."""
+    """The same values by log_softmax over the whole vocabulary, in float64."""
     logits = hidden.double() @ weight.double().T + (0 if bias is None else bias.double())
     logprobs = torch.log_softmax((logits / t).masked_fill(banned, -torch.inf), -1)
     return logprobs[entry, targets], torch.special.entr(logprobs.exp()).sum(-1)
@@ -75,7 +75,7 @@ def test_values_and_gradients_are_those_of_log_softmax(
 
 
 def test_bfloat16_is_multiplied_as_float32() -> None:
-    """What is rounded is the inputs and the gradients, not the logits."""
+    """Only inputs and gradients are rounded to bfloat16, not the logits."""
     hidden, weight, _, forbidden, entry, targets = problem(0, 6, 12, 700, 50)
     half, whole = (
         [x.bfloat16().to(dtype).requires_grad_() for x in (hidden, weight)] for dtype in (torch.bfloat16, torch.float32)
@@ -103,7 +103,7 @@ def test_a_frozen_head_or_frozen_hidden_states_get_no_gradient() -> None:
 
 
 class Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of the tensors that operations made, at their highest; views count once, what was there before not."""
+    """The peak of the bytes of tensors that operations create. Views count once; older tensors do not count."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Adapters: they alone learn, and engines get the model with them merged in."""
+"""Adapters: only they are trainable, and engines get the model with the adapters merged."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ import torch
 from support.helpers import TINY, Sampled, image, plain_logprobs, sample
 from vlmrl.config.model import LoraConfig, ModelConfig, VLMConfig
 from vlmrl.errors import ConfigError
-from vlmrl.models.learning import choose_what_learns
-from vlmrl.models.lora import add_adapters, merged
+from vlmrl.models.lora import add_adapters, merged, select_trainable
 
 SAMPLE = sample("a", [1, 2], image(2, 3), Sampled([4, 5, 6]))
 
 
 @pytest.fixture
 def adapted(tiny_model: Callable[[], Any]) -> Any:
-    """A model whose adapters are no longer what they begin as."""
+    """A model whose adapters no longer have their initial values."""
     pytest.importorskip("peft")
     model = tiny_model()
     add_adapters(model, LoraConfig(rank=3, alpha=5.0))
@@ -30,7 +29,7 @@ def adapted(tiny_model: Callable[[], Any]) -> Any:
     return model
 
 
-def test_adapters_alone_learn_and_begin_as_nothing(tiny_model: Callable[[], Any]) -> None:
+def test_only_adapters_are_trainable_and_they_start_without_effect(tiny_model: Callable[[], Any]) -> None:
     pytest.importorskip("peft")
     model = tiny_model()
     add_adapters(model, LoraConfig(rank=3, targets=["q_proj", "down_proj"]))
@@ -69,7 +68,7 @@ def test_a_model_without_adapters_is_merged_as_it_is(tiny_model: Callable[[], An
 
 def test_names_that_no_layer_has(tiny_model: Callable[[], Any]) -> None:
     pytest.importorskip("peft")
-    with pytest.raises(ConfigError, match=r"model\.lora\.targets=\['qkv'\] requires linear layers"):
+    with pytest.raises(ConfigError, match=r"model\.lora\.targets=\['qkv'\] names no linear layer"):
         add_adapters(tiny_model(), LoraConfig(targets=["qkv"]))  # the vision tower has one
 
 
@@ -79,7 +78,7 @@ def test_parts_are_frozen(tiny_model: Callable[[], Any], vision: bool, language:
     assert TINY.vlm is not None
     family: dict[str, Any] = {k: v for k, v in vars(TINY.vlm).items() if not k.startswith("freeze")}
     vlm = VLMConfig(**family, freeze_vision=vision, freeze_language=language)
-    choose_what_learns(model, ModelConfig(name="tiny", vlm=vlm))
+    select_trainable(model, ModelConfig(name="tiny", vlm=vlm))
     plain_logprobs(model, SAMPLE).sum().backward()  # type: ignore[no-untyped-call]
     for name, parameter in model.named_parameters():
         is_frozen = vision if ".visual." in name else language

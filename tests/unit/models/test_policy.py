@@ -1,4 +1,4 @@
-"""The policy: which models it refuses, what it asks of the vision tower, and the distribution that it defines."""
+"""The policy: the models that it refuses, its calls of the vision tower, and the distribution that it defines."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def plan_of(length: int) -> TreePlan:
 
 
 def hidden_states(policy: Policy, asked: Prompt, images: Sequence[ImageItem]) -> Tensor:
-    """Of one prompt; `images` are encoded in this order."""
+    """Hidden states of one prompt; `images` are encoded in this order."""
     features = policy.encode_images(images)
     length = len(asked.token_ids)
     rows = [
@@ -71,7 +71,7 @@ def policy(tiny_model: Callable[[], Any]) -> Policy:
 
 
 class NewerDecoder(Decoder):  # type: ignore[misc]
-    """Adds the levels of features in some way that is not known."""
+    """Adds the levels of features in a way that the policy does not know."""
 
     @property
     def _deepstack_process(self) -> Any:
@@ -79,20 +79,20 @@ class NewerDecoder(Decoder):  # type: ignore[misc]
 
 
 class OlderDecoder(Decoder):  # type: ignore[misc]
-    """Any other argument goes into **kwargs and is not missed."""
+    """Swallows unknown arguments in **kwargs, so missing levels of features would go unnoticed."""
 
     def forward(self, inputs_embeds: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
         raise NotImplementedError
 
 
-def test_a_decoder_that_would_place_features_in_another_way_is_refused(tiny_model: Callable[[], Any]) -> None:
+def test_a_decoder_that_places_features_in_another_way_is_refused(tiny_model: Callable[[], Any]) -> None:
     model = tiny_model()
     model.model.language_model.__class__ = NewerDecoder
     with pytest.raises(ModelError, match=r"NewerDecoder has no _deepstack_process.*transformers 5\.19"):
         Policy(model, position_function("mrope", 2), [])
 
 
-def test_a_decoder_that_would_be_half_blind_is_refused(tiny_model: Callable[[], Any]) -> None:
+def test_a_decoder_that_ignores_deepstack_levels_is_refused(tiny_model: Callable[[], Any]) -> None:
     model = tiny_model()
     model.model.language_model.__class__ = OlderDecoder
     policy = Policy(model, position_function("mrope", 2), [])
@@ -129,7 +129,7 @@ def test_one_prompt_is_the_plain_forward(
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-5)
 
 
-def test_the_models_own_forward_is_left_as_it_was(policy: Policy, tiny_model: Callable[[], Any]) -> None:
+def test_the_models_own_forward_still_works(policy: Policy, tiny_model: Callable[[], Any]) -> None:
     asked = prompt(*CASES[-1])
     types = mm_token_type_ids(len(asked.token_ids), asked.placeholders)
     policy.config.get_text_config()._attn_implementation = "sdpa"
@@ -138,8 +138,8 @@ def test_the_models_own_forward_is_left_as_it_was(policy: Policy, tiny_model: Ca
     torch.testing.assert_close(found, wanted, rtol=0.0, atol=0.0)
 
 
-def test_rows_that_stand_behind_images_keep_their_positions_without_showing_any(policy: Policy) -> None:
-    """A reply without images in a conversation with them: MRoPE positions fall behind the count of tokens."""
+def test_rows_after_images_keep_their_positions(policy: Policy) -> None:
+    """A reply without images after a prompt with images: its MRoPE positions are below its token indices."""
     ids, types, none = torch.tensor([1, 2, 3]), torch.zeros(3, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
     text = torch.arange(3).expand(4, 3)
     behind = torch.stack([torch.arange(3), *[torch.tensor([0, 1, 5])] * 3])
@@ -176,7 +176,7 @@ def test_features_are_the_images_in_order_at_every_level(policy: Policy) -> None
                 torch.testing.assert_close(mine[start : start + item.num_tokens], theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_an_image_with_other_features_than_placeholders_is_our_own_slip(policy: Policy) -> None:
+def test_a_wrong_number_of_features_fails_an_assertion(policy: Policy) -> None:
     broken = ImageItem("ab", np.zeros((1, 1, 3), np.uint8), dict(image(2, 3).mm_kwargs), num_tokens=5)
     with pytest.raises(AssertionError, match="6 image features for 5 placeholder tokens"):
         policy.encode_images([broken])

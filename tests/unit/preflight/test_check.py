@@ -281,6 +281,10 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     (("model.vlm.positions=rope",), "model.vlm.positions=rope names no position function.* mrope, sequential"),
     (("model.vlm.freeze_vision=true", "model.vlm.freeze_language=true"), "freeze the whole model"),
     (("model/lora=all_linear", "model.vlm.freeze_language=true"), "freeze_language=true has no effect with model.lora"),
+    (
+        ("model=qwen3vl", "model.init=random", "model/size=2b", "model.vlm.family=polar_vl"),
+        "model.init=random cannot build model.vlm.family=polar_vl",
+    ),
     (("export.folder=there",), "export.folder=there has no effect with mode=rl"),
     (("mode=export",), "mode=export has no resume="),
     (("mode=compare",), "mode=compare has no runs="),

@@ -1,4 +1,4 @@
-"""Images: every way in gives the same pixels, broken ones are ImageErrors, one object per distinct image."""
+"""Images: every kind of source gives the same pixels, broken ones raise ImageError, one object per distinct image."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def encoded(image: PILImage.Image, format: str = "PNG", **options: Any) -> bytes
 
 
 class Process:
-    """A processor that counts, and fails where it is told to."""
+    """A processor that counts its calls, and raises `error` if it is set."""
 
     def __init__(self, error: Exception | None = None) -> None:
         self.calls: list[int] = []
@@ -72,7 +72,7 @@ def test_a_decoded_array_is_a_copy() -> None:
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"])
-def test_other_modes_become_what_pillow_makes_of_them(mode: str) -> None:
+def test_other_modes_are_converted_as_pillow_does(mode: str) -> None:
     image = picture().convert("RGB").convert("L" if mode in ("LA", "PA") else "RGB").convert(mode)
     np.testing.assert_array_equal(decode(image), np.array(image.convert("RGB")))
 
@@ -112,7 +112,7 @@ def test_the_first_frame_of_an_animation_is_taken() -> None:
 
 
 def bomb() -> bytes:
-    """A PNG of a hundred bytes that claims 30,000 × 30,000 pixels."""
+    """A PNG of a hundred bytes whose header states 30,000 × 30,000 pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -144,13 +144,13 @@ def bomb() -> bytes:
         pytest.param(7, id="a number"),
     ],
 )
-def test_what_is_no_image_is_an_image_error(source: Any) -> None:
+def test_a_source_that_is_not_an_image_raises_an_image_error(source: Any) -> None:
     with pytest.raises(ImageError):
         decode(source)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_bomb_is_refused_where_warnings_are_not_errors_too() -> None:
+def test_a_decompression_bomb_is_also_refused_where_warnings_are_not_errors() -> None:
     with pytest.raises(ImageError):
         decode(bomb())
 
@@ -179,13 +179,13 @@ def test_one_object_and_one_processing_per_distinct_image(tmp_path: Path) -> Non
     assert store.known(first.hash) is first
 
 
-def test_what_is_shared_cannot_be_written_to() -> None:
+def test_shared_arrays_are_read_only() -> None:
     (item,) = ImageStore(Process()).items([Image(picture())])
     assert not item.pixels.flags.writeable
     assert not item.mm_kwargs["pixel_values"].flags.writeable
 
 
-def test_a_picture_that_is_drawn_over_and_handed_in_again_is_another_image() -> None:
+def test_a_picture_that_is_changed_and_passed_again_is_another_image() -> None:
     store = ImageStore(Process())
     canvas = PILImage.new("RGB", (8, 8))
     before = Image(canvas)
@@ -198,7 +198,7 @@ def test_a_picture_that_is_drawn_over_and_handed_in_again_is_another_image() -> 
 
 @pytest.mark.parametrize("size", [8, 300])
 @pytest.mark.parametrize("make", [lambda image: image, encoded], ids=["decoded", "encoded"])
-def test_images_are_processed_off_the_event_loop_and_once_for_all_who_ask_at_once(
+def test_images_are_processed_off_the_event_loop_and_once_for_concurrent_calls(
     size: int, make: Callable[[PILImage.Image], Any]
 ) -> None:
     process = Process()
@@ -225,7 +225,7 @@ def test_a_known_part_is_answered_without_a_thread() -> None:
     async def ask() -> Any:
         coroutine = store.items_async([part, part])
         try:
-            coroutine.send(None)  # runs to its end without waiting, or hands back what it waits for
+            coroutine.send(None)  # returns without suspending, or yields the future that it waits for
         except StopIteration as stop:
             return stop.value
         coroutine.close()
@@ -234,7 +234,7 @@ def test_a_known_part_is_answered_without_a_thread() -> None:
     assert asyncio.run(ask()) == (item, item)
 
 
-def test_a_failure_is_told_to_all_and_not_remembered() -> None:
+def test_a_failure_reaches_every_caller_and_is_not_remembered() -> None:
     process = Process(ImageError("too thin"))
     store = ImageStore(process)
     part = Image(picture())
@@ -248,7 +248,7 @@ def test_a_failure_is_told_to_all_and_not_remembered() -> None:
     assert item.num_tokens == 1
 
 
-def test_images_that_nobody_holds_are_let_go_above_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreferenced_images_are_evicted_above_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     process = Process()
     monkeypatch.setattr("vlmrl.rendering.images.RECENT_BYTES", 4 * 5 * 8 * 8 * 3)  # four of 8 × 8, uint8 + float32
     store = ImageStore(process)

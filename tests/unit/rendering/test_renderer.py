@@ -1,4 +1,4 @@
-"""The renderer against transformers' chat template and image processor, and its promises to the rollouts."""
+"""The renderer equals transformers' chat template and image processor, and keeps its contract with rollouts."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def renderer(tokenizer: Any, image_processor: Any) -> Renderer:
 
 
 class CountingProcessor:
-    """The real image processor, with a count and the threads it ran in."""
+    """The real image processor. Records the thread of each call."""
 
     def __init__(self, image_processor: Any) -> None:
         self._image_processor = image_processor
@@ -69,7 +69,7 @@ def picture(seed: int, size: tuple[int, int] = (32, 32)) -> PILImage.Image:
 
 
 def conversation(turns: int, images: int, seed: int = 0) -> list[Message]:
-    """system, then user and assistant in turn; the last word is the user's."""
+    """A system message, then user and assistant messages in turn; the last one is the user's."""
     rng = np.random.default_rng(seed)
     messages = [Message.of("system", "Map the color of each square.")]
     for turn in range(turns):
@@ -181,8 +181,10 @@ def test_a_conversation_marks_what_the_policy_would_have_sampled(
     assert tokenizer.decode(prompt.token_ids[sampled]) == "A1B\nC<|im_end|>A2B\nC<|im_end|>the end<|im_end|>"
 
 
-def test_bridging_true_answers_is_rendering_the_whole(renderer: Renderer, tokenizer: Any, image_processor: Any) -> None:
-    """Where the sampled tokens are those that the tokenizer would make of the text, the two ways agree."""
+def test_bridging_equals_rendering_the_whole_conversation(
+    renderer: Renderer, tokenizer: Any, image_processor: Any
+) -> None:
+    """If the sampled tokens are the tokenizer's own for that text, bridging and rendering give the same prompt."""
     whole = conversation(3, 2)
     prompt = first(renderer, whole[:2])
     for turn in (1, 2):
@@ -205,7 +207,7 @@ def test_bridging_true_answers_is_rendering_the_whole(renderer: Renderer, tokeni
 def test_a_bridge_keeps_what_was_sampled_token_for_token(renderer: Renderer, tokenizer: Any, stop: bool) -> None:
     messages = conversation(1, 2)
     previous = first(renderer, messages)
-    # The same text by other tokens than the tokenizer's own: a full render would change them.
+    # The same text in other tokens than the tokenizer's own: a full render would change them.
     ids = [tokenizer.convert_tokens_to_ids(letter) for letter in "Squares"]
     assert tokenizer.encode("Squares", add_special_tokens=False) != ids
     sampled = np.array([*ids, renderer.stop_token_ids[0]] if stop else ids, np.int64)
@@ -223,8 +225,10 @@ def test_a_bridge_keeps_what_was_sampled_token_for_token(renderer: Renderer, tok
     assert added == (expected if stop else "<|im_end|>" + expected)
 
 
-def test_what_cannot_be_extended_is_rendered_anew(renderer: Renderer, tokenizer: Any, image_processor: Any) -> None:
-    """Reasoning that was stopped while open has no continuation in this grammar."""
+def test_a_turn_that_cannot_be_extended_is_rendered_again(
+    renderer: Renderer, tokenizer: Any, image_processor: Any
+) -> None:
+    """In this grammar, reasoning that was cut before its end tag cannot be continued."""
     messages = conversation(1, 2)
     previous = first(renderer, messages)
     ids = completion(renderer, tokenizer, "<think>hm")
@@ -237,7 +241,7 @@ def test_what_cannot_be_extended_is_rendered_anew(renderer: Renderer, tokenizer:
     assert_same_pixels(prompt, output)
 
 
-def test_assistant_messages_among_the_new_ones_are_rendered_anew(renderer: Renderer, tokenizer: Any) -> None:
+def test_new_assistant_messages_are_rendered_again(renderer: Renderer, tokenizer: Any) -> None:
     messages = conversation(1, 1)
     new = [Message.of("user", "a"), Message.of("assistant", "b"), Message.of("user", "c")]
     history = [*messages, Message.of("assistant", "A")]
@@ -246,8 +250,8 @@ def test_assistant_messages_among_the_new_ones_are_rendered_anew(renderer: Rende
     assert prompt.token_ids.tolist() == first(renderer, [*history, *new]).token_ids.tolist()
 
 
-def test_a_sampled_image_token_is_no_placeholder(renderer: Renderer, tokenizer: Any) -> None:
-    """It cannot be sampled, but should it happen, it is the sample that is dropped, not the renderer that breaks."""
+def test_a_sampled_image_token_is_not_a_placeholder(renderer: Renderer, tokenizer: Any) -> None:
+    """Image tokens are banned. If one is sampled all the same, the sample is dropped; the renderer does not fail."""
     messages = conversation(1, 1)
     (stray,) = [id for id in renderer.image_token_ids if tokenizer.convert_ids_to_tokens(id) == "<|image_pad|>"]
     ids = np.array([stray, renderer.stop_token_ids[0]], np.int64)
@@ -288,7 +292,7 @@ def test_siblings_share_renders_and_images(tokenizer: Any, image_processor: Any)
 
 
 def test_equal_token_ids_with_other_images_are_other_prompts(renderer: Renderer, tokenizer: Any) -> None:
-    """Two squares of one size differ in their pixels alone; the memo must not mix them up."""
+    """Two squares of one size differ only in their pixels; the memo must tell them apart."""
     ids = completion(renderer, tokenizer, "A")
     new = [Message.of("user", Image(picture(9)))]
     seen = []
@@ -304,7 +308,7 @@ def test_equal_token_ids_with_other_images_are_other_prompts(renderer: Renderer,
     assert longer_a.placeholders[0].hash != longer_b.placeholders[0].hash
 
 
-def test_a_remembered_render_cannot_be_changed_and_repeats_itself(renderer: Renderer, tokenizer: Any) -> None:
+def test_a_memoized_render_is_read_only_and_repeats_itself(renderer: Renderer, tokenizer: Any) -> None:
     messages = conversation(2, 2)
     ids = completion(renderer, tokenizer, "AB")
     new = [Message.of("user", "more", Image(picture(8)))]
@@ -313,7 +317,7 @@ def test_a_remembered_render_cannot_be_changed_and_repeats_itself(renderer: Rend
     before = prompt.token_ids.tolist(), longer.token_ids.tolist()
     with pytest.raises(ValueError, match="read-only"):
         prompt.token_ids[0] = 0
-    longer.token_ids[:] = 0  # its own array: a caller may do that
+    longer.token_ids[:] = 0  # its own array, which a caller may change
     again = first(renderer, messages)
     assert again.token_ids.tolist() == before[0]
     assert following(renderer, again, ids, messages, new)[0].token_ids.tolist() == before[1]
@@ -426,7 +430,7 @@ def test_a_text_only_model_takes_the_same_path(tokenizer: Any) -> None:
 
 
 def test_a_renderer_from_a_folder_of_the_users_own(folder: Path, tmp_path: Path) -> None:
-    """Nothing depends on the checkpoint's name or place."""
+    """Nothing depends on the name or the path of the checkpoint."""
     own = Path(shutil.copytree(folder, tmp_path / "My Model"))
     tokenizer, processor = load_tokenizer(own), load_image_processor(own)
     renderer = make_renderer(RendererConfig(), MODEL, tokenizer, processor, VOCAB_SIZE, PLACEHOLDER_TOKENS)

@@ -1,11 +1,11 @@
-"""Finding and loading a checkpoint: the tiny one, a local folder, or a hub name, all by the same code.
+"""Finds and loads a checkpoint: the tiny one, a local folder, or a hub name, all by the same code.
 
     folder = resolve_checkpoint(…)      tiny → built or cached; folder → itself; hub name → cache or download;
-                                        init=random → a folder without weights, which load_model makes
+                                        init=random → a folder without weights, which load_model initializes
     load_model, load_tokenizer, load_image_processor (folder)
 
-torch and transformers are imported inside the functions that need them: importing Qwen3-VL takes seconds, and a config
-error should not.
+torch and transformers are imported inside the functions that need them: importing Qwen3-VL takes seconds, which a
+refused configuration should not cost.
 
 Left out on purpose: weights in PyTorch's pickle format (only safetensors), code that comes with a checkpoint
 (`trust_remote_code`), revisions of a hub repository other than its main one.
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
-"""What is fetched of a hub repository."""
+"""Files to download from a hub repository."""
 
 
 def resolve_checkpoint(config: ModelConfig, texts: tuple[str, ...]) -> Path:
-    """The folder to load from. `texts` are what a tokenizer that is made here knows.
+    """The folder to load from. A tokenizer that is built here is trained on `texts`.
 
-    A hub name is taken from the local cache when it is complete there, else downloaded. Raises `ModelError` where the
-    folder is incomplete or the download fails.
+    A hub name is taken from the local cache if it is complete there, else downloaded. Raises `ModelError` where the
+    download fails.
     """
     if config.tiny is not None:
         return ensure_tiny_checkpoint(config, texts)
@@ -55,12 +55,15 @@ def resolve_checkpoint(config: ModelConfig, texts: tuple[str, ...]) -> Path:
     try:
         return Path(snapshot_download(config.name, allow_patterns=HUB_FILES))
     except OSError as error:
-        raise ModelError(f"model.name={config.name} could not be downloaded: {error}") from error
+        raise ModelError(
+            f"model.name={config.name} could not be downloaded: {error}. Check the name and the network, or set "
+            "model.name=<folder with the checkpoint>"
+        ) from error
 
 
 def cached_folder(name: str) -> Path | None:
-    """Where the checkpoint of a local folder or a hub name is on this machine, complete or not; None where it is not.
-    Downloads nothing."""
+    """The folder on this machine of a local path or a hub name, complete or not; None where there is none. Downloads
+    nothing."""
     if is_hub_name(name):
         return _cached_snapshot(name)
     folder = Path(name).expanduser()
@@ -68,16 +71,16 @@ def cached_folder(name: str) -> Path | None:
 
 
 def load_model(folder: Path, config: ModelConfig) -> PreTrainedModel:
-    """The model of `folder`, of `config.dtype`, on `config.device`, in eval mode (nothing on the path has dropout).
+    """The model of `folder` in `config.dtype`, on `config.device`, in eval mode (no dropout anywhere).
 
-    Raises `ModelError` for a file that is missing or corrupt, for weights that do not fill the architecture, and for
-    a checkpoint of another family than `model.vlm.family`.
+    Raises `ModelError` for a missing or corrupt file, for weights that do not fill the architecture, and for a
+    checkpoint of another family than `model.vlm.family`.
     """
     if config.init is Init.random and config.tiny is None:
         return initialize(folder, config, resolve_device(config))
     problems = missing_files(folder, config) or wrong_family(folder, config)
     if problems:
-        raise ModelError(f"{folder}: {'; '.join(problems)}")
+        raise ModelError(f"{folder} does not load: {'; '.join(problems)}")
     _check_weight_headers(folder)
 
     import torch
@@ -105,7 +108,7 @@ def load_model(folder: Path, config: ModelConfig) -> PreTrainedModel:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of `folder`. Raises `ModelError` where it is missing or corrupt."""
-    _read_json(folder / "tokenizer.json")  # transformers makes an empty tokenizer where there is none
+    _read_json(folder / "tokenizer.json")  # without the file, transformers would make an empty tokenizer
     if (folder / "tokenizer_config.json").exists():
         _read_json(folder / "tokenizer_config.json")
     from transformers import AutoTokenizer
@@ -113,13 +116,16 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: the tokenizer does not load: {error}") from error
+        raise ModelError(f"the tokenizer of {folder} does not load: {error}") from error
     return tokenizer
 
 
 def load_image_processor(folder: Path) -> BaseImageProcessor:
-    """The image processor of `folder`, always transformers' PIL back-end: with torchvision installed or not, on every
-    machine, the same image gives the same pixels. Raises `ModelError` where it is missing or corrupt."""
+    """The image processor of `folder`. Raises `ModelError` where it is missing or corrupt.
+
+    Always transformers' PIL backend, so that the same image gives the same pixels on every machine, with or without
+    torchvision.
+    """
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).exists():
             _read_json(folder / name)
@@ -129,12 +135,12 @@ def load_image_processor(folder: Path) -> BaseImageProcessor:
     try:
         processor: BaseImageProcessor = auto.from_pretrained(folder, backend="pil", local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: the image processor does not load: {error}") from error
+        raise ModelError(f"the image processor of {folder} does not load: {error}") from error
     return processor
 
 
 def resolve_device(config: ModelConfig) -> torch.device:
-    """`model.device`, with `auto` made `cuda` where there is one and `cpu` elsewhere."""
+    """`model.device`; `auto` is `cuda` where there is one, else `cpu`."""
     import torch
 
     if config.device == "auto":
@@ -146,7 +152,7 @@ def resolve_device(config: ModelConfig) -> torch.device:
 
 
 def is_hub_name(name: str) -> bool:
-    """`org/model` or `model`, unless a folder of that name exists.
+    """Whether a name has the form `org/model` or `model`, and no folder of that name exists.
 
     >>> [is_hub_name(name) for name in ("Qwen/Qwen3-VL-4B-Instruct", "./Qwen/x", "/data/qwen", "a/b/c")]
     [True, False, False, False]
@@ -155,9 +161,9 @@ def is_hub_name(name: str) -> bool:
 
 
 def missing_files(folder: Path, config: ModelConfig) -> list[str]:
-    """What keeps `folder` from being a checkpoint: files that are missing, JSON files that are corrupt."""
+    """What is missing for `folder` to be a checkpoint, and JSON files that are corrupt; empty where nothing is."""
     if not folder.is_dir():
-        return [f"{folder} is no folder"]
+        return [f"{folder} is not a folder"]
     try:
         _read_json(folder / "config.json")
         weights = _weight_files(folder)
@@ -170,6 +176,7 @@ def missing_files(folder: Path, config: ModelConfig) -> list[str]:
 
 
 def wrong_family(folder: Path, config: ModelConfig) -> list[str]:
+    """That config.json belongs to another family than `model.vlm.family`, as a sentence; empty where it does not."""
     family = _read_json(folder / "config.json").get("model_type")
     if config.vlm is None or config.vlm.family == family:
         return []
@@ -190,11 +197,12 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def weight_bytes(folder: Path) -> int:
+    """Bytes of the weight files."""
     return sum(path.stat().st_size for path in _weight_files(folder))
 
 
 def _check_weight_headers(folder: Path) -> None:
-    """A truncated or overwritten weight file is found here, by name, before transformers sees it."""
+    """Raise `ModelError` for a truncated or overwritten weight file, with its name, before transformers reads it."""
     from safetensors import SafetensorError, safe_open
 
     for path in _weight_files(folder):
@@ -202,7 +210,7 @@ def _check_weight_headers(folder: Path) -> None:
             with safe_open(path, framework="np"):
                 pass
         except (OSError, SafetensorError) as error:
-            raise ModelError(f"{path} is corrupt: {error}") from error
+            raise ModelError(f"{path} is corrupt ({error}): copy or download the checkpoint again") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -221,6 +229,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def hub_cache() -> str:
+    """The folder in which huggingface_hub caches downloads."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return HF_HUB_CACHE
@@ -237,7 +246,7 @@ def _cached_snapshot(name: str) -> Path | None:
 
 
 def hub_is_reachable(timeout: float = 4.0) -> bool:
-    """Can a connection to the hub be opened within `timeout` seconds? A proxy is taken at its word."""
+    """Whether a connection to the hub can be opened within `timeout` seconds. With a proxy, always True."""
     from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 
     if HF_HUB_OFFLINE:
@@ -255,7 +264,7 @@ def hub_is_reachable(timeout: float = 4.0) -> bool:
             return
         connected.set()
 
-    # In a thread, because looking a name up has no timeout of its own.
+    # In a thread, because a name lookup has no timeout of its own.
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(timeout)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmrl.config.model import ModelConfig
-from vlmrl.models.cache import MANIFEST, built
+from vlmrl.models.checkpoints.built_folders import MANIFEST, built
 from vlmrl.models.checkpoints.text_files import config_token_ids, write_text_files
 from vlmrl.models.families import family_of
 from vlmrl.models.lora import merged

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlmrl.models.cache import write_json
+from vlmrl.models.checkpoints.built_folders import write_json
 from vlmrl.models.families.base import CheckpointRecipe, ImageBounds
 
 if TYPE_CHECKING:

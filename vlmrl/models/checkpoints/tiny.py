@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmrl.config.model import ModelConfig, TinyConfig
-from vlmrl.models.cache import built
+from vlmrl.models.checkpoints.built_folders import built
 from vlmrl.models.checkpoints.text_files import config_token_ids, write_text_files
 from vlmrl.models.families import family_of
 from vlmrl.models.families.base import CheckpointRecipe

@@ -13,6 +13,9 @@ if TYPE_CHECKING:  # preflight refuses a configuration in half a second, and num
 
     from vlmrl.models.families.positions import PositionFunction
 
+POSITION_NAMES = ("mrope", "sequential")
+"""Values of `model.vlm.positions`: the names of the functions in positions.py."""
+
 
 @dataclass(frozen=True)
 class ImageBounds:

@@ -12,7 +12,6 @@ from typing import Protocol
 
 import numpy as np
 
-from vlmrl.errors import ConfigError
 from vlmrl.types import ImageItem, IntArray, Placeholder
 
 
@@ -77,13 +76,6 @@ POSITIONS: dict[str, Callable[..., IntArray]] = {
 
 
 def position_function(name: str, spatial_merge_size: int = 1) -> PositionFunction:
-    """The function of that name for a model that merges `spatial_merge_size`² patches into a token.
-
-    Raises `ConfigError` for a name that is not in `POSITIONS`.
-    """
-    if name not in POSITIONS:
-        raise ConfigError(
-            f"model.vlm.positions={name} names no position function, so tokens would have no place: "
-            f"choose one of {', '.join(POSITIONS)}"
-        )
+    """The function of that name for a model that merges `spatial_merge_size`² patches into a token. `preflight` refuses
+    other names than those in `POSITION_NAMES`."""
     return partial(POSITIONS[name], spatial_merge_size=spatial_merge_size)

@@ -6,9 +6,7 @@ from vlmrl.config.model import Init
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import ConfigError
 from vlmrl.models.families import family_of
-
-POSITIONS = ("mrope", "sequential")
-"""Names of position functions (`vlmrl.models.families.positions.POSITIONS`), known here without numpy."""
+from vlmrl.models.families.base import POSITION_NAMES
 
 
 def renderer_is_there(config: RunConfig) -> None:
@@ -50,10 +48,10 @@ def renderer_serves_family(config: RunConfig) -> None:
 def positions_are_known(config: RunConfig) -> None:
     """`model.vlm.positions` names a position function."""
     vlm = config.model.vlm
-    if vlm is not None and vlm.positions not in POSITIONS:
+    if vlm is not None and vlm.positions not in POSITION_NAMES:
         raise ConfigError(
             f"model.vlm.positions={vlm.positions} names no position function, so tokens would have no position ids: "
-            f"set it to one of {', '.join(POSITIONS)}"
+            f"set it to one of {', '.join(POSITION_NAMES)}"
         )
 
 
@@ -72,6 +70,11 @@ def random_has_size(config: RunConfig) -> None:
         raise ConfigError(
             "model.init=random needs model.size and model.vlm, because no architecture to build is known without them: "
             "set model=qwen3vl or model=qwen3vl_moe, and a size with model/size=2b|4b|8b|30b_a3b"
+        )
+    if family_of(model.vlm).recipe is None:
+        raise ConfigError(
+            f"model.init=random cannot build model.vlm.family={model.vlm.family}, because no recipe for its tokenizer "
+            "and image processor is known: load a checkpoint with model.init=pretrained, or choose model=qwen3vl"
         )
     moe = "num_experts" in model.size.text
     if moe != family_of(model.vlm).has_experts:

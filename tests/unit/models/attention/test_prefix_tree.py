@@ -1,4 +1,4 @@
-"""Prefix trees: what goes in is read back, each distinct prefix stands once, and no branch leaves a segment midway."""
+"""Prefix trees: the sequences can be read back, each distinct prefix has one row, branches begin at segment ends."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from vlmrl.models.attention.prefix_tree import ImageKeys, PrefixTree, build_tree, common_prefix, sort_key
 from vlmrl.types import IntArray, Placeholder
 
-# Few distinct keys, so that prefixes coincide; negative ones are images; sequences that are prefixes of others too.
+# Few distinct keys, so that prefixes coincide. Negative keys are images. Some sequences are prefixes of others.
 key_lists = st.lists(st.integers(-3, 4), min_size=1, max_size=8)
 
 
 def sequences_of(lists: list[list[int]]) -> list[IntArray]:
-    """Distinct and sorted, as `build_tree` wants them."""
+    """The sequences distinct and sorted, as `build_tree` requires."""
     arrays = [np.array(keys, np.int64) for keys in {tuple(keys) for keys in lists}]
     return sorted(arrays, key=sort_key)
 
@@ -24,7 +24,7 @@ sequence_sets = st.lists(key_lists, min_size=1, max_size=12).map(sequences_of)
 
 
 def keys_by_row(sequences: list[IntArray], tree: PrefixTree) -> IntArray:
-    """int64 [rows]; each row written once, by the sequence that added it."""
+    """int64 [rows]: the key of each row, written once, by the sequence that added the row."""
     keys = np.full(tree.num_rows, 99)
     for sequence, rows, new_from in zip(sequences, tree.rows, tree.new_from, strict=True):
         assert (keys[rows[new_from:]] == 99).all(), "a row was added twice"
@@ -34,7 +34,7 @@ def keys_by_row(sequences: list[IntArray], tree: PrefixTree) -> IntArray:
 
 
 def path(tree: PrefixTree, segment: int) -> list[int]:
-    """Rows from the root to the end of `segment`."""
+    """The rows from the root to the end of `segment`."""
     if segment < 0:
         return []
     parent, start, end = tree.segments[segment]
@@ -59,12 +59,12 @@ def test_each_distinct_prefix_has_one_row(sequences: list[IntArray]) -> None:
 
 
 @given(sequence_sets, st.booleans())
-def test_segments_are_the_paths_and_no_branch_leaves_one_midway(sequences: list[IntArray], share: bool) -> None:
+def test_segments_are_the_paths_and_branches_begin_at_their_ends(sequences: list[IntArray], share: bool) -> None:
     tree = build_tree(sequences, share=share)
     assert [row for _, start, end in tree.segments for row in range(start, end)] == list(range(tree.num_rows))
     ending_at = {end - 1: index for index, (_, _, end) in enumerate(tree.segments)}
     for rows in tree.rows:
-        # Ends with a segment, and the chain of parents is the path: so whoever shares a segment shares all of it.
+        # The path ends with a segment, and the chain of parents is the path: a shared segment is shared as a whole.
         assert path(tree, ending_at[int(rows[-1])]) == rows.tolist()
 
 
@@ -109,21 +109,21 @@ IDS = np.array([5, 6, 7, 7, 7, 8, 9])
 
 
 def shared_rows(numbers: ImageKeys, *hashes: str) -> int:
-    """Rows that two sequences of the same token ids and these images have in common."""
+    """The number of rows that two sequences with equal token ids and these images share."""
     sequences = {sort_key(k): k for k in (numbers.keys(IDS, (Placeholder(2, 3, hash),)) for hash in hashes)}
     tree = build_tree([sequences[key] for key in sorted(sequences)])
     return len(hashes) * len(IDS) - tree.num_rows
 
 
-def test_a_prefix_with_another_image_is_another_prefix() -> None:
+def test_a_prefix_with_a_different_image_is_a_different_prefix() -> None:
     numbers = ImageKeys()
     assert shared_rows(numbers, "red", "green") == 2
     assert shared_rows(numbers, "red", "red") == len(IDS)
-    # The same image later is still the same, whoever was numbered in between.
+    # An image keeps its number, even if other images were numbered in between.
     assert shared_rows(numbers, "blue", "red", "blue") == len(IDS) + 2
 
 
-def test_an_image_is_no_token_id_even_where_a_policy_sampled_one() -> None:
+def test_an_image_differs_from_a_sampled_image_token() -> None:
     numbers = ImageKeys()
     shown, sampled = numbers.keys(IDS, (Placeholder(2, 3, "red"),)), numbers.keys(IDS, ())
     np.testing.assert_array_equal(sampled, IDS)

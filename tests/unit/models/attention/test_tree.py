@@ -1,4 +1,4 @@
-"""Tree attention against a dense masked softmax in float64: output, every gradient, and which block covers what."""
+"""Tree attention against a dense masked softmax in float64: output, every gradient, and what each block covers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 MODULE: Any = SimpleNamespace(layer_idx=0)
 HEADS, KV_HEADS, DIM, SCALE = 6, 2, 8, 0.3
 THRESHOLDS = [1, 30, 16384]
-"""Of MIN_SHARED_PAIRS: every segment with rows below it, some, none."""
+"""Values of MIN_SHARED_PAIRS for which all segments with rows below them, some, or none are shared."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Tree:
     def segments(self) -> tuple[list[Segment], int]:
         """Segments whose rows are numbered in order, and the first slot of the rows: cached keys come before it."""
         first_slot = sum(n for n, cached in zip(self.lengths, self.cached, strict=True) if cached)
-        # Cached keys lie in any order, as turns and branches left them.
+        # Cached keys have slots in arbitrary order, as in a pool that turns and branches have filled.
         free = iter(np.random.default_rng(0).permutation(first_slot))
         segments, rows = [], 0
         for parent, length, cached in zip(self.parents, self.lengths, self.cached, strict=True):
@@ -109,7 +109,7 @@ def noise(seed: int, *shape: int) -> Tensor:
 
 
 def attend(plan: TreePlan, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As `dense`, by the plan."""
+    """The same as `dense`, by the plan."""
     out, _ = tree_attention_forward(MODULE, q[None], k[None], v[None], None, SCALE, tree_plan=plan)
     return out[0].transpose(0, 1)
 
@@ -138,7 +138,7 @@ def test_output_and_gradients_are_those_of_dense_attention(
     wanted = [x.double().requires_grad_() for x in inputs]
     reference = dense(mask, *wanted)
     reference.backward(grad.double())  # type: ignore[no-untyped-call]
-    # Scores round as their size, which is that of q · k.
+    # The rounding error of a score is proportional to the size of q · k.
     assert_close(out, reference, 3e-6 * sharpness**2)
     for mine, theirs in zip(found, wanted, strict=True):
         assert mine.grad is not None
@@ -147,7 +147,7 @@ def test_output_and_gradients_are_those_of_dense_attention(
 
 
 def assert_close(found: Tensor, wanted: Tensor, tolerance: float = 3e-6, terms: float = 0.0) -> None:
-    """Relative to the whole tensor, since an entry may be a small difference of large terms; their size is `terms`."""
+    """Relative to the whole tensor, because an entry may be a small difference of terms of size `terms`."""
     error = float((found.detach().double() - wanted.detach()).norm())
     assert error <= tolerance * (float(wanted.detach().norm()) + terms)
 
@@ -163,7 +163,7 @@ def test_rows_see_the_keys_that_earlier_passes_left_in_the_pool(tree: Tree, thre
         noise(seed + 1, KV_HEADS, slots, DIM),
         noise(seed + 2, KV_HEADS, slots, DIM),
     )
-    # The pool is larger than what is in it, and what is not in it is poison.
+    # The pool is larger than its content; the unused slots hold NaN.
     pool = KVPool(
         [torch.full((KV_HEADS, slots + 5, DIM), torch.nan)], [torch.full((KV_HEADS, slots + 5, DIM), torch.nan)]
     )
@@ -197,7 +197,7 @@ def test_a_group_of_rollouts_shares_its_prompt_at_the_default_threshold() -> Non
 
 
 @pytest.mark.parametrize("threshold", [4000, 16384])
-def test_bfloat16_is_as_close_as_bfloat16_is(threshold: int) -> None:
+def test_bfloat16_is_as_exact_as_its_inputs(threshold: int) -> None:
     segments, _ = GROUPS.segments()
     mask = torch.from_numpy(dense_mask(segments))
     length = len(mask)
@@ -218,7 +218,7 @@ def test_bfloat16_is_as_close_as_bfloat16_is(threshold: int) -> None:
 
 @pytest.mark.parametrize("threshold", THRESHOLDS)
 def test_gradients_are_finite_where_scores_span_more_than_float32(threshold: int) -> None:
-    """Row 0 sees a score of -250, a later row of its own path one of +250; the shorter path beside it is padded."""
+    """Row 0 has a score of -250, a later row of its path one of +250; the shorter path next to it is padded."""
     segments, _ = Tree((-1, -1), (3, 2), (False, False)).segments()
     q = torch.ones(HEADS, 5, DIM).requires_grad_()
     k = (torch.ones(KV_HEADS, 5, DIM) * torch.tensor([-1, 0, 1, -1, 1])[:, None] * 104).requires_grad_()
@@ -227,8 +227,8 @@ def test_gradients_are_finite_where_scores_span_more_than_float32(threshold: int
     assert all(x.grad is not None and bool(x.grad.isfinite().all()) for x in (q, k, v))
 
 
-def test_a_row_is_not_moved_by_another_branch() -> None:
-    """Not even by what is not finite there: a padded or masked key would spread it."""
+def test_a_row_does_not_depend_on_another_branch() -> None:
+    """Not even by values there that are not finite, which a padded or masked key would spread."""
     tree = Tree((-1, 0, 0), (4, 3, 2), (False,) * 3)
     segments, _ = tree.segments()
     q, k, v = noise(0, HEADS, 9, DIM), noise(1, KV_HEADS, 9, DIM), noise(2, KV_HEADS, 9, DIM)
@@ -291,7 +291,7 @@ def test_bfloat16_rounds_inputs_and_output_only(tree: Tree, threshold: int, seed
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6))
-def test_sequences_side_by_side_are_known_by_their_bounds(lengths: list[int]) -> None:
+def test_varlen_plans_hold_the_bounds_of_the_sequences(lengths: list[int]) -> None:
     segments, _ = Tree((-1,) * len(lengths), tuple(lengths), (False,) * len(lengths)).segments()
     plan = make_plan(Kernel.varlen, segments, CPU).fused
     assert isinstance(plan, Sequences)
@@ -300,7 +300,7 @@ def test_sequences_side_by_side_are_known_by_their_bounds(lengths: list[int]) ->
     assert plan.longest == max(lengths)
 
 
-def test_a_tree_is_no_row_of_sequences() -> None:
+def test_varlen_refuses_a_tree() -> None:
     segments, _ = Tree((-1, 0), (3, 2), (False, False)).segments()
     with pytest.raises(AssertionError, match="shared prefixes"):
         make_plan(Kernel.varlen, segments, CPU)
@@ -333,7 +333,7 @@ def test_flash_attention_and_blocks_agree_on_a_gpu() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.filterwarnings("ignore")  # the compiler's own warnings
 @pytest.mark.parametrize("lengths", [(300, 40, 500, 7, 130), (64, 1, 1, 1, 1), (2000, 100, 100, 100, 100)])
 def test_one_kernel_and_blocks_agree_on_a_gpu(lengths: tuple[int, ...]) -> None:
     agree_on_a_gpu(Tree((-1, 0, 1, 1, 0), lengths, (False,) * 5), Kernel.flex)

@@ -1,4 +1,4 @@
-"""Checkpoints: the tiny one and others by the same code; what is missing or broken is said by name, early."""
+"""Loading checkpoints: the tiny one and others by the same code; errors name the missing or broken file."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(tiny: Path, tmp_path: Path) -> Path:
-    """A folder of the user's own, to be damaged."""
+    """A copy of the tiny checkpoint as a user's folder, for tests that damage it."""
     return Path(shutil.copytree(tiny, tmp_path / "checkpoint"))
 
 
 @pytest.fixture
 def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty hub cache, and a hub that nobody serves. Returns the cache."""
+    """An empty hub cache and an unreachable hub. Returns the cache."""
     cache = tmp_path / "hub"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
@@ -80,8 +80,8 @@ def test_the_tiny_checkpoint_is_a_real_qwen3_vl(tiny: Path) -> None:
     assert all(bool((w == 0).all()) for name, w in weights.items() if name.endswith("bias"))
 
 
-def test_the_model_sees_the_image(tiny: Path) -> None:
-    """The whole forward runs, and other pixels give other logits."""
+def test_logits_depend_on_the_pixels(tiny: Path) -> None:
+    """The whole forward pass runs, and different pixels give different logits."""
     model, tokenizer, processor = load_model(tiny, tiny_config()), load_tokenizer(tiny), load_image_processor(tiny)
     ids = tokenizer("<|vision_start|><|image_pad|><|vision_end|>A", return_tensors="pt").input_ids
     logits = []
@@ -93,7 +93,7 @@ def test_the_model_sees_the_image(tiny: Path) -> None:
     assert float((logits[0] - logits[1]).abs().max()) > 1e-3
 
 
-def test_the_vocabulary_exceeds_the_tokenizer_as_the_real_one_does(tiny: Path) -> None:
+def test_the_vocabulary_exceeds_the_tokenizer(tiny: Path) -> None:
     model, tokenizer = load_model(tiny, tiny_config()), load_tokenizer(tiny)
     assert model.config.text_config.vocab_size % 64 == 0
     assert model.config.text_config.vocab_size > len(tokenizer)
@@ -125,7 +125,7 @@ def test_a_text_only_model_loads(tmp_path: Path, copy: Path) -> None:
     assert type(load_model(tmp_path / "text", config)).__name__ == "Qwen3ForCausalLM"
 
 
-def test_the_tokenizer_has_qwens_roles(tiny: Path) -> None:
+def test_the_tokenizer_has_qwens_special_tokens(tiny: Path) -> None:
     tokenizer = load_tokenizer(tiny)
     assert tokenizer.eos_token == "<|im_end|>"
     assert tokenizer.pad_token == "<|endoftext|>"

@@ -1,4 +1,4 @@
-"""`model.init=random`: the true sizes, a folder that everything loads from, the same weights again by their seed."""
+"""`model.init=random`: the published sizes, a folder that loads like any other, the same weights for the same seed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SMALL = (
     "model.size.vision.out_hidden_size=32",
     "model.size.vision.deepstack_visual_indexes=[0]",
 )
-"""The same file of numbers, shrunken."""
+"""The numbers of a size file, made small."""
 MOE = (
     "model=qwen3vl_moe",
     "model.size.text.num_experts=4",
@@ -58,8 +58,8 @@ def made(config: ModelConfig) -> tuple[Path, Any]:
     ("size", "family", "billions"),
     [("2b", "qwen3_vl", 2.13), ("4b", "qwen3_vl", 4.44), ("8b", "qwen3_vl", 8.77), ("30b_a3b", "qwen3_vl_moe", 31.07)],
 )
-def test_parameters_are_as_many_as_were_published(size: str, family: str, billions: float) -> None:
-    """The counts of the checkpoints on the hub, to the last digit that they are given in."""
+def test_the_parameter_counts_are_the_published_ones(size: str, family: str, billions: float) -> None:
+    """The counts on the hub, to the precision in which they are given there."""
     numbers: Any = OmegaConf.to_container(OmegaConf.load(CONF / "model" / "size" / f"{size}.yaml"))
     tied = numbers["tie_word_embeddings"]
     config = AutoConfig.for_model(

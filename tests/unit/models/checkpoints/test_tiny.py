@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from vlmrl.config.model import ModelConfig, TinyConfig, VLMConfig
 from vlmrl.config.task import ColorCodewordConfig
-from vlmrl.models.cache import MANIFEST
+from vlmrl.models.checkpoints.built_folders import MANIFEST
 from vlmrl.models.checkpoints.text_files import build_tokenizer
 from vlmrl.models.checkpoints.tiny import ensure_tiny_checkpoint
 from vlmrl.models.families.qwen3_vl import ATOMIC_TOKENS, RECIPE, SPECIAL_TOKENS, mrope_section
@@ -72,7 +72,7 @@ def test_several_processes_build_the_same_bytes_and_a_cached_checkpoint_needs_no
 
 
 @pytest.mark.parametrize("damage", ["truncate", "remove", "no manifest", "manifest is no JSON", "no weights at all"])
-def test_a_damaged_cache_is_mended(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_cache_is_repaired(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLMRL_CACHE", str(tmp_path))
     folder = ensure_tiny_checkpoint(config(), TEXTS)
     whole = contents(folder)
@@ -100,7 +100,7 @@ def test_an_intact_cache_is_not_touched(tmp_path: Path, monkeypatch: pytest.Monk
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
-def test_every_size_and_the_texts_make_another_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_sizes_or_texts_make_another_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLMRL_CACHE", str(tmp_path))
     small = {"bpe_merges": 8, "num_hidden_layers": 1}
     folders = {
@@ -112,7 +112,7 @@ def test_every_size_and_the_texts_make_another_checkpoint(tmp_path: Path, monkey
     assert len(folders) == 4
 
 
-def test_special_tokens_are_qwens() -> None:
+def test_the_special_tokens_are_those_of_qwen() -> None:
     tokenizer = build_tokenizer(RECIPE, TEXTS, 128)
     added = tokenizer.get_added_tokens_decoder()
     assert [added[id].content for id in sorted(added)] == [*SPECIAL_TOKENS, *ATOMIC_TOKENS]

@@ -1,4 +1,4 @@
-"""What a family answers, that an unknown one gets the neutral answers, and that nothing else compares family names."""
+"""What each family knows, the neutral family for unknown ones, and that no other module compares family names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Positions against transformers' own get_rope_index, and the promise that a prefix keeps its positions."""
+"""Positions equal transformers' own get_rope_index, and a prefix keeps its positions."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 
-from vlmrl.errors import ConfigError
+from vlmrl.models.families.base import POSITION_NAMES
 from vlmrl.models.families.positions import POSITIONS, position_function
 from vlmrl.types import ImageItem, IntArray, Placeholder, mm_token_type_ids
 
 MERGE = 2
 
-# A layout: text of so many tokens, then an image of rows × columns merged tokens; text after the last image.
+# A layout: per image, the text tokens before it and its rows × columns of merged tokens; then the text at the end.
 layouts = st.tuples(
     st.lists(st.tuples(st.integers(1, 9), st.integers(1, 5), st.integers(1, 7)), max_size=4), st.integers(0, 9)
 ).filter(lambda layout: bool(layout[0]) or layout[1] > 0)
@@ -35,7 +35,7 @@ def build(images: list[tuple[int, int, int]], tail: int) -> tuple[int, list[Plac
 
 
 def reference(length: int, placeholders: list[Placeholder], items: list[ImageItem]) -> IntArray:
-    """int64 [3, length] by transformers; it reads nothing of the model but one number of its config."""
+    """int64 [3, length] by transformers, which reads only one number of the model's config."""
     model: Any = SimpleNamespace(config=SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=MERGE)))
     model.get_vision_position_ids = Qwen3VLModel.get_vision_position_ids.__get__(model)
     grids = [torch.from_numpy(item.mm_kwargs["image_grid_thw"]) for item in items]
@@ -81,6 +81,5 @@ def test_sequential_counts() -> None:
     np.testing.assert_array_equal(positions, np.broadcast_to(np.arange(length), (4, length)))
 
 
-def test_an_unknown_name_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"model\.vlm\.positions=polar .* mrope, sequential"):
-        position_function("polar")
+def test_the_names_that_preflight_accepts_are_those_of_the_functions() -> None:
+    assert tuple(POSITIONS) == POSITION_NAMES

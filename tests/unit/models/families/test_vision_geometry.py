@@ -1,4 +1,4 @@
-"""What a vision tower derives from sizes, computed beside it."""
+"""The quantities that a vision tower derives from image sizes, computed outside of it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Config: Any = Qwen2_5_VLVisionConfig
 Windows: Any = Qwen2_5_VisionTransformerPretrainedModel
 
 
-def test_a_tower_makes_the_same_of_what_it_is_given_and_of_what_it_derives(tiny_model: Callable[[], Any]) -> None:
+def test_a_tower_gives_the_same_features_with_precomputed_arguments(tiny_model: Callable[[], Any]) -> None:
     model = tiny_model()
     tower = model.get_encoder(modality="image")
     patches = torch.randn(int(GRID.prod(-1).sum()), tower.patch_embed.proj.weight[0].numel())
@@ -33,7 +33,7 @@ def test_a_tower_makes_the_same_of_what_it_is_given_and_of_what_it_derives(tiny_
 
 
 @pytest.mark.parametrize("name", [SIZES, "image_sizes"])
-def test_a_tower_that_derives_other_things_is_given_sizes_alone(name: str) -> None:
+def test_a_tower_that_derives_other_quantities_gets_only_sizes(name: str) -> None:
     sizes = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
     arguments = tower_arguments(Windows(Config(**sizes)), {name: GRID}, CPU)
     assert arguments.keys() == {name}

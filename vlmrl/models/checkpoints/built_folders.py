@@ -1,4 +1,4 @@
-"""Folders that are built here once and kept: a function of their key, whole or not there."""
+"""Folders that are built once and kept in a cache. A folder's content is a function of its key; it is never partial."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
-"""File name → SHA-256, written last: a folder whose files disagree with it is built again."""
+"""File name → SHA-256. Written last. A folder whose files differ from it is built again."""
 
 
 def cache_folder() -> Path:
@@ -21,9 +21,9 @@ def cache_folder() -> Path:
 
 
 def built(kind: str, key: list[Any], build: Callable[[Path], None]) -> Path:
-    """The folder of `key` (JSON) under `kind` in the cache; `build` fills an empty one where it is not there.
+    """The folder of `key` (JSON) under `kind` in the cache. If it is missing, `build` fills an empty folder.
 
-    Safe to call from several processes at once; a folder that is incomplete or was changed is mended.
+    Safe to call from several processes at once. An incomplete or changed folder is repaired.
     """
     text = json.dumps(key, ensure_ascii=False, sort_keys=True)
     folder = cache_folder() / kind / hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -41,10 +41,12 @@ def built(kind: str, key: list[Any], build: Callable[[Path], None]) -> Path:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` as indented JSON."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def _is_intact(folder: Path) -> bool:
+    """Whether all files of the manifest are there, unchanged."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         return all(_sha256(folder / name) == digest for name, digest in manifest.items())
@@ -53,10 +55,10 @@ def _is_intact(folder: Path) -> bool:
 
 
 def _publish(scratch: Path, folder: Path) -> None:
-    """Move a finished build into place, whole if nothing is there, else file by file over what is there.
+    """Move a finished build into place: the whole folder if there is none yet, else file by file over the old one.
 
     A build is a function of the folder's name, so replacing a file that another process reads or has just written
-    changes none of its bytes; only what is missing or broken changes. The manifest goes last.
+    changes none of its bytes; only missing or broken files change. The manifest is moved last.
     """
     try:
         scratch.rename(folder)
