@@ -178,7 +178,7 @@ def test_one_shade_of_one_pixel_is_found(runs: Scenarios) -> None:
         (("step=99",), "step=99 has no recorded batch .*step_000099.jsonl is missing"),
         ((), "mode=replay needs run=<run folder> and step="),
         (("step=0",), "mode=replay needs run=<run folder> and step="),
-        (("step=3", "task=imported"), "task=imported requires a new run, else the batch would not be what"),
+        (("step=3", "task=imported"), "task=imported cannot be used in a replay, because the batch would not be"),
         (("step=3", "trainer.packin=tree"), "trainer.packin: there is no such key; did you mean trainer.packing"),
         (("step=3", "inference=vlm"), "inference=vlm: inference has only embedded, vllm"),
     ],

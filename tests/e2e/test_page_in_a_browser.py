@@ -23,7 +23,7 @@ from support.configs import checked
 from support.report_runs import noise, one_rollout, one_turn, ordinary_rollout, record
 from vlmrl.cli.arguments import CONF
 from vlmrl.cli.main import main
-from vlmrl.cli.past_runs import usual
+from vlmrl.cli.past_runs import default_config
 from vlmrl.cli.recipe import with_recipe
 from vlmrl.cli.schemas import register_schemas
 from vlmrl.config.run import RunConfig
@@ -154,7 +154,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 
 @pytest.fixture(scope="module")
 def made_page(made: RunDir) -> Path:
-    write_report({made.name: made}, made.report, usual())
+    write_report({made.name: made}, made.report, default_config())
     return made.report
 
 

@@ -112,7 +112,7 @@ def test_a_job_that_is_put_back_into_the_queue_resumes(how: str, home: Home, nev
     gate.open()
     wait_for(lambda: state(job) == "COMPLETED")
     (run,) = (home.path / "outputs/slurm").glob(f"{job}.0_*")
-    assert f"{run.name}: stopped before, continues" in log(home, job)
+    assert f"{run.name}: continues, it was stopped before" in log(home, job)
     assert_same_run(run, never_stopped)
 
 
@@ -158,7 +158,7 @@ def test_a_job_of_the_launcher_that_is_out_of_time_resumes(home: Home, never_sto
     assert launched.returncode == 0, err
     (metrics,) = folder.glob("*/metrics.jsonl")
     (out,) = folder.glob(".submitit/*/*_log.out")
-    assert "stopped before, continues" in out.read_text()
+    assert "continues, it was stopped before" in out.read_text()
     assert_same_run(metrics.parent, never_stopped)
 
 
@@ -184,7 +184,7 @@ def test_two_tasks_train_together(home: Home) -> None:
     assert summary(run)["exit_reason"] == "finished"
     out = (folder / f".submitit/{job}/{job}_0_log.out").read_text()
     assert out.count(", 2 ranks") == 2
-    assert "stopped before, continues" in out
+    assert "continues, it was stopped before" in out
 
 
 @pytest.mark.vllm

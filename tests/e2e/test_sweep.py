@@ -66,7 +66,7 @@ def sweeps(home: Home) -> Scenarios:
         assert killed.code == -9, killed.err
         again = home.vlmrl(*arguments)
         assert again.code == 0, again.err
-        assert f"{name}: killed before, continues" in again.out
+        assert f"{name}: continues, it was killed before" in again.out
         assert home.vlmrl("seed=8", *QUICK, f"hydra.run.dir={alone}").code == 0
         return folder / name, alone
 
@@ -77,7 +77,7 @@ def test_killed_after_three_of_six_exactly_three_run(sweeps: Scenarios) -> None:
     _, before, ran = sweeps["killed_after_three"]
     jobs = [job_name([f"seed={seed}", *QUICK], "") for seed in range(6)]
     assert before == jobs[:3]
-    assert ran == [f"{job}: finished before, skipped" for job in jobs[:3]] + [f"run {job}" for job in jobs[3:]]
+    assert ran == [f"{job}: skipped, it has finished before" for job in jobs[:3]] + [f"run {job}" for job in jobs[3:]]
 
 
 def test_the_table_is_whole(sweeps: Scenarios) -> None:
@@ -145,5 +145,5 @@ def test_a_search_by_optuna(home: Home) -> None:
     assert f"best_value: {best}" in result
     again = home.vlmrl(*arguments)
     assert again.code == 0, again.err
-    assert again.out.count("finished before, skipped") == 3, "the same trials are proposed"
+    assert again.out.count("skipped, it has finished before") == 3, "the same trials are proposed"
     assert (folder / "optimization_results.yaml").read_text() == result

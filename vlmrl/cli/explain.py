@@ -1,11 +1,11 @@
-"""`python -m vlmrl explain [key or group …] [override …]`: what a key means and where its value comes from.
+"""`python -m vlmrl explain [key or group …] [override …]`: the meaning of a key and the origin of its value.
 
     python -m vlmrl explain                                        the groups, their options, what is chosen
     python -m vlmrl explain trainer model=qwen3vl                  every key of a group under these choices
-    python -m vlmrl explain trainer.learning_rate learning_rate    one key; every key of that name
+    python -m vlmrl explain trainer.learning_rate learning_rate    one key; all keys of that name
 
-Values come from three places, each over the one before: the schema's default, the YAML files in the order of Hydra's
-defaults list, overrides on the command line. What the schemas say comes from docs.py.
+A value comes from one of three places; a later one wins: the schema's default, the YAML files in the order of Hydra's
+defaults list, and the overrides on the command line. The documentation is read from the schemas (config/field_docs.py).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from vlmrl.config.run import RunConfig
 from vlmrl.errors import ConfigError
 
 WIDTH = 100
-"""Columns of what is printed."""
+"""Width of the output in characters."""
 
 
 @dataclass(frozen=True)
@@ -41,26 +41,26 @@ class Setting:
     where: str
     """`trainer/finetune.yaml`, `override`."""
     value: str
-    """As it is written there; `${…}` is taken from another key."""
+    """As written there; `${…}` is the value of another key."""
 
 
 @dataclass(frozen=True)
 class Composition:
-    """A composed config and how it came about."""
+    """A composed config with the origin of its values."""
 
     config: DictConfig
     choices: Mapping[str, str]
-    """Group → option."""
+    """Group → chosen option."""
     options: Mapping[str, Sequence[str]]
-    """Group → the options that there are, the user's own included."""
+    """Group → all its options, the user's own included."""
     settings: Mapping[str, Sequence[Setting]]
-    """Key → the places that set it, later ones last; keys that only the schema sets are not in it."""
+    """Key → the places that set it, the winning one last. Keys that only the schema sets are missing."""
 
 
 def explanation(arguments: Sequence[str], conf: Path) -> str:
-    """The text for `arguments`: words without `=` are keys, the rest overrides.
+    """The text to print. Words without `=` are keys or groups, the others are overrides.
 
-    Raises `ConfigError`, and Hydra's errors where the overrides do not compose.
+    Raises ConfigError for an unknown key, and Hydra's errors for overrides that do not compose.
     """
     parser = argparse.ArgumentParser(prog="python -m vlmrl explain", description=__doc__, add_help=False)
     parser.add_argument("--config-dir", "-cd")
@@ -72,11 +72,11 @@ def explanation(arguments: Sequence[str], conf: Path) -> str:
 
 
 def composed(overrides: list[str], conf: Path, config_dir: str | None) -> Composition:
-    """Compose `overrides`, as a run would."""
+    """Compose `overrides` as a run would, and find the origin of each value."""
     if config_dir is not None:
         folder = Path(config_dir).resolve()
         if not folder.is_dir():
-            raise ConfigError(f"--config-dir {config_dir}: {folder} is no folder, so nothing is found there")
+            raise ConfigError(f"--config-dir {config_dir}: there is no folder {folder}: correct the path")
         overrides = [*overrides, f"hydra.searchpath=[file://{folder}]"]
     with initialize_config_dir(str(conf), version_base="1.3"):
         config = compose("config", overrides, return_hydra_config=True)
@@ -92,7 +92,10 @@ def composed(overrides: list[str], conf: Path, config_dir: str | None) -> Compos
 
 
 def settings_of(loader: ConfigLoader, overrides: list[str], folders: Sequence[str]) -> dict[str, list[Setting]]:
-    """Key → what sets it, in the order in which Hydra merges. `folders` (`file://…`) are searched after ours."""
+    """Key → the places that set it, in the order in which Hydra merges them.
+
+    `folders` (`file://…`) are searched after vlmrl's own conf/.
+    """
     settings: dict[str, list[Setting]] = {}
     defaults = loader.compute_defaults_list("config", overrides, RunMode.RUN)
     for default in defaults.defaults:
@@ -107,8 +110,10 @@ def settings_of(loader: ConfigLoader, overrides: list[str], folders: Sequence[st
 
 
 def _file(loader: ConfigLoader, path: str, folders: Sequence[str]) -> tuple[str, DictConfig]:
-    """The YAML file of a config, from the first place on the search path that has it, and its name; a schema has none
-    and sets nothing."""
+    """Name and content of a config's YAML file, from the first folder on the search path that has it.
+
+    A schema has no file, so its name and content are empty.
+    """
     for source in loader.get_sources():
         if source.provider == "main" and source.is_config(path):
             return f"{path}.yaml", _tree(source.load_config(path).config)
@@ -125,7 +130,7 @@ def _tree(config: object) -> DictConfig:
 
 
 def leaves(tree: DictConfig, prefix: str) -> Iterator[tuple[str, str]]:
-    """Dotted key → value, of all values in a file but its defaults list."""
+    """Dotted key and value of every value in a file, except its defaults list."""
     for name, value in tree.items_ex(resolve=False):
         key = f"{prefix}{name!s}"
         if isinstance(value, DictConfig) and not value._is_none() and len(value):
@@ -145,7 +150,7 @@ def _overridden(override: Override) -> Iterator[tuple[str, str]]:
 
 
 def _text(tree: DictConfig, name: str) -> str:
-    """A value as YAML writes it, interpolations as they stand."""
+    """A value as the YAML file has it; interpolations are not resolved."""
     if OmegaConf.is_missing(tree, name):
         return "not set"
     value = OmegaConf.to_container(OmegaConf.create({name: tree._get_node(name)}), enum_to_str=True)[name]  # type: ignore[index,call-overload]
@@ -153,7 +158,7 @@ def _text(tree: DictConfig, name: str) -> str:
 
 
 def text_of(value: object) -> str:
-    """A value in the words of the command line.
+    """A value as the command line writes it.
 
     >>> text_of(None), text_of(True), text_of([1, 2]), text_of(1e-6)
     ('null', 'true', '[1,2]', '1e-06')
@@ -171,11 +176,14 @@ def text_of(value: object) -> str:
             return str(getattr(value, "name", value))
 
 
-# ── what is printed ─────────────────────────────────────────────────────────────────────────────────────────
+# ── the text ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def explained(key: str, composition: Composition) -> Iterator[str]:
-    """The lines for one key, one group (`model`, `model/vlm`), all keys of one name, or "" for the root."""
+    """The lines about one key, about one group (`model`, `model/vlm`; "" is the root), or about all keys of one name.
+
+    Raises ConfigError for an unknown key.
+    """
     key = key.replace("/", ".")
     found = dict(every_key(composition.config))
     if key == "" or (key in found and found[key].schema is not None):
@@ -191,7 +199,7 @@ def explained(key: str, composition: Composition) -> Iterator[str]:
 
 
 def every_key(config: DictConfig) -> Iterator[tuple[str, FieldDoc]]:
-    """Dotted key → its documentation, of the schemas that `config` is made of; groups too, absent ones as well."""
+    """Dotted key and documentation of everything in `config`, including groups, also those that are null."""
     yield from _keys_below(config, RunConfig, "")
 
 
@@ -210,7 +218,7 @@ def _keys_below(node: DictConfig | None, schema: type, prefix: str) -> Iterator[
 
 
 def _group(key: str, composition: Composition, found: Mapping[str, FieldDoc]) -> Iterator[str]:
-    """A heading, then the keys one below the other."""
+    """The lines about a group: a heading, then its keys."""
     group = key.replace(".", "/")
     if key:
         chosen = f"={composition.choices[group]}" if group in composition.choices else ""
@@ -235,7 +243,7 @@ def _group(key: str, composition: Composition, found: Mapping[str, FieldDoc]) ->
 
 
 def _value(key: str, field: FieldDoc, composition: Composition) -> Iterator[str]:
-    """Value, type, unit, range; documentation; where the value comes from."""
+    """The lines about a value: the value, type, unit and range, documentation, and where the value comes from."""
     about = [field.type_text, unit_of(field), range_text(key)]
     yield f"{key} = {_now(key, composition)}"
     yield from _wrapped("; ".join(part for part in about if part), "    ")
@@ -260,7 +268,7 @@ def _now(key: str, composition: Composition) -> str:
             return "not set"
         node = node[group]
         if node is None:
-            return f"nothing: {key.rpartition('.')[0]} is null under these choices"
+            return f"not set: {key.rpartition('.')[0]} is null under these choices"
     if OmegaConf.is_missing(node, name):
         return "not set"
     value = node[name]

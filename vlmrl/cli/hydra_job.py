@@ -38,9 +38,10 @@ OmegaConf.register_new_resolver("started", slurm.run_folder_prefix, use_cache=Tr
 
 
 def job(config: DictConfig) -> float | None:
-    """What Hydra calls, once per run; in a sweep by way of what is left of the job.
+    """Run one job; Hydra calls this once per run. Returns the objective for sweepers.
 
-    A launcher may start several ranks of it (submitit's tasks): the others follow the first.
+    A job of a sweep, and a job that Slurm restarted, continues what an earlier start left (sweep/again.py). A launcher
+    may start several ranks of a job (submitit's tasks): rank 0 leads and the others follow.
     """
     objective, code = None, 0
 
@@ -57,7 +58,7 @@ def job(config: DictConfig) -> float | None:
     try:
         place(config, HydraConfig.get().runtime.output_dir)
         if "n_jobs" in HydraConfig.get().launcher:
-            config.monitor.live = False  # joblib's jobs share a screen
+            config.monitor.live = False  # jobs of joblib run at the same time and share a screen
         slurm.divide_tasks(config.inference.get("slurm_tasks", 0))
         if slurm.server_index() is not None:
             return start(config)
@@ -65,16 +66,17 @@ def job(config: DictConfig) -> float | None:
             code = lead_or_follow(lead)
     except Exception as error:
         code = report(error)
-        # In a sweep Hydra runs the other jobs, names this one, and raises the error again. Ctrl-C means all of them.
+        # After a JobError, Hydra runs the other jobs of a sweep, names this one and raises the error again. Ctrl-C ends
+        # them all.
         sweep = HydraConfig.get().mode is RunMode.MULTIRUN and not isinstance(error, Interrupted)
         raise (JobError(code) if sweep else SystemExit(code)) from error
-    if code != 0:  # of a rank that is not the first
+    if code != 0:  # of a rank other than 0
         raise JobError(code)
     return objective
 
 
 def sweep_name(folder: str) -> str:
-    """What a sweep is called elsewhere: its folder below `multirun`, else the folder's own name.
+    """The sweep's name as a W&B group: its folder below `multirun`, or else the folder's own name.
 
     >>> sweep_name("outputs/multirun/2026-03-01/12-00-00"), sweep_name("/data/my_sweep")
     ('2026-03-01/12-00-00', 'my_sweep')
@@ -85,23 +87,23 @@ def sweep_name(folder: str) -> str:
 
 
 class CheckFirst(Callback):
-    """Refuses a config before Hydra makes a folder for it (conf/config.yaml names this class)."""
+    """Refuses a config before Hydra makes a folder for it, and answers `dry_run=true` and `mode=check`."""
 
     def on_run_start(self, config: DictConfig, **kwargs: object) -> None:
-        """A single run."""
+        """Check a single run."""
         try:
             run_config = checked(place(without_hydra(config), "not made yet"))
             code = answer_without_a_run(run_config)
-        except Exception as error:  # Hydra would print a warning of a callback, and go on
+        except Exception as error:  # Hydra would turn it into a warning and go on
             raise SystemExit(report(error)) from error
         if code is not None:
             raise SystemExit(code)
 
     sweep_dir: ClassVar[Path | None] = None
-    """Of the sweep that was started; None before, and for a single run."""
+    """Folder of the sweep that was started; None for a single run."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: object) -> None:
-        """All jobs of a sweep, before the first one is started or submitted."""
+        """Check all jobs of a sweep before the first one is started or submitted."""
         spell_out_params(config)
         codes: list[int] = []
         for overrides in sweep_jobs(config):
@@ -128,7 +130,7 @@ def submission_of(launcher: DictConfig) -> Submission:
 
 
 def without_hydra(config: DictConfig) -> DictConfig:
-    """A copy, as a job gets it."""
+    """A copy without Hydra's own node, as a job gets it."""
     config = copy.deepcopy(config)
     with open_dict(config):
         del config["hydra"]
@@ -144,8 +146,11 @@ def spell_out_params(config: DictConfig) -> None:
 
 
 def sweep_jobs(config: DictConfig) -> list[list[str]]:
-    """The overrides of each job of a sweep; none where its sweeper makes them up on the way, or they do not parse:
-    then Hydra says so itself."""
+    """The overrides of each job of a sweep.
+
+    The list is empty where the sweeper chooses them as it goes (Optuna), and where they do not parse, which Hydra
+    reports itself.
+    """
     if config.hydra.sweeper._target_ != OmegaConf.structured(BasicSweeperConf)._target_:
         return []
     arguments = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
@@ -160,11 +165,11 @@ def sweep_jobs(config: DictConfig) -> list[list[str]]:
 
 
 def place(config: DictConfig, output_dir: str) -> DictConfig:
-    """Fill in where the run goes."""
+    """Fill in the run's folder, in place. Raises ConfigError where the command line has set it."""
     if not OmegaConf.is_missing(config, "output_dir"):
         raise ConfigError(
-            f"output_dir={config.output_dir} requires to be left alone, else Hydra makes another folder than the "
-            f"run uses: set hydra.run.dir={config.output_dir}"
+            f"output_dir={config.output_dir} cannot be set, because Hydra would make another folder than the run "
+            f"uses: set hydra.run.dir={config.output_dir}"
         )
     config.output_dir = output_dir
     return config

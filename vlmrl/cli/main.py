@@ -1,13 +1,13 @@
 """The command line: compose, check, run.
 
-    arguments ─▶ rewrite task paths ─▶ resume=? ─ no ─▶ Hydra composes conf/ ─▶ start: parse, check, execute
-                                         │                └─ sweep ─▶ each job: what is left of it ─▶ start
-                                         └─ yes ─▶ the run's own config.yaml plus overrides ─▶ start
-                       mode=replay run=? ──┘
-    mode=report ─▶ the page of the runs that run= or runs= names; nothing is composed but the defaults to compare with
+    init my_task             write a task to start from
+    explain …                what keys mean
+    mode=report …            write the page of finished runs
+    resume=… | mode=replay   the run's own config.yaml plus overrides ─────┐
+    anything else            Hydra composes conf/ ─▶ hydra_job: each job ──┴─▶ start: check, execute
 
-Exit codes: 0 done, 2 the configuration cannot run, 1 anything else. A message without a traceback is for the user;
-a traceback is a bug. Imports no torch until a run starts: `--help`, `--cfg job` and refusals are quick.
+exit_codes.py lists the exit codes. Torch is imported only when a run starts, so `--help`, `--cfg job` and refusals are
+quick.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from vlmrl.ranks import slurm
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line (default: the process's own arguments); returns the exit code.
+    """Run the command (default: the arguments of this process); returns the exit code.
 
-    Of several ranks (`vlmrl.ranks.place`) the first does; the others follow it, whatever it is asked to do.
+    In a rank group (`vlmrl.ranks.place`) rank 0 runs the command and the other ranks follow it.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if "--version" in arguments:
             print(f"vlmrl {vlmrl.__version__}")
             return 0
-        if REPORT in arguments:  # before ranks are counted: a run of several ranks starts it from one of them
+        if REPORT in arguments:  # before the ranks are counted: rank 0 of a run starts this as a process of its own
             print(write_page(arguments))
             return 0
         if slurm.tasks_of_step() > 1:
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def command_line(arguments: list[str]) -> int:
-    """The whole command line of one process."""
+    """Run the command in one process; returns the exit code."""
     try:
         if arguments[:1] == ["init"]:
             print(init(arguments[1:]))
@@ -82,7 +82,7 @@ def command_line(arguments: list[str]) -> int:
         return 1
     except JobError as failed:
         return int(failed.args[0])
-    except SystemExit as stop:  # argparse, and a job that reported itself
+    except SystemExit as stop:  # from argparse, or from a job that has printed its error
         return int(stop.code or 0)
     except VlmrlError as error:
         return report(error)
@@ -90,7 +90,7 @@ def command_line(arguments: list[str]) -> int:
 
 
 def explain(arguments: list[str]) -> None:
-    """`python -m vlmrl explain …` (explain.py). Raises ConfigError where there is no such key, or nothing composes."""
+    """Print what `python -m vlmrl explain …` answers. Raises ConfigError for an unknown key or bad overrides."""
     from vlmrl.cli.explain import explanation
 
     register_schemas()
@@ -107,10 +107,10 @@ def compose_and_start(arguments: list[str]) -> None:
     """Hand the command line to Hydra. Raises ConfigError where it does not compose."""
     register_schemas()
     sys.argv = ["vlmrl", *arguments]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors reach us as they are instead of being printed
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
     try:
         hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
-    # A job reports its own errors: these are Hydra's.
+    # A job prints its own errors, so these are Hydra's.
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError, AssertionError) as error:
         raise ConfigError(in_words(error, arguments)) from error
     except OSError as error:
@@ -118,9 +118,9 @@ def compose_and_start(arguments: list[str]) -> None:
             raise
         key = "hydra.sweep.dir" if {"--multirun", "-m"} & set(arguments) else "hydra.run.dir"
         raise ConfigError(
-            f"{key}: {error.filename} cannot be made ({error.strerror}), so the run could leave nothing: "
-            f"set {key} to a folder that you may write to"
+            f"{key}: the folder {error.filename} cannot be made ({error.strerror}), so the run has no place for its "
+            f"files: set {key} to a folder that you may write to"
         ) from error
     finally:
-        if CheckFirst.sweep_dir is not None and CheckFirst.sweep_dir.is_dir():  # however it ended
+        if CheckFirst.sweep_dir is not None and CheckFirst.sweep_dir.is_dir():  # also after a failure
             compare_and_show([CheckFirst.sweep_dir], CheckFirst.sweep_dir)

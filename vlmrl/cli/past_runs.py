@@ -1,10 +1,10 @@
-"""Command lines about a run that is there already: its own config.yaml is taken instead of one that Hydra composes.
+"""Commands about a run that exists. They use the run's own config.yaml; Hydra does not compose a new one.
 
-    resume=<run> …                  resumed     overrides of single values on top
-    mode=replay run=<run> step=N …  replayed    and another engine
-    mode=report run=… | runs=[…]    write_page  nothing is run
+    resume=<run> …                  resumed     single values may be overridden
+    mode=replay run=<run> step=N …  replayed    single values, and another engine
+    mode=report run=… | runs=[…]    write_page  only writes the page
 
-cli.py asks which of them it is, and starts it.
+main.py calls these functions and starts the result.
 """
 
 from __future__ import annotations
@@ -35,40 +35,44 @@ REPORT = f"mode={Mode.report.name}"
 
 
 def write_page(arguments: list[str]) -> Path:
-    """Write the page that `mode=report run=<dir>` or `runs=[<dir>,<dir>]` asks for → where it is. Raises ConfigError.
+    """Write the page of `mode=report run=<dir>` or `mode=report runs=[<dir>,<dir>]`; returns its path.
 
-    Of one run it is report.html in its folder, of several side_by_side.html beside the first.
+    One run gets report.html in its own folder; several get side_by_side.html next to the first. Raises ConfigError.
     """
     from vlmrl.cli.sweep.compare import names
     from vlmrl.cli.sweep.jobs import runs_in
     from vlmrl.monitor.report.page import write_report
 
-    asked = [argument for argument in arguments if argument != REPORT]
-    if len(asked) != 1 or not asked[0].startswith(("run=", "runs=")):
+    given = [argument for argument in arguments if argument != REPORT]
+    if len(given) != 1 or not given[0].startswith(("run=", "runs=")):
         raise ConfigError(
-            f"mode=report requires one of run= and runs= and nothing else ({' '.join(asked) or 'nothing was given'}), "
-            "else it is open which page is meant: say run=outputs/latest, 'runs=[outputs/a,outputs/b]', or "
-            "runs=outputs/multirun/<name>"
+            f"mode=report takes either run= or runs= and nothing else, and was given {' '.join(given) or 'neither'}: "
+            "write run=outputs/latest, 'runs=[outputs/a,outputs/b]' or runs=outputs/multirun/<name>"
         )
-    key, _, value = asked[0].partition("=")
+    key, _, value = given[0].partition("=")
     if key == "run":
-        run_dir = RunDir(Path(value).resolve())
-        write_report({run_dir.name: run_dir}, run_dir.report, usual())
+        run_dir = RunDir(folder_of(value))
+        write_report({run_dir.name: run_dir}, run_dir.report, default_config())
         return run_dir.report
-    folders = [Path(folder.strip()).resolve() for folder in value.removeprefix("[").removesuffix("]").split(",")]
+    folders = [folder_of(folder.strip()) for folder in value.removeprefix("[").removesuffix("]").split(",")]
     runs = [run for folder in folders for run in runs_in(folder) if run.config.exists()]
     if len(runs) < 2:
-        raise ConfigError(f"{asked[0]} requires two runs or more, else there is nothing to compare: set run=<folder>")
+        raise ConfigError(f"{given[0]} names fewer than two runs, so nothing can be compared: set run=<folder>")
     called = names(runs)
     if len(set(called)) < len(called):
         called = [f"{name} ({number})" for number, name in enumerate(called, 1)]
     target = runs[0].path.parent / "side_by_side.html"
-    write_report(dict(zip(called, runs, strict=True)), target, usual())
+    write_report(dict(zip(called, runs, strict=True)), target, default_config())
     return target
 
 
-def usual() -> dict[str, object]:
-    """The config that `python -m vlmrl` composes when nothing is set, as a tree; without a place to run in."""
+def folder_of(value: str) -> Path:
+    """The folder that `resume=`, `run=` or `runs=` names, absolute; `~` is the home folder."""
+    return Path(value).expanduser().resolve()
+
+
+def default_config() -> dict[str, object]:
+    """The config of `python -m vlmrl` without arguments, as a tree, without `output_dir`."""
     register_schemas()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         config = hydra.compose("config", [RECIPE])
@@ -81,47 +85,49 @@ def usual() -> dict[str, object]:
 
 
 def resumes(arguments: list[str]) -> bool:
-    """Whether the command line continues a run."""
+    """Whether the command continues a run."""
     return any(argument.startswith("resume=") for argument in arguments) and not {"-h", "--help"} & set(arguments)
 
 
 def resumed(arguments: list[str]) -> DictConfig:
-    """The config of the run that `resume=` names, the other overrides on top. Raises ConfigError."""
-    folder = Path([argument for argument in arguments if argument.startswith("resume=")][-1].removeprefix("resume="))
+    """The config of the run that `resume=` names, with the other arguments applied. Raises ConfigError."""
+    folder = [argument for argument in arguments if argument.startswith("resume=")][-1].removeprefix("resume=")
     overrides = [argument for argument in arguments if not argument.startswith("resume=")]
     for text in overrides:
         key = text.lstrip("+~").partition("=")[0]
         if key.startswith(("-", "hydra.")) or key in ("output_dir", *groups()) or not re.match(r"(\+\+)?\w", text):
             raise ConfigError(
-                f"{text} requires a new run, else what resume={folder} left there would not belong to it any more: "
-                "drop it, or start without resume="
+                f"{text} is not a value that a resumed run can change, because the files of resume={folder} would no "
+                "longer belong to one run: remove it, or start a new run without resume="
             )
-    run_dir = RunDir(folder.resolve())
+    run_dir = RunDir(folder_of(folder))
     config = typed(run_dir.read_config())
     mode = config.mode
     override(config, overrides)
     if config.mode not in (mode, Mode.eval, Mode.export):
         raise ConfigError(
-            f"mode={config.mode.name} requires a new run, else its steps would stand among those of mode={mode.name} "
-            f"in resume={folder}: drop mode=, or start without resume="
+            f"mode={config.mode.name} cannot continue resume={folder}, because its steps would be mixed with those of "
+            f"mode={mode.name}: remove mode=, or start a new run without resume="
         )
     config.output_dir, config.resume = str(run_dir.path), str(run_dir.path)
     return config
 
 
 def override(config: DictConfig, overrides: list[str]) -> None:
-    """Set the values of `key=value` in place. Raises ConfigError."""
+    """Apply `key=value` overrides in place. Raises ConfigError."""
     try:
         for each in OverridesParser.create().parse_overrides(overrides):
             if each.is_sweep_override():
-                raise ConfigError(f"{each.input_line} requires --multirun, which takes a new run: set one value")
+                raise ConfigError(
+                    f"{each.input_line} lists values to sweep over, which only a new --multirun can do: set one value"
+                )
             apply(config, each.key_or_group, each.value(), force_add=each.is_force_add())
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(in_words(error, overrides)) from error
 
 
 def apply(config: DictConfig, key: str, value: object, *, force_add: bool) -> None:
-    """Set one key, with Hydra's wording of what goes wrong."""
+    """Set one key. Raises what Hydra raises for an unknown key, so that `in_words` explains it."""
     try:
         OmegaConf.update(config, key, value, merge=True, force_add=force_add)
     except (ConfigAttributeError, ConfigKeyError) as error:
@@ -131,16 +137,16 @@ def apply(config: DictConfig, key: str, value: object, *, force_add: bool) -> No
 # ── replay ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 REPLAYED_GROUPS = ("inference", "weight_sync")
-"""Groups that a replay may choose anew: any engine may answer a recorded batch."""
+"""Groups of which a replay may choose another option, because any engine can score a recorded batch."""
 
 
 def replays(arguments: list[str]) -> bool:
-    """Whether the command line replays a recorded batch."""
+    """Whether the command replays a recorded batch."""
     return f"mode={Mode.replay.name}" in arguments and not {"-h", "--help"} & set(arguments)
 
 
 def replayed(arguments: list[str]) -> DictConfig:
-    """The config of the run that `run=` names, groups and overrides of the command line on top. Raises ConfigError."""
+    """The config of the run that `run=` names, with the other arguments applied. Raises ConfigError."""
     named = dict(argument.split("=", 1) for argument in arguments if argument.startswith(("run=", "step=")))
     if named.keys() != {"run", "step"} or not re.fullmatch(r"[1-9]\d*", named["step"]):
         raise ConfigError(REPLAY_HAS_NO_BATCH)
@@ -151,17 +157,17 @@ def replayed(arguments: list[str]) -> DictConfig:
             chosen.append(text)
         elif key.startswith(("-", "hydra.")) or key in ("output_dir", "resume", *groups()):
             raise ConfigError(
-                f"{text} requires a new run, else the batch would not be what run={named['run']} recorded: drop it "
-                f"(a replay takes values, and the groups {', '.join(REPLAYED_GROUPS)})"
+                f"{text} cannot be used in a replay, because the batch would not be the one that run={named['run']} "
+                f"recorded: remove it (a replay takes values, and the groups {', '.join(REPLAYED_GROUPS)})"
             )
         elif key not in ("mode", "run", "step"):
             overrides.append(text)
-    run_dir = RunDir(Path(named["run"]).resolve())
+    run_dir = RunDir(folder_of(named["run"]))
     config = typed(run_dir.read_config(key="run"))
     if config.mode is not Mode.rl:
         raise ConfigError(
-            f"run={named['run']} requires to have been of mode=rl, else it learned from no batch of rollouts "
-            f"(it was of mode={config.mode.name}): name another run"
+            f"run={named['run']} was a run of mode={config.mode.name}, which records no batch of rollouts: "
+            "name a run of mode=rl"
         )
     if chosen:
         register_schemas()
@@ -173,7 +179,7 @@ def replayed(arguments: list[str]) -> DictConfig:
         for group in REPLAYED_GROUPS:
             config[group] = composed[group]
     override(config, overrides)
-    config.orchestrator.max_staleness = 0  # every engine may answer: nothing is learned
+    config.orchestrator.max_staleness = 0  # a replay learns nothing, so every engine fits
     config.mode, config.run, config.step = Mode.replay, str(run_dir.path), int(named["step"])
     config.monitor.report, config.monitor.wandb.mode = False, "disabled"
     config.output_dir, config.resume = str(run_dir.path / "replay" / f"step_{config.step:06d}"), None

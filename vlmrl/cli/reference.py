@@ -1,8 +1,8 @@
-"""conf/REFERENCE.md from the schemas and the files of conf/:
+"""Write conf/REFERENCE.md from the schemas and the files of conf/:
 
     python -m vlmrl.cli.reference > conf/REFERENCE.md
 
-tests/unit/test_docs.py fails where the file in the repository is not what this prints.
+tests/unit/test_docs.py fails while the file in the repository differs from this output.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from vlmrl.config.run import SCHEMAS, RunConfig
 HEAD = """\
 # Every key
 
-Made from the schemas (`vlmrl/config/*.py`) and the files of this folder by `python -m vlmrl.cli.reference > \
-conf/REFERENCE.md`; not to be edited. `python -m vlmrl explain <key>` says the same on the command line, and where the \
-value of a run comes from.
+`python -m vlmrl.cli.reference > conf/REFERENCE.md` writes this file from the schemas (`vlmrl/config/`) and the files \
+of this folder; do not edit it. `python -m vlmrl explain <key>` prints the same on the command line, and where a value \
+comes from.
 
-A group's option is chosen with `group=option`, a key is set with `key=value`. Defaults are the schemas'; what an \
-option sets stands behind its name.
+`group=option` chooses an option of a group, `key=value` sets a key. The tables show the defaults of the schemas; an \
+option's own values follow its name.
 """
 
 
 def reference(conf: Path = CONF) -> str:
-    """The whole file."""
+    """The text of the whole file."""
     return "\n".join([HEAD, *_section("", RunConfig, conf), *_experiments(conf)]) + "\n"
 
 
 def _section(key: str, schema: type, conf: Path) -> Iterator[str]:
-    """A group: what it is, its options, its keys; then the groups in it."""
+    """The section of a group: summary, options and keys, followed by the sections of the groups in it."""
     group = key.replace(".", "/")
     yield f"## `{group}`\n" if key else "## The run\n"
     yield f"{summary_of(schema)}\n"
@@ -67,7 +67,7 @@ def _options(folder: Path) -> Iterator[str]:
 
 def _experiments(conf: Path) -> Iterator[str]:
     yield "## `experiment`\n"
-    yield "Choices under one name, over those of the groups; none by default.\n"
+    yield "Several choices under one name, applied after those of the groups. No experiment is chosen by default.\n"
     yield from _options(conf / "experiment")
 
 
@@ -78,7 +78,7 @@ def _tree(path: Path) -> DictConfig:
 
 
 def _comment(path: Path) -> str:
-    """The comment at the top of a file, without Hydra's `@package`."""
+    """The comment at the top of a file, without Hydra's `@package` line."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):

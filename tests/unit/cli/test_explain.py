@@ -44,7 +44,7 @@ def test_one_key_from_schema_to_command_line() -> None:
         ),
         (["trainer.warmup.steps"], "= 100 .* from schema 0 → experiment/color_codeword_tiny.yaml 100"),
         (["trainer.betas", "trainer.betas=[0.8,0.9]"], r"= \[0.8,0.9\] .* → override \[0.8,0.9\]"),
-        (["model.tiny.seed", "model=qwen3vl"], "= nothing: model.tiny is null under these choices"),
+        (["model.tiny.seed", "model=qwen3vl"], "= not set: model.tiny is null under these choices"),
         (["task.target", "task=imported"], "= not set .* from schema not set"),
         (["task.args", "task=imported", "++task.args.level=3"], r"= {level:3} .* → override level=3"),
         (["algorithm.filters.gibberish"], "one of none, track, drop .* none: The filter is disabled."),

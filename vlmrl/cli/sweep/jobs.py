@@ -1,13 +1,13 @@
-"""The jobs of a sweep: what one is called, how far it is, and who works on it.
+"""The jobs of a sweep: their names, their states, and the lock that keeps two processes from running the same job.
 
     overrides ─▶ job_name ─▶ its folder ─▶ state_of ─┬─ new                     start
-                                                     ├─ finished                skip; its objective is in summary.json
+                                                     ├─ finished                skip; summary.json has the objective
                                                      ├─ stopped, killed         resume from the newest checkpoint
-                                                     ├─ failed                  the same, or listed only
-                                                     └─ running                 leave alone
+                                                     ├─ failed                  resume, or only list it
+                                                     └─ running                 leave it to its process
 
-A job is its overrides: the folder's name is made of them, so the same sweep started again finds what it did before. A
-job of Slurm that was put back into the queue is found in the same way.
+A job is identified by its overrides: they make the name of its folder, so a sweep that is started again finds the
+folders of its earlier jobs. A Slurm job that was put back into the queue is found in the same way.
 """
 
 from __future__ import annotations
@@ -28,19 +28,20 @@ from vlmrl.record.files import disk_errors
 from vlmrl.record.run_dir import RunDir
 
 NOT_OF_THE_JOB = ("sweep", "monitor")
-"""Groups that say how jobs are started and watched, not what they do."""
+"""Groups that change how jobs are started and watched, but not what they compute."""
 
 NAME_LENGTH = 120
-"""Characters of a job's name; file systems allow 255 bytes."""
+"""Longest name of a job, in characters; file systems allow 255 bytes."""
 
 CLAIM_S = 1.0
-"""Seconds to try for a claim: whoever looks at a run's state holds it for a moment."""
+"""Seconds to keep trying for a claim, because a process that reads a run's state holds the lock for a moment."""
 
 
 def job_name(overrides: Sequence[str], default: str) -> str:
-    """The folder of a job; `default` for the job without overrides.
+    """The name of a job's folder; `default` for a job without overrides.
 
-    The order of overrides does not matter. What a file system may not take is replaced and told apart by a hash.
+    The order of the overrides does not matter. Characters that a file system may refuse become `_`, and a hash keeps
+    different jobs apart.
 
     >>> job_name(["seed=1", "+sweep=algorithms", "algorithm=rloo"], "tiny")
     'algorithm=rloo,seed=1'
@@ -57,7 +58,7 @@ def job_name(overrides: Sequence[str], default: str) -> str:
 
 
 def of_the_job(overrides: Sequence[str]) -> list[str]:
-    """The overrides that make a job what it is, sorted.
+    """The overrides that identify a job, sorted.
 
     The recipe is left out, because a job without it means the same.
 
@@ -71,24 +72,24 @@ def of_the_job(overrides: Sequence[str]) -> list[str]:
 
 
 class State(Enum):
-    """How far a run is, by its folder."""
+    """The state of a run, as its folder shows it."""
 
     new = "new"
-    """Nothing was kept of it yet."""
+    """It has written nothing yet."""
     running = "running"
-    """A living process works on it."""
+    """A process is running it."""
     stopped = "stopped"
-    """It was asked to stop, and did."""
+    """It was interrupted and wrote a checkpoint."""
     killed = "killed"
-    """It ended without a word."""
+    """It ended without a summary.json."""
     failed = "failed"
-    """It ended by an error."""
+    """It ended with an error."""
     finished = "finished"
-    """It is done: all its steps, or its target."""
+    """It has done all its steps or reached its target."""
 
 
 def state_of(run_dir: RunDir, *, claimed_by_us: bool = False) -> State:
-    """How far the run is; what `claimed_by_us` is not `running`."""
+    """The state of a run. A run that this process has claimed itself (`claimed_by_us`) does not count as running."""
     if not claimed_by_us and is_claimed(run_dir.path):
         return State.running
     if not run_dir.config.exists():
@@ -105,9 +106,9 @@ def state_of(run_dir: RunDir, *, claimed_by_us: bool = False) -> State:
 
 @contextlib.contextmanager
 def claim(folder: Path) -> Iterator[bool]:
-    """Hold a run's folder, which is made, while the block runs; yields False where a living process holds it.
+    """Make a run's folder and hold its lock while the block runs; yields False if another process holds it.
 
-    The hold ends with the process, however that ends. A file system without locks holds nothing back.
+    The lock ends with the process, even if it is killed. On a file system without locks every claim succeeds.
     """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -122,10 +123,10 @@ def claim(folder: Path) -> Iterator[bool]:
 
 
 def is_claimed(folder: Path) -> bool:
-    """Whether a living process holds the folder. The answer may be old when it is read."""
+    """Whether a process holds the folder's lock now."""
     try:
         file = os.open(folder / LOCK, os.O_RDWR)
-    except OSError:  # nobody ever held it, or it is not ours to write: then we cannot run it either
+    except OSError:  # no process has ever held it, or we may not write to it and so cannot run it either
         return False
     try:
         return not _lock(file)
@@ -134,7 +135,7 @@ def is_claimed(folder: Path) -> bool:
 
 
 LOCK = ".lock"
-"""In a run's folder; empty. The lock is the kernel's, the file stays."""
+"""Name of the empty lock file in a run's folder. The kernel releases the lock; the file stays."""
 
 
 def _lock(file: int) -> bool:
@@ -151,15 +152,15 @@ def _lock(file: int) -> bool:
 
 
 def runs_in(folder: Path) -> list[RunDir]:
-    """The run that `folder` is, or those that a multirun keeps in it, by name. Raises ConfigError where it is neither.
+    """The run in `folder`, or the runs of a multirun in it, sorted by name. Raises ConfigError if it is neither.
 
-    A folder of a job that has not begun, or ended before it kept anything, counts as a run.
+    The folder of a job that has not started, or that ended before it wrote anything, counts as a run.
     """
     if RunDir(folder).config.exists():
         return [RunDir(folder)]
     runs = [RunDir(path) for path in sorted(folder.glob("[!.]*")) if path.is_dir() and not path.is_symlink()]
     if not any(run.config.exists() for run in runs) and not (folder / "multirun.yaml").exists():
         raise ConfigError(
-            f"runs: {folder} is neither a run nor a multirun, so there is nothing of it to compare: name another folder"
+            f"runs: {folder} is neither a run nor a multirun, so it cannot be compared: name another folder"
         )
     return runs

@@ -166,7 +166,7 @@ def test_a_new_job_is_started_and_an_evaluation_is_done_again(
 def test_what_another_process_runs_is_left_to_it(run_dir: RunDir, composed: Callable[..., DictConfig]) -> None:
     config = composed()
     config.output_dir = str(run_dir.path)
-    with claim(run_dir.path), pytest.raises(VlmrlError, match="is being run by another process"):
+    with claim(run_dir.path), pytest.raises(VlmrlError, match="another process is running the job"):
         run_what_is_left(config, [], lambda config: pytest.fail("started"))
 
 
