@@ -1,4 +1,4 @@
-"""Two steps of learning, by one process or by ranks: run by test_ranks.py as each rank, and called by it for one.
+"""Two training steps, by one process or by several ranks. test_ranks.py runs this script as each rank.
 
 python learning.py <checkpoint folder> <out folder> <case> …
 """
@@ -37,7 +37,7 @@ from vlmrl.types import TrainingSample
 CONFIG = TrainerConfig(
     max_steps=10,
     learning_rate=1e-2,
-    # AdamW's first step is nearly the gradient's sign; with a large eps it is as smooth as the gradient.
+    # AdamW's first step is close to the sign of the gradient; with a large eps it varies smoothly with the gradient.
     eps=1e-2,
     weight_decay=0.1,
     max_grad_norm=0.5,
@@ -49,7 +49,7 @@ SYSTEM = list(range(100, 120))
 
 @dataclass(frozen=True)
 class Case:
-    """How the same two steps are computed."""
+    """One way to compute the same two steps."""
 
     packing: Packing = Packing.tree
     micro_batch_tokens: int = 16384
@@ -57,9 +57,9 @@ class Case:
     freeze_vision: bool = False
     freeze_language: bool = False
     images: bool = True
-    """Whether any sample of the batch shows one."""
+    """Whether samples of the batch have images."""
     shown: bool = True
-    """Whether a demonstration shows one, if any sample does."""
+    """Whether a demonstration has an image, where `images` is set."""
     recomputed: bool = False
     lora: bool = False
     dtype: torch.dtype = torch.float32
@@ -99,7 +99,7 @@ CASES = {
 
 
 def batch(images: bool = True) -> list[TrainingSample]:
-    """Two groups; two turns in some; one sample twice; one without images."""
+    """Two groups: some samples have two turns, one occurs twice, one has no images."""
     shown: Callable[[int, int], Part] = image if images else lambda rows, columns: [rows, columns]
     samples = []
     for group in range(2):
@@ -113,7 +113,7 @@ def batch(images: bool = True) -> list[TrainingSample]:
 
 
 def demonstrations(shown: bool = True) -> list[TrainingSample]:
-    """Two, of which the second shows an image."""
+    """Two demonstrations; the second has an image."""
     part: Part = image(1, 1) if shown else [7]
     return [sample("sft/0", SYSTEM, Sampled([3, END])), sample("sft/1", SYSTEM, part, Sampled([2, 2, END]))]
 
@@ -169,19 +169,20 @@ class BuildLearner(Command[Follower, None]):
 
 
 def counted(*names: str) -> Any:
-    """A context that counts calls of the first of these of torch.distributed that there is; they got new names."""
+    """A context that counts calls of a torch.distributed function. torch versions differ in its name, so the first of
+    `names` that exists is counted."""
     name = next(name for name in names if hasattr(dist, name))
     return patch.object(dist, name, wraps=getattr(dist, name))
 
 
 def steps(trainer: LocalTrainer, name: str, number: int = 2) -> dict[str, np.ndarray]:
-    """Figures of each step, how often weights were gathered in it and gradients reduced; then the logprobs of every
-    sample, and the weights."""
+    """Metrics of each step, with the number of collectives that gathered weights and reduced gradients; then the
+    logprobs of every sample, and the weights."""
     images = CASES[name].images
     demonstrated = demonstrations(images and CASES[name].shown)
     found: dict[str, np.ndarray] = {}
     found["units"] = np.array(1 + len(blocks(trainer._learner.policy.model)))
-    trainer.logprobs(batch(images))  # leaves nothing behind that a step would take for its own
+    trainer.logprobs(batch(images))  # must not leave gathered weights or counts behind for the step
     for _ in range(number):
         with (
             counted("all_gather_single", "all_gather_into_tensor") as gathers,
@@ -199,7 +200,7 @@ def steps(trainer: LocalTrainer, name: str, number: int = 2) -> dict[str, np.nda
 
 
 def continued(trainer: LocalTrainer, name: str, checkpoints: str) -> dict[str, np.ndarray]:
-    """One more step after the checkpoint, and a checkpoint of that."""
+    """Resume from the checkpoint in `checkpoints`, or write one after a first step; then one more step."""
     place = Checkpoints(Path(checkpoints), 9)
     restored = place.load_newest(trainer, print)
     if restored is None:
@@ -210,7 +211,7 @@ def continued(trainer: LocalTrainer, name: str, checkpoints: str) -> dict[str, n
 
 
 def main(folder: str, out: str, names: list[str]) -> int:
-    """`case` learns from the start, `case@checkpoints` goes on from there, or leaves a checkpoint there."""
+    """`case` starts from the initial model; `case@folder` resumes from the checkpoint in `folder`, or writes one."""
     with init_from_environment() as rank_group:
         if rank_group is not None and rank_group.rank > 0:
             return follow(rank_group, Follower())

@@ -1,4 +1,4 @@
-"""Several ranks on this machine, as a launcher starts them."""
+"""Start several ranks on this machine, as a launcher does."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 
 from support import TESTS, processes
 
-PATIENCE = 120.0
-"""Seconds that ranks may take before they count as hanging."""
+TIMEOUT_S = 120.0
+"""Seconds after which ranks count as hanging."""
 
 
 @dataclass(frozen=True)
 class EndedRank:
-    """A rank that ended."""
+    """The exit code and the output of a rank."""
 
     code: int
     out: str
@@ -24,7 +24,7 @@ class EndedRank:
 
 
 def environments(size: int) -> list[dict[str, str]]:
-    """What torchrun tells each of `size` ranks on one host."""
+    """The environment that torchrun gives each of `size` ranks on one host."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -44,14 +44,14 @@ def environments(size: int) -> list[dict[str, str]]:
 
 
 def start(size: int, command: Sequence[str]) -> list[processes.Process]:
-    """`python <command>` as each of `size` ranks."""
+    """Run `python <command>` as each of `size` ranks."""
     return [processes.start(*command, cwd=Path.cwd(), environment=environment) for environment in environments(size)]
 
 
 def ended(started: Sequence[processes.Process]) -> list[EndedRank]:
-    """Wait for all. Kills what hangs, and fails."""
+    """Wait for all ranks to end. Raises `subprocess.TimeoutExpired` where they hang, and kills them."""
     try:
-        found = [process.communicate(timeout=PATIENCE) for process in started]
+        found = [process.communicate(timeout=TIMEOUT_S) for process in started]
     finally:
         for process in started:
             process.kill()

@@ -96,11 +96,11 @@ def restore(
     folder: Path,
     weights: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
-    learning: Mapping[str, Tensor],
+    trainable: Mapping[str, Tensor],
     process_group: Any = None,
 ) -> dict[str, int]:
-    """Restore what `begin_to_save` wrote into `weights` and `optimizer` → the counters. `learning` are the weights that
-    the optimizer changes.
+    """Restore what `begin_to_save` wrote into `weights` and `optimizer` → the counters. `trainable` are the weights
+    that the optimizer changes.
 
     Raises `CheckpointError`, before anything is changed, where the checkpoint belongs to another model.
     """
@@ -113,24 +113,24 @@ def restore(
                 f"{folder} belongs to another model: {name} has shape {tuple(there[name])} there and "
                 f"{tuple(weight.shape)} here."
             )
-    learned = {name.partition("/")[2] for name in there if "/" in name}
-    if learned and learned != set(learning):
+    optimized = {name.partition("/")[2] for name in there if "/" in name}
+    if optimized and optimized != set(trainable):
         raise CheckpointError(
-            f"{folder} belongs to another run: {len(learned)} parameters were trainable there, {len(learning)} are "
+            f"{folder} belongs to another run: {len(optimized)} parameters were trainable there, {len(trainable)} are "
             "trainable here."
         )
     random_state = torch.get_rng_state()
     averages = {
         f"{average}/{name}": torch.zeros(1, device=weight.device) if average == "step" else torch.zeros_like(weight)
-        for name, weight in learning.items()
+        for name, weight in trainable.items()
         for average in AVERAGES
-        if learned
+        if optimized
     }
     state = {name: weight.detach() for name, weight in weights.items()} | averages | {RANDOM: random_state}
     _read(folder, state, process_group)
     optimizer.state.clear()
-    for name, weight in learning.items():
-        if learned:
+    for name, weight in trainable.items():
+        if optimized:
             step, mean, square = (averages[f"{average}/{name}"].detach() for average in AVERAGES)
             optimizer.state[weight] = dict(
                 zip(

@@ -92,7 +92,7 @@ class Learner:
     @cached_property
     def _optimizer(self) -> torch.optim.Optimizer:
         """Built for the first step: until then there is no float32 copy of the weights either."""
-        return make_optimizer(self.config, list(self._weights.learning().values()))
+        return make_optimizer(self.config, list(self._weights.trainable().values()))
 
     def learn(self, share: Share | None, demonstrations: Share | None, step: StepSettings) -> Outcome:
         """One optimizer step. Where a loss or the gradient is not finite, no weight changes and the outcome says so."""
@@ -161,7 +161,7 @@ class Learner:
     def load(self, folder: str) -> None:
         """Restore what `save` wrote with any number of ranks. Raises `CheckpointError`."""
         weights = self._weights
-        counters = restore(Path(folder), weights.state(), self._optimizer, weights.learning(), self._checkpoint_group)
+        counters = restore(Path(folder), weights.state(), self._optimizer, weights.trainable(), self._checkpoint_group)
         weights.publish()
         self.version, self.supervised_steps = counters["version"], counters["supervised_steps"]
         self._loss_scale.state = counters
@@ -227,12 +227,12 @@ class Learner:
 
     def _clip(self) -> float:
         """Undo the loss scale and clip the gradient → its L2 norm before clipping."""
-        learning = self._weights.learning().values()
+        trainable = self._weights.trainable().values()
         if self._loss_scale.factor != 1:
-            for tensor in learning:
+            for tensor in trainable:
                 if tensor.grad is not None:
                     tensor.grad.div_(self._loss_scale.factor)
-        norm = torch.nn.utils.clip_grad_norm_(learning, self.config.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(trainable, self.config.max_grad_norm)
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def _any_rank(self, here: bool) -> bool:

@@ -53,12 +53,12 @@ class PlainWeights:
                 parameter.register_post_accumulate_grad_hook(partial(_add_to_master_gradient, masters[name]))
         return masters
 
-    def learning(self) -> dict[str, Tensor]:
+    def trainable(self) -> dict[str, Tensor]:
         """The tensors that the optimizer changes, by name; float32."""
         return {name: self._masters.get(name, p) for name, p in self._model.named_parameters() if p.requires_grad}
 
     def state(self) -> dict[str, Tensor]:
-        """The tensors that a checkpoint stores: those of `learning`, and frozen parameters in the model's dtype."""
+        """The tensors that a checkpoint stores: those of `trainable`, and frozen parameters in the model's dtype."""
         return {name: self._masters.get(name, p) for name, p in self._model.named_parameters()}
 
     def compute(self, function: Callable[[], T], *, last: bool) -> T:
@@ -70,7 +70,7 @@ class PlainWeights:
         if self._ranks > 1:
             under_way = [
                 dist.all_reduce(tensor.grad, async_op=True)
-                for tensor in self.learning().values()
+                for tensor in self.trainable().values()
                 if tensor.grad is not None  # on all ranks or on none, as all run the same parts of the model
             ]
             for work in under_way:
@@ -151,7 +151,7 @@ class ShardedWeights:
             # has no attention kernel for a dynamic head size.
             module._is_fsdp_managed_module = False
 
-    def learning(self) -> dict[str, Tensor]:
+    def trainable(self) -> dict[str, Tensor]:
         """The tensors that the optimizer changes, by name: this rank's slices, float32."""
         return {name: p for name, p in self._model.named_parameters() if p.requires_grad}
 
@@ -177,7 +177,7 @@ class ShardedWeights:
         pass of a constant zero runs here instead."""
         from torch.distributed.tensor import DTensor
 
-        if not all(isinstance(p, DTensor) for p in self.learning().values()):
+        if not all(isinstance(p, DTensor) for p in self.trainable().values()):
             zero = torch.zeros((), device=self._device, requires_grad=True)
             torch.autograd.backward(self.compute(lambda: 1.0 * zero, last=True))
             self._slice()

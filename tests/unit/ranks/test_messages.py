@@ -1,4 +1,4 @@
-"""Messages from rank 0: what arrives is what was sent, by either way, and nothing is left open."""
+"""A message from rank 0 arrives unchanged, through shared memory and over the connection, and leaves no file open."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ shared = pytest.param(True, marks=pytest.mark.skipif(not hasattr(os, "memfd_crea
 def sent_and_received(message: object, *, shares_memory: bool) -> tuple[Any, Outbox]:
     ours, theirs = Pipe()
     outbox = Outbox(ours, shares_memory=shares_memory)
-    sending = threading.Thread(target=outbox.send, args=(message,))  # a pipe holds less than an array
+    sending = threading.Thread(target=outbox.send, args=(message,))  # a pipe's buffer is smaller than an array
     sending.start()
     found = receive(theirs)
     sending.join()
@@ -55,14 +55,14 @@ def test_what_arrives_is_what_was_sent_and_may_be_written_to(shares_memory: bool
     outbox.answered()
     assert_equal(found)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # torch warns of arrays that it must not write to
+        warnings.simplefilter("error")  # torch warns about read-only arrays
         torch.from_numpy(found[1]["pixels"]).add_(1)
     assert ARRAYS["pixels"][0, 0] == 0
 
 
 @pytest.mark.parametrize("shares_memory", [False, shared])
 def test_read_only_arrays_stay_so(shares_memory: bool) -> None:
-    """An image's pixels are; they may stand in many samples."""
+    """The pixels of an image are read-only, since many samples may share them."""
     pixels = ARRAYS["pixels"].copy()
     pixels.setflags(write=False)
     found, outbox = sent_and_received([pixels, pixels], shares_memory=shares_memory)
@@ -131,7 +131,7 @@ def test_a_probe_is_readable_where_it_was_offered_and_nowhere_else() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux")
 def test_a_probe_of_another_host_may_lead_anywhere() -> None:
-    """There the path is another process's, or this one's own: a pipe that nobody writes to, a device without an end."""
+    """There the path may be any open file: a pipe that stays empty, a device without an end, a larger file."""
     reading, writing = os.pipe()
     endless = os.open("/dev/zero", os.O_RDWR)
     larger = os.memfd_create("larger")

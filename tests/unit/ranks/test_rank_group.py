@@ -1,15 +1,17 @@
-"""Ranks meet, work together and end together, whichever of them ends first and how."""
+"""Ranks meet, run commands together, and end together, whichever rank ends first and how."""
 
 from __future__ import annotations
 
 import os
 import signal
+from dataclasses import dataclass
 
 import pytest
 
 from support import TESTS
 from support.ranks import EndedRank, ended, start
 from vlmrl.errors import ConfigError
+from vlmrl.ranks.commands import Command
 from vlmrl.ranks.place import Place, find_place
 
 SLURM = {
@@ -34,7 +36,7 @@ def test_each_rank_does_its_part() -> None:
 
 
 def test_a_rank_that_is_killed_ends_all() -> None:
-    """The others stand in a collective with it."""
+    """The other ranks wait for it in a collective."""
     leader, killed, other = group_of_three("killed")
     assert killed.code == -signal.SIGKILL
     assert (leader.code, other.code) == (1, 1)
@@ -88,6 +90,18 @@ def test_a_rank_without_room_for_its_arrays_says_so() -> None:
     assert leader.out.startswith("rank 1 (process ")
     assert "RankError: the shared memory with rank 0's message cannot be read: " in leader.out
     assert leader.out.endswith("Cannot allocate memory\n")
+
+
+# ── commands ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_command_without_run_cannot_be_sent() -> None:
+    @dataclass(frozen=True)
+    class Incomplete(Command[None, int]):
+        number: int
+
+    with pytest.raises(TypeError, match="abstract method '?run"):
+        Incomplete(1)  # type: ignore[abstract]
 
 
 # ── places ──────────────────────────────────────────────────────────────────────────────────────────────────

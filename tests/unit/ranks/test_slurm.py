@@ -1,4 +1,4 @@
-"""What a Slurm task is, by its environment: which ones serve, and what is refused. A real Slurm: tests/slurm/."""
+"""The role of a Slurm task, from its environment. tests/e2e/test_slurm.py runs a real Slurm."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ SERVES = ("inference=vllm", "inference.slurm_tasks=1")
 
 
 def step(task: int, tasks: int = 3, **more: str) -> dict[str, str]:
-    """The environment of a task."""
+    """The environment of task number `task` of a step."""
     number = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NODELIST": "here"}
     return number | {"SLURM_STEP_NUM_TASKS": str(tasks), "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)} | more
 
 
 @pytest.fixture
 def in_task(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """`in_task(1, tasks=3)`: this process is that task; `serving` tasks serve, None before that was said."""
+    """`in_task(1, tasks=3)`: this process is task 1 of 3. `serving` tasks run servers; None: not divided yet."""
 
     def enter(task: int, tasks: int = 3, serving: int | None = None, **more: str) -> None:
         monkeypatch.setattr(slurm, "_serving", serving)
@@ -54,10 +54,10 @@ def test_ranks_are_those_that_do_not_serve(in_task: Callable[..., None]) -> None
     assert [slurm.server_index(step(task)) for task in range(3)] == [None, None, 0]
     places = [find_place(step(task)) for task in (0, 1)]
     assert [(place.rank, place.size) for place in places] == [(0, 2), (1, 2)]
-    assert find_place(step(0, tasks=2)) == Place(), "one that trains is a run alone"
+    assert find_place(step(0, tasks=2)) == Place(), "a single training task is a run of one process"
 
 
-def test_tasks_part_once(in_task: Callable[..., None]) -> None:
+def test_tasks_are_divided_once(in_task: Callable[..., None]) -> None:
     in_task(2)
     slurm.divide_tasks(1)
     assert slurm.server_index() == 0
@@ -188,7 +188,7 @@ def test_servers_end_with_task_0(ends: str, in_task: Callable[..., None]) -> Non
         async def serve() -> None:
             over = asyncio.create_task(slurm.run_is_over())
             done, _ = await asyncio.wait({over}, timeout=0.5)
-            assert not done, "it serves while the run goes on"
+            assert not done, "it serves for as long as the run lasts"
             if ends == "killed":
                 task_0.send_signal(signal.SIGKILL)
             else:

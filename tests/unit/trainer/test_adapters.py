@@ -1,4 +1,4 @@
-"""A trainer of adapters and of parts: what changes, what engines get, and that a checkpoint continues."""
+"""Training LoRA adapters: which weights change, what engines get, and that training resumes from a checkpoint."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def test_a_step_moves_adapters_alone_and_engines_get_them_merged(tiny_model: Cal
     model, plain = tiny_model(), tiny_model()
     trainer = trainer_of(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for _ in range(2):  # B begins at 0, so the first step moves B alone
+    for _ in range(2):  # LoRA's B starts at 0, so the first step changes only B
         result = trainer.train_step(samples())
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name in before if ".lora_" in name}
     assert result.metrics["images/encoded"] == 0
-    assert result.metrics["images/cached"] == 1, "the tower is frozen"
+    assert result.metrics["images/cached"] == 1, "the tower is frozen, so its features stay cached"
 
     weights = trainer.weights()
     assert weights.keys() == dict(plain.named_parameters()).keys()

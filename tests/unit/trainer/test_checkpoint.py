@@ -1,4 +1,4 @@
-"""Checkpoints: the same next step after a load, whole or absent however a save ended, damage found before a load."""
+"""Checkpoints: the next step after a load is the same, a save that ended early leaves none, and damage is found."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FILES = (MODEL, OPTIMIZER, "state.json", "loop.json", "sha256.json")
 
 @dataclass(eq=False)
 class Learner:
-    """A Trainer of two parameters whose gradients come from torch's random state."""
+    """A trainer with two parameters. Its gradients come from torch's random state."""
 
     inputs: int = 3
     frozen: bool = False
@@ -68,13 +68,13 @@ class Learner:
 
 
 def save(checkpoints: Checkpoints, step: int, learner: Learner, loop_state: dict[str, Any]) -> None:
-    """And wait until it is on the disk."""
+    """Save a checkpoint and wait until it is on the disk."""
     checkpoints.save(step, learner, loop_state)
     checkpoints.finish()
 
 
 def saved(folder: Path, *steps: int, keep: int = 9) -> Checkpoints:
-    """Checkpoints of a learner after these steps."""
+    """Checkpoints of a learner after each of `steps`."""
     checkpoints, learner = Checkpoints(folder, keep), Learner()
     for step in range(1, max(steps) + 1):
         learner.train_step([])
@@ -106,7 +106,7 @@ def test_the_same_next_step(tmp_path: Path) -> None:
 
 
 def test_before_the_first_step(tmp_path: Path) -> None:
-    """AdamW has no averages yet."""
+    """Before its first step AdamW has no averages to save."""
     checkpoints, learner = Checkpoints(tmp_path, 1), Learner()
     save(checkpoints, 0, learner, {})
     other = Learner()
@@ -115,7 +115,7 @@ def test_before_the_first_step(tmp_path: Path) -> None:
 
 
 def test_optimizer_settings_are_the_configs(tmp_path: Path) -> None:
-    """A resumed run may change them: the checkpoint does not bring the old ones back."""
+    """A resumed run may change them, so loading a checkpoint does not restore the old ones."""
     checkpoints = saved(tmp_path, 1)
     other = Learner(betas=(0.5, 0.6))
     checkpoints.load_newest(other, refuse_warning)
@@ -216,11 +216,11 @@ def test_of_another_architecture(tmp_path: Path) -> None:
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: no cleaning up, only what was on the disk before."""
+    """Stands in for SIGKILL: no cleanup runs, so only what was on the disk before remains."""
 
 
 class Killer:
-    """Ends a save before its n-th file operation. Audit events cannot be unhooked, so there is one for all tests."""
+    """Ends a save before its n-th file operation. An audit hook cannot be removed, so all tests share one."""
 
     def __init__(self) -> None:
         self.left = -1
@@ -250,7 +250,7 @@ KILLER = Killer()
 
 @pytest.mark.parametrize("step", [2, 3], ids=["the same step again", "a later step"])
 def test_killed_at_any_moment(step: int, tmp_path: Path) -> None:
-    """The newest that is whole is loaded without a warning, and the next save leaves nothing of the broken one."""
+    """The newest complete checkpoint loads without a warning, and the next save removes what the killed one left."""
     for operations in range(100):
         folder = tmp_path / str(operations)
         checkpoints = saved(folder, 1, 2, keep=2)
@@ -258,7 +258,7 @@ def test_killed_at_any_moment(step: int, tmp_path: Path) -> None:
         try:
             with KILLER.after(operations):
                 save(checkpoints, step, learner, {"evaluations": "new"})
-        except (Killed, CheckpointError):  # what torch's writer meets, it wraps
+        except (Killed, CheckpointError):  # torch's writer wraps what it catches
             found = checkpoints.load_newest(Learner(), refuse_warning)
             assert found is not None
             assert found in [
@@ -266,7 +266,7 @@ def test_killed_at_any_moment(step: int, tmp_path: Path) -> None:
                 (2, {"evaluations": [[0.25, 2]]}),
                 (step, {"evaluations": "new"}),
             ]
-            assert found[0] >= step - 1, "nothing but what was being written is lost"
+            assert found[0] >= step - 1, "only the checkpoint that was being written is lost"
             save(checkpoints, 4, learner, {})
             assert sorted(path.name[:5] for path in folder.iterdir()) == ["step_", "step_"]
         else:
@@ -276,7 +276,7 @@ def test_killed_at_any_moment(step: int, tmp_path: Path) -> None:
 
 
 def checked(checkpoints: Checkpoints) -> None:
-    """As after each step, until it is known how the writing ended."""
+    """Check as the loop does after each step, until the writing has ended."""
     while True:
         checkpoints.check()
 
@@ -293,7 +293,7 @@ def test_a_full_disk(told: Callable[[Checkpoints], None], limit: int, tmp_path: 
             told(checkpoints)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    checkpoints.finish()  # it is told once
+    checkpoints.finish()  # the error is raised only once
     found = checkpoints.load_newest(Learner(), refuse_warning)
     assert found is not None
     assert found[0] == 1
@@ -302,7 +302,7 @@ def test_a_full_disk(told: Callable[[Checkpoints], None], limit: int, tmp_path: 
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
-    """They would push out the last that can be continued from."""
+    """Such a checkpoint would replace the last one from which the run can be resumed."""
     checkpoints, learner = saved(tmp_path, 1, keep=1), Learner()
     with torch.no_grad():
         learner.model.weight[0, 0] = torch.inf
@@ -312,7 +312,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
 
 
 def test_what_is_written_is_what_was_there_when_it_was_saved(tmp_path: Path) -> None:
-    """The next steps change the weights meanwhile."""
+    """The next steps change the weights while the checkpoint is being written."""
     checkpoints, learner = Checkpoints(tmp_path, 1), Learner()
     learner.train_step([])
     before = learner.weights()
@@ -330,6 +330,6 @@ def test_what_is_written_is_what_was_there_when_it_was_saved(tmp_path: Path) -> 
 
 
 def test_json_is_plain(tmp_path: Path) -> None:
-    """What a user opens in an editor."""
+    """A user can read state.json in an editor."""
     saved(tmp_path, 1)
     assert json.loads((tmp_path / "step_000001/state.json").read_text()) == {"version": 1}

@@ -1,8 +1,8 @@
-"""Packed samples against the same samples one by one through transformers alone: loss, logprobs, every gradient.
+"""Packed samples give the same loss, logprobs and gradients as the same samples one by one through plain transformers.
 
-Random trees: conversations of several images of different sizes, forking in the middle of an answer, at its end and in
-what follows it; in micro-batches of several sizes. And the same numbers from every family that takes this path, from
-layers that are recomputed, and from layers that are compiled.
+The samples form random trees: conversations with several images of different sizes, which fork in the middle of an
+answer, at its end, or in the reply after it, in micro-batches of several sizes. The same is tested for every model
+family that is packed, for layers that are recomputed in the backward pass, and for compiled layers.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from vlmrl.types import TrainingSample
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5
-"""Relative, float32."""
+"""Relative error of float32 results."""
 
 SYSTEM = list(range(40, 70))
 IMAGES = [image(1, 1), image(2, 3), image(3, 1), image(4, 2), image(2, 3, seed=1)]
@@ -63,7 +63,7 @@ def conversations(draw: st.DrawFn) -> list[TrainingSample]:
 
 
 class Numbers:
-    """What a way to compute the samples gives."""
+    """The results of one way to compute the samples."""
 
     def __init__(self, model: Any, logprobs: list[Tensor], loss: Tensor) -> None:
         self.logprobs, self.loss = logprobs, loss
@@ -76,7 +76,7 @@ def totals_of(samples: Sequence[TrainingSample]) -> BatchTotals:
 
 
 def one_by_one(model: Any, samples: Sequence[TrainingSample]) -> Numbers:
-    """By transformers alone: its own attention and positions, pixels as pixels."""
+    """Results of plain transformers, with its own attention and positions, and pixels as its own input."""
     losses, found = [], []
     for index, each in enumerate(samples):
         logprobs = plain_logprobs(model, each)
@@ -113,7 +113,7 @@ def assert_same(mine: Numbers, theirs: Numbers) -> None:
     size = max(float(x.norm()) for x in theirs.gradients.values())
     assert mine.gradients.keys() == theirs.gradients.keys()
     for name, reference in theirs.gradients.items():
-        # A gradient that cancels out is as exact as the terms that it is the sum of.
+        # A gradient whose terms cancel can only be as exact as those terms.
         error = float((mine.gradients[name] - reference).norm())
         assert error <= TOLERANCE * max(float(reference.norm()), 1e-3 * size), f"gradient of {name}: {error}"
     assert float((mine.loss - theirs.loss).abs()) <= TOLERANCE * max(1e-1, float(theirs.loss.abs()))
@@ -126,7 +126,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="module")
 def reference(loaded_tiny_model: Any) -> Any:
-    """The tiny model with transformers' own attention."""
+    """The tiny model with the attention of transformers."""
     assert loaded_tiny_model.config.get_text_config()._attn_implementation == "sdpa"
     return loaded_tiny_model
 
@@ -171,7 +171,7 @@ def test_layers_that_are_recomputed(tiny_model: Callable[[], Any], reference: An
 def test_layers_that_are_compiled(
     tiny_model: Callable[[], Any], reference: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Traced and differentiated as graphs, for all sizes; without the minute that kernels take to be generated."""
+    """One graph serves all sizes. Layers are traced and differentiated; the minute of code generation is skipped."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     counters = torch._dynamo.utils.counters
     counters.clear()
@@ -182,7 +182,7 @@ def test_layers_that_are_compiled(
     graphs = counters["stats"]["unique_graphs"]
     assert graphs > 0
     assert_same(packed(policy, forks(), Packing.tree, 130), wanted)
-    assert counters["stats"]["unique_graphs"] <= graphs + 2, "other sizes are no other graphs"
+    assert counters["stats"]["unique_graphs"] <= graphs + 2, "other sizes reuse the same graphs"
 
 
 TEXT: dict[str, Any] = {
@@ -237,7 +237,7 @@ def test_a_mixture_of_experts(tiny_model: Callable[[], Any]) -> None:
 
 
 def test_a_family_with_layers_that_carry_a_state_is_trained_one_by_one(tiny_model: Callable[[], Any]) -> None:
-    """Qwen3.5: three of four layers are linear attention. Side by side or as a tree, states would leak."""
+    """Qwen3.5: three of four layers are linear attention, whose state would leak between samples in one sequence."""
     torch.manual_seed(0)
     ids = tiny_model().config
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_interleaved": True, "mrope_section": [1, 1, 0]}

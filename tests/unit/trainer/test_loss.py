@@ -1,7 +1,7 @@
-"""Each loss against a loop that restates its equation, token by token, in numpy float64.
+"""Each loss equals a loop that restates its equation, token by token, in numpy float64.
 
-A reference takes log π and, separately, the log π under "no gradient" (`frozen`). Its finite differences in the first
-alone are the gradient that autograd must find.
+A reference takes log π and, separately, the log π that has no gradient in the equation (`frozen`). Its finite
+differences in the first are the gradient that autograd must return.
 """
 
 from __future__ import annotations
@@ -251,7 +251,7 @@ def test_a_correction_weighs_the_on_policy_gradient(loss: Loss, correction: Impo
     assert figures["importance/weight_mean"] == pytest.approx(weight.mean())
     assert figures["importance/ess"] == pytest.approx(weight.sum() ** 2 / (len(weight) * (weight**2).sum()))
     assert (figures["ratio/mean"], figures["ratio/max"]) == pytest.approx((ratio.mean(), ratio.max()))
-    assert np.mean(weight != ratio) > 0, "the workload has something to cut"
+    assert np.mean(weight != ratio) > 0, "no weight is cut, so the test shows nothing"
 
 
 @pytest.mark.parametrize("loss", Loss)
@@ -355,7 +355,7 @@ def test_mismatch_kl_is_never_negative_and_that_of_a_loop(pairs: list[tuple[floa
 
 
 def test_mismatch_kl_of_a_float32_rounding_is_not_lost_in_subtraction() -> None:
-    """k3(d) = d²/2 for small d; one step of float32 at −1 is 1.2e-7, so k3 is 7e-15, and 0 when computed in float32."""
+    """k3(d) ≈ d²/2 for small d. Adjacent float32 numbers at −1 differ by 1.2e-7, so k3 is 7e-15; in float32 it is 0."""
     inference = torch.tensor([-1.0])
     trainer = torch.nextafter(inference, torch.tensor([0.0]))
     step = float(trainer.double() - inference.double())

@@ -33,7 +33,7 @@ def gradients(trainer: LocalTrainer, monkeypatch: pytest.MonkeyPatch, small: flo
 
     def look() -> float:
         norm = clip()
-        found.append(torch.cat([t.grad.flatten() for t in learner._weights.learning().values() if t.grad is not None]))
+        found.append(torch.cat([t.grad.flatten() for t in learner._weights.trainable().values() if t.grad is not None]))
         found[0] = found[0].clone()
         return norm
 

@@ -1,4 +1,4 @@
-"""Packing: nothing lost or doubled, each row sees its own sample's prefix, and numbers equal those one by one."""
+"""Packing loses and doubles nothing, each row sees only its own sample's prefix, and results equal one by one."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def one_thread() -> None:
 
 IMAGES = [image(1, 1), image(2, 1), image(2, 3), image(1, 1, seed=1)]
 texts = st.lists(st.integers(0, 2), max_size=3)
-# A sampled token may be an image's: it stands for no image, and nobody may take it for one.
+# A policy may sample an image token. It belongs to no image, and must not be treated as a placeholder.
 completions = st.lists(st.integers(0, 2) | st.just(IMAGE_PAD), min_size=1, max_size=3).map(Sampled)
 turns = st.tuples(st.lists(texts | st.sampled_from(IMAGES), max_size=3), completions).map(lambda t: [*t[0], t[1]])
 conversations: st.SearchStrategy[list[Part]] = st.lists(turns, min_size=1, max_size=3).map(
@@ -48,7 +48,7 @@ conversations: st.SearchStrategy[list[Part]] = st.lists(turns, min_size=1, max_s
 
 @st.composite
 def batches(draw: st.DrawFn) -> list[TrainingSample]:
-    """Up to 8 samples of a tiny alphabet, so that prefixes, whole samples and images coincide; some stand twice."""
+    """Up to 8 samples from a tiny alphabet, so that prefixes, images and whole samples coincide; some occur twice."""
     drawn = draw(st.lists(conversations, min_size=1, max_size=6))
     drawn += draw(st.lists(st.sampled_from(drawn), max_size=2))
     return [sample(str(i), *parts, seed=i) for i, parts in enumerate(drawn)]
@@ -110,7 +110,7 @@ def test_each_loss_is_predicted_from_its_own_sample_s_prefix_and_nothing_else(
 
 
 def features_by_row(batch: MicroBatch) -> dict[int, tuple[str, int]]:
-    """Placeholder row → (image, which of its features). The features are those of `batch.images`, one after another."""
+    """Placeholder row → (image, index of its feature). The features of `batch.images` follow one another."""
     feature = [(item.hash, k) for item in batch.images for k in range(item.num_tokens)]
     rows = np.flatnonzero(batch.mm_token_type_ids.numpy())
     return {int(row): feature[f] for row, f in zip(rows, batch.feature_rows.tolist(), strict=True)}
@@ -139,7 +139,7 @@ def test_no_image_is_lost_or_doubled_and_the_budget_holds(
 
 
 def identity(sample: TrainingSample) -> tuple[object, ...]:
-    """Token ids, in placeholders the image's hash."""
+    """The token ids of a sample, with the image's hash in place of each placeholder token."""
     ids: list[object] = sample.token_ids.tolist()
     for p in sample.placeholders:
         ids[p.offset : p.offset + p.length] = [p.hash] * p.length
@@ -147,7 +147,7 @@ def identity(sample: TrainingSample) -> tuple[object, ...]:
 
 
 def test_micro_batches_are_as_few_as_the_budget_allows_and_even() -> None:
-    """Ten samples that share 20 of 22 tokens, under a budget of 26: 22 + 2 + 2 rows at most."""
+    """Ten samples share 20 of 22 tokens. With a budget of 26, a micro-batch holds at most 22 + 2 + 2 rows."""
     samples = [sample(str(i), list(range(20)), Sampled([100 + i, 7])) for i in range(10)]
     assert [num_rows(b) for b in pack(samples, Packing.tree, 26, positions, CPU)] == [24, 24, 26, 26]
     assert [num_rows(b) for b in pack(samples, Packing.tree, 40, positions, CPU)] == [40]
@@ -156,7 +156,7 @@ def test_micro_batches_are_as_few_as_the_budget_allows_and_even() -> None:
 
 
 def test_whole_trees_stay_together_where_they_fit() -> None:
-    """Four groups of three samples that share 20 of 22 tokens: 26 rows each, and two of them with budget to spare."""
+    """Four groups of three samples share 20 of 22 tokens, so each takes 26 rows; the budget exceeds two groups."""
     samples = [sample(f"{g}{i}", [g] * 20, Sampled([100 + i, 7])) for g in range(4) for i in range(3)]
     for budget, wanted in ((40, [26, 26, 26, 26]), (78, [52, 52])):
         packed = pack(samples, Packing.tree, budget, positions, CPU)
@@ -195,7 +195,7 @@ def test_no_other_cut_costs_less(row: list[tuple[int, int]], budget: int) -> Non
 
 
 def conversations_of_two_groups() -> list[TrainingSample]:
-    """Everything that packing must get right at once.
+    """A batch with everything that packing must handle.
 
     Images of several shapes, one of them twice in a sample and in both groups; branches that fork inside a completion,
     at its end and at the reply's image; a sample twice; one that is the beginning of others; some without any image.
@@ -224,9 +224,9 @@ def conversations_of_two_groups() -> list[TrainingSample]:
 @dataclass(frozen=True)
 class Numbers:
     logprobs: list[Tensor]
-    """Per sample, float32 [its loss tokens]."""
+    """Per sample, float32 [loss tokens of the sample]."""
     gradients: dict[str, Tensor]
-    """Of Σ advantage · logprob over everything."""
+    """Gradients of Σ advantage · logprob over all loss tokens, by parameter."""
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +236,7 @@ def samples() -> list[TrainingSample]:
 
 @pytest.fixture(scope="module")
 def one_by_one(loaded_tiny_model: Any, samples: list[TrainingSample]) -> Numbers:
-    """transformers alone, one sample at a time: sdpa attention, its own positions, pixels as `pixel_values`."""
+    """Plain transformers, one sample at a time: sdpa attention, its own positions, pixels as `pixel_values`."""
     assert loaded_tiny_model.config.get_text_config()._attn_implementation == "sdpa"
     loaded_tiny_model.zero_grad()
     logprobs = [plain_logprobs(loaded_tiny_model, s) for s in samples]

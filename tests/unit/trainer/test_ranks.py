@@ -1,4 +1,4 @@
-"""What is learned depends neither on the number of ranks nor on what each holds, and checkpoints know no ranks."""
+"""The number of ranks and the sharding do not change what is learned, nor who can load a checkpoint."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Found = dict[str, NDArray[np.float64]]
 
 
 def by_ranks(size: int, folder: Path, out: Path, *cases: str) -> dict[str, Found]:
-    """Rank 0's findings per case."""
+    """Run `cases` on `size` ranks → what rank 0 found, per case."""
     out.mkdir(exist_ok=True)
     script = str(TESTS / "support/learning.py")
     for rank, each in enumerate(ended(start(size, [script, str(folder), str(out), *cases]))):
@@ -31,7 +31,7 @@ def by_ranks(size: int, folder: Path, out: Path, *cases: str) -> dict[str, Found
 
 @pytest.fixture(scope="module")
 def alone(tiny_folder: Path) -> Callable[[str], Found]:
-    """The findings of one process."""
+    """`alone(case)`: what a single process finds."""
     known: dict[str, Found] = {}
 
     def find(case: str) -> Found:
@@ -43,7 +43,7 @@ def alone(tiny_folder: Path) -> Callable[[str], Found]:
 
 
 def assert_same(found: Found, wanted: Found, tolerance: float) -> None:
-    """Equal but for rounding, and for what depends on the division itself."""
+    """Assert equality up to rounding, except for metrics that depend on how the batch was divided."""
     divided = ("tokens/packed", "images/encoded", "images/cached", "images/cache_bytes", "micro_batches", "memory/")
     assert found.keys() == wanted.keys()
     for key, value in wanted.items():
@@ -62,7 +62,7 @@ def ranks(
 
 @pytest.mark.parametrize("case", EXACT)
 def test_ranks_learn_what_one_process_learns(case: str, ranks: dict[str, Found], alone: Callable[[str], Found]) -> None:
-    """Some passes of some ranks are fillers, some have no image."""
+    """Some micro-batches of some ranks are fillers, and some have no image."""
     wanted = alone(case)
     assert_same(ranks[case], wanted, tolerance=1e-5)
     assert ranks[case]["2/micro_batches"] >= wanted["2/micro_batches"]
@@ -74,10 +74,12 @@ def test_what_is_kept_whole_is_gathered_once_a_step_and_reduced_once(case: str, 
     for step in (1, 2):
         gathered, reduced = found[f"{step}/collectives"]
         assert 0 < gathered <= found["units"]
-        assert 0 < reduced <= gathered, "and none of what does not learn"
+        assert 0 < reduced <= gathered, "gradients of frozen weights are not reduced"
     if case in ("kept whole", "kept whole one by one", "kept whole, last pass of text"):
         assert gathered == reduced == found["units"]
-    assert min(ranks["one by one"]["2/collectives"]) > 2 * found["units"], "where each micro-batch does so"
+    assert min(ranks["one by one"]["2/collectives"]) > 2 * found["units"], (
+        "with sharding=full each micro-batch gathers and reduces"
+    )
 
 
 def test_ranks_learn_adapters(tiny_folder: Path, tmp_path: Path, alone: Callable[[str], Found]) -> None:
@@ -90,7 +92,7 @@ def test_ranks_learn_adapters(tiny_folder: Path, tmp_path: Path, alone: Callable
 
 
 def test_master_weights_are_float32(tiny_folder: Path) -> None:
-    """A step that bfloat16 would round to nothing is not lost: it adds up."""
+    """Steps that bfloat16 would round to nothing add up in float32."""
     trainer = learning.learner(str(tiny_folder), "replicated bfloat16", None)
     before = {name: weight.detach().clone() for name, weight in trainer.weights().items()}
     for _ in range(12):
@@ -108,7 +110,7 @@ def test_ranks_in_bfloat16(tiny_folder: Path, tmp_path: Path, alone: Callable[[s
 
 
 def test_ranks_in_float16(tiny_folder: Path, tmp_path: Path, alone: Callable[[str], Found]) -> None:
-    """Eight times nearer to float32 than bfloat16 is: what the loss is scaled by is out of the gradient again."""
+    """float16 is eight times closer to float32 than bfloat16, and the loss scale is divided out of the gradient."""
     for case, found in by_ranks(
         2, tiny_folder, tmp_path, "float16", "replicated float16", "kept whole in float16"
     ).items():
@@ -158,7 +160,7 @@ def test_a_checkpoint_in_bfloat16_holds_the_float32_weights(tiny_folder: Path, t
 
 @pytest.mark.slow
 def test_the_optimizer_in_8_bits(tiny_folder: Path, tmp_path: Path) -> None:
-    """torchao's, which is compiled: over slices, and from a checkpoint."""
+    """torchao's optimizer is compiled; it works on slices and resumes from a checkpoint."""
     pytest.importorskip("torchao")
     wanted = learning.continued(learning.learner(str(tiny_folder), "8 bits", None), "8 bits", str(tmp_path / "saved"))
     ranks = by_ranks(2, tiny_folder, tmp_path, f"8 bits@{tmp_path / 'saved'}")["8 bits"]

@@ -1,4 +1,4 @@
-"""Layers that are compiled and sharded: what a compiler sees of them."""
+"""What torch.compile sees of layers that FSDP2 shards."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process."""
+    """A process group with this process as its only rank."""
     dist.init_process_group("gloo", store=FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
-@pytest.mark.filterwarnings("ignore")  # the compiler's own
-def test_of_a_sharded_layer_that_is_compiled_nothing_but_rows_is_taken_for_a_size_that_changes(
+@pytest.mark.filterwarnings("ignore")  # torch.compile's own warnings
+def test_only_the_number_of_rows_of_a_sharded_layer_is_a_dynamic_size(
     tiny_model: Callable[[], Any], alone: None
 ) -> None:
     model = tiny_model()
@@ -57,5 +57,5 @@ def test_of_a_sharded_layer_that_is_compiled_nothing_but_rows_is_taken_for_a_siz
 
     for patches in (8, 12):
         torch.autograd.backward(weights.compute(partial(forward, patches), last=True).sum())
-    assert symbols, "sizes are left open"
+    assert symbols, "no size is dynamic, so the test shows nothing"
     assert not [name for name in symbols if "head_dim" in name or "num_heads" in name]

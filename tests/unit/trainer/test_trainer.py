@@ -1,4 +1,4 @@
-"""The trainer: one step against a reference in a few lines, whatever the packing; what it refuses; what it reports."""
+"""The trainer: a step equals a reference of a few lines, whatever the packing; its errors; its metrics."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from vlmrl.types import ImageItem, TrainingSample
 CONFIG = TrainerConfig(
     max_steps=10,
     learning_rate=1e-2,
-    # AdamW's first step is nearly the gradient's sign; with a large eps it is as smooth as the gradient.
+    # AdamW's first step is close to the sign of the gradient; with a large eps it varies smoothly with the gradient.
     eps=1e-2,
     weight_decay=0.1,
     max_grad_norm=0.5,
@@ -68,7 +68,7 @@ def assert_weights(model: Any, wanted: dict[str, Tensor], tolerance: float = 0.0
 def reference_steps(
     model: Any, batches: list[list[TrainingSample]], rl_weight: float, banned: list[int]
 ) -> list[tuple[float, float]]:
-    """AdamW (arXiv 1711.05101, algorithm 2) on the loss of samples one by one → (loss, gradient norm) per step."""
+    """AdamW (arXiv 1711.05101, algorithm 2) on the loss of samples one by one → (loss, gradient norm) of each step."""
     c, algorithm, figures = CONFIG, AlgorithmConfig(), []
     allowed = [i for i in range(model.config.text_config.vocab_size) if i not in banned]
     parameters = list(model.parameters())
@@ -124,7 +124,7 @@ def test_steps_are_those_of_a_plain_adamw_on_the_same_loss(
         assert result.metrics["loss"] == pytest.approx(loss, rel=1e-5, abs=1e-6)
         assert result.metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
         assert result.metrics["learning_rate"] == learning_rate(CONFIG, t)
-    assert max(norm for _, norm in wanted) > CONFIG.max_grad_norm, "else the clipping is not tested"
+    assert max(norm for _, norm in wanted) > CONFIG.max_grad_norm, "no gradient is clipped, so clipping is not tested"
     before = tiny_model()
     moved = weights(plain)
     assert max(float((moved[name] - w).abs().max()) for name, w in weights(before).items()) > 1e-3
@@ -146,7 +146,7 @@ def test_a_step_depends_neither_on_packing_nor_on_the_budget(tiny_model: Callabl
         for one, other in zip(tokens, per_sample, strict=True):
             np.testing.assert_allclose(one.trainer_logprobs, other.trainer_logprobs, rtol=1e-5, atol=1e-6)
             np.testing.assert_allclose(one.entropies, other.entropies, rtol=1e-5, atol=1e-6)
-        # The peak is of the whole process so far: a later pass may raise it, whatever it computes.
+        # The peak is that of the whole process so far, so a later run may raise it.
         for key in metrics.keys() - {"tokens/packed", "images/encoded", "micro_batches", "memory/peak_bytes"}:
             assert metrics[key] == pytest.approx(figures[key], rel=1e-5, abs=1e-6), key
         for name in wanted:
@@ -203,7 +203,7 @@ def test_frozen_vision_stays_as_it_is_and_the_rest_learns(tiny_model: Callable[[
     before = weights(frozen)
     metrics, wanted = learner(frozen).train_step(batch()).metrics, learner(free).train_step(batch()).metrics
     assert metrics["loss"] == pytest.approx(wanted["loss"])
-    assert metrics["grad_norm"] < wanted["grad_norm"], "the norm is over what learns"
+    assert metrics["grad_norm"] < wanted["grad_norm"], "the norm covers only trainable parameters"
     for name, parameter in frozen.named_parameters():
         assert torch.equal(parameter, before[name]) == ("visual" in name), name
 
@@ -244,7 +244,7 @@ BREAK: dict[str, Callable[[TrainingSample], TrainingSample]] = {
 def test_a_sample_that_is_not_finite_stops_the_step_by_name_and_nothing_is_changed(
     tiny_model: Callable[[], Any], what: str, packing: Packing
 ) -> None:
-    """Also of the optimizer: the step after it is the one that would have come without it."""
+    """The optimizer is unchanged too: the next step equals the one of a trainer that never saw the broken batch."""
     config = replace(CONFIG, packing=packing, micro_batch_tokens=60)
     model, other = tiny_model(), tiny_model()
     trainer, undisturbed = learner(model, config), learner(other, config)
@@ -278,7 +278,7 @@ def test_a_poisoned_weight_stops_the_step(tiny_model: Callable[[], Any]) -> None
 
 
 def test_a_gradient_that_is_not_finite_stops_the_step(tiny_model: Callable[[], Any]) -> None:
-    """The loss is finite: only the derivative of this layer is not."""
+    """The loss is finite; only the gradient of one layer is not."""
     model = tiny_model()
     trainer, before = learner(model), weights(model)
     handle = model.base_model.language_model.norm.weight.register_hook(lambda g: g * torch.inf)
@@ -310,7 +310,7 @@ def test_the_learning_rate_rises_then_decays_to_its_floor(decay: Decay, wanted: 
 def test_logprobs_are_of_the_distribution_that_was_sampled_from(
     tiny_model: Callable[[], Any], temperature: float
 ) -> None:
-    """Banned tokens have no share in it, and a sampled one of probability 0 poisons nobody else."""
+    """Banned tokens have probability 0, and sampling one does not affect the logprobs of other tokens."""
     samples, model = batch(), tiny_model()
     stray = sample("stray", SYSTEM, Sampled([1, VISION_START, 2]))
     found = learner(model, temperature=temperature, banned=BANNED).logprobs([*samples, stray])
