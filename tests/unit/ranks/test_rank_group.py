@@ -100,7 +100,7 @@ def test_a_command_without_run_cannot_be_sent() -> None:
     class Incomplete(Command[None, int]):
         number: int
 
-    with pytest.raises(TypeError, match="abstract method '?run"):
+    with pytest.raises(TypeError, match=r"abstract method '?run"):
         Incomplete(1)  # type: ignore[abstract]
 
 
