@@ -1,6 +1,6 @@
-"""A disk that takes no more: a clean stop, and the reason in one line.
+"""A full disk ends the run cleanly, with the reason in one line.
 
-Stood in for by the limit on the size of a file, which ends a write in the same way.
+A limit on the size of files simulates the full disk; it makes a write fail in the same way.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def runs(home: Home, never_stopped: Path) -> Scenarios:
-    """After a run that was never stopped, since building the tiny checkpoint needs room too."""
+    """`never_stopped` comes first, because building the tiny checkpoint needs disk space too."""
 
     def full(name: str, size: int) -> tuple[Path, Ended]:
         run = home.path / "outputs" / name
         return run, home.vlmrl(*SHORT, f"hydra.run.dir={run}", file_size_limit=size)
 
     def checkpoint() -> tuple[Path, Ended, Path, Ended]:
-        """And a copy of the run that is resumed when there is room again."""
+        """A run that fills the disk, and a copy of it that is resumed without the limit."""
         run, ended = full("full_checkpoint", 1_000_000)
         again = home.copy(run, "room_again")
         return run, ended, again, home.vlmrl(f"resume={again}")
@@ -34,7 +34,7 @@ def runs(home: Home, never_stopped: Path) -> Scenarios:
 
 @pytest.mark.parametrize(
     ("scenario", "file", "last"),
-    # A checkpoint is written while the run goes on, which hears of it before the next one is begun.
+    # Checkpoints are written in the background; the run notices the error before it writes the next one.
     [("records", "rollouts/eval_000000.jsonl", [1]), ("checkpoint", "checkpoints/step_000002", [2, 3, 4])],
 )
 def test_full_disk(scenario: str, file: str, last: list[int], runs: Scenarios) -> None:

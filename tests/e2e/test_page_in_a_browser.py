@@ -1,6 +1,6 @@
-"""report.html in a real Chromium: of a real run of the command, of a made one with 2,000 rollouts, of two side by side.
+"""report.html in a real Chromium: of a real run, of a synthetic run with 2,000 rollouts, and of two runs side by side.
 
-The screenshots (two widths, both themes) are left in the folder that REPORT_SCREENSHOTS names, if it does.
+If REPORT_SCREENSHOTS names a folder, the screenshots (two widths, both themes) are kept there.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def browser() -> Iterator[Any]:
 
 
 class Tab:
-    """A page in a browser, and everything that it complained about or asked for."""
+    """A page in a browser, with its console messages and its requests."""
 
     def __init__(self, browser: Any, file: Path, place: str = "", *, width: int = 1440, theme: str = "light") -> None:
         context = browser.new_context(
@@ -118,7 +118,7 @@ def config_of(*overrides: str) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    """A run with more than 2,000 rollouts: 40 steps of 3 groups of 16, evaluations, every kind of trouble."""
+    """A run with more than 2,000 rollouts: 40 steps of 3 groups of 16, evaluations, several drop reasons."""
     config = config_of(
         "orchestrator.groups_per_step=3", "orchestrator.group_size=16", "orchestrator.eval.problems=20", "seed=7"
     )
@@ -168,7 +168,7 @@ def recorded(run_dir: RunDir) -> dict[str, RolloutRecord]:
 
 
 def test_the_page_of_a_real_run(browser: Any, never_stopped: Path) -> None:
-    """Written by the run itself; every rollout is in it, and the pictures in it are the run's, pixel by pixel."""
+    """The run wrote the page. It has every rollout, and its images equal those of the run, pixel by pixel."""
     run_dir = RunDir(never_stopped)
     records = recorded(run_dir)
     with Tab(browser, run_dir.report) as tab:
@@ -195,7 +195,7 @@ def spelled(run_dir: RunDir, turns: list[Any]) -> str:
 
 
 def assert_pictures(tab: Tab, run_dir: RunDir, hashes: list[str]) -> None:
-    """The images of the conversation are these, as the browser decodes them."""
+    """Check that the conversation shows these images, as the browser decodes them."""
     images = tab.page.locator(".message img")
     assert images.evaluate_all("all => all.map(each => each.dataset.hash)") == hashes
     for place, hash in enumerate(hashes):
@@ -213,7 +213,7 @@ def assert_pictures(tab: Tab, run_dir: RunDir, hashes: list[str]) -> None:
         with PIL.Image.open(run_dir.image(hash)) as picture:
             wanted = np.asarray(picture.convert("RGB"))
         found = np.array(pixels, np.uint8).reshape(*size, 4)[..., :3]
-        assert np.array_equal(found, wanted), f"image {hash} is another one on the page"
+        assert np.array_equal(found, wanted), f"image {hash} differs on the page"
 
 
 # ── 2,000 rollouts ──────────────────────────────────────────────────────────────────────────────────────────
@@ -306,7 +306,7 @@ def test_a_dropped_rollout_says_why(browser: Any, made_page: Path) -> None:
         assert tab.page.locator(".token.loss").count() == tab.page.locator(".token.sampled").count() > 0
 
 
-def test_the_tint_follows_the_chosen_figure(browser: Any, made: RunDir, made_page: Path) -> None:
+def test_the_colour_follows_the_chosen_value(browser: Any, made: RunDir, made_page: Path) -> None:
     shown = recorded(made)["train/000040/02/01"]
 
     def per_token(of: Callable[[Any, int], float]) -> list[float]:
@@ -339,7 +339,7 @@ def test_the_tint_follows_the_chosen_figure(browser: Any, made: RunDir, made_pag
             if name != "version":
                 order = np.argsort(np.abs(figures), kind="stable")
                 strengths = [looks[name][place][1] for place in order]
-                assert strengths == sorted(strengths), "the larger the figure, the stronger the tint"
+                assert strengths == sorted(strengths), "a larger value has a stronger colour"
                 assert strengths[-1] > strengths[0]
         assert len({str(each) for each in looks.values()}) == len(looks)
         backgrounds = tab.page.locator(".sampled").evaluate_all(
@@ -370,7 +370,7 @@ def test_siblings_stand_side_by_side(browser: Any, made_page: Path) -> None:
         assert tab.texts(".detail .title h2") == ["train/000040/02/05"]
 
 
-def test_figures_under_the_cursor(browser: Any, made: RunDir, made_page: Path) -> None:
+def test_values_under_the_cursor(browser: Any, made: RunDir, made_page: Path) -> None:
     with Tab(browser, made_page) as tab:
         box = tab.page.locator('.chart[data-title="Reward"]')
         assert box.locator(".legend button").all_inner_texts()[0].split() == ["training", "1"]
@@ -391,7 +391,7 @@ def test_figures_under_the_cursor(browser: Any, made: RunDir, made_page: Path) -
         assert tab.texts(".more .chart:not([hidden]) h3") == ["task/thing"]
 
 
-def test_data_can_be_kept(browser: Any, made: RunDir, made_page: Path) -> None:
+def test_data_can_be_downloaded(browser: Any, made: RunDir, made_page: Path) -> None:
     records = recorded(made)
     with Tab(browser, made_page) as tab:
         rows = list(csv.DictReader(io.StringIO(tab.download("metrics.csv"))))
@@ -458,7 +458,7 @@ def test_it_is_used_by_keyboard(browser: Any, made_page: Path) -> None:
         page.locator(".sampled").first.focus()
         press("ArrowRight")
         assert page.evaluate("document.activeElement === document.querySelectorAll('.sampled')[1]")
-        assert page.locator("#tip").is_visible(), "the figures of a token need no mouse"
+        assert page.locator("#tip").is_visible(), "the tooltip of a token also opens by keyboard"
 
         press("1")
         page.locator('.chart[data-title="Reward"] .plot').focus()
@@ -479,7 +479,7 @@ def test_it_is_used_by_keyboard(browser: Any, made_page: Path) -> None:
 
 
 def test_texts_of_models_and_tasks_are_texts(browser: Any, made_page: Path) -> None:
-    """Whatever a completion, a token, a problem, an error or a warning says, it is shown and not obeyed."""
+    """HTML in a completion, token, problem, error or warning is shown as text."""
     with Tab(browser, made_page) as tab:
         assert HOSTILE in tab.texts(".note")
         tab.page.keyboard.press("2")
@@ -494,7 +494,7 @@ def test_texts_of_models_and_tasks_are_texts(browser: Any, made_page: Path) -> N
         tab.page.keyboard.press("3")
         assert tab.page.evaluate("window.hacked") is None
         assert tab.page.locator("img[src=x]").count() == 0
-        # And if a text became HTML after all: the page's own policy refuses what it brings.
+        # Even if a text became HTML, the content security policy of the page would block it.
         tab.page.evaluate("document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=\"window.hacked = 1\">')")
         tab.page.wait_for_timeout(200)
         assert tab.page.evaluate("window.hacked") is None
@@ -522,7 +522,7 @@ def test_the_config_and_what_differs_from_the_defaults(browser: Any, made_page: 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_screenshots(browser: Any, made_page: Path, tmp_path: Path, width: int, theme: str) -> None:
-    """Nothing is wider than the window, the theme is the browser's, and there is something to see."""
+    """No view is wider than the window or empty, and the theme follows the browser."""
     folder = Path(os.environ.get("REPORT_SCREENSHOTS") or tmp_path)
     for view in ("curves", "rollouts", "config"):
         with Tab(browser, made_page, f"#{view}", width=width, theme=theme) as tab:

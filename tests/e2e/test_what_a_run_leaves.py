@@ -81,7 +81,7 @@ def test_sampler_and_trainer_agree(never_stopped: Path) -> None:
 
 
 def test_the_run_learned_something(never_stopped: Path) -> None:
-    """Or equal runs would be no news: gradients at every step, answers that end, second turns."""
+    """Gradients at every step, answers that end, second turns: otherwise equality with a resumed run means little."""
     for line in read_metrics(never_stopped / "metrics.jsonl")[1:]:
         assert line["grad_norm"] > 0
         assert line["rollouts/stop/terminated"] > 0
@@ -114,7 +114,7 @@ def test_every_rollout_is_there(never_stopped: Path) -> None:
 
 
 def test_images_are_the_squares(never_stopped: Path) -> None:
-    """Each distinct image once, under the hash that the records name."""
+    """Each distinct image is stored once, under the hash in the records."""
     shown = {
         image
         for records in steady_rollouts(never_stopped).values()
@@ -164,7 +164,7 @@ def test_log_and_screen(finished: tuple[Path, Ended]) -> None:
 
 
 def test_weights_and_biases_offline(never_stopped: Path) -> None:
-    """One run folder; its file holds the figures, and the images of some rollouts lie beside it."""
+    """One offline folder, whose file holds the metrics, with the images of some rollouts next to it."""
     offline = list((never_stopped / "wandb").glob("offline-run-*"))
     assert len(offline) == 1
     run_id = (never_stopped / "wandb/run_id").read_text()
@@ -183,7 +183,7 @@ def test_weights_and_biases_offline(never_stopped: Path) -> None:
 
 
 def test_no_key_is_written_anywhere(finished: tuple[Path, Ended]) -> None:
-    """The run had every key that it may need in its environment."""
+    """The environment of the run contained the API keys that it may use."""
     run, ended = finished
     files = [path for path in run.rglob("*") if path.is_file()]
     assert {"config.yaml", "main.log", "summary.json", "metrics.jsonl"} <= {path.name for path in files}
