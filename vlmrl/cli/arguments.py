@@ -20,6 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from vlmrl.config.field_docs import fields_of
+from vlmrl.config.keys import is_free_form
 from vlmrl.config.run import SCHEMAS, RunConfig
 from vlmrl.errors import ConfigError
 
@@ -27,9 +28,6 @@ PACKAGE = Path(__file__).parents[1]
 CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
 """conf/: inside the package where a wheel was installed, next to it in a checkout or an editable install."""
 
-
-FREE = ("task.args", "algorithm.args", "inference.extra_args")
-"""Dicts whose keys the schema does not know."""
 
 IMPORTED = {"task": ("task=imported", "task.target="), "algorithm": ("algorithm.loss=",)}
 """Groups whose option may be an import path → the overrides that it stands for; the path goes to the end."""
@@ -83,7 +81,7 @@ def _rewritten(argument: str, *, is_multirun: bool) -> list[str]:
             )
         *before, last = IMPORTED[key]
         return [*before, f"{last}{value}"]
-    if equals and (key in FREE or key.startswith(tuple(f"{free}." for free in FREE))):
+    if equals and is_free_form(key):
         return [f"++{argument}"]
     if equals and key.lstrip("+") in text_keys():
         return [f"{key}={as_text(key, value, is_multirun=is_multirun)}"]

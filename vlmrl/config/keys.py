@@ -99,10 +99,15 @@ def resume_policy(key: str) -> Resume:
 def is_free_form(key: str) -> bool:
     """Whether a key is a dictionary whose keys no schema knows, or lies in one.
 
-    >>> is_free_form("task.args.level"), is_free_form("inference.extra_args"), is_free_form("task.target")
+    >>> is_free_form("task.args.level"), is_free_form("inference.extra_args"), is_free_form("task")
     (True, True, False)
     """
-    return any(setting.free_form for setting in settings_at(key))
+    names = key.split(".")
+    return any(
+        setting.free_form and all(name in ("*", own) for name, own in zip(pattern, names[: len(pattern)], strict=True))
+        for known, setting in all_settings(RunConfig)
+        if len(pattern := known.split(".")) <= len(names)
+    )
 
 
 def _settings_at(schema: type, names: Sequence[str]) -> Iterator[Setting]:

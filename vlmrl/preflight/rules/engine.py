@@ -17,7 +17,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 def kinds_are_chosen(config: RunConfig) -> None:
     """`kind` comes from the group's option and is not typed by hand."""
-    for group in ("inference", "weight_sync"):
+    for group in SCHEMAS:
         node = getattr(config, group)
         if SCHEMAS[group].get(node.kind) is not type(node):
             raise ConfigError(
