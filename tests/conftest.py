@@ -69,3 +69,19 @@ def loaded_tiny_model(tiny_folder: Path) -> Any:
 def tiny_model(loaded_tiny_model: Any) -> Callable[[], Any]:
     """`tiny_model()`: a fresh copy of a real, tiny Qwen3-VL (tests/support/helpers.py), always the same weights."""
     return lambda: copy.deepcopy(loaded_tiny_model)
+
+
+@pytest.fixture
+def in_task(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`in_task(1, tasks=3)`: this process is task 1 of 3 in a Slurm step. `serving` of them run servers; None: not
+    divided yet."""
+
+    from support import slurm_tasks
+    from vlmrl.ranks import slurm
+
+    def enter(task: int, tasks: int = 3, serving: int | None = None, **more: str) -> None:
+        monkeypatch.setattr(slurm, "_serving", serving)
+        for name, value in slurm_tasks.step(task, tasks, **more).items():
+            monkeypatch.setenv(name, value)
+
+    return enter
