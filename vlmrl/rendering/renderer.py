@@ -128,8 +128,8 @@ def make_renderer(
     """The renderer of a model.
 
     `vocab_size` is the size of the model's embedding, which may exceed the tokenizer's. `image_processor` is None for a
-    text-only model. `placeholder_tokens` is the family's (`family_of(model.vlm).placeholder_tokens`). Raises
-    `ConfigError` for a name that the package does not have.
+    text-only model. `placeholder_tokens` is the family's (`family_of(model.vlm).placeholder_tokens`). `preflight` has
+    refused names that the package does not have.
     """
     name = renderer_name(config, model)
     return FamilyRenderer(name, tokenizer, image_processor, vocab_size, placeholder_tokens)
@@ -143,13 +143,7 @@ class FamilyRenderer:
     ) -> None:
         import renderers
 
-        try:
-            config: Any = renderers.config_from_name(name)
-        except ValueError as error:
-            raise ConfigError(
-                f"orchestrator.renderer.name={name} is not a name of the `renderers` package, so the run could not "
-                f"turn messages into tokens: {error}"
-            ) from error
+        config: Any = renderers.config_from_name(name)
         if hasattr(config, "image_cache_max"):
             # The package would keep hundreds of processed images alive; the ImageStore already holds them.
             config = config.model_copy(update={"image_cache_max": 1})

@@ -25,14 +25,14 @@ BYTES = LEVELS * WIDTH * 4
 
 
 class Tower:
-    """Two levels of features that encode their image and version. Records the images that it is asked for."""
+    """Two levels of features that encode their image and version. Records the images that it encodes."""
 
     def __init__(self) -> None:
         self.version = 0
-        self.asked: list[str] = []
+        self.encoded: list[str] = []
 
     def __call__(self, images: Sequence[ImageItem]) -> Levels:
-        self.asked += [item.hash for item in images]
+        self.encoded += [item.hash for item in images]
         return [torch.cat([self.features(item, level) for item in images]) for level in range(LEVELS)]
 
     def features(self, item: ImageItem, level: int) -> Tensor:
@@ -48,14 +48,14 @@ def test_features_are_those_of_the_current_weights(requests: list[tuple[list[Ima
     tower, cache = Tower(), FeatureCache(capacity)
     for images, weights_change in requests:
         tower.version += weights_change
-        tower.asked.clear()
+        tower.encoded.clear()
         features, encoded = cache.encode(images, tower.version, tower)
         for level, found in enumerate(features.levels):
             torch.testing.assert_close(found, torch.cat([tower.features(item, level) for item in images]))
-        assert encoded == len(tower.asked) == len(set(tower.asked))
+        assert encoded == len(tower.encoded) == len(set(tower.encoded))
         assert 0 <= cache.num_bytes <= capacity
         if weights_change or capacity == 0:
-            assert tower.asked == [item.hash for item in images]
+            assert tower.encoded == [item.hash for item in images]
 
 
 def test_the_least_recently_used_image_is_evicted_first() -> None:
@@ -63,11 +63,11 @@ def test_the_least_recently_used_image_is_evicted_first() -> None:
     tower, cache = Tower(), FeatureCache(3 * BYTES)
     for images in ([ITEMS[0], ITEMS[3]], [ITEMS[0]], [ITEMS[1]]):
         cache.encode(images, 0, tower)
-    tower.asked.clear()
+    tower.encoded.clear()
     cache.encode([ITEMS[0], ITEMS[1]], 0, tower)
-    assert tower.asked == []
+    assert tower.encoded == []
     cache.encode([ITEMS[3]], 0, tower)
-    assert tower.asked == [ITEMS[3].hash]
+    assert tower.encoded == [ITEMS[3].hash]
 
 
 # ── in the policy ───────────────────────────────────────────────────────────────────────────────────────────

@@ -44,18 +44,18 @@ def plan_of(length: int) -> TreePlan:
     return plan_tree([Segment(p, np.arange(a, b), np.arange(a, b)) for p, a, b in tree.segments], CPU)
 
 
-def hidden_states(policy: Policy, asked: Prompt, images: Sequence[ImageItem]) -> Tensor:
+def hidden_states(policy: Policy, given: Prompt, images: Sequence[ImageItem]) -> Tensor:
     """Hidden states of one prompt; `images` are encoded in this order."""
     features = policy.encode_images(images)
-    length = len(asked.token_ids)
+    length = len(given.token_ids)
     rows = [
-        np.arange(features.first[p.hash], features.first[p.hash] + p.length) for p in asked.placeholders if features
+        np.arange(features.first[p.hash], features.first[p.hash] + p.length) for p in given.placeholders if features
     ]
     with torch.no_grad():
         return policy.hidden_states(
-            torch.from_numpy(asked.token_ids),
-            torch.from_numpy(policy.positions(length, asked.placeholders, asked.images)),
-            torch.from_numpy(mm_token_type_ids(length, asked.placeholders)),
+            torch.from_numpy(given.token_ids),
+            torch.from_numpy(policy.positions(length, given.placeholders, given.images)),
+            torch.from_numpy(mm_token_type_ids(length, given.placeholders)),
             plan_of(length),
             features,
             torch.from_numpy(np.concatenate([np.empty(0, np.int64), *rows])),
@@ -119,22 +119,22 @@ CASES: list[tuple[Part, ...]] = [
 def test_one_prompt_is_the_plain_forward(
     policy: Policy, tiny_model: Callable[[], Any], parts: tuple[Part, ...]
 ) -> None:
-    asked = prompt(*parts)
-    types = mm_token_type_ids(len(asked.token_ids), asked.placeholders)
+    given = prompt(*parts)
+    types = mm_token_type_ids(len(given.token_ids), given.placeholders)
     with torch.no_grad():
-        wanted = plain_logits(tiny_model(), asked.token_ids, types, asked.images)
-    distinct = list({item.hash: item for item in asked.images}.values())
+        wanted = plain_logits(tiny_model(), given.token_ids, types, given.images)
+    distinct = list({item.hash: item for item in given.images}.values())
     for order in (distinct, distinct[::-1]):
-        found = policy.model.lm_head(hidden_states(policy, asked, order))
+        found = policy.model.lm_head(hidden_states(policy, given, order))
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-5)
 
 
 def test_the_models_own_forward_still_works(policy: Policy, tiny_model: Callable[[], Any]) -> None:
-    asked = prompt(*CASES[-1])
-    types = mm_token_type_ids(len(asked.token_ids), asked.placeholders)
+    given = prompt(*CASES[-1])
+    types = mm_token_type_ids(len(given.token_ids), given.placeholders)
     policy.config.get_text_config()._attn_implementation = "sdpa"
     with torch.no_grad():
-        found, wanted = (plain_logits(m, asked.token_ids, types, asked.images) for m in (policy.model, tiny_model()))
+        found, wanted = (plain_logits(m, given.token_ids, types, given.images) for m in (policy.model, tiny_model()))
     torch.testing.assert_close(found, wanted, rtol=0.0, atol=0.0)
 
 

@@ -15,7 +15,6 @@ from PIL import Image as PILImage
 
 from vlmrl.config.model import ModelConfig, TinyConfig, VLMConfig
 from vlmrl.config.orchestrator import RendererConfig
-from vlmrl.errors import ConfigError
 from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer, resolve_checkpoint
 from vlmrl.models.families import family_of
 from vlmrl.rendering.renderer import FamilyRenderer, ImageError, Renderer, make_renderer, renderer_name
@@ -406,12 +405,6 @@ def test_names() -> None:
     assert renderer_name(RendererConfig(name="qwen3-vl"), MODEL) == "qwen3-vl"
     text_only = ModelConfig(name="some/text-model", vlm=None)
     assert renderer_name(RendererConfig(name="qwen3"), text_only) == "qwen3"
-
-
-def test_an_unknown_name_is_refused(tokenizer: Any) -> None:
-    model = ModelConfig(name="x", vlm=None)
-    with pytest.raises(ConfigError, match=r"renderer\.name=qwen33 is not a name of the `renderers` package"):
-        make_renderer(RendererConfig(name="qwen33"), model, tokenizer, None, VOCAB_SIZE, PLACEHOLDER_TOKENS)
 
 
 def test_a_text_only_model_takes_the_same_path(tokenizer: Any) -> None:

@@ -37,7 +37,7 @@ FAMILIES: dict[str, type[Family]] = {
 
 
 def family_of(vlm: VLMConfig | None) -> Family:
-    """The family of `model.vlm`. None is a text-only model, of which nothing special is known.
+    """The family of `model.vlm`. A text-only model (None) and an unlisted family get the neutral one.
 
     >>> vlm = VLMConfig(family="qwen3_vl", positions="mrope", image_token="<|image_pad|>")
     >>> family_of(vlm).has_experts, family_of(vlm).token_pixels, family_of(None).token_pixels

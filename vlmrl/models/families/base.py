@@ -1,4 +1,4 @@
-"""The neutral family: what holds for a model of which nothing special is known. Families override parts of it."""
+"""The neutral family, for models that vlmrl has no special knowledge of. Other families override parts of it."""
 
 from __future__ import annotations
 

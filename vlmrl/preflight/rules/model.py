@@ -7,6 +7,7 @@ from vlmrl.config.run import RunConfig
 from vlmrl.errors import ConfigError
 from vlmrl.models.families import family_of
 from vlmrl.models.families.base import POSITION_NAMES
+from vlmrl.preflight.site import Site
 
 
 def renderer_is_there(config: RunConfig) -> None:
@@ -43,6 +44,25 @@ def renderer_serves_family(config: RunConfig) -> None:
             "pixels would differ from those that the model was trained on: set orchestrator/renderer=auto, or "
             f"orchestrator.renderer.name to one of {', '.join(vlm.renderers)}"
         )
+
+
+def renderer_exists(config: RunConfig, site: Site) -> None:
+    """The `renderers` package, whose import takes half a second, has a renderer of that name."""
+    renderer, vlm = config.orchestrator.renderer, config.model.vlm
+    assert renderer is not None, "renderer_is_there comes first"
+    name = renderer.name
+    if name == "auto":
+        assert vlm is not None, "renderer_serves_family comes first"
+        name = vlm.renderers[0]
+    import renderers
+
+    try:
+        renderers.config_from_name(name)
+    except ValueError as error:
+        key = "model.vlm.renderers" if renderer.name == "auto" else "orchestrator.renderer.name"
+        raise ConfigError(
+            f"{key}={name} is not a name of the `renderers` package, so nothing would make tokens: {error}"
+        ) from error
 
 
 def positions_are_known(config: RunConfig) -> None:

@@ -29,7 +29,7 @@ def keys_by_row(sequences: list[IntArray], tree: PrefixTree) -> IntArray:
     for sequence, rows, new_from in zip(sequences, tree.rows, tree.new_from, strict=True):
         assert (keys[rows[new_from:]] == 99).all(), "a row was added twice"
         keys[rows[new_from:]] = sequence[new_from:]
-    assert not (keys == 99).any(), "a row that nobody added"
+    assert not (keys == 99).any(), "a row that no sequence added"
     return keys
 
 

@@ -1,0 +1,28 @@
+"""Rules about the model and its renderer that need more than the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from vlmrl.config.run import RunConfig
+from vlmrl.errors import ConfigError
+from vlmrl.preflight.rules.model import renderer_exists
+from vlmrl.preflight.site import this_site
+
+
+def test_a_renderer_that_the_package_has(run_config: Callable[..., RunConfig]) -> None:
+    renderer_exists(run_config(), this_site())
+
+
+def test_an_unknown_renderer_is_refused(run_config: Callable[..., RunConfig]) -> None:
+    config = run_config("model=qwen3vl", "~model/vlm", "model.name=some/text", "orchestrator.renderer.name=qwen33")
+    with pytest.raises(ConfigError, match=r"renderer\.name=qwen33 is not a name of the `renderers` package"):
+        renderer_exists(config, this_site())
+
+
+def test_an_unknown_renderer_of_a_family_is_refused(run_config: Callable[..., RunConfig]) -> None:
+    config = run_config("model.vlm.renderers=[qwen33]")
+    with pytest.raises(ConfigError, match=r"model\.vlm\.renderers=qwen33 is not a name of the `renderers` package"):
+        renderer_exists(config, this_site())
