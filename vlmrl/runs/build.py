@@ -84,7 +84,7 @@ class Run:
     weight_sync: WeightSync
     evaluator: Evaluator
     checkpoints: Checkpoints
-    group: RankGroup | None
+    rank_group: RankGroup | None
     """None: the run is one process."""
     stop: Stop = field(init=False, default_factory=Stop)
     """Set when the run is to finish its step, save and end."""
@@ -102,11 +102,11 @@ class Run:
 # ── what every rank builds ──────────────────────────────────────────────────────────────────────────────────
 
 
-def on_own_device(config: ModelConfig, group: RankGroup | None) -> ModelConfig:
+def on_own_device(config: ModelConfig, rank_group: RankGroup | None) -> ModelConfig:
     """The model's config with `device` set to this rank's GPU; unchanged without a rank group or without a GPU."""
-    if group is None or config.device == "cpu" or not torch.cuda.is_available():
+    if rank_group is None or config.device == "cpu" or not torch.cuda.is_available():
         return config
-    number = group.place.local_rank % torch.cuda.device_count()
+    number = rank_group.place.local_rank % torch.cuda.device_count()
     torch.cuda.set_device(number)
     return dataclasses.replace(config, device=f"cuda:{number}")
 
@@ -117,9 +117,9 @@ def seed_process(config: RunConfig) -> None:
     torch.manual_seed(config.seed)
 
 
-def make_model(config: RunConfig, folder: Path, group: RankGroup | None) -> Any:
+def make_model(config: RunConfig, folder: Path, rank_group: RankGroup | None) -> Any:
     """Load the checkpoint in `folder` onto this rank's device, select its trainable parameters, prepare its layers."""
-    model: Any = load_model(folder, on_own_device(config.model, group))
+    model: Any = load_model(folder, on_own_device(config.model, rank_group))
     torch.manual_seed(config.seed)  # again, so that new LoRA adapters start equal on every rank
     select_trainable(model, config.model)
     prepare_blocks(model, compiled=config.trainer.compile, recomputed=config.trainer.activation_checkpointing)
@@ -133,25 +133,29 @@ def make_policy(config: RunConfig, model: Any, banned_token_ids: Sequence[int]) 
 
 
 def make_trainer(
-    config: RunConfig, policy: Policy, texts: tuple[str, ...], banned_token_ids: Sequence[int], group: RankGroup | None
+    config: RunConfig,
+    policy: Policy,
+    texts: tuple[str, ...],
+    banned_token_ids: Sequence[int],
+    rank_group: RankGroup | None,
 ) -> LocalTrainer:
     """Rank 0's trainer. The other ranks build their learners at the same time (`BuildLearner`)."""
 
     def own() -> LocalTrainer:
-        return LocalTrainer(policy, config.trainer, config.algorithm, **_sampling(config), rank_group=group)
+        return LocalTrainer(policy, config.trainer, config.algorithm, **_sampling(config), rank_group=rank_group)
 
-    if group is None:
+    if rank_group is None:
         return own()
     command = BuildLearner(config, texts, tuple(banned_token_ids))
-    return group.together([command] * (group.size - 1), own)[0]
+    return rank_group.together([command] * (rank_group.size - 1), own)[0]
 
 
 class RunFollower(Follower):
     """The state of a rank other than 0: the learner of the current run, and that rank's log, e.g. `logs/rank_1.log`."""
 
-    def __init__(self, group: RankGroup) -> None:
+    def __init__(self, rank_group: RankGroup) -> None:
         super().__init__()
-        self._group = group
+        self._rank_group = rank_group
         self._log = ExitStack()
 
     def make_learner(self, config: RunConfig, texts: tuple[str, ...], banned_token_ids: tuple[int, ...]) -> Learner:
@@ -159,12 +163,12 @@ class RunFollower(Follower):
         self._log.close()
         logs = RunDir(config.output_dir).logs
         logs.mkdir(parents=True, exist_ok=True)
-        self._log.enter_context(MainLog(logs / f"rank_{self._group.rank}.log"))
-        log.info("rank %d of %d is process %d", self._group.rank, self._group.size, os.getpid())
+        self._log.enter_context(MainLog(logs / f"rank_{self._rank_group.rank}.log"))
+        log.info("rank %d of %d is process %d", self._rank_group.rank, self._rank_group.size, os.getpid())
         seed_process(config)
-        model = make_model(config, resolve_checkpoint(config.model, texts), self._group)
+        model = make_model(config, resolve_checkpoint(config.model, texts), self._rank_group)
         policy = make_policy(config, model, banned_token_ids)
-        ranks = self._group.size
+        ranks = self._rank_group.size
         return Learner(policy, config.trainer, config.algorithm, **_sampling(config), ranks=ranks)
 
 
@@ -191,18 +195,18 @@ def _sampling(config: RunConfig) -> dict[str, Any]:
 # ── what rank 0 builds ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def build_run(config: RunConfig, run_dir: RunDir, monitor: Monitor, group: RankGroup | None = None) -> Run:
+def build_run(config: RunConfig, run_dir: RunDir, monitor: Monitor, rank_group: RankGroup | None = None) -> Run:
     """Build every part of a run; the engine is not started yet."""
     seed_process(config)
     task = load_task(config.task, seed=config.seed)
     folder = resolve_checkpoint(config.model, task.texts())
-    model = make_model(config, folder, group)
+    model = make_model(config, folder, rank_group)
     renderer = make_run_renderer(config, folder, model, monitor)
     if config.model.init is Init.random and isinstance(config.inference, VllmConfig):
         folder = write_weights(model, folder, run_dir.path / "initial_model")
     policy = make_policy(config, model, renderer.banned_token_ids)
     assert config.trainer.packing is Packing.none or not policy.is_recurrent, "settle() chooses the packing"
-    trainer = make_trainer(config, policy, task.texts(), renderer.banned_token_ids, group)
+    trainer = make_trainer(config, policy, task.texts(), renderer.banned_token_ids, rank_group)
     engine, weight_sync = make_engine(config, folder, policy, trainer, run_dir, monitor)
     runner = RolloutRunner(
         task=task,
@@ -225,7 +229,7 @@ def build_run(config: RunConfig, run_dir: RunDir, monitor: Monitor, group: RankG
         weight_sync=weight_sync,
         evaluator=Evaluator(config.orchestrator.eval, runner, config.orchestrator.temperature),
         checkpoints=Checkpoints(RunDir(config.output_dir).checkpoints, config.trainer.keep_checkpoints),
-        group=group,
+        rank_group=rank_group,
     )
 
 

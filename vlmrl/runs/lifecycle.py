@@ -21,7 +21,7 @@ from vlmrl.preflight.settle import settle
 from vlmrl.ranks.rank_group import RankGroup, follow, init_from_environment
 from vlmrl.record.run_dir import RunDir
 from vlmrl.runs.build import Run, RunFollower, build_run, is_float32
-from vlmrl.runs.modes import MODES, OfflineMode, RunMode
+from vlmrl.runs.modes import MODES, ModeWithoutRun, RunMode
 from vlmrl.runs.saving import save
 from vlmrl.runs.stopping import rank_lost, stopped_before, stopping_on_signals
 
@@ -31,23 +31,23 @@ def execute(config: RunConfig) -> float | None:
 
     In a rank group, rank 0 leads; the other ranks work for it until it is done and return None. Raises `VlmrlError`s.
     """
-    with init_from_environment() as group:
-        if group is None or group.rank == 0:
-            return lead(config, group)
-        if follow_leader(group) != 0:
-            raise RankError(f"rank {group.rank} ended early; rank 0 reports the reason")
+    with init_from_environment() as rank_group:
+        if rank_group is None or rank_group.rank == 0:
+            return lead(config, rank_group)
+        if follow_leader(rank_group) != 0:
+            raise RankError(f"rank {rank_group.rank} ended early; rank 0 reports the reason")
         return None
 
 
-def follow_leader(group: RankGroup) -> int:
+def follow_leader(rank_group: RankGroup) -> int:
     """Work for rank 0 until it ends; returns this process's exit code."""
-    return follow(group, RunFollower(group))
+    return follow(rank_group, RunFollower(rank_group))
 
 
-def lead(config: RunConfig, group: RankGroup | None) -> float | None:
+def lead(config: RunConfig, rank_group: RankGroup | None) -> float | None:
     """Run `config`, which preflight has checked, as the only process or as rank 0; returns the objective."""
     mode = MODES[config.mode]
-    if isinstance(mode, OfflineMode):
+    if isinstance(mode, ModeWithoutRun):
         mode.run(dataclasses.replace(config, model=dataclasses.replace(config.model, device=mode.device)))
         return None
     config, notes = settle(config)
@@ -62,7 +62,7 @@ def lead(config: RunConfig, group: RankGroup | None) -> float | None:
         monitor.phase("preparing")
         for note in notes:
             monitor.warn(note)
-        run = build_run(config, run_dir, monitor, group)
+        run = build_run(config, run_dir, monitor, rank_group)
         monitor.table("plan", plan_table(run))
         # The imported libraries hold about a million objects for as long as the run lives. Frozen, they are not
         # scanned again at every garbage collection.
@@ -101,13 +101,13 @@ async def carry_out(run: Run, mode: RunMode) -> tuple[ExitReason, float | None]:
     """
     try:
         await run.engine.start()
-        with stopping_on_signals(run.stop, run.monitor.warn), rank_lost(run.group) as lost:
+        with stopping_on_signals(run.stop, run.monitor.warn), rank_lost(run.rank_group) as lost:
             restore(run, mode)
             work = asyncio.create_task(mode.run(run))
             try:
                 if await stopped_before(work, lost):
-                    assert run.group is not None
-                    raise RankError(run.group.lost)
+                    assert run.rank_group is not None
+                    raise RankError(run.rank_group.lost)
                 reason = work.result()
             except (TaskError, EngineError):
                 save_at_the_end(run, mode)
@@ -167,7 +167,7 @@ def plan_table(run: Run) -> dict[str, str]:
     target, consecutive = orchestrator.eval.target, orchestrator.eval.consecutive
     return {
         "model": f"{config.model.name}: {parameters:,} parameters, {trainable:,} trainable, {config.model.dtype.value} "
-        f"on {run.policy.device}" + ("" if run.group is None else f", {run.group.size} ranks"),
+        f"on {run.policy.device}" + ("" if run.rank_group is None else f", {run.rank_group.size} ranks"),
         "task": f"{config.task.target.rpartition(':')[2]}, up to {config.task.max_turns} turns",
         "rollouts per step": f"{orchestrator.groups_per_step} groups × {orchestrator.group_size} = {rollouts}",
         "tokens per rollout": f"up to {config.inference.max_model_len}, {orchestrator.max_new_tokens} new per turn",

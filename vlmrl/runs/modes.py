@@ -50,15 +50,15 @@ class RunMode:
 
 
 @dataclass(frozen=True)
-class OfflineMode:
-    """A mode that needs a config only. It builds no engine, writes no run directory, and prints its result itself."""
+class ModeWithoutRun:
+    """A mode that needs only a config: it starts no engine, writes no run directory, and prints its result itself."""
 
     run: Callable[[RunConfig], None]
     device: str = "cpu"
     """Replaces `model.device`."""
 
 
-MODES: Mapping[Mode, RunMode | OfflineMode] = {
+MODES: Mapping[Mode, RunMode | ModeWithoutRun] = {
     Mode.rl: RunMode(train, CONTINUE, lambda progress: progress.policy_version),
     Mode.sft: RunMode(sft, CONTINUE, lambda progress: progress.supervised_steps),
     Mode.eval: RunMode(
@@ -72,5 +72,5 @@ MODES: Mapping[Mode, RunMode | OfflineMode] = {
         "stopped before the replay was complete: start it again",
         is_inside_past_run=True,
     ),
-    Mode.export: OfflineMode(export),
+    Mode.export: ModeWithoutRun(export),
 }

@@ -65,18 +65,18 @@ def stopping_on_signals(stop: Stop, warn: Callable[[str], None]) -> Iterator[Non
 
 
 @contextmanager
-def rank_lost(group: RankGroup | None) -> Iterator[asyncio.Event]:
-    """An event that is set when another rank of `group` ends before the run does. Never set without a group."""
+def rank_lost(rank_group: RankGroup | None) -> Iterator[asyncio.Event]:
+    """An event that is set when another rank of `rank_group` ends before the run does. Never set without one."""
     lost, loop = asyncio.Event(), asyncio.get_running_loop()
 
     def set_lost() -> None:
         loop.call_soon_threadsafe(lost.set)
 
-    if group is not None:
-        group.on_lost(set_lost)
+    if rank_group is not None:
+        rank_group.on_lost(set_lost)
     yield lost
-    if group is not None:
-        group.on_lost(None)
+    if rank_group is not None:
+        rank_group.on_lost(None)
 
 
 async def stopped_before(work: asyncio.Task[Any], stop: asyncio.Event) -> bool:
