@@ -266,8 +266,8 @@ def test_an_override_that_does_not_fit_is_not_kept(ends: Scenarios, never_stoppe
     """If it stayed in config.yaml, the run could not be resumed again. An override that fits is kept, and the run
     continues from its last step."""
     run, unfit, fit = ends["overridden"]
-    assert unfit.code == 1
-    assert "belongs to another model" in unfit.err
+    assert unfit.code == 2
+    assert "model.tiny.hidden_size=96 cannot continue" in unfit.err
     assert fit.code == 0, fit.err
     lines = read_metrics(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(8))

@@ -71,7 +71,7 @@ def command_line(arguments: list[str]) -> int:
         elif replays(arguments):
             start(replayed(arguments))
         elif resumes(arguments):
-            start(resumed(arguments))
+            start(*resumed(arguments))
         else:
             compose_and_start(with_recipe(arguments))
     except KeyboardInterrupt:

@@ -10,18 +10,22 @@ main.py calls these functions and starts the result.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from vlmrl.cli.arguments import CONF, groups
+from vlmrl.cli.explain import text_of
 from vlmrl.cli.hydra_errors import in_words
 from vlmrl.cli.recipe import RECIPE
 from vlmrl.cli.schemas import register_schemas
+from vlmrl.config.fields import Resume
+from vlmrl.config.keys import resume_policy
 from vlmrl.config.parse import typed
 from vlmrl.config.run import Mode
 from vlmrl.errors import ConfigError
@@ -89,8 +93,12 @@ def resumes(arguments: list[str]) -> bool:
     return any(argument.startswith("resume=") for argument in arguments) and not {"-h", "--help"} & set(arguments)
 
 
-def resumed(arguments: list[str]) -> DictConfig:
-    """The config of the run that `resume=` names, with the other arguments applied. Raises ConfigError."""
+def resumed(arguments: list[str]) -> tuple[DictConfig, list[str]]:
+    """The config of the run that `resume=` names, with the other arguments applied, and notes on changed values that
+    may bend its curves (`Resume.noted`).
+
+    Raises ConfigError, also for a changed value that the run cannot go on with (`Resume.refused`).
+    """
     folder = [argument for argument in arguments if argument.startswith("resume=")][-1].removeprefix("resume=")
     overrides = [argument for argument in arguments if not argument.startswith("resume=")]
     for text in overrides:
@@ -102,15 +110,46 @@ def resumed(arguments: list[str]) -> DictConfig:
             )
     run_dir = RunDir(folder_of(folder))
     config = typed(run_dir.read_config())
-    mode = config.mode
+    mode, recorded = config.mode, leaves_of(config)
     override(config, overrides)
     if config.mode not in (mode, Mode.eval, Mode.export):
         raise ConfigError(
             f"mode={config.mode.name} cannot continue resume={folder}, because its steps would be mixed with those of "
             f"mode={mode.name}: remove mode=, or start a new run without resume="
         )
+    # An evaluation or an export adds no step to the run, so it may use other values.
+    notes = notes_on_changes(recorded, leaves_of(config), folder) if config.mode is mode else []
     config.output_dir, config.resume = str(run_dir.path), str(run_dir.path)
-    return config
+    return config, notes
+
+
+def notes_on_changes(recorded: Mapping[str, object], now: Mapping[str, object], folder: str) -> list[str]:
+    """A sentence for each changed value that the schema wants reported. Raises ConfigError if one must not change."""
+    notes = []
+    for key in sorted({*recorded, *now}):
+        old, new = text_of(recorded.get(key)), text_of(now.get(key))
+        policy = Resume.free if old == new else resume_policy(key)
+        if policy is Resume.refused:
+            raise ConfigError(
+                f"{key}={new} cannot continue resume={folder}, which ran with {key}={old}: the checkpoint would not "
+                f"fit, or the steps would not belong to one run. Remove {key}, or start a new run without resume="
+            )
+        if policy is Resume.noted:
+            notes.append(f"{key} changes from {old} to {new}, so the curves may bend from here on")
+    return notes
+
+
+def leaves_of(config: DictConfig) -> dict[str, object]:
+    """Dotted key → value. A dictionary without keys counts as a value; values that are not set are left out."""
+
+    def walk(node: object, key: str) -> Iterator[tuple[str, object]]:
+        if isinstance(node, dict) and node:
+            for name, child in node.items():
+                yield from walk(child, f"{key}.{name}" if key else str(name))
+        elif node != MISSING:
+            yield key, node
+
+    return dict(walk(OmegaConf.to_container(config, resolve=True, enum_to_str=True), ""))
 
 
 def override(config: DictConfig, overrides: list[str]) -> None:

@@ -12,7 +12,8 @@ Torch is imported only in the last two branches.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -24,11 +25,15 @@ from vlmrl.config.run import Mode, RunConfig
 from vlmrl.preflight.check import Stage, check
 from vlmrl.ranks import slurm
 from vlmrl.ranks.place import find_place
+from vlmrl.record.logs import MainLog
 from vlmrl.record.run_dir import RunDir
 
 
-def start(config: DictConfig) -> float | None:
-    """Check a composed config and run it; returns the objective for sweepers. Raises VlmrlError."""
+def start(config: DictConfig, notes: Sequence[str] = ()) -> float | None:
+    """Check a composed config and run it; returns the objective for sweepers. Raises VlmrlError.
+
+    `notes` are sentences about a resumed run. They are printed before it goes on, and written to its logs/main.log.
+    """
     run_config = checked(config)
     if (code := answer_without_a_run(run_config)) is not None:
         if code != 0:
@@ -46,9 +51,19 @@ def start(config: DictConfig) -> float | None:
             serve(run_config, index)
             return None
     check(run_config, Stage.here)
+    if notes:
+        print_and_log(notes, RunDir(run_config.output_dir))
     from vlmrl.runs.lifecycle import execute
 
     return execute(run_config)
+
+
+def print_and_log(notes: Sequence[str], run_dir: RunDir) -> None:
+    """Print each note, and append it to logs/main.log of a run that exists. Raises VlmrlError."""
+    with MainLog(run_dir.main_log):
+        for note in notes:
+            print(f"note: {note}")
+            logging.getLogger(__name__).warning(note)
 
 
 def checked(config: DictConfig) -> RunConfig:

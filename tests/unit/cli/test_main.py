@@ -383,7 +383,7 @@ def run_dir(tmp_path: Path, run_config: Callable[..., RunConfig]) -> RunDir:
 
 def test_resume_takes_the_runs_own_config(run_dir: RunDir) -> None:
     assert "environment" in OmegaConf.load(run_dir.config)
-    config = parse(resumed([f"resume={run_dir.path}", "mode=eval", "trainer.max_steps=7", "++task.args.level=4"]))
+    config = parse(resumed([f"resume={run_dir.path}", "mode=eval", "trainer.max_steps=7", "++task.args.level=4"])[0])
     assert isinstance(config.task, ImportedTaskConfig)
     assert (config.task.target, config.task.args) == ("a.b:C", {"level": 4})
     assert config.algorithm.clip_high == 4e-4
@@ -394,9 +394,12 @@ def test_resume_takes_the_runs_own_config(run_dir: RunDir) -> None:
 def test_resume_follows_links(run_dir: RunDir, vlmrl: Callable[..., Ended]) -> None:
     link = run_dir.path.parent / "latest"
     link.symlink_to(run_dir.path)
-    ended = vlmrl("resume=latest", "seed=5", "task.args.more=1", run=PRINT_CONFIG)
+    ended = vlmrl("resume=latest", "seed=0", "task.args.more=1", run=PRINT_CONFIG)
     assert (ended.code, ended.err) == (0, "")
-    assert runs(ended) == [[5, "a.b:C", {"level": 3, "more": 1}, str(run_dir.path.resolve())]]
+    note = "task.args.more changes from null to 1, so the curves may bend from here on"
+    assert f"note: {note}\n" in ended.out
+    assert note in run_dir.main_log.read_text()
+    assert runs(ended) == [[0, "a.b:C", {"level": 3, "more": 1}, str(run_dir.path.resolve())]]
     assert sorted(path.name for path in link.parent.iterdir()) == ["latest", "run"], "no folder but the run's"
 
 
@@ -411,6 +414,10 @@ def test_resume_follows_links(run_dir: RunDir, vlmrl: Callable[..., Ended]) -> N
         ("hydra.run.dir=x", "hydra.run.dir=x is not a value that a resumed run can change"),
         ("output_dir=x", "output_dir=x is not a value that a resumed run can change"),
         ("mode=sft", "because its steps would be mixed with those of mode=rl"),
+        ("seed=7", "seed=7 cannot continue resume="),
+        ("model.tiny.hidden_size=96", "which ran with model.tiny.hidden_size=64: the checkpoint would not fit"),
+        ("model.tiny={hidden_size: 96}", "model.tiny.hidden_size=96 cannot continue"),
+        ("model.vlm=null", "model.vlm.family=null cannot continue"),
         ("seed=1,2", "seed=1,2 lists values to sweep over"),
         ("trainer.max_step=1", "did you mean trainer.max_steps"),
         ("trainer.max_steps=many", "trainer.max_steps: Value 'many'"),
@@ -423,8 +430,22 @@ def test_resume_refuses(override: str, message: str, run_dir: RunDir) -> None:
     assert message in str(caught.value)
 
 
+def test_what_a_resumed_run_may_change(run_dir: RunDir) -> None:
+    """By the metadata of each changed value: free, noted, refused. A value that stays as it is is never refused."""
+    resume = f"resume={run_dir.path}"
+    assert resumed([resume, "trainer.max_steps=7", "monitor.live=false", "seed=0"])[1] == []
+    config, notes = resumed([resume, "trainer.learning_rate=1e-5", "++task.args.level=4"])
+    assert notes == [
+        "task.args.level changes from 3 to 4, so the curves may bend from here on",
+        "trainer.learning_rate changes from 0.0015 to 1e-05, so the curves may bend from here on",
+    ]
+    assert config.trainer.learning_rate == 1e-5
+    for mode in ("eval", "export"):  # adds no step
+        assert resumed([resume, f"mode={mode}", "seed=7"])[1] == []
+
+
 def test_resume_is_checked(run_dir: RunDir) -> None:
-    config = resumed([f"resume={run_dir.path}", "orchestrator.renderer=null"])
+    config, _ = resumed([f"resume={run_dir.path}", "orchestrator.renderer=null"])
     with pytest.raises(ConfigError, match=r"orchestrator\.renderer=null leaves model\.name"):
         checked(config)
 
