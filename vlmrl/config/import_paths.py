@@ -1,8 +1,8 @@
-"""What the user wrote and the config names by its import path: a task's class, a loss, an advantage.
+"""Import objects that the config names by an import path: a task's class, a loss, an advantage function.
 
-Every way in which a path can be wrong is a `ConfigError` that names the key. What the user's module raises while it is
-imported is left as it is: the traceback points at their line. `sys.path` is left alone too: `python -m vlmrl` finds
-modules in the folder it is started from.
+A wrong path is a `ConfigError` that names the key. An exception that the user's module raises while it is imported is
+not caught, so the traceback points at their line. `sys.path` is not changed: `python -m vlmrl` finds modules in the
+folder it is started from.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vlmrl.errors import ConfigError
 
 
 def is_import_path(path: str) -> bool:
-    """Whether it has the form `package.module:name`; nothing is imported.
+    """Whether a text has the form `package.module:name`. Nothing is imported.
 
     >>> [is_import_path(path) for path in ("my.losses:mine", "losses:mine", "mine", "my..losses:mine")]
     [True, True, False, False]
@@ -29,8 +29,10 @@ def is_import_path(path: str) -> bool:
 def import_named(
     key: str, path: str, kind: str, is_kind: Callable[[Any], bool], is_offered: Callable[[Any], bool] | None = None
 ) -> Any:
-    """The object at `path`, which `key` names. `kind` says what it should be, `is_kind` whether an object is one, and
-    `is_offered` (default: `is_kind`) whether an error should name it as what could have been meant.
+    """Import the object at `path`, the value of `key`. Raises ConfigError.
+
+    `kind` says in words what it must be, and `is_kind` tells whether an object is one. An error suggests the objects of
+    the module for which `is_offered` (default: `is_kind`) is true.
 
     >>> import_named("task.target", "counting", "Task class", callable)
     Traceback (most recent call last):
@@ -60,7 +62,7 @@ to load: write the import path of yours
 
 
 def assert_takes(key: str, path: str, function: Callable[..., Any], *arguments: str) -> None:
-    """Raise `ConfigError` where `function` cannot be called with so many arguments, by position.
+    """Raise `ConfigError` where `function` does not accept these arguments by position.
 
     >>> assert_takes("algorithm.loss", "my.losses:mine", lambda tokens: None, "tokens", "totals", "config")
     Traceback (most recent call last):
@@ -88,12 +90,12 @@ def _import(key: str, path: str, module_name: str, kind: str) -> ModuleType:
             ) from error
         raise ConfigError(
             f"{key}={path} does not import ({error}), so there is no {kind} to load: install {error.name!r} or "
-            f"mend the import in {module_name}"
+            f"fix the import in {module_name}"
         ) from error
 
 
 def _offer(module: ModuleType, kind: str, is_offered: Callable[[Any], bool]) -> str:
-    """The remedy: what the module could have been meant to give."""
+    """The remedy: the objects of the module that could have been meant."""
     own = [
         name
         for name, value in vars(module).items()
