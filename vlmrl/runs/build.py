@@ -257,7 +257,7 @@ def make_engine(
     if not isinstance(config.inference, VllmConfig):
         engine = EmbeddedEngine(policy, lambda: trainer.version, config.inference.max_model_len)
         return engine, InProcessSync(lambda: trainer.version, trainer.weights, engine.weights)
-    flat = config.model.vlm.flat_mm_kwargs if config.model.vlm is not None else []
+    flat = family_of(config.model.vlm).flat_mm_kwargs
     sync = config.weight_sync
     transfer = WEIGHT_TRANSFERS.get(sync.kind)
     servers = VllmEngine(config.inference, folder, run_dir.logs, flat, monitor.status, monitor.warn, transfer)

@@ -42,7 +42,9 @@ class CheckpointRecipe:
     config_tokens: Mapping[str, str]
     """Key of config.json that holds a token id → the token."""
     tokenizer_class: str
+    """Name of the tokenizer's class in transformers."""
     pre_tokenizer_regex: str
+    """Splits a text into the pieces that BPE merges do not cross."""
     chat_words: tuple[str, ...]
     """Texts that the chat template writes itself; the BPE merges are also trained on them."""
     chat_template: str
@@ -69,7 +71,8 @@ class Family:
     processed_bytes_per_pixel: int = 12
     """Bytes of `mm_kwargs` per pixel of an image: float32 in 3 channels, times what the processor repeats."""
     released_bounds: ImageBounds | None = None
-    """Bounds of an image in the checkpoints that the family's authors released. None where they are not known."""
+    """Bounds of an image in the checkpoints that the family's authors released. None where they are not known. A family
+    that states them also overrides `image_tokens`."""
     recipe: CheckpointRecipe | None = None
     """None: no checkpoint of this family can be made here (`model.tiny`, `model.init=random`)."""
 
@@ -83,8 +86,14 @@ class Family:
 
     @property
     def flat_mm_kwargs(self) -> tuple[str, ...]:
-        """Names of the `mm_kwargs` whose rows are not images; vLLM must be told."""
+        """Names of the `mm_kwargs` whose rows are not images (Qwen-VL: one row per patch). vLLM needs them to take
+        an image's rows from a batch."""
         return tuple(self.vlm.flat_mm_kwargs) if self.vlm is not None else ()
+
+    @property
+    def image_token(self) -> str | None:
+        """The placeholder token, as the tokenizer spells it; None for a text-only model."""
+        return self.vlm.image_token if self.vlm is not None else None
 
     @property
     def builds_tiny(self) -> bool:

@@ -28,6 +28,7 @@ import torch
 
 from vlmrl.config.model import Dtype
 from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer, resolve_checkpoint
+from vlmrl.models.families import family_of
 from vlmrl.orchestrator.loop import ExitReason
 from vlmrl.orchestrator.rollout import RolloutRunner, sampling_seed
 from vlmrl.orchestrator.samples import make_samples
@@ -134,7 +135,7 @@ class Doctor:
         self._reference = Reference(
             load_tokenizer(folder),
             load_image_processor(folder) if vlm is not None else None,
-            vlm.image_token if vlm is not None else None,
+            family_of(config.model.vlm).image_token,
         )
         # A trainer of the same weights at temperature 0, whose logprobs are those of greedy decoding.
         self._greedy_trainer = LocalTrainer(

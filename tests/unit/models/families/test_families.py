@@ -29,6 +29,7 @@ def vlm(family: str, positions: str = "mrope") -> VLMConfig:
 def test_qwen3_vl_dense_and_with_experts(name: str, experts: bool, vllm: bool, tiny: bool) -> None:
     family = family_of(vlm(name))
     assert (family.name, family.token_pixels, family.flat_mm_kwargs) == (name, 32, ("pixel_values",))
+    assert family.image_token == "<|image_pad|>"
     assert (family.has_experts, family.vllm_takes_weights, family.builds_tiny) == (experts, vllm, tiny)
 
 
