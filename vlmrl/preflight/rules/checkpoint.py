@@ -1,4 +1,4 @@
-"""This machine has, or can get, the checkpoint of `model.name`, and a device that it can be trained on."""
+"""This machine has, or can get, the checkpoint of `model.name`, and a device to train it on."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def refuse_batch(run_dir: RunDir, step: int) -> None:
     recorded = [int(path.stem.removeprefix("step_")) for path in sorted(run_dir.rollouts.glob("step_*.jsonl"))]
     kept = run_dir.checkpoint_steps()
     possible = [each for each in recorded if each == 1 or each - 1 in kept]
-    remedy = f"set step={' or '.join(map(str, possible[-8:]))}" if possible else "replay another run"
+    remedy = f"set step={' or '.join(map(str, possible[-8:]))}" if possible else "set run= to another run"
     if step not in recorded:
         raise ConfigError(
             f"step={step} has no recorded batch ({run_dir.rollouts_file('step', step)} is missing; mode=rl writes it "

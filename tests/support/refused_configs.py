@@ -1,0 +1,96 @@
+"""Configurations that are refused on the command line, and a part of the message as a regular expression."""
+
+from __future__ import annotations
+
+REFUSED: list[tuple[tuple[str, ...], str]] = [
+    (("orchestrator/renderer=none",), "renderer=null leaves .*=qwen3vl_tiny .*image tokens and pixels: set .*=auto$"),
+    (("~orchestrator/renderer",), "orchestrator.renderer=null leaves model.name=qwen3vl_tiny without a renderer"),
+    (("orchestrator.renderer.name=qwen3",), "name=qwen3 does not serve model.vlm.family=qwen3_vl, .* one of qwen3-vl"),
+    (("model.vlm.renderers=[]",), r"model.vlm.renderers=\[\] names no renderer"),
+    (("~model/vlm",), "renderer.name=auto takes the first of model.vlm.renderers, and model.vlm is null"),
+    (("~model/vlm", "orchestrator/renderer=none"), "renderer=null leaves .* its tokens: set .*.name=qwen3"),
+    (
+        ("~model/vlm", "orchestrator.renderer.name=qwen3"),
+        "model.tiny cannot build a checkpoint of model.vlm.family=null",
+    ),
+    (("inference.kind=vllm",), r"inference.kind=vllm does not bring .* option instead, inference=embedded\|vllm"),
+    (
+        ("weight_sync.kind=folder",),
+        r"weight_sync.kind=folder does not bring .* choose the option instead, weight_sync=in_proc",
+    ),
+    (("weight_sync=folder",), "weight_sync=folder does not work with inference=embedded.*=in_process"),
+    (("inference=vllm", "weight_sync=in_process"), "weight_sync=in_process does not work .* set weight_sync=folder"),
+    (
+        ("inference=vllm", "inference.urls=[http://far:1]"),
+        r"weight_sync.root=/dev/shm is in this host's memory, so the server http://far:1 .* or weight_sync=nccl",
+    ),
+    (("orchestrator.max_staleness=400", "inference=vllm"), "max_staleness=400 is not below trainer.max_steps=400"),
+    (
+        ("algorithm.filters.repetition=drop",),
+        "repetition_window=3000 is longer than orchestrator.max_new_tokens=10, .*=drop would",
+    ),
+    (
+        ("model=qwen3vl", "task.images_per_turn=9"),
+        r"seq_len=1024 is too short for .*images_per_turn=9 images of 64 tokens each .* 1210 tokens, .*=2048",
+    ),
+    (("orchestrator.max_staleness=1",), "orchestrator.max_staleness=1 lets .* inference=embedded"),
+    (("model=qwen3vl_moe", "inference=vllm"), "inference=vllm does not accept the weights .*family=qwen3_vl_moe"),
+    (
+        ("inference.max_model_len=1023",),
+        "inference.max_model_len=1023 is shorter than trainer.seq_len=1024, .* set trainer.seq_len=1023$",
+    ),
+    (("trainer.seq_len=4097",), "trainer.seq_len=4097 is longer than model.tiny.max_position_embeddings=4096"),
+    (("orchestrator.max_new_tokens=1024",), "max_new_tokens=1024 fills all of trainer.seq_len=1024"),
+    (("orchestrator.group_size=1",), "group_size=1 leaves .* algorithm.advantage=group_normalized would be 0"),
+    (
+        ("algorithm=rloo", "orchestrator.group_size=1"),
+        "group_size=1 .*=leave_one_out would be 0",
+    ),
+    (("algorithm.loss=gpro",), "algorithm.loss=gpro is neither one of grpo, .*=my_package.*; did you mean grpo"),
+    (("algorithm.advantage=mine",), "algorithm.advantage=mine is neither one of group_normalized, "),
+    (("mode=sft", "trainer.warmup.steps=0"), "mode=sft trains for trainer.warmup.steps=0"),
+    (("mode=eval", "orchestrator.eval.problems=0"), "mode=eval evaluates orchestrator.eval.problems=0"),
+    (("orchestrator.eval.problems=0",), "orchestrator.eval.every=10 evaluates orchestrator.eval.problems=0"),
+    (("trainer.lr_warmup_steps=401",), "trainer.lr_warmup_steps=401 is longer than trainer.max_steps=400"),
+    (("trainer.betas=[0.9]",), r"trainer.betas=\[0.9\] does not have two numbers"),
+    (("task=imported", "task.target=counting"), "task.target=counting is not of the form package.module:Class"),
+    (("task=imported", "task.target=a..b:C"), "task.target=a..b:C is not of the form"),
+    (("task.image_size=40",), "task.image_size=40 is not a multiple of 32, .*: set task.image_size=32"),
+    (
+        ("task.max_turns=4", "orchestrator.max_new_tokens=8"),
+        "max_new_tokens=8 is too short .* = 8 letters, .* set orchestrator.max_new_tokens=9 or more",
+    ),
+    (("model.tiny.num_key_value_heads=3",), "model.tiny.num_attention_heads=4 .* num_key_value_heads=3"),
+    (("model.vlm.positions=rope",), "model.vlm.positions=rope names no position function.* mrope, sequential"),
+    (("model.vlm.freeze_vision=true", "model.vlm.freeze_language=true"), "freeze the whole model"),
+    (("model/lora=all_linear", "model.vlm.freeze_language=true"), "freeze_language=true has no effect with model.lora"),
+    (
+        ("model=qwen3vl", "model.init=random", "model/size=2b", "model.vlm.family=polar_vl"),
+        "model.init=random cannot build model.vlm.family=polar_vl",
+    ),
+    (("export.folder=there",), "export.folder=there has no effect with mode=rl"),
+    (("mode=export",), "mode=export has no resume="),
+    (("mode=compare",), "mode=compare has no runs="),
+    (
+        ("model=qwen3vl", "model.init=random", "model/size=30b_a3b"),
+        "another family .*=qwen3vl_moe",
+    ),
+    (("model.tiny.head_dim=6",), "model.tiny.head_dim=6"),
+    (("model.tiny.vision_num_heads=3",), "vision_num_heads=3"),
+    (("model.tiny.vision_hidden_size=40",), "model.tiny.vision_hidden_size=40"),
+    (("model.tiny.deepstack_visual_indexes=[1]",), r"model.tiny.deepstack_visual_indexes=\[1\]"),
+    (
+        ("task=imported", "task.target=a.b:C", "++task.args.openai_api_key=x"),
+        "task.args.openai_api_key looks like a secret",
+    ),
+    (("inference=vllm", "++inference.extra_args.api-key=x"), "inference.extra_args.api-key looks like .*VLLM_API_KEY"),
+    (
+        ("inference=vllm", "inference.urls=['http://me:secret@h:1']"),
+        r"inference.urls\[0\] looks like a secret.*VLLM_API_KEY",
+    ),
+    (("model.name=https://me:hunter2@host/x",), "model.name looks like a secret.*HF_TOKEN"),
+    (("+trainer.pace=1",), "trainer.pace: there is no such key"),
+    (("+pace=1",), "pace: there is no such key"),
+    (("~monitor",), "monitor has no value"),
+    (("trainer.seq_len=${nowhere}",), "Interpolation key 'nowhere' not found"),
+]
