@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,9 @@ import pytest
 from vlmrl.cli.arguments import PACKAGE, groups
 from vlmrl.record.run_dir import RunDir
 
-sys.path.insert(0, str(PACKAGE.parent / "benchmarks"))
-from wrong_configs import MORE, WRONG
+BENCHMARK = runpy.run_path(str(PACKAGE.parent / "benchmarks/wrong_configs.py"))
+WRONG: tuple[tuple[str, ...], ...] = BENCHMARK["WRONG"]
+MORE: tuple[tuple[str, ...], ...] = BENCHMARK["MORE"]
 
 MISSING = ("torchao", "peft")
 """Packages that the process is to find missing, whether they are installed or not."""
