@@ -82,7 +82,7 @@ def test_weights_too_big_for_a_cpu_are_refused_unless_the_cpu_is_asked_for(copy:
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is no folder"):
+    with pytest.raises(ConfigError, match="is not a folder"):
         refuse_model(folder_config(tmp_path / "nothing"))
 
 
