@@ -61,8 +61,8 @@ def renderer_exists(config: RunConfig, site: Site) -> None:
     except ValueError as error:
         key = "model.vlm.renderers" if renderer.name == "auto" else "orchestrator.renderer.name"
         raise ConfigError(
-            f"{key}={name} is not a name of the `renderers` package, so nothing would make tokens: set it to one of its "
-            f"names ({error})"
+            f"{key}={name} is not a name of the `renderers` package, so nothing would make tokens: set it to one of "
+            f"its names ({error})"
         ) from error
 
 
