@@ -171,7 +171,11 @@ def trainer_logprobs(folder: Path, config: ModelConfig, batches: dict[str, list[
         renderer = renderer_of(folder, config, model.get_input_embeddings().num_embeddings)
         policy = Policy(model, positions, renderer.banned_token_ids)
         trainer = LocalTrainer(
-            policy, TrainerConfig(micro_batch_tokens=4096), AlgorithmConfig(), temperature=1.0, max_new_tokens=8
+            policy,
+            TrainerConfig(learning_rate=1.5e-3, micro_batch_tokens=4096),
+            AlgorithmConfig(),
+            temperature=1.0,
+            max_new_tokens=8,
         )
         for name, (wanted, surroundings) in VARIANTS.items():
             if wanted is not dtype:

@@ -93,7 +93,11 @@ class Tiny:
     def logprobs(self, prompt: Prompt, completion: Completion, temperature: float = 1.0) -> np.ndarray:
         """float32 [C]; the trainer's logprobs of the completion's tokens."""
         trainer = LocalTrainer(
-            self.policy, TrainerConfig(), AlgorithmConfig(), temperature=temperature, max_new_tokens=8
+            self.policy,
+            TrainerConfig(learning_rate=1.5e-3),
+            AlgorithmConfig(),
+            temperature=temperature,
+            max_new_tokens=8,
         )
         token_ids = np.concatenate([prompt.token_ids, completion.token_ids])
         length, sampled = len(token_ids), np.arange(len(token_ids)) >= len(prompt.token_ids)

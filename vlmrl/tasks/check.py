@@ -104,8 +104,9 @@ def parse_config(target: str, overrides: list[str]) -> TaskConfig:
     """The `task` group of a run for `target`, with `key=value` settings. Raises `ConfigError` for a key or value that
     the schema does not take.
 
-    >>> parse_config("my_package.my_module:Counting", ["max_turns=2", "args.level=3"])
-    ImportedTaskConfig(target='my_package.my_module:Counting', max_turns=2, num_examples=None, args={'level': 3})
+    >>> config = parse_config("my_package.my_module:Counting", ["max_turns=2", "args.level=3"])
+    >>> type(config).__name__, config.target, config.max_turns
+    ('ImportedTaskConfig', 'my_package.my_module:Counting', 2)
     """
     schema = ColorCodewordConfig if target == ColorCodewordConfig.target else ImportedTaskConfig
     for override in overrides:

@@ -154,7 +154,9 @@ def test_a_blank_image_is_grey_in_the_processors_own_space(tiny_folder: Path, ti
         family_of(TINY.vlm).placeholder_tokens,
     )
     policy = Policy(model, position_function("mrope", MERGE), BANNED)
-    trainer = LocalTrainer(policy, TrainerConfig(), AlgorithmConfig(), temperature=1.0, max_new_tokens=4)
+    trainer = LocalTrainer(
+        policy, TrainerConfig(learning_rate=1.5e-3), AlgorithmConfig(), temperature=1.0, max_new_tokens=4
+    )
     samples = []
     for group in range(3):
         pixels = np.random.default_rng(group).integers(0, 256, (32, 64, 3), np.uint8)

@@ -60,7 +60,9 @@ def policy_and_folder(composed: Callable[..., DictConfig], tmp_path: Path) -> tu
     )
     tiny = Tiny(folder, make_policy(config, model, renderer.banned_token_ids), renderer)
     tiny.learn_something(seed=1)
-    trainer = LocalTrainer(tiny.policy, TrainerConfig(), AlgorithmConfig(), temperature=1.0, max_new_tokens=NEW_TOKENS)
+    trainer = LocalTrainer(
+        tiny.policy, TrainerConfig(learning_rate=1.5e-3), AlgorithmConfig(), temperature=1.0, max_new_tokens=NEW_TOKENS
+    )
     checkpoints = Checkpoints(tmp_path / "checkpoints", 1)
     checkpoints.save(3, trainer, {})
     checkpoints.finish()

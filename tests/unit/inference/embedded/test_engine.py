@@ -121,7 +121,9 @@ def sample_of(turns: Turns, name: str = "s") -> TrainingSample:
 
 
 def trainer_logprobs(policy: Policy, episodes: Sequence[Turns]) -> FloatArray:
-    trainer = LocalTrainer(policy, TrainerConfig(), AlgorithmConfig(), temperature=1.0, max_new_tokens=6)
+    trainer = LocalTrainer(
+        policy, TrainerConfig(learning_rate=1.5e-3), AlgorithmConfig(), temperature=1.0, max_new_tokens=6
+    )
     return np.concatenate(trainer.logprobs([sample_of(turns) for turns in episodes]))
 
 
