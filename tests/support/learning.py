@@ -192,7 +192,7 @@ def steps(trainer: LocalTrainer, name: str, number: int = 2) -> dict[str, np.nda
         found[f"{result.version}/{COLLECTIVES}"] = np.array([gathers.call_count, reductions.call_count])
         for key, value in result.metrics.items():
             found[f"{result.version}/{key}"] = np.array(value)
-        found[f"{result.version}/entropies"] = np.concatenate([figures.entropies for figures in result.tokens])
+        found[f"{result.version}/entropies"] = np.concatenate([tokens.entropies for tokens in result.tokens])
     found["logprobs"] = np.concatenate(trainer.logprobs(batch(images)))
     for key, weight in trainer.weights().items():
         found[f"weights/{key}"] = weight.detach().float().numpy()

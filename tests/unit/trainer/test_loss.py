@@ -171,7 +171,7 @@ def test_micro_batches_add_up_to_the_batch(loss: Loss, seed: int) -> None:
 
 
 @pytest.mark.parametrize("loss", Loss)
-def test_the_figures_are_those_of_a_loop(loss: Loss) -> None:
+def test_metrics_equal_those_of_a_loop(loss: Loss) -> None:
     tokens = random_tokens(0)
     logp, mu, adv, sample = numpy_of(tokens)
     ratio = np.exp(logp - mu)
@@ -246,11 +246,11 @@ def test_a_correction_weighs_the_on_policy_gradient(loss: Loss, correction: Impo
     plain = gradient(LOSSES[loss](on_policy, totals, CONFIG), on_policy)
     np.testing.assert_allclose(gradient(output, tokens), plain * weight, rtol=1e-12)
     sums, maxima = ({k: float(v) for k, v in part.items()} for part in (output.sums, output.maxima))
-    figures = loss_metrics(sums, maxima, len(weight))
-    assert figures["importance/cut_fraction"] == pytest.approx(np.mean(weight != ratio))
-    assert figures["importance/weight_mean"] == pytest.approx(weight.mean())
-    assert figures["importance/ess"] == pytest.approx(weight.sum() ** 2 / (len(weight) * (weight**2).sum()))
-    assert (figures["ratio/mean"], figures["ratio/max"]) == pytest.approx((ratio.mean(), ratio.max()))
+    metrics = loss_metrics(sums, maxima, len(weight))
+    assert metrics["importance/cut_fraction"] == pytest.approx(np.mean(weight != ratio))
+    assert metrics["importance/weight_mean"] == pytest.approx(weight.mean())
+    assert metrics["importance/ess"] == pytest.approx(weight.sum() ** 2 / (len(weight) * (weight**2).sum()))
+    assert (metrics["ratio/mean"], metrics["ratio/max"]) == pytest.approx((ratio.mean(), ratio.max()))
     assert np.mean(weight != ratio) > 0, "no weight is cut, so the test shows nothing"
 
 
@@ -270,7 +270,7 @@ def test_on_policy_every_correction_is_the_loss_itself(loss: Loss, correction: I
 
 
 @pytest.mark.parametrize("correction", CORRECTIONS)
-def test_figures_of_a_correction_add_up_over_micro_batches(correction: ImportanceCorrection) -> None:
+def test_metrics_of_a_correction_add_up_over_micro_batches(correction: ImportanceCorrection) -> None:
     tokens = random_tokens(0)
     totals, config = totals_of(tokens), corrected(Loss.grpo, correction)
     first = torch.isin(tokens.sample_index, torch.tensor([3, 8]))

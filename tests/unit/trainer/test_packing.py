@@ -60,7 +60,7 @@ def num_rows(batch: MicroBatch) -> int:
 
 @settings(max_examples=60)
 @given(batches(), st.sampled_from(Packing), st.integers(1, 60))
-def test_no_loss_token_is_lost_or_doubled_and_each_keeps_its_figures(
+def test_no_loss_token_is_lost_or_doubled_and_each_keeps_its_values(
     samples: list[TrainingSample], packing: Packing, budget: int
 ) -> None:
     found: Counter[int] = Counter()

@@ -69,7 +69,7 @@ def reference_steps(
     model: Any, batches: list[list[TrainingSample]], rl_weight: float, banned: list[int]
 ) -> list[tuple[float, float]]:
     """AdamW (arXiv 1711.05101, algorithm 2) on the loss of samples one by one → (loss, gradient norm) of each step."""
-    c, algorithm, figures = CONFIG, AlgorithmConfig(), []
+    c, algorithm, reference = CONFIG, AlgorithmConfig(), []
     allowed = [i for i in range(model.config.text_config.vocab_size) if i not in banned]
     parameters = list(model.parameters())
     mean, square = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
@@ -104,8 +104,8 @@ def reference_steps(
                 v.mul_(c.betas[1]).add_(g**2 * (1 - c.betas[1]))
                 m_hat, v_hat = m / (1 - c.betas[0] ** (t + 1)), v / (1 - c.betas[1] ** (t + 1))
                 p.mul_(1 - lr * c.weight_decay).sub_(lr * m_hat / (v_hat.sqrt() + c.eps))
-        figures.append((float(loss.detach()), norm))
-    return figures
+        reference.append((float(loss.detach()), norm))
+    return reference
 
 
 @pytest.mark.parametrize(("rl_weight", "banned"), [(0.0, []), (0.3, BANNED)])
@@ -139,7 +139,7 @@ def test_a_step_depends_neither_on_packing_nor_on_the_budget(tiny_model: Callabl
         config = replace(CONFIG, packing=packing, micro_batch_tokens=budget)
         result = learner(model, config, algorithm=AlgorithmConfig(loss=loss)).train_step(batch())
         outcomes.append((result.metrics, weights(model), result.tokens))
-    figures, wanted, tokens = outcomes[0]
+    reference, wanted, tokens = outcomes[0]
     assert [m["micro_batches"] for m, *_ in outcomes[::3]] == [8, 1]
     assert 1 < outcomes[1][0]["micro_batches"] < 8
     for metrics, found, per_sample in outcomes[1:]:
@@ -148,12 +148,12 @@ def test_a_step_depends_neither_on_packing_nor_on_the_budget(tiny_model: Callabl
             np.testing.assert_allclose(one.entropies, other.entropies, rtol=1e-5, atol=1e-6)
         # The peak is that of the whole process so far, so a later run may raise it.
         for key in metrics.keys() - {"tokens/packed", "images/encoded", "micro_batches", "memory/peak_bytes"}:
-            assert metrics[key] == pytest.approx(figures[key], rel=1e-5, abs=1e-6), key
+            assert metrics[key] == pytest.approx(reference[key], rel=1e-5, abs=1e-6), key
         for name in wanted:
             assert float((found[name] - wanted[name]).abs().max()) <= 2e-6, name
 
 
-def test_the_figures_of_a_step(tiny_model: Callable[[], Any]) -> None:
+def test_the_metrics_of_a_step(tiny_model: Callable[[], Any]) -> None:
     samples, model = batch(), tiny_model()
     trainer = learner(model)
     for _ in range(2):
