@@ -1,4 +1,4 @@
-"""The machine that a run would start on, without torch: importing it takes seconds, and a refusal should not."""
+"""The hardware of this host, found without torch, whose import takes seconds."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Gpu:
-    """One that CUDA shows to this process."""
+    """A GPU that CUDA shows to this process."""
 
     index: str
-    """As `nvidia-smi` counts and CUDA_VISIBLE_DEVICES may name it."""
+    """Its number in `nvidia-smi`, by which CUDA_VISIBLE_DEVICES may name it."""
     name: str
     memory: int
-    """Bytes in all, whoever uses them now."""
+    """Total bytes, whether they are in use or not."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What is here."""
+    """The hardware of a host, and how many ranks share it."""
 
     gpus: tuple[Gpu, ...]
     cores: int
-    """That this process may run on."""
+    """CPU cores that this process may run on."""
     memory: int
-    """Bytes of the host."""
+    """Bytes of the host's memory."""
     ranks: int = 1
-    """Of the run, that share these GPUs: torchrun's of this host. Slurm may show each of its tasks a GPU of its own."""
+    """Ranks of the run that share these GPUs: torchrun's ranks on this host. (Slurm may show each task its own GPU.)"""
 
 
 def find_machine() -> Machine:
-    """This one. Asks `nvidia-smi`, where there is one, which takes a fraction of a second."""
+    """This host. Runs `nvidia-smi` where it is installed, which takes a fraction of a second."""
     pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -43,7 +43,7 @@ def find_machine() -> Machine:
 
 
 def visible(listing: str, chosen: str | None) -> tuple[Gpu, ...]:
-    """The GPUs of a listing (`index, uuid, name, MiB` per line) that CUDA_VISIBLE_DEVICES leaves over, in its order.
+    """The GPUs of a listing (`index, uuid, name, MiB` per line) that `chosen`, CUDA_VISIBLE_DEVICES, names, in order.
 
     >>> listing = "0, GPU-8f, NVIDIA H100, 81559\\n1, GPU-91, NVIDIA H100, 81559"
     >>> [gpu.index for gpu in visible(listing, None)], [gpu.index for gpu in visible(listing, "1")]
@@ -61,7 +61,7 @@ def visible(listing: str, chosen: str | None) -> tuple[Gpu, ...]:
 
 
 def _nvidia_smi() -> str:
-    """Its listing; "" where there is none, or its driver does not answer."""
+    """The listing of `nvidia-smi`; "" where it is not installed or its driver does not answer."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return ""

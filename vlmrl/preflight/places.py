@@ -1,8 +1,7 @@
-"""Which process runs on which device, and whether the devices are there and have room.
+"""Which process runs on which GPU.
 
-The trainer's ranks are on the first GPUs, the servers on the last (`replica_devices`), so they meet only where there
-are not enough. What is refused is what cannot work; where no GPU is visible nothing is known about the machine that the
-run is meant for, and nothing is refused.
+The trainer's ranks take the first GPUs and the servers the last ones (`replica_devices`), so that they share a GPU only
+where there are too few. rules/machine.py refuses what does not fit.
 """
 
 from __future__ import annotations
@@ -17,22 +16,22 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Process:
-    """One that the run starts."""
+    """A process that the run starts."""
 
     name: str
     devices: tuple[str, ...]
-    """GPUs as CUDA names them; empty: the CPU, or GPUs that are not visible here."""
+    """GPUs as CUDA names them. Empty for the CPU, and for GPUs that are not visible here."""
 
 
 def uses_gpus(config: RunConfig) -> bool:
-    """Whether the run is meant for GPUs: on `auto`, where the model is more than a CPU trains."""
+    """Whether the run is meant for GPUs. With `model.device=auto`, every model but a tiny one is."""
     return config.model.device != "cpu" and (config.model.device != "auto" or config.model.tiny is None)
 
 
 def gpus_needed(config: RunConfig, ranks: int) -> int:
-    """The GPUs without which the run does not start.
+    """How many GPUs the run needs to start.
 
-    Servers share the trainer's where weights come through a folder or that GPU's memory; NCCL wants others.
+    Servers can share the trainer's GPUs where weights go through a folder or through GPU memory; NCCL needs others.
     """
     own = config.inference
     if not isinstance(own, VllmConfig) or not own.starts_servers:
@@ -42,7 +41,7 @@ def gpus_needed(config: RunConfig, ranks: int) -> int:
 
 
 def processes(config: RunConfig, ranks: int, gpus: list[str]) -> list[Process]:
-    """What starts where; `gpus` are those that are visible."""
+    """The processes of the run and their GPUs, out of the visible `gpus`."""
     _, _, first = config.model.device.partition("cuda:")
     trainer = [
         Process(

@@ -1,9 +1,9 @@
-"""What a run will take, worked out from the config before anything is started: `dry_run=true`. No torch.
+"""Estimates of what a run takes, computed from the config before anything is started (`dry_run=true`). No torch.
 
-machine.py   the GPUs and the memory that are here
-sizes.py     the model's numbers, from its config.json or `model.tiny`
-episode.py   tokens of an episode
-memory.py    bytes on the trainer's GPUs, the servers' GPUs, the host
-places.py    which process starts on which device, and whether they have room
-plan.py      all of it as a table
+    sizes.py     the model's numbers, from its config.json or `model.tiny`; constants of the estimates
+    episode.py   tokens of an episode
+    memory.py    bytes on the trainer's GPUs, on the servers' GPUs, and on the host
+    plan.py      all of it as a table
+
+../machine.py finds the GPUs and the memory of this host; ../places.py says which process runs on which GPU.
 """

@@ -1,11 +1,11 @@
-"""How long an episode gets, without a tokenizer. An estimate, whose formula is
+"""Estimate how many tokens an episode takes, without a tokenizer:
 
     tokens = Σ images (vision tokens + 2) + turns × (max_new_tokens + 10) + characters / 4
 
-Vision tokens are exact: an image's sides are rounded to multiples of 32 pixels, scaled into the processor's bounds, and
-each 32 × 32 pixels are one token; 2 tokens enclose them. 10 is what a chat template puts around a turn's messages. 4
-characters per token is English under a large vocabulary; the tiny model's few hundred tokens, made for the task's own
-words, take 2.
+The family counts the vision tokens of an image exactly (for Qwen3-VL, one token per 32 × 32 pixels after the image
+processor has rounded and scaled the sides), and 2 tokens enclose them. A chat template puts about 10 tokens around the
+messages of a turn. A token of a large vocabulary holds about 4 characters of English; one of the tiny model's few
+hundred tokens, which are trained on the task's own words, holds 2.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ import numpy as np
 from PIL import Image as PILImage
 
 from vlmrl.models.families.base import Family, ImageBounds
-from vlmrl.preflight.estimate.vision import CHARACTERS_PER_TOKEN, TURN_FRAME
+from vlmrl.preflight.estimate.sizes import CHARACTERS_PER_TOKEN, TURN_FRAME
 from vlmrl.tasks.base import Task
 from vlmrl.types import Image, Message
 
 
 @dataclass(frozen=True)
 class EpisodeEstimate:
-    """What a problem shows."""
+    """Turns, images and text of one problem."""
 
     turns: int
     images: tuple[tuple[int, int], ...]
-    """(width, height) in pixels of each image, those shown twice twice."""
+    """(width, height) in pixels of each image; an image that is shown twice counts twice."""
     characters: int
-    """Of all prompts and replies."""
+    """Characters of all prompts and replies together."""
 
     def tokens(
         self,
@@ -40,7 +40,7 @@ class EpisodeEstimate:
         bounds: ImageBounds | None,
         characters_per_token: int = CHARACTERS_PER_TOKEN,
     ) -> int:
-        """The longest that it gets (the formula at the top); images of an unknown processor count nothing."""
+        """The most tokens that the episode takes, by the formula at the top. Without `bounds` images count 0 tokens."""
         shown = 0
         if bounds is not None:
             shown = sum(family.image_tokens(*size, bounds) + family.frame_tokens for size in self.images)
@@ -48,7 +48,7 @@ class EpisodeEstimate:
 
 
 def play(task: Task, max_turns: int) -> EpisodeEstimate:
-    """One training problem, answered with nothing, up to its end or `max_turns`."""
+    """Play one training problem with empty answers until it ends or `max_turns` are reached."""
     env = task.env(task.problem("train", 0))
     messages, turns = list(env.reset()), 1
     while turns < max_turns:
@@ -69,7 +69,7 @@ def _texts(messages: list[Message]) -> list[str]:
 
 
 def _size(source: Any) -> tuple[int, int]:
-    """(width, height) of what a task hands in as an image, without decoding it."""
+    """(width, height) of an image as a task hands it in; a file is not decoded."""
     import io
 
     if isinstance(source, np.ndarray):

@@ -1,6 +1,6 @@
-"""Bytes that a run holds: on the trainer's GPU, on the servers' GPUs, on the host. Estimates, by these formulas:
+"""Estimate the bytes that a run holds on the trainer's GPUs, on the servers' GPUs and on the host, by these formulas:
 
-    learning     parameters that learn × (float32 weight 4 + gradient 4 + AdamW's averages 8, or 2 in 8 bits), on the
+    learning     trainable parameters × (float32 weight 4 + gradient 4 + AdamW's averages 8, or 2 in 8 bits), on the
                  host with trainer.cpu_offload, a slice of them on each rank with trainer.sharding=full or optimizer;
                  + weight in the model's dtype, where that is not float32 and the ranks hold no slices;
                  + weight in the model's dtype and gradient 4 on the GPU, with trainer.sharding=optimizer
@@ -9,16 +9,16 @@
     in transit   parameters × weight in the engine's dtype, for weight_sync=nccl and cuda_ipc
     activations  tokens of a micro-batch × layers × bytes
                  × (8 hidden + 2 (heads + 2 kv_heads) head_dim + 4 intermediate)
-                 + 4 × 256 MiB for the chunks that logits are computed in, less where they are fewer;
-                 with trainer.activation_checkpointing, hidden of each layer and the rest of one
+                 + 4 × 256 MiB for the chunks of logits, less where there are fewer logits;
+                 with trainer.activation_checkpointing, `hidden` of every layer and the rest of one layer
     server       gpu_memory_utilization × the GPU, which holds parameters × weight / tensor_parallel_size, and
-                 key-value cache of 2 × layers × kv_heads × head_dim × bytes for each token
+                 KV cache of 2 × layers × kv_heads × head_dim × bytes for each token
     pixels       distinct images alive × width × height × (bytes per pixel that the processor makes + 3)
 
-Activations are what the layers keep for the backward pass: inputs of norms and projections, queries, keys, values, what
-attention and the MLP make of them; of the 2B in bfloat16, 45 GB for 16,384 tokens. A step of it that held its logits
-whole, 30 GB in float32 with their softmax and gradient, was measured on an H200 at 75 GB. The vision tower's are left
-out, which are small where answers are long, and what fragmentation costs.
+Activations are the tensors that the layers keep for the backward pass: inputs of norms and projections, queries, keys,
+values, and the outputs of attention and MLP. For the 2B model in bfloat16 they are 45 GB for 16,384 tokens. A step of
+that model that held all logits at once (30 GB in float32, with their softmax and gradient) was measured on an H200 at
+75 GB. Left out: the activations of the vision tower, which are small where answers are long, and fragmentation.
 """
 
 from __future__ import annotations
@@ -40,33 +40,33 @@ if TYPE_CHECKING:
 BYTES = {Dtype.float32: 4, Dtype.bfloat16: 2, Dtype.float16: 2}
 
 LOGITS_BYTES = 256 << 20
-"""Of logits that the head computes at a time (models/head.py)."""
+"""Bytes of logits that the head computes at a time (models/head.py)."""
 
 SERVER_BYTES = 3 * 10**9
-"""What a vLLM server needs beside weights and cache: activations, CUDA graphs, the CUDA context."""
+"""What a vLLM server needs besides weights and KV cache: activations, CUDA graphs, the CUDA context."""
 
 
 @dataclass(frozen=True)
 class TrainerMemory:
-    """Bytes of one rank."""
+    """Bytes that one rank holds."""
 
     learning: int
-    """On its device."""
+    """Weights, gradients and averages of the trainable parameters, on the rank's device."""
     frozen: int
     in_transit: int
     activations: int | None
     """None where the model's layers are not known."""
     on_host: int
-    """Of what learns, in the host's memory."""
+    """The part of the trainable parameters' bytes that is in the host's memory."""
 
     @property
     def fixed(self) -> int:
-        """What the device holds from the first step to the last."""
+        """Bytes that the device holds from the first step to the last."""
         return self.learning + self.frozen + self.in_transit
 
 
 def trainer_memory(config: RunConfig, sizes: Sizes, rows: int, loss_tokens: int, ranks: int) -> TrainerMemory | None:
-    """For a micro-batch of `rows` tokens, `loss_tokens` of them learned from; None where the model is unknown."""
+    """Memory for a micro-batch of `rows` tokens with `loss_tokens` loss tokens; None where the model is unknown."""
     if sizes.parameters is None:
         return None
     weight = BYTES[config.model.dtype]
@@ -87,14 +87,14 @@ def trainer_memory(config: RunConfig, sizes: Sizes, rows: int, loss_tokens: int,
 
 
 def vision_is_frozen(config: RunConfig) -> bool:
-    """Whether the vision tower, if there is one, stays as it is."""
+    """Whether there is a vision tower that is not trained."""
     vlm = config.model.vlm
     return vlm is not None and (vlm.freeze_vision or config.model.lora is not None)
 
 
 def learning_parameters(config: RunConfig, sizes: Sizes) -> tuple[int, int]:
-    """How many parameters learn, adapters included, and how many stay as they are."""
-    assert sizes.parameters is not None, "asked of a model that is known"
+    """Numbers of trainable parameters, adapters included, and of frozen ones."""
+    assert sizes.parameters is not None, "only for a model whose parameters are known"
     vision = sizes.vision_parameters or 0
     if config.model.lora is not None:
         return adapter_parameters(config.model.lora, sizes.text), sizes.parameters
@@ -104,7 +104,7 @@ def learning_parameters(config: RunConfig, sizes: Sizes) -> tuple[int, int]:
 
 
 def adapter_parameters(lora: LoraConfig, text: TextSizes | None) -> int:
-    """rank × (columns + rows) of each linear layer that has an adapter; of a model whose layers are unknown, nothing.
+    """rank × (columns + rows), summed over the linear layers with an adapter; 0 where the layers are unknown.
 
     >>> text = TextSizes(layers=2, hidden=64, intermediate=128, heads=4, kv_heads=2, head_dim=32, vocabulary=448)
     >>> adapter_parameters(LoraConfig(rank=4, targets=["q_proj", "down_proj"]), text)
@@ -126,9 +126,9 @@ def adapter_parameters(lora: LoraConfig, text: TextSizes | None) -> int:
 
 
 def learning_bytes(config: RunConfig, ranks: int) -> tuple[float, float]:
-    """Bytes of each rank for a parameter that learns, on its device and on the host.
+    """Bytes per trainable parameter that each rank holds on its device and on the host.
 
-    A bfloat16 model that learns in one process takes 2 + 4 + 4 + 8 bytes on its GPU, or 2 there and 16 on the host.
+    A bfloat16 model that is trained in one process takes 2 + 4 + 4 + 8 bytes on its GPU, or 2 there and 16 on the host.
     """
     trainer, weight = config.trainer, BYTES[config.model.dtype]
     sharded = ranks > 1 and trainer.sharding is not Sharding.none
@@ -149,14 +149,14 @@ def _activations(config: RunConfig, text: TextSizes, rows: int, loss_tokens: int
 
 @dataclass(frozen=True)
 class ServerMemory:
-    """Bytes on each GPU of a server."""
+    """Bytes that a server holds on each of its GPUs."""
 
     weights: int
     cache_per_token: int | None
 
 
 def server_memory(config: VllmConfig, sizes: Sizes) -> ServerMemory | None:
-    """None where the model is unknown."""
+    """Memory of one server; None where the model is unknown."""
     if sizes.parameters is None:
         return None
     weight, parallel = BYTES[config.dtype], config.tensor_parallel_size
@@ -168,7 +168,7 @@ def server_memory(config: VllmConfig, sizes: Sizes) -> ServerMemory | None:
 
 
 def pixel_bytes(config: RunConfig, episode: EpisodeEstimate) -> int:
-    """Of the images that may be alive at once: of the batches ahead and of an evaluation, all of them distinct."""
+    """Bytes of the images that may be alive at once: those of the batches ahead and of an evaluation, all distinct."""
     problems = (config.orchestrator.max_staleness + 1) * config.orchestrator.groups_per_step
     problems += config.orchestrator.eval.problems
     per_pixel = 3 + family_of(config.model.vlm).processed_bytes_per_pixel

@@ -1,7 +1,7 @@
-"""`dry_run=true`: compose, check, and print what the run would take.
+"""The table that `dry_run=true` prints: what the run would take.
 
-What is said here is arithmetic on the config, except for one problem of the task, which is played with empty answers
-to see how many turns, images and characters an episode has. Estimates say so; episode.py and memory.py have formulas.
+All rows are computed from the config, except that one problem of the task is played with empty answers to count the
+turns, images and characters of an episode. Rows that are estimates say so; episode.py and memory.py have the formulas.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from vlmrl.config.trainer import Packing
 from vlmrl.models.families import family_of
 from vlmrl.preflight.estimate.episode import EpisodeEstimate, play
 from vlmrl.preflight.estimate.memory import pixel_bytes, server_memory, trainer_memory
-from vlmrl.preflight.estimate.sizes import Sizes, find_sizes
-from vlmrl.preflight.estimate.vision import CHARACTERS_PER_TOKEN, TINY_CHARACTERS_PER_TOKEN
+from vlmrl.preflight.estimate.sizes import CHARACTERS_PER_TOKEN, TINY_CHARACTERS_PER_TOKEN, Sizes, find_sizes
 from vlmrl.preflight.installed import missing
 from vlmrl.preflight.machine import Machine, find_machine
 from vlmrl.preflight.places import GIB, gpus_needed, processes, uses_gpus
@@ -27,8 +26,11 @@ from vlmrl.tasks.loading import load_task
 
 
 def dry_run(config: RunConfig) -> str:
-    """The plan of a checked config. Raises `ConfigError` where this machine's GPUs cannot hold it, or there is no such
-    task; what the task itself raises is left as it is."""
+    """The plan of a config that passed `Stage.composed`.
+
+    Raises `ConfigError` where this machine has GPUs and they cannot hold the run. An exception of the task itself
+    passes through unchanged.
+    """
     machine, sizes, ranks = find_machine(), find_sizes(config.model), find_place().size
     episode = play(load_task(config.task, seed=config.seed), config.task.max_turns)
     if machine.gpus and config.model.device != "cpu":

@@ -1,11 +1,11 @@
-"""The model's numbers, before it is loaded.
+"""The model's numbers before it is loaded, and the constants of the estimates.
 
     model.tiny                     its sizes
     model.size                     its numbers, where the weights are random or the checkpoint is the one of that size
     a folder, or the hub's cache   config.json
     a hub name that is not here    parameters, from the name ("…-4B-…"); nothing else
 
-Nothing is loaded, and nothing downloaded.
+No weights are loaded, and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -22,15 +22,21 @@ from vlmrl.models.checkpoints.tiny import largest_vocabulary
 from vlmrl.models.families import family_of
 from vlmrl.models.families.base import Family, ImageBounds
 
+TURN_FRAME = 10
+"""Tokens that a chat template puts around the messages of a turn."""
+
+CHARACTERS_PER_TOKEN, TINY_CHARACTERS_PER_TOKEN = 4, 2
+"""Characters of English per token: under a large vocabulary, and under the one of `model.tiny`."""
+
 
 @dataclass(frozen=True)
 class TextSizes:
-    """The language model."""
+    """Sizes of the language model."""
 
     layers: int
     hidden: int
     intermediate: int
-    """Width of the MLP that a token goes through; of a mixture, of its active experts together."""
+    """Width of the MLP that a token goes through; for a mixture of experts, the sum over its active experts."""
     heads: int
     kv_heads: int
     head_dim: int
@@ -39,13 +45,13 @@ class TextSizes:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is known of a model."""
+    """What is known about a model; None where it is not known."""
 
     source: str
-    """Where from, for the reader."""
+    """Where the numbers come from, for the reader of the plan."""
     parameters: int | None
     vision_parameters: int | None
-    """Of these, the vision tower's."""
+    """How many of `parameters` belong to the vision tower."""
     text: TextSizes | None
     image_bounds: ImageBounds | None
     """Bounds of an image's area; None where they are not known."""
@@ -77,7 +83,7 @@ def find_sizes(config: ModelConfig) -> Sizes:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Of a file that is missing or corrupt nothing is known here; who loads the model says so."""
+    """A JSON object; empty where the file is missing or corrupt, which loading the model reports."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -93,7 +99,7 @@ def _folder(config: ModelConfig) -> Path | None:
 
 
 def from_numbers(numbers: Mapping[str, Any], source: str, family: Family, image_bounds: ImageBounds | None) -> Sizes:
-    """From what a config.json says. Of a family that spells its numbers otherwise nothing is known."""
+    """The sizes in the numbers of a config.json; all None for a family that names its numbers differently."""
     text, vision = numbers.get("text_config", numbers), numbers.get("vision_config")
     tied = numbers.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
     try:
@@ -122,7 +128,7 @@ def _head_dim(text: Mapping[str, Any]) -> int:
 
 
 def _text_parameters(text: Mapping[str, Any], *, tied: bool) -> int:
-    """Of Qwen3, dense or a mixture of experts: no biases, a norm per head on queries and keys."""
+    """Parameters of Qwen3, dense or a mixture of experts: no biases, a norm per head on queries and keys."""
     width, head_dim = text["hidden_size"], _head_dim(text)
     queries, keys = text["num_attention_heads"] * head_dim, text["num_key_value_heads"] * head_dim
     attention = width * (2 * queries + 2 * keys) + 2 * head_dim
@@ -135,7 +141,7 @@ def _text_parameters(text: Mapping[str, Any], *, tied: bool) -> int:
 
 
 def parameters_by_name(name: str) -> int | None:
-    """What a model's name says about its parameters; None where it says nothing.
+    """Parameters by the name of a model ("…-4B-…"); None where the name has no such part.
 
     >>> parameters_by_name("Qwen/Qwen3-VL-4B-Instruct"), parameters_by_name("org/model-1.5b"), parameters_by_name("x")
     (4000000000, 1500000000, None)

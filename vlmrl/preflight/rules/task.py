@@ -8,7 +8,7 @@ from vlmrl.config.run import RunConfig
 from vlmrl.config.task import ColorCodewordConfig
 from vlmrl.errors import ConfigError
 from vlmrl.models.families import family_of
-from vlmrl.preflight.estimate.vision import TURN_FRAME
+from vlmrl.preflight.estimate.sizes import TURN_FRAME
 
 
 def squares_fill_tokens(config: RunConfig) -> None:

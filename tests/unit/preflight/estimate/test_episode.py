@@ -19,7 +19,7 @@ from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer, 
 from vlmrl.models.families.base import ImageBounds
 from vlmrl.models.families.qwen3_vl import Qwen3VL
 from vlmrl.preflight.estimate.episode import EpisodeEstimate, play
-from vlmrl.preflight.estimate.vision import TINY_CHARACTERS_PER_TOKEN
+from vlmrl.preflight.estimate.sizes import TINY_CHARACTERS_PER_TOKEN
 from vlmrl.rendering.renderer import make_renderer
 from vlmrl.tasks.loading import load_task
 from vlmrl.types import Image, Message
