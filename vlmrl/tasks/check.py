@@ -1,16 +1,18 @@
-"""Does a task keep the contract of `vlmrl.tasks.base`? For a task of your own, before a run is spent on it:
+"""Check whether a task keeps the contract of `vlmrl.tasks.base`, before you spend a run on it:
 
     python -m vlmrl.tasks.check my_package.my_module:Counting max_turns=2 args.level=3
+    python -m vlmrl mode=check task=my_package.my_module:Counting task.max_turns=2 task.args.level=3
 
 or in your tests: `assert check_task(Counting(config, seed=0), max_turns=2) == []`.
 
-The task is asked for problems of both splits, and each is played to its end with three scripts: the answers of its
-own demonstration, those of a random demonstration, and nonsense. Then every rule of rules.py judges what was
-seen. The first of them say whether anything can be judged at all: where one of those fails, the later ones are not
-checked.
+    task ─▶ contract/observation.py: make problems, play episodes ─▶ contract/rules.py: judge ─▶ one Finding per rule
+
+The check makes problems of both splits and plays each to its end with three scripts: the answers of the task's own
+demonstration, the answers of a random demonstration, and nonsense. The first rules say whether anything can be judged
+at all; if one of them fails, the later rules are not checked.
 
 Left out on purpose: whether the rewards make sense, whether envs can be used from several threads at once, and whether
-another process gets the same problems (`hash()` of a string does not).
+another process gets the same problems (a problem that depends on `hash()` of a string would differ).
 """
 
 from __future__ import annotations
@@ -34,26 +36,26 @@ from vlmrl.tasks.loading import load_task
 
 @dataclass(frozen=True)
 class Finding:
-    """What a rule found."""
+    """The result of one rule."""
 
     rule: str
     status: Literal["ok", "FAIL", "--"]
-    """`--`: not checked."""
+    """`--` means not checked."""
     text: str
 
 
 def find(task: Any, problems: int, max_turns: int) -> list[Finding]:
-    """One finding per rule, in their order."""
+    """Check a task with so many problems per split; returns one finding per rule, in the order of `RULES`."""
     observed = observe(task, problems, max_turns)
     findings: list[Finding] = []
     gate: str | None = None
     for rule in RULES:
         if gate is not None:
-            findings.append(Finding(rule.name, "--", f"not checked before {gate} is mended"))
+            findings.append(Finding(rule.name, "--", f"not checked until {gate} is fixed"))
             continue
         if rule.of_demonstrations and all(seen.demonstration is None for seen in observed.all_problems()):
             findings.append(
-                Finding(rule.name, "--", "not checked: demonstration() is not implemented, so there is no warm-up")
+                Finding(rule.name, "--", "not checked: demonstration() is not defined, so the task has no warm-up")
             )
             continue
         violations = list(rule.violations(observed))
@@ -68,9 +70,10 @@ def find(task: Any, problems: int, max_turns: int) -> list[Finding]:
 
 
 def check_task(task: Task, problems: int = 8, max_turns: int = 100) -> list[str]:
-    """The violations of the contract, one line per broken rule with what to do; empty when there are none.
+    """The broken rules of the contract, one line each with what to do; empty if the task keeps it.
 
-    `problems` of each split are played; `max_turns` is the run's `task.max_turns`, by which an episode must have ended.
+    `problems` is the number of problems to play per split. `max_turns` is the run's `task.max_turns`, by which every
+    episode must have ended.
 
     >>> from vlmrl.tasks.color_codeword import ColorCodeword
     >>> task = ColorCodeword(ColorCodewordConfig(), seed=0)
@@ -85,7 +88,7 @@ def check_task(task: Task, problems: int = 8, max_turns: int = 100) -> list[str]
 
 
 def report(findings: list[Finding]) -> str:
-    """One line per rule."""
+    """The findings as text, one line per rule."""
     width = max(len(finding.rule) for finding in findings)
     return "\n".join(f"{finding.status:<4}  {finding.rule:<{width}}  {finding.text}" for finding in findings)
 
@@ -101,24 +104,25 @@ def print_findings(config: TaskConfig) -> int:
 
 
 def parse_config(target: str, overrides: list[str]) -> TaskConfig:
-    """The `task` group of a run for `target`, with `key=value` settings. Raises `ConfigError` for a key or value that
-    the schema does not take.
+    """The `task` group of a run of `target` with `key=value` settings.
+
+    Raises ConfigError for a key or value that the schema does not take.
 
     >>> config = parse_config("my_package.my_module:Counting", ["max_turns=2", "args.level=3"])
-    >>> type(config).__name__, config.target, config.max_turns
-    ('ImportedTaskConfig', 'my_package.my_module:Counting', 2)
+    >>> config.kind, config.max_turns, config.args
+    ('imported', 2, {'level': 3})
     """
     schema = ColorCodewordConfig if target == ColorCodewordConfig.target else ImportedTaskConfig
     for override in overrides:
         if "=" not in override:
-            raise ConfigError(f"{override!r} is not key=value, so it sets nothing: write e.g. max_turns=2")
+            raise ConfigError(f"{override!r} is not of the form key=value, so it sets nothing: write e.g. max_turns=2")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema(target=target)), OmegaConf.from_dotlist(overrides))
         config = cast("TaskConfig", OmegaConf.to_object(merged))
     except (OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(
-            f"{' '.join(overrides)} does not fit {schema.__name__} ({str(error).splitlines()[0]}), so there is no "
-            "config to make the task with: correct key or value; a task of your own has its settings under args"
+            f"{' '.join(overrides)} does not fit {schema.__name__} ({str(error).splitlines()[0]}), so the task cannot "
+            "be made: correct the key or the value; settings of a task of your own start with args."
         ) from error
     if config.max_turns < 1:
         raise ConfigError(f"max_turns={config.max_turns} leaves no turn to play: set it to 1 or more")
@@ -126,7 +130,7 @@ def parse_config(target: str, overrides: list[str]) -> TaskConfig:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns the exit code: 0 the contract holds, 1 it does not, 2 there is no such task."""
+    """Run the command; returns the exit code: 0 the contract holds, 1 it does not, 2 there is no such task."""
     parser = argparse.ArgumentParser(
         prog="python -m vlmrl.tasks.check", description="Check a task against the contract of vlmrl.tasks.base."
     )

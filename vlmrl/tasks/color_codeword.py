@@ -6,12 +6,12 @@
     user       Squares: ▇ ▇            black, green
     assistant  ACIB                    the codeword: reward 1
 
-Nothing but the pixels says which letters are right, so a policy that answers held-out codewords has learned to see.
+Only the pixels say which letters are right, so a policy that answers held-out codewords has learned to see.
 
-A codeword is held out for evaluation if SHA-256 of its letters, as a number, is divisible by `holdout_one_in`; in a
-space so small that this holds out none, the codeword with the smallest hash is. The rule knows no seed, so all runs
-are evaluated on the same problems. (With one square in the whole episode a held-out codeword is a colour that training
-never shows: such a run shows that the machinery works, and its evaluation cannot be solved.)
+A codeword is held out for evaluation if the SHA-256 of its letters, as a number, is divisible by `holdout_one_in`. If
+no codeword of that length is, the one with the smallest hash is held out. The rule does not depend on the seed, so all
+runs are evaluated on the same problems. (With a single square in the episode, a held-out codeword is a colour that
+training never shows: such a run shows that the code works, but its evaluation cannot be solved.)
 
 Left out on purpose: textures, sizes and positions of squares. Colour is the least that needs a vision tower.
 """
@@ -56,18 +56,18 @@ SYSTEM_PROMPT = (
 USER_TEXT = "Squares:"
 
 ENUMERABLE_LENGTH = 6
-"""Letters; up to here (531,441 codewords, about a second) the held-out codewords are listed."""
+"""Letters; up to this length (531,441 codewords, about a second) all held-out codewords are listed."""
 MAX_HOLDOUT_ONE_IN = 1000
-"""So that a space beyond `ENUMERABLE_LENGTH` surely has held-out codewords, and drawing one is quick."""
+"""Limit of `holdout_one_in`, so that a held-out codeword beyond `ENUMERABLE_LENGTH` exists and is found quickly."""
 
 
 # ── scoring ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def parse_answer(text: str) -> str:
-    """The longest run of A–I in a text, the last of several equally long ones; "" if there is none.
+    """The longest run of the letters A to I in a text; "" if there is none.
 
-    The last, because an answer follows what is said about it.
+    Of several equally long runs it is the last, because an answer follows the reasoning about it.
 
     >>> parse_answer("The codeword is ACIB."), parse_answer("AC, no, IB"), parse_answer("acib")
     ('ACIB', 'IB', '')
@@ -76,7 +76,7 @@ def parse_answer(text: str) -> str:
 
 
 def share_correct(answer: str, codeword: str) -> float:
-    """Share of right positions, in [0, 1]; positions that only one of the two has are wrong.
+    """Share of correct positions, in [0, 1]. Positions that only one of the two strings has count as wrong.
 
     >>> share_correct("ACIB", "ACIB"), share_correct("AC", "ACIB"), share_correct("ACIBA", "ACIB")
     (1.0, 0.5, 0.8)
@@ -85,7 +85,7 @@ def share_correct(answer: str, codeword: str) -> float:
 
 
 def score_turn(answer: str, codeword_so_far: str) -> float:
-    """A turn's own reward, in [0, 1]: the mean of partial and exact match.
+    """Reward of one turn, in [0, 1]: the mean of partial and exact match.
 
     >>> score_turn("AC", "AC"), score_turn("AB", "AC"), score_turn("", "AC")
     (1.0, 0.25, 0.0)
@@ -98,7 +98,7 @@ def score_turn(answer: str, codeword_so_far: str) -> float:
 
 @dataclass(frozen=True)
 class CodewordProblem:
-    """One codeword, and the one whose squares are shown: the same but in the control."""
+    """A codeword, and the codeword whose squares are shown. They differ only in the control (`shuffle_images`)."""
 
     codeword: str
     shown: str
@@ -109,7 +109,7 @@ class CodewordProblem:
 
 
 def is_held_out(codeword: str, one_in: int) -> bool:
-    """Whether a codeword is kept for evaluation (the rule at the top of this file).
+    """Whether a codeword is held out for evaluation, by the rule in the module's docstring.
 
     >>> [is_held_out(codeword, 8) for codeword in ("EBGH", "EFGF")]
     [True, False]
@@ -136,7 +136,8 @@ def _hash(codeword: str) -> int:
 
 
 def _draw(length: int, *key: str | int) -> str:
-    """A codeword, uniform over all of its length (64 bits to spare), that is a function of `key` alone."""
+    """A codeword drawn uniformly from all of its length, as a function of `key` alone."""
+    # 64 bits more than a codeword needs make the draw uniform to within 2**-64.
     number = int.from_bytes(hashlib.shake_256(repr(key).encode()).digest(length + 8), "big")
     letters = []
     for _ in range(length):
@@ -150,7 +151,7 @@ def _draw(length: int, *key: str | int) -> str:
 
 @functools.cache
 def square(letter: str, size: int) -> Image:
-    """The square of a letter, `size` pixels per side; one object per letter and size in a process."""
+    """The square of a letter, `size` pixels per side. Each process has one object per letter and size."""
     return Image(PILImage.new("RGB", (size, size), COLORS[letter][1]))
 
 
@@ -159,10 +160,10 @@ def _user_message(letters: str, size: int) -> Message:
 
 
 class ColorCodewordEnv:
-    """`turns` are the letters that each turn shows; the episode is scored against `codeword`.
+    """One episode. `turns` are the letters that each turn shows; answers are scored against `codeword`.
 
-    The episode's reward is 1.0 if the last answer is the whole codeword, else 0.0; that holds too for an episode that
-    is cut before its last turn. Metrics: `exact_match` and `share_correct` of the last answer, against the whole.
+    The episode's reward is 1.0 if the last answer is the whole codeword and else 0.0, also for an episode that is cut
+    off before its last turn. Metrics are `exact_match` and `share_correct` of the last answer against the codeword.
     """
 
     def __init__(self, codeword: str, turns: tuple[str, ...], image_size: int) -> None:
@@ -191,11 +192,11 @@ class ColorCodewordEnv:
 
 @functools.lru_cache(maxsize=1024)
 def balanced_block(length: int, one_in: int, *key: str | int) -> tuple[str, ...]:
-    """Nine training codewords that show each letter once at each place; a function of its arguments alone.
+    """Nine training codewords that show each letter once at each position, as a function of the arguments alone.
 
-    Nine independent draws would show some letters twice and others never, and a young policy takes up such chance
-    frequencies faster than it learns to look. Where no such nine is free of held-out codewords (a codeword of one
-    letter, say), those that are held out are replaced by letters of another nine.
+    Nine independent draws would show some letters twice and others never, and an untrained policy learns such chance
+    frequencies faster than it learns to see. If every block contains a held-out codeword (as with codewords of one
+    letter), the held-out ones are replaced by codewords of another block.
 
     >>> balanced_block(4, 8, "train", 0, 0)[:3]
     ('FEEC', 'DHDI', 'BFGE')
@@ -216,18 +217,20 @@ def balanced_block(length: int, one_in: int, *key: str | int) -> tuple[str, ...]
 
 
 def _permutation(*key: str | int) -> list[str]:
-    """The nine letters in an order that is a function of `key` alone."""
+    """The nine letters, shuffled as a function of `key` alone."""
     digest = hashlib.shake_256(repr(key).encode()).digest(8 * len(LETTERS))
     return [LETTERS[i] for i in np.frombuffer(digest, np.uint64).argsort(kind="stable")]
 
 
 class ColorCodeword(Task):
-    """Infinite training problems from the seed, nine at a time (`balanced_block`); evaluation problems from the
-    held-out codewords, the same for every seed: distinct ones while they last, then from the first again. Codewords of
-    more than `ENUMERABLE_LENGTH` letters are drawn for evaluation too, and one may come twice.
+    """Read coloured squares and answer with their letters.
 
-    With `config.shuffle_images` each problem shows the squares of another codeword, drawn from all of them by a stream
-    of its own. Leaving out the right one would tell the policy what the answer is not, so it is not left out.
+    Training problems are unlimited and come from the seed, nine at a time (`balanced_block`). Evaluation problems are
+    the held-out codewords, equal for every seed and repeated when they run out. Held-out codewords of more than
+    `ENUMERABLE_LENGTH` letters are drawn at random, so one may appear twice.
+
+    With `config.shuffle_images` each problem shows the squares of a codeword drawn independently from all of them. The
+    draw may hit the right codeword, because excluding it would tell the policy what the answer is not.
 
     >>> task = ColorCodeword(ColorCodewordConfig(), seed=0)
     >>> [task.problem("train", index).id for index in range(3)]
@@ -245,12 +248,12 @@ class ColorCodeword(Task):
         for key in ("max_turns", "images_per_turn", "image_size"):
             if getattr(config, key) < 1:
                 raise ConfigError(
-                    f"task.{key}={getattr(config, key)} is below 1, so there is nothing to see: set it to 1 or more"
+                    f"task.{key}={getattr(config, key)} is below 1, so no square is shown: set it to 1 or more"
                 )
         if not 2 <= config.holdout_one_in <= MAX_HOLDOUT_ONE_IN:
             raise ConfigError(
-                f"task.holdout_one_in={config.holdout_one_in} is not in 2 … {MAX_HOLDOUT_ONE_IN}, so no codewords "
-                "would be left for training or too few for evaluation: set it to 8, say"
+                f"task.holdout_one_in={config.holdout_one_in} is not from 2 to {MAX_HOLDOUT_ONE_IN}, so training has "
+                "no codeword or evaluation too few: set it, for example, to 8"
             )
         self._seed = seed
         self._max_turns = config.max_turns
@@ -278,8 +281,11 @@ class ColorCodeword(Task):
         return ColorCodewordEnv(problem.codeword, self._by_turn(problem.shown), self._image_size)
 
     def demonstration(self, problem: CodewordProblem, *, random_answers: bool, seed: int) -> tuple[Message, ...]:
-        """True: the codeword so far after each turn. Random: letters from `seed` alone, as many as the true answer
-        has, each answer extending the one before: the whole format, and nothing about the squares."""
+        """A conversation in which each answer is the codeword so far.
+
+        Random answers are letters drawn from `seed` alone, as many as the true answer has, and each answer extends the
+        one before. They teach the format and nothing about the squares.
+        """
         letters = _draw(self._length, "random answers", seed) if random_answers else problem.codeword
         messages = [Message.of("system", SYSTEM_PROMPT)]
         for turn, shown in enumerate(self._by_turn(problem.shown), start=1):
@@ -288,7 +294,7 @@ class ColorCodeword(Task):
         return tuple(messages)
 
     def texts(self) -> tuple[str, ...]:
-        """Letters one by one, so that no tokenizer makes a token of several: an answer is read letter by letter."""
+        """The prompts' texts, and each letter alone, so that no token has several letters."""
         return (SYSTEM_PROMPT, USER_TEXT, *LETTERS)
 
     def _by_turn(self, letters: str) -> tuple[str, ...]:
@@ -296,11 +302,11 @@ class ColorCodeword(Task):
         return tuple(letters[width * turn : width * (turn + 1)] for turn in range(self._max_turns))
 
     def _stream(self, split: Split) -> tuple[str | int, ...]:
-        """Training problems depend on the run's seed, evaluation problems do not."""
+        """Key of random draws: with the run's seed for training problems, without it for evaluation problems."""
         return (split, self._seed) if split == "train" else (split,)
 
     def _draw_held_out(self, index: int) -> str:
-        """The first of a stream of draws that is held out."""
+        """The first held-out codeword in a stream of draws."""
         for attempt in itertools.count():
             codeword = _draw(self._length, *self._stream("eval"), index, attempt)
             if is_held_out(codeword, self._one_in):

@@ -1,6 +1,7 @@
-"""From `task.target` to a Task. Every way in which the path can be wrong is a `ConfigError` that names the key.
+"""Load the class that `task.target` names and make the task of a run.
 
-What the user's class raises while it is made is left as it is: the traceback points at their line.
+A wrong path raises a ConfigError that names the key. An exception of the user's own class passes through, so that its
+traceback points at their line.
 """
 
 from __future__ import annotations
@@ -20,9 +21,8 @@ METHODS = ("problem", "env", "demonstration", "texts")
 def load_task(config: TaskConfig, *, seed: int) -> Task:
     """Import the class that `config.target` names and call it as `Class(config, seed=seed)`.
 
-    With `config.num_examples` the task has that many training problems.
-
-    Raises `ConfigError` when there is no such module or attribute, or when it is no Task.
+    With `config.num_examples` the task has that many training problems. Raises ConfigError if there is no such module
+    or attribute, or if it is not a Task.
 
     >>> from vlmrl.config.task import ColorCodewordConfig
     >>> load_task(ColorCodewordConfig(), seed=0).problem("eval", 0).id
@@ -37,20 +37,20 @@ def load_task(config: TaskConfig, *, seed: int) -> Task:
 
 
 def find_task(config: TaskConfig) -> Any:
-    """The class that `config.target` names; it is not called. Raises as `load_task` does."""
+    """Import the class that `config.target` names without calling it. Raises ConfigError as `load_task` does."""
     task_class = import_named("task.target", config.target, "Task class", _is_class, _is_task)
     name = task_class.__name__
     if missing := missing_methods(task_class):
         raise ConfigError(
-            f"task.target={config.target} is not a Task, for it does not define {', '.join(missing)}, so a run would "
-            f"stop at its first problem: define what vlmrl.tasks.base.Task lists"
+            f"task.target={config.target} does not define {', '.join(missing)}, so a run would stop at its first "
+            "problem: define the methods of vlmrl.Task"
         )
     try:
         inspect.signature(task_class).bind(config, seed=0)
     except TypeError as error:
         raise ConfigError(
-            f"task.target={config.target} cannot be called as {name}(config, seed=…) ({error}), so it is not a "
-            "Task: give it `def __init__(self, config, *, seed)`"
+            f"task.target={config.target} cannot be called as {name}(config, seed=…) ({error}), so no run can make the "
+            "task: define `def __init__(self, config, *, seed)`"
         ) from error
     return task_class
 
@@ -64,7 +64,7 @@ def _is_task(found: object) -> bool:
 
 
 class FirstExamples(Task):
-    """The first `count` training problems of a task, over and over; everything else is the task's own."""
+    """A task with only the first `count` training problems of another one, repeated."""
 
     def __init__(self, task: Task, count: int) -> None:
         self._task = task
@@ -84,10 +84,10 @@ class FirstExamples(Task):
 
 
 def missing_methods(task_class: type) -> list[str]:
-    """Methods of the protocol that a class neither defines nor may leave out.
+    """The required methods that a class does not define.
 
-    A class that derives from `Task` inherits the protocol's empty bodies, which would answer None: those count as
-    missing. The inherited `demonstration` raises, as it should.
+    A class that derives from `Task` inherits the protocol's empty methods. They would return None, so they count as
+    missing. Only the inherited `demonstration` may stay, because it raises NotImplementedError.
     """
     return [
         name

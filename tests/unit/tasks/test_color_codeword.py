@@ -320,8 +320,8 @@ def test_random_demonstrations_use_all_letters_evenly_and_are_right_by_chance_on
         ({"max_turns": 0}, "task.max_turns=0 is below 1"),
         ({"images_per_turn": 0}, "task.images_per_turn=0 is below 1"),
         ({"image_size": -3}, "task.image_size=-3 is below 1"),
-        ({"holdout_one_in": 1}, "task.holdout_one_in=1 is not in 2 … 1000"),
-        ({"holdout_one_in": 1001}, "task.holdout_one_in=1001 is not in 2 … 1000"),
+        ({"holdout_one_in": 1}, "task.holdout_one_in=1 is not from 2 to 1000"),
+        ({"holdout_one_in": 1001}, "task.holdout_one_in=1001 is not from 2 to 1000"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict[str, int], message: str) -> None:

@@ -1,7 +1,7 @@
-"""What a task does when it is asked for problems and played: the facts that `rules.py` judges.
+"""Make problems and play episodes of a task, and record everything that it returns, for rules.py to judge.
 
-Everything that a task returned is kept as it came, whatever it is. Only images are read at once, by the decoder of the
-data path: an env may draw its next frame over the last one.
+Returned values are kept unchanged, whatever they are. Only images are decoded at once, by the decoder of the data path,
+because an env may draw its next frame over the last one.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from vlmrl.types import Image, Message, Text
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 IDS_PER_PROBLEM = 16
-"""Ids are cheap: for each problem that is played, so many are only asked for their id."""
+"""Number of problems whose id alone is read, per problem that is played; ids are cheap."""
 FAR_INDEX = 1 << 40
-"""Supervised steps ask for training problems from here on."""
+"""Index of the first training problem of supervised steps."""
 SEEDS = (0, 1, 2, 3, 4, 5, 6, (1 << 64) - 1)
-"""Of random demonstrations; a run's are of 64 bits."""
+"""Seeds of random demonstrations; those of a run have 64 bits."""
 NONSENSE = ("", "☃ 12,5 <b>no idea</b>\n", "Z" * 500)
-"""What an untrained policy may say."""
+"""Answers that an untrained policy may give."""
 
 
 Source: TypeAlias = Literal["reset", "step", "demonstration"]
@@ -33,7 +33,7 @@ Source: TypeAlias = Literal["reset", "step", "demonstration"]
 
 @dataclass
 class ObservedEpisode:
-    """One problem played with one script."""
+    """An episode that was played: one problem with one script of answers."""
 
     where: str
     env: Any
@@ -44,38 +44,38 @@ class ObservedEpisode:
 
 @dataclass
 class Seen:
-    """One problem, asked for twice and played once per script."""
+    """One problem, made twice and played once per script."""
 
     where: str
     id: Any
     env: Any
     prompt: Any
-    prompt_asked_again: Any
+    prompt_again: Any
     episodes: list[ObservedEpisode] = field(default_factory=list)
     demonstration: Any = None
-    """None: the task has no demonstrations."""
+    """None if the task has no demonstrations."""
     random_demonstrations: list[Any] = field(default_factory=list)
     """One per seed of `SEEDS`."""
     random_demonstration_again: Any = None
-    """The first seed's, asked for again."""
+    """That of the first seed, made a second time."""
 
 
 @dataclass
 class Observed:
-    """All that the rules judge. Values are `Any`: what a user's task returned, whatever it is."""
+    """Everything that the rules judge. Values that the user's task returned are `Any`, because they may be anything."""
 
     task: Any
     max_turns: int
     problems: dict[Split, list[Seen]]
     ids: dict[Split, list[Any]]
-    """By index; `IDS_PER_PROBLEM` times as many as problems."""
-    ids_asked_again: dict[Split, list[Any]]
-    """The same, by index; asked for from the last to the first."""
+    """By index; `IDS_PER_PROBLEM` times as many as there are problems."""
+    ids_again: dict[Split, list[Any]]
+    """The same ids, read a second time from the last problem to the first."""
     texts: Any = None
     raised: str | None = None
-    """The first exception of the task's code, after which nothing more was asked."""
+    """Text of the first exception that the task raised; nothing was recorded after it."""
     pixels: dict[Image, str | ImageError] = field(default_factory=dict)
-    """The hash of each image that was handed out, or why it has none."""
+    """Hash of each image, or the error if it cannot be decoded."""
 
     def all_problems(self) -> Iterator[Seen]:
         for split in SPLITS:
@@ -86,15 +86,15 @@ class Observed:
             yield from seen.episodes
 
     def all_replies(self) -> Iterator[tuple[str, Any]]:
-        """With the place of each."""
+        """Every reply, with a text that says where it was given."""
         for episode in self.all_episodes():
             for turn, reply in enumerate(episode.replies, start=1):
                 yield f"{episode.where}, turn {turn}", reply
 
     def all_conversations(self) -> Iterator[tuple[Source, str, Any]]:
-        """Every value that must be a tuple of messages: who gave it, the place, the value."""
+        """Every value that must be a tuple of messages: the method that returned it, where, and the value."""
         for seen in self.all_problems():
-            for prompt in (seen.prompt, seen.prompt_asked_again, *(episode.prompt for episode in seen.episodes)):
+            for prompt in (seen.prompt, seen.prompt_again, *(episode.prompt for episode in seen.episodes)):
                 yield "reset", seen.where, prompt
             if seen.demonstration is not None:
                 yield "demonstration", seen.where, seen.demonstration
@@ -104,14 +104,14 @@ class Observed:
             yield "step", where, reply.messages if isinstance(reply, Reply) and not reply.done else ()
 
     def content(self, messages: Iterable[Message]) -> list[tuple[Any, ...]]:
-        """What two conversations must agree in to be equal: roles, texts, pixels."""
+        """Roles, texts and image hashes: two conversations are equal if these are equal."""
         return [
             (message.role, *(part.text if isinstance(part, Text) else self.pixels[part] for part in message.content))
             for message in messages
         ]
 
     def look(self, messages: Any) -> Any:
-        """Read the images of messages that were just handed out; gives the messages back."""
+        """Decode the images of messages that the task has just returned; returns the messages."""
         for message in messages if is_conversation(messages) else ():
             for part in message.content if isinstance(message.content, tuple) else ():
                 if isinstance(part, Image) and part not in self.pixels:
@@ -123,20 +123,20 @@ class Observed:
 
 
 class _TaskRaisedError(Exception):
-    """The task's code raised; the message says where and what."""
+    """The task's code raised; the message says where and which exception."""
 
 
 @contextmanager
 def _calling(what: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # a user's code may raise anything, and that it did is the finding
+    except Exception as error:  # a user's code may raise anything, and that is a finding
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise _TaskRaisedError(f"{what}: {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})") from error
 
 
 def observe(task: Any, problems: int, max_turns: int) -> Observed:
-    """Ask and play. Ends early where the task raises; judges nothing."""
+    """Make so many problems per split and play them. Stops at the first exception of the task."""
     observed = Observed(task, max_turns, {s: [] for s in SPLITS}, {s: [] for s in SPLITS}, {s: [] for s in SPLITS})
     try:
         for split in SPLITS:
@@ -146,11 +146,11 @@ def observe(task: Any, problems: int, max_turns: int) -> Observed:
                 observed.problems[split].append(_see(observed, split, index))
         for split in SPLITS:
             for index in reversed(range(problems * IDS_PER_PROBLEM)):
-                observed.ids_asked_again[split].insert(0, _problem(task, split, index).id)
+                observed.ids_again[split].insert(0, _problem(task, split, index).id)
             for index in reversed(range(problems)):
-                with _calling(f"reset() of {split} {index}, asked for again"):
+                with _calling(f"reset() of {split} {index}, made a second time"):
                     prompt = task.env(_problem(task, split, index)).reset()
-                observed.problems[split][index].prompt_asked_again = observed.look(prompt)
+                observed.problems[split][index].prompt_again = observed.look(prompt)
         _problem(task, "train", FAR_INDEX)
         with _calling("texts()"):
             observed.texts = task.texts()
@@ -162,7 +162,7 @@ def observe(task: Any, problems: int, max_turns: int) -> Observed:
 def _problem(task: Any, split: Split, index: int) -> Any:
     with _calling(f'problem("{split}", {index})'):
         problem = task.problem(split, index)
-        problem.id  # noqa: B018 - read here, so that a problem without one is reported with its index
+        problem.id  # noqa: B018 - read here so that a problem without an id is reported with its index
     return problem
 
 
@@ -195,7 +195,7 @@ def _see(observed: Observed, split: Split, index: int) -> Seen:
 
 
 def _play(observed: Observed, problem: Any, where: str, answers: tuple[str, ...]) -> ObservedEpisode:
-    """Give the answers, then the last one over and over, until done or the turns are spent."""
+    """Play one episode: give the answers, then repeat the last one, until the env is done or `max_turns` is reached."""
     with _calling(f"env() or reset() of {where}"):
         env = observed.task.env(problem)
         episode = ObservedEpisode(where, env, observed.look(env.reset()), answers, [])
@@ -214,7 +214,7 @@ def is_conversation(messages: Any) -> bool:
 
 
 def after_prompt(demonstration: Any, prompt: Any) -> tuple[Message, ...]:
-    """What a demonstration adds to the prompt; () where either is no conversation (a rule of its own says so)."""
+    """The messages of a demonstration after the prompt; () if either is malformed (see the rule `messages`)."""
     if not (is_conversation(demonstration) and is_conversation(prompt)):
         return ()
     return tuple(demonstration[len(prompt) :])
@@ -225,6 +225,6 @@ def answers_in(demonstration: Any, prompt: Any) -> tuple[str, ...]:
 
 
 def text_of(message: Message) -> str:
-    """ "" for a malformed message; the rule `messages` says so."""
+    """The text of a message; "" if it is malformed, which the rule `messages` reports."""
     parts = message.content if isinstance(message.content, tuple) else ()
     return "".join(part.text for part in parts if isinstance(part, Text) and isinstance(part.text, str))

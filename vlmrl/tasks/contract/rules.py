@@ -1,6 +1,6 @@
-"""The contract of `vlmrl.tasks.base`, rule by rule: each looks at what was observed and yields what breaks it.
+"""The rules of the contract in `vlmrl.tasks.base`. Each is a function that yields the violations in `Observed`.
 
-The first rules are gates: they say whether the later ones can judge anything.
+The first rules are gates: if one fails, the later rules cannot judge anything.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vlmrl.types import Image, Message, Text
 Violations: TypeAlias = Iterator[str]
 
 LARGEST = float(np.finfo(np.float32).max)
-"""Rewards are float32 on the data path; beyond it they are infinite."""
+"""Largest reward; rewards are float32 on the data path, so larger ones become infinite."""
 
 
 def methods(observed: Observed) -> Violations:
@@ -46,25 +46,25 @@ def runs(observed: Observed) -> Violations:
 def messages(observed: Observed) -> Violations:
     for where, reply in observed.all_replies():
         if not isinstance(reply, Reply):
-            yield f"step() of {where} gave {_kind(reply)}, not a Reply"
+            yield f"step() of {where} returned {_kind(reply)}, not a Reply"
         elif not isinstance(reply.done, (bool, np.bool_)) or not isinstance(reply.metrics, dict):
-            yield f"step() of {where} gave done={reply.done!r}, metrics={reply.metrics!r}, not a bool and a dict"
+            yield f"step() of {where} returned done={reply.done!r} and metrics={reply.metrics!r}, not a bool and a dict"
     for source, where, conversation in observed.all_conversations():
         if not is_conversation(conversation):
-            yield f"{source}() of {where} gave {_kind(conversation)}, not a tuple of Message"
+            yield f"{source}() of {where} returned {_kind(conversation)}, not a tuple of Message"
             continue
         roles = ("user", "tool") if source == "step" else ("system", "user", "assistant", "tool")
         for message in conversation:
             if message.role not in roles:
-                yield f"{source}() of {where} gave a message of role {message.role!r}, not of {' or '.join(roles)}"
+                yield f"{source}() of {where} returned a message of role {message.role!r}, not {' or '.join(roles)}"
             elif not isinstance(message.content, tuple) or not message.content:
                 content = _kind(message.content)
-                yield f"{source}() of {where} gave a message of role {message.role} whose content is {content}"
+                yield f"{source}() of {where} returned a message of role {message.role} whose content is {content}"
             elif not all(
                 isinstance(part, Image) or (isinstance(part, Text) and isinstance(part.text, str))
                 for part in message.content
             ):
-                yield f"{source}() of {where} gave a message of role {message.role} with {_kind(message.content)}"
+                yield f"{source}() of {where} returned a message of role {message.role} with {_kind(message.content)}"
         if source == "reset" and (not conversation or conversation[-1].role not in ("user", "tool")):
             yield f"reset() of {where} does not end with a user message, so the policy has nothing to answer"
 
@@ -87,22 +87,22 @@ def ids(observed: Observed) -> Violations:
     for split in SPLITS:
         for index, name in enumerate(observed.ids[split]):
             if not isinstance(name, str) or not name:
-                yield f"{split} {index} has the id {name!r}, not a non-empty str"
+                yield f"{split} {index} has the id {name!r}, which is not a non-empty str"
         by_id: dict[str, Seen] = {}
         for seen in observed.problems[split]:
             first = by_id.setdefault(repr(seen.id), seen)
             if observed.content(first.prompt) != observed.content(seen.prompt):
-                yield f"{first.where} and {seen.where} have the id {seen.id!r} but not the same prompt"
+                yield f"{first.where} and {seen.where} have the same id {seen.id!r} and different prompts"
 
 
 def deterministic(observed: Observed) -> Violations:
     for split in SPLITS:
-        for index, (first, again) in enumerate(zip(observed.ids[split], observed.ids_asked_again[split], strict=True)):
+        for index, (first, again) in enumerate(zip(observed.ids[split], observed.ids_again[split], strict=True)):
             if repr(first) != repr(again):
-                yield f"{split} {index} is {first!r}, and {again!r} when asked for again"
+                yield f"{split} {index} is {first!r} the first time and {again!r} the second time"
     for seen in observed.all_problems():
-        if observed.content(seen.prompt) != observed.content(seen.prompt_asked_again):
-            yield f"{seen.where} has another prompt when asked for again"
+        if observed.content(seen.prompt) != observed.content(seen.prompt_again):
+            yield f"{seen.where} has another prompt the second time"
 
 
 def splits(observed: Observed) -> Violations:
@@ -115,15 +115,15 @@ def splits(observed: Observed) -> Violations:
 def siblings(observed: Observed) -> Violations:
     for seen in observed.all_problems():
         if any(observed.content(episode.prompt) != observed.content(seen.prompt) for episode in seen.episodes):
-            yield f"a second env of {seen.where} begins with another prompt"
+            yield f"a second env of {seen.where} starts with another prompt"
         if len({id(env) for env in (seen.env, *(episode.env for episode in seen.episodes))}) <= len(seen.episodes):
-            yield f"env() of {seen.where} gave the same env twice"
+            yield f"env() of {seen.where} returned the same env twice"
 
 
 def rewards(observed: Observed) -> Violations:
     for where, reply in observed.all_replies():
-        figures = {"turn_reward": reply.turn_reward, "reward": reply.reward, **reply.metrics}
-        for name, value in figures.items():
+        numbers_in = {"turn_reward": reply.turn_reward, "reward": reply.reward, **reply.metrics}
+        for name, value in numbers_in.items():
             if not (isinstance(value, numbers.Real) and abs(float(value)) <= LARGEST):  # NaN is not ≤ anything
                 yield f"{where}: {name} is {value!r}"
 
@@ -137,13 +137,13 @@ def ends(observed: Observed) -> Violations:
 def goes_on(observed: Observed) -> Violations:
     for where, reply in observed.all_replies():
         if not reply.done and not reply.messages:
-            yield f"{where}: neither done nor a message"
+            yield f"{where}: the reply is not done and has no message"
 
 
 def demonstrations(observed: Observed) -> Violations:
     for seen in observed.all_problems():
         if seen.demonstration is None:
-            yield f"demonstration() of {seen.where} is not implemented, of other problems it is"
+            yield f"demonstration() of {seen.where} raises NotImplementedError, but not for other problems"
             continue
         wrong = [
             what + fault
@@ -160,22 +160,23 @@ def _faults_of_shape(observed: Observed, prompt: Any, demonstration: Any) -> Vio
     rest = after_prompt(demonstration, prompt)
     answers = [message for message in rest if message.role == "assistant"]
     if observed.content(demonstration[: len(prompt)]) != observed.content(prompt):
-        yield " does not begin with what reset() gives"
+        yield " does not start with the messages of reset()"
     elif not rest or rest[0].role != "assistant" or rest[-1].role != "assistant":
-        yield " does not go from a first to a last assistant message after the prompt"
+        yield " does not start and end with an assistant message after the prompt"
     elif not all(text_of(answer) and all(isinstance(part, Text) for part in answer.content) for answer in answers):
         yield " has an assistant message that is not text"
 
 
 def _disagreement(observed: Observed, seen: Seen) -> Violations:
-    """A demonstration must be the conversation that its answers lead to, else supervised steps train other prompts."""
+    """A demonstration must be the conversation that its answers lead to; otherwise supervised steps train on prompts
+    that never occur."""
     played = next(episode for episode in seen.episodes if episode.where.endswith("true answers"))
     if not all(reply.done or reply.messages for reply in played.replies):
-        return  # `goes_on` says so
+        return  # the rule `goes_on` reports it
     if played.replies[-1].done and len(played.replies) < len(played.answers):
-        yield f"demonstration() of {seen.where} goes on after the env said done"
+        yield f"demonstration() of {seen.where} goes on after the env is done"
     elif len(played.replies) > len(played.answers):
-        yield f"demonstration() of {seen.where} ends before the env says done"
+        yield f"demonstration() of {seen.where} ends before the env is done"
     else:
         shown: list[list[Message]] = []
         for message in after_prompt(seen.demonstration, seen.prompt):
@@ -185,7 +186,7 @@ def _disagreement(observed: Observed, seen: Seen) -> Violations:
                 shown[-1].append(message)
         for turn, (messages, reply) in enumerate(zip(shown, played.replies, strict=False), start=1):
             if observed.content(messages) != observed.content(() if reply.done else reply.messages):
-                yield f"demonstration() of {seen.where} shows other messages after answer {turn} than step() gives"
+                yield f"demonstration() of {seen.where} shows other messages after answer {turn} than step() returns"
 
 
 def random_demonstrations(observed: Observed) -> Violations:
@@ -201,17 +202,17 @@ def random_demonstrations(observed: Observed) -> Violations:
             if mine[:turns] != others[:turns]:
                 yield f"with seed {seed}, {first} answers {', '.join(others)} and {seen.where} {', '.join(mine)}"
         if answers_in(seen.random_demonstration_again, seen.prompt) != answers[0]:
-            yield f"{seen.where} has other random answers when asked for again with the same seed"
+            yield f"{seen.where} has other random answers the second time with the same seed"
         if len(set(answers)) == 1 and answers[0]:
-            yield f"{seen.where} has the same random answers whatever the seed: {', '.join(answers[0])}"
+            yield f"{seen.where} has the same random answers for all seeds: {', '.join(answers[0])}"
 
 
 def texts(observed: Observed) -> Violations:
     value = observed.texts
     if not isinstance(value, tuple) or not all(isinstance(text, str) for text in value):
-        yield f"texts() gave {_kind(value)}, not a tuple of str"
+        yield f"texts() returned {_kind(value)}, not a tuple of str"
     elif not any(text.strip() for text in value):
-        yield "texts() gave no text"
+        yield "texts() returned no text"
 
 
 @dataclass(frozen=True)
@@ -219,14 +220,14 @@ class Rule:
     """One promise of the contract."""
 
     promise: str
-    """What holds, for the report's ok line."""
+    """What holds if the rule does; the text of its ok line."""
     remedy: str
-    """What to do about a violation."""
+    """How to fix a violation."""
     violations: Callable[[Observed], Violations]
     gate: bool = False
-    """Nothing after it can be judged when it fails."""
+    """If the rule fails, the later rules are not checked."""
     of_demonstrations: bool = False
-    """Not checked for a task without demonstrations."""
+    """The rule is skipped for a task without demonstrations."""
 
     @property
     def name(self) -> str:
@@ -234,10 +235,10 @@ class Rule:
 
 
 RULES = (
-    Rule("problem, env and texts are defined", "define what vlmrl.tasks.base.Task lists", methods, gate=True),
-    Rule("nothing raises", "mend it: in a run each such rollout would end as task_error", runs, gate=True),
+    Rule("problem, env and texts are defined", "define the methods of vlmrl.Task", methods, gate=True),
+    Rule("nothing raises", "fix it: in a run each such rollout would end as task_error", runs, gate=True),
     Rule(
-        "step() gives a Reply, and all messages are well-formed",
+        "step() returns a Reply, and all messages are well-formed",
         'build them with Message.of("user", "text", Image(...)) and return them as a tuple',
         messages,
         gate=True,
@@ -250,44 +251,46 @@ RULES = (
     ),
     Rule("ids are text, and equal ids are equal problems", "derive the id from what the problem is", ids),
     Rule(
-        "problem(split, index) gives the same problem whenever it is asked",
+        "problem(split, index) returns the same problem every time",
         "make it a function of seed, split and index: no global random state, no counter",
         deterministic,
     ),
     Rule(
         "the splits share no id",
-        "keep the evaluation problems out of training, else the evaluation measures memory",
+        "keep the evaluation problems out of training, or the evaluation measures memory",
         splits,
     ),
     Rule(
-        "every env of a problem is a new one and begins with the same prompt",
-        "make a new env in env() and share nothing that changes: the group's advantages compare equals",
+        "every env of a problem is new and starts with the same prompt",
+        "make a new env in env() and share nothing that changes: advantages compare the siblings of one prompt",
         siblings,
     ),
     Rule(
         "rewards and metrics are finite numbers",
-        "return a float: in a run each such rollout would end as bad_reward",
+        "return finite floats: in a run each such rollout would end as bad_reward",
         rewards,
     ),
     Rule(
-        "episodes end within max_turns, whatever is answered",
-        "say done at the last turn, or raise task.max_turns: such a rollout is cut, and its last reward counts",
+        "episodes end within max_turns, whatever the answers are",
+        "return done=True at the last turn, or raise task.max_turns: a run cuts such a rollout off",
         ends,
     ),
-    Rule("a turn that is not the last says what comes next", "set Reply.messages, or done=True", goes_on),
+    Rule("every turn before the last is followed by a message", "set Reply.messages, or done=True", goes_on),
     Rule(
         "demonstrations are the conversation that their answers lead to",
-        "give reset()'s messages, then answer, step()'s messages, …, answer, up to the env's done",
+        "return the messages of reset(), then answer, messages of step(), …, answer, until the env is done",
         demonstrations,
         of_demonstrations=True,
     ),
     Rule(
         "random demonstrations say nothing about the problem",
-        "draw their answers from the seed argument alone (random.Random(seed)), from nothing of the problem",
+        "draw their answers from the seed argument alone (random.Random(seed)), not from the problem",
         random_demonstrations,
         of_demonstrations=True,
     ),
     Rule(
-        "texts() gives the text of prompts and answers", "return a tuple of str, e.g. (system_prompt, question)", texts
+        "texts() returns the text of prompts and answers",
+        "return a tuple of str, e.g. (system_prompt, question)",
+        texts,
     ),
 )
