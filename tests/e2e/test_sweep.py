@@ -1,4 +1,4 @@
-"""Sweeps with the real command: killed and run again, and with the launchers and sweepers that other packages bring."""
+"""Sweeps with the real command: killed and started again, and with launchers and sweepers of other packages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ QUICKER = (
     "orchestrator.eval.every=4",
 )
 QUICK = tuple({override.partition("=")[0]: override for override in (*SHORT, *QUICKER)}.values())
-"""A job in about a second; each key once, as Hydra names jobs."""
+"""Overrides of a job that takes about a second. Each key appears once, because Hydra names jobs by them."""
 
 
 def table(folder: Path) -> list[dict[str, str]]:
@@ -32,7 +32,7 @@ def table(folder: Path) -> list[dict[str, str]]:
 
 
 def needs(module: str) -> pytest.MarkDecorator:
-    """Skips where an extra is not installed; asking imports nothing."""
+    """Skip the test if an extra is not installed. The check imports nothing."""
     package = module.partition(".")[0]  # find_spec raises where it is not there either
     found = importlib.util.find_spec(package) and importlib.util.find_spec(module)
     return pytest.mark.skipif(found is None, reason=f"{module} is not installed")
@@ -43,10 +43,10 @@ def needs(module: str) -> pytest.MarkDecorator:
 
 @pytest.fixture(scope="module")
 def sweeps(home: Home) -> Scenarios:
-    """Everything of this module that starts processes of our own accord."""
+    """All runs of this module, started side by side."""
 
     def killed_after_three() -> tuple[Path, list[str], list[str]]:
-        """A sweep of six, killed before the fourth job has its folder; then run again."""
+        """A sweep of six jobs, killed before the fourth has its folder, then started again."""
         folder = home.path / "outputs/multirun/six"
         arguments = ("--multirun", "seed=0,1,2,3,4,5", *QUICK, f"hydra.sweep.dir={folder}")
         killed = home.vlmrl("os.mkdir", "seed=3", *arguments, code=("-c", KILL_AT))
@@ -58,7 +58,7 @@ def sweeps(home: Home) -> Scenarios:
         return folder, before, ran
 
     def killed_at_work() -> tuple[Path, Path]:
-        """Killed in the second job, after its first checkpoint; run again. And the same job, never stopped."""
+        """A sweep killed in its second job after the first checkpoint, then started again; and the same job, never stopped."""
         folder, alone = home.path / "outputs/multirun/two", home.path / "outputs/alone"
         arguments = ("--multirun", "seed=7,8", *QUICK, f"hydra.sweep.dir={folder}")
         name = job_name(["seed=8", *QUICK], "")
@@ -97,7 +97,7 @@ def test_an_interrupted_job_goes_on_from_its_checkpoint(sweeps: Scenarios) -> No
 
 
 def test_compare_at_any_time(sweeps: Scenarios, home: Home) -> None:
-    """Of folders that do not belong together, into a folder of its own."""
+    """A comparison of unrelated folders is written into a folder of its own."""
     folder, alone = sweeps["killed_after_three"][0], sweeps["killed_at_work"][1]
     into = home.path / "outputs/compared"
     ended = home.vlmrl("mode=compare", f"runs=[{folder},{alone}]", f"hydra.run.dir={into}")

@@ -1,4 +1,4 @@
-"""Tasks that users bring along, sound and broken (their_tasks.py), in the command as they would run it."""
+"""Runs of users' tasks, sound and broken (support/their_tasks.py), with the real command."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def runs(home: Home) -> Scenarios:
 
 
 def records(run: Path, kind: str) -> list[dict[str, Any]]:
-    """Training rollouts of problems of that kind."""
+    """The training rollouts of problems of one kind."""
     files = [found for name, found in steady_rollouts(run).items() if name.startswith("step_")]
     return [record for found in files for record in found if record["problem_id"].endswith(f"/{kind}")]
 
@@ -70,7 +70,7 @@ def test_a_sound_one(runs: Scenarios) -> None:
 def test_a_fault_costs_its_rollouts(
     kind: str, stop_reason: str, dropped: str, error: str | None, runs: Scenarios
 ) -> None:
-    """Recorded with its reason, counted, and the run goes on to its end."""
+    """The rollout is recorded with its reason and counted, and the run continues to its end."""
     run = runs["go_on"][0] / "1"
     found = records(run, kind)
     assert len(found) == STEPS * 2 // len(KINDS) * 4

@@ -1,4 +1,4 @@
-"""Tasks as a user writes them, beside the built-in one; a copy lies in the folder that the tests run in.
+"""Tasks as a user writes them; a copy lies in the folder in which the tests run commands.
 
 Sound           answers are scored by their length, so that siblings differ
 SomeFaults      one problem in six is sound, each of the others goes wrong in its own way
@@ -42,7 +42,7 @@ class Row:
 
 
 class Say:
-    """One turn about one image."""
+    """An env with one turn about one image."""
 
     def __init__(self, row: Row) -> None:
         self.row = row
@@ -63,7 +63,7 @@ class Say:
 
 
 class Sound(Task):
-    """The least that a task is made of."""
+    """A minimal task."""
 
     kinds: ClassVar[tuple[str, ...]] = ("sound",)
 
@@ -105,8 +105,8 @@ class Poison(Sound):
 
 
 class Gated(ColorCodeword):
-    """Whoever asks for problem `args.hold` leaves the file `reached` in the folder `args.gate` and waits there until
-    the file `open` appears."""
+    """color_codeword that stops at problem `args.hold`: it writes the file `reached` in the folder `args.gate` and waits
+    until the file `open` appears there."""
 
     def __init__(self, config: Any, *, seed: int) -> None:
         super().__init__(ColorCodewordConfig(max_turns=config.max_turns), seed=seed)
@@ -122,7 +122,7 @@ class Gated(ColorCodeword):
 
 
 class Blindfolded(ColorCodeword):
-    """The reward climbs, since the answer can be guessed; nothing can be seen."""
+    """The reward rises because the answer can be guessed; the images are black."""
 
     def __init__(self, config: Any, *, seed: int) -> None:
         super().__init__(ColorCodewordConfig(max_turns=config.max_turns, images_per_turn=1), seed=seed)

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: what it prints, what it leaves, how it exits."""
+"""The command line: what it refuses, prints and writes, and its exit codes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ sys.modules["vlmrl.runs.lifecycle"] = fake
 from vlmrl.cli.main import main
 sys.exit(main())
 """
-"""Starts the command line with a `vlmrl.runs.lifecycle` of our own, whose source is the first argument."""
+"""Starts the command line with a fake `vlmrl.runs.lifecycle`, whose source is the first argument."""
 
 PRINT_CONFIG = """
 import json
@@ -431,7 +431,7 @@ def test_resume_refuses(override: str, message: str, run_dir: RunDir) -> None:
 
 
 def test_what_a_resumed_run_may_change(run_dir: RunDir) -> None:
-    """By the metadata of each changed value: free, noted, refused. A value that stays as it is is never refused."""
+    """The metadata of a changed value decides: free, noted, refused. An unchanged value is never refused."""
     resume = f"resume={run_dir.path}"
     assert resumed([resume, "trainer.max_steps=7", "monitor.live=false", "seed=0"])[1] == []
     config, notes = resumed([resume, "trainer.learning_rate=1e-5", "++task.args.level=4"])

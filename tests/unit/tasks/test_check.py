@@ -31,7 +31,7 @@ NO_CONFIG: Any = None
 
 @dataclass
 class Dots:
-    """How many dots, asked twice: once for the number, once for the number plus one."""
+    """A question in two turns: how many dots are there, and how many with one more?"""
 
     id: str
     count: int
@@ -123,7 +123,7 @@ class WithParts(CountingEnv):
 
 
 class FewShot(Counting):
-    """An assistant message in the prompt is no answer of the demonstration."""
+    """An assistant message in the prompt does not count as an answer of the demonstration."""
 
     shots = (Message.of("user", "How many?"), Message.of("assistant", "3"))
 
@@ -194,7 +194,7 @@ class NoTexts:
 
 
 class InheritedEnv(Task):
-    """The protocol's own empty body would answer None."""
+    """The inherited empty method would return None."""
 
     def __init__(self) -> None:
         self.seed = 0
@@ -213,7 +213,7 @@ class FiniteWithoutWrapping(Counting):
 
 
 class WithEnv(Counting):
-    """Children change what the env does."""
+    """Subclasses change what the env does."""
 
     def env(self, problem: Dots) -> Env:
         outer = self
@@ -365,7 +365,7 @@ class OneIdForAll(Counting):
 
 
 class CountsCalls(Counting):
-    """A cursor: problem i is what comes next, whatever i."""
+    """A cursor: every call returns the next problem and ignores the index."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -376,7 +376,7 @@ class CountsCalls(Counting):
 
 
 class RandomPicture(Counting):
-    """The same ids, but other pixels each time that a problem is asked for."""
+    """Equal ids, but other pixels each time."""
 
     def problem(self, split: Split, index: int) -> Dots:
         return Dots(f"{split} {index}", random.SystemRandom().randrange(200))
@@ -459,7 +459,7 @@ class Speechless(WithEnv):
 
 
 class WithDemonstration(Counting):
-    """Children change what is demonstrated, true or random: five messages, of which the first two are the prompt."""
+    """Subclasses change the demonstration, true or random: five messages, of which the first two are the prompt."""
 
     def demonstration(self, problem: Dots, *, random_answers: bool, seed: int) -> tuple[Message, ...]:
         return self.change(super().demonstration(problem, random_answers=random_answers, seed=seed), random_answers)
@@ -526,7 +526,7 @@ class FixedAnswers(Counting):
 
 
 class UnseededAnswers(Counting):
-    """The letters are a function of the seed and of how often one was asked."""
+    """The answers depend on the seed and on the number of calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -686,7 +686,7 @@ def test_settings_are_those_of_a_run() -> None:
 
 
 def test_it_runs_as_a_module_in_the_users_own_folder(tmp_path: Path) -> None:
-    """As a user calls it; their module is found because they stand in its folder."""
+    """As a user runs it, in the folder of the module, which is how the module is found."""
     (tmp_path / "my_counting.py").write_text(Path(__file__).read_text())
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""The rules of color_codeword: what is an answer, what it scores, which problems there are, what is shown."""
+"""color_codeword: how answers are read and scored, which problems exist, and what they show."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def make(seed: int = 0, **settings: Any) -> ColorCodeword:
 
 
 def shown_letters(messages: tuple[Message, ...]) -> str:
-    """Read the squares as a policy must: by their pixels."""
+    """Read the letters from the pixels of the squares, as a policy must."""
     letter_of = {rgb: letter for letter, (_, rgb) in COLORS.items()}
     images = [part.source for message in messages for part in message.content if isinstance(part, Image)]
     for image in images:
@@ -74,7 +74,7 @@ def test_parse_answer(text: str, answer: str) -> None:
 
 @given(st.text(st.sampled_from(LETTERS + "JaZ \n"), max_size=40))
 def test_the_answer_is_the_last_of_the_longest_runs(text: str) -> None:
-    """Against a loop that knows no regular expression."""
+    """Compared with a loop without regular expressions."""
     runs = [text[i:j] for i, j in itertools.combinations(range(len(text) + 1), 2) if set(text[i:j]) <= set(LETTERS)]
     longest = max(map(len, runs), default=0)
     assert parse_answer(text) == ([run for run in runs if len(run) == longest] or [""])[-1]
@@ -194,7 +194,7 @@ def test_both_sides_of_the_smallest_spaces_have_codewords_for_every_rule(length:
 
 @pytest.mark.parametrize(("max_turns", "images_per_turn"), [(1, 2), (2, 1), (2, 2), (3, 1)])
 def test_training_shows_every_colour_at_every_position(max_turns: int, images_per_turn: int) -> None:
-    """Else the held-out codewords would ask for what was never rewarded."""
+    """Otherwise held-out codewords would need answers that training never rewards."""
     task = make(max_turns=max_turns, images_per_turn=images_per_turn)
     codewords = [task.problem("train", index).codeword for index in range(2000)]
     for position in range(max_turns * images_per_turn):
@@ -246,7 +246,7 @@ def test_shuffled_images_change_what_is_shown_and_nothing_else() -> None:
 
 
 def test_shuffled_squares_say_nothing_about_the_codeword() -> None:
-    """The letter and the colour shown at its place agree as often as chance has it: 1 in 9."""
+    """A letter and the colour at its position agree as often as by chance: 1 in 9."""
     task = make(shuffle_images=True)
     problems = [task.problem("train", index) for index in range(3000)]
     pairs = Counter((p.codeword[i], p.shown[i]) for p in problems for i in range(4))

@@ -1,4 +1,4 @@
-"""`task.target`: a task of the user's own from a folder of theirs, and every way to spell it wrong."""
+"""Loading `task.target` from a user's folder, and the message for each way to write it wrong."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Counting(Task):
         return ("How many?",)
 
 class Structural:
-    """A Task by its methods alone."""
+    """A class with the methods of Task that does not derive from it."""
     def __init__(self, config, *, seed): ...
     def problem(self, split, index): return Dots("1", 1)
     def env(self, problem): return DotsEnv(1)

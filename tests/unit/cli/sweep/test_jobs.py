@@ -1,4 +1,4 @@
-"""Jobs of a sweep by their folders: names, states, claims, and what is done about each."""
+"""Names, states and locks of a sweep's jobs, and what a second start does with each."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_other_overrides_are_another_job(one: list[str], other: list[str]) -> No
 
 @pytest.fixture
 def run_dir(tmp_path: Path, run_config: Callable[..., RunConfig]) -> RunDir:
-    """A run that kept its config and then was killed."""
+    """A run that was killed after it wrote its config."""
     run_dir = RunDir(tmp_path / "multirun/seed=1")
     run_dir.create()
     run_dir.write_config(run_config("seed=1"))
