@@ -105,8 +105,8 @@ class Poison(Sound):
 
 
 class Gated(ColorCodeword):
-    """color_codeword that stops at problem `args.hold`: it writes the file `reached` in the folder `args.gate` and waits
-    until the file `open` appears there."""
+    """color_codeword that stops at problem `args.hold`: it writes the file `reached` in the folder `args.gate` and
+    waits until the file `open` appears there."""
 
     def __init__(self, config: Any, *, seed: int) -> None:
         super().__init__(ColorCodewordConfig(max_turns=config.max_turns), seed=seed)
