@@ -58,7 +58,7 @@ def sweeps(home: Home) -> Scenarios:
         return folder, before, ran
 
     def killed_at_work() -> tuple[Path, Path]:
-        """A sweep killed in its second job after the first checkpoint, then started again; and its job, never stopped."""
+        """A sweep killed in its second job and started again; and the same job, never stopped."""
         folder, alone = home.path / "outputs/multirun/two", home.path / "outputs/alone"
         arguments = ("--multirun", "seed=7,8", *QUICK, f"hydra.sweep.dir={folder}")
         name = job_name(["seed=8", *QUICK], "")
