@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from vlmrl.config.field_docs import alternatives_of, fields_of
 from vlmrl.config.fields import Resume, Setting, setting_of
-from vlmrl.config.run import RunConfig, schemas_of
+from vlmrl.config.run import SCHEMAS, RunConfig, schemas_of
 from vlmrl.errors import ConfigError
 
 
@@ -22,7 +22,20 @@ def unknown_key(key: str) -> str:
     'there is no such key; did you mean orchestrator.group_size?'
     >>> unknown_key("modle")
     'there is no such key; did you mean mode or model?'
+
+    For a key that only other options of a mixed group have, the text names them:
+
+    >>> unknown_key("inference.replicas")
+    'there is no such key in the chosen option of inference; inference=vllm has it'
     """
+    group, _, name = key.partition(".")
+    owners = [
+        kind
+        for kind, schema in SCHEMAS.get(group, {}).items()
+        if name.partition(".")[0] in {field.name for field in dataclasses.fields(schema)}
+    ]
+    if owners and (key in known_keys() or is_free_form(key)):
+        return f"there is no such key in the chosen option of {group}; {group}={'|'.join(owners)} has it"
     return "there is no such key" + did_you_mean(key, [*known_keys(), *known_groups()])
 
 
