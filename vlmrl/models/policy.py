@@ -103,9 +103,7 @@ class Policy:
         text._attn_implementation = ATTENTION_NAME
         tower = model.get_encoder(modality="image")
         self._tower = None if tower is model else tower
-        if self._tower is not None and self._is_fused:
-            # Otherwise the tower keeps torch's own attention, image by image.
-            self._tower.config._attn_implementation = VISION_ATTENTION
+        self._tower_attention = None if self._tower is None else self._tower.config._attn_implementation
         self._banned = torch.zeros(len(model.get_output_embeddings().weight), dtype=torch.bool, device=self.device)
         self._banned[sorted(banned_token_ids)] = True
         self._cache = FeatureCache(feature_cache_bytes)
@@ -153,6 +151,11 @@ class Policy:
         return {name: float(value) for name, value in counters.items()}
 
     def _encode(self, images: Sequence[ImageItem]) -> Levels:
+        if self._tower is not None:
+            # Chosen at each call: the doctor computes in another dtype for a while, and flash attention has no float32.
+            # Without it the tower keeps torch's own attention, image by image.
+            fused = VISION_ATTENTION if self._is_fused else self._tower_attention
+            self._tower.config._attn_implementation = fused
         sizes: dict[str, Tensor] = {}
         pixels: dict[str, Tensor] = {}
         for name, first in images[0].mm_kwargs.items():

@@ -213,3 +213,22 @@ def test_banned_tokens_have_probability_zero_and_the_rest_sums_to_one(policy: Po
 def test_temperature_zero_is_the_plain_distribution(policy: Policy) -> None:
     hidden = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(policy.log_probs(hidden, 0.0), policy.log_probs(hidden, 1.0), rtol=0, atol=0)
+
+
+def test_the_vision_tower_follows_the_dtype_of_the_moment(
+    tiny_model: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the doctor switches a bfloat16 policy to float32 for a while, where flash attention does not exist."""
+    shown = image(2, 3)
+    expected = Policy(tiny_model(), position_function("mrope", 2), BANNED).encode_images([shown])
+    monkeypatch.setattr(Policy, "_is_fused", property(lambda policy: policy.dtype is torch.bfloat16))
+    policy = Policy(tiny_model(), position_function("mrope", 2), BANNED)
+    policy.dtype = torch.bfloat16  # what a policy on a GPU computes in
+    with pytest.raises((RuntimeError, AssertionError, NotImplementedError)):
+        policy.encode_images([shown])  # this machine has no flash attention, so it was chosen
+    policy.dtype = torch.float32
+    features = policy.encode_images([shown])
+    assert features is not None
+    assert expected is not None
+    for level, expected_level in zip(features.levels, expected.levels, strict=True):
+        torch.testing.assert_close(level, expected_level, rtol=0, atol=0)
