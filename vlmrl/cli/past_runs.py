@@ -10,7 +10,7 @@ main.py calls these functions and starts the result.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import hydra
@@ -93,12 +93,10 @@ def resumes(arguments: list[str]) -> bool:
     return any(argument.startswith("resume=") for argument in arguments) and not {"-h", "--help"} & set(arguments)
 
 
-def resumed(arguments: list[str]) -> tuple[DictConfig, list[str]]:
-    """The config of the run that `resume=` names, with the other arguments applied, and notes on changed values that
-    may bend its curves (`Resume.noted`).
-
-    Raises ConfigError, also for a changed value that the run cannot go on with (`Resume.refused`).
-    """
+def resumed(arguments: list[str]) -> tuple[DictConfig, Callable[[], list[str]]]:
+    """The config of the run that `resume=` names, with the other arguments applied, and a function that judges the
+    changed values: it returns notes on those that may bend the curves (`Resume.noted`) and raises ConfigError for a
+    value that the run cannot go on with (`Resume.refused`). Raises ConfigError."""
     folder = [argument for argument in arguments if argument.startswith("resume=")][-1].removeprefix("resume=")
     overrides = [argument for argument in arguments if not argument.startswith("resume=")]
     for text in overrides:
@@ -118,9 +116,9 @@ def resumed(arguments: list[str]) -> tuple[DictConfig, list[str]]:
             f"mode={mode.name}: remove mode=, or start a new run without resume="
         )
     # An evaluation or an export adds no step to the run, so it may use other values.
-    notes = notes_on_changes(recorded, leaves_of(config), folder) if config.mode is mode else []
+    now = leaves_of(config) if config.mode is mode else recorded
     config.output_dir, config.resume = str(run_dir.path), str(run_dir.path)
-    return config, notes
+    return config, lambda: notes_on_changes(recorded, now, folder)
 
 
 def notes_on_changes(recorded: Mapping[str, object], now: Mapping[str, object], folder: str) -> list[str]:

@@ -29,12 +29,16 @@ from vlmrl.record.logs import MainLog
 from vlmrl.record.run_dir import RunDir
 
 
-def start(config: DictConfig, notes: Sequence[str] = ()) -> float | None:
+def start(config: DictConfig, judge_changes: Callable[[], Sequence[str]] = list) -> float | None:
     """Check a composed config and run it; returns the objective for sweepers. Raises VlmrlError.
 
-    `notes` are sentences about a resumed run. They are printed before it goes on, and written to its logs/main.log.
+    `judge_changes` refuses values that a resumed run must not change, and returns sentences about the others. It is
+    called after the checks, so that a config that cannot run at all gets the same message as in a new run. The
+    sentences are printed before the run goes on, and written to its logs/main.log.
     """
     run_config = checked(config)
+    if run_config.dry_run:
+        judge_changes()
     if (code := answer_without_a_run(run_config)) is not None:
         if code != 0:
             raise SystemExit(code)
@@ -51,7 +55,7 @@ def start(config: DictConfig, notes: Sequence[str] = ()) -> float | None:
             serve(run_config, index)
             return None
     check(run_config, Stage.here)
-    if notes:
+    if notes := judge_changes():
         print_and_log(notes, RunDir(run_config.output_dir))
     from vlmrl.runs.lifecycle import execute
 

@@ -426,22 +426,22 @@ def test_resume_follows_links(run_dir: RunDir, vlmrl: Callable[..., Ended]) -> N
 )
 def test_resume_refuses(override: str, message: str, run_dir: RunDir) -> None:
     with pytest.raises(ConfigError) as caught:
-        resumed([f"resume={run_dir.path}", override])
+        resumed([f"resume={run_dir.path}", override])[1]()
     assert message in str(caught.value)
 
 
 def test_what_a_resumed_run_may_change(run_dir: RunDir) -> None:
     """The metadata of a changed value decides: free, noted, refused. An unchanged value is never refused."""
     resume = f"resume={run_dir.path}"
-    assert resumed([resume, "trainer.max_steps=7", "monitor.live=false", "seed=0"])[1] == []
-    config, notes = resumed([resume, "trainer.learning_rate=1e-5", "++task.args.level=4"])
-    assert notes == [
+    assert resumed([resume, "trainer.max_steps=7", "monitor.live=false", "seed=0"])[1]() == []
+    config, judge_changes = resumed([resume, "trainer.learning_rate=1e-5", "++task.args.level=4"])
+    assert judge_changes() == [
         "task.args.level changes from 3 to 4, so the curves may bend from here on",
         "trainer.learning_rate changes from 0.0015 to 1e-05, so the curves may bend from here on",
     ]
     assert config.trainer.learning_rate == 1e-5
     for mode in ("eval", "export"):  # adds no step
-        assert resumed([resume, f"mode={mode}", "seed=7"])[1] == []
+        assert resumed([resume, f"mode={mode}", "seed=7"])[1]() == []
 
 
 def test_resume_is_checked(run_dir: RunDir) -> None:

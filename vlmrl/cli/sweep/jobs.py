@@ -152,7 +152,10 @@ def _lock(file: int) -> bool:
 
 
 def runs_in(folder: Path) -> list[RunDir]:
-    """The run in `folder`, or the runs of a multirun in it, sorted by name. Raises ConfigError if it is neither.
+    """The run in `folder`, or the runs of a multirun in it. Raises ConfigError if it is neither.
+
+    The runs are sorted by their overrides, of which a folder's name may hold only the beginning; a run without any, by
+    its name.
 
     The folder of a job that has not started, or that ended before it wrote anything, counts as a run.
     """
@@ -163,4 +166,4 @@ def runs_in(folder: Path) -> list[RunDir]:
         raise ConfigError(
             f"runs: {folder} is neither a run nor a multirun, so it cannot be compared: name another folder"
         )
-    return runs
+    return sorted(runs, key=lambda run: of_the_job(run.read_overrides() or ()) or [run.name])
