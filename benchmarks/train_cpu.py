@@ -47,9 +47,10 @@ from vlmrl.types import TrainingSample
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="times that the sides take turns")
+    parser.add_argument("--warmup-steps", type=int, default=100, help="supervised steps before the batch is sampled")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        policy, samples = default_batch(folder)
+        policy, samples = default_batch(folder, arguments.warmup_steps)
         print(
             f"python {' '.join(sys.argv)}\n{platform.machine()}, {os.cpu_count()} cores, one torch thread, torch "
             f"{torch.__version__}; {len(samples)} samples of {min(len(s.token_ids) for s in samples)} to "
@@ -89,9 +90,9 @@ def compare(policy: Policy, samples: list[TrainingSample], rounds: int) -> None:
         print(f"\ntree is {medians[name] / medians['tree']:.2f} times as fast as {name}")
 
 
-def default_batch(folder: str) -> tuple[Policy, list[TrainingSample]]:
+def default_batch(folder: str, warmup_steps: int) -> tuple[Policy, list[TrainingSample]]:
     """The policy after the warm-up and the samples of the first step."""
-    config = default_config(folder)
+    config = default_config(folder, warmup_steps)
     run_dir = RunDir(config.output_dir)
     run_dir.create(resume=False)
     with Monitor(config.monitor, run_dir, total_steps=1, exact=True) as monitor:
@@ -118,16 +119,19 @@ def default_batch(folder: str) -> tuple[Policy, list[TrainingSample]]:
     return policy, [sample for rollout in rollouts for sample in make_samples(rollout)]
 
 
-def default_config(folder: str) -> RunConfig:
+def default_config(folder: str, warmup_steps: int) -> RunConfig:
     from hydra import compose, initialize_config_dir
 
     register_schemas()
+    overrides = [
+        RECIPE,
+        f"trainer.warmup.steps={warmup_steps}",
+        f"output_dir={Path(folder)}",
+        "monitor.live=false",
+        "monitor.wandb.mode=disabled",
+    ]
     with initialize_config_dir(str(CONF), version_base=None):
-        return parse(
-            compose(
-                "config", [RECIPE, f"output_dir={Path(folder)}", "monitor.live=false", "monitor.wandb.mode=disabled"]
-            )
-        )
+        return parse(compose("config", overrides))
 
 
 if __name__ == "__main__":

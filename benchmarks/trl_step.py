@@ -21,7 +21,6 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
@@ -72,16 +71,19 @@ Steps: TypeAlias = list[dict[str, float]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trl-venv", type=Path, required=True, help="virtual environment for TRL, made if missing")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--trl-venv", type=Path, help="virtual environment for TRL, made if missing")
+    which.add_argument("--trl-python", type=Path, help="an interpreter that has TRL and torchvision already")
     parser.add_argument("--rounds", type=int, default=3, help="times that the two sides take turns")
     parser.add_argument("--steps", type=int, default=12, help=f"optimizer steps a turn, {WARMUP_STEPS} not counted")
     parser.add_argument("--threads", type=int, default=1, help="torch threads on both sides")
+    parser.add_argument("--warmup-steps", type=int, default=100, help="supervised steps that make `warm`")
     parser.add_argument("--tune", action="store_true", help="compare settings for TRL instead")
     arguments = parser.parse_args()
     assert arguments.steps > WARMUP_STEPS, "no step would be counted"
-    python = trl_python(arguments.trl_venv.absolute())
+    python = arguments.trl_python or trl_python(arguments.trl_venv.absolute())
     with tempfile.TemporaryDirectory(prefix="trl_step_") as folder:
-        bench = Bench(Path(folder), python, steps=arguments.steps, threads=arguments.threads)
+        bench = Bench(Path(folder), python, arguments)
         if arguments.tune:
             tune(bench)
         else:
@@ -127,16 +129,18 @@ def tune(bench: Bench) -> None:
 class Bench:
     """What both sides share: checkpoints, prompts and sizes, in a folder of its own."""
 
-    def __init__(self, folder: Path, trl_python: Path, *, steps: int, threads: int) -> None:
-        self.folder, self.trl_python, self.steps, self.threads = folder, trl_python, steps, threads
+    def __init__(self, folder: Path, trl_python: Path, arguments: argparse.Namespace) -> None:
+        self.folder, self.trl_python = folder, trl_python
+        self.steps, self.threads = arguments.steps, arguments.threads
         self.runs = 0
-        self.environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-        write_prompts(folder / "prompts", steps * GROUPS)
-        self.checkpoints = self.make_checkpoints()
+        self.environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "HF_HUB_OFFLINE": "1"}
+        write_prompts(folder / "prompts", self.steps * GROUPS)
+        self.checkpoints = self.make_checkpoints(arguments.warmup_steps)
 
     def overrides(self) -> list[str]:
         """The batch, for `python -m vlmrl`."""
         return [
+            "experiment=color_codeword_tiny",
             "task.max_turns=1",
             f"task.images_per_turn={IMAGES}",
             f"orchestrator.groups_per_step={GROUPS}",
@@ -149,6 +153,7 @@ class Bench:
             f"trainer.threads={self.threads}",
             "trainer.checkpoint_every=0",
             "monitor.wandb.mode=disabled",
+            "monitor.report=false",
             "monitor.live=false",
             f"seed={SEED}",
         ]
@@ -162,7 +167,7 @@ class Bench:
             f"trainer.max_steps={self.steps}",
         ]
 
-    def make_checkpoints(self) -> dict[str, Path]:
+    def make_checkpoints(self, warmup_steps: int) -> dict[str, Path]:
         """`random` as it is built, `warm` with the weights after the default warm-up."""
         from vlmrl.config.model import ModelConfig, TinyConfig, VLMConfig
         from vlmrl.models.checkpoints.tiny import ensure_tiny_checkpoint
@@ -170,11 +175,10 @@ class Bench:
         random = ensure_tiny_checkpoint(
             ModelConfig(name="qwen3vl_tiny", vlm=VLMConfig(family="qwen3_vl"), tiny=TinyConfig()), task().texts()
         )
-        run = self.run_vlmrl("mode=sft")
+        run = self.run_vlmrl("mode=sft", f"trainer.warmup.steps={warmup_steps}")
         warm = self.folder / "warm"
-        shutil.copytree(random, warm)
-        (newest,) = (run / "checkpoints").glob("step_*/")
-        shutil.copy(newest / "model.safetensors", warm)
+        export = ["mode=export", f"resume={run}", f"export.folder={warm}"]
+        execute([sys.executable, "-m", "vlmrl", *export], self.environment)
         return {"random": random, "warm": warm}
 
     def run_vlmrl(self, *overrides: str) -> Path:

@@ -1,0 +1,75 @@
+"""Every script of benchmarks/ is rehearsed at a small size: `pytest -m benchmark`, which .ci/run calls.
+
+The numbers of a rehearsal mean nothing. It shows that the script still runs and prints its table.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from support.command_line import REPOSITORY
+from support.processes import start
+
+BENCHMARKS = REPOSITORY / "benchmarks"
+REHEARSAL_TIMEOUT_S = 500.0
+
+HELPERS = ("training_batches.py", "trl_side.py")
+"""Files of benchmarks/ that others import or start."""
+
+SMALL_IMAGES = "--groups 2 --group-size 2 --image-size 64 --new-tokens 8"
+REHEARSALS = {
+    "fsdp_scaling.py": "--size tiny --device cpu --shape codeword --rows alone,full,optimizer --steps 1 --groups 1",
+    "mismatch.py": f"--checkpoint TINY --dtype float32 --engines default {SMALL_IMAGES}",
+    "rollout_throughput.py": f"--rounds 1 --turns 1 {SMALL_IMAGES}",
+    "same_runs.py": f"{sys.executable} {sys.executable} --short --cases default",
+    "train_cpu.py": "--rounds 1 --warmup-steps 3",
+    "train_throughput.py": "--sizes tiny --device cpu --shapes codeword --rows tree,varlen,padded --steps 1 --groups 1",
+    "trl_gpu.py": "--size tiny --device cpu --shapes codeword --steps 3 --groups 1 --trl-micro-batches 8",
+    "trl_step.py": f"--trl-python {sys.executable} --rounds 1 --steps 3 --warmup-steps 3",
+    "vision_gap.py": "trainer.max_steps=2 trainer.warmup.steps=3",
+    "weight_sync.py": (
+        "--checkpoint TINY --dtype float32 --transports folder --rounds 1 --requests 4 --new-tokens 16 --image-size 64 "
+        "--max-model-len 512 --lead 0.1"
+    ),
+    "wrong_configs.py": "--first 3",
+}
+"""Script → arguments; TINY is the folder of a tiny checkpoint."""
+
+NEEDS = {
+    "mismatch.py": "vllm",
+    "rollout_throughput.py": "vllm",
+    "weight_sync.py": "vllm",
+    "trl_gpu.py": "trl",
+    "trl_step.py": "trl",
+}
+"""Script → the package without which it is skipped."""
+
+
+@pytest.mark.benchmark
+@pytest.mark.parametrize("script", sorted(REHEARSALS))
+def test_a_benchmark_runs_at_a_small_size(script: str, tiny_folder: Path, tmp_path: Path) -> None:
+    needed = NEEDS.get(script)
+    if needed is not None and find_spec(needed) is None:
+        pytest.skip(f"{needed} is not installed")
+    arguments = REHEARSALS[script].replace("TINY", str(tiny_folder)).split()
+    ranks = ("-m", "torch.distributed.run", "--nproc-per-node=2") if script == "fsdp_scaling.py" else ()
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "VLMRL_CACHE": str(tmp_path / "cache")}
+    process = start(*ranks, str(BENCHMARKS / script), *arguments, cwd=tmp_path, environment=environment, cold=True)
+    out, err = process.communicate(timeout=REHEARSAL_TIMEOUT_S)
+    assert process.returncode == 0, f"{out}\n{err}"
+    assert out.strip()
+
+
+def test_every_script_is_rehearsed_and_has_its_page() -> None:
+    scripts = {path.name for path in BENCHMARKS.glob("*.py")}
+    assert scripts == {*REHEARSALS, *HELPERS}
+    index = (BENCHMARKS / "README.md").read_text()
+    for script in REHEARSALS:
+        page = script.replace(".py", ".md")
+        assert (BENCHMARKS / page).exists(), f"{script} has no page"
+        assert f"]({page})" in index, f"benchmarks/README.md does not link to {page}"
