@@ -1,0 +1,215 @@
+"""Every command and every piece of Python in README.md, CONTRIBUTING.md and docs/ is run.
+
+A command runs as it is written where this machine can run it in seconds. `EXCHANGED` is the list of the others: what
+is exchanged is a model that would be downloaded, a cluster, or the length of a run. A command in neither list fails.
+Commands run with `pytest -m documentation`, which .ci/run calls.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from support.command_line import REPOSITORY, SHORT, Home
+from vlmrl.record.metrics import STEP_KEYS
+
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+TEMPLATE = REPOSITORY / "vlmrl/cli/template/my_task.py"
+
+LESS = " ".join(SHORT)
+TINY = "model=qwen3vl_tiny trainer=default"
+"""In place of a model that would be downloaded or needs a GPU."""
+
+RUN_BY_CI = (
+    "pip install -e . && python -m vlmrl",
+    "pip install -e '.[test]' && pytest",
+    "pip install -e '.[test,dev]' && pytest",
+    "ruff check . && ruff format --check .",
+    "mypy",
+    "lint-imports",
+    "pytest tests/unit/trainer",
+)
+"""Run by .ci/run itself, in a fresh environment."""
+
+AS_WRITTEN = (
+    "python -m vlmrl mode=report run=outputs/latest",
+    "python -m vlmrl explain trainer",
+    "python -m vlmrl explain algorithm.clip_high algorithm=dapo",
+    "python -m vlmrl --cfg job",
+    "python -m vlmrl dry_run=true experiment=color_codeword_4b",
+    "python -m vlmrl dry_run=true model=qwen3vl model/size=8b inference=vllm",
+    "python -m vlmrl resume=outputs/latest",
+    "python -m vlmrl mode=replay run=outputs/latest step=1",
+    "python -m vlmrl mode=replay run=outputs/latest step=1 trainer.packing=varlen",
+    "python -m vlmrl mode=compare runs=[outputs/multirun/mine]",
+    "python -m vlmrl mode=report 'runs=[outputs/a,outputs/b]'",
+    "python -m vlmrl init my_task",
+    "python -m vlmrl init my_task && cd my_task",
+    "python -m vlmrl.tasks.check my_task:MyTask args.level=3",
+    "python -m vlmrl mode=check task=my_task:MyTask task.args.level=3",
+    "python -m pytest",
+)
+
+EXCHANGED = {
+    # shorter
+    "python -m vlmrl algorithm=rloo seed=1": f"python -m vlmrl algorithm=rloo seed=1 {LESS}",
+    "python -m vlmrl experiment=color_codeword_tiny task.max_turns=3 trainer.max_steps=600": (
+        f"python -m vlmrl experiment=color_codeword_tiny task.max_turns=3 {LESS}"
+    ),
+    "python -m vlmrl experiment=color_codeword_tiny task.shuffle_images=true trainer.max_steps=100": (
+        f"python -m vlmrl experiment=color_codeword_tiny task.shuffle_images=true {LESS}"
+    ),
+    "python -m vlmrl algorithm=my_losses:my_loss algorithm.args.scale=0.5": (
+        f"python -m vlmrl algorithm=my_losses:my_loss algorithm.args.scale=0.5 {LESS}"
+    ),
+    "python -m vlmrl algorithm.advantage=my_losses:above_median": (
+        f"python -m vlmrl algorithm.advantage=my_losses:above_median {LESS}"
+    ),
+    "python -m vlmrl --config-dir conf experiment=my_task": (
+        f"python -m vlmrl --config-dir conf experiment=my_task {LESS}"
+    ),
+    "python -m vlmrl mode=doctor": "python -m vlmrl mode=doctor monitor.wandb.mode=disabled",
+    "python -m vlmrl --multirun seed=0,1,2": "python -m vlmrl --multirun seed=0,1,2 dry_run=true",
+    "python -m vlmrl --multirun seed=0,1,2 algorithm=grpo,rloo hydra.sweep.dir=outputs/multirun/mine": (
+        "python -m vlmrl --multirun seed=0,1,2 algorithm=grpo,rloo hydra.sweep.dir=outputs/multirun/mine dry_run=true"
+    ),
+    "python -m vlmrl +sweep=learning_rate trainer.max_steps=100": (
+        "python -m vlmrl +sweep=learning_rate trainer.max_steps=100 dry_run=true"
+    ),
+    "python -m vlmrl +sweep=seeds hydra/launcher=joblib hydra.launcher.n_jobs=2": (
+        "python -m vlmrl +sweep=seeds hydra/launcher=joblib hydra.launcher.n_jobs=2 dry_run=true"
+    ),
+    # a model that would be downloaded, a GPU
+    "python -m vlmrl model=qwen3vl task=color_codeword": (
+        "python -m vlmrl model=qwen3vl task=color_codeword dry_run=true"
+    ),
+    "python -m vlmrl mode=doctor model=qwen3vl inference=vllm": (
+        f"python -m vlmrl mode=doctor {TINY} monitor.wandb.mode=disabled"
+    ),
+    "torchrun --nproc-per-node=2 -m vlmrl model=qwen3vl inference=vllm": (
+        "torchrun --nproc-per-node=2 -m vlmrl model=qwen3vl inference=vllm dry_run=true"
+    ),
+    # several nodes, Slurm, a search
+    "torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=$HEAD:29500 -m vlmrl model=qwen3vl "
+    "inference=vllm": (
+        "torchrun --nnodes=1 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-endpoint=localhost:0 -m vlmrl model=qwen3vl "
+        "inference=vllm dry_run=true"
+    ),
+    "python -m vlmrl model=qwen3vl hydra/launcher=slurm hydra.launcher.partition=gpu hydra.launcher.gpus_per_node=1": (
+        "python -m vlmrl model=qwen3vl hydra/launcher=slurm hydra.launcher.partition=gpu "
+        "hydra.launcher.gpus_per_node=1 dry_run=true"
+    ),
+    "python -m vlmrl +sweep=algorithms hydra/launcher=slurm": (
+        "python -m vlmrl +sweep=algorithms hydra/launcher=slurm dry_run=true"
+    ),
+    "python -m vlmrl model=qwen3vl inference=vllm inference.slurm_tasks=8 weight_sync=nccl hydra/launcher=slurm "
+    "hydra.launcher.nodes=3 hydra.launcher.tasks_per_node=8 hydra.launcher.gpus_per_node=8": (
+        "python -m vlmrl model=qwen3vl inference=vllm inference.slurm_tasks=8 weight_sync=nccl hydra/launcher=slurm "
+        "hydra.launcher.nodes=3 hydra.launcher.tasks_per_node=8 hydra.launcher.gpus_per_node=8 dry_run=true"
+    ),
+    "python -m vlmrl +sweep=optuna": f"python -m vlmrl +sweep=optuna hydra.sweeper.n_trials=1 {LESS}",
+}
+"""A command of the documentation → what is run in its place."""
+
+PLUGINS = {
+    "hydra/launcher=slurm": "hydra_plugins.hydra_submitit_launcher",
+    "hydra/launcher=joblib": "hydra_plugins.hydra_joblib_launcher",
+    "+sweep=optuna": "hydra_plugins.hydra_optuna_sweeper",
+}
+"""Part of a command → the package of an extra that it needs; skipped where that is not installed."""
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    """(page, content) of every fenced block of a language."""
+    found = []
+    for page in PAGES:
+        pattern = rf"^```{language}\n(.*?)^```"
+        found += [(page.name, block) for block in re.findall(pattern, page.read_text(), re.DOTALL | re.MULTILINE)]
+    return found
+
+
+COMMANDS = sorted({line for _, block in blocks("bash") for line in block.strip().splitlines()})
+
+
+@pytest.fixture(scope="module")
+def documented(home: Home, finished: object) -> Home:
+    """A folder in which the documentation's commands make sense: a finished run, a sweep, a task, a loss."""
+    outputs = home.path / "outputs"
+    for name in ("a", "b"):
+        shutil.copytree(finished[0], outputs / name)  # type: ignore[index]
+        shutil.copytree(finished[0], outputs / "multirun/mine" / name)  # type: ignore[index]
+    shutil.rmtree(outputs / "latest", ignore_errors=True)
+    (outputs / "latest").unlink(missing_ok=True)
+    shutil.copytree(finished[0], outputs / "latest")  # type: ignore[index]
+    losses = "\n\n".join(block for page, block in blocks("python") if page == "your_loss.md")
+    (home.path / "my_losses.py").write_text(losses)
+    made = home.vlmrl("init", "template/my_task")
+    assert made.code == 0, made.err
+    return home
+
+
+@pytest.mark.documentation
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in RUN_BY_CI])
+def test_a_command_of_the_documentation_runs(command: str, documented: Home) -> None:
+    assert command in EXCHANGED or command in AS_WRITTEN, "add the command to AS_WRITTEN or EXCHANGED"
+    for part, package in PLUGINS.items():
+        if part in command and find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    started = EXCHANGED.get(command, command).partition(" && ")[0]
+    program, *arguments = shlex.split(started)
+    if program == "torchrun":
+        program, arguments = "python", ["-m", "torch.distributed.run", *arguments]
+    assert program == "python"
+    home = documented
+    if "my_task:" in command or "experiment=my_task" in command or command == "python -m pytest":
+        home = Home(documented.path / "template/my_task")
+    shutil.rmtree(home.path / "my_task", ignore_errors=True)
+    ended = home.vlmrl(*arguments, code=())
+    assert ended.code == 0, f"{started}\n{ended.out}\n{ended.err}"
+
+
+def test_each_listed_command_is_documented() -> None:
+    assert sorted({*RUN_BY_CI, *AS_WRITTEN, *EXCHANGED} - set(COMMANDS)) == []
+
+
+def test_python_of_the_documentation_is_the_template_or_a_loss() -> None:
+    """The template's own tests run it, and the commands about losses above run the others."""
+    template = TEMPLATE.read_text()
+    others = {page for page, block in blocks("python") if block != template}
+    assert others == {"your_loss.md"}
+    assert [page for page, block in blocks("python") if block == template] == ["README.md", "your_task.md"]
+
+
+def test_every_metric_is_explained() -> None:
+    page = (REPOSITORY / "docs/reading_a_run.md").read_text()
+    rows = dict(re.findall(r"^\| `([^`]+)` \| (.+) \|$", page.partition("## Every metric")[2], re.MULTILINE))
+    assert rows == {key: f"{known.unit} | {known.meaning}" for key, known in STEP_KEYS.items()}
+
+
+def test_messages_of_the_troubleshooting_page_exist() -> None:
+    page = (REPOSITORY / "docs/troubleshooting.md").read_text()
+    quoted = re.findall(r"^\| `([^`]+)`", page, re.MULTILINE)
+    assert len(quoted) > 15
+    trees = [ast.parse(path.read_text()) for path in (REPOSITORY / "vlmrl").rglob("*.py")]
+    constants = [node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    texts = [value for value in constants if isinstance(value, str)]
+    assert [message for message in quoted if not any(message in text for text in texts)] == []
+
+
+def test_every_link_leads_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (REPOSITORY / "mkdocs.yml").read_text().partition("nav:")[2]
+    assert {Path(name).name for name in re.findall(r"\S+\.md", navigation)} == {
+        page.name for page in (REPOSITORY / "docs").glob("*.md")
+    }
