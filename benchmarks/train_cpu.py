@@ -95,7 +95,8 @@ def default_batch(folder: str, warmup_steps: int) -> tuple[Policy, list[Training
     config = default_config(folder, warmup_steps)
     run_dir = RunDir(config.output_dir)
     run_dir.create(resume=False)
-    with Monitor(config.monitor, run_dir, total_steps=1, exact=True) as monitor:
+    credit = config.algorithm.credit
+    with Monitor(config.monitor, run_dir, total_steps=1, exact=True, credit=credit) as monitor:
         run = build_run(config, run_dir, monitor)
         warmup = config.trainer.warmup
         for step in range(warmup.steps):
