@@ -24,7 +24,8 @@ import torch
 # fails where it describes these two operators. Nothing here calls them.
 _torchvision_ops = torch.library.Library("torchvision", "FRAGMENT")
 if not torch.cuda.is_available():
-    sys.modules["torchaudio"] = None  # type: ignore[assignment]  # not installed, as transformers sees it
+    for cuda_only in ("torchaudio", "torchcodec"):  # libraries that an installed vLLM brings
+        sys.modules[cuda_only] = None  # type: ignore[assignment]  # importing it now fails as if it were not installed
     _torchvision_ops.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _torchvision_ops.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
