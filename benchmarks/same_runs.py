@@ -24,7 +24,7 @@ from typing import Any
 CASES: dict[str, tuple[str, ...]] = {
     "default": ("seed=0",),
     "other_seed": ("seed=1",),
-    "gspo": ("algorithm=gspo", "trainer.packing=varlen"),
+    "gspo": ("algorithm=gspo", "trainer.packing=varlen", "trainer.max_steps=100"),
     "shuffled": ("task.shuffle_images=true", "trainer.max_steps=100"),
 }
 QUIET = ("monitor.wandb.mode=disabled", "monitor.live=false")

@@ -113,7 +113,7 @@ EXCHANGED = {
         "python -m vlmrl model=qwen3vl inference=vllm inference.slurm_tasks=8 weight_sync=nccl hydra/launcher=slurm "
         "hydra.launcher.nodes=3 hydra.launcher.tasks_per_node=8 hydra.launcher.gpus_per_node=8 dry_run=true"
     ),
-    "python -m vlmrl +sweep=optuna": f"python -m vlmrl +sweep=optuna hydra.sweeper.n_trials=1 {LESS}",
+    "python -m vlmrl +sweep=optuna": "python -m vlmrl +sweep=optuna dry_run=true",
 }
 """A command of the documentation → what is run in its place."""
 
@@ -213,3 +213,12 @@ def test_every_page_is_in_the_navigation() -> None:
     assert {Path(name).name for name in re.findall(r"\S+\.md", navigation)} == {
         page.name for page in (REPOSITORY / "docs").glob("*.md")
     }
+
+
+def test_the_constraints_pin_versions_and_name_no_place() -> None:
+    lines = [line for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.!+-]+", line)] == []
+    pinned = dict(line.split("==") for line in lines)
+    exact = re.findall(r'^    "([\w-]+)==([\w.]+)",$', (REPOSITORY / "pyproject.toml").read_text(), re.MULTILINE)
+    assert len(exact) >= 4
+    assert {name: pinned.get(name) for name, _ in exact} == dict(exact)
