@@ -148,17 +148,19 @@ def spell_out_params(config: DictConfig) -> None:
 def sweep_jobs(config: DictConfig) -> list[list[str]]:
     """The overrides of each job of a sweep.
 
-    The list is empty where the sweeper chooses them as it goes (Optuna), and where they do not parse, which Hydra
-    reports itself.
+    A sweeper that chooses values as it goes (Optuna) gives one job: what all of its jobs have in common. The list is
+    empty where the overrides do not parse, which Hydra reports itself.
     """
-    if config.hydra.sweeper._target_ != OmegaConf.structured(BasicSweeperConf)._target_:
-        return []
-    arguments = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+    parse_overrides = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides
     try:
-        overrides = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(
-            [*arguments, *config.hydra.overrides.task]
+        if config.hydra.sweeper._target_ != OmegaConf.structured(BasicSweeperConf)._target_:
+            given = list(config.hydra.overrides.task)
+            parsed = parse_overrides(given)
+            return [[text for text, one in zip(given, parsed, strict=True) if not one.is_sweep_override()]]
+        arguments = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+        (jobs,) = BasicSweeper.split_arguments(
+            parse_overrides([*arguments, *config.hydra.overrides.task]), max_batch_size=None
         )
-        (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
     except HydraException:
         return []
     return jobs

@@ -91,20 +91,20 @@ def _tokens(config: RunConfig, sizes: Sizes, episode: EpisodeEstimate, ranks: in
     rows, loss_tokens = step_tokens(config, sizes, episode)
     passes = math.ceil(rows / ranks / t.micro_batch_tokens)
     batches = f"{passes} micro-batch{'es' * (passes > 1)} of {t.micro_batch_tokens:,}" + " a rank" * (ranks > 1)
-    packed = f"{rows:,} packed ({t.packing.value}), {loss_tokens:,} learned from"
+    packed = f"{rows:,} packed ({t.packing.value}), {loss_tokens:,} trained on"
     yield "tokens per step", f"up to about {packed}: {batches} (estimate)"
 
 
 def longest_episode(config: RunConfig, sizes: Sizes, episode: EpisodeEstimate) -> int:
-    """Tokens; see episode.py."""
+    """Tokens of the longest episode that the budgets allow; episode.py explains the estimate."""
     per_token = TINY_CHARACTERS_PER_TOKEN if config.model.tiny is not None else CHARACTERS_PER_TOKEN
     family = family_of(config.model.vlm)
     return episode.tokens(config.orchestrator.max_new_tokens, family, sizes.image_bounds, per_token)
 
 
 def step_tokens(config: RunConfig, sizes: Sizes, episode: EpisodeEstimate) -> tuple[int, int]:
-    """Packed rows of a step, and loss tokens, where every answer is as long as it may be. A tree holds the first prompt
-    of a group once; what follows the first answer is every rollout's own."""
+    """Packed rows and loss tokens of a step in which every answer is as long as it may be. A tree holds the first
+    prompt of a group once; everything after the first answer exists once per rollout."""
     o = config.orchestrator
     rollouts, length = o.groups_per_step * o.group_size, longest_episode(config, sizes, episode)
     prompt = (length - episode.turns * o.max_new_tokens) // episode.turns
@@ -171,7 +171,7 @@ def _processes(config: RunConfig, machine: Machine, ranks: int) -> Iterator[tupl
 
 
 def notes(config: RunConfig, sizes: Sizes, episode: EpisodeEstimate) -> Iterator[str]:
-    """What is allowed and may not be meant."""
+    """Sentences about settings that are allowed but may be unintended."""
     longest, t = longest_episode(config, sizes, episode), config.trainer
     if longest > t.seq_len:
         yield (
@@ -190,7 +190,7 @@ def notes(config: RunConfig, sizes: Sizes, episode: EpisodeEstimate) -> Iterator
         if not wide:  # three bits more for the sampler are meant
             yield (
                 f"{pair} round differently, which mismatch_kl will show: set inference.dtype=${{model.dtype}}, unless "
-                "it is meant"
+                "you intend the difference"
             )
     examples = config.task.num_examples
     if examples is not None and examples < config.orchestrator.groups_per_step:
