@@ -11,7 +11,7 @@ home=$(mktemp -d)
 trap 'rm -rf "$home"' EXIT
 cd "$home"
 run() { # print a command, run it, and show its last lines without the paths of this machine
-    printf '\n$ %s\n' "$1"
+    printf '\n$ %s\n' "${1//$checkout/vlmrl}"
     bash -euo pipefail -c "$1" 2>&1 | sed -e "s#$checkout#vlmrl#g; s#$home#~#g" | tail -n "${2:-12}"
 }
 
