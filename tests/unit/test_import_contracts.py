@@ -87,43 +87,35 @@ def test_the_package_keeps_its_contracts_without_exceptions() -> None:
     assert code == 0, report
 
 
+def assert_each_is_caught(copy: Path, planted: list[tuple[str, str]]) -> None:
+    """Plant every (importer below vlmrl, imported module) and see lint-imports name each of them, twice."""
+    for number, (importer, imported) in enumerate(planted):
+        plant(copy, importer, f"import {imported}", number)
+    code, report = lint(copy)
+    assert code == 1
+    for number, (importer, imported) in enumerate(planted):
+        if (copy / "vlmrl" / importer).is_dir():
+            for where in ("top", "inside"):
+                assert f"vlmrl.{importer}.planted_{where}_{number} -> {imported}" in report, (importer, imported)
+        else:
+            lines = rf"vlmrl\.{importer} -> {re.escape(imported)} \(l\.\d+, l\.\d+\)"
+            assert re.search(lines, report), (importer, imported)
+
+
 def test_each_forbidden_import_between_packages_is_caught(copy: Path) -> None:
     edges = sorted(forbidden_edges())
     assert len(edges) > 100
-    for number, (importer, imported) in enumerate(edges):
-        plant(copy, importer, f"import vlmrl.{imported}", number)
-    code, report = lint(copy)
-    assert code == 1
-    for number, (importer, imported) in enumerate(edges):
-        if (copy / "vlmrl" / importer).is_dir():
-            for where in ("top", "inside"):
-                assert f"vlmrl.{importer}.planted_{where}_{number} -> vlmrl.{imported}" in report, (importer, imported)
-        else:
-            assert re.search(rf"vlmrl\.{importer} -> vlmrl\.{imported} \(l\.\d+, l\.\d+\)", report), (
-                importer,
-                imported,
-            )
+    assert_each_is_caught(copy, [(importer, f"vlmrl.{imported}") for importer, imported in edges])
 
 
 def test_each_forbidden_library_is_caught(copy: Path) -> None:
-    planted = sorted(
-        {
-            (source.removeprefix("vlmrl."), library)
-            for contract in CONTRACTS[1:]
-            for source in contract["source_modules"]
-            for library in contract["forbidden_modules"]
-        }
-    )
-    for number, (importer, library) in enumerate(planted):
-        plant(copy, importer, f"import {library}", number)
-    code, report = lint(copy)
-    assert code == 1
-    for number, (importer, library) in enumerate(planted):
-        if (copy / "vlmrl" / importer).is_dir():
-            for where in ("top", "inside"):
-                assert f"vlmrl.{importer}.planted_{where}_{number} -> {library}" in report, (importer, library)
-        else:
-            assert re.search(rf"vlmrl\.{importer} -> {library} \(l\.\d+, l\.\d+\)", report), (importer, library)
+    planted = {
+        (source.removeprefix("vlmrl."), library)
+        for contract in CONTRACTS[1:]
+        for source in contract["source_modules"]
+        for library in contract["forbidden_modules"]
+    }
+    assert_each_is_caught(copy, sorted(planted))
 
 
 def test_every_source_package_of_a_forbidden_library_is_listed() -> None:
