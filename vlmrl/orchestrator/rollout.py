@@ -21,9 +21,10 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from vlmrl.errors import EngineError
-from vlmrl.orchestrator.task_threads import TaskCodeError, TaskThreads, get_problem, open_env, step_env
+from vlmrl.orchestrator.task_threads import TaskThreads
 from vlmrl.rendering.renderer import ImageError, Renderer
 from vlmrl.tasks.base import Problem, Split, Task
+from vlmrl.tasks.border import TaskCodeError, get_problem, open_env, step_env
 from vlmrl.types import (
     ContractError,
     EngineSession,
@@ -108,7 +109,7 @@ class RolloutRunner:
     async def _run(
         self,
         rollout: Rollout,
-        problem: asyncio.Future[Problem],
+        problem: asyncio.Future[tuple[Problem, str]],
         session: EngineSession,
         closing: AsyncExitStack,
         temperature: float,
@@ -118,7 +119,7 @@ class RolloutRunner:
         started = time.perf_counter()
         async with closing:
             try:
-                rollout.stop_reason = await self._play(rollout, await problem, session, temperature)
+                rollout.stop_reason = await self._play(rollout, *await problem, session, temperature)
             except TaskCodeError as fault:
                 _record_fault(rollout, fault.stop_reason, fault)
             except ImageError as error:
@@ -129,9 +130,11 @@ class RolloutRunner:
                 _record_fault(rollout, StopReason.CONTRACT, error)
         rollout.seconds = time.perf_counter() - started
 
-    async def _play(self, rollout: Rollout, problem: Problem, session: EngineSession, temperature: float) -> StopReason:
+    async def _play(
+        self, rollout: Rollout, problem: Problem, problem_id: str, session: EngineSession, temperature: float
+    ) -> StopReason:
         """Fill turns, reward and metrics of `rollout`; return why it ended."""
-        rollout.problem_id = problem.id
+        rollout.problem_id = problem_id
         env, new_messages = await self._threads.run(partial(open_env, self.task, problem))
         history = list(new_messages)
         prompt = await self.renderer.first_turn(new_messages)

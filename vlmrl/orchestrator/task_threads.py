@@ -1,4 +1,4 @@
-"""Run the task's code in threads, and check what it returns against the contract of `vlmrl.tasks.base`.
+"""Run the task's code in threads. `vlmrl.tasks.border` checks what it returns.
 
     event loop ─▶ TaskThreads.run(partial(step_env, env, text)) ─▶ daemon thread ─▶ Reply or TaskCodeError
 
@@ -9,18 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import numbers
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
 
-import numpy as np
-
-from vlmrl.tasks.base import Env, Problem, Reply, Split, Task
-from vlmrl.types import Image, Message, StopReason, Text
+from vlmrl.errors import UserFault, fenced
+from vlmrl.tasks.border import TaskCodeError
 
 T = TypeVar("T")
 
@@ -30,19 +26,8 @@ TASK_THREADS = 32
 TASK_THREAD_PATIENCE_S = 0.01
 """Seconds after which other threads take over the remaining calls of a round."""
 
-LARGEST_REWARD = float(np.finfo(np.float32).max)
-"""Rewards are stored as float32, where a larger one would be infinite."""
-
 Calls: TypeAlias = deque[tuple[Callable[[], Any], asyncio.Future[Any]]]
 """Calls of one round that no thread has taken yet, each with the future of its result."""
-
-
-class TaskCodeError(Exception):
-    """The task's code raised, or returned something that its contract does not allow. Ends one rollout."""
-
-    def __init__(self, stop_reason: StopReason, text: str) -> None:
-        super().__init__(text)
-        self.stop_reason = stop_reason
 
 
 class TaskThreads:
@@ -125,70 +110,7 @@ def _take_and_run(calls: Calls) -> list[tuple[asyncio.Future[Any], Any]]:
 
 def _result_or_error(call: Callable[[], Any]) -> Any:
     try:
-        return call()
-    except TaskCodeError as fault:
+        with fenced("the task", TaskCodeError):
+            return call()
+    except UserFault as fault:
         return fault
-    except BaseException as error:  # noqa: BLE001 — user code: even its sys.exit() ends only its own rollout
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        text = f"{type(error).__name__}: {error} ({where.filename}:{where.lineno}, in {where.name})"
-        return TaskCodeError(StopReason.TASK_ERROR, text)
-
-
-# ── calls of the task, checked ──────────────────────────────────────────────────────────────────────────────
-
-
-def get_problem(task: Task, split: Split, index: int) -> Problem:
-    """`task.problem`, checked. Raises `TaskCodeError`."""
-    problem = task.problem(split, index)
-    _check(isinstance(problem.id, str), f"problem({split!r}, {index}).id is {problem.id!r}, not a str")
-    return problem
-
-
-def open_env(task: Task, problem: Problem) -> tuple[Env, tuple[Message, ...]]:
-    """`task.env` and its first messages, checked. Raises `TaskCodeError`."""
-    env = task.env(problem)
-    messages = env.reset()
-    _check_messages("reset()", messages, ("system", "user", "assistant", "tool"))
-    _check(messages[-1].role in ("user", "tool"), "reset() does not end with a user message for the policy to answer")
-    return env, messages
-
-
-def step_env(env: Env, text: str) -> Reply:
-    """`env.step`, checked, with rewards and metrics converted to float. Raises `TaskCodeError`."""
-    reply = env.step(text)
-    _check(isinstance(reply, Reply), f"step() returned a {type(reply).__name__}, not a Reply")
-    _check(isinstance(reply.metrics, dict), f"step() returned metrics={reply.metrics!r}, not a dict")
-    if not reply.done:
-        _check_messages("step()", reply.messages, ("user", "tool"))
-    for name, value in {**reply.metrics, "turn_reward": reply.turn_reward, "reward": reply.reward}.items():
-        if not (isinstance(value, numbers.Real) and abs(value) <= LARGEST_REWARD):  # NaN fails this comparison too
-            raise TaskCodeError(
-                StopReason.BAD_REWARD, f"step() returned {name}={value!r}, which is not a finite number"
-            )
-    return Reply(
-        turn_reward=float(reply.turn_reward),
-        done=bool(reply.done),
-        reward=float(reply.reward),
-        messages=reply.messages,
-        metrics={name: float(value) for name, value in reply.metrics.items()},
-    )
-
-
-def _check_messages(source: str, messages: Any, roles: tuple[str, ...]) -> None:
-    _check(
-        isinstance(messages, tuple) and all(isinstance(message, Message) for message in messages),
-        f"{source} returned a {type(messages).__name__}, not a tuple of Message",
-    )
-    _check(bool(messages), f"{source} returned no message although the episode is not done: the policy has no prompt")
-    for message in messages:
-        _check(message.role in roles, f"{source} returned a message of role {message.role!r}, not {' or '.join(roles)}")
-        _check(
-            isinstance(message.content, tuple) and all(isinstance(part, (Text, Image)) for part in message.content),
-            f"{source} returned a message whose content is not a tuple of Text and Image",
-        )
-
-
-def _check(holds: bool, problem: str) -> None:
-    """Raise `TaskCodeError(problem)` unless `holds`."""
-    if not holds:
-        raise TaskCodeError(StopReason.TASK_ERROR, problem)

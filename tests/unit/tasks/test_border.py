@@ -1,0 +1,231 @@
+"""The border: what a task hands over is made plain, or refused as a fault of one rollout."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vlmrl.errors import UserFault
+from vlmrl.tasks.base import Reply
+from vlmrl.tasks.border import (
+    BadRewardError,
+    NoDemonstrationsError,
+    TaskCodeError,
+    checked_id,
+    checked_messages,
+    checked_prompt,
+    checked_reply,
+    get_demonstration,
+    get_problem,
+    open_env,
+    step_env,
+)
+from vlmrl.types import Image, Message, StopReason, Text
+
+
+class Name(enum.StrEnum):
+    accuracy = "accuracy"
+
+
+class Evil(str):
+    """A text whose own methods raise."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("str")
+
+    __repr__ = __str__
+
+    def encode(self, *_: Any) -> bytes:
+        raise RuntimeError("encode")
+
+
+class EvilNumber(float):
+    def __abs__(self) -> float:
+        raise RuntimeError("abs")
+
+    def __float__(self) -> float:
+        raise SystemExit(3)
+
+
+SURROGATES = ["a\ud83d", "\udcff", "ok " * 100 + "\ud800"]
+
+
+def user(*parts: Any) -> tuple[Message, ...]:
+    return (Message("user", parts),)
+
+
+TEXTS = ["", "plain", "日本 😀", Name.accuracy, np.str_("x"), Evil("evil"), "a\0b\u2028"]
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+def test_every_text_becomes_a_plain_str(text: str) -> None:
+    ((part,),) = (message.content for message in checked_messages("reset()", user(Text(text)), ("user",)))
+    assert isinstance(part, Text)
+    found = [checked_id("problem('train', 0)", text), part.text, *checked_reply("step()", reply(text)).metrics]
+    assert [type(one) for one in found] == [str] * 3
+    assert all(one.encode() == str.__str__(text).encode() for one in found)
+
+
+def reply(metric: Any = "m", **changes: Any) -> Reply:
+    return Reply(**{"done": True, "metrics": {metric: 1.0}, **changes})
+
+
+@pytest.mark.parametrize("text", SURROGATES, ids=range(len(SURROGATES)))
+def test_a_lone_surrogate_is_refused_wherever_it_stands(text: str) -> None:
+    message = "has the lone surrogate "
+    with pytest.raises(TaskCodeError, match=message):
+        checked_id("problem('train', 0)", text)
+    with pytest.raises(TaskCodeError, match=rf"a text of a user message of reset\(\) {message}"):
+        checked_prompt("reset()", user(Text(text)))
+    with pytest.raises(BadRewardError, match=message) as caught:
+        checked_reply("step()", reply(text))
+    assert caught.value.text.isascii()
+
+
+@pytest.mark.parametrize("text", [None, 5, b"ab", ["a"], Text("a")])
+def test_a_text_that_is_not_a_str_is_refused(text: Any) -> None:
+    with pytest.raises(TaskCodeError, match="a user message whose text is "):
+        checked_prompt("reset()", user(Text(text)))
+
+
+@pytest.mark.parametrize("name", [1, None, b"a", 1.5, ("a",)])
+def test_a_metric_whose_name_is_not_a_str_is_a_bad_reward(name: Any) -> None:
+    with pytest.raises(BadRewardError, match="a metric called "):
+        checked_reply("step()", reply(name))
+
+
+NUMBERS = [1, True, np.True_, np.float32(0.5), np.int8(3), Fraction(1, 3), 3e38, 1e-30]
+NO_NUMBERS = [math.nan, math.inf, 1e39, 10**400, 10**5000, "1.0", None, 1j, Decimal(1), [1], np.ones(1), EvilNumber(1)]
+
+
+@pytest.mark.parametrize("place", ["turn_reward", "reward"])
+@pytest.mark.parametrize("value", NUMBERS)
+def test_numbers_become_floats(place: str, value: Any) -> None:
+    checked = checked_reply("step()", reply(**{place: value}))
+    assert (type(getattr(checked, place)), getattr(checked, place)) == (float, float(value))
+
+
+@pytest.mark.parametrize("metric", ["m", "reward", "turn_reward", Name.accuracy])
+@pytest.mark.parametrize("value", NO_NUMBERS, ids=range(len(NO_NUMBERS)))
+def test_a_metric_may_have_any_name_and_is_looked_at(metric: str, value: Any) -> None:
+    """One called `reward` must not stand in for the reward, nor the reward for it."""
+    with pytest.raises(BadRewardError) as caught:
+        checked_reply("step()", reply(metrics={metric: value}))
+    assert caught.value.stop_reason is StopReason.BAD_REWARD
+    with pytest.raises(BadRewardError):
+        checked_reply("step()", reply(reward=value, metrics={metric: 1.0}))
+
+
+@pytest.mark.parametrize("done", ["False", "", 1, 0, None, np.array([1, 0])])
+def test_done_is_a_bool(done: Any) -> None:
+    with pytest.raises(TaskCodeError, match="not a bool"):
+        checked_reply("step()", reply(done=done))
+
+
+@pytest.mark.parametrize("done", [True, np.True_])
+def test_done_may_be_numpys(done: Any) -> None:
+    assert checked_reply("step()", reply(done=done)).done is True
+
+
+def test_images_are_handed_on_as_they_are() -> None:
+    image = Image(object())
+    (message,) = checked_prompt("reset()", (Message("user", (image, Text("?"))),))
+    assert message.content[0] is image
+
+
+class Hostile:
+    """A task each of whose methods runs `act`."""
+
+    def __init__(self, act: Callable[[], Any]) -> None:
+        self.act = act
+
+    def problem(self, split: str, index: int) -> Any:
+        return self.act()
+
+    def env(self, problem: Any) -> Any:
+        return self
+
+    def reset(self) -> Any:
+        return self.act()
+
+    def step(self, completion: str) -> Any:
+        return self.act()
+
+    def demonstration(self, problem: Any, *, random_answers: bool, seed: int) -> Any:
+        return self.act()
+
+
+class BadTextError(Exception):
+    def __str__(self) -> str:
+        raise SystemExit(1)
+
+
+class Property:
+    @property
+    def id(self) -> str:
+        raise BadTextError
+
+    content = role = done = id
+
+
+class LyingReply(Reply):
+    @property
+    def turn_reward(self) -> float:
+        raise KeyError("turn_reward")
+
+    @turn_reward.setter
+    def turn_reward(self, value: float) -> None: ...
+
+
+class Unequal:
+    def __eq__(self, other: object) -> bool:
+        raise ZeroDivisionError
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def raising(error: BaseException) -> Callable[[], Any]:
+    def act() -> Any:
+        raise error
+
+    return act
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        *(raising(e) for e in (ValueError("no"), SystemExit(0), GeneratorExit(), BadTextError(), StopIteration())),
+        raising(ExceptionGroup("two", [KeyError(1), KeyError("\ud800")])),
+        lambda: None,
+        Property,
+        lambda: LyingReply(done=True),
+        lambda: (Message(Unequal(), ()),),  # type: ignore[arg-type]
+        lambda: (Message("user", Unequal()),),  # type: ignore[arg-type]
+        lambda: reply(done=False, messages=Unequal()),
+    ],
+)
+def test_whatever_a_task_does_is_a_fault_with_a_text(act: Callable[[], Any]) -> None:
+    task: Any = Hostile(act)
+    for call in (
+        lambda: get_problem(task, "train", 0),
+        lambda: open_env(task, task),
+        lambda: step_env(task, "x"),
+        lambda: get_demonstration(task, task, random_answers=True, seed=0),
+    ):
+        with pytest.raises(UserFault) as caught:
+            call()
+        assert isinstance(caught.value, TaskCodeError)
+        assert caught.value.text.encode()
+
+
+def test_a_task_without_demonstrations_is_told_apart() -> None:
+    task: Any = Hostile(raising(NotImplementedError("it is not defined")))
+    with pytest.raises(NoDemonstrationsError, match="is not defined"):
+        get_demonstration(task, task, random_answers=True, seed=0)

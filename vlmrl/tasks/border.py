@@ -1,0 +1,229 @@
+"""Where values of a user's task enter vlmrl: each is checked once, and only plain values go on.
+
+    task.problem ─▶ get_problem ─▶ problem, id      env.reset ─▶ open_env ─▶ env, messages
+    env.step     ─▶ step_env    ─▶ Reply            task.demonstration ─▶ get_demonstration ─▶ messages
+
+A run and the check (`vlmrl.tasks.check`) judge by the same functions, `checked_*`: what a run would refuse, the check
+reports in the same words. A `str` subclass (`np.str_`, `StrEnum`) becomes a `str`, a numpy number a `float`, so
+everything that leaves this file can be rendered and written to a record.
+
+Everything here may raise `TaskCodeError`, which costs one rollout (or one demonstration). The user's code runs inside
+`fenced`, so whatever it raises becomes one too.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import numpy as np
+
+from vlmrl.errors import UserFault, fenced, safe_repr
+from vlmrl.tasks.base import Env, Problem, Reply, Split, Task
+from vlmrl.types import Image, Message, StopReason, Text
+
+Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
+
+ANY_ROLE: tuple[Role, ...] = ("system", "user", "assistant", "tool")
+ANSWERED_ROLES: tuple[Role, ...] = ("user", "tool")
+"""Roles of messages that a policy answers: the last one of a prompt, and all that `step` returns."""
+
+LARGEST_REWARD = float(np.finfo(np.float32).max)
+"""Rewards are stored as float32, where a larger one would be infinite."""
+
+
+class TaskCodeError(UserFault):
+    """The task's code raised, or returned something that its contract does not allow."""
+
+    stop_reason: ClassVar[StopReason] = StopReason.TASK_ERROR
+
+
+class BadRewardError(TaskCodeError):
+    """A reward or a metric is not a finite number, or a metric's name is not text."""
+
+    stop_reason: ClassVar[StopReason] = StopReason.BAD_REWARD
+
+
+class NoDemonstrationsError(TaskCodeError):
+    """The task does not define `demonstration`; the text is that of its NotImplementedError."""
+
+
+# ── calls of the task ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def get_problem(task: Task, split: Split, index: int) -> tuple[Problem, str]:
+    """`task.problem` and the problem's id as a plain text."""
+    where = f"problem({split!r}, {index})"
+    with fenced(where, TaskCodeError):
+        problem = task.problem(split, index)
+        return problem, checked_id(where, problem.id)
+
+
+def open_env(task: Task, problem: Problem) -> tuple[Env, tuple[Message, ...]]:
+    """`task.env` and its first messages."""
+    with fenced("env()", TaskCodeError):
+        env = task.env(problem)
+    with fenced("reset()", TaskCodeError):
+        return env, checked_prompt("reset()", env.reset())
+
+
+def step_env(env: Env, text: str) -> Reply:
+    """`env.step`, with rewards and metrics as plain floats."""
+    with fenced("step()", TaskCodeError):
+        return checked_reply("step()", env.step(text))
+
+
+def get_demonstration(task: Task, problem: Problem, *, random_answers: bool, seed: int) -> tuple[Message, ...]:
+    """`task.demonstration`. Raises `NoDemonstrationsError` where the task does not define it."""
+    with fenced("demonstration()", TaskCodeError):
+        try:
+            messages = task.demonstration(problem, random_answers=random_answers, seed=seed)
+        except NotImplementedError as error:
+            raise NoDemonstrationsError(str(error) or "demonstration() raised NotImplementedError") from None
+        return checked_demonstration("demonstration()", messages)
+
+
+# ── checks, which a run and vlmrl.tasks.check share ─────────────────────────────────────────────────────────
+
+
+def checked_id(where: str, value: Any) -> str:
+    """A problem's id: text that a record can hold."""
+    _check(isinstance(value, str), f"{where}.id is {safe_repr(value)}, not a str")
+    return _plain(f"{where}.id", value)
+
+
+def checked_prompt(where: str, messages: Any) -> tuple[Message, ...]:
+    """The first messages of an episode, which end with one that the policy answers."""
+    checked = checked_messages(where, messages, ANY_ROLE)
+    last = checked[-1].role
+    _check(
+        last in ANSWERED_ROLES,
+        f"{where} does not end with a user message for the policy to answer: its last message is of role {last}",
+    )
+    return checked
+
+
+def checked_demonstration(where: str, messages: Any) -> tuple[Message, ...]:
+    """A demonstration: a conversation that ends with an answer."""
+    checked = checked_messages(where, messages, ANY_ROLE)
+    _check(
+        checked[-1].role == "assistant",
+        f"{where} ends with a message of role {checked[-1].role}, so it has no answer to learn: "
+        "end it with an assistant message",
+    )
+    return checked
+
+
+def checked_reply(where: str, reply: Any) -> Reply:
+    """The env's answer, with plain bool, floats and texts. Raises `BadRewardError` for its numbers."""
+    _check(isinstance(reply, Reply), f"{where} returned a {type(reply).__name__}, not a Reply")
+    done, metrics = reply.done, reply.metrics
+    _check(
+        isinstance(done, (bool, np.bool_)),
+        f"{where} returned done={safe_repr(done)}, not a bool: any text or array would count as True",
+    )
+    _check(isinstance(metrics, dict), f"{where} returned metrics={safe_repr(metrics)}, not a dict")
+    return Reply(
+        turn_reward=_number(where, "turn_reward", reply.turn_reward),
+        done=bool(done),
+        reward=_number(where, "reward", reply.reward),
+        messages=() if done else _checked_reply_messages(where, reply.messages),
+        metrics={_metric_name(where, name): _number(where, "metric", value, name) for name, value in metrics.items()},
+    )
+
+
+def _checked_reply_messages(where: str, messages: Any) -> tuple[Message, ...]:
+    _check(messages != (), f"{where} returned no message although the episode is not done: the policy has no prompt")
+    return checked_messages(where, messages, ANSWERED_ROLES)
+
+
+def checked_messages(where: str, messages: Any, roles: tuple[Role, ...]) -> tuple[Message, ...]:
+    """Messages of these roles, at least one, with plain texts. Images are kept as they are."""
+    _check(
+        isinstance(messages, tuple) and all(isinstance(message, Message) for message in messages),
+        f"{where} returned {_kind(messages)}, not a tuple of Message",
+    )
+    _check(bool(messages), f"{where} returned no message")
+    return tuple(_checked_message(where, message, roles) for message in messages)
+
+
+def _checked_message(where: str, message: Message, roles: tuple[Role, ...]) -> Message:
+    role = next((role for role in roles if message.role == role), None)
+    if role is None:
+        allowed = " or ".join(roles)
+        raise TaskCodeError(f"{where} returned a message of role {safe_repr(message.role)}, not {allowed}")
+    _check(
+        isinstance(message.content, tuple) and all(isinstance(part, (Text, Image)) for part in message.content),
+        f"{where} returned a {role} message with {_kind(message.content)}, not a tuple of Text and Image",
+    )
+    return Message(role, tuple(_checked_part(where, role, part) for part in message.content))
+
+
+def _checked_part(where: str, role: Role, part: Text | Image) -> Text | Image:
+    if isinstance(part, Image):
+        return part  # its pixels are decoded, and judged, by the renderer
+    text: Any = part.text
+    _check(
+        isinstance(text, str),
+        f"{where} returned a {role} message whose text is {safe_repr(text)}, a {type(text).__name__} and not a str",
+    )
+    plain = _plain(f"a text of a {role} message of {where}", text)
+    return part if plain is text else Text(plain)
+
+
+def _plain(what: str, text: str) -> str:
+    """The text as a `str` and no subclass of it. Refuses a lone surrogate, which no tokenizer and no file can hold."""
+    plain = str.__str__(text)
+    if not plain.isascii():
+        try:
+            plain.encode()
+        except UnicodeEncodeError as error:
+            found = ascii(plain[error.start : error.end])
+            raise TaskCodeError(
+                f"{what} has the lone surrogate {found} at character {error.start}, which is not valid Unicode: "
+                "read the data as UTF-8 with errors='replace', or repair it"
+            ) from None
+    return plain
+
+
+def _metric_name(where: str, name: Any) -> str:
+    if not isinstance(name, str):
+        raise BadRewardError(
+            f"{where} returned a metric called {safe_repr(name)}, a {type(name).__name__} and not a str"
+        )
+    try:
+        return _plain(f"a metric's name of {where}", name)
+    except TaskCodeError as fault:
+        raise BadRewardError(fault.text) from None
+
+
+def _number(where: str, kind: str, value: Any, name: Any = None) -> float:
+    """A reward or a metric as a float; `bool` and numpy's count as 0 or 1."""
+    number = math.nan
+    if isinstance(value, (numbers.Real, np.bool_)):
+        with fenced(f"float() of {where}'s {kind}", BadRewardError):
+            try:
+                number = float(value)
+            except OverflowError:
+                number = math.inf
+    if not abs(number) <= LARGEST_REWARD:  # NaN fails this comparison too
+        called = kind if name is None else f"{kind} {safe_repr(name)}"
+        raise BadRewardError(f"{where} returned {called}={safe_repr(value)}, which is not a finite number")
+    return number
+
+
+def _kind(value: Any) -> str:
+    """
+    >>> _kind([1, "a"]), _kind(None), _kind(())
+    ('a list of int, str', 'None', 'a tuple of nothing')
+    """
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {', '.join(sorted({type(x).__name__ for x in value})) or 'nothing'}"
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def _check(holds: bool, problem: str) -> None:
+    """Raise `TaskCodeError(problem)` unless `holds`."""
+    if not holds:
+        raise TaskCodeError(problem)
