@@ -300,6 +300,8 @@ class DropReason(StrEnum):
     """The policy sampled an image token, so placeholders and features would not match in the forward pass."""
     STALE = "stale"
     """A token was sampled by weights that are more than `orchestrator.max_staleness` steps behind."""
+    TRUNCATED = "truncated"
+    """Its last answer was cut before it ended, and `algorithm.truncated=mask` leaves such rollouts out."""
     GIBBERISH = "gibberish"
     """It contains a rare, very unlikely token. This reason and the next two need `algorithm.filters.<name>=drop`."""
     REPETITION = "repetition"
@@ -323,7 +325,7 @@ class Turn:
     """0-based; grows by one where the prompt could not extend the turn before it (bridge break)."""
     reward: float
     """This turn's own reward, usually in [0, 1]; 0.0 where the task scores only the whole episode, and where the
-    completion was truncated."""
+    completion was truncated and `algorithm.truncated=zero`."""
     advantage: float = 0.0
     """Filled by advantages.py; one float per turn, broadcast over the completion's tokens."""
     learned: TokenMetrics | None = None
@@ -342,7 +344,7 @@ class Rollout:
     """0-based index in its group."""
     turns: list[Turn]
     reward: float
-    """The episode's reward; 0.0 for a fault."""
+    """The episode's reward; 0.0 for a fault, and in training for a cut answer with `algorithm.truncated=zero`."""
     metrics: dict[str, float]
     """The task's own metrics, e.g. `share_correct`; averaged over rollouts as `task/<key>`."""
     stop_reason: StopReason
@@ -354,6 +356,11 @@ class Rollout:
     """Wall-clock seconds from start to end, including waiting."""
     filtered: tuple[DropReason, ...] = ()
     """The enabled filters that match it, whether they drop or only track (orchestrator/filters.py)."""
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether its last answer has no end, because its token budget or the context ran out."""
+        return bool(self.turns) and self.turns[-1].completion.finish_reason == "length"
 
     @property
     def num_branches(self) -> int:

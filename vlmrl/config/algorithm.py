@@ -50,6 +50,19 @@ class ImportanceCorrection(Enum):
     """No correction: the loss treats all tokens as on-policy. Its gradient is biased where they are not."""
 
 
+class Truncated(Enum):
+    """What a cut answer is paid: one whose token budget or context ran out before it ended. An answer that is complete
+    keeps its reward, also where the episode then ends for want of turns or of room for the next prompt."""
+
+    zero = "zero"
+    """Nothing: the reward of the turn and of the episode are 0. A reward would teach the policy to ramble."""
+    keep = "keep"
+    """What the task says."""
+    mask = "mask"
+    """The rollout is left out of training, and out of the rewards that its siblings are compared with: a task cannot
+    know what half an answer is worth."""
+
+
 class FilterMode(Enum):
     """What a filter does with the rollouts it finds. (Not called `off`, which YAML reads as a boolean.)"""
 
@@ -105,6 +118,8 @@ class AlgorithmConfig:
     """Settings for functions of your own, which read them from `config.args`; they are not checked."""
     credit: Credit = setting(Credit.episode, on_resume=Resume.noted)
     """Which reward a turn's advantage is computed from. A run takes it from `task.credit` unless it is set here."""
+    truncated: Truncated = setting(Truncated.zero, on_resume=Resume.noted)
+    """What a cut answer is paid in training, the same with every `credit`. An evaluation counts what the task says."""
     clip_low: float = setting(0.2, on_resume=Resume.noted, low=0, high=1, outside="it clips no ratio or every one")
     """Ratios below 1 − `clip_low` get no gradient where the advantage is negative."""
     clip_high: float = setting(0.28, on_resume=Resume.noted, low=0, outside="it clips every ratio")

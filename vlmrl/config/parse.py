@@ -72,8 +72,13 @@ def _upgraded(tree: DictConfig) -> DictConfig:
     """A copy of an older config.yaml with the keys of today.
 
     The first version had no `task.kind`, whose value follows from the task's keys, and no `task.credit`: the credit
-    was `algorithm.credit` alone.
+    was `algorithm.credit` alone. Before `algorithm.truncated`, a cut answer was paid 0 per turn and in full per
+    episode.
     """
+    if (credit := OmegaConf.select(tree, "algorithm.credit")) is not None and "truncated" not in tree.algorithm:
+        tree = copy.deepcopy(tree)
+        with open_dict(tree):
+            tree.algorithm.truncated = "zero" if credit == "turn" else "keep"
     if not OmegaConf.is_dict(tree.get("task")) or "kind" in tree.task:
         return tree
     tree = copy.deepcopy(tree)
@@ -82,7 +87,7 @@ def _upgraded(tree: DictConfig) -> DictConfig:
         kind = next((kind for kind, names in known.items() if names.issuperset(tree.task)), None)
         if kind is not None:
             tree.task.kind = kind
-        if (credit := OmegaConf.select(tree, "algorithm.credit")) is not None:
+        if credit is not None:
             tree.task.credit = credit
     return tree
 

@@ -114,6 +114,7 @@ REMEDIES = {
     "fault": "read the field `error` in rollouts/*.jsonl.",
     "empty": "their first prompt fills the context. Raise trainer.seq_len, or shorten the task's prompts.",
     "stray_image_token": "they contain an image token that the engine should not have sampled. Run mode=doctor.",
+    "truncated": "their last answer was cut. Raise orchestrator.max_new_tokens, or reward short answers.",
     "gibberish": "the policy collapses. Lower trainer.learning_rate and resume from an earlier checkpoint.",
     "repetition": "the policy collapses. Lower trainer.learning_rate and resume from an earlier checkpoint.",
     "stale": "the engine is too far behind the trainer. Raise orchestrator.max_staleness or inference.replicas, or "

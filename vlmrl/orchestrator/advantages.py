@@ -3,24 +3,28 @@
     group ─▶ assign_advantages: turn.advantage ─▶ filters.py: rollout.filtered ─▶ mark_dropped: rollout.dropped
 
 Letters: G siblings. A rollout counts as a sibling if it is not a fault and has at least one turn. A rollout that is
-dropped for what it sampled (a stray image token, staleness) was played and rewarded, so it still counts.
+dropped for what it sampled (a stray image token, staleness) was played and rewarded, so it still counts. A rollout
+whose last answer was cut is paid 0 or what the task says, or does not count (`algorithm.truncated`).
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Collection
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmrl.config.algorithm import Advantage, AlgorithmConfig, Credit, FilterMode
+from vlmrl.config.algorithm import Advantage, AlgorithmConfig, Credit, FilterMode, Truncated
 from vlmrl.config.import_paths import assert_takes, import_named
-from vlmrl.errors import ConfigError
+from vlmrl.errors import ConfigError, UserFault, fenced, safe_repr
 from vlmrl.orchestrator.filters import filters_in
 from vlmrl.types import DropReason, FloatArray, Group, Rollout
+
+log = logging.getLogger(__name__)
 
 Estimator: TypeAlias = Callable[[FloatArray], FloatArray]
 """float32 [G] rewards → float32 [G] advantages. They sum to zero and are exactly 0.0 where G < 2 or all rewards are
@@ -81,11 +85,26 @@ def estimator_named(name: str) -> Estimator:
     assert_takes("algorithm.advantage", name, function, "rewards")
 
     def checked(rewards: FloatArray) -> FloatArray:
-        advantages = np.asarray(function(rewards), np.float32)
+        consequence = "so some turns would have no valid advantage: return one finite number per reward"
+        returned: Any = None
+        try:
+            with fenced("it"):
+                returned = function(rewards.copy())
+                advantages = np.asarray(returned, np.float32)
+        except UserFault as fault:
+            log.error("algorithm.advantage=%s failed:\n%s", name, fault.traceback)
+            if returned is None:
+                raise ConfigError(f"algorithm.advantage={name}: {fault.text}, {consequence}") from fault
+            if inspect.iscoroutine(returned):
+                returned.close()
+            raise ConfigError(
+                f"algorithm.advantage={name} returned {safe_repr(returned)} of type {type(returned).__name__}, which "
+                f"is not an array of float32, {consequence}"
+            ) from fault
         if advantages.shape != rewards.shape or not np.isfinite(advantages).all():
             raise ConfigError(
-                f"algorithm.advantage={name} returned {advantages.tolist()} for the rewards {rewards.tolist()}, so "
-                "some turns would have no valid advantage: return one finite number per reward"
+                f"algorithm.advantage={name} returned {advantages.tolist()} for the rewards {rewards.tolist()}, "
+                f"{consequence}"
             )
         return advantages
 
@@ -93,15 +112,18 @@ def estimator_named(name: str) -> Estimator:
 
 
 def assign_advantages(group: Group, config: AlgorithmConfig) -> None:
-    """Fill `turn.advantage` of every rollout, in place.
+    """Fill `turn.advantage` of every rollout, and set the reward of a cut answer to 0 where `truncated=zero`, in place.
 
     `credit=episode`: all turns of a rollout get the advantage of the episode's reward. `credit=turn`: turn t gets the
-    advantage of its own reward among the t-th turns of the siblings. Faults get 0.0.
+    advantage of its own reward among the t-th turns of the siblings. Faults get 0.0; so do cut answers
+    with `truncated=mask`.
     """
     for rollout in group.rollouts:
         for turn in rollout.turns:
             turn.advantage = 0.0
-    siblings = [r for r in group.rollouts if not r.stop_reason.is_fault and r.turns]
+        if rollout.is_cut and config.truncated is Truncated.zero:
+            rollout.turns[-1].reward = rollout.reward = 0.0
+    siblings = [r for r in group.rollouts if not r.stop_reason.is_fault and r.turns and not _is_masked(r, config)]
     estimator = estimator_named(config.advantage)
     if config.credit is Credit.episode:
         advantages = estimator(np.array([rollout.reward for rollout in siblings], np.float32))
@@ -138,6 +160,8 @@ def mark_dropped(
             rollout.dropped = DropReason.STRAY_IMAGE_TOKEN
         elif version - _oldest_version(rollout) > max_staleness:
             rollout.dropped = DropReason.STALE
+        elif _is_masked(rollout, config):
+            rollout.dropped = DropReason.TRUNCATED
         else:
             rollout.dropped = next((reason for reason in rollout.filtered if reason in filters), None)
 
@@ -148,6 +172,10 @@ def _centered(rewards: FloatArray) -> NDArray[np.float64]:
         return np.zeros(len(rewards))
     exact = rewards.astype(np.float64)
     return exact - float(exact.mean())
+
+
+def _is_masked(rollout: Rollout, config: AlgorithmConfig) -> bool:
+    return rollout.is_cut and config.truncated is Truncated.mask
 
 
 def _sampled_any(rollout: Rollout, token_ids: Collection[int]) -> bool:

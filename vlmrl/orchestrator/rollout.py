@@ -20,6 +20,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
 
+from vlmrl.config.algorithm import Truncated
 from vlmrl.errors import EngineError
 from vlmrl.orchestrator.task_threads import TaskThreads
 from vlmrl.rendering.renderer import ImageError, Renderer
@@ -55,6 +56,8 @@ class RolloutRunner:
     """Most tokens of a completion; fewer where the context has less room."""
     max_model_len: int
     """Most tokens of prompt plus completion."""
+    truncated: Truncated = Truncated.zero
+    """What a cut answer is paid."""
     _threads: TaskThreads = field(init=False, default_factory=TaskThreads)
 
     async def run_groups(
@@ -160,8 +163,8 @@ class RolloutRunner:
             reply = await self._threads.run(partial(step_env, env, text))
             turn.reward, rollout.reward, rollout.metrics = reply.turn_reward, reply.reward, reply.metrics
             if completion.finish_reason == "length":
-                # A reward for an answer that never ended would teach the policy to ramble.
-                turn.reward = 0.0
+                if self.truncated is Truncated.zero:  # advantages.py does the same with the reward of the episode
+                    turn.reward = 0.0
                 return StopReason.MAX_NEW_TOKENS if budget == self.max_new_tokens else StopReason.CONTEXT_FULL
             if reply.done:
                 return StopReason.TERMINATED

@@ -216,6 +216,7 @@ def build_run(config: RunConfig, run_dir: RunDir, monitor: Monitor, rank_group: 
         max_turns=config.task.max_turns,
         max_new_tokens=config.orchestrator.max_new_tokens,
         max_model_len=config.inference.max_model_len,
+        truncated=config.algorithm.truncated,
     )
     return Run(
         config=config,

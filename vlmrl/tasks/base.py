@@ -70,7 +70,7 @@ The contract:
   the rollout as `bad_reward`.
 - An episode is done within `task.max_turns` turns, whatever the policy answers. An episode that is not done by then, or
   that spends its token budget or the context before, is cut off without another call of the env: `reward` and `metrics`
-  of the last Reply count.
+  of the last Reply count. An answer that is itself cut is paid by `algorithm.truncated`: 0, unless the run says else.
 """
 
 from __future__ import annotations

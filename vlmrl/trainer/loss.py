@@ -38,16 +38,20 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
+import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from vlmrl.config.algorithm import AlgorithmConfig, ImportanceCorrection, Loss
 from vlmrl.config.import_paths import assert_takes, import_named
-from vlmrl.errors import ConfigError
+from vlmrl.errors import ConfigError, UserFault, fenced, safe_repr, safe_text
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,15 +207,49 @@ def loss_function(name: str) -> LossFunction:
     assert_takes("algorithm.loss", name, function, "tokens", "totals", "config")
 
     def checked(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> LossOutput:
-        output = function(tokens, totals, config)
-        if not isinstance(output, LossOutput):
+        try:
+            with fenced("it"):
+                return _checked_output(function(tokens, totals, config), tokens)
+        except UserFault as fault:
+            if fault.traceback is not None:
+                log.error("algorithm.loss=%s failed:\n%s", name, fault.traceback)
             raise ConfigError(
-                f"algorithm.loss={name} returned a {type(output).__name__}, so there is no loss to learn from: return "
-                "vlmrl.trainer.loss.LossOutput(loss)."
-            )
-        return output
+                f"algorithm.loss={name}: {fault.text}, so there is no loss to learn from: return "
+                "vlmrl.trainer.loss.LossOutput(loss), whose loss is a scalar tensor made of tokens.logprobs"
+            ) from fault
 
     return checked
+
+
+def _checked_output(output: Any, tokens: LossTokens) -> LossOutput:
+    """What a user's loss function returned, with all metrics as scalars on one device. Raises `UserFault`."""
+    if not isinstance(output, LossOutput):
+        if inspect.iscoroutine(output):
+            output.close()
+        raise UserFault(f"it returned {safe_repr(output)} of type {type(output).__name__}, not a LossOutput")
+    loss: Any = output.loss
+    if not isinstance(loss, Tensor):
+        raise UserFault(f"its loss is {safe_repr(loss)} of type {type(loss).__name__}, not a tensor")
+    if loss.shape != () or not loss.is_floating_point():
+        raise UserFault(f"its loss has the shape {list(loss.shape)} and {loss.dtype}, and is not one float")
+    if tokens.logprobs.requires_grad and not loss.requires_grad:
+        raise UserFault("its loss has no gradient")
+    kinds = (output.sums, output.maxima)
+    return LossOutput(loss, *({_metric_name(k): _metric(k, v, loss) for k, v in kind.items()} for kind in kinds))
+
+
+def _metric_name(name: Any) -> str:
+    if not isinstance(name, str) or not safe_text(name) == name:
+        raise UserFault(f"it returned a metric called {safe_repr(name)}, which is not valid text")
+    return str.__str__(name)
+
+
+def _metric(name: str, value: Any, loss: Tensor) -> Tensor | float:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.detach().reshape(()).to(loss.device)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    raise UserFault(f"its metric {name} is {safe_repr(value)}, which is neither a number nor a scalar tensor")
 
 
 def policy_loss(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> LossOutput:

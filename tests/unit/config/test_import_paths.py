@@ -21,6 +21,7 @@ from vlmrl.types import Completion, Group, Prompt, Rollout, StopReason, Turn
 
 ALGORITHM = """
 import numpy as np
+import torch
 from vlmrl.trainer.loss import LossOutput
 
 def scaled(tokens, totals, config):
@@ -43,6 +44,51 @@ def one(rewards):
     return rewards.mean()
 
 number = 3
+
+def badly(rewards):
+    return BAD[int(rewards[0])](rewards)
+
+class BadText(Exception):
+    def __str__(self):
+        raise SystemExit(1)
+
+def raises(*_):
+    raise BadText
+
+async def later(*_):
+    return None
+
+def leaves(*_):
+    raise SystemExit(0)
+
+BAD = [
+    raises, leaves, later,
+    lambda rewards: "high",
+    lambda rewards: None,
+    lambda rewards: torch.tensor(rewards, requires_grad=True),
+    lambda rewards: list(rewards) + [1.0],
+    lambda rewards: rewards[:, None],
+    lambda rewards: {"a": 1},
+    lambda rewards: [float("nan")] * len(rewards),
+]
+
+def lost(tokens, totals, config):
+    return BAD_LOSSES[config.args["case"]](tokens)
+
+BAD_LOSSES = [
+    raises, leaves, later,
+    lambda tokens: "low",
+    lambda tokens: LossOutput("low"),
+    lambda tokens: LossOutput(1.0),
+    lambda tokens: LossOutput(tokens.logprobs),
+    lambda tokens: LossOutput(tokens.sample_index.sum()),
+    lambda tokens: LossOutput(tokens.logprobs.detach().sum()),
+    lambda tokens: LossOutput(tokens.logprobs.sum(), {"mine": "x"}),
+    lambda tokens: LossOutput(tokens.logprobs.sum(), {3: 1.0}),
+    lambda tokens: LossOutput(tokens.logprobs.sum(), {"a\\ud800": 1.0}),
+    lambda tokens: LossOutput(tokens.logprobs.sum(), {}, {"mine": tokens.logprobs}),
+    lambda tokens: LossOutput(tokens.logprobs.sum(), None),
+]
 """
 TOKENS = LossTokens(
     logprobs=torch.tensor([-1.0, -2.0], requires_grad=True),
@@ -123,9 +169,24 @@ def test_what_cannot_be_called_is_refused_before_anything_starts(
 
 
 def test_what_a_function_returns_is_looked_at() -> None:
-    with pytest.raises(ConfigError, match=r"returned a Tensor, .*: return vlmrl.trainer.loss.LossOutput\(loss\)"):
+    with pytest.raises(ConfigError, match=r"of type Tensor, not a LossOutput, .*LossOutput\(loss\)"):
         policy_loss(TOKENS, TOTALS, AlgorithmConfig(loss="my_algorithms.mine:bare"))
     with pytest.raises(ConfigError, match=r"returned 0.5 for the rewards \[0.0, 1.0\], .*: return one finite"):
         estimator_named("my_algorithms.mine:one")(np.array([0, 1], np.float32))
     with np.errstate(divide="ignore"), pytest.raises(ConfigError, match=r"returned \[inf, inf\] for the rewards"):
         estimator_named("my_algorithms.mine:infinite")(np.array([1, 1], np.float32))
+
+
+@pytest.mark.parametrize("case", range(10))
+def test_whatever_an_advantage_does_is_an_error_that_names_it(case: int) -> None:
+    rewards = np.array([case, 1], np.float32)
+    with pytest.raises(ConfigError, match=r"^algorithm\.advantage=my_algorithms\.mine:badly.*: return one finite"):
+        estimator_named("my_algorithms.mine:badly")(rewards)
+    assert rewards.tolist() == [case, 1]
+
+
+@pytest.mark.parametrize("case", range(14))
+def test_whatever_a_loss_does_is_an_error_that_names_it(case: int) -> None:
+    config = AlgorithmConfig(loss="my_algorithms.mine:lost", args={"case": case})
+    with pytest.raises(ConfigError, match=r"^algorithm\.loss=my_algorithms\.mine:lost: .*: return vlmrl\.trainer"):
+        policy_loss(TOKENS, TOTALS, config)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from vlmrl.config.algorithm import Credit
+from vlmrl.config.algorithm import Credit, Truncated
 from vlmrl.config.parse import parse, typed
 from vlmrl.config.task import ColorCodewordConfig, ImportedTaskConfig
 from vlmrl.errors import ConfigError
@@ -39,6 +39,15 @@ def test_a_chosen_credit_is_kept() -> None:
     tree.algorithm.credit = "episode"
     config = parse(typed(tree))
     assert config.task.credit is config.algorithm.credit is Credit.episode
+
+
+@pytest.mark.parametrize(("credit", "truncated"), [("turn", Truncated.zero), ("episode", Truncated.keep)])
+def test_a_cut_answer_is_paid_as_before(credit: str, truncated: Truncated) -> None:
+    tree = read("imported")
+    tree.algorithm.credit = credit
+    assert parse(typed(tree)).algorithm.truncated is truncated
+    tree.algorithm.truncated = "mask"
+    assert parse(typed(tree)).algorithm.truncated is Truncated.mask
 
 
 def test_loading_leaves_the_tree_alone() -> None:

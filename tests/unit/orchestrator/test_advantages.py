@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmrl.config.algorithm import Advantage, AlgorithmConfig, Credit, FilterConfig, FilterMode
+from vlmrl.config.algorithm import Advantage, AlgorithmConfig, Credit, FilterConfig, FilterMode, Truncated
 from vlmrl.orchestrator.advantages import (
     EPS,
     ESTIMATORS,
@@ -28,12 +28,12 @@ group_rewards = st.lists(st.integers(-8, 8).map(lambda eighths: eighths / 8), mi
 any_estimator = pytest.mark.parametrize("advantage", Advantage)
 
 
-def turn(reward: float, *, token_ids: Sequence[int] = (5, 6), version: int = 0) -> Turn:
+def turn(reward: float, *, token_ids: Sequence[int] = (5, 6), version: int = 0, cut: bool = False) -> Turn:
     completion = Completion(
         token_ids=np.array(token_ids, np.int64),
         logprobs=np.full(len(token_ids), -1.0, np.float32),
         versions=np.full(len(token_ids), version, np.int64),
-        finish_reason="stop",
+        finish_reason="length" if cut else "stop",
     )
     return Turn(Prompt(np.array([1, 2]), (), ()), completion, "", [], branch=0, reward=reward)
 
@@ -229,3 +229,52 @@ def test_groups_without_a_signal_are_dropped_where_the_algorithm_filters(
 ) -> None:
     group = Group("p", [rollout([turn(0.0)], reward=r) for r in rewards])
     assert dropped(group, AlgorithmConfig(filters=FilterConfig(zero_advantage=mode))) == expected
+
+
+# ── cut answers ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def with_a_cut_answer() -> Group:
+    """Two whole answers, worth 1 and 0, and one that was cut in its second turn, worth 1 by what the task says."""
+    return Group(
+        "p",
+        [
+            rollout([turn(1.0), turn(1.0)], 1.0),
+            rollout([turn(0.0), turn(0.0)], 0.0),
+            rollout([turn(1.0), turn(1.0, cut=True)], 1.0, StopReason.MAX_NEW_TOKENS),
+        ],
+    )
+
+
+@pytest.mark.parametrize("credit", Credit)
+@pytest.mark.parametrize(
+    ("truncated", "last_turn", "dropped"),
+    [
+        # r − mean of the last turns' rewards, or of the episodes': (1, 0, 0), (1, 0, 1) and (1, 0)
+        (Truncated.zero, [2 / 3, -1 / 3, -1 / 3], None),
+        (Truncated.keep, [1 / 3, -2 / 3, 1 / 3], None),
+        (Truncated.mask, [0.5, -0.5, 0.0], DropReason.TRUNCATED),
+    ],
+)
+def test_a_cut_answer_is_paid_the_same_under_every_credit(
+    credit: Credit, truncated: Truncated, last_turn: list[float], dropped: DropReason | None
+) -> None:
+    config = AlgorithmConfig(advantage=Advantage.group_centered, credit=credit, truncated=truncated)
+    group = with_a_cut_answer()
+    assign_advantages(group, config)
+    mark_dropped(group, config, {IMAGE_TOKEN}, version=0, max_staleness=0)
+    assert [r.turns[-1].advantage for r in group.rollouts] == pytest.approx(last_turn)
+    assert [r.dropped for r in group.rollouts] == [None, None, dropped]
+    assert group.rollouts[2].reward == (0.0 if truncated is Truncated.zero else 1.0)
+
+
+@pytest.mark.parametrize("stop_reason", [StopReason.MAX_TURNS, StopReason.CONTEXT_FULL])
+@pytest.mark.parametrize("truncated", Truncated)
+def test_a_whole_answer_keeps_its_reward_however_the_episode_ended(
+    stop_reason: StopReason, truncated: Truncated
+) -> None:
+    config = AlgorithmConfig(advantage=Advantage.group_centered, truncated=truncated)
+    group = Group("p", [rollout([turn(1.0)], 1.0, stop_reason), rollout([turn(0.0)], 0.0)])
+    assign_advantages(group, config)
+    mark_dropped(group, config, {IMAGE_TOKEN}, version=0, max_staleness=0)
+    assert [(r.turns[0].advantage, r.dropped) for r in group.rollouts] == [(0.5, None), (-0.5, None)]

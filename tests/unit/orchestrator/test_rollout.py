@@ -22,6 +22,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlmrl.config.algorithm import Truncated
 from vlmrl.errors import EngineError
 from vlmrl.orchestrator.metrics import bridge_break_rate
 from vlmrl.orchestrator.rollout import RolloutRunner, sampling_seed
@@ -380,6 +381,14 @@ def test_the_context_cuts_completions_and_never_prompts(
     assert (rollout.stop_reason, [turn.text for turn in rollout.turns]) == (stop_reason, texts)
     assert rollout.reward == (0.5 if texts else 0.0)
     assert rollout.error is None
+
+
+@pytest.mark.parametrize(("truncated", "reward"), [("zero", 0.0), ("keep", 0.25), ("mask", 0.25)])
+def test_the_record_has_what_a_cut_turn_is_paid(truncated: str, reward: float) -> None:
+    runner = make_runner(ScriptedTask(endless), max_new_tokens=3)
+    runner.truncated = Truncated(truncated)
+    rollout = play_one(runner)
+    assert (rollout.stop_reason, rollout.turns[-1].reward) == (StopReason.MAX_NEW_TOKENS, reward)
 
 
 def test_a_completion_that_just_fits_is_not_cut() -> None:
