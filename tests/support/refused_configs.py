@@ -70,6 +70,17 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     ),
     (("export.folder=there",), "export.folder=there has no effect with mode=rl"),
     (("mode=export",), "mode=export has no resume="),
+    (
+        ("resume=outputs/a",),
+        "resume=outputs/a stands in a file .* trained from scratch: .* resume=outputs/a on",
+    ),
+    (
+        ("mode=replay", "run=outputs/a", "step=3"),
+        "mode=replay run=outputs/a step=3 stands in a file .* remove it",
+    ),
+    (("run=outputs/a",), "run=outputs/a has no effect with mode=rl, .*: drop run, or set mode=replay"),
+    (("mode=sft", "trainer.warmup.steps=1", "step=3"), "step=3 has no effect with mode=sft"),
+    (("runs=[a,b]",), "runs=a,b has no effect with mode=rl, .*: drop runs, or set mode=compare"),
     (("mode=compare",), "mode=compare has no runs="),
     (
         ("model=qwen3vl", "model.init=random", "model/size=30b_a3b"),

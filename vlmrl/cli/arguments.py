@@ -2,10 +2,12 @@
 
     task=my_module:MyTask       task=imported task.target=my_module:MyTask
     task.args.level=3           ++task.args.level=3
-    model.name=~/models/a(1)    model.name="/home/me/models/a(1)"
+    task.args.path=/x/y=z       ++task.args.path='/x/y=z'
+    model.name=~/models/a(1)    model.name='/home/me/models/a(1)'
+    runs=outputs/a              runs=['outputs/a']
     hydra/launcher=slurm        hydra.mode=MULTIRUN hydra/launcher=slurm
 
-hydra_errors.py explains what Hydra refuses.
+words.py has read `mode=`, `resume=` and the like before; hydra_errors.py explains what Hydra refuses.
 """
 
 from __future__ import annotations
@@ -16,9 +18,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-
+from vlmrl.cli.words import folders_in, parses
 from vlmrl.config.field_docs import fields_of
 from vlmrl.config.keys import is_free_form
 from vlmrl.config.run import SCHEMAS, RunConfig
@@ -34,6 +34,12 @@ IMPORTED = {"task": ("task=imported", "task.target="), "algorithm": ("algorithm.
 
 NOT_PARSED = ("resume", "run")
 """Text keys that past_runs.py reads as they stand, without Hydra's grammar."""
+
+NO_PLAIN_TEXT = re.compile(
+    r"""\s*(?:[\[{'"] | (choice|range|interval|glob|tag|shuffle|sort|extend_list|int|float|str|bool|json_str)\s*\()""",
+    re.VERBOSE,
+)
+"""The begin of a value that is meant as a list, a dictionary, a quoted text or a call of Hydra's grammar."""
 
 HYDRA_TEXT = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.name")
 """Keys of Hydra's own whose value is text."""
@@ -81,15 +87,33 @@ def _rewritten(argument: str, *, is_multirun: bool) -> list[str]:
             )
         *before, last = IMPORTED[key]
         return [*before, f"{last}{value}"]
-    if equals and is_free_form(key):
-        return [f"++{argument}"]
-    if equals and key.lstrip("+") in text_keys():
+    bare = key.lstrip("+")
+    if equals and is_free_form(bare):
+        if NO_PLAIN_TEXT.match(value) is None:
+            value = as_text(bare, value, is_multirun=is_multirun)
+        return [f"{'++' if key == bare else ''}{key}={value}"]
+    if equals and bare in text_keys():
         return [f"{key}={as_text(key, value, is_multirun=is_multirun)}"]
+    if key == "runs" and equals and not is_multirun:
+        return [f"runs=[{','.join(map(quoted, folders_in(value)))}]"]
     return [argument]
 
 
+def with_quoted_words(arguments: list[str]) -> list[str]:
+    """Quote the values of `NOT_PARSED` for Hydra, for a command that does not read them itself.
+
+    >>> with_quoted_words(["run=a=b", "seed=1"])
+    ["run='a=b'", 'seed=1']
+    """
+    pairs = [(argument, *argument.partition("=")) for argument in arguments]
+    return [
+        f"{key}={as_text(key, value, is_multirun=False)}" if key in NOT_PARSED else text
+        for text, key, _, value in pairs
+    ]
+
+
 def as_text(key: str, value: str, *, is_multirun: bool) -> str:
-    """The value of a text key, in quotes where Hydra's grammar cannot parse it. `~/` at its start becomes the home
+    """The value of a key that holds text, in quotes where Hydra's grammar cannot parse it. `~/` at its start is the home
     folder, as in a shell. The values of a sweep are quoted one by one.
 
     >>> as_text("model.name", "日本(1).parquet", is_multirun=False), as_text("model.name", "a/b", is_multirun=False)
@@ -101,7 +125,7 @@ def as_text(key: str, value: str, *, is_multirun: bool) -> str:
         return ",".join(as_text(key, part, is_multirun=False) for part in value.split(","))
     if value.startswith("~/"):
         value = os.path.expanduser(value)
-    return value if _parses(f"{key}={value}") else quoted(value)
+    return value if parses(f"{key}={value}") else quoted(value)
 
 
 def quoted(value: str) -> str:
@@ -111,14 +135,6 @@ def quoted(value: str) -> str:
     ("'it\\\\'s'", "'C:\\\\\\\\'")
     """
     return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value) + "'"
-
-
-def _parses(override: str) -> bool:
-    try:
-        OverridesParser.create().parse_override(override)
-    except HydraException:
-        return False
-    return True
 
 
 @functools.cache

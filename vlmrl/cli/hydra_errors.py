@@ -2,21 +2,55 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import shlex
+from collections.abc import Iterator
 
-from hydra.errors import MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
 
 from vlmrl.cli.arguments import CONF, groups
+from vlmrl.cli.words import parsed
 from vlmrl.config.field_docs import fields_of
-from vlmrl.config.keys import did_you_mean, unknown_key
+from vlmrl.config.keys import did_you_mean, is_free_form, unknown_key
 from vlmrl.config.parse import summary
 from vlmrl.config.run import RunConfig
+from vlmrl.config.secrets import redacted_words
+from vlmrl.errors import ConfigError, describe
 from vlmrl.preflight.installed import LAUNCHERS, pip_line
+
+PARSERS = ("hydra", "omegaconf", "antlr4", "yaml")
+"""Packages that read a command line and the files of conf/. What they raise is about what they were given."""
+
+
+@contextlib.contextmanager
+def composing(arguments: list[str]) -> Iterator[None]:
+    """Turn what Hydra, OmegaConf and their parsers raise in the block into a ConfigError. A bug of vlmrl passes."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise ConfigError(in_words(error, arguments)) from error
+    except Exception as error:
+        if not _is_of_a_parser(error):
+            raise
+        raise ConfigError(in_words(error, arguments)) from error
+
+
+def _is_of_a_parser(error: Exception) -> bool:
+    """Whether the innermost frame is in one of `PARSERS`: Hydra does not wrap each exception of its own code."""
+    step, module = error.__traceback__, ""
+    while step is not None:
+        module = str(step.tb_frame.f_globals.get("__name__", ""))
+        step = step.tb_next
+    return module.partition(".")[0] in PARSERS
 
 
 def in_words(error: Exception, arguments: list[str]) -> str:
-    """The message for an error that `arguments` caused. Raises the error itself where it is a bug."""
+    """The message for an error that `arguments` caused."""
     cause = error.__cause__
     where = f"{str(error).splitlines()[0]} " if str(error).startswith("In ") else ""  # "In '<file>': …"
     for plugin, extra in LAUNCHERS.items():
@@ -27,7 +61,7 @@ def in_words(error: Exception, arguments: list[str]) -> str:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={option}: {group} has only {', '.join(error.options)}{did_you_mean(option, error.options)}"
     if isinstance(error, OverrideParseException):
-        return f"{error.override} does not parse as key=value: {' '.join(str(error).splitlines()[:-1])}"
+        return _about_quotes(error)
     if "Got NoneType" in str(error) and (absent := _null_group(arguments)):
         return _about_null(absent)
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
@@ -38,12 +72,57 @@ def in_words(error: Exception, arguments: list[str]) -> str:
         return f"{where}{key}: {unknown_key(key)}"
     if isinstance(cause, OmegaConfBaseException):
         return f"{where}{summary(cause)}"
-    if isinstance(error, AssertionError):
-        return _about_an_absent_group(error, arguments)
+    if isinstance(error, AssertionError) and (about := _about_an_absent_group(arguments)):
+        return about
     if isinstance(error, OmegaConfBaseException):
         return summary(error)
+    given = f"(in: {' '.join(redacted_words(arguments))})"
+    if about := _about_odd_group(arguments):
+        return about
+    if not isinstance(error, HydraException | YAMLError | ValueError):
+        return (
+            f"these choices do not compose ({' '.join(describe(error).split())}), so there is no configuration to run: "
+            f"write group=option for a group and key=value for a key {given}"
+        )
     lines = [line for line in str(error).splitlines() if not line.startswith(("    reference_type", "    object_type"))]
-    return "\n".join([*lines, f"(in: {' '.join(arguments)})"])
+    return "\n".join([*lines, given])
+
+
+def _about_quotes(error: OverrideParseException) -> str:
+    """Which part does not parse, and the same argument with quotes for Hydra inside quotes for the shell."""
+    key, equals, value = str(error.override).partition("=")
+    if is_free_form(key.lstrip("+")):
+        key = key.lstrip("+")  # rewrite has added it
+    (given,) = redacted_words([f"{key}{equals}{value}"])
+    reason = " ".join(str(error).splitlines()[:-1])
+    if not equals:
+        return f"{given} does not parse as key=value: {reason}: write {key}=<value>, or remove it"
+    if value.lstrip()[:1] in ("[", "{"):
+        remedy = "put each text in it into quotes, inside the shell's: " + shlex.quote(f'{key}=["a=b","c,d"]')
+    else:
+        (quoted,) = redacted_words([key + '="' + re.sub(r'(\\*)("|$)', _escaped, value) + '"'])
+        remedy = f"put the value into quotes, inside the shell's: {shlex.quote(quoted)}"
+    return f"{given} does not parse as key=value: {reason}: {remedy}"
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return found[1] * 2 + ('\\"' if found[2] else "")
+
+
+def _about_odd_group(arguments: list[str]) -> str | None:
+    """The first argument `group=value` whose value is neither the name of an option nor a list of names."""
+    for argument in arguments:
+        key, equals, _ = argument.lstrip("+").partition("=")
+        if equals and key in groups():
+            value = parsed(argument)
+            names = value if isinstance(value, list) else [value]
+            if value is not ... and not all(isinstance(name, str) for name in names):
+                return f"{argument} names no option of {key}: choose {key}=<one of {_options(key)}>"
+    return None
+
+
+def _options(group: str) -> str:
+    return ", ".join(path.stem for path in sorted((CONF / group).glob("*.yaml")))
 
 
 def _null_group(arguments: list[str]) -> str | None:
@@ -53,7 +132,7 @@ def _null_group(arguments: list[str]) -> str | None:
 
 
 def _about_null(group: str) -> str:
-    options = ", ".join(path.stem for path in sorted((CONF / group).glob("*.yaml")))
+    options = _options(group)
     needed = [field.name for field in fields_of(RunConfig) if field.schema is not None and field.default == "???"]
     if group in needed:
         return f"{group}=null chooses no option, and a run needs one: choose {group}=<one of {options}>"
@@ -63,12 +142,12 @@ def _about_null(group: str) -> str:
     )
 
 
-def _about_an_absent_group(error: AssertionError, arguments: list[str]) -> str:
-    """Hydra asserts where a key is set in a group that is null. Any other assertion is raised again."""
+def _about_an_absent_group(arguments: list[str]) -> str | None:
+    """Hydra asserts where a key is set in a group that is null."""
     nested = ["model.tiny", *(group.replace("/", ".") for group in groups() if "/" in group)]
     absent = [key for key in arguments if key.lstrip("+").startswith(tuple(f"{group}." for group in nested))]
     if not absent:
-        raise error
+        return None
     group = absent[0].lstrip("+").partition("=")[0].rpartition(".")[0]
     option = group.replace(".", "/")
     remedy = f"choose an option with {option}=… as well" if option in groups() else "choose another option of its group"

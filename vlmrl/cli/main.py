@@ -17,14 +17,11 @@ import sys
 from collections.abc import Sequence
 
 import hydra
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 import vlmrl
-from vlmrl.cli.arguments import CONF, rewrite
+from vlmrl.cli.arguments import CONF, rewrite, with_quoted_words
 from vlmrl.cli.exit_codes import JobError, report
-from vlmrl.cli.hydra_errors import in_words
+from vlmrl.cli.hydra_errors import composing
 from vlmrl.cli.hydra_job import CheckFirst, job
 from vlmrl.cli.init import init
 from vlmrl.cli.past_runs import REPORT, replayed, replays, resumed, resumes, write_page
@@ -32,6 +29,7 @@ from vlmrl.cli.recipe import with_recipe
 from vlmrl.cli.schemas import register_schemas
 from vlmrl.cli.start import lead_or_follow, start
 from vlmrl.cli.sweep.compare import compare_and_show
+from vlmrl.cli.words import plain_words
 from vlmrl.errors import ConfigError, VlmrlError
 from vlmrl.ranks import slurm
 
@@ -41,20 +39,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     In a rank group (`vlmrl.ranks.place`) rank 0 runs the command and the other ranks follow it.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if "--version" in arguments:
+        words = plain_words(sys.argv[1:] if arguments is None else arguments)
+        if "--version" in words:
             print(f"vlmrl {vlmrl.__version__}")
             return 0
-        if REPORT in arguments:  # before the ranks are counted: rank 0 of a run starts this as a process of its own
-            print(write_page(arguments))
+        if REPORT in words:  # before the ranks are counted: rank 0 of a run starts this as a process of its own
+            print(write_page(words))
             return 0
         if slurm.tasks_of_step() > 1:
-            slurm.divide_tasks(slurm.serving_tasks_in(arguments))
+            slurm.divide_tasks(slurm.serving_tasks_in(words))
         if slurm.server_index() is not None:
-            return command_line(arguments)
+            return command_line(words)
         with slurm.holding_servers():
-            return lead_or_follow(lambda: command_line(arguments))
+            return lead_or_follow(lambda: command_line(words))
     except VlmrlError as error:
         return report(error)
 
@@ -95,24 +93,19 @@ def explain(arguments: list[str]) -> None:
 
     register_schemas()
     words = [argument for argument in arguments if argument != "explain"]
-    try:
+    with composing(words):
         print(explanation(words, CONF))
-    except (HydraException, OmegaConfBaseException, YAMLError, ValueError, AssertionError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(in_words(error, words)) from error
 
 
 def compose_and_start(arguments: list[str]) -> None:
     """Hand the command line to Hydra. Raises ConfigError where it does not compose."""
     register_schemas()
+    arguments = with_quoted_words(arguments)
     sys.argv = ["vlmrl", *arguments]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
     try:
-        hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
-    # A job prints its own errors, so these are Hydra's.
-    except (HydraException, OmegaConfBaseException, YAMLError, ValueError, AssertionError) as error:
-        raise ConfigError(in_words(error, arguments)) from error
+        with composing(arguments):  # a job prints its own errors, so these are Hydra's
+            hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
     except OSError as error:
         if error.filename is None:  # not about a folder
             raise

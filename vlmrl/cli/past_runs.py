@@ -15,15 +15,16 @@ from pathlib import Path
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import ConfigCompositionException, HydraException
+from hydra.errors import ConfigCompositionException
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from vlmrl.cli.arguments import CONF, groups
 from vlmrl.cli.explain import text_of
-from vlmrl.cli.hydra_errors import in_words
+from vlmrl.cli.hydra_errors import composing
 from vlmrl.cli.recipe import RECIPE
 from vlmrl.cli.schemas import register_schemas
+from vlmrl.cli.words import folders_in
 from vlmrl.config.fields import Resume
 from vlmrl.config.keys import resume_policy
 from vlmrl.config.parse import typed
@@ -58,7 +59,7 @@ def write_page(arguments: list[str]) -> Path:
         run_dir = RunDir(folder_of(value))
         write_report({run_dir.name: run_dir}, run_dir.report, default_config())
         return run_dir.report
-    folders = [folder_of(folder.strip()) for folder in value.removeprefix("[").removesuffix("]").split(",")]
+    folders = [folder_of(folder) for folder in folders_in(value)]
     runs = [run for folder in folders for run in runs_in(folder) if run.config.exists()]
     if len(runs) < 2:
         raise ConfigError(f"{given[0]} names fewer than two runs, so nothing can be compared: set run=<folder>")
@@ -152,15 +153,13 @@ def leaves_of(config: DictConfig) -> dict[str, object]:
 
 def override(config: DictConfig, overrides: list[str]) -> None:
     """Apply `key=value` overrides in place. Raises ConfigError."""
-    try:
+    with composing(overrides):
         for each in OverridesParser.create().parse_overrides(overrides):
             if each.is_sweep_override():
                 raise ConfigError(
                     f"{each.input_line} lists values to sweep over, which only a new --multirun can do: set one value"
                 )
             apply(config, each.key_or_group, each.value(), force_add=each.is_force_add())
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(in_words(error, overrides)) from error
 
 
 def apply(config: DictConfig, key: str, value: object, *, force_add: bool) -> None:
@@ -208,11 +207,8 @@ def replayed(arguments: list[str]) -> DictConfig:
         )
     if chosen:
         register_schemas()
-        try:
-            with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-                composed = hydra.compose("config", chosen)
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
-            raise ConfigError(in_words(error, chosen)) from error
+        with composing(chosen), hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = hydra.compose("config", chosen)
         for group in REPLAYED_GROUPS:
             config[group] = composed[group]
     override(config, overrides)

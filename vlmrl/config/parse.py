@@ -13,7 +13,7 @@ import typing
 from collections.abc import Iterator
 
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from vlmrl.config.keys import unknown_key
 from vlmrl.config.run import SCHEMAS, RunConfig
@@ -95,6 +95,11 @@ def _upgraded(tree: DictConfig) -> DictConfig:
 def summary(error: OmegaConfBaseException) -> str:
     """The key and the first line of an OmegaConf error."""
     text = str(error).splitlines()[0]
+    if isinstance(error, InterpolationResolutionError):
+        text += (
+            ", so the value cannot be read: correct what stands between ${ and }, or write \\${ where the text itself "
+            "holds ${"
+        )
     return f"{error.full_key}: {text}" if error.full_key else text
 
 

@@ -8,7 +8,7 @@ A value is a secret because of its name (`api_key`, `dbPassword`, `Authorization
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 HIDDEN = "(hidden)"
@@ -98,6 +98,36 @@ def redacted(tree: Any) -> Any:
     {'level': 3, 'api_key': '(hidden)', 'urls': ['http://host', 'http://(hidden)@host']}
     """
     return _redacted(tree, "")
+
+
+def redacted_text(text: str) -> str:
+    """A text, such as a message or a line of a log, without the secrets in it.
+
+    >>> redacted_text("model.name=https://me:pw@host is no folder, --api-key sk-proj-9f8e7d6c5b4a")
+    'model.name=https://(hidden)@host is no folder, --api-key (hidden)'
+    """
+    return SECRET_VALUE.sub(HIDDEN, USER_OF_URL.sub(f"{HIDDEN}@", text))
+
+
+def redacted_words(arguments: Sequence[str]) -> list[str]:
+    """The words of a command line without the secrets in them.
+
+    >>> redacted_words(["seed=1", "++task.args.api_key=hunter2", "task.args.clients=[{api_key: hunter2}]"])
+    ['seed=1', '++task.args.api_key=(hidden)', 'task.args.clients=[{api_key: (hidden)}]']
+    """
+    return [_redacted_word(argument) for argument in arguments]
+
+
+def _redacted_word(argument: str) -> str:
+    key, equals, value = argument.partition("=")
+    if equals and not value.startswith(("[", "{")):
+        return f"{redacted_text(key)}={_redacted(value, key.lstrip('+~'))}"
+
+    def pair(found: re.Match[str]) -> str:
+        name, colon, text = found.groups()
+        return f"{name}{colon}{HIDDEN if _is_secret(name, text) else text}"
+
+    return redacted_text(re.sub(r"([\w.-]+)(\s*:\s*)([^\s,}\]]+)", pair, argument))
 
 
 def _secrets_in(tree: Any, key: str, name: str) -> Iterator[str]:

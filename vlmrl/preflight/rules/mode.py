@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from vlmrl.config.run import Mode, RunConfig
 from vlmrl.errors import ConfigError
 
@@ -28,6 +30,37 @@ def past_run_is_named(config: RunConfig) -> None:
             "mode=compare has no runs=, so there is nothing to compare: set runs=[outputs/multirun/<name>], or several "
             "folders of runs"
         )
+
+
+def past_run_is_read(config: RunConfig) -> None:
+    """`resume`, `run`, `step` and `runs` have an effect: the command line has read them, in a mode that uses them.
+
+    A resumed run and a replay use the config.yaml of the run that they name, so these keys do nothing in a file of
+    conf/, from which a new run is composed.
+    """
+    folder = Path(config.output_dir)
+    of_a_file = None
+    if config.resume is not None and Path(config.resume) != folder:
+        of_a_file = f"resume={config.resume}", "trained from scratch", f"resume={config.resume}"
+    elif config.mode is Mode.replay and config.run is not None and Path(config.run) not in folder.parents:
+        words = f"mode=replay run={config.run} step={config.step}"
+        of_a_file = words, "replayed with another config than the run's own", words
+    if of_a_file is not None:
+        given, consequence, words = of_a_file
+        raise ConfigError(
+            f"{given} stands in a file of conf/ or of --config-dir, from which a new run is composed, so it would be "
+            f"{consequence}: remove it there, and write {words} on the command line, without --multirun"
+        )
+    for key, value, modes in (
+        ("run", config.run, (Mode.replay,)),
+        ("step", config.step, (Mode.replay,)),
+        ("runs", ",".join(config.runs) or None, (Mode.compare,)),
+    ):
+        if value is not None and config.mode not in modes:
+            raise ConfigError(
+                f"{key}={value} has no effect with mode={config.mode.name}, so it would not be read: drop {key}, or "
+                f"set mode={modes[0].name}"
+            )
 
 
 def export_folder_has_effect(config: RunConfig) -> None:
