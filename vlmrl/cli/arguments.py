@@ -113,8 +113,8 @@ def with_quoted_words(arguments: list[str]) -> list[str]:
 
 
 def as_text(key: str, value: str, *, is_multirun: bool) -> str:
-    """The value of a key that holds text, in quotes where Hydra's grammar cannot parse it. `~/` at its start is the home
-    folder, as in a shell. The values of a sweep are quoted one by one.
+    """The value of a key that holds text, in quotes where Hydra's grammar cannot parse it. `~/` at its start is the
+    home folder, as in a shell. The values of a sweep are quoted one by one.
 
     >>> as_text("model.name", "日本(1).parquet", is_multirun=False), as_text("model.name", "a/b", is_multirun=False)
     ("'日本(1).parquet'", 'a/b')
