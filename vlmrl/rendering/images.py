@@ -1,39 +1,42 @@
-"""Images by content: each distinct image is decoded, hashed and processed once, and becomes one `ImageItem`.
+"""Pixels of an `Image` part, whatever it is handed in as, and whatever is wrong with it.
 
-    Image part ──decode──▶ pixels [H, W, 3] ──hash──▶ known? ──process──▶ ImageItem, interned by its hash
+    path ──read──▶ bytes ──decode──┐
+    PIL image ─────────────────────┼─▶ RGB ──turn upright──▶ uint8 [H, W, 3]        every fault: ImageError
+    uint8 [H, W, 3] ───────────────┘
 
-Decoding follows the model's own tool chain: Pillow's `convert("RGB")`, which drops an alpha channel. Encoded images are
-rotated by their EXIF tag, as image viewers do. Samples of 16 bits are scaled to 8 bits; Pillow would clip almost all of
-them to white.
+Decoding follows the model's own tool chain: Pillow's `convert("RGB")`, which drops an alpha channel. Photos are turned
+upright by their EXIF tag, as image viewers and transformers' `load_image` do, whichever way they are handed in. Samples
+of 16 bits are scaled to 8 bits; Pillow would clip almost all of them to white.
 
-An `Image` part is a value: its pixels are read when it is first used. A `PIL.Image` that is changed afterwards and
-passed in a new part is a different image. So the store remembers parts by identity, but not their sources. It keeps
-only the hash of a part: a task may hold all images of a dataset without keeping their processed versions alive.
+Decoders run inside one fence: whatever they raise becomes an `ImageError` that names the file and holds no address in
+memory, so that equal faults have equal texts. A file is checked before it is opened, and is never waited for: a pipe or
+a device is refused.
 
-Left out on purpose: URLs (a run must not depend on a web server) and animations (the first frame is used).
+Left out on purpose: URLs (a run must not depend on a web server), animations (the first frame is used), and the formats
+of `NOT_READ`.
 """
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import io
-import struct
+import os
+import re
+import stat
 import threading
-import zlib
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import ExifTags, ImageFile, UnidentifiedImageError
 from PIL import Image as PILImage
-from PIL import ImageFile, ImageOps
 
-from vlmrl.caches.lru import ByteLRU
-from vlmrl.types import Image, ImageItem
+from vlmrl.errors import UserFault, fenced, safe_text
 
 Pixels: TypeAlias = NDArray[np.uint8]
 """uint8 [H, W, 3], RGB, 0 to 255."""
@@ -41,39 +44,39 @@ Pixels: TypeAlias = NDArray[np.uint8]
 MAX_PIXELS = 1 << 26
 """Images with a larger H × W are refused before decoding (67 million; a PNG of a few KB can claim billions)."""
 
-INLINE_PIXELS = 1 << 14
-"""Up to this size (128 × 128), hashing a decoded image takes less time than handing it to a thread."""
+MAX_FILE_BYTES = 8 * MAX_PIXELS
+"""Larger files and bytes are refused before they are read: the largest image in four channels of 16 bits, 512 MiB."""
 
-RECENT_BYTES = 256 << 20
-"""Processed images that are kept alive although nothing else refers to them: the most recently used ones."""
+NOT_READ = frozenset({"EPS", "IPTC", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"})
+"""Pillow's formats that are not read: EPS starts Ghostscript, IPTC opens what it holds as any format (EPS, too), and
+Pillow has no decoder for the others on Linux."""
 
-ENCODED_HASH_BYTES = 65536 * (32 + 32)
-"""Memory for the hashes of encoded images (files, bytes): room for 65,536 pairs of SHA-256 digest and image hash."""
+_TRANSPOSED = {
+    2: PILImage.Transpose.FLIP_LEFT_RIGHT,
+    3: PILImage.Transpose.ROTATE_180,
+    4: PILImage.Transpose.FLIP_TOP_BOTTOM,
+    5: PILImage.Transpose.TRANSPOSE,
+    6: PILImage.Transpose.ROTATE_270,
+    7: PILImage.Transpose.TRANSVERSE,
+    8: PILImage.Transpose.ROTATE_90,
+}
+"""EXIF orientation → how Pillow turns the image upright."""
 
-WORKERS = 4
-"""Threads that decode and process images."""
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+"""What Python writes of an object without a text of its own; it differs from run to run."""
 
-DECODE_ERRORS = (
-    OSError,
-    ValueError,
-    TypeError,
-    SyntaxError,
-    IndexError,
-    OverflowError,
-    EOFError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-)
-"""Exceptions that Pillow's decoders raise for broken files."""
+_NOT_FILES = ((stat.S_ISDIR, "folder"), (stat.S_ISFIFO, "pipe"), (stat.S_ISSOCK, "socket"))
 
 
-class ImageError(Exception):
+class ImageError(UserFault):
     """An image that cannot be decoded or processed. Ends its rollout as `image_error`; not an error of the run."""
 
 
 def decode(source: Any) -> Pixels:
     """The pixels of an `Image.source`: a PIL image, uint8 [H, W, 3], encoded bytes, or a path. Raises `ImageError`.
+
+    Threads that decode the same PIL image do so one after the other, because Pillow loads it when it is first used and
+    is not thread-safe there.
 
     >>> decode(PILImage.new("L", (3, 2), 7)).shape
     (2, 3, 3)
@@ -81,18 +84,24 @@ def decode(source: Any) -> Pixels:
     Traceback (most recent call last):
     vlmrl.rendering.images.ImageError: an image array must be uint8 [H, W, 3], not uint8 [4, 4]
     """
-    if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
-            raise ImageError(f"an image array must be uint8 [H, W, 3], not {source.dtype} {list(source.shape)}")
-        _check_size(source.shape[1], source.shape[0])
-        return source.copy()
-    if isinstance(source, PILImage.Image):
-        return _decode_pil(source)
-    if isinstance(source, bytes):
-        return _decode_encoded(source)
-    if isinstance(source, str | Path):
-        return _decode_encoded(_read(source))
-    raise ImageError(f"an image must be a PIL image, a uint8 array, bytes or a path, not {type(source).__name__}")
+    with image_errors(source):
+        if isinstance(source, np.ndarray):
+            return _decode_array(source)
+        if isinstance(source, PILImage.Image):
+            with lock_of(id(source)):
+                return _decode_pil(source)
+        if isinstance(source, bytes):
+            _check_bytes(len(source))
+            return _decode_encoded(source)
+        if isinstance(source, str | Path):
+            return decode(read_file(source))
+        raise ImageError(f"an image must be a PIL image, a uint8 array, bytes or a path, not {type(source).__name__}")
+
+
+def read_file(path: str | Path) -> bytes:
+    """The content of a regular file of at most `MAX_FILE_BYTES`. Raises `ImageError`."""
+    with image_errors(path):
+        return _read(path)
 
 
 def image_hash(pixels: Pixels) -> str:
@@ -106,145 +115,152 @@ def image_hash(pixels: Pixels) -> str:
     return digest.hexdigest()[:32]
 
 
-class ImageStore:
-    """The images of one renderer. Thread-safe.
+# ── faults ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    `process` returns the image processor's output, `(mm_kwargs, placeholder tokens)`. It runs once per distinct image,
-    and again only if the image was evicted in between.
-    """
 
-    def __init__(self, process: Callable[[Pixels], tuple[dict[str, np.ndarray], int]]) -> None:
-        self._process = process
+@contextmanager
+def image_errors(source: Any) -> Iterator[None]:
+    """Whatever the block raises about `source` becomes an `ImageError` that names it."""
+    name = _name(source)
+    try:
+        with fenced(f"{name or 'an image'} cannot be decoded: the decoder", ImageError):
+            yield
+    except ImageError as error:
+        text = _ADDRESS.sub("", error.text)
+        if name is not None and name not in text:
+            text = f"{name}: {text}"
+        raise ImageError(text, error.traceback) from None
+
+
+def _name(source: Any) -> str | None:
+    """The name of an image in messages; None for one without a file or a size."""
+    try:
+        with fenced("the name of an image", ImageError):
+            if isinstance(source, bytes):
+                return f"an encoded image of {len(source)} bytes"
+            if isinstance(source, str | Path):
+                return f"the image file {safe_text(source)}"
+            if isinstance(source, ImageFile.ImageFile) and source.filename:
+                filename = source.filename
+                return f"the image file {safe_text(os.fsdecode(filename) if filename else filename)}"
+    except ImageError:
+        pass
+    return None
+
+
+class _Lock:
+    """A lock that a weak dictionary can hold."""
+
+    def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._items: WeakValueDictionary[str, ImageItem] = WeakValueDictionary()
-        self._hash_of_part: WeakKeyDictionary[Image, str] = WeakKeyDictionary()
-        self._pending: dict[str, Future[ImageItem]] = {}
-        self._recent: ByteLRU[str, ImageItem] = ByteLRU(RECENT_BYTES, keep_newest=True)
-        self._hash_of_encoded: ByteLRU[bytes, str] = ByteLRU(ENCODED_HASH_BYTES)
-        self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="images")
 
-    def known(self, digest: str) -> ImageItem:
-        """The item of a hash. The caller must keep the item alive."""
-        return self._items[digest]
+    def __enter__(self) -> None:
+        self._lock.acquire()
 
-    def items(self, parts: Iterable[Image]) -> tuple[ImageItem, ...]:
-        """One item per part. Blocks while images are decoded and processed. Raises `ImageError`."""
-        return tuple(self._item(part) for part in parts)
-
-    async def items_async(self, parts: Iterable[Image]) -> tuple[ImageItem, ...]:
-        """Same as `items`, without blocking the event loop: threads decode and process new images."""
-        parts = tuple(parts)
-        found = {part: self._at_once(part) for part in parts}
-        missing = [part for part, item in found.items() if item is None]
-        loop = asyncio.get_running_loop()
-        processed = await asyncio.gather(*(loop.run_in_executor(self._workers, self._item, part) for part in missing))
-        made = dict(zip(missing, processed, strict=True))
-        return tuple(found[part] or made[part] for part in parts)
-
-    def _at_once(self, part: Image) -> ImageItem | None:
-        """The item of a part, if finding it takes too little work for a thread; else None."""
-        digest = self._hash_of_part.get(part)
-        if digest is None and _is_decoded_and_small(part.source):
-            digest = self._hash_of_part[part] = image_hash(decode(part.source))
-        return self._find(digest)
-
-    def _item(self, part: Image) -> ImageItem:
-        item = self._find(self._hash_of_part.get(part))
-        if item is None:
-            item = self._item_of_source(part.source)
-            self._hash_of_part[part] = item.hash
-        return item
-
-    def _item_of_source(self, source: Any) -> ImageItem:
-        if not isinstance(source, bytes | str | Path):
-            return self._intern(decode(source))
-        # Sibling rollouts open the same file. Reading and hashing it takes far less time than decoding it.
-        encoded = source if isinstance(source, bytes) else _read(source)
-        key = hashlib.sha256(encoded).digest()
-        item = self._find(self._hash_of_encoded.get(key))
-        if item is None:
-            item = self._intern(_decode_encoded(encoded))
-            self._hash_of_encoded.put(key, item.hash, len(key) + len(item.hash))
-        return item
-
-    def _intern(self, pixels: Pixels) -> ImageItem:
-        digest = image_hash(pixels)
-        with self._lock:
-            item = self._items.get(digest)
-            pending = self._pending.get(digest)
-            if item is None and pending is None:
-                mine = self._pending[digest] = Future()
-        if item is not None:
-            return item
-        if pending is not None:
-            return pending.result()  # another thread is processing this image
-        try:
-            mm_kwargs, num_tokens = self._process(pixels)
-        except BaseException as error:
-            with self._lock:
-                del self._pending[digest]
-            mine.set_exception(error)
-            raise
-        pixels.setflags(write=False)
-        for array in mm_kwargs.values():
-            array.setflags(write=False)
-        item = ImageItem(digest, pixels, mm_kwargs, num_tokens)
-        with self._lock:
-            self._items[digest] = item
-            self._touch(item)
-            del self._pending[digest]
-        mine.set_result(item)
-        return item
-
-    def _find(self, digest: str | None) -> ImageItem | None:
-        """The item of a hash; None if there is none."""
-        if digest is None:
-            return None
-        with self._lock:
-            item = self._items.get(digest)
-            if item is not None:
-                self._touch(item)
-            return item
-
-    def _touch(self, item: ImageItem) -> None:
-        """Mark an item as the most recently used one."""
-        self._recent.get_or_make(item.hash, lambda: item, _num_bytes)
+    def __exit__(self, *exc: object) -> None:
+        self._lock.release()
 
 
-def _num_bytes(item: ImageItem) -> int:
-    return item.pixels.nbytes + sum(array.nbytes for array in item.mm_kwargs.values())
+_LOCKS: WeakValueDictionary[object, _Lock] = WeakValueDictionary()
+"""What is being decoded → its lock, while a thread holds or awaits it."""
+
+_LOCKS_LOCK = threading.Lock()
 
 
-def _is_decoded_and_small(source: Any) -> bool:
-    if isinstance(source, np.ndarray):
-        return source.size <= 3 * INLINE_PIXELS
-    if isinstance(source, PILImage.Image) and not isinstance(source, ImageFile.ImageFile):
-        return source.width * source.height <= INLINE_PIXELS
-    return False
+def lock_of(key: object) -> _Lock:
+    """The lock of a source that several threads may decode at the same time."""
+    with _LOCKS_LOCK:
+        lock = _LOCKS.get(key)
+        if lock is None:
+            lock = _LOCKS[key] = _Lock()
+        return lock
+
+
+# ── files ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _read(path: str | Path) -> bytes:
+    """The content of a regular file of at most `MAX_FILE_BYTES`."""
+    name = f"the image file {safe_text(path)}"
     try:
-        return Path(path).expanduser().read_bytes()
+        expanded = os.path.expanduser(path)
+        _check_file(name, os.stat(expanded))  # before it is opened: to open a device may already do something
+        # Without waiting: between the two lines the file may have become a pipe that nobody writes to.
+        with open(os.open(expanded, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY), "rb") as file:
+            _check_file(name, os.fstat(file.fileno()))
+            return file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
-        raise ImageError(f"the image file {path} cannot be read: {error.strerror}") from error
+        # Not str(error), which quotes the path as it is: it may hold what cannot be written to a file.
+        reason = os.strerror(error.errno) if error.errno is not None else type(error).__name__
+        raise ImageError(f"{name} cannot be read: {reason}") from error
+    except ValueError as error:  # a NUL or a lone surrogate in the path
+        raise ImageError(f"{name} cannot be read: {safe_text(error)}") from error
+
+
+def _check_file(name: str, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = next((kind for holds, kind in _NOT_FILES if holds(status.st_mode)), "device")
+        raise ImageError(f"{name} cannot be read: it is a {kind}, not a file")
+    _check_bytes(status.st_size)
+
+
+def _check_bytes(num_bytes: int) -> None:
+    if num_bytes > MAX_FILE_BYTES:
+        raise ImageError(
+            f"an encoded image of {num_bytes} bytes is larger than {MAX_FILE_BYTES} bytes, the most that an image of "
+            f"{MAX_PIXELS} pixels needs: shrink it"
+        )
+
+
+# ── decoding ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _decode_array(array: NDArray[Any]) -> Pixels:
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        raise ImageError(f"an image array must be uint8 [H, W, 3], not {array.dtype} {list(array.shape)}")
+    _check_size(array.shape[1], array.shape[0])
+    return _checked(np.array(array, np.uint8, copy=True, subok=False))
 
 
 def _decode_encoded(encoded: bytes) -> Pixels:
+    _quiet_pillow()
+    PILImage.init()
+    formats = [name for name in PILImage.ID if name not in NOT_READ]
     try:
-        with PILImage.open(io.BytesIO(encoded)) as image:
-            _check_size(image.width, image.height)
-            return _decode_pil(ImageOps.exif_transpose(image))
-    except (*DECODE_ERRORS, PILImage.DecompressionBombError, PILImage.DecompressionBombWarning) as error:
-        raise ImageError(f"an encoded image of {len(encoded)} bytes cannot be decoded: {error}") from error
+        image = PILImage.open(io.BytesIO(encoded), formats=formats)
+    except UnidentifiedImageError:
+        raise ImageError(
+            f"an encoded image of {len(encoded)} bytes cannot be decoded: it is in no format that is read here, such "
+            "as PNG, JPEG, WebP, TIFF, BMP or GIF"
+        ) from None
+    with image:
+        return _decode_pil(image)
 
 
 def _decode_pil(image: PILImage.Image) -> Pixels:
+    _quiet_pillow()
     _check_size(image.width, image.height)
+    if isinstance(image, ImageFile.ImageFile) and image.tile:  # it was opened and not loaded yet
+        if image.format in NOT_READ:
+            raise ImageError(f"images of format {image.format} are not read: convert it to PNG")
+        if image.fp is None:
+            raise ImageError(
+                "its file was closed before its pixels were read, so it cannot be decoded: call load() on the PIL "
+                "image inside the `with` block, or pass the path"
+            )
+    image.load()
+    _check_size(image.width, image.height)  # an icon file may hold another size than its header states
+    rgb, orientation = _to_rgb(image), _orientation(image)
+    return _checked(np.array(rgb if orientation is None else rgb.transpose(orientation)))
+
+
+def _orientation(image: PILImage.Image) -> PILImage.Transpose | None:
+    """How the image is turned upright. Damaged EXIF data say nothing, as for image viewers."""
     try:
-        return np.array(_to_rgb(image))
-    except DECODE_ERRORS as error:
-        raise ImageError(f"an image of mode {image.mode} cannot be decoded: {error}") from error
+        with fenced("reading EXIF data", ImageError):
+            return _TRANSPOSED.get(int(image.getexif().get(ExifTags.Base.Orientation, 1)))
+    except ImageError:
+        return None
 
 
 def _to_rgb(image: PILImage.Image) -> PILImage.Image:
@@ -253,15 +269,25 @@ def _to_rgb(image: PILImage.Image) -> PILImage.Image:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the same colours; going straight to RGB warns
     if image.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N"):
-        samples = np.asarray(image)
-        if samples.min() < 0 or samples.max() > 65535:
-            raise ImageError(
-                f"an image of mode {image.mode} has samples outside 16 bits: convert it to 8 bits per sample"
-            )
-        image = PILImage.fromarray(((samples.astype(np.uint32) + 128) // 257).astype(np.uint8))
+        image = _eight_bits(image)
     if image.mode == "F":
         raise ImageError("an image of mode F has no defined range: convert it to 8 bits per sample")
     return image.convert("RGB")
+
+
+def _eight_bits(image: PILImage.Image) -> PILImage.Image:
+    """Samples of 16 bits, scaled. Mode I (32 bits) is what Pillow makes of gray files of 16 bits, and of any gray image
+    that is converted to it, so its samples are taken for 16 bits only where they cannot be 8 bits."""
+    samples = np.asarray(image)
+    low, high = int(samples.min()), int(samples.max())
+    if low < 0 or high > 65535:
+        raise ImageError(f"an image of mode {image.mode} has samples outside 16 bits: convert it to 8 bits per sample")
+    if image.mode == "I" and 0 < high < 256 and image.format not in ("PNG", "PPM"):  # those files state 16 bits
+        raise ImageError(
+            f"an image of mode I has no sample above {high}, so it may be of 8 bits or a dark one of 16 bits: convert "
+            'it to mode "L" (8 bits) or "I;16" (16 bits)'
+        )
+    return PILImage.fromarray(((samples.astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 
 def _check_size(width: int, height: int) -> None:
@@ -269,3 +295,22 @@ def _check_size(width: int, height: int) -> None:
         raise ImageError(f"an image of {width} × {height} pixels is empty")
     if width * height > MAX_PIXELS:
         raise ImageError(f"an image of {width} × {height} pixels is larger than {MAX_PIXELS} pixels: shrink it")
+
+
+def _checked(pixels: NDArray[Any]) -> Pixels:
+    """Pixels that a decoder made; an image that changes its size while it is loaded is refused."""
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise ImageError(f"an image was decoded to {pixels.dtype} {list(pixels.shape)}, not to uint8 [H, W, 3]")
+    _check_size(pixels.shape[1], pixels.shape[0])
+    return pixels
+
+
+def _quiet_pillow() -> None:
+    """Ignore the warnings that Pillow's own modules raise about an image's data. `warnings.catch_warnings` cannot be
+    used: it is not thread-safe, and images are decoded in several threads."""
+    if not (warnings.filters and warnings.filters[0] == _IGNORED):
+        warnings.filterwarnings("ignore", module=_PILLOW)
+
+
+_PILLOW = r"PIL\."
+_IGNORED = ("ignore", None, Warning, re.compile(_PILLOW), 0)

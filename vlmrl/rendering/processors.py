@@ -8,7 +8,9 @@ from typing import Any, TypeAlias
 import numpy as np
 from PIL import Image as PILImage
 
-from vlmrl.rendering.images import ImageError, ImageStore, Pixels
+from vlmrl.errors import fenced
+from vlmrl.rendering.image_store import ImageStore
+from vlmrl.rendering.images import ImageError, Pixels
 from vlmrl.rendering.messages import hash_of_stand_in
 
 PlaceholderTokens: TypeAlias = Callable[[Mapping[str, np.ndarray], Any], int]
@@ -26,13 +28,10 @@ class ProcessImage:
     def __call__(self, pixels: Pixels) -> tuple[dict[str, np.ndarray], int]:
         if self._image_processor is None:
             raise ImageError("a text-only model was shown an image")
-        try:
+        height, width = pixels.shape[:2]
+        with fenced(f"an image of {width} × {height} cannot be processed: the image processor", ImageError):
             # State the layout: transformers cannot infer it for an image that is 3 pixels high.
             output = self._image_processor(images=[pixels], return_tensors="np", input_data_format="channels_last")
-        except (ValueError, TypeError, ArithmeticError) as error:
-            raise ImageError(
-                f"an image of {pixels.shape[1]} × {pixels.shape[0]} cannot be processed: {error}"
-            ) from error
         mm_kwargs = {name: np.ascontiguousarray(array) for name, array in output.items()}
         return mm_kwargs, self._placeholder_tokens(mm_kwargs, self._image_processor)
 

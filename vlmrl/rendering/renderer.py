@@ -6,7 +6,8 @@
 
 The `renderers` package knows the token grammar of each model family. The modules here add what a trainer needs:
 
-    images.py           each distinct image decoded, hashed and processed once, off the event loop
+    images.py           the pixels of an image, however it is handed in, and a named error for what is wrong with it
+    image_store.py      each distinct image decoded, hashed and processed once, off the event loop
     messages.py         our messages ↔ the package's, with stand-ins in place of images
     processors.py       the image processors: the real one, and the one that answers for stand-ins
     memo_tokenizer.py   tokens of recent pieces of text
@@ -29,7 +30,8 @@ from vlmrl.caches.lru import ByteLRU
 from vlmrl.config.model import ModelConfig
 from vlmrl.config.orchestrator import RendererConfig
 from vlmrl.errors import ConfigError
-from vlmrl.rendering.images import ImageError, ImageStore
+from vlmrl.rendering.image_store import ImageStore
+from vlmrl.rendering.images import ImageError
 from vlmrl.rendering.memo_tokenizer import MemoTokenizer
 from vlmrl.rendering.messages import content_key, images_of, images_to_package, to_package
 from vlmrl.rendering.processors import PlaceholderTokens, ProcessImage, StandInProcessor

@@ -1,14 +1,10 @@
-"""Images: every kind of source gives the same pixels, broken ones raise ImageError, one object per distinct image."""
+"""Images: every kind of source gives the same pixels, and broken ones raise ImageError."""
 
 from __future__ import annotations
 
-import asyncio
-import gc
 import io
 import struct
-import threading
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +13,7 @@ import pytest
 from PIL import Image as PILImage
 from renderers.qwen3_vl import _image_hash
 
-from vlmrl.rendering.images import MAX_PIXELS, ImageError, ImageStore, Pixels, decode, image_hash
-from vlmrl.types import Image
+from vlmrl.rendering.images import MAX_PIXELS, ImageError, decode, image_hash
 
 
 def picture(width: int = 7, height: int = 5, seed: int = 0) -> PILImage.Image:
@@ -29,20 +24,6 @@ def encoded(image: PILImage.Image, format: str = "PNG", **options: Any) -> bytes
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()
-
-
-class Process:
-    """A processor that counts its calls, and raises `error` if it is set."""
-
-    def __init__(self, error: Exception | None = None) -> None:
-        self.calls: list[int] = []
-        self.error = error
-
-    def __call__(self, pixels: Pixels) -> tuple[dict[str, np.ndarray], int]:
-        self.calls.append(threading.get_ident())
-        if self.error:
-            raise self.error
-        return {"pixel_values": pixels.reshape(1, -1).astype(np.float32)}, 1
 
 
 # ── decoding ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -158,108 +139,3 @@ def test_a_decompression_bomb_is_also_refused_where_warnings_are_not_errors() ->
 def test_a_decoded_image_that_is_too_large_is_refused() -> None:
     with pytest.raises(ImageError, match="larger than"):
         decode(np.broadcast_to(np.zeros(3, np.uint8), (MAX_PIXELS // 4, 5, 3)))
-
-
-# ── interning ───────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_one_object_and_one_processing_per_distinct_image(tmp_path: Path) -> None:
-    process = Process()
-    store = ImageStore(process)
-    image = picture()
-    path = tmp_path / "a.png"
-    path.write_bytes(encoded(image))
-    sources = (image, image.copy(), np.array(image), encoded(image), path)
-    (first, *others) = store.items(Image(source) for source in sources)
-    assert all(other is first for other in others)
-    (different,) = store.items([Image(picture(seed=1))])
-    assert different is not first
-    assert different.hash != first.hash
-    assert len(process.calls) == 2
-    assert store.known(first.hash) is first
-
-
-def test_shared_arrays_are_read_only() -> None:
-    (item,) = ImageStore(Process()).items([Image(picture())])
-    assert not item.pixels.flags.writeable
-    assert not item.mm_kwargs["pixel_values"].flags.writeable
-
-
-def test_a_picture_that_is_changed_and_passed_again_is_another_image() -> None:
-    store = ImageStore(Process())
-    canvas = PILImage.new("RGB", (8, 8))
-    before = Image(canvas)
-    (old,) = store.items([before])
-    canvas.putpixel((0, 0), (255, 255, 255))
-    new, still_old = store.items([Image(canvas), before])
-    assert new.hash != old.hash
-    assert still_old is old
-
-
-@pytest.mark.parametrize("size", [8, 300])
-@pytest.mark.parametrize("make", [lambda image: image, encoded], ids=["decoded", "encoded"])
-def test_images_are_processed_off_the_event_loop_and_once_for_concurrent_calls(
-    size: int, make: Callable[[PILImage.Image], Any]
-) -> None:
-    process = Process()
-    store = ImageStore(process)
-
-    async def rollout() -> Any:
-        return await store.items_async([Image(make(picture(size, size))), Image(make(picture(size, size, 1)))])
-
-    async def ask() -> list[Any]:
-        return list(await asyncio.gather(*(rollout() for _ in range(32))))
-
-    results = asyncio.run(ask())
-    assert len({id(item) for items in results for item in items}) == 2
-    assert all(items[0] is results[0][0] and items[1] is results[0][1] for items in results)
-    assert len(process.calls) == 2
-    assert threading.get_ident() not in process.calls
-
-
-def test_a_known_part_is_answered_without_a_thread() -> None:
-    store = ImageStore(Process())
-    part = Image(encoded(picture(300, 300)))
-    (item,) = store.items([part])
-
-    async def ask() -> Any:
-        coroutine = store.items_async([part, part])
-        try:
-            coroutine.send(None)  # returns without suspending, or yields the future that it waits for
-        except StopIteration as stop:
-            return stop.value
-        coroutine.close()
-        raise AssertionError("it waited")
-
-    assert asyncio.run(ask()) == (item, item)
-
-
-def test_a_failure_reaches_every_caller_and_is_not_remembered() -> None:
-    process = Process(ImageError("too thin"))
-    store = ImageStore(process)
-    part = Image(picture())
-
-    async def ask() -> list[Any]:
-        return list(await asyncio.gather(*(store.items_async([part]) for _ in range(4)), return_exceptions=True))
-
-    assert all(isinstance(result, ImageError) for result in asyncio.run(ask()))
-    process.error = None
-    (item,) = store.items([part])
-    assert item.num_tokens == 1
-
-
-def test_unreferenced_images_are_evicted_above_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    process = Process()
-    monkeypatch.setattr("vlmrl.rendering.images.RECENT_BYTES", 4 * 5 * 8 * 8 * 3)  # four of 8 × 8, uint8 + float32
-    store = ImageStore(process)
-    parts = [Image(picture(8, 8, seed)) for seed in range(8)]
-    held = store.items(parts[:1])
-    for part in parts:
-        store.items([part])
-    gc.collect()
-    assert len(process.calls) == 8
-    store.items(parts[5:])  # recent
-    assert store.items(parts[:1])[0] is held[0]  # held
-    assert len(process.calls) == 8
-    store.items([parts[1]])  # forgotten
-    assert len(process.calls) == 9
