@@ -356,6 +356,12 @@ class Rollout:
     """Wall-clock seconds from start to end, including waiting."""
     filtered: tuple[DropReason, ...] = ()
     """The enabled filters that match it, whether they drop or only track (orchestrator/filters.py)."""
+    problem_index: int = 0
+    """Index of its problem in the split, as given to `Task.problem`."""
+    traceback: str | None = None
+    """The formatted traceback, for faults whose code raised."""
+    replayed: int = 0
+    """How often it was played again because a server of the run was lost."""
 
     @property
     def is_cut(self) -> bool:

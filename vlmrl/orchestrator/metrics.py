@@ -56,7 +56,14 @@ def rollout_metrics(groups: Sequence[Group], filters: FilterConfig) -> dict[str,
     filtered = Counter(reason for rollout in rollouts for reason in rollout.filtered)
     enabled = filters_in(filters, FilterMode.track, FilterMode.drop)
     metrics |= {f"rollouts/filtered/{reason}": float(filtered[reason]) for reason in enabled}
-    return metrics | mean_task_metrics(sound)
+    return metrics | replay_metrics(rollouts) | mean_task_metrics(sound)
+
+
+def replay_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """`rollouts/replayed`: how often a rollout was played again because a server of the run was lost. Empty where none
+    was."""
+    replayed = sum(rollout.replayed for rollout in rollouts)
+    return {"rollouts/replayed": float(replayed)} if replayed else {}
 
 
 def bridge_break_rate(rollouts: Sequence[Rollout]) -> float:

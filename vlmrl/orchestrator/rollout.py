@@ -4,10 +4,13 @@
                 ▲                                      │ no
                 └── next_turn ◀── reply's messages ◀───┘
 
-An error in one rollout becomes its `stop_reason` and `error`; the other rollouts go on. All rollouts of a call run in
-one event loop; only the task's code runs in threads (`TaskThreads`).
+An error in one rollout becomes its `stop_reason`, `error` and `traceback`; the other rollouts go on. The user's code
+and data are handled behind two fences: the task's code in `vlmrl.tasks.border`, the task's messages in `_rendering`.
+Whatever else is raised is a bug of ours and ends the run. All rollouts of a call run in one event loop; only the task's
+code runs in threads (`TaskThreads`).
 
-Left out on purpose: retries (faults are counted in the metrics, not hidden) and a time limit for the task's code.
+A rollout that a server of the run took with it is played again, with the same seeds (`EngineLostError`). Left out on
+purpose: retries of faults (they are counted in the metrics, not hidden) and a time limit for the task's code.
 """
 
 from __future__ import annotations
@@ -15,13 +18,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
 from vlmrl.config.algorithm import Truncated
-from vlmrl.errors import EngineError
+from vlmrl.errors import EngineError, EngineLostError, UserFault, fenced, safe_text
 from vlmrl.orchestrator.task_threads import TaskThreads
 from vlmrl.rendering.renderer import ImageError, Renderer
 from vlmrl.tasks.base import Problem, Split, Task
@@ -39,6 +42,9 @@ from vlmrl.types import (
     check_placeholders,
     extends,
 )
+
+MAX_REPLAYS = 3
+"""How often a rollout is played again after a server of the run was lost. Then it is recorded as `engine_error`."""
 
 
 @dataclass(eq=False)
@@ -84,6 +90,7 @@ class RolloutRunner:
                         reward=0.0,
                         metrics={},
                         stop_reason=StopReason.TERMINATED,
+                        problem_index=problem_index,
                     )
                     for index in range(group_size)
                 ],
@@ -122,16 +129,23 @@ class RolloutRunner:
         started = time.perf_counter()
         async with closing:
             try:
-                rollout.stop_reason = await self._play(rollout, *await problem, session, temperature)
-            except TaskCodeError as fault:
-                _record_fault(rollout, fault.stop_reason, fault)
-            except ImageError as error:
-                _record_fault(rollout, StopReason.IMAGE_ERROR, error)
-            except EngineError as error:
-                _record_fault(rollout, StopReason.ENGINE_ERROR, error)
-            except ContractError as error:
-                _record_fault(rollout, StopReason.CONTRACT, error)
+                rollout.stop_reason = await self._play_until_served(rollout, *await problem, session, temperature)
+            except (UserFault, EngineError, ContractError) as error:
+                _record_fault(rollout, error)
         rollout.seconds = time.perf_counter() - started
+
+    async def _play_until_served(
+        self, rollout: Rollout, problem: Problem, problem_id: str, session: EngineSession, temperature: float
+    ) -> StopReason:
+        """`_play`, and again from the start where a server of the run was lost with one of its requests."""
+        while True:
+            try:
+                return await self._play(rollout, problem, problem_id, session, temperature)
+            except EngineLostError:
+                if rollout.replayed == MAX_REPLAYS:
+                    raise
+                rollout.replayed += 1
+                rollout.turns, rollout.reward, rollout.metrics = [], 0.0, {}
 
     async def _play(
         self, rollout: Rollout, problem: Problem, problem_id: str, session: EngineSession, temperature: float
@@ -140,10 +154,11 @@ class RolloutRunner:
         rollout.problem_id = problem_id
         env, new_messages = await self._threads.run(partial(open_env, self.task, problem))
         history = list(new_messages)
-        prompt = await self.renderer.first_turn(new_messages)
+        with _rendering():
+            prompt = await self.renderer.first_turn(new_messages)
+            check_placeholders(len(prompt.token_ids), prompt.placeholders, prompt.images)
         branch = 0
         while True:
-            check_placeholders(len(prompt.token_ids), prompt.placeholders, prompt.images)
             # Only the completion's budget shrinks. A prompt is never cut, so its placeholders stay whole.
             budget = min(self.max_new_tokens, self.max_model_len - len(prompt.token_ids))
             if budget < 1:
@@ -172,11 +187,13 @@ class RolloutRunner:
                 return StopReason.MAX_TURNS
             history.append(Message.of("assistant", text))
             new_messages = reply.messages
-            prompt, bridged = await self.renderer.next_turn(prompt, completion.token_ids, history, new_messages)
+            with _rendering():
+                prompt, bridged = await self.renderer.next_turn(prompt, completion.token_ids, history, new_messages)
+                if bridged and not extends(prompt, turn.prompt, completion.token_ids):
+                    raise ContractError(f"the prompt of turn {len(rollout.turns)} does not extend the turn before it")
+                check_placeholders(len(prompt.token_ids), prompt.placeholders, prompt.images)
             history.extend(new_messages)
             branch = branch if bridged else branch + 1
-            if bridged and not extends(prompt, turn.prompt, completion.token_ids):
-                raise ContractError(f"the prompt of turn {len(rollout.turns)} does not extend the turn before it")
 
 
 def sampling_seed(run_seed: int, rollout_id: str, turn: int) -> int:
@@ -190,7 +207,35 @@ def sampling_seed(run_seed: int, rollout_id: str, turn: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def _record_fault(rollout: Rollout, stop_reason: StopReason, error: Exception) -> None:
-    rollout.stop_reason = stop_reason
-    rollout.error = str(error)
+class ContractFault(UserFault):
+    """The task's messages cannot be rendered so that placeholder tokens and images match."""
+
+
+@contextmanager
+def _rendering() -> Iterator[None]:
+    """The fence around the task's messages: the renderer, the tokenizer and the image decoders read them, and may raise
+    anything for odd ones."""
+    with fenced("rendering the messages"):
+        try:
+            yield
+        except ContractError as error:
+            raise ContractFault(str(error)) from error
+
+
+def _record_fault(rollout: Rollout, error: UserFault | EngineError | ContractError) -> None:
+    rollout.stop_reason = _stop_reason(error)
+    rollout.error = error.text if isinstance(error, UserFault) else safe_text(error)
+    rollout.traceback = error.traceback if isinstance(error, UserFault) else None
     rollout.reward = 0.0
+
+
+def _stop_reason(error: UserFault | EngineError | ContractError) -> StopReason:
+    if isinstance(error, TaskCodeError):
+        return error.stop_reason
+    if isinstance(error, ImageError):
+        return StopReason.IMAGE_ERROR
+    if isinstance(error, EngineError):
+        return StopReason.ENGINE_ERROR
+    if isinstance(error, (ContractError, ContractFault)):
+        return StopReason.CONTRACT
+    return StopReason.TASK_ERROR

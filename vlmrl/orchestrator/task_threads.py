@@ -2,7 +2,8 @@
 
     event loop ─▶ TaskThreads.run(partial(step_env, env, text)) ─▶ daemon thread ─▶ Reply or TaskCodeError
 
-The task's code may block, hang or raise. None of these stops the event loop or another rollout.
+The task's code may block, hang or raise. None of these stops the event loop or another rollout. The fence around the
+task's code is in `vlmrl.tasks.border`, so an exception that is no `UserFault` is a bug of ours and ends the run.
 """
 
 from __future__ import annotations
@@ -14,9 +15,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
-
-from vlmrl.errors import UserFault, fenced
-from vlmrl.tasks.border import TaskCodeError
 
 T = TypeVar("T")
 
@@ -47,7 +45,8 @@ class TaskThreads:
         self._queue: deque[Calls] = deque()  # rounds that wait for a free thread
 
     def run(self, call: Callable[[], T]) -> asyncio.Future[T]:
-        """Return the future result of `call`. An exception in `call` becomes a `TaskCodeError`."""
+        """Return the future result of `call`. An exception in `call` becomes the future's: a `UserFault` where the
+        user's code failed behind its fence, and any other one is a bug of ours, which ends the run."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
         if not self._waiting:
@@ -69,48 +68,71 @@ class TaskThreads:
         if self._busy == TASK_THREADS:
             self._queue.append(calls)
             return
-        self._busy += 1
         loop = asyncio.get_running_loop()
+        taken = _Taken()
 
         def work() -> None:
-            outcomes = _take_and_run(calls)
-            with contextlib.suppress(RuntimeError):  # the run was interrupted and its event loop is closed
-                loop.call_soon_threadsafe(deliver, outcomes)
+            try:
+                taken.work_on(calls)
+            finally:  # whatever ends this thread, the calls that it took are answered
+                with contextlib.suppress(RuntimeError):  # the run was interrupted and its event loop is closed
+                    loop.call_soon_threadsafe(deliver)
 
-        def deliver(outcomes: list[tuple[asyncio.Future[Any], Any]]) -> None:
+        def deliver() -> None:
             self._busy -= 1
-            for future, outcome in outcomes:
-                if future.done():  # cancelled in the meantime
-                    continue
-                if isinstance(outcome, BaseException):
-                    future.set_exception(outcome)
-                else:
-                    future.set_result(outcome)
+            taken.deliver()
             if calls:
                 self._queue.append(calls)
             if self._queue:
                 self._start_thread(self._queue.popleft())
 
-        threading.Thread(target=work, name="task", daemon=True).start()
-
-
-def _take_and_run(calls: Calls) -> list[tuple[asyncio.Future[Any], Any]]:
-    """Take calls and run them until none is left or `TASK_THREAD_PATIENCE_S` has passed, so that results which are
-    ready are delivered."""
-    until = time.monotonic() + TASK_THREAD_PATIENCE_S
-    outcomes: list[tuple[asyncio.Future[Any], Any]] = []
-    while calls and (not outcomes or time.monotonic() < until):
         try:
-            call, future = calls.popleft()
-        except IndexError:  # another thread took the last one
-            break
-        outcomes.append((future, _result_or_error(call)))
-    return outcomes
+            threading.Thread(target=work, name="task", daemon=True).start()
+        except RuntimeError as error:  # the system has no room for another thread
+            if self._busy:
+                self._queue.append(calls)  # a busy one takes over
+            while calls and not self._busy:
+                _answer(calls.popleft()[1], error)
+            return
+        self._busy += 1
 
 
-def _result_or_error(call: Callable[[], Any]) -> Any:
-    try:
-        with fenced("the task", TaskCodeError):
-            return call()
-    except UserFault as fault:
-        return fault
+class _Taken:
+    """The calls that one thread has taken, and their outcomes: a result, or the exception."""
+
+    def __init__(self) -> None:
+        self._futures: list[asyncio.Future[Any]] = []
+        self._outcomes: list[Any] = []
+
+    def work_on(self, calls: Calls) -> None:
+        """Take calls and run them until none is left or `TASK_THREAD_PATIENCE_S` has passed, so that results which are
+        ready are delivered."""
+        until = time.monotonic() + TASK_THREAD_PATIENCE_S
+        while calls and (not self._futures or time.monotonic() < until):
+            try:
+                call, future = calls.popleft()
+            except IndexError:  # another thread took the last one
+                break
+            self._futures.append(future)
+            try:
+                self._outcomes.append(call())
+            except BaseException as error:  # noqa: BLE001 — it is raised where the result is awaited
+                self._outcomes.append(error)
+
+    def deliver(self) -> None:
+        """Set the futures, in the thread of the event loop."""
+        lost = RuntimeError("the thread that ran the task's code ended before its result")
+        missing = len(self._futures) - len(self._outcomes)
+        for future, outcome in zip(self._futures, [*self._outcomes, *[lost] * missing], strict=True):
+            _answer(future, outcome)
+
+
+def _answer(future: asyncio.Future[Any], outcome: Any) -> None:
+    if future.done():  # cancelled in the meantime
+        return
+    if isinstance(outcome, StopIteration):  # a future refuses it
+        outcome = RuntimeError(repr(outcome))
+    if isinstance(outcome, BaseException):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)

@@ -11,20 +11,17 @@ explains every key.
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import orjson
 
-from vlmrl.record.files import disk_errors, is_number
-from vlmrl.record.lines import read_lines
-
-log = logging.getLogger(__name__)
+from vlmrl.errors import VlmrlError
+from vlmrl.record.files import disk_errors
 
 Record: TypeAlias = dict[str, Any]
 """One line: floats (None where not finite) by key; `step` is an int."""
@@ -100,6 +97,9 @@ STEP_KEYS: dict[str, StepKey] = {
     "rollouts/dropped/<reason>": _sometimes("rollouts", "Those by reason (`DropReason`). Reasons that occurred."),
     "rollouts/stop/<reason>": _sometimes("rollouts", "Rollouts by their end (`StopReason`). Reasons that occurred."),
     "rollouts/filtered/<filter>": _sometimes("rollouts", "Rollouts that a filter matched. Filters that are enabled."),
+    "rollouts/replayed": _sometimes(
+        "rollouts", "Rollouts that were played again because a server was lost. Steps with one; no faults."
+    ),
     "bridge_break_rate": StepKey("share of turns", "Later turns whose prompt could not extend the turn before."),
     "tokens/prompt": StepKey("tokens", "Sum of the prompt lengths of all turns; shared prefixes count in every turn."),
     "tokens/completion": StepKey("tokens", "Tokens that the policy sampled."),
@@ -122,6 +122,7 @@ STEP_KEYS: dict[str, StepKey] = {
     "wire/images_sent": _sometimes("images", "Images sent to the servers. inference=vllm."),
     "wire/images_forgotten": _sometimes("requests", "Requests whose image a server had evicted. inference=vllm."),
     "eval/inference/<key>": _sometimes("as above", "The inference/… keys, counted during the evaluation."),
+    "eval/rollouts/replayed": _sometimes("rollouts", "The same, of an evaluation."),
     "eval/wire/<key>": _sometimes("as above", "The wire/… keys, counted during the evaluation."),
     "time/step": StepKey("s", "Wall-clock time of the step, without evaluation and checkpoint."),
     "time/rollout": StepKey("s", "Time that the trainer waited for the step's rollouts."),
@@ -168,19 +169,18 @@ def missing_keys(record: Mapping[str, Any]) -> list[str]:
 class MetricsLog:
     """Appends lines to metrics.jsonl. Each line is written in one piece."""
 
-    def __init__(self, path: Path, warn: Callable[[str], None] = log.warning) -> None:
-        """Open or create the file. `warn` is called with a sentence about each damaged line. Raises VlmrlError."""
+    def __init__(self, path: Path) -> None:
+        """Open or create the file. Raises VlmrlError where a complete line in it is not JSON."""
         self.path = path
-        self._warn = warn
         with disk_errors(path):
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         self.last: Record | None = None
         """The newest line."""
         self._last_start = 0
         self._end = 0
+        for start, end, record in _lines(path):
+            self.last, self._last_start, self._end = record, start, end
         with disk_errors(path):
-            for start, end, record in _lines(path, warn):
-                self.last, self._last_start, self._end = record, start, end
             os.ftruncate(self._fd, self._end)  # remove a half-written last line
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -203,7 +203,7 @@ class MetricsLog:
     def truncate_after(self, step: int) -> None:
         """Remove the lines of steps after `step`, which a resumed run repeats."""
         self.last, self._last_start, self._end = None, 0, 0
-        for start, end, record in _lines(self.path, self._warn):
+        for start, end, record in _lines(self.path):
             if record["step"] > step:
                 break
             self.last, self._last_start, self._end = record, start, end
@@ -219,22 +219,23 @@ class MetricsLog:
         os.close(self._fd)
 
 
-def read_metrics(path: Path, warn: Callable[[str], None] = log.warning) -> list[Record]:
-    """Read the lines of metrics.jsonl, except a half-written last one. A damaged line is skipped; `warn` is called with
-    a sentence about it. Raises OSError."""
-    return [record for _, _, record in _lines(path, warn)]
+def read_metrics(path: Path) -> list[Record]:
+    """Read the lines of metrics.jsonl, except a half-written last one. Raises VlmrlError, OSError."""
+    return [record for _, _, record in _lines(path)]
 
 
-def _lines(path: Path, warn: Callable[[str], None]) -> Iterator[tuple[int, int, Record]]:
-    """Yield (first byte, byte after the newline, record) of each line of an ascending step."""
-    newest = -1
-
-    def is_record(content: Any) -> bool:
-        if not isinstance(content, dict) or not all(map(is_number, content.values())):
-            return False
-        step = content.get("step")
-        return isinstance(step, int) and step > newest
-
-    for start, end, record in read_lines(path, is_record, warn):
-        newest = record["step"]
-        yield start, end, record
+def _lines(path: Path) -> Iterator[tuple[int, int, Record]]:
+    """Yield (first byte, byte after the newline, record) of each complete line."""
+    start = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        if not line.endswith(b"\n"):
+            return
+        try:
+            record = orjson.loads(line)
+        except orjson.JSONDecodeError as error:
+            raise VlmrlError(
+                f"{path} has a line that is not JSON, at byte {start}, so the file was edited or damaged: "
+                "remove that line, or restore the file"
+            ) from error
+        yield start, start + len(line), record
+        start += len(line)

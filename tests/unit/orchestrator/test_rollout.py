@@ -23,9 +23,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlmrl.config.algorithm import Truncated
-from vlmrl.errors import EngineError
+from vlmrl.errors import EngineError, EngineLostError, UserFault
 from vlmrl.orchestrator.metrics import bridge_break_rate
-from vlmrl.orchestrator.rollout import RolloutRunner, sampling_seed
+from vlmrl.orchestrator.rollout import MAX_REPLAYS, RolloutRunner, sampling_seed
 from vlmrl.orchestrator.task_threads import TASK_THREADS
 from vlmrl.rendering.images import ImageError
 from vlmrl.tasks.base import Reply
@@ -481,6 +481,109 @@ def test_a_broken_image_ends_its_rollout_and_keeps_the_turns_before() -> None:
     for rollout, turns in ((first, 0), (later, 1)):
         assert (rollout.stop_reason, rollout.error) == (StopReason.IMAGE_ERROR, "an image is broken")
         assert len(rollout.turns) == turns
+
+
+class Unspeakable(Exception):  # noqa: N818
+    """Its text needs an attribute that nobody set."""
+
+    def __str__(self) -> str:
+        return str(self.detail)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("place", ["problem", "reset", "step"])
+def test_an_error_without_a_text_costs_its_rollout_and_hangs_nothing(place: str) -> None:
+    fails = raising(Unspeakable())
+    task = {
+        "problem": ScriptedTask(finished, row=fails),
+        "reset": ScriptedTask(finished, first=fails),
+        "step": ScriptedTask(fails),
+    }[place]
+    rollout = play_one(make_runner(task))
+    assert rollout.stop_reason is StopReason.TASK_ERROR
+    assert "Unspeakable" in str(rollout.error)
+    assert rollout.traceback is not None
+
+
+class PickyRenderer(CharRenderer):
+    """Raises what a tokenizer or a package raises for odd content."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+    def _append(self, prompt: Prompt, messages: Sequence[Message]) -> Prompt:
+        if any(part == Text("odd") for message in messages for part in message.content):
+            raise self.error
+        return super()._append(prompt, messages)
+
+
+class OddContent(UserFault):
+    """A fault that the renderer itself names."""
+
+
+RENDER_FAULTS: list[tuple[BaseException, StopReason, str]] = [
+    (TypeError("TextEncodeInput must be"), StopReason.TASK_ERROR, "rendering the messages raised TypeError: Text"),
+    (Unspeakable(), StopReason.TASK_ERROR, "rendering the messages raised Unspeakable"),
+    (SystemExit(1), StopReason.TASK_ERROR, "rendering the messages raised SystemExit: 1"),
+    (asyncio.CancelledError(), StopReason.TASK_ERROR, "rendering the messages raised CancelledError"),
+    (OddContent("a second system message"), StopReason.TASK_ERROR, "a second system message"),
+    (ContractError("1 image went in"), StopReason.CONTRACT, "1 image went in"),
+]
+
+
+@pytest.mark.parametrize(("error", "stop_reason", "text"), RENDER_FAULTS, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("turn", [0, 1])
+def test_messages_that_cannot_be_rendered_cost_their_rollout_alone(
+    error: BaseException, stop_reason: StopReason, text: str, turn: int
+) -> None:
+    words = iter(["odd", "even"])  # one for each sibling
+    first = (lambda: user(next(words))) if turn == 0 else user("even")
+
+    def step(at: int, said: str) -> Reply:
+        return reply(done=at == 1, messages=user(next(words) if turn == 1 and at == 0 else "even"))
+
+    (group,) = play(make_runner(ScriptedTask(step, first=first), renderer=PickyRenderer(error)), group_size=2)
+    bad, good = sorted(group.rollouts, key=lambda rollout: not rollout.stop_reason.is_fault)
+    assert (bad.stop_reason, len(bad.turns), bad.reward) == (stop_reason, turn, 0.0)
+    assert str(bad.error).startswith(text)
+    assert good.stop_reason is StopReason.TERMINATED
+
+
+def losing(times: int) -> Policy:
+    """The server of rollout 01 is lost that often, each time in the second turn."""
+    left = [times]
+
+    def policy(rollout_id: str, prompt: str) -> str:
+        if rollout_id.endswith("/01") and "?" in prompt and left[0]:
+            left[0] -= 1
+            raise EngineLostError("server 0 was restarted")
+        return "yes"
+
+    return policy
+
+
+def test_a_rollout_that_a_lost_server_took_with_it_is_played_again_from_its_start() -> None:
+    undisturbed = play(make_runner(ScriptedTask(two_turns)), group_size=3)[0].rollouts
+    runner = make_runner(ScriptedTask(two_turns), policy=losing(MAX_REPLAYS))
+    again = play(runner, group_size=3)[0].rollouts
+    assert [rollout.replayed for rollout in again] == [0, MAX_REPLAYS, 0]
+    assert [rollout.stop_reason for rollout in again] == [StopReason.TERMINATED] * 3
+    assert [(r.reward, r.metrics, [text_of(t.prompt) for t in r.turns]) for r in again] == [
+        (r.reward, r.metrics, [text_of(t.prompt) for t in r.turns]) for r in undisturbed
+    ]
+    seeds = [s.seed for batch in engine_of(runner).batches for rollout_id, s in batch if rollout_id.endswith("/01")]
+    assert len(seeds) == 2 + 2 * MAX_REPLAYS
+    assert len(set(seeds)) == 2, "a turn has the same seed each time, so the same tokens"
+
+
+def test_a_server_that_is_lost_again_and_again_costs_the_rollout() -> None:
+    (group,) = play(make_runner(ScriptedTask(two_turns), policy=losing(1000)), group_size=3)
+    lost = group.rollouts[1]
+    assert (lost.stop_reason, lost.error, lost.replayed) == (
+        StopReason.ENGINE_ERROR,
+        "server 0 was restarted",
+        MAX_REPLAYS,
+    )
 
 
 def test_an_engines_error_for_one_request_ends_that_rollout_alone() -> None:
