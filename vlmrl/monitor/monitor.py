@@ -1,6 +1,7 @@
 """Monitor: receives the metrics and rollouts of a run and passes them on.
 
     Monitor ─┬─▶ metrics.jsonl, supervised.jsonl     at once, a whole line
+             ├─▶ faults.jsonl                        at once, whole lines
              ├─▶ rollouts/, images/                  in a background thread (record/rollouts.py)
              ├─▶ the screen                          live view or plain lines (progress.py)
              ├─▶ wandb/                              in a background thread (wandb_logger.py)
@@ -32,6 +33,7 @@ from vlmrl.monitor.health import EQUAL_COMPARED, HISTORY, compares_equal_rewards
 from vlmrl.monitor.progress import PHASES, Progress, duration
 from vlmrl.monitor.report.background import ReportWriter
 from vlmrl.monitor.wandb_logger import WandbLogger
+from vlmrl.record.faults import FaultLog, FaultRecord, faults_of
 from vlmrl.record.files import disk_errors
 from vlmrl.record.logs import MainLog
 from vlmrl.record.metrics import ELAPSED, EVAL_GREEDY, EVAL_SAMPLED, ZERO_ADVANTAGE, MetricsLog, Record, read_metrics
@@ -71,6 +73,7 @@ class Monitor:
         self._trained_on: Sequence[Rollout] = ()  # one rollout per group of the newest step
         self._evaluation: Record = {}  # the line of metrics.jsonl with the newest evaluation
         self._supervised: MetricsLog | None = None
+        self._faults = FaultLog(run_dir.faults)
         self._elapsed_before = 0.0  # seconds of earlier segments
         self._finished = False
         self._stack = ExitStack()
@@ -79,8 +82,7 @@ class Monitor:
         self._entered = time.monotonic()
         with ExitStack() as stack:
             self._main_log = stack.enter_context(MainLog(self._run_dir.main_log))
-            damaged: list[str] = []
-            self._metrics = MetricsLog(self._run_dir.metrics, damaged.append)
+            self._metrics = MetricsLog(self._run_dir.metrics)
             stack.callback(self._metrics.close)
             stack.callback(self._close_supervised)
             self._recorder = RolloutRecorder(self._run_dir)
@@ -88,8 +90,6 @@ class Monitor:
             stack.callback(self._wandb.finish, 1)  # exit code 1: does nothing if `finish` was called
             stack.callback(self._progress.stop)
             self._progress.start()
-            for text in damaged:
-                self.warn(text)
             self._stack = stack.pop_all()
         return self
 
@@ -135,18 +135,20 @@ class Monitor:
         """Show what the run waits for, until the next phase. It is printed at most every few seconds and not logged."""
         self._progress.status(text)
 
-    def resume_at(self, step: int) -> None:
-        """Remove what was recorded after the checkpoint of `step`, because the run repeats those steps."""
-        summary = self._run_dir.read_summary(self.warn) or {}
+    def resume_at(self, step: int, *, supervised_steps: int) -> None:
+        """Remove what was recorded after the checkpoint of `step`, which contains so many supervised steps, because
+        the run repeats those steps."""
+        summary = self._run_dir.read_summary() or {}
         recorded = self._metrics.last or {}
-        self._elapsed_before = max(summary.get("wall_clock_s") or 0.0, recorded.get(ELAPSED) or 0.0)
+        self._elapsed_before = max(summary.get("wall_clock_s", 0.0), recorded.get(ELAPSED) or 0.0)
         self._metrics.truncate_after(step)
+        self._faults.cut_back(supervised_steps=supervised_steps, step=step)
         for path in self._run_dir.rollouts_after(step):
             with disk_errors(path):
                 path.unlink()
         with disk_errors(self._run_dir.summary):
             self._run_dir.summary.unlink(missing_ok=True)  # it means that a run has ended, and this one goes on
-        history = read_metrics(self._run_dir.metrics, self.warn)
+        history = read_metrics(self._run_dir.metrics)
         self._evaluation = next((line for line in reversed(history) if line.get(EVAL_SAMPLED) is not None), {})
         self._history.extend(history)
         self._progress.resume(history)
@@ -157,13 +159,18 @@ class Monitor:
     def warmup(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         """Record supervised step 1 … total in supervised.jsonl. A repeated step replaces the lines from it on."""
         if self._supervised is None:
-            self._supervised = MetricsLog(self._run_dir.supervised, self.warn)
+            self._supervised = MetricsLog(self._run_dir.supervised)
         if self._supervised.last is not None and step <= self._supervised.last["step"]:
             self._supervised.truncate_after(step - 1)
         record = {"step": step, **metrics, ELAPSED: self._elapsed()}
         self._supervised.write(record)
         self._progress.warmup(step, total, metrics)
         self._wandb.log({f"warmup/{key}": value for key, value in record.items()})
+
+    def faults(self, faults: Sequence[FaultRecord]) -> None:
+        """Append to faults.jsonl what went wrong with demonstrations. Faults of rollouts are recorded by `step`,
+        `record` and `evaluation`."""
+        self._faults.write(faults)
 
     def step(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group]) -> None:
         """Record one optimizer step: a line of metrics.jsonl, and a file of its rollouts, which must not change again.
@@ -189,14 +196,18 @@ class Monitor:
 
     def record(self, step: int, groups: Sequence[Group]) -> None:
         """Record only the rollouts of a step, after which the run ends with an error."""
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        self._faults.write(faults_of(step, "rl", rollouts))
         if self._config.record_rollouts:
-            self._recorder.write(step, {"train": [rollout for group in groups for rollout in group.rollouts]})
+            self._recorder.write(step, {"train": rollouts})
 
     def evaluation(self, step: int, metrics: Mapping[str, float], rollouts: Mapping[str, Sequence[Rollout]]) -> None:
         """Record an evaluation of the weights after `step`; may be called before or after `Monitor.step` for that step.
 
         The metrics (`eval/…`) join the step's line in metrics.jsonl; the rollouts ("sampled", "greedy") go into a file.
         """
+        for group in rollouts.values():
+            self._faults.write(faults_of(step, "eval", group))
         self._metrics.write({"step": step, **metrics, ELAPSED: self._elapsed()})
         self._evaluation = self._metrics.last or {}
         self._wandb.start()
@@ -228,6 +239,7 @@ class Monitor:
         self._metrics.flush()
         if self._supervised is not None:
             self._supervised.flush()
+        self._faults.flush()
         self._recorder.flush()
 
     def finish(self, exit_reason: str, summary: Mapping[str, Any]) -> None:

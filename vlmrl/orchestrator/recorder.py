@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from vlmrl.record.faults import FaultRecord
 from vlmrl.types import Group, Rollout
 
 
@@ -15,7 +16,8 @@ class Recorder(Protocol):
     """Receives the metrics and rollouts of a run. Called from one thread; rollouts must not change after the call."""
 
     def step(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group]) -> None:
-        """Record one optimizer step (1, 2, …): its metrics under their keys in metrics.jsonl, and its rollouts."""
+        """Record one optimizer step (1, 2, …): its metrics under their keys in metrics.jsonl, its rollouts and their
+        faults."""
         ...
 
     def record(self, step: int, groups: Sequence[Group]) -> None:
@@ -24,5 +26,10 @@ class Recorder(Protocol):
 
     def evaluation(self, step: int, metrics: Mapping[str, float], rollouts: Mapping[str, Sequence[Rollout]]) -> None:
         """Record an evaluation of the weights after `step`: `eval/…` metrics, and rollouts by kind ("sampled",
-        "greedy")."""
+        "greedy") with their faults."""
+        ...
+
+    def faults(self, faults: Sequence[FaultRecord]) -> None:
+        """Record what went wrong with demonstrations. A supervised step that is repeated after a resume records its
+        faults again; those of the first time are gone by then."""
         ...

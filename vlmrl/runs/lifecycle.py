@@ -12,24 +12,19 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import gc
-import logging
-from collections.abc import Sequence
-from pathlib import Path
 
 from vlmrl.config.run import RunConfig
-from vlmrl.errors import ConfigError, EngineError, Interrupted, RankError, TaskError
+from vlmrl.errors import ConfigError, EngineError, Interrupted, RankError, TaskError, TooManyFaultsError
 from vlmrl.monitor.monitor import Monitor
+from vlmrl.orchestrator.interruption import stopped_before
 from vlmrl.orchestrator.loop import ExitReason
 from vlmrl.preflight.settle import settle
 from vlmrl.ranks.rank_group import RankGroup, follow, init_from_environment
-from vlmrl.record.lock import network_file_system
 from vlmrl.record.run_dir import RunDir
 from vlmrl.runs.build import Run, RunFollower, build_run, is_float32
 from vlmrl.runs.modes import MODES, ModeWithoutRun, RunMode
 from vlmrl.runs.saving import save
-from vlmrl.runs.stopping import rank_lost, stopped_before, stopping_on_signals
-
-log = logging.getLogger(__name__)
+from vlmrl.runs.stopping import rank_lost, stopping_on_signals
 
 
 def execute(config: RunConfig) -> float | None:
@@ -57,12 +52,6 @@ def lead(config: RunConfig, rank_group: RankGroup | None) -> float | None:
         mode.run(dataclasses.replace(config, model=dataclasses.replace(config.model, device=mode.device)))
         return None
     config, notes = settle(config)
-    with run_dir_of(config, mode).lock(config.mode.name):
-        return lead_run(config, mode, notes, rank_group)
-
-
-def lead_run(config: RunConfig, mode: RunMode, notes: Sequence[str], rank_group: RankGroup | None) -> float | None:
-    """Run `config` in its folder, whose lock this process holds; returns the objective."""
     run_dir = open_run_dir(config, mode)
     with Monitor(
         config.monitor,
@@ -71,10 +60,6 @@ def lead_run(config: RunConfig, mode: RunMode, notes: Sequence[str], rank_group:
         exact=is_float32(config),
         credit=config.algorithm.credit,
     ) as monitor:
-        if (file_system := network_file_system(run_dir.path)) is not None:
-            log.info(
-                "%s is on %s: its lock reaches other hosts only where the server has locks", run_dir.path, file_system
-            )
         monitor.phase("preparing")
         for note in notes:
             monitor.warn(note)
@@ -93,18 +78,14 @@ def lead_run(config: RunConfig, mode: RunMode, notes: Sequence[str], rank_group:
     return objective
 
 
-def run_dir_of(config: RunConfig, mode: RunMode) -> RunDir:
-    """The directory that the run writes into."""
-    folder = Path(config.output_dir)
-    return RunDir(folder if config.resume is None else folder / mode.folder_in_resumed_run)
-
-
 def open_run_dir(config: RunConfig, mode: RunMode) -> RunDir:
     """Create the run directory, write config.yaml, and point `latest` at it. Raises ConfigError.
 
     A run that continues another writes config.yaml later, once its checkpoint is restored (`restore`).
     """
-    run_dir = run_dir_of(config, mode)
+    run_dir = RunDir(config.output_dir)
+    if config.resume is not None:
+        run_dir = RunDir(run_dir.path / mode.folder_in_resumed_run)
     run_dir.create(resume=config.resume is not None or mode.is_inside_past_run)
     if not mode.continues_run(config):
         run_dir.write_config(config)
@@ -129,7 +110,7 @@ async def carry_out(run: Run, mode: RunMode) -> tuple[ExitReason, float | None]:
                     assert run.rank_group is not None
                     raise RankError(run.rank_group.lost)
                 reason = work.result()
-            except (TaskError, EngineError):
+            except (TaskError, EngineError, TooManyFaultsError):
                 save_at_the_end(run, mode)
                 raise
             save_at_the_end(run, mode)
@@ -161,14 +142,15 @@ def restore(run: Run, mode: RunMode) -> None:
     if mode.continues_run(run.config):
         # Not earlier: an override that does not fit the checkpoint would stay in config.yaml.
         run.run_dir.write_config(run.config)
-        run.monitor.resume_at(run.restored_step if found is not None else -1)
+        step = run.restored_step if found is not None else -1
+        run.monitor.resume_at(step, supervised_steps=run.trainer.supervised_steps)
     elif found is None:
         raise ConfigError(
             f"resume={run.config.resume} has no checkpoint, so there is nothing of that run to evaluate: "
             "drop resume= to evaluate the model itself"
         )
     else:
-        run.monitor.resume_at(-1)  # replaces what an earlier evaluation of the same run recorded
+        run.monitor.resume_at(-1, supervised_steps=0)  # replaces what an earlier evaluation of the same run recorded
 
 
 def save_at_the_end(run: Run, mode: RunMode) -> None:

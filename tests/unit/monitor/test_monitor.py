@@ -236,7 +236,7 @@ def test_a_resumed_run_does_the_later_steps_again(run_dir: RunDir) -> None:
             monitor.evaluation(step, {"eval/reward": step / 10}, {"sampled": [rollout()]})
         monitor.finish("interrupted", {})
     with monitor_of(run_dir) as monitor:
-        monitor.resume_at(2)
+        monitor.resume_at(2, supervised_steps=0)
         assert run_dir.read_summary() is None, "a summary would mean that the run has ended"
         assert sorted(path.name for path in run_dir.rollouts.iterdir()) == [
             "eval_000001.jsonl",
@@ -260,13 +260,13 @@ def test_wall_clock_adds_up_over_segments(run_dir: RunDir) -> None:
     assert ended is not None
     run_dir.write_summary({**ended, "wall_clock_s": 100.0})  # as if the segment had taken 100 s
     with monitor_of(run_dir) as monitor:
-        monitor.resume_at(1)
+        monitor.resume_at(1, supervised_steps=0)
         monitor.step(2, METRICS, [])
         assert 100.0 <= read_metrics(run_dir.metrics)[-1]["time/elapsed"] < 160.0
         # Killed here, without a summary: the next segment adds to the time of the last line and repeats step 2.
     run_dir.metrics.write_text(run_dir.metrics.read_text().replace('"time/elapsed":10', '"time/elapsed":20'))
     with monitor_of(run_dir) as monitor:
-        monitor.resume_at(1)
+        monitor.resume_at(1, supervised_steps=0)
         monitor.finish("finished", {})
     final = run_dir.read_summary()
     assert final is not None
