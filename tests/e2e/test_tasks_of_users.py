@@ -111,8 +111,8 @@ def test_equal_rewards_are_said_and_go_on(runs: Scenarios) -> None:
 @pytest.mark.parametrize(
     ("job", "message"),
     [
-        (0, "the first of step 3 ended as task_error: LookupError: no score for problem 4 ("),
-        (1, "the first of step 3 ended as context_full: the first prompt leaves no room for an answer: raise trainer"),
+        (0, "most often (24 of 24) they ended as task_error: step() raised LookupError: no score for problem 0 ("),
+        (1, "most often (24 of 24) they ended as context_full: the first prompt leaves no room for an answer: raise"),
     ],
 )
 def test_nothing_but_faults_ends_the_run(job: int, message: str, runs: Scenarios) -> None:
@@ -125,7 +125,7 @@ def test_nothing_but_faults_ends_the_run(job: int, message: str, runs: Scenarios
     run = folder / str(job)
     found = summary(run)
     assert (found["exit_reason"], found["step"]) == ("error", 3)
-    assert found["error"].startswith("TaskError: every rollout of the last 3 steps failed")
+    assert found["error"].startswith("TooManyFaultsError: every rollout of the last 3 steps failed")
     assert len(steady_rollouts(run)["step_000003.jsonl"]) == 8
     assert (run / "checkpoints/step_000003/state.json").exists(), "to be continued when the task is fixed"
 

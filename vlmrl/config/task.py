@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from vlmrl.config.algorithm import Credit
-from vlmrl.config.fields import Resume, setting
+from vlmrl.config.fields import SMALLEST, Resume, setting
 
 
 @dataclass
@@ -22,6 +22,11 @@ class TaskConfig:
     num_examples: int | None = setting(None, on_resume=Resume.noted, low=1, outside="there is no problem to train on")
     """Number of training problems: the run repeats the first so many, in supervised steps too. None uses all problems
     of the task."""
+    max_fault_rate: float = setting(
+        1.0, on_resume=Resume.free, low=SMALLEST, high=1, outside="the first fault, or none, ends the run"
+    )
+    """Share of the rollouts of the last steps that may be faults of the task's code or data; with more, the run is
+    saved and ends. 1 allows every share, but a run of nothing but faults ends in any case."""
     credit: Credit = setting(Credit.episode, on_resume=Resume.noted)
     """Which reward the task's turns are trained on; the default of `algorithm.credit`. A task that rewards single turns
     says `turn`."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vlmrl.config.orchestrator import EvalConfig
-from vlmrl.orchestrator.metrics import mean_task_metrics
+from vlmrl.orchestrator.metrics import mean_task_metrics, replay_metrics
 from vlmrl.orchestrator.rollout import RolloutRunner
 from vlmrl.types import Rollout
 
@@ -23,6 +23,9 @@ class Evaluator:
     """Temperature of the sampled evaluation; the greedy one uses 0."""
     history: list[tuple[float, float]] = field(default_factory=list)
     """(sampled, greedy) held-out reward of each evaluation so far; saved in checkpoints."""
+    is_unfinished: bool = False
+    """Whether an evaluation was begun and not finished, because the run was stopped meanwhile. Saved in checkpoints: a
+    resumed run makes the evaluation again, from its start."""
 
     def is_due(self, step: int, last_step: int) -> bool:
         """Whether to evaluate after `step`: before the first step, every `eval.every` steps, and after the last."""
@@ -37,7 +40,9 @@ class Evaluator:
         return all(min(both) >= target for both in last)
 
     async def run(self, step: int) -> tuple[dict[str, float], dict[str, list[Rollout]]]:
-        """Evaluate; return metrics (`eval/…`) and rollouts by kind ("sampled", "greedy")."""
+        """Evaluate; return metrics (`eval/…`) and rollouts by kind ("sampled", "greedy"). May be cancelled: the history
+        knows only whole evaluations."""
+        self.is_unfinished = True
         rollouts: dict[str, list[Rollout]] = {}
         for kind, temperature in (("sampled", self.temperature), ("greedy", 0.0)):
             groups = await self.runner.run_groups(
@@ -50,9 +55,13 @@ class Evaluator:
             rollouts[kind] = [rollout for group in groups for rollout in group.rollouts]
         sampled, greedy = (mean_reward(rollouts[kind]) for kind in ("sampled", "greedy"))
         self.history.append((sampled, greedy))
+        self.is_unfinished = False
         metrics = {"eval/reward": sampled, "eval/reward_greedy": greedy}
         for kind, suffix in (("sampled", ""), ("greedy", "_greedy")):
             metrics |= {f"eval/{key}{suffix}": value for key, value in mean_task_metrics(rollouts[kind]).items()}
+        metrics |= {
+            f"eval/{key}": value for key, value in replay_metrics(rollouts["sampled"] + rollouts["greedy"]).items()
+        }
         return metrics, rollouts
 
 

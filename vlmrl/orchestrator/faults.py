@@ -1,43 +1,81 @@
-"""Stop a run whose rollouts all fail.
+"""Stop a run in which too many rollouts fail.
 
 A broken image or a task that raises costs one rollout, which is recorded and counted. A run in which every rollout
-fails would go on to its last step without learning anything. `FaultWatch` ends it instead: its checkpoint is saved and
-its error message quotes the first rollout's error.
+fails would go on to its last step without learning anything, and one in which many fail learns from a part of its data
+only. `FaultWatch` ends it: its checkpoint is saved, and its error message has the most frequent reason.
+
+A rollout that was lost to our own engine (`engine_error`) is no fault of the user's, so it does not count in the rate.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from vlmrl.errors import EngineError, TaskError, VlmrlError
-from vlmrl.types import DropReason, Group, StopReason
+from vlmrl.errors import EngineError, TooManyFaultsError
+from vlmrl.record.faults import most_frequent
+from vlmrl.types import DropReason, Group, Rollout, StopReason
 
-MAX_FAILED_STEPS = 3
-"""Steps in a row without a usable rollout that end the run. Enough to survive a short outage of a service that the task
-calls; few enough that the message comes while somebody is still watching."""
+WATCHED_STEPS = 3
+"""Steps that a decision is based on. Enough to survive a short outage of a service that the task calls; few enough that
+the message comes while somebody is still watching."""
+
+NO_ROOM = "the first prompt leaves no room for an answer: raise trainer.seq_len"
 
 
 @dataclass
 class FaultWatch:
-    """Counts the steps in a row in which every rollout was a fault or had no room for its first prompt."""
+    """Watches the rollouts of the last `WATCHED_STEPS` steps."""
 
-    failed_steps: int = 0
+    max_fault_rate: float = 1.0
+    """`task.max_fault_rate`."""
+    run: str = "outputs/latest"
+    """The run's folder, for the command in the message."""
+    _recent: deque[list[Rollout]] = field(init=False, default_factory=lambda: deque(maxlen=WATCHED_STEPS))
 
     def check(self, step: int, groups: Sequence[Group]) -> None:
         """Count `step`. Call after `mark_dropped`.
 
-        Raises `TaskError` (`EngineError` where the engine failed) at the `MAX_FAILED_STEPS`th failed step in a row.
+        Raises `TooManyFaultsError` (`EngineError` where the engine failed most often) if no rollout of the last
+        `WATCHED_STEPS` steps could be used, or if more of them than `max_fault_rate` were faults of the user's code or
+        data.
         """
-        rollouts = [rollout for group in groups for rollout in group.rollouts]
-        failed = all(rollout.dropped in (DropReason.FAULT, DropReason.EMPTY) for rollout in rollouts)
-        self.failed_steps = self.failed_steps + 1 if failed else 0
-        if self.failed_steps < MAX_FAILED_STEPS:
+        self._recent.append([rollout for group in groups for rollout in group.rollouts])
+        if len(self._recent) < WATCHED_STEPS:
             return
-        first = rollouts[0]
-        kind: type[VlmrlError] = EngineError if first.stop_reason is StopReason.ENGINE_ERROR else TaskError
-        cause = first.error or "the first prompt leaves no room for an answer: raise trainer.seq_len"
-        raise kind(
-            f"every rollout of the last {MAX_FAILED_STEPS} steps failed, so there is nothing to learn from; the "
-            f"first of step {step} ended as {first.stop_reason}: {cause}"
+        rollouts = [rollout for of_step in self._recent for rollout in of_step]
+        failed = [rollout for rollout in rollouts if rollout.dropped in (DropReason.FAULT, DropReason.EMPTY)]
+        if len(failed) == len(rollouts):
+            stop_reason, reason = _most_frequent(failed)
+            text = (
+                f"every rollout of the last {WATCHED_STEPS} steps failed, so there is nothing to learn from; {reason}"
+            )
+            raise (
+                EngineError(text) if stop_reason == StopReason.ENGINE_ERROR else TooManyFaultsError(self._advise(text))
+            )
+        of_users = [rollout for rollout in failed if _is_users_fault(rollout)]
+        counted = sum(rollout.stop_reason is not StopReason.ENGINE_ERROR for rollout in rollouts)
+        if counted and len(of_users) > self.max_fault_rate * counted:
+            raise TooManyFaultsError(
+                self._advise(
+                    f"{len(of_users)} of the last {counted} rollouts ({len(of_users) / counted:.0%}) were faults, more "
+                    f"than task.max_fault_rate={self.max_fault_rate:g}; {_most_frequent(of_users)[1]}"
+                )
+            )
+
+    def _advise(self, text: str) -> str:
+        return (
+            f"{text}. List the faults with python -m vlmrl mode=faults run={self.run}, repair them, and continue the "
+            f"run with resume={self.run}"
         )
+
+
+def _is_users_fault(rollout: Rollout) -> bool:
+    return rollout.stop_reason.is_fault and rollout.stop_reason is not StopReason.ENGINE_ERROR
+
+
+def _most_frequent(failed: Sequence[Rollout]) -> tuple[str, str]:
+    """The stop reason that failed rollouts have most often, and a sentence about its cause."""
+    stop_reason, error, count = most_frequent([(rollout.stop_reason, rollout.error or NO_ROOM) for rollout in failed])
+    return stop_reason, f"most often ({count} of {len(failed)}) they ended as {stop_reason}: {error}"

@@ -29,6 +29,7 @@ from vlmrl.orchestrator.advantages import assign_advantages, mark_dropped
 from vlmrl.orchestrator.evaluation import Evaluator
 from vlmrl.orchestrator.faults import FaultWatch
 from vlmrl.orchestrator.filters import find_filtered
+from vlmrl.orchestrator.interruption import stopped_before
 from vlmrl.orchestrator.metrics import Overlap, rollout_metrics, throughput_metrics, time_metrics
 from vlmrl.orchestrator.recorder import Recorder
 from vlmrl.orchestrator.rollout import RolloutRunner
@@ -60,17 +61,18 @@ class Loop:
     vision_gap: Callable[[int, list[TrainingSample]], dict[str, float]]
     """Returns the metrics of the blind control on a step's samples; empty where it is not due."""
     stop: asyncio.Event
-    """Set by Ctrl-C: the loop ends before the next step is trained."""
+    """Set by Ctrl-C: the loop ends before the next step is trained, and an evaluation is cut short."""
+    faults: FaultWatch = field(default_factory=FaultWatch)
     _pending: dict[int, asyncio.Task[list[Group]]] = field(default_factory=dict)
-    _faults: FaultWatch = field(default_factory=FaultWatch)
     _overlap: Overlap = field(default_factory=Overlap)
 
     async def run(self) -> ExitReason:
         """Run the steps from the trainer's version to `max_steps`; return why the loop ended."""
         first = self.trainer.version
         await self.weight_sync.publish(first)
-        if first == 0 and not self.evaluator.history and self.evaluator.is_due(0, self.max_steps):
-            await self.evaluate(0)
+        is_first_due = first == 0 and not self.evaluator.history and self.evaluator.is_due(0, self.max_steps)
+        if (is_first_due or self.evaluator.is_unfinished) and not await self.evaluate(first):
+            return "interrupted"
         try:
             for step in range(first + 1, self.max_steps + 1):
                 if self.evaluator.reached_target:
@@ -78,7 +80,8 @@ class Loop:
                 started = time.perf_counter()
                 if (groups := await self.next_batch(step)) is None:
                     return "interrupted"
-                await self.learn(step, groups, started)
+                if not await self.learn(step, groups, started):
+                    return "interrupted"
             return "target_reached" if self.evaluator.reached_target else "finished"
         finally:
             for task in self._pending.values():
@@ -108,8 +111,9 @@ class Loop:
                 temperature=self.config.temperature,
             )
 
-    async def learn(self, step: int, groups: list[Group], started: float) -> None:
-        """advantages → samples → packing → trainer → weight sync: one optimizer step and its metrics."""
+    async def learn(self, step: int, groups: list[Group], started: float) -> bool:
+        """advantages → samples → packing → trainer → weight sync: one optimizer step and its metrics. Returns False if
+        the run was told to stop before the step's evaluation was complete."""
         rolled_out = time.perf_counter()
         version, image_tokens = self.trainer.version, self.runner.renderer.image_token_ids
         for group in groups:
@@ -137,15 +141,20 @@ class Loop:
             **(time_metrics(started, rolled_out, prepared, trained, synced) | self._overlap.metrics(step)),
         }
         self.recorder.step(step, metrics, groups)
-        self._faults.check(step, groups)
-        if self.evaluator.is_due(step, self.max_steps):
-            await self.evaluate(step)
+        self.faults.check(step, groups)
+        if self.evaluator.is_due(step, self.max_steps) and not await self.evaluate(step):
+            return False
         self.checkpoint(step)
+        return True
 
-    async def evaluate(self, step: int) -> None:
-        """Evaluate the weights after `step` on held-out problems."""
-        metrics, rollouts = await self.evaluator.run(step)
+    async def evaluate(self, step: int) -> bool:
+        """Evaluate the weights after `step` on held-out problems. Returns False if the run was told to stop before."""
+        evaluation = asyncio.create_task(self.evaluator.run(step))
+        if await stopped_before(evaluation, self.stop):
+            return False
+        metrics, rollouts = evaluation.result()
         # Read the engine's counters here too; otherwise the next step would include those of the evaluation.
         metrics |= {f"eval/{key}": value for key, value in self.engine.metrics().items()}
         self.recorder.evaluation(step, metrics, rollouts)
         self._overlap.reset_idle()
+        return True

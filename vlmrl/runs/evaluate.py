@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
+from vlmrl.orchestrator.interruption import stopped_before
 from vlmrl.orchestrator.loop import ExitReason
 from vlmrl.runs.build import Run
-from vlmrl.runs.stopping import stopped_before
 
 
 async def evaluate(run: Run) -> ExitReason:

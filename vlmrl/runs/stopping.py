@@ -79,19 +79,6 @@ def rank_lost(rank_group: RankGroup | None) -> Iterator[asyncio.Event]:
         rank_group.on_lost(None)
 
 
-async def stopped_before(work: asyncio.Task[Any], stop: asyncio.Event) -> bool:
-    """Wait for `work` or for `stop`, whichever is first. Returns whether `stop` was; then `work` is cancelled and has
-    ended."""
-    stopped = asyncio.create_task(stop.wait())
-    await asyncio.wait({work, stopped}, return_when=asyncio.FIRST_COMPLETED)
-    stopped.cancel()
-    if work.done():
-        return False
-    work.cancel()
-    await asyncio.gather(work, return_exceptions=True)
-    return True
-
-
 def end_at_once(number: int, frame: FrameType | None) -> None:
     """End the process on the second signal, without waiting for anything.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from vlmrl.orchestrator.faults import FaultWatch
 from vlmrl.orchestrator.loop import ExitReason, Loop
 from vlmrl.orchestrator.supervised import AFTER_WARMUP, demonstration_samples
 from vlmrl.orchestrator.vision_gap import VisionGap
@@ -36,6 +37,7 @@ async def train(run: Run) -> ExitReason:
         demonstrations=lambda step: demonstrations(run, step),
         vision_gap=VisionGap(config.monitor.vision_gap_every, run.renderer, run.trainer),
         stop=run.stop,
+        faults=FaultWatch(config.task.max_fault_rate, run=config.output_dir),
     ).run()
 
 

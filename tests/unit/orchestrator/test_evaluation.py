@@ -89,6 +89,7 @@ def test_a_run_is_sampled_and_greedy_on_the_same_problems_and_is_remembered() ->
     assert [r.rollout_id for r in rollouts["sampled"]] == [r.rollout_id for r in rollouts["greedy"]]
     assert len(rollouts["greedy"]) == 6
     assert held_out.history == [(0.5, 1.0)]
+    assert not held_out.is_unfinished
     assert not held_out.reached_target
     asyncio.run(held_out.run(7))
     assert held_out.reached_target

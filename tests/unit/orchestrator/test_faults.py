@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vlmrl.errors import EngineError, TaskError, VlmrlError
+from vlmrl.errors import EngineError, TooManyFaultsError, VlmrlError
 from vlmrl.orchestrator.faults import FaultWatch
 from vlmrl.types import DropReason, Group, Rollout, StopReason
 
@@ -30,6 +30,7 @@ def step(*ends: tuple[StopReason, DropReason | None], error: str | None = None) 
 
 RAISED = (StopReason.TASK_ERROR, DropReason.FAULT)
 TOO_LONG = (StopReason.CONTEXT_FULL, DropReason.EMPTY)
+LOST = (StopReason.ENGINE_ERROR, DropReason.FAULT)
 PLAYED = (StopReason.TERMINATED, None)
 
 
@@ -37,18 +38,22 @@ PLAYED = (StopReason.TERMINATED, None)
     ("last", "kind", "message"),
     [
         (
-            step(RAISED, RAISED, error="LookupError: no row"),
-            TaskError,
-            "of step 3 ended as task_error: LookupError: no row",
+            step(RAISED, RAISED, error="LookupError: no row 17"),
+            TooManyFaultsError,
+            r"\(3 of 4\) they ended as task_error: LookupError: no row 3\. List .* mode=faults run=outputs/a, ",
         ),
-        (step(TOO_LONG, RAISED), TaskError, "ended as context_full: the first prompt leaves no room"),
-        (step((StopReason.ENGINE_ERROR, DropReason.FAULT), error="gone"), EngineError, "ended as engine_error: gone"),
+        (
+            step(TOO_LONG, TOO_LONG),
+            TooManyFaultsError,
+            r"\(4 of 5\) they ended as context_full: the first prompt leaves no room",
+        ),
+        (step(*[LOST] * 5, error="gone"), EngineError, r"\(5 of 7\) they ended as engine_error: gone"),
     ],
 )
 def test_the_third_step_in_a_row_ends_the_run(last: list[Group], kind: type[VlmrlError], message: str) -> None:
-    watch = FaultWatch()
-    watch.check(1, step(RAISED, TOO_LONG))
-    watch.check(2, step(TOO_LONG))
+    watch = FaultWatch(run="outputs/a")
+    watch.check(1, step(RAISED, error="LookupError: no row 3"))
+    watch.check(2, step(TOO_LONG) if last[0].rollouts[0].error else step(TOO_LONG, TOO_LONG))
     with pytest.raises(kind, match=message):
         watch.check(3, last)
 
@@ -66,3 +71,37 @@ def test_one_rollout_that_did_not_fail_resets_the_count(between: list[Group]) ->
     watch = FaultWatch()
     for number in range(1, 40):
         watch.check(number, between if number % 3 == 0 else step(RAISED))
+
+
+@pytest.mark.parametrize(
+    ("steps", "rate"),
+    [
+        ([step(RAISED, *[PLAYED] * 3)] * 3, 0.25),
+        ([step(RAISED, PLAYED), step(*[PLAYED] * 4), step(*[PLAYED] * 4)], 0.1),
+        # What our own engine lost is not counted, on neither side.
+        ([step(RAISED, LOST, LOST, *[PLAYED] * 3)] * 3, 0.25),
+        # A prompt that is too long is no fault of a row: it may fit into a longer context.
+        ([step(TOO_LONG, *[PLAYED] * 3)] * 3, 0.0),
+    ],
+)
+def test_more_faults_than_the_rate_allows_end_the_run(steps: list[list[Group]], rate: float) -> None:
+    at_most, below = FaultWatch(max_fault_rate=max(rate, 0.001)), FaultWatch(max_fault_rate=rate - 0.01)
+    for number, groups in enumerate(steps[:-1], start=1):
+        at_most.check(number, groups)
+        below.check(number, groups)  # one step alone does not end a run
+    at_most.check(3, steps[-1])
+    if rate > 0:
+        with pytest.raises(
+            TooManyFaultsError, match=rf"were faults, more than task.max_fault_rate={rate - 0.01:g}; most"
+        ):
+            below.check(3, steps[-1])
+
+
+def test_the_rate_is_that_of_the_last_steps_alone() -> None:
+    watch = FaultWatch(max_fault_rate=0.3)
+    for number in range(1, 10):
+        watch.check(number, step(*[PLAYED] * 4))
+    watch.check(10, step(RAISED, *[PLAYED] * 3))
+    watch.check(11, step(*[PLAYED] * 4))
+    with pytest.raises(TooManyFaultsError, match=r"5 of the last 12 rollouts \(42%\) were faults"):
+        watch.check(12, step(*[RAISED] * 4, error="no row"))

@@ -162,12 +162,14 @@ class World:
         max_staleness: int = 0,
         target: float | None = None,
         history: Sequence[tuple[float, float]] = (),
+        is_unfinished: bool = False,
         algorithm: AlgorithmConfig | None = None,
     ) -> ExitReason:
         async def main() -> ExitReason:
             neighbour: Any = self
             evaluation = EvalConfig(every=every, problems=4, target=target, consecutive=2)
             self.stop = asyncio.Event()
+            self.evaluator = Evaluator(evaluation, neighbour, 0.7, list(history), is_unfinished)
             loop = Loop(
                 config=OrchestratorConfig(
                     groups_per_step=GROUPS, group_size=SIBLINGS, max_staleness=max_staleness, eval=evaluation
@@ -179,7 +181,7 @@ class World:
                 engine=neighbour,
                 trainer=neighbour,
                 weight_sync=neighbour,
-                evaluator=Evaluator(evaluation, neighbour, temperature=0.7, history=list(history)),
+                evaluator=self.evaluator,
                 recorder=neighbour,
                 checkpoint=self.checkpoint,
                 demonstrations=lambda step: self.learned[-1][:step] if self.learned else [],
@@ -325,6 +327,44 @@ def test_a_stop_while_learning_loses_nothing_of_the_step() -> None:
     assert world.run(steps=5) == "interrupted"
     assert world.events[:-1] == ["publish 0", *of_step(1), *of_step(2)]
     assert world.events[-1] == "train 3", "requested, then dropped"
+
+
+@pytest.mark.parametrize("kind", ["sampled", "greedy"])
+@pytest.mark.parametrize(("step", "max_staleness"), [(0, 0), (2, 0), (2, 1), (4, 0)])
+def test_a_stop_during_an_evaluation_interrupts_at_once(kind: str, step: int, max_staleness: int) -> None:
+    """The evaluation leaves nothing behind; the run that goes on makes it again, then the steps that are missing."""
+    event = f"{kind} {step}"
+    world = World(delay=lambda name: 10**9 if name == event else 3)
+    world.during[event] = lambda: world.stop.set()
+    assert world.run(steps=4, every=2, max_staleness=max_staleness) == "interrupted"
+    assert world.version == step
+    assert not {f"evaluation {step}", f"checkpoint {step}"} & set(world.events)
+    assert world.evaluator.is_unfinished
+    assert len(world.evaluator.history) == step // 2, "only whole evaluations"
+
+    resumed = World(version=step)
+    history = world.evaluator.history
+    assert resumed.run(steps=4, every=2, history=history, is_unfinished=True) == "finished"
+    again = [f"sampled {step}", f"greedy {step}", f"evaluation {step}"]
+    rest = [event for later in range(step + 1, 5) for event in of_step(later, evaluated=later % 2 == 0)]
+    assert resumed.events == [f"publish {step}", *again, *rest]
+    assert not resumed.evaluator.is_unfinished
+    assert resumed.evaluator.history == [(0.0, 0.0)] * 3
+
+
+def test_a_stop_while_learning_does_not_wait_for_the_evaluation() -> None:
+    world = World()
+    world.during["learn 2"] = lambda: world.stop.set()
+    assert world.run(steps=4, every=2) == "interrupted"
+    assert world.events[-2:] == ["step 2", "sampled 2"], "requested, then dropped"
+    assert world.evaluator.is_unfinished
+
+
+def test_an_error_during_an_evaluation_is_raised() -> None:
+    world = World(failing={"greedy 0": TaskError("gone")})
+    with pytest.raises(TaskError, match="gone"):
+        world.run(steps=4, every=2)
+    assert world.evaluator.is_unfinished
 
 
 def test_a_target_that_is_reached_ends_the_run() -> None:

@@ -29,6 +29,7 @@ import torch
 from vlmrl.config.model import Dtype
 from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer, resolve_checkpoint
 from vlmrl.models.families import family_of
+from vlmrl.orchestrator.interruption import stopped_before
 from vlmrl.orchestrator.loop import ExitReason
 from vlmrl.orchestrator.rollout import RolloutRunner, sampling_seed
 from vlmrl.orchestrator.samples import make_samples
@@ -45,7 +46,6 @@ from vlmrl.runs.doctor.rollouts import rollouts, versions
 from vlmrl.runs.doctor.tokens import first_turns, later_turns
 from vlmrl.runs.doctor.watching import ScriptedEngine, WatchedEngine, WatchedRenderer, watched_rows
 from vlmrl.runs.doctor.weights import add_noise, update, weights, weights_in
-from vlmrl.runs.stopping import stopped_before
 from vlmrl.runs.verdicts import Verdict, as_table, conclude, failed, not_visible
 from vlmrl.trainer.trainer import LocalTrainer
 from vlmrl.types import (

@@ -31,6 +31,7 @@ import numpy as np
 
 from vlmrl.config.parse import parse, typed
 from vlmrl.config.run import RunConfig
+from vlmrl.orchestrator.interruption import stopped_before
 from vlmrl.orchestrator.loop import ExitReason
 from vlmrl.orchestrator.rollout import sampling_seed
 from vlmrl.orchestrator.samples import make_samples
@@ -42,7 +43,6 @@ from vlmrl.runs.replay import comparisons
 from vlmrl.runs.replay.comparisons import RerenderedTurn, ResampledTurn, ScoredTurn, Spelling
 from vlmrl.runs.replay.recorded import fits, load_images, load_records, replayed_batch, rollout_of
 from vlmrl.runs.sft import take_supervised_steps
-from vlmrl.runs.stopping import stopped_before
 from vlmrl.runs.verdicts import State, Verdict, as_table, conclude, not_visible
 from vlmrl.trainer.checkpoint import Checkpoints
 from vlmrl.types import EngineSession, InferenceEngine, Message, Rollout, SamplingParams, Trainer, TrainingSample, Turn
