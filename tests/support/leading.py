@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +20,13 @@ import torch
 import torch.distributed as dist
 
 from vlmrl.errors import RankError
-from vlmrl.ranks import messages
+from vlmrl.ranks import heartbeat, meeting, messages
 from vlmrl.ranks.commands import Command
 from vlmrl.ranks.rank_group import RankGroup, follow, init_from_environment
 
 MEMORY = "/memfd:vlmrl"
+SILENCE_LIMIT_S = 3.0
+"""Instead of a minute."""
 LOOKING = ("shared", "nothing shared", "killed looking", "no room")
 
 
@@ -58,6 +63,17 @@ class Sum(Command[Worker, float]):
             os.kill(os.getpid(), signal.SIGKILL)
         if self.number == 1 and worker.trouble == "raises":
             raise ValueError("no such number")
+        if self.number == 1 and worker.trouble == "exits":
+            sys.exit("no such number")
+        if self.number == 1 and worker.trouble == "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if self.number == 1 and worker.trouble == "stands still":
+            threading.Event().wait()
+        if self.number == 1 and worker.trouble == "slow":
+            time.sleep(2 * SILENCE_LIMIT_S)
+            end = time.monotonic() + 2 * SILENCE_LIMIT_S
+            while time.monotonic() < end:
+                pass
         return worker.sum(self.number)
 
 
@@ -88,8 +104,34 @@ def look(group: RankGroup) -> None:
     print(answers, len(os.listdir("/proc/self/fd")) - before, flush=True)
 
 
+def limit(trouble: str) -> None:
+    """Wait for seconds instead of minutes."""
+    heartbeat.BEAT_S = 0.1
+    heartbeat.SILENCE_LIMIT_S = SILENCE_LIMIT_S
+    if trouble == "stands still":
+        heartbeat.STANDSTILL_LIMIT_S = SILENCE_LIMIT_S
+    if trouble == "one is missing":
+        meeting.MEETING_TIMEOUT_S = 2.0
+    if trouble == "stopped while they meet" and os.environ["RANK"] == "1":
+        meeting._start_torch = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)
+    elif trouble == "stopped while they meet":
+        meeting.MEETING_TIMEOUT_S = 4.0
+
+
+def lead(group: RankGroup, trouble: str) -> float:
+    """Rank 0's part of a sum."""
+    if trouble == "leader stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if trouble == "all suspended":
+        pids = " ".join(map(str, [os.getpid(), *(link.peer.pid for link in group._links)]))
+        script = f"kill -STOP {pids}; sleep {2 * SILENCE_LIMIT_S}; kill -CONT {pids}"
+        subprocess.run(["sh", "-c", script], check=True)
+    return Worker().sum(10)
+
+
 def main(trouble: str) -> int:
     """As rank 0: sum 10 and the numbers of the other ranks, or send them pixels."""
+    limit(trouble)
     if trouble == "nothing shared":
         del os.memfd_create
     if trouble == "no room" and os.environ["RANK"] == "1":
@@ -104,7 +146,7 @@ def main(trouble: str) -> int:
             if trouble in LOOKING:
                 look(group)
                 return 0
-            own, others = group.together([Sum(rank) for rank in range(1, group.size)], lambda: Worker().sum(10))
+            own, others = group.together([Sum(rank) for rank in range(1, group.size)], lambda: lead(group, trouble))
             print([own, *others], flush=True)
         except RankError as error:
             print(error, flush=True)

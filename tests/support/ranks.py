@@ -43,9 +43,13 @@ def environments(size: int) -> list[dict[str, str]]:
     ]
 
 
-def start(size: int, command: Sequence[str]) -> list[processes.Process]:
-    """Run `python <command>` as each of `size` ranks."""
-    return [processes.start(*command, cwd=Path.cwd(), environment=environment) for environment in environments(size)]
+def start(size: int, command: Sequence[str], *, leaving_out: int | None = None) -> list[processes.Process]:
+    """Run `python <command>` as each of `size` ranks, or as all but one."""
+    return [
+        processes.start(*command, cwd=Path.cwd(), environment=environment)
+        for rank, environment in enumerate(environments(size))
+        if rank != leaving_out
+    ]
 
 
 def ended(started: Sequence[processes.Process]) -> list[EndedRank]:

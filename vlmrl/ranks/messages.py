@@ -11,13 +11,13 @@ because containers on one host may not see each other's processes.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import mmap
 import os
 import pickle
-import secrets
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -27,6 +27,9 @@ from vlmrl.errors import RankError
 LARGE_ARRAY_BYTES = 64 * 1024
 """Arrays of at least this size travel outside the pickle."""
 
+KEY_BYTES = 32
+"""Size of a run's key."""
+
 ALIGNMENT_BYTES = 64
 """Every array in shared memory begins at a multiple of this."""
 
@@ -35,25 +38,31 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Probe:
-    """A piece of shared memory with which other ranks test whether they can read rank 0's memory."""
+    """A piece of rank 0's memory, with the key of the run in it, which only processes of the same user can read. A rank
+    that reads it shares memory with rank 0. A probe itself is no secret."""
 
     path: str | None
     """None where this system has no such memory."""
-    content: bytes
+    digest: str
+    """The SHA-256 of the key, in hexadecimal digits."""
 
-    def is_readable(self) -> bool:
-        """Whether this process finds at `path` what rank 0 wrote."""
+    def read(self) -> bytes | None:
+        """The key; None where this process cannot read rank 0's memory."""
         if self.path is None:
-            return False
+            return None
         try:
             about = os.stat(self.path)
             # On another host the path may be any file, even one that this process has open. Reading a pipe would hang.
-            if not stat.S_ISREG(about.st_mode) or about.st_size != len(self.content):
-                return False
+            # Another user may have written the path: an anonymous file of ours has our owner and no name.
+            if not stat.S_ISREG(about.st_mode) or about.st_size != KEY_BYTES:
+                return None
+            if about.st_uid != os.geteuid() or about.st_nlink != 0:
+                return None
             with open(self.path, "r+b") as file:  # the mode that `_mapped` uses
-                return file.read(len(self.content)) == self.content
+                content = file.read(KEY_BYTES)
         except OSError:
-            return False
+            return None
+        return content if hashlib.sha256(content).hexdigest() == self.digest else None
 
 
 class Outbox:
@@ -96,13 +105,14 @@ class Outbox:
         return path
 
 
-def receive(connection: Connection[Any, Any]) -> Any:
-    """Receive the next message of an `Outbox`. Changing its arrays does not change the sender's; arrays that were
-    read-only for the sender are read-only here.
+def receive(connection: Connection[Any, Any], heard: Callable[[], None] = lambda: None) -> Any:
+    """Receive the next message of an `Outbox`, and call `heard` with every piece of it. Changing its arrays does not
+    change the sender's; arrays that were read-only for the sender are read-only here.
 
     Raises `OSError` where the connection is closed, and `RankError` where the shared memory cannot be read.
     """
     payload, sizes, path = connection.recv()
+    heard()
     if path is not None:
         try:
             buffers = _mapped(path, sizes)
@@ -112,24 +122,25 @@ def receive(connection: Connection[Any, Any]) -> Any:
     received = [bytearray(size) for size in sizes]
     for buffer in received:
         connection.recv_bytes_into(buffer)
+        heard()
     return pickle.loads(payload, buffers=received)
 
 
-def offer() -> tuple[Probe, int | None]:
+def offer(key: bytes) -> tuple[Probe, int | None]:
     """Create a probe → the probe, and the file to close when all ranks have tried it (None where there is none)."""
-    content = secrets.token_bytes(32)
+    digest = hashlib.sha256(key).hexdigest()
     if not hasattr(os, "memfd_create"):
-        return Probe(None, content), None
+        return Probe(None, digest), None
     file = None
     try:
         file, path = _memory_file()
-        _write(file, memoryview(content), 0)
+        _write(file, memoryview(key), 0)
     except OSError as error:  # a sandbox may forbid it
         log.warning(f"no shared memory, so arrays for other ranks go over the connections: {error}")
         if file is not None:
             os.close(file)
-        return Probe(None, content), None
-    return Probe(path, content), file
+        return Probe(None, digest), None
+    return Probe(path, digest), file
 
 
 def _is_small(buffer: pickle.PickleBuffer, large: list[memoryview]) -> bool:

@@ -11,8 +11,12 @@ memory where the two processes share some (messages.py). The connection also rev
 process. A rank that fails sends its reason before it ends. Rank 0 then ends the run with that reason, even while it
 waits in a collective that the failed rank will never join. The other ranks end when rank 0 does.
 
-Only rank 0 reacts to Ctrl-C, SIGTERM and a queue's signals: it finishes the step and saves, and needs the other ranks
-for both, so they ignore these signals.
+A process that hangs closes nothing, so both sides of a connection send beats (heartbeat.py). A rank that is not heard
+for a minute is lost, and so is one whose command stands still for half an hour. A process on the same host is killed
+then, because it would otherwise outlive the run.
+
+Only rank 0 reacts to Ctrl-C, SIGTERM, SIGHUP and a queue's signals: it finishes the step and saves, and needs the other
+ranks for both, so they ignore these signals.
 
 Left out on purpose: continuing with fewer ranks. `resume=` continues a run with any number of ranks.
 """
@@ -23,20 +27,24 @@ import logging
 import os
 import queue
 import signal
+import socket
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from vlmrl.errors import RankError, VlmrlError
+from vlmrl.ranks import heartbeat
 from vlmrl.ranks.commands import Command, Leave, Message
-from vlmrl.ranks.meeting import Peer, meet
+from vlmrl.ranks.heartbeat import Beats, Pace, Watch
+from vlmrl.ranks.link import Answer, Beat, Failure, Link
+from vlmrl.ranks.meeting import meet
 from vlmrl.ranks.messages import Outbox, receive
 from vlmrl.ranks.place import Place, find_place, remember_place
 
@@ -56,17 +64,6 @@ LEAVE_TIMEOUT_S = 20.0
 """Seconds that a rank has to end after it is told to leave."""
 
 
-@dataclass(eq=False)
-class _Link:
-    """Rank 0's connection to one other rank."""
-
-    peer: Peer
-    outbox: Outbox
-    answers: queue.SimpleQueue[tuple[bool, Any]] = field(default_factory=queue.SimpleQueue)
-    """(True, the answer) or (False, why the rank is lost)."""
-    reader: threading.Thread | None = None
-
-
 class RankGroup:
     """The rank group of a run, as seen from this process. Built by `init_from_environment`."""
 
@@ -77,17 +74,27 @@ class RankGroup:
         self._messages: queue.SimpleQueue[Message | RankError] = queue.SimpleQueue()
         """On ranks other than 0: what rank 0 sent, or why it could not be read."""
         self._leaving = False
+        self._working = False
+        """On ranks other than 0: whether a command is not answered yet."""
         self._on_lost: Callable[[], None] | None = None
         self._losing = threading.Lock()
         self._is_lost = threading.Event()
-        meeting = meet(place)
-        self._to_leader = meeting.to_leader
-        if self._to_leader is not None:
-            threading.Thread(target=self._read_messages, daemon=True).start()
-        self._links = [_Link(peer, Outbox(peer.connection, shares_memory=peer.shares_memory)) for peer in meeting.peers]
+        self._meeting = meeting = meet(place)
+        self._links = [Link(peer, Outbox(peer.connection, shares_memory=peer.shares_memory)) for peer in meeting.peers]
+        self._leader: Link | None = None
+        if meeting.leader is not None:
+            self._leader = Link(meeting.leader, Outbox(meeting.leader.connection, shares_memory=False))
+            self._start(self._leader, self._read_messages, self._end_without_leader, self._tell_standing(self._leader))
         for link in self._links:
-            link.reader = threading.Thread(target=self._read_answers, args=(link,), daemon=True)
-            link.reader.start()
+            self._start(link, partial(self._read_answers, link), partial(self._end_silent, link), link.beat)
+
+    @staticmethod
+    def _start(link: Link, read: Callable[[], None], on_silence: Callable[[], None], beat: Callable[[], None]) -> None:
+        """Start the threads of a connection."""
+        link.watch = Watch(on_silence)
+        link.beats = Beats(beat)
+        link.reader = threading.Thread(target=read, daemon=True)
+        link.reader.start()
 
     @property
     def rank(self) -> int:
@@ -112,6 +119,7 @@ class RankGroup:
             result = own()
         except RuntimeError as error:  # a collective's error does not say which peer is gone, or why
             self._raise_if_lost(wait=REASON_WAIT_S, cause=error)
+            error.add_note("\n".join(f"{link} is at {link.standing.where}" for link in self._links if link.standing))
             raise
         answers: list[AnswerT] = []
         for link in self._links:
@@ -135,10 +143,11 @@ class RankGroup:
         """End the group: tell all other ranks to leave, and wait up to `LEAVE_TIMEOUT_S` for each to end."""
         self._leaving = True
         for link in self._links:
-            try:
-                link.outbox.send(Leave())
-            except OSError:
-                continue  # this rank has ended already
+            link.close()
+            if link.sending.acquire(timeout=1.0):  # otherwise a message is stuck half way to a rank that hangs
+                with suppress(OSError):  # this rank has ended already
+                    link.outbox.send(Leave())
+                link.sending.release()
         if self.lost is None:  # otherwise this could wait for the lost rank forever
             self.part()
         for link in self._links:
@@ -152,10 +161,10 @@ class RankGroup:
         parting.start()
         parting.join(LEAVE_TIMEOUT_S / 2)
 
-    def _send(self, link: _Link, message: Message) -> None:
+    def _send(self, link: Link, message: Message) -> None:
         self._raise_if_lost()
         try:
-            link.outbox.send(message)
+            link.send(message)
         except OSError as error:
             self._raise_if_lost(wait=REASON_WAIT_S, cause=error)
             raise
@@ -165,23 +174,42 @@ class RankGroup:
         if self.lost is not None:
             raise RankError(self.lost) from cause
 
-    def _read_answers(self, link: _Link) -> None:
+    def _read_answers(self, link: Link) -> None:
         """Queue the answers of one rank until its connection closes; then report the rank as lost."""
-        reason = "it was killed, or its host is gone"
+        assert link.watch is not None
+        reason = "has ended: it was killed, or its host is gone"
         try:
             while True:
-                done, answer = link.peer.connection.recv()
-                if not done:
-                    reason, is_second_hand = answer
-                    if is_second_hand:  # the rank that caused it is about to report
+                message = receive(link.peer.connection, link.watch.heard)
+                if isinstance(message, Failure):
+                    reason = f"has ended: {message.reason}"
+                    if message.is_second_hand:  # the rank that caused it is about to report
                         self._is_lost.wait(REASON_WAIT_S)
                     break
-                link.answers.put((True, answer))
+                if isinstance(message, Answer):
+                    link.standing = None
+                    link.answers.put((True, message.result))
+                elif isinstance(message, Beat):
+                    link.standing = message.standing
+                    self._end_if_it_stands_still(link)
         except (EOFError, OSError):
             pass
+        link.close()
         if not self._leaving:
-            self._lose(f"rank {link.peer.rank} (process {link.peer.pid} on {link.peer.host}) has ended: {reason}")
+            self._lose(f"{link} {reason}")
         link.answers.put((False, self.lost))
+
+    def _end_silent(self, link: Link) -> None:
+        self._lose(f"{link} has not been heard for {heartbeat.SILENCE_LIMIT_S:.0f} s: it is stopped, or its host hangs")
+        link.kill()
+        link.answers.put((False, self.lost))
+
+    def _end_if_it_stands_still(self, link: Link) -> None:
+        at = link.standing
+        if at is not None and not at.waits and at.seconds >= heartbeat.STANDSTILL_LIMIT_S:
+            self._lose(f"{link} has not moved for {at.seconds:.0f} s from {at.where}")
+            link.kill()
+            link.answers.put((False, self.lost))
 
     def _lose(self, reason: str) -> None:
         with self._losing:
@@ -204,34 +232,58 @@ class RankGroup:
 
     def next_message(self) -> Message:
         """Wait for the next message from rank 0. Raises `RankError` where its arrays could not be read."""
+        self._working = False
         message = self._messages.get()
         if isinstance(message, RankError):
             raise message
+        self._working = True
         return message
 
     def answer(self, result: object) -> None:
         """Send the result of the last command to rank 0."""
-        assert self._to_leader is not None
-        self._to_leader.send((True, result))
+        assert self._leader is not None
+        self._leader.send(Answer(result))
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         """Tell rank 0 why this rank ends."""
-        assert self._to_leader is not None
+        assert self._leader is not None
         # A collective raises a RuntimeError where another rank is gone.
         is_second_hand = isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)
-        try:
-            self._to_leader.send((False, (f"{type(error).__name__}: {error}".rstrip(": "), is_second_hand)))
-        except OSError:
-            return  # rank 0 has ended already
+        with suppress(OSError):  # rank 0 has ended already
+            self._leader.send(Failure(f"{type(error).__name__}: {error}".rstrip(": "), is_second_hand))
+
+    def _tell_standing(self, leader: Link) -> Callable[[], None]:
+        """What the beats of this rank send."""
+        pace = Pace()
+
+        def tell() -> None:
+            standing = pace.standing()
+            leader.beat(standing if self._working else None)
+
+        return tell
+
+    def _end_without_leader(self) -> None:
+        """Rank 0 hangs. This rank may wait for it in a collective, so nothing but the end of the process helps."""
+        assert self._leader is not None
+        text = (
+            f"error: {self._leader} has not been heard for {heartbeat.SILENCE_LIMIT_S:.0f} s: it is stopped, or its "
+            f"host hangs, so rank {self.rank} on {socket.gethostname()} ends\n"
+        )
+        os.write(sys.stderr.fileno(), text.encode())
+        self._leader.kill()
+        os._exit(1)
 
     def _read_messages(self) -> None:
-        assert self._to_leader is not None
+        assert self._leader is not None
+        assert self._leader.watch is not None
         try:
             while not self._leaving:
                 try:
-                    message = receive(self._to_leader)
+                    message = receive(self._leader.peer.connection, self._leader.watch.heard)
                 except RankError as error:
                     self._messages.put(error)
+                    continue
+                if isinstance(message, Beat):
                     continue
                 self._leaving = isinstance(message, Leave)
                 self._messages.put(message)
@@ -241,6 +293,7 @@ class RankGroup:
             os._exit(1)
         except (EOFError, OSError):
             os._exit(1)  # rank 0 is gone, and the work of this rank may wait for rank 0 forever
+        self._leader.close()
         threading.Event().wait(LEAVE_TIMEOUT_S)
         os._exit(1)  # this rank still waits in a collective that rank 0 has left
 
@@ -281,14 +334,14 @@ def init_from_environment() -> Iterator[RankGroup | None]:
 
 def follow(rank_group: RankGroup, worker: WorkerT) -> int:
     """Run the commands of rank 0 with `worker` until rank 0 sends `Leave` → exit code. For ranks other than 0."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     try:
         while not isinstance(message := rank_group.next_message(), Leave):
             rank_group.answer(message.run(worker))
         rank_group.part()
         return 0
-    except Exception as error:  # rank 0 must learn of every error
+    except BaseException as error:  # rank 0 must learn of every error; a user's loss may call sys.exit()
         if not isinstance(error, VlmrlError):
             traceback.print_exception(error)
         log.error("this rank ends by an exception", exc_info=error)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import subprocess
 import threading
 import warnings
 from multiprocessing import Pipe
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,7 @@ ARRAYS: dict[str, np.ndarray] = {
     "ids": np.arange(10),
     "empty": np.empty((0, 3)),
 }
+KEY = bytes(range(32))
 MESSAGE = ("learn", ARRAYS)
 
 shared = pytest.param(True, marks=pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux"))
@@ -120,13 +124,35 @@ def test_small_messages_need_no_shared_memory(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux")
 def test_a_probe_is_readable_where_it_was_offered_and_nowhere_else() -> None:
-    probe, file = offer()
+    probe, file = offer(KEY)
     assert file is not None
-    assert probe.is_readable()
-    assert not Probe(probe.path, b"of another host").is_readable()
+    assert probe.read() == KEY
+    assert Probe(probe.path, hashlib.sha256(b"of another host").hexdigest()).read() is None
     os.close(file)
-    assert not probe.is_readable()
-    assert not Probe(None, b"").is_readable()
+    assert probe.read() is None
+    assert Probe(None, probe.digest).read() is None
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux")
+def test_a_key_comes_from_memory_of_this_user_only(tmp_path: Path) -> None:
+    """Another user may change what stands in torch's store, and name a file whose content is known there."""
+    probe, _ = offer(KEY)
+    written = tmp_path / "key"
+    written.write_bytes(KEY)
+    assert Probe(str(written), probe.digest).read() is None
+    if os.geteuid() == 0:
+        theirs = os.memfd_create("theirs")
+        os.write(theirs, KEY)
+        os.fchown(theirs, 65534, 65534)
+        assert Probe(f"/proc/{os.getpid()}/fd/{theirs}", probe.digest).read() is None
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create") or os.geteuid() != 0, reason="needs Linux and root")
+def test_no_other_user_reads_the_key() -> None:
+    probe, _ = offer(KEY)
+    assert probe.path is not None
+    found = subprocess.run(["/bin/cat", probe.path], user=65534, cwd="/", capture_output=True, text=True)
+    assert "Permission denied" in found.stderr
 
 
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux")
@@ -137,7 +163,7 @@ def test_a_probe_of_another_host_may_lead_anywhere() -> None:
     larger = os.memfd_create("larger")
     os.truncate(larger, 33)
     for file in (reading, writing, endless, larger):
-        assert not Probe(f"/proc/{os.getpid()}/fd/{file}", bytes(32)).is_readable()
+        assert Probe(f"/proc/{os.getpid()}/fd/{file}", hashlib.sha256(bytes(32)).hexdigest()).read() is None
         os.close(file)
 
 
@@ -148,8 +174,8 @@ def test_where_no_shared_memory_can_be_made_none_is_offered(
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(os, "memfd_create", forbidden, raising=False)
-    probe, file = offer()
+    probe, file = offer(KEY)
     assert (probe.path, file) == (None, None)
     assert "Function not implemented" in caplog.text
     monkeypatch.delattr(os, "memfd_create")
-    assert offer()[0].path is None
+    assert offer(KEY)[0].path is None

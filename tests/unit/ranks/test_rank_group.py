@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import socket
+import threading
+import time
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -55,6 +61,116 @@ def test_no_rank_outlives_rank_0() -> None:
     leader, *others = group_of_three("leader killed")
     assert leader.code == -signal.SIGKILL
     assert [(other.code, other.err) for other in others] == [(1, "")] * 2
+
+
+def test_a_rank_that_exits_says_so() -> None:
+    leader, left, _ = group_of_three("exits")
+    assert (leader.code, left.code) == (1, 1)
+    assert leader.out.endswith(" has ended: SystemExit: no such number\n")
+
+
+# ── ranks that hang ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_rank_that_is_stopped_ends_all_and_is_named() -> None:
+    leader, stopped, other = group_of_three("stopped")
+    assert stopped.code == -signal.SIGKILL, "it would outlive the run"
+    assert (leader.code, other.code) == (1, 1)
+    assert re.fullmatch(
+        r"rank 1 \(process \d+ on \S+\) has not been heard for 3 s: it is stopped, or its host hangs\n", leader.out
+    )
+
+
+def test_ranks_end_when_rank_0_is_stopped() -> None:
+    leader, *others = group_of_three("leader stopped")
+    assert leader.code == -signal.SIGKILL
+    for rank, other in enumerate(others, 1):
+        assert other.code == 1
+        assert (
+            re.search(
+                rf"error: rank 0 \(process \d+ on \S+\) has not been heard for 3 s: .*, so rank {rank} on \S+ ends",
+                other.err,
+            )
+            or other.err == ""
+        ), "the first one kills rank 0"
+    assert any(other.err for other in others)
+
+
+def test_a_rank_whose_work_stands_still_is_named_with_the_place() -> None:
+    leader, stopped, _ = group_of_three("stands still")
+    assert (leader.code, stopped.code) == (1, -signal.SIGKILL)
+    assert re.search(r"rank 1 \(.*\) has not moved for \d+ s from threading.py:\d+ in wait, called at .*", leader.out)
+
+
+@pytest.mark.parametrize("trouble", ["slow", "all suspended"])
+def test_ranks_that_are_slow_or_suspended_together_go_on(trouble: str) -> None:
+    leader, *others = group_of_three(trouble)
+    assert (leader.code, leader.out, leader.err) == (0, "[13.0, 13.0, 13.0]\n", "")
+    assert [(other.code, other.out, other.err) for other in others] == [(0, "", "")] * 2
+
+
+# ── ranks that meet ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_rank_that_never_comes_is_named(missing: int) -> None:
+    command = [str(TESTS / "support/leading.py"), "one is missing"]
+    (other,) = ended(start(2, command, leaving_out=missing))
+    assert other.code == 1
+    wanted = "does not answer at 127.0.0.1:" if missing == 0 else "rank 1 of 2 ranks did not start within 2 s"
+    assert wanted in other.err
+
+
+def test_a_rank_that_is_stopped_while_they_meet_is_named() -> None:
+    started = start(2, [str(TESTS / "support/leading.py"), "stopped while they meet"])
+    try:
+        _, err = started[0].communicate(timeout=60)
+    finally:
+        for process in started:
+            process.kill()
+    assert started[0].returncode == 1
+    assert re.search(r"rank 1 \(process \d+ on \S+\) of 2 ranks did not join torch.distributed within 4 s", err)
+
+
+def test_strangers_on_every_port_keep_no_rank_out() -> None:
+    """Also on the ports of torch's store and of gloo, and on all of them again and again."""
+    before, over = listening(), threading.Event()
+
+    def stranger(way: str) -> None:
+        held = []
+        while not over.is_set():
+            for port in listening() - before:
+                with suppress(OSError):
+                    held.append(socket.create_connection(("127.0.0.1", port), 1))
+                    if way == "junk":
+                        held[-1].sendall(b"GET / HTTP/1.0\r\n\r\n")
+                    if way == "close" or len(held) > 100:
+                        held.pop().close()
+            time.sleep(0.005)
+        for each in held:
+            each.close()
+
+    strangers = [threading.Thread(target=stranger, args=(way,)) for way in ("close", "junk", "hold")]
+    for each in strangers:
+        each.start()
+    try:
+        leader, *others = ended(start(2, [str(TESTS / "support/leading.py"), "none"]))
+    finally:
+        over.set()
+        for each in strangers:
+            each.join()
+    assert (leader.code, leader.out) == (0, "[11.0, 11.0]\n")
+    assert [other.code for other in others] == [0]
+
+
+def listening() -> set[int]:
+    """The ports on which anything on this host listens."""
+    found = set()
+    for name in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with suppress(OSError):
+            rows = [row.split() for row in Path(name).read_text().splitlines()[1:]]
+            found |= {int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == "0A"}
+    return found
 
 
 # ── arrays ──────────────────────────────────────────────────────────────────────────────────────────────────
