@@ -174,8 +174,8 @@ class TamperingRenderer:
     def decode(self, completion_ids: IntArray) -> str:
         return self._renderer.decode(completion_ids)
 
-    def render_conversation(self, messages: Sequence[Message]) -> tuple[Prompt, BoolArray]:
-        return self._renderer.render_conversation(messages)
+    def render_conversation(self, messages: Sequence[Message], given: int = 0) -> tuple[Prompt, BoolArray]:
+        return self._renderer.render_conversation(messages, given)
 
 
 def shifted(prompt: Prompt) -> Prompt:

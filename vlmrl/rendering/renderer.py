@@ -29,7 +29,7 @@ import numpy as np
 from vlmrl.caches.lru import ByteLRU
 from vlmrl.config.model import ModelConfig
 from vlmrl.config.orchestrator import RendererConfig
-from vlmrl.errors import ConfigError
+from vlmrl.errors import ConfigError, UserFault, safe_repr
 from vlmrl.rendering.image_store import ImageStore
 from vlmrl.rendering.images import ImageError
 from vlmrl.rendering.memo_tokenizer import MemoTokenizer
@@ -100,10 +100,12 @@ class Renderer(Protocol):
         """The text of a completion, without special tokens."""
         ...
 
-    def render_conversation(self, messages: Sequence[Message]) -> tuple[Prompt, BoolArray]:
-        """A whole conversation with assistant turns, and bool [P]: True on tokens that a policy would have sampled.
+    def render_conversation(self, messages: Sequence[Message], given: int = 0) -> tuple[Prompt, BoolArray]:
+        """A whole conversation with assistant turns, and bool [P]: True on tokens that a policy would have sampled, in
+        messages after the first `given` ones.
 
-        Blocks while new images are processed. Raises `ImageError` and `ContractError`.
+        Blocks while new images are processed. Raises `ImageError`, `ContractError`, and `UserFault` where one of these
+        tokens can never be sampled.
         """
         ...
 
@@ -209,7 +211,7 @@ class FamilyRenderer:
         # be able to score everything that the policy wrote.
         return self._tokenizer.text(tuple(completion_ids.tolist()))
 
-    def render_conversation(self, messages: Sequence[Message]) -> tuple[Prompt, BoolArray]:
+    def render_conversation(self, messages: Sequence[Message], given: int = 0) -> tuple[Prompt, BoolArray]:
         items = self._images.items(images_of(messages))
         with self._lock:
             rendered = self._package.render(to_package(messages, items))
@@ -219,7 +221,22 @@ class FamilyRenderer:
                 "steps would have no loss tokens: set trainer.warmup.steps=0, or choose another renderer"
             )
         token_ids, placeholders = self._skeleton(rendered, items)
-        return _prompt(token_ids, placeholders, items), np.array(rendered.sampled_mask, np.bool_)
+        message_of = np.array(rendered.message_indices)
+        sampled = np.array(rendered.sampled_mask, np.bool_) & (message_of >= given)
+        self._check_sampled(token_ids, sampled, message_of)
+        return _prompt(token_ids, placeholders, items), sampled
+
+    def _check_sampled(self, token_ids: IntArray, sampled: BoolArray, message_of: IntArray) -> None:
+        """Refuse an answer with a token that is never sampled, whose logprob is −inf, or with an early end of turn."""
+        banned = sampled & np.isin(token_ids, self._banned)
+        goes_on = np.append((message_of[1:] == message_of[:-1]) & sampled[1:], False)
+        wrong = np.flatnonzero(banned | (sampled & goes_on & np.isin(token_ids, self._stop)))
+        if len(wrong):
+            token = self._tokenizer.decode([int(token_ids[wrong[0]])])
+            raise UserFault(
+                f"an assistant message contains the special token {safe_repr(token)}, which a policy cannot sample "
+                "inside an answer, so it cannot be learned: remove it from the text"
+            )
 
     def _render(self, messages: Sequence[Message], items: tuple[ImageItem, ...]) -> Prompt:
         def render() -> _Skeleton:

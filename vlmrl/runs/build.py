@@ -42,7 +42,7 @@ from vlmrl.record.run_dir import RunDir
 from vlmrl.rendering.renderer import Renderer, make_renderer
 from vlmrl.runs.stopping import Stop
 from vlmrl.tasks.base import Task
-from vlmrl.tasks.loading import load_task
+from vlmrl.tasks.loading import load_task, tokenizer_texts
 from vlmrl.trainer.checkpoint import Checkpoints
 from vlmrl.trainer.commands import Follower
 from vlmrl.trainer.learner import Learner
@@ -199,14 +199,15 @@ def build_run(config: RunConfig, run_dir: RunDir, monitor: Monitor, rank_group: 
     """Build every part of a run; the engine is not started yet."""
     seed_process(config)
     task = load_task(config.task, seed=config.seed)
-    folder = resolve_checkpoint(config.model, task.texts())
+    texts = tokenizer_texts(config.model, task)
+    folder = resolve_checkpoint(config.model, texts)
     model = make_model(config, folder, rank_group)
     renderer = make_run_renderer(config, folder, model, monitor)
     if config.model.init is Init.random and isinstance(config.inference, VllmConfig):
         folder = write_weights(model, folder, run_dir.path / "initial_model")
     policy = make_policy(config, model, renderer.banned_token_ids)
     assert config.trainer.packing is Packing.none or not policy.is_recurrent, "settle() chooses the packing"
-    trainer = make_trainer(config, policy, task.texts(), renderer.banned_token_ids, rank_group)
+    trainer = make_trainer(config, policy, texts, renderer.banned_token_ids, rank_group)
     engine, weight_sync = make_engine(config, folder, policy, trainer, run_dir, monitor)
     runner = RolloutRunner(
         task=task,

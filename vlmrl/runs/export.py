@@ -26,7 +26,7 @@ from vlmrl.models.checkpoints.load import HUB_FILES, load_model, resolve_checkpo
 from vlmrl.models.lora import merged, select_trainable
 from vlmrl.record.run_dir import RunDir
 from vlmrl.runs.build import seed_process
-from vlmrl.tasks.loading import load_task
+from vlmrl.tasks.loading import load_task, tokenizer_texts
 from vlmrl.trainer.checkpoint import Checkpoints, load_weights
 
 WRITTEN_BY_EXPORT = (".safetensors", ".safetensors.index.json", "/config.json", MANIFEST)
@@ -60,7 +60,8 @@ def export_checkpoint(config: RunConfig, warn: Callable[[str], None]) -> Path:
     seed_process(config)
     # A model that is built here has a tokenizer made of the task's words.
     is_built = config.model.tiny is not None or config.model.init is Init.random
-    source = resolve_checkpoint(config.model, load_task(config.task, seed=config.seed).texts() if is_built else ())
+    texts = tokenizer_texts(config.model, load_task(config.task, seed=config.seed)) if is_built else ()
+    source = resolve_checkpoint(config.model, texts)
     model: Any = load_model(source, config.model)
     select_trainable(model, config.model)
     found = checkpoints.load_newest(_Weights(model), warn)

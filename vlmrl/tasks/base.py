@@ -181,8 +181,11 @@ class Task(Protocol):
         )
 
     def texts(self) -> tuple[str, ...]:
-        """Examples of the text in prompts and answers.
+        """Examples of the text in prompts and answers, e.g. `(system_prompt, question)`.
 
-        Only the tokenizer of a tiny model is trained on them. Characters that stand together here may become one token.
+        Only a tokenizer that is made here, for `model=qwen3vl_tiny` and for `model.init=random`, is trained on them.
+        Characters that stand together here may become one token. Leave this method out if the task is never used with
+        such a model.
         """
-        ...
+        problem = f"{type(self).__name__} does not define texts()"  # a body by itself, so that mypy lets a task omit it
+        raise NotImplementedError(problem)

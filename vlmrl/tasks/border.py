@@ -1,7 +1,7 @@
 """Where values of a user's task enter vlmrl: each is checked once, and only plain values go on.
 
-    task.problem ─▶ get_problem ─▶ problem, id      env.reset ─▶ open_env ─▶ env, messages
-    env.step     ─▶ step_env    ─▶ Reply            task.demonstration ─▶ get_demonstration ─▶ messages
+    task.problem ─▶ get_problem ─▶ problem, id    task.demonstration ─▶ get_demonstration ─▶ messages
+    env.reset    ─▶ open_env ─▶ env, messages     env.step           ─▶ step_env          ─▶ Reply
 
 A run and the check (`vlmrl.tasks.check`) judge by the same functions, `checked_*`: what a run would refuse, the check
 reports in the same words. A `str` subclass (`np.str_`, `StrEnum`) becomes a `str`, a numpy number a `float`, so
@@ -13,6 +13,7 @@ Everything here may raise `TaskCodeError`, which costs one rollout (or one demon
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -74,14 +75,41 @@ def step_env(env: Env, text: str) -> Reply:
         return checked_reply("step()", env.step(text))
 
 
-def get_demonstration(task: Task, problem: Problem, *, random_answers: bool, seed: int) -> tuple[Message, ...]:
-    """`task.demonstration`. Raises `NoDemonstrationsError` where the task does not define it."""
+def get_demonstration(
+    task: Task, problem: Problem, *, random_answers: bool, seed: int
+) -> tuple[tuple[Message, ...], int]:
+    """`task.demonstration`, and how many of its messages the prompt already gives.
+
+    Assistant messages in that part (few-shot examples) are not the policy's, so they are nothing to learn. Where there
+    may be any, `reset` of a new env tells. Raises `NoDemonstrationsError` where the task does not define
+    `demonstration`.
+    """
     with fenced("demonstration()", TaskCodeError):
         try:
             messages = task.demonstration(problem, random_answers=random_answers, seed=seed)
         except NotImplementedError as error:
             raise NoDemonstrationsError(str(error) or "demonstration() raised NotImplementedError") from None
-        return checked_demonstration("demonstration()", messages)
+        messages = checked_messages("demonstration()", messages, ANY_ROLE)
+    roles = [message.role for message in messages]
+    given = 0
+    if roles[-1] != "assistant" or roles.count("assistant") > 1:
+        given = _equal_messages(messages, open_env(task, problem)[1])
+    _check(
+        "assistant" in roles[given:],
+        "demonstration() has no answer, because no assistant message follows the messages of reset(), so there is "
+        "nothing to learn: end it with an assistant message",
+    )
+    return messages, given
+
+
+def _equal_messages(messages: tuple[Message, ...], prompt: tuple[Message, ...]) -> int:
+    """How many messages at the start of two conversations are equal, apart from the pixels of their images."""
+
+    def content(message: Message) -> tuple[object, ...]:
+        return (message.role, *(part.text if isinstance(part, Text) else None for part in message.content))
+
+    pairs = itertools.takewhile(lambda pair: content(pair[0]) == content(pair[1]), zip(messages, prompt, strict=False))
+    return sum(1 for _ in pairs)
 
 
 # ── checks, which a run and vlmrl.tasks.check share ─────────────────────────────────────────────────────────
@@ -100,17 +128,6 @@ def checked_prompt(where: str, messages: Any) -> tuple[Message, ...]:
     _check(
         last in ANSWERED_ROLES,
         f"{where} does not end with a user message for the policy to answer: its last message is of role {last}",
-    )
-    return checked
-
-
-def checked_demonstration(where: str, messages: Any) -> tuple[Message, ...]:
-    """A demonstration: a conversation that ends with an answer."""
-    checked = checked_messages(where, messages, ANY_ROLE)
-    _check(
-        checked[-1].role == "assistant",
-        f"{where} ends with a message of role {checked[-1].role}, so it has no answer to learn: "
-        "end it with an assistant message",
     )
     return checked
 
@@ -221,6 +238,17 @@ def _kind(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return f"a {type(value).__name__} of {', '.join(sorted({type(x).__name__ for x in value})) or 'nothing'}"
     return "None" if value is None else f"a {type(value).__name__}"
+
+
+def checked_texts(texts: Any) -> tuple[str, ...]:
+    """What `Task.texts` returned: at least one text that is not blank."""
+    _check(
+        isinstance(texts, tuple) and all(isinstance(text, str) for text in texts),
+        f"texts() returned {_kind(texts)}, not a tuple of str",
+    )
+    plain = tuple(_plain("a text of texts()", text) for text in texts)
+    _check(any(text.strip() for text in plain), "texts() returned no text")
+    return plain
 
 
 def _check(holds: bool, problem: str) -> None:

@@ -3,7 +3,8 @@
     python -m vlmrl.tasks.check my_package.my_module:Counting max_turns=2 args.level=3
     python -m vlmrl mode=check task=my_package.my_module:Counting task.max_turns=2 task.args.level=3
 
-or in your tests: `assert check_task(Counting(config, seed=0), max_turns=2) == []`.
+The first is short for the second, so settings are read as in a run. In your tests:
+`assert check_task(Counting(config, seed=0), max_turns=2) == []`.
 
     task ─▶ contract/observation.py: make problems, play episodes ─▶ contract/rules.py: judge ─▶ one Finding per rule
 
@@ -18,19 +19,16 @@ another process gets the same problems (a problem that depends on `hash()` of a 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
-from vlmrl.config.task import ColorCodewordConfig, ImportedTaskConfig, TaskConfig
-from vlmrl.errors import ConfigError, VlmrlError
+from vlmrl.config.task import ColorCodewordConfig, TaskConfig
+from vlmrl.errors import ConfigError, TaskError, UserFault, fenced
 from vlmrl.tasks.base import Task
-from vlmrl.tasks.contract.observation import observe
-from vlmrl.tasks.contract.rules import RULES
+from vlmrl.tasks.contract.observation import Observed, observe
+from vlmrl.tasks.contract.rules import RULES, Rule
 from vlmrl.tasks.loading import load_task
 
 
@@ -53,20 +51,29 @@ def find(task: Any, problems: int, max_turns: int) -> list[Finding]:
         if gate is not None:
             findings.append(Finding(rule.name, "--", f"not checked until {gate} is fixed"))
             continue
-        if rule.of_demonstrations and all(seen.demonstration is None for seen in observed.all_problems()):
-            findings.append(
-                Finding(rule.name, "--", "not checked: demonstration() is not defined, so the task has no warm-up")
-            )
-            continue
-        violations = list(rule.violations(observed))
-        if violations:
-            more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
-            found = " ".join(violations[0].split())  # one line, whatever the task's exception says
-            findings.append(Finding(rule.name, "FAIL", f"{found}{more}. To do: {rule.remedy}"))
-            gate = rule.name if rule.gate else None
-        else:
-            findings.append(Finding(rule.name, "ok", rule.promise))
+        findings.append(judge(rule, observed))
+        if rule.gate and findings[-1].status == "FAIL":
+            gate = rule.name
     return findings
+
+
+def judge(rule: Rule, observed: Observed) -> Finding:
+    """Apply one rule."""
+    try:
+        with fenced(rule.name):  # the values that it compares are the user's
+            if (reason := rule.unchecked(observed)) is not None:
+                return Finding(rule.name, "--", f"not checked: {reason}")
+            violations = list(rule.violations(observed))
+    except UserFault as fault:
+        violations = [fault.text]
+    if not violations:
+        return Finding(rule.name, "ok", rule.promise)
+    more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
+    return Finding(rule.name, "FAIL", f"{one_line(violations[0])}{more}. To do: {rule.remedy}")
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())  # whatever the task's exception says
 
 
 def check_task(task: Task, problems: int = 8, max_turns: int = 100) -> list[str]:
@@ -96,41 +103,31 @@ def report(findings: list[Finding]) -> str:
 def print_findings(config: TaskConfig) -> int:
     """Check the task that `config` names and print one line per rule; returns 0 if every rule holds, else 1.
 
-    Raises ConfigError where there is no such task.
+    Raises ConfigError where there is no such task, or where the task refuses its settings.
     """
-    findings = find(load_task(config, seed=0), problems=8, max_turns=config.max_turns)
+    refused: ConfigError | TaskError | None = None
+    try:
+        with fenced(f"{config.target}(config, seed=0)"):
+            try:
+                task = load_task(config, seed=0)
+            except (ConfigError, TaskError) as error:
+                refused = error
+    except UserFault as fault:
+        print(report([Finding("load", "FAIL", f"{one_line(fault.text)}. To do: fix it: no run can make this task")]))
+        return 1
+    if refused is not None:
+        raise refused
+    findings = find(task, problems=8, max_turns=config.max_turns)
     print(report(findings))
     return int(any(finding.status == "FAIL" for finding in findings))
 
 
-def parse_config(target: str, overrides: list[str]) -> TaskConfig:
-    """The `task` group of a run of `target` with `key=value` settings.
+def command(arguments: list[str]) -> list[str]:
+    """The arguments of `python -m vlmrl` that do the same.
 
-    Raises ConfigError for a key or value that the schema does not take.
-
-    >>> config = parse_config("my_package.my_module:Counting", ["max_turns=2", "args.level=3"])
-    >>> config.kind, config.max_turns, config.args
-    ('imported', 2, {'level': 3})
+    >>> command(["my_package.my_module:Counting", "max_turns=2", "args.level=3"])
+    ['mode=check', 'task=my_package.my_module:Counting', 'task.max_turns=2', 'task.args.level=3']
     """
-    schema = ColorCodewordConfig if target == ColorCodewordConfig.target else ImportedTaskConfig
-    for override in overrides:
-        if "=" not in override:
-            raise ConfigError(f"{override!r} is not of the form key=value, so it sets nothing: write e.g. max_turns=2")
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema(target=target)), OmegaConf.from_dotlist(overrides))
-        config = cast("TaskConfig", OmegaConf.to_object(merged))
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(
-            f"{' '.join(overrides)} does not fit {schema.__name__} ({str(error).splitlines()[0]}), so the task cannot "
-            "be made: correct the key or the value; settings of a task of your own start with args."
-        ) from error
-    if config.max_turns < 1:
-        raise ConfigError(f"max_turns={config.max_turns} leaves no turn to play: set it to 1 or more")
-    return config
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0 the contract holds, 1 it does not, 2 there is no such task."""
     parser = argparse.ArgumentParser(
         prog="python -m vlmrl.tasks.check", description="Check a task against the contract of vlmrl.tasks.base."
     )
@@ -142,12 +139,9 @@ def main(arguments: list[str] | None = None) -> int:
         help="as in a run, without the leading 'task.': max_turns=2 args.level=3",
     )
     options = parser.parse_args(arguments)
-    try:
-        return print_findings(parse_config(options.target, options.settings))
-    except VlmrlError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    target = "color_codeword" if options.target == ColorCodewordConfig.target else options.target
+    return ["mode=check", f"task={target}", *(f"task.{setting}" for setting in options.settings)]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    os.execv(sys.executable, [sys.executable, "-m", "vlmrl", *command(sys.argv[1:])])

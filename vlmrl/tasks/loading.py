@@ -10,19 +10,22 @@ import inspect
 from typing import Any, cast
 
 from vlmrl.config.import_paths import import_named
+from vlmrl.config.model import Init, ModelConfig
 from vlmrl.config.task import TaskConfig
-from vlmrl.errors import ConfigError
+from vlmrl.errors import ConfigError, TaskError, UserFault, describe, fenced
 from vlmrl.tasks.base import Env, Split, Task
+from vlmrl.tasks.border import TaskCodeError, checked_texts
 from vlmrl.types import Message
 
-METHODS = ("problem", "env", "demonstration", "texts")
+REQUIRED = ("problem", "env", "demonstration")
+"""What every task has; `texts` is needed only for a tokenizer that is made here."""
 
 
 def load_task(config: TaskConfig, *, seed: int) -> Task:
     """Import the class that `config.target` names and call it as `Class(config, seed=seed)`.
 
     With `config.num_examples` the task has that many training problems. Raises ConfigError if there is no such module
-    or attribute, or if it is not a Task.
+    or attribute, or if it is not a Task, and TaskError if its `__init__` calls sys.exit().
 
     >>> from vlmrl.config.task import ColorCodewordConfig
     >>> load_task(ColorCodewordConfig(), seed=0).problem("eval", 0).id
@@ -32,7 +35,13 @@ def load_task(config: TaskConfig, *, seed: int) -> Task:
     True
     """
     task_class = find_task(config)
-    task = cast("Task", task_class(config, seed=seed))
+    try:
+        task = cast("Task", task_class(config, seed=seed))
+    except SystemExit as error:  # it would end the run as if all were well
+        raise TaskError(
+            f"task.target={config.target}: {describe(error)}, so there is no task to run: raise vlmrl.ConfigError for "
+            "settings that cannot work"
+        ) from error
     return task if config.num_examples is None else FirstExamples(task, config.num_examples)
 
 
@@ -80,7 +89,7 @@ class FirstExamples(Task):
         return self._task.demonstration(problem, random_answers=random_answers, seed=seed)
 
     def texts(self) -> tuple[str, ...]:
-        return self._task.texts()
+        return texts_of(self._task)
 
 
 def missing_methods(task_class: type) -> list[str]:
@@ -91,7 +100,32 @@ def missing_methods(task_class: type) -> list[str]:
     """
     return [
         name
-        for name in METHODS
+        for name in REQUIRED
         if not callable(getattr(task_class, name, None))
         or (name != "demonstration" and getattr(task_class, name) is getattr(Task, name))
     ]
+
+
+def tokenizer_texts(model: ModelConfig, task: Task) -> tuple[str, ...]:
+    """The texts that a tokenizer is trained on; () where the model comes with one.
+
+    Raises ConfigError where they are needed and `task.texts` does not give them.
+    """
+    if model.tiny is None and model.init is not Init.random:
+        return ()
+    try:
+        return texts_of(task)
+    except UserFault as fault:
+        raise ConfigError(
+            f"{fault.text}, so no tokenizer can be made for model.name={model.name}: define texts() to return a tuple "
+            "of str, e.g. (system_prompt, question), or choose a model that comes with a tokenizer (model=qwen3vl)"
+        ) from fault
+
+
+def texts_of(task: Task) -> tuple[str, ...]:
+    """`task.texts`, as plain texts. Raises `UserFault`."""
+    with fenced("texts()", TaskCodeError):
+        texts: Any = getattr(task, "texts", None)
+        if texts is None or getattr(type(task), "texts", None) is Task.texts:
+            raise TaskCodeError(f"{type(task).__name__} does not define texts()")
+        return checked_texts(texts())

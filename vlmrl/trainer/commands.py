@@ -50,8 +50,10 @@ class Learn(Command[Follower, Outcome]):
 class Skip(Command[Follower, int]):
     """Count a step that has no samples; the answer is the peak memory in bytes."""
 
+    supervised: bool = False
+
     def run(self, worker: Follower) -> int:
-        return worker.learner.skip()
+        return worker.learner.skip(supervised=self.supervised)
 
 
 @dataclass(frozen=True, eq=False)

@@ -120,9 +120,10 @@ class Learner:
         outcome.loss_scale = self._loss_scale.factor
         return outcome
 
-    def skip(self) -> int:
+    def skip(self, *, supervised: bool = False) -> int:
         """Count a step that had no samples → `peak_bytes`."""
-        self.version += 1
+        self.version += not supervised
+        self.supervised_steps += supervised
         return peak_bytes(self.policy.device)
 
     def logprobs(self, share: Share) -> list[FloatArray]:

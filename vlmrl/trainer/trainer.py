@@ -123,7 +123,11 @@ class LocalTrainer:
 
     def supervised_step(self, samples: list[TrainingSample], lr: float) -> dict[str, float]:
         """One step on the mean negative log-likelihood of the samples' loss tokens → `loss` (nats per token),
-        `grad_norm`, `learning_rate`. It does not count as a policy version. Raises `NonFiniteLossError`."""
+        `grad_norm`, `learning_rate`. It does not count as a policy version. Without samples (every demonstration was
+        left out) the weights stay as they are and the step still counts. Raises `NonFiniteLossError`."""
+        if not samples:
+            self._together([Skip(supervised=True)] * (self._ranks - 1), lambda: self._learner.skip(supervised=True))
+            return {"loss": 0.0, "grad_norm": 0.0, "learning_rate": lr}
         step = StepSettings(
             totals=None,
             demonstrated_tokens=_loss_tokens(samples),

@@ -24,6 +24,7 @@ from vlmrl.config.run import RunConfig
 from vlmrl.config.task import ImportedTaskConfig
 from vlmrl.errors import ConfigError
 from vlmrl.record.run_dir import RunDir
+from vlmrl.tasks.check import command
 
 FAKE_RUN = """
 import sys, types
@@ -267,6 +268,23 @@ def test_mode_check_does_what_the_tasks_check_does(vlmrl: Callable[..., Ended], 
     assert several.code == 1
     assert several.out.count("job ") == 2
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "__pycache__") == before
+
+
+def test_the_check_reads_settings_as_a_run_does(vlmrl: Callable[..., Ended], tmp_path: Path) -> None:
+    """YAML 1.1 would read yes as True, 12:30 as 750 and 010 as 8."""
+    (tmp_path / "shows.py").write_text(
+        "from vlmrl import ConfigError, Task\n"
+        "class Shows(Task):\n"
+        "    def __init__(self, config, *, seed): raise ConfigError(f'args={config.args}')\n"
+        "    def problem(self, split, index): pass\n"
+        "    def env(self, problem): pass\n"
+    )
+    settings = ["flag=yes", "t=12:30", "n=010", "on=on", "x=0x10", "h=off", "m={a:1}", "l=[1,2]", "s='a=b'"]
+    short = command(["shows:Shows", *(f"args.{setting}" for setting in settings)])
+    ended = vlmrl(*short)
+    shown = {"flag": "yes", "t": "12:30", "n": "010", "on": "on", "x": "0x10", "h": "off", "m": {"a": 1}, "l": [1, 2]}
+    assert ended.code == 2
+    assert f"args={shown | {'s': 'a=b'}}" in ended.err
 
 
 # ── what it starts ──────────────────────────────────────────────────────────────────────────────────────────

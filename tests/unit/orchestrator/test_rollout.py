@@ -83,7 +83,7 @@ class CharRenderer:
     def decode(self, completion_ids: IntArray) -> str:
         return "".join(chr(i) for i in completion_ids if i != END)
 
-    def render_conversation(self, messages: Sequence[Message]) -> tuple[Prompt, BoolArray]:
+    def render_conversation(self, messages: Sequence[Message], given: int = 0) -> tuple[Prompt, BoolArray]:
         raise AssertionError("rollouts do not render demonstrations")
 
     def _append(self, prompt: Prompt, messages: Sequence[Message]) -> Prompt:

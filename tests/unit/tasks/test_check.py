@@ -21,7 +21,8 @@ from PIL import Image as PILImage
 import vlmrl
 from vlmrl import Env, Image, Message, Reply, Split, Task, Text
 from vlmrl.config.task import ColorCodewordConfig, ImportedTaskConfig
-from vlmrl.tasks.check import check_task, find, main, parse_config
+from vlmrl.errors import ConfigError, TaskError
+from vlmrl.tasks.check import check_task, command, find, print_findings
 from vlmrl.tasks.color_codeword import ColorCodeword
 from vlmrl.tasks.contract.rules import RULES
 
@@ -178,6 +179,41 @@ def test_color_codeword_keeps_the_contract(settings: dict[str, Any]) -> None:
     assert check_task(ColorCodeword(config, seed=3), max_turns=config.max_turns) == []
 
 
+class OnlyRandom(Counting):
+    def demonstration(self, problem: Dots, *, random_answers: bool, seed: int) -> tuple[Message, ...]:
+        if not random_answers:
+            raise NotImplementedError("nobody knows")
+        return super().demonstration(problem, random_answers=True, seed=seed)
+
+
+class OnlyCorrect(Counting):
+    def demonstration(self, problem: Dots, *, random_answers: bool, seed: int) -> tuple[Message, ...]:
+        if random_answers:
+            raise NotImplementedError("no format")
+        return super().demonstration(problem, random_answers=False, seed=seed)
+
+
+class WithoutTexts(Task):
+    """`texts` is for a tokenizer that is made here."""
+
+    def __init__(self) -> None:
+        self.seed = 0
+
+    problem, env, demonstration = Counting.problem, Counting.env, Counting.demonstration
+
+
+def test_what_a_task_leaves_out_is_not_held_against_it() -> None:
+    unchecked = {
+        task: {f.rule: f.text for f in find(task(), 1, MAX_TURNS) if f.status != "ok"}
+        for task in (OnlyRandom, OnlyCorrect, WithoutTexts)
+    }
+    assert unchecked[OnlyRandom] == {}, "a warm-up uses random answers"
+    assert list(unchecked[OnlyCorrect]) == ["random_demonstrations"]
+    assert "trainer.warmup.demonstrations=correct" in unchecked[OnlyCorrect]["random_demonstrations"]
+    assert list(unchecked[WithoutTexts]) == ["texts"]
+    assert "only a model whose tokenizer is made here" in unchecked[WithoutTexts]["texts"]
+
+
 def test_a_task_without_demonstrations_has_their_rules_not_checked() -> None:
     unchecked = [finding.rule for finding in find(Silent(), 1, MAX_TURNS) if finding.status == "--"]
     assert unchecked == ["demonstrations", "random_demonstrations"]
@@ -186,10 +222,10 @@ def test_a_task_without_demonstrations_has_their_rules_not_checked() -> None:
 # ── tasks that break one rule ───────────────────────────────────────────────────────────────────────────────
 
 
-class NoTexts:
+class NoProblem:
     """Not derived from Task, and one method short."""
 
-    problem, env, demonstration = Counting.problem, Counting.env, Counting.demonstration
+    env, demonstration, texts = Counting.env, Counting.demonstration, Counting.texts
     seed = 0
 
 
@@ -547,34 +583,146 @@ class TextsAreBlank(Counting):
         return ("", " ")
 
 
+class HugeIntReward(WithEnv):
+    def change_reply(self, reply: Reply, completion: str) -> Reply:
+        return dataclasses.replace(reply, reward=10**400)
+
+
+class NaNMetricCalledReward(WithEnv):
+    """It must not hide behind the reward, nor the reward behind it."""
+
+    def change_reply(self, reply: Reply, completion: str) -> Reply:
+        return dataclasses.replace(reply, metrics={"reward": math.nan})
+
+
+class NaNRewardBehindAMetric(WithEnv):
+    def change_reply(self, reply: Reply, completion: str) -> Reply:
+        return dataclasses.replace(reply, reward=math.nan, metrics={"reward": 1.0})
+
+
+class NumberedMetric(WithEnv):
+    def change_reply(self, reply: Reply, completion: str) -> Reply:
+        return dataclasses.replace(reply, metrics={1: 1.0, "a": 2.0})  # type: ignore[dict-item]
+
+
+class SurrogateMetric(WithEnv):
+    def change_reply(self, reply: Reply, completion: str) -> Reply:
+        return dataclasses.replace(reply, metrics={"a\ud83d": 1.0})
+
+
+class SurrogateText(WithEnv):
+    def change_prompt(self, prompt: tuple[Message, ...]) -> Any:
+        return (Message.of("user", "How many\ud83d?"),)
+
+
+class SurrogateId(Counting):
+    def problem(self, split: Split, index: int) -> Dots:
+        problem = super().problem(split, index)
+        return Dots(f"{problem.id}\udcff", problem.count)
+
+
+class UnspeakableError(Exception):
+    def __str__(self) -> str:
+        raise SystemExit(1)
+
+
+class RaisesUnspeakable(WithEnv):
+    def change_reply(self, reply: Reply, completion: str) -> Reply:
+        raise UnspeakableError
+
+
+class Exits(WithEnv):
+    def change_prompt(self, prompt: tuple[Message, ...]) -> Any:
+        raise SystemExit(0)
+
+
+class Unspeakable:
+    def __repr__(self) -> str:
+        raise ZeroDivisionError
+
+    def __eq__(self, other: object) -> bool:
+        raise ZeroDivisionError
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class UnspeakableValues(WithEnv):
+    """Whatever is compared or put into a message is hostile."""
+
+    def change_prompt(self, prompt: tuple[Message, ...]) -> Any:
+        return (Message(Unspeakable(), (Text("?"),)),)  # type: ignore[arg-type]
+
+
+class UnspeakableId(Counting):
+    def problem(self, split: Split, index: int) -> Any:
+        problem = super().problem(split, index)
+        return Dots(Unspeakable(), problem.count)  # type: ignore[arg-type]
+
+
+class CanvasOfAll(Counting):
+    """All envs draw on one canvas."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.canvas = PILImage.new("RGB", (64, 8))
+
+    def env(self, problem: Dots) -> Env:
+        class Drawing(CountingEnv):
+            def __init__(self, canvas: PILImage.Image) -> None:
+                super().__init__(problem)
+                self.canvas = canvas
+
+            def reset(self) -> tuple[Message, ...]:
+                self.canvas.paste(PILImage.fromarray(self.picture()))
+                return Message.of("system", "Count."), Message.of("user", Image(self.canvas), "How many?")
+
+        return Drawing(self.canvas)
+
+
 @pytest.mark.parametrize(
     ("broken", "rule", "message"),
     [
-        (NoTexts, "methods", "NoTexts does not define texts. To do: define the methods of vlmrl.Task"),
+        (NoProblem, "methods", "NoProblem does not define problem. To do: define the methods of vlmrl.Task"),
         (InheritedEnv, "methods", "InheritedEnv does not define env."),
-        (NoId, "runs", 'problem("train", 0): AttributeError: '),
+        (NoId, "runs", 'problem("train", 0) raised AttributeError: '),
         (
             FiniteWithoutWrapping,
             "runs",
-            'problem("train", 1099511627776): IndexError: range object index out of range (',
+            'problem("train", 1099511627776) raised IndexError: range object index out of range (',
         ),
-        (StepRaises, "runs", "step() of train 0, nonsense, turn 1: ValueError: invalid literal for int()"),
-        (StepNotImplemented, "runs", "turn 1: NotImplementedError: later (" + __file__),
-        (DemonstrationRaises, "runs", "demonstration() of train 0: ValueError: Seed must be between 0 and 2**32 - 1"),
-        (TextsRaise, "runs", "texts(): OSError: no such file ("),
+        (StepRaises, "runs", "step() of train 0, nonsense, turn 1 raised ValueError: invalid literal for int()"),
+        (StepNotImplemented, "runs", "turn 1 raised NotImplementedError: later (" + __file__),
+        (
+            DemonstrationRaises,
+            "runs",
+            "demonstration() of train 0 raised ValueError: Seed must be between 0 and 2**32 - 1",
+        ),
+        (TextsRaise, "texts", "texts() raised OSError: no such file ("),
+        (HugeIntReward, "rewards", "which is not a finite number"),
+        (NaNMetricCalledReward, "rewards", "returned metric 'reward'=nan"),
+        (NaNRewardBehindAMetric, "rewards", "returned reward=nan"),
+        (NumberedMetric, "rewards", "a metric called 1, a int and not a str"),
+        (SurrogateMetric, "rewards", "has the lone surrogate '\\ud83d'"),
+        (SurrogateText, "messages", "a text of a user message of reset() of train 0 has the lone surrogate"),
+        (SurrogateId, "ids", 'problem("train", 0).id has the lone surrogate'),
+        (RaisesUnspeakable, "runs", "step() of train 0, nonsense, turn 1 raised UnspeakableError"),
+        (Exits, "runs", "env() or reset() of train 0 raised SystemExit: 0"),
+        (UnspeakableValues, "messages", "messages raised ZeroDivisionError"),
+        (UnspeakableId, "ids", 'problem("train", 0).id is <a '),
+        (CanvasOfAll, "siblings", "share an image, and one of them has drawn on it"),
         (NoReply, "messages", "step() of train 0, nonsense, turn 1 returned a float, not a Reply"),
-        (DoneIsNoBool, "messages", "returned done='yes' and metrics={'right': 0.0}, not a bool and a dict"),
-        (MetricsAreNoDict, "messages", "returned done=False and metrics=[0.5], not a bool and a dict"),
+        (DoneIsNoBool, "messages", "turn 2 returned done='yes', not a bool"),
+        (MetricsAreNoDict, "messages", "returned metrics=[0.5], not a dict"),
         (PromptIsList, "messages", "reset() of train 0 returned a list of Message, not a tuple of Message"),
         (PromptIsText, "messages", "reset() of train 0 returned a tuple of str, not a tuple of Message"),
-        (PromptIsEmpty, "messages", "reset() of train 0 does not end with a user message"),
+        (PromptIsEmpty, "messages", "reset() of train 0 returned no message"),
         (PromptEndsWithAssistant, "messages", "reset() of train 0 does not end with a user message"),
         (UnknownRole, "messages", "a message of role 'human', not system or user or assistant or tool"),
-        (EmptyContent, "messages", "a message of role user whose content is a tuple of nothing"),
-        (ContentIsText, "messages", "a message of role user whose content is a str"),
-        (PartIsPicture, "messages", "a message of role user with a tuple of Image"),
+        (EmptyContent, "messages", "reset() of train 0 returned a user message without content"),
+        (ContentIsText, "messages", "returned a user message with a str, not a tuple of Text and Image"),
+        (PartIsPicture, "messages", "returned a user message with a tuple of Image, not"),
         (ReplyOfAssistant, "messages", "turn 1 returned a message of role 'assistant', not user or tool"),
-        (DemonstrationContentIsPart, "messages", "a message of role assistant whose content is a Text"),
+        (DemonstrationContentIsPart, "messages", "returned a assistant message with a Text, not"),
         (DemonstrationIsNone, "messages", "demonstration() of train 0, random answers returned None"),
         (BadImage, "images", "reset() of train 0: an encoded image of 16 bytes cannot be decoded"),
         (MissingFile, "images", "the image file no_such_file.png cannot be read"),
@@ -582,18 +730,18 @@ class TextsAreBlank(Counting):
         (GreyImage, "images", "an image array must be uint8 [H, W, 3], not uint8 [8, 8]"),
         (EmptyImage, "images", "0 × 4 pixels"),
         (NoImage, "images", "an image must be a PIL image, a uint8 array, bytes or a path, not int"),
-        (NumericIds, "ids", "not a non-empty str"),
+        (NumericIds, "ids", 'problem("train", 0).id is 14, not a str'),
         (OneIdForAll, "ids", " have the same id 'train' and different prompts"),
         (CountsCalls, "deterministic", " the second time"),
         (RandomPicture, "deterministic", "train 0 has another prompt the second time"),
         (SharedSplits, "splits", "eval 0 has the id '14' of train 0"),
         (SharedEnv, "siblings", "env() of train 0 returned the same env twice"),
         (SecondEnvDiffers, "siblings", "a second env of train 0 starts with another prompt"),
-        (NaNReward, "rewards", "train 0, nonsense, turn 1: reward is nan"),
-        (InfiniteTurnReward, "rewards", "turn_reward is -inf"),
-        (RewardIsNone, "rewards", "reward is None"),
-        (HugeReward, "rewards", "reward is 1e+39"),
-        (NaNMetric, "rewards", "seconds is nan"),
+        (NaNReward, "rewards", "step() of train 0, nonsense, turn 1 returned reward=nan, which is not a finite number"),
+        (InfiniteTurnReward, "rewards", "returned turn_reward=-inf"),
+        (RewardIsNone, "rewards", "returned reward=None"),
+        (HugeReward, "rewards", "returned reward=1e+39"),
+        (NaNMetric, "rewards", "returned metric 'seconds'=nan"),
         (Endless, "ends", "train 0, nonsense: not done after 2 turns (and"),
         (Speechless, "goes_on", "train 0, nonsense, turn 1: the reply is not done and has no message"),
         (OtherPrompt, "demonstrations", "demonstration() of train 0 does not start with the messages of reset()"),
@@ -646,43 +794,53 @@ THIS = f"{__name__}:"
 def test_the_report_has_a_line_per_rule_and_the_exit_code_says_whether_all_is_well(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert main(["vlmrl.tasks.color_codeword:ColorCodeword", "max_turns=3", "shuffle_images=true"]) == 0
+    assert print_findings(ColorCodewordConfig(max_turns=3, shuffle_images=True)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [["ok", rule.name] for rule in RULES]
-    assert main([f"{THIS}NaNReward", "max_turns=2"]) == 1
+    assert print_findings(ImportedTaskConfig(f"{THIS}NaNReward", max_turns=2)) == 1
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(RULES)
     assert [line.split()[1] for line in lines if line.startswith("FAIL ")] == ["rewards"]
-    assert main([f"{THIS}Counting"]) == 1  # max_turns is 1 unless it is set, as in a run
+    assert print_findings(ImportedTaskConfig(f"{THIS}Counting")) == 1  # max_turns is 1 unless it is set, as in a run
     assert "FAIL  ends" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("config", "message"),
     [
-        (["no_such_module:Task"], "task.target=no_such_module:Task names a module that does not exist"),
-        ([f"{THIS}Dots"], "does not define problem"),
-        ([f"{THIS}Counting", "max_turn=2"], "max_turn=2 does not fit ImportedTaskConfig (Key 'max_turn' not in"),
-        ([f"{THIS}Counting", "max_turns=two"], "max_turns=two does not fit ImportedTaskConfig (Value 'two'"),
-        ([f"{THIS}Counting", "max_turns=0"], "max_turns=0 leaves no turn to play"),
-        ([f"{THIS}Counting", "args.level=[1"], "args.level=[1 does not fit"),
-        ([f"{THIS}Counting", "level"], "'level' is not of the form key=value"),
-        (["vlmrl.tasks.color_codeword:ColorCodeword", "image_size=0"], "task.image_size=0 is below 1"),
+        (ImportedTaskConfig("no_such_module:Task"), "task.target=no_such_module:Task names a module that does not"),
+        (ImportedTaskConfig(f"{THIS}Dots"), "does not define problem"),
+        (ColorCodewordConfig(image_size=0), "task.image_size=0 is below 1"),
     ],
 )
-def test_what_cannot_be_checked_is_a_config_error(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
-) -> None:
-    assert main(arguments) == 2
-    output = capsys.readouterr()
-    assert message in output.err
-    assert output.out == ""
+def test_what_cannot_be_checked_is_a_config_error(config: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        print_findings(config)
 
 
-def test_settings_are_those_of_a_run() -> None:
-    target = "my_package.my_module:Mine"
-    config = parse_config(target, ["max_turns=4", "args.level=3", "args.deep.name=a=b"])
-    assert config == ImportedTaskConfig(target, 4, args={"level": 3, "deep": {"name": "a=b"}})
+class ExitsAtOnce(Counting):
+    def __init__(self, config: object, *, seed: int) -> None:
+        raise SystemExit(0)
+
+
+class FailsAtOnce(Counting):
+    def __init__(self, config: object, *, seed: int) -> None:
+        raise UnspeakableError
+
+
+def test_a_task_that_cannot_be_made_is_a_finding_or_an_error_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    assert print_findings(ImportedTaskConfig(f"{THIS}FailsAtOnce")) == 1
+    assert "FAIL  load" in capsys.readouterr().out
+    with pytest.raises(TaskError, match="SystemExit"):
+        print_findings(ImportedTaskConfig(f"{THIS}ExitsAtOnce"))
+
+
+def test_the_short_command_is_that_of_a_run() -> None:
+    """One parser reads the settings, so the check sees the values that a run sees."""
+    settings = ["max_turns=4", "args.flag=yes", "args.t=12:30", "args.n=010", "args.deep.name='a=b'"]
+    assert command(["mine:Mine", *settings]) == ["mode=check", "task=mine:Mine", *(f"task.{s}" for s in settings)]
+    target = ColorCodewordConfig.target
+    assert command([target, "image_size=64"]) == ["mode=check", "task=color_codeword", "task.image_size=64"]
 
 
 def test_it_runs_as_a_module_in_the_users_own_folder(tmp_path: Path) -> None:
@@ -707,3 +865,4 @@ def test_it_runs_as_a_module_in_the_users_own_folder(tmp_path: Path) -> None:
     assert bad.returncode == 1
     assert "FAIL  splits" in bad.stdout
     assert run().returncode == 2
+    assert run("my_counting:Counting", "max_turn=2").returncode == 2

@@ -125,7 +125,7 @@ def test_a_task_without_demonstrations_says_so_where_one_is_asked_for(folder: Pa
         ("my_package_of_tasks.counting:Countin", "'Countin', which .*it has Counting, Structural"),
         ("my_package_of_tasks:Counting", "'Counting', which .*: define a Task class there"),
         ("my_package_of_tasks.counting:make_task", "is a function, not a Task class.*it has Counting"),
-        ("my_package_of_tasks.counting:Dots", "does not define problem, env, demonstration, texts"),
+        ("my_package_of_tasks.counting:Dots", "does not define problem, env, demonstration, so"),
         ("my_package_of_tasks.counting:NoEnv", "does not define env, so a run would stop"),
         ("my_package_of_tasks.counting:NoSeed", "cannot be called as NoSeed.*unexpected keyword argument 'seed'"),
     ],

@@ -47,6 +47,7 @@ from vlmrl.runs.doctor.tokens import first_turns, later_turns
 from vlmrl.runs.doctor.watching import ScriptedEngine, WatchedEngine, WatchedRenderer, watched_rows
 from vlmrl.runs.doctor.weights import add_noise, update, weights, weights_in
 from vlmrl.runs.verdicts import Verdict, as_table, conclude, failed, not_visible
+from vlmrl.tasks.loading import tokenizer_texts
 from vlmrl.trainer.trainer import LocalTrainer
 from vlmrl.types import (
     FloatArray,
@@ -131,7 +132,7 @@ class Doctor:
         self._run = run
         self.groups: dict[int, list[Group]] = {}
         """Policy version → its rollouts, for the record."""
-        folder = resolve_checkpoint(config.model, run.task.texts())
+        folder = resolve_checkpoint(config.model, tokenizer_texts(config.model, run.task))
         self._reference = Reference(
             load_tokenizer(folder),
             load_image_processor(folder) if vlm is not None else None,

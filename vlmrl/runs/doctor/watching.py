@@ -72,8 +72,8 @@ class WatchedRenderer:
     def decode(self, completion_ids: IntArray) -> str:
         return self._renderer.decode(completion_ids)
 
-    def render_conversation(self, messages: Sequence[Message]) -> tuple[Prompt, BoolArray]:
-        return self._renderer.render_conversation(messages)
+    def render_conversation(self, messages: Sequence[Message], given: int = 0) -> tuple[Prompt, BoolArray]:
+        return self._renderer.render_conversation(messages, given)
 
 
 def _decoded(messages: Sequence[Message]) -> tuple[Message, ...]:

@@ -1,20 +1,20 @@
 """Make problems and play episodes of a task, and record everything that it returns, for rules.py to judge.
 
 Returned values are kept unchanged, whatever they are. Only images are decoded at once, by the decoder of the data path,
-because an env may draw its next frame over the last one.
+because an env may draw its next frame over the last one. The task's code runs inside the fence of `vlmrl.errors`.
 """
 
 from __future__ import annotations
 
 import math
-import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
-from vlmrl.rendering.images import ImageError, decode, image_hash
-from vlmrl.tasks.base import Reply, Split
+from vlmrl.errors import UserFault, fenced
+from vlmrl.rendering.images import decode, image_hash
+from vlmrl.tasks.base import Reply, Split, Task
+from vlmrl.tasks.loading import texts_of
 from vlmrl.types import Image, Message, Text
 
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -27,6 +27,9 @@ SEEDS = (0, 1, 2, 3, 4, 5, 6, (1 << 64) - 1)
 NONSENSE = ("", "☃ 12,5 <b>no idea</b>\n", "Z" * 500)
 """Answers that an untrained policy may give."""
 
+
+ABSENT: Any = object()
+"""Stands for what the task does not define."""
 
 Source: TypeAlias = Literal["reset", "step", "demonstration"]
 
@@ -52,12 +55,19 @@ class Seen:
     prompt: Any
     prompt_again: Any
     episodes: list[ObservedEpisode] = field(default_factory=list)
-    demonstration: Any = None
-    """None if the task has no demonstrations."""
+    demonstration: Any = ABSENT
+    """`ABSENT` if the task has no demonstrations with correct answers."""
     random_demonstrations: list[Any] = field(default_factory=list)
-    """One per seed of `SEEDS`."""
+    """One per seed of `SEEDS`; empty if the task has none."""
     random_demonstration_again: Any = None
     """That of the first seed, made a second time."""
+
+    def demonstrations(self) -> Iterator[tuple[str, Any]]:
+        """Every demonstration, with a text that says which one it is."""
+        if self.demonstration is not ABSENT:
+            yield f"demonstration() of {self.where}", self.demonstration
+        for random in self.random_demonstrations:
+            yield f"random demonstration() of {self.where}", random
 
 
 @dataclass
@@ -71,11 +81,16 @@ class Observed:
     """By index; `IDS_PER_PROBLEM` times as many as there are problems."""
     ids_again: dict[Split, list[Any]]
     """The same ids, read a second time from the last problem to the first."""
-    texts: Any = None
+    texts: tuple[str, ...] | UserFault | None = None
+    """None if the task does not define `texts`, which only a model whose tokenizer is made here needs."""
     raised: str | None = None
     """Text of the first exception that the task raised; nothing was recorded after it."""
-    pixels: dict[Image, str | ImageError] = field(default_factory=dict)
-    """Hash of each image, or the error if it cannot be decoded."""
+    pixels: dict[Image, str | UserFault] = field(default_factory=dict)
+    """Hash of each image, or the fault if it cannot be decoded."""
+    shown: dict[int, tuple[Any, str, str]] = field(default_factory=dict)
+    """By the identity of an image's source: the source itself, who showed it first, and its hash then."""
+    drawn_over: list[str] = field(default_factory=list)
+    """Images that two envs share and one of them changed."""
 
     def all_problems(self) -> Iterator[Seen]:
         for split in SPLITS:
@@ -96,8 +111,9 @@ class Observed:
         for seen in self.all_problems():
             for prompt in (seen.prompt, seen.prompt_again, *(episode.prompt for episode in seen.episodes)):
                 yield "reset", seen.where, prompt
-            if seen.demonstration is not None:
+            if seen.demonstration is not ABSENT:
                 yield "demonstration", seen.where, seen.demonstration
+            if seen.random_demonstrations:
                 for random in (*seen.random_demonstrations, seen.random_demonstration_again):
                     yield "demonstration", f"{seen.where}, random answers", random
         for where, reply in self.all_replies():
@@ -110,29 +126,24 @@ class Observed:
             for message in messages
         ]
 
-    def look(self, messages: Any) -> Any:
-        """Decode the images of messages that the task has just returned; returns the messages."""
+    def look(self, messages: Any, who: str) -> Any:
+        """Decode the images of messages that the task has just returned; returns the messages. `who` names the env."""
         for message in messages if is_conversation(messages) else ():
             for part in message.content if isinstance(message.content, tuple) else ():
                 if isinstance(part, Image) and part not in self.pixels:
                     try:
-                        self.pixels[part] = image_hash(decode(part.source))
-                    except ImageError as error:
-                        self.pixels[part] = error
+                        with fenced("decoding an image"):
+                            self.pixels[part] = self._hash(part.source, who)
+                    except UserFault as fault:
+                        self.pixels[part] = fault
         return messages
 
-
-class _TaskRaisedError(Exception):
-    """The task's code raised; the message says where and which exception."""
-
-
-@contextmanager
-def _calling(what: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # a user's code may raise anything, and that is a finding
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise _TaskRaisedError(f"{what}: {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})") from error
+    def _hash(self, source: Any, who: str) -> str:
+        found = image_hash(decode(source))
+        _, first, before = self.shown.setdefault(id(source), (source, who, found))
+        if before != found and first != who:
+            self.drawn_over.append(f"{first} and {who} share an image, and one of them has drawn on it")
+        return found
 
 
 def observe(task: Any, problems: int, max_turns: int) -> Observed:
@@ -141,54 +152,62 @@ def observe(task: Any, problems: int, max_turns: int) -> Observed:
     try:
         for split in SPLITS:
             for index in range(problems * IDS_PER_PROBLEM):
-                observed.ids[split].append(_problem(task, split, index).id)
+                observed.ids[split].append(_problem(task, split, index)[1])
             for index in range(problems):
                 observed.problems[split].append(_see(observed, split, index))
         for split in SPLITS:
             for index in reversed(range(problems * IDS_PER_PROBLEM)):
-                observed.ids_again[split].insert(0, _problem(task, split, index).id)
+                observed.ids_again[split].insert(0, _problem(task, split, index)[1])
             for index in reversed(range(problems)):
-                with _calling(f"reset() of {split} {index}, made a second time"):
-                    prompt = task.env(_problem(task, split, index)).reset()
-                observed.problems[split][index].prompt_again = observed.look(prompt)
+                problem, _ = _problem(task, split, index)
+                where = f"reset() of {split} {index}, made a second time,"
+                with fenced(where):
+                    observed.problems[split][index].prompt_again = observed.look(task.env(problem).reset(), where)
         _problem(task, "train", FAR_INDEX)
-        with _calling("texts()"):
-            observed.texts = task.texts()
-    except _TaskRaisedError as error:
-        observed.raised = str(error)
+    except UserFault as fault:
+        observed.raised = fault.text
+    if defines_texts(task):
+        try:
+            observed.texts = texts_of(task)
+        except UserFault as fault:
+            observed.texts = fault
     return observed
 
 
-def _problem(task: Any, split: Split, index: int) -> Any:
-    with _calling(f'problem("{split}", {index})'):
+def _problem(task: Any, split: Split, index: int) -> tuple[Any, Any]:
+    """The problem and its id."""
+    with fenced(f'problem("{split}", {index})'):
         problem = task.problem(split, index)
-        problem.id  # noqa: B018 - read here so that a problem without an id is reported with its index
-    return problem
+        return problem, problem.id
 
 
 def _see(observed: Observed, split: Split, index: int) -> Seen:
     task, look = observed.task, observed.look
-    problem = _problem(task, split, index)
+    problem, name = _problem(task, split, index)
     where = f"{split} {index}"
-    with _calling(f"env() or reset() of {where}"):
+    with fenced(f"env() or reset() of {where}"):
         env = task.env(problem)
-        prompt = look(env.reset())
-    seen = Seen(where, problem.id, env, prompt, None)
+        prompt = look(env.reset(), f"the first env of {where}")
+    seen = Seen(where, name, env, prompt, None)
     scripts = {"nonsense": NONSENSE * math.ceil(observed.max_turns / len(NONSENSE))}
-    try:
-        with _calling(f"demonstration() of {where}"):
-            seen.demonstration = look(task.demonstration(problem, random_answers=False, seed=0))
-            for seed in (*SEEDS, SEEDS[0]):
-                seen.random_demonstrations.append(look(task.demonstration(problem, random_answers=True, seed=seed)))
+    for correct in (True, False):
+        for seed in (0,) if correct else (*SEEDS, SEEDS[0]):
+            with fenced(f"demonstration() of {where}"):
+                try:
+                    made = task.demonstration(problem, random_answers=not correct, seed=seed)
+                except NotImplementedError:
+                    break  # allowed: a warm-up needs one kind of answers only
+                look(made, f"demonstration() of {where}")
+            if correct:
+                seen.demonstration = made
+            else:
+                seen.random_demonstrations.append(made)
+    with fenced(f"demonstration() of {where}"):
+        if seen.demonstration is not ABSENT:
+            scripts["true answers"] = answers_in(seen.demonstration, prompt)
+        if seen.random_demonstrations:
             seen.random_demonstration_again = seen.random_demonstrations.pop()
-    except _TaskRaisedError as error:
-        if not isinstance(error.__cause__, NotImplementedError):
-            raise
-        seen.demonstration = None
-        seen.random_demonstrations = []
-    else:
-        scripts["true answers"] = answers_in(seen.demonstration, prompt)
-        scripts["random answers"] = answers_in(seen.random_demonstrations[0], prompt)
+            scripts["random answers"] = answers_in(seen.random_demonstrations[0], prompt)
     for script, answers in scripts.items():
         seen.episodes.append(_play(observed, problem, f"{where}, {script}", answers))
     return seen
@@ -196,17 +215,23 @@ def _see(observed: Observed, split: Split, index: int) -> Seen:
 
 def _play(observed: Observed, problem: Any, where: str, answers: tuple[str, ...]) -> ObservedEpisode:
     """Play one episode: give the answers, then repeat the last one, until the env is done or `max_turns` is reached."""
-    with _calling(f"env() or reset() of {where}"):
+    who = f"the env of {where}"
+    with fenced(f"env() or reset() of {where}"):
         env = observed.task.env(problem)
-        episode = ObservedEpisode(where, env, observed.look(env.reset()), answers, [])
+        episode = ObservedEpisode(where, env, observed.look(env.reset(), who), answers, [])
     for turn in range(observed.max_turns if answers else 0):
-        with _calling(f"step() of {where}, turn {turn + 1}"):
+        with fenced(f"step() of {where}, turn {turn + 1}"):
             reply = env.step(answers[min(turn, len(answers) - 1)])
-        episode.replies.append(reply)
-        if not isinstance(reply, Reply) or reply.done:
-            break
-        observed.look(reply.messages)
+            episode.replies.append(reply)
+            if not isinstance(reply, Reply) or reply.done:
+                break
+            observed.look(reply.messages, who)
     return episode
+
+
+def defines_texts(task: Any) -> bool:
+    """Whether the class has a `texts` of its own."""
+    return getattr(type(task), "texts", Task.texts) is not Task.texts
 
 
 def is_conversation(messages: Any) -> bool:

@@ -5,32 +5,36 @@ The first rules are gates: if one fails, the later rules cannot judge anything.
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import numpy as np
-
-from vlmrl.rendering.images import ImageError
+from vlmrl.errors import UserFault, safe_repr
 from vlmrl.tasks.base import Reply
+from vlmrl.tasks.border import (
+    ANSWERED_ROLES,
+    ANY_ROLE,
+    BadRewardError,
+    TaskCodeError,
+    checked_id,
+    checked_messages,
+    checked_prompt,
+    checked_reply,
+)
 from vlmrl.tasks.contract.observation import (
+    ABSENT,
     SEEDS,
     SPLITS,
     Observed,
     Seen,
     after_prompt,
     answers_in,
-    is_conversation,
     text_of,
 )
 from vlmrl.tasks.loading import missing_methods
 from vlmrl.types import Image, Message, Text
 
 Violations: TypeAlias = Iterator[str]
-
-LARGEST = float(np.finfo(np.float32).max)
-"""Largest reward; rewards are float32 on the data path, so larger ones become infinite."""
 
 
 def methods(observed: Observed) -> Violations:
@@ -45,71 +49,74 @@ def runs(observed: Observed) -> Violations:
 
 def messages(observed: Observed) -> Violations:
     for where, reply in observed.all_replies():
-        if not isinstance(reply, Reply):
-            yield f"step() of {where} returned {_kind(reply)}, not a Reply"
-        elif not isinstance(reply.done, (bool, np.bool_)) or not isinstance(reply.metrics, dict):
-            yield f"step() of {where} returned done={reply.done!r} and metrics={reply.metrics!r}, not a bool and a dict"
+        try:
+            if not is_speechless(reply):  # the rule `goes_on` reports it
+                checked_reply(f"step() of {where}", reply)
+        except BadRewardError:
+            pass  # the rule `rewards` reports it
+        except TaskCodeError as fault:
+            yield fault.text
     for source, where, conversation in observed.all_conversations():
-        if not is_conversation(conversation):
-            yield f"{source}() of {where} returned {_kind(conversation)}, not a tuple of Message"
+        if source == "step" and conversation == ():
             continue
-        roles = ("user", "tool") if source == "step" else ("system", "user", "assistant", "tool")
+        name = f"{source}() of {where}"
+        try:
+            if source == "reset":
+                checked_prompt(name, conversation)
+            else:
+                checked_messages(name, conversation, ANSWERED_ROLES if source == "step" else ANY_ROLE)
+        except TaskCodeError as fault:
+            yield fault.text
+            continue
         for message in conversation:
-            if message.role not in roles:
-                yield f"{source}() of {where} returned a message of role {message.role!r}, not {' or '.join(roles)}"
-            elif not isinstance(message.content, tuple) or not message.content:
-                content = _kind(message.content)
-                yield f"{source}() of {where} returned a message of role {message.role} whose content is {content}"
-            elif not all(
-                isinstance(part, Image) or (isinstance(part, Text) and isinstance(part.text, str))
-                for part in message.content
-            ):
-                yield f"{source}() of {where} returned a message of role {message.role} with {_kind(message.content)}"
-        if source == "reset" and (not conversation or conversation[-1].role not in ("user", "tool")):
-            yield f"reset() of {where} does not end with a user message, so the policy has nothing to answer"
+            if not message.content:
+                yield f"{name} returned a {message.role} message without content"
 
 
-def _kind(value: Any) -> str:
-    if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of {', '.join(sorted({type(x).__name__ for x in value})) or 'nothing'}"
-    return "None" if value is None else f"a {type(value).__name__}"
+def is_speechless(reply: Any) -> bool:
+    """Whether a reply goes on without a message."""
+    return isinstance(reply, Reply) and reply.done is False and reply.messages == ()
 
 
 def images(observed: Observed) -> Violations:
     for source, where, conversation in observed.all_conversations():
         for part in (part for message in conversation for part in message.content if isinstance(part, Image)):
-            error = observed.pixels[part]
-            if isinstance(error, ImageError):
-                yield f"{source}() of {where}: {error}"
+            found = observed.pixels[part]
+            if isinstance(found, UserFault):
+                yield f"{source}() of {where}: {found.text}"
 
 
 def ids(observed: Observed) -> Violations:
     for split in SPLITS:
         for index, name in enumerate(observed.ids[split]):
-            if not isinstance(name, str) or not name:
-                yield f"{split} {index} has the id {name!r}, which is not a non-empty str"
+            try:
+                if not checked_id(f'problem("{split}", {index})', name):
+                    yield f'problem("{split}", {index}).id is an empty str, which names no problem'
+            except TaskCodeError as fault:
+                yield fault.text
         by_id: dict[str, Seen] = {}
         for seen in observed.problems[split]:
-            first = by_id.setdefault(repr(seen.id), seen)
+            first = by_id.setdefault(safe_repr(seen.id), seen)
             if observed.content(first.prompt) != observed.content(seen.prompt):
-                yield f"{first.where} and {seen.where} have the same id {seen.id!r} and different prompts"
+                yield f"{first.where} and {seen.where} have the same id {safe_repr(seen.id)} and different prompts"
 
 
 def deterministic(observed: Observed) -> Violations:
     for split in SPLITS:
         for index, (first, again) in enumerate(zip(observed.ids[split], observed.ids_again[split], strict=True)):
-            if repr(first) != repr(again):
-                yield f"{split} {index} is {first!r} the first time and {again!r} the second time"
+            once, twice = safe_repr(first), safe_repr(again)
+            if once != twice:
+                yield f"{split} {index} is {once} the first time and {twice} the second time"
     for seen in observed.all_problems():
         if observed.content(seen.prompt) != observed.content(seen.prompt_again):
             yield f"{seen.where} has another prompt the second time"
 
 
 def splits(observed: Observed) -> Violations:
-    train = {repr(name): index for index, name in reversed(list(enumerate(observed.ids["train"])))}
+    train = {safe_repr(name): index for index, name in reversed(list(enumerate(observed.ids["train"])))}
     for index, name in enumerate(observed.ids["eval"]):
-        if repr(name) in train:
-            yield f"eval {index} has the id {name!r} of train {train[repr(name)]}"
+        if isinstance(name, (str, int)) and safe_repr(name) in train:
+            yield f"eval {index} has the id {safe_repr(name)} of train {train[safe_repr(name)]}"
 
 
 def siblings(observed: Observed) -> Violations:
@@ -118,14 +125,17 @@ def siblings(observed: Observed) -> Violations:
             yield f"a second env of {seen.where} starts with another prompt"
         if len({id(env) for env in (seen.env, *(episode.env for episode in seen.episodes))}) <= len(seen.episodes):
             yield f"env() of {seen.where} returned the same env twice"
+    yield from observed.drawn_over
 
 
 def rewards(observed: Observed) -> Violations:
     for where, reply in observed.all_replies():
-        numbers_in = {"turn_reward": reply.turn_reward, "reward": reply.reward, **reply.metrics}
-        for name, value in numbers_in.items():
-            if not (isinstance(value, numbers.Real) and abs(float(value)) <= LARGEST):  # NaN is not ≤ anything
-                yield f"{where}: {name} is {value!r}"
+        try:
+            checked_reply(f"step() of {where}", reply)
+        except BadRewardError as fault:
+            yield fault.text
+        except TaskCodeError:
+            pass  # the rule `messages` reports it
 
 
 def ends(observed: Observed) -> Violations:
@@ -141,19 +151,18 @@ def goes_on(observed: Observed) -> Violations:
 
 
 def demonstrations(observed: Observed) -> Violations:
+    demonstrated = [seen for seen in observed.all_problems() if seen.demonstration is not ABSENT]
+    randomly = [seen for seen in observed.all_problems() if seen.random_demonstrations]
     for seen in observed.all_problems():
-        if seen.demonstration is None:
+        if (demonstrated and seen not in demonstrated) or (randomly and seen not in randomly):
             yield f"demonstration() of {seen.where} raises NotImplementedError, but not for other problems"
             continue
         wrong = [
             what + fault
-            for what, demonstration in (
-                (f"demonstration() of {seen.where}", seen.demonstration),
-                *((f"random demonstration() of {seen.where}", random) for random in seen.random_demonstrations),
-            )
+            for what, demonstration in seen.demonstrations()
             for fault in _faults_of_shape(observed, seen.prompt, demonstration)
         ]
-        yield from wrong or _disagreement(observed, seen)
+        yield from wrong or (_disagreement(observed, seen) if seen in demonstrated else ())
 
 
 def _faults_of_shape(observed: Observed, prompt: Any, demonstration: Any) -> Violations:
@@ -190,7 +199,7 @@ def _disagreement(observed: Observed, seen: Seen) -> Violations:
 
 
 def random_demonstrations(observed: Observed) -> Violations:
-    demonstrated = [seen for seen in observed.all_problems() if seen.demonstration is not None]
+    demonstrated = [seen for seen in observed.all_problems() if seen.random_demonstrations]
     answers_of = {
         seen.where: [answers_in(random, seen.prompt) for random in seen.random_demonstrations] for seen in demonstrated
     }
@@ -208,11 +217,31 @@ def random_demonstrations(observed: Observed) -> Violations:
 
 
 def texts(observed: Observed) -> Violations:
-    value = observed.texts
-    if not isinstance(value, tuple) or not all(isinstance(text, str) for text in value):
-        yield f"texts() returned {_kind(value)}, not a tuple of str"
-    elif not any(text.strip() for text in value):
-        yield "texts() returned no text"
+    if isinstance(observed.texts, UserFault):
+        yield observed.texts.text
+
+
+def without_demonstrations(observed: Observed) -> str | None:
+    """Why the rule `demonstrations` has nothing to judge."""
+    if any(any(seen.demonstrations()) for seen in observed.all_problems()):
+        return None
+    return "demonstration() is not defined, so the task has no warm-up"
+
+
+def without_random_demonstrations(observed: Observed) -> str | None:
+    """Why the rule `random_demonstrations` has nothing to judge."""
+    if (reason := without_demonstrations(observed)) is not None:
+        return reason
+    if any(seen.random_demonstrations for seen in observed.all_problems()):
+        return None
+    return "demonstration() has no random answers, so a warm-up needs trainer.warmup.demonstrations=correct"
+
+
+def without_texts(observed: Observed) -> str | None:
+    """Why the rule `texts` has nothing to judge."""
+    if observed.texts is not None:
+        return None
+    return "texts() is not defined, and only a model whose tokenizer is made here (model=qwen3vl_tiny) needs it"
 
 
 @dataclass(frozen=True)
@@ -226,8 +255,8 @@ class Rule:
     violations: Callable[[Observed], Violations]
     gate: bool = False
     """If the rule fails, the later rules are not checked."""
-    of_demonstrations: bool = False
-    """The rule is skipped for a task without demonstrations."""
+    unchecked: Callable[[Observed], str | None] = lambda observed: None
+    """Returns why the task has nothing that the rule could judge; None where it has."""
 
     @property
     def name(self) -> str:
@@ -235,7 +264,7 @@ class Rule:
 
 
 RULES = (
-    Rule("problem, env and texts are defined", "define the methods of vlmrl.Task", methods, gate=True),
+    Rule("problem and env are defined", "define the methods of vlmrl.Task", methods, gate=True),
     Rule("nothing raises", "fix it: in a run each such rollout would end as task_error", runs, gate=True),
     Rule(
         "step() returns a Reply, and all messages are well-formed",
@@ -261,13 +290,13 @@ RULES = (
         splits,
     ),
     Rule(
-        "every env of a problem is new and starts with the same prompt",
+        "every env of a problem is new, starts with the same prompt and shares no image that changes",
         "make a new env in env() and share nothing that changes: advantages compare the siblings of one prompt",
         siblings,
     ),
     Rule(
-        "rewards and metrics are finite numbers",
-        "return finite floats: in a run each such rollout would end as bad_reward",
+        "rewards and metrics are finite numbers, and metrics have names",
+        "return finite floats under names that are str: in a run each such rollout would end as bad_reward",
         rewards,
     ),
     Rule(
@@ -280,17 +309,18 @@ RULES = (
         "demonstrations are the conversation that their answers lead to",
         "return the messages of reset(), then answer, messages of step(), …, answer, until the env is done",
         demonstrations,
-        of_demonstrations=True,
+        unchecked=without_demonstrations,
     ),
     Rule(
         "random demonstrations say nothing about the problem",
         "draw their answers from the seed argument alone (random.Random(seed)), not from the problem",
         random_demonstrations,
-        of_demonstrations=True,
+        unchecked=without_random_demonstrations,
     ),
     Rule(
         "texts() returns the text of prompts and answers",
         "return a tuple of str, e.g. (system_prompt, question)",
         texts,
+        unchecked=without_texts,
     ),
 )
