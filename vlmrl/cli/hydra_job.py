@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from vlmrl.cli.arguments import rewrite_params
 from vlmrl.cli.exit_codes import JobError, report
+from vlmrl.cli.own_folder import reserve, started
 from vlmrl.cli.start import answer_without_a_run, checked, lead_or_follow, start
 from vlmrl.cli.sweep.again import run_what_is_left
 from vlmrl.cli.sweep.jobs import job_name
@@ -34,7 +35,7 @@ from vlmrl.record.run_dir import run_name
 # conf/config.yaml uses these in hydra.sweep.subdir and hydra.run.dir.
 OmegaConf.register_new_resolver("job_name", job_name, replace=True)
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
-OmegaConf.register_new_resolver("started", slurm.run_folder_prefix, use_cache=True, replace=True)
+OmegaConf.register_new_resolver("started", started, use_cache=True, replace=True)
 
 
 def job(config: DictConfig) -> float | None:
@@ -98,6 +99,7 @@ class CheckFirst(Callback):
             raise SystemExit(report(error)) from error
         if code is not None:
             raise SystemExit(code)
+        reserve(config, "hydra.run.dir")
 
     sweep_dir: ClassVar[Path | None] = None
     """Folder of the sweep that was started; None for a single run."""
@@ -119,6 +121,7 @@ class CheckFirst(Callback):
                 codes.append(report(ConfigError(f"in the job {' '.join(overrides)}: {error}")))
         if codes:
             raise SystemExit(next((code for code in codes if code != 0), 0))
+        reserve(config, "hydra.sweep.dir")
         CheckFirst.sweep_dir = Path(config.hydra.sweep.dir)
 
 

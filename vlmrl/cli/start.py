@@ -56,7 +56,9 @@ def start(config: DictConfig, judge_changes: Callable[[], Sequence[str]] = list)
             return None
     check(run_config, Stage.here)
     if notes := judge_changes():
-        print_and_log(notes, RunDir(run_config.output_dir))
+        run_dir = RunDir(run_config.output_dir)
+        with run_dir.lock(run_config.mode.name):  # before the log of a run that is still going is written to
+            print_and_log(notes, run_dir)
     from vlmrl.runs.lifecycle import execute
 
     return execute(run_config)

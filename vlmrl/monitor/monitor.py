@@ -82,7 +82,8 @@ class Monitor:
         self._entered = time.monotonic()
         with ExitStack() as stack:
             self._main_log = stack.enter_context(MainLog(self._run_dir.main_log))
-            self._metrics = MetricsLog(self._run_dir.metrics)
+            damaged: list[str] = []
+            self._metrics = MetricsLog(self._run_dir.metrics, damaged.append)
             stack.callback(self._metrics.close)
             stack.callback(self._close_supervised)
             self._recorder = RolloutRecorder(self._run_dir)
@@ -90,6 +91,8 @@ class Monitor:
             stack.callback(self._wandb.finish, 1)  # exit code 1: does nothing if `finish` was called
             stack.callback(self._progress.stop)
             self._progress.start()
+            for text in damaged:
+                self.warn(text)
             self._stack = stack.pop_all()
         return self
 
@@ -138,9 +141,9 @@ class Monitor:
     def resume_at(self, step: int, *, supervised_steps: int) -> None:
         """Remove what was recorded after the checkpoint of `step`, which contains so many supervised steps, because
         the run repeats those steps."""
-        summary = self._run_dir.read_summary() or {}
+        summary = self._run_dir.read_summary(self.warn) or {}
         recorded = self._metrics.last or {}
-        self._elapsed_before = max(summary.get("wall_clock_s", 0.0), recorded.get(ELAPSED) or 0.0)
+        self._elapsed_before = max(summary.get("wall_clock_s") or 0.0, recorded.get(ELAPSED) or 0.0)
         self._metrics.truncate_after(step)
         self._faults.cut_back(supervised_steps=supervised_steps, step=step)
         for path in self._run_dir.rollouts_after(step):
@@ -148,7 +151,7 @@ class Monitor:
                 path.unlink()
         with disk_errors(self._run_dir.summary):
             self._run_dir.summary.unlink(missing_ok=True)  # it means that a run has ended, and this one goes on
-        history = read_metrics(self._run_dir.metrics)
+        history = read_metrics(self._run_dir.metrics, self.warn)
         self._evaluation = next((line for line in reversed(history) if line.get(EVAL_SAMPLED) is not None), {})
         self._history.extend(history)
         self._progress.resume(history)
@@ -159,7 +162,7 @@ class Monitor:
     def warmup(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         """Record supervised step 1 … total in supervised.jsonl. A repeated step replaces the lines from it on."""
         if self._supervised is None:
-            self._supervised = MetricsLog(self._run_dir.supervised)
+            self._supervised = MetricsLog(self._run_dir.supervised, self.warn)
         if self._supervised.last is not None and step <= self._supervised.last["step"]:
             self._supervised.truncate_after(step - 1)
         record = {"step": step, **metrics, ELAPSED: self._elapsed()}

@@ -47,6 +47,11 @@ def is_restarted(environment: Mapping[str, str] = os.environ) -> bool:
     return in_step(environment) and int(environment.get("SLURM_RESTART_COUNT", 0)) > 0
 
 
+def in_step_of_batch_job(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is a task of a batch job, whose run keeps its folder after a requeue."""
+    return in_step(environment) and environment.get("ENVIRONMENT") == "BATCH"
+
+
 def run_folder_prefix(environment: Mapping[str, str] = os.environ) -> str:
     """How the name of a run's folder begins: the time, `2026-03-01/12-00-00`. In a step of a batch job: the job and the
     step, which are the same for all of its tasks and after a requeue.
@@ -54,7 +59,7 @@ def run_folder_prefix(environment: Mapping[str, str] = os.environ) -> str:
     >>> run_folder_prefix({"ENVIRONMENT": "BATCH", "SLURM_JOB_ID": "1234", "SLURM_STEP_ID": "0"})
     'slurm/1234.0'
     """
-    if in_step(environment) and environment.get("ENVIRONMENT") == "BATCH":
+    if in_step_of_batch_job(environment):
         return f"slurm/{environment['SLURM_JOB_ID']}.{environment['SLURM_STEP_ID']}"
     return f"{datetime.now():%Y-%m-%d/%H-%M-%S}"
 

@@ -9,18 +9,22 @@ run that was killed and resumed has the same lines as one that was not. `mode=fa
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Literal, TypeAlias, TypedDict
+from typing import Any, Literal, TypeAlias, TypedDict
 
 import orjson
 
 from vlmrl.errors import safe_text
 from vlmrl.record.files import disk_errors, write_bytes_atomically
+from vlmrl.record.lines import read_lines
 from vlmrl.types import Rollout
+
+log = logging.getLogger(__name__)
 
 FaultPhase: TypeAlias = Literal["supervised", "eval", "rl"]
 
@@ -129,19 +133,18 @@ class FaultLog:
                 os.fsync(file.fileno())
 
 
-def read_faults(path: Path) -> list[FaultRecord]:
-    """Read faults.jsonl, without lines that are damaged or half-written: nothing depends on them. Raises OSError."""
-    if not path.exists():
-        return []
-    faults: list[FaultRecord] = []
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            fault = orjson.loads(line)
-        except orjson.JSONDecodeError:
-            continue
-        if line.endswith(b"\n") and isinstance(fault, dict) and fault.keys() >= FaultRecord.__required_keys__:
-            faults.append(fault)  # type: ignore[arg-type]
-    return faults
+def read_faults(path: Path, warn: Callable[[str], None] = log.warning) -> list[FaultRecord]:
+    """Read faults.jsonl. A damaged line is skipped; `warn` is called with a sentence about it. Raises OSError."""
+    return [fault for _, _, fault in read_lines(path, _is_fault, warn)] if path.exists() else []
+
+
+def _is_fault(content: Any) -> bool:
+    return (
+        isinstance(content, dict)
+        and content.keys() >= FaultRecord.__required_keys__
+        and type(content["step"]) is int
+        and all(isinstance(content[key], str) for key in ("phase", "rollout_id", "stop_reason", "error"))
+    )
 
 
 def _line(fault: FaultRecord) -> bytes:

@@ -11,17 +11,20 @@ explains every key.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import orjson
 
-from vlmrl.errors import VlmrlError
-from vlmrl.record.files import disk_errors
+from vlmrl.record.files import disk_errors, is_number
+from vlmrl.record.lines import read_lines
+
+log = logging.getLogger(__name__)
 
 Record: TypeAlias = dict[str, Any]
 """One line: floats (None where not finite) by key; `step` is an int."""
@@ -169,18 +172,19 @@ def missing_keys(record: Mapping[str, Any]) -> list[str]:
 class MetricsLog:
     """Appends lines to metrics.jsonl. Each line is written in one piece."""
 
-    def __init__(self, path: Path) -> None:
-        """Open or create the file. Raises VlmrlError where a complete line in it is not JSON."""
+    def __init__(self, path: Path, warn: Callable[[str], None] = log.warning) -> None:
+        """Open or create the file. `warn` is called with a sentence about each damaged line. Raises VlmrlError."""
         self.path = path
+        self._warn = warn
         with disk_errors(path):
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         self.last: Record | None = None
         """The newest line."""
         self._last_start = 0
         self._end = 0
-        for start, end, record in _lines(path):
-            self.last, self._last_start, self._end = record, start, end
         with disk_errors(path):
+            for start, end, record in _lines(path, warn):
+                self.last, self._last_start, self._end = record, start, end
             os.ftruncate(self._fd, self._end)  # remove a half-written last line
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -203,7 +207,7 @@ class MetricsLog:
     def truncate_after(self, step: int) -> None:
         """Remove the lines of steps after `step`, which a resumed run repeats."""
         self.last, self._last_start, self._end = None, 0, 0
-        for start, end, record in _lines(self.path):
+        for start, end, record in _lines(self.path, self._warn):
             if record["step"] > step:
                 break
             self.last, self._last_start, self._end = record, start, end
@@ -219,23 +223,22 @@ class MetricsLog:
         os.close(self._fd)
 
 
-def read_metrics(path: Path) -> list[Record]:
-    """Read the lines of metrics.jsonl, except a half-written last one. Raises VlmrlError, OSError."""
-    return [record for _, _, record in _lines(path)]
+def read_metrics(path: Path, warn: Callable[[str], None] = log.warning) -> list[Record]:
+    """Read the lines of metrics.jsonl, except a half-written last one. A damaged line is skipped; `warn` is called with
+    a sentence about it. Raises OSError."""
+    return [record for _, _, record in _lines(path, warn)]
 
 
-def _lines(path: Path) -> Iterator[tuple[int, int, Record]]:
-    """Yield (first byte, byte after the newline, record) of each complete line."""
-    start = 0
-    for line in path.read_bytes().splitlines(keepends=True):
-        if not line.endswith(b"\n"):
-            return
-        try:
-            record = orjson.loads(line)
-        except orjson.JSONDecodeError as error:
-            raise VlmrlError(
-                f"{path} has a line that is not JSON, at byte {start}, so the file was edited or damaged: "
-                "remove that line, or restore the file"
-            ) from error
-        yield start, start + len(line), record
-        start += len(line)
+def _lines(path: Path, warn: Callable[[str], None]) -> Iterator[tuple[int, int, Record]]:
+    """Yield (first byte, byte after the newline, record) of each line of an ascending step."""
+    newest = -1
+
+    def is_record(content: Any) -> bool:
+        if not isinstance(content, dict) or not all(map(is_number, content.values())):
+            return False
+        step = content.get("step")
+        return isinstance(step, int) and step > newest
+
+    for start, end, record in read_lines(path, is_record, warn):
+        newest = record["step"]
+        yield start, end, record

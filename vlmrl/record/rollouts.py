@@ -36,7 +36,8 @@ import PIL.Image
 from PIL.PngImagePlugin import PngInfo
 
 from vlmrl.errors import VlmrlError
-from vlmrl.record.files import disk_errors, write_atomically, write_bytes_atomically
+from vlmrl.record.files import disk_errors, open_regular, write_atomically, write_bytes_atomically
+from vlmrl.record.rollout_check import is_rollout
 from vlmrl.record.run_dir import RunDir
 from vlmrl.record.tokens import TokenSpellings
 from vlmrl.types import Image, ImageItem, Message, Rollout, Text, Turn, extends
@@ -277,29 +278,43 @@ def _messages(messages: Sequence[Message], hashes: Sequence[str]) -> list[Messag
     return [{"role": message.role, "content": [part_record(part) for part in message.content]} for message in messages]
 
 
-def read_rollouts(path: Path, wanted: Callable[[str], bool] = lambda rollout_id: True) -> Iterator[RolloutRecord]:
+def read_rollouts(
+    path: Path,
+    wanted: Callable[[str], bool] = lambda rollout_id: True,
+    damaged: Callable[[str], None] | None = None,
+) -> Iterator[RolloutRecord]:
     """Read the rollouts of a file, with whole prompts and placeholders. Lines whose `rollout_id` is not `wanted` are
-    skipped without parsing. Raises OSError, VlmrlError."""
-    with path.open("rb") as file:
+    skipped without parsing. Raises OSError and, at a damaged line, VlmrlError; with `damaged`, such a line is skipped
+    and `damaged` is called with a sentence about it."""
+    with open_regular(path) as file:
         for number, line in enumerate(file, 1):
             named = ROLLOUT_ID.match(line)
-            if named and not wanted(named[1].decode()):
+            if named and not wanted(named[1].decode(errors="replace")):
                 continue
             try:
-                record: RolloutRecord = orjson.loads(line)
-            except orjson.JSONDecodeError as error:
+                record: RolloutRecord | None = orjson.loads(line)
+            except orjson.JSONDecodeError:
+                record = None
+            if is_rollout(record):
+                assert record is not None
+                yield _with_whole_prompts(record)
+            elif damaged is not None:
+                damaged(f"line {number} of {path} is damaged and is skipped")
+            else:
                 raise VlmrlError(
-                    f"{path}, line {number} is not JSON, so the file was edited or damaged: "
+                    f"{path}, line {number} is not JSON of a rollout, so the file was edited or damaged: "
                     "remove that line, or restore the file"
-                ) from error
-            previous: TurnRecord | None = None
-            for turn in record["turns"]:
-                own = [(offset, length, hash) for offset, length, hash in turn["placeholders"]]
-                turn["placeholders"] = own
-                if turn["prompt_offset"]:
-                    assert previous is not None, f"{path}, line {number}: a first turn with prompt_offset"
-                    shared = previous["prompt_token_ids"] + previous["completion_ids"]
-                    turn["prompt_token_ids"] = shared + turn["prompt_token_ids"]
-                    turn["placeholders"] = previous["placeholders"] + own
-                previous = turn
-            yield record
+                )
+
+
+def _with_whole_prompts(record: RolloutRecord) -> RolloutRecord:
+    previous: TurnRecord | None = None
+    for turn in record["turns"]:
+        own = [(offset, length, hash) for offset, length, hash in turn["placeholders"]]
+        turn["placeholders"] = own
+        if previous is not None and turn["prompt_offset"]:
+            shared = previous["prompt_token_ids"] + previous["completion_ids"]
+            turn["prompt_token_ids"] = shared + turn["prompt_token_ids"]
+            turn["placeholders"] = previous["placeholders"] + own
+        previous = turn
+    return record

@@ -15,9 +15,11 @@
         wandb/                      Weights & Biases; wandb/run_id keeps its run id for a resume
         report.html                 the whole run on one page
         replay/step_000021/         mode=replay: a run directory of its own, with the table in replay.json
+        export/step_000020/         mode=export: the model as a Hugging Face folder
         doctor.json                 mode=doctor: the table, one object per line
         summary.json                final metrics, wall-clock time, exit reason
         overrides.json              a job of a sweep: its overrides (vlmrl/cli/sweep)
+        .lock                       while a process writes here: its pid, host, mode and start (lock.py)
 
 Most files are written under a temporary name and then renamed, so a killed run leaves no half-written file. Only
 metrics.jsonl, supervised.jsonl, faults.jsonl, tokens.jsonl and logs grow in place. Left out on purpose: environment
@@ -26,28 +28,37 @@ variables and the command line, which may contain secrets.
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
+import io
 import logging
 import os
 import platform
+import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import orjson
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import AliasToken, YAMLError
 
 from vlmrl.config.run import Mode, RunConfig
 from vlmrl.errors import ConfigError
-from vlmrl.record.files import disk_errors, write_bytes_atomically
+from vlmrl.record.files import disk_errors, is_number, read_json, read_small, write_bytes_atomically
+from vlmrl.record.lock import RunLock
 
 log = logging.getLogger(__name__)
 
 RecordKind: TypeAlias = Literal["step", "eval"]
+
+CHECKPOINT_NAME = re.compile("step_([0-9]{6,12})")
+ROLLOUTS_NAME = re.compile(r"(step|eval)_([0-9]{6,12})\.jsonl")
 
 PACKAGES = ("vlmrl", "torch", "transformers", "renderers", "hydra-core", "numpy")
 
@@ -96,6 +107,7 @@ class RunDir:
         self.report = self.path / "report.html"
         self.report_log = self.logs / "report.log"
         self.doctor = self.path / "doctor.json"
+        self.export = self.path / "export"
         self.replay = self.path / "replay.json"
         self.summary = self.path / "summary.json"
         self.overrides = self.path / "overrides.json"
@@ -119,17 +131,34 @@ class RunDir:
 
     def checkpoint_steps(self) -> list[int]:
         """Steps that have a checkpoint folder, in ascending order. Temporary folders do not count."""
-        steps = (folder.name.removeprefix("step_") for folder in self.checkpoints.glob("step_*") if folder.is_dir())
-        return sorted(int(step) for step in steps if step.isdigit())
+        names = (CHECKPOINT_NAME.fullmatch(folder.name) for folder in self.checkpoints.glob("*") if folder.is_dir())
+        return sorted(int(name[1]) for name in names if name)
+
+    def rollouts_steps(self, kind: RecordKind) -> list[int]:
+        """Steps that have a file of training rollouts ("step") or of an evaluation ("eval"), in ascending order. Other
+        files in rollouts/ do not count."""
+        names = (ROLLOUTS_NAME.fullmatch(path.name) for path in self.rollouts.glob("*.jsonl"))
+        return sorted(int(name[2]) for name in names if name and name[1] == kind)
 
     def rollouts_after(self, step: int) -> list[Path]:
         """Rollout files of steps after `step`, which a resumed run writes again."""
-        return [path for path in sorted(self.rollouts.glob("*_*.jsonl")) if int(path.stem.split("_")[1]) > step]
+        kinds: tuple[RecordKind, ...] = ("eval", "step")
+        return [self.rollouts_file(kind, each) for kind in kinds for each in self.rollouts_steps(kind) if each > step]
 
     # ── the folder ──────────────────────────────────────────────────────────────────────────────────────────
 
+    @contextmanager
+    def lock(self, mode: str) -> Iterator[None]:
+        """Create the folder and hold its lock (`RunLock`) while the block runs. Every mode that writes into the folder
+        does. Raises ConfigError while another process holds it, or where the folder cannot be written."""
+        with ExitStack() as stack:
+            with self._writable():
+                self.path.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(RunLock(self.path, mode))
+            yield
+
     def create(self, *, resume: bool = False) -> None:
-        """Create the folder and its subfolders.
+        """Create the folder and its subfolders. Call it inside `lock`, so that no other process does the same.
 
         Raises ConfigError where the folder cannot be written and, unless `resume`, where it already holds the metrics
         of a run.
@@ -139,11 +168,16 @@ class RunDir:
                 f"output_dir={self.path} already holds a run, so two runs would mix in one folder: "
                 f"set another output_dir, or continue that run with resume={self.path}"
             )
-        try:
+        with self._writable():
             for folder in (self.path, self.rollouts, self.images, self.checkpoints, self.logs):
                 folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path):
                 pass
+
+    @contextmanager
+    def _writable(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise ConfigError(
                 f"output_dir={self.path} cannot be written ({error.strerror}), so the run cannot be recorded: "
@@ -158,6 +192,8 @@ class RunDir:
         home = next((parent for parent in self.path.parents if parent.name == "outputs"), self.path.parent)
         temporary = home / f".latest.{os.getpid()}"
         try:
+            if os.path.lexists(home / "latest") and not (home / "latest").is_symlink():
+                raise FileExistsError(errno.EEXIST, "it is not a link, so it stays as it is")
             temporary.unlink(missing_ok=True)
             temporary.symlink_to(self.path.relative_to(home), target_is_directory=True)
             try:
@@ -182,18 +218,28 @@ class RunDir:
         """Read config.yaml without `environment`; the caller merges it into the schema. Raises ConfigError; its message
         starts with `key`, the config key that named the folder."""
         try:
-            config = OmegaConf.load(self.config)
-        except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+            config = self.read_config_and_environment()
+        except ValueError as error:
             raise ConfigError(
                 f"{key}={self.path} holds no readable config.yaml ({error}), so there is no run to continue: "
                 "name the folder of a run, for example outputs/latest"
             ) from error
-        if not isinstance(config, DictConfig):
-            raise ConfigError(
-                f"{key}={self.path} has a config.yaml that is not a mapping, so no run wrote it: "
-                "name the folder of a run, for example outputs/latest"
-            )
         config.pop("environment", None)
+        return config
+
+    def read_config_and_environment(self) -> DictConfig:
+        """Read all of config.yaml. Raises ValueError with the reason why it is not the file of a run."""
+        try:
+            text = read_small(self.config).decode()
+            if any(isinstance(token, AliasToken) for token in (yaml.scan(text) if "*" in text else ())):
+                raise ValueError("it has a YAML alias, which no run writes and which may stand for billions of values")
+            config = OmegaConf.load(io.StringIO(text))
+        except (OSError, YAMLError, OmegaConfBaseException, TypeError) as error:
+            raise ValueError(str(error)) from error
+        except RecursionError as error:
+            raise ValueError("it is nested too deeply") from error
+        if not isinstance(config, DictConfig):
+            raise ValueError("it is not a mapping")
         return config
 
     def write_summary(self, summary: dict[str, Any]) -> None:
@@ -214,12 +260,10 @@ class RunDir:
             options = orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
             write_bytes_atomically(self.replay, orjson.dumps(content, option=options))
 
-    def read_summary(self) -> dict[str, Any] | None:
-        """Read summary.json; None where the run has not ended, or was killed."""
-        if not self.summary.exists():
-            return None
-        summary = orjson.loads(self.summary.read_bytes())
-        assert isinstance(summary, dict)
+    def read_summary(self, warn: Callable[[str], None] = log.warning) -> dict[str, Any] | None:
+        """Read summary.json; None where the run has not ended, or was killed. A damaged one counts as none: `warn` is
+        called with a sentence about it."""
+        summary: dict[str, Any] | None = read_json(self.summary, _is_summary, warn)
         return summary
 
     def write_overrides(self, overrides: list[str]) -> None:
@@ -228,12 +272,32 @@ class RunDir:
             write_bytes_atomically(self.overrides, orjson.dumps(overrides, option=orjson.OPT_APPEND_NEWLINE))
 
     def read_overrides(self) -> list[str] | None:
-        """Read overrides.json; None where the run is not a job of a sweep."""
-        if not self.overrides.exists():
-            return None
-        overrides = orjson.loads(self.overrides.read_bytes())
-        assert isinstance(overrides, list)
+        """Read overrides.json; None where the run is not a job of a sweep. A damaged one counts as none."""
+        overrides: list[str] | None = read_json(self.overrides, _are_overrides, log.warning)
         return overrides
+
+    def read_doctor(self) -> list[dict[str, Any]] | None:
+        """Read doctor.json; None where the run is not one of mode=doctor. A damaged one counts as none."""
+        lines: list[dict[str, Any]] | None = read_json(self.doctor, _are_doctor_lines, log.warning)
+        return lines
+
+
+def _is_summary(content: Any) -> bool:
+    return (
+        isinstance(content, dict)
+        and isinstance(content.get("exit_reason"), str)
+        and all(is_number(content.get(key)) for key in ("wall_clock_s", "objective", "step"))
+        and isinstance(content.get("metrics", {}), dict)
+        and isinstance(content.get("warnings", []), list)
+    )
+
+
+def _are_overrides(content: Any) -> bool:
+    return isinstance(content, list) and all(isinstance(text, str) for text in content)
+
+
+def _are_doctor_lines(content: Any) -> bool:
+    return isinstance(content, list) and all(isinstance(line, dict) for line in content)
 
 
 def environment() -> dict[str, Any]:

@@ -9,13 +9,18 @@ Lines are appended. Readers skip a half-written last line, and a resumed run rem
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from vlmrl.record.files import disk_errors
+from vlmrl.record.lines import read_lines
+
+log = logging.getLogger(__name__)
 
 
 class TokenSpellings:
@@ -27,11 +32,10 @@ class TokenSpellings:
         self._tokenizer = tokenizer
         self._known: set[int] = set()
         if path.exists():
-            self._known = set(read_spellings(path))
-            lines = path.read_bytes().splitlines(keepends=True)
-            if lines and not lines[-1].endswith(b"\n"):
-                with disk_errors(path):
-                    path.write_bytes(b"".join(lines[:-1]))
+            with disk_errors(path):
+                self._known = set(read_spellings(path))
+                content = path.read_bytes()
+                os.truncate(path, content.rfind(b"\n") + 1)  # remove a half-written last line
 
     def add(self, token_ids: Iterable[int]) -> None:
         """Append the new ones of `token_ids`. Raises VlmrlError where the file cannot be written."""
@@ -50,7 +54,10 @@ class TokenSpellings:
         return str(self._tokenizer.convert_ids_to_tokens(token_id))
 
 
-def read_spellings(path: Path) -> dict[int, str]:
-    """Read token id → text. Raises OSError."""
-    lines = (line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n"))
-    return {record["id"]: record["text"] for record in map(orjson.loads, lines)}
+def read_spellings(path: Path, warn: Callable[[str], None] = log.warning) -> dict[int, str]:
+    """Read token id → text. A damaged line is skipped; `warn` is called with a sentence about it. Raises OSError."""
+    return {record["id"]: record["text"] for _, _, record in read_lines(path, _is_spelling, warn)}
+
+
+def _is_spelling(content: Any) -> bool:
+    return isinstance(content, dict) and type(content.get("id")) is int and isinstance(content.get("text"), str)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from vlmrl.config.model import Init
-from vlmrl.config.run import RunConfig
+from vlmrl.config.run import Mode, RunConfig
 from vlmrl.errors import CheckpointError
 from vlmrl.models.checkpoints.built_folders import MANIFEST
 from vlmrl.models.checkpoints.load import HUB_FILES, load_model, resolve_checkpoint
@@ -69,7 +70,14 @@ def export_checkpoint(config: RunConfig, warn: Callable[[str], None]) -> Path:
         raise CheckpointError(f"{run_dir.path} has no checkpoint to export")
     if config.model.lora is not None:
         model = _without_adapters(model, load_model(source, config.model))
-    folder = Path(config.export.folder or run_dir.path / "export" / f"step_{found[0]:06d}")
+    folder = Path(config.export.folder or run_dir.export / f"step_{found[0]:06d}")
+    with RunDir(run_dir.export).lock(Mode.export.name) if config.export.folder is None else nullcontext():
+        _write(model, source, folder, replace=config.export.folder is None)
+    return folder
+
+
+def _write(model: Any, source: Path, folder: Path, *, replace: bool) -> None:
+    """Write the model and the files that go with it. `replace` an earlier export."""
     partial = folder.with_name(f".partial_{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -80,10 +88,9 @@ def export_checkpoint(config: RunConfig, warn: Callable[[str], None]) -> Path:
         is_needed = any(fnmatch(path.name, pattern) for pattern in HUB_FILES)
         if is_needed and not f"/{path.name}".endswith(WRITTEN_BY_EXPORT):
             shutil.copyfile(path, partial / path.name)
-    if config.export.folder is None and folder.exists():  # an earlier export of this run, at its usual place
+    if replace and folder.exists():
         shutil.rmtree(folder)
     partial.rename(folder)
-    return folder
 
 
 def _without_adapters(model: Any, plain: Any) -> Any:

@@ -12,6 +12,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import gc
+import logging
+from collections.abc import Sequence
+from pathlib import Path
 
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import ConfigError, EngineError, Interrupted, RankError, TaskError, TooManyFaultsError
@@ -20,11 +23,14 @@ from vlmrl.orchestrator.interruption import stopped_before
 from vlmrl.orchestrator.loop import ExitReason
 from vlmrl.preflight.settle import settle
 from vlmrl.ranks.rank_group import RankGroup, follow, init_from_environment
+from vlmrl.record.lock import network_file_system
 from vlmrl.record.run_dir import RunDir
 from vlmrl.runs.build import Run, RunFollower, build_run, is_float32
 from vlmrl.runs.modes import MODES, ModeWithoutRun, RunMode
 from vlmrl.runs.saving import save
 from vlmrl.runs.stopping import rank_lost, stopping_on_signals
+
+log = logging.getLogger(__name__)
 
 
 def execute(config: RunConfig) -> float | None:
@@ -52,6 +58,12 @@ def lead(config: RunConfig, rank_group: RankGroup | None) -> float | None:
         mode.run(dataclasses.replace(config, model=dataclasses.replace(config.model, device=mode.device)))
         return None
     config, notes = settle(config)
+    with run_dir_of(config, mode).lock(config.mode.name):
+        return lead_run(config, mode, notes, rank_group)
+
+
+def lead_run(config: RunConfig, mode: RunMode, notes: Sequence[str], rank_group: RankGroup | None) -> float | None:
+    """Run `config` in its folder, whose lock this process holds; returns the objective."""
     run_dir = open_run_dir(config, mode)
     with Monitor(
         config.monitor,
@@ -60,6 +72,10 @@ def lead(config: RunConfig, rank_group: RankGroup | None) -> float | None:
         exact=is_float32(config),
         credit=config.algorithm.credit,
     ) as monitor:
+        if (file_system := network_file_system(run_dir.path)) is not None:
+            log.info(
+                "%s is on %s: its lock reaches other hosts only where the server has locks", run_dir.path, file_system
+            )
         monitor.phase("preparing")
         for note in notes:
             monitor.warn(note)
@@ -78,14 +94,18 @@ def lead(config: RunConfig, rank_group: RankGroup | None) -> float | None:
     return objective
 
 
+def run_dir_of(config: RunConfig, mode: RunMode) -> RunDir:
+    """The directory that the run writes into."""
+    folder = Path(config.output_dir)
+    return RunDir(folder if config.resume is None else folder / mode.folder_in_resumed_run)
+
+
 def open_run_dir(config: RunConfig, mode: RunMode) -> RunDir:
     """Create the run directory, write config.yaml, and point `latest` at it. Raises ConfigError.
 
     A run that continues another writes config.yaml later, once its checkpoint is restored (`restore`).
     """
-    run_dir = RunDir(config.output_dir)
-    if config.resume is not None:
-        run_dir = RunDir(run_dir.path / mode.folder_in_resumed_run)
+    run_dir = run_dir_of(config, mode)
     run_dir.create(resume=config.resume is not None or mode.is_inside_past_run)
     if not mode.continues_run(config):
         run_dir.write_config(config)

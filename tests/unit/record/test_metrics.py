@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -88,11 +89,49 @@ def test_a_half_written_last_line_is_not_read_and_is_dropped_when_the_log_goes_o
     assert path.read_text() == '{"step":1}\n{"step":2}\n'
 
 
-def test_a_damaged_line_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step":1}\nwhat?\n{"step":3}\n')
-    with pytest.raises(VlmrlError, match=r"metrics\.jsonl has a line that is not JSON, at byte 11"):
-        MetricsLog(path)
+DAMAGED = [
+    "what?",
+    "\0\0\0\0",
+    "[2]",
+    "2",
+    "{}",
+    '{"step":"2"}',
+    '{"step":null}',
+    '{"step":1.5}',
+    '{"step":2,"loss":"low"}',
+    '{"step":2,"loss":[1]}',
+    '{"step":1}',
+    '{"step":2}{"step":2}',
+    "[" * 2000,
+]
+"""Complete lines that no run writes after the line of step 1."""
+
+
+@pytest.mark.parametrize("line", DAMAGED)
+def test_a_damaged_line_is_skipped_with_a_warning(line: str, tmp_path: Path) -> None:
+    path, said = tmp_path / "metrics.jsonl", list[str]()
+    path.write_text(f'{{"step":1}}\n{line}\n{{"step":3}}\n')
+    assert read_metrics(path, said.append) == [{"step": 1}, {"step": 3}]
+    assert len(said) == 1
+    assert said[0].startswith(f"line 2 of {path} is damaged (")
+
+
+def test_a_log_with_a_damaged_line_goes_on(tmp_path: Path) -> None:
+    """The line stays, since it may help to find what damaged it."""
+    path, said = tmp_path / "metrics.jsonl", list[str]()
+    path.write_text('{"step":1}\nwhat?\n{"step":3}\n{"step":4}\n')
+    log = MetricsLog(path, said.append)
+    log.truncate_after(3)
+    log.write({"step": 4, "loss": 1})
+    log.close()
+    assert path.read_text() == '{"step":1}\nwhat?\n{"step":3}\n{"step":4,"loss":1}\n'
+    assert set(said) == {f"line 2 of {path} is damaged (it is not JSON) and is skipped"}
+
+
+def test_a_named_pipe_is_no_log(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(VlmrlError, match="it is not a regular file"):
+        MetricsLog(tmp_path / "metrics.jsonl")
 
 
 def test_a_full_disk_raises_and_leaves_no_half_line(tmp_path: Path) -> None:

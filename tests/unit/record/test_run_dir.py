@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -56,7 +58,7 @@ def test_a_relative_path_survives_a_change_of_folder(tmp_path: Path, monkeypatch
 def test_checkpoints_are_found_by_step(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path)
     assert run_dir.checkpoint_steps() == []
-    for name in ("step_000020", "step_000005", "step_000030.tmp", ".step_000040"):
+    for name in ("step_000020", "step_000005", "step_000030.tmp", ".step_000040", "step_²", "step_00000７"):
         (run_dir.checkpoints / name).mkdir(parents=True)
     assert run_dir.checkpoint_steps() == [5, 20]
 
@@ -108,6 +110,32 @@ def test_latest_points_at_the_newest_run(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "outputs").iterdir()) == ["2026-03-01", "2026-03-02", "latest"]
 
 
+def test_a_file_called_latest_is_left_alone_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run_dir = RunDir(tmp_path / "outputs/run")
+    run_dir.create()
+    (tmp_path / "outputs/latest").write_text("precious")
+    run_dir.point_latest()
+    assert (tmp_path / "outputs/latest").read_text() == "precious"
+    assert "outputs/latest does not point to this run" in caplog.text
+
+
+def test_only_our_names_are_files_of_rollouts(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    run_dir.create()
+    names = ("step_000001.jsonl", "step_000012.jsonl", "eval_000012.jsonl")
+    for name in (
+        *names,
+        "step_x_y.jsonl",
+        "step_².jsonl",
+        "eval_.jsonl",
+        "notes_000013.jsonl",
+        ".step_000014.jsonl.tmp",
+    ):
+        (run_dir.rollouts / name).touch()
+    assert (run_dir.rollouts_steps("step"), run_dir.rollouts_steps("eval")) == ([1, 12], [12])
+    assert [path.name for path in run_dir.rollouts_after(1)] == ["eval_000012.jsonl", "step_000012.jsonl"]
+
+
 def test_without_outputs_latest_stands_beside_the_run(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path / "runs/mine")
     run_dir.create()
@@ -155,11 +183,38 @@ def test_the_config_comes_back_equal(tmp_path: Path) -> None:
     assert back.monitor.wandb.mode is WandbMode.auto
 
 
-@pytest.mark.parametrize("content", [None, "a: [", "- 1\n- 2\n", "a: ${\n"])
-def test_a_folder_without_a_config_is_no_run(tmp_path: Path, content: str | None) -> None:
-    if content is not None:
-        (tmp_path / "config.yaml").write_text(content)
-    with pytest.raises(ConfigError, match=rf"^resume={tmp_path}"):
+BOMB = "a: &a [lol]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in pairwise("abcdefghi")
+)
+"""9 to the 8th values in a few lines."""
+CONFIGS: dict[str, bytes | None] = {
+    "absent": None,
+    "not YAML": b"a: [",
+    "a list": b"- 1\n- 2\n",
+    "a number": b"5",
+    "empty interpolation": b"a: ${\n",
+    "an alias bomb": BOMB.encode(),
+    "deep": b"[" * 50_000,
+    "not UTF-8": b"a: \xff\xfe",
+    "NULs": b"\0" * 100,
+    "a tag": b"a: !!python/object/apply:os.system [id]",
+    "a key that is a list": b"? [a]\n: 1",
+}
+"""Contents that no run writes."""
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_folder_without_a_config_is_no_run(name: str, tmp_path: Path) -> None:
+    if (content := CONFIGS[name]) is not None:
+        (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"(?s)^resume={tmp_path}.*: name the folder of a run"):
+        RunDir(tmp_path).read_config()
+
+
+def test_a_named_pipe_is_no_config(tmp_path: Path) -> None:
+    """Its reading would wait for a writer for ever."""
+    os.mkfifo(tmp_path / "config.yaml")
+    with pytest.raises(ConfigError, match="it is not a regular file"):
         RunDir(tmp_path).read_config()
 
 
@@ -195,6 +250,24 @@ def test_summary_comes_back(tmp_path: Path) -> None:
     assert run_dir.read_summary() is None
     run_dir.write_summary({"exit_reason": "finished", "loss": float("nan")})
     assert run_dir.read_summary() == {"exit_reason": "finished", "loss": None}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "\0\0", "[]", "null", "{}", '{"exit_reason":1}', '{"exit_reason":"error","wall_clock_s":"long"}', "[" * 3000],
+)
+def test_a_damaged_summary_counts_as_none_and_is_reported(content: str, tmp_path: Path) -> None:
+    said: list[str] = []
+    (tmp_path / "summary.json").write_text(content)
+    assert RunDir(tmp_path).read_summary(said.append) is None
+    assert said[0].startswith(f"{tmp_path}/summary.json is damaged and is ignored: ")
+
+
+def test_damaged_overrides_count_as_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for content in ("", "{}", "[1]"):
+        (tmp_path / "overrides.json").write_text(content)
+        assert RunDir(tmp_path).read_overrides() is None
+    assert caplog.text.count("overrides.json is damaged") == 3
 
 
 def test_a_summary_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -9,9 +9,8 @@ from collections.abc import Callable, Sequence
 
 from omegaconf import DictConfig
 
-from vlmrl.cli.sweep.jobs import State, claim, of_the_job, state_of
+from vlmrl.cli.sweep.jobs import State, of_the_job, state_of
 from vlmrl.config.run import Mode
-from vlmrl.errors import VlmrlError
 from vlmrl.record.run_dir import RunDir
 
 RESUMABLE = (Mode.rl, Mode.sft)
@@ -23,21 +22,16 @@ def run_what_is_left(
 ) -> float | None:
     """Skip, continue or start the job of a composed `config` (with its `output_dir`); returns the objective.
 
-    Returns None for a job that failed before when `sweep.retry_failed=false`. Raises VlmrlError while another process
+    Returns None for a job that failed before when `sweep.retry_failed=false`. Raises ConfigError while another process
     runs the job.
     """
     run_dir = RunDir(config.output_dir)
-    with claim(run_dir.path) as is_held:
-        if not is_held:
-            raise VlmrlError(
-                f"another process is running the job in {run_dir.path}, so it is not started a second time: wait until "
-                "it ends, or stop it"
-            )
-        state = state_of(run_dir, claimed_by_us=True)
+    with run_dir.lock(str(config.mode.name)):
+        state = state_of(run_dir)
         summary = run_dir.read_summary() or {}
         if state is State.finished:
             print(f"{run_dir.name}: skipped, it has finished before")
-            objective: float | None = summary["objective"]
+            objective: float | None = summary.get("objective")
             return objective
         if state is State.failed and not config.sweep.retry_failed:
             print(f"{run_dir.name}: skipped, it failed before (sweep.retry_failed=false): {summary.get('error')}")

@@ -20,6 +20,9 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from vlmrl.cli.sweep.jobs import runs_in, state_of
 from vlmrl.record.files import disk_errors, write_bytes_atomically
 from vlmrl.record.metrics import ELAPSED, EVAL_GREEDY, EVAL_SAMPLED, Record, read_metrics
@@ -131,8 +134,18 @@ def _target(run: RunDir) -> tuple[float | None, int]:
     """`orchestrator.eval.target` and `.consecutive` of the run; a run that has not started has no target."""
     if not run.config.exists():
         return None, 1
-    evaluation = run.read_config().orchestrator.eval
-    return evaluation.target, evaluation.consecutive
+    config = run.read_config(key="runs")
+    target, consecutive = (_number_of(config, f"orchestrator.eval.{key}") for key in ("target", "consecutive"))
+    return target, int(consecutive or 1)
+
+
+def _number_of(config: DictConfig, key: str) -> float | None:
+    """The value of a dotted key of a recorded config; None where that is no number."""
+    try:
+        value = OmegaConf.select(config, key)
+    except OmegaConfBaseException:
+        return None
+    return value if isinstance(value, int | float) else None
 
 
 def seconds_to_target(evaluations: Sequence[Record], target: float | None, consecutive: int) -> float | None:
@@ -208,11 +221,15 @@ def as_page(rows: Sequence[Row], folder: Path) -> bytes:
     return assembled(
         (FILES / "compare.html").read_bytes(),
         title=f"{len(rows)} runs compared",
-        scripts=[(REPORT_FILES / "vendor/uPlot.iife.min.js").read_text(), (FILES / "compare.js").read_text()],
-        styles=[(REPORT_FILES / "vendor/uPlot.min.css").read_text(), (FILES / "compare.css").read_text()],
+        scripts=[_text(REPORT_FILES / "vendor/uPlot.iife.min.js"), _text(FILES / "compare.js")],
+        styles=[_text(REPORT_FILES / "vendor/uPlot.min.css"), _text(FILES / "compare.css")],
         content=curves,
         body=html_table(rows, folder),
     )
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
 
 
 def html_table(rows: Sequence[Row], folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""The jobs of a sweep: their names, their states, and the lock that keeps two processes from running the same job.
+"""The jobs of a sweep: their names and their states.
 
     overrides ─▶ job_name ─▶ its folder ─▶ state_of ─┬─ new                     start
                                                      ├─ finished                skip; summary.json has the objective
@@ -12,19 +12,15 @@ folders of its earlier jobs. A Slurm job that was put back into the queue is fou
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
-import os
 import re
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 
 from vlmrl.cli.recipe import RECIPE
 from vlmrl.errors import ConfigError
-from vlmrl.record.files import disk_errors
+from vlmrl.record.lock import holder_of
 from vlmrl.record.run_dir import RunDir
 
 NOT_OF_THE_JOB = ("sweep", "monitor")
@@ -32,9 +28,6 @@ NOT_OF_THE_JOB = ("sweep", "monitor")
 
 NAME_LENGTH = 120
 """Longest name of a job, in characters; file systems allow 255 bytes."""
-
-CLAIM_S = 1.0
-"""Seconds to keep trying for a claim, because a process that reads a run's state holds the lock for a moment."""
 
 
 def job_name(overrides: Sequence[str], default: str) -> str:
@@ -88,9 +81,9 @@ class State(Enum):
     """It has done all its steps or reached its target."""
 
 
-def state_of(run_dir: RunDir, *, claimed_by_us: bool = False) -> State:
-    """The state of a run. A run that this process has claimed itself (`claimed_by_us`) does not count as running."""
-    if not claimed_by_us and is_claimed(run_dir.path):
+def state_of(run_dir: RunDir) -> State:
+    """The state of a run. A run whose folder this process has locked itself does not count as running."""
+    if holder_of(run_dir.path) is not None:
         return State.running
     if not run_dir.config.exists():
         return State.new
@@ -99,53 +92,6 @@ def state_of(run_dir: RunDir, *, claimed_by_us: bool = False) -> State:
         return State.killed
     ends = {"error": State.failed, "interrupted": State.stopped}
     return ends.get(summary["exit_reason"], State.finished)
-
-
-# ── one process at a time ───────────────────────────────────────────────────────────────────────────────────
-
-
-@contextlib.contextmanager
-def claim(folder: Path) -> Iterator[bool]:
-    """Make a run's folder and hold its lock while the block runs; yields False if another process holds it.
-
-    The lock ends with the process, even if it is killed. On a file system without locks every claim succeeds.
-    """
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        until = time.monotonic() + CLAIM_S
-        while not (held := _lock(file)) and time.monotonic() < until:
-            time.sleep(0.05)
-        yield held
-    finally:
-        os.close(file)
-
-
-def is_claimed(folder: Path) -> bool:
-    """Whether a process holds the folder's lock now."""
-    try:
-        file = os.open(folder / LOCK, os.O_RDWR)
-    except OSError:  # no process has ever held it, or we may not write to it and so cannot run it either
-        return False
-    try:
-        return not _lock(file)
-    finally:
-        os.close(file)
-
-
-LOCK = ".lock"
-"""Name of the empty lock file in a run's folder. The kernel releases the lock; the file stays."""
-
-
-def _lock(file: int) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # no locks on this file system
-        return True
-    return True
 
 
 # ── a sweep's folder ────────────────────────────────────────────────────────────────────────────────────────

@@ -71,11 +71,6 @@ def evenly(count: int, wanted: int) -> list[int]:
     return [round(i * (count - 1) / (wanted - 1)) for i in range(wanted)]
 
 
-def recorded_steps(run_dir: RunDir, kind: str) -> list[int]:
-    """The steps that have a file of rollouts. `kind` is "step" or "eval"."""
-    return sorted(int(path.stem.split("_")[1]) for path in run_dir.rollouts.glob(f"{kind}_*.jsonl"))
-
-
 def choose(
     run_dir: RunDir,
     shape: Shape,
@@ -94,13 +89,13 @@ def choose(
             choice.add(run_dir.rollouts_file("eval", evaluations[index]), problem)
 
     room = wanted - 2 * len(shown) * len(problems)
-    linear = [(step, group) for step in steps for group in range(shape.groups_per_step)]
-    for index in evenly(len(linear), -(-room // shape.group_size)):
-        step, group = linear[index]
-        choice.add(run_dir.rollouts_file("step", step), group)
+    for index in evenly(len(steps) * shape.groups_per_step, -(-room // shape.group_size)):
+        place, group = divmod(index, shape.groups_per_step)
+        choice.add(run_dir.rollouts_file("step", steps[place]), group)
 
+    recorded = set(steps)
     for reason, having in _steps_with_drops(metrics).items():
-        here = [step for step in having if step in set(steps)]
+        here = [step for step in having if step in recorded]
         for index in evenly(len(here), DROPPED_GROUPS):
             choice.dropped.setdefault(run_dir.rollouts_file("step", here[index]), set()).add(reason)
     return choice

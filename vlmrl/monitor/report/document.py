@@ -23,28 +23,40 @@ from __future__ import annotations
 
 import base64
 import io
+import logging
 import math
+import re
 import sys
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 import PIL.Image
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from vlmrl.config.secrets import redacted
 from vlmrl.errors import ConfigError
-from vlmrl.monitor.report.choice import Choice, Shape, choose, recorded_steps
+from vlmrl.monitor.report.choice import Choice, Shape, choose
+from vlmrl.record.files import read_small
 from vlmrl.record.metrics import Record, read_metrics
 from vlmrl.record.rollouts import RolloutRecord, TurnRecord, read_rollouts
 from vlmrl.record.run_dir import RunDir
 from vlmrl.record.tokens import read_spellings
+
+log = logging.getLogger(__name__)
+
+GROUP = re.compile(r"[^/]+/[^/]+/([0-9]{1,9})/[^/]+")
+"""A rollout id."""
+
+INT32: tuple[Literal["prompt_token_ids", "completion_ids", "versions"], ...]
+INT32 = ("prompt_token_ids", "completion_ids", "versions")
+"""Keys of a turn whose numbers the page stores as int32."""
 
 MAX_ROLLOUTS = 2000
 """Most rollouts of a page, over all its runs. Fewer if they are long or have many large images."""
@@ -54,6 +66,8 @@ MAX_IMAGE_BYTES = 24 * 2**20
 """Most bytes of encoded images on a page."""
 MAX_IMAGE_SIDE = 512
 """Pixels. A larger image is reduced; the original is in images/."""
+DAMAGED_IMAGE = (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError)
+"""What PIL raises for a damaged PNG."""
 LOSSLESS_BYTES = 64 * 2**10
 """An image of at most this size is embedded unchanged."""
 
@@ -70,7 +84,10 @@ class Pictures:
         found = {}
         for hash in hashes:
             if hash not in self.encoded and run_dir.image(hash).exists():
-                self.encoded[hash] = encode(run_dir.image(hash))
+                try:
+                    self.encoded[hash] = encode(run_dir.image(hash))
+                except DAMAGED_IMAGE as error:
+                    log.warning("%s cannot be read, so the page shows no such image: %s", run_dir.image(hash), error)
             if hash in self.encoded:
                 found[hash] = self.encoded[hash]
         return found
@@ -78,8 +95,8 @@ class Pictures:
 
 def encode(path: Path) -> dict[str, Any]:
     """The entry of an image: the file itself, or a reduced JPEG if it is large. Raises OSError."""
-    data, kind = path.read_bytes(), "png"
-    with PIL.Image.open(io.BytesIO(data)) as picture:
+    data, kind = read_small(path), "png"
+    with PIL.Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
         width, height = picture.size
         if whole := len(data) <= LOSSLESS_BYTES and max(width, height) <= MAX_IMAGE_SIDE:
             pass
@@ -115,7 +132,7 @@ class Rollouts:
 
     def add(self, record: RolloutRecord) -> None:
         """Add a recorded rollout."""
-        label, step, group, _ = record["rollout_id"].split("/")
+        label, step, group, _ = record["rollout_id"].split("/")  # `read_groups` leaves out other ids
         self.rollouts.append(
             {
                 "id": record["rollout_id"],
@@ -203,16 +220,24 @@ def packed(values: array[Any]) -> str:
 
 
 def read_groups(choice: Choice) -> Iterator[RolloutRecord]:
-    """Read the chosen rollouts, file by file. A file that a resumed run has deleted in the meantime is skipped."""
+    """Read the chosen rollouts, file by file. A file that a resumed run has deleted in the meantime is skipped, and so
+    is a damaged line, with a warning."""
     for path in choice.paths:
         numbers = set(choice.groups.get(path, ()))
-        if not path.exists():
-            continue
-        for reason in choice.dropped.get(path, ()):
-            having = (record for record in read_rollouts(path) if record["dropped"] == reason)
-            if (first := next(having, None)) is not None:
-                numbers.add(_group(first["rollout_id"]))
-        yield from read_rollouts(path, _of_groups(numbers))
+        with suppress(FileNotFoundError):
+            for reason in choice.dropped.get(path, ()):
+                having = (each for each in _readable_rollouts(path) if each["dropped"] == reason)
+                if (first := next(having, None)) is not None:
+                    numbers.add(_group(first["rollout_id"]))
+            yield from _readable_rollouts(path, _of_groups(numbers))
+
+
+def _readable_rollouts(path: Path, wanted: Callable[[str], bool] = lambda rollout_id: True) -> Iterator[RolloutRecord]:
+    """The rollouts of a file whose ids have the usual form and whose numbers fit into the page's arrays."""
+    for record in read_rollouts(path, wanted, log.warning):
+        numbers = (turn[key] for turn in record["turns"] for key in INT32)
+        if _group(record["rollout_id"]) >= 0 and max((max(each, default=0) for each in numbers), default=0) < 2**31:
+            yield record
 
 
 def _of_groups(numbers: set[int]) -> Callable[[str], bool]:
@@ -220,7 +245,9 @@ def _of_groups(numbers: set[int]) -> Callable[[str], bool]:
 
 
 def _group(rollout_id: str) -> int:
-    return int(rollout_id.split("/")[2])
+    """The number of the group in `train/000012/03/001`; -1 for an id of another form."""
+    found = GROUP.fullmatch(rollout_id)
+    return int(found[1]) if found else -1
 
 
 # ── a run ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -245,13 +272,11 @@ class ReportedRun:
     def read(name: str, run_dir: RunDir) -> ReportedRun:
         """Read a run. Raises ConfigError where the folder holds no run, VlmrlError where a file is damaged."""
         try:
-            config = flat(redacted(OmegaConf.to_container(OmegaConf.load(run_dir.config))))
-            shape = Shape(
-                config["orchestrator.groups_per_step"],
-                config["orchestrator.group_size"],
-                config["orchestrator.eval.problems"],
-            )
-        except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError, AttributeError, KeyError) as error:
+            config = flat(redacted(OmegaConf.to_container(run_dir.read_config_and_environment())))
+            numbers = [config[f"orchestrator.{key}"] for key in ("groups_per_step", "group_size", "eval.problems")]
+            if not all(isinstance(number, int) and number >= 1 for number in numbers):
+                raise KeyError(f"groups_per_step, group_size and eval.problems are {numbers}")
+        except (OmegaConfBaseException, AttributeError, KeyError, ValueError, TypeError, RecursionError) as error:
             raise ConfigError(
                 f"run={run_dir.path} holds no config.yaml of a run ({error}), so there is nothing to show: name the "
                 "folder of a run, for example outputs/latest"
@@ -262,10 +287,10 @@ class ReportedRun:
             run_dir=run_dir,
             config={key: value for key, value in config.items() if not key.startswith(prefix)},
             environment={key.removeprefix(prefix): value for key, value in config.items() if key.startswith(prefix)},
-            shape=shape,
+            shape=Shape(*numbers),
             metrics=read_metrics(run_dir.metrics) if run_dir.metrics.exists() else [],
-            steps=recorded_steps(run_dir, "step"),
-            evaluations=recorded_steps(run_dir, "eval"),
+            steps=run_dir.rollouts_steps("step"),
+            evaluations=run_dir.rollouts_steps("eval"),
         )
 
     def document(self, rollouts: Rollouts) -> dict[str, Any]:
@@ -283,7 +308,7 @@ class ReportedRun:
             "summary": summary,
             "environment": self.environment,
             "config": self.config,
-            "doctor": orjson.loads(run_dir.doctor.read_bytes()) if run_dir.doctor.exists() else None,
+            "doctor": run_dir.read_doctor(),
             "metrics": columns(self.metrics),
             "supervised": columns(read_metrics(run_dir.supervised) if run_dir.supervised.exists() else []),
             "spellings": {str(id): text for id, text in spellings.items() if id in shown},

@@ -57,8 +57,8 @@ def temporary_of(target: Path, pid: int) -> Path:
 def html(content: Mapping[str, Any]) -> bytes:
     """The report's page."""
     title = " · ".join(run["name"] for run in content["runs"])
-    scripts = [(FILES / name).read_text() for name in SCRIPTS]
-    styles = [(FILES / name).read_text() for name in STYLES]
+    scripts = [(FILES / name).read_text(encoding="utf-8") for name in SCRIPTS]
+    styles = [(FILES / name).read_text(encoding="utf-8") for name in STYLES]
     return assembled((FILES / "page.html").read_bytes(), title=title, scripts=scripts, styles=styles, content=content)
 
 

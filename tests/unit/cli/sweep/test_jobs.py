@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from omegaconf import DictConfig
 
+from support.lock_holders import locked_by_another
 from vlmrl.cli.sweep.again import run_what_is_left
-from vlmrl.cli.sweep.jobs import NAME_LENGTH, State, claim, job_name, runs_in, state_of
+from vlmrl.cli.sweep.jobs import NAME_LENGTH, State, job_name, runs_in, state_of
 from vlmrl.config.run import RunConfig
-from vlmrl.errors import ConfigError, VlmrlError
+from vlmrl.errors import ConfigError
+from vlmrl.record.lock import LOCK_FILE
 from vlmrl.record.run_dir import RunDir
 
 # ── names ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -73,31 +73,13 @@ def end(run_dir: RunDir, exit_reason: str | None) -> None:
 def test_state(exit_reason: str | None, state: State, run_dir: RunDir) -> None:
     end(run_dir, exit_reason)
     assert state_of(run_dir) is state
-    with claim(run_dir.path) as is_held:
-        assert is_held
+    with locked_by_another(run_dir.path):
         assert state_of(run_dir) is State.running
     assert state_of(run_dir) is state
 
 
 def test_a_folder_without_a_config_is_new(tmp_path: Path) -> None:
     assert state_of(RunDir(tmp_path)) is State.new
-
-
-def test_a_claim_ends_with_its_process_however_that_ends(run_dir: RunDir) -> None:
-    code = (
-        "import sys, time; from pathlib import Path; from vlmrl.cli.sweep.jobs import claim\n"
-        "with claim(Path(sys.argv[1])) as held: print(held, flush=True); time.sleep(600)"
-    )
-    with subprocess.Popen([sys.executable, "-c", code, str(run_dir.path)], stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "True\n"
-        assert state_of(run_dir) is State.running
-        with claim(run_dir.path) as is_held:
-            assert not is_held
-        other.kill()
-        other.wait()
-    with claim(run_dir.path) as is_held:
-        assert is_held
 
 
 # ── what is left ────────────────────────────────────────────────────────────────────────────────────────────
@@ -129,7 +111,7 @@ def test_what_is_left(
     started: list[DictConfig] = []
 
     def start(config: DictConfig) -> float:
-        assert state_of(run_dir) is State.running, "it is claimed while it runs"
+        assert (run_dir.path / LOCK_FILE).exists(), "it is locked while it runs"
         started.append(config)
         return 0.75
 
@@ -166,7 +148,7 @@ def test_a_new_job_is_started_and_an_evaluation_is_done_again(
 def test_what_another_process_runs_is_left_to_it(run_dir: RunDir, composed: Callable[..., DictConfig]) -> None:
     config = composed()
     config.output_dir = str(run_dir.path)
-    with claim(run_dir.path), pytest.raises(VlmrlError, match="another process is running the job"):
+    with locked_by_another(run_dir.path), pytest.raises(ConfigError, match="is in use by process"):
         run_what_is_left(config, [], lambda config: pytest.fail("started"))
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from support.report_runs import IMAGE_TOKEN, noise, one_rollout, one_turn, ordinary_rollout, record
 from vlmrl.config.run import RunConfig
-from vlmrl.errors import ConfigError, VlmrlError
+from vlmrl.errors import ConfigError
 from vlmrl.monitor.report import document as document_module
 from vlmrl.monitor.report.document import document, encode
 from vlmrl.record.rollouts import RolloutRecord, read_rollouts
@@ -245,8 +245,24 @@ def test_a_folder_without_a_run(tmp_path: Path, what: str) -> None:
         document({"run": RunDir(folder)}, {})
 
 
-def test_a_damaged_file_is_named(tmp_path: Path, config: RunConfig) -> None:
+def test_damage_costs_what_is_damaged(tmp_path: Path, config: RunConfig, caplog: pytest.LogCaptureFixture) -> None:
+    """The page of a run shows everything else, and a warning names each damaged file."""
     run_dir = small_run(tmp_path / "run", config)
+    whole = document({"run": run_dir}, {})["runs"][0]
     run_dir.rollouts_file("step", 2).write_text('{"rollout_id":"train/000002/00/00",}\n')
-    with pytest.raises(VlmrlError, match=r"step_000002\.jsonl, line 1 is not JSON"):
-        document({"run": run_dir}, {})
+    (run_dir.rollouts / "step_x_y.jsonl").write_text("{}\n")
+    (run_dir.rollouts / "step_².jsonl").write_text("{}\n")
+    picture = min(run_dir.images.iterdir())
+    picture.write_bytes(picture.read_bytes()[:20])
+    run_dir.summary.write_bytes(b"")
+    run_dir.doctor.write_bytes(b"[1]")
+    run_dir.tokens.write_bytes(b"what?\n" + (run_dir.tokens.read_bytes() if run_dir.tokens.exists() else b""))
+    run_dir.metrics.write_bytes(b"what?\n" + run_dir.metrics.read_bytes())
+    damaged = document({"run": run_dir}, {})["runs"][0]
+    assert damaged["metrics"] == whole["metrics"]
+    assert damaged["spellings"] == whole["spellings"]
+    trained = {each["step"] for each in damaged["rollouts"] if each["split"] == "train"}
+    assert trained == {each["step"] for each in whole["rollouts"] if each["split"] == "train"} - {2}
+    assert (damaged["summary"], damaged["doctor"]) == (None, None)
+    for name in ("step_000002.jsonl", picture.name, "summary.json", "doctor.json", "tokens.jsonl", "metrics.jsonl"):
+        assert name in caplog.text

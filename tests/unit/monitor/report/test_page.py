@@ -103,7 +103,7 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(run_dir: RunDir, tmp_p
         write_report({"run": run_dir}, tmp_path / "gone/report.html", {})
     write_report({"run": run_dir}, run_dir.report, {})
     before = run_dir.report.read_bytes()
-    run_dir.rollouts_file("step", 1).write_text("{,}\n")
+    run_dir.config.write_text("a: [")
     with pytest.raises(VlmrlError):
         write_report({"run": run_dir}, run_dir.report, {})
     assert run_dir.report.read_bytes() == before
@@ -187,11 +187,11 @@ def test_the_page_is_written_in_the_background_and_again_at_the_end(run_dir: Run
 
 
 def test_a_page_that_fails_is_reported_and_its_log_says_why(run_dir: RunDir) -> None:
-    run_dir.rollouts_file("step", 1).write_text("{,}\n")
+    run_dir.config.write_text("a: [")
     writer = ReportWriter(run_dir)
     assert writer.start(), "not known yet"
     assert not writer.finish()
-    assert "step_000001.jsonl, line 1 is not JSON" in run_dir.report_log.read_text()
+    assert "holds no config.yaml of a run" in run_dir.report_log.read_text()
 
 
 def test_a_page_that_hangs_does_not_keep_the_run_from_ending(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,137 @@
+"""Check that a line of rollouts/*.jsonl is a rollout as `record_line` writes it, before anything computes with it.
+
+A run folder may have been edited or damaged, or come from a stranger. Readers index arrays of equal length
+and open files named after hashes, so all of this is checked here, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vlmrl.record.files import is_number
+
+MAX_INT64 = 2**63 - 1
+"""Largest token id, offset and policy version that an array can store."""
+
+
+def is_rollout(record: Any) -> bool:
+    """Whether `record` has the keys and types of `vlmrl.record.rollouts.RolloutRecord`; more keys are allowed."""
+    if not _has(record, ROLLOUT):
+        return False
+    previous: Mapping[str, Any] | None = None
+    for turn in record["turns"]:
+        if not _is_turn(turn, previous):
+            return False
+        previous = turn
+    return True
+
+
+def _is_turn(turn: Any, previous: Mapping[str, Any] | None) -> bool:
+    if not _has(turn, TURN) or (previous is None and turn["prompt_offset"] != 0):
+        return False
+    count = len(turn["completion_ids"])
+    if len(turn["logprobs"]) != count or len(turn["versions"]) != count:
+        return False
+    for name in ("trainer_logprobs", "entropies"):  # old records lack them
+        value = turn.get(name)
+        if value is not None and not (_numbers(value) and len(value) == count):
+            return False
+    return all(_is_message(message) for message in turn["messages"])
+
+
+def _is_message(message: Any) -> bool:
+    return (
+        isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content"), list)
+        and all(map(_is_part, message["content"]))
+    )
+
+
+def _is_part(part: Any) -> bool:
+    if not isinstance(part, dict):
+        return False
+    if part.get("type") == "text":
+        return isinstance(part.get("text"), str)
+    return part.get("type") == "image" and (part.get("hash") is None or _is_hash(part["hash"]))
+
+
+def _is_hash(value: Any) -> bool:
+    """A hash names a file in images/, so it must not lead out of that folder."""
+    return isinstance(value, str) and value.isascii() and value.replace("_", "").replace("-", "").isalnum()
+
+
+def _has(record: Any, checks: Mapping[str, Callable[[Any], bool]]) -> bool:
+    return isinstance(record, dict) and all(name in record and check(record[name]) for name, check in checks.items())
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_text_or_none(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MAX_INT64
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, list) and (not value or (set(map(type, value)) == {int} and _in_range(value)))
+
+
+def _in_range(values: list[int]) -> bool:
+    return min(values) >= -1 and max(values) <= MAX_INT64
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, list) and set(map(type, value)) <= {int, float, type(None)}
+
+
+def _placeholders(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(place, list) and len(place) == 3 and _counts(place[:2]) and _is_hash(place[2]) for place in value
+    )
+
+
+def _metrics(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(is_number, value.values()))
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+ROLLOUT: Mapping[str, Callable[[Any], bool]] = {
+    "rollout_id": _is_text,
+    "problem_id": _is_text,
+    "step": _is_count,
+    "split": _is_text,
+    "index": _is_count,
+    "reward": is_number,
+    "metrics": _metrics,
+    "stop_reason": _is_text,
+    "dropped": _is_text_or_none,
+    "error": _is_text_or_none,
+    "seconds": is_number,
+    "turns": _is_list,
+}
+"""Key of a rollout → what its value must be."""
+
+TURN: Mapping[str, Callable[[Any], bool]] = {
+    "branch": _is_count,
+    "messages": _is_list,
+    "prompt_offset": _is_count,
+    "prompt_token_ids": _counts,
+    "placeholders": _placeholders,
+    "completion_ids": _counts,
+    "logprobs": _numbers,
+    "versions": _counts,
+    "finish_reason": _is_text,
+    "text": _is_text,
+    "reward": is_number,
+    "advantage": is_number,
+}
+"""Key of a turn → what its value must be."""
