@@ -7,6 +7,8 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 
+from vlmrl.ranks.environment import number
+
 MIB = 1 << 20
 
 
@@ -38,7 +40,7 @@ def find_machine() -> Machine:
     """This host. Runs `nvidia-smi` where it is installed, which takes a fraction of a second."""
     pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    ranks = number(os.environ, "LOCAL_WORLD_SIZE", least=1, default=1)
     return Machine(visible(_nvidia_smi(), os.environ.get("CUDA_VISIBLE_DEVICES")), cores, pages * page, ranks)
 
 

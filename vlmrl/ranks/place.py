@@ -15,8 +15,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vlmrl.errors import ConfigError
-from vlmrl.ranks.slurm import first_host, serving_tasks, tasks_of_step
+from vlmrl.ranks.environment import PORTS, number, text
+from vlmrl.ranks.slurm import check_step, first_host, serving_tasks, step_number, tasks_of_step
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -51,7 +51,8 @@ def remember_place(place: Place | None) -> None:
 
 
 def find_place(environment: Mapping[str, str] = os.environ) -> Place:
-    """The place of this process. Raises `ConfigError` where some of the launcher's variables are missing.
+    """The place of this process. Raises `ConfigError` where the launcher's variables are no numbers, contradict
+    each other, or are there in part.
 
     >>> find_place({})
     Place(rank=0, size=1, local_rank=0, address='', port=0)
@@ -60,24 +61,26 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place:
     """
     if _joined is not None and environment is os.environ:
         return _joined
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        missing = [name for name in TORCHRUN if name not in environment]
-        if missing and environment["WORLD_SIZE"] != "1":
-            raise ConfigError(
-                f"WORLD_SIZE={environment['WORLD_SIZE']} is set without {', '.join(missing)}, so the ranks cannot "
-                "meet: start the run with torchrun or srun, or unset RANK and WORLD_SIZE."
-            )
-        rank, size, local_rank = (int(environment.get(name, 0)) for name in TORCHRUN[:3])
-        return Place(rank, size, local_rank, environment.get("MASTER_ADDR", ""), int(environment.get("MASTER_PORT", 0)))
-    size = tasks_of_step(environment) - serving_tasks()
+    check_step(environment)
+    if "RANK" in environment or environment.get("WORLD_SIZE", "1") != "1":
+        size = number(environment, "WORLD_SIZE", least=1)
+        alone = 0 if size == 1 else None  # one process needs no more than RANK and WORLD_SIZE
+        return Place(
+            rank=number(environment, "RANK", below=size),
+            size=size,
+            local_rank=number(environment, "LOCAL_RANK", default=alone),
+            address=text(environment, "MASTER_ADDR") if alone is None else environment.get("MASTER_ADDR", ""),
+            port=number(environment, "MASTER_PORT", below=PORTS, default=alone),
+        )
+    tasks = tasks_of_step(environment)
+    size = tasks - serving_tasks()
     if size == 1:
         return Place()
-    job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
-    one_host = environment.get("SLURM_STEP_NUM_NODES") == "1"
+    one_host = number(environment, "SLURM_STEP_NUM_NODES", least=1) == 1
     return Place(
-        rank=int(environment["SLURM_PROCID"]),
+        rank=number(environment, "SLURM_PROCID", below=tasks),
         size=size,
-        local_rank=int(environment["SLURM_LOCALID"]),
-        address="127.0.0.1" if one_host else first_host(environment["SLURM_STEP_NODELIST"]),
-        port=FIRST_PORT + (31 * job + step) % PORT_COUNT,
+        local_rank=number(environment, "SLURM_LOCALID", below=tasks),
+        address="127.0.0.1" if one_host else first_host(text(environment, "SLURM_STEP_NODELIST")),
+        port=FIRST_PORT + step_number(environment) % PORT_COUNT,
     )

@@ -29,6 +29,8 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 
 from vlmrl.errors import ConfigError, VlmrlError
+from vlmrl.ranks.environment import number, text
+from vlmrl.ranks.handshake import HANDSHAKE_TIMEOUT_S, MAX_EXAMINED, limited
 
 QUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 """Signals that mean: save, and continue later. `#SBATCH --signal` chooses one; submitit uses SIGUSR2."""
@@ -44,7 +46,25 @@ def in_step(environment: Mapping[str, str] = os.environ) -> bool:
 
 def is_restarted(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether its job was requeued and now runs again."""
-    return in_step(environment) and int(environment.get("SLURM_RESTART_COUNT", 0)) > 0
+    return in_step(environment) and number(environment, "SLURM_RESTART_COUNT", default=0) > 0
+
+
+def check_step(environment: Mapping[str, str] = os.environ) -> None:
+    """Raises `ConfigError` where the variables of a step are there in part, or are no numbers. It is called first, so
+    that what is read later, in the middle of composing a config, is sound."""
+    if in_step(environment):
+        for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"):
+            number(environment, name)
+        is_restarted(environment)
+        number(environment, "SLURM_PROCID", below=tasks_of_step(environment))
+        nodes(environment)
+    elif tasks_of_step(environment) > 1:
+        text(environment, "SLURM_STEP_ID")
+
+
+def step_number(environment: Mapping[str, str] = os.environ) -> int:
+    """A number that is the same for all tasks of a step, and most likely another in other steps."""
+    return 31 * number(environment, "SLURM_JOB_ID") + number(environment, "SLURM_STEP_ID")
 
 
 def in_step_of_batch_job(environment: Mapping[str, str] = os.environ) -> bool:
@@ -60,7 +80,7 @@ def run_folder_prefix(environment: Mapping[str, str] = os.environ) -> str:
     'slurm/1234.0'
     """
     if in_step_of_batch_job(environment):
-        return f"slurm/{environment['SLURM_JOB_ID']}.{environment['SLURM_STEP_ID']}"
+        return f"slurm/{number(environment, 'SLURM_JOB_ID')}.{number(environment, 'SLURM_STEP_ID')}"
     return f"{datetime.now():%Y-%m-%d/%H-%M-%S}"
 
 
@@ -76,7 +96,7 @@ def requeue(number: int, handler_before: object) -> None:
         except RuntimeError as error:  # submitit's UncompletedJobError: the job was requeued as often as allowed
             raise VlmrlError(f"{error} Continue the run by hand with the same command.") from error
         return
-    job = os.environ["SLURM_JOB_ID"]
+    job = text(os.environ, "SLURM_JOB_ID")
     answer = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=SCONTROL_TIMEOUT_S)
     if answer.returncode != 0:
         raise VlmrlError(
@@ -139,7 +159,7 @@ def divide_tasks(count: int) -> None:
 
 def tasks_of_step(environment: Mapping[str, str] = os.environ) -> int:
     """How many tasks srun started in this step, including this one; 1 outside Slurm."""
-    return int(environment.get("SLURM_STEP_NUM_TASKS", 1))
+    return number(environment, "SLURM_STEP_NUM_TASKS", least=1, default=1)
 
 
 def serving_tasks() -> int:
@@ -149,9 +169,10 @@ def serving_tasks() -> int:
 
 def server_index(environment: Mapping[str, str] = os.environ) -> int | None:
     """The index of the server that this task runs; None for a task that trains."""
-    if not in_step(environment):
+    if not in_step(environment) or serving_tasks() == 0:
         return None
-    index = int(environment["SLURM_PROCID"]) - tasks_of_step(environment) + serving_tasks()
+    tasks = tasks_of_step(environment)
+    index = number(environment, "SLURM_PROCID", below=tasks) - tasks + serving_tasks()
     return index if index >= 0 else None
 
 
@@ -166,21 +187,21 @@ def first_gpu(count: int, training: int, environment: Mapping[str, str] = os.env
     >>> [first_gpu(2, 2, server) for server in [*servers, {"SLURM_PROCID": "4", "SLURM_LOCALID": "1"}]]
     [2, 0, 2]
     """
-    local, task = int(environment["SLURM_LOCALID"]), int(environment["SLURM_PROCID"])
+    local, task = number(environment, "SLURM_LOCALID"), number(environment, "SLURM_PROCID")
     training_here = max(0, training - (task - local))
     return training_here + (local - training_here) * count
 
 
 def nodes(environment: Mapping[str, str] = os.environ) -> int:
     """How many hosts this step's tasks run on; 1 outside Slurm."""
-    return int(environment.get("SLURM_STEP_NUM_NODES", 1))
+    return number(environment, "SLURM_STEP_NUM_NODES", least=1, default=1)
 
 
 def step_name(environment: Mapping[str, str] = os.environ) -> str:
     """A name for this execution of this step. It changes with every requeue, so files of an earlier execution have
     another name."""
-    parts = (environment["SLURM_JOB_ID"], environment["SLURM_STEP_ID"], environment.get("SLURM_RESTART_COUNT", "0"))
-    return ".".join(parts)
+    job, step = (number(environment, name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    return f"{job}.{step}.{number(environment, 'SLURM_RESTART_COUNT', default=0)}"
 
 
 _is_held = False
@@ -191,30 +212,79 @@ def holding_servers() -> Iterator[None]:
     """On task 0: keep the server tasks running during the block. They end with this process, however it ends."""
     global _is_held
     count = serving_tasks()
-    if count == 0 or _is_held or os.environ["SLURM_PROCID"] != "0":
+    if count == 0 or _is_held or number(os.environ, "SLURM_PROCID") != 0:
         yield
         return
     _, port = _meeting_point()
-    held: list[socket.socket] = []
-    with socket.create_server(("127.0.0.1" if nodes() == 1 else "", port), backlog=count) as listener:
-
-        def hold() -> None:
-            while len(held) < count:
-                try:
-                    held.append(listener.accept()[0])
-                except OSError:  # the listener is closed, because the block has ended
-                    return
-
-        holder = threading.Thread(target=hold, daemon=True)
-        holder.start()
+    with _listen(port, count) as listener:
+        servers = _Servers(listener)
         _is_held = True
         try:
             yield
         finally:
             _is_held = False
-            holder.join(ARRIVAL_TIMEOUT_S)
-            for connection in held:
-                connection.close()
+            servers.close(count)
+
+
+def _listen(port: int, count: int) -> socket.socket:
+    """The socket on which task 0 accepts `count` server tasks. Raises VlmrlError."""
+    try:
+        return socket.create_server(("127.0.0.1" if nodes() == 1 else "", port), backlog=max(count, MAX_EXAMINED))
+    except OSError as error:
+        raise VlmrlError(
+            f"port {port}, on which this step's server tasks meet task 0, cannot be used ({error}), so no server would "
+            "serve this run: submit the job again, which chooses another port, or end the program that has this one."
+        ) from error
+
+
+class _Servers:
+    """The connections of task 0 to the server tasks. Whoever connects and does not say that it is one is sent away."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self._listener = listener
+        self._held: list[socket.socket] = []
+        self._arrived = threading.Condition()
+        self._accepting = threading.Thread(target=self._accept, daemon=True)
+        self._accepting.start()
+
+    def close(self, count: int) -> None:
+        """Close the connections when `count` tasks have arrived, or after `ARRIVAL_TIMEOUT_S`."""
+        with self._arrived:
+            self._arrived.wait_for(lambda: len(self._held) >= count, ARRIVAL_TIMEOUT_S)
+        self._listener.shutdown(socket.SHUT_RDWR)  # wakes `accept`
+        self._accepting.join()
+        for connection in self._held:
+            connection.close()
+
+    def _accept(self) -> None:
+        examined = threading.BoundedSemaphore(MAX_EXAMINED)
+        while True:
+            examined.acquire()
+            try:
+                incoming, _ = self._listener.accept()
+            except OSError:  # `close`
+                return
+            threading.Thread(target=self._examine, args=(incoming, examined), daemon=True).start()
+
+    def _examine(self, incoming: socket.socket, examined: threading.BoundedSemaphore) -> None:
+        hello, found = _hello(), b""
+        with suppress(OSError), limited(incoming):
+            while len(found) < len(hello) and (more := incoming.recv(len(hello) - len(found))):
+                found += more
+            if found == hello:
+                incoming.sendall(hello)
+        examined.release()
+        if found != hello:
+            incoming.close()
+            return
+        with self._arrived:
+            self._held.append(incoming)
+            self._arrived.notify()
+
+
+def _hello() -> bytes:
+    """What a server task says to task 0 of its step."""
+    return f"vlmrl server of step {step_name()}\n".encode()
 
 
 async def run_is_over() -> None:
@@ -223,25 +293,40 @@ async def run_is_over() -> None:
     give_up = time.monotonic() + CONNECT_TIMEOUT_S
     while True:
         try:
-            reader, writer = await asyncio.open_connection(address, port)
+            reader, writer = await _greet(address, port)
             break
         except OSError as error:
             if time.monotonic() > give_up:
                 raise VlmrlError(
-                    f"task 0 of this step did not answer at {address}:{port} within {CONNECT_TIMEOUT_S:.0f} s, so this "
-                    "server has no run to serve: see the output of task 0."
+                    f"task 0 of this step did not answer at {address}:{port} within {CONNECT_TIMEOUT_S:.0f} s "
+                    f"({error}), so this server has no run to serve: see the output of task 0."
                 ) from error
             await asyncio.sleep(0.5)
-    with suppress(ConnectionError):
-        await reader.read()
-    writer.close()
+    try:
+        with suppress(ConnectionError):
+            await reader.read()
+    finally:
+        writer.close()
+
+
+async def _greet(address: str, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect to task 0. Raises OSError where it does not answer, or another program does."""
+    reader, writer = await asyncio.open_connection(address, port)
+    writer.write(_hello())
+    try:
+        answer = await asyncio.wait_for(reader.read(len(_hello())), HANDSHAKE_TIMEOUT_S)
+        if answer != _hello():
+            raise ConnectionError("another program answers")
+    except BaseException:
+        writer.close()
+        raise
+    return reader, writer
 
 
 def _meeting_point() -> tuple[str, int]:
     """The address and port on which task 0 accepts server tasks."""
-    job, step = int(os.environ["SLURM_JOB_ID"]), int(os.environ["SLURM_STEP_ID"])
-    address = "127.0.0.1" if nodes() == 1 else first_host(os.environ["SLURM_STEP_NODELIST"])
-    return address, FIRST_PORT + (31 * job + step) % PORT_COUNT
+    address = "127.0.0.1" if nodes() == 1 else first_host(text(os.environ, "SLURM_STEP_NODELIST"))
+    return address, FIRST_PORT + step_number() % PORT_COUNT
 
 
 def first_host(nodes: str) -> str:
@@ -251,5 +336,9 @@ def first_host(nodes: str) -> str:
     ['gpu07', 'a', 'rack1-node3', 'r2n01']
     """
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
-    assert first is not None, nodes
+    if first is None:
+        raise ConfigError(
+            f"SLURM_STEP_NODELIST={nodes!r} names no host, so the tasks of this step cannot find each other: start the "
+            "run with srun, or unset the SLURM_ variables."
+        )
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0])

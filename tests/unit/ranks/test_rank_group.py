@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from support import TESTS
-from support.ranks import EndedRank, ended, start
+from support import TESTS, processes
+from support.ranks import EndedRank, ended, environments, start
 from vlmrl.errors import ConfigError
 from vlmrl.ranks.commands import Command
 from vlmrl.ranks.place import Place, find_place
@@ -29,6 +29,7 @@ SLURM = {
     "SLURM_STEP_NUM_NODES": "2",
     "SLURM_STEP_NODELIST": "gpu[03-04]",
 }
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
 
 
 def group_of_three(trouble: str) -> list[EndedRank]:
@@ -237,10 +238,66 @@ def test_a_batch_script_is_one_process() -> None:
 
 
 def test_torchrun_in_a_step_of_slurm() -> None:
-    torchrun = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
-    assert find_place({**SLURM, **torchrun}) == Place(1, 2, 1, "a", 29500)
+    assert find_place({**SLURM, **TORCHRUN}) == Place(1, 2, 1, "a", 29500)
 
 
 def test_half_of_what_a_launcher_says() -> None:
-    with pytest.raises(ConfigError, match="WORLD_SIZE=2 is set without LOCAL_RANK, MASTER_ADDR, MASTER_PORT, so"):
+    with pytest.raises(ConfigError, match="LOCAL_RANK is not set, but other variables of its launcher are"):
         find_place({"RANK": "0", "WORLD_SIZE": "2"})
+
+
+@pytest.mark.parametrize(
+    ("named", "nonsense"),
+    [
+        ("WORLD_SIZE", {"RANK": "0", "WORLD_SIZE": "0"}),
+        ("WORLD_SIZE", {"RANK": "0"}),
+        ("WORLD_SIZE", {"RANK": "0", "WORLD_SIZE": "-1"}),
+        ("WORLD_SIZE", {"RANK": "0", "WORLD_SIZE": ""}),
+        ("RANK", {"WORLD_SIZE": "2"}),
+        ("RANK", {"RANK": "x", "WORLD_SIZE": "2"}),
+        ("RANK", {"RANK": "x", "WORLD_SIZE": "1"}),
+        ("RANK", {**TORCHRUN, "RANK": "2"}),
+        ("RANK", {**TORCHRUN, "RANK": "1.0"}),
+        ("LOCAL_RANK", {**TORCHRUN, "LOCAL_RANK": "first"}),
+        ("MASTER_PORT", {**TORCHRUN, "MASTER_PORT": "http"}),
+        ("MASTER_PORT", {**TORCHRUN, "MASTER_PORT": "65536"}),
+        ("MASTER_ADDR", {**TORCHRUN, "MASTER_ADDR": " "}),
+        ("SLURM_STEP_NUM_TASKS", {**SLURM, "SLURM_STEP_NUM_TASKS": "x"}),
+        ("SLURM_STEP_NUM_TASKS", {"SLURM_STEP_NUM_TASKS": "0"}),
+        ("SLURM_STEP_ID", {"SLURM_STEP_NUM_TASKS": "2"}),
+        ("SLURM_STEP_ID", {**SLURM, "SLURM_STEP_ID": "batch"}),
+        ("SLURM_PROCID", {**SLURM, "SLURM_PROCID": "4"}),
+        ("SLURM_PROCID", {**SLURM, "SLURM_PROCID": "²"}),
+        ("SLURM_STEP_NUM_NODES", {**SLURM, "SLURM_STEP_NUM_NODES": "all"}),
+        ("SLURM_STEP_NODELIST", {**SLURM, "SLURM_STEP_NODELIST": "["}),
+        ("SLURM_RESTART_COUNT", {**SLURM, "SLURM_RESTART_COUNT": "often"}),
+        *(
+            (name, {key: value for key, value in SLURM.items() if key != name})
+            for name in SLURM
+            if "NUM_TASKS" not in name
+        ),
+    ],
+)
+def test_nonsense_of_a_launcher_is_refused_by_its_name(named: str, nonsense: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=rf"^{named}( is |=)"):
+        find_place(nonsense)
+
+
+def test_the_command_line_says_which_variable_is_nonsense() -> None:
+    for variables in (
+        {"WORLD_SIZE": "0", "RANK": "0"},
+        {"SLURM_STEP_NUM_TASKS": "x"},
+        {**SLURM, "SLURM_JOB_ID": "../x"},
+    ):
+        environment = {
+            **environments(1)[0],
+            **variables,
+            "SLURM_STEP_NUM_TASKS": variables.get("SLURM_STEP_NUM_TASKS", "1"),
+        }
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            if name not in variables:
+                del environment[name]
+        process = processes.start("-m", "vlmrl", "dry_run=true", cwd=Path.cwd(), environment=environment)
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, out) == (2, ""), variables
+        assert re.match(r"error: (WORLD_SIZE|SLURM_STEP_NUM_TASKS|SLURM_JOB_ID)=", err)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 
@@ -79,6 +80,41 @@ def test_servers_end_with_task_0(ends: str, in_task: Callable[..., None]) -> Non
             await asyncio.wait_for(over, 30.0)
 
         asyncio.run(serve())
+
+
+def test_strangers_end_no_server_and_are_none(in_task: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A port scan, and a connection that stays; the server task comes after them."""
+    monkeypatch.setattr(slurm, "ARRIVAL_TIMEOUT_S", 5.0)
+    in_task(0, tasks=2, serving=1, SLURM_JOB_ID=str(os.getpid()))
+    with slurm.holding_servers():
+        address, port = slurm._meeting_point()
+        for _ in range(3):
+            socket.create_connection((address, port)).close()
+        with socket.create_connection((address, port)) as holder:
+
+            async def serve() -> None:
+                over = asyncio.create_task(slurm.run_is_over())
+                done, _ = await asyncio.wait({over}, timeout=0.5)
+                assert not done
+                over.cancel()
+                await asyncio.gather(over, return_exceptions=True)
+
+            asyncio.run(serve())
+            holder.sendall(b"GET / HTTP/1.0\r\n\r\n and more than a hello has")
+            holder.settimeout(5)
+            with suppress(ConnectionResetError):
+                assert holder.recv(100) == b""
+
+
+def test_a_port_that_another_program_has(in_task: Callable[..., None]) -> None:
+    in_task(0, tasks=2, serving=1, SLURM_JOB_ID=str(os.getpid()))
+    address, port = slurm._meeting_point()
+    with (
+        socket.create_server((address, port)),
+        pytest.raises(VlmrlError, match=rf"port {port}, .* cannot be used"),
+        slurm.holding_servers(),
+    ):
+        pass
 
 
 def test_task_0_that_was_never_there(in_task: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
