@@ -32,6 +32,8 @@ class FaultWatch:
     """`task.max_fault_rate`."""
     run: str = "outputs/latest"
     """The run's folder, for the command in the message."""
+    watched: str = "rollout"
+    """What is watched: "rollout" or "demonstration", for the message."""
     _recent: deque[list[Rollout]] = field(init=False, default_factory=lambda: deque(maxlen=WATCHED_STEPS))
 
     def check(self, step: int, groups: Sequence[Group]) -> None:
@@ -42,14 +44,22 @@ class FaultWatch:
         data.
         """
         self._recent.append([rollout for group in groups for rollout in group.rollouts])
-        if len(self._recent) < WATCHED_STEPS:
-            return
+        if len(self._recent) == WATCHED_STEPS:
+            self._judge()
+
+    def finish(self) -> None:
+        """Judge the last steps, also where there were fewer than `WATCHED_STEPS`. Raises as `check`."""
+        if self._recent:
+            self._judge()
+
+    def _judge(self) -> None:
         rollouts = [rollout for of_step in self._recent for rollout in of_step]
         failed = [rollout for rollout in rollouts if rollout.dropped in (DropReason.FAULT, DropReason.EMPTY)]
         if len(failed) == len(rollouts):
             stop_reason, reason = _most_frequent(failed)
             text = (
-                f"every rollout of the last {WATCHED_STEPS} steps failed, so there is nothing to learn from; {reason}"
+                f"every {self.watched} of the last {len(self._recent)} steps failed, so there is nothing to learn "
+                f"from; {reason}"
             )
             raise (
                 EngineError(text) if stop_reason == StopReason.ENGINE_ERROR else TooManyFaultsError(self._advise(text))
@@ -59,8 +69,8 @@ class FaultWatch:
         if counted and len(of_users) > self.max_fault_rate * counted:
             raise TooManyFaultsError(
                 self._advise(
-                    f"{len(of_users)} of the last {counted} rollouts ({len(of_users) / counted:.0%}) were faults, more "
-                    f"than task.max_fault_rate={self.max_fault_rate:g}; {_most_frequent(of_users)[1]}"
+                    f"{len(of_users)} of the last {counted} {self.watched}s ({len(of_users) / counted:.0%}) were "
+                    f"faults, more than task.max_fault_rate={self.max_fault_rate:g}; {_most_frequent(of_users)[1]}"
                 )
             )
 

@@ -5,9 +5,9 @@
                 └── next_turn ◀── reply's messages ◀───┘
 
 An error in one rollout becomes its `stop_reason`, `error` and `traceback`; the other rollouts go on. The user's code
-and data are handled behind two fences: the task's code in `vlmrl.tasks.border`, the task's messages in `_rendering`.
-Whatever else is raised is a bug of ours and ends the run. All rollouts of a call run in one event loop; only the task's
-code runs in threads (`TaskThreads`).
+and data are handled behind two fences: the task's code in `vlmrl.tasks.border`, the task's messages in
+`rendering_fence`. Whatever else is raised is a bug of ours and ends the run. All rollouts of a call run in one event
+loop; only the task's code runs in threads (`TaskThreads`).
 
 A rollout that a server of the run took with it is played again, with the same seeds (`EngineLostError`). Left out on
 purpose: retries of faults (they are counted in the metrics, not hidden) and a time limit for the task's code.
@@ -154,7 +154,7 @@ class RolloutRunner:
         rollout.problem_id = problem_id
         env, new_messages = await self._threads.run(partial(open_env, self.task, problem))
         history = list(new_messages)
-        with _rendering():
+        with rendering_fence():
             prompt = await self.renderer.first_turn(new_messages)
             check_placeholders(len(prompt.token_ids), prompt.placeholders, prompt.images)
         branch = 0
@@ -187,7 +187,7 @@ class RolloutRunner:
                 return StopReason.MAX_TURNS
             history.append(Message.of("assistant", text))
             new_messages = reply.messages
-            with _rendering():
+            with rendering_fence():
                 prompt, bridged = await self.renderer.next_turn(prompt, completion.token_ids, history, new_messages)
                 if bridged and not extends(prompt, turn.prompt, completion.token_ids):
                     raise ContractError(f"the prompt of turn {len(rollout.turns)} does not extend the turn before it")
@@ -212,7 +212,7 @@ class ContractFault(UserFault):
 
 
 @contextmanager
-def _rendering() -> Iterator[None]:
+def rendering_fence() -> Iterator[None]:
     """The fence around the task's messages: the renderer, the tokenizer and the image decoders read them, and may raise
     anything for odd ones."""
     with fenced("rendering the messages"):
@@ -223,13 +223,14 @@ def _rendering() -> Iterator[None]:
 
 
 def _record_fault(rollout: Rollout, error: UserFault | EngineError | ContractError) -> None:
-    rollout.stop_reason = _stop_reason(error)
+    rollout.stop_reason = stop_reason_of(error)
     rollout.error = error.text if isinstance(error, UserFault) else safe_text(error)
     rollout.traceback = error.traceback if isinstance(error, UserFault) else None
     rollout.reward = 0.0
 
 
-def _stop_reason(error: UserFault | EngineError | ContractError) -> StopReason:
+def stop_reason_of(error: UserFault | EngineError | ContractError) -> StopReason:
+    """The reason under which a fault is recorded."""
     if isinstance(error, TaskCodeError):
         return error.stop_reason
     if isinstance(error, ImageError):

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 
+from vlmrl.orchestrator.faults import FaultWatch
+from vlmrl.orchestrator.interruption import stopped_before
 from vlmrl.orchestrator.loop import ExitReason
-from vlmrl.orchestrator.supervised import demonstration_samples
+from vlmrl.orchestrator.supervised import Demonstrated, demonstrate
+from vlmrl.orchestrator.task_threads import TaskThreads
+from vlmrl.record.faults import FaultPhase, faults_of
 from vlmrl.runs.build import Run
 from vlmrl.runs.evaluate import evaluate_after
 from vlmrl.runs.saving import save_if_due
+from vlmrl.types import Group
 
 
 async def sft(run: Run) -> ExitReason:
@@ -28,17 +34,56 @@ async def sft(run: Run) -> ExitReason:
 async def take_supervised_steps(run: Run, after_step: Callable[[int], None] | None = None) -> bool:
     """Take the supervised steps (`trainer.warmup`) that the weights do not contain yet.
 
-    `after_step` is called with the number of each step, from 1. Returns False if the run was asked to stop.
+    A demonstration that fails is recorded, and the step goes on with the others. `after_step` is called with the number
+    of each step, from 1. Returns False if the run was asked to stop.
+
+    Raises `TaskError` where the task has no demonstrations, `TooManyFaultsError` where too many fail.
     """
     warmup = run.config.trainer.warmup
     if run.trainer.supervised_steps < warmup.steps:
         run.monitor.phase("warm-up")
+    watch = FaultWatch(run.config.task.max_fault_rate, run.config.output_dir, "demonstration")
+    threads = TaskThreads()
     for step in range(run.trainer.supervised_steps + 1, warmup.steps + 1):
-        samples = demonstration_samples(run.task, run.renderer, warmup, step=step - 1, seed=run.config.seed)
-        metrics = await asyncio.to_thread(run.trainer.supervised_step, samples, warmup.learning_rate)
+        making = asyncio.create_task(demonstrations_of(run, step, threads))
+        if await stopped_before(making, run.stop):
+            return False
+        made = making.result()
+        note_faults(run, step, "supervised", made)
+        metrics = await asyncio.to_thread(run.trainer.supervised_step, made.samples, warmup.learning_rate)
         run.monitor.warmup(step, warmup.steps, metrics)
+        watch.check(step, [Group("demonstrations", made.rollouts)])
         if after_step is not None:
             after_step(step)
         if run.stop.is_set():
             return False
+    watch.finish()
     return True
+
+
+async def demonstrations_of(run: Run, step: int, threads: TaskThreads) -> Demonstrated:
+    """The demonstrations of supervised step 1, 2, …, made in a daemon thread: the task's code may block, and a run that
+    was asked to stop does not wait for it."""
+    config = run.config
+    return await threads.run(
+        partial(
+            demonstrate,
+            run.task,
+            run.renderer,
+            config.trainer.warmup,
+            step=step - 1,
+            seed=config.seed,
+            seq_len=config.trainer.seq_len,
+        )
+    )
+
+
+def note_faults(run: Run, step: int, phase: FaultPhase, made: Demonstrated) -> None:
+    """Record the demonstrations that failed before `step` was taken."""
+    if not made.faults:
+        return
+    run.monitor.faults([{**fault, "split": "train"} for fault in faults_of(step, phase, made.faults)])
+    run.monitor.warn(
+        "Some demonstrations failed and were left out: python -m vlmrl mode=faults "
+        f"run={run.config.output_dir} lists them."
+    )

@@ -7,11 +7,11 @@ from typing import Any
 
 from vlmrl.orchestrator.faults import FaultWatch
 from vlmrl.orchestrator.loop import ExitReason, Loop
-from vlmrl.orchestrator.supervised import AFTER_WARMUP, demonstration_samples
+from vlmrl.orchestrator.supervised import AFTER_WARMUP, demonstrate
 from vlmrl.orchestrator.vision_gap import VisionGap
 from vlmrl.runs.build import Run
 from vlmrl.runs.saving import save_if_due
-from vlmrl.runs.sft import take_supervised_steps
+from vlmrl.runs.sft import note_faults, take_supervised_steps
 from vlmrl.types import TrainingSample
 
 
@@ -47,4 +47,7 @@ def demonstrations(run: Run, step: int) -> list[TrainingSample]:
     if warmup.rl_weight == 0 or warmup.steps == 0:  # a task without a warm-up may have no demonstrations
         return []
     warmup = dataclasses.replace(warmup, batch_size=warmup.rl_batch_size)
-    return demonstration_samples(run.task, run.renderer, warmup, step=AFTER_WARMUP + step, seed=run.config.seed)
+    seq_len, seed = run.config.trainer.seq_len, run.config.seed
+    made = demonstrate(run.task, run.renderer, warmup, step=AFTER_WARMUP + step, seed=seed, seq_len=seq_len)
+    note_faults(run, step, "rl", made)
+    return made.samples

@@ -67,7 +67,7 @@ The contract:
 - Envs share no mutable state. The envs of a group run at the same time in worker threads; an env may block. The pixels
   of an `Image` are read before the env is called again, so show a new frame as a new `Image`.
 - An exception ends only the rollout in which it is raised, as `task_error`. A reward that is not a finite number ends
-  the rollout as `bad_reward`.
+  the rollout as `bad_reward`. An exception in `demonstration` costs that demonstration.
 - An episode is done within `task.max_turns` turns, whatever the policy answers. An episode that is not done by then, or
   that spends its token budget or the context before, is cut off without another call of the env: `reward` and `metrics`
   of the last Reply count. An answer that is itself cut is paid by `algorithm.truncated`: 0, unless the run says else.
@@ -172,6 +172,9 @@ class Task(Protocol):
         It starts with the messages of `reset`, then an assistant message of text, then the messages that `step` would
         return after it, and so on; it ends with an assistant message. With `random_answers` the answers have the right
         format but are drawn from `seed` alone (0 to 2**64 − 1), so that they say nothing about the problem.
+
+        The loss is on the answers: assistant messages that `reset` already gives (few-shot examples) have none. A
+        demonstration longer than `trainer.seq_len` is left out.
 
         Leave this method out if the task is never used with supervised steps (`trainer.warmup.steps=0`).
         """

@@ -14,14 +14,14 @@ from support.helpers import TINY, VISION_START
 from vlmrl.config.orchestrator import RendererConfig
 from vlmrl.config.task import ColorCodewordConfig
 from vlmrl.config.trainer import Demonstrations, SFTConfig
-from vlmrl.errors import TaskError
+from vlmrl.errors import TaskError, UserFault
 from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer
 from vlmrl.models.families import family_of
-from vlmrl.orchestrator.supervised import FIRST_PROBLEM, demonstration_samples
+from vlmrl.orchestrator.supervised import FIRST_PROBLEM, Demonstrated, demonstrate
 from vlmrl.rendering.renderer import Renderer, make_renderer
 from vlmrl.tasks.base import Split, Task
 from vlmrl.tasks.color_codeword import COLORS, CodewordProblem, ColorCodeword
-from vlmrl.types import Image, Message, TrainingSample
+from vlmrl.types import Image, Message, Text, TrainingSample
 
 RANDOM = SFTConfig(batch_size=5, demonstrations=Demonstrations.random)
 TRUE = SFTConfig(batch_size=5, demonstrations=Demonstrations.correct)
@@ -50,8 +50,14 @@ def renderer(tiny_folder: Path, tokenizer: Any) -> Renderer:
     return make_renderer(RendererConfig(), TINY, tokenizer, processor, 320, family_of(TINY.vlm).placeholder_tokens)
 
 
+def made_by(
+    task: Any, renderer: Renderer, config: SFTConfig = RANDOM, *, step: int = 0, seed: int = 0, seq_len: int = 4096
+) -> Demonstrated:
+    return demonstrate(task, renderer, config, step=step, seed=seed, seq_len=seq_len)
+
+
 def samples_of(renderer: Renderer, config: SFTConfig, step: int = 0, seed: int = 0) -> list[TrainingSample]:
-    return demonstration_samples(Recording(), renderer, config, step=step, seed=seed)
+    return made_by(Recording(), renderer, config, step=step, seed=seed).samples
 
 
 def said(sample: TrainingSample, tokenizer: Any) -> list[str]:
@@ -126,7 +132,7 @@ def test_random_answers_say_nothing_about_the_squares(renderer: Renderer, tokeni
 def test_no_problem_serves_two_steps_or_reinforcement_learning_too(renderer: Renderer) -> None:
     task = Recording()
     for step in range(3):
-        demonstration_samples(task, renderer, RANDOM, step=step, seed=0)
+        made_by(task, renderer, step=step)
     assert task.asked == [("train", FIRST_PROBLEM + number) for number in range(15)]
     largest_of_rl = 10**6 * 1024
     assert largest_of_rl < FIRST_PROBLEM, "more than steps × groups of any run"
@@ -141,24 +147,147 @@ def test_a_task_without_demonstrations(renderer: Renderer) -> None:
         demonstration = Task.demonstration
 
     with pytest.raises(TaskError, match=r"^Silent.demonstration is not defined.*set trainer.warmup.steps=0$"):
-        demonstration_samples(Silent(), renderer, RANDOM, step=0, seed=0)
+        made_by(Silent(), renderer)
+
+
+# ── faults ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class EveryOther(Recording):
+    """Every other demonstration is what `said` returns for it; the others are sound."""
+
+    def __init__(self, said: Callable[[], Any]) -> None:
+        super().__init__()
+        self.said = said
+
+    def demonstration(self, problem: Any, *, random_answers: bool, seed: int) -> tuple[Message, ...]:
+        if len(self.asked) % 2:
+            messages: tuple[Message, ...] = self.said()
+            return messages
+        return super().demonstration(problem, random_answers=random_answers, seed=seed)
+
+
+class UnspeakableError(Exception):
+    def __str__(self) -> str:
+        raise SystemExit(1)
+
+
+def raising(error: BaseException) -> Callable[[], Any]:
+    def act() -> Any:
+        raise error
+
+    return act
+
+
+def talk(*parts: Any) -> Callable[[], Any]:
+    return lambda: (Message.of("user", "hi"), Message("assistant", parts))
 
 
 @pytest.mark.parametrize(
-    ("said", "error"),
+    ("said", "stop_reason", "error"),
     [
-        (lambda: 1 // 0, "Broken.demonstration raised ZeroDivisionError: "),
+        (lambda: 1 // 0, "task_error", "demonstration() raised ZeroDivisionError: integer division"),
+        (raising(UnspeakableError()), "task_error", "demonstration() raised UnspeakableError"),
+        (raising(SystemExit(0)), "task_error", "demonstration() raised SystemExit: 0"),
+        (lambda: None, "task_error", "demonstration() returned None, not a tuple of Message"),
+        (lambda: (), "task_error", "demonstration() returned no message"),
+        (lambda: [Message.of("assistant", "A")], "task_error", "returned a list of Message"),
+        (lambda: (Message.of("user", "hi"),), "task_error", "demonstration() has no answer"),
+        (lambda: (Message.of("user", "hi"), Message.of("system", "A")), "task_error", "has no answer"),
+        (talk(Text(None)), "task_error", "a assistant message whose text is None"),  # type: ignore[arg-type]
+        (talk(Text("A\ud800")), "task_error", "has the lone surrogate"),
+        (talk(Text("A" * 5000)), "task_error", "more than trainer.seq_len=4096: shorten it"),
         (
             lambda: (Message.of("user", Image(b"GIF")), Message.of("assistant", "A")),
-            "raised ImageError: an encoded image",
+            "image_error",
+            "an encoded image",
         ),
+        (lambda: (Message.of("user", Image("a\0.png")), Message.of("assistant", "A")), "image_error", ""),
     ],
 )
-def test_a_demonstration_that_cannot_be_made(said: Callable[[], Any], error: str, renderer: Renderer) -> None:
-    class Broken(Recording):
-        def demonstration(self, problem: Any, *, random_answers: bool, seed: int) -> tuple[Message, ...]:
-            messages: tuple[Message, ...] = said()
-            return messages
+def test_a_bad_demonstration_costs_itself_and_no_other(
+    said: Callable[[], Any], stop_reason: str, error: str, renderer: Renderer
+) -> None:
+    made = made_by(EveryOther(said), renderer)
+    assert [sample.rollout_id for sample in made.samples] == ["sft/000000/001", "sft/000000/003"]
+    assert [fault.rollout_id for fault in made.faults] == [f"sft/000000/{i:03d}" for i in (0, 2, 4)]
+    first = made.faults[0]
+    assert (first.stop_reason, first.problem_index) == (stop_reason, FIRST_PROBLEM)
+    assert error in str(first.error)
+    assert first.problem_id == Recording().problem("train", FIRST_PROBLEM).id
+    assert (first.traceback is None) == ("raised" not in str(first.error))
 
-    with pytest.raises(TaskError, match=error):
-        demonstration_samples(Broken(), renderer, RANDOM, step=0, seed=0)
+
+def test_a_problem_that_cannot_be_made_costs_its_demonstration(renderer: Renderer) -> None:
+    class Gap(Recording):
+        def problem(self, split: Split, index: int) -> CodewordProblem:
+            if index == FIRST_PROBLEM + 1:
+                raise LookupError(index)
+            return super().problem(split, index)
+
+    (fault,) = made_by(Gap(), renderer).faults
+    assert (fault.rollout_id, fault.problem_id) == ("sft/000000/001", f"train[{FIRST_PROBLEM + 1}]")
+
+
+@pytest.mark.parametrize("seq_len", [0, 1])
+def test_a_demonstration_obeys_the_length_of_samples(seq_len: int, renderer: Renderer) -> None:
+    longest = max(len(sample.token_ids) for sample in samples_of(renderer, RANDOM))
+    made = made_by(Recording(), renderer, seq_len=longest - 1 + seq_len)
+    assert (len(made.samples), len(made.faults)) == ((5, 0) if seq_len else (0, 5))
+
+
+def test_a_bug_of_ours_is_not_a_fault_of_the_task(renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slip(*_: Any, **__: Any) -> None:
+        raise AssertionError("planted")
+
+    monkeypatch.setattr("vlmrl.orchestrator.supervised._sample", slip)
+    with pytest.raises(AssertionError, match="planted"):
+        made_by(Recording(), renderer)
+
+
+# ── few-shot examples ───────────────────────────────────────────────────────────────────────────────────────
+
+SHOTS = (Message.of("user", "1"), Message.of("assistant", "7"))
+
+
+class FewShot(Recording):
+    """`reset` gives an example with its answer."""
+
+    def env(self, problem: CodewordProblem) -> Any:
+        env = super().env(problem)
+        prompt = (*SHOTS, *env.reset()[1:])
+        env.reset = lambda: prompt  # type: ignore[method-assign]
+        return env
+
+    def demonstration(self, problem: CodewordProblem, *, random_answers: bool, seed: int) -> tuple[Message, ...]:
+        rest = super().demonstration(problem, random_answers=random_answers, seed=seed)[1:]
+        return (*SHOTS, *self.cut(rest))
+
+    def cut(self, rest: tuple[Message, ...]) -> tuple[Message, ...]:
+        return rest
+
+
+def test_answers_that_the_prompt_gives_have_no_loss(renderer: Renderer, tokenizer: Any) -> None:
+    for sample in made_by(FewShot(), renderer).samples:
+        assert "7<|im_end|>" in tokenizer.decode(sample.token_ids)
+        assert [len(answer) for answer in said(sample, tokenizer)] == [len("AB<|im_end|>"), len("ABCD<|im_end|>")]
+
+
+def test_an_example_alone_is_no_answer(renderer: Renderer) -> None:
+    class NoAnswer(FewShot):
+        def cut(self, rest: tuple[Message, ...]) -> tuple[Message, ...]:
+            return rest[:1]
+
+    made = made_by(NoAnswer(), renderer)
+    assert (len(made.samples), len(made.faults)) == (0, 5)
+    assert "no assistant message follows the messages of reset()" in str(made.faults[0].error)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_token_that_is_never_sampled_is_no_answer(inside: bool, renderer: Any, tokenizer: Any) -> None:
+    """Its logprob is −inf; an end of turn is sampled once, at the end."""
+    name = "<|im_end|>" if inside else "<|im_start|>"
+    ids = np.array([5, tokenizer.convert_tokens_to_ids(name), 6] if inside else [5, 6, 0])
+    ids[-1] = ids[-1] or tokenizer.convert_tokens_to_ids(name)
+    with pytest.raises(UserFault, match=rf"the special token '{re.escape(name)}', which a policy cannot sample"):
+        renderer._check_sampled(ids, np.ones(3, np.bool_), np.zeros(3, np.int64))
