@@ -31,6 +31,7 @@ from vlmrl.ranks.rank_group import RankGroup, follow, init_from_environment
 from vlmrl.trainer.checkpoint import Checkpoints
 from vlmrl.trainer.commands import Follower
 from vlmrl.trainer.learner import Learner
+from vlmrl.trainer.loop_state import LoopState
 from vlmrl.trainer.trainer import LocalTrainer
 from vlmrl.types import TrainingSample
 
@@ -60,6 +61,8 @@ class Case:
     """Whether samples of the batch have images."""
     shown: bool = True
     """Whether a demonstration has an image, where `images` is set."""
+    text_first: bool = False
+    """Whether the batch before a checkpoint (`continued`) has no image, so that the vision tower had no gradient."""
     recomputed: bool = False
     lora: bool = False
     dtype: torch.dtype = torch.float32
@@ -95,6 +98,14 @@ CASES = {
     "float16": Case(micro_batch_tokens=60, dtype=torch.float16),
     "replicated float16": Case(micro_batch_tokens=60, sharding=Sharding.none, dtype=torch.float16),
     "8 bits": Case(micro_batch_tokens=60, optimizer=Optimizer.adamw_8bit),
+    "text first": Case(micro_batch_tokens=60, text_first=True),
+    "text first, replicated": Case(micro_batch_tokens=60, text_first=True, sharding=Sharding.none),
+    "text first, kept whole": Case(micro_batch_tokens=60, text_first=True, sharding=Sharding.optimizer),
+    "text first, in bfloat16": Case(
+        micro_batch_tokens=60, text_first=True, sharding=Sharding.none, dtype=torch.bfloat16
+    ),
+    "text first, adapters": Case(micro_batch_tokens=60, text_first=True, lora=True),
+    "text first, 8 bits": Case(micro_batch_tokens=60, text_first=True, optimizer=Optimizer.adamw_8bit),
 }
 
 
@@ -204,8 +215,9 @@ def continued(trainer: LocalTrainer, name: str, checkpoints: str) -> dict[str, n
     place = Checkpoints(Path(checkpoints), 9)
     restored = place.load_newest(trainer, print)
     if restored is None:
-        trainer.train_step(batch(CASES[name].images), demonstrations(CASES[name].images))
-        place.save(trainer.version, trainer, {})
+        shown = CASES[name].images and not CASES[name].text_first
+        trainer.train_step(batch(shown), demonstrations(shown))
+        place.save(trainer.version, trainer, LoopState())
         place.finish()
     return steps(trainer, name, 1)
 

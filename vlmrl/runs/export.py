@@ -28,7 +28,8 @@ from vlmrl.models.lora import merged, select_trainable
 from vlmrl.record.run_dir import RunDir
 from vlmrl.runs.build import seed_process
 from vlmrl.tasks.loading import load_task, tokenizer_texts
-from vlmrl.trainer.checkpoint import Checkpoints, load_weights
+from vlmrl.trainer.checkpoint import Checkpoints
+from vlmrl.trainer.training_state import load_weights
 
 WRITTEN_BY_EXPORT = (".safetensors", ".safetensors.index.json", "/config.json", MANIFEST)
 """Files whose names end so are not copied from the folder that the run started from. `generation_config.json` is

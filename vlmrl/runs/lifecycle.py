@@ -157,7 +157,7 @@ def restore(run: Run, mode: RunMode) -> None:
     found = run.checkpoints.load_newest(run.trainer, run.monitor.warn)
     if found is not None:
         run.restored_step, loop_state = found
-        run.evaluator.history = [(sampled, greedy) for sampled, greedy in loop_state["evaluations"]]
+        run.evaluator.history = list(loop_state.evaluations)
         run.saved = run.progress
     if mode.continues_run(run.config):
         # Not earlier: an override that does not fit the checkpoint would stay in config.yaml.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vlmrl.runs.build import Run
+from vlmrl.trainer.loop_state import LoopState
 
 
 def save_if_due(run: Run, step: int) -> None:
@@ -21,7 +22,7 @@ def save(run: Run, step: int) -> None:
     if run.progress == run.saved:
         return
     run.monitor.flush()
-    run.checkpoints.save(step, run.trainer, {"evaluations": run.evaluator.history})
+    run.checkpoints.save(step, run.trainer, LoopState(tuple(run.evaluator.history)))
     if run.config.monitor.wandb.checkpoints:
         run.checkpoints.finish()  # W&B uploads the files, so they must be complete
         run.monitor.checkpoint(step, run.checkpoints.path(step))

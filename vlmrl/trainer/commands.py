@@ -87,10 +87,11 @@ class Save(Command[Follower, str | None]):
 
 
 @dataclass(frozen=True)
-class Load(Command[Follower, None]):
-    """Load this rank's part of a checkpoint."""
+class Load(Command[Follower, str | None]):
+    """Load this rank's part of a checkpoint. The answer says why a rank cannot ("" where only another rank cannot), or
+    is None."""
 
     folder: str
 
-    def run(self, worker: Follower) -> None:
-        worker.learner.load(self.folder)
+    def run(self, worker: Follower) -> str | None:
+        return worker.learner.load(self.folder)

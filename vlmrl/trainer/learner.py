@@ -29,13 +29,14 @@ from torch import Tensor
 
 from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.trainer import Packing, Sharding, TrainerConfig
+from vlmrl.errors import CheckpointError
 from vlmrl.models.policy import Policy
-from vlmrl.trainer.checkpoint import begin_to_save, not_finite, restore
 from vlmrl.trainer.loss import BatchTotals, LossOutput, LossTokens, policy_loss, supervised
 from vlmrl.trainer.optimizer import LossScale, make_optimizer, set_learning_rate
 from vlmrl.trainer.outcome import Outcome, PassResult
 from vlmrl.trainer.packing import MicroBatch, pack_share
 from vlmrl.trainer.shares import Share
+from vlmrl.trainer.training_state import begin_to_save, not_finite, restore
 from vlmrl.trainer.weights import PlainWeights, ShardedWeights
 from vlmrl.types import FloatArray
 
@@ -156,16 +157,41 @@ class Learner:
         broken = not_finite(self._weights.state())
         if self._any_rank(broken is not None):
             return broken or ""
-        counters = {"version": self.version, "supervised_steps": self.supervised_steps, **self._loss_scale.state}
-        return begin_to_save(Path(folder), self._weights.state(), self._optimizer, counters, self._checkpoint_group)
-
-    def load(self, folder: str) -> None:
-        """Restore what `save` wrote with any number of ranks. Raises `CheckpointError`."""
         weights = self._weights
-        counters = restore(Path(folder), weights.state(), self._optimizer, weights.trainable(), self._checkpoint_group)
+        return begin_to_save(
+            Path(folder),
+            weights.state(),
+            self._optimizer,
+            weights.trainable(),
+            self._counters,
+            self._checkpoint_group,
+        )
+
+    def load(self, folder: str) -> str | None:
+        """Restore what `save` wrote with any number of ranks.
+
+        Where any rank cannot, all ranks return why, or "" on ranks that could; the weights are then undefined, and
+        another checkpoint may be loaded.
+        """
+        weights, group = self._weights, self._checkpoint_group
+        wrong = None
+        try:
+            counters = restore(
+                Path(folder), weights.state(), self._optimizer, weights.trainable(), list(self._counters), group
+            )
+        except CheckpointError as error:
+            wrong = str(error)
+        if self._any_rank(wrong is not None):
+            return wrong or ""
         weights.publish()
         self.version, self.supervised_steps = counters["version"], counters["supervised_steps"]
         self._loss_scale.state = counters
+        return None
+
+    @property
+    def _counters(self) -> dict[str, int]:
+        """What state.json counts."""
+        return {"version": self.version, "supervised_steps": self.supervised_steps, **self._loss_scale.state}
 
     # ── passes ──────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.trainer import TrainerConfig
-from vlmrl.errors import NonFiniteLossError
+from vlmrl.errors import CheckpointError, NonFiniteLossError
 from vlmrl.models.policy import Policy
 from vlmrl.ranks.commands import Command
 from vlmrl.ranks.rank_group import RankGroup
@@ -161,7 +161,9 @@ class LocalTrainer:
 
     def load(self, folder: str) -> None:
         """See `vlmrl.types.Trainer.load`."""
-        self._together([Load(folder)] * (self._ranks - 1), lambda: self._learner.load(folder))
+        own, others = self._together([Load(folder)] * (self._ranks - 1), lambda: self._learner.load(folder))
+        if own is not None:
+            raise CheckpointError(next(reason for reason in [own, *others] if reason))
 
     # ── all ranks ───────────────────────────────────────────────────────────────────────────────────────────
 

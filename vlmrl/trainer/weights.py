@@ -146,6 +146,12 @@ class ShardedWeights:
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)
             self._units.append(sharded)
+        if kept_whole:
+            # FSDP asks every unit whether it has summed gradients, also one that no pass has computed (the vision tower
+            # of a run that has seen no image), and a unit can answer only after it was gathered once.
+            for unit in self._units:
+                unit.unshard()
+                unit.reshard()
         for module in model.modules():
             # With this flag set, torch.compile treats a layer's integers, such as its head size, as dynamic sizes, and
             # has no attention kernel for a dynamic head size.

@@ -33,6 +33,7 @@ from vlmrl.runs.build import make_policy
 from vlmrl.runs.export import export_checkpoint
 from vlmrl.tasks.loading import load_task
 from vlmrl.trainer.checkpoint import Checkpoints
+from vlmrl.trainer.loop_state import LoopState
 from vlmrl.trainer.trainer import LocalTrainer
 from vlmrl.types import Completion, InferenceEngine, Prompt
 
@@ -64,7 +65,7 @@ def policy_and_folder(composed: Callable[..., DictConfig], tmp_path: Path) -> tu
         tiny.policy, TrainerConfig(learning_rate=1.5e-3), AlgorithmConfig(), temperature=1.0, max_new_tokens=NEW_TOKENS
     )
     checkpoints = Checkpoints(tmp_path / "checkpoints", 1)
-    checkpoints.save(3, trainer, {})
+    checkpoints.save(3, trainer, LoopState())
     checkpoints.finish()
     exported = export_checkpoint(config, pytest.fail)
     assert exported == tmp_path / "exported"

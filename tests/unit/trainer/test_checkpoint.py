@@ -5,87 +5,19 @@ from __future__ import annotations
 import json
 import resource
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
+from support.checkpoints import FILES, OPTIMIZER, Learner, refuse_warning, rewrite, save, saved
 from vlmrl.errors import CheckpointError, NonFiniteLossError
-from vlmrl.trainer.checkpoint import Checkpoints, begin_to_save, not_finite, restore
-from vlmrl.types import FloatArray, StepResult, TrainingSample
-
-MODEL, OPTIMIZER = (f"shard-00001-model-0000{part}-of-00002.safetensors" for part in (1, 2))
-FILES = (MODEL, OPTIMIZER, "state.json", "loop.json", "sha256.json")
-
-
-@dataclass(eq=False)
-class Learner:
-    """A trainer with two parameters. Its gradients come from torch's random state."""
-
-    inputs: int = 3
-    frozen: bool = False
-    betas: tuple[float, float] = (0.9, 0.95)
-    version: int = 0
-    model: torch.nn.Linear = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.model = torch.nn.Linear(self.inputs, 2)
-        self.model.weight.requires_grad_(not self.frozen)
-        learning = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(learning, lr=0.1, betas=self.betas, fused=True)
-
-    def train_step(self, samples: list[TrainingSample], demonstrations: Sequence[TrainingSample] = ()) -> StepResult:
-        for parameter in self.optimizer.param_groups[0]["params"]:
-            parameter.grad = torch.randn_like(parameter)
-        self.optimizer.step()
-        self.version += 1
-        return StepResult(self.version)
-
-    def logprobs(self, samples: Sequence[TrainingSample]) -> list[FloatArray]:
-        raise AssertionError("a checkpoint scores nothing")
-
-    def save(self, folder: str) -> Future[None]:
-        broken = not_finite(self.parameters())
-        if broken is not None:
-            raise NonFiniteLossError(f"{broken} holds values that are not finite")
-        return begin_to_save(Path(folder), self.parameters(), self.optimizer, {"version": self.version})
-
-    def load(self, folder: str) -> None:
-        learning = {name: p for name, p in self.parameters().items() if p.requires_grad}
-        self.version = restore(Path(folder), self.parameters(), self.optimizer, learning)["version"]
-
-    def parameters(self) -> dict[str, Tensor]:
-        return dict(self.model.named_parameters())
-
-    def weights(self) -> list[Tensor]:
-        return [parameter.detach().clone() for parameter in self.model.parameters()]
-
-
-def save(checkpoints: Checkpoints, step: int, learner: Learner, loop_state: dict[str, Any]) -> None:
-    """Save a checkpoint and wait until it is on the disk."""
-    checkpoints.save(step, learner, loop_state)
-    checkpoints.finish()
-
-
-def saved(folder: Path, *steps: int, keep: int = 9) -> Checkpoints:
-    """Checkpoints of a learner after each of `steps`."""
-    checkpoints, learner = Checkpoints(folder, keep), Learner()
-    for step in range(1, max(steps) + 1):
-        learner.train_step([])
-        if step in steps:
-            save(checkpoints, step, learner, {"evaluations": [[0.25, step]]})
-    return checkpoints
-
-
-def refuse_warning(text: str) -> None:
-    pytest.fail(text)
-
+from vlmrl.trainer.checkpoint import Checkpoints
+from vlmrl.trainer.checkpoint_files import stored_tensors
+from vlmrl.trainer.loop_state import LoopState
 
 # ── what comes back ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -94,12 +26,12 @@ def test_the_same_next_step(tmp_path: Path) -> None:
     torch.manual_seed(1)
     learner, checkpoints = Learner(), Checkpoints(tmp_path / "made by save", 1)
     learner.train_step([])
-    save(checkpoints, 1, learner, {"evaluations": [(0.5, 0.25)]})
+    save(checkpoints, 1, learner, LoopState(((0.5, 0.25),)))
     learner.train_step([])
 
     torch.manual_seed(2)
     other = Learner()
-    assert checkpoints.load_newest(other, refuse_warning) == (1, {"evaluations": [[0.5, 0.25]]})
+    assert checkpoints.load_newest(other, refuse_warning) == (1, LoopState(((0.5, 0.25),)))
     assert other.version == 1
     other.train_step([])
     assert all(map(torch.equal, learner.weights(), other.weights()))
@@ -108,10 +40,46 @@ def test_the_same_next_step(tmp_path: Path) -> None:
 def test_before_the_first_step(tmp_path: Path) -> None:
     """Before its first step AdamW has no averages to save."""
     checkpoints, learner = Checkpoints(tmp_path, 1), Learner()
-    save(checkpoints, 0, learner, {})
+    save(checkpoints, 0, learner, LoopState())
     other = Learner()
-    assert checkpoints.load_newest(other, refuse_warning) == (0, {})
+    assert checkpoints.load_newest(other, refuse_warning) == (0, LoopState())
     assert all(map(torch.equal, learner.weights(), other.weights()))
+
+
+def test_a_parameter_that_had_no_gradient_yet(tmp_path: Path) -> None:
+    """It has no averages in the checkpoint. Later it gets them, and a step counter that starts at 1, as in a run that
+    was never stopped."""
+    torch.manual_seed(1)
+    learner, checkpoints = Learner(sees_images=False), Checkpoints(tmp_path, 1)
+    for _ in range(3):
+        learner.train_step([])
+    save(checkpoints, 3, learner, LoopState())
+    assert not any(name.endswith("/bias") for name in stored_tensors(tmp_path / "step_000003"))
+    other = Learner(sees_images=False)
+    assert checkpoints.load_newest(other, refuse_warning) is not None
+    assert list(other.optimizer.state) == [other.model.weight]
+    for sees_images in (False, True, True):
+        random = torch.get_rng_state()
+        learner.sees_images = other.sees_images = sees_images
+        learner.train_step([])
+        torch.set_rng_state(random)
+        other.train_step([])
+    assert all(map(torch.equal, learner.weights(), other.weights()))
+    steps = [float(each.optimizer.state[each.model.bias]["step"]) for each in (learner, other)]
+    assert steps == [2.0, 2.0]
+
+
+def test_an_older_one_that_lists_no_names(tmp_path: Path) -> None:
+    """Versions before listed nothing, so what has averages must be trainable here, and the rest may be."""
+    learner, checkpoints = Learner(sees_images=False), Checkpoints(tmp_path, 1)
+    learner.train_step([])
+    save(checkpoints, 1, learner, LoopState())
+    rewrite(tmp_path / "step_000001", "state.json", lambda content: {"version": content["version"]})
+    other = Learner()
+    assert checkpoints.load_newest(other, refuse_warning) is not None
+    assert all(map(torch.equal, learner.weights(), other.weights()))
+    with pytest.raises(CheckpointError, match=r"1 parameters that were trainable there are frozen here \(weight\)"):
+        checkpoints.load_newest(Learner(frozen=True), refuse_warning)
 
 
 def test_optimizer_settings_are_the_configs(tmp_path: Path) -> None:
@@ -132,15 +100,15 @@ def test_none_at_all(tmp_path: Path) -> None:
 def test_the_newest_are_kept(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 1, 2, 3, 4, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000003", "step_000004"]
-    save(checkpoints, 1_234_567, Learner(), {})
+    save(checkpoints, 1_234_567, Learner(), LoopState())
     assert checkpoints.steps() == [4, 1_234_567]
 
 
 def test_the_same_step_again(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 1, 2)
-    save(checkpoints, 2, Learner(), {"again": True})
+    save(checkpoints, 2, Learner(), LoopState(cursor=9))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000001", "step_000002"]
-    assert checkpoints.load_newest(Learner(), refuse_warning) == (2, {"again": True})
+    assert checkpoints.load_newest(Learner(), refuse_warning) == (2, LoopState(cursor=9))
 
 
 # ── damage ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -168,7 +136,7 @@ def test_a_damaged_one_is_passed_over(harm: Callable[[Path], None], name: str, t
     expected.load(str(tmp_path / "step_000001"))
     harm(tmp_path / "step_000002" / name)
     learner, warnings = Learner(), list[str]()
-    assert checkpoints.load_newest(learner, warnings.append) == (1, {"evaluations": [[0.25, 1]]})
+    assert checkpoints.load_newest(learner, warnings.append) == (1, LoopState(((0.25, 1),)))
     assert all(map(torch.equal, learner.weights(), expected.weights()))
     assert len(warnings) == 1
     assert "step_000002" in warnings[0]
@@ -191,11 +159,22 @@ def test_all_damaged(tmp_path: Path) -> None:
     assert "state.json" in str(caught.value)
 
 
+def test_leftovers_of_any_kind_are_removed(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path / "checkpoints", 1)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "checkpoints/partial_000001").write_text("a file")
+    (tmp_path / "checkpoints/partial_000002").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "checkpoints/partial_000003_deleted").mkdir()
+    save(checkpoints, 2, Learner(), LoopState())
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step_000001", "step_000002"}
+    assert (tmp_path / "elsewhere").is_dir()
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [
         (Learner(inputs=4), r"weight has shape \(2, 3\) there and \(2, 4\) here"),
-        (Learner(frozen=True), "2 parameters were trainable there, 1 are trainable here"),
+        (Learner(frozen=True), r"1 parameters that were trainable there are frozen here \(weight\)"),
     ],
 )
 def test_of_another_model(other: Learner, message: str, tmp_path: Path) -> None:
@@ -257,17 +236,17 @@ def test_killed_at_any_moment(step: int, tmp_path: Path) -> None:
         learner = Learner()
         try:
             with KILLER.after(operations):
-                save(checkpoints, step, learner, {"evaluations": "new"})
+                save(checkpoints, step, learner, LoopState(cursor=9))
         except (Killed, CheckpointError):  # torch's writer wraps what it catches
             found = checkpoints.load_newest(Learner(), refuse_warning)
             assert found is not None
             assert found in [
-                (1, {"evaluations": [[0.25, 1]]}),
-                (2, {"evaluations": [[0.25, 2]]}),
-                (step, {"evaluations": "new"}),
+                (1, LoopState(((0.25, 1),))),
+                (2, LoopState(((0.25, 2),))),
+                (step, LoopState(cursor=9)),
             ]
             assert found[0] >= step - 1, "only the checkpoint that was being written is lost"
-            save(checkpoints, 4, learner, {})
+            save(checkpoints, 4, learner, LoopState())
             assert sorted(path.name[:5] for path in folder.iterdir()) == ["step_", "step_"]
         else:
             break
@@ -281,14 +260,14 @@ def checked(checkpoints: Checkpoints) -> None:
         checkpoints.check()
 
 
-@pytest.mark.parametrize("limit", [64, 2000], ids=["the model's file", "the optimizer's"])
+@pytest.mark.parametrize("limit", [200, 2000], ids=["the model's file", "the optimizer's"])
 @pytest.mark.parametrize("told", [checked, Checkpoints.finish])
 def test_a_full_disk(told: Callable[[Checkpoints], None], limit: int, tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
-        checkpoints.save(2, Learner(), {})
+        checkpoints.save(2, Learner(), LoopState())
         with pytest.raises(CheckpointError, match=r"step_000002 cannot be written.*File too large"):
             told(checkpoints)
     finally:
@@ -297,7 +276,7 @@ def test_a_full_disk(told: Callable[[Checkpoints], None], limit: int, tmp_path: 
     found = checkpoints.load_newest(Learner(), refuse_warning)
     assert found is not None
     assert found[0] == 1
-    save(checkpoints, 2, Learner(), {})
+    save(checkpoints, 2, Learner(), LoopState())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000001", "step_000002"]
 
 
@@ -307,8 +286,8 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     with torch.no_grad():
         learner.model.weight[0, 0] = torch.inf
     with pytest.raises(NonFiniteLossError, match=r"^weight holds values that are not finite"):
-        save(checkpoints, 2, learner, {})
-    assert checkpoints.load_newest(Learner(), refuse_warning) == (1, {"evaluations": [[0.25, 1]]})
+        save(checkpoints, 2, learner, LoopState())
+    assert checkpoints.load_newest(Learner(), refuse_warning) == (1, LoopState(((0.25, 1),)))
 
 
 def test_what_is_written_is_what_was_there_when_it_was_saved(tmp_path: Path) -> None:
@@ -316,7 +295,7 @@ def test_what_is_written_is_what_was_there_when_it_was_saved(tmp_path: Path) -> 
     checkpoints, learner = Checkpoints(tmp_path, 1), Learner()
     learner.train_step([])
     before = learner.weights()
-    checkpoints.save(1, learner, {})
+    checkpoints.save(1, learner, LoopState())
     with torch.no_grad():
         for parameter in learner.model.parameters():
             parameter.fill_(7.0)
@@ -332,4 +311,7 @@ def test_what_is_written_is_what_was_there_when_it_was_saved(tmp_path: Path) -> 
 def test_json_is_plain(tmp_path: Path) -> None:
     """A user can read state.json in an editor."""
     saved(tmp_path, 1)
-    assert json.loads((tmp_path / "step_000001/state.json").read_text()) == {"version": 1}
+    assert json.loads((tmp_path / "step_000001/state.json").read_text()) == {
+        "version": 1,
+        "trainable": ["bias", "weight"],
+    }

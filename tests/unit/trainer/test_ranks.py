@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,13 +10,20 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from support import TESTS, learning
+from support.checkpoints import hash_again
 from support.learning import CASES
 from support.ranks import ended, start
 from vlmrl.config.trainer import Sharding
+from vlmrl.trainer.checkpoint_files import stored_tensors
 
-EXACT = [name for name, case in CASES.items() if not ("float16" in name or "bits" in name or case.lora)]
+EXACT = [
+    name for name, case in CASES.items() if not ("float16" in name or "bits" in name or case.lora or case.text_first)
+]
+TEXT_FIRST = ("text first", "text first, replicated", "text first, kept whole")
 
 Found = dict[str, NDArray[np.float64]]
 
@@ -158,6 +166,55 @@ def test_a_checkpoint_in_bfloat16_holds_the_float32_weights(tiny_folder: Path, t
     assert_same(again, wanted, tolerance=0.0)
 
 
+def test_a_tower_that_had_no_gradient_before_the_checkpoint(tiny_folder: Path, tmp_path: Path) -> None:
+    """Where no image was seen yet, the optimizer has no averages of the vision tower. Its first gradient after the load
+    does what it does in a run that was never stopped, whatever each rank holds and whoever wrote the checkpoint."""
+    by_one = tmp_path / "one"
+
+    def one_process(case: str, checkpoints: Path) -> Found:
+        return learning.continued(learning.learner(str(tiny_folder), case, None), case, str(checkpoints))
+
+    never_stopped = one_process("text first", by_one)
+    assert not any("visual" in name for name in stored_tensors(by_one / "step_000001") if "/" in name)
+    assert_same(one_process("text first", by_one), never_stopped, tolerance=0.0)
+    written = [f"{case}@{tmp_path / case}" for case in TEXT_FIRST]
+    two = by_ranks(2, tiny_folder, tmp_path / "2", *written)
+    of_one = ("small", "replicated", "kept whole")
+    again = by_ranks(2, tiny_folder, tmp_path / "again", *written, *(f"{case}@{by_one}" for case in of_one))
+    for case in TEXT_FIRST:
+        assert not any("visual" in name for name in stored_tensors(tmp_path / case / "step_000001") if "/" in name)
+        assert_same(two[case], never_stopped, tolerance=1e-5)
+        assert_same(again[case], two[case], tolerance=0.0)
+        assert_same(one_process(case, tmp_path / case), never_stopped, tolerance=1e-5)
+    for case in of_one:
+        assert_same(again[case], never_stopped, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("case", ["text first, in bfloat16", "text first, adapters"])
+def test_a_tower_without_gradient_in_one_process(case: str, tiny_folder: Path, tmp_path: Path) -> None:
+    if CASES[case].lora:
+        pytest.importorskip("peft")
+    never_stopped, again = (
+        learning.continued(learning.learner(str(tiny_folder), case, None), case, str(tmp_path)) for _ in range(2)
+    )
+    assert_same(again, never_stopped, tolerance=0.0)
+
+
+def test_what_one_rank_cannot_load_no_rank_loads(tiny_folder: Path, tmp_path: Path) -> None:
+    """The newest checkpoint has a NaN in the slice of rank 1 alone. All ranks go on from the one before it."""
+    folder = tmp_path / "saved"
+    wanted = by_ranks(2, tiny_folder, tmp_path / "2", f"small@{folder}")["small"]
+    shutil.copytree(folder / "step_000001", folder / "step_000002")
+    path = folder / "step_000002/shard-00002-model-00001-of-00002.safetensors"
+    with safe_open(str(path), framework="pt") as file:
+        slices, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    next(iter(tensors.values())).view(-1)[0] = float("nan")
+    save_file(tensors, path, slices)
+    hash_again(folder / "step_000002")
+    found = by_ranks(2, tiny_folder, tmp_path / "again", f"small@{folder}")["small"]
+    assert_same(found, wanted, tolerance=0.0)
+
+
 @pytest.mark.slow
 def test_the_optimizer_in_8_bits(tiny_folder: Path, tmp_path: Path) -> None:
     """torchao's optimizer is compiled; it works on slices and resumes from a checkpoint."""
@@ -165,3 +222,10 @@ def test_the_optimizer_in_8_bits(tiny_folder: Path, tmp_path: Path) -> None:
     wanted = learning.continued(learning.learner(str(tiny_folder), "8 bits", None), "8 bits", str(tmp_path / "saved"))
     ranks = by_ranks(2, tiny_folder, tmp_path, f"8 bits@{tmp_path / 'saved'}")["8 bits"]
     assert_same(ranks, wanted, tolerance=1e-2)
+    case, folder = "text first, 8 bits", tmp_path / "text first"
+    never_stopped = learning.continued(learning.learner(str(tiny_folder), case, None), case, str(folder))
+    assert not any("visual" in name for name in stored_tensors(folder / "step_000001") if "/" in name)
+    again = learning.continued(learning.learner(str(tiny_folder), case, None), case, str(folder))
+    assert_same(again, never_stopped, tolerance=1e-3)
+    two = by_ranks(2, tiny_folder, tmp_path, f"{case}@{tmp_path / 'of two'}")[case]
+    assert_same(by_ranks(2, tiny_folder, tmp_path, f"{case}@{tmp_path / 'of two'}")[case], two, tolerance=1e-3)

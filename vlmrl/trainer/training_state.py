@@ -1,0 +1,278 @@
+"""The training state in a checkpoint's folder: weights, the optimizer's averages, random state and counters.
+
+    weights ────────────────────▶ shard-00001-model-00001-of-00002.safetensors ─┐
+    averages, random state ─────▶ shard-00001-model-00002-of-00002.safetensors ─┼─▶ weights, optimizer, counters
+    counters, trainable names ──▶ state.json ───────────────────────────────────┘
+
+torch.distributed.checkpoint writes and reads the tensors: each rank its own slices, in as many files as there were
+ranks, for any number of ranks that load them.
+
+AdamW makes its averages for a parameter when that parameter gets its first gradient; a vision tower has none until the
+run has seen an image. So the averages do not tell what was trainable: state.json lists the names. A parameter without
+averages in the checkpoint has none after the load either, and gets them, with its own step counter, at its first
+gradient, as in a run that was never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from vlmrl.errors import CheckpointError
+from vlmrl.trainer.checkpoint_files import StoredTensor, is_count, read_object, stored_tensors
+
+RANDOM = "torch_random_state"
+"""Name of the CPU generator's state, uint8 [5056]."""
+
+AVERAGES = ("step", "exp_avg", "exp_avg_sq")
+"""AdamW's own names for its state per weight: steps done, running mean of the gradient, and of its square."""
+
+NEVER_NEGATIVE = ("step", "exp_avg_sq")
+
+TRAINABLE = "trainable"
+"""The key of state.json that lists the names of the trainable parameters. Older checkpoints have none."""
+
+WEIGHT_DTYPES = ("F32", "BF16", "F16")
+
+MODEL_FILE, OPTIMIZER_FILE = 1, 2
+
+
+def not_finite(weights: Mapping[str, Tensor]) -> str | None:
+    """The name of the first weight whose values on this rank are not all finite; None where all are finite."""
+    return next((name for name, weight in weights.items() if not torch.isfinite(_local(weight)).all()), None)
+
+
+def begin_to_save(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    trainable: Iterable[str],
+    counters: Mapping[str, int],
+    process_group: Any = None,
+) -> Future[None]:
+    """Copy the state and begin to write it into `folder`, which exists: the tensors and state.json. `trainable` are the
+    names of the weights that the optimizer changes.
+
+    The future ends when all ranks have written. All ranks of `process_group` call this, and nothing else may use that
+    group. Raises OSError; the future may raise OSError or torch's `CheckpointException`.
+    """
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import async_save
+
+    averages: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        for average, value in optimizer.state.get(weight, {}).items():
+            averages[f"{average}/{name}"] = _as_float(value)
+    optimizer_state = {**averages, RANDOM: torch.get_rng_state()}
+    writer = HuggingFaceStorageWriter(
+        str(folder),
+        fqn_to_index_mapping=dict.fromkeys(weights, MODEL_FILE) | dict.fromkeys(optimizer_state, OPTIMIZER_FILE),
+        save_distributed=True,
+    )
+    if process_group is None or process_group.rank() == 0:
+        (folder / "state.json").write_text(json.dumps({**counters, TRAINABLE: sorted(trainable)}))
+    state = {name: weight.detach() for name, weight in weights.items()} | optimizer_state
+    _silence_single_process_warning()
+    saved: Any = async_save(state, storage_writer=writer, process_group=process_group)
+    future: Future[None] = saved
+    return future
+
+
+def restore(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    trainable: Mapping[str, Tensor],
+    counters: Sequence[str],
+    process_group: Any = None,
+) -> dict[str, int]:
+    """Restore what `begin_to_save` wrote into `weights` and `optimizer` → the counters of the given names. `trainable`
+    are the weights that the optimizer changes.
+
+    Raises `CheckpointError`: before anything is changed, where the checkpoint is incomplete or belongs to another model
+    or run; later, where its values cannot be continued from (NaN).
+    """
+    there = stored_tensors(folder)
+    counted, names = _read_counters(folder / "state.json", counters)
+    _check_weights(folder, there, weights, set(trainable))
+    optimized = _optimized(folder, there, trainable)
+    _check_trainable(folder, set(optimized), set(trainable), complete=False)
+    if names is not None:
+        _check_trainable(folder, names, set(trainable), complete=True)
+    random_state = torch.get_rng_state()
+    _check_kind(folder, there, RANDOM, tuple(random_state.shape), ("U8",))
+    averages = {
+        f"{average}/{name}": torch.zeros(1, device=weight.device) if average == "step" else torch.zeros_like(weight)
+        for name, weight in trainable.items()
+        if name in optimized
+        for average in AVERAGES
+    }
+    state = {name: weight.detach() for name, weight in weights.items()} | averages | {RANDOM: random_state}
+    _read(folder, state, process_group)
+    _check_values(folder, weights, averages)
+    optimizer.state.clear()
+    for name in optimized:
+        weight = trainable[name]
+        step, mean, square = (averages[f"{average}/{name}"].detach() for average in AVERAGES)
+        optimizer.state[weight] = {
+            "step": step.reshape(()),
+            "exp_avg": _kept(optimizer, weight, mean, signed=True),
+            "exp_avg_sq": _kept(optimizer, weight, square, signed=False),
+        }
+    try:
+        torch.set_rng_state(random_state)
+    except RuntimeError as error:
+        raise CheckpointError(f"{there[RANDOM].path} is damaged ({RANDOM}: {error})") from error
+    return counted
+
+
+def load_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Restore only the weights. Raises `CheckpointError` where the checkpoint is incomplete, belongs to another model,
+    or holds a weight that is not finite."""
+    _check_weights(folder, stored_tensors(folder), weights, set())
+    _read(folder, {name: weight.detach() for name, weight in weights.items()}, None)
+    _check_values(folder, weights, {})
+
+
+# ── checks ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _read_counters(path: Path, wanted: Sequence[str]) -> tuple[dict[str, int], set[str] | None]:
+    """The counters, and the names of the trainable parameters; None where an older version listed none."""
+    content = read_object(path)
+    for name in wanted:
+        if not is_count(content.get(name)):
+            raise CheckpointError(f"{path} is damaged ({name} is no number of steps)")
+    names = content.get(TRAINABLE)
+    if names is None:
+        return {name: content[name] for name in wanted}, None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{path} is damaged ({TRAINABLE} is no list of names)")
+    return {name: content[name] for name in wanted}, set(names)
+
+
+def _check_weights(
+    folder: Path, there: Mapping[str, StoredTensor], weights: Mapping[str, Tensor], trainable: set[str]
+) -> None:
+    names = {name for name in there if "/" not in name and name != RANDOM}
+    if names != set(weights):
+        raise CheckpointError(
+            f"{folder} belongs to another model: it has {sorted(names - set(weights))[:3]}, which this model has not, "
+            f"and lacks {sorted(set(weights) - names)[:3]}."
+        )
+    for name, weight in weights.items():
+        _check_kind(folder, there, name, tuple(weight.shape), WEIGHT_DTYPES[:1] if name in trainable else WEIGHT_DTYPES)
+
+
+def _optimized(folder: Path, there: Mapping[str, StoredTensor], trainable: Mapping[str, Tensor]) -> list[str]:
+    """Names of the trainable weights that have averages, in the model's order."""
+    found: dict[str, set[str]] = {}
+    for key in there:
+        average, is_average, name = key.partition("/")
+        if is_average:
+            found.setdefault(name, set()).add(average)
+    for name, averages in found.items():
+        if averages != set(AVERAGES):
+            raise CheckpointError(f"{folder} is not a complete checkpoint (it has {sorted(averages)} of {name})")
+        if name in trainable:
+            _check_kind(folder, there, f"step/{name}", (1,), ("F32",))
+            for average in AVERAGES[1:]:
+                _check_kind(folder, there, f"{average}/{name}", tuple(trainable[name].shape), ("F32",))
+    return [name for name in trainable if name in found] + sorted(found.keys() - trainable.keys())
+
+
+def _check_trainable(folder: Path, there: set[str], here: set[str], *, complete: bool) -> None:
+    """Raise `CheckpointError` where other parameters were trainable. `complete`: `there` is known to be all of them."""
+    more, fewer = sorted(there - here), sorted(here - there) if complete else []
+    if more or fewer:
+        raise CheckpointError(
+            f"{folder} belongs to another run: "
+            + " and ".join(
+                f"{len(names)} parameters that were {then} there are {now} here ({names[0]})"
+                for names, then, now in ((more, "trainable", "frozen"), (fewer, "frozen", "trainable"))
+                if names
+            )
+            + "."
+        )
+
+
+def _check_kind(
+    folder: Path, there: Mapping[str, StoredTensor], name: str, shape: tuple[int, ...], dtypes: Sequence[str]
+) -> None:
+    stored = there.get(name)
+    if stored is None:
+        raise CheckpointError(f"{folder} is not a complete checkpoint ({name} is missing)")
+    if stored.shape != shape:
+        raise CheckpointError(
+            f"{folder} belongs to another model: {name} has shape {stored.shape} there and {shape} here."
+        )
+    if stored.dtype not in dtypes:
+        raise CheckpointError(f"{stored.path} is damaged ({name} is {stored.dtype} instead of {' or '.join(dtypes)})")
+
+
+def _check_values(folder: Path, weights: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> None:
+    """Raise `CheckpointError` for values on this rank that no step can go on from. An average square may have become
+    infinite: AdamW then leaves that weight alone."""
+    broken = not_finite(weights)
+    for name, tensor in averages.items():
+        values = _local(tensor)
+        sound = values >= 0 if name.startswith(NEVER_NEGATIVE) else ~torch.isnan(values)
+        broken = broken or (None if sound.all() else name)
+    if broken is not None:
+        raise CheckpointError(f"{folder} cannot be continued from: {broken} holds values that are not finite")
+
+
+# ── tensors ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _read(folder: Path, state: dict[str, Tensor], process_group: Any) -> None:
+    """Fill the tensors of `state`. Raises `CheckpointError`."""
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    _silence_single_process_warning()
+    reader = HuggingFaceStorageReader(str(folder))
+    try:
+        load(state, storage_reader=reader, process_group=process_group, no_dist=process_group is None)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} cannot be read ({error})") from error
+    except CheckpointException as error:
+        of_a_rank, _ = next(iter(error.failures.values()))
+        raise CheckpointError(f"{folder} cannot be read ({of_a_rank})") from error
+
+
+def _silence_single_process_warning() -> None:
+    # torch warns at each save and load of a single process. The filter stays, since a save continues in another thread.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's slice, without gradient."""
+    found: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return found.detach()
+
+
+def _as_float(average: Tensor) -> Tensor:
+    """The form that is written: [1] for a scalar, float32 for an average that is kept in 8 bits."""
+    if hasattr(average, "dequantize") and type(average) is not Tensor and hasattr(average, "codes"):
+        average = average.dequantize()
+    return average.reshape(1) if average.dim() == 0 else average
+
+
+def _kept(optimizer: torch.optim.Optimizer, weight: Tensor, average: Tensor, *, signed: bool) -> Tensor:
+    """The form that the optimizer keeps: the inverse of `_as_float`. In 8 bits, an average that is `signed` has other
+    code values than one that is never negative."""
+    if not hasattr(optimizer, "_new_buffer"):
+        return average
+    buffer: Tensor = optimizer._new_buffer(weight, signed=signed)
+    buffer.copy_(average)
+    return buffer
