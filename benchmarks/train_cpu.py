@@ -100,7 +100,8 @@ def default_batch(folder: str, warmup_steps: int) -> tuple[Policy, list[Training
         run = build_run(config, run_dir, monitor)
         warmup = config.trainer.warmup
         for step in range(warmup.steps):
-            batch = demonstration_samples(run.task, run.renderer, warmup, step=step, seed=config.seed)
+            first = step * warmup.batch_size
+            batch = demonstration_samples(run.task, run.renderer, warmup, step=step, first=first, seed=config.seed)
             run.trainer.supervised_step(batch, warmup.learning_rate)
         orchestrator = config.orchestrator
         groups = asyncio.run(

@@ -252,14 +252,16 @@ def test_no_checkpoint_is_whole(ends: Scenarios, never_stopped: Path) -> None:
     assert steady(run / "metrics.jsonl") == steady(never_stopped / "metrics.jsonl"), "nothing was deleted"
 
 
-def test_weights_that_are_not_finite(ends: Scenarios) -> None:
-    """The error comes when the policy samples, before any loss."""
+def test_a_checkpoint_of_weights_that_are_not_finite_is_skipped(ends: Scenarios, never_stopped: Path) -> None:
+    """Whoever wrote it, its hashes are right; a run that went on from it would fail at its first step."""
     run, ended = ends["not_finite"]
-    assert ended.code == 1
-    assert ended.err.startswith("error: the policy of version 4 gives probabilities that are not finite: continue from")
-    assert ended.err.count("\n") == 1
-    assert summary(run)["exit_reason"] == "error"
-    assert summary(run)["error"].startswith("NonFiniteLossError: ")
+    assert ended.code == 0, ended.err
+    found = re.search(r"warning: (\S+) cannot be continued from: (\S+) holds values that are not finite", ended.out)
+    assert found is not None, ended.out
+    assert found[1].endswith("checkpoints/step_000004")
+    assert found[2].startswith("model.")
+    assert "continuing from step 2 instead" in ended.out
+    assert_same_run(run, never_stopped)
 
 
 def test_an_override_that_does_not_fit_is_not_kept(ends: Scenarios, never_stopped: Path) -> None:

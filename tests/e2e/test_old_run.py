@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import zipfile
 from pathlib import Path
 
@@ -24,7 +25,7 @@ import pytest
 from safetensors.torch import load_file
 
 from support import TESTS
-from support.command_line import Home, steady, steady_rollouts
+from support.command_line import KILL_AT, Home, steady, steady_rollouts
 
 pytestmark = pytest.mark.slow
 
@@ -54,6 +55,19 @@ def test_it_is_resumed_from_its_checkpoint(home: Home, recorded: Path) -> None:
         for turn, recorded_turn in zip(ours["turns"], theirs["turns"], strict=True):
             assert turn["prompt_token_ids"] == recorded_turn["prompt_token_ids"]
             assert turn["completion_ids"] == recorded_turn["completion_ids"]
+
+
+def test_its_position_follows_from_its_own_config(home: Home, recorded: Path) -> None:
+    """The checkpoint of step 1 has no cursor. Two problems were played per step, so the third comes next. It keeps its
+    place even if the run is killed right after config.yaml says another number."""
+    groups, third = "orchestrator.groups_per_step=1", "BFGE"
+    assert steady_rollouts(recorded)["step_000002.jsonl"][0]["problem_id"] == third
+    ended = home.vlmrl("os.mkdir", "partial_000002", f"resume={recorded}", groups, code=("-c", KILL_AT))
+    assert ended.code == -signal.SIGKILL
+    assert "groups_per_step: 1" in (recorded / "config.yaml").read_text()
+    ended = home.vlmrl(f"resume={recorded}", groups)
+    assert (ended.code, ended.err) == (0, "")
+    assert {record["problem_id"] for record in steady_rollouts(recorded)["step_000002.jsonl"]} == {third}
 
 
 def test_its_checkpoint_is_evaluated(home: Home, recorded: Path) -> None:

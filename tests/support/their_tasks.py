@@ -6,6 +6,7 @@ AllFaults       every rollout raises
 AllTooLong      no first prompt fits
 EqualRewards    there is nothing to learn from
 Poison          rewards that are finite, in a loss that is not
+LateImages      problems from `args.first_image` on show an image, the ones before it only text
 Gated           color_codeword, but a problem can be held until a test lets it go
 Blindfolded     color_codeword with every pixel zeroed, and an answer that needs none: it is always the same
 """
@@ -23,6 +24,7 @@ import numpy as np
 
 from vlmrl import Image, Message, Reply, Split, Task, Text
 from vlmrl.config.task import ColorCodewordConfig
+from vlmrl.orchestrator.supervised import FIRST_PROBLEM
 from vlmrl.tasks.color_codeword import CodewordProblem, ColorCodeword
 
 KINDS = ("sound", "no_image", "raises", "nan", "too_long", "equal")
@@ -51,6 +53,8 @@ class Say:
         image: Any = np.full((32, 32, 3), self.row.index % 256, np.uint8)
         if self.row.kind == "no_image":
             image = b"GIF89a, or so it says"
+        if self.row.kind == "text":
+            return (Message.of("user", f"Say anything. {self.row.index}"),)
         text = "Say anything." * (500 if self.row.kind == "too_long" else 1)
         return (Message.of("user", text, Image(image)),)
 
@@ -102,6 +106,20 @@ class EqualRewards(Sound):
 
 class Poison(Sound):
     kinds = ("poison",)
+
+
+class LateImages(Sound):
+    """The first problems of RL and of supervised steps show no image."""
+
+    def __init__(self, config: Any, *, seed: int) -> None:
+        super().__init__(config, seed=seed)
+        self.first_image: int = config.args["first_image"]
+
+    def problem(self, split: Split, index: int) -> Row:
+        return Row(split, index, "sound" if index % FIRST_PROBLEM >= self.first_image else "text")
+
+    def demonstration(self, problem: Row, *, random_answers: bool, seed: int) -> tuple[Message, ...]:
+        return (*Say(problem).reset(), Message.of("assistant", f"anything {seed % 10}"))
 
 
 class Gated(ColorCodeword):

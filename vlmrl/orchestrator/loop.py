@@ -54,6 +54,8 @@ class Loop:
     weight_sync: WeightSync
     evaluator: Evaluator
     recorder: Recorder
+    first_problem: Callable[[int], int]
+    """Returns the index of a step's first training problem."""
     checkpoint: Callable[[int], None]
     """Called with the number of each step after it; saves a checkpoint when one is due."""
     demonstrations: Callable[[int], list[TrainingSample]]
@@ -101,7 +103,7 @@ class Loop:
 
     async def roll_out(self, step: int) -> list[Group]:
         """task → renderer → inference → rollout: play the groups of one step."""
-        first = (step - 1) * self.config.groups_per_step
+        first = self.first_problem(step)
         with self._overlap.rolling_out(step):
             return await self.runner.run_groups(
                 split="train",

@@ -57,16 +57,16 @@ class Demonstrated:
 
 
 def demonstrate(
-    task: Task, renderer: Renderer, config: SFTConfig, *, step: int, seed: int, seq_len: int
+    task: Task, renderer: Renderer, config: SFTConfig, *, step: int, first: int, seed: int, seq_len: int
 ) -> Demonstrated:
-    """The samples of supervised step `step` (0-based), of at most `seq_len` tokens each. The result depends only on the
-    arguments.
+    """The samples of supervised step `step` (0-based), whose first demonstration has the number `first`; of at most
+    `seq_len` tokens each. The result depends only on the arguments.
 
     Raises `TaskError` where the task has no demonstrations, `ConfigError` where the renderer cannot render any.
     """
     made = Demonstrated()
     for i in range(config.batch_size):
-        number = step * config.batch_size + i
+        number = first + i
         index = FIRST_PROBLEM + number
         rollout = Rollout(
             rollout_id=f"sft/{step:06d}/{i:03d}",

@@ -40,6 +40,7 @@ from vlmrl.ranks.rank_group import RankGroup
 from vlmrl.record.logs import MainLog
 from vlmrl.record.run_dir import RunDir
 from vlmrl.rendering.renderer import Renderer, make_renderer
+from vlmrl.runs.position import Position
 from vlmrl.runs.stopping import Stop
 from vlmrl.tasks.base import Task
 from vlmrl.tasks.loading import load_task, tokenizer_texts
@@ -88,10 +89,15 @@ class Run:
     """None: the run is one process."""
     stop: Stop = field(init=False, default_factory=Stop)
     """Set when the run is to finish its step, save and end."""
+    position: Position = field(init=False)
+    """The next problems."""
     restored_step: int = field(init=False, default=0)
     """The step in the name of the checkpoint that the run was restored from; 0 without one."""
     saved: Progress | None = field(init=False, default=None)
     """The progress that the newest checkpoint holds; None before the first checkpoint."""
+
+    def __post_init__(self) -> None:
+        self.position = Position.of(self.config)
 
     @property
     def progress(self) -> Progress:

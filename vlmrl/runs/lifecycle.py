@@ -16,6 +16,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from vlmrl.config.parse import parse, typed
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import ConfigError, EngineError, Interrupted, RankError, TaskError, TooManyFaultsError
 from vlmrl.monitor.monitor import Monitor
@@ -27,8 +28,10 @@ from vlmrl.record.lock import network_file_system
 from vlmrl.record.run_dir import RunDir
 from vlmrl.runs.build import Run, RunFollower, build_run, is_float32
 from vlmrl.runs.modes import MODES, ModeWithoutRun, RunMode
-from vlmrl.runs.saving import save
+from vlmrl.runs.position import Position
+from vlmrl.runs.saving import loop_state, save
 from vlmrl.runs.stopping import rank_lost, stopping_on_signals
+from vlmrl.trainer.loop_state import LoopState
 
 log = logging.getLogger(__name__)
 
@@ -156,9 +159,12 @@ def restore(run: Run, mode: RunMode) -> None:
         return
     found = run.checkpoints.load_newest(run.trainer, run.monitor.warn)
     if found is not None:
-        run.restored_step, loop_state = found
-        run.evaluator.history = list(loop_state.evaluations)
+        run.restored_step, state = found
+        run.evaluator.history = list(state.evaluations)
+        run.evaluator.is_unfinished = state.is_evaluation_unfinished
         run.saved = run.progress
+        if mode.continues_run(run.config):
+            restore_position(run, state)
     if mode.continues_run(run.config):
         # Not earlier: an override that does not fit the checkpoint would stay in config.yaml.
         run.run_dir.write_config(run.config)
@@ -171,6 +177,20 @@ def restore(run: Run, mode: RunMode) -> None:
         )
     else:
         run.monitor.resume_at(-1, supervised_steps=0)  # replaces what an earlier evaluation of the same run recorded
+
+
+def restore_position(run: Run, state: LoopState) -> None:
+    """Continue with the problem after the last one that the checkpoint learned from.
+
+    A checkpoint without a cursor was written by an older version, whose position followed from the run's config. If
+    that config changes now, the checkpoint is written again, with its cursor, before config.yaml is.
+    """
+    made = {"version": run.trainer.version, "supervised_steps": run.trainer.supervised_steps}
+    before = run.config if state.has_position else parse(typed(run.run_dir.read_config()))
+    run.position = Position.of(before, **made).restored(state, run.config)
+    if not state.has_position and run.position != Position.of(run.config, **made):
+        run.checkpoints.save(run.restored_step, run.trainer, loop_state(run))
+        run.checkpoints.finish()
 
 
 def save_at_the_end(run: Run, mode: RunMode) -> None:

@@ -22,8 +22,20 @@ def save(run: Run, step: int) -> None:
     if run.progress == run.saved:
         return
     run.monitor.flush()
-    run.checkpoints.save(step, run.trainer, LoopState(tuple(run.evaluator.history)))
+    run.checkpoints.save(step, run.trainer, loop_state(run))
     if run.config.monitor.wandb.checkpoints:
         run.checkpoints.finish()  # W&B uploads the files, so they must be complete
         run.monitor.checkpoint(step, run.checkpoints.path(step))
     run.saved = run.progress
+
+
+def loop_state(run: Run) -> LoopState:
+    """The evaluations so far, and the next problem of each sequence."""
+    position, next_step = run.position, run.trainer.version + 1
+    return LoopState(
+        evaluations=tuple(run.evaluator.history),
+        is_evaluation_unfinished=run.evaluator.is_unfinished,
+        cursor=position.rl.first_of(next_step),
+        warmup_cursor=position.warmup.first_of(run.trainer.supervised_steps + 1),
+        rl_demonstrations_cursor=position.rl_demonstrations.first_of(next_step),
+    )

@@ -72,6 +72,7 @@ async def demonstrations_of(run: Run, step: int, threads: TaskThreads) -> Demons
             run.renderer,
             config.trainer.warmup,
             step=step - 1,
+            first=run.position.warmup.first_of(step),
             seed=config.seed,
             seq_len=config.trainer.seq_len,
         )

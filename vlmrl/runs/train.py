@@ -33,6 +33,7 @@ async def train(run: Run) -> ExitReason:
         weight_sync=run.weight_sync,
         evaluator=run.evaluator,
         recorder=run.monitor,
+        first_problem=run.position.rl.first_of,
         checkpoint=lambda step: save_if_due(run, step),
         demonstrations=lambda step: demonstrations(run, step),
         vision_gap=VisionGap(config.monitor.vision_gap_every, run.renderer, run.trainer),
@@ -47,7 +48,14 @@ def demonstrations(run: Run, step: int) -> list[TrainingSample]:
     if warmup.rl_weight == 0 or warmup.steps == 0:  # a task without a warm-up may have no demonstrations
         return []
     warmup = dataclasses.replace(warmup, batch_size=warmup.rl_batch_size)
-    seq_len, seed = run.config.trainer.seq_len, run.config.seed
-    made = demonstrate(run.task, run.renderer, warmup, step=AFTER_WARMUP + step, seed=seed, seq_len=seq_len)
+    made = demonstrate(
+        run.task,
+        run.renderer,
+        warmup,
+        step=AFTER_WARMUP + step,
+        first=run.position.rl_demonstrations.first_of(step),
+        seed=run.config.seed,
+        seq_len=run.config.trainer.seq_len,
+    )
     note_faults(run, step, "rl", made)
     return made.samples

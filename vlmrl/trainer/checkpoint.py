@@ -105,11 +105,12 @@ class Checkpoints:
             for path in partial.iterdir():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
-            if self.path(step).exists():
-                self._delete(step)
+            replaced = self._set_aside(step) if self.path(step).exists() else None
             partial.rename(self.path(step))
+            if replaced is not None:
+                _remove(replaced)
             for old in self.steps()[: -self._keep]:
-                self._delete(old)
+                _remove(self._set_aside(old))
         except (OSError, SafetensorError) as error:
             raise self._cannot_be_written(step, error) from error
         except CheckpointException as error:
@@ -151,10 +152,11 @@ class Checkpoints:
             )
         return None
 
-    def _delete(self, step: int) -> None:
+    def _set_aside(self, step: int) -> Path:
+        """Take its name from a checkpoint that is to be deleted → the new path."""
         gone = self._folder / f"partial_{step:06d}_deleted"
         self.path(step).rename(gone)
-        _remove(gone)
+        return gone
 
 
 def _remove(path: Path) -> None:

@@ -21,12 +21,19 @@ class LoopState:
 
     evaluations: tuple[tuple[float, float], ...] = ()
     """(sampled, greedy) held-out reward of each."""
+    is_evaluation_unfinished: bool = False
+    """Whether the run was stopped during an evaluation, which is made again."""
     cursor: int | None = None
     """Position in the training problems of RL steps."""
     warmup_cursor: int | None = None
     """Position in the demonstrations of supervised steps (warm-up, mode=sft)."""
     rl_demonstrations_cursor: int | None = None
     """Position in the demonstrations that are mixed into RL steps (`trainer.warmup.rl_weight`)."""
+
+    @property
+    def has_position(self) -> bool:
+        """Whether every cursor was recorded."""
+        return None not in (self.cursor, self.warmup_cursor, self.rl_demonstrations_cursor)
 
     def write(self, path: Path) -> None:
         """Write loop.json. Raises OSError."""
@@ -39,11 +46,15 @@ class LoopState:
         evaluations = content.get("evaluations")
         if not isinstance(evaluations, list) or not all(map(_is_pair, evaluations)):
             raise CheckpointError(f"{path} is damaged (evaluations is no list of pairs of rewards)")
-        cursors = {field.name: content.get(field.name) for field in dataclasses.fields(cls)[1:]}
+        cursors = {field.name: content.get(field.name) for field in dataclasses.fields(cls) if "cursor" in field.name}
         for name, cursor in cursors.items():
             if cursor is not None and not is_count(cursor):
                 raise CheckpointError(f"{path} is damaged ({name}={str(cursor)[:40]} is no index of a problem)")
-        return cls(tuple((float(sampled), float(greedy)) for sampled, greedy in evaluations), **cursors)
+        unfinished = content.get("is_evaluation_unfinished", False)
+        if not isinstance(unfinished, bool):
+            raise CheckpointError(f"{path} is damaged (is_evaluation_unfinished is neither true nor false)")
+        rewards = tuple((float(sampled), float(greedy)) for sampled, greedy in evaluations)
+        return cls(rewards, unfinished, **cursors)
 
 
 def _is_pair(value: object) -> bool:

@@ -263,8 +263,17 @@ def _local(tensor: Tensor) -> Tensor:
 
 def _as_float(average: Tensor) -> Tensor:
     """The form that is written: [1] for a scalar, float32 for an average that is kept in 8 bits."""
-    if hasattr(average, "dequantize") and type(average) is not Tensor and hasattr(average, "codes"):
-        average = average.dequantize()
+    from torch.distributed.tensor import DTensor
+
+    local = _local(average)
+    if hasattr(local, "codes"):  # torchao's tensor of 8 bits
+        local = local.dequantize()
+        if not isinstance(average, DTensor):
+            return local
+        mesh, placements = average.device_mesh, average.placements
+        return DTensor.from_local(
+            local, mesh, placements, run_check=False, shape=average.shape, stride=average.stride()
+        )
     return average.reshape(1) if average.dim() == 0 else average
 
 

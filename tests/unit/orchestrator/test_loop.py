@@ -73,8 +73,13 @@ class World:
     open_batches: set[int] = field(default_factory=set)
     most_open: int = 0
     failing: dict[str, Exception] = field(default_factory=dict)
+    cursor: int = 0
+    started_at: int = field(init=False)
     during: dict[str, Callable[[], None]] = field(default_factory=dict)
     """A side effect of an event, e.g. Ctrl-C."""
+
+    def __post_init__(self) -> None:
+        self.started_at = self.version
 
     def happens(self, event: str) -> None:
         self.events.append(event)
@@ -183,6 +188,7 @@ class World:
                 weight_sync=neighbour,
                 evaluator=self.evaluator,
                 recorder=neighbour,
+                first_problem=lambda step: self.cursor + (step - 1 - self.started_at) * GROUPS,
                 checkpoint=self.checkpoint,
                 demonstrations=lambda step: self.learned[-1][:step] if self.learned else [],
                 vision_gap=self.vision_gap,
@@ -226,10 +232,24 @@ def test_without_evaluation_there_is_none() -> None:
 
 
 def test_a_resumed_run_publishes_before_it_rolls_out_and_goes_on_with_the_next_problems() -> None:
-    world = World(version=3)
+    world = World(version=3, cursor=9)
     assert world.run(steps=5, every=5) == "finished"
     assert world.events == ["publish 3", *of_step(4), *of_step(5, evaluated=True)]
-    assert [list(asked["problem_indices"]) for asked in world.asked[:2]] == [[6, 7], [8, 9]]
+    assert [list(asked["problem_indices"]) for asked in world.asked[:2]] == [[9, 10], [11, 12]]
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1, 3])
+@pytest.mark.parametrize("last", [1, 2, 4])
+def test_what_was_rolled_out_and_not_learned_is_rolled_out_again_once(max_staleness: int, last: int) -> None:
+    """Stopped after step `last`, when later batches were under way, and resumed from the cursor of its checkpoint."""
+    world = World()
+    world.during[f"checkpoint {last}"] = lambda: world.stop.set()
+    assert world.run(steps=9, max_staleness=max_staleness) == "interrupted"
+    assert len(world.asked) > last, "a batch was under way"
+    again = World(version=world.version, cursor=last * GROUPS)
+    assert again.run(steps=9, max_staleness=max_staleness) == "finished"
+    learned = [sample.rollout_id.split("/")[2] for batch in world.learned + again.learned for sample in batch]
+    assert sorted(learned, key=int) == [str(index) for index in range(9 * GROUPS) for _ in range(SIBLINGS)]
 
 
 def test_a_run_that_was_resumed_before_its_first_step_is_not_evaluated_twice() -> None:

@@ -53,7 +53,8 @@ def renderer(tiny_folder: Path, tokenizer: Any) -> Renderer:
 def made_by(
     task: Any, renderer: Renderer, config: SFTConfig = RANDOM, *, step: int = 0, seed: int = 0, seq_len: int = 4096
 ) -> Demonstrated:
-    return demonstrate(task, renderer, config, step=step, seed=seed, seq_len=seq_len)
+    first = step * config.batch_size
+    return demonstrate(task, renderer, config, step=step, first=first, seed=seed, seq_len=seq_len)
 
 
 def samples_of(renderer: Renderer, config: SFTConfig, step: int = 0, seed: int = 0) -> list[TrainingSample]:
