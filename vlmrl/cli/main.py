@@ -44,6 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--version" in words:
             print(f"vlmrl {vlmrl.__version__}")
             return 0
+        if sys.flags.optimize > 1:
+            raise ConfigError(
+                f"PYTHONOPTIMIZE={sys.flags.optimize} (python -OO) removes the docstrings, which transformers reads "
+                "when it imports a model, so no model would load: unset it, or set PYTHONOPTIMIZE=1."
+            )
         if REPORT in words:  # before the ranks are counted: rank 0 of a run starts this as a process of its own
             print(write_page(words))
             return 0

@@ -60,8 +60,10 @@ def _declare_missing_operators(package: Path) -> None:
         for extension in package.glob("_C*.so"):
             torch.ops.load_library(str(extension))  # type: ignore[no-untyped-call]
     except OSError:
+        # Declaring one twice is an error, and an import of torchvision that failed later is tried again.
+        missing = [name for name in ("nms", "qnms") if not hasattr(torch.ops.torchvision, name)]
         library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
-        for operator in ("nms", "qnms"):
+        for operator in missing:
             schema = f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
             library.define(schema)  # type: ignore[no-untyped-call]
         _libraries.append(library)

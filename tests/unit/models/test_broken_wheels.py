@@ -57,6 +57,25 @@ def test_with_install_the_wheels_are_harmless(python: list[str]) -> None:
     assert output([*python, INSTALL + TRY]) == "imported\n"
 
 
+@pytest.mark.parametrize("fault", ["", "raise RuntimeError('another part fails')"])
+def test_it_may_be_installed_again_after_an_import(fault: str, python: list[str], tmp_path: Path) -> None:
+    """An import that failed is tried again, with the operators of the first one in place."""
+    package = tmp_path / "torchvision/__init__.py"
+    package.write_text(f"{TORCHVISION}\n{fault}")
+    again = "try:\n    import torchvision\nexcept RuntimeError as error:\n    print(error)\n"
+    forget = "import sys; sys.modules.pop('torchvision', None)\n"
+    found = output([*python, (INSTALL + again + forget) * 3])
+    if fault:
+        assert found == "another part fails\n" * 3
+    else:
+        assert "already" not in found, found
+
+
+def test_python_without_docstrings_is_refused_in_words() -> None:
+    found = output(["env", "PYTHONOPTIMIZE=2", sys.executable, "-m", "vlmrl"])
+    assert found.startswith("error: PYTHONOPTIMIZE=2 (python -OO) removes the docstrings"), found
+
+
 def test_every_process_of_a_server_installs(python: list[str]) -> None:
     site = Path(vlmrl.__file__).parent / "inference" / "vllm" / "in_server" / "site"
     python[1] = python[1].replace("PYTHONPATH=", f"PYTHONPATH={site}{os.pathsep}")

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlmrl.errors import ModelError
 from vlmrl.models.attention.fused import FusedPlan, Kernel, attend_fused, plan_flex, plan_varlen
 from vlmrl.models.attention.prefix_tree import Segment
 from vlmrl.models.features import to_device
@@ -39,6 +40,10 @@ ATTENTION_NAME = "vlmrl_tree"
 MIN_SHARED_PAIRS = 16384
 """A segment becomes a shared block when (rows below it) × (its own tokens) reaches this. Below it, one more kernel
 launch costs more than the padding that it saves."""
+
+MAX_PAIRS = 1 << 30
+"""Largest number of (query, key) pairs of one block, which keeps a byte and, for each head, a float32 of each pair.
+With four heads, this many pairs need 17 GiB."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +112,10 @@ def shared_segments(parents: Sequence[int], lengths: Sequence[int], queries: Seq
 def local_blocks(
     paths: Sequence[np.ndarray], rows: Sequence[np.ndarray], offsets: Sequence[int], device: torch.device
 ) -> list[LocalBlock]:
-    """Batch (path, rows) pairs of similar size. On path b, `offsets[b]` keys come before the first query's own key."""
+    """Batch (path, rows) pairs of similar size. On path b, `offsets[b]` keys come before the first query's own key.
+
+    Raises `ModelError` for sequences whose mask no memory holds.
+    """
     buckets: dict[tuple[int, int], list[int]] = {}
     for index, (path, row) in enumerate(zip(paths, rows, strict=True)):
         # Powers of two bound the padding by half. Paths below 32 keys share one bucket.
@@ -116,6 +124,7 @@ def local_blocks(
     for members in buckets.values():
         n = max(len(rows[i]) for i in members)
         m = max(len(paths[i]) for i in members)
+        _refuse_pairs(len(members), n, m)
         padded_rows = np.empty((len(members), n), np.int64)
         padded_slots = np.empty((len(members), m), np.int64)
         for b, i in enumerate(members):
@@ -143,6 +152,17 @@ def local_blocks(
     return blocks
 
 
+def _refuse_pairs(sequences: int, queries: int, keys: int) -> None:
+    """Raise `ModelError` for a block that no memory holds."""
+    if (pairs := sequences * queries * keys) > MAX_PAIRS:
+        raise ModelError(
+            f"attention of {sequences} × {queries:,} tokens to {keys:,} tokens would need a mask of "
+            f"{pairs / 2**30:,.0f} GiB, and four times as much for each head, so this forward pass does not fit: lower "
+            "trainer.seq_len, inference.max_model_len or trainer.micro_batch_tokens, or use a GPU with "
+            "model.dtype=bfloat16, whose kernels need no mask."
+        )
+
+
 def plan_tree(segments: Sequence[Segment], device: torch.device) -> TreePlan:
     """The plan of one forward pass over `segments` (depth-first order; rows in the same order)."""
     parents = [s.parent for s in segments]
@@ -155,6 +175,9 @@ def plan_tree(segments: Sequence[Segment], device: torch.device) -> TreePlan:
             below[parent] += below[i] + len(rows)
             end[parent] = max(end[parent], end[i], int(rows[-1]) + 1 if len(rows) else 0)
     shared = shared_segments(parents, [len(s.slots) for s in segments], below)
+    for segment, rows_below, is_shared in zip(segments, below, shared, strict=True):
+        if is_shared:
+            _refuse_pairs(1, rows_below, len(segment.slots))
 
     tails: list[np.ndarray] = []
     paths, rows_of, offsets = [], [], []

@@ -7,12 +7,17 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
 """File name → SHA-256. Written last. A folder whose files differ from it is built again."""
+
+ABANDONED_AFTER_S = 86400.0
+"""Seconds since the last new file in a scratch folder after which its builder was killed. A build takes seconds."""
 
 
 def cache_folder() -> Path:
@@ -29,6 +34,7 @@ def built(kind: str, key: list[Any], build: Callable[[Path], None]) -> Path:
     folder = cache_folder() / kind / hashlib.sha256(text.encode()).hexdigest()[:16]
     if not _is_intact(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(folder.parent)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             build(scratch)
@@ -52,6 +58,14 @@ def _is_intact(folder: Path) -> bool:
         return all(_sha256(folder / name) == digest for name, digest in manifest.items())
     except (OSError, ValueError, AttributeError):
         return False
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Remove the scratch folders of builders that were killed."""
+    for scratch in parent.glob(".*-*"):
+        with suppress(OSError):  # another process removes it too
+            if time.time() - scratch.stat().st_mtime > ABANDONED_AFTER_S:
+                shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _publish(scratch: Path, folder: Path) -> None:

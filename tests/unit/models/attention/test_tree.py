@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from support.helpers import seen
+from vlmrl.errors import ModelError
 from vlmrl.models.attention import fused as fused_attention
 from vlmrl.models.attention import tree as tree_attention
 from vlmrl.models.attention.fused import Kernel, Sequences, plan_flex
@@ -183,6 +184,24 @@ GROUPS = Tree(
     lengths=(300, *[n for g in range(4) for n in (60, *range(5, 13))]),
     cached=(False,) * 37,
 )
+
+
+@pytest.mark.parametrize("lengths", [[200_000], [30_000, 30_000], [40_000, 30_000]])
+def test_a_mask_that_no_memory_holds_is_refused_before_it_is_made(lengths: list[int]) -> None:
+    """One long sequence, two that are padded to one block, and a long prefix with a long rest."""
+    segments: list[Segment] = []
+    first = 0
+    for length in lengths:
+        rows = np.arange(first, first + length)
+        segments.append(Segment(0 if segments and lengths[0] == 40_000 else -1, rows, rows))
+        first += length
+    with pytest.raises(ModelError, match=r"attention of \d × [\d,]+ tokens to [\d,]+ tokens .* lower trainer\.seq_len"):
+        plan_tree(segments, torch.device("cpu"))
+
+
+def test_a_long_sequence_that_fits_is_planned() -> None:
+    rows = np.arange(4096)
+    assert len(plan_tree([Segment(-1, rows, rows)], torch.device("cpu")).local) == 1
 
 
 def test_a_group_of_rollouts_shares_its_prompt_at_the_default_threshold() -> None:
