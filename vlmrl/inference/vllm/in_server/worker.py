@@ -43,7 +43,7 @@ class WorkerInspector:
     vllm_config: Any
 
     def vlmrl_settings(self) -> dict[str, Any]:
-        """The settings that `engine.check_settings` reads."""
+        """The settings that `settings.check_settings` reads."""
         model, parallel = self.vllm_config.model_config, self.vllm_config.parallel_config
         images = model.multimodal_config
         return {

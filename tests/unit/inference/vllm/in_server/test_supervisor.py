@@ -5,11 +5,14 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+
+from vlmrl.inference.vllm.in_server import supervisor
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="subreapers are Linux")
 
@@ -21,16 +24,22 @@ print(engine.pid, engine.stdout.readline().decode().strip(), flush=True)
 time.sleep(600)
 """
 ENGINE = """
-import signal, subprocess, sys, time
+import mmap, os, signal, subprocess, sys, time
+with open(f"/dev/shm/vlmrl-test-{os.getpid()}", "wb+") as shared:
+    shared.truncate(32)
+    semaphore = mmap.mmap(shared.fileno(), 32)
 worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 print(worker.pid, flush=True)
 time.sleep(600)
 """
 STUBBORN_ENGINE = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + ENGINE
 
+SITE = Path(supervisor.__file__).parent / "site"
 RUN = """
-import subprocess, sys
-supervisor = subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE, start_new_session=True)
+import os, subprocess, sys
+path = os.pathsep.join([sys.argv[2], os.environ.get("PYTHONPATH", "")])
+environment = os.environ | {"VLMRL_SERVER_LOCK": sys.argv[1], "PYTHONPATH": path}
+supervisor = subprocess.Popen(sys.argv[3:], stdin=subprocess.PIPE, start_new_session=True, env=environment)
 for line in sys.stdin:
     supervisor.stdin.write(line.encode())
     supervisor.stdin.flush()
@@ -41,37 +50,46 @@ sys.exit(supervisor.wait() != 0)
 
 
 class Run:
-    """A run with a supervised server; `processes` are the supervisor and all its descendants."""
+    """A run with a supervised server; `processes` are the guard and all its descendants."""
 
-    def __init__(self, engine: str) -> None:
+    def __init__(self, engine: str, lock: Path) -> None:
         server = [sys.executable, "-c", API_SERVER, engine]
         command = [sys.executable, "-m", "vlmrl.inference.vllm.in_server.supervisor", *server]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", RUN, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", RUN, str(lock), str(SITE), *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         assert self.process.stdout is not None
         self.engine, self.worker = map(psutil.Process, map(int, self.process.stdout.readline().split()))
-        self.supervisor, self.api_server = psutil.Process(self.process.pid).children(recursive=True)[:2]
-        self.processes = [self.supervisor, self.api_server, self.engine, self.worker]
+        self.guard, self.supervisor, self.api_server = psutil.Process(self.process.pid).children(recursive=True)[:3]
+        self.processes = [self.guard, self.supervisor, self.api_server, self.engine, self.worker]
+        self.shared = Path(f"/dev/shm/vlmrl-test-{self.engine.pid}")
+        assert self.shared.exists()
 
-    def survivors(self, timeout_s: float = 60.0) -> list[psutil.Process]:
-        _, alive = psutil.wait_procs(self.processes, timeout_s)
-        return list(alive)
+    def survivors(self, timeout_s: float = 30.0) -> list[psutil.Process]:
+        """The processes that still run after `timeout_s`. A zombie has ended, and its parent here may not reap it."""
+        end = time.monotonic() + timeout_s
+        while (alive := [p for p in self.processes if supervisor.is_alive(p)]) and time.monotonic() < end:
+            time.sleep(0.02)
+        return alive
 
 
 @pytest.fixture
-def run() -> Iterator[Run]:
-    yield from started(ENGINE)
+def run(tmp_path: Path) -> Iterator[Run]:
+    yield from started(ENGINE, tmp_path)
 
 
 @pytest.fixture
-def stubborn_run() -> Iterator[Run]:
-    yield from started(STUBBORN_ENGINE)
+def stubborn_run(tmp_path: Path) -> Iterator[Run]:
+    yield from started(STUBBORN_ENGINE, tmp_path)
 
 
-def started(engine: str) -> Iterator[Run]:
-    run = Run(engine)
+def started(engine: str, folder: Path) -> Iterator[Run]:
+    run = Run(engine, folder / "lock")
     yield run
+    run.shared.unlink(missing_ok=True)
     for process in run.processes:
         if process.is_running():
             process.kill()
@@ -107,10 +125,31 @@ def test_no_process_is_left_when_the_api_server_is_killed(run: Run) -> None:
     assert run.survivors() == []
 
 
-def test_the_api_server_dies_with_the_supervisor(run: Run) -> None:
-    run.supervisor.kill()
-    _, alive = psutil.wait_procs([run.api_server], 60)
-    assert alive == []
+@pytest.mark.parametrize(
+    "killed",
+    [
+        *("guard", "supervisor", "guard supervisor", "supervisor guard", "supervisor engine", "api_server supervisor"),
+        *("process guard supervisor", "guard process", "process supervisor", "api_server guard supervisor"),
+    ],
+)
+def test_no_process_is_left_whoever_is_killed(run: Run, killed: str) -> None:
+    """`process` is the run."""
+    for name in killed.split():
+        getattr(run, name).kill()
+    assert run.survivors() == []
+
+
+@pytest.mark.parametrize("stopped", ["guard", "supervisor", "api_server", "engine", "worker"])
+def test_no_process_is_left_of_a_killed_run_even_if_one_was_stopped(run: Run, stopped: str) -> None:
+    getattr(run, stopped).suspend()
+    run.process.kill()
+    assert run.survivors() == []
+
+
+def test_shared_memory_of_killed_processes_is_removed(run: Run) -> None:
+    run.api_server.kill()
+    assert run.survivors() == []
+    assert not run.shared.exists()
 
 
 @pytest.mark.slow
