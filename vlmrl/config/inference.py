@@ -69,16 +69,19 @@ class VllmConfig(InferenceConfig):
     node. The run starts no other servers then. With a task per GPU and n GPUs per server (`tensor_parallel_size` ×
     `data_parallel_size`), n − 1 tasks have no work, so give a node that samples one task per server. Under srun, set it
     on the command line and not in a file, because tasks take their parts before they read files. On several nodes, the
-    servers listen beyond their own host; the run's key keeps others out, but it goes over the network unencrypted."""
+    servers listen beyond their own host. A key that is new after each restart keeps others out, but it goes over the
+    network unencrypted."""
     startup_timeout_s: float = setting(900.0, on_resume=Resume.free, low=SMALLEST, outside="no server is up in time")
     """Seconds for a server to come up. A large model from a cold disk, with compilation, takes minutes."""
-    request_timeout_s: float = setting(600.0, on_resume=Resume.free, low=SMALLEST, outside="no response comes in time")
-    """Seconds for one response, including the weight updates in between. It lies far above normal times and exists to
-    find servers that hang."""
+    request_timeout_s: float = setting(300.0, on_resume=Resume.free, low=SMALLEST, outside="no response comes in time")
+    """Seconds that a server may go without progress: without a token while it has requests, without a sign of life
+    while it has none, without an answer to a call of a weight update. Then it hangs, and is restarted. A slow server
+    makes progress, however long one response takes. Raise it if a weight update takes longer."""
     max_restarts: int = setting(3, on_resume=Resume.free, low=0, outside="it is not a number of restarts (0 is none)")
-    """Times that a server is started again in one run. A server that dies more often would die again."""
+    """Times that a server is started again in one run, because it died or hung. A server that dies more often would
+    die again."""
     max_retries: int = setting(3, on_resume=Resume.free, low=0, outside="it is not a number of retries (0 is none)")
-    """Times that a request is repeated because its server died."""
+    """Times that a request is repeated because its server died or hung."""
 
     @property
     def starts_servers(self) -> bool:

@@ -1,8 +1,10 @@
 """A Slurm task that runs one vLLM server (`inference.slurm_tasks`) until the run is over.
 
-    compose ─▶ serve: checkpoint ─▶ VllmServer ─▶ announce ─▶ wait until the run is over; restart a server that dies
+    compose ─▶ serve: checkpoint ─▶ Relay ─▶ VllmServer ─▶ announce ─▶ wait until the run is over
+                                             ▲─────────── dies or hangs ◀──┘
 
-Like every server, it serves the checkpoint's weights until the run publishes its own.
+Like every server, it serves the checkpoint's weights until the run publishes its own. The port is this task's own from
+before the first launch until its end (relay.py). Each launch has a key of its own.
 """
 
 from __future__ import annotations
@@ -10,14 +12,16 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections import Counter
 from pathlib import Path
-
-import httpx
 
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import EngineError
-from vlmrl.inference.vllm.server import Host, VllmServer, visible_devices
+from vlmrl.inference.vllm import progress
+from vlmrl.inference.vllm.control import ControlClient
+from vlmrl.inference.vllm.relay import Relay
+from vlmrl.inference.vllm.server import VllmServer, visible_devices
 from vlmrl.inference.vllm.slurm_servers import announce, announcement
 from vlmrl.models.checkpoints.load import resolve_checkpoint
 from vlmrl.ranks import slurm
@@ -47,9 +51,9 @@ def serve(config: RunConfig, index: int) -> None:
             checkpoint,
             run / "logs" / f"vllm_{index}.log",
             WEIGHT_TRANSFERS.get(config.weight_sync.kind),
-            host(config.inference),
+            devices(config.inference),
         )
-        asyncio.run(_until_over(server, path, config.inference.max_restarts))
+        asyncio.run(_until_over(server, path, config.inference))
     except EngineError as error:
         announce(path, error=str(error))
         raise
@@ -57,22 +61,21 @@ def serve(config: RunConfig, index: int) -> None:
         path.unlink(missing_ok=True)
 
 
-def host(config: VllmConfig) -> Host:
-    """The address on which this task's server listens, and the GPUs it runs on."""
+def devices(config: VllmConfig) -> list[str]:
+    """The GPUs that this task's server runs on."""
     count = config.tensor_parallel_size * config.data_parallel_size
-    devices = visible_devices()
-    if len(devices) > count:
-        first = slurm.first_gpu(count, slurm.tasks_of_step() - slurm.serving_tasks())
-        devices = devices[first : first + count]
-    if slurm.nodes() == 1:
-        return Host(devices=devices)
-    return Host(bind="0.0.0.0", name=os.environ["SLURMD_NODENAME"], devices=devices)
+    visible = visible_devices()
+    if len(visible) <= count:
+        return visible
+    first = slurm.first_gpu(count, slurm.tasks_of_step() - slurm.serving_tasks())
+    return visible[first : first + count]
 
 
-async def _until_over(server: VllmServer, path: Path, max_restarts: int) -> None:
+async def _until_over(server: VllmServer, path: Path, config: VllmConfig) -> None:
     """Keep the server running until the run is over, then stop it."""
+    relay = Relay()
     over = asyncio.create_task(slurm.run_is_over())
-    running = asyncio.create_task(_keep_running(server, path, max_restarts))
+    running = asyncio.create_task(_keep_running(server, relay, path, config))
     try:
         await asyncio.wait({over, running}, return_when=asyncio.FIRST_COMPLETED)
         for task in (running, over):
@@ -82,27 +85,42 @@ async def _until_over(server: VllmServer, path: Path, max_restarts: int) -> None
         over.cancel()
         running.cancel()
         await asyncio.gather(over, running, return_exceptions=True)
+        await relay.close()
         await server.stop()
 
 
-async def _keep_running(server: VllmServer, path: Path, max_restarts: int) -> None:
-    """Start the server, and restart it up to `max_restarts` times when it dies. Raises `EngineError` after that."""
-    async with httpx.AsyncClient() as client:
+async def _keep_running(server: VllmServer, relay: Relay, path: Path, config: VllmConfig) -> None:
+    """Start the server, and restart it up to `max_restarts` times when it dies or hangs. Raises `EngineError` after
+    that."""
+    on_one_node = slurm.nodes() == 1
+    port = await relay.listen("127.0.0.1" if on_one_node else "0.0.0.0")
+    url = f"http://{'127.0.0.1' if on_one_node else os.environ['SLURMD_NODENAME']}:{port}"
+    for _ in range(config.max_restarts + 1):
+        await server.launch()
+        client = ControlClient(
+            server.name, url, server.api_key, Counter(), config.request_timeout_s, unix_socket=server.socket
+        )
+        await server.wait_healthy(client.is_healthy, lambda line: None)
+        relay.target = server.socket
+        announce(path, url=url, key=server.api_key)
+        print(f"{server.name} listens on {url}", flush=True)
+        what = await _death(server, client)
+        print(f"{server.name} {what}", flush=True)
+        relay.target = None
+        await client.close()
+        await server.stop()
+    raise server.error(f"{what} and was restarted inference.max_restarts={config.max_restarts} times before")
 
-        async def is_healthy() -> bool:
-            try:
-                return (await client.get(f"{server.url}/health")).status_code == 200
-            except httpx.TransportError:
-                return False
 
-        for life in range(max_restarts + 1):
-            await server.launch()
-            await server.wait_healthy(is_healthy, lambda line: None)
-            if life == 0:
-                announce(path, url=server.url, key=server.api_key)
-                print(f"{server.name} listens on {server.url}", flush=True)
-            status = await server.exited()
-            print(f"{server.name} ended with status {status}", flush=True)
-    raise server.error(
-        f"ended with status {status} and was restarted inference.max_restarts={max_restarts} times before"
-    )
+async def _death(server: VllmServer, client: ControlClient) -> str:
+    """Wait until the server has ended or hangs → which of them. Whether it processes tokens while the run waits for
+    some is only known to the run, so a server that still answers is left to it."""
+    hanging = asyncio.create_task(progress.watch(client, lambda: False))
+    ended = asyncio.create_task(server.exited())
+    try:
+        await asyncio.wait({hanging, ended}, return_when=asyncio.FIRST_COMPLETED)
+        return hanging.result() if hanging.done() else f"ended with status {ended.result()}"
+    finally:
+        hanging.cancel()
+        ended.cancel()
+        await asyncio.gather(hanging, ended, return_exceptions=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from vlmrl.config.weight_sync import FolderSyncConfig
 from vlmrl.errors import ConfigError
 from vlmrl.inference.vllm.client import VllmClient
 from vlmrl.inference.vllm.engine import VllmEngine
+from vlmrl.inference.vllm.private_folder import PrivateFolder
 from vlmrl.weight_sync.servers import ServerSync
 
 FILE = "model.safetensors"
@@ -32,14 +32,14 @@ class FolderSync(ServerSync):
         """Make a folder below `config.root`; `weights` as for `ServerSync`. Raises `ConfigError` where that fails."""
         super().__init__(engine, weights, verify=config.verify)
         try:
-            self._folder = Path(tempfile.mkdtemp(prefix="vlmrl-weights-", dir=config.root))
+            self._private = PrivateFolder("weights", Path(config.root))
         except OSError as error:
             raise ConfigError(
                 f"weight_sync.root={config.root} is not a folder that this process can write to ({error.strerror}), so "
                 "no weights would reach the servers: set weight_sync.root to a folder that the trainer can write and "
                 "the servers can read."
             ) from error
-        self._remove = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self._folder = self._private.path
         engine.remove_if_killed(self._folder)
         self._current = self._folder
 
@@ -50,7 +50,7 @@ class FolderSync(ServerSync):
 
     def close(self) -> None:
         """Remove the folder. Otherwise the interpreter removes it when it exits."""
-        self._remove()
+        self._private.remove()
 
     def _stage(self, version: int, tensors: Mapping[str, Tensor]) -> None:
         from safetensors.torch import save_file

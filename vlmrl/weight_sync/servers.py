@@ -24,7 +24,8 @@ from torch import Tensor
 
 from vlmrl.errors import EngineError
 from vlmrl.inference.vllm import old_vllm
-from vlmrl.inference.vllm.client import ServerLostError, VllmClient
+from vlmrl.inference.vllm.client import VllmClient
+from vlmrl.inference.vllm.control import ServerLostError
 from vlmrl.inference.vllm.engine import Replica, VllmEngine
 from vlmrl.models.digests import assemble, digest
 from vlmrl.types import WeightComparison

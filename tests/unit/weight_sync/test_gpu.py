@@ -19,7 +19,8 @@ from vlmrl.config.inference import VllmConfig
 from vlmrl.config.model import Dtype
 from vlmrl.errors import EngineError
 from vlmrl.inference.vllm import old_vllm
-from vlmrl.inference.vllm.client import ImageEncoder, ServerLostError, VllmClient
+from vlmrl.inference.vllm.client import ImageEncoder, VllmClient
+from vlmrl.inference.vllm.control import ServerLostError
 from vlmrl.inference.vllm.engine import Replica, VllmEngine
 from vlmrl.weight_sync.gpu import GpuSync
 from vlmrl.weight_sync.vllm_transfer import Remote, bucket_bytes, ipc_sender

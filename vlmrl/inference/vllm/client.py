@@ -9,8 +9,8 @@ image data without a request, and requests in batches (batches.py). Another serv
 and only an answer shows that it holds the images. There the client sends the prompt up to the last new image and
 samples one token. This is not wasted work: it computes the prefix that the siblings of the group share.
 
-There are two errors. After a `ServerLostError` (the connection broke, or the server is dying) the same request can
-succeed on another server. After an `EngineError` (an error response, or a timeout) it would fail again.
+A request for a completion has no deadline of its own. It waits as long as the server makes progress (`control`,
+`progress`).
 """
 
 from __future__ import annotations
@@ -18,20 +18,18 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import Counter
-from collections.abc import AsyncIterator, Collection, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
 
 import httpx
-import orjson
 
 from vlmrl.caches.lru import ByteLRU
 from vlmrl.config.model import Dtype
 from vlmrl.errors import EngineError
 from vlmrl.inference.vllm import old_vllm
 from vlmrl.inference.vllm.batches import CONTENT_TYPE, Batcher, BatchLostError
-from vlmrl.inference.vllm.connections import Connections
+from vlmrl.inference.vllm.control import ControlClient, ServerLostError, complaint
 from vlmrl.inference.vllm.frames import FORGOTTEN, ROUTE, pack_batch, request_header
 from vlmrl.inference.vllm.wire import (
     MAX_LISTED_TOKENS,
@@ -46,16 +44,6 @@ from vlmrl.types import ImageItem, Prompt, SamplingParams
 
 ENCODED_LIMIT_BYTES = 256 * 1024**2
 """Limit on the encoded images that are kept for the next server, or for one that has forgotten them."""
-
-KEEPALIVE_S = 2.0
-"""How long an idle connection is kept. The server closes it after five seconds; a request on a connection that the
-server is closing would be lost."""
-
-HEALTH_TIMEOUT_S = 5.0
-
-
-class ServerLostError(Exception):
-    """The server dropped the request or is dying. Another server, or this one after a restart, can answer it."""
 
 
 class ImageEncoder:
@@ -83,7 +71,7 @@ class ImageEncoder:
         return encoded
 
 
-class VllmClient:
+class VllmClient(ControlClient):
     """The client of one launch of one server; a restarted server gets a new client. Belongs to one event loop."""
 
     def __init__(
@@ -95,62 +83,40 @@ class VllmClient:
         counts: Counter[str],
         request_timeout_s: float,
         transport: httpx.AsyncBaseTransport | None = None,
+        unix_socket: Path | None = None,
     ) -> None:
-        """`counts` are the engine's counters by metric; `transport` replaces the network in tests."""
-        self.name = name
-        self.url = url
+        """The arguments are those of `ControlClient`."""
+        super().__init__(name, url, api_key, counts, request_timeout_s, transport, unix_socket)
         self.keeps_images = False
-        """Whether the server takes an image by its hash alone; set by `engine.check_settings`."""
+        """Whether the server takes an image by its hash alone; set by `settings.check_settings`."""
         self.has_route = False
-        """Whether the server has the run's own endpoint (`frames.ROUTE`); set by `engine.check_settings`."""
+        """Whether the server has the run's own endpoint (`frames.ROUTE`); set by `settings.check_settings`."""
         self._encoder = encoder
-        self._counts = counts
-        self._timeout_s = request_timeout_s
+        self._generating = 0
         self._numbers = itertools.count()
         self._held: set[str] = set()
         """Hashes of the images whose data the server has received."""
         self._sending: dict[str, asyncio.Event] = {}
         """Hashes of the images whose data is being sent; the event is set when it has arrived or was lost."""
-        self._http = httpx.AsyncClient(
-            base_url=url,
-            headers={"authorization": f"Bearer {api_key}"} if api_key else {},
-            timeout=httpx.Timeout(None, connect=request_timeout_s),
-            trust_env=False,  # ignore proxy settings: servers are reached directly
-            transport=transport or Connections(KEEPALIVE_S),
-        )
         self._batcher = Batcher(self._http, counts)
 
-    async def close(self) -> None:
-        await self._http.aclose()
-
-    async def is_healthy(self) -> bool:
-        """Whether the server answers and its engine is alive."""
-        try:
-            return (await self._http.get("/health", timeout=HEALTH_TIMEOUT_S)).status_code == 200
-        except httpx.TransportError:
-            return False
-
-    async def call(self, method: str, path: str, *, optional: bool = False, **arguments: Any) -> Any:
-        """Call a control endpoint → its JSON; None if an `optional` endpoint does not exist.
-
-        `arguments` are httpx's `json` and `params`. Raises `ServerLostError`, and `EngineError` for any other failure.
-        """
-        response = await self._send(f"{method} {path}", method, path, **arguments)
-        if response.status_code == 404 and optional:
-            return None
-        if response.status_code != 200:
-            await self._raise_if_dying(response.status_code, _complaint(response))
-            raise EngineError(f"{self.name} answered {method} {path} with {_complaint(response)}")
-        return orjson.loads(response.content) if response.content else {}
-
-    async def call_workers(self, method: str, **arguments: Any) -> list[Any]:
-        """Call `method` on every worker → what each returned. Raises `ServerLostError` and `EngineError`."""
-        answer = await self.call("POST", "/collective_rpc", json={"method": method, "kwargs": arguments})
-        results: list[Any] = answer["results"]
-        return results
+    @property
+    def is_generating(self) -> bool:
+        """Whether a completion is requested from the server at this moment."""
+        return self._generating > 0
 
     async def generate(self, rollout_id: str, prompt: Prompt, sampling: SamplingParams) -> Answer:
         """Sample one completion. Raises `ServerLostError` and `EngineError`."""
+        # The engine would die of another one, and never answer: its own message format has 64 bits for it.
+        assert isinstance(sampling.seed, int), f"seed {sampling.seed!r} is not an int"
+        assert 0 <= sampling.seed < 2**64, f"seed {sampling.seed} does not fit into 64 bits"
+        self._generating += 1
+        try:
+            return await self._generate(rollout_id, prompt, sampling)
+        finally:
+            self._generating -= 1
+
+    async def _generate(self, rollout_id: str, prompt: Prompt, sampling: SamplingParams) -> Answer:
         answer = None
         if not prompt.images or (self.keeps_images and await self._send_new_images(rollout_id, prompt, sampling)):
             answer = await self._request(rollout_id, prompt, {}, sampling)
@@ -207,10 +173,10 @@ class VllmClient:
         body = await asyncio.to_thread(pack_batch, (), data)
         self._counts["wire/bytes_sent"] += len(body)
         self._counts["wire/images_sent"] += len(data)
-        response = await self._send(f"rollout {rollout_id}", "POST", ROUTE, content=body, headers=CONTENT_TYPE)
+        response = await self._send("POST", ROUTE, content=body, headers=CONTENT_TYPE)
         if response.status_code != 200:
-            await self._raise_if_dying(response.status_code, _complaint(response))
-            raise EngineError(f"rollout {rollout_id}: {self.name} refused the images with {_complaint(response)}")
+            await self._raise_if_dying(response.status_code, complaint(response))
+            raise EngineError(f"rollout {rollout_id}: {self.name} refused the images with {complaint(response)}")
 
     async def _request(
         self, rollout_id: str, prompt: Prompt, data: Mapping[str, bytes], sampling: SamplingParams
@@ -250,7 +216,7 @@ class VllmClient:
         """Use the run's own endpoint, in a batch with the other requests of this turn of the event loop."""
         header = request_header(request_id, prompt.token_ids, prompt.placeholders, sampling, is_whole=not has_hashes)
         try:
-            async with self._timeout(f"rollout {rollout_id}"):
+            async with self._unless_given_up():
                 response = await self._batcher.send(header, data)
         except BatchLostError as error:
             raise ServerLostError(f"{self.name}: {error}") from error
@@ -284,50 +250,15 @@ class VllmClient:
         body = await asyncio.to_thread(request_body, *arguments) if data else request_body(*arguments)
         self._counts["wire/bytes_sent"] += len(body)
         response = await self._send(
-            f"rollout {rollout_id}",
             "POST",
             "/inference/v1/generate",
             content=body,
             headers={"content-type": "application/json"},
         )
         if response.status_code == 500:
-            await self._raise_if_dying(500, _complaint(response))
+            await self._raise_if_dying(500, complaint(response))
             if has_hashes:
                 return None  # the server lacks an image: vLLM reports this as a plain error 500
         if response.status_code != 200:
-            raise EngineError(f"rollout {rollout_id}: {self.name} answered with {_complaint(response)}")
+            raise EngineError(f"rollout {rollout_id}: {self.name} answered with {complaint(response)}")
         return parse_answer(response.content)
-
-    async def _send(self, what: str, method: str, path: str, **arguments: Any) -> httpx.Response:
-        try:
-            async with self._timeout(what):
-                return await self._http.request(method, path, **arguments)
-        except httpx.TransportError as error:
-            raise ServerLostError(f"{self.name}: {type(error).__name__} {error}") from error
-
-    @asynccontextmanager
-    async def _timeout(self, what: str) -> AsyncIterator[None]:
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                yield
-        except TimeoutError as error:
-            self._counts["inference/timeouts"] += 1
-            raise EngineError(
-                f"{what}: {self.name} did not answer within inference.request_timeout_s={self._timeout_s:g}"
-            ) from error
-
-    async def _raise_if_dying(self, status: int, complaint: str) -> None:
-        """Raise `ServerLostError` if the server's engine has died: such a server answers once more before it ends."""
-        if status >= 500 and not await self.is_healthy():
-            raise ServerLostError(f"{self.name}: {complaint}")
-
-
-def _complaint(response: httpx.Response) -> str:
-    """The status and vLLM's error message."""
-    try:
-        body = orjson.loads(response.content)
-        error = body.get("error", body)
-        text = str(error.get("message", error) if isinstance(error, dict) else error)
-    except (orjson.JSONDecodeError, AttributeError):
-        text = response.text
-    return f"HTTP {response.status_code}: {text[:500]}"

@@ -7,16 +7,26 @@ httpx does everything else.
 
 from __future__ import annotations
 
+import asyncio
+import os
+import socket
+import struct
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import httpx
+
+PEER_CREDENTIALS = struct.Struct("3i")
+"""Process, user and group id (`struct ucred` in <sys/socket.h>)."""
 
 
 class Connections(httpx.AsyncBaseTransport):
     """An httpx transport with one request per connection at a time, and no limit on the number of connections."""
 
-    def __init__(self, keepalive_s: float) -> None:
-        """`keepalive_s`: seconds after which an idle connection is no longer used."""
+    def __init__(self, keepalive_s: float, unix_socket: Path | None = None) -> None:
+        """`keepalive_s`: seconds after which an idle connection is no longer used. `unix_socket`: connect to this
+        socket, whatever the URL of a request."""
+        self._socket = None if unix_socket is None else str(unix_socket)
         self._limits = httpx.Limits(max_connections=1, keepalive_expiry=keepalive_s)
         self._ssl = httpx.create_ssl_context(trust_env=False)  # takes milliseconds, so all connections share it
         self._idle: list[httpx.AsyncHTTPTransport] = []
@@ -24,7 +34,7 @@ class Connections(httpx.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send `request` on a connection that no other request uses until the response is closed."""
-        connection = self._idle.pop() if self._idle else httpx.AsyncHTTPTransport(self._ssl, limits=self._limits)
+        connection = self._idle.pop() if self._idle else self._open()
         try:
             response = await connection.handle_async_request(request)
         except BaseException:
@@ -33,6 +43,9 @@ class Connections(httpx.AsyncBaseTransport):
         assert isinstance(response.stream, httpx.AsyncByteStream)
         response.stream = _Returning(response.stream, connection, self._idle)
         return response
+
+    def _open(self) -> httpx.AsyncHTTPTransport:
+        return httpx.AsyncHTTPTransport(self._ssl, limits=self._limits, uds=self._socket)
 
     async def aclose(self) -> None:
         """Close the idle connections. Connections in use close with their requests."""
@@ -56,3 +69,15 @@ class _Returning(httpx.AsyncByteStream):
     async def aclose(self) -> None:
         await self._stream.aclose()
         self._idle.append(self._connection)
+
+
+async def is_own(unix_socket: Path) -> bool:
+    """Whether a process of this user listens on a Unix socket. Raises `OSError` where nobody listens."""
+    _, writer = await asyncio.open_unix_connection(unix_socket)
+    try:
+        end: socket.socket = writer.get_extra_info("socket")
+        credentials = end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER_CREDENTIALS.size)
+    finally:
+        writer.close()
+    _, user, _ = PEER_CREDENTIALS.unpack(credentials)
+    return bool(user == os.geteuid())

@@ -1,8 +1,8 @@
 """`inference=vllm`: vLLM servers sample; see `vlmrl.types.InferenceEngine`.
 
     session ──▶ the replica with the fewest sessions ──▶ VllmClient ──HTTP──▶ server
-                 dies? ─▶ is restarted ─▶ gets the published weights ─▶ takes requests again
-                          its sessions move to another replica, and their lost turns are sent again
+                 dies or hangs? ─▶ is restarted ─▶ gets the published weights ─▶ takes requests again
+                                   its sessions move to another replica, and their lost turns are sent again
 
 A session stays on its replica, whose prefix cache has the session's earlier turns. The run publishes its weights before
 the first request, because a server starts with the checkpoint's weights, which have no version.
@@ -15,26 +15,30 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlmrl.config.inference import VllmConfig
-from vlmrl.errors import EngineError
-from vlmrl.inference.vllm import old_vllm
-from vlmrl.inference.vllm.arguments import NEW_FLAGS, SERVER_FLAGS, WeightTransfer, command_line
-from vlmrl.inference.vllm.client import ImageEncoder, ServerLostError, VllmClient
-from vlmrl.inference.vllm.frames import ROUTE
-from vlmrl.inference.vllm.server import HEALTH_POLL_S, STOP_S, VllmServer
-from vlmrl.inference.vllm.slurm_servers import find_servers
+from vlmrl.errors import EngineError, EngineLostError, VlmrlError
+from vlmrl.inference.vllm import old_vllm, progress
+from vlmrl.inference.vllm.arguments import WeightTransfer
+from vlmrl.inference.vllm.client import ImageEncoder, VllmClient
+from vlmrl.inference.vllm.control import ServerLostError
+from vlmrl.inference.vllm.server import HEALTH_POLL_S, VllmServer
+from vlmrl.inference.vllm.settings import check_settings
+from vlmrl.inference.vllm.slurm_servers import Announced, announced, find_servers
 from vlmrl.inference.vllm.wire import Answer
 from vlmrl.types import Completion, Prompt, SamplingParams
 
 SETTLE_S = 0.2
 """Seconds between two health checks of a server that has dropped a request: either it is dying, or only the connection
 broke."""
+
+
+LOCAL_URL = "http://127.0.0.1"
+"""URL of a server that the run reaches by a Unix socket. Its host is that of the weight transfer."""
 
 
 @dataclass(eq=False)
@@ -47,18 +51,26 @@ class Replica:
     """None for a server that the run did not start."""
     key: str | None = None
     """API key of a server that the run did not start; None for no key."""
+    announcement: Path | None = None
+    """Where a server on another task of the Slurm job announces URL and key, which are new after each restart."""
     client: VllmClient | None = None
     """Client of the current launch; None while the server is down."""
     is_ready: bool = False
     """The server is up, and it has the weights that were published last, if any were."""
-    error: EngineError | None = None
-    """Why the run has given up this replica; None while it has not. The run goes on with the others."""
+    error: Exception | None = None
+    """Why the run has given up this replica; None while it has not. The run goes on with the others. An error that is
+    no `EngineError` is a bug."""
     version: int = -1
     """Policy version of the server's weights; −1 before it has received any."""
     sessions: int = 0
     restarts: int = 0
     suspected: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when a health check of a server that the run did not start has failed."""
+
+    @property
+    def takes_requests(self) -> bool:
+        """Whether the server is ready and has not been given up."""
+        return self.is_ready and self.client is not None and not self.client.given_up.is_set()
 
 
 class VllmSession:
@@ -130,8 +142,8 @@ class VllmEngine:
         """Start all servers. If one does not start, stop the others and raise `EngineError`."""
         if self._config.slurm_tasks:
             found = await find_servers(self._run, self._config.startup_timeout_s, self._on_progress)
-            self.replicas = [Replica(server.url, None, server.key) for server in found]
-        coming = [asyncio.create_task(self._bring_up(replica)) for replica in self.replicas]
+            self.replicas = [Replica(server.url, None, announcement=server.path) for server in found]
+        coming = [asyncio.create_task(self._start(replica)) for replica in self.replicas]
         try:
             await asyncio.wait(coming, return_when=asyncio.FIRST_EXCEPTION)
             for task in coming:
@@ -146,6 +158,12 @@ class VllmEngine:
         for replica in self.replicas:
             replica.is_ready = True
             self._watchers.append(asyncio.create_task(self._watch(replica)))
+
+    async def _start(self, replica: Replica) -> None:
+        try:
+            await self._bring_up(replica)
+        except (ServerLostError, OSError) as error:
+            raise EngineError(f"{replica.name} was lost while it started: {error}") from error
 
     async def stop(self) -> None:
         """Stop all servers and close all clients. May be called twice."""
@@ -167,7 +185,7 @@ class VllmEngine:
         `wire/bytes_sent`: size of the request bodies; `wire/bytes_saved`: what sending every image with every request
         would have added; `wire/images_sent`; `wire/images_forgotten`: requests for which the server lacked an image;
         `inference/requests`; `inference/retries`: lost turns that were sent again; `inference/restarts`;
-        `inference/timeouts`.
+        `inference/timeouts`: servers that hung.
         """
         wire = ("wire/bytes_sent", "wire/bytes_saved", "wire/images_sent", "wire/images_forgotten")
         faults = ("inference/requests", "inference/retries", "inference/restarts", "inference/timeouts")
@@ -196,15 +214,19 @@ class VllmEngine:
         ready = [replica for replica in self.replicas if replica.is_ready]
         given_up = [replica.error for replica in self.replicas if replica.error is not None]
         if not ready and len(given_up) == len(self.replicas):
+            for error in given_up:
+                if not isinstance(error, EngineError):
+                    raise error
             raise EngineError(f"no vLLM server is left: {given_up[0]}")
         return ready
 
     # ── requests ────────────────────────────────────────────────────────────────────────────────────────────
 
     async def generate(self, session: VllmSession, prompt: Prompt, sampling: SamplingParams) -> Completion:
-        """Sample one completion for a session. If its server dies, send the request to another one.
+        """Sample one completion for a session. If its server dies or hangs, send the request to another one.
 
-        Raises `EngineError` after `inference.max_retries` retries, or where the server refuses the request.
+        Raises `EngineLostError` after `inference.max_retries` retries, and `EngineError` where the server refuses the
+        request.
         """
         for attempt in range(self._config.max_retries + 1):
             replica = await self._replica_of(session)
@@ -219,7 +241,7 @@ class VllmEngine:
                     await self._settle(replica, client)
                 continue
             return _completion(session.rollout_id, answer, version, sampling)
-        raise EngineError(
+        raise EngineLostError(
             f"rollout {session.rollout_id}: its request was lost {self._config.max_retries + 1} times, the limit that "
             f"inference.max_retries={self._config.max_retries} sets; the last error was: {lost}"
         )
@@ -228,9 +250,9 @@ class VllmEngine:
         """The session's replica if it is ready, otherwise the ready one with the fewest sessions. Waits until one is
         ready."""
         async with self._changed:
-            while session.replica is None or not session.replica.is_ready:
+            while session.replica is None or not session.replica.takes_requests:
                 session.leave()
-                ready = self.ready_replicas()
+                ready = [replica for replica in self.ready_replicas() if replica.takes_requests]
                 if ready:
                     session.replica = min(ready, key=lambda replica: replica.sessions)
                     session.replica.sessions += 1
@@ -240,35 +262,34 @@ class VllmEngine:
 
     async def _settle(self, replica: Replica, client: VllmClient) -> None:
         """A server dropped a request: return when it is known whether it is alive."""
-        give_up = time.monotonic() + STOP_S
-        while replica.is_ready and replica.client is client and not await client.is_healthy():
+        while replica.takes_requests and replica.client is client and not await client.is_healthy():
             if replica.server is None:
                 replica.suspected.set()
-            elif time.monotonic() > give_up:  # it is neither healthy nor does it end
-                await replica.server.stop()
             await asyncio.sleep(SETTLE_S)
 
     # ── restarts of servers that have died ──────────────────────────────────────────────────────────────────
 
     async def _watch(self, replica: Replica) -> None:
-        """Restart the replica whenever it dies, as often as `max_restarts` allows."""
+        """Restart the replica whenever it dies or hangs, as often as `max_restarts` allows."""
         try:
             while True:
                 what = await self._death(replica)
                 await self._set_ready(replica, False)
                 await self._bring_back(replica, what)
                 await self._set_ready(replica, True)
-        except EngineError as error:
+        except asyncio.CancelledError:
+            replica.error = EngineError(f"{replica.name} was stopped")
+            raise
+        except Exception as error:  # noqa: BLE001 — a bug, too, must reach the requests that wait for a replica
             replica.error = error
         finally:
             # However this task ends, requests that wait for a replica must not wait forever.
-            replica.error = replica.error or EngineError(f"{replica.name} was stopped")
             await self._set_ready(replica, False)
 
     async def _bring_back(self, replica: Replica, what: str) -> None:
         """Restart the replica and publish the current weights to it. Raises `EngineError` when the last restart has
         failed."""
-        error = EngineError(f"{replica.name} {what}")
+        error: VlmrlError | OSError = EngineError(f"{replica.name} {what}")
         if replica.server is not None:
             error = replica.server.error(what)
         while replica.restarts < self._config.max_restarts:
@@ -282,32 +303,39 @@ class VllmEngine:
                 return
             except ServerLostError as lost:
                 what, error = "was lost again", EngineError(str(lost))
-            except EngineError as failed:
+            except (EngineError, OSError) as failed:
                 what, error = "did not come back", failed
         await self._take_down(replica)
         raise EngineError(f"given up after inference.max_restarts={self._config.max_restarts} restarts: {error}")
 
     async def _bring_up(self, replica: Replica) -> None:
-        """Start the server (if it is the run's own), wait until it is healthy, and check its settings."""
+        """Start the server (if it is the run's own), wait until it is healthy, and check its settings. Raises
+        `ServerLostError`, `EngineError` and `OSError`."""
         await self._take_down(replica)
         replica.suspected.clear()
         replica.version = -1
         server = replica.server
-        if server is not None:
-            await server.launch()
-        url, key = (server.url, server.api_key) if server else (replica.name, replica.key)
-        client = VllmClient(replica.name, url, key, self._encoder, self._counts, self._config.request_timeout_s)
-        replica.client = client
-        if server is not None:
-            await server.wait_healthy(client.is_healthy, self._on_progress)
+        if server is None:
+            replica.client = client = await self._reach(replica)
         else:
-            await self._wait_healthy(replica, client)
+            await server.launch()
+            replica.client = client = self._client(replica.name, LOCAL_URL, server.api_key, server.socket)
+            await server.wait_healthy(client.is_healthy, self._on_progress)
         await check_settings(client, self._config)
 
-    async def _wait_healthy(self, replica: Replica, client: VllmClient) -> None:
+    async def _reach(self, replica: Replica) -> VllmClient:
+        """Wait until a server that the run did not start is healthy → its client."""
         try:
             async with asyncio.timeout(self._config.startup_timeout_s):
-                while not await client.is_healthy():
+                while True:
+                    found = Announced(replica.name, replica.key)
+                    if replica.announcement is not None:
+                        found = announced(replica.announcement)
+                    client = self._client(replica.name, found.url, found.key)
+                    # A restarted server of another task has a new key, and the file with it may arrive later.
+                    if await client.is_healthy() and (replica.announcement is None or await client.accepts_key()):
+                        return client
+                    await client.close()
                     self._on_progress(f"{replica.name}: waiting until it is healthy")
                     await asyncio.sleep(HEALTH_POLL_S)
         except TimeoutError:
@@ -315,6 +343,10 @@ class VllmEngine:
                 f"inference.urls: {replica.name} was not healthy within inference.startup_timeout_s="
                 f"{self._config.startup_timeout_s:g}: start it, or remove it from inference.urls"
             ) from None
+
+    def _client(self, name: str, url: str, key: str | None, unix_socket: Path | None = None) -> VllmClient:
+        timeout_s = self._config.request_timeout_s
+        return VllmClient(name, url, key, self._encoder, self._counts, timeout_s, unix_socket=unix_socket)
 
     async def _take_down(self, replica: Replica) -> None:
         replica.is_ready = False
@@ -325,44 +357,25 @@ class VllmEngine:
             await replica.server.stop()
 
     async def _death(self, replica: Replica) -> str:
-        if replica.server is None:
-            await replica.suspected.wait()
-            return "does not answer"
-        return f"ended with status {await replica.server.exited()}"
+        """Wait until the replica's server has ended, hangs or is unreachable → which of them, for a message."""
+        client = replica.client
+        assert client is not None
+        hanging = asyncio.create_task(progress.watch(client, lambda: client.is_generating))
+        ended = asyncio.create_task(replica.suspected.wait() if replica.server is None else replica.server.exited())
+        try:
+            await asyncio.wait({hanging, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if hanging.done():
+                return hanging.result()
+            return "does not answer" if replica.server is None else f"ended with status {ended.result()}"
+        finally:
+            hanging.cancel()
+            ended.cancel()
+            await asyncio.gather(hanging, ended, return_exceptions=True)
 
     async def _set_ready(self, replica: Replica, is_ready: bool) -> None:
         async with self._changed:
             replica.is_ready = is_ready
             self._changed.notify_all()
-
-
-async def check_settings(client: VllmClient, config: VllmConfig) -> None:
-    """Read a server's settings into `client`. Raises `EngineError` where the trainer cannot use its samples."""
-    try:
-        (settings, *_) = await client.call_workers("vlmrl_settings")
-    except EngineError as error:
-        flags = command_line(SERVER_FLAGS | NEW_FLAGS)
-        raise EngineError(
-            f"{error}. Start a server of inference.urls with VLLM_SERVER_DEV_MODE=1, with vlmrl on its PYTHONPATH, by: "
-            f"vllm serve {' '.join(flags)}"
-        ) from error
-    demands = [
-        ("logprobs_mode", "processed_logprobs", "its logprobs are not those of the distribution that it samples from"),
-        ("mm_device_do_normalize", False, "it normalizes pixels that are normalized already"),
-        ("dtype", config.dtype.value, "it does not round as inference.dtype says"),
-    ]
-    for name, value, consequence in demands:
-        if settings[name] != value:
-            raise EngineError(
-                f"{client.name} runs with {name}={settings[name]}, so {consequence}: start it with {name}={value}"
-            )
-    if settings["max_model_len"] < config.max_model_len:
-        raise EngineError(
-            f"{client.name} runs with max_model_len={settings['max_model_len']}, so it refuses prompts that "
-            f"inference.max_model_len={config.max_model_len} allows: raise it there or lower inference.max_model_len"
-        )
-    client.keeps_images = settings["keeps_images"]
-    client.has_route = await client.call("GET", ROUTE, optional=True) is not None
 
 
 def _completion(rollout_id: str, answer: Answer, version: int, sampling: SamplingParams) -> Completion:

@@ -2,7 +2,8 @@
 
     <run>/servers/<job>.<step>.<requeues>.<server>.json     {"url": …, "key": …} once it is healthy, or {"error": …}
 
-Only the user can read the files (mode 0600), because the key allows replacing a server's weights.
+Only the user can read the files (mode 0600), because the key allows replacing a server's weights. A restarted server
+has a new key, and announces itself again.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ class Announced:
     """A healthy server."""
 
     url: str
-    key: str
+    key: str | None
+    path: Path | None = None
+    """Its announcement."""
 
 
 def announcement(run: Path, index: int) -> Path:
@@ -59,10 +62,12 @@ async def find_servers(run: Path, timeout_s: float, on_progress: Callable[[str],
             )
         on_progress(f"waiting for {len(missing)} of {len(paths)} servers on other tasks")
         await asyncio.sleep(POLL_S)
-    found = []
-    for path in paths:
-        content = json.loads(path.read_text())
-        if "error" in content:
-            raise EngineError(content["error"])
-        found.append(Announced(**content))
-    return found
+    return [announced(path) for path in paths]
+
+
+def announced(path: Path) -> Announced:
+    """Read an announcement. Raises `EngineError` with the error of a server that is given up."""
+    content = json.loads(path.read_text())
+    if "error" in content:
+        raise EngineError(content["error"])
+    return Announced(**content, path=path)

@@ -18,7 +18,8 @@ import pytest
 
 from vlmrl.config.model import Dtype
 from vlmrl.errors import EngineError
-from vlmrl.inference.vllm.client import ImageEncoder, ServerLostError, VllmClient
+from vlmrl.inference.vllm.client import ImageEncoder, VllmClient
+from vlmrl.inference.vllm.control import ServerLostError
 from vlmrl.inference.vllm.wire import Answer
 from vlmrl.types import ImageItem, Placeholder, Prompt, SamplingParams
 
@@ -250,14 +251,48 @@ def test_each_failure_raises_the_error_that_says_whether_to_retry(
         asyncio.run(ask(client_of(failing(respond, is_healthy))))
 
 
-def test_a_request_that_hangs_times_out() -> None:
+def test_a_request_waits_until_the_server_is_given_up() -> None:
+    """It has no deadline of its own; a control call has one, and gives the server up."""
+
     async def scenario() -> None:
         server = Server(lambda: sampled())
         server.go_on.clear()
-        await ask(client_of(server, timeout_s=0.05), "a")
+        client = client_of(server, timeout_s=0.05)
+        asked = [asyncio.create_task(ask(client, "a")), asyncio.create_task(ask(client, "b"))]
+        await asyncio.sleep(0.2)
+        assert not any(task.done() for task in asked)
+        with pytest.raises(ServerLostError, match=r"did not answer POST /pause within .*request_timeout_s=0\.05"):
+            await client.call("POST", "/pause", json={})
+        for task in asked:
+            with pytest.raises(ServerLostError, match="POST /pause"):
+                await task
+        with pytest.raises(ServerLostError, match="POST /pause"):
+            await ask(client)
+        assert client._counts["inference/timeouts"] == 1
 
-    with pytest.raises(EngineError, match=r"rollout train/000001/00/00: .*request_timeout_s=0\.05"):
-        asyncio.run(scenario())
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("seed", [2**70, -1, 1.5])
+def test_a_seed_that_would_kill_the_engine_is_a_bug_of_the_caller(seed: int) -> None:
+    with pytest.raises(AssertionError, match="seed"):
+        asyncio.run(client_of(Server(lambda: sampled())).generate("train/0", prompt(), replace(SAMPLING, seed=seed)))
+
+
+def test_the_health_check_does_not_send_the_key() -> None:
+    seen: dict[str, str | None] = {}
+
+    async def handler(request: httpx.Request) -> HttpResponse:
+        seen[request.url.path] = request.headers.get("authorization")
+        return httpx.Response(200, json={})
+
+    async def scenario() -> None:
+        client = client_of(handler)
+        assert await client.is_healthy()
+        await client.call("POST", "/resume")
+
+    asyncio.run(scenario())
+    assert seen == {"/health": None, "/resume": "Bearer key"}
 
 
 def test_encoded_images_are_kept_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:

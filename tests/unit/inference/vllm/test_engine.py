@@ -33,6 +33,7 @@ from vlmrl.config.weight_sync import FolderSyncConfig
 from vlmrl.errors import EngineError
 from vlmrl.inference.vllm import old_vllm
 from vlmrl.inference.vllm.engine import Replica, VllmEngine
+from vlmrl.inference.vllm.relay import Relay
 from vlmrl.inference.vllm.server import vllm_version
 from vlmrl.types import Completion, Prompt, SamplingParams
 from vlmrl.weight_sync.folder import FolderSync
@@ -104,7 +105,7 @@ def servers(do: Do[Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[E
 
 
 def processes_of(replica: Replica) -> list[psutil.Process]:
-    """The supervisor and all its descendants."""
+    """Guard, supervisor, API server and all their descendants."""
     assert replica.server is not None
     process = replica.server._process
     if process is None or process.returncode is not None:
@@ -325,8 +326,9 @@ def test_a_refused_request_names_its_rollout(servers: Engine, do: Do[Any]) -> No
 def test_requests_without_the_key_are_refused(servers: Engine) -> None:
     server = servers.engine.replicas[0].server
     assert server is not None
-    for method, path in (("POST", "/collective_rpc"), ("POST", "/pause"), ("GET", "/server_info"), ("GET", "/metrics")):
-        assert httpx.request(method, server.url + path, json={"method": "vlmrl_settings"}).status_code == 401
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(server.socket)), base_url="http://server") as http:
+        for method, path in (("POST", "/collective_rpc"), ("POST", "/pause"), ("GET", "/metrics")):
+            assert http.request(method, path, json={"method": "vlmrl_settings"}).status_code == 401
 
 
 def test_servers_of_inference_urls(servers: Engine, do: Do[Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,8 +347,10 @@ def test_servers_of_inference_urls(servers: Engine, do: Do[Any], monkeypatch: py
         finally:
             await engine.stop()
 
+    relay = Relay()
+    relay.target = server.socket
     prompt = do(servers.tiny.prompt(41))
-    config = VllmConfig(dtype=Dtype.float32, urls=[server.url])
+    config = VllmConfig(dtype=Dtype.float32, urls=[f"http://127.0.0.1:{do(relay.listen('127.0.0.1'))}"])
     servers.assert_parity(prompt, do(use(config)))
     with pytest.raises(
         EngineError, match=r"dtype=float32, so it does not round as inference.dtype .*: start it with dtype=bfloat16"
@@ -356,6 +360,7 @@ def test_servers_of_inference_urls(servers: Engine, do: Do[Any], monkeypatch: py
         do(use(replace(config, max_model_len=4096)))
     with pytest.raises(EngineError, match=r"http://127\.0\.0\.1:9 was not healthy within .*startup_timeout_s=0\.5"):
         do(use(replace(config, urls=["http://127.0.0.1:9"], startup_timeout_s=0.5)))
+    do(relay.close())
 
 
 # ── restarts ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -382,7 +387,7 @@ def test_a_killed_servers_turns_are_sent_again_and_it_restarts_with_the_current_
             return await asyncio.gather(*asked)
 
         doomed = processes_of(first)
-        api_server = doomed[1]
+        api_server = doomed[2]
         for prompt, completion in zip(prompts, await episodes(api_server), strict=True):
             servers.assert_parity(prompt, completion)
         assert engine.metrics()["inference/retries"] == 4
@@ -412,7 +417,7 @@ def test_when_no_server_is_left_every_call_raises(servers: Engine, do: Do[Any]) 
     async def scenario() -> None:
         prompt = await servers.tiny.prompt(60)
         for replica in servers.engine.replicas:
-            processes_of(replica)[1].kill()
+            processes_of(replica)[2].kill()
         with pytest.raises(EngineError, match=r"no vLLM server is left: given up after inference\.max_restarts=1"):
             await servers.ask(prompt, servers.tiny.endless(0, 900))
         with pytest.raises(EngineError, match="no vLLM server is left"):
@@ -470,7 +475,7 @@ def test_a_tiny_image_cache_and_no_process_left_of_a_killed_run(tmp_path: Path) 
         assert found["wire/images_forgotten"] > 0
 
         processes = psutil.Process(run.pid).children(recursive=True)
-        assert len(processes) >= 4  # supervisor, API server, engine, worker
+        assert len(processes) >= 4  # guard, supervisor, API server, engine
         assert os.path.isdir(found["folder"])
         run.send_signal(signal.SIGKILL)
         assert alive(processes) == []

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vlmrl.errors import EngineError
-from vlmrl.inference.vllm.slurm_servers import Announced, announce, announcement, find_servers
+from vlmrl.inference.vllm.slurm_servers import Announced, announce, announced, announcement, find_servers
 
 
 def test_an_announcement_is_for_this_life_and_this_user(in_task: Callable[..., None], tmp_path: Path) -> None:
@@ -25,7 +25,10 @@ def test_an_announcement_is_for_this_life_and_this_user(in_task: Callable[..., N
         announce(announcement(tmp_path, 0), url="http://here:1", key="secret")
         return await finding
 
-    assert asyncio.run(both()) == [Announced("http://here:1", "secret")]
+    path = announcement(tmp_path, 0)
+    assert asyncio.run(both()) == [Announced("http://here:1", "secret", path)]
+    announce(path, url="http://here:1", key="of the next launch")
+    assert announced(path).key == "of the next launch"
     assert stat.S_IMODE(announcement(tmp_path, 0).stat().st_mode) == 0o600
     announce(announcement(tmp_path, 0), error="vLLM server 0 ended")
     with pytest.raises(EngineError, match="vLLM server 0 ended"):
