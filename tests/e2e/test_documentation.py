@@ -39,6 +39,7 @@ RUN_BY_CI = (
 
 AS_WRITTEN = (
     "python -m vlmrl mode=report run=outputs/latest",
+    "python -m vlmrl mode=faults run=outputs/latest",
     "python -m vlmrl explain trainer",
     "python -m vlmrl explain algorithm.clip_high algorithm=dapo",
     "python -m vlmrl --cfg job",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 
 from support.command_line import SHORT, Ended, Home, Scenarios, steady_rollouts, summary
 from support.their_tasks import KINDS
+from vlmrl.record.faults import read_faults
 from vlmrl.record.metrics import missing_keys, read_metrics
 
 pytestmark = pytest.mark.slow
@@ -18,6 +21,7 @@ SWEEP = (
     *SHORT,
     *("--multirun", "hydra.sweep.subdir=${hydra:job.num}", "trainer.warmup.steps=2", f"trainer.max_steps={STEPS}"),
     *("algorithm.credit=episode", "orchestrator.eval.every=3", "orchestrator.eval.problems=6"),
+    "algorithm.truncated=keep",  # these tasks reward every answer, whether it ends or not
 )
 
 
@@ -27,7 +31,7 @@ def runs(home: Home) -> Scenarios:
         folder = home.path / "outputs" / name
         return folder, home.vlmrl(*SWEEP, f"hydra.sweep.dir={folder}", *arguments)
 
-    go_on = "task=their_tasks:Sound,their_tasks:SomeFaults,their_tasks:EqualRewards"
+    go_on = "task=their_tasks:Sound,their_tasks:SomeFaults,their_tasks:EqualRewards,their_tasks:BadDemonstrations"
     end = "task=their_tasks:AllFaults,their_tasks:AllTooLong,their_tasks:Poison"
     return Scenarios(
         go_on=lambda: sweep("go_on", go_on, "task.args.shift=7"),
@@ -103,6 +107,63 @@ def test_equal_rewards_are_said_and_go_on(runs: Scenarios) -> None:
     assert "warning: For 5 steps, the rewards that algorithm.credit=episode compares" in ended.out
     for line in read_metrics(folder / "2/metrics.jsonl")[1:]:
         assert (line["loss"], line["groups/equal_reward"], line["groups/zero_advantage"]) == (0.0, 1.0, 1.0)
+
+
+# ── demonstrations, and mode=faults ─────────────────────────────────────────────────────────────────────────
+
+
+def test_bad_demonstrations_cost_themselves(runs: Scenarios) -> None:
+    """12 of 16 in each of the two warm-up steps, and 12 of 16 that join each RL step (trainer.warmup.rl_weight)."""
+    run = runs["go_on"][0] / "3"
+    assert summary(run)["exit_reason"] == "finished"
+    steps = read_metrics(run / "supervised.jsonl")
+    assert [line["step"] for line in steps] == [1, 2]
+    assert all(line["loss"] > 0 for line in steps)
+    faults = read_faults(run / "faults.jsonl")
+    assert Counter((fault["phase"], fault["step"]) for fault in faults) == {
+        **{("supervised", step): 12 for step in (1, 2)},
+        **{("rl", step): 12 for step in range(1, STEPS + 1)},
+    }
+    assert {fault["rollout_id"].split("/")[0] for fault in faults} == {"sft"}
+    assert {fault["stop_reason"] for fault in faults} == {"task_error"}
+    for remainder, words in ((1, "LookupError: no answer to"), (2, "has no answer"), (3, "more than trainer.seq_len")):
+        assert all(words in fault["error"] for fault in faults if (fault["problem_index"] + 7) % 4 == remainder)
+
+
+def test_mode_faults_lists_and_plays_again(runs: Scenarios, home: Home) -> None:
+    folder, _ = runs["go_on"]
+    demonstrations, rollouts = folder / "3", folder / "1"
+    listed = home.vlmrl("mode=faults", f"run={demonstrations}")
+    assert (listed.code, listed.err) == (0, "")
+    assert listed.out.startswith(f"96 faults in {demonstrations}\n")
+    assert "32 × task_error (supervised 8, rl 24)" in listed.out
+    found = json.loads((demonstrations / "faults.json").read_bytes())
+    assert (found["faults"], found["phases"]) == (96, {"supervised": 24, "rl": 72})
+    (raised,) = [kind for kind in found["kinds"] if "LookupError" in kind["error"]]
+    assert "in demonstration" in raised["traceback"]
+    assert raised["play"] in listed.out
+
+    def play(run: Path, kind: str, *arguments: str) -> Ended:
+        fault = next(fault for fault in read_faults(run / "faults.jsonl") if kind in fault["error"])
+        return home.vlmrl("mode=faults", f"run={run}", f"rollout={fault['rollout_id']}", *arguments)
+
+    again = play(demonstrations, "LookupError")
+    assert again.code == 1
+    assert "Traceback" in again.out
+    assert "it happens again: task_error: demonstration() raised LookupError: no answer to" in again.out
+    repaired = play(demonstrations, "LookupError", "task.args.repaired=true")
+    assert repaired.code == 0
+    assert "it does not happen again" in repaired.out
+    step = play(rollouts, "LookupError")
+    assert step.code == 1
+    assert "answer 1: " in step.out
+    assert "raise LookupError" in step.out
+    image = play(rollouts, "image")
+    assert image.code == 1
+    assert "it happens again: image_error: " in image.out
+    nothing = home.vlmrl("mode=faults", f"run={rollouts}", "rollout=train/000099/00/00")
+    assert nothing.code == 2
+    assert "is not a fault of" in nothing.err
 
 
 # ── nothing else happens ────────────────────────────────────────────────────────────────────────────────────

@@ -2,6 +2,7 @@
 
 Sound           answers are scored by their length, so that siblings differ
 SomeFaults      one problem in six is sound, each of the others goes wrong in its own way
+BadDemonstrations   one demonstration in four is sound
 AllFaults       every rollout raises
 AllTooLong      no first prompt fits
 EqualRewards    there is nothing to learn from
@@ -90,6 +91,25 @@ class Sound(Task):
 
 class SomeFaults(Sound):
     kinds = KINDS
+
+
+class BadDemonstrations(Sound):
+    """One demonstration in four is sound; `args.repaired` makes all of them so."""
+
+    def __init__(self, config: Any, *, seed: int) -> None:
+        super().__init__(config, seed=seed)
+        self.repaired = config.args.get("repaired", False)
+
+    def demonstration(self, problem: Row, *, random_answers: bool, seed: int) -> tuple[Message, ...]:
+        sound = super().demonstration(problem, random_answers=random_answers, seed=seed)
+        match problem.index % 4 * (not self.repaired):
+            case 1:
+                raise LookupError(f"no answer to {problem.index}")
+            case 2:
+                return sound[:-1]
+            case 3:
+                return (*sound[:-1], Message.of("assistant", "anything " * 2000))
+        return sound
 
 
 class AllFaults(Sound):

@@ -3,6 +3,7 @@
     init my_task             write a task to start from
     explain …                what keys mean
     mode=report …            write the page of finished runs
+    mode=faults …            list what went wrong in a run, or play one row again
     resume=… | mode=replay   the run's own config.yaml plus overrides ─────┐
     anything else            Hydra composes conf/ ─▶ hydra_job: each job ──┴─▶ start: check, execute
 
@@ -24,7 +25,7 @@ from vlmrl.cli.exit_codes import JobError, report
 from vlmrl.cli.hydra_errors import composing
 from vlmrl.cli.hydra_job import CheckFirst, job
 from vlmrl.cli.init import init
-from vlmrl.cli.past_runs import REPORT, replayed, replays, resumed, resumes, write_page
+from vlmrl.cli.past_runs import FAULTS, REPORT, replayed, replays, resumed, resumes, show_faults, write_page
 from vlmrl.cli.recipe import with_recipe
 from vlmrl.cli.schemas import register_schemas
 from vlmrl.cli.start import lead_or_follow, start
@@ -71,6 +72,8 @@ def command_line(arguments: list[str]) -> int:
         arguments = rewrite(arguments)
         if "explain" in arguments:
             explain(with_recipe(arguments))
+        elif FAULTS in arguments and not {"-h", "--help"} & set(arguments):
+            return show_faults(arguments)
         elif replays(arguments):
             start(replayed(arguments))
         elif resumes(arguments):

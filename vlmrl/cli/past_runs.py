@@ -3,6 +3,7 @@
     resume=<run> …                  resumed     single values may be overridden
     mode=replay run=<run> step=N …  replayed    single values, and another engine
     mode=report run=… | runs=[…]    write_page  only writes the page
+    mode=faults run=… [rollout=…]   show_faults lists what went wrong, or plays one row again
 
 main.py calls these functions and starts the result.
 """
@@ -27,7 +28,7 @@ from vlmrl.cli.schemas import register_schemas
 from vlmrl.cli.words import folders_in
 from vlmrl.config.fields import Resume
 from vlmrl.config.keys import resume_policy
-from vlmrl.config.parse import typed
+from vlmrl.config.parse import parse, typed
 from vlmrl.config.run import Mode
 from vlmrl.errors import ConfigError
 from vlmrl.preflight.rules.mode import REPLAY_HAS_NO_BATCH
@@ -84,6 +85,38 @@ def default_config() -> dict[str, object]:
     tree = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     assert isinstance(tree, dict)
     return {str(key): value for key, value in tree.items() if key != "output_dir"}
+
+
+# ── mode=faults ─────────────────────────────────────────────────────────────────────────────────────────────
+
+FAULTS = f"mode={Mode.faults.name}"
+
+
+def show_faults(arguments: list[str]) -> int:
+    """List the faults of the run `run=`, or play the row of `rollout=` again; returns the exit code.
+
+    Other arguments are values of the run's config, with which a row is played. Raises ConfigError.
+    """
+    named = dict(argument.split("=", 1) for argument in arguments if argument.startswith(("run=", "rollout=")))
+    overrides = [text for text in arguments if text != FAULTS and not text.startswith(("run=", "rollout="))]
+    wrong = [text for text in overrides if "rollout" not in named or text.lstrip("+~").partition("=")[0] in groups()]
+    if "run" not in named or wrong:
+        raise ConfigError(
+            f"mode=faults takes run=, and rollout= to play one row again, and was given {' '.join(arguments)}: write "
+            "python -m vlmrl mode=faults run=outputs/latest"
+        )
+    from vlmrl.runs.faults import faults_in, list_faults
+
+    run_dir = RunDir(folder_of(named["run"]))
+    recorded = run_dir.read_config(key="run")
+    if "rollout" not in named:
+        list_faults(run_dir)
+        return 0
+    config = typed(recorded)
+    override(config, overrides)
+    from vlmrl.runs.fault_again import play_again
+
+    return play_again(run_dir, parse(config), faults_in(run_dir, recorded), named["rollout"])
 
 
 # ── resume ──────────────────────────────────────────────────────────────────────────────────────────────────

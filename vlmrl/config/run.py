@@ -54,6 +54,9 @@ class Mode(Enum):
     """Write the newest checkpoint of a run (`resume`) as a Hugging Face folder, for transformers and vLLM."""
     compare = "compare"
     """Make one table and one plot of earlier runs (`runs`)."""
+    faults = "faults"
+    """List what went wrong in a run (`run`): the faults of the task's code and data, equal ones together. With
+    `rollout`, play that row again; exit code 1 if its fault happens again. Works while the run goes on."""
     report = "report"
     """Write the page of one run, or of several side by side. Takes `run=` or `runs=` and nothing else; needs no
     torch."""
@@ -74,10 +77,12 @@ class RunConfig:
     resume: str | None = setting(None, on_resume=Resume.free)
     """Folder of a run to continue. The run uses its own config.yaml, with the overrides of single values on top."""
     run: str | None = setting(None, on_resume=Resume.free)
-    """mode=replay, mode=report: folder of the run. A replay uses the run's config.yaml, with overrides of values,
-    engine and weight sync on top."""
+    """mode=replay, mode=report, mode=faults: folder of the run. A replay uses the run's config.yaml, with overrides of
+    values, engine and weight sync on top."""
     step: int | None = setting(None, on_resume=Resume.free, low=1, outside="there is no such batch")
     """mode=replay: the batch to replay, counted in optimizer steps from 1."""
+    rollout: str | None = setting(None, on_resume=Resume.free)
+    """mode=faults: the rollout or demonstration to play again, e.g. `train/000003/01/00`."""
     runs: list[str] = setting([], on_resume=Resume.free)
     """mode=compare, mode=report: folders of runs and of multiruns, e.g. `[outputs/multirun/seeds]`."""
     output_dir: str = setting(MISSING, on_resume=Resume.refused)

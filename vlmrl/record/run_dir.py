@@ -6,6 +6,7 @@
         metrics.jsonl               one JSON object per optimizer step
         supervised.jsonl            one JSON object per supervised step (warm-up, mode=sft); absent without any
         faults.jsonl                one JSON object per fault of the user's code or data; absent without any
+        faults.json                 what mode=faults found in it
         rollouts/step_000012.jsonl  every training rollout of step 12
         rollouts/eval_000012.jsonl  every evaluation rollout after step 12, sampled and greedy
         images/<hash>.png           each distinct image once
@@ -96,6 +97,7 @@ class RunDir:
         self.metrics = self.path / "metrics.jsonl"
         self.supervised = self.path / "supervised.jsonl"
         self.faults = self.path / "faults.jsonl"
+        self.faults_json = self.path / "faults.json"
         self.rollouts = self.path / "rollouts"
         self.images = self.path / "images"
         self.tokens = self.path / "tokens.jsonl"

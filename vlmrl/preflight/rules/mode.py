@@ -16,10 +16,11 @@ REPLAY_HAS_NO_BATCH = (
 
 def past_run_is_named(config: RunConfig) -> None:
     """Modes that read past runs say which."""
-    if config.mode is Mode.report:
+    if config.mode in (Mode.report, Mode.faults):
+        mode = f"mode={config.mode.name}"
         raise ConfigError(
-            "mode=report works on the command line only, next to run=, because it composes no config of a run: "
-            "python -m vlmrl mode=report run=outputs/latest"
+            f"{mode} works on the command line only, next to run=, because it composes no config of a run: "
+            f"python -m vlmrl {mode} run=outputs/latest"
         )
     if config.mode is Mode.export and config.resume is None:
         raise ConfigError("mode=export has no resume=, so there is no checkpoint to write: set resume=outputs/latest")
@@ -54,6 +55,7 @@ def past_run_is_read(config: RunConfig) -> None:
     for key, value, modes in (
         ("run", config.run, (Mode.replay,)),
         ("step", config.step, (Mode.replay,)),
+        ("rollout", config.rollout, (Mode.faults,)),
         ("runs", ",".join(config.runs) or None, (Mode.compare,)),
     ):
         if value is not None and config.mode not in modes:

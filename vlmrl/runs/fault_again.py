@@ -1,0 +1,180 @@
+"""`mode=faults run=<run> rollout=<id>`: play one faulty row again, through the user's code, and show what happens.
+
+    rollout     problem ─▶ env ─▶ reset ─▶ render ─▶ step(recorded answer 1) ─▶ render ─▶ step(recorded answer 2) …
+    sft/…       problem ─▶ demonstration ─▶ render ─▶ short enough?
+
+No model is loaded: the policy's answers are those that the run recorded. Exit code 1: the fault happens again. 0: it
+does not, because the task was repaired or depends on chance.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from vlmrl.config.run import RunConfig
+from vlmrl.errors import ConfigError, UserFault, VlmrlError, fenced
+from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer, resolve_checkpoint
+from vlmrl.models.families import family_of
+from vlmrl.orchestrator.rollout import rendering_fence, stop_reason_of
+from vlmrl.orchestrator.supervised import FIRST_PROBLEM, demonstrate
+from vlmrl.record.faults import FaultRecord
+from vlmrl.record.rollouts import TurnRecord, read_rollouts
+from vlmrl.record.run_dir import RunDir
+from vlmrl.rendering.renderer import Renderer, make_renderer
+from vlmrl.tasks.base import Split, Task
+from vlmrl.tasks.border import get_problem, open_env, step_env
+from vlmrl.tasks.loading import load_task, tokenizer_texts
+from vlmrl.types import Image, Message, Prompt, Rollout, StopReason
+
+SHOWN_CHARACTERS = 200
+"""Characters of a text that a line shows."""
+
+
+def play_again(run_dir: RunDir, config: RunConfig, faults: Sequence[FaultRecord], rollout_id: str) -> int:
+    """Play the row of the fault `rollout_id` again and print what happens; returns the exit code.
+
+    Raises ConfigError where the run has no such fault, or no such task.
+    """
+    fault = next((fault for fault in faults if fault["rollout_id"] == rollout_id), None)
+    if fault is None:
+        some = ", ".join(fault["rollout_id"] for fault in faults[:3])
+        raise ConfigError(
+            f"rollout={rollout_id} is not a fault of run={run_dir.path}, so there is nothing to play again: "
+            + (f"choose one of its {len(faults)} faults, e.g. {some}" if faults else "the run has no faults")
+        )
+    print(f"recorded as {fault['stop_reason']}: {fault['error']}")
+    if fault["stop_reason"] == StopReason.ENGINE_ERROR:
+        print("The engine failed, not the task; see logs/. The task's part is played all the same.")
+    try:
+        task = _made_task(config)
+        renderer = _renderer(config, task)
+        if rollout_id.startswith("sft/"):
+            played = _play_demonstration(config, task, renderer, fault)
+            again = (played.stop_reason, played.error, played.traceback)
+        else:
+            asyncio.run(_play_rollout(task, renderer, fault, _recorded_turns(run_dir, fault)))
+            again = (StopReason.TERMINATED, None, None)
+    except UserFault as error:
+        again = (stop_reason_of(error), error.text, error.traceback)
+    stop_reason, text, traceback = again
+    if not stop_reason.is_fault:
+        print("it does not happen again: the task was repaired, or depends on chance")
+        return 0
+    if traceback is not None:
+        print(traceback.rstrip())
+    print(f"it happens again: {stop_reason}: {text}")
+    return 1
+
+
+def _made_task(config: RunConfig) -> Task:
+    refused: VlmrlError | None = None
+    with fenced(f"{config.task.target}(config, seed={config.seed})"):
+        try:
+            return load_task(config.task, seed=config.seed)
+        except VlmrlError as error:
+            refused = error
+    assert refused is not None
+    raise refused
+
+
+def _renderer(config: RunConfig, task: Task) -> Renderer | None:
+    """The run's renderer, without its model; None, with a note, where its tokenizer cannot be had."""
+    assert config.orchestrator.renderer is not None, "preflight refuses a run without a renderer"
+    try:
+        folder = resolve_checkpoint(config.model, tokenizer_texts(config.model, task))
+        tokenizer = load_tokenizer(folder)
+        processor = load_image_processor(folder) if config.model.vlm is not None else None
+    except (VlmrlError, OSError) as error:
+        print(f"(messages are not rendered: {error})")
+        return None
+    return make_renderer(
+        config.orchestrator.renderer,
+        config.model,
+        tokenizer,
+        processor,
+        len(tokenizer),
+        family_of(config.model.vlm).placeholder_tokens,
+    )
+
+
+def _play_demonstration(config: RunConfig, task: Task, renderer: Renderer | None, fault: FaultRecord) -> Rollout:
+    if renderer is None:
+        raise ConfigError(
+            f"rollout={fault['rollout_id']} is a demonstration, which cannot be rendered without the run's tokenizer: "
+            "play it where model.name can be loaded"
+        )
+    index = fault["problem_index"]
+    print(f'the demonstration of problem("train", {index})')
+    made = demonstrate(
+        task,
+        renderer,
+        dataclasses.replace(config.trainer.warmup, batch_size=1),
+        step=0,
+        first=index - FIRST_PROBLEM,
+        seed=config.seed,
+        seq_len=config.trainer.seq_len,
+    )
+    for sample in made.samples:
+        print(f"{len(sample.token_ids)} tokens, {int(sample.loss_mask.sum())} of them with a loss")
+    return made.rollouts[0]
+
+
+def _recorded_turns(run_dir: RunDir, fault: FaultRecord) -> list[TurnRecord]:
+    """The turns that the run recorded for a rollout; none where it recorded no rollouts."""
+    path = run_dir.rollouts_file("eval" if fault["phase"] == "eval" else "step", fault["step"])
+    wanted = fault["rollout_id"]
+    try:
+        for record in read_rollouts(path, lambda rollout_id: rollout_id == wanted, damaged=lambda text: None):
+            return record["turns"]
+    except OSError:
+        pass
+    print(f"(no answers are recorded in {path}, so the env's steps are not played)")
+    return []
+
+
+async def _play_rollout(task: Task, renderer: Renderer | None, fault: FaultRecord, turns: Sequence[TurnRecord]) -> None:
+    index = fault["problem_index"]
+    split: Split = "train" if fault["split"] == "train" else "eval"
+    problem, problem_id = get_problem(task, split, index)
+    print(f'problem("{split}", {index}): {problem_id}')
+    if fault["problem_id"] not in (problem_id, f"{split}[{index}]"):
+        print(f"(the run recorded problem {fault['problem_id']} here, so the task or its data have changed)")
+    env, messages = open_env(task, problem)
+    history = list(messages)
+    _show("reset()", messages)
+    prompt = await _first_turn(renderer, messages)
+    for number, turn in enumerate(turns, 1):
+        print(f"answer {number}: {_short(turn['text'])}")
+        reply = step_env(env, turn["text"])
+        print(f"step(): reward={reply.reward:g}, turn_reward={reply.turn_reward:g}, done={reply.done}")
+        if reply.done or number == len(turns):
+            break
+        _show("", reply.messages)
+        history.append(Message.of("assistant", turn["text"]))
+        if renderer is not None and prompt is not None:
+            completion = np.array(turn["completion_ids"], np.int64)
+            with rendering_fence():
+                prompt, _ = await renderer.next_turn(prompt, completion, history, reply.messages)
+        history.extend(reply.messages)
+
+
+async def _first_turn(renderer: Renderer | None, messages: tuple[Message, ...]) -> Prompt | None:
+    if renderer is None:
+        return None
+    with rendering_fence():
+        return await renderer.first_turn(messages)
+
+
+def _show(source: str, messages: Sequence[Message]) -> None:
+    for message in messages:
+        parts = ["<image>" if isinstance(part, Image) else part.text for part in message.content]
+        print(f"{source or '  next'} {message.role}: {_short(' '.join(parts))}")
+
+
+def _short(text: str) -> str:
+    shown = text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…"
+    return ascii(shown) if not shown.isprintable() else repr(shown)
