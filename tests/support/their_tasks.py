@@ -143,16 +143,20 @@ class LateImages(Sound):
 
 
 class Gated(ColorCodeword):
-    """color_codeword that stops at problem `args.hold`: it writes the file `reached` in the folder `args.gate` and
-    waits until the file `open` appears there."""
+    """color_codeword that stops at problem `args.hold`, or in the `args.hold_round`-th round of held-out problems: it
+    writes the file `reached` in the folder `args.gate` and waits until the file `open` appears there."""
 
     def __init__(self, config: Any, *, seed: int) -> None:
         super().__init__(ColorCodewordConfig(max_turns=config.max_turns), seed=seed)
         self.hold: int = config.args.get("hold", -1)
+        self.hold_round: int = config.args.get("hold_round", -1)
+        self.rounds = 0
         self.gate = Path(config.args.get("gate", "."))
 
     def problem(self, split: Split, index: int) -> CodewordProblem:
-        if split == "train" and index == self.hold:
+        if split == "eval" and index == 0:
+            self.rounds += 1
+        if self.rounds == self.hold_round if split == "eval" else index == self.hold:
             (self.gate / "reached").touch()
             while not (self.gate / "open").exists():
                 time.sleep(0.01)
