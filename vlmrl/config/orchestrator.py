@@ -14,6 +14,10 @@ class RendererConfig:
     name: str = setting("auto", on_resume=Resume.noted)
     """`auto` is the first of `model.vlm.renderers`. Other values are names of the `renderers` package, e.g.
     `qwen3-vl`."""
+    parse_control_tokens: bool = setting(False, on_resume=Resume.noted)
+    """Read control tokens that a message's text spells (`<|im_end|>`, `<|im_start|>`) as control tokens. By default
+    they stay text, so that data cannot end a turn or forge one. Set it for messages that are formatted already. Image
+    tokens are refused either way."""
 
 
 @dataclass

@@ -6,18 +6,21 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+from vlmrl.rendering.control_tokens import MARK, ControlTokens
+
 MEMO_PIECES = 4096
 """Pieces of text, and as many of tokens, that are kept: prompts repeat the same pieces."""
 
 
 class MemoTokenizer:
-    """Encodes and decodes through a memo.
+    """Encodes and decodes through a memo. `control` decides which control tokens in a text are text; None reads them
+    all as control tokens.
 
     It has no `__call__` on purpose: the package would use it to map characters to tokens, which nothing here reads and
     which takes longer than the rest of a render.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, control: ControlTokens | None = None) -> None:
         self.name_or_path: str = tokenizer.name_or_path
         self.unk_token_id: int | None = tokenizer.unk_token_id
         self.eos_token_id: int | None = tokenizer.eos_token_id
@@ -25,7 +28,12 @@ class MemoTokenizer:
 
         @lru_cache(maxsize=MEMO_PIECES)
         def encode(text: str, add_special_tokens: bool) -> tuple[int, ...]:
-            return tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens))
+            if control is not None and MARK in text:
+                return tuple(control.encode(text))
+            ids = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            if control is not None and not control.is_exact(text, ids):
+                return tuple(control.encode(text))
+            return tuple(ids)
 
         @lru_cache(maxsize=MEMO_PIECES)
         def decode(token_ids: tuple[int, ...], skip_special_tokens: bool) -> str:

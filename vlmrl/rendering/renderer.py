@@ -11,6 +11,8 @@ The `renderers` package knows the token grammar of each model family. The module
     messages.py         our messages ↔ the package's, with stand-ins in place of images
     processors.py       the image processors: the real one, and the one that answers for stand-ins
     memo_tokenizer.py   tokens of recent pieces of text
+    control_tokens.py   text that spells a control token stays text
+    grammar.py          the package's renders and bridges, each checked: images, control tokens, messages
     renderer.py         memoized renders (sibling rollouts share prompts), the contract between tokens and pixels
                         asserted on every prompt, and the tokens that may not be sampled
 
@@ -20,9 +22,9 @@ Left out on purpose: tool specifications and tool calls as structure (they are t
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Hashable, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -30,11 +32,11 @@ from vlmrl.caches.lru import ByteLRU
 from vlmrl.config.model import ModelConfig
 from vlmrl.config.orchestrator import RendererConfig
 from vlmrl.errors import ConfigError, UserFault, safe_repr
+from vlmrl.rendering.grammar import Grammar, Rendered
 from vlmrl.rendering.image_store import ImageStore
 from vlmrl.rendering.images import ImageError
-from vlmrl.rendering.memo_tokenizer import MemoTokenizer
-from vlmrl.rendering.messages import content_key, images_of, images_to_package, to_package
-from vlmrl.rendering.processors import PlaceholderTokens, ProcessImage, StandInProcessor
+from vlmrl.rendering.messages import content_key, images_of
+from vlmrl.rendering.processors import PlaceholderTokens, ProcessImage
 from vlmrl.types import (
     BoolArray,
     ContractError,
@@ -45,7 +47,6 @@ from vlmrl.types import (
     Placeholder,
     Prompt,
     check_placeholders,
-    extends,
 )
 
 __all__ = ["FamilyRenderer", "ImageError", "Renderer", "make_renderer", "renderer_name"]
@@ -74,7 +75,7 @@ class Renderer(Protocol):
         ...
 
     async def first_turn(self, messages: Sequence[Message]) -> Prompt:
-        """The prompt of a conversation. Raises `ImageError` and `ContractError`."""
+        """The prompt of a conversation. Raises `UserFault` (`ImageError`) and `ContractError`."""
         ...
 
     async def next_turn(
@@ -87,7 +88,7 @@ class Renderer(Protocol):
         """The prompt after a completion. `history` is everything before `new_messages`, assistant texts included.
 
         True: bridged, that is, the prompt begins with `previous` and `completion_ids` (int64 [C]). False: the whole
-        conversation was rendered again and a new branch begins. Raises `ImageError` and `ContractError`.
+        conversation was rendered again and a new branch begins. Raises `UserFault` (`ImageError`) and `ContractError`.
         """
         ...
 
@@ -104,8 +105,8 @@ class Renderer(Protocol):
         """A whole conversation with assistant turns, and bool [P]: True on tokens that a policy would have sampled, in
         messages after the first `given` ones.
 
-        Blocks while new images are processed. Raises `ImageError`, `ContractError`, and `UserFault` where one of these
-        tokens can never be sampled.
+        Blocks while new images are processed. Raises `UserFault` (also `ImageError`, and where one of these tokens can
+        never be sampled) and `ContractError`.
         """
         ...
 
@@ -136,43 +137,35 @@ def make_renderer(
     refused names that the package does not have.
     """
     name = renderer_name(config, model)
-    return FamilyRenderer(name, tokenizer, image_processor, vocab_size, placeholder_tokens)
+    return FamilyRenderer(name, tokenizer, image_processor, vocab_size, placeholder_tokens, config.parse_control_tokens)
 
 
 class FamilyRenderer:
     """`Renderer` on the `renderers` package. The event loop and other threads may use it at the same time."""
 
     def __init__(
-        self, name: str, tokenizer: Any, image_processor: Any, vocab_size: int, placeholder_tokens: PlaceholderTokens
+        self,
+        name: str,
+        tokenizer: Any,
+        image_processor: Any,
+        vocab_size: int,
+        placeholder_tokens: PlaceholderTokens,
+        parse_control_tokens: bool = False,
     ) -> None:
-        import renderers
-
-        config: Any = renderers.config_from_name(name)
-        if hasattr(config, "image_cache_max"):
-            # The package would keep hundreds of processed images alive; the ImageStore already holds them.
-            config = config.model_copy(update={"image_cache_max": 1})
-        memo_tokenizer = MemoTokenizer(tokenizer)
-        self._package: Any = renderers.create_renderer(memo_tokenizer, config)
-        self._multimodal = renderers.is_multimodal(self._package)
         self._images = ImageStore(ProcessImage(image_processor, placeholder_tokens))
-        if self._multimodal:
-            stand_in = StandInProcessor(image_processor, self._images)
-            self._package = type(self._package)(memo_tokenizer, config, processor=stand_in)
-        self._name = name
-        self._tokenizer = memo_tokenizer
-        self._lock = threading.Lock()
-        self._renders: ByteLRU[Hashable, _Skeleton] = ByteLRU(MEMO_BYTES)
-        self._bridges: ByteLRU[Hashable, _Skeleton | None] = ByteLRU(MEMO_BYTES)
+        self._grammar = Grammar(name, tokenizer, image_processor, self._images, parse_control_tokens)
+        self._tokenizer = self._grammar.tokenizer
+        self._renders: ByteLRU[Hashable, Rendered] = ByteLRU(MEMO_BYTES)
+        self._bridges: ByteLRU[Hashable, Rendered | None] = ByteLRU(MEMO_BYTES)
+        self._digests: WeakKeyDictionary[Prompt, bytes] = WeakKeyDictionary()
+        """Prompts that a bridge made → digest of their tokens."""
 
         # The package's first stop token closes a turn in the family's grammar. The others end a document: ban them.
-        stop_ids: list[int] = self._package.get_stop_token_ids()
-        special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-        special.update(tokenizer.all_special_ids)
+        stop_ids = self._grammar.stop_ids
         unknown = set(range(vocab_size)).difference(tokenizer.get_vocab().values())
-        banned = (special | unknown) - {stop_ids[0]}
+        banned = (self._grammar.special | unknown) - {stop_ids[0]}
         self._banned = tuple(sorted(banned))
         self._stop = tuple(id for id in stop_ids if id not in banned)
-        self._image_tokens = frozenset(self._package.mm_token_type_id_map if self._multimodal else ())
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -184,7 +177,7 @@ class FamilyRenderer:
 
     @property
     def image_token_ids(self) -> frozenset[int]:
-        return self._image_tokens
+        return self._grammar.image_tokens
 
     async def first_turn(self, messages: Sequence[Message]) -> Prompt:
         return self._render(messages, await self._images.items_async(images_of(messages)))
@@ -213,18 +206,16 @@ class FamilyRenderer:
 
     def render_conversation(self, messages: Sequence[Message], given: int = 0) -> tuple[Prompt, BoolArray]:
         items = self._images.items(images_of(messages))
-        with self._lock:
-            rendered = self._package.render(to_package(messages, items))
-        if len(rendered.sampled_mask) != len(rendered.token_ids):
+        rendered = self._grammar.render(messages, items, generate=False)
+        if not rendered.sampled_mask:
             raise ConfigError(
-                f"orchestrator.renderer.name={self._name} does not report which tokens a policy samples, so supervised "
-                "steps would have no loss tokens: set trainer.warmup.steps=0, or choose another renderer"
+                f"orchestrator.renderer.name={self._grammar.name} does not report which tokens a policy samples, so "
+                "supervised steps would have no loss tokens: set trainer.warmup.steps=0, or choose another renderer"
             )
-        token_ids, placeholders = self._skeleton(rendered, items)
-        message_of = np.array(rendered.message_indices)
+        message_of = np.array(rendered.message_of)
         sampled = np.array(rendered.sampled_mask, np.bool_) & (message_of >= given)
-        self._check_sampled(token_ids, sampled, message_of)
-        return _prompt(token_ids, placeholders, items), sampled
+        self._check_sampled(rendered.token_ids, sampled, message_of)
+        return _prompt(rendered.token_ids, rendered.placeholders, items), sampled
 
     def _check_sampled(self, token_ids: IntArray, sampled: BoolArray, message_of: IntArray) -> None:
         """Refuse an answer with a token that is never sampled, whose logprob is −inf, or with an early end of turn."""
@@ -239,13 +230,11 @@ class FamilyRenderer:
             )
 
     def _render(self, messages: Sequence[Message], items: tuple[ImageItem, ...]) -> Prompt:
-        def render() -> _Skeleton:
-            with self._lock:
-                rendered = self._package.render(to_package(messages, items), add_generation_prompt=True)
-            return self._skeleton(rendered, items)
+        def render() -> Rendered:
+            return self._grammar.render(messages, items, generate=True)
 
-        token_ids, placeholders = self._renders.get_or_make(content_key(messages, items), render, _num_bytes)
-        return _prompt(token_ids, placeholders, items)
+        rendered = self._renders.get_or_make(content_key(messages, items), render, _num_bytes)
+        return _prompt(rendered.token_ids, rendered.placeholders, items)
 
     def _bridge(
         self,
@@ -258,68 +247,33 @@ class FamilyRenderer:
 
         The memo holds only what comes after the completion: two prompts with equal token ids may show different images.
         """
-        sampled = np.concatenate([previous.token_ids, completion_ids])
 
-        def bridge() -> _Skeleton | None:
-            extra = {"previous_multi_modal_data": images_to_package(previous)} if self._multimodal else {}
-            with self._lock:
-                rendered = self._package.bridge_to_next_turn(
-                    previous.token_ids.tolist(), completion_ids.tolist(), to_package(new_messages, new_items), **extra
-                )
-            if rendered is None or rendered.token_ids[: len(sampled)] != sampled.tolist():
-                return None  # the family's grammar cuts or rewrites the sampled tokens
-            images = previous.images + new_items
-            token_ids, placeholders = self._skeleton(rendered, images, begin=len(sampled))
-            if not extends(Prompt(token_ids, placeholders, images), previous, completion_ids):
-                raise ContractError("a bridge moved the placeholders of the turns before it")
-            return token_ids[len(sampled) :], placeholders[len(previous.placeholders) :]
+        def bridge() -> Rendered | None:
+            return self._grammar.bridge(previous, completion_ids, new_messages, new_items)
 
-        digest = hashlib.blake2b(sampled.tobytes(), digest_size=16).digest()
+        digest = _digest(self._digests.get(previous) or _digest(b"", previous.token_ids), completion_ids)
         key = (digest, len(completion_ids), content_key(new_messages, new_items))
         added = self._bridges.get_or_make(key, bridge, _num_bytes)
         if added is None:
             return None
-        new_ids, new_placeholders = added
-        token_ids = np.concatenate([sampled, new_ids])
-        return _prompt(token_ids, previous.placeholders + new_placeholders, previous.images + new_items)
-
-    def _skeleton(self, rendered: Any, items: tuple[ImageItem, ...], begin: int = 0) -> _Skeleton:
-        """Token ids and placeholders of a render.
-
-        Raises `ContractError` unless the images that came back are those that went in, in the same order, and, from
-        token `begin` on (where the package wrote), image tokens stand in placeholders only.
-        """
-        data = rendered.multi_modal_data
-        ranges = data.mm_placeholders.get("image", []) if data else []
-        outputs = data.mm_items.get("image", []) if data else []
-        if not len(ranges) == len(outputs) == len(items):
-            raise ContractError(
-                f"{len(items)} images went into the renderer and {len(ranges)} came out: check whether the family's "
-                "chat format allows images in messages of that role"
-            )
-        for item, output in zip(items, outputs, strict=True):
-            if any(output[name] is not item.mm_kwargs[name] for name in output):
-                raise ContractError(f"the renderer put other pixels where image {item.hash} belongs")
-        image_tokens = sum(id in self._image_tokens for id in rendered.token_ids[begin:])
-        expected = sum(r.length for r in ranges if r.offset >= begin)
-        if image_tokens != expected:
-            raise ContractError(
-                f"{image_tokens} image tokens but {expected} placeholder positions: a message's text must not spell "
-                "the image token"
-            )
-        token_ids = np.array(rendered.token_ids, np.int64)
-        token_ids.setflags(write=False)
-        placeholders = (Placeholder(r.offset, r.length, item.hash) for r, item in zip(ranges, items, strict=True))
-        return token_ids, tuple(placeholders)
+        token_ids = np.concatenate([previous.token_ids, completion_ids, added.token_ids])
+        # What was there before is checked already, and the new placeholders stand behind it.
+        check_placeholders(len(token_ids), added.placeholders, new_items)
+        if any(placeholder.offset < len(token_ids) - len(added.token_ids) for placeholder in added.placeholders):
+            raise ContractError("a bridge moved the placeholders of the turns before it")
+        prompt = Prompt(token_ids, previous.placeholders + added.placeholders, previous.images + new_items)
+        self._digests[prompt] = _digest(digest, added.token_ids)
+        return prompt
 
 
-_Skeleton: TypeAlias = tuple[IntArray, tuple[Placeholder, ...]]
-"""A render, or the part that a bridge added, without its images: token ids (int64, read-only) and placeholders."""
+def _digest(before: bytes, token_ids: IntArray) -> bytes:
+    """A digest of tokens that follow others, so that a long conversation is not hashed again at every turn."""
+    return hashlib.blake2b(before + token_ids.tobytes(), digest_size=16).digest()
 
 
-def _num_bytes(skeleton: _Skeleton | None) -> int:
+def _num_bytes(rendered: Rendered | None) -> int:
     """An estimate: the token ids, and 1 KiB for the key and the placeholders."""
-    return 1024 + (skeleton[0].nbytes if skeleton is not None else 0)
+    return 1024 + (rendered.token_ids.nbytes + len(rendered.sampled_mask) if rendered is not None else 0)
 
 
 def _prompt(token_ids: IntArray, placeholders: tuple[Placeholder, ...], images: tuple[ImageItem, ...]) -> Prompt:

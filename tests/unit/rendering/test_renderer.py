@@ -13,41 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image as PILImage
 
-from vlmrl.config.model import ModelConfig, TinyConfig, VLMConfig
+from support.tiny_renderer import MODEL, PLACEHOLDER_TOKENS, VOCAB_SIZE, first, following
+from vlmrl.config.model import ModelConfig
 from vlmrl.config.orchestrator import RendererConfig
-from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer, resolve_checkpoint
-from vlmrl.models.families import family_of
+from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer
 from vlmrl.rendering.renderer import FamilyRenderer, ImageError, Renderer, make_renderer, renderer_name
 from vlmrl.types import ContractError, Image, IntArray, Message, Prompt, Text, check_placeholders
 
-QWEN3_VL = VLMConfig(family="qwen3_vl", renderers=["qwen3-vl"], positions="mrope", image_token="<|image_pad|>")
-MODEL = ModelConfig(name="tiny", vlm=QWEN3_VL, tiny=TinyConfig())
-PLACEHOLDER_TOKENS = family_of(QWEN3_VL).placeholder_tokens
-VOCAB_SIZE = 448
 SIZES = [(32, 32), (64, 32), (32, 96), (100, 45), (200, 70), (9, 3)]
 """Width × height in pixels; the last three are resized."""
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLMRL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return resolve_checkpoint(MODEL, ("Map the color of each square to a letter: red A, green B.", "Squares:"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder: Path) -> Any:
-    return load_tokenizer(folder)
-
-
-@pytest.fixture(scope="module")
-def image_processor(folder: Path) -> Any:
-    return load_image_processor(folder)
-
-
-@pytest.fixture
-def renderer(tokenizer: Any, image_processor: Any) -> Renderer:
-    return make_renderer(RendererConfig(), MODEL, tokenizer, image_processor, VOCAB_SIZE, PLACEHOLDER_TOKENS)
 
 
 class CountingProcessor:
@@ -117,16 +91,6 @@ def assert_same_pixels(prompt: Prompt, output: Any) -> None:
 def completion(renderer: Renderer, tokenizer: Any, text: str, stop: bool = True) -> IntArray:
     ids = tokenizer.encode(text, add_special_tokens=False)
     return np.array([*ids, renderer.stop_token_ids[0]] if stop else ids, np.int64)
-
-
-def first(renderer: Renderer, messages: Sequence[Message]) -> Prompt:
-    return asyncio.run(renderer.first_turn(messages))
-
-
-def following(
-    renderer: Renderer, previous: Prompt, ids: IntArray, history: Sequence[Message], new: Sequence[Message]
-) -> tuple[Prompt, bool]:
-    return asyncio.run(renderer.next_turn(previous, ids, history, new))
 
 
 # ── parity ──────────────────────────────────────────────────────────────────────────────────────────────────

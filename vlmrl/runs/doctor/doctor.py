@@ -129,6 +129,7 @@ class Doctor:
 
     def __init__(self, run: Run) -> None:
         config, vlm = run.config, run.config.model.vlm
+        assert config.orchestrator.renderer is not None, "preflight refuses a config without a renderer"
         self._run = run
         self.groups: dict[int, list[Group]] = {}
         """Policy version → its rollouts, for the record."""
@@ -137,6 +138,7 @@ class Doctor:
             load_tokenizer(folder),
             load_image_processor(folder) if vlm is not None else None,
             family_of(config.model.vlm).image_token,
+            config.orchestrator.renderer.parse_control_tokens,
         )
         # A trainer of the same weights at temperature 0, whose logprobs are those of greedy decoding.
         self._greedy_trainer = LocalTrainer(

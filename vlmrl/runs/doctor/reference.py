@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ class Reference:
     """None for a text-only model."""
     image_token: str | None
     """The placeholder token's text; None for a text-only model."""
+    parse_control_tokens: bool = False
+    """`orchestrator.renderer.parse_control_tokens`: whether a text that spells control tokens becomes them."""
 
     @property
     def image_token_id(self) -> int | None:
@@ -36,19 +39,64 @@ class Reference:
 
         Each image token is repeated as often as the image processor's grid says.
         """
-        ids: list[int] = self.tokenizer.apply_chat_template(
-            _chat(messages), add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+        ids = self._template_ids(messages)
         image_token_id = self.image_token_id
         if not images or image_token_id is None or ids.count(image_token_id) != len(images):
             return ids  # where the counts differ, the comparison that follows finds it
         counts = iter(self.process(images)["image_grid_thw"].prod(-1) // self.image_processor.merge_size**2)
         return [id for token in ids for id in [token] * (int(next(counts)) if token == image_token_id else 1)]
 
+    def _template_ids(self, messages: Sequence[Message]) -> list[int]:
+        """The chat template's token ids, with one image token per image."""
+        special = {token.content: id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        special.pop(self.image_token or "", None)
+        texts = "".join(part.text for message in messages for part in message.content if isinstance(part, Text))
+        if self.parse_control_tokens or not any(name in texts for name in special):
+            ids: list[int] = self.tokenizer.apply_chat_template(
+                _chat(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+            return ids
+        # The template is filled with a private character for each control token that a text spells, so that the
+        # control tokens of the result are the template's own; the pieces between them are tokenized as text.
+        private = {name: chr(0xF0000 + number) for number, name in enumerate(special)}
+        filled: str = self.tokenizer.apply_chat_template(
+            _replaced(_chat(messages), private), add_generation_prompt=True, tokenize=False
+        )
+        ids = []
+        own = [*special, *([self.image_token] if self.image_token else [])]
+        for piece in re.split("(" + "|".join(map(re.escape, sorted(own, key=len, reverse=True))) + ")", filled):
+            if piece in own:
+                ids.append(self.tokenizer.convert_tokens_to_ids(piece))
+                continue
+            for name, character in private.items():
+                piece = piece.replace(character, name)
+            if piece:
+                ids += self.tokenizer.encode(piece, add_special_tokens=False, split_special_tokens=True)
+        return ids
+
     def process(self, images: Sequence[ImageItem]) -> dict[str, np.ndarray]:
         """The image processor's output for the decoded images, in one call."""
         pictures = [PILImage.fromarray(image.pixels) for image in images]
         return dict(self.image_processor(images=pictures, return_tensors="np"))
+
+
+def _replaced(chat: list[dict[str, Any]], names: dict[str, str]) -> list[dict[str, Any]]:
+    """A chat with other words in place of the given ones in its texts."""
+
+    def replaced(text: str) -> str:
+        for name in sorted(names, key=len, reverse=True):
+            text = text.replace(name, names[name])
+        return text
+
+    return [
+        {
+            **message,
+            "content": replaced(message["content"])
+            if isinstance(message["content"], str)
+            else [{**part, "text": replaced(part["text"])} if "text" in part else part for part in message["content"]],
+        }
+        for message in chat
+    ]
 
 
 def _chat(messages: Sequence[Message]) -> list[dict[str, Any]]:

@@ -1,0 +1,296 @@
+"""The chat format of one model family: the `renderers` package, asked carefully.
+
+    messages ─▶ mark ─▶ package ─▶ contract ─▶ Rendered
+                                   ├─ images: those that went in came out, in order, and have all image tokens
+                                   ├─ control tokens: as many as without those that a text spells
+                                   └─ messages: each one is in the tokens (remembered per structure)
+
+Whatever the package or the tokenizer raises about messages is the fault of these messages (`UserFault`).
+
+A bridge hands over only the end of the earlier turn: what the package adds depends on nothing else, and a long
+conversation would cost the square of its length. The first bridge of each structure is also made from everything, and
+compared.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from vlmrl.caches.lru import ByteLRU
+from vlmrl.errors import UserFault, fenced
+from vlmrl.rendering.control_tokens import ControlTokens
+from vlmrl.rendering.image_store import ImageStore
+from vlmrl.rendering.memo_tokenizer import MemoTokenizer
+from vlmrl.rendering.messages import images_to_package, to_package
+from vlmrl.rendering.processors import StandInProcessor
+from vlmrl.types import ContractError, Image, ImageItem, IntArray, Message, Part, Placeholder, Prompt, Text
+
+STRUCTURES_BYTES = 4 << 20
+"""Structures of conversations that are remembered: roles and kinds of parts."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rendered:
+    """Tokens and placeholders of a conversation, or what a bridge adds after the completion."""
+
+    token_ids: IntArray
+    """int64 [P], read-only."""
+    placeholders: tuple[Placeholder, ...]
+    sampled_mask: tuple[bool, ...] = ()
+    """True on tokens that a policy would have sampled; empty where the family does not say, and for bridges."""
+    message_of: tuple[int, ...] = ()
+    """The index of each token's message, −1 for none; given with `sampled_mask`."""
+
+
+class Grammar:
+    """Messages to tokens. Several threads may use it at the same time."""
+
+    def __init__(
+        self, name: str, tokenizer: Any, image_processor: Any, images: ImageStore, parse_control_tokens: bool
+    ) -> None:
+        import renderers
+
+        config: Any = renderers.config_from_name(name)
+        if hasattr(config, "image_cache_max"):
+            # The package would keep hundreds of processed images alive; the ImageStore already holds them.
+            config = config.model_copy(update={"image_cache_max": 1})
+        self.name = name
+        self.tokenizer = MemoTokenizer(tokenizer)
+        self._package: Any = renderers.create_renderer(self.tokenizer, config)
+        self._multimodal = renderers.is_multimodal(self._package)
+        self._lock = threading.Lock()
+        self._compared: ByteLRU[Hashable, bool] = ByteLRU(STRUCTURES_BYTES)
+        self._needs_all = False
+
+        self.stop_ids: tuple[int, ...] = tuple(self._package.get_stop_token_ids())
+        self.image_tokens = frozenset(self._package.mm_token_type_id_map if self._multimodal else ())
+        self.special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.special.update(tokenizer.all_special_ids)
+        control = self.special | {*self.stop_ids, *self.image_tokens} | self._turn_openers(tokenizer)
+        self._control = ControlTokens(tokenizer, control, self.image_tokens)
+        self._parse_control_tokens = parse_control_tokens
+        if not parse_control_tokens:
+            self.tokenizer = MemoTokenizer(tokenizer, self._control)
+        if self._multimodal:
+            stand_in = StandInProcessor(image_processor, images)
+            self._package = type(self._package)(self.tokenizer, config, processor=stand_in)
+        else:
+            self._package = renderers.create_renderer(self.tokenizer, config)
+
+    def _turn_openers(self, tokenizer: Any) -> set[int]:
+        """The added tokens that begin a message, which not every tokenizer calls special."""
+        chat = [{"role": role, "content": "x"} for role in ("system", "user", "assistant", "user")]
+        for messages in (chat, chat[1:]):  # some families know no system message
+            try:
+                rendered = self._ask(partial(self._render_package, messages, True))
+            except UserFault:
+                continue
+            owners = [-2, *rendered.message_indices]
+            first = {
+                id for id, owner, before in zip(rendered.token_ids, owners[1:], owners, strict=False) if owner != before
+            }
+            return first & set(tokenizer.added_tokens_decoder)
+        return set()
+
+    # ── whole conversations ─────────────────────────────────────────────────────────────────────────────────
+
+    def render(self, messages: Sequence[Message], items: tuple[ImageItem, ...], generate: bool) -> Rendered:
+        """A conversation; with `generate` it ends where the policy is to answer. Raises `UserFault` and
+        `ContractError`."""
+
+        def tokens_of(conversation: Sequence[Message]) -> Any:
+            return self._ask(lambda: self._render_package(to_package(conversation, items), generate))
+
+        marked, spelled = self._marked(messages)
+        rendered = tokens_of(marked)
+        made = self._checked(rendered, items, begin=0, offset=0)
+        if spelled:
+            self._check_control_tokens(rendered.token_ids, tokens_of(self._control.without(messages)).token_ids)
+        if rendered.sampled_mask and len(rendered.sampled_mask) == len(rendered.token_ids):
+            made = Rendered(
+                made.token_ids, made.placeholders, tuple(rendered.sampled_mask), tuple(rendered.message_indices)
+            )
+        self._check_messages(f"render {generate}", messages, tokens_of)
+        return made
+
+    def bridge(
+        self,
+        previous: Prompt,
+        completion_ids: IntArray,
+        new_messages: Sequence[Message],
+        new_items: tuple[ImageItem, ...],
+    ) -> Rendered | None:
+        """What comes after `previous` and the completion; None where the family's grammar does not allow to extend
+        them. Raises `UserFault` and `ContractError`."""
+        if self._needs_all:
+            return self._bridge(previous, 0, completion_ids, new_messages, new_items)
+        begin = self._begin_of_turn(previous.token_ids)
+        made = self._bridge(previous, begin, completion_ids, new_messages, new_items)
+
+        def alike() -> bool:
+            whole = self._bridge(previous, 0, completion_ids, new_messages, new_items)
+            if whole is None or made is None:
+                return whole is made
+            return (whole.token_ids.tolist(), whole.placeholders) == (made.token_ids.tolist(), made.placeholders)
+
+        structure = ("all", made is None, *_structure(new_messages))
+        if self._compared.get_or_make(structure, alike, lambda _: _num_bytes(new_messages)):
+            return made
+        self._needs_all = True
+        return self.bridge(previous, completion_ids, new_messages, new_items)
+
+    def _bridge(
+        self,
+        previous: Prompt,
+        begin: int,
+        completion_ids: IntArray,
+        new_messages: Sequence[Message],
+        new_items: tuple[ImageItem, ...],
+    ) -> Rendered | None:
+        """`bridge` from token `begin` of the previous prompt on; its images are handed over where it is 0."""
+        prompt_ids, images = previous.token_ids[begin:].tolist(), () if begin else previous.images
+        known = [*prompt_ids, *completion_ids.tolist()]
+
+        def extended(messages: Sequence[Message]) -> Any:
+            extra = {}
+            if self._multimodal:
+                extra = {"previous_multi_modal_data": None if begin else images_to_package(previous)}
+            return self._ask(
+                lambda: self._package.bridge_to_next_turn(
+                    prompt_ids, completion_ids.tolist(), to_package(messages, new_items), **extra
+                )
+            )
+
+        marked, spelled = self._marked(new_messages)
+        rendered = extended(marked)
+        if rendered is None or rendered.token_ids[: len(known)] != known:
+            return None  # the family's grammar cuts or rewrites the sampled tokens
+        made = self._checked(rendered, images + new_items, begin=len(known), offset=begin)
+        if spelled:
+            neutral = extended(self._control.without(new_messages))
+            self._check_control_tokens(rendered.token_ids, neutral.token_ids if neutral else ())
+        self._check_messages("bridge", new_messages, extended)
+        return made
+
+    # ── the package ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def _ask(self, call: Callable[[], Any]) -> Any:
+        with fenced(f"the chat format {self.name} does not take these messages: it", UserFault), self._lock:
+            return call()
+
+    def _render_package(self, messages: list[dict[str, Any]], generate: bool) -> Any:
+        return self._package.render(messages, add_generation_prompt=generate)
+
+    def _begin_of_turn(self, token_ids: IntArray) -> int:
+        """Where the last turn of a prompt begins: behind its last stop token. 0 where there is none."""
+        window = 256
+        while window < 2 * len(token_ids):
+            end = token_ids[-window:]
+            (stops,) = np.nonzero(np.isin(end, self.stop_ids))
+            if len(stops) and stops[-1] + 1 < len(end):
+                return len(token_ids) - len(end) + int(stops[-1]) + 1
+            window *= 4
+        return 0
+
+    # ── what is checked ─────────────────────────────────────────────────────────────────────────────────────
+
+    def _marked(self, messages: Sequence[Message]) -> tuple[Sequence[Message], bool]:
+        if self._parse_control_tokens:
+            return messages, False
+        with fenced("the texts of the messages cannot be read: they", UserFault):
+            return self._control.mark(messages)
+
+    def _checked(self, rendered: Any, items: tuple[ImageItem, ...], begin: int, offset: int) -> Rendered:
+        """Tokens and placeholders from token `begin` on, where the package wrote; `offset` tokens stand before those
+        that it was given.
+
+        Raises `ContractError` unless the images that came back are those that went in, in the same order, and image
+        tokens stand in placeholders only.
+        """
+        data = rendered.multi_modal_data
+        ranges = data.mm_placeholders.get("image", []) if data else []
+        outputs = data.mm_items.get("image", []) if data else []
+        if not len(ranges) == len(outputs) == len(items):
+            raise ContractError(
+                f"{len(items)} images went into the renderer and {len(ranges)} came out: check whether the family's "
+                "chat format allows images in messages of that role"
+            )
+        for item, output in zip(items, outputs, strict=True):
+            if any(output[name] is not item.mm_kwargs[name] for name in output):
+                raise ContractError(f"the renderer put other pixels where image {item.hash} belongs")
+        written = rendered.token_ids[begin:]
+        image_tokens = sum(id in self.image_tokens for id in written) if self.image_tokens else 0
+        added = [(place, item) for place, item in zip(ranges, items, strict=True) if place.offset >= begin]
+        expected = sum(place.length for place, _ in added)
+        if image_tokens != expected:
+            raise ContractError(
+                f"{image_tokens} image tokens but {expected} placeholder positions: a message's text must not spell "
+                "the image token"
+            )
+        token_ids = np.array(written, np.int64)
+        token_ids.setflags(write=False)
+        return Rendered(
+            token_ids, tuple(Placeholder(place.offset + offset, place.length, item.hash) for place, item in added)
+        )
+
+    def _check_control_tokens(self, token_ids: Sequence[int], without: Sequence[int]) -> None:
+        found, expected = (Counter(id for id in ids if id in self._control.ids) for ids in (token_ids, without))
+        if found != expected:
+            raise ContractError(
+                f"a message's text spells a control token, and the chat format {self.name} makes one of it: remove it "
+                "from the text"
+            )
+
+    def _check_messages(self, kind: str, messages: Sequence[Message], rendered: Callable[[list[Message]], Any]) -> None:
+        """Every message is in the tokens. Whether it is depends on roles and kinds of parts only, so a conversation
+        with a word of its own in each text is rendered once per structure. What a chat format strips from an assistant
+        message (earlier thinking) is not looked for."""
+
+        def complete() -> bool:
+            words, probe = _probe(messages)
+            made = rendered(probe)
+            text = self.tokenizer.decode(made.token_ids) if made is not None else None
+            for number, of_message in enumerate(words):
+                if text is not None and any(word not in text for word in of_message):
+                    raise ContractError(
+                        f"message {number + 1} of {len(messages)} ({messages[number].role}) is left out of the prompt, "
+                        f"in whole or in part, by the chat format {self.name}: put its text into another message"
+                    )
+            return True
+
+        self._compared.get_or_make((kind, *_structure(messages)), complete, lambda _: _num_bytes(messages))
+
+
+def _structure(messages: Sequence[Message]) -> tuple[Hashable, ...]:
+    """Roles and kinds of parts."""
+    return tuple((m.role, *(isinstance(part, Text) for part in m.content)) for m in messages)
+
+
+def _num_bytes(messages: Sequence[Message]) -> int:
+    """An estimate of the memory that the structure of a conversation takes."""
+    return 200 + 100 * len(messages)
+
+
+def _probe(messages: Sequence[Message]) -> tuple[list[list[str]], list[Message]]:
+    """(The words of each message, the same conversation with a word in place of each text)."""
+    words: list[list[str]] = []
+    probe = []
+    for message in messages:
+        of_message: list[str] = []
+        parts: list[Part] = []
+        for part in message.content or (Text(""),):
+            if isinstance(part, Image):
+                parts.append(part)
+                continue
+            of_message.append(f"w{sum(map(len, words)) + len(of_message):05d}w")
+            parts.append(Text(of_message[-1]))
+        words.append(of_message)
+        probe.append(Message(message.role, tuple(parts)))
+    return words, probe
