@@ -101,7 +101,7 @@ def test_an_answer_of_a_demonstration_is_what_the_policy_can_sample(renderer: Re
 
 
 def test_a_parsed_answer_that_can_never_be_sampled_is_refused(parsing: Renderer) -> None:
-    with pytest.raises(ContractError, match=r"an answer holds <\|endoftext\|>, which can never be sampled"):
+    with pytest.raises(UserFault, match=r"<\|endoftext\|>', which a policy cannot sample"):
         parsing.render_conversation([Message.of("user", "?"), Message.of("assistant", "A<|endoftext|>")])
 
 
