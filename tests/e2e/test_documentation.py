@@ -17,7 +17,9 @@ from pathlib import Path
 import pytest
 
 from support.command_line import REPOSITORY, SHORT, Home
-from vlmrl.record.metrics import STEP_KEYS
+from vlmrl.config.keys import known_keys
+from vlmrl.record.metrics import STEP_KEYS, step_key
+from vlmrl.types import StopReason
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 TEMPLATE = REPOSITORY / "vlmrl/cli/template/my_task.py"
@@ -201,6 +203,21 @@ def test_messages_of_the_troubleshooting_page_exist() -> None:
     constants = [node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)]
     texts = [value for value in constants if isinstance(value, str)]
     assert [message for message in quoted if not any(message in text for text in texts)] == []
+
+
+def test_the_page_says_what_each_fault_costs() -> None:
+    """Each stop reason of the user's faults, and the metrics and settings that the table names."""
+    page = (REPOSITORY / "docs/troubleshooting.md").read_text()
+    table = page.partition("## What a fault costs")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (.+?) \| (.+?) \| (.+) \| ([^|]+) \|$", table, re.MULTILINE)[1:]
+    recorded = " ".join(row[2] for row in rows)
+    for reason in StopReason:
+        if reason.is_fault and reason is not StopReason.ENGINE_ERROR:
+            assert f"`{reason}`" in recorded, f"no row has the stop reason {reason}"
+    for key in re.findall(r"`((?:rollouts|inference|eval)/[\w/<>]+)`", table):
+        assert step_key(key) is not None, f"{key} is no metric"
+    for key in re.findall(r"`((?:trainer|task|inference|algorithm|orchestrator)\.[\w.]+)`", table):
+        assert key in known_keys(), f"{key} is no setting"
 
 
 def test_every_link_leads_somewhere() -> None:
