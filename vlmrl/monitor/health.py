@@ -56,7 +56,7 @@ def warnings_for(history: Sequence[Record], *, exact: bool, credit: Credit = Cre
     >>> warnings_for([quiet], exact=True)
     []
     >>> warnings_for([{**quiet, "rollouts/dropped": 32, "rollouts/dropped/fault": 32}], exact=True)[0]
-    'More than 20% of the rollouts were dropped as fault: read the field `error` in rollouts/*.jsonl.'
+    'More than 20% of the rollouts were dropped as fault: python -m vlmrl mode=faults run=<folder> lists them.'
     """
     lines = [record for record in history if record["step"] > 0]
     recent = lines[-WINDOW:]
@@ -111,7 +111,7 @@ def _no_signal(recent: Sequence[Record], credit: Credit) -> str | None:
 
 
 REMEDIES = {
-    "fault": "read the field `error` in rollouts/*.jsonl.",
+    "fault": "python -m vlmrl mode=faults run=<folder> lists them.",
     "empty": "their first prompt fills the context. Raise trainer.seq_len, or shorten the task's prompts.",
     "stray_image_token": "they contain an image token that the engine should not have sampled. Run mode=doctor.",
     "truncated": "their last answer was cut. Raise orchestrator.max_new_tokens, or reward short answers.",

@@ -218,6 +218,8 @@ def _metric_name(where: str, name: Any) -> str:
 def _number(where: str, kind: str, value: Any, name: Any = None) -> float:
     """A reward or a metric as a float; `bool` and numpy's count as 0 or 1."""
     number = math.nan
+    if name is not None and isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]  # np.where and np.mean give such a metric; a reward is compared, so it must be a number
     if isinstance(value, (numbers.Real, np.bool_)):
         with fenced(f"float() of {where}'s {kind}", BadRewardError):
             try:

@@ -105,7 +105,7 @@ def test_many_drops(dropped: float, warned: bool) -> None:
 
 def test_drops_name_the_main_reason() -> None:
     lines = history(rollouts__dropped=50.0, rollouts__dropped__stale=20.0, rollouts__dropped__fault=30.0)
-    assert "dropped as fault: read the field `error` in rollouts/" in said(lines)[0]
+    assert "dropped as fault: python -m vlmrl mode=faults run=" in said(lines)[0]
 
 
 def test_every_reason_for_a_drop_has_a_remedy() -> None:

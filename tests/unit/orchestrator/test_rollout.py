@@ -9,6 +9,7 @@ them late would hang.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import sys
 import threading
@@ -24,10 +25,12 @@ from hypothesis import strategies as st
 
 from vlmrl.config.algorithm import Truncated
 from vlmrl.errors import EngineError, EngineLostError, UserFault
+from vlmrl.orchestrator import rollout as rollout_module
 from vlmrl.orchestrator.metrics import bridge_break_rate
 from vlmrl.orchestrator.rollout import MAX_REPLAYS, RolloutRunner, sampling_seed
 from vlmrl.orchestrator.task_threads import TASK_THREADS
 from vlmrl.rendering.images import ImageError
+from vlmrl.tasks import border
 from vlmrl.tasks.base import Reply
 from vlmrl.types import (
     BoolArray,
@@ -547,6 +550,15 @@ def test_messages_that_cannot_be_rendered_cost_their_rollout_alone(
     assert (bad.stop_reason, len(bad.turns), bad.reward) == (stop_reason, turn, 0.0)
     assert str(bad.error).startswith(text)
     assert good.stop_reason is StopReason.TERMINATED
+
+
+@pytest.mark.parametrize("fence", [border, rollout_module])
+def test_without_its_fence_a_fault_would_end_the_run(fence: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests above can fail."""
+    monkeypatch.setattr(fence, "fenced", lambda *_: contextlib.nullcontext())
+    task = ScriptedTask(raising(KeyError("row"))) if fence is border else ScriptedTask(finished, first=user("odd"))
+    with pytest.raises(KeyError, match="row"):
+        play(make_runner(task, renderer=PickyRenderer(KeyError("row"))))
 
 
 def losing(times: int) -> Policy:

@@ -112,6 +112,15 @@ def test_numbers_become_floats(place: str, value: Any) -> None:
     assert (type(getattr(checked, place)), getattr(checked, place)) == (float, float(value))
 
 
+def test_a_metric_may_be_an_array_without_axes() -> None:
+    """numpy gives one where a reader expects a number: `np.where(right, 1.0, 0.0)`."""
+    metrics = {"share": np.where(True, 0.5, 0.0), "count": np.array(3), "all": np.array([1, 2]).all(), "flag": np.True_}
+    assert checked_reply("step()", reply(metrics=metrics)).metrics == {"share": 0.5, "count": 3, "all": 1, "flag": 1}
+    for value in (np.array(math.nan), np.array("1.0"), np.array(None), np.ones(1)):
+        with pytest.raises(BadRewardError, match="returned metric 'share'="):
+            checked_reply("step()", reply(metrics={"share": value}))
+
+
 @pytest.mark.parametrize("metric", ["m", "reward", "turn_reward", Name.accuracy])
 @pytest.mark.parametrize("value", NO_NUMBERS, ids=range(len(NO_NUMBERS)))
 def test_a_metric_may_have_any_name_and_is_looked_at(metric: str, value: Any) -> None:
