@@ -52,6 +52,7 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     (("mode=eval", "orchestrator.eval.problems=0"), "mode=eval evaluates orchestrator.eval.problems=0"),
     (("orchestrator.eval.problems=0",), "orchestrator.eval.every=10 evaluates orchestrator.eval.problems=0"),
     (("trainer.lr_warmup_steps=401",), "trainer.lr_warmup_steps=401 is longer than trainer.max_steps=400"),
+    (("orchestrator.temperature=1e-40",), "orchestrator.temperature=1e-40"),
     (("trainer.betas=[0.9]",), r"trainer.betas=\[0.9\] does not have two numbers"),
     (("task=imported", "task.target=counting"), "task.target=counting is not of the form package.module:Class"),
     (("task=imported", "task.target=a..b:C"), "task.target=a..b:C is not of the form"),

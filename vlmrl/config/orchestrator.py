@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vlmrl.config.fields import LARGEST, SMALLEST, Resume, setting
+from vlmrl.config.fields import LARGEST, Resume, setting
 
 
 @dataclass
@@ -56,7 +56,7 @@ class OrchestratorConfig:
     temperature: float = setting(
         1.0,
         on_resume=Resume.noted,
-        low=SMALLEST,
+        low=1e-9,  # logits of a few thousand, divided by less, leave the range of float32
         high=LARGEST,
         outside="training samples greedily and the rollouts of a group do not differ",
     )

@@ -222,7 +222,8 @@ def build_run(config: RunConfig, run_dir: RunDir, monitor: Monitor, rank_group: 
         seed=config.seed,
         max_turns=config.task.max_turns,
         max_new_tokens=config.orchestrator.max_new_tokens,
-        max_model_len=config.inference.max_model_len,
+        # A server may hold more than a sample may have.
+        max_model_len=min(config.inference.max_model_len, config.trainer.seq_len),
         truncated=config.algorithm.truncated,
     )
     return Run(

@@ -212,7 +212,7 @@ def plan_table(run: Run) -> dict[str, str]:
         f"on {run.policy.device}" + ("" if run.rank_group is None else f", {run.rank_group.size} ranks"),
         "task": f"{config.task.target.rpartition(':')[2]}, up to {config.task.max_turns} turns",
         "rollouts per step": f"{orchestrator.groups_per_step} groups × {orchestrator.group_size} = {rollouts}",
-        "tokens per rollout": f"up to {config.inference.max_model_len}, {orchestrator.max_new_tokens} new per turn",
+        "tokens per rollout": f"up to {run.evaluator.runner.max_model_len}, {orchestrator.max_new_tokens} new per turn",
         "optimizer steps": f"{warmup.steps} supervised × {warmup.batch_size} conversations, "
         f"then {config.trainer.max_steps} × {rollouts} rollouts",
         "algorithm": f"{config.algorithm.loss}, {config.algorithm.advantage} advantages, credit per "

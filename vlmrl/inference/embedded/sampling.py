@@ -46,7 +46,12 @@ def sample_tokens(
         chosen[members] = log_probs[torch.from_numpy(row[members]), torch.from_numpy(picked)].cpu().numpy()
     if not np.isfinite(chosen).all():
         raise NonFiniteLossError(
-            f"the policy of version {model.version} gives probabilities that are not finite: continue from an earlier "
-            "checkpoint with a lower trainer.learning_rate"
+            f"the policy of version {model.version} gives probabilities that are not finite, so it cannot sample: "
+            + (
+                "continue from an earlier checkpoint with a lower trainer.learning_rate"
+                if model.version
+                else "no RL step has changed it yet, so check the checkpoint's weights, orchestrator.temperature and, "
+                "after a warm-up, trainer.warmup.learning_rate"
+            )
         )
     return tokens, chosen

@@ -103,7 +103,18 @@ def load_model(folder: Path, config: ModelConfig) -> PreTrainedModel:
             "start at random: use a complete checkpoint"
         )
     loaded: PreTrainedModel = model.to(resolve_device(config)).eval()
+    _check_finite(folder, loaded)
     return loaded
+
+
+def _check_finite(folder: Path, model: PreTrainedModel) -> None:
+    """Raise `ModelError` for a weight with NaN or infinite values, which make every probability NaN."""
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise ModelError(
+                f"{folder} does not load: its weight {name} has values that are not finite, so no token could be "
+                "sampled: download the checkpoint again, or set model.name to another one"
+            )
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -158,6 +159,12 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
 
 
+def spoil_a_weight(folder: Path, value: float) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.language_model.norm.weight"][3] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def drop_a_weight(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     del weights["model.language_model.norm.weight"]
@@ -188,6 +195,8 @@ def name_a_missing_shard(folder: Path) -> None:
         (lambda folder: (folder / "preprocessor_config.json").unlink(), "preprocessor_config.json is missing"),
         (drop_a_weight, "lacks 1 weights .* model.language_model.norm.weight"),
         (another_shape, "does not load"),
+        (lambda folder: spoil_a_weight(folder, math.nan), "model.language_model.norm.weight has values that are not f"),
+        (lambda folder: spoil_a_weight(folder, math.inf), "model.language_model.norm.weight has values that are not f"),
         (name_a_missing_shard, "model-00001-of-00002.safetensors is missing"),
         (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "no weight_map"),
     ],
