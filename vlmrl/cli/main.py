@@ -32,16 +32,23 @@ from vlmrl.cli.start import lead_or_follow, start
 from vlmrl.cli.sweep.compare import compare_and_show
 from vlmrl.cli.words import plain_words
 from vlmrl.errors import ConfigError, VlmrlError
+from vlmrl.monitor.screen import unbreakable_output
 from vlmrl.ranks import slurm
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command (default: the arguments of this process); returns the exit code.
+    """Run the command (default: the arguments of this process); returns the exit code."""
+    with unbreakable_output():
+        return answer(sys.argv[1:] if arguments is None else arguments)
+
+
+def answer(arguments: Sequence[str]) -> int:
+    """Run the command; returns the exit code.
 
     In a rank group (`vlmrl.ranks.place`) rank 0 runs the command and the other ranks follow it.
     """
     try:
-        words = plain_words(sys.argv[1:] if arguments is None else arguments)
+        words = plain_words(arguments)
         if "--version" in words:
             print(f"vlmrl {vlmrl.__version__}")
             return 0
@@ -82,9 +89,6 @@ def command_line(arguments: list[str]) -> int:
             compose_and_start(with_recipe(arguments))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # `--help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except JobError as failed:
         return int(failed.args[0])

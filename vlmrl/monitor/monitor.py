@@ -19,11 +19,11 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from vlmrl.config.algorithm import Credit
 from vlmrl.config.monitor import MonitorConfig
@@ -32,6 +32,7 @@ from vlmrl.monitor.glimpse import SHOWN, pick
 from vlmrl.monitor.health import EQUAL_COMPARED, HISTORY, compares_equal_rewards, warnings_for
 from vlmrl.monitor.progress import PHASES, Progress, duration
 from vlmrl.monitor.report.background import ReportWriter
+from vlmrl.monitor.screen import lost_streams
 from vlmrl.monitor.wandb_logger import WandbLogger
 from vlmrl.record.faults import FaultLog, FaultRecord, faults_of
 from vlmrl.record.files import disk_errors
@@ -46,7 +47,16 @@ log = logging.getLogger(__name__)
 SPLITS: dict[str, RecordedSplit] = {"sampled": "eval_sampled", "greedy": "eval_greedy"}
 """Kind of an evaluation's rollouts → the split under which they are recorded."""
 
+NO_REPORT_IN_A_HURRY = "report.html was left out, as asked: write it with python -m vlmrl mode=report run={folder}"
 NO_REPORT = "report.html could not be written: read logs/report.log for the reason."
+
+
+class Recorded(NamedTuple):
+    """How many steps and evaluations this process has recorded completely."""
+
+    steps: int = 0
+    supervised_steps: int = 0
+    evaluations: int = 0
 
 
 class Monitor:
@@ -61,6 +71,8 @@ class Monitor:
     ) -> None:
         """`total_steps`: RL steps of the whole run, for the progress bar. `exact`: engine and trainer both compute in
         float32, so that their logprobs may differ only by rounding. `credit`: which rewards the advantages compare."""
+        self.recorded = Recorded()
+        """A step that failed while it was recorded does not count, so a checkpoint of it would lack its record."""
         self._exact = exact
         self._credit = credit
         self._config = config
@@ -169,6 +181,8 @@ class Monitor:
         self._supervised.write(record)
         self._progress.warmup(step, total, metrics)
         self._wandb.log({f"warmup/{key}": value for key, value in record.items()})
+        self._note_lost_screen()
+        self.recorded = self.recorded._replace(supervised_steps=self.recorded.supervised_steps + 1)
 
     def faults(self, faults: Sequence[FaultRecord]) -> None:
         """Append to faults.jsonl what went wrong with demonstrations. Faults of rollouts are recorded by `step`,
@@ -196,6 +210,8 @@ class Monitor:
         self._progress.step(step, self._history[-1])
         for text in warnings_for(self._history, exact=self._exact, credit=self._credit):
             self.warn(text)
+        self._note_lost_screen()
+        self.recorded = self.recorded._replace(steps=self.recorded.steps + 1)
 
     def record(self, step: int, groups: Sequence[Group]) -> None:
         """Record only the rollouts of a step, after which the run ends with an error."""
@@ -223,6 +239,8 @@ class Monitor:
             self.warn(NO_REPORT)
         self._progress.evaluation(step, metrics)
         log.info("evaluation after step %d: %s", step, dict(metrics))
+        self._note_lost_screen()
+        self.recorded = self.recorded._replace(evaluations=self.recorded.evaluations + 1)
 
     def checkpoint(self, step: int, folder: Path) -> None:
         """Log a complete checkpoint to W&B (`monitor.wandb.checkpoints`). Do not delete it before this returns."""
@@ -233,7 +251,12 @@ class Monitor:
         if text not in self._warned:
             self._warned.append(text)
             log.warning(text)
-            self._progress.warn(text)
+            if not self._finished:  # the view has ended
+                self._progress.warn(text)
+
+    def _note_lost_screen(self) -> None:
+        for text in lost_streams():
+            log.warning(text)
 
     # ── the end ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -245,8 +268,11 @@ class Monitor:
         self._faults.flush()
         self._recorder.flush()
 
-    def finish(self, exit_reason: str, summary: Mapping[str, Any]) -> None:
-        """Write summary.json (`summary` and the newest metrics) and report.html, and print how the run ended."""
+    def finish(self, exit_reason: str, summary: Mapping[str, Any], hurries: Callable[[], bool] = lambda: False) -> None:
+        """Write summary.json (`summary` and the newest metrics) and report.html, and print how the run ended.
+
+        The run has ended when summary.json is there: once `hurries` returns True, the page is left out.
+        """
         self._finished = True
         self._wandb.finish(exit_code=1 if exit_reason == "error" else 0)
         last = self._metrics.last or {}
@@ -271,11 +297,13 @@ class Monitor:
             "folder": _readable(self._run_dir.path),
         }
         log.info("finished: %s", exit_reason)
+        self._note_lost_screen()
         try:
             self._recorder.flush()
-            if self._report is not None and not self._report.finish():
-                self._progress.warn(NO_REPORT)
-                log.warning(NO_REPORT)
+            if self._report is not None and not self._report.finish(hurries):
+                text = NO_REPORT_IN_A_HURRY.format(folder=_readable(self._run_dir.path)) if hurries() else NO_REPORT
+                self._progress.warn(text)
+                log.warning(text)
             elif self._report is not None:
                 closing["report"] = _readable(self._run_dir.report)
         finally:

@@ -131,18 +131,22 @@ class Loop:
             self.recorder.record(step, groups)  # the error message names samples, which must be in the record
             raise
         trained = time.perf_counter()
+        # From here on the weights contain the step, so its evaluation is owed, whatever ends the run before it is made.
+        self.evaluator.is_unfinished = self.evaluator.is_due(step, self.max_steps)
         note_learned((rollout for group in groups for rollout in group.rollouts), result.tokens)
-        await self.weight_sync.publish(result.version)
-        synced = time.perf_counter()
-        metrics = {
-            "policy_version": float(result.version),
-            **rollout_metrics(groups, self.algorithm.filters),
-            **(result.metrics | gap),
-            **self.engine.metrics(),
-            **throughput_metrics(groups, seconds=synced - started),
-            **(time_metrics(started, rolled_out, prepared, trained, synced) | self._overlap.metrics(step)),
-        }
-        self.recorder.step(step, metrics, groups)
+        try:
+            await self.weight_sync.publish(result.version)
+        finally:  # a run whose servers fail here ends, and is saved with this step
+            synced = time.perf_counter()
+            metrics = {
+                "policy_version": float(result.version),
+                **rollout_metrics(groups, self.algorithm.filters),
+                **(result.metrics | gap),
+                **self.engine.metrics(),
+                **throughput_metrics(groups, seconds=synced - started),
+                **(time_metrics(started, rolled_out, prepared, trained, synced) | self._overlap.metrics(step)),
+            }
+            self.recorder.step(step, metrics, groups)
         self.faults.check(step, groups)
         if self.evaluator.is_due(step, self.max_steps) and not await self.evaluate(step):
             return False

@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 import logging
+import logging.handlers
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 from vlmrl.record.files import disk_errors
+
+
+class _LogFile(logging.handlers.WatchedFileHandler):
+    """A file whose failure is no failure of what is logged. With a full disk, `logging` would print a traceback for
+    each message and raise when the file is closed. A file that is deleted under the run is made again.
+    """
+
+    def reopenIfNeeded(self) -> None:  # noqa: N802 — the name is logging's
+        """Make the file again where it is gone."""
+        with suppress(OSError):
+            Path(self.baseFilename).parent.mkdir(exist_ok=True)
+            super().reopenIfNeeded()
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 — the name is logging's
+        """Leave the message out."""
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
 
 
 class MainLog:
@@ -23,7 +44,7 @@ class MainLog:
 
     def __enter__(self) -> MainLog:
         with disk_errors(self._path):
-            self._handler = logging.FileHandler(self._path, encoding="utf-8", errors="backslashreplace")
+            self._handler = _LogFile(self._path, encoding="utf-8", errors="backslashreplace")
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         root = logging.getLogger()
         self._level = root.level

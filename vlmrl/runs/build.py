@@ -93,6 +93,8 @@ class Run:
     """The next problems."""
     restored_step: int = field(init=False, default=0)
     """The step in the name of the checkpoint that the run was restored from; 0 without one."""
+    begun: Progress = field(init=False, default=Progress(0, 0, 0))
+    """The progress with which this process began: that of the checkpoint it was restored from."""
     saved: Progress | None = field(init=False, default=None)
     """The progress that the newest checkpoint holds; None before the first checkpoint."""
 
@@ -103,6 +105,13 @@ class Run:
     def progress(self) -> Progress:
         """How far the run has come."""
         return Progress(self.trainer.version, self.trainer.supervised_steps, len(self.evaluator.history))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the weights, the evaluations and what is recorded belong to the same finished step. A checkpoint of
+        anything else could not be continued as if the run had never stopped."""
+        done = (begun + count for begun, count in zip(self.begun, self.monitor.recorded, strict=True))
+        return self.trainer.is_between_steps and self.progress == Progress(*done)
 
 
 # ── what every rank builds ──────────────────────────────────────────────────────────────────────────────────

@@ -13,12 +13,13 @@ import asyncio
 import dataclasses
 import gc
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from vlmrl.config.parse import parse, typed
 from vlmrl.config.run import RunConfig
-from vlmrl.errors import ConfigError, EngineError, Interrupted, RankError, TaskError, TooManyFaultsError
+from vlmrl.errors import ConfigError, Interrupted, RankError, VlmrlError
 from vlmrl.monitor.monitor import Monitor
 from vlmrl.orchestrator.interruption import stopped_before
 from vlmrl.orchestrator.loop import ExitReason
@@ -82,19 +83,30 @@ def lead_run(config: RunConfig, mode: RunMode, notes: Sequence[str], rank_group:
         monitor.phase("preparing")
         for note in notes:
             monitor.warn(note)
-        run = build_run(config, run_dir, monitor, rank_group)
-        monitor.table("plan", plan_table(run))
-        # The imported libraries hold about a million objects for as long as the run lives. Frozen, they are not
-        # scanned again at every garbage collection.
-        gc.freeze()
-        try:
-            reason, objective = asyncio.run(carry_out(run, mode))
-        finally:
-            gc.unfreeze()  # the next run of a sweep needs this run's memory
+        with exits_are_errors():
+            run = build_run(config, run_dir, monitor, rank_group)
+            monitor.table("plan", plan_table(run))
+            # The imported libraries hold about a million objects for as long as the run lives. Frozen, they are not
+            # scanned again at every garbage collection.
+            gc.freeze()
+            try:
+                reason, objective = asyncio.run(carry_out(run, mode))
+            finally:
+                gc.unfreeze()  # the next run of a sweep needs this run's memory
     if reason == "interrupted":
         run.stop.requeue()
         raise Interrupted(mode.interrupted.format(progress=run.progress, folder=config.output_dir))
     return objective
+
+
+@contextmanager
+def exits_are_errors() -> Iterator[None]:
+    """Turn `sys.exit` of a task or a library inside the block into an error: the run would end with that exit code,
+    perhaps 0, as if it had finished."""
+    try:
+        yield
+    except SystemExit as stop:
+        raise RuntimeError(f"sys.exit({stop.code!r}) was called inside the run, which had not finished") from stop
 
 
 def run_dir_of(config: RunConfig, mode: RunMode) -> RunDir:
@@ -120,32 +132,43 @@ def open_run_dir(config: RunConfig, mode: RunMode) -> RunDir:
 async def carry_out(run: Run, mode: RunMode) -> tuple[ExitReason, float | None]:
     """Start the engine, restore, run the mode, save and write the summary.
 
-    Returns why the run ended and the last sampled held-out reward. Where the task or the engine fails, the weights are
-    sound, so they are saved before the error goes on.
+    Returns why the run ended and the last sampled held-out reward. Whatever ends the run early, also a bug of ours, its
+    last finished step is saved before the error goes on.
     """
-    try:
-        await run.engine.start()
-        with stopping_on_signals(run.stop, run.monitor.warn), rank_lost(run.rank_group) as lost:
-            restore(run, mode)
-            work = asyncio.create_task(mode.run(run))
-            try:
-                if await stopped_before(work, lost):
-                    assert run.rank_group is not None
-                    raise RankError(run.rank_group.lost)
-                reason = work.result()
-            except (TaskError, EngineError, TooManyFaultsError):
+    with ExitStack() as handlers:
+        try:
+            await run.engine.start()
+            handlers.enter_context(stopping_on_signals(run.stop, run.monitor.warn))
+            with rank_lost(run.rank_group) as lost:
+                restore(run, mode)
+                work = asyncio.create_task(mode.run(run))
+                try:
+                    if await stopped_before(work, lost):
+                        assert run.rank_group is not None
+                        raise RankError(run.rank_group.lost)
+                    reason = work.result()
+                except RankError:  # all ranks are needed to save
+                    raise
+                except (Exception, asyncio.CancelledError) as error:
+                    save_after(error, run, mode)
+                    raise
                 save_at_the_end(run, mode)
-                raise
-            save_at_the_end(run, mode)
-    except RankError as error:
-        # Now, not when the Monitor closes: a collective that hangs in another thread may keep this process from that.
-        run.monitor.finish("error", {"error": f"RankError: {error}"})
-        raise
-    finally:
-        await run.engine.stop()
-        run.weight_sync.close()
-    objective = run.evaluator.history[-1][0] if run.evaluator.history else None
-    run.monitor.finish(reason, {"policy_version": run.trainer.version, "objective": objective})
+        except RankError as error:
+            # Now, not when the Monitor closes: a collective that hangs in another thread may keep this process from it.
+            run.monitor.finish("error", {"error": f"RankError: {error}"})
+            raise
+        finally:
+            try:
+                await run.engine.stop()
+            finally:
+                run.weight_sync.close()
+        objective = run.evaluator.history[-1][0] if run.evaluator.history else None
+        was_asked = run.stop.number is not None
+        run.monitor.finish(
+            reason,
+            {"policy_version": run.trainer.version, "objective": objective},
+            hurries=lambda: run.stop.number is not None and not was_asked,
+        )
     return reason, objective
 
 
@@ -162,7 +185,7 @@ def restore(run: Run, mode: RunMode) -> None:
         run.restored_step, state = found
         run.evaluator.history = list(state.evaluations)
         run.evaluator.is_unfinished = state.is_evaluation_unfinished
-        run.saved = run.progress
+        run.saved = run.begun = run.progress
         if mode.continues_run(run.config):
             restore_position(run, state)
     if mode.continues_run(run.config):
@@ -198,6 +221,19 @@ def save_at_the_end(run: Run, mode: RunMode) -> None:
     if mode.checkpoint_step is not None:
         save(run, mode.checkpoint_step(run.progress))
     run.checkpoints.finish()
+
+
+def save_after(error: BaseException, run: Run, mode: RunMode) -> None:
+    """Save the last finished step of a run that `error` ends. A step that is half done is not saved: the run then
+    continues from the newest checkpoint, as after a kill. Another error on the way becomes a note of `error`."""
+    try:
+        if run.is_whole:
+            save_at_the_end(run, mode)
+        elif mode.checkpoint_step is not None:
+            log.warning("%s was not finished, so no checkpoint of it is written", run.progress)
+            run.checkpoints.finish()
+    except VlmrlError as second:
+        error.add_note(f"While saving: {second}")
 
 
 def plan_table(run: Run) -> dict[str, str]:

@@ -1,9 +1,13 @@
 """Signals that ask a run to stop: it finishes its step, saves and ends.
 
-    first Ctrl-C or SIGTERM (in a Slurm job SIGUSR1 and SIGUSR2 too)   Stop is set
-    second Ctrl-C or SIGTERM                                           the process ends at once
+    first Ctrl-C or SIGTERM                  Stop is set
+    second Ctrl-C or SIGTERM                 the process ends at once
+    SIGHUP, SIGQUIT, SIGXCPU, SIGUSR1 and 2  Stop is set; however often they come, the process is not ended at once
 
-In a Slurm job only a second Ctrl-C ends the process at once: Slurm and srun may both pass on the same signal.
+The last line is for terminals that go away (a shell may send several SIGHUP), limits on processor time (SIGXCPU comes
+every second) and batch systems. Such a signal stays as it is where the process was started with it ignored (nohup) or
+where a library has a handler for it. In a Slurm job SIGUSR1 and SIGUSR2 also put the job back into the queue, and only
+a second Ctrl-C ends the process at once: Slurm and srun may both pass on the same signal.
 """
 
 from __future__ import annotations
@@ -11,14 +15,16 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
 from vlmrl.ranks import slurm
 from vlmrl.ranks.rank_group import RankGroup
+
+SAVE_SIGNALS = (signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that set `Stop` and never end the process at once. By default they end it without saving."""
 
 
 class Stop(asyncio.Event):
@@ -41,27 +47,36 @@ def stopping_on_signals(stop: Stop, warn: Callable[[str], None]) -> Iterator[Non
     """Handle the signals (see the top of this file) inside the block; the first one sets `stop`."""
     loop = asyncio.get_running_loop()
     is_slurm = slurm.in_step()
-    numbers = (signal.SIGINT, signal.SIGTERM, *(slurm.QUEUE_SIGNALS if is_slurm else ()))
+    queue_signals = slurm.QUEUE_SIGNALS if is_slurm else ()
+    free = [number for number in SAVE_SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
+    urgent = (signal.SIGINT, signal.SIGTERM)
 
     def set_stop() -> None:
         warn("Asked to stop: the step in progress is finished and saved. A second Ctrl-C ends the run at once.")
         stop.set()
 
     def first(number: int, frame: FrameType | None) -> None:
-        stop.number, stop.handler_before = number, before[number]
-        for each in numbers:
-            signal.signal(each, signal.SIG_IGN if is_slurm and each != signal.SIGINT else end_at_once)
-        loop.call_soon_threadsafe(set_stop)
+        if stop.number is None:
+            stop.number, stop.handler_before = number, before[number]
+            loop.call_soon_threadsafe(set_stop)
+        if is_slurm:
+            for each in (signal.SIGTERM, *queue_signals):
+                signal.signal(each, signal.SIG_IGN)
+            signal.signal(signal.SIGINT, end_at_once)
+        elif number in urgent:
+            for each in urgent:
+                signal.signal(each, end_at_once)
 
-    before = {number: signal.getsignal(number) for number in numbers}
-    for number in numbers:
+    before = {number: signal.getsignal(number) for number in dict.fromkeys((*urgent, *queue_signals, *free))}
+    for number in before:
         signal.signal(number, first)
     try:
         yield
     finally:
         for number, handler in before.items():
             if signal.getsignal(number) is first:
-                signal.signal(number, handler)
+                was_taken = stop.number is not None and number in SAVE_SIGNALS  # it may come again until the very end
+                signal.signal(number, signal.SIG_IGN if was_taken else handler)
 
 
 @contextmanager
@@ -85,7 +100,8 @@ def end_at_once(number: int, frame: FrameType | None) -> None:
     The files on disk are complete at every moment. Servers and services that the run started end by themselves when
     this process is gone.
     """
-    if sys.stdout.isatty():
-        os.write(sys.stdout.fileno(), b"\x1b[?25h\n")  # show the cursor, which the live view hides
-    os.write(sys.stderr.fileno(), b"ended at once\n")
+    with suppress(OSError):  # the terminal may be gone
+        if os.isatty(1):
+            os.write(1, b"\x1b[?25h\n")  # show the cursor, which the live view hides
+        os.write(2, b"ended at once\n")
     os._exit(1)

@@ -64,6 +64,8 @@ class LocalTrainer:
         rank_group: RankGroup | None = None,
     ) -> None:
         """The other ranks of `rank_group` must build their learners at the same time (`Follower.build`)."""
+        self.is_between_steps = True
+        """False while an optimizer step is made, and after one that failed half-way: such weights must not be saved."""
         self._rank_group = rank_group
         self._config = config
         self._ranks = 1 if rank_group is None else rank_group.size
@@ -185,10 +187,12 @@ class LocalTrainer:
         """Make one optimizer step on all ranks → their outcomes by rank. Raises `NonFiniteLossError`."""
         nothing: list[Share | None] = [None] * self._ranks
         (share, demonstrated), *others = zip(shares or nothing, demonstrations or nothing, strict=True)
+        self.is_between_steps = False
         own, answers = self._together(
             [Learn(_to_send(share), _to_send(demonstrated), step) for share, demonstrated in others],
             lambda: self._learner.learn(share, demonstrated, step),
         )
+        self.is_between_steps = True  # where an outcome is not finite, no rank has changed its weights
         outcomes = [own, *answers]
         broken = next((outcome.broken_loss for outcome in outcomes if outcome.broken_loss is not None), None)
         if broken is not None:

@@ -9,6 +9,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 
 from vlmrl.monitor.report.page import temporary_of
 from vlmrl.record.files import disk_errors
@@ -17,6 +20,9 @@ from vlmrl.record.run_dir import RunDir
 LOWEST_PRIORITY = 19
 REPORT_TIMEOUT_S = 120.0
 """Seconds that the last page may take before the run ends without it."""
+
+REPORT_POLL_S = 0.2
+"""Seconds after which a signal is noticed while the run waits for its last page."""
 
 
 class ReportWriter:
@@ -38,19 +44,24 @@ class ReportWriter:
         os.setpriority(os.PRIO_PROCESS, self._process.pid, LOWEST_PRIORITY)
         return succeeded
 
-    def finish(self) -> bool:
-        """Write the page of the whole run and wait for it. Returns False if that failed."""
+    def finish(self, hurries: Callable[[], bool] = lambda: False) -> bool:
+        """Write the page of the whole run and wait for it, unless `hurries` returns True meanwhile. Returns False if
+        there is no page of the whole run."""
         if self._process is not None:
             self._end(self._process)  # its page would be outdated
         self._process = self._begin()
-        try:
-            return self._process.wait(REPORT_TIMEOUT_S) == 0
-        except subprocess.TimeoutExpired:
-            self._end(self._process)
-            return False
+        until = time.monotonic() + REPORT_TIMEOUT_S
+        while not hurries() and time.monotonic() < until:
+            with suppress(subprocess.TimeoutExpired):
+                return self._process.wait(REPORT_POLL_S) == 0
+        self._end(self._process)
+        return False
 
     def _begin(self) -> subprocess.Popen[bytes]:
-        with disk_errors(self._run_dir.report_log), self._run_dir.report_log.open("wb") as log:
+        with disk_errors(self._run_dir.report_log):
+            self._run_dir.logs.mkdir(exist_ok=True)  # somebody may have deleted it
+            log = self._run_dir.report_log.open("wb")
+        with log:
             return subprocess.Popen(
                 [sys.executable, "-m", "vlmrl", "mode=report", f"run={self._run_dir.path}"],
                 stdin=subprocess.DEVNULL,
