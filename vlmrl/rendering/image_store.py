@@ -89,10 +89,12 @@ class ImageStore:
         return self._find(digest)
 
     def _item(self, part: Image) -> ImageItem:
-        item = self._find(self._hash_of_part.get(part))
+        with image_errors(None):  # a subclass of Image may have code of its own
+            source, digest = part.source, self._hash_of_part.get(part)
+        item = self._find(digest)
         if item is None:
-            with image_errors(part.source):
-                item = self._item_of_source(part.source)
+            with image_errors(source):
+                item = self._item_of_source(source)
             self._hash_of_part[part] = item.hash
         return item
 

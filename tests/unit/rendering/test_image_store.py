@@ -238,6 +238,20 @@ def test_a_part_whose_own_code_raises_is_an_image_error() -> None:
         ImageStore(Process()).items([Unhashable(np.zeros((4, 4, 3), np.uint8))])
 
 
+class Raising(Image):
+    @property
+    def source(self) -> Any:
+        raise SystemExit(3)
+
+    def __init__(self) -> None:
+        pass
+
+
+def test_a_part_that_has_no_source_is_an_image_error() -> None:
+    with pytest.raises(ImageError, match="SystemExit: 3"):
+        ImageStore(Process()).items([Raising()])
+
+
 def test_the_error_of_the_processor_names_the_file(tmp_path: Path) -> None:
     picture().save(tmp_path / "thin.png")
     store = ImageStore(Process(ImageError("the ratio is 300")))
