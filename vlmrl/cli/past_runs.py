@@ -11,23 +11,22 @@ main.py calls these functions and starts the result.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import DictConfig, Node, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from vlmrl.cli.arguments import CONF, groups
-from vlmrl.cli.explain import text_of
 from vlmrl.cli.hydra_errors import composing
 from vlmrl.cli.recipe import RECIPE
+from vlmrl.cli.resume_changes import leaves_of, notes_on_changes
 from vlmrl.cli.schemas import register_schemas
 from vlmrl.cli.words import folders_in
-from vlmrl.config.fields import Resume
-from vlmrl.config.keys import resume_policy
+from vlmrl.config.keys import is_free_form, known_keys
 from vlmrl.config.parse import parse, typed
 from vlmrl.config.run import Mode
 from vlmrl.errors import ConfigError
@@ -35,6 +34,9 @@ from vlmrl.preflight.rules.mode import REPLAY_HAS_NO_BATCH
 from vlmrl.record.run_dir import RunDir
 
 REPORT = f"mode={Mode.report.name}"
+
+READS_A_PAST_RUN = ("run", "runs", "step", "rollout")
+"""Keys that name what modes other than a resumed run's read."""
 
 
 # ── mode=report ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -134,16 +136,12 @@ def resumed(arguments: list[str]) -> tuple[DictConfig, Callable[[], list[str]]]:
     folder = [argument for argument in arguments if argument.startswith("resume=")][-1].removeprefix("resume=")
     overrides = [argument for argument in arguments if not argument.startswith("resume=")]
     for text in overrides:
-        key = text.lstrip("+~").partition("=")[0]
-        if key.startswith(("-", "hydra.")) or key in ("output_dir", *groups()) or not re.match(r"(\+\+)?\w", text):
-            raise ConfigError(
-                f"{text} is not a value that a resumed run can change, because the files of resume={folder} would no "
-                "longer belong to one run: remove it, or start a new run without resume="
-            )
+        refuse_beside_resume(text, folder)
     run_dir = RunDir(folder_of(folder))
     config = typed(run_dir.read_config())
     mode, recorded = config.mode, leaves_of(config)
-    override(config, overrides)
+    choose(config, [text for text in overrides if is_choice(text)])
+    override(config, [text for text in overrides if not is_choice(text)])
     if config.mode not in (mode, Mode.eval, Mode.export):
         raise ConfigError(
             f"mode={config.mode.name} cannot continue resume={folder}, because its steps would be mixed with those of "
@@ -155,44 +153,83 @@ def resumed(arguments: list[str]) -> tuple[DictConfig, Callable[[], list[str]]]:
     return config, lambda: notes_on_changes(recorded, now, folder)
 
 
-def notes_on_changes(recorded: Mapping[str, object], now: Mapping[str, object], folder: str) -> list[str]:
-    """A sentence for each changed value that the schema wants reported. Raises ConfigError if one must not change."""
-    notes = []
-    for key in sorted({*recorded, *now}):
-        old, new = text_of(recorded.get(key)), text_of(now.get(key))
-        policy = Resume.free if old == new else resume_policy(key)
-        if policy is Resume.refused:
-            raise ConfigError(
-                f"{key}={new} cannot continue resume={folder}, which ran with {key}={old}: the checkpoint would not "
-                f"fit, or the steps would not belong to one run. Remove {key}, or start a new run without resume="
-            )
-        if policy is Resume.noted:
-            notes.append(f"{key} changes from {old} to {new}, so the curves may bend from here on")
-    return notes
+def refuse_beside_resume(text: str, folder: str) -> None:
+    """Raise ConfigError for an argument that says nothing about the values of a resumed run."""
+    key = re.split("[=@]", text.lstrip("+~"), maxsplit=1)[0]
+    if key in READS_A_PAST_RUN:
+        raise ConfigError(
+            f"{text} has no effect next to resume={folder}, because {key} names what other modes read "
+            f"(python -m vlmrl explain {key}): remove it"
+        )
+    names_no_value = key in ("output_dir", "experiment", "sweep") or "@" in text.partition("=")[0]
+    if names_no_value or key.startswith(("-", "hydra.", "hydra/")):
+        raise ConfigError(
+            f"{text} is not a value that a resumed run can change, because the files of resume={folder} would no "
+            "longer belong to one run: remove it, or start a new run without resume="
+        )
 
 
-def leaves_of(config: DictConfig) -> dict[str, object]:
-    """Dotted key → value. A dictionary without keys counts as a value; values that are not set are left out."""
+def is_choice(text: str) -> bool:
+    """Whether an override chooses an option of a group.
 
-    def walk(node: object, key: str) -> Iterator[tuple[str, object]]:
-        if isinstance(node, dict) and node:
-            for name, child in node.items():
-                yield from walk(child, f"{key}.{name}" if key else str(name))
-        elif node != MISSING:
-            yield key, node
+    >>> [is_choice(text) for text in ("algorithm=gspo", "~model/lora", "trainer.eps=1e-6", "trainer={eps: 1e-6}")]
+    [True, True, False, False]
+    """
+    key, _, value = text.lstrip("+~").partition("=")
+    return key in groups() and not value.startswith("{")
 
-    return dict(walk(OmegaConf.to_container(config, resolve=True, enum_to_str=True), ""))
+
+def choose(config: DictConfig, choices: list[str]) -> None:
+    """Replace groups of a run's config by other options, in place. Only the group itself changes, and its references to
+    other keys follow the run's own values. Raises ConfigError."""
+    for text in choices:
+        key, _, option = text.lstrip("+~").partition("=")
+        path = key.replace("/", ".")
+        register_schemas()
+        with composing([text]):
+            if text.startswith("~") or option in ("", "null"):
+                leave_out(config, path, text)
+                continue
+            with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+                composed = hydra.compose("config", [f"{key}={option}"])
+            OmegaConf.update(config, path, OmegaConf.select(composed, path), merge=False)
+
+
+def leave_out(config: DictConfig, path: str, text: str) -> None:
+    """Set a group to null. Raises ConfigError where every run has that group."""
+    parent, _, name = path.rpartition(".")
+    owner = OmegaConf.select(config, parent) if parent else config
+    node = owner._get_node(name) if isinstance(owner, DictConfig) else None
+    if not isinstance(node, Node) or not node._is_optional():
+        raise ConfigError(f"{text} leaves out {path}, which every run has: choose another option, or remove {text}")
+    OmegaConf.update(config, path, None)
 
 
 def override(config: DictConfig, overrides: list[str]) -> None:
-    """Apply `key=value` overrides in place. Raises ConfigError."""
+    """Apply overrides of values in place. Raises ConfigError."""
     with composing(overrides):
         for each in OverridesParser.create().parse_overrides(overrides):
             if each.is_sweep_override():
                 raise ConfigError(
                     f"{each.input_line} lists values to sweep over, which only a new --multirun can do: set one value"
                 )
-            apply(config, each.key_or_group, each.value(), force_add=each.is_force_add())
+            if each.is_delete():
+                remove(config, each.key_or_group)
+            else:
+                apply(config, each.key_or_group, each.value(), force_add=each.is_force_add() or each.is_add())
+
+
+def remove(config: DictConfig, key: str) -> None:
+    """Remove a key from a free-form dictionary, such as a setting of a task. Raises ConfigError for any other key."""
+    parent, _, name = key.rpartition(".")
+    node = OmegaConf.select(config, parent) if parent else None
+    if not isinstance(node, DictConfig) or name not in node or key in known_keys() or not is_free_form(key):
+        raise ConfigError(
+            f"~{key} removes nothing, because only a key of a free-form dictionary such as task.args can be removed: "
+            f"set {key} to another value, or remove ~{key}"
+        )
+    with open_dict(node):
+        del node[name]
 
 
 def apply(config: DictConfig, key: str, value: object, *, force_add: bool) -> None:

@@ -25,6 +25,7 @@ from vlmrl.config.run import Mode, RunConfig
 from vlmrl.preflight.check import Stage, check
 from vlmrl.ranks import slurm
 from vlmrl.ranks.place import find_place
+from vlmrl.record.files import disk_errors
 from vlmrl.record.logs import MainLog
 from vlmrl.record.run_dir import RunDir
 
@@ -66,6 +67,8 @@ def start(config: DictConfig, judge_changes: Callable[[], Sequence[str]] = list)
 
 def print_and_log(notes: Sequence[str], run_dir: RunDir) -> None:
     """Print each note, and append it to logs/main.log of a run that exists. Raises VlmrlError."""
+    with disk_errors(run_dir.logs):
+        run_dir.logs.mkdir(exist_ok=True)
     with MainLog(run_dir.main_log):
         for note in notes:
             print(f"note: {note}")

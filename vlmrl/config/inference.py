@@ -57,7 +57,7 @@ class VllmConfig(InferenceConfig):
     enforce_eager: bool = setting(False, on_resume=Resume.free)
     """Use neither CUDA graphs nor compilation: a server starts a minute sooner and decodes about half as fast. On a CPU
     this is always so."""
-    extra_args: dict[str, Any] = setting({}, on_resume=Resume.free, free_form=True)
+    extra_args: dict[str, Any] = setting({}, on_resume=Resume.noted, free_form=True)
     """More arguments of `vllm serve`, e.g. `{max_num_seqs: 256, limit_mm_per_prompt: {image: 8}}`. They win over ours.
     An argument that would make samples and trainer disagree is found at start-up and refused."""
     urls: list[str] = setting([], on_resume=Resume.free)

@@ -25,18 +25,20 @@ class EvalConfig:
     """Held-out evaluation: the same problems each time, with sampled and with greedy answers."""
 
     every: int = setting(
-        10, on_resume=Resume.free, low=0, outside="it is not a number of steps (0 disables evaluation)"
+        10, on_resume=Resume.noted, low=0, outside="it is not a number of steps (0 disables evaluation)"
     )
     """Optimizer steps between evaluations. A run also evaluates before step 1 and after the last step. 0 disables
     evaluation."""
     problems: int = setting(128, on_resume=Resume.noted, low=0, outside="it is not a number of problems")
     """Problems of the held-out split; each gets one sampled and one greedy rollout."""
     target: float | None = setting(
-        None, on_resume=Resume.free, low=-LARGEST, high=LARGEST, outside="it is not a reward that a policy can reach"
+        None, on_resume=Resume.noted, low=-LARGEST, high=LARGEST, outside="it is not a reward that a policy can reach"
     )
     """End the run when the sampled and the greedy held-out reward are both at least this, `consecutive` times. None
     runs all steps."""
-    consecutive: int = setting(2, on_resume=Resume.free, low=1, outside="the target is met before the first evaluation")
+    consecutive: int = setting(
+        2, on_resume=Resume.noted, low=1, outside="the target is met before the first evaluation"
+    )
     """Number of evaluations in a row that must reach `target`."""
 
 

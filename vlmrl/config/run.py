@@ -76,14 +76,14 @@ class RunConfig:
     exit code 0 or 2."""
     resume: str | None = setting(None, on_resume=Resume.free)
     """Folder of a run to continue. The run uses its own config.yaml, with the overrides of single values on top."""
-    run: str | None = setting(None, on_resume=Resume.free)
+    run: str | None = setting(None, on_resume=Resume.refused)
     """mode=replay, mode=report, mode=faults: folder of the run. A replay uses the run's config.yaml, with overrides of
     values, engine and weight sync on top."""
-    step: int | None = setting(None, on_resume=Resume.free, low=1, outside="there is no such batch")
+    step: int | None = setting(None, on_resume=Resume.refused, low=1, outside="there is no such batch")
     """mode=replay: the batch to replay, counted in optimizer steps from 1."""
-    rollout: str | None = setting(None, on_resume=Resume.free)
+    rollout: str | None = setting(None, on_resume=Resume.refused)
     """mode=faults: the rollout or demonstration to play again, e.g. `train/000003/01/00`."""
-    runs: list[str] = setting([], on_resume=Resume.free)
+    runs: list[str] = setting([], on_resume=Resume.refused)
     """mode=compare, mode=report: folders of runs and of multiruns, e.g. `[outputs/multirun/seeds]`."""
     output_dir: str = setting(MISSING, on_resume=Resume.refused)
     """The run's own folder, an absolute path. It is filled in from `hydra.run.dir`:

@@ -46,9 +46,9 @@ class ColorCodewordConfig(TaskConfig):
     """User turns; the codeword has `max_turns * images_per_turn` letters."""
     credit: Credit = setting(Credit.turn, on_resume=Resume.noted)
     """Each answer has a reward of its own. With one reward per episode, the tiny model does not learn the task."""
-    images_per_turn: int = setting(2, on_resume=Resume.noted, low=1, outside="there is nothing to read")
+    images_per_turn: int = setting(2, on_resume=Resume.refused, low=1, outside="there is nothing to read")
     """Squares that each user turn shows."""
-    image_size: int = setting(32, on_resume=Resume.noted, low=1, outside="an image has no pixel")
+    image_size: int = setting(32, on_resume=Resume.refused, low=1, outside="an image has no pixel")
     """Pixels per side of a square."""
     shuffle_images: bool = setting(False, on_resume=Resume.refused)
     """Blind control: show the images of another problem. Nothing can be learned then."""

@@ -87,7 +87,7 @@ class SFTConfig:
 class TrainerConfig:
     """The trainer: it computes the loss and updates the weights."""
 
-    max_steps: int = setting(400, on_resume=Resume.free, low=1, outside="nothing is learned")
+    max_steps: int = setting(400, on_resume=Resume.noted, low=1, outside="nothing is learned")
     """Optimizer steps of RL."""
     seq_len: int = setting(1024, on_resume=Resume.noted, low=1, outside="no sample fits")
     """The most tokens of a sample; a rollout stops before it gets longer."""

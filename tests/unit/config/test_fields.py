@@ -63,8 +63,8 @@ def test_every_schema_of_a_mixed_group_has_its_kind() -> None:
         *((key, Resume.refused) for key in ("model", "model.lora.rank", "model.size.text.hidden_size", "output_dir")),
         *((key, Resume.noted) for key in ("trainer.learning_rate", "orchestrator.group_size", "task.args.level.x")),
         *((key, Resume.noted) for key in ("orchestrator.temperature", "algorithm.args", "trainer.warmup", "algorithm")),
-        *((key, Resume.free) for key in ("trainer.max_steps", "trainer.checkpoint_every", "model.device", "monitor")),
-        *((key, Resume.free) for key in ("inference.replicas", "inference.extra_args.x", "weight_sync.root")),
+        *((key, Resume.free) for key in ("trainer.threads", "trainer.checkpoint_every", "model.device", "monitor")),
+        *((key, Resume.free) for key in ("inference.replicas", "inference.urls", "weight_sync.root")),
     ],
 )
 def test_policies(key: str, policy: Resume) -> None:

@@ -1,0 +1,285 @@
+"""What `resume=` does with a changed value, for every key of the schema.
+
+The policies are written down here by hand: a key that makes another experiment of the run is refused, a choice of the
+researcher is noted, and what concerns the machine or the logs is free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from vlmrl.cli.arguments import quoted
+from vlmrl.cli.explain import every_key, text_of
+from vlmrl.cli.past_runs import resumed
+from vlmrl.cli.resume_changes import changes, leaves_of
+from vlmrl.config.field_docs import FieldDoc
+from vlmrl.config.fields import Resume
+from vlmrl.config.keys import all_settings, resume_policy
+from vlmrl.config.parse import parse
+from vlmrl.config.run import RunConfig
+from vlmrl.errors import ConfigError
+from vlmrl.record.run_dir import RunDir
+
+POLICIES = {
+    # The run's identity, and what other modes read.
+    "refused": """
+        seed run step rollout runs output_dir
+        model.init model.name
+        model.vlm.family model.vlm.positions model.vlm.image_token model.vlm.flat_mm_kwargs
+        model.vlm.freeze_vision model.vlm.freeze_language
+        model.size.name model.size.tie_word_embeddings model.size.text model.size.vision
+        model.lora.rank model.lora.alpha model.lora.targets
+        model.tiny.hidden_size model.tiny.intermediate_size model.tiny.num_hidden_layers
+        model.tiny.num_attention_heads model.tiny.num_key_value_heads model.tiny.head_dim model.tiny.vision_depth
+        model.tiny.vision_hidden_size model.tiny.vision_intermediate_size model.tiny.vision_num_heads
+        model.tiny.deepstack_visual_indexes model.tiny.bpe_merges model.tiny.max_position_embeddings
+        model.tiny.initializer_range model.tiny.seed
+        task.kind task.target task.images_per_turn task.image_size task.shuffle_images task.holdout_one_in
+        inference.kind weight_sync.kind
+        trainer.optimizer
+    """,
+    # A researcher's choice, from this step on.
+    "noted": """
+        model.dtype model.vlm.renderers
+        task.args task.max_turns task.num_examples task.credit
+        algorithm.loss algorithm.advantage algorithm.args algorithm.credit algorithm.truncated
+        algorithm.clip_low algorithm.clip_high algorithm.importance_correction algorithm.importance_cap
+        algorithm.filters.gibberish algorithm.filters.rare_from algorithm.filters.rare_logprob_offset
+        algorithm.filters.repetition algorithm.filters.repetition_window algorithm.filters.repetition_probability
+        algorithm.filters.zero_advantage
+        orchestrator.renderer.name orchestrator.renderer.parse_control_tokens orchestrator.groups_per_step
+        orchestrator.group_size orchestrator.max_new_tokens
+        orchestrator.temperature orchestrator.max_staleness
+        orchestrator.eval.every orchestrator.eval.problems orchestrator.eval.target orchestrator.eval.consecutive
+        inference.max_model_len inference.dtype inference.extra_args
+        trainer.max_steps trainer.seq_len trainer.learning_rate trainer.lr_warmup_steps trainer.decay
+        trainer.min_lr_ratio trainer.betas trainer.eps trainer.weight_decay trainer.max_grad_norm
+        trainer.warmup.steps trainer.warmup.batch_size trainer.warmup.learning_rate trainer.warmup.demonstrations
+        trainer.warmup.rl_weight trainer.warmup.rl_batch_size
+    """,
+    # The machine, the logs, and when a run is saved or given up.
+    "free": """
+        mode dry_run resume
+        model.device
+        task.max_fault_rate
+        inference.replicas inference.tensor_parallel_size inference.data_parallel_size
+        inference.gpu_memory_utilization inference.kv_cache_gib inference.enforce_eager inference.urls
+        inference.slurm_tasks inference.startup_timeout_s inference.request_timeout_s inference.max_restarts
+        inference.max_retries
+        trainer.packing trainer.micro_batch_tokens trainer.sharding trainer.cpu_offload trainer.compile
+        trainer.activation_checkpointing trainer.feature_cache_mib trainer.threads trainer.checkpoint_every
+        trainer.keep_checkpoints
+        weight_sync.root weight_sync.verify
+        monitor.live monitor.record_rollouts monitor.vision_gap_every monitor.report
+        monitor.wandb.mode monitor.wandb.project monitor.wandb.name monitor.wandb.group monitor.wandb.rollouts
+        monitor.wandb.checkpoints
+        export.folder sweep.retry_failed
+    """,
+}
+EXPECTED = {key: Resume[policy] for policy, keys in POLICIES.items() for key in keys.split()}
+
+RUNS = {
+    "default": (),
+    "own": (
+        *("model=qwen3vl", "model/size=4b", "model/lora=all_linear", "task=imported", "task.target=a.b:C"),
+        *("inference=vllm", "weight_sync=folder"),
+    ),
+}
+"""Two runs that have every key between them."""
+
+Having = Callable[[str], tuple[Path, FieldDoc, object]]
+
+WORDS = ("mode", "resume", "run", "runs", "step", "rollout", "output_dir")
+"""Keys that a resumed run reads in its own way; the tests below have them."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folders of `RUNS`, with config.yaml and nothing else."""
+    from hydra import compose, initialize_config_dir
+
+    from vlmrl.cli.arguments import CONF
+    from vlmrl.cli.schemas import register_schemas
+
+    register_schemas()
+    found = {}
+    for name, overrides in RUNS.items():
+        run_dir = RunDir(tmp_path_factory.mktemp(name) / "run")
+        run_dir.create()
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = compose("config", [f"output_dir={run_dir.path}", *overrides])
+        run_dir.write_config(parse(config))
+        found[name] = run_dir.path
+    return found
+
+
+@pytest.fixture(scope="module")
+def having(folders: dict[str, Path]) -> Having:
+    """`having(key)`: a run that has the key, the key's documentation, and its value there."""
+    configs = {folder: resumed([f"resume={folder}"])[0] for folder in folders.values()}
+    documented = {folder: dict(every_key(config)) for folder, config in configs.items()}
+
+    def find(key: str) -> tuple[Path, FieldDoc, object]:
+        for folder, config in configs.items():
+            parent = OmegaConf.select(config, key.rpartition(".")[0]) if "." in key else config
+            if isinstance(parent, DictConfig) and key in documented[folder]:
+                value = parent[key.rpartition(".")[2]]
+                return (
+                    folder,
+                    documented[folder][key],
+                    OmegaConf.to_container(value) if OmegaConf.is_config(value) else value,
+                )
+        raise AssertionError(f"no run of RUNS has {key}")
+
+    return find
+
+
+def other(value: Any, doc: FieldDoc) -> Any:
+    """Another value of the same type."""
+    if doc.choices:
+        return next(name for name in doc.choices if name != getattr(value, "name", value))
+    match value:
+        case None:
+            return {"int": 3, "float": 0.5, "str": "other"}[doc.type_text.partition(" ")[0]]
+        case bool():
+            return not value
+        case str():
+            return f"{value}_other"
+        case list() if all(isinstance(item, str) for item in value):
+            return [*value, "other"]
+        case list():
+            return [item / 2 if isinstance(item, float) else item + 1 for item in value]
+        case float():
+            return value / 2 or 0.5
+    return value + 1
+
+
+def judged(folder: Path, *overrides: str) -> Resume:
+    """What `resume=` does with the overrides."""
+    try:
+        notes = resumed([f"resume={folder}", *overrides])[1]()
+    except ConfigError as error:
+        if "cannot continue resume=" in str(error) and "Remove what sets" in str(error):
+            return Resume.refused
+        raise
+    return Resume.noted if notes else Resume.free
+
+
+def test_the_table_has_every_key_of_every_schema() -> None:
+    assert EXPECTED.keys() == {key for key, _ in all_settings()}
+
+
+def spelled(value: Any) -> str:
+    """A value as it is written on the command line."""
+    return quoted(value) if isinstance(value, str) else text_of(value)
+
+
+@pytest.mark.parametrize("key", EXPECTED)
+def test_a_changed_value(key: str, having: Having) -> None:
+    if key in WORDS:
+        assert resume_policy(key) is EXPECTED[key]
+        return
+    folder, doc, value = having(key)
+    if doc.type_text == "dict":
+        assert judged(folder, f"++{key}.changed=1") is EXPECTED[key]
+    else:
+        assert judged(folder, f"{key}={spelled(other(value, doc))}") is EXPECTED[key]
+
+
+@pytest.mark.parametrize("plus", ["", "++"])
+def test_the_same_values_are_no_change(plus: str, having: Having) -> None:
+    same: dict[Path, list[str]] = {}
+    for key in EXPECTED.keys() - {*WORDS}:
+        folder, doc, value = having(key)
+        if doc.type_text != "dict":
+            same.setdefault(folder, []).append(f"{plus}{key}={spelled(value)}")
+    assert sum(map(len, same.values())) > 90
+    assert {judged(folder, *overrides) for folder, overrides in same.items()} == {Resume.free}
+
+
+@pytest.mark.parametrize("key", ["seed", "trainer.learning_rate", "task.image_size", "trainer.threads"])
+def test_the_spelling_decides_nothing(key: str, having: Having) -> None:
+    folder, doc, value = having(key)
+    changed = f"{key}={spelled(other(value, doc))}"
+    assert judged(folder, f"++{changed}") is judged(folder, f"+{changed}") is EXPECTED[key]
+
+
+@pytest.mark.parametrize("override", ["run=/tmp", "step=3", "runs=[a]", "rollout=sft/000001/000"])
+@pytest.mark.parametrize("mode", [(), ("mode=eval",), ("mode=export",)])
+def test_words_of_other_modes_are_refused(override: str, mode: tuple[str, ...], folders: dict[str, Path]) -> None:
+    with pytest.raises(ConfigError, match=r"has no effect next to resume=.*: remove it$"):
+        resumed([f"resume={folders['default']}", *mode, override])
+
+
+@pytest.mark.parametrize(
+    ("run", "override", "policy"),
+    [
+        ("default", "task=color_codeword", Resume.free),
+        ("default", "task=imported", Resume.refused),
+        ("default", "algorithm=grpo", Resume.free),
+        ("default", "algorithm=gspo", Resume.noted),
+        ("default", "inference=embedded", Resume.free),
+        ("default", "inference=vllm", Resume.refused),
+        ("default", "model=qwen3vl", Resume.refused),
+        ("default", "model/lora=null", Resume.free),
+        ("default", "~model/lora", Resume.free),
+        ("default", "~model/vlm", Resume.refused),
+        ("default", "monitor=default", Resume.free),
+        ("default", "trainer=finetune", Resume.noted),
+        ("default", "trainer={learning_rate: 1}", Resume.noted),
+        ("own", "model/lora=all_linear", Resume.free),
+        ("own", "~model/lora", Resume.refused),
+        ("own", "weight_sync=nccl", Resume.refused),
+        ("own", "+task.args.level=1", Resume.noted),
+        ("own", "inference.dtype=${model.dtype}", Resume.free),
+        ("default", "trainer.learning_rate=1.5e-3", Resume.free),
+        ("default", "trainer.learning_rate=0.00150", Resume.free),
+        ("default", "trainer.betas=[0.9,9.5e-1]", Resume.free),
+        ("default", "orchestrator.eval.target=null", Resume.free),
+    ],
+)
+def test_groups_and_spellings_are_judged_by_their_effect(
+    run: str, override: str, policy: Resume, folders: dict[str, Path]
+) -> None:
+    assert judged(folders[run], override) is policy
+
+
+def test_settings_of_a_task_are_removed_and_compared_with_their_types(folders: dict[str, Path], tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.create()
+    config, _ = resumed([f"resume={folders['own']}", "++task.args={level: 3, of: {list: [1, 2]}, nothing: null}"])
+    run_dir.write_config(parse(config))
+    resume = f"resume={run_dir.path}"
+
+    def noted(*overrides: str) -> list[str]:
+        return [note.partition(", so")[0] for note in resumed([resume, *overrides])[1]()]
+
+    assert noted("++task.args.level=3", "++task.args.of.list=[1,2]", "++task.args.nothing=null") == []
+    assert noted("~task.args.level") == ["task.args.level changes from 3 to null"]
+    assert noted("~task.args.nothing") == ["task.args.nothing changes from None to absent"]
+    assert noted("++task.args.level='3'") == ["task.args.level changes from 3 to '3'"]
+    assert noted("++task.args.level=3.0") == ["task.args.level changes from 3 to 3.0"]
+    assert noted("++task.args.of.list=[1,2,3]") == ["task.args.of.list changes from [1,2] to [1,2,3]"]
+    for override in ("~seed", "~task.args", "~task.args.absent", "~trainer", "~trainer.eps"):
+        with pytest.raises(ConfigError, match=override):
+            parse(resumed([resume, override])[0])
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["hydra.run.dir=x", "hydra/launcher=slurm", "experiment=color_codeword_4b", "+sweep=seeds", "output_dir=x", "-m"],
+)
+def test_what_has_no_value_in_a_resumed_run_is_refused(override: str, folders: dict[str, Path]) -> None:
+    with pytest.raises(ConfigError, match=r"is not a value that a resumed run can change"):
+        resumed([f"resume={folders['default']}", override])
+
+
+def test_a_config_has_no_change_to_itself(run_config: Callable[..., RunConfig], composed: Any) -> None:
+    tree = leaves_of(composed())
+    assert len(tree) > 80
+    assert changes(tree, dict(tree)) == {}
