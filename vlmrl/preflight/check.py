@@ -69,9 +69,12 @@ def _of_site(refuse: Callable[[RunConfig, Site], None], *stages: Stage) -> Rule:
 
 RULES: tuple[Rule, ...] = (
     _of_config(secrecy.no_secret_is_recorded),
+    _of_config(numbers.texts_have_their_form),
     _of_config(model.renderer_is_there),
     _of_config(model.renderer_serves_family),
     _of_config(model.positions_are_known),
+    _of_config(model.image_token_is_known),
+    _of_config(model.size_is_numbers),
     _of_config(numbers.numbers_in_range),
     _of_config(engine.kinds_are_chosen),
     _of_config(engine.servers_have_one_place),
@@ -95,6 +98,7 @@ RULES: tuple[Rule, ...] = (
     _of_config(task.squares_fill_tokens),
     _of_config(task.answer_fits),
     _of_config(task.episode_has_room),
+    _of_config(task.target_is_a_reward),
     _of_config(model.random_has_size),
     _of_config(model.something_learns),
     _of_config(model.tiny_is_a_model),
