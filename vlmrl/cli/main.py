@@ -48,6 +48,7 @@ def answer(arguments: Sequence[str]) -> int:
     In a rank group (`vlmrl.ranks.place`) rank 0 runs the command and the other ranks follow it.
     """
     try:
+        find_modules_here()
         words = plain_words(arguments)
         if "--version" in words:
             print(f"vlmrl {vlmrl.__version__}")
@@ -68,6 +69,23 @@ def answer(arguments: Sequence[str]) -> int:
             return lead_or_follow(lambda: command_line(words))
     except VlmrlError as error:
         return report(error)
+
+
+def find_modules_here() -> None:
+    """Let tasks of the user's own be imported from the current folder, with `vlmrl` as with `python -m vlmrl`.
+
+    Python puts the folder first in the search path for `python -m`; under PYTHONSAFEPATH it comes last, so that nothing
+    in it hides another module. Raises ConfigError where the folder is gone.
+    """
+    try:
+        here = os.getcwd()
+    except OSError as error:
+        raise ConfigError(
+            f"the current folder cannot be found ({error.strerror}), so a run has no place for its files: change to "
+            "another folder"
+        ) from error
+    if not {"", here} & set(sys.path):
+        sys.path.insert(len(sys.path) if sys.flags.safe_path else 0, here)
 
 
 def command_line(arguments: list[str]) -> int:

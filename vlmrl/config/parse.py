@@ -16,7 +16,7 @@ from enum import Enum
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
-from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 
 from vlmrl.config.field_docs import alternatives_of
 from vlmrl.config.keys import unknown_key
@@ -177,7 +177,7 @@ def _upgraded(tree: DictConfig) -> DictConfig:
 def summary(error: OmegaConfBaseException) -> str:
     """The key and the first line of an OmegaConf error."""
     text = str(error).splitlines()[0]
-    if isinstance(error, InterpolationResolutionError):
+    if isinstance(error, InterpolationResolutionError | GrammarParseError):
         text += (
             ", so the value cannot be read: correct what stands between ${ and }, or write \\${ where the text itself "
             "holds ${"

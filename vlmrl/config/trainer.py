@@ -107,9 +107,9 @@ class TrainerConfig:
     there: for a model that does not fit on the GPU otherwise. It has no effect where the model is on a CPU."""
     optimizer: Optimizer = setting(Optimizer.adamw, on_resume=Resume.refused)
     """AdamW and the number format of its averages."""
-    compile: bool = setting(False, on_resume=Resume.free)
-    """Compile each layer with `torch.compile`: it reads and writes memory less often and takes a minute at the start.
-    For GPUs."""
+    compile: bool | None = setting(False, on_resume=Resume.free)
+    """Compile each layer with `torch.compile`: it reads and writes memory less often and takes a minute at the start,
+    five on a CPU. null: on a GPU only; config.yaml says which."""
     activation_checkpointing: bool = setting(False, on_resume=Resume.free)
     """Keep only the input of each layer and compute the layer again in the backward pass: a third more work and a
     fraction of the memory, so more tokens fit in a micro-batch."""

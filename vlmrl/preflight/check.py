@@ -7,8 +7,8 @@
 Each refusal is a small function in `rules/`, which raises `ConfigError`. Its message names the key with its value, says
 what would go wrong, and what to set instead. `RULES` says at which stages each one runs.
 
-Left out on purpose: faults that are not about the configuration (a user's module that raises while it is imported, a
-corrupt checkpoint, a rank that runs out of memory). They stay where they happen.
+Left out on purpose: faults that are not about the configuration (a corrupt checkpoint, a rank that runs out of memory).
+They stay where they happen.
 """
 
 from __future__ import annotations
@@ -109,6 +109,7 @@ RULES: tuple[Rule, ...] = (
     _of_site(past_run.export_folder_is_free, Stage.here),
     _of_site(machine.gpus_hold_the_run, Stage.here),
     _of_site(transfer.gpus_can_transfer, Stage.here),
+    _of_site(checkpoint.cache_is_usable, Stage.here),
     _of_site(checkpoint.model_runs_here, Stage.here),
     _of_site(checkpoint.embedded_engine_has_a_cache, Stage.here),
 )

@@ -75,6 +75,9 @@ def later_refusals(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tu
     monkeypatch.setattr(installed, "is_installed", lambda package: True)
     yield refused(Stage.here, Site(), "mode=replay", f"run={folder}", "step=3")
     yield refused(Stage.here, Site(), "mode=export", f"resume={folder}", f"export.folder={folder}")
+    with monkeypatch.context() as patch:
+        patch.setenv("VLMRL_CACHE", "/proc/absent")
+        yield refused(Stage.here, Site(), "model.device=cpu")
     small = Site()
     small.machine = Machine((Gpu("0", "small", 1 << 30),), 1, 1 << 40)
     yield refused(Stage.here, small, "model=qwen3vl", "model.init=random", "model/size=2b")
