@@ -123,8 +123,8 @@ def test_a_cache_that_cannot_be_used(cache: str, home: Home, tmp_path: Path) -> 
     (tmp_path / "file").touch()
     place = HomeWith(tmp_path, {"VLMRL_CACHE": cache if cache.startswith("/") else str(tmp_path / cache)})
     message = refused(place, "trainer.max_steps=1", "hydra.run.dir=outputs/here")
-    assert f"{cache} is no folder for the checkpoint that is built" in message
-    assert "set the environment variable VLMRL_CACHE to a folder" in message
+    assert f"{cache}, which cannot be used (" in message
+    assert "set the variable VLMRL_CACHE to a folder" in message
     assert refused(place, "--multirun", "seed=0", "hydra.sweep.dir=outputs/here").startswith("error: in the job seed=0")
 
 

@@ -97,9 +97,9 @@ def cache_is_usable(config: RunConfig, site: Site) -> None:
         reason = (error.strerror if isinstance(error, OSError) else "") or str(error)
     if reason:
         raise ConfigError(
-            f"VLMRL_CACHE={os.environ.get('VLMRL_CACHE', '')} is no folder for the checkpoint that is built for "
-            f"model.name={config.model.name} ({reason}), so there would be no model: set the environment variable "
-            "VLMRL_CACHE to a folder that you may write to"
+            f"model.name={config.model.name} is built in the folder VLMRL_CACHE={os.environ.get('VLMRL_CACHE', '')}, "
+            f"which cannot be used ({reason}), so there would be no model: set the variable VLMRL_CACHE to a "
+            "folder that you may write to"
         )
 
 
