@@ -69,6 +69,9 @@ def answer(arguments: Sequence[str]) -> int:
             return lead_or_follow(lambda: command_line(words))
     except VlmrlError as error:
         return report(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 1
 
 
 def find_modules_here() -> None:
@@ -111,7 +114,7 @@ def command_line(arguments: list[str]) -> int:
     except JobError as failed:
         return int(failed.args[0])
     except SystemExit as stop:  # from argparse, or from a job that has printed its error
-        return int(stop.code or 0)
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except VlmrlError as error:
         return report(error)
     return 0
