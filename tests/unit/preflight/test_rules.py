@@ -145,7 +145,6 @@ ELSEWHERE = {
     "weight_sync/folder.py": "a folder on the disk",
     "monitor/report/document.py": "a folder on the disk",
     "runs/lifecycle.py": "checkpoints on the disk",
-    "record/lock.py": "another process in the folder",
     "runs/fault_again.py": "faults on the disk",
 }
 """Where a `ConfigError` may be raised outside of preflight/rules, and what it is about there."""
