@@ -23,7 +23,14 @@ import socket
 import sys
 from typing import Any
 
-IMPORTED = ("vlmrl.cli.main", "vlmrl.runs.lifecycle", "transformers.models.qwen3_vl.modeling_qwen3_vl")
+IMPORTED = (
+    "vlmrl.cli.main",
+    "vlmrl.runs.lifecycle",
+    "transformers.models.qwen3_vl.modeling_qwen3_vl",
+    "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl",
+    "torch.distributed.checkpoint.hf_storage",
+    "renderers.gpt_oss",
+)
 """Modules that a run imports sooner or later."""
 
 REQUEST_BYTES = 1 << 20
