@@ -29,9 +29,9 @@ import numpy as np
 import PIL.Image
 import psutil
 from numpy.typing import NDArray
+from omegaconf import OmegaConf
 
 from vlmrl.config.monitor import WandbConfig, WandbMode
-from vlmrl.config.parse import literal
 from vlmrl.config.secrets import redacted
 from vlmrl.errors import VlmrlError
 from vlmrl.record.files import write_bytes_atomically
@@ -144,7 +144,7 @@ class WandbLogger:
             )
         config: Any = None
         if self._run_dir.config.exists():
-            config = redacted(literal(self._run_dir.read_config()))
+            config = redacted(OmegaConf.to_container(self._run_dir.read_config()))
         settings = wandb.Settings(
             silent=True,
             console="off",
@@ -174,7 +174,7 @@ class WandbLogger:
     def _run_id(self) -> str:
         path = self._run_dir.wandb_run_id
         if path.exists():
-            return path.read_text().strip()
+            return path.read_text(encoding="utf-8").strip()
         run_id = secrets.token_hex(4)
         path.parent.mkdir(exist_ok=True)
         write_bytes_atomically(path, run_id.encode())

@@ -69,6 +69,8 @@ def _nvidia_smi() -> str:
         return ""
     query = [program, "--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits"]
     try:
-        return subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
+        return subprocess.run(
+            query, capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=True
+        ).stdout
     except (subprocess.SubprocessError, OSError):
         return ""

@@ -281,7 +281,7 @@ def _machine() -> str:
     loopback address."""
     parts = [socket.gethostname()]
     with suppress(OSError):
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
     for kind in ("net", "pid"):
         with suppress(OSError):
             parts.append(os.readlink(f"/proc/self/ns/{kind}"))

@@ -97,7 +97,10 @@ def requeue(number: int, handler_before: object) -> None:
             raise VlmrlError(f"{error} Continue the run by hand with the same command.") from error
         return
     job = text(os.environ, "SLURM_JOB_ID")
-    answer = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=SCONTROL_TIMEOUT_S)
+    command = ["scontrol", "requeue", job]
+    answer = subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="replace", timeout=SCONTROL_TIMEOUT_S
+    )
     if answer.returncode != 0:
         raise VlmrlError(
             f"job {job} was not put back into the queue ({answer.stderr.strip()}): submit it with sbatch --requeue, or "

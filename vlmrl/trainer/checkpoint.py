@@ -101,7 +101,7 @@ class Checkpoints:
 
         try:
             written.result()
-            (partial / HASHES).write_text(json.dumps(hashes(partial), indent=1))
+            (partial / HASHES).write_text(json.dumps(hashes(partial), indent=1), encoding="utf-8")
             for path in partial.iterdir():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())

@@ -37,7 +37,7 @@ class LoopState:
 
     def write(self, path: Path) -> None:
         """Write loop.json. Raises OSError."""
-        path.write_text(json.dumps(dataclasses.asdict(self)))
+        path.write_text(json.dumps(dataclasses.asdict(self)), encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path) -> LoopState:

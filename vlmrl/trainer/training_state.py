@@ -78,7 +78,7 @@ def begin_to_save(
         save_distributed=True,
     )
     if process_group is None or process_group.rank() == 0:
-        (folder / "state.json").write_text(json.dumps({**counters, TRAINABLE: sorted(trainable)}))
+        (folder / "state.json").write_text(json.dumps({**counters, TRAINABLE: sorted(trainable)}), encoding="utf-8")
     state = {name: weight.detach() for name, weight in weights.items()} | optimizer_state
     _silence_single_process_warning()
     saved: Any = async_save(state, storage_writer=writer, process_group=process_group)

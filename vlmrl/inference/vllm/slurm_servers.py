@@ -44,7 +44,7 @@ def announce(path: Path, **content: str) -> None:
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
             json.dump(content, file)
         temporary.replace(path)
 
@@ -67,7 +67,7 @@ async def find_servers(run: Path, timeout_s: float, on_progress: Callable[[str],
 
 def announced(path: Path) -> Announced:
     """Read an announcement. Raises `EngineError` with the error of a server that is given up."""
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_bytes())
     if "error" in content:
         raise EngineError(content["error"])
     return Announced(**content, path=path)

@@ -13,8 +13,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vlmrl.errors import ModelError
-
 MANIFEST = "manifest.json"
 """File name → SHA-256. Written last. A folder whose files differ from it is built again."""
 
@@ -23,21 +21,18 @@ ABANDONED_AFTER_S = 86400.0
 
 
 def cache_folder() -> Path:
-    """`$VLMRL_CACHE`, else `~/.cache/vlmrl`. Raises RuntimeError where there is no home folder."""
-    return Path(os.environ.get("VLMRL_CACHE") or Path.home() / ".cache" / "vlmrl").expanduser()
+    """`$VLMRL_CACHE`, else `~/.cache/vlmrl`."""
+    return Path(os.environ.get("VLMRL_CACHE") or Path.home() / ".cache" / "vlmrl")
 
 
 def built(kind: str, key: list[Any], build: Callable[[Path], None]) -> Path:
     """The folder of `key` (JSON) under `kind` in the cache. If it is missing, `build` fills an empty folder.
 
-    Safe to call from several processes at once. An incomplete or changed folder is repaired. Raises `ModelError` where
-    the cache cannot be written.
+    Safe to call from several processes at once. An incomplete or changed folder is repaired.
     """
     text = json.dumps(key, ensure_ascii=False, sort_keys=True)
     folder = cache_folder() / kind / hashlib.sha256(text.encode()).hexdigest()[:16]
-    if _is_intact(folder):
-        return folder
-    try:
+    if not _is_intact(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(folder.parent)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -48,23 +43,18 @@ def built(kind: str, key: list[Any], build: Callable[[Path], None]) -> Path:
             _publish(scratch, folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-    except OSError as error:
-        raise ModelError(
-            f"the cache {cache_folder()} cannot be written ({error.strerror or error}), so no checkpoint can be built: "
-            "make room there, or set the environment variable VLMRL_CACHE to another folder"
-        ) from error
     return folder
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content` as indented JSON."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _is_intact(folder: Path) -> bool:
     """Whether all files of the manifest are there, unchanged."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_bytes())
         return all(_sha256(folder / name) == digest for name, digest in manifest.items())
     except (OSError, ValueError, AttributeError):
         return False

@@ -54,7 +54,7 @@ def write_text_files(
     """
     tokenizer = build_tokenizer(recipe, texts, merges)
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "chat_template.jinja").write_text(recipe.chat_template)
+    (folder / "chat_template.jinja").write_text(recipe.chat_template, encoding="utf-8")
     write_json(
         folder / "tokenizer_config.json",
         {

@@ -156,7 +156,9 @@ class SharedMemory:
         """Remember which files the descendants have mapped."""
         for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(OSError):
-                for line in Path(f"/proc/{process.pid}/maps").read_text(errors="replace").splitlines():
+                for line in (
+                    Path(f"/proc/{process.pid}/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+                ):
                     # The path may be that of a temporary file which was linked to its name later, so it says nothing.
                     if str(SHARED_MEMORY) in line:
                         self._inodes.add(int(line.split()[4]))
