@@ -129,10 +129,10 @@ class Grammar:
     ) -> Rendered | None:
         """What comes after `previous` and the completion; None where the family's grammar does not allow to extend
         them. Raises `UserFault` and `ContractError`."""
-        if self._needs_all:
-            return self._bridge(previous, 0, completion_ids, new_messages, new_items)
-        begin = self._begin_of_turn(previous.token_ids)
+        begin = 0 if self._needs_all else self._begin_of_turn(previous.token_ids)
         made = self._bridge(previous, begin, completion_ids, new_messages, new_items)
+        if begin == 0:
+            return made
 
         def alike() -> bool:
             whole = self._bridge(previous, 0, completion_ids, new_messages, new_items)

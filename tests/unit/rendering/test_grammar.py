@@ -294,6 +294,7 @@ def test_a_family_whose_bridge_needs_all_is_handed_all(renderer: Renderer, monke
     assert len(whole.token_ids) > 256
     ids = np.array([5, renderer.stop_token_ids[0]])
     monkeypatch.setattr(package, "bridge_to_next_turn", numbered)
+    following(renderer, first(renderer, [Message.of("user", "?")]), ids, [], [Message.of("user", "a", "a")])  # is whole
     for name in ("a", "b"):
         prompt, bridged = following(renderer, whole, ids, [], [Message.of("user", name, name)])
         assert bridged
