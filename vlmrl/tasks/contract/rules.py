@@ -219,6 +219,8 @@ def random_demonstrations(observed: Observed) -> Violations:
 def texts(observed: Observed) -> Violations:
     if isinstance(observed.texts, UserFault):
         yield observed.texts.text
+    elif not any(text.strip() for text in observed.texts or ()):
+        yield "texts() returned no text"
 
 
 def without_demonstrations(observed: Observed) -> str | None:
