@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from support.command_line import Home, Scenarios, steady, steady_rollouts
+from support.command_line import Ended, Home, Scenarios, steady, steady_rollouts
 from vlmrl.orchestrator.supervised import AFTER_WARMUP
 
 pytestmark = pytest.mark.slow
@@ -72,6 +72,11 @@ def runs(home: Home) -> Scenarios:
         assert (ended.code, ended.err) == (0, ""), ended
         return run
 
+    def renamed() -> Ended:
+        run = made("renamed", (*NUMBERED, "trainer.max_steps=1"))
+        (run / "checkpoints/step_000001").rename(run / "checkpoints/step_000007")
+        return home.vlmrl(f"resume={run}", "trainer.max_steps=2")
+
     def other_batches() -> Path:
         groups, mixed = "orchestrator.groups_per_step", "trainer.warmup.rl_batch_size"
         start = (*NUMBERED, "trainer.warmup.steps=1", "trainer.warmup.batch_size=1", "trainer.warmup.rl_weight=0.1")
@@ -82,7 +87,7 @@ def runs(home: Home) -> Scenarios:
             (f"{groups}=3", "trainer.max_steps=5"),
         )
 
-    return Scenarios(text=text, supervised=supervised, used=used, other_batches=other_batches)
+    return Scenarios(text=text, supervised=supervised, used=used, renamed=renamed, other_batches=other_batches)
 
 
 @pytest.mark.parametrize("mode", ["text", "supervised"])
@@ -130,3 +135,11 @@ def test_no_problem_is_repeated_or_skipped_with_another_batch_size(runs: Scenari
         "warmup_cursor": 1,
         "rl_demonstrations_cursor": AFTER_WARMUP + 1 + 2 * 1 + 3 * 2,
     }
+
+
+def test_a_checkpoint_with_the_name_of_another_step_is_refused(runs: Scenarios) -> None:
+    """Metrics are cut back to the step in the name; those of the weights would be written a second time."""
+    ended = runs["renamed"]
+    assert ended.code == 1
+    assert "step_000007 was saved after step 1, so the record of the run would not fit it" in ended.err
+    assert "Traceback" not in ended.err

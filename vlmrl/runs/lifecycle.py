@@ -19,7 +19,7 @@ from pathlib import Path
 
 from vlmrl.config.parse import parse, typed
 from vlmrl.config.run import RunConfig
-from vlmrl.errors import ConfigError, Interrupted, RankError, VlmrlError
+from vlmrl.errors import CheckpointError, ConfigError, Interrupted, RankError, VlmrlError
 from vlmrl.monitor.monitor import Monitor
 from vlmrl.orchestrator.interruption import stopped_before
 from vlmrl.orchestrator.loop import ExitReason
@@ -209,6 +209,11 @@ def restore_position(run: Run, state: LoopState) -> None:
     that config changes now, the checkpoint is written again, with its cursor, before config.yaml is.
     """
     made = {"version": run.trainer.version, "supervised_steps": run.trainer.supervised_steps}
+    if run.restored_step not in made.values():
+        raise CheckpointError(
+            f"{run.checkpoints.path(run.restored_step)} was saved after {run.progress}, so the record of the run would "
+            "not fit it: give the folder the name of its own step"
+        )
     before = run.config if state.has_position else parse(typed(run.run_dir.read_config()))
     run.position = Position.of(before, **made).restored(state, run.config)
     if not state.has_position and run.position != Position.of(run.config, **made):

@@ -124,6 +124,15 @@ class Checkpoints:
 
     def load(self, step: int, trainer: Loads) -> LoopState:
         """Restore the checkpoint of `step` → its loop state. Raises `CheckpointError`."""
+        try:
+            return self._load(step, trainer)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{str(error).rstrip('.')}, so it cannot be loaded: put {self.path(step)} back from a copy, or choose "
+                "another checkpoint"
+            ) from error
+
+    def _load(self, step: int, trainer: Loads) -> LoopState:
         check_hashes(self.path(step))
         loop_state = LoopState.read(self.path(step) / "loop.json")
         trainer.load(str(self.path(step)))
@@ -138,7 +147,7 @@ class Checkpoints:
         damage: list[str] = []
         for step in reversed(self.steps()):
             try:
-                loop_state = self.load(step, trainer)
+                loop_state = self._load(step, trainer)
             except CheckpointError as error:
                 damage.append(str(error))
                 continue

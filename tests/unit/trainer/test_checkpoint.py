@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from support.checkpoints import FILES, OPTIMIZER, Learner, refuse_warning, rewrite, save, saved
+from support.checkpoints import FILES, MODEL, OPTIMIZER, Learner, refuse_warning, rewrite, save, saved
 from vlmrl.errors import CheckpointError, NonFiniteLossError
 from vlmrl.trainer.checkpoint import Checkpoints
 from vlmrl.trainer.checkpoint_files import stored_tensors
@@ -146,6 +146,14 @@ def test_a_damaged_one_is_passed_over(harm: Callable[[Path], None], name: str, t
 def test_files_are_all_there_are(tmp_path: Path) -> None:
     saved(tmp_path, 1)
     assert sorted(path.name for path in (tmp_path / "step_000001").iterdir()) == sorted(FILES)
+
+
+def test_one_that_was_asked_for_is_not_replaced_by_another(tmp_path: Path) -> None:
+    """A replay needs the weights of one step and no other."""
+    checkpoints = saved(tmp_path, 1, 2)
+    flip(tmp_path / f"step_000002/{MODEL}")
+    with pytest.raises(CheckpointError, match=r"is damaged .*put .*step_000002 back from a copy, or choose another"):
+        checkpoints.load(2, Learner())
 
 
 def test_all_damaged(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def batch_was_recorded(config: RunConfig, site: Site) -> None:
 
 def refuse_batch(run_dir: RunDir, step: int) -> None:
     """Raise `ConfigError` where `run_dir` does not hold the batch of `step` or the weights that learned from it."""
-    recorded = [int(path.stem.removeprefix("step_")) for path in sorted(run_dir.rollouts.glob("step_*.jsonl"))]
+    recorded = run_dir.rollouts_steps("step")
     kept = run_dir.checkpoint_steps()
     possible = [each for each in recorded if each == 1 or each - 1 in kept]
     remedy = f"set step={' or '.join(map(str, possible[-8:]))}" if possible else "set run= to another run"
