@@ -148,7 +148,9 @@ def resumed(arguments: list[str]) -> tuple[DictConfig, Callable[[], list[str]]]:
             f"mode={mode.name}: remove mode=, or start a new run without resume="
         )
     # An evaluation or an export adds no step to the run, so it may use other values.
-    now = leaves_of(config) if config.mode is mode else recorded
+    with composing(overrides):  # an override may refer to another key
+        after = leaves_of(config)
+    now = after if config.mode is mode else recorded
     config.output_dir, config.resume = str(run_dir.path), str(run_dir.path)
     return config, lambda: notes_on_changes(recorded, now, folder)
 

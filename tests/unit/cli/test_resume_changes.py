@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from vlmrl.cli.arguments import quoted
 from vlmrl.cli.explain import every_key, text_of
-from vlmrl.cli.past_runs import resumed
+from vlmrl.cli.past_runs import replayed, resumed
 from vlmrl.cli.resume_changes import changes, leaves_of
 from vlmrl.config.field_docs import FieldDoc
 from vlmrl.config.fields import Resume
 from vlmrl.config.keys import all_settings, resume_policy
 from vlmrl.config.parse import parse
 from vlmrl.config.run import RunConfig
+from vlmrl.config.task import ImportedTaskConfig
 from vlmrl.errors import ConfigError
 from vlmrl.record.run_dir import RunDir
 
@@ -283,3 +285,44 @@ def test_a_config_has_no_change_to_itself(run_config: Callable[..., RunConfig], 
     tree = leaves_of(composed())
     assert len(tree) > 80
     assert changes(tree, dict(tree)) == {}
+
+
+# ── a config.yaml of someone else ───────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("command", ["resume", "eval", "export", "replay"])
+@pytest.mark.parametrize("text", ["${oc.env:VLMRL_TEST_SECRET}", "${.level}", "a ${model.name} b", r"\${x} is"])
+def test_references_in_a_config_are_text(
+    command: str, text: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stranger's config.yaml must not read this machine's environment, let alone write it to disk."""
+    monkeypatch.setenv("VLMRL_TEST_SECRET", "f4ce")
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.create()
+    tree = OmegaConf.to_container(OmegaConf.load(folders["own"] / "config.yaml"))
+    assert isinstance(tree, dict)
+    tree["task"]["args"] = {"of": {"list": [text]}, "level": 3}
+    tree["model"]["name"] = text
+    run_dir.config.write_text(yaml.safe_dump(tree))
+    if command == "replay":
+        config = replayed([f"run={run_dir.path}", "mode=replay", "step=1"])
+    else:
+        mode = [] if command == "resume" else [f"mode={command}"]
+        config, judge = resumed([f"resume={run_dir.path}", *mode, "++task.args.level=4"])
+        assert len(judge()) == (command == "resume")
+    made = parse(config)
+    wanted = "${x} is" if text == r"\${x} is" else text
+    assert made.model.name == wanted
+    assert isinstance(made.task, ImportedTaskConfig)
+    assert made.task.args["of"] == {"list": [wanted]}
+    run_dir.write_config(made)
+    assert "f4ce" not in run_dir.config.read_text()
+    assert parse(resumed([f"resume={run_dir.path}"])[0]).model.name == wanted
+
+
+@pytest.mark.parametrize("override", ["++task.args.x=${foo}", "trainer.eps=${oc.env:VLMRL_NONE}", "seed=${task.kind}"])
+def test_a_reference_of_ones_own_that_leads_nowhere_is_refused_in_words(
+    override: str, folders: dict[str, Path]
+) -> None:
+    with pytest.raises(ConfigError):
+        resumed([f"resume={folders['own']}", override])[1]()
