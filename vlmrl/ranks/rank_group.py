@@ -15,7 +15,7 @@ A process that hangs closes nothing, so both sides of a connection send beats (h
 for a minute is lost, and so is one whose command stands still for half an hour. A process on the same host is killed
 then, because it would otherwise outlive the run.
 
-Only rank 0 reacts to Ctrl-C, SIGTERM, SIGHUP and a queue's signals: it finishes the step and saves, and needs the other
+Only rank 0 reacts to signals that end a run (`LEADERS_SIGNALS`): it finishes the step and saves, and needs the other
 ranks for both, so they ignore these signals.
 
 Left out on purpose: continuing with fewer ranks. `resume=` continues a run with any number of ranks.
@@ -39,7 +39,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from vlmrl.errors import RankError, VlmrlError
+from vlmrl.errors import RankError, VlmrlError, safe_text
 from vlmrl.ranks import heartbeat
 from vlmrl.ranks.commands import Command, Leave, Message
 from vlmrl.ranks.heartbeat import Beats, Pace, Watch
@@ -62,6 +62,18 @@ ended by force, since a collective that hangs may keep it from ending."""
 
 LEAVE_TIMEOUT_S = 20.0
 """Seconds that a rank has to end after it is told to leave."""
+
+
+LEADERS_SIGNALS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGXCPU,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)
+"""Signals to which only rank 0 reacts."""
 
 
 class RankGroup:
@@ -250,7 +262,7 @@ class RankGroup:
         # A collective raises a RuntimeError where another rank is gone.
         is_second_hand = isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)
         with suppress(OSError):  # rank 0 has ended already
-            self._leader.send(Failure(f"{type(error).__name__}: {error}".rstrip(": "), is_second_hand))
+            self._leader.send(Failure(f"{type(error).__name__}: {safe_text(error)}".rstrip(": "), is_second_hand))
 
     def _tell_standing(self, leader: Link) -> Callable[[], None]:
         """What the beats of this rank send."""
@@ -334,7 +346,7 @@ def init_from_environment() -> Iterator[RankGroup | None]:
 
 def follow(rank_group: RankGroup, worker: WorkerT) -> int:
     """Run the commands of rank 0 with `worker` until rank 0 sends `Leave` → exit code. For ranks other than 0."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    for number in LEADERS_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     try:
         while not isinstance(message := rank_group.next_message(), Leave):
