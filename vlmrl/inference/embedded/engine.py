@@ -110,6 +110,8 @@ class EmbeddedEngine:
 
         Raises `EngineError` where the session is closed, or prompt plus completion would exceed `max_model_len`.
         """
+        assert isinstance(sampling.seed, int), f"seed {sampling.seed!r} is not an int"
+        assert 0 <= sampling.seed < 2**64, f"seed {sampling.seed} does not fit into 64 bits"
         if session not in self._sessions:
             raise EngineError("this session is closed")
         if len(prompt.token_ids) + sampling.max_new_tokens > self._max_model_len:

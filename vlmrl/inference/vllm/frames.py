@@ -10,6 +10,7 @@ No I/O, no import of vLLM.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ FORGOTTEN = 409
 """Status of a response where the server lacks an image that the request refers to by its hash."""
 
 _LENGTHS = struct.Struct("<II")
+_INT32 = 2**31 - 1
 
 
 # ── request ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -131,6 +133,43 @@ class Response:
         except (KeyError, TypeError, ValueError) as error:
             raise WireError(f"{type(error).__name__}: {error}; the header is {str(self.header)[:200]}") from error
         return checked(Answer(token_ids, logprobs, versions, finish_reason))
+
+
+def check_request(header: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for values that vLLM does not check and its engine would die of, or hang: JSON turns an int
+    beyond 64 bits into a float.
+
+    >>> params = {"seed": 0, "max_tokens": 2, "temperature": 1.0, "stop_token_ids": [9], "banned": []}
+    >>> good = {"request_id": "a/1", "token_ids": [3, 4], "images": [], "is_whole": True, **params}
+    >>> check_request(good)
+    >>> check_request(good | {"seed": 1.5})
+    Traceback (most recent call last):
+    ...
+    ValueError: seed=1.5 is no integer from 0 to 18446744073709551615
+    """
+    for name, low, high in (("seed", 0, 2**64 - 1), ("max_tokens", 1, _INT32)):
+        _check_int(name, header[name], low, high)
+    for name in ("token_ids", "stop_token_ids"):
+        tokens = np.asarray(header[name])
+        if len(tokens) and (tokens.dtype.kind != "i" or tokens.min() < 0 or tokens.max() > _INT32):
+            raise ValueError(f"{name} are not all integers from 0 to {_INT32}")
+    for first, end in header["banned"]:
+        _check_int("banned", first, 0, _INT32)
+        _check_int("banned", end, first, _INT32)
+    for hash, offset, length in header["images"]:
+        _check_int("images", offset, 0, len(header["token_ids"]))
+        _check_int("images", length, 1, len(header["token_ids"]) - offset)
+        if not isinstance(hash, str):
+            raise ValueError(f"{hash!r} is no hash of an image")
+    if not isinstance(header["request_id"], str):
+        raise ValueError(f"request_id={header['request_id']!r} is no text")
+    if not isinstance(header["temperature"], float | int) or not 0 <= header["temperature"] < math.inf:
+        raise ValueError(f"temperature={header['temperature']!r} is no number from 0")
+
+
+def _check_int(name: str, value: Any, low: int, high: int) -> None:
+    if type(value) is not int or not low <= value <= high:
+        raise ValueError(f"{name}={value!r} is no integer from {low} to {high}")
 
 
 def pack_answer(

@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 
 from vlmrl.caches.lru import ByteLRU
 from vlmrl.inference.vllm import old_vllm
-from vlmrl.inference.vllm.frames import FORGOTTEN, ROUTE, pack_answer, pack_error, unpack_batch
+from vlmrl.inference.vllm.frames import FORGOTTEN, ROUTE, check_request, pack_answer, pack_error, unpack_batch
 from vlmrl.inference.vllm.wire import BANNED_BIAS, MAX_LISTED_TOKENS
 
 Scope: TypeAlias = MutableMapping[str, Any]
@@ -65,14 +65,15 @@ class Route:
                 self._waiting.add({hash: (item, len(batch.documents[hash])) for hash, item in items.items()})
                 return await _respond(send, b"")
             for number, header in enumerate(batch.requests):
-                shown = items if header["is_whole"] else self._waiting.take(header["images"])
                 try:
+                    check_request(header)
+                    shown = items if header["is_whole"] else self._waiting.take(header["images"])
                     outputs = await engine.add_request(
                         header["request_id"],
                         _engine_input(header, shown),
                         _sampling_params(header, engine.model_config.get_vocab_size()),
                     )
-                except Exception as error:  # a request that vLLM refuses: ValueError or vLLM's own class
+                except Exception as error:  # a malformed request, or one that vLLM refuses by a class of its own
                     if engine.errored:
                         raise
                     frames.put_nowait(pack_error(number, 400, str(error)))

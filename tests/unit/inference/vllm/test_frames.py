@@ -1,0 +1,53 @@
+"""The server's own check of a request: vLLM's engine dies of some values, or waits for ever."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from vlmrl.inference.vllm.frames import check_request, pack_batch, unpack_batch
+
+GOOD: dict[str, Any] = {
+    "request_id": "train/0",
+    "token_ids": [5, 6, 7, 8],
+    "temperature": 1.0,
+    "seed": 2**64 - 1,
+    "max_tokens": 2,
+    "stop_token_ids": [2],
+    "banned": [[3, 5]],
+    "images": [["h", 1, 2]],
+    "is_whole": True,
+}
+
+
+def test_requests_of_the_run_are_taken() -> None:
+    cases: list[dict[str, Any]] = [{}, {"stop_token_ids": []}, {"images": []}, {"temperature": 0}, {"seed": 0}]
+    for changed in cases:
+        check_request(GOOD | changed)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *({"seed": value} for value in (2.0**70, 1.5, -1, "a", None, True)),
+        *({"max_tokens": value} for value in (2.0**70, 1.5, 0, -1, "a")),
+        *({"temperature": value} for value in (float("inf"), -1, "x", None)),
+        *({"token_ids": value} for value in ([5, 6.5], [2.0**70], ["a"], [-1], [[1], [2]])),
+        *({"stop_token_ids": value} for value in ([2.5], [-1], [2**31])),
+        *({"banned": value} for value in ([[0.5, 2]], [[5, 3]], [[-1, 2]], [[1, 2, 3]])),
+        *({"images": value} for value in ([["h", -1, 1]], [["h", 0.5, 1]], [["h", 0, 0]], [["h", 3, 2]], [[5, 0, 1]])),
+        {"request_id": 5},
+    ],
+    ids=str,
+)
+def test_a_request_that_would_stop_the_engine_is_refused(changed: dict[str, Any]) -> None:
+    """The values arrive as JSON, where an integer beyond 64 bits is a float."""
+    (header,) = unpack_batch(pack_batch([GOOD | changed], {})).requests
+    with pytest.raises((ValueError, TypeError)):
+        check_request(header)
+
+
+def test_what_the_client_packs_is_what_the_server_checks() -> None:
+    (header,) = unpack_batch(pack_batch([GOOD], {})).requests
+    check_request(header)
