@@ -1,13 +1,17 @@
 """`python -m vlmrl inference=vllm`, with real servers on the CPU: it learns, on-policy and not, and survives deaths.
 
-The two runs that learn take minutes each; they are what a release must show, and come last.
+The run that learns takes minutes; it is what a release must show, and comes last.
 """
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -55,62 +59,110 @@ def sums(run: Path, key: str) -> float:
     return float(sum(line.get(key, 0.0) + line.get(f"eval/{key}", 0.0) for line in lines))
 
 
-def test_a_run_goes_on_when_one_of_its_two_servers_is_killed(home: Home) -> None:
-    run = home.path / "outputs/one_of_two"
-    process = home.start(
-        *SHORT,
-        "inference=vllm",
-        "inference.replicas=2",
-        "trainer.max_steps=40",
-        "orchestrator.eval.every=20",
-        f"hydra.run.dir={run}",
-    )
-    until(lambda: process.poll() is not None or steps_of(run) >= 3, "the third step")
-    assert process.poll() is None, process.communicate()
-    servers = engines(psutil.Process(process.pid))
-    assert len(servers) == 2
-    servers[0].send_signal(signal.SIGKILL)
-    _, err = process.communicate(timeout=STARTED_S)
-    assert (process.returncode, err) == (0, ""), err
-    lines = read_metrics(run / "metrics.jsonl")
-    assert [line["step"] for line in lines if line["step"]] == list(range(1, 41))
-    assert all(line["rollouts/dropped"] == 0 for line in lines if line["step"])
-    assert max(line["mismatch_kl/mean"] for line in lines if line["step"]) <= 1e-8
-    assert any("restart 1 of" in warning for warning in summary(run)["warnings"])
+THIEF = """
+import os, socket, sys, time
+os.setgid(65534); os.setuid(65534)
+def servers():
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            words = open(f"/proc/{pid}/cmdline", "rb").read().split(bytes(1))
+        except OSError:
+            continue
+        if b"--uds" in words:
+            yield words[words.index(b"--uds") + 1].decode()
+        if b"--port" in words and b"vllm.entrypoints.openai.api_server" in words:
+            print("PORT", words, flush=True)
+tried = set()
+while True:
+    for path in servers():
+        if path in tried:
+            continue
+        tried.add(path)
+        for attempt in ("connect", "bind"):
+            try:
+                getattr(socket.socket(socket.AF_UNIX), attempt)(path)
+                print("REACHED", attempt, path, flush=True)
+            except PermissionError:
+                print("refused", attempt, path, flush=True)
+    time.sleep(0.2)
+"""
+"""Another user who watches for servers that start, and tries to reach them or to listen in their place."""
 
 
-def test_nothing_is_left_of_a_killed_run_and_it_resumes(home: Home) -> None:
-    run = home.path / "outputs/killed_with_vllm"
-    arguments = (*SHORT, "inference=vllm", "orchestrator.max_staleness=1", "trainer.max_steps=12")
-    process = home.start(*arguments, f"hydra.run.dir={run}")
-    until(lambda: process.poll() is not None or steps_of(run) >= 5, "the fifth step")
-    assert process.poll() is None, process.communicate()
-    below = psutil.Process(process.pid).children(recursive=True)
-    assert engines(psutil.Process(process.pid))
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    _, alive = psutil.wait_procs(below, timeout=60)
-    assert alive == []
-    recorded = {path.name for path in (run / "rollouts").iterdir()}
-    assert {f"step_{step:06}.jsonl" for step in range(1, 5)} <= recorded
+@pytest.fixture
+def short_tmpdir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder for temporary files whose name is short enough for sockets; pytest's own is not."""
+    with tempfile.TemporaryDirectory(prefix="e2e-") as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        yield Path(folder)
 
-    ended = home.vlmrl(f"resume={run}")
-    assert (ended.code, ended.err) == (0, "")
+
+@pytest.mark.timeout(900)
+def test_a_run_survives_its_servers_and_leaves_nothing(
+    home: Home, short_tmpdir: Path, request: pytest.FixtureRequest
+) -> None:
+    """In one run's life: a thief waits for every start, the engine hangs, a supervisor is killed, and the run is
+    killed. Then it resumes."""
+    run = home.path / "outputs/survives"
+    shared = set(os.listdir("/dev/shm"))
+    changed = ("orchestrator.max_staleness=1", "trainer.max_steps=60", "orchestrator.eval.every=0")
+    arguments = (*SHORT, "inference=vllm", "inference.request_timeout_s=10", *changed)
+    is_root = os.geteuid() == 0
+    with subprocess.Popen([sys.executable, "-c", THIEF if is_root else ""], stdout=subprocess.PIPE, text=True) as thief:
+        process = home.start(*arguments, f"hydra.run.dir={run}", cold=True)  # a warm process may know another TMPDIR
+
+        def go_on(what: str) -> None:
+            before = steps_of(run)
+            until(lambda: process.poll() is not None or steps_of(run) >= before + 3, what)
+            assert process.poll() is None, process.communicate()
+
+        request.addfinalizer(process.kill)
+        go_on("the third step")
+        (api_server,) = engines(psutil.Process(process.pid))
+        (engine,) = [child for child in api_server.children() if child.name().startswith("VLLM::")]
+        engine.suspend()
+        go_on("steps after an engine was stopped")
+        (api_server,) = engines(psutil.Process(process.pid))
+        supervisor = api_server.parent()
+        assert supervisor is not None
+        supervisor.kill()
+        go_on("steps after a supervisor was killed")
+
+        below = psutil.Process(process.pid).children(recursive=True)
+        assert len(below) >= 5
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        _, alive = psutil.wait_procs(below, timeout=60)
+        assert alive == []
+        assert set(os.listdir("/dev/shm")) - shared == set()
+        assert [
+            path.name for path in short_tmpdir.iterdir() if not path.name.startswith(("tmp", "torchinductor"))
+        ] == []
+        thief.kill()
+        found = thief.communicate()[0].splitlines()
+    if is_root:
+        assert len(found) == 6, found  # two attempts at each of three starts
+        assert all(line.startswith("refused") for line in found)
+    done = steps_of(run)
+
+    ended = home.vlmrl(f"resume={run}", f"trainer.max_steps={done + 3}")
+    assert ended.code == 0, ended.err
     lines = {line["step"]: line for line in read_metrics(run / "metrics.jsonl") if line["step"]}
-    assert sorted(lines) == list(range(1, 13))
+    assert sorted(lines) == list(range(1, done + 4))
+    assert sum(line["inference/restarts"] for line in lines.values()) == 2
+    assert all(line["rollouts/dropped"] == 0 for line in lines.values())
     assert max(line["staleness/max"] for line in lines.values()) == 1
 
 
-@pytest.mark.parametrize("correction", ["none", "truncated"])
-def test_what_is_done_about_stale_tokens_is_seen_in_the_metrics(home: Home, correction: str) -> None:
-    run = home.path / f"outputs/stale_{correction}"
+def test_what_is_done_about_stale_tokens_is_seen_in_the_metrics(home: Home) -> None:
+    run = home.path / "outputs/stale"
     ended = home.vlmrl(
         *SHORT,
         "inference=vllm",
         "orchestrator.max_staleness=3",
         "trainer.learning_rate=2e-2",  # far apart, within three steps
         "algorithm.importance_cap=1.1",
-        f"algorithm.importance_correction={correction}",
+        "algorithm.importance_correction=truncated",
         f"hydra.run.dir={run}",
     )
     assert (ended.code, ended.err) == (0, "")
@@ -122,22 +174,17 @@ def test_what_is_done_about_stale_tokens_is_seen_in_the_metrics(home: Home, corr
     assert versions <= {2, 3, 4, 5}
     cut = [line["importance/cut_fraction"] for line in stale]
     weight = [line["importance/weight_mean"] for line in stale]
-    if correction == "none":
-        assert weight == [1.0] * len(stale)
-        assert min(line["importance/ess"] for line in stale) == 1.0
-    else:
-        assert 0 < max(cut) < 1
-        assert any(abs(mean - 1.0) > 1e-4 for mean in weight)
-        assert min(line["importance/ess"] for line in stale) < 1.0
+    assert 0 < max(cut) < 1
+    assert any(abs(mean - 1.0) > 1e-4 for mean in weight)
+    assert min(line["importance/ess"] for line in stale) < 1.0
 
 
-@pytest.mark.parametrize("staleness", [0, 2])
 @pytest.mark.timeout(1800)
-def test_the_task_is_learned(home: Home, staleness: int) -> None:
-    run = home.path / f"outputs/learned_{staleness}"
+def test_the_task_is_learned(home: Home) -> None:
+    run = home.path / "outputs/learned"
     process = home.start(
         "inference=vllm",
-        f"orchestrator.max_staleness={staleness}",
+        "orchestrator.max_staleness=2",
         "monitor.wandb.mode=disabled",
         f"hydra.run.dir={run}",
     )
@@ -147,12 +194,9 @@ def test_the_task_is_learned(home: Home, staleness: int) -> None:
     assert found["exit_reason"] == "target_reached"
     assert min(found["eval/reward"], found["eval/reward_greedy"]) >= 0.95
     lines = [line for line in read_metrics(run / "metrics.jsonl") if line["step"]]
-    assert max(line["staleness/max"] for line in lines) == staleness
+    assert max(line["staleness/max"] for line in lines) == 2
     assert sum(line["rollouts/dropped"] for line in lines) == 0
-    if staleness == 0:
-        assert max(line["mismatch_kl/mean"] for line in lines) <= 1e-8
-    else:
-        assert min(line["time/engine_idle"] / line["time/step"] for line in lines) < 0.05  # it does overlap
+    assert min(line["time/engine_idle"] / line["time/step"] for line in lines) < 0.05  # it does overlap
     sent, saved = sums(run, "wire/bytes_sent"), sums(run, "wire/bytes_saved")
     assert sent > 0
     assert (sent + saved) / sent >= 20
