@@ -109,9 +109,11 @@ def test_sft_interrupted_and_resumed(runs: Scenarios) -> None:
     run, interrupted, resumed = runs["sft_resumed"]
     folder, _ = runs["sft_evaluated"]
     assert interrupted.code == 1
-    assert interrupted.err == (
-        f"interrupted: stopped after supervised step 4 and saved: continue with python -m vlmrl resume={run}\n"
-    )
+    # The signal cuts the making of step 4 short, unless the gate opens first.
+    assert interrupted.err in [
+        f"interrupted: stopped after supervised step {step} and saved: continue with python -m vlmrl resume={run}\n"
+        for step in (3, 4)
+    ]
     assert (resumed.code, resumed.err) == (0, "")
     assert_same_run(run, folder / "1")
 
