@@ -34,11 +34,20 @@ from vlmrl.record.metrics import read_metrics
 pytestmark = pytest.mark.slow
 
 WARMUP_STEP_6 = FIRST_PROBLEM + 5 * 16
-"""A problem of the sixth warm-up step. Its demonstration is made on the event loop, so a gate there stops the run."""
+"""A problem of the sixth warm-up step."""
 STEP_2, STEP_4 = 2, 6
 """Problems of RL steps 2 and 4 (two groups per step). A run stopped in step 4 has a checkpoint of step 2."""
 
 MODEL, OPTIMIZER = (f"shard-00001-model-0000{part}-of-00002.safetensors" for part in (1, 2))
+
+SLOW_DISK = """
+import sys, time
+from vlmrl.trainer.checkpoint import Checkpoints
+Checkpoints.save = lambda *arguments: time.sleep(600)
+from vlmrl.cli.main import main
+sys.exit(main())
+"""
+"""The command line, with checkpoints that are never written."""
 
 CURSOR = re.compile(r"\x1b\[\?25([lh])")
 """The escape code that hides or shows the cursor."""
@@ -49,17 +58,19 @@ def resume(run: Path) -> str:
 
 
 def signalled(
-    home: Home, gate: Gate, *arguments: str, signals: tuple[signal.Signals, ...], opens: bool = False
+    home: Home,
+    gate: Gate,
+    *arguments: str,
+    signals: tuple[signal.Signals, ...],
+    code: tuple[str, ...] = ("-m", "vlmrl"),
 ) -> Ended:
-    """Send signals to a run that waits at its gate, then open the gate if `opens`. `seconds` count from the signals."""
-    process = home.start(*arguments)
+    """Send signals to a run that waits at its gate, which stays closed. `seconds` count from the signals."""
+    process = home.start(*arguments, code=code)
     gate.wait(lambda: process.poll() is None)
     for number in signals:
         process.send_signal(number)
         time.sleep(0.3)  # two signals at the same time count as one
     started = time.monotonic()
-    if opens:
-        gate.open()
     out, err = process.communicate(timeout=PATIENCE)
     return Ended(process.returncode, out, err, time.monotonic() - started)
 
@@ -90,14 +101,15 @@ def ends(home: Home, never_stopped: Path) -> Scenarios:
         return run, [at_rename, at_deletion, home.vlmrl(resume(run))]
 
     def interrupted() -> tuple[Path, list[Ended]]:
-        """Two Ctrl-C in the warm-up, then one, then SIGTERM in RL while the task's code hangs."""
+        """Two Ctrl-C in the warm-up, of which the second hits the saving, then one, then SIGTERM in RL. Each time the
+        task's code hangs."""
         run, gate = home.path / "outputs/interrupted", Gate(home.path / "gates/interrupted")
         start = (*SHORT, *gate.arguments(WARMUP_STEP_6), f"hydra.run.dir={run}")
-        twice = signalled(home, gate, *start, signals=(signal.SIGINT, signal.SIGINT))
+        twice = signalled(home, gate, *start, signals=(signal.SIGINT, signal.SIGINT), code=("-c", SLOW_DISK))
         assert not (run / "summary.json").exists()
         assert not list((run / "checkpoints").iterdir())
         again = gate.again(WARMUP_STEP_6)
-        once = signalled(home, gate, resume(run), *again, signals=(signal.SIGINT,), opens=True)
+        once = signalled(home, gate, resume(run), *again, signals=(signal.SIGINT,))
         assert (summary(run)["exit_reason"], summary(run)["step"]) == ("interrupted", 0)
         term = signalled(home, gate, resume(run), *gate.again(STEP_4), signals=(signal.SIGTERM,))
         assert (summary(run)["exit_reason"], summary(run)["step"]) == ("interrupted", 3)
@@ -196,7 +208,7 @@ def test_interrupted(ends: Scenarios, never_stopped: Path) -> None:
     run, (_, once, term, last) = ends["interrupted"]
     assert (once.code, term.code, last.code) == (1, 1, 0)
     remedy = f"continue with python -m vlmrl resume={run}\n"
-    assert once.err == f"interrupted: stopped after supervised step 6 and saved: {remedy}"
+    assert once.err == f"interrupted: stopped after supervised step 5 and saved: {remedy}"
     assert term.err == f"interrupted: stopped after step 3 and saved: {remedy}"
     assert "phase: warm-up" in once.out
     assert "warning: Asked to stop" in once.out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -41,12 +42,14 @@ def composing(arguments: list[str]) -> Iterator[None]:
 
 
 def _is_of_a_parser(error: Exception) -> bool:
-    """Whether the innermost frame is in one of `PARSERS`: Hydra does not wrap each exception of its own code."""
-    step, module = error.__traceback__, ""
+    """Whether the innermost frame outside the standard library is in one of `PARSERS`: Hydra does not wrap each
+    exception that its own code raises."""
+    step, package = error.__traceback__, ""
     while step is not None:
-        module = str(step.tb_frame.f_globals.get("__name__", ""))
+        name = str(step.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+        package = package if name in sys.stdlib_module_names else name
         step = step.tb_next
-    return module.partition(".")[0] in PARSERS
+    return package in PARSERS
 
 
 def in_words(error: Exception, arguments: list[str]) -> str:

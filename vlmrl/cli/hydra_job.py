@@ -29,6 +29,8 @@ from vlmrl.cli.sweep.jobs import job_name
 from vlmrl.config.run import Mode
 from vlmrl.errors import ConfigError, Interrupted
 from vlmrl.preflight.check import Stage, Submission, check
+from vlmrl.preflight.rules.checkpoint import cache_is_usable
+from vlmrl.preflight.site import this_site
 from vlmrl.ranks import slurm
 from vlmrl.record.run_dir import run_name
 
@@ -95,6 +97,8 @@ class CheckFirst(Callback):
         try:
             run_config = checked(place(without_hydra(config), "not made yet"))
             code = answer_without_a_run(run_config)
+            if code is None:  # Hydra makes the run's folder next
+                cache_is_usable(run_config, this_site())
         except Exception as error:  # Hydra would turn it into a warning and go on
             raise SystemExit(report(error)) from error
         if code is not None:
@@ -112,11 +116,14 @@ class CheckFirst(Callback):
             job_config = GlobalHydra.instance().config_loader().load_sweep_config(config, overrides)
             try:
                 run_config = checked(place(without_hydra(job_config), "not made yet"))
-                check(run_config, Stage.submitted, submission_of(config.hydra.launcher))
+                submission = submission_of(config.hydra.launcher)
+                check(run_config, Stage.submitted, submission)
                 if run_config.dry_run or run_config.mode is Mode.check:
                     print(f"job {' '.join(overrides)}")
                 if (code := answer_without_a_run(run_config)) is not None:
                     codes.append(code)
+                elif submission.tasks_per_node is None:
+                    cache_is_usable(run_config, this_site())
             except ConfigError as error:
                 codes.append(report(ConfigError(f"in the job {' '.join(overrides)}: {error}")))
         if codes:

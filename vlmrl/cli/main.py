@@ -48,6 +48,7 @@ def answer(arguments: Sequence[str]) -> int:
     In a rank group (`vlmrl.ranks.place`) rank 0 runs the command and the other ranks follow it.
     """
     try:
+        find_modules_here()
         words = plain_words(arguments)
         if "--version" in words:
             print(f"vlmrl {vlmrl.__version__}")
@@ -68,6 +69,26 @@ def answer(arguments: Sequence[str]) -> int:
             return lead_or_follow(lambda: command_line(words))
     except VlmrlError as error:
         return report(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 1
+
+
+def find_modules_here() -> None:
+    """Let tasks of the user's own be imported from the current folder, with `vlmrl` as with `python -m vlmrl`.
+
+    Python puts the folder first in the search path for `python -m`; under PYTHONSAFEPATH it comes last, so that nothing
+    in it hides another module. Raises ConfigError where the folder is gone.
+    """
+    try:
+        here = os.getcwd()
+    except OSError as error:
+        raise ConfigError(
+            f"the current folder cannot be found ({error.strerror}), so a run has no place for its files: change to "
+            "another folder"
+        ) from error
+    if not {"", here} & set(sys.path):
+        sys.path.insert(len(sys.path) if sys.flags.safe_path else 0, here)
 
 
 def command_line(arguments: list[str]) -> int:
@@ -93,7 +114,7 @@ def command_line(arguments: list[str]) -> int:
     except JobError as failed:
         return int(failed.args[0])
     except SystemExit as stop:  # from argparse, or from a job that has printed its error
-        return int(stop.code or 0)
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except VlmrlError as error:
         return report(error)
     return 0

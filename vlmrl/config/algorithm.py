@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from typing import Any
 
-from vlmrl.config.fields import LARGEST, SMALLEST, Resume, setting
+from vlmrl.config.fields import SMALLEST, Resume, setting
 
 
 class Credit(Enum):
@@ -88,13 +89,15 @@ class FilterConfig:
         2.0,
         on_resume=Resume.noted,
         low=0,
-        high=LARGEST,
+        high=10**4,
         outside="ordinary tokens are rare",
     )
     """For `gibberish`: a rare token is found where its logprob lies this many nats or more below −log(vocabulary)."""
     repetition: FilterMode = setting(FilterMode.none, on_resume=Resume.noted)
     """Finds rollouts with a long row of tokens that the policy was almost certain of."""
-    repetition_window: int = setting(3000, on_resume=Resume.noted, low=1, outside="every rollout is a repetition")
+    repetition_window: int = setting(
+        3000, on_resume=Resume.noted, low=1, high=2**24, outside="every rollout is a repetition"
+    )
     """For `repetition`: tokens in a row, as in MiniMax-M1. Lower it for short answers, which have no such row."""
     repetition_probability: float = setting(
         0.99, on_resume=Resume.noted, low=SMALLEST, high=1, outside="it is not a probability"
@@ -122,11 +125,13 @@ class AlgorithmConfig:
     """What a cut answer is paid in training, the same with every `credit`. An evaluation counts what the task says."""
     clip_low: float = setting(0.2, on_resume=Resume.noted, low=0, high=1, outside="it clips no ratio or every one")
     """Ratios below 1 − `clip_low` get no gradient where the advantage is negative."""
-    clip_high: float = setting(0.28, on_resume=Resume.noted, low=0, outside="it clips every ratio")
+    clip_high: float = setting(0.28, on_resume=Resume.noted, low=0, high=math.inf, outside="it clips every ratio")
     """Ratios above 1 + `clip_high` get no gradient where the advantage is positive (clip-higher, DAPO)."""
     importance_correction: ImportanceCorrection = setting(ImportanceCorrection.own, on_resume=Resume.noted)
     """How the loss corrects for stale and mismatched tokens."""
-    importance_cap: float = setting(2.0, on_resume=Resume.noted, low=1, outside="it cuts tokens that are on-policy")
+    importance_cap: float = setting(
+        2.0, on_resume=Resume.noted, low=1, high=math.inf, outside="it cuts tokens that are on-policy"
+    )
     """For `truncated` and `masked`: ratios above it are cut; `masked` also cuts ratios below 1 / `importance_cap`. The
     default of 2 is that of truncated importance sampling for engines that round differently; the ratios of fresh
     tokens are within a percent of 1."""

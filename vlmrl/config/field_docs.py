@@ -42,7 +42,7 @@ class FieldDoc:
 
     @property
     def is_number(self) -> bool:
-        return re.fullmatch(r"(list of \d+ )?(int|float)( or null)?", self.type_text) is not None
+        return re.fullmatch(r"(list of (\d+ )?)?(int|float)( or null)?", self.type_text) is not None
 
 
 def fields_of(schema: type) -> tuple[FieldDoc, ...]:

@@ -10,15 +10,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import sys
+import re
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-SMALLEST, LARGEST = math.nextafter(0.0, 1.0), sys.float_info.max
-"""Lower bound of numbers that must be positive, upper bound of numbers that must be finite."""
+SMALLEST = math.nextafter(0.0, 1.0)
+"""Lower bound of numbers that must be positive."""
 
 LARGEST_SEED = 2**63 - 1
 """What torch's generators take."""
@@ -51,19 +51,53 @@ class Range:
 
     @property
     def text(self) -> str:
-        """The range in words.
+        """The range in words. A bound that lies next to a whole number excludes that number.
 
-        >>> Range(1, math.inf, "").text, Range(SMALLEST, LARGEST, "").text, Range(0, 1, "").text
-        ('1 or more', 'above 0 and finite', '0 or more and at most 1')
+        >>> Range(1, 100, "").text, Range(SMALLEST, math.inf, "").text, Range(0, 1 - 2**-53, "").text
+        ('1 or more and at most 100', 'above 0', '0 or more and below 1')
         """
-        if (self.low, self.high) == (-LARGEST, LARGEST):
-            return "finite"
-        demand = "above 0" if self.low == SMALLEST else f"{self.low:g} or more"
-        if self.high == LARGEST_SEED:
-            return f"{demand} and below 2**63"
+        below, above = math.nextafter(self.low, -math.inf), math.nextafter(self.high, math.inf)
+        is_open = not float(self.low).is_integer() and below.is_integer()
+        demand = f"above {_spelled(below)}" if is_open else f"{_spelled(self.low)} or more"
         if self.high == math.inf:
             return demand
-        return f"{demand} and finite" if self.high == LARGEST else f"{demand} and at most {self.high:g}"
+        if self.high == LARGEST_SEED:
+            return f"{demand} and below 2**63"
+        if not float(self.high).is_integer() and above.is_integer():
+            return f"{demand} and below {_spelled(above)}"
+        return f"{demand} and at most {_spelled(self.high)}"
+
+
+def _spelled(number: float) -> str:
+    """A number as a config has it: whole numbers without a point.
+
+    >>> _spelled(2**31), _spelled(-1e9), _spelled(1e-30), _spelled(0.5)
+    ('2147483648', '-1000000000', '1e-30', '0.5')
+    """
+    return str(int(number)) if float(number).is_integer() else repr(float(number))
+
+
+@dataclass(frozen=True)
+class Form:
+    """The texts that a text field may have."""
+
+    pattern: str
+    """A regular expression for all of the text."""
+    demand: str
+    """The pattern in words, e.g. `of the form http://host:port`."""
+    consequence: str
+    """What happens with another text, e.g. `no server is found`."""
+
+    def __contains__(self, text: str) -> bool:
+        return re.fullmatch(self.pattern, text, re.DOTALL) is not None
+
+
+ONE_LINE = Form(r"(?=.*\S)[^\x00-\x1f\x7f]*", "one line that is not empty", "there is nothing of that name")
+"""The form of a text field that states no other."""
+
+NAME = Form(r"[\w.-]+", "a name of letters, digits, dots, dashes and underscores", "there is nothing of that name")
+
+ANY_TEXT = Form(r".*", "any text", "")
 
 
 @dataclass(frozen=True)
@@ -78,6 +112,8 @@ class Setting:
     """A dictionary whose keys no schema knows; `key.anything=value` sets one on the command line."""
     choices: type[Enum] | None = None
     """The names of a text field that are built in; other values are import paths."""
+    form: Form = ONE_LINE
+    """The texts that a text field may have, or each text of a list."""
 
 
 METADATA = "vlmrl"
@@ -93,13 +129,15 @@ def setting(
     outside: str = "",
     free_form: bool = False,
     choices: type[Enum] | None = None,
+    form: Form = ONE_LINE,
 ) -> T:
     """A dataclass field with a `Setting`. A list or dictionary as default is copied for each object.
 
-    `low`, `high` and `outside` are the range of a number (of each number of a list) and the consequence outside it.
+    `low`, `high` and `outside` are the range of a number (of each number of a list) and the consequence outside it;
+    `high=math.inf` is for numbers of which infinity switches something off.
     """
     limits = None if low is None else Range(low, high, outside)
-    metadata = {METADATA: Setting(on_resume, limits, free_form, choices)}
+    metadata = {METADATA: Setting(on_resume, limits, free_form, choices, form)}
     field: Any
     if isinstance(default, list | dict):
         field = dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)

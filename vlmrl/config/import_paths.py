@@ -1,19 +1,19 @@
 """Import objects that the config names by an import path: a task's class, a loss, an advantage function.
 
-A wrong path is a `ConfigError` that names the key. An exception that the user's module raises while it is imported is
-not caught, so the traceback points at their line. `sys.path` is not changed: `python -m vlmrl` finds modules in the
-folder it is started from.
+A wrong path is a `ConfigError` that names the key, and so is whatever the user's module raises while it is imported:
+the message has the line. cli/main.py puts the current folder on `sys.path`, where modules are looked for.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from vlmrl.errors import ConfigError
+from vlmrl.errors import ConfigError, UserFault, VlmrlError, fenced
 
 
 def is_import_path(path: str) -> bool:
@@ -45,6 +45,34 @@ to load: write the import path of yours
             f"{key}={path} is not of the form package.module:{form}, so there is no {kind} to load: write the import "
             "path of yours"
         )
+    with user_code(key, path, f"importing {path}", kind):
+        return _found(key, path, kind, is_kind, is_offered)
+
+
+@contextmanager
+def user_code(key: str, path: str, doing: str, kind: str) -> Iterator[None]:
+    """Turn what the user's code at `path`, the value of `key`, raises in the block into a ConfigError, also SystemExit.
+
+    A `VlmrlError` passes: the user's own refusal, in their words. Ctrl-C passes, too.
+    """
+    own = None
+    try:
+        with fenced(doing):
+            try:
+                yield
+            except VlmrlError as error:
+                own = error
+    except UserFault as fault:
+        raise ConfigError(
+            f"{key}={path}: {fault.text}, so there is no {kind} to use: correct that line, or what it is given"
+        ) from None
+    if own is not None:
+        raise own
+
+
+def _found(
+    key: str, path: str, kind: str, is_kind: Callable[[Any], bool], is_offered: Callable[[Any], bool] | None
+) -> Any:
     module_name, _, attribute = path.partition(":")
     module = _import(key, path, module_name, kind)
     found = getattr(module, attribute, None)

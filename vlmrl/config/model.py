@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from vlmrl.config.fields import LARGEST, LARGEST_SEED, SMALLEST, Resume, setting
+from vlmrl.config.fields import LARGEST_SEED, NAME, Form, Resume, setting
 
 NO_MODEL = "there is no such model"
 """The consequence of a size below 1."""
@@ -37,15 +37,15 @@ class Dtype(Enum):
 class VLMConfig:
     """What a VLM family needs beyond tokens. A new family is one YAML file in `conf/model/vlm/`."""
 
-    family: str = setting(MISSING, on_resume=Resume.refused)
+    family: str = setting(MISSING, on_resume=Resume.refused, form=NAME)
     """`model_type` in the checkpoint's config.json; a checkpoint of another family is refused."""
-    renderers: list[str] = setting(MISSING, on_resume=Resume.noted)
+    renderers: list[str] = setting(MISSING, on_resume=Resume.noted, form=NAME)
     """Names of `orchestrator.renderer` that can serve this family; `auto` takes the first."""
-    positions: str = setting(MISSING, on_resume=Resume.refused)
+    positions: str = setting(MISSING, on_resume=Resume.refused, form=NAME)
     """Name of the position function in `vlmrl.models.families.positions` (`mrope`, `sequential`)."""
     image_token: str = setting(MISSING, on_resume=Resume.refused)
     """The placeholder token, as the tokenizer spells it."""
-    flat_mm_kwargs: list[str] = setting(MISSING, on_resume=Resume.refused)
+    flat_mm_kwargs: list[str] = setting(MISSING, on_resume=Resume.refused, form=NAME)
     """Names of `mm_kwargs` whose rows are not images (Qwen-VL: `pixel_values`, a row per patch); vLLM needs to know
     them."""
     freeze_vision: bool = setting(False, on_resume=Resume.refused)
@@ -58,34 +58,36 @@ class VLMConfig:
 class TinyConfig:
     """Sizes of a checkpoint that the run builds itself, with random weights; the architecture is the real one."""
 
-    hidden_size: int = setting(64, on_resume=Resume.refused, low=1, outside=NO_MODEL)
+    hidden_size: int = setting(64, on_resume=Resume.refused, low=1, high=2**16, outside=NO_MODEL)
     """Width of the language model."""
-    intermediate_size: int = setting(128, on_resume=Resume.refused, low=1, outside=NO_MODEL)
+    intermediate_size: int = setting(128, on_resume=Resume.refused, low=1, high=2**18, outside=NO_MODEL)
     """Width of the language model's MLPs."""
-    num_hidden_layers: int = setting(2, on_resume=Resume.refused, low=1, outside=NO_MODEL)
+    num_hidden_layers: int = setting(2, on_resume=Resume.refused, low=1, high=1024, outside=NO_MODEL)
     """Layers of the language model."""
-    num_attention_heads: int = setting(4, on_resume=Resume.refused, low=1, outside=NO_MODEL)
+    num_attention_heads: int = setting(4, on_resume=Resume.refused, low=1, high=1024, outside=NO_MODEL)
     """Query heads of the language model."""
-    num_key_value_heads: int = setting(2, on_resume=Resume.refused, low=1, outside=NO_MODEL)
+    num_key_value_heads: int = setting(2, on_resume=Resume.refused, low=1, high=1024, outside=NO_MODEL)
     """Key and value heads; their number divides that of the query heads."""
-    head_dim: int = setting(32, on_resume=Resume.refused, low=1, outside=NO_MODEL)
+    head_dim: int = setting(32, on_resume=Resume.refused, low=1, high=4096, outside=NO_MODEL)
     """Width of a head; even."""
-    vision_depth: int = setting(1, on_resume=Resume.refused, low=1, outside=NO_MODEL)
+    vision_depth: int = setting(1, on_resume=Resume.refused, low=1, high=1024, outside=NO_MODEL)
     """Layers of the vision tower."""
-    vision_hidden_size: int = setting(64, on_resume=Resume.refused, low=1, outside=NO_MODEL)
+    vision_hidden_size: int = setting(64, on_resume=Resume.refused, low=1, high=2**16, outside=NO_MODEL)
     """Width of the vision tower."""
-    vision_intermediate_size: int = setting(128, on_resume=Resume.refused, low=1, outside=NO_MODEL)
+    vision_intermediate_size: int = setting(128, on_resume=Resume.refused, low=1, high=2**18, outside=NO_MODEL)
     """Width of the vision tower's MLPs."""
-    vision_num_heads: int = setting(4, on_resume=Resume.refused, low=1, outside=NO_MODEL)
+    vision_num_heads: int = setting(4, on_resume=Resume.refused, low=1, high=1024, outside=NO_MODEL)
     """Heads of the vision tower; their number divides its width."""
-    deepstack_visual_indexes: list[int] = setting([0], on_resume=Resume.refused)
+    deepstack_visual_indexes: list[int] = setting(
+        [0], on_resume=Resume.refused, low=0, high=1023, outside="there is no such layer"
+    )
     """0-based vision layers whose features are added to the first layers of the language model, in order."""
-    bpe_merges: int = setting(128, on_resume=Resume.refused, low=0, outside="it is not a number of merges")
+    bpe_merges: int = setting(128, on_resume=Resume.refused, low=0, high=10**5, outside="it is not a number of merges")
     """Merges of the byte-level BPE beyond its 256 bytes; trained on the words of the prompts."""
-    max_position_embeddings: int = setting(4096, on_resume=Resume.refused, low=1, outside=NO_MODEL)
+    max_position_embeddings: int = setting(4096, on_resume=Resume.refused, low=1, high=2**24, outside=NO_MODEL)
     """The most tokens of a sequence."""
     initializer_range: float = setting(
-        0.08, on_resume=Resume.refused, low=SMALLEST, high=LARGEST, outside="all weights are equal"
+        0.08, on_resume=Resume.refused, low=1e-8, high=10, outside="all weights are equal or none is finite"
     )
     """Standard deviation of the random weights. 0.02 learns far slower at this width."""
     seed: int = setting(0, on_resume=Resume.refused, low=0, high=LARGEST_SEED, outside="it seeds no generator")
@@ -110,14 +112,16 @@ class SizeConfig:
 class LoraConfig:
     """Low-rank adapters (LoRA) next to linear layers of the language model; nothing else is trained."""
 
-    rank: int = setting(16, on_resume=Resume.refused, low=1, outside="an adapter has no column")
+    rank: int = setting(16, on_resume=Resume.refused, low=1, high=2**16, outside="an adapter has no column")
     """Rank of the product B A: columns of B and rows of A."""
     alpha: float = setting(
-        32.0, on_resume=Resume.refused, low=SMALLEST, high=LARGEST, outside="adapters have no effect"
+        32.0, on_resume=Resume.refused, low=1e-6, high=1e6, outside="adapters have no effect or drown the model"
     )
     """The weight of an adapter is alpha / rank."""
     targets: list[str] = setting(
-        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], on_resume=Resume.refused
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        on_resume=Resume.refused,
+        form=NAME,
     )
     """Last parts of the names of the layers that get adapters. The experts of a mixture are not linear layers and get
     none."""
@@ -134,7 +138,11 @@ class ModelConfig:
     """Local folder or hub name of a Hugging Face checkpoint; with `tiny`, the name of the checkpoint that is built."""
     dtype: Dtype = setting(Dtype.float32, on_resume=Resume.noted)
     """Number format of weights and activations."""
-    device: str = setting("auto", on_resume=Resume.free)
+    device: str = setting(
+        "auto",
+        on_resume=Resume.free,
+        form=Form(r"auto|cpu|cuda(:\d{1,3})?", "auto, cpu, cuda or cuda:<number>", "the model has no place"),
+    )
     """`auto` is `cuda` where the machine has one, else `cpu`."""
     vlm: VLMConfig | None = None
     """What makes the model a VLM; None is a text-only model."""

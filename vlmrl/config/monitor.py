@@ -30,7 +30,7 @@ class WandbConfig:
     """Name of the run. null: the name of the run directory."""
     group: str | None = setting(None, on_resume=Resume.free)
     """Group that the jobs of a sweep share. null: the name of the sweep's folder; a single run has no group."""
-    rollouts: int = setting(4, on_resume=Resume.free, low=0, outside="it is not a number of rollouts")
+    rollouts: int = setting(4, on_resume=Resume.free, low=0, high=10**5, outside="it is not a number of rollouts")
     """Rollouts of each kind (trained on, sampled, greedy) in the table of an evaluation."""
     checkpoints: bool = setting(False, on_resume=Resume.free)
     """Log each checkpoint as an artifact. Offline, it is copied into the run directory, and `wandb sync` uploads it."""
@@ -45,7 +45,11 @@ class MonitorConfig:
     record_rollouts: bool = setting(True, on_resume=Resume.free)
     """Write rollouts/*.jsonl and images/*.png."""
     vision_gap_every: int = setting(
-        10, on_resume=Resume.free, low=0, outside="it is not a number of steps (0 disables the blind control)"
+        10,
+        on_resume=Resume.free,
+        low=0,
+        high=10**9,
+        outside="it is not a number of steps (0 disables the blind control)",
     )
     """Optimizer steps between two blind controls, which compare the policy's answers with and without its images
     (vision_gap/… in metrics.jsonl). The first step has one. 0: never."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vlmrl.config.fields import LARGEST, Resume, setting
+from vlmrl.config.fields import NAME, Resume, setting
 
 
 @dataclass
 class RendererConfig:
     """The renderer: the only part that makes tokens and pixels."""
 
-    name: str = setting("auto", on_resume=Resume.noted)
+    name: str = setting("auto", on_resume=Resume.noted, form=NAME)
     """`auto` is the first of `model.vlm.renderers`. Other values are names of the `renderers` package, e.g.
     `qwen3-vl`."""
     parse_control_tokens: bool = setting(False, on_resume=Resume.noted)
@@ -25,19 +25,19 @@ class EvalConfig:
     """Held-out evaluation: the same problems each time, with sampled and with greedy answers."""
 
     every: int = setting(
-        10, on_resume=Resume.noted, low=0, outside="it is not a number of steps (0 disables evaluation)"
+        10, on_resume=Resume.noted, low=0, high=10**9, outside="it is not a number of steps (0 disables evaluation)"
     )
     """Optimizer steps between evaluations. A run also evaluates before step 1 and after the last step. 0 disables
     evaluation."""
-    problems: int = setting(128, on_resume=Resume.noted, low=0, outside="it is not a number of problems")
+    problems: int = setting(128, on_resume=Resume.noted, low=0, high=10**6, outside="it is not a number of problems")
     """Problems of the held-out split; each gets one sampled and one greedy rollout."""
     target: float | None = setting(
-        None, on_resume=Resume.noted, low=-LARGEST, high=LARGEST, outside="it is not a reward that a policy can reach"
+        None, on_resume=Resume.noted, low=-1e9, high=1e9, outside="it is not a reward that a policy can reach"
     )
     """End the run when the sampled and the greedy held-out reward are both at least this, `consecutive` times. None
     runs all steps."""
     consecutive: int = setting(
-        2, on_resume=Resume.noted, low=1, outside="the target is met before the first evaluation"
+        2, on_resume=Resume.noted, low=1, high=10**9, outside="the target is met before the first evaluation"
     )
     """Number of evaluations in a row that must reach `target`."""
 
@@ -49,21 +49,23 @@ class OrchestratorConfig:
     renderer: RendererConfig | None = None
     """The renderer. None (`orchestrator/renderer=none`) is refused, because nothing else makes tokens, not even for
     text-only models."""
-    groups_per_step: int = setting(8, on_resume=Resume.noted, low=1, outside="a step has nothing to learn from")
+    groups_per_step: int = setting(
+        8, on_resume=Resume.noted, low=1, high=2**16, outside="a step has nothing to learn from"
+    )
     """Problems per optimizer step; each gets a group of rollouts."""
-    group_size: int = setting(8, on_resume=Resume.noted, low=1, outside="a group has no rollout")
+    group_size: int = setting(8, on_resume=Resume.noted, low=1, high=2**16, outside="a group has no rollout")
     """Rollouts per problem, which are compared with each other."""
-    max_new_tokens: int = setting(64, on_resume=Resume.noted, low=1, outside="the policy cannot answer")
+    max_new_tokens: int = setting(64, on_resume=Resume.noted, low=1, high=2**24, outside="the policy cannot answer")
     """The most tokens of a completion."""
     temperature: float = setting(
         1.0,
         on_resume=Resume.noted,
         low=1e-9,  # logits of a few thousand, divided by less, leave the range of float32
-        high=LARGEST,
+        high=1e6,
         outside="training samples greedily and the rollouts of a group do not differ",
     )
     """Divisor of the logits in training and in the sampled evaluation; the trainer's logprobs use the same."""
-    max_staleness: int = setting(0, on_resume=Resume.noted, low=0, outside="every token is too old")
+    max_staleness: int = setting(0, on_resume=Resume.noted, low=0, high=10**5, outside="every token is too old")
     """Optimizer steps that the weights which sampled a token may lie behind the weights that learn from it. 0 is
     on-policy."""
     eval: EvalConfig = field(default_factory=EvalConfig)

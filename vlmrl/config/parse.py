@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from enum import Enum
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 
+from vlmrl.config.field_docs import alternatives_of
 from vlmrl.config.keys import unknown_key
 from vlmrl.config.run import SCHEMAS, RunConfig
 from vlmrl.errors import ConfigError
@@ -31,7 +35,30 @@ def parse(config: DictConfig) -> RunConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(summary(error)) from error
     assert isinstance(run_config, RunConfig)
+    for key, value in _wrong_references(run_config, ""):
+        raise ConfigError(
+            f"{key} is {value!r} after references (${{…}}) were followed, which has another type, so the run cannot "
+            f"read it: refer to a key of the same kind, or set {key} itself"
+        )
     return run_config
+
+
+def _wrong_references(config: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Groups, lists and dictionaries that are something else. OmegaConf checks the types of single values only, where
+    `${…}` stands for another key."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        key, value, kinds = prefix + field.name, getattr(config, field.name), alternatives_of(hints[field.name])
+        origins = tuple(typing.get_origin(kind) or kind for kind in kinds)
+        if dataclasses.is_dataclass(value) and isinstance(value, origins):
+            yield from _wrong_references(value, f"{key}.")
+        elif tuple in origins:
+            if not isinstance(value, list | tuple):
+                yield key, value
+        elif any(origin in (list, dict) or dataclasses.is_dataclass(origin) for origin in origins):
+            items = typing.get_args(kinds[0]) if list in origins else ()
+            if not isinstance(value, origins) or (items and not all(isinstance(item, items) for item in value)):
+                yield key, value
 
 
 def typed(tree: DictConfig) -> DictConfig:
@@ -60,6 +87,61 @@ def typed(tree: DictConfig) -> DictConfig:
     assert isinstance(config, DictConfig)
     OmegaConf.set_struct(config, True)
     return config
+
+
+def tree_of(config: RunConfig) -> dict[str, Any]:
+    """The values of a config for config.yaml. `${` in a text is escaped, so that reading it gives the same text."""
+    tree = _mapped(dataclasses.asdict(config), escaped)
+    assert isinstance(tree, dict)
+    return tree
+
+
+def without_references(tree: Any) -> Any:
+    """A tree that was read from config.yaml, with every `${…}` in it as text.
+
+    A run writes resolved values, so a reference there was put in by hand. A config.yaml may come from someone else, and
+    `${oc.env:…}` would read this machine's environment.
+
+    >>> without_references({"a": "${oc.env:HOME}", "b": [r"\\${name} is", "plain"]})
+    {'a': '\\${oc.env:HOME}', 'b': ['\\${name} is', 'plain']}
+    """
+    return _mapped(tree, lambda text: text if REFERENCE.search(text) is None else escaped(text))
+
+
+def literal(config: DictConfig | ListConfig) -> Any:
+    r"""The values of a config.yaml as plain containers, with every text as it is.
+
+    >>> literal(OmegaConf.create({"a": r"\${name} is", "b": "${oc.env:HOME}"}))
+    {'a': '${name} is', 'b': '${oc.env:HOME}'}
+    """
+    return OmegaConf.to_container(OmegaConf.create(without_references(OmegaConf.to_container(config))), resolve=True)
+
+
+REFERENCE = re.compile(r"(?<!\\)(?:\\\\)*\$\{")
+"""`${` that OmegaConf resolves: an even number of backslashes stands before it."""
+
+
+def escaped(text: str) -> str:
+    """A text as OmegaConf has to read it to give that text.
+
+    >>> escaped("${name} is"), escaped("plain $5 {x}")
+    ('\\${name} is', 'plain $5 {x}')
+    """
+    return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", text)
+
+
+def _mapped(tree: Any, of_text: Callable[[str], str]) -> Any:
+    """A copy of a tree in which each text is replaced, each enum is its name, and each tuple a list."""
+    match tree:
+        case dict():
+            return {name: _mapped(value, of_text) for name, value in tree.items()}
+        case list() | tuple():
+            return [_mapped(value, of_text) for value in tree]
+        case Enum():
+            return tree.name
+        case str():
+            return of_text(tree)
+    return tree
 
 
 def base_of(group: str) -> type:
@@ -95,7 +177,7 @@ def _upgraded(tree: DictConfig) -> DictConfig:
 def summary(error: OmegaConfBaseException) -> str:
     """The key and the first line of an OmegaConf error."""
     text = str(error).splitlines()[0]
-    if isinstance(error, InterpolationResolutionError):
+    if isinstance(error, InterpolationResolutionError | GrammarParseError):
         text += (
             ", so the value cannot be read: correct what stands between ${ and }, or write \\${ where the text itself "
             "holds ${"

@@ -16,7 +16,7 @@ from omegaconf import MISSING
 
 from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.export import ExportConfig
-from vlmrl.config.fields import LARGEST_SEED, Resume, setting
+from vlmrl.config.fields import ANY_TEXT, LARGEST_SEED, Resume, setting
 from vlmrl.config.inference import EmbeddedConfig, InferenceConfig, VllmConfig
 from vlmrl.config.model import ModelConfig
 from vlmrl.config.monitor import MonitorConfig
@@ -79,13 +79,13 @@ class RunConfig:
     run: str | None = setting(None, on_resume=Resume.refused)
     """mode=replay, mode=report, mode=faults: folder of the run. A replay uses the run's config.yaml, with overrides of
     values, engine and weight sync on top."""
-    step: int | None = setting(None, on_resume=Resume.refused, low=1, outside="there is no such batch")
+    step: int | None = setting(None, on_resume=Resume.refused, low=1, high=10**9, outside="there is no such batch")
     """mode=replay: the batch to replay, counted in optimizer steps from 1."""
     rollout: str | None = setting(None, on_resume=Resume.refused)
     """mode=faults: the rollout or demonstration to play again, e.g. `train/000003/01/00`."""
     runs: list[str] = setting([], on_resume=Resume.refused)
     """mode=compare, mode=report: folders of runs and of multiruns, e.g. `[outputs/multirun/seeds]`."""
-    output_dir: str = setting(MISSING, on_resume=Resume.refused)
+    output_dir: str = setting(MISSING, on_resume=Resume.refused, form=ANY_TEXT)
     """The run's own folder, an absolute path. It is filled in from `hydra.run.dir`:
     `outputs/<date>/<time>_<experiment>`, or `<time>_<model>_<task>` without an experiment."""
     model: ModelConfig = MISSING

@@ -17,9 +17,11 @@ class TaskConfig:
 
     target: str = setting(MISSING, on_resume=Resume.refused)
     """Import path of the Task class, `package.module:Class`; called as `Class(config, seed=run seed)`."""
-    max_turns: int = setting(1, on_resume=Resume.noted, low=1, outside="an episode has no turn")
+    max_turns: int = setting(1, on_resume=Resume.noted, low=1, high=10**5, outside="an episode has no turn")
     """The most turns of an episode; a turn is a prompt and its completion."""
-    num_examples: int | None = setting(None, on_resume=Resume.noted, low=1, outside="there is no problem to train on")
+    num_examples: int | None = setting(
+        None, on_resume=Resume.noted, low=1, high=10**12, outside="there is no problem to train on"
+    )
     """Number of training problems: the run repeats the first so many, in supervised steps too. None uses all problems
     of the task."""
     max_fault_rate: float = setting(
@@ -42,17 +44,19 @@ class ColorCodewordConfig(TaskConfig):
     """The built-in task."""
     target: str = setting("vlmrl.tasks.color_codeword:ColorCodeword", on_resume=Resume.refused)
     """The built-in class."""
-    max_turns: int = setting(2, on_resume=Resume.noted, low=1, outside="an episode has no turn")
+    max_turns: int = setting(2, on_resume=Resume.noted, low=1, high=10**5, outside="an episode has no turn")
     """User turns; the codeword has `max_turns * images_per_turn` letters."""
     credit: Credit = setting(Credit.turn, on_resume=Resume.noted)
     """Each answer has a reward of its own. With one reward per episode, the tiny model does not learn the task."""
-    images_per_turn: int = setting(2, on_resume=Resume.refused, low=1, outside="there is nothing to read")
+    images_per_turn: int = setting(2, on_resume=Resume.refused, low=1, high=1024, outside="there is nothing to read")
     """Squares that each user turn shows."""
-    image_size: int = setting(32, on_resume=Resume.refused, low=1, outside="an image has no pixel")
+    image_size: int = setting(32, on_resume=Resume.refused, low=1, high=2**13, outside="an image has no pixel")
     """Pixels per side of a square."""
     shuffle_images: bool = setting(False, on_resume=Resume.refused)
     """Blind control: show the images of another problem. Nothing can be learned then."""
-    holdout_one_in: int = setting(8, on_resume=Resume.refused, low=2, outside="no codeword is left to train on")
+    holdout_one_in: int = setting(
+        8, on_resume=Resume.refused, low=2, high=10**9, outside="no codeword is left to train on"
+    )
     """One of so many codewords, chosen by its hash, is kept for evaluation and never trained on."""
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 
-from vlmrl.config.fields import LARGEST, SMALLEST, Resume, setting
+from vlmrl.config.fields import SMALLEST, Resume, setting
 
 
 class Packing(Enum):
@@ -63,23 +64,27 @@ class Demonstrations(Enum):
 class SFTConfig:
     """Supervised steps: the warm-up before RL (`mode=rl`) or the whole run (`mode=sft`)."""
 
-    steps: int = setting(0, on_resume=Resume.noted, low=0, outside="it is not a number of steps (0 is no warm-up)")
-    """Optimizer steps; 0 skips the warm-up."""
-    batch_size: int = setting(64, on_resume=Resume.noted, low=1, outside="a supervised step has nothing to learn from")
-    """Conversations per optimizer step."""
-    learning_rate: float = setting(
-        1.5e-3, on_resume=Resume.noted, low=SMALLEST, high=LARGEST, outside="nothing is learned"
+    steps: int = setting(
+        0, on_resume=Resume.noted, low=0, high=10**9, outside="it is not a number of steps (0 is no warm-up)"
     )
+    """Optimizer steps; 0 skips the warm-up."""
+    batch_size: int = setting(
+        64, on_resume=Resume.noted, low=1, high=2**16, outside="a supervised step has nothing to learn from"
+    )
+    """Conversations per optimizer step."""
+    learning_rate: float = setting(1.5e-3, on_resume=Resume.noted, low=SMALLEST, high=100, outside="nothing is learned")
     """Step size of AdamW, constant over the supervised steps."""
     demonstrations: Demonstrations = setting(Demonstrations.random, on_resume=Resume.noted)
     """What the assistant says in supervised samples."""
-    rl_weight: float = setting(0.0, on_resume=Resume.noted, low=0, high=LARGEST, outside="demonstrations are unlearned")
+    rl_weight: float = setting(0.0, on_resume=Resume.noted, low=0, high=10**6, outside="demonstrations are unlearned")
     """Weight of supervised samples in RL: each step's loss gets this times the mean negative log-likelihood of
     `rl_batch_size` more demonstrations (PPO-ptx, arXiv 2203.02155, eq. 2). With random answers, it keeps the policy
     from becoming certain of an answer that no reward has confirmed: certainty ends exploration, and an answer that is
     never tried is never learned. The weight falls with the learning rate, because the policy should be certain in the
     end."""
-    rl_batch_size: int = setting(16, on_resume=Resume.noted, low=1, outside="there are no demonstrations to weigh")
+    rl_batch_size: int = setting(
+        16, on_resume=Resume.noted, low=1, high=2**16, outside="there are no demonstrations to weigh"
+    )
     """Conversations per RL step, where `rl_weight` is above 0."""
 
 
@@ -87,13 +92,13 @@ class SFTConfig:
 class TrainerConfig:
     """The trainer: it computes the loss and updates the weights."""
 
-    max_steps: int = setting(400, on_resume=Resume.noted, low=1, outside="nothing is learned")
+    max_steps: int = setting(400, on_resume=Resume.noted, low=1, high=10**9, outside="nothing is learned")
     """Optimizer steps of RL."""
-    seq_len: int = setting(1024, on_resume=Resume.noted, low=1, outside="no sample fits")
+    seq_len: int = setting(1024, on_resume=Resume.noted, low=1, high=2**24, outside="no sample fits")
     """The most tokens of a sample; a rollout stops before it gets longer."""
     packing: Packing = setting(Packing.tree, on_resume=Resume.free)
     """How samples share a micro-batch."""
-    micro_batch_tokens: int = setting(16384, on_resume=Resume.free, low=1, outside="no sample fits")
+    micro_batch_tokens: int = setting(16384, on_resume=Resume.free, low=1, high=2**31 - 1, outside="no sample fits")
     """Positions per forward/backward pass, counted after packing. A single tree or sample may exceed it alone."""
     sharding: Sharding = setting(Sharding.full, on_resume=Resume.free)
     """What each rank holds, where torchrun or Slurm started several ranks."""
@@ -102,21 +107,19 @@ class TrainerConfig:
     there: for a model that does not fit on the GPU otherwise. It has no effect where the model is on a CPU."""
     optimizer: Optimizer = setting(Optimizer.adamw, on_resume=Resume.refused)
     """AdamW and the number format of its averages."""
-    compile: bool = setting(False, on_resume=Resume.free)
-    """Compile each layer with `torch.compile`: it reads and writes memory less often and takes a minute at the start.
-    For GPUs."""
+    compile: bool | None = setting(False, on_resume=Resume.free)
+    """Compile each layer with `torch.compile`: it reads and writes memory less often and takes a minute at the start,
+    five on a CPU. null: on a GPU only; config.yaml says which."""
     activation_checkpointing: bool = setting(False, on_resume=Resume.free)
     """Keep only the input of each layer and compute the layer again in the backward pass: a third more work and a
     fraction of the memory, so more tokens fit in a micro-batch."""
     feature_cache_mib: int = setting(
-        1024, on_resume=Resume.free, low=0, outside="it is not a number of bytes (0 keeps nothing)"
+        1024, on_resume=Resume.free, low=0, high=2**24, outside="it is not a number of bytes (0 keeps nothing)"
     )
     """Bytes, in MiB, of image features to keep on the trainer's device; used only where the vision tower is frozen."""
-    learning_rate: float = setting(
-        1e-6, on_resume=Resume.noted, low=SMALLEST, high=LARGEST, outside="nothing is learned"
-    )
+    learning_rate: float = setting(1e-6, on_resume=Resume.noted, low=SMALLEST, high=100, outside="nothing is learned")
     """Highest step size of AdamW. The default suits pretrained weights; the option of `model` sets its own."""
-    lr_warmup_steps: int = setting(0, on_resume=Resume.noted, low=0, outside="it is not a number of steps")
+    lr_warmup_steps: int = setting(0, on_resume=Resume.noted, low=0, high=10**9, outside="it is not a number of steps")
     """Optimizer steps over which the learning rate rises linearly from 0."""
     decay: Decay = setting(Decay.linear, on_resume=Resume.noted)
     """How the learning rate falls from there to `max_steps`."""
@@ -128,21 +131,29 @@ class TrainerConfig:
         (0.9, 0.95), on_resume=Resume.noted, low=0, high=1 - 2**-53, outside="an average of AdamW never changes"
     )
     """Shares of the old values that AdamW's averages of the gradient and of its square keep at a step."""
-    eps: float = setting(1e-8, on_resume=Resume.noted, low=SMALLEST, high=LARGEST, outside="AdamW may divide by 0")
+    eps: float = setting(
+        1e-8, on_resume=Resume.noted, low=1e-30, high=1, outside="AdamW divides by 0 or by little else than eps"
+    )
     """AdamW's epsilon, in the gradient's unit; added to the root of the average square."""
-    weight_decay: float = setting(0.0, on_resume=Resume.noted, low=0, high=LARGEST, outside="weights grow on their own")
+    weight_decay: float = setting(0.0, on_resume=Resume.noted, low=0, high=10**4, outside="weights grow on their own")
     """Share of a weight that AdamW subtracts at a step, times the learning rate (decoupled)."""
     max_grad_norm: float = setting(
-        1.0, on_resume=Resume.noted, low=SMALLEST, outside="every gradient is scaled to nothing"
+        1.0, on_resume=Resume.noted, low=1e-12, high=math.inf, outside="every gradient is scaled to nothing"
     )
-    """The gradient is scaled down to this L2 norm over all parameters."""
-    threads: int = setting(1, on_resume=Resume.free, low=1, outside="torch has no thread to run on")
+    """The gradient is scaled down to this L2 norm over all parameters; `inf` leaves it as it is."""
+    threads: int = setting(1, on_resume=Resume.free, low=1, high=1024, outside="torch has no thread to run on")
     """torch threads on a CPU. On a shared machine, one is safer than two."""
     checkpoint_every: int = setting(
-        20, on_resume=Resume.free, low=0, outside="it is not a number of steps (0 writes one at the end only)"
+        20,
+        on_resume=Resume.free,
+        low=0,
+        high=10**9,
+        outside="it is not a number of steps (0 writes one at the end only)",
     )
     """Optimizer steps between checkpoints; 0 writes one at the end only."""
-    keep_checkpoints: int = setting(2, on_resume=Resume.free, low=1, outside="there is nothing to resume from")
+    keep_checkpoints: int = setting(
+        2, on_resume=Resume.free, low=1, high=10**9, outside="there is nothing to resume from"
+    )
     """Number of newest checkpoints to keep; older ones are deleted."""
     warmup: SFTConfig = field(default_factory=SFTConfig)
     """Supervised steps."""

@@ -29,9 +29,9 @@ import numpy as np
 import PIL.Image
 import psutil
 from numpy.typing import NDArray
-from omegaconf import OmegaConf
 
 from vlmrl.config.monitor import WandbConfig, WandbMode
+from vlmrl.config.parse import literal
 from vlmrl.config.secrets import redacted
 from vlmrl.errors import VlmrlError
 from vlmrl.record.files import write_bytes_atomically
@@ -144,7 +144,7 @@ class WandbLogger:
             )
         config: Any = None
         if self._run_dir.config.exists():
-            config = redacted(OmegaConf.to_container(self._run_dir.read_config()))
+            config = redacted(literal(self._run_dir.read_config()))
         settings = wandb.Settings(
             silent=True,
             console="off",

@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.orchestrator import OrchestratorConfig
@@ -58,7 +58,7 @@ class Loop:
     """Returns the index of a step's first training problem."""
     checkpoint: Callable[[int], None]
     """Called with the number of each step after it; saves a checkpoint when one is due."""
-    demonstrations: Callable[[int], list[TrainingSample]]
+    demonstrations: Callable[[int], Coroutine[Any, Any, list[TrainingSample]]]
     """Returns the supervised samples that join a step's batch; empty without `trainer.warmup.rl_weight`."""
     vision_gap: Callable[[int, list[TrainingSample]], dict[str, float]]
     """Returns the metrics of the blind control on a step's samples; empty where it is not due."""
@@ -115,7 +115,8 @@ class Loop:
 
     async def learn(self, step: int, groups: list[Group], started: float) -> bool:
         """advantages → samples → packing → trainer → weight sync: one optimizer step and its metrics. Returns False if
-        the run was told to stop before the step's evaluation was complete."""
+        the run was told to stop while the task's code made demonstrations, before the step, or played an evaluation
+        after it."""
         rolled_out = time.perf_counter()
         version, image_tokens = self.trainer.version, self.runner.renderer.image_token_ids
         for group in groups:
@@ -125,8 +126,11 @@ class Loop:
         samples = [s for group in groups for r in group.rollouts if r.dropped is None for s in make_samples(r)]
         gap = await asyncio.to_thread(self.vision_gap, step, samples)
         prepared = time.perf_counter()
+        demonstrations = asyncio.create_task(self.demonstrations(step))
+        if await stopped_before(demonstrations, self.stop):
+            return False
         try:
-            result = await asyncio.to_thread(self.trainer.train_step, samples, self.demonstrations(step))
+            result = await asyncio.to_thread(self.trainer.train_step, samples, demonstrations.result())
         except NonFiniteLossError:
             self.recorder.record(step, groups)  # the error message names samples, which must be in the record
             raise

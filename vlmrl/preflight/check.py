@@ -7,8 +7,8 @@
 Each refusal is a small function in `rules/`, which raises `ConfigError`. Its message names the key with its value, says
 what would go wrong, and what to set instead. `RULES` says at which stages each one runs.
 
-Left out on purpose: faults that are not about the configuration (a user's module that raises while it is imported, a
-corrupt checkpoint, a rank that runs out of memory). They stay where they happen.
+Left out on purpose: faults that are not about the configuration (a corrupt checkpoint, a rank that runs out of memory).
+They stay where they happen.
 """
 
 from __future__ import annotations
@@ -69,9 +69,12 @@ def _of_site(refuse: Callable[[RunConfig, Site], None], *stages: Stage) -> Rule:
 
 RULES: tuple[Rule, ...] = (
     _of_config(secrecy.no_secret_is_recorded),
+    _of_config(numbers.texts_have_their_form),
     _of_config(model.renderer_is_there),
     _of_config(model.renderer_serves_family),
     _of_config(model.positions_are_known),
+    _of_config(model.image_token_is_known),
+    _of_config(model.size_is_numbers),
     _of_config(numbers.numbers_in_range),
     _of_config(engine.kinds_are_chosen),
     _of_config(engine.servers_have_one_place),
@@ -95,6 +98,7 @@ RULES: tuple[Rule, ...] = (
     _of_config(task.squares_fill_tokens),
     _of_config(task.answer_fits),
     _of_config(task.episode_has_room),
+    _of_config(task.target_is_a_reward),
     _of_config(model.random_has_size),
     _of_config(model.something_learns),
     _of_config(model.tiny_is_a_model),
@@ -105,6 +109,7 @@ RULES: tuple[Rule, ...] = (
     _of_site(past_run.export_folder_is_free, Stage.here),
     _of_site(machine.gpus_hold_the_run, Stage.here),
     _of_site(transfer.gpus_can_transfer, Stage.here),
+    _of_site(checkpoint.cache_is_usable, Stage.here),
     _of_site(checkpoint.model_runs_here, Stage.here),
     _of_site(checkpoint.embedded_engine_has_a_cache, Stage.here),
 )

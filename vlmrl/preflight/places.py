@@ -9,7 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vlmrl.config.inference import VllmConfig
+from vlmrl.config.model import Dtype, ModelConfig
 from vlmrl.config.run import RunConfig
+from vlmrl.preflight.estimate.memory import BYTES
+from vlmrl.preflight.estimate.sizes import Sizes
 
 GIB = 1 << 30
 
@@ -23,9 +26,28 @@ class Process:
     """GPUs as CUDA names them. Empty for the CPU, and for GPUs that are not visible here."""
 
 
-def uses_gpus(config: RunConfig) -> bool:
-    """Whether the run is meant for GPUs. With `model.device=auto`, every model but a tiny one is."""
-    return config.model.device != "cpu" and (config.model.device != "auto" or config.model.tiny is None)
+def uses_gpus(config: RunConfig, sizes: Sizes) -> bool:
+    """Whether the run is meant for GPUs. With `model.device=auto`, a model that is small enough for a CPU is not."""
+    if config.model.device == "auto":
+        return needs_gpu(config.model, known_bytes(config.model, sizes))
+    return config.model.device != "cpu"
+
+
+CPU_LIMIT_BYTES = 2 * GIB
+"""A model with more bytes of weights is too slow to train on a CPU."""
+
+
+def needs_gpu(config: ModelConfig, weight_bytes: int | None) -> bool:
+    """Whether a model with so many bytes of weights is too slow on a CPU; one of unknown size is, unless it is meant
+    for a CPU by its float32."""
+    if config.tiny is not None:
+        return False
+    return config.dtype is not Dtype.float32 if weight_bytes is None else weight_bytes > CPU_LIMIT_BYTES
+
+
+def known_bytes(config: ModelConfig, sizes: Sizes) -> int | None:
+    """Bytes of the weights; None where the number of parameters is not known."""
+    return None if sizes.parameters is None else sizes.parameters * BYTES[config.dtype]
 
 
 def gpus_needed(config: RunConfig, ranks: int) -> int:

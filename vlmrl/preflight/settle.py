@@ -19,7 +19,23 @@ def settle(config: RunConfig) -> tuple[RunConfig, list[str]]:
     from vlmrl.monitor.wandb_logger import settle_wandb
 
     monitor = dataclasses.replace(config.monitor, wandb=settle_wandb(config.monitor.wandb))
-    return _settle_packing(dataclasses.replace(config, monitor=monitor))
+    config, notes = _settle_packing(dataclasses.replace(config, monitor=monitor))
+    return _settle_compile(config, notes)
+
+
+COMPILES_NOTHING = "trainer.compile=null compiles no layer here, because the model is on a CPU, where it takes minutes"
+"""The note of a run, and of a plan, whose layers would be compiled on a GPU."""
+
+
+def _settle_compile(config: RunConfig, notes: list[str]) -> tuple[RunConfig, list[str]]:
+    """`trainer.compile=null` is true where the model is on a GPU."""
+    if config.trainer.compile is not None:
+        return config, notes
+    from vlmrl.models.checkpoints.load import resolve_device
+
+    on_gpu = resolve_device(config.model).type != "cpu"
+    config = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, compile=on_gpu))
+    return config, notes if on_gpu else [*notes, COMPILES_NOTHING]
 
 
 def _settle_packing(config: RunConfig) -> tuple[RunConfig, list[str]]:

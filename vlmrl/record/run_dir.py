@@ -49,6 +49,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import AliasToken, YAMLError
 
+from vlmrl.config.parse import tree_of, without_references
 from vlmrl.config.run import Mode, RunConfig
 from vlmrl.errors import ConfigError
 from vlmrl.record.files import disk_errors, is_number, read_json, read_small, write_bytes_atomically
@@ -209,16 +210,14 @@ class RunDir:
 
     def write_config(self, config: RunConfig) -> None:
         """Write config.yaml: the resolved config, and under `environment` versions and the git commit."""
-        tree = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
-        assert isinstance(tree, dict)
-
+        tree = tree_of(config)
         tree["environment"] = environment()
         with disk_errors(self.config):
             write_bytes_atomically(self.config, OmegaConf.to_yaml(OmegaConf.create(tree)).encode())
 
     def read_config(self, *, key: str = "resume") -> DictConfig:
-        """Read config.yaml without `environment`; the caller merges it into the schema. Raises ConfigError; its message
-        starts with `key`, the config key that named the folder."""
+        """Read config.yaml without `environment`; the caller merges it into the schema. No `${…}` in it is resolved.
+        Raises ConfigError; its message starts with `key`, the config key that named the folder."""
         try:
             config = self.read_config_and_environment()
         except ValueError as error:
@@ -227,7 +226,7 @@ class RunDir:
                 "name the folder of a run, for example outputs/latest"
             ) from error
         config.pop("environment", None)
-        return config
+        return DictConfig(without_references(OmegaConf.to_container(config)))
 
     def read_config_and_environment(self) -> DictConfig:
         """Read all of config.yaml. Raises ValueError with the reason why it is not the file of a run."""

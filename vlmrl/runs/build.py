@@ -137,7 +137,7 @@ def make_model(config: RunConfig, folder: Path, rank_group: RankGroup | None) ->
     model: Any = load_model(folder, on_own_device(config.model, rank_group))
     torch.manual_seed(config.seed)  # again, so that new LoRA adapters start equal on every rank
     select_trainable(model, config.model)
-    prepare_blocks(model, compiled=config.trainer.compile, recomputed=config.trainer.activation_checkpointing)
+    prepare_blocks(model, compiled=config.trainer.compile is True, recomputed=config.trainer.activation_checkpointing)
     return model
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 from vlmrl.orchestrator.faults import FaultWatch
 from vlmrl.orchestrator.loop import ExitReason, Loop
 from vlmrl.orchestrator.supervised import AFTER_WARMUP, demonstrate
+from vlmrl.orchestrator.task_threads import TaskThreads
 from vlmrl.orchestrator.vision_gap import VisionGap
 from vlmrl.runs.build import Run
 from vlmrl.runs.saving import save_if_due
@@ -21,6 +23,7 @@ async def train(run: Run) -> ExitReason:
         return "interrupted"
     run.monitor.phase("rl")
     config = run.config
+    threads = TaskThreads()
     embeddings: Any = run.policy.model.get_input_embeddings()
     return await Loop(
         config=config.orchestrator,
@@ -35,27 +38,31 @@ async def train(run: Run) -> ExitReason:
         recorder=run.monitor,
         first_problem=run.position.rl.first_of,
         checkpoint=lambda step: save_if_due(run, step),
-        demonstrations=lambda step: demonstrations(run, step),
+        demonstrations=lambda step: demonstrations(run, step, threads),
         vision_gap=VisionGap(config.monitor.vision_gap_every, run.renderer, run.trainer),
         stop=run.stop,
         faults=FaultWatch(config.task.max_fault_rate, run=config.output_dir),
     ).run()
 
 
-def demonstrations(run: Run, step: int) -> list[TrainingSample]:
-    """The supervised samples that are mixed into RL step `step`, from other problems than the warm-up's."""
+async def demonstrations(run: Run, step: int, threads: TaskThreads) -> list[TrainingSample]:
+    """The supervised samples that are mixed into RL step `step`, from other problems than the warm-up's. Made in a
+    daemon thread, because the task's code may block."""
     warmup = run.config.trainer.warmup
     if warmup.rl_weight == 0 or warmup.steps == 0:  # a task without a warm-up may have no demonstrations
         return []
     warmup = dataclasses.replace(warmup, batch_size=warmup.rl_batch_size)
-    made = demonstrate(
-        run.task,
-        run.renderer,
-        warmup,
-        step=AFTER_WARMUP + step,
-        first=run.position.rl_demonstrations.first_of(step),
-        seed=run.config.seed,
-        seq_len=run.config.trainer.seq_len,
+    made = await threads.run(
+        partial(
+            demonstrate,
+            run.task,
+            run.renderer,
+            warmup,
+            step=AFTER_WARMUP + step,
+            first=run.position.rl_demonstrations.first_of(step),
+            seed=run.config.seed,
+            seq_len=run.config.trainer.seq_len,
+        )
     )
     note_faults(run, step, "rl", made)
     return made.samples

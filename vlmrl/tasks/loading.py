@@ -1,7 +1,7 @@
 """Load the class that `task.target` names and make the task of a run.
 
-A wrong path raises a ConfigError that names the key. An exception of the user's own class passes through, so that its
-traceback points at their line.
+A wrong path raises a ConfigError that names the key, and so does whatever the user's class raises; a VlmrlError of its
+own passes.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import inspect
 from typing import Any, cast
 
-from vlmrl.config.import_paths import import_named
+from vlmrl.config.import_paths import import_named, user_code
 from vlmrl.config.model import Init, ModelConfig
 from vlmrl.config.task import TaskConfig
-from vlmrl.errors import ConfigError, TaskError, UserFault, describe, fenced
+from vlmrl.errors import ConfigError, UserFault, fenced
 from vlmrl.tasks.base import Env, Split, Task
 from vlmrl.tasks.border import TaskCodeError, checked_texts
 from vlmrl.types import Message
@@ -25,7 +25,7 @@ def load_task(config: TaskConfig, *, seed: int) -> Task:
     """Import the class that `config.target` names and call it as `Class(config, seed=seed)`.
 
     With `config.num_examples` the task has that many training problems. Raises ConfigError if there is no such module
-    or attribute, or if it is not a Task, and TaskError if its `__init__` calls sys.exit().
+    or attribute, if it is not a Task, or if its `__init__` raises.
 
     >>> from vlmrl.config.task import ColorCodewordConfig
     >>> load_task(ColorCodewordConfig(), seed=0).problem("eval", 0).id
@@ -35,13 +35,8 @@ def load_task(config: TaskConfig, *, seed: int) -> Task:
     True
     """
     task_class = find_task(config)
-    try:
+    with user_code("task.target", config.target, f"{task_class.__name__}(config, seed={seed})", "task"):
         task = cast("Task", task_class(config, seed=seed))
-    except SystemExit as error:  # it would end the run as if all were well
-        raise TaskError(
-            f"task.target={config.target}: {describe(error)}, so there is no task to run: raise vlmrl.ConfigError for "
-            "settings that cannot work"
-        ) from error
     return task if config.num_examples is None else FirstExamples(task, config.num_examples)
 
 

@@ -25,7 +25,7 @@ def test_one_key_from_schema_to_command_line() -> None:
     text = explain("trainer.learning_rate", "experiment=color_codeword_4b", "trainer.learning_rate=1e-5")
     assert text == (
         "trainer.learning_rate = 1e-05\n"
-        "    float; step size; above 0 and finite\n"
+        "    float; step size; above 0 and at most 100\n"
         "    Highest step size of AdamW. The default suits pretrained weights; the option of `model` sets its\n"
         "    own.\n"
         "    from schema 1e-06 → trainer/finetune.yaml 1e-06 → experiment/color_codeword_4b.yaml 3e-06 →\n"

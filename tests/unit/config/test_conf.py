@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
+import hypothesis
 import pytest
+from hydra import compose, initialize_config_dir
+from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
+from vlmrl.cli.arguments import CONF
+from vlmrl.cli.schemas import register_schemas
 from vlmrl.config.algorithm import Advantage, Credit, FilterMode, Loss
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.keys import did_you_mean, known_keys
 from vlmrl.config.model import Dtype
-from vlmrl.config.parse import parse, typed
+from vlmrl.config.parse import literal, parse, typed
 from vlmrl.config.run import RunConfig
-from vlmrl.config.task import ColorCodewordConfig
+from vlmrl.config.task import ColorCodewordConfig, ImportedTaskConfig
 from vlmrl.config.trainer import Decay
 from vlmrl.errors import ConfigError
 from vlmrl.preflight.places import gpus_needed
+from vlmrl.record.run_dir import RunDir
 
 TEXT_ONLY = ("model=qwen3vl", "~model/vlm", "model.name=some/text_model", "orchestrator.renderer.name=qwen3")
 
@@ -173,3 +183,59 @@ def test_a_slip_of_the_keyboard_is_found() -> None:
 
 def test_nothing_is_suggested_where_nothing_is_close() -> None:
     assert did_you_mean("zzz", known_keys()) == ""
+
+
+# ── texts with ${…} in config.yaml ──────────────────────────────────────────────────────────────────────────
+
+
+@hypothesis.given(
+    st.text(st.sampled_from("\\${}a:. '\"#")) | st.text(),
+    st.lists(st.text(st.sampled_from("\\${}a"))),
+)
+def test_a_text_comes_back_from_config_yaml(text: str, texts: list[str]) -> None:
+    """Resolved once, when it is composed; `???` is OmegaConf's mark of a missing value."""
+    hypothesis.assume("???" not in (text, *texts))
+    made = example_config()
+    assert isinstance(made.task, ImportedTaskConfig)
+    made.task.args = {"template": text, "more": {"texts": texts}}
+    made.model.name = f"x{text}"
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = RunDir(folder)
+        run_dir.write_config(made)
+        first = run_dir.config.read_bytes()
+        assert parse(typed(run_dir.read_config())) == made
+        run_dir.write_config(parse(typed(run_dir.read_config())))
+        assert run_dir.config.read_bytes() == first
+        assert literal(run_dir.read_config())["task"]["args"] == made.task.args
+
+
+@functools.cache
+def default_imported_config() -> RunConfig:
+    register_schemas()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return parse(compose("config", ["task=imported", "task.target=a:B", "output_dir=/outputs/test"]))
+
+
+def example_config() -> RunConfig:
+    return copy.deepcopy(default_imported_config())
+
+
+def test_a_reference_in_a_config_yaml_is_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A foreign config.yaml reads nothing of this machine."""
+    monkeypatch.setenv("SECRET_OF_MINE", "hunter2")
+    run_dir = RunDir(tmp_path)
+    run_dir.write_config(example_config())
+    foreign = run_dir.config.read_text().replace("target: a:B", "target: ${oc.env:SECRET_OF_MINE}")
+    run_dir.config.write_text(foreign.replace("args: {}", "args: {x: '${seed}'}"))
+    config = parse(typed(run_dir.read_config()))
+    assert config.task.target == "${oc.env:SECRET_OF_MINE}"
+    assert isinstance(config.task, ImportedTaskConfig)
+    assert config.task.args == {"x": "${seed}"}
+
+
+def test_escaped_on_the_command_line(composed: Callable[..., DictConfig], tmp_path: Path) -> None:
+    config = parse(composed("task=imported", "task.target=a:B", r"++task.args.template='\${name} is'"))
+    assert isinstance(config.task, ImportedTaskConfig)
+    assert config.task.args == {"template": "${name} is"}
+    with pytest.raises(ConfigError, match=r"task.args.x: Interpolation key 'name' not found, .* or write \\\$\{"):
+        parse(composed("task=imported", "task.target=a:B", "++task.args.x='${name} is'"))

@@ -12,7 +12,7 @@ import pytest
 
 from vlmrl.config import keys
 from vlmrl.config.field_docs import fields_of
-from vlmrl.config.fields import LARGEST, SMALLEST, Range, Resume, Setting, setting, setting_of
+from vlmrl.config.fields import SMALLEST, Range, Resume, Setting, setting, setting_of
 from vlmrl.config.keys import all_settings, is_free_form, known_keys, resume_policy, settings_at
 from vlmrl.config.model import LoraConfig
 from vlmrl.config.ranges import numbers_with_ranges
@@ -32,6 +32,10 @@ def schemas(schema: type = RunConfig) -> Iterator[type]:
 SCHEMA_FIELDS = [(schema, each) for schema in dict.fromkeys(schemas()) for each in dataclasses.fields(schema)]
 
 
+INFINITY_MEANS_OFF = {"max_grad_norm", "clip_high", "importance_cap"}
+"""Numbers without a highest value: with infinity, nothing is cut."""
+
+
 @pytest.mark.parametrize(("schema", "one"), SCHEMA_FIELDS, ids=[f"{s.__name__}.{f.name}" for s, f in SCHEMA_FIELDS])
 def test_every_value_has_a_policy_and_every_number_a_range(schema: type, one: dataclasses.Field[Any]) -> None:
     doc = next(doc for doc in fields_of(schema) if doc.name == one.name)
@@ -40,8 +44,18 @@ def test_every_value_has_a_policy_and_every_number_a_range(schema: type, one: da
     if found is not None and doc.is_number:
         assert found.range is not None
         assert found.range.consequence
+        assert found.range.low > -math.inf
+        assert (found.range.high < math.inf) == (one.name not in INFINITY_MEANS_OFF)
     elif found is not None:
         assert found.range is None
+
+
+@pytest.mark.parametrize(("schema", "one"), SCHEMA_FIELDS, ids=[f"{s.__name__}.{f.name}" for s, f in SCHEMA_FIELDS])
+def test_no_text_may_be_empty(schema: type, one: dataclasses.Field[Any]) -> None:
+    found = setting_of(one)
+    if found is not None and one.name != "output_dir":
+        for text in ("", " ", "a\n", "\0", "\x7f"):
+            assert text not in found.form
 
 
 def test_every_schema_of_a_mixed_group_has_its_kind() -> None:
@@ -140,7 +154,7 @@ def test_a_default_is_not_shared() -> None:
     ("allowed", "inside", "outside"),
     [
         (Range(1, math.inf, ""), (1, 10**9, math.inf), (0, -1, math.nan)),
-        (Range(SMALLEST, LARGEST, ""), (5e-324, 1e308), (0, -1.0, math.inf, math.nan)),
+        (Range(SMALLEST, 100, ""), (5e-324, 100), (0, -1.0, 101, math.inf, math.nan)),
         (Range(0, 1, ""), (0, 0.5, 1), (-0.1, 1.1, math.nan)),
     ],
 )

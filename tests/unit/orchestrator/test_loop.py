@@ -126,6 +126,12 @@ class World:
         ]
         return StepResult(self.version, dict.fromkeys((*EMPTY_STEP, "memory/peak_bytes"), 0.0), figures)
 
+    async def demonstrations(self, step: int) -> list[TrainingSample]:
+        if f"demonstrations {step}" in {*self.during, *self.failing}:
+            self.happens(f"demonstrations {step}")
+            await asyncio.sleep(60)
+        return self.learned[-1][:step] if self.learned else []
+
     # blind control
     def vision_gap(self, step: int, samples: list[TrainingSample]) -> dict[str, float]:
         assert threading.current_thread() is not threading.main_thread(), "scoring must not block the event loop"
@@ -190,7 +196,7 @@ class World:
                 recorder=neighbour,
                 first_problem=lambda step: self.cursor + (step - 1 - self.started_at) * GROUPS,
                 checkpoint=self.checkpoint,
-                demonstrations=lambda step: self.learned[-1][:step] if self.learned else [],
+                demonstrations=self.demonstrations,
                 vision_gap=self.vision_gap,
                 stop=self.stop,
             )
@@ -370,6 +376,14 @@ def test_a_stop_during_an_evaluation_interrupts_at_once(kind: str, step: int, ma
     assert resumed.events == [f"publish {step}", *again, *rest]
     assert not resumed.evaluator.is_unfinished
     assert resumed.evaluator.history == [(0.0, 0.0)] * 3
+
+
+def test_a_stop_while_a_step_waits_for_demonstrations_interrupts_at_once() -> None:
+    """The task's code makes them, and may hang. The step was not learned, so a resumed run makes it again."""
+    world = World()
+    world.during["demonstrations 2"] = lambda: world.stop.set()
+    assert world.run(steps=5) == "interrupted"
+    assert world.events == ["publish 0", *of_step(1), "train 2", "demonstrations 2"]
 
 
 def test_a_stop_while_learning_does_not_wait_for_the_evaluation() -> None:

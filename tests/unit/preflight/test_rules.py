@@ -75,6 +75,9 @@ def later_refusals(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tu
     monkeypatch.setattr(installed, "is_installed", lambda package: True)
     yield refused(Stage.here, Site(), "mode=replay", f"run={folder}", "step=3")
     yield refused(Stage.here, Site(), "mode=export", f"resume={folder}", f"export.folder={folder}")
+    with monkeypatch.context() as patch:
+        patch.setenv("VLMRL_CACHE", "/proc/absent")
+        yield refused(Stage.here, Site(), "model.device=cpu")
     small = Site()
     small.machine = Machine((Gpu("0", "small", 1 << 30),), 1, 1 << 40)
     yield refused(Stage.here, small, "model=qwen3vl", "model.init=random", "model/size=2b")
@@ -133,14 +136,15 @@ ELSEWHERE = {
     "tasks": "what the user's class is, and a task's own settings",
     "trainer/loss.py": "what the user's function returned",
     "orchestrator/advantages.py": "what the user's function returned",
+    "preflight/estimate/plan.py": "problems of the user's task",
     "rendering/renderer.py": "what the renderer returned",
     "models/lora.py": "layers of the loaded model",
     "ranks": "variables of the launcher",
     "record/run_dir.py": "a folder on the disk",
+    "record/lock.py": "another process in the folder",
     "weight_sync/folder.py": "a folder on the disk",
     "monitor/report/document.py": "a folder on the disk",
     "runs/lifecycle.py": "checkpoints on the disk",
-    "record/lock.py": "another process in the folder",
     "runs/fault_again.py": "faults on the disk",
 }
 """Where a `ConfigError` may be raised outside of preflight/rules, and what it is about there."""

@@ -143,8 +143,42 @@ def test_a_target_that_is_not_set_is_a_config_error() -> None:
         load_task(TaskConfig(), seed=0)
 
 
-def test_what_the_users_own_code_raises_is_left_as_it_is(folder: Path) -> None:
-    with pytest.raises(ZeroDivisionError):
-        load("my_package_of_tasks.broken:Counting")
+@pytest.mark.parametrize(
+    ("source", "fault"),
+    [
+        ("1 / 0", "ZeroDivisionError: division by zero ("),
+        ("import sys; sys.exit(0)", "SystemExit: 0 ("),
+        ("raise KeyboardInterrupt", None),
+        ("from their_errors import BadText; raise BadText", "BadText: <a "),
+        ("raise BaseException('a\\ud83d')", "BaseException: a\\ud83d"),
+        ("raise GeneratorExit", "GeneratorExit"),
+    ],
+)
+def test_what_the_users_own_code_raises_is_a_config_error(
+    source: str, fault: str | None, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At import and in `__init__`; only Ctrl-C passes."""
+    (folder / "their_errors.py").write_text("class BadText(Exception):\n    def __str__(self): raise SystemExit(3)\n")
+    body = f"def explode():\n    {source}\n"
+    task = "    def __init__(self, config, *, seed): explode()\n"
+    package = folder / "my_package_of_tasks"
+    (package / "at_import.py").write_text(f"{body}\nexplode()\n")
+    (package / "at_init.py").write_text(
+        f"from my_package_of_tasks.counting import Counting\n{body}\nclass T(Counting):\n{task}"
+    )
+    for target in ("at_import:T", "at_init:T"):
+        path = f"my_package_of_tasks.{target}"
+        if fault is None:
+            with pytest.raises(KeyboardInterrupt):
+                load(path)
+            continue
+        with pytest.raises(ConfigError) as caught:
+            load(path)
+        assert str(caught.value).startswith(f"task.target={path}: ")
+        assert fault in str(caught.value)
+        assert target.partition(":")[0] + ".py:" in str(caught.value), "the line"
+
+
+def test_the_users_own_refusal_is_left_as_it_is(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"^task.args.level=0 asks for no dots"):
         load("my_package_of_tasks.counting:Picky")

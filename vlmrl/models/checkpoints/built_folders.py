@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from vlmrl.errors import ModelError
+
 MANIFEST = "manifest.json"
 """File name → SHA-256. Written last. A folder whose files differ from it is built again."""
 
@@ -21,18 +23,21 @@ ABANDONED_AFTER_S = 86400.0
 
 
 def cache_folder() -> Path:
-    """`$VLMRL_CACHE`, else `~/.cache/vlmrl`."""
-    return Path(os.environ.get("VLMRL_CACHE") or Path.home() / ".cache" / "vlmrl")
+    """`$VLMRL_CACHE`, else `~/.cache/vlmrl`. Raises RuntimeError where there is no home folder."""
+    return Path(os.environ.get("VLMRL_CACHE") or Path.home() / ".cache" / "vlmrl").expanduser()
 
 
 def built(kind: str, key: list[Any], build: Callable[[Path], None]) -> Path:
     """The folder of `key` (JSON) under `kind` in the cache. If it is missing, `build` fills an empty folder.
 
-    Safe to call from several processes at once. An incomplete or changed folder is repaired.
+    Safe to call from several processes at once. An incomplete or changed folder is repaired. Raises `ModelError` where
+    the cache cannot be written.
     """
     text = json.dumps(key, ensure_ascii=False, sort_keys=True)
     folder = cache_folder() / kind / hashlib.sha256(text.encode()).hexdigest()[:16]
-    if not _is_intact(folder):
+    if _is_intact(folder):
+        return folder
+    try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(folder.parent)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -43,6 +48,11 @@ def built(kind: str, key: list[Any], build: Callable[[Path], None]) -> Path:
             _publish(scratch, folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as error:
+        raise ModelError(
+            f"the cache {cache_folder()} cannot be written ({error.strerror or error}), so no checkpoint can be built: "
+            "make room there, or set the environment variable VLMRL_CACHE to another folder"
+        ) from error
     return folder
 
 

@@ -37,9 +37,9 @@ from typing import Any, Literal
 
 import orjson
 import PIL.Image
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from vlmrl.config.parse import literal
 from vlmrl.config.secrets import redacted
 from vlmrl.errors import ConfigError
 from vlmrl.monitor.report.choice import Choice, Shape, choose
@@ -272,7 +272,7 @@ class ReportedRun:
     def read(name: str, run_dir: RunDir) -> ReportedRun:
         """Read a run. Raises ConfigError where the folder holds no run, VlmrlError where a file is damaged."""
         try:
-            config = flat(redacted(OmegaConf.to_container(run_dir.read_config_and_environment())))
+            config = flat(redacted(literal(run_dir.read_config_and_environment())))
             numbers = [config[f"orchestrator.{key}"] for key in ("groups_per_step", "group_size", "eval.problems")]
             if not all(isinstance(number, int) and number >= 1 for number in numbers):
                 raise KeyError(f"groups_per_step, group_size and eval.problems are {numbers}")

@@ -14,12 +14,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from PIL import Image as PILImage
-
+from vlmrl.errors import UserFault
 from vlmrl.models.families.base import Family, ImageBounds
 from vlmrl.preflight.estimate.sizes import CHARACTERS_PER_TOKEN, TURN_FRAME
+from vlmrl.rendering.images import decode
 from vlmrl.tasks.base import Task
+from vlmrl.tasks.border import get_problem, open_env, step_env
 from vlmrl.types import Image, Message
 
 
@@ -47,12 +47,31 @@ class EpisodeEstimate:
         return shown + self.turns * (max_new_tokens + TURN_FRAME) + math.ceil(self.characters / characters_per_token)
 
 
-def play(task: Task, max_turns: int) -> EpisodeEstimate:
-    """Play one training problem with empty answers until it ends or `max_turns` are reached."""
-    env = task.env(task.problem("train", 0))
-    messages, turns = list(env.reset()), 1
+SAMPLES = 8
+"""Problems that are tried until one can be played."""
+
+
+def play(task: Task, max_turns: int) -> tuple[EpisodeEstimate, list[str]]:
+    """Play the first training problem that can be played, with empty answers, until it ends or `max_turns` are reached.
+
+    Returns the faults of the problems before it, too: each costs a run one rollout. Raises `UserFault` where none of
+    the first `SAMPLES` can be played.
+    """
+    faults: list[str] = []
+    for index in range(SAMPLES):
+        try:
+            return _played(task, index, max_turns), faults
+        except UserFault as fault:
+            faults.append(f"training problem {index}: {fault.text}")
+    raise UserFault(faults[0])
+
+
+def _played(task: Task, index: int, max_turns: int) -> EpisodeEstimate:
+    problem, _ = get_problem(task, "train", index)
+    env, first = open_env(task, problem)
+    messages, turns = list(first), 1
     while turns < max_turns:
-        reply = env.step("")
+        reply = step_env(env, "")
         if reply.done:
             break
         messages += reply.messages
@@ -69,12 +88,6 @@ def _texts(messages: list[Message]) -> list[str]:
 
 
 def _size(source: Any) -> tuple[int, int]:
-    """(width, height) of an image as a task hands it in; a file is not decoded."""
-    import io
-
-    if isinstance(source, np.ndarray):
-        return source.shape[1], source.shape[0]
-    if isinstance(source, PILImage.Image):
-        return source.size
-    with PILImage.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-        return image.size
+    """(width, height) of an image as a task hands it in. Raises `ImageError`."""
+    height, width = decode(source).shape[:2]
+    return width, height

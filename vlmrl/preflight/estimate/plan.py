@@ -13,14 +13,17 @@ from vlmrl.config.inference import VllmConfig
 from vlmrl.config.model import Dtype
 from vlmrl.config.run import Mode, RunConfig
 from vlmrl.config.trainer import Packing
+from vlmrl.errors import ConfigError, UserFault
 from vlmrl.models.families import family_of
-from vlmrl.preflight.estimate.episode import EpisodeEstimate, play
+from vlmrl.preflight.estimate.episode import SAMPLES, EpisodeEstimate, play
 from vlmrl.preflight.estimate.memory import pixel_bytes, server_memory, trainer_memory
 from vlmrl.preflight.estimate.sizes import CHARACTERS_PER_TOKEN, TINY_CHARACTERS_PER_TOKEN, Sizes, find_sizes
 from vlmrl.preflight.installed import missing
 from vlmrl.preflight.machine import Machine, find_machine
 from vlmrl.preflight.places import GIB, gpus_needed, processes, uses_gpus
+from vlmrl.preflight.rules.checkpoint import refuse_family
 from vlmrl.preflight.rules.machine import refuse_machine
+from vlmrl.preflight.settle import COMPILES_NOTHING
 from vlmrl.ranks.place import find_place
 from vlmrl.tasks.loading import load_task
 
@@ -28,11 +31,19 @@ from vlmrl.tasks.loading import load_task
 def dry_run(config: RunConfig) -> str:
     """The plan of a config that passed `Stage.composed`.
 
-    Raises `ConfigError` where this machine has GPUs and they cannot hold the run. An exception of the task itself
-    passes through unchanged.
+    Raises `ConfigError` where this machine has GPUs and they cannot hold the run, where the checkpoint is here and is
+    of another family, and where none of the task's first problems can be played.
     """
     machine, sizes, ranks = find_machine(), find_sizes(config.model), find_place().size
-    episode = play(load_task(config.task, seed=config.seed), config.task.max_turns)
+    refuse_family(config.model)
+    task = load_task(config.task, seed=config.seed)
+    try:
+        episode, faults = play(task, config.task.max_turns)
+    except UserFault as fault:
+        raise ConfigError(
+            f"task.target={config.task.target}: none of its first {SAMPLES} problems can be played ({fault.text}), so "
+            "a run would have nothing but faults: correct it, and check it with mode=check"
+        ) from None
     if machine.gpus and config.model.device != "cpu":
         refuse_machine(config, machine, sizes, ranks)
     rows = [
@@ -40,7 +51,8 @@ def dry_run(config: RunConfig) -> str:
         *_arithmetic(config, ranks),
         *_tokens(config, sizes, episode, ranks),
         *_memory(config, sizes, episode, ranks),
-        *_processes(config, machine, ranks),
+        *_processes(config, machine, sizes, ranks),
+        *(("note", f"{fault}; in a run it costs one rollout") for fault in faults),
         *(("note", note) for note in notes(config, sizes, episode)),
     ]
     width = max(len(name) for name, _ in rows)
@@ -146,12 +158,12 @@ def _memory(config: RunConfig, sizes: Sizes, episode: EpisodeEstimate, ranks: in
     yield "pixels on the host", f"up to about {size(pixel_bytes(config, episode))} (estimate)"
 
 
-def _processes(config: RunConfig, machine: Machine, ranks: int) -> Iterator[tuple[str, str]]:
+def _processes(config: RunConfig, machine: Machine, sizes: Sizes, ranks: int) -> Iterator[tuple[str, str]]:
     gpus = [gpu.index for gpu in machine.gpus] if config.model.device != "cpu" else []
     for process in processes(config, ranks, gpus):
         if process.devices:
             where = f"GPU {','.join(process.devices)}"
-        elif uses_gpus(config):
+        elif uses_gpus(config, sizes):
             where = "a GPU of the machine that runs it"
         else:
             where = "CPU"
@@ -163,7 +175,7 @@ def _processes(config: RunConfig, machine: Machine, ranks: int) -> Iterator[tupl
     yield "weights go", f"by weight_sync={config.weight_sync.kind}"
     found = ", ".join(f"{gpu.name} ({gpu.memory / GIB:.0f} GiB)" for gpu in machine.gpus) or "no GPU"
     yield "this machine", f"{machine.cores} cores, {machine.memory / GIB:.0f} GiB, {found}"
-    if uses_gpus(config) and not machine.gpus:
+    if uses_gpus(config, sizes) and not machine.gpus:
         needed = gpus_needed(config, ranks)
         yield "", f"the run needs {needed} GPU{'s' * (needed > 1)}: it cannot start here"
     for need in missing(config):
@@ -192,6 +204,8 @@ def notes(config: RunConfig, sizes: Sizes, episode: EpisodeEstimate) -> Iterator
                 f"{pair} round differently, which mismatch_kl will show: set inference.dtype=${{model.dtype}}, unless "
                 "you intend the difference"
             )
+    if t.compile is None and not uses_gpus(config, sizes):
+        yield COMPILES_NOTHING
     examples = config.task.num_examples
     if examples is not None and examples < config.orchestrator.groups_per_step:
         yield (

@@ -77,8 +77,13 @@ def find_sizes(config: ModelConfig) -> Sizes:
         return Sizes(f"the name {config.name}", parameters_by_name(config.name), None, None, bounds)
     numbers, preprocessor = (_read(folder / name) for name in ("config.json", "preprocessor_config.json"))
     if bounds is not None:
-        edges = preprocessor.get("size") or {}
-        bounds = ImageBounds(edges.get("shortest_edge", bounds.least), edges.get("longest_edge", bounds.most))
+        edges = preprocessor.get("size")
+        least, most = (
+            edges.get(name) if isinstance(edges, dict) else None for name in ("shortest_edge", "longest_edge")
+        )
+        bounds = ImageBounds(
+            least if isinstance(least, int) else bounds.least, most if isinstance(most, int) else bounds.most
+        )
     return from_numbers(numbers, str(folder / "config.json"), family, bounds)
 
 
@@ -100,9 +105,9 @@ def _folder(config: ModelConfig) -> Path | None:
 
 def from_numbers(numbers: Mapping[str, Any], source: str, family: Family, image_bounds: ImageBounds | None) -> Sizes:
     """The sizes in the numbers of a config.json; all None for a family that names its numbers differently."""
-    text, vision = numbers.get("text_config", numbers), numbers.get("vision_config")
-    tied = numbers.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
     try:
+        text, vision = numbers.get("text_config", numbers), numbers.get("vision_config")
+        tied = numbers.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
         tower = family.vision_parameters(vision) if vision is not None else 0
         if tower is None:
             return Sizes(source, None, None, None, image_bounds)
@@ -118,7 +123,7 @@ def from_numbers(numbers: Mapping[str, Any], source: str, family: Family, image_
             head_dim=_head_dim(text),
             vocabulary=text["vocab_size"],
         )
-    except KeyError:
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):  # another family's, or no numbers
         return Sizes(source, None, None, None, image_bounds)
     return Sizes(source, parameters, tower, shape, image_bounds)
 

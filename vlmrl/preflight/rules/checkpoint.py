@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from vlmrl.config.model import Dtype, Init, ModelConfig
+from vlmrl.config.model import Init, ModelConfig
 from vlmrl.config.run import Mode, RunConfig
-from vlmrl.errors import ConfigError
+from vlmrl.errors import ConfigError, ModelError
+from vlmrl.preflight.estimate.sizes import find_sizes
+from vlmrl.preflight.places import known_bytes, needs_gpu
 from vlmrl.preflight.site import Site
-
-CPU_LIMIT_BYTES = 2 * 1024**3
-"""A model with more bytes of weights on disk is too slow to train on a CPU; `device=auto` refuses it without a GPU."""
 
 
 def model_runs_here(config: RunConfig, site: Site) -> None:
@@ -22,12 +22,30 @@ def model_runs_here(config: RunConfig, site: Site) -> None:
 def refuse_model(config: ModelConfig, *, needs_device: bool = True) -> None:
     """Raise `ConfigError` where this machine has no weights, no network to fetch them, or no device for the model."""
     problems, size = _weights(config)
-    too_big_for_cpu = size > CPU_LIMIT_BYTES if size is not None else config.dtype is not Dtype.float32
     device = config.device if needs_device else "cpu"
     if device not in ("cpu", "auto") and not _has_cuda():
         problems.append(f"model.device={device}, and there is no CUDA device that torch can use")
-    elif device == "auto" and too_big_for_cpu and not _has_cuda():
+    elif device == "auto" and needs_gpu(config, size) and not _has_cuda():
         problems.append("a model of this size needs a GPU, and there is no CUDA device that torch can use")
+    _refuse(config, problems)
+
+
+def refuse_family(config: ModelConfig) -> None:
+    """Raise `ConfigError` where the checkpoint of `config` is on this machine and is of another family, or damaged."""
+    is_of_its_size = config.size is not None and config.name == config.size.name
+    if config.tiny is not None or config.init is Init.random or is_of_its_size:
+        return
+    from vlmrl.models.checkpoints import load
+
+    folder = load.cached_folder(config.name)
+    if folder is not None and (folder / "config.json").is_file():
+        try:
+            _refuse(config, load.wrong_family(folder, config))
+        except ModelError as error:
+            _refuse(config, [str(error)])
+
+
+def _refuse(config: ModelConfig, problems: list[str]) -> None:
     if problems:
         raise ConfigError(
             f"model.name={config.name} cannot run on this machine: {'; '.join(problems)}. "
@@ -41,7 +59,7 @@ def _weights(config: ModelConfig) -> tuple[list[str], int | None]:
     if config.tiny is not None:
         return [], 0
     if config.init is Init.random:
-        return [], None
+        return [], known_bytes(config, find_sizes(config))
     from vlmrl.models.checkpoints import load
 
     if not load.is_hub_name(config.name):
@@ -61,6 +79,28 @@ def _has_cuda() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def cache_is_usable(config: RunConfig, site: Site) -> None:
+    """A checkpoint that is built on the spot has a folder to go to."""
+    is_built = config.model.tiny is not None or config.model.init is Init.random
+    if not is_built or config.mode is Mode.compare:
+        return
+    from vlmrl.models.checkpoints.built_folders import cache_folder
+
+    try:
+        folder = cache_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        # A cache that others have filled may be read-only.
+        reason = "" if os.access(folder, os.W_OK) or any(folder.iterdir()) else "it may not be written to"
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
+        reason = (error.strerror if isinstance(error, OSError) else "") or str(error)
+    if reason:
+        raise ConfigError(
+            f"model.name={config.model.name} is built in the folder VLMRL_CACHE={os.environ.get('VLMRL_CACHE', '')}, "
+            f"which cannot be used ({reason}), so there would be no model: set the variable VLMRL_CACHE to a "
+            "folder that you may write to"
+        )
 
 
 def embedded_engine_has_a_cache(config: RunConfig, site: Site) -> None:

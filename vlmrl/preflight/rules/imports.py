@@ -7,8 +7,7 @@ from vlmrl.config.run import Mode, RunConfig
 
 
 def imports_resolve(config: RunConfig) -> None:
-    """Import what the configuration names by an import path. An exception that a user's module raises while it is
-    imported passes through unchanged, so that the traceback points at the user's line."""
+    """Import what the configuration names by an import path."""
     if config.mode in (Mode.compare, Mode.check):  # `compare` reads files of past runs; `check` imports and reports
         return
     from vlmrl.tasks.loading import find_task

@@ -34,7 +34,7 @@ def past_run_is_named(config: RunConfig) -> None:
 
 
 def past_run_is_read(config: RunConfig) -> None:
-    """`resume`, `run`, `step` and `runs` have an effect: the command line has read them, in a mode that uses them.
+    """`resume`, `run`, `step`, `rollout` and `runs` have an effect: the command line has read them, for their mode.
 
     A resumed run and a replay use the config.yaml of the run that they name, so these keys do nothing in a file of
     conf/, from which a new run is composed.
@@ -55,6 +55,7 @@ def past_run_is_read(config: RunConfig) -> None:
     for key, value, modes in (
         ("run", config.run, (Mode.replay,)),
         ("step", config.step, (Mode.replay,)),
+        ("rollout", config.rollout, (Mode.faults,)),
         ("rollout", config.rollout, (Mode.faults,)),
         ("runs", ",".join(config.runs) or None, (Mode.compare,)),
     ):

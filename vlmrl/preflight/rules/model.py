@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from vlmrl.config.model import Init
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from vlmrl.config.model import Init, SizeConfig
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import ConfigError
 from vlmrl.models.families import family_of
 from vlmrl.models.families.base import POSITION_NAMES
+from vlmrl.preflight.estimate.sizes import find_sizes
 from vlmrl.preflight.site import Site
+
+LARGEST_SIZE = 2**24
+"""The highest value of a whole number in `model.size`."""
+
+LARGEST_TINY = 10**9
+"""The most parameters of a checkpoint that `model.tiny` builds on one CPU: 4 GB in float32."""
 
 
 def renderer_is_there(config: RunConfig) -> None:
@@ -76,6 +86,53 @@ def positions_are_known(config: RunConfig) -> None:
         )
 
 
+def image_token_is_known(config: RunConfig) -> None:
+    """`model.vlm.image_token` is a token of the family, where the tokens of the family are known."""
+    vlm, recipe = config.model.vlm, family_of(config.model.vlm).recipe
+    if vlm is None or recipe is None:
+        return
+    known = list(recipe.config_tokens.values())
+    if vlm.image_token not in known:
+        raise ConfigError(
+            f"model.vlm.image_token={vlm.image_token} is no image token of model.vlm.family={vlm.family}, so no "
+            f"placeholder would be found: set it to {known[0]}"
+        )
+
+
+def size_is_numbers(config: RunConfig) -> None:
+    """The numbers of `model.size` are numbers: their keys come from a config.json, which has no schema here."""
+    if config.model.size is not None:
+        for key, value, demand in _wrong_sizes(config.model.size):
+            raise ConfigError(
+                f"{key}={value} is no size of a model, so there is no such architecture: set it to {demand}, or choose "
+                "model/size=2b|4b|8b|30b_a3b"
+            )
+
+
+WHOLE_NUMBERS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers", "head_dim"),
+    *("num_attention_heads", "num_key_value_heads", "num_experts", "num_experts_per_tok", "max_position_embeddings"),
+    *("depth", "num_heads", "out_hidden_size", "patch_size", "temporal_patch_size", "spatial_merge_size"),
+    *("num_position_embeddings", "decoder_sparse_step"),
+)
+"""Keys of `text_config` and `vision_config` that are whole numbers."""
+
+
+def _wrong_sizes(size: SizeConfig) -> Iterator[tuple[str, Any, str]]:
+    for group, numbers in (("text", size.text), ("vision", size.vision)):
+        for name, value in numbers.items():
+            key = f"model.size.{group}.{name}"
+            if name in WHOLE_NUMBERS and not (type(value) is int and 1 <= value <= LARGEST_SIZE):
+                yield key, value, f"a whole number from 1 to {LARGEST_SIZE}"
+            elif name in ("rms_norm_eps", "initializer_range") and not (type(value) is float and 0 < value <= 1):
+                yield key, value, "a number above 0 and at most 1"
+            elif name in ("deepstack_visual_indexes", "mlp_only_layers"):
+                if not isinstance(value, list) or not all(type(index) is int and 0 <= index < 1024 for index in value):
+                    yield key, value, "a list of layers, counted from 0"
+            elif name == "rope_parameters" and not isinstance(value, Mapping):
+                yield key, value, "a dictionary"
+
+
 def random_has_size(config: RunConfig) -> None:
     """Random weights belong to an architecture whose numbers are in the configuration."""
     model = config.model
@@ -108,6 +165,11 @@ def random_has_size(config: RunConfig) -> None:
 def something_learns(config: RunConfig) -> None:
     """Freezing and adapters leave something to train and do not contradict each other."""
     vlm, lora = config.model.vlm, config.model.lora
+    if lora is not None and not lora.targets:
+        raise ConfigError(
+            "model.lora.targets=[] gives no layer an adapter, so nothing would learn: set "
+            "model.lora.targets=[q_proj,v_proj], or leave it out"
+        )
     if vlm is None or not (vlm.freeze_vision or vlm.freeze_language):
         return
     if vlm.freeze_vision and vlm.freeze_language:
@@ -135,3 +197,10 @@ def tiny_is_a_model(config: RunConfig) -> None:
         )
     if problem := family.tiny_problem(tiny):
         raise ConfigError(f"model.tiny.{problem}, so there is no such model: change one of them")
+    parameters = find_sizes(config.model).parameters
+    if parameters is not None and parameters > LARGEST_TINY:
+        raise ConfigError(
+            f"model.tiny has {parameters:,} parameters, and it is built and initialized on one CPU, so the run would "
+            f"not begin for a long time: lower the sizes to {LARGEST_TINY:,} parameters or fewer, or choose "
+            "model=qwen3vl model.init=random"
+        )

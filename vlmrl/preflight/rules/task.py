@@ -1,4 +1,4 @@
-"""color_codeword: its images and answers fit the model and the lengths."""
+"""color_codeword: its images, answers and rewards fit the model, the lengths and the target."""
 
 from __future__ import annotations
 
@@ -52,4 +52,15 @@ def episode_has_room(config: RunConfig) -> None:
             f"task.images_per_turn={task.images_per_turn} images of {image} tokens each "
             f"(task.image_size={task.image_size}), which take at least {least} tokens, so no episode would reach its "
             f"last turn: set trainer.seq_len={2 ** math.ceil(math.log2(least + 1))}, or fewer or smaller images"
+        )
+
+
+def target_is_a_reward(config: RunConfig) -> None:
+    """The target lies among the rewards of the task."""
+    target = config.orchestrator.eval.target
+    if isinstance(config.task, ColorCodewordConfig) and target is not None and not 0 <= target <= 1:
+        end = "met before anything is learned" if target < 0 else "never met"
+        raise ConfigError(
+            f"orchestrator.eval.target={target} is outside the rewards of task=color_codeword, from 0 to 1, so it "
+            f"would be {end}: set orchestrator.eval.target=0.95, or null for all steps"
         )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,14 +18,15 @@ from PIL import Image as PILImage
 from vlmrl.config.orchestrator import RendererConfig
 from vlmrl.config.run import RunConfig
 from vlmrl.config.task import ColorCodewordConfig
+from vlmrl.errors import UserFault
 from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer, resolve_checkpoint
 from vlmrl.models.families.base import ImageBounds
 from vlmrl.models.families.qwen3_vl import Qwen3VL
-from vlmrl.preflight.estimate.episode import EpisodeEstimate, play
+from vlmrl.preflight.estimate.episode import SAMPLES, EpisodeEstimate, play
 from vlmrl.preflight.estimate.sizes import TINY_CHARACTERS_PER_TOKEN
 from vlmrl.rendering.renderer import make_renderer
 from vlmrl.tasks.loading import load_task
-from vlmrl.types import Image, Message
+from vlmrl.types import Image, Message, Text
 
 FAMILY, TINY_PIXELS = Qwen3VL(None), ImageBounds(32 * 32, 1024 * 1024)
 
@@ -43,9 +47,10 @@ def test_vision_tokens_are_the_processors(processor: Any, width: int, height: in
 
 def test_an_episode_is_played_to_its_end() -> None:
     config = ColorCodewordConfig(max_turns=3, images_per_turn=2, image_size=64)
-    episode = play(load_task(config, seed=0), config.max_turns)
+    episode, faults = play(load_task(config, seed=0), config.max_turns)
+    assert faults == []
     assert (episode.turns, episode.images) == (3, ((64, 64),) * 6)
-    assert play(load_task(config, seed=0), 1).turns == 1
+    assert play(load_task(config, seed=0), 1)[0].turns == 1
 
 
 def test_what_is_said_to_be_the_longest_is_longer_than_what_the_renderer_makes(
@@ -55,7 +60,7 @@ def test_what_is_said_to_be_the_longest_is_longer_than_what_the_renderer_makes(
     task = load_task(ColorCodewordConfig(), seed=0)
     monkeypatch.setenv("VLMRL_CACHE", str(tmp_path))
     folder = resolve_checkpoint(model, task.texts())
-    episode = play(task, 2)
+    episode, _ = play(task, 2)
     tokenizer, image_processor = load_tokenizer(folder), load_image_processor(folder)
     renderer = make_renderer(RendererConfig(), model, tokenizer, image_processor, 448, FAMILY.placeholder_tokens)
     conversation = task.demonstration(task.problem("train", 0), random_answers=False, seed=0)
@@ -73,16 +78,41 @@ def test_images_as_a_task_hands_them_in(source: Any, tmp_path: Path) -> None:
     path = tmp_path / "picture.png"
     PILImage.new("RGB", (40, 20)).save(path)
 
-    class Env:
-        def reset(self) -> tuple[Message, ...]:
-            return (Message.of("user", "abcd", Image(source), Image(path), Image(path.read_bytes())),)
+    task: Any = OneTurn([(Image(source), Image(path), Image(path.read_bytes()))])
+    assert play(task, 1) == (EpisodeEstimate(1, ((40, 20),) * 3, 4), [])
 
-    class OneTurn:
-        def problem(self, split: str, index: int) -> None:
-            return None
 
-        def env(self, problem: None) -> Env:
-            return Env()
+@dataclass
+class OneTurn:
+    """Shows one entry of `shown` after the other; an exception is raised."""
 
-    task: Any = OneTurn()
-    assert play(task, 1) == EpisodeEstimate(1, ((40, 20),) * 3, 4)
+    shown: list[Any]
+
+    def problem(self, split: str, index: int) -> Any:
+        return SimpleNamespace(id=f"{split} {index}", shown=self.shown[index])
+
+    def env(self, problem: Any) -> Any:
+        return SimpleNamespace(reset=lambda: self._reset(problem.shown))
+
+    def _reset(self, shown: Any) -> Any:
+        if isinstance(shown, BaseException):
+            raise shown
+        return (Message.of("user", "abcd", *shown),)
+
+
+def test_a_problem_that_cannot_be_played_is_left_out_and_named(tmp_path: Path) -> None:
+    """A missing image, a pipe, an exception: each costs a run one rollout."""
+    os.mkfifo(tmp_path / "pipe")
+    nothing: Any = None
+    images = [(Image(tmp_path / "absent.png"),), (Image(tmp_path / "pipe"),)]
+    bad = [*images, KeyError("row"), SystemExit(0), (Text(nothing),)]
+    task: Any = OneTurn([*bad, (Image(np.zeros((20, 40, 3), np.uint8)),)])
+    episode, faults = play(task, 1)
+    assert episode == EpisodeEstimate(1, ((40, 20),), 4)
+    parts = ["absent.png cannot be read: No such", "it is a pipe", "KeyError: 'row'", "SystemExit", "text is None"]
+    for index, (fault, part) in enumerate(zip(faults, parts, strict=True)):
+        assert fault.startswith(f"training problem {index}: ")
+        assert part in fault
+    hopeless: Any = OneTurn(bad[:1] * SAMPLES)
+    with pytest.raises(UserFault, match=r"^training problem 0: .*absent\.png cannot be read"):
+        play(hopeless, 1)
