@@ -36,7 +36,10 @@ NOT_PARSED = ("resume", "run")
 """Text keys that past_runs.py reads as they stand, without Hydra's grammar."""
 
 NO_PLAIN_TEXT = re.compile(
-    r"""\s*(?:[\[{'"] | (choice|range|interval|glob|tag|shuffle|sort|extend_list|int|float|str|bool|json_str)\s*\()""",
+    r"""\s*(?:
+          [\['"] | \{(?!\{)
+        | (choice|range|interval|glob|tag|shuffle|sort|extend_list|int|float|str|bool|json_str)\s*\(
+    )""",
     re.VERBOSE,
 )
 """The begin of a value that is meant as a list, a dictionary, a quoted text or a call of Hydra's grammar."""

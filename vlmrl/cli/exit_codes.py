@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 import traceback
 
-from vlmrl.errors import Interrupted, VlmrlError
+from vlmrl.config.secrets import redacted_text
+from vlmrl.errors import Interrupted, VlmrlError, safe_text
 
 
 class JobError(Exception):
@@ -17,9 +18,13 @@ class JobError(Exception):
 
 
 def report(error: Exception) -> int:
-    """Print an error to stderr, with a traceback unless it is a `VlmrlError`; returns the exit code."""
+    """Print an error to stderr, with a traceback unless it is a `VlmrlError`; returns the exit code.
+
+    A message may quote a value, so a secret in it is hidden.
+    """
     if not isinstance(error, VlmrlError):
         traceback.print_exception(error)
         return 1
-    print(f"{'interrupted' if isinstance(error, Interrupted) else 'error'}: {error}", file=sys.stderr)
+    begin = "interrupted" if isinstance(error, Interrupted) else "error"
+    print(f"{begin}: {redacted_text(safe_text(error))}", file=sys.stderr)
     return error.exit_code

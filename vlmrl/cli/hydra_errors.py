@@ -19,16 +19,21 @@ from vlmrl.config.keys import did_you_mean, is_free_form, unknown_key
 from vlmrl.config.parse import summary
 from vlmrl.config.run import RunConfig
 from vlmrl.config.secrets import redacted_words
-from vlmrl.errors import ConfigError, describe
+from vlmrl.errors import ConfigError, VlmrlError, describe
 from vlmrl.preflight.installed import LAUNCHERS, pip_line
 
 PARSERS = ("hydra", "omegaconf", "antlr4", "yaml")
 """Packages that read a command line and the files of conf/. What they raise is about what they were given."""
 
 
+LAUNCHERS_CODE = ("submitit", "joblib", "hydra_plugins")
+"""Packages that start the jobs of a sweep."""
+
+
 @contextlib.contextmanager
 def composing(arguments: list[str]) -> Iterator[None]:
-    """Turn what Hydra, OmegaConf and their parsers raise in the block into a ConfigError. A bug of vlmrl passes."""
+    """Turn what Hydra, OmegaConf and their parsers raise in the block into a ConfigError, and what a launcher raises
+    into a VlmrlError. A bug of vlmrl passes, and so does a folder that cannot be made."""
     try:
         yield
     except ConfigError:
@@ -36,20 +41,27 @@ def composing(arguments: list[str]) -> Iterator[None]:
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         raise ConfigError(in_words(error, arguments)) from error
     except Exception as error:
-        if not _is_of_a_parser(error):
+        package = _package_that_raised(error)
+        if package in LAUNCHERS_CODE:
+            raise VlmrlError(
+                f"the launcher cannot start the jobs ({' '.join(describe(error).split())}), so none runs: start it "
+                "where the queue answers, or leave hydra/launcher= out to run them here, one after the other"
+            ) from error
+        is_of_a_folder = isinstance(error, OSError) and not str(error.filename).endswith(".yaml")
+        if package not in PARSERS or is_of_a_folder:
             raise
         raise ConfigError(in_words(error, arguments)) from error
 
 
-def _is_of_a_parser(error: Exception) -> bool:
-    """Whether the innermost frame outside the standard library is in one of `PARSERS`: Hydra does not wrap each
-    exception that its own code raises."""
+def _package_that_raised(error: Exception) -> str:
+    """The package of the innermost frame outside the standard library: Hydra does not wrap each exception that its own
+    code raises."""
     step, package = error.__traceback__, ""
     while step is not None:
         name = str(step.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
         package = package if name in sys.stdlib_module_names else name
         step = step.tb_next
-    return package in PARSERS
+    return package
 
 
 def in_words(error: Exception, arguments: list[str]) -> str:
@@ -101,7 +113,8 @@ def _about_quotes(error: OverrideParseException) -> str:
     if not equals:
         return f"{given} does not parse as key=value: {reason}: write {key}=<value>, or remove it"
     if value.lstrip()[:1] in ("[", "{"):
-        remedy = "put each text in it into quotes, inside the shell's: " + shlex.quote(f'{key}=["a=b","c,d"]')
+        example = shlex.quote(f'{key}=["a=b","c,d"]')
+        remedy = f"put each text in it into quotes, or all of it if it is one text, inside the shell's: {example}"
     else:
         (quoted,) = redacted_words([key + '="' + re.sub(r'(\\*)("|$)', _escaped, value) + '"'])
         remedy = f"put the value into quotes, inside the shell's: {shlex.quote(quoted)}"

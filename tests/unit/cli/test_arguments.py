@@ -66,6 +66,15 @@ def test_quoted_texts_come_back(text: str) -> None:
     assert OverridesParser.create().parse_override(f"model.name={quoted(text)}").value() == text
 
 
+@pytest.mark.parametrize("text", ["/x/y=z", "日本", "a b(c)", "{{ question }}", "it's, a comma=1", "x#y", "C:\\a=b"])
+def test_a_text_for_a_users_task(text: str, composed: Callable[..., DictConfig]) -> None:
+    """Quoted where Hydra's grammar cannot parse it, and where it is not the begin of a list or a call."""
+    config = composed(*rewrite(["task=a.b:C", f"task.args.x={text}"]))
+    assert config.task.args.x == text
+    for unclear in ("[a=b", "{a", "'a", "range(1", "choice(a=b)"):
+        assert rewrite([f"task.args.x={unclear}"]) == [f"++task.args.x={unclear}"], "left to Hydra"
+
+
 def test_only_text_keys_are_quoted() -> None:
     assert {"model.name", "algorithm.loss", "task.target", "inference.kind"} - text_keys() <= {"inference.kind"}
     assert not {"resume", "run", "seed", "mode"} & text_keys()

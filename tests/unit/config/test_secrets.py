@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from vlmrl.config.secrets import find_secrets, is_secret_name, is_secret_value, redacted
+from vlmrl.cli.exit_codes import report
+from vlmrl.config.secrets import find_secrets, is_secret_name, is_secret_value, redacted, redacted_words
+from vlmrl.errors import ConfigError
 
 S = "hunter2SECRET"
 
@@ -19,6 +21,7 @@ LEAKS: tuple[tuple[dict[str, Any], str], ...] = (
             *("password", "PASSWORD", "dbPassword", "db_password", "passwd", "pwd", "passphrase"),
             *("secret", "client_secret", "secret_key", "aws_secret_access_key", "private_key", "ssh_key", "accessKey"),
             *("credential", "credentials", "bearer", "Authorization", "jwt", "key"),
+            *("signing_key", "encryptionKey", "session_token", "refreshToken", "slack_token", "wandb_api_key"),
         )
     ),
     ({"password": 12345678}, "password"),
@@ -77,6 +80,10 @@ INNOCENT: tuple[dict[str, Any], ...] = (
     {"url": "http://10.0.0.7:8000/v1?max_tokens=5", "email": "me@host.org", "ssh": "git@host.org:a/b.git"},
     {"path": "/data/task-2024-01-results-A1", "lib": "sk-learn-1.5-baseline", "hub": "hf_hub_download_v2"},
     {"prompt": "The secret password is the bearer of all keys. Basic arithmetic: a=1, key=b, tokens=3 --verbose 1"},
+    {"max_new_tokens": 8, "tokenizer_name": "bpe", "num_tokens": "3", "token_type": "image", "tokens_per_step": "9"},
+    {"key_size": "2048", "keypoints": "x,y", "keywords": ["a"], "foreign_key": "row", "keyframe": "12", "turkey": "a"},
+    {"passage": "p. 3", "passing_grade": "C", "compass": "N", "bypass": "no", "authority": "us", "authors": "a, b"},
+    {"secretion": "x", "bearer_of_news": "bob", "cwd": "/a", "pwd_note": "", "hash_key": "sha256", "group_key": "id"},
     {"target": "my_package.api_key:password", "time": "12:30@noon", "ratio": "3:2@x"},
 )
 
@@ -113,3 +120,33 @@ def test_redacting_leaves_the_tree_alone() -> None:
     tree = {"args": [{"api_key": "hunter2"}], "pair": (1, 2)}
     assert redacted(tree) == {"args": [{"api_key": "(hidden)"}], "pair": [1, 2]}
     assert tree == {"args": [{"api_key": "hunter2"}], "pair": (1, 2)}
+
+
+WORDS = (
+    (f"++task.args.api_key={S}", "++task.args.api_key=(hidden)"),
+    (f"task.args.headers.Authorization='Bearer {S}'", "task.args.headers.Authorization=(hidden)"),
+    (f"task.args.clients=[{{name: a, api_key: {S}}}]", "task.args.clients=[{name: a, api_key: (hidden)}]"),
+    (f"model.name=https://u:{S}@h/x", "model.name=https://(hidden)@h/x"),
+    ("task.args.x=sk-proj-abcDEF123456", "task.args.x=(hidden)"),
+    ("sk-proj-abcDEF123456", "(hidden)"),
+    ("task.args.tokenizer=bpe", "task.args.tokenizer=bpe"),
+    ("orchestrator.max_new_tokens=8", "orchestrator.max_new_tokens=8"),
+    ("inference.urls=[http://10.0.0.7:8000]", "inference.urls=[http://10.0.0.7:8000]"),
+    ("--multirun", "--multirun"),
+)
+
+
+@pytest.mark.parametrize(("word", "shown"), WORDS)
+def test_the_words_of_a_command_line(word: str, shown: str) -> None:
+    assert redacted_words([word]) == [shown]
+
+
+def test_a_message_quotes_no_secret(capsys: pytest.CaptureFixture[str]) -> None:
+    assert report(ConfigError(f"model.name=https://me:{S}@host and sk-proj-abcDEF123456 do not exist")) == 2
+    assert capsys.readouterr().err == "error: model.name=https://(hidden)@host and (hidden) do not exist\n"
+
+
+def test_the_table_is_long_enough() -> None:
+    innocent = sum(len(tree) for tree in INNOCENT)
+    assert len(LEAKS) + len(VALUES) >= 50
+    assert innocent >= 50
