@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from vlmrl.config.algorithm import AlgorithmConfig, ImportanceCorrection
+from vlmrl.config.import_paths import import_named
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import ConfigError
 from vlmrl.orchestrator.advantages import assign_advantages, estimator_named, group_centered
@@ -190,3 +191,11 @@ def test_whatever_a_loss_does_is_an_error_that_names_it(case: int) -> None:
     config = AlgorithmConfig(loss="my_algorithms.mine:lost", args={"case": case})
     with pytest.raises(ConfigError, match=r"^algorithm\.loss=my_algorithms\.mine:lost: .*: return vlmrl\.trainer"):
         policy_loss(TOKENS, TOTALS, config)
+
+
+def test_a_module_that_ends_the_process_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script without a guard: its exit code 0 would say that the run was fine."""
+    (tmp_path / "a_script.py").write_text("import sys\nsys.exit(0)\nclass Mine: ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"task.target=a_script:Mine does not import: a_script called sys.exit\(0\)"):
+        import_named("task.target", "a_script:Mine", "Task class", callable)
