@@ -100,14 +100,16 @@ async def _keep_running(server: VllmServer, relay: Relay, path: Path, config: Vl
         client = ControlClient(
             server.name, url, server.api_key, Counter(), config.request_timeout_s, unix_socket=server.socket
         )
-        await server.wait_healthy(client.is_healthy, lambda line: None)
-        relay.target = server.socket
-        announce(path, url=url, key=server.api_key)
-        print(f"{server.name} listens on {url}", flush=True)
-        what = await _death(server, client)
+        try:
+            await server.wait_healthy(client.is_healthy, lambda line: None)
+            relay.target = server.socket
+            announce(path, url=url, key=server.api_key)
+            print(f"{server.name} listens on {url}", flush=True)
+            what = await _death(server, client)
+        finally:
+            relay.target = None
+            await client.close()
         print(f"{server.name} {what}", flush=True)
-        relay.target = None
-        await client.close()
         await server.stop()
     raise server.error(f"{what} and was restarted inference.max_restarts={config.max_restarts} times before")
 
