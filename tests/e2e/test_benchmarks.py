@@ -24,6 +24,7 @@ HELPERS = ("training_batches.py", "trl_side.py")
 SMALL_IMAGES = "--groups 2 --group-size 2 --image-size 64 --new-tokens 8"
 REHEARSALS = {
     "fsdp_scaling.py": "--size tiny --device cpu --shape codeword --rows alone,full,optimizer --steps 1 --groups 1",
+    "kills.py": "--kills 2",
     "mismatch.py": f"--checkpoint TINY --dtype float32 --engines default {SMALL_IMAGES}",
     "rollout_throughput.py": f"--rounds 1 --turns 1 {SMALL_IMAGES}",
     "same_runs.py": f"{sys.executable} {sys.executable} --short --cases default",
