@@ -38,7 +38,7 @@ class Stop(asyncio.Event):
     def requeue(self) -> None:
         """Put the Slurm job back into the queue if the signal was one of the queue's. Raises VlmrlError if Slurm
         refuses."""
-        if self.number in slurm.QUEUE_SIGNALS:
+        if slurm.in_step() and self.number in slurm.QUEUE_SIGNALS:
             slurm.requeue(self.number, self.handler_before)
 
 
