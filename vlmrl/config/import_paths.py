@@ -120,11 +120,6 @@ def _import(key: str, path: str, module_name: str, kind: str) -> ModuleType:
             f"{key}={path} does not import ({error}), so there is no {kind} to load: install {error.name!r} or "
             f"fix the import in {module_name}"
         ) from error
-    except SystemExit as error:  # it would end the command as if all were well
-        raise ConfigError(
-            f"{key}={path} does not import: {module_name} called sys.exit({error.code!r}), so there is no {kind} to "
-            "load: keep what it runs as a script below `if __name__ == '__main__':`"
-        ) from error
 
 
 def _offer(module: ModuleType, kind: str, is_offered: Callable[[Any], bool]) -> str:
