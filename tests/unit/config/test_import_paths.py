@@ -197,5 +197,5 @@ def test_a_module_that_ends_the_process_is_refused(tmp_path: Path, monkeypatch: 
     """A script without a guard: its exit code 0 would say that the run was fine."""
     (tmp_path / "a_script.py").write_text("import sys\nsys.exit(0)\nclass Mine: ...\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ConfigError, match="^task.target=a_script:Mine: importing a_script:Mine raised SystemExit: 0"):
+    with pytest.raises(ConfigError, match=r"^task\.target=a_script:Mine: importing a_script:Mine raised SystemExit: 0"):
         import_named("task.target", "a_script:Mine", "Task class", callable)
