@@ -95,17 +95,31 @@ class Source:
         return iter(self.tensors.items())
 
 
+EVENT_SYNC_REQUIRED = 14
+"""Position of `event_sync_required` among the arguments of `torch.multiprocessing.reductions.rebuild_cuda_tensor`."""
+
+
 def as_json(update_info: Mapping[str, Any]) -> dict[str, Any]:
     """`update_info` for HTTP, without entries that are None. IPC handles are torch objects, so they are pickled.
 
-    >>> sorted(as_json({"names": ["w"], "ipc_handles": [{"GPU-1": (0,)}]}))
+    The receiver is not to wait for the handles' CUDA events. It need not: `GpuSync` synchronizes the GPU before it
+    sends. And it could not after a restart: once a process that had opened such an event is killed, no other process
+    can open it ("mapping of buffer object failed", seen with torch 2.11 on an H200).
+
+    >>> sorted(as_json({"names": ["w"], "ipc_handles": [{"GPU-1": (0,) * 15}]}))
     ['ipc_handles_pickled', 'names']
     """
     plain = {name: value for name, value in update_info.items() if value is not None}
     handles = plain.pop("ipc_handles", None)
     if handles is not None:
+        handles = [{gpu: _without_event(args) for gpu, args in handle.items()} for handle in handles]
         plain["ipc_handles_pickled"] = base64.b64encode(pickle.dumps(handles)).decode()
     return plain
+
+
+def _without_event(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    assert len(args) == EVENT_SYNC_REQUIRED + 1, f"{len(args)} arguments for rebuild_cuda_tensor"
+    return (*args[:EVENT_SYNC_REQUIRED], False)
 
 
 def bucket_bytes(tensors: Mapping[str, Tensor]) -> int:
