@@ -32,6 +32,7 @@ import threading
 import traceback as tracebacks
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import TracebackType
 
 
 class VlmrlError(Exception):
@@ -133,7 +134,7 @@ def fenced(doing: str, fault: type[UserFault] = UserFault) -> Iterator[None]:
         if _is_not_the_users(error):
             raise
         # Without the original as context: it would keep the frames of the user's code alive, and its text may raise.
-        raise fault(f"{doing} raised {describe(error)}", _format_traceback(error)) from None
+        raise fault(f"{doing} raised {describe(error)}", _format_traceback(error, _inside(error))) from None
 
 
 def describe(error: BaseException) -> str:
@@ -142,10 +143,22 @@ def describe(error: BaseException) -> str:
     >>> describe(ValueError("no such row"))
     'ValueError: no such row'
     """
+    return headline(error) + _made_text(lambda: _place(error), error)
+
+
+def headline(error: BaseException) -> str:
+    """The type and the words of an error, without its place. Never raises, whatever `__str__` does.
+
+    >>> headline(KeyError("colour"))
+    "KeyError: 'colour'"
+    """
     name = _made_text(lambda: type(error).__name__, error)
-    words = safe_text(error)
-    where = _made_text(lambda: _place(error), error)
-    return _shortened(": ".join(filter(None, (name, words))) + where, LONGEST_TEXT)
+    return _shortened(": ".join(filter(None, (name, safe_text(error)))), LONGEST_TEXT)
+
+
+def format_error(error: BaseException) -> str:
+    """The traceback of an error as Python prints it, shortened: its words may quote a whole batch. Never raises."""
+    return _format_traceback(error, error.__traceback__)
 
 
 def safe_text(value: object) -> str:
@@ -190,8 +203,12 @@ def _place(error: BaseException) -> str:
     return "" if frame is None else f" ({frame.f_code.co_filename}:{line}, in {frame.f_code.co_name})"
 
 
-def _format_traceback(error: BaseException) -> str:
-    outermost = error.__traceback__ and error.__traceback__.tb_next  # without the frame of `fenced` itself
+def _inside(error: BaseException) -> TracebackType | None:
+    """The traceback without the frame of `fenced` itself."""
+    return error.__traceback__ and error.__traceback__.tb_next
+
+
+def _format_traceback(error: BaseException, outermost: TracebackType | None) -> str:
     made = _made_text(lambda: "".join(tracebacks.format_exception(type(error), error, outermost)), error)
     return _shortened(made, LONGEST_TRACEBACK)
 

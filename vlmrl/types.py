@@ -42,6 +42,9 @@ class Image:
 
     source: Any
 
+    def __repr__(self) -> str:
+        return f"Image({type(self.source).__name__})"
+
 
 Part: TypeAlias = Text | Image
 
@@ -76,6 +79,9 @@ class ImageItem:
     num_tokens: int
     """Number of placeholder tokens of the image; grid.prod() / merge² for Qwen-VL."""
 
+    def __repr__(self) -> str:
+        return f"ImageItem({self.hash!r}, {self.num_tokens} tokens)"
+
 
 @dataclass(frozen=True)
 class Placeholder:
@@ -99,6 +105,9 @@ class Prompt:
     """int64 [P]."""
     placeholders: tuple[Placeholder, ...]
     images: tuple[ImageItem, ...]
+
+    def __repr__(self) -> str:
+        return f"Prompt({len(self.token_ids)} tokens, {len(self.images)} images)"
 
 
 def extends(prompt: Prompt, previous: Prompt, completion_ids: IntArray) -> bool:
@@ -191,6 +200,9 @@ class Completion:
     versions: IntArray
     """int64 [C]; the policy version that sampled each token."""
     finish_reason: Literal["stop", "length"]
+
+    def __repr__(self) -> str:
+        return f"Completion({len(self.token_ids)} tokens, {self.finish_reason!r})"
 
 
 class EngineSession(Protocol):
@@ -332,6 +344,9 @@ class Turn:
     """Filled by samples.py after the step: the trainer's logprobs and entropies of the C tokens of the completion. None
     where the turn was not trained on."""
 
+    def __repr__(self) -> str:
+        return f"Turn({self.prompt}, {self.completion}, reward={self.reward})"
+
 
 @dataclass(eq=False)
 class Rollout:
@@ -362,6 +377,9 @@ class Rollout:
     """The formatted traceback, for faults whose code raised."""
     replayed: int = 0
     """How often it was played again because a server of the run was lost."""
+
+    def __repr__(self) -> str:
+        return f"Rollout({self.rollout_id!r}, {len(self.turns)} turns, {self.stop_reason})"
 
     @property
     def is_cut(self) -> bool:
@@ -412,6 +430,9 @@ class TrainingSample:
                 assert value.shape == (length,), f"{f.name} has shape {value.shape}, not ({length},)"
         check_placeholders(length, self.placeholders, self.images)
 
+    def __repr__(self) -> str:
+        return f"TrainingSample({self.rollout_id!r}, {len(self.token_ids)} tokens)"
+
 
 # ── trainer ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -425,6 +446,9 @@ class TokenMetrics:
     the banned tokens of sampling applied."""
     entropies: FloatArray
     """float32 [N]; entropy of that distribution, in nats."""
+
+    def __repr__(self) -> str:
+        return f"TokenMetrics({len(self.entropies)} tokens)"
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,9 @@ user; a traceback is a bug in vlmrl or in the user's own module.
 from __future__ import annotations
 
 import sys
-import traceback
 
 from vlmrl.config.secrets import redacted_text
-from vlmrl.errors import Interrupted, VlmrlError, safe_text
+from vlmrl.errors import Interrupted, VlmrlError, format_error, safe_text
 
 
 class JobError(Exception):
@@ -23,7 +22,7 @@ def report(error: Exception) -> int:
     A message may quote a value, so a secret in it is hidden.
     """
     if not isinstance(error, VlmrlError):
-        traceback.print_exception(error)
+        print(format_error(error), end="", file=sys.stderr)
         return 1
     begin = "interrupted" if isinstance(error, Interrupted) else "error"
     print(f"{begin}: {redacted_text(safe_text(error))}", file=sys.stderr)

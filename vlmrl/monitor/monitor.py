@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from vlmrl.config.algorithm import Credit
 from vlmrl.config.monitor import MonitorConfig
-from vlmrl.errors import VlmrlError
+from vlmrl.errors import VlmrlError, headline
 from vlmrl.monitor.glimpse import SHOWN, pick
 from vlmrl.monitor.health import EQUAL_COMPARED, HISTORY, compares_equal_rewards, warnings_for
 from vlmrl.monitor.progress import PHASES, Progress, duration
@@ -119,8 +119,7 @@ class Monitor:
             with self._stack:
                 if not self._finished:
                     interrupted = isinstance(error, KeyboardInterrupt)
-                    said = f"{type(error).__name__}: {error}".rstrip(": ")
-                    self.finish("interrupted" if interrupted else "error", {"error": said})
+                    self.finish("interrupted" if interrupted else "error", {"error": headline(error)})
         except VlmrlError as second:
             error.add_note(f"While closing: {second}")  # the first error is the one to report
 

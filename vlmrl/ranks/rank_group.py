@@ -30,7 +30,6 @@ import signal
 import socket
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -39,7 +38,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from vlmrl.errors import RankError, VlmrlError, safe_text
+from vlmrl.errors import RankError, VlmrlError, format_error, safe_text
 from vlmrl.ranks import heartbeat
 from vlmrl.ranks.commands import Command, Leave, Message
 from vlmrl.ranks.heartbeat import Beats, Pace, Watch
@@ -355,7 +354,7 @@ def follow(rank_group: RankGroup, worker: WorkerT) -> int:
         return 0
     except BaseException as error:  # rank 0 must learn of every error; a user's loss may call sys.exit()
         if not isinstance(error, VlmrlError):
-            traceback.print_exception(error)
+            print(format_error(error), end="", file=sys.stderr)
         log.error("this rank ends by an exception", exc_info=error)
         rank_group.fail(error)
         if not torch.cuda.is_available():
