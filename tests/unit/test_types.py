@@ -1,4 +1,4 @@
-"""Rules between records: when a prompt extends an earlier turn."""
+"""Rules between records: when a prompt extends an earlier turn. And what an error text shows of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,20 @@ import numpy as np
 import pytest
 
 from support.prompt_builders import EMPTY, END, IMAGE, IMAGES, extended
-from vlmrl.types import Placeholder, Prompt, extends
+from vlmrl.types import (
+    Completion,
+    Image,
+    ImageItem,
+    Message,
+    Placeholder,
+    Prompt,
+    Rollout,
+    StopReason,
+    TokenMetrics,
+    TrainingSample,
+    Turn,
+    extends,
+)
 
 PREVIOUS = extended(EMPTY, [5], [IMAGES[0]])
 COMPLETION = np.array([7, IMAGE], np.int64)
@@ -33,3 +46,17 @@ NEXT = extended(PREVIOUS, [7, IMAGE, END], [IMAGES[0]])
 )
 def test_extends(what: str, prompt: Prompt, expected: bool) -> None:
     assert extends(prompt, PREVIOUS, COMPLETION) is expected, what
+
+
+def test_records_are_short_in_an_error_text() -> None:
+    """`asyncio.create_task` quotes what it was given, for example a list of samples."""
+    numbers, chances = np.arange(5000), np.zeros(5000, np.float32)
+    image = ImageItem("a" * 32, np.zeros((300, 300, 3), np.uint8), {"pixel_values": np.zeros((400, 1176))}, 100)
+    prompt = Prompt(numbers, (), (image,) * 9)
+    completion = Completion(numbers, chances, numbers, "stop")
+    turn = Turn(prompt, completion, "x" * 5000, [Message.of("user", "x" * 5000)], 0, 1.0)
+    rollout = Rollout("train/000001/00/00", "1", 0, [turn] * 9, 1.0, {}, StopReason.TERMINATED)
+    sample = TrainingSample(rollout.rollout_id, numbers, numbers, numbers > 5, chances, chances, numbers, (), ())
+    records = (image, prompt, completion, turn, rollout, sample, TokenMetrics(chances, chances), Image(b"x" * 10**6))
+    assert [type(record).__name__ for record in records if len(repr(record)) > 120] == []
+    assert repr(sample) == "TrainingSample('train/000001/00/00', 5000 tokens)"

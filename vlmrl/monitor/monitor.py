@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from vlmrl.config.algorithm import Credit
 from vlmrl.config.monitor import MonitorConfig
-from vlmrl.errors import VlmrlError, headline
+from vlmrl.errors import VlmrlError, format_error, headline
 from vlmrl.monitor.glimpse import SHOWN, pick
 from vlmrl.monitor.health import EQUAL_COMPARED, HISTORY, compares_equal_rewards, warnings_for
 from vlmrl.monitor.progress import PHASES, Progress, duration
@@ -114,7 +114,7 @@ class Monitor:
         if error is None:
             self._stack.close()
             return
-        log.error("the run ended with an exception", exc_info=error)
+        log.error("the run ended with an exception\n%s", format_error(error).rstrip())
         try:
             with self._stack:
                 if not self._finished:

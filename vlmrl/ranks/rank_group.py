@@ -352,10 +352,10 @@ def follow(rank_group: RankGroup, worker: WorkerT) -> int:
             rank_group.answer(message.run(worker))
         rank_group.part()
         return 0
-    except BaseException as error:  # rank 0 must learn of every error; a user's loss may call sys.exit()
+    except BaseException as error:  # noqa: BLE001 — rank 0 must learn of every error; a user's loss may call sys.exit()
         if not isinstance(error, VlmrlError):
             print(format_error(error), end="", file=sys.stderr)
-        log.error("this rank ends by an exception", exc_info=error)
+        log.error("this rank ends by an exception\n%s", format_error(error).rstrip())
         rank_group.fail(error)
         if not torch.cuda.is_available():
             # gloo: ranks that wait for this one fail at once. With NCCL, this call would wait for the others.

@@ -8,9 +8,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-from vlmrl.errors import format_error
 from vlmrl.record.files import disk_errors
 
 
@@ -33,13 +31,6 @@ class _LogFile(logging.handlers.WatchedFileHandler):
             super().close()
 
 
-class _Formatter(logging.Formatter):
-    """Shortens tracebacks, whose errors may quote a whole batch."""
-
-    def formatException(self, ei: Any) -> str:  # noqa: N802 — the name is logging's
-        return super().formatException(ei) if ei[1] is None else format_error(ei[1]).rstrip("\n")
-
-
 class MainLog:
     """A context manager. Inside it, the root logger writes to a file, and no logger writes to the screen.
 
@@ -54,7 +45,7 @@ class MainLog:
     def __enter__(self) -> MainLog:
         with disk_errors(self._path):
             self._handler = _LogFile(self._path, encoding="utf-8", errors="backslashreplace")
-        self._handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         root = logging.getLogger()
         self._level = root.level
         root.addHandler(self._handler)

@@ -20,7 +20,7 @@ from support.rollout_builders import group, rollout
 from vlmrl.config.algorithm import Credit
 from vlmrl.config.monitor import MonitorConfig, WandbConfig, WandbMode
 from vlmrl.config.run import RunConfig
-from vlmrl.errors import VlmrlError
+from vlmrl.errors import LONGEST_TEXT, LONGEST_TRACEBACK, VlmrlError
 from vlmrl.monitor.monitor import Monitor
 from vlmrl.record.metrics import REQUIRED_KEYS, missing_keys, read_metrics
 from vlmrl.record.rollouts import read_rollouts
@@ -301,6 +301,30 @@ def test_an_error_is_summed_up_logged_and_passed_on(run_dir: RunDir) -> None:
     assert (summary["exit_reason"], summary["error"]) == ("error", "ZeroDivisionError: by zero")
     assert "Traceback (most recent call last):" in run_dir.main_log.read_text()
     assert len(list(read_rollouts(run_dir.rollouts_file("step", 1)))) == 2
+
+
+def test_an_error_that_quotes_a_whole_batch_is_shortened(run_dir: RunDir) -> None:
+    with pytest.raises(TypeError):
+        run_that_raises(run_dir, TypeError(f"got {'9, ' * 100_000}"))
+    summary = run_dir.read_summary()
+    assert summary is not None
+    assert summary["error"].startswith("TypeError: got 9, 9")
+    assert len(summary["error"]) < LONGEST_TEXT + 100
+    logged = run_dir.main_log.read_text()
+    assert len(logged) < LONGEST_TRACEBACK + LONGEST_TEXT
+    assert logged.count("run_that_raises") == 1
+
+
+def test_an_error_without_a_text_is_summed_up(run_dir: RunDir) -> None:
+    class WordlessError(Exception):
+        def __str__(self) -> str:
+            raise LookupError("no words")
+
+    with pytest.raises(WordlessError):
+        run_that_raises(run_dir, WordlessError())
+    summary = run_dir.read_summary()
+    assert summary is not None
+    assert summary["error"].startswith("WordlessError: ")
 
 
 def test_a_summary_that_was_written_stands(run_dir: RunDir) -> None:
