@@ -16,7 +16,7 @@ def own_address() -> str:
     for addresses in psutil.net_if_addrs().values():
         for address in addresses:
             if address.family == socket.AF_INET and not address.address.startswith("127."):
-                return address.address
+                return str(address.address)
     pytest.skip("this host has only the loopback address")
 
 
