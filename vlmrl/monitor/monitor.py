@@ -36,6 +36,7 @@ from vlmrl.monitor.screen import lost_streams
 from vlmrl.monitor.wandb_logger import WandbLogger
 from vlmrl.record.faults import FaultLog, FaultRecord, faults_of
 from vlmrl.record.files import disk_errors
+from vlmrl.record.in_place import Folders
 from vlmrl.record.logs import MainLog
 from vlmrl.record.metrics import ELAPSED, EVAL_GREEDY, EVAL_SAMPLED, ZERO_ADVANTAGE, MetricsLog, Record, read_metrics
 from vlmrl.record.rollouts import RecordedSplit, RolloutRecorder
@@ -98,6 +99,8 @@ class Monitor:
             self._metrics = MetricsLog(self._run_dir.metrics, damaged.append)
             stack.callback(self._metrics.close)
             stack.callback(self._close_supervised)
+            self._folders = Folders(self._run_dir.folders)
+            stack.callback(self._folders.close)
             self._recorder = RolloutRecorder(self._run_dir)
             stack.callback(self._recorder.close)
             stack.callback(self._wandb.finish, 1)  # exit code 1: does nothing if `finish` was called
@@ -182,6 +185,7 @@ class Monitor:
         self._wandb.log({f"warmup/{key}": value for key, value in record.items()})
         self._note_lost_screen()
         self.recorded = self.recorded._replace(supervised_steps=self.recorded.supervised_steps + 1)
+        self._keep_in_place()
 
     def faults(self, faults: Sequence[FaultRecord]) -> None:
         """Append to faults.jsonl what went wrong with demonstrations. Faults of rollouts are recorded by `step`,
@@ -211,6 +215,7 @@ class Monitor:
             self.warn(text)
         self._note_lost_screen()
         self.recorded = self.recorded._replace(steps=self.recorded.steps + 1)
+        self._keep_in_place()
 
     def record(self, step: int, groups: Sequence[Group]) -> None:
         """Record only the rollouts of a step, after which the run ends with an error."""
@@ -240,6 +245,7 @@ class Monitor:
         log.info("evaluation after step %d: %s", step, dict(metrics))
         self._note_lost_screen()
         self.recorded = self.recorded._replace(evaluations=self.recorded.evaluations + 1)
+        self._keep_in_place()
 
     def checkpoint(self, step: int, folder: Path) -> None:
         """Log a complete checkpoint to W&B (`monitor.wandb.checkpoints`). Do not delete it before this returns."""
@@ -252,6 +258,17 @@ class Monitor:
             log.warning(text)
             if not self._finished:  # the view has ended
                 self._progress.warn(text)
+
+    def _keep_in_place(self) -> None:
+        """Write again what was removed under the run, with a warning. Raises VlmrlError for a file that cannot be
+        written again. Call it when a step is recorded completely: the run that ends by it is saved with that step."""
+        for records in (self._metrics, self._supervised, self._faults):
+            if records is not None:
+                records.check_in_place()
+        for folder in self._folders.make_again():
+            self.warn(f"{folder} was removed or replaced under the run: from here on it is written to again.")
+        if self._run_dir.keep_config():
+            self.warn(f"{self._run_dir.config} was removed or changed under the run: it is written again, unchanged.")
 
     def _note_lost_screen(self) -> None:
         for text in lost_streams():
@@ -272,6 +289,8 @@ class Monitor:
 
         The run has ended when summary.json is there: once `hurries` returns True, the page is left out.
         """
+        if exit_reason != "error":
+            self._keep_in_place()
         self._finished = True
         self._wandb.finish(exit_code=1 if exit_reason == "error" else 0)
         last = self._metrics.last or {}

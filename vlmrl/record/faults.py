@@ -21,6 +21,7 @@ import orjson
 
 from vlmrl.errors import safe_text
 from vlmrl.record.files import disk_errors, write_bytes_atomically
+from vlmrl.record.in_place import check_in_place
 from vlmrl.record.lines import read_lines
 from vlmrl.types import Rollout
 
@@ -95,6 +96,8 @@ class FaultLog:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._written: os.stat_result | None = None
+        """The file after the newest line; None before the first."""
 
     def write(self, faults: Sequence[FaultRecord]) -> None:
         """Append the records in one piece. Raises VlmrlError where the file cannot be written."""
@@ -106,6 +109,7 @@ class FaultLog:
             try:
                 file.write(lines)
                 file.flush()
+                self._written = os.fstat(file.fileno())
             except OSError:  # the disk is full: leave no half-written line
                 os.ftruncate(file.fileno(), start)
                 raise
@@ -125,6 +129,11 @@ class FaultLog:
                 write_bytes_atomically(self._path, b"".join(map(_line, kept)))
             else:
                 self._path.unlink()
+
+    def check_in_place(self) -> None:
+        """Raise VlmrlError where the file was removed, replaced or changed since the newest line was written."""
+        if self._written is not None:
+            check_in_place(self._path, self._written, self._written.st_size)
 
     def flush(self) -> None:
         """Wait until every line is on the disk."""

@@ -22,6 +22,7 @@ from typing import Any, TypeAlias
 import orjson
 
 from vlmrl.record.files import disk_errors, is_number
+from vlmrl.record.in_place import check_in_place
 from vlmrl.record.lines import read_lines
 
 log = logging.getLogger(__name__)
@@ -213,6 +214,10 @@ class MetricsLog:
             self.last, self._last_start, self._end = record, start, end
         with disk_errors(self.path):
             os.ftruncate(self._fd, self._end)
+
+    def check_in_place(self) -> None:
+        """Raise VlmrlError where the file was removed, replaced or changed since the newest line was written."""
+        check_in_place(self.path, os.fstat(self._fd), self._end)
 
     def flush(self) -> None:
         """Wait until every line is on the disk."""

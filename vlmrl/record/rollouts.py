@@ -118,7 +118,6 @@ class RolloutRecorder:
         self._run_dir = run_dir
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recorder")
         self._waiting: deque[Future[None]] = deque()
-        self._images: set[str] = set()  # hashes of images on disk; used only by the thread
         self._spellings: TokenSpellings | None = None
 
     def spell_with(self, tokenizer: Any) -> None:
@@ -153,17 +152,18 @@ class RolloutRecorder:
             self._waiting.popleft().result()
 
     def _write(self, path: Path, step: int, rollouts: dict[RecordedSplit, Sequence[Rollout]]) -> None:
-        for image in _images(rollout for group in rollouts.values() for rollout in group):
-            if image.hash not in self._images:
-                picture = self._run_dir.image(image.hash)
-                if not picture.exists():
-                    with disk_errors(picture):
-                        write_png(picture, image)
-                self._images.add(image.hash)
+        images = {image.hash: image for image in _images(each for group in rollouts.values() for each in group)}
+        for hash, image in images.items():
+            picture = self._run_dir.image(hash)
+            if not picture.exists():
+                with disk_errors(picture):
+                    picture.parent.mkdir(exist_ok=True)  # it may have been removed under the run
+                    write_png(picture, image)
         if self._spellings is not None:
             self._spellings.add(_tokens(rollout for group in rollouts.values() for rollout in group))
         lines = b"".join(record_line(rollout, step, split) for split, group in rollouts.items() for rollout in group)
         with disk_errors(path):
+            path.parent.mkdir(exist_ok=True)
             write_bytes_atomically(path, lines)
 
 

@@ -39,7 +39,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -114,6 +114,7 @@ class RunDir:
         self.replay = self.path / "replay.json"
         self.summary = self.path / "summary.json"
         self.overrides = self.path / "overrides.json"
+        self._config_written: bytes | None = None
 
     @property
     def name(self) -> str:
@@ -148,6 +149,11 @@ class RunDir:
         kinds: tuple[RecordKind, ...] = ("eval", "step")
         return [self.rollouts_file(kind, each) for kind in kinds for each in self.rollouts_steps(kind) if each > step]
 
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The subfolders of every run."""
+        return self.rollouts, self.images, self.checkpoints, self.logs
+
     # ── the folder ──────────────────────────────────────────────────────────────────────────────────────────
 
     @contextmanager
@@ -172,7 +178,7 @@ class RunDir:
                 f"set another output_dir, or continue that run with resume={self.path}"
             )
         with self._writable():
-            for folder in (self.path, self.rollouts, self.images, self.checkpoints, self.logs):
+            for folder in (self.path, *self.folders):
                 folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path):
                 pass
@@ -212,8 +218,21 @@ class RunDir:
         """Write config.yaml: the resolved config, and under `environment` versions and the git commit."""
         tree = tree_of(config)
         tree["environment"] = environment()
+        content = OmegaConf.to_yaml(OmegaConf.create(tree)).encode()
         with disk_errors(self.config):
-            write_bytes_atomically(self.config, OmegaConf.to_yaml(OmegaConf.create(tree)).encode())
+            write_bytes_atomically(self.config, content)
+        self._config_written = content
+
+    def keep_config(self) -> bool:
+        """Write config.yaml again where it is not as `write_config` has written it; returns whether it was not."""
+        if self._config_written is None:
+            return False
+        with suppress(OSError):
+            if read_small(self.config) == self._config_written:
+                return False
+        with disk_errors(self.config):
+            write_bytes_atomically(self.config, self._config_written)
+        return True
 
     def read_config(self, *, key: str = "resume") -> DictConfig:
         """Read config.yaml without `environment`; the caller merges it into the schema. No `${…}` in it is resolved.

@@ -40,6 +40,8 @@ class TokenSpellings:
     def add(self, token_ids: Iterable[int]) -> None:
         """Append the new ones of `token_ids`. Raises VlmrlError where the file cannot be written."""
         new = sorted(set(token_ids) - self._known)
+        if self._known and not self._path.exists():  # it was removed under the run: write all of it again
+            new = sorted({*new, *self._known})
         if not new:
             return
         lines = (orjson.dumps({"id": id, "text": self._spell(id)}, option=orjson.OPT_APPEND_NEWLINE) for id in new)

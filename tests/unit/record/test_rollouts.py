@@ -222,13 +222,14 @@ def test_a_slow_disk_holds_the_caller_back(run_dir: RunDir) -> None:
 def test_a_disk_error_is_raised_with_the_path(run_dir: RunDir) -> None:
     recorder = RolloutRecorder(run_dir)
     run_dir.rollouts.rmdir()
+    run_dir.rollouts.touch()
     recorder.write(1, {"train": [rollout()]})
-    with pytest.raises(VlmrlError, match=r"rollouts/step_000001\.jsonl cannot be written \(No such file"):
+    with pytest.raises(VlmrlError, match=r"rollouts/step_000001\.jsonl cannot be written \(File exists"):
         recorder.flush()
-    run_dir.rollouts.mkdir()
+    run_dir.rollouts.unlink()
     recorder.write(2, {"train": [rollout()]})
     recorder.close()
-    assert len(list(read_rollouts(run_dir.rollouts_file("step", 2)))) == 1
+    assert len(list(read_rollouts(run_dir.rollouts_file("step", 2)))) == 1, "a folder that is gone is made again"
 
 
 def test_a_full_disk_is_raised_at_a_later_write(tmp_path: Path) -> None:
