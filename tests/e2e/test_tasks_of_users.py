@@ -33,7 +33,10 @@ def runs(home: Home) -> Scenarios:
 
     go_on = "task=their_tasks:Sound,their_tasks:SomeFaults,their_tasks:EqualRewards,their_tasks:BadDemonstrations"
     end = "task=their_tasks:AllFaults,their_tasks:AllTooLong,their_tasks:Poison"
+    faults = "task=their_tasks:AllFaults,their_tasks:AllTooLong"
     return Scenarios(
+        short=lambda: sweep("short", faults, "trainer.warmup.steps=0", "trainer.max_steps=2"),
+        evaluation=lambda: sweep("evaluation", faults, "mode=eval", "orchestrator.eval.problems=4"),
         go_on=lambda: sweep("go_on", go_on, "task.args.shift=7"),
         end=lambda: sweep("end", end, "algorithm=dr_grpo", "trainer.warmup.steps=0"),
     )
@@ -189,6 +192,33 @@ def test_nothing_but_faults_ends_the_run(job: int, message: str, runs: Scenarios
     assert found["error"].startswith("TooManyFaultsError: every rollout of the last 3 steps failed")
     assert len(steady_rollouts(run)["step_000003.jsonl"]) == 8
     assert (run / "checkpoints/step_000003/state.json").exists(), "to be continued when the task is fixed"
+
+
+@pytest.mark.parametrize("job", [0, 1])
+def test_nothing_but_faults_in_a_short_run(job: int, runs: Scenarios) -> None:
+    folder, ended = runs["short"]
+    assert ended.code == 1
+    assert "Traceback" not in ended.err
+    assert ended.err.count("error: every rollout of the last 2 steps failed, so there is nothing to learn from") == 2
+    assert "repair them, and start the run again" in ended.err
+    found = summary(folder / str(job))
+    assert (found["exit_reason"], found["step"]) == ("error", 2)
+    assert (folder / str(job) / "checkpoints/step_000002").is_dir()
+
+
+@pytest.mark.parametrize("job", [0, 1])
+def test_nothing_but_faults_in_an_evaluation(job: int, runs: Scenarios) -> None:
+    folder, ended = runs["evaluation"]
+    assert ended.code == 1
+    assert "Traceback" not in ended.err
+    reasons = ("task_error: step() raised LookupError: no score", "context_full: the first prompt leaves no room")
+    assert (
+        f"error: every rollout of the evaluation failed, so its rewards say nothing; most often (8 of 8) they ended "
+        f"as {reasons[job]}" in ended.err
+    )
+    assert f"mode=faults run={folder / str(job)}, repair them, and evaluate again" in ended.err
+    assert summary(folder / str(job))["exit_reason"] == "error"
+    assert len(steady_rollouts(folder / str(job))["eval_000000.jsonl"]) == 8, "the record stays"
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(runs: Scenarios) -> None:

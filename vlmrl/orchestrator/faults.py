@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from vlmrl.errors import EngineError, TooManyFaultsError
 from vlmrl.record.faults import most_frequent
@@ -50,34 +51,42 @@ class FaultWatch:
     def finish(self) -> None:
         """Judge the last steps, also where there were fewer than `WATCHED_STEPS`. Raises as `check`."""
         if self._recent:
-            self._judge()
+            self._judge(then="start the run again")
 
-    def _judge(self) -> None:
+    def check_evaluation(self, rollouts: Sequence[Rollout]) -> None:
+        """Raise as `check` where none of an evaluation's rollouts could be played: its rewards say nothing then."""
+        failed = [rollout for rollout in rollouts if rollout.stop_reason.is_fault or not rollout.turns]
+        if rollouts and len(failed) == len(rollouts):
+            self._raise("every rollout of the evaluation failed, so its rewards say nothing", failed, "evaluate again")
+
+    def _judge(self, then: str = "") -> None:
         rollouts = [rollout for of_step in self._recent for rollout in of_step]
         failed = [rollout for rollout in rollouts if rollout.dropped in (DropReason.FAULT, DropReason.EMPTY)]
         if len(failed) == len(rollouts):
-            stop_reason, reason = _most_frequent(failed)
-            text = (
-                f"every {self.watched} of the last {len(self._recent)} steps failed, so there is nothing to learn "
-                f"from; {reason}"
-            )
-            raise (
-                EngineError(text) if stop_reason == StopReason.ENGINE_ERROR else TooManyFaultsError(self._advise(text))
-            )
+            steps = f"{len(self._recent)} steps" if len(self._recent) > 1 else "step"
+            text = f"every {self.watched} of the last {steps} failed, so there is nothing to learn from"
+            self._raise(text, failed, then)
         of_users = [rollout for rollout in failed if _is_users_fault(rollout)]
         counted = sum(rollout.stop_reason is not StopReason.ENGINE_ERROR for rollout in rollouts)
         if counted and len(of_users) > self.max_fault_rate * counted:
             raise TooManyFaultsError(
                 self._advise(
                     f"{len(of_users)} of the last {counted} {self.watched}s ({len(of_users) / counted:.0%}) were "
-                    f"faults, more than task.max_fault_rate={self.max_fault_rate:g}; {_most_frequent(of_users)[1]}"
+                    f"faults, more than task.max_fault_rate={self.max_fault_rate:g}; {_most_frequent(of_users)[1]}",
+                    then,
                 )
             )
 
-    def _advise(self, text: str) -> str:
+    def _raise(self, text: str, failed: Sequence[Rollout], then: str) -> NoReturn:
+        stop_reason, reason = _most_frequent(failed)
+        if stop_reason == StopReason.ENGINE_ERROR:
+            raise EngineError(f"{text}; {reason}")
+        raise TooManyFaultsError(self._advise(f"{text}; {reason}", then))
+
+    def _advise(self, text: str, then: str) -> str:
         return (
-            f"{text}. List the faults with python -m vlmrl mode=faults run={self.run}, repair them, and continue the "
-            f"run with resume={self.run}"
+            f"{text}. List the faults with python -m vlmrl mode=faults run={self.run}, repair them, and "
+            f"{then or f'continue the run with resume={self.run}'}"
         )
 
 

@@ -69,7 +69,8 @@ class Loop:
     _overlap: Overlap = field(default_factory=Overlap)
 
     async def run(self) -> ExitReason:
-        """Run the steps from the trainer's version to `max_steps`; return why the loop ended."""
+        """Run the steps from the trainer's version to `max_steps`; return why the loop ended. Raises as
+        `FaultWatch.check`, at the end also where there were too few steps for it to judge."""
         first = self.trainer.version
         await self.weight_sync.publish(first)
         is_first_due = first == 0 and not self.evaluator.history and self.evaluator.is_due(0, self.max_steps)
@@ -84,7 +85,10 @@ class Loop:
                     return "interrupted"
                 if not await self.learn(step, groups, started):
                     return "interrupted"
-            return "target_reached" if self.evaluator.reached_target else "finished"
+            if self.evaluator.reached_target:
+                return "target_reached"
+            self.faults.finish()
+            return "finished"
         finally:
             for task in self._pending.values():
                 task.cancel()

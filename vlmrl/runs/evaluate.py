@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import asyncio
 
+from vlmrl.orchestrator.faults import FaultWatch
 from vlmrl.orchestrator.interruption import stopped_before
 from vlmrl.orchestrator.loop import ExitReason
 from vlmrl.runs.build import Run
+from vlmrl.types import Rollout
 
 
 async def evaluate(run: Run) -> ExitReason:
-    """Evaluate the weights as they were loaded."""
-    return await evaluate_after(run, run.restored_step)
+    """Evaluate the weights as they were loaded.
+
+    Raises `TooManyFaultsError` (`EngineError` where the engine failed most often) where every rollout failed; their
+    record stays.
+    """
+    rollouts = await evaluate_after(run, run.restored_step)
+    if rollouts is None:
+        return "interrupted"
+    FaultWatch(run=str(run.run_dir.path)).check_evaluation(rollouts)
+    return "finished"
 
 
-async def evaluate_after(run: Run, step: int) -> ExitReason:
-    """Evaluate the trainer's weights and record the result as that of `step`, unless the run is asked to stop."""
+async def evaluate_after(run: Run, step: int) -> list[Rollout] | None:
+    """Evaluate the trainer's weights and record the result as that of `step`; return the rollouts, sampled and greedy.
+    None if the run was asked to stop before."""
     run.monitor.phase("eval")
     await run.weight_sync.publish(run.trainer.version)
     evaluation = asyncio.create_task(run.evaluator.run(step))
     if await stopped_before(evaluation, run.stop):
-        return "interrupted"
-    run.monitor.evaluation(step, *evaluation.result())
-    return "finished"
+        return None
+    metrics, rollouts = evaluation.result()
+    run.monitor.evaluation(step, metrics, rollouts)
+    return [rollout for of_kind in rollouts.values() for rollout in of_kind]

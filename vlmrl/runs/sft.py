@@ -28,7 +28,8 @@ async def sft(run: Run) -> ExitReason:
 
     if not await take_supervised_steps(run, save_on_the_way):
         return "interrupted"
-    return await evaluate_after(run, run.trainer.supervised_steps)
+    rollouts = await evaluate_after(run, run.trainer.supervised_steps)
+    return "interrupted" if rollouts is None else "finished"
 
 
 async def take_supervised_steps(run: Run, after_step: Callable[[int], None] | None = None) -> bool:
