@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from support.command_line import KILL_AT, SHORT, Home, Scenarios, assert_same_run
+from support.command_line import KILL_AT, PATIENCE, SHORT, Home, Scenarios, assert_same_run
+from support.processes import start
 from vlmrl.cli.sweep.jobs import job_name
 
 pytestmark = pytest.mark.slow
@@ -147,3 +148,21 @@ def test_a_search_by_optuna(home: Home) -> None:
     assert again.code == 0, again.err
     assert again.out.count("skipped, it has finished before") == 3, "the same trials are proposed"
     assert (folder / "optimization_results.yaml").read_text() == result
+
+
+@needs("hydra_plugins.hydra_submitit_launcher")
+@pytest.mark.parametrize("has_programs", [False, True])
+def test_a_launcher_that_finds_no_queue(has_programs: bool, home: Home, tmp_path: Path) -> None:
+    """Without Slurm's programs, and with them where its controller does not answer."""
+    for name in ("srun", "sbatch") if has_programs else ():
+        (tmp_path / name).write_text("#!/bin/sh\necho Unable to contact slurm controller >&2\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    arguments = ("seed=0,1", *SHORT, "hydra/launcher=slurm", f"hydra.sweep.dir={tmp_path / 'no_queue'}")
+    without_slurm = {**home.environment, "PATH": str(tmp_path)}
+    process = start("-m", "vlmrl", *arguments, cwd=home.path, environment=without_slurm)
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1
+    assert "Traceback" not in err
+    error = next(line for line in err.splitlines() if line.startswith("error: "))
+    assert error.startswith("error: the launcher cannot start the jobs (")
+    assert ("Unable to contact slurm controller" if has_programs else "srun") in error

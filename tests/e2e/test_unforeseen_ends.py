@@ -77,7 +77,7 @@ sys.exit(main())
 
 SCREENS = ("left", "full", "closed")
 
-SIGNALS = (signal.SIGHUP, signal.SIGXCPU)
+SIGNALS = (signal.SIGHUP, signal.SIGUSR1)
 """Two of `SAVE_SIGNALS`; tests/unit/runs/test_stopping.py has all."""
 
 

@@ -74,6 +74,14 @@ def test_the_second_urgent_signal_ends_at_once(
     assert ended_at_once == [second]
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_there_is_no_queue_outside_of_slurm(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    stop, _ = stopped_by(number)
+    stop.requeue()  # does nothing; it would ask for the job's number
+
+
 def test_nohup_and_the_handler_of_a_library_stay() -> None:
     seen: list[int] = []
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
