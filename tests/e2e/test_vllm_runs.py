@@ -46,11 +46,18 @@ def steps_of(run: Path) -> int:
 
 def engines(process: psutil.Process) -> list[psutil.Process]:
     """The API servers below a run."""
+
+    def command(child: psutil.Process) -> list[str]:
+        try:
+            return child.cmdline()
+        except psutil.NoSuchProcess:  # for example the one that made a report
+            return []
+
     return [
         child
         for child in process.children(recursive=True)
-        if "vllm.entrypoints.openai.api_server" in child.cmdline()
-        and "vlmrl.inference.vllm.in_server.supervisor" not in child.cmdline()
+        if "vllm.entrypoints.openai.api_server" in command(child)
+        and "vlmrl.inference.vllm.in_server.supervisor" not in command(child)
     ]
 
 
