@@ -49,7 +49,7 @@ def engines(process: psutil.Process) -> list[psutil.Process]:
 
     def command(child: psutil.Process) -> list[str]:
         try:
-            return child.cmdline()
+            return list(child.cmdline())
         except psutil.NoSuchProcess:  # for example the one that made a report
             return []
 
