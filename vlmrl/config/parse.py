@@ -97,12 +97,12 @@ def tree_of(config: RunConfig) -> dict[str, Any]:
 
 
 def without_references(tree: Any) -> Any:
-    """A tree that was read from config.yaml, with every `${…}` in it as text.
+    r"""A tree that was read from config.yaml, with every `${…}` in it as text.
 
     A run writes resolved values, so a reference there was put in by hand. A config.yaml may come from someone else, and
     `${oc.env:…}` would read this machine's environment.
 
-    >>> without_references({"a": "${oc.env:HOME}", "b": [r"\\${name} is", "plain"]})
+    >>> without_references({"a": "${oc.env:HOME}", "b": [r"\${name} is", "plain"]})
     {'a': '\\${oc.env:HOME}', 'b': ['\\${name} is', 'plain']}
     """
     return _mapped(tree, lambda text: text if REFERENCE.search(text) is None else escaped(text))
@@ -122,7 +122,7 @@ REFERENCE = re.compile(r"(?<!\\)(?:\\\\)*\$\{")
 
 
 def escaped(text: str) -> str:
-    """A text as OmegaConf has to read it to give that text.
+    r"""A text as OmegaConf has to read it to give that text.
 
     >>> escaped("${name} is"), escaped("plain $5 {x}")
     ('\\${name} is', 'plain $5 {x}')
