@@ -336,7 +336,7 @@ def test_a_summary_that_was_written_stands(run_dir: RunDir) -> None:
 
 
 def test_a_disk_that_fails_ends_the_run_by_name(run_dir: RunDir) -> None:
-    run_dir.rollouts.rmdir()
+    run_dir.rollouts_file("step", 1).mkdir()  # where a file is to be written
     with monitor_of(run_dir) as monitor:
         monitor.step(1, METRICS, [group()])
         with pytest.raises(VlmrlError, match=r"step_000001\.jsonl cannot be written"):
@@ -344,7 +344,7 @@ def test_a_disk_that_fails_ends_the_run_by_name(run_dir: RunDir) -> None:
 
 
 def test_the_first_trouble_is_the_one_to_report(run_dir: RunDir) -> None:
-    run_dir.rollouts.rmdir()
+    run_dir.rollouts_file("step", 1).mkdir()
     with pytest.raises(ZeroDivisionError) as caught:
         run_that_raises(run_dir, ZeroDivisionError())
     assert ["step_000001.jsonl cannot be written" in note for note in caught.value.__notes__] == [True]
