@@ -47,7 +47,10 @@ def test_a_run_that_would_not_work(home: Home) -> None:
     assert ended.err.startswith(
         "error: 2 of 16 lines failed, so a run would learn from something other than what it sampled, or not at all:\n"
     )
-    assert "\n  rollouts, version 0: train/000000/00/00 ended as task_error: step() raised LookupError: no score" in ended.err
+    assert (
+        "\n  rollouts, version 0: train/000000/00/00 ended as task_error: step() raised LookupError: no score"
+        in ended.err
+    )
     assert "Traceback" not in ended.err
     verdicts = {line["name"]: line["verdict"] for line in table(run)}
     assert verdicts["rollouts, version 0"] == "FAILED"
