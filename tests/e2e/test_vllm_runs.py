@@ -31,6 +31,9 @@ pytestmark = [
 STARTED_S = 180.0
 """Servers of two replicas, on a busy machine."""
 
+WARMED_UP_S = 900.0
+"""The same, and the supervised steps of a whole run."""
+
 
 def until(holds: Callable[[], bool], what: str, seconds: float = STARTED_S) -> None:
     end = time.monotonic() + seconds
@@ -196,7 +199,7 @@ def test_what_is_done_about_stale_tokens_is_seen_in_the_metrics(home: Home, corr
 
 @pytest.mark.parametrize("staleness", [0, 2])
 @pytest.mark.timeout(1800)
-def test_the_task_is_learned(home: Home, staleness: int) -> None:
+def test_the_task_is_learned(home: Home, request: pytest.FixtureRequest, staleness: int) -> None:
     """On policy it is sampled by two servers, of which one is killed on the way."""
     run = home.path / f"outputs/learned_{staleness}"
     replicas = 1 if staleness else 2
@@ -207,8 +210,9 @@ def test_the_task_is_learned(home: Home, staleness: int) -> None:
         "monitor.wandb.mode=disabled",
         f"hydra.run.dir={run}",
     )
+    request.addfinalizer(process.kill)
     if replicas == 2:
-        until(lambda: process.poll() is not None or steps_of(run) >= 3, "the third step")
+        until(lambda: process.poll() is not None or steps_of(run) >= 3, "the third step", WARMED_UP_S)
         assert process.poll() is None, process.communicate()
         servers = engines(psutil.Process(process.pid))
         assert len(servers) == 2
