@@ -78,6 +78,8 @@ def servers():
             words = open(f"/proc/{pid}/cmdline", "rb").read().split(bytes(1))
         except OSError:
             continue
+        if b"--model" not in words or not words[words.index(b"--model") + 1].decode().startswith(sys.argv[1]):
+            continue  # another run's
         if b"--uds" in words:
             yield words[words.index(b"--uds") + 1].decode()
         if b"--port" in words and b"vllm.entrypoints.openai.api_server" in words:
@@ -118,7 +120,8 @@ def test_a_run_survives_its_servers_and_leaves_nothing(
     changed = ("orchestrator.max_staleness=1", "trainer.max_steps=60", "orchestrator.eval.every=0")
     arguments = (*SHORT, "inference=vllm", "inference.request_timeout_s=10", *changed)
     is_root = os.geteuid() == 0
-    with subprocess.Popen([sys.executable, "-c", THIEF if is_root else ""], stdout=subprocess.PIPE, text=True) as thief:
+    command = [sys.executable, "-c", THIEF if is_root else "", str(home.path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as thief:
         process = home.start(*arguments, f"hydra.run.dir={run}", cold=True)  # a warm process may know another TMPDIR
 
         def go_on(what: str) -> None:
