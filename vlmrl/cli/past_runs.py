@@ -31,6 +31,7 @@ from vlmrl.config.parse import parse, typed
 from vlmrl.config.run import Mode
 from vlmrl.errors import ConfigError
 from vlmrl.preflight.rules.mode import REPLAY_HAS_NO_BATCH
+from vlmrl.record.files import read_errors
 from vlmrl.record.run_dir import RunDir
 
 REPORT = f"mode={Mode.report.name}"
@@ -42,6 +43,7 @@ READS_A_PAST_RUN = ("run", "runs", "step", "rollout")
 # ── mode=report ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@read_errors()
 def write_page(arguments: list[str]) -> Path:
     """Write the page of `mode=report run=<dir>` or `mode=report runs=[<dir>,<dir>]`; returns its path.
 
@@ -94,6 +96,7 @@ def default_config() -> dict[str, object]:
 FAULTS = f"mode={Mode.faults.name}"
 
 
+@read_errors()
 def show_faults(arguments: list[str]) -> int:
     """List the faults of the run `run=`, or play the row of `rollout=` again; returns the exit code.
 

@@ -12,7 +12,7 @@ from typing import IO, Any, BinaryIO
 
 import orjson
 
-from vlmrl.errors import VlmrlError
+from vlmrl.errors import VlmrlError, safe_text
 
 MAX_SMALL_FILE_BYTES = 64 * 2**20
 """Largest config.yaml, summary.json and the like that is read. A run writes a few kilobytes."""
@@ -27,6 +27,21 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise VlmrlError(
             f"{path} cannot be written ({error.strerror}), so the run cannot be recorded: "
             "free some space or repair the folder, then continue the run with resume="
+        ) from error
+
+
+@contextmanager
+def read_errors() -> Iterator[None]:
+    """Turn an OSError about a file of a run that is shown (no permission; a folder, a pipe or a device in its place)
+    into a VlmrlError that names the file. Also a decorator: `@read_errors()`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise VlmrlError(
+            f"{safe_text(error.filename)} cannot be used ({error.strerror}), so the run cannot be shown: put the file "
+            "back from a copy, or correct its permissions"
         ) from error
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import logging.handlers
 import sys
 from contextlib import suppress
+from io import TextIOWrapper
 from pathlib import Path
 from types import TracebackType
 
@@ -16,6 +18,18 @@ class _LogFile(logging.handlers.WatchedFileHandler):
     """A file whose failure is no failure of what is logged. With a full disk, `logging` would print a traceback for
     each message and raise when the file is closed. A file that is deleted under the run is made again.
     """
+
+    def _open(self) -> TextIOWrapper:
+        """Refuse a pipe, which would be waited for until it has a reader."""
+        path = Path(self.baseFilename)
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise OSError(errno.EINVAL, "it is not a regular file", self.baseFilename)
+        return super()._open()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the message; leave it out where the file cannot be made again."""
+        with suppress(OSError):
+            super().emit(record)
 
     def reopenIfNeeded(self) -> None:  # noqa: N802 — the name is logging's
         """Make the file again where it is gone."""

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vlmrl.cli.sweep.jobs import runs_in, state_of
-from vlmrl.record.files import disk_errors, write_bytes_atomically
+from vlmrl.record.files import disk_errors, read_errors, write_bytes_atomically
 from vlmrl.record.metrics import ELAPSED, EVAL_GREEDY, EVAL_SAMPLED, Record, read_metrics
 from vlmrl.record.run_dir import RunDir
 
@@ -71,6 +71,7 @@ def compare_and_show(folders: Sequence[str | Path], into: Path) -> None:
         print(f"also as {into}/compare.html, .csv, .txt; compare.png needs matplotlib: pip install 'vlmrl[plot]'")
 
 
+@read_errors()
 def compare(folders: Sequence[str | Path], into: Path) -> list[Row]:
     """Write compare.txt, compare.csv, compare.html and, with matplotlib, compare.png into an existing folder.
 

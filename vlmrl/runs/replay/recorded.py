@@ -18,6 +18,7 @@ from PIL import Image as PILImage
 
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import VlmrlError
+from vlmrl.record.files import read_errors
 from vlmrl.record.rollouts import RolloutRecord, TurnRecord, mm_kwargs_digests, read_rollouts, recorded_digests
 from vlmrl.record.run_dir import RunDir
 from vlmrl.rendering.images import ImageError
@@ -75,15 +76,16 @@ def load_images(run_dir: RunDir, records: Sequence[RolloutRecord], renderer: Ren
     for hash in hashes:
         path = run_dir.image(hash)
         try:
+            (item,) = renderer.images([Image(path)])  # first: it refuses a pipe, whose opening may never end
             with PILImage.open(path) as picture:
                 digests = recorded_digests(picture)
-            (item,) = renderer.images([Image(path)])
         except (OSError, ImageError) as error:
             raise VlmrlError(f"{path} cannot be read, so its batch cannot be replayed: {error}") from error
         found[hash] = RecordedImage(hash, item, digests)
     return found
 
 
+@read_errors()
 def load_records(run_dir: RunDir, step: int) -> list[RolloutRecord]:
     """The step's rollouts, including dropped ones. Raises VlmrlError where the file cannot be read."""
     return list(read_rollouts(run_dir.rollouts_file("step", step)))
