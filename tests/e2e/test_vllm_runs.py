@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -121,7 +122,8 @@ def test_a_run_survives_its_servers_and_leaves_nothing(
     arguments = (*SHORT, "inference=vllm", "inference.request_timeout_s=10", *changed)
     is_root = os.geteuid() == 0
     command = [sys.executable, "-c", THIEF if is_root else "", str(home.path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as thief:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as thief, ExitStack() as ending:
+        ending.callback(thief.kill)  # also where an assertion fails: leaving the block waits for it
         process = home.start(*arguments, f"hydra.run.dir={run}", cold=True)  # a warm process may know another TMPDIR
 
         def go_on(what: str) -> None:
