@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,16 @@ from vlmrl.cli.recipe import with_recipe
 from vlmrl.cli.schemas import register_schemas
 from vlmrl.config.parse import parse
 from vlmrl.config.run import RunConfig
+
+# A shell without job control starts what runs in its background with SIGINT and SIGQUIT ignored, and nohup with SIGHUP.
+# A run leaves signals alone that its starter ignores, so the tests of signals would wait for ever.
+for number, handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGQUIT, signal.SIG_DFL),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 # A shared machine may be slow at any moment.
 hypothesis.settings.register_profile("vlmrl", deadline=None)

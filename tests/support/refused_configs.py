@@ -94,7 +94,7 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     (("model=qwen3vl", "model.size.vision.deepstack_visual_indexes=[-1]"), r"deepstack_visual_indexes=\[-1\] is no"),
     (("model=qwen3vl", "model.size.text.rope_parameters=1"), "rope_parameters=1 is no size"),
     (("model/lora=all_linear", "model.lora.targets=[]"), r"model.lora.targets=\[\] gives no layer"),
-    (("model.tiny.hidden_size=65536",), r"model.tiny has [\d,]+ parameters"),
+    (("model.tiny.hidden_size=65536", "model.tiny.intermediate_size=65536"), r"model.tiny has [\d,]+ parameters"),
     (("orchestrator.eval.target=-5",), "target=-5.0 is outside .* met before anything is learned"),
     (("orchestrator.eval.target=2",), "target=2.0 is outside .* never met"),
     (("model.tiny.vision_depth=100000000000000000000",), "model.tiny.vision_depth=1000.* at most 1024"),

@@ -234,7 +234,7 @@ def test_a_step_of_slurm() -> None:
 
 def test_a_batch_script_is_one_process() -> None:
     assert find_place({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}) == Place()
-    assert find_place({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}) == Place()
+    assert find_place({**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}) == Place()
 
 
 def test_torchrun_in_a_step_of_slurm() -> None:

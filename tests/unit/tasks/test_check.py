@@ -21,7 +21,7 @@ from PIL import Image as PILImage
 import vlmrl
 from vlmrl import Env, Image, Message, Reply, Split, Task, Text
 from vlmrl.config.task import ColorCodewordConfig, ImportedTaskConfig
-from vlmrl.errors import ConfigError, TaskError
+from vlmrl.errors import ConfigError
 from vlmrl.tasks.check import check_task, command, find, print_findings
 from vlmrl.tasks.color_codeword import ColorCodeword
 from vlmrl.tasks.contract.rules import RULES
@@ -828,11 +828,10 @@ class FailsAtOnce(Counting):
         raise UnspeakableError
 
 
-def test_a_task_that_cannot_be_made_is_a_finding_or_an_error_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
-    assert print_findings(ImportedTaskConfig(f"{THIS}FailsAtOnce")) == 1
-    assert "FAIL  load" in capsys.readouterr().out
-    with pytest.raises(TaskError, match="SystemExit"):
-        print_findings(ImportedTaskConfig(f"{THIS}ExitsAtOnce"))
+@pytest.mark.parametrize(("name", "error"), [("FailsAtOnce", "UnspeakableError"), ("ExitsAtOnce", "SystemExit")])
+def test_a_task_that_cannot_be_made_is_refused_as_in_a_run(name: str, error: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{name}\(config, seed=0\) raised {error}"):
+        print_findings(ImportedTaskConfig(f"{THIS}{name}"))
 
 
 def test_the_short_command_is_that_of_a_run() -> None:
