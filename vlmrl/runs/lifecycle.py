@@ -31,7 +31,7 @@ from vlmrl.runs.build import Run, RunFollower, build_run, is_float32
 from vlmrl.runs.modes import MODES, ModeWithoutRun, RunMode
 from vlmrl.runs.position import Position
 from vlmrl.runs.saving import loop_state, save
-from vlmrl.runs.stopping import rank_lost, stopping_on_signals
+from vlmrl.runs.stopping import ignore_the_launcher, rank_lost, stopping_on_signals
 from vlmrl.trainer.loop_state import LoopState
 
 log = logging.getLogger(__name__)
@@ -154,6 +154,7 @@ async def carry_out(run: Run, mode: RunMode) -> tuple[ExitReason, float | None]:
                     raise
                 save_at_the_end(run, mode)
         except RankError as error:
+            ignore_the_launcher()
             # Now, not when the Monitor closes: a collective that hangs in another thread may keep this process from it.
             run.monitor.finish("error", {"error": f"RankError: {error}"})
             raise

@@ -79,6 +79,12 @@ def stopping_on_signals(stop: Stop, warn: Callable[[str], None]) -> Iterator[Non
                 signal.signal(number, signal.SIG_IGN if was_taken else handler)
 
 
+def ignore_the_launcher() -> None:
+    """Ignore SIGTERM until the process ends. torchrun sends it when it has seen another rank end, while this rank still
+    has to write down why."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 @contextmanager
 def rank_lost(rank_group: RankGroup | None) -> Iterator[asyncio.Event]:
     """An event that is set when another rank of `rank_group` ends before the run does. Never set without one."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from vlmrl.runs import stopping
-from vlmrl.runs.stopping import SAVE_SIGNALS, Stop, stopping_on_signals
+from vlmrl.runs.stopping import SAVE_SIGNALS, Stop, ignore_the_launcher, stopping_on_signals
 
 URGENT = (signal.SIGINT, signal.SIGTERM)
 
@@ -55,6 +55,15 @@ def test_handlers_are_put_back() -> None:
     before = [signal.getsignal(number) for number in (*URGENT, *SAVE_SIGNALS)]
     stopped_by()
     assert [signal.getsignal(number) for number in (*URGENT, *SAVE_SIGNALS)] == before
+
+
+def test_a_launcher_does_not_cut_the_reason_short() -> None:
+    async def run() -> None:
+        with stopping_on_signals(Stop(), print):
+            ignore_the_launcher()
+
+    asyncio.run(run())
+    os.kill(os.getpid(), signal.SIGTERM)  # would end this process
 
 
 @pytest.mark.parametrize("number", SAVE_SIGNALS)
