@@ -102,12 +102,15 @@ class Reply:
     ()
     >>> Reply(done=False, messages=(Message.of("user", "And now?"),)).reward
     0.0
+
+    In order: `Reply(turn_reward, done, reward)`.
     """
 
     turn_reward: float = 0.0
     """Reward of this turn alone, finite, by convention in [0, 1]. Only `algorithm.credit=turn` uses it."""
-    done: bool = field(kw_only=True)
-    """True ends the episode, and `reward` is final."""
+    done: bool = False
+    """True ends the episode, and `reward` is final. A Reply that is not done has messages for the policy to answer, so
+    a forgotten `done=True` is found at once."""
     reward: float = 0.0
     """Reward of the whole episode so far, finite, by convention in [0, 1]. It replaces the reward of the last Reply and
     is not added to it. It counts when the episode ends here, because it is done or because a budget cuts it off."""
