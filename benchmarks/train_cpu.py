@@ -38,7 +38,7 @@ from vlmrl.models.policy import Policy
 from vlmrl.monitor.monitor import Monitor
 from vlmrl.orchestrator.advantages import assign_advantages
 from vlmrl.orchestrator.samples import make_samples
-from vlmrl.orchestrator.supervised import demonstration_samples
+from vlmrl.orchestrator.supervised import demonstrate
 from vlmrl.record.run_dir import RunDir
 from vlmrl.runs.build import build_run
 from vlmrl.types import TrainingSample
@@ -101,8 +101,16 @@ def default_batch(folder: str, warmup_steps: int) -> tuple[Policy, list[Training
         warmup = config.trainer.warmup
         for step in range(warmup.steps):
             first = step * warmup.batch_size
-            batch = demonstration_samples(run.task, run.renderer, warmup, step=step, first=first, seed=config.seed)
-            run.trainer.supervised_step(batch, warmup.learning_rate)
+            made = demonstrate(
+                run.task,
+                run.renderer,
+                warmup,
+                step=step,
+                first=first,
+                seed=config.seed,
+                seq_len=config.trainer.seq_len,
+            )
+            run.trainer.supervised_step(made.samples, warmup.learning_rate)
         orchestrator = config.orchestrator
         groups = asyncio.run(
             run.evaluator.runner.run_groups(

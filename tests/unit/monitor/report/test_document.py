@@ -17,7 +17,8 @@ from support.report_runs import IMAGE_TOKEN, noise, one_rollout, one_turn, ordin
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import ConfigError
 from vlmrl.monitor.report import document as document_module
-from vlmrl.monitor.report.document import document, encode
+from vlmrl.monitor.report.document import document
+from vlmrl.monitor.report.pictures import encode
 from vlmrl.record.rollouts import RolloutRecord, read_rollouts
 from vlmrl.record.run_dir import RunDir
 from vlmrl.types import DropReason, StopReason
