@@ -386,6 +386,25 @@ class Rollout:
         """Whether its last answer has no end, because its token budget or the context ran out."""
         return bool(self.turns) and self.turns[-1].completion.finish_reason == "length"
 
+    @staticmethod
+    def unplayed(rollout_id: str, split: str, problem_index: int, index: int) -> Rollout:
+        """A rollout of a problem before its first turn. `problem_id` is a stand-in until the task has named the
+        problem.
+
+        >>> Rollout.unplayed("train/000001/00/00", "train", problem_index=7, index=0).problem_id
+        'train[7]'
+        """
+        return Rollout(
+            rollout_id=rollout_id,
+            problem_id=f"{split}[{problem_index}]",
+            index=index,
+            turns=[],
+            reward=0.0,
+            metrics={},
+            stop_reason=StopReason.TERMINATED,
+            problem_index=problem_index,
+        )
+
     @property
     def num_branches(self) -> int:
         return self.turns[-1].branch + 1 if self.turns else 0

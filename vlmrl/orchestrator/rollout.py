@@ -82,16 +82,7 @@ class RolloutRunner:
             Group(
                 problem_id=f"{split}[{problem_index}]",
                 rollouts=[
-                    Rollout(
-                        rollout_id=f"{label}/{step:06d}/{number:02d}/{index:02d}",
-                        problem_id=f"{split}[{problem_index}]",
-                        index=index,
-                        turns=[],
-                        reward=0.0,
-                        metrics={},
-                        stop_reason=StopReason.TERMINATED,
-                        problem_index=problem_index,
-                    )
+                    Rollout.unplayed(f"{label}/{step:06d}/{number:02d}/{index:02d}", split, problem_index, index)
                     for index in range(group_size)
                 ],
             )

@@ -29,7 +29,6 @@ from vlmrl.types import (
     Message,
     Prompt,
     Rollout,
-    StopReason,
     TrainingSample,
     mm_token_type_ids,
 )
@@ -68,16 +67,7 @@ def demonstrate(
     for i in range(config.batch_size):
         number = first + i
         index = FIRST_PROBLEM + number
-        rollout = Rollout(
-            rollout_id=f"sft/{step:06d}/{i:03d}",
-            problem_id=f"train[{index}]",
-            index=i,
-            turns=[],
-            reward=0.0,
-            metrics={},
-            stop_reason=StopReason.TERMINATED,
-            problem_index=index,
-        )
+        rollout = Rollout.unplayed(f"sft/{step:06d}/{i:03d}", "train", index, i)
         made.rollouts.append(rollout)
         try:
             problem, rollout.problem_id = get_problem(task, "train", index)
