@@ -1,0 +1,1 @@
+"""Rewards: one file per kind, and what they share."""

@@ -1,0 +1,1 @@
+"""`task=dataset`: problems from files of questions, pictures and answers."""
