@@ -97,6 +97,9 @@ ONE_LINE = Form(r"(?=.*\S)[^\x00-\x1f\x7f]*", "one line that is not empty", "the
 
 NAME = Form(r"[\w.-]+", "a name of letters, digits, dots, dashes and underscores", "there is nothing of that name")
 
+PROSE = Form(r"(?=.*\S)[^\x00\x7f]*", "text that is not empty", "the policy would read nothing")
+"""The form of a text of several lines, such as a prompt."""
+
 ANY_TEXT = Form(r".*", "any text", "")
 
 
