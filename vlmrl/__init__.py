@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vlmrl.config.task import ImportedTaskConfig
     from vlmrl.errors import ConfigError
     from vlmrl.orchestrator.advantages import Estimator
-    from vlmrl.tasks.base import Env, Problem, Reply, Split, Task
+    from vlmrl.tasks.base import BadRow, Env, NoProblem, NotInSplit, Problem, Reply, Split, Task
     from vlmrl.tasks.check import check_task
     from vlmrl.trainer.loss import BatchTotals, LossFunction, LossOutput, LossTokens
     from vlmrl.types import FloatArray, Image, Message, Text
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AlgorithmConfig",
+    "BadRow",
     "BatchTotals",
     "ConfigError",
     "Env",
@@ -36,6 +37,8 @@ __all__ = [
     "LossOutput",
     "LossTokens",
     "Message",
+    "NoProblem",
+    "NotInSplit",
     "Problem",
     "Reply",
     "Split",
@@ -50,7 +53,7 @@ _HOMES = {
     "vlmrl.config.task": ("ImportedTaskConfig",),
     "vlmrl.errors": ("ConfigError",),
     "vlmrl.orchestrator.advantages": ("Estimator",),
-    "vlmrl.tasks.base": ("Env", "Problem", "Reply", "Split", "Task"),
+    "vlmrl.tasks.base": ("BadRow", "Env", "NoProblem", "NotInSplit", "Problem", "Reply", "Split", "Task"),
     "vlmrl.tasks.check": ("check_task",),
     "vlmrl.trainer.loss": ("BatchTotals", "LossFunction", "LossOutput", "LossTokens"),
     "vlmrl.types": ("FloatArray", "Image", "Message", "Text"),

@@ -25,7 +25,7 @@ from vlmrl.record.faults import FaultRecord
 from vlmrl.record.rollouts import TurnRecord, read_rollouts
 from vlmrl.record.run_dir import RunDir
 from vlmrl.rendering.renderer import Renderer, make_renderer
-from vlmrl.tasks.base import Split, Task
+from vlmrl.tasks.base import NoProblem, Split, Task
 from vlmrl.tasks.border import get_problem, open_env, step_env
 from vlmrl.tasks.loading import load_task, tokenizer_texts
 from vlmrl.types import Image, Message, Prompt, Rollout, StopReason
@@ -58,6 +58,9 @@ def play_again(run_dir: RunDir, config: RunConfig, faults: Sequence[FaultRecord]
         else:
             asyncio.run(_play_rollout(task, renderer, fault, _recorded_turns(run_dir, fault)))
             again = (StopReason.TERMINATED, None, None)
+    except NoProblem as absent:
+        print(f"the task has no problem here any more: {absent}")
+        return 0
     except UserFault as error:
         again = (stop_reason_of(error), error.text, error.traceback)
     stop_reason, text, traceback = again

@@ -66,6 +66,8 @@ The contract:
 - The training and the evaluation split share no problem.
 - Envs share no mutable state. The envs of a group run at the same time in worker threads; an env may block. The pixels
   of an `Image` are read before the env is called again, so show a new frame as a new `Image`.
+- `problem` raises `NotInSplit` or `BadRow` where the split has no problem at an index; the run goes on with the next
+  index. A task with a finite number of rows says so in `num_rows`.
 - An exception ends only the rollout in which it is raised, as `task_error`. A reward that is not a finite number ends
   the rollout as `bad_reward`. An exception in `demonstration` costs that demonstration.
 - An episode is done within `task.max_turns` turns, whatever the policy answers. An episode that is not done by then, or
@@ -81,6 +83,37 @@ from typing import Any, Literal, Protocol, TypeAlias
 from vlmrl.types import Message
 
 Split: TypeAlias = Literal["train", "eval"]
+
+
+class NoProblem(Exception):  # noqa: N818 — not an error: the run goes on with the next index
+    """`Task.problem` raises it where the split has no problem at this index. The run takes the next index instead, so
+    no rollout is lost.
+
+    `Task.demonstration` may raise it too: the problem has no demonstration, and the next one is taken instead.
+    """
+
+
+class NotInSplit(NoProblem):
+    """The row at this index belongs to the other split. It is passed over without a record."""
+
+
+class BadRow(NoProblem):
+    """The row at this index cannot be used. It is counted and recorded in bad_rows.jsonl, once per row.
+
+    >>> raise BadRow("the column 'answer' is empty", source="train.parquet", row=417)
+    Traceback (most recent call last):
+    vlmrl.tasks.base.BadRow: train.parquet row 417: the column 'answer' is empty
+    """
+
+    def __init__(self, reason: str, *, source: str = "", row: int | None = None) -> None:
+        """`reason` says what is wrong with the row, without its number, so that equal reasons can be counted; `source`
+        is the file or the data set, and `row` the row in it, counted from 0. Where they are left out, the split and
+        the index stand in their place."""
+        place = " ".join(filter(None, (source, None if row is None else f"row {row}")))
+        super().__init__(f"{place}: {reason}" if place else reason)
+        self.reason = reason
+        self.source = source
+        self.row = row
 
 
 class Problem(Protocol):
@@ -162,8 +195,18 @@ class Task(Protocol):
         Every index from 0 up must work, also 2**40, where the problems of supervised steps begin. A finite data set
         starts again from the front: `rows[index % len(rows)]`. The evaluation problems should not depend on the seed,
         so that runs with different seeds compare.
+
+        Raises `NotInSplit` where the row at this index belongs to the other split, `BadRow` where it cannot be used.
         """
         ...
+
+    def num_rows(self, split: Split) -> int | None:
+        """How many indices one pass over the split has (one epoch), those without a problem included. None where the
+        problems are endless, which is also what a task without this method says.
+
+        Training goes on with the next pass after it. An evaluation plays every problem of one pass at most once.
+        """
+        return None
 
     def env(self, problem: Any) -> Env:
         """A new env for a problem that `problem` returned."""

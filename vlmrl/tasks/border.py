@@ -8,7 +8,7 @@ reports in the same words. A `str` subclass (`np.str_`, `StrEnum`) becomes a `st
 everything that leaves this file can be rendered and written to a record.
 
 Everything here may raise `TaskCodeError`, which costs one rollout (or one demonstration). The user's code runs inside
-`fenced`, so whatever it raises becomes one too.
+`fenced`, so whatever it raises becomes one too. Only a `NoProblem` of `problem` and `demonstration` passes, made plain.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 
-from vlmrl.errors import UserFault, fenced, safe_repr
-from vlmrl.tasks.base import Env, Problem, Reply, Split, Task
+from vlmrl.errors import UserFault, fenced, safe_repr, safe_text
+from vlmrl.tasks.base import BadRow, Env, NoProblem, NotInSplit, Problem, Reply, Split, Task
 from vlmrl.types import Image, Message, StopReason, Text
 
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
@@ -54,11 +54,25 @@ class NoDemonstrationsError(TaskCodeError):
 
 
 def get_problem(task: Task, split: Split, index: int) -> tuple[Problem, str]:
-    """`task.problem` and the problem's id as a plain text."""
+    """`task.problem` and the problem's id as a plain text. Raises `NoProblem` where the task does."""
     where = f"problem({split!r}, {index})"
+    absent: NoProblem
     with fenced(where, TaskCodeError):
-        problem = task.problem(split, index)
-        return problem, checked_id(where, problem.id)
+        try:
+            problem = task.problem(split, index)
+            return problem, checked_id(where, problem.id)
+        except NoProblem as error:
+            absent = checked_absence(where, error)
+    raise absent
+
+
+def get_num_rows(task: Task, split: Split) -> int | None:
+    """`task.num_rows`: indices of one pass over the split; None where they are endless, or where the task does not
+    define the method."""
+    where = f"num_rows({split!r})"
+    with fenced(where, TaskCodeError):
+        defined: Any = getattr(task, "num_rows", None)
+        return None if defined is None else checked_num_rows(where, defined(split))
 
 
 def open_env(task: Task, problem: Problem) -> tuple[Env, tuple[Message, ...]]:
@@ -82,14 +96,20 @@ def get_demonstration(
 
     Assistant messages in that part (few-shot examples) are not the policy's, so they are nothing to learn. Where there
     may be any, `reset` of a new env tells. Raises `NoDemonstrationsError` where the task does not define
-    `demonstration`.
+    `demonstration`, and `NoProblem` where it does.
     """
+    absent: NoProblem | None = None
     with fenced("demonstration()", TaskCodeError):
         try:
             messages = task.demonstration(problem, random_answers=random_answers, seed=seed)
         except NotImplementedError as error:
             raise NoDemonstrationsError(str(error) or "demonstration() raised NotImplementedError") from None
-        messages = checked_messages("demonstration()", messages, ANY_ROLE)
+        except NoProblem as error:
+            absent = checked_absence("demonstration()", error)
+        else:
+            messages = checked_messages("demonstration()", messages, ANY_ROLE)
+    if absent is not None:
+        raise absent
     roles = [message.role for message in messages]
     given = 0
     if roles[-1] != "assistant" or roles.count("assistant") > 1:
@@ -119,6 +139,31 @@ def checked_id(where: str, value: Any) -> str:
     """A problem's id: text that a record can hold."""
     _check(isinstance(value, str), f"{where}.id is {safe_repr(value)}, not a str")
     return _plain(f"{where}.id", value)
+
+
+def checked_absence(where: str, absent: NoProblem) -> NoProblem:
+    """The same exception with plain texts, and without the frames of the task's code."""
+    if isinstance(absent, NotInSplit):
+        return NotInSplit(safe_text(absent))
+    if not isinstance(absent, BadRow):
+        return NoProblem(safe_text(absent))
+    row: Any = absent.row
+    _check(
+        row is None or isinstance(row, (int, np.integer)),
+        f"{where} raised BadRow with row={safe_repr(row)}, not an int",
+    )
+    return BadRow(safe_text(absent.reason), source=safe_text(absent.source), row=None if row is None else int(row))
+
+
+def checked_num_rows(where: str, rows: Any) -> int | None:
+    """The number of indices of one pass: a positive int, or None."""
+    if rows is None:
+        return None
+    _check(
+        isinstance(rows, (int, np.integer)) and not isinstance(rows, bool) and bool(rows >= 1),
+        f"{where} returned {safe_repr(rows)}, not a positive int or None",
+    )
+    return int(rows)
 
 
 def checked_prompt(where: str, messages: Any) -> tuple[Message, ...]:

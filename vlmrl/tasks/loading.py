@@ -14,7 +14,7 @@ from vlmrl.config.model import Init, ModelConfig
 from vlmrl.config.task import TaskConfig
 from vlmrl.errors import ConfigError, UserFault, fenced
 from vlmrl.tasks.base import Env, Split, Task
-from vlmrl.tasks.border import TaskCodeError, checked_texts
+from vlmrl.tasks.border import TaskCodeError, checked_texts, get_num_rows
 from vlmrl.types import Message
 
 REQUIRED = ("problem", "env", "demonstration")
@@ -76,6 +76,10 @@ class FirstExamples(Task):
 
     def problem(self, split: Split, index: int) -> Any:
         return self._task.problem(split, index % self._count if split == "train" else index)
+
+    def num_rows(self, split: Split) -> int | None:
+        rows = get_num_rows(self._task, split)
+        return rows if split == "eval" else min(self._count, rows or self._count)
 
     def env(self, problem: Any) -> Env:
         return self._task.env(problem)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from vlmrl.errors import UserFault
-from vlmrl.tasks.base import Reply
+from vlmrl.tasks.base import BadRow, NoProblem, NotInSplit, Reply
 from vlmrl.tasks.border import (
     BadRewardError,
     NoDemonstrationsError,
@@ -23,6 +23,7 @@ from vlmrl.tasks.border import (
     checked_prompt,
     checked_reply,
     get_demonstration,
+    get_num_rows,
     get_problem,
     open_env,
     step_env,
@@ -238,3 +239,82 @@ def test_a_task_without_demonstrations_is_told_apart() -> None:
     task: Any = Hostile(raising(NotImplementedError("it is not defined")))
     with pytest.raises(NoDemonstrationsError, match="is not defined"):
         get_demonstration(task, task, random_answers=True, seed=0)
+
+
+# ── indices without a problem ───────────────────────────────────────────────────────────────────────────────
+
+
+class EvilBadRow(BadRow):
+    def __init__(self, reason: str, source: str) -> None:
+        super().__init__("", source=source)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        raise RuntimeError("str")
+
+
+class Unmade(BadRow):
+    def __init__(self) -> None:
+        pass
+
+
+class Rows:
+    """A task that raises what it was made with."""
+
+    def __init__(self, error: BaseException, rows: Any = None) -> None:
+        self.error, self.rows = error, rows
+
+    def problem(self, split: str, index: int) -> Any:
+        raise self.error
+
+    def demonstration(self, problem: Any, *, random_answers: bool, seed: int) -> Any:
+        raise self.error
+
+    def num_rows(self, split: str) -> Any:
+        return self.rows
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "text"),
+    [
+        (BadRow("no answer", source="a.csv", row=4), BadRow, "a.csv row 4: no answer"),
+        (EvilBadRow(Evil("evil\ud83d"), source="a"), BadRow, "a: evil\\ud83d"),
+        (BadRow("r", row=np.int64(3)), BadRow, "row 3: r"),  # type: ignore[arg-type]
+        (NotInSplit("hash 3"), NotInSplit, "hash 3"),
+        (NoProblem("gone"), NoProblem, "gone"),
+    ],
+    ids=range(5),
+)
+def test_no_problem_passes_the_fence_as_a_plain_exception(raised: Any, kind: type[Any], text: str) -> None:
+    task: Any = Rows(raised)
+    for call in (
+        lambda: get_problem(task, "train", 0),
+        lambda: get_demonstration(task, None, random_answers=False, seed=0),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(NoProblem) as found:
+            call()
+        assert type(found.value) is kind
+        assert str(found.value) == text
+        assert found.value.__context__ is None, "it would keep the frames of the user's code alive"
+        if isinstance(found.value, BadRow):
+            assert type(found.value.reason) is type(found.value.source) is str
+            assert type(found.value.row) in (int, type(None))
+
+
+@pytest.mark.parametrize("raised", [Unmade(), BadRow("r", row="4"), KeyError("row")])  # type: ignore[arg-type]
+def test_what_is_no_proper_absence_is_a_fault(raised: Any) -> None:
+    task: Any = Rows(raised)
+    with pytest.raises(TaskCodeError):
+        get_problem(task, "train", 0)
+
+
+def test_the_number_of_rows() -> None:
+    missing: Any = object()
+    assert get_num_rows(missing, "train") is None
+    for rows, plain in ((None, None), (5, 5), (np.int64(7), 7)):
+        task: Any = Rows(KeyError(), rows)
+        assert get_num_rows(task, "train") == plain
+    for wrong in (0, -1, True, 2.5, "10", Evil("3")):
+        task = Rows(KeyError(), wrong)
+        with pytest.raises(TaskCodeError, match="not a positive int or None"):
+            get_num_rows(task, "eval")

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image as PILImage
 
 import vlmrl
-from vlmrl import Env, Image, Message, Reply, Split, Task, Text
+from vlmrl import BadRow, Env, Image, Message, NotInSplit, Reply, Split, Task, Text
 from vlmrl.config.task import ColorCodewordConfig, ImportedTaskConfig
 from vlmrl.errors import ConfigError
 from vlmrl.tasks.check import check_task, command, find, print_findings
@@ -155,8 +155,27 @@ class OneFrameBuffer(Counting):
         return Drawing(problem)
 
 
+class WithBadRows(Counting):
+    """Every second index has no problem, and every fourth problem no demonstration."""
+
+    def num_rows(self, split: Split) -> int:
+        return 1000
+
+    def problem(self, split: Split, index: int) -> Dots:
+        if index % 4 == 0:
+            raise NotInSplit("hash")
+        if index % 4 == 2:
+            raise BadRow("no answer", source="rows.csv", row=index)
+        return super().problem(split, index)
+
+    def demonstration(self, problem: Dots, *, random_answers: bool, seed: int) -> tuple[Message, ...]:
+        if problem.count % 4 == 0:
+            raise BadRow("no solution")
+        return super().demonstration(problem, random_answers=random_answers, seed=seed)
+
+
 def test_tasks_that_keep_the_contract_have_no_violations(tmp_path: Path) -> None:
-    for task in (Counting(), Silent(), OtherImages(tmp_path), FewShot(), OneFrameBuffer()):
+    for task in (Counting(), Silent(), OtherImages(tmp_path), FewShot(), OneFrameBuffer(), WithBadRows()):
         assert check_task(task, max_turns=MAX_TURNS) == []
         assert check_task(task, problems=1) == []
 
@@ -222,7 +241,7 @@ def test_a_task_without_demonstrations_has_their_rules_not_checked() -> None:
 # ── tasks that break one rule ───────────────────────────────────────────────────────────────────────────────
 
 
-class NoProblem:
+class WithoutProblemMethod:
     """Not derived from Task, and one method short."""
 
     env, demonstration, texts = Counting.env, Counting.demonstration, Counting.texts
@@ -246,6 +265,43 @@ class NoId(Counting):
 class FiniteWithoutWrapping(Counting):
     def problem(self, split: Split, index: int) -> Dots:
         return super().problem(split, range(1000)[index])
+
+
+class NoUsableRow(WithBadRows):
+    def problem(self, split: Split, index: int) -> Dots:
+        return super().problem(split, 4 * index + 2 if split == "eval" else index)
+
+
+class ForgetsProblems(Counting):
+    """The second time, a problem is gone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def problem(self, split: Split, index: int) -> Dots:
+        self.calls += split == "eval" and index == 0
+        if self.calls > 2:
+            raise NotInSplit
+        return super().problem(split, index)
+
+
+class FractionOfRows(Counting):
+    def num_rows(self, split: Split) -> Any:
+        return 0.5
+
+
+class GrowingRows(Counting):
+    rows = 10
+
+    def num_rows(self, split: Split) -> int:
+        self.rows += 1
+        return self.rows
+
+
+class BadRowNumber(Counting):
+    def problem(self, split: Split, index: int) -> Dots:
+        raise BadRow("no answer", row="seven")  # type: ignore[arg-type]
 
 
 class WithEnv(Counting):
@@ -682,7 +738,11 @@ class CanvasOfAll(Counting):
 @pytest.mark.parametrize(
     ("broken", "rule", "message"),
     [
-        (NoProblem, "methods", "NoProblem does not define problem. To do: define the methods of vlmrl.Task"),
+        (
+            WithoutProblemMethod,
+            "methods",
+            "WithoutProblemMethod does not define problem. To do: define the methods of vlmrl.Task",
+        ),
         (InheritedEnv, "methods", "InheritedEnv does not define env."),
         (NoId, "runs", 'problem("train", 0) raised AttributeError: '),
         (
@@ -697,6 +757,15 @@ class CanvasOfAll(Counting):
             "runs",
             "demonstration() of train 0 raised ValueError: Seed must be between 0 and 2**32 - 1",
         ),
+        (BadRowNumber, "runs", "problem(\"train\", 0) raised BadRow with row='seven', not an int"),
+        (
+            NoUsableRow,
+            "has_problems",
+            "the eval split has no problem at its first 128 indices; the last one: rows.csv row 510: no answer",
+        ),
+        (ForgetsProblems, "deterministic", "eval 0 is '"),
+        (FractionOfRows, "num_rows", 'num_rows("train") returned 0.5, not a positive int or None'),
+        (GrowingRows, "num_rows", 'num_rows("train") is 11 the first time and 12 the second time'),
         (TextsRaise, "texts", "texts() raised OSError: no such file ("),
         (HugeIntReward, "rewards", "which is not a finite number"),
         (NaNMetricCalledReward, "rewards", "returned metric 'reward'=nan"),

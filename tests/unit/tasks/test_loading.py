@@ -182,3 +182,14 @@ def test_what_the_users_own_code_raises_is_a_config_error(
 def test_the_users_own_refusal_is_left_as_it_is(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"^task.args.level=0 asks for no dots"):
         load("my_package_of_tasks.counting:Picky")
+
+
+def test_the_number_of_rows_of_the_first_examples(folder: Path) -> None:
+    (folder / "rows_of_theirs.py").write_text(
+        COUNTING
+        + "\nclass Rows(Counting):\n    def num_rows(self, split):\n        return 30 if split == 'train' else 7\n"
+    )
+    for name, count, rows in (("Rows", 5, (5, 7)), ("Rows", 100, (30, 7)), ("Counting", 5, (5, None))):
+        config = ImportedTaskConfig(target=f"rows_of_theirs:{name}", args={"level": 3}, num_examples=count)
+        task = load_task(config, seed=0)
+        assert (task.num_rows("train"), task.num_rows("eval")) == rows

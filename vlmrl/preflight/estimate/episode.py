@@ -18,7 +18,7 @@ from vlmrl.errors import UserFault
 from vlmrl.models.families.base import Family, ImageBounds
 from vlmrl.preflight.estimate.sizes import CHARACTERS_PER_TOKEN, TURN_FRAME
 from vlmrl.rendering.images import decode
-from vlmrl.tasks.base import Task
+from vlmrl.tasks.base import BadRow, NoProblem, Task
 from vlmrl.tasks.border import get_problem, open_env, step_env
 from vlmrl.types import Image, Message
 
@@ -50,20 +50,32 @@ class EpisodeEstimate:
 SAMPLES = 8
 """Problems that are tried until one can be played."""
 
+INDICES = 256
+"""Indices that are looked at for those problems; an index may have none."""
+
 
 def play(task: Task, max_turns: int) -> tuple[EpisodeEstimate, list[str]]:
     """Play the first training problem that can be played, with empty answers, until it ends or `max_turns` are reached.
 
-    Returns the faults of the problems before it, too: each costs a run one rollout. Raises `UserFault` where none of
-    the first `SAMPLES` can be played.
+    Returns what was wrong before it, too: each fault costs a run one rollout, each bad row only itself. Raises
+    `UserFault` where none of the first `SAMPLES` problems can be played, or where there is none.
     """
+    notes: list[str] = []
     faults: list[str] = []
-    for index in range(SAMPLES):
+    for index in range(INDICES):
         try:
-            return _played(task, index, max_turns), faults
+            return _played(task, index, max_turns), notes
+        except BadRow as bad:
+            notes.append(f"training index {index} has no problem ({bad}); a run takes the next one")
+        except NoProblem:
+            continue
         except UserFault as fault:
             faults.append(f"training problem {index}: {fault.text}")
-    raise UserFault(faults[0])
+            notes.append(f"{faults[-1]}; in a run it costs one rollout")
+            if len(faults) == SAMPLES:
+                break
+    none = f"the training split has no problem at its first {INDICES} indices"
+    raise UserFault(next(iter([*faults, *notes]), none))
 
 
 def _played(task: Task, index: int, max_turns: int) -> EpisodeEstimate:

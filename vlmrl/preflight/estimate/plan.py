@@ -38,7 +38,7 @@ def dry_run(config: RunConfig) -> str:
     refuse_family(config.model)
     task = load_task(config.task, seed=config.seed)
     try:
-        episode, faults = play(task, config.task.max_turns)
+        episode, wrong = play(task, config.task.max_turns)
     except UserFault as fault:
         raise ConfigError(
             f"task.target={config.task.target}: none of its first {SAMPLES} problems can be played ({fault.text}), so "
@@ -52,7 +52,7 @@ def dry_run(config: RunConfig) -> str:
         *_tokens(config, sizes, episode, ranks),
         *_memory(config, sizes, episode, ranks),
         *_processes(config, machine, sizes, ranks),
-        *(("note", f"{fault}; in a run it costs one rollout") for fault in faults),
+        *(("note", text) for text in wrong),
         *(("note", note) for note in notes(config, sizes, episode)),
     ]
     width = max(len(name) for name, _ in rows)

@@ -18,6 +18,7 @@ import numpy as np
 
 from vlmrl.runs.doctor.evidence import images_of, with_images
 from vlmrl.tasks.base import Env, Problem, Reply, Split, Task
+from vlmrl.tasks.border import get_num_rows
 from vlmrl.types import Message
 
 SIZES = ((96, 64), (64, 160), (45, 100))
@@ -48,6 +49,10 @@ class NoiseTask:
 
     def problem(self, split: Split, index: int) -> NoiseProblem:
         return NoiseProblem(self._task.problem(split, index // 2), seed=index if index % 2 else None)
+
+    def num_rows(self, split: Split) -> int | None:
+        rows = get_num_rows(self._task, split)
+        return None if rows is None else 2 * rows
 
     def env(self, problem: NoiseProblem) -> Env:
         env = self._task.env(problem.problem)

@@ -13,13 +13,14 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from vlmrl.errors import UserFault, fenced
 from vlmrl.rendering.images import decode, image_hash
-from vlmrl.tasks.base import Reply, Split, Task
+from vlmrl.tasks.base import NoProblem, Reply, Split, Task
+from vlmrl.tasks.border import checked_absence
 from vlmrl.tasks.loading import texts_of
 from vlmrl.types import Image, Message, Text
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 IDS_PER_PROBLEM = 16
-"""Number of problems whose id alone is read, per problem that is played; ids are cheap."""
+"""Number of indices whose id alone is read, per problem that is played; ids are cheap."""
 FAR_INDEX = 1 << 40
 """Index of the first training problem of supervised steps."""
 SEEDS = (0, 1, 2, 3, 4, 5, 6, (1 << 64) - 1)
@@ -28,8 +29,13 @@ NONSENSE = ("", "☃ 12,5 <b>no idea</b>\n", "Z" * 500)
 """Answers that an untrained policy may give."""
 
 
-ABSENT: Any = object()
-"""Stands for what the task does not define."""
+class _Absent:
+    def __repr__(self) -> str:
+        return "no problem"
+
+
+ABSENT: Any = _Absent()
+"""Stands for what the task does not define, and for the id of an index that has no problem."""
 
 Source: TypeAlias = Literal["reset", "step", "demonstration"]
 
@@ -59,6 +65,8 @@ class Seen:
     """`ABSENT` if the task has no demonstrations with correct answers."""
     random_demonstrations: list[Any] = field(default_factory=list)
     """One per seed of `SEEDS`; empty if the task has none."""
+    has_no_demonstration: bool = False
+    """Whether `demonstration` raised `NoProblem`."""
     random_demonstration_again: Any = None
     """That of the first seed, made a second time."""
 
@@ -78,9 +86,13 @@ class Observed:
     max_turns: int
     problems: dict[Split, list[Seen]]
     ids: dict[Split, list[Any]]
-    """By index; `IDS_PER_PROBLEM` times as many as there are problems."""
+    """By index, `ABSENT` where there is no problem; `IDS_PER_PROBLEM` times as many as there are problems."""
     ids_again: dict[Split, list[Any]]
     """The same ids, read a second time from the last problem to the first."""
+    num_rows: dict[Split, list[Any]] = field(default_factory=dict)
+    """What `num_rows` returned, called twice; empty if the task does not define it."""
+    without_problem: dict[Split, str] = field(default_factory=dict)
+    """Why the last index that was tried has no problem, for each split in which none has."""
     texts: tuple[str, ...] | UserFault | None = None
     """None if the task does not define `texts`, which only a model whose tokenizer is made here needs."""
     raised: str | None = None
@@ -151,18 +163,20 @@ def observe(task: Any, problems: int, max_turns: int) -> Observed:
     observed = Observed(task, max_turns, {s: [] for s in SPLITS}, {s: [] for s in SPLITS}, {s: [] for s in SPLITS})
     try:
         for split in SPLITS:
-            for index in range(problems * IDS_PER_PROBLEM):
-                observed.ids[split].append(_problem(task, split, index)[1])
-            for index in range(problems):
+            _look_at_ids(observed, split, problems * IDS_PER_PROBLEM)
+            for index in played_indices(observed, split, problems):
                 observed.problems[split].append(_see(observed, split, index))
         for split in SPLITS:
             for index in reversed(range(problems * IDS_PER_PROBLEM)):
                 observed.ids_again[split].insert(0, _problem(task, split, index)[1])
-            for index in reversed(range(problems)):
-                problem, _ = _problem(task, split, index)
+            for number, index in reversed(list(enumerate(played_indices(observed, split, problems)))):
+                problem, name, _ = _problem(task, split, index)
+                if name is ABSENT:  # the rule `deterministic` reports it
+                    observed.problems[split][number].prompt_again = observed.problems[split][number].prompt
+                    continue
                 where = f"reset() of {split} {index}, made a second time,"
                 with fenced(where):
-                    observed.problems[split][index].prompt_again = observed.look(task.env(problem).reset(), where)
+                    observed.problems[split][number].prompt_again = observed.look(task.env(problem).reset(), where)
         _problem(task, "train", FAR_INDEX)
     except UserFault as fault:
         observed.raised = fault.text
@@ -174,16 +188,39 @@ def observe(task: Any, problems: int, max_turns: int) -> Observed:
     return observed
 
 
-def _problem(task: Any, split: Split, index: int) -> tuple[Any, Any]:
-    """The problem and its id."""
-    with fenced(f'problem("{split}", {index})'):
-        problem = task.problem(split, index)
-        return problem, problem.id
+def played_indices(observed: Observed, split: Split, problems: int) -> list[int]:
+    """The first indices that have a problem."""
+    return [index for index, name in enumerate(observed.ids[split]) if name is not ABSENT][:problems]
+
+
+def _look_at_ids(observed: Observed, split: Split, count: int) -> None:
+    """Read the ids of the first indices, and the number of rows."""
+    why = ""
+    for index in range(count):
+        name, reason = _problem(observed.task, split, index)[1:]
+        observed.ids[split].append(name)
+        why = reason or why
+    if all(name is ABSENT for name in observed.ids[split]):
+        observed.without_problem[split] = why
+    if hasattr(observed.task, "num_rows"):
+        with fenced(f'num_rows("{split}")'):
+            observed.num_rows[split] = [observed.task.num_rows(split) for _ in range(2)]
+
+
+def _problem(task: Any, split: Split, index: int) -> tuple[Any, Any, str]:
+    """The problem, its id, and why there is none; id `ABSENT` where there is none."""
+    where = f'problem("{split}", {index})'
+    with fenced(where):
+        try:
+            problem = task.problem(split, index)
+            return problem, problem.id, ""
+        except NoProblem as absent:
+            return None, ABSENT, str(checked_absence(where, absent)) or type(absent).__name__
 
 
 def _see(observed: Observed, split: Split, index: int) -> Seen:
     task, look = observed.task, observed.look
-    problem, name = _problem(task, split, index)
+    problem, name, _ = _problem(task, split, index)
     where = f"{split} {index}"
     with fenced(f"env() or reset() of {where}"):
         env = task.env(problem)
@@ -195,8 +232,9 @@ def _see(observed: Observed, split: Split, index: int) -> Seen:
             with fenced(f"demonstration() of {where}"):
                 try:
                     made = task.demonstration(problem, random_answers=not correct, seed=seed)
-                except NotImplementedError:
-                    break  # allowed: a warm-up needs one kind of answers only
+                except (NotImplementedError, NoProblem) as error:
+                    seen.has_no_demonstration = isinstance(error, NoProblem)
+                    break  # allowed: a warm-up needs one kind of answers only, and not from every problem
                 look(made, f"demonstration() of {where}")
             if correct:
                 seen.demonstration = made

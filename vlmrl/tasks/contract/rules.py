@@ -18,6 +18,7 @@ from vlmrl.tasks.border import (
     TaskCodeError,
     checked_id,
     checked_messages,
+    checked_num_rows,
     checked_prompt,
     checked_reply,
 )
@@ -45,6 +46,22 @@ def methods(observed: Observed) -> Violations:
 def runs(observed: Observed) -> Violations:
     if observed.raised is not None:
         yield observed.raised
+
+
+def has_problems(observed: Observed) -> Violations:
+    for split, why in observed.without_problem.items():
+        yield f"the {split} split has no problem at its first {len(observed.ids[split])} indices; the last one: {why}"
+
+
+def num_rows(observed: Observed) -> Violations:
+    for split, (rows, again) in observed.num_rows.items():
+        try:
+            checked_num_rows(f'num_rows("{split}")', rows)
+        except TaskCodeError as fault:
+            yield fault.text
+            continue
+        if rows != again:
+            yield f'num_rows("{split}") is {rows} the first time and {again} the second time'
 
 
 def messages(observed: Observed) -> Violations:
@@ -89,6 +106,8 @@ def images(observed: Observed) -> Violations:
 def ids(observed: Observed) -> Violations:
     for split in SPLITS:
         for index, name in enumerate(observed.ids[split]):
+            if name is ABSENT:
+                continue
             try:
                 if not checked_id(f'problem("{split}", {index})', name):
                     yield f'problem("{split}", {index}).id is an empty str, which names no problem'
@@ -154,6 +173,8 @@ def demonstrations(observed: Observed) -> Violations:
     demonstrated = [seen for seen in observed.all_problems() if seen.demonstration is not ABSENT]
     randomly = [seen for seen in observed.all_problems() if seen.random_demonstrations]
     for seen in observed.all_problems():
+        if seen.has_no_demonstration:
+            continue
         if (demonstrated and seen not in demonstrated) or (randomly and seen not in randomly):
             yield f"demonstration() of {seen.where} raises NotImplementedError, but not for other problems"
             continue
@@ -223,6 +244,11 @@ def texts(observed: Observed) -> Violations:
         yield "texts() returned no text"
 
 
+def without_num_rows(observed: Observed) -> str | None:
+    """Why the rule `num_rows` has nothing to judge."""
+    return None if observed.num_rows else "num_rows() is not defined, so the problems count as endless"
+
+
 def without_demonstrations(observed: Observed) -> str | None:
     """Why the rule `demonstrations` has nothing to judge."""
     if any(any(seen.demonstrations()) for seen in observed.all_problems()):
@@ -269,6 +295,12 @@ RULES = (
     Rule("problem and env are defined", "define the methods of vlmrl.Task", methods, gate=True),
     Rule("nothing raises", "fix it: in a run each such rollout would end as task_error", runs, gate=True),
     Rule(
+        "both splits have problems",
+        "raise BadRow and NotInSplit for single rows only: a run ends where a whole pass has no problem",
+        has_problems,
+        gate=True,
+    ),
+    Rule(
         "step() returns a Reply, and all messages are well-formed",
         'build them with Message.of("user", "text", Image(...)) and return them as a tuple',
         messages,
@@ -285,6 +317,12 @@ RULES = (
         "problem(split, index) returns the same problem every time",
         "make it a function of seed, split and index: no global random state, no counter",
         deterministic,
+    ),
+    Rule(
+        "num_rows(split) returns the number of indices of one pass",
+        "return the same positive int every time, or None where the problems are endless",
+        num_rows,
+        unchecked=without_num_rows,
     ),
     Rule(
         "the splits share no id",

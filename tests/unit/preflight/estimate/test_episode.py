@@ -25,6 +25,7 @@ from vlmrl.models.families.qwen3_vl import Qwen3VL
 from vlmrl.preflight.estimate.episode import SAMPLES, EpisodeEstimate, play
 from vlmrl.preflight.estimate.sizes import TINY_CHARACTERS_PER_TOKEN
 from vlmrl.rendering.renderer import make_renderer
+from vlmrl.tasks.base import BadRow, NotInSplit
 from vlmrl.tasks.loading import load_task
 from vlmrl.types import Image, Message, Text
 
@@ -116,3 +117,26 @@ def test_a_problem_that_cannot_be_played_is_left_out_and_named(tmp_path: Path) -
     hopeless: Any = OneTurn(bad[:1] * SAMPLES)
     with pytest.raises(UserFault, match=r"^training problem 0: .*absent\.png cannot be read"):
         play(hopeless, 1)
+
+
+class HasBadRows(OneTurn):
+    def problem(self, split: str, index: int) -> Any:
+        if index < 10:
+            raise NotInSplit if index % 2 else BadRow("no answer", row=index)
+        return super().problem(split, index - 10)
+
+
+def test_an_index_without_a_problem_is_passed_over() -> None:
+    task: Any = HasBadRows([KeyError("x"), ()])
+    episode, notes = play(task, 1)
+    assert episode.characters == 4
+    bad = [
+        f"training index {row} has no problem (row {row}: no answer); a run takes the next one"
+        for row in range(0, 10, 2)
+    ]
+    assert notes[:-1] == bad
+    assert notes[-1].startswith("training problem 10: ")
+    empty: Any = HasBadRows([])
+    empty.problem = lambda split, index: HasBadRows.problem(empty, split, 1)
+    with pytest.raises(UserFault, match="has no problem at its first 256 indices"):
+        play(empty, 1)

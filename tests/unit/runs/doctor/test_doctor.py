@@ -159,6 +159,9 @@ class OnlyWords:
     def problem(self, split: Any, index: int) -> Words:
         return Words()
 
+    def num_rows(self, split: Any) -> None:
+        return None
+
     def env(self, problem: Words) -> Words:
         return Words()
 
