@@ -39,8 +39,9 @@ from vlmrl.record.files import disk_errors
 from vlmrl.record.in_place import Folders
 from vlmrl.record.logs import MainLog
 from vlmrl.record.metrics import ELAPSED, EVAL_GREEDY, EVAL_SAMPLED, ZERO_ADVANTAGE, MetricsLog, Record, read_metrics
-from vlmrl.record.rollouts import RecordedSplit, RolloutRecorder
+from vlmrl.record.rollouts import RolloutRecorder
 from vlmrl.record.run_dir import RunDir
+from vlmrl.record.splits import RecordedSplit
 from vlmrl.types import Group, Rollout
 
 log = logging.getLogger(__name__)

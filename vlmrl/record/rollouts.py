@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import orjson
@@ -39,10 +39,9 @@ from vlmrl.errors import VlmrlError
 from vlmrl.record.files import disk_errors, open_regular, write_atomically, write_bytes_atomically
 from vlmrl.record.rollout_check import is_rollout
 from vlmrl.record.run_dir import RunDir
+from vlmrl.record.splits import RecordedSplit
 from vlmrl.record.tokens import TokenSpellings
 from vlmrl.types import Image, ImageItem, Message, Rollout, Text, Turn, extends
-
-RecordedSplit: TypeAlias = Literal["train", "eval_sampled", "eval_greedy"]
 
 ROLLOUT_ID = re.compile(rb'\{"rollout_id":"([^"\\]*)"')
 """The start of a line."""
