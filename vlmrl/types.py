@@ -286,7 +286,9 @@ class StopReason(StrEnum):
     TASK_ERROR = "task_error"
     """The task's code raised."""
     BAD_REWARD = "bad_reward"
-    """The task returned a reward that is NaN, infinite or not a number."""
+    """The task or a reward term returned a reward that is NaN, infinite or not a number."""
+    REWARD_ERROR = "reward_error"
+    """A reward term raised, or returned something of a wrong form."""
     ENGINE_ERROR = "engine_error"
     """The engine reported an error for a request of this rollout."""
     CONTRACT = "contract"
@@ -308,6 +310,8 @@ class DropReason(StrEnum):
     """Its `stop_reason` is a fault."""
     EMPTY = "empty"
     """Nothing was sampled, for example because the first prompt did not fit in the context."""
+    NO_REWARD = "no_reward"
+    """The task has no reward of its own, and every reward term abstains, for example because the row has no answer."""
     STRAY_IMAGE_TOKEN = "stray_image_token"
     """The policy sampled an image token, so placeholders and features would not match in the forward pass."""
     STALE = "stale"
@@ -377,6 +381,13 @@ class Rollout:
     """The formatted traceback, for faults whose code raised."""
     replayed: int = 0
     """How often it was played again because a server of the run was lost."""
+    rewards: dict[str, float | None] = field(default_factory=dict)
+    """The value of each reward term by its name, before its weight; None where it abstains. Empty without terms, and
+    where the rollout was not scored."""
+    task: str = ""
+    """The name of its task in a mixture; empty in a run of one task."""
+    reference: Any = None
+    """The answer of the data, where the problem has one (`vlmrl.tasks.base.Reference`)."""
 
     def __repr__(self) -> str:
         return f"Rollout({self.rollout_id!r}, {len(self.turns)} turns, {self.stop_reason})"
@@ -416,6 +427,8 @@ class Group:
 
     problem_id: str
     rollouts: list[Rollout]
+    problem: Any = None
+    """What `Task.problem` returned; None where that failed, and for a recorded group."""
 
 
 # ── samples ─────────────────────────────────────────────────────────────────────────────────────────────────

@@ -113,6 +113,7 @@ def _no_signal(recent: Sequence[Record], credit: Credit) -> str | None:
 REMEDIES = {
     "fault": "python -m vlmrl mode=faults run=<folder> lists them.",
     "empty": "their first prompt fills the context. Raise trainer.seq_len, or shorten the task's prompts.",
+    "no_reward": "every reward term abstains, as it does without a reference answer. Check task.columns.answer.",
     "stray_image_token": "they contain an image token that the engine should not have sampled. Run mode=doctor.",
     "truncated": "their last answer was cut. Raise orchestrator.max_new_tokens, or reward short answers.",
     "gibberish": "the policy collapses. Lower trainer.learning_rate and resume from an earlier checkpoint.",

@@ -77,8 +77,9 @@ The contract:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from vlmrl.types import Message
 
@@ -122,6 +123,23 @@ class Problem(Protocol):
     @property
     def id(self) -> str:
         """Names the problem in records; not empty. Equal ids mean equal problems. The splits share no id."""
+        ...
+
+
+@runtime_checkable
+class Reference(Problem, Protocol):
+    """A problem that reward terms can score (`reward=`), because it holds the answer and its row. The problems of
+    task=dataset are such. A problem that is no `Reference` can be scored by terms that need no answer, like `format`.
+    """
+
+    @property
+    def answer(self) -> Any:
+        """The answer of the data, of any type; None where the row has none."""
+        ...
+
+    @property
+    def columns(self) -> Mapping[str, Any]:
+        """The other columns of the row, by name."""
         ...
 
 

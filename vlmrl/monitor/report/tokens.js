@@ -78,6 +78,7 @@ const fact = (label, value, kind) => el("div", { class: `fact ${kind ?? ""}` }, 
 const DROPPED = {
   fault: "its stop reason is a fault",
   empty: "nothing was sampled",
+  no_reward: "the task has no reward of its own, and every reward term abstains",
   stray_image_token: "the policy sampled an image token",
   stale: "a token is older than orchestrator.max_staleness",
   zero_advantage: "every advantage of its group is zero",
