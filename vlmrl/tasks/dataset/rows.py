@@ -1,6 +1,6 @@
 """Rows of a data set: what every source gives, whatever it is read from.
 
-    path, hub id ──open_rows──▶ Rows ──row(417)──▶ {"question": "…", "image": {"bytes": b"…"}, "answer": "7"}
+    path, hub id ──sources.opening.open_rows──▶ Rows ──row(417)──▶ {"question": "…", "answer": "7"}
 
 A `Rows` opens without reading the data, gives any row for the price of that row, and may be used by several threads.
 Cells arrive raw: `vlmrl.tasks.dataset.columns` and `images` give them a meaning.

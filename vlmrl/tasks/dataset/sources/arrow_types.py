@@ -1,0 +1,77 @@
+"""Column types of an Arrow schema, with what Hugging Face `datasets` noted in its metadata: images, names of labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from vlmrl.errors import ConfigError
+from vlmrl.tasks.dataset.rows import ColumnType
+
+
+def schema_types(path: Path, schema: Any) -> dict[str, ColumnType]:
+    """Column → type of a `pyarrow.Schema`. Raises `ConfigError` where two columns have one name."""
+    doubled = sorted({name for name in schema.names if schema.names.count(name) > 1})
+    if doubled:
+        raise ConfigError(
+            f"task.path={path} has two columns named {doubled[0]!r}, so it is unclear which is meant: rename one"
+        )
+    features = _features(schema)
+    return {field.name: _with_feature(_type(field.type), features.get(field.name)) for field in schema}
+
+
+def _type(kind: Any) -> ColumnType:
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        return _type(kind.value_type)
+    if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
+        return ColumnType("text")
+    if types.is_boolean(kind):
+        return ColumnType("boolean")
+    if types.is_integer(kind):
+        return ColumnType("integer")
+    if types.is_floating(kind) or types.is_decimal(kind):
+        return ColumnType("number")
+    if types.is_null(kind):
+        return ColumnType("null")
+    if types.is_temporal(kind):
+        return ColumnType("time")
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return ColumnType("list", item=_type(kind.value_type))
+    if types.is_struct(kind):
+        return ColumnType("struct", fields={field.name: _type(field.type) for field in kind})
+    if types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind):
+        return ColumnType("bytes")
+    return ColumnType("mixed")
+
+
+def _features(schema: Any) -> dict[str, Any]:
+    """What `datasets` noted of each column: {"image": {"_type": "Image"}}; empty where it noted nothing readable."""
+    noted = (schema.metadata or {}).get(b"huggingface")
+    try:
+        features = orjson.loads(noted or b"{}")["info"]["features"]
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        return {}
+    return features if isinstance(features, dict) else {}
+
+
+def _with_feature(kind: ColumnType, feature: Any) -> ColumnType:
+    """`kind` with what `datasets` noted of it."""
+    if isinstance(feature, list) and len(feature) == 1:
+        feature = {"_type": "List", "feature": feature[0]}
+    if not isinstance(feature, dict):
+        return kind
+    name = feature.get("_type")
+    if name == "Image":
+        return ColumnType(kind.kind, fields=kind.fields, is_image=True)
+    if name == "ClassLabel" and isinstance(labels := feature.get("names"), list):
+        return ColumnType(kind.kind, labels=tuple(str(label) for label in labels))
+    if name in ("List", "LargeList", "Sequence") and kind.item is not None:
+        return ColumnType("list", item=_with_feature(kind.item, feature.get("feature")))
+    if name is None and kind.kind == "struct":
+        fields = {part: _with_feature(inner, feature.get(part)) for part, inner in kind.fields.items()}
+        return ColumnType("struct", fields=fields)
+    return kind

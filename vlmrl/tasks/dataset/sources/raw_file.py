@@ -1,0 +1,68 @@
+"""Bytes of a file by position, safe for threads; a compressed file is unpacked first."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import IO
+
+from vlmrl.errors import ConfigError
+from vlmrl.tasks.dataset.sources.reader import PACKED
+
+_WIDE = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+BOM = b"\xef\xbb\xbf"
+"""Windows programs begin a file of UTF-8 with these bytes. They are no text."""
+
+
+class RawFile:
+    """A file of bytes, open for as long as the object lives, so that removing the file does not end a run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: IO[bytes] = _unpacked(path) if path.suffix.lower() in PACKED else open(path, "rb")  # noqa: SIM115
+        self.size = os.fstat(self._file.fileno()).st_size
+
+    def read(self, start: int, end: int) -> bytes:
+        """Bytes `start` to `end`, fewer at the end of the file. `pread` has no position that threads could share."""
+        parts = []
+        while start < end and (part := os.pread(self._file.fileno(), end - start, start)):
+            parts.append(part)
+            start += len(part)
+        return b"".join(parts)
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+
+class TextFile(RawFile):
+    """A file of UTF-8. `start` is where its text begins: after the byte order mark, if it has one."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        head = self.read(0, 4)
+        if head[:2] in _WIDE:
+            raise ConfigError(
+                f"task.path={path} is written in UTF-16, so no row of it can be read: convert it, for example by "
+                f"iconv -f UTF-16 -t UTF-8"
+            )
+        self.start = len(BOM) if head.startswith(BOM) else 0
+
+
+def _unpacked(path: Path) -> IO[bytes]:
+    """The content of a compressed file, in a temporary file without a name, which goes when it is closed."""
+    import pyarrow
+
+    codec = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}[path.suffix.lower()]
+    unpacked = tempfile.TemporaryFile()  # noqa: SIM115 — open for as long as the RawFile lives
+    with open(path, "rb") as packed:
+        try:
+            shutil.copyfileobj(pyarrow.CompressedInputStream(packed, codec), unpacked, 1 << 20)
+        except OSError as error:
+            raise ConfigError(
+                f"task.path={path} cannot be unpacked ({error}), so there are no rows: copy the file again, or make "
+                f"room in {tempfile.gettempdir()}, where it is unpacked (environment variable TMPDIR)"
+            ) from None
+    unpacked.flush()
+    return unpacked
