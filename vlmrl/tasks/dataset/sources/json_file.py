@@ -204,7 +204,7 @@ def _array_starts(file: TextFile) -> NDArray[np.int64]:
                     raise _not_objects(file, len(starts))
                 return np.array([*starts, end], np.int64)
     raise ConfigError(
-        f"task.path={file.path} ends inside its array, in row {max(len(starts) - 1, 0)}, so it is cut off: copy it again"
+        f"task.path={file.path} ends inside its array, in row {max(len(starts) - 1, 0)}: copy the whole file"
     )
 
 
