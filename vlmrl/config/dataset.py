@@ -11,7 +11,7 @@ from omegaconf import MISSING
 from vlmrl.config.fields import PROSE, Form, Resume, setting
 from vlmrl.config.task import TaskConfig
 
-ROWS = Form(r"\d+|\d*:\d*(?<!^:)", "a range of rows such as 0:500, 500: or 500 (the first 500)", "no row is chosen")
+ROWS = Form(r"-?\d+|-?\d*:-?\d*(?<!^:)", "a range of rows such as 0:500, 500: or -500:", "no row is chosen")
 
 
 class BadRows(Enum):

@@ -1,0 +1,267 @@
+"""From a row to an example: the prompt with pixels, the answer, and what a demonstration says.
+
+    row ──layout──▶ turns, image cells, answer cell ──▶ template, markers ──▶ decode ──▶ Example      `Unusable`
+
+Nothing here knows splits, order or seeds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vlmrl.rendering.images import Pixels
+from vlmrl.tasks.dataset.columns import (
+    Unusable,
+    as_json,
+    as_list,
+    as_reference,
+    as_text,
+    choice_letter,
+    is_missing,
+    lettered_lines,
+    options_of,
+    read,
+    value_at,
+)
+from vlmrl.tasks.dataset.conversation import (
+    Placed,
+    Slot,
+    Turn,
+    boxes_of,
+    check_markers,
+    place_images,
+    turns_of,
+    with_boxes,
+    with_markers,
+)
+from vlmrl.tasks.dataset.images import ImageReader, flat
+from vlmrl.tasks.dataset.layouts import Layout
+from vlmrl.tasks.dataset.template import PromptTemplate
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A row as text: all of an example but its pixels."""
+
+    question: tuple[str, ...]
+    """The texts of the prompt as they stand in the row, without the run's system prompt and template; these decide
+    whether the row is held out."""
+    turns: tuple[Turn, ...]
+    """The prompt; it ends with a turn that the policy answers."""
+    cells: tuple[Any, ...]
+    """The images of the image columns, one by one."""
+    own: tuple[Any, ...]
+    """The images that messages hold themselves, one by one."""
+    answer: Any
+    """What rewards compare with; None where the data set has no answers."""
+    demonstration: str | None
+    """What the assistant says; None where no column has it."""
+    options: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """What a row is read with. Thread-safe."""
+
+    layout: Layout
+    system_prompt: str | None
+    template: PromptTemplate | None
+    first_index: int
+    """The number of the first option, where answers are numbers of options."""
+
+    def draft(self, row: Mapping[str, Any]) -> Draft:
+        """The text of a row. Decodes no image. Raises `Unusable`."""
+        layout = self.layout
+        options = options_of(row, layout.choices) if layout.choices else []
+        cells = tuple(cell for column in layout.images for cell in flat(value_at(row, column)))
+        turns = self._turns(row, options)
+        if layout.boxes is not None:
+            turns = with_boxes(turns, value_at(row, layout.boxes), layout.boxes)
+        said = turns.pop() if turns and turns[-1].role == "assistant" else None
+        question = tuple(turn.text for turn in turns if turn.role not in ("system", "assistant"))
+        if self.template is not None:
+            turns = self._templated(row, turns, len(cells))
+            if layout.prompt is None and layout.messages is None:
+                question = (turns[-1].text,)
+        turns = with_markers(self._with_system(row, turns))
+        _check_prompt(turns, cells)
+        check_markers(turns, len(cells))
+        own = tuple(
+            cell
+            for turn in turns
+            for piece in turn.pieces
+            if isinstance(piece, Slot) and piece.cell is not None
+            for cell in _single(piece.cell)
+        )
+        return Draft(
+            question=question,
+            turns=tuple(turns),
+            cells=cells,
+            own=own,
+            answer=self._answer(row, options, said),
+            demonstration=self._demonstration(row, options, said),
+            options=tuple(options),
+        )
+
+    # ── the prompt ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def _turns(self, row: Mapping[str, Any], options: Sequence[str]) -> list[Turn]:
+        layout = self.layout
+        if layout.messages is not None:
+            turns = turns_of(value_at(row, layout.messages), layout.messages)
+            if options and turns:
+                at = max((number for number, turn in enumerate(turns) if turn.role == "user"), default=0)
+                turns[at] = _with_options(turns[at], options)
+            return turns
+        if layout.prompt is None:
+            return [Turn("user", ())]
+        text = "" if value_at(row, layout.prompt) is None else read(row, layout.prompt, as_text)
+        if layout.input is not None and not is_missing(value_at(row, layout.input)):
+            text = f"{text}\n{read(row, layout.input, as_text)}"
+        turns = []
+        for pair in as_list(value_at(row, layout.history)) if layout.history is not None else ():
+            question, answer = (*as_list(pair), "", "")[:2]
+            turns += [Turn("user", (as_text(question),)), Turn("assistant", (as_text(answer),))]
+        return [*turns, _with_options(Turn("user", (text,)), options)]
+
+    def _templated(self, row: Mapping[str, Any], turns: list[Turn], images: int) -> list[Turn]:
+        """The turns with the template's text in the last one. Slots of that turn keep their images, in order."""
+        assert self.template is not None
+        last = turns[-1] if turns else Turn("user", ())
+        slots = [piece for piece in last.pieces if isinstance(piece, Slot)]
+        text = self.template.render(row, last.text, len(slots) or images, self.layout.images)
+        made = Turn(last.role, (text,))
+        if slots:
+            (made,) = with_markers([made])
+            places = [piece for piece in made.pieces if isinstance(piece, Slot)]
+            if not places:
+                made = Turn(last.role, (*slots, text))
+            elif len(places) != len(slots):
+                raise Unusable(
+                    f"task.template shows {len(places)} images and the message {len(slots)}, so it is not clear which "
+                    "stands where: correct the template"
+                )
+            else:
+                remaining = iter(slots)
+                pieces = tuple(next(remaining) if isinstance(piece, Slot) else piece for piece in made.pieces)
+                made = Turn(last.role, pieces)
+        return [*turns[:-1], made]
+
+    def _with_system(self, row: Mapping[str, Any], turns: list[Turn]) -> list[Turn]:
+        system, column = self.system_prompt, self.layout.system
+        has_own = any(turn.role == "system" for turn in turns)
+        if system is None and column is not None and not has_own and not is_missing(value_at(row, column)):
+            system = read(row, column, as_text)
+        if system is None:
+            return turns
+        return [Turn("system", (system,)), *(turn for turn in turns if turn.role != "system")]
+
+    # ── the answer ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def _answer(self, row: Mapping[str, Any], options: Sequence[str], said: Turn | None) -> Any:
+        layout = self.layout
+        if layout.answer is not None:
+            value = value_at(row, layout.answer)
+            if is_missing(value):
+                raise Unusable(
+                    f"the column {layout.answer} has no answer, so no reward can be computed: fill it, or leave the "
+                    "row out"
+                )
+            if options:
+                return read(row, layout.answer, lambda value: choice_letter(value, options, self.first_index))
+            reference = read(row, layout.answer, as_reference)
+            if is_missing(reference):
+                raise Unusable(f"the column {layout.answer} has an empty answer, so no reward can be computed: fill it")
+            return reference
+        if said is not None:
+            value = said.value if said.value is not None else said.text
+            return None if is_missing(value) else as_reference(value)
+        if layout.boxes is not None and (boxes := boxes_of(value_at(row, layout.boxes))):
+            return boxes[0] if len(boxes) == 1 else boxes
+        if layout.boxes is not None or layout.messages is not None:
+            raise Unusable("the row has no answer: neither an assistant turn nor a column holds one: fill it")
+        return None
+
+    def _demonstration(self, row: Mapping[str, Any], options: Sequence[str], said: Turn | None) -> str | None:
+        layout = self.layout
+        if layout.demonstration is not None:
+            value = value_at(row, layout.demonstration)
+            if as_list(value) and isinstance(as_list(value)[0], Mapping) and "content" in as_list(value)[0]:
+                return turns_of(value, layout.demonstration)[-1].text or None
+            return None if is_missing(value) else as_json(value)
+        if said is not None and said.text.strip():
+            return said.text
+        if layout.answer is not None:
+            if options:
+                return str(self._answer(row, options, said))
+            value = value_at(row, layout.answer)
+            first = value[0] if isinstance(value, list | tuple) and _all_texts(value) else value
+            return None if is_missing(first) else as_json(first)
+        answer = self._answer(row, options, said)
+        return None if answer is None else as_json(answer)
+
+
+def _all_texts(values: Sequence[Any]) -> bool:
+    """Whether a list holds accepted answers, of which any one will do, and not the numbers of one answer."""
+    return bool(values) and all(isinstance(value, str) for value in values)
+
+
+def _single(cell: Any) -> list[Any]:
+    found = list(flat(cell))
+    if len(found) != 1:
+        raise Unusable(f"an image part of a message holds {len(found)} images: give each a part of its own")
+    return found
+
+
+def _with_options(turn: Turn, options: Sequence[str]) -> Turn:
+    """The question with its options below, unless it has them already."""
+    text = turn.text
+    if not options or all(option.strip() and option.strip() in text for option in options):
+        return turn
+    end = "" if text.endswith("\n") or not text else "\n"
+    return dataclasses.replace(turn, pieces=(*turn.pieces, end + lettered_lines(options)))
+
+
+def _check_prompt(turns: Sequence[Turn], cells: Sequence[Any]) -> None:
+    if not turns or turns[-1].role not in ("user", "tool"):
+        last = turns[-1].role if turns else "no message"
+        raise Unusable(f"the prompt ends with {last} and not with a user message, so there is nothing to answer")
+    said = any(turn.text.strip() for turn in turns if turn.role in ("user", "tool"))
+    if not said and not (cells and any(turn.text.strip() for turn in turns)):
+        raise Unusable("the prompt is empty, so there is nothing to answer: fill its column, or leave the row out")
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A row with its pixels."""
+
+    draft: Draft
+    images: tuple[Pixels, ...]
+    """Of the image columns."""
+    own: tuple[Pixels, ...]
+    """Of the messages themselves."""
+
+    @property
+    def pixels(self) -> tuple[Pixels, ...]:
+        """All images, in an order that is a function of the row."""
+        return self.own + self.images
+
+    def placed(self, shown: tuple[Pixels, ...] | None = None) -> list[Placed]:
+        """The prompt with its images, or with others of the same number (`shown`, in the order of `pixels`)."""
+        own, images = self.own, self.images
+        if shown is not None:
+            own, images = shown[: len(own)], shown[len(own) :]
+        return place_images(self.draft.turns, images, own)
+
+
+def example_of(drafting: Drafting, images: ImageReader, row: Mapping[str, Any], folder: str | None) -> Example:
+    """Read a row and decode its images. Raises `Unusable`."""
+    draft = drafting.draft(row)
+    return Example(
+        draft,
+        tuple(pixels for cell in draft.cells for pixels in images.pixels(cell, folder)),
+        tuple(pixels for cell in draft.own for pixels in images.pixels(cell, folder)),
+    )

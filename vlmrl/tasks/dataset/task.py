@@ -1,0 +1,236 @@
+"""`task=dataset`: problems from rows of questions, pictures and answers, without code.
+
+    index ─order─▶ row number ─Rows─▶ cells ─layout─▶ Example ─membership─▶ DatasetProblem
+                                        │                  └─ other split ──▶ NotInSplit
+                                        └─ cannot be used ──────────────────▶ BadRow
+
+    sources/, rows.py   files and hubs, as rows         order.py, split.py   which row is drawn, which is held out
+    layouts.py          which column plays which part   columns.py           values of cells
+    conversation.py     turns, markers, boxes           images.py, fetch.py  pixels
+    template.py         task.template                   examples.py          all of these, for one row
+    demonstrations.py   random answers                  probe.py             what the first rows tell
+
+An index of the training split is a row of a shuffled epoch; one of the evaluation split is a row in the order of the
+file. A row whose text and pixels belong to the other split is passed over. So nothing scans the data, and a bad row
+costs nothing before it is drawn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from vlmrl.config.dataset import DatasetConfig
+from vlmrl.errors import ConfigError, fenced
+from vlmrl.rendering.images import Pixels, image_hash
+from vlmrl.tasks.base import BadRow, NotInSplit, Reply, Split, Task
+from vlmrl.tasks.dataset.columns import Unusable
+from vlmrl.tasks.dataset.conversation import Placed
+from vlmrl.tasks.dataset.demonstrations import random_answer
+from vlmrl.tasks.dataset.examples import Example, example_of
+from vlmrl.tasks.dataset.order import shuffled
+from vlmrl.tasks.dataset.probe import Pool, answers_of, form_in, open_pool, texts_in
+from vlmrl.tasks.dataset.split import belongs_to_eval, content_hash
+from vlmrl.types import Image, Message, Text
+
+DEFAULT_EVAL_FRACTION = 0.1
+"""Share of the rows that is held out where the config names no other evaluation."""
+
+SHUFFLE_TRIES = 64
+"""Rows that the blind control looks at to find as many images as a row has."""
+
+_UNKNOWN, _TRAIN, _EVAL = 0, 1, 2
+
+
+@dataclass(frozen=True, eq=False)
+class DatasetProblem:
+    """One row. A `vlmrl.tasks.base.Reference`: reward terms read `answer` and `columns`."""
+
+    id: str
+    """`<file>:<row>:<8 hex characters of text and pixels>`."""
+    messages: tuple[Message, ...]
+    answer: Any
+    """The answer of the data: a text, a letter of the options, a number, a list of accepted answers, or boxes. None
+    where the data set has no answers."""
+    columns: Mapping[str, Any]
+    """Every column of the row as the file has it; `choices` holds the options as a list of texts."""
+    demonstration: str | None
+    """What the assistant says in a demonstration; None where the row does not tell."""
+
+
+class DatasetEnv:
+    """One prompt and one answer. The score comes from the reward terms alone."""
+
+    def __init__(self, problem: DatasetProblem) -> None:
+        self._messages = problem.messages
+
+    def reset(self) -> tuple[Message, ...]:
+        return self._messages
+
+    def step(self, completion: str) -> Reply:
+        return Reply(done=True)
+
+
+class DatasetTask(Task):
+    """The rows of `task.path`. Thread-safe."""
+
+    def __init__(self, config: DatasetConfig, *, seed: int) -> None:
+        """Open the rows and recognize their columns. Raises ConfigError where one of both cannot be done."""
+        self._config = config
+        self._seed = seed
+        self._fraction = _fraction(config)
+        train = open_pool(config, "train")
+        self._pools: dict[Split, Pool] = {"train": train, "eval": train if self._is_one else open_pool(config, "eval")}
+        self._membership = bytearray(len(train.rows) if self._fraction else 0)
+
+    @property
+    def _is_one(self) -> bool:
+        """Whether both splits are rows of the same files."""
+        return self._config.eval_path is None and self._config.eval_split is None
+
+    def pool(self, split: Split) -> Pool:
+        """The rows of a split, their columns and the layout that was recognized. Both splits may have the same."""
+        return self._pools[split]
+
+    def describe(self) -> tuple[str, ...]:
+        """What was opened and recognized, one line per fact, for the screen."""
+        return self._pools["train"].describe() + (() if self._is_one else self._pools["eval"].describe("evaluation "))
+
+    def num_rows(self, split: Split) -> int:
+        return len(self._pools[split].rows)
+
+    def row_of(self, split: Split, index: int) -> int:
+        """The row that is drawn at an index."""
+        count = self.num_rows(split)
+        return shuffled(index, count, self._seed) if split == "train" else index % count
+
+    def problem(self, split: Split, index: int) -> DatasetProblem:
+        return self.problem_of_row(split, self.row_of(split, index))
+
+    def problem_of_row(self, split: Split, row: int) -> DatasetProblem:
+        """The problem of a row, counted from 0 in the files of the split. Raises `NotInSplit` and `BadRow`."""
+        pool = self._pools[split]
+        self._check_known_membership(split, row)
+        source, number = pool.rows.where(row)
+        cells = pool.rows.row(row)
+        try:
+            with fenced("reading the row", Unusable):  # the data may hold anything
+                example = example_of(pool.drafting, pool.images, cells, pool.rows.folder(row))
+            self._check_membership(split, row, example)
+            shown = self._other_images(split, row, len(example.pixels)) if self._config.shuffle_images else None
+            placed = example.placed(shown)
+        except Unusable as error:
+            if split == "eval" and self._is_one:  # a row without pixels has no membership; training reports it
+                raise NotInSplit(error.text) from None
+            raise BadRow(error.text, source=source, row=number) from None
+        draft = example.draft
+        return DatasetProblem(
+            id=f"{source}:{number}:{_digest(placed)}",
+            messages=tuple(_message(each) for each in placed),
+            answer=draft.answer,
+            columns=cells | ({"choices": list(draft.options)} if draft.options else {}),
+            demonstration=draft.demonstration,
+        )
+
+    def env(self, problem: DatasetProblem) -> DatasetEnv:
+        return DatasetEnv(problem)
+
+    def demonstration(self, problem: DatasetProblem, *, random_answers: bool, seed: int) -> tuple[Message, ...]:
+        """The prompt and the answer of the row, or a random answer of the same form."""
+        if random_answers:
+            return (*problem.messages, Message.of("assistant", random_answer(self._form, seed)))
+        if problem.demonstration is None:
+            if not self._pools["train"].has_demonstrations:
+                raise NotImplementedError(
+                    "no column is known to hold what the assistant says, so there are no demonstrations: set "
+                    "task.columns.answer or task.columns.demonstration, or trainer.warmup.steps=0"
+                )
+            raise BadRow("the row has no demonstration: fill its column, or leave the row out")
+        return (*problem.messages, Message.of("assistant", problem.demonstration))
+
+    def texts(self) -> tuple[str, ...]:
+        return texts_in(self._pools["train"])
+
+    # ── the form of answers ─────────────────────────────────────────────────────────────────────────────────
+
+    @cached_property
+    def _form(self) -> Any:
+        form = form_in(self._pools["train"])
+        if form is None:
+            some = ", ".join(repr(answer[:40]) for answer in answers_of(self._pools["train"])[:3])
+            raise NotImplementedError(
+                f"the answers of the data set ({some or 'none'}) are no letters of options, no numbers and no small "
+                "set of words, so there are no random answers of their form: set "
+                "trainer.warmup.demonstrations=correct, or trainer.warmup.steps=0"
+            )
+        return form
+
+    # ── held-out rows ───────────────────────────────────────────────────────────────────────────────────────
+
+    def _check_known_membership(self, split: Split, row: int) -> None:
+        """Raise `NotInSplit` where an earlier draw has found that the row belongs to the other split."""
+        if not self._is_one:
+            return
+        known = self._membership[row] if self._fraction else _TRAIN
+        if known not in (_UNKNOWN, _TRAIN if split == "train" else _EVAL):
+            raise NotInSplit(split)
+
+    def _check_membership(self, split: Split, row: int, example: Example) -> None:
+        if not self._is_one or not self._fraction:
+            return
+        content = content_hash(example.draft.question, example.pixels)
+        self._membership[row] = _EVAL if belongs_to_eval(content, self._fraction) else _TRAIN
+        self._check_known_membership(split, row)
+
+    def _other_images(self, split: Split, row: int, count: int) -> tuple[Pixels, ...] | None:
+        """The images of another row that has as many. Raises `Unusable` where none is found."""
+        if not count:
+            return None
+        pool = self._pools[split]
+        for attempt in range(SHUFFLE_TRIES):
+            digest = hashlib.blake2b(f"shuffle/{row}/{attempt}".encode(), digest_size=8).digest()
+            other = int.from_bytes(digest, "big") % len(pool.rows)
+            if other == row:
+                continue
+            try:
+                with fenced("reading the row", Unusable):
+                    found = example_of(pool.drafting, pool.images, pool.rows.row(other), pool.rows.folder(other))
+            except (Unusable, BadRow):
+                continue
+            if len(found.pixels) == count:
+                return found.pixels
+        raise Unusable(
+            f"none of {SHUFFLE_TRIES} other rows has {count} images, so task.shuffle_images has nothing to show: set "
+            "task.shuffle_images=false"
+        )
+
+
+def _fraction(config: DatasetConfig) -> float:
+    named = config.eval_path is not None or config.eval_split is not None
+    if named and config.eval_fraction:
+        key = "eval_path" if config.eval_path is not None else "eval_split"
+        raise ConfigError(
+            f"task.eval_fraction={config.eval_fraction} and task.{key} both say which rows are held out, so it is not "
+            "clear what is evaluated: set one of them"
+        )
+    if config.eval_fraction is None:
+        return 0.0 if named else DEFAULT_EVAL_FRACTION
+    return config.eval_fraction
+
+
+def _message(placed: Placed) -> Message:
+    role, pieces = placed
+    return Message(role, tuple(Text(piece) if isinstance(piece, str) else Image(piece) for piece in pieces))
+
+
+def _digest(placed: list[Placed]) -> str:
+    """8 hex characters of roles, texts and pixels."""
+    digest = hashlib.blake2b(digest_size=4)
+    for role, pieces in placed:
+        for piece in (role, *pieces):
+            text = piece if isinstance(piece, str) else image_hash(piece)
+            digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()
