@@ -211,10 +211,19 @@ def _keys_below(node: DictConfig | None, schema: type, prefix: str) -> Iterator[
             continue
         there = node is not None and not OmegaConf.is_missing(node, field.name)
         child = node[field.name] if there and node is not None else None
-        chosen = OmegaConf.get_type(child) if isinstance(child, DictConfig) else field.schema
-        field = replace(field, schema=chosen)
-        yield key, field
-        yield from _keys_below(child, chosen or RunConfig, f"{key}.")
+        if field.by_name:
+            yield key, field
+            for name in child if child is not None else ():
+                yield from _group_below(child[name], replace(field, name=str(name), by_name=False), f"{key}.{name}")
+        else:
+            yield from _group_below(child, field, key)
+
+
+def _group_below(child: DictConfig | None, field: FieldDoc, key: str) -> Iterator[tuple[str, FieldDoc]]:
+    chosen = OmegaConf.get_type(child) if isinstance(child, DictConfig) else field.schema
+    field = replace(field, schema=chosen)
+    yield key, field
+    yield from _keys_below(child, chosen or RunConfig, f"{key}.")
 
 
 def _group(key: str, composition: Composition, found: Mapping[str, FieldDoc]) -> Iterator[str]:

@@ -7,7 +7,7 @@ tests/unit/test_docs.py fails while the file in the repository differs from this
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -15,8 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from vlmrl.cli.arguments import CONF
 from vlmrl.cli.explain import leaves, text_of
 from vlmrl.config.field_docs import FieldDoc, fields_of, summary_of, unit_of
+from vlmrl.config.keys import sections
 from vlmrl.config.ranges import range_text
-from vlmrl.config.run import SCHEMAS, RunConfig
+from vlmrl.config.run import PLACED
 
 HEAD = """\
 # Every key
@@ -32,28 +33,46 @@ option's own values follow its name.
 
 def reference(conf: Path = CONF) -> str:
     """The text of the whole file."""
-    return "\n".join([HEAD, *_section("", RunConfig, conf), *_experiments(conf)]) + "\n"
+    return "\n".join([HEAD, *_section("", dict(sections()), conf), *_experiments(conf)]) + "\n"
 
 
-def _section(key: str, schema: type, conf: Path) -> Iterator[str]:
-    """The section of a group: summary, options and keys, followed by the sections of the groups in it."""
-    group = key.replace(".", "/")
+def _section(key: str, places: Mapping[str, tuple[type, ...]], conf: Path) -> Iterator[str]:
+    """The section of a group: summary, options and keys, followed by the sections of the groups in it.
+
+    `places` are the groups with a section; a schema that stands in several places has one.
+    """
+    schema, *kinds = places[key]
+    group = PLACED.get(key, key.replace(".", "/"))
     yield f"## `{group}`\n" if key else "## The run\n"
+    if key in PLACED:
+        yield f"Each option is one of `{key}`.\n"
     yield f"{summary_of(schema)}\n"
     if (conf / group).is_dir() and key:
         yield from _options(conf / group)
     prefix = f"{key}." if key else ""
     shared = [field for field in fields_of(schema) if field.schema is None]
     yield from _table(prefix, shared)
-    for option, own in SCHEMAS.get(key, {}).items():
+    for own in kinds:
         known = {(field.name, field.type_text) for field in shared if field.default == "???" or field.name == "kind"}
         fields = [field for field in fields_of(own) if field not in shared and (field.name, "str") not in known]
-        yield f"With `{group}={option}`: {summary_of(own)}\n"
-        if fields:
-            yield from _table(prefix, fields)
-    for field in fields_of(schema):
-        if field.schema is not None:
-            yield from _section(prefix + field.name, field.schema, conf)
+        yield f"With `{group}={_kind(own)}`: {summary_of(own)}\n"
+        if values := [field for field in fields if field.schema is None]:
+            yield from _table(prefix, values)
+    owners = {schema: _kind(schema) for schema in kinds}
+    for each in (schema, *kinds):
+        for field in fields_of(each):
+            below = f"{prefix}{field.name}{'.*' if field.by_name else ''}"
+            if field.schema is None or (each in owners and field in fields_of(schema)):
+                continue
+            if field.schema in places.get(below, ()):
+                yield from _section(below, places, conf)
+            else:
+                first = next(place for place, found in places.items() if field.schema in found)
+                yield f"`{below}`: {field.doc} Its keys are those of `{first}`.\n"
+
+
+def _kind(schema: type) -> str:
+    return next(str(field.default) for field in fields_of(schema) if field.name == "kind")
 
 
 def _options(folder: Path) -> Iterator[str]:

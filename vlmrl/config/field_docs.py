@@ -21,7 +21,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from vlmrl.config.fields import setting_of
+from vlmrl.config.fields import Setting, setting_of
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,18 @@ class FieldDoc:
     choices: dict[str, str]
     """Name → its meaning ("" where the name says enough); empty where the field is not a choice."""
     schema: type | None
-    """The dataclass of a group; None for a field with a value."""
+    """The dataclass of a group, or of each group of a dictionary; None for a field with a value."""
+    by_name: bool
+    """Whether the field is a dictionary of groups, whose names the user chooses."""
+    setting: Setting | None
+    """Its metadata; None for a group."""
 
     @property
     def is_number(self) -> bool:
         return re.fullmatch(r"(list of (\d+ )?)?(int|float)( or null)?", self.type_text) is not None
 
 
+@functools.cache
 def fields_of(schema: type) -> tuple[FieldDoc, ...]:
     """The fields of a dataclass, in order, including inherited ones.
 
@@ -65,7 +70,8 @@ def _fields_of(schema: type) -> Iterator[FieldDoc]:
     for field in dataclasses.fields(schema):
         alternatives = [one for one in alternatives_of(hints[field.name]) if one is not types.NoneType]
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        nested = next((one for one in alternatives if isinstance(one, type) and dataclasses.is_dataclass(one)), None)
+        items = [one for dictionary in alternatives if _is_dict(dictionary) for one in typing.get_args(dictionary)[1:]]
+        nested = next((one for one in (*alternatives, *items) if _is_group(one)), None)
         setting = setting_of(field)
         named = setting.choices if setting is not None else None
         enum = named or next((one for one in alternatives if _is_enum(one)), None)
@@ -77,6 +83,8 @@ def _fields_of(schema: type) -> Iterator[FieldDoc]:
             doc=docs.get(field.name, ""),
             choices=choices,
             schema=nested,
+            by_name=nested in items,
+            setting=setting,
         )
 
 
@@ -136,8 +144,16 @@ def in_words(hint: Any, choices: tuple[str, ...] = (), *, open_ended: bool = Fal
     if origin is tuple:
         return f"list of {len(arguments)} {in_words(arguments[0])}"
     if origin is dict:
-        return "dict"
+        return "groups by name" if _is_group(arguments[1]) else "dict"
     return str(hint.__name__)
+
+
+def _is_group(hint: Any) -> bool:
+    return isinstance(hint, type) and dataclasses.is_dataclass(hint)
+
+
+def _is_dict(hint: Any) -> bool:
+    return typing.get_origin(hint) is dict
 
 
 def _is_enum(hint: Any) -> bool:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import typing
 from collections.abc import Iterator, Sequence
 
-from vlmrl.config.field_docs import alternatives_of, fields_of
-from vlmrl.config.fields import Resume, Setting, setting_of
-from vlmrl.config.run import SCHEMAS, RunConfig, schemas_of
+from vlmrl.config.field_docs import FieldDoc, fields_of
+from vlmrl.config.fields import Resume, Setting
+from vlmrl.config.run import RunConfig, group_of, schemas_of
 from vlmrl.errors import ConfigError
 
 
@@ -28,15 +26,18 @@ def unknown_key(key: str) -> str:
     >>> unknown_key("inference.replicas")
     'there is no such key in the chosen option of inference; inference=vllm has it'
     """
-    group, _, name = key.partition(".")
-    owners = [
-        kind
-        for kind, schema in SCHEMAS.get(group, {}).items()
-        if name.partition(".")[0] in {field.name for field in dataclasses.fields(schema)}
-    ]
-    if owners and (key in known_keys() or is_free_form(key)):
-        return f"there is no such key in the chosen option of {group}; {group}={'|'.join(owners)} has it"
-    return "there is no such key" + did_you_mean(key, [*known_keys(), *known_groups()])
+    names = key.split(".")
+    for end in range(1, len(names)):
+        above = ".".join(names[:end])
+        for base in groups_at(above):
+            kinds = schemas_of(base)
+            owners = [kind for kind in kinds if any(_values(kinds[kind], names[end:]))]
+            if owners:
+                group = group_of(base)
+                choice = group if group == above else f"{group}@{above}"
+                return f"there is no such key in the chosen option of {above}; {choice}={'|'.join(owners)} has it"
+    siblings = [f"{above}.{field.name}" for above in (key.rpartition(".")[0],) for field in _fields_below(above)]
+    return "there is no such key" + did_you_mean(key, [*known_keys(), *known_groups(), *siblings])
 
 
 def did_you_mean(word: str, candidates: Sequence[str]) -> str:
@@ -59,7 +60,10 @@ def did_you_mean(word: str, candidates: Sequence[str]) -> str:
 
 
 def known_keys() -> list[str]:
-    """Every dotted key that can be set, of all schemas; groups themselves are not in it.
+    """The dotted keys that can be set, of all schemas; groups themselves are not in it.
+
+    A schema that stands in several places counts at the first: the keys of a mixture's tasks (`task.tasks.*`) are those
+    of `task`.
 
     >>> [key for key in known_keys() if key.endswith("image_size")]
     ['task.image_size']
@@ -81,16 +85,54 @@ def settings_at(key: str) -> list[Setting]:
 
     A key that several schemas of a mixed group share has one entry per schema.
     """
-    return list(_settings_at(RunConfig, key.split(".")))
+    values = [field.setting for field in values_at(key) if field.setting is not None]
+    return values or [setting for schema in groups_at(key) for _, setting in all_settings(schema)]
 
 
-def all_settings(schema: type = RunConfig, prefix: str = "") -> Iterator[tuple[str, Setting]]:
-    """Dotted key and metadata of every value of a schema and of the schemas in it. `*` stands for any name."""
-    for name, setting, nested, wildcard in _fields(schema):
-        if setting is not None:
-            yield prefix + name, setting
-        for each in nested:
-            yield from all_settings(each, f"{prefix}{name}.{wildcard}")
+def values_at(key: str) -> list[FieldDoc]:
+    """The fields that a dotted key names: of every schema that may stand there. Empty for a group.
+
+    >>> [field.name for field in values_at("task.args.level")], values_at("task")
+    (['args'], [])
+    """
+    return list(_values(RunConfig, key.split(".")))
+
+
+def groups_at(key: str) -> list[type]:
+    """The schemas that may stand at a dotted key: the base first, then those of the options of a mixed group.
+
+    >>> [schema.__name__ for schema in groups_at("inference")], groups_at("seed")
+    (['InferenceConfig', 'EmbeddedConfig', 'VllmConfig'], [])
+    """
+    return list(dict.fromkeys(_groups(RunConfig, key.split("."))))
+
+
+def sections(schema: type = RunConfig) -> Iterator[tuple[str, tuple[type, ...]]]:
+    """Dotted key and schemas of every group, the root first. `*` stands for any name.
+
+    A schema that stands in several places comes once, at the place that is closest to the root. So the schemas of a
+    mixture's tasks do not come again, and a task that holds tasks has an end.
+    """
+    waiting: list[tuple[str, tuple[type, ...]]] = [("", (schema,))]
+    seen = {schema}
+    while waiting:
+        key, found = waiting.pop(0)
+        yield key, found
+        for each in found:
+            for field in fields_of(each):
+                if field.schema is not None and field.schema not in seen:
+                    below = (field.schema, *schemas_of(field.schema).values())
+                    seen |= {*below}
+                    waiting.append((f"{key}.{field.name}{'.*' if field.by_name else ''}".lstrip("."), below))
+
+
+def all_settings(schema: type = RunConfig) -> Iterator[tuple[str, Setting]]:
+    """Dotted key and metadata of every value of a schema and of the schemas in it (`sections`)."""
+    for key, found in sections(schema):
+        for each in found:
+            for field in fields_of(each):
+                if field.setting is not None:
+                    yield f"{key}.{field.name}".lstrip("."), field.setting
 
 
 def resume_policy(key: str) -> Resume:
@@ -115,34 +157,37 @@ def is_free_form(key: str) -> bool:
     >>> is_free_form("task.args.level"), is_free_form("inference.extra_args"), is_free_form("task")
     (True, True, False)
     """
-    names = key.split(".")
-    return any(
-        setting.free_form and all(name in ("*", own) for name, own in zip(pattern, names[: len(pattern)], strict=True))
-        for known, setting in all_settings(RunConfig)
-        if len(pattern := known.split(".")) <= len(names)
-    )
+    return any(field.setting is not None and field.setting.free_form for field in values_at(key))
 
 
-def _settings_at(schema: type, names: Sequence[str]) -> Iterator[Setting]:
+def _values(schema: type, names: Sequence[str]) -> Iterator[FieldDoc]:
+    """The values that `names` lead to from a schema."""
     first, *rest = names
-    for name, setting, nested, wildcard in _fields(schema):
-        if name != first:
+    for field in fields_of(schema):
+        if field.name != first:
             continue
-        if setting is not None and (not rest or wildcard):
-            yield setting
-        below = rest[1:] if wildcard else rest
-        for each in nested:
-            yield from _settings_at(each, below) if below else (found for _, found in all_settings(each))
+        if field.schema is None and (not rest or field.type_text == "dict"):
+            yield field
+        elif field.schema is not None:
+            below = rest[1:] if field.by_name else rest
+            if below:
+                for each in (field.schema, *schemas_of(field.schema).values()):
+                    yield from _values(each, below)
 
 
-def _fields(schema: type) -> Iterator[tuple[str, Setting | None, list[type], str]]:
-    """Name, metadata, schemas of what it holds, and `*.` where it is a dictionary, of each field."""
-    types = typing.get_type_hints(schema)
-    for field in dataclasses.fields(schema):
-        alternatives = alternatives_of(types[field.name])
-        wildcard = ""
-        if typing.get_origin(types[field.name]) is dict:
-            alternatives, wildcard = typing.get_args(types[field.name])[1:], "*."
-        bases = [each for each in alternatives if isinstance(each, type) and dataclasses.is_dataclass(each)]
-        nested = [each for base in bases for each in (base, *schemas_of(base).values())]
-        yield field.name, setting_of(field), nested, wildcard
+def _groups(schema: type, names: Sequence[str]) -> Iterator[type]:
+    """The schemas that `names` lead to from a schema. All of a dictionary is the schemas of its entries."""
+    first, *rest = names
+    for field in fields_of(schema):
+        if field.name == first and field.schema is not None:
+            below = rest[1:] if field.by_name else rest
+            for each in (field.schema, *schemas_of(field.schema).values()):
+                if below:
+                    yield from _groups(each, below)
+                else:
+                    yield each
+
+
+def _fields_below(key: str) -> Iterator[FieldDoc]:
+    for schema in groups_at(key) if key else ():
+        yield from fields_of(schema)

@@ -18,9 +18,9 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 
-from vlmrl.config.field_docs import alternatives_of
+from vlmrl.config.field_docs import alternatives_of, fields_of
 from vlmrl.config.keys import unknown_key
-from vlmrl.config.run import SCHEMAS, RunConfig
+from vlmrl.config.run import SCHEMAS, RunConfig, schemas_of
 from vlmrl.errors import ConfigError
 
 
@@ -59,6 +59,18 @@ def _wrong_references(config: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             items = typing.get_args(kinds[0]) if list in origins else ()
             if not isinstance(value, origins) or (items and not all(isinstance(item, items) for item in value)):
                 yield key, value
+            elif isinstance(value, dict):
+                yield from _wrong_entries(value, typing.get_args(kinds[0])[1], key)
+
+
+def _wrong_entries(entries: dict[str, Any], kind: type, key: str) -> Iterator[tuple[str, Any]]:
+    """What is wrong in a dictionary of groups."""
+    if dataclasses.is_dataclass(kind):
+        for name, entry in entries.items():
+            if isinstance(entry, kind):
+                yield from _wrong_references(entry, f"{key}.{name}.")
+            else:
+                yield f"{key}.{name}", entry
 
 
 def typed(tree: DictConfig) -> DictConfig:
@@ -68,25 +80,45 @@ def typed(tree: DictConfig) -> DictConfig:
     reproduce its behavior.
     """
     tree = _upgraded(tree)
-    config = OmegaConf.structured(RunConfig)
     try:
-        for group, schemas in SCHEMAS.items():
-            kind = tree[group].get("kind") if OmegaConf.is_dict(tree.get(group)) else None
-            if kind is not None and kind not in schemas:
-                raise ConfigError(
-                    f"config.yaml has {group}.kind={kind}, and this version of vlmrl knows only {', '.join(schemas)}: "
-                    "continue the run with the version that its `environment` names."
-                )
-            config[group] = schemas[kind] if kind is not None else base_of(group)
-        config = OmegaConf.merge(config, tree)
+        config = _with_kinds(RunConfig, tree, "")
+        merged = OmegaConf.merge(config, tree)
     except OmegaConfBaseException as error:
         raise ConfigError(
             f"config.yaml does not fit the schema ({summary(error)}), so this version of vlmrl did not write it: "
             "continue the run with the version that its `environment` names"
         ) from error
+    assert isinstance(merged, DictConfig)
+    OmegaConf.set_struct(merged, True)
+    return merged
+
+
+def _with_kinds(schema: type, tree: DictConfig, prefix: str) -> DictConfig:
+    """The schema with its own values, in which each group and each entry of a dictionary that `tree` has is the schema
+    that its `kind` there names."""
+    config = OmegaConf.structured(schema)
     assert isinstance(config, DictConfig)
-    OmegaConf.set_struct(config, True)
+    for field in fields_of(schema):
+        below = tree.get(field.name)
+        if field.schema is None or not OmegaConf.is_dict(below):
+            continue
+        if not field.by_name:
+            config[field.name] = _of_kind(field.schema, below, prefix + field.name)
+            continue
+        for name, entry in below.items():
+            if OmegaConf.is_dict(entry):
+                config[field.name][name] = _of_kind(field.schema, entry, f"{prefix}{field.name}.{name}")
     return config
+
+
+def _of_kind(base: type, tree: DictConfig, key: str) -> DictConfig:
+    schemas, kind = schemas_of(base), tree.get("kind")
+    if schemas and kind is not None and kind not in schemas:
+        raise ConfigError(
+            f"config.yaml has {key}.kind={kind}, and this version of vlmrl knows only {', '.join(schemas)}: "
+            "continue the run with the version that its `environment` names."
+        )
+    return _with_kinds(schemas.get(kind, base), tree, f"{key}.")
 
 
 def tree_of(config: RunConfig) -> dict[str, Any]:
@@ -142,12 +174,6 @@ def _mapped(tree: Any, of_text: Callable[[str], str]) -> Any:
         case str():
             return of_text(tree)
     return tree
-
-
-def base_of(group: str) -> type:
-    """The schema that the field of a mixed group has in RunConfig."""
-    base: type = typing.get_type_hints(RunConfig)[group]
-    return base
 
 
 def _upgraded(tree: DictConfig) -> DictConfig:

@@ -122,6 +122,9 @@ SCHEMAS: dict[str, dict[str, type]] = {
 }
 """Mixed groups, whose options differ in their fields: group → `kind` → schema. A schema's `kind` is its default."""
 
+PLACED = {"reward.terms.*": "reward", "orchestrator.eval.sets.*": "eval_set"}
+"""Groups whose options stand elsewhere than under the group's own name: place → group. `*` is the name of an entry."""
+
 
 def schemas_of(base: type) -> dict[str, type]:
     """The schemas by `kind` of a field whose type is `base`; empty where `base` is not the base of a mixed group.
@@ -131,4 +134,16 @@ def schemas_of(base: type) -> dict[str, type]:
     >>> list(schemas_of(TaskConfig)), schemas_of(ModelConfig)
     (['color_codeword', 'imported'], {})
     """
-    return next((kinds for kinds in SCHEMAS.values() if all(base in kind.__bases__ for kind in kinds.values())), {})
+    group = group_of(base)
+    return SCHEMAS[group] if group is not None else {}
+
+
+def group_of(base: type) -> str | None:
+    """The mixed group whose schemas derive from `base`; None where there is none.
+
+    >>> group_of(TaskConfig), group_of(ModelConfig)
+    ('task', None)
+    """
+    return next(
+        (group for group, kinds in SCHEMAS.items() if all(base in kind.__bases__ for kind in kinds.values())), None
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,23 +12,14 @@ import pytest
 from vlmrl.config import keys
 from vlmrl.config.field_docs import fields_of
 from vlmrl.config.fields import PROSE, SMALLEST, Range, Resume, Setting, setting, setting_of
-from vlmrl.config.keys import all_settings, is_free_form, known_keys, resume_policy, settings_at
+from vlmrl.config.keys import all_settings, is_free_form, known_keys, resume_policy, sections, settings_at
 from vlmrl.config.model import LoraConfig
 from vlmrl.config.ranges import numbers_with_ranges
-from vlmrl.config.run import SCHEMAS, RunConfig, schemas_of
+from vlmrl.config.run import SCHEMAS
 from vlmrl.config.trainer import TrainerConfig
 from vlmrl.errors import ConfigError
 
-
-def schemas(schema: type = RunConfig) -> Iterator[type]:
-    yield schema
-    for each in fields_of(schema):
-        if each.schema is not None:
-            for nested in (each.schema, *schemas_of(each.schema).values()):
-                yield from schemas(nested)
-
-
-SCHEMA_FIELDS = [(schema, each) for schema in dict.fromkeys(schemas()) for each in dataclasses.fields(schema)]
+SCHEMA_FIELDS = [(schema, each) for _, found in sections() for schema in found for each in dataclasses.fields(schema)]
 
 
 INFINITY_MEANS_OFF = {"max_grad_norm", "clip_high", "importance_cap"}
@@ -117,7 +107,9 @@ class Mixture:
 
 def test_named_groups_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keys, "RunConfig", Mixture)
-    assert [key for key, _ in all_settings(Mixture)] == ["items.*.weight", "items.*.args", "first.weight", "first.args"]
+    assert [key for key, _ in all_settings(Mixture)] == ["items.*.weight", "items.*.args"], "each schema once"
+    assert resume_policy("first.weight") is Resume.noted
+    assert is_free_form("first.args.level")
     assert resume_policy("items.any_name.weight") is Resume.noted
     assert resume_policy("items.any_name") is resume_policy("items") is Resume.noted
     assert is_free_form("items.any_name.args.level")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
+from collections.abc import Iterator
+from typing import Any
 from urllib.parse import urlsplit
 
 from vlmrl.config.inference import VllmConfig
-from vlmrl.config.run import SCHEMAS, RunConfig
+from vlmrl.config.run import RunConfig, group_of, schemas_of
 from vlmrl.config.weight_sync import FolderSyncConfig
 from vlmrl.errors import ConfigError
 from vlmrl.models.families import family_of
@@ -16,14 +19,31 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def kinds_are_chosen(config: RunConfig) -> None:
-    """`kind` comes from the group's option and is not typed by hand."""
-    for group in SCHEMAS:
-        node = getattr(config, group)
-        if SCHEMAS[group].get(node.kind) is not type(node):
+    """`kind` comes from the option of its group and is not typed by hand."""
+    for key, node in mixed_nodes(config):
+        base = type(node) if schemas_of(type(node)) else type(node).__base__
+        assert base is not None
+        group, schemas = group_of(base), schemas_of(base)
+        if schemas.get(node.kind) is not type(node):
+            choice = group if group == key else f"+{group}@{key}"
             raise ConfigError(
-                f"{group}.kind={node.kind} does not bring the fields of that kind, so the rest of {group} would not "
-                f"fit it: choose the option instead, {group}={'|'.join(SCHEMAS[group])}"
+                f"{key}.kind={node.kind} does not bring the fields of that kind, so the rest of {key} would not "
+                f"fit it: choose the option instead, {choice}={'|'.join(schemas)}"
             )
+
+
+def mixed_nodes(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted key and value of every group of a mixed kind in a config, at any depth."""
+    for field in dataclasses.fields(config):
+        key, value = prefix + field.name, getattr(config, field.name)
+        entries = {key: value}
+        if isinstance(value, dict):
+            entries = {f"{key}.{name}": entry for name, entry in value.items()}
+        for name, entry in entries.items():
+            if dataclasses.is_dataclass(entry):
+                if group_of(type(entry)) or any(map(group_of, type(entry).__bases__)):
+                    yield name, entry
+                yield from mixed_nodes(entry, f"{name}.")
 
 
 def servers_have_one_place(config: RunConfig) -> None:
