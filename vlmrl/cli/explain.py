@@ -213,8 +213,8 @@ def _keys_below(node: DictConfig | None, schema: type, prefix: str) -> Iterator[
         child = node[field.name] if there and node is not None else None
         if field.by_name:
             yield key, field
-            for name in child if child is not None else ():
-                yield from _group_below(child[name], replace(field, name=str(name), by_name=False), f"{key}.{name}")
+            for name, entry in child.items() if child is not None else ():
+                yield from _group_below(entry, replace(field, name=str(name), by_name=False), f"{key}.{name}")
         else:
             yield from _group_below(child, field, key)
 

@@ -16,7 +16,6 @@ from vlmrl.cli.arguments import CONF
 from vlmrl.cli.explain import leaves, text_of
 from vlmrl.config.field_docs import FieldDoc, fields_of, summary_of, unit_of
 from vlmrl.config.keys import sections
-from vlmrl.config.ranges import range_text
 from vlmrl.config.run import PLACED
 
 HEAD = """\
@@ -43,11 +42,9 @@ def _section(key: str, places: Mapping[str, tuple[type, ...]], conf: Path) -> It
     """
     schema, *kinds = places[key]
     group = PLACED.get(key, key.replace(".", "/"))
-    yield f"## `{group}`\n" if key else "## The run\n"
-    if key in PLACED:
-        yield f"Each option is one of `{key}`.\n"
+    yield f"## `{key if key in PLACED else group}`\n" if key else "## The run\n"
     yield f"{summary_of(schema)}\n"
-    if (conf / group).is_dir() and key:
+    if (conf / group).is_dir() and key and key not in PLACED.values():
         yield from _options(conf / group)
     prefix = f"{key}." if key else ""
     shared = [field for field in fields_of(schema) if field.schema is None]
@@ -111,7 +108,8 @@ def _table(prefix: str, fields: list[FieldDoc]) -> Iterator[str]:
     yield "| key | value | default | |"
     yield "|---|---|---|---|"
     for field in fields:
-        about = "; ".join(part for part in (field.type_text, unit_of(field), range_text(prefix + field.name)) if part)
+        limits = field.setting.range if field.setting is not None else None
+        about = "; ".join(part for part in (field.type_text, unit_of(field), limits.text if limits else "") if part)
         default = "" if field.default == "???" else f"`{text_of(field.default)}`"
         meanings = "".join(f"<br>`{name}`: {meaning}" for name, meaning in field.choices.items() if meaning)
         cells = (f"`{prefix}{field.name}`", about, default, field.doc + meanings)

@@ -64,7 +64,7 @@ class DatasetConfig(TaskConfig):
     max_turns: int = setting(
         1, on_resume=Resume.noted, low=1, high=1, outside="a row has one prompt and one answer, so no turn follows"
     )
-    """One turn: a prompt and its answer."""
+    """The turns of an episode: a row is one prompt and its answer."""
     path: Any = setting(MISSING, on_resume=Resume.noted)
     """Where the rows are: a file (.jsonl, .json, .csv, .parquet), a pattern of files, a folder of `save_to_disk`, a hub
     id such as `hiyouga/geometry3k`, or a list of these. What exists on this machine wins over a hub id."""

@@ -131,6 +131,8 @@ def in_words(hint: Any, choices: tuple[str, ...] = (), *, open_ended: bool = Fal
     >>> in_words(float | None), in_words(list[str]), in_words(tuple[float, float])
     ('float or null', 'list of str', 'list of 2 float')
     """
+    if hint is Any:  # OmegaConf has no type for it
+        return "str or list of str"
     alternatives = alternatives_of(hint)
     if len(alternatives) > 1:
         return " or ".join("null" if one is types.NoneType else in_words(one, choices) for one in alternatives)

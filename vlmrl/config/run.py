@@ -15,14 +15,16 @@ from enum import Enum
 from omegaconf import MISSING
 
 from vlmrl.config.algorithm import AlgorithmConfig
+from vlmrl.config.dataset import DatasetConfig
 from vlmrl.config.export import ExportConfig
 from vlmrl.config.fields import ANY_TEXT, LARGEST_SEED, Resume, setting
 from vlmrl.config.inference import EmbeddedConfig, InferenceConfig, VllmConfig
 from vlmrl.config.model import ModelConfig
 from vlmrl.config.monitor import MonitorConfig
 from vlmrl.config.orchestrator import OrchestratorConfig
+from vlmrl.config.reward import TERMS, RewardConfig
 from vlmrl.config.sweep import SweepConfig
-from vlmrl.config.task import ColorCodewordConfig, ImportedTaskConfig, TaskConfig
+from vlmrl.config.task import ColorCodewordConfig, ImportedTaskConfig, MixtureConfig, TaskConfig
 from vlmrl.config.trainer import TrainerConfig
 from vlmrl.config.weight_sync import (
     CudaIpcSyncConfig,
@@ -92,6 +94,8 @@ class RunConfig:
     """The policy."""
     task: TaskConfig = MISSING
     """What the policy learns."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """What an answer is worth, besides what the task itself says."""
     orchestrator: OrchestratorConfig = MISSING
     """Rollouts and the loop."""
     algorithm: AlgorithmConfig = MISSING
@@ -111,7 +115,13 @@ class RunConfig:
 
 
 SCHEMAS: dict[str, dict[str, type]] = {
-    "task": {"color_codeword": ColorCodewordConfig, "imported": ImportedTaskConfig},
+    "task": {
+        "color_codeword": ColorCodewordConfig,
+        "dataset": DatasetConfig,
+        "mixture": MixtureConfig,
+        "imported": ImportedTaskConfig,
+    },
+    "reward": {**TERMS},
     "inference": {"embedded": EmbeddedConfig, "vllm": VllmConfig},
     "weight_sync": {
         "in_process": InProcessSyncConfig,
@@ -132,7 +142,7 @@ def schemas_of(base: type) -> dict[str, type]:
     It goes by type and not by name, so it also finds a mixed group that lies deeper than in the root.
 
     >>> list(schemas_of(TaskConfig)), schemas_of(ModelConfig)
-    (['color_codeword', 'imported'], {})
+    (['color_codeword', 'dataset', 'mixture', 'imported'], {})
     """
     group = group_of(base)
     return SCHEMAS[group] if group is not None else {}

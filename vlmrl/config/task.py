@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
 
 from vlmrl.config.algorithm import Credit
 from vlmrl.config.fields import SMALLEST, Resume, setting
+from vlmrl.config.reward import RewardConfig
 
 
 @dataclass
@@ -32,6 +33,9 @@ class TaskConfig:
     credit: Credit = setting(Credit.episode, on_resume=Resume.noted)
     """Which reward the task's turns are trained on; the default of `algorithm.credit`. A task that rewards single turns
     says `turn`."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """Reward terms of this task alone, in place of the run's `reward`; for a task of a mixture or of an evaluation
+    set."""
     kind: str = setting(MISSING, on_resume=Resume.refused)
     """The task's schema; set by the option that `task=` chooses."""
 
@@ -68,3 +72,22 @@ class ImportedTaskConfig(TaskConfig):
     """A task of your own, which `task.target` names."""
     args: dict[str, Any] = setting({}, on_resume=Resume.noted, free_form=True)
     """Settings that your task reads; they are not checked."""
+
+
+@dataclass
+class MixtureConfig(TaskConfig):
+    """Several tasks in one run: `task=mixture +task@task.tasks.a=dataset +task@task.tasks.b=color_codeword`."""
+
+    kind: str = setting("mixture", on_resume=Resume.refused)
+    """Several tasks by name."""
+    target: str = setting("vlmrl.tasks.mixture:MixtureTask", on_resume=Resume.refused)
+    """The built-in class."""
+    max_turns: int = setting(
+        1, on_resume=Resume.noted, low=1, high=1, outside="each task keeps its own, task.tasks.<name>.max_turns"
+    )
+    """Not used: the turns of an episode are those of its task."""
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)
+    """Name → task, of any kind but another mixture. Metrics of each stand under `by_task/<name>/…`."""
+    weights: dict[str, float] = setting({}, on_resume=Resume.noted, free_form=True)
+    """Name → weight of a task: the problems of training come from the tasks in proportion to their weights, in a fixed
+    order. A task that is not named has weight 1. An evaluation takes the tasks in turn."""

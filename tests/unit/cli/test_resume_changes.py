@@ -6,7 +6,9 @@ researcher is noted, and what concerns the machine or the logs is free.
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from vlmrl.cli.arguments import quoted
+from vlmrl.cli.arguments import quoted, rewrite
 from vlmrl.cli.explain import every_key, text_of
 from vlmrl.cli.past_runs import replayed, resumed
 from vlmrl.cli.resume_changes import changes, leaves_of
@@ -22,6 +24,7 @@ from vlmrl.config.field_docs import FieldDoc
 from vlmrl.config.fields import Resume
 from vlmrl.config.keys import all_settings, resume_policy
 from vlmrl.config.parse import parse
+from vlmrl.config.reward import TERMS
 from vlmrl.config.run import RunConfig
 from vlmrl.config.task import ImportedTaskConfig
 from vlmrl.errors import ConfigError
@@ -42,6 +45,8 @@ POLICIES = {
         model.tiny.deepstack_visual_indexes model.tiny.bpe_merges model.tiny.max_position_embeddings
         model.tiny.initializer_range model.tiny.seed
         task.kind task.target task.images_per_turn task.image_size task.shuffle_images task.holdout_one_in
+        task.eval_fraction
+        reward.terms.*.kind reward.terms.*.target
         inference.kind weight_sync.kind
         trainer.optimizer
     """,
@@ -49,6 +54,15 @@ POLICIES = {
     "noted": """
         model.dtype model.vlm.renderers
         task.args task.max_turns task.num_examples task.credit
+        task.weights
+        task.path task.name task.split task.revision task.rows task.eval_path task.eval_split
+        task.columns.prompt task.columns.messages task.columns.images task.columns.answer task.columns.choices
+        task.columns.system task.columns.boxes task.columns.demonstration
+        task.image_root task.system_prompt task.template
+        reward.task_weight reward.extract.kind reward.extract.tag reward.extract.pattern
+        reward.terms.*.weight reward.terms.*.ignore_case reward.terms.*.ignore_spaces
+        reward.terms.*.ignore_punctuation reward.terms.*.options reward.terms.*.first_index
+        reward.terms.*.presets reward.terms.*.pattern reward.terms.*.args
         algorithm.loss algorithm.advantage algorithm.args algorithm.credit algorithm.truncated
         algorithm.clip_low algorithm.clip_high algorithm.importance_correction algorithm.importance_cap
         algorithm.filters.gibberish algorithm.filters.rare_from algorithm.filters.rare_logprob_offset
@@ -68,7 +82,7 @@ POLICIES = {
     "free": """
         mode dry_run resume
         model.device
-        task.max_fault_rate
+        task.max_fault_rate task.fetch task.bad_rows task.max_bad_row_rate
         inference.replicas inference.tensor_parallel_size inference.data_parallel_size
         inference.gpu_memory_utilization inference.kv_cache_gib inference.enforce_eager inference.urls
         inference.slurm_tasks inference.startup_timeout_s inference.request_timeout_s inference.max_restarts
@@ -85,16 +99,23 @@ POLICIES = {
 }
 EXPECTED = {key: Resume[policy] for policy, keys in POLICIES.items() for key in keys.split()}
 
+MIXTURE = ("task.tasks.b.target=a.b:C", "+reward@task.tasks.b.reward.terms.exact=exact")
+
 RUNS = {
     "default": (),
     "own": (
         *("model=qwen3vl", "model/size=4b", "model/lora=all_linear", "task=imported", "task.target=a.b:C"),
         *("inference=vllm", "weight_sync=folder"),
     ),
+    "dataset": (
+        *("task=dataset", "task.path=rows.jsonl", f"reward=[{','.join(TERMS)}]"),
+        *("reward.terms.imported.target=a.b:fn", "reward.terms.format.presets=[boxed]"),
+    ),
+    "mixture": ("task=mixture", "+task@task.tasks.a=color_codeword", "+task@task.tasks.b=imported", *MIXTURE),
 }
-"""Two runs that have every key between them."""
+"""Runs that have every key between them."""
 
-Having = Callable[[str], tuple[Path, FieldDoc, object]]
+Having = Callable[[str], tuple[Path, str, FieldDoc, object]]
 
 WORDS = ("mode", "resume", "run", "runs", "step", "rollout", "output_dir")
 """Keys that a resumed run reads in its own way; the tests below have them."""
@@ -122,21 +143,19 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def having(folders: dict[str, Path]) -> Having:
-    """`having(key)`: a run that has the key, the key's documentation, and its value there."""
+    """`having(key)`: a run that has the key, a key there that `*` stands for, its documentation, and its value."""
     configs = {folder: resumed([f"resume={folder}"])[0] for folder in folders.values()}
     documented = {folder: dict(every_key(config)) for folder, config in configs.items()}
 
-    def find(key: str) -> tuple[Path, FieldDoc, object]:
+    def find(pattern: str) -> tuple[Path, str, FieldDoc, object]:
         for folder, config in configs.items():
-            parent = OmegaConf.select(config, key.rpartition(".")[0]) if "." in key else config
-            if isinstance(parent, DictConfig) and key in documented[folder]:
-                value = parent[key.rpartition(".")[2]]
-                return (
-                    folder,
-                    documented[folder][key],
-                    OmegaConf.to_container(value) if OmegaConf.is_config(value) else value,
-                )
-        raise AssertionError(f"no run of RUNS has {key}")
+            for key in documented[folder]:
+                parent = OmegaConf.select(config, key.rpartition(".")[0]) if "." in key else config
+                if fnmatch.fnmatch(key, pattern) and isinstance(parent, DictConfig):
+                    value = parent[key.rpartition(".")[2]]
+                    value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+                    return folder, key, documented[folder][key], value
+        raise AssertionError(f"no run of RUNS has {pattern}")
 
     return find
 
@@ -152,6 +171,8 @@ def other(value: Any, doc: FieldDoc) -> Any:
             return not value
         case str():
             return f"{value}_other"
+        case list() if value and all(isinstance(item, Enum) for item in value):
+            return [name for name in type(value[0]).__members__ if name != value[0].name]
         case list() if all(isinstance(item, str) for item in value):
             return [*value, "other"]
         case list():
@@ -164,7 +185,7 @@ def other(value: Any, doc: FieldDoc) -> Any:
 def judged(folder: Path, *overrides: str) -> Resume:
     """What `resume=` does with the overrides."""
     try:
-        notes = resumed([f"resume={folder}", *overrides])[1]()
+        notes = resumed([f"resume={folder}", *rewrite([*overrides])])[1]()
     except ConfigError as error:
         if "cannot continue resume=" in str(error) and "Remove what sets" in str(error):
             return Resume.refused
@@ -181,23 +202,24 @@ def spelled(value: Any) -> str:
     return quoted(value) if isinstance(value, str) else text_of(value)
 
 
-@pytest.mark.parametrize("key", EXPECTED)
-def test_a_changed_value(key: str, having: Having) -> None:
-    if key in WORDS:
-        assert resume_policy(key) is EXPECTED[key]
+@pytest.mark.parametrize("pattern", EXPECTED)
+def test_a_changed_value(pattern: str, having: Having) -> None:
+    if pattern in WORDS:
+        assert resume_policy(pattern) is EXPECTED[pattern]
         return
-    folder, doc, value = having(key)
+    folder, key, doc, value = having(pattern)
+    policy = EXPECTED[pattern]
     if doc.type_text == "dict":
-        assert judged(folder, f"++{key}.changed=1") is EXPECTED[key]
+        assert judged(folder, f"++{key}.changed=1") is policy
     else:
-        assert judged(folder, f"{key}={spelled(other(value, doc))}") is EXPECTED[key]
+        assert judged(folder, f"{key}={spelled(other(value, doc))}") is policy
 
 
 @pytest.mark.parametrize("plus", ["", "++"])
 def test_the_same_values_are_no_change(plus: str, having: Having) -> None:
     same: dict[Path, list[str]] = {}
-    for key in EXPECTED.keys() - {*WORDS}:
-        folder, doc, value = having(key)
+    for pattern in EXPECTED.keys() - {*WORDS}:
+        folder, key, doc, value = having(pattern)
         if doc.type_text != "dict":
             same.setdefault(folder, []).append(f"{plus}{key}={spelled(value)}")
     assert sum(map(len, same.values())) > 90
@@ -206,7 +228,7 @@ def test_the_same_values_are_no_change(plus: str, having: Having) -> None:
 
 @pytest.mark.parametrize("key", ["seed", "trainer.learning_rate", "task.image_size", "trainer.threads"])
 def test_the_spelling_decides_nothing(key: str, having: Having) -> None:
-    folder, doc, value = having(key)
+    folder, _, doc, value = having(key)
     changed = f"{key}={spelled(other(value, doc))}"
     assert judged(folder, f"++{changed}") is judged(folder, f"+{changed}") is EXPECTED[key]
 
@@ -238,6 +260,14 @@ def test_words_of_other_modes_are_refused(override: str, mode: tuple[str, ...], 
         ("own", "~model/lora", Resume.refused),
         ("own", "weight_sync=nccl", Resume.refused),
         ("own", "+task.args.level=1", Resume.noted),
+        ("dataset", "reward.terms.exact.weight=0.5", Resume.noted),
+        ("dataset", "reward.terms.exact.kind=format", Resume.refused),
+        ("dataset", "reward.terms.imported.args.level=2", Resume.noted),
+        ("mixture", "task.tasks.b.args.level=2", Resume.noted),
+        ("mixture", "task.weights.a=2", Resume.noted),
+        ("mixture", "task.tasks.b.reward.terms.exact.weight=2", Resume.noted),
+        ("mixture", "task.tasks.a.images_per_turn=1", Resume.refused),
+        ("mixture", "task.tasks.a.max_turns=1", Resume.noted),
         ("own", "inference.dtype=${model.dtype}", Resume.free),
         ("default", "trainer.learning_rate=1.5e-3", Resume.free),
         ("default", "trainer.learning_rate=0.00150", Resume.free),
