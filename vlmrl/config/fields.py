@@ -100,6 +100,8 @@ NAME = Form(r"[\w.-]+", "a name of letters, digits, dots, dashes and underscores
 PROSE = Form(r"(?=.*\S)[^\x00\x7f]*", "text that is not empty", "the policy would read nothing")
 """The form of a text of several lines, such as a prompt."""
 
+PATTERN = Form(r"(?=.*\S)[^\x00\x7f]*", "a regular expression that is not empty", "it would match every text")
+
 ANY_TEXT = Form(r".*", "any text", "")
 
 

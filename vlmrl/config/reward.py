@@ -16,7 +16,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from vlmrl.config.fields import ANY_TEXT, NAME, Resume, setting
+from vlmrl.config.fields import NAME, PATTERN, Resume, setting
 
 
 class Extraction(Enum):
@@ -42,7 +42,7 @@ class ExtractConfig:
     """Where the answer stands. None in a term: what `reward.extract` says. None in `reward.extract`: `whole`."""
     tag: str = setting("answer", on_resume=Resume.noted, form=NAME)
     """`kind=tag`: the name of the tag, `answer` for `<answer>…</answer>`."""
-    pattern: str | None = setting(None, on_resume=Resume.noted, form=ANY_TEXT)
+    pattern: str | None = setting(None, on_resume=Resume.noted, form=PATTERN)
     """`kind=regex`: a regular expression, in which `.` also matches the end of a line. A search that takes longer than
     a second ends its rollout as `reward_error`."""
 
@@ -87,7 +87,7 @@ class ChoiceTerm(RewardTerm):
     """Column that holds the texts of the options. None: `options` or `choices` where a row has one, else the lines of
     the prompt that begin with a letter, like `A. red` and `(B) blue`."""
     first_index: int = setting(0, on_resume=Resume.noted, low=0, high=1, outside="options are counted from 0 or from 1")
-    """The number of the first option where the reference is a number."""
+    """The positions of options start at this number, where the reference is a number."""
 
 
 class FormatPreset(Enum):
@@ -111,7 +111,7 @@ class FormatTerm(RewardTerm):
     """Check the form."""
     presets: list[FormatPreset] = setting([], on_resume=Resume.noted)
     """Forms that the completion must have, all of them. With neither `presets` nor `pattern`: `think_answer`."""
-    pattern: str | None = setting(None, on_resume=Resume.noted, form=ANY_TEXT)
+    pattern: str | None = setting(None, on_resume=Resume.noted, form=PATTERN)
     """A regular expression that is searched in the completion, in addition to `presets`. `^` and `$` are the ends of
     the text, and `.` also matches the end of a line."""
 

@@ -6,7 +6,7 @@ researcher is noted, and what concerns the machine or the logs is free.
 
 from __future__ import annotations
 
-import fnmatch
+import re
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -148,10 +148,11 @@ def having(folders: dict[str, Path]) -> Having:
     documented = {folder: dict(every_key(config)) for folder, config in configs.items()}
 
     def find(pattern: str) -> tuple[Path, str, FieldDoc, object]:
+        any_name = re.compile(re.escape(pattern).replace(r"\*", "[^.]+"))
         for folder, config in configs.items():
             for key in documented[folder]:
                 parent = OmegaConf.select(config, key.rpartition(".")[0]) if "." in key else config
-                if fnmatch.fnmatch(key, pattern) and isinstance(parent, DictConfig):
+                if any_name.fullmatch(key) and isinstance(parent, DictConfig):
                     value = parent[key.rpartition(".")[2]]
                     value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
                     return folder, key, documented[folder][key], value
