@@ -99,8 +99,9 @@ def _turns_of_message(message: Mapping[str, Any], column: str) -> Iterator[Turn]
                 )
             yield Turn(role, tuple(pieces_of(message[text_key], column)), _value_of(message[text_key]))
             return
-    if "user" in message and "assistant" in message:
-        yield Turn("user", tuple(pieces_of(message["user"], column)))
+    asked = next((name for name in ("user", "human") if name in message), None)
+    if asked is not None and "assistant" in message:
+        yield Turn("user", tuple(pieces_of(message[asked], column)))
         yield Turn("assistant", tuple(pieces_of(message["assistant"], column)), _value_of(message["assistant"]))
         return
     raise Unusable(f"the column {column} has the message {short(message)}, whose role or text is not known")
@@ -137,7 +138,7 @@ def _piece(part: Mapping[str, Any], column: str) -> Piece:
     if kind.startswith(("video", "audio", "input_audio")):
         raise Unusable(f"the column {column} has a part of type {kind}, and only text and images are read")
     if kind in ("image", "image_url", "input_image") or "image_url" in filled or "image" in filled:
-        number = filled.get("index")
+        number = filled.pop("image") if isinstance(filled.get("image"), int) else filled.get("index")
         cell = {name: value for name, value in filled.items() if name not in ("type", "index", "text", "detail")}
         source = cell.get("source")
         if isinstance(source, Mapping):  # Anthropic's {"type": "base64", "data": …}

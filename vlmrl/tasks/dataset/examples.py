@@ -162,27 +162,22 @@ class Drafting:
     # ── the answer ──────────────────────────────────────────────────────────────────────────────────────────
 
     def _answer(self, row: Mapping[str, Any], options: Sequence[str], said: Turn | None) -> Any:
+        """The answer of the row: from its column, else the last assistant turn, else the boxes."""
         layout = self.layout
-        if layout.answer is not None:
-            value = value_at(row, layout.answer)
-            if is_missing(value):
-                raise Unusable(
-                    f"the column {layout.answer} has no answer, so no reward can be computed: fill it, or leave the "
-                    "row out"
-                )
+        if layout.answer is not None and not is_missing(value_at(row, layout.answer)):
             if options:
                 return read(row, layout.answer, lambda value: choice_letter(value, options, self.first_index))
             reference = read(row, layout.answer, as_reference)
-            if is_missing(reference):
-                raise Unusable(f"the column {layout.answer} has an empty answer, so no reward can be computed: fill it")
-            return reference
-        if said is not None:
-            value = said.value if said.value is not None else said.text
-            return None if is_missing(value) else as_reference(value)
+            if not is_missing(reference):
+                return reference
+        if said is not None and not is_missing(said.text):
+            return as_reference(said.value if said.value is not None else said.text)
         if layout.boxes is not None and (boxes := boxes_of(value_at(row, layout.boxes))):
             return boxes[0] if len(boxes) == 1 else boxes
-        if layout.boxes is not None or layout.messages is not None:
-            raise Unusable("the row has no answer: neither an assistant turn nor a column holds one: fill it")
+        sources = [f"the column {column}" for column in (layout.answer, layout.boxes) if column is not None]
+        sources += ["a last assistant turn"] if layout.messages is not None else []
+        if sources:
+            raise Unusable(f"the row has no answer in {' or '.join(sources)}, so it cannot be scored: fill it")
         return None
 
     def _demonstration(self, row: Mapping[str, Any], options: Sequence[str], said: Turn | None) -> str | None:

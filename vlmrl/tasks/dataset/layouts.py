@@ -48,8 +48,8 @@ IMAGES = (
     ),
 )
 
-ROLE_KEYS = (("role", "content"), ("from", "value"), ("user", "assistant"))
-"""The fields of a message: OpenAI, sharegpt, and pairs as in The Cauldron."""
+ROLE_KEYS = (("role", "content"), ("from", "value"), ("user", "assistant"), ("human", "assistant"))
+"""The fields of a message: OpenAI, sharegpt, and pairs as in The Cauldron and in ms-swift's sharegpt."""
 
 _OPTION_NAME = re.compile(r"(?:option|choice)?_?([a-h])")
 _NUMBERED_IMAGE = re.compile(r"(?:image|img)_?(\d+)")

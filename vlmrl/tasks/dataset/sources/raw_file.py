@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import weakref
 from pathlib import Path
 from typing import IO
 
@@ -22,6 +23,7 @@ class RawFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: IO[bytes] = _unpacked(path) if path.suffix.lower() in PACKED else open(path, "rb")  # noqa: SIM115
+        weakref.finalize(self, self._file.close)  # without it, Python warns of a file that was left open
         self.size = os.fstat(self._file.fileno()).st_size
 
     def read(self, start: int, end: int) -> bytes:
