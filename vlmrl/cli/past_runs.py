@@ -289,6 +289,6 @@ def replayed(arguments: list[str]) -> DictConfig:
     override(config, overrides)
     config.orchestrator.max_staleness = 0  # a replay learns nothing, so every engine fits
     config.mode, config.run, config.step = Mode.replay, str(run_dir.path), int(named["step"])
-    config.monitor.report, config.monitor.wandb.mode = False, "disabled"
+    config.monitor.report, config.monitor.wandb.mode, config.monitor.tensorboard.enabled = False, "disabled", False
     config.output_dir, config.resume = str(run_dir.path / "replay" / f"step_{config.step:06d}"), None
     return config

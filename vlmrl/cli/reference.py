@@ -46,6 +46,10 @@ def _section(key: str, places: Mapping[str, tuple[type, ...]], conf: Path) -> It
     yield f"{summary_of(schema)}\n"
     if (conf / group).is_dir() and key and key not in PLACED.values():
         yield from _options(conf / group)
+        for folder in sorted(path for path in (conf / group).iterdir() if path.is_dir()):
+            if f"{key}.{folder.name}" not in places:  # its options set keys of this group
+                yield f"### `{group}/{folder.name}`\n"
+                yield from _options(folder)
     prefix = f"{key}." if key else ""
     shared = [field for field in fields_of(schema) if field.schema is None]
     yield from _table(prefix, shared)

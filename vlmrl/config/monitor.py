@@ -37,6 +37,15 @@ class WandbConfig:
 
 
 @dataclass
+class TensorboardConfig:
+    """TensorBoard logging."""
+
+    enabled: bool = setting(False, on_resume=Resume.free)
+    """Write every metric to event files in the run directory's `tensorboard/`; `tensorboard --logdir outputs` shows
+    them. `monitor/logger=[tensorboard]` sets it."""
+
+
+@dataclass
 class MonitorConfig:
     """What a run shows on the screen and logs."""
 
@@ -57,3 +66,5 @@ class MonitorConfig:
     """Write report.html after each evaluation and at the end, in a separate process."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
     """Weights & Biases."""
+    tensorboard: TensorboardConfig = field(default_factory=TensorboardConfig)
+    """TensorBoard."""

@@ -92,6 +92,14 @@ def needs(config: RunConfig) -> Iterator[Need]:
             pip_line("wandb"),
             "set monitor.wandb.mode=disabled",
         )
+    if config.monitor.tensorboard.enabled:
+        yield Need(
+            "tensorboard",
+            "monitor.tensorboard.enabled=true",
+            "no event files can be written",
+            pip_line("tensorboard"),
+            "leave tensorboard out of monitor/logger=",
+        )
 
 
 def _needs_of_vllm(config: RunConfig, inference: VllmConfig) -> Iterator[Need]:

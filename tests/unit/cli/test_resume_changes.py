@@ -93,7 +93,7 @@ POLICIES = {
         weight_sync.root weight_sync.verify
         monitor.live monitor.record_rollouts monitor.vision_gap_every monitor.report
         monitor.wandb.mode monitor.wandb.project monitor.wandb.name monitor.wandb.group monitor.wandb.rollouts
-        monitor.wandb.checkpoints
+        monitor.wandb.checkpoints monitor.tensorboard.enabled
         export.folder sweep.retry_failed
     """,
 }

@@ -20,6 +20,7 @@ from vlmrl.config.algorithm import Advantage, Credit, FilterMode, Loss
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.keys import did_you_mean, known_keys
 from vlmrl.config.model import Dtype
+from vlmrl.config.monitor import WandbMode
 from vlmrl.config.parse import literal, parse, typed
 from vlmrl.config.run import RunConfig
 from vlmrl.config.task import ColorCodewordConfig, ImportedTaskConfig
@@ -88,6 +89,25 @@ def test_an_engine_brings_its_weight_sync(run_config: Callable[..., RunConfig]) 
     assert isinstance(config.inference, VllmConfig)
     assert (config.inference.dtype, config.inference.max_model_len) == (Dtype.float32, config.trainer.seq_len)
     assert run_config("inference=vllm", "orchestrator.max_staleness=2").orchestrator.max_staleness == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wandb", "tensorboard"),
+    [
+        ((), WandbMode.auto, False),
+        (("monitor/logger=[]",), WandbMode.disabled, False),
+        (("monitor/logger=wandb",), WandbMode.offline, False),
+        (("monitor/logger=[wandb,tensorboard]",), WandbMode.offline, True),
+        (("monitor/logger=[tensorboard]", "monitor.wandb.mode=online"), WandbMode.online, True),
+        (("monitor.wandb.mode=disabled",), WandbMode.disabled, False),
+        (("monitor.wandb.mode=auto", "monitor/logger=[]"), WandbMode.auto, False),
+    ],
+)
+def test_loggers(
+    overrides: tuple[str, ...], wandb: WandbMode, tensorboard: bool, run_config: Callable[..., RunConfig]
+) -> None:
+    monitor = run_config(*overrides).monitor
+    assert (monitor.wandb.mode, monitor.tensorboard.enabled) == (wandb, tensorboard)
 
 
 def test_an_experiment_chooses_groups(run_config: Callable[..., RunConfig]) -> None:

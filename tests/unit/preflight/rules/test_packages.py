@@ -34,6 +34,16 @@ from vlmrl.preflight.site import Site
             "wandb",
             r"monitor\.wandb\.mode=online needs the package wandb.*'vlmrl\[wandb\]', or set .*=disabled",
         ),
+        (
+            ("monitor/logger=[wandb,tensorboard]",),
+            "wandb",
+            r"monitor\.wandb\.mode=offline needs the package wandb",
+        ),
+        (
+            ("monitor/logger=[wandb,tensorboard]",),
+            "tensorboard",
+            r"monitor\.tensorboard\.enabled=true needs the package tensorboard.*'vlmrl\[tensorboard\]', or leave",
+        ),
     ],
 )
 def test_a_missing_package_is_refused_with_its_pip_line(
