@@ -58,7 +58,7 @@ EDITS: dict[str, tuple[str, Callable[[Path], object], tuple[str, ...]]] = {
     "log": ("logs/main.log", pipe, ("resume",)),
     "metrics": ("metrics.jsonl", folder, ("report", "compare")),
     "tokens": ("tokens.jsonl", pipe, ("report",)),
-    "rollouts": ("rollouts/step_000002.jsonl", endless, ("report", "faults", "replay")),
+    "rollouts": ("rollouts/step_000002.parquet", endless, ("report", "faults", "replay")),
     "images": ("images", pipes, ("replay",)),
     "state": (f"{CHECKPOINT}/state.json", lambda path: path.write_text("[" * 100_000), ("eval", "export")),
 }

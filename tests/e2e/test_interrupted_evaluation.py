@@ -38,7 +38,7 @@ def test_stopped_in_two_evaluations(home: Home, never_stopped: Path) -> None:
     second = interrupted(home, gate, signal.SIGTERM, *again)
     assert (summary(run)["exit_reason"], summary(run)["step"]) == ("interrupted", 4)
     assert "eval/reward" not in read_metrics(run / "metrics.jsonl")[-1]
-    assert not (run / "rollouts/eval_000004.jsonl").exists()
+    assert not (run / "rollouts/eval_000004.parquet").exists()
 
     remedy = f"continue with python -m vlmrl resume={run}\n"
     assert (first.code, first.err) == (1, f"interrupted: stopped after supervised step 10 and saved: {remedy}")

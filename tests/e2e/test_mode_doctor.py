@@ -32,7 +32,7 @@ def test_a_sound_run(home: Home) -> None:
         assert line["says"] in ended.out
     assert "\x1b" not in ended.out
     assert summary(run)["exit_reason"] == "finished"
-    assert {path.name for path in (run / "rollouts").iterdir()} == {"step_000000.jsonl", "step_000001.jsonl"}
+    assert {path.name for path in (run / "rollouts").iterdir()} == {"step_000000.parquet", "step_000001.parquet"}
     assert not list((run / "checkpoints").iterdir()), "nothing is saved"
     assert not (run / "wandb").exists(), "nothing is logged"
     mode = RunDir(run).read_config().monitor.wandb.mode

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 import PIL.Image
 import pytest
 
 from support.command_line import Ended, Home, Scenarios
+from support.rollout_files import edit
 from vlmrl.inference.vllm.server import vllm_version
+from vlmrl.record.rollouts import read_rollouts
 from vlmrl.runs.replay.replay import COMPARISONS
 
 pytestmark = pytest.mark.slow
@@ -25,7 +26,7 @@ Outcome = tuple[Ended, dict[str, Any]]
 """The ended command, and replay.json with its lines by name."""
 
 TamperWith = Callable[[list[dict[str, Any]]], None]
-"""Changes the records of a rollouts file in place."""
+"""Changes the rows of a file of rollouts in place."""
 
 
 def replay(home: Home, run: Path, *overrides: str, step: int = STEP) -> Outcome:
@@ -38,10 +39,7 @@ def replay(home: Home, run: Path, *overrides: str, step: int = STEP) -> Outcome:
 def tampered(home: Home, run: Path, name: str, change: TamperWith) -> Outcome:
     """Change the batch in a copy of the run and replay it."""
     copy = home.copy(run, name)
-    path = copy / f"rollouts/step_{STEP:06d}.jsonl"
-    records = [orjson.loads(line) for line in path.read_bytes().splitlines()]
-    change(records)
-    path.write_bytes(b"".join(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE) for record in records))
+    edit(copy / f"rollouts/step_{STEP:06d}.parquet", change)
     return replay(home, copy)
 
 
@@ -61,8 +59,8 @@ def another_logprob(records: list[dict[str, Any]]) -> None:
 def another_picture(home: Home, run: Path) -> tuple[str, Outcome]:
     """Make one pixel of one image of the batch one shade brighter and replay it: (the image's hash, outcome)."""
     copy = home.copy(run, "another_picture")
-    records = (orjson.loads(line) for line in (copy / f"rollouts/step_{STEP:06d}.jsonl").read_bytes().splitlines())
-    hash = next(records)["turns"][1]["placeholders"][-1][2]
+    first, *_ = read_rollouts(copy / f"rollouts/step_{STEP:06d}.parquet")
+    hash = first["turns"][1]["placeholders"][-1][2]
     with PIL.Image.open(copy / f"images/{hash}.png") as picture:
         pixels = np.array(picture)
     pixels[3, 5, 0] ^= 1
@@ -175,7 +173,7 @@ def test_one_shade_of_one_pixel_is_found(runs: Scenarios) -> None:
     ("arguments", "message"),
     [
         (("step=4",), "step=4 was learned from by policy version 3, whose checkpoint is gone .* set step=1 or 3 or 5"),
-        (("step=99",), "step=99 has no recorded batch .*step_000099.jsonl is missing"),
+        (("step=99",), "step=99 has no recorded batch .*step_000099.parquet is missing"),
         ((), "mode=replay needs run=<run folder> and step="),
         (("step=0",), "mode=replay needs run=<run folder> and step="),
         (("step=3", "task=imported"), "task=imported cannot be used in a replay, because the batch would not be"),

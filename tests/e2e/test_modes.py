@@ -127,7 +127,7 @@ def test_eval_of_a_fresh_model(runs: Scenarios) -> None:
     (line,) = read_metrics(run / "metrics.jsonl")
     assert line["step"] == 0
     assert missing_keys(line) == []
-    assert list(steady_rollouts(run)) == ["eval_000000.jsonl"]
+    assert list(steady_rollouts(run)) == ["eval_000000.parquet"]
     assert not list((run / "checkpoints").iterdir()), "nothing was learned"
     assert (run.parent / "latest").is_symlink()
 
@@ -140,7 +140,7 @@ def test_eval_of_a_runs_newest_checkpoint(runs: Scenarios, never_stopped: Path) 
     recorded = steady(never_stopped / "metrics.jsonl")[-1]
     assert line == {key: value for key, value in recorded.items() if key == "step" or key in line}
     assert {"step", "eval/reward", "eval/reward_greedy", "eval/task/share_correct"} <= set(line)
-    name = "eval_000006.jsonl"
+    name = "eval_000006.parquet"
     assert steady_rollouts(run / "eval") == {name: steady_rollouts(never_stopped)[name]}
     after = {path: digest for path, digest in digests(run).items() if not path.startswith("eval/")}
     assert after == before
@@ -168,7 +168,7 @@ def test_every_algorithm(runs: Scenarios) -> None:
         assert all(missing_keys(line) == [] for line in lines)
         assert summary(folder / str(job))["exit_reason"] == "finished"
         assert all(
-            "_shown_" in record["problem_id"] for record in steady_rollouts(folder / str(job))["step_000001.jsonl"]
+            "_shown_" in record["problem_id"] for record in steady_rollouts(folder / str(job))["step_000001.parquet"]
         )
         losses.add((lines[0]["grad_norm"], lines[1]["loss"]))
     assert len(losses) >= 5, "they are different algorithms (dapo is grpo until a group is filtered or a ratio clipped)"

@@ -1,4 +1,5 @@
-"""A run that version 34e859f recorded can be resumed, evaluated, exported, replayed and reported.
+"""A run that version 34e859f recorded can be evaluated, exported, replayed, reported and compared. Resuming it is refused:
+its rollouts are JSON lines.
 
 `data/run_of_34e859f.zip` holds two RL steps of the default task on a model of 44,864 parameters, after a warm-up of two
 supervised steps; the checkpoint is that of step 1. It was made by `python -m vlmrl` of that commit with:
@@ -16,8 +17,6 @@ The logs and the checkpoint of step 2 were deleted from it, and output_dir and t
 from __future__ import annotations
 
 import json
-import math
-import signal
 import zipfile
 from pathlib import Path
 
@@ -25,7 +24,7 @@ import pytest
 from safetensors.torch import load_file
 
 from support import TESTS
-from support.command_line import KILL_AT, Home, steady, steady_rollouts
+from support.command_line import Home, steady
 
 pytestmark = pytest.mark.slow
 
@@ -39,35 +38,19 @@ def recorded(tmp_path: Path) -> Path:
     return run
 
 
-def test_it_is_resumed_from_its_checkpoint(home: Home, recorded: Path) -> None:
-    """Step 2 comes again and gives the recorded tokens and metrics, up to the rounding of another processor."""
-    metrics, rollouts = steady(recorded / "metrics.jsonl"), steady_rollouts(recorded)["step_000002.jsonl"]
-    ended = home.vlmrl(f"resume={recorded}")
-    assert (ended.code, ended.err) == (0, "")
-    assert (recorded / "checkpoints/step_000002").is_dir()
-    *before, again = steady(recorded / "metrics.jsonl")
-    assert before == metrics[:-1]
-    for key, value in metrics[-1].items():
-        if key.startswith(("images/encoded", "images/cache")):  # the feature cache starts empty
-            continue
-        assert math.isclose(again[key], value, rel_tol=1e-4, abs_tol=1e-6), key
-    for ours, theirs in zip(steady_rollouts(recorded)["step_000002.jsonl"], rollouts, strict=True):
-        for turn, recorded_turn in zip(ours["turns"], theirs["turns"], strict=True):
-            assert turn["prompt_token_ids"] == recorded_turn["prompt_token_ids"]
-            assert turn["completion_ids"] == recorded_turn["completion_ids"]
+def test_it_is_not_resumed(home: Home, recorded: Path) -> None:
+    """Its folder stays as it is; the sentence says what is possible instead."""
+    before = files(recorded)
+    ended = home.vlmrl(f"resume={recorded}", "trainer.max_steps=3")
+    assert ended.code == 2
+    assert ended.err.startswith(f"error: resume={recorded} is a run of an older version")
+    assert f"mode=export resume={recorded}" in ended.err
+    assert ended.err.count("\n") == 1
+    assert files(recorded) == before
 
 
-def test_its_position_follows_from_its_own_config(home: Home, recorded: Path) -> None:
-    """The checkpoint of step 1 has no cursor. Two problems were played per step, so the third comes next. It keeps its
-    place even if the run is killed right after config.yaml says another number."""
-    groups, third = "orchestrator.groups_per_step=1", "BFGE"
-    assert steady_rollouts(recorded)["step_000002.jsonl"][0]["problem_id"] == third
-    ended = home.vlmrl("os.mkdir", "partial_000002", f"resume={recorded}", groups, code=("-c", KILL_AT))
-    assert ended.code == -signal.SIGKILL
-    assert "groups_per_step: 1" in (recorded / "config.yaml").read_text()
-    ended = home.vlmrl(f"resume={recorded}", groups)
-    assert (ended.code, ended.err) == (0, "")
-    assert {record["problem_id"] for record in steady_rollouts(recorded)["step_000002.jsonl"]} == {third}
+def files(run: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
 def test_its_checkpoint_is_evaluated(home: Home, recorded: Path) -> None:
@@ -100,3 +83,12 @@ def test_it_is_reported(home: Home, recorded: Path) -> None:
     ended = home.vlmrl("mode=report", f"run={recorded}")
     assert (ended.code, ended.err) == (0, "")
     assert (recorded / "report.html").stat().st_size > 10_000
+    assert b"train/000001/00/00" in (recorded / "report.html").read_bytes()
+
+
+def test_it_is_compared_and_shown_next_to_a_new_run(home: Home, recorded: Path, never_stopped: Path) -> None:
+    new = home.copy(never_stopped, "next_to_an_old_run")
+    ended = home.vlmrl("mode=report", f"runs=[{recorded},{new}]")
+    assert (ended.code, ended.err) == (0, "")
+    ended = home.vlmrl("mode=compare", f"runs=[{recorded},{new}]", f"hydra.run.dir={recorded.parent}/compared")
+    assert (ended.code, ended.err) == (0, "")

@@ -160,7 +160,7 @@ def made_page(made: RunDir) -> Path:
 
 def recorded(run_dir: RunDir) -> dict[str, RolloutRecord]:
     return {
-        each["rollout_id"]: each for path in sorted(run_dir.rollouts.glob("*.jsonl")) for each in read_rollouts(path)
+        each["rollout_id"]: each for path in sorted(run_dir.rollouts.glob("*.parquet")) for each in read_rollouts(path)
     }
 
 

@@ -190,7 +190,7 @@ def test_nothing_but_faults_ends_the_run(job: int, message: str, runs: Scenarios
     found = summary(run)
     assert (found["exit_reason"], found["step"]) == ("error", 3)
     assert found["error"].startswith("TooManyFaultsError: every rollout of the last 3 steps failed")
-    assert len(steady_rollouts(run)["step_000003.jsonl"]) == 8
+    assert len(steady_rollouts(run)["step_000003.parquet"]) == 8
     assert (run / "checkpoints/step_000003/state.json").exists(), "to be continued when the task is fixed"
 
 
@@ -218,7 +218,7 @@ def test_nothing_but_faults_in_an_evaluation(job: int, runs: Scenarios) -> None:
     )
     assert f"mode=faults run={folder / str(job)}, repair them, and evaluate again" in ended.err
     assert summary(folder / str(job))["exit_reason"] == "error"
-    assert len(steady_rollouts(folder / str(job))["eval_000000.jsonl"]) == 8, "the record stays"
+    assert len(steady_rollouts(folder / str(job))["eval_000000.parquet"]) == 8, "the record stays"
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(runs: Scenarios) -> None:

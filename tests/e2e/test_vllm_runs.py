@@ -161,7 +161,7 @@ def test_a_run_survives_its_servers_and_leaves_nothing(
         assert all(line.startswith("refused") for line in found)
     done = steps_of(run)
     rollouts = {path.name for path in (run / "rollouts").iterdir()}
-    assert {f"step_{step:06}.jsonl" for step in range(1, recorded)} <= rollouts
+    assert {f"step_{step:06}.parquet" for step in range(1, recorded)} <= rollouts
 
     ended = home.vlmrl(f"resume={run}", f"trainer.max_steps={done + 3}")
     assert (ended.code, ended.err) == (0, "")
@@ -189,7 +189,7 @@ def test_what_is_done_about_stale_tokens_is_seen_in_the_metrics(home: Home, corr
     assert len(stale) >= 3
     assert max(line["staleness/max"] for line in stale) <= 3
     assert max(line["mismatch_kl/mean"] for line in stale) > 1e-6
-    versions = {v for r in read_rollouts(run / "rollouts/step_000006.jsonl") for t in r["turns"] for v in t["versions"]}
+    versions = {v for r in read_rollouts(run / "rollouts/step_000006.parquet") for t in r["turns"] for v in t["versions"]}
     assert versions <= {2, 3, 4, 5}
     cut = [line["importance/cut_fraction"] for line in stale]
     weight = [line["importance/weight_mean"] for line in stale]

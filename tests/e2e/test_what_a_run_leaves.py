@@ -93,10 +93,10 @@ def test_the_run_learned_something(never_stopped: Path) -> None:
 
 def test_every_rollout_is_there(never_stopped: Path) -> None:
     files = steady_rollouts(never_stopped)
-    assert set(files) == {f"step_{s:06d}.jsonl" for s in STEPS} | {f"eval_{s:06d}.jsonl" for s in EVALUATED}
+    assert set(files) == {f"step_{s:06d}.parquet" for s in STEPS} | {f"eval_{s:06d}.parquet" for s in EVALUATED}
     lines = {line["step"]: line for line in read_metrics(never_stopped / "metrics.jsonl")}
     for step in STEPS:
-        records = files[f"step_{step:06d}.jsonl"]
+        records = files[f"step_{step:06d}.parquet"]
         assert [record["rollout_id"] for record in records] == [
             f"train/{step:06d}/{group:02d}/{index:02d}" for group in range(2) for index in range(4)
         ]
@@ -108,7 +108,7 @@ def test_every_rollout_is_there(never_stopped: Path) -> None:
         assert len({image for turn in turns for _, _, image in turn["placeholders"]}) == lines[step]["images/distinct"]
         assert {record["stop_reason"] for record in records} <= set(StopReason)
     for step in EVALUATED:
-        records = files[f"eval_{step:06d}.jsonl"]
+        records = files[f"eval_{step:06d}.parquet"]
         assert [record["split"] for record in records] == ["eval_sampled"] * 8 + ["eval_greedy"] * 8
         sampled = [record["reward"] for record in records if record["split"] == "eval_sampled"]
         assert np.mean(sampled) == lines[step]["eval/reward"]

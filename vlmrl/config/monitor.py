@@ -52,7 +52,7 @@ class MonitorConfig:
     live: bool = setting(True, on_resume=Resume.free)
     """Show a live view when the output is a terminal. false: plain lines, as without a terminal."""
     record_rollouts: bool = setting(True, on_resume=Resume.free)
-    """Write rollouts/*.jsonl and images/*.png."""
+    """Write rollouts/*.parquet and images/*.png."""
     vision_gap_every: int = setting(
         10,
         on_resume=Resume.free,

@@ -107,6 +107,7 @@ RULES: tuple[Rule, ...] = (
     _of_site(model.renderer_exists, Stage.here),
     _of_site(past_run.batch_was_recorded, Stage.here),
     _of_site(past_run.export_folder_is_free, Stage.here),
+    _of_site(past_run.record_can_go_on, Stage.here),
     _of_site(machine.gpus_hold_the_run, Stage.here),
     _of_site(transfer.gpus_can_transfer, Stage.here),
     _of_site(checkpoint.cache_is_usable, Stage.here),

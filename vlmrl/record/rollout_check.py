@@ -1,4 +1,4 @@
-"""Check that a line of rollouts/*.jsonl is a rollout as `record_line` writes it, before anything computes with it.
+"""Check that a record of rollouts/ is a rollout as a run writes it, before anything computes with it.
 
 A run folder may have been edited or damaged, or come from a stranger. Readers index arrays of equal length
 and open files named after hashes, so all of this is checked here, once.

@@ -1,17 +1,11 @@
-"""Record every rollout, dropped ones too: rollouts/*.jsonl, images/*.png and tokens.jsonl.
+"""Record every rollout, dropped ones too: rollouts/*.parquet, images/*.png and tokens.jsonl.
 
-Each line is the JSON object of one rollout, with the keys of `RolloutRecord`. A background thread writes them.
+    Monitor ─▶ RolloutRecorder ─ queue ─▶ background thread ─▶ images ─▶ rollout_table.py ─▶ one file per step
+    report, replay, faults ◀─ read_rollouts ◀─ rollout_rows.py (*.parquet) or rollout_lines.py (*.jsonl, older runs)
 
-Within a branch nothing is stored twice. `prompt_offset` is the number of tokens that a turn's prompt shares with the
-turn before it (that turn's prompt and completion); the turn stores only the prompt tokens and placeholders from there
-on. The first turn of a branch stores everything, with `prompt_offset` 0. Offsets count from the start of the prompt.
+rollout_schema.py has the columns of a file. A file appears complete or not at all. An image is written before the
+first file that names it. Logprobs are exact float32.
 
-    turn 0   prompt [5, 9, 9, 7]     completion [1, 2]
-             → "prompt_offset": 0, "prompt_token_ids": [5, 9, 9, 7], "placeholders": [[1, 2, "ab…"]]
-    turn 1   prompt [5, 9, 9, 7, 1, 2, 6, 9, 9]
-             → "prompt_offset": 6, "prompt_token_ids": [6, 9, 9], "placeholders": [[7, 2, "cd…"]]
-
-`read_rollouts` restores the whole prompts. Logprobs are written as the shortest decimal that gives the same float32.
 An image part of a message holds the hash of its image. The image parts of a turn's messages belong, in order, to the
 last placeholders of its prompt (in a branch that renders the whole conversation again, earlier placeholders belong to
 the messages of earlier turns).
@@ -22,11 +16,9 @@ Left out on purpose: `mm_kwargs`. The processor can compute them again from the 
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -36,15 +28,13 @@ import PIL.Image
 from PIL.PngImagePlugin import PngInfo
 
 from vlmrl.errors import VlmrlError
-from vlmrl.record.files import disk_errors, open_regular, write_atomically, write_bytes_atomically
-from vlmrl.record.rollout_check import is_rollout
+from vlmrl.record.files import disk_errors, write_atomically, write_bytes_atomically
+from vlmrl.record.rollout_lines import read_lines
 from vlmrl.record.run_dir import RunDir
 from vlmrl.record.splits import RecordedSplit
 from vlmrl.record.tokens import TokenSpellings
-from vlmrl.types import Image, ImageItem, Message, Rollout, Text, Turn, extends
+from vlmrl.types import ImageItem, Rollout
 
-ROLLOUT_ID = re.compile(rb'\{"rollout_id":"([^"\\]*)"')
-"""The start of a line."""
 MAX_QUEUED_FILES = 4
 """Files that may wait for the disk. With that many waiting, `write` blocks until the oldest is written."""
 
@@ -70,9 +60,9 @@ class TurnRecord(TypedDict):
     prompt_offset: int
     """Number of tokens shared with the turn before."""
     prompt_token_ids: list[int]
-    """[P]; the file holds only [prompt_offset:]."""
+    """[P]; the file holds only those from `prompt_offset` on."""
     placeholders: list[tuple[int, int, str]]
-    """(offset, length, image hash) of each image in the prompt; the file holds only those from prompt_offset on."""
+    """(offset, length, image hash) of each image in the prompt; the file holds only those from `prompt_offset` on."""
     completion_ids: list[int]
     """[C]."""
     logprobs: list[float]
@@ -90,14 +80,20 @@ class TurnRecord(TypedDict):
 
 
 class RolloutRecord(TypedDict):
-    """One rollout, one line of the file."""
+    """One rollout, one row of the file."""
 
     rollout_id: str
     problem_id: str
     step: int
     split: RecordedSplit
+    task: str
+    """The name of its task in a mixture; empty in a run of one task."""
     index: int
     reward: float
+    rewards: dict[str, float | None]
+    """The value of each reward term before its weight; None where it abstains."""
+    reference: str | None
+    """The answer of the data: a text as it is, anything else as JSON."""
     metrics: dict[str, float]
     stop_reason: str
     """A value of `StopReason`."""
@@ -160,10 +156,12 @@ class RolloutRecorder:
                     write_png(picture, image)
         if self._spellings is not None:
             self._spellings.add(_tokens(rollout for group in rollouts.values() for rollout in group))
-        lines = b"".join(record_line(rollout, step, split) for split, group in rollouts.items() for rollout in group)
+        from vlmrl.record.rollout_table import encode  # pyarrow takes 0.4 s
+
+        content = encode(step, rollouts)
         with disk_errors(path):
             path.parent.mkdir(exist_ok=True)
-            write_bytes_atomically(path, lines)
+            write_bytes_atomically(path, content)
 
 
 def _images(rollouts: Iterable[Rollout]) -> Iterator[ImageItem]:
@@ -207,103 +205,35 @@ def write_png(path: Path, image: ImageItem) -> None:
     write_atomically(path, lambda file: picture.save(file, format="PNG", compress_level=1, pnginfo=note))
 
 
-def record_line(rollout: Rollout, step: int, split: RecordedSplit) -> bytes:
-    """The JSON line of a rollout, including the newline."""
-    record = {
-        "rollout_id": rollout.rollout_id,
-        "problem_id": rollout.problem_id,
-        "step": step,
-        "split": split,
-        "index": rollout.index,
-        "reward": rollout.reward,
-        "metrics": rollout.metrics,
-        "stop_reason": rollout.stop_reason.value,
-        "filtered": [reason.value for reason in rollout.filtered],
-        "dropped": rollout.dropped and rollout.dropped.value,
-        # An exception may quote a file name that is not valid Unicode.
-        "error": rollout.error and rollout.error.encode(errors="replace").decode(),
-        "seconds": rollout.seconds,
-        "turns": [_turn(turn, before) for before, turn in pairwise([None, *rollout.turns]) if turn is not None],
-    }
-    return orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
-
-
-def _turn(turn: Turn, previous: Turn | None) -> dict[str, Any]:
-    prompt, completion = turn.prompt, turn.completion
-    offset = shared_prefix(turn, previous)
-    return {
-        "branch": turn.branch,
-        "messages": _messages(turn.messages, [placeholder.hash for placeholder in prompt.placeholders]),
-        "prompt_offset": offset,
-        "prompt_token_ids": np.ascontiguousarray(prompt.token_ids[offset:]),
-        "placeholders": [(p.offset, p.length, p.hash) for p in prompt.placeholders if p.offset >= offset],
-        # orjson needs contiguous arrays, and an engine may return columns of its batch.
-        "completion_ids": np.ascontiguousarray(completion.token_ids),
-        "logprobs": np.ascontiguousarray(completion.logprobs),
-        "versions": np.ascontiguousarray(completion.versions),
-        "trainer_logprobs": turn.learned and np.ascontiguousarray(turn.learned.trainer_logprobs),
-        "entropies": turn.learned and np.ascontiguousarray(turn.learned.entropies),
-        "finish_reason": completion.finish_reason,
-        "text": turn.text,
-        "reward": turn.reward,
-        "advantage": turn.advantage,
-    }
-
-
-def shared_prefix(turn: Turn, previous: Turn | None) -> int:
-    """How many prompt tokens a turn shares with the turn before: that turn's prompt and completion, or 0.
-
-    0 also where a turn of the same branch does not extend the one before, token for token and image for image. The
-    record is then longer, but still exact.
-    """
-    if previous is None or previous.branch != turn.branch:
-        return 0
-    completion_ids = previous.completion.token_ids
-    if not extends(turn.prompt, previous.prompt, completion_ids):
-        return 0
-    return len(previous.prompt.token_ids) + len(completion_ids)
-
-
-def _messages(messages: Sequence[Message], hashes: Sequence[str]) -> list[MessageRecord]:
-    """Records of `messages`. `hashes` lists all images of the prompt in order; the last ones belong to `messages`."""
-    count = sum(isinstance(part, Image) for message in messages for part in message.content)
-    own: Iterator[str | None] = iter([*[None] * count, *hashes][-count:])
-
-    def part_record(part: Text | Image) -> PartRecord:
-        if isinstance(part, Text):
-            return {"type": "text", "text": part.text}
-        return {"type": "image", "hash": next(own)}
-
-    return [{"role": message.role, "content": [part_record(part) for part in message.content]} for message in messages]
-
-
 def read_rollouts(
     path: Path,
     wanted: Callable[[str], bool] = lambda rollout_id: True,
     damaged: Callable[[str], None] | None = None,
 ) -> Iterator[RolloutRecord]:
-    """Read the rollouts of a file, with whole prompts and placeholders. Lines whose `rollout_id` is not `wanted` are
-    skipped without parsing. Raises OSError and, at a damaged line, VlmrlError; with `damaged`, such a line is skipped
+    """Read the rollouts of a file, with whole prompts and placeholders, a few at a time. Those whose `rollout_id` is
+    not `wanted` are skipped. Raises OSError and, where a rollout is damaged, VlmrlError; with `damaged`, it is skipped
     and `damaged` is called with a sentence about it."""
-    with open_regular(path) as file:
-        for number, line in enumerate(file, 1):
-            named = ROLLOUT_ID.match(line)
-            if named and not wanted(named[1].decode(errors="replace")):
-                continue
-            try:
-                record: RolloutRecord | None = orjson.loads(line)
-            except orjson.JSONDecodeError:
-                record = None
-            if is_rollout(record):
-                assert record is not None
-                yield _with_whole_prompts(record)
-            elif damaged is not None:
-                damaged(f"line {number} of {path} is damaged and is skipped")
-            else:
-                raise VlmrlError(
-                    f"{path}, line {number} is not JSON of a rollout, so the file was edited or damaged: "
-                    "remove that line, or restore the file"
-                )
+    for record in _reader(path)(path, wanted, _refuse if damaged is None else _skip(damaged)):
+        yield _with_whole_prompts(record)
+
+
+def _reader(path: Path) -> Callable[[Path, Callable[[str], bool], Callable[[str, str], None]], Iterator[Any]]:
+    if path.suffix == ".jsonl":
+        return read_lines
+    from vlmrl.record.rollout_rows import read_rows  # pyarrow takes 0.4 s
+
+    return read_rows
+
+
+def _refuse(place: str, reason: str) -> None:
+    raise VlmrlError(
+        f"{place} cannot be read ({reason}), so the file was edited or damaged: remove the file, or restore it from a "
+        "copy"
+    )
+
+
+def _skip(damaged: Callable[[str], None]) -> Callable[[str, str], None]:
+    return lambda place, reason: damaged(f"{place} is damaged ({reason}) and is skipped")
 
 
 def _with_whole_prompts(record: RolloutRecord) -> RolloutRecord:

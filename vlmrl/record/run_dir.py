@@ -2,25 +2,25 @@
 
     outputs/latest -> 2026-03-01/12-00-00_qwen3vl_tiny_color_codeword
     outputs/2026-03-01/12-00-00_qwen3vl_tiny_color_codeword/
-        config.yaml                 the resolved RunConfig; versions and git commit under `environment`
-        metrics.jsonl               one JSON object per optimizer step
-        supervised.jsonl            one JSON object per supervised step (warm-up, mode=sft); absent without any
-        faults.jsonl                one JSON object per fault of the user's code or data; absent without any
-        faults.json                 what mode=faults found in it
-        rollouts/step_000012.jsonl  every training rollout of step 12
-        rollouts/eval_000012.jsonl  every evaluation rollout after step 12, sampled and greedy
-        images/<hash>.png           each distinct image once
-        tokens.jsonl                the spelling of every token in rollouts/
-        checkpoints/step_000020/    weights, optimizer and random state after step 20
-        logs/main.log               the main process; every other process has a file of its own
-        wandb/                      Weights & Biases; wandb/run_id keeps its run id for a resume
-        report.html                 the whole run on one page
-        replay/step_000021/         mode=replay: a run directory of its own, with the table in replay.json
-        export/step_000020/         mode=export: the model as a Hugging Face folder
-        doctor.json                 mode=doctor: the table, one object per line
-        summary.json                final metrics, wall-clock time, exit reason
-        overrides.json              a job of a sweep: its overrides (vlmrl/cli/sweep)
-        .lock                       while a process writes here: its pid, host, mode and start (lock.py)
+        config.yaml                   the resolved RunConfig; versions and git commit under `environment`
+        metrics.jsonl                 one JSON object per optimizer step
+        supervised.jsonl              one JSON object per supervised step (warm-up, mode=sft); absent without any
+        faults.jsonl                  one JSON object per fault of the user's code or data; absent without any
+        faults.json                   what mode=faults found in it
+        rollouts/step_000012.parquet  every training rollout of step 12
+        rollouts/eval_000012.parquet  every evaluation rollout after step 12, sampled and greedy
+        images/<hash>.png             each distinct image once
+        tokens.jsonl                  the spelling of every token in rollouts/
+        checkpoints/step_000020/      weights, optimizer and random state after step 20
+        logs/main.log                 the main process; every other process has a file of its own
+        wandb/                        Weights & Biases; wandb/run_id keeps its run id for a resume
+        report.html                   the whole run on one page
+        replay/step_000021/           mode=replay: a run directory of its own, with the table in replay.json
+        export/step_000020/           mode=export: the model as a Hugging Face folder
+        doctor.json                   mode=doctor: the table, one object per line
+        summary.json                  final metrics, wall-clock time, exit reason
+        overrides.json                a job of a sweep: its overrides (vlmrl/cli/sweep)
+        .lock                         while a process writes here: its pid, host, mode and start (lock.py)
 
 Most files are written under a temporary name and then renamed, so a killed run leaves no half-written file. Only
 metrics.jsonl, supervised.jsonl, faults.jsonl, tokens.jsonl and logs grow in place. Left out on purpose: environment
@@ -60,7 +60,7 @@ log = logging.getLogger(__name__)
 RecordKind: TypeAlias = Literal["step", "eval"]
 
 CHECKPOINT_NAME = re.compile("step_([0-9]{6,12})")
-ROLLOUTS_NAME = re.compile(r"(step|eval)_([0-9]{6,12})\.jsonl")
+ROLLOUTS_NAME = re.compile(r"(step|eval)_([0-9]{6,12})\.(parquet|jsonl)")
 
 PACKAGES = ("vlmrl", "torch", "transformers", "renderers", "hydra-core", "numpy")
 
@@ -87,7 +87,7 @@ class RunDir:
 
     >>> run_dir = RunDir("/tmp/outputs/2026-03-01/12-00-00_tiny")
     >>> run_dir.rollouts_file("eval", 12).relative_to(run_dir.path).as_posix()
-    'rollouts/eval_000012.jsonl'
+    'rollouts/eval_000012.parquet'
     >>> run_dir.checkpoint(20).name
     'step_000020'
     """
@@ -123,7 +123,13 @@ class RunDir:
 
     def rollouts_file(self, kind: RecordKind, step: int) -> Path:
         """The file of the training rollouts of `step` ("step"), or of the evaluation after it ("eval")."""
-        return self.rollouts / f"{kind}_{step:06d}.jsonl"
+        return self.rollouts / f"{kind}_{step:06d}.parquet"
+
+    def recorded_rollouts(self, kind: RecordKind, step: int) -> Path:
+        """`rollouts_file`, or in a run of an older version the .jsonl file of the same name."""
+        path = self.rollouts_file(kind, step)
+        older = path.with_suffix(".jsonl")
+        return older if older.exists() and not path.exists() else path
 
     def image(self, hash: str) -> Path:
         """The PNG of the `ImageItem` with this hash."""
@@ -141,13 +147,20 @@ class RunDir:
     def rollouts_steps(self, kind: RecordKind) -> list[int]:
         """Steps that have a file of training rollouts ("step") or of an evaluation ("eval"), in ascending order. Other
         files in rollouts/ do not count."""
-        names = (ROLLOUTS_NAME.fullmatch(path.name) for path in self.rollouts.glob("*.jsonl"))
-        return sorted(int(name[2]) for name in names if name and name[1] == kind)
+        return sorted({int(name[2]) for name in self._rollouts_names() if name[1] == kind})
 
     def rollouts_after(self, step: int) -> list[Path]:
         """Rollout files of steps after `step`, which a resumed run writes again."""
-        kinds: tuple[RecordKind, ...] = ("eval", "step")
-        return [self.rollouts_file(kind, each) for kind in kinds for each in self.rollouts_steps(kind) if each > step]
+        return sorted(self.rollouts / name[0] for name in self._rollouts_names() if int(name[2]) > step)
+
+    @property
+    def is_of_older_version(self) -> bool:
+        """Whether the run recorded its rollouts as .jsonl files, as versions did before Parquet."""
+        return any(name[3] == "jsonl" for name in self._rollouts_names())
+
+    def _rollouts_names(self) -> Iterator[re.Match[str]]:
+        names = (ROLLOUTS_NAME.fullmatch(path.name) for path in self.rollouts.glob("*"))
+        return (name for name in names if name)
 
     @property
     def folders(self) -> tuple[Path, ...]:

@@ -128,7 +128,7 @@ def _play_demonstration(config: RunConfig, task: Task, renderer: Renderer | None
 
 def _recorded_turns(run_dir: RunDir, fault: FaultRecord) -> list[TurnRecord]:
     """The turns that the run recorded for a rollout; none where it recorded no rollouts."""
-    path = run_dir.rollouts_file("eval" if fault["phase"] == "eval" else "step", fault["step"])
+    path = run_dir.recorded_rollouts("eval" if fault["phase"] == "eval" else "step", fault["step"])
     wanted = fault["rollout_id"]
     try:
         for record in read_rollouts(path, lambda rollout_id: rollout_id == wanted, damaged=lambda text: None):

@@ -1,7 +1,7 @@
 """`mode=faults run=<run>`: list what the user's code and data did wrong in a run, and how to play each row again.
 
     faults.jsonl ──────────────────────────┐
-    rollouts/*.jsonl (runs before the file)┴─▶ FaultRecords ─▶ kinds of equal errors ─▶ the screen, faults.json
+    rollouts/ (runs before the file)      ┴─▶ FaultRecords ─▶ kinds of equal errors ─▶ the screen, faults.json
 
 It only reads the run, so it works while the run goes on; faults.json is written next to it, where the folder allows.
 fault_again.py plays one row.
@@ -71,7 +71,7 @@ def faults_in(run_dir: RunDir, config: DictConfig) -> list[FaultRecord]:
 def _of_rollouts(run_dir: RunDir, kind: Any, groups_per_step: int) -> Iterator[FaultRecord]:
     phase: FaultPhase = "rl" if kind == "step" else "eval"
     for step in run_dir.rollouts_steps(kind):
-        for record in read_rollouts(run_dir.rollouts_file(kind, step), damaged=lambda text: None):
+        for record in read_rollouts(run_dir.recorded_rollouts(kind, step), damaged=lambda text: None):
             if not StopReason(record["stop_reason"]).is_fault:
                 continue
             named = PLAYED_ID.fullmatch(record["rollout_id"])

@@ -239,10 +239,10 @@ def test_a_resumed_run_does_the_later_steps_again(run_dir: RunDir) -> None:
         monitor.resume_at(2, supervised_steps=0)
         assert run_dir.read_summary() is None, "a summary would mean that the run has ended"
         assert sorted(path.name for path in run_dir.rollouts.iterdir()) == [
-            "eval_000001.jsonl",
-            "eval_000002.jsonl",
-            "step_000001.jsonl",
-            "step_000002.jsonl",
+            "eval_000001.parquet",
+            "eval_000002.parquet",
+            "step_000001.parquet",
+            "step_000002.parquet",
         ]
         monitor.step(3, {**METRICS, "loss": 9.0}, [group()])
         monitor.finish("finished", {})
@@ -339,7 +339,7 @@ def test_a_disk_that_fails_ends_the_run_by_name(run_dir: RunDir) -> None:
     run_dir.rollouts_file("step", 1).mkdir()  # where a file is to be written
     with monitor_of(run_dir) as monitor:
         monitor.step(1, METRICS, [group()])
-        with pytest.raises(VlmrlError, match=r"step_000001\.jsonl cannot be written"):
+        with pytest.raises(VlmrlError, match=r"step_000001\.parquet cannot be written"):
             monitor.flush()
 
 
@@ -347,7 +347,7 @@ def test_the_first_trouble_is_the_one_to_report(run_dir: RunDir) -> None:
     run_dir.rollouts_file("step", 1).mkdir()
     with pytest.raises(ZeroDivisionError) as caught:
         run_that_raises(run_dir, ZeroDivisionError())
-    assert ["step_000001.jsonl cannot be written" in note for note in caught.value.__notes__] == [True]
+    assert ["step_000001.parquet cannot be written" in note for note in caught.value.__notes__] == [True]
 
 
 CTRL_C = """
@@ -404,4 +404,4 @@ def test_ctrl_c_in_a_terminal_closes_everything(tmp_path: Path) -> None:
     assert summary is not None
     assert summary["exit_reason"] == "interrupted"
     assert not psutil.wait_procs(services, timeout=30)[1]
-    assert len(list(run_dir.rollouts.glob("step_*.jsonl"))) == 2
+    assert len(list(run_dir.rollouts.glob("step_*.parquet"))) == 2

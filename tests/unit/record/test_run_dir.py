@@ -40,8 +40,8 @@ def test_the_contract_of_names(tmp_path: Path) -> None:
     names = {
         run_dir.config: "config.yaml",
         run_dir.metrics: "metrics.jsonl",
-        run_dir.rollouts_file("step", 12): "rollouts/step_000012.jsonl",
-        run_dir.rollouts_file("eval", 12): "rollouts/eval_000012.jsonl",
+        run_dir.rollouts_file("step", 12): "rollouts/step_000012.parquet",
+        run_dir.rollouts_file("eval", 12): "rollouts/eval_000012.parquet",
         run_dir.image("ab"): "images/ab.png",
         run_dir.checkpoint(20): "checkpoints/step_000020",
         run_dir.main_log: "logs/main.log",
@@ -68,7 +68,7 @@ def test_rollouts_of_later_steps(tmp_path: Path) -> None:
     run_dir.create()
     for kind, step in (("step", 9), ("step", 10), ("eval", 10), ("step", 11), ("eval", 20)):
         run_dir.rollouts_file("eval" if kind == "eval" else "step", step).touch()
-    assert [path.name for path in run_dir.rollouts_after(10)] == ["eval_000020.jsonl", "step_000011.jsonl"]
+    assert [path.name for path in run_dir.rollouts_after(10)] == ["eval_000020.parquet", "step_000011.parquet"]
 
 
 def test_a_folder_that_cannot_be_written_is_refused_with_the_remedy(tmp_path: Path) -> None:
@@ -122,18 +122,18 @@ def test_a_file_called_latest_is_left_alone_and_logged(tmp_path: Path, caplog: p
 def test_only_our_names_are_files_of_rollouts(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path)
     run_dir.create()
-    names = ("step_000001.jsonl", "step_000012.jsonl", "eval_000012.jsonl")
+    names = ("step_000001.parquet", "step_000012.parquet", "eval_000012.parquet")
     for name in (
         *names,
-        "step_x_y.jsonl",
-        "step_².jsonl",
-        "eval_.jsonl",
-        "notes_000013.jsonl",
-        ".step_000014.jsonl.tmp",
+        "step_x_y.parquet",
+        "step_².parquet",
+        "eval_.parquet",
+        "notes_000013.parquet",
+        ".step_000014.parquet.tmp",
     ):
         (run_dir.rollouts / name).touch()
     assert (run_dir.rollouts_steps("step"), run_dir.rollouts_steps("eval")) == ([1, 12], [12])
-    assert [path.name for path in run_dir.rollouts_after(1)] == ["eval_000012.jsonl", "step_000012.jsonl"]
+    assert [path.name for path in run_dir.rollouts_after(1)] == ["eval_000012.parquet", "step_000012.parquet"]
 
 
 def test_without_outputs_latest_stands_beside_the_run(tmp_path: Path) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import orjson
 import pytest
 
 from vlmrl.cli.main import main
 from vlmrl.record.faults import FaultLog, FaultRecord
-from vlmrl.record.rollouts import record_line
 from vlmrl.record.run_dir import RunDir
 from vlmrl.runs.faults import SHOWN_KINDS, faults_in, kinds_of
-from vlmrl.types import Rollout, StopReason
+from vlmrl.types import StopReason
 
 
 @pytest.fixture
@@ -76,15 +76,17 @@ def test_a_run_without_faults(run_dir: RunDir, capsys: pytest.CaptureFixture[str
 def test_a_run_that_is_older_than_the_file_is_read_from_its_rollouts(run_dir: RunDir) -> None:
     """In such a run, step s played the groups from (s - 1) · groups_per_step on."""
 
-    def rollout(rollout_id: str, stop_reason: StopReason) -> Rollout:
-        error = "a broken row" if stop_reason.is_fault else None
-        return Rollout(rollout_id, "p", 0, [], 0.0, {}, stop_reason, error)
+    def line(rollout_id: str, split: str, stop_reason: StopReason) -> bytes:
+        record = {"rollout_id": rollout_id, "problem_id": "p", "step": 3, "split": split, "index": 0, "reward": 0.0}
+        record |= {"metrics": {}, "stop_reason": stop_reason, "dropped": None, "seconds": 0.0, "turns": []}
+        return orjson.dumps(
+            {**record, "error": "a broken row" if stop_reason.is_fault else None}, option=orjson.OPT_APPEND_NEWLINE
+        )
 
     bad, good = StopReason.IMAGE_ERROR, StopReason.TERMINATED
-    step = [rollout("train/000003/00/00", good), rollout("train/000003/01/02", bad)]
-    run_dir.rollouts_file("step", 3).write_bytes(b"".join(record_line(each, 3, "train") for each in step) + b'{"ha')
-    evaluated = [rollout("eval/000003/05/00", bad)]
-    run_dir.rollouts_file("eval", 3).write_bytes(b"".join(record_line(each, 3, "eval_sampled") for each in evaluated))
+    step = line("train/000003/00/00", "train", good) + line("train/000003/01/02", "train", bad)
+    (run_dir.rollouts / "step_000003.jsonl").write_bytes(step + b'{"ha')
+    (run_dir.rollouts / "eval_000003.jsonl").write_bytes(line("eval/000003/05/00", "eval_sampled", bad))
     found = faults_in(run_dir, run_dir.read_config())
     assert [(f["phase"], f["split"], f["problem_index"], f["error"]) for f in found] == [
         ("rl", "train", 5, "a broken row"),

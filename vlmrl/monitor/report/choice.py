@@ -86,18 +86,18 @@ def choose(
     problems = evenly(shape.problems, pairs // len(shown)) if shown else []
     for problem in problems:
         for index in shown:
-            choice.add(run_dir.rollouts_file("eval", evaluations[index]), problem)
+            choice.add(run_dir.recorded_rollouts("eval", evaluations[index]), problem)
 
     room = wanted - 2 * len(shown) * len(problems)
     for index in evenly(len(steps) * shape.groups_per_step, -(-room // shape.group_size)):
         place, group = divmod(index, shape.groups_per_step)
-        choice.add(run_dir.rollouts_file("step", steps[place]), group)
+        choice.add(run_dir.recorded_rollouts("step", steps[place]), group)
 
     recorded = set(steps)
     for reason, having in _steps_with_drops(metrics).items():
         here = [step for step in having if step in recorded]
         for index in evenly(len(here), DROPPED_GROUPS):
-            choice.dropped.setdefault(run_dir.rollouts_file("step", here[index]), set()).add(reason)
+            choice.dropped.setdefault(run_dir.recorded_rollouts("step", here[index]), set()).add(reason)
     return choice
 
 

@@ -1,4 +1,4 @@
-"""What `mode=replay` and `mode=export` need of an earlier run is still there."""
+"""What `mode=replay`, `mode=export` and `resume=` need of an earlier run is still there."""
 
 from __future__ import annotations
 
@@ -40,6 +40,21 @@ def refuse_batch(run_dir: RunDir, step: int) -> None:
             f"step={step} was learned from by policy version {step - 1}, whose checkpoint is gone "
             f"({run_dir.checkpoints} holds {', '.join(map(str, kept)) or 'none'}), so the batch cannot be replayed: "
             f"{remedy}. A run keeps more of them with trainer.checkpoint_every and trainer.keep_checkpoints"
+        )
+
+
+def record_can_go_on(config: RunConfig, site: Site) -> None:
+    """`resume=`: the run recorded its rollouts as this version does. It may be evaluated and exported in any case."""
+    if config.resume is None or config.mode in (Mode.eval, Mode.export):
+        return
+    from vlmrl.record.run_dir import RunDir
+
+    if RunDir(config.resume).is_of_older_version:
+        raise ConfigError(
+            f"resume={config.resume} is a run of an older version, whose rollouts are .jsonl files, so its folder would "
+            "hold one run in two formats: continue it with the version that config.yaml names under environment, or "
+            f"start a new run from its model: python -m vlmrl mode=export resume={config.resume}, then model.name=<that "
+            "folder>"
         )
 
 

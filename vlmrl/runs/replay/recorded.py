@@ -1,6 +1,6 @@
-"""Read a step's recorded batch: rollouts/step_*.jsonl and images/*.png become `Rollout`s again.
+"""Read a step's recorded batch: rollouts/step_*.parquet and images/*.png become `Rollout`s again.
 
-    rollouts/step_000021.jsonl ────────────────────────┐
+    rollouts/step_000021.parquet ──────────────────────┐
     images/<hash>.png ─ today's renderer ─▶ ImageItem ─┴─▶ Rollout, as the loop handed it to `make_samples`
 
 The batch of step N is replayed with the weights of policy version N − 1, which the checkpoint of that name holds. A run
@@ -88,7 +88,7 @@ def load_images(run_dir: RunDir, records: Sequence[RolloutRecord], renderer: Ren
 @read_errors()
 def load_records(run_dir: RunDir, step: int) -> list[RolloutRecord]:
     """The step's rollouts, including dropped ones. Raises VlmrlError where the file cannot be read."""
-    return list(read_rollouts(run_dir.rollouts_file("step", step)))
+    return list(read_rollouts(run_dir.recorded_rollouts("step", step)))
 
 
 def rollout_of(record: RolloutRecord, images: Mapping[str, RecordedImage]) -> Rollout:

@@ -191,7 +191,7 @@ def test_a_run_that_was_killed_or_still_runs(tmp_path: Path, config: RunConfig) 
     run_dir = small_run(tmp_path / "run", config)
     run_dir.metrics.write_bytes(run_dir.metrics.read_bytes() + b'{"step":4,"rew')
     run_dir.tokens.write_bytes(run_dir.tokens.read_bytes() + b'{"id":4')
-    (run_dir.rollouts / ".step_000004.jsonl.tmp").write_bytes(b'{"roll')
+    (run_dir.rollouts / ".step_000004.parquet.tmp").write_bytes(b'{"roll')
     (run,) = document({"run": run_dir}, {})["runs"]
     assert run["state"] is None
     assert run["metrics"]["step"] == [1, 2, 3]
@@ -250,9 +250,9 @@ def test_damage_costs_what_is_damaged(tmp_path: Path, config: RunConfig, caplog:
     """The page of a run shows everything else, and a warning names each damaged file."""
     run_dir = small_run(tmp_path / "run", config)
     whole = document({"run": run_dir}, {})["runs"][0]
-    run_dir.rollouts_file("step", 2).write_text('{"rollout_id":"train/000002/00/00",}\n')
-    (run_dir.rollouts / "step_x_y.jsonl").write_text("{}\n")
-    (run_dir.rollouts / "step_².jsonl").write_text("{}\n")
+    run_dir.rollouts_file("step", 2).write_bytes(run_dir.rollouts_file("step", 2).read_bytes()[:-99])
+    (run_dir.rollouts / "step_x_y.parquet").write_text("{}\n")
+    (run_dir.rollouts / "step_².parquet").write_text("{}\n")
     picture = min(run_dir.images.iterdir())
     picture.write_bytes(picture.read_bytes()[:20])
     run_dir.summary.write_bytes(b"")
@@ -265,5 +265,5 @@ def test_damage_costs_what_is_damaged(tmp_path: Path, config: RunConfig, caplog:
     trained = {each["step"] for each in damaged["rollouts"] if each["split"] == "train"}
     assert trained == {each["step"] for each in whole["rollouts"] if each["split"] == "train"} - {2}
     assert (damaged["summary"], damaged["doctor"]) == (None, None)
-    for name in ("step_000002.jsonl", picture.name, "summary.json", "doctor.json", "tokens.jsonl", "metrics.jsonl"):
+    for name in ("step_000002.parquet", picture.name, "summary.json", "doctor.json", "tokens.jsonl", "metrics.jsonl"):
         assert name in caplog.text
