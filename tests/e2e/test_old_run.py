@@ -1,5 +1,5 @@
-"""A run that version 34e859f recorded can be evaluated, exported, replayed, reported and compared. Resuming it is refused:
-its rollouts are JSON lines.
+"""A run that version 34e859f recorded can be evaluated, exported, replayed, reported and compared. Resuming it is
+refused, because its rollouts are JSON lines.
 
 `data/run_of_34e859f.zip` holds two RL steps of the default task on a model of 44,864 parameters, after a warm-up of two
 supervised steps; the checkpoint is that of step 1. It was made by `python -m vlmrl` of that commit with:

@@ -189,7 +189,9 @@ def test_what_is_done_about_stale_tokens_is_seen_in_the_metrics(home: Home, corr
     assert len(stale) >= 3
     assert max(line["staleness/max"] for line in stale) <= 3
     assert max(line["mismatch_kl/mean"] for line in stale) > 1e-6
-    versions = {v for r in read_rollouts(run / "rollouts/step_000006.parquet") for t in r["turns"] for v in t["versions"]}
+    versions = {
+        v for r in read_rollouts(run / "rollouts/step_000006.parquet") for t in r["turns"] for v in t["versions"]
+    }
     assert versions <= {2, 3, 4, 5}
     cut = [line["importance/cut_fraction"] for line in stale]
     weight = [line["importance/weight_mean"] for line in stale]

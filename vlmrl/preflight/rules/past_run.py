@@ -51,10 +51,10 @@ def record_can_go_on(config: RunConfig, site: Site) -> None:
 
     if RunDir(config.resume).is_of_older_version:
         raise ConfigError(
-            f"resume={config.resume} is a run of an older version, whose rollouts are .jsonl files, so its folder would "
-            "hold one run in two formats: continue it with the version that config.yaml names under environment, or "
-            f"start a new run from its model: python -m vlmrl mode=export resume={config.resume}, then model.name=<that "
-            "folder>"
+            f"resume={config.resume} is a run of an older version, whose rollouts are .jsonl files, so its folder "
+            "would hold one run in two formats: continue it with the version that its config.yaml names under "
+            f"environment, or start a new run from its model: python -m vlmrl mode=export resume={config.resume}, then "
+            "model.name=<the exported folder>"
         )
 
 
