@@ -75,6 +75,9 @@ def later_refusals(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tu
     monkeypatch.setattr(installed, "is_installed", lambda package: True)
     yield refused(Stage.here, Site(), "mode=replay", f"run={folder}", "step=3")
     yield refused(Stage.here, Site(), "mode=export", f"resume={folder}", f"export.folder={folder}")
+    (folder / "older/rollouts").mkdir(parents=True)
+    (folder / "older/rollouts/step_000001.jsonl").touch()
+    yield refused(Stage.here, Site(), f"resume={folder}/older")
     with monkeypatch.context() as patch:
         patch.setenv("VLMRL_CACHE", "/proc/absent")
         yield refused(Stage.here, Site(), "model.device=cpu")
