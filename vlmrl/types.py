@@ -187,6 +187,14 @@ class SamplingParams:
     distribution."""
     seed: int
     """In [0, 2**63). Same seed, prompt and weights give the same completion, whatever else is in the batch."""
+    top_p: float = 1.0
+    """Nucleus sampling (arXiv 1904.09751), after the temperature and `top_k`: a token can be sampled if the tokens that
+    are more probable have less than `top_p` of the probability together. 1.0 keeps every token.
+
+    Only evaluation sets use this and `top_k`. Training samples from the whole distribution: the trainer computes the
+    logprobs of that distribution, and a token outside of a truncated one would have an importance ratio of infinity."""
+    top_k: int = 0
+    """A token can be sampled if it is at least as probable as the k-th most probable one. 0 keeps every token."""
 
 
 @dataclass(frozen=True, eq=False)

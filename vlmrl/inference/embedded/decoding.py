@@ -93,8 +93,8 @@ def _sample(model: CachedPolicy, branches: Sequence[_Branch], hidden: Tensor, st
     """Token and logprob of each unfinished request, in the order of `branches` and their sequences."""
     order = [sequence for branch in branches for sequence in branch.sequences]
     row = np.repeat(np.arange(len(branches)), [len(branch.sequences) for branch in branches])
-    temperatures = [sequence.request.sampling.temperature for sequence in order]
-    return sample_tokens(model, hidden, row, temperatures, [sequence.uniforms[step] for sequence in order])
+    params = [sequence.request.sampling for sequence in order]
+    return sample_tokens(model, hidden, row, params, [sequence.uniforms[step] for sequence in order])
 
 
 def _split(branches: Sequence[_Branch], tokens: IntArray, logprobs: FloatArray) -> tuple[list[_Branch], list[int]]:

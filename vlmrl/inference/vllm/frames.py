@@ -49,6 +49,8 @@ def request_header(
         "request_id": request_id,
         "token_ids": token_ids,
         "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
         "seed": sampling.seed,
         "max_tokens": sampling.max_new_tokens,
         "stop_token_ids": sampling.stop_token_ids,
@@ -139,7 +141,8 @@ def check_request(header: Mapping[str, Any]) -> None:
     """Raise `ValueError` for values that vLLM does not check and its engine would die of, or hang: JSON turns an int
     beyond 64 bits into a float.
 
-    >>> params = {"seed": 0, "max_tokens": 2, "temperature": 1.0, "stop_token_ids": [9], "banned": []}
+    >>> params = {"seed": 0, "max_tokens": 2, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    >>> params |= {"stop_token_ids": [9], "banned": []}
     >>> good = {"request_id": "a/1", "token_ids": [3, 4], "images": [], "is_whole": True, **params}
     >>> check_request(good)
     >>> check_request(good | {"seed": 1.5})
@@ -147,7 +150,7 @@ def check_request(header: Mapping[str, Any]) -> None:
     ...
     ValueError: seed=1.5 is no integer from 0 to 18446744073709551615
     """
-    for name, low, high in (("seed", 0, 2**64 - 1), ("max_tokens", 1, _INT32)):
+    for name, low, high in (("seed", 0, 2**64 - 1), ("max_tokens", 1, _INT32), ("top_k", 0, _INT32)):
         _check_int(name, header[name], low, high)
     for name in ("token_ids", "stop_token_ids"):
         tokens = np.asarray(header[name])
@@ -165,6 +168,8 @@ def check_request(header: Mapping[str, Any]) -> None:
         raise ValueError(f"request_id={header['request_id']!r} is no text")
     if not isinstance(header["temperature"], float | int) or not 0 <= header["temperature"] < math.inf:
         raise ValueError(f"temperature={header['temperature']!r} is no number from 0")
+    if not isinstance(header["top_p"], float | int) or not 0 < header["top_p"] <= 1:
+        raise ValueError(f"top_p={header['top_p']!r} is no number above 0 and at most 1")
 
 
 def _check_int(name: str, value: Any, low: int, high: int) -> None:

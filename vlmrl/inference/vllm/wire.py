@@ -72,6 +72,8 @@ def request_body(
         "token_ids": token_ids,
         "sampling_params": {
             "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
             "seed": sampling.seed,
             "max_tokens": sampling.max_new_tokens,
             "stop_token_ids": sampling.stop_token_ids,

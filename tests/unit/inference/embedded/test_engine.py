@@ -207,6 +207,27 @@ def test_frequencies_are_the_probabilities_and_banned_tokens_never_come(
     assert abs(statistic - degrees) < 4 * np.sqrt(2 * degrees)
 
 
+@pytest.mark.parametrize(("top_k", "top_p"), [(3, 1.0), (0, 0.2), (20, 0.5)])
+def test_a_truncated_request_next_to_others(
+    policy: Policy, tiny_model: Callable[[], Any], top_k: int, top_p: float
+) -> None:
+    """Tokens come from the truncated distribution and their logprobs are its own; other requests do not change."""
+    asked = prompt(SYSTEM, image(2, 2), [1])
+    free = [Episode(asked, (), params(i, max_new_tokens=1)) for i in range(200)]
+    cut = [replace(each, sampling=replace(each.sampling, top_k=top_k, top_p=top_p)) for each in free]
+    turns = play(engine_of(policy), [*free, *cut])
+    assert [said(each) for each in turns[:200]] == [said(each) for each in play(engine_of(policy), free)]
+    probabilities = plain_distribution(tiny_model(), asked)
+    order = np.argsort(-probabilities)
+    kept = order[:top_k] if top_k else order
+    shares = probabilities[kept] / probabilities[kept].sum()
+    kept = kept[np.cumsum(shares) - shares < top_p]
+    expected = dict(zip(kept.tolist(), np.log(probabilities[kept] / probabilities[kept].sum()), strict=True))
+    found = [(int(c.token_ids[0]), float(c.logprobs[0])) for ((_, c),) in turns[200:]]
+    assert all(logprob == pytest.approx(expected[token], abs=1e-4) for token, logprob in found)
+    assert len({token for token, _ in found}) > 1
+
+
 def test_a_stop_token_ends_the_completion_and_is_part_of_it(policy: Policy) -> None:
     (free,) = play(engine_of(policy), group(1, stops=(), max_new_tokens=6))
     tokens = free[0][1].token_ids.tolist()

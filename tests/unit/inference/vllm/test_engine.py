@@ -192,6 +192,22 @@ def test_sampling_follows_its_params(servers: Engine, do: Do[Any]) -> None:
     huge = do(servers.ask(prompt, tiny.sampling(2**64 - 1)))
     servers.assert_parity(prompt, huge)
 
+    # Truncated sampling: the logprobs are those of what is left, which has the mass that the definition says.
+    for top_k, top_p in ((3, 1.0), (0, 0.2), (20, 0.5)):
+        shape = {"top_k": top_k, "top_p": top_p}
+        cut = do(many(lambda seed, shape=shape: replace(tiny.sampling(seed, max_new_tokens=1), **shape)))
+        whole = {int(c.token_ids[0]): float(np.exp(tiny.logprobs(prompt, c)[0])) for c in cut}
+        masses = [whole[int(c.token_ids[0])] / float(np.exp(c.logprobs[0])) for c in cut]
+        np.testing.assert_allclose(masses, masses[0], rtol=1e-4)
+        if top_p == 1:
+            assert len(whole) == top_k
+            assert masses[0] == pytest.approx(sum(whole.values()), rel=1e-4)
+        elif top_k == 0:
+            assert len(whole) > 1
+            assert top_p <= masses[0] + 1e-6 < top_p + max(whole.values())
+        else:
+            assert 1 < len(whole) <= top_k
+
     # With its first token as stop token, the completion ends there, and the token is part of it.
     first = int(sampled[0].token_ids[0])
     stopped = do(servers.ask(prompt, replace(tiny.sampling(0), stop_token_ids=(first,))))

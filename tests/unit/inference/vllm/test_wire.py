@@ -31,7 +31,7 @@ from vlmrl.types import ImageItem, Placeholder, SamplingParams
 
 FLAT = ("pixel_values",)
 SAMPLING = SamplingParams(
-    max_new_tokens=5, temperature=0.7, stop_token_ids=(9,), banned_token_ids=(3, 4), seed=2**64 - 1
+    max_new_tokens=5, temperature=0.7, stop_token_ids=(9,), banned_token_ids=(3, 4), seed=2**64 - 1, top_p=0.9, top_k=5
 )
 
 
@@ -120,6 +120,7 @@ def test_a_request_passes_through_vllms_own_model(vllm: Any) -> None:
     assert request.features.kwargs_data == {"image": [None, base64.b64encode(data["second"]).decode(), None]}
     params = request.sampling_params
     assert (params.temperature, params.max_tokens, params.seed) == (0.7, 5, 2**64 - 1)
+    assert (params.top_p, params.top_k) == (0.9, 5)
     assert params.stop_token_ids == [9]
     assert params.ignore_eos
     assert params.logit_bias == {3: BANNED_BIAS, 4: BANNED_BIAS}

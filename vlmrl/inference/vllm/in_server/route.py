@@ -167,22 +167,30 @@ async def _frame(engine: Any, number: int, header: Mapping[str, Any], outputs: A
 
 def _sampling_params(header: Mapping[str, Any], vocabulary: int) -> Any:
     stops, banned = tuple(header["stop_token_ids"]), tuple(map(tuple, header["banned"]))
-    params = copy(_sampling(header["temperature"], header["max_tokens"], stops, banned, vocabulary))
+    shape = (header["temperature"], header["top_p"], header["top_k"])
+    params = copy(_sampling(shape, header["max_tokens"], stops, banned, vocabulary))
     params.seed = header["seed"]
     return params
 
 
 @lru_cache(maxsize=16)
 def _sampling(
-    temperature: float, max_tokens: int, stops: tuple[int, ...], banned: tuple[tuple[int, int], ...], vocabulary: int
+    shape: tuple[float, float, int],
+    max_tokens: int,
+    stops: tuple[int, ...],
+    banned: tuple[tuple[int, int], ...],
+    vocabulary: int,
 ) -> Any:
     """The sampling parameters that a run's requests share. Cached, because vLLM would process the hundreds of banned
-    tokens again for each request, which would take longer than everything else."""
+    tokens again for each request, which would take longer than everything else. `shape`: temperature, top_p, top_k."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
+    temperature, top_p, top_k = shape
     return SamplingParams(
         temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
         seed=0,  # `_sampling_params` sets the request's own
         max_tokens=max_tokens,
         stop_token_ids=list(stops),
