@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hydra.core.config_store import ConfigStore
 
+from vlmrl.config.eval_set import EvalSet
 from vlmrl.config.run import SCHEMAS, RunConfig
 
 
@@ -15,3 +16,4 @@ def register_schemas() -> None:
     for group, options in SCHEMAS.items():
         for option, schema in options.items():
             store.store(group=f"schema/{group}", name=option, node=schema)
+    store.store(group="schema/eval_set", name="default", node=EvalSet)

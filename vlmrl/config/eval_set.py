@@ -51,7 +51,7 @@ class EvalSet:
     )
     """The most tokens of a completion. None: `orchestrator.max_new_tokens`."""
     by: list[str] = setting([], on_resume=Resume.noted)
-    """Columns of the data set; each metric also stands under each value of them, `eval/<set>/by/<column>/<value>`."""
+    """Columns of the data set; the reward also stands under each value of them, `eval/<set>/by/<column>/<value>`."""
     pass_at: float = setting(
         1.0, on_resume=Resume.noted, low=-1e9, high=1e9, outside="it is not a reward that a policy can reach"
     )

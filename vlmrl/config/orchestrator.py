@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from vlmrl.config.eval_set import EvalSet
 from vlmrl.config.fields import NAME, Resume, setting
 
 
@@ -40,6 +41,8 @@ class EvalConfig:
         2, on_resume=Resume.noted, low=1, high=10**9, outside="the target is met before the first evaluation"
     )
     """Number of evaluations in a row that must reach `target`."""
+    sets: dict[str, EvalSet] = field(default_factory=dict)
+    """Further held-out sets by name, each with metrics `eval/<name>/…`."""
 
 
 @dataclass

@@ -72,6 +72,10 @@ POLICIES = {
         orchestrator.group_size orchestrator.max_new_tokens
         orchestrator.temperature orchestrator.max_staleness
         orchestrator.eval.every orchestrator.eval.problems orchestrator.eval.target orchestrator.eval.consecutive
+        orchestrator.eval.sets.*.split orchestrator.eval.sets.*.problems orchestrator.eval.sets.*.samples
+        orchestrator.eval.sets.*.greedy orchestrator.eval.sets.*.temperature orchestrator.eval.sets.*.top_p
+        orchestrator.eval.sets.*.top_k orchestrator.eval.sets.*.max_new_tokens orchestrator.eval.sets.*.by
+        orchestrator.eval.sets.*.pass_at orchestrator.eval.sets.*.every
         inference.max_model_len inference.dtype inference.extra_args
         trainer.max_steps trainer.seq_len trainer.learning_rate trainer.lr_warmup_steps trainer.decay
         trainer.min_lr_ratio trainer.betas trainer.eps trainer.weight_decay trainer.max_grad_norm
@@ -110,6 +114,10 @@ RUNS = {
     "dataset": (
         *("task=dataset", "task.path=rows.jsonl", f"reward=[{','.join(TERMS)}]"),
         *("reward.terms.imported.target=a.b:fn", "reward.terms.format.presets=[boxed]"),
+    ),
+    "sets": (
+        *("+eval_set@orchestrator.eval.sets.ood=default", "+task@orchestrator.eval.sets.ood.task=dataset"),
+        "orchestrator.eval.sets.ood.task.path=rows.jsonl",
     ),
     "mixture": ("task=mixture", "+task@task.tasks.a=color_codeword", "+task@task.tasks.b=imported", *MIXTURE),
 }
