@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -176,6 +177,10 @@ def test_logprobs_of_later_turns_are_the_trainers(servers: Engine, do: Do[Any]) 
     do(episode())
 
 
+def _seeded(sampling: SamplingParams, seed: int) -> SamplingParams:
+    return replace(sampling, seed=seed)
+
+
 def test_sampling_follows_its_params(servers: Engine, do: Do[Any]) -> None:
     tiny = servers.tiny
     prompt = do(tiny.prompt(5))
@@ -194,8 +199,8 @@ def test_sampling_follows_its_params(servers: Engine, do: Do[Any]) -> None:
 
     # Truncated sampling: the logprobs are those of what is left, which has the mass that the definition says.
     for top_k, top_p in ((3, 1.0), (0, 0.2), (20, 0.5)):
-        shape = {"top_k": top_k, "top_p": top_p}
-        cut = do(many(lambda seed, shape=shape: replace(tiny.sampling(seed, max_new_tokens=1), **shape)))
+        shape = replace(tiny.sampling(0, max_new_tokens=1), top_k=top_k, top_p=top_p)
+        cut = do(many(partial(_seeded, shape)))
         whole = {int(c.token_ids[0]): float(np.exp(tiny.logprobs(prompt, c)[0])) for c in cut}
         masses = [whole[int(c.token_ids[0])] / float(np.exp(c.logprobs[0])) for c in cut]
         np.testing.assert_allclose(masses, masses[0], rtol=1e-4)
