@@ -32,6 +32,7 @@ from vlmrl.runs.modes import MODES, ModeWithoutRun, RunMode
 from vlmrl.runs.position import Position
 from vlmrl.runs.saving import loop_state, save
 from vlmrl.runs.stopping import ignore_the_launcher, rank_lost, stopping_on_signals
+from vlmrl.tasks.loading import data_table_of
 from vlmrl.trainer.loop_state import LoopState
 
 log = logging.getLogger(__name__)
@@ -86,6 +87,8 @@ def lead_run(config: RunConfig, mode: RunMode, notes: Sequence[str], rank_group:
         with exits_are_errors():
             run = build_run(config, run_dir, monitor, rank_group)
             monitor.table("plan", plan_table(run))
+            if data := data_table_of(run.task):
+                monitor.table("data", data)
             # The imported libraries hold about a million objects for as long as the run lives. Frozen, they are not
             # scanned again at every garbage collection.
             gc.freeze()

@@ -143,6 +143,15 @@ class Reference(Problem, Protocol):
         ...
 
 
+@runtime_checkable
+class HasDataTable(Protocol):
+    """A task that tells what it has read, for the screen."""
+
+    def data_table(self) -> dict[str, str]:
+        """One line per fact: `{"rows": "2,100 of train.parquet", "answer": "answer (text)"}`."""
+        ...
+
+
 @dataclass(frozen=True)
 class Reply:
     """The env's answer to one completion.

@@ -25,7 +25,7 @@ from vlmrl.preflight.rules.checkpoint import refuse_family
 from vlmrl.preflight.rules.machine import refuse_machine
 from vlmrl.preflight.settle import COMPILES_NOTHING
 from vlmrl.ranks.place import find_place
-from vlmrl.tasks.loading import load_task
+from vlmrl.tasks.loading import data_table_of, load_task
 
 
 def dry_run(config: RunConfig) -> str:
@@ -48,6 +48,7 @@ def dry_run(config: RunConfig) -> str:
         refuse_machine(config, machine, sizes, ranks)
     rows = [
         *_model(config, sizes),
+        *(("data", f"{what}: {found}") for what, found in data_table_of(task).items()),
         *_arithmetic(config, ranks),
         *_tokens(config, sizes, episode, ranks),
         *_memory(config, sizes, episode, ranks),

@@ -11,14 +11,14 @@ A role that `task.columns.<role>` sets is not recognized. Nothing goes by the na
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vlmrl.config.dataset import ColumnsConfig
 from vlmrl.errors import ConfigError
+from vlmrl.tasks.dataset.agreement import same_answer, same_question, same_text
 from vlmrl.tasks.dataset.columns import as_list, is_missing, leaves, nearest, plain, short, unwrapped, value_at
 from vlmrl.tasks.dataset.rows import ColumnType
 
@@ -77,24 +77,25 @@ class Layout:
     passed_over: tuple[tuple[str, str], ...] = ()
     """Role and column of what was not taken, because another name has a higher rank or says the same."""
 
-    def lines(self, columns: Mapping[str, ColumnType]) -> list[str]:
-        """One line per role, for the screen."""
-        shown: list[str] = []
-        for role in ("messages", "prompt", "input", "history", "system", "images", "choices", "boxes", "answer"):
-            shown.extend(self._lines_of(role, columns))
-        if self.demonstration is not None:
-            shown.extend(self._lines_of("demonstration", columns))
-        return shown
+    def table(self, columns: Mapping[str, ColumnType]) -> dict[str, str]:
+        """Role → its columns with their types, for the screen.
 
-    def _lines_of(self, role: str, columns: Mapping[str, ColumnType]) -> Iterator[str]:
-        value = getattr(self, role)
-        names = [value] if isinstance(value, str) else list(value or ())
-        if not names and role not in ("images", "answer"):
-            return
-        kinds = [f"{name} ({kind})" if (kind := columns.get(name)) is not None else name for name in names]
-        others = [column for of, column in self.passed_over if of == role]
-        note = f"; not {', '.join(others)}" if others else ""
-        yield f"{role}: {', '.join(kinds) or 'none'}{note}"
+        >>> Layout(prompt="question", answer="solution").table({"question": ColumnType("text")})
+        {'prompt': 'question (text)', 'images': 'none', 'answer': 'solution'}
+        """
+        table: dict[str, str] = {}
+        for role in ROLES:
+            value = getattr(self, role)
+            names = [value] if isinstance(value, str) else list(value or ())
+            if names or role in ("images", "answer"):
+                kinds = [f"{name} ({kind})" if (kind := columns.get(name)) is not None else name for name in names]
+                others = [column for of, column in self.passed_over if of == role]
+                table[role] = (", ".join(kinds) or "none") + (f"; not {', '.join(others)}" if others else "")
+        return table
+
+
+ROLES = ["messages", "prompt", "input", "history", "system", "images", "choices", "boxes", "answer", "demonstration"]
+"""The roles of a layout, in the order in which the screen shows them."""
 
 
 def recognize(
@@ -148,8 +149,8 @@ class _Search:
             images=self._several("images", self._images),
             answer=answer,
             choices=choices,
-            system=self._one("system", SYSTEM, _same_text),
-            boxes=self._one("boxes", BOXES, _same_text),
+            system=self._one("system", SYSTEM, same_text),
+            boxes=self._one("boxes", BOXES, same_text),
             demonstration=self._set("demonstration"),
             input=parts.get("input"),
             history=parts.get("history"),
@@ -173,11 +174,11 @@ class _Search:
         asked = self._known(PROMPTS[0])
         chats += [name for name in asked if self._is_conversation(name)]
         if chats:
-            found = self._agreed("messages", chats, _same_question)
+            found = self._agreed("messages", chats, same_question)
             self.passed_over.extend(("messages", name) for name in asked if name not in chats)
             return None, found
         texts = self._first(PROMPTS, lambda name: self.columns[name].kind not in ("bytes", "struct"))
-        return self._agreed("prompt", texts, _same_question), None
+        return self._agreed("prompt", texts, same_question), None
 
     def _is_conversation(self, path: str) -> bool:
         """Whether a column holds lists of messages, by its type, or by its values where JSON tells no type."""
@@ -209,7 +210,7 @@ class _Search:
             return kind is None or kind.kind not in ("bytes", "null")
 
         ranked = [[path for path in self._known(names) if fits(path)] for names in ANSWERS]
-        certain = self._agreed("answer", ranked[0], _same_answer)
+        certain = self._agreed("answer", ranked[0], same_answer)
         if certain is not None:
             self.passed_over.extend(("answer", path) for path in ranked[1])
             return certain
@@ -218,8 +219,8 @@ class _Search:
             stating = [path for path in ranked[2] if folded(path) == "solution" and self._states_answers(path)]
             self.passed_over.extend(("answer", path) for path in ranked[2] if path not in stating)
             options = bool(choices)
-            return self._agreed("answer", ranked[1] + stating, lambda a, b: options or _same_answer(a, b))
-        return self._agreed("answer", ranked[2], _same_answer)
+            return self._agreed("answer", ranked[1] + stating, lambda a, b: options or same_answer(a, b))
+        return self._agreed("answer", ranked[2], same_answer)
 
     def _states_answers(self, path: str) -> bool:
         values = [value for row in self.rows if not is_missing(value := value_at(row, path))]
@@ -228,7 +229,7 @@ class _Search:
     def _choices(self) -> tuple[str, ...]:
         named = self._first(CHOICES, lambda name: self.columns[name].kind in ("list", "text", "struct", "mixed"))
         if named:
-            found = self._agreed("choices", named, _same_text)
+            found = self._agreed("choices", named, same_text)
             return () if found is None else (found,)
         letters = {
             letter[1]: column for name, column in self.by_name.items() if (letter := _OPTION_NAME.fullmatch(name))
@@ -371,37 +372,3 @@ def _holds_image(kind: ColumnType) -> bool:
     while kind.kind == "list" and kind.item is not None:
         kind = kind.item
     return kind.is_image or kind.kind == "bytes" or (kind.kind == "struct" and {"bytes", "path"} <= set(kind.fields))
-
-
-def _same_text(a: Any, b: Any) -> bool:
-    return _flat_text(a) == _flat_text(b)
-
-
-def _flat_text(value: Any) -> str:
-    return " ".join(str(plain(value)).split()).casefold()
-
-
-def _same_question(a: Any, b: Any) -> bool:
-    """Whether two columns ask the same: equal texts, apart from markers of images."""
-    return re.sub(r"<image(?:[ _-]?\d+)?>", "", _flat_text(a)).strip() == (
-        re.sub(r"<image(?:[ _-]?\d+)?>", "", _flat_text(b)).strip()
-    )
-
-
-def _same_answer(a: Any, b: Any) -> bool:
-    """Whether two columns accept the same: equal after unwrapping, or one is in the list of the other.
-
-    >>> _same_answer("3", "<answer> 3 </answer>"), _same_answer(["cat", "a cat"], "cat"), _same_answer("3", "4")
-    (True, True, False)
-    """
-    ones, others = ({_flat_text(unwrapped(str(plain(item)))) for item in _accepted(value)} for value in (a, b))
-    return bool(ones & others)
-
-
-def _accepted(value: Any) -> list[Any]:
-    return [item.get("answer", item) if isinstance(item, Mapping) else item for item in as_list(value)]
-
-
-def as_data(layout: Layout) -> dict[str, Any]:
-    """The layout as plain data, for records and pages."""
-    return dataclasses.asdict(layout)

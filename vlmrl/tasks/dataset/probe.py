@@ -54,13 +54,12 @@ class Pool:
         """Whether any of the first rows says what the assistant says."""
         return any(draft.demonstration is not None for draft in self.drafts(LOOKED_AT))
 
-    def describe(self, what: str = "") -> tuple[str, ...]:
-        """What was opened and recognized, one line per fact."""
-        lines = [f"{what}rows: {len(self.rows)} of {self.rows.origin}"]
-        lines += [f"{what}{line}" for line in self.layout.lines(self.rows.columns)]
+    def table(self) -> dict[str, str]:
+        """What was opened and recognized: the number of rows, and the columns of each role."""
+        table = {"rows": f"{len(self.rows):,} of {self.rows.origin}"} | self.layout.table(self.rows.columns)
         if self.drafting.first_index:
-            lines.append(f"{what}choices: answers that are numbers count the options from 1")
-        return tuple(lines)
+            table["choices"] += "; an answer that is a number counts them from 1"
+        return table
 
     def drafts(self, count: int) -> list[Draft]:
         """Up to `count` rows, spread over the data set, without those that cannot be used."""

@@ -95,9 +95,12 @@ class DatasetTask(Task):
         """The rows of a split, their columns and the layout that was recognized. Both splits may have the same."""
         return self._pools[split]
 
-    def describe(self) -> tuple[str, ...]:
-        """What was opened and recognized, one line per fact, for the screen."""
-        return self._pools["train"].describe() + (() if self._is_one else self._pools["eval"].describe("evaluation "))
+    def data_table(self) -> dict[str, str]:
+        """What was opened and recognized: `rows`, and the columns of each role."""
+        held_out = {"evaluation": f"{self._fraction:.0%} of the rows, by their texts and pixels"}
+        if not self._is_one:
+            held_out = {f"evaluation {role}": text for role, text in self._pools["eval"].table().items()}
+        return self._pools["train"].table() | held_out
 
     def num_rows(self, split: Split) -> int:
         return len(self._pools[split].rows)
