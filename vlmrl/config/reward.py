@@ -297,7 +297,7 @@ class JudgeTerm(RewardTerm):
     """Sampling temperature of the judge."""
     concurrency: int = setting(16, on_resume=Resume.free, low=1, high=10**4, outside="nothing is asked")
     """Requests at the same time, per rank."""
-    timeout_s: float = setting(60.0, on_resume=Resume.free, low=0.1, high=3600, outside="no reply comes in time")
+    timeout_s: float = setting(60.0, on_resume=Resume.noted, low=0.1, high=3600, outside="no reply comes in time")
     """Seconds for one request."""
     retries: int = setting(
         4, on_resume=Resume.free, low=0, high=100, outside="it is not a number of retries (0 is none)"

@@ -63,6 +63,11 @@ POLICIES = {
         reward.terms.*.weight reward.terms.*.ignore_case reward.terms.*.ignore_spaces
         reward.terms.*.ignore_punctuation reward.terms.*.options reward.terms.*.first_index
         reward.terms.*.presets reward.terms.*.pattern reward.terms.*.args
+        reward.terms.*.absolute reward.terms.*.relative reward.terms.*.percent reward.terms.*.units
+        reward.terms.*.shape reward.terms.*.answer_space reward.terms.*.reference_space reward.terms.*.answer_format
+        reward.terms.*.reference_format reward.terms.*.threshold reward.terms.*.radius
+        reward.terms.*.timeout_s reward.terms.*.model reward.terms.*.prompt reward.terms.*.images reward.terms.*.low
+        reward.terms.*.high reward.terms.*.max_tokens reward.terms.*.temperature reward.terms.*.on_failure
         algorithm.loss algorithm.advantage algorithm.args algorithm.credit algorithm.truncated
         algorithm.clip_low algorithm.clip_high algorithm.importance_correction algorithm.importance_cap
         algorithm.filters.gibberish algorithm.filters.rare_from algorithm.filters.rare_logprob_offset
@@ -87,6 +92,8 @@ POLICIES = {
         mode dry_run resume
         model.device
         task.max_fault_rate task.fetch task.bad_rows task.max_bad_row_rate
+        reward.terms.*.workers reward.terms.*.url reward.terms.*.api_key_env reward.terms.*.concurrency
+        reward.terms.*.retries reward.terms.*.cache
         inference.replicas inference.tensor_parallel_size inference.data_parallel_size
         inference.gpu_memory_utilization inference.kv_cache_gib inference.enforce_eager inference.urls
         inference.slurm_tasks inference.startup_timeout_s inference.request_timeout_s inference.max_restarts
@@ -114,6 +121,7 @@ RUNS = {
     "dataset": (
         *("task=dataset", "task.path=rows.jsonl", f"reward=[{','.join(TERMS)}]"),
         *("reward.terms.imported.target=a.b:fn", "reward.terms.format.presets=[boxed]"),
+        *("reward.terms.judge.url=http://127.0.0.1:8000/v1", "reward.terms.judge.model=judge"),
     ),
     "sets": (
         *("+eval_set@orchestrator.eval.sets.ood=default", "+task@orchestrator.eval.sets.ood.task=dataset"),
