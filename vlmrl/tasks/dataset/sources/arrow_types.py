@@ -48,6 +48,15 @@ def _type(kind: Any) -> ColumnType:
     return ColumnType("mixed")
 
 
+def is_map_or_dotted(field: Any) -> bool:
+    """Whether a `pyarrow.Field` is a map, has a dot in its name, or holds such a field: no leaf of it can be named."""
+    from pyarrow import types
+
+    kind = field.type
+    inner = [kind.field(number) for number in range(kind.num_fields)]
+    return "." in field.name or types.is_map(kind) or any(is_map_or_dotted(part) for part in inner)
+
+
 def _features(schema: Any) -> dict[str, Any]:
     """What `datasets` noted of each column: {"image": {"_type": "Image"}}; empty where it noted nothing readable."""
     noted = (schema.metadata or {}).get(b"huggingface")

@@ -10,11 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from vlmrl.caches.lru import ByteLRU
 from vlmrl.errors import ConfigError
 from vlmrl.tasks.base import BadRow
 from vlmrl.tasks.dataset.rows import ColumnType, Rows
 from vlmrl.tasks.dataset.sources.json_types import merged
 from vlmrl.tasks.dataset.sources.reader import Reader, UnreadableRow, is_data_file, open_file
+
+CACHE_BYTES = 64 << 20
+"""Decoded row groups and pages that the files of a source keep together."""
 
 _RANGE = re.compile(r"(-?\d+)?:(-?\d+)?")
 """Of `task.rows`."""
@@ -32,7 +36,8 @@ def open_rows(
     paths = [path] if isinstance(path, str) else list(path)
     files = [file for each in paths for file in _local_files(each)]
     short = Path(paths[0]).name if len(paths) == 1 else f"{len(paths)} paths"
-    opened = FileRows(short, ", ".join(paths), [(file, open_file(file)) for file in files])
+    cache: ByteLRU[Any, Any] = ByteLRU(CACHE_BYTES)
+    opened = FileRows(short, ", ".join(paths), [(file, open_file(file, cache)) for file in files])
     return opened if rows is None else RowRange(opened, rows)
 
 

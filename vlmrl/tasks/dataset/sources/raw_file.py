@@ -7,7 +7,6 @@ import shutil
 import tempfile
 import weakref
 from pathlib import Path
-from typing import IO
 
 from vlmrl.errors import ConfigError
 from vlmrl.tasks.dataset.sources.reader import PACKED
@@ -22,20 +21,20 @@ class RawFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file: IO[bytes] = _unpacked(path) if path.suffix.lower() in PACKED else open(path, "rb")  # noqa: SIM115
-        weakref.finalize(self, self._file.close)  # without it, Python warns of a file that was left open
-        self.size = os.fstat(self._file.fileno()).st_size
+        self._fd = _unpacked(path) if path.suffix.lower() in PACKED else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._fd)
+        self.size = os.fstat(self._fd).st_size
 
     def read(self, start: int, end: int) -> bytes:
         """Bytes `start` to `end`, fewer at the end of the file. `pread` has no position that threads could share."""
         parts = []
-        while start < end and (part := os.pread(self._file.fileno(), end - start, start)):
+        while start < end and (part := os.pread(self._fd, end - start, start)):
             parts.append(part)
             start += len(part)
         return b"".join(parts)
 
     def fileno(self) -> int:
-        return self._file.fileno()
+        return self._fd
 
 
 class TextFile(RawFile):
@@ -52,19 +51,19 @@ class TextFile(RawFile):
         self.start = len(BOM) if head.startswith(BOM) else 0
 
 
-def _unpacked(path: Path) -> IO[bytes]:
-    """The content of a compressed file, in a temporary file without a name, which goes when it is closed."""
+def _unpacked(path: Path) -> int:
+    """A descriptor of a temporary file without a name, which has the content of a compressed one."""
     import pyarrow
 
     codec = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}[path.suffix.lower()]
-    unpacked = tempfile.TemporaryFile()  # noqa: SIM115 — open for as long as the RawFile lives
-    with open(path, "rb") as packed:
+    with tempfile.TemporaryFile() as unpacked, open(path, "rb") as packed:
         try:
-            shutil.copyfileobj(pyarrow.CompressedInputStream(packed, codec), unpacked, 1 << 20)
+            with pyarrow.CompressedInputStream(packed, codec) as content:
+                shutil.copyfileobj(content, unpacked, 1 << 20)
+            unpacked.flush()
         except OSError as error:
             raise ConfigError(
                 f"task.path={path} cannot be unpacked ({error}), so there are no rows: copy the file again, or make "
                 f"room in {tempfile.gettempdir()}, where it is unpacked (environment variable TMPDIR)"
             ) from None
-    unpacked.flush()
-    return unpacked
+        return os.dup(unpacked.fileno())

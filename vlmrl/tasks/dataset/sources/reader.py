@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from vlmrl.caches.lru import ByteLRU
 from vlmrl.errors import ConfigError
 from vlmrl.tasks.dataset.rows import ColumnType
 
@@ -54,8 +55,10 @@ def suffix_of(name: str) -> str | None:
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
 
 
-def open_file(path: Path) -> Reader:
-    """A reader of the file, which exists. Raises `ConfigError` where the file as a whole cannot be read."""
+def open_file(path: Path, cache: ByteLRU[Any, Any]) -> Reader:
+    """A reader of the file, which exists; what it decodes may be kept in `cache`.
+
+    Raises `ConfigError` where the file as a whole cannot be read."""
     suffix = suffix_of(path.name)
     try:
         if suffix in (".jsonl", ".ndjson", ".json"):
@@ -65,7 +68,7 @@ def open_file(path: Path) -> Reader:
         if suffix == ".parquet":
             from vlmrl.tasks.dataset.sources.parquet_file import ParquetReader
 
-            return ParquetReader(path)
+            return ParquetReader(path, cache)
     except PermissionError:
         raise ConfigError(
             f"task.path={path} may not be read by this user, so there are no rows: give the user permission "
