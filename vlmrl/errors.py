@@ -6,6 +6,7 @@ user's code.
     ├── ModelError                 a model that cannot be loaded, built or matched to the config
     ├── TaskError                  a task that breaks its contract (see vlmrl.tasks)
     ├── TooManyFaultsError         the user's code or data fails so often that going on teaches nothing
+    ├── BadRowsError               rows of the data cannot be used, and the config says that the run stops there
     ├── CheckpointError            a checkpoint that is corrupt or belongs to another run
     ├── EngineError                the inference engine failed
     │   └── EngineLostError        a request was lost because a server ended; its rollout is played again
@@ -58,6 +59,11 @@ class TaskError(VlmrlError):
 class TooManyFaultsError(VlmrlError):
     """The user's code or data failed in every rollout for some steps, or in more rollouts than `task.max_fault_rate`.
     The message has the most frequent reason and the command that lists the faults."""
+
+
+class BadRowsError(VlmrlError):
+    """Rows of the data cannot be used: one with `task.bad_rows=fail`, more than `task.max_bad_row_rate`, or every row
+    of a split. The message has the most frequent reason."""
 
 
 class CheckpointError(VlmrlError):

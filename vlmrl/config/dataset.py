@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
 from omegaconf import MISSING
@@ -12,15 +11,6 @@ from vlmrl.config.fields import PROSE, Form, Resume, setting
 from vlmrl.config.task import TaskConfig
 
 ROWS = Form(r"-?\d+|-?\d*:-?\d*(?<!^:)", "a range of rows such as 0:500, 500: or -500:", "no row is chosen")
-
-
-class BadRows(Enum):
-    """What happens at a row that cannot be used: no answer, a missing or broken image, a prompt that is too long."""
-
-    skip = "skip"
-    """The row is counted, recorded in bad_rows.jsonl with its reason, and left out."""
-    fail = "fail"
-    """The run stops at the first bad row and names it."""
 
 
 @dataclass
@@ -97,11 +87,5 @@ class DatasetConfig(TaskConfig):
     template: str | None = setting(None, on_resume=Resume.noted, form=PROSE)
     """The text of the user's message as a Jinja template, inline or the path of a file. It sees every column by its
     name, and `content`: the text without a template. `{{ image }}` or `<image>` marks where an image stands."""
-    bad_rows: BadRows = setting(BadRows.skip, on_resume=Resume.free)
-    """What happens at a row that cannot be used."""
-    max_bad_row_rate: float = setting(
-        0.5, on_resume=Resume.free, low=0, high=1, outside="the run stops always, or never"
-    )
-    """Share of bad rows among the rows drawn above which the run stops; 1 allows every share."""
     shuffle_images: bool = setting(False, on_resume=Resume.refused)
     """Blind control: show the images of another row. Only what the texts alone say can be learned then."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 from omegaconf import MISSING
@@ -10,6 +11,15 @@ from omegaconf import MISSING
 from vlmrl.config.algorithm import Credit
 from vlmrl.config.fields import SMALLEST, Resume, setting
 from vlmrl.config.reward import RewardConfig
+
+
+class BadRows(Enum):
+    """What happens at a row that cannot be used: no answer, a missing or broken image, a prompt that is too long."""
+
+    skip = "skip"
+    """The row is counted, recorded in bad_rows.jsonl with its reason, and left out."""
+    fail = "fail"
+    """The run stops at the first bad row and names it."""
 
 
 @dataclass
@@ -30,6 +40,12 @@ class TaskConfig:
     )
     """Share of the rollouts of the last steps that may be faults of the task's code or data; with more, the run is
     saved and ends. 1 allows every share, but a run of nothing but faults ends in any case."""
+    bad_rows: BadRows = setting(BadRows.skip, on_resume=Resume.free)
+    """What happens at a row that cannot be used."""
+    max_bad_row_rate: float = setting(
+        0.5, on_resume=Resume.free, low=0, high=1, outside="the run stops always, or never"
+    )
+    """Share of bad rows among the rows drawn above which the run stops; 1 allows every share."""
     credit: Credit = setting(Credit.episode, on_resume=Resume.noted)
     """Which reward the task's turns are trained on; the default of `algorithm.credit`. A task that rewards single turns
     says `turn`."""

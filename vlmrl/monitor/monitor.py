@@ -1,7 +1,7 @@
 """Monitor: receives the metrics and rollouts of a run and passes them on.
 
     Monitor ─┬─▶ metrics.jsonl, supervised.jsonl     at once, a whole line
-             ├─▶ faults.jsonl                        at once, whole lines
+             ├─▶ faults.jsonl, bad_rows.jsonl        at once, whole lines
              ├─▶ rollouts/, images/                  in a background thread (record/rollouts.py)
              ├─▶ the screen                          live view or plain lines (progress.py)
              ├─▶ wandb/                              in a background thread (wandb_logger.py)
@@ -34,6 +34,7 @@ from vlmrl.monitor.progress import PHASES, Progress, duration
 from vlmrl.monitor.report.background import ReportWriter
 from vlmrl.monitor.screen import lost_streams
 from vlmrl.monitor.wandb_logger import WandbLogger
+from vlmrl.record.bad_rows import BadRowLog, BadRowRecord
 from vlmrl.record.faults import FaultLog, FaultRecord, faults_of
 from vlmrl.record.files import disk_errors
 from vlmrl.record.in_place import Folders
@@ -88,6 +89,7 @@ class Monitor:
         self._evaluation: Record = {}  # the line of metrics.jsonl with the newest evaluation
         self._supervised: MetricsLog | None = None
         self._faults = FaultLog(run_dir.faults)
+        self._bad_rows = BadRowLog(run_dir.bad_rows)
         self._elapsed_before = 0.0  # seconds of earlier segments
         self._finished = False
         self._stack = ExitStack()
@@ -160,7 +162,8 @@ class Monitor:
         recorded = self._metrics.last or {}
         self._elapsed_before = max(summary.get("wall_clock_s") or 0.0, recorded.get(ELAPSED) or 0.0)
         self._metrics.truncate_after(step)
-        self._faults.cut_back(supervised_steps=supervised_steps, step=step)
+        for records in (self._faults, self._bad_rows):
+            records.cut_back(supervised_steps=supervised_steps, step=step)
         for path in self._run_dir.rollouts_after(step):
             with disk_errors(path):
                 path.unlink()
@@ -192,6 +195,14 @@ class Monitor:
         """Append to faults.jsonl what went wrong with demonstrations. Faults of rollouts are recorded by `step`,
         `record` and `evaluation`."""
         self._faults.write(faults)
+
+    def bad_rows(self, rows: Sequence[BadRowRecord]) -> None:
+        """Append to bad_rows.jsonl rows of the data that cannot be used."""
+        self._bad_rows.write(rows)
+        self.warn(
+            "Some rows of the data cannot be used and are passed over: python -m vlmrl mode=faults "
+            f"run={_readable(self._run_dir.path)} lists them."
+        )
 
     def step(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group]) -> None:
         """Record one optimizer step: a line of metrics.jsonl, and a file of its rollouts, which must not change again.
@@ -263,7 +274,7 @@ class Monitor:
     def _keep_in_place(self) -> None:
         """Write again what was removed under the run, with a warning. Raises VlmrlError for a file that cannot be
         written again. Call it when a step is recorded completely: the run that ends by it is saved with that step."""
-        for records in (self._metrics, self._supervised, self._faults):
+        for records in (self._metrics, self._supervised, self._faults, self._bad_rows):
             if records is not None:
                 records.check_in_place()
         for folder in self._folders.make_again():
@@ -283,6 +294,7 @@ class Monitor:
         if self._supervised is not None:
             self._supervised.flush()
         self._faults.flush()
+        self._bad_rows.flush()
         self._recorder.flush()
 
     def finish(self, exit_reason: str, summary: Mapping[str, Any], hurries: Callable[[], bool] = lambda: False) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from vlmrl.config.orchestrator import EvalConfig
 from vlmrl.orchestrator.metrics import mean_task_metrics, replay_metrics
 from vlmrl.orchestrator.rollout import RolloutRunner
+from vlmrl.orchestrator.stream import FixedProblems
 from vlmrl.types import Rollout
 
 
@@ -19,6 +20,8 @@ class Evaluator:
 
     config: EvalConfig
     runner: RolloutRunner
+    problems: FixedProblems
+    """The held-out problems."""
     temperature: float
     """Temperature of the sampled evaluation; the greedy one uses 0."""
     history: list[tuple[float, float]] = field(default_factory=list)
@@ -44,11 +47,12 @@ class Evaluator:
         knows only whole evaluations."""
         self.is_unfinished = True
         rollouts: dict[str, list[Rollout]] = {}
+        problems = await self.problems.first(self.config.problems, step)
         for kind, temperature in (("sampled", self.temperature), ("greedy", 0.0)):
             groups = await self.runner.run_groups(
                 split="eval",
                 step=step,
-                problem_indices=range(self.config.problems),
+                problems=problems,
                 group_size=1,
                 temperature=temperature,
             )

@@ -34,6 +34,7 @@ from vlmrl.orchestrator.metrics import Overlap, rollout_metrics, throughput_metr
 from vlmrl.orchestrator.recorder import Recorder
 from vlmrl.orchestrator.rollout import RolloutRunner
 from vlmrl.orchestrator.samples import make_samples, note_learned
+from vlmrl.orchestrator.stream import ProblemStream
 from vlmrl.types import Group, InferenceEngine, Trainer, TrainingSample, WeightSync
 
 ExitReason = Literal["finished", "target_reached", "interrupted"]
@@ -54,8 +55,8 @@ class Loop:
     weight_sync: WeightSync
     evaluator: Evaluator
     recorder: Recorder
-    first_problem: Callable[[int], int]
-    """Returns the index of a step's first training problem."""
+    problems: ProblemStream
+    """The training problems."""
     checkpoint: Callable[[int], None]
     """Called with the number of each step after it; saves a checkpoint when one is due."""
     demonstrations: Callable[[int], Coroutine[Any, Any, list[TrainingSample]]]
@@ -107,12 +108,11 @@ class Loop:
 
     async def roll_out(self, step: int) -> list[Group]:
         """task → renderer → inference → rollout: play the groups of one step."""
-        first = self.first_problem(step)
         with self._overlap.rolling_out(step):
             return await self.runner.run_groups(
                 split="train",
                 step=step,
-                problem_indices=range(first, first + self.config.groups_per_step),
+                problems=await self.problems.draw(step, self.config.groups_per_step),
                 group_size=self.config.group_size,
                 temperature=self.config.temperature,
             )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from vlmrl.record.bad_rows import BadRowRecord
 from vlmrl.record.faults import FaultRecord
 from vlmrl.types import Group, Rollout
 
@@ -32,4 +33,8 @@ class Recorder(Protocol):
     def faults(self, faults: Sequence[FaultRecord]) -> None:
         """Record what went wrong with demonstrations. A supervised step that is repeated after a resume records its
         faults again; those of the first time are gone by then."""
+        ...
+
+    def bad_rows(self, rows: Sequence[BadRowRecord]) -> None:
+        """Record rows of the data that cannot be used. Each row is given once."""
         ...

@@ -25,10 +25,11 @@ from functools import partial
 
 from vlmrl.config.algorithm import Truncated
 from vlmrl.errors import EngineError, EngineLostError, UserFault, fenced, safe_text
+from vlmrl.orchestrator.stream import Drawn
 from vlmrl.orchestrator.task_threads import TaskThreads
 from vlmrl.rendering.renderer import ImageError, Renderer
 from vlmrl.tasks.base import Problem, Split, Task
-from vlmrl.tasks.border import TaskCodeError, get_problem, open_env, step_env
+from vlmrl.tasks.border import TaskCodeError, open_env, step_env
 from vlmrl.types import (
     ContractError,
     EngineSession,
@@ -67,26 +68,33 @@ class RolloutRunner:
     _threads: TaskThreads = field(init=False, default_factory=TaskThreads)
 
     async def run_groups(
-        self, *, split: Split, step: int, problem_indices: Sequence[int], group_size: int, temperature: float
+        self,
+        *,
+        split: Split,
+        step: int,
+        problems: Sequence[Drawn],
+        group_size: int,
+        temperature: float,
+        first_group: int = 0,
     ) -> list[Group]:
-        """Play one group of `group_size` siblings per problem, all at once. Groups are in the order of
-        `problem_indices`.
+        """Play one group of `group_size` siblings per problem, all at once. Groups are in the order of `problems`.
 
-        A rollout's id is `<split>/<step>/<group>/<index>`, with `<split>-greedy` where `temperature=0.0`. All sessions
-        are opened before the first request, because an engine may wait for every open session to make one batch.
+        A rollout's id is `<split>/<step>/<group>/<index>`, with `<split>-greedy` where `temperature=0.0`; groups are
+        numbered from `first_group`. All sessions are opened before the first request, because an engine may wait for
+        every open session to make one batch.
 
         Raises any error that no single rollout caused, such as an engine's error that is not an `EngineError`.
         """
         label = split if temperature > 0 else f"{split}-greedy"
         groups = [
             Group(
-                problem_id=f"{split}[{problem_index}]",
+                problem_id=drawn.problem_id,
                 rollouts=[
-                    Rollout.unplayed(f"{label}/{step:06d}/{number:02d}/{index:02d}", split, problem_index, index)
+                    Rollout.unplayed(f"{label}/{step:06d}/{number:02d}/{index:02d}", split, drawn.index, index)
                     for index in range(group_size)
                 ],
             )
-            for number, problem_index in enumerate(problem_indices)
+            for number, drawn in enumerate(problems, start=first_group)
         ]
         async with AsyncExitStack() as scope:
             sessions: dict[str, tuple[EngineSession, AsyncExitStack]] = {}
@@ -96,21 +104,18 @@ class RolloutRunner:
                 sessions[rollout.rollout_id] = session, closing
             try:
                 async with asyncio.TaskGroup() as playing:
-                    for group, problem_index in zip(groups, problem_indices, strict=True):
-                        problem = self._threads.run(partial(get_problem, self.task, split, problem_index))
+                    for group, drawn in zip(groups, problems, strict=True):
                         for rollout in group.rollouts:
                             session, closing = sessions[rollout.rollout_id]
-                            playing.create_task(self._run(rollout, problem, session, closing, temperature))
+                            playing.create_task(self._run(rollout, drawn, session, closing, temperature))
             except ExceptionGroup as errors:
                 raise errors.exceptions[0] from None  # the engine failed: every rollout of the batch has this error
-        for group in groups:
-            group.problem_id = group.rollouts[0].problem_id
         return groups
 
     async def _run(
         self,
         rollout: Rollout,
-        problem: asyncio.Future[tuple[Problem, str]],
+        drawn: Drawn,
         session: EngineSession,
         closing: AsyncExitStack,
         temperature: float,
@@ -120,29 +125,29 @@ class RolloutRunner:
         started = time.perf_counter()
         async with closing:
             try:
-                rollout.stop_reason = await self._play_until_served(rollout, *await problem, session, temperature)
+                if drawn.problem is None:
+                    raise drawn.fault or AssertionError("a problem that was not drawn")
+                rollout.problem_id = drawn.problem_id
+                rollout.stop_reason = await self._play_until_served(rollout, drawn.problem, session, temperature)
             except (UserFault, EngineError, ContractError) as error:
                 _record_fault(rollout, error)
         rollout.seconds = time.perf_counter() - started
 
     async def _play_until_served(
-        self, rollout: Rollout, problem: Problem, problem_id: str, session: EngineSession, temperature: float
+        self, rollout: Rollout, problem: Problem, session: EngineSession, temperature: float
     ) -> StopReason:
         """`_play`, and again from the start where a server of the run was lost with one of its requests."""
         while True:
             try:
-                return await self._play(rollout, problem, problem_id, session, temperature)
+                return await self._play(rollout, problem, session, temperature)
             except EngineLostError:
                 if rollout.replayed == MAX_REPLAYS:
                     raise
                 rollout.replayed += 1
                 rollout.turns, rollout.reward, rollout.metrics = [], 0.0, {}
 
-    async def _play(
-        self, rollout: Rollout, problem: Problem, problem_id: str, session: EngineSession, temperature: float
-    ) -> StopReason:
+    async def _play(self, rollout: Rollout, problem: Problem, session: EngineSession, temperature: float) -> StopReason:
         """Fill turns, reward and metrics of `rollout`; return why it ended."""
-        rollout.problem_id = problem_id
         env, new_messages = await self._threads.run(partial(open_env, self.task, problem))
         history = list(new_messages)
         with rendering_fence():

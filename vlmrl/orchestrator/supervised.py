@@ -2,6 +2,7 @@
 
     task.problem ─▶ task.demonstration ─▶ renderer ─▶ short enough? ─▶ TrainingSample
                               any of these fails ─────────────────────▶ a fault, recorded; the step goes on without it
+                              … for a problem from a row, or NoProblem ▶ passed over; the next one is taken
 
 With random answers (`demonstrations=random`), the warm-up teaches only when to answer and in which format. What the
 images show must be learned from the reward.
@@ -13,16 +14,19 @@ prompt. In RL they have no loss either.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from vlmrl.config.trainer import Demonstrations, SFTConfig
 from vlmrl.errors import ConfigError, TaskError, UserFault
+from vlmrl.orchestrator.fit import bad_row, too_long
 from vlmrl.orchestrator.rollout import rendering_fence, stop_reason_of
+from vlmrl.orchestrator.stream import PassWatch
 from vlmrl.rendering.renderer import Renderer
-from vlmrl.tasks.base import Task
-from vlmrl.tasks.border import NoDemonstrationsError, get_demonstration, get_problem
+from vlmrl.tasks.base import FromRow, NoProblem, Problem, Task
+from vlmrl.tasks.border import NoDemonstrationsError, get_demonstration, get_num_rows, get_problem
 from vlmrl.types import (
     BoolArray,
     DropReason,
@@ -48,6 +52,8 @@ class Demonstrated:
     """Those that can be learned from."""
     rollouts: list[Rollout] = field(default_factory=list)
     """All of them, without turns: which problem each belongs to, and the faults."""
+    absent: list[tuple[int, NoProblem]] = field(default_factory=list)
+    """Indices that were passed over, because they have no problem or the problem has no demonstration."""
 
     @property
     def faults(self) -> list[Rollout]:
@@ -55,42 +61,73 @@ class Demonstrated:
         return [rollout for rollout in self.rollouts if rollout.stop_reason.is_fault]
 
 
-def demonstrate(
-    task: Task, renderer: Renderer, config: SFTConfig, *, step: int, first: int, seed: int, seq_len: int
-) -> Demonstrated:
-    """The samples of supervised step `step` (0-based), whose first demonstration has the number `first`; of at most
-    `seq_len` tokens each. The result depends only on the arguments.
+def first_index(num_rows: int | None) -> int:
+    """The index of demonstration 0: `FIRST_PROBLEM`, or the first pass over the rows that begins after it.
 
-    Raises `TaskError` where the task has no demonstrations, `ConfigError` where the renderer cannot render any.
+    >>> first_index(None) == FIRST_PROBLEM, first_index(1000) % 1000
+    (True, 0)
+    """
+    return FIRST_PROBLEM if num_rows is None else -(-FIRST_PROBLEM // num_rows) * num_rows
+
+
+def demonstrate(
+    task: Task, renderer: Renderer, config: SFTConfig, *, step: int, numbers: Iterable[int], seed: int, seq_len: int
+) -> Demonstrated:
+    """The samples of supervised step `step` (0-based), of at most `seq_len` tokens each. `numbers` are those of the
+    demonstrations to try, in order; as many are taken as a step needs. The result depends only on the arguments.
+
+    Raises `TaskError` where the task has no demonstrations, `BadRowsError` where a whole pass over the rows has none,
+    `ConfigError` where the renderer cannot render any.
     """
     made = Demonstrated()
-    for i in range(config.batch_size):
-        number = first + i
-        index = FIRST_PROBLEM + number
+    num_rows = get_num_rows(task, "train")
+    watch = PassWatch("train", num_rows)
+    for number in numbers:
+        index, i = first_index(num_rows) + number, len(made.rollouts)
         rollout = Rollout.unplayed(f"sft/{step:06d}/{i:03d}", "train", index, i)
-        made.rollouts.append(rollout)
         try:
             problem, rollout.problem_id = get_problem(task, "train", index)
-            messages, given = get_demonstration(
-                task,
-                problem,
-                random_answers=config.demonstrations is Demonstrations.random,
-                seed=demonstration_seed(seed, number),
-            )
-            prompt, learned = _rendered(renderer, messages, given)
-            if len(prompt.token_ids) > seq_len:
-                raise UserFault(
-                    f"demonstration() has {len(prompt.token_ids)} tokens, more than trainer.seq_len={seq_len}: "
-                    "shorten it, or raise trainer.seq_len"
-                )
+            prompt, learned = _demonstration(task, renderer, config, problem, demonstration_seed(seed, number), seq_len)
         except NoDemonstrationsError as error:
             raise TaskError(error.text) from error
+        except NoProblem as absent:
+            made.absent.append((index, absent))
+            watch.passed_over(absent)
+            continue
         except UserFault as fault:
             rollout.stop_reason, rollout.dropped = stop_reason_of(fault), DropReason.FAULT
             rollout.error, rollout.traceback = fault.text, fault.traceback
         else:
             made.samples.append(_sample(rollout.rollout_id, prompt, learned))
+        watch.found()
+        made.rollouts.append(rollout)
+        if len(made.rollouts) == config.batch_size:
+            break
     return made
+
+
+def _demonstration(
+    task: Task, renderer: Renderer, config: SFTConfig, problem: Problem, seed: int, seq_len: int
+) -> tuple[Prompt, BoolArray]:
+    """Prompt, and bool [P]: the tokens with a loss. Raises `UserFault`, or `BadRow` where the problem comes from a row
+    whose demonstration cannot be rendered or is too long."""
+    random_answers = config.demonstrations is Demonstrations.random
+    messages, given = get_demonstration(task, problem, random_answers=random_answers, seed=seed)
+    try:
+        prompt, learned = _rendered(renderer, messages, given)
+        if len(prompt.token_ids) > seq_len:
+            if isinstance(problem, FromRow):
+                limit = f"trainer.seq_len={seq_len}"
+                raise UserFault(too_long(prompt, "demonstration", limit, "more than there is room for"))
+            raise UserFault(
+                f"demonstration() has {len(prompt.token_ids)} tokens, more than trainer.seq_len={seq_len}: "
+                "shorten it, or raise trainer.seq_len"
+            )
+    except UserFault as fault:
+        if not isinstance(problem, FromRow):
+            raise
+        raise bad_row(problem, fault.text) from None
+    return prompt, learned
 
 
 def demonstration_seed(seed: int, number: int) -> int:

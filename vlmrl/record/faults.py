@@ -10,24 +10,19 @@ run that was killed and resumed has the same lines as one that was not. `mode=fa
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypedDict
+from typing import Any, TypeAlias, TypedDict
 
-import orjson
-
-from vlmrl.errors import safe_text
-from vlmrl.record.files import disk_errors, write_bytes_atomically
-from vlmrl.record.in_place import check_in_place
 from vlmrl.record.lines import read_lines
+from vlmrl.record.step_log import Phase, StepLog
 from vlmrl.types import Rollout
 
 log = logging.getLogger(__name__)
 
-FaultPhase: TypeAlias = Literal["supervised", "eval", "rl"]
+FaultPhase: TypeAlias = Phase
 
 
 class FaultRecord(TypedDict):
@@ -91,55 +86,11 @@ def fault_kind(stop_reason: str, error: str) -> tuple[str, str]:
     return stop_reason, re.sub(r"0x[0-9a-f]+|\d+", "#", error)
 
 
-class FaultLog:
-    """Appends to faults.jsonl. The file is made with its first line."""
+class FaultLog(StepLog[FaultRecord]):
+    """Appends to faults.jsonl."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._written: os.stat_result | None = None
-        """The file after the newest line; None before the first."""
-
-    def write(self, faults: Sequence[FaultRecord]) -> None:
-        """Append the records in one piece. Raises VlmrlError where the file cannot be written."""
-        if not faults:
-            return
-        lines = b"".join(_line(fault) for fault in faults)
-        with disk_errors(self._path), self._path.open("ab") as file:
-            start = file.tell()
-            try:
-                file.write(lines)
-                file.flush()
-                self._written = os.fstat(file.fileno())
-            except OSError:  # the disk is full: leave no half-written line
-                os.ftruncate(file.fileno(), start)
-                raise
-
-    def cut_back(self, *, supervised_steps: int, step: int) -> None:
-        """Remove what a run repeats that continues after so many supervised steps and after RL step `step` (−1: before
-        the first evaluation), and a half-written last line. Raises VlmrlError."""
-        if not self._path.exists():
-            return
-        with disk_errors(self._path):
-            kept = [
-                fault
-                for fault in read_faults(self._path)
-                if fault["step"] <= (supervised_steps if fault["phase"] == "supervised" else step)
-            ]
-            if kept:
-                write_bytes_atomically(self._path, b"".join(map(_line, kept)))
-            else:
-                self._path.unlink()
-
-    def check_in_place(self) -> None:
-        """Raise VlmrlError where the file was removed, replaced or changed since the newest line was written."""
-        if self._written is not None:
-            check_in_place(self._path, self._written, self._written.st_size)
-
-    def flush(self) -> None:
-        """Wait until every line is on the disk."""
-        if self._path.exists():
-            with disk_errors(self._path), self._path.open("rb") as file:
-                os.fsync(file.fileno())
+        super().__init__(path, read_faults)
 
 
 def read_faults(path: Path, warn: Callable[[str], None] = log.warning) -> list[FaultRecord]:
@@ -154,9 +105,3 @@ def _is_fault(content: Any) -> bool:
         and type(content["step"]) is int
         and all(isinstance(content[key], str) for key in ("phase", "rollout_id", "stop_reason", "error"))
     )
-
-
-def _line(fault: FaultRecord) -> bytes:
-    # Texts that a fence made are safe already; those of an engine's error may not be.
-    safe = {key: safe_text(value) if isinstance(value, str) else value for key, value in fault.items()}
-    return orjson.dumps(safe, option=orjson.OPT_APPEND_NEWLINE)

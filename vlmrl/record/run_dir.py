@@ -6,6 +6,7 @@
         metrics.jsonl                 one JSON object per optimizer step
         supervised.jsonl              one JSON object per supervised step (warm-up, mode=sft); absent without any
         faults.jsonl                  one JSON object per fault of the user's code or data; absent without any
+        bad_rows.jsonl                one JSON object per row of the data that cannot be used; absent without any
         faults.json                   what mode=faults found in it
         rollouts/step_000012.parquet  every training rollout of step 12
         rollouts/eval_000012.parquet  every evaluation rollout after step 12, sampled and greedy
@@ -23,8 +24,8 @@
         .lock                         while a process writes here: its pid, host, mode and start (lock.py)
 
 Most files are written under a temporary name and then renamed, so a killed run leaves no half-written file. Only
-metrics.jsonl, supervised.jsonl, faults.jsonl, tokens.jsonl and logs grow in place. Left out on purpose: environment
-variables and the command line, which may contain secrets.
+metrics.jsonl, supervised.jsonl, faults.jsonl, bad_rows.jsonl, tokens.jsonl and logs grow in place. Left out on purpose:
+environment variables and the command line, which may contain secrets.
 """
 
 from __future__ import annotations
@@ -98,6 +99,7 @@ class RunDir:
         self.metrics = self.path / "metrics.jsonl"
         self.supervised = self.path / "supervised.jsonl"
         self.faults = self.path / "faults.jsonl"
+        self.bad_rows = self.path / "bad_rows.jsonl"
         self.faults_json = self.path / "faults.json"
         self.rollouts = self.path / "rollouts"
         self.images = self.path / "images"

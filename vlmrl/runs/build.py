@@ -35,12 +35,14 @@ from vlmrl.models.policy import Policy
 from vlmrl.monitor.monitor import Monitor
 from vlmrl.orchestrator.evaluation import Evaluator
 from vlmrl.orchestrator.rollout import RolloutRunner
+from vlmrl.orchestrator.stream import FixedProblems
 from vlmrl.ranks.commands import Command
 from vlmrl.ranks.rank_group import RankGroup
 from vlmrl.record.logs import MainLog
 from vlmrl.record.run_dir import RunDir
 from vlmrl.rendering.renderer import Renderer, make_renderer
-from vlmrl.runs.position import Position
+from vlmrl.runs.position import Cursors, Position
+from vlmrl.runs.problems import ProblemSource, max_model_len
 from vlmrl.runs.stopping import Stop
 from vlmrl.tasks.base import Task
 from vlmrl.tasks.loading import load_task, tokenizer_texts
@@ -79,6 +81,8 @@ class Run:
     monitor: Monitor
     task: Task
     renderer: Renderer
+    problems: ProblemSource
+    """The problems of the run's task."""
     policy: Policy
     trainer: LocalTrainer
     engine: InferenceEngine
@@ -99,7 +103,7 @@ class Run:
     """The progress that the newest checkpoint holds; None before the first checkpoint."""
 
     def __post_init__(self) -> None:
-        self.position = Position.of(self.config)
+        self.position = Position(Cursors.of(self.config))
 
     @property
     def progress(self) -> Progress:
@@ -231,21 +235,23 @@ def build_run(config: RunConfig, run_dir: RunDir, monitor: Monitor, rank_group: 
         seed=config.seed,
         max_turns=config.task.max_turns,
         max_new_tokens=config.orchestrator.max_new_tokens,
-        # A server may hold more than a sample may have.
-        max_model_len=min(config.inference.max_model_len, config.trainer.seq_len),
+        max_model_len=max_model_len(config),
         truncated=config.algorithm.truncated,
     )
+    problems = ProblemSource.of(config, config.task, task, renderer, monitor)
+    held_out = FixedProblems(problems.stream("eval", "eval", once=True))
     return Run(
         config=config,
         run_dir=run_dir,
         monitor=monitor,
         task=task,
         renderer=renderer,
+        problems=problems,
         policy=policy,
         trainer=trainer,
         engine=engine,
         weight_sync=weight_sync,
-        evaluator=Evaluator(config.orchestrator.eval, runner, config.orchestrator.temperature),
+        evaluator=Evaluator(config.orchestrator.eval, runner, held_out, config.orchestrator.temperature),
         checkpoints=Checkpoints(RunDir(config.output_dir).checkpoints, config.trainer.keep_checkpoints),
         rank_group=rank_group,
     )

@@ -20,13 +20,13 @@ from vlmrl.errors import ConfigError, UserFault, VlmrlError, fenced
 from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer, resolve_checkpoint
 from vlmrl.models.families import family_of
 from vlmrl.orchestrator.rollout import rendering_fence, stop_reason_of
-from vlmrl.orchestrator.supervised import FIRST_PROBLEM, demonstrate
+from vlmrl.orchestrator.supervised import demonstrate, first_index
 from vlmrl.record.faults import FaultRecord
 from vlmrl.record.rollouts import TurnRecord, read_rollouts
 from vlmrl.record.run_dir import RunDir
 from vlmrl.rendering.renderer import Renderer, make_renderer
 from vlmrl.tasks.base import NoProblem, Split, Task
-from vlmrl.tasks.border import get_problem, open_env, step_env
+from vlmrl.tasks.border import get_num_rows, get_problem, open_env, step_env
 from vlmrl.tasks.loading import load_task, tokenizer_texts
 from vlmrl.types import Image, Message, Prompt, Rollout, StopReason
 
@@ -117,10 +117,12 @@ def _play_demonstration(config: RunConfig, task: Task, renderer: Renderer | None
         renderer,
         dataclasses.replace(config.trainer.warmup, batch_size=1),
         step=0,
-        first=index - FIRST_PROBLEM,
+        numbers=[index - first_index(get_num_rows(task, "train"))],
         seed=config.seed,
         seq_len=config.trainer.seq_len,
     )
+    if made.absent:
+        raise made.absent[0][1]
     for sample in made.samples:
         print(f"{len(sample.token_ids)} tokens, {int(sample.loss_mask.sum())} of them with a loss")
     return made.rollouts[0]

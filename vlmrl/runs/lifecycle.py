@@ -25,11 +25,12 @@ from vlmrl.orchestrator.interruption import stopped_before
 from vlmrl.orchestrator.loop import ExitReason
 from vlmrl.preflight.settle import settle
 from vlmrl.ranks.rank_group import RankGroup, follow, init_from_environment
+from vlmrl.record.bad_rows import read_bad_rows
 from vlmrl.record.lock import network_file_system
 from vlmrl.record.run_dir import RunDir
 from vlmrl.runs.build import Run, RunFollower, build_run, is_float32
 from vlmrl.runs.modes import MODES, ModeWithoutRun, RunMode
-from vlmrl.runs.position import Position
+from vlmrl.runs.position import Cursors, Position
 from vlmrl.runs.saving import loop_state, save
 from vlmrl.runs.stopping import ignore_the_launcher, rank_lost, stopping_on_signals
 from vlmrl.tasks.loading import data_table_of
@@ -197,6 +198,7 @@ def restore(run: Run, mode: RunMode) -> None:
         run.run_dir.write_config(run.config)
         step = run.restored_step if found is not None else -1
         run.monitor.resume_at(step, supervised_steps=run.trainer.supervised_steps)
+        run.problems.bad_rows.restore(read_bad_rows(run.run_dir.bad_rows))
     elif found is None:
         raise ConfigError(
             f"resume={run.config.resume} has no checkpoint, so there is nothing of that run to evaluate: "
@@ -219,8 +221,8 @@ def restore_position(run: Run, state: LoopState) -> None:
             "not fit it: give the folder the name of its own step"
         )
     before = run.config if state.has_position else parse(typed(run.run_dir.read_config()))
-    run.position = Position.of(before, **made).restored(state, run.config)
-    if not state.has_position and run.position != Position.of(run.config, **made):
+    run.position = Position(Cursors.of(before, **made).restored(state))
+    if not state.has_position and run.position.begun != Cursors.of(run.config, **made):
         run.checkpoints.save(run.restored_step, run.trainer, loop_state(run))
         run.checkpoints.finish()
 

@@ -2,70 +2,68 @@
 
     checkpoint of step 2, cursor=8 ─▶ resumed with groups_per_step=2 ─▶ step 3 plays problems 8 and 9, step 4 10 and 11
 
-RL steps, supervised steps and the demonstrations in RL steps each go through a sequence of problems of their own. A
-checkpoint stores the index of the first problem of each that its weights have not learned from. So a batch that was
-rolled out but not learned from is rolled out again, and a batch size that changes skips and repeats nothing.
+RL steps, supervised steps and the demonstrations in RL steps each go through a sequence of problems of their own
+(`vlmrl.orchestrator.stream`). A checkpoint stores the place in each from which on its weights have not learned. So a
+batch that was rolled out but not learned from is rolled out again, and a batch size that changes skips and repeats
+nothing.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vlmrl.config.run import RunConfig
+from vlmrl.orchestrator.stream import Indices
 from vlmrl.orchestrator.supervised import AFTER_WARMUP
-from vlmrl.trainer.loop_state import LoopState
+from vlmrl.trainer.loop_state import Cursor, LoopState
 
 
 @dataclass(frozen=True)
-class Cursor:
-    """A place in a sequence of problems.
-
-    >>> cursor = Cursor(steps=2, index=8, per_step=2)
-    >>> cursor.first_of(3), cursor.first_of(4)
-    (8, 10)
-    """
-
-    steps: int
-    """Steps that were made when the process started."""
-    index: int
-    """Index of the first problem after them."""
-    per_step: int
-    """Problems per step."""
-
-    def first_of(self, step: int) -> int:
-        """Index of the first problem of a step, counted from 1."""
-        return self.index + (step - 1 - self.steps) * self.per_step
-
-
-@dataclass(frozen=True)
-class Position:
-    """The cursors of a run."""
+class Cursors:
+    """The places in the sequences of a run."""
 
     rl: Cursor
     warmup: Cursor
     rl_demonstrations: Cursor
 
     @classmethod
-    def of(cls, config: RunConfig, *, version: int = 0, supervised_steps: int = 0) -> Position:
-        """The position after so many RL steps and supervised steps that all were made with `config`."""
+    def of(cls, config: RunConfig, *, version: int = 0, supervised_steps: int = 0) -> Cursors:
+        """The places after so many RL steps and supervised steps that all were made with `config`, of a task without
+        bad rows: those of a new run, and of a checkpoint that is older than the record of places."""
         warmup = config.trainer.warmup
-        groups, batch, mixed = config.orchestrator.groups_per_step, warmup.batch_size, warmup.rl_batch_size
         return cls(
-            Cursor(version, version * groups, groups),
-            Cursor(supervised_steps, supervised_steps * batch, batch),
-            Cursor(version, (AFTER_WARMUP + 1 + version) * mixed, mixed),
+            Cursor(version * config.orchestrator.groups_per_step),
+            Cursor(supervised_steps * warmup.batch_size),
+            Cursor((AFTER_WARMUP + 1 + version) * warmup.rl_batch_size),
         )
 
-    def restored(self, state: LoopState, config: RunConfig) -> Position:
-        """The position that a checkpoint recorded, in a run that goes on with `config`. What an older version did not
-        record stays where it is."""
-        warmup = config.trainer.warmup
-        return Position(
-            _moved(self.rl, state.cursor, config.orchestrator.groups_per_step),
-            _moved(self.warmup, state.warmup_cursor, warmup.batch_size),
-            _moved(self.rl_demonstrations, state.rl_demonstrations_cursor, warmup.rl_batch_size),
+    def restored(self, state: LoopState) -> Cursors:
+        """The places that a checkpoint recorded. What an older version did not record stays where it is."""
+        return Cursors(
+            state.cursor or self.rl,
+            state.warmup_cursor or self.warmup,
+            state.rl_demonstrations_cursor or self.rl_demonstrations,
         )
 
 
-def _moved(cursor: Cursor, index: int | None, per_step: int) -> Cursor:
-    return Cursor(cursor.steps, cursor.index if index is None else index, per_step)
+@dataclass(eq=False)
+class Position:
+    """The sequences of a run, each where the run stands in it."""
+
+    begun: Cursors
+    """Where this process began."""
+    rl: Indices = field(init=False)
+    warmup: Indices = field(init=False)
+    """Numbers of demonstrations, counted from 0."""
+    rl_demonstrations: Indices = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rl = Indices(self.begun.rl)
+        self.warmup = Indices(self.begun.warmup)
+        self.rl_demonstrations = Indices(self.begun.rl_demonstrations)
+
+    def after(self, version: int, supervised_steps: int) -> Cursors:
+        """The places after RL step `version` and supervised step `supervised_steps`, for a checkpoint."""
+        return Cursors(
+            self.rl.cursor(version), self.warmup.cursor(supervised_steps), self.rl_demonstrations.cursor(version)
+        )

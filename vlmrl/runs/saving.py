@@ -30,12 +30,12 @@ def save(run: Run, step: int) -> None:
 
 
 def loop_state(run: Run) -> LoopState:
-    """The evaluations so far, and the next problem of each sequence."""
-    position, next_step = run.position, run.trainer.version + 1
+    """The evaluations so far, and the place in each sequence of problems."""
+    cursors = run.position.after(run.trainer.version, run.trainer.supervised_steps)
     return LoopState(
         evaluations=tuple(run.evaluator.history),
         is_evaluation_unfinished=run.evaluator.is_unfinished,
-        cursor=position.rl.first_of(next_step),
-        warmup_cursor=position.warmup.first_of(run.trainer.supervised_steps + 1),
-        rl_demonstrations_cursor=position.rl_demonstrations.first_of(next_step),
+        cursor=cursors.rl,
+        warmup_cursor=cursors.warmup,
+        rl_demonstrations_cursor=cursors.rl_demonstrations,
     )

@@ -11,7 +11,8 @@ from vlmrl.orchestrator.interruption import stopped_before
 from vlmrl.orchestrator.loop import ExitReason
 from vlmrl.orchestrator.supervised import Demonstrated, demonstrate
 from vlmrl.orchestrator.task_threads import TaskThreads
-from vlmrl.record.faults import FaultPhase, faults_of
+from vlmrl.record.faults import faults_of
+from vlmrl.record.step_log import Phase
 from vlmrl.runs.build import Run
 from vlmrl.runs.evaluate import evaluate_after
 from vlmrl.runs.saving import save_if_due
@@ -50,7 +51,7 @@ async def take_supervised_steps(run: Run, after_step: Callable[[int], None] | No
         if await stopped_before(making, run.stop):
             return False
         made = making.result()
-        note_faults(run, step, "supervised", made)
+        note(run, step, "supervised", made)
         metrics = await asyncio.to_thread(run.trainer.supervised_step, made.samples, warmup.learning_rate)
         run.monitor.warmup(step, warmup.steps, metrics)
         watch.check(step, [Group("demonstrations", made.rollouts)])
@@ -73,15 +74,21 @@ async def demonstrations_of(run: Run, step: int, threads: TaskThreads) -> Demons
             run.renderer,
             config.trainer.warmup,
             step=step - 1,
-            first=run.position.warmup.first_of(step),
+            numbers=run.position.warmup.each(step),
             seed=config.seed,
             seq_len=config.trainer.seq_len,
         )
     )
 
 
-def note_faults(run: Run, step: int, phase: FaultPhase, made: Demonstrated) -> None:
-    """Record the demonstrations that failed before `step` was taken."""
+def note(run: Run, step: int, phase: Phase, made: Demonstrated) -> None:
+    """Record the demonstrations that failed, and the rows without one, before `step` was taken.
+
+    Raises `BadRowsError` where the settings say that the run stops there.
+    """
+    run.problems.bad_rows.used(len(made.rollouts))
+    for index, why in made.absent:
+        run.problems.bad_rows.absent(phase, "train", step, index, why)
     if not made.faults:
         return
     run.monitor.faults([{**fault, "split": "train"} for fault in faults_of(step, phase, made.faults)])

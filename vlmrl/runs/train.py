@@ -13,7 +13,7 @@ from vlmrl.orchestrator.task_threads import TaskThreads
 from vlmrl.orchestrator.vision_gap import VisionGap
 from vlmrl.runs.build import Run
 from vlmrl.runs.saving import save_if_due
-from vlmrl.runs.sft import note_faults, take_supervised_steps
+from vlmrl.runs.sft import note, take_supervised_steps
 from vlmrl.types import TrainingSample
 
 
@@ -36,7 +36,7 @@ async def train(run: Run) -> ExitReason:
         weight_sync=run.weight_sync,
         evaluator=run.evaluator,
         recorder=run.monitor,
-        first_problem=run.position.rl.first_of,
+        problems=run.problems.stream("rl", "train", indices=run.position.rl),
         checkpoint=lambda step: save_if_due(run, step),
         demonstrations=lambda step: demonstrations(run, step, threads),
         vision_gap=VisionGap(config.monitor.vision_gap_every, run.renderer, run.trainer),
@@ -59,10 +59,10 @@ async def demonstrations(run: Run, step: int, threads: TaskThreads) -> list[Trai
             run.renderer,
             warmup,
             step=AFTER_WARMUP + step,
-            first=run.position.rl_demonstrations.first_of(step),
+            numbers=run.position.rl_demonstrations.each(step),
             seed=run.config.seed,
             seq_len=run.config.trainer.seq_len,
         )
     )
-    note_faults(run, step, "rl", made)
+    note(run, step, "rl", made)
     return made.samples

@@ -117,6 +117,21 @@ class BadRow(NoProblem):
         self.row = row
 
 
+@runtime_checkable
+class FromRow(Protocol):
+    """A problem that knows its row, so that a prompt which turns out too long can be recorded as `BadRow`."""
+
+    @property
+    def source(self) -> str:
+        """The file or the data set."""
+        ...
+
+    @property
+    def row(self) -> int:
+        """The row in it, counted from 0."""
+        ...
+
+
 class Problem(Protocol):
     """One dataset row: any object with an `id`."""
 

@@ -6,28 +6,61 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vlmrl.errors import CheckpointError
 from vlmrl.trainer.checkpoint_files import is_count, read_object
 
 
 @dataclass(frozen=True)
+class Cursor:
+    """A place in a sequence of problems. In loop.json it is a number where every index before it was learned from."""
+
+    index: int
+    """The first index from which on none was learned from."""
+    unlearned: tuple[tuple[int, int], ...] = ()
+    """Ranges `[first, end)` before `index` that were handed out and not learned from, ascending: those of steps that
+    were under way when the checkpoint was written."""
+
+    @property
+    def learned(self) -> int:
+        """How many indices the weights have learned from, or passed over."""
+        return self.index - sum(end - first for first, end in self.unlearned)
+
+    def to_json(self) -> int | dict[str, Any]:
+        return self.index if not self.unlearned else {"index": self.index, "unlearned": self.unlearned}
+
+    @classmethod
+    def from_json(cls, content: object) -> Cursor | None:
+        """The cursor; None where `content` is none."""
+        if isinstance(content, dict):
+            ranges, index = content.get("unlearned"), content.get("index")
+            if not isinstance(ranges, list) or not isinstance(index, int) or not is_count(index):
+                return None
+            if not all(isinstance(pair, list) and len(pair) == 2 and all(map(is_count, pair)) for pair in ranges):
+                return None
+            ends = [end for pair in ranges for end in pair]
+            return cls(index, tuple(map(tuple, ranges))) if sorted({*ends, index}) == [*ends, index] else None
+        return cls(content) if isinstance(content, int) and is_count(content) else None
+
+
+@dataclass(frozen=True)
 class LoopState:
     """The evaluations so far, and the position in the data.
 
-    A position is the index of the first problem that the weights have not learned from. It is None in a checkpoint of
-    a version that recorded none; there it follows from the number of steps and the run's config.
+    A position is None in a checkpoint of a version that recorded none; there it follows from the number of steps and
+    the run's config.
     """
 
     evaluations: tuple[tuple[float, float], ...] = ()
     """(sampled, greedy) held-out reward of each."""
     is_evaluation_unfinished: bool = False
     """Whether the run was stopped during an evaluation, which is made again."""
-    cursor: int | None = None
+    cursor: Cursor | None = None
     """Position in the training problems of RL steps."""
-    warmup_cursor: int | None = None
+    warmup_cursor: Cursor | None = None
     """Position in the demonstrations of supervised steps (warm-up, mode=sft)."""
-    rl_demonstrations_cursor: int | None = None
+    rl_demonstrations_cursor: Cursor | None = None
     """Position in the demonstrations that are mixed into RL steps (`trainer.warmup.rl_weight`)."""
 
     @property
@@ -37,7 +70,8 @@ class LoopState:
 
     def write(self, path: Path) -> None:
         """Write loop.json. Raises OSError."""
-        path.write_text(json.dumps(dataclasses.asdict(self)), encoding="utf-8")
+        content = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        path.write_text(json.dumps(content, default=Cursor.to_json), encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path) -> LoopState:
@@ -46,10 +80,11 @@ class LoopState:
         evaluations = content.get("evaluations")
         if not isinstance(evaluations, list) or not all(map(_is_pair, evaluations)):
             raise CheckpointError(f"{path} is damaged (evaluations is no list of pairs of rewards)")
-        cursors = {field.name: content.get(field.name) for field in dataclasses.fields(cls) if "cursor" in field.name}
-        for name, cursor in cursors.items():
-            if cursor is not None and not is_count(cursor):
-                raise CheckpointError(f"{path} is damaged ({name}={str(cursor)[:40]} is no index of a problem)")
+        recorded = {field.name: content.get(field.name) for field in dataclasses.fields(cls) if "cursor" in field.name}
+        cursors = {name: Cursor.from_json(value) for name, value in recorded.items()}
+        for name, value in recorded.items():
+            if value is not None and cursors[name] is None:
+                raise CheckpointError(f"{path} is damaged ({name}={str(value)[:40]} is no index of a problem)")
         unfinished = content.get("is_evaluation_unfinished", False)
         if not isinstance(unfinished, bool):
             raise CheckpointError(f"{path} is damaged (is_evaluation_unfinished is neither true nor false)")

@@ -9,15 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from support.drawn_problems import NumberedProblems
 from vlmrl.config.orchestrator import EvalConfig
 from vlmrl.orchestrator.evaluation import Evaluator, mean_reward
+from vlmrl.orchestrator.stream import Drawn
 from vlmrl.types import Group, Rollout, StopReason
 
 NOBODY: Any = None
 
 
 def evaluator(history: list[tuple[float, float]], **config: Any) -> Evaluator:
-    return Evaluator(EvalConfig(**config), NOBODY, temperature=1.0, history=history)
+    return Evaluator(EvalConfig(**config), NOBODY, NOBODY, temperature=1.0, history=history)
 
 
 def rollout(index: int, reward: float, stop_reason: StopReason = StopReason.TERMINATED, **metrics: float) -> Rollout:
@@ -63,7 +65,7 @@ def test_a_fault_counts_as_zero() -> None:
 class ScriptedRunner:
     """All greedy rollouts get reward 1; every second sampled rollout is a fault without task metrics."""
 
-    async def run_groups(self, *, split: str, step: int, problem_indices: range, **asked: Any) -> list[Group]:
+    async def run_groups(self, *, split: str, step: int, problems: list[Drawn], **asked: Any) -> list[Group]:
         assert (split, step, asked["group_size"]) == ("eval", 7, 1)
         greedy = asked["temperature"] == 0.0
         assert greedy or asked["temperature"] == 0.8
@@ -72,13 +74,14 @@ class ScriptedRunner:
                 "p",
                 [rollout(i, 1.0, share=0.75) if greedy or i % 2 else rollout(i, 0.0, StopReason.TASK_ERROR)],
             )
-            for i in problem_indices
+            for i in (drawn.index for drawn in problems)
         ]
 
 
 def test_a_run_is_sampled_and_greedy_on_the_same_problems_and_is_remembered() -> None:
     runner: Any = ScriptedRunner()
-    held_out = Evaluator(EvalConfig(problems=6, target=0.5, consecutive=2), runner, temperature=0.8)
+    problems: Any = NumberedProblems(split="eval")
+    held_out = Evaluator(EvalConfig(problems=6, target=0.5, consecutive=2), runner, problems, temperature=0.8)
     metrics, rollouts = asyncio.run(held_out.run(7))
     assert metrics == {
         "eval/reward": 0.5,

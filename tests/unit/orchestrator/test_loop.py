@@ -14,12 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from support.drawn_problems import NumberedProblems
 from vlmrl.config.algorithm import AlgorithmConfig, FilterConfig, FilterMode
 from vlmrl.config.orchestrator import EvalConfig, OrchestratorConfig
 from vlmrl.errors import NonFiniteLossError, TaskError
 from vlmrl.orchestrator.evaluation import Evaluator
 from vlmrl.orchestrator.loop import ExitReason, Loop
 from vlmrl.record.metrics import missing_keys
+from vlmrl.trainer.loop_state import Cursor
 from vlmrl.trainer.trainer import EMPTY_STEP
 from vlmrl.types import (
     Completion,
@@ -41,6 +43,10 @@ async def pass_the_turn(times: int) -> None:
     """Let other tasks run `times` times: a delay without a clock."""
     for _ in range(times):
         await asyncio.sleep(0)
+
+
+def indices_of(asked: dict[str, Any]) -> list[int]:
+    return [drawn.index for drawn in asked["problems"]]
 
 
 def constant(_: str) -> int:
@@ -74,12 +80,8 @@ class World:
     most_open: int = 0
     failing: dict[str, Exception] = field(default_factory=dict)
     cursor: int = 0
-    started_at: int = field(init=False)
     during: dict[str, Callable[[], None]] = field(default_factory=dict)
     """A side effect of an event, e.g. Ctrl-C."""
-
-    def __post_init__(self) -> None:
-        self.started_at = self.version
 
     def happens(self, event: str) -> None:
         self.events.append(event)
@@ -109,7 +111,7 @@ class World:
                     for i in range(asked["group_size"])
                 ],
             )
-            for index in asked["problem_indices"]
+            for index in indices_of(asked)
         ]
 
     # trainer
@@ -178,9 +180,12 @@ class World:
     ) -> ExitReason:
         async def main() -> ExitReason:
             neighbour: Any = self
+            held_out: Any = NumberedProblems(split="eval")
+            self.problems = NumberedProblems(self.cursor)
+            problems: Any = self.problems
             evaluation = EvalConfig(every=every, problems=4, target=target, consecutive=2)
             self.stop = asyncio.Event()
-            self.evaluator = Evaluator(evaluation, neighbour, 0.7, list(history), is_unfinished)
+            self.evaluator = Evaluator(evaluation, neighbour, held_out, 0.7, list(history), is_unfinished)
             loop = Loop(
                 config=OrchestratorConfig(
                     groups_per_step=GROUPS, group_size=SIBLINGS, max_staleness=max_staleness, eval=evaluation
@@ -194,7 +199,7 @@ class World:
                 weight_sync=neighbour,
                 evaluator=self.evaluator,
                 recorder=neighbour,
-                first_problem=lambda step: self.cursor + (step - 1 - self.started_at) * GROUPS,
+                problems=problems,
                 checkpoint=self.checkpoint,
                 demonstrations=self.demonstrations,
                 vision_gap=self.vision_gap,
@@ -241,7 +246,7 @@ def test_a_resumed_run_publishes_before_it_rolls_out_and_goes_on_with_the_next_p
     world = World(version=3, cursor=9)
     assert world.run(steps=5, every=5) == "finished"
     assert world.events == ["publish 3", *of_step(4), *of_step(5, evaluated=True)]
-    assert [list(asked["problem_indices"]) for asked in world.asked[:2]] == [[9, 10], [11, 12]]
+    assert [indices_of(asked) for asked in world.asked[:2]] == [[9, 10], [11, 12]]
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1, 3])
@@ -252,6 +257,7 @@ def test_what_was_rolled_out_and_not_learned_is_rolled_out_again_once(max_stalen
     world.during[f"checkpoint {last}"] = lambda: world.stop.set()
     assert world.run(steps=9, max_staleness=max_staleness) == "interrupted"
     assert len(world.asked) > last, "a batch was under way"
+    assert world.problems.indices.cursor(world.version) == Cursor(last * GROUPS)
     again = World(version=world.version, cursor=last * GROUPS)
     assert again.run(steps=9, max_staleness=max_staleness) == "finished"
     learned = [sample.rollout_id.split("/")[2] for batch in world.learned + again.learned for sample in batch]
@@ -268,11 +274,11 @@ def test_each_step_takes_the_next_training_problems() -> None:
     world = World()
     world.run(steps=3, every=3)
     train = [asked for asked in world.asked if asked["split"] == "train"]
-    assert [list(asked["problem_indices"]) for asked in train] == [[0, 1], [2, 3], [4, 5]]
+    assert [indices_of(asked) for asked in train] == [[0, 1], [2, 3], [4, 5]]
     assert all((asked["group_size"], asked["temperature"]) == (SIBLINGS, 1.0) for asked in train)
     held_out = [asked for asked in world.asked if asked["split"] == "eval"]
     assert [asked["temperature"] for asked in held_out] == [0.7, 0.0] * 2
-    assert all((list(asked["problem_indices"]), asked["group_size"]) == ([0, 1, 2, 3], 1) for asked in held_out)
+    assert all((indices_of(asked), asked["group_size"]) == ([0, 1, 2, 3], 1) for asked in held_out)
 
 
 # ── staleness ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -28,6 +28,7 @@ from vlmrl.errors import EngineError, EngineLostError, UserFault
 from vlmrl.orchestrator import rollout as rollout_module
 from vlmrl.orchestrator.metrics import bridge_break_rate
 from vlmrl.orchestrator.rollout import MAX_REPLAYS, RolloutRunner, sampling_seed
+from vlmrl.orchestrator.stream import Drawn, ProblemStream
 from vlmrl.orchestrator.task_threads import TASK_THREADS
 from vlmrl.rendering.images import ImageError
 from vlmrl.tasks import border
@@ -259,12 +260,16 @@ def engine_of(runner: RolloutRunner) -> LockstepEngine:
     return runner.engine
 
 
+async def drawn(runner: RolloutRunner, indices: Sequence[int] = (0,), split: Any = "train") -> list[Drawn]:
+    return await ProblemStream(runner.task, split).again(indices)
+
+
 def play(runner: RolloutRunner, problems: Sequence[int] = (0,), group_size: int = 1, **how: Any) -> list[Group]:
     async def bounded() -> list[Group]:
         async with asyncio.timeout(30):  # a session that is closed late would hang
             return await runner.run_groups(
                 **{"split": "train", "step": 7, "temperature": 1.0, **how},
-                problem_indices=problems,
+                problems=await drawn(runner, problems, how.get("split", "train")),
                 group_size=group_size,
             )
 
@@ -716,8 +721,9 @@ def test_a_step_that_blocks_leaves_the_event_loop_free() -> None:
 
     async def main() -> list[Group]:
         runner = make_runner(ScriptedTask(step))
+        problems = await drawn(runner)
         rollouts = asyncio.create_task(
-            runner.run_groups(split="train", step=1, problem_indices=[0], group_size=1, temperature=1.0)
+            runner.run_groups(split="train", step=1, problems=problems, group_size=1, temperature=1.0)
         )
         while not stepping.is_set():
             await asyncio.sleep(0)
@@ -774,8 +780,9 @@ def test_cancellation_propagates_and_closes_every_session(where: str) -> None:
         runner = make_runner(ScriptedTask(step))
         if where == "engine":
             runner.engine = SilentEngine(lambda *_: "yes")
+        problems = await drawn(runner)
         rollouts = asyncio.create_task(
-            runner.run_groups(split="train", step=1, problem_indices=[0], group_size=3, temperature=1.0)
+            runner.run_groups(split="train", step=1, problems=problems, group_size=3, temperature=1.0)
         )
         while not reached.is_set():
             await asyncio.sleep(0)

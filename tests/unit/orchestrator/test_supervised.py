@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def made_by(
     task: Any, renderer: Renderer, config: SFTConfig = RANDOM, *, step: int = 0, seed: int = 0, seq_len: int = 4096
 ) -> Demonstrated:
     first = step * config.batch_size
-    return demonstrate(task, renderer, config, step=step, first=first, seed=seed, seq_len=seq_len)
+    return demonstrate(task, renderer, config, step=step, numbers=count(first), seed=seed, seq_len=seq_len)
 
 
 def samples_of(renderer: Renderer, config: SFTConfig, step: int = 0, seed: int = 0) -> list[TrainingSample]:

@@ -17,7 +17,7 @@ from support.checkpoints import FILES, MODEL, OPTIMIZER, Learner, refuse_warning
 from vlmrl.errors import CheckpointError, NonFiniteLossError
 from vlmrl.trainer.checkpoint import Checkpoints
 from vlmrl.trainer.checkpoint_files import stored_tensors
-from vlmrl.trainer.loop_state import LoopState
+from vlmrl.trainer.loop_state import Cursor, LoopState
 
 # ── what comes back ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -106,9 +106,9 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
 
 def test_the_same_step_again(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 1, 2)
-    save(checkpoints, 2, Learner(), LoopState(cursor=9))
+    save(checkpoints, 2, Learner(), LoopState(cursor=Cursor(9, ((2, 4),))))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000001", "step_000002"]
-    assert checkpoints.load_newest(Learner(), refuse_warning) == (2, LoopState(cursor=9))
+    assert checkpoints.load_newest(Learner(), refuse_warning) == (2, LoopState(cursor=Cursor(9, ((2, 4),))))
 
 
 # ── damage ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -244,14 +244,14 @@ def test_killed_at_any_moment(step: int, tmp_path: Path) -> None:
         learner = Learner()
         try:
             with KILLER.after(operations):
-                save(checkpoints, step, learner, LoopState(cursor=9))
+                save(checkpoints, step, learner, LoopState(cursor=Cursor(9, ((2, 4),))))
         except (Killed, CheckpointError):  # torch's writer wraps what it catches
             found = checkpoints.load_newest(Learner(), refuse_warning)
             assert found is not None
             assert found in [
                 (1, LoopState(((0.25, 1),))),
                 (2, LoopState(((0.25, 2),))),
-                (step, LoopState(cursor=9)),
+                (step, LoopState(cursor=Cursor(9, ((2, 4),)))),
             ]
             assert found[0] >= step - 1, "only the checkpoint that was being written is lost"
             save(checkpoints, 4, learner, LoopState())

@@ -33,6 +33,7 @@ from vlmrl.orchestrator.interruption import stopped_before
 from vlmrl.orchestrator.loop import ExitReason
 from vlmrl.orchestrator.rollout import RolloutRunner, sampling_seed
 from vlmrl.orchestrator.samples import make_samples
+from vlmrl.orchestrator.stream import Drawn, ProblemStream
 from vlmrl.rendering.renderer import Renderer
 from vlmrl.runs.build import Run, compute_dtypes
 from vlmrl.runs.doctor.evidence import Evidence, engine_logprobs, images_of, with_images
@@ -215,7 +216,7 @@ class Doctor:
         token_ids = self._reference.tokenizer.encode(ANSWER, add_special_tokens=False)
         engine = ScriptedEngine(np.array([*token_ids, renderer.stop_token_ids[0]], np.int64))
         groups = await self._runner(renderer, engine).run_groups(
-            split="train", step=0, problem_indices=range(PROBLEMS), group_size=1, temperature=0.0
+            split="train", step=0, problems=await self._problems(), group_size=1, temperature=0.0
         )
         return [rollout for group in groups for rollout in group.rollouts]
 
@@ -229,12 +230,16 @@ class Doctor:
                 groups += await runner.run_groups(
                     split="train",
                     step=version,
-                    problem_indices=range(PROBLEMS),
+                    problems=await self._problems(),
                     group_size=size,
                     temperature=temperature,
                 )
         self.groups[version] = groups
         return Evidence(groups, renderer.rendered, engine.requests, rows.distinct())
+
+    async def _problems(self) -> list[Drawn]:
+        """The task's first problems, each as it is and in noise."""
+        return await ProblemStream(NoiseTask(self._run.task), "train").draw(0, PROBLEMS)
 
     def _runner(self, renderer: Renderer, engine: InferenceEngine) -> RolloutRunner:
         config = self._run.config

@@ -1,0 +1,71 @@
+"""Find rows whose prompt cannot be played, when they are drawn: too long, or with an image that is missing or broken.
+
+The prompt is rendered once for this. The renderer keeps the result, so that the siblings of the group render it again
+at no cost. Without this check the whole group would be played and dropped.
+
+Left out on purpose: problems that know no row. They are made by code, whose faults are recorded per rollout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+
+from vlmrl.errors import UserFault
+from vlmrl.orchestrator.rollout import rendering_fence
+from vlmrl.orchestrator.task_threads import TaskThreads
+from vlmrl.rendering.renderer import Renderer
+from vlmrl.tasks.base import BadRow, FromRow, Problem, Task
+from vlmrl.tasks.border import TaskCodeError, open_env
+from vlmrl.types import Prompt, check_placeholders
+
+
+@dataclass(eq=False)
+class PromptCheck:
+    """Renders the first prompt of problems that come from rows."""
+
+    task: Task
+    renderer: Renderer
+    max_model_len: int
+    limit: str
+    """The setting that `max_model_len` comes from, e.g. `trainer.seq_len=1024`."""
+    has_rows: bool
+    """Whether every problem of the task comes from a row, because it has `num_rows`."""
+    threads: TaskThreads = field(default_factory=TaskThreads)
+
+    async def __call__(self, problem: Problem) -> None:
+        """Raise `BadRow` where the prompt cannot be rendered or leaves no room for an answer."""
+        if not self.has_rows and not isinstance(problem, FromRow):
+            return
+        try:
+            _, messages = await self.threads.run(partial(open_env, self.task, problem))
+        except TaskCodeError:
+            return  # the task's code failed, not the row: the rollouts record it
+        try:
+            with rendering_fence():
+                prompt = await self.renderer.first_turn(messages)
+                check_placeholders(len(prompt.token_ids), prompt.placeholders, prompt.images)
+        except UserFault as fault:
+            raise bad_row(problem, fault.text) from None
+        if len(prompt.token_ids) >= self.max_model_len:
+            raise bad_row(problem, too_long(prompt, "prompt", self.limit, "which leaves no room for an answer"))
+
+
+def bad_row(problem: Problem, reason: str) -> BadRow:
+    """The row of a problem cannot be used."""
+    if isinstance(problem, FromRow):
+        return BadRow(reason, source=problem.source, row=problem.row)
+    return BadRow(reason, source=problem.id)
+
+
+def too_long(prompt: Prompt, what: str, limit: str, consequence: str) -> str:
+    """The sentence about a prompt that is too long.
+
+    >>> import numpy as np
+    >>> too_long(Prompt(np.zeros(9, np.int64), (), ()), "prompt", "trainer.seq_len=8", "which leaves no room")
+    'its prompt has 9 tokens, which leaves no room in trainer.seq_len=8: raise it, or shorten the prompt'
+    """
+    images = sum(placeholder.length for placeholder in prompt.placeholders)
+    of_images = f" ({images} of them of images)" if images else ""
+    remedy = f"raise it, or shorten the {what}" + (" or show smaller images (model.vlm.max_pixels)" if images else "")
+    return f"its {what} has {len(prompt.token_ids)} tokens{of_images}, {consequence} in {limit}: {remedy}"
