@@ -59,6 +59,10 @@ class DatasetProblem:
     """Every column of the row as the file has it; `choices` holds the options as a list of texts."""
     demonstration: str | None
     """What the assistant says in a demonstration; None where the row does not tell."""
+    source: str
+    """The file."""
+    row: int
+    """The row in it, counted from 0."""
 
 
 class DatasetEnv:
@@ -136,6 +140,8 @@ class DatasetTask(Task):
             answer=draft.answer,
             columns=cells | ({"choices": list(draft.options)} if draft.options else {}),
             demonstration=draft.demonstration,
+            source=source,
+            row=number,
         )
 
     def env(self, problem: DatasetProblem) -> DatasetEnv:
