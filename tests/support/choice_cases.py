@@ -190,6 +190,7 @@ LETTER_WITH_TEXT = _cases(
         "B – blue",
         "B, blue",
         "B blue",
+        "A blue",  # the article
         "B. Blue, because the sky is clear.",
         "B. It is the color of the sky.",
         "**B. blue**",
@@ -211,7 +212,6 @@ LETTER_WITH_TEXT = _cases(
         "The answer is B. red",
         "Answer: A (blue)",
         "A. blue",
-        "A blue",
         "red (B)",
         r"\boxed{B. red}",
     ],
