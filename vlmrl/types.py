@@ -78,6 +78,9 @@ class ImageItem:
     `pixel_values` float32 [patches, patch_dim] and `image_grid_thw` int64 [1, 3] for Qwen-VL."""
     num_tokens: int
     """Number of placeholder tokens of the image; grid.prod() / merge² for Qwen-VL."""
+    processed_size: tuple[int, int] | None = None
+    """(width, height) in pixels of what the vision tower sees, after the processor resized the image. None where the
+    model family does not tell."""
 
     def __repr__(self) -> str:
         return f"ImageItem({self.hash!r}, {self.num_tokens} tokens)"

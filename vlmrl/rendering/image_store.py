@@ -14,7 +14,7 @@ import asyncio
 import hashlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -50,8 +50,14 @@ class ImageStore:
     and again only if the image was evicted in between.
     """
 
-    def __init__(self, process: Callable[[Pixels], tuple[dict[str, np.ndarray], int]]) -> None:
+    def __init__(
+        self,
+        process: Callable[[Pixels], tuple[dict[str, np.ndarray], int]],
+        processed_size: Callable[[Mapping[str, np.ndarray]], tuple[int, int] | None] = lambda mm_kwargs: None,
+    ) -> None:
+        """`processed_size` returns (width, height) of what `process` made of an image, where it can be told."""
         self._process = process
+        self._processed_size = processed_size
         self._lock = threading.Lock()
         self._items: WeakValueDictionary[str, ImageItem] = WeakValueDictionary()
         self._hash_of_part: WeakKeyDictionary[Image, str] = WeakKeyDictionary()
@@ -124,6 +130,7 @@ class ImageStore:
             return pending.result()  # another thread is processing this image
         try:
             mm_kwargs, num_tokens = self._process(pixels)
+            processed_size = self._processed_size(mm_kwargs)
         except BaseException as error:
             with self._lock:
                 del self._pending[digest]
@@ -132,7 +139,7 @@ class ImageStore:
         pixels.setflags(write=False)
         for array in mm_kwargs.values():
             array.setflags(write=False)
-        item = ImageItem(digest, pixels, mm_kwargs, num_tokens)
+        item = ImageItem(digest, pixels, mm_kwargs, num_tokens, processed_size)
         with self._lock:
             self._items[digest] = item
             self._touch(item)

@@ -16,14 +16,30 @@ from vlmrl.rendering.messages import hash_of_stand_in
 PlaceholderTokens: TypeAlias = Callable[[Mapping[str, np.ndarray], Any], int]
 """(mm_kwargs of one image, image processor) → placeholder tokens of the image. The model family defines it."""
 
+ProcessedSize: TypeAlias = Callable[[Mapping[str, np.ndarray], Any], tuple[int, int] | None]
+"""(mm_kwargs of one image, image processor) → (width, height) after processing; None where they do not tell. The model
+family defines it."""
+
+
+def untold_size(mm_kwargs: Mapping[str, np.ndarray], image_processor: Any) -> tuple[int, int] | None:
+    """The `ProcessedSize` of a family that does not tell."""
+    return None
+
 
 class ProcessImage:
     """Runs the model's image processor on one image: pixels → (mm_kwargs, placeholder tokens)."""
 
-    def __init__(self, image_processor: Any, placeholder_tokens: PlaceholderTokens) -> None:
+    def __init__(
+        self, image_processor: Any, placeholder_tokens: PlaceholderTokens, processed_size: ProcessedSize = untold_size
+    ) -> None:
         """`image_processor` is None for a text-only model, which refuses images."""
         self._image_processor = image_processor
         self._placeholder_tokens = placeholder_tokens
+        self._processed_size = processed_size
+
+    def processed_size(self, mm_kwargs: Mapping[str, np.ndarray]) -> tuple[int, int] | None:
+        """(width, height) of an image after processing, from what the processor made of it."""
+        return self._processed_size(mm_kwargs, self._image_processor)
 
     def __call__(self, pixels: Pixels) -> tuple[dict[str, np.ndarray], int]:
         if self._image_processor is None:

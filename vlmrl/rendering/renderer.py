@@ -36,7 +36,7 @@ from vlmrl.rendering.grammar import Grammar, Rendered
 from vlmrl.rendering.image_store import ImageStore
 from vlmrl.rendering.images import ImageError
 from vlmrl.rendering.messages import content_key, images_of
-from vlmrl.rendering.processors import PlaceholderTokens, ProcessImage
+from vlmrl.rendering.processors import PlaceholderTokens, ProcessedSize, ProcessImage, untold_size
 from vlmrl.types import (
     BoolArray,
     ContractError,
@@ -129,15 +129,24 @@ def make_renderer(
     image_processor: Any,
     vocab_size: int,
     placeholder_tokens: PlaceholderTokens,
+    processed_size: ProcessedSize = untold_size,
 ) -> Renderer:
     """The renderer of a model.
 
     `vocab_size` is the size of the model's embedding, which may exceed the tokenizer's. `image_processor` is None for a
-    text-only model. `placeholder_tokens` is the family's (`family_of(model.vlm).placeholder_tokens`). `preflight` has
-    refused names that the package does not have.
+    text-only model. `placeholder_tokens` and `processed_size` are the family's (`family_of(model.vlm)`); without the
+    second, the sizes of processed images are not known. `preflight` has refused names that the package does not have.
     """
     name = renderer_name(config, model)
-    return FamilyRenderer(name, tokenizer, image_processor, vocab_size, placeholder_tokens, config.parse_control_tokens)
+    return FamilyRenderer(
+        name,
+        tokenizer,
+        image_processor,
+        vocab_size,
+        placeholder_tokens,
+        config.parse_control_tokens,
+        processed_size,
+    )
 
 
 class FamilyRenderer:
@@ -151,8 +160,10 @@ class FamilyRenderer:
         vocab_size: int,
         placeholder_tokens: PlaceholderTokens,
         parse_control_tokens: bool = False,
+        processed_size: ProcessedSize = untold_size,
     ) -> None:
-        self._images = ImageStore(ProcessImage(image_processor, placeholder_tokens))
+        process = ProcessImage(image_processor, placeholder_tokens, processed_size)
+        self._images = ImageStore(process, process.processed_size)
         self._grammar = Grammar(name, tokenizer, image_processor, self._images, parse_control_tokens)
         self._tokenizer = self._grammar.tokenizer
         self._renders: ByteLRU[Hashable, Rendered] = ByteLRU(MEMO_BYTES)

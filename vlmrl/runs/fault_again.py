@@ -94,13 +94,15 @@ def _renderer(config: RunConfig, task: Task) -> Renderer | None:
     except (VlmrlError, OSError) as error:
         print(f"(messages are not rendered: {error})")
         return None
+    family = family_of(config.model.vlm)
     return make_renderer(
         config.orchestrator.renderer,
         config.model,
         tokenizer,
         processor,
         len(tokenizer),
-        family_of(config.model.vlm).placeholder_tokens,
+        family.placeholder_tokens,
+        family.processed_size,
     )
 
 

@@ -113,6 +113,15 @@ class Family:
         `merge_size`² become a token."""
         return int(mm_kwargs["image_grid_thw"].prod()) // int(image_processor.merge_size) ** 2
 
+    def processed_size(self, mm_kwargs: Mapping[str, np.ndarray], image_processor: Any) -> tuple[int, int] | None:
+        """(width, height) in pixels of one image after the processor resized it: `image_grid_thw` counts patches of
+        `patch_size`² pixels. None where the processor does not tell."""
+        grid, patch_size = mm_kwargs.get("image_grid_thw"), getattr(image_processor, "patch_size", None)
+        if grid is None or not isinstance(patch_size, int):
+            return None
+        _, rows, columns = (int(count) for count in grid[0])
+        return columns * patch_size, rows * patch_size
+
     def image_bounds(self, model: ModelConfig) -> ImageBounds | None:
         """Bounds of an image, as far as the configuration tells; None where they are not known."""
         if self.recipe is None:
