@@ -84,7 +84,7 @@ class ChoiceTerm(RewardTerm):
     kind: str = setting("choice", on_resume=Resume.refused)
     """Compare options."""
     options: str | None = setting(None, on_resume=Resume.noted)
-    """Column that holds the texts of the options. None: `options` or `choices` where a row has one, else the lines of
+    """Column that holds the texts of the options. None: `choices` or `options` where a row has one, else the lines of
     the prompt that begin with a letter, like `A. red` and `(B) blue`."""
     first_index: int = setting(0, on_resume=Resume.noted, low=0, high=1, outside="options are counted from 0 or from 1")
     """The positions of options start at this number, where the reference is a number."""

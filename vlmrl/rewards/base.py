@@ -14,9 +14,9 @@ A term that judges one attempt at a time is a function `(attempt) -> float | Non
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
 
 from vlmrl.errors import UserFault, fenced
 from vlmrl.types import Message, StopReason
@@ -55,6 +55,8 @@ class Attempt:
     """The other columns of the row; empty where the problem has none."""
     images: tuple[SeenImage, ...]
     """The images of the prompt, in order."""
+    completion_ids: tuple[int, ...] = ()
+    """The token ids of the last answer, special tokens included."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,16 @@ class BadValueError(RewardError):
 
 Score: TypeAlias = float | Scored | UserFault | None
 """What a term says of one attempt. A `UserFault` costs that rollout alone, while one that is raised costs the group."""
+
+
+T = TypeVar("T")
+
+
+class RunBlocking(Protocol):
+    """Runs a call that may block in a thread, so that the event loop goes on with other rollouts. Code that hangs there
+    must not keep an interrupted run from ending (`vlmrl.orchestrator.task_threads`)."""
+
+    def __call__(self, call: Callable[[], T]) -> Awaitable[T]: ...
 
 
 class Reward(Protocol):

@@ -21,8 +21,8 @@ from vlmrl.errors import safe_repr
 from vlmrl.rewards.base import Attempt, RewardError
 from vlmrl.types import Message, Text
 
-OPTION_COLUMNS = ("options", "choices")
-"""Columns that hold the options in public data sets."""
+OPTION_COLUMNS = ("choices", "options")
+"""Columns that hold the options. task=dataset fills `choices` from whatever layout a data set has."""
 
 SEVERAL = -1
 """The number of no option: the text names an option and contradicts itself."""

@@ -28,8 +28,10 @@ SEARCH_TIMEOUT_S = 1.0
 Python's own `re`, which also keeps every other thread waiting."""
 
 
-def extractor(own: ExtractConfig, shared: ExtractConfig | None = None, *, key: str) -> Extractor:
-    """The function that `own` asks for, or `shared` where `own` leaves it open; `key` names `own` in an error.
+def extractor(
+    own: ExtractConfig, shared: ExtractConfig | None = None, *, key: str, shared_key: str = "reward.extract"
+) -> Extractor:
+    """The function that `own` chooses, or `shared` where `own` leaves it open. The keys name them in an error.
 
     Raises `ConfigError` where a pattern is missing or not a regular expression.
     """
@@ -42,7 +44,7 @@ def extractor(own: ExtractConfig, shared: ExtractConfig | None = None, *, key: s
         case Extraction.last_line:
             return last_line
         case Extraction.regex:
-            return _by_pattern(config, key if config is own else "reward.extract")
+            return _by_pattern(config, key if config is own else shared_key)
     return str.strip
 
 

@@ -22,11 +22,10 @@ _THOUGHT = re.compile(r"<think>(?P<thought>.*?)</think>(?P<rest>.*)", re.DOTALL)
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
-def format_of(term: FormatTerm, name: str) -> Callable[[Attempt], float | None]:
-    """The function of the `FormatTerm` called `name`. Raises `ConfigError` where its pattern is no regular expression;
+def format_of(term: FormatTerm, key: str) -> Callable[[Attempt], float | None]:
+    """The function of the `FormatTerm` at `key`. Raises `ConfigError` where its pattern is no regular expression;
     the function raises `RewardError` where the search for the pattern takes too long."""
-    key = f"reward.terms.{name}.pattern"
-    pattern = None if term.pattern is None else compiled(term.pattern, key)
+    pattern = None if term.pattern is None else compiled(term.pattern, f"{key}.pattern")
     presets = term.presets or ([FormatPreset.think_answer] if pattern is None else [])
 
     def score(attempt: Attempt) -> float | None:
@@ -38,7 +37,7 @@ def format_of(term: FormatTerm, name: str) -> Callable[[Attempt], float | None]:
         try:
             return float(pattern.search(completion, timeout=SEARCH_TIMEOUT_S) is not None)
         except TimeoutError:
-            raise timed_out(key, completion) from None
+            raise timed_out(f"{key}.pattern", completion) from None
 
     return score
 

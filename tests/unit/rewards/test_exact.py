@@ -13,7 +13,7 @@ from vlmrl.rewards.base import Attempt, RewardError
 from vlmrl.rewards.exact import exact
 
 
-def value(answer: str | None, reference: Any, **settings: bool) -> float | None:
+def value(answer: str | None, reference: Any, **settings: Any) -> float | None:
     attempt = Attempt("train/000001/00/00", "row 0", (), answer or "", answer, reference, {}, ())
     return exact(ExactTerm(**settings))(attempt)
 

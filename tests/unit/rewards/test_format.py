@@ -15,7 +15,7 @@ from vlmrl.rewards.format import format_of
 
 def value(completion: str, **settings: Any) -> float | None:
     attempt = Attempt("train/000001/00/00", "row 0", (), completion, None, None, {}, ())
-    return format_of(FormatTerm(**settings), "format")(attempt)
+    return format_of(FormatTerm(**settings), "reward.terms.format")(attempt)
 
 
 FORMS: list[tuple[str, set[str]]] = [
