@@ -2,9 +2,10 @@
 
     group ─▶ assign_advantages: turn.advantage ─▶ filters.py: rollout.filtered ─▶ mark_dropped: rollout.dropped
 
-Letters: G siblings. A rollout counts as a sibling if it is not a fault and has at least one turn. A rollout that is
-dropped for what it sampled (a stray image token, staleness) was played and rewarded, so it still counts. A rollout
-whose last answer was cut is paid 0 or what the task says, or does not count (`algorithm.truncated`).
+Letters: G siblings. A rollout counts as a sibling if it is not a fault, has at least one turn, and has a reward (it is
+not dropped as `no_reward`). A rollout that is dropped for what it sampled (a stray image token, staleness) was played
+and rewarded, so it still counts. A rollout whose last answer was cut is paid 0 or what the task says, or does not count
+(`algorithm.truncated`).
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ def assign_advantages(group: Group, config: AlgorithmConfig) -> None:
             turn.advantage = 0.0
         if rollout.is_cut and config.truncated is Truncated.zero:
             rollout.turns[-1].reward = rollout.reward = 0.0
-    siblings = [r for r in group.rollouts if not r.stop_reason.is_fault and r.turns and not _is_masked(r, config)]
+    siblings = [rollout for rollout in group.rollouts if _counts(rollout, config)]
     estimator = estimator_named(config.advantage)
     if config.credit is Credit.episode:
         advantages = estimator(np.array([rollout.reward for rollout in siblings], np.float32))
@@ -147,6 +148,8 @@ def mark_dropped(
 ) -> None:
     """Set `rollout.dropped` of every rollout, in place: the first reason of `DropReason` that applies, or None.
 
+    Rollouts without a reward were marked before, by scoring.py.
+
     Call after `find_filtered`, and only when the trainer takes the batch: `version` is the trainer's policy version,
     and time that a rollout waits in a queue adds to its staleness. `image_token_ids` are the ids of image tokens.
     """
@@ -156,6 +159,8 @@ def mark_dropped(
             rollout.dropped = DropReason.FAULT
         elif not rollout.turns:
             rollout.dropped = DropReason.EMPTY
+        elif rollout.dropped is DropReason.NO_REWARD:
+            continue
         elif _sampled_any(rollout, image_token_ids):
             rollout.dropped = DropReason.STRAY_IMAGE_TOKEN
         elif version - _oldest_version(rollout) > max_staleness:
@@ -172,6 +177,16 @@ def _centered(rewards: FloatArray) -> NDArray[np.float64]:
         return np.zeros(len(rewards))
     exact = rewards.astype(np.float64)
     return exact - float(exact.mean())
+
+
+def _counts(rollout: Rollout, config: AlgorithmConfig) -> bool:
+    """Whether a rollout is compared with its siblings."""
+    return (
+        bool(rollout.turns)
+        and not rollout.stop_reason.is_fault
+        and rollout.dropped is not DropReason.NO_REWARD
+        and not _is_masked(rollout, config)
+    )
 
 
 def _is_masked(rollout: Rollout, config: AlgorithmConfig) -> bool:

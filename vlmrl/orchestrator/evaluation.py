@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vlmrl.config.orchestrator import EvalConfig
-from vlmrl.orchestrator.metrics import mean_task_metrics, replay_metrics
+from vlmrl.orchestrator.metrics import mean_rewards, mean_task_metrics, replay_metrics
 from vlmrl.orchestrator.rollout import RolloutRunner
 from vlmrl.orchestrator.stream import FixedProblems
-from vlmrl.types import Rollout
+from vlmrl.types import DropReason, Rollout
 
 
 @dataclass(eq=False)
@@ -62,7 +62,8 @@ class Evaluator:
         self.is_unfinished = False
         metrics = {"eval/reward": sampled, "eval/reward_greedy": greedy}
         for kind, suffix in (("sampled", ""), ("greedy", "_greedy")):
-            metrics |= {f"eval/{key}{suffix}": value for key, value in mean_task_metrics(rollouts[kind]).items()}
+            means = mean_rewards(rollouts[kind]) | mean_task_metrics(rollouts[kind])
+            metrics |= {f"eval/{key}{suffix}": value for key, value in means.items()}
         metrics |= {
             f"eval/{key}": value for key, value in replay_metrics(rollouts["sampled"] + rollouts["greedy"]).items()
         }
@@ -70,5 +71,7 @@ class Evaluator:
 
 
 def mean_reward(rollouts: Sequence[Rollout]) -> float:
-    """Mean reward. A fault counts as 0.0, because the problem was not solved."""
-    return float(np.mean([rollout.reward for rollout in rollouts]))
+    """Mean reward. A fault counts as 0.0, because the problem was not solved; a rollout that no reward term scored does
+    not count. 0.0 where none counts."""
+    rewards = [rollout.reward for rollout in rollouts if rollout.dropped is not DropReason.NO_REWARD]
+    return float(np.mean(rewards)) if rewards else 0.0

@@ -21,7 +21,7 @@ import numpy as np
 
 from vlmrl.config.algorithm import FilterConfig, FilterMode
 from vlmrl.orchestrator.filters import filters_in
-from vlmrl.types import Group, Rollout
+from vlmrl.types import DropReason, Group, Rollout
 
 
 def rollout_metrics(groups: Sequence[Group], filters: FilterConfig) -> dict[str, float]:
@@ -30,11 +30,11 @@ def rollout_metrics(groups: Sequence[Group], filters: FilterConfig) -> dict[str,
     `rollouts/filtered/<filter>` counts the rollouts that a filter matched; the key is present for each enabled filter,
     0.0 where it matched none.
 
-    Rollouts that failed count in `rollouts/total` and by reason, but not in the reward and task metrics: a broken
-    image is not a wrong answer.
+    Rollouts that failed, or that no reward term scored, count in `rollouts/total` and by reason, but not in the reward
+    and task metrics: a broken image is not a wrong answer.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    sound = [rollout for rollout in rollouts if not rollout.stop_reason.is_fault]
+    sound = [rollout for rollout in rollouts if has_reward(rollout)]
     rewards = np.array([rollout.reward for rollout in sound])
     equal = [group for group in groups if len({rollout.reward for rollout in group.rollouts}) <= 1]
     turns = [turn for rollout in rollouts for turn in rollout.turns]
@@ -56,7 +56,12 @@ def rollout_metrics(groups: Sequence[Group], filters: FilterConfig) -> dict[str,
     filtered = Counter(reason for rollout in rollouts for reason in rollout.filtered)
     enabled = filters_in(filters, FilterMode.track, FilterMode.drop)
     metrics |= {f"rollouts/filtered/{reason}": float(filtered[reason]) for reason in enabled}
-    return metrics | replay_metrics(rollouts) | mean_task_metrics(sound)
+    return metrics | replay_metrics(rollouts) | mean_rewards(sound) | mean_task_metrics(sound)
+
+
+def has_reward(rollout: Rollout) -> bool:
+    """Whether a rollout's reward says how good it was: it is no fault, and the task or a reward term scored it."""
+    return not rollout.stop_reason.is_fault and rollout.dropped is not DropReason.NO_REWARD
 
 
 def replay_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
@@ -74,6 +79,17 @@ def bridge_break_rate(rollouts: Sequence[Rollout]) -> float:
     later_turns = sum(max(0, len(rollout.turns) - 1) for rollout in rollouts)
     forks = sum(max(0, rollout.num_branches - 1) for rollout in rollouts)
     return forks / max(1, later_turns)
+
+
+def mean_rewards(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """`reward/<term>`: the mean value of each reward term, before its weight, over the rollouts in which it does not
+    abstain."""
+    values: dict[str, list[float]] = {}
+    for rollout in rollouts:
+        for name, value in rollout.rewards.items():
+            if value is not None:
+                values.setdefault(name, []).append(value)
+    return {f"reward/{name}": float(np.mean(values[name])) for name in sorted(values)}
 
 
 def mean_task_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:

@@ -5,9 +5,10 @@
                 └── next_turn ◀── reply's messages ◀───┘
 
 An error in one rollout becomes its `stop_reason`, `error` and `traceback`; the other rollouts go on. The user's code
-and data are handled behind two fences: the task's code in `vlmrl.tasks.border`, the task's messages in
-`rendering_fence`. Whatever else is raised is a bug of ours and ends the run. All rollouts of a call run in one event
-loop; only the task's code runs in threads (`TaskThreads`).
+and data are handled behind three fences: the task's code in `vlmrl.tasks.border`, the task's messages in
+`rendering_fence`, and reward functions in scoring.py, which scores each group once its siblings have been played.
+Whatever else is raised is a bug of ours and ends the run. All rollouts of a call run in one event loop; only the user's
+code runs in threads (`TaskThreads`).
 
 A rollout that a server of the run took with it is played again, with the same seeds (`EngineLostError`). Left out on
 purpose: retries of faults (they are counted in the metrics, not hidden) and a time limit for the task's code.
@@ -25,11 +26,13 @@ from functools import partial
 
 from vlmrl.config.algorithm import Truncated
 from vlmrl.errors import EngineError, EngineLostError, UserFault, fenced, safe_text
+from vlmrl.orchestrator.scoring import Scorer
 from vlmrl.orchestrator.stream import Drawn
 from vlmrl.orchestrator.task_threads import TaskThreads
 from vlmrl.rendering.renderer import ImageError, Renderer
+from vlmrl.rewards.base import RewardError
 from vlmrl.tasks.base import Problem, Split, Task
-from vlmrl.tasks.border import TaskCodeError, open_env, step_env
+from vlmrl.tasks.border import TaskCodeError, get_reference, open_env, step_env
 from vlmrl.types import (
     ContractError,
     EngineSession,
@@ -65,6 +68,8 @@ class RolloutRunner:
     """Most tokens of prompt plus completion."""
     truncated: Truncated = Truncated.zero
     """What a cut answer is paid."""
+    scorer: Scorer = field(default_factory=Scorer)
+    """The reward terms; by default none, so that a rollout keeps the task's own reward."""
     _threads: TaskThreads = field(init=False, default_factory=TaskThreads)
 
     async def run_groups(
@@ -89,6 +94,7 @@ class RolloutRunner:
         groups = [
             Group(
                 problem_id=drawn.problem_id,
+                problem=drawn.problem,
                 rollouts=[
                     Rollout.unplayed(f"{label}/{step:06d}/{number:02d}/{index:02d}", split, drawn.index, index)
                     for index in range(group_size)
@@ -105,9 +111,11 @@ class RolloutRunner:
             try:
                 async with asyncio.TaskGroup() as playing:
                     for group, drawn in zip(groups, problems, strict=True):
-                        for rollout in group.rollouts:
-                            session, closing = sessions[rollout.rollout_id]
-                            playing.create_task(self._run(rollout, drawn, session, closing, temperature))
+                        siblings = [
+                            playing.create_task(self._run(rollout, drawn, *sessions[rollout.rollout_id], temperature))
+                            for rollout in group.rollouts
+                        ]
+                        playing.create_task(self._score(group, siblings))
             except ExceptionGroup as errors:
                 raise errors.exceptions[0] from None  # the engine failed: every rollout of the batch has this error
         return groups
@@ -128,10 +136,18 @@ class RolloutRunner:
                 if drawn.problem is None:
                     raise drawn.fault or AssertionError("a problem that was not drawn")
                 rollout.problem_id = drawn.problem_id
+                if (reference := get_reference(drawn.problem)) is not None:
+                    rollout.reference = reference[0]
                 rollout.stop_reason = await self._play_until_served(rollout, drawn.problem, session, temperature)
             except (UserFault, EngineError, ContractError) as error:
                 _record_fault(rollout, error)
         rollout.seconds = time.perf_counter() - started
+
+    async def _score(self, group: Group, siblings: Sequence[asyncio.Task[None]]) -> None:
+        """Score a group once its siblings have been played, while others are still playing."""
+        await asyncio.wait(siblings)
+        if not any(each.cancelled() or each.exception() for each in siblings):  # the engine failed: the run ends
+            await self.scorer.score(group)
 
     async def _play_until_served(
         self, rollout: Rollout, problem: Problem, session: EngineSession, temperature: float
@@ -227,7 +243,7 @@ def _record_fault(rollout: Rollout, error: UserFault | EngineError | ContractErr
 
 def stop_reason_of(error: UserFault | EngineError | ContractError) -> StopReason:
     """The reason under which a fault is recorded."""
-    if isinstance(error, TaskCodeError):
+    if isinstance(error, TaskCodeError | RewardError):
         return error.stop_reason
     if isinstance(error, ImageError):
         return StopReason.IMAGE_ERROR

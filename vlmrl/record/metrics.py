@@ -53,10 +53,15 @@ def _sometimes(unit: str, meaning: str) -> StepKey:
 STEP_KEYS: dict[str, StepKey] = {
     "step": StepKey("steps", "Optimizer step of the line. 0 is the evaluation before the first step."),
     "policy_version": StepKey("steps", "Optimizer steps that the published weights contain."),
-    "reward/mean": StepKey("reward", "Mean reward of the step's rollouts; faults do not count."),
+    "reward/mean": StepKey("reward", "Mean reward of the step's rollouts; faults and no_reward do not count."),
     "reward/std": StepKey("reward", "Population standard deviation of these rewards."),
     "eval/reward": _sometimes("reward", "Mean held-out reward, sampled; faults count as 0. Steps with an evaluation."),
     "eval/reward_greedy": _sometimes("reward", "Mean held-out reward, greedy decoding. Steps with an evaluation."),
+    "reward/<term>": _sometimes(
+        "the term's", "Mean value of a reward term, before its weight, over the rollouts in which it does not abstain."
+    ),
+    "eval/reward/<term>": _sometimes("the term's", "The same of the held-out rollouts, sampled."),
+    "eval/reward/<term>_greedy": _sometimes("the term's", "The same of the held-out rollouts, greedy decoding."),
     "task/<key>": _sometimes("the task's", "Mean of a metric that the task reports, over the rollouts that report it."),
     "eval/task/<key>": _sometimes("the task's", "The same of the held-out rollouts, sampled."),
     "eval/task/<key>_greedy": _sometimes("the task's", "The same of the held-out rollouts, greedy decoding."),

@@ -35,7 +35,9 @@ from vlmrl.models.policy import Policy
 from vlmrl.monitor.monitor import Monitor
 from vlmrl.orchestrator.evaluation import Evaluator
 from vlmrl.orchestrator.rollout import RolloutRunner
+from vlmrl.orchestrator.scoring import Scorer
 from vlmrl.orchestrator.stream import FixedProblems
+from vlmrl.orchestrator.task_threads import TaskThreads
 from vlmrl.ranks.commands import Command
 from vlmrl.ranks.rank_group import RankGroup
 from vlmrl.record.logs import MainLog
@@ -237,6 +239,7 @@ def build_run(config: RunConfig, run_dir: RunDir, monitor: Monitor, rank_group: 
         max_new_tokens=config.orchestrator.max_new_tokens,
         max_model_len=max_model_len(config),
         truncated=config.algorithm.truncated,
+        scorer=Scorer.of(config.reward, config.task, TaskThreads().run),
     )
     problems = ProblemSource.of(config, config.task, task, renderer, monitor)
     held_out = FixedProblems(problems.stream("eval", "eval", once=True))
@@ -263,13 +266,15 @@ def make_run_renderer(config: RunConfig, folder: Path, model: Any, monitor: Moni
     assert config.orchestrator.renderer is not None, "preflight refuses a config without a renderer"
     tokenizer = load_tokenizer(folder)
     monitor.spell_with(tokenizer)
+    family = family_of(config.model.vlm)
     return make_renderer(
         config.orchestrator.renderer,
         config.model,
         tokenizer,
         load_image_processor(folder) if config.model.vlm is not None else None,
         model.get_input_embeddings().num_embeddings,
-        family_of(config.model.vlm).placeholder_tokens,
+        family.placeholder_tokens,
+        family.processed_size,
     )
 
 

@@ -16,12 +16,13 @@ from __future__ import annotations
 import itertools
 import math
 import numbers
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 
 from vlmrl.errors import UserFault, fenced, safe_repr, safe_text
-from vlmrl.tasks.base import BadRow, Env, NoProblem, NotInSplit, Problem, Reply, Split, Task
+from vlmrl.tasks.base import BadRow, Env, NoProblem, NotInSplit, Problem, Reference, Reply, Split, Task
 from vlmrl.types import Image, Message, StopReason, Text
 
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
@@ -73,6 +74,16 @@ def get_num_rows(task: Task, split: Split) -> int | None:
     with fenced(where, TaskCodeError):
         defined: Any = getattr(task, "num_rows", None)
         return None if defined is None else checked_num_rows(where, defined(split))
+
+
+def get_reference(problem: Any) -> tuple[Any, Mapping[str, Any]] | None:
+    """The answer and the columns of a problem; None where it is no `Reference`."""
+    with fenced("the problem's answer and columns", TaskCodeError):
+        if not isinstance(problem, Reference):
+            return None
+        answer, columns = problem.answer, problem.columns
+    _check(isinstance(columns, Mapping), f"the problem's columns are {_kind(columns)}, not a dict")
+    return answer, columns
 
 
 def open_env(task: Task, problem: Problem) -> tuple[Env, tuple[Message, ...]]:

@@ -28,9 +28,12 @@ from vlmrl.errors import EngineError, EngineLostError, UserFault
 from vlmrl.orchestrator import rollout as rollout_module
 from vlmrl.orchestrator.metrics import bridge_break_rate
 from vlmrl.orchestrator.rollout import MAX_REPLAYS, RolloutRunner, sampling_seed
+from vlmrl.orchestrator.scoring import Scheme, Scorer
 from vlmrl.orchestrator.stream import Drawn, ProblemStream
 from vlmrl.orchestrator.task_threads import TASK_THREADS
 from vlmrl.rendering.images import ImageError
+from vlmrl.rewards.base import Attempt, Score
+from vlmrl.rewards.loading import Term
 from vlmrl.tasks import border
 from vlmrl.tasks.base import Reply
 from vlmrl.types import (
@@ -243,8 +246,10 @@ def make_runner(
     max_turns: int = 5,
     max_new_tokens: int = 8,
     max_model_len: int = 10_000,
+    scorer: Scorer | None = None,
 ) -> RolloutRunner:
     return RolloutRunner(
+        scorer=scorer or Scorer(),
         task=task,
         renderer=renderer or CharRenderer(),
         engine=LockstepEngine(policy, max_model_len),
@@ -793,3 +798,83 @@ def test_cancellation_propagates_and_closes_every_session(where: str) -> None:
         return runner
 
     assert engine_of(asyncio.run(main())).open == []
+
+
+# ── reward terms ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class AnsweredRow:
+    id: str
+    answer: str
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+class Equal:
+    """A reward term that notes the group of each call."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[str]] = []
+
+    async def score(self, attempts: Sequence[Attempt]) -> Sequence[Score]:
+        self.calls.append([attempt.rollout_id for attempt in attempts])
+        return [float(attempt.completion == attempt.reference) for attempt in attempts]
+
+
+def scored_runner(task: Any = None, **how: Any) -> tuple[RolloutRunner, Equal]:
+    equal = Equal()
+    task = task or ScriptedTask(
+        lambda turn, said: Reply(done=True), row=lambda index: AnsweredRow(f"row {index}", str(index))
+    )
+    return make_runner(task, scorer=Scorer(Scheme((Term("equal", 1.0, str.strip, equal),))), **how), equal
+
+
+def test_reward_terms_score_each_group_as_a_whole() -> None:
+    runner, equal = scored_runner(policy=lambda rollout_id, prompt: rollout_id[-1])
+    groups = play(runner, problems=(0, 1), group_size=2)
+    assert [[rollout.reward for rollout in group.rollouts] for group in groups] == [[1.0, 0.0], [0.0, 1.0]]
+    assert sorted(equal.calls) == [[f"train/000007/{number:02d}/{index:02d}" for index in (0, 1)] for number in (0, 1)]
+    assert [group.problem.answer for group in groups] == ["0", "1"]
+    assert [rollout.reference for group in groups for rollout in group.rollouts] == ["0", "0", "1", "1"]
+    assert groups[0].rollouts[0].rewards == {"equal": 1.0}
+
+
+def test_a_group_is_scored_while_others_are_playing() -> None:
+    """A judge that takes seconds must not wait for the slowest rollout of the step."""
+    second_may_end = threading.Event()
+
+    def step(turn: int, said: str) -> Reply:
+        if said == "slow":
+            assert second_may_end.wait(10), "the other group was not scored meanwhile"
+        return Reply(done=True)
+
+    class Opens(Equal):
+        async def score(self, attempts: Sequence[Attempt]) -> Sequence[Score]:
+            second_may_end.set()
+            return await super().score(attempts)
+
+    runner, _ = scored_runner(ScriptedTask(step, row=lambda index: AnsweredRow(f"row {index}", "slow")))
+    runner.scorer = Scorer(Scheme((Term("equal", 1.0, str.strip, Opens()),)))
+    engine_of(runner).policy = lambda rollout_id, prompt: "slow" if "/01/" in rollout_id else "fast"
+    groups = play(runner, problems=(0, 1))
+    assert [group.rollouts[0].reward for group in groups] == [0.0, 1.0]
+    assert all(group.rollouts[0].error is None for group in groups)
+
+
+def test_a_group_whose_problem_fails_is_not_scored() -> None:
+    def row(index: int) -> AnsweredRow:
+        raise KeyError(index)
+
+    runner, equal = scored_runner(ScriptedTask(lambda turn, said: Reply(done=True), row=row))
+    ((rollout,),) = [group.rollouts for group in play(runner)]
+    assert (rollout.stop_reason, equal.calls) == (StopReason.TASK_ERROR, [])
+
+
+def test_an_engine_that_fails_ends_the_run_before_scoring() -> None:
+    def policy(rollout_id: str, prompt: str) -> str:
+        raise AssertionError("a bug of the engine")
+
+    runner, equal = scored_runner(policy=policy)
+    with pytest.raises(AssertionError, match="a bug of the engine"):
+        play(runner, group_size=2)
+    assert equal.calls == []
