@@ -76,7 +76,7 @@ def read(row: Mapping[str, Any], path: str, convert: Callable[[Any], T]) -> T:
 
     >>> read({"n": [1]}, "n", as_text)
     Traceback (most recent call last):
-    vlmrl.tasks.dataset.columns.Unusable: the column n holds [1], a list and not a text
+    vlmrl.tasks.dataset.columns.Unusable: the column n holds [1], a list and not a text: name a column of texts
     """
     try:
         return convert(value_at(row, path))
@@ -137,7 +137,7 @@ def as_text(value: Any) -> str:
         return value
     if isinstance(value, bool | int | float):
         return number_text(value)
-    raise ValueError(f"holds {short(value)}, a {type(value).__name__} and not a text")
+    raise ValueError(f"holds {short(value)}, a {type(value).__name__} and not a text: name a column of texts")
 
 
 def number_text(value: float) -> str:
@@ -319,7 +319,10 @@ def choice_letter(answer: Any, options: Sequence[str], first_index: int = 0) -> 
             return LETTERS[answer - first_index]
         if str(answer) in lowered:
             return LETTERS[lowered.index(str(answer))]
-    raise ValueError(f"holds {short(answer)}, which is none of the {len(options)} options")
+    raise ValueError(
+        f"holds {short(answer)}, which is none of the {len(options)} options, so no answer would be right: correct it, "
+        "or set task.columns.choices=[]"
+    )
 
 
 def lettered_lines(options: Sequence[str]) -> str:

@@ -38,7 +38,7 @@ from vlmrl.tasks.dataset.conversation import (
     with_markers,
 )
 from vlmrl.tasks.dataset.images import ImageReader, flat
-from vlmrl.tasks.dataset.layouts import Layout
+from vlmrl.tasks.dataset.layouts import Layout, is_conversation
 from vlmrl.tasks.dataset.template import PromptTemplate
 
 
@@ -167,6 +167,9 @@ class Drafting:
         if layout.answer is not None and not is_missing(value_at(row, layout.answer)):
             if options:
                 return read(row, layout.answer, lambda value: choice_letter(value, options, self.first_index))
+            value = value_at(row, layout.answer)
+            if is_conversation(value):  # TRL's `completion`
+                return as_reference(turns_of(value, layout.answer)[-1].text)
             reference = read(row, layout.answer, as_reference)
             if not is_missing(reference):
                 return reference
@@ -183,25 +186,27 @@ class Drafting:
     def _demonstration(self, row: Mapping[str, Any], options: Sequence[str], said: Turn | None) -> str | None:
         layout = self.layout
         if layout.demonstration is not None:
-            value = value_at(row, layout.demonstration)
-            if as_list(value) and isinstance(as_list(value)[0], Mapping) and "content" in as_list(value)[0]:
-                return turns_of(value, layout.demonstration)[-1].text or None
-            return None if is_missing(value) else as_json(value)
+            return _said_in(value_at(row, layout.demonstration), layout.demonstration)
         if said is not None and said.text.strip():
             return said.text
         if layout.answer is not None:
             if options:
                 return str(self._answer(row, options, said))
-            value = value_at(row, layout.answer)
-            first = value[0] if isinstance(value, list | tuple) and _all_texts(value) else value
-            return None if is_missing(first) else as_json(first)
+            return _said_in(value_at(row, layout.answer), layout.answer)
         answer = self._answer(row, options, said)
         return None if answer is None else as_json(answer)
 
 
-def _all_texts(values: Sequence[Any]) -> bool:
-    """Whether a list holds accepted answers, of which any one will do, and not the numbers of one answer."""
-    return bool(values) and all(isinstance(value, str) for value in values)
+def _said_in(value: Any, column: str) -> str | None:
+    """What the assistant says, by a cell: its text, the last of its messages, or the first of accepted answers."""
+    if is_missing(value):
+        return None
+    if is_conversation(value):
+        return turns_of(value, column)[-1].text or None
+    if isinstance(value, list | tuple) and all(isinstance(item, str | Mapping) for item in value):
+        accepted = as_reference(value)
+        return as_json(accepted[0])
+    return as_json(value)
 
 
 def _single(cell: Any) -> list[Any]:
@@ -222,8 +227,8 @@ def _with_options(turn: Turn, options: Sequence[str]) -> Turn:
 
 def _check_prompt(turns: Sequence[Turn], cells: Sequence[Any]) -> None:
     if not turns or turns[-1].role not in ("user", "tool"):
-        last = turns[-1].role if turns else "no message"
-        raise Unusable(f"the prompt ends with {last} and not with a user message, so there is nothing to answer")
+        last = f"its last message is of role {turns[-1].role}" if turns else "no message comes before the answer"
+        raise Unusable(f"the prompt does not end with a user message, so there is nothing to answer: {last}")
     said = any(turn.text.strip() for turn in turns if turn.role in ("user", "tool"))
     if not said and not (cells and any(turn.text.strip() for turn in turns)):
         raise Unusable("the prompt is empty, so there is nothing to answer: fill its column, or leave the row out")

@@ -108,13 +108,20 @@ class ImageReader:
                 )
             exists = path.exists()
         except (OSError, ValueError, RuntimeError) as error:  # a NUL, a name that is too long, an unknown ~user
-            raise Unusable(f"the image {short(text)} is no path that can be read ({safe_text(error)})") from None
+            reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else type(error).__name__
+            raise Unusable(f"the image {short(text)} is no path that can be read: {reason}") from None
         if not exists:
             raise Unusable(
-                f"the image file {safe_text(path)} does not exist: set task.image_root to the folder from which its "
+                f"the image file {_readable(path)} does not exist: set task.image_root to the folder from which its "
                 "path starts"
             )
         return path
+
+
+def _readable(path: Path) -> str:
+    """A path as a message shows it: whole, unless it is longer than any that exists."""
+    text = safe_text(path)
+    return text if text.isprintable() and len(text) <= 400 else f"{short(path.name)} in {safe_text(path.parent)}"
 
 
 def flat(cell: Any) -> Iterator[Any]:

@@ -11,6 +11,7 @@ A role that `task.columns.<role>` sets is not recognized. Nothing goes by the na
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ class Layout:
             value = getattr(self, role)
             names = [value] if isinstance(value, str) else list(value or ())
             if names or role in ("images", "answer"):
-                kinds = [f"{name} ({kind})" if (kind := columns.get(name)) is not None else name for name in names]
+                kinds = [f"{name} ({_shown(columns[name])})" if name in columns else name for name in names]
                 others = [column for of, column in self.passed_over if of == role]
                 table[role] = (", ".join(kinds) or "none") + (f"; not {', '.join(others)}" if others else "")
         return table
@@ -134,6 +135,11 @@ class _Search:
 
     def __post_init__(self) -> None:
         self.passed_over: list[tuple[str, str]] = []
+        self.taken = {
+            str(path)
+            for value in dataclasses.asdict(self.wanted).values()
+            for path in (value if isinstance(value, list | tuple) else [value])
+        }
         self.by_name: dict[str, str] = {}
         for column in self.columns:
             self.by_name.setdefault(folded(column), column)
@@ -216,7 +222,8 @@ class _Search:
             return certain
         if ranked[1]:
             # A solution that only states an answer competes with the column of the answer; one with reasons does not.
-            stating = [path for path in ranked[2] if folded(path) == "solution" and self._states_answers(path)]
+            competing = (path for path in ranked[2] if folded(path) == "solution" and path not in self.taken)
+            stating = [path for path in competing if self._states_answers(path)]
             self.passed_over.extend(("answer", path) for path in ranked[2] if path not in stating)
             options = bool(choices)
             return self._agreed("answer", ranked[1] + stating, lambda a, b: options or same_answer(a, b))
@@ -232,7 +239,9 @@ class _Search:
             found = self._agreed("choices", named, same_text)
             return () if found is None else (found,)
         letters = {
-            letter[1]: column for name, column in self.by_name.items() if (letter := _OPTION_NAME.fullmatch(name))
+            letter[1]: column
+            for name, column in self.by_name.items()
+            if (letter := _OPTION_NAME.fullmatch(name)) and column not in self.taken
         }
         count = next(number for number, letter in enumerate("abcdefghi") if letter not in letters)
         return tuple(letters[letter] for letter in "abcdefgh"[:count]) if count >= 2 else ()
@@ -365,6 +374,11 @@ def is_conversation(value: Any) -> bool:
     return bool(items) and all(
         isinstance(item, Mapping) and any(set(keys) <= set(item) for keys in ROLE_KEYS) for item in items
     )
+
+
+def _shown(kind: ColumnType) -> str:
+    """A type as it is printed; a struct in which `datasets` stores an image is one."""
+    return str(kind).replace("struct {bytes: bytes, path: text}", "image")
 
 
 def _holds_image(kind: ColumnType) -> bool:
