@@ -32,7 +32,7 @@ def runs(home: Home, never_stopped: Path) -> Scenarios:
         again = home.copy(run, "room_again")
         return run, ended, again, home.vlmrl(f"resume={again}")
 
-    return Scenarios(checkpoint=checkpoint, records=lambda: full("full_records", 10_000))
+    return Scenarios(checkpoint=checkpoint, records=lambda: full("full_records", 6_000))
 
 
 @pytest.mark.parametrize(

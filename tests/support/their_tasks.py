@@ -8,6 +8,7 @@ AllTooLong      no first prompt fits
 EqualRewards    there is nothing to learn from
 Poison          rewards that are finite, in a loss that is not
 LateImages      problems from `args.first_image` on show an image, the ones before it only text
+Noise           a sound task whose pictures are noise, which takes much room on the disk
 Gated           color_codeword, but a problem can be held until a test lets it go
 Blindfolded     color_codeword with every pixel zeroed, and an answer that needs none: it is always the same
 """
@@ -54,6 +55,10 @@ class Say:
         image: Any = np.full((32, 32, 3), self.row.index % 256, np.uint8)
         if self.row.kind == "no_image":
             image = b"GIF89a, or so it says"
+        if self.row.kind == "noise":
+            image = np.random.default_rng([self.row.index, self.row.split == "eval"]).integers(
+                0, 256, (256, 256, 3), np.uint8
+            )
         if self.row.kind == "text":
             return (Message.of("user", f"Say anything. {self.row.index}"),)
         text = "Say anything." * (500 if self.row.kind == "too_long" else 1)
@@ -87,6 +92,10 @@ class Sound(Task):
 
     def texts(self) -> tuple[str, ...]:
         return ("Say anything.",)
+
+
+class Noise(Sound):
+    kinds = ("noise",)
 
 
 class SomeFaults(Sound):

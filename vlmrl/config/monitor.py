@@ -53,6 +53,12 @@ class MonitorConfig:
     """Show a live view when the output is a terminal. false: plain lines, as without a terminal."""
     record_rollouts: bool = setting(True, on_resume=Resume.free)
     """Write rollouts/*.parquet and images/*.png."""
+    max_rollouts_mib: int | None = setting(
+        None, on_resume=Resume.free, low=1, high=10**9, outside="there is no room for a file"
+    )
+    """Most MiB of rollouts/ and images/ together. With more, the oldest training steps are deleted first, then the
+    oldest evaluations, and the images that only they show; the newest of each stays. The report, replay and compare
+    name what is missing. null: all are kept."""
     vision_gap_every: int = setting(
         10,
         on_resume=Resume.free,

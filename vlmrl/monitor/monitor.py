@@ -104,7 +104,7 @@ class Monitor:
             stack.callback(self._close_supervised)
             self._folders = Folders(self._run_dir.folders)
             stack.callback(self._folders.close)
-            self._recorder = RolloutRecorder(self._run_dir)
+            self._recorder = RolloutRecorder(self._run_dir, self._config.max_rollouts_mib)
             stack.callback(self._recorder.close)
             stack.callback(self._wandb.finish, 1)  # exit code 1: does nothing if `finish` was called
             stack.callback(self._progress.stop)
@@ -164,9 +164,7 @@ class Monitor:
         self._metrics.truncate_after(step)
         for records in (self._faults, self._bad_rows):
             records.cut_back(supervised_steps=supervised_steps, step=step)
-        for path in self._run_dir.rollouts_after(step):
-            with disk_errors(path):
-                path.unlink()
+        self._recorder.resume_at(step)
         with disk_errors(self._run_dir.summary):
             self._run_dir.summary.unlink(missing_ok=True)  # it means that a run has ended, and this one goes on
         history = read_metrics(self._run_dir.metrics, self.warn)

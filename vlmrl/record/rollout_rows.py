@@ -10,7 +10,7 @@ checksums, and each record passes `is_rollout`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -69,6 +69,20 @@ def read_rows(path: Path, wanted: Callable[[str], bool], damaged: Report) -> Ite
                 damaged(f"the rest of {path} from rollout {first} on", str(error))
                 return
             first += parquet.metadata.row_group(group).num_rows
+
+
+def image_hashes(path: Path) -> set[str]:
+    """The hashes of all images in the prompts of a file, as far as it can be read."""
+    found: set[str] = set()
+    with suppress(_Damaged, OSError), open_regular(path) as file:
+        parquet = _opened(file)
+        for group in range(parquet.num_row_groups):
+            _check_size(parquet.metadata.row_group(group))
+            with _arrow_errors():
+                turns = parquet.read_row_group(group, ["turns.list.element.placeholders.list.element.hash"]).column(0)
+                hashes = turns.combine_chunks().flatten().field(0).flatten().field(0)
+            found.update(_column(hashes, "hash"))
+    return found
 
 
 def _opened(file: Any) -> pq.ParquetFile:

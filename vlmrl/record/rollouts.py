@@ -28,9 +28,10 @@ import PIL.Image
 from PIL.PngImagePlugin import PngInfo
 
 from vlmrl.errors import VlmrlError
+from vlmrl.record.disk_bound import DiskBound
 from vlmrl.record.files import disk_errors, write_atomically, write_bytes_atomically
 from vlmrl.record.rollout_lines import read_lines
-from vlmrl.record.run_dir import RunDir
+from vlmrl.record.run_dir import RecordKind, RunDir
 from vlmrl.record.splits import RecordedSplit
 from vlmrl.record.tokens import TokenSpellings
 from vlmrl.types import ImageItem, Rollout
@@ -109,8 +110,10 @@ class RolloutRecord(TypedDict):
 class RolloutRecorder:
     """Writes files of rollouts in the order of the calls, in one thread with a bounded queue."""
 
-    def __init__(self, run_dir: RunDir) -> None:
+    def __init__(self, run_dir: RunDir, max_mib: int | None = None) -> None:
+        """`max_mib`: `monitor.max_rollouts_mib`."""
         self._run_dir = run_dir
+        self._bound = None if max_mib is None else DiskBound(run_dir, max_mib)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recorder")
         self._waiting: deque[Future[None]] = deque()
         self._spellings: TokenSpellings | None = None
@@ -119,17 +122,24 @@ class RolloutRecorder:
         """From now on, write the spelling of every token to tokens.jsonl."""
         self._spellings = TokenSpellings(self._run_dir.tokens, tokenizer)
 
+    def resume_at(self, step: int) -> None:
+        """Remove the files of steps after `step`, which the run writes again. Raises VlmrlError."""
+        for path in self._run_dir.rollouts_after(step):
+            with disk_errors(path):
+                path.unlink()
+        if self._bound is not None:
+            self._bound.resume_at(step)
+
     def write(self, step: int, rollouts: Mapping[RecordedSplit, Sequence[Rollout]]) -> None:
         """Record the rollouts of a step in one file: {"train": …}, or {"eval_sampled": …, "eval_greedy": …}.
 
         Returns at once unless `MAX_QUEUED_FILES` files wait. The rollouts must not change after the call. Raises
         VlmrlError when an earlier file could not be written.
         """
-        kind: Literal["step", "eval"] = "step" if "train" in rollouts else "eval"
+        kind: RecordKind = "step" if "train" in rollouts else "eval"
         assert kind == "eval" or len(rollouts) == 1, f"one file for {list(rollouts)}"
         self._collect(leave=MAX_QUEUED_FILES - 1)
-        path = self._run_dir.rollouts_file(kind, step)
-        self._waiting.append(self._thread.submit(self._write, path, step, dict(rollouts)))
+        self._waiting.append(self._thread.submit(self._write, kind, step, dict(rollouts)))
 
     def flush(self) -> None:
         """Wait until everything is on the disk. Raises VlmrlError where a file could not be written."""
@@ -146,7 +156,7 @@ class RolloutRecorder:
         while self._waiting and (len(self._waiting) > leave or self._waiting[0].done()):
             self._waiting.popleft().result()
 
-    def _write(self, path: Path, step: int, rollouts: dict[RecordedSplit, Sequence[Rollout]]) -> None:
+    def _write(self, kind: RecordKind, step: int, rollouts: dict[RecordedSplit, Sequence[Rollout]]) -> None:
         images = {image.hash: image for image in _images(each for group in rollouts.values() for each in group)}
         for hash, image in images.items():
             picture = self._run_dir.image(hash)
@@ -158,10 +168,12 @@ class RolloutRecorder:
             self._spellings.add(_tokens(rollout for group in rollouts.values() for rollout in group))
         from vlmrl.record.rollout_table import encode  # pyarrow takes 0.4 s
 
-        content = encode(step, rollouts)
+        path, content = self._run_dir.rollouts_file(kind, step), encode(step, rollouts)
         with disk_errors(path):
             path.parent.mkdir(exist_ok=True)
             write_bytes_atomically(path, content)
+        if self._bound is not None:
+            self._bound.wrote(kind, step, images)
 
 
 def _images(rollouts: Iterable[Rollout]) -> Iterator[ImageItem]:

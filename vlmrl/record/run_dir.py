@@ -10,6 +10,7 @@
         faults.json                   what mode=faults found in it
         rollouts/step_000012.parquet  every training rollout of step 12
         rollouts/eval_000012.parquet  every evaluation rollout after step 12, sampled and greedy
+        deleted_rollouts.json         which of them monitor.max_rollouts_mib has deleted; absent while none is
         images/<hash>.png             each distinct image once
         tokens.jsonl                  the spelling of every token in rollouts/
         checkpoints/step_000020/      weights, optimizer and random state after step 20
@@ -102,6 +103,7 @@ class RunDir:
         self.bad_rows = self.path / "bad_rows.jsonl"
         self.faults_json = self.path / "faults.json"
         self.rollouts = self.path / "rollouts"
+        self.deleted_rollouts = self.path / "deleted_rollouts.json"
         self.images = self.path / "images"
         self.tokens = self.path / "tokens.jsonl"
         self.checkpoints = self.path / "checkpoints"

@@ -21,6 +21,7 @@ from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer, 
 from vlmrl.models.families import family_of
 from vlmrl.orchestrator.rollout import rendering_fence, stop_reason_of
 from vlmrl.orchestrator.supervised import demonstrate, first_index
+from vlmrl.record.disk_bound import read_deleted
 from vlmrl.record.faults import FaultRecord
 from vlmrl.record.rollouts import TurnRecord, read_rollouts
 from vlmrl.record.run_dir import RunDir
@@ -139,7 +140,9 @@ def _recorded_turns(run_dir: RunDir, fault: FaultRecord) -> list[TurnRecord]:
             return record["turns"]
     except OSError:
         pass
-    print(f"(no answers are recorded in {path}, so the env's steps are not played)")
+    deleted = read_deleted(run_dir)
+    reason = "" if deleted is None else f"; the run {deleted.says()}"
+    print(f"(no answers are recorded in {path}{reason}, so the env's steps are not played)")
     return []
 
 

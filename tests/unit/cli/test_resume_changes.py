@@ -102,7 +102,7 @@ POLICIES = {
         trainer.activation_checkpointing trainer.feature_cache_mib trainer.threads trainer.checkpoint_every
         trainer.keep_checkpoints
         weight_sync.root weight_sync.verify
-        monitor.live monitor.record_rollouts monitor.vision_gap_every monitor.report
+        monitor.live monitor.record_rollouts monitor.max_rollouts_mib monitor.vision_gap_every monitor.report
         monitor.wandb.mode monitor.wandb.project monitor.wandb.name monitor.wandb.group monitor.wandb.rollouts
         monitor.wandb.checkpoints monitor.tensorboard.enabled
         export.folder sweep.retry_failed

@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vlmrl.cli.sweep.jobs import runs_in, state_of
+from vlmrl.record.disk_bound import read_deleted
 from vlmrl.record.files import disk_errors, read_errors, write_bytes_atomically
 from vlmrl.record.metrics import ELAPSED, EVAL_GREEDY, EVAL_SAMPLED, Record, read_metrics
 from vlmrl.record.run_dir import RunDir
@@ -183,8 +184,14 @@ def cells(row: Row) -> list[str]:
     return texts
 
 
+def notes(rows: Sequence[Row]) -> list[str]:
+    """A sentence about each run that has deleted rollouts itself, so that fewer of them can be looked at."""
+    deleted = ((row.values["job"], read_deleted(row.run_dir)) for row in rows)
+    return [f"{name} {each.says()}" for name, each in deleted if each is not None]
+
+
 def as_text(rows: Sequence[Row]) -> str:
-    """The table in columns of fixed width."""
+    """The table in columns of fixed width, and notes."""
     lines = [list(COLUMNS), *map(cells, rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "".join(
@@ -194,7 +201,7 @@ def as_text(rows: Sequence[Row]) -> str:
         ).rstrip()
         + "\n"
         for line in lines
-    )
+    ) + "".join(f"{note}\n" for note in notes(rows))
 
 
 def as_csv(rows: Sequence[Row]) -> str:
@@ -234,7 +241,7 @@ def _text(path: Path) -> str:
 
 
 def html_table(rows: Sequence[Row], folder: Path) -> str:
-    """The table. The name of a run that has a report.html is a link to it, relative to `folder`."""
+    """The table, and notes. The name of a run that has a report.html is a link to it, relative to `folder`."""
     head = "".join(f'<th title="{escape(meaning)}">{escape(column)}</th>' for column, (meaning, _) in COLUMNS.items())
     body = ""
     for row in rows:
@@ -243,7 +250,8 @@ def html_table(rows: Sequence[Row], folder: Path) -> str:
         if report.exists():
             name = f'<a href="{escape(os.path.relpath(report, folder))}">{name}</a>'
         body += f"<tr><td>{name}</td>{''.join(f'<td>{text}</td>' for text in others)}</tr>\n"
-    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>"
+    below = "".join(f"\n<p>{escape(note)}</p>" for note in notes(rows))
+    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>{below}"
 
 
 def colors(count: int) -> list[tuple[int, int, int]]:

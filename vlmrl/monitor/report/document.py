@@ -9,7 +9,8 @@
                "prompt_ids": base64 int32 [Σ count],
                "tokens": {"ids", "versions": base64 int32 [C], "engine", "trainer", "entropy": base64 float32 [C]},
                "rollouts": [{"id", …, "turns": [{"at", "count", "prompt", "offset", "messages", …}]}],
-               "recorded": {"step": files, "eval": files, "rollouts": rollouts in them, "shown": …}}]}
+               "recorded": {"steps": files, "evaluations": files, "rollouts": rollouts in them, "shown": …,
+                            "deleted": sentence or null}}]}
 
 `tokens` holds all completions one after the other (C tokens in total); a turn's completion is `count` tokens from `at`
 on. Values that only trained tokens have are NaN elsewhere. Prompts are stored as in rollouts/ (from `offset` on), each
@@ -42,6 +43,7 @@ from vlmrl.config.secrets import redacted
 from vlmrl.errors import ConfigError
 from vlmrl.monitor.report.choice import Choice, Shape, choose
 from vlmrl.monitor.report.pictures import Pictures
+from vlmrl.record.disk_bound import read_deleted
 from vlmrl.record.metrics import Record, read_metrics
 from vlmrl.record.rollouts import RolloutRecord, TurnRecord, read_rollouts
 from vlmrl.record.run_dir import RunDir
@@ -272,6 +274,7 @@ class ReportedRun:
                 "evaluations": len(self.evaluations),
                 "rollouts": recorded,
                 "shown": len(rollouts.rollouts),
+                "deleted": None if (deleted := read_deleted(run_dir)) is None else deleted.says(),
             },
             **rollouts.document(),
         }

@@ -253,8 +253,14 @@ function saveMatching() {
 // ── the view ────────────────────────────────────────────────────────────────────────────────────────────────
 
 function sampleNote() {
+  const deleted = RUNS.filter((run) => run.recorded.deleted)
+    .map((run) => ` ${SEVERAL ? NAMES[run.index] : "The run"} ${run.recorded.deleted}.`);
+  return shownNote() + deleted.join("");
+}
+
+function shownNote() {
   const sum = (key) => RUNS.reduce((total, run) => total + run.recorded[key], 0);
-  if (sum("shown") >= sum("rollouts")) return `All ${fmt.count(sum("shown"))} rollouts.`;
+  if (sum("shown") >= sum("rollouts")) return `All ${fmt.count(sum("shown"))} recorded rollouts.`;
   const over = SEVERAL ? "the steps and evaluations that the runs have in common"
     : `${fmt.count(sum("steps"))} steps and ${fmt.count(sum("evaluations"))} evaluations`;
   return `${fmt.count(sum("shown"))} of ${fmt.count(sum("rollouts"))} rollouts: whole groups, evenly spaced over ${over}, and some `

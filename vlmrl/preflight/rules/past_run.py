@@ -30,6 +30,14 @@ def refuse_batch(run_dir: RunDir, step: int) -> None:
     kept = run_dir.checkpoint_steps()
     possible = [each for each in recorded if each == 1 or each - 1 in kept]
     remedy = f"set step={' or '.join(map(str, possible[-8:]))}" if possible else "set run= to another run"
+    from vlmrl.record.disk_bound import read_deleted
+
+    deleted = read_deleted(run_dir)
+    if step not in recorded and deleted is not None and deleted.covers("step", step):
+        raise ConfigError(
+            f"step={step} has no recorded batch any more: the run {deleted.says()}, so there is nothing to replay: "
+            f"{remedy}"
+        )
     if step not in recorded:
         raise ConfigError(
             f"step={step} has no recorded batch ({run_dir.rollouts_file('step', step)} is missing; mode=rl writes it "

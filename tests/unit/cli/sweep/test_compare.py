@@ -163,3 +163,13 @@ def test_single_runs_are_called_by_their_folders(multirun: Path, tmp_path: Path)
         RunDir(run).overrides.unlink()
     rows = compare([one, other], tmp_path)
     assert [row.values["job"] for row in rows] == [one.name, other.name]
+
+
+def test_a_run_that_deleted_rollouts_is_named(multirun: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunDir(multirun / "seed=0,trainer.max_steps=9")
+    run.deleted_rollouts.write_text('{"max_rollouts_mib": 64, "step": 40, "eval": null}')
+    compare_and_show([multirun], multirun)
+    sentence = "seed=0 deleted the rollouts of the training steps up to 40, because monitor.max_rollouts_mib=64"
+    assert sentence in capsys.readouterr().out.splitlines()
+    assert sentence in (multirun / "compare.txt").read_text()
+    assert f"<p>{sentence}</p>" in (multirun / "compare.html").read_text()

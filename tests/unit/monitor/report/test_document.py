@@ -96,7 +96,7 @@ def test_every_rollout_of_a_short_run_is_there_exactly(tmp_path: Path, config: R
     by_id = {shown["id"]: shown for shown in run["rollouts"]}
     for each in recorded:
         assert_shown_as_recorded(run, by_id[each["rollout_id"]], each)
-    assert run["recorded"] == {"steps": 3, "evaluations": 1, "rollouts": 30, "shown": 30}
+    assert run["recorded"] == {"steps": 3, "evaluations": 1, "rollouts": 30, "shown": 30, "deleted": None}
     assert run["spellings"] == {
         str(id): "<|image_pad|>" if id == IMAGE_TOKEN else chr(id) for id in map(int, run["spellings"])
     }
@@ -267,3 +267,11 @@ def test_damage_costs_what_is_damaged(tmp_path: Path, config: RunConfig, caplog:
     assert (damaged["summary"], damaged["doctor"]) == (None, None)
     for name in ("step_000002.parquet", picture.name, "summary.json", "doctor.json", "tokens.jsonl", "metrics.jsonl"):
         assert name in caplog.text
+
+
+def test_what_the_run_deleted_itself_is_said(tmp_path: Path, config: RunConfig) -> None:
+    run_dir = small_run(tmp_path / "run", config)
+    assert document({"run": run_dir}, {})["runs"][0]["recorded"]["deleted"] is None
+    run_dir.deleted_rollouts.write_text('{"max_rollouts_mib": 64, "step": 40, "eval": null}')
+    said = document({"run": run_dir}, {})["runs"][0]["recorded"]["deleted"]
+    assert said == "deleted the rollouts of the training steps up to 40, because monitor.max_rollouts_mib=64"
