@@ -1,27 +1,34 @@
-"""Arguments of the command line: the abbreviations that Hydra does not know, spelled out.
+r"""Arguments of the command line: the abbreviations that Hydra does not know, spelled out.
 
-    task=my_module:MyTask       task=imported task.target=my_module:MyTask
-    task.args.level=3           ++task.args.level=3
-    task.args.path=/x/y=z       ++task.args.path='/x/y=z'
-    model.name=~/models/a(1)    model.name='/home/me/models/a(1)'
-    runs=outputs/a              runs=['outputs/a']
-    hydra/launcher=slurm        hydra.mode=MULTIRUN hydra/launcher=slurm
+    task=file.py:MyTask            task=/here/file.py:MyTask
+    reward=[math,~/r.py:fn]        reward=[math,/home/me/r.py:fn]
+    algorithm=my_losses:mine       algorithm.loss=my_losses:mine
+    task.args.level=3              ++task.args.level=3
+    task.args.path=/x/y=z          ++task.args.path='/x/y=z'
+    model.name=~/models/a(1)       model.name='/home/me/models/a(1)'
+    task.path=a.csv,b.csv          task.path=[a.csv,b.csv]
+    task.template={{ q }}, ${a}    task.template='{{ q }}, \\${a}'
+    runs=outputs/a                 runs=['outputs/a']
+    hydra/launcher=slurm           hydra.mode=MULTIRUN hydra/launcher=slurm
 
-words.py has read `mode=`, `resume=` and the like before; hydra_errors.py explains what Hydra refuses.
+words.py has read `mode=`, `resume=` and the like before; conf_files.py makes an option of each import path;
+hydra_errors.py explains what Hydra refuses.
 """
 
 from __future__ import annotations
 
-import functools
+import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
-from vlmrl.cli.words import folders_in, parses
-from vlmrl.config.field_docs import fields_of
-from vlmrl.config.keys import is_free_form
-from vlmrl.config.run import SCHEMAS, RunConfig
+from vlmrl.cli.conf_files import OF_IMPORTS
+from vlmrl.cli.words import QUOTED, folders_in, parsed, parses
+from vlmrl.config.field_docs import FieldDoc
+from vlmrl.config.import_paths import absolute, is_import_path
+from vlmrl.config.keys import is_free_form, values_at
+from vlmrl.config.parse import escaped
 from vlmrl.errors import ConfigError
 
 PACKAGE = Path(__file__).parents[1]
@@ -29,8 +36,8 @@ CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if 
 """conf/: inside the package where a wheel was installed, next to it in a checkout or an editable install."""
 
 
-IMPORTED = {"task": ("task=imported", "task.target="), "algorithm": ("algorithm.loss=",)}
-"""Groups whose option may be an import path → the overrides that it stands for; the path goes to the end."""
+OF_SEVERAL = ("reward", "monitor/logger", "experiment")
+"""Groups that take several options, `group=[a,b]`."""
 
 NOT_PARSED = ("resume", "run")
 """Text keys that past_runs.py reads as they stand, without Hydra's grammar."""
@@ -61,7 +68,7 @@ def rewrite(arguments: list[str]) -> list[str]:
     Flags come first, because argparse takes no key=value on both sides of one:
 
     >>> rewrite(["task=my_tasks.counting:Counting", "task.args.level=3", "--multirun", "seed=0,1"])
-    ['--multirun', 'task=imported', 'task.target=my_tasks.counting:Counting', '++task.args.level=3', 'seed=0,1']
+    ['--multirun', 'task=my_tasks.counting:Counting', '++task.args.level=3', 'seed=0,1']
     """
     arguments = sorted(arguments, key=lambda argument: bool(re.match(r"~|[^-].*=", argument)))
     is_multirun = any(argument in MULTIRUN for argument in arguments)
@@ -71,8 +78,8 @@ def rewrite(arguments: list[str]) -> list[str]:
 def rewrite_params(params: dict[str, str]) -> dict[str, str]:
     """Spell out the abbreviations in `hydra.sweeper.params`, where a sweep's file lists values.
 
-    >>> rewrite_params({"task": "a.b:C,d:E", "task.args.level": "1,2", "seed": "0,1"})
-    {'task': 'imported', 'task.target': 'a.b:C,d:E', '++task.args.level': '1,2', 'seed': '0,1'}
+    >>> rewrite_params({"task": "a.b:C,/d.py:E", "task.args.level": "1,2", "seed": "0,1"})
+    {'task': 'a.b:C,/d.py:E', '++task.args.level': '1,2', 'seed': '0,1'}
     """
     texts = [text for key, value in params.items() for text in _rewritten(f"{key}={value}", is_multirun=True)]
     return dict(text.split("=", 1) for text in texts)
@@ -80,26 +87,121 @@ def rewrite_params(params: dict[str, str]) -> dict[str, str]:
 
 def _rewritten(argument: str, *, is_multirun: bool) -> list[str]:
     key, equals, value = argument.partition("=")
+    bare = key.lstrip("+")
+    group = bare.partition("@")[0]
     if key == "hydra/launcher":
         return ["hydra.mode=MULTIRUN", argument]
-    if key in IMPORTED and ":" in value:
-        if not all(":" in choice for choice in value.split(",")):
+    if not equals or key.startswith("~"):
+        return [argument]
+    if bare == "algorithm" and ":" in value:
+        choices = split(value)
+        if not all(map(is_import_path, choices)):
             raise ConfigError(
                 f"{argument} mixes import paths with names of options, which cannot be swept together: "
                 "sweep over them in two commands"
             )
-        *before, last = IMPORTED[key]
-        return [*before, f"{last}{value}"]
-    bare = key.lstrip("+")
-    if equals and is_free_form(bare):
+        return [f"algorithm.loss={','.join(map(_import_path, choices))}"]
+    if group in (*OF_IMPORTS, *OF_SEVERAL):
+        return [f"{key}={','.join(_choice(group, key, choice) for choice in split(value))}"]
+    if is_free_form(bare):
         if NO_PLAIN_TEXT.match(value) is None:
             value = as_text(bare, value, is_multirun=is_multirun)
         return [f"{'++' if key == bare else ''}{key}={value}"]
-    if equals and bare in text_keys():
+    if bare in HYDRA_TEXT:
         return [f"{key}={as_text(key, value, is_multirun=is_multirun)}"]
-    if key == "runs" and equals and not is_multirun:
+    if key == "runs" and not is_multirun:
         return [f"runs=[{','.join(map(quoted, folders_in(value)))}]"]
-    return [argument]
+    fields = [] if bare in NOT_PARSED or bare == "runs" else values_at(bare)
+    return [f"{key}={_text(key, value, fields, is_multirun=is_multirun)}"] if fields else [argument]
+
+
+def _text(key: str, value: str, fields: Sequence[FieldDoc], *, is_multirun: bool) -> str:
+    """The value of a key, whose schema is one of `fields`, as Hydra has to read it."""
+    settings = [field.setting for field in fields if field.setting is not None]
+    if any(setting.raw for setting in settings):
+        return raw_text(key, value)
+    if any(setting.imports for setting in settings) and all(map(is_import_path, split(value))):
+        return ",".join(map(_import_path, split(value)))
+    if any(field.type_text.startswith("str or list of str") for field in fields):
+        if value.startswith("[") and not parses(f"{key}={value}") and value.endswith("]"):
+            return f"[{','.join(as_text(key, part, is_multirun=False) for part in split(value[1:-1]))}]"
+        parts = split(value)
+        if len(parts) > 1 and not is_multirun and not os.path.exists(os.path.expanduser(value)):
+            return f"[{','.join(as_text(key, part, is_multirun=False) for part in parts)}]"
+        if value.startswith("["):
+            return value
+    is_text = any(
+        field.type_text in ("str", "str or null", "str or list of str") or field.type_text.endswith("or an import path")
+        for field in fields
+    )
+    if is_text and isinstance(parsed(f"{key}={value}"), bool | int | float):  # a revision such as 1e10
+        return quoted(value)
+    return as_text(key, value, is_multirun=is_multirun) if is_text else value
+
+
+def _choice(group: str, key: str, text: str) -> str:
+    """One choice of a group, an option or a list of options. Raises ConfigError for a list with two equal options."""
+    if text.startswith("{"):
+        raise ConfigError(
+            f"{key}={text} is no list of options of {group}: write {key}=[<option>,<option>], and set the keys of each "
+            "by themselves" + (", e.g. reward=[exact] reward.terms.exact.weight=0.5" if group == "reward" else "")
+        )
+    if not (text.startswith("[") and text.endswith("]")):
+        return _option(text)
+    options = [_option(part) for part in split(text[1:-1])]
+    names: list[str] = []
+    for index, option in enumerate(options):
+        target = unquoted(option)
+        name = target.rpartition(":")[2] if is_import_path(target) else target
+        if name in names and is_import_path(target) and target not in map(unquoted, options[:index]):
+            name = next(f"{name}_{count}" for count in itertools.count(2) if f"{name}_{count}" not in names)
+            options[index] = _quoted_where_needed(f"{target}@{name}")
+        elif name in names:
+            remedy = f"write one of them, or +{group}@{group}.terms.second={target} for a second one"
+            raise ConfigError(
+                f"{key}={text} names {target} twice, and equal names would be one: "
+                + (remedy if group == "reward" else "write it once")
+            )
+        names.append(name)
+    return f"[{','.join(options)}]"
+
+
+def _option(text: str) -> str:
+    return _import_path(text) if is_import_path(unquoted(text)) else text
+
+
+def _import_path(text: str) -> str:
+    return _quoted_where_needed(absolute(unquoted(text)))
+
+
+def _quoted_where_needed(text: str) -> str:
+    return text if parsed(f"key={text}") == text else quoted(text)
+
+
+def split(value: str) -> list[str]:
+    """The parts of a value between its commas, except commas inside brackets or quotes.
+
+    >>> split("a,[b,c],'d,e'"), split("data/{a,b}.csv"), split("")
+    (['a', '[b,c]', "'d,e'"], ['data/{a,b}.csv'], [''])
+    """
+    parts, depth, quote = [""], 0, ""
+    for letter in value:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"" and not parts[-1].strip():
+            quote = letter
+        depth += 0 if quote else (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth <= 0 and not quote:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts]
+
+
+def unquoted(text: str) -> str:
+    """A text without the quotes around it."""
+    value = parsed(f"key={text}") if QUOTED.fullmatch(text) else text
+    return value if isinstance(value, str) else text
 
 
 def with_quoted_words(arguments: list[str]) -> list[str]:
@@ -131,6 +233,23 @@ def as_text(key: str, value: str, *, is_multirun: bool) -> str:
     return value if parses(f"{key}={value}") else quoted(value)
 
 
+def raw_text(key: str, value: str) -> str:
+    r"""A template, a pattern or a prompt in quotes, in which neither Hydra nor OmegaConf reads anything. A value that
+    stands in quotes already is the text between them, and several of those are values to sweep over.
+
+    >>> raw_text("task.template", "{{ q }}, ${a}"), raw_text("task.template", "'a','b'"), raw_text("k", r"\boxed\{1\}")
+    ("'{{ q }}, \\${a}'", "'a','b'", "'\\boxed\\{1\\}'")
+    >>> raw_text("task.system_prompt", "null")
+    'null'
+    """
+    if value == "null":
+        return value
+    parts = split(value)
+    if all(QUOTED.fullmatch(part) and parses(f"{key}={part}") for part in parts):
+        return ",".join(quoted(escaped(unquoted(part))) for part in parts)
+    return quoted(escaped(value))
+
+
 def quoted(value: str) -> str:
     """A text in single quotes, by Hydra's rules: a backslash escapes only a quote or the backslashes before one.
 
@@ -138,26 +257,6 @@ def quoted(value: str) -> str:
     ("'it\\\\'s'", "'C:\\\\\\\\'")
     """
     return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value) + "'"
-
-
-@functools.cache
-def text_keys() -> frozenset[str]:
-    """The keys whose value is text by their schema.
-
-    >>> sorted(key for key in text_keys() if key.startswith("model."))[:3]
-    ['model.device', 'model.name', 'model.size.name']
-    """
-    return frozenset({*_text_keys(RunConfig, ""), *HYDRA_TEXT} - {*NOT_PARSED})
-
-
-def _text_keys(schema: type, prefix: str) -> Iterator[str]:
-    for field in fields_of(schema):
-        key = prefix + field.name
-        if field.type_text in ("str", "str or null") or field.type_text.endswith("or an import path"):
-            yield key
-        for nested in {field.schema, *SCHEMAS.get(key, {}).values()}:
-            if nested is not None:
-                yield from _text_keys(nested, f"{key}.")
 
 
 def groups() -> list[str]:

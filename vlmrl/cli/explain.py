@@ -24,6 +24,7 @@ from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from vlmrl.cli.arguments import groups as option_folders
 from vlmrl.config.field_docs import FieldDoc, fields_of, summary_of, unit_of
 from vlmrl.config.keys import unknown_key
 from vlmrl.config.ranges import range_text
@@ -83,10 +84,11 @@ def composed(overrides: list[str], conf: Path, config_dir: str | None) -> Compos
         loader = GlobalHydra.instance().config_loader()
         choices = {group: option for group, option in config.hydra.runtime.choices.items() if option is not None}
         groups = [group for group in choices if not group.startswith("hydra/")]
+        folders = [group for group in option_folders() if not group.startswith("hydra/")]
         return Composition(
             config=config,
             choices={group: choices[group] for group in groups},
-            options={group: loader.get_group_options(group) for group in groups},
+            options={group: loader.get_group_options(group) for group in {*folders, *groups}},
             settings=settings_of(loader, overrides, config.hydra.searchpath),
         )
 

@@ -12,7 +12,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
-from vlmrl.cli.arguments import CONF, groups
+from vlmrl.cli.arguments import CONF, OF_SEVERAL, groups
 from vlmrl.cli.words import parsed
 from vlmrl.config.field_docs import fields_of
 from vlmrl.config.keys import did_you_mean, is_free_form, unknown_key
@@ -75,6 +75,8 @@ def in_words(error: Exception, arguments: list[str]) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={option}: {group} has only {', '.join(error.options)}{did_you_mean(option, error.options)}"
+    if about := _about_a_list_of_options(str(error), arguments):
+        return about
     if isinstance(error, OverrideParseException):
         return _about_quotes(error)
     if "Got NoneType" in str(error) and (absent := _null_group(arguments)):
@@ -144,10 +146,30 @@ def _options(group: str) -> str:
 def _null_group(arguments: list[str]) -> str | None:
     """The group of the first argument `group=null`."""
     pairs = (argument.lstrip("+").partition("=") for argument in arguments)
-    return next((key for key, _, value in pairs if value in ("null", "None") and key in groups()), None)
+    absent = (key for key, _, value in pairs if value in ("null", "None") and key.partition("@")[0] in groups())
+    return next(absent, None)
+
+
+def _about_a_list_of_options(text: str, arguments: list[str]) -> str | None:
+    """Several options of a group where one is unknown, or where it is not clear whether all or each is meant."""
+    if (found := re.search(r"Could not load '(.+)/([^/']+)'", text)) and found[1] in groups():
+        group, option = found[1], found[2]
+        given = next((argument for argument in arguments if argument.lstrip("+").startswith(f"{group}=")), group)
+        known = [path.stem for path in (CONF / group).glob("*.yaml")]
+        return f"{given}: {group} has no option {option}, only {_options(group)}{did_you_mean(option, known)}"
+    if found := re.search(r"Ambiguous value for argument '(([^='+~]+)=([^']*))'", text):
+        given, group, options = found[1], found[2], found[3]
+        if group in OF_SEVERAL:
+            return (
+                f"{given} may mean one run with all of these or a run with each: write {group}=[{options}] for one "
+                "run, or add --multirun for a run with each"
+            )
+    return None
 
 
 def _about_null(group: str) -> str:
+    if "@" in group:
+        return f"{group}=null chooses no option, so there is nothing to add: remove it, or name an option"
     options = _options(group)
     needed = [field.name for field in fields_of(RunConfig) if field.schema is not None and field.default == "???"]
     if group in needed:

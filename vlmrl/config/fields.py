@@ -119,6 +119,10 @@ class Setting:
     """The names of a text field that are built in; other values are import paths."""
     form: Form = ONE_LINE
     """The texts that a text field may have, or each text of a list."""
+    raw: bool = False
+    """A template, a pattern or a prompt: `${…}` in it is part of the text, wherever it is written, and no reference."""
+    imports: bool = False
+    """A text that may be an import path, `my_module:name` or `path/to/file.py:name`."""
 
 
 METADATA = "vlmrl"
@@ -135,6 +139,8 @@ def setting(
     free_form: bool = False,
     choices: type[Enum] | None = None,
     form: Form = ONE_LINE,
+    raw: bool = False,
+    imports: bool = False,
 ) -> T:
     """A dataclass field with a `Setting`. A list or dictionary as default is copied for each object.
 
@@ -142,7 +148,7 @@ def setting(
     `high=math.inf` is for numbers of which infinity switches something off.
     """
     limits = None if low is None else Range(low, high, outside)
-    metadata = {METADATA: Setting(on_resume, limits, free_form, choices, form)}
+    metadata = {METADATA: Setting(on_resume, limits, free_form, choices, form, raw, imports or choices is not None)}
     field: Any
     if isinstance(default, list | dict):
         field = dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)

@@ -34,7 +34,7 @@ def unknown_key(key: str) -> str:
             owners = [kind for kind in kinds if any(_values(kinds[kind], names[end:]))]
             if owners:
                 group = group_of(base)
-                choice = group if group == above else f"{group}@{above}"
+                choice = group if group == above else f"+{group}@{above}"
                 return f"there is no such key in the chosen option of {above}; {choice}={'|'.join(owners)} has it"
     siblings = [f"{above}.{field.name}" for above in (key.rpartition(".")[0],) for field in _fields_below(above)]
     return "there is no such key" + did_you_mean(key, [*known_keys(), *known_groups(), *siblings])
@@ -56,7 +56,7 @@ def did_you_mean(word: str, candidates: Sequence[str]) -> str:
         if likeness >= 0.7:
             scores[candidate] = likeness + difflib.SequenceMatcher(None, word, candidate).ratio() / 2
     best = [candidate for candidate in scores if scores[candidate] > max(scores.values()) - 0.1]
-    return f"; did you mean {' or '.join(best[:3])}?" if best else ""
+    return f"; did you mean {' or '.join(best[:3]).replace('*', '<name>')}?" if best else ""
 
 
 def known_keys() -> list[str]:

@@ -19,6 +19,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 
 from vlmrl.config.field_docs import alternatives_of, fields_of
+from vlmrl.config.fields import setting_of
+from vlmrl.config.import_paths import absolute
 from vlmrl.config.keys import unknown_key
 from vlmrl.config.run import SCHEMAS, RunConfig, schemas_of
 from vlmrl.errors import ConfigError
@@ -35,12 +37,24 @@ def parse(config: DictConfig) -> RunConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(summary(error)) from error
     assert isinstance(run_config, RunConfig)
+    _make_absolute(run_config)
     for key, value in _wrong_references(run_config, ""):
         raise ConfigError(
             f"{key} is {value!r} after references (${{…}}) were followed, which has another type, so the run cannot "
             f"read it: refer to a key of the same kind, or set {key} itself"
         )
     return run_config
+
+
+def _make_absolute(config: Any) -> None:
+    """Make the import paths of files absolute, in place: a run is resumed from any folder."""
+    for field in dataclasses.fields(config):
+        value, setting = getattr(config, field.name), setting_of(field)
+        if setting is not None and setting.imports and isinstance(value, str):
+            setattr(config, field.name, absolute(value))
+        for each in value.values() if isinstance(value, dict) else (value,):
+            if dataclasses.is_dataclass(each):
+                _make_absolute(each)
 
 
 def _wrong_references(config: Any, prefix: str) -> Iterator[tuple[str, Any]]:

@@ -26,8 +26,9 @@ class BadRows(Enum):
 class TaskConfig:
     """What every task has."""
 
-    target: str = setting(MISSING, on_resume=Resume.refused)
-    """Import path of the Task class, `package.module:Class`; called as `Class(config, seed=run seed)`."""
+    target: str = setting(MISSING, on_resume=Resume.refused, imports=True)
+    """Import path of the Task class, `package.module:Class` or `path/to/file.py:Class`; called as
+    `Class(config, seed=run seed)`."""
     max_turns: int = setting(1, on_resume=Resume.noted, low=1, high=10**5, outside="an episode has no turn")
     """The most turns of an episode; a turn is a prompt and its completion."""
     num_examples: int | None = setting(
@@ -62,7 +63,7 @@ class ColorCodewordConfig(TaskConfig):
 
     kind: str = setting("color_codeword", on_resume=Resume.refused)
     """The built-in task."""
-    target: str = setting("vlmrl.tasks.color_codeword:ColorCodeword", on_resume=Resume.refused)
+    target: str = setting("vlmrl.tasks.color_codeword:ColorCodeword", on_resume=Resume.refused, imports=True)
     """The built-in class."""
     max_turns: int = setting(2, on_resume=Resume.noted, low=1, high=10**5, outside="an episode has no turn")
     """User turns; the codeword has `max_turns * images_per_turn` letters."""

@@ -67,19 +67,21 @@ ROLLOUTS_NAME = re.compile(r"(step|eval)_([0-9]{6,12})\.(parquet|jsonl)")
 PACKAGES = ("vlmrl", "torch", "transformers", "renderers", "hydra-core", "numpy")
 
 
-def run_name(choices: Mapping[str, str | None], target: str, mode: Mode) -> str:
+def run_name(choices: Mapping[str, Any], target: str, mode: Mode) -> str:
     """The name of a single run's folder, without its time: the experiment, or model and task; then the mode, unless it
     is `rl`. A user's task is called by its class.
 
     >>> chosen = {"experiment": None, "model": "qwen3vl_tiny", "task": "color_codeword"}
     >>> run_name(chosen, "vlmrl.tasks.color_codeword:ColorCodeword", Mode.eval)
     'qwen3vl_tiny_color_codeword_eval'
-    >>> run_name({**chosen, "task": "imported"}, "my_package.my_module:Counting", Mode.rl)
+    >>> run_name({**chosen, "task": "my_package.my_module:Counting"}, "my_package.my_module:Counting", Mode.rl)
     'qwen3vl_tiny_Counting'
     >>> run_name({**chosen, "experiment": "color_codeword_4b"}, "vlmrl.tasks.color_codeword:ColorCodeword", Mode.rl)
     'color_codeword_4b'
     """
-    task = target.rpartition(":")[2] if choices["task"] == "imported" else choices["task"]
+    task = choices["task"] or ""
+    if task == "imported" or ":" in task:
+        task = target.rpartition(":")[2]
     name = choices["experiment"] or f"{choices['model']}_{task}"
     return name if mode is Mode.rl else f"{name}_{mode.name}"
 

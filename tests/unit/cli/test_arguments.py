@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import hypothesis
 import pytest
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import strategies as st
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from vlmrl.cli.arguments import as_text, quoted, rewrite, text_keys
+from vlmrl.cli.arguments import as_text, quoted, rewrite, rewrite_params
+from vlmrl.config.dataset import DatasetConfig
+from vlmrl.config.parse import parse, tree_of, typed
+from vlmrl.config.reward import ImportedTerm
 from vlmrl.errors import ConfigError
 
 
@@ -21,12 +26,13 @@ def test_rewrite_leaves_the_rest_alone() -> None:
 
 def test_rewrite_import_path() -> None:
     assert rewrite(["algorithm=a.b:c"]) == ["algorithm.loss=a.b:c"]
-    assert rewrite(["task=a.b:C", "task.args.x.y=1"]) == ["task=imported", "task.target=a.b:C", "++task.args.x.y=1"]
+    assert rewrite(["task=a.b:C", "task.args.x.y=1"]) == ["task=a.b:C", "++task.args.x.y=1"]
 
 
 def test_import_paths_are_not_swept_together_with_names() -> None:
     with pytest.raises(ConfigError, match="mixes import paths with names of options"):
-        rewrite(["task=color_codeword,a.b:C"])
+        rewrite(["algorithm=rloo,a.b:c"])
+    assert rewrite(["--multirun", "task=color_codeword,a.b:C"])[1] == "task=color_codeword,a.b:C", "an option like any"
 
 
 @pytest.mark.parametrize(
@@ -76,7 +82,153 @@ def test_a_text_for_a_users_task(text: str, composed: Callable[..., DictConfig])
 
 
 def test_only_text_keys_are_quoted() -> None:
-    assert {"model.name", "algorithm.loss", "task.target", "inference.kind"} - text_keys() <= {"inference.kind"}
-    assert not {"resume", "run", "seed", "mode"} & text_keys()
+    for key in ("model.name", "algorithm.loss", "task.target", "task.tasks.a.name", "orchestrator.renderer.name"):
+        assert rewrite([f"{key}=a=b"]) == [f"{key}='a=b'"]
+    for key in ("resume", "run", "seed", "mode", "no.such.key"):
+        assert rewrite([f"{key}=a=b"]) == [f"{key}=a=b"]
     assert rewrite(["seed=[1"]) == ["seed=[1"], "left to Hydra, which says what is wrong"
     assert as_text("model.name", '"quoted already, {}"', is_multirun=False) == '"quoted already, {}"'
+
+
+# ── rewards ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def targets(config: DictConfig) -> dict[str, str]:
+    """Name → import path, or kind, of each reward term."""
+    terms = parse(config).reward.terms
+    return {name: term.target if isinstance(term, ImportedTerm) else term.kind for name, term in terms.items()}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        (("reward=exact",), {"exact": "exact"}),
+        (("reward=[]",), {}),
+        (("reward=[exact,format]",), {"exact": "exact", "format": "format"}),
+        (("reward=my_module:fn",), {"fn": "my_module:fn"}),
+        (("reward=[exact,my_module:fn]",), {"exact": "exact", "fn": "my_module:fn"}),
+        (("reward=[ exact , my_module:fn ]",), {"exact": "exact", "fn": "my_module:fn"}),
+        (("reward=folder/r.py:fn",), {"fn": "HERE/folder/r.py:fn"}),
+        (("reward=[exact,r.py:fn,/other/r.py:g]",), {"exact": "exact", "fn": "HERE/r.py:fn", "g": "/other/r.py:g"}),
+        (("reward=[~/日本 (1)/r.py:fn]",), {"fn": "HOME/日本 (1)/r.py:fn"}),
+        (("reward=['~/a,b/r.py:fn',exact]",), {"fn": "HOME/a,b/r.py:fn", "exact": "exact"}),
+        (("reward=[a:fn,b:fn,c:fn]",), {"fn": "a:fn", "fn_2": "b:fn", "fn_3": "c:fn"}),
+        (("reward=[exact]", "+reward@reward.terms.second=exact"), {"exact": "exact", "second": "exact"}),
+        (("reward=exact", "+reward@reward.terms.mine=r.py:fn"), {"exact": "exact", "mine": "HERE/r.py:fn"}),
+        (("reward=[imported]", "reward.terms.imported.target=r.py:fn"), {"imported": "HERE/r.py:fn"}),
+    ],
+)
+def test_rewards(
+    overrides: tuple[str, ...],
+    wanted: dict[str, str],
+    composed: Callable[..., DictConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    found = targets(composed(*rewrite([*overrides])))
+    assert found == {
+        name: text.replace("HERE", str(tmp_path)).replace("HOME", "/home/me") for name, text in wanted.items()
+    }
+
+
+@pytest.mark.parametrize("twice", ["[exact,exact]", "[a:fn,a:fn]", "[exact],[exact,format,exact]"])
+def test_equal_rewards_are_refused(twice: str) -> None:
+    remedy = r"names \S+ twice, and equal names would be one: write one of them, or \+reward@reward\.terms\.second="
+    with pytest.raises(ConfigError, match=remedy):
+        rewrite([f"reward={twice}"])
+    with pytest.raises(ConfigError, match=remedy):
+        rewrite_params({"reward": twice})
+
+
+def test_rewards_of_a_sweep(composed: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/tmp")
+    swept = rewrite(["--multirun", "reward=[exact],[exact,r.py:fn],[a:fn,b:fn],format"])[1]
+    assert swept == "reward=[exact],[exact,/tmp/r.py:fn],[a:fn,b:fn@fn_2],format"
+    assert rewrite_params({"reward": "[exact],[exact,r.py:fn]"}) == {"reward": "[exact],[exact,/tmp/r.py:fn]"}
+    choices = OverridesParser.create().parse_override(swept).sweep_string_iterator()
+    assert [targets(composed(f"reward={choice}")) for choice in choices] == [
+        {"exact": "exact"},
+        {"exact": "exact", "fn": "/tmp/r.py:fn"},
+        {"fn": "a:fn", "fn_2": "b:fn"},
+        {"format": "format"},
+    ]
+
+
+# ── data sets ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def dataset(composed: Callable[..., DictConfig], *overrides: str) -> DatasetConfig:
+    """The task of a run on a data set, which has gone through a config.yaml."""
+    config = parse(composed(*rewrite(["task=dataset", "task.path=x", *overrides])))
+    again = parse(typed(OmegaConf.create(tree_of(config))))
+    assert again == config
+    assert isinstance(again.task, DatasetConfig)
+    return again.task
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("a.parquet", "a.parquet"),
+        ("[a.parquet,b=1.parquet]", ["a.parquet", "b=1.parquet"]),
+        ("a.parquet,date=2024/日本.parquet", ["a.parquet", "date=2024/日本.parquet"]),
+        ("data/*.parquet", "data/*.parquet"),
+        ("data/{a,b}.parquet", "data/{a,b}.parquet"),
+        ("{a,b}/x.parquet", "{a,b}/x.parquet"),
+        ("[data/{a,b}.parquet,c(1).csv]", ["data/{a,b}.parquet", "c(1).csv"]),
+        ("train[0-9].jsonl", "train[0-9].jsonl"),
+        ("hiyouga/geometry3k", "hiyouga/geometry3k"),
+        ("1234", "1234"),
+    ],
+)
+@pytest.mark.parametrize("key", ["path", "eval_path", "columns.images"])
+def test_paths(key: str, text: str, wanted: object, composed: Callable[..., DictConfig]) -> None:
+    task = dataset(composed, f"task.{key}={text}")
+    assert {"path": task.path, "eval_path": task.eval_path, "columns.images": task.columns.images}[key] == wanted
+
+
+def test_a_text_that_looks_like_a_number(composed: Callable[..., DictConfig]) -> None:
+    task = dataset(composed, "task.revision=1e10", "task.name=true", "task.split=null", "task.rows=0:500")
+    assert (task.revision, task.name, task.split, task.rows) == ("1e10", "true", None, "0:500")
+
+
+RAW = (
+    "{{ question }}",
+    "Think, then answer {x}, please.",
+    "costs ${price} or ${{ price }} or \\${price}",
+    r"\boxed\{.*\}",
+    'it\'s "quoted"',
+    "${oc.env:HOME}",
+    "1e5",
+    "[a, b",
+    "line\nbreak",
+)
+
+
+@pytest.mark.parametrize("text", RAW)
+def test_raw_texts_on_the_command_line(text: str, composed: Callable[..., DictConfig]) -> None:
+    task = dataset(composed, f"task.template={text}", f"task.system_prompt={text}", "reward=format")
+    assert (task.template, task.system_prompt) == (text, text)
+
+
+@pytest.mark.parametrize("text", [text for text in RAW if text != "1e5"])  # a number in YAML
+def test_raw_texts_in_a_yaml_file(text: str, composed: Callable[..., DictConfig], tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    content = {"task": {"template": text, "path": "${model.name}"}, "reward": {"terms": {"format": {"pattern": text}}}}
+    file = {"defaults": [{"override /task": "dataset"}, {"override /reward": ["format"]}], **content}
+    (tmp_path / "experiment/mine.yaml").write_text(f"# @package _global_\n{yaml.safe_dump(file)}", "utf-8")
+    config = parse(composed("experiment=mine", f"hydra.searchpath=[file://{tmp_path}]"))
+    assert isinstance(config.task, DatasetConfig)
+    assert (config.task.template, config.task.path) == (text, config.model.name)
+    assert config.reward.terms["format"].pattern == text  # type: ignore[attr-defined]
+
+
+def test_import_paths_in_a_yaml_file(composed: Callable[..., DictConfig], tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n- override /task: my_tasks:Mine\n- override /reward: [exact, '/r.py:fn']\n"
+    )
+    config = composed("experiment=mine", f"hydra.searchpath=[file://{tmp_path}]")
+    assert (parse(config).task.target, targets(config)) == ("my_tasks:Mine", {"exact": "exact", "fn": "/r.py:fn"})
