@@ -26,7 +26,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from vlmrl.cli.arguments import groups as option_folders
 from vlmrl.config.field_docs import FieldDoc, fields_of, summary_of, unit_of
-from vlmrl.config.keys import unknown_key
+from vlmrl.config.keys import groups_at, unknown_key
 from vlmrl.config.ranges import range_text
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import ConfigError
@@ -186,6 +186,10 @@ def explained(key: str, composition: Composition) -> Iterator[str]:
 
     Raises ConfigError for an unknown key.
     """
+    if key.replace(".", "/") in composition.options and not groups_at(key.replace("/", ".")):
+        yield key  # its options set keys of other groups
+        yield from _wrapped(f"options: {', '.join(composition.options[key.replace('.', '/')])}", "  ")
+        return
     key = key.replace("/", ".")
     found = dict(every_key(composition.config))
     if key == "" or (key in found and found[key].schema is not None):

@@ -27,7 +27,7 @@ def unknown_key(key: str) -> str:
     'there is no such key in the chosen option of inference; inference=vllm has it'
     """
     names = key.split(".")
-    for end in range(1, len(names)):
+    for end in range(len(names) - 1, 0, -1):
         above = ".".join(names[:end])
         for base in groups_at(above):
             kinds = schemas_of(base)

@@ -198,7 +198,7 @@ def test_a_slip_of_the_keyboard_is_found() -> None:
         group, _, name = key.rpartition(".")
         if len(name) >= 4:
             slip = f"{group}.{name[:2]}{name[3:]}".lstrip(".")
-            assert key in did_you_mean(slip, known_keys()), slip
+            assert key.replace("*", "<name>") in did_you_mean(slip, known_keys()), slip
 
 
 def test_nothing_is_suggested_where_nothing_is_close() -> None:
