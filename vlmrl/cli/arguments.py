@@ -118,7 +118,7 @@ def _rewritten(argument: str, *, is_multirun: bool) -> list[str]:
 def _text(key: str, value: str, fields: Sequence[FieldDoc], *, is_multirun: bool) -> str:
     """The value of a key, whose schema is one of `fields`, as Hydra has to read it."""
     settings = [field.setting for field in fields if field.setting is not None]
-    if any(setting.raw for setting in settings):
+    if any(setting.form.raw for setting in settings):
         return raw_text(key, value)
     if any(setting.imports for setting in settings) and all(map(is_import_path, split(value))):
         return ",".join(map(_import_path, split(value)))

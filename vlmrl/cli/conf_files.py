@@ -4,7 +4,7 @@
     reward=[math,my_module:fn]     the option `imported` of reward as the term reward.terms.fn
     - override /reward: [my:fn]    the same in a YAML file
 
-Templates, patterns and prompts (`Setting.raw`) are taken from a YAML file as they stand: `${…}` in them is part of the
+Templates, patterns and prompts (`Form.raw`) are taken from a YAML file as they stand: `${…}` in them is part of the
 text and no reference.
 """
 
@@ -85,7 +85,7 @@ def raw_names() -> frozenset[str]:
     >>> sorted(raw_names() & {"template", "pattern", "name"})
     ['pattern', 'template']
     """
-    return frozenset(key.rpartition(".")[2] for key, setting in all_settings() if setting.raw)
+    return frozenset(key.rpartition(".")[2] for key, setting in all_settings() if setting.form.raw)
 
 
 def with_raw_texts(tree: Any, name: str = "") -> Any:

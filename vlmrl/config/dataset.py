@@ -82,9 +82,9 @@ class DatasetConfig(TaskConfig):
     fetch: bool = setting(False, on_resume=Resume.free)
     """Download images that are http(s) URLs, once; they are kept in `~/.cache/vlmrl/images`. Otherwise rows with URLs
     are bad rows."""
-    system_prompt: str | None = setting(None, on_resume=Resume.noted, form=PROSE, raw=True)
+    system_prompt: str | None = setting(None, on_resume=Resume.noted, form=PROSE)
     """The system message of every prompt. It replaces that of a row."""
-    template: str | None = setting(None, on_resume=Resume.noted, form=PROSE, raw=True)
+    template: str | None = setting(None, on_resume=Resume.noted, form=PROSE)
     """The text of the user's message as a Jinja template, inline or the path of a file. It sees every column by its
     name, and `content`: the text without a template. `{{ image }}` or `<image>` marks where an image stands."""
     shuffle_images: bool = setting(False, on_resume=Resume.refused)

@@ -87,6 +87,8 @@ class Form:
     """The pattern in words, e.g. `of the form http://host:port`."""
     consequence: str
     """What happens with another text, e.g. `no server is found`."""
+    raw: bool = False
+    """A template, a pattern or a prompt: `${…}` in it is part of the text, wherever it is written, and no reference."""
 
     def __contains__(self, text: str) -> bool:
         return re.fullmatch(self.pattern, text, re.DOTALL) is not None
@@ -97,10 +99,10 @@ ONE_LINE = Form(r"(?=.*\S)[^\x00-\x1f\x7f]*", "one line that is not empty", "the
 
 NAME = Form(r"[\w.-]+", "a name of letters, digits, dots, dashes and underscores", "there is nothing of that name")
 
-PROSE = Form(r"(?=.*\S)[^\x00\x7f]*", "text that is not empty", "the policy would read nothing")
+PROSE = Form(r"(?=.*\S)[^\x00\x7f]*", "text that is not empty", "the policy would read nothing", raw=True)
 """The form of a text of several lines, such as a prompt."""
 
-PATTERN = Form(r"(?=.*\S)[^\x00\x7f]*", "a regular expression that is not empty", "it would match every text")
+PATTERN = Form(r"(?=.*\S)[^\x00\x7f]*", "a regular expression that is not empty", "it would match every text", raw=True)
 
 ANY_TEXT = Form(r".*", "any text", "")
 
@@ -119,8 +121,6 @@ class Setting:
     """The names of a text field that are built in; other values are import paths."""
     form: Form = ONE_LINE
     """The texts that a text field may have, or each text of a list."""
-    raw: bool = False
-    """A template, a pattern or a prompt: `${…}` in it is part of the text, wherever it is written, and no reference."""
     imports: bool = False
     """A text that may be an import path, `my_module:name` or `path/to/file.py:name`."""
 
@@ -139,7 +139,6 @@ def setting(
     free_form: bool = False,
     choices: type[Enum] | None = None,
     form: Form = ONE_LINE,
-    raw: bool = False,
     imports: bool = False,
 ) -> T:
     """A dataclass field with a `Setting`. A list or dictionary as default is copied for each object.
@@ -148,7 +147,7 @@ def setting(
     `high=math.inf` is for numbers of which infinity switches something off.
     """
     limits = None if low is None else Range(low, high, outside)
-    metadata = {METADATA: Setting(on_resume, limits, free_form, choices, form, raw, imports or choices is not None)}
+    metadata = {METADATA: Setting(on_resume, limits, free_form, choices, form, imports or choices is not None)}
     field: Any
     if isinstance(default, list | dict):
         field = dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)

@@ -42,7 +42,7 @@ class ExtractConfig:
     """Where the answer stands. None in a term: what `reward.extract` says. None in `reward.extract`: `whole`."""
     tag: str = setting("answer", on_resume=Resume.noted, form=NAME)
     """`kind=tag`: the name of the tag, `answer` for `<answer>…</answer>`."""
-    pattern: str | None = setting(None, on_resume=Resume.noted, form=PATTERN, raw=True)
+    pattern: str | None = setting(None, on_resume=Resume.noted, form=PATTERN)
     """`kind=regex`: a regular expression, in which `.` also matches the end of a line. A search that takes longer than
     a second ends its rollout as `reward_error`."""
 
@@ -111,7 +111,7 @@ class FormatTerm(RewardTerm):
     """Check the form."""
     presets: list[FormatPreset] = setting([], on_resume=Resume.noted)
     """Forms that the completion must have, all of them. With neither `presets` nor `pattern`: `think_answer`."""
-    pattern: str | None = setting(None, on_resume=Resume.noted, form=PATTERN, raw=True)
+    pattern: str | None = setting(None, on_resume=Resume.noted, form=PATTERN)
     """A regular expression that is searched in the completion, in addition to `presets`. `^` and `$` are the ends of
     the text, and `.` also matches the end of a line."""
 
