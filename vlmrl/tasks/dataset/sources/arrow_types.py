@@ -1,4 +1,4 @@
-"""Column types of an Arrow schema, with what Hugging Face `datasets` noted in its metadata: images, names of labels."""
+"""Rows and column types of Arrow tables, with what Hugging Face `datasets` noted in the schema: images and labels."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import orjson
 
 from vlmrl.errors import ConfigError
 from vlmrl.tasks.dataset.rows import ColumnType
+from vlmrl.tasks.dataset.sources.reader import UnreadableRow
 
 
 def schema_types(path: Path, schema: Any) -> dict[str, ColumnType]:
@@ -20,6 +21,19 @@ def schema_types(path: Path, schema: Any) -> dict[str, ColumnType]:
         )
     features = _features(schema)
     return {field.name: _with_feature(_type(field.type), features.get(field.name)) for field in schema}
+
+
+def row_of(table: Any, place: int) -> dict[str, Any]:
+    """One row of a `pyarrow.Table` or `RecordBatch`. Raises `UnreadableRow`."""
+    if place >= table.num_rows:
+        raise UnreadableRow("the file is damaged (it has fewer rows than it says): copy it again")
+    try:
+        row: dict[str, Any] = table.slice(place, 1).to_pylist()[0]
+    except UnicodeDecodeError:
+        raise UnreadableRow("a text of the row is not UTF-8: write the file again") from None
+    except (ValueError, OverflowError) as error:  # a time that Python has no value for
+        raise UnreadableRow(f"a value of the row cannot be read: {error}") from None
+    return row
 
 
 def _type(kind: Any) -> ColumnType:

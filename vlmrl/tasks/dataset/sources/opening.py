@@ -1,27 +1,72 @@
-"""From `task.path` to rows: a file, a glob, a folder, a list of them, or a hub id."""
+"""From `task.path` to rows: a file, a pattern of files, a folder, a list of them, or a hub id.
+
+task.path ─▶ exists here? ──yes──▶ file ──────────────────────────────▶ one reader
+                          │        folder of save_to_disk ─▶ its split ─▶ readers
+                          │        other folder ─▶ repository.choose ──▶ readers
+                          ├─a pattern──▶ its files ────────────────────▶ readers
+                          └─no───▶ hub.download ─▶ repository.choose ──▶ readers
+"""
 
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 
 from vlmrl.caches.lru import ByteLRU
 from vlmrl.errors import ConfigError
 from vlmrl.tasks.base import BadRow
 from vlmrl.tasks.dataset.rows import ColumnType, Rows
+from vlmrl.tasks.dataset.sources import hub
 from vlmrl.tasks.dataset.sources.json_types import merged
-from vlmrl.tasks.dataset.sources.reader import Reader, UnreadableRow, is_data_file, open_file
+from vlmrl.tasks.dataset.sources.reader import Reader, UnreadableRow, open_file
+from vlmrl.tasks.dataset.sources.repository import Chosen, by_split, choose
 
 CACHE_BYTES = 64 << 20
 """Decoded row groups and pages that the files of a source keep together."""
 
 _RANGE = re.compile(r"(-?\d+)?:(-?\d+)?")
 """Of `task.rows`."""
+
+_README_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys next to `task.path`."""
+
+    config: str | None = None
+    """`task.name`."""
+    split: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """One opened file."""
+
+    name: str
+    """As records and messages name it."""
+    folder: str | None
+    reader: Reader
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one entry of `task.path` names."""
+
+    name: str
+    origin: str
+    files: Sequence[Path] = ()
+    table: Reader | None = None
+    """Rows that `datasets` has made, of a repository without files of rows."""
 
 
 def open_rows(
@@ -32,65 +77,182 @@ def open_rows(
     revision: str | None = None,
     rows: str | None = None,
 ) -> Rows:
-    """Open the rows of `task.path` and the keys next to it. Raises `ConfigError`."""
+    """Open the rows of `task.path`, with the keys next to it: `name` is the config of a hub data set, and `rows` a
+    range such as "0:500". Raises `ConfigError`.
+
+    Reads headers, footers and, of formats without an index, the file; of a hub data set, what is not in its cache is
+    downloaded first.
+    """
     paths = [path] if isinstance(path, str) else list(path)
-    files = [file for each in paths for file in _local_files(each)]
-    short = Path(paths[0]).name if len(paths) == 1 else f"{len(paths)} paths"
+    if not paths:
+        raise ConfigError("task.path=[] names no file, so there are no rows: name one")
+    keys = Keys(name, split, revision)
+    entries = [_entry(each, keys) for each in paths]
     cache: ByteLRU[Any, Any] = ByteLRU(CACHE_BYTES)
-    opened = FileRows(short, ", ".join(paths), [(file, open_file(file, cache)) for file in files])
+    files = [file for entry in entries for file in _opened(entry, cache)]
+    short = entries[0].name if len(entries) == 1 else f"{entries[0].name} and {len(entries) - 1} more"
+    opened = FileRows(short, "; ".join(entry.origin for entry in entries), files)
     return opened if rows is None else RowRange(opened, rows)
 
 
-def _local_files(path: str) -> list[Path]:
-    """The data files that one entry of `task.path` names."""
-    place = Path(path).expanduser()
+def _opened(entry: Entry, cache: ByteLRU[Any, Any]) -> list[DataFile]:
+    if entry.table is not None:
+        return [DataFile(entry.name, None, entry.table)]
+    return [DataFile(file.name, str(file.parent), open_file(file, cache)) for file in entry.files]
+
+
+def _entry(path: str, keys: Keys) -> Entry:
+    """What one entry of `task.path` names. Raises `ConfigError`."""
+    place = Path(os.path.expanduser(path))
     if place.is_dir():
-        return sorted(file for file in place.rglob("*") if is_data_file(file.name))
+        return _folder_entry(path, place, keys)
     if place.exists():
-        return [place]
-    found = sorted(Path(file) for file in glob.glob(str(place), recursive=True))
-    if not found:
-        raise ConfigError(f"task.path={path} is no file, so there are no rows: correct the path")
-    return found
+        _refuse_hub_keys(path, keys, "a file")
+        return _files_entry(path, [place], keys)
+    if glob.has_magic(path):
+        _refuse_hub_keys(path, keys, "a pattern of files")
+        found = [Path(file) for file in sorted(glob.glob(str(place), recursive=True)) if Path(file).is_file()]
+        if not found:
+            raise ConfigError(f"task.path={path} matches no file, so there are no rows: correct the pattern")
+        return _files_entry(path, found, keys)
+    if not hub.is_hub_id(path):
+        raise ConfigError(f"task.path={path} does not exist, so there are no rows: correct the path")
+    return _hub_entry(path, keys)
+
+
+def _files_entry(path: str, files: Sequence[Path], keys: Keys) -> Entry:
+    """Files that are named themselves: all of them, or with `task.split` those whose name says this split."""
+    if keys.split is not None:
+        splits = by_split([str(file) for file in files])
+        if keys.split not in splits:
+            raise ConfigError(
+                f"task.split={keys.split}: by their names, the files of task.path={path} are of {', '.join(splits)}, "
+                "so there are no rows: leave the split out, or choose one of these"
+            )
+        files = [Path(file) for file in splits[keys.split]]
+    origin = path if len(files) == 1 else f"{path} ({len(files)} files)"
+    return Entry(files[0].name if len(files) == 1 else Path(path).name, origin, files)
+
+
+def _folder_entry(path: str, folder: Path, keys: Keys) -> Entry:
+    """A folder: of `save_to_disk`, or of data files."""
+    wins = ", a folder on this machine, which wins over a hub data set of this name" if hub.is_hub_id(path) else ""
+    if (folder / "dataset_dict.json").is_file():
+        splits = [name for name in _noted(folder / "dataset_dict.json", "splits") if isinstance(name, str)]
+        chosen = choose(
+            [f"{split}/{file}" for split in splits for file in _saved_files(folder / split)],
+            _configs_of(splits),
+            config=keys.config,
+            split=keys.split,
+            where=path,
+        )
+    elif (folder / "state.json").is_file():
+        _refuse_hub_keys(path, keys, "a folder of save_to_disk")
+        if keys.split not in (None, "train"):
+            raise ConfigError(
+                f"task.split={keys.split}: {path} was saved as one split, so it has no other: leave task.split out"
+            )
+        chosen = Chosen(tuple(_saved_files(folder)), "default", "train")
+    else:
+        files = [place.relative_to(folder).as_posix() for place in folder.rglob("*") if place.is_file()]
+        readme = folder / "README.md"
+        text = readme.read_bytes()[:_README_BYTES].decode(errors="replace") if readme.is_file() else ""
+        chosen = choose(files, text, config=keys.config, split=keys.split, where=path)
+    if keys.revision is not None:
+        _refuse_hub_keys(path, Keys(revision=keys.revision), "a folder")
+    return Entry(folder.name, f"{path}{wins}, {_described(chosen)}", [folder / file for file in chosen.files])
+
+
+def _hub_entry(path: str, keys: Keys) -> Entry:
+    """A data set of the hub."""
+    found = hub.download(path, config=keys.config, split=keys.split, revision=keys.revision)
+    at = f"{path} of the hub, revision {found.commit}"
+    if found.table is not None:
+        return Entry(path, f"{at}, read by datasets", table=found.table)
+    return Entry(path, f"{at}, {_described(found.chosen)}", [found.folder / file for file in found.chosen.files])
+
+
+def _described(chosen: Chosen) -> str:
+    files = "1 file" if len(chosen.files) == 1 else f"{len(chosen.files)} files"
+    left_out = f"; not read: {len(chosen.left_out)} in another format, {chosen.left_out[0]}" if chosen.left_out else ""
+    config = "" if chosen.config == "default" else f"config {chosen.config}, "
+    return f"{config}split {chosen.split}: {files}{left_out}"
+
+
+def _saved_files(folder: Path) -> list[str]:
+    """The Arrow files of a `save_to_disk` folder, in order."""
+    files = _noted(folder / "state.json", "_data_files")
+    return [str(file["filename"]) for file in files if isinstance(file, dict) and "filename" in file]
+
+
+def _configs_of(splits: Sequence[str]) -> str:
+    """What a README.md would say of these splits, each in a folder of its name."""
+    files = [{"split": split, "path": f"{glob.escape(split)}/*"} for split in splits]
+    return f"---\n{orjson.dumps({'configs': [{'config_name': 'default', 'data_files': files}]}).decode()}\n---\n"
+
+
+def _noted(path: Path, key: str) -> list[Any]:
+    """A list in a JSON file that `save_to_disk` wrote. Raises `ConfigError`."""
+    try:
+        noted = orjson.loads(path.read_bytes())[key]
+    except (OSError, orjson.JSONDecodeError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"task.path={path.parent} is no whole folder of save_to_disk ({path.name}: {error}), so there are no rows: "
+            "save it again"
+        ) from None
+    return noted if isinstance(noted, list) else []
+
+
+def _refuse_hub_keys(path: str, keys: Keys, what: str) -> None:
+    """Refuse keys that have a meaning for a hub data set alone."""
+    for key, value in (("task.name", keys.config), ("task.revision", keys.revision)):
+        if value is not None:
+            raise ConfigError(
+                f"{key}={value}: task.path={path} is {what} on this machine, which has none, so the key would have no "
+                "effect: leave it out"
+            )
 
 
 class FileRows:
     """The rows of files, one file after another."""
 
-    def __init__(self, name: str, origin: str, files: Sequence[tuple[Path, Reader]]) -> None:
+    def __init__(self, name: str, origin: str, files: Sequence[DataFile]) -> None:
+        """Raises `ConfigError` where there is no row, or where two files contradict each other."""
         self.name = name
         self.origin = origin
         self._files = files
-        self._ends = np.cumsum([len(reader) for _, reader in files])
+        self._ends = np.cumsum([len(file.reader) for file in files])
         if not self._ends[-1]:
             raise ConfigError(f"task.path={origin} has no rows, so there is nothing to learn from: name another file")
-        self.columns = _one_schema(files)
+        self.columns: Mapping[str, ColumnType] = _one_schema(files)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def row(self, index: int) -> dict[str, Any]:
         file, place = self._place(index)
-        path, reader = self._files[file]
         try:
-            found = reader.row(place)
+            found = file.reader.row(place)
         except UnreadableRow as error:
-            raise BadRow(str(error), source=path.name, row=place) from None
+            raise BadRow(str(error), source=file.name, row=place) from None
+        except OSError as error:
+            reason = f"the file cannot be read ({error.strerror or error})"
+            raise BadRow(reason, source=file.name, row=place) from None
         return dict.fromkeys(self.columns) | found
 
     def where(self, index: int) -> tuple[str, int]:
         file, place = self._place(index)
-        return self._files[file][0].name, place
+        return file.name, place
 
     def folder(self, index: int) -> str | None:
-        return str(self._files[self._place(index)[0]][0].parent)
+        return self._place(index)[0].folder
 
-    def _place(self, index: int) -> tuple[int, int]:
-        """File and row in it."""
+    def _place(self, index: int) -> tuple[DataFile, int]:
+        """File, and row in it."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        file = int(np.searchsorted(self._ends, index, side="right"))
-        return file, index - (int(self._ends[file - 1]) if file else 0)
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return self._files[number], index - (int(self._ends[number - 1]) if number else 0)
 
 
 class RowRange:
@@ -127,20 +289,20 @@ class RowRange:
         return self._rows.folder(self._range[index])
 
 
-def _one_schema(files: Sequence[tuple[Path, Reader]]) -> dict[str, ColumnType]:
+def _one_schema(files: Sequence[DataFile]) -> dict[str, ColumnType]:
     """The columns of all files. A column that a file lacks is None in its rows; one that has another type in two files
     is refused."""
     columns: dict[str, ColumnType] = {}
-    first: dict[str, Path] = {}
-    for path, reader in files:
-        for name, kind in reader.columns.items():
+    first: dict[str, str] = {}
+    for file in files:
+        for name, kind in file.reader.columns.items():
             known = columns.get(name, kind)
             both = merged(known, kind)
             if both.kind == "mixed" and "mixed" not in (known.kind, kind.kind):
                 raise ConfigError(
-                    f"task.path: column {name!r} is {known} in {first[name]} and {kind} in {path}, so the two have no "
-                    "common meaning: convert one of them, or name only one of the files"
+                    f"task.path: column {name!r} is {known} in {first[name]} and {kind} in {file.name}, so they have "
+                    "no common meaning: convert one of them, or name only one of the files"
                 )
             columns[name] = both
-            first.setdefault(name, path)
+            first.setdefault(name, file.name)
     return columns

@@ -19,7 +19,7 @@ import numpy as np
 from vlmrl.caches.lru import ByteLRU
 from vlmrl.errors import ConfigError
 from vlmrl.tasks.dataset.rows import ColumnType
-from vlmrl.tasks.dataset.sources.arrow_types import is_map_or_dotted, schema_types
+from vlmrl.tasks.dataset.sources.arrow_types import is_map_or_dotted, row_of, schema_types
 from vlmrl.tasks.dataset.sources.parquet_pages import (
     Chunk,
     Leaf,
@@ -70,7 +70,7 @@ class ParquetReader:
         place = index - (int(self._ends[group - 1]) if group else 0)
         about = self._about.row_group(group)
         if about.total_byte_size <= SMALL_GROUP_BYTES or not self._by_pages:
-            return _row(self._group(group, about), place)
+            return row_of(self._group(group, about), place)
         found: dict[str, Any] = {}
         for leaf in self._leaves:
             part = self._leaf_row(group, about, leaf, place)
@@ -112,7 +112,7 @@ class ParquetReader:
             return self._decoded(rows.row(int(starts[last + 1])) - first_row, [part], [".".join(leaf.path)])
 
         key = (self._file, group, leaf.number, first, last)
-        return _row(self._cache.get_or_make(key, read, lambda table: int(table.nbytes)), place - first_row)
+        return row_of(self._cache.get_or_make(key, read, lambda table: int(table.nbytes)), place - first_row)
 
     def _pages(self, group: int, chunk: Chunk) -> Pages:
         key = (self._file, group, chunk.leaf.number)
@@ -152,19 +152,6 @@ class ParquetReader:
             raise UnreadableRow(
                 f"its part of the Parquet file cannot be decoded ({error}): copy the file again"
             ) from None
-
-
-def _row(table: Any, place: int) -> dict[str, Any]:
-    """One row of a `pyarrow.Table`. Raises `UnreadableRow`."""
-    if place >= table.num_rows:
-        raise UnreadableRow("the Parquet file is damaged (it has fewer rows than it says): copy it again")
-    try:
-        row: dict[str, Any] = table.slice(place, 1).to_pylist()[0]
-    except UnicodeDecodeError:
-        raise UnreadableRow("a text of the row is not UTF-8: write the file again") from None
-    except (ValueError, OverflowError) as error:  # a time that Python has no value for
-        raise UnreadableRow(f"a value of the row cannot be read: {error}") from None
-    return row
 
 
 def _together(one: Any, other: Any) -> Any:

@@ -69,6 +69,14 @@ def open_file(path: Path, cache: ByteLRU[Any, Any]) -> Reader:
             from vlmrl.tasks.dataset.sources.parquet_file import ParquetReader
 
             return ParquetReader(path, cache)
+        if suffix in (".csv", ".tsv"):
+            from vlmrl.tasks.dataset.sources.csv_file import CsvReader
+
+            return CsvReader(path)
+        if suffix in (".arrow", ".feather"):
+            from vlmrl.tasks.dataset.sources.arrow_file import ArrowReader
+
+            return ArrowReader(path, cache)
     except PermissionError:
         raise ConfigError(
             f"task.path={path} may not be read by this user, so there are no rows: give the user permission "
