@@ -162,8 +162,8 @@ class MathTerm(RewardTerm):
     kind: str = setting("math", on_resume=Resume.refused)
     """Compare mathematics."""
     timeout_s: float = setting(5.0, on_resume=Resume.noted, low=0.1, high=3600, outside="no answer is checked in time")
-    """Seconds for one answer. After that its worker process is killed and replaced, the value is 0, and the metric
-    `timeouts` counts it."""
+    """Seconds of processor time for one answer. After that its worker process is killed and replaced, the value is 0,
+    and the metric `timeouts` counts it."""
     workers: int = setting(2, on_resume=Resume.free, low=1, high=256, outside="nothing checks the answers")
     """Worker processes per rank. They start with the first answer; each takes about 60 MB."""
 

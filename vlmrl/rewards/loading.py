@@ -6,15 +6,33 @@ reward.terms.<name> ─▶ the function of its kind ─▶ Term(name, weight, ex
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
-from vlmrl.config.reward import ChoiceTerm, ExactTerm, FormatTerm, ImportedTerm, RewardConfig, RewardTerm
+from vlmrl.config.reward import (
+    AnlsTerm,
+    ChoiceTerm,
+    ExactTerm,
+    F1Term,
+    FormatTerm,
+    ImportedTerm,
+    IouTerm,
+    MathTerm,
+    NumberTerm,
+    RewardConfig,
+    RewardTerm,
+)
 from vlmrl.errors import ConfigError
+from vlmrl.rewards.anls import score_anls
 from vlmrl.rewards.base import PerAttempt, Reward, RunBlocking
 from vlmrl.rewards.choice import choice
 from vlmrl.rewards.exact import exact
 from vlmrl.rewards.extract import Extractor, extractor
+from vlmrl.rewards.f1 import score_f1
 from vlmrl.rewards.format import format_of
 from vlmrl.rewards.imported import imported
+from vlmrl.rewards.iou import score_iou
+from vlmrl.rewards.math import MathReward
+from vlmrl.rewards.number import score_number
 
 TAKEN_NAMES = {"mean": "mean", "std": "standard deviation"}
 """Names that no term may have, because the metrics `reward/<name>` mean something else."""
@@ -66,6 +84,16 @@ def _reward(term: RewardTerm, key: str, run_blocking: RunBlocking) -> Reward:
             return PerAttempt(exact(term))
         case ChoiceTerm():
             return PerAttempt(choice(term))
+        case NumberTerm():
+            return PerAttempt(partial(score_number, term))
+        case MathTerm():
+            return MathReward(term, run_blocking)
+        case IouTerm():
+            return PerAttempt(partial(score_iou, term))
+        case F1Term():
+            return PerAttempt(partial(score_f1, term))
+        case AnlsTerm():
+            return PerAttempt(partial(score_anls, term))
         case FormatTerm():
             return PerAttempt(format_of(term, key))
         case ImportedTerm():
