@@ -19,6 +19,7 @@ pytestmark = pytest.mark.slow
 ALGORITHMS = ("grpo", "dr_grpo", "dapo", "rloo", "gspo", "cispo")
 PACKINGS = ("tree", "varlen", "none")
 
+HELD_OUT = "eval/demonstration_loss"
 SFT = (*SHORT, "mode=sft", "trainer.warmup.steps=5")
 SFT_STEP_4 = FIRST_PROBLEM + 3 * 16
 """A problem of the fourth supervised step. Checkpoints are saved after steps 2 and 4."""
@@ -99,6 +100,10 @@ def test_sft(runs: Scenarios) -> None:
         assert losses[-1] < losses[0]
         (line,) = read_metrics(folder / job / "metrics.jsonl")
         assert line["step"] == 5
+        supervised = read_metrics(folder / job / "supervised.jsonl")
+        held_out = {each["step"]: each[HELD_OUT] for each in supervised if HELD_OUT in each}
+        assert list(held_out) == [2, 4, 5], "orchestrator.eval.every, and the last"
+        assert held_out[5] == line[HELD_OUT] < held_out[2]
         assert 0.0 <= line["eval/reward"] <= 1.0
         assert summary(folder / job)["exit_reason"] == "finished"
         names = sorted(path.name for path in (folder / job / "checkpoints").iterdir())

@@ -14,7 +14,7 @@ prompt. In RL they have no loss either.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,7 +23,7 @@ from vlmrl.config.trainer import Demonstrations, SFTConfig
 from vlmrl.errors import ConfigError, TaskError, UserFault
 from vlmrl.orchestrator.fit import bad_row, too_long
 from vlmrl.orchestrator.rollout import rendering_fence, stop_reason_of
-from vlmrl.orchestrator.stream import PassWatch
+from vlmrl.orchestrator.stream import Drawn, PassWatch
 from vlmrl.rendering.renderer import Renderer
 from vlmrl.tasks.base import FromRow, NoProblem, Problem, Task
 from vlmrl.tasks.border import NoDemonstrationsError, get_demonstration, get_num_rows, get_problem
@@ -33,6 +33,7 @@ from vlmrl.types import (
     Message,
     Prompt,
     Rollout,
+    Trainer,
     TrainingSample,
     mm_token_type_ids,
 )
@@ -128,6 +129,31 @@ def _demonstration(
             raise
         raise bad_row(problem, fault.text) from None
     return prompt, learned
+
+
+def held_out(
+    task: Task, renderer: Renderer, config: SFTConfig, drawn: Sequence[Drawn], *, seed: int, seq_len: int
+) -> list[TrainingSample]:
+    """The samples of held-out problems, for a loss that is measured and not learned from. A problem without a
+    demonstration of at most `seq_len` tokens is left out."""
+    samples: list[TrainingSample] = []
+    for number, one in enumerate(drawn):
+        if one.problem is None:
+            continue
+        try:
+            prompt, learned = _demonstration(
+                task, renderer, config, one.problem, demonstration_seed(seed, one.index), seq_len
+            )
+        except (NoDemonstrationsError, NoProblem, UserFault):
+            continue
+        samples.append(_sample(f"sft-eval/{number:03d}", prompt, learned))
+    return samples
+
+
+def loss_of(trainer: Trainer, samples: Sequence[TrainingSample]) -> float:
+    """Mean negative log-likelihood of the loss tokens of `samples`, in nats per token; nothing is learned."""
+    logprobs = np.concatenate(trainer.logprobs(samples))
+    return -float(np.mean(logprobs, dtype=np.float64))
 
 
 def demonstration_seed(seed: int, number: int) -> int:

@@ -32,6 +32,7 @@ Record: TypeAlias = dict[str, Any]
 
 EVAL_SAMPLED = "eval/reward"
 EVAL_GREEDY = "eval/reward_greedy"
+DEMONSTRATION_LOSS = "eval/demonstration_loss"
 ELAPSED = "time/elapsed"
 ZERO_ADVANTAGE = "groups/zero_advantage"
 
@@ -57,6 +58,9 @@ STEP_KEYS: dict[str, StepKey] = {
     "reward/std": StepKey("reward", "Population standard deviation of these rewards."),
     "eval/reward": _sometimes("reward", "Mean held-out reward, sampled; faults count as 0. Steps with an evaluation."),
     "eval/reward_greedy": _sometimes("reward", "Mean held-out reward, greedy decoding. Steps with an evaluation."),
+    "eval/demonstration_loss": _sometimes(
+        "nats per token", "Negative log-likelihood of held-out demonstrations; nothing is learned from them. mode=sft."
+    ),
     "reward/<term>": _sometimes(
         "the term's", "Mean value of a reward term, before its weight, over the rollouts in which it does not abstain."
     ),

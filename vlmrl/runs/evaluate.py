@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 
 from vlmrl.orchestrator.faults import FaultWatch
 from vlmrl.orchestrator.interruption import stopped_before
@@ -24,14 +25,14 @@ async def evaluate(run: Run) -> ExitReason:
     return "finished"
 
 
-async def evaluate_after(run: Run, step: int) -> list[Rollout] | None:
-    """Evaluate the trainer's weights and record the result as that of `step`; return the rollouts, sampled and greedy.
-    None if the run was asked to stop before."""
+async def evaluate_after(run: Run, step: int, also: Mapping[str, float] | None = None) -> list[Rollout] | None:
+    """Evaluate the trainer's weights and record the result as that of `step`, with the metrics `also`; return the
+    rollouts, sampled and greedy. None if the run was asked to stop before."""
     run.monitor.phase("eval")
     await run.weight_sync.publish(run.trainer.version)
     evaluation = asyncio.create_task(run.evaluator.run(step))
     if await stopped_before(evaluation, run.stop):
         return None
     metrics, rollouts = evaluation.result()
-    run.monitor.evaluation(step, metrics, rollouts)
+    run.monitor.evaluation(step, metrics | dict(also or {}), rollouts)
     return [rollout for of_kind in rollouts.values() for rollout in of_kind]

@@ -1,22 +1,25 @@
-"""`mode=sft`: supervised steps, then one evaluation. `mode=rl` and `mode=replay` take the same steps as a warm-up."""
+"""`mode=sft`: supervised steps with a held-out loss, then one evaluation. `mode=rl` and `mode=replay` take the same
+steps as a warm-up."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from functools import partial
 
 from vlmrl.orchestrator.faults import FaultWatch
 from vlmrl.orchestrator.interruption import stopped_before
 from vlmrl.orchestrator.loop import ExitReason
-from vlmrl.orchestrator.supervised import Demonstrated, demonstrate
+from vlmrl.orchestrator.supervised import Demonstrated, demonstrate, held_out, loss_of
 from vlmrl.orchestrator.task_threads import TaskThreads
 from vlmrl.record.faults import faults_of
+from vlmrl.record.metrics import DEMONSTRATION_LOSS
 from vlmrl.record.step_log import Phase
 from vlmrl.runs.build import Run
 from vlmrl.runs.evaluate import evaluate_after
 from vlmrl.runs.saving import save_if_due
-from vlmrl.types import Group
+from vlmrl.types import Group, TrainingSample
 
 
 async def sft(run: Run) -> ExitReason:
@@ -27,17 +30,51 @@ async def sft(run: Run) -> ExitReason:
         if step < last:  # the last step is saved together with its evaluation
             save_if_due(run, step)
 
-    if not await take_supervised_steps(run, save_on_the_way):
+    held_out_loss = HeldOutLoss(run)
+    if not await take_supervised_steps(run, save_on_the_way, held_out_loss.when_due):
         return "interrupted"
-    rollouts = await evaluate_after(run, run.trainer.supervised_steps)
+    rollouts = await evaluate_after(run, run.trainer.supervised_steps, await held_out_loss.measure())
     return "interrupted" if rollouts is None else "finished"
 
 
-async def take_supervised_steps(run: Run, after_step: Callable[[int], None] | None = None) -> bool:
+@dataclass(eq=False)
+class HeldOutLoss:
+    """The loss on demonstrations of the held-out problems, `eval/demonstration_loss`."""
+
+    run: Run
+    _samples: list[TrainingSample] | None = None
+
+    async def when_due(self, step: int) -> dict[str, float]:
+        """The loss after supervised step `step`; empty where `orchestrator.eval.every` does not ask for it."""
+        every, last = self.run.config.orchestrator.eval.every, self.run.config.trainer.warmup.steps
+        return await self.measure() if every > 0 and (step % every == 0 or step == last) else {}
+
+    async def measure(self) -> dict[str, float]:
+        """The loss of the weights as they are; empty where no held-out problem has a demonstration."""
+        config = self.run.config
+        if self._samples is None:
+            drawn = await self.run.evaluator.problems.first(config.orchestrator.eval.problems)
+            making = partial(held_out, self.run.task, self.run.renderer, config.trainer.warmup, drawn)
+            self._samples = await TaskThreads().run(partial(making, seed=config.seed, seq_len=config.trainer.seq_len))
+        if not self._samples:
+            return {}
+        return {DEMONSTRATION_LOSS: await asyncio.to_thread(loss_of, self.run.trainer, self._samples)}
+
+
+async def no_metrics(step: int) -> dict[str, float]:
+    return {}
+
+
+async def take_supervised_steps(
+    run: Run,
+    after_step: Callable[[int], None] | None = None,
+    more_metrics: Callable[[int], Awaitable[dict[str, float]]] = no_metrics,
+) -> bool:
     """Take the supervised steps (`trainer.warmup`) that the weights do not contain yet.
 
     A demonstration that fails is recorded, and the step goes on with the others. `after_step` is called with the number
-    of each step, from 1. Returns False if the run was asked to stop.
+    of each step, from 1, and so is `more_metrics`, whose result joins the step's line in supervised.jsonl. Returns
+    False if the run was asked to stop.
 
     Raises `TaskError` where the task has no demonstrations, `TooManyFaultsError` where too many fail.
     """
@@ -53,7 +90,7 @@ async def take_supervised_steps(run: Run, after_step: Callable[[int], None] | No
         made = making.result()
         note(run, step, "supervised", made)
         metrics = await asyncio.to_thread(run.trainer.supervised_step, made.samples, warmup.learning_rate)
-        run.monitor.warmup(step, warmup.steps, metrics)
+        run.monitor.warmup(step, warmup.steps, metrics | await more_metrics(step))
         watch.check(step, [Group("demonstrations", made.rollouts)])
         if after_step is not None:
             after_step(step)

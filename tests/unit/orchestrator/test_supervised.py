@@ -18,7 +18,8 @@ from vlmrl.config.trainer import Demonstrations, SFTConfig
 from vlmrl.errors import TaskError, UserFault
 from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer
 from vlmrl.models.families import family_of
-from vlmrl.orchestrator.supervised import FIRST_PROBLEM, Demonstrated, demonstrate
+from vlmrl.orchestrator.stream import Drawn
+from vlmrl.orchestrator.supervised import FIRST_PROBLEM, Demonstrated, demonstrate, held_out
 from vlmrl.rendering.renderer import Renderer, make_renderer
 from vlmrl.tasks.base import Split, Task
 from vlmrl.tasks.color_codeword import COLORS, CodewordProblem, ColorCodeword
@@ -142,6 +143,16 @@ def test_no_problem_serves_two_steps_or_reinforcement_learning_too(renderer: Ren
 
 def test_samples_are_named_by_step_and_number(renderer: Renderer) -> None:
     assert [s.rollout_id for s in samples_of(renderer, RANDOM, step=12)] == [f"sft/000012/{i:03d}" for i in range(5)]
+
+
+def test_held_out_demonstrations_are_those_of_held_out_problems(renderer: Renderer, tokenizer: Any) -> None:
+    task = Recording()
+    drawn = [Drawn(index, "", task.problem("eval", index)) for index in range(3)]
+    drawn.insert(1, Drawn(9, "eval[9]", None, UserFault("broken")))
+    samples = held_out(task, renderer, TRUE, drawn, seed=0, seq_len=4096)
+    assert [said(sample, tokenizer)[-1].startswith(shown(sample)) for sample in samples] == [True] * 3
+    assert [shown(sample) for sample in samples] == [one.problem.id for one in drawn if one.problem is not None]
+    assert held_out(task, renderer, TRUE, drawn, seed=0, seq_len=30) == []
 
 
 def test_a_task_without_demonstrations(renderer: Renderer) -> None:

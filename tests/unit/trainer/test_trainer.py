@@ -19,6 +19,7 @@ from vlmrl.config.trainer import Decay, Packing, SFTConfig, TrainerConfig
 from vlmrl.errors import NonFiniteLossError
 from vlmrl.models.families.positions import position_function
 from vlmrl.models.policy import Policy
+from vlmrl.orchestrator.supervised import loss_of
 from vlmrl.trainer.loss import LOSSES, BatchTotals, LossTokens
 from vlmrl.trainer.optimizer import learning_rate
 from vlmrl.trainer.trainer import EMPTY_STEP, LocalTrainer
@@ -334,6 +335,7 @@ def test_supervised_steps_lower_the_loss_and_are_no_policy_versions(tiny_model: 
         wanted = -torch.cat([plain_logprobs(model, s) for s in samples]).mean()
     config = replace(CONFIG, eps=1e-8, weight_decay=0.0, micro_batch_tokens=60)
     trainer = learner(model, config)
+    assert loss_of(trainer, samples) == pytest.approx(float(wanted), rel=1e-5), "measured, and nothing learned"
     metrics = [trainer.supervised_step(samples, 3e-3) for _ in range(12)]
     losses = [m["loss"] for m in metrics]
     assert losses[0] == pytest.approx(float(wanted), rel=1e-5)
