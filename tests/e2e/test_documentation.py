@@ -77,6 +77,7 @@ EXCHANGED = {
     "python -m vlmrl --config-dir conf experiment=my_task": (
         f"python -m vlmrl --config-dir conf experiment=my_task {LESS}"
     ),
+    "python -m vlmrl monitor/logger=[wandb,tensorboard]": f"python -m vlmrl monitor/logger=[tensorboard] {LESS}",
     "python -m vlmrl mode=doctor": "python -m vlmrl mode=doctor monitor.wandb.mode=disabled",
     "python -m vlmrl --multirun seed=0,1,2": "python -m vlmrl --multirun seed=0,1,2 dry_run=true",
     "python -m vlmrl --multirun seed=0,1,2 algorithm=grpo,rloo hydra.sweep.dir=outputs/multirun/mine": (

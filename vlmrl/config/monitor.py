@@ -43,6 +43,8 @@ class TensorboardConfig:
     enabled: bool = setting(False, on_resume=Resume.free)
     """Write every metric to event files in the run directory's `tensorboard/`; `tensorboard --logdir outputs` shows
     them. `monitor/logger=[tensorboard]` sets it."""
+    rollouts: int = setting(4, on_resume=Resume.free, low=0, high=10**5, outside="it is not a number of rollouts")
+    """Rollouts of each kind (trained on, sampled, greedy) that an evaluation shows, with their images."""
 
 
 @dataclass

@@ -4,7 +4,7 @@
              ├─▶ faults.jsonl, bad_rows.jsonl        at once, whole lines
              ├─▶ rollouts/, images/                  in a background thread (record/rollouts.py)
              ├─▶ the screen                          live view or plain lines (progress.py)
-             ├─▶ wandb/                              in a background thread (wandb_logger.py)
+             ├─▶ wandb/, tensorboard/                in background threads (loggers.py)
              ├─▶ logs/main.log                       Python's logging and warnings (record/logs.py)
              ├─▶ summary.json                        at the end, however the run ends
              └─▶ report.html                         in a separate process (report/), after evaluations and at the end
@@ -30,9 +30,11 @@ from vlmrl.config.monitor import MonitorConfig
 from vlmrl.errors import VlmrlError, format_error, headline
 from vlmrl.monitor.glimpse import SHOWN, pick
 from vlmrl.monitor.health import EQUAL_COMPARED, HISTORY, compares_equal_rewards, warnings_for
+from vlmrl.monitor.loggers import Loggers
 from vlmrl.monitor.progress import PHASES, Progress, duration
 from vlmrl.monitor.report.background import ReportWriter
 from vlmrl.monitor.screen import lost_streams
+from vlmrl.monitor.tensorboard_logger import TensorboardLogger
 from vlmrl.monitor.wandb_logger import WandbLogger
 from vlmrl.record.bad_rows import BadRowLog, BadRowRecord
 from vlmrl.record.faults import FaultLog, FaultRecord, faults_of
@@ -81,7 +83,10 @@ class Monitor:
         self._config = config
         self._run_dir = run_dir
         self._progress = Progress(name=run_dir.name, total_steps=total_steps, live=config.live)
-        self._wandb = WandbLogger(config.wandb, run_dir, on_failure=self.warn)
+        self._loggers = Loggers(
+            WandbLogger(config.wandb, run_dir, on_failure=self.warn),
+            TensorboardLogger(config.tensorboard, run_dir, on_failure=self.warn),
+        )
         self._history: deque[Record] = deque(maxlen=HISTORY)
         self._report = ReportWriter(run_dir) if config.report else None
         self._warned: list[str] = []
@@ -106,7 +111,7 @@ class Monitor:
             stack.callback(self._folders.close)
             self._recorder = RolloutRecorder(self._run_dir, self._config.max_rollouts_mib)
             stack.callback(self._recorder.close)
-            stack.callback(self._wandb.finish, 1)  # exit code 1: does nothing if `finish` was called
+            stack.callback(self._loggers.finish, 1)  # exit code 1: does nothing if `finish` was called
             stack.callback(self._progress.stop)
             self._progress.start()
             for text in damaged:
@@ -142,8 +147,8 @@ class Monitor:
         assert name in PHASES, name
         self._main_log.take_over()  # handlers of libraries that were imported meanwhile
         if name not in ("preparing", "doctor", "replay"):
-            # Not earlier: importing wandb in its thread would slow down the main thread's imports.
-            self._wandb.start()
+            # Not earlier: importing their packages would slow down the main thread's imports.
+            self._loggers.start()
         self._progress.phase(name)
         log.info("phase: %s", name)
 
@@ -165,6 +170,7 @@ class Monitor:
         for records in (self._faults, self._bad_rows):
             records.cut_back(supervised_steps=supervised_steps, step=step)
         self._recorder.resume_at(step)
+        self._loggers.resume_at(step, supervised_steps=supervised_steps)
         with disk_errors(self._run_dir.summary):
             self._run_dir.summary.unlink(missing_ok=True)  # it means that a run has ended, and this one goes on
         history = read_metrics(self._run_dir.metrics, self.warn)
@@ -184,7 +190,7 @@ class Monitor:
         record = {"step": step, **metrics, ELAPSED: self._elapsed()}
         self._supervised.write(record)
         self._progress.warmup(step, total, metrics)
-        self._wandb.log({f"warmup/{key}": value for key, value in record.items()})
+        self._loggers.log({f"warmup/{key}": value for key, value in record.items()})
         self._note_lost_screen()
         self.recorded = self.recorded._replace(supervised_steps=self.recorded.supervised_steps + 1)
         self._keep_in_place()
@@ -211,8 +217,8 @@ class Monitor:
         if groups:
             record[ZERO_ADVANTAGE] = sum(map(_has_no_advantage, groups)) / len(groups)
         self._metrics.write(record)
-        self._wandb.start()
-        self._wandb.log(record)
+        self._loggers.start()
+        self._loggers.log(record)
         self.record(step, groups)
         self._history.append(dict(self._metrics.last or record))  # as written: numbers that are not finite are None
         if groups:
@@ -243,9 +249,9 @@ class Monitor:
             self._faults.write(faults_of(step, "eval", group))
         self._metrics.write({"step": step, **metrics, ELAPSED: self._elapsed()})
         self._evaluation = self._metrics.last or {}
-        self._wandb.start()
-        self._wandb.log({"step": step, **metrics})
-        self._wandb.log_rollouts(step, {"trained on": self._trained_on, **rollouts})
+        self._loggers.start()
+        self._loggers.log({"step": step, **metrics})
+        self._loggers.log_rollouts(step, {"trained on": self._trained_on, **rollouts})
         if self._config.record_rollouts:
             self._recorder.write(step, {SPLITS[kind]: group for kind, group in rollouts.items()})
         self._progress.rollouts(f"held-out rollouts after step {step}", rollouts.get("sampled", ())[:SHOWN])
@@ -258,8 +264,8 @@ class Monitor:
         self._keep_in_place()
 
     def checkpoint(self, step: int, folder: Path) -> None:
-        """Log a complete checkpoint to W&B (`monitor.wandb.checkpoints`). Do not delete it before this returns."""
-        self._wandb.log_checkpoint(step, folder)
+        """Log a complete checkpoint (`monitor.wandb.checkpoints`). Do not delete it before this returns."""
+        self._loggers.log_checkpoint(step, folder)
 
     def warn(self, text: str) -> None:
         """Report a warning in the log, on the screen and in summary.json. The same text is reported only once."""
@@ -303,7 +309,7 @@ class Monitor:
         if exit_reason != "error":
             self._keep_in_place()
         self._finished = True
-        self._wandb.finish(exit_code=1 if exit_reason == "error" else 0)
+        self._loggers.finish(exit_code=1 if exit_reason == "error" else 0)
         last = self._metrics.last or {}
         self._run_dir.write_summary(
             {

@@ -16,6 +16,7 @@
         checkpoints/step_000020/      weights, optimizer and random state after step 20
         logs/main.log                 the main process; every other process has a file of its own
         wandb/                        Weights & Biases; wandb/run_id keeps its run id for a resume
+        tensorboard/                  TensorBoard's event files, where monitor.tensorboard is enabled
         report.html                   the whole run on one page
         replay/step_000021/           mode=replay: a run directory of its own, with the table in replay.json
         export/step_000020/           mode=export: the model as a Hugging Face folder
@@ -113,6 +114,7 @@ class RunDir:
         self.main_log = self.logs / "main.log"
         self.wandb = self.path / "wandb"
         self.wandb_run_id = self.wandb / "run_id"
+        self.tensorboard = self.path / "tensorboard"
         self.report = self.path / "report.html"
         self.report_log = self.logs / "report.log"
         self.doctor = self.path / "doctor.json"

@@ -104,7 +104,7 @@ POLICIES = {
         weight_sync.root weight_sync.verify
         monitor.live monitor.record_rollouts monitor.max_rollouts_mib monitor.vision_gap_every monitor.report
         monitor.wandb.mode monitor.wandb.project monitor.wandb.name monitor.wandb.group monitor.wandb.rollouts
-        monitor.wandb.checkpoints monitor.tensorboard.enabled
+        monitor.wandb.checkpoints monitor.tensorboard.enabled monitor.tensorboard.rollouts
         export.folder sweep.retry_failed
     """,
 }

@@ -24,7 +24,8 @@ import vlmrl
 from support import TESTS
 from support.rollout_builders import image, rollout
 from vlmrl.config.monitor import WandbConfig, WandbMode
-from vlmrl.monitor.wandb_logger import COLUMNS, GAP, MAX_HEIGHT, WandbLogger, said, settle_wandb, strip
+from vlmrl.monitor.loggers import GAP, MAX_HEIGHT, said, strip
+from vlmrl.monitor.wandb_logger import COLUMNS, WandbLogger, settle_wandb
 from vlmrl.record.run_dir import RunDir
 
 ROOT = Path(vlmrl.__file__).parents[1]
@@ -329,8 +330,8 @@ def test_what_was_said() -> None:
 def test_a_service_that_hangs_does_not_keep_the_run(tmp_path: Path) -> None:
     script = """
     import psutil
-    from vlmrl.monitor import wandb_logger
-    wandb_logger.FINISH_S = 1.0
+    from vlmrl.monitor import loggers
+    loggers.FINISH_S = 1.0
     said = []
     logger = WandbLogger(WandbConfig(), run_dir, said.append)
     logger.start()
