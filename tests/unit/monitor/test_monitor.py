@@ -363,7 +363,7 @@ run_dir.create()
 with Monitor(MonitorConfig(), run_dir, total_steps=400, exact=True, credit=Credit.episode) as monitor:
     monitor.phase("rl")
     monitor.step(1, {{"reward/mean": 0.5}}, [group()])
-    monitor._wandb._collect(wait=True)
+    monitor._loggers._loggers[0]._collect(wait=True)
     monitor.step(2, {{"reward/mean": 0.5}}, [group()])
     while True:  # signal.pause() would miss a signal that came just before
         time.sleep(0.01)
