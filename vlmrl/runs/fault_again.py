@@ -1,6 +1,7 @@
 """`mode=faults run=<run> rollout=<id>`: play one faulty row again, through the user's code, and show what happens.
 
     rollout     problem ─▶ env ─▶ reset ─▶ render ─▶ step(recorded answer 1) ─▶ render ─▶ step(recorded answer 2) …
+                ─▶ reward terms, which see this one rollout of its group
     sft/…       problem ─▶ demonstration ─▶ render ─▶ short enough?
 
 No model is loaded: the policy's answers are those that the run recorded. Exit code 1: the fault happens again. 0: it
@@ -20,14 +21,17 @@ from vlmrl.errors import ConfigError, UserFault, VlmrlError, fenced
 from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer, resolve_checkpoint
 from vlmrl.models.families import family_of
 from vlmrl.orchestrator.rollout import rendering_fence, stop_reason_of
+from vlmrl.orchestrator.scoring import Scorer, seen_images
 from vlmrl.orchestrator.supervised import demonstrate, first_index
+from vlmrl.orchestrator.task_threads import TaskThreads
 from vlmrl.record.disk_bound import read_deleted
 from vlmrl.record.faults import FaultRecord
-from vlmrl.record.rollouts import TurnRecord, read_rollouts
+from vlmrl.record.rollouts import RolloutRecord, read_rollouts
 from vlmrl.record.run_dir import RunDir
 from vlmrl.rendering.renderer import Renderer, make_renderer
-from vlmrl.tasks.base import NoProblem, Split, Task
-from vlmrl.tasks.border import get_num_rows, get_problem, open_env, step_env
+from vlmrl.rewards.base import Attempt
+from vlmrl.tasks.base import NoProblem, Problem, Split, Task
+from vlmrl.tasks.border import get_num_rows, get_problem, get_reference, open_env, step_env
 from vlmrl.tasks.loading import load_task, tokenizer_texts
 from vlmrl.types import Image, Message, Prompt, Rollout, StopReason
 
@@ -57,7 +61,8 @@ def play_again(run_dir: RunDir, config: RunConfig, faults: Sequence[FaultRecord]
             played = _play_demonstration(config, task, renderer, fault)
             again = (played.stop_reason, played.error, played.traceback)
         else:
-            asyncio.run(_play_rollout(task, renderer, fault, _recorded_turns(run_dir, fault)))
+            recorded = _recorded(run_dir, fault)
+            asyncio.run(_play_rollout(config, task, renderer, fault, recorded))
             again = (StopReason.TERMINATED, None, None)
     except NoProblem as absent:
         print(f"the task has no problem here any more: {absent}")
@@ -131,22 +136,25 @@ def _play_demonstration(config: RunConfig, task: Task, renderer: Renderer | None
     return made.rollouts[0]
 
 
-def _recorded_turns(run_dir: RunDir, fault: FaultRecord) -> list[TurnRecord]:
-    """The turns that the run recorded for a rollout; none where it recorded no rollouts."""
+def _recorded(run_dir: RunDir, fault: FaultRecord) -> RolloutRecord | None:
+    """What the run recorded of a rollout; None where it recorded no rollouts."""
     path = run_dir.recorded_rollouts("eval" if fault["phase"] == "eval" else "step", fault["step"])
     wanted = fault["rollout_id"]
     try:
         for record in read_rollouts(path, lambda rollout_id: rollout_id == wanted, damaged=lambda text: None):
-            return record["turns"]
+            return record
     except OSError:
         pass
     deleted = read_deleted(run_dir)
     reason = "" if deleted is None else f"; the run {deleted.says()}"
     print(f"(no answers are recorded in {path}{reason}, so the env's steps are not played)")
-    return []
+    return None
 
 
-async def _play_rollout(task: Task, renderer: Renderer | None, fault: FaultRecord, turns: Sequence[TurnRecord]) -> None:
+async def _play_rollout(
+    config: RunConfig, task: Task, renderer: Renderer | None, fault: FaultRecord, recorded: RolloutRecord | None
+) -> None:
+    turns = recorded["turns"] if recorded is not None else []
     index = fault["problem_index"]
     split: Split = "train" if fault["split"] == "train" else "eval"
     problem, problem_id = get_problem(task, split, index)
@@ -170,6 +178,33 @@ async def _play_rollout(task: Task, renderer: Renderer | None, fault: FaultRecor
             with rendering_fence():
                 prompt, _ = await renderer.next_turn(prompt, completion, history, reply.messages)
         history.extend(reply.messages)
+    if recorded is not None and turns:
+        await _score(config, recorded, problem, history, prompt)
+
+
+async def _score(
+    config: RunConfig, recorded: RolloutRecord, problem: Problem, history: Sequence[Message], prompt: Prompt | None
+) -> None:
+    """Score the last recorded answer by the reward terms. Raises `UserFault` as one of them."""
+    scorer = Scorer.of(config.reward, config.task, TaskThreads().run)
+    reference = get_reference(problem) or (None, {})
+    last = recorded["turns"][-1]
+    attempt = Attempt(
+        rollout_id=recorded["rollout_id"],
+        problem_id=recorded["problem_id"],
+        prompt=tuple(history),
+        completion=last["text"],
+        answer=None,
+        reference=reference[0],
+        columns=reference[1],
+        images=() if prompt is None else seen_images(prompt),
+        completion_ids=tuple(last["completion_ids"]),
+    )
+    (verdict,) = await scorer.judge(recorded["task"], [attempt])
+    for name, value in verdict.values.items():
+        print(f"reward/{name}: {'abstains' if value is None else f'{value:g}'}")
+    if verdict.fault is not None:
+        raise verdict.fault
 
 
 async def _first_turn(renderer: Renderer | None, messages: tuple[Message, ...]) -> Prompt | None:

@@ -99,6 +99,8 @@ class Rollouts:
                 "split": record["split"],
                 "index": record["index"],
                 "reward": record["reward"],
+                "rewards": record["rewards"],
+                "reference": record["reference"],
                 "metrics": record["metrics"],
                 "stop": record["stop_reason"],
                 "dropped": record["dropped"],

@@ -233,7 +233,7 @@ function saveMatching() {
     return JSON.stringify({
       ...(SEVERAL ? { run: run.name } : {}),
       rollout_id: rollout.id, problem_id: rollout.problem, step: rollout.step, split: rollout.split, index: rollout.index,
-      reward: rollout.reward, metrics: rollout.metrics, stop_reason: rollout.stop, dropped: rollout.dropped,
+      reward: rollout.reward, rewards: rollout.rewards, reference: rollout.reference, metrics: rollout.metrics, stop_reason: rollout.stop, dropped: rollout.dropped,
       filtered: rollout.filtered, error: rollout.error, seconds: rollout.seconds,
       turns: rollout.turns.map((turn) => {
         const prompt = run.prompts[turn.prompt];

@@ -100,6 +100,8 @@ function headline(rollout) {
     rollout.error && el("pre", { class: "note bad" }, rollout.error),
     el("div", { class: "facts" },
       fact("reward", fmt.number(rollout.reward, 4)),
+      Object.entries(rollout.rewards).map(([name, value]) => fact(`reward/${name}`, value === null ? "abstains" : fmt.number(value, 4))),
+      rollout.reference !== null && fact("reference", shortened(rollout.reference)),
       Object.entries(rollout.metrics).map(([key, value]) => fact(key, fmt.number(value, 4))),
       fact("stop reason", rollout.stop),
       rollout.filtered.length > 0 && fact("matching filters", rollout.filtered.join(", ")),
@@ -109,6 +111,8 @@ function headline(rollout) {
       fact("time", fmt.seconds(rollout.seconds))),
   ];
 }
+
+const shortened = (text, most = 120) => (text.length > most ? `${text.slice(0, most)}…` : text);
 
 const promptLength = (run, turn) => turn.offset + run.prompts[turn.prompt].count;
 
