@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+JUDGE = ("reward=judge", "reward.terms.judge.url=http://127.0.0.1:1/v1", "reward.terms.judge.model=m")
+
 REFUSED: list[tuple[tuple[str, ...], str]] = [
     (("orchestrator/renderer=none",), "renderer=null leaves .*=qwen3vl_tiny .*image tokens and pixels: set .*=auto$"),
     (("~orchestrator/renderer",), "orchestrator.renderer=null leaves model.name=qwen3vl_tiny without a renderer"),
@@ -123,6 +125,13 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
         r"inference.urls\[0\] looks like a secret.*VLLM_API_KEY",
     ),
     (("model.name=https://me:hunter2@host/x",), "model.name looks like a secret.*HF_TOKEN"),
+    (
+        (*JUDGE, "++reward.terms.judge.extra_body.api_key=hunter2"),
+        "reward.terms.judge.extra_body.api_key looks like a secret.*api_key_env",
+    ),
+    ((*JUDGE, "reward.terms.judge.url='http://me:pw@h/v1'"), "reward.terms.judge.url looks like a secret"),
+    ((*JUDGE, "reward.terms.judge.api_key_env=sk-Abc123"), "judge.api_key_env=.* the name of an environment variable"),
+    ((*JUDGE, "reward.terms.judge.url='http://h/v1?x=1'"), "judge.url=.* without user and query"),
     (("+trainer.pace=1",), "trainer.pace: there is no such key"),
     (("+pace=1",), "pace: there is no such key"),
     (("~monitor",), "monitor has no value"),

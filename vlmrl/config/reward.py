@@ -280,8 +280,9 @@ class JudgeTerm(RewardTerm):
     """Name of the environment variable that holds the API key, e.g. `OPENAI_API_KEY`. The key itself is never written
     down. None sends no key."""
     prompt: str | None = setting(None, on_resume=Resume.noted, form=PROSE)
-    """What the judge is asked: a Jinja template that sees `question`, `answer`, `completion`, `reference`, `columns`,
-    `low` and `high`. None: the default of vlmrl/rewards/judge_prompt.py."""
+    """What the judge is asked: a Jinja template, inline or the path of a file, that sees `question`, `answer`,
+    `completion`, `reference`, `columns`, `images`, `low`, `high`, and `mark`, a line that no completion contains. None:
+    the default in vlmrl/rewards/judge_prompt.py."""
     images: bool = setting(True, on_resume=Resume.noted)
     """Whether the judge sees the images of the prompt."""
     pattern: str | None = setting(None, on_resume=Resume.noted, form=PATTERN)
@@ -295,6 +296,9 @@ class JudgeTerm(RewardTerm):
     """The longest reply of the judge."""
     temperature: float = setting(0.0, on_resume=Resume.noted, low=0, high=10, outside="no endpoint accepts it")
     """Sampling temperature of the judge."""
+    extra_body: dict[str, Any] = setting({}, on_resume=Resume.noted, free_form=True)
+    """More fields of the request; they win over ours, and null leaves a field out:
+    `{max_tokens: null, max_completion_tokens: 1024}`."""
     concurrency: int = setting(16, on_resume=Resume.free, low=1, high=10**4, outside="nothing is asked")
     """Requests at the same time, per rank."""
     timeout_s: float = setting(60.0, on_resume=Resume.noted, low=0.1, high=3600, outside="no reply comes in time")

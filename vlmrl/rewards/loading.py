@@ -16,6 +16,7 @@ from vlmrl.config.reward import (
     FormatTerm,
     ImportedTerm,
     IouTerm,
+    JudgeTerm,
     MathTerm,
     NumberTerm,
     RewardConfig,
@@ -31,6 +32,7 @@ from vlmrl.rewards.f1 import score_f1
 from vlmrl.rewards.format import format_of
 from vlmrl.rewards.imported import imported
 from vlmrl.rewards.iou import score_iou
+from vlmrl.rewards.judge import JudgeReward
 from vlmrl.rewards.math import MathReward
 from vlmrl.rewards.number import score_number
 
@@ -96,6 +98,8 @@ def _reward(term: RewardTerm, key: str, run_blocking: RunBlocking) -> Reward:
             return PerAttempt(partial(score_anls, term))
         case FormatTerm():
             return PerAttempt(format_of(term, key))
+        case JudgeTerm():
+            return JudgeReward(term, key, run_blocking)
         case ImportedTerm():
             return imported(term, key, run_blocking)
     raise AssertionError(f"no reward for {type(term).__name__}")

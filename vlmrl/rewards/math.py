@@ -31,6 +31,7 @@ from vlmrl.config.secrets import is_secret_name, is_secret_value
 from vlmrl.errors import UserFault, fenced
 from vlmrl.rewards.base import Attempt, RewardError, RunBlocking, Score, Scored
 from vlmrl.rewards.references import references_of
+from vlmrl.rewards.slots import Slots
 
 PROGRAM = Path(__file__).with_name("math_worker.py")
 
@@ -67,9 +68,7 @@ class MathReward:
         self._term = term
         self._run_blocking = run_blocking
         self._idle: list[_Worker] = []
-        self._slots: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._slots = Slots(term.workers)
         weakref.finalize(self, _end_all, self._idle)
 
     async def score(self, attempts: Sequence[Attempt]) -> Sequence[Score]:
@@ -83,8 +82,7 @@ class MathReward:
         if attempt.answer is None:
             return Scored(0.0, _metrics())
         answer = attempt.answer[-LONGEST_ANSWER:]
-        slots = self._slots.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(self._term.workers))
-        async with slots:
+        async with self._slots.mine():
             return await self._run_blocking(lambda: self._compare(references, answer))
 
     def _compare(self, references: list[str], answer: str) -> Score:

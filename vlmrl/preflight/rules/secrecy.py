@@ -12,6 +12,7 @@ VARIABLES = {
     "inference.extra_args": "VLLM_API_KEY or HF_TOKEN",
     "inference.urls": "VLLM_API_KEY",
     "model.name": "HF_TOKEN",
+    "reward.terms": "for a judge, the one that its api_key_env names",
 }
 """Key → the environment variable that replaces a secret in it."""
 
