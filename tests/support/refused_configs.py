@@ -53,6 +53,34 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     (("mode=sft", "trainer.warmup.steps=0"), "mode=sft trains for trainer.warmup.steps=0"),
     (("mode=eval", "orchestrator.eval.problems=0"), "mode=eval evaluates orchestrator.eval.problems=0"),
     (("orchestrator.eval.problems=0",), "orchestrator.eval.every=10 evaluates orchestrator.eval.problems=0"),
+    (
+        ("orchestrator.eval.problems=0", "orchestrator.eval.target=0.9", "+eval_set@orchestrator.eval.sets.a=default"),
+        "orchestrator.eval.target=0.9 is compared with the main evaluation, .*set orchestrator.eval.problems=128",
+    ),
+    (
+        ("+eval_set@orchestrator.eval.sets.task=default",),
+        "sets.task has a name that no set can have, because eval/task",
+    ),
+    (
+        (
+            *("+eval_set@orchestrator.eval.sets.a=default", "orchestrator.eval.sets.a.samples=0"),
+            "orchestrator.eval.sets.a.greedy=false",
+        ),
+        "sets.a.samples=0 with orchestrator.eval.sets.a.greedy=false plays no answer",
+    ),
+    (("trainer.patience=2",), "trainer.patience=2 has no trainer.keep_best"),
+    (("trainer.keep_best=eval/rewrad",), "keep_best=eval/rewrad is no metric of .*did you mean eval/reward"),
+    (("trainer.keep_best=eval/ood/reward",), "keep_best=eval/ood/reward is no metric of this run's evaluations"),
+    (("trainer.keep_best=loss",), "trainer.keep_best=loss is not a metric of an evaluation"),
+    (
+        ("+eval_set@orchestrator.eval.sets.a=default", "trainer.keep_best=eval/a/pass@8"),
+        "eval/a/pass@8 is no metric .*choose one of .*eval/a/pass@1",
+    ),
+    (
+        ("orchestrator.eval.every=0", "trainer.keep_best=eval/reward"),
+        "keep_best=eval/reward has no value, because the run makes no evaluation",
+    ),
+    (("mode=sft", "trainer.keep_best=eval/reward"), "keep_best=eval/reward has no effect with mode=sft"),
     (("trainer.lr_warmup_steps=401",), "trainer.lr_warmup_steps=401 is longer than trainer.max_steps=400"),
     (("orchestrator.temperature=1e-40",), "orchestrator.temperature=1e-40"),
     (("trainer.betas=[0.9]",), r"trainer.betas=\[0.9\] does not have two numbers"),

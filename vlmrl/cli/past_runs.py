@@ -1,6 +1,7 @@
 """Commands about a run that exists. They use the run's own config.yaml; Hydra does not compose a new one.
 
-    resume=<run> …                  resumed     single values may be overridden
+    resume=<run> …                  resumed     single values may be overridden; mode=eval and mode=export also take one
+                                                checkpoint, resume=<run>/checkpoints/step_000020, and mode=eval new sets
     mode=replay run=<run> step=N …  replayed    single values, and another engine
     mode=report run=… | runs=[…]    write_page  only writes the page
     mode=faults run=… [rollout=…]   show_faults lists what went wrong, or plays one row again
@@ -10,6 +11,7 @@ main.py calls these functions and starts the result.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -31,8 +33,13 @@ from vlmrl.config.parse import parse, typed
 from vlmrl.config.run import Mode
 from vlmrl.errors import ConfigError
 from vlmrl.preflight.rules.mode import REPLAY_HAS_NO_BATCH
-from vlmrl.record.files import read_errors
+from vlmrl.record.files import read_errors, read_json
 from vlmrl.record.run_dir import RunDir
+
+log = logging.getLogger(__name__)
+
+BEST = "best"
+"""`resume=<run>/checkpoints/best` names the best checkpoint."""
 
 REPORT = f"mode={Mode.report.name}"
 
@@ -138,11 +145,14 @@ def resumed(arguments: list[str]) -> tuple[DictConfig, Callable[[], list[str]]]:
     value that the run cannot go on with (`Resume.refused`). Raises ConfigError."""
     folder = [argument for argument in arguments if argument.startswith("resume=")][-1].removeprefix("resume=")
     overrides = [argument for argument in arguments if not argument.startswith("resume=")]
+    sets = [text for text in overrides if SET_CHOICE.match(text) and f"mode={Mode.eval.name}" in overrides]
+    overrides = [text for text in overrides if text not in sets]
     for text in overrides:
         refuse_beside_resume(text, folder)
-    run_dir = RunDir(folder_of(folder))
+    run_dir, step = checkpoint_of(folder)
     config = typed(run_dir.read_config())
     mode, recorded = config.mode, leaves_of(config)
+    add_sets(config, sets)
     choose(config, [text for text in overrides if is_choice(text)])
     override(config, [text for text in overrides if not is_choice(text)])
     if config.mode not in (mode, Mode.eval, Mode.export):
@@ -150,12 +160,59 @@ def resumed(arguments: list[str]) -> tuple[DictConfig, Callable[[], list[str]]]:
             f"mode={config.mode.name} cannot continue resume={folder}, because its steps would be mixed with those of "
             f"mode={mode.name}: remove mode=, or start a new run without resume="
         )
+    if step is not None and config.mode not in (Mode.eval, Mode.export):
+        raise ConfigError(
+            f"resume={folder} is one checkpoint of a run, which can be evaluated and exported only, because the files "
+            f"of the run are those of its newest step: add mode=eval or mode=export, or set resume={run_dir.path}"
+        )
+    config.step = step
     # An evaluation or an export adds no step to the run, so it may use other values.
     with composing(overrides):  # an override may refer to another key
         after = leaves_of(config)
     now = after if config.mode is mode else recorded
     config.output_dir, config.resume = str(run_dir.path), str(run_dir.path)
     return config, lambda: notes_on_changes(recorded, now, folder)
+
+
+def checkpoint_of(folder: str) -> tuple[RunDir, int | None]:
+    """The run that `resume=` names and, where it names a checkpoint of the run (`checkpoints/step_000020`, or
+    `checkpoints/best`), the step of that. Raises ConfigError where there is no such checkpoint."""
+    path = folder_of(folder)
+    run_dir = RunDir(path.parent.parent)
+    if path.parent.name != run_dir.checkpoints.name or not run_dir.config.exists():
+        return RunDir(path), None
+    named = re.fullmatch(r"step_(\d+)", path.name)
+    if path.name == BEST:
+        content = read_json(run_dir.best_checkpoint, lambda content: isinstance(content, dict), log.warning) or {}
+        step = content.get("step")
+    else:
+        step = int(named[1]) if named is not None else None
+    if not isinstance(step, int) or not (run_dir.checkpoints / f"step_{step:06d}").is_dir():
+        steps = sorted(each.name for each in run_dir.checkpoints.glob("step_*"))
+        raise ConfigError(
+            f"resume={folder} names no checkpoint of {run_dir.path}, so there is nothing to load: choose one of "
+            f"{', '.join(steps) or 'another run, because this one has none'}"
+            + ("; trainer.keep_best=eval/reward keeps a best one" if path.name == BEST else "")
+        )
+    return run_dir, step
+
+
+SET_CHOICE = re.compile(r"\+?(?:eval_set|task|reward)@orchestrator\.eval\.sets\.[^=]+=")
+"""An argument of mode=eval that adds a named set to those of the run, or a task or a reward to such a set."""
+
+
+def add_sets(config: DictConfig, choices: list[str]) -> None:
+    """Add named evaluation sets to a run's config, in place. Raises ConfigError."""
+    if not choices:
+        return
+    register_schemas()
+    with composing(choices):
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = hydra.compose("config", choices)
+        for text in choices:
+            place = text.partition("=")[0].partition("@")[2]
+            with open_dict(config):
+                OmegaConf.update(config, place, OmegaConf.select(composed, place), merge=False, force_add=True)
 
 
 def refuse_beside_resume(text: str, folder: str) -> None:

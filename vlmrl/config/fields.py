@@ -104,6 +104,8 @@ PROSE = Form(r"(?=.*\S)[^\x00\x7f]*", "text that is not empty", "the policy woul
 
 PATTERN = Form(r"(?=.*\S)[^\x00\x7f]*", "a regular expression that is not empty", "it would match every text", raw=True)
 
+METRIC = Form(r"eval/[^\x00-\x1f\x7f]+", "a metric of an evaluation, eval/…", "no evaluation has a value to compare")
+
 ANY_TEXT = Form(r".*", "any text", "")
 
 

@@ -77,12 +77,14 @@ class RunConfig:
     """Compose the config, check it, print what the run would take, and stop. Makes no folder and starts no process;
     exit code 0 or 2."""
     resume: str | None = setting(None, on_resume=Resume.free)
-    """Folder of a run to continue. The run uses its own config.yaml, with the overrides of single values on top."""
+    """Folder of a run to continue. The run uses its own config.yaml, with the overrides of single values on top. For
+    mode=eval and mode=export also a checkpoint of it: `<run>/checkpoints/step_000020` or `<run>/checkpoints/best`."""
     run: str | None = setting(None, on_resume=Resume.refused)
     """mode=replay, mode=report, mode=faults: folder of the run. A replay uses the run's config.yaml, with overrides of
     values, engine and weight sync on top."""
-    step: int | None = setting(None, on_resume=Resume.refused, low=1, high=10**9, outside="there is no such batch")
-    """mode=replay: the batch to replay, counted in optimizer steps from 1."""
+    step: int | None = setting(None, on_resume=Resume.refused, low=0, high=10**9, outside="there is no such step")
+    """mode=replay: the batch to replay, counted in optimizer steps from 1. mode=eval and mode=export: the step of the
+    checkpoint that `resume=<run>/checkpoints/step_000020` names, null for the newest."""
     rollout: str | None = setting(None, on_resume=Resume.refused)
     """mode=faults: the rollout or demonstration to play again, e.g. `train/000003/01/00`."""
     runs: list[str] = setting([], on_resume=Resume.refused)

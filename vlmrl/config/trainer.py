@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from enum import Enum
 
-from vlmrl.config.fields import SMALLEST, Resume, setting
+from vlmrl.config.fields import METRIC, SMALLEST, Resume, setting
 
 
 class Packing(Enum):
@@ -154,6 +154,14 @@ class TrainerConfig:
     keep_checkpoints: int = setting(
         2, on_resume=Resume.free, low=1, high=10**9, outside="there is nothing to resume from"
     )
-    """Number of newest checkpoints to keep; older ones are deleted."""
+    """Number of newest checkpoints to keep; older ones are deleted, except the best one (`keep_best`)."""
+    keep_best: str | None = setting(None, on_resume=Resume.noted, form=METRIC)
+    """A metric of the evaluations, e.g. `eval/reward` or `eval/ood/pass@8`. An evaluation with a better value than all
+    before saves a checkpoint, which is kept; checkpoints/best.json names it. Larger is better, except for a metric
+    named `loss` or `…_loss`; of equal values the earlier counts. null keeps the newest only."""
+    patience: int | None = setting(
+        None, on_resume=Resume.noted, low=1, high=10**9, outside="the run ends at its first evaluation"
+    )
+    """Evaluations in a row without a better value of `keep_best` after which the run ends. null runs all steps."""
     warmup: SFTConfig = field(default_factory=SFTConfig)
     """Supervised steps."""

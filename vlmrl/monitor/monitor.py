@@ -44,13 +44,10 @@ from vlmrl.record.logs import MainLog
 from vlmrl.record.metrics import ELAPSED, EVAL_GREEDY, EVAL_SAMPLED, ZERO_ADVANTAGE, MetricsLog, Record, read_metrics
 from vlmrl.record.rollouts import RolloutRecorder
 from vlmrl.record.run_dir import RunDir
-from vlmrl.record.splits import RecordedSplit
+from vlmrl.record.splits import RecordedSplit, label_of
 from vlmrl.types import Group, Rollout
 
 log = logging.getLogger(__name__)
-
-SPLITS: dict[str, RecordedSplit] = {"sampled": "eval_sampled", "greedy": "eval_greedy"}
-"""Kind of an evaluation's rollouts → the split under which they are recorded."""
 
 NO_REPORT_IN_A_HURRY = "report.html was left out, as asked: write it with python -m vlmrl mode=report run={folder}"
 NO_REPORT = "report.html could not be written: read logs/report.log for the reason."
@@ -240,21 +237,26 @@ class Monitor:
         if self._config.record_rollouts:
             self._recorder.write(step, {"train": rollouts})
 
-    def evaluation(self, step: int, metrics: Mapping[str, float], rollouts: Mapping[str, Sequence[Rollout]]) -> None:
+    def evaluation(
+        self, step: int, metrics: Mapping[str, float], rollouts: Mapping[RecordedSplit, Sequence[Rollout]]
+    ) -> None:
         """Record an evaluation of the weights after `step`; may be called before or after `Monitor.step` for that step.
 
-        The metrics (`eval/…`) join the step's line in metrics.jsonl; the rollouts ("sampled", "greedy") go into a file.
+        The metrics (`eval/…`) join the step's line in metrics.jsonl; the rollouts go into a file, under their splits.
         """
         for group in rollouts.values():
             self._faults.write(faults_of(step, "eval", group))
         self._metrics.write({"step": step, **metrics, ELAPSED: self._elapsed()})
-        self._evaluation = self._metrics.last or {}
+        if EVAL_SAMPLED in metrics:
+            self._evaluation = self._metrics.last or {}
         self._loggers.start()
         self._loggers.log({"step": step, **metrics})
-        self._loggers.log_rollouts(step, {"trained on": self._trained_on, **rollouts})
+        of_splits = {label_of(split): group for split, group in rollouts.items()}
+        self._loggers.log_rollouts(step, {"trained on": self._trained_on, **of_splits})
         if self._config.record_rollouts:
-            self._recorder.write(step, {SPLITS[kind]: group for kind, group in rollouts.items()})
-        self._progress.rollouts(f"held-out rollouts after step {step}", rollouts.get("sampled", ())[:SHOWN])
+            self._recorder.write(step, rollouts)
+        shown: Sequence[Rollout] = next(iter(rollouts.values()), ())
+        self._progress.rollouts(f"held-out rollouts after step {step}", shown[:SHOWN])
         if self._report is not None and not self._report.start():
             self.warn(NO_REPORT)
         self._progress.evaluation(step, metrics)

@@ -23,6 +23,7 @@ from rich.text import Text
 
 from vlmrl.monitor.glimpse import ROWS, Glimpse
 from vlmrl.record.metrics import EVAL_GREEDY, EVAL_SAMPLED, Record
+from vlmrl.record.splits import set_rewards
 from vlmrl.types import Rollout
 
 PHASES = ("preparing", "doctor", "warm-up", "rl", "eval", "replay")
@@ -104,7 +105,7 @@ class Progress:
     def resume(self, history: Sequence[Record]) -> None:
         """Show the metrics of the run before it was resumed: the kept lines of metrics.jsonl."""
         for record in history:
-            if record.get(EVAL_SAMPLED) is not None:
+            if record.get(EVAL_SAMPLED) is not None or set_rewards(record):
                 self._evaluations.append((record["step"], record))
             if record.get("reward/mean") is not None:
                 self._rewards.append(record["reward/mean"])
@@ -158,11 +159,11 @@ class Progress:
         """Show the evaluation after `step`."""
         self._evaluations.append((step, metrics))
         when = f"after step {step}" if step else "before the first step"
-        self._news(
-            f"evaluation {when} | sampled {_number(metrics.get(EVAL_SAMPLED), '.3f')}"
-            f" | greedy {_number(metrics.get(EVAL_GREEDY), '.3f')}",
-            always=True,
-        )
+        main = f" | sampled {_number(metrics.get(EVAL_SAMPLED), '.3f')}"
+        main += f" | greedy {_number(metrics.get(EVAL_GREEDY), '.3f')}"
+        sets = set_rewards(metrics)
+        of_sets = "".join(f" | {name} {value:.3f}" for name, value in sets.items())
+        self._news(f"evaluation {when}" + (main if EVAL_SAMPLED in metrics or not sets else "") + of_sets, always=True)
 
     def rollouts(self, source: str, rollouts: Sequence[Rollout]) -> None:
         """Show `rollouts` in the live view from its next drawing on; `source` describes them."""
@@ -238,6 +239,7 @@ class Progress:
         reward = self._rewards[-1] if self._rewards else None
         rows.append(("reward", _value(_number(reward, ".3f"), sparkline(self._rewards, 40))))
         rows.append(("held-out", self._held_out()))
+        rows += self._set_values()
         mean, worst = latest.get("mismatch_kl/mean"), latest.get("mismatch_kl/max")
         rows.append(("mismatch_kl", _value(f"mean {_number(mean, '.1e')}  max {_number(worst, '.1e')}")))
         speed = f"{_thousands(latest.get('throughput/tokens_per_s'))} tokens/s"
@@ -249,9 +251,18 @@ class Progress:
         if not self._evaluations:
             return _value("-")
         step, newest = self._evaluations[-1]
+        mains = [scores for _, scores in self._evaluations if scores.get(EVAL_SAMPLED) is not None]
+        newest = mains[-1] if mains else newest
         sampled = [scores[EVAL_SAMPLED] for _, scores in self._evaluations if scores.get(EVAL_SAMPLED) is not None]
         both = f"sampled {_number(newest.get(EVAL_SAMPLED), '.3f')}  greedy {_number(newest.get(EVAL_GREEDY), '.3f')}"
         return _value(both, f"{sparkline(sampled, 16)} step {step}")
+
+    def _set_values(self) -> list[tuple[str, RenderableType]]:
+        """The newest reward of each named set."""
+        newest: dict[str, float] = {}
+        for _, metrics in self._evaluations:
+            newest |= set_rewards(metrics)
+        return [("sets", Text("  ".join(f"{name} {value:.3f}" for name, value in newest.items())))] if newest else []
 
     def _detail_metrics(self) -> list[tuple[str, RenderableType]]:
         latest = self._latest

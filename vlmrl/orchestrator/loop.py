@@ -37,7 +37,8 @@ from vlmrl.orchestrator.samples import make_samples, note_learned
 from vlmrl.orchestrator.stream import ProblemStream
 from vlmrl.types import Group, InferenceEngine, Trainer, TrainingSample, WeightSync
 
-ExitReason = Literal["finished", "target_reached", "interrupted"]
+ExitReason = Literal["finished", "target_reached", "no_improvement", "interrupted"]
+"""`no_improvement`: `trainer.patience` evaluations in a row were no better than the best one."""
 
 
 @dataclass(eq=False)
@@ -74,12 +75,15 @@ class Loop:
         `FaultWatch.check`, at the end also where there were too few steps for it to judge."""
         first = self.trainer.version
         await self.weight_sync.publish(first)
-        is_first_due = first == 0 and not self.evaluator.history and self.evaluator.is_due(0, self.max_steps)
-        if (is_first_due or self.evaluator.is_unfinished) and not await self.evaluate(first):
-            return "interrupted"
+        is_first_due = first == 0 and not self.evaluator.count and self.evaluator.is_due(0, self.max_steps)
+        if is_first_due or self.evaluator.is_unfinished:
+            if not await self.evaluate(first):
+                return "interrupted"
+            if self.evaluator.best.is_best(first):
+                self.checkpoint(first)
         try:
             for step in range(first + 1, self.max_steps + 1):
-                if self.evaluator.reached_target:
+                if self.evaluator.reached_target or self.evaluator.best.is_exhausted:
                     break
                 started = time.perf_counter()
                 if (groups := await self.next_batch(step)) is None:
@@ -88,6 +92,8 @@ class Loop:
                     return "interrupted"
             if self.evaluator.reached_target:
                 return "target_reached"
+            if self.evaluator.best.is_exhausted:
+                return "no_improvement"
             self.faults.finish()
             return "finished"
         finally:
@@ -163,12 +169,12 @@ class Loop:
 
     async def evaluate(self, step: int) -> bool:
         """Evaluate the weights after `step` on held-out problems. Returns False if the run was told to stop before."""
-        evaluation = asyncio.create_task(self.evaluator.run(step))
+        evaluation = asyncio.create_task(self.evaluator.run(step, self.max_steps))
         if await stopped_before(evaluation, self.stop):
             return False
-        metrics, rollouts = evaluation.result()
+        evaluated = evaluation.result()
         # Read the engine's counters here too; otherwise the next step would include those of the evaluation.
-        metrics |= {f"eval/{key}": value for key, value in self.engine.metrics().items()}
-        self.recorder.evaluation(step, metrics, rollouts)
+        counters = {f"eval/{key}": value for key, value in self.engine.metrics().items()}
+        self.recorder.evaluation(step, evaluated.metrics | counters, evaluated.rollouts)
         self._overlap.reset_idle()
         return True

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from vlmrl.record.bad_rows import BadRowRecord
 from vlmrl.record.faults import FaultRecord
+from vlmrl.record.splits import RecordedSplit
 from vlmrl.types import Group, Rollout
 
 
@@ -25,9 +26,11 @@ class Recorder(Protocol):
         """Record only the rollouts of a step that failed, so that an error message can refer to them."""
         ...
 
-    def evaluation(self, step: int, metrics: Mapping[str, float], rollouts: Mapping[str, Sequence[Rollout]]) -> None:
-        """Record an evaluation of the weights after `step`: `eval/…` metrics, and rollouts by kind ("sampled",
-        "greedy") with their faults."""
+    def evaluation(
+        self, step: int, metrics: Mapping[str, float], rollouts: Mapping[RecordedSplit, Sequence[Rollout]]
+    ) -> None:
+        """Record an evaluation of the weights after `step`: `eval/…` metrics, and rollouts by the split under which
+        they are recorded (`eval_sampled`, `eval_<set>_greedy`, …) with their faults."""
         ...
 
     def faults(self, faults: Sequence[FaultRecord]) -> None:

@@ -70,6 +70,10 @@ class RolloutRunner:
     """What a cut answer is paid."""
     scorer: Scorer = field(default_factory=Scorer)
     """The reward terms; by default none, so that a rollout keeps the task's own reward."""
+    top_p: float = 1.0
+    """As in `SamplingParams`; below 1 in evaluation sets only."""
+    top_k: int = 0
+    """As in `SamplingParams`; above 0 in evaluation sets only."""
     _threads: TaskThreads = field(init=False, default_factory=TaskThreads)
 
     async def run_groups(
@@ -81,16 +85,17 @@ class RolloutRunner:
         group_size: int,
         temperature: float,
         first_group: int = 0,
+        label: str | None = None,
     ) -> list[Group]:
         """Play one group of `group_size` siblings per problem, all at once. Groups are in the order of `problems`.
 
-        A rollout's id is `<split>/<step>/<group>/<index>`, with `<split>-greedy` where `temperature=0.0`; groups are
-        numbered from `first_group`. All sessions are opened before the first request, because an engine may wait for
-        every open session to make one batch.
+        A rollout's id is `<label>/<step>/<group>/<index>`, with `<label>-greedy` where `temperature=0.0`; the label is
+        the split unless another is given, and groups are numbered from `first_group`. All sessions are opened before
+        the first request, because an engine may wait for every open session to make one batch.
 
         Raises any error that no single rollout caused, such as an engine's error that is not an `EngineError`.
         """
-        label = split if temperature > 0 else f"{split}-greedy"
+        label = (label or split) + ("" if temperature > 0 else "-greedy")
         groups = [
             Group(
                 problem_id=drawn.problem_id,
@@ -181,6 +186,9 @@ class RolloutRunner:
                 stop_token_ids=self.renderer.stop_token_ids,
                 banned_token_ids=self.renderer.banned_token_ids,
                 seed=sampling_seed(self.seed, rollout.rollout_id, len(rollout.turns)),
+                # A greedy answer is the most probable token of the whole distribution.
+                top_p=self.top_p if temperature > 0 else 1.0,
+                top_k=self.top_k if temperature > 0 else 0,
             )
             completion = await session.generate(prompt, sampling)
             text = self.renderer.decode(completion.token_ids)

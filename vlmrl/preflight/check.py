@@ -21,6 +21,7 @@ from vlmrl.config.run import RunConfig
 from vlmrl.preflight.rules import (
     checkpoint,
     engine,
+    evaluation,
     imports,
     learning,
     machine,
@@ -94,6 +95,10 @@ RULES: tuple[Rule, ...] = (
     _of_config(mode.past_run_is_read),
     _of_config(mode.export_folder_has_effect),
     _of_config(mode.mode_has_work),
+    _of_config(evaluation.evaluation_has_work),
+    _of_config(evaluation.sets_have_names),
+    _of_config(evaluation.sets_are_played),
+    _of_config(evaluation.best_is_measured),
     _of_config(learning.optimizer_fits),
     _of_config(task.squares_fill_tokens),
     _of_config(task.answer_fits),

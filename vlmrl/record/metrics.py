@@ -24,6 +24,7 @@ import orjson
 from vlmrl.record.files import disk_errors, is_number
 from vlmrl.record.in_place import check_in_place
 from vlmrl.record.lines import read_lines
+from vlmrl.record.splits import set_rewards
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,25 @@ STEP_KEYS: dict[str, StepKey] = {
     "task/<key>": _sometimes("the task's", "Mean of a metric that the task reports, over the rollouts that report it."),
     "eval/task/<key>": _sometimes("the task's", "The same of the held-out rollouts, sampled."),
     "eval/task/<key>_greedy": _sometimes("the task's", "The same of the held-out rollouts, greedy decoding."),
+    "eval/<set>/reward": _sometimes("reward", "The same of a named set: the mean over its samples (avg@k)."),
+    "eval/<set>/reward_greedy": _sometimes("reward", "The same of a named set, greedy decoding."),
+    "eval/<set>/pass@<k>": _sometimes("share of problems", "Probability that one of k samples passes, unbiased."),
+    "eval/<set>/pass_greedy": _sometimes("share of problems", "Greedy answers that pass."),
+    "eval/<set>/maj@<k>": _sometimes("share of problems", "Probability that the most frequent of k answers passes."),
+    "eval/<set>/<score>_se": _sometimes("the score's", "Standard error of one of these scores, clustered by problem."),
+    "eval/<set>/by/<column>/<value>": _sometimes("reward", "Mean reward of the problems with this value of a column."),
+    "eval/<set>/problems": _sometimes(
+        "problems", "Problems that the set asked; fewer than it wants where there are no more."
+    ),
+    "eval/<set>/truncated": _sometimes("share of rollouts", "Sampled rollouts that a budget cut."),
+    "eval/<set>/truncated_greedy": _sometimes("share of rollouts", "Greedy rollouts that a budget cut."),
+    "eval/<set>/faults": _sometimes("rollouts", "Rollouts that failed and count as 0. Evaluations with one."),
+    "eval/<set>/unscored": _sometimes("rollouts", "Rollouts that no reward term scored; they do not count."),
+    "eval/<set>/reward/<term>": _sometimes(
+        "the term's", "Mean value of a reward term; with `_greedy`, of greedy rollouts."
+    ),
+    "eval/<set>/task/<key>": _sometimes("the task's", "Mean of a task metric; with `_greedy`, of greedy rollouts."),
+    "eval/<set>/rollouts/replayed": _sometimes("rollouts", "As `eval/rollouts/replayed`, of the set."),
     "loss": StepKey("loss", "The loss before the step, demonstrations of trainer.warmup.rl_weight not included."),
     "grad_norm": StepKey("loss", "L2 norm of the gradient of all trainable parameters, before clipping."),
     "learning_rate": _sometimes("1", "Learning rate of the step. Steps that trained on something."),
@@ -175,7 +195,9 @@ def missing_keys(record: Mapping[str, Any]) -> list[str]:
     >>> missing_keys(dict.fromkeys(REQUIRED_KEYS, 1.0))
     []
     """
-    required = ("step", EVAL_SAMPLED) if record.get("step") == 0 else REQUIRED_KEYS
+    is_set_only = EVAL_SAMPLED not in record and bool(set_rewards(record))  # orchestrator.eval.problems=0
+    first = ("step",) if is_set_only else ("step", EVAL_SAMPLED)
+    required = first if record.get("step") == 0 else REQUIRED_KEYS
     return [key for key in required if key not in record]
 
 

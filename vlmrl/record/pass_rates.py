@@ -1,6 +1,6 @@
 """pass_rates.json: how many sampled answers to each problem passed. mode=eval writes it, `task.curriculum` reads it.
 
-    {"pass_at": 1.0, "problems": {"train.parquet:417:9f31c2aa": {"passed": 3, "samples": 8}, …}}
+    {"problems": {"train.parquet:417:9f31c2aa": {"passed": 3, "samples": 8}, …}}
 
 A problem is named by its id. Faults count as samples that did not pass. Problems of all sets of an evaluation stand in
 one table; a problem that several sets ask has the sum.
@@ -30,10 +30,10 @@ class PassRate:
     samples: int
 
 
-def write_pass_rates(path: Path, rates: Mapping[str, PassRate], pass_at: float) -> None:
-    """Write the file. `pass_at` is the reward from which an answer passed. Raises VlmrlError."""
+def write_pass_rates(path: Path, rates: Mapping[str, PassRate]) -> None:
+    """Write the file. Raises VlmrlError."""
     problems = {id: {"passed": rate.passed, "samples": rate.samples} for id, rate in rates.items()}
-    content = orjson.dumps({"pass_at": pass_at, "problems": problems}, option=orjson.OPT_INDENT_2)
+    content = orjson.dumps({"problems": problems}, option=orjson.OPT_INDENT_2)
     with disk_errors(path):
         write_bytes_atomically(path, content)
 

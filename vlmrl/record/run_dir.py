@@ -14,6 +14,7 @@
         images/<hash>.png             each distinct image once
         tokens.jsonl                  the spelling of every token in rollouts/
         checkpoints/step_000020/      weights, optimizer and random state after step 20
+        checkpoints/best.json         step, metric and value of the best checkpoint, with trainer.keep_best
         logs/main.log                 the main process; every other process has a file of its own
         wandb/                        Weights & Biases; wandb/run_id keeps its run id for a resume
         tensorboard/                  TensorBoard's event files, where monitor.tensorboard is enabled
@@ -59,6 +60,9 @@ from vlmrl.record.files import disk_errors, is_number, read_json, read_small, wr
 from vlmrl.record.lock import RunLock
 
 log = logging.getLogger(__name__)
+
+BEST_CHECKPOINT = "best.json"
+"""The file that says which checkpoint is the best."""
 
 RecordKind: TypeAlias = Literal["step", "eval"]
 
@@ -110,6 +114,7 @@ class RunDir:
         self.images = self.path / "images"
         self.tokens = self.path / "tokens.jsonl"
         self.checkpoints = self.path / "checkpoints"
+        self.best_checkpoint = self.checkpoints / BEST_CHECKPOINT
         self.logs = self.path / "logs"
         self.main_log = self.logs / "main.log"
         self.wandb = self.path / "wandb"

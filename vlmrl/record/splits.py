@@ -8,12 +8,16 @@ eval_ood_sampled, eval_ood_greedy       the set `orchestrator.eval.sets.ood`
 from __future__ import annotations
 
 import re
-from typing import Literal, TypeAlias
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
 
 RecordedSplit: TypeAlias = str
 """`train`, `eval_<kind>` or `eval_<set>_<kind>`."""
 
 Decoding: TypeAlias = Literal["sampled", "greedy"]
+
+RESERVED = frozenset({"main", "reward", "reward_greedy", "task", "rollouts", "inference", "wire", "by_task"})
+"""Names that no set may have: `eval/<name>` means something else in metrics.jsonl."""
 
 EVAL_SPLIT = re.compile(r"eval(?:_(?P<name>.+))?_(?P<decoding>sampled|greedy)")
 
@@ -35,6 +39,29 @@ def set_of(split: RecordedSplit) -> str | None:
     """
     found = EVAL_SPLIT.fullmatch(split)
     return None if found is None else found["name"] or ""
+
+
+def label_of(split: RecordedSplit) -> str:
+    """A split of an evaluation in words.
+
+    >>> label_of("eval_greedy"), label_of("eval_ood_sampled")
+    ('greedy', 'ood sampled')
+    """
+    return split.removeprefix("eval_") if not set_of(split) else f"{set_of(split)} {split.rpartition('_')[2]}"
+
+
+def set_rewards(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The mean reward of each set in the metrics of an evaluation: sampled, or greedy where a set is greedy only.
+
+    >>> set_rewards({"eval/reward": 0.5, "eval/ood/reward": 0.25, "eval/ood/reward_greedy": 0.0, "eval/task/reward": 1})
+    {'ood': 0.25}
+    """
+    found: dict[str, float] = {}
+    for key, value in metrics.items():
+        match key.split("/"):
+            case ["eval", name, "reward" | "reward_greedy"] if name not in RESERVED and value is not None:
+                found.setdefault(name, value)
+    return found
 
 
 def is_greedy(split: RecordedSplit) -> bool:

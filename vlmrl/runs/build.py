@@ -33,6 +33,7 @@ from vlmrl.models.families import family_of
 from vlmrl.models.lora import select_trainable
 from vlmrl.models.policy import Policy
 from vlmrl.monitor.monitor import Monitor
+from vlmrl.orchestrator.best import BestWatch
 from vlmrl.orchestrator.evaluation import Evaluator
 from vlmrl.orchestrator.rollout import RolloutRunner
 from vlmrl.orchestrator.scoring import Scorer
@@ -43,6 +44,7 @@ from vlmrl.ranks.rank_group import RankGroup
 from vlmrl.record.logs import MainLog
 from vlmrl.record.run_dir import RunDir
 from vlmrl.rendering.renderer import Renderer, make_renderer
+from vlmrl.runs.eval_sets import make_set_players
 from vlmrl.runs.position import Cursors, Position
 from vlmrl.runs.problems import ProblemSource, max_model_len
 from vlmrl.runs.stopping import Stop
@@ -110,7 +112,7 @@ class Run:
     @property
     def progress(self) -> Progress:
         """How far the run has come."""
-        return Progress(self.trainer.version, self.trainer.supervised_steps, len(self.evaluator.history))
+        return Progress(self.trainer.version, self.trainer.supervised_steps, self.evaluator.count)
 
     @property
     def is_whole(self) -> bool:
@@ -254,7 +256,14 @@ def build_run(config: RunConfig, run_dir: RunDir, monitor: Monitor, rank_group: 
         trainer=trainer,
         engine=engine,
         weight_sync=weight_sync,
-        evaluator=Evaluator(config.orchestrator.eval, runner, held_out, config.orchestrator.temperature),
+        evaluator=Evaluator(
+            config.orchestrator.eval,
+            runner,
+            held_out,
+            config.orchestrator.temperature,
+            sets=make_set_players(config, runner, problems, monitor),
+            best=BestWatch(config.trainer.keep_best, config.trainer.patience),
+        ),
         checkpoints=Checkpoints(RunDir(config.output_dir).checkpoints, config.trainer.keep_checkpoints),
         rank_group=rank_group,
     )

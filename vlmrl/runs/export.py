@@ -1,4 +1,4 @@
-"""`mode=export`: write the newest checkpoint of a run as a Hugging Face folder.
+"""`mode=export`: write a checkpoint of a run as a Hugging Face folder.
 
     the checkpoint's weights (trainable ones in float32) ─▶ the model's dtype ─▶ model.safetensors, config.json
     the folder that the run started from ─▶ tokenizer, chat template, processor, generation_config.json, byte for byte
@@ -53,7 +53,8 @@ def export(config: RunConfig) -> None:
 
 
 def export_checkpoint(config: RunConfig, warn: Callable[[str], None]) -> Path:
-    """Write the newest complete checkpoint of `config.resume` to `export.folder` and return that folder.
+    """Write the newest complete checkpoint of `config.resume`, or that of `config.step`, to `export.folder` and return
+    that folder.
 
     Raises `CheckpointError` where the run has no checkpoint, or every one is damaged.
     """
@@ -66,7 +67,7 @@ def export_checkpoint(config: RunConfig, warn: Callable[[str], None]) -> Path:
     source = resolve_checkpoint(config.model, texts)
     model: Any = load_model(source, config.model)
     select_trainable(model, config.model)
-    found = checkpoints.load_newest(_Weights(model), warn)
+    found = checkpoints.load_chosen(config.step, _Weights(model), warn)
     if found is None:
         raise CheckpointError(f"{run_dir.path} has no checkpoint to export")
     if config.model.lora is not None:

@@ -116,7 +116,10 @@ def exits_are_errors() -> Iterator[None]:
 def run_dir_of(config: RunConfig, mode: RunMode) -> RunDir:
     """The directory that the run writes into."""
     folder = Path(config.output_dir)
-    return RunDir(folder if config.resume is None else folder / mode.folder_in_resumed_run)
+    if config.resume is None or mode.continues_run(config):
+        return RunDir(folder)
+    of_checkpoint = "" if config.step is None else f"_step_{config.step:06d}"
+    return RunDir(folder / f"{mode.folder_in_resumed_run}{of_checkpoint}")
 
 
 def open_run_dir(config: RunConfig, mode: RunMode) -> RunDir:
@@ -178,17 +181,21 @@ async def carry_out(run: Run, mode: RunMode) -> tuple[ExitReason, float | None]:
 
 
 def restore(run: Run, mode: RunMode) -> None:
-    """Load the newest complete checkpoint of the run that `resume=` names; without `resume=`, do nothing.
+    """Load the newest complete checkpoint of the run that `resume=` names, or the one of `step`; without `resume=`, do
+    nothing.
 
     Raises `CheckpointError` where every checkpoint is damaged or of another model, `ConfigError` where the mode needs
     a checkpoint and there is none.
     """
     if run.config.resume is None:
         return
-    found = run.checkpoints.load_newest(run.trainer, run.monitor.warn)
+    found = run.checkpoints.load_chosen(run.config.step, run.trainer, run.monitor.warn)
     if found is not None:
         run.restored_step, state = found
         run.evaluator.history = list(state.evaluations)
+        count = state.evaluation_count
+        run.evaluator.count = len(state.evaluations) if count is None else count
+        run.evaluator.best.restore(state.best)
         run.evaluator.is_unfinished = state.is_evaluation_unfinished
         run.saved = run.begun = run.progress
         if mode.continues_run(run.config):

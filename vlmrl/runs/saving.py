@@ -7,13 +7,13 @@ from vlmrl.trainer.loop_state import LoopState
 
 
 def save_if_due(run: Run, step: int) -> None:
-    """Save after `step` where `trainer.checkpoint_every` divides it.
+    """Save after `step` where `trainer.checkpoint_every` divides it, or where its evaluation is the best so far.
 
     Raises `CheckpointError` where the checkpoint before it could not be written.
     """
     run.checkpoints.check()
     every = run.config.trainer.checkpoint_every
-    if every and step % every == 0:
+    if (every and step % every == 0) or run.evaluator.best.is_best(step):
         save(run, step)
 
 
@@ -34,6 +34,8 @@ def loop_state(run: Run) -> LoopState:
     cursors = run.position.after(run.trainer.version, run.trainer.supervised_steps)
     return LoopState(
         evaluations=tuple(run.evaluator.history),
+        evaluation_count=run.evaluator.count,
+        best=run.evaluator.best.best,
         is_evaluation_unfinished=run.evaluator.is_unfinished,
         cursor=cursors.rl,
         warmup_cursor=cursors.warmup,

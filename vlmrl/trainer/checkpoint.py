@@ -6,7 +6,7 @@
                                                    and torch's random state (sampling has its own seeds)
     shard-00002-…                                  the slices of rank 1
     state.json                                     step counters, the loss scale, names of the trainable parameters
-    loop.json                                      the evaluations so far and the position in the data (loop_state.py)
+    loop.json                                      the evaluations, and the position in the data (loop_state.py)
     sha256.json                                    the hash of each file above, written last
 
 Each file states which part of a tensor it holds, so any number of ranks can load what any other number wrote
@@ -34,8 +34,10 @@ from typing import Protocol
 from safetensors import SafetensorError
 
 from vlmrl.errors import CheckpointError
+from vlmrl.record.files import write_bytes_atomically
+from vlmrl.record.run_dir import BEST_CHECKPOINT
 from vlmrl.trainer.checkpoint_files import HASHES, check_hashes, hashes
-from vlmrl.trainer.loop_state import LoopState
+from vlmrl.trainer.loop_state import Best, LoopState
 from vlmrl.types import Trainer
 
 
@@ -48,7 +50,8 @@ class Loads(Protocol):
 
 
 class Checkpoints:
-    """The newest `keep` checkpoints of one run. One is written at a time, in the background."""
+    """The newest `keep` checkpoints of one run, and the best one (`LoopState.best`). One is written at a time, in the
+    background."""
 
     def __init__(self, folder: Path, keep: int) -> None:
         self._folder = folder
@@ -83,7 +86,7 @@ class Checkpoints:
             written = trainer.save(str(partial))
         except OSError as error:
             raise self._cannot_be_written(step, error) from error
-        self._pending = self._background.submit(self._complete, step, partial, written)
+        self._pending = self._background.submit(self._complete, step, partial, written, loop_state.best)
 
     def check(self) -> None:
         """Raise `CheckpointError` if writing the current checkpoint has failed by now; return at once otherwise."""
@@ -96,7 +99,7 @@ class Checkpoints:
         if pending is not None:
             pending.result()
 
-    def _complete(self, step: int, partial: Path, written: Future[None]) -> None:
+    def _complete(self, step: int, partial: Path, written: Future[None], best: Best | None) -> None:
         from torch.distributed.checkpoint.api import CheckpointException
 
         try:
@@ -109,13 +112,24 @@ class Checkpoints:
             partial.rename(self.path(step))
             if replaced is not None:
                 _remove(replaced)
+            if best is not None:
+                self._note_best(best)
             for old in self.steps()[: -self._keep]:
-                _remove(self._set_aside(old))
+                if best is None or old != best.step:
+                    _remove(self._set_aside(old))
         except (OSError, SafetensorError) as error:
             raise self._cannot_be_written(step, error) from error
         except CheckpointException as error:
             of_a_rank, _ = next(iter(error.failures.values()))
             raise self._cannot_be_written(step, of_a_rank) from error
+
+    def _note_best(self, best: Best) -> None:
+        """Write best.json where it does not say this yet, before any older checkpoint is deleted."""
+        content = {"step": best.step, "metric": best.metric, "value": best.value, "folder": self.path(best.step).name}
+        written = (json.dumps(content) + "\n").encode()
+        path = self._folder / BEST_CHECKPOINT
+        if self.path(best.step).is_dir() and not (path.exists() and path.read_bytes() == written):
+            write_bytes_atomically(path, written)
 
     def _cannot_be_written(self, step: int, error: BaseException) -> CheckpointError:
         return CheckpointError(
@@ -137,6 +151,12 @@ class Checkpoints:
         loop_state = LoopState.read(self.path(step) / "loop.json")
         trainer.load(str(self.path(step)))
         return loop_state
+
+    def load_chosen(
+        self, step: int | None, trainer: Loads, warn: Callable[[str], None]
+    ) -> tuple[int, LoopState] | None:
+        """Restore the checkpoint of `step`, or the newest undamaged one where `step` is None."""
+        return self.load_newest(trainer, warn) if step is None else (step, self.load(step, trainer))
 
     def load_newest(self, trainer: Loads, warn: Callable[[str], None]) -> tuple[int, LoopState] | None:
         """Restore the newest undamaged checkpoint → its step and loop state; None where there is no checkpoint at all.

@@ -45,6 +45,31 @@ class Cursor:
 
 
 @dataclass(frozen=True)
+class Best:
+    """The best evaluation so far, by `trainer.keep_best`."""
+
+    metric: str
+    step: int
+    """The step after which it was made."""
+    value: float
+    evaluations_since: int = 0
+    """Evaluations after it, none of which was better."""
+
+    @classmethod
+    def from_json(cls, content: object) -> Best | None:
+        """The record; None where `content` is none."""
+        match content:
+            case {
+                "metric": str(metric),
+                "step": int(step),
+                "value": int(value) | float(value),
+                "evaluations_since": int(since),
+            } if is_count(step) and is_count(since):
+                return cls(metric, step, float(value), since)
+        return None
+
+
+@dataclass(frozen=True)
 class LoopState:
     """The evaluations so far, and the position in the data.
 
@@ -53,7 +78,7 @@ class LoopState:
     """
 
     evaluations: tuple[tuple[float, float], ...] = ()
-    """(sampled, greedy) held-out reward of each."""
+    """(sampled, greedy) held-out reward of each main evaluation."""
     is_evaluation_unfinished: bool = False
     """Whether the run was stopped during an evaluation, which is made again."""
     cursor: Cursor | None = None
@@ -62,6 +87,10 @@ class LoopState:
     """Position in the demonstrations of supervised steps (warm-up, mode=sft)."""
     rl_demonstrations_cursor: Cursor | None = None
     """Position in the demonstrations that are mixed into RL steps (`trainer.warmup.rl_weight`)."""
+    evaluation_count: int | None = None
+    """Evaluations of any set; None where it was not recorded: as many as `evaluations`."""
+    best: Best | None = None
+    """The best of them, with `trainer.keep_best`."""
 
     @property
     def has_position(self) -> bool:
@@ -71,6 +100,7 @@ class LoopState:
     def write(self, path: Path) -> None:
         """Write loop.json. Raises OSError."""
         content = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        content["best"] = self.best and dataclasses.asdict(self.best)
         path.write_text(json.dumps(content, default=Cursor.to_json), encoding="utf-8")
 
     @classmethod
@@ -88,8 +118,13 @@ class LoopState:
         unfinished = content.get("is_evaluation_unfinished", False)
         if not isinstance(unfinished, bool):
             raise CheckpointError(f"{path} is damaged (is_evaluation_unfinished is neither true nor false)")
+        count, best = content.get("evaluation_count"), Best.from_json(content.get("best"))
+        if count is not None and not is_count(count):
+            raise CheckpointError(f"{path} is damaged (evaluation_count={str(count)[:40]} is no number of evaluations)")
+        if content.get("best") is not None and best is None:
+            raise CheckpointError(f"{path} is damaged (best={str(content['best'])[:80]} is no evaluation)")
         rewards = tuple((float(sampled), float(greedy)) for sampled, greedy in evaluations)
-        return cls(rewards, unfinished, **cursors)
+        return cls(rewards, evaluation_count=count, best=best, is_evaluation_unfinished=unfinished, **cursors)
 
 
 def _is_pair(value: object) -> bool:

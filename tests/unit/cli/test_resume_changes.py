@@ -87,6 +87,7 @@ POLICIES = {
         trainer.min_lr_ratio trainer.betas trainer.eps trainer.weight_decay trainer.max_grad_norm
         trainer.warmup.steps trainer.warmup.batch_size trainer.warmup.learning_rate trainer.warmup.demonstrations
         trainer.warmup.rl_weight trainer.warmup.rl_batch_size
+        trainer.keep_best trainer.patience
     """,
     # The machine, the logs, and when a run is saved or given up.
     "free": """

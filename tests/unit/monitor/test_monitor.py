@@ -60,12 +60,12 @@ def test_a_whole_run(run_dir: RunDir, capsys: pytest.CaptureFixture[str]) -> Non
         for step in (1, 2):
             monitor.warmup(step, 2, {"loss": 2.0 / step})
         monitor.phase("eval")
-        monitor.evaluation(0, {"eval/reward": 0.0, "eval/reward_greedy": 0.0}, {"sampled": [], "greedy": []})
+        monitor.evaluation(0, {"eval/reward": 0.0, "eval/reward_greedy": 0.0}, {"eval_sampled": [], "eval_greedy": []})
         monitor.phase("rl")
         for step in (1, 2, 3):
             monitor.step(step, {**METRICS, "reward/mean": step / 4}, [group(), flat_group()])
         scores = {"eval/reward": 0.5, "eval/reward_greedy": 0.75}
-        monitor.evaluation(3, scores, {"sampled": [rollout(0)], "greedy": [rollout(1)]})
+        monitor.evaluation(3, scores, {"eval_sampled": [rollout(0)], "eval_greedy": [rollout(1)]})
         monitor.finish("finished", {"seed": 7})
 
     records = read_metrics(run_dir.metrics)
@@ -133,7 +133,7 @@ def test_figures_that_the_loop_hands_over_with_the_step_and_apart_are_one_line(r
 def test_rollouts_are_not_recorded_when_not_wanted(run_dir: RunDir) -> None:
     with monitor_of(run_dir, record_rollouts=False) as monitor:
         monitor.step(1, METRICS, [group()])
-        monitor.evaluation(1, {"eval/reward": 0.5}, {"sampled": [rollout()]})
+        monitor.evaluation(1, {"eval/reward": 0.5}, {"eval_sampled": [rollout()]})
         monitor.finish("finished", {})
     assert list(run_dir.rollouts.iterdir()) == []
     assert list(run_dir.images.iterdir()) == []
@@ -233,7 +233,7 @@ def test_a_resumed_run_does_the_later_steps_again(run_dir: RunDir) -> None:
     with monitor_of(run_dir) as monitor:
         for step in (1, 2, 3):
             monitor.step(step, METRICS, [group()])
-            monitor.evaluation(step, {"eval/reward": step / 10}, {"sampled": [rollout()]})
+            monitor.evaluation(step, {"eval/reward": step / 10}, {"eval_sampled": [rollout()]})
         monitor.finish("interrupted", {})
     with monitor_of(run_dir) as monitor:
         monitor.resume_at(2, supervised_steps=0)

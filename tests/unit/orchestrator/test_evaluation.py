@@ -82,15 +82,16 @@ def test_a_run_is_sampled_and_greedy_on_the_same_problems_and_is_remembered() ->
     runner: Any = ScriptedRunner()
     problems: Any = NumberedProblems(split="eval")
     held_out = Evaluator(EvalConfig(problems=6, target=0.5, consecutive=2), runner, problems, temperature=0.8)
-    metrics, rollouts = asyncio.run(held_out.run(7))
+    evaluated = asyncio.run(held_out.run(7))
+    metrics, rollouts = evaluated.metrics, evaluated.rollouts
     assert metrics == {
         "eval/reward": 0.5,
         "eval/reward_greedy": 1.0,
         "eval/task/share": 0.75,
         "eval/task/share_greedy": 0.75,
     }
-    assert [r.rollout_id for r in rollouts["sampled"]] == [r.rollout_id for r in rollouts["greedy"]]
-    assert len(rollouts["greedy"]) == 6
+    assert [r.rollout_id for r in rollouts["eval_sampled"]] == [r.rollout_id for r in rollouts["eval_greedy"]]
+    assert len(rollouts["eval_greedy"]) == 6
     assert held_out.history == [(0.5, 1.0)]
     assert not held_out.is_unfinished
     assert not held_out.reached_target

@@ -18,10 +18,11 @@ from support.drawn_problems import NumberedProblems
 from vlmrl.config.algorithm import AlgorithmConfig, FilterConfig, FilterMode
 from vlmrl.config.orchestrator import EvalConfig, OrchestratorConfig
 from vlmrl.errors import NonFiniteLossError, TaskError
+from vlmrl.orchestrator.best import BestWatch
 from vlmrl.orchestrator.evaluation import Evaluator
 from vlmrl.orchestrator.loop import ExitReason, Loop
 from vlmrl.record.metrics import missing_keys
-from vlmrl.trainer.loop_state import Cursor
+from vlmrl.trainer.loop_state import Best, Cursor
 from vlmrl.trainer.trainer import EMPTY_STEP
 from vlmrl.types import (
     Completion,
@@ -159,7 +160,7 @@ class World:
         self.happens(f"record {step}")
 
     def evaluation(self, step: int, metrics: dict[str, float], rollouts: dict[str, list[Rollout]]) -> None:
-        assert {kind: len(of_kind) for kind, of_kind in rollouts.items()} == {"sampled": 4, "greedy": 4}
+        assert {kind: len(of_kind) for kind, of_kind in rollouts.items()} == {"eval_sampled": 4, "eval_greedy": 4}
         self.metrics_of.setdefault(step, {}).update(metrics)
         self.happens(f"evaluation {step}")
 
@@ -177,6 +178,7 @@ class World:
         history: Sequence[tuple[float, float]] = (),
         is_unfinished: bool = False,
         algorithm: AlgorithmConfig | None = None,
+        best: BestWatch | None = None,
     ) -> ExitReason:
         async def main() -> ExitReason:
             neighbour: Any = self
@@ -186,6 +188,8 @@ class World:
             evaluation = EvalConfig(every=every, problems=4, target=target, consecutive=2)
             self.stop = asyncio.Event()
             self.evaluator = Evaluator(evaluation, neighbour, held_out, 0.7, list(history), is_unfinished)
+            self.evaluator.count = len(history)
+            self.evaluator.best = best or BestWatch()
             loop = Loop(
                 config=OrchestratorConfig(
                     groups_per_step=GROUPS, group_size=SIBLINGS, max_staleness=max_staleness, eval=evaluation
@@ -424,6 +428,24 @@ def test_a_target_reached_at_the_last_step_is_reached() -> None:
 def test_a_resumed_run_whose_target_was_reached_does_nothing() -> None:
     world = World(version=4)
     assert world.run(steps=20, every=2, target=0.9, history=[(0.0, 0.0), (0.95, 0.9), (1.0, 0.99)]) == "target_reached"
+    assert world.events == ["publish 4"]
+
+
+def test_patience_ends_a_run_that_no_longer_improves() -> None:
+    rewards = {0: 0.0, 2: 0.5, 4: 0.7, 6: 0.7, 8: 0.6, 10: 1.0}
+    world = World(reward=lambda kind, index: float(index % 2) if kind == "train" else rewards[world.version])
+    best = BestWatch("eval/reward", patience=2)
+    assert world.run(steps=20, every=2, best=best) == "no_improvement"
+    assert world.version == 8
+    assert best.best == Best("eval/reward", 4, 0.7, evaluations_since=2)
+    # The best evaluation before the first step asks for a checkpoint, too.
+    assert next(event for event in world.events if event.startswith("checkpoint")) == "checkpoint 0"
+
+
+def test_a_resumed_run_without_patience_left_does_nothing() -> None:
+    world = World(version=4)
+    best = BestWatch("eval/reward", 2, Best("eval/reward", 0, 0.9, evaluations_since=2))
+    assert world.run(steps=20, every=2, history=[(0.9, 0.9), (0.5, 0.5), (0.5, 0.5)], best=best) == "no_improvement"
     assert world.events == ["publish 4"]
 
 

@@ -11,11 +11,10 @@ from vlmrl.record.pass_rates import PassRate, read_pass_rates, write_pass_rates
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:
     rates = {"a.parquet:3:00ff00ff": PassRate(3, 8), "日本:0": PassRate(0, 1)}
-    write_pass_rates(tmp_path / "pass_rates.json", rates, pass_at=0.5)
+    write_pass_rates(tmp_path / "pass_rates.json", rates)
     assert read_pass_rates(tmp_path / "pass_rates.json") == rates
     assert read_pass_rates(tmp_path) == rates
     assert orjson.loads((tmp_path / "pass_rates.json").read_bytes()) == {
-        "pass_at": 0.5,
         "problems": {"a.parquet:3:00ff00ff": {"passed": 3, "samples": 8}, "日本:0": {"passed": 0, "samples": 1}},
     }
 

@@ -54,7 +54,7 @@ def past_run_is_read(config: RunConfig) -> None:
         )
     for key, value, modes in (
         ("run", config.run, (Mode.replay,)),
-        ("step", config.step, (Mode.replay,)),
+        ("step", config.step, (Mode.replay, Mode.eval, Mode.export) if config.resume else (Mode.replay,)),
         ("rollout", config.rollout, (Mode.faults,)),
         ("rollout", config.rollout, (Mode.faults,)),
         ("runs", ",".join(config.runs) or None, (Mode.compare,)),
@@ -76,20 +76,9 @@ def export_folder_has_effect(config: RunConfig) -> None:
 
 
 def mode_has_work(config: RunConfig) -> None:
-    """A supervised run has steps, and an evaluation has problems."""
+    """A supervised run has steps."""
     if config.mode is Mode.sft and config.trainer.warmup.steps == 0:
         raise ConfigError(
             "mode=sft trains for trainer.warmup.steps=0 steps, so nothing would be learned: set "
             "trainer.warmup.steps=100"
-        )
-    evaluation = config.orchestrator.eval
-    if config.mode is Mode.eval and evaluation.problems == 0:
-        raise ConfigError(
-            "mode=eval evaluates orchestrator.eval.problems=0 problems, so nothing would be measured: set "
-            "orchestrator.eval.problems=128"
-        )
-    if config.mode is Mode.rl and evaluation.every > 0 and evaluation.problems == 0:
-        raise ConfigError(
-            f"orchestrator.eval.every={evaluation.every} evaluates orchestrator.eval.problems=0 problems, so nothing "
-            "would be measured: set orchestrator.eval.problems=128, or orchestrator.eval.every=0 for no evaluation"
         )
