@@ -3,8 +3,8 @@
     names and types of the columns ─▶ sizes of a row group ─▶ rollout_id ─▶ batches with a wanted id ─▶ records
 
 A run folder may have been edited or damaged, or come from a stranger. So the columns must be those of
-rollout_schema.py, a row group that claims more values than a run writes is not read, pages are checked against their
-checksums, and each record passes `is_rollout`.
+rollout_schema.py, a row group that claims more values than a run writes is not read, the whole file is checked against
+its checksum, and each record passes `is_rollout`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from vlmrl.errors import safe_text
 from vlmrl.record import rollout_schema as columns
+from vlmrl.record.checksum import is_whole
 from vlmrl.record.files import open_regular
 from vlmrl.record.rollout_check import is_rollout
 
@@ -88,21 +89,27 @@ def image_hashes(path: Path) -> set[str]:
 def _opened(file: Any) -> pq.ParquetFile:
     """The file, once its columns are found to be those of a run."""
     with _arrow_errors():
-        parquet = pq.ParquetFile(
-            file,
-            read_dictionary=columns.STRINGS,  # a text that many rows share is in memory once
-            page_checksum_verification=True,
-            thrift_string_size_limit=MAX_FOOTER_BYTES,
-            thrift_container_size_limit=MAX_FOOTER_BYTES,
-        )
-        found = parquet.metadata.schema.to_arrow_schema()
+        if not is_whole(file):
+            raise _Damaged("its content is not what the run wrote")
+        file.seek(0)
+        limits = {"thrift_string_size_limit": MAX_FOOTER_BYTES, "thrift_container_size_limit": MAX_FOOTER_BYTES}
+        metadata = pq.ParquetFile(file, **limits).metadata
+        found = metadata.schema.to_arrow_schema()
     for field in columns.SCHEMA:
         index = found.get_field_index(field.name)
         if index < 0:
             raise _Damaged(f"it has no column {field.name}, or several")
         if not found.field(index).type.equals(field.type):
             raise _Damaged(f"column {field.name} has the type {safe_text(found.field(index).type)[:LONGEST_REASON]}")
-    return parquet
+    if missing := columns.LEAVES.keys() - {metadata.schema.column(i).path for i in range(metadata.num_columns)}:
+        raise _Damaged(f"it has no column {min(missing)}")
+    with _arrow_errors():
+        return pq.ParquetFile(
+            file,
+            metadata=metadata,
+            read_dictionary=columns.STRINGS,  # a text that many rows share is in memory once
+            page_checksum_verification=True,  # of files that another program has written
+        )
 
 
 def _read_group(
@@ -111,7 +118,8 @@ def _read_group(
     """The records of the wanted rollouts of a row group, whose first row has the number `first` in the file."""
     _check_size(parquet.metadata.row_group(group))
     with _arrow_errors():
-        ids = _column(parquet.read_row_group(group, ["rollout_id"]).column(0).combine_chunks(), "rollout_id")
+        table = parquet.read_row_group(group, ["rollout_id"], use_threads=False)
+        ids = _column(table.column(0).combine_chunks(), "rollout_id")
     if not any(map(wanted, ids)):
         return
     row = 0
@@ -121,14 +129,13 @@ def _read_group(
             batch = next(batches, None)
         if batch is None or batch.num_rows == 0:
             raise _Damaged(f"there are {row} rows and not {len(ids)}")
-        if any(map(wanted, ids[row : row + batch.num_rows])):
-            for number, content in enumerate(_rows(batch), first + row):
-                if wanted(content["rollout_id"]):
-                    record = _record(content)
-                    if record is not None:
-                        yield record
-                    else:
-                        damaged(f"rollout {number} of {path}", "no run wrote it")
+        here = [number for number in range(batch.num_rows) if wanted(ids[row + number])]
+        for number, content in zip(here, _rows(batch, here), strict=True):
+            record = _record(content)
+            if record is not None:
+                yield record
+            else:
+                damaged(f"rollout {first + row + number} of {path}", "no run wrote it")
         row += batch.num_rows
 
 
@@ -156,10 +163,13 @@ def _arrow_errors() -> Iterator[None]:
 # ── from columns to Python values ───────────────────────────────────────────────────────────────────────────
 
 
-def _rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    """The rows of a batch as dictionaries. Raises `_Damaged`."""
+def _rows(batch: pa.RecordBatch, numbers: list[int]) -> list[dict[str, Any]]:
+    """Some rows of a batch as dictionaries. Raises `_Damaged`."""
+    if not numbers:
+        return []
     with _arrow_errors():
         batch.validate(full=True)
+        batch = batch.take(pa.array(numbers, pa.int64()))
         made = {name: _column(batch.column(name), name) for name in columns.SCHEMA.names}
     return [dict(zip(made, row, strict=True)) for row in zip(*made.values(), strict=True)]
 

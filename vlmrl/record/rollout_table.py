@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from vlmrl.errors import safe_text
 from vlmrl.record import rollout_schema as columns
+from vlmrl.record.checksum import with_checksum
 from vlmrl.types import Image, Message, Rollout, Text, Turn, extends
 
 LEVEL = 3
@@ -44,12 +45,11 @@ def encode(step: int, rollouts: Mapping[str, Sequence[Rollout]]) -> bytes:
         column_encoding=dict.fromkeys(columns.SPLIT_BYTES, "BYTE_STREAM_SPLIT") | dict.fromkeys(columns.PLAIN, "PLAIN"),
         write_statistics=["step", "reward", "problem_id"],
         data_page_size=PAGE_BYTES,
-        write_page_checksum=True,
         store_schema=False,
     ) as writer:
         for start, end in pairwise(_row_groups([rollout for _, rollout in rows])):
             writer.write_table(table.slice(start, end - start), row_group_size=end - start)
-    return bytes(sink.getvalue())
+    return with_checksum(bytes(sink.getvalue()))
 
 
 def _row_groups(rollouts: Sequence[Rollout]) -> list[int]:

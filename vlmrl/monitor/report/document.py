@@ -29,7 +29,7 @@ import re
 import sys
 import time
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -184,11 +184,20 @@ def read_groups(choice: Choice) -> Iterator[RolloutRecord]:
     for path in choice.paths:
         numbers = set(choice.groups.get(path, ()))
         with suppress(FileNotFoundError):
-            for reason in choice.dropped.get(path, ()):
-                having = (each for each in _readable_rollouts(path) if each["dropped"] == reason)
-                if (first := next(having, None)) is not None:
-                    numbers.add(_group(first["rollout_id"]))
+            if path in choice.dropped:
+                numbers |= _groups_with(path, choice.dropped[path])
             yield from _readable_rollouts(path, _of_groups(numbers))
+
+
+def _groups_with(path: Path, reasons: Set[str]) -> set[int]:
+    """For each drop reason, the number of the first group of a file that has such a rollout. The file is read once."""
+    found: dict[str, int] = {}
+    for record in _readable_rollouts(path):
+        if record["dropped"] in reasons:
+            found.setdefault(record["dropped"], _group(record["rollout_id"]))
+            if len(found) == len(reasons):
+                break
+    return set(found.values())
 
 
 def _readable_rollouts(path: Path, wanted: Callable[[str], bool] = lambda rollout_id: True) -> Iterator[RolloutRecord]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -111,3 +112,28 @@ def test_every_drop_reason_is_shown() -> None:
     stale = sorted(step for step, reason in found if reason == "stale")
     assert len(stale) == DROPPED_GROUPS
     assert (stale[0], stale[-1]) == (901, 1000)
+
+
+class Once(list[int]):
+    """Steps that may be read, but not searched: a search per step is quadratic in the steps."""
+
+    def __contains__(self, step: object) -> bool:
+        pytest.fail("the steps were searched")
+
+    def index(self, *_: object) -> int:
+        pytest.fail("the steps were searched")
+
+
+def test_the_work_grows_with_the_steps_that_have_drops_and_not_faster(tmp_path: Path) -> None:
+    """Each line of the metrics is read once, and the files to read are as few for a long run as for a short one."""
+    files = []
+    for count in (1000, 4000):
+        lines = [
+            {"step": step, **{f"rollouts/dropped/{reason}": 1.0 for reason in "abcdefgh"}} for step in range(count)
+        ]
+        read = iter(lines)
+        chosen = choose(RunDir(tmp_path), Shape(2, 4, 3), 100, Once(range(count)), [], read)
+        assert next(read, None) is None
+        files.append(len(chosen.paths))
+        assert set(chosen.dropped) <= set(chosen.paths)
+    assert files[0] == files[1] < 100
