@@ -193,7 +193,7 @@ def _groups_with(path: Path, reasons: Set[str]) -> set[int]:
     """For each drop reason, the number of the first group of a file that has such a rollout. The file is read once."""
     found: dict[str, int] = {}
     for record in _readable_rollouts(path):
-        if record["dropped"] in reasons:
+        if record["dropped"] is not None and record["dropped"] in reasons:
             found.setdefault(record["dropped"], _group(record["rollout_id"]))
             if len(found) == len(reasons):
                 break
