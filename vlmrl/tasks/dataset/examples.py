@@ -37,7 +37,7 @@ from vlmrl.tasks.dataset.conversation import (
     with_boxes,
     with_markers,
 )
-from vlmrl.tasks.dataset.images import ImageReader, flat
+from vlmrl.tasks.dataset.images import ImageReader, Place, flat
 from vlmrl.tasks.dataset.layouts import Layout, is_conversation
 from vlmrl.tasks.dataset.template import PromptTemplate
 
@@ -257,11 +257,11 @@ class Example:
         return place_images(self.draft.turns, images, own)
 
 
-def example_of(drafting: Drafting, images: ImageReader, row: Mapping[str, Any], folder: str | None) -> Example:
+def example_of(drafting: Drafting, images: ImageReader, row: Mapping[str, Any], place: Place) -> Example:
     """Read a row and decode its images. Raises `Unusable`."""
     draft = drafting.draft(row)
     return Example(
         draft,
-        tuple(pixels for cell in draft.cells for pixels in images.pixels(cell, folder)),
-        tuple(pixels for cell in draft.own for pixels in images.pixels(cell, folder)),
+        tuple(pixels for cell in draft.cells for pixels in images.pixels(cell, place)),
+        tuple(pixels for cell in draft.own for pixels in images.pixels(cell, place)),
     )

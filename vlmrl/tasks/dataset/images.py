@@ -55,30 +55,38 @@ CONTENT_KEYS = (
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a row came from."""
+
+    folder: str | None
+    """The folder of its file; None where there is no file."""
+    root: str | None = None
+    """The folder of its hub data set. No path of such a row may lead out of it, and no URL into this network. None: the
+    row is of this machine."""
+
+
+@dataclass(frozen=True)
 class ImageReader:
     """Reads the image cells of one data set. Thread-safe."""
 
     root: Path | None
-    """`task.image_root`; None: the folder of the file that a row came from."""
+    """`task.image_root`; None: paths start at the folder of the row's file."""
     fetch: bool
     """Whether http(s) URLs are downloaded."""
-    is_remote: bool
-    """Whether the rows came from a hub: then no path may lead out of their folder, and no URL into this network."""
 
-    def pixels(self, cell: Any, folder: str | None) -> list[Pixels]:
-        """The images of a cell, one after the other; none for None. `folder`: where relative paths start without
-        `task.image_root`. Raises `Unusable`."""
-        return [self._decoded(source, folder) for source in flat(cell)]
+    def pixels(self, cell: Any, place: Place) -> list[Pixels]:
+        """The images of a cell, one after the other; none for None. Raises `Unusable`."""
+        return [self._decoded(source, place) for source in flat(cell)]
 
-    def _decoded(self, source: Any, folder: str | None) -> Pixels:
+    def _decoded(self, source: Any, place: Place) -> Pixels:
         if isinstance(source, str):
-            source = self._from_text(source, folder)
+            source = self._from_text(source, place)
         try:
             return decode(source)
         except ImageError as error:
             raise Unusable(f"{error.text}: repair or remove the image") from None
 
-    def _from_text(self, text: str, folder: str | None) -> bytes | Path:
+    def _from_text(self, text: str, place: Place) -> bytes | Path:
         if (header := _DATA_URL.match(text)) is not None:
             return _of_data_url(header[1], text[header.end() :])
         if re.match(r"https?://", text, re.IGNORECASE):
@@ -87,30 +95,33 @@ class ImageReader:
                     f"the image {short(text)} is a URL, and nothing is downloaded unless task.fetch=true: set it, or "
                     "download the images"
                 )
-            return fetched(text.strip(), allow_private=not self.is_remote)
+            return fetched(text.strip(), allow_private=place.root is None)
         if text.lower().startswith("file:"):
             text = url2pathname(urlsplit(text).path)
         elif (decoded := _of_base64(text)) is not None:
             return decoded
-        return self._file(text, folder)
+        return self._file(text, place)
 
-    def _file(self, text: str, folder: str | None) -> Path:
-        """The path of an image file that exists."""
-        start = self.root if self.root is not None else None if folder is None else Path(folder)
-        if start is None:
+    def _file(self, text: str, place: Place) -> Path:
+        """The path of an image file that exists: below `task.image_root`, else next to the row's file, else, of a hub,
+        below the folder of the data set."""
+        starts = [self.root] if self.root is not None else [Path(each) for each in (place.folder, place.root) if each]
+        if not starts:
             raise Unusable(f"the image {short(text)} is a path, and the rows have no folder: set task.image_root")
         try:
-            path = start / Path(text) if self.is_remote else start / Path(text).expanduser()
-            if self.is_remote and not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(start)):
-                raise Unusable(
-                    f"the image {short(text)} lies outside of {safe_text(start)}, which a data set from a hub may not "
-                    "read: set task.image_root to the folder that holds its images"
-                )
-            exists = path.exists()
+            paths = [start / (Path(text) if place.root else Path(text).expanduser()) for start in starts]
+            found = next((path for path in paths if path.exists()), None)
         except (OSError, ValueError, RuntimeError) as error:  # a NUL, a name that is too long, an unknown ~user
             reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else type(error).__name__
             raise Unusable(f"the image {short(text)} is no path that can be read: {reason}") from None
-        if not exists:
+        path = found or paths[0]
+        boundary = None if place.root is None else os.path.abspath(self.root or place.root)
+        if boundary is not None and not Path(os.path.abspath(path)).is_relative_to(boundary):
+            raise Unusable(
+                f"the image {short(text)} lies outside of {safe_text(boundary)}, which a data set from a hub may not "
+                "read: set task.image_root to the folder that holds its images"
+            )
+        if found is None:
             raise Unusable(
                 f"the image file {_readable(path)} does not exist: set task.image_root to the folder from which its "
                 "path starts"

@@ -21,7 +21,7 @@ from vlmrl.tasks.base import BadRow, Split
 from vlmrl.tasks.dataset.columns import Unusable, is_missing, options_of, plain, value_at
 from vlmrl.tasks.dataset.demonstrations import NumberBetween, OneOf, Wrapped, form_of
 from vlmrl.tasks.dataset.examples import Draft, Drafting
-from vlmrl.tasks.dataset.images import ImageReader
+from vlmrl.tasks.dataset.images import ImageReader, Place
 from vlmrl.tasks.dataset.layouts import Layout, recognize
 from vlmrl.tasks.dataset.rows import Rows
 from vlmrl.tasks.dataset.sources.opening import open_rows
@@ -86,13 +86,12 @@ def open_pool(config: DatasetConfig, split: Split) -> Pool:
     images = ImageReader(
         root=None if config.image_root is None else Path(config.image_root).expanduser().absolute(),
         fetch=config.fetch,
-        is_remote=False,
     )
     looked_at = _first_rows(rows)
     template = None if config.template is None else PromptTemplate(config.template, "task.template")
 
     def same_images(one: str, other: str) -> bool:
-        return all(_equal_images(images, row, folder, one, other) for row, folder in looked_at[:4])
+        return all(_equal_images(images, row, place, one, other) for row, place in looked_at[:4])
 
     layout = recognize(
         rows.columns,
@@ -116,25 +115,30 @@ def _open(config: DatasetConfig, split: Split) -> Rows:
     return open_rows(_paths(path), name=config.name, split=config.eval_split, revision=config.revision)
 
 
+def place_of(rows: Rows, number: int) -> Place:
+    """Where a row came from."""
+    return Place(rows.folder(number), rows.root(number))
+
+
 def _paths(path: Any) -> str | list[str]:
     return [str(each) for each in path] if isinstance(path, list | tuple) else str(path)
 
 
-def _first_rows(rows: Rows) -> list[tuple[dict[str, Any], str | None]]:
-    """The first rows that can be read, with their folders."""
-    found: list[tuple[dict[str, Any], str | None]] = []
+def _first_rows(rows: Rows) -> list[tuple[dict[str, Any], Place]]:
+    """The first rows that can be read, and where they came from."""
+    found: list[tuple[dict[str, Any], Place]] = []
     for number in range(min(LOOKED_AT, len(rows))):
         try:
-            found.append((rows.row(number), rows.folder(number)))
+            found.append((rows.row(number), place_of(rows, number)))
         except BadRow:
             continue
     return found
 
 
-def _equal_images(images: ImageReader, row: Mapping[str, Any], folder: str | None, one: str, other: str) -> bool:
+def _equal_images(images: ImageReader, row: Mapping[str, Any], place: Place, one: str, other: str) -> bool:
     """Whether two columns of a row show the same pixels; also where one of them is empty or cannot be read."""
     try:
-        found = [[image_hash(pixels) for pixels in images.pixels(value_at(row, each), folder)] for each in (one, other)]
+        found = [[image_hash(pixels) for pixels in images.pixels(value_at(row, each), place)] for each in (one, other)]
     except Unusable:
         return True
     return not all(found) or found[0] == found[1]

@@ -75,3 +75,8 @@ class Rows(Protocol):
     def folder(self, index: int) -> str | None:
         """The folder of the file of this row, to which paths in its cells are relative; None where there is no file."""
         ...
+
+    def root(self, index: int) -> str | None:
+        """Of a row from a hub: the folder of its data set, which paths in its cells may not leave. None: the row is of
+        this machine, and its paths may lead anywhere."""
+        ...

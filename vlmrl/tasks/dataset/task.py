@@ -32,7 +32,7 @@ from vlmrl.tasks.dataset.conversation import Placed
 from vlmrl.tasks.dataset.demonstrations import random_answer
 from vlmrl.tasks.dataset.examples import Example, example_of
 from vlmrl.tasks.dataset.order import shuffled
-from vlmrl.tasks.dataset.probe import Pool, answers_of, form_in, open_pool, texts_in
+from vlmrl.tasks.dataset.probe import Pool, answers_of, form_in, open_pool, place_of, texts_in
 from vlmrl.tasks.dataset.split import belongs_to_eval, content_hash
 from vlmrl.types import Image, Message, Text
 
@@ -125,7 +125,7 @@ class DatasetTask(Task):
         cells = pool.rows.row(row)
         try:
             with fenced("reading the row", Unusable):  # the data may hold anything
-                example = example_of(pool.drafting, pool.images, cells, pool.rows.folder(row))
+                example = example_of(pool.drafting, pool.images, cells, place_of(pool.rows, row))
             self._check_membership(split, row, example)
             shown = self._other_images(split, row, len(example.pixels)) if self._config.shuffle_images else None
             placed = example.placed(shown)
@@ -206,7 +206,7 @@ class DatasetTask(Task):
                 continue
             try:
                 with fenced("reading the row", Unusable):
-                    found = example_of(pool.drafting, pool.images, pool.rows.row(other), pool.rows.folder(other))
+                    found = example_of(pool.drafting, pool.images, pool.rows.row(other), place_of(pool.rows, other))
             except (Unusable, BadRow):
                 continue
             if len(found.pixels) == count:

@@ -19,7 +19,7 @@ from support.row_files import png
 from vlmrl.tasks.dataset import fetch
 from vlmrl.tasks.dataset.columns import Unusable
 from vlmrl.tasks.dataset.fetch import fetched
-from vlmrl.tasks.dataset.images import ImageReader
+from vlmrl.tasks.dataset.images import ImageReader, Place
 
 BASE64 = base64.b64encode(png(50)).decode()
 
@@ -30,12 +30,11 @@ def encoded(kind: str) -> bytes:
     return data.getvalue()
 
 
-def reader(root: Path | None = None, *, fetch: bool = False, is_remote: bool = False) -> ImageReader:
-    return ImageReader(root, fetch, is_remote)
-
-
-def shades(cell: Any, folder: Path, **settings: Any) -> list[int]:
-    return [int(pixels[0, 0, 0]) for pixels in reader(**settings).pixels(cell, str(folder))]
+def shades(
+    cell: Any, folder: Path, image_root: Path | None = None, *, fetch: bool = False, hub: Path | None = None
+) -> list[int]:
+    place = Place(str(folder), None if hub is None else str(hub))
+    return [int(pixels[0, 0, 0]) for pixels in ImageReader(image_root, fetch).pixels(cell, place)]
 
 
 @pytest.fixture
@@ -88,7 +87,7 @@ def test_paths(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert shades(str(folder / "img/a.png"), Path("/nowhere")) == [50], "an absolute path"
     assert shades((folder / "img/a.png").as_uri(), Path("/nowhere")) == [50]
     assert shades((folder / "img/b b.png").as_uri(), Path("/nowhere")) == [60], "a space is %20 there"
-    assert shades("a.png", Path("/nowhere"), root=folder / "img") == [50], "task.image_root"
+    assert shades("a.png", Path("/nowhere"), image_root=folder / "img") == [50], "task.image_root"
     monkeypatch.setenv("HOME", str(folder))
     assert shades("~/img/a.png", Path("/nowhere")) == [50]
 
@@ -116,7 +115,7 @@ def test_paths(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_what_is_no_image(cell: Any, said: str, folder: Path) -> None:
     with pytest.raises(Unusable, match=said) as found:
-        reader().pixels(cell, str(folder))
+        shades(cell, folder)
     assert len(found.value.text) < 600
 
 
@@ -125,15 +124,21 @@ def test_data_of_a_hub_stay_in_their_folder(folder: Path) -> None:
     assert shades("../img/a.png", folder / "data") == [50], "local data may"
     for path in ("../img/a.png", str(folder / "img/a.png"), "x/../../img/a.png"):
         with pytest.raises(Unusable, match="lies outside of"):
-            shades(path, folder / "data", is_remote=True)
-    assert shades("img/a.png", folder, is_remote=True) == [50]
+            shades(path, folder / "data", hub=folder / "data")
+        with pytest.raises(Unusable, match=r"lies outside of|does not exist"):
+            shades(path.replace("a.png", "b.png"), folder / "data", hub=folder / "data")
+    assert shades("img/a.png", folder, hub=folder) == [50]
+    assert shades("img/a.png", folder / "data", hub=folder) == [50], "below the folder of the data set"
+    assert shades("a.png", folder / "data", folder / "img", hub=folder / "data") == [50], "task.image_root"
+    with pytest.raises(Unusable, match="lies outside of"):
+        shades("../img/a.png", folder / "data", folder / "data", hub=folder)
 
 
 def test_a_link_out_of_the_folder_of_a_hub(folder: Path) -> None:
     """A hub's cache is made of links, so the text of the path counts and not where it leads."""
     (folder / "data").mkdir()
     (folder / "data/a.png").symlink_to("../img/a.png")
-    assert shades("a.png", folder / "data", is_remote=True) == [50]
+    assert shades("a.png", folder / "data", hub=folder / "data") == [50]
 
 
 # ── downloads ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -56,6 +56,8 @@ class DataFile:
     """As records and messages name it."""
     folder: str | None
     reader: Reader
+    root: str | None
+    """The folder of its hub data set; None for a file of this machine."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class Entry:
     files: Sequence[Path] = ()
     table: Reader | None = None
     """Rows that `datasets` has made, of a repository without files of rows."""
+    root: str | None = None
+    """The folder of a hub data set."""
 
 
 def open_rows(
@@ -97,8 +101,8 @@ def open_rows(
 
 def _opened(entry: Entry, cache: ByteLRU[Any, Any]) -> list[DataFile]:
     if entry.table is not None:
-        return [DataFile(entry.name, None, entry.table)]
-    return [DataFile(file.name, str(file.parent), open_file(file, cache)) for file in entry.files]
+        return [DataFile(entry.name, None, entry.table, entry.root)]
+    return [DataFile(file.name, str(file.parent), open_file(file, cache), entry.root) for file in entry.files]
 
 
 def _entry(path: str, keys: Keys) -> Entry:
@@ -168,8 +172,9 @@ def _hub_entry(path: str, keys: Keys) -> Entry:
     found = hub.download(path, config=keys.config, split=keys.split, revision=keys.revision)
     at = f"{path} of the hub, revision {found.commit}"
     if found.table is not None:
-        return Entry(path, f"{at}, read by datasets", table=found.table)
-    return Entry(path, f"{at}, {_described(found.chosen)}", [found.folder / file for file in found.chosen.files])
+        return Entry(path, f"{at}, read by datasets", table=found.table, root=str(found.folder))
+    files = [found.folder / file for file in found.chosen.files]
+    return Entry(path, f"{at}, {_described(found.chosen)}", files, root=str(found.folder))
 
 
 def _described(chosen: Chosen) -> str:
@@ -247,6 +252,9 @@ class FileRows:
     def folder(self, index: int) -> str | None:
         return self._place(index)[0].folder
 
+    def root(self, index: int) -> str | None:
+        return self._place(index)[0].root
+
     def _place(self, index: int) -> tuple[DataFile, int]:
         """File, and row in it."""
         if not 0 <= index < len(self):
@@ -287,6 +295,9 @@ class RowRange:
 
     def folder(self, index: int) -> str | None:
         return self._rows.folder(self._range[index])
+
+    def root(self, index: int) -> str | None:
+        return self._rows.root(self._range[index])
 
 
 def _one_schema(files: Sequence[DataFile]) -> dict[str, ColumnType]:
