@@ -1,6 +1,6 @@
 """vlmrl trains vision-language models with reinforcement learning. `python -m vlmrl --help` shows the command line.
 
-The names below are what a task, a loss or an advantage of your own needs:
+The names below are what a task, a reward, a loss or an advantage of your own needs:
 
     from vlmrl import Image, Message, Reply, Task
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vlmrl.config.task import ImportedTaskConfig
     from vlmrl.errors import ConfigError
     from vlmrl.orchestrator.advantages import Estimator
+    from vlmrl.rewards.base import Attempt
     from vlmrl.tasks.base import BadRow, Env, NoProblem, NotInSplit, Problem, Reply, Split, Task
     from vlmrl.tasks.check import check_task
     from vlmrl.trainer.loss import BatchTotals, LossFunction, LossOutput, LossTokens
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AlgorithmConfig",
+    "Attempt",
     "BadRow",
     "BatchTotals",
     "ConfigError",
@@ -53,6 +55,7 @@ _HOMES = {
     "vlmrl.config.task": ("ImportedTaskConfig",),
     "vlmrl.errors": ("ConfigError",),
     "vlmrl.orchestrator.advantages": ("Estimator",),
+    "vlmrl.rewards.base": ("Attempt",),
     "vlmrl.tasks.base": ("BadRow", "Env", "NoProblem", "NotInSplit", "Problem", "Reply", "Split", "Task"),
     "vlmrl.tasks.check": ("check_task",),
     "vlmrl.trainer.loss": ("BatchTotals", "LossFunction", "LossOutput", "LossTokens"),

@@ -8,6 +8,7 @@ Commands run with `pytest -m documentation`, which .ci/run calls.
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
 import shutil
@@ -99,6 +100,30 @@ EXCHANGED = {
     "torchrun --nproc-per-node=2 -m vlmrl model=qwen3vl inference=vllm": (
         "torchrun --nproc-per-node=2 -m vlmrl model=qwen3vl inference=vllm dry_run=true"
     ),
+    # rows that are not here
+    "python -m vlmrl model=qwen3vl task=dataset task.path=train.parquet reward=math": (
+        f"python -m vlmrl {TINY} task=dataset task.path=rows.jsonl reward=math {LESS}"
+    ),
+    "python -m vlmrl model=qwen3vl task=dataset task.path=train.parquet reward=[math,format] "
+    "reward.terms.math.weight=0.9 reward.terms.format.weight=0.1 reward.terms.format.presets=[boxed]": (
+        f"python -m vlmrl {TINY} task=dataset task.path=rows.jsonl reward=[math,format] "
+        f"reward.terms.math.weight=0.9 reward.terms.format.weight=0.1 reward.terms.format.presets=[boxed] {LESS}"
+    ),
+    "python -m vlmrl task=dataset task.path=rows.jsonl reward=my_rewards:short_and_right": (
+        f"python -m vlmrl task=dataset task.path=rows.jsonl reward=my_rewards:short_and_right {LESS}"
+    ),
+    "python -m vlmrl task=dataset task.path=rows.jsonl reward=[format,my_rewards.py:short_and_right] "
+    "reward.terms.short_and_right.args.most=20": (
+        "python -m vlmrl task=dataset task.path=rows.jsonl reward=[format,my_rewards.py:short_and_right] "
+        f"reward.terms.short_and_right.args.most=20 {LESS}"
+    ),
+    "python -m vlmrl task=dataset task.path=rows.jsonl "
+    "reward=[my_rewards:length_reward,my_rewards:compute_score,my_rewards:easyr1_score] "
+    "reward.terms.easyr1_score.args.format_weight=0.2": (
+        "python -m vlmrl task=dataset task.path=rows.jsonl "
+        "reward=[my_rewards:length_reward,my_rewards:compute_score,my_rewards:easyr1_score] "
+        f"reward.terms.easyr1_score.args.format_weight=0.2 {LESS}"
+    ),
     # several nodes, Slurm, a search
     "torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=$HEAD:29500 -m vlmrl model=qwen3vl "
     "inference=vllm": (
@@ -151,8 +176,11 @@ def documented(home: Home, finished: object) -> Home:
     shutil.rmtree(outputs / "latest", ignore_errors=True)
     (outputs / "latest").unlink(missing_ok=True)
     shutil.copytree(finished[0], outputs / "latest")  # type: ignore[index]
-    losses = "\n\n".join(block for page, block in blocks("python") if page == "your_loss.md")
-    (home.path / "my_losses.py").write_text(losses)
+    for module, source in (("my_losses", "your_loss.md"), ("my_rewards", "rewards.md")):
+        code = "\n\n".join(block for page, block in blocks("python") if page == source)
+        (home.path / f"{module}.py").write_text(code)
+    rows = ({"question": f"What is {row} + 1?", "answer": str(row + 1)} for row in range(60))
+    (home.path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     made = home.vlmrl("init", "template/my_task")
     assert made.code == 0, made.err
     return home
@@ -182,11 +210,11 @@ def test_each_listed_command_is_documented() -> None:
     assert sorted({*RUN_BY_CI, *AS_WRITTEN, *EXCHANGED} - set(COMMANDS)) == []
 
 
-def test_python_of_the_documentation_is_the_template_or_a_loss() -> None:
-    """The template's own tests run it, and the commands about losses above run the others."""
+def test_python_of_the_documentation_is_the_template_a_loss_or_a_reward() -> None:
+    """The template's own tests run it, and the commands about losses and rewards above run the others."""
     template = TEMPLATE.read_text()
     others = {page for page, block in blocks("python") if block != template}
-    assert others == {"your_loss.md"}
+    assert others == {"your_loss.md", "rewards.md"}
     assert [page for page, block in blocks("python") if block == template] == ["README.md", "your_task.md"]
 
 

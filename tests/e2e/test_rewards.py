@@ -42,10 +42,9 @@ def runs(home: Home) -> Scenarios:
 
     def own() -> tuple[Path, Ended]:
         sweep = home.path / "outputs/own"
-        targets = ",".join(f"their_rewards:{name}" for name in OWN)
+        choices = ",".join(f"[exact,their_rewards{'.py' if name == 'later' else ''}:{name}]" for name in OWN)
         return sweep, home.vlmrl(
-            *(*data, *RUN, "reward=[exact,imported]", "reward.terms.exact.weight=0.25"),
-            f"reward.terms.imported.target={targets}",
+            *(*data, *RUN, f"reward={choices}", "reward.terms.exact.weight=0.25"),
             *("--multirun", f"hydra.sweep.dir={sweep}", "hydra.sweep.subdir=${hydra:job.num}"),
         )
 
@@ -80,7 +79,7 @@ def test_a_function_of_ones_own_pays_what_the_built_in_one_pays(runs: Scenarios,
     for record in records:
         value = record["rewards"]["exact"]
         assert value is not None
-        assert record["rewards"] == {"exact": value, "imported": value}
+        assert record["rewards"] == {"exact": value, name: value}
         if record["stop_reason"] == "terminated":  # a cut answer is paid 0
             assert record["reward"] == 1.25 * value
         assert record["reference"] in set("0123456789")
@@ -91,11 +90,11 @@ def test_values_are_metrics(runs: Scenarios) -> None:
     first, *steps = read_metrics(run / "metrics.jsonl")
     records = trained(run)
     for number, line in enumerate(steps, 1):
-        here = [record["rewards"]["imported"] for record in records if record["step"] == number]
-        assert line["reward/imported"] == sum(value or 0.0 for value in here) / len(here)
-        assert line["task/imported/length"] > 0
-        assert "task/imported/pred" not in line, "it is a text"
-    for key in ("eval/reward/exact", "eval/reward/imported_greedy", "eval/task/imported/length"):
+        here = [record["rewards"]["of_verl"] for record in records if record["step"] == number]
+        assert line["reward/of_verl"] == sum(value or 0.0 for value in here) / len(here)
+        assert line["task/of_verl/length"] > 0
+        assert "task/of_verl/pred" not in line, "it is a text"
+    for key in ("eval/reward/exact", "eval/reward/of_verl_greedy", "eval/task/of_verl/length"):
         assert step_key(key) is not None
         assert key in first
 
@@ -103,14 +102,14 @@ def test_values_are_metrics(runs: Scenarios) -> None:
 def test_a_function_sees_the_picture_and_may_abstain(runs: Scenarios) -> None:
     records = trained(job(runs, "ours"))
     assert {record["stop_reason"] for record in records} <= {"terminated", "max_new_tokens"}, records[0]["error"]
-    assert all(record["rewards"].keys() == {"exact", "imported"} for record in records)
+    assert all(record["rewards"].keys() == {"exact", "ours"} for record in records)
 
 
 def test_a_term_that_abstains_is_left_out(runs: Scenarios) -> None:
     records = trained(job(runs, "abstains"))
-    assert {record["rewards"]["imported"] for record in records} == {None, 0.5}
+    assert {record["rewards"]["abstains"] for record in records} == {None, 0.5}
     for record in records:
-        values = [0.25 * (record["rewards"]["exact"] or 0.0), record["rewards"]["imported"] or 0.0]
+        values = [0.25 * (record["rewards"]["exact"] or 0.0), record["rewards"]["abstains"] or 0.0]
         assert record["reward"] in (0.0, sum(values)), "0.0 where the answer is cut"
 
 
@@ -122,13 +121,15 @@ def test_a_function_that_raises_costs_its_rollouts(runs: Scenarios, home: Home) 
     assert {record["dropped"] for record in failed} == {"fault"}
     faults = read_faults(run / "faults.jsonl")
     assert (
-        "reward.terms.imported: their_rewards:sometimes_raises() raised LookupError: no score for rows.jsonl:"
+        "reward.terms.sometimes_raises: their_rewards:sometimes_raises() raised LookupError: no score for rows.jsonl:"
         in (faults[0]["error"])
     )
     again = home.vlmrl("mode=faults", f"run={run}", f"rollout={failed[0]['rollout_id']}")
     assert again.code == 1
     assert "reward/exact: " in again.out
-    assert "it happens again: reward_error: reward.terms.imported: their_rewards:sometimes_raises()" in again.out
+    assert (
+        "it happens again: reward_error: reward.terms.sometimes_raises: their_rewards:sometimes_raises()" in again.out
+    )
 
 
 def test_the_reward_of_a_task_and_of_terms_are_added(runs: Scenarios) -> None:
