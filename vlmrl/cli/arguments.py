@@ -72,7 +72,23 @@ def rewrite(arguments: list[str]) -> list[str]:
     """
     arguments = sorted(arguments, key=lambda argument: bool(re.match(r"~|[^-].*=", argument)))
     is_multirun = any(argument in MULTIRUN for argument in arguments)
-    return [text for argument in arguments for text in _rewritten(argument, is_multirun=is_multirun)]
+    texts = [text for argument in arguments for text in _rewritten(argument, is_multirun=is_multirun)]
+    if is_multirun and any(len(split(text.partition("=")[2])) > 1 for text in texts if text.startswith("reward=")):
+        texts = [_in_each_job(text) for text in texts]
+    return texts
+
+
+def _in_each_job(text: str) -> str:
+    """Where a sweep chooses the reward terms, Hydra composes a config without any first, in which their keys do not
+    exist. As the only value of a sweep, a key is set in each job alone.
+
+    >>> [_in_each_job(f"reward.terms.exact.{text}") for text in ("weight=0.5", "weight=1,2")]
+    ['reward.terms.exact.weight=choice(0.5)', 'reward.terms.exact.weight=1,2']
+    """
+    key, _, value = text.partition("=")
+    if not key.lstrip("+").startswith("reward.terms.") or parsed(text) is ...:
+        return text
+    return f"{key}=choice({value})"
 
 
 def rewrite_params(params: dict[str, str]) -> dict[str, str]:
