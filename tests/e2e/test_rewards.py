@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from PIL import Image
 
 from support import TESTS
 from support.command_line import Ended, Home, Scenarios
+from support.judge_server import Server, says
 from vlmrl.record.faults import read_faults
 from vlmrl.record.metrics import read_metrics, step_key
 from vlmrl.record.rollouts import RolloutRecord, read_rollouts
@@ -56,7 +59,23 @@ def runs(home: Home) -> Scenarios:
             f"hydra.run.dir={run}",
         )
 
-    return Scenarios(own=own, scored_twice=scored_twice)
+    def judged() -> tuple[Path, Ended, Server]:
+        run = home.path / "outputs/judged"
+        judge = Server(says("Half right. Score: 5"))
+        try:
+            with pytest.MonkeyPatch.context() as variables:
+                variables.setenv("MY_KEY", "hunter2hunter2")
+                ended = home.vlmrl(
+                    *(*data, *RUN, "reward=[number,math,iou,f1,anls,judge]", "reward.terms.judge.weight=0.5"),
+                    *(f"reward.terms.judge.url={judge.url}", "reward.terms.judge.model=m"),
+                    *("reward.terms.judge.api_key_env=MY_KEY", f"hydra.run.dir={run}"),
+                )
+        finally:
+            judge.shutdown()
+            judge.server_close()
+        return run, ended, judge
+
+    return Scenarios(own=own, scored_twice=scored_twice, judged=judged)
 
 
 def trained(run: Path) -> list[RolloutRecord]:
@@ -141,3 +160,45 @@ def test_the_reward_of_a_task_and_of_terms_are_added(runs: Scenarios) -> None:
         says_a = float("A" in record["turns"][-1]["text"])
         assert record["rewards"] == {"format": says_a}
         assert record["reward"] == pytest.approx(2 * record["metrics"]["exact_match"] + 0.5 * says_a)
+
+
+def test_built_in_terms_score_a_run(runs: Scenarios) -> None:
+    run, ended, judge = runs["judged"]
+    assert ended.err == ""
+    records = trained(run)
+    assert {record["stop_reason"] for record in records} <= {"terminated", "max_new_tokens"}, records[0]["error"]
+    for record in records:
+        values = record["rewards"]
+        assert values["iou"] is None, "a digit is no box"
+        assert values["judge"] == 0.5
+        is_digit = record["turns"][-1]["text"].strip() == record["reference"]
+        assert [values[name] == 1.0 for name in ("f1", "anls")] == [is_digit, is_digit]
+        if is_digit:
+            assert values["number"] == values["math"] == 1.0
+        if record["stop_reason"] == "terminated":
+            assert record["reward"] == pytest.approx(
+                sum(values[name] or 0.0 for name in ("number", "math", "f1", "anls")) + 0.25
+            )
+    last = read_metrics(run / "metrics.jsonl")[-1]
+    assert last["task/math/timeouts"] == last["task/math/crashes"] == last["task/judge/failures"] == 0.0
+    assert judge.keys
+    assert set(judge.keys) == {"Bearer hunter2hunter2"}
+    assert len(judge.requests[0]["messages"][0]["content"]) == 2, "the image and the text"
+
+
+def test_the_key_of_a_judge_is_in_no_file(runs: Scenarios) -> None:
+    run, ended, _ = runs["judged"]
+    assert "hunter2" not in ended.out
+    for path in (each for folder in (run, run.parents[1] / "cache") for each in folder.rglob("*") if each.is_file()):
+        assert b"hunter2" not in path.read_bytes(), path
+
+
+def test_no_math_worker_outlives_a_run(runs: Scenarios) -> None:
+    runs["judged"]
+    assert not [each for each in psutil.process_iter() if is_worker_of_nobody(each)]
+
+
+def is_worker_of_nobody(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return process.ppid() == 1 and any("math_worker.py" in word for word in process.cmdline())
+    return False
