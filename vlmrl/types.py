@@ -514,8 +514,11 @@ class Trainer(Protocol):
         """Optimizer steps contained in the weights."""
         ...
 
-    def train_step(self, samples: list[TrainingSample], demonstrations: Sequence[TrainingSample] = ()) -> StepResult:
-        """Take one optimizer step on `samples` and on supervised `demonstrations`, at `trainer.warmup.rl_weight`.
+    def train_step(
+        self, samples: list[TrainingSample], demonstrations: Sequence[TrainingSample] = (), steps: float | None = None
+    ) -> StepResult:
+        """Take one optimizer step on `samples` and on supervised `demonstrations`, at `trainer.warmup.rl_weight`. The
+        learning rate decays over `steps`, by default over `trainer.max_steps`.
 
         Raises `NonFiniteLossError` before the weights change.
         """

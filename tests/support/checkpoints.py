@@ -42,7 +42,9 @@ class Learner:
         learning = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(learning, lr=0.1, betas=self.betas, fused=True)
 
-    def train_step(self, samples: list[TrainingSample], demonstrations: Sequence[TrainingSample] = ()) -> StepResult:
+    def train_step(
+        self, samples: list[TrainingSample], demonstrations: Sequence[TrainingSample] = (), steps: float | None = None
+    ) -> StepResult:
         for parameter in self.optimizer.param_groups[0]["params"]:
             parameter.grad = torch.randn_like(parameter) if self.sees_images or parameter.dim() > 1 else None
         self.optimizer.step()

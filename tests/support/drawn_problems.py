@@ -25,5 +25,14 @@ class NumberedProblems:
     async def draw(self, step: int, count: int) -> list[Drawn]:
         return [numbered(index, self.split) for index in self.indices.take(step, count)]
 
+    def learn(self, step: int, groups: object) -> None:
+        pass
+
+    def metrics(self, step: int) -> dict[str, float]:
+        return {}
+
+    def passes(self, step: int) -> float | None:
+        return None if self.num_rows is None else self.indices.cursor(step).learned / self.num_rows
+
     async def first(self, count: int, step: int = 0) -> list[Drawn]:
         return [numbered(index, self.split) for index in range(count)]

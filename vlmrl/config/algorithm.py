@@ -104,7 +104,22 @@ class FilterConfig:
     )
     """For `repetition`: the probability above which the policy is almost certain of a token."""
     zero_advantage: FilterMode = setting(FilterMode.none, on_resume=Resume.noted)
-    """Finds groups whose advantages are all zero: DAPO's dynamic sampling, without sampling others in their place."""
+    """Finds groups whose advantages are all zero. `algorithm.refill` drops them and samples others in their place."""
+
+
+@dataclass
+class RefillConfig:
+    """Sample further groups in place of those whose advantages are all zero: DAPO's dynamic sampling
+    (`vlmrl.orchestrator.refill`)."""
+
+    budget: int = setting(1, on_resume=Resume.noted, low=1, high=10**4, outside="a step has no groups")
+    """The most groups that a step samples, as a multiple of `orchestrator.groups_per_step`. It ends as soon as
+    `groups_per_step` of them have a gradient; the others are dropped as `zero_advantage`. 1: no refill."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether groups are sampled in place of others."""
+        return self.budget > 1
 
 
 @dataclass
@@ -137,3 +152,5 @@ class AlgorithmConfig:
     tokens are within a percent of 1."""
     filters: FilterConfig = field(default_factory=FilterConfig)
     """Degenerate rollouts: count them or leave them out of training."""
+    refill: RefillConfig = field(default_factory=RefillConfig)
+    """Sample further groups in place of those without a gradient."""

@@ -23,6 +23,38 @@ class BadRows(Enum):
 
 
 @dataclass
+class CurriculumConfig:
+    """Choose training problems by their pass rates (`vlmrl.orchestrator.curriculum`), the share of a problem's recent
+    rollouts that solve it. Off while `solved`, `hopeless` and `band` are all null."""
+
+    pass_at: float = setting(
+        1.0, on_resume=Resume.noted, low=-1e9, high=1e9, outside="it is not a reward that a policy can reach"
+    )
+    """The reward from which on a rollout solves its problem."""
+    solved: float | None = setting(None, on_resume=Resume.noted, low=0, high=1, outside="it is not a pass rate")
+    """Pass over problems whose pass rate is at least this, e.g. 1."""
+    hopeless: float | None = setting(None, on_resume=Resume.noted, low=0, high=1, outside="it is not a pass rate")
+    """Let problems rest whose pass rate is at most this, e.g. 0."""
+    rest: int = setting(2, on_resume=Resume.noted, low=1, high=10**6, outside="no problem rests")
+    """Whole passes over the data for which a hopeless problem rests."""
+    band: tuple[float, float] | None = setting(
+        None, on_resume=Resume.noted, low=0, high=1, outside="it is not a pass rate"
+    )
+    """[low, high]: aim at problems whose pass rate lies between, e.g. [0.2,0.8]. Problems that were never played count
+    as inside."""
+    outside: int = setting(8, on_resume=Resume.noted, low=1, high=10**6, outside="no problem is left")
+    """Of the problems outside the band, play one in so many, so that their pass rates stay true."""
+    start_from: str | None = setting(None, on_resume=Resume.noted)
+    """Folder of a run whose pass rates are the first ones: of `mode=eval`, which writes pass_rates.json, or of a run
+    with a curriculum."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether problems are chosen."""
+        return self.solved is not None or self.hopeless is not None or self.band is not None
+
+
+@dataclass
 class TaskConfig:
     """What every task has."""
 
@@ -47,6 +79,8 @@ class TaskConfig:
         0.5, on_resume=Resume.free, low=0, high=1, outside="the run stops always, or never"
     )
     """Share of bad rows among the rows drawn above which the run stops; 1 allows every share."""
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    """Choose training problems by their pass rates."""
     credit: Credit = setting(Credit.episode, on_resume=Resume.noted)
     """Which reward the task's turns are trained on; the default of `algorithm.credit`. A task that rewards single turns
     says `turn`."""

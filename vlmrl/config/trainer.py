@@ -94,6 +94,11 @@ class TrainerConfig:
 
     max_steps: int = setting(400, on_resume=Resume.noted, low=1, high=10**9, outside="nothing is learned")
     """Optimizer steps of RL."""
+    max_epochs: float | None = setting(
+        None, on_resume=Resume.noted, low=SMALLEST, high=10**6, outside="nothing is learned"
+    )
+    """Passes over the training rows after which the run ends, in place of `max_steps`: 3 or 0.5. With mode=sft, passes
+    of the supervised steps, in place of `warmup.steps`. For tasks that have a number of rows."""
     seq_len: int = setting(1024, on_resume=Resume.noted, low=1, high=2**24, outside="no sample fits")
     """The most tokens of a sample; a rollout stops before it gets longer."""
     packing: Packing = setting(Packing.tree, on_resume=Resume.free)

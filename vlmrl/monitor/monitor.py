@@ -36,7 +36,7 @@ from vlmrl.monitor.report.background import ReportWriter
 from vlmrl.monitor.screen import lost_streams
 from vlmrl.monitor.tensorboard_logger import TensorboardLogger
 from vlmrl.monitor.wandb_logger import WandbLogger
-from vlmrl.record.bad_rows import BadRowLog, BadRowRecord
+from vlmrl.record.bad_rows import BadRowLog, BadRowRecord, read_bad_rows
 from vlmrl.record.faults import FaultLog, FaultRecord, faults_of
 from vlmrl.record.files import disk_errors
 from vlmrl.record.in_place import Folders
@@ -138,6 +138,10 @@ class Monitor:
         self._progress.table(title, lines)
         for key, value in lines.items():
             log.info("%s: %s: %s", title, key, value)
+
+    def expect(self, total_steps: int) -> None:
+        """Set the RL steps of the whole run, for the progress bar, once the task has said how many rows it has."""
+        self._progress.expect(total_steps)
 
     def phase(self, name: str) -> None:
         """Set the current phase, one of `PHASES`."""
@@ -333,6 +337,9 @@ class Monitor:
             f", greedy {_shown(self._evaluation.get(EVAL_GREEDY))}",
             "folder": _readable(self._run_dir.path),
         }
+        if rows := read_bad_rows(self._run_dir.bad_rows):
+            command = f"python -m vlmrl mode=faults run={closing['folder']}"
+            closing["bad rows"] = f"{len(rows)} were passed over: {command} lists them"
         log.info("finished: %s", exit_reason)
         self._note_lost_screen()
         try:

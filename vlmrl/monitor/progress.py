@@ -119,6 +119,10 @@ class Progress:
         for key, value in lines.items():
             self._print(f"  {key:<{width}}  {value}")
 
+    def expect(self, total_steps: int) -> None:
+        """Set the number of RL steps of the whole run."""
+        self._total = total_steps
+
     def phase(self, phase: str) -> None:
         """Show the phase; print a line the first time."""
         if phase == self._phase:

@@ -139,6 +139,11 @@ def assign_advantages(group: Group, config: AlgorithmConfig) -> None:
             turn.advantage = advantage
 
 
+def has_signal(group: Group) -> bool:
+    """Whether any turn of the group has an advantage that is not zero, and with it a gradient."""
+    return any(turn.advantage for rollout in group.rollouts for turn in rollout.turns)
+
+
 def mark_dropped(
     group: Group,
     config: AlgorithmConfig,
@@ -167,6 +172,8 @@ def mark_dropped(
             rollout.dropped = DropReason.STALE
         elif _is_masked(rollout, config):
             rollout.dropped = DropReason.TRUNCATED
+        elif config.refill.is_on and not has_signal(group):
+            rollout.dropped = DropReason.ZERO_ADVANTAGE
         else:
             rollout.dropped = next((reason for reason in rollout.filtered if reason in filters), None)
 

@@ -21,13 +21,15 @@ ENOUGH_ROWS = 20
 class BadRowWatch:
     """Counts the rows of one task, by the settings `task.bad_rows` and `task.max_bad_row_rate`."""
 
-    policy: BadRows
-    max_rate: float
-    run: str
+    policy: BadRows = BadRows.skip
+    max_rate: float = 1.0
+    run: str = "outputs/latest"
     """The run's folder, for the command in messages."""
-    record: Callable[[Sequence[BadRowRecord]], None]
+    record: Callable[[Sequence[BadRowRecord]], None] = lambda rows: None
     """Receives each bad row once."""
-    _known: dict[tuple[str, int | str], BadRowRecord] = field(init=False, default_factory=dict)
+    _known: set[tuple[str, int | str]] = field(init=False, default_factory=set)
+    _by_step: Counter[int] = field(init=False, default_factory=Counter)
+    """Distinct bad training rows by RL step; those of supervised steps are at 0."""
     _good: int = field(init=False, default=0)
     _bad: Counter[str] = field(init=False, default_factory=Counter)
     """Bad rows that this process has drawn, by kind of reason; a row of two passes counts twice."""
@@ -35,14 +37,12 @@ class BadRowWatch:
 
     def restore(self, rows: Sequence[BadRowRecord]) -> None:
         """Take over what the run has recorded before it was resumed."""
-        self._known |= {_key(row): row for row in rows}
+        for row in rows:
+            self._remember(row)
 
     def count(self, step: int) -> int:
-        """Distinct bad rows of the training split that were found for RL steps until `step`, or before them."""
-        return sum(
-            row["split"] == "train" and (row["phase"] == "supervised" or row["step"] <= step)
-            for row in self._known.values()
-        )
+        """Distinct bad rows of the training split that were found for RL steps until `step`, or in the warm-up."""
+        return sum(rows for found, rows in self._by_step.items() if found <= step)
 
     def used(self, rows: int = 1) -> None:
         """Rows were drawn that can be used."""
@@ -65,7 +65,7 @@ class BadRowWatch:
             "reason": why.reason,
         }
         if _key(row) not in self._known:
-            self._known[_key(row)] = row
+            self._remember(row)
             self.record([row])
         if self.policy is BadRows.fail:
             raise BadRowsError(
@@ -83,6 +83,11 @@ class BadRowWatch:
                 f"task.max_bad_row_rate={self.max_rate:g}; most often ({count} of {bad}): {self._examples[kind]}. List "
                 f"them with python -m vlmrl mode=faults run={self.run}, repair them, or raise task.max_bad_row_rate"
             )
+
+    def _remember(self, row: BadRowRecord) -> None:
+        self._known.add(_key(row))
+        if row["split"] == "train":
+            self._by_step[0 if row["phase"] == "supervised" else row["step"]] += 1
 
 
 def _key(row: BadRowRecord) -> tuple[str, int | str]:

@@ -16,7 +16,8 @@ Letters: μ_t the sampler's probability of its token t, V the size of the vocabu
   filter looks for certainty, not for equal strings. MiniMax-M1, arXiv 2506.13585, section 3.2, stops a completion after
   3,000 tokens above 0.99.
 - zero_advantage: a group whose rollouts are all equally good has no gradient. If it is dropped, it does not count in
-  the normalization of the loss either. DAPO's dynamic sampling, arXiv 2503.14476, section 3.2, without its refill.
+  the normalization of the loss either. DAPO's dynamic sampling, arXiv 2503.14476, section 3.2; refill.py samples
+  others in their place.
 
 A filtered rollout was played and rewarded, so it still counts in the baseline of its siblings.
 

@@ -20,6 +20,7 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from vlmrl.config.algorithm import AlgorithmConfig
@@ -30,11 +31,13 @@ from vlmrl.orchestrator.evaluation import Evaluator
 from vlmrl.orchestrator.faults import FaultWatch
 from vlmrl.orchestrator.filters import find_filtered
 from vlmrl.orchestrator.interruption import stopped_before
+from vlmrl.orchestrator.length import Length
 from vlmrl.orchestrator.metrics import Overlap, rollout_metrics, throughput_metrics, time_metrics
 from vlmrl.orchestrator.recorder import Recorder
+from vlmrl.orchestrator.refill import refill_metrics, sample_groups
 from vlmrl.orchestrator.rollout import RolloutRunner
 from vlmrl.orchestrator.samples import make_samples, note_learned
-from vlmrl.orchestrator.stream import ProblemStream
+from vlmrl.orchestrator.stream import Drawn, ProblemStream
 from vlmrl.types import Group, InferenceEngine, Trainer, TrainingSample, WeightSync
 
 ExitReason = Literal["finished", "target_reached", "no_improvement", "interrupted"]
@@ -47,7 +50,7 @@ class Loop:
 
     config: OrchestratorConfig
     algorithm: AlgorithmConfig
-    max_steps: int
+    length: Length
     vocab_size: int
     """Number of tokens that the sampler chooses from."""
     runner: RolloutRunner
@@ -71,19 +74,20 @@ class Loop:
     _overlap: Overlap = field(default_factory=Overlap)
 
     async def run(self) -> ExitReason:
-        """Run the steps from the trainer's version to `max_steps`; return why the loop ended. Raises as
+        """Run the steps from the trainer's version to the last one; return why the loop ended. Raises as
         `FaultWatch.check`, at the end also where there were too few steps for it to judge."""
         first = self.trainer.version
         await self.weight_sync.publish(first)
-        is_first_due = first == 0 and not self.evaluator.count and self.evaluator.is_due(0, self.max_steps)
+        length = self.length
+        is_first_due = first == 0 and not self.evaluator.count and self.evaluator.is_due(0, length.max_steps)
         if is_first_due or self.evaluator.is_unfinished:
             if not await self.evaluate(first):
                 return "interrupted"
             if self.evaluator.best.is_best(first):
                 self.checkpoint(first)
         try:
-            for step in range(first + 1, self.max_steps + 1):
-                if self.evaluator.reached_target or self.evaluator.best.is_exhausted:
+            for step in range(first + 1, length.max_steps + 1):
+                if self.evaluator.reached_target or self.evaluator.best.is_exhausted or length.is_last(step - 1):
                     break
                 started = time.perf_counter()
                 if (groups := await self.next_batch(step)) is None:
@@ -104,7 +108,7 @@ class Loop:
     async def next_batch(self, step: int) -> list[Group] | None:
         """Wait for the groups of `step`, after starting every later batch that max_staleness allows. None when the run
         was told to stop."""
-        for ahead in range(step, min(step + self.config.max_staleness, self.max_steps) + 1):
+        for ahead in range(step, min(step + self.config.max_staleness, self.length.max_steps) + 1):
             if ahead not in self._pending:
                 self._pending[ahead] = asyncio.create_task(self.roll_out(ahead))
         stopped = asyncio.create_task(self.stop.wait())
@@ -114,14 +118,20 @@ class Loop:
 
     async def roll_out(self, step: int) -> list[Group]:
         """task → renderer → inference → rollout: play the groups of one step."""
-        with self._overlap.rolling_out(step):
+
+        async def play(problems: list[Drawn], first_group: int) -> list[Group]:
             return await self.runner.run_groups(
                 split="train",
                 step=step,
-                problems=await self.problems.draw(step, self.config.groups_per_step),
+                problems=problems,
                 group_size=self.config.group_size,
                 temperature=self.config.temperature,
+                first_group=first_group,
             )
+
+        with self._overlap.rolling_out(step):
+            draw = partial(self.problems.draw, step)
+            return await sample_groups(self.config.groups_per_step, self.algorithm, draw, play)
 
     async def learn(self, step: int, groups: list[Group], started: float) -> bool:
         """advantages → samples → packing → trainer → weight sync: one optimizer step and its metrics. Returns False if
@@ -140,13 +150,18 @@ class Loop:
         if await stopped_before(demonstrations, self.stop):
             return False
         try:
-            result = await asyncio.to_thread(self.trainer.train_step, samples, demonstrations.result())
+            supervised = demonstrations.result()
+            result = await asyncio.to_thread(
+                self.trainer.train_step, samples, supervised, self.length.decay_steps(step)
+            )
         except NonFiniteLossError:
             self.recorder.record(step, groups)  # the error message names samples, which must be in the record
             raise
         trained = time.perf_counter()
         # From here on the weights contain the step, so its evaluation is owed, whatever ends the run before it is made.
-        self.evaluator.is_unfinished = self.evaluator.is_due(step, self.max_steps)
+        self.problems.learn(step, groups)
+        is_due = self.evaluator.is_due(step, self.length.last_step(step))
+        self.evaluator.is_unfinished = is_due
         note_learned((rollout for group in groups for rollout in group.rollouts), result.tokens)
         try:
             await self.weight_sync.publish(result.version)
@@ -155,6 +170,7 @@ class Loop:
             metrics = {
                 "policy_version": float(result.version),
                 **rollout_metrics(groups, self.algorithm.filters),
+                **(refill_metrics(groups, self.config.groups_per_step, self.algorithm) | self.problems.metrics(step)),
                 **(result.metrics | gap),
                 **self.engine.metrics(),
                 **throughput_metrics(groups, seconds=synced - started),
@@ -162,7 +178,7 @@ class Loop:
             }
             self.recorder.step(step, metrics, groups)
         self.faults.check(step, groups)
-        if self.evaluator.is_due(step, self.max_steps) and not await self.evaluate(step):
+        if is_due and not await self.evaluate(step):
             return False
         self.checkpoint(step)
         return True

@@ -23,14 +23,17 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 from vlmrl.errors import BadRowsError, UserFault
+from vlmrl.orchestrator.bad_rows import BadRowWatch
 from vlmrl.orchestrator.task_threads import TaskThreads
 from vlmrl.record.faults import fault_kind
+from vlmrl.record.step_log import Phase
 from vlmrl.tasks.base import BadRow, NoProblem, Problem, Split, Task
 from vlmrl.tasks.border import get_num_rows, get_problem
 from vlmrl.trainer.loop_state import Cursor
+from vlmrl.types import Group
 
 ENDLESS_PASS = 1 << 20
 """Indices in a row without a problem after which a task without `num_rows` is given up, too."""
@@ -168,13 +171,17 @@ class Chooser(Protocol):
         """A step begins to draw. Called once per step, in the order of steps."""
         ...
 
+    def learn(self, step: int, groups: Sequence[Group]) -> None:
+        """The weights now contain a step. Called in the order of steps."""
+        ...
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """What to report of a step."""
+        ...
+
     def wants(self, index: int, problem_id: str) -> bool:
         """Whether to play this problem now. Called in the order of the indices."""
         ...
-
-
-Absent: TypeAlias = Callable[[int, int, NoProblem], None]
-"""Called with a step, an index and why there is no problem. May raise `BadRowsError`."""
 
 
 @dataclass(eq=False)
@@ -188,10 +195,10 @@ class ProblemStream:
     """End after one pass over the split."""
     check: Callable[[Problem], Awaitable[None]] | None = None
     """Raises `BadRow` where a problem cannot be played (`fit.PromptCheck`)."""
-    absent: Absent = lambda step, index, why: None
-    """Receives every index without a problem."""
-    used: Callable[[], None] = lambda: None
-    """Called for every problem that is drawn."""
+    phase: Phase = "rl"
+    """What its steps count."""
+    bad_rows: BadRowWatch = field(default_factory=BadRowWatch)
+    """Counts and records rows that cannot be used."""
     chooser: Chooser | None = None
     """None: every problem is played."""
     status: Callable[[str], None] = lambda text: None
@@ -224,13 +231,31 @@ class ProblemStream:
                         if refused < (self.num_rows or ENDLESS_PASS) and not self._is_wanted(drawn):
                             refused += 1
                             continue
-                        self.used()
+                        self.bad_rows.used()
                         found.append(drawn)
                     else:
                         index, why = drawn
-                        self.absent(step, index, why)
+                        self.bad_rows.absent(self.phase, self.split, step, index, why)
                         self._watch.passed_over(why)
             return found
+
+    def learn(self, step: int, groups: Sequence[Group]) -> None:
+        """The weights now contain `step`, which played these groups."""
+        if self.chooser is not None:
+            self.chooser.learn(step, groups)
+
+    def passes(self, step: int) -> float | None:
+        """Passes over the split that the weights after `step` have learned from; None where problems are endless."""
+        return None if self.num_rows is None else self.indices.cursor(step).learned / self.num_rows
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """`data/…` of a task with rows, and what the chooser reports. The weights contain `step`."""
+        metrics = {} if self.chooser is None else self.chooser.metrics(step)
+        if self.num_rows is None and not self.bad_rows.count(step):
+            return metrics
+        rows = self.indices.cursor(step).learned
+        epoch = {} if self.num_rows is None else {"data/epoch": rows / self.num_rows}
+        return metrics | epoch | {"data/rows_seen": float(rows), "data/bad_rows": float(self.bad_rows.count(step))}
 
     async def again(self, indices: Sequence[int]) -> list[Drawn]:
         """Problems that were drawn before, made again."""

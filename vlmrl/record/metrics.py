@@ -123,6 +123,18 @@ STEP_KEYS: dict[str, StepKey] = {
     ),
     "staleness/mean": StepKey("steps", "Mean staleness of the loss tokens: training version minus sampling version."),
     "staleness/max": StepKey("steps", "Largest staleness of a loss token."),
+    "refill/sampled": _sometimes("groups", "Groups that the step played, with those thrown away. algorithm.refill."),
+    "refill/discarded": _sometimes("groups", "Groups without a gradient, which were thrown away. algorithm.refill."),
+    "refill/missing": _sometimes(
+        "groups", "Groups that the step lacks: its budget was spent. algorithm.refill."
+    ),
+    "curriculum/passed_over": _sometimes("problems", "Problems that were drawn and not played. task.curriculum."),
+    "curriculum/known": _sometimes("problems", "Problems with a pass rate. task.curriculum."),
+    "curriculum/solved": _sometimes("problems", "Those whose pass rate is at least task.curriculum.solved."),
+    "curriculum/hopeless": _sometimes("problems", "Those whose pass rate is at most task.curriculum.hopeless."),
+    "data/epoch": _sometimes("passes", "Passes over the training rows so far. Tasks with a number of rows."),
+    "data/rows_seen": _sometimes("rows", "Training rows that RL steps have drawn, those passed over included."),
+    "data/bad_rows": _sometimes("rows", "Distinct training rows found so far that cannot be used."),
     "groups/equal_reward": _sometimes("share of groups", "Groups whose rollouts all have the same episode reward."),
     "groups/zero_advantage": _sometimes("share of groups", "Groups without any advantage, so without a gradient."),
     "rollouts/total": StepKey("rollouts", "Rollouts of the step, dropped ones included."),

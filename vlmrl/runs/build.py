@@ -34,6 +34,7 @@ from vlmrl.models.lora import select_trainable
 from vlmrl.models.policy import Policy
 from vlmrl.monitor.monitor import Monitor
 from vlmrl.orchestrator.best import BestWatch
+from vlmrl.orchestrator.curriculum import Curriculum
 from vlmrl.orchestrator.evaluation import Evaluator
 from vlmrl.orchestrator.rollout import RolloutRunner
 from vlmrl.orchestrator.scoring import Scorer
@@ -46,9 +47,10 @@ from vlmrl.record.run_dir import RunDir
 from vlmrl.rendering.renderer import Renderer, make_renderer
 from vlmrl.runs.eval_sets import make_set_players
 from vlmrl.runs.position import Cursors, Position
-from vlmrl.runs.problems import ProblemSource, max_model_len
+from vlmrl.runs.problems import ProblemSource, make_curriculum, max_model_len, steps_of
 from vlmrl.runs.stopping import Stop
 from vlmrl.tasks.base import Task
+from vlmrl.tasks.border import get_num_rows
 from vlmrl.tasks.loading import load_task, tokenizer_texts
 from vlmrl.trainer.checkpoint import Checkpoints
 from vlmrl.trainer.commands import Follower
@@ -87,6 +89,10 @@ class Run:
     renderer: Renderer
     problems: ProblemSource
     """The problems of the run's task."""
+    steps: int
+    """The most steps of the run: RL steps, or supervised steps with mode=sft."""
+    curriculum: Curriculum | None
+    """Chooses the training problems."""
     policy: Policy
     trainer: LocalTrainer
     engine: InferenceEngine
@@ -244,6 +250,7 @@ def build_run(config: RunConfig, run_dir: RunDir, monitor: Monitor, rank_group: 
         scorer=Scorer.of(config.reward, config.task, TaskThreads().run),
     )
     problems = ProblemSource.of(config, config.task, task, renderer, monitor)
+    num_rows = get_num_rows(task, "train")
     held_out = FixedProblems(problems.stream("eval", "eval", once=True))
     return Run(
         config=config,
@@ -252,6 +259,8 @@ def build_run(config: RunConfig, run_dir: RunDir, monitor: Monitor, rank_group: 
         task=task,
         renderer=renderer,
         problems=problems,
+        steps=steps_of(config, num_rows),
+        curriculum=make_curriculum(config, num_rows),
         policy=policy,
         trainer=trainer,
         engine=engine,

@@ -1,5 +1,6 @@
 """`mode=faults run=<run>`: list what the user's code and data did wrong in a run, and how to play each row again.
 
+    bad_rows.jsonl ────────────────────────┐
     faults.jsonl ──────────────────────────┐
     rollouts/ (runs before the file)      ┴─▶ FaultRecords ─▶ kinds of equal errors ─▶ the screen, faults.json
 
@@ -20,6 +21,7 @@ import orjson
 from omegaconf import DictConfig, OmegaConf
 
 from vlmrl.errors import safe_text
+from vlmrl.record.bad_rows import BadRowRecord, place_of, read_bad_rows
 from vlmrl.record.faults import FaultPhase, FaultRecord, fault_kind, read_faults
 from vlmrl.record.files import write_bytes_atomically
 from vlmrl.record.rollouts import read_rollouts
@@ -28,6 +30,9 @@ from vlmrl.types import StopReason
 
 SHOWN_KINDS = 20
 """Kinds of faults that the screen shows, the most frequent ones first; faults.json has all."""
+
+SHOWN_ROWS = 5
+"""Bad rows that the screen names for each reason."""
 
 PLAYED_ID = re.compile(r"(?:train|eval|eval-greedy)/(\d+)/(\d+)/\d+")
 """The id of a rollout: its step and its group."""
@@ -50,10 +55,13 @@ def list_faults(run_dir: RunDir) -> None:
     """Print the faults of a run, and write faults.json. Raises ConfigError where there is no such run."""
     faults = faults_in(run_dir, run_dir.read_config(key="run"))
     kinds = kinds_of(faults)
-    print("\n".join(_listing(run_dir, faults, kinds)))
+    bad_rows = read_bad_rows(run_dir.bad_rows)
+    print("\n".join([*_listing(run_dir, faults, kinds), *_bad_row_lines(bad_rows)]))
     options = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
     try:
-        write_bytes_atomically(run_dir.faults_json, orjson.dumps(_as_json(run_dir, faults, kinds), option=options))
+        write_bytes_atomically(
+            run_dir.faults_json, orjson.dumps(_as_json(run_dir, faults, kinds, bad_rows), option=options)
+        )
     except OSError as error:
         print(f"(not written: {run_dir.faults_json}: {error.strerror})")
 
@@ -132,10 +140,28 @@ def _kind_lines(run_dir: RunDir, kind: FaultKind) -> Iterator[str]:
     yield f"  play it again: {command_of(run_dir, first)}"
 
 
-def _as_json(run_dir: RunDir, faults: Sequence[FaultRecord], kinds: Sequence[FaultKind]) -> dict[str, Any]:
+def _bad_row_lines(rows: Sequence[BadRowRecord]) -> Iterator[str]:
+    """Rows that were passed over, those with equal reasons together."""
+    if not rows:
+        return
+    kinds: dict[str, list[BadRowRecord]] = {}
+    for row in rows:
+        kinds.setdefault(fault_kind("", row["reason"])[1], []).append(row)
+    yield ""
+    yield f"{len(rows)} {'row' if len(rows) == 1 else 'rows'} of the data cannot be used and were passed over"
+    for of_kind in sorted(kinds.values(), key=len, reverse=True)[:SHOWN_KINDS]:
+        places = ", ".join(place_of(row) for row in of_kind[:SHOWN_ROWS]) + (", …" if len(of_kind) > SHOWN_ROWS else "")
+        yield f"{len(of_kind)} × {of_kind[0]['reason']}"
+        yield f"  {places}"
+
+
+def _as_json(
+    run_dir: RunDir, faults: Sequence[FaultRecord], kinds: Sequence[FaultKind], bad_rows: Sequence[BadRowRecord]
+) -> dict[str, Any]:
     return {
         "run": safe_text(str(run_dir.path)),
         "faults": len(faults),
+        "bad_rows": list(bad_rows),
         "phases": dict(Counter(fault["phase"] for fault in faults)),
         "reasons": dict(Counter(fault["stop_reason"] for fault in faults)),
         "kinds": [

@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from vlmrl.config.parse import parse, typed
-from vlmrl.config.run import RunConfig
+from vlmrl.config.run import Mode, RunConfig
 from vlmrl.errors import CheckpointError, ConfigError, Interrupted, RankError, VlmrlError
 from vlmrl.monitor.monitor import Monitor
 from vlmrl.orchestrator.interruption import stopped_before
@@ -87,6 +87,7 @@ def lead_run(config: RunConfig, mode: RunMode, notes: Sequence[str], rank_group:
             monitor.warn(note)
         with exits_are_errors():
             run = build_run(config, run_dir, monitor, rank_group)
+            monitor.expect(run.steps)
             monitor.table("plan", plan_table(run))
             if data := data_table_of(run.task):
                 monitor.table("data", data)
@@ -229,6 +230,8 @@ def restore_position(run: Run, state: LoopState) -> None:
         )
     before = run.config if state.has_position else parse(typed(run.run_dir.read_config()))
     run.position = Position(Cursors.of(before, **made).restored(state))
+    if run.curriculum is not None and state.difficulty is not None:
+        run.curriculum.restore(state.difficulty)
     if not state.has_position and run.position.begun != Cursors.of(run.config, **made):
         run.checkpoints.save(run.restored_step, run.trainer, loop_state(run))
         run.checkpoints.finish()
@@ -258,6 +261,7 @@ def plan_table(run: Run) -> dict[str, str]:
     """What the numbers of the config add up to, for the screen."""
     config, orchestrator, warmup = run.config, run.config.orchestrator, run.config.trainer.warmup
     rollouts = orchestrator.groups_per_step * orchestrator.group_size
+    supervised = run.steps if config.mode is Mode.sft else warmup.steps
     parameters = sum(p.numel() for p in run.policy.model.parameters())
     trainable = sum(p.numel() for p in run.policy.model.parameters() if p.requires_grad)
     target, consecutive = orchestrator.eval.target, orchestrator.eval.consecutive
@@ -267,8 +271,9 @@ def plan_table(run: Run) -> dict[str, str]:
         "task": f"{config.task.target.rpartition(':')[2]}, up to {config.task.max_turns} turns",
         "rollouts per step": f"{orchestrator.groups_per_step} groups × {orchestrator.group_size} = {rollouts}",
         "tokens per rollout": f"up to {run.evaluator.runner.max_model_len}, {orchestrator.max_new_tokens} new per turn",
-        "optimizer steps": f"{warmup.steps} supervised × {warmup.batch_size} conversations, "
-        f"then {config.trainer.max_steps} × {rollouts} rollouts",
+        "optimizer steps": f"{supervised} supervised × {warmup.batch_size} conversations"
+        + ("" if config.mode is Mode.sft else f", then {run.steps} × {rollouts} rollouts")
+        + ("" if config.trainer.max_epochs is None else f" ({config.trainer.max_epochs:g} passes over the rows)"),
         "algorithm": f"{config.algorithm.loss}, {config.algorithm.advantage} advantages, credit per "
         f"{config.algorithm.credit.value}",
         "evaluation": f"{orchestrator.eval.problems} held-out problems, sampled and greedy, every "

@@ -30,7 +30,7 @@ def save(run: Run, step: int) -> None:
 
 
 def loop_state(run: Run) -> LoopState:
-    """The evaluations so far, and the place in each sequence of problems."""
+    """The evaluations so far, the place in each sequence of problems, and what is known of each."""
     cursors = run.position.after(run.trainer.version, run.trainer.supervised_steps)
     return LoopState(
         evaluations=tuple(run.evaluator.history),
@@ -40,4 +40,5 @@ def loop_state(run: Run) -> LoopState:
         cursor=cursors.rl,
         warmup_cursor=cursors.warmup,
         rl_demonstrations_cursor=cursors.rl_demonstrations,
+        difficulty=None if run.curriculum is None else run.curriculum.state(),
     )

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 
+from vlmrl.config.run import Mode
 from vlmrl.orchestrator.faults import FaultWatch
 from vlmrl.orchestrator.interruption import stopped_before
 from vlmrl.orchestrator.loop import ExitReason
@@ -19,19 +20,20 @@ from vlmrl.record.step_log import Phase
 from vlmrl.runs.build import Run
 from vlmrl.runs.evaluate import evaluate_after
 from vlmrl.runs.saving import save_if_due
+from vlmrl.tasks.border import get_num_rows
 from vlmrl.types import Group, TrainingSample
 
 
 async def sft(run: Run) -> ExitReason:
     """Take the remaining supervised steps, saving on the way, and evaluate what they made."""
-    last = run.config.trainer.warmup.steps
+    last = run.steps
 
     def save_on_the_way(step: int) -> None:
         if step < last:  # the last step is saved together with its evaluation
             save_if_due(run, step)
 
     held_out_loss = HeldOutLoss(run)
-    if not await take_supervised_steps(run, save_on_the_way, held_out_loss.when_due):
+    if not await take_supervised_steps(run, last, save_on_the_way, held_out_loss.when_due):
         return "interrupted"
     rollouts = await evaluate_after(run, run.trainer.supervised_steps, await held_out_loss.measure())
     return "interrupted" if rollouts is None else "finished"
@@ -46,7 +48,7 @@ class HeldOutLoss:
 
     async def when_due(self, step: int) -> dict[str, float]:
         """The loss after supervised step `step`; empty where `orchestrator.eval.every` does not ask for it."""
-        every, last = self.run.config.orchestrator.eval.every, self.run.config.trainer.warmup.steps
+        every, last = self.run.config.orchestrator.eval.every, self.run.steps
         return await self.measure() if every > 0 and (step % every == 0 or step == last) else {}
 
     async def measure(self) -> dict[str, float]:
@@ -67,10 +69,12 @@ async def no_metrics(step: int) -> dict[str, float]:
 
 async def take_supervised_steps(
     run: Run,
+    last: int,
     after_step: Callable[[int], None] | None = None,
     more_metrics: Callable[[int], Awaitable[dict[str, float]]] = no_metrics,
 ) -> bool:
-    """Take the supervised steps (`trainer.warmup`) that the weights do not contain yet.
+    """Take the supervised steps (`trainer.warmup`) until step `last` that the weights do not contain yet; with mode=sft
+    and `trainer.max_epochs`, until so many passes over the rows are made.
 
     A demonstration that fails is recorded, and the step goes on with the others. `after_step` is called with the number
     of each step, from 1, and so is `more_metrics`, whose result joins the step's line in supervised.jsonl. Returns
@@ -79,18 +83,20 @@ async def take_supervised_steps(
     Raises `TaskError` where the task has no demonstrations, `TooManyFaultsError` where too many fail.
     """
     warmup = run.config.trainer.warmup
-    if run.trainer.supervised_steps < warmup.steps:
+    if run.trainer.supervised_steps < last:
         run.monitor.phase("warm-up")
     watch = FaultWatch(run.config.task.max_fault_rate, run.config.output_dir, "demonstration")
     threads = TaskThreads()
-    for step in range(run.trainer.supervised_steps + 1, warmup.steps + 1):
+    for step in range(run.trainer.supervised_steps + 1, last + 1):
+        if run.config.mode is Mode.sft and is_over(run, step - 1):
+            break
         making = asyncio.create_task(demonstrations_of(run, step, threads))
         if await stopped_before(making, run.stop):
             return False
         made = making.result()
         note(run, step, "supervised", made)
         metrics = await asyncio.to_thread(run.trainer.supervised_step, made.samples, warmup.learning_rate)
-        run.monitor.warmup(step, warmup.steps, metrics | await more_metrics(step))
+        run.monitor.warmup(step, last, metrics | await more_metrics(step))
         watch.check(step, [Group("demonstrations", made.rollouts)])
         if after_step is not None:
             after_step(step)
@@ -98,6 +104,12 @@ async def take_supervised_steps(
             return False
     watch.finish()
     return True
+
+
+def is_over(run: Run, step: int) -> bool:
+    """Whether supervised step `step` ends the passes that `trainer.max_epochs` allows."""
+    epochs, rows = run.config.trainer.max_epochs, get_num_rows(run.task, "train")
+    return epochs is not None and rows is not None and run.position.warmup.cursor(step).learned >= epochs * rows
 
 
 async def demonstrations_of(run: Run, step: int, threads: TaskThreads) -> Demonstrated:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from vlmrl.orchestrator.faults import FaultWatch
+from vlmrl.orchestrator.length import Length
 from vlmrl.orchestrator.loop import ExitReason, Loop
 from vlmrl.orchestrator.supervised import AFTER_WARMUP, demonstrate
 from vlmrl.orchestrator.task_threads import TaskThreads
@@ -18,17 +19,18 @@ from vlmrl.types import TrainingSample
 
 
 async def train(run: Run) -> ExitReason:
-    """Train from the policy version that the trainer holds to `trainer.max_steps` or the evaluation target."""
-    if run.trainer.version == 0 and not await take_supervised_steps(run):
+    """Train from the policy version that the trainer holds to the last step or the evaluation target."""
+    if run.trainer.version == 0 and not await take_supervised_steps(run, run.config.trainer.warmup.steps):
         return "interrupted"
     run.monitor.phase("rl")
     config = run.config
     threads = TaskThreads()
+    problems = run.problems.stream("rl", "train", indices=run.position.rl, chooser=run.curriculum)
     embeddings: Any = run.policy.model.get_input_embeddings()
     return await Loop(
         config=config.orchestrator,
         algorithm=config.algorithm,
-        max_steps=config.trainer.max_steps,
+        length=Length(problems, run.steps, config.trainer.max_epochs),
         vocab_size=embeddings.num_embeddings,
         runner=run.evaluator.runner,
         engine=run.engine,
@@ -36,7 +38,7 @@ async def train(run: Run) -> ExitReason:
         weight_sync=run.weight_sync,
         evaluator=run.evaluator,
         recorder=run.monitor,
-        problems=run.problems.stream("rl", "train", indices=run.position.rl),
+        problems=problems,
         checkpoint=lambda step: save_if_due(run, step),
         demonstrations=lambda step: demonstrations(run, step, threads),
         vision_gap=VisionGap(config.monitor.vision_gap_every, run.renderer, run.trainer),

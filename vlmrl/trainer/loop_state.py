@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmrl.errors import CheckpointError
+from vlmrl.record.difficulty import DIFFICULTY, Difficulty
 from vlmrl.trainer.checkpoint_files import is_count, read_object
 
 
@@ -92,20 +93,26 @@ class LoopState:
     best: Best | None = None
     """The best of them, with `trainer.keep_best`."""
 
+    difficulty: Difficulty | None = None
+    """How often each problem was solved; None without `task.curriculum`. In a file of its own."""
+
     @property
     def has_position(self) -> bool:
         """Whether every cursor was recorded."""
         return None not in (self.cursor, self.warmup_cursor, self.rl_demonstrations_cursor)
 
     def write(self, path: Path) -> None:
-        """Write loop.json. Raises OSError."""
+        """Write loop.json, and difficulty.parquet next to it. Raises OSError."""
         content = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         content["best"] = self.best and dataclasses.asdict(self.best)
+        difficulty = content.pop("difficulty")
+        if difficulty is not None:
+            difficulty.write(path.with_name(DIFFICULTY))
         path.write_text(json.dumps(content, default=Cursor.to_json), encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path) -> LoopState:
-        """Read loop.json. Raises `CheckpointError`."""
+        """Read what `write` has written. Raises `CheckpointError`."""
         content = read_object(path)
         evaluations = content.get("evaluations")
         if not isinstance(evaluations, list) or not all(map(_is_pair, evaluations)):
@@ -124,7 +131,21 @@ class LoopState:
         if content.get("best") is not None and best is None:
             raise CheckpointError(f"{path} is damaged (best={str(content['best'])[:80]} is no evaluation)")
         rewards = tuple((float(sampled), float(greedy)) for sampled, greedy in evaluations)
-        return cls(rewards, evaluation_count=count, best=best, is_evaluation_unfinished=unfinished, **cursors)
+        return cls(
+            rewards,
+            evaluation_count=count,
+            best=best,
+            is_evaluation_unfinished=unfinished,
+            difficulty=_read_difficulty(path.with_name(DIFFICULTY)),
+            **cursors,
+        )
+
+
+def _read_difficulty(path: Path) -> Difficulty | None:
+    try:
+        return Difficulty.read(path) if path.exists() else None
+    except OSError as error:
+        raise CheckpointError(f"{path} is damaged ({error})") from error
 
 
 def _is_pair(value: object) -> bool:

@@ -28,8 +28,9 @@ LOSS_SCALE_GROWTH_STEPS = 50
 """Optimizer steps without an overflow after which the factor is doubled. RL makes hundreds of steps, not millions."""
 
 
-def learning_rate(config: TrainerConfig, step: int) -> float:
-    """Learning rate of RL step `step` (0-based): linear warm-up, then the chosen decay to `min_lr_ratio`.
+def learning_rate(config: TrainerConfig, step: int, steps: float | None = None) -> float:
+    """Learning rate of RL step `step` (0-based) of `steps`, by default `config.max_steps`: linear warm-up, then the
+    chosen decay to `min_lr_ratio`.
 
     >>> config = TrainerConfig(max_steps=100, learning_rate=1.0, decay=Decay.linear, min_lr_ratio=0.0)
     >>> [round(learning_rate(config, step), 2) for step in (0, 50, 99)]
@@ -37,7 +38,8 @@ def learning_rate(config: TrainerConfig, step: int) -> float:
     """
     if step < config.lr_warmup_steps:
         return config.learning_rate * (step + 1) / config.lr_warmup_steps
-    progress = min(1.0, (step - config.lr_warmup_steps) / max(1, config.max_steps - config.lr_warmup_steps))
+    last = config.max_steps if steps is None else steps
+    progress = min(1.0, (step - config.lr_warmup_steps) / max(1, last - config.lr_warmup_steps))
     floor = config.min_lr_ratio
     share = {
         Decay.constant: 1.0,

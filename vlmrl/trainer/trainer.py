@@ -92,8 +92,11 @@ class LocalTrainer:
         whole, _ = self._together([GiveWeights()] * (self._ranks - 1), self._learner.whole_weights)
         return whole
 
-    def train_step(self, samples: list[TrainingSample], demonstrations: Sequence[TrainingSample] = ()) -> StepResult:
-        """One RL step on `samples`, with the loss of `demonstrations` added at its weight.
+    def train_step(
+        self, samples: list[TrainingSample], demonstrations: Sequence[TrainingSample] = (), steps: float | None = None
+    ) -> StepResult:
+        """One RL step on `samples`, with the loss of `demonstrations` added at its weight. The learning rate decays
+        over `steps`, by default `trainer.max_steps`.
 
         Raises `NonFiniteLossError` before the weights are touched. Without samples (every rollout was dropped) the
         weights stay as they are and the step still counts.
@@ -107,7 +110,7 @@ class LocalTrainer:
             samples=len(samples),
             max_new_tokens=self._learner.max_new_tokens,
         )
-        rate = learning_rate(self._config, self.version)
+        rate = learning_rate(self._config, self.version, steps)
         step = StepSettings(
             totals=totals,
             demonstrated_tokens=_loss_tokens(demonstrations),

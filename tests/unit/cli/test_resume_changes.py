@@ -54,6 +54,8 @@ POLICIES = {
     "noted": """
         model.dtype model.vlm.renderers
         task.args task.max_turns task.num_examples task.credit
+        task.curriculum.pass_at task.curriculum.solved task.curriculum.hopeless task.curriculum.rest
+        task.curriculum.band task.curriculum.outside task.curriculum.start_from
         task.weights
         task.path task.name task.split task.revision task.rows task.eval_path task.eval_split
         task.columns.prompt task.columns.messages task.columns.images task.columns.answer task.columns.choices
@@ -73,7 +75,7 @@ POLICIES = {
         algorithm.clip_low algorithm.clip_high algorithm.importance_correction algorithm.importance_cap
         algorithm.filters.gibberish algorithm.filters.rare_from algorithm.filters.rare_logprob_offset
         algorithm.filters.repetition algorithm.filters.repetition_window algorithm.filters.repetition_probability
-        algorithm.filters.zero_advantage
+        algorithm.filters.zero_advantage algorithm.refill.budget
         orchestrator.renderer.name orchestrator.renderer.parse_control_tokens orchestrator.groups_per_step
         orchestrator.group_size orchestrator.max_new_tokens
         orchestrator.temperature orchestrator.max_staleness
@@ -83,7 +85,7 @@ POLICIES = {
         orchestrator.eval.sets.*.top_k orchestrator.eval.sets.*.max_new_tokens orchestrator.eval.sets.*.by
         orchestrator.eval.sets.*.pass_at orchestrator.eval.sets.*.every
         inference.max_model_len inference.dtype inference.extra_args
-        trainer.max_steps trainer.seq_len trainer.learning_rate trainer.lr_warmup_steps trainer.decay
+        trainer.max_steps trainer.max_epochs trainer.seq_len trainer.learning_rate trainer.lr_warmup_steps trainer.decay
         trainer.min_lr_ratio trainer.betas trainer.eps trainer.weight_decay trainer.max_grad_norm
         trainer.warmup.steps trainer.warmup.batch_size trainer.warmup.learning_rate trainer.warmup.demonstrations
         trainer.warmup.rl_weight trainer.warmup.rl_batch_size

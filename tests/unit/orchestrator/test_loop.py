@@ -20,6 +20,7 @@ from vlmrl.config.orchestrator import EvalConfig, OrchestratorConfig
 from vlmrl.errors import NonFiniteLossError, TaskError
 from vlmrl.orchestrator.best import BestWatch
 from vlmrl.orchestrator.evaluation import Evaluator
+from vlmrl.orchestrator.length import Length
 from vlmrl.orchestrator.loop import ExitReason, Loop
 from vlmrl.record.metrics import missing_keys
 from vlmrl.trainer.loop_state import Best, Cursor
@@ -81,6 +82,8 @@ class World:
     most_open: int = 0
     failing: dict[str, Exception] = field(default_factory=dict)
     cursor: int = 0
+    num_rows: int | None = None
+    decays: list[float | None] = field(default_factory=list)
     during: dict[str, Callable[[], None]] = field(default_factory=dict)
     """A side effect of an event, e.g. Ctrl-C."""
 
@@ -116,7 +119,10 @@ class World:
         ]
 
     # trainer
-    def train_step(self, samples: list[TrainingSample], demonstrations: Sequence[TrainingSample] = ()) -> StepResult:
+    def train_step(
+        self, samples: list[TrainingSample], demonstrations: Sequence[TrainingSample] = (), steps: float | None = None
+    ) -> StepResult:
+        self.decays.append(steps)
         assert threading.current_thread() is not threading.main_thread(), "training must not block the event loop"
         self.happens(f"learn {self.version + 1}")
         self.learned.append(samples)
@@ -179,11 +185,12 @@ class World:
         is_unfinished: bool = False,
         algorithm: AlgorithmConfig | None = None,
         best: BestWatch | None = None,
+        max_epochs: float | None = None,
     ) -> ExitReason:
         async def main() -> ExitReason:
             neighbour: Any = self
             held_out: Any = NumberedProblems(split="eval")
-            self.problems = NumberedProblems(self.cursor)
+            self.problems = NumberedProblems(self.cursor, num_rows=self.num_rows)
             problems: Any = self.problems
             evaluation = EvalConfig(every=every, problems=4, target=target, consecutive=2)
             self.stop = asyncio.Event()
@@ -195,7 +202,7 @@ class World:
                     groups_per_step=GROUPS, group_size=SIBLINGS, max_staleness=max_staleness, eval=evaluation
                 ),
                 algorithm=algorithm or AlgorithmConfig(),
-                max_steps=steps,
+                length=Length(problems, steps, max_epochs),
                 vocab_size=100,
                 runner=neighbour,
                 engine=neighbour,
@@ -296,7 +303,9 @@ def test_staleness_and_the_number_of_batches_keep_their_bounds(max_staleness: in
     versions_at_learning: list[int] = []
     learn = world.train_step
 
-    def train_step(samples: list[TrainingSample], demonstrations: Sequence[TrainingSample] = ()) -> StepResult:
+    def train_step(
+        samples: list[TrainingSample], demonstrations: Sequence[TrainingSample] = (), steps: float | None = None
+    ) -> StepResult:
         versions_at_learning.append(world.version)
         return learn(samples, demonstrations)
 

@@ -61,7 +61,7 @@ def optimizer_fits(config: RunConfig) -> None:
             f"trainer.betas={list(trainer.betas)} does not have two numbers, so AdamW would lack one: set "
             "trainer.betas=[0.9,0.95]"
         )
-    if trainer.lr_warmup_steps > trainer.max_steps:
+    if trainer.max_epochs is None and trainer.lr_warmup_steps > trainer.max_steps:
         raise ConfigError(
             f"trainer.lr_warmup_steps={trainer.lr_warmup_steps} is longer than trainer.max_steps={trainer.max_steps}, "
             "so the run would end before it reaches trainer.learning_rate: lower trainer.lr_warmup_steps"

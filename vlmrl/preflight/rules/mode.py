@@ -77,7 +77,7 @@ def export_folder_has_effect(config: RunConfig) -> None:
 
 def mode_has_work(config: RunConfig) -> None:
     """A supervised run has steps."""
-    if config.mode is Mode.sft and config.trainer.warmup.steps == 0:
+    if config.mode is Mode.sft and config.trainer.warmup.steps == 0 and config.trainer.max_epochs is None:
         raise ConfigError(
             "mode=sft trains for trainer.warmup.steps=0 steps, so nothing would be learned: set "
             "trainer.warmup.steps=100"

@@ -99,7 +99,7 @@ async def _load_weights(run: Run, recorded: RunDir, step: int) -> str | None:
     if step - 1 in checkpoints.steps():
         checkpoints.load(step - 1, run.trainer)
         return f"the checkpoint of version {step - 1}"
-    if await take_supervised_steps(run):
+    if await take_supervised_steps(run, run.config.trainer.warmup.steps):
         return f"version 0, made again: the model and {run.trainer.supervised_steps} supervised steps"
     return None
 
