@@ -25,7 +25,7 @@ class BadRows(Enum):
 @dataclass
 class CurriculumConfig:
     """Choose training problems by their pass rates (`vlmrl.orchestrator.curriculum`), the share of a problem's recent
-    rollouts that solve it. Off while `solved`, `hopeless` and `band` are all null."""
+    rollouts that solve it. Off while `solved` and `hopeless` are null and the band is 0 to 1."""
 
     pass_at: float = setting(
         1.0, on_resume=Resume.noted, low=-1e9, high=1e9, outside="it is not a reward that a policy can reach"
@@ -37,11 +37,11 @@ class CurriculumConfig:
     """Let problems rest whose pass rate is at most this, e.g. 0."""
     rest: int = setting(2, on_resume=Resume.noted, low=1, high=10**6, outside="no problem rests")
     """Whole passes over the data for which a hopeless problem rests."""
-    band: tuple[float, float] | None = setting(
-        None, on_resume=Resume.noted, low=0, high=1, outside="it is not a pass rate"
-    )
-    """[low, high]: aim at problems whose pass rate lies between, e.g. [0.2,0.8]. Problems that were never played count
-    as inside."""
+    low: float = setting(0.0, on_resume=Resume.noted, low=0, high=1, outside="it is not a pass rate")
+    """The lower end of the band: aim at problems whose pass rate is between `low` and `high`, e.g. 0.2 and 0.8.
+    Problems that were never played count as inside."""
+    high: float = setting(1.0, on_resume=Resume.noted, low=0, high=1, outside="it is not a pass rate")
+    """The upper end of the band."""
     outside: int = setting(8, on_resume=Resume.noted, low=1, high=10**6, outside="no problem is left")
     """Of the problems outside the band, play one in so many, so that their pass rates stay true."""
     start_from: str | None = setting(None, on_resume=Resume.noted)
@@ -51,7 +51,7 @@ class CurriculumConfig:
     @property
     def is_on(self) -> bool:
         """Whether problems are chosen."""
-        return self.solved is not None or self.hopeless is not None or self.band is not None
+        return self.solved is not None or self.hopeless is not None or (self.low, self.high) != (0.0, 1.0)
 
 
 @dataclass

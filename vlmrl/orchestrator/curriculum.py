@@ -104,8 +104,7 @@ class Curriculum:
             return "solved"
         if config.hopeless is not None and rate <= config.hopeless:
             return "hopeless"
-        low, high = config.band or (rate, rate)
-        return "inside" if low <= rate <= high else "outside"
+        return "inside" if config.low <= rate <= config.high else "outside"
 
     def _has_rested(self, known: Attempts, index: int) -> bool:
         rows = self.num_rows

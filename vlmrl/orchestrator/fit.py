@@ -67,5 +67,6 @@ def too_long(prompt: Prompt, what: str, limit: str, consequence: str) -> str:
     """
     images = sum(placeholder.length for placeholder in prompt.placeholders)
     of_images = f" ({images} of them of images)" if images else ""
-    remedy = f"raise it, or shorten the {what}" + (" or show smaller images (model.vlm.max_pixels)" if images else "")
+    is_images = 2 * images > len(prompt.token_ids)
+    remedy = f"raise it, or {'show smaller images (model.vlm.max_pixels)' if is_images else f'shorten the {what}'}"
     return f"its {what} has {len(prompt.token_ids)} tokens{of_images}, {consequence} in {limit}: {remedy}"

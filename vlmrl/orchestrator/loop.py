@@ -150,10 +150,8 @@ class Loop:
         if await stopped_before(demonstrations, self.stop):
             return False
         try:
-            supervised = demonstrations.result()
-            result = await asyncio.to_thread(
-                self.trainer.train_step, samples, supervised, self.length.decay_steps(step)
-            )
+            steps = self.length.decay_steps(step)
+            result = await asyncio.to_thread(self.trainer.train_step, samples, demonstrations.result(), steps)
         except NonFiniteLossError:
             self.recorder.record(step, groups)  # the error message names samples, which must be in the record
             raise
@@ -185,7 +183,7 @@ class Loop:
 
     async def evaluate(self, step: int) -> bool:
         """Evaluate the weights after `step` on held-out problems. Returns False if the run was told to stop before."""
-        evaluation = asyncio.create_task(self.evaluator.run(step, self.max_steps))
+        evaluation = asyncio.create_task(self.evaluator.run(step, self.length.last_step(step)))
         if await stopped_before(evaluation, self.stop):
             return False
         evaluated = evaluation.result()

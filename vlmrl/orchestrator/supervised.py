@@ -88,7 +88,8 @@ def demonstrate(
         rollout = Rollout.unplayed(f"sft/{step:06d}/{i:03d}", "train", index, i)
         try:
             problem, rollout.problem_id = get_problem(task, "train", index)
-            prompt, learned = _demonstration(task, renderer, config, problem, demonstration_seed(seed, number), seq_len)
+            own_seed, is_row = demonstration_seed(seed, number), num_rows is not None or isinstance(problem, FromRow)
+            prompt, learned = _demonstration(task, renderer, config, problem, own_seed, seq_len, is_row)
         except NoDemonstrationsError as error:
             raise TaskError(error.text) from error
         except NoProblem as absent:
@@ -108,26 +109,25 @@ def demonstrate(
 
 
 def _demonstration(
-    task: Task, renderer: Renderer, config: SFTConfig, problem: Problem, seed: int, seq_len: int
+    task: Task, renderer: Renderer, config: SFTConfig, problem: Problem, seed: int, seq_len: int, is_row: bool = False
 ) -> tuple[Prompt, BoolArray]:
-    """Prompt, and bool [P]: the tokens with a loss. Raises `UserFault`, or `BadRow` where the problem comes from a row
-    whose demonstration cannot be rendered or is too long."""
+    """Prompt, and bool [P]: the tokens with a loss. Raises `UserFault` where the demonstration cannot be rendered or is
+    too long, `BadRow` instead for a problem that comes from a row."""
     random_answers = config.demonstrations is Demonstrations.random
     messages, given = get_demonstration(task, problem, random_answers=random_answers, seed=seed)
     try:
         prompt, learned = _rendered(renderer, messages, given)
-        if len(prompt.token_ids) > seq_len:
-            if isinstance(problem, FromRow):
-                limit = f"trainer.seq_len={seq_len}"
-                raise UserFault(too_long(prompt, "demonstration", limit, "more than there is room for"))
-            raise UserFault(
-                f"demonstration() has {len(prompt.token_ids)} tokens, more than trainer.seq_len={seq_len}: "
-                "shorten it, or raise trainer.seq_len"
-            )
     except UserFault as fault:
-        if not isinstance(problem, FromRow):
-            raise
-        raise bad_row(problem, fault.text) from None
+        if is_row:
+            raise bad_row(problem, fault.text) from None
+        raise
+    if len(prompt.token_ids) > seq_len:
+        if is_row:
+            raise bad_row(problem, too_long(prompt, "demonstration", f"trainer.seq_len={seq_len}", "which do not fit"))
+        raise UserFault(
+            f"demonstration() has {len(prompt.token_ids)} tokens, more than trainer.seq_len={seq_len}: "
+            "shorten it, or raise trainer.seq_len"
+        )
     return prompt, learned
 
 

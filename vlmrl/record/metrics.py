@@ -125,9 +125,7 @@ STEP_KEYS: dict[str, StepKey] = {
     "staleness/max": StepKey("steps", "Largest staleness of a loss token."),
     "refill/sampled": _sometimes("groups", "Groups that the step played, with those thrown away. algorithm.refill."),
     "refill/discarded": _sometimes("groups", "Groups without a gradient, which were thrown away. algorithm.refill."),
-    "refill/missing": _sometimes(
-        "groups", "Groups that the step lacks: its budget was spent. algorithm.refill."
-    ),
+    "refill/missing": _sometimes("groups", "Groups that the step lacks: its budget was spent. algorithm.refill."),
     "curriculum/passed_over": _sometimes("problems", "Problems that were drawn and not played. task.curriculum."),
     "curriculum/known": _sometimes("problems", "Problems with a pass rate. task.curriculum."),
     "curriculum/solved": _sometimes("problems", "Those whose pass rate is at least task.curriculum.solved."),

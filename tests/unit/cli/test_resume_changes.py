@@ -55,7 +55,7 @@ POLICIES = {
         model.dtype model.vlm.renderers
         task.args task.max_turns task.num_examples task.credit
         task.curriculum.pass_at task.curriculum.solved task.curriculum.hopeless task.curriculum.rest
-        task.curriculum.band task.curriculum.outside task.curriculum.start_from
+        task.curriculum.low task.curriculum.high task.curriculum.outside task.curriculum.start_from
         task.weights
         task.path task.name task.split task.revision task.rows task.eval_path task.eval_split
         task.columns.prompt task.columns.messages task.columns.images task.columns.answer task.columns.choices

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.drawn_problems import NumberedProblems
-from vlmrl.config.algorithm import AlgorithmConfig, FilterConfig, FilterMode
+from vlmrl.config.algorithm import AlgorithmConfig, FilterConfig, FilterMode, RefillConfig
 from vlmrl.config.orchestrator import EvalConfig, OrchestratorConfig
 from vlmrl.errors import NonFiniteLossError, TaskError
 from vlmrl.orchestrator.best import BestWatch
@@ -70,6 +70,10 @@ class World:
     delay: Callable[[str], int] = constant
     """How often an await of this event lets other tasks run."""
     reward: Callable[[str, int], float] = lambda kind, index: float(index % 2)
+    reward_of: Callable[[int, int], float] | None = None
+    """The reward of a problem's sibling, in place of `reward`."""
+    recorded: dict[int, list[int]] = field(default_factory=dict)
+    """Indices of the problems of each step's record."""
     version: int = 0
     published: int = -1
     events: list[str] = field(default_factory=list)
@@ -111,12 +115,15 @@ class World:
             Group(
                 f"{split}[{index}]",
                 [
-                    rollout(f"{kind}/{step}/{index}", i, [start, self.published], self.reward(kind, i))
+                    rollout(f"{kind}/{step}/{index}", i, [start, self.published], self.reward_for(kind, index, i))
                     for i in range(asked["group_size"])
                 ],
             )
             for index in indices_of(asked)
         ]
+
+    def reward_for(self, kind: str, index: int, sibling: int) -> float:
+        return self.reward(kind, sibling) if self.reward_of is None else self.reward_of(index, sibling)
 
     # trainer
     def train_step(
@@ -160,6 +167,7 @@ class World:
     # recorder
     def step(self, step: int, metrics: dict[str, float], groups: Sequence[Group]) -> None:
         self.metrics_of[step] = dict(metrics)
+        self.recorded[step] = [int(group.problem_id[len("train[") : -1]) for group in groups]
         self.happens(f"step {step}")
 
     def record(self, step: int, groups: Sequence[Group]) -> None:
@@ -483,6 +491,84 @@ def test_a_loss_that_is_not_finite_records_the_rollouts_and_publishes_nothing() 
     with pytest.raises(NonFiniteLossError):
         world.run(steps=5)
     assert world.events == ["publish 0", *of_step(1), "train 2", "learn 2", "record 2"]
+
+
+# ── refill and passes ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def refilled(budget: int, max_staleness: int = 0, steps: int = 4, **how: Any) -> World:
+    """Only problems whose index ends with 0, 1 or 2 have rollouts of different rewards: 70 % are without signal."""
+    world = World(**how)
+    world.reward_of = lambda index, sibling: float(sibling % 2) if index % 10 < 3 else 0.0
+    algorithm = AlgorithmConfig(refill=RefillConfig(budget=budget))
+    assert world.run(steps=steps, algorithm=algorithm, max_staleness=max_staleness) == "finished"
+    return world
+
+
+def learned_from(world: World) -> list[list[int]]:
+    """Indices of the problems of each step that the trainer got."""
+    return [sorted({int(s.rollout_id.split("/")[2]) for s in samples}) for samples in world.learned]
+
+
+def test_a_step_samples_on_until_it_has_its_groups_with_signal() -> None:
+    world = refilled(budget=10)
+    assert learned_from(world) == [[0, 1], [2, 10], [11, 12], [20, 21]], "no problem is lost or repeated"
+    assert [world.metrics_of[step]["refill/sampled"] for step in (1, 2, 3, 4)] == [2.0, 9.0, 2.0, 9.0]
+    assert [world.metrics_of[step]["refill/discarded"] for step in (1, 2, 3, 4)] == [0.0, 7.0, 0.0, 7.0]
+    assert all(world.metrics_of[step]["refill/missing"] == 0.0 for step in (1, 2, 3, 4))
+    assert world.metrics_of[2]["rollouts/dropped/zero_advantage"] == 7.0 * SIBLINGS
+    assert [[d.index for d in asked["problems"]] for asked in world.asked[1:]][:3] == [[2, 3], [4], [5]]
+    assert [asked["first_group"] for asked in world.asked[1:4]] == [0, 2, 3], "each group has its own number"
+
+
+def test_the_budget_ends_the_refill() -> None:
+    world = refilled(budget=3, steps=2)
+    assert learned_from(world) == [[0, 1], [2]]
+    assert world.metrics_of[2]["refill/sampled"] == 6.0
+    assert world.metrics_of[2]["refill/missing"] == 1.0
+
+
+def test_without_refill_nothing_is_sampled_again() -> None:
+    world = refilled(budget=1)
+    assert [len(asked["problems"]) for asked in world.asked] == [GROUPS] * 4
+    assert not any(key.startswith("refill/") for key in world.metrics_of[2])
+    assert world.metrics_of[3]["rollouts/dropped"] == 0.0, "and groups without signal are trained on"
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32), st.integers(0, 3), st.integers(1, 5), st.integers(1, 6))
+def test_with_overlapping_steps_refill_loses_and_repeats_nothing(
+    seed: int, max_staleness: int, last: int, budget: int
+) -> None:
+    """Whatever the timing, and wherever the run stops, each problem is learned from, or thrown away, exactly once."""
+    random = np.random.default_rng(seed)
+    world = World(delay=lambda event: int(random.integers(0, 30)))
+    world.reward_of = lambda index, sibling: float(sibling % 2) if index % 10 < 3 else 0.0
+    world.during[f"checkpoint {last}"] = lambda: world.stop.set()
+    algorithm = AlgorithmConfig(refill=RefillConfig(budget=budget))
+    ended = world.run(steps=last + 2, algorithm=algorithm, max_staleness=max_staleness)
+    cursor = world.problems.indices.cursor(world.version)
+    played = sorted(index for step in range(1, world.version + 1) for index in world.recorded[step])
+    assert len(played) == len(set(played))
+    unlearned = [index for first, end in cursor.unlearned for index in range(first, end)]
+    assert sorted(played + unlearned) == list(range(cursor.index))
+    assert ended == "interrupted"
+
+
+@pytest.mark.parametrize("max_staleness", [0, 2])
+def test_a_run_ends_after_its_passes_and_the_learning_rate_decays_to_there(max_staleness: int) -> None:
+    world = World(num_rows=7)
+    assert world.run(steps=99, max_epochs=1.5, max_staleness=max_staleness, every=4) == "finished"
+    assert world.version == 6, "12 rows of 2 per step are the first ones that make up 10.5"
+    assert world.decays == [pytest.approx(10.5 / GROUPS)] * 6
+    assert world.events[-2:] == ["evaluation 6", "checkpoint 6"], "an evaluation follows the last step"
+
+
+def test_a_resumed_run_counts_the_passes_before() -> None:
+    world = World(version=5, cursor=10, num_rows=7)
+    assert world.run(steps=99, max_epochs=1.5) == "finished"
+    assert world.version == 6
+    assert World(version=6, cursor=12, num_rows=7).run(steps=99, max_epochs=1.5) == "finished"
 
 
 # ── figures ─────────────────────────────────────────────────────────────────────────────────────────────────
