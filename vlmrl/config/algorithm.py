@@ -113,8 +113,8 @@ class RefillConfig:
     (`vlmrl.orchestrator.refill`)."""
 
     budget: int = setting(1, on_resume=Resume.noted, low=1, high=10**4, outside="a step has no groups")
-    """The most groups that a step samples, as a multiple of `orchestrator.groups_per_step`. It ends as soon as
-    `groups_per_step` of them have a gradient; the others are dropped as `zero_advantage`. 1: no refill."""
+    """A step samples at most so many times `orchestrator.groups_per_step` groups. It ends as soon as `groups_per_step`
+    of them have a gradient; the others are dropped as `zero_advantage`. 1: no refill."""
 
     @property
     def is_on(self) -> bool:

@@ -89,11 +89,21 @@ def _fields_of(schema: type) -> Iterator[FieldDoc]:
 
 
 UNITS = (
-    *("optimizer steps", "tokens", "turns", "problems", "rollouts", "conversations", "evaluations", "checkpoints"),
+    *(
+        "optimizer steps",
+        "passes",
+        "tokens",
+        "turns",
+        "problems",
+        "rollouts",
+        "conversations",
+        "evaluations",
+        "checkpoints",
+    ),
     *("images", "squares", "codewords", "pixels", "servers", "engines", "GPUs", "nodes", "processes", "threads"),
     *("seconds", "minutes", "GiB", "bytes", "share", "shares", "probability", "ratios", "nats", "norm", "reward"),
     *("layers", "heads", "width", "rank", "merges", "positions", "times", "standard deviation", "seed", "step size"),
-    *("weight", "divisor", "the gradient's unit"),
+    *("passes", "pass rate", "weight", "divisor", "the gradient's unit"),
 )
 """Units of numbers, in the words of the docstrings; the docstring of every number names one of them."""
 

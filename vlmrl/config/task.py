@@ -41,7 +41,7 @@ class CurriculumConfig:
     """The lower end of the band: aim at problems whose pass rate is between `low` and `high`, e.g. 0.2 and 0.8.
     Problems that were never played count as inside."""
     high: float = setting(1.0, on_resume=Resume.noted, low=0, high=1, outside="it is not a pass rate")
-    """The upper end of the band."""
+    """The upper end of the band, a pass rate."""
     outside: int = setting(8, on_resume=Resume.noted, low=1, high=10**6, outside="no problem is left")
     """Of the problems outside the band, play one in so many, so that their pass rates stay true."""
     start_from: str | None = setting(None, on_resume=Resume.noted)
