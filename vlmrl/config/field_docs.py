@@ -89,17 +89,7 @@ def _fields_of(schema: type) -> Iterator[FieldDoc]:
 
 
 UNITS = (
-    *(
-        "optimizer steps",
-        "passes",
-        "tokens",
-        "turns",
-        "problems",
-        "rollouts",
-        "conversations",
-        "evaluations",
-        "checkpoints",
-    ),
+    *("optimizer steps", "tokens", "turns", "problems", "rollouts", "conversations", "evaluations", "checkpoints"),
     *("images", "squares", "codewords", "pixels", "servers", "engines", "GPUs", "nodes", "processes", "threads"),
     *("seconds", "minutes", "GiB", "bytes", "share", "shares", "probability", "ratios", "nats", "norm", "reward"),
     *("layers", "heads", "width", "rank", "merges", "positions", "times", "standard deviation", "seed", "step size"),
