@@ -11,18 +11,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import orjson
+from omegaconf import OmegaConf
 
 from vlmrl.errors import VlmrlError
 from vlmrl.record.files import disk_errors, open_regular, write_bytes_atomically
 from vlmrl.record.rollouts import RolloutRecord, read_rollouts
 from vlmrl.record.run_dir import RunDir
 from vlmrl.record.splits import is_greedy, set_of
+
+log = logging.getLogger(__name__)
 
 EVALUATION = "evaluation.json"
 """The name of the file."""
@@ -124,11 +128,10 @@ def evaluation_of(run_dir: RunDir) -> Evaluation | None:
     if not steps:
         return None
     config = run_dir.read_config(key="runs")
-    sets = dict(config.get("orchestrator", {}).get("eval", {}).get("sets") or {})
-    pass_at = {str(name): float(each.get("pass_at", 1.0)) for name, each in sets.items()}
-    records = read_rollouts(run_dir.rollouts_file("eval", steps[-1]))
-    model = str(config.get("model", {}).get("name", ""))
-    return Evaluation(model, steps[-1], from_rollouts(records, pass_at))
+    sets: Any = OmegaConf.select(config, "orchestrator.eval.sets") or {}
+    pass_at = {str(name): float(sets[name].get("pass_at", 1.0)) for name in sets}
+    records = read_rollouts(run_dir.recorded_rollouts("eval", steps[-1]), damaged=log.warning)
+    return Evaluation(str(OmegaConf.select(config, "model.name")), steps[-1], from_rollouts(records, pass_at))
 
 
 def read_evaluation(path: Path) -> Evaluation:

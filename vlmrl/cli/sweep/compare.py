@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+import orjson
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -65,21 +66,35 @@ class Row:
 
 def compare_and_show(folders: Sequence[str | Path], into: Path) -> None:
     """Write the comparison, print its table and say where the files are. Raises VlmrlError."""
-    print(as_text(compare(folders, into)), end="")
+    compare(folders, into)
+    print((into / "compare.txt").read_text(encoding="utf-8"), end="")
     if can_plot():
-        print(f"also as {into}/compare.html, .png, .csv, .txt")
+        print(f"also as {into}/compare.html, .png, .csv, .json, .txt")
     else:
-        print(f"also as {into}/compare.html, .csv, .txt; compare.png needs matplotlib: pip install 'vlmrl[plot]'")
+        print(
+            f"also as {into}/compare.html, .csv, .json, .txt; compare.png needs matplotlib: pip install 'vlmrl[plot]'"
+        )
 
 
 @read_errors()
 def compare(folders: Sequence[str | Path], into: Path) -> list[Row]:
-    """Write compare.txt, compare.csv, compare.html and, with matplotlib, compare.png into an existing folder.
+    """Write compare.txt, compare.csv, compare.json, compare.html and, with matplotlib, compare.png into an existing
+    folder. The text, the page and the JSON also have the runs' evaluations (`vlmrl.runs.compare`).
 
     Raises ConfigError where a folder holds no run, VlmrlError where files cannot be read or written.
     """
+    from vlmrl.runs import compare as evaluations
+
     rows = read_rows([run for folder in folders for run in runs_in(Path(folder))])
-    files = {"txt": as_text(rows).encode(), "csv": as_csv(rows).encode(), "html": as_page(rows, into)}
+    called = [str(row.values["job"]) for row in rows]
+    scored = evaluations.compared(evaluations.read_evaluations([row.run_dir for row in rows], called))
+    text = as_text(rows) + (f"\n{evaluations.as_text(scored)}" if scored else "")
+    files = {
+        "txt": text.encode(),
+        "csv": as_csv(rows).encode(),
+        "json": orjson.dumps(evaluations.as_json(scored), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE),
+        "html": as_page(rows, into, evaluations.as_html(scored)),
+    }
     if can_plot():
         files["png"] = as_picture(rows)
     else:
@@ -216,8 +231,9 @@ def as_csv(rows: Sequence[Row]) -> str:
 # ── the page and the picture ────────────────────────────────────────────────────────────────────────────────
 
 
-def as_page(rows: Sequence[Row], folder: Path) -> bytes:
-    """compare.html, to be written into `folder`: the table, and a plot that uPlot draws. No request leaves it."""
+def as_page(rows: Sequence[Row], folder: Path, evaluations: str = "") -> bytes:
+    """compare.html, to be written into `folder`: the table, the HTML of `evaluations`, and a plot that uPlot draws. No
+    request leaves it."""
     from vlmrl.monitor.report.page import FILES as REPORT_FILES
     from vlmrl.monitor.report.page import assembled
 
@@ -232,7 +248,7 @@ def as_page(rows: Sequence[Row], folder: Path) -> bytes:
         scripts=[_text(REPORT_FILES / "vendor/uPlot.iife.min.js"), _text(FILES / "compare.js")],
         styles=[_text(REPORT_FILES / "vendor/uPlot.min.css"), _text(FILES / "compare.css")],
         content=curves,
-        body=html_table(rows, folder),
+        body=html_table(rows, folder) + evaluations,
     )
 
 
