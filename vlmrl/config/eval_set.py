@@ -28,7 +28,8 @@ class EvalSet:
     """Problems of one task, and how the policy answers them."""
 
     task: TaskConfig | None = None
-    """A task of the set's own, e.g. `+task@orchestrator.eval.sets.ood.task=dataset`. None: the run's task."""
+    """A task of the set's own, e.g. `+task@orchestrator.eval.sets.ood.task=dataset`. All rows of such a data set are
+    asked, unless its `eval_path`, `eval_split` or `eval_fraction` says otherwise. None: the run's task."""
     split: EvalSplit = setting(EvalSplit.eval, on_resume=Resume.noted)
     """Which problems of the task are asked."""
     problems: int = setting(128, on_resume=Resume.noted, low=1, high=10**6, outside="the set asks nothing")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+from vlmrl.config.dataset import DatasetConfig
 from vlmrl.config.eval_set import EvalSet
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.reward import ExtractConfig, RewardConfig
@@ -41,16 +42,17 @@ def _player(
     name: str, own: EvalSet, config: RunConfig, runner: RolloutRunner, problems: ProblemSource, monitor: Monitor
 ) -> SetPlayer:
     key = f"orchestrator.eval.sets.{name}"
-    task_config = config.task if own.task is None else own.task
+    task_config = config.task
     orchestrator = config.orchestrator
     if own.task is not None:
+        task_config = whole_data_set(own.task)
         try:
-            task = load_task(own.task, seed=config.seed)
-            scorer = Scorer.of(config.reward, own.task, TaskThreads().run, f"{key}.task")
+            task = load_task(task_config, seed=config.seed)
+            scorer = Scorer.of(config.reward, task_config, TaskThreads().run, f"{key}.task")
         except ConfigError as error:
             raise ConfigError(f"{key}: {error}") from error
-        problems = ProblemSource.of(config, own.task, task, runner.renderer, monitor)
-        runner = dataclasses.replace(runner, task=task, scorer=scorer, max_turns=own.task.max_turns)
+        problems = ProblemSource.of(config, task_config, task, runner.renderer, monitor)
+        runner = dataclasses.replace(runner, task=task, scorer=scorer, max_turns=task_config.max_turns)
     runner = dataclasses.replace(
         runner,
         max_new_tokens=own.max_new_tokens or orchestrator.max_new_tokens,
@@ -67,6 +69,14 @@ def _player(
         at_once=_at_once(config),
         answer_of=voting_answer(config.reward, task_config),
     )
+
+
+def whole_data_set(task: TaskConfig) -> TaskConfig:
+    """The task of a set, in which a data set without a held-out part of its own is held out as a whole: nothing of it
+    is trained on."""
+    if not isinstance(task, DatasetConfig) or (task.eval_path, task.eval_split, task.eval_fraction) != (None,) * 3:
+        return task
+    return dataclasses.replace(task, eval_path=task.path, eval_split=task.split)
 
 
 def _at_once(config: RunConfig) -> int:

@@ -112,7 +112,9 @@ def _open(config: DatasetConfig, split: Split) -> Rows:
             _paths(config.path), name=config.name, split=config.split, revision=config.revision, rows=config.rows
         )
     path = config.path if config.eval_path is None else config.eval_path
-    return open_rows(_paths(path), name=config.name, split=config.eval_split, revision=config.revision)
+    # An evaluation set is held out as a whole (runs/eval_sets.py), so `rows` counts for it, too.
+    rows = config.rows if (path, config.eval_split) == (config.path, config.split) else None
+    return open_rows(_paths(path), name=config.name, split=config.eval_split, revision=config.revision, rows=rows)
 
 
 def place_of(rows: Rows, number: int) -> Place:

@@ -139,12 +139,14 @@ def test_without_matplotlib_the_picture_is_left_out(
     multirun: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     compare_and_show([multirun], multirun)
-    assert capsys.readouterr().out.endswith("compare.html, .png, .csv, .txt\n")
+    assert capsys.readouterr().out.endswith("compare.html, .png, .csv, .json, .txt\n")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     compare_and_show([multirun], multirun)
     assert "compare.png needs matplotlib: pip install 'vlmrl[plot]'" in capsys.readouterr().out
-    assert sorted(path.name for path in multirun.glob("compare.*")) == ["compare.csv", "compare.html", "compare.txt"]
+    assert sorted(path.name for path in multirun.glob("compare.*")) == [
+        *("compare.csv", "compare.html", "compare.json", "compare.txt"),
+    ]
 
 
 def test_the_plot_has_a_line_per_run_that_was_evaluated(multirun: Path) -> None:
