@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from vlmrl.config.algorithm import Credit
 from vlmrl.record.metrics import Record
-from vlmrl.types import Group
+from vlmrl.types import DropReason, Group
 
 EQUAL_COMPARED = "groups/equal_compared"
 """The share of groups whose compared rewards are equal; in the monitor's memory only, not in metrics.jsonl."""
@@ -82,8 +82,13 @@ def _mean(values: Sequence[float]) -> float:
 
 def compares_equal_rewards(group: Group, credit: Credit) -> bool:
     """Whether the rewards that this group compares are all equal: the episodes' rewards, or for every turn the rewards
-    of that turn. Failed rollouts are not compared; fewer than two others compare nothing, which is False."""
-    siblings = [rollout for rollout in group.rollouts if rollout.turns and not rollout.stop_reason.is_fault]
+    of that turn. Rollouts that failed or have no reward are not compared; fewer than two others compare nothing, which
+    is False."""
+    siblings = [
+        rollout
+        for rollout in group.rollouts
+        if rollout.turns and not rollout.stop_reason.is_fault and rollout.dropped is not DropReason.NO_REWARD
+    ]
     if len(siblings) < 2:
         return False
     if credit is Credit.episode:

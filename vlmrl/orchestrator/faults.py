@@ -23,6 +23,12 @@ WATCHED_STEPS = 3
 the message comes while somebody is still watching."""
 
 NO_ROOM = "the first prompt leaves no room for an answer: raise trainer.seq_len"
+NO_SCORE = (
+    "every reward term abstained, as most do where a row has no answer: set task.columns.answer, or add a term that "
+    "needs none, such as reward=format"
+)
+UNUSABLE = (DropReason.FAULT, DropReason.EMPTY, DropReason.NO_REWARD)
+"""Why a rollout cannot teach anything, whatever the policy sampled."""
 
 
 @dataclass
@@ -55,13 +61,17 @@ class FaultWatch:
 
     def check_evaluation(self, rollouts: Sequence[Rollout]) -> None:
         """Raise as `check` where none of an evaluation's rollouts could be played: its rewards say nothing then."""
-        failed = [rollout for rollout in rollouts if rollout.stop_reason.is_fault or not rollout.turns]
+        failed = [
+            rollout
+            for rollout in rollouts
+            if rollout.stop_reason.is_fault or not rollout.turns or rollout.dropped is DropReason.NO_REWARD
+        ]
         if rollouts and len(failed) == len(rollouts):
             self._raise("every rollout of the evaluation failed, so its rewards say nothing", failed, "evaluate again")
 
     def _judge(self, then: str = "") -> None:
         rollouts = [rollout for of_step in self._recent for rollout in of_step]
-        failed = [rollout for rollout in rollouts if rollout.dropped in (DropReason.FAULT, DropReason.EMPTY)]
+        failed = [rollout for rollout in rollouts if rollout.dropped in UNUSABLE]
         if len(failed) == len(rollouts):
             steps = f"{len(self._recent)} steps" if len(self._recent) > 1 else "step"
             text = f"every {self.watched} of the last {steps} failed, so there is nothing to learn from"
@@ -96,5 +106,12 @@ def _is_users_fault(rollout: Rollout) -> bool:
 
 def _most_frequent(failed: Sequence[Rollout]) -> tuple[str, str]:
     """The stop reason that failed rollouts have most often, and a sentence about its cause."""
-    stop_reason, error, count = most_frequent([(rollout.stop_reason, rollout.error or NO_ROOM) for rollout in failed])
+    stop_reason, error, count = most_frequent(
+        [
+            (DropReason.NO_REWARD.value, NO_SCORE)
+            if rollout.dropped is DropReason.NO_REWARD
+            else (rollout.stop_reason, rollout.error or NO_ROOM)
+            for rollout in failed
+        ]
+    )
     return stop_reason, f"most often ({count} of {len(failed)}) they ended as {stop_reason}: {error}"

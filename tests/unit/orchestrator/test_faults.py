@@ -31,6 +31,7 @@ def step(*ends: tuple[StopReason, DropReason | None], error: str | None = None) 
 RAISED = (StopReason.TASK_ERROR, DropReason.FAULT)
 TOO_LONG = (StopReason.CONTEXT_FULL, DropReason.EMPTY)
 LOST = (StopReason.ENGINE_ERROR, DropReason.FAULT)
+NOT_SCORED = (StopReason.TERMINATED, DropReason.NO_REWARD)
 PLAYED = (StopReason.TERMINATED, None)
 
 
@@ -46,6 +47,11 @@ PLAYED = (StopReason.TERMINATED, None)
             step(TOO_LONG, TOO_LONG),
             TooManyFaultsError,
             r"\(4 of 5\) they ended as context_full: the first prompt leaves no room",
+        ),
+        (
+            step(NOT_SCORED, NOT_SCORED, NOT_SCORED),
+            TooManyFaultsError,
+            r"\(3 of 6\) they ended as no_reward: every reward term abstained, as most do where a row has no answer",
         ),
         (step(*[LOST] * 5, error="gone"), EngineError, r"\(5 of 7\) they ended as engine_error: gone"),
     ],

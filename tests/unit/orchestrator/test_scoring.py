@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +23,9 @@ from vlmrl.orchestrator.metrics import rollout_metrics
 from vlmrl.orchestrator.scoring import Scheme, Scorer
 from vlmrl.orchestrator.task_threads import TaskThreads
 from vlmrl.rewards.base import Attempt, PerAttempt, RewardError, Score, Scored, SeenImage
+from vlmrl.rewards.imported import Imported
 from vlmrl.rewards.loading import Term
+from vlmrl.rewards.signatures import signature_of
 from vlmrl.types import DropReason, Group, ImageItem, Message, Placeholder, Prompt, Rollout, StopReason
 
 
@@ -342,6 +345,23 @@ def test_terms_of_one_group_and_groups_work_at_the_same_time() -> None:
         groups = [group_of("a"), group_of("b")]
         await asyncio.gather(*map(scorer.score, groups))
         assert [rewards(group) for group in groups] == [[2.0], [2.0]]
+
+    asyncio.run(scored())
+
+
+def test_functions_that_block_work_at_the_same_time_for_several_groups() -> None:
+    """Each waits for the other group's, in the threads of a run."""
+    both = threading.Barrier(2)
+
+    def fn(completions: list[Any], **kwargs: Any) -> list[float]:
+        both.wait(10)
+        return [1.0] * len(completions)
+
+    async def scored() -> None:
+        reward = Imported(fn, signature_of(fn), {}, "module:fn", TaskThreads().run)  # type: ignore[arg-type]
+        groups = [group_of("a"), group_of("b")]
+        await asyncio.gather(*map(Scorer(Scheme((term("fn", reward),))).score, groups))
+        assert [rewards(group) for group in groups] == [[1.0], [1.0]]
 
     asyncio.run(scored())
 

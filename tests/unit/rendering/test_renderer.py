@@ -17,6 +17,7 @@ from support.tiny_renderer import MODEL, PLACEHOLDER_TOKENS, VOCAB_SIZE, first, 
 from vlmrl.config.model import ModelConfig
 from vlmrl.config.orchestrator import RendererConfig
 from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer
+from vlmrl.models.families import family_of
 from vlmrl.rendering.renderer import FamilyRenderer, ImageError, Renderer, make_renderer, renderer_name
 from vlmrl.types import ContractError, Image, IntArray, Message, Prompt, Text, check_placeholders
 
@@ -394,3 +395,24 @@ def test_a_renderer_from_a_folder_of_the_users_own(folder: Path, tmp_path: Path)
     prompt = first(renderer, conversation(2, 2))
     check_placeholders(len(prompt.token_ids), prompt.placeholders, prompt.images)
     assert len(prompt.images) == 4
+
+
+@pytest.mark.parametrize(("width", "height"), [(64, 32), (33, 70), (500, 300)])
+def test_the_size_of_a_processed_image(tokenizer: Any, image_processor: Any, width: int, height: int) -> None:
+    """It has as many pixels as the patches that the processor made, in the proportions of the original."""
+    family = family_of(MODEL.vlm)
+    renderer = make_renderer(
+        RendererConfig(),
+        MODEL,
+        tokenizer,
+        image_processor,
+        VOCAB_SIZE,
+        family.placeholder_tokens,
+        family.processed_size,
+    )
+    (item,) = renderer.images([Image(np.zeros((height, width, 3), np.uint8))])
+    assert item.processed_size is not None
+    patches = len(item.mm_kwargs["pixel_values"])
+    assert item.processed_size[0] * item.processed_size[1] == patches * image_processor.patch_size**2
+    assert (item.processed_size[0] > item.processed_size[1]) == (width > height)
+    assert item.pixels.shape[:2] == (height, width)

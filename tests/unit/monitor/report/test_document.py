@@ -102,6 +102,14 @@ def test_every_rollout_of_a_short_run_is_there_exactly(tmp_path: Path, config: R
     }
 
 
+def test_values_of_reward_terms_are_there(tmp_path: Path, config: RunConfig) -> None:
+    scored = ordinary_rollout("train", 1, 0, 0, IMAGES)
+    scored.rewards, scored.reference = {"exact": 0.5, "format": None}, "7"
+    (run,) = document({"run": record(tmp_path / "run", config, [(1, [scored])], [])}, {})["runs"]
+    (shown,) = run["rollouts"]
+    assert (shown["rewards"], shown["reference"]) == ({"exact": 0.5, "format": None}, "7")
+
+
 def test_siblings_share_their_prompt(tmp_path: Path, config: RunConfig) -> None:
     (run,) = document({"run": small_run(tmp_path / "run", config)}, {})["runs"]
     openings = {shown["turns"][0]["prompt"] for shown in run["rollouts"]}
