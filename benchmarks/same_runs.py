@@ -21,6 +21,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from vlmrl.record.rollouts import read_rollouts
+
 CASES: dict[str, tuple[str, ...]] = {
     "default": ("seed=0",),
     "other_seed": ("seed=1",),
@@ -76,11 +80,11 @@ def compare(old: Path, new: Path) -> tuple[tuple[int, int, int, int], str | None
         sides = [[steady(line) for line in lines(run / name)] for run in (old, new)]
         counts.append(len(sides[0]))
         difference = difference or first_difference(name, *sides)
-    names = [sorted(path.name for path in (run / "rollouts").iterdir()) for run in (old, new)]
-    difference = difference or first_difference("rollouts/", *names)
+    files = [{path.stem: path for path in sorted((run / "rollouts").iterdir())} for run in (old, new)]
+    difference = difference or first_difference("rollouts/", *map(list, files))
     rollouts = 0
-    for name in names[0]:
-        sides = [[{**line, "seconds": None} for line in lines(run / "rollouts" / name)] for run in (old, new)]
+    for name in files[0].keys() & files[1].keys():
+        sides = [list(map(steady_rollout, read_rollouts(side[name]))) for side in files]
         rollouts += len(sides[0])
         difference = difference or first_difference(name, *sides)
     images = [sorted(path.name for path in (run / "images").iterdir()) for run in (old, new)]
@@ -97,6 +101,16 @@ def lines(path: Path) -> Iterator[dict[str, Any]]:
 def steady(line: dict[str, Any]) -> dict[str, Any]:
     """A line without what depends on the clock and the machine."""
     return {key: value for key, value in line.items() if not key.startswith(VOLATILE)}
+
+
+def steady_rollout(record: Any) -> dict[str, Any]:
+    """A rollout without its seconds, and with the bits of its float32 numbers: versions before Parquet wrote them as
+    the shortest decimals."""
+    turns = [dict(turn) for turn in record["turns"]]
+    for turn in turns:
+        for name in ("logprobs", "trainer_logprobs", "entropies"):
+            turn[name] = turn[name] and np.array(turn[name], np.float32).tobytes()
+    return {**record, "seconds": None, "turns": turns}
 
 
 def first_difference(name: str, old: list[Any], new: list[Any]) -> str | None:

@@ -26,6 +26,7 @@ REHEARSALS = {
     "fsdp_scaling.py": "--size tiny --device cpu --shape codeword --rows alone,full,optimizer --steps 1 --groups 1",
     "kills.py": "--kills 2",
     "mismatch.py": f"--checkpoint TINY --dtype float32 --engines default {SMALL_IMAGES}",
+    "rollout_bytes.py": "--run RUN --answer-tokens 20",
     "rollout_throughput.py": f"--rounds 1 --turns 1 {SMALL_IMAGES}",
     "same_runs.py": f"{sys.executable} {sys.executable} --short --cases default",
     "train_cpu.py": "--rounds 1 --warmup-steps 3",
@@ -41,7 +42,7 @@ REHEARSALS = {
     ),
     "wrong_configs.py": "--first 3",
 }
-"""Script → arguments; TINY is the folder of a tiny checkpoint."""
+"""Script → arguments; TINY is the folder of a tiny checkpoint, RUN that of a finished run."""
 
 NEEDS = {
     "mismatch.py": "vllm",
@@ -55,11 +56,11 @@ NEEDS = {
 
 @pytest.mark.benchmark
 @pytest.mark.parametrize("script", sorted(REHEARSALS))
-def test_a_benchmark_runs_at_a_small_size(script: str, tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_benchmark_runs_at_a_small_size(script: str, tiny_folder: Path, never_stopped: Path, tmp_path: Path) -> None:
     needed = NEEDS.get(script)
     if needed is not None and find_spec(needed) is None:
         pytest.skip(f"{needed} is not installed")
-    arguments = REHEARSALS[script].replace("TINY", str(tiny_folder)).split()
+    arguments = REHEARSALS[script].replace("TINY", str(tiny_folder)).replace("RUN", str(never_stopped)).split()
     ranks = ("-m", "torch.distributed.run", "--nproc-per-node=2") if script == "fsdp_scaling.py" else ()
     environment = os.environ | {
         "PYTHONPATH": str(REPOSITORY),

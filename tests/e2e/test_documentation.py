@@ -79,6 +79,11 @@ EXCHANGED = {
         f"python -m vlmrl --config-dir conf experiment=my_task {LESS}"
     ),
     "python -m vlmrl monitor/logger=[wandb,tensorboard]": f"python -m vlmrl monitor/logger=[tensorboard] {LESS}",
+    "python -m vlmrl mode=sft task=dataset task.path=outputs/good.parquet task.image_root=outputs/latest/rollouts "
+    "trainer.warmup.steps=100 trainer.warmup.demonstrations=correct": (
+        "python -m vlmrl mode=sft task=dataset task.path=outputs/latest/rollouts trainer.warmup.steps=2 "
+        f"trainer.warmup.batch_size=2 trainer.warmup.demonstrations=correct {TINY} monitor.wandb.mode=disabled"
+    ),
     "python -m vlmrl mode=doctor": "python -m vlmrl mode=doctor monitor.wandb.mode=disabled",
     "python -m vlmrl --multirun seed=0,1,2": "python -m vlmrl --multirun seed=0,1,2 dry_run=true",
     "python -m vlmrl --multirun seed=0,1,2 algorithm=grpo,rloo hydra.sweep.dir=outputs/multirun/mine": (
@@ -210,11 +215,12 @@ def test_each_listed_command_is_documented() -> None:
     assert sorted({*RUN_BY_CI, *AS_WRITTEN, *EXCHANGED} - set(COMMANDS)) == []
 
 
-def test_python_of_the_documentation_is_the_template_a_loss_or_a_reward() -> None:
-    """The template's own tests run it, and the commands about losses and rewards above run the others."""
+def test_python_of_the_documentation_is_run() -> None:
+    """The template's own tests run it, the commands about losses and rewards above run theirs, and
+    test_rollouts_as_data.py those about a run."""
     template = TEMPLATE.read_text()
     others = {page for page, block in blocks("python") if block != template}
-    assert others == {"your_loss.md", "rewards.md"}
+    assert others == {"your_loss.md", "rewards.md", "reading_a_run.md"}
     assert [page for page, block in blocks("python") if block == template] == ["README.md", "your_task.md"]
 
 
