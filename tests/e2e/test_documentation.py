@@ -114,6 +114,18 @@ EXCHANGED = {
         f"python -m vlmrl {TINY} task=dataset task.path=rows.jsonl reward=[math,format] "
         f"reward.terms.math.weight=0.9 reward.terms.format.weight=0.1 reward.terms.format.presets=[boxed] {LESS}"
     ),
+    "python -m vlmrl model=qwen3vl task=dataset task.path=refcoco.jsonl reward=iou "
+    "reward.terms.iou.answer_space=thousand reward.terms.iou.reference_format=xywh": (
+        f"python -m vlmrl dry_run=true {TINY} task=dataset task.path=rows.jsonl reward=iou "
+        "reward.terms.iou.answer_space=thousand reward.terms.iou.reference_format=xywh"
+    ),
+    "python -m vlmrl model=qwen3vl task=dataset task.path=train.parquet reward=judge "
+    "reward.terms.judge.url=https://api.openai.com/v1 reward.terms.judge.model=gpt-4.1-mini "
+    "reward.terms.judge.api_key_env=OPENAI_API_KEY": (
+        f"python -m vlmrl dry_run=true {TINY} task=dataset task.path=rows.jsonl reward=judge "
+        "reward.terms.judge.url=https://api.openai.com/v1 reward.terms.judge.model=gpt-4.1-mini "
+        "reward.terms.judge.api_key_env=OPENAI_API_KEY"
+    ),
     "python -m vlmrl task=dataset task.path=rows.jsonl reward=my_rewards:short_and_right": (
         f"python -m vlmrl task=dataset task.path=rows.jsonl reward=my_rewards:short_and_right {LESS}"
     ),
