@@ -4,6 +4,8 @@ from __future__ import annotations
 
 JUDGE = ("reward=judge", "reward.terms.judge.url=http://127.0.0.1:1/v1", "reward.terms.judge.model=m")
 
+MIXTURE = ("task=mixture", "+task@task.tasks.a=color_codeword")
+
 REFUSED: list[tuple[tuple[str, ...], str]] = [
     (("orchestrator/renderer=none",), "renderer=null leaves .*=qwen3vl_tiny .*image tokens and pixels: set .*=auto$"),
     (("~orchestrator/renderer",), "orchestrator.renderer=null leaves model.name=qwen3vl_tiny without a renderer"),
@@ -50,6 +52,39 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     ),
     (("algorithm.loss=gpro",), "algorithm.loss=gpro is neither one of grpo, .*=my_package.*; did you mean grpo"),
     (("algorithm.advantage=mine",), "algorithm.advantage=mine is neither one of group_normalized, "),
+    (
+        ("task=dataset", "task.path=rows.jsonl"),
+        r"task.kind=dataset has no reward of its own, and reward names no term, .* choose reward=exact, or another of",
+    ),
+    (
+        ("task=dataset", "task.path=rows.jsonl", "reward=exact", "reward.terms.exact.weight=0"),
+        r"reward has no weight but 0, so every reward would be 0: set a weight in reward\.terms$",
+    ),
+    (("reward.task_weight=0",), "reward has no weight but 0, so .* or reward.task_weight=1$"),
+    (("reward=exact", "algorithm.credit=episode"), "reward.terms.exact compares an answer with that of a data set, .*"),
+    (("reward=format",), r"algorithm.credit=turn trains each turn .* set algorithm.credit=episode, or .*reward=\[\]"),
+    (("reward=format", "reward.terms.format.weight=nan"), "reward.terms.format.weight=nan is out of range"),
+    (("+reward@reward.terms.mean=format", "algorithm.credit=episode"), "reward.terms.mean would be logged as reward/"),
+    (("+reward@reward.terms.a$b=format",), "reward.terms has the name 'a.b', and no metric could be called by it"),
+    (("reward=no_module:fn", "algorithm.credit=episode"), "reward.terms.fn.target=no_module:fn names a module that"),
+    (("reward=/no/file.py:fn", "algorithm.credit=episode"), "target=/no/file.py:fn names the file /no/file.py, which"),
+    (("task=mixture",), r"task.tasks names no task, so .* add each, \+task@task.tasks.<name>=dataset"),
+    (
+        ("task=mixture", "+task@task.tasks.a=dataset", "task.tasks.a.path=x"),
+        r"task.tasks.a.kind=dataset has no reward .* choose \+reward@task.tasks.a.reward.terms.exact=exact, or",
+    ),
+    (("task=mixture", "+task@task.tasks.a=mixture"), "task.tasks.a is a mixture itself, .*: add its tasks to task.ta"),
+    ((*MIXTURE, "++task.weights.b=2"), "task.weights.b=2.0 is the weight of no task, .*: write that of a$"),
+    ((*MIXTURE, "++task.weights.a=0"), "task.weights.a=0.0 gives the task no share .* above 0 .* with ~task.tasks.a"),
+    ((*MIXTURE, "++task.weights.a=-1"), "task.weights.a=-1.0 gives the task no share"),
+    ((*MIXTURE, "++task.weights.a=nan"), "task.weights.a=nan gives the task no share"),
+    ((*MIXTURE, "task.tasks.a.max_fault_rate=0.5"), "task.tasks.a.max_fault_rate has no effect, .* set task.max_fau"),
+    ((*MIXTURE, "task.tasks.a.image_size=40"), "task.tasks.a.image_size=40 is not a multiple of 32, .*: set task.ta"),
+    ((*MIXTURE, "task.max_turns=2"), "task.max_turns=2 is out of range, .* each task keeps its own"),
+    (
+        ("task=mixture", "+task@task.tasks.a=no_module:Mine", "algorithm.credit=episode"),
+        "task.tasks.a.target=no_module:Mine names a module that does not exist",
+    ),
     (("mode=sft", "trainer.warmup.steps=0"), "mode=sft trains for trainer.warmup.steps=0"),
     (("mode=eval", "orchestrator.eval.problems=0"), "mode=eval evaluates orchestrator.eval.problems=0"),
     (("orchestrator.eval.problems=0",), "orchestrator.eval.every=10 evaluates orchestrator.eval.problems=0"),
@@ -162,6 +197,6 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     ((*JUDGE, "reward.terms.judge.url='http://h/v1?x=1'"), "judge.url=.* without user and query"),
     (("+trainer.pace=1",), "trainer.pace: there is no such key"),
     (("+pace=1",), "pace: there is no such key"),
-    (("~monitor",), "monitor has no value"),
+    (("~inference",), "inference has no value"),
     (("trainer.seq_len=${nowhere}",), "Interpolation key 'nowhere' not found"),
 ]

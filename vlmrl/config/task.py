@@ -142,3 +142,19 @@ class MixtureConfig(TaskConfig):
     weights: dict[str, float] = setting({}, on_resume=Resume.noted, free_form=True)
     """Name → weight of a task: the problems of training come from the tasks in proportion to their weights, in a fixed
     order. A task that is not named has weight 1. An evaluation takes the tasks in turn."""
+
+
+def tasks_of(config: TaskConfig, key: str = "task") -> dict[str, TaskConfig]:
+    """Key → config of every single task: those of a mixture, or the task itself.
+
+    >>> list(tasks_of(MixtureConfig(tasks={"a": ColorCodewordConfig()}))), list(tasks_of(ColorCodewordConfig()))
+    (['task.tasks.a'], ['task'])
+    """
+    if not isinstance(config, MixtureConfig):
+        return {key: config}
+    return {f"{key}.tasks.{name}": own for name, own in config.tasks.items()}
+
+
+def most_turns(config: TaskConfig) -> int:
+    """The most turns of an episode, of any task of a mixture."""
+    return max(own.max_turns for own in tasks_of(config).values())

@@ -56,7 +56,28 @@ def rollout_metrics(groups: Sequence[Group], filters: FilterConfig) -> dict[str,
     filtered = Counter(reason for rollout in rollouts for reason in rollout.filtered)
     enabled = filters_in(filters, FilterMode.track, FilterMode.drop)
     metrics |= {f"rollouts/filtered/{reason}": float(filtered[reason]) for reason in enabled}
-    return metrics | replay_metrics(rollouts) | mean_rewards(sound) | mean_task_metrics(sound)
+    of_tasks = by_task(rollouts, means_of)
+    return metrics | replay_metrics(rollouts) | mean_rewards(sound) | mean_task_metrics(sound) | of_tasks
+
+
+def by_task(
+    rollouts: Sequence[Rollout], metrics_of: Callable[[Sequence[Rollout]], dict[str, float]]
+) -> dict[str, float]:
+    """`by_task/<name>/<key>`: the metrics of the rollouts of each task of a mixture, and `rollouts/total`, their
+    number. Empty in a run of one task."""
+    found: dict[str, float] = {}
+    for name in sorted({rollout.task for rollout in rollouts} - {""}):
+        own = [rollout for rollout in rollouts if rollout.task == name]
+        metrics = metrics_of(own) | {"rollouts/total": float(len(own))}
+        found |= {f"by_task/{name}/{key}": value for key, value in metrics.items()}
+    return found
+
+
+def means_of(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Reward, values of the reward terms and the task's own metrics, over the rollouts that have a reward."""
+    sound = [rollout for rollout in rollouts if has_reward(rollout)]
+    mean = float(np.mean([rollout.reward for rollout in sound])) if sound else 0.0
+    return {"reward/mean": mean} | mean_rewards(sound) | mean_task_metrics(sound)
 
 
 def has_reward(rollout: Rollout) -> bool:

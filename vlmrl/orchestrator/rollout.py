@@ -33,6 +33,7 @@ from vlmrl.rendering.renderer import ImageError, Renderer
 from vlmrl.rewards.base import RewardError
 from vlmrl.tasks.base import Problem, Split, Task
 from vlmrl.tasks.border import TaskCodeError, get_reference, open_env, step_env
+from vlmrl.tasks.mixture import MixedProblem
 from vlmrl.types import (
     ContractError,
     EngineSession,
@@ -61,7 +62,7 @@ class RolloutRunner:
     seed: int
     """The run's seed; the seed of each completion is derived from it (`sampling_seed`)."""
     max_turns: int
-    """Most turns of an episode."""
+    """Most turns of an episode; a task of a mixture has a number of its own."""
     max_new_tokens: int
     """Most tokens of a completion; fewer where the context has less room."""
     max_model_len: int
@@ -141,6 +142,8 @@ class RolloutRunner:
                 if drawn.problem is None:
                     raise drawn.fault or AssertionError("a problem that was not drawn")
                 rollout.problem_id = drawn.problem_id
+                if isinstance(drawn.problem, MixedProblem):
+                    rollout.task = drawn.problem.task
                 if (reference := get_reference(drawn.problem)) is not None:
                     rollout.reference = reference[0]
                 rollout.stop_reason = await self._play_until_served(rollout, drawn.problem, session, temperature)
@@ -203,7 +206,7 @@ class RolloutRunner:
                 return StopReason.MAX_NEW_TOKENS if budget == self.max_new_tokens else StopReason.CONTEXT_FULL
             if reply.done:
                 return StopReason.TERMINATED
-            if len(rollout.turns) == self.max_turns:
+            if len(rollout.turns) == (problem.max_turns if isinstance(problem, MixedProblem) else self.max_turns):
                 return StopReason.MAX_TURNS
             history.append(Message.of("assistant", text))
             new_messages = reply.messages

@@ -22,6 +22,7 @@ import torch
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.model import Dtype, Init, ModelConfig
 from vlmrl.config.run import RunConfig
+from vlmrl.config.task import most_turns
 from vlmrl.config.trainer import Packing
 from vlmrl.config.weight_sync import CudaIpcSyncConfig, FolderSyncConfig, NcclSyncConfig
 from vlmrl.inference.embedded.engine import EmbeddedEngine
@@ -243,7 +244,7 @@ def build_run(config: RunConfig, run_dir: RunDir, monitor: Monitor, rank_group: 
         renderer=renderer,
         engine=engine,
         seed=config.seed,
-        max_turns=config.task.max_turns,
+        max_turns=most_turns(config.task),
         max_new_tokens=config.orchestrator.max_new_tokens,
         max_model_len=max_model_len(config),
         truncated=config.algorithm.truncated,

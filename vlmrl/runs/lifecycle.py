@@ -19,6 +19,7 @@ from pathlib import Path
 
 from vlmrl.config.parse import parse, typed
 from vlmrl.config.run import Mode, RunConfig
+from vlmrl.config.task import most_turns
 from vlmrl.errors import CheckpointError, ConfigError, Interrupted, RankError, VlmrlError
 from vlmrl.monitor.monitor import Monitor
 from vlmrl.orchestrator.interruption import stopped_before
@@ -268,7 +269,7 @@ def plan_table(run: Run) -> dict[str, str]:
     return {
         "model": f"{config.model.name}: {parameters:,} parameters, {trainable:,} trainable, {config.model.dtype.value} "
         f"on {run.policy.device}" + ("" if run.rank_group is None else f", {run.rank_group.size} ranks"),
-        "task": f"{config.task.target.rpartition(':')[2]}, up to {config.task.max_turns} turns",
+        "task": f"{config.task.target.rpartition(':')[2]}, up to {most_turns(config.task)} turns",
         "rollouts per step": f"{orchestrator.groups_per_step} groups × {orchestrator.group_size} = {rollouts}",
         "tokens per rollout": f"up to {run.evaluator.runner.max_model_len}, {orchestrator.max_new_tokens} new per turn",
         "optimizer steps": f"{supervised} supervised × {warmup.batch_size} conversations"

@@ -24,12 +24,13 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vlmrl.config.task import ColorCodewordConfig, TaskConfig
+from vlmrl.config.task import ColorCodewordConfig, TaskConfig, tasks_of
 from vlmrl.errors import UserFault, fenced
 from vlmrl.tasks.base import Task
 from vlmrl.tasks.contract.observation import Observed, observe
 from vlmrl.tasks.contract.rules import RULES, Rule
 from vlmrl.tasks.loading import load_task
+from vlmrl.tasks.mixture import keys_at
 
 
 @dataclass(frozen=True)
@@ -106,10 +107,15 @@ def print_findings(config: TaskConfig) -> int:
     Raises ConfigError where no task can be made: there is none of that name, it refuses its settings, or its own code
     raises.
     """
-    task = load_task(config, seed=0)
-    findings = find(task, problems=8, max_turns=config.max_turns)
-    print(report(findings))
-    return int(any(finding.status == "FAIL" for finding in findings))
+    failed = False
+    for key, own in tasks_of(config).items():
+        if own is not config:  # one of a mixture
+            print(key)
+        with keys_at(key):
+            findings = find(load_task(own, seed=0), problems=8, max_turns=own.max_turns)
+        print(report(findings))
+        failed |= any(finding.status == "FAIL" for finding in findings)
+    return int(failed)
 
 
 def command(arguments: list[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,12 +13,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from support.configs import checked
-from support.refused_configs import REFUSED
+from support.refused_configs import MIXTURE, REFUSED
 from vlmrl.cli.arguments import CONF
 from vlmrl.cli.recipe import RECIPE
 from vlmrl.config.fields import Range
-from vlmrl.config.keys import all_settings
-from vlmrl.config.model import LoraConfig
+from vlmrl.config.keys import all_settings, groups_at
+from vlmrl.config.reward import TERMS, JudgeTerm
 from vlmrl.config.run import RunConfig
 from vlmrl.config.task import ImportedTaskConfig
 from vlmrl.errors import ConfigError
@@ -30,6 +31,14 @@ OPTIONS = sorted(
 NOT_ALONE = {
     "orchestrator/renderer=none": "orchestrator.renderer=null leaves",
     "task=imported": "task.target has no value",
+    "task=dataset": "task.path has no value",
+    "task=mixture": "task.tasks names no task",
+    "reward=imported": "reward.terms.imported.target has no value",
+    "reward=judge": "reward.terms.judge.model has no value",
+    **dict.fromkeys(
+        (f"reward={kind}" for kind in TERMS if kind not in ("imported", "judge")),
+        "algorithm.credit=turn trains each turn on the reward that the task gives it",
+    ),
     "model/vlm=qwen3_vl_moe": "model.tiny cannot build a checkpoint of model.vlm.family=qwen3_vl_moe",
     **dict.fromkeys(
         ("model/size=2b", "model/size=4b", "model/size=8b", "model/size=30b_a3b"),
@@ -53,12 +62,15 @@ def test_options_are_those_that_the_groups_are_meant_to_have() -> None:
             "model/size",
             "model/vlm",
             "task",
+            "reward",
+            "eval_set",
             "orchestrator",
             "orchestrator/renderer",
             "algorithm",
             "inference",
         ),
-        *("trainer", "weight_sync", "monitor", "export", "experiment", "hydra/help", "hydra/launcher"),
+        *("trainer", "weight_sync", "monitor", "monitor/logger", "export", "experiment"),
+        *("hydra/help", "hydra/launcher"),
     }
 
 
@@ -66,7 +78,7 @@ def test_options_are_those_that_the_groups_are_meant_to_have() -> None:
 def test_every_option_composes_and_is_checked(option: str, composed: Callable[..., DictConfig]) -> None:
     if option == "hydra/launcher=slurm":
         pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    config = composed(option)
+    config = composed(option.replace("eval_set=", "+eval_set@orchestrator.eval.sets.some="))
     if option in NOT_ALONE:
         with pytest.raises(ConfigError, match=NOT_ALONE[option]):
             checked(config)
@@ -95,6 +107,11 @@ def test_refused(overrides: tuple[str, ...], message: str, composed: Callable[..
         ("trainer.max_grad_norm=inf",),
         ("mode=sft",),
         ("mode=eval",),
+        ("reward=format", "reward.terms.format.weight=-0.1", "algorithm.credit=episode"),
+        ("mode=sft", "task=dataset", "task.path=rows.jsonl", "trainer.warmup.steps=9"),
+        ("task=dataset", "task.path=rows.jsonl", "reward=exact"),
+        (*MIXTURE, "+task@task.tasks.b=dataset", "task.tasks.b.path=x", "reward=exact", "algorithm.credit=episode"),
+        (*MIXTURE, "++task.weights.a=0.5", "algorithm.credit=turn"),
     ],
 )
 def test_not_refused(overrides: tuple[str, ...], run_config: Callable[..., RunConfig]) -> None:
@@ -111,12 +128,33 @@ def default() -> dict[str, RunConfig]:
         }
 
 
+def with_key(config: RunConfig, key: str) -> str:
+    """Give `config` the group that holds `key`, where its options do not have it; returns the key there, in which a
+    name stands for `*`."""
+    *groups, name = key.split(".")
+    owners = groups_at(".".join(groups)) if groups else [RunConfig]
+    owner = next(owner for owner in owners if name in {field.name for field in dataclasses.fields(owner)})
+    node: Any = config
+    for number, group in enumerate(groups, 1):
+        if group == "*":
+            node = node.setdefault("some", owner())
+            continue
+        child = getattr(node, group)
+        if child is None or (number == len(groups) and not hasattr(child, name)):
+            child = owner()
+            setattr(node, group, child)
+        node = child
+    if isinstance(node, JudgeTerm):
+        node.url, node.model = "http://127.0.0.1:1/v1", "some/model"
+    return key.replace("*", "some")
+
+
 def set_key(config: RunConfig, key: str, value: object) -> None:
     """`key` is dotted; lists get `value` as their first item."""
     node: Any = config
     *groups, name = key.split(".")
     for group in groups:
-        node = getattr(node, group)
+        node = node[group] if isinstance(node, dict) else getattr(node, group)
     setattr(node, name, [value, 0.5] if isinstance(getattr(node, name), list) else value)
 
 
@@ -127,7 +165,7 @@ RANGES = {key: setting.range for key, setting in all_settings() if setting.range
 def test_numbers_out_of_range(key: str, allowed: Range, default: dict[str, RunConfig]) -> None:
     low, high = allowed.low, allowed.high
     config = copy.deepcopy(default["vllm" if key.startswith("inference.") else "embedded"])
-    config.model.lora = LoraConfig()
+    key = with_key(config, key)
     for inside in (low, high):
         set_key(config, key, inside)
         numbers_in_range(config)

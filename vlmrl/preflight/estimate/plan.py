@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.model import Dtype
 from vlmrl.config.run import Mode, RunConfig
+from vlmrl.config.task import MixtureConfig, TaskConfig, most_turns
 from vlmrl.config.trainer import Packing
 from vlmrl.errors import ConfigError, UserFault
 from vlmrl.models.families import family_of
@@ -25,7 +26,9 @@ from vlmrl.preflight.rules.checkpoint import refuse_family
 from vlmrl.preflight.rules.machine import refuse_machine
 from vlmrl.preflight.settle import COMPILES_NOTHING
 from vlmrl.ranks.place import find_place
+from vlmrl.tasks.base import Task
 from vlmrl.tasks.loading import data_table_of, load_task
+from vlmrl.tasks.mixture import MixtureTask
 
 
 def dry_run(config: RunConfig) -> str:
@@ -38,7 +41,7 @@ def dry_run(config: RunConfig) -> str:
     refuse_family(config.model)
     task = load_task(config.task, seed=config.seed)
     try:
-        episode, wrong = play(task, config.task.max_turns)
+        episode, wrong = _longest_of_tasks(config.task, task)
     except UserFault as fault:
         raise ConfigError(
             f"task.target={config.task.target}: none of its first {SAMPLES} problems can be played ({fault.text}), so "
@@ -60,12 +63,22 @@ def dry_run(config: RunConfig) -> str:
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
 
 
+def _longest_of_tasks(config: TaskConfig, task: Task) -> tuple[EpisodeEstimate, list[str]]:
+    """The first episode of the task; of a mixture, that with the most pixels and text among those of its tasks."""
+    if not isinstance(config, MixtureConfig) or not isinstance(task, MixtureTask):
+        return play(task, config.max_turns)
+    played = [play(own, config.tasks[name].max_turns) for name, own in task.tasks.items()]
+    pixels = [sum(width * height for width, height in found.images) for found, _ in played]
+    episode = max(zip(pixels, played, strict=True), key=lambda pair: (pair[0], pair[1][0].characters))[1][0]
+    return episode, [note for _, notes_of_task in played for note in notes_of_task]
+
+
 def _model(config: RunConfig, sizes: Sizes) -> Iterator[tuple[str, str]]:
     count = "parameters unknown" if sizes.parameters is None else f"{sizes.parameters:,} parameters"
     yield "model", f"{config.model.name}: {count} (by {sizes.source}), {config.model.dtype.value}"
     yield (
         "task",
-        f"{config.task.target}, up to {config.task.max_turns} turns"
+        f"{config.task.target}, up to {most_turns(config.task)} turns"
         + (f", {config.task.num_examples} training problems" if config.task.num_examples is not None else ""),
     )
     yield (

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from vlmrl.config.model import Dtype
+from vlmrl.config.task import most_turns
 from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer, resolve_checkpoint
 from vlmrl.models.families import family_of
 from vlmrl.orchestrator.interruption import stopped_before
@@ -248,7 +249,7 @@ class Doctor:
             renderer=renderer,
             engine=engine,
             seed=config.seed,
-            max_turns=min(config.task.max_turns, MAX_TURNS),
+            max_turns=min(most_turns(config.task), MAX_TURNS),
             max_new_tokens=min(config.orchestrator.max_new_tokens, MAX_NEW_TOKENS),
             max_model_len=config.inference.max_model_len,
         )
