@@ -9,18 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from vlmrl.config.orchestrator import EvalConfig
 from vlmrl.orchestrator.best import BestWatch
 from vlmrl.orchestrator.eval_scores import scores
 from vlmrl.orchestrator.eval_sets import SetPlayer, asked_of
-from vlmrl.orchestrator.metrics import by_task, mean_rewards, mean_task_metrics, replay_metrics
+from vlmrl.orchestrator.metrics import by_task, mean_reward, mean_rewards, mean_task_metrics, replay_metrics, task_means
 from vlmrl.orchestrator.rollout import RolloutRunner
 from vlmrl.orchestrator.stream import FixedProblems
 from vlmrl.record.evaluation import MAIN, SetResult
 from vlmrl.record.splits import RecordedSplit, eval_split
-from vlmrl.types import DropReason, Rollout
+from vlmrl.types import Rollout
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ class Evaluator:
 def _main_metrics(rewards: tuple[float, float], played: Mapping[str, Sequence[Rollout]]) -> dict[str, float]:
     metrics = {"eval/reward": rewards[0], "eval/reward_greedy": rewards[1]}
     for kind, suffix in (("sampled", ""), ("greedy", "_greedy")):
-        means = mean_rewards(played[kind]) | mean_task_metrics(played[kind]) | by_task(played[kind], _task_means)
+        means = mean_rewards(played[kind]) | mean_task_metrics(played[kind]) | by_task(played[kind], task_means)
         metrics |= {f"eval/{key}{suffix}": value for key, value in means.items()}
     both = [*played["sampled"], *played["greedy"]]
     return metrics | {f"eval/{key}": value for key, value in replay_metrics(both).items()}
@@ -132,15 +130,3 @@ def _main_result(temperature: float, played: Mapping[str, Sequence[Rollout]]) ->
     )
     settings = {"split": "eval", "problems": len(asked), "samples": 1, "greedy": True, "temperature": temperature}
     return SetResult(MAIN, 1.0, asked, scores(asked, 1.0), settings=settings)
-
-
-def _task_means(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """The metrics of one task of a mixture in an evaluation."""
-    return {"reward": mean_reward(rollouts)} | mean_rewards(rollouts) | mean_task_metrics(rollouts)
-
-
-def mean_reward(rollouts: Sequence[Rollout]) -> float:
-    """Mean reward. A fault counts as 0.0, because the problem was not solved; a rollout that no reward term scored does
-    not count. 0.0 where none counts."""
-    rewards = [rollout.reward for rollout in rollouts if rollout.dropped is not DropReason.NO_REWARD]
-    return float(np.mean(rewards)) if rewards else 0.0

@@ -80,6 +80,18 @@ def means_of(rollouts: Sequence[Rollout]) -> dict[str, float]:
     return {"reward/mean": mean} | mean_rewards(sound) | mean_task_metrics(sound)
 
 
+def mean_reward(rollouts: Sequence[Rollout]) -> float:
+    """Mean reward. A fault counts as 0.0, because the problem was not solved; a rollout that no reward term scored does
+    not count. 0.0 where none counts."""
+    rewards = [rollout.reward for rollout in rollouts if rollout.dropped is not DropReason.NO_REWARD]
+    return float(np.mean(rewards)) if rewards else 0.0
+
+
+def task_means(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """The metrics of one task of a mixture in an evaluation."""
+    return {"reward": mean_reward(rollouts)} | mean_rewards(rollouts) | mean_task_metrics(rollouts)
+
+
 def has_reward(rollout: Rollout) -> bool:
     """Whether a rollout's reward says how good it was: it is no fault, and the task or a reward term scored it."""
     return not rollout.stop_reason.is_fault and rollout.dropped is not DropReason.NO_REWARD

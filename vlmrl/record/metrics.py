@@ -62,6 +62,11 @@ STEP_KEYS: dict[str, StepKey] = {
     "eval/demonstration_loss": _sometimes(
         "nats per token", "Negative log-likelihood of held-out demonstrations; nothing is learned from them. mode=sft."
     ),
+    "by_task/<name>/<key>": _sometimes(
+        "the key's", "reward/mean, reward terms, own metrics and number of rollouts of one task of a mixture."
+    ),
+    "eval/by_task/<name>/<key>": _sometimes("the key's", "The same of an evaluation, sampled; its reward is `reward`."),
+    "eval/by_task/<name>/<key>_greedy": _sometimes("the key's", "The same, greedy decoding."),
     "reward/<term>": _sometimes(
         "the term's", "Mean value of a reward term, before its weight, over the rollouts in which it does not abstain."
     ),

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from support.drawn_problems import NumberedProblems
 from vlmrl.config.orchestrator import EvalConfig
-from vlmrl.orchestrator.evaluation import Evaluator, mean_reward
+from vlmrl.orchestrator.evaluation import Evaluator
+from vlmrl.orchestrator.metrics import mean_reward
 from vlmrl.orchestrator.stream import Drawn
 from vlmrl.types import Group, Rollout, StopReason
 

@@ -18,8 +18,7 @@ from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.reward import ExactTerm, ExtractConfig, Extraction, FormatTerm, RewardConfig
 from vlmrl.config.task import ColorCodewordConfig, MixtureConfig
 from vlmrl.orchestrator.advantages import assign_advantages, mark_dropped
-from vlmrl.orchestrator.evaluation import mean_reward
-from vlmrl.orchestrator.metrics import rollout_metrics
+from vlmrl.orchestrator.metrics import mean_reward, rollout_metrics
 from vlmrl.orchestrator.scoring import Scheme, Scorer
 from vlmrl.orchestrator.task_threads import TaskThreads
 from vlmrl.rewards.base import Attempt, PerAttempt, RewardError, Score, Scored, SeenImage

@@ -137,7 +137,6 @@ ELSEWHERE = {
     "config/keys.py": "keys that no schema has",
     "config/import_paths.py": "import paths, for the rule and for a task's own check",
     "rewards": "what a term and the user's function are",
-    "record/pass_rates.py": "a file on the disk",
     "tasks": "what the user's class is, and a task's own settings",
     "trainer/loss.py": "what the user's function returned",
     "orchestrator/advantages.py": "what the user's function returned",
