@@ -63,7 +63,7 @@ STEP_KEYS: dict[str, StepKey] = {
         "nats per token", "Negative log-likelihood of held-out demonstrations; nothing is learned from them. mode=sft."
     ),
     "by_task/<name>/<key>": _sometimes(
-        "the key's", "reward/mean, reward terms, own metrics and number of rollouts of one task of a mixture."
+        "the key's", "Rewards, own metrics and number of rollouts of one task of a mixture."
     ),
     "eval/by_task/<name>/<key>": _sometimes("the key's", "The same of an evaluation, sampled; its reward is `reward`."),
     "eval/by_task/<name>/<key>_greedy": _sometimes("the key's", "The same, greedy decoding."),
