@@ -93,7 +93,15 @@ UNITS = (
     *("images", "squares", "codewords", "pixels", "servers", "engines", "GPUs", "nodes", "processes", "threads"),
     *("seconds", "minutes", "GiB", "bytes", "share", "shares", "probability", "ratios", "nats", "norm", "reward"),
     *("layers", "heads", "width", "rank", "merges", "positions", "times", "standard deviation", "seed", "step size"),
-    *("passes", "pass rate", "weight", "divisor", "the gradient's unit"),
+    *(
+        "passes",
+        "pass rate",
+        "weight",
+        "divisor",
+        "units of the reference",
+        "score of the judge",
+        "the gradient's unit",
+    ),
 )
 """Units of numbers, in the words of the docstrings; the docstring of every number names one of them."""
 

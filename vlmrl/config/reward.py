@@ -145,7 +145,7 @@ class NumberTerm(RewardTerm):
     kind: str = setting("number", on_resume=Resume.refused)
     """Compare numbers."""
     absolute: float = setting(0.0, on_resume=Resume.noted, low=0, outside="no answer is right")
-    """Tolerance: the largest allowed difference. The larger of the two tolerances counts."""
+    """Tolerance: the largest allowed difference, in units of the reference. The larger of the two tolerances counts."""
     relative: float = setting(1e-7, on_resume=Resume.noted, low=0, outside="no answer is right")
     """Tolerance: the largest allowed difference as a share of the reference; 0.05 is ChartQA's relaxed accuracy. The
     default covers the rounding of a float32 column, while whole numbers below ten million stay distinct."""
@@ -222,7 +222,7 @@ class IouTerm(RewardTerm):
     threshold: float | None = setting(
         None, on_resume=Resume.noted, low=SMALLEST, high=1, outside="all boxes match, or none"
     )
-    """A match counts 1 from this IoU on, else 0. None counts the IoU itself."""
+    """A match counts 1 from this IoU (a share of the area) on, else 0. None counts the IoU itself."""
     radius: float = setting(10.0, on_resume=Resume.noted, low=SMALLEST, outside="no point matches a point")
     """`shape=point` with points as reference: the match falls from 1 to 0 over this distance. In pixels of the original
     image, or in the coordinates of both where `answer_space` and `reference_space` are the same."""
@@ -289,13 +289,13 @@ class JudgeTerm(RewardTerm):
     """Regular expression whose last match in the judge's reply holds the score, in its first group or as a whole. None:
     the number after the last `score:`, else the last number."""
     low: float = setting(0.0, on_resume=Resume.noted, low=-1e6, high=1e6, outside="the range has no end")
-    """The score that is worth 0."""
+    """The score of the judge that is worth 0."""
     high: float = setting(10.0, on_resume=Resume.noted, low=-1e6, high=1e6, outside="the range has no end")
-    """The score that is worth 1. A score outside the range is a failure."""
+    """The score of the judge that is worth 1. A score outside the range is a failure."""
     max_tokens: int = setting(1024, on_resume=Resume.noted, low=1, high=10**6, outside="the judge cannot reply")
-    """The longest reply of the judge."""
+    """The longest reply of the judge, in tokens."""
     temperature: float = setting(0.0, on_resume=Resume.noted, low=0, high=10, outside="no endpoint accepts it")
-    """Sampling temperature of the judge."""
+    """Sampling temperature of the judge, the divisor of its logits."""
     extra_body: dict[str, Any] = setting({}, on_resume=Resume.noted, free_form=True)
     """More fields of the request; they win over ours, and null leaves a field out:
     `{max_tokens: null, max_completion_tokens: 1024}`."""
