@@ -4,8 +4,8 @@ r"""Boxes and points, as models and datasets write them.
 
 A text is read by its innermost brackets, so JSON that is cut off or has single quotes is read as well:
 
-- `[a, b, c, d]` is a box. `[a, b]` and `(a, b)` are points; where boxes are wanted, two next to each other are the
-  corners of a box. Brackets with another count of numbers hold neither.
+- `[a, b, c, d]` is a box. `[a, b]` and `(a, b)` are points; where boxes are wanted, two with at most a few words
+  between them are the corners of a box. Brackets with another count of numbers hold neither.
 - `{"x1": …, "y1": …, "x2": …, "y2": …}`, also with the names xmin, left, x and width, is a box.
 - A text without brackets of numbers: four numbers are a box, in the whole text or on a line of their own. Two numbers
   are a point.
@@ -35,7 +35,7 @@ CORNERS = [
 SIZES = [("x", "y", "width", "height"), ("x", "y", "w", "h"), ("left", "top", "width", "height")]
 CONTAINERS = (
     *("bbox_2d", "bbox", "box", "boxes", "bboxes", "box_2d"),
-    *("point_2d", "point", "points", "coordinate", "coordinates"),
+    *("point_2d", "point", "points", "coordinate", "coordinates", "objects"),
 )
 """Keys under which dictionaries hold boxes or points."""
 
@@ -44,9 +44,14 @@ _ITEM = rf"[\"']?({_NUMBER})(?:px)?[\"']?"
 _SEPARATOR = r"(?:\s*,\s*|\s+)"
 _GROUP = re.compile(rf"[\[(]\s*({_ITEM}(?:{_SEPARATOR}{_ITEM})*)\s*,?\s*[\])]")
 _BARE = re.compile(rf"(?<![\w.])(?:[a-zA-Z]\w{{0,4}}\s*[=:]\s*)?({_NUMBER})(?![\w]|\.\d)")
-_FIELD = re.compile(rf"[\"']([a-z_]+[12]?)[\"']\s*:\s*{_ITEM}(?=\s*[,}}\s])")
+_FIELD = re.compile(rf"[\"']([a-z_]+[12]?)[\"']\s*:\s*{_ITEM}(?=\s*(?:[,}}\s]|$))")
 _BRACES = re.compile(r"\{[^{}]*:[^{}]*")
-_BETWEEN = re.compile(r"\s*,?\s*")
+_BETWEEN = re.compile(r"[^\d\[\](){}<>]{0,20}")
+_TAGGED = re.compile(
+    rf"(?:<box>|<\|box_start\|>)\s*\(\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\)\s*,?\s*"
+    rf"\(\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\)"
+)
+_CHARACTERS = str.maketrans("−，（）［］；;", "-,()[],,")
 
 
 @dataclass(frozen=True)
@@ -64,8 +69,8 @@ def shapes_in_text(text: str, *, points: bool) -> list[Shape]:
     >>> [shape.numbers for shape in shapes_in_text("<box>(1,2),(3,4)</box> and [5, 6, 7, 8]", points=False)]
     [(1.0, 2.0, 3.0, 4.0), (5.0, 6.0, 7.0, 8.0)]
     """
-    text = text[-LONGEST_TEXT:]
-    named = [shape for braces in _BRACES.findall(text) if (shape := _named(dict(_FIELD.findall(braces))))]
+    text = _TAGGED.sub(r"[\1, \2, \3, \4]", text[-LONGEST_TEXT:].translate(_CHARACTERS))
+    named = [shape for braces in _BRACES.findall(text) if (shape := _named(dict(_FIELD.findall(braces)), points))]
     grouped = list(_grouped(text, points=points))
     return named or grouped or _bare(text, points=points)
 
@@ -81,7 +86,7 @@ def shapes_in_value(value: Any, *, points: bool) -> list[Shape] | None:
         case str():
             return shapes_in_text(value, points=points) or None
         case Mapping():
-            if (shape := _named(value)) is not None:
+            if (shape := _named(value, points)) is not None:
                 return [shape]
             inner = next((value[name] for name in CONTAINERS if name in value), None)
             return None if inner is None else shapes_in_value(inner, points=points)
@@ -125,8 +130,8 @@ def _number(value: Any) -> float | None:
     return float(value)
 
 
-def _named(fields: Mapping[str, Any]) -> Shape | None:
-    """The box of `{"x1": …}`, or the point of `{"x": …, "y": …}`."""
+def _named(fields: Mapping[str, Any], points: bool) -> Shape | None:
+    """The box of `{"x1": …}`, or, where points are wanted, the point of `{"x": …, "y": …}`."""
     for names, box_format in [
         *((each, BoxFormat.xyxy) for each in CORNERS),
         *((each, BoxFormat.xywh) for each in SIZES),
@@ -134,7 +139,7 @@ def _named(fields: Mapping[str, Any]) -> Shape | None:
         if all(name in fields for name in names):
             numbers = _numbers([fields[name] for name in names])
             return None if numbers is None else Shape(numbers, box_format)
-    if "x" in fields and "y" in fields:
+    if points and "x" in fields and "y" in fields:
         numbers = _numbers([fields["x"], fields["y"]])
         return None if numbers is None else Shape(numbers)
     return None

@@ -6,7 +6,8 @@ Numbers are read as people and models write them: `1,200.50`, `1 200,5`, `1.2e3`
 `\frac{1}{2}`, `45%`, `$1.2M`, `12 cm²`, `seven`. Where a spelling has two readings:
 
 - One comma is a thousands separator where exactly three digits follow (`1,200`), else a decimal comma (`0,5`). `1,2,3`
-  and `(3,4)` are lists. One point is always a decimal point, so `1.200` is 1.2, while `1.200,5` is 1200.5.
+  and `(3,4)` are lists; `5,6` is also read as a list where several numbers are wanted. One point is always a decimal
+  point, so `1.200` is 1.2, while `1.200,5` is 1200.5.
 - A minus between two numbers is a range (`3-4` is 3 and 4). A minus in front of a number is a sign.
 - Digits that follow a letter or a power (`H2O`, `x^2`, `5 m2`) are no numbers, nor are factors of roots and of π.
 - Words count only where the text has no number in digits: `5 dogs, and one is black` is 5.
@@ -45,11 +46,27 @@ def score_number(term: NumberTerm, attempt: Attempt) -> float | None:
     """1.0 if the last number of the answer is the reference within the tolerance, else 0.0. None, so the term abstains,
     where the reference holds no number. Of a reference that is a list, any entry will do."""
     references = attempt.reference if isinstance(attempt.reference, list | tuple) else [attempt.reference]
-    wanted = [numbers for reference in references if (numbers := quantities(_as_text(reference)))]
+    wanted = [numbers for reference in references for numbers in _readings(_as_text(reference)) if numbers]
     if not wanted:
         return None
-    found = quantities((attempt.answer or "")[-LONGEST_ANSWER:])
-    return float(any(_all_equal(term, found[-len(numbers) :], numbers) for numbers in wanted))
+    as_number, *as_list = _readings((attempt.answer or "")[-LONGEST_ANSWER:])
+    return float(
+        any(
+            _all_equal(term, found[-len(numbers) :], numbers)
+            for numbers in wanted
+            for found in (as_number, *(as_list if len(numbers) > 1 else []))
+        )
+    )
+
+
+def _readings(text: str) -> list[list[Quantity]]:
+    """The numbers of a text, and those of the text with `5,6` as a list. The second reading counts only where several
+    numbers are wanted."""
+    spaced = _TIGHT_LIST.sub(", ", text)
+    return [quantities(text)] if spaced == text else [quantities(text), quantities(spaced)]
+
+
+_TIGHT_LIST = re.compile(r"(?<=\d),(?=-?\d)")
 
 
 def quantities(text: str) -> list[Quantity]:

@@ -67,6 +67,36 @@ def test_different_spaces_need_an_image() -> None:
         score_iou(IouTerm(answer_space=BoxSpace.thousand), attempt([1, 2, 3, 4], "[1, 2, 3, 4]"))
 
 
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("Top-left: (10, 20), bottom-right: (30, 40)", 1.0),
+        ("(10, 20)-(30, 40)", 1.0),
+        ("[10, 20] to [30, 40]", 1.0),
+        ("[−10, 20, 30, 40]", 0.5),
+        ("[10，20，30，40]", 1.0),
+        ("[10; 20; 30; 40]", 1.0),
+    ],
+)
+def test_more_spellings(answer: str, expected: float) -> None:
+    assert score_iou(IouTerm(), attempt([10, 20, 30, 40], answer)) == expected
+
+
+def test_a_box_in_qwens_tags_counts_as_its_center() -> None:
+    term = IouTerm(shape=BoxShape.point)
+    assert score_iou(term, attempt([15, 25, 25, 35], "<|box_start|>(10,20),(30,40)<|box_end|>")) == 1.0
+
+
+def test_a_point_is_no_box() -> None:
+    for answer in ('{"x": 20, "y": 30}', "[20, 30]", '[{"x": 1, "y": 2}, {"x1": 1'):
+        assert score_iou(IouTerm(), attempt([10, 20, 30, 40], answer)) == 0.0
+    assert score_iou(IouTerm(), attempt({"x": 20, "y": 30}, "[10, 20, 30, 40]")) is None
+
+
+def test_a_reference_below_the_key_objects() -> None:
+    assert score_iou(IouTerm(), attempt({"objects": [{"bbox": [1, 2, 3, 4]}]}, "[1, 2, 3, 4]")) == 1.0
+
+
 LONG = [
     "[" * 100_000, "[1, 2, 3, 4] " * 10_000, "(1,2)," * 20_000, "{" * 100_000, "1 " * 50_000, '{"x1": ' * 10_000,
     "[1," * 30_000, "1," * 50_000, "[" + "1 " * 50_000, " " * 100_000, "-" * 100_000, "a=" * 50_000, "1e" * 50_000,

@@ -58,3 +58,21 @@ def test_numbers_of_a_sentence() -> None:
     assert [(each.value, each.unit, each.is_percent) for each in found] == [
         (5, "ft", False), (3, "in", False), (1200, "$", False), (45, "", True)
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer", "expected"),
+    [
+        ("5, 6", "5,6", 1.0),
+        ("5,6", "5, 6", 1.0),
+        ("5,6", "5.6", 1.0),
+        ("5,6", "6", 0.0),
+        ("5, 6", "6,5", 0.0),
+        ("6", "5,6", 0.0),
+        ("5 and 6", "5,6", 1.0),
+        ("1,200", "1200", 1.0),
+        ("200", "1,200", 0.0),
+    ],
+)
+def test_a_comma_without_a_space_may_separate(reference: str, answer: str, expected: float) -> None:
+    assert score_number(NumberTerm(), attempt(reference, answer)) == expected
