@@ -106,6 +106,11 @@ EXCHANGED = {
         "torchrun --nproc-per-node=2 -m vlmrl model=qwen3vl inference=vllm dry_run=true"
     ),
     # rows that are not here
+    "python -m vlmrl model=qwen3vl task=mixture +task@task.tasks.sums=dataset task.tasks.sums.path=sums.jsonl "
+    "+task@task.tasks.colors=color_codeword task.weights.sums=3 reward=exact algorithm.credit=episode": (
+        f"python -m vlmrl {TINY} task=mixture +task@task.tasks.sums=dataset task.tasks.sums.path=rows.jsonl "
+        f"+task@task.tasks.colors=color_codeword task.weights.sums=3 reward=exact algorithm.credit=episode {LESS}"
+    ),
     "python -m vlmrl model=qwen3vl task=dataset task.path=train.parquet reward=math": (
         f"python -m vlmrl {TINY} task=dataset task.path=rows.jsonl reward=math {LESS}"
     ),
