@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from support.command_line import REPOSITORY, SHORT, Home
+from support.layout_fixtures import LAYOUTS
 from vlmrl.config.keys import known_keys
 from vlmrl.record.metrics import STEP_KEYS, step_key
 from vlmrl.types import StopReason
@@ -146,6 +147,37 @@ EXCHANGED = {
         "reward=[my_rewards:length_reward,my_rewards:compute_score,my_rewards:easyr1_score] "
         f"reward.terms.easyr1_score.args.format_weight=0.2 {LESS}"
     ),
+    # data sets of the hub, exchanged for fixtures with their columns
+    "python -m vlmrl model=qwen3vl task=dataset task.path=hiyouga/geometry3k task.eval_split=test reward=math": (
+        f"python -m vlmrl dry_run=true {TINY} task=dataset task.path=layouts/EasyR1/easyr1.parquet reward=math"
+    ),
+    "python -m vlmrl model=qwen3vl task=dataset task.path=leonardPKU/clevr_cogen_a_train reward=number": (
+        f"python -m vlmrl dry_run=true {TINY} task=dataset task.path=layouts/R1-V/r1v.parquet reward=number"
+    ),
+    "python -m vlmrl model=qwen3vl task=dataset task.path=leonardPKU/GEOQA_R1V_Train_8K reward=math": (
+        f"python -m vlmrl dry_run=true {TINY} task=dataset task.path=layouts/R1-V/r1v.parquet reward=math"
+    ),
+    "python -m vlmrl model=qwen3vl task=dataset task.path=FanqingM/MMK12 task.eval_split=test reward=math": (
+        f"python -m vlmrl dry_run=true {TINY} task=dataset task.path=layouts/MMK12/mmk12.parquet reward=math"
+    ),
+    "python -m vlmrl model=qwen3vl task=dataset task.path=ViRL39K/39Krelease.parquet reward=math": (
+        f"python -m vlmrl dry_run=true {TINY} task=dataset task.path=layouts/ViRL39K/virl39k.parquet reward=math"
+    ),
+    "python -m vlmrl model=qwen3vl task=dataset task.path=lmms-lab/DocVQA task.name=DocVQA "
+    "task.split=validation reward=anls": (
+        f"python -m vlmrl dry_run=true {TINY} task=dataset task.path=layouts/DocVQA/docvqa.parquet reward=anls"
+    ),
+    "python -m vlmrl model=qwen3vl task=dataset task.path=HuggingFaceM4/A-OKVQA "
+    "task.eval_split=validation reward=choice": (
+        f"python -m vlmrl dry_run=true {TINY} task=dataset task.path=layouts/A-OKVQA/aokvqa.parquet reward=choice"
+    ),
+    "python -m vlmrl model=qwen3vl task=dataset task.path=lmms-lab/RefCOCO task.split=val task.columns.answer=bbox "
+    "'task.template=\"Where is {{ answer[0] }}? Answer with a box.\"' reward=iou "
+    "reward.terms.iou.reference_format=xywh": (
+        f"python -m vlmrl dry_run=true {TINY} task=dataset task.path=layouts/RefCOCO/refcoco.parquet "
+        "task.columns.answer=bbox 'task.template=\"Where is {{ answer[0] }}? Answer with a box.\"' reward=iou "
+        "reward.terms.iou.reference_format=xywh"
+    ),
     # several nodes, Slurm, a search
     "torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=$HEAD:29500 -m vlmrl model=qwen3vl "
     "inference=vllm": (
@@ -203,6 +235,8 @@ def documented(home: Home, finished: object) -> Home:
         (home.path / f"{module}.py").write_text(code)
     rows = ({"question": f"What is {row} + 1?", "answer": str(row + 1)} for row in range(60))
     (home.path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    for layout in LAYOUTS:
+        layout.write(home.path / "layouts" / layout.name)
     made = home.vlmrl("init", "template/my_task")
     assert made.code == 0, made.err
     return home
