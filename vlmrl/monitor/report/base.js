@@ -62,6 +62,9 @@ const fmt = {
 };
 
 const lastOf = (values) => (values ? values.findLast(known) : undefined);
+// train, or how a held-out rollout was decoded; those of a named set have the split `eval_<set>_sampled`.
+const splitOf = (rollout) => (rollout.split === "train" ? "train" : rollout.split.endsWith("_greedy") ? "eval_greedy" : "eval_sampled");
+
 const firstOf = (values) => (values ? values.find(known) : undefined);
 
 // The value below which `share` of the numbers lie. NaNs are ignored.

@@ -97,6 +97,7 @@ class Rollouts:
                 "problem": record["problem_id"],
                 "step": record["step"],
                 "split": record["split"],
+                "task": record["task"],
                 "index": record["index"],
                 "reward": record["reward"],
                 "rewards": record["rewards"],

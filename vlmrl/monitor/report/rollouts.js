@@ -28,7 +28,7 @@ function collect() {
   for (const rollout of all) {
     const kind = rollout.split === "train" ? "train" : "held-out";
     const key = SEVERAL ? `${kind}/${rollout.problem}`
-      : kind === "train" ? rollout.group : `${kind}/${rollout.group.split("/").at(-1)}`;
+      : kind === "train" ? rollout.group : `${kind}${setOf(rollout)}/${rollout.group.split("/").at(-1)}`;
     if (!byKey.has(key)) {
       byKey.set(key, { key, kind, problem: rollout.problem, step: rollout.step, rollouts: [] });
     }
@@ -45,6 +45,9 @@ function collect() {
   }
   for (const group of groups) group.rollouts.sort((a, b) => a.run.index - b.run.index || a.step - b.step);
 }
+
+// " ood" for a held-out rollout of the set `ood`, whose group is `eval_ood/000010/03`; "" for the main evaluation.
+const setOf = (rollout) => rollout.group.split("/")[0].replace(/^eval_?/, " ").trimEnd();
 
 const idOf = (rollout) => (SEVERAL ? `${rollout.run.index}:${rollout.id}` : rollout.id);
 
@@ -112,7 +115,7 @@ function filter(key, value) {
 function matches(rollout) {
   const f = state.filter;
   const within = (value, low, high) => (low === "" || low === undefined || value >= low) && (high === "" || high === undefined || value <= high);
-  return (!f.split || rollout.split === f.split)
+  return (!f.split || splitOf(rollout) === f.split)
     && (!f.run || String(rollout.run.index) === f.run)
     && within(rollout.step, f.stepFrom, f.stepTo)
     && within(rollout.reward, f.rewardFrom, f.rewardTo)
@@ -149,8 +152,8 @@ const SECTIONS = {
 function stripsOf(group, rollouts) {
   if (SEVERAL) return RUNS.map((run) => [paletteName(run.index), NAMES[run.index], rollouts.filter((each) => each.run === run)]);
   if (group.kind === "train") return [[null, "", rollouts]];
-  return [["--c0", "sampled", rollouts.filter((each) => each.split === "eval_sampled")],
-    ["--c2", "greedy", rollouts.filter((each) => each.split === "eval_greedy")]];
+  return [["--c0", "sampled", rollouts.filter((each) => splitOf(each) === "eval_sampled")],
+    ["--c2", "greedy", rollouts.filter((each) => splitOf(each) === "eval_greedy")]];
 }
 
 function listGroups() {
@@ -187,7 +190,7 @@ function cell(rollout) {
   const share = Math.max(0, Math.min(1, rollout.reward / (view.best || 1)));
   const said = `${rollout.id}: reward ${fmt.number(rollout.reward, 3)}${rollout.dropped ? `, dropped (${rollout.dropped})` : ""}`;
   const made = el("button", {
-    type: "button", class: `cell${rollout.dropped ? " dropped" : ""}${rollout.split === "eval_greedy" ? " greedy" : ""}`,
+    type: "button", class: `cell${rollout.dropped ? " dropped" : ""}${splitOf(rollout) === "eval_greedy" ? " greedy" : ""}`,
     title: said, "aria-label": said, tabindex: "-1", style: { "--share": share },
     on: { click: () => show(rollout) },
   }, el("i"));
@@ -232,8 +235,9 @@ function saveMatching() {
     const c = run.columns;
     return JSON.stringify({
       ...(SEVERAL ? { run: run.name } : {}),
-      rollout_id: rollout.id, problem_id: rollout.problem, step: rollout.step, split: rollout.split, index: rollout.index,
-      reward: rollout.reward, rewards: rollout.rewards, reference: rollout.reference, metrics: rollout.metrics, stop_reason: rollout.stop, dropped: rollout.dropped,
+      rollout_id: rollout.id, problem_id: rollout.problem, step: rollout.step, split: rollout.split, task: rollout.task,
+      index: rollout.index, reward: rollout.reward, rewards: rollout.rewards, reference: rollout.reference, metrics: rollout.metrics,
+      stop_reason: rollout.stop, dropped: rollout.dropped,
       filtered: rollout.filtered, error: rollout.error, seconds: rollout.seconds,
       turns: rollout.turns.map((turn) => {
         const prompt = run.prompts[turn.prompt];

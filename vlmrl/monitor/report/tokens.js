@@ -354,7 +354,7 @@ const LABELS = { eval_sampled: "sampled", eval_greedy: "greedy" };
 function card(rollout, openingShown) {
   const made = el("article", { class: `card${rollout === state.chosen ? " chosen" : ""}${rollout.dropped ? " dropped" : ""}` },
     el("header", {},
-      button(LABELS[rollout.split] ?? String(rollout.index).padStart(2, "0"), `Open ${rollout.id}`, () => {
+      button(LABELS[splitOf(rollout)] ?? String(rollout.index).padStart(2, "0"), `Open ${rollout.id}`, () => {
         state.siblings = false;
         show(rollout);
       }, { class: "open" }),
