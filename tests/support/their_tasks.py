@@ -9,6 +9,7 @@ EqualRewards    there is nothing to learn from
 Poison          rewards that are finite, in a loss that is not
 LateImages      problems from `args.first_image` on show an image, the ones before it only text
 Noise           a sound task whose pictures are noise, which takes much room on the disk
+Table           40 rows: bad ones, held-out ones, and solved, hopeless and learnable ones
 Gated           color_codeword, but a problem can be held until a test lets it go
 Blindfolded     color_codeword with every pixel zeroed, and an answer that needs none: it is always the same
 """
@@ -24,7 +25,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from vlmrl import Image, Message, Reply, Split, Task, Text
+from vlmrl import BadRow, Image, Message, NotInSplit, Reply, Split, Task, Text
 from vlmrl.config.task import ColorCodewordConfig
 from vlmrl.orchestrator.supervised import FIRST_PROBLEM
 from vlmrl.tasks.color_codeword import CodewordProblem, ColorCodeword
@@ -149,6 +150,32 @@ class LateImages(Sound):
 
     def demonstration(self, problem: Row, *, random_answers: bool, seed: int) -> tuple[Message, ...]:
         return (*Say(problem).reset(), Message.of("assistant", f"anything {seed % 10}"))
+
+
+class Table(Sound):
+    """A pass is 40 rows: rows 9, 19, … are held out, rows 3, 13, … are bad, and rows 5, 15, … are too long."""
+
+    def num_rows(self, split: Split) -> int:
+        return 40
+
+    def problem(self, split: Split, index: int) -> Row:
+        row = index % 40
+        if (row % 10 == 9) != (split == "eval"):
+            raise NotInSplit
+        if row % 10 == 3:
+            raise BadRow("the answer is empty", source="table.csv", row=row)
+        return Row("table", row, "too_long" if row % 10 == 5 else ("solved", "hopeless", "learnable")[row % 3])
+
+    def env(self, problem: Row) -> Any:
+        return Rated(problem)
+
+
+class Rated(Say):
+    """Scores by the kind of the row."""
+
+    def step(self, completion: str) -> Reply:
+        known = {"solved": 1.0, "hopeless": 0.0}
+        return Reply(done=True, reward=known.get(self.row.kind, float(len(completion) % 2)))
 
 
 class Gated(ColorCodeword):
