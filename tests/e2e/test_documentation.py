@@ -76,6 +76,12 @@ EXCHANGED = {
     "python -m vlmrl algorithm.advantage=my_losses:above_median": (
         f"python -m vlmrl algorithm.advantage=my_losses:above_median {LESS}"
     ),
+    "python -m vlmrl algorithm.refill.budget=10": f"python -m vlmrl algorithm.refill.budget=10 {LESS}",
+    "python -m vlmrl algorithm=dapo": f"python -m vlmrl algorithm=dapo {LESS}",
+    "python -m vlmrl task.curriculum.solved=1": f"python -m vlmrl task.curriculum.solved=1 {LESS}",
+    "python -m vlmrl task.curriculum.low=0.2 task.curriculum.high=0.8": (
+        f"python -m vlmrl task.curriculum.low=0.2 task.curriculum.high=0.8 {LESS}"
+    ),
     "python -m vlmrl --config-dir conf experiment=my_task": (
         f"python -m vlmrl --config-dir conf experiment=my_task {LESS}"
     ),
