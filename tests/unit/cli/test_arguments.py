@@ -16,6 +16,7 @@ from vlmrl.cli.arguments import as_text, quoted, rewrite, rewrite_params
 from vlmrl.config.dataset import DatasetConfig
 from vlmrl.config.parse import parse, tree_of, typed
 from vlmrl.config.reward import ImportedTerm
+from vlmrl.config.task import ColorCodewordConfig, MixtureConfig
 from vlmrl.errors import ConfigError
 
 
@@ -232,3 +233,16 @@ def test_import_paths_in_a_yaml_file(composed: Callable[..., DictConfig], tmp_pa
     )
     config = composed("experiment=mine", f"hydra.searchpath=[file://{tmp_path}]")
     assert (parse(config).task.target, targets(config)) == ("my_tasks:Mine", {"exact": "exact", "fn": "/r.py:fn"})
+
+
+def test_a_mixture_in_a_yaml_file(composed: Callable[..., DictConfig], tmp_path: Path) -> None:
+    """The example of docs/mixtures.md."""
+    page = (Path(__file__).parents[3] / "docs/mixtures.md").read_text()
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_text(page.partition("```yaml\n")[2].partition("```")[0])
+    config = parse(composed("experiment=mine", f"hydra.searchpath=[file://{tmp_path}]"))
+    assert parse(typed(OmegaConf.create(tree_of(config)))) == config
+    assert isinstance(config.task, MixtureConfig)
+    sums, colors = config.task.tasks["sums"], config.task.tasks["colors"]
+    assert isinstance(sums, DatasetConfig)
+    assert (sums.path, type(colors), config.task.weights) == ("sums.jsonl", ColorCodewordConfig, {"sums": 3.0})

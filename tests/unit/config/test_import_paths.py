@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import pickle
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -199,3 +201,53 @@ def test_a_module_that_ends_the_process_is_refused(tmp_path: Path, monkeypatch: 
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match=r"^task\.target=a_script:Mine: importing a_script:Mine raised SystemExit: 0"):
         import_named("task.target", "a_script:Mine", "Task class", callable)
+
+
+# ── files ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_file_is_imported_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its absolute path: two files of one name are two modules, and what stands next to a file is found."""
+    for name in ("one", "two"):
+        folder = tmp_path / name / "my folder"
+        folder.mkdir(parents=True)
+        (folder / "rewards.py").write_text(f"from helper_of_{name} import VALUE\nclass Mine:\n    value = VALUE\n")
+        (folder / f"helper_of_{name}.py").write_text(f"VALUE = {name!r}\n")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path / "one")
+    one = import_named("task.target", "my folder/rewards.py:Mine", "Task class", callable)
+    two = import_named("task.target", f"{tmp_path}/two/my folder/rewards.py:Mine", "Task class", callable)
+    assert (one.value, two.value) == ("one", "two")
+    monkeypatch.chdir("/")
+    assert import_named("task.target", f"{tmp_path}/one/my folder/rewards.py:Mine", "Task class", callable) is one
+
+
+def test_objects_of_a_file_are_pickled_for_another_process(tmp_path: Path) -> None:
+    (tmp_path / "rewards.py").write_text("def half(x):\n    return x / 2\n")
+    half = import_named("reward.terms.half.target", f"{tmp_path}/rewards.py:half", "reward function", callable)
+    script = (
+        "import pickle, sys, vlmrl.config.import_paths\nprint(pickle.loads(bytes.fromhex(sys.argv[1]))(7))"  # our own
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", script, pickle.dumps(half).hex()], capture_output=True, text=True, check=True
+    )
+    assert ran.stdout == "3.5\n"
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("none.py:fn", r"reward=none\.py:fn names the file /\S+/none\.py, which does not exist, .*: correct the path"),
+        ("bad.py:fn", r"reward=bad\.py:fn: importing bad\.py:fn raised ZeroDivisionError"),
+        ("good.py:other", r"names 'other', which good\.py does not define, .*: it has fn"),
+        ("needs.py:fn", r"reward=needs\.py:fn does not import \(No module named 'no_such_module'\)"),
+    ],
+)
+def test_a_file_that_cannot_be_used(path: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bad.py").write_text("1 / 0\n")
+    (tmp_path / "good.py").write_text("def fn():\n    pass\n")
+    (tmp_path / "needs.py").write_text("import no_such_module\n")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        import_named("reward", path, "reward function", callable)
