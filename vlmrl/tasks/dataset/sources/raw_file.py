@@ -27,11 +27,13 @@ class RawFile:
 
     def read(self, start: int, end: int) -> bytes:
         """Bytes `start` to `end`, fewer at the end of the file. `pread` has no position that threads could share."""
-        parts = []
-        while start < end and (part := os.pread(self._fd, end - start, start)):
-            parts.append(part)
-            start += len(part)
-        return b"".join(parts)
+        data = os.pread(self._fd, end - start, start) if start < end else b""
+        while data and start + len(data) < end:  # one call gives at most 2 GiB
+            more = os.pread(self._fd, end - start - len(data), start + len(data))
+            if not more:
+                break
+            data += more
+        return data
 
     def fileno(self) -> int:
         return self._fd
