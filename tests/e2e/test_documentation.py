@@ -48,6 +48,7 @@ AS_WRITTEN = (
     "python -m vlmrl explain algorithm.clip_high algorithm=dapo",
     "python -m vlmrl --cfg job",
     "python -m vlmrl dry_run=true experiment=color_codeword_4b",
+    "python -m vlmrl dry_run=true task=dataset task.path=rows.jsonl reward=exact",
     "python -m vlmrl dry_run=true model=qwen3vl model/size=8b inference=vllm",
     "python -m vlmrl resume=outputs/latest",
     "python -m vlmrl mode=replay run=outputs/latest step=1",
@@ -63,6 +64,9 @@ AS_WRITTEN = (
 
 EXCHANGED = {
     # shorter
+    "python -m vlmrl task=dataset task.path=rows.jsonl reward=exact": (
+        f"python -m vlmrl task=dataset task.path=rows.jsonl reward=exact {LESS}"
+    ),
     "python -m vlmrl algorithm=rloo seed=1": f"python -m vlmrl algorithm=rloo seed=1 {LESS}",
     "python -m vlmrl experiment=color_codeword_tiny task.max_turns=3 trainer.max_steps=600": (
         f"python -m vlmrl experiment=color_codeword_tiny task.max_turns=3 {LESS}"
@@ -102,7 +106,10 @@ EXCHANGED = {
     "python -m vlmrl +sweep=seeds hydra/launcher=joblib hydra.launcher.n_jobs=2": (
         "python -m vlmrl +sweep=seeds hydra/launcher=joblib hydra.launcher.n_jobs=2 dry_run=true"
     ),
-    # a model that would be downloaded, a GPU
+    # a model or a data set that would be downloaded, a GPU
+    "python -m vlmrl task=dataset task.path=hiyouga/geometry3k reward=[math,format] model=qwen3vl": (
+        "python -m vlmrl task=dataset task.path=rows.jsonl reward=[math,format] model=qwen3vl dry_run=true"
+    ),
     "python -m vlmrl model=qwen3vl task=color_codeword": (
         "python -m vlmrl model=qwen3vl task=color_codeword dry_run=true"
     ),
