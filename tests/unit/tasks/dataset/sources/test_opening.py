@@ -246,6 +246,9 @@ def test_a_range_is_a_slice(start: int | None, end: int | None) -> None:
         def folder(self, index: int) -> None:
             return None
 
+        def root(self, index: int) -> None:
+            return None
+
     ten: Rows = Ten()
     expected = list(range(10))[start:end]
     text = f"{'' if start is None else start}:{'' if end is None else end}"
