@@ -29,7 +29,7 @@ from vlmrl.cli.schemas import register_schemas
 from vlmrl.config.run import RunConfig
 from vlmrl.monitor.report.page import write_report
 from vlmrl.record.metrics import read_metrics
-from vlmrl.record.rollouts import RolloutRecord, read_rollouts
+from vlmrl.record.rollouts import RolloutRecord, RolloutRecorder, read_rollouts
 from vlmrl.record.run_dir import RunDir
 from vlmrl.types import DropReason, Rollout, StopReason
 
@@ -291,6 +291,28 @@ def test_filters(browser: Any, made: RunDir, made_page: Path) -> None:
         assert tab.texts(".groups .empty") == ["No rollout matches."]
         note = " ".join(tab.texts(".sample"))
         assert note.startswith(f"{len(everything):,} of {40 * 48 + 4 * 40:,} rollouts")
+
+
+def test_evaluation_sets_stand_apart(browser: Any, tmp_path: Path) -> None:
+    """The third problem of a set is another one than the third of the main evaluation."""
+    run_dir = record(tmp_path / "sets", config_of("orchestrator.eval.problems=3"), [])
+    labels = {"eval_sampled": "eval", "eval_greedy": "eval-greedy", "eval_ood_sampled": "eval_ood"}
+    labels["eval_ood_greedy"] = "eval_ood-greedy"
+    recorder = RolloutRecorder(run_dir)
+    recorder.write(
+        1,
+        {
+            split: [ordinary_rollout(label, 1, problem, 0, IMAGES) for problem in range(3)]
+            for split, label in labels.items()
+        },
+    )
+    recorder.close()
+    assert main(["mode=report", f"run={run_dir.path}"]) == 0
+    with Tab(browser, run_dir.report, "#rollouts") as tab:
+        keys = tab.page.locator(".group").evaluate_all("all => all.map(each => each.dataset.key)")
+        assert keys == [f"held-out{name}/0{problem}" for name in (" ood", "") for problem in range(3)]
+        tab.page.get_by_title("Held-out problems, greedy").click()
+        assert {id.split("/")[0] for id in tab.shown()} == {"eval-greedy", "eval_ood-greedy"}
 
 
 def test_a_dropped_rollout_says_why(browser: Any, made_page: Path) -> None:
