@@ -14,8 +14,18 @@ from vlmrl.record.difficulty import Difficulty
 
 pytestmark = pytest.mark.slow
 
+TABLE = ("task=their_tasks:Table",)
+
+MIXTURE = (
+    "task=mixture",
+    "+task@task.tasks.first=imported",
+    "task.tasks.first.target=their_tasks:Table",
+    "+task@task.tasks.second=imported",
+    "task.tasks.second.target=their_tasks:Table",
+    "+task.weights.first=2",
+)
+
 RUN = (
-    "task=their_tasks:Table",
     "trainer.decay=constant",
     "trainer.checkpoint_every=1",
     "trainer.keep_checkpoints=9",
@@ -52,23 +62,29 @@ def runs(home: Home) -> Scenarios:
             assert (ended.code, ended.err) == (0, ""), (arguments, ended)
         return run
 
+    def pair(name: str, *task: str) -> tuple[Path, Path]:
+        """A run that was not stopped, and one that was stopped after step 3 and resumed."""
+        whole = made(name, (*task, *RUN, "trainer.max_steps=8"))
+        return whole, made(f"{name}_resumed", (*task, *RUN, "trainer.max_steps=3"), ("trainer.max_steps=8",))
+
     return Scenarios(
-        whole=lambda: made("whole", (*RUN, "trainer.max_steps=8")),
-        resumed=lambda: made("resumed", (*RUN, "trainer.max_steps=3"), ("trainer.max_steps=8",)),
-        epochs=lambda: made("epochs", (*RUN, "trainer.max_epochs=1.5", "orchestrator.eval.every=0")),
+        table=lambda: pair("table", *TABLE),
+        mixture=lambda: pair("mixture", *MIXTURE),
+        epochs=lambda: made("epochs", (*TABLE, *RUN, "trainer.max_epochs=1.5", "orchestrator.eval.every=0")),
     )
 
 
-def test_a_resumed_run_is_bit_for_bit_the_run_that_was_not_stopped(runs: Scenarios) -> None:
-    whole, resumed = runs["whole"], runs["resumed"]
+@pytest.mark.parametrize("name", ["table", "mixture"])
+def test_a_resumed_run_is_bit_for_bit_the_run_that_was_not_stopped(name: str, runs: Scenarios) -> None:
+    whole, resumed = runs[name]
     ours, theirs = ([line for line in steady(run / "metrics.jsonl") if line["step"] > 3] for run in (resumed, whole))
     assert ours == theirs
     assert steady(resumed / "supervised.jsonl") == steady(whole / "supervised.jsonl")
     later = [{k: v for k, v in steady_rollouts(run).items() if "000003" not in k} for run in (resumed, whole)]
     assert later[0] == later[1]
     for part in (1, 2):
-        name = f"checkpoints/step_000008/shard-00001-model-0000{part}-of-00002.safetensors"
-        tensors = [load_file(run / name) for run in (resumed, whole)]
+        shard = f"checkpoints/step_000008/shard-00001-model-0000{part}-of-00002.safetensors"
+        tensors = [load_file(run / shard) for run in (resumed, whole)]
         assert all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[1])
     rows = [read_bad_rows(run / "bad_rows.jsonl") for run in (resumed, whole)]
     assert rows[0] == rows[1]
@@ -77,11 +93,11 @@ def test_a_resumed_run_is_bit_for_bit_the_run_that_was_not_stopped(runs: Scenari
 
 
 def test_the_run_above_does_what_it_is_to_show(runs: Scenarios) -> None:
-    lines = [line for line in steady(runs["whole"] / "metrics.jsonl") if line["step"] > 0]
+    lines = [line for line in steady(runs["table"][0] / "metrics.jsonl") if line["step"] > 0]
     assert sum(line["refill/discarded"] for line in lines) > 0
     assert sum(line["curriculum/passed_over"] for line in lines) > 0
     assert lines[-1]["data/epoch"] > 1.0, "the curriculum has known problems to choose from"
-    rows = read_bad_rows(runs["whole"] / "bad_rows.jsonl")
+    rows = read_bad_rows(runs["table"][0] / "bad_rows.jsonl")
     assert {row["row"] for row in rows if row["source"] == "table.csv"} <= {3, 13, 23, 33}
     assert any("leaves no room for an answer in trainer.seq_len=1024" in row["reason"] for row in rows)
     assert len({(row["source"], row["row"]) for row in rows}) == len(rows), "each row once"
@@ -93,7 +109,7 @@ def test_a_run_ends_after_its_epochs(runs: Scenarios) -> None:
 
 
 def test_bad_rows_are_listed(runs: Scenarios, home: Home) -> None:
-    listed = home.vlmrl("mode=faults", f"run={runs['whole']}")
+    listed = home.vlmrl("mode=faults", f"run={runs['table'][0]}")
     assert listed.code == 0
     assert "rows of the data cannot be used and were passed over" in listed.out
     assert "× the answer is empty" in listed.out
