@@ -1,0 +1,33 @@
+"""A run on a data set of a hub, which is downloaded from HF_ENDPOINT; and the same run without the hub."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from support.command_line import PATIENCE, SHORT, Home
+from support.loopback_hub import LoopbackHub
+
+ROWS = "".join(json.dumps({"question": f"What is {n} + 1?", "answer": str(n + 1)}) + "\n" for n in range(40)).encode()
+
+
+def run(home: Home, hub: str) -> subprocess.CompletedProcess[str]:
+    """The command in a new process: the server of processes has read HF_ENDPOINT already."""
+    environment = home.environment | {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    command = [sys.executable, "-m", "vlmrl", "task=dataset", "task.path=someone/sums", "reward=exact", *SHORT]
+    return subprocess.run(command, cwd=home.path, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+
+
+def test_a_hub_id_starts_a_run_and_a_dead_hub_is_one_sentence(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    with LoopbackHub() as hub:
+        commit = hub.commit("someone/sums", {"data/train-00000-of-00001.jsonl": ROWS})
+        ended = run(home, hub.url)
+        assert ended.returncode == 0, ended.stderr
+        log = next((home.path / "outputs").rglob("main.log")).read_text()
+        assert f"someone/sums of the hub, revision {commit}" in log
+    ended = run(home, hub.url)
+    assert ended.returncode == 2
+    assert f"task.path=someone/sums cannot be downloaded from {hub.url}" in ended.stderr
