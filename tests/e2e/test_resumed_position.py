@@ -134,6 +134,8 @@ def test_no_problem_is_repeated_or_skipped_with_another_batch_size(runs: Scenari
         "cursor": 13,
         "warmup_cursor": 1,
         "rl_demonstrations_cursor": AFTER_WARMUP + 1 + 2 * 1 + 3 * 2,
+        "evaluation_count": 0,
+        "best": None,
     }
 
 
