@@ -2,6 +2,7 @@
 
     DictConfig ─▶ parse ─▶ RunConfig ─┬─ dry_run=true ─▶ print the plan
                                       ├─ mode=check ─▶ tasks/check.py
+                                      ├─ mode=preview ─▶ runs/preview/
                                       ├─ mode=compare ─▶ sweep/compare.py
                                       ├─ a server's Slurm task ─▶ runs/serve_slurm
                                       └─ else ─▶ check this machine ─▶ runs.lifecycle.execute
@@ -46,6 +47,12 @@ def start(config: DictConfig, judge_changes: Callable[[], Sequence[str]] = list)
         return None
     if run_config.mode is Mode.compare:
         compare_runs(run_config)
+        return None
+    if run_config.mode is Mode.preview:
+        from vlmrl.runs.preview.preview import preview
+
+        if (code := preview(run_config)) != 0:
+            raise SystemExit(code)
         return None
     if isinstance(run_config.inference, VllmConfig):
         slurm.divide_tasks(run_config.inference.slurm_tasks)

@@ -22,6 +22,7 @@ from vlmrl.config.inference import EmbeddedConfig, InferenceConfig, VllmConfig
 from vlmrl.config.model import ModelConfig
 from vlmrl.config.monitor import MonitorConfig
 from vlmrl.config.orchestrator import OrchestratorConfig
+from vlmrl.config.preview import PreviewConfig
 from vlmrl.config.reward import TERMS, RewardConfig
 from vlmrl.config.sweep import SweepConfig
 from vlmrl.config.task import ColorCodewordConfig, ImportedTaskConfig, MixtureConfig, TaskConfig
@@ -47,6 +48,10 @@ class Mode(Enum):
     check = "check"
     """Check the task against the contract of `vlmrl.tasks.base`: prints a table; exit code 0 only if every rule holds.
     Takes neither a model nor a run folder."""
+    preview = "preview"
+    """Look before you train: show the first problems as the model sees them, what the rewards say of the reference
+    answers, and what is wrong with the data; writes preview.html. `row=417` shows one row and scores typed answers,
+    `full=true` looks at all rows. Needs no GPU; exit code 1 where something was found."""
     doctor = "doctor"
     """Send a few problems through renderer, engine and trainer and compare what each saw. Use it before a long run."""
     replay = "replay"
@@ -87,6 +92,10 @@ class RunConfig:
     checkpoint that `resume=<run>/checkpoints/step_000020` names, null for the newest."""
     rollout: str | None = setting(None, on_resume=Resume.refused)
     """mode=faults: the rollout or demonstration to play again, e.g. `train/000003/01/00`."""
+    row: int | None = setting(None, on_resume=Resume.refused, low=0, high=10**15, outside="there is no such row")
+    """mode=preview: the row to show, counted from 0 in the files of task.path."""
+    full: bool = setting(False, on_resume=Resume.refused)
+    """mode=preview: look at every row of both splits."""
     runs: list[str] = setting([], on_resume=Resume.refused)
     """mode=compare, mode=report: folders of runs and of multiruns, e.g. `[outputs/multirun/seeds]`."""
     output_dir: str = setting(MISSING, on_resume=Resume.refused, form=ANY_TEXT)
@@ -112,6 +121,8 @@ class RunConfig:
     """What a run shows and records."""
     export: ExportConfig = field(default_factory=ExportConfig)
     """Where mode=export writes."""
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+    """How much mode=preview looks at."""
     sweep: SweepConfig = field(default_factory=SweepConfig)
     """What a sweep does with its earlier jobs. The sweeps themselves are in sweeps/ (`+sweep=<name>`)."""
 

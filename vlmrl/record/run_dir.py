@@ -109,6 +109,8 @@ class RunDir:
         self.faults = self.path / "faults.jsonl"
         self.bad_rows = self.path / "bad_rows.jsonl"
         self.faults_json = self.path / "faults.json"
+        self.preview_page = self.path / "preview.html"
+        self.preview_json = self.path / "preview.json"
         self.rollouts = self.path / "rollouts"
         self.deleted_rollouts = self.path / "deleted_rollouts.json"
         self.images = self.path / "images"

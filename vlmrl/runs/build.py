@@ -297,6 +297,25 @@ def make_run_renderer(config: RunConfig, folder: Path, model: Any, monitor: Moni
     )
 
 
+def build_renderer(config: RunConfig, folder: Path) -> tuple[Renderer, Any]:
+    """The renderer with the tokenizer and image processor in `folder`, and the tokenizer; without the model. Raises
+    VlmrlError and OSError."""
+    assert config.orchestrator.renderer is not None, "preflight refuses a config without a renderer"
+    tokenizer = load_tokenizer(folder)
+    processor = load_image_processor(folder) if config.model.vlm is not None else None
+    family = family_of(config.model.vlm)
+    renderer = make_renderer(
+        config.orchestrator.renderer,
+        config.model,
+        tokenizer,
+        processor,
+        len(tokenizer),
+        family.placeholder_tokens,
+        family.processed_size,
+    )
+    return renderer, tokenizer
+
+
 def make_engine(
     config: RunConfig, folder: Path, policy: Policy, trainer: LocalTrainer, run_dir: RunDir, monitor: Monitor
 ) -> tuple[InferenceEngine, WeightSync]:

@@ -18,8 +18,7 @@ import numpy as np
 
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import ConfigError, UserFault, VlmrlError, fenced
-from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer, resolve_checkpoint
-from vlmrl.models.families import family_of
+from vlmrl.models.checkpoints.load import resolve_checkpoint
 from vlmrl.orchestrator.rollout import rendering_fence, stop_reason_of
 from vlmrl.orchestrator.scoring import Scorer, seen_images
 from vlmrl.orchestrator.supervised import demonstrate, first_index
@@ -28,8 +27,9 @@ from vlmrl.record.disk_bound import read_deleted
 from vlmrl.record.faults import FaultRecord
 from vlmrl.record.rollouts import RolloutRecord, read_rollouts
 from vlmrl.record.run_dir import RunDir
-from vlmrl.rendering.renderer import Renderer, make_renderer
+from vlmrl.rendering.renderer import Renderer
 from vlmrl.rewards.base import Attempt
+from vlmrl.runs.build import build_renderer
 from vlmrl.tasks.base import NoProblem, Problem, Split, Task
 from vlmrl.tasks.border import get_num_rows, get_problem, get_reference, open_env, step_env
 from vlmrl.tasks.loading import load_task, tokenizer_texts
@@ -92,24 +92,12 @@ def _made_task(config: RunConfig) -> Task:
 
 def _renderer(config: RunConfig, task: Task) -> Renderer | None:
     """The run's renderer, without its model; None, with a note, where its tokenizer cannot be had."""
-    assert config.orchestrator.renderer is not None, "preflight refuses a run without a renderer"
     try:
-        folder = resolve_checkpoint(config.model, tokenizer_texts(config.model, task))
-        tokenizer = load_tokenizer(folder)
-        processor = load_image_processor(folder) if config.model.vlm is not None else None
+        renderer, _ = build_renderer(config, resolve_checkpoint(config.model, tokenizer_texts(config.model, task)))
     except (VlmrlError, OSError) as error:
         print(f"(messages are not rendered: {error})")
         return None
-    family = family_of(config.model.vlm)
-    return make_renderer(
-        config.orchestrator.renderer,
-        config.model,
-        tokenizer,
-        processor,
-        len(tokenizer),
-        family.placeholder_tokens,
-        family.processed_size,
-    )
+    return renderer
 
 
 def _play_demonstration(config: RunConfig, task: Task, renderer: Renderer | None, fault: FaultRecord) -> Rollout:

@@ -56,7 +56,8 @@ def past_run_is_read(config: RunConfig) -> None:
         ("run", config.run, (Mode.replay,)),
         ("step", config.step, (Mode.replay, Mode.eval, Mode.export) if config.resume else (Mode.replay,)),
         ("rollout", config.rollout, (Mode.faults,)),
-        ("rollout", config.rollout, (Mode.faults,)),
+        ("row", config.row, (Mode.preview,)),
+        ("full", "true" if config.full else None, (Mode.preview,)),
         ("runs", ",".join(config.runs) or None, (Mode.compare,)),
     ):
         if value is not None and config.mode not in modes:

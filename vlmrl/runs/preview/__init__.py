@@ -1,0 +1,1 @@
+"""`mode=preview`: look at the data, the prompts and the rewards before a run."""

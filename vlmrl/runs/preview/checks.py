@@ -1,0 +1,377 @@
+"""Find what is wrong with the data, the prompts and the rewards, from a sample of problems.
+
+Each check is a function of what was seen, and returns its warnings. A check speaks where the sample shows the fault, so
+a small sample may miss a rare one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from vlmrl.config.dataset import DatasetConfig
+from vlmrl.config.reward import BoxSpace, ExtractConfig, Extraction, IouTerm, RewardTerm
+from vlmrl.config.run import RunConfig
+from vlmrl.config.task import MixtureConfig
+from vlmrl.rewards.boxes import corners, is_box, plausible_spaces, shapes_in_value
+from vlmrl.runs.preview.findings import Code, Finding
+from vlmrl.runs.preview.grading import OWN, Graded, needs_reference, terms_of
+from vlmrl.runs.preview.image_roots import ImagesNotFound
+from vlmrl.runs.preview.sample import Sample, SeenProblem
+from vlmrl.tasks.base import Split
+from vlmrl.types import Text
+
+SHOWN_ROWS = 3
+"""Rows that a warning names."""
+
+FEW = 0.05
+"""Share of problems up to which a reward may miss its maximum: some rows of every data set are wrong."""
+
+TOP = 1 - 1e-6
+"""From here on a value counts as 1, the maximum of the built-in rewards."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the checks look at."""
+
+    config: RunConfig
+    samples: dict[Split, Sample]
+    graded: list[tuple[SeenProblem, Graded]]
+    """Problems with what the rewards say of their reference."""
+    answer_tokens: dict[str, int]
+    """Problem id → tokens of its demonstration or reference."""
+    images_not_found: ImagesNotFound | None
+
+    @property
+    def problems(self) -> list[SeenProblem]:
+        return [problem for sample in self.samples.values() for problem in sample.problems]
+
+    @property
+    def tasks(self) -> list[str]:
+        """The names of the tasks that were seen: `""` without a mixture."""
+        return sorted({problem.task for problem in self.problems})
+
+
+def findings_of(seen: Seen) -> list[Finding]:
+    """Every warning, the most severe kinds first."""
+    found = [
+        *_no_problems(seen),
+        *_missing_images(seen),
+        *_refused(seen),
+        *_lengths(seen),
+        *_boxes(seen),
+        *_rewards(seen),
+        *_answers(seen),
+        *_images(seen),
+        *_duplicates(seen),
+    ]
+    return sorted(found, key=lambda finding: list(Code).index(finding.code))
+
+
+def _no_problems(seen: Seen) -> Iterator[Finding]:
+    for split, sample in seen.samples.items():
+        if not sample.problems:
+            why = sample.refused[0].reason if sample.refused else "all belong to the other split"
+            yield Finding(
+                Code.NO_PROBLEMS,
+                f"none of the {sample.looked_at} rows of the {split} split that were looked at can be used, so a run "
+                f"would stop at its first step: {why}",
+            )
+
+
+def _missing_images(seen: Seen) -> Iterator[Finding]:
+    missing = seen.images_not_found
+    if missing is None:
+        return
+    looked_at = sum(sample.looked_at for sample in seen.samples.values())
+    if missing.candidate is not None:
+        remedy = f"{missing.candidate} has it: set task.image_root={missing.candidate}"
+    else:
+        remedy = "set task.image_root to the folder from which the paths start"
+    yield Finding(
+        Code.IMAGES_MISSING,
+        f"the images of {missing.count} of {looked_at} rows are not where the rows say ({missing.first}), so these "
+        f"rows are left out: {remedy}",
+        missing.rows[:SHOWN_ROWS],
+    )
+
+
+def _refused(seen: Seen) -> Iterator[Finding]:
+    missing = set(seen.images_not_found.rows) if seen.images_not_found else set()
+    for split, sample in seen.samples.items():
+        others = [each for each in sample.refused if f"{each.source}:{each.row}" not in missing]
+        if others and sample.problems:
+            count = Counter(each.reason for each in others).most_common(1)[0]
+            yield Finding(
+                Code.ROWS_REFUSED,
+                f"{len(others)} of {sample.looked_at} rows of the {split} split are refused, so a run leaves them out; "
+                f"most often: {count[0]}",
+                tuple(f"{each.source}:{each.row}" for each in others[:SHOWN_ROWS]),
+            )
+
+
+def _lengths(seen: Seen) -> Iterator[Finding]:
+    config = seen.config
+    room = min(config.inference.max_model_len, config.trainer.seq_len)
+    name = "trainer.seq_len" if config.trainer.seq_len <= config.inference.max_model_len else "inference.max_model_len"
+    long = [problem for problem in seen.problems if problem.tokens >= room]
+    if long:
+        most = max(problem.tokens for problem in long)
+        images = max(problem.image_tokens for problem in long)
+        shrink = " or show smaller images (model.vlm.max_pixels)" if images else ""
+        yield Finding(
+            Code.PROMPT_TOO_LONG,
+            f"{len(long)} of {len(seen.problems)} prompts fill {name}={room} and leave no room for an answer, so they "
+            f"are left out; the longest has {most} tokens, {images} of them of images: set {name}={_rounded(most)} or "
+            f"more{shrink}",
+            _ids(long),
+        )
+    limit = config.orchestrator.max_new_tokens
+    cut = [problem for problem in seen.problems if seen.answer_tokens.get(problem.problem_id, 0) > limit]
+    if cut:
+        most = max(seen.answer_tokens[problem.problem_id] for problem in cut)
+        yield Finding(
+            Code.ANSWER_TOO_LONG,
+            f"{len(cut)} of {len(seen.answer_tokens)} reference answers have more than "
+            f"orchestrator.max_new_tokens={limit} tokens, so the policy is cut off before it can give them; the "
+            f"longest has {most}: set orchestrator.max_new_tokens={_rounded(most)} or more",
+            _ids(cut),
+        )
+
+
+def _rounded(tokens: int) -> int:
+    """The next power of two, which leaves some room."""
+    return 1 << tokens.bit_length()
+
+
+# ── rewards ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _rewards(seen: Seen) -> Iterator[Finding]:
+    for task in seen.tasks:
+        graded = [(problem, grade) for problem, grade in seen.graded if problem.task == task]
+        if not graded:
+            continue
+        faults = Counter(fault for _, grade in graded for fault in grade.faults)
+        for fault, count in faults.most_common(1):
+            yield Finding(
+                Code.REWARD_FAILS,
+                f"a reward failed for the answers of {count} of {len(graded)} problems, and a rollout whose reward "
+                f"fails is not learned from: {fault}",
+                task=task,
+            )
+        terms: dict[str, RewardTerm | None] = dict(terms_of(seen.config, task))
+        if any(not problem.is_reference for problem, _ in graded):
+            terms[OWN] = None
+        for name, term in terms.items():
+            yield from _of_term(seen, task, name, term, graded)
+
+
+def _of_term(
+    seen: Seen, task: str, name: str, term: RewardTerm | None, graded: list[tuple[SeenProblem, Graded]]
+) -> Iterator[Finding]:
+    said = name if term is None else f"reward.terms.{name}"
+    asked = term is None or needs_reference(term)
+    judged = [(problem, grade, best) for problem, grade in graded if (best := grade.best(name)) is not None]
+    if not judged:
+        return
+    missed = [(problem, grade, best) for problem, grade, best in judged if best < TOP]
+    if asked and len(missed) > FEW * len(judged):
+        yield _missed(seen, task, said, name, missed, len(judged))
+    elif asked:
+        yield from _unasked_form(seen, task, said, name, term, judged)
+    paid = [problem for problem, grade, best in judged if (grade.empty.get(name) or 0.0) >= best]
+    if (term is None or term.weight > 0) and len(paid) > FEW * len(judged):
+        yield Finding(
+            Code.REWARD_EMPTY,
+            f"{said} pays an empty answer as well as the right one for {len(paid)} of {len(judged)} problems, so "
+            "nothing can be learned from them: correct the reward or the references",
+            _ids(paid),
+            task,
+        )
+
+
+def _missed(
+    seen: Seen, task: str, said: str, name: str, missed: list[tuple[SeenProblem, Graded, float]], count: int
+) -> Finding:
+    """A reward that does not give the reference its maximum; where the form of the reference explains it, that."""
+    problem, _, best = missed[0]
+    wrapped = sum((each.unwrapped.get(name) or 0.0) >= TOP for _, each, _ in missed)
+    example = f"{problem.reference!r:.80} of {problem.problem_id} gets {best:g}"
+    if wrapped > len(missed) / 2:
+        return Finding(
+            Code.ANSWER_FORM,
+            f"{said} does not give the reference answers of the data their maximum for {len(missed)} of {count} "
+            f"problems, because the references stand in a box or in a tag ({example}), and answers are compared with "
+            "all of it: write the references without it",
+            _ids(each for each, _, _ in missed),
+            task,
+        )
+    return Finding(
+        Code.REWARD_MAX,
+        f"{said} gives the reference answer less than 1 for {len(missed)} of {count} problems, however it is written "
+        f"({example}), so the right answer is not what is learned: compare the references with what this reward "
+        f"expects, or choose another one",
+        _ids(each for each, _, _ in missed),
+        task,
+    )
+
+
+def _unasked_form(
+    seen: Seen,
+    task: str,
+    said: str,
+    name: str,
+    term: RewardTerm | None,
+    judged: list[tuple[SeenProblem, Graded, float]],
+) -> Iterator[Finding]:
+    """Answers as the data writes them get nothing, and no prompt says which form they should have."""
+    if term is None:
+        return
+    extract = term.extract if term.extract.kind is not None else _shared(seen.config, task)
+    bare = [(problem, grade) for problem, grade, best in judged if (grade.bare(name) or 0.0) < TOP]
+    unasked = [(problem, grade) for problem, grade in bare if not _asks_for(problem, extract)]
+    if len(unasked) <= FEW * len(judged):
+        return
+    grade = unasked[0][1]
+    works = next(
+        candidate.text
+        for candidate, value in zip(grade.candidates, grade.values, strict=True)
+        if (value.get(name) or 0.0) >= TOP
+    )
+    kind = (extract.kind or Extraction.whole).name
+    yield Finding(
+        Code.ANSWER_FORM,
+        f"reward.extract.kind={kind} finds no right answer in {len(unasked)} of {len(judged)} answers as the data "
+        f"writes them ({grade.candidates[0].text!r:.80}), only in {works!r:.80}, and no prompt asks for that form, so "
+        "the policy would have to find it by chance: set reward.extract.kind to the form of the data, or ask for the "
+        "form in task.system_prompt or task.template",
+        _ids(each for each, _ in unasked),
+        task,
+    )
+
+
+def _shared(config: RunConfig, task: str) -> ExtractConfig:
+    own = config.task.tasks[task] if isinstance(config.task, MixtureConfig) and task else config.task
+    return own.reward.extract if own.reward.terms else config.reward.extract
+
+
+def _asks_for(problem: SeenProblem, extract: ExtractConfig) -> bool:
+    """Whether a prompt speaks of the form in which the extraction looks for an answer."""
+    text = "\n".join(part.text for message in problem.messages for part in message.content if isinstance(part, Text))
+    match extract.kind:
+        case Extraction.boxed:
+            return "boxed" in text or "fbox" in text
+        case Extraction.tag:
+            return f"<{extract.tag}>" in text
+        case _:
+            return False
+
+
+# ── boxes ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _boxes(seen: Seen) -> Iterator[Finding]:
+    """References of boxes lie on their images, in the space and the format that the reward says."""
+    for task in seen.tasks:
+        for name, term in terms_of(seen.config, task).items():
+            if isinstance(term, IouTerm):
+                yield from _of_boxes(seen, task, f"reward.terms.{name}", term)
+
+
+def _of_boxes(seen: Seen, task: str, said: str, term: IouTerm) -> Iterator[Finding]:
+    spaces, wrong, broken, count = set(BoxSpace), list[SeenProblem](), list[SeenProblem](), 0
+    for problem in seen.problems:
+        if problem.task != task or len(problem.images) != 1:
+            continue
+        shapes = shapes_in_value(problem.reference, points=True)
+        if not shapes:
+            continue
+        count += 1
+        boxes = [corners(shape, term.reference_format) for shape in shapes]
+        if any(len(box) == 4 and not is_box(box) for box in boxes):
+            broken.append(problem)
+        possible = plausible_spaces(boxes, problem.images[0])
+        spaces &= possible
+        if term.reference_space not in possible:
+            wrong.append(problem)
+    if len(wrong) > FEW * count:
+        fitting = [space.name for space in BoxSpace if space in spaces]
+        remedy = f"set {said}.reference_space={fitting[0]}" if fitting else "look at the boxes of these rows"
+        first = wrong[0]
+        yield Finding(
+            Code.BOX_SPACE,
+            f"the boxes of {len(wrong)} of {count} problems do not lie on their images in "
+            f"{said}.reference_space={term.reference_space.name} ({first.reference!r:.80} on an image of "
+            f"{first.images[0].width} x {first.images[0].height} pixels), so right answers are paid as wrong ones: "
+            f"{remedy}",
+            _ids(wrong),
+            task,
+        )
+    elif len(broken) > FEW * count:
+        yield Finding(
+            Code.BOX_SPACE,
+            f"the boxes of {len(broken)} of {count} problems have no positive width and height in "
+            f"{said}.reference_format={term.reference_format.name} ({broken[0].reference!r:.80}), so no answer matches "
+            f"them: set {said}.reference_format to xywh or cxcywh",
+            _ids(broken),
+            task,
+        )
+
+
+# ── answers, images, duplicates ─────────────────────────────────────────────────────────────────────────────
+
+
+def _answers(seen: Seen) -> Iterator[Finding]:
+    for task in seen.tasks:
+        answers = [repr(each.reference) for each in seen.problems if each.task == task and each.reference is not None]
+        if len(answers) >= 8 and len(set(answers)) == 1:
+            yield Finding(
+                Code.SAME_ANSWER,
+                f"all {len(answers)} problems have the reference answer {answers[0]:.80}, so a policy learns to say it "
+                "without looking: is task.columns.answer the right column?",
+                task=task,
+            )
+
+
+def _images(seen: Seen) -> Iterator[Finding]:
+    if seen.problems and seen.config.model.vlm is not None and not any(each.images for each in seen.problems):
+        named = isinstance(seen.config.task, DatasetConfig)
+        yield Finding(
+            Code.NO_IMAGES,
+            f"none of {len(seen.problems)} prompts shows an image, though model.name={seen.config.model.name} sees "
+            "images, so it learns from texts alone"
+            + (": set task.columns.images to the column that holds them" if named else ""),
+        )
+
+
+def _duplicates(seen: Seen) -> Iterator[Finding]:
+    keys = {split: Counter(_key(each) for each in sample.problems) for split, sample in seen.samples.items()}
+    for split, sample in seen.samples.items():
+        repeated = [each for each in sample.problems if keys[split][_key(each)] > 1]
+        if len(repeated) > FEW * max(1, len(sample.problems)):
+            distinct = len(keys[split])
+            yield Finding(
+                Code.DUPLICATES,
+                f"{len(sample.problems)} problems of the {split} split hold {distinct} different ones by text and "
+                "pixels, so some are played more often than others: remove the copies",
+                _ids(repeated),
+            )
+    shared = [each for each in seen.samples["eval"].problems if _key(each) in keys["train"]]
+    if shared:
+        yield Finding(
+            Code.LEAK,
+            f"{len(shared)} of {len(seen.samples['eval'].problems)} problems of the evaluation are also trained on, by "
+            "text and pixels, so the held-out reward is too good: remove them from one of the two",
+            _ids(shared),
+        )
+
+
+def _key(problem: SeenProblem) -> tuple[str, str]:
+    return problem.text_key, problem.pixel_key
+
+
+def _ids(problems: Iterable[SeenProblem]) -> tuple[str, ...]:
+    return tuple(problem.problem_id for problem, _ in zip(problems, range(SHOWN_ROWS), strict=False))
