@@ -11,9 +11,7 @@ from vlmrl.config.fields import Resume, setting
 class PreviewConfig:
     """mode=preview shows what a run would train on."""
 
-    problems: int = setting(
-        256, on_resume=Resume.refused, low=1, high=10**9, outside="there is no problem to look at"
-    )
+    problems: int = setting(256, on_resume=Resume.refused, low=1, high=10**9, outside="there is no problem to look at")
     """Problems of each split that are drawn and rendered. `full=true` takes all of them."""
     answers: int = setting(
         4, on_resume=Resume.refused, low=0, high=10**4, outside="it is not a number of answers (0 loads no model)"

@@ -11,12 +11,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from vlmrl.config.inference import VllmConfig
@@ -57,7 +58,7 @@ from vlmrl.trainer.checkpoint import Checkpoints
 from vlmrl.trainer.commands import Follower
 from vlmrl.trainer.learner import Learner
 from vlmrl.trainer.trainer import LocalTrainer
-from vlmrl.types import InferenceEngine, WeightSync
+from vlmrl.types import ImageItem, InferenceEngine, WeightSync
 from vlmrl.weight_sync.cuda_ipc import CudaIpcSync
 from vlmrl.weight_sync.folder import FolderSync
 from vlmrl.weight_sync.gpu import WEIGHT_TRANSFERS
@@ -297,9 +298,18 @@ def make_run_renderer(config: RunConfig, folder: Path, model: Any, monitor: Moni
     )
 
 
-def build_renderer(config: RunConfig, folder: Path) -> tuple[Renderer, Any]:
-    """The renderer with the tokenizer and image processor in `folder`, and the tokenizer; without the model. Raises
-    VlmrlError and OSError."""
+@dataclass(frozen=True)
+class RenderingParts:
+    """The renderer without the model, and what people need to look at prompts."""
+
+    renderer: Renderer
+    tokenizer: Any
+    processed_pixels: Callable[[ImageItem], np.ndarray | None]
+    """uint8 [H, W, 3]: an image as the processor made it; None where that cannot be shown."""
+
+
+def build_renderer(config: RunConfig, folder: Path) -> RenderingParts:
+    """The renderer with the tokenizer and image processor in `folder`. Raises VlmrlError and OSError."""
     assert config.orchestrator.renderer is not None, "preflight refuses a config without a renderer"
     tokenizer = load_tokenizer(folder)
     processor = load_image_processor(folder) if config.model.vlm is not None else None
@@ -313,7 +323,7 @@ def build_renderer(config: RunConfig, folder: Path) -> tuple[Renderer, Any]:
         family.placeholder_tokens,
         family.processed_size,
     )
-    return renderer, tokenizer
+    return RenderingParts(renderer, tokenizer, lambda image: family.processed_pixels(image.mm_kwargs, processor))
 
 
 def make_engine(

@@ -93,11 +93,11 @@ def _made_task(config: RunConfig) -> Task:
 def _renderer(config: RunConfig, task: Task) -> Renderer | None:
     """The run's renderer, without its model; None, with a note, where its tokenizer cannot be had."""
     try:
-        renderer, _ = build_renderer(config, resolve_checkpoint(config.model, tokenizer_texts(config.model, task)))
+        folder = resolve_checkpoint(config.model, tokenizer_texts(config.model, task))
+        return build_renderer(config, folder).renderer
     except (VlmrlError, OSError) as error:
         print(f"(messages are not rendered: {error})")
         return None
-    return renderer
 
 
 def _play_demonstration(config: RunConfig, task: Task, renderer: Renderer | None, fault: FaultRecord) -> Rollout:

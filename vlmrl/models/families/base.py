@@ -122,6 +122,12 @@ class Family:
         _, rows, columns = (int(count) for count in grid[0])
         return columns * patch_size, rows * patch_size
 
+    def processed_pixels(self, mm_kwargs: Mapping[str, np.ndarray], image_processor: Any) -> np.ndarray | None:
+        """uint8 [H, W, 3]: one image as the processor made it, for people to look at. None where that is not known."""
+        from vlmrl.models.families.patches import picture_of
+
+        return picture_of(mm_kwargs, image_processor)
+
     def image_bounds(self, model: ModelConfig) -> ImageBounds | None:
         """Bounds of an image, as far as the configuration tells; None where they are not known."""
         if self.recipe is None:

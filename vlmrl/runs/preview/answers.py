@@ -15,7 +15,7 @@ from vlmrl.orchestrator.stream import Drawn
 from vlmrl.orchestrator.task_threads import TaskThreads
 from vlmrl.rendering.renderer import Renderer
 from vlmrl.runs.build import make_model, make_policy, seed_process
-from vlmrl.runs.preview.sample import SeenProblem
+from vlmrl.runs.preview.seen import SeenProblem
 from vlmrl.tasks.base import Task
 from vlmrl.types import Rollout
 

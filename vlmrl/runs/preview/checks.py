@@ -18,7 +18,8 @@ from vlmrl.rewards.boxes import corners, is_box, plausible_spaces, shapes_in_val
 from vlmrl.runs.preview.findings import Code, Finding
 from vlmrl.runs.preview.grading import OWN, Graded, needs_reference, terms_of
 from vlmrl.runs.preview.image_roots import ImagesNotFound
-from vlmrl.runs.preview.sample import Sample, SeenProblem
+from vlmrl.runs.preview.sample import Sample
+from vlmrl.runs.preview.seen import SeenProblem
 from vlmrl.tasks.base import Split
 from vlmrl.types import Text
 
@@ -38,15 +39,21 @@ class Seen:
 
     config: RunConfig
     samples: dict[Split, Sample]
-    graded: list[tuple[SeenProblem, Graded]]
-    """Problems with what the rewards say of their reference."""
-    answer_tokens: dict[str, int]
-    """Problem id → tokens of its demonstration or reference."""
     images_not_found: ImagesNotFound | None
 
     @property
     def problems(self) -> list[SeenProblem]:
         return [problem for sample in self.samples.values() for problem in sample.problems]
+
+    @property
+    def graded(self) -> list[tuple[SeenProblem, Graded]]:
+        """Problems with what the rewards say of their reference."""
+        return [
+            (problem, sample.graded[problem.problem_id])
+            for sample in self.samples.values()
+            for problem in sample.problems
+            if problem.problem_id in sample.graded
+        ]
 
     @property
     def tasks(self) -> list[str]:
@@ -72,12 +79,13 @@ def findings_of(seen: Seen) -> list[Finding]:
 
 def _no_problems(seen: Seen) -> Iterator[Finding]:
     for split, sample in seen.samples.items():
-        if not sample.problems:
+        if not sample.problems and (split == "train" or seen.config.orchestrator.eval.every):
             why = sample.refused[0].reason if sample.refused else "all belong to the other split"
+            what = "a run has nothing to train on" if split == "train" else "an evaluation has nothing to play"
             yield Finding(
                 Code.NO_PROBLEMS,
-                f"none of the {sample.looked_at} rows of the {split} split that were looked at can be used, so a run "
-                f"would stop at its first step: {why}",
+                f"none of the {sample.looked_at} rows of the {split} split that were looked at can be used, so {what}: "
+                f"{why}",
             )
 
 
@@ -116,25 +124,27 @@ def _lengths(seen: Seen) -> Iterator[Finding]:
     config = seen.config
     room = min(config.inference.max_model_len, config.trainer.seq_len)
     name = "trainer.seq_len" if config.trainer.seq_len <= config.inference.max_model_len else "inference.max_model_len"
-    long = [problem for problem in seen.problems if problem.tokens >= room]
+    counts = [sample.counts for sample in seen.samples.values()]
+    lengths = [pair for each in counts for pair in zip(each.tokens, each.image_tokens, strict=True)]
+    long = [(tokens, images) for tokens, images in lengths if tokens >= room]
     if long:
-        most = max(problem.tokens for problem in long)
-        images = max(problem.image_tokens for problem in long)
+        most, images = max(long)
         shrink = " or show smaller images (model.vlm.max_pixels)" if images else ""
         yield Finding(
             Code.PROMPT_TOO_LONG,
-            f"{len(long)} of {len(seen.problems)} prompts fill {name}={room} and leave no room for an answer, so they "
+            f"{len(long)} of {len(lengths)} prompts fill {name}={room} and leave no room for an answer, so they "
             f"are left out; the longest has {most} tokens, {images} of them of images: set {name}={_rounded(most)} or "
             f"more{shrink}",
-            _ids(long),
+            _ids(problem for problem in seen.problems if problem.tokens >= room),
         )
     limit = config.orchestrator.max_new_tokens
-    cut = [problem for problem in seen.problems if seen.answer_tokens.get(problem.problem_id, 0) > limit]
+    answers = {name: count for sample in seen.samples.values() for name, count in sample.answer_tokens.items()}
+    cut = [problem for problem in seen.problems if answers.get(problem.problem_id, 0) > limit]
     if cut:
-        most = max(seen.answer_tokens[problem.problem_id] for problem in cut)
+        most = max(answers[problem.problem_id] for problem in cut)
         yield Finding(
             Code.ANSWER_TOO_LONG,
-            f"{len(cut)} of {len(seen.answer_tokens)} reference answers have more than "
+            f"{len(cut)} of {len(answers)} reference answers have more than "
             f"orchestrator.max_new_tokens={limit} tokens, so the policy is cut off before it can give them; the "
             f"longest has {most}: set orchestrator.max_new_tokens={_rounded(most)} or more",
             _ids(cut),
@@ -348,29 +358,23 @@ def _images(seen: Seen) -> Iterator[Finding]:
 
 
 def _duplicates(seen: Seen) -> Iterator[Finding]:
-    keys = {split: Counter(_key(each) for each in sample.problems) for split, sample in seen.samples.items()}
     for split, sample in seen.samples.items():
-        repeated = [each for each in sample.problems if keys[split][_key(each)] > 1]
-        if len(repeated) > FEW * max(1, len(sample.problems)):
-            distinct = len(keys[split])
+        total, different = len(sample.counts.tokens), len(sample.counts.by_both)
+        if total - different > FEW * max(1, total):
             yield Finding(
                 Code.DUPLICATES,
-                f"{len(sample.problems)} problems of the {split} split hold {distinct} different ones by text and "
-                "pixels, so some are played more often than others: remove the copies",
-                _ids(repeated),
+                f"{total} problems of the {split} split hold {different} different ones by text and pixels, so some "
+                "are played more often than others: remove the copies",
+                tuple(sample.counts.repeated),
             )
-    shared = [each for each in seen.samples["eval"].problems if _key(each) in keys["train"]]
-    if shared:
+    train, held_out = (seen.samples[split].counts.by_both for split in ("train", "eval"))
+    if leaked := sum(count for key, count in held_out.items() if key in train):
         yield Finding(
             Code.LEAK,
-            f"{len(shared)} of {len(seen.samples['eval'].problems)} problems of the evaluation are also trained on, by "
-            "text and pixels, so the held-out reward is too good: remove them from one of the two",
-            _ids(shared),
+            f"{leaked} of {held_out.total()} problems of the evaluation are also trained on, by text and pixels, so "
+            "the held-out reward is too good: remove them from one of the two",
+            _ids(problem for problem in seen.samples["eval"].problems if problem.key in train),
         )
-
-
-def _key(problem: SeenProblem) -> tuple[str, str]:
-    return problem.text_key, problem.pixel_key
 
 
 def _ids(problems: Iterable[SeenProblem]) -> tuple[str, ...]:

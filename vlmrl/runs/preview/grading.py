@@ -26,7 +26,7 @@ from vlmrl.orchestrator.scoring import Scorer
 from vlmrl.orchestrator.task_threads import TaskThreads
 from vlmrl.rewards.base import Attempt
 from vlmrl.rewards.extract import last_boxed, last_tagged
-from vlmrl.runs.preview.sample import SeenProblem
+from vlmrl.runs.preview.seen import SeenProblem
 from vlmrl.tasks.base import Task
 from vlmrl.tasks.border import open_env, step_env
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmrl.runs.preview.sample import Refused
+from vlmrl.runs.preview.seen import Refused
 
 NOT_FOUND = re.compile(r"the image file (.+) does not exist: set task\.image_root", re.DOTALL)
 """How a row says that its image is not there (tasks/dataset/images.py)."""

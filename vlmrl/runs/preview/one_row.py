@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import ConfigError, UserFault, safe_repr
 from vlmrl.record.run_dir import RunDir
 from vlmrl.rendering.renderer import Renderer
+from vlmrl.runs.build import RenderingParts
 from vlmrl.runs.preview.grading import Grader
 from vlmrl.runs.preview.page import card, section, table, write_document
-from vlmrl.runs.preview.sample import SeenProblem, see
+from vlmrl.runs.preview.sample import see
 from vlmrl.runs.preview.screen import print_prompt, print_worth
+from vlmrl.runs.preview.seen import SeenProblem
 from vlmrl.tasks.base import BadRow, NotInSplit, Problem, Split, Task
 from vlmrl.tasks.border import get_num_rows, get_problem
 from vlmrl.tasks.dataset.task import DatasetTask
@@ -24,7 +25,7 @@ LONGEST_CELL = 300
 ASK = "answer> "
 
 
-async def show_row(config: RunConfig, task: Task, renderer: Renderer, tokenizer: Any, run_dir: RunDir) -> int:
+async def show_row(config: RunConfig, task: Task, parts: RenderingParts, run_dir: RunDir) -> int:
     """Print row `config.row`, write its page, then score each line of the standard input as an answer.
 
     `\\n` in a line is a line break. Returns 1 where the row cannot be used. Raises ConfigError where there is no such
@@ -33,19 +34,19 @@ async def show_row(config: RunConfig, task: Task, renderer: Renderer, tokenizer:
     row = config.row
     assert row is not None, "called for mode=preview row=…"
     try:
-        seen = await _find(task, renderer, row)
+        seen = await _find(task, parts.renderer, row)
     except (BadRow, UserFault) as fault:
         print(f"row {row} cannot be used: {fault}")
         return 1
     print(f"{seen.problem_id} ({seen.split} split, {seen.tokens} tokens, {seen.image_tokens} of images)")
     for name, value in seen.columns.items():
         print(f"  {name}: {safe_repr(value)[:LONGEST_CELL]}")
-    print_prompt(seen, tokenizer, longest=100_000)
+    print_prompt(seen, parts.tokenizer, longest=100_000)
     grader = Grader(config, task)
     graded = await grader.grade(seen)
     print_worth(seen, graded)
     cells = table((name, safe_repr(value)) for name, value in seen.columns.items())
-    write_document(run_dir.preview_page, f"Row {row}", card(seen, graded, tokenizer) + section("Cells", cells))
+    write_document(run_dir.preview_page, f"Row {row}", card(seen, graded, parts) + section("Cells", cells))
     print(f"page  {run_dir.preview_page}")
     for answer in _typed():
         faults: list[str] = []

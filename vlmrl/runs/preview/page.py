@@ -12,18 +12,20 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import PIL.Image
 
 from vlmrl.errors import safe_repr, safe_text
 from vlmrl.record.files import disk_errors, write_bytes_atomically
+from vlmrl.runs.build import RenderingParts
 from vlmrl.runs.preview.grading import Graded
 from vlmrl.runs.preview.result import Preview
-from vlmrl.runs.preview.sample import Sample, SeenProblem
+from vlmrl.runs.preview.sample import Sample
 from vlmrl.runs.preview.screen import counted
+from vlmrl.runs.preview.seen import SeenProblem
 from vlmrl.runs.preview.spelling import pieces_of
+from vlmrl.runs.preview.summary import shared
 from vlmrl.types import ImageItem
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -43,24 +45,25 @@ SHOWN_CELL = 2000
 
 def write_page(path: Path, seen: Preview) -> None:
     """Write preview.html. Raises VlmrlError where the disk does not take it."""
-    problems = [each for sample in seen.samples.values() for each in sample.problems]
-    images = [image for each in problems for image in each.images]
-    looked = ", ".join(counted(sample) for sample in seen.samples.values())
-    cards = [card(each, seen.graded.get(each.problem_id), seen.tokenizer) for each in seen.shown]
+    samples = list(seen.samples.values())
+    counts = [sample.counts for sample in samples]
+    looked = ", ".join(counted(sample) for sample in samples)
+    cards = [card(each, seen.graded(each), seen.parts) for each in seen.shown]
     body = [
         _findings(seen),
         section("Data", table([(name, text) for name, text in seen.data.items()])),
         f"<p>{_escaped(looked)}</p>",
         section(
             "Sizes",
-            f"<p>{_of_sample(seen.samples.values())}</p><div class=histograms>"
-            + histogram("prompt tokens", [each.tokens for each in problems])
-            + histogram("image tokens per prompt", [each.image_tokens for each in problems])
-            + histogram("image width, pixels", [image.width for image in images])
-            + histogram("image height, pixels", [image.height for image in images])
+            f"<p>{_of_sample(samples)}</p><div class=histograms>"
+            + histogram("prompt tokens", [number for each in counts for number in each.tokens])
+            + histogram("image tokens per prompt", [number for each in counts for number in each.image_tokens])
+            + histogram("image width, pixels", [number for each in counts for number in each.widths])
+            + histogram("image height, pixels", [number for each in counts for number in each.heights])
             + "</div>",
         ),
-        _refused(seen.samples.values()),
+        _copies(seen),
+        _refused(samples),
         _answers(seen),
         section("Problems", "".join(cards)),
     ]
@@ -118,12 +121,13 @@ def histogram(title: str, numbers: Sequence[int]) -> str:
     )
 
 
-def card(problem: SeenProblem, graded: Graded | None, tokenizer: Any) -> str:
+def card(problem: SeenProblem, graded: Graded | None, parts: RenderingParts) -> str:
     """One problem: pictures, the prompt as tokens, the reference and what it is worth."""
     assert problem.prompt is not None, "only problems with a prompt are shown"
-    pictures = "".join(_pictures(image) for image in problem.prompt.images)
+    pictures = "".join(_pictures(image, parts) for image in problem.prompt.images)
     tokens = "".join(
-        f'<span class="{piece.kind}">{_escaped(piece.text)}</span>' for piece in pieces_of(problem.prompt, tokenizer)
+        f'<span class="{piece.kind}">{_escaped(piece.text)}</span>'
+        for piece in pieces_of(problem.prompt, parts.tokenizer)
     )
     facts = [("tokens", f"{problem.tokens:,}, {problem.image_tokens:,} of them of images")]
     if problem.is_reference:
@@ -150,11 +154,28 @@ def _findings(seen: Preview) -> str:
 
 
 def _of_sample(samples: Iterable[Sample]) -> str:
-    parts = [
-        f"{'all' if sample.is_whole else 'a sample of'} {len(sample.problems):,} problems of the {sample.split} split"
-        for sample in samples
-    ]
+    parts = []
+    for sample in samples:
+        share = "all" if sample.is_whole else "a sample of"
+        parts.append(f"{share} {len(sample.counts.tokens):,} problems of the {sample.split} split")
     return _escaped(f"Counted over {' and '.join(parts)}.")
+
+
+def _copies(seen: Preview) -> str:
+    """How many problems repeat another one, within a split and across both."""
+    rows = []
+    for sample in seen.samples.values():
+        for name, different in (
+            ("texts", sample.counts.by_text),
+            ("pixels", sample.counts.by_pixels),
+            ("texts and pixels", sample.counts.by_both),
+        ):
+            rows.append((f"{sample.split}, {name}", f"{different.total():,} problems, {len(different):,} different"))
+    across = shared(seen.samples["train"].counts, seen.samples["eval"].counts)
+    rows += [
+        (f"eval, also in train: {name.replace('_', ' ')}", f"{count:,} problems") for name, count in across.items()
+    ]
+    return section("Copies", table(rows))
 
 
 def _refused(samples: Iterable[Sample]) -> str:
@@ -181,18 +202,14 @@ def _answers(seen: Preview) -> str:
     return section("What the model answers now", table(rows))
 
 
-def _pictures(image: ImageItem) -> str:
-    """The picture of the row and, where it was resized, the size that the model sees."""
+def _pictures(image: ImageItem, parts: RenderingParts) -> str:
+    """The picture of the row, and the one that the image processor made of it."""
     height, width = image.pixels.shape[:2]
-    said = f"{width} × {height}"
-    if image.processed_size is not None and image.processed_size != (width, height):
-        said += f", seen as {image.processed_size[0]} × {image.processed_size[1]}"
-    shown = _picture(image.pixels)
-    processed = ""
-    if image.processed_size is not None and image.processed_size != (width, height):
-        resized = PIL.Image.fromarray(image.pixels).resize(image.processed_size, PIL.Image.Resampling.BICUBIC)
-        processed = _picture(np.asarray(resized))
-    return f"<figure>{shown}{processed}<figcaption>{said}, {image.num_tokens} tokens</figcaption></figure>"
+    seen_width, seen_height = image.processed_size or (width, height)
+    said = f"{width} × {height}, seen as {seen_width} × {seen_height} in {image.num_tokens} tokens"
+    processed = parts.processed_pixels(image)
+    shown = _picture(image.pixels) + ("" if processed is None else _picture(processed))
+    return f"<figure>{shown}<figcaption>{said}</figcaption></figure>"
 
 
 def _picture(pixels: np.ndarray) -> str:

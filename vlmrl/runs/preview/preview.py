@@ -14,7 +14,6 @@ import asyncio
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from vlmrl.config.dataset import DatasetConfig
 from vlmrl.config.run import RunConfig
@@ -22,16 +21,15 @@ from vlmrl.config.task import MixtureConfig
 from vlmrl.errors import ConfigError
 from vlmrl.models.checkpoints.load import resolve_checkpoint
 from vlmrl.record.run_dir import RunDir
-from vlmrl.rendering.renderer import Renderer
-from vlmrl.runs.build import build_renderer
+from vlmrl.runs.build import RenderingParts, build_renderer
 from vlmrl.runs.preview.answers import answers_now
 from vlmrl.runs.preview.checks import Seen, findings_of
-from vlmrl.runs.preview.grading import Graded, Grader, candidates_of
+from vlmrl.runs.preview.grading import Grader
 from vlmrl.runs.preview.image_roots import images_not_found
 from vlmrl.runs.preview.one_row import show_row
 from vlmrl.runs.preview.page import write_page
 from vlmrl.runs.preview.result import Preview
-from vlmrl.runs.preview.sample import Sample, SeenProblem, look
+from vlmrl.runs.preview.sample import Looker, Sample
 from vlmrl.runs.preview.screen import print_preview
 from vlmrl.runs.preview.summary import write_json
 from vlmrl.tasks.base import Split, Task
@@ -49,10 +47,10 @@ def preview(config: RunConfig) -> int:
     """Show the preview of a run and return the exit code. Raises ConfigError."""
     task = load_task(config.task, seed=config.seed)
     folder = resolve_checkpoint(config.model, tokenizer_texts(config.model, task))
-    renderer, tokenizer = build_renderer(config, folder)
+    parts = build_renderer(config, folder)
     if config.row is not None:
-        return asyncio.run(show_row(config, task, renderer, tokenizer, RunDir(config.output_dir)))
-    seen = asyncio.run(_look_at(config, task, renderer, tokenizer, folder))
+        return asyncio.run(show_row(config, task, parts, RunDir(config.output_dir)))
+    seen = asyncio.run(_look_at(config, task, parts, folder))
     run_dir = RunDir(config.output_dir)
     write_json(run_dir.preview_json, seen)
     write_page(run_dir.preview_page, seen)
@@ -60,42 +58,25 @@ def preview(config: RunConfig) -> int:
     return int(bool(seen.findings))
 
 
-async def _look_at(config: RunConfig, task: Task, renderer: Renderer, tokenizer: Any, folder: Path) -> Preview:
+async def _look_at(config: RunConfig, task: Task, parts: RenderingParts, folder: Path) -> Preview:
+    def count_tokens(text: str) -> int:
+        return len(parts.tokenizer.encode(text, add_special_tokens=False)) + 1
+
+    if config.full and get_num_rows(task, "train") is None:
+        raise ConfigError(
+            f"full=true: {type(task).__name__} has no end (num_rows), so it cannot be seen as a whole: drop full=true, "
+            "and set preview.problems to the number of problems to look at"
+        )
+    looker = Looker(task, parts.renderer, Grader(config, task), count_tokens, config.preview.problems)
     samples: dict[Split, Sample] = {}
     for split in ("train", "eval"):
-        is_whole = config.full and get_num_rows(task, split) is not None
-        if config.full and not is_whole and split == "train":
-            raise ConfigError(
-                f"full=true: {type(task).__name__} has no end (num_rows), so it cannot be seen as a whole: drop "
-                "full=true, and set preview.problems to the number of problems to look at"
-            )
-        count = None if is_whole else config.preview.problems
-        samples[split] = await look(task, renderer, split, count, SHOWN if split == "train" else 0, Progress(split))
-    grader = Grader(config, task)
-    graded: dict[str, Graded] = {}
-    for problem in [each for sample in samples.values() for each in sample.problems]:
-        if problem.problem_id not in graded and (grade := await grader.grade(problem)) is not None:
-            graded[problem.problem_id] = grade
-    problems = {each.problem_id: each for sample in samples.values() for each in sample.problems}
+        count = None if config.full and get_num_rows(task, split) is not None else config.preview.problems
+        samples[split] = await looker.look(split, count, SHOWN if split == "train" else 0, ScanProgress(split))
     refused = [each for sample in samples.values() for each in sample.refused]
-    findings = findings_of(
-        Seen(
-            config=config,
-            samples=samples,
-            graded=[(problems[name], grade) for name, grade in graded.items()],
-            answer_tokens={name: _answer_tokens(problem, tokenizer) for name, problem in problems.items()},
-            images_not_found=images_not_found(refused, *_folders(config)),
-        )
-    )
-    shown = [each for each in samples["train"].problems if each.prompt is not None]
-    answers, reason = await answers_now(config, task, renderer, folder, shown[: config.preview.answers])
-    return Preview(config, data_table_of(task), samples, graded, answers, reason, findings, tokenizer)
-
-
-def _answer_tokens(problem: SeenProblem, tokenizer: Any) -> int:
-    """Tokens of the right answer as the data writes it, with the end of the turn."""
-    candidates = candidates_of(problem, "answer")
-    return len(tokenizer.encode(candidates[0].text, add_special_tokens=False)) + 1 if candidates else 0
+    findings = findings_of(Seen(config, samples, images_not_found(refused, *_folders(config))))
+    asked = [each for each in samples["train"].problems if each.prompt is not None][: config.preview.answers]
+    answers, reason = await answers_now(config, task, parts.renderer, folder, asked)
+    return Preview(config, data_table_of(task), samples, answers, reason, findings, parts)
 
 
 def _folders(config: RunConfig) -> tuple[Path | None, Path]:
@@ -110,7 +91,7 @@ def _folders(config: RunConfig) -> tuple[Path | None, Path]:
     return root, path if path.is_dir() else path.parent
 
 
-class Progress:
+class ScanProgress:
     """Says from time to time how far a scan is."""
 
     def __init__(self, split: str) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from vlmrl.config.run import RunConfig
+from vlmrl.runs.build import RenderingParts
 from vlmrl.runs.preview.answers import Answered
 from vlmrl.runs.preview.findings import Finding
 from vlmrl.runs.preview.grading import Graded
-from vlmrl.runs.preview.sample import Sample, SeenProblem
+from vlmrl.runs.preview.sample import Sample
+from vlmrl.runs.preview.seen import SeenProblem
 from vlmrl.tasks.base import Split
 
 
@@ -21,13 +22,15 @@ class Preview:
     data: dict[str, str]
     """What the task read and recognized."""
     samples: dict[Split, Sample]
-    graded: dict[str, Graded]
-    """Problem id → what the rewards say of its reference."""
     answers: list[Answered]
     no_answers: str
     """Why the model gave no answers; empty where it did."""
     findings: list[Finding]
-    tokenizer: Any
+    parts: RenderingParts
+
+    def graded(self, problem: SeenProblem) -> Graded | None:
+        """What the rewards say of a problem's reference; None where it has none."""
+        return self.samples[problem.split].graded.get(problem.problem_id)
 
     @property
     def shown(self) -> list[SeenProblem]:

@@ -9,65 +9,65 @@ Only the first problems keep their pixels, so memory does not grow with the samp
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeAlias
 
 from vlmrl.errors import UserFault
 from vlmrl.orchestrator.rollout import rendering_fence
 from vlmrl.orchestrator.scoring import seen_images
 from vlmrl.rendering.renderer import Renderer
-from vlmrl.rewards.base import SeenImage
+from vlmrl.runs.preview.grading import Graded, Grader
+from vlmrl.runs.preview.seen import Refused, SeenProblem
 from vlmrl.tasks.base import BadRow, FromRow, NoProblem, Problem, Split, Task
 from vlmrl.tasks.border import get_demonstration, get_num_rows, get_problem, get_reference, open_env
 from vlmrl.tasks.mixture import MixedProblem
-from vlmrl.types import Image, Message, Prompt, Text, check_placeholders
+from vlmrl.types import Image, Message, Text, check_placeholders
 
 LOOKED_AT_PER_PROBLEM = 20
 """Indices that a sample looks at for each problem that it wants, where most rows belong to the other split."""
 
 
-@dataclass(frozen=True, eq=False)
-class SeenProblem:
-    """A problem that was drawn and rendered."""
+NAMED = 3
+"""Problems that are named where many repeat others."""
 
-    split: Split
-    index: int
-    problem_id: str
-    task: str
-    """Its task in a mixture, or empty."""
-    row: int | None
-    """The row in its file, where it has one."""
-    messages: tuple[Message, ...]
-    """The prompt. Its images are kept only where `prompt` is."""
-    is_reference: bool
-    """Whether the problem says what the right answer is."""
-    reference: Any
-    columns: Mapping[str, Any]
-    demonstration: tuple[str, ...] | None
-    """What the assistant says in a demonstration, turn by turn; None where there is none."""
-    tokens: int
-    image_tokens: int
-    images: tuple[SeenImage, ...]
-    text_key: str
-    """Digest of the prompt's texts."""
-    pixel_key: str
-    """Digest of its pixels; empty without images."""
-    problem: Problem
-    prompt: Prompt | None
-    """Tokens and pixels; only of the problems that are shown."""
+Progress: TypeAlias = Callable[[int, int | None], None]
+"""Called with the indices looked at so far and their number; None where it is not known."""
 
 
-@dataclass(frozen=True)
-class Refused:
-    """A row that a run would leave out."""
+@dataclass
+class Counts:
+    """Numbers of every problem that was rendered. A million problems take some 200 MB."""
 
-    split: Split
-    index: int
-    source: str
-    row: int | None
-    reason: str
+    tokens: array[int] = field(default_factory=lambda: array("I"))
+    """Tokens of each prompt."""
+    image_tokens: array[int] = field(default_factory=lambda: array("I"))
+    widths: array[int] = field(default_factory=lambda: array("I"))
+    """Pixels of each image as the row has it."""
+    heights: array[int] = field(default_factory=lambda: array("I"))
+    by_text: Counter[str] = field(default_factory=Counter)
+    """Digest of the texts → problems that have them."""
+    by_pixels: Counter[str] = field(default_factory=Counter)
+    by_both: Counter[str] = field(default_factory=Counter)
+    repeated: list[str] = field(default_factory=list)
+    """The first problems that repeat an earlier one by text and pixels."""
+
+    def add(self, seen: SeenProblem) -> None:
+        """Count a problem."""
+        self.tokens.append(seen.tokens)
+        self.image_tokens.append(seen.image_tokens)
+        self.widths.extend(image.width for image in seen.images)
+        self.heights.extend(image.height for image in seen.images)
+        self.by_text[seen.text_key] += 1
+        if seen.pixel_key:
+            self.by_pixels[seen.pixel_key] += 1
+        self.by_both[seen.key] += 1
+        if self.by_both[seen.key] > 1 and len(self.repeated) < NAMED:
+            self.repeated.append(seen.problem_id)
 
 
 @dataclass
@@ -78,47 +78,73 @@ class Sample:
     num_rows: int | None
     """Rows of the split's files; None where the problems are endless."""
     looked_at: int = 0
+    counts: Counts = field(default_factory=Counts)
     problems: list[SeenProblem] = field(default_factory=list)
+    """The first problems; all but the shown ones without pixels and cells."""
+    graded: dict[str, Graded] = field(default_factory=dict)
+    """Problem id → what the rewards say of the reference, of `problems`."""
+    answer_tokens: dict[str, int] = field(default_factory=dict)
+    """Problem id → tokens of the right answer as the data writes it, with the end of the turn."""
     refused: list[Refused] = field(default_factory=list)
     in_other_split: int = 0
     is_whole: bool = False
     """Whether every row was looked at."""
 
 
-async def look(
-    task: Task,
-    renderer: Renderer,
-    split: Split,
-    count: int | None,
-    shown: int,
-    progress: Callable[[int, int | None], None] = lambda done, total: None,
-) -> Sample:
-    """Draw `count` problems of a split; all rows with None, or where there are fewer. The first `shown` keep their
-    pixels. `progress` is called with the indices looked at and their number."""
-    sample = Sample(split, get_num_rows(task, split))
-    rows = sample.num_rows
-    if count is None:
-        assert rows is not None, "the config is refused where a task without rows is to be seen as a whole"
-    most = rows if count is None else min(rows or count * LOOKED_AT_PER_PROBLEM, count * LOOKED_AT_PER_PROBLEM)
-    for index in range(most or 0):
-        if count is not None and len(sample.problems) + len(sample.refused) >= count:
-            break
-        sample.looked_at += 1
+@dataclass(frozen=True)
+class Looker:
+    """Draws, renders and grades problems."""
+
+    task: Task
+    renderer: Renderer
+    grader: Grader
+    count_tokens: Callable[[str], int]
+    detailed: int
+    """Problems of a split that are graded and kept."""
+
+    async def look(self, split: Split, count: int | None, shown: int, progress: Progress) -> Sample:
+        """Draw `count` problems of a split; all rows with None, or where there are fewer. The first `shown` keep their
+        pixels. `progress` is called with the indices looked at and their number."""
+        sample = Sample(split, get_num_rows(self.task, split))
+        rows = sample.num_rows
+        most = rows if count is None else min(rows or count * LOOKED_AT_PER_PROBLEM, count * LOOKED_AT_PER_PROBLEM)
+        for index in range(most or 0):
+            if count is not None and len(sample.problems) + len(sample.refused) >= count:
+                break
+            sample.looked_at += 1
+            await self._look_at(sample, index, shown)
+            progress(sample.looked_at, rows if count is None else None)
+        sample.is_whole = rows is not None and sample.looked_at >= rows
+        return sample
+
+    async def _look_at(self, sample: Sample, index: int, shown: int) -> None:
+        keep = len(sample.problems) < shown
         try:
-            problem, problem_id = get_problem(task, split, index)
-            keep = len(sample.problems) < shown
-            seen = await see(task, renderer, problem, problem_id, split, index, keep=keep)
+            problem, problem_id = get_problem(self.task, sample.split, index)
+            seen = await see(self.task, self.renderer, problem, problem_id, sample.split, index, keep=keep)
         except BadRow as bad:
-            sample.refused.append(Refused(split, index, bad.source or f"{split} problem", bad.row, bad.reason))
+            source = bad.source or f"{sample.split} problem"
+            sample.refused.append(Refused(sample.split, index, source, bad.row, bad.reason))
+            return
         except NoProblem:
             sample.in_other_split += 1
+            return
         except UserFault as fault:
-            sample.refused.append(Refused(split, index, f"{split} problem", None, fault.text))
-        else:
-            sample.problems.append(seen)
-        progress(sample.looked_at, rows if count is None else None)
-    sample.is_whole = rows is not None and sample.looked_at >= rows
-    return sample
+            sample.refused.append(Refused(sample.split, index, f"{sample.split} problem", None, fault.text))
+            return
+        sample.counts.add(seen)
+        if len(sample.problems) < self.detailed:
+            if (grade := await self.grader.grade(seen)) is not None:
+                sample.graded[problem_id] = grade
+                sample.answer_tokens[problem_id] = self.count_tokens(grade.candidates[0].text)
+            sample.problems.append(seen if keep else dataclasses.replace(seen, columns={}, problem=Dropped(problem_id)))
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """Stands for a problem of which only the numbers are kept."""
+
+    id: str
 
 
 async def see(

@@ -9,7 +9,8 @@ from vlmrl.errors import safe_text
 from vlmrl.record.run_dir import RunDir
 from vlmrl.runs.preview.grading import Graded
 from vlmrl.runs.preview.result import Preview
-from vlmrl.runs.preview.sample import Sample, SeenProblem
+from vlmrl.runs.preview.sample import Sample
+from vlmrl.runs.preview.seen import SeenProblem
 from vlmrl.runs.preview.spelling import pieces_of
 
 PRINTED = 2
@@ -30,7 +31,7 @@ def print_preview(seen: Preview, run_dir: RunDir) -> None:
     for sample in seen.samples.values():
         print(f"  {counted(sample)}")
     for problem in seen.shown[:PRINTED]:
-        print_problem(problem, seen.graded.get(problem.problem_id), seen)
+        print_problem(problem, seen.graded(problem), seen)
     for answer in seen.answers:
         values = ", ".join(f"{name} {_number(value)}" for name, value in answer.rewards.items())
         print(f"\nthe model answers {_plain(answer.problem_id)} now: {answer.text!r:.300}")
@@ -49,7 +50,7 @@ def print_problem(problem: SeenProblem, graded: Graded | None, seen: Preview) ->
     """Print one problem as the model sees it, and what its reference is worth."""
     print(f"\n{_plain(problem.problem_id)} ({problem.tokens} tokens, {problem.image_tokens} of images)")
     assert problem.prompt is not None, "only problems with a prompt are printed"
-    print_prompt(problem, seen.tokenizer)
+    print_prompt(problem, seen.parts.tokenizer)
     print_worth(problem, graded)
 
 
@@ -80,7 +81,7 @@ def counted(sample: Sample) -> str:
     """How many rows were looked at, and what they were."""
     rows = "endless" if sample.num_rows is None else f"{sample.num_rows:,} rows"
     looked = "all looked at" if sample.is_whole else f"{sample.looked_at:,} looked at"
-    parts = [f"{len(sample.problems):,} problems"]
+    parts = [f"{len(sample.counts.tokens):,} problems"]
     if sample.refused:
         parts.append(f"{len(sample.refused):,} refused")
     if sample.in_other_split:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from vlmrl.errors import safe_text
 from vlmrl.record.files import disk_errors, write_bytes_atomically
 from vlmrl.runs.preview.grading import Graded
 from vlmrl.runs.preview.result import Preview
-from vlmrl.runs.preview.sample import Sample
+from vlmrl.runs.preview.sample import Counts, Sample
 
 LISTED = 1000
 """Refused rows that the file lists."""
@@ -24,8 +25,9 @@ def write_json(path: Path, seen: Preview) -> None:
     content = {
         "data": seen.data,
         "splits": {split: _split(sample) for split, sample in seen.samples.items()},
-        "rewards": {name: _graded(grade) for name, grade in seen.graded.items()},
+        "rewards": {name: _graded(grade) for sample in seen.samples.values() for name, grade in sample.graded.items()},
         "answers": [dataclasses.asdict(answer) for answer in seen.answers],
+        "shared": shared(seen.samples["train"].counts, seen.samples["eval"].counts),
         "findings": [dataclasses.asdict(finding) for finding in seen.findings],
     }
     options = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
@@ -35,23 +37,38 @@ def write_json(path: Path, seen: Preview) -> None:
 
 
 def _split(sample: Sample) -> dict[str, Any]:
+    counts = sample.counts
     return {
         "rows": sample.num_rows,
         "looked_at": sample.looked_at,
         "is_whole": sample.is_whole,
-        "problems": len(sample.problems),
+        "problems": len(counts.tokens),
         "in_other_split": sample.in_other_split,
         "refused": len(sample.refused),
         "refused_rows": [dataclasses.asdict(each) for each in sample.refused[:LISTED]],
-        "prompt_tokens": spread([each.tokens for each in sample.problems]),
-        "image_tokens": spread([each.image_tokens for each in sample.problems]),
-        "image_sizes": sorted({f"{image.width}x{image.height}" for each in sample.problems for image in each.images})[
-            :LISTED
-        ],
+        "prompt_tokens": spread(counts.tokens),
+        "image_tokens": spread(counts.image_tokens),
+        "image_widths": spread(counts.widths),
+        "image_heights": spread(counts.heights),
+        "different": {
+            "texts": len(counts.by_text),
+            "pixels": len(counts.by_pixels),
+            "texts_and_pixels": len(counts.by_both),
+        },
     }
 
 
-def spread(numbers: list[int]) -> dict[str, float]:
+def shared(train: Counts, held_out: Counts) -> dict[str, int]:
+    """Problems of the evaluation whose texts, pixels, or both are in the training split as well."""
+    pairs = {
+        "texts": (train.by_text, held_out.by_text),
+        "pixels": (train.by_pixels, held_out.by_pixels),
+        "texts_and_pixels": (train.by_both, held_out.by_both),
+    }
+    return {name: sum(count for key, count in mine.items() if key in theirs) for name, (theirs, mine) in pairs.items()}
+
+
+def spread(numbers: Sequence[int]) -> dict[str, float]:
     """The least, the median, the 99th percentile and the greatest; empty without numbers.
 
     >>> spread([1, 2, 30])
