@@ -33,6 +33,7 @@ from vlmrl.record.run_dir import RunDir
 POLICIES = {
     # The run's identity, and what other modes read.
     "refused": """
+        row full preview.problems preview.answers
         seed run step rollout runs output_dir
         model.init model.name
         model.vlm.family model.vlm.positions model.vlm.image_token model.vlm.flat_mm_kwargs

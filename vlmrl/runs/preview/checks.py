@@ -175,6 +175,16 @@ def _rewards(seen: Seen) -> Iterator[Finding]:
         terms: dict[str, RewardTerm | None] = dict(terms_of(seen.config, task))
         if any(not problem.is_reference for problem, _ in graded):
             terms[OWN] = None
+        silent = [problem for problem, grade in graded if all(grade.best(name) is None for name in terms)]
+        if terms and len(silent) > FEW * len(graded):
+            yield Finding(
+                Code.REWARD_MAX,
+                f"every reward term abstains from the reference answers of {len(silent)} of {len(graded)} problems "
+                f"({silent[0].reference!r:.80}), so their rollouts are dropped as no_reward: choose a reward for "
+                "answers of this kind",
+                _ids(silent),
+                task,
+            )
         for name, term in terms.items():
             yield from _of_term(seen, task, name, term, graded)
 
