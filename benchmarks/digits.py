@@ -40,10 +40,8 @@ def held_out(folder: Path, name: str, overrides: list[str]) -> tuple[float, floa
     run = folder / name
     command = [sys.executable, "-m", "vlmrl", "experiment=digits_tiny", f"hydra.run.dir={run}", "monitor.live=false"]
     repository = str(Path(__file__).parents[1])
-    path = os.pathsep.join(filter(None, (repository, os.environ.get("PYTHONPATH"))))
-    ended = subprocess.run(
-        [*command, *overrides], cwd=folder, stdout=subprocess.DEVNULL, check=False, env=os.environ | {"PYTHONPATH": path}
-    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (repository, os.environ.get("PYTHONPATH"))))}
+    ended = subprocess.run([*command, *overrides], cwd=folder, stdout=subprocess.DEVNULL, check=False, env=environment)
     if ended.returncode:
         sys.exit(ended.returncode)
     last = [line for line in read_metrics(run / "metrics.jsonl") if EVAL_SAMPLED in line][-1]

@@ -4,7 +4,7 @@
 
     digits/train.jsonl, test.jsonl       rows with the paths of PNG files in digits/images
     digits/train.parquet, test.parquet   the same rows with the bytes of the PNG files
-    digits/hf                            the same rows as a folder of `save_to_disk`, with a split train and a split test
+    digits/hf                            the same rows as a folder of `save_to_disk` with the splits train and test
 
 The last 297 of the 1,797 digits are the test rows: other people wrote them. The scans have 8 x 8 pixels and are drawn
 with 64 x 64.

@@ -43,8 +43,8 @@ class SeenProblem:
 
     @property
     def key(self) -> str:
-        """Equal for rows of equal texts and pixels. Problems without a row go by their id, because their first prompts may
-        be equal."""
+        """Equal for rows of equal texts and pixels. Problems without a row go by their id: their first prompts may be
+        equal."""
         return self.problem_id if self.row is None else self.text_key + self.pixel_key
 
 
