@@ -31,6 +31,7 @@ TINY = "model=qwen3vl_tiny trainer=default"
 """In place of a model that would be downloaded or needs a GPU."""
 
 RUN_BY_CI = (
+    "pip install scikit-learn",
     "pip install -e . && python -m vlmrl",
     "pip install -e '.[test]' && pytest",
     "pip install -e '.[test,dev]' && pytest",
@@ -48,7 +49,6 @@ AS_WRITTEN = (
     "python -m vlmrl explain algorithm.clip_high algorithm=dapo",
     "python -m vlmrl --cfg job",
     "python -m vlmrl dry_run=true experiment=color_codeword_4b",
-    "python -m vlmrl dry_run=true task=dataset task.path=rows.jsonl reward=exact",
     "python -m vlmrl dry_run=true model=qwen3vl model/size=8b inference=vllm",
     "python -m vlmrl resume=outputs/latest",
     "python -m vlmrl mode=replay run=outputs/latest step=1",
@@ -62,8 +62,25 @@ AS_WRITTEN = (
     "python -m pytest",
 )
 
+DIGITS = "task.path=layouts/R1-V/r1v.parquet task.eval_path=null"
+"""In place of the digits, which a command before it writes."""
+
+PREVIEW = "python -m vlmrl mode=preview task=dataset task.path=rows.jsonl reward=exact"
+FEWER = "preview.problems=20 preview.answers=1"
+
 EXCHANGED = {
     # shorter
+    PREVIEW: f"{PREVIEW} {FEWER}",
+    f"{PREVIEW} row=2": f"{PREVIEW} row=2 {FEWER}",
+    f"{PREVIEW} full=true": f"{PREVIEW} full=true {FEWER}",
+    "python docs/write_digits.py digits": f"python {REPOSITORY}/docs/write_digits.py digits",
+    "python -m vlmrl mode=preview experiment=digits_tiny": (
+        f"python -m vlmrl mode=preview experiment=digits_tiny {DIGITS} {FEWER}"
+    ),
+    "python -m vlmrl experiment=digits_tiny": f"python -m vlmrl experiment=digits_tiny {DIGITS} {LESS}",
+    "python -m vlmrl experiment=digits_tiny task.shuffle_images=true": (
+        f"python -m vlmrl experiment=digits_tiny {DIGITS} task.shuffle_images=true {LESS}"
+    ),
     "python -m vlmrl task=dataset task.path=rows.jsonl reward=exact": (
         f"python -m vlmrl task=dataset task.path=rows.jsonl reward=exact {LESS}"
     ),
@@ -321,7 +338,7 @@ def test_the_page_says_what_each_fault_costs() -> None:
 
 def test_every_link_leads_somewhere() -> None:
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        for target in re.findall(r"\]\((?!https?://)([^)#]+)[^)]*\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 

@@ -206,6 +206,13 @@ def test_boxes_of_the_resized_image_are_found(desk: Desk) -> None:
     assert "box_space" in desk.preview(beyond, "reward=iou", "orchestrator.max_new_tokens=200").codes
 
 
+def test_pictures_that_no_prompt_shows_are_found(desk: Desk) -> None:
+    path = desk.rows(lambda row, number: row.update(question=f"{number}. {QUESTION}"))
+    assert desk.preview(path, "reward=exact", "task.columns.images=[]").codes == ["no_images"]
+    path.write_text(path.read_text().replace('"image"', '"number"'))
+    assert desk.preview(path, "reward=exact").codes == []
+
+
 def test_copies_and_leaks_are_found_in_the_whole_data(desk: Desk) -> None:
     path = desk.rows()
     other = desk.rows()

@@ -6,11 +6,11 @@ a small sample may miss a rare one.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from vlmrl.config.dataset import DatasetConfig
 from vlmrl.config.reward import BoxSpace, ExtractConfig, Extraction, IouTerm, RewardTerm
 from vlmrl.config.run import RunConfig
 from vlmrl.config.task import MixtureConfig
@@ -28,6 +28,9 @@ SHOWN_ROWS = 3
 
 FEW = 0.05
 """Share of problems up to which a reward may miss its maximum: some rows of every data set are wrong."""
+
+IMAGE_COLUMN = re.compile("image|img|picture|photo", re.IGNORECASE)
+"""The name of a column that probably holds pictures."""
 
 TOP = 1 - 1e-6
 """From here on a value counts as 1, the maximum of the built-in rewards."""
@@ -357,13 +360,21 @@ def _answers(seen: Seen) -> Iterator[Finding]:
 
 
 def _images(seen: Seen) -> Iterator[Finding]:
-    if seen.problems and seen.config.model.vlm is not None and not any(each.images for each in seen.problems):
-        named = isinstance(seen.config.task, DatasetConfig)
+    """Rows have pictures, and no prompt shows one."""
+    if seen.config.model.vlm is None or any(each.images for each in seen.problems):
+        return
+    columns = {
+        name
+        for problem in seen.problems
+        for name, value in problem.columns.items()
+        if isinstance(value, bytes) or (value and IMAGE_COLUMN.search(name))
+    }
+    if columns:
+        named = ", ".join(sorted(columns))
         yield Finding(
             Code.NO_IMAGES,
-            f"none of {len(seen.problems)} prompts shows an image, though model.name={seen.config.model.name} sees "
-            "images, so it learns from texts alone"
-            + (": set task.columns.images to the column that holds them" if named else ""),
+            f"none of {len(seen.problems)} prompts shows an image, though the rows have {named}, so "
+            "the policy learns from texts alone: set task.columns.images to the column that holds them",
         )
 
 

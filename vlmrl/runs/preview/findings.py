@@ -32,7 +32,7 @@ class Code(StrEnum):
     SAME_ANSWER = "same_answer"
     """All reference answers are equal."""
     NO_IMAGES = "no_images"
-    """No prompt shows an image, although the rows have some, or although the model sees images."""
+    """No prompt shows an image, although the rows have some."""
     DUPLICATES = "duplicates"
     """Problems are repeated within a split."""
     LEAK = "leak"
