@@ -59,3 +59,12 @@ class EvalSet:
     """The reward from which a rollout has passed, for pass@k and for pass rates."""
     every: int | None = setting(None, on_resume=Resume.noted, low=1, high=10**9, outside="it is not a number of steps")
     """Optimizer steps between evaluations of this set. None: `orchestrator.eval.every`."""
+
+
+def ks(samples: int) -> list[int]:
+    """The k of pass@k: powers of two, and the number of samples.
+
+    >>> ks(1), ks(8), ks(6)
+    ([1], [1, 2, 4, 8], [1, 2, 4, 6])
+    """
+    return sorted({1 << power for power in range(samples.bit_length()) if 1 << power <= samples} | {samples})

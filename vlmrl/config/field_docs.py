@@ -111,7 +111,7 @@ def unit_of(field: FieldDoc) -> str:
 
     >>> from vlmrl.config.trainer import TrainerConfig
     >>> [unit_of(field) for field in fields_of(TrainerConfig)][:2]
-    ['optimizer steps', 'tokens']
+    ['optimizer steps', 'passes']
     """
     if not field.is_number:
         return ""

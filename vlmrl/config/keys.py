@@ -75,7 +75,7 @@ def known_groups() -> list[str]:
     """The groups of the root.
 
     >>> known_groups()[:3]
-    ['model', 'task', 'orchestrator']
+    ['model', 'task', 'reward']
     """
     return [field.name for field in fields_of(RunConfig) if field.schema is not None]
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vlmrl.config.eval_set import ks
 from vlmrl.record.evaluation import Asked, Mean
 
 PASS_TOLERANCE = 1e-6
@@ -87,15 +88,6 @@ def majority(answers: Sequence[str | None], passed: Sequence[bool]) -> float:
     most = max(map(len, votes.values()), default=0)
     shares = [sum(each) / len(each) for each in votes.values() if len(each) == most]
     return sum(shares) / len(shares) if shares else 0.0
-
-
-def ks(samples: int) -> list[int]:
-    """The k of pass@k: powers of two, and the number of samples.
-
-    >>> ks(1), ks(8), ks(6)
-    ([1], [1, 2, 4, 8], [1, 2, 4, 6])
-    """
-    return sorted({1 << power for power in range(samples.bit_length()) if 1 << power <= samples} | {samples})
 
 
 def scores(asked: Sequence[Asked], pass_at: float) -> dict[str, Mean]:

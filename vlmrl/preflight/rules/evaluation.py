@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from vlmrl.config.eval_set import EvalSet
+from vlmrl.config.eval_set import EvalSet, ks
 from vlmrl.config.fields import NAME
 from vlmrl.config.keys import did_you_mean
 from vlmrl.config.run import Mode, RunConfig
 from vlmrl.errors import ConfigError
-from vlmrl.orchestrator.eval_scores import ks
 from vlmrl.record.splits import RESERVED
 
 
