@@ -37,8 +37,8 @@ def runs(home: Home, never_stopped: Path) -> Scenarios:
 
 @pytest.mark.parametrize(
     ("scenario", "file", "last"),
-    # Checkpoints are written in the background; the run notices the error before it writes the next one.
-    [("records", "rollouts/eval_000000.parquet", [1]), ("checkpoint", "checkpoints/step_000002", [2, 3, 4])],
+    # Files are written in the background; the run notices the error before it writes the next one.
+    [("records", "rollouts/eval_000000.parquet", [1, 2]), ("checkpoint", "checkpoints/step_000002", [2, 3, 4])],
 )
 def test_full_disk(scenario: str, file: str, last: list[int], runs: Scenarios) -> None:
     run, ended, *_ = runs[scenario]

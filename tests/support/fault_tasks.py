@@ -279,7 +279,8 @@ class Fuzzed(Task):
         return sound()
 
     def problem(self, split: Split, index: int) -> Any:
-        times = self.siblings if split == "train" and index < FIRST_DEMONSTRATION else 1
+        times = self.siblings if split == "train" else 2  # an evaluation plays it sampled and greedy
+        times = times if index < FIRST_DEMONSTRATION else 1
         row = Row(self, split, index, np.str_(f"{split}/{index}"))
         self.may_raise(row, "problem", times)
         if found := self.draw(row, "id", "task_error", (*IDS, Unspeakable()), times):

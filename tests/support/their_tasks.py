@@ -28,6 +28,7 @@ import numpy as np
 from vlmrl import BadRow, Image, Message, NotInSplit, Reply, Split, Task, Text
 from vlmrl.config.task import ColorCodewordConfig
 from vlmrl.orchestrator.supervised import FIRST_PROBLEM
+from vlmrl.tasks.base import Env
 from vlmrl.tasks.color_codeword import CodewordProblem, ColorCodeword
 
 KINDS = ("sound", "no_image", "raises", "nan", "too_long", "equal")
@@ -187,16 +188,28 @@ class Gated(ColorCodeword):
         self.hold: int = config.args.get("hold", -1)
         self.hold_round: int = config.args.get("hold_round", -1)
         self.rounds = 0
+        self.first = ""
         self.gate = Path(config.args.get("gate", "."))
 
     def problem(self, split: Split, index: int) -> CodewordProblem:
+        if split == "train" and index == self.hold:
+            self.wait()
+        problem = super().problem(split, index)
         if split == "eval" and index == 0:
+            self.first = problem.id
+        return problem
+
+    def env(self, problem: CodewordProblem) -> Env:
+        if problem.id == self.first:
             self.rounds += 1
-        if self.rounds == self.hold_round if split == "eval" else index == self.hold:
-            (self.gate / "reached").touch()
-            while not (self.gate / "open").exists():
-                time.sleep(0.01)
-        return super().problem(split, index)
+            if self.rounds == self.hold_round:
+                self.wait()
+        return super().env(problem)
+
+    def wait(self) -> None:
+        (self.gate / "reached").touch()
+        while not (self.gate / "open").exists():
+            time.sleep(0.01)
 
 
 class Blindfolded(ColorCodeword):

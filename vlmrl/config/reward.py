@@ -144,9 +144,13 @@ class NumberTerm(RewardTerm):
 
     kind: str = setting("number", on_resume=Resume.refused)
     """Compare numbers."""
-    absolute: float = setting(0.0, on_resume=Resume.noted, low=0, outside="no answer is right")
+    absolute: float = setting(
+        0.0, on_resume=Resume.noted, low=0, high=1e300, outside="no answer is right or every one is"
+    )
     """Tolerance: the largest allowed difference, in units of the reference. The larger of the two tolerances counts."""
-    relative: float = setting(1e-7, on_resume=Resume.noted, low=0, outside="no answer is right")
+    relative: float = setting(
+        1e-7, on_resume=Resume.noted, low=0, high=1e300, outside="no answer is right or every one is"
+    )
     """Tolerance: the largest allowed difference as a share of the reference; 0.05 is ChartQA's relaxed accuracy. The
     default covers the rounding of a float32 column, while whole numbers below ten million stay distinct."""
     percent: PercentSign = setting(PercentSign.either, on_resume=Resume.noted)
@@ -223,7 +227,9 @@ class IouTerm(RewardTerm):
         None, on_resume=Resume.noted, low=SMALLEST, high=1, outside="all boxes match, or none"
     )
     """A match counts 1 from this IoU (a share of the area) on, else 0. None counts the IoU itself."""
-    radius: float = setting(10.0, on_resume=Resume.noted, low=SMALLEST, outside="no point matches a point")
+    radius: float = setting(
+        10.0, on_resume=Resume.noted, low=SMALLEST, high=1e9, outside="no point matches a point, or every one does"
+    )
     """`shape=point` with points as reference: the match falls from 1 to 0 over this distance. In pixels of the original
     image, or in the coordinates of both where `answer_space` and `reference_space` are the same."""
 

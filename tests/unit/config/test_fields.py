@@ -130,7 +130,14 @@ def test_numbers_of_lists_and_absent_groups() -> None:
 
 def test_free_form_keys() -> None:
     free = [key for key in known_keys() if is_free_form(key)]
-    assert free == ["algorithm.args", "inference.extra_args", "reward.terms.*.args", "task.args", "task.weights"]
+    assert free == [
+        "algorithm.args",
+        "inference.extra_args",
+        "reward.terms.*.args",
+        "reward.terms.*.extra_body",
+        "task.args",
+        "task.weights",
+    ]
 
 
 # ── one setting ─────────────────────────────────────────────────────────────────────────────────────────────
