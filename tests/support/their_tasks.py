@@ -28,8 +28,7 @@ import numpy as np
 from vlmrl import BadRow, Image, Message, NotInSplit, Reply, Split, Task, Text
 from vlmrl.config.task import ColorCodewordConfig
 from vlmrl.orchestrator.supervised import FIRST_PROBLEM
-from vlmrl.tasks.base import Env
-from vlmrl.tasks.color_codeword import CodewordProblem, ColorCodeword
+from vlmrl.tasks.color_codeword import CodewordProblem, ColorCodeword, ColorCodewordEnv
 
 KINDS = ("sound", "no_image", "raises", "nan", "too_long", "equal")
 
@@ -199,7 +198,7 @@ class Gated(ColorCodeword):
             self.first = problem.id
         return problem
 
-    def env(self, problem: CodewordProblem) -> Env:
+    def env(self, problem: CodewordProblem) -> ColorCodewordEnv:
         if problem.id == self.first:
             self.rounds += 1
             if self.rounds == self.hold_round:
