@@ -7,7 +7,7 @@
     digits/hf                            the same rows as a folder of `save_to_disk` with the splits train and test
 
 The last 297 of the 1,797 digits are the test rows: other people wrote them. The scans have 8 x 8 pixels and are drawn
-with 64 x 64.
+with 32 x 32.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from sklearn.datasets import load_digits
 
 QUESTION = "Which digit is this?"
 TRAIN_ROWS = 1500
-SIDE = 64
+SIDE = 32
 
 
 def write_digits(folder: Path) -> None:
