@@ -49,7 +49,7 @@ BUGS: dict[str, tuple[str, int, str, list[int]]] = {
     # ten supervised steps come first
     "in the optimizer": ("torch.optim:AdamW.step", 10 + 4, "after", [2]),
     "in a supervised step": ("torch.optim:AdamW.step", 5, "after", []),
-    "between supervised steps": ("vlmrl.runs.sft:note_faults", 5, "before", [0]),
+    "between supervised steps": ("vlmrl.runs.sft:note", 5, "before", [0]),
     # of the first policy and of three steps before
     "while publishing": ("vlmrl.weight_sync.in_process:InProcessSync.publish", 1 + 4, "before", [2, 4]),
     "while recording": ("vlmrl.monitor.monitor:warnings_for", 3, "before", [2]),
