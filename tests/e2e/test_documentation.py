@@ -55,6 +55,8 @@ AS_WRITTEN = (
     "python -m vlmrl mode=replay run=outputs/latest step=1 trainer.packing=varlen",
     "python -m vlmrl mode=compare runs=[outputs/multirun/mine]",
     "python -m vlmrl mode=report 'runs=[outputs/a,outputs/b]'",
+    "python -m vlmrl mode=eval resume=outputs/latest",
+    "python -m vlmrl mode=compare 'runs=[outputs/a,outputs/b]'",
     "python -m vlmrl init my_task",
     "python -m vlmrl init my_task && cd my_task",
     "python -m vlmrl.tasks.check my_task:MyTask args.level=3",
@@ -67,6 +69,9 @@ DIGITS = "task.path=layouts/R1-V/r1v.parquet task.eval_path=null"
 
 PREVIEW = "python -m vlmrl mode=preview task=dataset task.path=rows.jsonl reward=exact"
 FEWER = "preview.problems=20 preview.answers=1"
+
+SET = "orchestrator.eval.sets.ood"
+OOD = f"+eval_set@{SET}=default {SET}.samples=8 {SET}.problems=64"
 
 EXCHANGED = {
     # shorter
@@ -102,6 +107,10 @@ EXCHANGED = {
     "python -m vlmrl task.curriculum.solved=1": f"python -m vlmrl task.curriculum.solved=1 {LESS}",
     "python -m vlmrl task.curriculum.low=0.2 task.curriculum.high=0.8": (
         f"python -m vlmrl task.curriculum.low=0.2 task.curriculum.high=0.8 {LESS}"
+    ),
+    f"python -m vlmrl {OOD}": f"python -m vlmrl {OOD} {LESS}",
+    "python -m vlmrl trainer.keep_best=eval/reward trainer.patience=5": (
+        f"python -m vlmrl trainer.keep_best=eval/reward trainer.patience=5 {LESS}"
     ),
     "python -m vlmrl --config-dir conf experiment=my_task": (
         f"python -m vlmrl --config-dir conf experiment=my_task {LESS}"

@@ -106,7 +106,10 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     (("trainer.patience=2",), "trainer.patience=2 has no trainer.keep_best"),
     (("trainer.keep_best=eval/rewrad",), "keep_best=eval/rewrad is no metric of .*did you mean eval/reward"),
     (("trainer.keep_best=eval/ood/reward",), "keep_best=eval/ood/reward is no metric of this run's evaluations"),
-    (("trainer.keep_best=loss",), "trainer.keep_best=loss is not a metric of an evaluation"),
+    (
+        ("trainer.keep_best=loss",),
+        "trainer.keep_best='loss' cannot be used, .*set trainer.keep_best to a metric of an evaluation",
+    ),
     (
         ("+eval_set@orchestrator.eval.sets.a=default", "trainer.keep_best=eval/a/pass@8"),
         "eval/a/pass@8 is no metric .*choose one of .*eval/a/pass@1",

@@ -63,6 +63,10 @@ class ConfFiles(FileConfigSource):
         return ConfigResult(self.provider, self.full_path(), config, self._get_header_dict(text[:512]))
 
 
+ConfFiles.__name__ = FileConfigSource.__name__
+"""Hydra registers its own reader once more in each job of joblib, and takes another name for a clash."""
+
+
 def imported_option(config_path: str) -> tuple[str, str, str] | None:
     """Group, import path and name of an option that is an import path; None for any other option.
 

@@ -28,7 +28,7 @@ def evaluation_has_work(config: RunConfig) -> None:
             f"orchestrator.eval.every={evaluation.every} evaluates orchestrator.eval.problems=0 problems, so nothing "
             "would be measured: set orchestrator.eval.problems=128, or orchestrator.eval.every=0 for no evaluation"
         )
-    if config.mode is Mode.rl and evaluation.target is not None:
+    if config.mode is Mode.rl and evaluation.every > 0 and evaluation.target is not None:
         raise ConfigError(
             f"orchestrator.eval.target={evaluation.target} is compared with the main evaluation, which has "
             "orchestrator.eval.problems=0 problems, so it would never be met: set orchestrator.eval.problems=128, or "

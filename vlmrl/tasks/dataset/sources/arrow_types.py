@@ -7,18 +7,13 @@ from typing import Any
 
 import orjson
 
-from vlmrl.errors import ConfigError
 from vlmrl.tasks.dataset.rows import ColumnType
-from vlmrl.tasks.dataset.sources.reader import UnreadableRow
+from vlmrl.tasks.dataset.sources.reader import UnreadableRow, refuse_doubled
 
 
 def schema_types(path: Path, schema: Any) -> dict[str, ColumnType]:
     """Column → type of a `pyarrow.Schema`. Raises `ConfigError` where two columns have one name."""
-    doubled = sorted({name for name in schema.names if schema.names.count(name) > 1})
-    if doubled:
-        raise ConfigError(
-            f"task.path={path} has two columns named {doubled[0]!r}, so it is unclear which is meant: rename one"
-        )
+    refuse_doubled(path, schema.names)
     features = _features(schema)
     return {field.name: _with_feature(_type(field.type), features.get(field.name)) for field in schema}
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from vlmrl.errors import ConfigError
 from vlmrl.tasks.dataset.rows import ColumnType
 from vlmrl.tasks.dataset.sources.raw_file import TextFile
-from vlmrl.tasks.dataset.sources.reader import UnreadableRow, suffix_of
+from vlmrl.tasks.dataset.sources.reader import UnreadableRow, refuse_doubled, suffix_of
 
 CHUNK = 1 << 20
 
@@ -41,11 +41,7 @@ class CsvReader:
             names = [name.strip() for name in self._fields(int(starts[0]), int(starts[1]))] if len(starts) > 1 else []
         except UnreadableRow as error:
             raise ConfigError(f"task.path={path}: the names of its columns cannot be read: {error}") from None
-        doubled = sorted({name for name in names if names.count(name) > 1})
-        if doubled:
-            raise ConfigError(
-                f"task.path={path} has two columns named {doubled[0]!r}, so it is unclear which is meant: rename one"
-            )
+        refuse_doubled(path, names)
         self._names = names
         self._starts = starts[1:]
         self.columns: Mapping[str, ColumnType] = {name: ColumnType("text") for name in names}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +32,15 @@ class Reader(Protocol):
     def row(self, index: int) -> dict[str, Any]:
         """Row `index`, from 0. Raises `UnreadableRow`."""
         ...
+
+
+def refuse_doubled(path: Path, names: Sequence[str]) -> None:
+    """Raise `ConfigError` where two columns have one name."""
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise ConfigError(
+            f"task.path={path} has two columns named {doubled[0]!r}, so it is unclear which is meant: rename one"
+        )
 
 
 def is_data_file(name: str) -> bool:
