@@ -54,6 +54,8 @@ AS_WRITTEN = (
     "python -m vlmrl mode=replay run=outputs/latest step=1",
     "python -m vlmrl mode=replay run=outputs/latest step=1 trainer.packing=varlen",
     "python -m vlmrl mode=compare runs=[outputs/multirun/mine]",
+    "python -m vlmrl mode=compare 'runs=[outputs/a,outputs/b]'",
+    "python -m vlmrl mode=eval resume=outputs/latest",
     "python -m vlmrl mode=report 'runs=[outputs/a,outputs/b]'",
     "python -m vlmrl mode=eval resume=outputs/latest",
     "python -m vlmrl mode=compare 'runs=[outputs/a,outputs/b]'",
@@ -70,11 +72,29 @@ DIGITS = "task.path=layouts/R1-V/r1v.parquet task.eval_path=null"
 PREVIEW = "python -m vlmrl mode=preview task=dataset task.path=rows.jsonl reward=exact"
 FEWER = "preview.problems=20 preview.answers=1"
 
-SET = "orchestrator.eval.sets.ood"
-OOD = f"+eval_set@{SET}=default {SET}.samples=8 {SET}.problems=64"
-
 EXCHANGED = {
     # shorter
+    "python -m vlmrl +eval_set@orchestrator.eval.sets.hard=default orchestrator.eval.sets.hard.samples=8": (
+        "python -m vlmrl +eval_set@orchestrator.eval.sets.hard=default orchestrator.eval.sets.hard.samples=8 "
+        f"orchestrator.eval.sets.hard.problems=4 {LESS}"
+    ),
+    "python -m vlmrl +eval_set@orchestrator.eval.sets.ood=default +task@orchestrator.eval.sets.ood.task=dataset "
+    "orchestrator.eval.sets.ood.task.path=rows.jsonl "
+    "+reward@orchestrator.eval.sets.ood.task.reward.terms.exact=exact": (
+        "python -m vlmrl +eval_set@orchestrator.eval.sets.ood=default +task@orchestrator.eval.sets.ood.task=dataset "
+        "orchestrator.eval.sets.ood.task.path=rows.jsonl "
+        "+reward@orchestrator.eval.sets.ood.task.reward.terms.exact=exact "
+        f"dry_run=true {LESS}"
+    ),
+    "python -m vlmrl trainer.keep_best=eval/reward trainer.patience=5": (
+        f"python -m vlmrl trainer.keep_best=eval/reward trainer.patience=5 {LESS}"
+    ),
+    "python -m vlmrl mode=eval resume=outputs/latest/checkpoints/best": (
+        "python -m vlmrl mode=eval resume=outputs/latest/checkpoints/step_000006 orchestrator.eval.problems=4"
+    ),
+    "python -m vlmrl mode=eval model=qwen3vl model.name=path/to/hf_folder": (
+        f"python -m vlmrl mode=eval dry_run=true {TINY}"
+    ),
     PREVIEW: f"{PREVIEW} {FEWER}",
     f"{PREVIEW} row=2": f"{PREVIEW} row=2 {FEWER}",
     f"{PREVIEW} full=true": f"{PREVIEW} full=true {FEWER}",
@@ -107,10 +127,6 @@ EXCHANGED = {
     "python -m vlmrl task.curriculum.solved=1": f"python -m vlmrl task.curriculum.solved=1 {LESS}",
     "python -m vlmrl task.curriculum.low=0.2 task.curriculum.high=0.8": (
         f"python -m vlmrl task.curriculum.low=0.2 task.curriculum.high=0.8 {LESS}"
-    ),
-    f"python -m vlmrl {OOD}": f"python -m vlmrl {OOD} {LESS}",
-    "python -m vlmrl trainer.keep_best=eval/reward trainer.patience=5": (
-        f"python -m vlmrl trainer.keep_best=eval/reward trainer.patience=5 {LESS}"
     ),
     "python -m vlmrl --config-dir conf experiment=my_task": (
         f"python -m vlmrl --config-dir conf experiment=my_task {LESS}"

@@ -30,6 +30,7 @@ from vlmrl.record.run_dir import RunDir
 from vlmrl.rendering.renderer import Renderer
 from vlmrl.rewards.base import Attempt
 from vlmrl.runs.build import build_renderer
+from vlmrl.runs.eval_sets import whole_data_set
 from vlmrl.tasks.base import NoProblem, Problem, Split, Task
 from vlmrl.tasks.border import get_num_rows, get_problem, get_reference, open_env, step_env
 from vlmrl.tasks.loading import load_task, tokenizer_texts
@@ -54,6 +55,7 @@ def play_again(run_dir: RunDir, config: RunConfig, faults: Sequence[FaultRecord]
     print(f"recorded as {fault['stop_reason']}: {fault['error']}")
     if fault["stop_reason"] == StopReason.ENGINE_ERROR:
         print("The engine failed, not the task; see logs/. The task's part is played all the same.")
+    config, fault = _of_its_set(config, fault)
     try:
         task = _made_task(config)
         renderer = _renderer(config, task)
@@ -77,6 +79,17 @@ def play_again(run_dir: RunDir, config: RunConfig, faults: Sequence[FaultRecord]
         print(traceback.rstrip())
     print(f"it happens again: {stop_reason}: {text}")
     return 1
+
+
+def _of_its_set(config: RunConfig, fault: FaultRecord) -> tuple[RunConfig, FaultRecord]:
+    """The config and the fault as an evaluation set played it: with the set's own task and split. Unchanged for a fault
+    of no named set."""
+    label = fault["rollout_id"].partition("/")[0].removesuffix("-greedy")
+    own = config.orchestrator.eval.sets.get(label.removeprefix("eval_"))
+    if own is None or not label.startswith("eval_"):
+        return config, fault
+    task = config.task if own.task is None else whole_data_set(own.task)
+    return dataclasses.replace(config, task=task), {**fault, "split": own.split.value}
 
 
 def _made_task(config: RunConfig) -> Task:
