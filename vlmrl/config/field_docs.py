@@ -90,7 +90,19 @@ def _fields_of(schema: type) -> Iterator[FieldDoc]:
 
 UNITS = (
     *("optimizer steps", "tokens", "turns", "problems", "rollouts", "conversations", "evaluations", "checkpoints"),
-    *("images", "squares", "codewords", "pixels", "servers", "engines", "GPUs", "nodes", "processes", "threads"),
+    *(
+        "images",
+        "squares",
+        "codewords",
+        "rows",
+        "pixels",
+        "servers",
+        "engines",
+        "GPUs",
+        "nodes",
+        "processes",
+        "threads",
+    ),
     *("seconds", "minutes", "GiB", "bytes", "share", "shares", "probability", "ratios", "nats", "norm", "reward"),
     *("layers", "heads", "width", "rank", "merges", "positions", "times", "standard deviation", "seed", "step size"),
     *(

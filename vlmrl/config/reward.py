@@ -145,11 +145,11 @@ class NumberTerm(RewardTerm):
     kind: str = setting("number", on_resume=Resume.refused)
     """Compare numbers."""
     absolute: float = setting(
-        0.0, on_resume=Resume.noted, low=0, high=1e300, outside="no answer is right or every one is"
+        0.0, on_resume=Resume.noted, low=0, high=1e12, outside="no answer is right or every one is"
     )
     """Tolerance: the largest allowed difference, in units of the reference. The larger of the two tolerances counts."""
     relative: float = setting(
-        1e-7, on_resume=Resume.noted, low=0, high=1e300, outside="no answer is right or every one is"
+        1e-7, on_resume=Resume.noted, low=0, high=1e12, outside="no answer is right or every one is"
     )
     """Tolerance: the largest allowed difference as a share of the reference; 0.05 is ChartQA's relaxed accuracy. The
     default covers the rounding of a float32 column, while whole numbers below ten million stay distinct."""

@@ -93,7 +93,7 @@ class RunConfig:
     rollout: str | None = setting(None, on_resume=Resume.refused)
     """mode=faults: the rollout or demonstration to play again, e.g. `train/000003/01/00`."""
     row: int | None = setting(None, on_resume=Resume.refused, low=0, high=10**15, outside="there is no such row")
-    """mode=preview: the row to show, counted from 0 in the files of task.path."""
+    """mode=preview: the row to show, counted in rows of the files of task.path from 0."""
     full: bool = setting(False, on_resume=Resume.refused)
     """mode=preview: look at every row of both splits."""
     runs: list[str] = setting([], on_resume=Resume.refused)
