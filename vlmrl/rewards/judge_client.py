@@ -230,7 +230,7 @@ def _read(place: Path | None) -> str | None:
     if place is None:
         return None
     try:
-        return str(json.loads(place.read_text("utf-8"))["reply"])
+        return str(json.loads(place.read_text(encoding="utf-8"))["reply"])
     except (OSError, ValueError, LookupError, TypeError):
         return None
 

@@ -87,7 +87,7 @@ def judge_prompt(term: JudgeTerm, key: str) -> Callable[[Attempt], str]:
 def _template_text(prompt: str | None) -> str:
     if prompt is None:
         return DEFAULT_PROMPT
-    return Path(prompt).expanduser().read_text("utf-8") if _FILE_NAME.fullmatch(prompt) else prompt
+    return Path(prompt).expanduser().read_text(encoding="utf-8") if _FILE_NAME.fullmatch(prompt) else prompt
 
 
 def question_of(prompt: Sequence[Message]) -> str:

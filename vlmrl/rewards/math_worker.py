@@ -47,7 +47,7 @@ def main() -> None:
         return list(math_verify.parse(delimited(text), parsing_timeout=0))
 
     math_verify.verify(parsed("1/2"), parsed("0.5"), timeout_seconds=0)  # compiles its patterns before the clock runs
-    replies = os.fdopen(os.dup(1), "w")
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     nowhere = os.open(os.devnull, os.O_WRONLY)
     print("ready", file=replies, flush=True)
     os.dup2(nowhere, 1)  # what the library prints is no reply

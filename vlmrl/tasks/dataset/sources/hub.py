@@ -66,7 +66,7 @@ def download(repo: str, *, config: str | None, split: str | None, revision: str 
         readme = ""
         if "README.md" in files:
             place = api.hf_hub_download(repo, "README.md", repo_type="dataset", revision=revision)
-            readme = Path(place).read_text("utf-8", errors="replace")
+            readme = Path(place).read_text(encoding="utf-8", errors="replace")
         chosen = choose(files, readme, config=config, split=split, where=repo)
         wanted = [*chosen.files, *_images_of(chosen, files)]
         folder = api.snapshot_download(
