@@ -24,6 +24,7 @@ HELPERS = ("training_batches.py", "trl_side.py")
 SMALL_IMAGES = "--groups 2 --group-size 2 --image-size 64 --new-tokens 8"
 REHEARSALS = {
     "dataset_start.py": "--rows 60,300 --rounds 1",
+    "digits.py": "--seeds 0 trainer.max_steps=2 trainer.warmup.steps=2 orchestrator.eval.problems=4",
     "fsdp_scaling.py": "--size tiny --device cpu --shape codeword --rows alone,full,optimizer --steps 1 --groups 1",
     "kills.py": "--kills 2",
     "mismatch.py": f"--checkpoint TINY --dtype float32 --engines default {SMALL_IMAGES}",
