@@ -69,7 +69,7 @@ def test_options_are_those_that_the_groups_are_meant_to_have() -> None:
             "algorithm",
             "inference",
         ),
-        *("trainer", "weight_sync", "monitor", "monitor/logger", "export", "experiment"),
+        *("trainer", "weight_sync", "monitor", "monitor/logger", "export", "preview", "experiment"),
         *("hydra/help", "hydra/launcher"),
     }
 
