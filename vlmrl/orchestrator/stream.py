@@ -30,7 +30,7 @@ from vlmrl.orchestrator.bad_rows import BadRowWatch
 from vlmrl.orchestrator.task_threads import TaskThreads
 from vlmrl.record.faults import fault_kind
 from vlmrl.record.step_log import Phase
-from vlmrl.tasks.base import BadRow, NoProblem, Problem, Split, Task
+from vlmrl.tasks.base import BadRow, NoProblem, NotInSplit, Problem, Split, Task
 from vlmrl.tasks.border import get_num_rows, get_problem
 from vlmrl.trainer.loop_state import Cursor
 from vlmrl.types import Group
@@ -132,13 +132,14 @@ class PassWatch:
         self._num_rows = num_rows
         self._status = status
         self._without = 0
+        self._of_other_split = 0
         self._reasons: Counter[str] = Counter()
         self._examples: dict[str, str] = {}
 
     def found(self) -> None:
         """An index has a problem."""
         if self._without:
-            self._without = 0
+            self._without = self._of_other_split = 0
             self._reasons.clear()
             self._examples.clear()
 
@@ -149,7 +150,14 @@ class PassWatch:
         kind = fault_kind("", absent.reason if isinstance(absent, BadRow) else text)[1]
         self._reasons[kind] += 1
         self._examples.setdefault(kind, text)
+        self._of_other_split += isinstance(absent, NotInSplit)
         if self._without >= (self._num_rows or ENDLESS_PASS):
+            if self._of_other_split == self._without:
+                raise BadRowsError(
+                    f"all {self._without:,} rows belong to the other split, so the {self._split} split has no problem "
+                    "to play: hold out another share of them (task.eval_fraction), name rows to evaluate on "
+                    "(task.eval_path, task.eval_split), or set orchestrator.eval.every=0 for no evaluation"
+                )
             rows = f"none of the {self._num_rows:,} rows" if self._num_rows else f"none of {self._without:,} indices"
             raise BadRowsError(
                 f"{rows} of the {self._split} split has a problem that can be used, so there is nothing to play; "
