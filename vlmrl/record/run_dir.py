@@ -58,6 +58,7 @@ from vlmrl.config.run import Mode, RunConfig
 from vlmrl.errors import ConfigError
 from vlmrl.record.files import disk_errors, is_number, read_json, read_small, write_bytes_atomically
 from vlmrl.record.lock import RunLock
+from vlmrl.record.yaml_text import yaml_of
 
 log = logging.getLogger(__name__)
 
@@ -246,7 +247,7 @@ class RunDir:
         """Write config.yaml: the resolved config, and under `environment` versions and the git commit."""
         tree = tree_of(config)
         tree["environment"] = environment()
-        content = OmegaConf.to_yaml(OmegaConf.create(tree)).encode()
+        content = yaml_of(tree).encode()
         with disk_errors(self.config):
             write_bytes_atomically(self.config, content)
         self._config_written = content

@@ -170,7 +170,7 @@ class HeldOut:
         with self._lock:
             while len(self._indices) <= number:
                 if self._num_rows is not None and self._next >= self._num_rows:
-                    raise NotInSplit
+                    raise NotInSplit(f"the task has no more than {len(self._indices):,} held-out problems")
                 index, self._next = self._next, self._next + 1
                 try:
                     problem = self._task.problem("eval", index)

@@ -185,7 +185,7 @@ class DatasetTask(Task):
             return
         known = self._membership[row] if self._fraction else _TRAIN
         if known not in (_UNKNOWN, _TRAIN if split == "train" else _EVAL):
-            raise NotInSplit(split)
+            raise NotInSplit(f"the row belongs to the {'evaluation' if split == 'train' else 'training'} split")
 
     def _check_membership(self, split: Split, row: int, example: Example) -> None:
         if not self._is_one or not self._fraction:
