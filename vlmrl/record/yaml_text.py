@@ -1,7 +1,7 @@
 """Write YAML that gives every text back as it was.
 
-PyYAML writes a text with one of the line breaks of Unicode (U+0085, U+2028, U+2029) between single quotes, where its
-own reader takes the break for the end of a line and folds it. Between double quotes such a character is escaped.
+PyYAML writes a text with U+0085 (next line) between single quotes, where its own reader takes the character for the end
+of a line and folds it to a space. Between double quotes it is escaped.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf._utils import get_omega_conf_dumper
 
-FOLDED = frozenset("\x85\u2028\u2029")
-"""Characters that PyYAML's reader takes for line breaks and that are not kept between single quotes."""
+FOLDED = "\x85"
+"""The character that is not kept between single quotes."""
 
 
 class _Dumper(get_omega_conf_dumper()):  # type: ignore[misc]
@@ -21,7 +21,7 @@ class _Dumper(get_omega_conf_dumper()):  # type: ignore[misc]
 
 
 def _text(dumper: Any, text: str) -> yaml.ScalarNode:
-    if FOLDED.isdisjoint(text):
+    if FOLDED not in text:
         return get_omega_conf_dumper().str_representer(dumper, text)
     return yaml.ScalarNode("tag:yaml.org,2002:str", text, style='"')
 
