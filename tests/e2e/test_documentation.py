@@ -57,7 +57,6 @@ AS_WRITTEN = (
     "python -m vlmrl mode=compare 'runs=[outputs/a,outputs/b]'",
     "python -m vlmrl mode=eval resume=outputs/latest",
     "python -m vlmrl mode=report 'runs=[outputs/a,outputs/b]'",
-    "python -m vlmrl mode=eval resume=outputs/latest",
     "python -m vlmrl mode=compare 'runs=[outputs/a,outputs/b]'",
     "python -m vlmrl init my_task",
     "python -m vlmrl init my_task && cd my_task",

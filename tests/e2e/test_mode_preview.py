@@ -118,6 +118,13 @@ def test_a_wrong_image_root_is_found_with_the_right_one(desk: Desk) -> None:
     assert desk.preview(path, "reward=exact", f"task.image_root={path.parent}").codes == []
 
 
+def test_rows_that_are_all_bad_are_one_finding(desk: Desk) -> None:
+    path = desk.rows(lambda row, number: row.update(question="<image> and <image>"))
+    found = desk.preview(path, "reward=exact")
+    assert found.codes == ["no_problems"]
+    assert "train" in found.text("no_problems")
+
+
 def test_images_in_another_folder_are_found(desk: Desk) -> None:
     path = desk.rows()
     (path.parent / "images").rename(path.parent / "pictures")

@@ -82,7 +82,8 @@ def findings_of(seen: Seen) -> list[Finding]:
 
 def _no_problems(seen: Seen) -> Iterator[Finding]:
     for split, sample in seen.samples.items():
-        if not sample.problems and (split == "train" or seen.config.orchestrator.eval.every):
+        is_asked = split == "train" or (seen.config.orchestrator.eval.every and seen.samples["train"].problems)
+        if not sample.problems and is_asked:
             why = sample.refused[0].reason if sample.refused else "all belong to the other split"
             what = "a run has nothing to train on" if split == "train" else "an evaluation has nothing to play"
             yield Finding(
