@@ -65,7 +65,7 @@ AS_WRITTEN = (
     "python -m pytest",
 )
 
-DIGITS = "task.path=layouts/R1-V/r1v.parquet task.eval_path=null"
+DIGITS = "task.path=rows.jsonl task.eval_path=null"
 """In place of the digits, which a command before it writes."""
 
 PREVIEW = "python -m vlmrl mode=preview task=dataset task.path=rows.jsonl reward=exact"
@@ -184,7 +184,7 @@ EXCHANGED = {
     "reward.terms.judge.api_key_env=OPENAI_API_KEY": (
         f"python -m vlmrl dry_run=true {TINY} task=dataset task.path=rows.jsonl reward=judge "
         "reward.terms.judge.url=https://api.openai.com/v1 reward.terms.judge.model=gpt-4.1-mini "
-        "reward.terms.judge.api_key_env=OPENAI_API_KEY"
+        "reward.terms.judge.api_key_env=WANDB_API_KEY"
     ),
     "python -m vlmrl task=dataset task.path=rows.jsonl reward=my_rewards:short_and_right": (
         f"python -m vlmrl task=dataset task.path=rows.jsonl reward=my_rewards:short_and_right {LESS}"
