@@ -48,7 +48,7 @@ def held_out(folder: Path, name: str, overrides: list[str]) -> tuple[float, floa
     return last[EVAL_SAMPLED], last[EVAL_GREEDY]
 
 
-def measure(seeds: list[int], overrides: list[str], *, control: bool) -> None:
+def measure(seeds: list[int], overrides: list[str]) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         subprocess.run([sys.executable, str(WRITE_DIGITS), "digits"], cwd=folder, check=True, stderr=subprocess.DEVNULL)
@@ -61,11 +61,8 @@ def measure(seeds: list[int], overrides: list[str], *, control: bool) -> None:
             rewards.append((sampled, greedy))
             spent = processor_seconds() - begun
             print(f"| seed {seed} | {form} | {sampled:.3f} | {greedy:.3f} | {spent:.0f} |", flush=True)
-        if rewards:
-            both = [mean(column) for column in zip(*rewards, strict=True)]
-            print(f"| mean | | {both[0]:.3f} | {both[1]:.3f} | |", flush=True)
-        if not control:
-            return
+        both = [mean(column) for column in zip(*rewards, strict=True)]
+        print(f"| mean | | {both[0]:.3f} | {both[1]:.3f} | |", flush=True)
         begun = processor_seconds()
         sampled, greedy = held_out(folder, "control", ["task.shuffle_images=true", *overrides])
         spent = processor_seconds() - begun
@@ -74,7 +71,6 @@ def measure(seeds: list[int], overrides: list[str], *, control: bool) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Learn handwritten digits with three seeds, and a control.")
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--no-control", action="store_true")
+    parser.add_argument("--seeds", default="0,1,2", help="numbers, with commas between them")
     arguments, more = parser.parse_known_args()
-    measure(arguments.seeds, more, control=not arguments.no_control)
+    measure([int(seed) for seed in arguments.seeds.split(",")], more)
