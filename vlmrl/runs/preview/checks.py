@@ -8,26 +8,21 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from vlmrl.config.reward import BoxSpace, ExtractConfig, Extraction, IouTerm, RewardTerm
+from vlmrl.config.reward import ExtractConfig, Extraction, RewardTerm
 from vlmrl.config.run import RunConfig
 from vlmrl.config.task import MixtureConfig
-from vlmrl.rewards.boxes import corners, is_box, plausible_spaces, shapes_in_value
-from vlmrl.runs.preview.findings import Code, Finding
+from vlmrl.errors import safe_repr
+from vlmrl.runs.preview.box_checks import box_findings
+from vlmrl.runs.preview.findings import FEW, SHOWN_ROWS, Code, Finding, named
 from vlmrl.runs.preview.grading import OWN, Graded, needs_reference, terms_of
 from vlmrl.runs.preview.image_roots import ImagesNotFound
 from vlmrl.runs.preview.sample import Sample
 from vlmrl.runs.preview.seen import SeenProblem
 from vlmrl.tasks.base import Split
 from vlmrl.types import Text
-
-SHOWN_ROWS = 3
-"""Rows that a warning names."""
-
-FEW = 0.05
-"""Share of problems up to which a reward may miss its maximum: some rows of every data set are wrong."""
 
 IMAGE_COLUMN = re.compile("image|img|picture|photo", re.IGNORECASE)
 """The name of a column that probably holds pictures."""
@@ -71,7 +66,7 @@ def findings_of(seen: Seen) -> list[Finding]:
         *_missing_images(seen),
         *_refused(seen),
         *_lengths(seen),
-        *_boxes(seen),
+        *(finding for task in seen.tasks for finding in box_findings(seen.config, task, seen.problems)),
         *_rewards(seen),
         *_answers(seen),
         *_images(seen),
@@ -139,7 +134,7 @@ def _lengths(seen: Seen) -> Iterator[Finding]:
             f"{len(long)} of {len(lengths)} prompts fill {name}={room} and leave no room for an answer, so they "
             f"are left out; the longest has {most} tokens, {images} of them of images: set {name}={_rounded(most)} or "
             f"more{shrink}",
-            _ids(problem for problem in seen.problems if problem.tokens >= room),
+            named(problem for problem in seen.problems if problem.tokens >= room),
         )
     limit = config.orchestrator.max_new_tokens
     answers = {name: count for sample in seen.samples.values() for name, count in sample.answer_tokens.items()}
@@ -151,7 +146,7 @@ def _lengths(seen: Seen) -> Iterator[Finding]:
             f"{len(cut)} of {len(answers)} reference answers have more than "
             f"orchestrator.max_new_tokens={limit} tokens, so the policy is cut off before it can give them; the "
             f"longest has {most}: set orchestrator.max_new_tokens={_rounded(most)} or more",
-            _ids(cut),
+            named(cut),
         )
 
 
@@ -184,9 +179,9 @@ def _rewards(seen: Seen) -> Iterator[Finding]:
             yield Finding(
                 Code.REWARD_MAX,
                 f"every reward term abstains from the reference answers of {len(silent)} of {len(graded)} problems "
-                f"({silent[0].reference!r:.80}), so their rollouts are dropped as no_reward: choose a reward for "
-                "answers of this kind",
-                _ids(silent),
+                f"({safe_repr(silent[0].reference):.80}), so their rollouts are dropped as no_reward: choose a "
+                "reward for answers of this kind",
+                named(silent),
                 task,
             )
         for name, term in terms.items():
@@ -212,7 +207,7 @@ def _of_term(
             Code.REWARD_EMPTY,
             f"{said} pays an empty answer as well as the right one for {len(paid)} of {len(judged)} problems, so "
             "nothing can be learned from them: correct the reward or the references",
-            _ids(paid),
+            named(paid),
             task,
         )
 
@@ -223,14 +218,14 @@ def _missed(
     """A reward that does not give the reference its maximum; where the form of the reference explains it, that."""
     problem, _, best = missed[0]
     wrapped = sum((each.unwrapped.get(name) or 0.0) >= TOP for _, each, _ in missed)
-    example = f"{problem.reference!r:.80} of {problem.problem_id} gets {best:g}"
+    example = f"{safe_repr(problem.reference):.80} of {problem.problem_id} gets {best:g}"
     if wrapped > len(missed) / 2:
         return Finding(
             Code.ANSWER_FORM,
             f"{said} does not give the reference answers of the data their maximum for {len(missed)} of {count} "
             f"problems, because the references stand in a box or in a tag ({example}), and answers are compared with "
             "all of it: write the references without it",
-            _ids(each for each, _, _ in missed),
+            named(each for each, _, _ in missed),
             task,
         )
     return Finding(
@@ -238,7 +233,7 @@ def _missed(
         f"{said} gives the reference answer less than 1 for {len(missed)} of {count} problems, however it is written "
         f"({example}), so the right answer is not what is learned: compare the references with what this reward "
         f"expects, or choose another one",
-        _ids(each for each, _, _ in missed),
+        named(each for each, _, _ in missed),
         task,
     )
 
@@ -272,7 +267,7 @@ def _unasked_form(
         f"writes them ({grade.candidates[0].text!r:.80}), only in {works!r:.80}, and no prompt asks for that form, so "
         "the policy would have to find it by chance: set reward.extract.kind to the form of the data, or ask for the "
         "form in task.system_prompt or task.template",
-        _ids(each for each, _ in unasked),
+        named(each for each, _ in unasked),
         task,
     )
 
@@ -294,63 +289,14 @@ def _asks_for(problem: SeenProblem, extract: ExtractConfig) -> bool:
             return False
 
 
-# ── boxes ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _boxes(seen: Seen) -> Iterator[Finding]:
-    """References of boxes lie on their images, in the space and the format that the reward says."""
-    for task in seen.tasks:
-        for name, term in terms_of(seen.config, task).items():
-            if isinstance(term, IouTerm):
-                yield from _of_boxes(seen, task, f"reward.terms.{name}", term)
-
-
-def _of_boxes(seen: Seen, task: str, said: str, term: IouTerm) -> Iterator[Finding]:
-    spaces, wrong, broken, count = set(BoxSpace), list[SeenProblem](), list[SeenProblem](), 0
-    for problem in seen.problems:
-        if problem.task != task or len(problem.images) != 1:
-            continue
-        shapes = shapes_in_value(problem.reference, points=True)
-        if not shapes:
-            continue
-        count += 1
-        boxes = [corners(shape, term.reference_format) for shape in shapes]
-        if any(len(box) == 4 and not is_box(box) for box in boxes):
-            broken.append(problem)
-        possible = plausible_spaces(boxes, problem.images[0])
-        spaces &= possible
-        if term.reference_space not in possible:
-            wrong.append(problem)
-    if len(wrong) > FEW * count:
-        fitting = [space.name for space in BoxSpace if space in spaces]
-        remedy = f"set {said}.reference_space={fitting[0]}" if fitting else "look at the boxes of these rows"
-        first = wrong[0]
-        yield Finding(
-            Code.BOX_SPACE,
-            f"the boxes of {len(wrong)} of {count} problems do not lie on their images in "
-            f"{said}.reference_space={term.reference_space.name} ({first.reference!r:.80} on an image of "
-            f"{first.images[0].width} x {first.images[0].height} pixels), so right answers are paid as wrong ones: "
-            f"{remedy}",
-            _ids(wrong),
-            task,
-        )
-    elif len(broken) > FEW * count:
-        yield Finding(
-            Code.BOX_SPACE,
-            f"the boxes of {len(broken)} of {count} problems have no positive width and height in "
-            f"{said}.reference_format={term.reference_format.name} ({broken[0].reference!r:.80}), so no answer matches "
-            f"them: set {said}.reference_format to xywh or cxcywh",
-            _ids(broken),
-            task,
-        )
-
-
 # ── answers, images, duplicates ─────────────────────────────────────────────────────────────────────────────
 
 
 def _answers(seen: Seen) -> Iterator[Finding]:
     for task in seen.tasks:
-        answers = [repr(each.reference) for each in seen.problems if each.task == task and each.reference is not None]
+        answers = [
+            safe_repr(each.reference) for each in seen.problems if each.task == task and each.reference is not None
+        ]
         if len(answers) >= 8 and len(set(answers)) == 1:
             yield Finding(
                 Code.SAME_ANSWER,
@@ -395,9 +341,5 @@ def _duplicates(seen: Seen) -> Iterator[Finding]:
             Code.LEAK,
             f"{leaked} of {held_out.total()} problems of the evaluation are also trained on, by text and pixels, so "
             "the held-out reward is too good: remove them from one of the two",
-            _ids(problem for problem in seen.samples["eval"].problems if problem.key in train),
+            named(problem for problem in seen.samples["eval"].problems if problem.key in train),
         )
-
-
-def _ids(problems: Iterable[SeenProblem]) -> tuple[str, ...]:
-    return tuple(problem.problem_id for problem, _ in zip(problems, range(SHOWN_ROWS), strict=False))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+
+from vlmrl.runs.preview.seen import SeenProblem
 
 
 class Code(StrEnum):
@@ -39,6 +42,13 @@ class Code(StrEnum):
     """Problems of evaluation are also trained on."""
 
 
+SHOWN_ROWS = 3
+"""Rows that a warning names."""
+
+FEW = 0.05
+"""Share of problems up to which a reward may miss its maximum: some rows of every data set are wrong."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """One finding."""
@@ -50,3 +60,8 @@ class Finding:
     """The first problems or rows that show it."""
     task: str = ""
     """The task in a mixture, or empty."""
+
+
+def named(problems: Iterable[SeenProblem]) -> tuple[str, ...]:
+    """The first problems, for a finding."""
+    return tuple(problem.problem_id for problem, _ in zip(problems, range(SHOWN_ROWS), strict=False))

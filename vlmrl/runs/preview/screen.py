@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from vlmrl.errors import safe_text
+from vlmrl.errors import safe_repr, safe_text
 from vlmrl.record.run_dir import RunDir
 from vlmrl.runs.preview.grading import Graded
 from vlmrl.runs.preview.result import Preview
@@ -70,7 +70,7 @@ def print_prompt(problem: SeenProblem, tokenizer: object, longest: int = LONGEST
 def print_worth(problem: SeenProblem, graded: Graded | None) -> None:
     """Print what the rewards say of the reference and of an empty answer."""
     if problem.is_reference:
-        print(f"  reference {problem.reference!r:.200}")
+        print(f"  reference {safe_repr(problem.reference):.200}")
     if graded is None:
         return
     for name in graded.empty:
