@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vlmrl.errors import ConfigError
     from vlmrl.orchestrator.advantages import Estimator
     from vlmrl.rewards.base import Attempt
-    from vlmrl.tasks.base import BadRow, Env, NoProblem, NotInSplit, Problem, Reply, Split, Task
+    from vlmrl.tasks.base import BadRow, Env, NotInSplit, Problem, Reply, Split, Task
     from vlmrl.tasks.check import check_task
     from vlmrl.trainer.loss import BatchTotals, LossFunction, LossOutput, LossTokens
     from vlmrl.types import FloatArray, Image, Message, Text
@@ -39,7 +39,6 @@ __all__ = [
     "LossOutput",
     "LossTokens",
     "Message",
-    "NoProblem",
     "NotInSplit",
     "Problem",
     "Reply",
@@ -56,7 +55,7 @@ _HOMES = {
     "vlmrl.errors": ("ConfigError",),
     "vlmrl.orchestrator.advantages": ("Estimator",),
     "vlmrl.rewards.base": ("Attempt",),
-    "vlmrl.tasks.base": ("BadRow", "Env", "NoProblem", "NotInSplit", "Problem", "Reply", "Split", "Task"),
+    "vlmrl.tasks.base": ("BadRow", "Env", "NotInSplit", "Problem", "Reply", "Split", "Task"),
     "vlmrl.tasks.check": ("check_task",),
     "vlmrl.trainer.loss": ("BatchTotals", "LossFunction", "LossOutput", "LossTokens"),
     "vlmrl.types": ("FloatArray", "Image", "Message", "Text"),
