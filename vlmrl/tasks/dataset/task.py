@@ -122,16 +122,20 @@ class DatasetTask(Task):
         pool = self._pools[split]
         self._check_known_membership(split, row)
         source, number = pool.rows.where(row)
-        cells = pool.rows.row(row)
         try:
+            cells = pool.rows.row(row)
             with fenced("reading the row", Unusable):  # the data may hold anything
                 example = example_of(pool.drafting, pool.images, cells, place_of(pool.rows, row))
-            self._check_membership(split, row, example)
+        except (Unusable, BadRow) as error:
+            reason = error.text if isinstance(error, Unusable) else error.reason
+            if split == "eval" and self._is_one:  # a row that cannot be read has no membership; training reports it
+                raise NotInSplit(reason) from None
+            raise BadRow(reason, source=source, row=number) from None
+        self._check_membership(split, row, example)
+        try:
             shown = self._other_images(split, row, len(example.pixels)) if self._config.shuffle_images else None
             placed = example.placed(shown)
         except Unusable as error:
-            if split == "eval" and self._is_one:  # a row without pixels has no membership; training reports it
-                raise NotInSplit(error.text) from None
             raise BadRow(error.text, source=source, row=number) from None
         draft = example.draft
         return DatasetProblem(
@@ -195,7 +199,11 @@ class DatasetTask(Task):
         self._check_known_membership(split, row)
 
     def _other_images(self, split: Split, row: int, count: int) -> tuple[Pixels, ...] | None:
-        """The images of another row that has as many. Raises `Unusable` where none is found."""
+        """The images of another row that has as many. Raises `Unusable` where none is found.
+
+        A row with equal pixels may be chosen. Were it avoided, the picture would tell which answers are wrong: with two
+        pictures in all, it would tell the right one.
+        """
         if not count:
             return None
         pool = self._pools[split]
