@@ -109,6 +109,17 @@ def test_sound_data_has_no_findings(sound: Previewed) -> None:
     assert QUESTION in sound.page
 
 
+def test_data_that_spells_a_control_token_is_told_apart_without_colors(desk: Desk, sound: Previewed) -> None:
+    """Each printed prompt has one `<|im_end|>`, that of the user's turn, and one `<image: `."""
+    path = desk.rows(lambda row, number: row.update(question=f"<|im_end|> or <image: 4 tokens, 2 × 2>? {QUESTION}"))
+    shown = desk.preview(path, "reward=exact").ended.out
+    for real in ("<|im_end|>", "<image: "):
+        assert shown.count(real) == sound.ended.out.count(real) > 0
+    assert r"<\|im_end|> or <\image: 4 tokens, 2 × 2>?" in shown
+    assert "a backslash marks text of the data" in shown
+    assert "a backslash marks" not in sound.ended.out
+
+
 def test_a_wrong_image_root_is_found_with_the_right_one(desk: Desk) -> None:
     path = desk.rows()
     wrong = desk.preview(path, "reward=exact", f"task.image_root={path.parent / 'images'}")

@@ -17,13 +17,12 @@ hydra_errors.py explains what Hydra refuses.
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlmrl.cli.conf_files import OF_IMPORTS
+from vlmrl.cli.conf_files import OF_IMPORTS, OF_SEVERAL, distinct
 from vlmrl.cli.words import QUOTED, folders_in, parsed, parses
 from vlmrl.config.field_docs import FieldDoc
 from vlmrl.config.import_paths import absolute, is_import_path
@@ -35,9 +34,6 @@ PACKAGE = Path(__file__).parents[1]
 CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
 """conf/: inside the package where a wheel was installed, next to it in a checkout or an editable install."""
 
-
-OF_SEVERAL = ("reward", "monitor/logger", "experiment")
-"""Groups that take several options, `group=[a,b]`."""
 
 NOT_PARSED = ("resume", "run")
 """Text keys that past_runs.py reads as they stand, without Hydra's grammar."""
@@ -165,21 +161,9 @@ def _choice(group: str, key: str, text: str) -> str:
     if not (text.startswith("[") and text.endswith("]")):
         return _option(text)
     options = [_option(part) for part in split(text[1:-1])]
-    names: list[str] = []
-    for index, option in enumerate(options):
-        target = unquoted(option)
-        name = target.rpartition(":")[2] if is_import_path(target) else target
-        if name in names and is_import_path(target) and target not in map(unquoted, options[:index]):
-            name = next(f"{name}_{count}" for count in itertools.count(2) if f"{name}_{count}" not in names)
-            options[index] = _quoted_where_needed(f"{target}@{name}")
-        elif name in names:
-            remedy = f"write one of them, or +{group}@{group}.terms.second={target} for a second one"
-            raise ConfigError(
-                f"{key}={text} names {target} twice, and equal names would be one: "
-                + (remedy if group == "reward" else "write it once")
-            )
-        names.append(name)
-    return f"[{','.join(options)}]"
+    named = distinct(group, f"{key}={text}", [unquoted(option) for option in options])
+    pairs = zip(options, named, strict=True)
+    return f"[{','.join(given if unquoted(given) == name else _quoted_where_needed(name) for given, name in pairs)}]"
 
 
 def _option(text: str) -> str:

@@ -11,7 +11,9 @@ text and no reference.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -22,12 +24,16 @@ from hydra.plugins.config_source import ConfigResult
 from omegaconf import OmegaConf
 from omegaconf._utils import get_yaml_loader
 
-from vlmrl.config.import_paths import is_import_path
+from vlmrl.config.import_paths import absolute, is_import_path
 from vlmrl.config.keys import all_settings
 from vlmrl.config.parse import escaped
+from vlmrl.errors import ConfigError
 
 OF_IMPORTS = ("task", "reward")
 """Groups whose options may be import paths."""
+
+OF_SEVERAL = ("reward", "monitor/logger", "experiment")
+"""Groups that take several options, `group=[a,b]`."""
 
 FREE_FORM = ("args", "extra_args", "hydra")
 """Keys of a YAML file below which no key is one of ours."""
@@ -59,6 +65,8 @@ class ConfFiles(FileConfigSource):
         tree = yaml.load(text, Loader=get_yaml_loader())  # a loader of plain values
         if not isinstance(tree, dict):
             return super().load_config(config_path)
+        if isinstance(tree.get("defaults"), list):
+            tree["defaults"] = [_with_distinct_options(entry, file) for entry in tree["defaults"]]
         config = OmegaConf.create(with_raw_texts(tree))
         return ConfigResult(self.provider, self.full_path(), config, self._get_header_dict(text[:512]))
 
@@ -80,6 +88,46 @@ def imported_option(config_path: str) -> tuple[str, str, str] | None:
     if group not in OF_IMPORTS or not is_import_path(target):
         return None
     return group, target, name or target.rpartition(":")[2]
+
+
+def distinct(group: str, given: str, options: Sequence[str]) -> list[str]:
+    """The options of a list, of which no two have one name: an import path whose name another option has is called
+    differently. Raises ConfigError for two equal options; `given` is the list as it was written.
+
+    >>> distinct("reward", "", ["exact", "a:fn", "b:fn", "c.py:fn"])
+    ['exact', 'a:fn', 'b:fn@fn_2', 'c.py:fn@fn_3']
+    """
+    names: list[str] = []
+    targets: list[str] = []
+    found: list[str] = []
+    for option in options:
+        target = absolute(option)
+        name = option.rpartition(":")[2] if is_import_path(option) else option
+        if name in names and is_import_path(option) and target not in targets:
+            name = next(f"{name}_{count}" for count in itertools.count(2) if f"{name}_{count}" not in names)
+            option = f"{option}@{name}"
+        elif name in names:
+            second = f"write one of them, or +{group}@{group}.terms.second={option} for a second one"
+            raise ConfigError(
+                f"{given} names {option} twice, and equal names would be one: "
+                + (second if group == "reward" else "write it once")
+            )
+        names.append(name)
+        targets.append(target)
+        found.append(option)
+    return found
+
+
+def _with_distinct_options(entry: Any, file: str) -> Any:
+    """An entry of a defaults list, in whose list of options no two have one name. Raises ConfigError."""
+    if not isinstance(entry, dict):
+        return entry
+    changed = dict(entry)
+    for key, value in entry.items():
+        group = str(key).removeprefix("override ").strip().lstrip("/").partition("@")[0]
+        if isinstance(value, list) and group in OF_SEVERAL and all(isinstance(option, str) for option in value):
+            changed[key] = distinct(group, f"{file}: {key}: [{', '.join(value)}]", value)
+    return changed
 
 
 @functools.cache

@@ -12,7 +12,8 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
-from vlmrl.cli.arguments import CONF, OF_SEVERAL, groups
+from vlmrl.cli.arguments import CONF, groups
+from vlmrl.cli.conf_files import OF_SEVERAL
 from vlmrl.cli.words import parsed
 from vlmrl.config.field_docs import fields_of
 from vlmrl.config.keys import did_you_mean, is_free_form, unknown_key

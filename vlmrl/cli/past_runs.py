@@ -241,6 +241,10 @@ def is_choice(text: str) -> bool:
     return key in groups() and not value.startswith("{")
 
 
+KEYS_OF_GROUPS = {"monitor/logger": ("monitor.wandb.mode", "monitor.tensorboard.enabled")}
+"""Groups without a node of their own, and the keys that their options set."""
+
+
 def choose(config: DictConfig, choices: list[str]) -> None:
     """Replace groups of a run's config by other options, in place. Only the group itself changes, and its references to
     other keys follow the run's own values. Raises ConfigError."""
@@ -248,6 +252,22 @@ def choose(config: DictConfig, choices: list[str]) -> None:
         key, _, option = text.lstrip("+~").partition("=")
         path = key.replace("/", ".")
         register_schemas()
+        if key in KEYS_OF_GROUPS:
+            chosen = f"{key}=[]" if text.startswith("~") else text.lstrip("+")
+            with composing([text]), hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+                composed = hydra.compose("config", [chosen])
+            for each in KEYS_OF_GROUPS[key]:
+                OmegaConf.update(config, each, OmegaConf.select(composed, each))
+            continue
+        if path.partition(".")[0] not in config:
+            raise ConfigError(
+                f"{text} chooses nothing, because no key of a run is called {path}: remove it"
+                + (
+                    f", or add a set with mode=eval +{key}@orchestrator.eval.sets.<name>={option}"
+                    if key == "eval_set"
+                    else ""
+                )
+            )
         with composing([text]):
             if text.startswith("~") or option in ("", "null"):
                 leave_out(config, path, text)

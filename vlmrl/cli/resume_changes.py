@@ -9,6 +9,7 @@ It does not matter how a value was set (`key=`, `++key=`, `~key`, `group=option`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -24,6 +25,8 @@ def notes_on_changes(recorded: Mapping[str, object], now: Mapping[str, object], 
     notes = []
     for key, (old, new) in changes(recorded, now).items():
         policy = resume_policy(key)
+        if (term := _TERM.fullmatch(key)) is not None and (key in recorded) != (key in now):
+            raise _other_terms(term[1], recorded, now, folder)
         if policy is Resume.refused:
             raise ConfigError(
                 f"{key}={new} cannot continue resume={folder}, which ran with {key}={old}: the checkpoint would not "
@@ -33,6 +36,23 @@ def notes_on_changes(recorded: Mapping[str, object], now: Mapping[str, object], 
         if policy is Resume.noted:
             notes.append(f"{key} changes from {old} to {new}, so the curves may bend from here on")
     return notes
+
+
+_TERM = re.compile(r"((?:.+\.)?reward\.terms)\.([^.]+)\.kind")
+
+
+def _other_terms(terms: str, recorded: Mapping[str, object], now: Mapping[str, object], folder: str) -> ConfigError:
+    """The refusal of reward terms that the run did not have, or has no longer. `terms` is their key."""
+    before, after = (
+        [match[2] for match in map(_TERM.fullmatch, values) if match is not None and match[1] == terms]
+        for values in (recorded, now)
+    )
+    remedy = f"keep its terms and change their weights ({terms}.{before[0]}.weight=0 leaves one out)" if before else ""
+    return ConfigError(
+        f"{terms} has {', '.join(after) or 'no term'} and resume={folder} ran with {', '.join(before) or 'none'}, so "
+        f"the rewards of one run would have two meanings: {remedy}{', or ' if remedy else ''}start a new run from its "
+        f"model (python -m vlmrl mode=export resume={folder}, then model.name=<the exported folder>)"
+    )
 
 
 def changes(recorded: Mapping[str, object], now: Mapping[str, object]) -> dict[str, tuple[str, str]]:

@@ -107,9 +107,10 @@ def answer_without_a_run(config: RunConfig) -> int | None:
     Raises ConfigError.
     """
     if config.mode is Mode.check:
+        from vlmrl.preflight.rules.reward import all_tasks
         from vlmrl.tasks.check import print_findings
 
-        return print_findings(config.task)
+        return print_findings(all_tasks(config))
     if config.dry_run:
         from vlmrl.preflight.estimate.plan import dry_run
 

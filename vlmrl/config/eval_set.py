@@ -7,9 +7,11 @@ A set has the keys `eval/<name>/…` in metrics.jsonl. docs/evaluation.md explai
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from enum import Enum
 
+from vlmrl.config.dataset import DatasetConfig
 from vlmrl.config.fields import SMALLEST, Resume, setting
 from vlmrl.config.task import TaskConfig
 
@@ -59,6 +61,15 @@ class EvalSet:
     """The reward from which a rollout has passed, for pass@k and for pass rates."""
     every: int | None = setting(None, on_resume=Resume.noted, low=1, high=10**9, outside="it is not a number of steps")
     """Optimizer steps between evaluations of this set. None: `orchestrator.eval.every`."""
+
+    @property
+    def own_task(self) -> TaskConfig | None:
+        """The task of the set's own as it is played: a data set without a held-out part of its own is held out as a
+        whole, because nothing of it is trained on."""
+        task = self.task
+        if not isinstance(task, DatasetConfig) or (task.eval_path, task.eval_split, task.eval_fraction) != (None,) * 3:
+            return task
+        return dataclasses.replace(task, eval_path=task.path, eval_split=task.split)
 
 
 def ks(samples: int) -> list[int]:

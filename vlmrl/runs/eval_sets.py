@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from vlmrl.config.dataset import DatasetConfig
 from vlmrl.config.eval_set import EvalSet
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.reward import ExtractConfig, RewardConfig
 from vlmrl.config.run import RunConfig
 from vlmrl.config.task import TaskConfig
-from vlmrl.errors import ConfigError
 from vlmrl.monitor.monitor import Monitor
 from vlmrl.orchestrator.eval_sets import SetPlayer
 from vlmrl.orchestrator.rollout import RolloutRunner
@@ -21,6 +19,7 @@ from vlmrl.orchestrator.task_threads import TaskThreads
 from vlmrl.rewards.extract import extractor, last_boxed, last_tagged
 from vlmrl.runs.problems import ProblemSource
 from vlmrl.tasks.loading import load_task
+from vlmrl.tasks.mixture import keys_at
 
 QUEUED_BY_SERVERS = 4096
 """Rollouts that are played at the same time with vLLM, whose servers queue what does not fit."""
@@ -44,13 +43,11 @@ def _player(
     key = f"orchestrator.eval.sets.{name}"
     task_config = config.task
     orchestrator = config.orchestrator
-    if own.task is not None:
-        task_config = whole_data_set(own.task)
-        try:
+    if own.own_task is not None:
+        task_config = own.own_task
+        with keys_at(f"{key}.task"):
             task = load_task(task_config, seed=config.seed)
-            scorer = Scorer.of(config.reward, task_config, TaskThreads().run, f"{key}.task")
-        except ConfigError as error:
-            raise ConfigError(f"{key}: {error}") from error
+        scorer = Scorer.of(config.reward, task_config, TaskThreads().run, f"{key}.task")
         problems = ProblemSource.of(config, task_config, task, runner.renderer, monitor)
         runner = dataclasses.replace(runner, task=task, scorer=scorer, max_turns=task_config.max_turns)
     runner = dataclasses.replace(
@@ -69,14 +66,6 @@ def _player(
         at_once=_at_once(config),
         answer_of=voting_answer(config.reward, task_config),
     )
-
-
-def whole_data_set(task: TaskConfig) -> TaskConfig:
-    """The task of a set, in which a data set without a held-out part of its own is held out as a whole: nothing of it
-    is trained on."""
-    if not isinstance(task, DatasetConfig) or (task.eval_path, task.eval_split, task.eval_fraction) != (None,) * 3:
-        return task
-    return dataclasses.replace(task, eval_path=task.path, eval_split=task.split)
 
 
 def _at_once(config: RunConfig) -> int:

@@ -30,7 +30,6 @@ from vlmrl.record.run_dir import RunDir
 from vlmrl.rendering.renderer import Renderer
 from vlmrl.rewards.base import Attempt
 from vlmrl.runs.build import build_renderer
-from vlmrl.runs.eval_sets import whole_data_set
 from vlmrl.tasks.base import NoProblem, Problem, Split, Task
 from vlmrl.tasks.border import get_num_rows, get_problem, get_reference, open_env, step_env
 from vlmrl.tasks.loading import load_task, tokenizer_texts
@@ -88,7 +87,7 @@ def _of_its_set(config: RunConfig, fault: FaultRecord) -> tuple[RunConfig, Fault
     own = config.orchestrator.eval.sets.get(label.removeprefix("eval_"))
     if own is None or not label.startswith("eval_"):
         return config, fault
-    task = config.task if own.task is None else whole_data_set(own.task)
+    task = own.own_task or config.task
     return dataclasses.replace(config, task=task), {**fault, "split": own.split.value}
 
 

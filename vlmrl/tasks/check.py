@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -101,15 +102,16 @@ def report(findings: list[Finding]) -> str:
     return "\n".join(f"{finding.status:<4}  {finding.rule:<{width}}  {finding.text}" for finding in findings)
 
 
-def print_findings(config: TaskConfig) -> int:
-    """Check the task that `config` names and print one line per rule; returns 0 if every rule holds, else 1.
+def print_findings(tasks: Mapping[str, TaskConfig]) -> int:
+    """Check the tasks, which stand at these keys, and print one line per rule; returns 0 if every rule holds, else 1.
 
     Raises ConfigError where no task can be made: there is none of that name, it refuses its settings, or its own code
     raises.
     """
     failed = False
-    for key, own in tasks_of(config).items():
-        if own is not config:  # one of a mixture
+    single = {own_key: own for key, config in tasks.items() for own_key, own in tasks_of(config, key).items()}
+    for key, own in single.items():
+        if len(single) > 1 or key != "task":
             print(key)
         with keys_at(key):
             findings = find(load_task(own, seed=0), problems=8, max_turns=own.max_turns)

@@ -143,6 +143,30 @@ def test_equal_rewards_are_refused(twice: str) -> None:
         rewrite_params({"reward": twice})
 
 
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ("a:fn, b:fn", {"fn": "a:fn", "fn_2": "b:fn"}),
+        ("a:fn, a:fn", "names a:fn twice"),
+        ("r.py:fn, ./r.py:fn", "names ./r.py:fn twice"),
+        ("exact, exact", "names exact twice"),
+    ],
+)
+def test_rewards_of_a_file_keep_their_own_names(
+    options: str, wanted: dict[str, str] | str, composed: Callable[..., DictConfig], tmp_path: Path
+) -> None:
+    """In a defaults list of YAML as on the command line: two functions of one name are two terms."""
+    (tmp_path / "experiment").mkdir()
+    text = f"# @package _global_\ndefaults:\n  - override /reward: [{options}]\n"
+    (tmp_path / "experiment/mine.yaml").write_text(text)
+    arguments = ("experiment=mine", f"hydra.searchpath=[file://{tmp_path}]")
+    if isinstance(wanted, str):
+        with pytest.raises(ConfigError, match=wanted):
+            composed(*arguments)
+        return
+    assert targets(composed(*arguments)) == wanted
+
+
 def test_rewards_of_a_sweep(composed: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir("/tmp")
     swept = rewrite(["--multirun", "reward=[exact],[exact,r.py:fn],[a:fn,b:fn],format"])[1]

@@ -276,6 +276,8 @@ def test_words_of_other_modes_are_refused(override: str, mode: tuple[str, ...], 
         ("default", "~model/lora", Resume.free),
         ("default", "~model/vlm", Resume.refused),
         ("default", "monitor=default", Resume.free),
+        ("default", "monitor/logger=tensorboard", Resume.free),
+        ("default", "~monitor/logger", Resume.free),
         ("default", "trainer=finetune", Resume.noted),
         ("default", "trainer={learning_rate: 1}", Resume.noted),
         ("own", "model/lora=all_linear", Resume.free),
@@ -301,6 +303,34 @@ def test_groups_and_spellings_are_judged_by_their_effect(
     run: str, override: str, policy: Resume, folders: dict[str, Path]
 ) -> None:
     assert judged(folders[run], override) is policy
+
+
+@pytest.mark.parametrize(
+    ("choice", "wandb", "tensorboard"),
+    [("tensorboard", "disabled", True), ("[wandb,tensorboard]", "offline", True), ("[]", "disabled", False)],
+)
+def test_loggers_are_chosen_by_their_group(
+    choice: str, wandb: str, tensorboard: bool, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Only which loggers there are changes; their other settings stay."""
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.create()
+    run_dir.write_config(parse(resumed([f"resume={folders['default']}", "monitor.wandb.project=mine"])[0]))
+    monitor = parse(resumed([f"resume={run_dir.path}", f"monitor/logger={choice}"])[0]).monitor
+    assert (monitor.wandb.mode.name, monitor.tensorboard.enabled) == (wandb, tensorboard)
+    assert monitor.wandb.project == "mine"
+
+
+def test_a_group_without_a_place_in_a_run_is_refused_in_words(folders: dict[str, Path]) -> None:
+    with pytest.raises(ConfigError, match=r"eval_set=default chooses nothing.*mode=eval \+eval_set@orchestrator"):
+        resumed([f"resume={folders['default']}", "eval_set=default"])
+
+
+@pytest.mark.parametrize("choice", ["[exact,format]", "format"])
+def test_other_reward_terms_say_why_and_what_to_do(choice: str, folders: dict[str, Path]) -> None:
+    remedy = r"two meanings: keep its terms and change their weights \(reward\.terms\.exact\.weight=0 .*mode=export"
+    with pytest.raises(ConfigError, match=remedy):
+        resumed([f"resume={folders['dataset']}", f"reward={choice}"])[1]()
 
 
 def test_settings_of_a_task_are_removed_and_compared_with_their_types(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -141,7 +141,6 @@ ELSEWHERE = {
     "trainer/loss.py": "what the user's function returned",
     "orchestrator/advantages.py": "what the user's function returned",
     "orchestrator/eval_sets.py": "columns of a set's problems",
-    "runs/eval_sets.py": "the task of a set",
     "runs/preview": "rows that the data does not have",
     "runs/problems.py": "a task without a number of rows, and a file on the disk",
     "record/pass_rates.py": "a file on the disk",

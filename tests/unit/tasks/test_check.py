@@ -863,14 +863,16 @@ THIS = f"{__name__}:"
 def test_the_report_has_a_line_per_rule_and_the_exit_code_says_whether_all_is_well(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert print_findings(ColorCodewordConfig(max_turns=3, shuffle_images=True)) == 0
+    assert print_findings({"task": ColorCodewordConfig(max_turns=3, shuffle_images=True)}) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [["ok", rule.name] for rule in RULES]
-    assert print_findings(ImportedTaskConfig(f"{THIS}NaNReward", max_turns=2)) == 1
+    assert print_findings({"task": ImportedTaskConfig(f"{THIS}NaNReward", max_turns=2)}) == 1
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(RULES)
     assert [line.split()[1] for line in lines if line.startswith("FAIL ")] == ["rewards"]
-    assert print_findings(ImportedTaskConfig(f"{THIS}Counting")) == 1  # max_turns is 1 unless it is set, as in a run
+    assert (
+        print_findings({"task": ImportedTaskConfig(f"{THIS}Counting")}) == 1
+    )  # max_turns is 1 unless it is set, as in a run
     assert "FAIL  ends" in capsys.readouterr().out
 
 
@@ -884,7 +886,7 @@ def test_the_report_has_a_line_per_rule_and_the_exit_code_says_whether_all_is_we
 )
 def test_what_cannot_be_checked_is_a_config_error(config: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        print_findings(config)
+        print_findings({"task": config})
 
 
 class ExitsAtOnce(Counting):
@@ -900,7 +902,7 @@ class FailsAtOnce(Counting):
 @pytest.mark.parametrize(("name", "error"), [("FailsAtOnce", "UnspeakableError"), ("ExitsAtOnce", "SystemExit")])
 def test_a_task_that_cannot_be_made_is_refused_as_in_a_run(name: str, error: str) -> None:
     with pytest.raises(ConfigError, match=rf"{name}\(config, seed=0\) raised {error}"):
-        print_findings(ImportedTaskConfig(f"{THIS}{name}"))
+        print_findings({"task": ImportedTaskConfig(f"{THIS}{name}")})
 
 
 def test_the_short_command_is_that_of_a_run() -> None:

@@ -157,7 +157,7 @@ def test_the_contract_holds(task: MixtureTask, config: MixtureConfig, capsys: py
     """Of the mixture but for random answers, whose form differs between its tasks; mode=check checks each by itself."""
     violations = check_task(task, problems=4, max_turns=2)
     assert [text.partition(":")[0] for text in violations] == ["random_demonstrations"]
-    assert print_findings(config) == 0
+    assert print_findings({"task": config}) == 0
     shown = capsys.readouterr().out
     assert shown.index("task.tasks.sums") < shown.index("task.tasks.colors")
 

@@ -18,7 +18,7 @@ from vlmrl.errors import UserFault
 from vlmrl.models.families.base import Family, ImageBounds
 from vlmrl.preflight.estimate.sizes import CHARACTERS_PER_TOKEN, TURN_FRAME
 from vlmrl.rendering.images import decode
-from vlmrl.tasks.base import BadRow, NoProblem, Task
+from vlmrl.tasks.base import BadRow, NoProblem, Split, Task
 from vlmrl.tasks.border import get_problem, open_env, step_env
 from vlmrl.types import Image, Message
 
@@ -54,32 +54,36 @@ INDICES = 256
 """Indices that are looked at for those problems; an index may have none."""
 
 
-def play(task: Task, max_turns: int) -> tuple[EpisodeEstimate, list[str]]:
-    """Play the first training problem that can be played, with empty answers, until it ends or `max_turns` are reached.
+def play(task: Task, max_turns: int, split: Split = "train") -> tuple[EpisodeEstimate, list[str]]:
+    """Play the first problem of a split that can be played, with empty answers, until it ends or `max_turns` are
+    reached.
 
     Returns what was wrong before it, too: each fault costs a run one rollout, each bad row only itself. Raises
     `UserFault` where none of the first `SAMPLES` problems can be played, or where there is none.
     """
+    called = "training" if split == "train" else "held-out"
     notes: list[str] = []
     faults: list[str] = []
+    bad_rows: list[str] = []
     for index in range(INDICES):
         try:
-            return _played(task, index, max_turns), notes
+            return _played(task, split, index, max_turns), notes
         except BadRow as bad:
-            notes.append(f"training index {index} has no problem ({bad}); a run takes the next one")
+            bad_rows.append(str(bad))
+            notes.append(f"{called} index {index} has no problem ({bad}); a run takes the next one")
         except NoProblem:
             continue
         except UserFault as fault:
-            faults.append(f"training problem {index}: {fault.text}")
+            faults.append(f"{called} problem {index}: {fault.text}")
             notes.append(f"{faults[-1]}; in a run it costs one rollout")
             if len(faults) == SAMPLES:
                 break
-    none = f"the training split has no problem at its first {INDICES} indices"
-    raise UserFault(next(iter([*faults, *notes]), none))
+    none = f"the {called} split has no problem at its first {INDICES} indices"
+    raise UserFault(next(iter([*faults, *bad_rows]), none))
 
 
-def _played(task: Task, index: int, max_turns: int) -> EpisodeEstimate:
-    problem, _ = get_problem(task, "train", index)
+def _played(task: Task, split: Split, index: int, max_turns: int) -> EpisodeEstimate:
+    problem, _ = get_problem(task, split, index)
     env, first = open_env(task, problem)
     messages, turns = list(first), 1
     while turns < max_turns:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from vlmrl.config.dataset import DatasetConfig
+from vlmrl.config.eval_set import EvalSet
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.model import Dtype
 from vlmrl.config.run import Mode, RunConfig
-from vlmrl.config.task import MixtureConfig, TaskConfig, most_turns
+from vlmrl.config.task import MixtureConfig, TaskConfig, most_turns, tasks_of
 from vlmrl.config.trainer import Packing
 from vlmrl.errors import ConfigError, UserFault
 from vlmrl.models.families import family_of
@@ -26,9 +28,9 @@ from vlmrl.preflight.rules.checkpoint import refuse_family
 from vlmrl.preflight.rules.machine import refuse_machine
 from vlmrl.preflight.settle import COMPILES_NOTHING
 from vlmrl.ranks.place import find_place
-from vlmrl.tasks.base import Task
+from vlmrl.tasks.base import Split, Task
 from vlmrl.tasks.loading import data_table_of, load_task
-from vlmrl.tasks.mixture import MixtureTask
+from vlmrl.tasks.mixture import MixtureTask, keys_at
 
 
 def dry_run(config: RunConfig) -> str:
@@ -40,34 +42,65 @@ def dry_run(config: RunConfig) -> str:
     machine, sizes, ranks = find_machine(), find_sizes(config.model), find_place().size
     refuse_family(config.model)
     task = load_task(config.task, seed=config.seed)
-    try:
-        episode, wrong = _longest_of_tasks(config.task, task)
-    except UserFault as fault:
-        raise ConfigError(
-            f"task.target={config.task.target}: none of its first {SAMPLES} problems can be played ({fault.text}), so "
-            "a run would have nothing but faults: correct it, and check it with mode=check"
-        ) from None
+    episode, wrong = _longest_of_tasks(config.task, task)
+    sets = {name: each for name, each in config.orchestrator.eval.sets.items() if each.own_task is not None}
+    of_sets = {name: _play_set(f"orchestrator.eval.sets.{name}.task", each, config.seed) for name, each in sets.items()}
     if machine.gpus and config.model.device != "cpu":
         refuse_machine(config, machine, sizes, ranks)
     rows = [
         *_model(config, sizes),
         *(("data", f"{what}: {found}") for what, found in data_table_of(task).items()),
+        *(
+            ("data", f"set {name}, {what}: {text}")
+            for name, (data, _) in of_sets.items()
+            for what, text in data.items()
+        ),
         *_arithmetic(config, ranks),
         *_tokens(config, sizes, episode, ranks),
         *_memory(config, sizes, episode, ranks),
         *_processes(config, machine, sizes, ranks),
         *(("note", text) for text in wrong),
+        *(("note", f"set {name}: {text}") for name, (_, texts) in of_sets.items() for text in texts),
         *(("note", note) for note in notes(config, sizes, episode)),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
 
 
+def _play(key: str, config: TaskConfig, task: Task, split: Split = "train") -> tuple[EpisodeEstimate, list[str]]:
+    """`play`; raises `ConfigError` where none of the first problems of the task at `key` can be played."""
+    with keys_at(key):
+        try:
+            return play(task, config.max_turns, split)
+        except UserFault as fault:
+            given = f"task.path={config.path}" if isinstance(config, DatasetConfig) else f"task.target={config.target}"
+            raise ConfigError(
+                f"{given}: none of its first {SAMPLES} problems can be played ({fault.text}), so a run would have "
+                "nothing but faults: correct it, and check it with mode=check"
+            ) from None
+
+
+def _play_set(key: str, own: EvalSet, seed: int) -> tuple[dict[str, str], list[str]]:
+    """What the task of an evaluation set has read, and what is wrong with its first problems. Raises `ConfigError`."""
+    config = own.own_task
+    assert config is not None, "only sets with a task of their own are played"
+    with keys_at(key):
+        task = load_task(config, seed=seed)
+    tasks = task.tasks if isinstance(task, MixtureTask) else {}
+    configs = tasks_of(config, key)
+    notes = [
+        note
+        for each, one in configs.items()
+        for note in _play(each, one, tasks.get(each.rpartition(".")[2], task), own.split.value)[1]
+    ]
+    return data_table_of(task), notes
+
+
 def _longest_of_tasks(config: TaskConfig, task: Task) -> tuple[EpisodeEstimate, list[str]]:
     """The first episode of the task; of a mixture, that with the most pixels and text among those of its tasks."""
     if not isinstance(config, MixtureConfig) or not isinstance(task, MixtureTask):
-        return play(task, config.max_turns)
-    played = [play(own, config.tasks[name].max_turns) for name, own in task.tasks.items()]
+        return _play("task", config, task)
+    played = [_play(f"task.tasks.{name}", config.tasks[name], own) for name, own in task.tasks.items()]
     pixels = [sum(width * height for width, height in found.images) for found, _ in played]
     episode = max(zip(pixels, played, strict=True), key=lambda pair: (pair[0], pair[1][0].characters))[1][0]
     return episode, [note for _, notes_of_task in played for note in notes_of_task]

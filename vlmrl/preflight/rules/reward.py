@@ -19,7 +19,7 @@ OF_THE_RUN = ("max_fault_rate", "bad_rows", "max_bad_row_rate")
 def all_tasks(config: RunConfig) -> dict[str, TaskConfig]:
     """Key → config of the run's task and of the tasks that evaluation sets have of their own."""
     sets = config.orchestrator.eval.sets
-    own = {f"orchestrator.eval.sets.{name}.task": each.task for name, each in sets.items()}
+    own = {f"orchestrator.eval.sets.{name}.task": each.own_task for name, each in sets.items()}
     return {"task": config.task} | {key: task for key, task in own.items() if task is not None}
 
 

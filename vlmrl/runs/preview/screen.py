@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 from vlmrl.errors import safe_repr, safe_text
 from vlmrl.record.run_dir import RunDir
@@ -11,7 +12,7 @@ from vlmrl.runs.preview.grading import Graded
 from vlmrl.runs.preview.result import Preview
 from vlmrl.runs.preview.sample import Sample
 from vlmrl.runs.preview.seen import SeenProblem
-from vlmrl.runs.preview.spelling import pieces_of
+from vlmrl.runs.preview.spelling import broken_spelling, control_spellings, pieces_of
 
 PRINTED = 2
 """Rendered problems on the screen; the page has more."""
@@ -54,17 +55,25 @@ def print_problem(problem: SeenProblem, graded: Graded | None, seen: Preview) ->
     print_worth(problem, graded)
 
 
-def print_prompt(problem: SeenProblem, tokenizer: object, longest: int = LONGEST) -> None:
-    """Print a rendered prompt; control tokens and images stand out on a terminal."""
+def print_prompt(problem: SeenProblem, tokenizer: Any, longest: int = LONGEST) -> None:
+    """Print a rendered prompt. Control tokens and images have colors on a terminal; without them they stand out, too,
+    because a text of the data that spells one is printed with a backslash in it (`broken_spelling`)."""
     assert problem.prompt is not None, "only problems with a prompt are printed"
     marked = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    text, left = "", longest
+    text, left, is_broken = "", longest, False
+    spellings = control_spellings(tokenizer)
     for piece in pieces_of(problem.prompt, tokenizer):
-        shown = _plain(piece.text[: max(0, left)])
+        shown = piece.text[: max(0, left)]
+        if piece.kind == "text":
+            shown = broken_spelling(shown, spellings)
+            is_broken |= shown != piece.text[: max(0, left)]
+        shown = _plain(shown)
         left -= len(piece.text)
         mark = {"control": _DIM, "image": _BOLD, "text": ""}[piece.kind] if marked else ""
         text += f"{mark}{shown}{_END if mark else ''}"
     print("\n".join(f"  │ {line}" for line in (text + ("…" if left < 0 else "")).split("\n")))
+    if is_broken:
+        print(r"  (a backslash marks text of the data that spells a control token: <\|im_end|> is text)")
 
 
 def print_worth(problem: SeenProblem, graded: Graded | None) -> None:

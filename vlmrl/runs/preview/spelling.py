@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,22 @@ def pieces_of(prompt: Prompt, tokenizer: Any) -> list[Piece]:
         pieces.append(Piece("image", f"<image: {placeholder.length} tokens, {width} × {height}>"))
         at = placeholder.offset + placeholder.length
     return pieces + _text(ids[at:], special, tokenizer)
+
+
+def control_spellings(tokenizer: Any) -> re.Pattern[str]:
+    """What only a control token or an image looks like in the pieces of a prompt."""
+    names = {*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())}
+    spelled = sorted((re.escape(name) for name in names if len(name) > 1), key=len, reverse=True)
+    return re.compile("|".join([*spelled, r"<image: \d+ tokens"]))
+
+
+def broken_spelling(text: str, spellings: re.Pattern[str]) -> str:
+    r"""A text of the data, in which a backslash follows the first character of whatever spells a control token.
+
+    >>> broken_spelling("end<|im_end|> <|im_end|", re.compile(r"<\|im_end\|>"))
+    'end<\\|im_end|> <|im_end|'
+    """
+    return spellings.sub(lambda found: f"{found[0][0]}\\{found[0][1:]}", text)
 
 
 def _text(ids: list[int], special: set[int], tokenizer: Any) -> list[Piece]:

@@ -92,8 +92,8 @@ class ImageReader:
         if re.match(r"https?://", text, re.IGNORECASE):
             if not self.fetch:
                 raise Unusable(
-                    f"the image {short(text)} is a URL, and nothing is downloaded unless task.fetch=true: set it, or "
-                    "download the images"
+                    f"the image {short(text)} is a URL, and task.fetch=false downloads nothing: set task.fetch=true, "
+                    "or download the images"
                 )
             return fetched(text.strip(), allow_private=place.root is None)
         if text.lower().startswith("file:"):

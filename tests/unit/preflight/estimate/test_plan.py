@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -80,6 +81,46 @@ def test_dry_run(arguments: list[str], code: int, lines: list[str], tmp_path: Pa
         assert line in out
     assert err.startswith("error: ") if code else not err
     assert not (tmp_path / "outputs").exists(), "nothing is made"
+
+
+URLS = '{"image": "https://host.example/a.png", "question": "q", "answer": "a"}\n'
+OF_SET = "orchestrator.eval.sets.ood.task"
+SET = (f"+eval_set@{OF_SET.removesuffix('.task')}=default", f"+task@{OF_SET}=dataset")
+MIXTURE = (
+    "task=mixture",
+    "+task@task.tasks.a=color_codeword",
+    "+task@task.tasks.b=dataset",
+    "algorithm.credit=episode",
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((*SET, f"{OF_SET}.path=absent.jsonl"), rf"{OF_SET}\.path=absent\.jsonl does not exist"),
+        ((*SET, f"{OF_SET}.path=urls.jsonl"), rf"{OF_SET}\.path=urls\.jsonl: none .* set {OF_SET}\.fetch=true"),
+        ((*MIXTURE, "task.tasks.b.path=absent.jsonl"), r"task\.tasks\.b\.path=absent\.jsonl does not exist"),
+        (
+            (*MIXTURE, "task.tasks.b.path=urls.jsonl"),
+            r"task\.tasks\.b\.path=urls\.jsonl: .* task\.tasks\.b\.fetch=true",
+        ),
+        (("task=dataset", "task.path=urls.jsonl"), r"task\.path=urls\.jsonl: none .* set task\.fetch=true"),
+    ],
+)
+@pytest.mark.parametrize("how", ["dry_run=true", "mode=check"])
+def test_every_task_is_checked_under_its_own_key(
+    how: str, arguments: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "urls.jsonl").write_text(URLS * 40)
+    reward = "+reward@task.tasks.b.reward.terms.exact=exact" if "task=mixture" in arguments else "reward=exact"
+    of_set = f"+reward@{OF_SET}.reward.terms.exact=exact" if SET[0] in arguments else reward
+    exit_code, out, err, _ = vlmrl(*arguments, of_set, how, folder=tmp_path)
+    if how == "dry_run=true" or "absent" in said:
+        assert exit_code == 2
+        assert re.search(said, err), err
+    else:
+        assert exit_code == 1
+        assert "FAIL  has_problems" in out
 
 
 ON_GPU = ("trainer.cpu_offload=false", "trainer.optimizer=adamw_8bit")

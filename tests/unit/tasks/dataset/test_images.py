@@ -109,7 +109,7 @@ def test_paths(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (b"", "an encoded image of 0 bytes cannot be decoded"),
         (png(50)[:45], "cannot be decoded"),
         ("data:image/png;base64,!!!", "data URL whose base64 is damaged"),
-        ("https://example.com/a.png", r"is a URL, and nothing is downloaded unless task\.fetch=true"),
+        ("https://example.com/a.png", r"is a URL, and task\.fetch=false downloads nothing: set task\.fetch=true"),
         (np.zeros((4, 4), np.float32), r"must be uint8 \[H, W, 3\]"),
     ],
 )
