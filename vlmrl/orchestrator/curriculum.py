@@ -49,7 +49,6 @@ class Curriculum:
     """Groups of steps that no choice rests on yet, by step."""
     _kinds: Counter[str] = field(init=False)
     _passed_over: Counter[int] = field(init=False, default_factory=Counter)
-    _step: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self.restore(self.difficulty)
@@ -74,7 +73,6 @@ class Curriculum:
 
     def begin(self, step: int) -> None:
         """Step `step` begins to draw: count the steps that its choice rests on."""
-        self._step = step
         while self._waiting and self._waiting[0][0] <= step - 1 - self.max_staleness:
             for played in self._waiting.popleft()[1]:
                 old = self.difficulty.by_id.get(played.problem_id)
@@ -84,8 +82,8 @@ class Curriculum:
             for forgotten in self.difficulty.forget():
                 self._kinds[self.kind(forgotten)] -= 1
 
-    def wants(self, index: int, problem_id: str) -> bool:
-        """Whether to play this problem now."""
+    def wants(self, step: int, index: int, problem_id: str) -> bool:
+        """Whether `step` plays this problem."""
         known = self.difficulty.by_id.get(problem_id)
         kind = "inside" if known is None else self.kind(known)
         if known is not None and kind == "hopeless":
@@ -94,7 +92,7 @@ class Curriculum:
             wanted = _share(index) < 1 / self.config.outside
         else:
             wanted = kind == "inside"
-        self._passed_over[self._step] += not wanted
+        self._passed_over[step] += not wanted
         return wanted
 
     def kind(self, known: Attempts) -> str:

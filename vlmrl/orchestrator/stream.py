@@ -187,8 +187,8 @@ class Chooser(Protocol):
         """What to report of a step."""
         ...
 
-    def wants(self, index: int, problem_id: str) -> bool:
-        """Whether to play this problem now. Called in the order of the indices."""
+    def wants(self, step: int, index: int, problem_id: str) -> bool:
+        """Whether `step` plays this problem. Called in the order of the indices."""
         ...
 
 
@@ -236,7 +236,7 @@ class ProblemStream:
                 for drawn in await self._fetch(indices):
                     if isinstance(drawn, Drawn):
                         self._watch.found()
-                        if refused < (self.num_rows or ENDLESS_PASS) and not self._is_wanted(drawn):
+                        if refused < (self.num_rows or ENDLESS_PASS) and not self._is_wanted(step, drawn):
                             refused += 1
                             continue
                         self.bad_rows.used()
@@ -274,8 +274,10 @@ class ProblemStream:
             count = min(count, self.num_rows - self.indices.next)
         return self.indices.take(step, count)
 
-    def _is_wanted(self, drawn: Drawn) -> bool:
-        return self.chooser is None or drawn.fault is not None or self.chooser.wants(drawn.index, drawn.problem_id)
+    def _is_wanted(self, step: int, drawn: Drawn) -> bool:
+        return (
+            self.chooser is None or drawn.fault is not None or self.chooser.wants(step, drawn.index, drawn.problem_id)
+        )
 
     async def _fetch(self, indices: Iterable[int], check: bool = True) -> list[Drawn | tuple[int, NoProblem]]:
         return await asyncio.gather(*(self._fetch_one(index, check) for index in indices))

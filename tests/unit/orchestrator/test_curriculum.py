@@ -37,12 +37,12 @@ def after(curriculum: Curriculum, *groups: Group) -> Curriculum:
 
 
 def test_a_problem_that_was_never_played_is_wanted() -> None:
-    assert make(solved=1, hopeless=0, low=0.2, high=0.8).wants(0, "new")
+    assert make(solved=1, hopeless=0, low=0.2, high=0.8).wants(1, 0, "new")
 
 
 def test_solved_problems_are_passed_over() -> None:
     curriculum = after(make(solved=1), group("all", 1, 1), group("half", 1, 0), group("none", 0, 0))
-    assert [curriculum.wants(20, name) for name in ("all", "half", "none")] == [False, True, True]
+    assert [curriculum.wants(2, 20, name) for name in ("all", "half", "none")] == [False, True, True]
     assert curriculum.metrics(2) == {
         "curriculum/passed_over": 1.0,
         "curriculum/known": 3.0,
@@ -56,14 +56,14 @@ def test_a_problem_that_failed_at_first_can_be_solved_later() -> None:
     for step in (1, 2, 3):
         curriculum.learn(step, [group("p", *([0.0, 0.0] if step == 1 else [1.0, 1.0]))])
         curriculum.begin(step + 1)
-        assert curriculum.wants(9 * step, "p") is (step < 3), "the last two groups count"
+        assert curriculum.wants(step + 1, 9 * step, "p") is (step < 3), "the last two groups count"
 
 
 @pytest.mark.parametrize("rest", [1, 2])
 def test_hopeless_problems_rest_for_whole_passes(rest: int) -> None:
     """Played in pass 0, at index 4; passes begin at multiples of 10."""
     curriculum = after(make(hopeless=0, rest=rest), group("none", 0, 0, index=4))
-    wanted = [curriculum.wants(10 * epoch + place, "none") for epoch in range(5) for place in (0, 9)]
+    wanted = [curriculum.wants(2, 10 * epoch + place, "none") for epoch in range(5) for place in (0, 9)]
     assert wanted == [False] * 2 * (1 + rest) + [True] * 2 * (4 - rest)
 
 
@@ -71,7 +71,7 @@ def test_the_band_is_aimed_at() -> None:
     curriculum = after(
         make(low=0.3, high=0.6, outside=4), group("low", 0, 0, 0, 1), group("inside", 0, 1), group("high", 1, 1)
     )
-    wanted = {name: sum(curriculum.wants(index, name) for index in range(400)) for name in ("low", "inside", "high")}
+    wanted = {name: sum(curriculum.wants(2, index, name) for index in range(400)) for name in ("low", "inside", "high")}
     assert wanted["inside"] == 400
     assert 70 < wanted["low"] < 130
     assert wanted["high"] == wanted["low"], "chance depends on the index alone"
@@ -106,7 +106,7 @@ def test_a_choice_rests_on_steps_that_are_known_whatever_the_timing(max_stalenes
                 curriculum.learn(known, [group(f"p{known}", 1, 1)])
                 learned = known
             curriculum.begin(step)
-            wanted += [curriculum.wants(step, f"p{i}") for i in range(1, 8)]
+            wanted += [curriculum.wants(step, step, f"p{i}") for i in range(1, 8)]
         return wanted
 
     assert wants_of(0) == wants_of(max_staleness)
@@ -127,7 +127,7 @@ def test_a_checkpoint_has_every_step_that_was_learned(tmp_path: Path) -> None:
     assert list(read.by_id.items()) == list(state.by_id.items())
     resumed = make(solved=1)
     resumed.restore(read)
-    assert (resumed.wants(9, "a"), resumed.wants(9, "b")) == (False, True)
+    assert (resumed.wants(3, 9, "a"), resumed.wants(3, 9, "b")) == (False, True)
     assert resumed.metrics(0)["curriculum/solved"] == 1.0
 
 

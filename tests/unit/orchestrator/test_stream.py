@@ -239,7 +239,7 @@ class OnlyEven:
     def metrics(self, step: int) -> dict[str, float]:
         return {"curriculum/passed_over": 1.0}
 
-    def wants(self, index: int, problem_id: str) -> bool:
+    def wants(self, step: int, index: int, problem_id: str) -> bool:
         return index % 2 == 0
 
 
@@ -253,7 +253,7 @@ def test_a_chooser_is_asked_for_each_problem() -> None:
 
 def test_a_chooser_that_wants_nothing_of_a_whole_pass_is_not_asked_again() -> None:
     chooser = OnlyEven()
-    chooser.wants = lambda index, problem_id: False  # type: ignore[method-assign]
+    chooser.wants = lambda step, index, problem_id: False  # type: ignore[method-assign]
     assert draw(make(Table(rows=5), chooser=chooser), 2, 2) == [[5, 6], [12, 13]]
 
 
