@@ -29,7 +29,7 @@ from vlmrl.trainer.loop_state import Cursor, LoopState
 from vlmrl.types import Group
 
 ROWS = 20
-"""Of a pass. Row 3, 13 is held out, row 5, 15 is bad; of the others, one in three each is solved, hopeless, mixed."""
+"""Of a pass. Row 3, 13 is held out, row 5, 15 is bad; of the others, one in four is solved, one hopeless."""
 
 
 class Table:
@@ -48,7 +48,7 @@ class Table:
 
 
 def reward_of(index: int, sibling: int) -> float:
-    return {0: 1.0, 1: 0.0}.get(index % ROWS % 3, float(sibling % 2))
+    return {0: 1.0, 1: 0.0}.get(index % ROWS % 4, float(sibling % 2))
 
 
 class KilledError(Exception):
@@ -140,8 +140,6 @@ EVENTS = st.tuples(st.sampled_from(["train", "learn", "publish", "step", "checkp
 
 
 @settings(max_examples=25, deadline=None)
-@example(seed=0, every=1, kills=[("learn 2", 3), ("learn 4", 0)], last=0)
-@example(seed=1, every=1, kills=[("learn 2", 3), ("learn 4", 1)], last=0)
 @example(seed=2, every=2, kills=[("publish 4", 2), ("checkpoint 5", 2), ("train 6", 1)], last=2)
 @given(
     seed=st.integers(0, 2**32),

@@ -143,6 +143,14 @@ def test_a_stop_at_any_point_loses_and_repeats_nothing(counts: list[int], made: 
     assert whole[:made] + draw(resumed, *counts[made:]) == whole
 
 
+def test_indices_that_wait_to_be_handed_out_again_are_in_the_next_checkpoint() -> None:
+    """A run that was killed with three steps under way, resumed on-policy, and killed again after one step."""
+    indices = Indices(Cursor(10, ((2, 8),)))
+    assert indices.take(5, 2) == [2, 3]
+    assert indices.cursor(5) == Cursor(10, ((4, 8),))
+    assert Indices(indices.cursor(5)).take(6, 6) == [4, 5, 6, 7, 10, 11]
+
+
 def test_a_fault_of_the_tasks_code_takes_the_place_of_its_problem() -> None:
     stream = make(Table(odd=lambda row: KeyError("x") if row == 1 else None))
     drawn = asyncio.run(stream.draw(1, 3))
