@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from support import TESTS
+from support.browser import opened_browser
 from support.command_line import SHORT, Ended, Home
 
 
@@ -33,3 +36,10 @@ def finished(home: Home) -> tuple[Path, Ended]:
 def never_stopped(finished: tuple[Path, Ended]) -> Path:
     """The folder of that run."""
     return finished[0]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A real Chromium; playwright's event loop ends with the module, so that other tests may have their own."""
+    with opened_browser() as launched:
+        yield launched

@@ -9,111 +9,30 @@ import csv
 import io
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
-from hydra import compose, initialize_config_dir
 
-from support.configs import checked
-from support.report_runs import noise, one_rollout, one_turn, ordinary_rollout, record
-from vlmrl.cli.arguments import CONF
+from support.browser import Tab, in_chromium
+from support.report_runs import config_of, noise, one_rollout, one_turn, ordinary_rollout, record
 from vlmrl.cli.main import main
 from vlmrl.cli.past_runs import default_config
-from vlmrl.cli.recipe import with_recipe
-from vlmrl.cli.schemas import register_schemas
-from vlmrl.config.run import RunConfig
 from vlmrl.monitor.report.page import write_report
 from vlmrl.record.metrics import read_metrics
 from vlmrl.record.rollouts import RolloutRecord, RolloutRecorder, read_rollouts
 from vlmrl.record.run_dir import RunDir
 from vlmrl.types import DropReason, Rollout, StopReason
 
-playwright = pytest.importorskip("playwright.sync_api", reason="pip install 'vlmrl[browser]'")
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-
-pytestmark = [
-    pytest.mark.chromium,
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
-]
+pytestmark = in_chromium
 
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
 IMAGES = [noise(seed, 12, 16) for seed in range(4)]
 LARGE = noise(9, 600, 900)
 WIDTHS = (1440, 720)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as started:
-        # A container's root has no user namespaces, which Chromium's sandbox needs.
-        launched = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield launched
-        launched.close()
-
-
-class Tab:
-    """A page in a browser, with its console messages and its requests."""
-
-    def __init__(self, browser: Any, file: Path, place: str = "", *, width: int = 1440, theme: str = "light") -> None:
-        context = browser.new_context(
-            viewport={"width": width, "height": 900}, color_scheme=theme, accept_downloads=True
-        )
-        self.page = context.new_page()
-        self.complaints: list[str] = []
-        self.requests: list[str] = []
-        self.page.on("console", lambda message: self.complaints.append(message.text))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.goto(f"{file.as_uri()}{place}")
-        self.page.wait_for_function("document.documentElement.dataset.ready")
-
-    def __enter__(self) -> Tab:
-        return self
-
-    def __exit__(self, *failed: object) -> None:
-        self.page.context.close()
-        if failed[0] is None:
-            assert self.complaints == []
-            assert [url for url in self.requests if not url.startswith(("file:", "data:", "blob:"))] == []
-
-    @property
-    def ready_ms(self) -> float:
-        return float(self.page.evaluate("document.documentElement.dataset.ready"))
-
-    def texts(self, selector: str) -> list[str]:
-        return [text.strip() for text in self.page.locator(selector).all_inner_texts()]
-
-    def shown(self) -> list[str]:
-        """Ids of the rollouts in the list."""
-        labels = self.page.locator(".cell").evaluate_all("cells => cells.map(cell => cell.getAttribute('aria-label'))")
-        return [label.split(":")[0] for label in labels]
-
-    def fill(self, *labels_and_values: str) -> None:
-        for label, value in zip(labels_and_values[::2], labels_and_values[1::2], strict=True):
-            self.page.get_by_label(label, exact=True).fill(value)
-
-    def open(self, rollout_id: str) -> None:
-        self.page.locator(f'.cell[aria-label^="{rollout_id}:"]').click()
-
-    def download(self, name: str) -> str:
-        with self.page.expect_download() as waiting:
-            self.page.get_by_role("button", name=name, exact=True).first.click()
-        path = waiting.value.path()
-        return Path(path).read_text()
-
-
-def config_of(*overrides: str) -> RunConfig:
-    register_schemas()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("config", with_recipe(list(overrides)))
-    config.output_dir = "made later"
-    return checked(config)
 
 
 @pytest.fixture(scope="module")

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
 
+from support.browser import Tab, in_chromium
 from support.command_line import Home
 
-playwright = pytest.importorskip("playwright.sync_api", reason="pip install 'vlmrl[browser]'")
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-
-pytestmark = [
-    pytest.mark.chromium,
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
-]
+pytestmark = in_chromium
 
 HOSTILE = "</pre><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'><|im_end|>"
 
@@ -43,16 +37,9 @@ def page_of_hostile_rows(home: Home) -> Path:
     return run / "preview.html"
 
 
-def test_the_page_of_hostile_rows(page_of_hostile_rows: Path) -> None:
-    with playwright.sync_playwright() as started:
-        # A container's root has no user namespaces, which Chromium's sandbox needs.
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page()
-        complaints: list[str] = []
-        requests: list[str] = []
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("request", lambda request: requests.append(request.url))
-        page.goto(page_of_hostile_rows.as_uri())
+def test_the_page_of_hostile_rows(browser: Any, page_of_hostile_rows: Path) -> None:
+    with Tab(browser, page_of_hostile_rows, draws_itself=False) as tab:
+        page = tab.page
         assert page.evaluate("window.hacked") is None
         assert page.locator("article").count() > 0
         shown = page.locator("article img")
@@ -64,6 +51,3 @@ def test_the_page_of_hostile_rows(page_of_hostile_rows: Path) -> None:
         assert page.locator("article pre .control", has_text="<|im_end|>").count() == page.locator("article").count()
         assert page.locator("svg rect").count() > 0
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-        assert complaints == []
-        assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
-        browser.close()

@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hydra import compose, initialize_config_dir
 
+from support.configs import checked
+from vlmrl.cli.arguments import CONF
+from vlmrl.cli.recipe import with_recipe
+from vlmrl.cli.schemas import register_schemas
 from vlmrl.config.run import RunConfig
 from vlmrl.record.metrics import REQUIRED_KEYS, MetricsLog
 from vlmrl.record.rollouts import RolloutRecorder
@@ -28,6 +33,15 @@ from vlmrl.types import (
 )
 
 IMAGE_TOKEN = 999
+
+
+def config_of(*overrides: str) -> RunConfig:
+    """The config of a command line, checked."""
+    register_schemas()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("config", with_recipe(list(overrides)))
+    config.output_dir = "made later"
+    return checked(config)
 
 
 class Alphabet:
