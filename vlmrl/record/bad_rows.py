@@ -10,10 +10,11 @@ file.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypedDict
 
+from vlmrl.record.faults import fault_kind
 from vlmrl.record.lines import read_lines
 from vlmrl.record.step_log import Phase, StepLog
 
@@ -51,6 +52,15 @@ def place_of(record: BadRowRecord) -> str:
     """
     named = " ".join(filter(None, (record["source"], None if record["row"] is None else f"row {record['row']}")))
     return named or f'problem("{record["split"]}", {record["index"]})'
+
+
+def kinds_of_bad_rows(rows: Iterable[BadRowRecord]) -> list[list[BadRowRecord]]:
+    """Rows with the same reason together, the most frequent reason first. Numbers in a reason are ignored: they differ
+    from row to row."""
+    kinds: dict[str, list[BadRowRecord]] = {}
+    for row in rows:
+        kinds.setdefault(fault_kind("", row["reason"])[1], []).append(row)
+    return sorted(kinds.values(), key=len, reverse=True)
 
 
 def read_bad_rows(path: Path, warn: Callable[[str], None] = log.warning) -> list[BadRowRecord]:

@@ -21,7 +21,7 @@ import orjson
 from omegaconf import DictConfig, OmegaConf
 
 from vlmrl.errors import safe_text
-from vlmrl.record.bad_rows import BadRowRecord, place_of, read_bad_rows
+from vlmrl.record.bad_rows import BadRowRecord, kinds_of_bad_rows, place_of, read_bad_rows
 from vlmrl.record.faults import FaultPhase, FaultRecord, fault_kind, read_faults
 from vlmrl.record.files import write_bytes_atomically
 from vlmrl.record.rollouts import read_rollouts
@@ -144,12 +144,9 @@ def _bad_row_lines(rows: Sequence[BadRowRecord]) -> Iterator[str]:
     """Rows that were passed over, those with equal reasons together."""
     if not rows:
         return
-    kinds: dict[str, list[BadRowRecord]] = {}
-    for row in rows:
-        kinds.setdefault(fault_kind("", row["reason"])[1], []).append(row)
     yield ""
     yield f"{len(rows)} {'row' if len(rows) == 1 else 'rows'} of the data cannot be used and were passed over"
-    for of_kind in sorted(kinds.values(), key=len, reverse=True)[:SHOWN_KINDS]:
+    for of_kind in kinds_of_bad_rows(rows)[:SHOWN_KINDS]:
         places = ", ".join(place_of(row) for row in of_kind[:SHOWN_ROWS]) + (", …" if len(of_kind) > SHOWN_ROWS else "")
         yield f"{len(of_kind)} × {of_kind[0]['reason']}"
         yield f"  {places}"

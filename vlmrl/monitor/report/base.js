@@ -108,6 +108,25 @@ const NAMES = RUNS.map((run) => run.name);
 const PALETTE = 8;
 const paletteName = (index) => `--c${index % PALETTE}`;
 
+// One colour per name on the whole page: names that stand in one chart have different ones, as far as the palette goes.
+const NAMED = new Map([["training", 0], ["sampled", 1], ["greedy", 2]]);
+
+// The palette names of `names`, which stand in one chart; `taken` are other names in it.
+function coloursOf(names, taken = []) {
+  const used = new Set([...names, ...taken].filter((name) => NAMED.has(name)).map((name) => NAMED.get(name)));
+  // The colours of training, sampled and greedy come last.
+  const first = NAMED.size;
+  return names.map((name, place) => {
+    if (!NAMED.has(name)) {
+      const order = [...Array(PALETTE).keys()].map((i) => (i < 5 ? 3 + ((first + place + i) % 5) : i - 5));
+      const index = order.find((each) => !used.has(each)) ?? order[0];
+      NAMED.set(name, index);
+      used.add(index);
+    }
+    return paletteName(NAMED.get(name));
+  });
+}
+
 // The value of a CSS colour property, as a canvas needs it.
 function colour(name) {
   const probe = el("span", { style: { color: `var(${name})`, display: "none" } });

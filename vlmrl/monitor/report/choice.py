@@ -1,7 +1,7 @@
 """Choose the rollouts that a page shows. A run may record millions; a page opens quickly with a few thousand.
 
     training     whole groups, evenly spaced over all (step, group), including the first and the last
-    evaluation   the same held-out problems at each evaluation, sampled and greedy
+    evaluation   the same held-out problems at each evaluation, sampled and greedy, of the named sets too
     dropped      for each drop reason, a few whole groups that contain such a rollout
 
 The choice needs only file names, metrics.jsonl and the config of the run, so it is fast for a run of any length.
@@ -9,11 +9,13 @@ The choice needs only file names, metrics.jsonl and the config of the run, so it
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from vlmrl.record.metrics import Record
+from vlmrl.record.metrics import EVAL_SAMPLED, Record
 from vlmrl.record.run_dir import RunDir
 
 EVALUATION_SHARE = 0.3
@@ -23,6 +25,9 @@ DROPPED_GROUPS = 6
 ORDINARY_DROPS = ("zero_advantage",)
 """Drop reasons without extra groups: the algorithm drops these rollouts by design, and they are not rare."""
 
+SET_SIZE = re.compile(r"orchestrator\.eval\.sets\.(.+)\.problems")
+"""A config key that every named evaluation set has."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -31,12 +36,59 @@ class Shape:
     groups_per_step: int
     group_size: int
     problems: int
-    """Held-out problems of an evaluation."""
+    """Held-out problems of the largest evaluation set."""
+    answers: int = 2
+    """Rollouts of one evaluation with the same problem number: a sampled and a greedy one of the main evaluation, and
+    those of the named sets."""
 
     @property
     def step(self) -> int:
         """Rollouts of a step."""
         return self.groups_per_step * self.group_size
+
+    @staticmethod
+    def of(config: Mapping[str, Any]) -> Shape:
+        """The numbers of a run's config, which has dotted keys. Raises KeyError where they are none."""
+        groups = config["orchestrator.groups_per_step"], config["orchestrator.group_size"]
+        sizes = evaluation_sizes(config)
+        numbers = [*groups, *(number for size in sizes.values() for number in size)]
+        if not all(isinstance(number, int) and number >= 0 for number in numbers) or 0 in groups:
+            raise KeyError(f"groups_per_step, group_size and the sizes of evaluations are {numbers}")
+        return Shape(
+            *groups,
+            problems=max(problems for problems, _ in sizes.values()),
+            answers=max(1, sum(answers for problems, answers in sizes.values() if problems)),
+        )
+
+
+def evaluation_sizes(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Problems, and answers to each, of every evaluation set in a config with dotted keys; "" is the main evaluation.
+
+    >>> evaluation_sizes({"orchestrator.eval.problems": 128})
+    {'': (128, 2)}
+    """
+    sizes = {"": (config["orchestrator.eval.problems"], 2)}
+    for name in (found[1] for found in map(SET_SIZE.fullmatch, config) if found):
+        problems, samples, greedy = (
+            config[f"orchestrator.eval.sets.{name}.{key}"] for key in ("problems", "samples", "greedy")
+        )
+        sizes[name] = (problems, samples + greedy)
+    return sizes
+
+
+def evaluation_rollouts(record: Record, sizes: Mapping[str, tuple[int, int]]) -> int:
+    """Rollouts of an evaluation whose metrics are `record`: each set may have steps of its own, and may have fewer
+    problems than its config wants. Without metrics, all sets as the config has them.
+
+    >>> evaluation_rollouts({"eval/ood/problems": 20.0}, {"": (128, 2), "ood": (64, 9)})
+    180
+    """
+    played = 0
+    for name, (problems, answers) in sizes.items():
+        value = record.get(f"eval/{name}/problems" if name else EVAL_SAMPLED)
+        if value is not None:
+            played += (int(value) if name else problems) * answers
+    return played or sum(problems * answers for problems, answers in sizes.values())
 
 
 @dataclass(eq=False)
@@ -81,14 +133,14 @@ def choose(
 ) -> Choice:
     """Choose about `wanted` rollouts of `steps` and `evaluations`, plus a few groups with dropped rollouts."""
     choice = Choice()
-    pairs = max(int(wanted * EVALUATION_SHARE), wanted - len(steps) * shape.step) // 2  # pairs of sampled and greedy
-    shown = evenly(len(evaluations), pairs)
-    problems = evenly(shape.problems, pairs // len(shown)) if shown else []
+    asked = max(int(wanted * EVALUATION_SHARE), wanted - len(steps) * shape.step) // shape.answers
+    shown = evenly(len(evaluations), asked)
+    problems = evenly(shape.problems, asked // len(shown)) if shown else []
     for problem in problems:
         for index in shown:
             choice.add(run_dir.recorded_rollouts("eval", evaluations[index]), problem)
 
-    room = wanted - 2 * len(shown) * len(problems)
+    room = wanted - shape.answers * len(shown) * len(problems)
     for index in evenly(len(steps) * shape.groups_per_step, -(-room // shape.group_size)):
         place, group = divmod(index, shape.groups_per_step)
         choice.add(run_dir.recorded_rollouts("step", steps[place]), group)

@@ -4,6 +4,8 @@
      "images": {hash: {"src": "data:image/png;base64,…", "width": 32, "height": 32, "whole": true}},
      "runs": [{"name", "path", "state", "summary", "environment", "config": {key: value}, "doctor",
                "metrics": {key: [value per line or null]}, "supervised": …,
+               "sets": [{"name", "scores": {score: key}, "by": [[column, [[value, key], …]], …]}],
+               "bad_rows": {"count", "reasons", "shown": [{"reason", "count", "rows": [[place, step, phase], …]}]},
                "spellings": {token id: text}, "messages": [[message, …], …],
                "prompts": [{"at", "count", "placeholders": [[offset, length, hash], …]}],
                "prompt_ids": base64 int32 [Σ count],
@@ -41,8 +43,9 @@ from omegaconf.errors import OmegaConfBaseException
 from vlmrl.config.parse import literal
 from vlmrl.config.secrets import redacted
 from vlmrl.errors import ConfigError
-from vlmrl.monitor.report.choice import Choice, Shape, choose
+from vlmrl.monitor.report.choice import Choice, Shape, choose, evaluation_rollouts, evaluation_sizes
 from vlmrl.monitor.report.pictures import Pictures
+from vlmrl.monitor.report.tables import bad_rows, named_sets
 from vlmrl.record.disk_bound import read_deleted
 from vlmrl.record.metrics import Record, read_metrics
 from vlmrl.record.rollouts import RolloutRecord, TurnRecord, read_rollouts
@@ -242,9 +245,7 @@ class ReportedRun:
         """Read a run. Raises ConfigError where the folder holds no run, VlmrlError where a file is damaged."""
         try:
             config = flat(redacted(literal(run_dir.read_config_and_environment())))
-            numbers = [config[f"orchestrator.{key}"] for key in ("groups_per_step", "group_size", "eval.problems")]
-            if not all(isinstance(number, int) and number >= 1 for number in numbers):
-                raise KeyError(f"groups_per_step, group_size and eval.problems are {numbers}")
+            shape = Shape.of(config)
         except (OmegaConfBaseException, AttributeError, KeyError, ValueError, TypeError, RecursionError) as error:
             raise ConfigError(
                 f"run={run_dir.path} holds no config.yaml of a run ({error}), so there is nothing to show: name the "
@@ -256,7 +257,7 @@ class ReportedRun:
             run_dir=run_dir,
             config={key: value for key, value in config.items() if not key.startswith(prefix)},
             environment={key.removeprefix(prefix): value for key, value in config.items() if key.startswith(prefix)},
-            shape=Shape(*numbers),
+            shape=shape,
             metrics=read_metrics(run_dir.metrics) if run_dir.metrics.exists() else [],
             steps=run_dir.rollouts_steps("step"),
             evaluations=run_dir.rollouts_steps("eval"),
@@ -266,7 +267,6 @@ class ReportedRun:
         """The document of this run with `rollouts`."""
         run_dir, summary = self.run_dir, self.run_dir.read_summary()
         newest = max((path.stat().st_mtime for path in (run_dir.metrics, run_dir.config) if path.exists()), default=0.0)
-        recorded = len(self.steps) * self.shape.step + len(self.evaluations) * 2 * self.shape.problems
         shown = set(rollouts.ids).union(rollouts.prompt_ids)
         spellings = read_spellings(run_dir.tokens) if run_dir.tokens.exists() else {}
         return {
@@ -278,18 +278,27 @@ class ReportedRun:
             "environment": self.environment,
             "config": self.config,
             "doctor": run_dir.read_doctor(),
-            "metrics": columns(self.metrics),
+            "metrics": (metrics := columns(self.metrics)),
+            "sets": named_sets(metrics),
+            "bad_rows": bad_rows(run_dir.bad_rows),
             "supervised": columns(read_metrics(run_dir.supervised) if run_dir.supervised.exists() else []),
             "spellings": {str(id): text for id, text in spellings.items() if id in shown},
             "recorded": {
                 "steps": len(self.steps),
                 "evaluations": len(self.evaluations),
-                "rollouts": recorded,
+                "rollouts": self._recorded(),
                 "shown": len(rollouts.rollouts),
                 "deleted": None if (deleted := read_deleted(run_dir)) is None else deleted.says(),
             },
             **rollouts.document(),
         }
+
+    def _recorded(self) -> int:
+        """Rollouts in rollouts/, by the metrics of their steps; those of the config where a step has no metrics."""
+        by_step, sizes = {record["step"]: record for record in self.metrics}, evaluation_sizes(self.config)
+        trained = (by_step.get(step, {}).get("rollouts/total") or self.shape.step for step in self.steps)
+        evaluated = (evaluation_rollouts(by_step.get(step, {}), sizes) for step in self.evaluations)
+        return round(sum(trained) + sum(evaluated))
 
 
 def columns(records: Sequence[Record]) -> dict[str, list[Any]]:
@@ -357,6 +366,7 @@ def _gather(run: ReportedRun, runs: Sequence[ReportedRun], wanted: int) -> Rollo
             groups_per_step=min(shape.groups_per_step for shape in shapes),
             group_size=max(shape.group_size for shape in shapes),
             problems=min(shape.problems for shape in shapes),
+            answers=max(shape.answers for shape in shapes),
         ),
         wanted,
         steps,

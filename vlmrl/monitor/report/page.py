@@ -25,7 +25,10 @@ from vlmrl.record.files import disk_errors
 from vlmrl.record.run_dir import RunDir
 
 FILES = Path(__file__).parent
-SCRIPTS = ("vendor/uPlot.iife.min.js", "base.js", "curves.js", "tokens.js", "rollouts.js", "config.js", "main.js")
+SCRIPTS = (
+    *("vendor/uPlot.iife.min.js", "base.js", "chart.js", "sections.js", "curves.js", "tokens.js"),
+    *("rollouts.js", "config.js", "main.js"),
+)
 """Files of the page's scripts, in the order in which they run."""
 STYLES = ("vendor/uPlot.min.css", "page.css")
 

@@ -152,8 +152,8 @@ const SECTIONS = {
 function stripsOf(group, rollouts) {
   if (SEVERAL) return RUNS.map((run) => [paletteName(run.index), NAMES[run.index], rollouts.filter((each) => each.run === run)]);
   if (group.kind === "train") return [[null, "", rollouts]];
-  return [["--c0", "sampled", rollouts.filter((each) => splitOf(each) === "eval_sampled")],
-    ["--c2", "greedy", rollouts.filter((each) => splitOf(each) === "eval_greedy")]];
+  return [[named("sampled").colour, "sampled", rollouts.filter((each) => splitOf(each) === "eval_sampled")],
+    [named("greedy").colour, "greedy", rollouts.filter((each) => splitOf(each) === "eval_greedy")]];
 }
 
 function listGroups() {
@@ -190,7 +190,7 @@ function cell(rollout) {
   const share = Math.max(0, Math.min(1, rollout.reward / (view.best || 1)));
   const said = `${rollout.id}: reward ${fmt.number(rollout.reward, 3)}${rollout.dropped ? `, dropped (${rollout.dropped})` : ""}`;
   const made = el("button", {
-    type: "button", class: `cell${rollout.dropped ? " dropped" : ""}${splitOf(rollout) === "eval_greedy" ? " greedy" : ""}`,
+    type: "button", class: `cell${rollout.dropped ? " dropped" : ""}${{ train: "", eval_sampled: " held", eval_greedy: " greedy" }[splitOf(rollout)]}`,
     title: said, "aria-label": said, tabindex: "-1", style: { "--share": share },
     on: { click: () => show(rollout) },
   }, el("i"));

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmrl.monitor.report.choice import DROPPED_GROUPS, Choice, Shape, choose, evenly
+from vlmrl.monitor.report.choice import (
+    DROPPED_GROUPS,
+    Choice,
+    Shape,
+    choose,
+    evaluation_rollouts,
+    evaluation_sizes,
+    evenly,
+)
 from vlmrl.record.metrics import Record
 from vlmrl.record.run_dir import RunDir
 
@@ -112,6 +120,44 @@ def test_every_drop_reason_is_shown() -> None:
     stale = sorted(step for step, reason in found if reason == "stale")
     assert len(stale) == DROPPED_GROUPS
     assert (stale[0], stale[-1]) == (901, 1000)
+
+
+SIZES = {
+    "orchestrator.groups_per_step": 9,
+    "orchestrator.group_size": 32,
+    "orchestrator.eval.problems": 0,
+    "orchestrator.eval.sets.ood.problems": 40,
+    "orchestrator.eval.sets.ood.samples": 8,
+    "orchestrator.eval.sets.ood.greedy": True,
+    "orchestrator.eval.sets.v1.2.problems": 10,
+    "orchestrator.eval.sets.v1.2.samples": 0,
+    "orchestrator.eval.sets.v1.2.greedy": True,
+}
+
+
+def test_named_sets_count() -> None:
+    """A run without a main evaluation has a page, with the problems of its sets and no more rollouts than fit."""
+    shape = Shape.of(SIZES)
+    assert (shape.problems, shape.answers) == (40, 8 + 1 + 1)
+    choice = chosen(1000, 20, shape=shape)
+    shown = [groups for path, groups in choice.groups.items() if path.name.startswith("eval")]
+    assert len(shown) == 20
+    assert all({0, 39} <= groups for groups in shown)
+    assert sum(map(len, shown)) * shape.answers <= 0.3 * 2000
+
+
+@pytest.mark.parametrize(("key", "value"), [("groups_per_step", 0), ("eval.sets.ood.samples", "many")])
+def test_a_config_without_numbers_is_no_run(key: str, value: object) -> None:
+    with pytest.raises((KeyError, TypeError)):
+        Shape.of({**SIZES, f"orchestrator.{key}": value})
+
+
+def test_rollouts_of_an_evaluation_are_those_of_the_sets_that_were_due() -> None:
+    sizes = evaluation_sizes({**SIZES, "orchestrator.eval.problems": 6})
+    assert sizes == {"": (6, 2), "ood": (40, 9), "v1.2": (10, 1)}
+    assert evaluation_rollouts({"eval/reward": 0.0}, sizes) == 12
+    assert evaluation_rollouts({"eval/reward": 0.5, "eval/ood/problems": 7.0}, sizes) == 12 + 63
+    assert evaluation_rollouts({}, sizes) == 12 + 360 + 10
 
 
 class Once(list[int]):
