@@ -88,6 +88,11 @@ def test_the_runs_own_answers_are_trained_on(home: Home, never_stopped: Path) ->
     )
     assert (ended.code, ended.err) == (0, "")
     assert len(steady(run / "supervised.jsonl")) == 2
+    assert "task.split=test reads others" in ended.out, "no rollout of an evaluation is learned from"
+    (line,) = steady(run / "metrics.jsonl")
+    assert [key for key in line if key.startswith("eval/")] == ["eval/demonstration_loss"], "nothing scores an answer"
+    assert re.search(r"^evaluation after step 2 \| held-out loss \d", ended.out, re.MULTILINE)
+    assert re.search(r"^  held-out +loss \d", ended.out, re.MULTILINE)
     assert not (run / "bad_rows.jsonl").exists()
     assert re.search(r"messages +messages \(", ended.out)
     assert re.search(r"images +images \(", ended.out)

@@ -41,7 +41,16 @@ from vlmrl.record.faults import FaultLog, FaultRecord, faults_of
 from vlmrl.record.files import disk_errors
 from vlmrl.record.in_place import Folders
 from vlmrl.record.logs import MainLog
-from vlmrl.record.metrics import ELAPSED, EVAL_GREEDY, EVAL_SAMPLED, ZERO_ADVANTAGE, MetricsLog, Record, read_metrics
+from vlmrl.record.metrics import (
+    DEMONSTRATION_LOSS,
+    ELAPSED,
+    EVAL_GREEDY,
+    EVAL_SAMPLED,
+    ZERO_ADVANTAGE,
+    MetricsLog,
+    Record,
+    read_metrics,
+)
 from vlmrl.record.rollouts import RolloutRecorder
 from vlmrl.record.run_dir import RunDir
 from vlmrl.record.splits import RecordedSplit, label_of
@@ -333,8 +342,7 @@ class Monitor:
         closing = {
             "ended": f"{exit_reason} after step {last.get('step', 0)} and {duration(self._elapsed())}",
             "reward": _shown(last.get("reward/mean")),
-            "held-out": f"sampled {_shown(self._evaluation.get(EVAL_SAMPLED))}"
-            f", greedy {_shown(self._evaluation.get(EVAL_GREEDY))}",
+            "held-out": self._held_out(last),
             "folder": _readable(self._run_dir.path),
         }
         if rows := read_bad_rows(self._run_dir.bad_rows):
@@ -352,6 +360,16 @@ class Monitor:
                 closing["report"] = _readable(self._run_dir.report)
         finally:
             self._progress.table("run", closing)
+
+    def _held_out(self, last: Mapping[str, Any]) -> str:
+        """The held-out rewards and loss of the newest evaluation, for people."""
+        loss = last.get(DEMONSTRATION_LOSS)
+        rewards = (
+            f"sampled {_shown(self._evaluation.get(EVAL_SAMPLED))}, greedy {_shown(self._evaluation.get(EVAL_GREEDY))}"
+        )
+        if loss is None:
+            return rewards
+        return f"{rewards}, loss {loss:.3f}" if self._evaluation else f"loss {loss:.3f}"
 
     def _elapsed(self) -> float:
         return self._elapsed_before + time.monotonic() - self._entered

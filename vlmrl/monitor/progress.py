@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vlmrl.monitor.glimpse import ROWS, Glimpse
-from vlmrl.record.metrics import EVAL_GREEDY, EVAL_SAMPLED, Record
+from vlmrl.record.metrics import DEMONSTRATION_LOSS, EVAL_GREEDY, EVAL_SAMPLED, Record
 from vlmrl.record.splits import set_rewards
 from vlmrl.types import Rollout
 
@@ -165,9 +165,11 @@ class Progress:
         when = f"after step {step}" if step else "before the first step"
         main = f" | sampled {_number(metrics.get(EVAL_SAMPLED), '.3f')}"
         main += f" | greedy {_number(metrics.get(EVAL_GREEDY), '.3f')}"
+        loss = f" | held-out loss {metrics[DEMONSTRATION_LOSS]:.3f}" if DEMONSTRATION_LOSS in metrics else ""
         sets = set_rewards(metrics)
         of_sets = "".join(f" | {name} {value:.3f}" for name, value in sets.items())
-        self._news(f"evaluation {when}" + (main if EVAL_SAMPLED in metrics or not sets else "") + of_sets, always=True)
+        is_main = EVAL_SAMPLED in metrics or not (sets or loss)
+        self._news(f"evaluation {when}" + (main if is_main else "") + of_sets + loss, always=True)
 
     def rollouts(self, source: str, rollouts: Sequence[Rollout]) -> None:
         """Show `rollouts` in the live view from its next drawing on; `source` describes them."""

@@ -6,7 +6,7 @@
 
 as in TRL: the terms are added, and a term that abstains is left out. The task's own reward (of color_codeword, of a
 task of your own) is a term like any other, whose weight is `task_weight`; a row of a data set has none. Where a problem
-has no reward of its own and every term abstains, its rollout is dropped as `no_reward`.
+has no reward of its own and every term abstains, or there is none, its rollout is dropped as `no_reward`.
 
 A term sees the last answer of a rollout, and everything before it as the prompt, also in a task of several turns. It
 does not see rollouts that failed. A term that raises makes a fault of the rollout (`reward_error`), or of the group
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlmrl.config.reward import RewardConfig
-from vlmrl.config.task import MixtureConfig, TaskConfig
+from vlmrl.config.task import MixtureConfig, TaskConfig, tasks_of
 from vlmrl.errors import UserFault, fenced, safe_repr
 from vlmrl.rewards.base import Attempt, BadValueError, RewardError, RunBlocking, Score, Scored, SeenImage
 from vlmrl.rewards.loading import Term, load_terms
@@ -38,6 +38,8 @@ class Scheme:
     terms: tuple[Term, ...] = ()
     task_weight: float = 1.0
     """Factor on the task's own reward."""
+    is_scored: bool = True
+    """False: no term scores the rollouts, and the task does not either."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,15 @@ class Verdict:
     """`<term>/<name>` → a metric that the term returned."""
     fault: UserFault | None = None
     """The first term that failed."""
+
+
+def is_scored(reward: RewardConfig, task: TaskConfig) -> bool:
+    """Whether anything says how good an answer is: a reward term, or a task that scores itself, as all but data sets
+    do."""
+    return any(
+        own.kind != "dataset" or own.reward.terms or task.reward.terms or reward.terms
+        for own in tasks_of(task).values()
+    )
 
 
 class Scorer:
@@ -66,10 +77,11 @@ class Scorer:
         """The scorer of the task at `key`. The task's own terms replace those of `reward`. Raises ConfigError."""
 
         def scheme_of(own: TaskConfig, own_key: str) -> Scheme | None:
-            if not own.reward.terms:
-                return None
-            return Scheme(load_terms(own.reward, run_blocking, f"{own_key}.reward"), own.reward.task_weight)
+            if own.reward.terms:
+                return Scheme(load_terms(own.reward, run_blocking, f"{own_key}.reward"), own.reward.task_weight)
+            return None if is_scored(shared_reward, own) else Scheme(is_scored=False)
 
+        shared_reward = task.reward if task.reward.terms else reward
         shared = scheme_of(task, key) or Scheme(load_terms(reward, run_blocking), reward.task_weight)
         tasks = task.tasks if isinstance(task, MixtureConfig) else {}
         schemes = {name: scheme_of(own, f"{key}.tasks.{name}") for name, own in tasks.items()}
@@ -86,6 +98,8 @@ class Scorer:
             return
         scheme = self._of_task.get(played[0].task, self._scheme)
         if not scheme.terms:
+            for rollout in () if scheme.is_scored else played:
+                rollout.dropped = DropReason.NO_REWARD
             return
         try:
             reference = get_reference(group.problem)

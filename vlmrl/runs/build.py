@@ -22,6 +22,7 @@ import torch
 
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.model import Dtype, Init, ModelConfig
+from vlmrl.config.orchestrator import EvalConfig
 from vlmrl.config.run import RunConfig
 from vlmrl.config.task import most_turns
 from vlmrl.config.trainer import Packing
@@ -39,7 +40,7 @@ from vlmrl.orchestrator.best import BestWatch
 from vlmrl.orchestrator.curriculum import Curriculum
 from vlmrl.orchestrator.evaluation import Evaluator
 from vlmrl.orchestrator.rollout import RolloutRunner
-from vlmrl.orchestrator.scoring import Scorer
+from vlmrl.orchestrator.scoring import Scorer, is_scored
 from vlmrl.orchestrator.stream import FixedProblems
 from vlmrl.orchestrator.task_threads import TaskThreads
 from vlmrl.ranks.commands import Command
@@ -268,7 +269,7 @@ def build_run(config: RunConfig, run_dir: RunDir, monitor: Monitor, rank_group: 
         engine=engine,
         weight_sync=weight_sync,
         evaluator=Evaluator(
-            config.orchestrator.eval,
+            _scored_evaluation(config),
             runner,
             held_out,
             config.orchestrator.temperature,
@@ -278,6 +279,12 @@ def build_run(config: RunConfig, run_dir: RunDir, monitor: Monitor, rank_group: 
         checkpoints=Checkpoints(RunDir(config.output_dir).checkpoints, config.trainer.keep_checkpoints),
         rank_group=rank_group,
     )
+
+
+def _scored_evaluation(config: RunConfig) -> EvalConfig:
+    """The main evaluation; without problems where nothing scores the answers (mode=sft on data without reward=)."""
+    evaluation = config.orchestrator.eval
+    return evaluation if is_scored(config.reward, config.task) else dataclasses.replace(evaluation, problems=0)
 
 
 def make_run_renderer(config: RunConfig, folder: Path, model: Any, monitor: Monitor) -> Renderer:

@@ -13,7 +13,7 @@ from vlmrl.config.task import TaskConfig
 from vlmrl.monitor.monitor import Monitor
 from vlmrl.orchestrator.eval_sets import SetPlayer
 from vlmrl.orchestrator.rollout import RolloutRunner
-from vlmrl.orchestrator.scoring import Scorer
+from vlmrl.orchestrator.scoring import Scorer, is_scored
 from vlmrl.orchestrator.stream import FixedProblems
 from vlmrl.orchestrator.task_threads import TaskThreads
 from vlmrl.rewards.extract import extractor, last_boxed, last_tagged
@@ -28,12 +28,15 @@ QUEUED_BY_SERVERS = 4096
 def make_set_players(
     config: RunConfig, runner: RolloutRunner, problems: ProblemSource, monitor: Monitor
 ) -> tuple[SetPlayer, ...]:
-    """One player per set, in the order of the config. `runner` and `problems` are those of the run's task.
+    """One player per set whose answers are scored, in the order of the config. `runner` and `problems` are those of the
+    run's task.
 
     Raises ConfigError where the task or a reward of a set cannot be made.
     """
     return tuple(
-        _player(name, each, config, runner, problems, monitor) for name, each in config.orchestrator.eval.sets.items()
+        _player(name, each, config, runner, problems, monitor)
+        for name, each in config.orchestrator.eval.sets.items()
+        if is_scored(config.reward, each.own_task or config.task)
     )
 
 

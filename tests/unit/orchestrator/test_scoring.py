@@ -15,6 +15,7 @@ import pytest
 from support.rollout_builders import image, rollout, turn
 from support.rollout_builders import prompt as prompt_of
 from vlmrl.config.algorithm import AlgorithmConfig
+from vlmrl.config.dataset import DatasetConfig
 from vlmrl.config.reward import ExactTerm, ExtractConfig, Extraction, FormatTerm, RewardConfig
 from vlmrl.config.task import ColorCodewordConfig, MixtureConfig
 from vlmrl.orchestrator.advantages import assign_advantages, mark_dropped
@@ -148,6 +149,21 @@ def test_without_terms_nothing_changes() -> None:
     group = score(group_of("a", own=0.5))
     assert (group.rollouts[0].reward, group.rollouts[0].rewards) == (0.5, {})
     assert not Scorer().has_terms
+
+
+def test_a_data_set_without_terms_has_no_reward() -> None:
+    """Alone, and next to a task of a mixture that scores itself."""
+    data = DatasetConfig(path="rows.jsonl")
+    mixture = MixtureConfig(tasks={"rows": data, "colors": ColorCodewordConfig()})
+    for task, name, dropped in (
+        (data, "", DropReason.NO_REWARD),
+        (mixture, "rows", DropReason.NO_REWARD),
+        (mixture, "colors", None),
+    ):
+        group = group_of("a")
+        group.rollouts[0].task = name
+        asyncio.run(scorer_of(RewardConfig(), task).score(group))
+        assert group.rollouts[0].dropped is dropped, (task, name)
 
 
 # ── what a term sees ────────────────────────────────────────────────────────────────────────────────────────

@@ -9,6 +9,7 @@ task.path ─▶ exists here? ──yes──▶ file ────────�
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import os
 import re
@@ -22,6 +23,7 @@ import orjson
 
 from vlmrl.caches.lru import ByteLRU
 from vlmrl.errors import ConfigError
+from vlmrl.record.run_dir import ROLLOUTS_NAME
 from vlmrl.tasks.base import BadRow
 from vlmrl.tasks.dataset.rows import ColumnType, Rows
 from vlmrl.tasks.dataset.sources import hub
@@ -119,14 +121,24 @@ def _entry(path: str, keys: Keys) -> Entry:
         found = [Path(file) for file in sorted(glob.glob(str(place), recursive=True)) if Path(file).is_file()]
         if not found:
             raise ConfigError(f"task.path={path} matches no file, so there are no rows: correct the pattern")
+        if keys.split is None and _are_rollouts(found):
+            keys = dataclasses.replace(keys, split="train")
         return _files_entry(path, found, keys)
     if not hub.is_hub_id(path):
         raise ConfigError(f"task.path={path} does not exist, so there are no rows: correct the path")
     return _hub_entry(path, keys)
 
 
+def _are_rollouts(files: Sequence[Path]) -> bool:
+    """Whether files are rollouts of runs, of training steps and of evaluations. A run that learns from them learns from
+    the training steps, because the others are its held-out problems."""
+    kinds = {name[1] if name else None for name in (ROLLOUTS_NAME.fullmatch(file.name) for file in files)}
+    return kinds == {"step", "eval"}
+
+
 def _files_entry(path: str, files: Sequence[Path], keys: Keys) -> Entry:
     """Files that are named themselves: all of them, or with `task.split` those whose name says this split."""
+    others: list[str] = []
     if keys.split is not None:
         splits = by_split([str(file) for file in files])
         if keys.split not in splits:
@@ -135,12 +147,16 @@ def _files_entry(path: str, files: Sequence[Path], keys: Keys) -> Entry:
                 "so there are no rows: leave the split out, or choose one of these"
             )
         files = [Path(file) for file in splits[keys.split]]
-    origin = path if len(files) == 1 else f"{path} ({len(files)} files)"
+        others = [split for split in splits if split != keys.split]
+    count = "" if len(files) == 1 and not others else f" ({_of_splits(len(files), others)})"
+    origin = path + count
     return Entry(files[0].name if len(files) == 1 else Path(path).name, origin, files)
 
 
 def _folder_entry(path: str, folder: Path, keys: Keys) -> Entry:
-    """A folder: of `save_to_disk`, or of data files."""
+    """A folder: of `save_to_disk`, of a run, or of data files."""
+    if (folder / "config.yaml").is_file() and (folder / "rollouts").is_dir():
+        path, folder = f"{path.rstrip('/')}/rollouts", folder / "rollouts"
     wins = ", a folder on this machine, which wins over a hub data set of this name" if hub.is_hub_id(path) else ""
     if (folder / "dataset_dict.json").is_file():
         splits = [name for name in _noted(folder / "dataset_dict.json", "splits") if isinstance(name, str)]
@@ -179,10 +195,16 @@ def _hub_entry(path: str, keys: Keys) -> Entry:
 
 
 def _described(chosen: Chosen) -> str:
-    files = "1 file" if len(chosen.files) == 1 else f"{len(chosen.files)} files"
+    files = _of_splits(len(chosen.files), chosen.other_splits)
     left_out = f"; not read: {len(chosen.left_out)} in another format, {chosen.left_out[0]}" if chosen.left_out else ""
     config = "" if chosen.config == "default" else f"config {chosen.config}, "
     return f"{config}split {chosen.split}: {files}{left_out}"
+
+
+def _of_splits(files: int, others: Sequence[str]) -> str:
+    """The number of files of a split, and what the other splits are called."""
+    count = "1 file" if files == 1 else f"{files} files"
+    return count + (f"; task.split={'|'.join(others)} reads others" if others else "")
 
 
 def _saved_files(folder: Path) -> list[str]:

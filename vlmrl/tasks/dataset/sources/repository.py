@@ -44,6 +44,8 @@ class Chosen:
     split: str
     left_out: tuple[str, ...] = ()
     """Data files of the split in another format."""
+    other_splits: tuple[str, ...] = ()
+    """The names of the other splits."""
 
 
 def choose(files: Sequence[str], readme: str, *, config: str | None, split: str | None, where: str) -> Chosen:
@@ -67,7 +69,8 @@ def choose(files: Sequence[str], readme: str, *, config: str | None, split: str 
     most = max(formats.values())
     first = next(suffix for suffix in (".parquet", ".arrow", *SUFFIXES) if formats[suffix] == most)
     read = tuple(file for file in splits[chosen] if suffix_of(file) == first)
-    return Chosen(read, name, chosen, tuple(file for file in splits[chosen] if suffix_of(file) != first))
+    left_out = tuple(file for file in splits[chosen] if suffix_of(file) != first)
+    return Chosen(read, name, chosen, left_out, tuple(split for split in splits if split != chosen))
 
 
 def split_of(file: str) -> str | None:

@@ -115,7 +115,8 @@ def test_splits_of_a_folder_by_the_names_of_files() -> None:
     assert questions("data", split="validation") == ["validation"]
     assert questions("data", split="test") == ["test"]
     assert open_rows("data").origin == (
-        "data, a folder on this machine, which wins over a hub data set of this name, split train: 1 file"
+        "data, a folder on this machine, which wins over a hub data set of this name, split train: 1 file; "
+        "task.split=test|validation reads others"
     )
     with pytest.raises(ConfigError, match=r"task\.split=dev: data has no split .*: choose one of"):
         open_rows("data", split="dev")
@@ -160,6 +161,24 @@ def test_named_files_can_be_chosen_by_split() -> None:
     assert questions("*.jsonl", split="train") == ["train"]
     with pytest.raises(ConfigError, match=r"task\.split=dev: by their names, .* are of test, train"):
         open_rows("*.jsonl", split="dev")
+
+
+@pytest.mark.parametrize("path", ["run", "run/rollouts", "run/rollouts/*.jsonl", "r*/**/*.jsonl"])
+def test_of_a_run_the_rollouts_of_training_are_read(path: str) -> None:
+    """However they are named; those of evaluations where `task.split` says so."""
+    Path("run").mkdir()
+    Path("run/config.yaml").touch()
+    jsonl("run/rollouts/step_000001.jsonl", "trained 1")
+    jsonl("run/rollouts/step_000002.jsonl", "trained 2")
+    jsonl("run/rollouts/eval_000002.jsonl", "held out")
+    assert questions(path) == ["trained 1", "trained 2"]
+    assert "2 files; task.split=test reads others" in open_rows(path).origin
+    assert questions(path, split="test") == ["held out"]
+
+
+def test_evaluations_that_are_named_themselves_are_read() -> None:
+    jsonl("run/rollouts/eval_000002.jsonl", "held out")
+    assert questions("run/rollouts/eval_*.jsonl") == questions("run/rollouts") == ["held out"]
 
 
 def test_folders_of_save_to_disk() -> None:
