@@ -56,8 +56,9 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int) -> None:
         self._folder = folder
         self._keep = keep
-        self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._background: ThreadPoolExecutor | None = None
+        """The thread of the current checkpoint; it ends with it."""
 
     def path(self, step: int) -> Path:
         """The folder of a step's checkpoint, e.g. `step_000020`."""
@@ -86,6 +87,7 @@ class Checkpoints:
             written = trainer.save(str(partial))
         except OSError as error:
             raise self._cannot_be_written(step, error) from error
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending = self._background.submit(self._complete, step, partial, written, loop_state.best)
 
     def check(self) -> None:
@@ -96,6 +98,9 @@ class Checkpoints:
     def finish(self) -> None:
         """Wait until the current checkpoint is on the disk. Raises `CheckpointError` where it cannot be written."""
         pending, self._pending = self._pending, None
+        background, self._background = self._background, None
+        if background is not None:
+            background.shutdown()
         if pending is not None:
             pending.result()
 
