@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from support.command_line import PATIENCE, SHORT, Ended, Gate, Home, assert_same_run, summary
+from support.command_line import AT_ONCE_S, PATIENCE, SHORT, Ended, Gate, Home, assert_same_run, summary
 from vlmrl.record.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -43,7 +43,7 @@ def test_stopped_in_two_evaluations(home: Home, never_stopped: Path) -> None:
     remedy = f"continue with python -m vlmrl resume={run}\n"
     assert (first.code, first.err) == (1, f"interrupted: stopped after supervised step 10 and saved: {remedy}")
     assert (second.code, second.err) == (1, f"interrupted: stopped after step 4 and saved: {remedy}")
-    assert max(first.seconds, second.seconds) < 20, "nothing waits for task code that hangs"
+    assert max(first.seconds, second.seconds) < AT_ONCE_S, "nothing waits for task code that hangs"
 
     last = home.vlmrl(f"resume={run}", "task.args.hold_round=-1")
     assert (last.code, last.err) == (0, "")

@@ -37,7 +37,7 @@ def test_a_sound_run(home: Home) -> None:
     assert not (run / "wandb").exists(), "nothing is logged"
     mode = RunDir(run).read_config().monitor.wandb.mode
     assert mode == "offline", "config.yaml says what monitor.wandb.mode=auto means on this machine"
-    assert ended.seconds < 60
+    assert ended.seconds < 150
 
 
 def test_a_run_that_would_not_work(home: Home) -> None:

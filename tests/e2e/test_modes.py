@@ -9,7 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from support.command_line import SHORT, Ended, Gate, Home, Scenarios, assert_same_run, steady, steady_rollouts, summary
+from support.command_line import (
+    AT_ONCE_S,
+    SHORT,
+    Ended,
+    Gate,
+    Home,
+    Scenarios,
+    assert_same_run,
+    steady,
+    steady_rollouts,
+    summary,
+)
 from vlmrl.orchestrator.supervised import FIRST_PROBLEM
 from vlmrl.record.metrics import missing_keys, read_metrics
 from vlmrl.record.run_dir import RunDir
@@ -209,4 +220,4 @@ def test_a_model_that_this_machine_cannot_run(runs: Scenarios) -> None:
     assert "model.name=Qwen/Qwen3-VL-4B-Instruct cannot run on this machine" in ended.err
     assert "Run `python -m vlmrl` for the tiny default" in ended.err
     assert "Traceback" not in ended.err
-    assert ended.seconds < 20
+    assert ended.seconds < AT_ONCE_S

@@ -148,7 +148,7 @@ def test_a_run_survives_its_servers_and_leaves_nothing(
         recorded = steps_of(run)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        _, alive = psutil.wait_procs(below, timeout=60)
+        _, alive = psutil.wait_procs(below, timeout=200)
         assert alive == []
         assert set(os.listdir("/dev/shm")) - shared == set()
         assert [

@@ -54,8 +54,11 @@ KEYS = {
 VOLATILE = ("time/", "throughput/", "memory/")
 """What two equal runs may differ in."""
 
-PATIENCE = 200.0
-"""Seconds that a process may take before it counts as hanging."""
+PATIENCE = 400.0
+"""Seconds that a process may take before it counts as hanging: many times what it takes, for busy machines."""
+
+AT_ONCE_S = 60.0
+"""Seconds within which a run ends that waits for nothing; one that does wait comes to `PATIENCE`."""
 
 KILL_AT = """
 import os, signal, sys

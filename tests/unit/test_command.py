@@ -25,6 +25,6 @@ command.run()
 @pytest.mark.parametrize("leaves", [True, False])
 def test_threads_that_a_task_left_do_not_keep_the_process(leaves: bool) -> None:
     code = LEAVES.format(leaves=leaves)
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     said = "warning: 1 threads of the task's code have not ended (fetch), so the process ends without them\n"
     assert (ended.returncode, ended.stderr) == (3, said if leaves else "")

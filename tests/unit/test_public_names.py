@@ -76,5 +76,5 @@ def test_a_task_needs_no_torch(names: str) -> None:
     code = (
         f"import sys; {statement}; print([name for name in ('torch', 'transformers', 'hydra') if name in sys.modules])"
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=200)
     assert ended.stdout.strip() == "[]"

@@ -17,6 +17,10 @@ from vlmrl.inference.vllm.engine import VllmEngine
 from vlmrl.types import Completion, Prompt, SamplingParams
 from vlmrl.weight_sync.folder import FolderSync
 
+HANGS_AFTER_S = 2.0
+"""A deadline for tests that wait for it to pass. A healthy server answers in milliseconds, on a busy machine in tenths
+of a second."""
+
 
 class Rig:
     """An engine with stand-in servers and its weight sync; `folder` is where faults are planted."""
@@ -53,13 +57,14 @@ class Rig:
 
 
 def make_rig(folder: Path, monkeypatch: pytest.MonkeyPatch, speed: float = 2000, **config: float) -> Rig:
-    """A rig with one server and a deadline of a second; `speed` in tokens per second and request."""
+    """A rig with one server; `speed` in tokens per second and request. A test of a server that hangs sets
+    `request_timeout_s` to `HANGS_AFTER_S`; the other tests leave a deadline that no busy machine misses."""
     monkeypatch.setattr("vlmrl.inference.vllm.server.vllm_version", lambda: (0, 32))
     monkeypatch.setenv("STAND_IN", str(folder))
     monkeypatch.setenv("STAND_IN_SPEED", str(speed))
     monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.setattr("vlmrl.inference.vllm.server.HEALTH_POLL_S", 0.02)
-    settings = VllmConfig(dtype=Dtype.float32, request_timeout_s=1.0)
+    settings = VllmConfig(dtype=Dtype.float32, request_timeout_s=60.0)
     for name, value in config.items():
         setattr(settings, name, value)
     return Rig(folder, settings)

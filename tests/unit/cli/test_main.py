@@ -81,7 +81,7 @@ def vlmrl(tmp_path: Path, their_modules: Path) -> Callable[..., Ended]:
     def start(*arguments: str, run: str | None = None) -> Ended:
         command = [sys.executable, *(["-m", "vlmrl"] if run is None else ["-c", FAKE_RUN, run]), *arguments]
         environment = {**os.environ, "PYTHONPATH": f"{PACKAGE.parent}{os.pathsep}{their_modules}"}
-        ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+        ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
         return Ended(ended.returncode, ended.stdout, ended.stderr)
 
     return start
@@ -272,7 +272,7 @@ def test_what_needs_no_model_imports_nothing_heavy(arguments: list[str], code: i
     )
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
     command = [sys.executable, "-c", source, *arguments]
-    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
     assert ended.returncode == code
     assert ended.stderr.splitlines()[-1] == "[]"
 

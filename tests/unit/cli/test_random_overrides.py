@@ -71,7 +71,7 @@ SEED = 20261128
 COUNT = 300
 
 LIMIT_S = 10.0
-"""Seconds that one may take; the slowest takes a tenth of one."""
+"""Processor seconds that one may take; the slowest takes a tenth of one."""
 
 
 def test_each_is_taken_or_refused_in_words(composed: Callable[..., DictConfig]) -> None:
@@ -89,9 +89,9 @@ def test_each_is_taken_or_refused_in_words(composed: Callable[..., DictConfig]) 
     for _ in range(COUNT):
         base = choice.choice(bases)
         words = [f"{choice.choice(('', '', '++'))}{choice.choice(keys)}={choice.choice(VALUES)}"]
-        began = time.monotonic()
+        began = time.process_time()
         taken += is_taken(base, words)
-        assert time.monotonic() - began < LIMIT_S, words
+        assert time.process_time() - began < LIMIT_S, words
     assert 10 <= taken <= 200, "most are nonsense, and some are not"
 
 

@@ -380,7 +380,7 @@ def test_ctrl_c_in_a_terminal_closes_everything(tmp_path: Path) -> None:
         dimensions=(40, 80),
         encoding="utf-8",
         codec_errors="replace",  # the terminal echoes ^C wherever the output is at that moment
-        timeout=60,
+        timeout=200,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background processes ignore it
         env={
             "TERM": "xterm-256color",

@@ -343,7 +343,7 @@ def test_a_real_terminal_is_given_back_after_an_exception(tmp_path: Path) -> Non
         [str(script)],
         dimensions=(40, 80),
         encoding="utf-8",
-        timeout=60,
+        timeout=200,
         env={"TERM": "xterm-256color", "PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(vlmrl.__file__).parents[1])},
     )
     output = child.read()

@@ -27,7 +27,7 @@ def run(tmp_path: Path, command: str) -> tuple[int, str]:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     line = command.format(python=f"{sys.executable} {script} {tmp_path / 'lost'}")
-    ended = subprocess.run(["bash", "-c", line], env={**os.environ, "PYTHONPATH": os.getcwd()}, timeout=60)
+    ended = subprocess.run(["bash", "-c", line], env={**os.environ, "PYTHONPATH": os.getcwd()}, timeout=200)
     return ended.returncode, (tmp_path / "lost").read_text()
 
 

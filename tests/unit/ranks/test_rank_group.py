@@ -125,7 +125,7 @@ def test_a_rank_that_never_comes_is_named(missing: int) -> None:
 def test_a_rank_that_is_stopped_while_they_meet_is_named() -> None:
     started = start(2, [str(TESTS / "support/leading.py"), "stopped while they meet"])
     try:
-        _, err = started[0].communicate(timeout=60)
+        _, err = started[0].communicate(timeout=200)
     finally:
         for process in started:
             process.kill()
@@ -298,6 +298,6 @@ def test_the_command_line_says_which_variable_is_nonsense() -> None:
             if name not in variables:
                 del environment[name]
         process = processes.start("-m", "vlmrl", "dry_run=true", cwd=Path.cwd(), environment=environment)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=200)
         assert (process.returncode, out) == (2, ""), variables
         assert re.match(r"error: (WORLD_SIZE|SLURM_STEP_NUM_TASKS|SLURM_JOB_ID)=", err)

@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from http.server import BaseHTTPRequestHandler
@@ -200,8 +201,11 @@ def test_siblings_with_the_same_text_share_a_request(serve: Callable[..., Server
 
 
 def test_requests_at_the_same_time_are_bounded(serve: Callable[..., Server]) -> None:
+    together = threading.Barrier(3, timeout=200)
+
     def slowly(handler: BaseHTTPRequestHandler) -> None:
-        time.sleep(0.05)
+        together.wait()  # three must be there
+        time.sleep(0.05)  # and a fourth would be counted
         says("Score: 10")(handler)
 
     server = serve(slowly)

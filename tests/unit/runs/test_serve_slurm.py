@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from support.stand_in import make_rig
+from support.stand_in import HANGS_AFTER_S, make_rig
 from vlmrl.inference.vllm.engine import VllmEngine
 from vlmrl.inference.vllm.relay import Relay
 from vlmrl.inference.vllm.slurm_servers import announced, announcement
@@ -20,7 +20,7 @@ def test_a_restarted_server_keeps_its_port_and_gets_a_new_key(
     in_task: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario() -> None:
-        rig = make_rig(tmp_path, monkeypatch)
+        rig = make_rig(tmp_path, monkeypatch, request_timeout_s=HANGS_AFTER_S)
         server = rig.engine.replicas[0].server
         assert server is not None
         config = rig.engine.config

@@ -924,7 +924,7 @@ def test_it_runs_as_a_module_in_the_users_own_folder(tmp_path: Path) -> None:
             env=os.environ | {"PYTHONPATH": str(Path(vlmrl.__file__).parents[1])},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=200,
             check=False,
         )
 

@@ -341,7 +341,7 @@ def test_a_step_of_256_rollouts_takes_milliseconds() -> None:
     task = make()
 
     def optimizer_step(step: int) -> float:
-        started = time.perf_counter()
+        started = time.process_time()
         for group in range(8):
             problem = task.problem("train", 8 * step + group)
             for _ in range(32):
@@ -349,6 +349,6 @@ def test_a_step_of_256_rollouts_takes_milliseconds() -> None:
                 env.reset()
                 env.step(problem.codeword[:2])
                 env.step(problem.codeword)
-        return time.perf_counter() - started
+        return time.process_time() - started
 
     assert min(optimizer_step(step) for step in range(5)) < 0.020  # 0.004 measured

@@ -6,6 +6,7 @@ test_engine.py and tests/e2e/test_vllm_runs.py have the same with vLLM.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import stat
 import time
@@ -16,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from support.stand_in import Rig, make_rig, tree
+from support.stand_in import HANGS_AFTER_S, Rig, make_rig, tree
 from vlmrl.errors import EngineError, EngineLostError
 
 
@@ -134,7 +135,7 @@ def test_a_server_that_hangs_is_restarted_and_asked_again(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario() -> None:
-        async with make_rig(tmp_path, monkeypatch, speed=500) as rig:
+        async with make_rig(tmp_path, monkeypatch, speed=500, request_timeout_s=HANGS_AFTER_S) as rig:
             asked = asyncio.create_task(rig.ask(300))
             await sampled(rig)
             rig.plant(fault)
@@ -143,7 +144,7 @@ def test_a_server_that_hangs_is_restarted_and_asked_again(
             assert set(completion.versions.tolist()) == {0}
             assert rig.engine.replicas[0].restarts == 1
             (warning,) = rig.warnings
-            assert "within inference.request_timeout_s=1; restart 1 of 3" in warning
+            assert "within inference.request_timeout_s=2; restart 1 of 3" in warning
             metrics = rig.engine.metrics()
             assert (metrics["inference/timeouts"], metrics["inference/restarts"]) == (1, 1)
 
@@ -155,7 +156,7 @@ def test_a_stopped_server_is_restarted(which: str, tmp_path: Path, monkeypatch: 
     """While a request waits for it, and while nobody wants anything of it."""
 
     async def scenario() -> None:
-        async with make_rig(tmp_path, monkeypatch, speed=500) as rig:
+        async with make_rig(tmp_path, monkeypatch, speed=500, request_timeout_s=HANGS_AFTER_S) as rig:
             before = tree(rig)
             asked = asyncio.create_task(rig.ask(300)) if which != "idle" else None
             if asked is not None:
@@ -176,7 +177,7 @@ def test_a_slow_server_is_not_restarted(tmp_path: Path, monkeypatch: pytest.Monk
     """One completion takes three times the deadline."""
 
     async def scenario() -> None:
-        async with make_rig(tmp_path, monkeypatch, speed=10, request_timeout_s=0.5) as rig:
+        async with make_rig(tmp_path, monkeypatch, speed=5, request_timeout_s=1.0) as rig:
             assert len((await rig.ask(15)).token_ids) == 15
             assert (rig.engine.replicas[0].restarts, rig.warnings) == (0, [])
 
@@ -188,7 +189,7 @@ def test_a_server_that_hangs_in_a_weight_update_gets_the_newest_weights_after_it
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario() -> None:
-        async with make_rig(tmp_path, monkeypatch) as rig:
+        async with make_rig(tmp_path, monkeypatch, request_timeout_s=HANGS_AFTER_S) as rig:
             rig.plant(fault)
             await rig.sync.publish(1)
             completion = await rig.ask(3)
@@ -200,7 +201,7 @@ def test_a_server_that_hangs_in_a_weight_update_gets_the_newest_weights_after_it
 
 def test_a_request_that_is_lost_too_often_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
-        async with make_rig(tmp_path, monkeypatch, speed=500, max_retries=0) as rig:
+        async with make_rig(tmp_path, monkeypatch, speed=500, max_retries=0, request_timeout_s=HANGS_AFTER_S) as rig:
             asked = asyncio.create_task(rig.ask(300))
             await sampled(rig)
             rig.plant("engine_stuck")
@@ -242,14 +243,15 @@ def test_whoever_is_killed_it_costs_a_restart_and_nothing_is_left(
     """0 is the guard, 1 the supervisor, 2 the API server, 3 the engine."""
 
     async def scenario() -> None:
-        async with make_rig(tmp_path, monkeypatch, request_timeout_s=30) as rig:
+        async with make_rig(tmp_path, monkeypatch) as rig:
             server = rig.engine.replicas[0].server
             assert server is not None
             folder = server.socket.parent
             before = tree(rig)
             assert len(before) == 4
             for place in killed:
-                before[int(place)].kill()
+                with contextlib.suppress(psutil.NoSuchProcess):  # the death of the one before has ended it already
+                    before[int(place)].kill()
             while rig.engine.replicas[0].is_ready:
                 await asyncio.sleep(0.01)
             assert len((await rig.ask(3)).token_ids) == 3
@@ -265,9 +267,11 @@ def test_stopped_processes_of_a_killed_supervisor_are_killed(tmp_path: Path, mon
     async def scenario() -> None:
         async with make_rig(tmp_path, monkeypatch) as rig:
             before = tree(rig)
-            before[3].suspend()
-            before[0].kill()
-            before[1].kill()
+            guard, supervisor, _, engine = before
+            for process in (engine, guard, supervisor):
+                process.suspend()  # so that the supervisor does not notice the guard's death before its own
+            guard.kill()
+            supervisor.kill()
             while rig.engine.replicas[0].is_ready:
                 await asyncio.sleep(0.01)
             await rig.ask(3)

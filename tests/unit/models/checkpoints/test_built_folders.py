@@ -58,7 +58,7 @@ def test_a_builder_that_was_killed_leaves_a_whole_folder_or_none(
             (built("kind", ["key"], build) / "model.safetensors").write_bytes(b"half")
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         killed = processes.start("-c", BUILDER, str(operations), cwd=tmp_path, environment=environment)
-        killed.communicate(timeout=60)
+        killed.communicate(timeout=200)
         assert contents(built("kind", ["key"], build)) == FILES, operations
         if killed.returncode == 0:
             break

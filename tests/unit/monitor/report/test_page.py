@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -10,7 +12,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -172,15 +174,47 @@ def test_a_config_cannot_ask_for_it(composed: Callable[..., DictConfig]) -> None
 # ── beside a run ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_page_is_written_in_the_background_and_again_at_the_end(run_dir: RunDir) -> None:
+@pytest.fixture
+def held_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Processes that write a page wait at their start until this is called, however slow the machine is."""
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held/sitecustomize.py").write_text(HELD)
+    with (tmp_path / "held/gate").open("w") as gate:
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        monkeypatch.setenv("GATE", gate.name)
+        monkeypatch.setenv("PYTHONPATH", f"{tmp_path}/held{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+        yield gate.close
+
+
+HELD = """
+import fcntl, os
+with open(os.environ["GATE"]) as gate:
+    fcntl.flock(gate, fcntl.LOCK_SH)
+"""
+
+
+def writers(run_dir: RunDir) -> list[psutil.Process]:
+    """The processes that write the page of a run."""
+    found = []
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # a child of another test, which has ended
+            if f"run={run_dir.path}" in process.cmdline():
+                found.append(process)
+    return found
+
+
+def test_the_page_is_written_in_the_background_and_again_at_the_end(
+    run_dir: RunDir, held_back: Callable[[], None]
+) -> None:
     writer = ReportWriter(run_dir)
     assert writer.start()
-    (process,) = [each for each in psutil.Process().children() if f"run={run_dir.path}" in each.cmdline()]
+    (process,) = writers(run_dir)
     assert process.nice() > os.getpriority(os.PRIO_PROCESS, 0)
     assert os.getpgid(process.pid) != os.getpgid(0), "Ctrl-C in the terminal must reach only the run"
     assert os.getsid(process.pid) == os.getsid(0), "in another session, the priority would have no effect"
     assert writer.start(), "one at a time"
-    assert len([each for each in psutil.Process().children() if f"run={run_dir.path}" in each.cmdline()]) == 1
+    assert writers(run_dir) == [process]
+    held_back()
     assert writer.finish()
     assert HOSTILE in json.loads(Page(run_dir.report.read_text()).data)["runs"][0]["rollouts"][0]["problem"]
     assert run_dir.report_log.read_text() == f"{run_dir.report}\n"
@@ -194,6 +228,7 @@ def test_a_page_that_fails_is_reported_and_its_log_says_why(run_dir: RunDir) -> 
     assert "holds no config.yaml of a run" in run_dir.report_log.read_text()
 
 
+@pytest.mark.usefixtures("held_back")
 def test_a_page_that_hangs_does_not_keep_the_run_from_ending(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlmrl.monitor.report.background.REPORT_TIMEOUT_S", 0.01)
     writer = ReportWriter(run_dir)

@@ -36,7 +36,7 @@ def vlmrl(*arguments: str, folder: Path) -> tuple[int, str, str, list[str]]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
         check=True,
     )
     out, _, last = ended.stdout.rstrip().rpartition("\n")

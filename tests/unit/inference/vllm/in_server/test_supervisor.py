@@ -100,7 +100,7 @@ def started(engine: str, folder: Path) -> Iterator[Run]:
 def test_no_process_is_left_when_the_run_closes_stdin(run: Run, tmp_path: Path) -> None:
     kept = tmp_path / "weights"
     kept.mkdir()
-    assert run.process.communicate(f"{kept}\n", timeout=60)[0] == "told\n"
+    assert run.process.communicate(f"{kept}\n", timeout=200)[0] == "told\n"
     assert run.survivors() == []
     assert kept.is_dir()  # the run is alive and may restart the server
 
@@ -120,7 +120,7 @@ def test_no_process_is_left_when_the_run_is_killed(run: Run, tmp_path: Path) -> 
 
 def test_no_process_is_left_when_the_api_server_is_killed(run: Run) -> None:
     run.api_server.kill()
-    run.process.communicate(timeout=60)
+    run.process.communicate(timeout=200)
     assert run.process.returncode == 1
     assert run.survivors() == []
 
