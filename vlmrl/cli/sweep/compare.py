@@ -1,4 +1,4 @@
-"""`mode=compare`, and the end of every sweep: one table and one plot across runs.
+"""`mode=compare`, and the end of every sweep: one table and the curves of all runs.
 
     folders ─▶ runs_in ─▶ config.yaml, metrics.jsonl, summary.json ─▶ one Row per run ─▶ compare.txt, .csv, .html, .png
 
@@ -10,7 +10,6 @@ is left out where it is not installed.
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +23,7 @@ import orjson
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from vlmrl.cli.sweep.curves import Curve, Panel, as_content, as_picture, can_plot, curves_of, panels
 from vlmrl.cli.sweep.jobs import runs_in, state_of
 from vlmrl.record.disk_bound import read_deleted
 from vlmrl.record.files import disk_errors, read_errors, write_bytes_atomically
@@ -49,9 +49,6 @@ COLUMNS: dict[str, tuple[str, str]] = {
 
 FILES = Path(__file__).parent
 
-VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
-"""RGB of matplotlib's colormap of that name at 0, 1/4, 1/2, 3/4 and 1."""
-
 
 @dataclass(frozen=True)
 class Row:
@@ -60,8 +57,8 @@ class Row:
     run_dir: RunDir
     values: Mapping[str, Any]
     """By column; None where the run has no such value (yet)."""
-    curve: tuple[tuple[float, ...], tuple[float, ...]]
-    """Seconds and held-out sampled reward of each evaluation."""
+    curves: Mapping[str, Curve]
+    """By the title of their panel."""
 
 
 def compare_and_show(folders: Sequence[str | Path], into: Path) -> None:
@@ -96,7 +93,7 @@ def compare(folders: Sequence[str | Path], into: Path) -> list[Row]:
         "html": as_page(rows, into, evaluations.as_html(scored)),
     }
     if can_plot():
-        files["png"] = as_picture(rows)
+        files["png"] = as_picture(panels_of(rows))
     else:
         with disk_errors(into / "compare.png"):
             (into / "compare.png").unlink(missing_ok=True)  # of an earlier comparison, with other numbers
@@ -143,8 +140,7 @@ def _row(run: RunDir, name: str) -> Row:
         MISMATCH_MEAN: _over_steps(fmean, steps, MISMATCH_MEAN),
         MISMATCH_MAX: _over_steps(max, steps, MISMATCH_MAX),
     }
-    curve = tuple(line[ELAPSED] for line in evaluations), tuple(line[EVAL_SAMPLED] for line in evaluations)
-    return Row(run, values, curve)
+    return Row(run, values, curves_of(metrics))
 
 
 def _target(run: RunDir) -> tuple[float | None, int]:
@@ -228,26 +224,26 @@ def as_csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-# ── the page and the picture ────────────────────────────────────────────────────────────────────────────────
+# ── the page ────────────────────────────────────────────────────────────────────────────────
+
+
+def panels_of(rows: Sequence[Row]) -> list[Panel]:
+    """The curves of all runs."""
+    return panels([(str(row.values["job"]), row.curves) for row in rows])
 
 
 def as_page(rows: Sequence[Row], folder: Path, evaluations: str = "") -> bytes:
-    """compare.html, to be written into `folder`: the table, the HTML of `evaluations`, and a plot that uPlot draws. No
-    request leaves it."""
+    """compare.html, to be written into `folder`: the table, the HTML of `evaluations`, and curves that uPlot draws.
+    No request leaves it."""
     from vlmrl.monitor.report.page import FILES as REPORT_FILES
     from vlmrl.monitor.report.page import assembled
 
-    curves = [
-        {"name": str(row.values["job"]), "color": f"rgb{color}", "seconds": row.curve[0], "reward": row.curve[1]}
-        for row, color in zip(rows, colors(len(rows)), strict=True)
-        if row.curve[0]
-    ]
     return assembled(
         (FILES / "compare.html").read_bytes(),
         title=f"{len(rows)} runs compared",
         scripts=[_text(REPORT_FILES / "vendor/uPlot.iife.min.js"), _text(FILES / "compare.js")],
         styles=[_text(REPORT_FILES / "vendor/uPlot.min.css"), _text(FILES / "compare.css")],
-        content=curves,
+        content=as_content(panels_of(rows)),
         body=html_table(rows, folder) + evaluations,
     )
 
@@ -268,45 +264,3 @@ def html_table(rows: Sequence[Row], folder: Path) -> str:
         body += f"<tr><td>{name}</td>{''.join(f'<td>{text}</td>' for text in others)}</tr>\n"
     below = "".join(f"\n<p>{escape(note)}</p>" for note in notes(rows))
     return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>{below}"
-
-
-def colors(count: int) -> list[tuple[int, int, int]]:
-    """RGB, 0 to 255, of `count` lines, evenly spaced on viridis.
-
-    >>> colors(3), colors(2)[0] == colors(1)[0]
-    ([(68, 1, 84), (33, 145, 140), (253, 231, 37)], True)
-    """
-    found = []
-    for place in range(count):
-        position = place / max(count - 1, 1) * (len(VIRIDIS) - 1)
-        left = min(int(position), len(VIRIDIS) - 2)
-        pairs = zip(VIRIDIS[left], VIRIDIS[left + 1], strict=True)
-        red, green, blue = (round(a + (b - a) * (position - left)) for a, b in pairs)
-        found.append((red, green, blue))
-    return found
-
-
-def can_plot() -> bool:
-    """Whether matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
-
-
-def as_picture(rows: Sequence[Row]) -> bytes:
-    """compare.png: held-out reward over seconds, one line per run that was evaluated."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 5), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    for row, color in zip(rows, colors(len(rows)), strict=True):
-        if row.curve[0]:
-            rgb = tuple(part / 255 for part in color)
-            axes.plot(*row.curve, marker="o", markersize=3, color=rgb, label=str(row.values["job"]))
-    axes.set_xlabel("seconds")
-    axes.set_ylabel("held-out reward (sampled)")
-    axes.set_ylim(-0.02, max(1.02, axes.get_ylim()[1]))
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        figure.legend(loc="outside right upper", fontsize="small", frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()

@@ -14,12 +14,16 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from vlmrl.cli.sweep.compare import COLUMNS, compare, compare_and_show
+from vlmrl.cli.sweep.compare import COLUMNS, compare, compare_and_show, panels_of
+from vlmrl.cli.sweep.curves import Curve, as_picture
 from vlmrl.config.run import RunConfig
 from vlmrl.record.run_dir import RunDir
+
+HOSTILE = "<script>window.hacked = 1<img src=x onerror='alert(1)'>"
 
 LINES = [
     {"step": 0, "eval/reward": 0.0, "eval/reward_greedy": 0.0, "time/elapsed": 5.0},
@@ -114,25 +118,72 @@ def test_the_page_is_one_file_with_table_and_plot(multirun: Path) -> None:
     assert 'href="seed=0,trainer.max_steps=9/report.html"' in html
     assert "src=" not in html.replace("-src ", ""), "nothing is loaded"
     (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', html)
-    assert [(curve["name"], curve["seconds"], curve["reward"]) for curve in json.loads(data)] == [
+    held_out, greedy, training = json.loads(data)
+    assert held_out["title"] == "held-out reward (sampled)"
+    assert [(curve["name"], curve["seconds"], curve["values"]) for curve in held_out["runs"]] == [
         ("seed=0", [5.0, 6.0, 8.0], [0.0, 0.96, 0.98]),
         ("seed=1", [5.0, 6.0], [0.0, 0.96]),
     ], "a line per run that was evaluated"
+    assert [curve["values"] for curve in greedy["runs"]] == [[0.0, 1.0, 0.99], [0.0, 1.0]]
+    assert [curve["seconds"] for curve in training["runs"]] == [[6.0, 8.0], [6.0]], "training has no step 0"
     assert "uPlot" in html
 
 
 @pytest.mark.chromium
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium")
 def test_the_page_draws_itself(multirun: Path) -> None:
-    """In a browser, under the page's own content security policy."""
+    """In a browser, under the page's own content security policy, with a set of a hostile name."""
+    with_set(multirun, HOSTILE)
     compare([multirun], multirun)
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
     page = (multirun / "compare.html").as_uri()
     ended = subprocess.run([*command, page], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
-    drawn = ended.stdout[ended.stdout.index('id="plot"') :]
-    assert "<canvas" in drawn
-    assert re.findall(r"seed=\d", drawn.partition("<script")[0]) == ["seed=0", "seed=1"], "the legend"
+    drawn = ended.stdout[ended.stdout.index('id="plots"') :].partition("<script")[0]
+    assert drawn.count("<canvas") == 4
+    both = ["seed=0", "seed=1"]
+    assert re.findall(r"seed=\d", drawn) == [*both, *both, "seed=0", *both], "the legends"
+    assert HOSTILE.replace("<", "&lt;").replace(">", "&gt;") in drawn
+
+
+def with_set(multirun: Path, name: str, score: str = "reward") -> None:
+    """Give the evaluations of the first job a named set."""
+    path = multirun / "seed=0,trainer.max_steps=9/metrics.jsonl"
+    key = f"eval/{name}/{score}"
+    lines = [line | {key: 0.25 * line["step"], f"{key}_se": 0.1} for line in LINES]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize(("score", "title"), [("reward", "set ood"), ("reward_greedy", "set ood (greedy)")])
+def test_a_named_set_has_curves_where_runs_have_it(multirun: Path, score: str, title: str) -> None:
+    with_set(multirun, "ood", score)
+    made = panels_of(compare([multirun], multirun))
+    assert [panel.title for panel in made] == [
+        *("held-out reward (sampled)", "held-out reward (greedy)", title, "training reward"),
+    ]
+    ((name, color, curve),) = made[2].lines
+    assert (name, color) == ("seed=0", (68, 1, 84))
+    assert curve == Curve((5.0, 6.0, 8.0), (0.0, 0.25, 0.5), (0.1, 0.1, 0.1))
+
+
+def test_the_picture_has_a_band_of_the_standard_error(multirun: Path) -> None:
+    """15 % of the run's color on white."""
+    with_set(multirun, "ood")
+    compare([multirun], multirun)
+    picture = Image.open(multirun / "compare.png").convert("RGB")
+    away = np.abs(np.asarray(picture).astype(int) - (227, 217, 232)).sum(-1)
+    assert (away < 6).sum() > 1000
+
+
+@pytest.mark.parametrize("name", ["_hidden", r"$\frac{", "图", HOSTILE, "long " * 60])
+def test_any_name_can_be_drawn(multirun: Path, name: str) -> None:
+    with_set(multirun, name)
+    picture = Image.open(io.BytesIO(as_picture(panels_of(compare([multirun], multirun)))))
+    assert picture.width < 3000
+
+
+def test_runs_without_any_metric_have_a_picture() -> None:
+    assert Image.open(io.BytesIO(as_picture([]))).width > 100
 
 
 def test_without_matplotlib_the_picture_is_left_out(
