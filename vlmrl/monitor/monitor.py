@@ -84,6 +84,8 @@ class Monitor:
         float32, so that their logprobs may differ only by rounding. `credit`: which rewards the advantages compare."""
         self.recorded = Recorded()
         """A step that failed while it was recorded does not count, so a checkpoint of it would lack its record."""
+        self.data: Mapping[str, Any] = {}
+        """What the run has read, for summary.json."""
         self._exact = exact
         self._credit = credit
         self._config = config
@@ -334,6 +336,7 @@ class Monitor:
                 EVAL_SAMPLED: self._evaluation.get(EVAL_SAMPLED),
                 EVAL_GREEDY: self._evaluation.get(EVAL_GREEDY),
                 **summary,
+                **self.data,
                 "warnings": self._warned,
                 "metrics": last,
             }

@@ -30,11 +30,11 @@ from vlmrl.record.bad_rows import read_bad_rows
 from vlmrl.record.lock import network_file_system
 from vlmrl.record.run_dir import RunDir
 from vlmrl.runs.build import Run, RunFollower, build_run, is_float32
+from vlmrl.runs.data_record import data_of, same_data
 from vlmrl.runs.modes import MODES, ModeWithoutRun, RunMode
 from vlmrl.runs.position import Cursors, Position
 from vlmrl.runs.saving import loop_state, save
 from vlmrl.runs.stopping import ignore_the_launcher, rank_lost, stopping_on_signals
-from vlmrl.tasks.loading import data_table_of
 from vlmrl.trainer.loop_state import LoopState
 
 log = logging.getLogger(__name__)
@@ -87,11 +87,13 @@ def lead_run(config: RunConfig, mode: RunMode, notes: Sequence[str], rank_group:
         for note in notes:
             monitor.warn(note)
         with exits_are_errors():
-            run = build_run(config, run_dir, monitor, rank_group)
+            with same_data(config, run_dir) as hub_commits:
+                run = build_run(config, run_dir, monitor, rank_group)
             monitor.expect(run.steps)
             monitor.table("plan", plan_table(run))
-            if data := data_table_of(run.task):
+            if data := data_of(run):
                 monitor.table("data", data)
+                monitor.data = {"data": data} | ({"hub_commits": hub_commits} if hub_commits else {})
             # The imported libraries hold about a million objects for as long as the run lives. Frozen, they are not
             # scanned again at every garbage collection.
             gc.freeze()

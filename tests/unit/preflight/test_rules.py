@@ -143,6 +143,7 @@ ELSEWHERE = {
     "orchestrator/eval_sets.py": "columns of a set's problems",
     "runs/preview": "rows that the data does not have",
     "runs/problems.py": "a task without a number of rows, and a file on the disk",
+    "record/hub_commits.py": "a file on the disk",
     "record/pass_rates.py": "a file on the disk",
     "preflight/estimate/plan.py": "problems of the user's task",
     "rendering/renderer.py": "what the renderer returned",

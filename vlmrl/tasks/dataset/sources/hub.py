@@ -2,7 +2,8 @@
 
     "hiyouga/geometry3k" ──list files──▶ commit, README.md ──repository.choose──▶ files ──download──▶ readers
 
-All files are of the commit that was listed. It is named in the run's log, and `task.revision=<commit>` repeats the run.
+All files are of the commit that was listed. The run's summary.json names it, a resumed run reads it again
+(`same_commits`), and `task.revision=<commit>` repeats the run.
 The files are asked for by branch, because the hub's cache then knows the branch when HF_HUB_OFFLINE is set.
 
 `datasets` itself is used for repositories without files of rows (folders of
@@ -18,6 +19,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,20 @@ LISTING_TIMEOUT_S = 15.0
 _HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?", re.ASCII)
 _SHARD = re.compile(r"(.*)(\d{5})-of-(\d{5})(.*)")
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+_COMMITS: ContextVar[dict[str, str]] = ContextVar("commits")
+"""Inside `same_commits`: id of a data set (and `@<revision>`) → its commit."""
+
+
+@contextmanager
+def same_commits(known: dict[str, str]) -> Iterator[None]:
+    """Inside the block, a data set is of the commit that `known` names; those that it does not name are added."""
+    token = _COMMITS.set(known)
+    try:
+        yield
+    finally:
+        _COMMITS.reset(token)
 
 
 @dataclass(frozen=True)
@@ -58,9 +74,13 @@ def download(repo: str, *, config: str | None, split: str | None, revision: str 
     """Download the files of a split, those that are not in the cache. Raises `ConfigError`."""
     from huggingface_hub import HfApi
 
+    known = _COMMITS.get({})
+    called = repo if revision is None else f"{repo}@{revision}"
+    revision = known.get(called, revision)
     api = HfApi()  # of HF_ENDPOINT, with the user's token
     with _hub_errors(repo, revision):
         commit, files = _listing(repo, revision)
+        known[called] = commit
         if not any(may_hold_rows(file) for file in files):
             return Snapshot(Path(), commit, Chosen((), "", ""), _built(repo, config, split, commit))
         readme = ""

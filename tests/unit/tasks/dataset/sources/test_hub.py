@@ -16,6 +16,7 @@ from huggingface_hub import constants
 
 from support.loopback_hub import LoopbackHub
 from vlmrl.errors import ConfigError
+from vlmrl.tasks.dataset.sources.hub import same_commits
 from vlmrl.tasks.dataset.sources.opening import open_rows
 
 README = b"""---
@@ -81,6 +82,22 @@ def test_configs_splits_and_ranges(hub: LoopbackHub) -> None:
     assert open_rows("someone/rows").origin == (
         f"someone/rows of the hub, revision {commit}, config hard, split train: 1 file"
     )
+
+
+def test_a_branch_that_moves_is_read_as_before(hub: LoopbackHub) -> None:
+    """With and without `task.revision`; only what no earlier run has read is the newest."""
+    first = hub.commit("someone/rows", {"train.csv": b"q\n1\n"})
+    second = hub.commit("someone/rows", {"train.csv": b"q\n2\n"}, branch="v2")
+    known: dict[str, str] = {}
+    with same_commits(known):
+        assert (questions(), questions(revision="v2")) == (["1"], ["2"])
+    assert known == {"someone/rows": first, "someone/rows@v2": second}
+    newest = hub.commit("someone/rows", {"train.csv": b"q\n3\n"})
+    hub.commit("someone/rows", {"train.csv": b"q\n4\n"}, branch="v2")
+    with same_commits(known):
+        assert (questions(), questions(revision="v2"), questions(revision="main")) == (["1"], ["2"], ["3"])
+    assert known["someone/rows@main"] == newest
+    assert questions() == ["3"]
 
 
 def test_only_the_files_of_the_split_are_downloaded_and_only_once(hub: LoopbackHub) -> None:
