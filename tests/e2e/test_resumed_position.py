@@ -40,29 +40,21 @@ NUMBERED = (*SHORT, "task=their_tasks:Sound")
 def runs(home: Home) -> Scenarios:
     """Everything of this module that starts processes: name → folder of a run."""
 
-    def made(name: str, *commands: tuple[str, ...]) -> Path:
-        """A run that a first command starts and the others resume."""
-        run = home.path / "outputs" / name
-        for number, arguments in enumerate(commands):
-            ended = home.vlmrl(f"resume={run}" if number else f"hydra.run.dir={run}", *arguments)
-            assert (ended.code, ended.err) == (0, ""), (arguments, ended)
-        return run
-
     def text() -> tuple[Path, Path]:
         # The default decay ends at max_steps, so a run that is to be continued has none.
         start, steps = (*TEXT, "trainer.decay=constant"), "trainer.max_steps"
-        never_stopped = made("text", (*start, f"{steps}=4"))
-        return never_stopped, made("text_resumed", (*start, f"{steps}=2"), (f"{steps}=4",))
+        never_stopped = home.made("text", (*start, f"{steps}=4"))
+        return never_stopped, home.made("text_resumed", (*start, f"{steps}=2"), (f"{steps}=4",))
 
     def supervised() -> tuple[Path, Path]:
         start, steps = (*TEXT, "mode=sft", "trainer.warmup.batch_size=2"), "trainer.warmup.steps"
-        never_stopped = made("supervised", (*start, f"{steps}=4"))
-        return never_stopped, made("supervised_resumed", (*start, f"{steps}=2"), (f"{steps}=4",))
+        never_stopped = home.made("supervised", (*start, f"{steps}=4"))
+        return never_stopped, home.made("supervised_resumed", (*start, f"{steps}=2"), (f"{steps}=4",))
 
     def used() -> Path:
         """What else is done with a checkpoint that has seen no image."""
         problems = "orchestrator.eval.problems=2"
-        run = made(
+        run = home.made(
             "used",
             (*TEXT, "trainer.max_steps=2", "trainer.checkpoint_every=1"),
             ("mode=eval", problems),
@@ -73,14 +65,14 @@ def runs(home: Home) -> Scenarios:
         return run
 
     def renamed() -> Ended:
-        run = made("renamed", (*NUMBERED, "trainer.max_steps=1"))
+        run = home.made("renamed", (*NUMBERED, "trainer.max_steps=1"))
         (run / "checkpoints/step_000001").rename(run / "checkpoints/step_000007")
         return home.vlmrl(f"resume={run}", "trainer.max_steps=2")
 
     def other_batches() -> Path:
         groups, mixed = "orchestrator.groups_per_step", "trainer.warmup.rl_batch_size"
         start = (*NUMBERED, "trainer.warmup.steps=1", "trainer.warmup.batch_size=1", "trainer.warmup.rl_weight=0.1")
-        return made(
+        return home.made(
             "other_batches",
             (*start, f"{groups}=4", f"{mixed}=1", "trainer.max_steps=2"),
             (f"{groups}=1", f"{mixed}=2", "trainer.max_steps=4"),

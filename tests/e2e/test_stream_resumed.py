@@ -55,22 +55,15 @@ RUN = (
 
 @pytest.fixture(scope="module")
 def runs(home: Home) -> Scenarios:
-    def made(name: str, *commands: tuple[str, ...]) -> Path:
-        run = home.path / "outputs" / name
-        for number, arguments in enumerate(commands):
-            ended = home.vlmrl(f"resume={run}" if number else f"hydra.run.dir={run}", *arguments)
-            assert (ended.code, ended.err) == (0, ""), (arguments, ended)
-        return run
-
     def pair(name: str, *task: str) -> tuple[Path, Path]:
         """A run that was not stopped, and one that was stopped after step 3 and resumed."""
-        whole = made(name, (*task, *RUN, "trainer.max_steps=8"))
-        return whole, made(f"{name}_resumed", (*task, *RUN, "trainer.max_steps=3"), ("trainer.max_steps=8",))
+        whole = home.made(name, (*task, *RUN, "trainer.max_steps=8"))
+        return whole, home.made(f"{name}_resumed", (*task, *RUN, "trainer.max_steps=3"), ("trainer.max_steps=8",))
 
     return Scenarios(
         table=lambda: pair("table", *TABLE),
         mixture=lambda: pair("mixture", *MIXTURE),
-        epochs=lambda: made("epochs", (*TABLE, *RUN, "trainer.max_epochs=1.5", "orchestrator.eval.every=0")),
+        epochs=lambda: home.made("epochs", (*TABLE, *RUN, "trainer.max_epochs=1.5", "orchestrator.eval.every=0")),
     )
 
 

@@ -112,6 +112,14 @@ class Home:
         out, err = process.communicate(timeout=PATIENCE)
         return Ended(process.returncode, out, err, time.monotonic() - started)
 
+    def made(self, name: str, *commands: tuple[str, ...]) -> Path:
+        """The folder of a run that a first command starts and the others resume, each without a word on stderr."""
+        run = self.path / "outputs" / name
+        for number, arguments in enumerate(commands):
+            ended = self.vlmrl(f"resume={run}" if number else f"hydra.run.dir={run}", *arguments)
+            assert (ended.code, ended.err) == (0, ""), (arguments, ended)
+        return run
+
     def copy(self, run: Path, name: str) -> Path:
         """A copy of a run's folder."""
         return Path(shutil.copytree(run, self.path / "outputs" / name))

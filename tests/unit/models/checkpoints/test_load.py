@@ -14,6 +14,7 @@ import torch
 from PIL import Image as PILImage
 from safetensors.numpy import load_file, save_file
 
+from support.model_folders import QWEN3_VL, folder_config, without_hub
 from vlmrl.config.model import Dtype, ModelConfig, TinyConfig, VLMConfig
 from vlmrl.errors import ModelError
 from vlmrl.models.checkpoints.load import (
@@ -26,15 +27,10 @@ from vlmrl.models.checkpoints.load import (
 from vlmrl.models.families.qwen3_vl import ATOMIC_TOKENS, SPECIAL_TOKENS
 
 TEXTS = ("red A, green B",)
-QWEN3_VL = VLMConfig(family="qwen3_vl", renderers=["qwen3-vl"], positions="mrope", image_token="<|image_pad|>")
 
 
 def tiny_config() -> ModelConfig:
     return ModelConfig(name="tiny", vlm=QWEN3_VL, tiny=TinyConfig())
-
-
-def folder_config(folder: Path, dtype: Dtype = Dtype.float32, device: str = "cpu") -> ModelConfig:
-    return ModelConfig(name=str(folder), dtype=dtype, device=device, vlm=QWEN3_VL)
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +49,7 @@ def copy(tiny: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty hub cache and an unreachable hub. Returns the cache."""
-    cache = tmp_path / "hub"
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    for name in ("http_proxy", "HTTP_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    return cache
+    return without_hub(tmp_path / "hub", monkeypatch)
 
 
 # ── loading ─────────────────────────────────────────────────────────────────────────────────────────────────

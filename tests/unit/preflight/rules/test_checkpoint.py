@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from support.model_folders import QWEN3_VL, folder_config, without_hub
 from vlmrl.config.model import Dtype, ModelConfig, TinyConfig, VLMConfig
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import ConfigError
@@ -19,12 +20,6 @@ from vlmrl.models.checkpoints.layers import stateful_layers
 from vlmrl.models.checkpoints.load import resolve_checkpoint
 from vlmrl.preflight.rules.checkpoint import embedded_engine_has_a_cache, refuse_model
 from vlmrl.preflight.site import Site
-
-QWEN3_VL = VLMConfig(family="qwen3_vl", renderers=["qwen3-vl"], positions="mrope", image_token="<|image_pad|>")
-
-
-def folder_config(folder: Path, dtype: Dtype = Dtype.float32, device: str = "cpu") -> ModelConfig:
-    return ModelConfig(name=str(folder), dtype=dtype, device=device, vlm=QWEN3_VL)
 
 
 @pytest.fixture
@@ -36,12 +31,7 @@ def copy(tiny_folder: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty hub cache, and a hub that nobody serves. Returns the cache."""
-    cache = tmp_path / "hub"
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    for name in ("http_proxy", "HTTP_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    return cache
+    return without_hub(tmp_path / "hub", monkeypatch)
 
 
 def test_the_tiny_default_is_available_anywhere() -> None:
