@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,8 +49,9 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     """
     option = config.option
     is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not option.keyword
-    is_whole = is_whole and option.markexpr in config.getini("addopts")
-    if is_whole and not option.usepdb and getattr(option, "numprocesses", 0) is None:
+    is_whole = is_whole and option.markexpr in config.getini("addopts") and not option.usepdb
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ  # it runs this hook too, and must not start workers of its own
+    if is_whole and not is_worker and getattr(option, "numprocesses", 0) is None:
         option.numprocesses, option.dist, option.loadscopereorder = WORKERS, "loadfile", False
 
 
