@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -90,9 +91,12 @@ class LoopbackHub:
             about = {"id": repo, "sha": commit, "siblings": siblings, "private": False, "gated": gated, "tags": []}
             self._send(request, json.dumps(about).encode())
         elif is_api and rest[0] == "tree":
-            files = self._files[repo][commit].items()
-            tree = [{"type": "file", "path": name, "size": len(data), "oid": _oid(data)} for name, data in files]
-            self._send(request, json.dumps(tree).encode())
+            is_deep = "recursive=true" in urlsplit(request.path).query.lower()
+            tree = _tree(self._files[repo][commit], "/".join(rest[2:]), is_deep=is_deep)
+            if tree:
+                self._send(request, json.dumps(tree).encode())
+            else:
+                self._refuse(request, 404, "EntryNotFound")
         elif not is_api and repo in self.gated:
             self._refuse(request, 403, "GatedRepo")
         elif not is_api and rest[0] == "resolve" and "/".join(rest[2:]) in self._files[repo][commit]:
@@ -102,7 +106,10 @@ class LoopbackHub:
             self._refuse(request, 404, "EntryNotFound")
 
     def _send(self, request: BaseHTTPRequestHandler, content: bytes, headers: Mapping[str, str] | None = None) -> None:
-        request.send_response(200)
+        part = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range", ""))
+        request.send_response(200 if part is None else 206)
+        if part is not None:
+            content = content[int(part[1]) : int(part[2]) + 1 if part[2] else None]
         for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
             request.send_header(name, value)
         request.end_headers()
@@ -115,6 +122,22 @@ class LoopbackHub:
         request.send_header("X-Error-Message", code)
         request.send_header("Content-Length", "0")
         request.end_headers()
+
+
+def _tree(files: Mapping[str, bytes], folder: str, *, is_deep: bool) -> list[dict[str, Any]]:
+    """The files and folders in a folder, or with `is_deep` everything below it."""
+    start = f"{folder}/" if folder else ""
+    entries: dict[str, dict[str, Any]] = {}
+    for name, data in files.items():
+        if not name.startswith(start):
+            continue
+        parts = name.removeprefix(start).split("/")
+        for depth in range(1, len(parts) if is_deep else min(2, len(parts))):
+            path = start + "/".join(parts[:depth])
+            entries[path] = {"type": "directory", "path": path, "oid": _oid(path.encode())}
+        if is_deep or len(parts) == 1:
+            entries[name] = {"type": "file", "path": name, "size": len(data), "oid": _oid(data)}
+    return list(entries.values())
 
 
 def _oid(content: bytes) -> str:

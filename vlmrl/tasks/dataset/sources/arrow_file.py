@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from vlmrl.caches.lru import ByteLRU
-from vlmrl.errors import ConfigError
+from vlmrl.errors import ConfigError, UserFault, fenced
 from vlmrl.tasks.dataset.rows import ColumnType
 from vlmrl.tasks.dataset.sources.arrow_types import row_of, schema_types
 from vlmrl.tasks.dataset.sources.reader import UnreadableRow
@@ -72,17 +72,38 @@ class ArrowReader:
 
 
 class TableReader:
-    """Rows of a `pyarrow.Table` in memory or mapped into it."""
+    """Rows of a `pyarrow.Table` that `datasets` has made, mapped into memory. Its images may be files in the cache of
+    `datasets` or in an archive there (`zip://1.png::/cache/train.zip`)."""
 
     def __init__(self, table: Any) -> None:
         self._table = table
         self.columns: Mapping[str, ColumnType] = schema_types(Path(), table.schema)
+        self._images = [name for name, kind in self.columns.items() if kind.is_image]
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
 
     def row(self, index: int) -> dict[str, Any]:
-        return row_of(self._table, index)
+        row = row_of(self._table, index)
+        for name in self._images:
+            image = row[name]
+            if image is not None and image["bytes"] is None and image["path"] is not None:
+                row[name] = {"bytes": _content(image["path"]), "path": None}
+        return row
+
+
+def _content(path: str) -> bytes:
+    """What is in a file that `datasets` names. Raises `UnreadableRow`."""
+    from datasets.utils.file_utils import xopen
+
+    try:
+        with fenced("reading it"), xopen(path, "rb") as file:
+            content: bytes = file.read()
+            return content
+    except UserFault as fault:
+        raise UnreadableRow(
+            f"the image {path.partition('::')[0]} cannot be read ({fault.text}): download it again"
+        ) from None
 
 
 def _read_batches(path: Path) -> tuple[Any, list[Any], list[int]]:

@@ -113,9 +113,11 @@ def _built(repo: str, config: str | None, split: str | None, commit: str) -> Rea
             name = choose_name("task.split", "split", split, list(built), "train", repo)
             return TableReader(built[name].data.table)
     except UserFault as fault:
-        reason = fault.text.splitlines()[0]
+        reason = re.sub(r" \([^()]*:\d+, in [^()]*\)$", "", fault.text.splitlines()[0])
         raise ConfigError(
-            f"task.path={repo} has no files of rows, and {reason}, so there are no rows: convert it to Parquet"
+            f"task.path={repo} has no files of rows, and {reason}, so there are no rows (no script of a repository is "
+            "executed): set task.revision=refs/convert/parquet, where the hub keeps Parquet copies of many data sets, "
+            "or convert it to Parquet"
         ) from None
 
 

@@ -118,7 +118,7 @@ def _entry(path: str, keys: Keys) -> Entry:
         return _files_entry(path, [place], keys)
     if glob.has_magic(path):
         _refuse_hub_keys(path, keys, "a pattern of files")
-        found = [Path(file) for file in sorted(glob.glob(str(place), recursive=True)) if Path(file).is_file()]
+        found = _matching_files(str(place))
         if not found:
             raise ConfigError(f"task.path={path} matches no file, so there are no rows: correct the pattern")
         if keys.split is None and _are_rollouts(found):
@@ -127,6 +127,15 @@ def _entry(path: str, keys: Keys) -> Entry:
     if not hub.is_hub_id(path):
         raise ConfigError(f"task.path={path} does not exist, so there are no rows: correct the path")
     return _hub_entry(path, keys)
+
+
+def _matching_files(pattern: str) -> list[Path]:
+    """The files that a pattern matches, each once: a link to a folder can lead to the same files again, without end."""
+    files: dict[tuple[str, str], Path] = {}
+    for file in map(Path, sorted(glob.glob(pattern, recursive=True))):
+        if file.is_file():
+            files.setdefault((os.path.realpath(file.parent), file.name), file)
+    return list(files.values())
 
 
 def _are_rollouts(files: Sequence[Path]) -> bool:

@@ -96,5 +96,6 @@ def open_file(path: Path, cache: ByteLRU[Any, Any]) -> Reader:
             f"task.path={path} cannot be read ({error.strerror or error}), so there are no rows: copy the file again"
         ) from None
     raise ConfigError(
-        f"task.path={path} is no data file, so there are no rows: name a file that ends in {', '.join(SUFFIXES)}"
+        f"task.path={path} is no data file, so there are no rows: name a file that ends in {', '.join(SUFFIXES)}, "
+        f"or in one of these and {', '.join(PACKED)}"
     )

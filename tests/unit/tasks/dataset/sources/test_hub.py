@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import io
 import socket
+import tarfile
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import constants
 
 from support.loopback_hub import LoopbackHub
+from vlmrl.config.dataset import ColumnsConfig, DatasetConfig
 from vlmrl.errors import ConfigError
 from vlmrl.tasks.dataset.sources.hub import same_commits
 from vlmrl.tasks.dataset.sources.opening import open_rows
+from vlmrl.tasks.dataset.task import DatasetTask
+from vlmrl.types import Image, Text
 
 README = b"""---
 license: mit
@@ -228,3 +234,93 @@ def test_pictures_that_rows_of_text_name_come_along(hub: LoopbackHub) -> None:
     folder = rows.folder(0)
     assert folder is not None
     assert (Path(folder) / "a/1.png").read_bytes() == b"pixels"
+
+
+# ── repositories without files of rows, which `datasets` reads ──────────────────────────────────────────────
+
+
+def png(shade: int) -> bytes:
+    data = io.BytesIO()
+    PIL.Image.new("RGB", (8, 8), (shade,) * 3).save(data, "PNG")
+    return data.getvalue()
+
+
+def tar(files: dict[str, bytes]) -> bytes:
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as archive:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return data.getvalue()
+
+
+def zipped(files: dict[str, bytes]) -> bytes:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return data.getvalue()
+
+
+PICTURES = {f"{number}.png": png(10 * number) for number in range(3)}
+METADATA = b"".join(b'{"file_name": "%d.png", "question": "Which?", "answer": "%d"}\n' % (n, n) for n in range(3))
+CSV = b"file_name,question,answer\n" + b"".join(b"%d.png,Which?,%d\n" % (n, n) for n in range(3))
+SAMPLES = {f"{n}.json": b'{"question": "Which?", "answer": "%d"}' % n for n in range(3)}
+BUILT: dict[str, tuple[dict[str, bytes], dict[str, Any]]] = {
+    "images and metadata.jsonl": (
+        {f"train/{k}": v for k, v in PICTURES.items()} | {"train/metadata.jsonl": METADATA},
+        {},
+    ),
+    "images and metadata.csv": ({f"train/{k}": v for k, v in PICTURES.items()} | {"train/metadata.csv": CSV}, {}),
+    "a zip archive of both": ({"train.zip": zipped(PICTURES | {"metadata.jsonl": METADATA})}, {}),
+    "a webdataset": (
+        {"data/train-000.tar": tar(dict(sorted((PICTURES | SAMPLES).items())))},
+        {"columns": ColumnsConfig(prompt="json.question", images="png", answer="json.answer")},
+    ),
+    "a folder per class": (
+        {f"train/{number}/{number}.png": png(10 * number) for number in range(3)},
+        {"template": "Which?", "columns": ColumnsConfig(answer="label")},
+    ),
+}
+
+
+@pytest.fixture
+def _fresh_datasets(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import datasets
+    import datasets.config
+    from huggingface_hub import HfFileSystem
+
+    datasets.disable_progress_bars()
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", tmp_path / "datasets/downloads")
+    monkeypatch.setattr(datasets.config, "EXTRACTED_DATASETS_PATH", tmp_path / "datasets/extracted")
+    HfFileSystem.clear_instance_cache()
+
+
+@pytest.mark.usefixtures("_fresh_datasets")
+@pytest.mark.parametrize("kind", BUILT)
+def test_pictures_of_a_repository_are_rows(kind: str, hub: LoopbackHub) -> None:
+    files, settings = BUILT[kind]
+    hub.commit("someone/pictures", files)
+    task = DatasetTask(DatasetConfig(path="someone/pictures", eval_fraction=0.0, **settings), seed=0)
+    seen = []
+    for row in range(3):
+        problem = task.problem_of_row("train", row)
+        image, text = problem.messages[0].content
+        assert isinstance(image, Image)
+        assert isinstance(text, Text)
+        seen.append((image.source[0, 0, 0] // 10, text.text, problem.answer))
+    assert seen == [(number, "Which?", str(number)) for number in range(3)]
+
+
+@pytest.mark.usefixtures("_fresh_datasets")
+@pytest.mark.parametrize("files", [{"rows.py": b"raise SystemExit"}, {"README.md": b"# none"}])
+def test_what_datasets_cannot_read_is_refused_in_one_sentence(files: dict[str, bytes], hub: LoopbackHub) -> None:
+    hub.commit("someone/rows", files)
+    with pytest.raises(
+        ConfigError, match=r"no files of rows, and .*executed\): set task\.revision=refs/convert"
+    ) as error:
+        questions()
+    assert ".py:" not in str(error.value), "no place in a library"

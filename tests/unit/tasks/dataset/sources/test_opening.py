@@ -69,6 +69,12 @@ def test_patterns_and_lists_keep_the_order() -> None:
     assert (rows.name, rows.where(1)) == ("c.jsonl and 1 more", ("a.jsonl", 0))
 
 
+def test_a_link_to_a_folder_above_does_not_repeat_rows() -> None:
+    jsonl("data/a/rows.jsonl", 1)
+    Path("data/a/up").symlink_to("../..", target_is_directory=True)
+    assert questions("data/**/*.jsonl") == questions("data") == [1]
+
+
 def test_a_name_with_the_signs_of_a_pattern_is_a_file() -> None:
     assert questions(jsonl("data[1].jsonl", "x")) == ["x"]
 
