@@ -23,6 +23,7 @@ from vlmrl.cli.sweep.compare import compare_and_show
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.parse import parse
 from vlmrl.config.run import Mode, RunConfig
+from vlmrl.config.task import ColorCodewordConfig
 from vlmrl.preflight.check import Stage, check
 from vlmrl.ranks import slurm
 from vlmrl.ranks.place import find_place
@@ -45,6 +46,7 @@ def start(config: DictConfig, judge_changes: Callable[[], Sequence[str]] = list)
         if code != 0:
             raise SystemExit(code)
         return None
+    print_unread(run_config)
     if run_config.mode is Mode.compare:
         compare_runs(run_config)
         return None
@@ -70,6 +72,34 @@ def start(config: DictConfig, judge_changes: Callable[[], Sequence[str]] = list)
     from vlmrl.runs.lifecycle import execute
 
     return execute(run_config)
+
+
+def notes_on_unread(config: RunConfig) -> list[str]:
+    """A sentence for `reward` and `task` where the mode does not read them. They are not refused, because one command
+    line may serve several modes, as in a sweep over them.
+
+    >>> from vlmrl.config.reward import ExactTerm, RewardConfig
+    >>> notes_on_unread(RunConfig(mode=Mode.check, reward=RewardConfig({"exact": ExactTerm()})))
+    ['reward has the terms exact, which mode=check does not read: it checks the task alone']
+    """
+    notes: list[str] = []
+    why = {Mode.check: "it checks the task alone", Mode.compare: "it reads what the runs have recorded"}.get(
+        config.mode
+    )
+    if config.mode is Mode.sft and not config.orchestrator.eval.problems and not config.orchestrator.eval.sets:
+        why = "it scores no answer with orchestrator.eval.problems=0"
+    if why is not None and config.reward.terms:
+        terms = ", ".join(config.reward.terms)
+        notes.append(f"reward has the terms {terms}, which mode={config.mode.name} does not read: {why}")
+    if config.mode is Mode.compare and config.task.kind != ColorCodewordConfig().kind:
+        notes.append(f"task.kind={config.task.kind} is not read with mode=compare: {why}")
+    return notes
+
+
+def print_unread(config: RunConfig) -> None:
+    """Print `notes_on_unread`."""
+    for note in notes_on_unread(config):
+        print(f"note: {note}")
 
 
 def print_and_log(notes: Sequence[str], run_dir: RunDir) -> None:
@@ -110,10 +140,12 @@ def answer_without_a_run(config: RunConfig) -> int | None:
         from vlmrl.preflight.rules.reward import all_tasks
         from vlmrl.tasks.check import print_findings
 
+        print_unread(config)
         return print_findings(all_tasks(config))
     if config.dry_run:
         from vlmrl.preflight.estimate.plan import dry_run
 
+        print_unread(config)
         print(dry_run(config))
         return 0
     return None

@@ -19,6 +19,7 @@ from support.configs import checked
 from vlmrl.cli.arguments import CONF, PACKAGE, groups
 from vlmrl.cli.main import main
 from vlmrl.cli.past_runs import resumed
+from vlmrl.cli.start import notes_on_unread
 from vlmrl.config.parse import parse
 from vlmrl.config.run import RunConfig
 from vlmrl.config.task import ImportedTaskConfig
@@ -512,3 +513,25 @@ def test_a_wheel_has_every_package() -> None:
     packages = {path.parent.relative_to(PACKAGE.parent).as_posix() for path in PACKAGE.rglob("__init__.py")}
     assert set(setuptools["packages"]) == {package.replace("/", ".") for package in packages} | {"vlmrl.conf"}
     assert setuptools["package-dir"] == {"vlmrl.conf": "conf"}
+
+
+@pytest.mark.parametrize(
+    ("mode", "more", "notes"),
+    [
+        ("check", (), ["reward has the terms exact, which mode=check does not read"]),
+        (
+            "compare",
+            (),
+            ["reward has the terms exact, which mode=compare does", "task.kind=dataset is not read with mode=compare"],
+        ),
+        ("sft", ("orchestrator.eval.problems=0",), ["reward has the terms exact, which mode=sft does not read"]),
+        ("sft", (), []),
+        ("rl", (), []),
+    ],
+)
+def test_what_a_mode_does_not_read_is_said_and_not_refused(
+    mode: str, more: tuple[str, ...], notes: list[str], run_config: Callable[..., RunConfig]
+) -> None:
+    data = ("task=dataset", "task.path=rows.jsonl", "reward=exact", "trainer.warmup.steps=1", "runs=[a]")
+    config = run_config(f"mode={mode}", *data, *more)
+    assert [note[: len(start)] for note, start in zip(notes_on_unread(config), notes, strict=True)] == notes

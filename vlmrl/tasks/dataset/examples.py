@@ -71,6 +71,8 @@ class Drafting:
     template: PromptTemplate | None
     first_index: int
     """The number of the first option, where answers are numbers of options."""
+    labels: tuple[str, ...] = ()
+    """The names of the classes, where the answer is the number of one (`ClassLabel` of `datasets`)."""
 
     def draft(self, row: Mapping[str, Any]) -> Draft:
         """The text of a row. Decodes no image. Raises `Unusable`."""
@@ -170,7 +172,7 @@ class Drafting:
             value = value_at(row, layout.answer)
             if is_conversation(value):  # TRL's `completion`
                 return as_reference(turns_of(value, layout.answer)[-1].text)
-            reference = read(row, layout.answer, as_reference)
+            reference = self._label(read(row, layout.answer, as_reference))
             if not is_missing(reference):
                 return reference
         if said is not None and not is_missing(said.text):
@@ -183,6 +185,12 @@ class Drafting:
             raise Unusable(f"the row has no answer in {' or '.join(sources)}, so it cannot be scored: fill it")
         return None
 
+    def _label(self, answer: Any) -> Any:
+        """The name of a class for its number; -1, as test splits have it, is no answer."""
+        if not self.labels or not isinstance(answer, int) or isinstance(answer, bool) or answer >= len(self.labels):
+            return answer
+        return self.labels[answer] if answer >= 0 else None
+
     def _demonstration(self, row: Mapping[str, Any], options: Sequence[str], said: Turn | None) -> str | None:
         layout = self.layout
         if layout.demonstration is not None:
@@ -192,7 +200,7 @@ class Drafting:
         if layout.answer is not None:
             if options:
                 return str(self._answer(row, options, said))
-            return _said_in(value_at(row, layout.answer), layout.answer)
+            return _said_in(self._label(value_at(row, layout.answer)), layout.answer)
         answer = self._answer(row, options, said)
         return None if answer is None else as_json(answer)
 

@@ -107,7 +107,8 @@ def open_pool(config: DatasetConfig, split: Split) -> Pool:
     if template is not None:
         template.check(list(rows.columns))
     first_index = _first_index(layout, [row for row, _ in looked_at])
-    return Pool(rows, layout, Drafting(layout, config.system_prompt, template, first_index), images)
+    labels = rows.columns[layout.answer].labels if layout.answer is not None and layout.answer in rows.columns else ()
+    return Pool(rows, layout, Drafting(layout, config.system_prompt, template, first_index, labels), images)
 
 
 def _open(config: DatasetConfig, split: Split) -> Rows:
