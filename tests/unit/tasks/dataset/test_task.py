@@ -399,7 +399,7 @@ GOOD: dict[str, Any] = {"question": "Which?", "image": "img/1.png", "answer": "1
         (GOOD | {"answer": " "}, r"the row has no answer in the column answer"),
         (GOOD | {"image": "img/none.png"}, r"the image file .*none\.png does not exist: set task\.image_root"),
         (GOOD | {"image": "rows.jsonl"}, r"repair or remove the image"),
-        (GOOD | {"image": "https://example.org/a.png"}, r"is a URL, and nothing is downloaded unless task\.fetch=true"),
+        (GOOD | {"image": "https://example.org/a.png"}, r"is a URL, and task\.fetch=false downloads nothing"),
         (GOOD | {"question": "<image> or <image>?"}, r"2 .*1 "),
     ],
 )
