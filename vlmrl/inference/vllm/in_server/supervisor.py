@@ -118,11 +118,15 @@ def _supervise(command: Sequence[str], run: psutil.Process) -> int:
 def _watch(
     server: subprocess.Popen[bytes], run: psutil.Process, guard: int, leftovers: list[Path], shared: SharedMemory
 ) -> None:
-    """Return when the API server has ended, the run or the guard has died, or the run has closed stdin."""
+    """Return when the API server has ended, the run or the guard has died, or the run has closed stdin; by then, all
+    that the run has written is read."""
     received = b""
-    while server.poll() is None and os.getppid() == guard and is_alive(run):
+    while True:
+        is_over = server.poll() is not None or os.getppid() != guard or not is_alive(run)
         shared.look_sometimes()
-        if not select.select([0], [], [], POLL_S)[0]:
+        if not select.select([0], [], [], 0.0 if is_over else POLL_S)[0]:
+            if is_over:
+                return
             continue
         chunk = os.read(0, 4096)
         if not chunk:
