@@ -141,7 +141,8 @@ class TrainerConfig:
     )
     """AdamW's epsilon, in the gradient's unit; added to the root of the average square."""
     weight_decay: float = setting(0.0, on_resume=Resume.noted, low=0, high=10**4, outside="weights grow on their own")
-    """Share of a weight that AdamW subtracts at a step, times the learning rate (decoupled)."""
+    """Share of a weight that AdamW subtracts at a step, times the learning rate (decoupled). Biases and the scales of
+    norms do not decay."""
     max_grad_norm: float = setting(
         1.0, on_resume=Resume.noted, low=1e-12, high=math.inf, outside="every gradient is scaled to nothing"
     )

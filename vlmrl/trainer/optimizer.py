@@ -50,18 +50,21 @@ def learning_rate(config: TrainerConfig, step: int, steps: float | None = None) 
 
 
 def make_optimizer(config: TrainerConfig, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-    """Build the optimizer that `trainer.optimizer` names, over float32 parameters."""
-    settings: dict[str, Any] = {
-        "lr": config.learning_rate,
-        "betas": config.betas,
-        "eps": config.eps,
-        "weight_decay": config.weight_decay,
-    }
+    """Build the optimizer that `trainer.optimizer` names, over float32 parameters. Weight decay leaves out biases
+    and the scales of norms (one dimension), as Hugging Face's Trainer does: a decayed scale shrinks a whole layer."""
+    settings: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "eps": config.eps}
+    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
+    vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
+    groups = [
+        {"params": of_group, "weight_decay": decay}
+        for of_group, decay in ((matrices, config.weight_decay), (vectors, 0.0))
+        if of_group
+    ]
     if config.optimizer is Optimizer.adamw:
-        return torch.optim.AdamW(parameters, **settings, fused=True)
+        return torch.optim.AdamW(groups, **settings, fused=True)
     from torchao.optim import AdamW8bit
 
-    optimizer: torch.optim.Optimizer = AdamW8bit(parameters, **settings)
+    optimizer: torch.optim.Optimizer = AdamW8bit(groups, **settings)
     return optimizer
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from support import learning
+from vlmrl.config.trainer import TrainerConfig
 from vlmrl.errors import NonFiniteLossError
 from vlmrl.trainer import optimizer
-from vlmrl.trainer.optimizer import LOSS_SCALE_GROWTH_STEPS, LossScale
+from vlmrl.trainer.optimizer import LOSS_SCALE_GROWTH_STEPS, LossScale, make_optimizer
 from vlmrl.trainer.trainer import LocalTrainer
 
 
@@ -97,3 +98,20 @@ def test_formats_that_have_the_range_are_not_scaled() -> None:
         for _ in range(2 * LOSS_SCALE_GROWTH_STEPS):
             scale.keep()
         assert (scale.factor, scale.shrink()) == (1, False)
+
+
+def test_biases_and_scales_do_not_decay() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3))
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)
+    make_optimizer(TrainerConfig(learning_rate=0.1, weight_decay=0.5), list(model.parameters())).step()
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(weight.detach(), before[name] * (0.95 if name == "0.weight" else 1.0))
+
+
+def test_vectors_alone_have_an_optimizer() -> None:
+    scale = torch.ones(3, requires_grad=True)
+    scale.grad = torch.zeros(3)
+    make_optimizer(TrainerConfig(learning_rate=0.1, weight_decay=0.5), [scale]).step()
+    assert scale.tolist() == [1.0, 1.0, 1.0]
