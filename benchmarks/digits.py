@@ -1,6 +1,7 @@
 """Whether a data set without code is learned from its pictures: experiment=digits_tiny with three seeds and a control.
 
     python benchmarks/digits.py                         seeds 0, 1 and 2, then the control; writes the data itself
+    python benchmarks/digits.py --jobs 4                all four runs at once, where four cores are free
     python benchmarks/digits.py --seeds 0 trainer.max_steps=50
 
 Each seed reads another form of the same rows: JSONL with paths, Parquet with bytes, a folder of `save_to_disk`. The
@@ -12,10 +13,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
@@ -29,48 +31,63 @@ FORMS = {
 }
 
 
-def processor_seconds() -> float:
-    """Seconds of processor time of all ended children, in user and system mode."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+@dataclass(frozen=True)
+class Run:
+    """A run of the experiment."""
+
+    name: str
+    form: str
+    overrides: list[str]
 
 
-def held_out(folder: Path, name: str, overrides: list[str]) -> tuple[float, float]:
-    """Run the experiment and return its last (sampled, greedy) held-out reward."""
-    run = folder / name
-    command = [sys.executable, "-m", "vlmrl", "experiment=digits_tiny", f"hydra.run.dir={run}", "monitor.live=false"]
+@dataclass(frozen=True)
+class Measured:
+    """The last evaluation of a run, and the processor seconds of its command in user and system mode."""
+
+    sampled: float
+    greedy: float
+    seconds: float
+
+
+def measure(folder: Path, run: Run) -> Measured:
+    """Run the command. Raises RuntimeError where it fails."""
+    output = folder / run.name.split(":")[0].replace(" ", "")
+    command = [sys.executable, "-m", "vlmrl", "experiment=digits_tiny", f"hydra.run.dir={output}", "monitor.live=false"]
     repository = str(Path(__file__).parents[1])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (repository, os.environ.get("PYTHONPATH"))))}
-    ended = subprocess.run([*command, *overrides], cwd=folder, stdout=subprocess.DEVNULL, check=False, env=environment)
-    if ended.returncode:
-        sys.exit(ended.returncode)
-    last = [line for line in read_metrics(run / "metrics.jsonl") if EVAL_SAMPLED in line][-1]
-    return last[EVAL_SAMPLED], last[EVAL_GREEDY]
+    process = subprocess.Popen([*command, *run.overrides], cwd=folder, stdout=subprocess.DEVNULL, env=environment)
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"the {run.name} ended with {process.returncode}")
+    last = [line for line in read_metrics(output / "metrics.jsonl") if EVAL_SAMPLED in line][-1]
+    return Measured(last[EVAL_SAMPLED], last[EVAL_GREEDY], used.ru_utime + used.ru_stime)
 
 
-def measure(seeds: list[int], overrides: list[str]) -> None:
-    with tempfile.TemporaryDirectory() as name:
+def measure_all(seeds: list[int], jobs: int, overrides: list[str]) -> None:
+    """Run each seed and the control, `jobs` at a time, and print the table."""
+    forms = [list(FORMS)[seed % len(FORMS)] for seed in seeds]
+    runs = [
+        Run(f"seed {seed}", form, [f"seed={seed}", *FORMS[form], *overrides])
+        for seed, form in zip(seeds, forms, strict=True)
+    ]
+    control = Run("control: pictures of other rows", "JSONL, paths", ["task.shuffle_images=true", *overrides])
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(jobs) as threads:
         folder = Path(name)
         subprocess.run([sys.executable, str(WRITE_DIGITS), "digits"], cwd=folder, check=True, stderr=subprocess.DEVNULL)
         print("| run | rows from | sampled | greedy | processor s |\n|---|---|---|---|---|", flush=True)
-        rewards = []
-        for seed in seeds:
-            form = list(FORMS)[seed % len(FORMS)]
-            begun = processor_seconds()
-            sampled, greedy = held_out(folder, f"seed{seed}", [f"seed={seed}", *FORMS[form], *overrides])
-            rewards.append((sampled, greedy))
-            spent = processor_seconds() - begun
-            print(f"| seed {seed} | {form} | {sampled:.3f} | {greedy:.3f} | {spent:.0f} |", flush=True)
-        both = [mean(column) for column in zip(*rewards, strict=True)]
-        print(f"| mean | | {both[0]:.3f} | {both[1]:.3f} | |", flush=True)
-        begun = processor_seconds()
-        sampled, greedy = held_out(folder, "control", ["task.shuffle_images=true", *overrides])
-        spent = processor_seconds() - begun
-        print(f"| control: pictures of other rows | JSONL, paths | {sampled:.3f} | {greedy:.3f} | {spent:.0f} |")
+        found = list(threads.map(lambda run: measure(folder, run), [*runs, control]))
+    for run, ended in zip(runs, found, strict=False):
+        print(f"| {run.name} | {run.form} | {ended.sampled:.3f} | {ended.greedy:.3f} | {ended.seconds:.0f} |")
+    of_seeds = found[:-1]
+    print(f"| mean | | {mean(one.sampled for one in of_seeds):.3f} | {mean(one.greedy for one in of_seeds):.3f} | |")
+    ended = found[-1]
+    print(f"| {control.name} | {control.form} | {ended.sampled:.3f} | {ended.greedy:.3f} | {ended.seconds:.0f} |")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Learn handwritten digits with three seeds, and a control.")
     parser.add_argument("--seeds", default="0,1,2", help="numbers, with commas between them")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     arguments, more = parser.parse_known_args()
-    measure([int(seed) for seed in arguments.seeds.split(",")], more)
+    measure_all([int(seed) for seed in arguments.seeds.split(",")], arguments.jobs, more)
