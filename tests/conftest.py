@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,25 +33,6 @@ for number, handler in (
 # A shared machine may be slow at any moment.
 hypothesis.settings.register_profile("vlmrl", deadline=None)
 hypothesis.settings.load_profile("vlmrl")
-
-WORKERS = 2
-"""Processes that share the whole suite. Tests of the real command use two cores by themselves at times."""
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Let two processes run the whole suite, as `-n 2 --dist loadfile` does. A run of chosen files or markers stays in
-    one process, and so does everything under `-n 0`.
-
-    A file stays in one process, since its tests share runs. The slowest tests, those of the real command, come first,
-    so that both processes end at about the same time.
-    """
-    option = config.option
-    is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not option.keyword
-    is_whole = is_whole and option.markexpr in config.getini("addopts") and not option.usepdb
-    is_worker = "PYTEST_XDIST_WORKER" in os.environ  # it runs this hook too, and must not start workers of its own
-    if is_whole and not is_worker and getattr(option, "numprocesses", 0) is None:
-        option.numprocesses, option.dist, option.loadscopereorder = WORKERS, "loadfile", False
 
 
 @pytest.fixture(autouse=True)
