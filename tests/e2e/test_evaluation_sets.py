@@ -6,8 +6,11 @@ from __future__ import annotations
 import json
 import re
 import signal
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import orjson
 import pytest
 
@@ -18,7 +21,7 @@ from vlmrl.record.rollouts import read_rollouts
 
 pytestmark = pytest.mark.slow
 
-OWN, SEEN = "orchestrator.eval.sets.own", "orchestrator.eval.sets.seen"
+OWN, SEEN, FAR = (f"orchestrator.eval.sets.{name}" for name in ("own", "seen", "far"))
 STEP_4 = 3 * 2
 """The first problem of the fourth step, during whose rollouts the run is stopped."""
 
@@ -29,6 +32,7 @@ def sets(rows: Path) -> tuple[str, ...]:
     return (
         *(f"+eval_set@{OWN}=default", f"+task@{OWN}.task=dataset", f"{OWN}.task.path={rows}"),
         f"+reward@{OWN}.task.reward.terms.exact=exact",
+        f"+reward@{OWN}.task.reward.terms.by_length=their_tasks:by_length",
         *(
             f"{OWN}.problems=50",
             f"{OWN}.samples=3",
@@ -68,7 +72,70 @@ def runs(home: Home) -> Scenarios:
         out, err = process.communicate()
         return run, Ended(process.returncode, out, err, 0.0), home.vlmrl(f"resume={run}", "task.args.hold=-1")
 
-    return Scenarios(whole=whole, stopped=stopped)
+    return Scenarios(whole=whole, stopped=stopped, without_improvement=lambda: without_improvement(home))
+
+
+def without_improvement(home: Home) -> tuple[Path, list[Ended]]:
+    """A run whose held-out reward is 0.5, in its second life 0.4, and 0.9 in its third."""
+    run = home.path / "outputs/without_improvement"
+    start = (
+        *(*SHORT, "trainer.warmup.steps=0", "trainer.warmup.rl_weight=0", "orchestrator.eval.every=1"),
+        *("task=their_tasks:Constant", "task.args.score=0.5", "orchestrator.eval.target=null"),
+        *("trainer.keep_best=eval/reward", "trainer.patience=3", "trainer.checkpoint_every=1"),
+        *("trainer.keep_checkpoints=1", "trainer.max_steps=1", "task.max_turns=1", "orchestrator.eval.problems=2"),
+    )
+    return run, [
+        home.vlmrl(*start, f"hydra.run.dir={run}"),
+        home.vlmrl(f"resume={run}", "trainer.max_steps=2", "task.args.score=0.4"),
+        home.vlmrl(f"resume={run}", "trainer.max_steps=20", "task.args.score=0.9"),
+    ]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Evaluations after training, and a comparison of the first two."""
+
+    best: Path
+    newest: Path
+    exported: Path
+    """Of the newest checkpoint as a Hugging Face folder."""
+    out: dict[str, str]
+    """What each command printed."""
+    scores: list[dict[str, Any]]
+    """Of compare.json."""
+
+
+@pytest.fixture(scope="module")
+def evaluated(runs: Scenarios, home: Home) -> Evaluated:
+    run, _ = runs["whole"]
+    outputs, out = home.path / "outputs", {}
+
+    def made(name: str, *arguments: str) -> None:
+        ended = home.vlmrl(*arguments)
+        assert (ended.code, ended.err) == (0, ""), arguments
+        out[name] = ended.out
+
+    more = (f"+eval_set@{FAR}=default", f"{FAR}.problems=4", f"{FAR}.samples=2", f"{FAR}.greedy=false")
+    made("best", "mode=eval", f"resume={run}/checkpoints/best", *more)
+    made("newest", "mode=eval", f"resume={run}", f"{OWN}.problems=6")
+    made("export", "mode=export", f"resume={run}", f"export.folder={outputs}/hf")
+    model = ("model=qwen3vl", f"model.name={outputs}/hf", "model.dtype=float32", "model.device=cpu")
+    given = (*SHORT, "experiment=color_codeword_tiny", *model, *sets(home.path / "rows.jsonl"), f"{OWN}.problems=6")
+    made("exported", "mode=eval", *given, f"hydra.run.dir={outputs}/hf_evaluated")
+    best = run / f"eval_step_{orjson.loads((run / 'checkpoints/best.json').read_bytes())['step']:06d}"
+    made("compare", "mode=compare", f"runs=[{best},{run}/eval]", f"hydra.run.dir={outputs}/compared")
+    scores = orjson.loads((outputs / "compared/compare.json").read_bytes())["scores"]
+    return Evaluated(best, run / "eval", outputs / "hf_evaluated", out, scores)
+
+
+def rewards_of(folder: Path, split: str) -> dict[str, list[float]]:
+    """Problem → rewards of its rollouts, from the record of an evaluation."""
+    (file,) = (folder / "rollouts").glob("eval_*.parquet")
+    found: dict[str, list[float]] = {}
+    for record in read_rollouts(file):
+        if record["split"] == split:
+            found.setdefault(record["problem_id"], []).append(record["reward"])
+    return found
 
 
 def test_every_set_has_its_metrics_and_rollouts(runs: Scenarios) -> None:
@@ -133,16 +200,10 @@ def test_a_run_that_was_stopped_in_between_is_the_same(runs: Scenarios) -> None:
         assert (run / "checkpoints" / name).read_bytes() == (whole / "checkpoints" / name).read_bytes()
 
 
-def test_a_checkpoint_is_evaluated_with_another_set_and_compared(runs: Scenarios, home: Home) -> None:
+def test_a_checkpoint_is_evaluated_with_another_set(runs: Scenarios, evaluated: Evaluated) -> None:
     run, _ = runs["whole"]
-    far = "orchestrator.eval.sets.far"
-    more = (f"+eval_set@{far}=default", f"{far}.problems=4", f"{far}.samples=2", f"{far}.greedy=false")
-    best = home.vlmrl("mode=eval", f"resume={run}/checkpoints/best", *more)
-    newest = home.vlmrl("mode=eval", f"resume={run}", f"{OWN}.problems=6")
-    assert (best.code, newest.code) == (0, 0), best.err + newest.err
     step = orjson.loads((run / "checkpoints/best.json").read_bytes())["step"]
-    folder = run / f"eval_step_{step:06d}"
-    found = orjson.loads((folder / "evaluation.json").read_bytes())
+    found = orjson.loads((evaluated.best / "evaluation.json").read_bytes())
     assert (found["step"], [each["name"] for each in found["sets"]]) == (step, ["main", "own", "seen", "far"])
     # The same weights and seeds give the same answers as the evaluation in training.
     line = next(line for line in read_metrics(run / "metrics.jsonl") if line["step"] == step)
@@ -154,17 +215,90 @@ def test_a_checkpoint_is_evaluated_with_another_set_and_compared(runs: Scenarios
         "problems": 9,
     }
     assert set(own["by"]["subject"]) == {"even", "odd"}
-    rates = read_pass_rates(folder)
+    rates = read_pass_rates(evaluated.best)
     assert {rates[each["id"]].samples for each in own["problems"]} == {3}
-    assert "own" in best.out
-    assert "pass@2" in best.out
+    assert "own" in evaluated.out["best"]
+    assert "pass@2" in evaluated.out["best"]
 
-    compared = home.vlmrl("mode=compare", f"runs=[{folder},{run}/eval]", f"hydra.run.dir={home.path}/outputs/compared")
-    assert compared.code == 0, compared.err
-    scores = orjson.loads((home.path / "outputs/compared/compare.json").read_bytes())["scores"]
-    shared = {(each["set"], each["score"]): each["difference"]["problems"] for each in scores if each["difference"]}
-    assert shared["own", "reward"] == 6
-    assert "compare.json" in " ".join(path.name for path in (home.path / "outputs/compared").iterdir())
+
+def test_an_exported_checkpoint_is_evaluated_as_the_run_was(evaluated: Evaluated) -> None:
+    """Greedy answers are those of the checkpoint, token by token; sampled ones have the seeds of another step."""
+    ours, theirs = (
+        orjson.loads((folder / "evaluation.json").read_bytes()) for folder in (evaluated.exported, evaluated.newest)
+    )
+    assert (
+        [each["name"] for each in ours["sets"]] == [each["name"] for each in theirs["sets"]] == ["main", "own", "seen"]
+    )
+    assert ours["step"] == 0
+    assert ours["model"].endswith("/hf")
+    for mine, other in zip(ours["sets"][:2], theirs["sets"][:2], strict=True):
+        assert mine["scores"]["reward_greedy"] == other["scores"]["reward_greedy"]
+    greedy = [
+        [
+            [turn["completion_ids"] for turn in record["turns"]]
+            for file in (folder / "rollouts").glob("eval_*.parquet")
+            for record in read_rollouts(file)
+            if record["split"].endswith("_greedy")
+        ]
+        for folder in (evaluated.exported, evaluated.newest)
+    ]
+    assert greedy[0] == greedy[1]
+    assert len(greedy[0]) == 8 + 6
+
+
+def test_every_score_is_that_of_the_recorded_rollouts(evaluated: Evaluated) -> None:
+    """Means, and standard errors of the means of problems (arXiv 2411.00640, eq. 4, with equal clusters)."""
+    found = orjson.loads((evaluated.exported / "evaluation.json").read_bytes())
+    table = [line.split(" problems: ") for line in evaluated.out["exported"].splitlines() if " problems: " in line]
+    shown = {words[0].split()[0]: words[1] for words in table}
+    for each, split in zip(found["sets"], ("eval", "eval_own", "eval_seen"), strict=True):
+        rewards = rewards_of(evaluated.exported, f"{split}_sampled")
+        means = np.array([np.mean(values) for values in rewards.values()])
+        score = each["scores"]["reward"]
+        assert score["problems"] == len(means) == len(each["problems"])
+        assert score["value"] == pytest.approx(means.mean())
+        assert score["se"] == pytest.approx(means.std(ddof=1) / np.sqrt(len(means)))
+        assert {problem["id"]: problem["rewards"] for problem in each["problems"]} == rewards
+        assert f"reward {means.mean():.3f}" in shown[each["name"]]
+
+
+def test_paired_intervals_are_those_of_a_bootstrap_of_the_recorded_rollouts(evaluated: Evaluated) -> None:
+    """Problems are drawn with replacement by numpy, each with both of its scores."""
+    random, differing = np.random.default_rng(7), 0
+    for name, score, split in (
+        *(("main", "reward", "eval_sampled"), ("main", "reward_greedy", "eval_greedy")),
+        *(("own", "reward", "eval_own_sampled"), ("seen", "reward", "eval_seen_sampled")),
+    ):
+        before, after = (rewards_of(folder, split) for folder in (evaluated.best, evaluated.newest))
+        shared = [problem for problem in before if problem in after]
+        change = np.array([np.mean(after[problem]) - np.mean(before[problem]) for problem in shared])
+        means = random.choice(change, (20_000, len(change))).mean(axis=1)
+        (row,) = (
+            each for each in evaluated.scores if (each["set"], each["score"]) == (name, score) and each["difference"]
+        )
+        found = row["difference"]
+        assert found["problems"] == len(shared)
+        assert found["value"] == pytest.approx(change.mean())
+        # The quantile of a mean of n values is one of few numbers, so both ends may fall on neighbours.
+        step = np.min(np.diff(np.unique(means.round(9))), initial=1.0)
+        for end, share in (("low", 0.025), ("high", 0.975)):
+            assert found[end] == pytest.approx(np.quantile(means, share), abs=1.01 * step)
+        differing += bool(change.any())
+    assert differing, "otherwise nothing is shown"
+    assert {
+        each["difference"]["problems"] for each in evaluated.scores if each["set"] == "own" and each["difference"]
+    } == {6}
+
+
+def test_patience_and_the_best_checkpoint_survive_resumes(runs: Scenarios) -> None:
+    """The rewards are 0.5 after steps 0 and 1, 0.4 after step 2, and 0.9 from step 3 on, which is the best."""
+    run, lives = runs["without_improvement"]
+    assert [(ended.code, ended.err) for ended in lives] == [(0, "")] * 3
+    metrics = {line["step"]: line["eval/reward"] for line in read_metrics(run / "metrics.jsonl")}
+    assert metrics == {0: 0.5, 1: 0.5, 2: 0.4, 3: 0.9, 4: 0.9, 5: 0.9, 6: 0.9}
+    assert summary(run)["exit_reason"] == "no_improvement"
+    assert orjson.loads((run / "checkpoints/best.json").read_bytes())["step"] == 3
+    assert sorted(path.name for path in (run / "checkpoints").glob("step_*")) == ["step_000003", "step_000006"]
 
 
 @pytest.mark.parametrize(

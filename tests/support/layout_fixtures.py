@@ -135,7 +135,8 @@ LAYOUTS: Sequence[Layout] = (
     ),
     Layout(
         "EasyR1",
-        "huggingface.co/datasets/hiyouga/geometry3k, dataset card: images, problem, answer",
+        "github.com/volcengine/verl, examples/data_preprocess/geo3k.py, which reads hiyouga/geometry3k: images, "
+        "problem, answer",
         "easyr1.parquet",
         lambda n: {"images": [stored(n)], "problem": f"<image>Find x in figure {n}.", "answer": count(n)},
         count,
@@ -163,8 +164,29 @@ LAYOUTS: Sequence[Layout] = (
     ),
     Layout(
         "TRL",
-        "github.com/huggingface/trl, docs/source/dataset_formats.md and examples/scripts/grpo_vlm.py",
+        "github.com/huggingface/trl, examples/scripts/grpo_vlm.py: `prompt` is added to the columns of "
+        "lmms-lab/multimodal-open-r1-8k-verified",
         "trl.parquet",
+        lambda n: {
+            "image": stored(n),
+            "problem": f"Count them, {n}.",
+            "solution": f"<think>easy</think><answer>{count(n)}</answer>",
+            "original_question": f"Count them, {n}.",
+            "original_answer": f"The answer is {count(n)}",
+            "prompt": [
+                {"role": "system", "content": "Think first."},
+                {"role": "user", "content": f"Count them, {n}."},
+            ],
+        },
+        count,
+        lambda n: f"<image>Count them, {n}.",
+        "math",
+        system="Think first.",
+    ),
+    Layout(
+        "TRL with parts",
+        "github.com/huggingface/trl, docs/source/dataset_formats.md, conversational prompts with images",
+        "trl_parts.parquet",
         lambda n: {
             "prompt": [
                 {"role": "system", "content": [{"type": "text", "text": "Think first."}]},
@@ -175,8 +197,6 @@ LAYOUTS: Sequence[Layout] = (
             ],
             "image": stored(n),
             "solution": f"<think>easy</think><answer>{count(n)}</answer>",
-            "original_question": f"Count them, {n}.",
-            "original_answer": f"The answer is {count(n)}",
         },
         count,
         lambda n: f"<image>Count them, {n}.",
@@ -463,7 +483,7 @@ LAYOUTS: Sequence[Layout] = (
     ),
     Layout(
         "DocVQA",
-        "huggingface.co/datasets/lmms-lab/DocVQA, dataset card",
+        "huggingface.co/datasets/lmms-lab/DocVQA: questionId and docId as text and integer, answers as a list",
         "docvqa.parquet",
         lambda n: {
             "questionId": str(n),
@@ -482,7 +502,8 @@ LAYOUTS: Sequence[Layout] = (
     ),
     Layout(
         "RefCOCO",
-        "huggingface.co/datasets/lmms-lab/RefCOCO, dataset card; boxes are x, y, width, height (lmms-eval, refcoco)",
+        "huggingface.co/datasets/lmms-lab/RefCOCO, README.md, dataset_info; boxes are x, y, width, height "
+        "(github.com/EvolvingLMMs-Lab/lmms-eval, lmms_eval/tasks/refcoco/utils_rec.py)",
         "refcoco.parquet",
         lambda n: {
             "question_id": str(n),
@@ -497,6 +518,16 @@ LAYOUTS: Sequence[Layout] = (
         lambda n: [1.0, 2.0, 10.0, 10.5],
         lambda n: f"<image>Where is the left man {n}? Answer with a box.",
         "iou",
+        schema=fields(
+            question_id=TEXT,
+            image=IMAGE,
+            question=TEXT,
+            answer=pa.list_(TEXT),
+            segmentation=pa.list_(pa.float32()),
+            bbox=pa.list_(pa.float32()),
+            iscrowd=pa.int8(),
+            file_name=TEXT,
+        ),
         overrides=(
             "task.columns.answer=bbox",
             'task.template="Where is {{ answer[0] }}? Answer with a box."',
@@ -535,7 +566,7 @@ LAYOUTS: Sequence[Layout] = (
     ),
     Layout(
         "ViRL39K",
-        "huggingface.co/datasets/TIGER-Lab/ViRL39K, dataset card: answers in \\boxed{}, images as paths",
+        "huggingface.co/datasets/TIGER-Lab/ViRL39K, README.md, Dataset Keys: answers in \\boxed{}, images as paths",
         "virl39k.parquet",
         lambda n: {
             "question": f"<image>\nFind x of {n}.",

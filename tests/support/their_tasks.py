@@ -6,6 +6,7 @@ BadDemonstrations   one demonstration in four is sound
 AllFaults       every rollout raises
 AllTooLong      no first prompt fits
 EqualRewards    there is nothing to learn from
+Constant        every rollout has the reward `args.score`
 Poison          rewards that are finite, in a loss that is not
 LateImages      problems from `args.first_image` on show an image, the ones before it only text
 Noise           a sound task whose pictures are noise, which takes much room on the disk
@@ -19,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -134,6 +136,17 @@ class EqualRewards(Sound):
     kinds = ("equal",)
 
 
+class Constant(Sound):
+    def __init__(self, config: Any, *, seed: int) -> None:
+        super().__init__(config, seed=seed)
+        self.score: float = config.args["score"]
+
+    def env(self, problem: Row) -> Say:
+        env = Say(problem)
+        env.step = lambda completion: Reply(done=True, reward=self.score)  # type: ignore[method-assign]
+        return env
+
+
 class Poison(Sound):
     kinds = ("poison",)
 
@@ -240,3 +253,14 @@ class Blindfold:
     @staticmethod
     def zeroed(part: Text | Image) -> Text | Image:
         return Image(np.zeros_like(np.asarray(part.source))) if isinstance(part, Image) else part
+
+
+def sometimes(attempt: Any) -> float | None:
+    """A reward term that abstains for every third problem, and scores all siblings of another one equally."""
+    kind = zlib.crc32(attempt.problem_id.encode()) % 3
+    return None if kind == 0 else kind / 2
+
+
+def by_length(attempt: Any) -> float:
+    """A reward term that differs with any change of the policy."""
+    return len(attempt.completion) % 7 / 7

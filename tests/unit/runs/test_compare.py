@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
+from scipy.stats import binomtest  # type: ignore[import-untyped]
 
 from support.rollout_builders import rollout
 from vlmrl.errors import VlmrlError
@@ -102,6 +104,48 @@ def test_runs_that_were_evaluated_while_they_trained(tmp_path: Path) -> None:
         [("p0", (0.0,), 1.0), ("p1", (0.5,), 1.0), ("p2", (1.0,), 1.0)],
     )
     assert (ood.name, ood.pass_at, ood.asked) == ("ood", 0.5, (Asked("q", (0.0, 0.25, 0.5, 0.75)),))
+
+
+@pytest.mark.parametrize("is_binary", [True, False])
+def test_intervals_and_tests_equal_an_independent_computation(is_binary: bool, tmp_path: Path) -> None:
+    """On recorded rollouts: numpy's bootstrap of problems with both of their scores, scipy's binomial test, and the
+    closed form of the clustered standard error. The second run lacks one problem, and has another."""
+    random = np.random.default_rng(3)
+    problems, samples = 40, 1 if is_binary else 4
+    rewards = random.random((2, problems, samples)) * np.linspace(0.2, 1, problems)[:, None] + [[[0.0]], [[0.15]]]
+    if is_binary:
+        rewards = (rewards > 0.45).astype(float)
+    runs = [RunDir(tmp_path / name) for name in ("a", "b")]
+    for number, run in enumerate(runs):
+        run.create()
+        run.config.write_text(OmegaConf.to_yaml({}))
+        recorder = RolloutRecorder(run)
+        played = [
+            _played(f"eval/000003/{i:02d}/{k:02d}", f"p{i + number}", float(rewards[number, i, k]))
+            for i in range(problems)
+            for k in range(samples)
+        ]
+        recorder.write(3, {"eval_sampled": played})
+        recorder.close()
+    rows = [row for row in compared(read_evaluations(runs, ["a", "b"])) if row.score == "reward"]
+    for row, values in zip(rows, rewards, strict=True):
+        means = values.mean(axis=1)
+        half = 1.959963985 * means.std(ddof=1) / np.sqrt(problems)
+        assert (row.value, row.low, row.high) == pytest.approx((means.mean(), means.mean() - half, means.mean() + half))
+    change = rewards[1, :-1].mean(axis=1) - rewards[0, 1:].mean(axis=1)  # p1 to p39
+    means = random.choice(change, (40_000, len(change))).mean(axis=1)
+    found = rows[1].difference
+    assert found is not None
+    assert found.problems == problems - 1
+    assert found.value == pytest.approx(change.mean())
+    tolerance = 1.01 / (problems - 1) if is_binary else 0.01
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=tolerance)
+    if is_binary:
+        better, worse = int((change > 0).sum()), int((change < 0).sum())
+        assert found.p == pytest.approx(binomtest(better, better + worse).pvalue)
+    else:
+        assert found.p == pytest.approx(2 * min((means <= 0).mean(), (means >= 0).mean()), abs=0.01)
+    assert found.test == ("McNemar" if is_binary else "bootstrap")
 
 
 def _played(name: str, problem: str, reward: float) -> Rollout:
