@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlmrl.monitor.report.tables import named_sets
+from vlmrl.monitor.report.named_sets import named_sets
 from vlmrl.record.metrics import ELAPSED, EVAL_GREEDY, EVAL_SAMPLED, Record
 
 TRAINING = "training reward"

@@ -43,9 +43,10 @@ from omegaconf.errors import OmegaConfBaseException
 from vlmrl.config.parse import literal
 from vlmrl.config.secrets import redacted
 from vlmrl.errors import ConfigError
+from vlmrl.monitor.report.bad_rows import bad_rows
 from vlmrl.monitor.report.choice import Choice, Shape, choose, evaluation_rollouts, evaluation_sizes
+from vlmrl.monitor.report.named_sets import named_sets
 from vlmrl.monitor.report.pictures import Pictures
-from vlmrl.monitor.report.tables import bad_rows, named_sets
 from vlmrl.record.disk_bound import read_deleted
 from vlmrl.record.metrics import Record, read_metrics
 from vlmrl.record.rollouts import RolloutRecord, TurnRecord, read_rollouts

@@ -1,17 +1,14 @@
-"""What the page shows of a run's evaluation sets and of its bad rows, as plain JSON.
+"""What the page and the comparison of a sweep show of a run's evaluation sets, as plain JSON.
 
 keys of metrics.jsonl ─▶ named_sets ─▶ scores of each set, and its results by the values of a column
-bad_rows.jsonl        ─▶ bad_rows   ─▶ reasons with their number of rows and the first places
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-from vlmrl.record.bad_rows import kinds_of_bad_rows, place_of, read_bad_rows
 from vlmrl.record.splits import RESERVED
 
 SET_KEY = re.compile(
@@ -21,13 +18,6 @@ SET_KEY = re.compile(
     re.DOTALL,
 )
 """A key of a named set in metrics.jsonl. The value of a column has no slash (`eval_scores.shown_value`)."""
-
-SHOWN_REASONS = 20
-"""Reasons of bad rows on a page, the most frequent ones first."""
-SHOWN_ROWS = 5
-"""Bad rows that a page names for each reason."""
-MAX_TEXT = 500
-"""Characters of a reason or a place on the page: a row may hold a whole file."""
 
 
 def named_sets(keys: Iterable[str]) -> list[dict[str, Any]]:
@@ -57,26 +47,3 @@ def named_sets(keys: Iterable[str]) -> list[dict[str, Any]]:
         }
         for name, of_set in scores.items()
     ]
-
-
-def bad_rows(path: Path) -> dict[str, Any]:
-    """The rows of bad_rows.jsonl by reason: `{"count": rows, "reasons": number of reasons, "shown": [{"reason",
-    "count", "rows": [[place, step, phase], …]}]}`. Raises OSError."""
-    rows = read_bad_rows(path)
-    kinds = kinds_of_bad_rows(rows)
-    return {
-        "count": len(rows),
-        "reasons": len(kinds),
-        "shown": [
-            {
-                "reason": _clipped(kind[0]["reason"]),
-                "count": len(kind),
-                "rows": [[_clipped(place_of(row)), row["step"], row["phase"]] for row in kind[:SHOWN_ROWS]],
-            }
-            for kind in kinds[:SHOWN_REASONS]
-        ],
-    }
-
-
-def _clipped(text: str) -> str:
-    return text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 1]}…"
