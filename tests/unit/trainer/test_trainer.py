@@ -104,7 +104,8 @@ def reference_steps(
                 m.mul_(c.betas[0]).add_(g * (1 - c.betas[0]))
                 v.mul_(c.betas[1]).add_(g**2 * (1 - c.betas[1]))
                 m_hat, v_hat = m / (1 - c.betas[0] ** (t + 1)), v / (1 - c.betas[1] ** (t + 1))
-                p.mul_(1 - lr * c.weight_decay).sub_(lr * m_hat / (v_hat.sqrt() + c.eps))
+                decay = c.weight_decay if p.ndim > 1 else 0.0  # not of biases and norms
+                p.mul_(1 - lr * decay).sub_(lr * m_hat / (v_hat.sqrt() + c.eps))
         reference.append((float(loss.detach()), norm))
     return reference
 
