@@ -128,14 +128,28 @@ class JsonColumns:
 def parse_object(data: bytes) -> dict[str, Any]:
     """The object that a row is. Raises `UnreadableRow`.
 
-    >>> parse_object(b'{"a": 36893488147419103232, "b": NaN}')
-    {'a': 36893488147419103232, 'b': nan}
+    >>> parse_object(b'{"a": 36893488147419103232, "b": NaN}'), parse_object(b'{"a": [36893488147419103232]}')
+    ({'a': 36893488147419103232, 'b': nan}, {'a': [36893488147419103232]})
     """
     try:
         value = orjson.loads(data)
     except orjson.JSONDecodeError:
         value = _parsed_by_python(data)
+    else:
+        if _may_be_rounded(value):
+            value = _parsed_by_python(data)
     return _checked(value)
+
+
+def _may_be_rounded(value: Any) -> bool:
+    """Whether a number in the row may be an integer of more than 64 bits, such as an id: orjson makes a float of it."""
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, float) and abs(each) >= 2.0**63:
+            return True
+        waiting += each.values() if isinstance(each, dict) else each if isinstance(each, list) else ()
+    return False
 
 
 def _checked(value: Any) -> dict[str, Any]:

@@ -88,6 +88,15 @@ def test_an_object_of_columns(tmp_path: Path, content: str) -> None:
     assert read(write(tmp_path / "a.json", content)) == [{"q": "a", "n": 1}, {"q": "b", "n": 2}]
 
 
+@pytest.mark.parametrize("number", [2**64, -(2**63) - 1, 10**30, 2**64 - 1, -(2**63), 1e300])
+def test_large_numbers_keep_their_digits(tmp_path: Path, number: float) -> None:
+    assert read(write(tmp_path / "a.jsonl", lines([{"id": number}, {"ids": [{"id": number}]}]))) == [
+        {"id": number},
+        {"ids": [{"id": number}]},
+    ]
+    assert read(write(tmp_path / "a.json", json.dumps([{"id": number}]))) == [{"id": number}]
+
+
 @settings(max_examples=60, deadline=None)
 @given(rows=OBJECTS, indent=st.none() | st.integers(0, 2), ascii_only=st.booleans())
 def test_rows_of_any_content_are_found(
