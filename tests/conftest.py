@@ -30,8 +30,9 @@ for number, handler in (
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
 
-# A shared machine may be slow at any moment.
-hypothesis.settings.register_profile("vlmrl", deadline=None)
+# A shared machine may be slow at any moment. The examples are the same in every run, so that a change is judged by what
+# it does; `pytest --hypothesis-profile=default` looks for new ones.
+hypothesis.settings.register_profile("vlmrl", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("vlmrl")
 
 
