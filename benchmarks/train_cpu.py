@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import os
 import platform
 import statistics
@@ -30,6 +31,7 @@ from train_throughput import Step, attention, packed_step, padded_step
 from vlmrl.cli.arguments import CONF
 from vlmrl.cli.recipe import RECIPE
 from vlmrl.cli.schemas import register_schemas
+from vlmrl.config.orchestrator import OrchestratorConfig
 from vlmrl.config.parse import parse
 from vlmrl.config.run import RunConfig
 from vlmrl.config.trainer import Packing
@@ -38,10 +40,11 @@ from vlmrl.models.policy import Policy
 from vlmrl.monitor.monitor import Monitor
 from vlmrl.orchestrator.advantages import assign_advantages
 from vlmrl.orchestrator.samples import make_samples
+from vlmrl.orchestrator.stream import ProblemStream
 from vlmrl.orchestrator.supervised import demonstrate
 from vlmrl.record.run_dir import RunDir
-from vlmrl.runs.build import build_run
-from vlmrl.types import TrainingSample
+from vlmrl.runs.build import Run, build_run
+from vlmrl.types import Group, TrainingSample
 
 
 def main() -> None:
@@ -106,27 +109,29 @@ def default_batch(folder: str, warmup_steps: int) -> tuple[Policy, list[Training
                 run.renderer,
                 warmup,
                 step=step,
-                first=first,
+                numbers=itertools.count(first),
                 seed=config.seed,
                 seq_len=config.trainer.seq_len,
             )
             run.trainer.supervised_step(made.samples, warmup.learning_rate)
-        orchestrator = config.orchestrator
-        groups = asyncio.run(
-            run.evaluator.runner.run_groups(
-                split="train",
-                step=1,
-                problem_indices=range(orchestrator.groups_per_step),
-                group_size=orchestrator.group_size,
-                temperature=orchestrator.temperature,
-            )
-        )
+        groups = asyncio.run(first_groups(run, config.orchestrator))
     for group in groups:
         assign_advantages(group, config.algorithm)
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     # No ban: transformers' own forward knows of none, and losses are to be compared.
     policy = Policy(run.policy.model, run.policy.positions, [])
     return policy, [sample for rollout in rollouts for sample in make_samples(rollout)]
+
+
+async def first_groups(run: Run, config: OrchestratorConfig) -> list[Group]:
+    """The groups of the first step."""
+    return await run.evaluator.runner.run_groups(
+        split="train",
+        step=1,
+        problems=await ProblemStream(run.task, "train").draw(0, config.groups_per_step),
+        group_size=config.group_size,
+        temperature=config.temperature,
+    )
 
 
 def default_config(folder: str, warmup_steps: int) -> RunConfig:
