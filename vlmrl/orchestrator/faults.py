@@ -42,21 +42,26 @@ class FaultWatch:
     watched: str = "rollout"
     """What is watched: "rollout" or "demonstration", for the message."""
     _recent: deque[list[Rollout]] = field(init=False, default_factory=lambda: deque(maxlen=WATCHED_STEPS))
+    _first: int = field(init=False, default=1)
+    """The first step that was counted; above 1 in a resumed run."""
 
     def check(self, step: int, groups: Sequence[Group]) -> None:
-        """Count `step`. Call after `mark_dropped`.
+        """Count `step`, from 1. Call after `mark_dropped`.
 
         Raises `TooManyFaultsError` (`EngineError` where the engine failed most often) if no rollout of the last
         `WATCHED_STEPS` steps could be used, or if more of them than `max_fault_rate` were faults of the user's code or
         data.
         """
+        if not self._recent:
+            self._first = step
         self._recent.append([rollout for group in groups for rollout in group.rollouts])
         if len(self._recent) == WATCHED_STEPS:
             self._judge()
 
     def finish(self) -> None:
-        """Judge the last steps, also where there were fewer than `WATCHED_STEPS`. Raises as `check`."""
-        if self._recent:
+        """Judge the last steps, also where the run had fewer than `WATCHED_STEPS`. A resumed run that took fewer does
+        not know those before: it would end with an error where an undisturbed run finishes. Raises as `check`."""
+        if self._recent and (self._first == 1 or len(self._recent) == WATCHED_STEPS):
             self._judge(then="start the run again")
 
     def check_evaluation(self, rollouts: Sequence[Rollout]) -> None:

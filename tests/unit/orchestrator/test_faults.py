@@ -111,3 +111,18 @@ def test_the_rate_is_that_of_the_last_steps_alone() -> None:
     watch.check(11, step(*[PLAYED] * 4))
     with pytest.raises(TooManyFaultsError, match=r"5 of the last 12 rollouts \(42%\) were faults"):
         watch.check(12, step(*[RAISED] * 4, error="no row"))
+
+
+@pytest.mark.parametrize(("begun", "ends"), [(1, True), (2, False), (9, False)])
+def test_a_short_run_is_judged_and_the_short_rest_of_a_long_one_is_not(begun: int, ends: bool) -> None:
+    """The steps before the resume are not known, and an undisturbed run is judged with them."""
+    watch = FaultWatch()
+    watch.check(begun, step(RAISED, RAISED))
+    watch.check(begun + 1, step(RAISED))
+    if ends:
+        with pytest.raises(TooManyFaultsError, match="every rollout of the last 2 steps failed"):
+            watch.finish()
+    else:
+        watch.finish()
+    with pytest.raises(TooManyFaultsError, match="every rollout of the last 3 steps failed"):
+        watch.check(begun + 2, step(RAISED))
