@@ -70,7 +70,9 @@ def main(command: Sequence[str]) -> int:
 def _guard(supervisor: int, run: psutil.Process) -> int:
     """Wait for the supervisor → its exit status, and end what it has left behind."""
     signal.signal(signal.SIGTERM, lambda *_: os.kill(supervisor, signal.SIGTERM))
+    shared = SharedMemory()
     while True:
+        shared.look_sometimes()
         ended, status = os.waitpid(supervisor, os.WNOHANG)
         if ended:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # this process ends as soon as the others have
@@ -78,7 +80,7 @@ def _guard(supervisor: int, run: psutil.Process) -> int:
         if not is_alive(run) and psutil.Process(supervisor).status() == psutil.STATUS_STOPPED:
             os.kill(supervisor, signal.SIGKILL)
         time.sleep(POLL_S)
-    _end_descendants()
+    _end_descendants(shared)
     return os.waitstatus_to_exitcode(status)
 
 
@@ -104,9 +106,7 @@ def _supervise(command: Sequence[str], run: psutil.Process) -> int:
     except SystemExit as exit:
         status = int(exit.code or 0)
     finally:
-        shared.look()
-        _end_descendants()
-        shared.remove()
+        _end_descendants(shared)
         if not is_alive(run):
             for path in leftovers:
                 shutil.rmtree(path, ignore_errors=True)
@@ -144,7 +144,7 @@ def is_alive(process: psutil.Process) -> bool:
 
 class SharedMemory:
     """The server's files in /dev/shm: semaphores and the like. Python's resource tracker removes those of processes
-    that have been killed, unless it has been killed too."""
+    that have been killed, unless it has been killed too, as it is with an engine that takes long to end."""
 
     def __init__(self) -> None:
         self._inodes: set[int] = set()
@@ -177,11 +177,14 @@ class SharedMemory:
                         path.unlink()
 
 
-def _end_descendants() -> None:
-    """Send SIGTERM to all descendants, then SIGKILL to those that remain, until none remains."""
+def _end_descendants(shared: SharedMemory) -> None:
+    """Send SIGTERM to all descendants, then SIGKILL to those that remain, until none remains. Then remove the shared
+    memory that they have left behind."""
+    shared.look()
     _, alive = psutil.wait_procs(_signal_descendants(signal.SIGTERM, signal.SIGCONT), GRACE_S)
     while alive:
         _, alive = psutil.wait_procs(_signal_descendants(signal.SIGKILL), GRACE_S)
+    shared.remove()
 
 
 def _signal_descendants(*numbers: signal.Signals) -> list[psutil.Process]:

@@ -146,8 +146,9 @@ def test_no_process_is_left_of_a_killed_run_even_if_one_was_stopped(run: Run, st
     assert run.survivors() == []
 
 
-def test_shared_memory_of_killed_processes_is_removed(run: Run) -> None:
-    run.api_server.kill()
+@pytest.mark.parametrize("killed", ["api_server", "supervisor", "guard", "process"])
+def test_shared_memory_of_killed_processes_is_removed(run: Run, killed: str) -> None:
+    getattr(run, killed).kill()
     assert run.survivors() == []
     assert not run.shared.exists()
 
