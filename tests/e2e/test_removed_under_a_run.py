@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,10 @@ def runs(home: Home) -> Scenarios:
         run, gate = home.path / f"outputs/{name}", Gate(home.path / f"gates/{name}")
         process = home.start(*SHORT, *gate.arguments(STEP_4), f"hydra.run.dir={run}")
         gate.wait(lambda: process.poll() is None)
+        until = time.monotonic() + PATIENCE
+        while not (run / "rollouts/step_000003.parquet").exists():  # a thread may still be writing the step before
+            assert time.monotonic() < until
+            time.sleep(0.01)
         for part in parts:
             shutil.rmtree(run / part) if (run / part).is_dir() else (run / part).unlink()
         gate.open()
