@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import time
 from pathlib import Path
 
 import pytest
 
-from support.command_line import PATIENCE, SHORT, Ended, Gate, Home, Scenarios, steady_rollouts, summary
+from support.command_line import PATIENCE, SHORT, Ended, Gate, Home, Scenarios, steady_rollouts, summary, until
 
 pytestmark = pytest.mark.slow
 
@@ -24,10 +23,8 @@ def runs(home: Home) -> Scenarios:
         run, gate = home.path / f"outputs/{name}", Gate(home.path / f"gates/{name}")
         process = home.start(*SHORT, *gate.arguments(STEP_4), f"hydra.run.dir={run}")
         gate.wait(lambda: process.poll() is None)
-        until = time.monotonic() + PATIENCE
-        while not (run / "rollouts/step_000003.parquet").exists():  # a thread may still be writing the step before
-            assert time.monotonic() < until
-            time.sleep(0.01)
+        # A thread may still be writing the step before.
+        until((run / "rollouts/step_000003.parquet").exists, "the rollouts of step 3")
         for part in parts:
             shutil.rmtree(run / part) if (run / part).is_dir() else (run / part).unlink()
         gate.open()

@@ -8,14 +8,13 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from support.command_line import PATIENCE, REPOSITORY, SHORT, Gate, Home, assert_same_run, summary
+from support.command_line import PATIENCE, REPOSITORY, SHORT, Gate, Home, assert_same_run, summary, until
 from vlmrl.inference.vllm.server import vllm_version
 from vlmrl.record.metrics import read_metrics
 
@@ -75,10 +74,7 @@ def state(job: str) -> str:
 
 
 def wait_for(what: Callable[[], bool]) -> None:
-    until = time.monotonic() + PATIENCE
-    while not what():
-        assert time.monotonic() < until, "Slurm does not come to it"
-        time.sleep(0.1)
+    until(what, "Slurm comes to it", pause_s=0.1)
 
 
 def log(home: Home, job: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from support.command_line import PATIENCE, SHORT, Ended, Gate, Home, Scenarios, assert_same_run, summary
+from support.command_line import PATIENCE, SHORT, Ended, Gate, Home, Scenarios, assert_same_run, summary, until
 
 pytestmark = pytest.mark.slow
 
@@ -110,10 +110,7 @@ def runs(home: Home, never_stopped: Path) -> Scenarios:
         """Ctrl-C while a run that has finished waits for its page."""
         run = home.path / "outputs/last_report"
         process = home.start(*SHORT, "monitor.report=true", "orchestrator.eval.every=0", f"hydra.run.dir={run}")
-        until = time.monotonic() + PATIENCE
-        while not (run / "summary.json").exists():
-            assert time.monotonic() < until
-            time.sleep(0.005)
+        until((run / "summary.json").exists, "the run's summary")
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=PATIENCE)
         return run, Ended(process.returncode, out, err, 0.0)

@@ -10,15 +10,14 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
 import pytest
 
-from support.command_line import SHORT, Home, summary
+from support.command_line import SHORT, Home, summary, until
 from vlmrl.inference.vllm.server import vllm_version
 from vlmrl.record.metrics import read_metrics
 from vlmrl.record.rollouts import read_rollouts
@@ -34,13 +33,6 @@ STARTED_S = 180.0
 
 WARMED_UP_S = 900.0
 """The same, and the supervised steps of a whole run."""
-
-
-def until(holds: Callable[[], bool], what: str, seconds: float = STARTED_S) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, f"{what}: not within {seconds:.0f} s"
-        time.sleep(0.05)
 
 
 def steps_of(run: Path) -> int:
@@ -128,7 +120,7 @@ def test_a_run_survives_its_servers_and_leaves_nothing(
 
         def go_on(what: str) -> None:
             before = steps_of(run)
-            until(lambda: process.poll() is not None or steps_of(run) >= before + 3, what)
+            until(lambda: process.poll() is not None or steps_of(run) >= before + 3, what, STARTED_S, 0.05)
             assert process.poll() is None, process.communicate()
 
         request.addfinalizer(process.kill)
@@ -219,7 +211,7 @@ def test_the_task_is_learned(home: Home, request: pytest.FixtureRequest, stalene
     )
     request.addfinalizer(process.kill)
     if replicas == 2:
-        until(lambda: process.poll() is not None or steps_of(run) >= 3, "the third step", WARMED_UP_S)
+        until(lambda: process.poll() is not None or steps_of(run) >= 3, "the third step", WARMED_UP_S, 0.05)
         assert process.poll() is None, process.communicate()
         servers = engines(psutil.Process(process.pid))
         assert len(servers) == 2

@@ -57,6 +57,15 @@ VOLATILE = ("time/", "throughput/", "memory/")
 PATIENCE = 400.0
 """Seconds that a process may take before it counts as hanging: many times what it takes, for busy machines."""
 
+
+def until(holds: Callable[[], bool], what: str, seconds: float = PATIENCE, pause_s: float = 0.005) -> None:
+    """Return when `holds()` does. It is asked every `pause_s` seconds."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, f"{what}: not within {seconds:.0f} s"
+        time.sleep(pause_s)
+
+
 AT_ONCE_S = 60.0
 """Seconds within which a run ends that waits for nothing; one that does wait comes to `PATIENCE`."""
 
@@ -144,11 +153,9 @@ class Gate:
 
     def wait(self, is_running: Callable[[], bool]) -> None:
         """Return when the run waits there."""
-        until = time.monotonic() + PATIENCE
-        while not (self.folder / "reached").exists():
-            assert is_running(), "the run ended before it came to its gate"
-            assert time.monotonic() < until, "the run does not come to its gate"
-            time.sleep(0.01)
+        reached = self.folder / "reached"
+        until(lambda: reached.exists() or not is_running(), "the run comes to its gate")
+        assert reached.exists(), "the run ended before it came to its gate"
 
     def open(self) -> None:
         (self.folder / "open").touch()
