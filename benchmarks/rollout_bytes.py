@@ -213,7 +213,7 @@ def _turn_of_line(turn: Turn, before: Turn | None) -> dict[str, Any]:
         ],
         "prompt_offset": offset,
         "prompt_token_ids": np.ascontiguousarray(prompt.token_ids[offset:]),
-        "placeholders": [(p.offset, p.length, p.hash) for p in prompt.placeholders if p.offset >= offset],
+        "placeholders": [(p.offset, p.length, p.hash, p.gaps) for p in prompt.placeholders if p.offset >= offset],
         "completion_ids": completion.token_ids,
         "logprobs": completion.logprobs,
         "versions": completion.versions,

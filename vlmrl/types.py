@@ -77,10 +77,14 @@ class ImageItem:
     """The processor's outputs by the names of the model's forward arguments, batched along dim 0:
     `pixel_values` float32 [patches, patch_dim] and `image_grid_thw` int64 [1, 3] for Qwen-VL."""
     num_tokens: int
-    """Number of placeholder tokens of the image; grid.prod() / merge² for Qwen-VL."""
+    """Number of image tokens, which is the number of image features; grid.prod() / merge² for Qwen-VL."""
     processed_size: tuple[int, int] | None = None
     """(width, height) in pixels of what the vision tower sees, after the processor resized the image. None where the
     model family does not tell."""
+    replacement: str = ""
+    """The text that the checkpoint's processor writes in place of the image: image tokens, and for some families row
+    breaks and tile tags between them. Empty where the renderer does not use it (`orchestrator/renderer=template` does).
+    """
 
     def __repr__(self) -> str:
         return f"ImageItem({self.hash!r}, {self.num_tokens} tokens)"
@@ -88,19 +92,45 @@ class ImageItem:
 
 @dataclass(frozen=True)
 class Placeholder:
-    """The run of image tokens that stands for one image: `token_ids[offset : offset + length]`."""
+    """The tokens that stand for one image, from its first image token to its last: `token_ids[offset : offset +
+    length]`.
+
+    Some families write row breaks or tile tags between the image tokens of one image. `gaps` are these runs. Every
+    other token of a placeholder gets one image feature.
+
+    Example: two rows of two image tokens (9) with a row break (8) between them, `[5, 9, 9, 8, 9, 9, 7]`.
+
+    >>> place = Placeholder(1, 5, "ab", gaps=((2, 1),))
+    >>> place.num_features, place.is_image.tolist()
+    (4, [True, True, False, True, True])
+    """
 
     offset: int
     length: int
     hash: str
+    gaps: tuple[tuple[int, int], ...] = ()
+    """(start relative to `offset`, length) of each run of tokens that are not image tokens, in ascending order."""
+
+    @property
+    def num_features(self) -> int:
+        """Number of image tokens, without the gaps. Equals `ImageItem.num_tokens`."""
+        return self.length - sum(length for _, length in self.gaps)
+
+    @property
+    def is_image(self) -> BoolArray:
+        """bool [length]; True on image tokens, False in gaps."""
+        marks = np.ones(self.length, np.bool_)
+        for start, length in self.gaps:
+            marks[start : start + length] = False
+        return marks
 
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
     """A rendered conversation. Engine and trainer receive the same object, unchanged.
 
-    Contract, asserted by `check_placeholders`: `placeholders[i]` belongs to `images[i]`, its length is
-    `images[i].num_tokens`, and runs are in ascending order without overlap. An image that is shown twice has two
+    Contract, asserted by `check_placeholders`: `placeholders[i]` belongs to `images[i]`, has `images[i].num_tokens`
+    image tokens, and placeholders are in ascending order without overlap. An image that is shown twice has two
     placeholders, and its `ImageItem` is listed twice.
     """
 
@@ -150,9 +180,10 @@ def check_placeholders(length: int, placeholders: tuple[Placeholder, ...], image
             raise ContractError(
                 f"placeholder at {placeholder.offset} belongs to image {placeholder.hash}, not to {image.hash}"
             )
-        if placeholder.length != image.num_tokens:
+        _check_gaps(placeholder)
+        if placeholder.num_features != image.num_tokens:
             raise ContractError(
-                f"placeholder at {placeholder.offset} has {placeholder.length} tokens, "
+                f"placeholder at {placeholder.offset} has {placeholder.num_features} image tokens, "
                 f"but image {image.hash} has {image.num_tokens} features"
             )
         if placeholder.offset < end or placeholder.offset + placeholder.length > length:
@@ -162,15 +193,27 @@ def check_placeholders(length: int, placeholders: tuple[Placeholder, ...], image
         end = placeholder.offset + placeholder.length
 
 
-def mm_token_type_ids(length: int, placeholders: tuple[Placeholder, ...]) -> IntArray:
-    """int64 [length]; 1 on placeholder runs, 0 elsewhere. Derived from the runs, never from token ids.
+def _check_gaps(placeholder: Placeholder) -> None:
+    """Check that gaps are in ascending order, do not touch, and lie between image tokens. Raises `ContractError`."""
+    end = 0
+    for start, length in placeholder.gaps:
+        if length < 1 or start <= end or start + length >= placeholder.length:
+            raise ContractError(
+                f"placeholder at {placeholder.offset}+{placeholder.length} has a gap at {start}+{length}, which does "
+                "not lie between two of its image tokens"
+            )
+        end = start + length
 
-    >>> mm_token_type_ids(5, (Placeholder(1, 2, "ab"),)).tolist()
-    [0, 1, 1, 0, 0]
+
+def mm_token_type_ids(length: int, placeholders: tuple[Placeholder, ...]) -> IntArray:
+    """int64 [length]; 1 on image tokens, 0 elsewhere. Derived from placeholders and gaps, never from token ids.
+
+    >>> mm_token_type_ids(7, (Placeholder(1, 5, "ab", gaps=((2, 1),)),)).tolist()
+    [0, 1, 1, 0, 1, 1, 0]
     """
     types = np.zeros(length, np.int64)
     for placeholder in placeholders:
-        types[placeholder.offset : placeholder.offset + placeholder.length] = 1
+        types[placeholder.offset : placeholder.offset + placeholder.length] = placeholder.is_image
     return types
 
 

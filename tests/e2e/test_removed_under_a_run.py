@@ -49,7 +49,7 @@ def test_what_can_be_written_again_is(runs: Scenarios, never_stopped: Path) -> N
         for records in steady_rollouts(run).values()
         for record in records
         for turn in record["turns"]
-        for _, _, hash in turn["placeholders"]
+        for _, _, hash, _ in turn["placeholders"]
     }
     assert {path.stem for path in (run / "images").iterdir()} == hashes, "images that were written before, too"
     for part in PARTS:

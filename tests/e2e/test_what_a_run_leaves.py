@@ -108,7 +108,9 @@ def test_every_rollout_is_there(never_stopped: Path) -> None:
         assert sum(len(turn["completion_ids"]) for turn in turns) == lines[step]["tokens/completion"]
         assert sum(len(turn["prompt_token_ids"]) for turn in turns) == lines[step]["tokens/prompt"]
         assert {version for turn in turns for version in turn["versions"]} == {step - 1}
-        assert len({image for turn in turns for _, _, image in turn["placeholders"]}) == lines[step]["images/distinct"]
+        assert (
+            len({image for turn in turns for _, _, image, _ in turn["placeholders"]}) == lines[step]["images/distinct"]
+        )
         assert {record["stop_reason"] for record in records} <= set(StopReason)
     for step in EVALUATED:
         records = files[f"eval_{step:06d}.parquet"]
@@ -124,7 +126,7 @@ def test_images_are_the_squares(never_stopped: Path) -> None:
         for records in steady_rollouts(never_stopped).values()
         for record in records
         for turn in record["turns"]
-        for _, _, image in turn["placeholders"]
+        for _, _, image, _ in turn["placeholders"]
     }
     pictures = {path.stem: picture(path) for path in (never_stopped / "images").iterdir()}
     assert set(pictures) == shown

@@ -10,6 +10,7 @@ import pytest
 from support.prompt_builders import EMPTY, END, IMAGE, IMAGES, extended
 from vlmrl.types import (
     Completion,
+    ContractError,
     Image,
     ImageItem,
     Message,
@@ -20,6 +21,7 @@ from vlmrl.types import (
     TokenMetrics,
     TrainingSample,
     Turn,
+    check_placeholders,
     extends,
 )
 
@@ -46,6 +48,30 @@ NEXT = extended(PREVIOUS, [7, IMAGE, END], [IMAGES[0]])
 )
 def test_extends(what: str, prompt: Prompt, expected: bool) -> None:
     assert extends(prompt, PREVIOUS, COMPLETION) is expected, what
+
+
+PLACE = Placeholder(1, 5, "hash-4", gaps=((2, 1),))
+
+
+@pytest.mark.parametrize(
+    ("place", "refusal"),
+    [
+        (PLACE, None),
+        (replace(PLACE, gaps=()), "has 5 image tokens, but image hash-4 has 4 features"),
+        (replace(PLACE, length=6), "has 5 image tokens"),
+        (replace(PLACE, gaps=((0, 1),)), "has a gap at 0"),
+        (replace(PLACE, gaps=((4, 1),)), "has a gap at 4"),
+        (replace(PLACE, length=6, gaps=((1, 1), (2, 1))), "has a gap at 2"),
+        (replace(PLACE, length=6, gaps=((3, 1), (1, 1))), "has a gap at 1"),
+        (replace(PLACE, offset=3), "leaves"),
+    ],
+)
+def test_gaps_lie_between_image_tokens(place: Placeholder, refusal: str | None) -> None:
+    if refusal is None:
+        check_placeholders(7, (place,), (IMAGES[1],))
+        return
+    with pytest.raises(ContractError, match=refusal):
+        check_placeholders(7, (place,), (IMAGES[1],))
 
 
 def test_records_are_short_in_an_error_text() -> None:

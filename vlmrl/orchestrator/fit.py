@@ -65,7 +65,7 @@ def too_long(prompt: Prompt, what: str, limit: str, consequence: str) -> str:
     >>> too_long(Prompt(np.zeros(9, np.int64), (), ()), "prompt", "trainer.seq_len=8", "which leaves no room")
     'its prompt has 9 tokens, which leaves no room in trainer.seq_len=8: raise it, or shorten the prompt'
     """
-    images = sum(placeholder.length for placeholder in prompt.placeholders)
+    images = sum(placeholder.num_features for placeholder in prompt.placeholders)
     of_images = f" ({images} of them of images)" if images else ""
     is_images = 2 * images > len(prompt.token_ids)
     remedy = f"raise it, or {'show smaller images (model.vlm.max_pixels)' if is_images else f'shorten the {what}'}"

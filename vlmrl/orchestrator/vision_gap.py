@@ -32,7 +32,7 @@ from typing import TypeAlias
 import numpy as np
 
 from vlmrl.rendering.renderer import Renderer
-from vlmrl.types import Image, ImageItem, Placeholder, Trainer, TrainingSample
+from vlmrl.types import Image, ImageItem, Trainer, TrainingSample
 
 SAMPLES = 8
 """How many samples of the step are scored again, at even distances. Each costs three short forward passes."""
@@ -95,19 +95,20 @@ def evenly(samples: Sequence[TrainingSample], count: int) -> list[TrainingSample
 def with_images(sample: TrainingSample, images: Sequence[ImageItem]) -> TrainingSample:
     """The same sample with other images. Raises `ContractError` where an image has another number of tokens."""
     placeholders = tuple(
-        Placeholder(place.offset, place.length, image.hash)
-        for place, image in zip(sample.placeholders, images, strict=True)
+        replace(place, hash=image.hash) for place, image in zip(sample.placeholders, images, strict=True)
     )
     return replace(sample, placeholders=placeholders, images=tuple(images))
 
 
 def layout(image: ImageItem) -> Layout:
-    """A key that is equal for images with the same processed shapes and the same grid. Integer arrays (such as
-    `image_grid_thw`) describe the grid, so their values count; float arrays hold pixels, so only their shapes do."""
-    return tuple(
+    """A key that is equal for images with the same processed shapes, the same grid and the same tokens. Integer arrays
+    (such as `image_grid_thw`) describe the grid, so their values count; float arrays hold pixels, so only their shapes
+    do. The replacement counts, because 2 × 3 and 3 × 2 tiles may have the same shapes and other tile tags."""
+    arrays = (
         (name, array.shape, array.tobytes() if np.issubdtype(array.dtype, np.integer) else None)
         for name, array in sorted(image.mm_kwargs.items())
     )
+    return ((image.replacement, (image.num_tokens,), None), *arrays)
 
 
 def shuffle_images(

@@ -91,9 +91,29 @@ def _numbers(value: Any) -> bool:
 
 
 def _placeholders(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(place, list) and len(place) == 3 and _counts(place[:2]) and _is_hash(place[2]) for place in value
+    return (
+        isinstance(value, list)
+        and all(
+            isinstance(place, list)
+            and len(place) in (3, 4)  # old records have no gaps
+            and _counts(place[:2])
+            and _is_hash(place[2])
+            and all(_gaps(gaps, place[1]) for gaps in place[3:])
+            for place in value
+        )
     )
+
+
+def _gaps(value: Any, length: int) -> bool:
+    """Whether the gaps of a placeholder of `length` tokens are in it, in ascending order."""
+    if not isinstance(value, list) or not all(isinstance(gap, list) and len(gap) == 2 for gap in value):
+        return False
+    ends = [0]
+    for gap in value:
+        if not _counts(gap) or gap[0] <= ends[-1] or gap[1] < 1:
+            return False
+        ends.append(gap[0] + gap[1])
+    return len(ends) == 1 or ends[-1] < length
 
 
 def _metrics(value: Any) -> bool:

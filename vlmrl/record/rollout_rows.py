@@ -99,9 +99,12 @@ def _opened(file: Any) -> pq.ParquetFile:
         index = found.get_field_index(field.name)
         if index < 0:
             raise _Damaged(f"it has no column {field.name}, or several")
-        if not found.field(index).type.equals(field.type):
-            raise _Damaged(f"column {field.name} has the type {safe_text(found.field(index).type)[:LONGEST_REASON]}")
-    if missing := columns.LEAVES.keys() - {metadata.schema.column(i).path for i in range(metadata.num_columns)}:
+        kind = found.field(index).type
+        if not (kind.equals(field.type) or (field.name == "turns" and kind.equals(columns.OLD_TURNS))):
+            raise _Damaged(f"column {field.name} has the type {safe_text(kind)[:LONGEST_REASON]}")
+    is_old = found.field("turns").type.equals(columns.OLD_TURNS)
+    expected = columns.LEAVES.keys() - (columns.NEW_LEAVES if is_old else ())
+    if missing := expected - {metadata.schema.column(i).path for i in range(metadata.num_columns)}:
         raise _Damaged(f"it has no column {min(missing)}")
     with _arrow_errors():
         return pq.ParquetFile(
@@ -226,7 +229,10 @@ def _turns(row: dict[str, Any]) -> list[dict[str, Any]] | None:
             for message in new
         ]
         turn["text"] = answer["content"][0]["text"]
-        turn["placeholders"] = [[place["offset"], place["length"], place["hash"]] for place in turn["placeholders"]]
+        turn["placeholders"] = [
+            [place["offset"], place["length"], place["hash"], [list(gap.values()) for gap in place.get("gaps", ())]]
+            for place in turn["placeholders"]
+        ]
         turns.append(turn)
     return turns
 

@@ -19,9 +19,11 @@ turn before it (that turn's prompt and completion); the turn stores only the pro
 on. The first turn of a branch stores everything, with `prompt_offset` 0. Offsets count from the start of the prompt.
 
     turn 0   prompt [5, 9, 9, 7]     completion [1, 2]
-             → prompt_offset 0, prompt_token_ids [5, 9, 9, 7], placeholders [(1, 2, "ab…")]
+             → prompt_offset 0, prompt_token_ids [5, 9, 9, 7], placeholders [(1, 2, "ab…", [])]
     turn 1   prompt [5, 9, 9, 7, 1, 2, 6, 9, 9]
-             → prompt_offset 6, prompt_token_ids [6, 9, 9], placeholders [(7, 2, "cd…")]
+             → prompt_offset 6, prompt_token_ids [6, 9, 9], placeholders [(7, 2, "cd…", [])]
+
+The last part of a placeholder is its gaps: {start, length} of each run of tokens in it that are not image tokens.
 
 Siblings share their first prompt. It is stored plainly, row after row: zstd replaces every repetition within a column
 chunk by a reference of a few bytes. Floats are stored byte by byte (BYTE_STREAM_SPLIT), which keeps every bit and lets
@@ -51,22 +53,31 @@ def _struct(**fields: Any) -> Any:
 PAIRS = _list(_struct(name=pa.string(), value=pa.float64()))
 PART = _struct(type=pa.string(), text=pa.string())
 MESSAGE = _struct(role=pa.string(), content=_list(PART))
-PLACEHOLDER = _struct(offset=pa.int32(), length=pa.int32(), hash=pa.string())
-TURN = _struct(
-    branch=pa.int32(),
-    new_messages=pa.int32(),
-    prompt_offset=pa.int32(),
-    prompt_token_ids=_list(pa.int32()),
-    placeholders=_list(PLACEHOLDER),
-    completion_ids=_list(pa.int32()),
-    logprobs=_list(pa.float32()),
-    versions=_list(pa.int32()),
-    trainer_logprobs=_list(pa.float32()),
-    entropies=_list(pa.float32()),
-    finish_reason=pa.string(),
-    reward=pa.float64(),
-    advantage=pa.float64(),
-)
+GAP = _struct(start=pa.int32(), length=pa.int32())
+PLACEHOLDER = _struct(offset=pa.int32(), length=pa.int32(), hash=pa.string(), gaps=_list(GAP))
+
+
+def _turn(placeholder: Any) -> Any:
+    return _struct(
+        branch=pa.int32(),
+        new_messages=pa.int32(),
+        prompt_offset=pa.int32(),
+        prompt_token_ids=_list(pa.int32()),
+        placeholders=_list(placeholder),
+        completion_ids=_list(pa.int32()),
+        logprobs=_list(pa.float32()),
+        versions=_list(pa.int32()),
+        trainer_logprobs=_list(pa.float32()),
+        entropies=_list(pa.float32()),
+        finish_reason=pa.string(),
+        reward=pa.float64(),
+        advantage=pa.float64(),
+    )
+
+
+TURN = _turn(PLACEHOLDER)
+OLD_TURNS = _list(_turn(_struct(offset=pa.int32(), length=pa.int32(), hash=pa.string())))
+"""Type of the column `turns` in files that were written before placeholders had gaps."""
 SCHEMA = pa.schema(
     {
         "rollout_id": pa.string(),
@@ -106,6 +117,8 @@ def _leaves(path: str, kind: Any) -> dict[str, Any]:
 
 LEAVES: dict[str, Any] = {leaf: kind for field in SCHEMA for leaf, kind in _leaves(field.name, field.type).items()}
 """Path → type of each column as Parquet names it, e.g. `turns.list.element.reward`."""
+NEW_LEAVES = {leaf for leaf in LEAVES if ".gaps." in leaf}
+"""Paths of the columns that files with `OLD_TURNS` lack."""
 STRINGS = [path for path, kind in LEAVES.items() if kind == pa.string()]
 DICTIONARIES = [path for path in LEAVES if path not in (*SPLIT_BYTES, *PLAIN)]
 """Paths of the columns that store each distinct value once per row group."""

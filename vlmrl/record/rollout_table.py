@@ -220,4 +220,10 @@ def _placeholders(places: list[Any]) -> pa.Array:
         pa.array([place.offset for place in places], pa.int32()),
         pa.array([place.length for place in places], pa.int32()),
         _texts(place.hash for place in places),
+        _lists([place.gaps for place in places], _gaps),
     )
+
+
+def _gaps(gaps: list[tuple[int, int]]) -> pa.Array:
+    starts, lengths = (pa.array([gap[part] for gap in gaps], pa.int32()) for part in (0, 1))
+    return _struct(columns.GAP, starts, lengths)

@@ -62,8 +62,9 @@ class TurnRecord(TypedDict):
     """Number of tokens shared with the turn before."""
     prompt_token_ids: list[int]
     """[P]; the file holds only those from `prompt_offset` on."""
-    placeholders: list[tuple[int, int, str]]
-    """(offset, length, image hash) of each image in the prompt; the file holds only those from `prompt_offset` on."""
+    placeholders: list[tuple[int, int, str, tuple[tuple[int, int], ...]]]
+    """(offset, length, image hash, gaps) of each image in the prompt (`vlmrl.types.Placeholder`); the file holds only
+    those from `prompt_offset` on."""
     completion_ids: list[int]
     """[C]."""
     logprobs: list[float]
@@ -251,7 +252,10 @@ def _skip(damaged: Callable[[str], None]) -> Callable[[str, str], None]:
 def _with_whole_prompts(record: RolloutRecord) -> RolloutRecord:
     previous: TurnRecord | None = None
     for turn in record["turns"]:
-        own = [(offset, length, hash) for offset, length, hash in turn["placeholders"]]
+        own = [
+            (offset, length, hash, tuple((start, count) for part in gaps for start, count in part))
+            for offset, length, hash, *gaps in turn["placeholders"]  # old records have no gaps
+        ]
         turn["placeholders"] = own
         if previous is not None and turn["prompt_offset"]:
             shared = previous["prompt_token_ids"] + previous["completion_ids"]

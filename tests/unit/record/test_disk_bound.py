@@ -73,7 +73,7 @@ def test_the_oldest_training_steps_go_and_their_images_with_them(run_dir: RunDir
     assert read_deleted(run_dir) == DeletedRollouts(250, step=kept[0] - 1, eval=None)
     for path in run_dir.rollouts.iterdir():
         hashes = {
-            hash for record in read_rollouts(path) for turn in record["turns"] for _, _, hash in turn["placeholders"]
+            hash for record in read_rollouts(path) for turn in record["turns"] for _, _, hash, _ in turn["placeholders"]
         }
         assert all(run_dir.image(hash).exists() for hash in hashes)
         assert image_hashes(path) == hashes

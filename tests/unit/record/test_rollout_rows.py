@@ -16,7 +16,7 @@ from support.rollout_builders import group, rollout
 from support.rollout_files import edit
 from vlmrl.errors import VlmrlError
 from vlmrl.record import rollout_rows, rollout_table
-from vlmrl.record.rollout_schema import SCHEMA
+from vlmrl.record.rollout_schema import OLD_TURNS, SCHEMA
 from vlmrl.record.rollout_table import encode, reference_text
 from vlmrl.record.rollouts import RolloutRecord, read_rollouts
 from vlmrl.types import TokenMetrics
@@ -49,6 +49,19 @@ def test_every_bit_of_a_float_comes_back(tmp_path: Path) -> None:
     for name, wanted in (("logprobs", bits), ("trainer_logprobs", bits[::-1]), ("entropies", np.roll(bits, 7))):
         found = turns.field(name).flatten().to_numpy().view(np.uint32)
         assert np.array_equal(found, np.concatenate([wanted, wanted])), name
+
+
+def test_a_file_from_before_gaps_has_none(path: Path) -> None:
+    whole, _ = read(path)
+    rows = pq.read_table(path).to_pylist()
+    for row in rows:
+        for turn in row["turns"]:
+            for place in turn["placeholders"]:
+                del place["gaps"]
+    turns = SCHEMA.get_field_index("turns")
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA.set(turns, pa.field("turns", OLD_TURNS))), path)
+    assert read(path) == (whole, [])
+    assert {place[3] for record in whole for turn in record["turns"] for place in turn["placeholders"]} == {()}
 
 
 def test_only_the_wanted_rollouts_come(path: Path) -> None:
@@ -106,6 +119,10 @@ def other_folder(rows: list[dict[str, Any]]) -> None:
     rows[2]["turns"][0]["placeholders"][0]["hash"] = "../../secret"
 
 
+def gap_outside(rows: list[dict[str, Any]]) -> None:
+    rows[2]["turns"][0]["placeholders"][0]["gaps"] = [{"start": 1, "length": 1}]
+
+
 def other_image(rows: list[dict[str, Any]]) -> None:
     rows[2]["images"][0] = "/etc/passwd"
 
@@ -128,7 +145,7 @@ def negative_token(rows: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [longer_logprobs, other_folder, other_image, more_messages, fewer_messages, no_answer, negative_token],
+    [longer_logprobs, other_folder, gap_outside, other_image, more_messages, fewer_messages, no_answer, negative_token],
 )
 def test_a_row_that_no_run_wrote_is_left_out(path: Path, change: Callable[[list[dict[str, Any]]], None]) -> None:
     whole, _ = read(path)

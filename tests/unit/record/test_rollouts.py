@@ -6,6 +6,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ def assert_exact(record: RolloutRecord, made: Rollout) -> None:
     assert len(record["turns"]) == len(made.turns)
     for stored, original in zip(record["turns"], made.turns, strict=True):
         assert stored["prompt_token_ids"] == original.prompt.token_ids.tolist()
-        assert stored["placeholders"] == [(p.offset, p.length, p.hash) for p in original.prompt.placeholders]
+        assert stored["placeholders"] == [(p.offset, p.length, p.hash, p.gaps) for p in original.prompt.placeholders]
         assert stored["completion_ids"] == original.completion.token_ids.tolist()
         assert np.array(stored["logprobs"], np.float32).tobytes() == original.completion.logprobs.tobytes()
         assert stored["versions"] == original.completion.versions.tolist()
@@ -95,7 +96,23 @@ def test_a_later_turn_stores_its_tail_only(run_dir: RunDir) -> None:
     first, second = pandas.read_parquet(run_dir.rollouts_file("step", 1)).turns[0]
     assert (first["prompt_offset"], second["prompt_offset"]) == (0, 8 + 3)
     assert list(second["prompt_token_ids"]) == made.turns[1].prompt.token_ids[11:].tolist() == [7, 7, 7, 7, 99, 99]
-    assert list(second["placeholders"]) == [{"offset": 15, "length": 2, "hash": image(30).hash}]
+    (place,) = second["placeholders"]
+    assert (place["offset"], place["length"], place["hash"], len(place["gaps"])) == (15, 2, image(30).hash, 0)
+
+
+def with_gaps(made: Rollout) -> Rollout:
+    """The same rollout whose placeholders have a gap between their two image tokens."""
+    for each in made.turns:
+        places = tuple(replace(place, length=3, gaps=((1, 1),)) for place in each.prompt.placeholders)
+        each.prompt = replace(each.prompt, placeholders=places)
+    return made
+
+
+def test_gaps_come_back(run_dir: RunDir) -> None:
+    made = with_gaps(rollout())
+    (record,) = written(run_dir, made)
+    assert_exact(record, made)
+    assert {place[3] for each in record["turns"] for place in each["placeholders"]} == {((1, 1),)}
 
 
 def test_a_fork_stores_the_whole_prompt(run_dir: RunDir) -> None:

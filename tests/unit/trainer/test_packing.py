@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -23,7 +23,7 @@ from vlmrl.models.families.positions import position_function
 from vlmrl.models.policy import Policy
 from vlmrl.trainer.packing import MicroBatch, pack
 from vlmrl.trainer.shares import FIXED_COST_ROWS, UNEVENNESS, cut
-from vlmrl.types import TrainingSample
+from vlmrl.types import TrainingSample, mm_token_type_ids
 
 CPU = torch.device("cpu")
 positions = position_function("mrope", 2)
@@ -80,11 +80,34 @@ def test_no_loss_token_is_lost_or_doubled_and_each_keeps_its_values(
     assert found == Counter(range(len(samples))), "each sample is in one micro-batch"
 
 
+BREAK = 3
+
+
+def with_breaks(sample: TrainingSample) -> TrainingSample:
+    """The same sample with a break between every two image tokens of an image: placeholders with gaps."""
+    inside = [p.offset + k for p in sample.placeholders for k in range(1, p.length)]
+    placeholders, added = [], 0
+    for place in sample.placeholders:
+        breaks = place.length - 1
+        gaps = tuple((2 * k + 1, 1) for k in range(breaks))
+        placeholders.append(replace(place, offset=place.offset + added, length=place.length + breaks, gaps=gaps))
+        added += breaks
+    fillers = {"token_ids": BREAK, "loss_mask": False, "advantages": 0, "inference_logprobs": 0, "versions": -1}
+    arrays: dict[str, Any] = {
+        name: np.insert(getattr(sample, name), inside, filler) for name, filler in fillers.items()
+    }
+    types = mm_token_type_ids(len(arrays["token_ids"]), tuple(placeholders))
+    return replace(sample, **arrays, mm_token_type_ids=types, placeholders=tuple(placeholders))
+
+
+@pytest.mark.parametrize("breaks", [False, True])
 @settings(max_examples=60)
 @given(batches(), st.sampled_from(Packing), st.integers(1, 60), st.sampled_from([1, 20, 16384]))
 def test_each_loss_is_predicted_from_its_own_sample_s_prefix_and_nothing_else(
-    samples: list[TrainingSample], packing: Packing, budget: int, threshold: int
+    breaks: bool, samples: list[TrainingSample], packing: Packing, budget: int, threshold: int
 ) -> None:
+    positions = position_function("sequential" if breaks else "mrope", 2)
+    samples = [with_breaks(each) for each in samples] if breaks else samples
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tree_attention, "MIN_SHARED_PAIRS", threshold)
         packed = pack(samples, packing, budget, positions, CPU)
@@ -105,7 +128,7 @@ def test_each_loss_is_predicted_from_its_own_sample_s_prefix_and_nothing_else(
                 batch.position_ids[:, path].numpy(),
                 positions(len(own.token_ids), own.placeholders, own.images)[:, :end],
             )
-            shown = [(p.hash, k) for p in own.placeholders if p.offset < end for k in range(p.length)]
+            shown = [(p.hash, k) for p in own.placeholders if p.offset < end for k in range(p.num_features)]
             assert [features[r] for r in path.tolist() if r in features] == shown
 
 

@@ -110,6 +110,12 @@ class VllmClient(ControlClient):
         # The engine would die of another one, and never answer: its own message format has 64 bits for it.
         assert isinstance(sampling.seed, int), f"seed {sampling.seed!r} is not an int"
         assert 0 <= sampling.seed < 2**64, f"seed {sampling.seed} does not fit into 64 bits"
+        if any(placeholder.gaps for placeholder in prompt.placeholders):
+            # vLLM takes a range without `is_embed` as image tokens throughout, and dies of the wrong count.
+            raise EngineError(
+                f"rollout {rollout_id}: an image of this prompt has other tokens between its image tokens, which the "
+                "requests to vLLM cannot express: set inference=embedded"
+            )
         self._generating += 1
         try:
             return await self._generate(rollout_id, prompt, sampling)

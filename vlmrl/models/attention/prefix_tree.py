@@ -26,10 +26,16 @@ class ImageKeys:
         self._numbers: dict[str, int] = {}
 
     def keys(self, token_ids: IntArray, placeholders: Sequence[Placeholder]) -> IntArray:
-        """int64 [L]: the token id; inside a placeholder, −1 − (number of its image)."""
+        """int64 [L]: the token id; on the image tokens of a placeholder, −1 − (number of its image).
+
+        >>> place = Placeholder(1, 3, "ab", gaps=((1, 1),))
+        >>> ImageKeys().keys(np.array([5, 9, 8, 9, 7]), [place]).tolist()
+        [5, -1, 8, -1, 7]
+        """
         keys = token_ids.copy()
         for p in placeholders:
-            keys[p.offset : p.offset + p.length] = -1 - self._numbers.setdefault(p.hash, len(self._numbers))
+            number = self._numbers.setdefault(p.hash, len(self._numbers))
+            keys[p.offset : p.offset + p.length][p.is_image] = -1 - number
         return keys
 
 

@@ -55,6 +55,7 @@ def mrope(
     for placeholder, image in zip(placeholders, images, strict=True):
         frames, rows, columns = (int(n) for n in image.mm_kwargs["image_grid_thw"][0])
         rows, columns = rows // spatial_merge_size, columns // spatial_merge_size
+        assert not placeholder.gaps, "mrope lays image tokens out as one grid, so a placeholder must have no gaps"
         begin, end = placeholder.offset, placeholder.offset + placeholder.length
         start = int(rotary[0, begin])
         rotary[:, begin:end] = start + _grid(frames, rows, columns)

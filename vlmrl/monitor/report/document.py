@@ -7,7 +7,7 @@
                "sets": [{"name", "scores": {score: key}, "by": [[column, [[value, key], …]], …]}],
                "bad_rows": {"count", "reasons", "shown": [{"reason", "count", "rows": [[place, step, phase], …]}]},
                "spellings": {token id: text}, "messages": [[message, …], …],
-               "prompts": [{"at", "count", "placeholders": [[offset, length, hash], …]}],
+               "prompts": [{"at", "count", "placeholders": [[offset, length, hash, gaps], …]}],
                "prompt_ids": base64 int32 [Σ count],
                "tokens": {"ids", "versions": base64 int32 [C], "engine", "trainer", "entropy": base64 float32 [C]},
                "rollouts": [{"id", …, "turns": [{"at", "count", "prompt", "offset", "messages", …}]}],
@@ -144,7 +144,7 @@ class Rollouts:
         offset = turn["prompt_offset"]
         ids = array("i", turn["prompt_token_ids"][offset:])
         placeholders = [place for place in turn["placeholders"] if place[0] >= offset]
-        self.hashes |= dict.fromkeys(hash for _, _, hash in placeholders)
+        self.hashes |= dict.fromkeys(hash for _, _, hash, _ in placeholders)
         key = orjson.dumps([offset, placeholders]) + ids.tobytes()
         if key not in self.prompts:
             self.prompts[key] = len(self.prompts)

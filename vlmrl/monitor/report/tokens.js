@@ -181,11 +181,11 @@ function promptTokens(run, turn) {
   let t = 0;
   const places = [...prompt.placeholders];
   while (t < prompt.count) {
-    const [offset, length, hash] = places[0] ?? [];
+    const [offset, length, hash, gaps] = places[0] ?? [];
     if (offset === turn.offset + t) {
       places.shift();
       made.push(el("span", { class: "placeholder" }, picture(hash, { small: true, place: [offset, length] }),
-        el("small", {}, `${spell(run, run.columns.prompts[prompt.at + t])} × ${length}`)));
+        el("small", {}, `${spell(run, run.columns.prompts[prompt.at + t])} × ${gaps.reduce((features, [, tokens]) => features - tokens, length)}`)));
       t += length;
       continue;
     }

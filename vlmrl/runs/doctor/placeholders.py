@@ -18,8 +18,8 @@ from vlmrl.types import ImageItem, Prompt, TrainingSample
 
 
 def placeholders(name: str, policy: Policy, image_token_id: int | None, samples: Sequence[TrainingSample]) -> Verdict:
-    """In every sample the image tokens, the placeholders' lengths, the tokens marked as image, the grids and the vision
-    features all count the same, and the marks stand at the image tokens."""
+    """In every sample the image tokens, the features of the placeholders, the tokens marked as image, the grids and the
+    vision features all count the same, and the marks stand at the image tokens."""
     if image_token_id is None:
         return not_visible(name, "the model is text-only")
     images = {image.hash: image for sample in samples for image in sample.images}
@@ -32,7 +32,7 @@ def placeholders(name: str, policy: Policy, image_token_id: int | None, samples:
         is_image = sample.token_ids == image_token_id
         counts = {
             "image tokens": int(is_image.sum()),
-            "in placeholders": sum(placeholder.length for placeholder in sample.placeholders),
+            "in placeholders": sum(placeholder.num_features for placeholder in sample.placeholders),
             "marked": int((sample.mm_token_type_ids == 1).sum()),
             "by grids": sum(int(image.mm_kwargs["image_grid_thw"].prod()) // merge**2 for image in sample.images),
             "features": sum(features[image.hash] for image in sample.images),

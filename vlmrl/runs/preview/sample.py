@@ -168,7 +168,7 @@ async def see(
         columns={} if reference is None else reference[1],
         demonstration=_demonstration(task, problem),
         tokens=len(prompt.token_ids),
-        image_tokens=sum(placeholder.length for placeholder in prompt.placeholders),
+        image_tokens=sum(placeholder.num_features for placeholder in prompt.placeholders),
         images=seen_images(prompt),
         text_key=_digest(part.text for message in messages for part in message.content if isinstance(part, Text)),
         pixel_key=_digest(image.hash for image in prompt.images) if prompt.images else "",

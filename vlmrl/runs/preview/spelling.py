@@ -19,7 +19,7 @@ class Piece:
 
 
 def pieces_of(prompt: Prompt, tokenizer: Any) -> list[Piece]:
-    """The prompt in order. Each run of placeholder tokens is one piece, `<image: 4 tokens, 64 × 64>`."""
+    """The prompt in order. Each placeholder is one piece, `<image: 4 tokens, 64 × 64>`."""
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     sizes = {image.hash: image for image in prompt.images}
     pieces: list[Piece] = []
@@ -29,7 +29,7 @@ def pieces_of(prompt: Prompt, tokenizer: Any) -> list[Piece]:
         pieces += _text(ids[at : placeholder.offset], special, tokenizer)
         image = sizes[placeholder.hash]
         width, height = image.processed_size or (image.pixels.shape[1], image.pixels.shape[0])
-        pieces.append(Piece("image", f"<image: {placeholder.length} tokens, {width} × {height}>"))
+        pieces.append(Piece("image", f"<image: {placeholder.num_features} tokens, {width} × {height}>"))
         at = placeholder.offset + placeholder.length
     return pieces + _text(ids[at:], special, tokenizer)
 

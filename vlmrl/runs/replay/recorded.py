@@ -70,7 +70,7 @@ def load_images(run_dir: RunDir, records: Sequence[RolloutRecord], renderer: Ren
     """Recorded hash → image, in the order in which the batch shows them. Raises VlmrlError where a file cannot be
     read."""
     hashes = dict.fromkeys(
-        hash for record in records for turn in record["turns"] for _, _, hash in turn["placeholders"]
+        hash for record in records for turn in record["turns"] for _, _, hash, _ in turn["placeholders"]
     )
     found = {}
     for hash in hashes:
@@ -108,11 +108,15 @@ def rollout_of(record: RolloutRecord, images: Mapping[str, RecordedImage]) -> Ro
 
 
 def _turn(record: TurnRecord, images: Mapping[str, RecordedImage]) -> Turn:
-    shown = [(offset, length, images[hash].item) for offset, length, hash in record["placeholders"]]
+    shown = [images[hash].item for _, _, hash, _ in record["placeholders"]]
+    placeholders = tuple(
+        Placeholder(offset, length, item.hash, gaps)
+        for (offset, length, _, gaps), item in zip(record["placeholders"], shown, strict=True)
+    )
     prompt = Prompt(
         np.array(record["prompt_token_ids"], np.int64),
-        tuple(Placeholder(offset, length, item.hash) for offset, length, item in shown),
-        tuple(item for _, _, item in shown),
+        placeholders,
+        tuple(shown),
     )
     completion = Completion(
         np.array(record["completion_ids"], np.int64),
@@ -150,9 +154,9 @@ def _message(record: Mapping[str, object], images: Mapping[str, RecordedImage]) 
 
 
 def fits(rollout: Rollout) -> bool:
-    """Whether each image still takes as many tokens as its placeholder has; an image of another size would not."""
+    """Whether each image still has as many features as its placeholder; an image of another size would not."""
     return all(
-        place.length == image.num_tokens
+        place.num_features == image.num_tokens
         for turn in rollout.turns
         for place, image in zip(turn.prompt.placeholders, turn.prompt.images, strict=True)
     )
