@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vlmrl.config.model import LoraConfig, ModelConfig
 from vlmrl.errors import ConfigError
+from vlmrl.models.image_encoder import image_parameters
 
 ADAPTER = "default"
 """PEFT's name of the one adapter."""
@@ -26,10 +27,10 @@ def select_trainable(model: Any, config: ModelConfig) -> None:
     if config.lora is not None:
         add_adapters(model, config.lora)
     elif config.vlm is not None and (config.vlm.freeze_vision or config.vlm.freeze_language):
-        tower = model.get_encoder(modality="image")
         if config.vlm.freeze_language:
             model.requires_grad_(False)
-        tower.requires_grad_(not config.vlm.freeze_vision)
+        for parameter in image_parameters(model):
+            parameter.requires_grad_(not config.vlm.freeze_vision)
 
 
 def add_adapters(model: Any, config: LoraConfig) -> None:

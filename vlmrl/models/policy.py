@@ -16,7 +16,6 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
@@ -26,9 +25,9 @@ from vlmrl.models.attention.fused import VISION_ATTENTION, Kernel, vision_attent
 from vlmrl.models.attention.tree import ATTENTION_NAME, KVPool, TreePlan, tree_attention_forward
 from vlmrl.models.blocks import uncompiled_in_inference
 from vlmrl.models.families.positions import PositionFunction
-from vlmrl.models.families.vision_geometry import tower_arguments
-from vlmrl.models.features import FeatureCache, ImageFeatures, Levels, concatenate_on, first_features
+from vlmrl.models.features import FeatureCache, ImageFeatures, Levels, first_features
 from vlmrl.models.head import token_logprobs
+from vlmrl.models.image_encoder import ImageEncoder
 from vlmrl.types import ImageItem
 
 AttentionInterface.register(ATTENTION_NAME, tree_attention_forward)
@@ -101,9 +100,7 @@ class Policy:
         # With MRoPE, rows without images may still come after images, so they too need all four positions.
         self._mrope = "mrope_section" in (getattr(text, "rope_parameters", None) or {})
         text._attn_implementation = ATTENTION_NAME
-        tower = model.get_encoder(modality="image")
-        self._tower = None if tower is model else tower
-        self._tower_attention = None if self._tower is None else self._tower.config._attn_implementation
+        self._images = ImageEncoder(model)
         self._banned = torch.zeros(len(model.get_output_embeddings().weight), dtype=torch.bool, device=self.device)
         self._banned[sorted(banned_token_ids)] = True
         self._cache = FeatureCache(feature_cache_bytes)
@@ -111,8 +108,8 @@ class Policy:
 
     @property
     def tower_learns(self) -> bool:
-        """Whether there is a vision tower with trainable parameters."""
-        return self._tower is not None and any(p.requires_grad for p in self._tower.parameters())
+        """Whether what makes the features of images has trainable parameters."""
+        return self._images.learns
 
     @property
     def _is_fused(self) -> bool:
@@ -130,12 +127,10 @@ class Policy:
         features are not cached. None for no images."""
         if not images:
             return None
-        if self._tower is not None and not self.tower_learns:
-            # torch counts in-place changes, so loading a checkpoint changes the version.
-            version = sum(p._version for p in self._tower.parameters())
+        if self._images.is_there and not self.tower_learns:
             # Cached features are used outside the engine's inference mode, whose tensors no backward pass may touch.
             with torch.inference_mode(False), torch.no_grad():
-                features, encoded = self._cache.encode(images, version, self._encode)
+                features, encoded = self._cache.encode(images, self._images.version, self._encode)
         else:
             features, encoded = ImageFeatures(self._encode(images), first_features(images)), len(images)
         self._encoded += encoded
@@ -151,34 +146,14 @@ class Policy:
         return {name: float(value) for name, value in counters.items()}
 
     def _encode(self, images: Sequence[ImageItem]) -> Levels:
-        if self._tower is not None:
-            # Chosen at each call: the doctor computes in another dtype for a while, and flash attention has no float32.
-            # Without it the tower keeps torch's own attention, image by image.
-            fused = VISION_ATTENTION if self._is_fused else self._tower_attention
-            self._tower.config._attn_implementation = fused
-        sizes: dict[str, Tensor] = {}
-        pixels: dict[str, Tensor] = {}
-        for name, first in images[0].mm_kwargs.items():
-            arrays = [image.mm_kwargs[name] for image in images]
-            # Integers are geometry. They stay on the host: reading them back from the device would synchronize.
-            if first.dtype.kind in "iu":
-                sizes[name] = torch.from_numpy(np.concatenate(arrays))
-            else:
-                pixels[name] = concatenate_on(arrays, self.device)
-        arguments = tower_arguments(self._tower, sizes, self.device)
-        with uncompiled_in_inference():
-            out = self.model.base_model.get_image_features(**pixels, **arguments, return_dict=True)
-        levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
+        levels = self._images.encode(images, self.device, fused=self._is_fused)
         if len(levels) > 1 and not self._takes_levels:
             raise ModelError(
                 f"{type(self._decoder).__name__}.forward takes no deepstack_visual_embeds, so {len(levels) - 1} of the "
-                f"{len(levels)} levels of features that {type(self._tower).__name__} returns could not be placed: "
-                "choose a model whose decoder takes them"
+                f"{len(levels)} levels of features that {type(self.model.base_model).__name__} returns could not be "
+                "placed: choose a model whose decoder takes them"
             )
-        features = [level if isinstance(level, Tensor) else torch.cat(list(level)) for level in levels]
-        total = sum(image.num_tokens for image in images)
-        assert features[0].shape[0] == total, f"{features[0].shape[0]} image features for {total} placeholder tokens"
-        return features
+        return levels
 
     def hidden_states(
         self,

@@ -176,10 +176,18 @@ def test_features_are_the_images_in_order_at_every_level(policy: Policy) -> None
                 torch.testing.assert_close(mine[start : start + item.num_tokens], theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_a_wrong_number_of_features_fails_an_assertion(policy: Policy) -> None:
+def test_a_wrong_number_of_features_is_refused(policy: Policy) -> None:
     broken = ImageItem("ab", np.zeros((1, 1, 3), np.uint8), dict(image(2, 3).mm_kwargs), num_tokens=5)
-    with pytest.raises(AssertionError, match="6 image features for 5 placeholder tokens"):
+    with pytest.raises(ModelError, match=r"makes \[6\] features of images that stand for \[5\] tokens"):
         policy.encode_images([broken])
+
+
+def test_features_of_one_image_are_not_given_to_another(policy: Policy) -> None:
+    """Their sum would be right."""
+    few = ImageItem("a", np.zeros((1, 1, 3), np.uint8), dict(image(2, 3).mm_kwargs), num_tokens=4)
+    many = ImageItem("b", np.zeros((1, 1, 3), np.uint8), dict(image(2, 2).mm_kwargs), num_tokens=6)
+    with pytest.raises(ModelError, match=r"makes \[6, 4\] features of images that stand for \[4, 6\] tokens"):
+        policy.encode_images([few, many])
 
 
 def test_the_vision_tower_keeps_its_own_attention(policy: Policy) -> None:

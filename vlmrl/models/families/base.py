@@ -106,7 +106,8 @@ class Family:
 
         if self.vlm is None:
             return position_function("sequential")
-        return position_function(self.vlm.positions, model_config.vision_config.spatial_merge_size)
+        vision = getattr(model_config, "vision_config", None)
+        return position_function(self.vlm.positions, getattr(vision, "spatial_merge_size", 1))
 
     def placeholder_tokens(self, mm_kwargs: Mapping[str, np.ndarray], image_processor: Any) -> int:
         """Placeholder tokens of one image, from the processor's output: `image_grid_thw` counts patches, of which
