@@ -85,7 +85,7 @@ class ImageEncoder:
         features: dict[int, Sequence[Tensor]] = {}
         for members in alike(images):
             levels = self._encode_alike([images[i] for i in members], device)
-            parts = zip(*(level.split([images[i].num_tokens for i in members]) for level in levels), strict=True)
+            parts = zip(*(torch.split(level, [images[i].num_tokens for i in members]) for level in levels), strict=True)
             features.update(zip(members, parts, strict=True))
         ordered = [features[i] for i in range(len(images))]
         return [torch.cat(level) if len(level) > 1 else level[0] for level in zip(*ordered, strict=True)]
