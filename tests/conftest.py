@@ -94,6 +94,21 @@ def tiny_model(loaded_tiny_model: Any) -> Callable[[], Any]:
     return lambda: copy.deepcopy(loaded_tiny_model)
 
 
+@pytest.fixture(scope="session")
+def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`family_folder("gemma3")`: the folder of that family's tiny checkpoint (tests/support/families), not to be
+    changed."""
+    from support.families import build
+
+    parent = tmp_path_factory.mktemp("families")
+
+    def folder(name: str) -> Path:
+        made = parent / name
+        return made if made.exists() else build(name, made)
+
+    return folder
+
+
 @pytest.fixture
 def in_task(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """`in_task(1, tasks=3)`: this process is task 1 of 3 in a Slurm step. `serving` of them run servers; None: not
