@@ -12,12 +12,16 @@ Left out on purpose: settings of video processors, because no video is on the pa
 from __future__ import annotations
 
 from support.families.gemma import GEMMAS
+from support.families.glm import GLM4V
 from support.families.llava import LLAVAS
 from support.families.mistral import MISTRALS
 from support.families.qwen import QWENS
 from support.families.recipe import Recipe, build
+from support.families.text_only import TEXT_ONLY
 from support.families.tiles import TILED
+from support.families.unnamed import UNNAMED
 
-FAMILIES: dict[str, Recipe] = {**GEMMAS, **LLAVAS, **MISTRALS, **QWENS, **TILED}
+FAMILIES: dict[str, Recipe] = {**QWENS, **GEMMAS, **TILED, **LLAVAS, "glm4v": GLM4V, **MISTRALS, **TEXT_ONLY, **UNNAMED}
+"""By name: the model type, but for pixtral (llava) and llama3 (llama)."""
 
 __all__ = ["FAMILIES", "Recipe", "build"]

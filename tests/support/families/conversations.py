@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,19 +19,30 @@ def pictures(seed: int = 0) -> list[Image]:
     return [fromarray(random.integers(0, 256, (*size, 3), np.uint8)) for size in SIZES]
 
 
-def conversation() -> list[dict[str, Any]]:
+def conversation(images: Sequence[Image]) -> list[dict[str, Any]]:
     """Two user turns with an image each; the second image stands between words."""
+    first, second = images
     return [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What colour is it?"}]},
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": first}, {"type": "text", "text": "What colour is it?"}],
+        },
         {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
         {
             "role": "user",
-            "content": [{"type": "text", "text": "And "}, {"type": "image"}, {"type": "text", "text": " this?"}],
+            "content": [
+                {"type": "text", "text": "And "},
+                {"type": "image", "image": second},
+                {"type": "text", "text": " this?"},
+            ],
         },
     ]
 
 
 def processed(processor: Any, images: Sequence[Image]) -> Any:
     """The inputs of the model's forward for that conversation."""
-    text = processor.apply_chat_template(conversation(), add_generation_prompt=True, tokenize=False)
-    return processor(text=[text], images=[list(images)], return_tensors="pt", add_special_tokens=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # GLM's processor gives numpy a tensor without `copy`
+        return processor.apply_chat_template(
+            conversation(images), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )

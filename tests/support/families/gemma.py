@@ -1,4 +1,4 @@
-"""Gemma 3."""
+"""Gemma 3 and 4: windows, images whose tokens see each other (3), per-layer embeddings (4)."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ GEMMA3 = Recipe(
             "eoi_token": "<end_of_image>",
             "image_token": "<image_soft_token>",
         },
-        kind="sentencepiece",
+        kind="gemma",
         special_first=True,
         adds_bos=True,
         tokenizer_class="GemmaTokenizer",
@@ -72,4 +72,97 @@ GEMMA3 = Recipe(
     scales=Scales(embedding=0.5, final_norm=3.0),
 )
 
-GEMMAS = {"gemma3": GEMMA3}
+GEMMA4_TOKENS = (
+    *("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "[multimodal]", "<unused0>"),
+    *("<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>'),
+    *("<|think|>", "<|channel>", "<channel|>", "<|turn>", "<turn|>"),
+    *("<|image>", "<|audio>", "<|image|>", "<|audio|>", "<image|>", "<audio|>", "<|video|>"),
+)
+
+
+def gemma4_config(ids: Ids) -> dict[str, Any]:
+    """Window layers have heads of 32, full layers of 64. transformers looks up the embedding of the pad token for the
+    per-layer inputs of an image's tokens, vLLM that of id 0: `<pad>` must be 0."""
+    return {
+        "text_config": text(
+            ids,
+            *("<pad>", "<eos>", "<bos>"),
+            model_type="gemma4_text",
+            sliding_window=24,
+            layer_types=["sliding_attention", "full_attention"],
+            global_head_dim=64,
+            num_global_key_value_heads=2,
+            vocab_size_per_layer_input=ids["vocab_size"],
+            hidden_size_per_layer_input=16,
+            tie_word_embeddings=True,
+        ),
+        "vision_config": {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "patch_size": 16,
+            "pooling_kernel_size": 2,
+            "position_embedding_size": 64,
+        },
+        "audio_config": None,
+        "boi_token_id": ids["<|image>"],
+        "eoi_token_id": ids["<image|>"],
+        "image_token_id": ids["<|image|>"],
+        "video_token_id": ids["<|video|>"],
+        "boa_token_id": ids["<|audio>"],
+        "eoa_token_index": ids["<audio|>"],
+        "audio_token_id": ids["<|audio|>"],
+    }
+
+
+GEMMA4 = Recipe(
+    model_type="gemma4",
+    vocabulary=Vocabulary(
+        special=GEMMA4_TOKENS,
+        plain=RUNS,
+        eos="<eos>",
+        pad="<pad>",
+        bos="<bos>",
+        unk="<unk>",
+        named={
+            "boi_token": "<|image>",
+            "eoi_token": "<image|>",
+            "image_token": "<|image|>",
+            "boa_token": "<|audio>",
+            "eoa_token": "<audio|>",
+            "audio_token": "<|audio|>",
+        },
+        kind="gemma",
+        special_first=True,
+        adds_bos=True,
+        tokenizer_class="GemmaTokenizer",
+    ),
+    config=gemma4_config,
+    template="gemma4",
+    template_source=("transcribed", "PrimeIntellect-ai/renderers renderers/gemma4.py (E2B and E4B, without tools)"),
+    stop=("<eos>", "<turn|>"),
+    image_token="<|image|>",
+    processor_class="Gemma4Processor",
+    processor={
+        "image_seq_length": 70,
+        "feature_extractor": {"feature_extractor_type": "Gemma4AudioFeatureExtractor"},
+        "image_processor": {
+            "image_processor_type": "Gemma4ImageProcessor",
+            "patch_size": 16,
+            "max_soft_tokens": 70,
+            "pooling_kernel_size": 2,
+        },
+        "video_processor": {
+            "video_processor_type": "Gemma4VideoProcessor",
+            "patch_size": 16,
+            "max_soft_tokens": 70,
+            "pooling_kernel_size": 2,
+        },
+    },
+    scales=Scales(embedding=0.5, final_norm=3.0),
+)
+
+GEMMAS = {"gemma3": GEMMA3, "gemma4": GEMMA4}

@@ -1,11 +1,11 @@
-"""LLaVA-OneVision."""
+"""LLaVA-NeXT and LLaVA-OneVision: tiles by the image's shape, line breaks among the features."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from support.families.recipe import Ids, Recipe
-from support.families.sizes import HALF, VISION, text
+from support.families.sizes import CLIP_NORM, HALF, VISION, text
 from support.families.vocabulary import Vocabulary
 
 GRIDS = [[64, 64], [64, 128], [128, 64], [128, 128], [64, 192], [192, 64]]
@@ -59,4 +59,52 @@ LLAVA_ONEVISION = Recipe(
     },
 )
 
-LLAVAS = {"llava_onevision": LLAVA_ONEVISION}
+
+def llava_next_config(ids: Ids) -> dict[str, Any]:
+    return {
+        "text_config": text(ids, "<pad>", "</s>", "<s>", model_type="mistral", sliding_window=None),
+        "vision_config": VISION | {"model_type": "clip_vision_model", "projection_dim": 64},
+        "image_token_index": ids["<image>"],
+        "image_grid_pinpoints": GRIDS,
+        "image_seq_length": 16,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": False,
+    }
+
+
+LLAVA_NEXT = Recipe(
+    model_type="llava_next",
+    vocabulary=Vocabulary(
+        special=("<unk>", "<s>", "</s>", "<image>", "<pad>"),
+        eos="</s>",
+        pad="<pad>",
+        bos="<s>",
+        unk="<unk>",
+        kind="llama",
+        special_first=True,
+        adds_bos=True,
+        tokenizer_class="LlamaTokenizer",
+    ),
+    config=llava_next_config,
+    template="llava_next",
+    template_source=("transcribed", "llava-hf/llava-v1.6-mistral-7b-hf, chat_template of its processor"),
+    stop=("</s>",),
+    image_token="<image>",
+    processor_class="LlavaNextProcessor",
+    image_processor={
+        "image_processor_type": "LlavaNextImageProcessor",
+        "size": {"shortest_edge": 64},
+        "crop_size": {"height": 64, "width": 64},
+        "image_grid_pinpoints": GRIDS,
+        **CLIP_NORM,
+    },
+    processor={
+        "image_token": "<image>",
+        "patch_size": 16,
+        "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": "default",
+    },
+)
+
+LLAVAS = {"llava_next": LLAVA_NEXT, "llava_onevision": LLAVA_ONEVISION}

@@ -1,7 +1,8 @@
-"""Mistral 3: rows of image tokens with a break after each."""
+"""Mistral 3 and Pixtral: rows of image tokens with a break after each."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from support.families.recipe import Ids, Recipe
@@ -64,4 +65,30 @@ MISTRAL3 = Recipe(
     },
 )
 
-MISTRALS = {"mistral3": MISTRAL3}
+PIXTRAL_TOKENS = (*TEKKEN_TOKENS[:17], "<SPECIAL_17>", "<SPECIAL_18>", "<SPECIAL_19>")
+"""Pixtral's Tekken is older: it has no tokens for a system prompt."""
+
+
+def pixtral_config(ids: Ids) -> dict[str, Any]:
+    return {
+        "text_config": text(ids, "<pad>", "</s>", "<s>", model_type="mistral", sliding_window=None),
+        "vision_config": VISION | {"model_type": "pixtral", "image_size": 128},
+        "image_token_index": ids["[IMG]"],
+        "image_seq_length": 1,
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+        "tie_word_embeddings": False,
+    }
+
+
+PIXTRAL = replace(
+    MISTRAL3,
+    model_type="llava",
+    vocabulary=replace(MISTRAL3.vocabulary, special=PIXTRAL_TOKENS),
+    config=pixtral_config,
+    template="pixtral",
+    template_source=("transcribed", "huggingface/transformers mistral3/convert_mistral3_weights_to_hf.py"),
+    processor=MISTRAL3.processor | {"spatial_merge_size": 1},
+)
+
+MISTRALS = {"mistral3": MISTRAL3, "pixtral": PIXTRAL}

@@ -44,8 +44,8 @@ class Recipe:
     processor: dict[str, Any] = field(default_factory=dict)
     """Arguments of the processor's class: processor_config.json."""
     scales: Scales = field(default_factory=Scales)
-    needs: str | None = None
-    """A package that the processor's class wants and that need not be installed."""
+    needs_torchvision: bool = False
+    """Whether transformers has the image processor for torchvision only, not for PIL."""
 
 
 def build(name: str, folder: Path, *, seed: int = 0, dtype: str = "float32") -> Path:

@@ -1,4 +1,4 @@
-"""Families that cut an image into tiles and give each tile a fixed number of tokens: InternVL, SmolVLM."""
+"""Families that cut an image into tiles and give each tile a fixed number of tokens: InternVL, Idefics 3, SmolVLM."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from support.families.recipe import Ids, Recipe
 from support.families.sizes import HALF, IMAGENET, VISION, text
-from support.families.vocabulary import Vocabulary
+from support.families.vocabulary import LLAMA_PATTERN, Vocabulary
 
 INTERNVL_TOKENS = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
@@ -91,6 +91,7 @@ SMOLVLM = Recipe(
             "global_image_token": "<global-img>",
             "end_of_utterance_token": "<end_of_utterance>",
         },
+        pattern=None,
         normal_form=False,
         special_first=True,
     ),
@@ -108,7 +109,46 @@ SMOLVLM = Recipe(
         **HALF,
     },
     processor={"image_seq_len": 4},
-    needs="num2words",
 )
 
-TILED = {"internvl": INTERNVL, "smolvlm": SMOLVLM}
+IDEFICS3_TOKENS = (
+    *("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|start_header_id|>"),
+    *("<|end_header_id|>", "<|eot_id|>", "<fake_token_around_image>", "<image>", "<end_of_utterance>"),
+    *("<global-img>", *TILE_TAGS),
+)
+
+
+def idefics3_config(ids: Ids) -> dict[str, Any]:
+    ends = ("<|reserved_special_token_0|>", "<end_of_utterance>", "<|begin_of_text|>")
+    return {
+        "text_config": text(ids, *ends, model_type="llama"),
+        "vision_config": VISION,
+        "image_token_id": ids["<image>"],
+        "pad_token_id": ids[ends[0]],
+        "scale_factor": 2,
+        "tie_word_embeddings": False,
+    }
+
+
+IDEFICS3 = Recipe(
+    model_type="idefics3",
+    vocabulary=Vocabulary(
+        special=IDEFICS3_TOKENS,
+        eos="<end_of_utterance>",
+        pad="<|reserved_special_token_0|>",
+        bos="<|begin_of_text|>",
+        pattern=LLAMA_PATTERN,
+        normal_form=False,
+        adds_bos=True,
+    ),
+    config=idefics3_config,
+    template="idefics3",
+    template_source=("transcribed", "huggingface/transformers modernvbert/modular_modernvbert.py (Idefics 3's format)"),
+    stop=("<|end_of_text|>", "<end_of_utterance>"),
+    image_token="<image>",
+    processor_class="Idefics3Processor",
+    image_processor=SMOLVLM.image_processor | {"image_processor_type": "Idefics3ImageProcessor"},
+    processor={"image_seq_len": 4},
+)
+
+TILED = {"internvl": INTERNVL, "idefics3": IDEFICS3, "smolvlm": SMOLVLM}

@@ -54,9 +54,10 @@ class Vocabulary:
     """Attributes of the tokenizer that processors ask for, such as `image_token`."""
     plain: tuple[str, ...] = ()
     """Added tokens that are not special: decoding keeps them."""
-    kind: Literal["bytes", "sentencepiece"] = "bytes"
-    pattern: str = QWEN_PATTERN
-    """Regular expression of the pre-tokenizer (`kind="bytes"` only)."""
+    kind: Literal["bytes", "gemma", "llama"] = "bytes"
+    """Byte-level, or SentencePiece with bytes as a fallback: Gemma's, or Llama 2's, which begins with a space."""
+    pattern: str | None = QWEN_PATTERN
+    """Regular expression of the pre-tokenizer; None is GPT-2's with digits alone (`kind="bytes"` only)."""
     normal_form: bool = True
     """Whether text is brought into Unicode's normal form C first (`kind="bytes"` only)."""
     special_first: bool = False
@@ -119,17 +120,23 @@ def _untrained(vocabulary: Vocabulary) -> Tokenizer:
     if vocabulary.kind == "bytes":
         if vocabulary.normal_form:
             tokenizer.normalizer = normalizers.NFC()
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(vocabulary.pattern), behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
+        words = (
+            pre_tokenizers.Digits(individual_digits=True)
+            if vocabulary.pattern is None
+            else pre_tokenizers.Split(Regex(vocabulary.pattern), behavior="isolated")
         )
+        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=vocabulary.pattern is None)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
         tokenizer.decoder = decoders.ByteLevel()
-    else:
+        return tokenizer
+    steps: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if vocabulary.kind == "gemma":
         tokenizer.normalizer = normalizers.Replace(" ", "▁")
         tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first", split=False)
+        steps.append(decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(steps)
     return tokenizer
 
 
