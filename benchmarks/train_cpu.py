@@ -28,9 +28,9 @@ from pathlib import Path
 import torch
 from train_throughput import Step, attention, packed_step, padded_step
 
-from vlmrl.cli.arguments import CONF
 from vlmrl.cli.recipe import RECIPE
 from vlmrl.cli.schemas import register_schemas
+from vlmrl.config.conf_folder import CONF
 from vlmrl.config.orchestrator import OrchestratorConfig
 from vlmrl.config.parse import parse
 from vlmrl.config.run import RunConfig

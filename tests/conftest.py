@@ -14,9 +14,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from vlmrl.cli.arguments import CONF
 from vlmrl.cli.recipe import with_recipe
 from vlmrl.cli.schemas import register_schemas
+from vlmrl.config.conf_folder import CONF
 from vlmrl.config.parse import parse
 from vlmrl.config.run import RunConfig
 

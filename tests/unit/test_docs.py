@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import vlmrl
-from vlmrl.cli.arguments import CONF, PACKAGE
 from vlmrl.cli.reference import reference
+from vlmrl.config.conf_folder import CONF, PACKAGE
 from vlmrl.config.field_docs import UNITS, FieldDoc, fields_of, unit_of
 from vlmrl.config.keys import groups_at, known_keys, sections
 from vlmrl.config.ranges import range_text

@@ -24,16 +24,12 @@ from pathlib import Path
 
 from vlmrl.cli.conf_files import OF_IMPORTS, OF_SEVERAL, distinct
 from vlmrl.cli.words import QUOTED, folders_in, parsed, parses
+from vlmrl.config.conf_folder import CONF
 from vlmrl.config.field_docs import FieldDoc
 from vlmrl.config.import_paths import absolute, is_import_path
 from vlmrl.config.keys import is_free_form, values_at
 from vlmrl.config.parse import escaped
 from vlmrl.errors import ConfigError
-
-PACKAGE = Path(__file__).parents[1]
-CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
-"""conf/: inside the package where a wheel was installed, next to it in a checkout or an editable install."""
-
 
 NOT_PARSED = ("resume", "run")
 """Text keys that past_runs.py reads as they stand, without Hydra's grammar."""

@@ -12,9 +12,10 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
-from vlmrl.cli.arguments import CONF, groups
+from vlmrl.cli.arguments import groups
 from vlmrl.cli.conf_files import OF_SEVERAL
 from vlmrl.cli.words import parsed
+from vlmrl.config.conf_folder import CONF
 from vlmrl.config.field_docs import fields_of
 from vlmrl.config.keys import did_you_mean, is_free_form, unknown_key
 from vlmrl.config.parse import summary

@@ -95,8 +95,8 @@ class CheckFirst(Callback):
     def on_run_start(self, config: DictConfig, **kwargs: object) -> None:
         """Check a single run."""
         try:
-            run_config = checked(place(without_hydra(config), "not made yet"))
-            code = answer_without_a_run(run_config)
+            run_config, found = checked(place(without_hydra(config), "not made yet"))
+            code = answer_without_a_run(run_config, found)
             if code is None:  # Hydra makes the run's folder next
                 cache_is_usable(run_config, this_site())
         except Exception as error:  # Hydra would turn it into a warning and go on
@@ -115,12 +115,12 @@ class CheckFirst(Callback):
         for overrides in sweep_jobs(config):
             job_config = GlobalHydra.instance().config_loader().load_sweep_config(config, overrides)
             try:
-                run_config = checked(place(without_hydra(job_config), "not made yet"))
+                run_config, found = checked(place(without_hydra(job_config), "not made yet"))
                 submission = submission_of(config.hydra.launcher)
                 check(run_config, Stage.submitted, submission)
                 if run_config.dry_run or run_config.mode is Mode.check:
                     print(f"job {' '.join(overrides)}")
-                if (code := answer_without_a_run(run_config)) is not None:
+                if (code := answer_without_a_run(run_config, found)) is not None:
                     codes.append(code)
                 elif submission.tasks_per_node is None:
                     cache_is_usable(run_config, this_site())

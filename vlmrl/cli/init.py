@@ -15,7 +15,7 @@ import keyword
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlmrl.cli.arguments import PACKAGE
+from vlmrl.config.conf_folder import PACKAGE
 from vlmrl.errors import ConfigError
 from vlmrl.record.files import disk_errors
 

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import hydra
 
 import vlmrl
-from vlmrl.cli.arguments import CONF, rewrite, with_quoted_words
+from vlmrl.cli.arguments import rewrite, with_quoted_words
 from vlmrl.cli.exit_codes import JobError, report
 from vlmrl.cli.hydra_errors import composing
 from vlmrl.cli.hydra_job import CheckFirst, job
@@ -31,6 +31,7 @@ from vlmrl.cli.schemas import register_schemas
 from vlmrl.cli.start import lead_or_follow, start
 from vlmrl.cli.sweep.compare import compare_and_show
 from vlmrl.cli.words import plain_words
+from vlmrl.config.conf_folder import CONF
 from vlmrl.errors import ConfigError, VlmrlError
 from vlmrl.monitor.screen import unbreakable_output
 from vlmrl.ranks import slurm

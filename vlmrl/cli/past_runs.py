@@ -22,12 +22,13 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, Node, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
-from vlmrl.cli.arguments import CONF, groups
+from vlmrl.cli.arguments import groups
 from vlmrl.cli.hydra_errors import composing
 from vlmrl.cli.recipe import RECIPE
 from vlmrl.cli.resume_changes import leaves_of, notes_on_changes
 from vlmrl.cli.schemas import register_schemas
 from vlmrl.cli.words import folders_in
+from vlmrl.config.conf_folder import CONF
 from vlmrl.config.keys import is_free_form, known_keys
 from vlmrl.config.parse import parse, typed
 from vlmrl.config.run import Mode

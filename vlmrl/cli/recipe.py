@@ -12,7 +12,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from vlmrl.cli.arguments import CONF
+from vlmrl.config.conf_folder import CONF
 
 RECIPE = "experiment=color_codeword_tiny"
 """The override that the command line adds."""

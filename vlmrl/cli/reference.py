@@ -12,8 +12,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from vlmrl.cli.arguments import CONF
 from vlmrl.cli.explain import leaves, text_of
+from vlmrl.config.conf_folder import CONF
 from vlmrl.config.field_docs import FieldDoc, fields_of, summary_of, unit_of
 from vlmrl.config.keys import sections
 from vlmrl.config.run import PLACED

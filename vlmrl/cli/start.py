@@ -1,6 +1,6 @@
 """From a composed config to a run: parse, check, execute.
 
-    DictConfig ─▶ parse ─▶ RunConfig ─┬─ dry_run=true ─▶ print the plan
+    DictConfig ─▶ parse ─▶ fill ─▶ RunConfig ─┬─ dry_run=true ─▶ print the plan
                                       ├─ mode=check ─▶ tasks/check.py
                                       ├─ mode=preview ─▶ runs/preview/
                                       ├─ mode=compare ─▶ sweep/compare.py
@@ -24,6 +24,7 @@ from vlmrl.config.inference import VllmConfig
 from vlmrl.config.parse import parse
 from vlmrl.config.run import Mode, RunConfig
 from vlmrl.config.task import ColorCodewordConfig
+from vlmrl.preflight.auto_model import fill_model
 from vlmrl.preflight.check import Stage, check
 from vlmrl.ranks import slurm
 from vlmrl.ranks.place import find_place
@@ -39,14 +40,15 @@ def start(config: DictConfig, judge_changes: Callable[[], Sequence[str]] = list)
     called after the checks, so that a config that cannot run at all gets the same message as in a new run. The
     sentences are printed before the run goes on, and written to its logs/main.log.
     """
-    run_config = checked(config)
+    run_config, found = checked(config)
     if run_config.dry_run:
         judge_changes()
-    if (code := answer_without_a_run(run_config)) is not None:
+    if (code := answer_without_a_run(run_config, found)) is not None:
         if code != 0:
             raise SystemExit(code)
         return None
     print_unread(run_config)
+    print_lines(found)
     if run_config.mode is Mode.compare:
         compare_runs(run_config)
         return None
@@ -112,11 +114,12 @@ def print_and_log(notes: Sequence[str], run_dir: RunDir) -> None:
             logging.getLogger(__name__).warning(note)
 
 
-def checked(config: DictConfig) -> RunConfig:
-    """Type a composed config and check it. Raises ConfigError."""
-    run_config = parse(config)
+def checked(config: DictConfig) -> tuple[RunConfig, list[str]]:
+    """Type a composed config, fill in what its checkpoint says, and check it → the config, and lines about what was
+    found. Raises ConfigError."""
+    run_config, found = fill_model(parse(config))
     check(run_config, Stage.composed)
-    return run_config
+    return run_config, found
 
 
 def lead_or_follow(lead: Callable[[], int]) -> int:
@@ -131,8 +134,15 @@ def lead_or_follow(lead: Callable[[], int]) -> int:
         return lead() if group.rank == 0 else follow_leader(group)
 
 
-def answer_without_a_run(config: RunConfig) -> int | None:
+def print_lines(lines: Sequence[str]) -> None:
+    """Print each line on its own."""
+    for line in lines:
+        print(line)
+
+
+def answer_without_a_run(config: RunConfig, found: Sequence[str] = ()) -> int | None:
     """Print what `mode=check` or `dry_run=true` asks for and return the exit code; None if a run has to be started.
+    `found` is what the checkpoint said.
 
     Raises ConfigError.
     """
@@ -146,6 +156,7 @@ def answer_without_a_run(config: RunConfig) -> int | None:
         from vlmrl.preflight.estimate.plan import dry_run
 
         print_unread(config)
+        print_lines(found)
         print(dry_run(config))
         return 0
     return None

@@ -26,6 +26,8 @@ class Init(Enum):
 class Dtype(Enum):
     """Number format of weights and activations."""
 
+    auto = "auto"
+    """The checkpoint's own on a GPU, `float32` on a CPU."""
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
@@ -38,7 +40,8 @@ class VLMConfig:
     """What a VLM family needs beyond tokens. A new family is one YAML file in `conf/model/vlm/`."""
 
     family: str = setting(MISSING, on_resume=Resume.refused, form=NAME)
-    """`model_type` in the checkpoint's config.json; a checkpoint of another family is refused."""
+    """`model_type` in the checkpoint's config.json; a checkpoint of another family is refused. `auto`, here and in the
+    fields below, is what the checkpoint says."""
     renderers: list[str] = setting(MISSING, on_resume=Resume.noted, form=NAME)
     """Names of `orchestrator.renderer` that can serve this family; `auto` takes the first."""
     positions: str = setting(MISSING, on_resume=Resume.refused, form=NAME)

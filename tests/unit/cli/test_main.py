@@ -18,11 +18,12 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from support.configs import checked
-from vlmrl.cli.arguments import CONF, PACKAGE, groups
+from vlmrl.cli.arguments import groups
 from vlmrl.cli.main import main
 from vlmrl.cli.past_runs import resumed
 from vlmrl.cli.schemas import register_schemas
 from vlmrl.cli.start import notes_on_unread
+from vlmrl.config.conf_folder import CONF, PACKAGE
 from vlmrl.config.parse import parse
 from vlmrl.config.run import RunConfig
 from vlmrl.config.task import ImportedTaskConfig

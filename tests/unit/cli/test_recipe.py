@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from vlmrl.cli.arguments import CONF
 from vlmrl.cli.recipe import RECIPE, with_recipe
 from vlmrl.config.algorithm import Credit
+from vlmrl.config.conf_folder import CONF
 from vlmrl.config.run import RunConfig
 
 OLD_DEFAULT = {

@@ -147,8 +147,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The folders of `RUNS`, with config.yaml and nothing else."""
     from hydra import compose, initialize_config_dir
 
-    from vlmrl.cli.arguments import CONF
     from vlmrl.cli.schemas import register_schemas
+    from vlmrl.config.conf_folder import CONF
 
     register_schemas()
     found = {}

@@ -14,9 +14,9 @@ from hydra import compose, initialize_config_dir
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
-from vlmrl.cli.arguments import CONF
 from vlmrl.cli.schemas import register_schemas
 from vlmrl.config.algorithm import Advantage, Credit, FilterMode, Loss
+from vlmrl.config.conf_folder import CONF
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.keys import did_you_mean, known_keys
 from vlmrl.config.model import Dtype

@@ -14,8 +14,8 @@ from omegaconf import DictConfig
 
 from support.configs import checked
 from support.refused_configs import MIXTURE, REFUSED
-from vlmrl.cli.arguments import CONF
 from vlmrl.cli.recipe import RECIPE
+from vlmrl.config.conf_folder import CONF
 from vlmrl.config.fields import Range
 from vlmrl.config.keys import all_settings, groups_at
 from vlmrl.config.reward import TERMS, JudgeTerm

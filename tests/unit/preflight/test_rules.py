@@ -13,9 +13,9 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from support.refused_configs import REFUSED
-from vlmrl.cli.arguments import CONF, PACKAGE
 from vlmrl.cli.recipe import with_recipe
 from vlmrl.cli.schemas import register_schemas
+from vlmrl.config.conf_folder import CONF, PACKAGE
 from vlmrl.config.keys import known_keys
 from vlmrl.config.parse import parse
 from vlmrl.config.run import RunConfig

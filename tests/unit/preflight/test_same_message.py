@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from vlmrl.cli.arguments import PACKAGE, groups
+from vlmrl.cli.arguments import groups
+from vlmrl.config.conf_folder import PACKAGE
 from vlmrl.record.run_dir import RunDir
 
 BENCHMARK = runpy.run_path(str(PACKAGE.parent / "benchmarks/wrong_configs.py"))
@@ -60,9 +61,9 @@ def resumed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a default run that can be resumed."""
     from hydra import compose, initialize_config_dir
 
-    from vlmrl.cli.arguments import CONF
     from vlmrl.cli.recipe import RECIPE
     from vlmrl.cli.schemas import register_schemas
+    from vlmrl.config.conf_folder import CONF
     from vlmrl.config.parse import parse
 
     run_dir = RunDir(tmp_path_factory.mktemp("resumed") / "run")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmrl.config.model import Init, ModelConfig
-from vlmrl.models.checkpoints.load import cached_folder, hub_is_reachable, is_hub_name
+from vlmrl.models.checkpoints.facts import checkpoint_file
 
 SOFTMAX_ATTENTION = "full_attention"
 
@@ -24,22 +24,8 @@ def stateful_layers(config: ModelConfig) -> tuple[str, ...]:
     elif config.init is Init.random and config.size is not None:
         kinds = set(config.size.text.get("layer_types") or ())
     else:
-        kinds = _kinds_of(_config_file(config.name))
+        kinds = _kinds_of(checkpoint_file(config.name, "config.json"))
     return tuple(sorted(kinds - {SOFTMAX_ATTENTION}))
-
-
-def _config_file(name: str) -> Path | None:
-    folder = cached_folder(name)
-    if folder is not None and (folder / "config.json").is_file():
-        return folder / "config.json"
-    if not is_hub_name(name) or not hub_is_reachable():
-        return None
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(name, "config.json"))
-    except (OSError, ValueError):
-        return None
 
 
 def _kinds_of(path: Path | None) -> set[str]:

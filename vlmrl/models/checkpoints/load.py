@@ -14,6 +14,7 @@ Left out on purpose: weights in PyTorch's pickle format (only safetensors), code
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import socket
@@ -210,6 +211,20 @@ def _weight_files(folder: Path) -> list[Path]:
 def weight_bytes(folder: Path) -> int:
     """Bytes of the weight files."""
     return sum(path.stat().st_size for path in _weight_files(folder))
+
+
+def count_parameters(folder: Path) -> int | None:
+    """Numbers in the weight files, by their headers; None where a file is missing or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        count = 0
+        for path in _weight_files(folder):
+            with safe_open(path, framework="np") as weights:
+                count += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    except (ModelError, OSError, SafetensorError):
+        return None
+    return count
 
 
 def _check_weight_headers(folder: Path) -> None:

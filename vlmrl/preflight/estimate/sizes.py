@@ -10,6 +10,7 @@ No weights are loaded, and nothing is downloaded.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
@@ -84,7 +85,13 @@ def find_sizes(config: ModelConfig) -> Sizes:
         bounds = ImageBounds(
             least if isinstance(least, int) else bounds.least, most if isinstance(most, int) else bounds.most
         )
-    return from_numbers(numbers, str(folder / "config.json"), family, bounds)
+    sizes = from_numbers(numbers, str(folder / "config.json"), family, bounds)
+    from vlmrl.models.checkpoints.load import count_parameters
+
+    counted = count_parameters(folder)  # a formula is right for the families that it was made for
+    return (
+        sizes if counted is None else dataclasses.replace(sizes, source=f"the weights in {folder}", parameters=counted)
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -116,7 +123,7 @@ def from_numbers(numbers: Mapping[str, Any], source: str, family: Family, image_
             layers=text["num_hidden_layers"],
             hidden=text["hidden_size"],
             intermediate=text["num_experts_per_tok"] * text["moe_intermediate_size"]
-            if "num_experts" in text
+            if text.get("num_experts")
             else text["intermediate_size"],
             heads=text["num_attention_heads"],
             kv_heads=text["num_key_value_heads"],
@@ -137,7 +144,7 @@ def _text_parameters(text: Mapping[str, Any], *, tied: bool) -> int:
     width, head_dim = text["hidden_size"], _head_dim(text)
     queries, keys = text["num_attention_heads"] * head_dim, text["num_key_value_heads"] * head_dim
     attention = width * (2 * queries + 2 * keys) + 2 * head_dim
-    if "num_experts" in text:
+    if text.get("num_experts"):
         mlp = text["num_experts"] * (3 * width * text["moe_intermediate_size"] + width)
     else:
         mlp = 3 * width * text["intermediate_size"]

@@ -10,10 +10,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
 from support.configs import checked
-from vlmrl.cli.arguments import CONF
 from vlmrl.cli.hydra_job import place, sweep_jobs, without_hydra
 from vlmrl.cli.schemas import register_schemas
 from vlmrl.cli.sweep.jobs import job_name
+from vlmrl.config.conf_folder import CONF
 from vlmrl.config.run import RunConfig
 
 SWEEPS = sorted(path.stem for path in (CONF / "sweep").glob("*.yaml"))

@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from vlmrl.cli.arguments import CONF
+from vlmrl.config.conf_folder import CONF
 from vlmrl.config.model import Init, ModelConfig
 from vlmrl.config.run import RunConfig
 from vlmrl.models.checkpoints.load import load_image_processor, load_model, load_tokenizer, resolve_checkpoint

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmrl.cli.arguments import PACKAGE
+from vlmrl.config.conf_folder import PACKAGE
 from vlmrl.config.run import RunConfig
 from vlmrl.preflight.estimate.episode import EpisodeEstimate
 from vlmrl.preflight.estimate.plan import notes, step_tokens
