@@ -59,10 +59,7 @@ LLAMA3 = Recipe(
     ),
     config=llama3_config,
     template="llama3",
-    template_source=(
-        "transcribed",
-        "vllm-project/vllm examples/tool_chat_template_llama3.2_json.jinja (without tools and images)",
-    ),
+    template_source=("transcribed", "PrimeIntellect-ai/renderers renderers/llama_3.py (Llama 3.2)"),
     stop=("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"),
 )
 
