@@ -11,6 +11,8 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 from unittest.mock import patch
 
+import vlmrl.models  # noqa: F401  # makes torchvision importable next to a CPU build of torch
+
 MODULE = "support.families.no_video"
 """Where the stand-in for transformers' AutoVideoProcessor is imported from."""
 
@@ -48,7 +50,16 @@ def load_processor(folder: Path) -> Any:
         patch.object(ProcessorMixin, "check_argument_for_proper_class", check_but_video),
         patch.object(processing_smolvlm, "num2words", str),
     ):
-        return _processor_class(folder).from_pretrained(folder, backend="pil", local_files_only=True)
+        return _processor_class(folder).from_pretrained(folder, local_files_only=True, **_backend(folder))
+
+
+def _backend(folder: Path) -> dict[str, str]:
+    """PIL, unless transformers has the family's image processor for torchvision only."""
+    from transformers.models.auto import image_processing_auto
+
+    names = image_processing_auto.IMAGE_PROCESSOR_MAPPING_NAMES  # type: ignore[attr-defined]
+    known = names.get(json.loads((folder / "config.json").read_text())["model_type"], {"pil"})
+    return {"backend": "pil"} if "pil" in known else {}
 
 
 def _processor_class(folder: Path) -> Any:

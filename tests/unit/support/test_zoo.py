@@ -12,11 +12,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from support.families import FAMILIES, build
 from support.families.conversations import pictures, processed
 from support.families.loading import load_processor
+from vlmrl.models.checkpoints.load import load_tokenizer
 
 Folder = Callable[[str], Path]
 
@@ -56,6 +56,8 @@ def model_of(family_folder: Folder) -> Callable[[str], Any]:
 
     def load(name: str) -> Any:
         if name not in loaded:
+            from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
             auto: Any = AutoModelForImageTextToText if FAMILIES[name].image_token else AutoModelForCausalLM
             loaded[name], info = auto.from_pretrained(family_folder(name), output_loading_info=True)
             assert not info["missing_keys"]
@@ -69,7 +71,7 @@ def model_of(family_folder: Folder) -> Callable[[str], Any]:
 def test_the_tokenizer_that_transformers_loads_is_the_one_in_the_folder(family_folder: Folder, name: str) -> None:
     text = "Hello  world\n\n\n\nthe square é 🎉 1234 A" + "".join(FAMILIES[name].vocabulary.special)
     written = Tokenizer.from_file(str(family_folder(name) / "tokenizer.json"))
-    loaded = AutoTokenizer.from_pretrained(family_folder(name))
+    loaded = load_tokenizer(family_folder(name))
     ids = written.encode(text, add_special_tokens=False).ids
     assert loaded.encode(text, add_special_tokens=False) == ids
     assert loaded.decode(ids) == text

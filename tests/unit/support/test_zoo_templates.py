@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
 
 from support.families import FAMILIES
 from support.families.conversations import conversation, pictures
 from support.families.loading import load_processor
+from vlmrl.models.checkpoints.load import load_tokenizer
 
 Folder = Callable[[str], Path]
 
@@ -107,7 +107,7 @@ RENDERERS = {
 @pytest.mark.parametrize("name", PROMPTS)
 def test_a_template_renders_what_its_source_renders(family_folder: Folder, name: str) -> None:
     template = (family_folder(name) / "chat_template.jinja").read_text()
-    tokenizer: Any = AutoTokenizer.from_pretrained(family_folder(name))
+    tokenizer: Any = load_tokenizer(family_folder(name))
     rendered = tokenizer.apply_chat_template(
         conversation(pictures()), chat_template=template, add_generation_prompt=True, tokenize=False
     )
@@ -115,7 +115,7 @@ def test_a_template_renders_what_its_source_renders(family_folder: Folder, name:
 
 
 def test_mistral_gives_a_conversation_without_a_system_message_one_with_a_date(family_folder: Folder) -> None:
-    tokenizer: Any = AutoTokenizer.from_pretrained(family_folder("mistral3"))
+    tokenizer: Any = load_tokenizer(family_folder("mistral3"))
     given = tokenizer.apply_chat_template([SYSTEM, QUESTION, ANSWER, QUESTION], tokenize=False)
     assert given == (
         "<s>[SYSTEM_PROMPT]Be brief.[/SYSTEM_PROMPT][INST] Which  colour?\n[/INST]red</s>[INST] Which  colour?\n[/INST]"
@@ -128,7 +128,7 @@ def test_mistral_gives_a_conversation_without_a_system_message_one_with_a_date(f
 def test_a_template_agrees_with_the_renderers_package(
     family_folder: Folder, name: str, messages: list[dict[str, Any]]
 ) -> None:
-    tokenizer: Any = AutoTokenizer.from_pretrained(family_folder(name))
+    tokenizer: Any = load_tokenizer(family_folder(name))
     renderer = _renderer(name)(tokenizer)
     ids = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_dict=False, date_string="26 Jul 2024"
