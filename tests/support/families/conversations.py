@@ -20,19 +20,21 @@ def pictures(seed: int = 0) -> list[Image]:
 
 
 def conversation(images: Sequence[Image]) -> list[dict[str, Any]]:
-    """Two user turns with an image each; the second image stands between words."""
-    first, second = images
+    """Two user turns with an image each; the second image stands between words. With one image, the first turn."""
+    opening = {
+        "role": "user",
+        "content": [{"type": "image", "image": images[0]}, {"type": "text", "text": "What colour is it?"}],
+    }
+    if len(images) == 1:
+        return [opening]
     return [
-        {
-            "role": "user",
-            "content": [{"type": "image", "image": first}, {"type": "text", "text": "What colour is it?"}],
-        },
+        opening,
         {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
         {
             "role": "user",
             "content": [
                 {"type": "text", "text": "And "},
-                {"type": "image", "image": second},
+                {"type": "image", "image": images[1]},
                 {"type": "text", "text": " this?"},
             ],
         },
