@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from vlmrl.config.eval_set import EvalSet
-from vlmrl.config.fields import NAME, Resume, setting
+from vlmrl.config.fields import Form, Resume, setting
+
+TEMPLATE = "template"
+"""The name of the renderer that is made of the checkpoint's chat template and processor."""
+
+RENDERER = Form(
+    r"[\w.-]+|[^\x00-\x1f\x7f]+:\w+",
+    "a name of letters, digits, dots, dashes and underscores, or an import path module:Class",
+    "there is no renderer of that name",
+)
 
 
 @dataclass
 class RendererConfig:
     """The renderer: the only part that makes tokens and pixels."""
 
-    name: str = setting("auto", on_resume=Resume.noted, form=NAME)
-    """`auto` is the first of `model.vlm.renderers`. Other values are names of the `renderers` package, e.g.
-    `qwen3-vl`."""
+    name: str = setting("auto", on_resume=Resume.noted, form=RENDERER, imports=True)
+    """`auto` is the first of `model.vlm.renderers`. `template` makes prompts from the checkpoint's own chat template
+    and processor. Other values are names of the `renderers` package, e.g. `qwen3-vl`, or the import path of a renderer
+    of your own (docs/renderers.md)."""
+    options: dict[str, Any] = setting({}, on_resume=Resume.noted, free_form=True)
+    """Options of the chat format, such as `enable_thinking`: fields of the renderer's config in the `renderers`
+    package, or variables of the checkpoint's chat template with `template`."""
     parse_control_tokens: bool = setting(False, on_resume=Resume.noted)
     """Read control tokens that a message's text spells (`<|im_end|>`, `<|im_start|>`) as control tokens. By default
     they stay text, so that data cannot end a turn or forge one. Set it for messages that are formatted already. Image

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
-from vlmrl.types import Message, Part, Text
+from vlmrl.types import ContractError, Message, Part, Text
 
 MARK = "\ufdd0"
 """Stands before a control token that is text. Unicode reserves this code point for use inside a program; a text that
@@ -90,6 +91,20 @@ class ControlTokens:
         text first (lower case, full-width letters) finds control tokens in texts that do not spell them."""
         found = sum(id in self.ids for id in ids)
         return found == 0 or found <= len(self._any.findall(text))
+
+    def plain(self, text: str) -> str:
+        """The text without its marks."""
+        return _unmarked(text)[0]
+
+    def check_same(self, ids: Sequence[int], without: Sequence[int], name: str) -> None:
+        """Raise `ContractError` unless `ids` have the control tokens of `without`, the same messages with another word
+        in place of each control token that they spell. `name` is the chat format's."""
+        found, expected = (Counter(id for id in each if id in self.ids) for each in (ids, without))
+        if found != expected:
+            raise ContractError(
+                f"a message's text spells a control token, and the chat format {name} makes one of it: remove it from "
+                "the text"
+            )
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text with marks: control tokens without a mark are those of the chat format."""

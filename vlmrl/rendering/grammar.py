@@ -15,9 +15,7 @@ compared.
 from __future__ import annotations
 
 import threading
-from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,48 +23,42 @@ import numpy as np
 
 from vlmrl.caches.lru import ByteLRU
 from vlmrl.errors import UserFault, fenced
+from vlmrl.rendering.chat_format import Rendered
 from vlmrl.rendering.control_tokens import ControlTokens
 from vlmrl.rendering.image_store import ImageStore
 from vlmrl.rendering.memo_tokenizer import MemoTokenizer
+from vlmrl.rendering.message_check import STRUCTURES_BYTES, MessageCheck, num_bytes, structure
 from vlmrl.rendering.messages import images_to_package, to_package
+from vlmrl.rendering.package import Renderers
 from vlmrl.rendering.processors import StandInProcessor
-from vlmrl.types import ContractError, Image, ImageItem, IntArray, Message, Part, Placeholder, Prompt, Text
-
-STRUCTURES_BYTES = 4 << 20
-"""Structures of conversations that are remembered: roles and kinds of parts."""
-
-
-@dataclass(frozen=True, eq=False)
-class Rendered:
-    """Tokens and placeholders of a conversation, or what a bridge adds after the completion."""
-
-    token_ids: IntArray
-    """int64 [P], read-only."""
-    placeholders: tuple[Placeholder, ...]
-    sampled_mask: tuple[bool, ...] = ()
-    """True on tokens that a policy would have sampled; empty where the family does not say, and for bridges."""
-    message_of: tuple[int, ...] = ()
-    """The index of each token's message, −1 for none; given with `sampled_mask`."""
+from vlmrl.types import ContractError, ImageItem, IntArray, Message, Placeholder, Prompt
 
 
 class Grammar:
     """Messages to tokens. Several threads may use it at the same time."""
 
+    surprises: tuple[str, ...] = ()
+
     def __init__(
-        self, name: str, tokenizer: Any, image_processor: Any, images: ImageStore, parse_control_tokens: bool
+        self,
+        name: str,
+        tokenizer: Any,
+        image_processor: Any,
+        images: ImageStore,
+        parse_control_tokens: bool,
+        options: Mapping[str, Any],
     ) -> None:
+        """Raises `ConfigError` for a name or for options that the package does not have."""
         import renderers
 
-        config: Any = renderers.config_from_name(name)
-        if hasattr(config, "image_cache_max"):
-            # The package would keep hundreds of processed images alive; the ImageStore already holds them.
-            config = config.model_copy(update={"image_cache_max": 1})
+        known = Renderers(name, options)
         self.name = name
         self.tokenizer = MemoTokenizer(tokenizer)
-        self._package: Any = renderers.create_renderer(self.tokenizer, config)
+        self._package: Any = known.make(self.tokenizer, None)
         self._multimodal = renderers.is_multimodal(self._package)
         self._lock = threading.Lock()
         self._compared: ByteLRU[Hashable, bool] = ByteLRU(STRUCTURES_BYTES)
+        self._messages = MessageCheck(name)
         self._needs_all = False
 
         self.stop_ids: tuple[int, ...] = tuple(self._package.get_stop_token_ids())
@@ -78,11 +70,8 @@ class Grammar:
         self._parse_control_tokens = parse_control_tokens
         if not parse_control_tokens:
             self.tokenizer = MemoTokenizer(tokenizer, self._control)
-        if self._multimodal:
-            stand_in = StandInProcessor(image_processor, images)
-            self._package = type(self._package)(self.tokenizer, config, processor=stand_in)
-        else:
-            self._package = renderers.create_renderer(self.tokenizer, config)
+        stand_in = StandInProcessor(image_processor, images) if self._multimodal else None
+        self._package = known.make(self.tokenizer, stand_in)
 
     def _turn_openers(self, tokenizer: Any) -> set[int]:
         """The added tokens that begin a message, which not every tokenizer calls special."""
@@ -112,23 +101,25 @@ class Grammar:
         rendered = tokens_of(marked)
         made = self._checked(rendered, items, begin=0, offset=0)
         if spelled:
-            self._check_control_tokens(rendered.token_ids, tokens_of(self._control.without(messages)).token_ids)
+            neutral = tokens_of(self._control.without(messages))
+            self._control.check_same(rendered.token_ids, neutral.token_ids, self.name)
         if rendered.sampled_mask and len(rendered.sampled_mask) == len(rendered.token_ids):
             made = Rendered(
                 made.token_ids, made.placeholders, tuple(rendered.sampled_mask), tuple(rendered.message_indices)
             )
-        self._check_messages(f"render {generate}", messages, tokens_of)
+        self._messages.check(f"render {generate}", messages, lambda probe: self._text_of(tokens_of(probe)))
         return made
 
     def bridge(
         self,
         previous: Prompt,
         completion_ids: IntArray,
+        history: Sequence[Message],
         new_messages: Sequence[Message],
         new_items: tuple[ImageItem, ...],
     ) -> Rendered | None:
         """What comes after `previous` and the completion; None where the family's grammar does not allow to extend
-        them. Raises `UserFault` and `ContractError`."""
+        them. `history` is not needed: the package works on tokens. Raises `UserFault` and `ContractError`."""
         begin = 0 if self._needs_all else self._begin_of_turn(previous.token_ids)
         made = self._bridge(previous, begin, completion_ids, new_messages, new_items)
         if begin == 0:
@@ -140,11 +131,11 @@ class Grammar:
                 return whole is made
             return (whole.token_ids.tolist(), whole.placeholders) == (made.token_ids.tolist(), made.placeholders)
 
-        structure = ("all", made is None, *_structure(new_messages))
-        if self._compared.get_or_make(structure, alike, lambda _: _num_bytes(new_messages)):
+        key = (made is None, *structure(new_messages))
+        if self._compared.get_or_make(key, alike, lambda _: num_bytes(new_messages)):
             return made
         self._needs_all = True
-        return self.bridge(previous, completion_ids, new_messages, new_items)
+        return self.bridge(previous, completion_ids, history, new_messages, new_items)
 
     def _bridge(
         self,
@@ -175,8 +166,8 @@ class Grammar:
         made = self._checked(rendered, images + new_items, begin=len(known), offset=begin)
         if spelled:
             neutral = extended(self._control.without(new_messages))
-            self._check_control_tokens(rendered.token_ids, neutral.token_ids if neutral else ())
-        self._check_messages("bridge", new_messages, extended)
+            self._control.check_same(rendered.token_ids, neutral.token_ids if neutral else (), self.name)
+        self._messages.check("bridge", new_messages, lambda probe: self._text_of(extended(probe)))
         return made
 
     # ── the package ─────────────────────────────────────────────────────────────────────────────────────────
@@ -187,6 +178,9 @@ class Grammar:
 
     def _render_package(self, messages: list[dict[str, Any]], generate: bool) -> Any:
         return self._package.render(messages, add_generation_prompt=generate)
+
+    def _text_of(self, rendered: Any) -> str | None:
+        return None if rendered is None else self.tokenizer.decode(rendered.token_ids)
 
     def _begin_of_turn(self, token_ids: IntArray) -> int:
         """Where the last turn of a prompt begins: behind its last stop token. 0 where there is none."""
@@ -239,58 +233,3 @@ class Grammar:
         return Rendered(
             token_ids, tuple(Placeholder(place.offset + offset, place.length, item.hash) for place, item in added)
         )
-
-    def _check_control_tokens(self, token_ids: Sequence[int], without: Sequence[int]) -> None:
-        found, expected = (Counter(id for id in ids if id in self._control.ids) for ids in (token_ids, without))
-        if found != expected:
-            raise ContractError(
-                f"a message's text spells a control token, and the chat format {self.name} makes one of it: remove it "
-                "from the text"
-            )
-
-    def _check_messages(self, kind: str, messages: Sequence[Message], rendered: Callable[[list[Message]], Any]) -> None:
-        """Every message is in the tokens. Whether it is depends on roles and kinds of parts only, so a conversation
-        with a word of its own in each text is rendered once per structure. What a chat format strips from an assistant
-        message (earlier thinking) is not looked for."""
-
-        def complete() -> bool:
-            words, probe = _probe(messages)
-            made = rendered(probe)
-            text = self.tokenizer.decode(made.token_ids) if made is not None else None
-            for number, of_message in enumerate(words):
-                if text is not None and any(word not in text for word in of_message):
-                    raise ContractError(
-                        f"message {number + 1} of {len(messages)} ({messages[number].role}) is left out of the prompt, "
-                        f"in whole or in part, by the chat format {self.name}: put its text into another message"
-                    )
-            return True
-
-        self._compared.get_or_make((kind, *_structure(messages)), complete, lambda _: _num_bytes(messages))
-
-
-def _structure(messages: Sequence[Message]) -> tuple[Hashable, ...]:
-    """Roles and kinds of parts."""
-    return tuple((m.role, *(isinstance(part, Text) for part in m.content)) for m in messages)
-
-
-def _num_bytes(messages: Sequence[Message]) -> int:
-    """An estimate of the memory that the structure of a conversation takes."""
-    return 200 + 100 * len(messages)
-
-
-def _probe(messages: Sequence[Message]) -> tuple[list[list[str]], list[Message]]:
-    """(The words of each message, the same conversation with a word in place of each text)."""
-    words: list[list[str]] = []
-    probe = []
-    for message in messages:
-        of_message: list[str] = []
-        parts: list[Part] = []
-        for part in message.content or (Text(""),):
-            if isinstance(part, Image):
-                parts.append(part)
-                continue
-            of_message.append(f"w{sum(map(len, words)) + len(of_message):05d}w")
-            parts.append(Text(of_message[-1]))
-        words.append(of_message)
-        probe.append(Message(message.role, tuple(parts)))
-    return words, probe

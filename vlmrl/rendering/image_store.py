@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import numpy as np
@@ -43,16 +43,23 @@ WORKERS = 4
 """Threads that decode and process images."""
 
 
+class Processed(NamedTuple):
+    """What a processor makes of one image: fields of `ImageItem`."""
+
+    mm_kwargs: dict[str, np.ndarray]
+    num_tokens: int
+    replacement: str = ""
+
+
 class ImageStore:
     """The images of one renderer. Thread-safe.
 
-    `process` returns the image processor's output, `(mm_kwargs, placeholder tokens)`. It runs once per distinct image,
-    and again only if the image was evicted in between.
+    `process` runs the processor. It runs once per distinct image, and again only if the image was evicted in between.
     """
 
     def __init__(
         self,
-        process: Callable[[Pixels], tuple[dict[str, np.ndarray], int]],
+        process: Callable[[Pixels], Processed],
         processed_size: Callable[[Mapping[str, np.ndarray]], tuple[int, int] | None] = lambda mm_kwargs: None,
     ) -> None:
         """`processed_size` returns (width, height) of what `process` made of an image, where it can be told."""
@@ -129,7 +136,7 @@ class ImageStore:
         if pending is not None:
             return pending.result()  # another thread is processing this image
         try:
-            mm_kwargs, num_tokens = self._process(pixels)
+            mm_kwargs, num_tokens, replacement = self._process(pixels)
             processed_size = self._processed_size(mm_kwargs)
         except BaseException as error:
             with self._lock:
@@ -139,7 +146,7 @@ class ImageStore:
         pixels.setflags(write=False)
         for array in mm_kwargs.values():
             array.setflags(write=False)
-        item = ImageItem(digest, pixels, mm_kwargs, num_tokens, processed_size)
+        item = ImageItem(digest, pixels, mm_kwargs, num_tokens, processed_size, replacement)
         with self._lock:
             self._items[digest] = item
             self._touch(item)

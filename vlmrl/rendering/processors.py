@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image as PILImage
 
 from vlmrl.errors import fenced
-from vlmrl.rendering.image_store import ImageStore
+from vlmrl.rendering.image_store import ImageStore, Processed
 from vlmrl.rendering.images import ImageError, Pixels
 from vlmrl.rendering.messages import hash_of_stand_in
 
@@ -41,7 +41,7 @@ class ProcessImage:
         """(width, height) of an image after processing, from what the processor made of it."""
         return self._processed_size(mm_kwargs, self._image_processor)
 
-    def __call__(self, pixels: Pixels) -> tuple[dict[str, np.ndarray], int]:
+    def __call__(self, pixels: Pixels) -> Processed:
         if self._image_processor is None:
             raise ImageError("a text-only model was shown an image")
         height, width = pixels.shape[:2]
@@ -49,7 +49,7 @@ class ProcessImage:
             # State the layout: transformers cannot infer it for an image that is 3 pixels high.
             output = self._image_processor(images=[pixels], return_tensors="np", input_data_format="channels_last")
         mm_kwargs = {name: np.ascontiguousarray(array) for name, array in output.items()}
-        return mm_kwargs, self._placeholder_tokens(mm_kwargs, self._image_processor)
+        return Processed(mm_kwargs, self._placeholder_tokens(mm_kwargs, self._image_processor))
 
 
 class StandInProcessor:

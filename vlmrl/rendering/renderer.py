@@ -12,7 +12,9 @@ The `renderers` package knows the token grammar of each model family. The module
     processors.py       the image processors: the real one, and the one that answers for stand-ins
     memo_tokenizer.py   tokens of recent pieces of text
     control_tokens.py   text that spells a control token stays text
-    grammar.py          the package's renders and bridges, each checked: images, control tokens, messages
+    chat_format.py      what follows is built on: tokens of a conversation, and what comes after an answer
+    grammar.py          … by the package, each render and bridge checked: images, control tokens, messages
+    template/           … by the checkpoint's own chat template and processor, for families that the package lacks
     renderer.py         memoized renders (sibling rollouts share prompts), the contract between tokens and pixels
                         asserted on every prompt, and the tokens that may not be sampled
 
@@ -22,7 +24,7 @@ Left out on purpose: tool specifications and tool calls as structure (they are t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -30,13 +32,16 @@ import numpy as np
 
 from vlmrl.caches.lru import ByteLRU
 from vlmrl.config.model import ModelConfig
-from vlmrl.config.orchestrator import RendererConfig
+from vlmrl.config.orchestrator import TEMPLATE, RendererConfig
 from vlmrl.errors import ConfigError, UserFault, safe_repr
-from vlmrl.rendering.grammar import Grammar, Rendered
+from vlmrl.rendering.chat_format import ChatFormat, Rendered
+from vlmrl.rendering.grammar import Grammar
 from vlmrl.rendering.image_store import ImageStore
 from vlmrl.rendering.images import ImageError
 from vlmrl.rendering.messages import content_key, images_of
 from vlmrl.rendering.processors import PlaceholderTokens, ProcessedSize, ProcessImage, untold_size
+from vlmrl.rendering.template.image_text import ProcessWithText
+from vlmrl.rendering.template.template_format import TemplateFormat
 from vlmrl.types import (
     BoolArray,
     ContractError,
@@ -112,7 +117,7 @@ class Renderer(Protocol):
 
 
 def renderer_name(config: RendererConfig, model: ModelConfig) -> str:
-    """The renderer's name in the `renderers` package; `auto` is the first of `model.vlm.renderers`.
+    """The renderer's name; `auto` is the first of `model.vlm.renderers`.
 
     `preflight` has refused `auto` for a model that lists no renderer, and a renderer that does not serve the family.
     """
@@ -130,51 +135,56 @@ def make_renderer(
     vocab_size: int,
     placeholder_tokens: PlaceholderTokens,
     processed_size: ProcessedSize = untold_size,
-) -> Renderer:
+    *,
+    processor: Any = None,
+    eos_ids: Sequence[int] = (),
+) -> FamilyRenderer:
     """The renderer of a model.
 
     `vocab_size` is the size of the model's embedding, which may exceed the tokenizer's. `image_processor` is None for a
     text-only model. `placeholder_tokens` and `processed_size` are the family's (`family_of(model.vlm)`); without the
     second, the sizes of processed images are not known. `preflight` has refused names that the package does not have.
+
+    The renderer `template` takes the whole `processor` (None for a text-only model), and `eos_ids` of
+    generation_config.json. Raises `ConfigError` for a template or a processor that it cannot use.
     """
     name = renderer_name(config, model)
-    return FamilyRenderer(
-        name,
-        tokenizer,
-        image_processor,
-        vocab_size,
-        placeholder_tokens,
-        config.parse_control_tokens,
-        processed_size,
+    process = ProcessImage(image_processor, placeholder_tokens, processed_size)
+    vocabulary = tokenizer.get_vocab().values()
+    if name != TEMPLATE:
+        images = ImageStore(process, process.processed_size)
+        grammar = Grammar(name, tokenizer, image_processor, images, config.parse_control_tokens, config.options)
+        return FamilyRenderer(grammar, images, vocabulary, vocab_size)
+    image_token = model.vlm.image_token if model.vlm is not None else None
+    chat_format = TemplateFormat(
+        tokenizer, processor, image_token, eos_ids, config.options, config.parse_control_tokens
     )
+    if processor is None:
+        return FamilyRenderer(chat_format, ImageStore(process), vocabulary, vocab_size)
+    with_text = ProcessWithText(processor, tokenizer.convert_tokens_to_ids(image_token))
+    chat_format.surprises += tuple(filter(None, [with_text.surprise()]))
+    return FamilyRenderer(chat_format, ImageStore(with_text, process.processed_size), vocabulary, vocab_size)
 
 
 class FamilyRenderer:
-    """`Renderer` on the `renderers` package. The event loop and other threads may use it at the same time."""
+    """`Renderer` on a chat format. The event loop and other threads may use it at the same time."""
 
-    def __init__(
-        self,
-        name: str,
-        tokenizer: Any,
-        image_processor: Any,
-        vocab_size: int,
-        placeholder_tokens: PlaceholderTokens,
-        parse_control_tokens: bool = False,
-        processed_size: ProcessedSize = untold_size,
-    ) -> None:
-        process = ProcessImage(image_processor, placeholder_tokens, processed_size)
-        self._images = ImageStore(process, process.processed_size)
-        self._grammar = Grammar(name, tokenizer, image_processor, self._images, parse_control_tokens)
-        self._tokenizer = self._grammar.tokenizer
+    def __init__(self, chat_format: ChatFormat, images: ImageStore, vocabulary: Iterable[int], vocab_size: int) -> None:
+        """`vocabulary` are the ids that the tokenizer knows, `vocab_size` is the number of rows of the embedding."""
+        self._images = images
+        self.chat_format = chat_format
+        self._tokenizer = chat_format.tokenizer
         self._renders: ByteLRU[Hashable, Rendered] = ByteLRU(MEMO_BYTES)
         self._bridges: ByteLRU[Hashable, Rendered | None] = ByteLRU(MEMO_BYTES)
         self._digests: WeakKeyDictionary[Prompt, bytes] = WeakKeyDictionary()
         """Prompts that a bridge made → digest of their tokens."""
 
-        # The package's first stop token closes a turn in the family's grammar. The others end a document: ban them.
-        stop_ids = self._grammar.stop_ids
-        unknown = set(range(vocab_size)).difference(tokenizer.get_vocab().values())
-        banned = (self._grammar.special | unknown) - {stop_ids[0]}
+        # The first stop token closes a turn in the family's chat format. The others end a document: ban them.
+        stop_ids = chat_format.stop_ids
+        self.surprises = chat_format.surprises
+        """What the chat format does beyond writing the messages down, as sentences for people."""
+        unknown = set(range(vocab_size)).difference(vocabulary)
+        banned = (chat_format.special | unknown) - {stop_ids[0]}
         self._banned = tuple(sorted(banned))
         self._stop = tuple(id for id in stop_ids if id not in banned)
 
@@ -188,7 +198,7 @@ class FamilyRenderer:
 
     @property
     def image_token_ids(self) -> frozenset[int]:
-        return self._grammar.image_tokens
+        return self.chat_format.image_tokens
 
     async def first_turn(self, messages: Sequence[Message]) -> Prompt:
         return self._render(messages, await self._images.items_async(images_of(messages)))
@@ -201,7 +211,7 @@ class FamilyRenderer:
         new_messages: Sequence[Message],
     ) -> tuple[Prompt, bool]:
         new_items = await self._images.items_async(images_of(new_messages))
-        bridged = self._bridge(previous, completion_ids, new_messages, new_items)
+        bridged = self._bridge(previous, completion_ids, history, new_messages, new_items)
         if bridged is not None:
             return bridged, True
         messages = [*history, *new_messages]
@@ -217,10 +227,10 @@ class FamilyRenderer:
 
     def render_conversation(self, messages: Sequence[Message], given: int = 0) -> tuple[Prompt, BoolArray]:
         items = self._images.items(images_of(messages))
-        rendered = self._grammar.render(messages, items, generate=False)
+        rendered = self.chat_format.render(messages, items, generate=False)
         if not rendered.sampled_mask:
             raise ConfigError(
-                f"orchestrator.renderer.name={self._grammar.name} does not report which tokens a policy samples, so "
+                f"orchestrator.renderer.name={self.chat_format.name} does not report which tokens a policy samples, so "
                 "supervised steps would have no loss tokens: set trainer.warmup.steps=0, or choose another renderer"
             )
         message_of = np.array(rendered.message_of)
@@ -242,7 +252,7 @@ class FamilyRenderer:
 
     def _render(self, messages: Sequence[Message], items: tuple[ImageItem, ...]) -> Prompt:
         def render() -> Rendered:
-            return self._grammar.render(messages, items, generate=True)
+            return self.chat_format.render(messages, items, generate=True)
 
         rendered = self._renders.get_or_make(content_key(messages, items), render, _num_bytes)
         return _prompt(rendered.token_ids, rendered.placeholders, items)
@@ -251,6 +261,7 @@ class FamilyRenderer:
         self,
         previous: Prompt,
         completion_ids: IntArray,
+        history: Sequence[Message],
         new_messages: Sequence[Message],
         new_items: tuple[ImageItem, ...],
     ) -> Prompt | None:
@@ -260,7 +271,7 @@ class FamilyRenderer:
         """
 
         def bridge() -> Rendered | None:
-            return self._grammar.bridge(previous, completion_ids, new_messages, new_items)
+            return self.chat_format.bridge(previous, completion_ids, history, new_messages, new_items)
 
         digest = _digest(self._digests.get(previous) or _digest(b"", previous.token_ids), completion_ids)
         key = (digest, len(completion_ids), content_key(new_messages, new_items))

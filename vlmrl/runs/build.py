@@ -22,7 +22,7 @@ import torch
 
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.model import Dtype, Init, ModelConfig
-from vlmrl.config.orchestrator import EvalConfig
+from vlmrl.config.orchestrator import TEMPLATE, EvalConfig
 from vlmrl.config.run import RunConfig
 from vlmrl.config.task import most_turns
 from vlmrl.config.trainer import Packing
@@ -30,7 +30,14 @@ from vlmrl.config.weight_sync import CudaIpcSyncConfig, FolderSyncConfig, NcclSy
 from vlmrl.inference.embedded.engine import EmbeddedEngine
 from vlmrl.inference.vllm.engine import VllmEngine
 from vlmrl.models.blocks import prepare_blocks
-from vlmrl.models.checkpoints.load import load_image_processor, load_model, load_tokenizer, resolve_checkpoint
+from vlmrl.models.checkpoints.load import (
+    load_eos_ids,
+    load_image_processor,
+    load_model,
+    load_processor,
+    load_tokenizer,
+    resolve_checkpoint,
+)
 from vlmrl.models.checkpoints.scratch import write_weights
 from vlmrl.models.families import family_of
 from vlmrl.models.lora import select_trainable
@@ -47,7 +54,7 @@ from vlmrl.ranks.commands import Command
 from vlmrl.ranks.rank_group import RankGroup
 from vlmrl.record.logs import MainLog
 from vlmrl.record.run_dir import RunDir
-from vlmrl.rendering.renderer import Renderer, make_renderer
+from vlmrl.rendering.renderer import Renderer, make_renderer, renderer_name
 from vlmrl.runs.eval_sets import make_set_players
 from vlmrl.runs.position import Cursors, Position
 from vlmrl.runs.problems import ProblemSource, make_curriculum, max_model_len, steps_of
@@ -291,18 +298,11 @@ def make_run_renderer(config: RunConfig, folder: Path, model: Any, monitor: Moni
     """The renderer with the tokenizer and image processor in `folder`. The monitor spells recorded tokens with that
     tokenizer."""
     assert config.orchestrator.renderer is not None, "preflight refuses a config without a renderer"
-    tokenizer = load_tokenizer(folder)
-    monitor.spell_with(tokenizer)
-    family = family_of(config.model.vlm)
-    return make_renderer(
-        config.orchestrator.renderer,
-        config.model,
-        tokenizer,
-        load_image_processor(folder) if config.model.vlm is not None else None,
-        model.get_input_embeddings().num_embeddings,
-        family.placeholder_tokens,
-        family.processed_size,
-    )
+    parts = build_renderer(config, folder, model.get_input_embeddings().num_embeddings)
+    monitor.spell_with(parts.tokenizer)
+    for sentence in parts.surprises:
+        monitor.warn(sentence)
+    return parts.renderer
 
 
 @dataclass(frozen=True)
@@ -313,24 +313,39 @@ class RenderingParts:
     tokenizer: Any
     processed_pixels: Callable[[ImageItem], np.ndarray | None]
     """uint8 [H, W, 3]: an image as the processor made it; None where that cannot be shown."""
+    surprises: tuple[str, ...]
+    """What the chat format does beyond writing the messages down, as sentences for people."""
 
 
-def build_renderer(config: RunConfig, folder: Path) -> RenderingParts:
-    """The renderer with the tokenizer and image processor in `folder`. Raises VlmrlError and OSError."""
-    assert config.orchestrator.renderer is not None, "preflight refuses a config without a renderer"
+def build_renderer(config: RunConfig, folder: Path, vocab_size: int | None = None) -> RenderingParts:
+    """The renderer with the tokenizer and processor in `folder`. `vocab_size` is the number of rows of the model's
+    embedding, by default the tokenizer's size. Raises VlmrlError and OSError."""
+    settings = config.orchestrator.renderer
+    assert settings is not None, "preflight refuses a config without a renderer"
     tokenizer = load_tokenizer(folder)
-    processor = load_image_processor(folder) if config.model.vlm is not None else None
+    by_template = renderer_name(settings, config.model) == TEMPLATE
+    processor = load_processor(folder) if by_template and config.model.vlm is not None else None
+    image_processor = processor.image_processor if processor is not None else None
+    if config.model.vlm is not None and not by_template:
+        image_processor = load_image_processor(folder)
     family = family_of(config.model.vlm)
     renderer = make_renderer(
-        config.orchestrator.renderer,
+        settings,
         config.model,
         tokenizer,
-        processor,
-        len(tokenizer),
+        image_processor,
+        len(tokenizer) if vocab_size is None else vocab_size,
         family.placeholder_tokens,
         family.processed_size,
+        processor=processor,
+        eos_ids=load_eos_ids(folder) if by_template else (),
     )
-    return RenderingParts(renderer, tokenizer, lambda image: family.processed_pixels(image.mm_kwargs, processor))
+    return RenderingParts(
+        renderer,
+        tokenizer,
+        lambda image: family.processed_pixels(image.mm_kwargs, image_processor),
+        renderer.surprises,
+    )
 
 
 def make_engine(

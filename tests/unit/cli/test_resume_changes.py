@@ -77,7 +77,8 @@ POLICIES = {
         algorithm.filters.gibberish algorithm.filters.rare_from algorithm.filters.rare_logprob_offset
         algorithm.filters.repetition algorithm.filters.repetition_window algorithm.filters.repetition_probability
         algorithm.filters.zero_advantage algorithm.refill.budget
-        orchestrator.renderer.name orchestrator.renderer.parse_control_tokens orchestrator.groups_per_step
+        orchestrator.renderer.name orchestrator.renderer.options orchestrator.renderer.parse_control_tokens
+        orchestrator.groups_per_step
         orchestrator.group_size orchestrator.max_new_tokens
         orchestrator.temperature orchestrator.max_staleness
         orchestrator.eval.every orchestrator.eval.problems orchestrator.eval.target orchestrator.eval.consecutive

@@ -147,6 +147,8 @@ ELSEWHERE = {
     "record/pass_rates.py": "a file on the disk",
     "preflight/estimate/plan.py": "problems of the user's task",
     "rendering/renderer.py": "what the renderer returned",
+    "rendering/package.py": "renderers of the package and the user's own, for the rules and where they are made",
+    "rendering/template": "the checkpoint's own chat template and processor",
     "models/lora.py": "layers of the loaded model",
     "ranks": "variables of the launcher",
     "record/run_dir.py": "a folder on the disk",

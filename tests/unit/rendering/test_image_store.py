@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image as PILImage
 
-from vlmrl.rendering.image_store import ImageStore
+from vlmrl.rendering.image_store import ImageStore, Processed
 from vlmrl.rendering.images import ImageError, Pixels, decode
 from vlmrl.types import Image
 
@@ -37,11 +37,11 @@ class Process:
         self.calls: list[int] = []
         self.error = error
 
-    def __call__(self, pixels: Pixels) -> tuple[dict[str, np.ndarray], int]:
+    def __call__(self, pixels: Pixels) -> Processed:
         self.calls.append(threading.get_ident())
         if self.error:
             raise self.error
-        return {"pixel_values": pixels.reshape(1, -1).astype(np.float32)}, 1
+        return Processed({"pixel_values": pixels.reshape(1, -1).astype(np.float32)}, 1)
 
 
 def test_one_object_and_one_processing_per_distinct_image(tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_a_read_that_hangs_can_be_left(tmp_path: Path) -> None:
     """A file system that does not answer, here a processor that waits: the run ends although the thread does not."""
     hangs, goes_on = threading.Event(), threading.Event()
 
-    def process(pixels: Pixels) -> tuple[dict[str, np.ndarray], int]:
+    def process(pixels: Pixels) -> Processed:
         hangs.set()
         goes_on.wait()
         raise AssertionError("nobody waits for this any more")

@@ -18,7 +18,7 @@ from vlmrl.config.model import ModelConfig
 from vlmrl.config.orchestrator import RendererConfig
 from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer
 from vlmrl.models.families import family_of
-from vlmrl.rendering.renderer import FamilyRenderer, ImageError, Renderer, make_renderer, renderer_name
+from vlmrl.rendering.renderer import ImageError, Renderer, make_renderer, renderer_name
 from vlmrl.types import ContractError, Image, IntArray, Message, Prompt, Text, check_placeholders
 
 SIZES = [(32, 32), (64, 32), (32, 96), (100, 45), (200, 70), (9, 3)]
@@ -231,7 +231,7 @@ def test_a_sampled_image_token_is_not_a_placeholder(renderer: Renderer, tokenize
 
 def test_siblings_share_renders_and_images(tokenizer: Any, image_processor: Any) -> None:
     counting = CountingProcessor(image_processor)
-    renderer = FamilyRenderer("qwen3-vl", tokenizer, counting, VOCAB_SIZE, PLACEHOLDER_TOKENS)
+    renderer = make_renderer(RendererConfig(), MODEL, tokenizer, counting, VOCAB_SIZE, PLACEHOLDER_TOKENS)
 
     async def sibling() -> tuple[Prompt, Prompt]:
         messages = conversation(1, 3)  # new parts and new pictures, equal pixels

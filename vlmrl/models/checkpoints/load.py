@@ -2,7 +2,7 @@
 
     folder = resolve_checkpoint(…)      tiny → built or cached; folder → itself; hub name → cache or download;
                                         init=random → a folder without weights, which load_model initializes
-    load_model, load_tokenizer, load_image_processor (folder)
+    load_model, load_tokenizer, load_image_processor, load_processor (folder)
 
 torch and transformers are imported inside the functions that need them: importing Qwen3-VL takes seconds, which a
 refused configuration should not cost.
@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 
 from vlmrl.config.model import Init, ModelConfig
 from vlmrl.errors import ModelError
+from vlmrl.models.checkpoints.processor import make_processor
 from vlmrl.models.checkpoints.scratch import ensure_architecture, initialize
 from vlmrl.models.checkpoints.tiny import ensure_tiny_checkpoint
 
@@ -149,6 +150,23 @@ def load_image_processor(folder: Path) -> BaseImageProcessor:
     except (OSError, ValueError) as error:
         raise ModelError(f"the image processor of {folder} does not load: {error}") from error
     return processor
+
+
+def load_processor(folder: Path) -> Any:
+    """The whole processor of `folder`, for images: its tokenizer, its image processor and its chat template. Raises
+    `ModelError` where a part is missing or corrupt, or where transformers does not have its class.
+
+    It has a tokenizer of its own: threads that process images must not share one with those that render text.
+    """
+    return make_processor(folder, load_tokenizer(folder), load_image_processor(folder))
+
+
+def load_eos_ids(folder: Path) -> tuple[int, ...]:
+    """The tokens that end a generation, as generation_config.json says; empty where it does not say."""
+    path = folder / "generation_config.json"
+    eos = _read_json(path).get("eos_token_id") if path.exists() else None
+    ids = eos if isinstance(eos, list) else [eos]
+    return tuple(id for id in ids if type(id) is int)
 
 
 def resolve_device(config: ModelConfig) -> torch.device:

@@ -1,4 +1,4 @@
-"""The task, the loss and the advantage function that the configuration names by an import path can be imported."""
+"""The task, the loss, the advantage function and the renderer that are named by an import path can be imported."""
 
 from __future__ import annotations
 
@@ -35,6 +35,11 @@ def imports_resolve(config: RunConfig) -> None:
         from vlmrl.orchestrator.advantages import estimator_named
 
         estimator_named(config.algorithm.advantage)
+    renderer = config.orchestrator.renderer
+    if renderer is not None and is_import_path(renderer.name):
+        from vlmrl.rendering.package import Renderers
+
+        Renderers(renderer.name, renderer.options)
 
 
 async def refused_to_run(call: Callable[[], T]) -> T:

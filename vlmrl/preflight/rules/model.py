@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from vlmrl.config.import_paths import is_import_path
 from vlmrl.config.model import Init, SizeConfig
+from vlmrl.config.orchestrator import TEMPLATE
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import ConfigError
 from vlmrl.models.families import family_of
 from vlmrl.models.families.base import POSITION_NAMES
 from vlmrl.preflight.estimate.sizes import find_sizes
 from vlmrl.preflight.site import Site
+from vlmrl.rendering.package import KEY, package_config
 
 LARGEST_SIZE = 2**24
 """The highest value of a whole number in `model.size`."""
@@ -40,13 +43,16 @@ def renderer_serves_family(config: RunConfig) -> None:
         if renderer.name == "auto":
             raise ConfigError(
                 "orchestrator.renderer.name=auto takes the first of model.vlm.renderers, and model.vlm is null, so no "
-                "renderer is chosen: set orchestrator.renderer.name=qwen3, or another name of the `renderers` package"
+                "renderer is chosen: set orchestrator/renderer=template, orchestrator.renderer.name=qwen3, or another "
+                "name of the `renderers` package"
             )
         return
+    if renderer.name == TEMPLATE or is_import_path(renderer.name):
+        return  # the checkpoint's own template and processor serve every family
     if not vlm.renderers:
         raise ConfigError(
             "model.vlm.renderers=[] names no renderer, so nothing would make the model's image tokens and pixels: set "
-            "it to a name of the `renderers` package"
+            "it to [template], or to a name of the `renderers` package"
         )
     if renderer.name != "auto" and renderer.name not in vlm.renderers:
         raise ConfigError(
@@ -57,23 +63,16 @@ def renderer_serves_family(config: RunConfig) -> None:
 
 
 def renderer_exists(config: RunConfig, site: Site) -> None:
-    """The `renderers` package, whose import takes half a second, has a renderer of that name."""
+    """The `renderers` package, whose import takes half a second, has a renderer of that name, with these options."""
     renderer, vlm = config.orchestrator.renderer, config.model.vlm
     assert renderer is not None, "renderer_is_there comes first"
     name = renderer.name
     if name == "auto":
         assert vlm is not None, "renderer_serves_family comes first"
         name = vlm.renderers[0]
-    import renderers
-
-    try:
-        renderers.config_from_name(name)
-    except ValueError as error:
-        key = "model.vlm.renderers" if renderer.name == "auto" else "orchestrator.renderer.name"
-        raise ConfigError(
-            f"{key}={name} is not a name of the `renderers` package, so nothing would make tokens: set it to one of "
-            f"its names ({error})"
-        ) from error
+    if name == TEMPLATE or is_import_path(name):
+        return  # the template and the user's class are read where the run is built
+    package_config(name, renderer.options, "model.vlm.renderers" if renderer.name == "auto" else KEY)
 
 
 def positions_are_known(config: RunConfig) -> None:

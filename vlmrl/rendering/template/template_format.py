@@ -1,0 +1,302 @@
+"""A chat format from the checkpoint's chat template and processor.
+
+Whatever the template or the tokenizer raises about messages is the fault of these messages (`UserFault`).
+
+Bridges. What was sampled stays as it is, token for token. What the template writes after an answer is taken from a
+short conversation of the same beginning, so a conversation of many turns costs linear time, and is tokenized from the
+border on. Once per structure, an independent render of the whole conversation is compared: its text must be the text of
+the tokens that were there, then what the bridge adds. Tokens may merge over the border in a whole render (the newlines
+of Gemma), which is no difference in the text. Where the texts differ, the conversation forks: the template changes
+earlier turns (thinking, white space, numbers of images), and a policy is to see what the template makes of them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from vlmrl.caches.lru import ByteLRU
+from vlmrl.errors import ConfigError, UserFault, fenced
+from vlmrl.rendering.chat_format import Rendered
+from vlmrl.rendering.control_tokens import ControlTokens
+from vlmrl.rendering.memo_tokenizer import MemoTokenizer
+from vlmrl.rendering.message_check import STRUCTURES_BYTES, MessageCheck, num_bytes, structure, words_of
+from vlmrl.rendering.template.answers import find_answers
+from vlmrl.rendering.template.chat_template import WORD, ChatTemplate
+from vlmrl.rendering.template.encoder import Encoder
+from vlmrl.rendering.template.surprises import Turns, find_surprises
+from vlmrl.types import ContractError, ImageItem, IntArray, Message, Prompt, Text
+
+ANSWERS_TOLD_APART = 3
+"""From this many answers on, the structure of a conversation counts as the same."""
+
+
+class TemplateFormat:
+    """Messages to tokens by a chat template. Several threads may use it at the same time."""
+
+    name = "template"
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        processor: Any,
+        image_token: str | None,
+        eos_ids: Sequence[int],
+        options: Mapping[str, Any],
+        parse_control_tokens: bool,
+    ) -> None:
+        """`processor` and `image_token` (the token that gets an image's features) are None for a text-only model.
+        `eos_ids` are those of generation_config.json. Raises `ConfigError`."""
+        self._raw = tokenizer
+        self._template = ChatTemplate(tokenizer, processor, options)
+        placeholder = processor.image_token if processor is not None else None
+        spelled = [token for token in (image_token, placeholder) if token is not None]
+        self._placeholders = tuple(spelled)
+        vocabulary = tokenizer.get_vocab()  # what a template writes for an image need not be a token (Ovis 2)
+        self.image_tokens = frozenset(vocabulary[token] for token in spelled if token in vocabulary)
+        if image_token is not None and image_token not in vocabulary:
+            raise ConfigError(
+                f"model.vlm.image_token={image_token} is no token of the checkpoint's tokenizer, so no token would get "
+                "an image's features: set it to the token of image_token_id in config.json"
+            )
+        image_token_id = None if image_token is None else vocabulary[image_token]
+        self._encoder = Encoder(tokenizer, processor, image_token_id)
+        self.turns = Turns.of(self._template)
+        self.stop_ids = self._stop_ids(eos_ids)
+        self.closing = self._closing_text()
+        """What the template writes from the end of an answer to the token that closes the turn."""
+        special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special.update(tokenizer.all_special_ids)
+        # Some templates write special tokens around an answer, which a policy has to sample as well (Aya Vision).
+        self.special = special - set(self._encoder.encode(self.turns.sampled_prefix + self.closing))
+        control = special | {*self.stop_ids, *self.image_tokens} | self._turn_openers()
+        self._control = ControlTokens(tokenizer, control, self.image_tokens)
+        if not parse_control_tokens:
+            self._encoder.control = self._control
+        self.tokenizer = MemoTokenizer(tokenizer, self._encoder.control)
+        self.surprises = find_surprises(self._template, self.turns, placeholder)
+        """What the template does beyond writing the messages down, as sentences for people."""
+        self._lock = threading.RLock()
+        self._messages = MessageCheck(self.name)
+        self._continues: ByteLRU[Hashable, bool] = ByteLRU(STRUCTURES_BYTES)
+
+    def _stop_ids(self, eos_ids: Sequence[int]) -> tuple[int, ...]:
+        """First the token with which the template closes an answer, then those of the checkpoint. Raises `ConfigError`
+        where there is none."""
+        known = [*eos_ids, *([self._raw.eos_token_id] if self._raw.eos_token_id is not None else [])]
+        tail = [id for id in self._encoder.encode(self.turns.last_tail) if self._encoder.is_added(id)]
+        closing = next((id for id in tail if id in known), tail[0] if tail else None)
+        if closing is None:  # some templates close a turn with the token that opens the next one (GLM)
+            closing = next((id for id in self._encoder.encode(self.turns.tail)[:1] if id in known), None)
+        found = dict.fromkeys([*([closing] if closing is not None else []), *known])
+        if not found:
+            raise ConfigError(
+                "the checkpoint's chat template writes no special token after an answer, and neither its tokenizer nor "
+                "generation_config.json names one, so no answer would end: set eos_token_id in generation_config.json"
+            )
+        return tuple(found)
+
+    def _closing_text(self) -> str:
+        """What the template writes from the end of an answer to the token that closes the turn."""
+        stop = str(self._raw.convert_ids_to_tokens(self.stop_ids[0]))
+        before, found, _ = self.turns.last_tail.partition(stop)
+        return before + found if found else stop
+
+    def _turn_openers(self) -> set[int]:
+        """The added tokens that the template writes around messages, which not every tokenizer calls special."""
+        ids = self._encoder.encode(self.turns.tail + self.turns.prompt + self.turns.head)
+        return {id for id in ids if self._encoder.is_added(id) and str(self._raw.convert_ids_to_tokens(id)).strip()}
+
+    # ── whole conversations ─────────────────────────────────────────────────────────────────────────────────
+
+    def render(self, messages: Sequence[Message], items: tuple[ImageItem, ...], generate: bool) -> Rendered:
+        """A conversation; with `generate` it ends where the policy is to answer. Raises `UserFault` and
+        `ContractError`."""
+        self._check_spelling(messages)
+        marked, spelled = self._marked(self._as_written(messages) if generate else messages)
+        with self._asking():
+            text = self._template.text(marked, generate=generate)
+            owners: list[int] = []
+            if generate:
+                ids = self._encoder.encode_whole(text, items)
+            else:
+                ids, owners = self._with_answers(marked, text, items)
+            if spelled:
+                neutral = self._template.text(self._control.without(marked), generate=generate)
+                self._control.check_same(ids, self._encoder.encode_whole(neutral, items), self.name)
+        made = _rendered(ids, self._encoder, items, 0, owners)
+        self._messages.check(f"render {generate}", messages, partial(self._text_of, generate))
+        return made
+
+    def _with_answers(
+        self, messages: Sequence[Message], text: str, items: tuple[ImageItem, ...]
+    ) -> tuple[list[int], list[int]]:
+        """(token ids, the message of each that a policy would have sampled, −1 for the others)."""
+        answers = find_answers(messages, text, self._template.text, self.closing)
+        cuts, owners = [0], [-1]
+        for answer in answers:
+            cuts += [answer.begin, answer.end]
+            owners += [answer.message, -1]
+        parts: list[str] = []
+        used = 0
+        for begin, end in zip(cuts, [*cuts[1:], len(text)], strict=True):
+            part = text[begin:end]
+            shown = sum(part.count(token) for token in self._placeholders[-1:])
+            parts.append(self._encoder.expand(part, items[used : used + shown]))
+            used += shown
+        ids, message_of = [*self._encoder.begin(text)], [-1 for _ in self._encoder.begin(text)]
+        for owner, tokens in zip(owners, self._encoder.encode_parts(parts), strict=True):
+            ids += tokens
+            message_of += [owner] * len(tokens)
+        if answers and messages[-1].role == "assistant" and not answers[-1].is_closed:
+            # The template closes a turn with what opens the next one; a policy closes it itself.
+            ids.append(self.stop_ids[0])
+            message_of.append(answers[-1].message)
+        return ids, message_of
+
+    def _text_of(self, generate: bool, messages: Sequence[Message]) -> str:
+        with self._asking():
+            return self._template.text(messages, generate=generate)
+
+    # ── bridges ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def bridge(
+        self,
+        previous: Prompt,
+        completion_ids: IntArray,
+        history: Sequence[Message],
+        new_messages: Sequence[Message],
+        new_items: tuple[ImageItem, ...],
+    ) -> Rendered | None:
+        """What comes after `previous` and the completion; None where a render of the whole conversation is not its
+        continuation. Raises `UserFault` and `ContractError`."""
+        self._check_spelling(new_messages)
+        marked, spelled = self._marked(new_messages)
+        last = int(completion_ids[-1])
+        with self._asking():
+            added = self._added(history, marked, last)
+            if added is None:
+                return None
+            ids = self._encoder.encode_after(last, self._encoder.expand(added, new_items))
+            if spelled:
+                neutral = self._added(history, self._control.without(new_messages), last)
+                without = self._encoder.encode_after(last, self._encoder.expand(neutral or "", new_items))
+                self._control.check_same(ids, without, self.name)
+        known = np.concatenate([previous.token_ids, completion_ids])
+
+        def continues() -> bool:
+            with self._asking():
+                earlier, _ = self._marked(self._as_written(history))
+                whole = self._template.text([*earlier, *marked], generate=True)
+                return self._is_continuation(whole, known, ids, (*previous.images, *new_items))
+
+        key = self._structure(known, completion_ids, history, new_messages)
+        if not self._continues.get_or_make(key, continues, lambda _: num_bytes(new_messages)):
+            return None
+        short = [*_head(history), Message.of("assistant", WORD), *new_messages]
+        self._messages.check("bridge", short, partial(self._text_of, True))
+        return _rendered(ids, self._encoder, new_items, len(known))
+
+    def _added(self, history: Sequence[Message], new_messages: Sequence[Message], last: int) -> str | None:
+        """What the template writes between an answer that ended with token `last` and the next one. None where it does
+        not close a turn with that token."""
+        _, head = words_of(_head(history))
+        text = self._template.text([*head, Message.of("assistant", WORD), *new_messages], generate=True)
+        _, word, added = text.partition(WORD)
+        if not word:
+            return None
+        if last != self.stop_ids[0]:
+            return added if last not in self.stop_ids else None
+        return added.removeprefix(self.closing) if added.startswith(self.closing) else None
+
+    def _is_continuation(self, whole: str, known: IntArray, added: list[int], items: tuple[ImageItem, ...]) -> bool:
+        """Whether a whole conversation begins with the `known` tokens and goes on with the `added` ones."""
+        if self._placeholders and whole.count(self._placeholders[-1]) != len(items):
+            return False
+        begin = self._encoder.begin(whole)
+        expanded = self._encoder.expand(whole, items)
+        decode = partial(self._raw.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        before = len(begin) if tuple(known[: len(begin)].tolist()) == begin else 0
+        if decode([*known[before:].tolist(), *added]) == self._control.plain(expanded):
+            return True
+        return self._encoder.encode_whole(whole, items) == [*known.tolist(), *added]
+
+    def _structure(
+        self, known: IntArray, completion_ids: IntArray, history: Sequence[Message], new_messages: Sequence[Message]
+    ) -> Hashable:
+        """What decides whether a bridge holds: roles and kinds of parts at the beginning and at the end, how the answer
+        ends, its white space, and the added tokens so far (a template may remove thinking)."""
+        answers = [index for index, message in enumerate(history) if message.role == "assistant"]
+        between = history[answers[-2] + 1 : answers[-1]] if len(answers) > 1 else ()
+        text = "".join(part.text for part in history[-1].content if isinstance(part, Text)) if history else ""
+        return (
+            min(len(answers), ANSWERS_TOLD_APART),
+            (structure(_head(history)), structure(between), structure(new_messages)),
+            int(completion_ids[-1]) if int(completion_ids[-1]) in self.stop_ids else None,
+            (not text, text != text.lstrip(), text != text.rstrip()),
+            self._encoder.added_in(known),
+        )
+
+    def _as_written(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages, whose answers are without what the template writes before each answer and a policy samples."""
+        made = []
+        for message in messages:
+            first = message.content[0] if message.content else None
+            if message.role == "assistant" and isinstance(first, Text) and self.turns.sampled_prefix:
+                own = Text(first.text.removeprefix(self.turns.sampled_prefix))
+                message = Message("assistant", (own, *message.content[1:]))
+            made.append(message)
+        return made
+
+    # ── what is checked ─────────────────────────────────────────────────────────────────────────────────────
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """Ask the template or the tokenizer, one thread at a time. What they raise is the fault of the messages."""
+        contract: ContractError | None = None
+        with self._lock, fenced(f"the chat format {self.name} does not take these messages: it", UserFault):
+            try:
+                yield
+            except ContractError as error:
+                contract = error
+        if contract is not None:
+            raise contract
+
+    def _marked(self, messages: Sequence[Message]) -> tuple[Sequence[Message], bool]:
+        if self._encoder.control is None:
+            return messages, False
+        with fenced("the texts of the messages cannot be read: they", UserFault):
+            return self._control.mark(messages)
+
+    def _check_spelling(self, messages: Sequence[Message]) -> None:
+        """A text that spells a placeholder was most likely formatted for another tool."""
+        for message in messages:
+            text = "".join(part.text for part in message.content if isinstance(part, Text))
+            for token in self._placeholders:
+                if token in text:
+                    raise ContractError(f"a message's text must not spell the image token ({token})")
+
+
+def _head(history: Sequence[Message]) -> Sequence[Message]:
+    """The messages before the first answer."""
+    end = next((index for index, message in enumerate(history) if message.role == "assistant"), len(history))
+    return history[:end]
+
+
+def _rendered(
+    ids: list[int],
+    encoder: Encoder,
+    items: Sequence[ImageItem],
+    offset: int,
+    owners: Sequence[int] = (),
+) -> Rendered:
+    """`owners`: the message of each token that a policy would have sampled, −1 for the others."""
+    token_ids = np.array(ids, np.int64)
+    token_ids.setflags(write=False)
+    sampled = tuple(owner >= 0 for owner in owners)
+    return Rendered(token_ids, encoder.place(ids, items, offset), sampled, tuple(owners))
