@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlmrl.config.model import ModelConfig, TinyConfig, VLMConfig
-from vlmrl.models.attention.tree import TreePlan
+from vlmrl.models.attention.plan import Blocks, TreePlan
 from vlmrl.models.families.qwen3_vl import ATOMIC_TOKENS, SPECIAL_TOKENS
 from vlmrl.types import ImageItem, IntArray, Placeholder, Prompt, TrainingSample, mm_token_type_ids
 
@@ -143,12 +143,21 @@ def plain_logprobs(model: Any, sample: TrainingSample) -> Tensor:
     return torch.log_softmax(logits, -1)[where - 1, torch.from_numpy(sample.token_ids)[where]]
 
 
-def seen(plan: TreePlan, num_rows: int, num_slots: int) -> NDArray[np.int64]:
+def blocks_of(plan: TreePlan, window: int | None = None) -> Blocks:
+    """The blocks of the layers with this window."""
+    blocks = plan.by_window[window]
+    assert isinstance(blocks, Blocks)
+    return blocks
+
+
+def seen(plan: TreePlan, num_rows: int, num_slots: int, window: int | None = None) -> NDArray[np.int64]:
     """int64 [rows, slots]; in how many of the plan's blocks each row sees each slot: 1 or 0 in a plan that is right."""
     counts = np.zeros((num_rows, num_slots), np.int64)
-    for shared in plan.shared:
-        counts[shared.start : shared.end, shared.slots] += 1
-    for local in plan.local:
+    blocks = blocks_of(plan, window)
+    for shared in blocks.shared:
+        visible = 1 if shared.mask is None else shared.mask.numpy().astype(np.int64)
+        counts[shared.start : shared.end, shared.slots.numpy()] += visible
+    for local in blocks.local:
         rows, slots, mask = local.rows.numpy(), local.slots.numpy(), local.mask.numpy()
         valid = np.arange(rows.size) if local.valid is None else local.valid.numpy()
         np.testing.assert_array_equal(local.valid_rows.numpy(), rows.reshape(-1)[valid])

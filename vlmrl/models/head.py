@@ -9,7 +9,7 @@ backward pass computes the same logits again (4 products of U × H × V instead 
 any dtype of the weights: the product of two bfloat16 numbers is exact in float32, so a tensor core's product with
 float32 sums equals the product of the weights cast to float32, at the speed of bfloat16.
 
-Left out: soft caps on logits, and the gradient of the entropy, which is a metric and not a term of the loss.
+Left out: the gradient of the entropy, which is a metric and not a term of the loss.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+
+from vlmrl.models.logit_map import IDENTITY, LogitMap
 
 MAX_LOGITS = 1 << 26
 """Logits that exist at a time: 256 MiB in float32, and a few times that for what is computed from them."""
@@ -37,13 +39,14 @@ def token_logprobs(
     entry: Tensor,
     targets: Tensor,
     temperature: float,
+    logit_map: LogitMap = IDENTITY,
 ) -> tuple[Tensor, Tensor]:
     """Natural-log probabilities of `targets` under the distributions of `hidden` → float32 [N], with gradients to
     `hidden` and `weight`; entropies of the distributions in nats, float32 [U], without gradients.
 
     hidden float [U, H]; weight float [V, H]; bias float [V] without gradient, or None; banned bool [V], True where the
     probability is 0; entry int64 [N], the row of `hidden` that predicts each target; targets int64 [N]; the temperature
-    is above 0.
+    is above 0; `logit_map` changes the logits before that.
 
     >>> hidden, weight = torch.eye(2), torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
     >>> rows, targets = torch.tensor([0, 0, 1]), torch.tensor([1, 2, 2])
@@ -52,7 +55,7 @@ def token_logprobs(
     (tensor([-0.5514, -1.5514, -0.2395]), tensor([-0.5514, -1.5514, -0.2395]))
     """
     out: tuple[Tensor, Tensor] = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, banned, entry, targets, temperature
+        hidden, weight, bias, banned, entry, targets, temperature, logit_map
     )
     return out
 
@@ -68,6 +71,7 @@ class _TokenLogprobs(torch.autograd.Function):
         entry: Tensor,
         targets: Tensor,
         temperature: float,
+        logit_map: LogitMap,
     ) -> tuple[Tensor, Tensor]:
         rows = len(hidden)
         largest = torch.full((rows,), torch.finfo(torch.float32).min, device=hidden.device)
@@ -76,13 +80,13 @@ class _TokenLogprobs(torch.autograd.Function):
         for columns in _chunks(rows, len(weight)):
             logits = _logits(hidden, weight, bias, columns)
             found = _compiled_on_gpu(hidden.device, _add_columns)(
-                logits, banned[columns], entry, targets - columns.start, temperature, *found
+                logits, banned[columns], entry, targets - columns.start, temperature, logit_map, *found
             )
         largest, total, moment, at_target = found
         log_total = total.log()
         logsumexp = largest + log_total
         ctx.save_for_backward(hidden, weight, bias, banned, entry, targets, logsumexp)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.logit_map = temperature, logit_map
         entropies = log_total - moment / total
         ctx.mark_non_differentiable(entropies)
         return at_target - logsumexp[entry], entropies
@@ -103,6 +107,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 entry,
                 targets - columns.start,
                 ctx.temperature,
+                ctx.logit_map,
                 logsumexp,
                 row_grad,
                 grad,
@@ -114,7 +119,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 grad_weight[columns] = _product(gradient.t(), hidden)
         if grad_hidden is not None:
             grad_hidden = grad_hidden.to(hidden.dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None
 
 
 def _chunks(rows: int, vocabulary: int) -> list[slice]:
@@ -131,7 +136,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: slice) -> Tensor:
-    """float32 [U, columns], before banned tokens are masked and before the division by the temperature."""
+    """float32 [U, columns], before the model's map, the mask of banned tokens and the division by the temperature."""
     logits = _product(hidden, weight[columns].t())
     return logits if bias is None else logits + bias[columns].float()
 
@@ -142,6 +147,7 @@ def _add_columns(
     entry: Tensor,
     targets: Tensor,
     temperature: float,
+    logit_map: LogitMap,
     largest: Tensor,
     total: Tensor,
     moment: Tensor,
@@ -149,7 +155,7 @@ def _add_columns(
 ) -> Columns:
     """Add the columns of `logits` to the running sums. `targets` count from the first of these columns and may lie
     outside them."""
-    logits = (logits / temperature).masked_fill(banned, float("-inf"))
+    logits = (logit_map(logits) / temperature).masked_fill(banned, float("-inf"))
     new = torch.maximum(largest, logits.amax(-1))
     below = logits - new[:, None]
     exponentials = below.exp()
@@ -167,6 +173,7 @@ def _logit_gradient(
     entry: Tensor,
     targets: Tensor,
     temperature: float,
+    logit_map: LogitMap,
     logsumexp: Tensor,
     row_grad: Tensor,
     grad: Tensor,
@@ -174,11 +181,13 @@ def _logit_gradient(
 ) -> Tensor:
     """The gradient of `logits`, `dtype` [U, columns]: Σ grad of the row's targets in that column − p · Σ grad of all
     targets of the row. `row_grad` is the second sum; it and `grad` are already divided by the temperature."""
-    logits = (logits / temperature).masked_fill(banned, float("-inf"))
+    mapped = logit_map(logits)
+    logits = (mapped / temperature).masked_fill(banned, float("-inf"))
     gradient = -row_grad[:, None] * (logits - logsumexp[:, None]).exp()
     inside = (targets >= 0) & (targets < logits.shape[1])
     columns = targets.clamp(0, logits.shape[1] - 1)
-    return gradient.index_put((entry, columns), torch.where(inside, grad, 0.0), accumulate=True).to(dtype)
+    gradient = gradient.index_put((entry, columns), torch.where(inside, grad, 0.0), accumulate=True)
+    return logit_map.multiply_by_slope(gradient, mapped).to(dtype)
 
 
 def _compiled_on_gpu(device: torch.device, function: Callable[..., Any]) -> Callable[..., Any]:

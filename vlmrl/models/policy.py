@@ -22,12 +22,15 @@ from transformers import AttentionInterface
 
 from vlmrl.errors import ModelError
 from vlmrl.models.attention.fused import VISION_ATTENTION, Kernel, vision_attention_forward
-from vlmrl.models.attention.tree import ATTENTION_NAME, KVPool, TreePlan, tree_attention_forward
+from vlmrl.models.attention.plan import TreePlan
+from vlmrl.models.attention.rules import attention_rules
+from vlmrl.models.attention.tree import ATTENTION_NAME, tree_attention_forward
 from vlmrl.models.blocks import uncompiled_in_inference
 from vlmrl.models.families.positions import PositionFunction
 from vlmrl.models.features import FeatureCache, ImageFeatures, Levels, first_features
 from vlmrl.models.head import token_logprobs
 from vlmrl.models.image_encoder import ImageEncoder
+from vlmrl.models.logit_map import logit_map
 from vlmrl.types import ImageItem
 
 AttentionInterface.register(ATTENTION_NAME, tree_attention_forward)
@@ -72,21 +75,25 @@ class Policy:
         self.positions = positions
         self.config = model.config
         text = self.config.get_text_config()
-        if getattr(text, "sliding_window", None) or getattr(text, "attn_logit_softcapping", None):
+        self.rules = attention_rules(type(model), self.config)
+        """Which tokens attend to which, per layer."""
+        stateful = {
+            kind
+            for kind, rule in zip(getattr(text, "layer_types", None) or (), self.rules.layers, strict=False)
+            if rule is None
+        }
+        if stateful - {"linear_attention"}:
             raise ModelError(
-                f"model {self.config.model_type!r} uses sliding windows or soft-capped attention, which tree attention "
-                "does not compute: choose a model with plain softmax attention"
+                f"model {self.config.model_type!r} has layers of type {', '.join(sorted(stateful))}, whose state after "
+                "a prefix the policy cannot share: choose a model with softmax attention"
             )
-        layers = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
-        if layers - {"linear_attention"}:
-            raise ModelError(
-                f"model {self.config.model_type!r} has layers of type {', '.join(sorted(layers))}, whose state after a "
-                "prefix the policy cannot share: choose a model with softmax attention"
-            )
-        self.is_recurrent = bool(layers)
+        self.is_recurrent = bool(stateful)
         """Whether some layers carry a state from token to token. Then samples can neither share a prefix nor be packed
         side by side."""
         self._decoder = model.base_model.get_decoder()
+        self._logit_map = logit_map(model)
+        self._is_capped = getattr(text, "attn_logit_softcapping", None) is not None
+        self._takes_layer_inputs = bool(getattr(text, "hidden_size_per_layer_input", 0))
         # Deepstack: levels of features after the first are added to the outputs of the first layers.
         self._takes_levels = "deepstack_visual_embeds" in _arguments(self._decoder)
         if self._takes_levels:
@@ -120,7 +127,7 @@ class Policy:
         """The kernel to plan a trainer's pass for. `shared`: whether rows share prefixes."""
         if not self._is_fused:
             return Kernel.blocks
-        return Kernel.flex if shared else Kernel.varlen
+        return Kernel.flex if shared or self.rules.image_runs or self._is_capped else Kernel.varlen
 
     def encode_images(self, images: Sequence[ImageItem]) -> ImageFeatures | None:
         """Run the vision tower once over `images`, which must be distinct. A frozen tower encodes only the images whose
@@ -169,32 +176,45 @@ class Policy:
         token_ids, mm_token_type_ids int64 [T]; position_ids int64 [4, T]; feature_rows int64 [placeholder rows]: the
         index of the feature that each placeholder row gets, in row order.
         """
-        rows = self.model.get_input_embeddings()(token_ids)
-        levels: dict[str, Any] = {}
-        if features is not None and len(feature_rows):
+        assert plan.rules == self.rules, "the pass was planned for another model"
+        is_shown = features is not None and len(feature_rows) > 0
+        # The id of an image token may lie outside the vocabulary (Gemma 3). Its embedding is replaced below.
+        ids = token_ids.masked_fill(mm_token_type_ids != 0, 0) if is_shown else token_ids
+        rows = self.model.get_input_embeddings()(ids)
+        extra: dict[str, Any] = {}
+        if self._takes_layer_inputs:
+            extra["per_layer_inputs"] = self._layer_inputs(token_ids, mm_token_type_ids != 0)
+        if features is not None and is_shown:
             shown = mm_token_type_ids.nonzero_static(size=len(feature_rows))[:, 0]
             first, *others = (level.index_select(0, feature_rows) for level in features.levels)
             rows = rows.index_copy(0, shown, first.to(rows.dtype))
             if others:
-                levels = {"visual_pos_masks": shown, "deepstack_visual_embeds": others}
+                extra |= {"visual_pos_masks": shown, "deepstack_visual_embeds": others}
         with uncompiled_in_inference():
             out = self._decoder(
                 inputs_embeds=rows[None],
                 position_ids=position_ids[:, None, :] if self._mrope else position_ids[:1],
                 use_cache=False,
                 tree_plan=plan,
-                **levels,
+                **extra,
             )
         return out.last_hidden_state[0]  # type: ignore[no-any-return]
 
+    def _layer_inputs(self, token_ids: Tensor, is_image: Tensor) -> Tensor:
+        """Gemma 4's second embedding, float [1, T, layers, size]: every layer gets a vector of its own for each token.
+        Image tokens count as padding there."""
+        padding = self.config.get_text_config().pad_token_id
+        inputs: Tensor = self._decoder.get_per_layer_inputs(token_ids.masked_fill(is_image, padding)[None], None)
+        return inputs
+
     def log_probs(self, hidden: Tensor, temperature: float) -> Tensor:
         """Log-probabilities float32 [n, vocabulary] of the distribution that the engine samples from and the trainer
-        learns: banned tokens −inf, then the division by the temperature, then log-softmax. `temperature=0` gives the
-        distribution at temperature 1; greedy sampling takes its maximum."""
+        learns: the model's own scale and soft cap, banned tokens −inf, then the division by the temperature, then
+        log-softmax. `temperature=0` gives the distribution at temperature 1; greedy sampling takes its maximum."""
         head = self.model.get_output_embeddings()
         # In float32, for any dtype of the weights and under autocast: a rounded logit moves every probability.
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = torch.nn.functional.linear(hidden.float(), head.weight.float(), head.bias)
+            logits = self._logit_map(torch.nn.functional.linear(hidden.float(), head.weight.float(), head.bias))
         logits = logits.masked_fill(self._banned, float("-inf"))
         return torch.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)
 
@@ -206,15 +226,6 @@ class Policy:
         head = self.model.get_output_embeddings()
         bias = None if head.bias is None else head.bias.detach()
         with torch.autocast(hidden.device.type, enabled=False):
-            return token_logprobs(hidden, head.weight, bias, self._banned, entry, targets, temperature or 1.0)
-
-    def kv_pool(self, slots: int) -> KVPool:
-        """An empty pool of keys and values for the embedded engine."""
-        text = self.config.get_text_config()
-        shape = (text.num_key_value_heads, slots, text.head_dim)
-        dtype = next(self.model.parameters()).dtype
-
-        def layer_tensors() -> list[Tensor]:
-            return [torch.empty(shape, dtype=dtype, device=self.device) for _ in range(text.num_hidden_layers)]
-
-        return KVPool(layer_tensors(), layer_tensors())
+            return token_logprobs(
+                hidden, head.weight, bias, self._banned, entry, targets, temperature or 1.0, self._logit_map
+            )

@@ -245,7 +245,7 @@ class Learner:
         """Each micro-batch, and whether it is the last."""
         policy, packing = self.policy, self.config.packing
         kernel = policy.kernel(shared=packing is Packing.tree)
-        batches = pack_share(share, packing, policy.positions, policy.device, kernel)
+        batches = pack_share(share, packing, policy.positions, policy.device, kernel, policy.rules)
         for number, batch in enumerate(batches, 1):
             yield batch, number == len(share.passes)
 

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from vlmrl.config.trainer import Packing
 from vlmrl.models.attention.fused import Kernel
-from vlmrl.models.attention.prefix_tree import ImageKeys, PrefixTree, Segment, build_tree
-from vlmrl.models.attention.tree import TreePlan, make_plan
+from vlmrl.models.attention.plan import TreePlan, make_plan
+from vlmrl.models.attention.prefix_tree import ImageKeys, PrefixTree, Segment, build_tree, image_ends
+from vlmrl.models.attention.rules import CAUSAL, AttentionRules
 from vlmrl.models.families.positions import PositionFunction
 from vlmrl.models.features import to_device
 from vlmrl.trainer.shares import Share, divide
@@ -72,18 +73,25 @@ def pack(
     device: torch.device,
     *,
     kernel: Kernel = Kernel.blocks,
+    rules: AttentionRules = CAUSAL,
 ) -> list[MicroBatch]:
-    """Micro-batches that hold each loss token of `samples` exactly once, planned for attention by `kernel`."""
-    return list(pack_share(divide(samples, packing, token_budget)[0], packing, positions, device, kernel))
+    """Micro-batches that hold each loss token of `samples` exactly once, planned for attention by `kernel` in layers
+    that follow `rules`."""
+    return list(pack_share(divide(samples, packing, token_budget)[0], packing, positions, device, kernel, rules))
 
 
 def pack_share(
-    share: Share, packing: Packing, positions: PositionFunction, device: torch.device, kernel: Kernel
+    share: Share,
+    packing: Packing,
+    positions: PositionFunction,
+    device: torch.device,
+    kernel: Kernel,
+    rules: AttentionRules,
 ) -> Iterator[MicroBatch]:
     """The micro-batches of one rank, each packed when it is asked for, so that packing overlaps with the GPU's work."""
     for members in share.passes:
         samples, packed = (share.samples, members) if members else ([share.filler], [[0]])
-        batch = _micro_batch(samples, packed, packing, positions, device, kernel)
+        batch = _micro_batch(samples, packed, packing, positions, device, kernel, rules)
         yield replace(batch, is_filler=not members, idle_image=None if batch.images else share.filler_image)
 
 
@@ -114,6 +122,7 @@ def _micro_batch(
     positions: PositionFunction,
     device: torch.device,
     kernel: Kernel,
+    rules: AttentionRules,
 ) -> MicroBatch:
     """Pack the samples that `members` names; those of one inner sequence are equal and share all rows."""
     image_keys = ImageKeys()
@@ -128,9 +137,11 @@ def _micro_batch(
         for index in equal
     ]
     loss_rows, entry = np.unique(np.concatenate([loss.rows for loss in losses]), return_inverse=True)
-    segments = [
-        Segment(parent, slots=np.arange(start, end), rows=np.arange(start, end)) for parent, start, end in tree.segments
-    ]
+    segments = []
+    for parent, start, end in tree.segments:
+        rows = np.arange(start, end)
+        ends = image_ends(mm_token_type_ids[start:end]) if rules.image_runs else None
+        segments.append(Segment(parent, slots=rows, rows=rows, image_ends=ends))
 
     def tensor(array: np.ndarray) -> Tensor:
         return to_device(array, device)
@@ -144,7 +155,7 @@ def _micro_batch(
         mm_token_type_ids=tensor(mm_token_type_ids),
         images=images,
         feature_rows=tensor(feature_rows),
-        plan=make_plan(kernel, segments, device),
+        plan=make_plan(kernel, segments, device, rules),
         loss_rows=tensor(loss_rows),
         entry=tensor(entry),
         targets=gather(lambda sample: sample.token_ids),

@@ -14,8 +14,8 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 
 from support.helpers import BANNED, IMAGE_PAD, PATCH_DIM, Part, image, plain_logits, prompt
 from vlmrl.errors import ModelError
+from vlmrl.models.attention.plan import TreePlan, plan_tree
 from vlmrl.models.attention.prefix_tree import Segment, build_tree
-from vlmrl.models.attention.tree import TreePlan, plan_tree
 from vlmrl.models.families.positions import position_function
 from vlmrl.models.policy import Policy
 from vlmrl.types import ImageItem, Prompt, mm_token_type_ids

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from support.helpers import IMAGE_PAD, Part, Sampled, image, plain_logprobs, sample, seen
+from support.helpers import IMAGE_PAD, Part, Sampled, blocks_of, image, plain_logprobs, sample, seen
 from vlmrl.config.trainer import Packing
-from vlmrl.models.attention import tree as tree_attention
+from vlmrl.models.attention import plan as tree_plan
 from vlmrl.models.families.positions import position_function
 from vlmrl.models.policy import Policy
 from vlmrl.trainer.packing import MicroBatch, pack
@@ -109,7 +109,7 @@ def test_each_loss_is_predicted_from_its_own_sample_s_prefix_and_nothing_else(
     positions = position_function("sequential" if breaks else "mrope", 2)
     samples = [with_breaks(each) for each in samples] if breaks else samples
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tree_attention, "MIN_SHARED_PAIRS", threshold)
+        patch.setattr(tree_plan, "MIN_SHARED_PAIRS", threshold)
         packed = pack(samples, packing, budget, positions, CPU)
     for batch in packed:
         sight = seen(batch.plan, num_rows(batch), num_rows(batch))
@@ -307,11 +307,11 @@ def test_packed_logprobs_and_gradients_are_those_of_one_by_one(
     threshold: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tree_attention, "MIN_SHARED_PAIRS", threshold)
+    monkeypatch.setattr(tree_plan, "MIN_SHARED_PAIRS", threshold)
     policy = Policy(tiny_model(), positions, [])
     packed = pack(samples, packing, budget, positions, CPU)
     assert (len(packed) == 1) == (budget == 16384)
-    assert any(batch.plan.shared for batch in packed) == (packing is Packing.tree and threshold == 64)
+    assert any(blocks_of(batch.plan).shared for batch in packed) == (packing is Packing.tree and threshold == 64)
     found = packed_numbers(policy, samples, packed)
     for mine, theirs in zip(found.logprobs, one_by_one.logprobs, strict=True):
         assert mine.shape == theirs.shape

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from vlmrl.inference.embedded.kv_cache import KVCache
+from vlmrl.models.attention.plan import TreePlan
 from vlmrl.models.attention.prefix_tree import ImageKeys
-from vlmrl.models.attention.tree import TreePlan
 from vlmrl.models.features import FeatureCache, ImageFeatures, Levels, to_device
 from vlmrl.models.policy import Policy
 from vlmrl.types import ImageItem
@@ -21,7 +21,7 @@ class CachedPolicy:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        self.kv_cache = KVCache(policy)
+        self.kv_cache = KVCache()
         self.image_keys = ImageKeys()
         self.version = -1
         """Policy version of the caches; −1 while they are empty."""

@@ -17,9 +17,17 @@ from vlmrl.inference.embedded.cached_policy import CachedPolicy
 from vlmrl.inference.embedded.prefill import DistinctPrompt, Prefilled
 from vlmrl.inference.embedded.requests import CachedTurn, Request
 from vlmrl.inference.embedded.sampling import sample_tokens, uniform_numbers
-from vlmrl.models.attention.prefix_tree import Segment
-from vlmrl.models.attention.tree import SharedBlock, TreePlan, local_blocks, shared_segments
-from vlmrl.models.features import to_device
+from vlmrl.models.attention.fused import FusedPlan
+from vlmrl.models.attention.plan import (
+    Blocks,
+    Path,
+    SharedBlock,
+    TreePlan,
+    local_blocks,
+    shared_blocks,
+    shared_segments,
+)
+from vlmrl.models.attention.prefix_tree import Segment, depths
 from vlmrl.types import Completion, FloatArray, IntArray
 
 
@@ -128,17 +136,39 @@ def _forward(
     first_slot = model.kv_cache.allocate(len(branches))
     for i, branch in enumerate(branches):
         branch.slots = [*branch.slots, first_slot + i]
-    paths = [np.concatenate([chain.private_slots[b.prompt], np.array(b.slots, dtype=np.int64)]) for b in branches]
-    plan = TreePlan(
-        shared=chain.blocks([b.prompt for b in branches], model.device),
-        local=local_blocks(
-            paths, [np.array([i]) for i in range(len(branches))], [len(path) - 1 for path in paths], model.device
-        ),
-    )
+    plan = _plan(model, branches, prompts, chain, step)
     at = np.array([[prompts[b.prompt].next_text_position, prompts[b.prompt].next_position] for b in branches])
     positions = np.stack([at[:, 0], at[:, 1], at[:, 1], at[:, 1]]) + step
     types = np.zeros(len(branches), np.int64)
     return model.forward(np.array(tokens), positions, types, [], plan, first_slot)
+
+
+def _plan(
+    model: CachedPolicy,
+    branches: Sequence[_Branch],
+    prompts: Sequence[DistinctPrompt],
+    chain: _SharedChain,
+    step: int,
+) -> TreePlan:
+    """The plan of a pass with the newest token of each branch. All of these are text, so no row sees a later one."""
+    row_depths = np.array([len(prompts[b.prompt].keys) + step for b in branches])
+    paths = [np.concatenate([chain.private_slots[b.prompt], np.array(b.slots, dtype=np.int64)]) for b in branches]
+    planned: dict[int | None, Blocks] = {}
+    by_window: dict[int | None, Blocks | FusedPlan] = {}
+    for rule in model.policy.rules.distinct:
+        window = None if rule.window is None or row_depths.max() < rule.window else rule.window
+        if window not in planned:
+            kept = [path[-(window or len(path)) :] for path in paths]
+            planned[window] = Blocks(
+                shared=chain.blocks([b.prompt for b in branches], row_depths, window, model.device),
+                local=local_blocks(
+                    [Path.causal(path, np.array([i]), len(path) - 1) for i, path in enumerate(kept)],
+                    None,
+                    model.device,
+                ),
+            )
+        by_window[rule.window] = planned[window]
+    return TreePlan(model.policy.rules, by_window)
 
 
 def _finish(sequence: _Sequence, version: int, prompts: Sequence[DistinctPrompt], prefilled: Prefilled) -> Completion:
@@ -172,7 +202,7 @@ class _SharedChain:
                 requests_below[segment] += 1
                 segment = segments[segment].parent
         shared = shared_segments([s.parent for s in segments], [len(s.slots) for s in segments], requests_below)
-        self._segments = segments
+        self._segments, self._depths = segments, depths(segments)
         self._members: dict[int, list[int]] = {i: [] for i in range(len(segments)) if shared[i]}
         """Shared segment → indices of the prompts below it, ascending and contiguous."""
         self.private_slots: list[IntArray] = []
@@ -188,12 +218,14 @@ class _SharedChain:
                 segment = segments[segment].parent
             self.private_slots.append(np.concatenate([np.empty(0, np.int64), *reversed(private)]))
 
-    def blocks(self, row_prompts: Sequence[int], device: torch.device) -> list[SharedBlock]:
-        """The shared blocks for rows whose prompts are `row_prompts`, in ascending order."""
-        blocks = []
+    def blocks(
+        self, row_prompts: Sequence[int], row_depths: IntArray, window: int | None, device: torch.device
+    ) -> list[SharedBlock]:
+        """The shared blocks for rows whose prompts are `row_prompts`, in ascending order, at depths `row_depths`."""
+        blocks: list[SharedBlock] = []
         for segment, members in self._members.items():
             start, end = np.searchsorted(row_prompts, [members[0], members[-1] + 1])
             if start < end:
-                slots = to_device(self._segments[segment].slots, device)
-                blocks.append(SharedBlock(int(start), int(end), slots))
+                slots, first_depth = self._segments[segment].slots, self._depths[segment]
+                blocks += shared_blocks(int(start), slots, first_depth, row_depths[start:end], window, device)
         return blocks

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from vlmrl.models.attention.tree import KVPool
-from vlmrl.models.policy import Policy
+from vlmrl.models.attention.plan import KVPool
 
 FIRST_CAPACITY_SLOTS = 4096
 
@@ -11,10 +10,8 @@ FIRST_CAPACITY_SLOTS = 4096
 class KVCache:
     """Hands out slots of a `KVPool` in ascending order. It grows when it is full, and is cleared only as a whole."""
 
-    def __init__(self, policy: Policy) -> None:
-        self.pool = KVPool([], [])
-        self._policy = policy
-        self._capacity = 0
+    def __init__(self) -> None:
+        self.pool = KVPool(0)
         self._used = 0
 
     def clear(self) -> None:
@@ -25,12 +22,6 @@ class KVCache:
         """Reserve `slots` consecutive slots and return the first. A full pool is copied into one of twice the size."""
         first = self._used
         self._used += slots
-        if self._used > self._capacity:
-            self._capacity = max(FIRST_CAPACITY_SLOTS, 2 * self._used)
-            pool = self._policy.kv_pool(self._capacity)
-            for old, new in zip(
-                [*self.pool.keys, *self.pool.values], [*pool.keys, *pool.values], strict=bool(self.pool.keys)
-            ):
-                new[:, :first] = old[:, :first]
-            self.pool = pool
+        if self._used > self.pool.capacity:
+            self.pool = self.pool.grown(max(FIRST_CAPACITY_SLOTS, 2 * self._used), first)
         return first

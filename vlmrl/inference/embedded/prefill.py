@@ -14,8 +14,8 @@ from torch import Tensor
 
 from vlmrl.inference.embedded.cached_policy import CachedPolicy
 from vlmrl.inference.embedded.requests import Request
-from vlmrl.models.attention.prefix_tree import PrefixTree, Segment, build_tree, sort_key
-from vlmrl.models.attention.tree import plan_tree
+from vlmrl.models.attention.plan import plan_tree
+from vlmrl.models.attention.prefix_tree import PrefixTree, Segment, build_tree, image_ends, sort_key
 from vlmrl.types import ImageItem, IntArray, Prompt, mm_token_type_ids
 
 
@@ -90,8 +90,8 @@ def prefill(model: CachedPolicy, prompts: Sequence[DistinctPrompt]) -> tuple[Pre
     row[new] = np.arange(len(new))
 
     inputs = _inputs(model, tree, prompts, row, len(new))
-    segments, segment_of = _cut_segments(tree, slot, row)
-    plan = plan_tree(segments, model.device)
+    segments, segment_of = _cut_segments(tree, slot, row, inputs.mm_token_type_ids)
+    plan = plan_tree(segments, model.device, model.policy.rules)
     last_rows = np.array([row[nodes[-1]] for nodes in tree.rows])
     hidden = model.forward(
         inputs.token_ids, inputs.position_ids, inputs.mm_token_type_ids, inputs.images, plan, first_slot
@@ -156,9 +156,11 @@ def _inputs(
     return _Inputs(token_ids, position_ids, types, images)
 
 
-def _cut_segments(tree: PrefixTree, slot: IntArray, row: IntArray) -> tuple[list[Segment], dict[int, int]]:
+def _cut_segments(
+    tree: PrefixTree, slot: IntArray, row: IntArray, types: IntArray
+) -> tuple[list[Segment], dict[int, int]]:
     """Cut each segment of the tree where its cached nodes end and its new rows begin → the segments, and for each
-    segment of the tree the index of its last part."""
+    segment of the tree the index of its last part. `types` int64 [rows] are the token types of the new rows."""
     segments: list[Segment] = []
     segment_of: dict[int, int] = {}
     for index, (parent, start, end) in enumerate(tree.segments):
@@ -167,7 +169,7 @@ def _cut_segments(tree: PrefixTree, slot: IntArray, row: IntArray) -> tuple[list
         for a, b in ((start, fresh_from), (fresh_from, end)):
             if a < b:
                 fresh_rows = row[a:b] if a == fresh_from else np.empty(0, np.int64)
-                segments.append(Segment(above, slot[a:b], fresh_rows))
+                segments.append(Segment(above, slot[a:b], fresh_rows, image_ends(types[fresh_rows])))
                 above = len(segments) - 1
         segment_of[index] = above
     return segments, segment_of

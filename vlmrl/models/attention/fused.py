@@ -1,9 +1,11 @@
 """Attention of a trainer's forward pass as one kernel on a GPU, in half precision. The rows of the pass are the keys.
 
     flex     any prefix tree. With the rows in depth-first order, "key k is an ancestor of query q" is two comparisons,
-             k ≤ q < end of the rows that descend from k's segment, so the whole tree is one block-sparse FlexAttention
-    varlen   sequences side by side that share nothing: torch's variable-length flash attention. Also used by the vision
-             tower, where every patch of an image attends to every other
+             k ≤ q < end of the rows that descend from k's segment, so the whole tree is one block-sparse FlexAttention.
+             Windows are differences of depths; a row of an image also sees the rows up to the end of its image
+    varlen   sequences side by side that share nothing: torch's variable-length flash attention, with windows, without
+             attention among an image's tokens and without soft caps. Also used by the vision tower, where every patch
+             of an image attends to every other
 
 `plan_flex` and `plan_varlen` compute what the kernels need on the host once per micro-batch, so no layer synchronizes
 with the GPU.
@@ -23,7 +25,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
-from vlmrl.models.attention.prefix_tree import Segment
+from vlmrl.models.attention.prefix_tree import Segment, depths
+from vlmrl.models.attention.rules import AttentionRule
 from vlmrl.models.features import to_device
 from vlmrl.models.old_torch import FLEX_KERNEL_OPTIONS, VARLEN_OPTIONS
 
@@ -47,6 +50,8 @@ class Sequences:
     """int32 [S + 1]; the first row of each sequence, then the number of rows."""
     longest: int
     """Rows of the longest sequence."""
+    window: int | None = None
+    """See `AttentionRule.window`."""
 
 
 FusedPlan: TypeAlias = BlockMask | Sequences
@@ -59,23 +64,57 @@ VISION_ATTENTION = "vlmrl_flash_varlen"
 call instead of one by one."""
 
 
-def plan_flex(segments: Sequence[Segment], device: torch.device) -> BlockMask:
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """What decides which of T rows see each other; int64 [T] each. Query q sees key k where k ≤ last[q], q < end[k] and
+    oldest[q] ≤ depth[k]."""
+
+    last: np.ndarray
+    """The last row that the row sees: itself, or the end of its image."""
+    end: np.ndarray
+    """The end of the rows that descend from the row's segment."""
+    depth: np.ndarray
+    """Rows before the row on its path."""
+    oldest: np.ndarray
+    """The smallest depth that the row sees."""
+
+    @staticmethod
+    def of(segments: Sequence[Segment], rule: AttentionRule) -> _Rows:
+        """`segments` in depth-first order, rows in the same order."""
+        ends = [int(segment.rows[-1]) + 1 for segment in segments]
+        for i in reversed(range(len(segments))):
+            if segments[i].parent >= 0:
+                ends[segments[i].parent] = max(ends[segments[i].parent], ends[i])
+        starts = depths(segments)
+        depth = np.concatenate([start + np.arange(len(s.rows)) for s, start in zip(segments, starts, strict=True)])
+        return _Rows(
+            last=np.concatenate([s.rows[0] + s.last_seen(rule.image_runs) for s in segments]),
+            end=np.concatenate([np.full(len(s.rows), end) for s, end in zip(segments, ends, strict=True)]),
+            depth=depth,
+            oldest=np.zeros_like(depth) if rule.window is None else depth - rule.window + 1,
+        )
+
+
+def plan_flex(segments: Sequence[Segment], device: torch.device, rule: AttentionRule) -> BlockMask:
     """The mask of one pass over `segments` (depth-first order; T rows in the same order).
 
     Which blocks of keys a block of queries touches follows from the extremes of each block, without any T × T array.
     """
-    last = [int(segment.rows[-1]) + 1 for segment in segments]
-    for i in reversed(range(len(segments))):
-        if segments[i].parent >= 0:
-            last[segments[i].parent] = max(last[segments[i].parent], last[i])
-    ends = np.concatenate([np.full(len(s.rows), end) for s, end in zip(segments, last, strict=True)])
-    length = len(ends)
+    rows = _Rows.of(segments, rule)
+    length = len(rows.end)
     starts = np.arange(0, length, FLEX_BLOCK)
-    stops = np.minimum(starts + FLEX_BLOCK, length)
-    lowest, highest = np.minimum.reduceat(ends, starts), np.maximum.reduceat(ends, starts)
-    q_start, q_stop = starts[:, None], stops[:, None]
-    touched = (starts < q_stop) & (q_start < highest)
-    whole = touched & (stops - 1 <= q_start) & (q_stop - 1 < lowest)
+    first, stop = starts, np.minimum(starts + FLEX_BLOCK, length)
+
+    def low(x: np.ndarray) -> np.ndarray:
+        return np.minimum.reduceat(x, starts)
+
+    def high(x: np.ndarray) -> np.ndarray:
+        return np.maximum.reduceat(x, starts)
+
+    touched = (first <= high(rows.last)[:, None]) & (first[:, None] < high(rows.end))
+    touched &= low(rows.oldest)[:, None] <= high(rows.depth)
+    whole = touched & (stop - 1 <= low(rows.last)[:, None]) & (stop[:, None] - 1 < low(rows.end))
+    whole &= high(rows.oldest)[:, None] <= low(rows.depth)
 
     def listed(blocks: np.ndarray) -> tuple[Tensor, Tensor]:
         """Per row of `blocks`, how many are set and their indices, then the indices of the others; int32 [1, 1, n] and
@@ -84,36 +123,71 @@ def plan_flex(segments: Sequence[Segment], device: torch.device) -> BlockMask:
         counts = to_device(blocks.sum(1).astype(np.int32), device)
         return counts[None, None], to_device(order.astype(np.int32), device)[None, None]
 
-    end_of = to_device(ends.astype(np.int32), device)
-
-    def is_ancestor(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (query < end_of[key])
-
     return BlockMask.from_kv_blocks(
         *listed(touched & ~whole),
         *listed(whole),
         BLOCK_SIZE=FLEX_BLOCK,
-        mask_mod=is_ancestor,
+        mask_mod=_mask_function(rows, rule, device),
         seq_lengths=(length, length),
     )
 
 
-def plan_varlen(segments: Sequence[Segment], device: torch.device) -> Sequences:
-    """The bounds of `segments`; no segment may have a parent."""
+def _mask_function(rows: _Rows, rule: AttentionRule, device: torch.device) -> Callable[..., Tensor]:
+    """Whether a query sees a key; it reads no array that the rule does not need."""
+
+    def tensor(array: np.ndarray) -> Tensor:
+        return to_device(array.astype(np.int32), device)
+
+    end = tensor(rows.end)
+
+    def is_ancestor(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query < end[key])
+
+    if rule == AttentionRule():
+        return is_ancestor
+    last, depth, oldest = tensor(rows.last), tensor(rows.depth), tensor(rows.oldest)
+
+    def is_visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= last[query]) & (query < end[key]) & (oldest[query] <= depth[key])
+
+    return is_visible
+
+
+def plan_varlen(segments: Sequence[Segment], device: torch.device, rule: AttentionRule) -> Sequences:
+    """The bounds of `segments`; no segment may have a parent, and no row may see a later one."""
     assert all(segment.parent < 0 for segment in segments), "varlen attention cannot express shared prefixes"
+    assert not rule.image_runs, "varlen attention cannot express attention among the tokens of an image"
     lengths = [len(segment.rows) for segment in segments]
-    return Sequences(to_device(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), device), max(lengths))
+    starts = to_device(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), device)
+    return Sequences(starts, max(lengths), rule.window)
 
 
-def attend_fused(query: Tensor, key: Tensor, value: Tensor, plan: FusedPlan, scaling: float) -> Tensor:
-    """Attention of one layer: query [1, H, T, D], key and value [1, KV, T, D] → [1, T, H, D]."""
+def attend_fused(
+    query: Tensor, key: Tensor, value: Tensor, plan: FusedPlan, scaling: float, softcap: float | None = None
+) -> Tensor:
+    """Attention of one layer: query [1, H, T, D], key and value [1, KV, T, D] → [1, T, H, D]. With `softcap` c a score
+    s becomes c · tanh(s / c)."""
     if isinstance(plan, Sequences):
-        return _varlen(query, key, value, plan.starts, plan.longest, scaling, causal=True)
+        assert softcap is None, "varlen attention has no soft caps"
+        window = (-1 if plan.window is None else plan.window - 1, 0)
+        return _varlen(query, key, value, plan.starts, plan.longest, scaling, window)
     # In a compiled layer it is compiled with that layer. On a CPU (tests) it stays uncompiled and has no backward pass.
     compile_here = query.is_cuda and not torch.compiler.is_compiling()
     attend: Any = _compiled_flex_attention() if compile_here else flex_attention
+
+    def capped(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        assert softcap is not None
+        return softcap * torch.tanh(score / softcap)
+
     out: Tensor = attend(
-        query, key, value, block_mask=plan, scale=scaling, enable_gqa=True, kernel_options=FLEX_KERNEL_OPTIONS
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else capped,
+        block_mask=plan,
+        scale=scaling,
+        enable_gqa=True,
+        kernel_options=FLEX_KERNEL_OPTIONS,
     )
     return out.transpose(1, 2)
 
@@ -135,14 +209,20 @@ def vision_attention_forward(
     side → [1, P, H, D]. `cu_seq_lens_q` are the bounds of the images."""
     assert attention_mask is None, "the bounds replace the mask"
     assert dropout == 0.0, "attention dropout is not supported"
-    return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, causal=False), None
+    return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, window=(-1, -1)), None
 
 
 def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, scaling: float, *, causal: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    longest: int,
+    scaling: float,
+    window: tuple[int, int],
 ) -> Tensor:
+    """`window`: how many keys before and after its own a row sees; −1 for all."""
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-    window = (-1, 0) if causal else (-1, -1)
     out = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scaling, window_size=window, **VARLEN_OPTIONS)
     assert isinstance(out, Tensor)
     return out[None]

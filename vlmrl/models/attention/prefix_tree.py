@@ -23,20 +23,46 @@ class ImageKeys:
     """Numbers the distinct images, so that equal tokens with different pixels are different prefixes."""
 
     def __init__(self) -> None:
-        self._numbers: dict[str, int] = {}
+        self._numbers: dict[tuple[str, ...], int] = {}
 
     def keys(self, token_ids: IntArray, placeholders: Sequence[Placeholder]) -> IntArray:
-        """int64 [L]: the token id; on the image tokens of a placeholder, −1 − (number of its image).
+        """int64 [L]: the token id; on the image tokens of a placeholder, −1 − (number of its image). Images with no token
+        between them count as one: where the tokens of an image attend to each other, they also attend to those of the
+        next.
 
         >>> place = Placeholder(1, 3, "ab", gaps=((1, 1),))
         >>> ImageKeys().keys(np.array([5, 9, 8, 9, 7]), [place]).tolist()
         [5, -1, 8, -1, 7]
         """
         keys = token_ids.copy()
-        for p in placeholders:
-            number = self._numbers.setdefault(p.hash, len(self._numbers))
-            keys[p.offset : p.offset + p.length][p.is_image] = -1 - number
+        for run in _neighbors(placeholders):
+            number = self._numbers.setdefault(tuple(p.hash for p in run), len(self._numbers))
+            for p in run:
+                keys[p.offset : p.offset + p.length][p.is_image] = -1 - number
         return keys
+
+
+def _neighbors(placeholders: Sequence[Placeholder]) -> list[list[Placeholder]]:
+    """`placeholders` in lists of those that follow each other without a token between them."""
+    runs: list[list[Placeholder]] = []
+    for p in placeholders:
+        if runs and runs[-1][-1].offset + runs[-1][-1].length == p.offset:
+            runs[-1].append(p)
+        else:
+            runs.append([p])
+    return runs
+
+
+def image_ends(types: IntArray) -> IntArray:
+    """int64 [n]; for each of n neighboring tokens the index of the last token of its run of image tokens; for a text
+    token its own index. `types` int64 [n] is 0 on text.
+
+    >>> image_ends(np.array([0, 1, 1, 0, 1])).tolist()
+    [0, 2, 2, 3, 4]
+    """
+    index = np.arange(len(types))
+    is_last = np.append((types[:-1] == 0) | (types[1:] == 0), True)
+    return np.minimum.accumulate(np.where(is_last, index, len(types))[::-1])[::-1]
 
 
 def sort_key(keys: IntArray) -> bytes:
@@ -78,6 +104,25 @@ class Segment:
     """int64 [n]; the slots of its keys and values."""
     rows: np.ndarray
     """int64 [n]; its query rows, ascending and contiguous; empty [0] where the keys are cached already."""
+    image_ends: np.ndarray | None = None
+    """int64 [n]; `image_ends` of its tokens. None where no row needs it. No branch begins inside a run of image tokens,
+    so each run lies in one segment, apart from a cached beginning."""
+
+    def last_seen(self, image_runs: bool) -> IntArray:
+        """int64 [rows]; for each row the index in the segment of the last token that it attends to: its own or, with
+        `image_runs`, that of the last token of its run of image tokens."""
+        if image_runs and len(self.rows):
+            assert self.image_ends is not None, "the segment was made for a model without attention among image tokens"
+            return self.image_ends
+        return np.arange(len(self.rows))
+
+
+def depths(segments: Sequence[Segment]) -> list[int]:
+    """For each segment the number of tokens before it on its path. Parents stand before their children."""
+    found: list[int] = []
+    for s in segments:
+        found.append(found[s.parent] + len(segments[s.parent].slots) if s.parent >= 0 else 0)
+    return found
 
 
 def build_tree(sequences: Sequence[IntArray], *, share: bool = True) -> PrefixTree:

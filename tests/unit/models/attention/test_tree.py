@@ -2,117 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from types import SimpleNamespace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
-from torch import Tensor
 
-from support.helpers import seen
+from support.attention_trees import (
+    CPU,
+    DIM,
+    HEADS,
+    KV_HEADS,
+    THRESHOLDS,
+    Tree,
+    assert_close,
+    attend,
+    dense,
+    dense_mask,
+    noise,
+    plan_of,
+    trees,
+)
+from support.helpers import blocks_of, seen
 from vlmrl.errors import ModelError
 from vlmrl.models.attention import fused as fused_attention
-from vlmrl.models.attention import tree as tree_attention
 from vlmrl.models.attention.fused import Kernel, Sequences, plan_flex
+from vlmrl.models.attention.plan import KVPool, make_plan, plan_tree
 from vlmrl.models.attention.prefix_tree import Segment
-from vlmrl.models.attention.tree import (
-    KVPool,
-    TreePlan,
-    make_plan,
-    plan_tree,
-    tree_attention_forward,
-)
-
-CPU = torch.device("cpu")
-MODULE: Any = SimpleNamespace(layer_idx=0)
-HEADS, KV_HEADS, DIM, SCALE = 6, 2, 8, 0.3
-THRESHOLDS = [1, 30, 16384]
-"""Values of MIN_SHARED_PAIRS for which all segments with rows below them, some, or none are shared."""
-
-
-@dataclass(frozen=True)
-class Tree:
-    """A random tree; `cached` segments have their keys in the pool already and no rows."""
-
-    parents: tuple[int, ...]
-    lengths: tuple[int, ...]
-    cached: tuple[bool, ...]
-
-    def segments(self) -> tuple[list[Segment], int]:
-        """Segments whose rows are numbered in order, and the first slot of the rows: cached keys come before it."""
-        first_slot = sum(n for n, cached in zip(self.lengths, self.cached, strict=True) if cached)
-        # Cached keys have slots in arbitrary order, as in a pool that turns and branches have filled.
-        free = iter(np.random.default_rng(0).permutation(first_slot))
-        segments, rows = [], 0
-        for parent, length, cached in zip(self.parents, self.lengths, self.cached, strict=True):
-            if cached:
-                slots = np.array([next(free) for _ in range(length)], np.int64)
-                segments.append(Segment(parent, slots, np.empty(0, np.int64)))
-            else:
-                own = np.arange(rows, rows + length)
-                segments.append(Segment(parent, first_slot + own, own))
-                rows += length
-        return segments, first_slot
-
-
-def dense_mask(segments: list[Segment]) -> NDArray[np.int64]:
-    """int64 [rows, slots]; 1 where the slot is the row's own or an ancestor's, straight from the definition."""
-    num_rows = sum(len(s.rows) for s in segments)
-    mask = np.zeros((num_rows, sum(len(s.slots) for s in segments)), np.int64)
-    for segment in segments:
-        above: list[int] = []
-        index = segment.parent
-        while index >= 0:
-            above += segments[index].slots.tolist()
-            index = segments[index].parent
-        for i, row in enumerate(segment.rows):
-            mask[row, above] = 1
-            mask[row, segment.slots[: i + 1]] = 1
-    return mask
-
-
-@st.composite
-def trees(draw: st.DrawFn, pool: bool = False) -> Tree:
-    parents: list[int] = []
-    cached: list[bool] = []
-    open_path = [-1]
-    for index in range(draw(st.integers(1, 9))):
-        depth = draw(st.integers(0, len(open_path) - 1))
-        parents.append(open_path[depth])
-        del open_path[depth + 1 :]
-        open_path.append(index)
-        cached.append(pool and (parents[-1] < 0 or cached[parents[-1]]) and draw(st.booleans()))
-    if all(cached):
-        cached = [False] * len(cached)
-    return Tree(tuple(parents), tuple(draw(st.integers(1, 9)) for _ in parents), tuple(cached))
-
-
-def plan_of(segments: list[Segment], threshold: int) -> TreePlan:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tree_attention, "MIN_SHARED_PAIRS", threshold)
-        return plan_tree(segments, CPU)
-
-
-def dense(mask: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q [H, T, D], k and v [KV, S, D], mask [T, S] → [H, T, D]."""
-    k, v = (x.repeat_interleave(len(q) // len(k), 0) for x in (k, v))
-    scores = (q @ k.transpose(1, 2) * SCALE).masked_fill(mask == 0, float("-inf"))
-    return torch.softmax(scores, -1) @ v
-
-
-def noise(seed: int, *shape: int) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape)).float()
-
-
-def attend(plan: TreePlan, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same as `dense`, by the plan."""
-    out, _ = tree_attention_forward(MODULE, q[None], k[None], v[None], None, SCALE, tree_plan=plan)
-    return out[0].transpose(0, 1)
+from vlmrl.models.attention.rules import AttentionRule
 
 
 @given(trees(pool=True), st.sampled_from(THRESHOLDS))
@@ -147,12 +66,6 @@ def test_output_and_gradients_are_those_of_dense_attention(
         assert_close(mine.grad, theirs.grad, 3e-6 * sharpness**2, terms=sharpness)
 
 
-def assert_close(found: Tensor, wanted: Tensor, tolerance: float = 3e-6, terms: float = 0.0) -> None:
-    """Relative to the whole tensor, because an entry may be a small difference of terms of size `terms`."""
-    error = float((found.detach().double() - wanted.detach()).norm())
-    assert error <= tolerance * (float(wanted.detach().norm()) + terms)
-
-
 @settings(max_examples=60)
 @given(trees(pool=True), st.sampled_from(THRESHOLDS), st.integers(0, 2**32))
 def test_rows_see_the_keys_that_earlier_passes_left_in_the_pool(tree: Tree, threshold: int, seed: int) -> None:
@@ -165,17 +78,18 @@ def test_rows_see_the_keys_that_earlier_passes_left_in_the_pool(tree: Tree, thre
         noise(seed + 2, KV_HEADS, slots, DIM),
     )
     # The pool is larger than its content; the unused slots hold NaN.
-    pool = KVPool(
-        [torch.full((KV_HEADS, slots + 5, DIM), torch.nan)], [torch.full((KV_HEADS, slots + 5, DIM), torch.nan)]
-    )
-    pool.keys[0][:, :first_slot], pool.values[0][:, :first_slot] = k[:, :first_slot], v[:, :first_slot]
+    pool = KVPool(slots + 5)
+    empty = torch.full((KV_HEADS, slots + 5, DIM), torch.nan)
+    pool.layers[0] = empty, empty.clone()
+    pool.write(0, 0, k[:, :first_slot], v[:, :first_slot])
     plan = replace(plan_of(segments, threshold), pool=pool, first_slot=first_slot)
     with torch.no_grad():
         out = attend(plan, q, k[:, first_slot:], v[:, first_slot:])
     assert_close(out, dense(torch.from_numpy(mask), q.double(), k.double(), v.double()))
-    torch.testing.assert_close(pool.keys[0][:, :slots], k, rtol=0, atol=0)
-    torch.testing.assert_close(pool.values[0][:, :slots], v, rtol=0, atol=0)
-    assert bool(pool.keys[0][:, slots:].isnan().all())
+    keys, values = pool.layers[0]
+    torch.testing.assert_close(keys[:, :slots], k, rtol=0, atol=0)
+    torch.testing.assert_close(values[:, :slots], v, rtol=0, atol=0)
+    assert bool(keys[:, slots:].isnan().all())
 
 
 GROUPS = Tree(
@@ -201,17 +115,17 @@ def test_a_mask_that_no_memory_holds_is_refused_before_it_is_made(lengths: list[
 
 def test_a_long_sequence_that_fits_is_planned() -> None:
     rows = np.arange(4096)
-    assert len(plan_tree([Segment(-1, rows, rows)], torch.device("cpu")).local) == 1
+    assert len(blocks_of(plan_tree([Segment(-1, rows, rows)], torch.device("cpu"))).local) == 1
 
 
 def test_a_group_of_rollouts_shares_its_prompt_at_the_default_threshold() -> None:
     segments, _ = GROUPS.segments()
-    plan = plan_tree(segments, CPU)
+    plan = blocks_of(plan_tree(segments, CPU))
     assert [len(block.slots) for block in plan.shared] == [300]
     assert [(block.start, block.end) for block in plan.shared] == [(300, sum(GROUPS.lengths))]
-    lower = plan_of(segments, 4000)
+    lower = blocks_of(plan_of(segments, 4000))
     assert [len(block.slots) for block in lower.shared] == [300, 60, 60, 60, 60]
-    work = [sum(block.mask.numel() for block in p.local) for p in (plan_of(segments, 10**9), plan, lower)]
+    work = [sum(block.mask.numel() for block in p.local) for p in (blocks_of(plan_of(segments, 10**9)), plan, lower)]
     assert work[0] > 2 * work[1] > 2 * work[2]
 
 
@@ -268,7 +182,7 @@ def test_flex_blocks_are_those_that_hold_a_visible_pair(tree: Tree, size: int) -
     segments, _ = tree.segments()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused_attention, "FLEX_BLOCK", size)
-        mask = plan_flex(segments, CPU)
+        mask = plan_flex(segments, CPU, AttentionRule())
     pairs = dense_mask(segments) > 0
     blocks = -(-len(pairs) // size)
     padded = np.pad(pairs, (0, blocks * size - len(pairs)))
@@ -312,7 +226,7 @@ def test_bfloat16_rounds_inputs_and_output_only(tree: Tree, threshold: int, seed
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6))
 def test_varlen_plans_hold_the_bounds_of_the_sequences(lengths: list[int]) -> None:
     segments, _ = Tree((-1,) * len(lengths), tuple(lengths), (False,) * len(lengths)).segments()
-    plan = make_plan(Kernel.varlen, segments, CPU).fused
+    plan = make_plan(Kernel.varlen, segments, CPU).by_window[None]
     assert isinstance(plan, Sequences)
     assert plan.starts.dtype is torch.int32
     assert plan.starts.tolist() == np.concatenate([[0], np.cumsum(lengths)]).tolist()
