@@ -26,9 +26,9 @@ class ImageKeys:
         self._numbers: dict[tuple[str, ...], int] = {}
 
     def keys(self, token_ids: IntArray, placeholders: Sequence[Placeholder]) -> IntArray:
-        """int64 [L]: the token id; on the image tokens of a placeholder, −1 − (number of its image). Images with no token
-        between them count as one: where the tokens of an image attend to each other, they also attend to those of the
-        next.
+        """int64 [L]: the token id; on the image tokens of a placeholder, −1 − (number of its image). Images with no
+        token between them count as one: where the tokens of an image attend to each other, they also attend to those of
+        the next.
 
         >>> place = Placeholder(1, 3, "ab", gaps=((1, 1),))
         >>> ImageKeys().keys(np.array([5, 9, 8, 9, 7]), [place]).tolist()

@@ -46,14 +46,14 @@ class _TreeAttention(torch.autograd.Function):
         group = heads // kv_heads
         dtype = q.dtype
         # Compute in float32 also for half-precision inputs: rounded scores would cause most of the mismatch between
-        # sampler and trainer.
-        q = q.float() * scale
+        # sampler and trainer. From here on q has the dtype of the computation.
+        q = q.to(torch.promote_types(dtype, torch.float32)) * scale
         out = q.new_empty(heads, length, dim)
-        lse = q.new_empty(heads, length, dtype=torch.float32)
+        lse = q.new_empty(heads, length)
         for local in blocks.local:
             B, n = local.rows.shape
             scores, block_lse, total = _exponentiate(_local_scores(q, k, local, kv_heads, group, softcap)[0])
-            values = v.index_select(1, local.slots.reshape(-1)).float().view(kv_heads * B, -1, dim)
+            values = v.index_select(1, local.slots.reshape(-1)).to(q.dtype).view(kv_heads * B, -1, dim)
             block_out = torch.bmm(scores.view(kv_heads * B, group * n, -1), values)
             block_out.div_(total.view(kv_heads * B, group * n, 1))
             block_out = block_out.view(kv_heads, B, group, n, dim).transpose(1, 2).reshape(heads, B * n, dim)
@@ -66,7 +66,7 @@ class _TreeAttention(torch.autograd.Function):
             scores, block_lse, total = _exponentiate(_shared_scores(q, k, shared, kv_heads, softcap)[0])
             if shared.mask is not None:
                 total.clamp_(min=1.0)  # 0 for a row that sees none of the keys, and at least 1 for any other
-            block_out = torch.bmm(scores, v[:, shared.slots].float()).div_(total.unsqueeze(-1))
+            block_out = torch.bmm(scores, v[:, shared.slots].to(q.dtype)).div_(total.unsqueeze(-1))
             rows = shared.end - shared.start
             _merge(
                 out[:, shared.start : shared.end],
@@ -85,10 +85,10 @@ class _TreeAttention(torch.autograd.Function):
         kv_heads, _, dim = k.shape
         heads = q.shape[0]
         group = heads // kv_heads
-        grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))
-        dtype, grad_out = grad_out.dtype, grad_out.float().contiguous()
+        grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=q.dtype) for x in (q, k, v))
+        dtype, grad_out = grad_out.dtype, grad_out.to(q.dtype).contiguous()
         delta = (grad_out * out).sum(-1)
-        """float32 [H, T]; the term of the score gradient that comes from the softmax's normalization."""
+        """[H, T]; the term of the score gradient that comes from the softmax's normalization."""
         for local in blocks.local:
             B, n = local.rows.shape
             flat_rows, flat_slots = local.rows.reshape(-1), local.slots.reshape(-1)
@@ -107,8 +107,8 @@ class _TreeAttention(torch.autograd.Function):
                 live[local.valid] = 1.0
                 probs.view(kv_heads, B, group, n, -1).mul_(live.view(B, 1, n, 1))
             row_grad = rowwise(grad_out)
-            keys = k.index_select(1, flat_slots).float().view(kv_heads * B, -1, dim)
-            values = v.index_select(1, flat_slots).float().view(kv_heads * B, -1, v.shape[-1])
+            keys = k.index_select(1, flat_slots).to(q.dtype).view(kv_heads * B, -1, dim)
+            values = v.index_select(1, flat_slots).to(q.dtype).view(kv_heads * B, -1, v.shape[-1])
             grad_values = torch.bmm(probs.transpose(1, 2), row_grad)
             grad_scores = torch.bmm(row_grad, values.transpose(1, 2))
             grad_scores.sub_(rowwise(delta).unsqueeze(-1)).mul_(probs)
@@ -130,11 +130,11 @@ class _TreeAttention(torch.autograd.Function):
             probs.sub_(fold(lse).unsqueeze(-1)).exp_()
             row_grad = fold(grad_out)
             grad_v.index_add_(1, shared.slots, torch.bmm(probs.transpose(1, 2), row_grad))
-            grad_scores = torch.bmm(row_grad, v[:, shared.slots].float().transpose(1, 2))
+            grad_scores = torch.bmm(row_grad, v[:, shared.slots].to(q.dtype).transpose(1, 2))
             grad_scores.sub_(fold(delta).unsqueeze(-1)).mul_(probs)
             if slope is not None:
                 grad_scores.mul_(slope)
-            grad_q[:, rows] += torch.bmm(grad_scores, k[:, shared.slots].float()).view(heads, -1, dim)
+            grad_q[:, rows] += torch.bmm(grad_scores, k[:, shared.slots].to(q.dtype)).view(heads, -1, dim)
             grad_k.index_add_(1, shared.slots, torch.bmm(grad_scores.transpose(1, 2), fold(q)))
         return grad_q.mul_(ctx.scale).to(dtype), grad_k.to(dtype), grad_v.to(dtype), None, None, None
 
@@ -154,12 +154,12 @@ def _exponentiate(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _local_scores(
     q: Tensor, k: Tensor, block: LocalBlock, kv_heads: int, group: int, softcap: float | None
 ) -> tuple[Tensor, Tensor | None]:
-    """float32 [KV, B, G × n, m]; −inf where the query does not attend to the key; the slope of the soft cap, of as many
+    """[KV, B, G × n, m]; −inf where the query does not attend to the key; the slope of the soft cap, of as many
     elements, or None. `q` is scaled already."""
     B, n = block.rows.shape
     dim = q.shape[-1]
     queries = q.index_select(1, block.rows.reshape(-1)).view(kv_heads, group, B, n, dim).transpose(1, 2)
-    keys = k.index_select(1, block.slots.reshape(-1)).float().view(kv_heads * B, -1, dim)
+    keys = k.index_select(1, block.slots.reshape(-1)).to(q.dtype).view(kv_heads * B, -1, dim)
     scores = torch.bmm(queries.reshape(kv_heads * B, group * n, dim), keys.transpose(1, 2))
     slope = None if softcap is None else _cap(scores, softcap)
     scores.view(kv_heads, B, group, n, -1).masked_fill_(~block.mask[:, None], float("-inf"))
@@ -169,9 +169,9 @@ def _local_scores(
 def _shared_scores(
     q: Tensor, k: Tensor, block: SharedBlock, kv_heads: int, softcap: float | None
 ) -> tuple[Tensor, Tensor | None]:
-    """float32 [KV, G × rows, m], and the slope of the soft cap or None. `q` is scaled already."""
+    """[KV, G × rows, m], and the slope of the soft cap or None. `q` is scaled already."""
     queries = q[:, block.start : block.end].reshape(kv_heads, -1, q.shape[-1])
-    scores = torch.bmm(queries, k[:, block.slots].float().transpose(1, 2))
+    scores = torch.bmm(queries, k[:, block.slots].to(q.dtype).transpose(1, 2))
     slope = None if softcap is None else _cap(scores, softcap)
     if block.mask is not None:
         scores.view(kv_heads, -1, *block.mask.shape).masked_fill_(~block.mask, float("-inf"))
