@@ -227,7 +227,7 @@ def packed_step(
     share = divide(samples, packing, budget)[0]
     done = Step(Work(), totals.tokens, 0.0, len(share.passes))
     losses, pairs = [], []
-    for batch in pack_share(share, packing, policy.positions, policy.device, kernel):
+    for batch in pack_share(share, packing, policy.positions, policy.device, kernel, policy.rules):
         logprobs, _ = loss_logprobs(policy, batch, 1.0)
         tokens = LossTokens(logprobs, batch.inference_logprobs, batch.advantages, batch.sample_index)
         loss = policy_loss(tokens, totals, AlgorithmConfig()).loss

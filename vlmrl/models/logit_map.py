@@ -82,6 +82,8 @@ def logit_map(model: Any) -> LogitMap:
     try:
         with torch.no_grad(), _replaced(model.base_model, _Output(hidden)), _replaced(head, known[None, None]):
             found: Tensor = model(input_ids=ids, use_cache=False).logits[0, 0]
+        if found.shape != known.shape:
+            raise ValueError(f"{len(known)} outputs of the head became {found.numel()} logits")
     except Exception as error:  # code of any family
         raise ModelError(
             f"{name}.forward could not be asked what it does to its logits, so its logprobs would be unknown: choose a "
@@ -92,7 +94,7 @@ def logit_map(model: Any) -> LogitMap:
     # Rounded to what a config holds: 1 / 16 · 1e-6 · 1e6 is not exactly 1 / 16.
     measured = LogitMap(float(f"{scale:.10g}"), cap)
     expected = measured(known)
-    if found.shape != known.shape or not torch.allclose(found.double(), expected, rtol=1e-6, atol=1e-9):
+    if not torch.allclose(found.double(), expected, rtol=1e-6, atol=1e-9):
         raise ModelError(
             f"{name}.forward makes {float(found[len(PROBES) - 1]):g} of a logit of {PROBES[-1]:g}. No factor with a "
             "soft cap does the same, so its logprobs would be unknown: choose a model that only scales or caps logits"

@@ -176,7 +176,7 @@ class Policy:
         token_ids, mm_token_type_ids int64 [T]; position_ids int64 [4, T]; feature_rows int64 [placeholder rows]: the
         index of the feature that each placeholder row gets, in row order.
         """
-        assert plan.rules == self.rules, "the pass was planned for another model"
+        assert plan.rules.distinct == self.rules.distinct, "the pass was planned for another model"
         is_shown = features is not None and len(feature_rows) > 0
         # The id of an image token may lie outside the vocabulary (Gemma 3). Its embedding is replaced below.
         ids = token_ids.masked_fill(mm_token_type_ids != 0, 0) if is_shown else token_ids

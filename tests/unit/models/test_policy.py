@@ -9,13 +9,25 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    MistralConfig,
+    MistralForCausalLM,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 
 from support.helpers import BANNED, IMAGE_PAD, PATCH_DIM, Part, image, plain_logits, prompt
 from vlmrl.errors import ModelError
 from vlmrl.models.attention.plan import TreePlan, plan_tree
 from vlmrl.models.attention.prefix_tree import Segment, build_tree
+from vlmrl.models.attention.rules import CAUSAL, AttentionRules
 from vlmrl.models.families.positions import position_function
 from vlmrl.models.policy import Policy
 from vlmrl.types import ImageItem, Prompt, mm_token_type_ids
@@ -36,12 +48,15 @@ TINY_TEXT: dict[str, Any] = {
 # transformers does not annotate its constructors.
 Decoder: Any = Qwen3VLTextModel
 Mistral: Any = MistralForCausalLM
+Llama4: Any = Llama4ForCausalLM
+PaliGemma: Any = PaliGemmaForConditionalGeneration
+GptOss: Any = GptOssForCausalLM
 Qwen3: Any = Qwen3ForCausalLM
 
 
-def plan_of(length: int) -> TreePlan:
+def plan_of(length: int, rules: AttentionRules = CAUSAL) -> TreePlan:
     tree = build_tree([np.arange(length)])
-    return plan_tree([Segment(p, np.arange(a, b), np.arange(a, b)) for p, a, b in tree.segments], CPU)
+    return plan_tree([Segment(p, np.arange(a, b), np.arange(a, b)) for p, a, b in tree.segments], CPU, rules)
 
 
 def hidden_states(policy: Policy, given: Prompt, images: Sequence[ImageItem]) -> Tensor:
@@ -56,7 +71,7 @@ def hidden_states(policy: Policy, given: Prompt, images: Sequence[ImageItem]) ->
             torch.from_numpy(given.token_ids),
             torch.from_numpy(policy.positions(length, given.placeholders, given.images)),
             torch.from_numpy(mm_token_type_ids(length, given.placeholders)),
-            plan_of(length),
+            plan_of(length, policy.rules),
             features,
             torch.from_numpy(np.concatenate([np.empty(0, np.int64), *rows])),
         )
@@ -100,10 +115,33 @@ def test_a_decoder_that_ignores_deepstack_levels_is_refused(tiny_model: Callable
         policy.encode_images([image(2, 3)])
 
 
-def test_a_model_with_sliding_windows_is_refused() -> None:
-    model = Mistral(MistralConfig(**TINY_TEXT, sliding_window=4))
-    with pytest.raises(ModelError, match="'mistral' uses sliding windows"):
+def test_a_model_with_chunked_attention_is_refused() -> None:
+    model = Llama4(Llama4TextConfig(**TINY_TEXT, num_local_experts=2, attention_chunk_size=4))
+    with pytest.raises(ModelError, match="Llama4ForCausalLM's mask function failed, so the policy cannot know"):
         Policy(model, position_function("sequential"), [])
+
+
+def test_a_model_whose_prompt_is_bidirectional_is_refused() -> None:
+    """PaliGemma: image and prompt see each other, the answer is causal."""
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**TINY_TEXT, "model_type": "gemma"}
+    config = PaliGemmaConfig(text_config=text, vision_config={**tower, "image_size": 28, "patch_size": 14})
+    with pytest.raises(ModelError, match=r"shows token \d+ to token 0, which no window and no image explains"):
+        Policy(PaliGemma(config), position_function("sequential"), [])
+
+
+def test_a_model_with_attention_sinks_is_refused_at_its_first_pass() -> None:
+    model = GptOss(GptOssConfig(**TINY_TEXT, num_local_experts=2, num_experts_per_tok=1, sliding_window=3))
+    policy = Policy(model.eval(), position_function("sequential"), [])
+    with pytest.raises(ModelError, match=r"GptOssAttention calls attention with s_aux \(attention sinks\)"):
+        hidden_states(policy, Prompt(np.arange(5), (), ()), [])
+
+
+def test_a_pass_that_was_planned_for_other_windows_is_refused() -> None:
+    policy = Policy(Mistral(MistralConfig(**TINY_TEXT, sliding_window=4)), position_function("sequential"), [])
+    ids = torch.arange(5)
+    with pytest.raises(AssertionError, match="planned for another model"):
+        policy.hidden_states(ids, ids.expand(4, 5), 0 * ids, plan_of(5), None, ids[:0])
 
 
 # ── the forward ─────────────────────────────────────────────────────────────────────────────────────────────

@@ -96,7 +96,9 @@ def one_by_one(model: Any, samples: Sequence[TrainingSample]) -> Numbers:
 
 def packed(policy: Policy, samples: Sequence[TrainingSample], packing: Packing, budget: int) -> Numbers:
     losses, found = [], [torch.empty(0)] * len(samples)
-    for batch in pack(samples, packing, budget, policy.positions, CPU, kernel=policy.kernel(shared=True)):
+    for batch in pack(
+        samples, packing, budget, policy.positions, CPU, kernel=policy.kernel(shared=True), rules=policy.rules
+    ):
         logprobs, _ = loss_logprobs(policy, batch, 1.0)
         tokens = LossTokens(logprobs, batch.inference_logprobs, batch.advantages, batch.sample_index)
         loss = policy_loss(tokens, totals_of(samples), AlgorithmConfig()).loss
