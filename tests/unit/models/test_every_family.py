@@ -15,9 +15,8 @@ from transformers import AutoModelForImageTextToText
 from support.families import FAMILIES
 from support.families.loading import load_processor
 from support.families.prompts import prompt_and_batch
-from vlmrl.errors import ModelError
-from vlmrl.models.attention.prefix_tree import Segment
-from vlmrl.models.attention.tree import plan_tree
+from vlmrl.models.attention.plan import plan_tree
+from vlmrl.models.attention.prefix_tree import Segment, image_ends
 from vlmrl.models.families.positions import position_function
 from vlmrl.models.image_encoder import alike, image_parameters
 from vlmrl.models.policy import Policy
@@ -25,16 +24,13 @@ from vlmrl.types import Prompt, mm_token_type_ids
 
 Folder = Callable[[str], Path]
 
-NOT_COMPUTED = {"gemma3", "gemma4", "aya_vision"}
-"""Families with attention that is refused."""
-
 OTHER_PLACES = {"ovis2"}
 """Ovis 2 also replaces the tokens around an image, which features in place of image tokens cannot do."""
 
 COMPUTED = [
     name
     for name, recipe in FAMILIES.items()
-    if recipe.image_token and not recipe.needs_torchvision and name not in NOT_COMPUTED | OTHER_PLACES
+    if recipe.image_token and not recipe.needs_torchvision and name not in OTHER_PLACES
 ]
 
 
@@ -52,14 +48,16 @@ def policy_of(model: Any) -> Policy:
 def logprobs(policy: Policy, prompt: Prompt) -> Tensor:
     """float32 [tokens, vocabulary] of the whole prompt as one sequence."""
     length = len(prompt.token_ids)
+    rows_of_prompt, types = np.arange(length), mm_token_type_ids(length, prompt.placeholders)
+    segment = Segment(-1, rows_of_prompt, rows_of_prompt, image_ends(types))
     features = policy.encode_images(prompt.images)
     assert features is not None
     rows = [np.arange(features.first[i.hash], features.first[i.hash] + i.num_tokens) for i in prompt.images]
     hidden = policy.hidden_states(
         torch.from_numpy(prompt.token_ids),
         torch.from_numpy(policy.positions(length, prompt.placeholders, prompt.images)),
-        torch.from_numpy(mm_token_type_ids(length, prompt.placeholders)),
-        plan_tree([Segment(-1, np.arange(length), np.arange(length))], torch.device("cpu")),
+        torch.from_numpy(types),
+        plan_tree([segment], torch.device("cpu"), policy.rules),
         features,
         torch.from_numpy(np.concatenate(rows)),
     )
@@ -90,12 +88,6 @@ def test_the_gradient_reaches_what_makes_the_features(family_folder: Folder, nam
     tower = model.get_encoder(modality="image")
     of_tower = {id(parameter) for parameter in tower.parameters()}
     assert {id(parameter) for parameter in image_parameters(model)} >= of_tower
-
-
-@pytest.mark.parametrize("name", sorted(NOT_COMPUTED))
-def test_other_attention_is_refused(family_folder: Folder, name: str) -> None:
-    with pytest.raises(ModelError, match="sliding windows or soft-capped attention"):
-        policy_of(load(family_folder(name)))
 
 
 def test_pictures_of_two_sizes_are_encoded_one_after_the_other(family_folder: Folder) -> None:
