@@ -15,13 +15,24 @@ from support.families.gemma import GEMMAS
 from support.families.glm import GLM4V
 from support.families.llava import LLAVAS
 from support.families.mistral import MISTRALS
+from support.families.more import MORE
 from support.families.qwen import QWENS
 from support.families.recipe import Recipe, build
 from support.families.text_only import TEXT_ONLY
 from support.families.tiles import TILED
 from support.families.unnamed import UNNAMED
 
-FAMILIES: dict[str, Recipe] = {**QWENS, **GEMMAS, **TILED, **LLAVAS, "glm4v": GLM4V, **MISTRALS, **TEXT_ONLY, **UNNAMED}
-"""By name: the model type, but for pixtral (llava) and llama3 (llama)."""
+FAMILIES: dict[str, Recipe] = {
+    **QWENS,
+    **GEMMAS,
+    **TILED,
+    **LLAVAS,
+    "glm4v": GLM4V,
+    **MISTRALS,
+    **TEXT_ONLY,
+    **UNNAMED,
+    **MORE,
+}
+"""By name: the model type, but for pixtral (llava), llama3 (llama) and gemma4_vision (gemma4)."""
 
 __all__ = ["FAMILIES", "Recipe", "build"]

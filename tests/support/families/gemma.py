@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from support.families.recipe import Ids, Recipe
@@ -106,6 +107,7 @@ def gemma4_config(ids: Ids) -> dict[str, Any]:
             "patch_size": 16,
             "pooling_kernel_size": 2,
             "position_embedding_size": 64,
+            "default_output_length": 70,
         },
         "audio_config": None,
         "boi_token_id": ids["<|image>"],
@@ -165,4 +167,24 @@ GEMMA4 = Recipe(
     scales=Scales(embedding=0.5, final_norm=3.0),
 )
 
-GEMMAS = {"gemma3": GEMMA3, "gemma4": GEMMA4}
+
+def gemma4_vision_config(ids: Ids) -> dict[str, Any]:
+    """As the large Gemma 4: an image's tokens see each other, no per-layer embeddings, keys are values in full
+    layers."""
+    config = gemma4_config(ids)
+    config["text_config"] |= {
+        "use_bidirectional_attention": "vision",
+        "hidden_size_per_layer_input": 0,
+        "attention_k_eq_v": True,
+    }
+    return config
+
+
+GEMMA4_VISION = replace(
+    GEMMA4,
+    config=gemma4_vision_config,
+    template="gemma4_vision",
+    template_source=("transcribed", "PrimeIntellect-ai/renderers renderers/gemma4.py (26B and 31B, without tools)"),
+)
+
+GEMMAS = {"gemma3": GEMMA3, "gemma4": GEMMA4, "gemma4_vision": GEMMA4_VISION}

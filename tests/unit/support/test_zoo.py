@@ -34,8 +34,8 @@ WITH_IMAGES = [
 
 SAME_IMAGE_TOKEN = [
     {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"},
-    {"llava_next", "llava_onevision", "idefics3", "smolvlm", "lfm2_vl"},
-    {"gemma4", "glm4v"},
+    {"llava", "llava_next", "llava_onevision", "idefics2", "idefics3", "smolvlm", "lfm2_vl"},
+    {"gemma4", "gemma4_vision", "glm4v"},
     {"mistral3", "pixtral"},
 ]
 """Families that really spell it the same."""
@@ -90,7 +90,7 @@ def test_image_tokens_are_as_many_as_features(
     tokens = int((batch["input_ids"] == _image_token_id(model)).sum())
     vision = {key: value for key, value in batch.items() if key not in {"input_ids", "attention_mask"}}
     with torch.no_grad():
-        features = model.get_image_features(**vision, return_dict=True).pooler_output
+        features = model.model.get_image_features(**vision, return_dict=True).pooler_output
     rows = sum(len(part) for part in features) if isinstance(features, list | tuple) else _rows(features)
     assert rows == tokens > 0
 

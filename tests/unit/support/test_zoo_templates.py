@@ -39,6 +39,10 @@ PROMPTS = {
         "<bos><|turn>user\n<|image|>What colour is it?<turn|>\n<|turn>model\nred<turn|>\n"
         "<|turn>user\nAnd<|image|>this?<turn|>\n<|turn>model\n"
     ),
+    "gemma4_vision": (
+        "<bos><|turn>user\n<|image|>What colour is it?<turn|>\n<|turn>model\nred<turn|>\n"
+        "<|turn>user\nAnd<|image|>this?<turn|>\n<|turn>model\n<|channel>thought\n<channel|>"
+    ),
     "internvl": (
         "<|im_start|>user\n<IMG_CONTEXT>\nWhat colour is it?<|im_end|>\n<|im_start|>assistant\nred<|im_end|>\n"
         "<|im_start|>user\nAnd <IMG_CONTEXT>\n this?<|im_end|>\n<|im_start|>assistant\n"
@@ -76,6 +80,15 @@ PROMPTS = {
     "lfm2_vl": (
         "<|startoftext|><|im_start|>user\n<image>What colour is it?<|im_end|>\n<|im_start|>assistant\nred<|im_end|>\n"
         "<|im_start|>user\nAnd <image> this?<|im_end|>\n<|im_start|>assistant\n"
+    ),
+    "llava": "USER: <image>\nWhat colour is it? ASSISTANT: red USER: <image>\nAnd   this? ASSISTANT:",
+    "idefics2": (
+        "User:<image>What colour is it?<end_of_utterance>\nAssistant: red<end_of_utterance>\n"
+        "User: And <image> this?<end_of_utterance>\nAssistant:"
+    ),
+    "janus": (
+        "<|User|>: <image_placeholder>\nWhat colour is it?\n\n<|Assistant|>: red<｜end▁of▁sentence｜>"
+        "<|User|>: And \n<image_placeholder>\n this?\n\n<|Assistant|>:"
     ),
 }
 """Rendered with the templates that `Recipe.template_source` names. GLM's prints an assistant's list of parts as
