@@ -73,6 +73,7 @@ FEWER = "preview.problems=20 preview.answers=1"
 
 EXCHANGED = {
     # shorter
+    "python -m vlmrl orchestrator/renderer=template": f"python -m vlmrl orchestrator/renderer=template {LESS}",
     "python -m vlmrl +eval_set@orchestrator.eval.sets.hard=default orchestrator.eval.sets.hard.samples=8": (
         "python -m vlmrl +eval_set@orchestrator.eval.sets.hard=default orchestrator.eval.sets.hard.samples=8 "
         f"orchestrator.eval.sets.hard.problems=4 {LESS}"
