@@ -10,10 +10,6 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     (("orchestrator/renderer=none",), "renderer=null leaves .*=qwen3vl_tiny .*image tokens and pixels: set .*=auto$"),
     (("~orchestrator/renderer",), "orchestrator.renderer=null leaves model.name=qwen3vl_tiny without a renderer"),
     (("orchestrator.renderer.name=qwen3",), "name=qwen3 does not serve model.vlm.family=qwen3_vl, .* one of qwen3-vl"),
-    (
-        ("orchestrator.renderer.options.thinks=true",),
-        "options.thinks is no option of the renderer qwen3-vl, so it would",
-    ),
     (("orchestrator.renderer.name=no_module:Mine",), "renderer.name=no_module:Mine names a module that"),
     (("model.vlm.renderers=[]",), r"model.vlm.renderers=\[\] names no renderer"),
     (("~model/vlm",), "renderer.name=auto takes the first of model.vlm.renderers, and model.vlm is null"),
