@@ -23,6 +23,7 @@ from transformers import AttentionInterface
 from vlmrl.errors import ModelError
 from vlmrl.models.attention.fused import VISION_ATTENTION, Kernel, vision_attention_forward
 from vlmrl.models.attention.plan import TreePlan
+from vlmrl.models.attention.recurrent import share_states
 from vlmrl.models.attention.rules import attention_rules
 from vlmrl.models.attention.tree import ATTENTION_NAME, tree_attention_forward
 from vlmrl.models.blocks import uncompiled_in_inference
@@ -77,20 +78,11 @@ class Policy:
         text = self.config.get_text_config()
         self.rules = attention_rules(type(model), self.config)
         """Which tokens attend to which, per layer."""
-        stateful = {
-            kind
-            for kind, rule in zip(getattr(text, "layer_types", None) or (), self.rules.layers, strict=False)
-            if rule is None
-        }
-        if stateful - {"linear_attention"}:
-            raise ModelError(
-                f"model {self.config.model_type!r} has layers of type {', '.join(sorted(stateful))}, whose state after "
-                "a prefix the policy cannot share: choose a model with softmax attention"
-            )
-        self.is_recurrent = bool(stateful)
-        """Whether some layers carry a state from token to token. Then samples can neither share a prefix nor be packed
-        side by side."""
         self._decoder = model.base_model.get_decoder()
+        kinds = enumerate(getattr(text, "layer_types", None) or ())
+        stateful = {index: kind for index, kind in kinds if self.rules.of_layer(index) is None}
+        self.is_recurrent = share_states(self._decoder, text.hidden_size, stateful)
+        """Whether some layers carry a state from token to token (attention/recurrent.py)."""
         self._logit_map = logit_map(model)
         self._is_capped = getattr(text, "attn_logit_softcapping", None) is not None
         self._takes_layer_inputs = bool(getattr(text, "hidden_size_per_layer_input", 0))

@@ -28,6 +28,7 @@ from torch import Tensor
 from vlmrl.errors import ModelError
 from vlmrl.models.attention.fused import FusedPlan, Kernel, plan_flex, plan_varlen
 from vlmrl.models.attention.prefix_tree import Segment, depths
+from vlmrl.models.attention.recurrent import StatePlan
 from vlmrl.models.attention.rules import CAUSAL, AttentionRule, AttentionRules
 from vlmrl.models.features import to_device
 from vlmrl.types import IntArray
@@ -120,6 +121,10 @@ class TreePlan:
     pool: KVPool | None = None
     first_slot: int = 0
     """The slot in the pool of the pass's first row: row r has slot `first_slot + r`."""
+    segments: Sequence[Segment] = ()
+    """The segments of a trainer's pass, for layers that carry a state."""
+    states: StatePlan | None = None
+    """The order in which layers that carry a state compute the rows; made from `segments` where it is missing."""
 
 
 def shared_segments(parents: Sequence[int], lengths: Sequence[int], queries: Sequence[int]) -> list[bool]:
@@ -235,7 +240,7 @@ def plan_tree(segments: Sequence[Segment], device: torch.device, rules: Attentio
         if effective not in planned:
             planned[effective] = _plan_rule(segments, effective, device)
         by_window[rule.window] = planned[effective]
-    return TreePlan(rules, by_window)
+    return TreePlan(rules, by_window, segments=segments)
 
 
 def _plan_rule(segments: Sequence[Segment], rule: AttentionRule, device: torch.device) -> Blocks:
@@ -291,4 +296,4 @@ def make_plan(
     if kernel is Kernel.blocks:
         return plan_tree(segments, device, rules)
     plan = partial(plan_flex if kernel is Kernel.flex else plan_varlen, segments, device)
-    return TreePlan(rules, {rule.window: plan(rule) for rule in rules.distinct})
+    return TreePlan(rules, {rule.window: plan(rule) for rule in rules.distinct}, segments=segments)
