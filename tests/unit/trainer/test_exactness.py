@@ -238,8 +238,8 @@ def test_a_mixture_of_experts(tiny_model: Callable[[], Any]) -> None:
     assert_same(packed(policy, forks(), Packing.tree, 16384), one_by_one(other, forks()))
 
 
-def test_a_family_with_layers_that_carry_a_state_is_trained_one_by_one(tiny_model: Callable[[], Any]) -> None:
-    """Qwen3.5: three of four layers are linear attention, whose state would leak between samples in one sequence."""
+def test_a_family_with_layers_that_carry_a_state(tiny_model: Callable[[], Any]) -> None:
+    """Qwen3.5: three of four layers are linear attention, whose state after a prefix is where its branches start."""
     torch.manual_seed(0)
     ids = tiny_model().config
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_interleaved": True, "mrope_section": [1, 1, 0]}
@@ -271,7 +271,5 @@ def test_a_family_with_layers_that_carry_a_state_is_trained_one_by_one(tiny_mode
     policy = Policy(model, position_function("mrope", 2), [])
     assert policy.is_recurrent
     wanted = one_by_one(other, forks())
-    assert_same(packed(policy, forks(), Packing.none, 1), wanted)
-    for packing in (Packing.tree, Packing.varlen):
-        with pytest.raises(AssertionError):
-            assert_same(packed(policy, forks(), packing, 16384), wanted)
+    for packing in Packing:
+        assert_same(packed(policy, forks(), packing, 16384), wanted)

@@ -28,6 +28,7 @@ from vlmrl.models.attention.plan import (
     shared_segments,
 )
 from vlmrl.models.attention.prefix_tree import Segment, depths
+from vlmrl.models.attention.recurrent import PrefixStates, plan_states
 from vlmrl.types import Completion, FloatArray, IntArray
 
 
@@ -67,6 +68,8 @@ class _Branch:
     """Slots of the continuation's tokens in the KV cache."""
     sequences: list[_Sequence] = field(default_factory=list)
     """The unfinished requests that have sampled exactly this continuation."""
+    states: PrefixStates = field(default_factory=dict)
+    """After the continuation; empty for a model whose layers carry no state."""
 
 
 def decode(
@@ -83,7 +86,7 @@ def decode(
     """
     sequences = [_Sequence(request, prompt) for request, prompt in zip(requests, request_prompt, strict=True)]
     chain = _SharedChain(prompts, prefilled.segments, request_prompt)
-    branches = [_Branch(prompt) for prompt in range(len(prompts))]
+    branches = [_Branch(prompt, states=states) for prompt, states in enumerate(prefilled.states)]
     for sequence in sequences:
         branches[sequence.prompt].sequences.append(sequence)
     hidden, rows = prefilled.hidden, 0
@@ -117,7 +120,8 @@ def _split(branches: Sequence[_Branch], tokens: IntArray, logprobs: FloatArray) 
             sequence.add(token, float(logprobs[position]), branch)
             position += 1
             if not sequence.is_finished:
-                by_token.setdefault(token, _Branch(branch.prompt, branch.slots)).sequences.append(sequence)
+                child = _Branch(branch.prompt, branch.slots, states=branch.states)
+                by_token.setdefault(token, child).sequences.append(sequence)
         for token, child in sorted(by_token.items()):
             children.append(child)
             child_tokens.append(token)
@@ -140,7 +144,11 @@ def _forward(
     at = np.array([[prompts[b.prompt].next_text_position, prompts[b.prompt].next_position] for b in branches])
     positions = np.stack([at[:, 0], at[:, 1], at[:, 1], at[:, 1]]) + step
     types = np.zeros(len(branches), np.int64)
-    return model.forward(np.array(tokens), positions, types, [], plan, first_slot)
+    hidden = model.forward(np.array(tokens), positions, types, [], plan, first_slot)
+    if plan.states is not None:
+        for i, branch in enumerate(branches):
+            branch.states = plan.states.ends[i]
+    return hidden
 
 
 def _plan(
@@ -168,7 +176,12 @@ def _plan(
                 ),
             )
         by_window[rule.window] = planned[window]
-    return TreePlan(model.policy.rules, by_window)
+    states = None
+    if model.policy.is_recurrent:
+        rows = [np.array([i]) for i in range(len(branches))]
+        starts = {i: branch.states for i, branch in enumerate(branches)}
+        states = plan_states([Segment(-1, row, row) for row in rows], model.device, starts, range(len(branches)))
+    return TreePlan(model.policy.rules, by_window, states=states)
 
 
 def _finish(sequence: _Sequence, version: int, prompts: Sequence[DistinctPrompt], prefilled: Prefilled) -> Completion:
@@ -179,6 +192,7 @@ def _finish(sequence: _Sequence, version: int, prompts: Sequence[DistinctPrompt]
         version,
         np.concatenate([prompts[sequence.prompt].keys, token_ids[:-1]]),
         np.concatenate([prefilled.slots[sequence.prompt], np.array(sequence.last_branch.slots, dtype=np.int64)]),
+        sequence.last_branch.states,
     )
     return Completion(
         token_ids=token_ids,

@@ -5,7 +5,7 @@ All distinct prompts form one prefix tree, so a token that several prompts share
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +16,7 @@ from vlmrl.inference.embedded.cached_policy import CachedPolicy
 from vlmrl.inference.embedded.requests import Request
 from vlmrl.models.attention.plan import plan_tree
 from vlmrl.models.attention.prefix_tree import PrefixTree, Segment, build_tree, image_ends, sort_key
+from vlmrl.models.attention.recurrent import PrefixStates, StatePlan, plan_states
 from vlmrl.types import ImageItem, IntArray, Prompt, mm_token_type_ids
 
 
@@ -30,6 +31,8 @@ class DistinctPrompt:
     """Leading tokens whose keys and values are in the KV cache."""
     cached_slots: IntArray = field(default_factory=lambda: np.empty(0, np.int64))
     """int64 [cached]; their slots."""
+    cached_states: PrefixStates = field(default_factory=dict)
+    """After these tokens; empty for a model whose layers carry no state."""
     next_position: int = 0
     """MRoPE position of the first sampled token."""
     next_text_position: int = 0
@@ -48,12 +51,15 @@ class Prefilled:
     """float [prompts, hidden]; the hidden state of each prompt's last token."""
     segments: list[Segment]
     """The prefix tree of the prompts."""
+    states: list[PrefixStates]
+    """Per prompt, after its last token; empty for a model whose layers carry no state."""
 
 
 def distinct_prompts(model: CachedPolicy, requests: Sequence[Request]) -> tuple[list[DistinctPrompt], list[int]]:
     """Return the distinct prompts in sorted order, and the index of each request's prompt.
 
-    Each prompt gets the longest cached prefix among the sessions that send it.
+    Each prompt gets the longest cached prefix among the sessions that send it. Layers that carry a state have it only
+    after the last token of a turn, so there the prompt must be longer than the turn.
     """
     by_key: dict[bytes, DistinctPrompt] = {}
     requested: list[bytes] = []
@@ -69,8 +75,10 @@ def distinct_prompts(model: CachedPolicy, requests: Sequence[Request]) -> tuple[
         last_turn = request.session.last_turn
         if last_turn is not None and last_turn.version == model.version and len(last_turn.keys) > distinct.cached:
             n = min(len(last_turn.keys), len(distinct.keys) - 1)
-            if np.array_equal(last_turn.keys[:n], distinct.keys[:n]):
+            is_whole = n == len(last_turn.keys) or not model.policy.is_recurrent
+            if is_whole and np.array_equal(last_turn.keys[:n], distinct.keys[:n]):
                 distinct.cached, distinct.cached_slots = n, last_turn.slots[:n]
+                distinct.cached_states = last_turn.states
         requested.append(key)
     order = {key: i for i, key in enumerate(sorted(by_key))}
     return [by_key[key] for key in order], [order[key] for key in requested]
@@ -83,6 +91,12 @@ def prefill(model: CachedPolicy, prompts: Sequence[DistinctPrompt]) -> tuple[Pre
     """
     tree = build_tree([prompt.keys for prompt in prompts])
     slot = _cached_slots(tree, prompts)
+    states = {
+        int(nodes[p.cached - 1]): p.cached_states for p, nodes in zip(prompts, tree.rows, strict=True) if p.cached
+    }
+    if model.policy.is_recurrent:
+        _compute_up_to_states(tree, slot, states)
+    cached_states = {int(slot[node]): each for node, each in states.items()}
     new = np.flatnonzero(slot < 0)
     first_slot = model.kv_cache.allocate(len(new))
     slot[new] = np.arange(first_slot, first_slot + len(new))
@@ -91,16 +105,19 @@ def prefill(model: CachedPolicy, prompts: Sequence[DistinctPrompt]) -> tuple[Pre
 
     inputs = _inputs(model, tree, prompts, row, len(new))
     segments, segment_of = _cut_segments(tree, slot, row, inputs.mm_token_type_ids)
+    ends = [end for _, _, end in tree.segments]
+    for prompt, nodes in zip(prompts, tree.rows, strict=True):
+        prompt.segment = segment_of[int(np.searchsorted(ends, nodes[-1], side="right"))]
     plan = plan_tree(segments, model.device, model.policy.rules)
+    if model.policy.is_recurrent:
+        plan.states = _plan_states(segments, cached_states, prompts, model.device)
     last_rows = np.array([row[nodes[-1]] for nodes in tree.rows])
     hidden = model.forward(
         inputs.token_ids, inputs.position_ids, inputs.mm_token_type_ids, inputs.images, plan, first_slot
     )
-    ends = [end for _, _, end in tree.segments]
-    for prompt, nodes in zip(prompts, tree.rows, strict=True):
-        prompt.segment = segment_of[int(np.searchsorted(ends, nodes[-1], side="right"))]
     slots = [slot[nodes] for nodes in tree.rows]
-    return Prefilled(slots, hidden[torch.from_numpy(last_rows)], segments), len(new)
+    after = [{} if plan.states is None else plan.states.ends[prompt.segment] for prompt in prompts]
+    return Prefilled(slots, hidden[torch.from_numpy(last_rows)], segments, after), len(new)
 
 
 def _cached_slots(tree: PrefixTree, prompts: Sequence[DistinctPrompt]) -> IntArray:
@@ -112,6 +129,32 @@ def _cached_slots(tree: PrefixTree, prompts: Sequence[DistinctPrompt]) -> IntArr
     # hidden state.
     slot[[nodes[-1] for nodes in tree.rows]] = -1
     return slot
+
+
+def _compute_up_to_states(tree: PrefixTree, slot: IntArray, states: Mapping[int, PrefixStates]) -> None:
+    """Have the pass compute again, by `slot` = −1, what leads from a node of `states`, or from the start, to a node
+    that it computes: layers that carry a state cannot start elsewhere."""
+    for nodes in tree.rows:
+        fresh = slot[nodes] < 0
+        for last in np.flatnonzero(fresh[1:] & ~fresh[:-1])[::-1]:
+            while last >= 0 and slot[nodes[last]] >= 0 and int(nodes[last]) not in states:
+                slot[nodes[last]] = -1
+                last -= 1
+
+
+def _plan_states(
+    segments: Sequence[Segment],
+    cached: Mapping[int, PrefixStates],
+    prompts: Sequence[DistinctPrompt],
+    device: torch.device,
+) -> StatePlan:
+    """`cached`: slot → the states after its token. Keeps the states after each prompt."""
+    starts = {
+        index: cached[int(segments[segment.parent].slots[-1])]
+        for index, segment in enumerate(segments)
+        if len(segment.rows) and segment.parent >= 0 and not len(segments[segment.parent].rows)
+    }
+    return plan_states(segments, device, starts, [prompt.segment for prompt in prompts])
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,9 +179,8 @@ def _inputs(
     position_ids = np.empty((4, num_rows), np.int64)
     types = np.empty(num_rows, np.int64)
     shown: dict[int, ImageItem] = {}
-    for prompt, nodes, new_from in zip(prompts, tree.rows, tree.new_from, strict=True):
+    for prompt, nodes, start in zip(prompts, tree.rows, tree.new_from, strict=True):
         source = prompt.prompt
-        start = max(new_from, prompt.cached)
         rows = row[nodes[start:]]
         fresh = rows >= 0
         length = len(source.token_ids)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vlmrl.models.attention.recurrent import PrefixStates
 from vlmrl.types import IntArray, Prompt, SamplingParams
 
 
@@ -18,6 +19,8 @@ class CachedTurn:
     it was never an input of the model."""
     slots: IntArray
     """int64 [n]; the slot of each in the KV cache."""
+    states: PrefixStates
+    """After all of `keys`; empty for a model whose layers carry no state."""
 
 
 @dataclass(eq=False)
