@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 
 from vlmrl.config.run import RunConfig
-from vlmrl.config.trainer import Packing
 
 
 def settle(config: RunConfig) -> tuple[RunConfig, list[str]]:
@@ -19,36 +18,19 @@ def settle(config: RunConfig) -> tuple[RunConfig, list[str]]:
     from vlmrl.monitor.wandb_logger import settle_wandb
 
     monitor = dataclasses.replace(config.monitor, wandb=settle_wandb(config.monitor.wandb))
-    config, notes = _settle_packing(dataclasses.replace(config, monitor=monitor))
-    return _settle_compile(config, notes)
+    return _settle_compile(dataclasses.replace(config, monitor=monitor))
 
 
 COMPILES_NOTHING = "trainer.compile=null compiles no layer here, because the model is on a CPU, where it takes minutes"
 """The note of a run, and of a plan, whose layers would be compiled on a GPU."""
 
 
-def _settle_compile(config: RunConfig, notes: list[str]) -> tuple[RunConfig, list[str]]:
+def _settle_compile(config: RunConfig) -> tuple[RunConfig, list[str]]:
     """`trainer.compile=null` is true where the model is on a GPU."""
     if config.trainer.compile is not None:
-        return config, notes
+        return config, []
     from vlmrl.models.checkpoints.load import resolve_device
 
     on_gpu = resolve_device(config.model).type != "cpu"
     config = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, compile=on_gpu))
-    return config, notes if on_gpu else [*notes, COMPILES_NOTHING]
-
-
-def _settle_packing(config: RunConfig) -> tuple[RunConfig, list[str]]:
-    """Samples of a model whose layers carry a state can neither share a prefix nor stand side by side."""
-    if config.trainer.packing is Packing.none:
-        return config, []
-    from vlmrl.models.checkpoints.layers import stateful_layers
-
-    layers = stateful_layers(config.model)
-    if not layers:
-        return config, []
-    note = (
-        f"trainer.packing={config.trainer.packing.value} is changed to none: {config.model.name} has layers of "
-        f"{', '.join(layers)}, which carry a state from token to token, so its samples are trained one by one"
-    )
-    return dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, packing=Packing.none)), [note]
+    return config, [] if on_gpu else [COMPILES_NOTHING]

@@ -25,7 +25,6 @@ from vlmrl.config.model import Dtype, Init, ModelConfig
 from vlmrl.config.orchestrator import TEMPLATE, EvalConfig
 from vlmrl.config.run import RunConfig
 from vlmrl.config.task import most_turns
-from vlmrl.config.trainer import Packing
 from vlmrl.config.weight_sync import CudaIpcSyncConfig, FolderSyncConfig, NcclSyncConfig
 from vlmrl.inference.embedded.engine import EmbeddedEngine
 from vlmrl.inference.vllm.engine import VllmEngine
@@ -245,7 +244,6 @@ def build_run(config: RunConfig, run_dir: RunDir, monitor: Monitor, rank_group: 
     if config.model.init is Init.random and isinstance(config.inference, VllmConfig):
         folder = write_weights(model, folder, run_dir.path / "initial_model")
     policy = make_policy(config, model, renderer.banned_token_ids)
-    assert config.trainer.packing is Packing.none or not policy.is_recurrent, "settle() chooses the packing"
     trainer = make_trainer(config, policy, texts, renderer.banned_token_ids, rank_group)
     engine, weight_sync = make_engine(config, folder, policy, trainer, run_dir, monitor)
     runner = RolloutRunner(

@@ -88,12 +88,6 @@ def later_refusals(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tu
     with monkeypatch.context() as patch:
         patch.setattr("torch.cuda.is_available", lambda: False)
         yield refused(Stage.here, Site(), "model=qwen3vl", "model.init=random", "model/size=2b", *NCCL)
-    (folder / "config.json").write_text('{"text_config": {"layer_types": ["linear_attention"]}}')
-    text = ("model=qwen3vl", "~model/vlm", "orchestrator.renderer.name=qwen3", "model.device=cpu")
-    with monkeypatch.context() as patch:
-        patch.setattr("vlmrl.models.checkpoints.load.missing_files", lambda folder, config: [])
-        patch.setattr("vlmrl.models.checkpoints.load.weight_bytes", lambda folder: 1)
-        yield refused(Stage.here, Site(), f"model.name={folder}", *text)
     yield refused(Stage.here, Site(), "~model/vlm", "orchestrator.renderer.name=no-such-renderer")
 
 

@@ -109,16 +109,16 @@ def packed(policy: Policy, samples: Sequence[TrainingSample], packing: Packing, 
     return Numbers(policy.model, found, torch.stack(losses).sum())
 
 
-def assert_same(mine: Numbers, theirs: Numbers) -> None:
+def assert_same(mine: Numbers, theirs: Numbers, tolerance: float = TOLERANCE) -> None:
     for ours, reference in zip(mine.logprobs, theirs.logprobs, strict=True):
-        assert float(((ours - reference) / reference).abs().max()) <= TOLERANCE
+        assert float(((ours - reference) / reference).abs().max()) <= tolerance
     size = max(float(x.norm()) for x in theirs.gradients.values())
     assert mine.gradients.keys() == theirs.gradients.keys()
     for name, reference in theirs.gradients.items():
         # A gradient whose terms cancel can only be as exact as those terms.
         error = float((mine.gradients[name] - reference).norm())
-        assert error <= TOLERANCE * max(float(reference.norm()), 1e-3 * size), f"gradient of {name}: {error}"
-    assert float((mine.loss - theirs.loss).abs()) <= TOLERANCE * max(1e-1, float(theirs.loss.abs()))
+        assert error <= tolerance * max(float(reference.norm()), 1e-3 * size), f"gradient of {name}: {error}"
+    assert float((mine.loss - theirs.loss).abs()) <= tolerance * max(1e-1, float(theirs.loss.abs()))
 
 
 @pytest.fixture(autouse=True)
@@ -250,6 +250,7 @@ def test_a_family_with_layers_that_carry_a_state(tiny_model: Callable[[], Any]) 
             **TEXT,
             **linear,
             "num_hidden_layers": 4,
+            "initializer_range": 0.1,
             "rope_parameters": {**rope, "partial_rotary_factor": 0.25},
         },
         vision_config={
@@ -272,4 +273,5 @@ def test_a_family_with_layers_that_carry_a_state(tiny_model: Callable[[], Any]) 
     assert policy.is_recurrent
     wanted = one_by_one(other, forks())
     for packing in Packing:
-        assert_same(packed(policy, forks(), packing, 16384), wanted)
+        # The decay's gradients cancel in float32; tests/unit/models/attention/test_recurrent.py compares in float64.
+        assert_same(packed(policy, forks(), packing, 16384), wanted, tolerance=1e-4)

@@ -101,16 +101,3 @@ def cache_is_usable(config: RunConfig, site: Site) -> None:
             f"which cannot be used ({reason}), so there would be no model: set the variable VLMRL_CACHE to a "
             "folder that you may write to"
         )
-
-
-def embedded_engine_has_a_cache(config: RunConfig, site: Site) -> None:
-    """The embedded engine keeps keys and values only, so it cannot continue layers with a state."""
-    if config.inference.kind != "embedded" or config.mode is Mode.export:
-        return
-    from vlmrl.models.checkpoints.layers import stateful_layers
-
-    if layers := stateful_layers(config.model):
-        raise ConfigError(
-            f"inference=embedded keeps keys and values only, and {config.model.name} has layers of "
-            f"{', '.join(layers)}, whose state it would lose between tokens: set inference=vllm"
-        )

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from support.model_folders import QWEN3_VL, folder_config, without_hub
 from vlmrl.config.model import Dtype, ModelConfig, TinyConfig, VLMConfig
-from vlmrl.config.run import RunConfig
 from vlmrl.errors import ConfigError
-from vlmrl.models.checkpoints.layers import stateful_layers
 from vlmrl.models.checkpoints.load import resolve_checkpoint
-from vlmrl.preflight.rules.checkpoint import embedded_engine_has_a_cache, refuse_model
-from vlmrl.preflight.site import Site
+from vlmrl.preflight.rules.checkpoint import refuse_model
 
 
 @pytest.fixture
@@ -122,42 +116,3 @@ def test_a_folder_of_another_family_is_refused(copy: Path) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_an_export_needs_no_gpu(copy: Path) -> None:
     refuse_model(folder_config(copy, device="cuda"), needs_device=False)
-
-
-# ── layers that carry a state ───────────────────────────────────────────────────────────────────────────────
-
-
-def with_layers(folder: Path, *kinds: str) -> Path:
-    """`folder` with a config.json that names these kinds of layers."""
-    numbers: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    numbers["text_config"]["layer_types"] = list(kinds)
-    (folder / "config.json").write_text(json.dumps(numbers))
-    return folder
-
-
-def test_layers_with_a_state_are_read_from_the_checkpoint(copy: Path, no_hub: Path) -> None:
-    assert stateful_layers(folder_config(copy)) == (), "derived by transformers"
-    with_layers(copy, "linear_attention", "full_attention")
-    assert stateful_layers(folder_config(copy)) == ("linear_attention",)
-    assert stateful_layers(ModelConfig(name="org/not-here")) == ()
-    (copy / "config.json").write_text("{")
-    assert stateful_layers(folder_config(copy)) == ()
-
-
-def test_layers_with_a_state_that_transformers_derives(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(
-        json.dumps({"model_type": "qwen3_next", "num_hidden_layers": 4, "full_attention_interval": 4})
-    )
-    assert stateful_layers(folder_config(tmp_path)) == ("linear_attention",)
-
-
-def test_the_embedded_engine_is_refused_for_layers_with_a_state(
-    copy: Path, run_config: Callable[..., RunConfig]
-) -> None:
-    config = run_config()
-    embedded_engine_has_a_cache(config, Site())
-    config.model = folder_config(with_layers(copy, "linear_attention", "full_attention"))
-    with pytest.raises(ConfigError, match=r"inference=embedded keeps keys and values only.* linear_attention, .*=vllm"):
-        embedded_engine_has_a_cache(config, Site())
-    config.inference = run_config("inference=vllm").inference
-    embedded_engine_has_a_cache(config, Site())
