@@ -175,21 +175,28 @@ def attend_fused(
     compile_here = query.is_cuda and not torch.compiler.is_compiling()
     attend: Any = _compiled_flex_attention() if compile_here else flex_attention
 
-    def capped(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        assert softcap is not None
-        return softcap * torch.tanh(score / softcap)
-
+    score_mod = None if softcap is None else _soft_cap(torch.full((), softcap, device=query.device))
     out: Tensor = attend(
         query,
         key,
         value,
-        score_mod=None if softcap is None else capped,
+        score_mod=score_mod,
         block_mask=plan,
         scale=scaling,
         enable_gqa=True,
         kernel_options=FLEX_KERNEL_OPTIONS,
     )
     return out.transpose(1, 2)
+
+
+def _soft_cap(cap: Tensor) -> Callable[..., Tensor]:
+    """Turn a score s into cap · tanh(s / cap). A tensor, because FlexAttention takes no number that a compiled layer
+    treats as dynamic."""
+
+    def capped(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return cap * torch.tanh(score / cap)
+
+    return capped
 
 
 def vision_attention_forward(

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from support import attention_kinds as kinds
@@ -191,6 +194,39 @@ def test_flex_blocks_are_those_that_hold_a_visible_pair(
     assert not partial & whole
     assert {(q, k) for q, k in zip(*np.nonzero(tiles), strict=True)} <= partial | whole
     assert all(tiles[block] == counts[block] for block in whole)
+
+
+class Layer(torch.nn.Module):
+    """An attention layer as transformers writes it."""
+
+    def __init__(self, index: int, window: int | None) -> None:
+        super().__init__()
+        self.layer_idx, self.sliding_window, self.is_causal = index, window, True
+
+    def forward(self, q: Tensor, softcap: float | None, **given: Any) -> Tensor:
+        window = self.sliding_window
+        return tree_attention_forward(self, q, q, q, None, 0.3, sliding_window=window, softcap=softcap, **given)[0]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_compiled_layers_are_compiled_once_per_window() -> None:
+    """Not once per layer or size, and without a break in the graph."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    layers = [Layer(i, 3 if i % 2 else None) for i in range(6)]
+    for layer in layers:
+        layer.compile(backend=counter, dynamic=True, fullgraph=True)
+    rules = AttentionRules((AttentionRule(), AttentionRule(3, image_runs=True)) * 3)
+    for softcap, compiled in ((None, 2), (0.7, 4)):
+        for lengths in ((4, 3, 5), (6, 2, 9), (16, 3, 7)):
+            plan = make_plan(Kernel.flex, chain(*lengths), CPU, rules)
+            q = noise(0, 1, HEADS, sum(lengths), DIM)
+            for layer in layers:
+                out = layer(q, softcap, tree_plan=plan, position_ids=torch.arange(sum(lengths))[None])
+                options: dict[str, Any] = {"sliding_window": layer.sliding_window, "softcap": softcap}
+                module: Any = SimpleNamespace(layer_idx=layer.layer_idx)
+                plain = tree_attention_forward(module, q, q, q, None, 0.3, tree_plan=plan, **options)[0]
+                torch.testing.assert_close(out, plain)
+        assert counter.frame_count == compiled
 
 
 def chain(*lengths: int) -> list[Segment]:

@@ -30,8 +30,8 @@ from vlmrl.errors import ModelError
 from vlmrl.models.attention import fused as fused_attention
 from vlmrl.models.attention.fused import Kernel, Sequences, plan_flex
 from vlmrl.models.attention.plan import KVPool, make_plan, plan_tree
-from vlmrl.models.attention.prefix_tree import Segment
-from vlmrl.models.attention.rules import AttentionRule
+from vlmrl.models.attention.prefix_tree import Segment, image_ends
+from vlmrl.models.attention.rules import AttentionRule, AttentionRules
 
 
 @given(trees(pool=True), st.sampled_from(THRESHOLDS))
@@ -239,16 +239,22 @@ def test_varlen_refuses_a_tree() -> None:
         make_plan(Kernel.varlen, segments, CPU)
 
 
-def agree_on_a_gpu(tree: Tree, kernel: Kernel) -> None:
-    """Output and gradients by `kernel` and by the blocks, in bfloat16."""
-    segments, _ = tree.segments()
+FULL = AttentionRule()
+
+
+def agree_on_a_gpu(tree: Tree, kernel: Kernel, rule: AttentionRule = FULL, softcap: float | None = None) -> None:
+    """Output and gradients by `kernel` and by the blocks, in bfloat16. The second half of each segment is an image."""
+    segments = [
+        replace(segment, image_ends=image_ends((np.arange(len(segment.rows)) > len(segment.rows) // 2).astype(int)))
+        for segment in tree.segments()[0]
+    ]
     device, length, dim = torch.device("cuda"), sum(tree.lengths), 64
     inputs = [noise(i, heads, length, dim) for i, heads in enumerate((HEADS, KV_HEADS, KV_HEADS, HEADS))]
     found = []
-    for plan in (make_plan(each, segments, device) for each in (kernel, Kernel.blocks)):
+    for plan in (make_plan(each, segments, device, AttentionRules((rule,))) for each in (kernel, Kernel.blocks)):
         *qkv, grad = (x.to(device, torch.bfloat16) for x in inputs)
         leaves = [x.requires_grad_() for x in qkv]
-        out = attend(plan, *leaves)
+        out = attend(plan, *leaves, sliding_window=rule.window, softcap=softcap)
         out.backward(grad)  # type: ignore[no-untyped-call]
         found.append([out.detach(), *(x.grad for x in leaves)])
     for fused, blocks in zip(*found, strict=True):
@@ -260,8 +266,9 @@ def agree_on_a_gpu(tree: Tree, kernel: Kernel) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_flash_attention_and_blocks_agree_on_a_gpu() -> None:
-    agree_on_a_gpu(Tree((-1,) * 4, (300, 1, 64, 700), (False,) * 4), Kernel.varlen)
+@pytest.mark.parametrize("window", [None, 1, 100])
+def test_flash_attention_and_blocks_agree_on_a_gpu(window: int | None) -> None:
+    agree_on_a_gpu(Tree((-1,) * 4, (300, 1, 64, 700), (False,) * 4), Kernel.varlen, AttentionRule(window))
 
 
 @pytest.mark.gpu
@@ -270,3 +277,14 @@ def test_flash_attention_and_blocks_agree_on_a_gpu() -> None:
 @pytest.mark.parametrize("lengths", [(300, 40, 500, 7, 130), (64, 1, 1, 1, 1), (2000, 100, 100, 100, 100)])
 def test_one_kernel_and_blocks_agree_on_a_gpu(lengths: tuple[int, ...]) -> None:
     agree_on_a_gpu(Tree((-1, 0, 1, 1, 0), lengths, (False,) * 5), Kernel.flex)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore")  # the compiler's own warnings
+@pytest.mark.parametrize(
+    ("rule", "softcap"),
+    [(AttentionRule(100), None), (AttentionRule(100, image_runs=True), 2.0), (AttentionRule(image_runs=True), None)],
+)
+def test_rules_by_one_kernel_and_by_blocks_agree_on_a_gpu(rule: AttentionRule, softcap: float | None) -> None:
+    agree_on_a_gpu(Tree((-1, 0, 1, 1, 0), (300, 40, 500, 7, 130), (False,) * 5), Kernel.flex, rule, softcap)
