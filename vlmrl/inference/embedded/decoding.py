@@ -170,7 +170,7 @@ def _plan(
             planned[window] = Blocks(
                 shared=chain.blocks([b.prompt for b in branches], row_depths, window, model.device),
                 local=local_blocks(
-                    [Path.causal(path, np.array([i]), len(path) - 1) for i, path in enumerate(kept)],
+                    [Path(path, np.array([i]), len(path) - 1) for i, path in enumerate(kept)],
                     None,
                     model.device,
                 ),

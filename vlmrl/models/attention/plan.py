@@ -171,13 +171,8 @@ class Path:
     """int64 [n]; the query rows, neighboring too."""
     first: int
     """Index in `slots` of the first query's own key."""
-    last: IntArray
-    """int64 [n]; for each query the index in `slots` of the last key that it sees."""
-
-    @staticmethod
-    def causal(slots: IntArray, rows: IntArray, first: int) -> Path:
-        """The path of queries that see no key behind their own."""
-        return Path(slots, rows, first, first + np.arange(len(rows)))
+    last: IntArray | None = None
+    """int64 [n]; for each query the index in `slots` of the last key that it sees; None where that is its own."""
 
 
 def local_blocks(paths: Sequence[Path], window: int | None, device: torch.device) -> list[LocalBlock]:
@@ -196,18 +191,21 @@ def _local_block(paths: Sequence[Path], window: int | None, device: torch.device
     n = max(len(path.rows) for path in paths)
     m = max(len(path.slots) for path in paths)
     _refuse_pairs(len(paths), n, m)
-    rows, last = np.empty((2, len(paths), n), np.int64)
+    rows = np.empty((len(paths), n), np.int64)
     slots = np.empty((len(paths), m), np.int64)
     for b, path in enumerate(paths):
         rows[b, : len(path.rows)], rows[b, len(path.rows) :] = path.rows, path.rows[0]
-        # A padding row attends to the keys of the row that it repeats: the backward pass subtracts that row's
-        # log-sum-exp, and the score of a key that is not part of it may be 88 larger, whose exponential is infinite.
-        last[b, : len(path.rows)], last[b, len(path.rows) :] = path.last, path.last[0]
         slots[b, : len(path.slots)], slots[b, len(path.slots) :] = path.slots, path.slots[0]
     is_valid = np.arange(n) < np.array([len(path.rows) for path in paths])[:, None]
+    # A padding row attends to the keys of the row that it repeats: the backward pass subtracts that row's log-sum-exp,
+    # and the score of a key that is not part of it may be 88 larger, whose exponential is infinite.
+    own = np.array([path.first for path in paths])[:, None] + np.where(is_valid, np.arange(n), 0)
+    last = own.copy()
+    for b, path in enumerate(paths):
+        if path.last is not None:
+            last[b, : len(path.rows)], last[b, len(path.rows) :] = path.last, path.last[0]
     mask = np.arange(m) <= last[:, :, None]
     if window is not None:
-        own = np.array([path.first for path in paths])[:, None] + np.where(is_valid, np.arange(n), 0)
         mask &= np.arange(m) > own[:, :, None] - window
     valid = np.flatnonzero(is_valid)
     return LocalBlock(
@@ -277,6 +275,8 @@ def _paths(segment: Segment, path: IntArray, rule: AttentionRule) -> list[Path]:
     """The rows of `segment` with the keys of `path` that they see; with a window in pieces, so that the work is
     proportional to the window. `path` ends with the segment."""
     first = len(path) - len(segment.rows)
+    if rule.window is None and not rule.image_runs:
+        return [Path(path, segment.rows, first)]
     last = first + segment.last_seen(rule.image_runs)
     if rule.window is None:
         return [Path(path, segment.rows, first, last)]
