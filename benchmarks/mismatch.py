@@ -221,7 +221,7 @@ async def sampled_by(name: str, folder: Path, config: ModelConfig, args: argpars
     def weights() -> dict[str, Any]:
         return {k: v for path in sorted(folder.glob("*.safetensors")) for k, v in load_file(path).items()}
 
-    engine = VllmEngine(vllm, folder, Path(args.logs), ["pixel_values"], lambda line: None, print)
+    engine = VllmEngine(vllm, folder, Path(args.logs), lambda line: None, print)
     started = time.perf_counter()
     try:
         await engine.start()

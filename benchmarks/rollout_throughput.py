@@ -48,6 +48,7 @@ from vlmrl.config.orchestrator import RendererConfig
 from vlmrl.config.weight_sync import FolderSyncConfig
 from vlmrl.inference.vllm.arguments import server_arguments, server_environment
 from vlmrl.inference.vllm.engine import VllmEngine
+from vlmrl.inference.vllm.image_fields import ImageField, ImageFields
 from vlmrl.inference.vllm.server import vllm_version
 from vlmrl.inference.vllm.wire import BANNED_BIAS, encode_image
 from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer
@@ -56,7 +57,9 @@ from vlmrl.rendering.renderer import Renderer, make_renderer
 from vlmrl.types import Image, Message, Prompt, SamplingParams
 from vlmrl.weight_sync.folder import FolderSync
 
-FLAT = ["pixel_values"]
+FIELDS = ImageFields(
+    (ImageField("pixel_values", "flat", False, 2), ImageField("image_grid_thw", "batched", True, 1)), has_gaps=False
+)
 GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
 """On a GPU: decode graphs without torch.compile, which serve as fast and start a minute sooner."""
 
@@ -70,7 +73,7 @@ SERVER_ONLY = (
 
 
 def model_config(folder: Path | None, dtype: Dtype) -> ModelConfig:
-    vlm = VLMConfig("qwen3_vl", ["qwen3-vl"], "mrope", "<|image_pad|>", FLAT)
+    vlm = VLMConfig("qwen3_vl", ["qwen3-vl"], "mrope", "<|image_pad|>", ["pixel_values"])
     if folder is None:
         return ModelConfig(name="tiny", tiny=TinyConfig(), vlm=vlm, dtype=dtype)
     return ModelConfig(name=str(folder), vlm=vlm, dtype=dtype)
@@ -113,7 +116,7 @@ async def ours(folder: Path, args: argparse.Namespace) -> list[dict[str, float]]
     renderer = make(folder, Dtype(args.dtype))
     config = vllm_config(args)
     with tempfile.TemporaryDirectory() as logs:
-        engine = VllmEngine(config, folder, Path(args.logs or logs), FLAT, lambda line: None, print)
+        engine = VllmEngine(config, folder, Path(args.logs or logs), lambda line: None, print)
         await engine.start()
         try:
             weights = {k: v for path in sorted(folder.glob("*.safetensors")) for k, v in load_file(path).items()}
@@ -163,7 +166,7 @@ def offline(folder: Path, args: argparse.Namespace, *, one_process: bool) -> lis
 
     def of(prompt: Prompt) -> Any:
         items = [
-            decode_mm_kwargs_item(base64.b64encode(encode_image(image, config.dtype, FLAT)).decode())
+            decode_mm_kwargs_item(base64.b64encode(encode_image(image, config.dtype, FIELDS)).decode())
             for image in prompt.images
         ]
         return mm_input(

@@ -160,7 +160,7 @@ async def measure_all(args: argparse.Namespace) -> list[Row]:
             if name in WEIGHT_TRANSFERS:
                 config = NcclSyncConfig() if name == "nccl" else CudaIpcSyncConfig()
                 refuse_transfer(config, vllm, "auto")
-        engine = VllmEngine(vllm, folder, Path(args.logs), ["pixel_values"], lambda line: None, print, backend)
+        engine = VllmEngine(vllm, folder, Path(args.logs), lambda line: None, print, backend)
         started = time.perf_counter()
         try:
             await engine.start()

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.model import Dtype, Init, ModelConfig
@@ -37,6 +38,7 @@ from vlmrl.models.checkpoints.load import (
     load_tokenizer,
     resolve_checkpoint,
 )
+from vlmrl.models.checkpoints.published import published_weights
 from vlmrl.models.checkpoints.scratch import write_weights
 from vlmrl.models.families import family_of
 from vlmrl.models.lora import select_trainable
@@ -354,16 +356,19 @@ def make_engine(
     if not isinstance(config.inference, VllmConfig):
         engine = EmbeddedEngine(policy, lambda: trainer.version, config.inference.max_model_len)
         return engine, InProcessSync(lambda: trainer.version, trainer.weights, engine.weights)
-    flat = family_of(config.model.vlm).flat_mm_kwargs
     sync = config.weight_sync
     transfer = WEIGHT_TRANSFERS.get(sync.kind)
-    servers = VllmEngine(config.inference, folder, run_dir.logs, flat, monitor.status, monitor.warn, transfer)
+    servers = VllmEngine(config.inference, folder, run_dir.logs, monitor.status, monitor.warn, transfer)
+
+    def weights() -> dict[str, Tensor]:
+        return published_weights(policy.model, trainer.weights())
+
     if isinstance(sync, NcclSyncConfig):
-        return servers, NcclSync(servers, trainer.weights, sync)
+        return servers, NcclSync(servers, weights, sync)
     if isinstance(sync, CudaIpcSyncConfig):
-        return servers, CudaIpcSync(servers, trainer.weights, sync)
+        return servers, CudaIpcSync(servers, weights, sync)
     assert isinstance(sync, FolderSyncConfig), "preflight refuses a weight sync that vLLM servers cannot receive"
-    return servers, FolderSync(servers, trainer.weights, sync)
+    return servers, FolderSync(servers, weights, sync)
 
 
 def compute_dtypes(config: RunConfig) -> set[Dtype]:

@@ -39,7 +39,7 @@ def _item(hash: str, processor: Any, recipe: Any, image: Any, image_token_id: in
     outputs = processor(text=[recipe.placeholder or recipe.image_token], images=[image], return_tensors="np")
     mm_kwargs = {key: np.asarray(value) for key, value in outputs.items() if key not in OF_THE_TEXT}
     tokens = int((np.asarray(outputs["input_ids"])[0] == image_token_id).sum())
-    return ImageItem(hash, np.zeros((1, 1, 3), np.uint8), mm_kwargs, tokens)
+    return ImageItem(hash, np.asarray(image.convert("RGB")), mm_kwargs, tokens)
 
 
 def _placeholder(at: np.ndarray, hash: str) -> Placeholder:

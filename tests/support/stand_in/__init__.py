@@ -29,7 +29,7 @@ class Rig:
         self.folder = folder
         self.warnings: list[str] = []
         (folder / "weights").mkdir()
-        self.engine = VllmEngine(config, folder, folder / "run" / "logs", [], lambda line: None, self.warnings.append)
+        self.engine = VllmEngine(config, folder, folder / "run" / "logs", lambda line: None, self.warnings.append)
         self.sync = FolderSync(
             self.engine, lambda: {"w": torch.zeros(2)}, FolderSyncConfig(root=str(folder / "weights"), verify=False)
         )

@@ -143,7 +143,7 @@ def test_vllm_serves_the_folder(policy_and_folder: tuple[Tiny, Path], tmp_path: 
     async def both() -> tuple[list[Completion], list[Completion]]:
         prompts = await prompts_of(tiny)
         config = VllmConfig(dtype=Dtype.float32, max_restarts=0)
-        engine = VllmEngine(config, folder, tmp_path / "logs", ["pixel_values"], lambda _: None, pytest.fail)
+        engine = VllmEngine(config, folder, tmp_path / "logs", lambda _: None, pytest.fail)
         await engine.start()
         try:
             (replica,) = engine.replicas

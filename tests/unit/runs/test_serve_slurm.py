@@ -30,7 +30,7 @@ def test_a_restarted_server_keeps_its_port_and_gets_a_new_key(
         serving = asyncio.create_task(_keep_running(server, relay, path, config))
         config.slurm_tasks = 1
         engine = rig.engine
-        rig.engine = VllmEngine(config, tmp_path, run / "logs", [], lambda line: None, rig.warnings.append)
+        rig.engine = VllmEngine(config, tmp_path, run / "logs", lambda line: None, rig.warnings.append)
         rig.engine.restore_with(rig.sync.restore)
         rig.sync._engine = rig.engine
         async with rig:

@@ -72,7 +72,7 @@ def test_the_folder_that_servers_read_holds_them_merged(tiny_model: Callable[[],
     trainer = trainer_of(tiny_model())
     trainer.train_step(samples())
     config = VllmConfig(dtype=Dtype.float32, urls=["http://127.0.0.1:1"])
-    engine = VllmEngine(config, tmp_path, tmp_path, [], lambda line: None, lambda line: None)
+    engine = VllmEngine(config, tmp_path, tmp_path, lambda line: None, lambda line: None)
     sync = FolderSync(engine, trainer.weights, FolderSyncConfig(root=str(tmp_path)))
     sync._stage(1, trainer.weights())
     (written,) = sync.folder.glob(f"*/{FILE}")

@@ -19,7 +19,7 @@ from vlmrl.weight_sync.folder import FolderSync
 
 def engine() -> VllmEngine:
     config = VllmConfig(dtype=Dtype.float32, urls=["http://127.0.0.1:1"])
-    return VllmEngine(config, Path("ckpt"), Path("logs"), [], lambda line: None, lambda line: None)
+    return VllmEngine(config, Path("ckpt"), Path("logs"), lambda line: None, lambda line: None)
 
 
 def weights() -> dict[str, Any]:

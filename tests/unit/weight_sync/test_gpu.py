@@ -83,7 +83,7 @@ class World:
     """Two servers of `inference.urls`, and the trainer's weights."""
 
     def __init__(self) -> None:
-        self.engine = VllmEngine(CONFIG, Path(), Path(), [], print, print)
+        self.engine = VllmEngine(CONFIG, Path(), Path(), print, print)
         self.weights = {"w": torch.tensor([1.0, 2.0]), "tied": torch.ones(3)}
         self.weights["head"] = self.weights["tied"]
         self.wires: list[Wire] = []
@@ -99,7 +99,7 @@ class World:
             replica.name,
             replica.name,
             None,
-            ImageEncoder(Dtype.bfloat16, []),
+            ImageEncoder(Dtype.bfloat16),
             Counter(),
             10.0,
             transport=httpx.MockTransport(server),

@@ -31,6 +31,7 @@ from vlmrl.inference.vllm import old_vllm
 from vlmrl.inference.vllm.batches import CONTENT_TYPE, Batcher, BatchLostError
 from vlmrl.inference.vllm.control import ControlClient, ServerLostError, complaint
 from vlmrl.inference.vllm.frames import FORGOTTEN, ROUTE, pack_batch, request_header
+from vlmrl.inference.vllm.image_fields import ImageFields
 from vlmrl.inference.vllm.wire import (
     MAX_LISTED_TOKENS,
     Answer,
@@ -49,24 +50,23 @@ ENCODED_LIMIT_BYTES = 256 * 1024**2
 class ImageEncoder:
     """Encodes images for servers, and keeps the most recent results, up to `ENCODED_LIMIT_BYTES`."""
 
-    def __init__(self, dtype: Dtype, flat: Collection[str]) -> None:
-        """`dtype` and `flat` as for `wire.encode_image`."""
+    def __init__(self, dtype: Dtype) -> None:
+        """`dtype` as for `wire.encode_image`."""
         self.dtype = dtype
-        self._flat = flat
-        self._kept: ByteLRU[str, bytes] = ByteLRU(ENCODED_LIMIT_BYTES, keep_newest=True)
+        self._kept: ByteLRU[tuple[str, ImageFields], bytes] = ByteLRU(ENCODED_LIMIT_BYTES, keep_newest=True)
 
-    async def encode(self, images: Collection[ImageItem]) -> dict[str, bytes]:
+    async def encode(self, images: Collection[ImageItem], fields: ImageFields) -> dict[str, bytes]:
         """Hash → output of `encode_image`, for the distinct images. Runs in a thread: an image takes milliseconds."""
         distinct = {image.hash: image for image in images}
-        kept = {hash: self._kept.get(hash) for hash in distinct}
+        kept = {hash: self._kept.get((hash, fields)) for hash in distinct}
         encoded = {hash: data for hash, data in kept.items() if data is not None}
         missing = [image for image in distinct.values() if image.hash not in encoded]
         if missing:
             made = await asyncio.to_thread(
-                lambda: {image.hash: encode_image(image, self.dtype, self._flat) for image in missing}
+                lambda: {image.hash: encode_image(image, self.dtype, fields) for image in missing}
             )
             for hash, data in made.items():
-                self._kept.put(hash, data, len(data))
+                self._kept.put((hash, fields), data, len(data))
             encoded |= made
         return encoded
 
@@ -91,6 +91,8 @@ class VllmClient(ControlClient):
         """Whether the server takes an image by its hash alone; set by `settings.check_settings`."""
         self.has_route = False
         """Whether the server has the run's own endpoint (`frames.ROUTE`); set by `settings.check_settings`."""
+        self.image_fields: ImageFields | None = None
+        """What the server's items of images consist of, None for a text model; set by `settings.check_settings`."""
         self._encoder = encoder
         self._generating = 0
         self._numbers = itertools.count()
@@ -110,17 +112,29 @@ class VllmClient(ControlClient):
         # The engine would die of another one, and never answer: its own message format has 64 bits for it.
         assert isinstance(sampling.seed, int), f"seed {sampling.seed!r} is not an int"
         assert 0 <= sampling.seed < 2**64, f"seed {sampling.seed} does not fit into 64 bits"
-        if any(placeholder.gaps for placeholder in prompt.placeholders):
-            # vLLM takes a range without `is_embed` as image tokens throughout, and dies of the wrong count.
-            raise EngineError(
-                f"rollout {rollout_id}: an image of this prompt has other tokens between its image tokens, which the "
-                "requests to vLLM cannot express: set inference=embedded"
-            )
+        if prompt.images:
+            self._check_takes(rollout_id, prompt)
         self._generating += 1
         try:
             return await self._generate(rollout_id, prompt, sampling)
         finally:
             self._generating -= 1
+
+    def _check_takes(self, rollout_id: str, prompt: Prompt) -> None:
+        """Raise `EngineError` for images that this server would not compute with exactly."""
+        fields = self.image_fields
+        if fields is None:
+            raise EngineError(
+                f"rollout {rollout_id}: {self.name} takes no images: start it without --limit-mm-per-prompt and with "
+                "the checkpoint of model.name"
+            )
+        # vLLM's own endpoint takes tensors only. It has no marks of image tokens either, and dies of the wrong count.
+        has_gaps = any(placeholder.gaps for placeholder in prompt.placeholders)
+        if not self.has_route and (has_gaps or not all(map(fields.are_tensors_of, prompt.images))):
+            raise EngineError(
+                f"rollout {rollout_id}: vLLM's own endpoint cannot express the images of this model family exactly, "
+                f"and {self.name} has no other: set inference.urls=[], so that the run starts servers itself"
+            )
 
     async def _generate(self, rollout_id: str, prompt: Prompt, sampling: SamplingParams) -> Answer:
         answer = None
@@ -130,7 +144,7 @@ class VllmClient(ControlClient):
             if self.keeps_images:
                 self._counts["wire/images_forgotten"] += 1
                 self._held.difference_update(image.hash for image in prompt.images)
-            answer = await self._request(rollout_id, prompt, await self._encoder.encode(prompt.images), sampling)
+            answer = await self._request(rollout_id, prompt, await self._encode(prompt.images), sampling)
             assert answer is not None, "a request with the data of all images needs no image from the server's cache"
             if self.keeps_images:
                 self._held.update(image.hash for image in prompt.images)
@@ -158,7 +172,7 @@ class VllmClient(ControlClient):
             arrived = asyncio.Event()
             self._sending.update(dict.fromkeys(new, arrived))
             try:
-                data = await self._encoder.encode(new.values())
+                data = await self._encode(new.values())
                 if self.has_route:
                     await self._send_images(rollout_id, data)
                 else:
@@ -173,6 +187,10 @@ class VllmClient(ControlClient):
                 for hash in new:
                     del self._sending[hash]
                 arrived.set()
+
+    async def _encode(self, images: Collection[ImageItem]) -> dict[str, bytes]:
+        assert self.image_fields is not None, "checked by `_check_takes`"
+        return await self._encoder.encode(images, self.image_fields)
 
     async def _send_images(self, rollout_id: str, data: Mapping[str, bytes]) -> None:
         """Send the data of images, by hash; the server keeps it until a request refers to the image."""
@@ -189,7 +207,8 @@ class VllmClient(ControlClient):
     ) -> Answer | None:
         """Send one request with `data`, the other images by hash → the answer; None if the server lacks an image."""
         by_hash = [image for image in prompt.images if image.hash not in data]
-        saved = sum(data_size(image, self._encoder.dtype) for image in by_hash)
+        fields = self.image_fields
+        saved = 0 if fields is None else sum(data_size(image, self._encoder.dtype, fields) for image in by_hash)
         self._counts["wire/bytes_saved"] += saved if self.has_route else saved * 4 // 3  # base64
         self._counts["wire/images_sent"] += len(data)
         self._counts["inference/requests"] += 1

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -106,16 +106,15 @@ class VllmEngine:
         config: VllmConfig,
         checkpoint: Path,
         log_folder: Path,
-        flat_mm_kwargs: Collection[str],
         on_progress: Callable[[str], None],
         warn: Callable[[str], None],
         weight_transfer: WeightTransfer | None = None,
     ) -> None:
-        """`checkpoint` is a folder; `log_folder` gets `vllm_<replica>.log`; `flat_mm_kwargs` as `flat` of
-        `wire.encode_image`; `on_progress` is called with a line about every half second while servers start, `warn`
-        with a line for each server that has died; `weight_transfer` as for `VllmServer`."""
+        """`checkpoint` is a folder; `log_folder` gets `vllm_<replica>.log`; `on_progress` is called with a line about
+        every half second while servers start, `warn` with a line for each server that has died; `weight_transfer` as
+        for `VllmServer`."""
         self._config = config
-        self._encoder = ImageEncoder(config.dtype, flat_mm_kwargs)
+        self._encoder = ImageEncoder(config.dtype)
         self._run = log_folder.parent
         self._on_progress = on_progress
         self._warn = warn

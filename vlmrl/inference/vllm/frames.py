@@ -55,7 +55,7 @@ def request_header(
         "max_tokens": sampling.max_new_tokens,
         "stop_token_ids": sampling.stop_token_ids,
         "banned": _runs(sampling.banned_token_ids),
-        "images": [[p.hash, p.offset, p.length] for p in placeholders],
+        "images": [[p.hash, p.offset, p.length, p.gaps] for p in placeholders],
         "is_whole": is_whole,
     }
 
@@ -82,7 +82,7 @@ class Batch:
     """A batch, as the server reads it."""
 
     requests: list[dict[str, Any]]
-    """Outputs of `request_header`; each of their `images` is [hash, offset, length], in tokens."""
+    """Outputs of `request_header`; each of their `images` is [hash, offset, length, gaps], in tokens."""
     documents: dict[str, memoryview]
     """Hash of an image → its data."""
 
@@ -94,7 +94,7 @@ def unpack_batch(body: bytes) -> Batch:
     >>> header = request_header("r", np.array([5, 9, 9]), [Placeholder(1, 2, "ab")], sampling, is_whole=True)
     >>> batch = unpack_batch(pack_batch([header], {"ab": b"pixels"}))
     >>> batch.requests[0]["token_ids"], batch.requests[0]["images"], bytes(batch.documents["ab"])
-    ([5, 9, 9], [['ab', 1, 2]], b'pixels')
+    ([5, 9, 9], [['ab', 1, 2, []]], b'pixels')
     >>> batch.requests[0]["banned"]
     [[4, 7], [9, 10]]
     """
@@ -159,9 +159,14 @@ def check_request(header: Mapping[str, Any]) -> None:
     for first, end in header["banned"]:
         _check_int("banned", first, 0, _INT32)
         _check_int("banned", end, first, _INT32)
-    for hash, offset, length in header["images"]:
+    for hash, offset, length, gaps in header["images"]:
         _check_int("images", offset, 0, len(header["token_ids"]))
         _check_int("images", length, 1, len(header["token_ids"]) - offset)
+        end = 0
+        for start, count in gaps:  # each between two image tokens
+            _check_int("gaps", start, end + 1, length - 2)
+            _check_int("gaps", count, 1, length - 1 - start)
+            end = start + count
         if not isinstance(hash, str):
             raise ValueError(f"{hash!r} is no hash of an image")
     if not isinstance(header["request_id"], str):

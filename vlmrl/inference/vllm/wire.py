@@ -6,9 +6,10 @@
 No I/O, no import of vLLM. Every server has this endpoint. Servers that the run starts have an endpoint of their own as
 well (in_server/route.py), whose bytes are in frames.py.
 
-An image's data is a msgpack document: vLLM's `MultiModalKwargsItem`, which the server decodes into tensors
+An image as tensors is a msgpack document: vLLM's `MultiModalKwargsItem`, which the server decodes into tensors
 (`vllm.entrypoints.scale_out.token_in_token_out.mm_serde`); JSON holds it as base64. Floats have the dtype that the
-engine computes in. A test passes the document through vLLM's own decoder and encoder and compares the bytes.
+engine computes in. A test passes the document through vLLM's own decoder and encoder and compares the bytes. An image
+whose tensors vLLM names or cuts in another way goes to the run's own servers as its picture (image_fields.py).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import orjson
 
 from vlmrl.config.model import Dtype
 from vlmrl.inference.vllm import old_vllm
+from vlmrl.inference.vllm.image_fields import ImageField, ImageFields, TensorDigest, picture_document
 from vlmrl.types import FloatArray, ImageItem, IntArray, Placeholder, SamplingParams
 
 BANNED_BIAS = -1e30
@@ -89,6 +91,7 @@ def request_body(
     if placeholders:
         body["features"] = {
             "mm_hashes": {"image": [placeholder.hash for placeholder in placeholders]},
+            # without `is_embed`, so the client refuses placeholders with gaps
             "mm_placeholders": {"image": [{"offset": p.offset, "length": p.length} for p in placeholders]},
             "kwargs_data": {
                 "image": [
@@ -106,41 +109,49 @@ def _logit_bias(banned: tuple[int, ...]) -> orjson.Fragment:
     return orjson.Fragment(orjson.dumps({str(token): BANNED_BIAS for token in banned}))
 
 
-def encode_image(image: ImageItem, dtype: Dtype, flat: Collection[str]) -> bytes:
-    """An image's data as vLLM's msgpack document, with floats in `dtype`.
+def encode_image(image: ImageItem, dtype: Dtype, fields: ImageFields) -> bytes:
+    """An image's data, with floats in `dtype`: vLLM's msgpack document of the renderer's tensors where vLLM's item of
+    the image consists of these, otherwise its picture with their digests (`image_fields`)."""
+    if fields.are_tensors_of(image):
+        return _msgpack({field.name: _element(image.mm_kwargs[field.name], dtype, field) for field in fields.fields})
+    tensors = {
+        name: TensorDigest.of(_in_dtype(array, dtype), is_float=array.dtype.kind == "f")
+        for name, array in image.mm_kwargs.items()
+    }
+    return picture_document(image, tensors)
 
-    `flat` names the `mm_kwargs` that a batch of images concatenates along dim 0, e.g. `pixel_values` of Qwen-VL, whose
-    rows are patches. The other `mm_kwargs` have one row per image. Integers are sizes, which vLLM reads on the CPU.
-    """
-    item = {name: _element(array, dtype, name in flat) for name, array in image.mm_kwargs.items()}
-    return _msgpack(item)
 
-
-def data_size(image: ImageItem, dtype: Dtype) -> int:
-    """Size of `encode_image`'s output in bytes, without its roughly one hundred bytes of names."""
+def data_size(image: ImageItem, dtype: Dtype, fields: ImageFields) -> int:
+    """Size of `encode_image`'s output in bytes, without its few hundred bytes of names."""
+    if not fields.are_tensors_of(image):
+        return image.pixels.nbytes
     widths = {"f": 4 if dtype is Dtype.float32 else 2}
-    return sum(array.size * widths.get(array.dtype.kind, array.dtype.itemsize) for array in image.mm_kwargs.values())
+    arrays = [image.mm_kwargs[field.name] for field in fields.fields]
+    return sum(array.size * widths.get(array.dtype.kind, array.dtype.itemsize) for array in arrays)
 
 
-def _element(array: np.ndarray, dtype: Dtype, is_flat: bool) -> dict[str, Any]:
-    keep_on_cpu = np.issubdtype(array.dtype, np.integer)
-    if is_flat:
+def _element(array: np.ndarray, dtype: Dtype, field: ImageField) -> dict[str, Any]:
+    if field.kind == "flat":
         slices = [[[0, array.shape[0], None]]]  # for the only item, per dim: (start, stop, step)
-        field = ("flat", {"keep_on_cpu": keep_on_cpu, "slices": slices, "dim": 0})
+        kind = ("flat", {"keep_on_cpu": field.keep_on_cpu, "slices": slices, "dim": 0})
     else:
-        assert array.shape[0] == 1, f"{array.shape[0]} rows for one image: should it be one of the flat mm_kwargs?"
         array = array[0]
-        field = ("batched", {"keep_on_cpu": keep_on_cpu})
+        kind = ("batched", {"keep_on_cpu": field.keep_on_cpu})
     name, raw = _tensor_bytes(array, dtype)
-    return {"data": (name, array.shape, raw), "field": field}
+    return {"data": (name, array.shape, raw), "field": kind}
 
 
 def _tensor_bytes(array: np.ndarray, dtype: Dtype) -> tuple[str, memoryview]:
     """torch's name of the dtype that is sent, and the bytes of the contiguous tensor."""
-    if np.issubdtype(array.dtype, np.floating):
-        array = to_bfloat16(array) if dtype is Dtype.bfloat16 else array.astype(dtype.value, copy=False)
-        return dtype.value, np.ascontiguousarray(array).data.cast("B")
-    return array.dtype.name, np.ascontiguousarray(array).data.cast("B")
+    name = dtype.value if np.issubdtype(array.dtype, np.floating) else array.dtype.name
+    return name, np.ascontiguousarray(_in_dtype(array, dtype)).data.cast("B")
+
+
+def _in_dtype(array: np.ndarray, dtype: Dtype) -> np.ndarray:
+    """Floats in `dtype` (bfloat16 as its bits); other arrays as they are."""
+    if not np.issubdtype(array.dtype, np.floating):
+        return array
+    return to_bfloat16(array) if dtype is Dtype.bfloat16 else array.astype(dtype.value, copy=False)
 
 
 def to_bfloat16(array: np.ndarray) -> np.ndarray:

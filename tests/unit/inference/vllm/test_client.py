@@ -16,6 +16,7 @@ import numpy as np
 import orjson
 import pytest
 
+from support.image_fields import QWEN
 from vlmrl.config.model import Dtype
 from vlmrl.errors import EngineError
 from vlmrl.inference.vllm.client import ImageEncoder, VllmClient
@@ -78,11 +79,12 @@ FORGOTTEN = [
 
 
 def client_of(handler: Handler, timeout_s: float = 60.0) -> VllmClient:
-    encoder = ImageEncoder(Dtype.float32, ["pixel_values"])
+    encoder = ImageEncoder(Dtype.float32)
     client = VllmClient(
         "server", "http://server", "key", encoder, Counter(), timeout_s, transport=httpx.MockTransport(handler)
     )
     client.keeps_images = True
+    client.image_fields = QWEN
     return client
 
 
@@ -298,12 +300,12 @@ def test_the_health_check_does_not_send_the_key() -> None:
 def test_encoded_images_are_kept_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         images = prompt("a", "b", "c").images
-        size = len((await ImageEncoder(Dtype.float32, ["pixel_values"]).encode(images[:1]))["a"])
+        size = len((await ImageEncoder(Dtype.float32).encode(images[:1], QWEN))["a"])
         monkeypatch.setattr("vlmrl.inference.vllm.client.ENCODED_LIMIT_BYTES", 2 * size)
-        encoder = ImageEncoder(Dtype.float32, ["pixel_values"])
-        encoded = await encoder.encode(images)
-        again = await encoder.encode(images[2:])
+        encoder = ImageEncoder(Dtype.float32)
+        encoded = await encoder.encode(images, QWEN)
+        again = await encoder.encode(images[2:], QWEN)
         assert again["c"] is encoded["c"]
-        assert (await encoder.encode(images[:1]))["a"] is not encoded["a"]
+        assert (await encoder.encode(images[:1], QWEN))["a"] is not encoded["a"]
 
     asyncio.run(scenario())

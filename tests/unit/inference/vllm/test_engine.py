@@ -90,7 +90,7 @@ def servers(do: Do[Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[E
     config = VllmConfig(dtype=Dtype.float32, replicas=2, max_restarts=1)
     lines: list[str] = []
     logs = tmp_path_factory.mktemp("logs")
-    engine = VllmEngine(config, tiny.folder, logs, ["pixel_values"], lines.append, lines.append)
+    engine = VllmEngine(config, tiny.folder, logs, lines.append, lines.append)
     do(engine.start())
     assert any(line.startswith("vLLM server 1: ") for line in lines)
     assert (logs / "vllm_0.log").stat().st_size > 0
@@ -358,9 +358,7 @@ def test_servers_of_inference_urls(servers: Engine, do: Do[Any], monkeypatch: py
     monkeypatch.setenv("VLLM_API_KEY", server.api_key)
 
     async def use(config: VllmConfig) -> Completion:
-        engine = VllmEngine(
-            config, servers.tiny.folder, Path("unused"), ["pixel_values"], lambda line: None, lambda line: None
-        )
+        engine = VllmEngine(config, servers.tiny.folder, Path("unused"), lambda line: None, lambda line: None)
         await engine.start()
         try:
             async with engine.session("train/000001/00/00") as session:
@@ -466,7 +464,7 @@ async def main():
     tiny = Tiny.load()
     # The image cache holds one image of 2 x 2 tokens and no second one.
     config = VllmConfig(dtype=Dtype.float32, extra_args={"mm_processor_cache_gb": 150_000 / 2**30})
-    engine = VllmEngine(config, tiny.folder, Path(sys.argv[2]), ["pixel_values"], lambda line: None, lambda line: None)
+    engine = VllmEngine(config, tiny.folder, Path(sys.argv[2]), lambda line: None, lambda line: None)
     await engine.start()
     sync = FolderSync(engine, tiny.weights, FolderSyncConfig())
     await sync.publish(0)

@@ -18,13 +18,20 @@ GOOD: dict[str, Any] = {
     "max_tokens": 2,
     "stop_token_ids": [2],
     "banned": [[3, 5]],
-    "images": [["h", 1, 2]],
+    "images": [["h", 1, 2, []]],
     "is_whole": True,
 }
 
 
 def test_requests_of_the_run_are_taken() -> None:
-    cases: list[dict[str, Any]] = [{}, {"stop_token_ids": []}, {"images": []}, {"temperature": 0}, {"seed": 0}]
+    cases: list[dict[str, Any]] = [
+        {},
+        {"images": [["h", 0, 4, [[1, 2]]]]},
+        {"stop_token_ids": []},
+        {"images": []},
+        {"temperature": 0},
+        {"seed": 0},
+    ]
     for changed in cases:
         check_request(GOOD | changed)
 
@@ -40,7 +47,15 @@ def test_requests_of_the_run_are_taken() -> None:
         *({"token_ids": value} for value in ([5, 6.5], [2.0**70], ["a"], [-1], [[1], [2]])),
         *({"stop_token_ids": value} for value in ([2.5], [-1], [2**31])),
         *({"banned": value} for value in ([[0.5, 2]], [[5, 3]], [[-1, 2]], [[1, 2, 3]])),
-        *({"images": value} for value in ([["h", -1, 1]], [["h", 0.5, 1]], [["h", 0, 0]], [["h", 3, 2]], [[5, 0, 1]])),
+        *(
+            {"images": value}
+            for value in ([["h", -1, 1, []]], [["h", 0.5, 1, []]], [["h", 0, 0, []]], [["h", 3, 2, []]])
+        ),
+        {"images": [[5, 0, 1, []]]},
+        *(
+            {"images": [["h", 0, 4, gaps]]}
+            for gaps in ([[0, 1]], [[1, 3]], [[3, 1]], [[1, 1], [2, 1]], [[1, 0]], [[1.5, 1]])
+        ),
         {"request_id": 5},
     ],
     ids=str,

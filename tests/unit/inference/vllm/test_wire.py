@@ -15,7 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
+from support.image_fields import QWEN, TILED
 from vlmrl.config.model import Dtype
+from vlmrl.inference.vllm.image_fields import TensorDigest, is_picture, unpack_picture
 from vlmrl.inference.vllm.server import vllm_version
 from vlmrl.inference.vllm.wire import (
     BANNED_BIAS,
@@ -29,7 +31,6 @@ from vlmrl.inference.vllm.wire import (
 from vlmrl.models import broken_wheels
 from vlmrl.types import ImageItem, Placeholder, SamplingParams
 
-FLAT = ("pixel_values",)
 SAMPLING = SamplingParams(
     max_new_tokens=5, temperature=0.7, stop_token_ids=(9,), banned_token_ids=(3, 4), seed=2**64 - 1, top_p=0.9, top_k=5
 )
@@ -73,7 +74,7 @@ SIZES = [(2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 2, 15), (2, 2, 16), (2, 4, 1536), 
 
 @pytest.mark.vllm
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # vLLM's decoder does not copy tensors
-@pytest.mark.parametrize("dtype", list(Dtype))
+@pytest.mark.parametrize("dtype", [Dtype.float32, Dtype.bfloat16, Dtype.float16])
 @pytest.mark.parametrize(("rows", "columns", "patch_dim"), SIZES)
 def test_data_of_an_image_is_what_vllms_own_encoder_writes(
     rows: int, columns: int, patch_dim: int, dtype: Dtype, vllm: Any
@@ -95,7 +96,7 @@ def test_data_of_an_image_is_what_vllms_own_encoder_writes(
         {name: theirs[name] for name in item.mm_kwargs}
     )  # the order of names differs between versions
 
-    ours = base64.b64encode(encode_image(item, dtype, FLAT)).decode()
+    ours = base64.b64encode(encode_image(item, dtype, QWEN)).decode()
     assert ours == encode(theirs)
     decoded = decode(ours)
     assert torch.equal(decoded["pixel_values"].data, pixels)
@@ -108,7 +109,7 @@ def test_a_request_passes_through_vllms_own_model(vllm: Any) -> None:
     request_type = vllm("entrypoints.scale_out.token_in_token_out.protocol", "GenerateRequest")
     first, second = image(2, 2, hash="first"), image(2, 4, hash="second")
     placeholders = (Placeholder(1, 1, "first"), Placeholder(3, 2, "second"), Placeholder(6, 1, "first"))
-    data = {"second": encode_image(second, Dtype.bfloat16, FLAT)}
+    data = {"second": encode_image(second, Dtype.bfloat16, QWEN)}
     token_ids = np.arange(8)
 
     request = request_type.model_validate_json(request_body("train/1/2", token_ids, placeholders, data, SAMPLING))
@@ -126,7 +127,7 @@ def test_a_request_passes_through_vllms_own_model(vllm: Any) -> None:
     assert params.logit_bias == {3: BANNED_BIAS, 4: BANNED_BIAS}
     assert params.logprobs == 0
     assert params.output_kind is vllm("sampling_params", "RequestOutputKind").FINAL_ONLY
-    assert len(encode_image(first, Dtype.float32, FLAT)) > data_size(first, Dtype.float32)
+    assert len(encode_image(first, Dtype.float32, QWEN)) > data_size(first, Dtype.float32, QWEN)
 
 
 def test_a_text_prompt_has_no_features() -> None:
@@ -134,17 +135,24 @@ def test_a_text_prompt_has_no_features() -> None:
     assert "features" not in body
 
 
-@pytest.mark.parametrize("dtype", list(Dtype))
+@pytest.mark.parametrize("dtype", [Dtype.float32, Dtype.bfloat16, Dtype.float16])
 def test_data_size_is_the_size_of_the_data(dtype: Dtype) -> None:
     item = image(4, 6)
-    encoded = encode_image(item, dtype, FLAT)
-    assert 0 <= len(encoded) - data_size(item, dtype) < 300
+    encoded = encode_image(item, dtype, QWEN)
+    assert 0 <= len(encoded) - data_size(item, dtype, QWEN) < 300
     assert len(encoded) > item.mm_kwargs["pixel_values"].size * (4 if dtype is Dtype.float32 else 2)
 
 
-def test_mm_kwargs_with_several_rows_per_image_must_be_in_flat() -> None:
-    with pytest.raises(AssertionError, match="flat mm_kwargs"):
-        encode_image(image(2, 2), Dtype.float32, ())
+def test_an_image_of_which_vllm_makes_other_tensors_is_sent_as_its_picture() -> None:
+    tiled = image(2, 2)
+    document = encode_image(tiled, Dtype.bfloat16, TILED)
+    picture = unpack_picture(document)
+    assert is_picture(memoryview(document))
+    np.testing.assert_array_equal(picture.pixels, tiled.pixels)
+    assert picture.num_tokens == tiled.num_tokens
+    bits = torch.from_numpy(tiled.mm_kwargs["pixel_values"]).to(torch.bfloat16).view(torch.int16).numpy()
+    assert picture.tensors["pixel_values"] == TensorDigest.of(bits, is_float=True)
+    assert 0 <= len(document) - data_size(tiled, Dtype.bfloat16, TILED) < 500
 
 
 def answer(**changes: Any) -> bytes:

@@ -1,6 +1,6 @@
 """The endpoint that the run adds to its vLLM servers: `POST /vlmrl/generate` is `/inference/v1/generate` for batches.
 
-    body ─▶ unpack_batch ─┬▶ data of images ─▶ kept until the first request with the image takes it to the engine
+    body ─▶ unpack_batch ─┬▶ data of images ─▶ items ─▶ kept until the first request with the image takes it
                           └▶ each request ─▶ AsyncLLM.add_request ─▶ tokens, logprobs, versions ─▶ pack_answer
     the response begins when the engine has all requests of the batch; then it gets a frame for each finished request
 
@@ -25,6 +25,7 @@ from typing import Any, TypeAlias
 from vlmrl.caches.lru import ByteLRU
 from vlmrl.inference.vllm import old_vllm
 from vlmrl.inference.vllm.frames import FORGOTTEN, ROUTE, check_request, pack_answer, pack_error, unpack_batch
+from vlmrl.inference.vllm.in_server.items import ItemMaker
 from vlmrl.inference.vllm.wire import BANNED_BIAS, MAX_LISTED_TOKENS
 
 Scope: TypeAlias = MutableMapping[str, Any]
@@ -42,6 +43,7 @@ class Route:
     def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
         self._app = app
         self._waiting = WaitingImages(WAITING_LIMIT_BYTES)
+        self._maker = ItemMaker()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] != ROUTE:
@@ -60,13 +62,19 @@ class Route:
         answering: list[asyncio.Task[None]] = []
         try:
             # In a thread, because an image takes milliseconds.
-            items = await asyncio.to_thread(_decode, batch.documents) if batch.documents else {}
+            items: dict[str, Any] = {}
+            if batch.documents:
+                items = await asyncio.to_thread(self._maker.make, batch.documents, engine.model_config)
             if not batch.requests:
+                refusals = [item for item in items.values() if isinstance(item, ValueError)]
+                if refusals:
+                    return await _respond(send, str(refusals[0]).encode(), 400)
                 self._waiting.add({hash: (item, len(batch.documents[hash])) for hash, item in items.items()})
                 return await _respond(send, b"")
             for number, header in enumerate(batch.requests):
                 try:
                     check_request(header)
+                    self._maker.check_layouts(header["images"])
                     shown = items if header["is_whole"] else self._waiting.take(header["images"])
                     outputs = await engine.add_request(
                         header["request_id"],
@@ -93,7 +101,7 @@ class WaitingImages:
 
     >>> waiting = WaitingImages(limit_bytes=5)
     >>> waiting.add({"a": ("A", 3), "b": ("B", 2), "c": ("C", 1)})
-    >>> waiting.take([["b", 0, 1], ["c", 1, 1], ["a", 2, 1]]), waiting.take([["b", 0, 1]])
+    >>> waiting.take([["b", 0, 1, []], ["c", 1, 1, []], ["a", 2, 1, []]]), waiting.take([["b", 0, 1, []]])
     ({'b': 'B', 'c': 'C'}, {})
     """
 
@@ -106,18 +114,9 @@ class WaitingImages:
             self._items.put(hash, item, num_bytes)
 
     def take(self, images: list[list[Any]]) -> dict[str, Any]:
-        """Remove the items of `images` ([hash, offset, length] each) that are here → hash to item."""
-        hashes = dict.fromkeys(hash for hash, _, _ in images)
+        """Remove the items of `images` ([hash, offset, length, gaps] each) that are here → hash to item."""
+        hashes = dict.fromkeys(hash for hash, *_ in images)
         return {hash: self._items.pop(hash) for hash in hashes if hash in self._items}
-
-
-def _decode(documents: Mapping[str, memoryview]) -> dict[str, Any]:
-    """Decode the output of `wire.encode_image` for each image → hash to vLLM's `MultiModalKwargsItem`."""
-    from vllm.multimodal.inputs import MultiModalKwargsItem
-    from vllm.v1.serial_utils import MsgpackDecoder
-
-    decoder = MsgpackDecoder(t=MultiModalKwargsItem)
-    return {hash: decoder.decode(document) for hash, document in documents.items()}
 
 
 async def _answer(
@@ -226,17 +225,33 @@ def _ban(banned: tuple[tuple[int, int], ...], vocabulary: int) -> dict[str, Any]
 def _engine_input(header: Mapping[str, Any], items: Mapping[str, Any]) -> Any:
     """vLLM's input for a request. It refers to images that are not in `items` by their hash."""
     from vllm.inputs import mm_input, tokens_input
-    from vllm.multimodal.inputs import MultiModalKwargsItems, PlaceholderRange
+    from vllm.multimodal.inputs import MultiModalKwargsItems
 
     images = header["images"]
     if not images:
         return tokens_input(prompt_token_ids=header["token_ids"])
+    for hash, *_ in images:
+        if isinstance(items.get(hash), ValueError):
+            raise items[hash]
     return mm_input(
         prompt_token_ids=header["token_ids"],
-        mm_kwargs=MultiModalKwargsItems({"image": [items.get(hash) for hash, _, _ in images]}),
-        mm_hashes={"image": [hash for hash, _, _ in images]},
-        mm_placeholders={"image": [PlaceholderRange(offset, length) for _, offset, length in images]},
+        mm_kwargs=MultiModalKwargsItems({"image": [items.get(hash) for hash, *_ in images]}),
+        mm_hashes={"image": [hash for hash, *_ in images]},
+        mm_placeholders={"image": [_range(offset, length, gaps) for _, offset, length, gaps in images]},
     )
+
+
+def _range(offset: int, length: int, gaps: list[list[int]]) -> Any:
+    """vLLM's place of an image, with marks of its image tokens where there are gaps between them."""
+    import torch
+    from vllm.multimodal.inputs import PlaceholderRange
+
+    if not gaps:
+        return PlaceholderRange(offset, length)
+    marks = torch.ones(length, dtype=torch.bool)
+    for start, count in gaps:
+        marks[start : start + count] = False
+    return PlaceholderRange(offset, length, is_embed=marks)
 
 
 def _span(span: Any) -> tuple[str, int, int]:
@@ -281,6 +296,6 @@ async def _wait_for_disconnect(receive: Receive) -> None:
         pass
 
 
-async def _respond(send: Send, body: bytes) -> None:
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+async def _respond(send: Send, body: bytes, status: int = 200) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"%d" % len(body))]})
     await send({"type": "http.response.body", "body": body})

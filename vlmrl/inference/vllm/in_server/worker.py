@@ -25,7 +25,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
 )
+from vllm.platforms import current_platform
 
+from vlmrl.inference.vllm.in_server.items import reported_fields
+from vlmrl.inference.vllm.in_server.unused_layers import is_behind_last_layer, layer_counts
 from vlmrl.models.digests import Slice, digest
 
 SWITCH_INTERVAL_S = 1e-4
@@ -46,7 +49,15 @@ class WorkerInspector:
         """The settings that `settings.check_settings` reads."""
         model, parallel = self.vllm_config.model_config, self.vllm_config.parallel_config
         images = model.multimodal_config
+        text = model.hf_text_config
         return {
+            "architecture": model.architecture,
+            "device": current_platform.device_type,
+            "is_bidirectional": bool(model.is_mm_prefix_lm),
+            "has_deepstack": bool(getattr(_vision_config(model), "deepstack_visual_indexes", None)),
+            # vLLM looks up the per-layer inputs of image positions by id 0, transformers by this one.
+            "image_input_id": text.pad_token_id if getattr(text, "hidden_size_per_layer_input", 0) else 0,
+            "images": reported_fields(model),
             "dtype": str(model.dtype).removeprefix("torch."),
             "max_model_len": model.max_model_len,
             "logprobs_mode": model.logprobs_mode,
@@ -90,6 +101,10 @@ class WorkerInspector:
         return {"unknown": unknown, "missing": missing, "weights": weights}
 
 
+def _vision_config(model: Any) -> Any:
+    return getattr(model.hf_config, "vision_config", None)
+
+
 def _sources(
     model: Any, names: list[str], parameters: dict[str, nn.Parameter]
 ) -> tuple[dict[str, list[str]], list[str]]:
@@ -103,6 +118,7 @@ def _sources(
     }
     found: dict[str, list[str | None]] = {}
     unknown = []
+    counts = layer_counts(parameters)
     for name in names:
         mapped = (mapper.apply_list([name]) if mapper is not None else [name]) or [name]
         module, _, kind = mapped[0].rpartition(".")
@@ -112,7 +128,7 @@ def _sources(
         elif leaf in fused and f"{parent}.{fused[leaf][0]}.{kind}" in parameters:
             whole, place, count = fused[leaf]
             found.setdefault(f"{parent}.{whole}.{kind}", [None] * count)[place] = name
-        else:
+        elif not is_behind_last_layer(mapped[0], counts):
             unknown.append(name)
     whole = {name: [part for part in parts if part] for name, parts in found.items() if None not in parts}
     # A weight that shares its tensor with another (a tied head and the embedding) has the same sources.
@@ -166,7 +182,8 @@ def _held(module: Any, parameter: Tensor) -> Tensor:
     if parameter.numel() == 0 or (isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear")):
         # Repacked for a CPU kernel. The layer's output for the identity matrix is the weight, bit for bit, because all
         # products but one are with 0.
-        identity = torch.eye(module.input_size_per_partition, dtype=parameter.dtype, device=parameter.device)
+        width = getattr(module, "input_size_per_partition", None) or module.input_size
+        identity = torch.eye(width, dtype=parameter.dtype, device=parameter.device)
         with torch.inference_mode():
             parameter = module.quant_method.apply(module, identity, None).t()
     if isinstance(module, VocabParallelEmbedding):

@@ -29,6 +29,12 @@ SETTINGS = {
     "logprobs_mode": "processed_logprobs",
     "mm_device_do_normalize": False,
     "keeps_images": True,
+    "architecture": "Qwen3VLForConditionalGeneration",
+    "device": "cpu",
+    "is_bidirectional": False,
+    "has_deepstack": True,
+    "image_input_id": 0,
+    "images": None,
 }
 
 
