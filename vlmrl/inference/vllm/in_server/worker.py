@@ -113,7 +113,8 @@ def _sources(
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     fused = {
         part: (whole, place, len(parts))
-        for whole, parts in getattr(model, "packed_modules_mapping", {}).items()
+        for module in model.modules()  # a model of two parts may leave it to them
+        for whole, parts in (getattr(module, "packed_modules_mapping", None) or {}).items()
         for place, part in enumerate(parts)
     }
     found: dict[str, list[str | None]] = {}
