@@ -16,11 +16,13 @@ GLM_TOKENS = (
 
 
 def glm4v_config(ids: Ids) -> dict[str, Any]:
+    """Queries, keys and values have biases in transformers always, in vLLM where `attention_bias` says so."""
     numbers = text(
         ids,
         *("<|endoftext|>", "<|endoftext|>"),
         num_attention_heads=2,
         num_key_value_heads=1,
+        attention_bias=True,
         rope_parameters=ROPE | {"mrope_section": [4, 2, 2], "partial_rotary_factor": 0.5},
     )
     del numbers["head_dim"]

@@ -115,7 +115,7 @@ def qwen3_5_config(ids: Ids, **more: Any) -> dict[str, Any]:
 
 def with_experts(config: Callable[..., dict[str, Any]], **more: Any) -> Callable[[Ids], dict[str, Any]]:
     """Four experts, of which two work on a token."""
-    return lambda ids: config(ids, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, **more)
+    return lambda ids: config(ids, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=96, **more)
 
 
 QWEN2_VL = Recipe(
@@ -156,7 +156,11 @@ QWEN3_VL = replace(
     image_processor=image_processor(16, **HALF),
 )
 
-QWEN3_VL_MOE = replace(QWEN3_VL, model_type="qwen3_vl_moe", config=with_experts(qwen3_vl_config, decoder_sparse_step=1))
+QWEN3_VL_MOE = replace(
+    QWEN3_VL,
+    model_type="qwen3_vl_moe",
+    config=with_experts(qwen3_vl_config, decoder_sparse_step=1, norm_topk_prob=True),
+)
 
 QWEN3_5 = replace(
     QWEN3_VL,

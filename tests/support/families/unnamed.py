@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from support.families.recipe import Ids, Recipe
-from support.families.sizes import CLIP_NORM, HALF, VISION, text
+from support.families.sizes import CLIP_NORM, HALF, HIDDEN, VISION, text
 from support.families.vocabulary import Vocabulary
 
 COHERE_TOKENS = (
@@ -131,6 +131,10 @@ def lfm2_vl_config(ids: Ids) -> dict[str, Any]:
         num_key_value_heads=1,
         layer_types=["conv", "full_attention"],
         block_auto_adjust_ff_dim=False,
+        block_dim=HIDDEN,  # vLLM reads these, transformers does not
+        block_ff_dim=96,
+        conv_dim=HIDDEN,
+        conv_dim_out=HIDDEN,
         tie_word_embeddings=True,
     )
     del numbers["head_dim"]

@@ -61,9 +61,25 @@ def save(model: PreTrainedModel, folder: Path) -> None:
     transformers leaves out the prefix of a tower (`vision_model.`) for a model that was not loaded from a file.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False) or None  # type: ignore[assignment]
     model.save_pretrained(folder)
+    if model.config.model_type == "qwen3_vl_moe":
+        _transpose_experts(folder / "model.safetensors")
+
+
+def _transpose_experts(file: Path) -> None:
+    """Bring experts into the layout of published checkpoints. transformers transposes them where it loads them, and not
+    where it saves; vLLM reads the published layout only."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(file)
+    for name in weights:
+        if ".experts." in name:
+            weights[name] = weights[name].transpose(1, 2).contiguous()
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 def _scaled(name: str, noise: Any, value: Any, scales: Scales) -> Any:
