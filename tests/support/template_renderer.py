@@ -18,10 +18,15 @@ from vlmrl.models.families import family_of
 from vlmrl.rendering.renderer import FamilyRenderer, make_renderer
 from vlmrl.types import Image, IntArray, Message, Prompt, Text
 
+REFUSED = {"idefics2"}
+"""Families whose processor changes the text around an image."""
+
 WITH_IMAGES = [
     name
     for name, recipe in FAMILIES.items()
-    if recipe.image_token is not None and (find_spec("torchvision") is not None or not recipe.needs_torchvision)
+    if recipe.image_token is not None
+    and name not in REFUSED
+    and (find_spec("torchvision") is not None or not recipe.needs_torchvision)
 ]
 
 

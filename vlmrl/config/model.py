@@ -51,6 +51,17 @@ class VLMConfig:
     flat_mm_kwargs: list[str] = setting(MISSING, on_resume=Resume.refused, form=NAME)
     """Names of `mm_kwargs` whose rows are not images (Qwen-VL: `pixel_values`, a row per patch); vLLM needs to know
     them."""
+    min_pixels: int | None = setting(
+        None, on_resume=Resume.noted, low=1, high=2**31, outside="no image has so many pixels"
+    )
+    """Images with fewer pixels are scaled up to this area. None is the checkpoint's own bound. Only for processors that
+    bound an area (Qwen-VL, GLM-V); `image_settings` serves the others."""
+    max_pixels: int | None = setting(
+        None, on_resume=Resume.noted, low=1, high=2**31, outside="no image has so many pixels"
+    )
+    """Images with more pixels are scaled down to this area. None is the checkpoint's own bound."""
+    image_settings: dict[str, Any] = setting({}, on_resume=Resume.noted, free_form=True)
+    """Other settings of the checkpoint's image processor, such as `size`, `max_patches` or `do_image_splitting`."""
     freeze_vision: bool = setting(False, on_resume=Resume.refused)
     """Do not train the vision tower; train the language model only."""
     freeze_language: bool = setting(False, on_resume=Resume.refused)

@@ -161,7 +161,9 @@ def make_renderer(
     )
     if processor is None:
         return FamilyRenderer(chat_format, ImageStore(process), vocabulary, vocab_size)
-    with_text = ProcessWithText(processor, tokenizer.convert_tokens_to_ids(image_token))
+    with_text = ProcessWithText(
+        processor, tokenizer.convert_tokens_to_ids(image_token), model.vlm.image_settings if model.vlm else {}
+    )
     chat_format.surprises += tuple(filter(None, [with_text.surprise()]))
     return FamilyRenderer(chat_format, ImageStore(with_text, process.processed_size), vocabulary, vocab_size)
 

@@ -324,10 +324,11 @@ def build_renderer(config: RunConfig, folder: Path, vocab_size: int | None = Non
     assert settings is not None, "preflight refuses a config without a renderer"
     tokenizer = load_tokenizer(folder)
     by_template = renderer_name(settings, config.model) == TEMPLATE
-    processor = load_processor(folder) if by_template and config.model.vlm is not None else None
+    vlm = config.model.vlm
+    processor = load_processor(folder, vlm) if by_template and vlm is not None else None
     image_processor = processor.image_processor if processor is not None else None
-    if config.model.vlm is not None and not by_template:
-        image_processor = load_image_processor(folder)
+    if vlm is not None and not by_template:
+        image_processor = load_image_processor(folder, vlm)
     family = family_of(config.model.vlm)
     renderer = make_renderer(
         settings,

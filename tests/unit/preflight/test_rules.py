@@ -142,6 +142,7 @@ ELSEWHERE = {
     "preflight/estimate/plan.py": "problems of the user's task",
     "rendering/renderer.py": "what the renderer returned",
     "rendering/package.py": "renderers of the package and the user's own, for the rules and where they are made",
+    "models/checkpoints/image_size.py": "settings of the checkpoint's own image processor",
     "rendering/template": "the checkpoint's own chat template and processor",
     "models/lora.py": "layers of the loaded model",
     "ranks": "variables of the launcher",

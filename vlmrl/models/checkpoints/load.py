@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from vlmrl.config.model import Init, ModelConfig
+from vlmrl.config.model import Init, ModelConfig, VLMConfig
 from vlmrl.errors import ModelError
+from vlmrl.models.checkpoints.image_size import resized
 from vlmrl.models.checkpoints.processor import make_processor
 from vlmrl.models.checkpoints.scratch import ensure_architecture, initialize
 from vlmrl.models.checkpoints.tiny import ensure_tiny_checkpoint
@@ -133,8 +134,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_image_processor(folder: Path) -> BaseImageProcessor:
-    """The image processor of `folder`. Raises `ModelError` where it is missing or corrupt.
+def load_image_processor(folder: Path, vlm: VLMConfig | None = None) -> BaseImageProcessor:
+    """The image processor of `folder`, with the sizes of images that `vlm` sets. Raises `ModelError` where it is
+    missing or corrupt, and `ConfigError` for sizes that it does not have.
 
     Always transformers' PIL backend, so that the same image gives the same pixels on every machine, with or without
     torchvision.
@@ -149,16 +151,16 @@ def load_image_processor(folder: Path) -> BaseImageProcessor:
         processor: BaseImageProcessor = auto.from_pretrained(folder, backend="pil", local_files_only=True)
     except (OSError, ValueError) as error:
         raise ModelError(f"the image processor of {folder} does not load: {error}") from error
-    return processor
+    return processor if vlm is None else resized(processor, vlm)
 
 
-def load_processor(folder: Path) -> Any:
+def load_processor(folder: Path, vlm: VLMConfig | None = None) -> Any:
     """The whole processor of `folder`, for images: its tokenizer, its image processor and its chat template. Raises
     `ModelError` where a part is missing or corrupt, or where transformers does not have its class.
 
     It has a tokenizer of its own: threads that process images must not share one with those that render text.
     """
-    return make_processor(folder, load_tokenizer(folder), load_image_processor(folder))
+    return make_processor(folder, load_tokenizer(folder), load_image_processor(folder, vlm))
 
 
 def load_eos_ids(folder: Path) -> tuple[int, ...]:

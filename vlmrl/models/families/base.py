@@ -131,11 +131,14 @@ class Family:
 
     def image_bounds(self, model: ModelConfig) -> ImageBounds | None:
         """Bounds of an image, as far as the configuration tells; None where they are not known."""
-        if self.recipe is None:
-            return self.released_bounds
-        if model.tiny is not None:
-            return self.recipe.tiny
-        return self.recipe.made_here if model.init is Init.random else self.released_bounds
+        bounds = self.released_bounds
+        if self.recipe is not None and model.tiny is not None:
+            bounds = self.recipe.tiny
+        elif self.recipe is not None and model.init is Init.random:
+            bounds = self.recipe.made_here
+        if bounds is None or self.vlm is None:
+            return bounds
+        return ImageBounds(self.vlm.min_pixels or bounds.least, self.vlm.max_pixels or bounds.most)
 
     def image_tokens(self, width: int, height: int, bounds: ImageBounds) -> int:
         """Placeholder tokens of an image of width × height pixels. Only for a family that knows its `token_pixels`."""

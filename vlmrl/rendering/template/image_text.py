@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,10 @@ class ProcessWithText:
     and only the processor knows the replacement. One image at a time, so that none is padded to the size of another.
     """
 
-    def __init__(self, processor: Any, image_token_id: int) -> None:
-        """Raises `ConfigError` for a processor without a placeholder."""
+    def __init__(self, processor: Any, image_token_id: int, settings: Mapping[str, Any]) -> None:
+        """`settings` are `model.vlm.image_settings`: some processors have defaults of their own, which would replace
+        those of the image processor (InternVL: `crop_to_patches`). Raises `ConfigError` for a processor without a
+        placeholder."""
         placeholder = getattr(processor, "image_token", None)
         if not isinstance(placeholder, str):
             raise ConfigError(
@@ -36,6 +39,7 @@ class ProcessWithText:
         self.placeholder: str = placeholder
         self._processor = processor
         self._image_token_id = image_token_id
+        self._settings = {"images_kwargs": dict(settings)} if settings else {}
         self._lock = threading.Lock()
         """A tokenizer must not be used by two threads at once."""
 
@@ -47,6 +51,7 @@ class ProcessWithText:
                 images=[[PILImage.fromarray(pixels)]],
                 return_tensors="np",
                 return_text_replacement_offsets=True,
+                **self._settings,
             )
             ids = output["input_ids"][0].tolist()
             replacement = self._replacement(output, ids)
@@ -62,15 +67,18 @@ class ProcessWithText:
         )
 
     def surprise(self) -> str | None:
-        """A sentence where an image becomes other tokens in the company of others; None where it does not."""
+        """A sentence where an image becomes other tokens in the company of others; None where it does not. Raises
+        `ConfigError` where what an image becomes depends on the text next to it."""
         picture = PILImage.fromarray(np.arange(96 * 224 * 3, dtype=np.uint32).astype(np.uint8).reshape(96, 224, 3))
         alone = self(np.asarray(picture)).replacement
+        self._check_surroundings(picture, alone)
         with self._lock:
             output = self._processor(
                 text=[2 * self.placeholder],
                 images=[[picture, picture]],
                 return_tensors="np",
                 return_text_replacement_offsets=True,
+                **self._settings,
             )
         offsets = output.get("text_replacement_offsets")
         if not offsets or all(each["replacement"] == alone for each in offsets[0]):
@@ -79,6 +87,25 @@ class ProcessWithText:
             f"the processor {type(self._processor).__name__} makes other tokens of an image in the company of others; "
             "here each image is processed alone, so that a later turn cannot change an earlier one"
         )
+
+    def _check_surroundings(self, picture: PILImage.Image, alone: str) -> None:
+        """A processor that does not say what it writes for an image may also change the text around it (Idefics 2)."""
+        text = f"a{self.placeholder}b{2 * self.placeholder} c"
+        with self._lock:
+            output = self._processor(
+                text=[text],
+                images=[[picture] * 3],
+                return_tensors="np",
+                return_text_replacement_offsets=True,
+                **self._settings,
+            )
+            tokenizer = self._processor.tokenizer
+            expected = tokenizer(text.replace(self.placeholder, alone))["input_ids"]
+        if not output.get("text_replacement_offsets") and output["input_ids"][0].tolist() != list(expected):
+            raise ConfigError(
+                f"the processor {type(self._processor).__name__} writes an image in another way depending on the text "
+                "next to it, so a prompt could not be continued token by token: choose a renderer that knows the family"
+            )
 
     def _replacement(self, output: Any, ids: list[int]) -> str:
         """What the processor wrote in place of the placeholder."""

@@ -138,6 +138,9 @@ class TemplateFormat:
     ) -> tuple[list[int], list[int]]:
         """(token ids, the message of each that a policy would have sampled, −1 for the others)."""
         answers = find_answers(messages, text, self._template.text, self.closing)
+        is_open = bool(answers) and messages[-1].role == "assistant" and not answers[-1].is_closed
+        if is_open:  # the template closes a turn with what opens the next one; a policy closes it itself
+            text = text[: answers[-1].end]
         cuts, owners = [0], [-1]
         for answer in answers:
             cuts += [answer.begin, answer.end]
@@ -153,8 +156,7 @@ class TemplateFormat:
         for owner, tokens in zip(owners, self._encoder.encode_parts(parts), strict=True):
             ids += tokens
             message_of += [owner] * len(tokens)
-        if answers and messages[-1].role == "assistant" and not answers[-1].is_closed:
-            # The template closes a turn with what opens the next one; a policy closes it itself.
+        if is_open:
             ids.append(self.stop_ids[0])
             message_of.append(answers[-1].message)
         return ids, message_of

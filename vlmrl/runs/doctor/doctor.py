@@ -138,7 +138,7 @@ class Doctor:
         folder = resolve_checkpoint(config.model, tokenizer_texts(config.model, run.task))
         self._reference = Reference(
             load_tokenizer(folder),
-            load_image_processor(folder) if vlm is not None else None,
+            load_image_processor(folder, vlm) if vlm is not None else None,
             family_of(config.model.vlm).image_token,
             config.orchestrator.renderer.parse_control_tokens,
         )
