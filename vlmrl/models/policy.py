@@ -100,8 +100,9 @@ class Policy:
         self._mrope = "mrope_section" in (getattr(text, "rope_parameters", None) or {})
         text._attn_implementation = ATTENTION_NAME
         self._images = ImageEncoder(model)
-        self._banned = torch.zeros(len(model.get_output_embeddings().weight), dtype=torch.bool, device=self.device)
-        self._banned[sorted(banned_token_ids)] = True
+        self.banned = torch.zeros(len(model.get_output_embeddings().weight), dtype=torch.bool, device=self.device)
+        """bool [vocabulary]; True for tokens that have probability 0."""
+        self.banned[sorted(banned_token_ids)] = True
         self._cache = FeatureCache(feature_cache_bytes)
         self._encoded, self._reused = 0, 0
 
@@ -207,7 +208,7 @@ class Policy:
         # In float32, for any dtype of the weights and under autocast: a rounded logit moves every probability.
         with torch.autocast(hidden.device.type, enabled=False):
             logits = self._logit_map(torch.nn.functional.linear(hidden.float(), head.weight.float(), head.bias))
-        logits = logits.masked_fill(self._banned, float("-inf"))
+        logits = logits.masked_fill(self.banned, float("-inf"))
         return torch.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)
 
     def token_logprobs(
@@ -219,5 +220,5 @@ class Policy:
         bias = None if head.bias is None else head.bias.detach()
         with torch.autocast(hidden.device.type, enabled=False):
             return token_logprobs(
-                hidden, head.weight, bias, self._banned, entry, targets, temperature or 1.0, self._logit_map
+                hidden, head.weight, bias, self.banned, entry, targets, temperature or 1.0, self._logit_map
             )

@@ -2,6 +2,7 @@
 
     scripted answers ─▶ renderer                    token ids and pixels against transformers'
     publish 0 ─▶ rollouts ─▶ samples ─▶ trainer     placeholders, hashes, positions, logprobs
+                 the same sequences in transformers' own forward, one by one
                  the same tokens, pixels inverted   does the trainer look at them, does the engine
     a step and noise ─▶ publish 1 ─▶ rollouts       did the policy change, did every weight arrive, logprobs again
 
@@ -40,6 +41,7 @@ from vlmrl.runs.build import Run, compute_dtypes
 from vlmrl.runs.doctor.evidence import Evidence, engine_logprobs, images_of, with_images
 from vlmrl.runs.doctor.logprobs import FLOAT32_KL, ROUNDING_FACTOR, LogprobDifference, logprobs
 from vlmrl.runs.doctor.noise_images import NoiseTask
+from vlmrl.runs.doctor.own_forward import own_forward
 from vlmrl.runs.doctor.pixels import InvertedPixels, images_in_engine, images_in_trainer, pixels
 from vlmrl.runs.doctor.placeholders import image_hashes, placeholders
 from vlmrl.runs.doctor.positions import engine_positions, trainer_positions
@@ -77,6 +79,7 @@ CHECKS = (
     "positions, trainer",
     "positions, engine",
     "logprobs, version 0",
+    "logprobs, transformers",
     "images, trainer",
     "images, engine",
     "update",
@@ -192,6 +195,8 @@ class Doctor:
         await judge(engine_positions, run.policy, before)
         bound = await asyncio.to_thread(self._bound, before)
         await judge(logprobs, await asyncio.to_thread(self._difference, before), bound)
+        trained = await asyncio.to_thread(self._greedy_trainer.logprobs, before.samples)
+        await judge(own_forward, run.policy, before.samples, trained, bound)
 
         run.monitor.status("doctor: other pixels behind the same tokens")
         inverted = await self._inverted(before)

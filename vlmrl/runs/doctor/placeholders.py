@@ -18,25 +18,28 @@ from vlmrl.types import ImageItem, Prompt, TrainingSample
 
 
 def placeholders(name: str, policy: Policy, image_token_id: int | None, samples: Sequence[TrainingSample]) -> Verdict:
-    """In every sample the image tokens, the features of the placeholders, the tokens marked as image, the grids and the
-    vision features all count the same, and the marks stand at the image tokens."""
+    """In every sample the image tokens, the features of the placeholders, the tokens marked as image and the vision
+    features all count the same, also the grids where there are any, and the marks stand at the image tokens."""
     if image_token_id is None:
         return not_visible(name, "the model is text-only")
     images = {image.hash: image for sample in samples for image in sample.images}
     if not images:
         return not_visible(name, NO_IMAGE)
-    merge = policy.config.vision_config.spatial_merge_size
+    has_grids = all("image_grid_thw" in image.mm_kwargs for image in images.values())
+    merge = getattr(policy.config.vision_config, "spatial_merge_size", 1)
     features = {hash: _count_features(policy, image) for hash, image in images.items()}
-    totals = np.zeros(5, np.int64)
+    totals = np.zeros(4 + has_grids, np.int64)
     for sample in samples:
         is_image = sample.token_ids == image_token_id
         counts = {
             "image tokens": int(is_image.sum()),
             "in placeholders": sum(placeholder.num_features for placeholder in sample.placeholders),
             "marked": int((sample.mm_token_type_ids == 1).sum()),
-            "by grids": sum(int(image.mm_kwargs["image_grid_thw"].prod()) // merge**2 for image in sample.images),
             "features": sum(features[image.hash] for image in sample.images),
         }
+        if has_grids:
+            grids = [image.mm_kwargs["image_grid_thw"] for image in sample.images]
+            counts["by grids"] = sum(int(grid.prod()) // merge**2 for grid in grids)
         if len(set(counts.values())) > 1:
             return failed(name, f"{sample.rollout_id}: " + ", ".join(f"{n} {what}" for what, n in counts.items()))
         if not np.array_equal(is_image, sample.mm_token_type_ids == 1):

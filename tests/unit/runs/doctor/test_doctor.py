@@ -325,7 +325,7 @@ def test_an_engine_that_refuses(run: Run) -> None:
 def test_a_renderer_with_shifted_placeholders(run: Run) -> None:
     run.renderer = TamperingRenderer(run.renderer, prompt=shifted)
     lines = examine(run)
-    assert those(lines, State.FAILED) == {"placeholders", "positions, trainer"}
+    assert those(lines, State.FAILED) == {"placeholders", "positions, trainer", "logprobs, transformers"}
     assert "is an image token by its id or by the placeholders, but not by both" in lines["placeholders"].finding
 
 
@@ -368,7 +368,7 @@ def test_a_renderer_with_other_pixels(run: Run) -> None:
 def test_positions_of_another_model(run: Run) -> None:
     """Engine and trainer are wrong in the same way, so only the comparison with transformers finds it."""
     run.policy.positions = position_function("sequential")
-    assert failed(run) == {"positions, trainer"}
+    assert failed(run) == {"positions, trainer", "logprobs, transformers"}
 
 
 def test_a_policy_that_is_blind(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,7 +382,7 @@ def test_a_policy_that_is_blind(run: Run, monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(Policy, "encode_images", blind)
     lines = examine(run)
-    assert those(lines, State.FAILED) == {"images, trainer"}
+    assert those(lines, State.FAILED) == {"images, trainer", "logprobs, transformers"}
     assert those(lines, State.NOT_VISIBLE) == {"images, engine"}
 
 
