@@ -84,7 +84,12 @@ class ImageEncoder:
             self._tower.config._attn_implementation = chosen
         features: dict[int, Sequence[Tensor]] = {}
         for members in alike(images):
-            levels = self._encode_alike([images[i] for i in members], device)
+            group = [images[i] for i in members]
+            if sum(image.num_tokens for image in group) == 1:
+                # Mistral 3 drops the first dimension of a single feature, so it is encoded next to itself.
+                levels = [level[:1] for level in self._encode_alike(2 * group, device)]
+            else:
+                levels = self._encode_alike(group, device)
             parts = zip(*(torch.split(level, [images[i].num_tokens for i in members]) for level in levels), strict=True)
             features.update(zip(members, parts, strict=True))
         ordered = [features[i] for i in range(len(images))]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from vlmrl.config.conf_folder import CONF
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.model import Dtype, Init, ModelConfig, VLMConfig
+from vlmrl.config.orchestrator import TEMPLATE
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import ConfigError
 
@@ -24,8 +25,6 @@ if TYPE_CHECKING:  # it imports torch, which a refused configuration should not 
     from vlmrl.models.checkpoints.facts import Facts
 
 AUTO = "auto"
-TEMPLATE = "template"
-"""The renderer that works from a checkpoint's own chat template."""
 
 FOUND = ("family", "renderers", "positions", "image_token", "flat_mm_kwargs")
 """The fields of `model.vlm` that can be found in a checkpoint."""

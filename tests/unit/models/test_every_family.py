@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL.Image import fromarray
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
@@ -20,7 +21,7 @@ from vlmrl.models.attention.prefix_tree import Segment, image_ends
 from vlmrl.models.families.positions import position_function
 from vlmrl.models.image_encoder import alike, image_parameters
 from vlmrl.models.policy import Policy
-from vlmrl.types import Prompt, mm_token_type_ids
+from vlmrl.types import ImageItem, Prompt, mm_token_type_ids
 
 Folder = Callable[[str], Path]
 
@@ -96,3 +97,17 @@ def test_pictures_of_two_sizes_are_encoded_one_after_the_other(family_folder: Fo
     prompt, _ = prompt_and_batch("mistral3", load_processor(family_folder("mistral3")), model.config.image_token_id)
     assert alike(prompt.images) == [[0], [1]]
     assert alike([prompt.images[0], prompt.images[1], prompt.images[0]]) == [[0, 2], [1]]
+
+
+def test_an_image_of_one_token(family_folder: Folder) -> None:
+    """transformers drops the first dimension of Mistral 3's features where it is 1."""
+    model = load(family_folder("mistral3"))
+    processor = load_processor(family_folder("mistral3"))
+    (small,) = (fromarray(np.full((8, 8, 3), 200, np.uint8)),)
+    outputs = processor(text=[processor.image_token], images=[small], return_tensors="np")
+    kwargs = {name: outputs[name] for name in ("pixel_values", "image_sizes")}
+    tokens = int((outputs["input_ids"] == model.config.image_token_id).sum())
+    assert tokens == 1
+    features = policy_of(model).encode_images([ImageItem("a", np.zeros((8, 8, 3), np.uint8), kwargs, tokens)])
+    assert features is not None
+    assert features.levels[0].shape == (1, model.config.text_config.hidden_size)

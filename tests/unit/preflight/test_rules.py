@@ -144,6 +144,8 @@ ELSEWHERE = {
     "rendering/package.py": "renderers of the package and the user's own, for the rules and where they are made",
     "models/checkpoints/image_size.py": "settings of the checkpoint's own image processor",
     "rendering/template": "the checkpoint's own chat template and processor",
+    "models/checkpoints/facts.py": "what the checkpoint's files say",
+    "preflight/auto_model.py": "what is read from the checkpoint before the rules",
     "models/lora.py": "layers of the loaded model",
     "ranks": "variables of the launcher",
     "record/run_dir.py": "a folder on the disk",

@@ -28,15 +28,16 @@ import numpy as np
 import torch
 
 from vlmrl.config.model import Dtype
+from vlmrl.config.orchestrator import TEMPLATE
 from vlmrl.config.task import most_turns
-from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer, resolve_checkpoint
+from vlmrl.models.checkpoints.load import load_image_processor, load_processor, load_tokenizer, resolve_checkpoint
 from vlmrl.models.families import family_of
 from vlmrl.orchestrator.interruption import stopped_before
 from vlmrl.orchestrator.loop import ExitReason
 from vlmrl.orchestrator.rollout import RolloutRunner, sampling_seed
 from vlmrl.orchestrator.samples import make_samples
 from vlmrl.orchestrator.stream import Drawn, ProblemStream
-from vlmrl.rendering.renderer import Renderer
+from vlmrl.rendering.renderer import Renderer, renderer_name
 from vlmrl.runs.build import Run, compute_dtypes
 from vlmrl.runs.doctor.evidence import Evidence, engine_logprobs, images_of, with_images
 from vlmrl.runs.doctor.logprobs import FLOAT32_KL, ROUNDING_FACTOR, LogprobDifference, logprobs
@@ -45,7 +46,7 @@ from vlmrl.runs.doctor.own_forward import own_forward
 from vlmrl.runs.doctor.pixels import InvertedPixels, images_in_engine, images_in_trainer, pixels
 from vlmrl.runs.doctor.placeholders import image_hashes, placeholders
 from vlmrl.runs.doctor.positions import engine_positions, trainer_positions
-from vlmrl.runs.doctor.reference import Reference
+from vlmrl.runs.doctor.reference import ProcessorReference, Reference
 from vlmrl.runs.doctor.rollouts import rollouts, versions
 from vlmrl.runs.doctor.tokens import first_turns, later_turns
 from vlmrl.runs.doctor.watching import ScriptedEngine, WatchedEngine, WatchedRenderer, watched_rows
@@ -133,18 +134,12 @@ class Doctor:
     """Examines the parts of a run. The engine must be started, and nothing published yet."""
 
     def __init__(self, run: Run) -> None:
-        config, vlm = run.config, run.config.model.vlm
+        config = run.config
         assert config.orchestrator.renderer is not None, "preflight refuses a config without a renderer"
         self._run = run
         self.groups: dict[int, list[Group]] = {}
         """Policy version → its rollouts, for the record."""
-        folder = resolve_checkpoint(config.model, tokenizer_texts(config.model, run.task))
-        self._reference = Reference(
-            load_tokenizer(folder),
-            load_image_processor(folder, vlm) if vlm is not None else None,
-            family_of(config.model.vlm).image_token,
-            config.orchestrator.renderer.parse_control_tokens,
-        )
+        self._reference = _reference(run)
         # A trainer of the same weights at temperature 0, whose logprobs are those of greedy decoding.
         self._greedy_trainer = LocalTrainer(
             run.policy, config.trainer, config.algorithm, temperature=0.0, max_new_tokens=MAX_NEW_TOKENS
@@ -371,6 +366,22 @@ class Doctor:
             turn = Turn(prompt, completion, text="", messages=[], branch=0, reward=0.0)
             samples += make_samples(Rollout(name, name, 0, [turn], 0.0, {}, StopReason.TERMINATED))
         return samples
+
+
+def _reference(run: Run) -> Reference:
+    """What the run's prompts are compared with. Its files are loaded again."""
+    model, settings = run.config.model, run.config.orchestrator.renderer
+    assert settings is not None, "preflight refuses a config without a renderer"
+    folder = resolve_checkpoint(model, tokenizer_texts(model, run.task))
+    token, parse = family_of(model.vlm).image_token, settings.parse_control_tokens
+    if model.vlm is not None and renderer_name(settings, model) == TEMPLATE:
+        processor = load_processor(folder, model.vlm)
+        return ProcessorReference(
+            processor.tokenizer, processor.image_processor, token, parse, processor, settings.options
+        )
+    return Reference(
+        load_tokenizer(folder), load_image_processor(folder, model.vlm) if model.vlm is not None else None, token, parse
+    )
 
 
 def _in_one_line(error: Exception) -> str:

@@ -16,25 +16,31 @@ NO_IMAGE = "no problem shows an image"
 
 
 def pixels(name: str, reference: Reference, rollouts: Sequence[Rollout]) -> Verdict:
-    """The renderer's pixels and grids are the image processor's, byte for byte."""
+    """The renderer's pixels and sizes are the processor's, byte for byte."""
     if reference.image_processor is None:
         return not_visible(name, "the model is text-only")
     distinct = {image.hash: image for r in rollouts for turn in r.turns for image in turn.prompt.images}
     if not distinct:
         return not_visible(name, NO_IMAGE)
-    images = list(distinct.values())
-    theirs = reference.process(images)
-    for key, array in theirs.items():
-        ours = np.concatenate([image.mm_kwargs[key] for image in images])
-        if ours.dtype != array.dtype or ours.tobytes() != np.ascontiguousarray(array).tobytes():
-            apart = float(np.abs(ours - array).max()) if ours.shape == array.shape else float("nan")
-            return failed(
-                name,
-                f"{key}: the renderer made {ours.dtype} {list(ours.shape)}, the image processor {array.dtype} "
-                f"{list(array.shape)}, max |delta| {apart:.3g}",
-            )
-    finding = f"{', '.join(theirs)} of {len(images)} images are the image processor's, byte for byte"
-    return judged(name, True, finding, images=len(images))
+    names: set[str] = set()
+    for image in distinct.values():
+        for key, array in reference.process(image).items():
+            names.add(key)
+            ours = image.mm_kwargs.get(key)
+            if ours is None or ours.dtype != array.dtype or ours.tobytes() != np.ascontiguousarray(array).tobytes():
+                return failed(name, _difference(key, ours, array))
+    finding = f"{', '.join(sorted(names))} of {len(distinct)} images are the image processor's, byte for byte"
+    return judged(name, True, finding, images=len(distinct))
+
+
+def _difference(key: str, ours: np.ndarray | None, theirs: np.ndarray) -> str:
+    if ours is None:
+        return f"{key}: the image processor makes {theirs.dtype} {list(theirs.shape)} of it, the renderer nothing"
+    apart = float(np.abs(ours - theirs).max()) if ours.shape == theirs.shape else float("nan")
+    return (
+        f"{key}: the renderer made {ours.dtype} {list(ours.shape)}, the image processor {theirs.dtype} "
+        f"{list(theirs.shape)}, max |delta| {apart:.3g}"
+    )
 
 
 @dataclass(frozen=True)

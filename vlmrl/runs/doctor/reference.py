@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from PIL import Image as PILImage
 
+from vlmrl.rendering.template.chat_template import ChatTemplate
+from vlmrl.rendering.template.image_text import OF_TEXT
 from vlmrl.runs.doctor.evidence import images_of
 from vlmrl.types import ImageItem, Message, Text
 
@@ -43,7 +45,8 @@ class Reference:
         image_token_id = self.image_token_id
         if not images or image_token_id is None or ids.count(image_token_id) != len(images):
             return ids  # where the counts differ, the comparison that follows finds it
-        counts = iter(self.process(images)["image_grid_thw"].prod(-1) // self.image_processor.merge_size**2)
+        grids = (self.process(image)["image_grid_thw"] for image in images)
+        counts = (grid.prod() // self.image_processor.merge_size**2 for grid in grids)
         return [id for token in ids for id in [token] * (int(next(counts)) if token == image_token_id else 1)]
 
     def _template_ids(self, messages: Sequence[Message]) -> list[int]:
@@ -74,10 +77,53 @@ class Reference:
                 ids += self.tokenizer.encode(piece, add_special_tokens=False, split_special_tokens=True)
         return ids
 
-    def process(self, images: Sequence[ImageItem]) -> dict[str, np.ndarray]:
-        """The image processor's output for the decoded images, in one call."""
+    def process(self, image: ImageItem) -> dict[str, np.ndarray]:
+        """The image processor's output for one decoded image."""
+        return dict(self.image_processor(images=[PILImage.fromarray(image.pixels)], return_tensors="np"))
+
+
+@dataclass(frozen=True)
+class ProcessorReference(Reference):
+    """transformers' whole processor, for checkpoints whose prompts are made from their own chat template."""
+
+    processor: Any = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """`orchestrator.renderer.options`."""
+
+    def token_ids(self, messages: Sequence[Message], images: Sequence[ImageItem]) -> list[int]:
+        """The processor's token ids for the conversation with its images.
+
+        Where it makes other tokens of an image in the company of others, each image's own tokens are put in place.
+        """
+        filled = ChatTemplate(self.tokenizer, self.processor, self.options).text(messages, generate=True)
         pictures = [PILImage.fromarray(image.pixels) for image in images]
-        return dict(self.image_processor(images=pictures, return_tensors="np"))
+        ids = self._tokenized(filled, pictures)
+        if sum(id == self.image_token_id for id in ids) == sum(image.num_tokens for image in images):
+            return ids
+        before, *after = filled.split(self.processor.image_token)
+        alone = [self.processor(**self._inputs(self.processor.image_token, [picture])) for picture in pictures]
+        texts = [each["text_replacement_offsets"][0][0]["replacement"] for each in alone]
+        whole = before + "".join(text + rest for text, rest in zip(texts, after, strict=True))
+        return list(self.tokenizer(whole, add_special_tokens=not self._begins(whole))["input_ids"])
+
+    def process(self, image: ImageItem) -> dict[str, np.ndarray]:
+        outputs = self.processor(**self._inputs(self.processor.image_token, [PILImage.fromarray(image.pixels)]))
+        arrays = {name: np.ascontiguousarray(outputs[name]) for name in outputs if name not in OF_TEXT}
+        return {name: array for name, array in arrays.items() if array.dtype != np.object_}
+
+    def _tokenized(self, text: str, pictures: Sequence[PILImage.Image]) -> list[int]:
+        inputs = self._inputs(text, pictures) if pictures else {"text": [text]}
+        outputs = self.processor(**inputs, add_special_tokens=not self._begins(text))
+        return [int(id) for id in np.asarray(outputs["input_ids"])[0]]
+
+    def _inputs(self, text: str, pictures: Sequence[PILImage.Image]) -> dict[str, Any]:
+        arrays = {"return_tensors": "np", "return_text_replacement_offsets": True}
+        return {"text": [text], "images": [list(pictures)], **arrays}
+
+    def _begins(self, text: str) -> bool:
+        """Whether the template has written the token that begins a text, as transformers' own method asks."""
+        begin = self.tokenizer.bos_token
+        return begin is not None and text.startswith(begin)
 
 
 def _replaced(chat: list[dict[str, Any]], names: dict[str, str]) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from vlmrl.models.policy import Policy
 from vlmrl.rendering.images import decode
@@ -171,22 +172,22 @@ class Rows:
 def watched_rows(policy: Policy) -> Iterator[Rows]:
     """Record token id and positions of every row that the policy's model computes inside the block."""
     rows = Rows()
-    looked_up: list[IntArray] = []
+    asked: list[IntArray] = []
+    hidden_states = policy.hidden_states
 
-    def embedding_hook(module: Any, args: tuple[Any, ...]) -> None:
-        looked_up.append(args[0].reshape(1, -1).cpu().numpy())
+    def watched(token_ids: Tensor, *arguments: Any, **more: Any) -> Tensor:
+        asked.append(token_ids[None].cpu().numpy())
+        return hidden_states(token_ids, *arguments, **more)
 
     def decoder_hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        token_ids = looked_up.pop()
+        token_ids = asked.pop()
         positions = kwargs["position_ids"].reshape(-1, token_ids.shape[1]).cpu().numpy()
         rows.batches.append(np.concatenate([token_ids, positions]).T)
 
-    handles = [
-        policy.model.get_input_embeddings().register_forward_pre_hook(embedding_hook),
-        policy.model.base_model.get_decoder().register_forward_pre_hook(decoder_hook, with_kwargs=True),
-    ]
+    handle = policy.model.base_model.get_decoder().register_forward_pre_hook(decoder_hook, with_kwargs=True)
+    policy.hidden_states = watched  # type: ignore[method-assign]
     try:
         yield rows
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
+        del policy.hidden_states
