@@ -87,12 +87,22 @@ def server_arguments(
     if on_cpu:
         # vLLM's CPU engine dies (`CPU Generator does not use offset`) of a seeded request whose prompt is split over
         # two steps. So prompts are prefilled whole, and so are their images: the encoder has the same token budget.
-        arguments["enable_chunked_prefill"] = False
+        # A model with recurrent layers does not start without it; few prompts of it are as long as the token budget.
+        arguments["enable_chunked_prefill"] = has_recurrent_layers(checkpoint)
         arguments["max_num_batched_tokens"] = max(config.max_model_len, WHOLE_PREFILL_TOKENS)
         if config.tensor_parallel_size == 1:
             # In two processes, the engine and its worker would each keep a core busy while they wait for the other.
             arguments["distributed_executor_backend"] = "uni"
     return arguments | config.extra_args
+
+
+def has_recurrent_layers(checkpoint: Path) -> bool:
+    """Whether the language model in the folder `checkpoint` has layers of linear attention (Qwen3.5)."""
+    file = checkpoint / "config.json"
+    if not file.exists():
+        return False
+    config = json.loads(file.read_text(encoding="utf-8"))
+    return "linear_attention" in ((config.get("text_config") or config).get("layer_types") or ())
 
 
 def command_line(arguments: Mapping[str, Any]) -> list[str]:

@@ -55,6 +55,11 @@ def unfaithful(settings: Mapping[str, Any]) -> Iterator[str]:
             "an image's tokens attend to each other in this model, but vLLM's attention on a CPU is causal for them, "
             "so logprobs would be wrong by up to 0.9 nats: set inference=embedded, or run the servers on a GPU"
         )
+    if settings["has_recurrent_layers"] and settings["device"] == "cpu" and settings["dtype"] == "float32":
+        yield (
+            "its linear attention on a CPU takes bfloat16 only, and the engine dies of the first request: set "
+            "inference.dtype=bfloat16 or inference=embedded"
+        )
     if settings["has_deepstack"] and settings["architecture"].startswith("Transformers"):
         yield (
             "this back-end of vLLM leaves out the deepstack features of images, so logprobs would be wrong by 0.7 "

@@ -84,6 +84,8 @@ FAITHFUL = {
     "device": "cpu",
     "is_bidirectional": False,
     "has_deepstack": True,
+    "has_recurrent_layers": False,
+    "dtype": "float32",
     "image_input_id": 0,
 }
 
@@ -96,6 +98,8 @@ FAITHFUL = {
         ({"is_bidirectional": True, "device": "cuda"}, []),
         ({"architecture": "TransformersMultiModalForCausalLM"}, ["deepstack"]),
         ({"architecture": "TransformersMultiModalForCausalLM", "has_deepstack": False}, []),
+        ({"has_recurrent_layers": True}, ["bfloat16"]),
+        ({"has_recurrent_layers": True, "dtype": "bfloat16"}, []),
         ({"image_input_id": 5}, ["pad_token_id=5"]),
     ],
 )

@@ -54,6 +54,7 @@ class WorkerInspector:
             "architecture": model.architecture,
             "device": current_platform.device_type,
             "is_bidirectional": bool(model.is_mm_prefix_lm),
+            "has_recurrent_layers": "linear_attention" in (getattr(text, "layer_types", None) or ()),
             "has_deepstack": bool(getattr(_vision_config(model), "deepstack_visual_indexes", None)),
             # vLLM looks up the per-layer inputs of image positions by id 0, transformers by this one.
             "image_input_id": text.pad_token_id if getattr(text, "hidden_size_per_layer_input", 0) else 0,

@@ -33,6 +33,7 @@ SETTINGS = {
     "device": "cpu",
     "is_bidirectional": False,
     "has_deepstack": True,
+    "has_recurrent_layers": False,
     "image_input_id": 0,
     "images": None,
 }
