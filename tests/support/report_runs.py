@@ -11,9 +11,9 @@ import numpy as np
 from hydra import compose, initialize_config_dir
 
 from support.configs import checked
-from vlmrl.config.conf_folder import CONF
 from vlmrl.cli.recipe import with_recipe
 from vlmrl.cli.schemas import register_schemas
+from vlmrl.config.conf_folder import CONF
 from vlmrl.config.run import RunConfig
 from vlmrl.record.metrics import REQUIRED_KEYS, MetricsLog
 from vlmrl.record.rollouts import RolloutRecorder
