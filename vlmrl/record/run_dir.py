@@ -21,7 +21,7 @@
         report.html                   the whole run on one page
         replay/step_000021/           mode=replay: a run directory of its own, with the table in replay.json
         export/step_000020/           mode=export: the model as a Hugging Face folder
-        doctor.json                   mode=doctor: the table, one object per line
+        doctor.json                   mode=doctor: versions, checkpoint, settings and a verdict per check
         summary.json                  final metrics, wall-clock time, exit reason
         overrides.json                a job of a sweep: its overrides (vlmrl/cli/sweep)
         .lock                         while a process writes here: its pid, host, mode and start (lock.py)
@@ -297,11 +297,11 @@ class RunDir:
         with disk_errors(self.summary):
             write_bytes_atomically(self.summary, orjson.dumps(summary, option=options))
 
-    def write_doctor(self, lines: list[dict[str, Any]]) -> None:
-        """Write doctor.json."""
+    def write_doctor(self, certificate: dict[str, Any]) -> None:
+        """Write doctor.json (runs/doctor/certificate.py). Numbers that are not finite become null."""
         with disk_errors(self.doctor):
             options = orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
-            write_bytes_atomically(self.doctor, orjson.dumps(lines, option=options))
+            write_bytes_atomically(self.doctor, orjson.dumps(certificate, option=options))
 
     def write_replay(self, content: dict[str, object]) -> None:
         """Write replay.json. Numbers that are not finite become null."""
@@ -325,10 +325,10 @@ class RunDir:
         overrides: list[str] | None = read_json(self.overrides, _are_overrides, log.warning)
         return overrides
 
-    def read_doctor(self) -> list[dict[str, Any]] | None:
+    def read_doctor(self) -> dict[str, Any] | None:
         """Read doctor.json; None where the run is not one of mode=doctor. A damaged one counts as none."""
-        lines: list[dict[str, Any]] | None = read_json(self.doctor, _are_doctor_lines, log.warning)
-        return lines
+        found: dict[str, Any] | None = read_json(self.doctor, is_certificate, log.warning)
+        return found
 
 
 def _is_summary(content: Any) -> bool:
@@ -345,8 +345,14 @@ def _are_overrides(content: Any) -> bool:
     return isinstance(content, list) and all(isinstance(text, str) for text in content)
 
 
-def _are_doctor_lines(content: Any) -> bool:
-    return isinstance(content, list) and all(isinstance(line, dict) for line in content)
+def is_certificate(content: Any) -> bool:
+    """Whether the content of a JSON file is that of doctor.json."""
+    return (
+        isinstance(content, dict)
+        and all(isinstance(content.get(part), dict) for part in ("versions", "checkpoint", "settings"))
+        and isinstance(content.get("checks"), list)
+        and all(isinstance(line, dict) and {"name", "verdict", "says"} <= set(line) for line in content["checks"])
+    )
 
 
 def environment() -> dict[str, Any]:
@@ -354,12 +360,13 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: package_version(name) for name in PACKAGES},
         "git": git_state(Path(__file__).parent),
     }
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """The version of an installed package; None where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -109,7 +109,7 @@ function runHead(run) {
     run.summary?.error && el("p", { class: "note bad" }, run.summary.error),
     (run.summary?.warnings ?? []).map((text) => el("p", { class: "note fair" }, text)),
     tiles(run),
-    run.doctor && el("table", { class: "doctor" }, el("tbody", {}, run.doctor.map((line) =>
+    run.doctor && el("table", { class: "doctor" }, el("tbody", {}, run.doctor.checks.map((line) =>
       el("tr", {}, el("th", { scope: "row" }, line.name), el("td", { class: line.verdict === "ok" ? "good" : "" }, line.verdict),
         el("td", {}, line.says))))));
 }

@@ -23,12 +23,14 @@ import dataclasses
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from vlmrl.config.model import Dtype
 from vlmrl.config.orchestrator import TEMPLATE
+from vlmrl.config.run import RunConfig
 from vlmrl.config.task import most_turns
 from vlmrl.models.checkpoints.load import load_image_processor, load_processor, load_tokenizer, resolve_checkpoint
 from vlmrl.models.families import family_of
@@ -39,6 +41,7 @@ from vlmrl.orchestrator.samples import make_samples
 from vlmrl.orchestrator.stream import Drawn, ProblemStream
 from vlmrl.rendering.renderer import Renderer, renderer_name
 from vlmrl.runs.build import Run, compute_dtypes
+from vlmrl.runs.doctor.certificate import certificate
 from vlmrl.runs.doctor.evidence import Evidence, engine_logprobs, images_of, with_images
 from vlmrl.runs.doctor.logprobs import FLOAT32_KL, ROUNDING_FACTOR, LogprobDifference, logprobs
 from vlmrl.runs.doctor.noise_images import NoiseTask
@@ -124,7 +127,7 @@ async def examine(run: Run) -> ExitReason:
     verdicts = examination.result()
     for version, groups in doctor.groups.items():
         run.monitor.record(version, groups)
-    run.run_dir.write_doctor([verdict.as_json("bound") for verdict in verdicts])
+    run.run_dir.write_doctor(certificate(run.config, doctor.folder, run.policy, verdicts))
     run.monitor.table("doctor", as_table(verdicts))
     conclude(verdicts, CONSEQUENCE)
     return "finished"
@@ -139,7 +142,9 @@ class Doctor:
         self._run = run
         self.groups: dict[int, list[Group]] = {}
         """Policy version → its rollouts, for the record."""
-        self._reference = _reference(run)
+        self.folder = resolve_checkpoint(config.model, tokenizer_texts(config.model, run.task))
+        """Of the checkpoint."""
+        self._reference = _reference(config, self.folder)
         # A trainer of the same weights at temperature 0, whose logprobs are those of greedy decoding.
         self._greedy_trainer = LocalTrainer(
             run.policy, config.trainer, config.algorithm, temperature=0.0, max_new_tokens=MAX_NEW_TOKENS
@@ -368,11 +373,10 @@ class Doctor:
         return samples
 
 
-def _reference(run: Run) -> Reference:
-    """What the run's prompts are compared with. Its files are loaded again."""
-    model, settings = run.config.model, run.config.orchestrator.renderer
+def _reference(config: RunConfig, folder: Path) -> Reference:
+    """What the run's prompts are compared with: the files in `folder`, loaded again."""
+    model, settings = config.model, config.orchestrator.renderer
     assert settings is not None, "preflight refuses a config without a renderer"
-    folder = resolve_checkpoint(model, tokenizer_texts(model, run.task))
     token, parse = family_of(model.vlm).image_token, settings.parse_control_tokens
     if model.vlm is not None and renderer_name(settings, model) == TEMPLATE:
         processor = load_processor(folder, model.vlm)
