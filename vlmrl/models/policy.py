@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from vlmrl.errors import ModelError
-from vlmrl.models.attention.fused import VISION_ATTENTION, Kernel, vision_attention_forward
+from vlmrl.models.attention.fused import VISION_ATTENTION, Kernel, fits_flash, vision_attention_forward
 from vlmrl.models.attention.plan import TreePlan
 from vlmrl.models.attention.recurrent import share_states
 from vlmrl.models.attention.rules import attention_rules
@@ -84,7 +84,8 @@ class Policy:
         self.is_recurrent = share_states(self._decoder, text.hidden_size, stateful)
         """Whether some layers carry a state from token to token (attention/recurrent.py)."""
         self._logit_map = logit_map(model)
-        self._is_capped = getattr(text, "attn_logit_softcapping", None) is not None
+        is_capped = getattr(text, "attn_logit_softcapping", None) is not None
+        self._fits_varlen = fits_flash(self._decoder) and not is_capped and not self.rules.image_runs
         self._takes_layer_inputs = bool(getattr(text, "hidden_size_per_layer_input", 0))
         # Deepstack: levels of features after the first are added to the outputs of the first layers.
         self._takes_levels = "deepstack_visual_embeds" in _arguments(self._decoder)
@@ -120,7 +121,7 @@ class Policy:
         """The kernel to plan a trainer's pass for. `shared`: whether rows share prefixes."""
         if not self._is_fused:
             return Kernel.blocks
-        return Kernel.flex if shared or self.rules.image_runs or self._is_capped else Kernel.varlen
+        return Kernel.varlen if self._fits_varlen and not shared else Kernel.flex
 
     def encode_images(self, images: Sequence[ImageItem]) -> ImageFeatures | None:
         """Run the vision tower once over `images`, which must be distinct. A frozen tower encodes only the images whose

@@ -4,8 +4,8 @@
              k ≤ q < end of the rows that descend from k's segment, so the whole tree is one block-sparse FlexAttention.
              Windows are differences of depths; a row of an image also sees the rows up to the end of its image
     varlen   sequences side by side that share nothing: torch's variable-length flash attention, with windows, without
-             attention among an image's tokens and without soft caps. Also used by the vision tower, where every patch
-             of an image attends to every other
+             attention among an image's tokens and without soft caps, for heads of at most 256 numbers. Also used by the
+             vision tower, where every patch of an image attends to every other
 
 `plan_flex` and `plan_varlen` compute what the kernels need on the host once per micro-batch, so no layer synchronizes
 with the GPU.
@@ -58,6 +58,13 @@ FusedPlan: TypeAlias = BlockMask | Sequences
 
 FLEX_BLOCK = 128
 """Rows per side of a sparsity block of FlexAttention; its own default."""
+
+FLASH_HEAD_SIZE = 256
+"""Largest size of a head that flash attention has kernels for."""
+
+LARGE_HEAD_OPTIONS: dict[str, Any] = {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 32, "fwd_num_stages": 1}
+"""Tiles of FlexAttention's forward pass for larger heads (Gemma 4 has 512). Its own choice for them needs 257 KiB of
+shared memory, and a block on an H100 has 227."""
 
 VISION_ATTENTION = "vlmrl_flash_varlen"
 """Name in transformers' registry. Only because it contains `flash`, a vision tower hands all images to attention in one
@@ -162,6 +169,15 @@ def plan_varlen(segments: Sequence[Segment], device: torch.device, rule: Attenti
     return Sequences(starts, max(lengths), rule.window)
 
 
+def fits_flash(decoder: torch.nn.Module) -> bool:
+    """Whether flash attention computes all heads of `decoder`: none is too large, and values are as long as keys."""
+    for module in decoder.modules():
+        key = getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", None)
+        if isinstance(key, int) and (key > FLASH_HEAD_SIZE or getattr(module, "v_head_dim", key) != key):
+            return False
+    return True
+
+
 def attend_fused(
     query: Tensor, key: Tensor, value: Tensor, plan: FusedPlan, scaling: float, softcap: float | None = None
 ) -> Tensor:
@@ -184,7 +200,7 @@ def attend_fused(
         block_mask=plan,
         scale=scaling,
         enable_gqa=True,
-        kernel_options=FLEX_KERNEL_OPTIONS,
+        kernel_options=FLEX_KERNEL_OPTIONS | (LARGE_HEAD_OPTIONS if query.shape[-1] > FLASH_HEAD_SIZE else {}),
     )
     return out.transpose(1, 2)
 
