@@ -242,13 +242,15 @@ def test_varlen_refuses_a_tree() -> None:
 FULL = AttentionRule()
 
 
-def agree_on_a_gpu(tree: Tree, kernel: Kernel, rule: AttentionRule = FULL, softcap: float | None = None) -> None:
+def agree_on_a_gpu(
+    tree: Tree, kernel: Kernel, rule: AttentionRule = FULL, softcap: float | None = None, dim: int = 64
+) -> None:
     """Output and gradients by `kernel` and by the blocks, in bfloat16. The second half of each segment is an image."""
     segments = [
         replace(segment, image_ends=image_ends((np.arange(len(segment.rows)) > len(segment.rows) // 2).astype(int)))
         for segment in tree.segments()[0]
     ]
-    device, length, dim = torch.device("cuda"), sum(tree.lengths), 64
+    device, length = torch.device("cuda"), sum(tree.lengths)
     inputs = [noise(i, heads, length, dim) for i, heads in enumerate((HEADS, KV_HEADS, KV_HEADS, HEADS))]
     found = []
     for plan in (make_plan(each, segments, device, AttentionRules((rule,))) for each in (kernel, Kernel.blocks)):
@@ -283,8 +285,15 @@ def test_one_kernel_and_blocks_agree_on_a_gpu(lengths: tuple[int, ...]) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.filterwarnings("ignore")  # the compiler's own warnings
 @pytest.mark.parametrize(
-    ("rule", "softcap"),
-    [(AttentionRule(100), None), (AttentionRule(100, image_runs=True), 2.0), (AttentionRule(image_runs=True), None)],
+    ("rule", "softcap", "dim"),
+    [
+        (AttentionRule(100), None, 64),
+        (AttentionRule(100, image_runs=True), 2.0, 256),
+        (AttentionRule(image_runs=True), None, 72),
+        (AttentionRule(image_runs=True), None, 512),
+    ],
 )
-def test_rules_by_one_kernel_and_by_blocks_agree_on_a_gpu(rule: AttentionRule, softcap: float | None) -> None:
-    agree_on_a_gpu(Tree((-1, 0, 1, 1, 0), (300, 40, 500, 7, 130), (False,) * 5), Kernel.flex, rule, softcap)
+def test_rules_by_one_kernel_and_by_blocks_agree_on_a_gpu(rule: AttentionRule, softcap: float | None, dim: int) -> None:
+    """Also heads of Gemma's sizes, 256 and 512, and of one that is no power of two."""
+    tree = Tree((-1, 0, 1, 1, 0), (300, 40, 500, 7, 130), (False,) * 5)
+    agree_on_a_gpu(tree, Kernel.flex, rule, softcap, dim)
