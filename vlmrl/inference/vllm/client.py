@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -43,6 +44,8 @@ from vlmrl.inference.vllm.wire import (
 )
 from vlmrl.types import ImageItem, Prompt, SamplingParams
 
+log = logging.getLogger(__name__)
+
 ENCODED_LIMIT_BYTES = 256 * 1024**2
 """Limit on the encoded images that are kept for the next server, or for one that has forgotten them."""
 
@@ -54,6 +57,7 @@ class ImageEncoder:
         """`dtype` as for `wire.encode_image`."""
         self.dtype = dtype
         self._kept: ByteLRU[tuple[str, ImageFields], bytes] = ByteLRU(ENCODED_LIMIT_BYTES, keep_newest=True)
+        self._logged: set[str] = set()
 
     async def encode(self, images: Collection[ImageItem], fields: ImageFields) -> dict[str, bytes]:
         """Hash → output of `encode_image`, for the distinct images. Runs in a thread: an image takes milliseconds."""
@@ -62,6 +66,7 @@ class ImageEncoder:
         encoded = {hash: data for hash, data in kept.items() if data is not None}
         missing = [image for image in distinct.values() if image.hash not in encoded]
         if missing:
+            self._log_form("tensors" if fields.are_tensors_of(missing[0]) else "pictures with digests")
             made = await asyncio.to_thread(
                 lambda: {image.hash: encode_image(image, self.dtype, fields) for image in missing}
             )
@@ -69,6 +74,11 @@ class ImageEncoder:
                 self._kept.put((hash, fields), data, len(data))
             encoded |= made
         return encoded
+
+    def _log_form(self, form: str) -> None:
+        if form not in self._logged:
+            self._logged.add(form)
+            log.info("images go to the servers as %s", form)
 
 
 class VllmClient(ControlClient):

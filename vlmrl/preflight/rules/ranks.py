@@ -18,11 +18,14 @@ def ranks_work_together(config: RunConfig, site: Site) -> None:
             f"mode={config.mode.name} runs in one process, so {ranks} would all do the same work: start it without "
             "torchrun or srun"
         )
-    if config.inference.kind == "embedded" and config.trainer.sharding is not Sharding.none:
+    evaluation = config.orchestrator.eval
+    samples = config.mode is not Mode.sft or evaluation.problems > 0 or bool(evaluation.sets)
+    if samples and config.inference.kind == "embedded" and config.trainer.sharding is not Sharding.none:
+        remedies = "orchestrator.eval.problems=0, " if config.mode is Mode.sft else ""
         raise ConfigError(
             f"trainer.sharding={config.trainer.sharding.value} leaves each of {ranks} a slice of the weights, so "
             "inference=embedded, which samples from rank 0's weights, would lack the rest: set trainer.sharding=none, "
-            "or inference=vllm"
+            f"{remedies}or inference=vllm"
         )
     if config.model.device not in ("auto", "cuda", "cpu"):
         raise ConfigError(

@@ -14,6 +14,7 @@ from vlmrl.preflight.check import Stage, check
 from vlmrl.preflight.rules.slurm import weights_cross_nodes
 from vlmrl.preflight.site import Site
 
+NO_EVALUATION = ("orchestrator.eval.problems=0", "orchestrator.eval.every=0")
 SERVES = ("inference=vllm", "inference.slurm_tasks=1")
 
 
@@ -40,6 +41,16 @@ SERVES = ("inference=vllm", "inference.slurm_tasks=1")
             "trainer.sharding=.* inference=embedded, which .* set trainer.sharding=none",
         ),
         ({"nodes": 1, "tasks_per_node": 2}, ("inference=embedded", "trainer.sharding=none"), None),
+        (
+            {"nodes": 1, "tasks_per_node": 2},
+            ("inference=embedded", "mode=sft", "trainer.warmup.steps=1"),
+            "trainer.sharding=.* inference=embedded, which .* orchestrator.eval.problems=0",
+        ),
+        (
+            {"nodes": 1, "tasks_per_node": 2},
+            ("inference=embedded", "mode=sft", "trainer.warmup.steps=1", *NO_EVALUATION),
+            None,
+        ),
         ({"nodes": 1, "tasks_per_node": 3}, ("model.device=cuda:0",), "model.device=cuda:0 names one GPU"),
         (
             {"nodes": 9, "tasks_per_node": 32},
