@@ -10,8 +10,8 @@ and a processor of its own (tests/support/families). family_cells.py lists the c
 other; a command that takes longer than `--limit` seconds is ended. A family that fails is a row that says what failed,
 and the exit code is 1.
 
-The table goes into docs/families.md, between the lines `<!-- table -->` and `<!-- end of table -->`, and one JSON object
-per family and cell, with its command, numbers and versions, into benchmarks/logs/families.jsonl; with `--out` both go
+The table goes into docs/families.md, between the lines `<!-- table -->` and `<!-- end of table -->`, and a JSON object
+per family and cell, with its command, numbers and versions, into benchmarks/logs/families.jsonl. With `--out` both go
 into that folder.
 """
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from support.command_line import REPOSITORY, SHORT, Home
+from support.families import build
 from support.layout_fixtures import LAYOUTS
 from vlmrl.config.keys import known_keys
 from vlmrl.record.metrics import STEP_KEYS, step_key
@@ -71,7 +72,22 @@ DIGITS = "task.path=rows.jsonl task.eval_path=null"
 PREVIEW = "python -m vlmrl mode=preview task=dataset task.path=rows.jsonl reward=exact"
 FEWER = "preview.problems=20 preview.answers=1"
 
+TRIED = "model.name=smolvlm trainer=scratch monitor.wandb.mode=disabled"
+"""In place of a checkpoint of one's own."""
+
 EXCHANGED = {
+    # a checkpoint of one's own, and the rows of all families (test_benchmarks.py rehearses them)
+    "python -m vlmrl model=auto model.name=path/to/checkpoint task=color_codeword": (
+        f"python -m vlmrl model=auto {TRIED} task=color_codeword {LESS}"
+    ),
+    "python -m vlmrl mode=doctor model=auto model.name=path/to/checkpoint task=color_codeword": (
+        f"python -m vlmrl mode=doctor model=auto {TRIED} task=color_codeword"
+    ),
+    "python -m vlmrl model=auto model/vlm=smolvlm model.name=path/to/checkpoint task=color_codeword": (
+        f"python -m vlmrl model=auto model/vlm=smolvlm {TRIED} task=color_codeword dry_run=true"
+    ),
+    "python benchmarks/families.py --vllm": f"python {REPOSITORY}/benchmarks/families.py --help",
+    "python benchmarks/families.py --families smolvlm": f"python {REPOSITORY}/benchmarks/families.py --help",
     # shorter
     "python -m vlmrl orchestrator/renderer=template": f"python -m vlmrl orchestrator/renderer=template {LESS}",
     "python -m vlmrl +eval_set@orchestrator.eval.sets.hard=default orchestrator.eval.sets.hard.samples=8": (
@@ -292,6 +308,7 @@ def documented(home: Home, finished: object) -> Home:
     (home.path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     for layout in LAYOUTS:
         layout.write(home.path / "layouts" / layout.name)
+    build("smolvlm", home.path / "smolvlm")
     made = home.vlmrl("init", "template/my_task")
     assert made.code == 0, made.err
     return home
