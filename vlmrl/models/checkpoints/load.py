@@ -27,6 +27,7 @@ from vlmrl.config.model import Init, ModelConfig, VLMConfig
 from vlmrl.errors import ModelError
 from vlmrl.models.checkpoints.image_size import resized
 from vlmrl.models.checkpoints.processor import make_processor
+from vlmrl.models.checkpoints.published import keep_published_layout
 from vlmrl.models.checkpoints.scratch import ensure_architecture, initialize
 from vlmrl.models.checkpoints.tiny import ensure_tiny_checkpoint
 
@@ -105,6 +106,7 @@ def load_model(folder: Path, config: ModelConfig) -> PreTrainedModel:
             f"{folder} lacks {len(names)} weights of {type(model).__name__} (the first is {names[0]}), which would "
             "start at random: use a complete checkpoint"
         )
+    keep_published_layout(model)
     loaded: PreTrainedModel = model.to(resolve_device(config)).eval()
     _check_finite(folder, loaded)
     return loaded

@@ -1,12 +1,34 @@
-"""Names of weights in published checkpoints, where transformers' modules have others."""
+"""Names and layouts of weights in published checkpoints, where transformers' modules have others."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def keep_published_layout(model: Any) -> None:
+    """Have `published_weights` and `save_pretrained` transpose again what was transposed when `model` was loaded.
+
+    transformers transposes a weight (the experts of Qwen3-VL MoE) where the file's shape is not the parameter's. On the
+    way back it compares the parameter with itself, transposes nothing, and writes a file that vLLM cannot load.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange, Transpose
+
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:  # not loaded from a file; transformers adds no prefix then either
+        mapping = get_model_conversion_mapping(model, add_legacy=False)
+        conversions = [each for each in mapping if not isinstance(each, PrefixChange)]
+    conversions = copy.deepcopy(conversions)
+    for conversion in conversions:
+        for operation in getattr(conversion, "operations", ()):
+            if isinstance(operation, Transpose):
+                operation.check_dims = False
+    model._weight_conversions = conversions or None
 
 
 def published_weights(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

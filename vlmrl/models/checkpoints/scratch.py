@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmrl.config.model import ModelConfig
 from vlmrl.models.checkpoints.built_folders import MANIFEST, built
+from vlmrl.models.checkpoints.published import keep_published_layout
 from vlmrl.models.checkpoints.text_files import config_token_ids, write_text_files
 from vlmrl.models.families import family_of
 from vlmrl.models.lora import merged
@@ -75,6 +76,7 @@ def initialize(folder: Path, config: ModelConfig, device: torch.device) -> PreTr
         model: PreTrainedModel = auto.from_config(
             AutoConfig.from_pretrained(folder, local_files_only=True), dtype=getattr(torch, config.dtype.value)
         ).eval()
+    keep_published_layout(model)
     return model
 
 
