@@ -14,6 +14,10 @@ NO_MODEL = "there is no such model"
 """The consequence of a size below 1."""
 
 
+EVERY_LINEAR_LAYER = "all"
+"""In `model.lora.targets`: every linear layer of the language model, whatever its name."""
+
+
 class Init(Enum):
     """Where the weights come from."""
 
@@ -132,13 +136,9 @@ class LoraConfig:
         32.0, on_resume=Resume.refused, low=1e-6, high=1e6, outside="adapters have no effect or drown the model"
     )
     """The weight of an adapter is alpha / rank."""
-    targets: list[str] = setting(
-        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        on_resume=Resume.refused,
-        form=NAME,
-    )
-    """Last parts of the names of the layers that get adapters. The experts of a mixture are not linear layers and get
-    none."""
+    targets: list[str] = setting([EVERY_LINEAR_LAYER], on_resume=Resume.refused, form=NAME)
+    """Last parts of the names of the layers that get adapters, such as `q_proj`; `all` is every linear layer. The
+    experts of a mixture are not linear layers and get none."""
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmrl.config.model import LoraConfig, ModelConfig
+from vlmrl.config.model import EVERY_LINEAR_LAYER, LoraConfig, ModelConfig
 from vlmrl.errors import ConfigError
 from vlmrl.models.image_encoder import image_parameters
 
@@ -46,8 +46,8 @@ def add_adapters(model: Any, config: LoraConfig) -> None:
         name
         for name, module in model.named_modules()
         if name.startswith(f"{prefix}.")
-        and name.rpartition(".")[2] in config.targets
-        and isinstance(module, torch.nn.Linear)
+        and (EVERY_LINEAR_LAYER in config.targets or name.rpartition(".")[2] in config.targets)
+        and type(module) is torch.nn.Linear  # a subclass may return something else (the router of Llama 4)
     ]
     if not targets:
         raise ConfigError(

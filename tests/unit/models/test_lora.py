@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText
 
 from support.helpers import TINY, Sampled, image, plain_logprobs, sample
 from vlmrl.config.model import LoraConfig, ModelConfig, VLMConfig
@@ -64,6 +66,36 @@ def test_a_model_without_adapters_is_merged_as_it_is(tiny_model: Callable[[], An
     for (name, tensor), (other, parameter) in zip(merged(model), model.named_parameters(), strict=True):
         assert name == other
         assert tensor is parameter
+
+
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+DELTA_NET = {"in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj"}
+MLP = {"gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("gemma3", ATTENTION | MLP),
+        ("glm4v", ATTENTION | {"gate_up_proj", "down_proj"}),
+        ("lfm2_vl", {"q_proj", "k_proj", "v_proj", "out_proj", "in_proj", "w1", "w2", "w3"}),
+        ("qwen3_5_moe", ATTENTION | DELTA_NET | MLP | {"shared_expert_gate"}),
+        ("qwen3_vl_moe", ATTENTION),
+    ],
+)
+def test_every_linear_layer_of_the_language_model_by_default(
+    family_folder: Callable[[str], Path], family: str, names: set[str]
+) -> None:
+    """Whatever a family calls them. The vision tower and the experts get none."""
+    pytest.importorskip("peft")
+    auto: Any = AutoModelForImageTextToText
+    model = auto.from_pretrained(family_folder(family))
+    language_model = model.base_model.get_decoder()
+    linear = {id(module) for module in language_model.modules() if isinstance(module, torch.nn.Linear)}
+    add_adapters(model, LoraConfig(rank=3))
+    adapted = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    assert {name.rpartition(".")[2] for name in adapted} == names
+    assert {id(module.base_layer) for module in adapted.values()} == linear
 
 
 def test_names_that_no_layer_has(tiny_model: Callable[[], Any]) -> None:

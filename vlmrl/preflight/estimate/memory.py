@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vlmrl.config.inference import VllmConfig
-from vlmrl.config.model import Dtype, LoraConfig
+from vlmrl.config.model import EVERY_LINEAR_LAYER, Dtype, LoraConfig
 from vlmrl.config.run import RunConfig
 from vlmrl.config.trainer import Optimizer, Sharding
 from vlmrl.models.families import family_of
@@ -122,7 +122,8 @@ def adapter_parameters(lora: LoraConfig, text: TextSizes | None) -> int:
         "up_proj": (text.hidden, text.intermediate),
         "down_proj": (text.intermediate, text.hidden),
     }
-    return sum(text.layers * lora.rank * sum(shapes.get(name, (0, 0))) for name in lora.targets)
+    names = shapes if EVERY_LINEAR_LAYER in lora.targets else lora.targets
+    return sum(text.layers * lora.rank * sum(shapes.get(name, (0, 0))) for name in names)
 
 
 def learning_bytes(config: RunConfig, ranks: int) -> tuple[float, float]:
