@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vlmrl.models.blocks import blocks
+from vlmrl.models.image_encoder import image_parameters
 from vlmrl.models.lora import merged
 
 T = TypeVar("T")
@@ -104,8 +105,8 @@ def _add_to_master_gradient(master: nn.Parameter, parameter: Tensor) -> None:
 class ShardedWeights:
     """Weights of which every rank holds a slice (FSDP2).
 
-    A part that is frozen as a whole (the vision tower, or everything but the tower) is replicated, not sharded, so that
-    a rank may skip it: the features of an image may be cached, and a layer may need no backward pass.
+    A part that is frozen as a whole (what makes the features of images, or everything else) is replicated, not sharded,
+    so that a rank may skip it: the features of an image may be cached, and a layer may need no backward pass.
 
     Between steps, all sharded parameters are slices. With `kept_whole`, an FSDP unit is gathered in the first pass of a
     step that computes it and stays whole until the backward pass of the last micro-batch, which reduces the gradients
@@ -231,8 +232,8 @@ def gathered(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor
 
 
 def _frozen(model: Any) -> set[nn.Parameter]:
-    """The parameters of the vision tower, if all of them are frozen, and those of the rest, if all of those are."""
-    tower = model.get_encoder(modality="image")
-    of_tower = set() if tower is model else set(tower.parameters())
-    parts = (of_tower, set(model.parameters()) - of_tower)
+    """The parameters that make the features of images, if all of them are frozen, and the others, if all of those
+    are."""
+    of_images = set(image_parameters(model))
+    parts = (of_images, set(model.parameters()) - of_images)
     return {p for part in parts if not any(each.requires_grad for each in part) for p in part}
