@@ -1,0 +1,135 @@
+"""Every family of the zoo is trained: packing, steps that see the pixels, resumed runs, adapters, frozen parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from support.families import FAMILIES
+from support.families.learning import LEARNING, Folder, Learning, blank, learning
+from vlmrl.config.algorithm import AlgorithmConfig
+from vlmrl.config.trainer import Packing
+from vlmrl.models.image_encoder import image_parameters
+from vlmrl.models.policy import Policy
+from vlmrl.trainer.learner import loss_logprobs
+from vlmrl.trainer.loss import BatchTotals, LossTokens, policy_loss
+from vlmrl.trainer.packing import pack
+from vlmrl.trainer.trainer import LocalTrainer
+from vlmrl.types import TrainingSample
+
+WITH_IMAGES = [name for name in LEARNING if FAMILIES[name].image_token is not None]
+
+TOLERANCE = 1e-5
+"""Of logprobs: the largest difference in nats. Of the gradient: the L2 norm of the difference over its own, all
+parameters together."""
+
+OF_ONE_PARAMETER = 1e-4
+"""The same for one parameter's gradient, or for a thousandth of the largest one. The decays of a gated delta net are
+sums that cancel in float32; tests/unit/models/attention/test_recurrent.py compares them in float64."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(params=LEARNING)
+def family(request: pytest.FixtureRequest, family_folder: Folder) -> Learning:
+    return learning(family_folder(request.param))
+
+
+@pytest.fixture(params=WITH_IMAGES)
+def seeing(request: pytest.FixtureRequest, family_folder: Folder) -> Learning:
+    """A family with images."""
+    return learning(family_folder(request.param))
+
+
+def computed(
+    policy: Policy, samples: Sequence[TrainingSample], packing: Packing
+) -> tuple[list[Tensor], dict[str, Tensor], int]:
+    """The logprobs of each sample's loss tokens, the gradients by name, and the number of rows."""
+    totals = BatchTotals(int(sum(sample.loss_mask.sum() for sample in samples)), len(samples), max_new_tokens=8)
+    found, rows = [torch.empty(0)] * len(samples), 0
+    kernel = policy.kernel(shared=packing is Packing.tree)
+    for batch in pack(samples, packing, 16384, policy.positions, policy.device, kernel=kernel, rules=policy.rules):
+        logprobs, _ = loss_logprobs(policy, batch, 1.0)
+        tokens = LossTokens(logprobs, batch.inference_logprobs, batch.advantages, batch.sample_index)
+        policy_loss(tokens, totals, AlgorithmConfig()).loss.backward()  # type: ignore[no-untyped-call]
+        rows += len(batch.token_ids)
+        for index in set(batch.sample_index.tolist()):
+            found[index] = logprobs.detach()[batch.sample_index == index]
+    gradients = {name: p.grad for name, p in policy.model.named_parameters() if p.grad is not None}
+    policy.model.zero_grad()
+    return found, gradients, rows
+
+
+def test_a_tree_is_the_sequences_one_by_one(family: Learning) -> None:
+    policy = family.policy()
+    ours, gradients, shared = computed(policy, family.samples, Packing.tree)
+    theirs, wanted, rows = computed(policy, family.samples, Packing.none)
+    assert shared < 0.7 * rows, "the samples share prefixes"
+    for one, other in zip(ours, theirs, strict=True):
+        assert float((one - other).abs().max()) <= TOLERANCE
+    assert gradients.keys() == wanted.keys()
+    apart = {name: float((gradients[name] - wanted[name]).norm()) for name in wanted}
+    norms = {name: float(gradient.norm()) for name, gradient in wanted.items()}
+    assert torch.tensor(list(apart.values())).norm() <= TOLERANCE * torch.tensor(list(norms.values())).norm()
+    for name, norm in norms.items():
+        assert apart[name] <= OF_ONE_PARAMETER * max(norm, 1e-3 * max(norms.values())), name
+
+
+def averages(trainer: LocalTrainer) -> dict[str, Tensor]:
+    """AdamW's averages by the names of the weights, as they are after the last step."""
+    learner = trainer._learner
+    return {
+        f"{average}/{name}": value.clone()
+        for name, weight in learner._weights.trainable().items()
+        for average, value in learner._optimizer.state.get(weight, {}).items()
+    }
+
+
+def weights(trainer: LocalTrainer) -> dict[str, Tensor]:
+    return {name: weight.detach().clone() for name, weight in trainer._learner._weights.state().items()}
+
+
+def test_a_step_depends_on_the_pixels(seeing: Learning) -> None:
+    """AdamW's first average is the gradient times 1 − β₁."""
+    trainer, other = seeing.trainer(), seeing.trainer()
+    before = weights(trainer)
+    assert trainer.train_step(list(seeing.samples)).metrics["grad_norm"] > 1e-3
+    other.train_step([blank(sample) for sample in seeing.samples])
+    of_images = {id(parameter) for parameter in image_parameters(trainer._learner.policy.model)}
+    moved = {True: 0, False: 0}
+    for name, parameter in trainer._learner.policy.model.named_parameters():
+        moved[id(parameter) in of_images] += not torch.equal(parameter, before[name])
+    assert min(moved.values()) > 0, "the tower and the language model learn"
+    found, grey = averages(trainer), averages(other)
+    assert found.keys() == grey.keys()
+    gradients = [name for name in found if name.startswith("exp_avg/")]
+    apart = torch.stack([(found[name] - grey[name]).norm() for name in gradients]).norm()
+    assert apart > 0.05 * torch.stack([found[name].norm() for name in gradients]).norm()
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_resumed_run_is_the_run_that_never_stopped(family: Learning, adapters: bool, tmp_path: Path) -> None:
+    """Weights and AdamW's averages after two steps are equal bit for bit."""
+    if adapters:
+        pytest.importorskip("peft")
+        family = family.adapted()
+    trainer, resumed = family.trainer(), family.trainer()
+    trainer.train_step(list(family.samples))
+    trainer.save(str(tmp_path)).result()
+    trainer.train_step(list(family.samples[1:]))
+    resumed.load(str(tmp_path))
+    assert resumed.version == 1
+    resumed.train_step(list(family.samples[1:]))
+    for state in (weights, averages):
+        wanted, found = state(trainer), state(resumed)
+        assert wanted
+        assert wanted.keys() == found.keys()
+        for name, value in wanted.items():
+            assert torch.equal(found[name], value), name
