@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from vlmrl.config.inference import VllmConfig
-from vlmrl.config.model import Dtype, Init, ModelConfig
+from vlmrl.config.model import Init, ModelConfig
 from vlmrl.config.orchestrator import TEMPLATE, EvalConfig
 from vlmrl.config.run import RunConfig
 from vlmrl.config.task import most_turns
@@ -370,14 +370,3 @@ def make_engine(
         return servers, CudaIpcSync(servers, weights, sync)
     assert isinstance(sync, FolderSyncConfig), "preflight refuses a weight sync that vLLM servers cannot receive"
     return servers, FolderSync(servers, weights, sync)
-
-
-def compute_dtypes(config: RunConfig) -> set[Dtype]:
-    """The dtypes in which trainer and engine compute. The embedded engine computes in the trainer's."""
-    engine = config.inference.dtype if isinstance(config.inference, VllmConfig) else config.model.dtype
-    return {config.model.dtype, engine}
-
-
-def is_float32(config: RunConfig) -> bool:
-    """Whether both trainer and engine compute in float32, so that their logprobs differ by its rounding only."""
-    return compute_dtypes(config) == {Dtype.float32}

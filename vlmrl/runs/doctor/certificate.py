@@ -22,6 +22,7 @@ from vlmrl.models.checkpoints.load import HUB_FILES
 from vlmrl.models.policy import Policy
 from vlmrl.record.run_dir import git_state, package_version
 from vlmrl.rendering.renderer import renderer_name
+from vlmrl.runs.dtypes import engine_dtype
 from vlmrl.runs.verdicts import Verdict
 
 PACKAGES = ("vlmrl", "torch", "transformers", "tokenizers", "renderers", "numpy", "pillow", "safetensors")
@@ -73,7 +74,7 @@ def checkpoint(model: ModelConfig, folder: Path) -> dict[str, Any]:
 
 def settings(config: RunConfig, policy: Policy) -> dict[str, Any]:
     """The settings on which the verdicts depend."""
-    vlm, renderer, inference = config.model.vlm, config.orchestrator.renderer, config.inference
+    vlm, renderer = config.model.vlm, config.orchestrator.renderer
     assert renderer is not None, "preflight refuses a config without a renderer"
     return {
         "family": vlm.family if vlm is not None else policy.config.model_type,
@@ -87,8 +88,8 @@ def settings(config: RunConfig, policy: Policy) -> dict[str, Any]:
         "adapters": config.model.lora is not None,
         "device": policy.device.type,
         "dtype": config.model.dtype.value,
-        "engine": inference.kind,
-        "engine_dtype": inference.dtype.value if isinstance(inference, VllmConfig) else config.model.dtype.value,
+        "engine": config.inference.kind,
+        "engine_dtype": engine_dtype(config).value,
         "weight_sync": config.weight_sync.kind,
         "temperature": config.orchestrator.temperature,
     }

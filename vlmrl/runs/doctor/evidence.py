@@ -54,6 +54,11 @@ class Evidence:
         """All rollouts, group by group."""
         return [rollout for group in self.groups for rollout in group.rollouts]
 
+    def rollouts_of(self, problems: int) -> set[str]:
+        """The ids of the rollouts of the first `problems` problems."""
+        chosen = list(dict.fromkeys(group.problem_id for group in self.groups))[:problems]
+        return {rollout.rollout_id for group in self.groups if group.problem_id in chosen for rollout in group.rollouts}
+
     def openings(self) -> list[tuple[Message, ...]]:
         """The distinct messages of first turns that show an image."""
         found = {

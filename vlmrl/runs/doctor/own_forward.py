@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,9 +14,10 @@ from torch import Tensor
 from vlmrl.models.features import to_device
 from vlmrl.models.image_encoder import alike
 from vlmrl.models.policy import Policy
-from vlmrl.runs.doctor.logprobs import LogprobDifference
-from vlmrl.runs.verdicts import Verdict, judged, not_visible
-from vlmrl.types import FloatArray, TrainingSample
+from vlmrl.runs.doctor.logprobs import Bound, LogprobDifference, logprobs
+from vlmrl.runs.doctor.reference import Reference
+from vlmrl.runs.verdicts import Verdict, not_visible
+from vlmrl.types import FloatArray, ImageItem, TrainingSample
 
 LONGEST = 2048
 """Tokens of the longest sequence that is compared: transformers' own attention takes memory with its square."""
@@ -26,35 +27,30 @@ TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 
 
 def own_forward(
-    name: str, policy: Policy, samples: Sequence[TrainingSample], trainer: Sequence[FloatArray], bound: float
+    name: str,
+    policy: Policy,
+    reference: Reference,
+    samples: Sequence[TrainingSample],
+    trainer: Sequence[FloatArray],
+    bound: Bound,
 ) -> Verdict:
     """The trainer's logprobs, computed in one prefix tree, are those of transformers' forward of each sequence alone,
-    with its own attention, positions and masks: mismatch_kl is at most `bound`.
+    with its own attention, positions and masks.
 
-    `trainer` has per sample float32 [loss tokens] at temperature 1. Samples whose images differ in size and samples of
-    more than `LONGEST` tokens are left out: transformers would pad the ones and take too long for the others.
+    `trainer` has per sample float32 [loss tokens] at temperature 1. Samples of more than `LONGEST` tokens are left out,
+    and those whose images of several sizes the processor makes other tokens of when it pads them together.
     """
-    chosen = [i for i, s in enumerate(samples) if len(s.token_ids) <= LONGEST and len(alike(s.images)) <= 1]
-    if not chosen:
-        return not_visible(name, f"no sample has images of one size and {LONGEST} tokens or fewer")
+    inputs = {
+        i: images
+        for i, sample in enumerate(samples)
+        if len(sample.token_ids) <= LONGEST and (images := _images(reference, sample.images)) is not None
+    }
+    if not inputs:
+        return not_visible(name, f"no sample has {LONGEST} tokens or fewer and images that the model takes together")
     with _attention_of_its_own(policy), torch.no_grad():
-        theirs = np.concatenate([_logprobs(policy, samples[i]) for i in chosen])
-    found = LogprobDifference.between(np.concatenate([trainer[i] for i in chosen]), theirs)
-    finding = (
-        f"{len(chosen)} of {len(samples)} sequences one by one, {found.tokens} tokens: mismatch_kl {found.kl:.1e}, "
-        f"|delta| mean {found.mean:.1e} max {found.max:.1e}"
-    )
-    return judged(
-        name,
-        found.kl <= bound,
-        finding,
-        f"mismatch_kl <= {bound:.1e}",
-        mismatch_kl=found.kl,
-        mean_delta=found.mean,
-        max_delta=found.max,
-        limit=bound,
-        tokens=found.tokens,
-    )
+        theirs = np.concatenate([_logprobs(policy, samples[i], images) for i, images in inputs.items()])
+    found = LogprobDifference.between(np.concatenate([trainer[i] for i in inputs]), theirs)
+    return logprobs(name, found, bound, f"{len(inputs)} of {len(samples)} sequences one by one, ")
 
 
 @contextmanager
@@ -69,7 +65,18 @@ def _attention_of_its_own(policy: Policy) -> Iterator[None]:
         text._attn_implementation = ours
 
 
-def _logprobs(policy: Policy, sample: TrainingSample) -> FloatArray:
+def _images(reference: Reference, images: Sequence[ImageItem]) -> dict[str, np.ndarray] | None:
+    """The arrays of all images of a sample, by the names of the model's forward; None where there are none together.
+
+    Arrays of one form stand side by side. Those of several forms are padded by the processor, which sees all images.
+    """
+    if len(alike(images)) > 1:
+        return reference.process_together(images)
+    names = images[0].mm_kwargs if images else ()
+    return {name: np.concatenate([image.mm_kwargs[name] for image in images]) for name in names}
+
+
+def _logprobs(policy: Policy, sample: TrainingSample, images: Mapping[str, np.ndarray]) -> FloatArray:
     """float32 [loss tokens] of one sample, at temperature 1, by the model's own forward."""
     device = policy.device
     token_ids = to_device(sample.token_ids[None], device)
@@ -77,10 +84,7 @@ def _logprobs(policy: Policy, sample: TrainingSample) -> FloatArray:
     takes = inspect.signature(policy.model.forward).parameters
     types = to_device(sample.mm_token_type_ids[None], device)
     inputs |= {kind: types for kind in TOKEN_TYPES if kind in takes}
-    for kwarg in sample.images[0].mm_kwargs if sample.images else ():
-        if kwarg in takes:
-            together = np.concatenate([image.mm_kwargs[kwarg] for image in sample.images])
-            inputs[kwarg] = to_device(together, device)
+    inputs |= {kwarg: to_device(array, device) for kwarg, array in images.items() if kwarg in takes}
     logits: Tensor = policy.model(**inputs, use_cache=False).logits[0].float()
     at = np.flatnonzero(sample.loss_mask)
     rows = logits[to_device(at - 1, device)].masked_fill(policy.banned, float("-inf"))

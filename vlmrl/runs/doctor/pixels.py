@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlmrl.runs.doctor.logprobs import LogprobDifference
+from vlmrl.runs.doctor.logprobs import Bound, LogprobDifference
 from vlmrl.runs.doctor.reference import Reference
 from vlmrl.runs.verdicts import Verdict, failed, judged, not_visible
 from vlmrl.types import Rollout
@@ -64,24 +64,29 @@ def images_in_trainer(name: str, found: InvertedPixels | None, smallest: float) 
     return judged(name, change.kl > smallest, finding, f"> {smallest:.1e}", mismatch_kl=change.kl, limit=smallest)
 
 
-def images_in_engine(name: str, found: InvertedPixels | None, bound: float) -> Verdict:
+def images_in_engine(name: str, found: InvertedPixels | None, bound: Bound) -> Verdict:
     """The engine's logprobs follow from the pixels that it was shown, not from others behind the same tokens."""
     if found is None:
         return not_visible(name, NO_IMAGE)
-    if found.trainer_change.kl <= bound:
+    if found.trainer_change.kl <= bound.kl:
         return not_visible(
             name,
             f"inverted pixels change the trainer's own logprobs by mismatch_kl {found.trainer_change.kl:.1e}, which "
-            f"rounding alone could explain ({bound:.1e})",
+            f"rounding alone could explain ({bound.kl:.1e})",
         )
-    shown, inverted = found.shown.kl, found.inverted.kl
-    finding = f"mismatch_kl {shown:.1e} from the trainer with the pixels shown, {inverted:.1e} with the inverted ones"
+    shown, inverted = found.shown, found.inverted
+    finding = (
+        f"mismatch_kl {shown.kl:.1e}, |delta| max {shown.max:.1e} from the trainer with the pixels shown, "
+        f"{inverted.kl:.1e} with the inverted ones"
+    )
     return judged(
         name,
-        shown <= bound and shown < inverted,
+        bound.holds(shown) and shown.kl < inverted.kl,
         finding,
-        f"<= {bound:.1e}, and less than with the inverted ones",
-        shown_kl=shown,
-        inverted_kl=inverted,
-        limit=bound,
+        f"{bound}, and less than with the inverted ones",
+        shown_kl=shown.kl,
+        shown_max=shown.max,
+        inverted_kl=inverted.kl,
+        limit=bound.kl,
+        max_limit=bound.max,
     )

@@ -81,6 +81,11 @@ class Reference:
         """The image processor's output for one decoded image."""
         return dict(self.image_processor(images=[PILImage.fromarray(image.pixels)], return_tensors="np"))
 
+    def process_together(self, images: Sequence[ImageItem]) -> dict[str, np.ndarray] | None:
+        """The processor's output for several images at once, in one array per name; None where it makes other tokens of
+        them than of each alone."""
+        return dict(self.image_processor(images=[PILImage.fromarray(i.pixels) for i in images], return_tensors="np"))
+
 
 @dataclass(frozen=True)
 class ProcessorReference(Reference):
@@ -107,9 +112,13 @@ class ProcessorReference(Reference):
         return list(self.tokenizer(whole, add_special_tokens=not self._begins(whole))["input_ids"])
 
     def process(self, image: ImageItem) -> dict[str, np.ndarray]:
-        outputs = self.processor(**self._inputs(self.processor.image_token, [PILImage.fromarray(image.pixels)]))
-        arrays = {name: np.ascontiguousarray(outputs[name]) for name in outputs if name not in OF_TEXT}
-        return {name: array for name, array in arrays.items() if array.dtype != np.object_}
+        return _arrays(self.processor(**self._inputs(self.processor.image_token, [PILImage.fromarray(image.pixels)])))
+
+    def process_together(self, images: Sequence[ImageItem]) -> dict[str, np.ndarray] | None:
+        pictures = [PILImage.fromarray(image.pixels) for image in images]
+        outputs = self.processor(**self._inputs(self.processor.image_token * len(images), pictures))
+        made = sum(id == self.image_token_id for id in np.asarray(outputs["input_ids"])[0])
+        return _arrays(outputs) if made == sum(image.num_tokens for image in images) else None
 
     def _tokenized(self, text: str, pictures: Sequence[PILImage.Image]) -> list[int]:
         inputs = self._inputs(text, pictures) if pictures else {"text": [text]}
@@ -124,6 +133,12 @@ class ProcessorReference(Reference):
         """Whether the template has written the token that begins a text, as transformers' own method asks."""
         begin = self.tokenizer.bos_token
         return begin is not None and text.startswith(begin)
+
+
+def _arrays(outputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """What a processor made of images, without what it made of the text."""
+    arrays = {name: np.ascontiguousarray(outputs[name]) for name in outputs if name not in OF_TEXT}
+    return {name: array for name, array in arrays.items() if array.dtype != np.object_}
 
 
 def _replaced(chat: list[dict[str, Any]], names: dict[str, str]) -> list[dict[str, Any]]:

@@ -170,14 +170,16 @@ class Rows:
 
 @contextmanager
 def watched_rows(policy: Policy) -> Iterator[Rows]:
-    """Record token id and positions of every row that the policy's model computes inside the block."""
+    """Record token id and positions of every row that the policy's model computes inside the block, also for an engine
+    with a `Policy` of its own around that model."""
     rows = Rows()
     asked: list[IntArray] = []
-    hidden_states = policy.hidden_states
+    hidden_states = Policy.hidden_states
 
-    def watched(token_ids: Tensor, *arguments: Any, **more: Any) -> Tensor:
-        asked.append(token_ids[None].cpu().numpy())
-        return hidden_states(token_ids, *arguments, **more)
+    def watched(asked_policy: Policy, token_ids: Tensor, *arguments: Any, **more: Any) -> Tensor:
+        if asked_policy.model is policy.model:
+            asked.append(token_ids[None].cpu().numpy())
+        return hidden_states(asked_policy, token_ids, *arguments, **more)
 
     def decoder_hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         token_ids = asked.pop()
@@ -185,9 +187,9 @@ def watched_rows(policy: Policy) -> Iterator[Rows]:
         rows.batches.append(np.concatenate([token_ids, positions]).T)
 
     handle = policy.model.base_model.get_decoder().register_forward_pre_hook(decoder_hook, with_kwargs=True)
-    policy.hidden_states = watched  # type: ignore[method-assign]
+    Policy.hidden_states = watched  # type: ignore[method-assign, assignment]
     try:
         yield rows
     finally:
         handle.remove()
-        del policy.hidden_states
+        Policy.hidden_states = hidden_states  # type: ignore[method-assign]

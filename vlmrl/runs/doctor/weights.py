@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -17,6 +17,12 @@ SHOWN_NAMES = 4
 
 SMALLEST_RMS = 1e-3
 """Noise on a tensor is relative to its root mean square, or to this where that is smaller: zeros must change too."""
+
+
+FIRST_NOISE = 0.02
+"""Standard deviation of the noise on the weights, relative to their root mean square. It is doubled until the logprobs
+show it, at most `DOUBLINGS` times."""
+DOUBLINGS = 6
 
 
 def update(name: str, step: StepResult, noise: float, change: LogprobDifference, smallest: float) -> Verdict:
@@ -81,3 +87,18 @@ def add_noise(policy: Policy, relative: float, seed: int) -> None:
             size = parameter.detach().float().square().mean().sqrt().clamp_min(SMALLEST_RMS)
             noise = torch.randn(parameter.shape, generator=generator, device=parameter.device)
             parameter.data.add_((relative * size * noise).to(parameter.dtype))
+
+
+def change_weights(
+    policy: Policy, change: Callable[[], LogprobDifference], smallest: float
+) -> tuple[float, LogprobDifference]:
+    """Add noise to every trainable weight until `change()`, the difference of the logprobs to those of before, is
+    larger than `smallest` (mismatch_kl): a step may be too small to show in bfloat16. Returns the noise and the
+    change."""
+    for doubling in range(DOUBLINGS):
+        noise = FIRST_NOISE * 2**doubling
+        add_noise(policy, noise, seed=doubling)
+        found = change()
+        if found.kl > smallest:
+            break
+    return noise, found

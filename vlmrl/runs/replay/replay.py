@@ -38,7 +38,8 @@ from vlmrl.orchestrator.samples import make_samples
 from vlmrl.record.run_dir import RunDir
 from vlmrl.record.tokens import read_spellings
 from vlmrl.rendering.renderer import Renderer
-from vlmrl.runs.build import Run, is_float32
+from vlmrl.runs.build import Run
+from vlmrl.runs.dtypes import is_float32
 from vlmrl.runs.replay import comparisons
 from vlmrl.runs.replay.comparisons import RerenderedTurn, ResampledTurn, ScoredTurn, Spelling
 from vlmrl.runs.replay.recorded import fits, load_images, load_records, replayed_batch, rollout_of

@@ -182,6 +182,7 @@ def test_problems_without_images(run: Run) -> None:
         "placeholders",
         "image hashes",
         "images, trainer",
+        "images, gradient",
         "images, engine",
     }
 
@@ -382,7 +383,7 @@ def test_a_policy_that_is_blind(run: Run, monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(Policy, "encode_images", blind)
     lines = examine(run)
-    assert those(lines, State.FAILED) == {"images, trainer", "logprobs, transformers"}
+    assert those(lines, State.FAILED) == {"images, trainer", "images, gradient", "logprobs, transformers"}
     assert those(lines, State.NOT_VISIBLE) == {"images, engine"}
 
 

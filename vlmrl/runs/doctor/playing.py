@@ -1,0 +1,144 @@
+"""The doctor's rollouts: the run's first problems, each as it is and in noise, played by any engine."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+
+import numpy as np
+
+from vlmrl.config.run import RunConfig
+from vlmrl.config.task import most_turns
+from vlmrl.models.policy import Policy
+from vlmrl.orchestrator.rollout import RolloutRunner, sampling_seed
+from vlmrl.orchestrator.samples import make_samples
+from vlmrl.orchestrator.stream import Drawn, ProblemStream
+from vlmrl.rendering.renderer import Renderer
+from vlmrl.runs.doctor.evidence import Evidence, images_of, with_images
+from vlmrl.runs.doctor.noise_images import NoiseTask
+from vlmrl.runs.doctor.watching import ScriptedEngine, WatchedEngine, WatchedRenderer, watched_rows
+from vlmrl.tasks.base import Task
+from vlmrl.types import (
+    Group,
+    InferenceEngine,
+    IntArray,
+    Message,
+    Prompt,
+    Rollout,
+    SamplingParams,
+    StopReason,
+    TrainingSample,
+    Turn,
+)
+
+PROBLEMS = 6
+"""Half of them are the run's first problems, the others the same with noise for images (noise_images.py)."""
+SIBLINGS = 2
+"""Sampled rollouts per problem; one more is greedy."""
+MAX_TURNS = 3
+MAX_NEW_TOKENS = 16
+"""Per completion. A disagreement shows within a few tokens, or not at all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Playing:
+    """Plays the problems of a task through a renderer, with a given engine."""
+
+    config: RunConfig
+    task: Task
+    renderer: Renderer
+    problems: int = PROBLEMS
+
+    async def scripted(self, answer: IntArray) -> list[Rollout]:
+        """One rollout per problem in which the answer to every turn is `answer`, int64 [C] without a stop token."""
+        engine = ScriptedEngine(np.append(answer, self.renderer.stop_token_ids[0]))
+        groups = await self._runner(self.renderer, engine).run_groups(
+            split="train", step=0, problems=await self._problems(), group_size=1, temperature=0.0
+        )
+        return [rollout for group in groups for rollout in group.rollouts]
+
+    async def sampled(self, engine: InferenceEngine, version: int, policy: Policy) -> Evidence:
+        """The problems, sampled and greedy, played by policy version `version` in `engine`."""
+        renderer, watched = WatchedRenderer(self.renderer), WatchedEngine(engine)
+        runner = self._runner(renderer, watched)
+        groups: list[Group] = []
+        with watched_rows(policy) as rows:
+            for size, temperature in ((SIBLINGS, self.config.orchestrator.temperature), (1, 0.0)):
+                groups += await runner.run_groups(
+                    split="train",
+                    step=version,
+                    problems=await self._problems(),
+                    group_size=size,
+                    temperature=temperature,
+                )
+        return Evidence(groups, renderer.rendered, watched.requests, rows.distinct())
+
+    async def answered(self, engine: InferenceEngine, prompts: Sequence[Prompt]) -> list[TrainingSample]:
+        """A training sample for each prompt with one completion that `engine` samples."""
+        config, renderer = self.config, self.renderer
+        limit = min(config.orchestrator.max_new_tokens, MAX_NEW_TOKENS)
+        async with AsyncExitStack() as stack:
+            names = [f"doctor/images/{i:02d}" for i in range(len(prompts))]
+            # All sessions are open before the first request: an engine may wait for every open session to ask.
+            sessions = [await stack.enter_async_context(engine.session(name)) for name in names]
+            completions = await asyncio.gather(
+                *(
+                    session.generate(
+                        prompt,
+                        SamplingParams(
+                            max_new_tokens=min(limit, config.inference.max_model_len - len(prompt.token_ids)),
+                            temperature=config.orchestrator.temperature,
+                            stop_token_ids=renderer.stop_token_ids,
+                            banned_token_ids=renderer.banned_token_ids,
+                            seed=sampling_seed(config.seed, name, 0),
+                        ),
+                    )
+                    for session, prompt, name in zip(sessions, prompts, names, strict=True)
+                )
+            )
+        samples: list[TrainingSample] = []
+        for name, prompt, completion in zip(names, prompts, completions, strict=True):
+            turn = Turn(prompt, completion, text="", messages=[], branch=0, reward=0.0)
+            samples += make_samples(Rollout(name, name, 0, [turn], 0.0, {}, StopReason.TERMINATED))
+        return samples
+
+    async def shown_twice(self, evidence: Evidence) -> Prompt | None:
+        """A first prompt in which one image stands at two places; None where no first turn shows an image."""
+        openings = evidence.openings()
+        return await self.renderer.first_turn(_first_image_twice(openings[0])) if openings else None
+
+    async def inverted(self, openings: Sequence[Sequence[Message]]) -> list[Prompt]:
+        """Each opening as a prompt, followed by the prompt with its pixels inverted, whose tokens are equal. Where a
+        turn has several images, the first of them is shown twice."""
+        shown: list[Prompt] = []
+        for opening in openings:
+            messages = _first_image_twice(opening) if len(images_of(opening)) > 1 else opening
+            inverted = with_images(messages, [255 - part.source for part in images_of(messages)])
+            shown += [await self.renderer.first_turn(messages), await self.renderer.first_turn(inverted)]
+        return shown
+
+    async def _problems(self) -> list[Drawn]:
+        """The task's first problems, each as it is and in noise."""
+        return await ProblemStream(NoiseTask(self.task), "train").draw(0, self.problems)
+
+    def _runner(self, renderer: Renderer, engine: InferenceEngine) -> RolloutRunner:
+        config = self.config
+        return RolloutRunner(
+            task=NoiseTask(self.task),
+            renderer=renderer,
+            engine=engine,
+            seed=config.seed,
+            max_turns=min(most_turns(config.task), MAX_TURNS),
+            max_new_tokens=min(config.orchestrator.max_new_tokens, MAX_NEW_TOKENS),
+            max_model_len=config.inference.max_model_len,
+        )
+
+
+def _first_image_twice(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """The messages with their first image also in place of the second, or behind the first where there is only one."""
+    sources = [part.source for part in images_of(messages)]
+    if len(sources) > 1:
+        return with_images(messages, [sources[0], sources[0], *sources[2:]])
+    return tuple(dataclasses.replace(m, content=(*m.content, *images_of([m]))) for m in messages)
