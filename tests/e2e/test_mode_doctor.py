@@ -45,7 +45,8 @@ def test_a_run_that_would_not_work(home: Home) -> None:
     ended = home.vlmrl("mode=doctor", "task=their_tasks:AllFaults", f"hydra.run.dir={run}")
     assert ended.code == 1
     assert ended.err.startswith(
-        f"error: 2 of {len(CHECKS)} lines failed, so a run would learn from something other than what it sampled, or not at all:\n"
+        f"error: 2 of {len(CHECKS)} lines failed, so a run would learn from something other than what it sampled, "
+        "or not at all:\n"
     )
     assert (
         "\n  rollouts, version 0: train/000000/00/00 ended as task_error: step() raised LookupError: no score"
