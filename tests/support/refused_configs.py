@@ -39,7 +39,6 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
         r"seq_len=1024 is too short for .*images_per_turn=9 images of 64 tokens each .* 1210 tokens, .*=2048",
     ),
     (("orchestrator.max_staleness=1",), "orchestrator.max_staleness=1 lets .* inference=embedded"),
-    (("model=qwen3vl_moe", "inference=vllm"), "inference=vllm does not accept the weights .*family=qwen3_vl_moe"),
     (
         ("inference.max_model_len=1023",),
         "inference.max_model_len=1023 is shorter than trainer.seq_len=1024, .* set trainer.seq_len=1023$",

@@ -80,7 +80,6 @@ RULES: tuple[Rule, ...] = (
     _of_config(numbers.numbers_in_range),
     _of_config(engine.kinds_are_chosen),
     _of_config(engine.servers_have_one_place),
-    _of_config(engine.vllm_takes_the_weights),
     _of_config(engine.weights_reach_engine),
     _of_config(engine.embedded_is_on_policy),
     _of_config(engine.context_holds_samples),

@@ -121,7 +121,7 @@ class ServerSync(ABC):
             await self._check_names(client, tensors)
         await client.call("POST", "/pause", params={"mode": "keep", "clear_cache": "false"})
         await self._transfer(client)
-        await client.call_workers("vlmrl_repack_head")
+        await client.call_workers("vlmrl_repack")
         dropped = await client.call("POST", "/reset_prefix_cache", params={"reset_running_requests": "true"})
         if not dropped["success"]:
             raise EngineError(
@@ -168,7 +168,8 @@ def _client_of(replica: Replica) -> VllmClient:
 
 async def _worker_weights(client: VllmClient, tensors: Mapping[str, Tensor], *, digests: bool) -> list[Any]:
     """What the weights of each worker consist of (`in_server.worker.WorkerInspector.vlmrl_weights`)."""
-    return await client.call_workers("vlmrl_weights", names=list(tensors), digests=digests)
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    return await client.call_workers("vlmrl_weights", shapes=shapes, digests=digests)
 
 
 def _unmatched(workers: list[Any]) -> tuple[set[str], set[str]]:

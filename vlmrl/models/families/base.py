@@ -62,8 +62,6 @@ class Family:
 
     has_experts: bool = False
     """Whether the MLPs are mixtures of experts."""
-    vllm_takes_weights: bool = True
-    """Whether a running vLLM server accepts this family's weights under the names and shapes that the trainer holds."""
     token_pixels: int | None = None
     """Pixels per side of the square that one image token covers. None where a token does not cover a fixed area."""
     frame_tokens: int = 2

@@ -211,14 +211,9 @@ class Qwen3VL(Family):
 
 
 class Qwen3VLMoe(Qwen3VL):
-    """Qwen3-VL with mixtures of experts.
-
-    The experts in a checkpoint, and in vLLM's loader, are the transpose of those that transformers holds in memory; a
-    weight sync sends the latter, which vLLM does not accept.
-    """
+    """Qwen3-VL with mixtures of experts."""
 
     has_experts = True
-    vllm_takes_weights = False
     recipe = replace(RECIPE, architecture="Qwen3VLMoeForConditionalGeneration", tiny=None)
 
 

@@ -12,7 +12,6 @@ from vlmrl.config.inference import VllmConfig
 from vlmrl.config.run import RunConfig, group_of, schemas_of
 from vlmrl.config.weight_sync import FolderSyncConfig
 from vlmrl.errors import ConfigError
-from vlmrl.models.families import family_of
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 """Hosts in `inference.urls` that are certainly this one."""
@@ -61,16 +60,6 @@ def servers_have_one_place(config: RunConfig) -> None:
         raise ConfigError(
             f"{tasks} gives the servers GPUs of their own, and weight_sync=cuda_ipc works on the trainer's GPU only, "
             "so no policy version would reach them: set weight_sync=nccl or weight_sync=folder"
-        )
-
-
-def vllm_takes_the_weights(config: RunConfig) -> None:
-    """A running vLLM server accepts the weights of the model's family."""
-    family = family_of(config.model.vlm)
-    if config.inference.kind == "vllm" and not family.vllm_takes_weights:
-        raise ConfigError(
-            f"inference=vllm does not accept the weights that a trainer of model.vlm.family={family.name} publishes, "
-            "because vLLM stores its experts transposed: set inference=embedded, or model=qwen3vl"
         )
 
 

@@ -24,13 +24,13 @@ def vlm(family: str, positions: str = "mrope") -> VLMConfig:
 
 
 @pytest.mark.parametrize(
-    ("name", "experts", "vllm", "tiny"), [("qwen3_vl", False, True, True), ("qwen3_vl_moe", True, False, False)]
+    ("name", "experts", "tiny"), [("qwen3_vl", False, True), ("qwen3_vl_moe", True, False)]
 )
-def test_qwen3_vl_dense_and_with_experts(name: str, experts: bool, vllm: bool, tiny: bool) -> None:
+def test_qwen3_vl_dense_and_with_experts(name: str, experts: bool, tiny: bool) -> None:
     family = family_of(vlm(name))
     assert (family.name, family.token_pixels, family.flat_mm_kwargs) == (name, 32, ("pixel_values",))
     assert family.image_token == "<|image_pad|>"
-    assert (family.has_experts, family.vllm_takes_weights, family.builds_tiny) == (experts, vllm, tiny)
+    assert (family.has_experts, family.builds_tiny) == (experts, tiny)
 
 
 @pytest.mark.parametrize("known", [None, vlm("polar_vl", "sequential")])
@@ -38,7 +38,7 @@ def test_of_other_models_nothing_special_is_known(known: VLMConfig | None) -> No
     family = family_of(known)
     assert type(family) is Family
     assert family.name == ("" if known is None else "polar_vl")
-    assert (family.has_experts, family.vllm_takes_weights, family.builds_tiny) == (False, True, False)
+    assert (family.has_experts, family.builds_tiny) == (False, False)
     assert family.token_pixels is None
     assert family.image_bounds(ModelConfig(name="x", vlm=known)) is None
     assert family.vision_parameters({"hidden_size": 64}) is None

@@ -11,6 +11,7 @@ Runs in vLLM's processes only, and uses the names of vLLM's own layers. Left out
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.platforms import current_platform
 
+from vlmrl.inference.vllm.in_server.experts import Piece, Shapes, expert_pieces, has_experts, repack
 from vlmrl.inference.vllm.in_server.items import reported_fields
 from vlmrl.inference.vllm.in_server.unused_layers import is_behind_last_layer, layer_counts
 from vlmrl.models.digests import Slice, digest
@@ -71,34 +73,50 @@ class WorkerInspector:
             and parallel._api_process_count == 1,
         }
 
-    def vlmrl_repack_head(self) -> None:
+    def vlmrl_repack(self) -> None:
         """Finish a weight update. On a CPU a layer computes with a repacked copy of its weights. `reload_weights` makes
-        a new copy for every layer except a head that is tied to the embedding, which would keep the old weights."""
+        a new copy for every layer except a head that is tied to the embedding, which would keep the old weights, and
+        experts, which would compute with weights in the wrong order."""
         for module in self.model_runner.get_model().modules():
             if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
                 module.quant_method.process_weights_after_loading(module)
+            elif has_experts(module):
+                repack(module)
 
-    def vlmrl_weights(self, names: list[str], digests: bool) -> dict[str, Any]:
-        """How this worker's weights consist of the trainer's tensors `names`.
+    def vlmrl_weights(self, shapes: dict[str, list[int]], digests: bool) -> dict[str, Any]:
+        """How this worker's weights consist of the trainer's tensors, which have these `shapes` by name.
 
-        `unknown`: names that no weight here consists of. `missing`: weights that need a tensor that is not in `names`.
-        `weights`, by vLLM's name: `slices`, each [name, dim, start, stop] with dim −1 for the whole tensor, which are
-        concatenated along dim 0; and, if `digests`, the `sha256` of the weight that the worker holds.
+        `unknown`: names that no weight here consists of. `missing`: weights that need a tensor that the trainer lacks,
+        or one of another shape. `weights`, by vLLM's name: `slices`, each [name, dim, start, stop] with dim −1 for the
+        whole tensor, which are concatenated along dim 0; and, if `digests`, the `sha256` of the weight that the worker
+        holds.
         """
         model: nn.Module = self.model_runner.get_model()
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        sources, unknown = _sources(model, names, parameters)
+        sources, left = _sources(model, list(shapes), parameters)
+        pieces = {
+            name: pieces
+            for path, module in model.named_modules(remove_duplicate=False)
+            if has_experts(module)
+            for name, pieces in expert_pieces(path, module, left, shapes).items()
+        }
         weights: dict[str, Any] = {}
         missing = []
         for name, parameter in parameters.items():
-            module = model.get_submodule(name.rpartition(".")[0])
-            slices = _slices(module, name.rpartition(".")[2], sources.get(name, []))
-            if not slices:
+            found = pieces.get(name)
+            if found is None:
+                owner, _, kind = name.rpartition(".")
+                slices = _slices(model, owner, kind, parameter, sources.get(name, []), shapes)
+                found = [Piece(name, slices, _held(model.get_submodule(owner), parameter))] if slices else []
+            if not found or not all(_exist(piece.slices, shapes) for piece in found):
                 missing.append(name)
                 continue
-            weights[name] = {"slices": slices}
-            if digests:
-                weights[name]["sha256"] = digest(_held(module, parameter))
+            for piece in found:
+                weights[piece.name] = {"slices": piece.slices}
+                if digests:
+                    weights[piece.name]["sha256"] = digest(piece.held)
+        used = {source for weight in weights.values() for source, *_ in weight["slices"]}
+        unknown = [name for name in left.values() if name not in used]
         return {"unknown": unknown, "missing": missing, "weights": weights}
 
 
@@ -108,10 +126,12 @@ def _vision_config(model: Any) -> Any:
 
 def _sources(
     model: Any, names: list[str], parameters: dict[str, nn.Parameter]
-) -> tuple[dict[str, list[str]], list[str]]:
-    """Map vLLM's name of each weight to the trainer's names that are fused into it, in order; and list the names that
-    belong to no weight."""
+) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Map vLLM's name of each weight to the trainer's names that are fused into it, in order; and as vLLM spells them,
+    the names that belong to none of these weights → the trainer's."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
+    if hasattr(mapper, "get_rename_mapper"):  # names that are fused stay apart
+        mapper = mapper.get_rename_mapper()
     fused = {
         part: (whole, place, len(parts))
         for module in model.modules()  # a model of two parts may leave it to them
@@ -119,7 +139,7 @@ def _sources(
         for place, part in enumerate(parts)
     }
     found: dict[str, list[str | None]] = {}
-    unknown = []
+    left = {}
     counts = layer_counts(parameters)
     for name in names:
         mapped = (mapper.apply_list([name]) if mapper is not None else [name]) or [name]
@@ -131,36 +151,49 @@ def _sources(
             whole, place, count = fused[leaf]
             found.setdefault(f"{parent}.{whole}.{kind}", [None] * count)[place] = name
         elif not is_behind_last_layer(mapped[0], counts):
-            unknown.append(name)
+            left[mapped[0]] = name
     whole = {name: [part for part in parts if part] for name, parts in found.items() if None not in parts}
     # A weight that shares its tensor with another (a tied head and the embedding) has the same sources.
     by_tensor = {id(parameters[name]): parts for name, parts in whole.items()}
-    return {name: by_tensor[id(p)] for name, p in parameters.items() if id(p) in by_tensor}, unknown
+    return {name: by_tensor[id(p)] for name, p in parameters.items() if id(p) in by_tensor}, left
 
 
-def _slices(module: nn.Module, kind: str, sources: list[str]) -> list[Slice]:
-    """The parts of `sources` that this rank's `weight` or `bias` consists of; empty if there are no sources."""
+def _slices(
+    model: nn.Module, owner: str, kind: str, parameter: Tensor, sources: list[str], shapes: Shapes
+) -> list[Slice]:
+    """The parts of `sources` that this rank's `weight` or `bias` of the module `owner` consists of; empty if there are
+    no sources, or if their rows are not those of the weight."""
     if not sources:
         return []
+    module = model.get_submodule(owner)
     if isinstance(module, RowParallelLinear) and kind == "weight":
         width = module.input_size_per_partition
         return [(sources[0], 1, module.tp_rank * width, (module.tp_rank + 1) * width)]
-    rows = _rows(module)
+    rows = _rows(model, owner, module, parameter, shapes[sources[0]])
     if rows is None:
         return [(sources[0], -1, 0, 0)]
-    if len(sources) == len(rows):
-        return [(source, 0, start, stop) for source, (_, start, stop) in zip(sources, rows, strict=True)]
-    assert len(sources) == 1, f"{len(sources)} tensors for {len(rows)} parts of {type(module).__name__}"
     slices: list[Slice] = []
-    offset = 0
-    for total, start, stop in rows:
-        slices.append((sources[0], 0, offset + start, offset + stop))
-        offset += total
-    return slices
+    for source in sources:  # each is one fused part, or several that follow each other
+        offset = 0
+        while rows and offset < shapes[source][0]:
+            (total, start, stop), rows = rows[0], rows[1:]
+            slices.append((source, 0, offset + start, offset + stop))
+            offset += total
+        if offset != shapes[source][0]:
+            return []
+    return [] if rows else slices
 
 
-def _rows(module: nn.Module) -> list[tuple[int, int, int]] | None:
-    """Per fused part: its number of rows, and the first and end of this rank's. None if every rank has all rows."""
+def _exist(slices: list[Slice], shapes: Shapes) -> bool:
+    """Whether the trainer's tensors have all `slices`."""
+    return all(dim < 0 or (dim < len(shapes[name]) and stop <= shapes[name][dim]) for name, dim, _, stop in slices)
+
+
+def _rows(
+    model: nn.Module, owner: str, module: Any, parameter: Tensor, shape: Sequence[int]
+) -> list[tuple[int, int, int]] | None:
+    """Per fused part: its number of rows, and the first and end of this rank's. None if every rank has all rows.
+    `shape` is that of the trainer's first tensor for it."""
     if isinstance(module, QKVParallelLinear):
         rank, shared = module.tp_rank, module.tp_rank // module.num_kv_head_replicas
         parts = [
@@ -171,11 +204,18 @@ def _rows(module: nn.Module) -> list[tuple[int, int, int]] | None:
         return [(total * size, at * heads * size, (at + 1) * heads * size) for total, heads, size, at in parts]
     if isinstance(module, MergedColumnParallelLinear | ColumnParallelLinear):
         sizes = getattr(module, "output_sizes", [module.output_size])
+        outer = model.get_submodule(owner.rpartition(".")[0])
+        if owner.endswith(".conv1d") and hasattr(outer, "key_dim"):  # queries, keys and values of linear attention
+            sizes = [outer.key_dim, outer.key_dim, outer.value_dim]
         shares = [(size, size // module.tp_size) for size in sizes]
         return [(size, module.tp_rank * share, (module.tp_rank + 1) * share) for size, share in shares]
     if isinstance(module, VocabParallelEmbedding):
         held = module.shard_indices
         return [(module.org_vocab_size, held.org_vocab_start_index, held.org_vocab_end_index)]
+    ranks = getattr(module, "tp_size", 1)
+    if ranks > 1 and shape and parameter.shape[0] * ranks == shape[0]:  # numbers per head of linear attention
+        share = parameter.shape[0]
+        return [(shape[0], module.tp_rank * share, (module.tp_rank + 1) * share)]
     return None
 
 
@@ -188,6 +228,11 @@ def _held(module: Any, parameter: Tensor) -> Tensor:
         identity = torch.eye(width, dtype=parameter.dtype, device=parameter.device)
         with torch.inference_mode():
             parameter = module.quant_method.apply(module, identity, None).t()
+    if (unpacked := getattr(module, "_cpu_unpacked_conv_weight", None)) is not None:
+        from vllm._custom_ops import causal_conv1d_weight_pack
+
+        # The kernel reads the packed weight. vLLM keeps the other one next to it, which counts if it packs to it.
+        return unpacked if torch.equal(causal_conv1d_weight_pack(unpacked), parameter) else parameter
     if isinstance(module, VocabParallelEmbedding):
         return parameter[: module.shard_indices.num_org_elements]
     return parameter
