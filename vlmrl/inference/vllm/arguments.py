@@ -87,8 +87,10 @@ def server_arguments(
     if on_cpu:
         # vLLM's CPU engine dies (`CPU Generator does not use offset`) of a seeded request whose prompt is split over
         # two steps. So prompts are prefilled whole, and so are their images: the encoder has the same token budget.
-        # A model with recurrent layers does not start without it; few prompts of it are as long as the token budget.
-        arguments["enable_chunked_prefill"] = has_recurrent_layers(checkpoint)
+        arguments["enable_chunked_prefill"] = False
+        if has_recurrent_layers(checkpoint):
+            # To keep the state at the end of a block of the prefix cache, vLLM splits every longer prompt there.
+            arguments["enable_prefix_caching"] = False
         arguments["max_num_batched_tokens"] = max(config.max_model_len, WHOLE_PREFILL_TOKENS)
         if config.tensor_parallel_size == 1:
             # In two processes, the engine and its worker would each keep a core busy while they wait for the other.

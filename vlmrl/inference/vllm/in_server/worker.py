@@ -46,11 +46,16 @@ class WorkerInspector:
 
     model_runner: Any
     vllm_config: Any
+    _vlmrl_images: Any = None
+    """The answer of `reported_fields` to the first call. After a weight update vLLM's config names the folder of the
+    weights, in which there is no image processor."""
 
     def vlmrl_settings(self) -> dict[str, Any]:
         """The settings that `settings.check_settings` reads."""
         model, parallel = self.vllm_config.model_config, self.vllm_config.parallel_config
         images = model.multimodal_config
+        if self._vlmrl_images is None:
+            self._vlmrl_images = reported_fields(model)
         text = model.hf_text_config
         return {
             "architecture": model.architecture,
@@ -60,7 +65,7 @@ class WorkerInspector:
             "has_deepstack": bool(getattr(_vision_config(model), "deepstack_visual_indexes", None)),
             # vLLM looks up the per-layer inputs of image positions by id 0, transformers by this one.
             "image_input_id": text.pad_token_id if getattr(text, "hidden_size_per_layer_input", 0) else 0,
-            "images": reported_fields(model),
+            "images": self._vlmrl_images,
             "dtype": str(model.dtype).removeprefix("torch."),
             "max_model_len": model.max_model_len,
             "logprobs_mode": model.logprobs_mode,
