@@ -134,7 +134,7 @@ def _sources(
 ) -> tuple[dict[str, list[str]], dict[str, str]]:
     """Map vLLM's name of each weight to the trainer's names that are fused into it, in order; and as vLLM spells them,
     the names that belong to none of these weights → the trainer's."""
-    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    mapper: Any = getattr(model, "hf_to_vllm_mapper", None)
     if hasattr(mapper, "get_rename_mapper"):  # names that are fused stay apart
         mapper = mapper.get_rename_mapper()
     fused = {
