@@ -27,10 +27,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from large_family import LARGE, REPOSITORY, random_model, write, write_tokenizer_and_config
-
-# ruff: noqa: E402
 import torch
+from large_family import LARGE, REPOSITORY, random_model, write, write_tokenizer_and_config
 from train_throughput import Step, packed_step
 from training_batches import SHAPES, make_batch
 
@@ -168,8 +166,8 @@ class Steps:
         squares = [p.grad.float().square().sum() for p in policy.model.parameters() if p.grad is not None]
         peak = torch.cuda.max_memory_allocated() / 2**30 if self.gpu else 0.0
         return (
-            f"{median:.3f} | {done.tokens / median:.0f} | {done.work.rows} | {done.work.rows / median:.0f} | {peak:.1f} "
-            f"| {done.loss:.5f} | {float(torch.stack(squares).sum().sqrt()):.4f} | {done.micro_batches} "
+            f"{median:.3f} | {done.tokens / median:.0f} | {done.work.rows} | {done.work.rows / median:.0f} "
+            f"| {peak:.1f} | {done.loss:.5f} | {float(torch.stack(squares).sum().sqrt()):.4f} | {done.micro_batches} "
             f"| {seconds[0]:.1f} |"
         )
 

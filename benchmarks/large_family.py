@@ -23,7 +23,7 @@ broken_wheels.install()
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from support.families import FAMILIES, build
+from support.families import build
 from support.families.weights import save
 
 Sizes = dict[str, Any]

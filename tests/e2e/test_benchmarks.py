@@ -20,7 +20,7 @@ REHEARSAL_TIMEOUT_S = 500.0
 
 HELPERS = (
     *("family_cells.py", "family_export.py", "family_image.py", "family_runs.py", "family_task.py"),
-    *("training_batches.py", "trl_side.py"),
+    *("large_family.py", "training_batches.py", "trl_side.py"),
 )
 """Files of benchmarks/ that others import or start."""
 
@@ -29,6 +29,7 @@ REHEARSALS = {
     "dataset_start.py": "--rows 60,300 --rounds 1",
     "digits.py": "--seeds 0 trainer.max_steps=2 trainer.warmup.steps=2 orchestrator.eval.problems=4",
     "families.py": "--families gemma3,qwen3 --out out",
+    "families_gpu.py": "--size tiny --device cpu --shapes codeword --steps 1 --groups 1",
     "fsdp_scaling.py": "--size tiny --device cpu --shape codeword --rows alone,full,optimizer --steps 1 --groups 1",
     "kills.py": "--kills 2",
     "mismatch.py": f"--checkpoint TINY --dtype float32 --engines default {SMALL_IMAGES}",
