@@ -35,7 +35,6 @@ def template_renderer(folder: Path, image_token: str | None, config: RendererCon
     vlm = None
     if image_token is not None:
         vlm = VLMConfig("any", renderers=["template"], positions="sequential", image_token=image_token)
-        vlm.flat_mm_kwargs = []
     tokenizer, family = load_tokenizer(folder), family_of(vlm)
     processor = load_processor(folder) if vlm is not None else None
     return make_renderer(

@@ -52,9 +52,6 @@ class VLMConfig:
     """Name of the position function in `vlmrl.models.families.positions` (`mrope`, `sequential`)."""
     image_token: str = setting(MISSING, on_resume=Resume.refused)
     """The placeholder token, as the tokenizer spells it."""
-    flat_mm_kwargs: list[str] = setting(MISSING, on_resume=Resume.refused, form=NAME)
-    """Names of `mm_kwargs` whose rows are not images (Qwen-VL: `pixel_values`, a row per patch); vLLM needs to know
-    them."""
     min_pixels: int | None = setting(
         None, on_resume=Resume.noted, low=1, high=2**31, outside="no image has so many pixels"
     )

@@ -195,8 +195,12 @@ def _upgraded(tree: DictConfig) -> DictConfig:
 
     The first version had no `task.kind`, whose value follows from the task's keys, and no `task.credit`: the credit
     was `algorithm.credit` alone. Before `algorithm.truncated`, a cut answer was paid 0 per turn and in full per
-    episode.
+    episode. `model.vlm.flat_mm_kwargs` told vLLM what its own processor says now.
     """
+    if OmegaConf.select(tree, "model.vlm.flat_mm_kwargs") is not None:
+        tree = copy.deepcopy(tree)
+        with open_dict(tree):
+            del tree.model.vlm.flat_mm_kwargs
     if (credit := OmegaConf.select(tree, "algorithm.credit")) is not None and "truncated" not in tree.algorithm:
         tree = copy.deepcopy(tree)
         with open_dict(tree):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # it imports torch, which a refused configuration should not 
 
 AUTO = "auto"
 
-FOUND = ("family", "renderers", "positions", "image_token", "flat_mm_kwargs")
+FOUND = ("family", "renderers", "positions", "image_token")
 """The fields of `model.vlm` that can be found in a checkpoint."""
 
 
@@ -101,7 +101,6 @@ def _found(name: str, facts: Facts, known: Mapping[str, Any]) -> Any:
         "renderers": [TEMPLATE],
         "positions": facts.positions,
         "image_token": facts.image_token,
-        "flat_mm_kwargs": [],
     }[name]
 
 

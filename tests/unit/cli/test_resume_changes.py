@@ -36,7 +36,7 @@ POLICIES = {
         row full preview.problems preview.answers
         seed run step rollout runs output_dir
         model.init model.name
-        model.vlm.family model.vlm.positions model.vlm.image_token model.vlm.flat_mm_kwargs
+        model.vlm.family model.vlm.positions model.vlm.image_token
         model.vlm.freeze_vision model.vlm.freeze_language
         model.size.name model.size.tie_word_embeddings model.size.text model.size.vision
         model.lora.rank model.lora.alpha model.lora.targets

@@ -28,6 +28,7 @@ def test_every_old_value_is_kept(name: str, schema: type) -> None:
     tree = read(name)
     config = parse(typed(tree))
     assert type(config.task) is schema
+    del tree.model.vlm.flat_mm_kwargs  # left out: vLLM's own processor says it
     loaded = OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(config)))
     assert OmegaConf.merge(loaded, tree) == loaded, "every key of the file has its value"
     assert config.task.kind == name

@@ -66,7 +66,6 @@ def test_an_unknown_family_is_read_from_its_files(
         "    renderers: [template]",
         "    positions: mrope",
         "    image_token: <pic>",
-        "    flat_mm_kwargs: []",
     ]
 
 

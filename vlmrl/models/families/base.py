@@ -83,12 +83,6 @@ class Family:
         return self.vlm.family if self.vlm is not None else ""
 
     @property
-    def flat_mm_kwargs(self) -> tuple[str, ...]:
-        """Names of the `mm_kwargs` whose rows are not images (Qwen-VL: one row per patch). vLLM needs them to take
-        an image's rows from a batch."""
-        return tuple(self.vlm.flat_mm_kwargs) if self.vlm is not None else ()
-
-    @property
     def image_token(self) -> str | None:
         """The placeholder token, as the tokenizer spells it; None for a text-only model."""
         return self.vlm.image_token if self.vlm is not None else None

@@ -19,7 +19,6 @@ LARGE, SMALL = np.zeros((600, 600, 3), np.uint8), np.zeros((30, 30, 3), np.uint8
 
 def vlm(**settings: Any) -> VLMConfig:
     made = VLMConfig("any", renderers=["template"], positions="sequential", image_token="x")
-    made.flat_mm_kwargs = []
     for name, value in settings.items():
         setattr(made, name, value)
     return made
