@@ -133,6 +133,8 @@ def test_free_form_keys() -> None:
     assert free == [
         "algorithm.args",
         "inference.extra_args",
+        "model.vlm.image_settings",
+        "orchestrator.renderer.options",
         "reward.terms.*.args",
         "reward.terms.*.extra_body",
         "task.args",
