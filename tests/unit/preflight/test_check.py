@@ -39,7 +39,13 @@ NOT_ALONE = {
         (f"reward={kind}" for kind in TERMS if kind not in ("imported", "judge")),
         "algorithm.credit=turn trains each turn on the reward that the task gives it",
     ),
-    "model/vlm=qwen3_vl_moe": "model.tiny cannot build a checkpoint of model.vlm.family=qwen3_vl_moe",
+    "model=auto": "model.name has no value",
+    "model/vlm=auto": "model.tiny builds a checkpoint, and model.vlm.family=auto is read from one",
+    **{
+        f"model/vlm={path.stem}": f"model.tiny cannot build a checkpoint of model.vlm.family={path.stem}"
+        for path in (CONF / "model/vlm").glob("*.yaml")
+        if path.stem not in ("qwen3_vl", "auto")
+    },
     **dict.fromkeys(
         ("model/size=2b", "model/size=4b", "model/size=8b", "model/size=30b_a3b"),
         "model.size has no effect with model.tiny",

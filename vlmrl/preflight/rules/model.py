@@ -192,7 +192,7 @@ def tiny_is_a_model(config: RunConfig) -> None:
     if not family.builds_tiny:
         raise ConfigError(
             f"model.tiny cannot build a checkpoint of model.vlm.family={family.name or 'null'}, so there would be no "
-            "model: drop the change to model.vlm, or load a checkpoint with model=qwen3vl model.name=<folder>"
+            "model: drop the change to model.vlm, or load a checkpoint with model=auto model.name=<folder>"
         )
     if problem := family.tiny_problem(tiny):
         raise ConfigError(f"model.tiny.{problem}, so there is no such model: change one of them")

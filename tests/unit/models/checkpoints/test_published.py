@@ -18,7 +18,7 @@ from vlmrl.models.checkpoints.published import published_weights
 
 def loaded(name: str, folder: Path) -> Any:
     recipe = FAMILIES[name]
-    vlm = VLMConfig(recipe.model_type, ["template"], "sequential", recipe.image_token or "", [])
+    vlm = VLMConfig(recipe.model_type, ["template"], "sequential", recipe.image_token or "")
     return load_model(folder, ModelConfig(name=str(folder), vlm=vlm if recipe.image_token is not None else None))
 
 

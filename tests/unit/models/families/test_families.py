@@ -20,7 +20,7 @@ PACKAGE = Path(vlmrl.models.families.__file__).parents[2]
 
 
 def vlm(family: str, positions: str = "mrope") -> VLMConfig:
-    return VLMConfig(family, ["a-renderer"], positions, "<|image_pad|>", ["pixel_values"])
+    return VLMConfig(family, ["a-renderer"], positions, "<|image_pad|>")
 
 
 @pytest.mark.parametrize(("name", "experts", "tiny"), [("qwen3_vl", False, True), ("qwen3_vl_moe", True, False)])
