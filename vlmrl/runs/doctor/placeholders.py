@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vlmrl.errors import ModelError
 from vlmrl.models.policy import Policy
 from vlmrl.rendering.images import image_hash
 from vlmrl.runs.doctor.evidence import Evidence
@@ -27,7 +28,10 @@ def placeholders(name: str, policy: Policy, image_token_id: int | None, samples:
         return not_visible(name, NO_IMAGE)
     has_grids = all("image_grid_thw" in image.mm_kwargs for image in images.values())
     merge = getattr(policy.config.vision_config, "spatial_merge_size", 1)
-    features = {hash: _count_features(policy, image) for hash, image in images.items()}
+    try:
+        features = {hash: _count_features(policy, image) for hash, image in images.items()}
+    except ModelError as error:  # it makes another number of features than the renderer has counted
+        return failed(name, str(error))
     totals = np.zeros(4 + has_grids, np.int64)
     for sample in samples:
         is_image = sample.token_ids == image_token_id
