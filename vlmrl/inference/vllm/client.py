@@ -4,6 +4,8 @@
              ─▶ send the request, with images by hash alone
              ─▶ if the server has forgotten one (its cache is bounded): send the request again with the data of all
 
+A server without the run's own endpoint gets the images of some model families as pictures (content_parts.py).
+
 Requests with the same new image wait until the first of them has sent its data. A server that the run has started takes
 image data without a request, and requests in batches (batches.py). Another server takes data only as part of a request,
 and only an answer shows that it holds the images. There the client sends the prompt up to the last new image and
@@ -16,11 +18,13 @@ A request for a completion has no deadline of its own. It waits as long as the s
 from __future__ import annotations
 
 import asyncio
+import base64
 import itertools
 import logging
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -30,6 +34,7 @@ from vlmrl.config.model import Dtype
 from vlmrl.errors import EngineError
 from vlmrl.inference.vllm import old_vllm
 from vlmrl.inference.vllm.batches import CONTENT_TYPE, Batcher, BatchLostError
+from vlmrl.inference.vllm.content_parts import Written, difference, end_of, picture_url, unexpanded
 from vlmrl.inference.vllm.control import ControlClient, ServerLostError, complaint
 from vlmrl.inference.vllm.frames import FORGOTTEN, ROUTE, pack_batch, request_header
 from vlmrl.inference.vllm.image_fields import ImageFields
@@ -39,12 +44,20 @@ from vlmrl.inference.vllm.wire import (
     WireError,
     data_size,
     encode_image,
+    encode_picture,
     parse_answer,
+    picture_request_body,
     request_body,
 )
 from vlmrl.types import ImageItem, Prompt, SamplingParams
 
 log = logging.getLogger(__name__)
+
+ENDPOINT = "/inference/v1/generate"
+"""vLLM's own endpoint."""
+
+ROUTE_FLAG = "--middleware vlmrl.inference.vllm.in_server.route.Route"
+"""Adds the run's own endpoint to a server that the run has not started."""
 
 ENCODED_LIMIT_BYTES = 256 * 1024**2
 """Limit on the encoded images that are kept for the next server, or for one that has forgotten them."""
@@ -56,26 +69,32 @@ class ImageEncoder:
     def __init__(self, dtype: Dtype) -> None:
         """`dtype` as for `wire.encode_image`."""
         self.dtype = dtype
-        self._kept: ByteLRU[tuple[str, ImageFields], bytes] = ByteLRU(ENCODED_LIMIT_BYTES, keep_newest=True)
+        self._kept: ByteLRU[tuple[str, ImageFields | None], bytes] = ByteLRU(ENCODED_LIMIT_BYTES, keep_newest=True)
         self._logged: set[str] = set()
 
-    async def encode(self, images: Collection[ImageItem], fields: ImageFields) -> dict[str, bytes]:
-        """Hash → output of `encode_image`, for the distinct images. Runs in a thread: an image takes milliseconds."""
+    async def encode(self, images: Collection[ImageItem], fields: ImageFields | None) -> dict[str, bytes]:
+        """Hash → output of `encode_image`, or without `fields` of `picture_url`, for the distinct images. Runs in a
+        thread: an image takes milliseconds."""
         distinct = {image.hash: image for image in images}
         kept = {hash: self._kept.get((hash, fields)) for hash in distinct}
         encoded = {hash: data for hash, data in kept.items() if data is not None}
         missing = [image for image in distinct.values() if image.hash not in encoded]
         if missing:
-            self._log_form("tensors" if fields.are_tensors_of(missing[0]) else "pictures with digests")
-            made = await asyncio.to_thread(
-                lambda: {image.hash: encode_image(image, self.dtype, fields) for image in missing}
-            )
+            self._log_form(missing[0], fields)
+            made = await asyncio.to_thread(lambda: {image.hash: self._encode(image, fields) for image in missing})
             for hash, data in made.items():
                 self._kept.put((hash, fields), data, len(data))
             encoded |= made
         return encoded
 
-    def _log_form(self, form: str) -> None:
+    def _encode(self, image: ImageItem, fields: ImageFields | None) -> bytes:
+        return picture_url(image) if fields is None else encode_image(image, self.dtype, fields)
+
+    def _log_form(self, image: ImageItem, fields: ImageFields | None) -> None:
+        if fields is None:
+            form = "pictures in content_parts"
+        else:
+            form = "tensors" if fields.are_tensors_of(image) else "pictures with digests"
         if form not in self._logged:
             self._logged.add(form)
             log.info("images go to the servers as %s", form)
@@ -111,6 +130,9 @@ class VllmClient(ControlClient):
         self._sending: dict[str, asyncio.Event] = {}
         """Hashes of the images whose data is being sent; the event is set when it has arrived or was lost."""
         self._batcher = Batcher(self._http, counts)
+        self._written: dict[str, Written] = {}
+        """Hash of each image that goes as a picture → what the server writes for it. Its tensors were compared."""
+        self._comparing = asyncio.Lock()
 
     @property
     def is_generating(self) -> bool:
@@ -123,38 +145,42 @@ class VllmClient(ControlClient):
         assert isinstance(sampling.seed, int), f"seed {sampling.seed!r} is not an int"
         assert 0 <= sampling.seed < 2**64, f"seed {sampling.seed} does not fit into 64 bits"
         if prompt.images:
-            self._check_takes(rollout_id, prompt)
+            self._check_takes(rollout_id)
         self._generating += 1
         try:
             return await self._generate(rollout_id, prompt, sampling)
         finally:
             self._generating -= 1
 
-    def _check_takes(self, rollout_id: str, prompt: Prompt) -> None:
-        """Raise `EngineError` for images that this server would not compute with exactly."""
-        fields = self.image_fields
-        if fields is None:
+    def _check_takes(self, rollout_id: str) -> None:
+        """Raise `EngineError` where the server takes no images."""
+        if self.image_fields is None:
             raise EngineError(
                 f"rollout {rollout_id}: {self.name} takes no images: start it without --limit-mm-per-prompt and with "
                 "the checkpoint of model.name"
             )
-        # vLLM's own endpoint takes tensors only. It has no marks of image tokens either, and dies of the wrong count.
+
+    def _takes_pictures(self, prompt: Prompt) -> bool:
+        """Whether the prompt's images go as pictures. vLLM's own endpoint takes tensors only as its items have them,
+        and has no marks of image tokens: it would die of gaps between them."""
+        fields = self.image_fields
+        if self.has_route or fields is None:
+            return False
         has_gaps = any(placeholder.gaps for placeholder in prompt.placeholders)
-        if not self.has_route and (has_gaps or not all(map(fields.are_tensors_of, prompt.images))):
-            raise EngineError(
-                f"rollout {rollout_id}: vLLM's own endpoint cannot express the images of this model family exactly, "
-                f"and {self.name} has no other: set inference.urls=[], so that the run starts servers itself"
-            )
+        return has_gaps or not all(map(fields.are_tensors_of, prompt.images))
 
     async def _generate(self, rollout_id: str, prompt: Prompt, sampling: SamplingParams) -> Answer:
         answer = None
+        if self._takes_pictures(prompt):
+            await self._compare_pictures(rollout_id, prompt.images)
         if not prompt.images or (self.keeps_images and await self._send_new_images(rollout_id, prompt, sampling)):
             answer = await self._request(rollout_id, prompt, {}, sampling)
         if answer is None:
             if self.keeps_images:
                 self._counts["wire/images_forgotten"] += 1
                 self._held.difference_update(image.hash for image in prompt.images)
-            answer = await self._request(rollout_id, prompt, await self._encode(prompt.images), sampling)
+            data = await self._encode(prompt, prompt.images)
+            answer = await self._request(rollout_id, prompt, data, sampling)
             assert answer is not None, "a request with the data of all images needs no image from the server's cache"
             if self.keeps_images:
                 self._held.update(image.hash for image in prompt.images)
@@ -182,12 +208,14 @@ class VllmClient(ControlClient):
             arrived = asyncio.Event()
             self._sending.update(dict.fromkeys(new, arrived))
             try:
-                data = await self._encode(new.values())
+                data = await self._encode(prompt, new.values())
                 if self.has_route:
                     await self._send_images(rollout_id, data)
                 else:
                     last = prompt.placeholders[shown - 1]
                     end = last.offset + last.length
+                    if self._takes_pictures(prompt):
+                        end = end_of(last, self._written[last.hash])
                     prefix = Prompt(prompt.token_ids[:end], prompt.placeholders[:shown], prompt.images[:shown])
                     one_token = replace(sampling, max_new_tokens=1, temperature=0.0)
                     if await self._request(rollout_id, prefix, data, one_token) is None:
@@ -198,9 +226,29 @@ class VllmClient(ControlClient):
                     del self._sending[hash]
                 arrived.set()
 
-    async def _encode(self, images: Collection[ImageItem]) -> dict[str, bytes]:
-        assert self.image_fields is not None, "checked by `_check_takes`"
-        return await self._encoder.encode(images, self.image_fields)
+    async def _encode(self, prompt: Prompt, images: Collection[ImageItem]) -> dict[str, bytes]:
+        return await self._encoder.encode(images, None if self._takes_pictures(prompt) else self.image_fields)
+
+    async def _compare_pictures(self, rollout_id: str, images: Collection[ImageItem]) -> None:
+        """Have the server's worker make each new image from its picture, and compare it with the renderer's."""
+        async with self._comparing:
+            new = {image.hash: image for image in images if image.hash not in self._written}
+            if not new:
+                return
+            documents = await asyncio.to_thread(
+                lambda: {
+                    hash: base64.b64encode(encode_picture(image, self._encoder.dtype)).decode()
+                    for hash, image in new.items()
+                }
+            )
+            (found, *_) = await self.call_workers("vlmrl_compare_images", documents=documents)
+            for hash, reported in found.items():
+                if "error" in reported:
+                    raise EngineError(
+                        f"rollout {rollout_id}: {self.name} makes another image of {hash}: {reported['error']}. Start "
+                        f"it with {ROUTE_FLAG}, or set inference.urls=[], so that the run starts servers itself"
+                    )
+                self._written[hash] = Written.of(reported)
 
     async def _send_images(self, rollout_id: str, data: Mapping[str, bytes]) -> None:
         """Send the data of images, by hash; the server keeps it until a request refers to the image."""
@@ -280,20 +328,37 @@ class VllmClient(ControlClient):
                 "tokens of the vocabulary are not the tokenizer's: set inference.urls=[], so that the run starts "
                 "servers itself"
             )
-        arguments = (request_id, prompt.token_ids, prompt.placeholders, data, sampling)
+        takes_pictures = self._takes_pictures(prompt)
+        if takes_pictures:
+            hashes = [placeholder.hash for placeholder in prompt.placeholders]
+            make = partial(
+                picture_request_body, request_id, self._unexpanded(rollout_id, prompt), hashes, data, sampling
+            )
+        else:
+            make = partial(request_body, request_id, prompt.token_ids, prompt.placeholders, data, sampling)
         # Joining megabytes would block the event loop.
-        body = await asyncio.to_thread(request_body, *arguments) if data else request_body(*arguments)
+        body = await asyncio.to_thread(make) if data else make()
         self._counts["wire/bytes_sent"] += len(body)
-        response = await self._send(
-            "POST",
-            "/inference/v1/generate",
-            content=body,
-            headers={"content-type": "application/json"},
-        )
-        if response.status_code == 500:
-            await self._raise_if_dying(500, complaint(response))
-            if has_hashes:
-                return None  # the server lacks an image: vLLM reports this as a plain error 500
+        response = await self._send("POST", ENDPOINT, content=body, headers={"content-type": "application/json"})
+        if response.status_code >= 500:
+            await self._raise_if_dying(response.status_code, complaint(response))
+        if has_hashes and (response.status_code == 500 or (takes_pictures and response.status_code == 400)):
+            return None  # the server lacks an image: vLLM reports this as a plain error 500, or 400 for a picture
         if response.status_code != 200:
             raise EngineError(f"rollout {rollout_id}: {self.name} answered with {complaint(response)}")
-        return parse_answer(response.content)
+        answer = parse_answer(response.content)
+        if takes_pictures and (found := difference(prompt.token_ids, answer.prompt_token_ids)):
+            raise EngineError(
+                f"rollout {rollout_id}: {self.name} did not sample from the renderer's prompt: {found}. Start it with "
+                f"{ROUTE_FLAG}, or set inference.urls=[], so that the run starts servers itself"
+            )
+        return answer
+
+    def _unexpanded(self, rollout_id: str, prompt: Prompt) -> list[int]:
+        try:
+            return unexpanded(prompt.token_ids, prompt.placeholders, self._written)
+        except ValueError as error:
+            raise EngineError(
+                f"rollout {rollout_id}: {self.name} would write another prompt than the renderer: {error}. Start it "
+                f"with {ROUTE_FLAG}, or set inference.urls=[], so that the run starts servers itself"
+            ) from error

@@ -9,14 +9,15 @@ well (in_server/route.py), whose bytes are in frames.py.
 An image as tensors is a msgpack document: vLLM's `MultiModalKwargsItem`, which the server decodes into tensors
 (`vllm.entrypoints.scale_out.token_in_token_out.mm_serde`); JSON holds it as base64. Floats have the dtype that the
 engine computes in. A test passes the document through vLLM's own decoder and encoder and compares the bytes. An image
-whose tensors vLLM names or cuts in another way goes to the run's own servers as its picture (image_fields.py).
+whose tensors vLLM names or cuts in another way goes as its picture: to the run's own endpoint with digests
+(image_fields.py), to vLLM's own endpoint as one of its `content_parts` (content_parts.py).
 """
 
 from __future__ import annotations
 
 import base64
 import struct
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -55,6 +56,8 @@ class Answer:
     """int64 [C]; the version of the weights that sampled each token. None where the server does not report it."""
     finish_reason: str
     """`stop`, `length` or `abort`."""
+    prompt_token_ids: IntArray | None = None
+    """int64 [P]; the prompt that the server computed with. None where it was not asked for."""
 
 
 # ── request ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -69,7 +72,43 @@ def request_body(
 ) -> bytes:
     """The body of a request in JSON. `data` maps the hash of each image to send to the output of `encode_image`. The
     server takes the other images of the request from its cache, by their hash."""
-    body: dict[str, Any] = {
+    if not placeholders:
+        return _body(request_id, token_ids, sampling, {})
+    features = {
+        "mm_hashes": {"image": [placeholder.hash for placeholder in placeholders]},
+        # without `is_embed`, so the client sends placeholders with gaps in another way
+        "mm_placeholders": {"image": [{"offset": p.offset, "length": p.length} for p in placeholders]},
+        "kwargs_data": {
+            "image": [
+                orjson.Fragment(b'"%b"' % base64.b64encode(data[p.hash])) if p.hash in data else None
+                for p in placeholders
+            ]
+        },
+    }
+    return _body(request_id, token_ids, sampling, {"features": features})
+
+
+def picture_request_body(
+    request_id: str,
+    token_ids: Sequence[int],
+    hashes: Sequence[str],
+    data: Mapping[str, bytes],
+    sampling: SamplingParams,
+) -> bytes:
+    """The body of a request whose images the server makes from pictures, in JSON. `token_ids` has a placeholder per
+    image (`content_parts.unexpanded`); `data` maps the hash of each image to send to its URL. The server takes the
+    other images from its cache."""
+    parts = [
+        {"type": "image_url", "url": orjson.Fragment(b'"%b"' % data[hash]) if hash in data else None, "uuid": hash}
+        for hash in hashes
+    ]
+    return _body(request_id, token_ids, sampling, {"content_parts": parts, "return_token_ids": True})
+
+
+def _body(
+    request_id: str, token_ids: Sequence[int] | IntArray, sampling: SamplingParams, images: Mapping[str, Any]
+) -> bytes:
+    body = {
         "request_id": request_id,
         "token_ids": token_ids,
         "sampling_params": {
@@ -87,19 +126,8 @@ def request_body(
             "detokenize": False,
             **old_vllm.SAMPLING_PARAMS,
         },
+        **images,
     }
-    if placeholders:
-        body["features"] = {
-            "mm_hashes": {"image": [placeholder.hash for placeholder in placeholders]},
-            # without `is_embed`, so the client refuses placeholders with gaps
-            "mm_placeholders": {"image": [{"offset": p.offset, "length": p.length} for p in placeholders]},
-            "kwargs_data": {
-                "image": [
-                    orjson.Fragment(b'"%b"' % base64.b64encode(data[p.hash])) if p.hash in data else None
-                    for p in placeholders
-                ]
-            },
-        }
     return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
@@ -114,6 +142,11 @@ def encode_image(image: ImageItem, dtype: Dtype, fields: ImageFields) -> bytes:
     the image consists of these, otherwise its picture with their digests (`image_fields`)."""
     if fields.are_tensors_of(image):
         return _msgpack({field.name: _element(image.mm_kwargs[field.name], dtype, field) for field in fields.fields})
+    return encode_picture(image, dtype)
+
+
+def encode_picture(image: ImageItem, dtype: Dtype) -> bytes:
+    """An image's picture with the digests of the renderer's tensors, floats in `dtype`."""
     tensors = {
         name: TensorDigest.of(_in_dtype(array, dtype), is_float=array.dtype.kind == "f")
         for name, array in image.mm_kwargs.items()
@@ -249,7 +282,8 @@ def parse_answer(body: bytes) -> Answer:
     ([7, 9], [-0.5, -0.25], [3, 4], 'length')
     """
     try:
-        (choice,) = orjson.loads(body)["choices"]
+        content = orjson.loads(body)
+        (choice,) = content["choices"]
         tokens: list[int] = choice["token_ids"] or []
         entries: list[dict[str, Any]] = choice["logprobs"]["content"] or []
         finish_reason: str = choice["finish_reason"]
@@ -258,11 +292,13 @@ def parse_answer(body: bytes) -> Answer:
         ]
         logprobs = np.array([entry["logprob"] for entry in entries], np.float32)
         versions = _versions(choice.get("weight_versions"))
+        prompt = content.get("prompt_token_ids")
+        prompt_ids = None if prompt is None else np.array(prompt, np.int64)
     except (KeyError, TypeError, ValueError) as error:
         raise WireError(f"{type(error).__name__}: {error}; the answer began {body[:200]!r}") from error
     if entry_tokens != tokens:
         raise WireError(f"the logprobs are for the tokens {entry_tokens}, but the tokens are {tokens}")
-    return checked(Answer(np.array(tokens, np.int64), logprobs, versions, finish_reason))
+    return checked(Answer(np.array(tokens, np.int64), logprobs, versions, finish_reason, prompt_ids))
 
 
 def checked(answer: Answer) -> Answer:

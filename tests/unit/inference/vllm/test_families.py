@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,74 @@ async def serve(name: str, folder: Path, logs: Path) -> None:
         if name in AS_PICTURES:
             await refuses_other_pixels(engine, prompt)
             await refuses_other_places(engine, prompt)
+            if find_spec("torchvision") is not None:
+                await refuses_other_rounding(engine, prompt)
     finally:
         await engine.stop()
         sync.close()
+
+
+@pytest.mark.parametrize("name", ["mistral3", pytest.param("idefics3", marks=pytest.mark.benchmark)])
+def test_a_server_with_vllms_own_endpoint_alone_computes_what_transformers_does(
+    name: str, family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    broken_wheels.install()
+    asyncio.run(serve_as_others_do(name, family_folder(name), tmp_path))
+
+
+async def serve_as_others_do(name: str, folder: Path, logs: Path) -> None:
+    """A server as of `inference.urls`, started without our middleware. Its image processor is the renderer's."""
+    from transformers import AutoModelForImageTextToText
+
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder).eval()  # type: ignore[no-untyped-call]
+    image_token = model.config.image_token_id
+    prompt, batch = prompt_and_batch(name, load_processor(folder), image_token)
+    as_started = {"middleware": None, "mm_processor_kwargs": {"backend": "pil"}}
+    config = VllmConfig(dtype=Dtype.float32, extra_args=as_started)
+    engine = VllmEngine(config, folder, logs, lambda line: None, lambda line: None)
+    sync = FolderSync(engine, lambda: published_weights(model, dict(model.named_parameters())), FolderSyncConfig())
+    await engine.start()
+    try:
+        client = engine.replicas[0].client
+        assert client is not None
+        assert not client.has_route
+        await sync.publish(0)
+        before = await same_as_transformers(engine, model, prompt, batch, image_token)
+        await same_as_transformers(engine, model, prompt, batch, image_token)
+        assert images_sent(engine) == (len(prompt.images), 0)
+        change(model)
+        await sync.publish(1)  # which clears the features of images, and keeps the pictures
+        after = await same_as_transformers(engine, model, prompt, batch, image_token)
+        assert abs(before.logprobs[0] - after.logprobs[0]) > 1e-3, "an update without effect would pass unseen"
+        assert images_sent(engine) == (0, 0)
+        await client.call("POST", "/reset_mm_cache")
+        await same_as_transformers(engine, model, prompt, batch, image_token)
+        assert images_sent(engine) == (len(prompt.images), 1)
+        await refuses_other_pixels(engine, prompt)
+        await refuses_other_places(engine, prompt)
+        # What vLLM answers with status 200, from another prompt.
+        client._unexpanded = lambda rollout_id, prompt: prompt.token_ids.tolist()  # type: ignore[method-assign]
+        await refuses(engine, prompt, "did not sample from the renderer's prompt: it has ")
+        assert await client.is_healthy()
+    finally:
+        await engine.stop()
+        sync.close()
+
+
+def images_sent(engine: VllmEngine) -> tuple[float, float]:
+    """(images whose data was sent, requests for which the server lacked an image) since the last call."""
+    metrics = engine.metrics()
+    return metrics["wire/images_sent"], metrics["wire/images_forgotten"]
+
+
+async def refuses_other_rounding(engine: VllmEngine, prompt: Prompt) -> None:
+    """Without our endpoint this server has transformers' image processor on torchvision. The renderer's is on PIL,
+    and they round in other ways."""
+    client = engine.replicas[0].client
+    assert client is not None
+    client.has_route = False
+    await refuses(engine, prompt, "makes another image of .*other values.* --middleware vlmrl")
+    client.has_route = True
 
 
 async def sample(engine: VllmEngine, prompt: Prompt, banned: tuple[int, ...] = ()) -> Completion:

@@ -82,6 +82,52 @@ class ItemMaker:
                 )
 
 
+class ServedImages:
+    """What the server's own processor makes of pictures. A worker has one; it does not change the processor."""
+
+    def __init__(self, model_config: Any) -> None:
+        """`model_config` is vLLM's, of a model that takes images."""
+        from vllm.multimodal import MULTIMODAL_REGISTRY
+
+        self._processor = MULTIMODAL_REGISTRY.create_processor(model_config)
+        rows = np.arange(PROBE_SIZE[0] * PROBE_SIZE[1] * 3) % 251
+        item, (_, gaps) = _item_of(self._processor, rows.astype(np.uint8).reshape(*PROBE_SIZE, 3))
+        fields = [[name, _kind(part), part.field.keep_on_cpu, _dims(part.data)] for name, part in item.items()]
+        self.reported: dict[str, Any] = {"fields": fields, "has_gaps": bool(gaps)}
+        """What items consist of, for `image_fields.ImageFields.of`."""
+
+    def compare(self, document: bytes) -> dict[str, Any]:
+        """Make an image from a picture, as vLLM's own endpoint would, and compare it with the renderer's → what is
+        written for it, for `content_parts.Written.of`. Raises `ValueError` where it differs."""
+        picture = unpack_picture(document)
+        info = self._processor.info
+        text = self._processor.dummy_inputs.get_dummy_text({"image": 1})
+        around = info.get_tokenizer().encode(text, add_special_tokens=False)
+        made = self._processor(around, info.parse_mm_data({"image": [_pil(picture.pixels)]}))
+        tensors = {name: _digest(part.data) for name, part in made["mm_kwargs"]["image"][0].items()}
+        check_same(tensors, picture.tensors)
+        place, ids = made["mm_placeholders"]["image"][0], list(made["prompt_token_ids"])
+        written = ids[place.offset : place.offset + place.length]
+        behind = ids[place.offset + place.length :]
+        placeholder = around[place.offset : len(around) - len(behind)]
+        if ids[: place.offset] + placeholder + behind != around or not placeholder:
+            raise ValueError("vLLM's processor finds no token of its own that stands for it")
+        marks = _marks(place)
+        length, gaps = layout(marks)
+        features = length - sum(count for _, count in gaps)
+        if features != picture.num_tokens:
+            raise ValueError(f"vLLM writes {features} image tokens for it, the renderer {picture.num_tokens}")
+        first = marks.index(True)
+        after = written[first + length :]
+        return {"placeholder": placeholder, "before": written[:first], "after": after, "length": length, "gaps": gaps}
+
+
+def takes_images(model_config: Any) -> bool:
+    """Whether the served model takes images, and the server's limits allow one; `model_config` is vLLM's."""
+    multimodal = model_config.multimodal_config
+    return multimodal is not None and multimodal.get_limit_per_prompt("image") != 0
+
+
 def _processor_of(model_config: Any) -> Any:
     """vLLM's processor of the served model, with the image processor that the renderer has: transformers' versions of
     it, for PIL and for torchvision, resize with other rounding."""
@@ -94,23 +140,20 @@ def _processor_of(model_config: Any) -> Any:
 
 def _item_of(processor: Any, pixels: np.ndarray) -> tuple[Any, tuple[int, Gaps]]:
     """vLLM's item of a picture alone (uint8 [H, W, 3]), and the layout of its image tokens."""
+    text = processor.dummy_inputs.get_dummy_text({"image": 1})
+    made = processor(text, processor.info.parse_mm_data({"image": [_pil(pixels)]}))
+    return made["mm_kwargs"]["image"][0], layout(_marks(made["mm_placeholders"]["image"][0]))
+
+
+def _pil(pixels: np.ndarray) -> Any:
     from PIL import Image
 
-    text = processor.dummy_inputs.get_dummy_text({"image": 1})
-    made = processor(text, processor.info.parse_mm_data({"image": [Image.fromarray(pixels)]}))
-    place = made["mm_placeholders"]["image"][0]
-    marks = [True] * place.length if place.is_embed is None else place.is_embed.tolist()
-    return made["mm_kwargs"]["image"][0], layout(marks)
+    return Image.fromarray(pixels)
 
 
-def reported_fields(model_config: Any) -> dict[str, Any] | None:
-    """What the items of the served model consist of, for `image_fields.ImageFields.of`; None for a text model."""
-    if model_config.multimodal_config is None or model_config.multimodal_config.get_limit_per_prompt("image") == 0:
-        return None
-    rows = np.arange(PROBE_SIZE[0] * PROBE_SIZE[1] * 3) % 251
-    item, (_, gaps) = _item_of(_processor_of(model_config), rows.astype(np.uint8).reshape(*PROBE_SIZE, 3))
-    fields = [[name, _kind(element), element.field.keep_on_cpu, _dims(element.data)] for name, element in item.items()]
-    return {"fields": fields, "has_gaps": bool(gaps)}
+def _marks(place: Any) -> list[bool]:
+    """Which tokens of vLLM's place of an image are image tokens."""
+    return [True] * place.length if place.is_embed is None else list(place.is_embed.tolist())
 
 
 def _kind(element: Any) -> str:

@@ -10,8 +10,11 @@ Runs in vLLM's processes only, and uses the names of vLLM's own layers. Left out
 
 from __future__ import annotations
 
+import base64
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,7 +32,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.platforms import current_platform
 
 from vlmrl.inference.vllm.in_server.experts import Piece, Shapes, expert_pieces, has_experts, repack
-from vlmrl.inference.vllm.in_server.items import reported_fields
+from vlmrl.inference.vllm.in_server.items import ServedImages, takes_images
 from vlmrl.inference.vllm.in_server.unused_layers import is_behind_last_layer, layer_counts
 from vlmrl.models.digests import Slice, digest
 
@@ -46,16 +49,11 @@ class WorkerInspector:
 
     model_runner: Any
     vllm_config: Any
-    _vlmrl_images: Any = None
-    """The answer of `reported_fields` to the first call. After a weight update vLLM's config names the folder of the
-    weights, in which there is no image processor."""
 
     def vlmrl_settings(self) -> dict[str, Any]:
         """The settings that `settings.check_settings` reads."""
         model, parallel = self.vllm_config.model_config, self.vllm_config.parallel_config
         images = model.multimodal_config
-        if self._vlmrl_images is None:
-            self._vlmrl_images = reported_fields(model)
         text = model.hf_text_config
         return {
             "architecture": model.architecture,
@@ -65,7 +63,7 @@ class WorkerInspector:
             "has_deepstack": bool(getattr(_vision_config(model), "deepstack_visual_indexes", None)),
             # vLLM looks up the per-layer inputs of image positions by id 0, transformers by this one.
             "image_input_id": text.pad_token_id if getattr(text, "hidden_size_per_layer_input", 0) else 0,
-            "images": self._vlmrl_images,
+            "images": None if self.vlmrl_images is None else self.vlmrl_images.reported,
             "dtype": str(model.dtype).removeprefix("torch."),
             "max_model_len": model.max_model_len,
             "logprobs_mode": model.logprobs_mode,
@@ -77,6 +75,26 @@ class WorkerInspector:
             and parallel.data_parallel_size == 1
             and parallel._api_process_count == 1,
         }
+
+    @cached_property
+    def vlmrl_images(self) -> ServedImages | None:
+        """None for a text model."""
+        # A copy made before the first update: `reload_weights` puts the folder of the weights into `model`, where
+        # vLLM's processor would look for its files.
+        model = copy(self.vllm_config.model_config)
+        return ServedImages(model) if takes_images(model) else None
+
+    def vlmrl_compare_images(self, documents: Mapping[str, str]) -> dict[str, Any]:
+        """Hash → what `ServedImages.compare` returns, or {"error": why the image differs}. `documents`: hash → output
+        of `image_fields.picture_document` in base64."""
+        assert self.vlmrl_images is not None, "the client sends no images to a text model"
+        found: dict[str, Any] = {}
+        for hash, document in documents.items():
+            try:
+                found[hash] = self.vlmrl_images.compare(base64.b64decode(document))
+            except ValueError as error:
+                found[hash] = {"error": str(error)}
+        return found
 
     def vlmrl_repack(self) -> None:
         """Finish a weight update. On a CPU a layer computes with a repacked copy of its weights. `reload_weights` makes
