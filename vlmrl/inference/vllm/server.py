@@ -39,6 +39,7 @@ from vlmrl.inference.vllm.arguments import (
     server_environment,
 )
 from vlmrl.inference.vllm.in_server.supervisor import LOCK_VARIABLE
+from vlmrl.inference.vllm.last_words import cause_of, remedy_of
 from vlmrl.inference.vllm.private_folder import PrivateFolder, socket_root
 
 HEALTH_POLL_S = 0.5
@@ -226,14 +227,14 @@ class VllmServer:
             self._tell_leftover(folder)
 
     def error(self, what: str) -> EngineError:
-        """An `EngineError` that quotes the first error and the end of the log of the last launch."""
+        """An `EngineError` with the cause in the log of the last launch, its remedy where we know one, and the log's
+        end."""
         text = self.log.read_text(encoding="utf-8", errors="replace").rpartition(HEADER)[2]
-        # An error follows the prefix `(EngineCore pid=7) ERROR 11-23 20:40:17 [core.py:1330] `. Elsewhere in a line, it
-        # may be one that a warning quotes.
-        first = re.search(r"(?:^|[\])] )((?:\w+\.)*\w+(?:Error|Exception): .+)", text, re.MULTILINE)
-        cause = f": {first.group(1)[:500]}" if first else ""
+        cause = cause_of(text)
+        remedy = remedy_of(cause or what)
+        why = "".join((f": {cause}" if cause else "", f". Remedy: {remedy}" if remedy else ""))
         end = "\n".join(line[:500] for line in text.splitlines()[-TAIL_LINES:])
-        return EngineError(f"{self.name} {what}{cause}\nThe end of {self.log}:\n{end}")
+        return EngineError(f"{self.name} {what}{why}\nThe end of {self.log}:\n{end}")
 
     def _tell_leftover(self, folder: Path) -> None:
         assert self._process is not None

@@ -16,7 +16,7 @@ import numpy as np
 import orjson
 import pytest
 
-from support.image_fields import QWEN
+from support.image_fields import QWEN, TILED
 from vlmrl.config.model import Dtype
 from vlmrl.errors import EngineError
 from vlmrl.inference.vllm.client import ImageEncoder, VllmClient
@@ -309,3 +309,122 @@ def test_encoded_images_are_kept_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) 
         assert (await encoder.encode(images[:1], QWEN))["a"] is not encoded["a"]
 
     asyncio.run(scenario())
+
+
+# ── pictures: a server without our endpoint, and images that vLLM's features cannot express ─────────────────────────
+
+
+class PictureServer:
+    """Writes `before IMG IMG after` (50, 9, 9, 51) for a placeholder (7), as vLLM does for `content_parts`."""
+
+    def __init__(self) -> None:
+        self.requests: list[list[tuple[str, bool]]] = []
+        self.compared: list[list[str]] = []
+        self.held: set[str] = set()
+        self.error: str | None = None
+        self.expand: Callable[[list[int]], list[int] | None] = lambda ids: [
+            token for id in ids for token in ([50, 9, 9, 51] if id == 7 else [id])
+        ]
+
+    async def __call__(self, request: httpx.Request) -> HttpResponse:
+        body = orjson.loads(request.content)
+        if request.url.path == "/collective_rpc":
+            assert body["method"] == "vlmrl_compare_images"
+            self.compared.append(list(body["kwargs"]["documents"]))
+            written = {"placeholder": [7], "before": [50], "after": [51], "length": 2, "gaps": []}
+            found = {"error": self.error} if self.error else written
+            return httpx.Response(200, json={"results": [dict.fromkeys(self.compared[-1], found)] * 2})
+        parts = body["content_parts"]
+        assert body["return_token_ids"]
+        assert "features" not in body
+        self.requests.append([(part["uuid"], part["url"] is not None) for part in parts])
+        self.held.update(hash for hash, has_data in self.requests[-1] if has_data)
+        if any(part["uuid"] not in self.held for part in parts):
+            return httpx.Response(400, json={"error": {"message": "Cache miss for image at index 0"}})
+        answer = orjson.loads(sampled(5, 9).content)
+        return httpx.Response(200, json=answer | {"prompt_token_ids": self.expand(body["token_ids"])})
+
+
+def tiled(*hashes: str) -> Prompt:
+    """Per image a token of text, what is written for it, and a token of text."""
+    images = tuple(
+        ImageItem(hash, np.full((2, 3, 3), 40, np.uint8), {"pixel_values": np.ones((1, 6), np.float32)}, 2)
+        for hash in hashes
+    )
+    ids = [id for _ in hashes for id in (1, 50, 9, 9, 51, 2)]
+    places = tuple(Placeholder(6 * place + 2, 2, hash) for place, hash in enumerate(hashes))
+    return Prompt(np.array(ids), places, images)
+
+
+def picture_client(server: PictureServer) -> VllmClient:
+    client = client_of(server)
+    client.image_fields = TILED
+    return client
+
+
+async def ask_tiled(client: VllmClient, *hashes: str) -> Answer:
+    return await client.generate("train/000001/00/00", tiled(*hashes), SAMPLING)
+
+
+def test_a_picture_is_compared_and_sent_once() -> None:
+    async def scenario() -> None:
+        server = PictureServer()
+        client = picture_client(server)
+        await ask_tiled(client, "a", "b", "a")
+        assert (await ask_tiled(client, "b", "c")).token_ids.tolist() == [5, 9]
+        assert server.compared == [["a", "b"], ["c"]]
+        assert server.requests == [
+            [("a", True), ("b", True)],
+            [("a", False), ("b", False), ("a", False)],
+            [("b", False), ("c", True)],
+            [("b", False), ("c", False)],
+        ]
+
+    asyncio.run(scenario())
+
+
+def test_a_server_that_forgot_gets_the_pictures_again() -> None:
+    async def scenario() -> None:
+        server = PictureServer()
+        client = picture_client(server)
+        await ask_tiled(client, "a", "b")
+        server.requests.clear()
+        server.held.clear()
+        await ask_tiled(client, "a", "b")
+        assert server.requests == [[("a", False), ("b", False)], [("a", True), ("b", True)]]
+        assert server.compared == [["a", "b"]]
+
+    asyncio.run(scenario())
+
+
+def test_a_picture_of_which_the_server_makes_another_image_is_not_sent() -> None:
+    server = PictureServer()
+    server.error = "pixel_values of vLLM's processor has other values than the renderer's"
+    with pytest.raises(EngineError, match=r"train/000001/00/00: server makes another image of a: pixel_values .*Route"):
+        asyncio.run(ask_tiled(picture_client(server), "a"))
+    assert not server.requests
+
+
+@pytest.mark.parametrize(
+    ("expand", "message"),
+    [
+        (lambda ids: ids, r"it has 2 tokens there and 5 here"),  # as where the server finds no placeholder
+        (lambda ids: [1, 50, 9, 9, 52], r"token 4 of 5 is 52 there and 51 here"),
+        (lambda ids: None, r"its answer has no prompt_token_ids"),  # as vLLM 0.26, which knows no content_parts
+    ],
+)
+def test_an_answer_for_another_prompt_is_refused(expand: Callable[[list[int]], list[int] | None], message: str) -> None:
+    server = PictureServer()
+    server.expand = expand
+    with pytest.raises(EngineError, match=f"did not sample from the renderer's prompt: {message}.*--middleware"):
+        asyncio.run(ask_tiled(picture_client(server), "a"))
+
+
+def test_a_prompt_that_the_server_would_write_otherwise_is_not_sent() -> None:
+    """As where newlines around an image are merged with their neighbours."""
+    server = PictureServer()
+    whole = tiled("a")
+    merged = replace(whole, token_ids=np.array([1, 60, 9, 9, 51, 2]))
+    with pytest.raises(EngineError, match=r"would write another prompt .* \[60\] before .* vLLM writes \[50\]"):
+        asyncio.run(picture_client(server).generate("train/000001/00/00", merged, SAMPLING))
+    assert not server.requests
