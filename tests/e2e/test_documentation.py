@@ -86,7 +86,7 @@ EXCHANGED = {
     "python -m vlmrl model=auto model/vlm=smolvlm model.name=path/to/checkpoint task=color_codeword": (
         f"python -m vlmrl model=auto model/vlm=smolvlm {TRIED} task=color_codeword dry_run=true"
     ),
-    "python benchmarks/families.py --vllm": f"python {REPOSITORY}/benchmarks/families.py --help",
+    "python benchmarks/families.py": f"python {REPOSITORY}/benchmarks/families.py --help",
     "python benchmarks/families.py --families smolvlm": f"python {REPOSITORY}/benchmarks/families.py --help",
     # shorter
     "python -m vlmrl orchestrator/renderer=template": f"python -m vlmrl orchestrator/renderer=template {LESS}",
