@@ -72,6 +72,9 @@ DIGITS = "task.path=rows.jsonl task.eval_path=null"
 PREVIEW = "python -m vlmrl mode=preview task=dataset task.path=rows.jsonl reward=exact"
 FEWER = "preview.problems=20 preview.answers=1"
 
+MODULES = (("my_losses", "your_loss.md"), ("my_rewards", "rewards.md"), ("my_renderers", "renderers.md"))
+"""A module of the user's own → the page that shows its code."""
+
 TRIED = "model.name=smolvlm trainer=scratch monitor.wandb.mode=disabled"
 """In place of a checkpoint of one's own."""
 
@@ -89,6 +92,9 @@ EXCHANGED = {
     "python benchmarks/families.py": f"python {REPOSITORY}/benchmarks/families.py --help",
     "python benchmarks/families.py --families smolvlm": f"python {REPOSITORY}/benchmarks/families.py --help",
     # shorter
+    "python -m vlmrl orchestrator.renderer.name=my_renderers:Quoting": (
+        f"python -m vlmrl orchestrator.renderer.name=my_renderers:Quoting {LESS}"
+    ),
     "python -m vlmrl orchestrator/renderer=template": f"python -m vlmrl orchestrator/renderer=template {LESS}",
     "python -m vlmrl +eval_set@orchestrator.eval.sets.hard=default orchestrator.eval.sets.hard.samples=8": (
         "python -m vlmrl +eval_set@orchestrator.eval.sets.hard=default orchestrator.eval.sets.hard.samples=8 "
@@ -301,7 +307,7 @@ def documented(home: Home, finished: object) -> Home:
     shutil.rmtree(outputs / "latest", ignore_errors=True)
     (outputs / "latest").unlink(missing_ok=True)
     shutil.copytree(finished[0], outputs / "latest")  # type: ignore[index]
-    for module, source in (("my_losses", "your_loss.md"), ("my_rewards", "rewards.md")):
+    for module, source in MODULES:
         code = "\n\n".join(block for page, block in blocks("python") if page == source)
         (home.path / f"{module}.py").write_text(code)
     rows = ({"question": f"What is {row} + 1?", "answer": str(row + 1)} for row in range(60))
@@ -343,7 +349,7 @@ def test_python_of_the_documentation_is_run() -> None:
     test_rollouts_as_data.py those about a run."""
     template = TEMPLATE.read_text()
     others = {page for page, block in blocks("python") if block != template}
-    assert others == {"your_loss.md", "rewards.md", "reading_a_run.md"}
+    assert others == {*(page for _, page in MODULES), "reading_a_run.md"}
     assert [page for page, block in blocks("python") if block == template] == ["README.md", "your_task.md"]
 
 
