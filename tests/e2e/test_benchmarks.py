@@ -20,7 +20,7 @@ REHEARSAL_TIMEOUT_S = 500.0
 
 HELPERS = (
     *("family_cells.py", "family_export.py", "family_image.py", "family_runs.py", "family_task.py"),
-    *("large_family.py", "training_batches.py", "trl_side.py"),
+    *("families_curves.py", "large_family.py", "training_batches.py", "trl_side.py"),
 )
 """Files of benchmarks/ that others import or start."""
 
@@ -30,6 +30,10 @@ REHEARSALS = {
     "digits.py": "--seeds 0 trainer.max_steps=2 trainer.warmup.steps=2 orchestrator.eval.problems=4",
     "families.py": "--families gemma3,qwen3 --columns embedded,packing,resume,export,fsdp2,image_tokens --out out",
     "families_gpu.py": "--size tiny --device cpu --shapes codeword --steps 1 --groups 1",
+    "families_learn.py": (
+        "--models smolvlm --seeds 0 --controls= --curves curves.svg trainer.max_steps=1 trainer.warmup.steps=1 "
+        "orchestrator.eval.problems=2 orchestrator.groups_per_step=1 orchestrator.group_size=4 monitor.report=false"
+    ),
     "fsdp_scaling.py": "--size tiny --device cpu --shape codeword --rows alone,full,optimizer --steps 1 --groups 1",
     "kills.py": "--kills 2",
     "mismatch.py": f"--checkpoint TINY --dtype float32 --engines default {SMALL_IMAGES}",

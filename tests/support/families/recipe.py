@@ -48,8 +48,8 @@ class Recipe:
     """Whether transformers has the image processor for torchvision only, not for PIL."""
 
 
-def build(name: str, folder: Path, *, seed: int = 0, dtype: str = "float32") -> Path:
-    """Write the checkpoint of family `name` into `folder`; return `folder`.
+def build(name: str, folder: Path, *, seed: int = 0, dtype: str = "float32", texts: tuple[str, ...] = ()) -> Path:
+    """Write the checkpoint of family `name` into `folder`; return `folder`. Its vocabulary learns from `texts` too.
 
     The same arguments write the same bytes. Raises `KeyError` for a family that is not in `FAMILIES`.
     """
@@ -57,7 +57,7 @@ def build(name: str, folder: Path, *, seed: int = 0, dtype: str = "float32") -> 
 
     recipe = FAMILIES[name]
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = trained(recipe.vocabulary, name)
+    tokenizer = trained(recipe.vocabulary, name, texts)
     tokenizer.save(str(folder / "tokenizer.json"))
     ids = tokenizer.get_vocab()
     _write(folder / "tokenizer_config.json", tokenizer_config(recipe.vocabulary) | _class_of(recipe))

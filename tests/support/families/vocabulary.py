@@ -37,6 +37,9 @@ SENTENCES = (
 )
 """What every vocabulary learns from, in an order of the family's own."""
 
+REPEATS = 20
+"""How often a vocabulary sees the name of its family, and each text of `build`'s caller."""
+
 VOCAB_MULTIPLE = 64
 
 
@@ -68,10 +71,10 @@ class Vocabulary:
     merges: int = 96
 
 
-def trained(vocabulary: Vocabulary, family: str) -> Tokenizer:
-    """The tokenizer of `family`, always the same."""
+def trained(vocabulary: Vocabulary, family: str, texts: tuple[str, ...] = ()) -> Tokenizer:
+    """The tokenizer of `family`, always the same. It learns from `texts` too."""
     tokenizer = _untrained(vocabulary)
-    learned, merges = _learn(vocabulary, family)
+    learned, merges = _learn(vocabulary, [*_texts(family), *REPEATS * texts])
     first = [*vocabulary.special, *vocabulary.plain] if vocabulary.special_first else []
     ids = {token: number for number, token in enumerate([*first, *learned])}
     if vocabulary.kind == "bytes":
@@ -140,8 +143,8 @@ def _untrained(vocabulary: Vocabulary) -> Tokenizer:
     return tokenizer
 
 
-def _learn(vocabulary: Vocabulary, family: str) -> tuple[list[str], list[tuple[str, str]]]:
-    """Tokens in the order of their ids, and merges, of a BPE of `family`."""
+def _learn(vocabulary: Vocabulary, texts: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Tokens in the order of their ids, and merges, of a BPE that learns from `texts`."""
     if vocabulary.kind == "bytes":
         alphabet, fallback = sorted(pre_tokenizers.ByteLevel.alphabet()), []
         pupil = _untrained(vocabulary)
@@ -151,11 +154,11 @@ def _learn(vocabulary: Vocabulary, family: str) -> tuple[list[str], list[tuple[s
         pupil.normalizer = normalizers.Replace(" ", "▁")
         pupil.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     trainer = BpeTrainer(
-        vocab_size=len(alphabet or _characters(family)) + vocabulary.merges,
+        vocab_size=len(alphabet or set("".join(texts).replace(" ", "▁"))) + vocabulary.merges,
         initial_alphabet=alphabet,
         show_progress=False,
     )
-    pupil.train_from_iterator(_texts(family), trainer)
+    pupil.train_from_iterator(texts, trainer)
     model = json.loads(pupil.to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
     return fallback + tokens, [(left, right) for left, right in model["merges"]]
@@ -166,8 +169,4 @@ def _texts(family: str) -> Iterator[str]:
     random = np.random.default_rng(list(family.encode()))
     for sentence, repeats in zip(SENTENCES, random.integers(1, 9, len(SENTENCES)), strict=True):
         yield from [sentence] * int(repeats)
-    yield from [family] * 20
-
-
-def _characters(family: str) -> set[str]:
-    return set("".join(_texts(family)).replace(" ", "▁"))
+    yield from [family] * REPEATS

@@ -16,6 +16,7 @@ from torch import Tensor
 from support.families import FAMILIES, build
 from support.families.conversations import pictures, processed
 from support.families.loading import load_processor
+from support.families.vocabulary import trained
 from vlmrl.models.checkpoints.load import load_tokenizer
 
 Folder = Callable[[str], Path]
@@ -150,3 +151,11 @@ def _differ(file: Path, other: Path) -> bool:
 
 def _bytes(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llava", "qwen3_5"])
+def test_a_vocabulary_that_has_seen_a_text_needs_few_tokens_for_it(name: str) -> None:
+    text = "Reply with all letters so far, in order."
+    before, after = (trained(FAMILIES[name].vocabulary, name, texts) for texts in ((), (text,)))
+    assert 2 * len(after.encode(text).ids) < len(before.encode(text).ids)
+    assert after.decode(after.encode(text).ids) == text
