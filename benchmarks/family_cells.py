@@ -237,7 +237,7 @@ class Row:
         lines = self.commands.metrics(name)
         kl, norm = max(line["mismatch_kl/mean"] for line in lines), min(line["grad_norm"] for line in lines)
         figures |= {"mismatch_kl": kl, "grad_norm": norm}
-        if kl > LARGEST_KL:
+        if not kl <= LARGEST_KL:
             return self.cell(column, State.FAILED, f"mismatch_kl {kl:.0e}", ended, **figures)
         if not norm > 0:
             return self.cell(column, State.FAILED, "no gradient", ended, **figures)
