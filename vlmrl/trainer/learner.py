@@ -276,7 +276,7 @@ def loss_logprobs(policy: Policy, batch: MicroBatch, temperature: float) -> tupl
     entropies (nats) of the distributions they were sampled from, without gradient."""
     # The vision tower runs first in every pass. Otherwise the ranks of a sharded model would gather the weights of the
     # tower and of the layers in different orders.
-    idle = policy.encode_images([] if batch.idle_image is None else [batch.idle_image])
+    idle = [policy.encode_images([image]) for image in batch.idle_images]
     features = policy.encode_images(batch.images)
     hidden = policy.hidden_states(
         batch.token_ids, batch.position_ids, batch.mm_token_type_ids, batch.plan, features, batch.feature_rows
@@ -284,8 +284,9 @@ def loss_logprobs(policy: Policy, batch: MicroBatch, temperature: float) -> tupl
     logprobs, entropies = policy.token_logprobs(
         hidden.index_select(0, batch.loss_rows), batch.entry, batch.targets, temperature
     )
-    if idle is not None:
-        logprobs = logprobs + 0.0 * torch.stack([level.float().sum() for level in idle.levels]).sum()
+    unused = [level.float().sum() for features in idle if features is not None for level in features.levels]
+    if unused:
+        logprobs = logprobs + 0.0 * torch.stack(unused).sum()
     return logprobs, entropies
 
 

@@ -25,6 +25,7 @@ from vlmrl.models.attention.prefix_tree import ImageKeys, PrefixTree, Segment, b
 from vlmrl.models.attention.rules import CAUSAL, AttentionRules
 from vlmrl.models.families.positions import PositionFunction
 from vlmrl.models.features import to_device
+from vlmrl.models.image_encoder import alike
 from vlmrl.trainer.shares import Share, divide
 from vlmrl.types import ImageItem, IntArray, Placeholder, TrainingSample
 
@@ -60,9 +61,9 @@ class MicroBatch:
     """int64 [N]; index of the sample in the share."""
     is_filler: bool = False
     """The micro-batch only keeps this rank in step with the others; its loss counts as zero."""
-    idle_image: ImageItem | None = None
-    """Set where this micro-batch has no image while another rank's may have one: the image is sent through the vision
-    tower, and its features are not used."""
+    idle_images: tuple[ImageItem, ...] = ()
+    """Where another rank's micro-batch runs the vision tower more often: each of these images is sent through the tower
+    on its own, and the features are not used."""
 
 
 def pack(
@@ -89,10 +90,12 @@ def pack_share(
     rules: AttentionRules,
 ) -> Iterator[MicroBatch]:
     """The micro-batches of one rank, each packed when it is asked for, so that packing overlaps with the GPU's work."""
-    for members in share.passes:
+    for members, tower_calls in zip(share.passes, share.tower_calls, strict=True):
         samples, packed = (share.samples, members) if members else ([share.filler], [[0]])
         batch = _micro_batch(samples, packed, packing, positions, device, kernel, rules)
-        yield replace(batch, is_filler=not members, idle_image=None if batch.images else share.filler_image)
+        missing = max(0, tower_calls - len(alike(batch.images)))
+        idle = () if share.filler_image is None else missing * (share.filler_image,)
+        yield replace(batch, is_filler=not members, idle_images=idle)
 
 
 @dataclass(frozen=True, eq=False)

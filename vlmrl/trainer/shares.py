@@ -20,6 +20,7 @@ import numpy as np
 
 from vlmrl.config.trainer import Packing
 from vlmrl.models.attention.prefix_tree import ImageKeys, common_prefix, sort_key
+from vlmrl.models.image_encoder import alike
 from vlmrl.types import ImageItem, TrainingSample
 
 Members = tuple[tuple[int, ...], ...]
@@ -48,8 +49,11 @@ class Share:
     filler: TrainingSample
     """A sample of two tokens."""
     filler_image: ImageItem | None
-    """The image that a micro-batch without images sends through the vision tower, because other ranks wait there for
-    this one. None where no rank waits."""
+    """The image that a micro-batch sends through the vision tower where other ranks wait there for this one. None where
+    no rank waits."""
+    tower_calls: tuple[int, ...]
+    """For each pass, how often every rank runs the vision tower: as often as the rank whose images have the most forms
+    (`vlmrl.models.image_encoder.alike`). 0 where no rank waits."""
 
 
 def divide(
@@ -58,7 +62,7 @@ def divide(
     """Divide at least one sample into one share per rank; each sample is in exactly one share.
 
     `token_budget` is the largest number of rows of a micro-batch. `tower_waits`: a rank must run the vision tower in
-    every pass in which another rank has an image.
+    every pass as often as another rank does.
     """
     image_keys = ImageKeys()
     keys = [image_keys.keys(sample.token_ids, sample.placeholders) for sample in samples]
@@ -80,8 +84,13 @@ def divide(
     filler = _filler(samples)
     images = [image for sample in samples for image in sample.images]
     filler_image = min(images, key=lambda image: image.num_tokens) if tower_waits and images else None
+    dealt_to_ranks = deal(rows, ranks)
+    calls = [_tower_calls([samples[distinct[place][0]] for place in run]) if tower_waits else 0 for run in runs]
+    tower_calls = tuple(
+        max(calls[number] for number in numbers if number is not None) for numbers in zip(*dealt_to_ranks, strict=True)
+    )
     shares = []
-    for dealt in deal(rows, ranks):
+    for dealt in dealt_to_ranks:
         passes = [[] if number is None else [distinct[place] for place in runs[number]] for number in dealt]
         chosen = sorted(i for micro_batch in passes for members in micro_batch for i in members)
         local = {i: place for place, i in enumerate(chosen)}
@@ -94,6 +103,7 @@ def divide(
                 ),
                 filler=filler,
                 filler_image=filler_image,
+                tower_calls=tower_calls,
             )
         )
     return shares
@@ -112,6 +122,11 @@ def without_pictures(share: Share) -> Share:
         samples=tuple(dataclasses.replace(s, images=tuple(map(light, s.images))) for s in share.samples),
         filler_image=None if share.filler_image is None else light(share.filler_image),
     )
+
+
+def _tower_calls(samples: Sequence[TrainingSample]) -> int:
+    """How often the vision tower runs for a micro-batch of `samples`."""
+    return len(alike(list({image.hash: image for sample in samples for image in sample.images}.values())))
 
 
 def _filler(samples: Sequence[TrainingSample]) -> TrainingSample:
