@@ -21,7 +21,7 @@
         report.html                   the whole run on one page
         replay/step_000021/           mode=replay: a run directory of its own, with the table in replay.json
         export/step_000020/           mode=export: the model as a Hugging Face folder
-        doctor.json                   mode=doctor: versions, checkpoint, settings and a verdict per check
+        doctor.json                   mode=doctor, or a short certificate: versions, checkpoint, settings, verdicts
         summary.json                  final metrics, wall-clock time, exit reason
         overrides.json                a job of a sweep: its overrides (vlmrl/cli/sweep)
         .lock                         while a process writes here: its pid, host, mode and start (lock.py)
@@ -326,7 +326,7 @@ class RunDir:
         return overrides
 
     def read_doctor(self) -> dict[str, Any] | None:
-        """Read doctor.json; None where the run is not one of mode=doctor. A damaged one counts as none."""
+        """Read doctor.json; None where the run has none. A damaged one counts as none."""
         found: dict[str, Any] | None = read_json(self.doctor, is_certificate, log.warning)
         return found
 

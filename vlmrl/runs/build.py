@@ -56,6 +56,7 @@ from vlmrl.ranks.rank_group import RankGroup
 from vlmrl.record.logs import MainLog
 from vlmrl.record.run_dir import RunDir
 from vlmrl.rendering.renderer import Renderer, make_renderer, renderer_name
+from vlmrl.runs.doctor.short import ensure_certified
 from vlmrl.runs.eval_sets import make_set_players
 from vlmrl.runs.position import Cursors, Position
 from vlmrl.runs.problems import ProblemSource, make_curriculum, max_model_len, steps_of
@@ -240,12 +241,14 @@ def build_run(config: RunConfig, run_dir: RunDir, monitor: Monitor, rank_group: 
     seed_process(config)
     task = load_task(config.task, seed=config.seed)
     texts = tokenizer_texts(config.model, task)
-    folder = resolve_checkpoint(config.model, texts)
+    folder = checkpoint = resolve_checkpoint(config.model, texts)
     model = make_model(config, folder, rank_group)
     renderer = make_run_renderer(config, folder, model, monitor)
     if config.model.init is Init.random and isinstance(config.inference, VllmConfig):
         folder = write_weights(model, folder, run_dir.path / "initial_model")
     policy = make_policy(config, model, renderer.banned_token_ids)
+    # Before the trainer, which may divide the weights among the ranks.
+    ensure_certified(config, checkpoint, policy, renderer, run_dir, monitor)
     trainer = make_trainer(config, policy, texts, renderer.banned_token_ids, rank_group)
     engine, weight_sync = make_engine(config, folder, policy, trainer, run_dir, monitor)
     runner = RolloutRunner(

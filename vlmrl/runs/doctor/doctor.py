@@ -23,34 +23,30 @@ import asyncio
 import dataclasses
 import logging
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 
 import numpy as np
 
-from vlmrl.config.orchestrator import TEMPLATE
-from vlmrl.config.run import RunConfig
 from vlmrl.config.trainer import Packing
-from vlmrl.models.checkpoints.load import load_image_processor, load_processor, load_tokenizer, resolve_checkpoint
-from vlmrl.models.families import family_of
+from vlmrl.models.checkpoints.load import resolve_checkpoint
 from vlmrl.orchestrator.interruption import stopped_before
 from vlmrl.orchestrator.loop import ExitReason
-from vlmrl.rendering.renderer import renderer_name
 from vlmrl.runs.build import Run
 from vlmrl.runs.doctor.certificate import certificate
 from vlmrl.runs.doctor.comparing import Comparing, inverted_samples
 from vlmrl.runs.doctor.evidence import Evidence, engine_logprobs
 from vlmrl.runs.doctor.gradients import images_in_gradient, packed_gradient
+from vlmrl.runs.doctor.judging import raised, verdict_of
 from vlmrl.runs.doctor.logprobs import FLOAT32, ROUNDING_FACTOR, Bound, LogprobDifference, logprobs
 from vlmrl.runs.doctor.own_forward import own_forward
 from vlmrl.runs.doctor.pixels import images_in_engine, images_in_trainer, pixels
 from vlmrl.runs.doctor.placeholders import image_hashes, placeholders
 from vlmrl.runs.doctor.playing import Playing
 from vlmrl.runs.doctor.positions import engine_positions, trainer_positions
-from vlmrl.runs.doctor.reference import ProcessorReference, Reference
+from vlmrl.runs.doctor.reference import reference_of
 from vlmrl.runs.doctor.rollouts import rollouts, versions
 from vlmrl.runs.doctor.tokens import first_turns, later_turns
 from vlmrl.runs.doctor.weights import change_weights, update, weights
-from vlmrl.runs.verdicts import Verdict, as_table, conclude, failed, not_visible
+from vlmrl.runs.verdicts import Verdict, as_table, conclude, not_visible
 from vlmrl.tasks.loading import tokenizer_texts
 from vlmrl.types import Group, StepResult
 
@@ -133,12 +129,7 @@ class Doctor:
         async def judge(check: Callable[..., Verdict], *evidence: object) -> None:
             """Add the verdict of the next check."""
             name = CHECKS[len(verdicts)]
-            try:
-                verdict = await asyncio.to_thread(check, name, *evidence)
-            except Exception as error:  # the other checks are still useful
-                log.exception("%s", name)
-                verdict = failed(name, _in_one_line(error))
-            verdicts.append(verdict)
+            verdicts.append(await asyncio.to_thread(verdict_of, name, check, *evidence))
 
         why = "not reached: there is no rollout to look at"
         try:
@@ -146,7 +137,7 @@ class Doctor:
         except Exception as error:  # any part of the run may fail, and finding that is the doctor's purpose
             name = CHECKS[len(verdicts)]
             log.exception("%s", name)
-            verdicts.append(failed(name, _in_one_line(error)))
+            verdicts.append(raised(name, error))
             why = f"not reached after {name!r}"
         return verdicts + [not_visible(name, why) for name in CHECKS[len(verdicts) :]]
 
@@ -232,22 +223,3 @@ class Doctor:
             return LogprobDifference.between(self._comparing.logprobs(sampled), engine_logprobs(sampled))
 
         return step, *change_weights(self._run.policy, change, smallest), smallest
-
-
-def reference_of(config: RunConfig, folder: Path) -> Reference:
-    """What the run's prompts are compared with: the files in `folder`, loaded again."""
-    model, settings = config.model, config.orchestrator.renderer
-    assert settings is not None, "preflight refuses a config without a renderer"
-    token, parse = family_of(model.vlm).image_token, settings.parse_control_tokens
-    if model.vlm is not None and renderer_name(settings, model) == TEMPLATE:
-        processor = load_processor(folder, model.vlm)
-        return ProcessorReference(
-            processor.tokenizer, processor.image_processor, token, parse, processor, settings.options
-        )
-    return Reference(
-        load_tokenizer(folder), load_image_processor(folder, model.vlm) if model.vlm is not None else None, token, parse
-    )
-
-
-def _in_one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -19,7 +19,7 @@ import numpy as np
 from vlmrl.runs.doctor.evidence import images_of, with_images
 from vlmrl.tasks.base import Env, Problem, Reply, Split, Task
 from vlmrl.tasks.border import get_num_rows
-from vlmrl.types import Message
+from vlmrl.types import Image, Message
 
 SIZES = ((96, 64), (64, 160), (45, 100))
 """Height × width in pixels. Small, because the run chose its context length for the task's own images."""
@@ -92,6 +92,43 @@ class NoiseEnv:
             sources[:NOISE_PER_MESSAGE] = [next(self._noise) for _ in sources[:NOISE_PER_MESSAGE]]
             changed += with_images([message], sources)
         return tuple(changed)
+
+
+class TwoTurns:
+    """A `Task` of the doctor's own: two turns with noise in three sizes, two images and then one."""
+
+    def problem(self, split: Split, index: int) -> TwoTurnsEnv:
+        return TwoTurnsEnv(index)
+
+    def num_rows(self, split: Split) -> int | None:
+        return None
+
+    def env(self, problem: TwoTurnsEnv) -> TwoTurnsEnv:
+        return TwoTurnsEnv(problem.index)
+
+    def demonstration(self, problem: TwoTurnsEnv, *, random_answers: bool, seed: int) -> tuple[Message, ...]:
+        raise NotImplementedError("the doctor's own task has no demonstrations")
+
+    def texts(self) -> tuple[str, ...]:
+        return ()
+
+
+class TwoTurnsEnv:
+    """One conversation of `TwoTurns`, and its problem."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.id = f"two_turns_{index}"
+        self._noise = noise(index)
+        self._is_over = False
+
+    def reset(self) -> tuple[Message, ...]:
+        first, second = Image(next(self._noise)), Image(next(self._noise))
+        return (Message.of("user", first, "What is this, and this?", second),)
+
+    def step(self, completion: str) -> Reply:
+        done, self._is_over = self._is_over, True
+        return Reply(done=done, messages=(Message.of("user", "And ", Image(next(self._noise)), " this?"),))
 
 
 def noise(seed: int) -> Iterator[np.ndarray]:

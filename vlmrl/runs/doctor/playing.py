@@ -41,6 +41,9 @@ MAX_TURNS = 3
 MAX_NEW_TOKENS = 16
 """Per completion. A disagreement shows within a few tokens, or not at all."""
 
+WHOLE_CONTEXT = 2**24
+"""Tokens of a context without limit."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Playing:
@@ -50,6 +53,8 @@ class Playing:
     task: Task
     renderer: Renderer
     problems: int = PROBLEMS
+    is_whole: bool = False
+    """Whether episodes are played without the run's limits of turns and context."""
 
     async def scripted(self, answer: IntArray) -> list[Rollout]:
         """One rollout per problem in which the answer to every turn is `answer`, int64 [C] without a stop token."""
@@ -88,7 +93,7 @@ class Playing:
                     session.generate(
                         prompt,
                         SamplingParams(
-                            max_new_tokens=min(limit, config.inference.max_model_len - len(prompt.token_ids)),
+                            max_new_tokens=min(limit, self._max_model_len - len(prompt.token_ids)),
                             temperature=config.orchestrator.temperature,
                             stop_token_ids=renderer.stop_token_ids,
                             banned_token_ids=renderer.banned_token_ids,
@@ -119,6 +124,10 @@ class Playing:
             shown += [await self.renderer.first_turn(messages), await self.renderer.first_turn(inverted)]
         return shown
 
+    @property
+    def _max_model_len(self) -> int:
+        return WHOLE_CONTEXT if self.is_whole else self.config.inference.max_model_len
+
     async def _problems(self) -> list[Drawn]:
         """The task's first problems, each as it is and in noise."""
         return await ProblemStream(NoiseTask(self.task), "train").draw(0, self.problems)
@@ -130,9 +139,9 @@ class Playing:
             renderer=renderer,
             engine=engine,
             seed=config.seed,
-            max_turns=min(most_turns(config.task), MAX_TURNS),
+            max_turns=MAX_TURNS if self.is_whole else min(most_turns(config.task), MAX_TURNS),
             max_new_tokens=min(config.orchestrator.max_new_tokens, MAX_NEW_TOKENS),
-            max_model_len=config.inference.max_model_len,
+            max_model_len=self._max_model_len,
         )
 
 

@@ -5,11 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image as PILImage
 
+from vlmrl.config.orchestrator import TEMPLATE
+from vlmrl.config.run import RunConfig
+from vlmrl.models.checkpoints.load import load_image_processor, load_processor, load_tokenizer
+from vlmrl.models.families import family_of
+from vlmrl.rendering.renderer import renderer_name
 from vlmrl.rendering.template.chat_template import ChatTemplate
 from vlmrl.rendering.template.image_text import OF_TEXT
 from vlmrl.runs.doctor.evidence import images_of
@@ -133,6 +139,21 @@ class ProcessorReference(Reference):
         """Whether the template has written the token that begins a text, as transformers' own method asks."""
         begin = self.tokenizer.bos_token
         return begin is not None and text.startswith(begin)
+
+
+def reference_of(config: RunConfig, folder: Path) -> Reference:
+    """What the run's prompts are compared with: the files in `folder`, loaded again."""
+    model, settings = config.model, config.orchestrator.renderer
+    assert settings is not None, "preflight refuses a config without a renderer"
+    token, parse = family_of(model.vlm).image_token, settings.parse_control_tokens
+    if model.vlm is not None and renderer_name(settings, model) == TEMPLATE:
+        processor = load_processor(folder, model.vlm)
+        return ProcessorReference(
+            processor.tokenizer, processor.image_processor, token, parse, processor, settings.options
+        )
+    return Reference(
+        load_tokenizer(folder), load_image_processor(folder, model.vlm) if model.vlm is not None else None, token, parse
+    )
 
 
 def _arrays(outputs: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -32,7 +32,6 @@ from vlmrl.preflight.auto_model import fill_model
 from vlmrl.record.run_dir import RunDir
 from vlmrl.runs.build import Run, build_run
 from vlmrl.runs.doctor.comparing import Comparing, inverted_samples
-from vlmrl.runs.doctor.doctor import reference_of
 from vlmrl.runs.doctor.evidence import Evidence
 from vlmrl.runs.doctor.logprobs import FLOAT32, logprobs
 from vlmrl.runs.doctor.own_forward import own_forward
@@ -40,7 +39,7 @@ from vlmrl.runs.doctor.pixels import images_in_engine, images_in_trainer, pixels
 from vlmrl.runs.doctor.placeholders import image_hashes, placeholders
 from vlmrl.runs.doctor.playing import Playing
 from vlmrl.runs.doctor.positions import engine_positions, trainer_positions
-from vlmrl.runs.doctor.reference import Reference
+from vlmrl.runs.doctor.reference import Reference, reference_of
 from vlmrl.runs.doctor.tokens import first_turns, later_turns
 from vlmrl.runs.doctor.weights import weights
 from vlmrl.runs.verdicts import State, Verdict
