@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -40,7 +41,9 @@ PROBE_LENGTHS = (2, 1, 66)
 chunk."""
 
 PROBE_TOLERANCE = 1e-3
-"""Largest difference, relative to the output's norm, between the pieces and the whole in float32."""
+HALF_PROBE_TOLERANCE = 0.03
+"""Largest difference, relative to the output's norm, between the pieces and the whole: in float32, and in the layer's
+own half precision, in which kernels of other packages compute."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -297,7 +300,10 @@ def share_states(decoder: Any, hidden_size: int, stateful: Mapping[int, str]) ->
         for mixer in mixers:
             if not isinstance(mixer.forward, SharedStates):
                 if type(mixer) not in tried:
-                    _try(mixer, hidden_size)
+                    _keep_references(mixer)
+                    own = next(mixer.parameters()).dtype
+                    for dtype in (torch.float32, own) if own.itemsize == 2 else (torch.float32,):
+                        _try(mixer, hidden_size, dtype)
                     tried.add(type(mixer))
                 added.append(SharedStates(mixer, number))
                 mixer.forward = added[-1]
@@ -339,12 +345,36 @@ def _cache_argument(mixer: Any) -> str:
     return "past_key_values" if "past_key_values" in _arguments(mixer) else "cache_params"
 
 
-def _try(mixer: Any, hidden_size: int) -> None:
+class _HalfPrecisionKernel:
+    """A function of a recurrent layer for which a package may have put a kernel. Where such kernels fail, transformers'
+    own code computes: in float32, and for single tokens, for which they have no gradient."""
+
+    def __init__(self, kernel: Any, reference: Any) -> None:
+        self._kernel, self._reference = kernel, reference
+
+    def __call__(self, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """query [B, tokens, …]."""
+        fits = query.dtype in (torch.bfloat16, torch.float16) and query.shape[1] > 1
+        return (self._kernel if fits else self._reference)(query, *args, **kwargs)
+
+
+def _keep_references(mixer: Any) -> None:
+    """Let `_HalfPrecisionKernel` choose for the functions with a state that the layer's module calls. transformers
+    replaces them, for all number formats, where flash-linear-attention is installed."""
+    names = vars(sys.modules[type(mixer).__module__])
+    for name, function in list(names.items()):
+        reference = getattr(function, "__wrapped__", None)
+        if reference is not None and "initial_state" in inspect.signature(reference).parameters:
+            names[name] = _HalfPrecisionKernel(function, reference)
+
+
+def _try(mixer: Any, hidden_size: int, dtype: torch.dtype) -> None:
     """Raise `ModelError` where a layer gives another result or gradient for a sequence that it gets in pieces."""
-    mixer = copy.deepcopy(mixer).float()
+    mixer = copy.deepcopy(mixer).to(dtype)
+    tolerance = PROBE_TOLERANCE if dtype.itemsize > 2 else HALF_PROBE_TOLERANCE
     device = next(mixer.parameters()).device
     generator = torch.Generator().manual_seed(0)
-    rows, weights = torch.randn(2, sum(PROBE_LENGTHS), hidden_size, generator=generator).to(device)
+    rows, weights = torch.randn(2, sum(PROBE_LENGTHS), hidden_size, generator=generator).to(device, dtype)
     rows.requires_grad_()
     segments, first = [], 0
     for index, length in enumerate(PROBE_LENGTHS):
@@ -358,7 +388,7 @@ def _try(mixer: Any, hidden_size: int) -> None:
             outputs = mixer(rows[None])[0], layer.run(rows, plan_states(segments, device), {})
             gradients = [torch.autograd.grad((output * weights).sum(), rows)[0] for output in outputs]
         for name, (whole, pieces) in {"output": outputs, "gradient": gradients}.items():
-            if not (error := float(((pieces - whole).norm() / whole.norm()).detach())) <= PROBE_TOLERANCE:
+            if not (error := float(((pieces - whole).norm() / whole.norm()).detach())) <= tolerance:
                 reason = f"its {name} for a sequence in pieces differs by {error:.2g}"
     except Exception as error:  # noqa: BLE001  code of any family
         reason = f"{type(error).__name__}: {str(error)[:100]}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 
 from support.families.loading import load_processor
 from support.families.prompts import prompt_and_batch
@@ -249,3 +252,32 @@ def hidden_of(policy: Policy, prompt: Prompt) -> Tensor:
         features,
         torch.from_numpy(np.concatenate(shown)),
     )
+
+
+def test_kernels_of_a_package_compute_what_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """flash-linear-attention refuses float32 and has no gradient for single tokens."""
+    sequences = sequences_of(TREES["one token"])
+    policy = Policy(text_model("qwen3_5_text").bfloat16(), position_function("sequential"), [])
+    expected = by_tree(policy, sequences)
+    code = sys.modules[Qwen3_5GatedDeltaNet.__module__]
+    lengths: list[int] = []
+
+    def kernel_for(reference: Any) -> Any:
+        @functools.wraps(reference)
+        def kernel(query: Tensor, *args: Any, **kwargs: Any) -> Any:
+            assert query.dtype is torch.bfloat16
+            assert query.shape[1] > 1
+            lengths.append(query.shape[1])
+            return reference(query, *args, **kwargs)
+
+        return kernel
+
+    for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
+        function = getattr(code, name)
+        monkeypatch.setattr(code, name, kernel_for(getattr(function, "_reference", function)))
+    by_tree(Policy(text_model("qwen3_5_text").float(), position_function("sequential"), []), sequences)
+    assert not lengths
+    found = by_tree(Policy(text_model("qwen3_5_text").bfloat16(), position_function("sequential"), []), sequences)
+    assert lengths
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.equal(mine, theirs)
