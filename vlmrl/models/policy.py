@@ -83,7 +83,7 @@ class Policy:
         stateful = {index: kind for index, kind in kinds if self.rules.of_layer(index) is None}
         self.is_recurrent = share_states(self._decoder, text.hidden_size, stateful)
         """Whether some layers carry a state from token to token (attention/recurrent.py)."""
-        self._logit_map = logit_map(model)
+        self.logit_map = logit_map(model)
         is_capped = getattr(text, "attn_logit_softcapping", None) is not None
         self._fits_varlen = fits_flash(self._decoder) and not is_capped and not self.rules.image_runs
         self._takes_layer_inputs = bool(getattr(text, "hidden_size_per_layer_input", 0))
@@ -208,7 +208,7 @@ class Policy:
         head = self.model.get_output_embeddings()
         # In float32, for any dtype of the weights and under autocast: a rounded logit moves every probability.
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = self._logit_map(torch.nn.functional.linear(hidden.float(), head.weight.float(), head.bias))
+            logits = self.logit_map(torch.nn.functional.linear(hidden.float(), head.weight.float(), head.bias))
         logits = logits.masked_fill(self.banned, float("-inf"))
         return torch.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)
 
@@ -221,5 +221,5 @@ class Policy:
         bias = None if head.bias is None else head.bias.detach()
         with torch.autocast(hidden.device.type, enabled=False):
             return token_logprobs(
-                hidden, head.weight, bias, self.banned, entry, targets, temperature or 1.0, self._logit_map
+                hidden, head.weight, bias, self.banned, entry, targets, temperature or 1.0, self.logit_map
             )

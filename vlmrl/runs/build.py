@@ -30,6 +30,7 @@ from vlmrl.config.weight_sync import CudaIpcSyncConfig, FolderSyncConfig, NcclSy
 from vlmrl.inference.embedded.engine import EmbeddedEngine
 from vlmrl.inference.vllm.engine import VllmEngine
 from vlmrl.models.blocks import prepare_blocks
+from vlmrl.models.checkpoints.image_size import size_settings
 from vlmrl.models.checkpoints.load import (
     load_eos_ids,
     load_image_processor,
@@ -362,7 +363,16 @@ def make_engine(
         return engine, InProcessSync(lambda: trainer.version, trainer.weights, engine.weights)
     sync = config.weight_sync
     transfer = WEIGHT_TRANSFERS.get(sync.kind)
-    servers = VllmEngine(config.inference, folder, run_dir.logs, monitor.status, monitor.warn, transfer)
+    servers = VllmEngine(
+        config.inference,
+        folder,
+        run_dir.logs,
+        monitor.status,
+        monitor.warn,
+        transfer,
+        size_settings(config.model.vlm),
+        policy.logit_map.scale,
+    )
 
     def weights() -> dict[str, Tensor]:
         return published_weights(policy.model, trainer.weights())

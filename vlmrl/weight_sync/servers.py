@@ -118,7 +118,7 @@ class ServerSync(ABC):
         """Update one server. `tensors` is what it must hold afterwards."""
         client = _client_of(replica)
         if replica.version < 0:  # the first update of this launch
-            await self._check_names(client, tensors)
+            _check_names(client, await _worker_weights(client, tensors, digests=False))
         await client.call("POST", "/pause", params={"mode": "keep", "clear_cache": "false"})
         await self._transfer(client)
         await client.call_workers("vlmrl_repack")
@@ -139,20 +139,10 @@ class ServerSync(ABC):
             if reported != str(version):
                 raise EngineError(f"{client.name} reports version {reported} of its weights instead of {version}")
 
-    async def _check_names(self, client: VllmClient, tensors: Mapping[str, Tensor]) -> None:
-        """Raise `EngineError` unless each of `tensors` is part of a weight of the server, and each weight of the server
-        consists of `tensors`."""
-        unknown, missing = _unmatched(await _worker_weights(client, tensors, digests=False))
-        if unknown or missing:
-            raise EngineError(
-                f"{client.name} serves another model than the trainer's. Tensors that the server lacks: "
-                f"{_listed(unknown)}; weights that the trainer lacks: {_listed(missing)}. Start the server with a "
-                "checkpoint of the same architecture as model.name."
-            )
-
     async def _compare(self, client: VllmClient, version: int, tensors: Mapping[str, Tensor]) -> None:
-        weights = _weights_of(await _worker_weights(client, tensors, digests=True))
-        differing = await asyncio.to_thread(_differing, weights, tensors)
+        workers = await _worker_weights(client, tensors, digests=True)
+        _check_names(client, workers)
+        differing = await asyncio.to_thread(_differing, _weights_of(workers), tensors)
         if differing:
             raise EngineError(
                 f"{client.name} does not hold version {version} of the weights: the SHA-256 differs for "
@@ -170,6 +160,18 @@ async def _worker_weights(client: VllmClient, tensors: Mapping[str, Tensor], *, 
     """What the weights of each worker consist of (`in_server.worker.WorkerInspector.vlmrl_weights`)."""
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     return await client.call_workers("vlmrl_weights", shapes=shapes, digests=digests)
+
+
+def _check_names(client: VllmClient, workers: list[Any]) -> None:
+    """Raise `EngineError` unless each of the trainer's tensors is part of a weight of the server, and each weight of
+    the server consists of the trainer's tensors. `workers`: the output of `_worker_weights`."""
+    unknown, missing = _unmatched(workers)
+    if unknown or missing:
+        raise EngineError(
+            f"{client.name} serves another model than the trainer's. Tensors that the server lacks: "
+            f"{_listed(unknown)}; weights that the trainer lacks: {_listed(missing)}. Start the server with a "
+            "checkpoint of the same architecture as model.name."
+        )
 
 
 def _unmatched(workers: list[Any]) -> tuple[set[str], set[str]]:

@@ -92,3 +92,11 @@ def test_another_sitecustomize_still_runs(python: list[str], tmp_path: Path) -> 
 def test_where_nothing_is_installed_nothing_is_found() -> None:
     code = "import importlib.util; assert importlib.util.find_spec('torchaudio') is None; print('none')"
     assert output([sys.executable, "-c", INSTALL + code]) == "none\n"
+
+
+def test_without_num2words_a_stand_in_takes_its_place(python: list[str], tmp_path: Path) -> None:
+    """SmolVLM's processor only looks whether there is one. An installed one comes first."""
+    told = output([*python, INSTALL + "from num2words import num2words; print(num2words(2))"])
+    assert "pip install num2words" in told or told == "two\n"
+    (tmp_path / "num2words.py").write_text("def num2words(number): return 'installed'")
+    assert output([*python, INSTALL + "from num2words import num2words; print(num2words(2))"]) == "installed\n"

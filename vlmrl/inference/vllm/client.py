@@ -26,6 +26,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import httpx
 
@@ -66,9 +68,10 @@ ENCODED_LIMIT_BYTES = 256 * 1024**2
 class ImageEncoder:
     """Encodes images for servers, and keeps the most recent results, up to `ENCODED_LIMIT_BYTES`."""
 
-    def __init__(self, dtype: Dtype) -> None:
-        """`dtype` as for `wire.encode_image`."""
+    def __init__(self, dtype: Dtype, sizes: Mapping[str, Any] = MappingProxyType({})) -> None:
+        """`dtype` and `sizes` as for `wire.encode_image`."""
         self.dtype = dtype
+        self._sizes = sizes
         self._kept: ByteLRU[tuple[str, ImageFields | None], bytes] = ByteLRU(ENCODED_LIMIT_BYTES, keep_newest=True)
         self._logged: set[str] = set()
 
@@ -88,7 +91,7 @@ class ImageEncoder:
         return encoded
 
     def _encode(self, image: ImageItem, fields: ImageFields | None) -> bytes:
-        return picture_url(image) if fields is None else encode_image(image, self.dtype, fields)
+        return picture_url(image) if fields is None else encode_image(image, self.dtype, fields, self._sizes)
 
     def _log_form(self, image: ImageItem, fields: ImageFields | None) -> None:
         if fields is None:

@@ -16,9 +16,11 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from vlmrl.config.inference import VllmConfig
 from vlmrl.errors import EngineError, EngineLostError, VlmrlError
@@ -109,12 +111,16 @@ class VllmEngine:
         on_progress: Callable[[str], None],
         warn: Callable[[str], None],
         weight_transfer: WeightTransfer | None = None,
+        image_sizes: Mapping[str, Any] = MappingProxyType({}),
+        logit_scale: float | None = None,
     ) -> None:
         """`checkpoint` is a folder; `log_folder` gets `vllm_<replica>.log`; `on_progress` is called with a line about
         every half second while servers start, `warn` with a line for each server that has died; `weight_transfer` as
-        for `VllmServer`."""
+        for `VllmServer`; `image_sizes`: what the run sets of the image processor (`image_size.size_settings`);
+        `logit_scale` as for `check_settings`."""
+        self._logit_scale = logit_scale
         self._config = config
-        self._encoder = ImageEncoder(config.dtype)
+        self._encoder = ImageEncoder(config.dtype, image_sizes)
         self._run = log_folder.parent
         self._on_progress = on_progress
         self._warn = warn
@@ -320,7 +326,7 @@ class VllmEngine:
             await server.launch()
             replica.client = client = self._client(replica.name, LOCAL_URL, server.api_key, server.socket)
             await server.wait_healthy(client.is_healthy, self._on_progress)
-        await check_settings(client, self._config)
+        await check_settings(client, self._config, self._logit_scale)
 
     async def _reach(self, replica: Replica) -> VllmClient:
         """Wait until a server that the run did not start is healthy → its client."""

@@ -19,6 +19,7 @@ import math
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -149,11 +150,15 @@ class Picture:
     """Number of image tokens that the renderer writes for it."""
     tensors: Mapping[str, TensorDigest]
     """The renderer's tensors, by name."""
+    sizes: Mapping[str, Any]
+    """As for `picture_document`."""
 
 
-def picture_document(image: ImageItem, tensors: Mapping[str, TensorDigest]) -> bytes:
+def picture_document(
+    image: ImageItem, tensors: Mapping[str, TensorDigest], sizes: Mapping[str, Any] = MappingProxyType({})
+) -> bytes:
     """The document of an image whose item the server makes itself. `tensors`: digests of its `mm_kwargs`, with floats
-    in the engine's dtype.
+    in the engine's dtype. `sizes`: what the run sets of the image processor (`image_size.size_settings`).
 
     >>> image = ImageItem("ab", np.full((1, 2, 3), 7, np.uint8), {}, 4)
     >>> picture = unpack_picture(picture_document(image, {"x": TensorDigest(True, (2,), "cd")}))
@@ -164,6 +169,7 @@ def picture_document(image: ImageItem, tensors: Mapping[str, TensorDigest]) -> b
         {
             "size": image.pixels.shape[:2],
             "num_tokens": image.num_tokens,
+            "sizes": dict(sizes),
             "tensors": {name: [tensor.is_float, tensor.shape, tensor.sha256] for name, tensor in tensors.items()},
         }
     )
@@ -184,7 +190,7 @@ def unpack_picture(document: memoryview | bytes) -> Picture:
     height, width = header["size"]
     pixels = np.frombuffer(document[start + length :], np.uint8).reshape(height, width, 3)
     tensors = {name: TensorDigest(kind, tuple(shape), sha) for name, (kind, shape, sha) in header["tensors"].items()}
-    return Picture(pixels, header["num_tokens"], tensors)
+    return Picture(pixels, header["num_tokens"], tensors, header["sizes"])
 
 
 # ── the layout of an image's tokens ─────────────────────────────────────────────────────────────────────────

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,8 +14,9 @@ from vlmrl.inference.vllm.frames import ROUTE
 from vlmrl.inference.vllm.image_fields import ImageFields
 
 
-async def check_settings(client: VllmClient, config: VllmConfig) -> None:
-    """Read a server's settings into `client`. Raises `EngineError` where the trainer cannot use its samples."""
+async def check_settings(client: VllmClient, config: VllmConfig, logit_scale: float | None = None) -> None:
+    """Read a server's settings into `client`. Raises `EngineError` where the trainer cannot use its samples.
+    `logit_scale`: what the trainer's model multiplies its logits by; None where it is not known."""
     try:
         (settings, *_) = await client.call_workers("vlmrl_settings")
     except EngineError as error:
@@ -38,11 +40,27 @@ async def check_settings(client: VllmClient, config: VllmConfig) -> None:
             f"{client.name} runs with max_model_len={settings['max_model_len']}, so it refuses prompts that "
             f"inference.max_model_len={config.max_model_len} allows: raise it there or lower inference.max_model_len"
         )
-    for consequence in unfaithful(settings):
+    for consequence in [*unfaithful(settings), *other_scale(settings, logit_scale)]:
         raise EngineError(f"{client.name} runs {settings['architecture']} on {settings['device']}: {consequence}")
     client.image_fields = None if settings["images"] is None else ImageFields.of(settings["images"])
     client.keeps_images = settings["keeps_images"]
     client.has_route = await client.call("GET", ROUTE, optional=True) is not None
+
+
+def other_scale(settings: Mapping[str, Any], logit_scale: float | None) -> Iterator[str]:
+    """Why this server samples at another temperature than the trainer's model computes with.
+
+    >>> list(other_scale({"logit_scale": 0.25, "dtype": "float32"}, 0.25))
+    []
+    """
+    served = settings["logit_scale"]
+    if logit_scale is not None and not math.isclose(served, logit_scale, rel_tol=1e-6):
+        head = "" if settings["dtype"] == "float32" else "head_dtype:float32,"
+        yield (
+            f"vLLM multiplies logits by {served:g}, and the trainer's model in transformers by {logit_scale:g} (Aya "
+            "Vision's class ignores the logit_scale of its config), so each would have a temperature of its own: set "
+            f"inference.extra_args.hf_overrides={{{head}text_config:{{logit_scale:{logit_scale:g}}}}}"
+        )
 
 
 def unfaithful(settings: Mapping[str, Any]) -> Iterator[str]:

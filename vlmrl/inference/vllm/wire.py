@@ -20,6 +20,7 @@ import struct
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -137,21 +138,23 @@ def _logit_bias(banned: tuple[int, ...]) -> orjson.Fragment:
     return orjson.Fragment(orjson.dumps({str(token): BANNED_BIAS for token in banned}))
 
 
-def encode_image(image: ImageItem, dtype: Dtype, fields: ImageFields) -> bytes:
+def encode_image(
+    image: ImageItem, dtype: Dtype, fields: ImageFields, sizes: Mapping[str, Any] = MappingProxyType({})
+) -> bytes:
     """An image's data, with floats in `dtype`: vLLM's msgpack document of the renderer's tensors where vLLM's item of
-    the image consists of these, otherwise its picture with their digests (`image_fields`)."""
+    the image consists of these, otherwise its picture with their digests and with `sizes` (`image_fields`)."""
     if fields.are_tensors_of(image):
         return _msgpack({field.name: _element(image.mm_kwargs[field.name], dtype, field) for field in fields.fields})
-    return encode_picture(image, dtype)
+    return encode_picture(image, dtype, sizes)
 
 
-def encode_picture(image: ImageItem, dtype: Dtype) -> bytes:
-    """An image's picture with the digests of the renderer's tensors, floats in `dtype`."""
+def encode_picture(image: ImageItem, dtype: Dtype, sizes: Mapping[str, Any] = MappingProxyType({})) -> bytes:
+    """An image's picture with the digests of the renderer's tensors, floats in `dtype`, and with `sizes`."""
     tensors = {
         name: TensorDigest.of(_in_dtype(array, dtype), is_float=array.dtype.kind == "f")
         for name, array in image.mm_kwargs.items()
     }
-    return picture_document(image, tensors)
+    return picture_document(image, tensors, sizes)
 
 
 def data_size(image: ImageItem, dtype: Dtype, fields: ImageFields) -> int:

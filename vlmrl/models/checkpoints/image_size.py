@@ -1,6 +1,7 @@
 """Sizes of images: `model.vlm.min_pixels`, `max_pixels` and `image_settings` on a checkpoint's image processor.
 
-The renderer alone processes images, so engine and trainer get what these settings make.
+The renderer alone processes images, so engine and trainer get what these settings make. A vLLM server that makes images
+again from pictures gets the settings with each of them (`inference/vllm/image_fields.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,14 @@ from vlmrl.errors import ConfigError, headline
 
 AREA = ("shortest_edge", "longest_edge")
 """Keys of `size` which, in processors that bound the area of an image, are its least and its most pixels."""
+
+
+def size_settings(vlm: VLMConfig | None) -> dict[str, Any]:
+    """The settings of `vlm` that are set, by their keys."""
+    if vlm is None:
+        return {}
+    values = {"min_pixels": vlm.min_pixels, "max_pixels": vlm.max_pixels, "image_settings": dict(vlm.image_settings)}
+    return {key: value for key, value in values.items() if value}
 
 
 def resized(image_processor: Any, vlm: VLMConfig) -> Any:

@@ -17,9 +17,6 @@ from typing import Any
 
 from vlmrl.errors import ModelError
 
-VIDEO_PACKAGES = {"transformers.models.smolvlm.processing_smolvlm": "num2words"}
-"""Modules whose processor refuses to be made without a package that it uses for videos only."""
-
 
 def make_processor(folder: Path, tokenizer: Any, image_processor: Any) -> Any:
     """The processor of `folder` around these two parts. Raises `ModelError`."""
@@ -71,9 +68,6 @@ def _import(name: str) -> Any:
                 imported = importlib.import_module(module)
         except ImportError as error:
             raise ModelError(f"the processor {name} needs a package that is not installed: {error}") from error
-        unused = VIDEO_PACKAGES.get(module)
-        if unused is not None and getattr(imported, unused) is None:
-            setattr(imported, unused, str)
         return getattr(imported, name)
     raise ModelError(
         f"transformers has no processor {name}. Code that comes with a checkpoint is not run: use a checkpoint whose "

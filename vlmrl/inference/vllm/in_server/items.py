@@ -6,6 +6,7 @@ model, of which it makes one of its own, because the server's has a cache that b
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from vlmrl.caches.lru import ByteLRU
+from vlmrl.config.model import VLMConfig
 from vlmrl.inference.vllm.image_fields import (
     Gaps,
     Picture,
@@ -38,6 +40,8 @@ class ItemMaker:
     def __init__(self) -> None:
         self._lock = threading.Lock()  # a tokenizer is not to be used by two threads at a time
         self._processor: Any = None
+        self._image_processors: dict[str, Any] = {}
+        """The renderer's image processor for each set of sizes, as JSON."""
         self._layouts: ByteLRU[str, tuple[int, Gaps]] = ByteLRU(REMEMBERED_LAYOUTS)
 
     def make(self, documents: Mapping[str, memoryview], model_config: Any) -> dict[str, Any]:
@@ -61,6 +65,11 @@ class ItemMaker:
         with self._lock:
             if self._processor is None:
                 self._processor = _processor_of(model_config)
+            sizes = json.dumps(picture.sizes, sort_keys=True)
+            if sizes not in self._image_processors:
+                self._image_processors[sizes] = _image_processor(model_config, picture.sizes)
+            # Set each time, because transformers' processor inside vLLM's is shared.
+            self._processor.info.get_hf_processor().image_processor = self._image_processors[sizes]
             item, place = _item_of(self._processor, picture.pixels)
         check_same({name: _digest(element.data) for name, element in item.items()}, picture.tensors)
         length, gaps = place
@@ -129,13 +138,17 @@ def takes_images(model_config: Any) -> bool:
 
 
 def _processor_of(model_config: Any) -> Any:
-    """vLLM's processor of the served model, with the image processor that the renderer has: transformers' versions of
-    it, for PIL and for torchvision, resize with other rounding."""
+    """vLLM's processor of the served model."""
     from vllm.multimodal import MULTIMODAL_REGISTRY
 
-    processor = MULTIMODAL_REGISTRY.create_processor(model_config)
-    processor.info.get_hf_processor().image_processor = load_image_processor(Path(model_config.model))
-    return processor
+    return MULTIMODAL_REGISTRY.create_processor(model_config)
+
+
+def _image_processor(model_config: Any, sizes: Mapping[str, Any]) -> Any:
+    """The image processor that the renderer has: its sizes of images, and transformers' version of it for PIL, because
+    the one for torchvision resizes with other rounding."""
+    vlm = VLMConfig(family="", renderers=[], positions="", image_token="", **sizes)
+    return load_image_processor(Path(model_config.model), vlm)
 
 
 def _item_of(processor: Any, pixels: np.ndarray) -> tuple[Any, tuple[int, Gaps]]:

@@ -25,6 +25,7 @@ from vllm.model_executor.layers.linear import (
     QKVParallelLinear,
     RowParallelLinear,
 )
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
@@ -64,6 +65,7 @@ class WorkerInspector:
             # vLLM looks up the per-layer inputs of image positions by id 0, transformers by this one.
             "image_input_id": text.pad_token_id if getattr(text, "hidden_size_per_layer_input", 0) else 0,
             "images": None if self.vlmrl_images is None else self.vlmrl_images.reported,
+            "logit_scale": _logit_scale(self.model_runner.get_model()),
             "dtype": str(model.dtype).removeprefix("torch."),
             "max_model_len": model.max_model_len,
             "logprobs_mode": model.logprobs_mode,
@@ -141,6 +143,11 @@ class WorkerInspector:
         used = {source for weight in weights.values() for source, *_ in weight["slices"]}
         unknown = [name for name in left.values() if name not in used]
         return {"unknown": unknown, "missing": missing, "weights": weights}
+
+
+def _logit_scale(model: nn.Module) -> float:
+    """What vLLM multiplies the output of the head by."""
+    return next((float(module.scale) for module in model.modules() if isinstance(module, LogitsProcessor)), 1.0)
 
 
 def _vision_config(model: Any) -> Any:

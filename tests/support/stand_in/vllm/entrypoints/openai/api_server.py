@@ -34,6 +34,7 @@ SETTINGS = {
     "is_bidirectional": False,
     "has_deepstack": True,
     "has_recurrent_layers": False,
+    "logit_scale": 1.0,
     "image_input_id": 0,
     "images": None,
 }
