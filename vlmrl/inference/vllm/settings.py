@@ -29,12 +29,18 @@ async def check_settings(client: VllmClient, config: VllmConfig, logit_scale: fl
         ("logprobs_mode", "processed_logprobs", "its logprobs are not those of the distribution that it samples from"),
         ("mm_device_do_normalize", False, "it normalizes pixels that are normalized already"),
         ("dtype", config.dtype.value, "it does not round as inference.dtype says"),
+        ("quantization", None, "its weights are not the trainer's"),
     ]
     for name, value, consequence in demands:
         if settings[name] != value:
             raise EngineError(
                 f"{client.name} runs with {name}={settings[name]}, so {consequence}: start it with {name}={value}"
             )
+    if settings["head_dtype"] != "float32":
+        raise EngineError(
+            f"{client.name} computes logits in {settings['head_dtype']}, and the trainer computes them in float32, so "
+            'logprobs would differ by the rounding: start it with --hf-overrides \'{"head_dtype": "float32"}\''
+        )
     if settings["max_model_len"] < config.max_model_len:
         raise EngineError(
             f"{client.name} runs with max_model_len={settings['max_model_len']}, so it refuses prompts that "

@@ -67,6 +67,8 @@ class WorkerInspector:
             "images": None if self.vlmrl_images is None else self.vlmrl_images.reported,
             "logit_scale": _logit_scale(self.model_runner.get_model()),
             "dtype": str(model.dtype).removeprefix("torch."),
+            "head_dtype": str(model.head_dtype).removeprefix("torch."),
+            "quantization": model.quantization,
             "max_model_len": model.max_model_len,
             "logprobs_mode": model.logprobs_mode,
             "mm_device_do_normalize": bool(getattr(images, "mm_device_do_normalize", False)),

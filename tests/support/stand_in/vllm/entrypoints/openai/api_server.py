@@ -25,6 +25,8 @@ TOKEN = 7
 
 SETTINGS = {
     "dtype": "float32",
+    "head_dtype": "float32",
+    "quantization": None,
     "max_model_len": 1024,
     "logprobs_mode": "processed_logprobs",
     "mm_device_do_normalize": False,
