@@ -44,6 +44,7 @@ from vlmrl.models.checkpoints.scratch import write_weights
 from vlmrl.models.families import family_of
 from vlmrl.models.lora import select_trainable
 from vlmrl.models.policy import Policy
+from vlmrl.models.trial import code_of, try_policy
 from vlmrl.monitor.monitor import Monitor
 from vlmrl.orchestrator.best import BestWatch
 from vlmrl.orchestrator.curriculum import Curriculum
@@ -169,9 +170,13 @@ def make_model(config: RunConfig, folder: Path, rank_group: RankGroup | None) ->
 
 
 def make_policy(config: RunConfig, model: Any, banned_token_ids: Sequence[int]) -> Policy:
-    """The policy that computes with `model`. It never samples `banned_token_ids`."""
+    """The policy that computes with `model`. It never samples `banned_token_ids`. Raises `ModelError` where it does not
+    compute what the model computes."""
     positions = family_of(config.model.vlm).position_function(model.config)
-    return Policy(model, positions, banned_token_ids, feature_cache_bytes=config.trainer.feature_cache_mib << 20)
+    with code_of(model):
+        policy = Policy(model, positions, banned_token_ids, feature_cache_bytes=config.trainer.feature_cache_mib << 20)
+    try_policy(policy)
+    return policy
 
 
 def make_trainer(

@@ -195,7 +195,7 @@ def tree_attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     *,
-    tree_plan: TreePlan,
+    tree_plan: TreePlan | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
@@ -207,7 +207,12 @@ def tree_attention_forward(
     The rotary embedding has used the `position_ids` already. Raises `ModelError` for an argument that would change the
     result in a way that is not computed here.
     """
-    assert attention_mask is None, "the tree plan replaces the mask"
+    if tree_plan is None or attention_mask is not None:
+        what = "without the plan of the pass" if tree_plan is None else "with a mask of its own making"
+        raise ModelError(
+            f"{type(module).__name__} calls attention {what}, so the policy cannot tell which tokens attend to which: "
+            "choose a model whose layers hand their arguments on and leave the mask to transformers"
+        )
     assert dropout == 0.0, "attention dropout is not supported"
     _refuse_unknown(module, is_causal, others)
     plan = _plan_of_layer(module, tree_plan, sliding_window)
@@ -221,7 +226,7 @@ def tree_attention_forward(
         k, v = tree_plan.pool.write(layer, tree_plan.first_slot, k, v)
     with torch.autocast(q.device.type, enabled=False):
         out = _TreeAttention.apply(q, k, v, plan, scale, softcap)  # type: ignore[no-untyped-call]
-    return out.transpose(0, 1).unsqueeze(0), None
+    return out.transpose(0, 1).contiguous().unsqueeze(0), None  # some families take a view of it
 
 
 def _plan_of_layer(module: Any, plan: TreePlan, window: int | None) -> Blocks | FusedPlan:

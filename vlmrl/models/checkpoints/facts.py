@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from vlmrl.errors import ConfigError
+from vlmrl.models.checkpoints.architecture import seeing_key, unfit_config
 from vlmrl.models.checkpoints.load import cached_folder, hub_is_reachable, is_hub_name
+from vlmrl.models.checkpoints.other_formats import other_format
 
 IMAGE_TOKEN_KEYS = ("image_token_id", "image_token_index")
 """Keys of config.json under which transformers' models look up the id of their placeholder token."""
@@ -45,7 +47,15 @@ def read_facts(name: str) -> Facts:
             f"model.name={name}: its config.json names no model_type ({family!r}), so its family is not known: set "
             "model.name=<folder with a Hugging Face checkpoint>"
         )
+    if reason := unfit_config(config):
+        raise ConfigError(f"model.name={name} cannot be trained here: its config.json says {reason}")
     has_images = isinstance(config.get("vision_config"), Mapping)
+    if not has_images and (key := seeing_key(config)) is not None:
+        raise ConfigError(
+            f"model.name={name}: its config.json has {key} and no vision_config, so it takes images in a way that no "
+            "part here knows, and training it without them would be another model: choose a checkpoint whose "
+            "config.json has a vision_config, or train its language model alone with ~model/vlm"
+        )
     ids = [config[key] for key in IMAGE_TOKEN_KEYS if isinstance(config.get(key), int)]
     dtype = next((str(found) for found in _values(config, ("dtype", "torch_dtype")) if found), None)
     return Facts(
@@ -76,6 +86,10 @@ def checkpoint_file(name: str, file: str) -> Path | None:
 def _read(name: str, file: str) -> dict[str, Any]:
     path = checkpoint_file(name, file)
     if path is None:
+        folder = cached_folder(name)
+        other = other_format(folder) if folder is not None else None
+        if other is not None:
+            raise ConfigError(f"model.name={name} has no {file}: {other}")
         raise ConfigError(
             f"model.name={name} has no {file} here, and none can be fetched, so nothing is known of the checkpoint: "
             "set model.name=<folder with a Hugging Face checkpoint>, or choose the family with model/vlm=<family>"

@@ -19,13 +19,15 @@ import os
 import re
 import socket
 import threading
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from vlmrl.config.model import Init, ModelConfig, VLMConfig
-from vlmrl.errors import ModelError
+from vlmrl.errors import ModelError, headline
 from vlmrl.models.checkpoints.image_size import resized
+from vlmrl.models.checkpoints.other_formats import other_format, other_tokenizer
 from vlmrl.models.checkpoints.processor import make_processor
 from vlmrl.models.checkpoints.published import keep_published_layout
 from vlmrl.models.checkpoints.scratch import ensure_architecture, initialize
@@ -88,7 +90,6 @@ def load_model(folder: Path, config: ModelConfig) -> PreTrainedModel:
     _check_weight_headers(folder)
 
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils import logging
 
@@ -98,8 +99,8 @@ def load_model(folder: Path, config: ModelConfig) -> PreTrainedModel:
         model, info = auto.from_pretrained(
             folder, dtype=getattr(torch, config.dtype.value), output_loading_info=True, local_files_only=True
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{folder} does not load: {error}") from error
+    except Exception as error:  # code of any family, over files that may hold anything
+        raise ModelError(f"{folder} does not load: {headline(error)}") from error
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
         raise ModelError(
@@ -124,14 +125,14 @@ def _check_finite(folder: Path, model: PreTrainedModel) -> None:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of `folder`. Raises `ModelError` where it is missing or corrupt."""
-    _read_json(folder / "tokenizer.json")  # without the file, transformers would make an empty tokenizer
+    read_json(folder / "tokenizer.json")  # without the file, transformers would make an empty tokenizer
     if (folder / "tokenizer_config.json").exists():
-        _read_json(folder / "tokenizer_config.json")
+        read_json(folder / "tokenizer_config.json")
     from transformers import AutoTokenizer
 
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged file makes the tokenizers package raise `Exception` itself
         raise ModelError(f"the tokenizer of {folder} does not load: {error}") from error
     return tokenizer
 
@@ -145,14 +146,19 @@ def load_image_processor(folder: Path, vlm: VLMConfig | None = None) -> BaseImag
     """
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).exists():
-            _read_json(folder / name)
+            read_json(folder / name)
     from transformers import AutoImageProcessor
 
     auto: Any = AutoImageProcessor
     try:
         processor: BaseImageProcessor = auto.from_pretrained(folder, backend="pil", local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"the image processor of {folder} does not load: {error}") from error
+    except Exception as error:  # code of any family, over files that may hold anything
+        if "torchvision" in str(error) and find_spec("torchvision") is None:
+            raise ModelError(
+                f"transformers has the image processor of {folder} for torchvision only, which is not installed, so no "
+                "image could be processed: pip install torchvision, in the version that belongs to the installed torch"
+            ) from error
+        raise ModelError(f"the image processor of {folder} does not load: {headline(error)}") from error
     return processor if vlm is None else resized(processor, vlm)
 
 
@@ -168,7 +174,7 @@ def load_processor(folder: Path, vlm: VLMConfig | None = None) -> Any:
 def load_eos_ids(folder: Path) -> tuple[int, ...]:
     """The tokens that end a generation, as generation_config.json says; empty where it does not say."""
     path = folder / "generation_config.json"
-    eos = _read_json(path).get("eos_token_id") if path.exists() else None
+    eos = read_json(path).get("eos_token_id") if path.exists() else None
     ids = eos if isinstance(eos, list) else [eos]
     return tuple(id for id in ids if type(id) is int)
 
@@ -199,19 +205,27 @@ def missing_files(folder: Path, config: ModelConfig) -> list[str]:
     if not folder.is_dir():
         return [f"{folder} is not a folder"]
     try:
-        _read_json(folder / "config.json")
+        read_json(folder / "config.json")
         weights = _weight_files(folder)
     except ModelError as error:
         return [str(error)]
     needed = [*weights, folder / "tokenizer.json"]
     if config.vlm is not None and not (folder / "processor_config.json").is_file():
         needed.append(folder / "preprocessor_config.json")
-    return [f"{path.name} is missing" for path in needed if not path.is_file()]
+    return [_missing(path) for path in needed if not path.is_file()]
+
+
+def _missing(path: Path) -> str:
+    """That a file is missing, and what is there in its place."""
+    other = other_tokenizer(path.parent) if path.name == "tokenizer.json" else None
+    if path.suffix == ".safetensors":
+        other = other_format(path.parent)
+    return f"{path.name} is missing" + (f" ({other})" if other is not None else "")
 
 
 def wrong_family(folder: Path, config: ModelConfig) -> list[str]:
     """That config.json belongs to another family than `model.vlm.family`, as a sentence; empty where it does not."""
-    family = _read_json(folder / "config.json").get("model_type")
+    family = read_json(folder / "config.json").get("model_type")
     if config.vlm is None or config.vlm.family == family:
         return []
     return [
@@ -224,7 +238,7 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return [folder / "model.safetensors"]
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ModelError(f"{index} is corrupt: it has no weight_map")
     return [folder / name for name in sorted(set(weight_map.values()))]
@@ -261,7 +275,8 @@ def _check_weight_headers(folder: Path) -> None:
             raise ModelError(f"{path} is corrupt ({error}): copy or download the checkpoint again") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises `ModelError`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

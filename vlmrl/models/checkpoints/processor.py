@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from vlmrl.errors import ModelError
+from vlmrl.errors import ModelError, headline
 
 
 def make_processor(folder: Path, tokenizer: Any, image_processor: Any) -> Any:
@@ -34,8 +34,8 @@ def make_processor(folder: Path, tokenizer: Any, image_processor: Any) -> Any:
     try:
         settings, unused = processor_class.get_processor_dict(folder, local_files_only=True)
         return of_images.from_args_and_dict([parts.get(part) for part in attributes], settings, **unused)
-    except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
-        raise ModelError(f"the processor {name} of {folder} does not load: {error}") from error
+    except Exception as error:  # code of any family, over files that may hold anything
+        raise ModelError(f"the processor {name} of {folder} does not load: {headline(error)}") from error
 
 
 def _class_name(folder: Path) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from vlmrl.config.inference import VllmConfig
 from vlmrl.config.model import Init, ModelConfig
 from vlmrl.config.run import Mode, RunConfig
 from vlmrl.errors import ConfigError, ModelError
+from vlmrl.preflight.auto_model import known_families
 from vlmrl.preflight.estimate.sizes import find_sizes
 from vlmrl.preflight.places import known_bytes, needs_gpu
 from vlmrl.preflight.site import Site
@@ -39,10 +41,7 @@ def refuse_family(config: ModelConfig) -> None:
 
     folder = load.cached_folder(config.name)
     if folder is not None and (folder / "config.json").is_file():
-        try:
-            _refuse(config, load.wrong_family(folder, config))
-        except ModelError as error:
-            _refuse(config, [str(error)])
+        _refuse(config, _misfits(folder, config))
 
 
 def _refuse(config: ModelConfig, problems: list[str]) -> None:
@@ -64,15 +63,53 @@ def _weights(config: ModelConfig) -> tuple[list[str], int | None]:
 
     if not load.is_hub_name(config.name):
         folder = Path(config.name).expanduser()
-        problems = load.missing_files(folder, config) or load.wrong_family(folder, config)
+        problems = load.missing_files(folder, config) or _misfits(folder, config)
         return problems, None if problems else load.weight_bytes(folder)
     cached = load.cached_folder(config.name)
     if cached is not None and not load.missing_files(cached, config):
-        return load.wrong_family(cached, config), load.weight_bytes(cached)
+        return _misfits(cached, config), load.weight_bytes(cached)
     if load.hub_is_reachable():
         return [], None
     where = load.hub_cache()
     return [f"its weights are not in the hub's cache ({where}) and the hub cannot be reached from here"], None
+
+
+def _misfits(folder: Path, config: ModelConfig) -> list[str]:
+    """Why the policy cannot compute with the checkpoint of `folder`, which has a config.json."""
+    from vlmrl.models.checkpoints import architecture, load
+
+    try:
+        wrong = load.wrong_family(folder, config)
+        if wrong:
+            return wrong
+        content = load.read_json(folder / "config.json")
+    except ModelError as error:
+        return [str(error)]
+    reason = architecture.unfit_config(content)
+    if reason is None and content.get("model_type") not in known_families():
+        reason = architecture.unfit_class(folder, content, has_images=config.vlm is not None)
+    return [] if reason is None else [f"its config.json says {reason}"]
+
+
+def frequencies_stay(config: RunConfig, site: Site) -> None:
+    """No sequence is so long that the rotary embedding of its first tokens changes."""
+    if config.model.tiny is not None or config.model.init is Init.random:
+        return
+    from vlmrl.models.checkpoints import architecture, load
+
+    folder = load.cached_folder(config.model.name)
+    if folder is None or not (folder / "config.json").is_file():
+        return
+    limit = architecture.longest_sequence(load.read_json(folder / "config.json"))
+    served = isinstance(config.inference, VllmConfig)
+    key = "inference.max_model_len" if served else "trainer.seq_len"
+    longest = config.inference.max_model_len if served else config.trainer.seq_len
+    if limit is not None and longest > limit:
+        raise ConfigError(
+            f"{key}={longest} allows sequences of more than {limit} tokens, beyond which the rotary embedding of "
+            f"model.name={config.model.name} changes for all tokens of the sequence, so no prefix could be shared: set "
+            f"{key}={limit}" + ("" if not served else f" and trainer.seq_len={limit}")
+        )
 
 
 def _has_cuda() -> bool:
