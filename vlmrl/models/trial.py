@@ -1,18 +1,20 @@
 """A first sequence of tokens, with a branch, through the policy and through the model's own forward: they must agree.
 
-    prefix ─┬─ a      the policy computes both branches in one pass over the tree
-            └─ b      the model computes [prefix, a] and [prefix, b] by itself, with its own attention and positions
+    prompt ─┬─ a      the policy computes both branches in one pass over the tree
+            └─ b      the model computes [prompt, a] and [prompt, b] by itself, with its own attention and positions
 
-It takes three short passes and costs milliseconds for a small model. It is what keeps an architecture that nobody
-thought of from being computed wrong: attention that does not go through transformers' interface (ALiBi, relative
-positions), positions that start elsewhere, a decoder that is only a part of the model.
+The prompt is random tokens; of a family that no file of conf/model/vlm names, also one with an image. It is what keeps
+an architecture that nobody thought of from being computed wrong: attention that does not go through transformers'
+interface (ALiBi, relative positions), positions that start elsewhere, image features that go to other places than image
+tokens (Ovis 2).
 
-Left out on purpose: images (the doctor and its short certificate compare those), and what begins only beyond the length
-of the trial (sparse attention, rotary frequencies that change: `checkpoints/architecture.py` refuses those).
+Left out on purpose: images of different sizes (the doctor compares those), and what begins only beyond the length of
+the trial (sparse attention, rotary frequencies that change: `checkpoints/architecture.py` refuses those).
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,13 +26,18 @@ from torch import Tensor
 
 from vlmrl.errors import ModelError, VlmrlError, headline
 from vlmrl.models.attention.plan import plan_tree
-from vlmrl.models.attention.prefix_tree import Segment
+from vlmrl.models.attention.prefix_tree import Segment, image_ends
+from vlmrl.models.features import to_device
 from vlmrl.models.policy import Policy
+from vlmrl.types import IntArray, Prompt, mm_token_type_ids
 
 log = logging.getLogger(__name__)
 
 PREFIX, BRANCHES = 24, (5, 3)
 """Tokens of the prefix and of the two branches."""
+
+TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
+"""The names under which a model's forward takes 1 for image tokens and 0 for others."""
 
 FLOAT32_KL, HALF_KL = 1e-5, 0.05
 """Largest mean KL divergence per token, in nats. Rounding gives 1e-10 in float32 and 1e-3 in bfloat16 (routers of
@@ -66,57 +73,88 @@ def own_attention(policy: Policy) -> Iterator[None]:
         text._attn_implementation = ours
 
 
-def try_policy(policy: Policy) -> None:
-    """Raise `ModelError` where the policy does not compute what its model computes."""
-    prefix, first, second = (_tokens(policy, n, seed) for seed, n in enumerate((PREFIX, *BRANCHES)))
+def try_policy(policy: Policy, shown: Prompt | None = None) -> None:
+    """Raise `ModelError` where the policy does not compute what its model computes, of random tokens and of the prompt
+    `shown`, which has images."""
+    plain = Prompt(_tokens(policy, PREFIX, 0), (), ())
     with torch.no_grad(), code_of(policy.model):
-        ours = _in_a_tree(policy, prefix, first, second)
-        with own_attention(policy):
-            theirs = torch.cat([_alone(policy, torch.cat([prefix, branch])) for branch in (first, second)])
-        divergence = float((theirs.exp() * (theirs - ours)).nan_to_num(neginf=0.0).sum(-1).mean())
-    if divergence <= (FLOAT32_KL if policy.dtype is torch.float32 else HALF_KL):
-        return
-    name = type(policy.model).__name__
-    why = (
-        "its layers do not call transformers' attention interface, as those with ALiBi or relative positions do not"
-        if not policy.model._supports_attention_backend
-        else "something in it depends on more than the tokens before and their positions"
-    )
+        reasons = [_unlike(policy, prompt) for prompt in (plain, shown) if prompt is not None]
+    for reason in filter(None, reasons[:1]):
+        refuse(policy, reason, _why(policy.model))
+    for reason in filter(None, reasons[1:]):
+        refuse(
+            policy,
+            f"{reason} with an image, and the same without one",
+            "its images change more than the features in place of their tokens",
+        )
+
+
+def refuse(policy: Policy, difference: str, why: str) -> None:
+    """Raise `ModelError` for a policy that computes something else than its model."""
     raise ModelError(
-        f"{name} computes other probabilities than the policy does of the same {PREFIX + max(BRANCHES)} tokens "
-        f"(KL {divergence:.2g}): {why}. A run would learn from another distribution than the model's: choose a model "
-        "of another architecture"
+        f"{type(policy.model).__name__} computes other probabilities than the policy does: {difference}. Most likely "
+        f"{why}. A run would learn from another distribution than the model's: choose a model of another architecture"
     )
 
 
-def _tokens(policy: Policy, count: int, seed: int) -> Tensor:
+def _why(model: Any) -> str:
+    if not model._supports_attention_backend:
+        return "its layers do not call transformers' attention interface, as those with ALiBi do not"
+    return "something in it depends on more than the tokens before and their positions"
+
+
+def _unlike(policy: Policy, prompt: Prompt) -> str | None:
+    """How far apart the two are for `prompt` with both branches; None where that is rounding."""
+    branches = [_tokens(policy, count, seed) for seed, count in enumerate(BRANCHES, start=1)]
+    ours = _in_a_tree(policy, prompt, *branches)
+    with own_attention(policy):
+        theirs = torch.cat([_alone(policy, prompt, branch) for branch in branches])
+    divergence = float((theirs.exp() * (theirs - ours)).nan_to_num(neginf=0.0).sum(-1).mean())
+    if divergence <= (FLOAT32_KL if policy.dtype is torch.float32 else HALF_KL):
+        return None
+    return f"KL {divergence:.2g} nats for {len(prompt.token_ids)} tokens and two branches"
+
+
+def _tokens(policy: Policy, count: int, seed: int) -> IntArray:
     """int64 [count]; tokens that may be sampled."""
     allowed = (~policy.banned).nonzero()[:, 0].cpu().numpy()
-    chosen = np.random.default_rng(seed).choice(allowed, count)
-    return torch.from_numpy(chosen.astype(np.int64)).to(policy.device)
+    chosen: IntArray = np.random.default_rng(seed).choice(allowed, count).astype(np.int64)
+    return chosen
 
 
-def _in_a_tree(policy: Policy, prefix: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """Logprobs float32 [prefix and first, prefix and second; vocabulary], from one pass over both branches."""
-    a, b, end = len(prefix), len(prefix) + len(first), len(prefix) + len(first) + len(second)
-    runs = [np.arange(a), np.arange(a, b), np.arange(b, end)]
-    segments = [Segment(-1 if i == 0 else 0, run, run, np.arange(len(run))) for i, run in enumerate(runs)]
-    path = np.concatenate([np.arange(b), np.arange(a, a + len(second))])
-    ids = torch.cat([prefix, first, second])
+def _in_a_tree(policy: Policy, prompt: Prompt, first: IntArray, second: IntArray) -> Tensor:
+    """Logprobs float32 [prompt and first, prompt and second; vocabulary], from one pass over both branches."""
+    begin, middle = len(prompt.token_ids), len(prompt.token_ids) + len(first)
+    end = middle + len(second)
+    types = mm_token_type_ids(end, prompt.placeholders)
+    runs = [np.arange(begin), np.arange(begin, middle), np.arange(middle, end)]
+    segments = [Segment(-1 if i == 0 else 0, run, run, image_ends(types[run])) for i, run in enumerate(runs)]
+    positions = policy.positions(middle, prompt.placeholders, prompt.images)
+    positions = np.concatenate([positions, positions[:, begin : begin + len(second)]], axis=1)
+    features = policy.encode_images(prompt.images)
+    rows = [features.first[i.hash] + np.arange(i.num_tokens) for i in prompt.images] if features is not None else []
     hidden = policy.hidden_states(
-        ids,
-        torch.from_numpy(np.tile(path, (4, 1))).to(policy.device),
-        torch.zeros_like(ids),
+        to_device(np.concatenate([prompt.token_ids, first, second]), policy.device),
+        to_device(positions, policy.device),
+        to_device(types, policy.device),
         plan_tree(segments, policy.device, policy.rules),
-        None,
-        ids.new_zeros(0),
+        features,
+        to_device(np.concatenate([np.zeros(0, np.int64), *rows]), policy.device),
     )
     logprobs = policy.log_probs(hidden, 1.0)
-    return torch.cat([logprobs[:b], logprobs[:a], logprobs[b:]])
+    return torch.cat([logprobs[:middle], logprobs[:begin], logprobs[middle:]])
 
 
-def _alone(policy: Policy, ids: Tensor) -> Tensor:
+def _alone(policy: Policy, prompt: Prompt, branch: IntArray) -> Tensor:
     """Logprobs float32 [tokens, vocabulary], by the model's own forward."""
-    out = policy.model(input_ids=ids[None], attention_mask=torch.ones_like(ids[None]), use_cache=False)
-    logits: Tensor = out.logits[0].float()
+    ids = to_device(np.concatenate([prompt.token_ids, branch])[None], policy.device)
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if prompt.images:
+        takes = inspect.signature(policy.model.forward).parameters.keys()
+        types = to_device(mm_token_type_ids(ids.shape[1], prompt.placeholders)[None], policy.device)
+        inputs |= {kind: types for kind in TOKEN_TYPES if kind in takes}
+        for name in takes & prompt.images[0].mm_kwargs.keys():
+            together = np.concatenate([image.mm_kwargs[name] for image in prompt.images])
+            inputs[name] = to_device(together, policy.device)
+    logits: Tensor = policy.model(**inputs, use_cache=False).logits[0].float()
     return logits.masked_fill(policy.banned, float("-inf")).log_softmax(-1)

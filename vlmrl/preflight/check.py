@@ -120,8 +120,8 @@ RULES: tuple[Rule, ...] = (
     _of_site(machine.gpus_hold_the_run, Stage.here),
     _of_site(transfer.gpus_can_transfer, Stage.here),
     _of_site(checkpoint.cache_is_usable, Stage.here),
-    _of_site(checkpoint.model_runs_here, Stage.here),
     _of_site(checkpoint.frequencies_stay, Stage.here),
+    _of_site(checkpoint.model_runs_here, Stage.here),
 )
 """All rules, in the order in which they run: cheap ones first, and imports of the user's modules last."""
 

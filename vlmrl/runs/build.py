@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.model import Init, ModelConfig
-from vlmrl.config.orchestrator import TEMPLATE, EvalConfig
+from vlmrl.config.orchestrator import TEMPLATE, EvalConfig, RendererConfig
 from vlmrl.config.run import RunConfig
 from vlmrl.config.task import most_turns
 from vlmrl.config.weight_sync import CudaIpcSyncConfig, FolderSyncConfig, NcclSyncConfig
@@ -63,6 +63,7 @@ from vlmrl.runs.eval_sets import make_set_players
 from vlmrl.runs.position import Cursors, Position
 from vlmrl.runs.problems import ProblemSource, make_curriculum, max_model_len, steps_of
 from vlmrl.runs.stopping import Stop
+from vlmrl.runs.fence import files_of
 from vlmrl.tasks.base import Task
 from vlmrl.tasks.border import get_num_rows
 from vlmrl.tasks.loading import load_task, tokenizer_texts
@@ -169,9 +170,9 @@ def make_model(config: RunConfig, folder: Path, rank_group: RankGroup | None) ->
     return model
 
 
-def make_policy(config: RunConfig, model: Any, banned_token_ids: Sequence[int]) -> Policy:
+def make_policy(config: RunConfig, model: Any, banned_token_ids: Sequence[int], shown: Prompt | None = None) -> Policy:
     """The policy that computes with `model`. It never samples `banned_token_ids`. Raises `ModelError` where it does not
-    compute what the model computes."""
+    compute what the model computes, of the prompt `shown` too (models/trial.py)."""
     positions = family_of(config.model.vlm).position_function(model.config)
     with code_of(model):
         policy = Policy(model, positions, banned_token_ids, feature_cache_bytes=config.trainer.feature_cache_mib << 20)
@@ -331,6 +332,13 @@ def build_renderer(config: RunConfig, folder: Path, vocab_size: int | None = Non
     embedding, by default the tokenizer's size. Raises VlmrlError and OSError."""
     settings = config.orchestrator.renderer
     assert settings is not None, "preflight refuses a config without a renderer"
+    with files_of(folder):
+        return _build_renderer(config, settings, folder, vocab_size)
+
+
+def _build_renderer(
+    config: RunConfig, settings: RendererConfig, folder: Path, vocab_size: int | None
+) -> RenderingParts:
     tokenizer = load_tokenizer(folder)
     by_template = renderer_name(settings, config.model) == TEMPLATE
     vlm = config.model.vlm

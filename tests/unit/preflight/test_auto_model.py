@@ -137,3 +137,24 @@ def test_presets_are_left_alone(run_config: Callable[..., RunConfig]) -> None:
 
 def test_every_file_of_a_family_is_found_by_its_model_type() -> None:
     assert {"qwen3_vl", "gemma3", "internvl", "mistral3"} <= set(known_families())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"model_type": "fuyu", "image_token_id": 7}, "has image_token_id and no vision_config, so it takes images"),
+        ({"model_type": "emu3", "vq_config": {}}, "has vq_config and no vision_config"),
+        (GEMMA | {"quantization_config": {"quant_method": "fp8"}}, "cannot be trained here: .* quant_method=fp8"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(
+    run_config: Callable[..., RunConfig], checkpoint: Callable[..., str], content: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        filled(run_config, checkpoint(content))
+
+
+def test_a_folder_with_an_adapter_is_named(run_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"has no config\.json: the folder holds an adapter"):
+        filled(run_config, f"model.name={tmp_path}")

@@ -85,6 +85,8 @@ def later_refusals(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tu
     small.machine = Machine((Gpu("0", "small", 1 << 30),), 1, 1 << 40)
     yield refused(Stage.here, small, "model=qwen3vl", "model.init=random", "model/size=2b")
     yield refused(Stage.here, Site(), "model.name=/no/such/folder", "model=qwen3vl", "model.device=cpu")
+    (folder / "config.json").write_text('{"rope_scaling": {"type": "longrope"}, "max_position_embeddings": 8}')
+    yield refused(Stage.here, Site(), f"model.name={folder}", "model=qwen3vl", "model.device=cpu")
     with monkeypatch.context() as patch:
         patch.setattr("torch.cuda.is_available", lambda: False)
         yield refused(Stage.here, Site(), "model=qwen3vl", "model.init=random", "model/size=2b", *NCCL)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,11 @@ import torch
 
 from support.model_folders import QWEN3_VL, folder_config, without_hub
 from vlmrl.config.model import Dtype, ModelConfig, TinyConfig, VLMConfig
+from vlmrl.config.run import RunConfig
 from vlmrl.errors import ConfigError
 from vlmrl.models.checkpoints.load import resolve_checkpoint
-from vlmrl.preflight.rules.checkpoint import refuse_model
+from vlmrl.preflight.rules.checkpoint import frequencies_stay, refuse_model
+from vlmrl.preflight.site import this_site
 
 
 @pytest.fixture
@@ -116,3 +120,35 @@ def test_a_folder_of_another_family_is_refused(copy: Path) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_an_export_needs_no_gpu(copy: Path) -> None:
     refuse_model(folder_config(copy, device="cuda"), needs_device=False)
+
+
+def change_config(folder: Path, **fields: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_a_checkpoint_that_cannot_be_trained_says_why(copy: Path) -> None:
+    change_config(copy, quantization_config={"quant_method": "awq"})
+    with pytest.raises(ConfigError, match="quant_method=awq: quantized weights have no gradients"):
+        refuse_model(folder_config(copy))
+
+
+def test_a_family_that_transformers_does_not_know_says_so(copy: Path) -> None:
+    change_config(copy, model_type="qwen9_vl")
+    vlm = VLMConfig(family="qwen9_vl", renderers=["template"], positions="mrope", image_token="<|image_pad|>")
+    with pytest.raises(ConfigError, match="model_type=qwen9_vl is not in transformers"):
+        refuse_model(ModelConfig(name=str(copy), device="cpu", vlm=vlm))
+
+
+def test_sequences_beyond_which_rotary_frequencies_change(copy: Path, run_config: Callable[..., RunConfig]) -> None:
+    change_config(copy, rope_scaling={"type": "longrope"}, original_max_position_embeddings=96)
+    name = f"model.name={copy}"
+    frequencies_stay(run_config("model=auto", name, "trainer.seq_len=96"), this_site())
+    with pytest.raises(ConfigError, match=r"trainer\.seq_len=97 allows sequences of more than 96 tokens"):
+        frequencies_stay(run_config("model=auto", name, "trainer.seq_len=97"), this_site())
+
+
+def test_what_stands_in_place_of_the_weights_is_named(copy: Path) -> None:
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"model\.safetensors is missing \(.* PyTorch's pickle format"):
+        refuse_model(folder_config(copy))
