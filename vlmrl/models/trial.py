@@ -27,6 +27,7 @@ from torch import Tensor
 from vlmrl.errors import ModelError, VlmrlError, headline
 from vlmrl.models.attention.plan import plan_tree
 from vlmrl.models.attention.prefix_tree import Segment, image_ends
+from vlmrl.models.blocks import uncompiled_in_inference
 from vlmrl.models.features import to_device
 from vlmrl.models.policy import Policy
 from vlmrl.types import IntArray, Prompt, mm_token_type_ids
@@ -77,8 +78,9 @@ def try_policy(policy: Policy, shown: Prompt | None = None) -> None:
     """Raise `ModelError` where the policy does not compute what its model computes, of random tokens and of the prompt
     `shown`, which has images."""
     plain = Prompt(_tokens(policy, PREFIX, 0), (), ())
-    with torch.no_grad(), code_of(policy.model):
+    with torch.inference_mode(), uncompiled_in_inference(), code_of(policy.model):
         reasons = [_unlike(policy, prompt) for prompt in (plain, shown) if prompt is not None]
+    policy.take_image_counters()  # the image of the trial belongs to no step
     for reason in filter(None, reasons[:1]):
         refuse(policy, reason, _why(policy.model))
     for reason in filter(None, reasons[1:]):
