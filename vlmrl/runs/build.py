@@ -60,10 +60,10 @@ from vlmrl.record.run_dir import RunDir
 from vlmrl.rendering.renderer import Renderer, make_renderer, renderer_name
 from vlmrl.runs.doctor.short import ensure_certified
 from vlmrl.runs.eval_sets import make_set_players
+from vlmrl.runs.fence import files_of
 from vlmrl.runs.position import Cursors, Position
 from vlmrl.runs.problems import ProblemSource, make_curriculum, max_model_len, steps_of
 from vlmrl.runs.stopping import Stop
-from vlmrl.runs.fence import files_of
 from vlmrl.tasks.base import Task
 from vlmrl.tasks.border import get_num_rows
 from vlmrl.tasks.loading import load_task, tokenizer_texts
@@ -170,9 +170,9 @@ def make_model(config: RunConfig, folder: Path, rank_group: RankGroup | None) ->
     return model
 
 
-def make_policy(config: RunConfig, model: Any, banned_token_ids: Sequence[int], shown: Prompt | None = None) -> Policy:
+def make_policy(config: RunConfig, model: Any, banned_token_ids: Sequence[int]) -> Policy:
     """The policy that computes with `model`. It never samples `banned_token_ids`. Raises `ModelError` where it does not
-    compute what the model computes, of the prompt `shown` too (models/trial.py)."""
+    compute what the model computes (models/trial.py)."""
     positions = family_of(config.model.vlm).position_function(model.config)
     with code_of(model):
         policy = Policy(model, positions, banned_token_ids, feature_cache_bytes=config.trainer.feature_cache_mib << 20)

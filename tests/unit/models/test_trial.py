@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from support.families.loading import load_processor
-from support.families.prompts import prompt_and_batch
 from vlmrl.errors import ModelError
 from vlmrl.models.families.positions import position_function
 from vlmrl.models.policy import Policy
@@ -91,22 +87,6 @@ def test_others_are_refused_with_a_reason(family: str, reason: str) -> None:
     policy = policy_of(family)
     with pytest.raises(ModelError, match=reason):
         try_policy(policy)
-
-
-@pytest.mark.parametrize(
-    ("family", "reason"),
-    [("aya_vision", None), ("janus", None), ("ovis2", "its images change more than the features")],
-)
-def test_a_prompt_with_images(family_folder: Callable[[str], Path], family: str, reason: str | None) -> None:
-    auto: Any = AutoModelForImageTextToText
-    model = auto.from_pretrained(family_folder(family)).eval()
-    prompt, _ = prompt_and_batch(family, load_processor(family_folder(family)), model.config.image_token_id)
-    policy = Policy(model, position_function("sequential"), [model.config.image_token_id])
-    if reason is None:
-        try_policy(policy, prompt)
-    else:
-        with pytest.raises(ModelError, match=reason):
-            try_policy(policy, prompt)
 
 
 def test_the_error_of_a_family_is_named() -> None:

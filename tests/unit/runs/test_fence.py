@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from vlmrl.config.model import ModelConfig
 from vlmrl.errors import ConfigError, ModelError, UserFault
-from vlmrl.runs.unnamed_families import files_of, first_prompt
+from vlmrl.runs.fence import files_of
 
 
 def test_errors_of_files_are_named() -> None:
@@ -27,7 +26,3 @@ def test_faults_of_a_processor_are_named() -> None:
 def test_refusals_stay_as_they_are() -> None:
     with pytest.raises(ConfigError, match=r"^set it$"), files_of(Path("/x")):
         raise ConfigError("set it")
-
-
-def test_text_only_models_and_named_families_need_no_prompt() -> None:
-    assert first_prompt(ModelConfig(name="x", vlm=None), Path("/x"), None) is None  # type: ignore[arg-type]
