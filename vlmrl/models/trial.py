@@ -35,8 +35,8 @@ PREFIX, BRANCHES = 24, (5, 3)
 """Tokens of the prefix and of the two branches."""
 
 FLOAT32_KL, HALF_KL = 1e-5, 0.05
-"""Largest mean KL divergence per token, in nats. float32 rounds to less than 1e-9. Architectures that the policy does not
-compute were off by 1e-4 to 6 with random weights, mostly by more than 0.05; half precision can only see those."""
+"""Largest mean KL divergence per token, in nats. float32 rounds to less than 1e-9. Architectures that the policy does
+not compute were off by 1e-4 to 6 with random weights, mostly by more than 0.05; half precision can only see those."""
 
 
 @contextmanager
