@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable
-from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +96,7 @@ def test_a_command_that_ends_early(
     assert states(row, *columns) == [state] * len(columns)
 
 
-@pytest.mark.parametrize(
-    ("line", "state"), [(step(), "ok"), (step(kl=1e-7), "failed"), (step(norm=0.0), "failed"), (step(kl=nan), "failed")]
-)
+@pytest.mark.parametrize(("line", "state"), [(step(), "ok"), (step(kl=1e-7), "failed"), (step(norm=0.0), "failed")])
 def test_steps_have_a_gradient_and_the_engines_logprobs(
     row: Any, answers: Callable[..., None], line: dict[str, Any], state: str
 ) -> None:
