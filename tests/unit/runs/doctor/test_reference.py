@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from support.tiny_renderer import MODEL, PLACEHOLDER_TOKENS, VOCAB_SIZE, first
 from vlmrl.config.orchestrator import RendererConfig
 from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer, resolve_checkpoint
 from vlmrl.rendering.renderer import Renderer, make_renderer
+from vlmrl.rendering.template.chat_template import TODAY
 from vlmrl.runs.doctor.reference import Reference
 from vlmrl.types import Image, Message
 
@@ -52,3 +55,9 @@ def test_it_still_finds_a_renderer_that_parses_what_is_text(parts: tuple[Any, An
     prompt = first(renderer_of(parts, parse=True), conversation(FORGED))
     reference = Reference(*parts, "<|image_pad|>", parse_control_tokens=False)
     assert reference.token_ids(conversation(FORGED), prompt.images) != list(prompt.token_ids)
+
+
+def test_a_template_that_prints_the_date_prints_the_renderers(family_folder: Callable[[str], Path]) -> None:
+    tokenizer = load_tokenizer(family_folder("llama3"))
+    reference = Reference(tokenizer, None, None, variables={"strftime_now": TODAY.strftime})
+    assert "Today Date: 01 Jan 2025" in tokenizer.decode(reference.token_ids([Message.of("user", "Hello")], []))
