@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vlmrl.config.inference import VllmConfig
+from vlmrl.config.model import Dtype
 from vlmrl.errors import EngineError
 from vlmrl.inference.vllm.arguments import NEW_FLAGS, SERVER_FLAGS, command_line
-from vlmrl.inference.vllm.client import VllmClient
+from vlmrl.inference.vllm.client import ROUTE_FLAG, VllmClient
 from vlmrl.inference.vllm.frames import ROUTE
 from vlmrl.inference.vllm.image_fields import ImageFields
 
@@ -20,10 +22,11 @@ async def check_settings(client: VllmClient, config: VllmConfig, logit_scale: fl
     try:
         (settings, *_) = await client.call_workers("vlmrl_settings")
     except EngineError as error:
-        flags = command_line(SERVER_FLAGS | NEW_FLAGS)
+        head = {} if config.dtype is Dtype.float32 else {"hf_overrides": {"head_dtype": "float32"}}
+        flags = [shlex.quote(word) for word in command_line(SERVER_FLAGS | NEW_FLAGS | head)]
         raise EngineError(
             f"{error}. Start a server of inference.urls with VLLM_SERVER_DEV_MODE=1, with vlmrl on its PYTHONPATH, by: "
-            f"vllm serve {' '.join(flags)}"
+            f"vllm serve {' '.join(flags)} {ROUTE_FLAG}"
         ) from error
     demands = [
         ("logprobs_mode", "processed_logprobs", "its logprobs are not those of the distribution that it samples from"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 from collections import Counter
 from typing import Any
 
@@ -23,6 +24,7 @@ GOOD: dict[str, Any] = {
     "has_recurrent_layers": False,
     "has_deepstack": False,
     "image_input_id": 0,
+    "logit_scale": 1.0,
     "images": {"fields": [["pixel_values", "flat", False, 4]], "has_gaps": True},
     "dtype": "bfloat16",
     "head_dtype": "float32",
@@ -77,3 +79,18 @@ def test_what_a_server_reports_decides_how_images_are_sent(has_route: bool) -> N
 def test_a_server_that_would_differ_from_the_trainer_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(EngineError, match=message):
         check(has_route=False, **change)
+
+
+def test_a_server_without_vlmrl_is_told_how_to_start() -> None:
+    async def answer(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(404, json={"error": {"message": "Not Found"}})
+
+    client = VllmClient(
+        "there", "http://there", None, ImageEncoder(Dtype.bfloat16), Counter(), 60.0, httpx.MockTransport(answer)
+    )
+    with pytest.raises(EngineError, match="vllm serve ") as error:
+        asyncio.run(check_settings(client, VllmConfig(dtype=Dtype.bfloat16)))
+    words = shlex.split(str(error.value).partition("vllm serve ")[2])
+    assert words[words.index("--hf-overrides") + 1] == '{"head_dtype": "float32"}'
+    assert words[words.index("--middleware") + 1].endswith("route.Route")
+    assert "--worker-extension-cls" in words
