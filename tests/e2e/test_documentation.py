@@ -160,6 +160,9 @@ EXCHANGED = {
         f"trainer.warmup.batch_size=2 trainer.warmup.demonstrations=correct {TINY} monitor.wandb.mode=disabled"
     ),
     "python -m vlmrl mode=doctor": "python -m vlmrl mode=doctor monitor.wandb.mode=disabled",
+    "python -m vlmrl mode=doctor against=outputs/before/doctor.json": (
+        "python -m vlmrl mode=doctor against=outputs/before/doctor.json dry_run=true"
+    ),
     "python -m vlmrl --multirun seed=0,1,2": "python -m vlmrl --multirun seed=0,1,2 dry_run=true",
     "python -m vlmrl --multirun seed=0,1,2 algorithm=grpo,rloo hydra.sweep.dir=outputs/multirun/mine": (
         "python -m vlmrl --multirun seed=0,1,2 algorithm=grpo,rloo hydra.sweep.dir=outputs/multirun/mine dry_run=true"

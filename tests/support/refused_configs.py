@@ -149,6 +149,7 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     ),
     (("run=outputs/a",), "run=outputs/a has no effect with mode=rl, .*: drop run, or set mode=replay"),
     (("mode=sft", "trainer.warmup.steps=1", "step=3"), "step=3 has no effect with mode=sft"),
+    (("against=a",), "against=a has no effect with mode=rl, .*: drop against, or set mode=doctor"),
     (("runs=[a,b]",), "runs=a,b has no effect with mode=rl, .*: drop runs, or set mode=compare"),
     (("mode=compare",), "mode=compare has no runs="),
     (

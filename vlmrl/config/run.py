@@ -90,6 +90,9 @@ class RunConfig:
     step: int | None = setting(None, on_resume=Resume.refused, low=0, high=10**9, outside="there is no such step")
     """mode=replay: the batch to replay, counted in optimizer steps from 1. mode=eval and mode=export: the step of the
     checkpoint that `resume=<run>/checkpoints/step_000020` names, null for the newest."""
+    against: str | None = setting(None, on_resume=Resume.refused)
+    """mode=doctor: an older certificate (a doctor.json, or the folder of its run). The doctor shows what has changed
+    since: versions, files, settings, verdicts, and numbers beyond rounding."""
     rollout: str | None = setting(None, on_resume=Resume.refused)
     """mode=faults: the rollout or demonstration to play again, e.g. `train/000003/01/00`."""
     row: int | None = setting(None, on_resume=Resume.refused, low=0, high=10**15, outside="there is no such row")

@@ -115,6 +115,7 @@ RULES: tuple[Rule, ...] = (
     _of_site(packages.packages_are_installed, Stage.here),
     _of_site(model.renderer_exists, Stage.here),
     _of_site(past_run.batch_was_recorded, Stage.here),
+    _of_site(past_run.older_certificate_is_there, Stage.here),
     _of_site(past_run.export_folder_is_free, Stage.here),
     _of_site(past_run.record_can_go_on, Stage.here),
     _of_site(machine.gpus_hold_the_run, Stage.here),

@@ -34,7 +34,7 @@ POLICIES = {
     # The run's identity, and what other modes read.
     "refused": """
         row full preview.problems preview.answers
-        seed run step rollout runs output_dir
+        seed run step rollout runs against output_dir
         model.init model.name
         model.vlm.family model.vlm.positions model.vlm.image_token
         model.vlm.freeze_vision model.vlm.freeze_language

@@ -74,6 +74,7 @@ def later_refusals(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tu
         yield refused(Stage.here, Site(), "inference=vllm")
     monkeypatch.setattr(installed, "is_installed", lambda package: True)
     yield refused(Stage.here, Site(), "mode=replay", f"run={folder}", "step=3")
+    yield refused(Stage.here, Site(), "mode=doctor", f"against={folder}")
     yield refused(Stage.here, Site(), "mode=export", f"resume={folder}", f"export.folder={folder}")
     (folder / "older/rollouts").mkdir(parents=True)
     (folder / "older/rollouts/step_000001.jsonl").touch()

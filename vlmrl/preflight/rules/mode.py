@@ -59,6 +59,7 @@ def past_run_is_read(config: RunConfig) -> None:
         ("row", config.row, (Mode.preview,)),
         ("full", "true" if config.full else None, (Mode.preview,)),
         ("runs", ",".join(config.runs) or None, (Mode.compare,)),
+        ("against", config.against, (Mode.doctor,)),
     ):
         if value is not None and config.mode not in modes:
             raise ConfigError(

@@ -1,9 +1,9 @@
-"""What `mode=replay`, `mode=export` and `resume=` need of an earlier run is still there."""
+"""What `mode=replay`, `mode=export`, `resume=` and `against=` need of an earlier run is still there."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlmrl.config.run import Mode, RunConfig
 from vlmrl.errors import ConfigError
@@ -73,3 +73,44 @@ def export_folder_is_free(config: RunConfig, site: Site) -> None:
             f"export.folder={config.export.folder} exists already, and an export overwrites nothing: remove it, or set "
             "export.folder to another one"
         )
+
+
+def older_certificate_is_there(config: RunConfig, site: Site) -> None:
+    """mode=doctor: `against` names a certificate."""
+    if config.against is not None:
+        older_certificate(config.against)
+
+
+def older_certificate(against: str) -> dict[str, Any]:
+    """The certificate that `against` names: a doctor.json, or the folder of a run that has one. Raises
+    `ConfigError`."""
+    import orjson
+
+    from vlmrl.record.files import read_small
+    from vlmrl.record.run_dir import RunDir, is_certificate
+
+    path = Path(against).expanduser()
+    file = RunDir(path).doctor if path.is_dir() else path
+    remedy = "set against=<folder of a run of mode=doctor>, or the path of its doctor.json"
+    try:
+        content = orjson.loads(read_small(file))
+    except OSError as error:
+        raise ConfigError(
+            f"against={against}: {file} cannot be read ({error.strerror}), so there is nothing to compare with: "
+            f"{remedy}"
+        ) from error
+    except orjson.JSONDecodeError as error:
+        raise ConfigError(
+            f"against={against}: {file} is no JSON ({error}), so there is nothing to compare with: {remedy}"
+        ) from error
+    if isinstance(content, list):
+        raise ConfigError(
+            f"against={against}: {file} is of an older vlmrl and names no versions, so what has changed would not be "
+            "known: run mode=doctor with the older packages again, or drop against"
+        )
+    if not is_certificate(content):
+        raise ConfigError(
+            f"against={against}: {file} was not written by mode=doctor, so there is nothing to compare with: {remedy}"
+        )
+    found: dict[str, Any] = content
+    return found

@@ -30,8 +30,10 @@ from vlmrl.config.trainer import Packing
 from vlmrl.models.checkpoints.load import resolve_checkpoint
 from vlmrl.orchestrator.interruption import stopped_before
 from vlmrl.orchestrator.loop import ExitReason
+from vlmrl.preflight.rules.past_run import older_certificate
 from vlmrl.runs.build import Run
 from vlmrl.runs.doctor.certificate import certificate
+from vlmrl.runs.doctor.changes import changes
 from vlmrl.runs.doctor.comparing import Comparing, inverted_samples
 from vlmrl.runs.doctor.evidence import Evidence, engine_logprobs
 from vlmrl.runs.doctor.gradients import images_in_gradient, packed_gradient
@@ -102,8 +104,14 @@ async def examine(run: Run) -> ExitReason:
     verdicts = examination.result()
     for version, groups in doctor.groups.items():
         run.monitor.record(version, groups)
-    run.run_dir.write_doctor(certificate(run.config, doctor.folder, run.policy, verdicts))
+    content = certificate(run.config, doctor.folder, run.policy, verdicts)
     run.monitor.table("doctor", as_table(verdicts))
+    if (against := run.config.against) is not None:
+        found = changes(older_certificate(against), content)
+        content["against"] = {"path": against, "changes": [change.as_json() for change in found]}
+        nothing = {"nothing": "versions, files, settings, verdicts and numbers are what they were, up to rounding"}
+        run.monitor.table(f"changed since {against}", {change.title: change.line for change in found} or nothing)
+    run.run_dir.write_doctor(content)
     conclude(verdicts, CONSEQUENCE)
     return "finished"
 
