@@ -10,7 +10,7 @@ import pytest
 from support.image_fields import QWEN, TILED
 from vlmrl.inference.vllm.image_fields import ImageField, ImageFields, TensorDigest, check_same
 from vlmrl.inference.vllm.in_server.items import ItemMaker
-from vlmrl.inference.vllm.settings import unfaithful
+from vlmrl.inference.vllm.settings import other_scale, unfaithful
 from vlmrl.types import ImageItem
 
 PIXELS = np.random.default_rng(0).standard_normal((1, 2, 3, 4, 4)).astype(np.float32)
@@ -107,3 +107,10 @@ def test_servers_that_would_be_silently_wrong_are_refused(changed: dict[str, Any
     found = list(unfaithful(FAITHFUL | changed))
     assert len(found) == len(reasons)
     assert all(reason in message for reason, message in zip(reasons, found, strict=True))
+
+
+@pytest.mark.parametrize(("scale", "refused"), [(None, False), (0.25, False), (1.0, True)])
+def test_a_server_with_a_temperature_of_its_own_is_refused(scale: float | None, refused: bool) -> None:
+    found = list(other_scale({"logit_scale": 0.25, "dtype": "bfloat16"}, scale))
+    assert len(found) == refused
+    assert all("hf_overrides={head_dtype:float32,text_config:{logit_scale:1}}" in message for message in found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -51,6 +52,14 @@ def test_a_cpu_prefills_prompts_whole() -> None:
     assert on_cpu["enable_chunked_prefill"] is False
     assert on_cpu["max_num_batched_tokens"] >= on_cpu["max_model_len"]
     assert "enable_chunked_prefill" not in arguments(on_cpu=False)
+
+
+def test_a_cpu_keeps_no_prefixes_of_recurrent_layers(tmp_path: Path) -> None:
+    """vLLM would split prompts at the blocks of its prefix cache."""
+    for layers, expected in (("linear_attention", False), ("full_attention", None)):
+        (tmp_path / "config.json").write_text(json.dumps({"text_config": {"layer_types": [layers]}}))
+        found = server_arguments(VllmConfig(dtype=Dtype.bfloat16), tmp_path, (0, 32), on_cpu=True)
+        assert (found["enable_chunked_prefill"], found.get("enable_prefix_caching")) == (False, expected)
 
 
 def test_extra_arguments_win() -> None:
