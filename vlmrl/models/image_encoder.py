@@ -39,6 +39,16 @@ def image_parameters(model: Any) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if id(parameter) not in others]
 
 
+def encodes(model: Any, images: Sequence[ImageItem]) -> bool:
+    """Whether `model` makes as many features of these images as they have image tokens."""
+    with torch.inference_mode():
+        try:
+            ImageEncoder(model).encode(images, model.device, fused=False)
+        except Exception:  # noqa: BLE001  code of any family
+            return False
+    return True
+
+
 class ImageEncoder:
     """Encodes the images of a vision-language model."""
 

@@ -14,7 +14,7 @@ import asyncio
 import hashlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image as PILImage
 
 from vlmrl.caches.lru import ByteLRU
+from vlmrl.rendering.blank_tiles import blanked, has_tiles, probe_picture, refuse_blank_tiles
 from vlmrl.rendering.images import Pixels, decode, image_errors, image_hash, lock_of, read_file
 from vlmrl.types import Image, ImageItem
 
@@ -65,6 +66,7 @@ class ImageStore:
         """`processed_size` returns (width, height) of what `process` made of an image, where it can be told."""
         self._process = process
         self._processed_size = processed_size
+        self._refuses_blank_tiles = False
         self._lock = threading.Lock()
         self._items: WeakValueDictionary[str, ImageItem] = WeakValueDictionary()
         self._hash_of_part: WeakKeyDictionary[Image, str] = WeakKeyDictionary()
@@ -72,6 +74,15 @@ class ImageStore:
         self._recent: ByteLRU[str, ImageItem] = ByteLRU(RECENT_BYTES, keep_newest=True)
         self._hash_of_encoded: ByteLRU[bytes, str] = ByteLRU(ENCODED_HASH_BYTES)
         self._threads: DaemonThreads[ImageItem] = DaemonThreads(WORKERS, "images")
+
+    def try_blank_tiles(self, encodes: Callable[[Sequence[ImageItem]], bool]) -> None:
+        """Refuse images with blank tiles from now on, if `encodes` (whether the model makes a feature of every image
+        token of these images) says that the model drops them. Call it before the first image is processed."""
+        shown = self._made("", probe_picture())
+        if not has_tiles(shown.mm_kwargs):
+            return
+        blank = ImageItem("", shown.pixels, blanked(shown.mm_kwargs), shown.num_tokens)
+        self._refuses_blank_tiles = encodes([shown, shown]) and not encodes([blank, shown])
 
     def known(self, digest: str) -> ImageItem:
         """The item of a hash. The caller must keep the item alive."""
@@ -136,23 +147,28 @@ class ImageStore:
         if pending is not None:
             return pending.result()  # another thread is processing this image
         try:
-            mm_kwargs, num_tokens, replacement = self._process(pixels)
-            processed_size = self._processed_size(mm_kwargs)
+            item = self._made(digest, pixels)
         except BaseException as error:
             with self._lock:
                 del self._pending[digest]
             mine.set_exception(error)
             raise
-        pixels.setflags(write=False)
-        for array in mm_kwargs.values():
-            array.setflags(write=False)
-        item = ImageItem(digest, pixels, mm_kwargs, num_tokens, processed_size, replacement)
         with self._lock:
             self._items[digest] = item
             self._touch(item)
             del self._pending[digest]
         mine.set_result(item)
         return item
+
+    def _made(self, digest: str, pixels: Pixels) -> ImageItem:
+        """The item of an image, by the processor. Its arrays cannot be written to."""
+        mm_kwargs, num_tokens, replacement = self._process(pixels)
+        if self._refuses_blank_tiles:
+            refuse_blank_tiles(pixels, mm_kwargs)
+        processed_size = self._processed_size(mm_kwargs)
+        for array in (pixels, *mm_kwargs.values()):
+            array.setflags(write=False)
+        return ImageItem(digest, pixels, mm_kwargs, num_tokens, processed_size, replacement)
 
     def _find(self, digest: str | None) -> ImageItem | None:
         """The item of a hash; None if there is none."""

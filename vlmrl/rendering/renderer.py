@@ -24,7 +24,7 @@ Left out on purpose: tool specifications and tool calls as structure (they are t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -201,6 +201,10 @@ class FamilyRenderer:
     @property
     def image_token_ids(self) -> frozenset[int]:
         return self.chat_format.image_tokens
+
+    def try_blank_tiles(self, encodes: Callable[[Sequence[ImageItem]], bool]) -> None:
+        """Refuse images with blank tiles if the model drops those (`ImageStore.try_blank_tiles`)."""
+        self._images.try_blank_tiles(encodes)
 
     async def first_turn(self, messages: Sequence[Message]) -> Prompt:
         return self._render(messages, await self._images.items_async(images_of(messages)))

@@ -42,6 +42,7 @@ from vlmrl.models.checkpoints.load import (
 from vlmrl.models.checkpoints.published import published_weights
 from vlmrl.models.checkpoints.scratch import write_weights
 from vlmrl.models.families import family_of
+from vlmrl.models.image_encoder import encodes
 from vlmrl.models.lora import select_trainable
 from vlmrl.models.policy import Policy
 from vlmrl.models.trial import code_of, try_policy
@@ -57,7 +58,7 @@ from vlmrl.ranks.commands import Command
 from vlmrl.ranks.rank_group import RankGroup
 from vlmrl.record.logs import MainLog
 from vlmrl.record.run_dir import RunDir
-from vlmrl.rendering.renderer import Renderer, make_renderer, renderer_name
+from vlmrl.rendering.renderer import FamilyRenderer, Renderer, make_renderer, renderer_name
 from vlmrl.runs.doctor.short import ensure_certified
 from vlmrl.runs.eval_sets import make_set_players
 from vlmrl.runs.fence import files_of
@@ -307,8 +308,7 @@ def _scored_evaluation(config: RunConfig) -> EvalConfig:
 def make_run_renderer(config: RunConfig, folder: Path, model: Any, monitor: Monitor) -> Renderer:
     """The renderer with the tokenizer and image processor in `folder`. The monitor spells recorded tokens with that
     tokenizer."""
-    assert config.orchestrator.renderer is not None, "preflight refuses a config without a renderer"
-    parts = build_renderer(config, folder, model.get_input_embeddings().num_embeddings)
+    parts = build_renderer(config, folder, model)
     monitor.spell_with(parts.tokenizer)
     for sentence in parts.surprises:
         monitor.warn(sentence)
@@ -319,7 +319,7 @@ def make_run_renderer(config: RunConfig, folder: Path, model: Any, monitor: Moni
 class RenderingParts:
     """The renderer without the model, and what people need to look at prompts."""
 
-    renderer: Renderer
+    renderer: FamilyRenderer
     tokenizer: Any
     processed_pixels: Callable[[ImageItem], np.ndarray | None]
     """uint8 [H, W, 3]: an image as the processor made it; None where that cannot be shown."""
@@ -327,18 +327,16 @@ class RenderingParts:
     """What the chat format does beyond writing the messages down, as sentences for people."""
 
 
-def build_renderer(config: RunConfig, folder: Path, vocab_size: int | None = None) -> RenderingParts:
-    """The renderer with the tokenizer and processor in `folder`. `vocab_size` is the number of rows of the model's
-    embedding, by default the tokenizer's size. Raises VlmrlError and OSError."""
+def build_renderer(config: RunConfig, folder: Path, model: Any = None) -> RenderingParts:
+    """The renderer with the tokenizer and processor in `folder`. Without the `model`, its embedding counts as large as
+    the tokenizer, and images that it would not encode are not refused. Raises VlmrlError and OSError."""
     settings = config.orchestrator.renderer
     assert settings is not None, "preflight refuses a config without a renderer"
     with files_of(folder):
-        return _build_renderer(config, settings, folder, vocab_size)
+        return _build_renderer(config, settings, folder, model)
 
 
-def _build_renderer(
-    config: RunConfig, settings: RendererConfig, folder: Path, vocab_size: int | None
-) -> RenderingParts:
+def _build_renderer(config: RunConfig, settings: RendererConfig, folder: Path, model: Any) -> RenderingParts:
     tokenizer = load_tokenizer(folder)
     by_template = renderer_name(settings, config.model) == TEMPLATE
     vlm = config.model.vlm
@@ -352,12 +350,14 @@ def _build_renderer(
         config.model,
         tokenizer,
         image_processor,
-        len(tokenizer) if vocab_size is None else vocab_size,
+        len(tokenizer) if model is None else model.get_input_embeddings().num_embeddings,
         family.placeholder_tokens,
         family.processed_size,
         processor=processor,
         eos_ids=load_eos_ids(folder) if by_template else (),
     )
+    if vlm is not None and model is not None:
+        renderer.try_blank_tiles(lambda images: encodes(model, images))
     return RenderingParts(
         renderer,
         tokenizer,

@@ -98,7 +98,7 @@ def learning(folder: Path) -> Learning:
     base = _composed()
     config, _ = fill_model(dataclasses.replace(base, model=dataclasses.replace(base.model, name=str(folder))))
     model: Any = load_model(folder, config.model)
-    parts = build_renderer(config, folder, model.get_input_embeddings().num_embeddings)
+    parts = build_renderer(config, folder, model)
     samples = asyncio.run(_samples(parts.renderer, parts.tokenizer, has_images=config.model.vlm is not None))
     return Learning(config, folder, model, parts.renderer.banned_token_ids, tuple(samples))
 
