@@ -75,6 +75,7 @@ def try_policy(policy: Policy) -> None:
         ours = _in_a_tree(policy, prefix, *branches)
         with own_attention(policy):
             theirs = torch.cat([_alone(policy, np.concatenate([prefix, branch])) for branch in branches])
+        _check_numbers(policy, theirs)
         divergence = float((theirs.exp() * (theirs - ours)).nan_to_num(neginf=0.0).sum(-1).mean())
     if divergence <= (FLOAT32_KL if policy.dtype is torch.float32 else HALF_KL):
         return
@@ -88,6 +89,16 @@ def try_policy(policy: Policy) -> None:
         f"for {PREFIX} tokens and two branches. Most likely {why}. A run would learn from another distribution than "
         "the model's: choose a model of another architecture"
     )
+
+
+def _check_numbers(policy: Policy, logprobs: Tensor) -> None:
+    """Raise `ModelError` where the model itself computes no probabilities. −inf is a token that is never sampled."""
+    if bool(logprobs.isnan().any()):
+        raise ModelError(
+            f"{type(policy.model).__name__} computes probabilities that are no numbers (NaN), so no token could be "
+            "sampled: its weights and the numbers of its config.json (such as rms_norm_eps) do not fit; download the "
+            "checkpoint again"
+        )
 
 
 def _tokens(policy: Policy, count: int, seed: int) -> IntArray:

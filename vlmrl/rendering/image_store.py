@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image as PILImage
 
 from vlmrl.caches.lru import ByteLRU
-from vlmrl.rendering.blank_tiles import blanked, has_tiles, probe_picture, refuse_blank_tiles
+from vlmrl.rendering.first_image import blanked, check_finite, has_tiles, probe_picture, refuse_blank_tiles
 from vlmrl.rendering.images import Pixels, decode, image_errors, image_hash, lock_of, read_file
 from vlmrl.types import Image, ImageItem
 
@@ -75,10 +75,12 @@ class ImageStore:
         self._hash_of_encoded: ByteLRU[bytes, str] = ByteLRU(ENCODED_HASH_BYTES)
         self._threads: DaemonThreads[ImageItem] = DaemonThreads(WORKERS, "images")
 
-    def try_blank_tiles(self, encodes: Callable[[Sequence[ImageItem]], bool]) -> None:
-        """Refuse images with blank tiles from now on, if `encodes` (whether the model makes a feature of every image
-        token of these images) says that the model drops them. Call it before the first image is processed."""
+    def try_image(self, encodes: Callable[[Sequence[ImageItem]], bool]) -> None:
+        """Process one image, and refuse images with blank tiles from now on, if `encodes` (whether the model makes a
+        feature of every image token of these images) says that the model drops them. Call it before the first image is
+        processed. Raises `UserFault` where the processor makes no numbers of an image."""
         shown = self._made("", probe_picture())
+        check_finite(shown.mm_kwargs)
         if not has_tiles(shown.mm_kwargs):
             return
         blank = ImageItem("", shown.pixels, blanked(shown.mm_kwargs), shown.num_tokens)

@@ -181,6 +181,7 @@ class FamilyRenderer:
         self._digests: WeakKeyDictionary[Prompt, bytes] = WeakKeyDictionary()
         """Prompts that a bridge made → digest of their tokens."""
 
+        _check_vocabulary(chat_format, vocabulary, vocab_size)
         # The first stop token closes a turn in the family's chat format. The others end a document: ban them.
         stop_ids = chat_format.stop_ids
         self.surprises = chat_format.surprises
@@ -202,9 +203,9 @@ class FamilyRenderer:
     def image_token_ids(self) -> frozenset[int]:
         return self.chat_format.image_tokens
 
-    def try_blank_tiles(self, encodes: Callable[[Sequence[ImageItem]], bool]) -> None:
-        """Refuse images with blank tiles if the model drops those (`ImageStore.try_blank_tiles`)."""
-        self._images.try_blank_tiles(encodes)
+    def try_image(self, encodes: Callable[[Sequence[ImageItem]], bool]) -> None:
+        """Process one image, to see whether all can be served (`ImageStore.try_image`)."""
+        self._images.try_image(encodes)
 
     async def first_turn(self, messages: Sequence[Message]) -> Prompt:
         return self._render(messages, await self._images.items_async(images_of(messages)))
@@ -292,6 +293,19 @@ class FamilyRenderer:
         prompt = Prompt(token_ids, previous.placeholders + added.placeholders, previous.images + new_items)
         self._digests[prompt] = _digest(digest, added.token_ids)
         return prompt
+
+
+def _check_vocabulary(chat_format: ChatFormat, vocabulary: Iterable[int], vocab_size: int) -> None:
+    """Raise `ConfigError` where a text can become tokens that have no row in the model's embedding. Special tokens
+    that the chat format does not write may have none (Gemma 3 without its vision tower)."""
+    needed = {*chat_format.stop_ids[:1], *chat_format.image_tokens}
+    rowless = [id for id in vocabulary if id >= vocab_size and (id in needed or id not in chat_format.special)]
+    if rowless:
+        raise ConfigError(
+            f"the tokenizer has the token {safe_repr(chat_format.tokenizer.decode([min(rowless)]))} with the id "
+            f"{min(rowless)}, and the model's embedding has {vocab_size} rows, so a text with it could not be "
+            "embedded: use the tokenizer and the config.json that belong to the checkpoint"
+        )
 
 
 def _digest(before: bytes, token_ids: IntArray) -> bytes:

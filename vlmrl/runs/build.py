@@ -357,7 +357,7 @@ def _build_renderer(config: RunConfig, settings: RendererConfig, folder: Path, m
         eos_ids=load_eos_ids(folder) if by_template else (),
     )
     if vlm is not None and model is not None:
-        renderer.try_blank_tiles(lambda images: encodes(model, images))
+        renderer.try_image(lambda images: encodes(model, images))
     return RenderingParts(
         renderer,
         tokenizer,

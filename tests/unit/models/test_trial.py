@@ -89,6 +89,13 @@ def test_others_are_refused_with_a_reason(family: str, reason: str) -> None:
         try_policy(policy)
 
 
+def test_a_model_that_computes_no_numbers_is_refused() -> None:
+    policy = policy_of("llama")
+    policy.model.model.norm.variance_epsilon = float("nan")
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM computes probabilities that are no numbers \(NaN\)"):
+        try_policy(policy)
+
+
 def test_the_error_of_a_family_is_named() -> None:
     with pytest.raises(ModelError, match=r"dict does not compute in the way .*KeyError: 'hidden'"), code_of({}):
         raise KeyError("hidden")

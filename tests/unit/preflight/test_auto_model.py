@@ -14,7 +14,13 @@ from vlmrl.config.run import RunConfig
 from vlmrl.errors import ConfigError
 from vlmrl.preflight.auto_model import fill_model, known_families
 
-GEMMA = {"model_type": "gemma3", "image_token_index": 262144, "vision_config": {}, "torch_dtype": "bfloat16"}
+GEMMA = {
+    "model_type": "gemma3",
+    "image_token_index": 262144,
+    "vision_config": {},
+    "text_config": {},
+    "torch_dtype": "bfloat16",
+}
 UNKNOWN = {
     "model_type": "nobody_knows",
     "image_token_id": 7,

@@ -16,6 +16,7 @@ from PIL import Image as PILImage
 from support.tiny_renderer import MODEL, PLACEHOLDER_TOKENS, VOCAB_SIZE, first, following
 from vlmrl.config.model import ModelConfig
 from vlmrl.config.orchestrator import RendererConfig
+from vlmrl.errors import ConfigError
 from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer
 from vlmrl.models.families import family_of
 from vlmrl.rendering.renderer import ImageError, Renderer, make_renderer, renderer_name
@@ -385,6 +386,11 @@ def test_a_text_only_model_takes_the_same_path(tokenizer: Any) -> None:
     assert tokenizer.decode(whole.token_ids[sampled]).endswith("A<|im_end|>")
     with pytest.raises(ImageError, match="text-only"):
         first(renderer, [Message.of("user", Image(picture(1)))])
+
+
+def test_every_token_of_a_text_has_a_row_in_the_embedding(tokenizer: Any, image_processor: Any) -> None:
+    with pytest.raises(ConfigError, match=r"the token .* with the id 40, and the model's embedding has 40 rows"):
+        make_renderer(RendererConfig(), MODEL, tokenizer, image_processor, 40, PLACEHOLDER_TOKENS)
 
 
 def test_a_renderer_from_a_folder_of_the_users_own(folder: Path, tmp_path: Path) -> None:

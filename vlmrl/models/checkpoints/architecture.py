@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmrl.errors import ModelError, headline
+from vlmrl.models.checkpoints.settings import unfit_values, unreadable, words_of
 
 SEEING = ("image_token_id", "image_token_index", "vq_config", "img_processor", "mm_vision_tower", "vision_config")
 """Keys of config.json that only models with images have."""
@@ -58,7 +59,7 @@ def unfit_config(config: Mapping[str, Any]) -> str | None:
             "index_topk: an indexer chooses the earlier tokens that a token attends to, which the policy does not "
             "compute; choose a model with full or sliding-window attention"
         )
-    return None
+    return unfit_values(config)
 
 
 def seeing_key(config: Mapping[str, Any]) -> str | None:
@@ -103,6 +104,8 @@ def unfit_class(folder: Path, config: Mapping[str, Any], *, has_images: bool) ->
         )
     auto: Any = AutoModelForImageTextToText if has_images else AutoModelForCausalLM
     try:
+        if (reason := unreadable(folder, str(family))) is not None:
+            return reason
         settings = AutoConfig.from_pretrained(folder, local_files_only=True)
         if type(settings) not in auto._model_mapping:
             kind = "takes images and writes text" if has_images else "writes text"
@@ -113,8 +116,13 @@ def unfit_class(folder: Path, config: Mapping[str, Any], *, has_images: bool) ->
         with torch.device("meta"):  # the modules without their numbers
             model = auto.from_config(settings)
         return _unfit_model(model, settings, has_images)
+    except ImportError as error:
+        return f"transformers cannot make a {family} of it ({headline(error)}); install what it asks for"
     except Exception as error:  # noqa: BLE001  code of any family, over a file that may hold anything
-        return f"transformers cannot make a {family} of its config.json ({headline(error)}); install what it asks for"
+        return (
+            f"something of which transformers cannot make a {family} ({type(error).__name__}: {words_of(error)}); "
+            "correct it, or download config.json again"
+        )
 
 
 def _unfit_model(model: Any, settings: Any, has_images: bool) -> str | None:

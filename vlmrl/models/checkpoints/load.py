@@ -31,6 +31,7 @@ from vlmrl.models.checkpoints.other_formats import other_format, other_tokenizer
 from vlmrl.models.checkpoints.processor import make_processor
 from vlmrl.models.checkpoints.published import keep_published_layout
 from vlmrl.models.checkpoints.scratch import ensure_architecture, initialize
+from vlmrl.models.checkpoints.settings import IDS, unreadable
 from vlmrl.models.checkpoints.tiny import ensure_tiny_checkpoint
 
 if TYPE_CHECKING:
@@ -85,6 +86,9 @@ def load_model(folder: Path, config: ModelConfig) -> PreTrainedModel:
     if config.init is Init.random and config.tiny is None:
         return initialize(folder, config, resolve_device(config))
     problems = missing_files(folder, config) or wrong_family(folder, config)
+    if not problems:
+        reason = unreadable(folder, str(read_json(folder / "config.json").get("model_type")))
+        problems = [] if reason is None else [f"its config.json says {reason}"]
     if problems:
         raise ModelError(f"{folder} does not load: {'; '.join(problems)}")
     _check_weight_headers(folder)
@@ -95,12 +99,11 @@ def load_model(folder: Path, config: ModelConfig) -> PreTrainedModel:
 
     auto: Any = AutoModelForCausalLM if config.vlm is None else AutoModelForImageTextToText
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # it would draw over the live view
+    settings = {"dtype": getattr(torch, config.dtype.value), "output_loading_info": True, "local_files_only": True}
     try:
-        model, info = auto.from_pretrained(
-            folder, dtype=getattr(torch, config.dtype.value), output_loading_info=True, local_files_only=True
-        )
+        model, info = auto.from_pretrained(folder, **settings)
     except Exception as error:  # code of any family, over files that may hold anything
-        raise ModelError(f"{folder} does not load: {headline(error)}") from error
+        raise ModelError(f"{folder} does not load: {_other_shape(auto, folder) or headline(error)}") from error
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
         raise ModelError(
@@ -111,6 +114,23 @@ def load_model(folder: Path, config: ModelConfig) -> PreTrainedModel:
     loaded: PreTrainedModel = model.to(resolve_device(config)).eval()
     _check_finite(folder, loaded)
     return loaded
+
+
+def _other_shape(auto: Any, folder: Path) -> str | None:
+    """Which weight of a folder that does not load has another shape than config.json says; None where none has."""
+    try:
+        wrong = auto.from_pretrained(
+            folder, output_loading_info=True, local_files_only=True, ignore_mismatched_sizes=True
+        )[1]["mismatched_keys"]
+    except Exception:  # noqa: BLE001  the first error is the one to report
+        return None
+    if not wrong:
+        return None
+    name, in_file, wanted = min(wrong)
+    return (
+        f"its weight {name} has the shape {list(in_file)}, and by config.json it has {list(wanted)} (weights of "
+        f"another shape: {len(wrong)}), so the files do not belong together: download the checkpoint again"
+    )
 
 
 def _check_finite(folder: Path, model: PreTrainedModel) -> None:
@@ -133,7 +153,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # a damaged file makes the tokenizers package raise `Exception` itself
-        raise ModelError(f"the tokenizer of {folder} does not load: {error}") from error
+        raise ModelError(
+            f"the tokenizer of {folder} does not load ({headline(error)}): download tokenizer.json and "
+            "tokenizer_config.json again"
+        ) from error
     return tokenizer
 
 
@@ -158,7 +181,10 @@ def load_image_processor(folder: Path, vlm: VLMConfig | None = None) -> BaseImag
                 f"transformers has the image processor of {folder} for torchvision only, which is not installed, so no "
                 "image could be processed: pip install torchvision, in the version that belongs to the installed torch"
             ) from error
-        raise ModelError(f"the image processor of {folder} does not load: {headline(error)}") from error
+        raise ModelError(
+            f"the image processor of {folder} does not load ({headline(error).partition('. ')[0]}): use the "
+            "preprocessor_config.json that belongs to the checkpoint"
+        ) from error
     return processor if vlm is None else resized(processor, vlm)
 
 
@@ -172,11 +198,17 @@ def load_processor(folder: Path, vlm: VLMConfig | None = None) -> Any:
 
 
 def load_eos_ids(folder: Path) -> tuple[int, ...]:
-    """The tokens that end a generation, as generation_config.json says; empty where it does not say."""
+    """The tokens that end a generation, as generation_config.json says; empty where it does not say. Raises
+    `ModelError` for what is no token id."""
     path = folder / "generation_config.json"
     eos = read_json(path).get("eos_token_id") if path.exists() else None
-    ids = eos if isinstance(eos, list) else [eos]
-    return tuple(id for id in ids if type(id) is int)
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if wrong := [id for id in ids if type(id) is not int or id < 0]:
+        raise ModelError(
+            f"{path} says eos_token_id={wrong[0]!r}, which is no token id, so an answer would not end there: correct "
+            "it, or remove the line"
+        )
+    return tuple(ids)
 
 
 def resolve_device(config: ModelConfig) -> torch.device:
@@ -210,9 +242,18 @@ def missing_files(folder: Path, config: ModelConfig) -> list[str]:
     except ModelError as error:
         return [str(error)]
     needed = [*weights, folder / "tokenizer.json"]
-    if config.vlm is not None and not (folder / "processor_config.json").is_file():
+    if config.vlm is not None and not _holds_image_processor(folder / "processor_config.json"):
         needed.append(folder / "preprocessor_config.json")
     return [_missing(path) for path in needed if not path.is_file()]
+
+
+def _holds_image_processor(path: Path) -> bool:
+    """Whether a processor_config.json also has what newer checkpoints no longer have in preprocessor_config.json. A
+    corrupt one is reported when it is loaded."""
+    try:
+        return path.is_file() and "image_processor" in read_json(path)
+    except ModelError:
+        return True
 
 
 def _missing(path: Path) -> str:
@@ -234,13 +275,34 @@ def wrong_family(folder: Path, config: ModelConfig) -> list[str]:
     ]
 
 
+def wrong_image_token(folder: Path, config: ModelConfig) -> list[str]:
+    """That config.json has another image token than `model.vlm.image_token`, as a sentence; empty where it has not, or
+    where a file does not say."""
+    if config.vlm is None or not (folder / "tokenizer.json").is_file():
+        return []
+    content = read_json(folder / "config.json")
+    key, stated = next(((key, content[key]) for key in IDS if type(content.get(key)) is int), ("", None))
+    added = read_json(folder / "tokenizer.json").get("added_tokens")
+    ids = {token.get("content"): token.get("id") for token in added if isinstance(token, dict)} if added else {}
+    own = ids.get(config.vlm.image_token)
+    if stated is None or own is None or own == stated:
+        return []
+    return [
+        f"config.json says {key}={stated}, but model.vlm.image_token={config.vlm.image_token} is token {own} of "
+        "tokenizer.json, so a server or an exported model would put the images in other places: use the config.json "
+        "and the tokenizer.json that belong together"
+    ]
+
+
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return [folder / "model.safetensors"]
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ModelError(f"{index} is corrupt: it has no weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{index} is corrupt: it has no weight_map, so no weight would be found: download it again")
+    if not all(isinstance(name, str) for name in weight_map.values()):
+        raise ModelError(f"{index} is corrupt: its weight_map names no files: download it again")
     return [folder / name for name in sorted(set(weight_map.values()))]
 
 

@@ -76,17 +76,20 @@ def _weights(config: ModelConfig) -> tuple[list[str], int | None]:
 
 def _misfits(folder: Path, config: ModelConfig) -> list[str]:
     """Why the policy cannot compute with the checkpoint of `folder`, which has a config.json."""
-    from vlmrl.models.checkpoints import architecture, load
+    from vlmrl.models.checkpoints import architecture, load, settings
 
     try:
-        wrong = load.wrong_family(folder, config)
+        wrong = load.wrong_family(folder, config) or load.wrong_image_token(folder, config)
         if wrong:
             return wrong
         content = load.read_json(folder / "config.json")
     except ModelError as error:
         return [str(error)]
+    family = content.get("model_type")
     reason = architecture.unfit_config(content)
-    if reason is None and content.get("model_type") not in known_families():
+    if reason is None and family in known_families():
+        reason = settings.unreadable(folder, str(family))
+    elif reason is None:
         reason = architecture.unfit_class(folder, content, has_images=config.vlm is not None)
     return [] if reason is None else [f"its config.json says {reason}"]
 

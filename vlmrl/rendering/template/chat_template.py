@@ -51,6 +51,21 @@ class ChatTemplate:
         template raises."""
         return self._render([self._content(message) for message in messages], generate, today)
 
+    def check_images(self, placeholder: str) -> None:
+        """Raise `ConfigError` where the template writes no placeholder for an image of a question. What the template
+        raises is left to those that look at whole conversations."""
+        chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": WORD}]}]
+        try:
+            text = self._render(chat, True, TODAY)
+        except Exception:  # noqa: BLE001 — a template may raise anything
+            return
+        if WORD in text and placeholder not in text:
+            raise ConfigError(
+                f"the checkpoint's chat template writes no {placeholder} for an image of a question, so the policy "
+                "would not see it: use the chat_template.jinja that belongs to the checkpoint, or choose another "
+                "renderer"
+            )
+
     def _render(self, chat: list[dict[str, Any]], generate: bool, today: datetime) -> str:
         extra = dict(self._options)
         if FROZEN_NOW in self.variables:

@@ -54,6 +54,8 @@ class TemplateFormat:
         `eos_ids` are those of generation_config.json. Raises `ConfigError`."""
         self._raw = tokenizer
         self._template = ChatTemplate(tokenizer, processor, options)
+        if processor is not None:
+            self._template.check_images(processor.image_token)
         placeholder = processor.image_token if processor is not None else None
         spelled = [token for token in (image_token, placeholder) if token is not None]
         self._placeholders = tuple(spelled)
@@ -93,6 +95,11 @@ class TemplateFormat:
         closing = next((id for id in tail if id in known), tail[0] if tail else None)
         if closing is None:  # some templates close a turn with the token that opens the next one (GLM)
             closing = next((id for id in self._encoder.encode(self.turns.tail)[:1] if id in known), None)
+        if unknown := [id for id in eos_ids if self._raw.convert_ids_to_tokens(id) is None]:
+            raise ConfigError(
+                f"generation_config.json says eos_token_id={unknown[0]}, and the checkpoint's tokenizer has no such "
+                "token, so no answer would end there: use the files that belong together"
+            )
         found = dict.fromkeys([*([closing] if closing is not None else []), *known])
         if not found:
             raise ConfigError(

@@ -23,6 +23,16 @@ GLANCES: list[tuple[dict[str, Any], str | None]] = [
     ({"model_type": "deepseek_v32", "index_topk": 2048}, "an indexer chooses"),
     ({"model_type": "falcon", "alibi": False, "is_encoder_decoder": False, "index_topk": None}, None),
     ({"model_type": "llama", "quantization_config": None}, None),
+    ({"hidden_size": "many"}, "hidden_size='many', which must be a whole number of at least 1; correct it"),
+    ({"text_config": {"num_hidden_layers": -2}}, "text_config.num_hidden_layers=-2, which must be"),
+    ({"vision_config": {"patch_size": 0}, "text_config": {}}, "vision_config.patch_size=0, which must be"),
+    ({"n_head": 2.5}, "n_head=2.5, which must be"),
+    ({"num_attention_heads": 3, "num_key_value_heads": 2}, "no multiple of num_key_value_heads=2"),
+    ({"image_token_id": -1}, "image_token_id=-1, which must be a whole number of at least 0"),
+    ({"vision_config": {"hidden_size": 8}}, "a vision_config and no text_config"),
+    ({"vision_config": {}, "text_config": None, "image_token_id": 3}, "a vision_config and no text_config"),
+    ({"vision_config": {}, "hidden_size": 64}, None),
+    ({"num_key_value_heads": [2, 4], "num_attention_heads": 3, "head_dim": None}, None),
 ]
 
 
@@ -42,8 +52,8 @@ CLASSES: list[tuple[str, bool, dict[str, Any], str | None]] = [
     ("idefics", True, {}, "has no get_image_features"),
     ("paligemma", True, {}, "shows token 1 to token 0, which no window and no image explains"),
     ("llama4_text", False, {"num_hidden_layers": 4}, "mask function failed"),
-    ("llama", False, {"hidden_size": "wide"}, "transformers cannot make a llama of its config.json"),
-    ("llama", False, {"num_attention_heads": 0}, "transformers cannot make a llama of its config.json"),
+    ("llama", False, {"hidden_size": "wide"}, r"Field 'hidden_size' expected int, got str \(value: 'wide'\)"),
+    ("llama", False, {"hidden_act": "nobody"}, r"transformers cannot make a llama \(KeyError: 'nobody'\); correct it"),
     ("llama", False, {}, None),
     ("gpt2", False, {}, None),
     ("janus", True, {}, None),

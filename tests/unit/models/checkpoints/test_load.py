@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,11 +20,14 @@ from support.model_folders import QWEN3_VL, folder_config, without_hub
 from vlmrl.config.model import Dtype, ModelConfig, TinyConfig, VLMConfig
 from vlmrl.errors import ModelError
 from vlmrl.models.checkpoints.load import (
+    load_eos_ids,
     load_image_processor,
     load_model,
     load_tokenizer,
+    missing_files,
     resolve_checkpoint,
     resolve_device,
+    wrong_image_token,
 )
 from vlmrl.models.families.qwen3_vl import ATOMIC_TOKENS, SPECIAL_TOKENS
 
@@ -168,6 +173,11 @@ def another_shape(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def edit(path: Path, **values: Any) -> None:
+    content = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(content | values))
+
+
 def name_a_missing_shard(folder: Path) -> None:
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -185,11 +195,17 @@ def name_a_missing_shard(folder: Path) -> None:
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json is missing"),
         (lambda folder: (folder / "preprocessor_config.json").unlink(), "preprocessor_config.json is missing"),
         (drop_a_weight, "lacks 1 weights .* model.language_model.norm.weight"),
-        (another_shape, "does not load"),
+        (another_shape, r"mlp\.down_proj\.weight has the shape \[64, 128\], and by config\.json it has \[64, 96\]"),
         (lambda folder: spoil_a_weight(folder, math.nan), "model.language_model.norm.weight has values that are not f"),
         (lambda folder: spoil_a_weight(folder, math.inf), "model.language_model.norm.weight has values that are not f"),
         (name_a_missing_shard, "model-00001-of-00002.safetensors is missing"),
         (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "no weight_map"),
+        (lambda folder: edit(folder / "model.safetensors.index.json", weight_map={}), "no weight_map"),
+        (lambda folder: edit(folder / "model.safetensors.index.json", weight_map={"a": 5}), "names no files"),
+        (
+            lambda folder: edit(folder / "config.json", text_config="x"),
+            "something that transformers' qwen3_vl does not",
+        ),
     ],
 )
 def test_a_broken_folder_is_a_model_error_that_names_the_file(
@@ -205,6 +221,28 @@ def test_a_corrupt_tokenizer_is_named(copy: Path, name: str) -> None:
     truncate(copy / name)
     with pytest.raises(ModelError, match=f"{name} is corrupt"):
         load_tokenizer(copy)
+
+
+@pytest.mark.parametrize("id", ["x", -1, [2, None], True])
+def test_the_end_of_an_answer_is_a_token(tmp_path: Path, id: Any) -> None:
+    edit(tmp_path / "generation_config.json", eos_token_id=id)
+    with pytest.raises(ModelError, match="no token id, so an answer would not end there"):
+        load_eos_ids(tmp_path)
+
+
+def test_config_and_tokenizer_name_the_same_image_token(copy: Path) -> None:
+    assert wrong_image_token(copy, folder_config(copy)) == []
+    edit(copy / "config.json", image_token_id=3)
+    (problem,) = wrong_image_token(copy, folder_config(copy))
+    assert re.search(r"image_token_id=3, but model\.vlm\.image_token=<\|image_pad\|> is token \d+ of tok", problem)
+
+
+def test_an_image_processor_may_be_in_either_file(copy: Path) -> None:
+    (copy / "preprocessor_config.json").unlink()
+    edit(copy / "processor_config.json", processor_class="x")
+    assert missing_files(copy, folder_config(copy)) == ["preprocessor_config.json is missing"]
+    edit(copy / "processor_config.json", image_processor={})
+    assert missing_files(copy, folder_config(copy)) == []
 
 
 def test_a_missing_tokenizer_is_not_an_empty_one(copy: Path) -> None:

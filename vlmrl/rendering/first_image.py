@@ -1,4 +1,4 @@
-"""Tiles that a processor makes of a plain colour, and that some models take for padding.
+"""What one image shows of a processor before a run: whether it makes numbers, and tiles that the model would drop.
 
 Idefics 3, SmolVLM and others pad a batch of images with tiles of zeros, and drop every tile whose values are all
 exactly 0 before the vision tower. A picture becomes such a tile only where a colour is normalized to 0 (black, with
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from vlmrl.errors import UserFault
 from vlmrl.rendering.images import ImageError, Pixels
 
 TILE_DIMS = 4
@@ -20,6 +21,16 @@ TILE_DIMS = 4
 def probe_picture() -> Pixels:
     """uint8 [64, 64, 3]; noise, of which no processor makes a blank tile."""
     return np.random.default_rng(0).integers(1, 255, (64, 64, 3), np.uint8)
+
+
+def check_finite(mm_kwargs: Mapping[str, np.ndarray]) -> None:
+    """Raise `UserFault` where a processor makes NaN or infinite values of noise: then it does so for every image."""
+    for name, array in mm_kwargs.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise UserFault(
+                f"it makes values of an image that are not finite ({name}), as with image_std=0 or an image_mean that "
+                "is no number: use the preprocessor_config.json that belongs to the checkpoint"
+            )
 
 
 def has_tiles(mm_kwargs: Mapping[str, np.ndarray]) -> bool:
