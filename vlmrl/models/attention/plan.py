@@ -82,28 +82,31 @@ class Blocks:
 
 
 class KVPool:
-    """Keys and values of the embedded engine, per layer, `capacity` slots each. The trainer has no pool: its rows are
-    the slots. A layer's tensors get their shape and dtype from the first keys and values that it writes, because layers
-    of one model may differ (Gemma 4 has two head sizes)."""
+    """Keys and values of the embedded engine, per call of attention in a pass, `capacity` slots each. The trainer has
+    no pool: its rows are the slots.
+
+    Calls are counted, not layers: DiffLlama's layers call attention twice, and HRM runs its layers several times. A
+    call's tensors get their shape and dtype from the first keys and values that it writes, because layers of one model
+    may differ (Gemma 4 has two head sizes)."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-        """Layer → keys and values, float [kv_heads, capacity, head size] each."""
+        self.calls: dict[int, tuple[Tensor, Tensor]] = {}
+        """Number of the call in its pass → keys and values, float [kv_heads, capacity, head size] each."""
 
-    def write(self, layer: int, first_slot: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write key and value [kv_heads, n, head size] to the n slots from `first_slot` on → all of the layer's."""
-        if layer not in self.layers:
-            self.layers[layer] = self._empty(key), self._empty(value)
-        for kept, new in zip(self.layers[layer], (key, value), strict=True):
+    def write(self, call: int, first_slot: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write key and value [kv_heads, n, head size] to the n slots from `first_slot` on → all of the call's."""
+        if call not in self.calls:
+            self.calls[call] = self._empty(key), self._empty(value)
+        for kept, new in zip(self.calls[call], (key, value), strict=True):
             kept[:, first_slot : first_slot + new.shape[1]] = new
-        return self.layers[layer]
+        return self.calls[call]
 
     def grown(self, capacity: int, used: int) -> KVPool:
         """A pool of `capacity` slots with the content of the first `used` slots of this one."""
         pool = KVPool(capacity)
-        for layer, (key, value) in self.layers.items():
-            pool.write(layer, 0, key[:, :used], value[:, :used])
+        for call, (key, value) in self.calls.items():
+            pool.write(call, 0, key[:, :used], value[:, :used])
         return pool
 
     def _empty(self, like: Tensor) -> Tensor:
@@ -125,6 +128,14 @@ class TreePlan:
     """The segments of a trainer's pass, for layers that carry a state."""
     states: StatePlan | None = None
     """The order in which layers that carry a state compute the rows; made from `segments` where it is missing."""
+    calls: int = 0
+    """Calls of attention so far, in a pass with a pool."""
+
+    def write(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the keys and values of the next call into the pool → all that the call has there."""
+        assert self.pool is not None
+        self.calls += 1
+        return self.pool.write(self.calls - 1, self.first_slot, key, value)
 
 
 def shared_segments(parents: Sequence[int], lengths: Sequence[int], queries: Sequence[int]) -> list[bool]:

@@ -221,9 +221,7 @@ def tree_attention_forward(
         return attend_fused(query, key, value, plan, scale, softcap), None
     q, k, v = query[0].contiguous(), key[0].contiguous(), value[0].contiguous()
     if tree_plan.pool is not None:
-        layer = module.layer_idx
-        assert isinstance(layer, int)
-        k, v = tree_plan.pool.write(layer, tree_plan.first_slot, k, v)
+        k, v = tree_plan.write(k, v)
     with torch.autocast(q.device.type, enabled=False):
         out = _TreeAttention.apply(q, k, v, plan, scale, softcap)  # type: ignore[no-untyped-call]
     return out.transpose(0, 1).contiguous().unsqueeze(0), None  # some families take a view of it

@@ -54,6 +54,11 @@ def unfit_config(config: Mapping[str, Any]) -> str | None:
             "alibi=true: its attention adds a bias by distance, which the policy does not compute; choose a model with "
             "rotary or learned positions"
         )
+    if any(found is True for found in _values(config, "prefix_lm")):
+        return (
+            "prefix_lm=true: it was trained with prompts whose tokens see each other, so a longer prompt changes the "
+            "earlier tokens; choose a model in which each token sees only earlier ones"
+        )
     if any(isinstance(found, int) and found > 0 for found in _values(config, "index_topk")):
         return (
             "index_topk: an indexer chooses the earlier tokens that a token attends to, which the policy does not "

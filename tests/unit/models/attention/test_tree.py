@@ -80,13 +80,13 @@ def test_rows_see_the_keys_that_earlier_passes_left_in_the_pool(tree: Tree, thre
     # The pool is larger than its content; the unused slots hold NaN.
     pool = KVPool(slots + 5)
     empty = torch.full((KV_HEADS, slots + 5, DIM), torch.nan)
-    pool.layers[0] = empty, empty.clone()
+    pool.calls[0] = empty, empty.clone()
     pool.write(0, 0, k[:, :first_slot], v[:, :first_slot])
     plan = replace(plan_of(segments, threshold), pool=pool, first_slot=first_slot)
     with torch.no_grad():
         out = attend(plan, q, k[:, first_slot:], v[:, first_slot:])
     assert_close(out, dense(torch.from_numpy(mask), q.double(), k.double(), v.double()))
-    keys, values = pool.layers[0]
+    keys, values = pool.calls[0]
     torch.testing.assert_close(keys[:, :slots], k, rtol=0, atol=0)
     torch.testing.assert_close(values[:, :slots], v, rtol=0, atol=0)
     assert bool(keys[:, slots:].isnan().all())

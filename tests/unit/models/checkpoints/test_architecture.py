@@ -20,6 +20,7 @@ GLANCES: list[tuple[dict[str, Any], str | None]] = [
     ({"model_type": "trocr", "add_cross_attention": True}, "cross attention"),
     ({"model_type": "mpt", "attn_config": {"alibi": True}}, "alibi=true"),
     ({"model_type": "falcon", "alibi": True}, "alibi=true"),
+    ({"model_type": "hrm_text", "prefix_lm": True}, "prefix_lm=true"),
     ({"model_type": "deepseek_v32", "index_topk": 2048}, "an indexer chooses"),
     ({"model_type": "falcon", "alibi": False, "is_encoder_decoder": False, "index_topk": None}, None),
     ({"model_type": "llama", "quantization_config": None}, None),
