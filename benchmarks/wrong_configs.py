@@ -49,7 +49,6 @@ MORE: tuple[tuple[str, ...], ...] = (
     ("weight_sync=folder",),
     ("inference=vllm", "inference.slurm_tasks=2", "inference.replicas=2"),
     ("inference=vllm", "orchestrator.max_staleness=400"),
-    ("inference=vllm", "model=qwen3vl_moe"),
     ("mode=replay",),
     ("mode=sft", "trainer.warmup.steps=0"),
     ("mode=eval", "orchestrator.eval.problems=0"),

@@ -40,11 +40,12 @@ NOT_ALONE = {
         "algorithm.credit=turn trains each turn on the reward that the task gives it",
     ),
     "model=auto": "model.name has no value",
+    "model/vlm=llava": "model.tiny builds a checkpoint, and model.vlm.image_token=auto is read from one",
     "model/vlm=auto": "model.tiny builds a checkpoint, and model.vlm.family=auto is read from one",
     **{
         f"model/vlm={path.stem}": f"model.tiny cannot build a checkpoint of model.vlm.family={path.stem}"
         for path in (CONF / "model/vlm").glob("*.yaml")
-        if path.stem not in ("qwen3_vl", "auto")
+        if path.stem not in ("qwen3_vl", "llava", "auto")
     },
     **dict.fromkeys(
         ("model/size=2b", "model/size=4b", "model/size=8b", "model/size=30b_a3b"),

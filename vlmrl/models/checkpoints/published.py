@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from vlmrl.errors import ModelError
 
 
 def keep_published_layout(model: Any) -> None:
@@ -15,6 +18,8 @@ def keep_published_layout(model: Any) -> None:
 
     transformers transposes a weight (the experts of Qwen3-VL MoE) where the file's shape is not the parameter's. On the
     way back it compares the parameter with itself, transposes nothing, and writes a file that vLLM cannot load.
+
+    Raises `ModelError` for experts that are square: whether such a weight is transposed cannot be seen.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import PrefixChange, Transpose
@@ -27,8 +32,19 @@ def keep_published_layout(model: Any) -> None:
     for conversion in conversions:
         for operation in getattr(conversion, "operations", ()):
             if isinstance(operation, Transpose):
+                _refuse_square(model, conversion.target_patterns)
                 operation.check_dims = False
     model._weight_conversions = conversions or None
+
+
+def _refuse_square(model: Any, patterns: Sequence[str]) -> None:
+    for name, parameter in model.named_parameters():
+        rows, columns = parameter.shape[-2:] if parameter.ndim > 1 else (0, 1)
+        if rows == columns and any(re.search(pattern, name) for pattern in patterns):
+            raise ModelError(
+                f"{name} is square ({rows} × {columns}), so nothing says whether a file holds it transposed, and the "
+                "model might be another than the published one: choose a model whose experts have another width"
+            )
 
 
 def published_weights(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from vlmrl.config.conf_folder import CONF
 from vlmrl.config.model import Init, ModelConfig
 from vlmrl.config.run import RunConfig
+from vlmrl.errors import ModelError
 from vlmrl.models.checkpoints.load import load_image_processor, load_model, load_tokenizer, resolve_checkpoint
 from vlmrl.models.checkpoints.scratch import write_weights
 
@@ -38,7 +39,7 @@ MOE = (
     "model=qwen3vl_moe",
     "model.size.text.num_experts=4",
     "model.size.text.num_experts_per_tok=2",
-    "model.size.text.moe_intermediate_size=16",
+    "model.size.text.moe_intermediate_size=24",
 )
 TEXTS = ("red A, green B",)
 
@@ -88,6 +89,13 @@ def test_a_folder_that_is_written_is_the_model(
     again = load_model(target, config)
     assert model.state_dict().keys() == again.state_dict().keys()
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_square_experts_are_refused(run_config: Callable[..., RunConfig]) -> None:
+    """transformers transposes the experts of a file where their shape is not the parameter's."""
+    square = run_config(*MOE, "model.init=random", *SMALL, "model.size.text.moe_intermediate_size=16").model
+    with pytest.raises(ModelError, match=r"experts.gate_up_proj is square \(32 × 32\)"):
+        made(square)
 
 
 def test_its_tokenizer_and_processor_are_qwen3_vl_s(run_config: Callable[..., RunConfig]) -> None:
