@@ -86,6 +86,11 @@ EXCHANGED = {
     "python -m vlmrl mode=doctor model=auto model.name=path/to/checkpoint task=color_codeword": (
         f"python -m vlmrl mode=doctor model=auto {TRIED} task=color_codeword"
     ),
+    "python -m vlmrl mode=doctor model=auto model.name=path/to/text_model task=dataset task.path=rows.jsonl "
+    "reward=exact": (
+        "python -m vlmrl mode=doctor model=auto "
+        f"{TRIED.replace('smolvlm', 'qwen3')} task=dataset task.path=rows.jsonl reward=exact"
+    ),
     "python -m vlmrl model=auto model/vlm=smolvlm model.name=path/to/checkpoint task=color_codeword": (
         f"python -m vlmrl model=auto model/vlm=smolvlm {TRIED} task=color_codeword dry_run=true"
     ),
@@ -317,7 +322,8 @@ def documented(home: Home, finished: object) -> Home:
     (home.path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     for layout in LAYOUTS:
         layout.write(home.path / "layouts" / layout.name)
-    build("smolvlm", home.path / "smolvlm")
+    for family in ("smolvlm", "qwen3"):
+        build(family, home.path / family)
     made = home.vlmrl("init", "template/my_task")
     assert made.code == 0, made.err
     return home

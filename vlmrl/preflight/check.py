@@ -114,6 +114,7 @@ RULES: tuple[Rule, ...] = (
     _of_config(imports.imports_resolve),
     _of_site(packages.packages_are_installed, Stage.here),
     _of_site(model.renderer_exists, Stage.here),
+    _of_site(task.images_are_seen, Stage.here),
     _of_site(past_run.batch_was_recorded, Stage.here),
     _of_site(past_run.older_certificate_is_there, Stage.here),
     _of_site(past_run.export_folder_is_free, Stage.here),

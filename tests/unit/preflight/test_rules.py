@@ -92,6 +92,7 @@ def later_refusals(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tu
         patch.setattr("torch.cuda.is_available", lambda: False)
         yield refused(Stage.here, Site(), "model=qwen3vl", "model.init=random", "model/size=2b", *NCCL)
     yield refused(Stage.here, Site(), "~model/vlm", "orchestrator.renderer.name=no-such-renderer")
+    yield refused(Stage.here, Site(), "model=qwen3vl", "~model/vlm", "orchestrator.renderer.name=qwen3")
 
 
 NCCL = ("inference=vllm", "weight_sync=nccl", "inference.urls=[http://127.0.0.1:1]")

@@ -26,7 +26,9 @@ from vlmrl.preflight.machine import Machine, find_machine
 from vlmrl.preflight.places import GIB, gpus_needed, processes, uses_gpus
 from vlmrl.preflight.rules.checkpoint import refuse_family
 from vlmrl.preflight.rules.machine import refuse_machine
+from vlmrl.preflight.rules.task import images_are_seen
 from vlmrl.preflight.settle import COMPILES_NOTHING
+from vlmrl.preflight.site import this_site
 from vlmrl.ranks.place import find_place
 from vlmrl.tasks.base import Split, Task
 from vlmrl.tasks.loading import data_table_of, load_task
@@ -37,10 +39,11 @@ def dry_run(config: RunConfig) -> str:
     """The plan of a config that passed `Stage.composed`.
 
     Raises `ConfigError` where this machine has GPUs and they cannot hold the run, where the checkpoint is here and is
-    of another family, and where none of the task's first problems can be played.
+    of another family or text-only, and where none of the task's first problems can be played.
     """
     machine, sizes, ranks = find_machine(), find_sizes(config.model), find_place().size
     refuse_family(config.model)
+    images_are_seen(config, this_site())
     task = load_task(config.task, seed=config.seed)
     episode, wrong = _longest_of_tasks(config.task, task)
     sets = {name: each for name, each in config.orchestrator.eval.sets.items() if each.own_task is not None}
@@ -232,6 +235,11 @@ def _processes(config: RunConfig, machine: Machine, sizes: Sizes, ranks: int) ->
 def notes(config: RunConfig, sizes: Sizes, episode: EpisodeEstimate) -> Iterator[str]:
     """Sentences about settings that are allowed but may be unintended."""
     longest, t = longest_episode(config, sizes, episode), config.trainer
+    if config.model.vlm is None and episode.images:
+        yield (
+            f"an episode shows {len(episode.images)} images and model.name={config.model.name} is a text-only model, "
+            "so such a rollout fails (stop_reason=image_error): choose a task of texts, or a model with images"
+        )
     if longest > t.seq_len:
         yield (
             f"an episode may grow to about {longest} tokens and trainer.seq_len={t.seq_len} cuts it before its last "

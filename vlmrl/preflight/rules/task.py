@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 
 from vlmrl.config.reward import RewardConfig
-from vlmrl.config.run import RunConfig
+from vlmrl.config.run import Mode, RunConfig
 from vlmrl.config.task import ColorCodewordConfig, tasks_of
 from vlmrl.errors import ConfigError
 from vlmrl.models.families import family_of
 from vlmrl.preflight.estimate.sizes import TURN_FRAME
+from vlmrl.preflight.site import Site
+
+PLAYING = (Mode.rl, Mode.sft, Mode.eval, Mode.doctor)
+"""Modes that show a task's problems to the model."""
 
 
 def squares_fill_tokens(config: RunConfig) -> None:
@@ -24,6 +28,19 @@ def squares_fill_tokens(config: RunConfig) -> None:
             f"so the image processor of model.vlm.family={family.name} would rescale the squares: set "
             f"{key}.image_size={max(1, round(task.image_size / side)) * side}"
         )
+
+
+def images_are_seen(config: RunConfig, site: Site) -> None:
+    """A model that is shown images takes images."""
+    if config.model.vlm is not None or config.mode not in PLAYING:
+        return
+    for key, task in tasks_of(config.task).items():
+        if isinstance(task, ColorCodewordConfig):
+            raise ConfigError(
+                f"{key}.kind={task.kind} shows images, and model.name={config.model.name} is a text-only model "
+                "(model.vlm=null), so every rollout would fail: choose a task of texts, such as task=dataset "
+                "task.path=<rows>, or a model with images"
+            )
 
 
 def answer_fits(config: RunConfig) -> None:
