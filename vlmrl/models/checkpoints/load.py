@@ -91,7 +91,7 @@ def load_model(folder: Path, config: ModelConfig) -> PreTrainedModel:
         problems = [] if reason is None else [f"its config.json says {reason}"]
     if problems:
         raise ModelError(f"{folder} does not load: {'; '.join(problems)}")
-    _check_weight_headers(folder)
+    check_weight_headers(folder)
 
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -325,7 +325,7 @@ def count_parameters(folder: Path) -> int | None:
     return count
 
 
-def _check_weight_headers(folder: Path) -> None:
+def check_weight_headers(folder: Path) -> None:
     """Raise `ModelError` for a truncated or overwritten weight file, with its name, before transformers reads it."""
     from safetensors import SafetensorError, safe_open
 

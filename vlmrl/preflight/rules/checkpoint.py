@@ -63,15 +63,26 @@ def _weights(config: ModelConfig) -> tuple[list[str], int | None]:
 
     if not load.is_hub_name(config.name):
         folder = Path(config.name).expanduser()
-        problems = load.missing_files(folder, config) or _misfits(folder, config)
+        problems = load.missing_files(folder, config) or _misfits(folder, config) or _damaged_weights(folder)
         return problems, None if problems else load.weight_bytes(folder)
     cached = load.cached_folder(config.name)
     if cached is not None and not load.missing_files(cached, config):
-        return _misfits(cached, config), load.weight_bytes(cached)
+        return _misfits(cached, config) or _damaged_weights(cached), load.weight_bytes(cached)
     if load.hub_is_reachable():
         return [], None
     where = load.hub_cache()
     return [f"its weights are not in the hub's cache ({where}) and the hub cannot be reached from here"], None
+
+
+def _damaged_weights(folder: Path) -> list[str]:
+    """Which weight file is truncated or overwritten, by its header; empty where none is."""
+    from vlmrl.models.checkpoints import load
+
+    try:
+        load.check_weight_headers(folder)
+    except ModelError as error:
+        return [str(error)]
+    return []
 
 
 def _misfits(folder: Path, config: ModelConfig) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -62,11 +63,21 @@ def test_a_demanded_gpu_that_is_not_there_is_refused(copy: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_weights_too_big_for_a_cpu_are_refused_unless_the_cpu_is_asked_for(copy: Path) -> None:
-    with (copy / "model.safetensors").open("r+b") as file:
-        file.truncate(3 * 1024**3)  # sparse: takes no room
+    size = 3 * 1024**3
+    header = json.dumps({"large": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    with (copy / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + size)  # sparse: takes no room
     with pytest.raises(ConfigError, match="needs a GPU"):
         refuse_model(folder_config(copy, device="auto"))
     refuse_model(folder_config(copy, device="cpu"))
+
+
+def test_truncated_weights_are_refused_before_the_run(copy: Path) -> None:
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match=r"model\.safetensors is corrupt .*: copy or download the checkpoint again"):
+        refuse_model(folder_config(copy, device="cpu"))
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
