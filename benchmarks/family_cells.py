@@ -241,10 +241,10 @@ class Row:
         kl, norm = max(line["mismatch_kl/mean"] for line in lines), min(line["grad_norm"] for line in lines)
         figures |= {"mismatch_kl": kl, "grad_norm": norm}
         if not kl <= LARGEST_KL:
-            return self.cell(column, State.FAILED, f"mismatch_kl {kl:.0e}", ended, **figures)
+            return self.cell(column, State.FAILED, f"mismatch_kl {kl:.0e}", ended, "", **figures)
         if not norm > 0:
-            return self.cell(column, State.FAILED, "no gradient", ended, **figures)
-        return self.cell(column, State.OK, text, ended, **figures)
+            return self.cell(column, State.FAILED, "no gradient", ended, "", **figures)
+        return self.cell(column, State.OK, text, ended, "", **figures)
 
     def resume(self) -> Cell:
         """The run as a kill after its first step would have left it, resumed, is the run that was never stopped."""

@@ -21,12 +21,13 @@ def loaded(folder: Path) -> tuple[Any, dict[str, Any]]:
     """The model as its user loads it, and what transformers says about its tensors."""
     has_images = hasattr(AutoConfig.from_pretrained(folder), "vision_config")
     auto: Any = AutoModelForImageTextToText if has_images else AutoModelForCausalLM
-    return auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, found = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    return model, found
 
 
 def trained(checkpoint: Path) -> dict[str, torch.Tensor]:
     """The weights that the run saved, without the optimizer's state."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for path in sorted(checkpoint.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             found |= {name: file.get_tensor(name) for name in file.keys() if "/" not in name}  # noqa: SIM118

@@ -91,11 +91,13 @@ class Commands:
     def certificate(self, name: str) -> dict[str, Any]:
         """The doctor.json of a run; empty where it wrote none."""
         path = self.folder / name / "doctor.json"
-        return json.loads(path.read_bytes()) if path.exists() else {}
+        found: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {}
+        return found
 
     def checks(self, name: str) -> list[dict[str, Any]]:
         """The lines of a certificate."""
-        return self.certificate(name).get("checks", [])
+        checks: list[dict[str, Any]] = self.certificate(name).get("checks", [])
+        return checks
 
     def metrics(self, name: str, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
         """The lines of a run's metrics, without what depends on the clock."""

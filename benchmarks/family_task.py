@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlmrl import Image, Message, Reply, Task
+from vlmrl import Image, ImportedTaskConfig, Message, Reply, Split, Task
 
 SIZES = (((64, 96), (80, 48)), ((64, 64), (64, 64)))
 """(height, width) of the two pictures of a turn, for even and for odd problems."""
@@ -59,11 +59,11 @@ class Env:
 
 
 class Pictures(Task):
-    def __init__(self, config, *, seed: int) -> None:
+    def __init__(self, config: ImportedTaskConfig, *, seed: int) -> None:
         self.seed = seed
-        self.pictures = config.args.get("pictures", 2)
+        self.pictures: int = config.args.get("pictures", 2)
 
-    def problem(self, split, index: int) -> Noise:
+    def problem(self, split: Split, index: int) -> Noise:
         return Noise(
             f"{split} {index}", 10_000 * self.seed + (index if split == "train" else 5_000 + index), self.pictures
         )

@@ -63,7 +63,6 @@ def config_of(folder: Path, dtype: Dtype) -> ModelConfig:
         renderers=["qwen3-vl"],
         positions="mrope",
         image_token="<|image_pad|>",
-        flat_mm_kwargs=["pixel_values"],
     )
     return ModelConfig(name=str(folder), dtype=dtype, vlm=vlm)
 

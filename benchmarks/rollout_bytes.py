@@ -149,7 +149,8 @@ def with_answers(rollout: Rollout, tokens: int, pool: Sequence[Rollout]) -> Roll
         np.concatenate([learned.trainer_logprobs for _, learned in answers]),
         np.concatenate([learned.entropies for _, learned in answers]),
     ]
-    choose, turns = np.random.default_rng(zlib.crc32(rollout.rollout_id.encode())), []
+    choose = np.random.default_rng(zlib.crc32(rollout.rollout_id.encode()))
+    turns: list[Turn] = []
     for turn in rollout.turns:
         at = choose.integers(0, len(ids), tokens)
         # A factor of its own for each number: no two tokens of a real run have the same logprob.

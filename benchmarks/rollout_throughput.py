@@ -73,7 +73,7 @@ SERVER_ONLY = (
 
 
 def model_config(folder: Path | None, dtype: Dtype) -> ModelConfig:
-    vlm = VLMConfig("qwen3_vl", ["qwen3-vl"], "mrope", "<|image_pad|>", ["pixel_values"])
+    vlm = VLMConfig("qwen3_vl", ["qwen3-vl"], "mrope", "<|image_pad|>")
     if folder is None:
         return ModelConfig(name="tiny", tiny=TinyConfig(), vlm=vlm, dtype=dtype)
     return ModelConfig(name=str(folder), vlm=vlm, dtype=dtype)

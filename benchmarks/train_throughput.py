@@ -254,12 +254,14 @@ def padded_step(policy: Policy, samples: Sequence[TrainingSample], budget: int) 
     losses = []
     for chunk in chunks:
         logprobs, mask, work = _padded_logprobs(policy, chunk)
+        sampled, advantages = (
+            torch.cat([torch.from_numpy(getattr(s, name)[s.loss_mask]) for s in chunk]).to(policy.device)
+            for name in ("inference_logprobs", "advantages")
+        )
         tokens = LossTokens(
             logprobs[mask],
-            *(
-                torch.cat([torch.from_numpy(getattr(s, name)[s.loss_mask]) for s in chunk]).to(policy.device)
-                for name in ("inference_logprobs", "advantages")
-            ),
+            sampled,
+            advantages,
             torch.cat([torch.full((int(s.loss_mask.sum()),), i) for i, s in enumerate(chunk)]).to(policy.device),
         )
         loss = policy_loss(tokens, totals, AlgorithmConfig()).loss
@@ -346,12 +348,12 @@ def matmul_flops(device: torch.device) -> float:
     best = float("inf")
     for _ in range(10):
         if device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()  # type: ignore[no-untyped-call]
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            begin.record()
             a @ b
-            end.record()  # type: ignore[no-untyped-call]
+            end.record()
             torch.cuda.synchronize()
-            best = min(best, begin.elapsed_time(end) / 1000)  # type: ignore[no-untyped-call]
+            best = min(best, begin.elapsed_time(end) / 1000)
         else:
             began = time.perf_counter()
             a @ b

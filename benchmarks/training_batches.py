@@ -195,4 +195,4 @@ def step_flops(model: Any, work: Work) -> float:
     flops += 2.0 * text.vocab_size * text.hidden_size * work.head_rows
     flops += 2.0 * (counted["vision"] + embedding) * patches + 2.0 * counted["merger"] * patches / MERGE**2
     flops += 4.0 * vision.depth * vision.hidden_size * sum(n * n for n in work.images)
-    return 3 * flops - 2.0 * embedding * patches
+    return float(3 * flops - 2.0 * embedding * patches)

@@ -100,7 +100,7 @@ def vlmrl(arguments: argparse.Namespace) -> dict[str, Any]:
     samples = make_batch(shape_of(arguments), renderer, policy.config.text_config.vocab_size)
     settings = TrainerConfig(learning_rate=1e-6, micro_batch_tokens=arguments.micro_batch_tokens)
     trainer = LocalTrainer(policy, settings, AlgorithmConfig(), temperature=1.0, max_new_tokens=1024)
-    seconds = []
+    seconds: list[float] = []
     for _ in range(arguments.steps):
         with clock(arguments.device, seconds):
             trainer.train_step(samples)
@@ -111,7 +111,7 @@ def trl(arguments: argparse.Namespace, micro_batch: int) -> dict[str, Any]:
     """GRPOTrainer.train, with rollouts that are there already."""
     from datasets import IterableDataset
     from transformers import TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOConfig, GRPOTrainer  # type: ignore[import-not-found]
 
     gpu = arguments.device == "cuda"
     config = model_config(arguments.size, Dtype.bfloat16 if gpu else Dtype.float32, arguments.device)
@@ -123,7 +123,7 @@ def trl(arguments: argparse.Namespace, micro_batch: int) -> dict[str, Any]:
     rollouts = as_trl_has_them(samples, model.device)
     seconds: list[float] = []
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
+    class Clock(TrainerCallback):
         """From the start of a step's first micro-batch to the end of its optimizer step."""
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:

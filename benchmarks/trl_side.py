@@ -22,26 +22,26 @@ import torch
 
 # PyPI's torchvision for Linux is built for CUDA: beside a CPU torch its extension does not load, and importing it
 # fails where it describes these two operators. Nothing here calls them.
-_torchvision_ops = torch.library.Library("torchvision", "FRAGMENT")
+_torchvision_ops = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
 if not torch.cuda.is_available():
     for cuda_only in ("torchaudio", "torchcodec"):  # libraries that an installed vLLM brings
         sys.modules[cuda_only] = None  # type: ignore[assignment]  # importing it now fails as if it were not installed
-    _torchvision_ops.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _torchvision_ops.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _torchvision_ops.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
+    _torchvision_ops.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
 
 from datasets import Dataset  # noqa: E402
 from PIL import Image  # noqa: E402
 from transformers import AutoImageProcessor, AutoProcessor, TrainerCallback  # noqa: E402
-from trl import GRPOConfig, GRPOTrainer  # noqa: E402
+from trl import GRPOConfig, GRPOTrainer  # type: ignore[import-not-found]  # noqa: E402
 
 
 def main(job: dict[str, Any]) -> None:
     torch.set_num_threads(job["threads"])
     settings = job["settings"]
     folder = job["checkpoint"]
-    processor = AutoProcessor.from_pretrained(folder, padding_side="left")
+    processor = AutoProcessor.from_pretrained(folder, padding_side="left")  # type: ignore[no-untyped-call]
     if settings["image_processor"] == "pil":
-        processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")  # type: ignore[no-untyped-call]
     tokenizer = processor.tokenizer
     end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
     specials = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -95,7 +95,7 @@ def main(job: dict[str, Any]) -> None:
     Path(job["result"]).write_text(json.dumps(clock.steps))
 
 
-class TimedGRPOTrainer(GRPOTrainer):
+class TimedGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     """Notes a step's rollouts: prompts to tokens and pixels, generate(), rewards, advantages."""
 
     rollouts: dict[str, float]

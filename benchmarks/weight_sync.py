@@ -22,6 +22,7 @@ import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -153,7 +154,8 @@ async def measure_all(args: argparse.Namespace) -> list[Row]:
     )
     rows: list[Row] = []
     # A folder is read by any server.
-    backends = {WEIGHT_TRANSFERS[name] for name in args.transports if name in WEIGHT_TRANSFERS} or {None}
+    known = {WEIGHT_TRANSFERS[name] for name in args.transports if name in WEIGHT_TRANSFERS}
+    backends: set[Literal["nccl", "ipc"] | None] = {*known} or {None}
     for number, backend in enumerate(sorted(backends, key=str)):
         here = [n for n in args.transports if WEIGHT_TRANSFERS.get(n, backend if number == 0 else None) == backend]
         for name in here:
