@@ -192,7 +192,8 @@ class Row:
         return self.cell("mismatch", state, f"{kl:.0e}, {delta:.0e}", self.doctor, mismatch_kl=kl, max_delta=delta)
 
     def vllm(self) -> Cell:
-        """The certificate through a real server; in bfloat16 where the server takes nothing else."""
+        """The certificate through a real server; in bfloat16 where the server takes nothing else, and with another
+        scale of the logits where it names that as the remedy."""
         if find_spec("vllm") is None:
             return self.cell("vllm", State.NOT_TRIED, "not tried", says="vLLM is not installed")
         name, words = "vllm", ("mode=doctor", "inference=vllm", *self.base)
@@ -200,6 +201,9 @@ class Row:
         if IN_HALF in ended.complaint:
             name = "vllm_in_half"
             ended = self.commands.vlmrl(*words, IN_HALF, f"hydra.run.dir={name}")
+        if scale := re.search(r"set (inference\.extra_args\.hf_overrides=\S+)", ended.complaint):
+            name = "vllm_in_scale"
+            ended = self.commands.vlmrl(*words, scale[1], f"hydra.run.dir={name}")
         if missing := re.search(r"Package `(\w+)` is required", ended.complaint):
             says = f"vLLM needs the package {missing[1]} for this model, which is not installed"
             return self.cell("vllm", State.NOT_TRIED, "not tried", ended, says)
@@ -208,7 +212,7 @@ class Row:
         if cell.state is not State.OK:
             return cell
         kl, delta = (max(line["figures"][key] for line in lines) for key in ("mismatch_kl", "max_delta"))
-        parts = [self.form_of_images(name), "bfloat16" if name != "vllm" else "", f"{kl:.0e}, {delta:.0e}"]
+        parts = [self.form_of_images(name), "bfloat16" if name == "vllm_in_half" else "", f"{kl:.0e}, {delta:.0e}"]
         text = ", ".join(part for part in parts if part)
         return self.cell("vllm", State.OK, text, ended, mismatch_kl=kl, max_delta=delta)
 
