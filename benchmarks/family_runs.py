@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -29,11 +30,11 @@ class Ended:
 
     @property
     def complaint(self) -> str:
-        """Its last words, in one line."""
+        """Its last words, in one line, without the folders of this machine."""
         if self.code is None:
             return f"it had not ended after {self.seconds:.0f} s"
         said = self.err.rpartition("error: ")[2] if "error: " in self.err else (self.err.strip() or self.out.strip())
-        return " ".join(said.split()) or f"exit code {self.code}"
+        return re.sub(r"(?<!\w)(/[\w.-]+)+/(?=[\w.-])", "", " ".join(said.split())) or f"exit code {self.code}"
 
     @property
     def is_refusal(self) -> bool:

@@ -99,12 +99,14 @@ def server_arguments(
 
 
 def has_recurrent_layers(checkpoint: Path) -> bool:
-    """Whether the language model in the folder `checkpoint` has layers of linear attention (Qwen3.5)."""
+    """Whether the language model in the folder `checkpoint` has layers that hand a state from token to token: linear
+    attention (Qwen3.5), short convolutions (LFM2)."""
     file = checkpoint / "config.json"
     if not file.exists():
         return False
     config = json.loads(file.read_text(encoding="utf-8"))
-    return "linear_attention" in ((config.get("text_config") or config).get("layer_types") or ())
+    layer_types = (config.get("text_config") or config).get("layer_types") or ()
+    return not {"linear_attention", "conv"}.isdisjoint(layer_types)
 
 
 def command_line(arguments: Mapping[str, Any]) -> list[str]:

@@ -68,7 +68,7 @@ def other_scale(settings: Mapping[str, Any], logit_scale: float | None) -> Itera
         yield (
             f"vLLM multiplies logits by {served:g}, and the trainer's model in transformers by {logit_scale:g} (Aya "
             "Vision's class ignores the logit_scale of its config), so each would have a temperature of its own: set "
-            f"inference.extra_args.hf_overrides={{{head}text_config:{{logit_scale:{logit_scale:g}}}}}"
+            f"inference.extra_args.hf_overrides={{{head}text_config:{{logit_scale:{float(logit_scale)!r}}}}}"
         )
 
 

@@ -113,4 +113,4 @@ def test_servers_that_would_be_silently_wrong_are_refused(changed: dict[str, Any
 def test_a_server_with_a_temperature_of_its_own_is_refused(scale: float | None, refused: bool) -> None:
     found = list(other_scale({"logit_scale": 0.25, "dtype": "bfloat16"}, scale))
     assert len(found) == refused
-    assert all("hf_overrides={head_dtype:float32,text_config:{logit_scale:1}}" in message for message in found)
+    assert all("hf_overrides={head_dtype:float32,text_config:{logit_scale:1.0}}" in message for message in found)

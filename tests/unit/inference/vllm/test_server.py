@@ -56,7 +56,7 @@ def test_a_cpu_prefills_prompts_whole() -> None:
 
 def test_a_cpu_keeps_no_prefixes_of_recurrent_layers(tmp_path: Path) -> None:
     """vLLM would split prompts at the blocks of its prefix cache."""
-    for layers, expected in (("linear_attention", False), ("full_attention", None)):
+    for layers, expected in (("linear_attention", False), ("conv", False), ("full_attention", None)):
         (tmp_path / "config.json").write_text(json.dumps({"text_config": {"layer_types": [layers]}}))
         found = server_arguments(VllmConfig(dtype=Dtype.bfloat16), tmp_path, (0, 32), on_cpu=True)
         assert (found["enable_chunked_prefill"], found.get("enable_prefix_caching")) == (False, expected)
