@@ -54,6 +54,7 @@ RUN = (
     "model=auto",
     "task=color_codeword",
     "trainer.learning_rate=1e-6",
+    "trainer.lr_warmup_steps=0",
     "trainer.max_steps=3",
     "trainer.micro_batch_tokens=8192",
     "trainer.checkpoint_every=0",

@@ -149,7 +149,8 @@ def measure(folder: Path, name: str, seed: int, is_control: bool, overrides: lis
         chosen = ["model=auto", f"model.name={checkpoint.absolute()}", "trainer=scratch"]
     command = [sys.executable, "-m", "vlmrl", *SETTINGS, *chosen, f"seed={seed}", f"hydra.run.dir={run}", *overrides]
     command += ["task.shuffle_images=true"] if is_control else []
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
