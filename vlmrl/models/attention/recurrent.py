@@ -26,6 +26,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlmrl.errors import ModelError
@@ -354,8 +355,34 @@ class _HalfPrecisionKernel:
 
     def __call__(self, query: Tensor, *args: Any, **kwargs: Any) -> Any:
         """query [B, tokens, …]."""
-        fits = query.dtype in (torch.bfloat16, torch.float16) and query.shape[1] > 1
-        return (self._kernel if fits else self._reference)(query, *args, **kwargs)
+        if query.dtype in (torch.bfloat16, torch.float16) and query.shape[1] > 1:
+            return self._kernel(query, *args, **kwargs)
+        if query.device.type == "mps":  # it has no float64
+            return self._reference(query, *args, **kwargs)
+        with _DecaysInDouble():
+            return self._reference(query, *args, **kwargs)
+
+
+class _DecaysInDouble(TorchFunctionMode):
+    """Has the code of transformers sum the logarithms of decays in float64. The decays themselves are float32 again.
+
+    A gated delta net computes the decay between tokens i and j of a chunk as exp(c_i - c_j), where c is summed from the
+    start of the chunk. In a head that forgets fast, c soon is -500, where neighboring float32 numbers are 3e-5 apart.
+    Then every later decay has that relative error, even one near 1. The error is another one where a chunk starts at
+    another token, as it does in a prefix tree. The gradients of the tiny Qwen3.5 by tree and one by one were 1.1e-5
+    apart, and are 3e-6 apart.
+    """
+
+    _widened = False
+    """Whether the sums were float32 before. Only then are their exponentials float32 again."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name == "cumsum" and args[0].dtype is torch.float32:
+            self._widened = True
+            args = (args[0].double(), *args[1:])
+        result = func(*args, **(kwargs or {}))
+        return result.float() if name == "exp" and self._widened else result
 
 
 def _keep_references(mixer: Any) -> None:

@@ -281,3 +281,21 @@ def test_kernels_of_a_package_compute_what_they_can(monkeypatch: pytest.MonkeyPa
     assert lengths
     for mine, theirs in zip(found, expected, strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_heads_that_forget_fast_lose_no_digits() -> None:
+    """In a chunk whose decays sum to -480, float32 sums would give those near 1 an error of 1e-5."""
+    policy = Policy(text_model("qwen3_5_text").float(), position_function("sequential"), [])
+    assert policy.is_recurrent  # the functions of transformers' module are wrapped
+    rule = sys.modules[Qwen3_5GatedDeltaNet.__module__].torch_chunk_gated_delta_rule
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 1, 64, 2, 16, generator=generator)
+    beta = torch.rand(1, 64, 2, generator=generator)
+    decay = torch.where(torch.arange(64) < 40, -12.0, -0.01)[None, :, None].expand(1, 64, 2)
+    found, _ = rule(query, key, value, g=decay, beta=beta)
+    plain, _ = rule._reference(query, key, value, g=decay, beta=beta)
+    with InDoublePrecision():
+        exact, _ = rule._reference(*(x.double() for x in (query, key, value)), g=decay.double(), beta=beta.double())
+    after = slice(41, None)
+    errors = [float((x - exact)[:, after].norm() / exact[:, after].norm()) for x in (found, plain)]
+    assert errors[0] < 1e-6 < 5e-6 < errors[1], errors
