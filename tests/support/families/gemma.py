@@ -164,7 +164,7 @@ GEMMA4 = Recipe(
             "pooling_kernel_size": 2,
         },
     },
-    scales=Scales(embedding=0.5, final_norm=3.0),
+    scales=Scales(embedding=0.5, final_norm=3.0, norms_scale_scores=True),
 )
 
 

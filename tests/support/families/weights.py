@@ -27,6 +27,10 @@ class Scales:
     """Regular expression of that matrix's name."""
     final_norm: float | None = None
     """The weight of the norm before the head, for a tied head with a small embedding; None keeps the default."""
+    norms_scale_scores: bool = False
+    """Whether norms of queries and keys have the weight head_dim^-1/4, for a family that leaves the usual factor
+    1/√head_dim of the attention scores to them. With a weight of 1, scores reach 37 and a layer multiplies rounding
+    by 4."""
 
 
 JITTER = 0.1
@@ -84,7 +88,11 @@ def _transpose_experts(file: Path) -> None:
 
 def _scaled(name: str, noise: Any, value: Any, scales: Scales) -> Any:
     if noise.ndim < 2:
-        mean = np.full_like(value, scales.final_norm) if _is_final_norm(name) and scales.final_norm else value
+        mean = value
+        if _is_final_norm(name) and scales.final_norm:
+            mean = np.full_like(value, scales.final_norm)
+        elif scales.norms_scale_scores and re.search(r"\.[qk]_norm\.weight$", name):
+            mean = np.full_like(value, len(value) ** -0.25)
         return mean + np.float32(JITTER) * noise
     if re.search(r"embed_tokens|lm_head|embedding\.weight|position_embedding", name):
         return noise * np.float32(scales.embedding / math.sqrt(noise.shape[-1]))
