@@ -19,7 +19,8 @@ from vlmrl.trainer.packing import pack
 from vlmrl.types import FloatArray, TrainingSample
 
 FLOAT32_GRADIENT = 1e-5
-"""Largest distance of two gradients, relative to their size, that float32 explains. Measured: 1e-6."""
+"""Largest distance of two gradients, relative to their size, that float32 explains. Measured: 1e-6, and 3e-6 with
+gated delta nets."""
 
 
 @dataclass(frozen=True)
