@@ -22,6 +22,7 @@ from torch import Tensor
 from vlmrl.errors import ModelError
 from vlmrl.models.attention.fused import FusedPlan, attend_fused
 from vlmrl.models.attention.plan import Blocks, LocalBlock, SharedBlock, TreePlan
+from vlmrl.models.old_torch import outside_of_compiled_layers
 
 ATTENTION_NAME = "vlmrl_tree"
 
@@ -139,6 +140,9 @@ class _TreeAttention(torch.autograd.Function):
         return grad_q.mul_(ctx.scale).to(dtype), grad_k.to(dtype), grad_v.to(dtype), None, None, None
 
 
+_attend = outside_of_compiled_layers(_TreeAttention.apply)
+
+
 def _exponentiate(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """[…, m] → exp(scores − their maximum), in place; log-sum-exp […]; sum of the exponentials […]. A row of −inf has
     exponentials of 0, the sum 0 and the log-sum-exp −inf.
@@ -223,7 +227,7 @@ def tree_attention_forward(
     if tree_plan.pool is not None:
         k, v = tree_plan.write(k, v)
     with torch.autocast(q.device.type, enabled=False):
-        out = _TreeAttention.apply(q, k, v, plan, scale, softcap)  # type: ignore[no-untyped-call]
+        out: Tensor = _attend(q, k, v, plan, scale, softcap)
     return out.transpose(0, 1).contiguous().unsqueeze(0), None  # some families take a view of it
 
 
