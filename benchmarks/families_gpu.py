@@ -2,6 +2,7 @@
 
     python benchmarks/families_gpu.py [--families qwen2_5_vl,qwen3_5] [--shapes image,codeword] [--rows tree,varlen]
     python benchmarks/families_gpu.py --run [--families …] [override …]        three steps of a run through vLLM
+    python benchmarks/families_gpu.py --rounding --device cpu [--families …]   what bfloat16 alone does to the mismatch
     python benchmarks/families_gpu.py --size tiny --device cpu                 rehearsal: the numbers mean nothing
 
 Checkpoints have published sizes (Qwen2.5-VL 3B, Qwen3.5 2B) and random weights (large_family.py). A step is forward and
@@ -9,6 +10,8 @@ backward over a whole batch of groups of 16 (training_batches.py), packing and t
 optimizer's step left out. `tree`: each prefix once; layers that carry a state start branches from the state of their
 prefix. `varlen`: the samples side by side. `loss` and `grad` (norm) are there to be compared: the rows of a shape are
 the same samples. In a run, weights go to the server by CUDA IPC, and `mismatch` is `mismatch_kl/mean` and its largest.
+`--rounding` samples text with transformers alone, token by token in bfloat16, and compares those logprobs with its own
+of the whole sequences.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from large_family import LARGE, REPOSITORY, random_model, write, write_tokenizer_and_config
+from large_family import LARGE, LOGIT_SCALE, REPOSITORY, random_model, write, write_tokenizer_and_config
 from train_throughput import Step, packed_step
 from training_batches import SHAPES, make_batch
 
@@ -48,6 +51,7 @@ STEP_HEAD = (
     "| family | shape | row | s/step | rollout tokens/s | computed rows | rows/s | peak GiB | loss | grad "
     "| micro-batches | first step s |"
 )
+ROUNDING_HEAD = "| family | compared with | mismatch | largest |"
 RUN_HEAD = "| family | step | s | rollouts s | train s | sync s | tokens/s | trained | mismatch | largest | peak GiB |"
 
 RUN = (
@@ -84,17 +88,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="timed steps; the median counts")
     parser.add_argument("--seconds", type=float, default=1e9, help="no further row is begun after this")
     parser.add_argument("--run", action="store_true", help="a run through vLLM in place of steps of the trainer")
+    parser.add_argument("--rounding", action="store_true", help="the mismatch of bfloat16 with itself and with float32")
     arguments, overrides = parser.parse_known_args()
     name = torch.cuda.get_device_name(0) if arguments.device == "cuda" else platform.machine()
     packages = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers"))
     print(f"python {' '.join(sys.argv)}\n{name}, {packages}\n", flush=True)
-    head = RUN_HEAD if arguments.run else STEP_HEAD
+    head = RUN_HEAD if arguments.run else ROUNDING_HEAD if arguments.rounding else STEP_HEAD
     print(f"{head}\n|{'---|' * (head.count('|') - 1)}", flush=True)
     for family in arguments.families.split(","):
         with tempfile.TemporaryDirectory() as parent:
             folder = Path(parent) / family
             if arguments.run:
                 run(arguments, family, folder, overrides)
+            elif arguments.rounding:
+                rounding(arguments, family, folder)
             else:
                 Steps(arguments, family, folder).measure_all()
 
@@ -201,6 +208,32 @@ def run(arguments: argparse.Namespace, family: str, folder: Path, overrides: lis
             f"| {line['memory/peak_bytes'] / 2**30:.1f} |",
             flush=True,
         )
+
+
+@torch.inference_mode()
+def rounding(arguments: argparse.Namespace, family: str, folder: Path) -> None:
+    """Print how far logprobs sampled one token at a time are from those of whole sequences, by k3 in nats."""
+    write_tokenizer_and_config(family, "large", folder)
+    model = random_model(folder, arguments.device, logit_scale=LOGIT_SCALE)
+    decoder, head = model.base_model.get_decoder(), model.get_output_embeddings()
+    torch.manual_seed(1)
+    tokens = torch.randint(0, model.config.get_text_config().vocab_size, (4, 64), device=arguments.device)
+    prompt, newest, past = tokens.shape[1], tokens, None
+    sampled = []
+    for _ in range(24):
+        out = decoder(input_ids=newest, past_key_values=past, use_cache=True)
+        log_probs = head(out.last_hidden_state[:, -1]).float().log_softmax(-1)
+        newest, past = torch.multinomial(log_probs.exp(), 1), out.past_key_values
+        sampled.append(log_probs.gather(1, newest))
+        tokens = torch.cat([tokens, newest], 1)
+    del past
+    for dtype in (torch.bfloat16, torch.float32):
+        decoder, head = decoder.to(dtype), head.to(dtype)
+        hidden = decoder(input_ids=tokens, use_cache=False).last_hidden_state[:, prompt - 1 : -1]
+        whole = head(hidden).float().log_softmax(-1).gather(2, tokens[:, prompt:, None])[..., 0]
+        log_ratio = whole - torch.cat(sampled, 1)
+        k3 = log_ratio.exp() - 1 - log_ratio
+        print(f"| {family} | {dtype} | {float(k3.mean()):.2e} | {float(k3.max()):.2e} |", flush=True)
 
 
 if __name__ == "__main__":

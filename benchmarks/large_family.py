@@ -85,6 +85,9 @@ QWEN3_5_2B: Sizes = {
 LARGE: dict[str, Sizes] = {"qwen2_5_vl": QWEN2_5_VL_3B, "qwen3_5": QWEN3_5_2B}
 """Family → what differs from its tiny checkpoint."""
 
+LOGIT_SCALE = 20.0
+"""Makes the answers of random weights about as certain as those of a trained model: -0.4 nats a token."""
+
 IMAGE_AREA = {"shortest_edge": 4 * 28**2, "longest_edge": 16384 * 28**2}
 """Smallest and largest area of an image in pixels, in place of the tiny checkpoint's."""
 
@@ -126,7 +129,7 @@ def write(family: str, size: str, folder: Path, device: str) -> Path:
     """A whole checkpoint, with weights → `folder`."""
     write_tokenizer_and_config(family, size, folder)
     if size != "tiny":
-        save(random_model(folder, device, logit_scale=20.0).cpu(), folder)
+        save(random_model(folder, device, logit_scale=LOGIT_SCALE).cpu(), folder)
     return folder
 
 
