@@ -164,7 +164,7 @@ def trainer_logprobs(folder: Path, config: ModelConfig, batches: dict[str, list[
     import torch
 
     found: dict[str, Any] = {engine: {} for engine in batches}
-    for dtype in Dtype:
+    for dtype in dict.fromkeys(dtype for dtype, _ in VARIANTS.values()):
         model: Any = load_model(folder, ModelConfig(name=config.name, dtype=dtype, vlm=config.vlm))
         positions = position_function("mrope", model.config.vision_config.spatial_merge_size)
         renderer = renderer_of(folder, config, model.get_input_embeddings().num_embeddings)

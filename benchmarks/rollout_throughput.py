@@ -221,7 +221,7 @@ COSTS: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, help="a Qwen3-VL; default: the tiny one, built on the spot")
-    parser.add_argument("--dtype", choices=[dtype.value for dtype in Dtype], default="float32")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--groups", type=int, default=16)
     parser.add_argument("--group-size", type=int, default=16)
     parser.add_argument("--image-size", type=int, default=448, help="pixels per side; one image in a prompt")
