@@ -11,7 +11,7 @@ import asyncio
 import os
 import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import httpx
@@ -31,6 +31,7 @@ class Connections(httpx.AsyncBaseTransport):
         self._ssl = httpx.create_ssl_context(trust_env=False)  # takes milliseconds, so all connections share it
         self._idle: list[httpx.AsyncHTTPTransport] = []
         """A stack: the connection that was used last is taken first, so surplus connections stay idle and expire."""
+        self._is_closed = False
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send `request` on a connection that no other request uses until the response is closed."""
@@ -41,14 +42,22 @@ class Connections(httpx.AsyncBaseTransport):
             await connection.aclose()
             raise
         assert isinstance(response.stream, httpx.AsyncByteStream)
-        response.stream = _Returning(response.stream, connection, self._idle)
+        response.stream = _Returning(response.stream, connection, self._take_back)
         return response
+
+    async def _take_back(self, connection: httpx.AsyncHTTPTransport) -> None:
+        """Keep a connection whose response is closed, for the next request."""
+        if self._is_closed:  # while the request was in flight
+            await connection.aclose()
+        else:
+            self._idle.append(connection)
 
     def _open(self) -> httpx.AsyncHTTPTransport:
         return httpx.AsyncHTTPTransport(self._ssl, limits=self._limits, uds=self._socket)
 
     async def aclose(self) -> None:
         """Close the idle connections. Connections in use close with their requests."""
+        self._is_closed = True
         while self._idle:
             await self._idle.pop().aclose()
 
@@ -57,18 +66,25 @@ class _Returning(httpx.AsyncByteStream):
     """The body of a response; closing it returns the connection to the pool."""
 
     def __init__(
-        self, stream: httpx.AsyncByteStream, connection: httpx.AsyncHTTPTransport, idle: list[httpx.AsyncHTTPTransport]
+        self,
+        stream: httpx.AsyncByteStream,
+        connection: httpx.AsyncHTTPTransport,
+        take_back: Callable[[httpx.AsyncHTTPTransport], Awaitable[None]],
     ) -> None:
         self._stream = stream
         self._connection = connection
-        self._idle = idle
+        self._take_back = take_back
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self._stream.__aiter__()
 
     async def aclose(self) -> None:
-        await self._stream.aclose()
-        self._idle.append(self._connection)
+        try:
+            await self._stream.aclose()
+        except BaseException:  # cancelled, too: nobody else knows the connection
+            await self._connection.aclose()
+            raise
+        await self._take_back(self._connection)
 
 
 async def is_own(unix_socket: Path) -> bool:

@@ -93,3 +93,51 @@ def test_a_cancelled_request_closes_its_connection() -> None:
             assert server.opened == 2
 
     asyncio.run(main())
+
+
+def test_a_request_that_outlives_its_client_closes_its_connection() -> None:
+    """As at a restart, where the client of the lost server is closed."""
+
+    async def main() -> None:
+        async with running() as (server, client):
+            server.expected = 1
+            request = asyncio.create_task(client.get("/late"))
+            await server.all_wait.wait()
+            await client.aclose()
+            server.go_on.set()
+            assert (await request).text == "/late"
+            async with asyncio.timeout(10):
+                while server.closed == 0:
+                    await asyncio.sleep(0)
+
+    asyncio.run(main())
+
+
+def test_a_body_that_cannot_be_closed_costs_its_connection() -> None:
+    class Cancelled(httpx.AsyncByteStream):
+        async def aclose(self) -> None:
+            raise asyncio.CancelledError
+
+    class Connection(httpx.AsyncHTTPTransport):
+        closed = 0
+
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            return httpx.Response(200, stream=Cancelled())
+
+        async def aclose(self) -> None:
+            Connection.closed += 1
+
+    class OfOne(Connections):
+        def _open(self) -> httpx.AsyncHTTPTransport:
+            return Connection()
+
+    async def main() -> None:
+        pool = OfOne(5.0)
+        response = await pool.handle_async_request(httpx.Request("GET", "http://127.0.0.1/"))
+        with pytest.raises(asyncio.CancelledError):
+            await response.aclose()
+        assert Connection.closed == 1
+        await pool.aclose()
+        assert Connection.closed == 1
+
+    asyncio.run(main())
