@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor
 from vlmrl.models.features import to_device
 from vlmrl.models.image_encoder import alike
 from vlmrl.models.policy import Policy
+from vlmrl.models.trial import own_attention
 from vlmrl.runs.doctor.logprobs import Bound, LogprobDifference, logprobs
 from vlmrl.runs.doctor.reference import Reference
 from vlmrl.runs.verdicts import Verdict, not_visible
@@ -47,22 +47,10 @@ def own_forward(
     }
     if not inputs:
         return not_visible(name, f"no sample has {LONGEST} tokens or fewer and images that the model takes together")
-    with _attention_of_its_own(policy), torch.no_grad():
+    with own_attention(policy), torch.no_grad():
         theirs = np.concatenate([_logprobs(policy, samples[i], images) for i, images in inputs.items()])
     found = LogprobDifference.between(np.concatenate([trainer[i] for i in inputs]), theirs)
     return logprobs(name, found, bound, f"{len(inputs)} of {len(samples)} sequences one by one, ")
-
-
-@contextmanager
-def _attention_of_its_own(policy: Policy) -> Iterator[None]:
-    """Let the language model compute with transformers' plain attention inside the block."""
-    text = policy.config.get_text_config()
-    ours = text._attn_implementation
-    text._attn_implementation = "eager"
-    try:
-        yield
-    finally:
-        text._attn_implementation = ours
 
 
 def _images(reference: Reference, images: Sequence[ImageItem]) -> dict[str, np.ndarray] | None:
