@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -26,10 +25,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlmrl.errors import ModelError
+from vlmrl.models.attention.delta_rule import keep_references
 from vlmrl.models.attention.prefix_tree import Segment
 from vlmrl.models.features import to_device
 
@@ -301,7 +300,7 @@ def share_states(decoder: Any, hidden_size: int, stateful: Mapping[int, str]) ->
         for mixer in mixers:
             if not isinstance(mixer.forward, SharedStates):
                 if type(mixer) not in tried:
-                    _keep_references(mixer)
+                    keep_references(mixer)
                     own = next(mixer.parameters()).dtype
                     for dtype in (torch.float32, own) if own.itemsize == 2 else (torch.float32,):
                         _try(mixer, hidden_size, dtype)
@@ -344,55 +343,6 @@ def _arguments(module: Any) -> list[str]:
 def _cache_argument(mixer: Any) -> str:
     """The name of the forward's argument that takes the cache."""
     return "past_key_values" if "past_key_values" in _arguments(mixer) else "cache_params"
-
-
-class _HalfPrecisionKernel:
-    """A function of a recurrent layer for which a package may have put a kernel. Where such kernels fail, transformers'
-    own code computes: in float32, and for single tokens, for which they have no gradient."""
-
-    def __init__(self, kernel: Any, reference: Any) -> None:
-        self._kernel, self._reference = kernel, reference
-
-    def __call__(self, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """query [B, tokens, …]."""
-        if query.dtype in (torch.bfloat16, torch.float16) and query.shape[1] > 1:
-            return self._kernel(query, *args, **kwargs)
-        if query.device.type == "mps":  # it has no float64
-            return self._reference(query, *args, **kwargs)
-        with _DecaysInDouble():
-            return self._reference(query, *args, **kwargs)
-
-
-class _DecaysInDouble(TorchFunctionMode):
-    """Has the code of transformers sum the logarithms of decays in float64. The decays themselves are float32 again.
-
-    A gated delta net computes the decay between tokens i and j of a chunk as exp(c_i - c_j), where c is summed from the
-    start of the chunk. In a head that forgets fast, c soon is -500, where neighboring float32 numbers are 3e-5 apart.
-    Then every later decay has that relative error, even one near 1. The error is another one where a chunk starts at
-    another token, as it does in a prefix tree. The gradients of the tiny Qwen3.5 by tree and one by one were 1.1e-5
-    apart, and are 3e-6 apart.
-    """
-
-    _widened = False
-    """Whether the sums were float32 before. Only then are their exponentials float32 again."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if name == "cumsum" and args[0].dtype is torch.float32:
-            self._widened = True
-            args = (args[0].double(), *args[1:])
-        result = func(*args, **(kwargs or {}))
-        return result.float() if name == "exp" and self._widened else result
-
-
-def _keep_references(mixer: Any) -> None:
-    """Let `_HalfPrecisionKernel` choose for the functions with a state that the layer's module calls. transformers
-    replaces them, for all number formats, where flash-linear-attention is installed."""
-    names = vars(sys.modules[type(mixer).__module__])
-    for name, function in list(names.items()):
-        reference = getattr(function, "__wrapped__", None)
-        if reference is not None and "initial_state" in inspect.signature(reference).parameters:
-            names[name] = _HalfPrecisionKernel(function, reference)
 
 
 def _try(mixer: Any, hidden_size: int, dtype: torch.dtype) -> None:
