@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import pairwise
 from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -392,7 +393,8 @@ class Turn:
     """The messages that are new in this turn's prompt: system and user messages in the first turn, the env's reply in
     later ones."""
     branch: int
-    """0-based; grows by one where the prompt could not extend the turn before it (bridge break)."""
+    """0-based; grows by one where the prompt could not extend the turn before it (bridge break), and where the env
+    replaced the conversation (`starts_over`)."""
     reward: float
     """This turn's own reward, usually in [0, 1]; 0.0 where the task scores only the whole episode, and where the
     completion was truncated and `algorithm.truncated=zero`."""
@@ -401,6 +403,9 @@ class Turn:
     learned: TokenMetrics | None = None
     """Filled by samples.py after the step: the trainer's logprobs and entropies of the C tokens of the completion. None
     where the turn was not trained on."""
+    starts_over: bool = False
+    """Whether the env replaced the conversation before it (`Reply.history`). Then a new branch begins, and `messages`
+    is all of its prompt."""
 
     def __repr__(self) -> str:
         return f"Turn({self.prompt}, {self.completion}, reward={self.reward})"
@@ -473,6 +478,17 @@ class Rollout:
     @property
     def num_branches(self) -> int:
         return self.turns[-1].branch + 1 if self.turns else 0
+
+    def messages_before(self, number: int) -> list[Message]:
+        """The conversation before the messages of turn `number` (0-based): messages and answers of the turns before it,
+        back to the last one that starts over. Empty where turn `number` starts over itself."""
+        messages: list[Message] = []
+        for turn, later in pairwise(self.turns[: number + 1]):
+            if later.starts_over:
+                messages = []
+                continue
+            messages += [*turn.messages, Message.of("assistant", turn.text)]
+        return messages
 
 
 @dataclass(eq=False)

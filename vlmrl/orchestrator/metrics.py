@@ -57,7 +57,14 @@ def rollout_metrics(groups: Sequence[Group], filters: FilterConfig) -> dict[str,
     enabled = filters_in(filters, FilterMode.track, FilterMode.drop)
     metrics |= {f"rollouts/filtered/{reason}": float(filtered[reason]) for reason in enabled}
     of_tasks = by_task(rollouts, means_of)
-    return metrics | replay_metrics(rollouts) | mean_rewards(sound) | mean_task_metrics(sound) | of_tasks
+    return (
+        metrics
+        | history_metrics(rollouts)
+        | replay_metrics(rollouts)
+        | mean_rewards(sound)
+        | mean_task_metrics(sound)
+        | of_tasks
+    )
 
 
 def by_task(
@@ -105,13 +112,28 @@ def replay_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
 
 
 def bridge_break_rate(rollouts: Sequence[Rollout]) -> float:
-    """Share of later turns (all but the first of each rollout) whose prompt could not extend the turn before it.
+    """Share of later turns (all but the first of each rollout) whose prompt could not extend the turn before it. Turns
+    that start over, because the env replaced the conversation, are none of them.
 
     0.0 where there are no later turns.
     """
-    later_turns = sum(max(0, len(rollout.turns) - 1) for rollout in rollouts)
     forks = sum(max(0, rollout.num_branches - 1) for rollout in rollouts)
-    return forks / max(1, later_turns)
+    return (forks - _num_starting_over(rollouts)) / max(1, _num_later_turns(rollouts))
+
+
+def history_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """`history_cut_rate`: the share of later turns that start over, because the env replaced the conversation
+    (`Reply.history`). Empty where none does."""
+    count = _num_starting_over(rollouts)
+    return {"history_cut_rate": count / _num_later_turns(rollouts)} if count else {}
+
+
+def _num_later_turns(rollouts: Sequence[Rollout]) -> int:
+    return sum(max(0, len(rollout.turns) - 1) for rollout in rollouts)
+
+
+def _num_starting_over(rollouts: Sequence[Rollout]) -> int:
+    return sum(turn.starts_over for rollout in rollouts for turn in rollout.turns)
 
 
 def mean_rewards(rollouts: Sequence[Rollout]) -> dict[str, float]:

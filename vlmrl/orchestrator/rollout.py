@@ -2,7 +2,8 @@
 
     reset ─▶ prompt ─▶ generate ─▶ decode ─▶ step ─▶ done? ──────────▶ rollout
                 ▲                                      │ no
-                └── next_turn ◀── reply's messages ◀───┘
+                ├── next_turn ◀── reply's messages ◀───┤
+                └── first_turn ◀─ reply's history ◀────┘   a new branch
 
 An error in one rollout becomes its `stop_reason`, `error` and `traceback`; the other rollouts go on. The user's code
 and data are handled behind three fences: the task's code in `vlmrl.tasks.border`, the task's messages in
@@ -40,6 +41,7 @@ from vlmrl.types import (
     Group,
     InferenceEngine,
     Message,
+    Prompt,
     Rollout,
     SamplingParams,
     StopReason,
@@ -177,7 +179,7 @@ class RolloutRunner:
         with rendering_fence():
             prompt = await self.renderer.first_turn(new_messages)
             check_placeholders(len(prompt.token_ids), prompt.placeholders, prompt.images)
-        branch = 0
+        branch, starts_over = 0, False
         while True:
             # Only the completion's budget shrinks. A prompt is never cut, so its placeholders stay whole.
             budget = min(self.max_new_tokens, self.max_model_len - len(prompt.token_ids))
@@ -195,7 +197,7 @@ class RolloutRunner:
             )
             completion = await session.generate(prompt, sampling)
             text = self.renderer.decode(completion.token_ids)
-            turn = Turn(prompt, completion, text, list(new_messages), branch, reward=0.0)
+            turn = Turn(prompt, completion, text, list(new_messages), branch, reward=0.0, starts_over=starts_over)
             # Before the task scores it: if the task raises, its author needs to see this turn in the record.
             rollout.turns.append(turn)
             reply = await self._threads.run(partial(step_env, env, text))
@@ -208,15 +210,29 @@ class RolloutRunner:
                 return StopReason.TERMINATED
             if len(rollout.turns) == (problem.max_turns if isinstance(problem, MixedProblem) else self.max_turns):
                 return StopReason.MAX_TURNS
-            history.append(Message.of("assistant", text))
-            new_messages = reply.messages
-            with rendering_fence():
-                prompt, bridged = await self.renderer.next_turn(prompt, completion.token_ids, history, new_messages)
-                if bridged and not extends(prompt, turn.prompt, completion.token_ids):
-                    raise ContractError(f"the prompt of turn {len(rollout.turns)} does not extend the turn before it")
-                check_placeholders(len(prompt.token_ids), prompt.placeholders, prompt.images)
+            starts_over = reply.history is not None
+            new_messages = reply.messages if reply.history is None else reply.history
+            history = [] if starts_over else [*history, Message.of("assistant", text)]
+            prompt, bridged = await self._next_prompt(turn, len(rollout.turns), history, new_messages)
             history.extend(new_messages)
             branch = branch if bridged else branch + 1
+
+    async def _next_prompt(
+        self, turn: Turn, number: int, history: Sequence[Message], new_messages: Sequence[Message]
+    ) -> tuple[Prompt, bool]:
+        """The prompt of turn `number`, and whether it extends `turn`, the one before it. Without a `history` the
+        conversation starts over."""
+        with rendering_fence():
+            if not history:
+                prompt, bridged = await self.renderer.first_turn(new_messages), False
+            else:
+                prompt, bridged = await self.renderer.next_turn(
+                    turn.prompt, turn.completion.token_ids, history, new_messages
+                )
+            if bridged and not extends(prompt, turn.prompt, turn.completion.token_ids):
+                raise ContractError(f"the prompt of turn {number} does not extend the turn before it")
+            check_placeholders(len(prompt.token_ids), prompt.placeholders, prompt.images)
+        return prompt, bridged
 
 
 def sampling_seed(run_seed: int, rollout_id: str, turn: int) -> int:

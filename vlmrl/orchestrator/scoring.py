@@ -28,7 +28,7 @@ from vlmrl.errors import UserFault, fenced, safe_repr
 from vlmrl.rewards.base import Attempt, BadValueError, RewardError, RunBlocking, Score, Scored, SeenImage
 from vlmrl.rewards.loading import Term, load_terms
 from vlmrl.tasks.border import LARGEST_REWARD, TaskCodeError, get_reference
-from vlmrl.types import DropReason, Group, Message, Prompt, Rollout, StopReason
+from vlmrl.types import DropReason, Group, Prompt, Rollout, StopReason
 
 
 @dataclass(frozen=True)
@@ -121,14 +121,11 @@ class Scorer:
 
 def attempt_of(rollout: Rollout, reference: tuple[Any, Mapping[str, Any]] | None) -> Attempt:
     """A played rollout as a term sees it. `reference` is the answer and the columns of its problem."""
-    prompt: list[Message] = []
-    for turn in rollout.turns[:-1]:
-        prompt += [*turn.messages, Message.of("assistant", turn.text)]
     last = rollout.turns[-1]
     return Attempt(
         rollout_id=rollout.rollout_id,
         problem_id=rollout.problem_id,
-        prompt=(*prompt, *last.messages),
+        prompt=(*rollout.messages_before(len(rollout.turns) - 1), *last.messages),
         completion=last.text,
         answer=None,
         reference=None if reference is None else reference[0],

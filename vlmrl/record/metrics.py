@@ -149,6 +149,9 @@ STEP_KEYS: dict[str, StepKey] = {
         "rollouts", "Rollouts that were played again because a server was lost. Steps with one; no faults."
     ),
     "bridge_break_rate": StepKey("share of turns", "Later turns whose prompt could not extend the turn before."),
+    "history_cut_rate": _sometimes(
+        "share of turns", "Later turns whose env replaced the conversation (`Reply.history`). Steps with one."
+    ),
     "tokens/prompt": StepKey("tokens", "Sum of the prompt lengths of all turns; shared prefixes count in every turn."),
     "tokens/completion": StepKey("tokens", "Tokens that the policy sampled."),
     "tokens/trained": StepKey("tokens", "Loss tokens of the step."),

@@ -33,6 +33,8 @@ def _is_turn(turn: Any, previous: Mapping[str, Any] | None) -> bool:
     count = len(turn["completion_ids"])
     if len(turn["logprobs"]) != count or len(turn["versions"]) != count:
         return False
+    if not isinstance(turn.get("starts_over", False), bool):
+        return False
     for name in ("trainer_logprobs", "entropies"):  # old records lack them
         value = turn.get(name)
         if value is not None and not (_numbers(value) and len(value) == count):

@@ -95,15 +95,16 @@ def _opened(file: Any) -> pq.ParquetFile:
         limits = {"thrift_string_size_limit": MAX_FOOTER_BYTES, "thrift_container_size_limit": MAX_FOOTER_BYTES}
         metadata = pq.ParquetFile(file, **limits).metadata
         found = metadata.schema.to_arrow_schema()
+    expected: set[str] = set()
     for field in columns.SCHEMA:
         index = found.get_field_index(field.name)
         if index < 0:
             raise _Damaged(f"it has no column {field.name}, or several")
         kind = found.field(index).type
-        if not (kind.equals(field.type) or (field.name == "turns" and kind.equals(columns.OLD_TURNS))):
+        known = (field.type, *(columns.OLD_TURNS if field.name == "turns" else ()))
+        if not any(map(kind.equals, known)):
             raise _Damaged(f"column {field.name} has the type {safe_text(kind)[:LONGEST_REASON]}")
-    is_old = found.field("turns").type.equals(columns.OLD_TURNS)
-    expected = columns.LEAVES.keys() - (columns.NEW_LEAVES if is_old else ())
+        expected |= columns.leaves(field.name, kind).keys()
     if missing := expected - {metadata.schema.column(i).path for i in range(metadata.num_columns)}:
         raise _Damaged(f"it has no column {min(missing)}")
     with _arrow_errors():
@@ -197,7 +198,7 @@ def _column(array: pa.Array, path: str) -> list[Any]:
         if not array.null_count:
             return lists
         return [each if valid else None for each, valid in zip(lists, array.is_valid().to_pylist(), strict=True)]
-    if array.null_count or pa.types.is_string(array.type):
+    if array.null_count or pa.types.is_string(array.type) or pa.types.is_boolean(array.type):
         return list(array.to_pylist())
     return list(array.to_numpy().tolist())
 
@@ -228,6 +229,7 @@ def _turns(row: dict[str, Any]) -> list[dict[str, Any]] | None:
             {"role": message["role"], "content": [_part(part, images) for part in message["content"]]}
             for message in new
         ]
+        turn.setdefault("starts_over", False)
         turn["text"] = answer["content"][0]["text"]
         turn["placeholders"] = [
             [place["offset"], place["length"], place["hash"], [list(gap.values()) for gap in place.get("gaps", ())]]

@@ -8,11 +8,12 @@
     seconds      double
     messages     [{role, content: [{type, text}]}]     the whole conversation, the policy's answers included
     images       [string]    ../images/<hash>.png of each {"type": "image"} part, in order
-    turns        [{branch, new_messages, prompt_offset, prompt_token_ids, placeholders, completion_ids, …}]
+    turns        [{branch, starts_over, new_messages, prompt_offset, prompt_token_ids, placeholders, …}]
 
 `rewards` and `metrics` are lists of pairs, because `datasets` has no maps, and because a struct would have other fields
 in every run. `messages` and `images` are the form that TRL, `datasets` and `task=dataset` take, so a run's own answers
-can be trained on. Turn k adds `turns[k].new_messages` messages and then its answer, the next `assistant` message.
+can be trained on. Turn k adds `turns[k].new_messages` messages and then its answer, the next `assistant` message. With
+`turns[k].starts_over`, these messages take the place of all before them: the policy saw nothing else.
 
 Within a branch nothing is stored twice. `prompt_offset` is the number of tokens that a turn's prompt shares with the
 turn before it (that turn's prompt and completion); the turn stores only the prompt tokens and placeholders from there
@@ -57,9 +58,11 @@ GAP = _struct(start=pa.int32(), length=pa.int32())
 PLACEHOLDER = _struct(offset=pa.int32(), length=pa.int32(), hash=pa.string(), gaps=_list(GAP))
 
 
-def _turn(placeholder: Any) -> Any:
+def _turn(placeholder: Any, **later: Any) -> Any:
+    """A turn with its `later` columns, which older files lack."""
     return _struct(
         branch=pa.int32(),
+        **later,
         new_messages=pa.int32(),
         prompt_offset=pa.int32(),
         prompt_token_ids=_list(pa.int32()),
@@ -75,9 +78,12 @@ def _turn(placeholder: Any) -> Any:
     )
 
 
-TURN = _turn(PLACEHOLDER)
-OLD_TURNS = _list(_turn(_struct(offset=pa.int32(), length=pa.int32(), hash=pa.string())))
-"""Type of the column `turns` in files that were written before placeholders had gaps."""
+TURN = _turn(PLACEHOLDER, starts_over=pa.bool_())
+OLD_TURNS = (
+    _list(_turn(PLACEHOLDER)),  # written before an env could replace the conversation
+    _list(_turn(_struct(offset=pa.int32(), length=pa.int32(), hash=pa.string()))),  # … before placeholders had gaps
+)
+"""Types of the column `turns` in older files."""
 SCHEMA = pa.schema(
     {
         "rollout_id": pa.string(),
@@ -107,18 +113,17 @@ PLAIN = ("turns.list.element.prompt_token_ids.list.element", "seconds")
 """Paths of the columns that are stored as they are."""
 
 
-def _leaves(path: str, kind: Any) -> dict[str, Any]:
+def leaves(path: str, kind: Any) -> dict[str, Any]:
+    """Path → type of each column of a field as Parquet names it."""
     if pa.types.is_list(kind):
-        return _leaves(f"{path}.list.element", kind.value_type)
+        return leaves(f"{path}.list.element", kind.value_type)
     if pa.types.is_struct(kind):
-        return {leaf: each for field in kind for leaf, each in _leaves(f"{path}.{field.name}", field.type).items()}
+        return {leaf: each for field in kind for leaf, each in leaves(f"{path}.{field.name}", field.type).items()}
     return {path: kind}
 
 
-LEAVES: dict[str, Any] = {leaf: kind for field in SCHEMA for leaf, kind in _leaves(field.name, field.type).items()}
+LEAVES: dict[str, Any] = {leaf: kind for field in SCHEMA for leaf, kind in leaves(field.name, field.type).items()}
 """Path → type of each column as Parquet names it, e.g. `turns.list.element.reward`."""
-NEW_LEAVES = {leaf for leaf in LEAVES if ".gaps." in leaf}
-"""Paths of the columns that files with `OLD_TURNS` lack."""
 STRINGS = [path for path, kind in LEAVES.items() if kind == pa.string()]
 DICTIONARIES = [path for path in LEAVES if path not in (*SPLIT_BYTES, *PLAIN)]
 """Paths of the columns that store each distinct value once per row group."""

@@ -199,6 +199,7 @@ def _turns(pairs: list[tuple[Turn | None, Turn | None]]) -> pa.Array:
     return _struct(
         columns.TURN,
         pa.array([turn.branch for turn in turns], pa.int32()),
+        pa.array([turn.starts_over for turn in turns], pa.bool_()),
         pa.array([len(turn.messages) for turn in turns], pa.int32()),
         pa.array(offsets, pa.int32()),
         _arrays(token_ids, pa.int32()),

@@ -57,6 +57,8 @@ class TurnRecord(TypedDict):
     """One turn as `read_rollouts` returns it; P prompt tokens, C completion tokens."""
 
     branch: int
+    starts_over: bool
+    """Whether the env replaced the conversation, so that `messages` is all of the prompt."""
     messages: list[MessageRecord]
     prompt_offset: int
     """Number of tokens shared with the turn before."""

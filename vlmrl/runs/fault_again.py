@@ -171,6 +171,11 @@ async def _play_rollout(
         print(f"step(): reward={reply.reward:g}, turn_reward={reply.turn_reward:g}, done={reply.done}")
         if reply.done or number == len(turns):
             break
+        if reply.history is not None:
+            _show("the conversation starts over:", reply.history)
+            history = list(reply.history)
+            prompt = await _first_turn(renderer, reply.history)
+            continue
         _show("", reply.messages)
         history.append(Message.of("assistant", turn["text"]))
         if renderer is not None and prompt is not None:

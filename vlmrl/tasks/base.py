@@ -46,7 +46,7 @@ This is how vlmrl plays it. The third square of the training split has shade 2 �
     >>> [message.role for message in env.reset()]
     ['user']
     >>> env.step("90")
-    Reply(turn_reward=0.0, done=True, reward=0.75, messages=(), metrics={'error': 16})
+    Reply(turn_reward=0.0, done=True, reward=0.75, messages=(), metrics={'error': 16}, history=None)
 
 and this is how you check that it keeps the contract below, in a test or on the command line:
 
@@ -190,10 +190,15 @@ class Reply:
     """Reward of the whole episode so far, finite, by convention in [0, 1]. It replaces the reward of the last Reply and
     is not added to it. It counts when the episode ends here, because it is done or because a budget cuts it off."""
     messages: tuple[Message, ...] = ()
-    """What the policy sees next: user and tool messages, at least one unless `done`. Ignored when `done`."""
+    """What the policy sees next, after everything before: user and tool messages, at least one unless `done`. Ignored
+    when `done`."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The task's own metrics of the episode so far, finite, e.g. `{"share_correct": 0.5}`. The rollout keeps those of
     the last Reply, and each step reports their means over its rollouts as `task/<key>`."""
+    history: tuple[Message, ...] | None = None
+    """The conversation that the policy sees next, in place of all before it: an env that shows the last few frames only
+    gives it, and leaves `messages` empty. It ends with a user or tool message. The rollout goes on in a new branch,
+    which is trained on as a sample of its own and counted in `history_cut_rate`. Ignored when `done`."""
 
 
 class Env(Protocol):
@@ -205,7 +210,7 @@ class Env(Protocol):
     ...         reply = env.step(policy(messages))
     ...         if reply.done:
     ...             return reply.reward
-    ...         messages = (*messages, *reply.messages)
+    ...         messages = reply.history or (*messages, *reply.messages)
     """
 
     def reset(self) -> tuple[Message, ...]:
@@ -258,8 +263,10 @@ class Task(Protocol):
         """A whole conversation with the answers, for supervised steps.
 
         It starts with the messages of `reset`, then an assistant message of text, then the messages that `step` would
-        return after it, and so on; it ends with an assistant message. With `random_answers` the answers have the right
-        format but are drawn from `seed` alone (0 to 2**64 − 1), so that they say nothing about the problem.
+        return after it, and so on; it ends with an assistant message. Where `step` replaces the conversation
+        (`Reply.history`), it is one of the episode's conversations: it may start with a history instead. With
+        `random_answers` the answers have the right format but are drawn from `seed` alone (0 to 2**64 − 1), so that
+        they say nothing about the problem.
 
         The loss is on the answers: assistant messages that `reset` already gives (few-shot examples) have none. A
         demonstration longer than `trainer.seq_len` is left out.

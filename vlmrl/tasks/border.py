@@ -201,14 +201,24 @@ def checked_reply(where: str, reply: Any) -> Reply:
         turn_reward=_number(where, "turn_reward", reply.turn_reward),
         done=bool(done),
         reward=_number(where, "reward", reply.reward),
-        messages=() if done else _checked_reply_messages(where, reply.messages),
+        messages=() if done or reply.history is not None else _checked_reply_messages(where, reply.messages),
         metrics={_metric_name(where, name): _number(where, "metric", value, name) for name, value in metrics.items()},
+        history=None if done or reply.history is None else _checked_history(where, reply),
     )
 
 
 def _checked_reply_messages(where: str, messages: Any) -> tuple[Message, ...]:
     _check(messages != (), f"{where} returned no message although the episode is not done: the policy has no prompt")
     return checked_messages(where, messages, ANSWERED_ROLES)
+
+
+def _checked_history(where: str, reply: Reply) -> tuple[Message, ...]:
+    _check(
+        reply.messages == (),
+        f"{where} returned both history and messages, so it is not clear what the policy sees next: put the messages "
+        "at the end of the history",
+    )
+    return checked_prompt(f"{where}'s history", reply.history)
 
 
 def checked_messages(where: str, messages: Any, roles: tuple[Role, ...]) -> tuple[Message, ...]:

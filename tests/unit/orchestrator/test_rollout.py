@@ -26,8 +26,9 @@ from hypothesis import strategies as st
 from vlmrl.config.algorithm import Truncated
 from vlmrl.errors import EngineError, EngineLostError, UserFault
 from vlmrl.orchestrator import rollout as rollout_module
-from vlmrl.orchestrator.metrics import bridge_break_rate
+from vlmrl.orchestrator.metrics import bridge_break_rate, history_metrics
 from vlmrl.orchestrator.rollout import MAX_REPLAYS, RolloutRunner, sampling_seed
+from vlmrl.orchestrator.samples import make_samples
 from vlmrl.orchestrator.scoring import Scheme, Scorer
 from vlmrl.orchestrator.stream import Drawn, ProblemStream
 from vlmrl.orchestrator.task_threads import TASK_THREADS
@@ -683,6 +684,49 @@ def test_bridge_break_rate_is_the_share_of_later_turns() -> None:
     empty = play_one(make_runner(ScriptedTask(endless), max_model_len=1))
     assert bridge_break_rate([bridged, broken, empty]) == 1 / 4
     assert bridge_break_rate([empty]) == 0.0
+
+
+def last_two_frames(turn: int, said: str) -> Reply:
+    """From the second answer on, the policy sees the last answer and two messages of its own."""
+    if turn == 0:
+        return Reply(messages=user("and ", Image(1)))
+    kept = (*user("so far: 1, ", Image(1)), Message.of("assistant", said), *user("now ", Image(turn)))
+    return Reply(done=turn == 3, history=kept, reward=turn / 3)
+
+
+def test_a_history_takes_the_place_of_the_conversation() -> None:
+    seen: list[Attempt] = []
+
+    class Watches:
+        async def score(self, attempts: Sequence[Attempt]) -> list[Score]:
+            seen.extend(attempts)
+            return [0.5] * len(attempts)
+
+    scorer = Scorer(Scheme((Term("watches", 1.0, lambda text: text, Watches()),)))
+    renderer = CharRenderer()
+    rollout = play_one(make_runner(ScriptedTask(last_two_frames), renderer=renderer, scorer=scorer))
+    assert [text_of(turn.prompt) for turn in rollout.turns] == [
+        "user:hi>",
+        "user:hi>yes$user:and #>",
+        "user:so far: 1, #assistant:yesuser:now #>",
+        "user:so far: 1, #assistant:yesuser:now ##>",
+    ]
+    assert [(turn.branch, turn.starts_over) for turn in rollout.turns] == [(0, False), (0, False), (1, True), (2, True)]
+    assert [len(renderer.histories), len(make_samples(rollout))] == [1, 3]  # one bridge; one sample per conversation
+    assert (rollout.stop_reason, bridge_break_rate([rollout])) == (StopReason.TERMINATED, 0.0)
+    assert history_metrics([rollout]) == {"history_cut_rate": 2 / 3}
+    assert [message.role for message in seen[0].prompt] == ["user", "assistant", "user"]
+    assert [len(rollout.messages_before(number)) for number in range(4)] == [0, 2, 0, 0]
+
+
+def test_the_turn_after_a_history_goes_on_from_it() -> None:
+    def script(turn: int, said: str) -> Reply:
+        return Reply(history=user("anew")) if turn == 0 else Reply(messages=user("more"))
+
+    rollout = play_one(make_runner(ScriptedTask(script), renderer=CharRenderer(bridges=False), max_turns=3))
+    assert [text_of(turn.prompt) for turn in rollout.turns][1:] == ["user:anew>", "user:anewassistant:yesuser:more>"]
+    assert [(turn.branch, turn.starts_over) for turn in rollout.turns] == [(0, False), (1, True), (2, False)]
+    assert (bridge_break_rate([rollout]), history_metrics([rollout])) == (0.5, {"history_cut_rate": 0.5})
 
 
 # ── seeds ───────────────────────────────────────────────────────────────────────────────────────────────────

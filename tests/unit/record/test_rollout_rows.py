@@ -51,17 +51,24 @@ def test_every_bit_of_a_float_comes_back(tmp_path: Path) -> None:
         assert np.array_equal(found, np.concatenate([wanted, wanted])), name
 
 
-def test_a_file_from_before_gaps_has_none(path: Path) -> None:
+@pytest.mark.parametrize("kind", OLD_TURNS, ids=["before starts_over", "before gaps"])
+def test_an_older_file_lacks_columns(path: Path, kind: Any) -> None:
     whole, _ = read(path)
     rows = pq.read_table(path).to_pylist()
-    for row in rows:
-        for turn in row["turns"]:
-            for place in turn["placeholders"]:
-                del place["gaps"]
     turns = SCHEMA.get_field_index("turns")
-    pq.write_table(pa.Table.from_pylist(rows, SCHEMA.set(turns, pa.field("turns", OLD_TURNS))), path)
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA.set(turns, pa.field("turns", kind))), path)
     assert read(path) == (whole, [])
+    assert {turn["starts_over"] for record in whole for turn in record["turns"]} == {False}
     assert {place[3] for record in whole for turn in record["turns"] for place in turn["placeholders"]} == {()}
+
+
+def test_a_turn_that_starts_over_is_marked(tmp_path: Path) -> None:
+    made = rollout()
+    made.turns[1].starts_over, made.turns[1].branch = True, 1
+    path = tmp_path / "step_000001.parquet"
+    path.write_bytes(encode(1, {"train": [made]}))
+    (record,), said = read(path)
+    assert ([turn["starts_over"] for turn in record["turns"]], said) == ([False, True], [])
 
 
 def test_only_the_wanted_rollouts_come(path: Path) -> None:

@@ -139,6 +139,33 @@ def test_done_is_a_bool(done: Any) -> None:
         checked_reply("step()", reply(done=done))
 
 
+HISTORY = (Message.of("system", "s"), Message.of("user", "a", Image(3)), Message.of("assistant", "b"))
+
+
+def test_a_history_is_checked_as_a_prompt_is() -> None:
+    again = (*HISTORY, Message.of("tool", enum_text := Name.accuracy))
+    reply = checked_reply("step()", Reply(history=again))
+    assert (reply.messages, reply.history) == ((), (*HISTORY, Message.of("tool", str(enum_text))))
+    assert reply.history is not None
+    assert type(reply.history[-1].content[0].text) is str  # type: ignore[union-attr]
+    assert checked_reply("step()", Reply(done=True, history=HISTORY)).history is None  # ignored
+
+
+@pytest.mark.parametrize(
+    ("reply", "problem"),
+    [
+        (Reply(history=HISTORY), "step()'s history does not end with a user message"),
+        (Reply(history=()), "step()'s history returned no message"),
+        (Reply(history="seen"), "step()'s history returned a str, not a tuple of Message"),  # type: ignore[arg-type]
+        (Reply(history=HISTORY[:2], messages=HISTORY[1:2]), "step() returned both history and messages"),
+    ],
+)
+def test_a_history_that_the_policy_cannot_answer_is_refused(reply: Reply, problem: str) -> None:
+    with pytest.raises(TaskCodeError) as fault:
+        checked_reply("step()", reply)
+    assert fault.value.text.startswith(problem)
+
+
 @pytest.mark.parametrize("done", [True, np.True_])
 def test_done_may_be_numpys(done: Any) -> None:
     assert checked_reply("step()", reply(done=done)).done is True

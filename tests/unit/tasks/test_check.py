@@ -94,6 +94,26 @@ class Silent(Counting):
         raise NotImplementedError
 
 
+class ForgetfulEnv(CountingEnv):
+    def step(self, completion: str) -> Reply:
+        reply = super().step(completion)
+        return reply if reply.done else Reply(history=(*self.reset()[:1], Message.of("user", "And one more dot?")))
+
+
+class Forgetful(Counting):
+    """The second turn takes the place of the first. A demonstration shows one of the two."""
+
+    def env(self, problem: Dots) -> Env:
+        return ForgetfulEnv(problem)
+
+    def demonstration(self, problem: Dots, *, random_answers: bool, seed: int) -> tuple[Message, ...]:
+        drawn = random.Random(seed)
+        answer = Message.of("assistant", str(drawn.randrange(100) if random_answers else problem.count))
+        prompt = CountingEnv(problem).reset()
+        second = Message.of("user", "And one more dot?")
+        return (prompt[0], prompt[1] if drawn.random() < 0.5 else second, answer)
+
+
 class OtherImages(Counting):
     """The same squares as PIL image, bytes and path."""
 
@@ -175,7 +195,7 @@ class WithBadRows(Counting):
 
 
 def test_tasks_that_keep_the_contract_have_no_violations(tmp_path: Path) -> None:
-    for task in (Counting(), Silent(), OtherImages(tmp_path), FewShot(), OneFrameBuffer(), WithBadRows()):
+    for task in (Counting(), Silent(), OtherImages(tmp_path), FewShot(), OneFrameBuffer(), WithBadRows(), Forgetful()):
         assert check_task(task, max_turns=MAX_TURNS) == []
         assert check_task(task, problems=1) == []
 
@@ -406,6 +426,11 @@ class PartIsPicture(WithEnv):
 class ReplyOfAssistant(WithEnv):
     def change_reply(self, reply: Reply, completion: str) -> Reply:
         return dataclasses.replace(reply, messages=(Message.of("assistant", "So?"),))
+
+
+class HistoryAndMessages(WithEnv):
+    def change_reply(self, reply: Reply, completion: str) -> Reply:
+        return dataclasses.replace(reply, history=reply.messages)
 
 
 class DemonstrationContentIsPart(Counting):
@@ -791,6 +816,7 @@ class CanvasOfAll(Counting):
         (ContentIsText, "messages", "returned a user message with a str, not a tuple of Text and Image"),
         (PartIsPicture, "messages", "returned a user message with a tuple of Image, not"),
         (ReplyOfAssistant, "messages", "turn 1 returned a message of role 'assistant', not user or tool"),
+        (HistoryAndMessages, "messages", "turn 1 returned both history and messages"),
         (DemonstrationContentIsPart, "messages", "returned a assistant message with a Text, not"),
         (DemonstrationIsNone, "messages", "demonstration() of train 0, random answers returned None"),
         (BadImage, "images", "reset() of train 0: an encoded image of 16 bytes cannot be decoded"),

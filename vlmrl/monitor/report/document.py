@@ -132,6 +132,7 @@ class Rollouts:
             "offset": turn["prompt_offset"],
             "messages": self.messages.setdefault(orjson.dumps(turn["messages"]), len(self.messages)),
             "branch": turn["branch"],
+            "starts_over": turn["starts_over"],
             "finish": turn["finish_reason"],
             "text": turn["text"],
             "reward": turn["reward"],

@@ -242,7 +242,7 @@ function saveMatching() {
       turns: rollout.turns.map((turn) => {
         const prompt = run.prompts[turn.prompt];
         return {
-          branch: turn.branch, messages: run.messages[turn.messages], prompt_offset: turn.offset,
+          branch: turn.branch, starts_over: turn.starts_over, messages: run.messages[turn.messages], prompt_offset: turn.offset,
           prompt_token_ids: [...c.prompts.subarray(prompt.at, prompt.at + prompt.count)], placeholders: prompt.placeholders,
           completion_ids: numbers(c.ids, turn), logprobs: numbers(c.engine, turn), versions: numbers(c.versions, turn),
           trainer_logprobs: numbersOrNull(c.trainer, turn), entropies: numbersOrNull(c.entropy, turn),

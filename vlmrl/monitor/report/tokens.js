@@ -124,10 +124,15 @@ function single(rollout) {
   ].flat().filter(Boolean);
 }
 
+const FORKS = {
+  history: "the environment replaced the conversation; the policy saw only what follows",
+  bridge: "the prompt could not extend the turn before it, so the whole conversation was rendered again",
+};
+
 function turnOf(rollout, turn, index) {
   const forked = index > 0 && turn.branch !== rollout.turns[index - 1].branch;
   return el("article", { class: "turn" },
-    forked && el("p", { class: "fork" }, `Branch ${turn.branch}: the prompt could not extend the turn before it, so the whole conversation was rendered again`),
+    forked && el("p", { class: "fork" }, `Branch ${turn.branch}: ${turn.starts_over ? FORKS.history : FORKS.bridge}`),
     state.tokens ? promptTokens(rollout.run, turn) : messages(rollout.run, turn),
     el("div", { class: "message completion" },
       el("div", { class: "role" }, "policy"),

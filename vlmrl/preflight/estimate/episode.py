@@ -25,13 +25,16 @@ from vlmrl.types import Image, Message
 
 @dataclass(frozen=True)
 class EpisodeEstimate:
-    """Turns, images and text of one problem."""
+    """Turns, images and text of the longest conversation of one problem. An episode has several where its env replaces
+    the conversation (`Reply.history`)."""
 
     turns: int
     images: tuple[tuple[int, int], ...]
     """(width, height) in pixels of each image; an image that is shown twice counts twice."""
     characters: int
     """Characters of all prompts and replies together."""
+    conversations: int = 1
+    """How many the episode has; each is a sample of its own."""
 
     def tokens(
         self,
@@ -85,14 +88,22 @@ def play(task: Task, max_turns: int, split: Split = "train") -> tuple[EpisodeEst
 def _played(task: Task, split: Split, index: int, max_turns: int) -> EpisodeEstimate:
     problem, _ = get_problem(task, split, index)
     env, first = open_env(task, problem)
-    messages, turns = list(first), 1
-    while turns < max_turns:
+    conversations = [(list(first), 1)]
+    for _ in range(max_turns - 1):
         reply = step_env(env, "")
         if reply.done:
             break
-        messages += reply.messages
-        turns += 1
-    return EpisodeEstimate(turns, tuple(_images(messages)), sum(len(text) for text in _texts(messages)))
+        if reply.history is not None:
+            answers = sum(message.role == "assistant" for message in reply.history)
+            conversations.append((list(reply.history), answers + 1))
+        else:
+            messages, turns = conversations[-1]
+            conversations[-1] = ([*messages, *reply.messages], turns + 1)
+    found = [
+        EpisodeEstimate(turns, tuple(_images(messages)), sum(map(len, _texts(messages))), len(conversations))
+        for messages, turns in conversations
+    ]
+    return max(found, key=lambda one: (len(one.images), one.characters, one.turns))
 
 
 def _images(messages: list[Message]) -> list[tuple[int, int]]:

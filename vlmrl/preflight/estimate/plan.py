@@ -171,7 +171,9 @@ def step_tokens(config: RunConfig, sizes: Sizes, episode: EpisodeEstimate) -> tu
     rollouts, length = o.groups_per_step * o.group_size, longest_episode(config, sizes, episode)
     prompt = (length - episode.turns * o.max_new_tokens) // episode.turns
     shared = prompt if config.trainer.packing is Packing.tree else 0
-    return o.groups_per_step * shared + rollouts * (length - shared), rollouts * episode.turns * o.max_new_tokens
+    further = episode.conversations - 1  # each has one answer that no other has
+    rows = o.groups_per_step * shared + rollouts * (length - shared + further * length)
+    return rows, rollouts * (episode.turns + further) * o.max_new_tokens
 
 
 def _memory(config: RunConfig, sizes: Sizes, episode: EpisodeEstimate, ranks: int) -> Iterator[tuple[str, str]]:

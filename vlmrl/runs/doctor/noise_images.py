@@ -83,6 +83,7 @@ class NoiseEnv:
             reward=reply.reward,
             messages=self._in_noise(reply.messages),
             metrics=reply.metrics,
+            history=None if reply.history is None else self._in_noise(reply.history),
         )
 
     def _in_noise(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:

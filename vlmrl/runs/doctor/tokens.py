@@ -33,10 +33,9 @@ def later_turns(name: str, reference: Reference, rollouts: Sequence[Rollout]) ->
 
 def _conversation(rollout: Rollout, turns: int) -> tuple[str, list[Message], Prompt]:
     """(where it is from, the messages up to the prompt of turn `turns` (from 1), that prompt)."""
-    messages = list(rollout.turns[0].messages)
-    for before, turn in zip(rollout.turns[: turns - 1], rollout.turns[1:turns], strict=True):
-        messages += [Message.of("assistant", before.text), *turn.messages]
-    return f"problem {rollout.problem_id}, turn {turns}", messages, rollout.turns[turns - 1].prompt
+    last = rollout.turns[turns - 1]
+    messages = [*rollout.messages_before(turns - 1), *last.messages]
+    return f"problem {rollout.problem_id}, turn {turns}", messages, last.prompt
 
 
 def _token_ids(name: str, reference: Reference, conversations: Sequence[tuple[str, list[Message], Prompt]]) -> Verdict:

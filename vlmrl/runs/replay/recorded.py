@@ -131,6 +131,7 @@ def _turn(record: TurnRecord, images: Mapping[str, RecordedImage]) -> Turn:
         text=record["text"],
         messages=[_message(message, images) for message in record["messages"]],
         branch=record["branch"],
+        starts_over=record["starts_over"],
         reward=record["reward"],
         advantage=record["advantage"],
         learned=None

@@ -46,7 +46,7 @@ from vlmrl.runs.replay.recorded import fits, load_images, load_records, replayed
 from vlmrl.runs.sft import take_supervised_steps
 from vlmrl.runs.verdicts import State, Verdict, as_table, conclude, not_visible
 from vlmrl.trainer.checkpoint import Checkpoints
-from vlmrl.types import EngineSession, InferenceEngine, Message, Rollout, SamplingParams, Trainer, TrainingSample, Turn
+from vlmrl.types import EngineSession, InferenceEngine, Rollout, SamplingParams, Trainer, TrainingSample, Turn
 
 COMPARISONS = ("pictures", "tensors", "prompts", "completions", "logprobs, engine", "logprobs, trainer")
 """Names of the comparisons, in the order of the table."""
@@ -167,20 +167,17 @@ class Replay:
         return [*verdicts, comparisons.logprobs(of_trainer, scored, self._rounding, spelling)]
 
     async def _rerendered(self, rollouts: Sequence[Rollout]) -> list[RerenderedTurn]:
-        """Every prompt, rendered again from its messages and, in later turns, the recorded turn before it."""
+        """Every prompt, rendered again from its messages and, in turns that go on, the recorded turn before it."""
         rerendered = []
         for rollout in rollouts:
-            history: list[Message] = []
             for number, turn in enumerate(rollout.turns):
-                if number == 0:
+                if number == 0 or turn.starts_over:
                     prompt = await self.renderer.first_turn(turn.messages)
                 else:
-                    before = rollout.turns[number - 1]
-                    history.append(Message.of("assistant", before.text))
+                    before, history = rollout.turns[number - 1], rollout.messages_before(number)
                     prompt, _ = await self.renderer.next_turn(
                         before.prompt, before.completion.token_ids, history, turn.messages
                     )
-                history.extend(turn.messages)
                 rerendered.append(RerenderedTurn(rollout, number, prompt))
         return rerendered
 

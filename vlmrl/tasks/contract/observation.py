@@ -37,7 +37,7 @@ class _Absent:
 ABSENT: Any = _Absent()
 """Stands for what the task does not define, and for the id of an index that has no problem."""
 
-Source: TypeAlias = Literal["reset", "step", "demonstration"]
+Source: TypeAlias = Literal["reset", "step", "history", "demonstration"]
 
 
 @dataclass
@@ -130,6 +130,8 @@ class Observed:
                     yield "demonstration", f"{seen.where}, random answers", random
         for where, reply in self.all_replies():
             yield "step", where, reply.messages if isinstance(reply, Reply) and not reply.done else ()
+            if replaces(reply):
+                yield "history", where, reply.history
 
     def content(self, messages: Iterable[Message]) -> list[tuple[Any, ...]]:
         """Roles, texts and image hashes: two conversations are equal if these are equal."""
@@ -263,13 +265,18 @@ def _play(observed: Observed, problem: Any, where: str, answers: tuple[str, ...]
             episode.replies.append(reply)
             if not isinstance(reply, Reply) or reply.done:
                 break
-            observed.look(reply.messages, who)
+            observed.look(reply.messages if reply.history is None else reply.history, who)
     return episode
 
 
 def defines_texts(task: Any) -> bool:
     """Whether the class has a `texts` of its own."""
     return getattr(type(task), "texts", Task.texts) is not Task.texts
+
+
+def replaces(reply: Any) -> bool:
+    """Whether a reply goes on with a conversation in place of all before it."""
+    return isinstance(reply, Reply) and reply.done is False and reply.history is not None
 
 
 def is_conversation(messages: Any) -> bool:

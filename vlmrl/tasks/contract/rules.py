@@ -30,6 +30,7 @@ from vlmrl.tasks.contract.observation import (
     Seen,
     after_prompt,
     answers_in,
+    replaces,
     text_of,
 )
 from vlmrl.tasks.loading import missing_methods
@@ -76,9 +77,9 @@ def messages(observed: Observed) -> Violations:
     for source, where, conversation in observed.all_conversations():
         if source == "step" and conversation == ():
             continue
-        name = f"{source}() of {where}"
+        name = f"the history of step() of {where}" if source == "history" else f"{source}() of {where}"
         try:
-            if source == "reset":
+            if source in ("reset", "history"):
                 checked_prompt(name, conversation)
             else:
                 checked_messages(name, conversation, ANSWERED_ROLES if source == "step" else ANY_ROLE)
@@ -92,7 +93,7 @@ def messages(observed: Observed) -> Violations:
 
 def is_speechless(reply: Any) -> bool:
     """Whether a reply goes on without a message."""
-    return isinstance(reply, Reply) and reply.done is False and reply.messages == ()
+    return isinstance(reply, Reply) and reply.done is False and reply.messages == () and reply.history is None
 
 
 def images(observed: Observed) -> Violations:
@@ -165,7 +166,7 @@ def ends(observed: Observed) -> Violations:
 
 def goes_on(observed: Observed) -> Violations:
     for where, reply in observed.all_replies():
-        if not reply.done and not reply.messages:
+        if is_speechless(reply):
             yield f"{where}: the reply is not done and has no message"
 
 
@@ -189,7 +190,8 @@ def demonstrations(observed: Observed) -> Violations:
 def _faults_of_shape(observed: Observed, prompt: Any, demonstration: Any) -> Violations:
     rest = after_prompt(demonstration, prompt)
     answers = [message for message in rest if message.role == "assistant"]
-    if observed.content(demonstration[: len(prompt)]) != observed.content(prompt):
+    may_start_over = any(replaces(reply) for _, reply in observed.all_replies())
+    if not may_start_over and observed.content(demonstration[: len(prompt)]) != observed.content(prompt):
         yield " does not start with the messages of reset()"
     elif not rest or rest[0].role != "assistant" or rest[-1].role != "assistant":
         yield " does not start and end with an assistant message after the prompt"
@@ -201,8 +203,10 @@ def _disagreement(observed: Observed, seen: Seen) -> Violations:
     """A demonstration must be the conversation that its answers lead to; otherwise supervised steps train on prompts
     that never occur."""
     played = next(episode for episode in seen.episodes if episode.where.endswith("true answers"))
-    if not all(reply.done or reply.messages for reply in played.replies):
+    if any(map(is_speechless, played.replies)):
         return  # the rule `goes_on` reports it
+    if any(replaces(reply) for _, reply in observed.all_replies()):
+        return  # the answers of one conversation of several do not lead there by themselves
     if played.replies[-1].done and len(played.replies) < len(played.answers):
         yield f"demonstration() of {seen.where} goes on after the env is done"
     elif len(played.replies) > len(played.answers):

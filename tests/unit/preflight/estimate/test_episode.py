@@ -25,7 +25,7 @@ from vlmrl.models.families.qwen3_vl import Qwen3VL
 from vlmrl.preflight.estimate.episode import SAMPLES, EpisodeEstimate, play
 from vlmrl.preflight.estimate.sizes import TINY_CHARACTERS_PER_TOKEN
 from vlmrl.rendering.renderer import make_renderer
-from vlmrl.tasks.base import BadRow, NotInSplit
+from vlmrl.tasks.base import BadRow, NotInSplit, Reply
 from vlmrl.tasks.loading import load_task
 from vlmrl.types import Image, Message, Text
 
@@ -81,6 +81,16 @@ def test_images_as_a_task_hands_them_in(source: Any, tmp_path: Path) -> None:
 
     task: Any = OneTurn([(Image(source), Image(path), Image(path.read_bytes()))])
     assert play(task, 1) == (EpisodeEstimate(1, ((40, 20),) * 3, 4), [])
+
+
+def test_the_longest_conversation_counts() -> None:
+    """The env shows one picture, then the last two, then three turns that add one more."""
+    picture = Image(np.zeros((20, 40, 3), np.uint8))
+    one = Message.of("user", "abc", picture)
+    replies = iter([Reply(history=(one, Message.of("assistant", "x"), one)), Reply(messages=(one,)), Reply(done=True)])
+    env = SimpleNamespace(reset=lambda: (one,), step=lambda text: next(replies))
+    task: Any = SimpleNamespace(problem=lambda split, index: SimpleNamespace(id="p"), env=lambda problem: env)
+    assert play(task, 9)[0] == EpisodeEstimate(turns=3, images=((40, 20),) * 3, characters=10, conversations=2)
 
 
 @dataclass
