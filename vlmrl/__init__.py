@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vlmrl.config.task import ImportedTaskConfig
     from vlmrl.errors import ConfigError
     from vlmrl.orchestrator.advantages import Estimator
+    from vlmrl.orchestrator.credit import Comparison
     from vlmrl.rewards.base import Attempt
     from vlmrl.tasks.base import BadRow, Env, NotInSplit, Problem, Reply, Split, Task
     from vlmrl.tasks.check import check_task
@@ -29,6 +30,7 @@ __all__ = [
     "Attempt",
     "BadRow",
     "BatchTotals",
+    "Comparison",
     "ConfigError",
     "Env",
     "Estimator",
@@ -54,6 +56,7 @@ _HOMES = {
     "vlmrl.config.task": ("ImportedTaskConfig",),
     "vlmrl.errors": ("ConfigError",),
     "vlmrl.orchestrator.advantages": ("Estimator",),
+    "vlmrl.orchestrator.credit": ("Comparison",),
     "vlmrl.rewards.base": ("Attempt",),
     "vlmrl.tasks.base": ("BadRow", "Env", "NotInSplit", "Problem", "Reply", "Split", "Task"),
     "vlmrl.tasks.check": ("check_task",),

@@ -146,8 +146,11 @@ EXCHANGED = {
     "python -m vlmrl algorithm=my_losses:my_loss algorithm.args.scale=0.5": (
         f"python -m vlmrl algorithm=my_losses:my_loss algorithm.args.scale=0.5 {LESS}"
     ),
-    "python -m vlmrl algorithm.advantage=my_losses:above_median": (
-        f"python -m vlmrl algorithm.advantage=my_losses:above_median {LESS}"
+    "python -m vlmrl algorithm.advantage=my_losses:brief algorithm.args.fee=0.1": (
+        f"python -m vlmrl algorithm.advantage=my_losses:brief algorithm.args.fee=0.1 {LESS}"
+    ),
+    "python -m vlmrl algorithm.credit=return algorithm.discount=0.9": (
+        f"python -m vlmrl algorithm.credit=return algorithm.discount=0.9 {LESS}"
     ),
     "python -m vlmrl algorithm.refill.budget=10": f"python -m vlmrl algorithm.refill.budget=10 {LESS}",
     "python -m vlmrl algorithm=dapo": f"python -m vlmrl algorithm=dapo {LESS}",

@@ -63,6 +63,12 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     (("reward.task_weight=0",), "reward has no weight but 0, so .* or reward.task_weight=1$"),
     (("reward=exact", "algorithm.credit=episode"), "reward.terms.exact compares an answer with that of a data set, .*"),
     (("reward=format",), r"algorithm.credit=turn trains each turn .* set algorithm.credit=episode, or .*reward=\[\]"),
+    (("reward=format", "algorithm.credit=return"), "algorithm.credit=return trains each turn on the rewards that"),
+    (
+        ("algorithm.discount=0.9",),
+        "algorithm.discount=0.9 has no effect with .*credit=turn, .* set algorithm.credit=return",
+    ),
+    (("algorithm.credit=return", "algorithm.discount=1.1"), "algorithm.discount=1.1 is out of range"),
     (("reward=format", "reward.terms.format.weight=nan"), "reward.terms.format.weight=nan is out of range"),
     (("+reward@reward.terms.mean=format", "algorithm.credit=episode"), "reward.terms.mean would be logged as reward/"),
     (("+reward@reward.terms.a$b=format",), "reward.terms has the name 'a.b', and no metric could be called by it"),

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from vlmrl import AlgorithmConfig, BatchTotals, Estimator, FloatArray, LossFunction, LossOutput, LossTokens
+from vlmrl import (
+    AlgorithmConfig,
+    BatchTotals,
+    Comparison,
+    Estimator,
+    FloatArray,
+    LossFunction,
+    LossOutput,
+    LossTokens,
+)
 
 
 def scaled(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> LossOutput:
@@ -14,9 +23,10 @@ def scaled(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> 
     return LossOutput(loss, {"mine/scale": config.args["scale"] * len(objective)})
 
 
-def ranks(rewards: FloatArray) -> FloatArray:
-    """The rank of each reward among its siblings, centered."""
-    places: FloatArray = (np.argsort(np.argsort(rewards)) - (len(rewards) - 1) / 2).astype(np.float32)
+def ranks(compared: Comparison, config: AlgorithmConfig) -> FloatArray:
+    """The rank of each reward among its siblings, centered. Of two equal ones, the shorter answer comes first."""
+    order = np.lexsort((-compared.lengths, compared.rewards))
+    places: FloatArray = (np.argsort(order) - (len(order) - 1) / 2).astype(np.float32)
     return places
 
 

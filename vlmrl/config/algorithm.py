@@ -11,12 +11,14 @@ from vlmrl.config.fields import SMALLEST, Resume, setting
 
 
 class Credit(Enum):
-    """Which reward a turn's advantage is computed from."""
+    """Which reward a turn's advantage is computed from (`vlmrl.orchestrator.credit` has the formulas)."""
 
     episode = "episode"
     """The episode's reward, for every turn of it."""
     turn = "turn"
-    """Each turn's own reward, compared with the same turn of the sibling rollouts."""
+    """Each turn's own reward."""
+    vars()["return"] = "return"  # a keyword of Python, which no assignment can spell: `Credit["return"]`
+    """The turn's own reward and the later ones, each turn further away multiplied by `discount` once more."""
 
 
 class Advantage(StrEnum):
@@ -136,6 +138,8 @@ class AlgorithmConfig:
     """Settings for functions of your own, which read them from `config.args`; they are not checked."""
     credit: Credit = setting(Credit.episode, on_resume=Resume.noted)
     """Which reward a turn's advantage is computed from. A run takes it from `task.credit` unless it is set here."""
+    discount: float = setting(1.0, on_resume=Resume.noted, low=0, high=1, outside="it is not a discount factor")
+    """For `credit=return`: the weight of a reward that comes one turn later; 0.9 counts the third reward 0.81 times."""
     truncated: Truncated = setting(Truncated.zero, on_resume=Resume.noted)
     """What a cut answer is paid in training, the same with every `credit`. An evaluation counts what the task says."""
     clip_low: float = setting(0.2, on_resume=Resume.noted, low=0, high=1, outside="it clips no ratio or every one")

@@ -200,7 +200,11 @@ def below_names(owner: type) -> dict[str, str]:
     body = _classes(owner.__module__)[owner.__name__].body
     for statement, following in zip(body, [*body[1:], None], strict=True):
         match statement:
-            case ast.AnnAssign(target=ast.Name(id=name)) | ast.Assign(targets=[ast.Name(id=name)]):
+            case (
+                ast.AnnAssign(target=ast.Name(id=name))
+                | ast.Assign(targets=[ast.Name(id=name)])
+                | ast.Assign(targets=[ast.Subscript(slice=ast.Constant(value=str(name)))])  # vars()["return"] = …
+            ):
                 match following:
                     case ast.Expr(value=ast.Constant(value=str(text))):
                         found[name] = " ".join(text.split())

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 from vlmrl.config.algorithm import Credit
 from vlmrl.record.metrics import Record
-from vlmrl.types import DropReason, Group
 
 EQUAL_COMPARED = "groups/equal_compared"
 """The share of groups whose compared rewards are equal; in the monitor's memory only, not in metrics.jsonl."""
@@ -80,33 +79,15 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def compares_equal_rewards(group: Group, credit: Credit) -> bool:
-    """Whether the rewards that this group compares are all equal: the episodes' rewards, or for every turn the rewards
-    of that turn. Rollouts that failed or have no reward are not compared; fewer than two others compare nothing, which
-    is False."""
-    siblings = [
-        rollout
-        for rollout in group.rollouts
-        if rollout.turns and not rollout.stop_reason.is_fault and rollout.dropped is not DropReason.NO_REWARD
-    ]
-    if len(siblings) < 2:
-        return False
-    if credit is Credit.episode:
-        return len({rollout.reward for rollout in siblings}) == 1
-    turns = max(len(rollout.turns) for rollout in siblings)
-    return all(
-        len({rollout.turns[t].reward for rollout in siblings if len(rollout.turns) > t}) == 1 for t in range(turns)
-    )
-
-
 def _no_signal(recent: Sequence[Record], credit: Credit) -> str | None:
     shares = _values(recent, EQUAL_COMPARED)
     if len(shares) < WINDOW or min(shares) < 1.0:
         return None
-    if credit is Credit.turn:
-        compared, other = "each turn's turn_reward", "If the task sets only `reward`, set algorithm.credit=episode. "
-    else:
+    if credit is Credit.episode:
         compared, other = "the episode's reward", ""
+    else:
+        compared = "each turn's turn_reward" if credit is Credit.turn else "the turn_reward of each turn and later ones"
+        other = "If the task sets only `reward`, set algorithm.credit=episode. "
     return (
         f"For {WINDOW} steps, the rewards that algorithm.credit={credit.name} compares ({compared}) have been equal "
         f"within every group, so there is nothing to learn from. {other}If the task is too hard, reward partial "

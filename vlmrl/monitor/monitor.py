@@ -29,7 +29,7 @@ from vlmrl.config.algorithm import Credit
 from vlmrl.config.monitor import MonitorConfig
 from vlmrl.errors import VlmrlError, format_error, headline
 from vlmrl.monitor.glimpse import SHOWN, pick
-from vlmrl.monitor.health import EQUAL_COMPARED, HISTORY, compares_equal_rewards, warnings_for
+from vlmrl.monitor.health import EQUAL_COMPARED, HISTORY, warnings_for
 from vlmrl.monitor.loggers import Loggers
 from vlmrl.monitor.progress import PHASES, Progress, duration
 from vlmrl.monitor.report.background import ReportWriter
@@ -234,8 +234,7 @@ class Monitor:
         self.record(step, groups)
         self._history.append(dict(self._metrics.last or record))  # as written: numbers that are not finite are None
         if groups:
-            equal = [compares_equal_rewards(group, self._credit) for group in groups]
-            self._history[-1][EQUAL_COMPARED] = sum(equal) / len(groups)
+            self._history[-1][EQUAL_COMPARED] = sum(group.compares_equal for group in groups) / len(groups)
         self._trained_on = [group.rollouts[0] for group in groups]
         self._progress.rollouts(f"rollouts of step {step}", pick(groups))
         self._progress.step(step, self._history[-1])

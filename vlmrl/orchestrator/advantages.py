@@ -1,11 +1,11 @@
 """Compute one advantage per turn from the rewards of a group, and decide which rollouts are dropped.
 
-    group ─▶ assign_advantages: turn.advantage ─▶ filters.py: rollout.filtered ─▶ mark_dropped: rollout.dropped
+    group ─▶ credit.py: Comparison ─▶ Estimator ─▶ turn.advantage ─▶ filters.py: rollout.filtered ─▶ rollout.dropped
 
-Letters: G siblings. A rollout counts as a sibling if it is not a fault, has at least one turn, and has a reward (it is
-not dropped as `no_reward`). A rollout that is dropped for what it sampled (a stray image token, staleness) was played
-and rewarded, so it still counts. A rollout whose last answer was cut is paid 0 or what the task says, or does not count
-(`algorithm.truncated`).
+Letters: N rewards that are compared with each other. A rollout counts as a sibling if it is not a fault, has at least
+one turn, and has a reward (it is not dropped as `no_reward`). A rollout that is dropped for what it sampled (a stray
+image token, staleness) was played and rewarded, so it still counts. A rollout whose last answer was cut is paid 0 or
+what the task says, or does not count (`algorithm.truncated`).
 """
 
 from __future__ import annotations
@@ -14,22 +14,24 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmrl.config.algorithm import Advantage, AlgorithmConfig, Credit, FilterMode, Truncated
+from vlmrl.config.algorithm import Advantage, AlgorithmConfig, FilterMode, Truncated
 from vlmrl.config.import_paths import assert_takes, import_named
 from vlmrl.errors import ConfigError, UserFault, fenced, safe_repr
+from vlmrl.orchestrator.credit import Comparison, comparisons
 from vlmrl.orchestrator.filters import filters_in
 from vlmrl.types import DropReason, FloatArray, Group, Rollout
 
 log = logging.getLogger(__name__)
 
-Estimator: TypeAlias = Callable[[FloatArray], FloatArray]
-"""float32 [G] rewards → float32 [G] advantages. They sum to zero and are exactly 0.0 where G < 2 or all rewards are
-equal."""
+Estimator: TypeAlias = Callable[[Comparison, AlgorithmConfig], FloatArray]
+"""What is compared, and the settings (`config.args` are those of a function of your own) → float32 [N] advantages, one
+per reward. Those of the built-in ones sum to zero and are exactly 0.0 where N < 2 or all rewards are equal."""
 
 EPS = 1e-6
 """Added to the standard deviation, in units of the reward, so that rewards which differ only by rounding do not get
@@ -66,31 +68,34 @@ def leave_one_out(rewards: FloatArray) -> FloatArray:
     return (_centered(rewards) * (len(rewards) / max(1, len(rewards) - 1))).astype(np.float32)
 
 
-ESTIMATORS: dict[str, Estimator] = {
+OF_REWARDS: dict[str, Callable[[FloatArray], FloatArray]] = {
     Advantage.group_normalized: group_normalized,
     Advantage.group_centered: group_centered,
     Advantage.leave_one_out: leave_one_out,
 }
+"""The built-in ways need the rewards alone: float32 [N] → float32 [N]. An estimator of your own may call them."""
 
 
 @functools.cache
 def estimator_named(name: str) -> Estimator:
-    """The function that `algorithm.advantage` names: one of `ESTIMATORS`, or a user's function, imported.
+    """The function that `algorithm.advantage` names: a built-in one, or a user's function, imported.
 
     Raises `ConfigError` where the function does not exist or cannot be called as an `Estimator`. A user's function is
     wrapped so that it raises `ConfigError` unless it returns one finite number per reward.
     """
-    if name in ESTIMATORS:
-        return ESTIMATORS[name]
+    if name in OF_REWARDS:
+        of_rewards = OF_REWARDS[name]
+        return lambda compared, config: of_rewards(compared.rewards)
     function = import_named("algorithm.advantage", name, "advantage function", callable, inspect.isfunction)
-    assert_takes("algorithm.advantage", name, function, "rewards")
+    assert_takes("algorithm.advantage", name, function, "compared", "config")
 
-    def checked(rewards: FloatArray) -> FloatArray:
+    def checked(compared: Comparison, config: AlgorithmConfig) -> FloatArray:
+        rewards = compared.rewards
         consequence = "so some turns would have no valid advantage: return one finite number per reward"
         returned: Any = None
         try:
             with fenced("it"):
-                returned = function(rewards.copy())
+                returned = function(replace(compared, rewards=rewards.copy()), config)
                 advantages = np.asarray(returned, np.float32)
         except UserFault as fault:
             log.error("algorithm.advantage=%s failed:\n%s", name, fault.traceback)
@@ -113,11 +118,10 @@ def estimator_named(name: str) -> Estimator:
 
 
 def assign_advantages(group: Group, config: AlgorithmConfig) -> None:
-    """Fill `turn.advantage` of every rollout, and set the reward of a cut answer to 0 where `truncated=zero`, in place.
+    """Fill `turn.advantage` of every rollout and `group.compares_equal`, and set the reward of a cut answer to 0 where
+    `truncated=zero`, in place.
 
-    `credit=episode`: all turns of a rollout get the advantage of the episode's reward. `credit=turn`: turn t gets the
-    advantage of its own reward among the t-th turns of the siblings. Faults get 0.0; so do cut answers
-    with `truncated=mask`.
+    credit.py says which rewards are compared. Faults get 0.0; so do cut answers with `truncated=mask`.
     """
     for rollout in group.rollouts:
         for turn in rollout.turns:
@@ -125,18 +129,14 @@ def assign_advantages(group: Group, config: AlgorithmConfig) -> None:
         if rollout.is_cut and config.truncated is Truncated.zero:
             rollout.turns[-1].reward = rollout.reward = 0.0
     siblings = [rollout for rollout in group.rollouts if _counts(rollout, config)]
+    compared = comparisons(siblings, config)
+    group.compares_equal = len(siblings) > 1 and all(each.rewards.min() == each.rewards.max() for each in compared)
     estimator = estimator_named(config.advantage)
-    if config.credit is Credit.episode:
-        advantages = estimator(np.array([rollout.reward for rollout in siblings], np.float32))
-        for rollout, advantage in zip(siblings, advantages.tolist(), strict=True):
-            for turn in rollout.turns:
+    for each in compared:
+        advantages = estimator(each, config).tolist()
+        for rollout, t, advantage in zip(each.rollouts, each.turn.tolist(), advantages, strict=True):
+            for turn in rollout.turns if t < 0 else (rollout.turns[t],):
                 turn.advantage = advantage
-        return
-    for t in range(max((len(rollout.turns) for rollout in siblings), default=0)):
-        turns = [rollout.turns[t] for rollout in siblings if len(rollout.turns) > t]
-        advantages = estimator(np.array([turn.reward for turn in turns], np.float32))
-        for turn, advantage in zip(turns, advantages.tolist(), strict=True):
-            turn.advantage = advantage
 
 
 def has_signal(group: Group) -> bool:
@@ -179,7 +179,7 @@ def mark_dropped(
 
 
 def _centered(rewards: FloatArray) -> NDArray[np.float64]:
-    """float64 [G]; r − mean, exactly 0.0 everywhere if all rewards are equal (their computed mean may be rounded)."""
+    """float64 [N]; r − mean, exactly 0.0 everywhere if all rewards are equal (their computed mean may be rounded)."""
     if len(rewards) < 2 or rewards.min() == rewards.max():
         return np.zeros(len(rewards))
     exact = rewards.astype(np.float64)

@@ -182,7 +182,8 @@ class Reply:
     """
 
     turn_reward: float = 0.0
-    """Reward of this turn alone, finite, by convention in [0, 1]. Only `algorithm.credit=turn` uses it."""
+    """Reward of this turn alone, finite, by convention in [0, 1]. Only `algorithm.credit=turn` and
+    `algorithm.credit=return` use it."""
     done: bool = False
     """True ends the episode, and `reward` is final. A Reply that is not done has messages for the policy to answer, so
     a forgotten `done=True` is found at once."""

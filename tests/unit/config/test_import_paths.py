@@ -17,7 +17,8 @@ from vlmrl.config.algorithm import AlgorithmConfig, ImportanceCorrection
 from vlmrl.config.import_paths import import_named
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import ConfigError
-from vlmrl.orchestrator.advantages import assign_advantages, estimator_named, group_centered
+from vlmrl.orchestrator.advantages import assign_advantages, estimator_named
+from vlmrl.orchestrator.credit import Comparison, comparisons
 from vlmrl.preflight.rules.imports import imports_resolve
 from vlmrl.trainer.loss import BatchTotals, LossTokens, loss_function, policy_loss
 from vlmrl.types import Completion, Group, Prompt, Rollout, StopReason, Turn
@@ -37,19 +38,26 @@ def bare(tokens, totals, config):
 def two_arguments(tokens, totals):
     return None
 
-def ranks(rewards):
-    return np.argsort(np.argsort(rewards)) - (len(rewards) - 1) / 2
+def ranks(compared, config):
+    return config.args["scale"] * (np.argsort(np.argsort(compared.rewards)) - (len(compared.rewards) - 1) / 2)
 
-def infinite(rewards):
-    return rewards / 0.0
+def shorter(compared, config):
+    return -compared.lengths + [rollout.metrics["bonus"] for rollout in compared.rollouts]
 
-def one(rewards):
-    return rewards.mean()
+def infinite(compared, config):
+    return compared.rewards / 0.0
+
+def one(compared, config):
+    compared.rewards[:] = 7.0
+    return 0.5
+
+def of_rewards(rewards):
+    return rewards
 
 number = 3
 
-def badly(rewards):
-    return BAD[int(rewards[0])](rewards)
+def badly(compared, config):
+    return BAD[int(compared.rewards[0])](compared.rewards)
 
 class BadText(Exception):
     def __str__(self):
@@ -136,21 +144,35 @@ def test_it_is_corrected_as_the_built_in_ones_are() -> None:
 
 
 def test_an_advantage_of_the_users_own() -> None:
-    completion = Completion(np.array([1]), np.array([-1.0], np.float32), np.zeros(1, np.int64), "stop")
-    turns = [Turn(Prompt(np.array([1]), (), ()), completion, "", [], branch=0, reward=0.0) for _ in range(3)]
+    turns = [turn(length) for length in (4, 2, 3)]
     group = Group(
         "p",
         [
-            Rollout("r", "p", index, [turn], reward, {}, StopReason.TERMINATED)
+            Rollout("r", "p", index, [turn], reward, {"bonus": 10.0 * index}, StopReason.TERMINATED)
             for index, (turn, reward) in enumerate(zip(turns, (0.1, 0.9, 0.2), strict=True))
         ],
     )
-    assign_advantages(group, AlgorithmConfig(advantage="my_algorithms.mine:ranks"))
-    assert [turn.advantage for turn in turns] == [-1.0, 1.0, 0.0]
+    assign_advantages(group, AlgorithmConfig(advantage="my_algorithms.mine:ranks", args={"scale": 2.0}))
+    assert [turn.advantage for turn in turns] == [-2.0, 2.0, 0.0]
+    assign_advantages(group, AlgorithmConfig(advantage="my_algorithms.mine:shorter"))
+    assert [turn.advantage for turn in turns] == [-4.0, 8.0, 17.0], "it sees lengths and the task's metrics"
+
+
+def turn(length: int) -> Turn:
+    tokens = np.ones(length, np.int64)
+    completion = Completion(tokens, np.full(length, -1.0, np.float32), 0 * tokens, "stop")
+    return Turn(Prompt(np.array([1]), (), ()), completion, "", [], branch=0, reward=0.0)
+
+
+def compared(*rewards: float) -> Comparison:
+    """Whole episodes with these rewards."""
+    siblings = [Rollout("r", "p", i, [turn(1)], each, {}, StopReason.TERMINATED) for i, each in enumerate(rewards)]
+    (found,) = comparisons(siblings, AlgorithmConfig())
+    return found
 
 
 def test_built_in_names_need_no_import() -> None:
-    assert estimator_named("group_centered") is group_centered
+    assert estimator_named("group_centered")(compared(1, 0), AlgorithmConfig()).tolist() == [0.5, -0.5]
 
 
 @pytest.mark.parametrize(
@@ -160,7 +182,8 @@ def test_built_in_names_need_no_import() -> None:
         ("loss", "my_algorithms.mine:number", "is a int, not a loss function, .*: it has scaled, bare, two_arguments"),
         ("loss", "my_algorithms.mine:scald", "names 'scald', which my_algorithms.mine .* does not define"),
         ("loss", "my_algorithms.gone:scaled", "names a module that does not exist"),
-        ("advantage", "my_algorithms.mine:scaled", r"cannot be called as scaled\(rewards\)"),
+        ("advantage", "my_algorithms.mine:scaled", r"cannot be called as scaled\(compared, config\)"),
+        ("advantage", "my_algorithms.mine:of_rewards", r"cannot be called as of_rewards\(compared, config\)"),
     ],
 )
 def test_what_cannot_be_called_is_refused_before_anything_starts(
@@ -175,17 +198,17 @@ def test_what_a_function_returns_is_looked_at() -> None:
     with pytest.raises(ConfigError, match=r"of type Tensor, not a LossOutput, .*LossOutput\(loss\)"):
         policy_loss(TOKENS, TOTALS, AlgorithmConfig(loss="my_algorithms.mine:bare"))
     with pytest.raises(ConfigError, match=r"returned 0.5 for the rewards \[0.0, 1.0\], .*: return one finite"):
-        estimator_named("my_algorithms.mine:one")(np.array([0, 1], np.float32))
+        estimator_named("my_algorithms.mine:one")(compared(0, 1), AlgorithmConfig())
     with np.errstate(divide="ignore"), pytest.raises(ConfigError, match=r"returned \[inf, inf\] for the rewards"):
-        estimator_named("my_algorithms.mine:infinite")(np.array([1, 1], np.float32))
+        estimator_named("my_algorithms.mine:infinite")(compared(1, 1), AlgorithmConfig())
 
 
 @pytest.mark.parametrize("case", range(10))
 def test_whatever_an_advantage_does_is_an_error_that_names_it(case: int) -> None:
-    rewards = np.array([case, 1], np.float32)
+    given = compared(case, 1)
     with pytest.raises(ConfigError, match=r"^algorithm\.advantage=my_algorithms\.mine:badly.*: return one finite"):
-        estimator_named("my_algorithms.mine:badly")(rewards)
-    assert rewards.tolist() == [case, 1]
+        estimator_named("my_algorithms.mine:badly")(given, AlgorithmConfig())
+    assert given.rewards.tolist() == [case, 1]
 
 
 @pytest.mark.parametrize("case", range(14))

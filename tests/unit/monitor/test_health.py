@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from vlmrl.config.algorithm import Credit
-from vlmrl.monitor.health import HISTORY, REMEDIES, WINDOW, compares_equal_rewards, warnings_for
+from vlmrl.monitor.health import HISTORY, REMEDIES, WINDOW, warnings_for
 from vlmrl.record.metrics import Record
-from vlmrl.types import Completion, DropReason, Group, Prompt, Rollout, StopReason, Turn
+from vlmrl.types import DropReason
 
 
 def history(*, steps: int = WINDOW, **figures: float | None) -> list[Record]:
@@ -50,42 +49,12 @@ def test_the_warning_names_the_rewards_that_are_compared() -> None:
     (text,) = warnings_for(history(groups__equal_compared=1.0), exact=True, credit=Credit.turn)
     assert "algorithm.credit=turn compares (each turn's turn_reward) have been equal" in text
     assert "set algorithm.credit=episode" in text
+    (text,) = warnings_for(history(groups__equal_compared=1.0), exact=True, credit=Credit["return"])
+    assert "algorithm.credit=return compares (the turn_reward of each turn and later ones) have been equal" in text
+    assert "set algorithm.credit=episode" in text
     (text,) = warnings_for(history(groups__equal_compared=1.0), exact=True, credit=Credit.episode)
     assert "turn_reward" not in text
     assert "set algorithm.credit" not in text
-
-
-def scored(*episodes: tuple[float, list[float]], fault: bool = False) -> Group:
-    """A group of rollouts: the episode's reward and those of its turns. `fault`: the last one failed."""
-
-    def turn(reward: float) -> Turn:
-        empty = np.zeros(1, np.int64)
-        completion = Completion(empty, np.zeros(1, np.float32), empty, "stop")
-        return Turn(Prompt(empty, (), ()), completion, "", [], 0, reward=reward)
-
-    rollouts = [
-        Rollout(f"r{i}", "p", 0, list(map(turn, turns)), reward, {}, StopReason.TERMINATED)
-        for i, (reward, turns) in enumerate(episodes)
-    ]
-    if fault:
-        rollouts[-1].stop_reason = StopReason.TASK_ERROR
-    return Group("p", rollouts)
-
-
-@pytest.mark.parametrize(
-    ("group", "by_episode", "by_turn"),
-    [
-        (scored((1.0, [0.0, 0.0]), (0.0, [0.0, 0.0])), False, True),  # the task never sets turn_reward
-        (scored((0.5, [1.0, 0.0]), (0.5, [0.0, 1.0])), True, False),
-        (scored((0.5, [1.0, 0.0]), (0.5, [1.0])), True, True),
-        (scored((0.0, [0.0]), (1.0, [1.0])), False, False),
-        (scored((0.0, [0.0]), (0.0, [0.0]), (1.0, [1.0]), fault=True), True, True),  # a failed one is not compared
-        (scored((0.0, [0.0]), (1.0, [1.0]), fault=True), False, False),  # nothing is left to compare
-    ],
-)
-def test_equal_rewards_are_looked_for_where_they_are_compared(group: Group, by_episode: bool, by_turn: bool) -> None:
-    assert compares_equal_rewards(group, Credit.episode) is by_episode
-    assert compares_equal_rewards(group, Credit.turn) is by_turn
 
 
 def test_one_step_with_a_signal_is_enough() -> None:

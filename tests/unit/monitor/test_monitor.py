@@ -31,8 +31,9 @@ METRICS = {**dict.fromkeys(REQUIRED_KEYS[1:], 1.0), "mismatch_kl/max": 0.0, "rol
 
 
 def flat_group() -> Group:
-    """A group without any advantage."""
+    """A group without any advantage, because its rewards are equal."""
     made = group()
+    made.compares_equal = True
     for each in made.rollouts:
         for turn in each.turns:
             turn.advantage = 0.0

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from vlmrl.config.algorithm import Advantage, AlgorithmConfig, Credit, FilterConfig, FilterMode, Truncated
 from vlmrl.orchestrator.advantages import (
     EPS,
-    ESTIMATORS,
+    OF_REWARDS,
     assign_advantages,
     group_centered,
     group_normalized,
@@ -52,7 +52,7 @@ def advantages_of(group: Group) -> list[list[float]]:
 @any_estimator
 @given(rewards=group_rewards)
 def test_advantages_of_a_group_sum_to_zero(advantage: Advantage, rewards: FloatArray) -> None:
-    found = ESTIMATORS[advantage](rewards)
+    found = OF_REWARDS[advantage](rewards)
     assert found.dtype == np.float32
     assert found.shape == rewards.shape
     assert abs(found.sum(dtype=np.float64)) <= 1e-6 * max(1.0, np.abs(found).sum())
@@ -62,7 +62,7 @@ def test_advantages_of_a_group_sum_to_zero(advantage: Advantage, rewards: FloatA
 @given(rewards=group_rewards, shift=st.integers(-16, 16))
 def test_a_constant_added_to_all_rewards_changes_nothing(advantage: Advantage, rewards: FloatArray, shift: int) -> None:
     np.testing.assert_allclose(
-        ESTIMATORS[advantage](rewards + np.float32(shift)), ESTIMATORS[advantage](rewards), rtol=1e-6, atol=1e-6
+        OF_REWARDS[advantage](rewards + np.float32(shift)), OF_REWARDS[advantage](rewards), rtol=1e-6, atol=1e-6
     )
 
 
@@ -78,14 +78,14 @@ def test_scaled_rewards_scale_the_advantages_unless_they_are_normalized(rewards:
 @given(rewards=group_rewards, data=st.data())
 def test_the_order_of_siblings_does_not_matter(advantage: Advantage, rewards: FloatArray, data: st.DataObject) -> None:
     order = np.array(data.draw(st.permutations(range(len(rewards)))))
-    estimator = ESTIMATORS[advantage]
+    estimator = OF_REWARDS[advantage]
     np.testing.assert_allclose(estimator(rewards[order]), estimator(rewards)[order], rtol=1e-6, atol=1e-7)
 
 
 @any_estimator
 @given(reward=st.floats(-1e3, 1e3, width=32), size=st.integers(0, 33))
 def test_equal_rewards_give_exactly_zero(advantage: Advantage, reward: float, size: int) -> None:
-    found = ESTIMATORS[advantage](np.full(size, reward, np.float32))
+    found = OF_REWARDS[advantage](np.full(size, reward, np.float32))
     assert found.tolist() == [0.0] * size
 
 
@@ -163,6 +163,32 @@ def test_assigning_again_overwrites_old_advantages() -> None:
     group.rollouts[1].stop_reason = StopReason.BAD_REWARD
     assign_advantages(group, AlgorithmConfig())
     assert advantages_of(group) == [[0.0], [0.0]]
+
+
+def scored(*episodes: tuple[float, list[float]], fault: bool = False) -> Group:
+    """A group of rollouts: the episode's reward and those of its turns. `fault`: the last one failed."""
+    rollouts = [rollout([turn(each) for each in turns], reward) for reward, turns in episodes]
+    if fault:
+        rollouts[-1].stop_reason = StopReason.TASK_ERROR
+    return Group("p", rollouts)
+
+
+@pytest.mark.parametrize(
+    ("group", "equal"),  # with credit=episode, turn and return
+    [
+        (scored((1.0, [0.0, 0.0]), (0.0, [0.0, 0.0])), (False, True, True)),  # the task never sets turn_reward
+        (scored((0.5, [1.0, 0.0]), (0.5, [0.0, 1.0])), (True, False, False)),
+        (scored((0.5, [1.0, 0.0]), (0.5, [1.0])), (True, True, True)),
+        (scored((0.5, [1.0, 1.0]), (0.5, [1.0])), (True, True, False)),  # the later turn is a part of the return
+        (scored((0.0, [0.0]), (1.0, [1.0])), (False, False, False)),
+        (scored((0.0, [0.0]), (0.0, [0.0]), (1.0, [1.0]), fault=True), (True, True, True)),  # a fault is not compared
+        (scored((0.0, [0.0]), (1.0, [1.0]), fault=True), (False, False, False)),  # nothing is left to compare
+    ],
+)
+def test_equal_rewards_are_looked_for_where_they_are_compared(group: Group, equal: tuple[bool, bool, bool]) -> None:
+    for credit, expected in zip((Credit.episode, Credit.turn, Credit["return"]), equal, strict=True):
+        assign_advantages(group, AlgorithmConfig(credit=credit))
+        assert group.compares_equal is expected, credit
 
 
 # ── dropping ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -37,7 +37,7 @@ NOT_ALONE = {
     "reward=judge": "reward.terms.judge.model has no value",
     **dict.fromkeys(
         (f"reward={kind}" for kind in TERMS if kind not in ("imported", "judge")),
-        "algorithm.credit=turn trains each turn on the reward that the task gives it",
+        "algorithm.credit=turn trains each turn on the rewards that the task gives to turns",
     ),
     "model=auto": "model.name has no value",
     "model/vlm=llava": "model.tiny builds a checkpoint, and model.vlm.image_token=auto is read from one",
@@ -119,6 +119,7 @@ def test_refused(overrides: tuple[str, ...], message: str, composed: Callable[..
         ("task=dataset", "task.path=rows.jsonl", "reward=exact"),
         (*MIXTURE, "+task@task.tasks.b=dataset", "task.tasks.b.path=x", "reward=exact", "algorithm.credit=episode"),
         (*MIXTURE, "++task.weights.a=0.5", "algorithm.credit=turn"),
+        ("algorithm.credit=return", "algorithm.discount=0.9"),
     ],
 )
 def test_not_refused(overrides: tuple[str, ...], run_config: Callable[..., RunConfig]) -> None:

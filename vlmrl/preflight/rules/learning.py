@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vlmrl.config.algorithm import Advantage, FilterMode, Loss
+from vlmrl.config.algorithm import Advantage, Credit, FilterMode, Loss
 from vlmrl.config.import_paths import is_import_path
 from vlmrl.config.keys import did_you_mean
 from vlmrl.config.run import Mode, RunConfig
@@ -39,6 +39,16 @@ def batches_are_learned_from(config: RunConfig) -> None:
         raise ConfigError(
             f"orchestrator.max_staleness={staleness} is not below trainer.max_steps={steps}, so the whole run would be "
             "sampled before anything is learned: lower orchestrator.max_staleness"
+        )
+
+
+def credit_settings_have_effect(config: RunConfig) -> None:
+    """What only one kind of credit reads is left alone with the others."""
+    algorithm = config.algorithm
+    if config.mode is Mode.rl and algorithm.discount != 1 and algorithm.credit is not Credit["return"]:
+        raise ConfigError(
+            f"algorithm.discount={algorithm.discount} has no effect with algorithm.credit={algorithm.credit.name}, "
+            "which adds up no later rewards: set algorithm.credit=return, or algorithm.discount=1"
         )
 
 

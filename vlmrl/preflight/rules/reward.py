@@ -109,11 +109,11 @@ def terms_have_effect(config: RunConfig) -> None:
     """Reward terms score whole episodes, and most compare with an answer that the task gives."""
     for own_key, own in tasks_of(config.task).items():
         reward_key, reward = rewards_of(config, config.task, own, own_key)
-        if reward.terms and config.algorithm.credit is Credit.turn and config.mode is Mode.rl:
+        if reward.terms and config.algorithm.credit is not Credit.episode and config.mode is Mode.rl:
             raise ConfigError(
-                f"algorithm.credit=turn trains each turn on the reward that the task gives it, and the terms of "
-                f"{reward_key} score whole episodes, so they would have no effect: set algorithm.credit=episode, or "
-                "leave the terms out (reward=[])"
+                f"algorithm.credit={config.algorithm.credit.name} trains each turn on the rewards that the task gives "
+                f"to turns, and the terms of {reward_key} score whole episodes, so they would have no effect: set "
+                "algorithm.credit=episode, or leave the terms out (reward=[])"
             )
         if isinstance(config.task, ColorCodewordConfig):
             for name, term in reward.terms.items():
