@@ -152,6 +152,16 @@ EXCHANGED = {
     "python -m vlmrl algorithm.credit=return algorithm.discount=0.9": (
         f"python -m vlmrl algorithm.credit=return algorithm.discount=0.9 {LESS}"
     ),
+    "python -m vlmrl algorithm.credit=return algorithm.discount=0.9 algorithm.compare=state "
+    "algorithm.advantage=leave_one_out": (
+        "python -m vlmrl algorithm.credit=return algorithm.discount=0.9 algorithm.compare=state "
+        f"algorithm.advantage=leave_one_out {LESS}"
+    ),
+    "python -m vlmrl algorithm.advantage=my_losses:gigpo algorithm.args.omega=1 algorithm.credit=return "
+    "algorithm.compare=state": (
+        "python -m vlmrl algorithm.advantage=my_losses:gigpo algorithm.args.omega=1 algorithm.credit=return "
+        f"algorithm.compare=state {LESS}"
+    ),
     "python -m vlmrl algorithm.refill.budget=10": f"python -m vlmrl algorithm.refill.budget=10 {LESS}",
     "python -m vlmrl algorithm=dapo": f"python -m vlmrl algorithm=dapo {LESS}",
     "python -m vlmrl task.curriculum.solved=1": f"python -m vlmrl task.curriculum.solved=1 {LESS}",

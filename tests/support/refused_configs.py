@@ -68,6 +68,10 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
         ("algorithm.discount=0.9",),
         "algorithm.discount=0.9 has no effect with .*credit=turn, .* set algorithm.credit=return",
     ),
+    (
+        ("algorithm.credit=episode", "algorithm.compare=state"),
+        "algorithm.compare=state has no effect with .*=episode, ",
+    ),
     (("algorithm.credit=return", "algorithm.discount=1.1"), "algorithm.discount=1.1 is out of range"),
     (("reward=format", "reward.terms.format.weight=nan"), "reward.terms.format.weight=nan is out of range"),
     (("+reward@reward.terms.mean=format", "algorithm.credit=episode"), "reward.terms.mean would be logged as reward/"),

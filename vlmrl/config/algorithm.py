@@ -21,6 +21,16 @@ class Credit(Enum):
     """The turn's own reward and the later ones, each turn further away multiplied by `discount` once more."""
 
 
+class Compare(Enum):
+    """Which turns of a group are compared with each other, where turns have rewards of their own."""
+
+    turn = "turn"
+    """The t-th turns of the siblings, whatever they saw."""
+    state = "state"
+    """Turns in which the policy was shown the same, whenever that was. A turn in which no sibling was shown the same is
+    compared by its number."""
+
+
 class Advantage(StrEnum):
     """The built-in ways to turn the rewards of a group into advantages (`vlmrl.orchestrator.advantages`)."""
 
@@ -138,6 +148,8 @@ class AlgorithmConfig:
     """Settings for functions of your own, which read them from `config.args`; they are not checked."""
     credit: Credit = setting(Credit.episode, on_resume=Resume.noted)
     """Which reward a turn's advantage is computed from. A run takes it from `task.credit` unless it is set here."""
+    compare: Compare = setting(Compare.turn, on_resume=Resume.noted)
+    """For `credit=turn` and `credit=return`: which turns are compared with each other."""
     discount: float = setting(1.0, on_resume=Resume.noted, low=0, high=1, outside="it is not a discount factor")
     """For `credit=return`: the weight of a reward that comes one turn later; 0.9 counts the third reward 0.81 times."""
     truncated: Truncated = setting(Truncated.zero, on_resume=Resume.noted)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from vlmrl.config.algorithm import Advantage, AlgorithmConfig, FilterMode, Truncated
 from vlmrl.config.import_paths import assert_takes, import_named
 from vlmrl.errors import ConfigError, UserFault, fenced, safe_repr
-from vlmrl.orchestrator.credit import Comparison, comparisons
+from vlmrl.orchestrator.credit import Comparison, comparisons, is_masked, siblings_of
 from vlmrl.orchestrator.filters import filters_in
 from vlmrl.types import DropReason, FloatArray, Group, Rollout
 
@@ -128,14 +128,13 @@ def assign_advantages(group: Group, config: AlgorithmConfig) -> None:
             turn.advantage = 0.0
         if rollout.is_cut and config.truncated is Truncated.zero:
             rollout.turns[-1].reward = rollout.reward = 0.0
-    siblings = [rollout for rollout in group.rollouts if _counts(rollout, config)]
+    siblings = siblings_of(group, config)
     compared = comparisons(siblings, config)
     group.compares_equal = len(siblings) > 1 and all(each.rewards.min() == each.rewards.max() for each in compared)
     estimator = estimator_named(config.advantage)
     for each in compared:
-        advantages = estimator(each, config).tolist()
-        for rollout, t, advantage in zip(each.rollouts, each.turn.tolist(), advantages, strict=True):
-            for turn in rollout.turns if t < 0 else (rollout.turns[t],):
+        for place, advantage in enumerate(estimator(each, config).tolist()):
+            for turn in each.learning_turns(place):
                 turn.advantage = advantage
 
 
@@ -170,7 +169,7 @@ def mark_dropped(
             rollout.dropped = DropReason.STRAY_IMAGE_TOKEN
         elif version - _oldest_version(rollout) > max_staleness:
             rollout.dropped = DropReason.STALE
-        elif _is_masked(rollout, config):
+        elif is_masked(rollout, config):
             rollout.dropped = DropReason.TRUNCATED
         elif config.refill.is_on and not has_signal(group):
             rollout.dropped = DropReason.ZERO_ADVANTAGE
@@ -184,20 +183,6 @@ def _centered(rewards: FloatArray) -> NDArray[np.float64]:
         return np.zeros(len(rewards))
     exact = rewards.astype(np.float64)
     return exact - float(exact.mean())
-
-
-def _counts(rollout: Rollout, config: AlgorithmConfig) -> bool:
-    """Whether a rollout is compared with its siblings."""
-    return (
-        bool(rollout.turns)
-        and not rollout.stop_reason.is_fault
-        and rollout.dropped is not DropReason.NO_REWARD
-        and not _is_masked(rollout, config)
-    )
-
-
-def _is_masked(rollout: Rollout, config: AlgorithmConfig) -> bool:
-    return rollout.is_cut and config.truncated is Truncated.mask
 
 
 def _sampled_any(rollout: Rollout, token_ids: Collection[int]) -> bool:

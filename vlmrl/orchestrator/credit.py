@@ -8,20 +8,34 @@
     turn       r_t
     return     R_t = r_t + γ r_{t+1} + γ² r_{t+2} + …
 
-The t-th turns of the siblings are compared with each other. A return leaves out the rewards before its turn, which the
-turn could not change (Sutton and Barto, 2nd edition, equation 3.8).
+A return leaves out the rewards before its turn, which the turn could not change (Sutton and Barto, 2nd edition, section
+3.3). `algorithm.compare` says which turns are compared:
+
+    turn     the t-th turns of the siblings
+    state    all turns of the group that showed the policy the same (`shown`), at whatever t: the anchor states of GiGPO
+             (arXiv 2505.10978). Their rewards differ by what the policy did, and not by how far the episode had come
+
+A turn in a state that no other sibling was shown is compared by its number: the siblings at the same turn have as many
+turns left. Other visits of its own rollout are no comparison, because their rewards are parts of the same return.
+(GiGPO falls back on the return of the whole episode, which also counts the rewards before the turn.)
+
+Example: what three siblings are shown in three turns, and what is compared with what.
+
+    sibling 0    A  B  C          {A A A}      compare=state
+    sibling 1    A  B  D          {B B B B}    compare=state: sibling 2 comes back to B, and both visits count
+    sibling 2    A  B  B          {C D b}      C and D alone: compare=turn. b is there only to be compared with
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from vlmrl.config.algorithm import AlgorithmConfig, Credit
-from vlmrl.types import FloatArray, IntArray, Rollout
+from vlmrl.config.algorithm import AlgorithmConfig, Compare, Credit, Truncated
+from vlmrl.types import BoolArray, DropReason, FloatArray, Group, Image, IntArray, Rollout, Turn
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +54,11 @@ class Comparison:
     """int64 [N]; whose reward it is, an index of `siblings`."""
     turn: IntArray
     """int64 [N]; the turn whose reward it is, from 0. −1 for a whole episode."""
+    learns: BoolArray
+    """bool [N]; False where a turn is here only for others to be compared with: its own advantage comes from another
+    comparison, and the one that is computed here is not used."""
+    by: Compare
+    """Whether the N have their turn or their state in common. `turn` for episodes, too."""
 
     @property
     def rollouts(self) -> list[Rollout]:
@@ -53,6 +72,11 @@ class Comparison:
         pairs = zip(sampled, self.turn.tolist(), strict=True)
         return np.array([sum(lengths) if turn < 0 else lengths[turn] for lengths, turn in pairs], np.int64)
 
+    def learning_turns(self, place: int) -> Sequence[Turn]:
+        """The turns that get the advantage of number `place`: one, all turns of an episode, or none."""
+        turns, t = self.siblings[self.index[place]].turns, self.turn[place]
+        return () if not self.learns[place] else turns if t < 0 else (turns[t],)
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -65,18 +89,68 @@ class Judged:
     reward: float
 
 
+def siblings_of(group: Group, config: AlgorithmConfig) -> list[Rollout]:
+    """The rollouts of a group whose rewards are compared: played without a fault, rewarded, and not masked."""
+    return [
+        rollout
+        for rollout in group.rollouts
+        if rollout.turns
+        and not rollout.stop_reason.is_fault
+        and rollout.dropped is not DropReason.NO_REWARD
+        and not is_masked(rollout, config)
+    ]
+
+
+def is_masked(rollout: Rollout, config: AlgorithmConfig) -> bool:
+    """Whether the rollout is left out because its last answer was cut (`algorithm.truncated=mask`)."""
+    return rollout.is_cut and config.truncated is Truncated.mask
+
+
 def comparisons(siblings: Sequence[Rollout], config: AlgorithmConfig) -> list[Comparison]:
-    """The sets of rewards that `algorithm.credit` compares. Every turn of every sibling is in exactly one of them, by
-    itself or as a part of its episode. Empty where there are no siblings."""
+    """The sets of rewards that `algorithm.credit` and `algorithm.compare` compare. Every turn of every sibling learns
+    from exactly one of them, by itself or as a part of its episode. Empty where there are no siblings."""
     if config.credit is Credit.episode:
         episodes = [Judged(index, -1, rollout.reward) for index, rollout in enumerate(siblings)]
-        return [_comparison(siblings, episodes)] if episodes else []
+        return [_comparison(siblings, episodes, Compare.turn)] if episodes else []
     at_turn: dict[int, list[Judged]] = defaultdict(list)
+    in_state: dict[object, list[Judged]] = defaultdict(list)
     for index, rollout in enumerate(siblings):
         rewards = [turn.reward for turn in rollout.turns]
         for t, reward in enumerate(rewards if config.credit is Credit.turn else returns(rewards, config.discount)):
-            at_turn[t].append(Judged(index, t, reward))
-    return [_comparison(siblings, turns) for turns in at_turn.values()]
+            judged = Judged(index, t, reward)
+            at_turn[t].append(judged)
+            if config.compare is Compare.state:
+                in_state[shown(rollout.turns[t])].append(judged)
+    met = [turns for turns in in_state.values() if len({each.sibling for each in turns}) > 1]
+    found = {(each.sibling, each.turn) for turns in met for each in turns}
+    by_state = [_comparison(siblings, turns, Compare.state) for turns in met]
+    by_turn = [_comparison(siblings, turns, Compare.turn, found) for turns in at_turn.values()]
+    return [each for each in (*by_state, *by_turn) if each.learns.any()]
+
+
+def shown(turn: Turn) -> tuple[object, ...]:
+    """What the policy is shown in a turn: texts and images of the messages since its last answer, images by the hash of
+    their pixels. Two turns are in the same state where these are equal.
+
+    A text that counts turns, or repeats the last move, makes a state of its own of every turn.
+    """
+    answers = [number for number, message in enumerate(turn.messages) if message.role == "assistant"]
+    new = turn.messages[answers[-1] + 1 if answers else 0 :]
+    pictures = sum(isinstance(part, Image) for message in new for part in message.content)
+    hashes = iter(turn.prompt.images[len(turn.prompt.images) - pictures :])  # the newest messages end the prompt
+    return tuple(
+        (message.role, *(next(hashes).hash if isinstance(part, Image) else (part.text,) for part in message.content))
+        for message in new
+    )
+
+
+def credit_metrics(groups: Sequence[Group], config: AlgorithmConfig) -> dict[str, float]:
+    """`credit/same_state`: the share of turns that were compared in the same state. Empty unless `compare=state`."""
+    if config.compare is not Compare.state:
+        return {}
+    found = [each for group in groups for each in comparisons(siblings_of(group, config), config)]
+    by_state = sum(int(each.learns.sum()) for each in found if each.by is Compare.state)
+    return {"credit/same_state": by_state / max(1, sum(int(each.learns.sum()) for each in found))}
 
 
 def returns(rewards: Sequence[float], discount: float) -> list[float]:
@@ -93,10 +167,17 @@ def returns(rewards: Sequence[float], discount: float) -> list[float]:
     return found[::-1]
 
 
-def _comparison(siblings: Sequence[Rollout], judged: Sequence[Judged]) -> Comparison:
+def _comparison(
+    siblings: Sequence[Rollout],
+    judged: Sequence[Judged],
+    by: Compare,
+    learns_elsewhere: Collection[tuple[int, int]] = (),
+) -> Comparison:
     return Comparison(
         rewards=np.array([each.reward for each in judged], np.float32),
         siblings=tuple(siblings),
         index=np.array([each.sibling for each in judged], np.int64),
         turn=np.array([each.turn for each in judged], np.int64),
+        learns=np.array([(each.sibling, each.turn) not in learns_elsewhere for each in judged], np.bool_),
+        by=by,
     )

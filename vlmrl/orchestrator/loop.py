@@ -27,6 +27,7 @@ from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.orchestrator import OrchestratorConfig
 from vlmrl.errors import NonFiniteLossError
 from vlmrl.orchestrator.advantages import assign_advantages, mark_dropped
+from vlmrl.orchestrator.credit import credit_metrics
 from vlmrl.orchestrator.evaluation import Evaluator
 from vlmrl.orchestrator.faults import FaultWatch
 from vlmrl.orchestrator.filters import find_filtered
@@ -167,7 +168,7 @@ class Loop:
             synced = time.perf_counter()
             metrics = {
                 "policy_version": float(result.version),
-                **rollout_metrics(groups, self.algorithm.filters),
+                **(rollout_metrics(groups, self.algorithm.filters) | credit_metrics(groups, self.algorithm)),
                 **(refill_metrics(groups, self.config.groups_per_step, self.algorithm) | self.problems.metrics(step)),
                 **(result.metrics | gap),
                 **self.engine.metrics(),

@@ -128,6 +128,9 @@ STEP_KEYS: dict[str, StepKey] = {
     ),
     "staleness/mean": StepKey("steps", "Mean staleness of the loss tokens: training version minus sampling version."),
     "staleness/max": StepKey("steps", "Largest staleness of a loss token."),
+    "credit/same_state": _sometimes(
+        "share of turns", "Turns that were compared with siblings in the same state. algorithm.compare=state."
+    ),
     "refill/sampled": _sometimes("groups", "Groups that the step played, with those thrown away. algorithm.refill."),
     "refill/discarded": _sometimes("groups", "Groups without a gradient, which were thrown away. algorithm.refill."),
     "refill/missing": _sometimes("groups", "Groups that the step lacks: its budget was spent. algorithm.refill."),

@@ -278,7 +278,7 @@ def plan_table(run: Run) -> dict[str, str]:
         "optimizer steps": f"{supervised} supervised × {warmup.batch_size} conversations"
         + ("" if config.mode is Mode.sft else f", then {run.steps} × {rollouts} rollouts")
         + ("" if config.trainer.max_epochs is None else f" ({config.trainer.max_epochs:g} passes over the rows)"),
-        "algorithm": f"{config.algorithm.loss}, {config.algorithm.advantage} advantages, credit per "
+        "algorithm": f"{config.algorithm.loss}, {config.algorithm.advantage} advantages, credit by "
         f"{config.algorithm.credit.value}",
         "evaluation": f"{orchestrator.eval.problems} held-out problems, sampled and greedy, every "
         f"{orchestrator.eval.every} steps"

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image as PILImage
 
-from vlmrl.config.algorithm import Advantage, AlgorithmConfig, Credit
-from vlmrl.orchestrator.advantages import assign_advantages
-from vlmrl.orchestrator.credit import Comparison, comparisons, returns
-from vlmrl.types import Completion, Group, Prompt, Rollout, StopReason, Turn
+from support.tiny_renderer import MODEL, PLACEHOLDER_TOKENS, first, following
+from vlmrl.config.algorithm import Advantage, AlgorithmConfig, Compare, Credit
+from vlmrl.config.orchestrator import RendererConfig
+from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer
+from vlmrl.orchestrator.advantages import assign_advantages, group_normalized
+from vlmrl.orchestrator.credit import Comparison, comparisons, credit_metrics, returns, shown
+from vlmrl.rendering.renderer import make_renderer
+from vlmrl.types import Completion, FloatArray, Group, Image, Message, Prompt, Rollout, StopReason, Turn
 
 RETURN = Credit["return"]
 
@@ -21,18 +28,26 @@ episodes = st.lists(st.lists(eighths, min_size=1, max_size=5), min_size=1, max_s
 discounts = st.sampled_from([0.0, 0.5, 0.9, 1.0])
 
 
-def turn(reward: float, length: int = 1) -> Turn:
+def turn(reward: float, length: int = 1, seen: str = "") -> Turn:
+    """A turn in which the policy is shown a text."""
     tokens = np.ones(length, np.int64)
     completion = Completion(tokens, np.full(length, -1.0, np.float32), 0 * tokens, "stop")
-    return Turn(Prompt(np.array([1]), (), ()), completion, "", [], branch=0, reward=reward)
+    prompt = Prompt(np.array([1]), (), ())
+    return Turn(prompt, completion, "", [Message.of("user", seen)], branch=0, reward=reward)
 
 
-def group_of(episodes: Sequence[Sequence[float]]) -> Group:
+def group_of(episodes: Sequence[Sequence[float]], seen: Sequence[str] | None = None) -> Group:
+    """`seen`: what each episode shows, a letter per turn."""
+    shows = seen or ["?" * len(rewards) for rewards in episodes]
     rollouts = [
-        Rollout(f"r{i}", "p", i, [turn(reward) for reward in rewards], sum(rewards), {}, StopReason.TERMINATED)
+        Rollout(f"r{i}", "p", i, list(map(turn, rewards, [1] * 99, shows[i])), sum(rewards), {}, StopReason.TERMINATED)
         for i, rewards in enumerate(episodes)
     ]
     return Group("p", rollouts)
+
+
+def advantages_of(group: Group) -> list[list[float]]:
+    return [[turn.advantage for turn in rollout.turns] for rollout in group.rollouts]
 
 
 def plain_return(rewards: Sequence[float], t: int, discount: float) -> float:
@@ -66,7 +81,7 @@ def test_a_worked_example() -> None:
     """Two episodes; the second one wins with its third move. γ = 0.5."""
     group = group_of([[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
     assign_advantages(group, AlgorithmConfig(credit=RETURN, discount=0.5, advantage=Advantage.group_centered))
-    assert [[t.advantage for t in r.turns] for r in group.rollouts] == [[-0.125, -0.25, -0.5], [0.125, 0.25, 0.5]]
+    assert advantages_of(group) == [[-0.125, -0.25, -0.5], [0.125, 0.25, 0.5]]
 
 
 def test_the_discount_leaves_other_credits_alone() -> None:
@@ -75,20 +90,135 @@ def test_the_discount_leaves_other_credits_alone() -> None:
         for discount in (0.5, 1.0):
             group = group_of([[0.0, 1.0], [1.0, 1.0]])
             assign_advantages(group, AlgorithmConfig(credit=credit, discount=discount))
-            found.append([t.advantage for r in group.rollouts for t in r.turns])
+            found.append(advantages_of(group))
         assert found[0] == found[1]
 
 
-@given(episodes=episodes)
-def test_every_turn_is_compared_once(episodes: list[list[float]]) -> None:
+# ── the same state ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@st.composite
+def walks(draw: st.DrawFn) -> tuple[list[list[float]], list[str]]:
+    """Rewards of each turn of each sibling, and what it was shown there: few states, so that siblings meet."""
+    rewards = draw(episodes)
+    return rewards, [draw(st.text("ABC", min_size=len(each), max_size=len(each))) for each in rewards]
+
+
+@given(walk=walks(), discount=discounts, credit=st.sampled_from([Credit.turn, RETURN]))
+def test_turns_are_compared_with_those_that_siblings_took_in_the_same_state(
+    walk: tuple[list[list[float]], list[str]], discount: float, credit: Credit
+) -> None:
+    rewards, seen = walk
+    places = [(i, t) for i, each in enumerate(rewards) for t in range(len(each))]
+    value = {
+        (i, t): rewards[i][t] if credit is Credit.turn else plain_return(rewards[i], t, discount) for i, t in places
+    }
+    group = group_of(rewards, seen)
+    config = AlgorithmConfig(credit=credit, discount=discount, compare=Compare.state, advantage=Advantage.leave_one_out)
+    assign_advantages(group, config)
+    shared = 0
+    for i, t in places:
+        equal = [(j, u) for j, u in places if seen[j][u] == seen[i][t]]
+        if any(j != i for j, _ in equal):
+            shared += 1
+        else:
+            equal = [(j, u) for j, u in places if u == t]
+        others = [value[place] for place in equal if place != (i, t)]
+        expected = value[i, t] - mean(others) if others else 0.0
+        assert group.rollouts[i].turns[t].advantage == pytest.approx(expected, abs=1e-5)
+    assert credit_metrics([group], config) == {"credit/same_state": pytest.approx(shared / len(places))}
+
+
+def test_the_example_of_the_module() -> None:
+    """Sibling 2 comes back to B. C and D are seen by one sibling each."""
+    group = group_of([[0.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.5]], ["ABC", "ABD", "ABB"])
+    config = AlgorithmConfig(credit=RETURN, compare=Compare.state, advantage=Advantage.group_centered)
+    found = [
+        (each.by, each.rewards.tolist(), each.index.tolist(), each.turn.tolist(), each.learns.tolist())
+        for each in comparisons(group.rollouts, config)
+    ]
+    assert found == [
+        (Compare.state, [1.0, 0.0, 0.5], [0, 1, 2], [0, 0, 0], [True] * 3),
+        (Compare.state, [1.0, 0.0, 0.5, 0.5], [0, 1, 2, 2], [1, 1, 1, 2], [True] * 4),
+        (Compare.turn, [1.0, 0.0, 0.5], [0, 1, 2], [2, 2, 2], [True, True, False]),
+    ]
+    assign_advantages(group, config)
+    assert advantages_of(group) == [[0.5, 0.5, 0.5], [-0.5, -0.5, -0.5], [0.0, 0.0, 0.0]]
+
+
+def test_coming_back_alone_is_no_comparison() -> None:
+    """A rollout that nobody else meets is not judged by its own later visits, whose rewards are parts of its return."""
+    group = group_of([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]], ["AAA", "BBB"])
+    assign_advantages(group, AlgorithmConfig(credit=RETURN, compare=Compare.state, advantage="group_centered"))
+    assert advantages_of(group) == [[1.5, 1.0, 0.5], [-1.5, -1.0, -0.5]]
+
+
+def test_other_comparisons_have_no_metric() -> None:
+    assert credit_metrics([group_of([[1.0]])], AlgorithmConfig(credit=RETURN)) == {}
+
+
+def gigpo(compared: Comparison, config: AlgorithmConfig) -> FloatArray:
+    """An estimator as docs/your_loss.md shows it: GiGPO's sum of an advantage of the episode and one of the state."""
+    of_episode = group_normalized(np.array([sum(t.reward for t in r.turns) for r in compared.siblings], np.float32))
+    of_state = group_normalized(compared.rewards) if compared.by is Compare.state else 0.0
+    return of_episode[compared.index] + of_state
+
+
+def test_an_estimator_can_add_the_advantage_of_the_episode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlmrl.orchestrator.advantages.estimator_named", lambda name: gigpo)
+    group = group_of([[0.0, 1.0], [0.0, 0.0]], ["AB", "AC"])
+    assign_advantages(group, AlgorithmConfig(credit=RETURN, compare=Compare.state))
+    assert np.round(advantages_of(group), 3).tolist() == [[2.0, 1.0], [-2.0, -1.0]]
+
+
+def test_what_is_shown_is_what_came_since_the_last_answer(tiny_folder: Path) -> None:
+    """Through the real renderer: texts and pixels of the newest messages, also where the conversation starts over."""
+    renderer = make_renderer(
+        RendererConfig(), MODEL, load_tokenizer(tiny_folder), load_image_processor(tiny_folder), 448, PLACEHOLDER_TOKENS
+    )
+
+    def frame(shade: int) -> Image:
+        return Image(np.full((32, 32, 3), shade, np.uint8))
+
+    def turn_of(prompt: Prompt, messages: Sequence[Message]) -> Turn:
+        completion = Completion(np.array([5]), np.zeros(1, np.float32), np.zeros(1, np.int64), "stop")
+        return Turn(prompt, completion, "", list(messages), branch=0, reward=0.0)
+
+    opening = (Message.of("system", "Walk."), Message.of("user", "See:", frame(10)))
+    start = first(renderer, opening)
+    later = (Message.of("user", frame(20), "Go on.", frame(30)),)
+    prompt, _ = following(renderer, start, np.array([5]), [*opening, Message.of("assistant", "a")], later)
+    state = shown(turn_of(prompt, later))
+    hashes = [image.hash for image in prompt.images]
+    assert len(set(hashes)) == 3
+    assert state == (("user", hashes[1], ("Go on.",), hashes[2]),)
+    assert shown(turn_of(start, opening)) == (("system", ("Walk.",)), ("user", ("See:",), hashes[0]))
+
+    again = (*opening, Message.of("assistant", "b"), *later)
+    assert shown(turn_of(first(renderer, again), again)) == state, "earlier frames and answers are no part of the state"
+    for other in (
+        Message.of("user", frame(20), "Go on!", frame(30)),
+        Message.of("user", frame(20), "Go on.", frame(31)),
+        Message.of("user", frame(30), "Go on.", frame(20)),
+        Message.of("tool", frame(20), "Go on.", frame(30)),
+        Message.of("user", frame(20), frame(30), "Go on."),
+    ):
+        assert shown(turn_of(first(renderer, (other,)), (other,))) != state
+    pixels = Message.of("user", Image(PILImage.fromarray(np.full((32, 32, 3), 20, np.uint8))), "Go on.", frame(30))
+    assert shown(turn_of(first(renderer, (pixels,)), (pixels,))) == state, "equal pixels, however they were given"
+
+
+@given(walk=walks())
+def test_every_turn_learns_once(walk: tuple[list[list[float]], list[str]]) -> None:
     """Whatever is compared, each turn of each sibling gets exactly one advantage."""
-    group = group_of(episodes)
-    for credit in Credit:
-        seen: list[tuple[int, int]] = []
-        for each in comparisons(group.rollouts, AlgorithmConfig(credit=credit)):
-            for index, t in zip(each.index.tolist(), each.turn.tolist(), strict=True):
-                seen += [(index, t)] if t >= 0 else [(index, all_) for all_ in range(len(episodes[index]))]
-        assert sorted(seen) == [(i, t) for i, rewards in enumerate(episodes) for t in range(len(rewards))]
+    group = group_of(*walk)
+    for credit, compare in ((Credit.episode, Compare.turn), *product((Credit.turn, RETURN), Compare)):
+        found = comparisons(group.rollouts, AlgorithmConfig(credit=credit, compare=compare))
+        learning = [turn for each in found for place in range(len(each.rewards)) for turn in each.learning_turns(place)]
+        assert len(learning) == len(set(map(id, learning))) == sum(map(len, walk[0]))
+
+
+# ── estimators ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_nothing_is_compared_where_no_rollout_counts() -> None:

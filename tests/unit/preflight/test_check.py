@@ -119,7 +119,7 @@ def test_refused(overrides: tuple[str, ...], message: str, composed: Callable[..
         ("task=dataset", "task.path=rows.jsonl", "reward=exact"),
         (*MIXTURE, "+task@task.tasks.b=dataset", "task.tasks.b.path=x", "reward=exact", "algorithm.credit=episode"),
         (*MIXTURE, "++task.weights.a=0.5", "algorithm.credit=turn"),
-        ("algorithm.credit=return", "algorithm.discount=0.9"),
+        ("algorithm.credit=return", "algorithm.discount=0.9", "algorithm.compare=state"),
     ],
 )
 def test_not_refused(overrides: tuple[str, ...], run_config: Callable[..., RunConfig]) -> None:

@@ -119,7 +119,7 @@ def _model(config: RunConfig, sizes: Sizes) -> Iterator[tuple[str, str]]:
     )
     yield (
         "algorithm",
-        f"{config.algorithm.loss}, {config.algorithm.advantage}, credit per {config.algorithm.credit.value}",
+        f"{config.algorithm.loss}, {config.algorithm.advantage}, credit by {config.algorithm.credit.value}",
     )
 
 

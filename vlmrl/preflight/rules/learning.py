@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vlmrl.config.algorithm import Advantage, Credit, FilterMode, Loss
+from vlmrl.config.algorithm import Advantage, Compare, Credit, FilterMode, Loss
 from vlmrl.config.import_paths import is_import_path
 from vlmrl.config.keys import did_you_mean
 from vlmrl.config.run import Mode, RunConfig
@@ -44,11 +44,18 @@ def batches_are_learned_from(config: RunConfig) -> None:
 
 def credit_settings_have_effect(config: RunConfig) -> None:
     """What only one kind of credit reads is left alone with the others."""
-    algorithm = config.algorithm
-    if config.mode is Mode.rl and algorithm.discount != 1 and algorithm.credit is not Credit["return"]:
+    algorithm, credit = config.algorithm, config.algorithm.credit
+    if config.mode is not Mode.rl:
+        return
+    if algorithm.discount != 1 and credit is not Credit["return"]:
         raise ConfigError(
-            f"algorithm.discount={algorithm.discount} has no effect with algorithm.credit={algorithm.credit.name}, "
-            "which adds up no later rewards: set algorithm.credit=return, or algorithm.discount=1"
+            f"algorithm.discount={algorithm.discount} has no effect with algorithm.credit={credit.name}, which adds up "
+            "no later rewards: set algorithm.credit=return, or algorithm.discount=1"
+        )
+    if algorithm.compare is Compare.state and credit is Credit.episode:
+        raise ConfigError(
+            "algorithm.compare=state has no effect with algorithm.credit=episode, which compares whole episodes: set "
+            "algorithm.credit=return (or turn), or algorithm.compare=turn"
         )
 
 
