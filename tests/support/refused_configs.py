@@ -134,6 +134,15 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     (("trainer.betas=[0.9]",), r"trainer.betas=\[0.9\] does not have two numbers"),
     (("task=imported", "task.target=counting"), "task.target=counting is not of the form package.module:Class"),
     (("task=imported", "task.target=a..b:C"), "task.target=a..b:C is not of the form"),
+    (("task=gymnasium",), "task.env_id has no value, so the run cannot start: set task.env_id="),
+    (
+        ("task=gymnasium", "task.env_id=FrozenLake-v1", "reward=exact"),
+        "reward.terms.exact compares .* and task=gymnasium scores itself, so the term would abstain",
+    ),
+    (
+        ("task=gymnasium", "task.env_id=FrozenLake-v1", "task.history=0"),
+        "task.history=0 is out of range, .* no frame is left to see",
+    ),
     (("task.image_size=40",), "task.image_size=40 is not a multiple of 32, .*: set task.image_size=32"),
     (
         ("task.max_turns=4", "orchestrator.max_new_tokens=8"),

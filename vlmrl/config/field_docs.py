@@ -92,6 +92,8 @@ UNITS = (
     *("optimizer steps", "tokens", "turns", "problems", "rollouts", "conversations", "evaluations", "checkpoints"),
     *(
         "images",
+        "frames",
+        "start states",
         "squares",
         "codewords",
         "rows",

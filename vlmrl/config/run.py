@@ -18,6 +18,7 @@ from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.dataset import DatasetConfig
 from vlmrl.config.export import ExportConfig
 from vlmrl.config.fields import ANY_TEXT, LARGEST_SEED, Resume, setting
+from vlmrl.config.gymnasium import GymnasiumConfig
 from vlmrl.config.inference import EmbeddedConfig, InferenceConfig, VllmConfig
 from vlmrl.config.model import ModelConfig
 from vlmrl.config.monitor import MonitorConfig
@@ -134,6 +135,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "task": {
         "color_codeword": ColorCodewordConfig,
         "dataset": DatasetConfig,
+        "gymnasium": GymnasiumConfig,
         "mixture": MixtureConfig,
         "imported": ImportedTaskConfig,
     },
@@ -158,7 +160,7 @@ def schemas_of(base: type) -> dict[str, type]:
     It goes by type and not by name, so it also finds a mixed group that lies deeper than in the root.
 
     >>> list(schemas_of(TaskConfig)), schemas_of(ModelConfig)
-    (['color_codeword', 'dataset', 'mixture', 'imported'], {})
+    (['color_codeword', 'dataset', 'gymnasium', 'mixture', 'imported'], {})
     """
     group = group_of(base)
     return SCHEMAS[group] if group is not None else {}

@@ -10,9 +10,11 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from vlmrl.config.gymnasium import GymnasiumConfig
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.monitor import WandbMode
 from vlmrl.config.run import RunConfig
+from vlmrl.config.task import tasks_of
 from vlmrl.config.trainer import Optimizer
 
 LAUNCHERS = {
@@ -80,6 +82,14 @@ def needs(config: RunConfig) -> Iterator[Need]:
             "AdamW cannot keep its averages in 8 bits",
             pip_line("8bit"),
             "set trainer.optimizer=adamw",
+        )
+    if any(isinstance(task, GymnasiumConfig) for task in tasks_of(config.task).values()):
+        yield Need(
+            "gymnasium",
+            "task=gymnasium",
+            "there is no environment to play",
+            pip_line("gymnasium"),
+            "choose another task",
         )
     if isinstance(config.inference, VllmConfig):
         yield from _needs_of_vllm(config, config.inference)

@@ -46,7 +46,7 @@ POLICIES = {
         model.tiny.deepstack_visual_indexes model.tiny.bpe_merges model.tiny.max_position_embeddings
         model.tiny.initializer_range model.tiny.seed
         task.kind task.target task.images_per_turn task.image_size task.shuffle_images task.holdout_one_in
-        task.eval_fraction
+        task.eval_fraction task.env_id task.env_kwargs task.noise
         reward.terms.*.kind reward.terms.*.target
         inference.kind weight_sync.kind
         trainer.optimizer
@@ -62,6 +62,8 @@ POLICIES = {
         task.columns.prompt task.columns.messages task.columns.images task.columns.answer task.columns.choices
         task.columns.system task.columns.boxes task.columns.demonstration
         task.image_root task.system_prompt task.template
+        task.actions task.prompt task.reply task.history task.frame_size task.frame_skip task.shaping task.expert
+        task.invalid task.invalid_reward task.success_at
         reward.task_weight reward.extract.kind reward.extract.tag reward.extract.pattern
         reward.terms.*.weight reward.terms.*.ignore_case reward.terms.*.ignore_spaces
         reward.terms.*.ignore_punctuation reward.terms.*.options reward.terms.*.first_index
@@ -130,6 +132,7 @@ RUNS = {
         *("reward.terms.imported.target=a.b:fn", "reward.terms.format.presets=[boxed]"),
         *("reward.terms.judge.url=http://127.0.0.1:8000/v1", "reward.terms.judge.model=judge"),
     ),
+    "environment": ("task=gymnasium", "task.env_id=FrozenLake-v1"),
     "sets": (
         *("+eval_set@orchestrator.eval.sets.ood=default", "+task@orchestrator.eval.sets.ood.task=dataset"),
         "orchestrator.eval.sets.ood.task.path=rows.jsonl",

@@ -32,6 +32,7 @@ NOT_ALONE = {
     "orchestrator/renderer=none": "orchestrator.renderer=null leaves",
     "task=imported": "task.target has no value",
     "task=dataset": "task.path has no value",
+    "task=gymnasium": "task.env_id has no value",
     "task=mixture": "task.tasks names no task",
     "reward=imported": "reward.terms.imported.target has no value",
     "reward=judge": "reward.terms.judge.model has no value",

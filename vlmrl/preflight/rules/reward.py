@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vlmrl.config.algorithm import Credit
 from vlmrl.config.fields import NAME
+from vlmrl.config.gymnasium import GymnasiumConfig
 from vlmrl.config.reward import TERMS, FormatTerm, ImportedTerm, JudgeTerm, RewardConfig
 from vlmrl.config.run import Mode, RunConfig
 from vlmrl.config.task import ColorCodewordConfig, MixtureConfig, TaskConfig, tasks_of
@@ -115,12 +116,12 @@ def terms_have_effect(config: RunConfig) -> None:
                 f"to turns, and the terms of {reward_key} score whole episodes, so they would have no effect: set "
                 "algorithm.credit=episode, or leave the terms out (reward=[])"
             )
-        if isinstance(config.task, ColorCodewordConfig):
+        if isinstance(config.task, ColorCodewordConfig | GymnasiumConfig):
             for name, term in reward.terms.items():
                 if not isinstance(term, NEED_NO_ANSWER):
                     raise ConfigError(
                         f"{reward_key}.terms.{name} compares an answer with that of a data set, and "
-                        "task=color_codeword scores itself, so the term would abstain from every rollout: leave it "
-                        "out, or choose reward=format or a function of your own, whose values are added to the task's "
-                        "reward"
+                        f"task={config.task.kind} scores itself, so the term would abstain from every rollout: leave "
+                        "it out, or choose reward=format or a function of your own, whose values are added to the "
+                        "task's reward"
                     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from vlmrl.config.gymnasium import GymnasiumConfig
 from vlmrl.config.reward import RewardConfig
 from vlmrl.config.run import Mode, RunConfig
 from vlmrl.config.task import ColorCodewordConfig, tasks_of
@@ -35,7 +36,7 @@ def images_are_seen(config: RunConfig, site: Site) -> None:
     if config.model.vlm is not None or config.mode not in PLAYING:
         return
     for key, task in tasks_of(config.task).items():
-        if isinstance(task, ColorCodewordConfig):
+        if isinstance(task, ColorCodewordConfig | GymnasiumConfig):
             raise ConfigError(
                 f"{key}.kind={task.kind} shows images, and model.name={config.model.name} is a text-only model "
                 "(model.vlm=null), so every rollout would fail: choose a task of texts, such as task=dataset "
