@@ -340,6 +340,8 @@ class StopReason(StrEnum):
     """An image cannot be decoded or processed."""
     TASK_ERROR = "task_error"
     """The task's code raised."""
+    TASK_TIMEOUT = "task_timeout"
+    """A call of the task's env did not return within `task.timeout_s`."""
     BAD_REWARD = "bad_reward"
     """The task or a reward term returned a reward that is NaN, infinite or not a number."""
     REWARD_ERROR = "reward_error"
@@ -411,6 +413,22 @@ class Turn:
         return f"Turn({self.prompt}, {self.completion}, reward={self.reward})"
 
 
+@dataclass
+class EnvTime:
+    """Wall-clock time of a rollout's calls of its env."""
+
+    resets: int = 0
+    """Number of calls of `reset`, with `task.env` before it."""
+    steps: int = 0
+    """Number of calls of `step`."""
+    reset_s: float = 0.0
+    """Seconds of all resets."""
+    step_s: float = 0.0
+    """Seconds of all steps."""
+    queue_s: float = 0.0
+    """Seconds that these calls waited for a free thread or worker process."""
+
+
 @dataclass(eq=False)
 class Rollout:
     """One episode, complete or not, with the reason why it ended."""
@@ -447,6 +465,8 @@ class Rollout:
     """The name of its task in a mixture; empty in a run of one task."""
     reference: Any = None
     """The answer of the data, where the problem has one (`vlmrl.tasks.base.Reference`)."""
+    env_time: EnvTime = field(default_factory=EnvTime)
+    """Where the env's time went; all zero for a rollout that was read from a file."""
 
     def __repr__(self) -> str:
         return f"Rollout({self.rollout_id!r}, {len(self.turns)} turns, {self.stop_reason})"

@@ -63,6 +63,11 @@ class TaskConfig:
     `Class(config, seed=run seed)`."""
     max_turns: int = setting(1, on_resume=Resume.noted, low=1, high=10**5, outside="an episode has no turn")
     """The most turns of an episode; a turn is a prompt and its completion."""
+    timeout_s: float | None = setting(
+        None, on_resume=Resume.noted, low=SMALLEST, high=1e6, outside="no call of the env could return in that time"
+    )
+    """Seconds that a call of an env's `reset` or `step` may take. A call that takes longer ends its rollout as
+    `task_timeout`. None sets no limit."""
     num_examples: int | None = setting(
         None, on_resume=Resume.noted, low=1, high=10**12, outside="there is no problem to train on"
     )

@@ -8,15 +8,14 @@ Left out on purpose: problems that know no row. They are made by code, whose fau
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 
 from vlmrl.errors import UserFault
+from vlmrl.orchestrator.envs.base import Envs
 from vlmrl.orchestrator.rollout import rendering_fence
-from vlmrl.orchestrator.task_threads import TaskThreads
 from vlmrl.rendering.renderer import Renderer
-from vlmrl.tasks.base import BadRow, FromRow, Problem, Task
-from vlmrl.tasks.border import TaskCodeError, open_env
+from vlmrl.tasks.base import BadRow, FromRow, Problem
+from vlmrl.tasks.border import TaskCodeError
 from vlmrl.types import Prompt, check_placeholders
 
 
@@ -24,23 +23,25 @@ from vlmrl.types import Prompt, check_placeholders
 class PromptCheck:
     """Renders the first prompt of problems that come from rows."""
 
-    task: Task
+    envs: Envs
     renderer: Renderer
     max_model_len: int
     limit: str
     """The setting that `max_model_len` comes from, e.g. `trainer.seq_len=1024`."""
     has_rows: bool
     """Whether every problem of the task comes from a row, because it has `num_rows`."""
-    threads: TaskThreads = field(default_factory=TaskThreads)
 
     async def __call__(self, problem: Problem) -> None:
         """Raise `BadRow` where the prompt cannot be rendered or leaves no room for an answer."""
         if not self.has_rows and not isinstance(problem, FromRow):
             return
+        env = self.envs.new(problem)
         try:
-            _, messages = await self.threads.run(partial(open_env, self.task, problem))
+            messages = await env.reset()
         except TaskCodeError:
             return  # the task's code failed, not the row: the rollouts record it
+        finally:
+            env.end()
         try:
             with rendering_fence():
                 prompt = await self.renderer.first_turn(messages)

@@ -60,6 +60,7 @@ def rollout_metrics(groups: Sequence[Group], filters: FilterConfig) -> dict[str,
     return (
         metrics
         | history_metrics(rollouts)
+        | env_metrics(rollouts)
         | replay_metrics(rollouts)
         | mean_rewards(sound)
         | mean_task_metrics(sound)
@@ -109,6 +110,19 @@ def replay_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     was."""
     replayed = sum(rollout.replayed for rollout in rollouts)
     return {"rollouts/replayed": float(replayed)} if replayed else {}
+
+
+def env_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """`env/…_ms`: mean milliseconds of a reset, of a step, and of waiting for a free thread or worker, over all calls.
+    Empty where no env was called."""
+    times = [rollout.env_time for rollout in rollouts]
+    resets, steps = sum(time.resets for time in times), sum(time.steps for time in times)
+    totals = {
+        "env/reset_ms": (sum(time.reset_s for time in times), resets),
+        "env/step_ms": (sum(time.step_s for time in times), steps),
+        "env/queue_ms": (sum(time.queue_s for time in times), resets + steps),
+    }
+    return {key: 1000 * seconds / calls for key, (seconds, calls) in totals.items() if calls}
 
 
 def bridge_break_rate(rollouts: Sequence[Rollout]) -> float:

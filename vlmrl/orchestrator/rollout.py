@@ -8,11 +8,11 @@
 An error in one rollout becomes its `stop_reason`, `error` and `traceback`; the other rollouts go on. The user's code
 and data are handled behind three fences: the task's code in `vlmrl.tasks.border`, the task's messages in
 `rendering_fence`, and reward functions in scoring.py, which scores each group once its siblings have been played.
-Whatever else is raised is a bug of ours and ends the run. All rollouts of a call run in one event loop; only the user's
-code runs in threads (`TaskThreads`).
+Whatever else is raised is a bug of ours and ends the run. All rollouts of a call run in one event loop; the envs run
+elsewhere (vlmrl/orchestrator/envs). However a rollout ends, its env is closed.
 
 A rollout that a server of the run took with it is played again, with the same seeds (`EngineLostError`). Left out on
-purpose: retries of faults (they are counted in the metrics, not hidden) and a time limit for the task's code.
+purpose: retries of faults (they are counted in the metrics, not hidden).
 """
 
 from __future__ import annotations
@@ -23,17 +23,16 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 
 from vlmrl.config.algorithm import Truncated
 from vlmrl.errors import EngineError, EngineLostError, UserFault, fenced, safe_text
+from vlmrl.orchestrator.envs.base import EnvHandle, Envs
 from vlmrl.orchestrator.scoring import Scorer
 from vlmrl.orchestrator.stream import Drawn
-from vlmrl.orchestrator.task_threads import TaskThreads
 from vlmrl.rendering.renderer import ImageError, Renderer
 from vlmrl.rewards.base import RewardError
-from vlmrl.tasks.base import Problem, Split, Task
-from vlmrl.tasks.border import TaskCodeError, get_reference, open_env, step_env
+from vlmrl.tasks.base import Problem, Split, StepInfo
+from vlmrl.tasks.border import TaskCodeError, get_reference
 from vlmrl.tasks.mixture import MixedProblem
 from vlmrl.types import (
     ContractError,
@@ -58,7 +57,7 @@ MAX_REPLAYS = 3
 class RolloutRunner:
     """Plays problems of one task. The sampled tokens depend on the arguments only, never on scheduling."""
 
-    task: Task
+    envs: Envs
     renderer: Renderer
     engine: InferenceEngine
     seed: int
@@ -77,7 +76,6 @@ class RolloutRunner:
     """As in `SamplingParams`; below 1 in evaluation sets only."""
     top_k: int = 0
     """As in `SamplingParams`; above 0 in evaluation sets only."""
-    _threads: TaskThreads = field(init=False, default_factory=TaskThreads)
 
     async def run_groups(
         self,
@@ -126,6 +124,8 @@ class RolloutRunner:
                         playing.create_task(self._score(group, siblings))
             except ExceptionGroup as errors:
                 raise errors.exceptions[0] from None  # the engine failed: every rollout of the batch has this error
+            finally:
+                await self.envs.settle()
         return groups
 
     async def _run(
@@ -173,8 +173,18 @@ class RolloutRunner:
                 rollout.turns, rollout.reward, rollout.metrics = [], 0.0, {}
 
     async def _play(self, rollout: Rollout, problem: Problem, session: EngineSession, temperature: float) -> StopReason:
-        """Fill turns, reward and metrics of `rollout`; return why it ended."""
-        env, new_messages = await self._threads.run(partial(open_env, self.task, problem))
+        """Fill turns, reward and metrics of `rollout`; return why it ended. Its env is closed in the background."""
+        env = self.envs.new(problem)
+        rollout.env_time = env.time
+        try:
+            return await self._play_env(env, rollout, problem, session, temperature)
+        finally:
+            env.end()
+
+    async def _play_env(
+        self, env: EnvHandle, rollout: Rollout, problem: Problem, session: EngineSession, temperature: float
+    ) -> StopReason:
+        new_messages = await env.reset()
         history = list(new_messages)
         with rendering_fence():
             prompt = await self.renderer.first_turn(new_messages)
@@ -200,9 +210,10 @@ class RolloutRunner:
             turn = Turn(prompt, completion, text, list(new_messages), branch, reward=0.0, starts_over=starts_over)
             # Before the task scores it: if the task raises, its author needs to see this turn in the record.
             rollout.turns.append(turn)
-            reply = await self._threads.run(partial(step_env, env, text))
+            is_cut = completion.finish_reason == "length"
+            reply = await env.step(text, StepInfo(len(rollout.turns), len(completion.token_ids), is_cut))
             turn.reward, rollout.reward, rollout.metrics = reply.turn_reward, reply.reward, reply.metrics
-            if completion.finish_reason == "length":
+            if is_cut:
                 if self.truncated is Truncated.zero:  # advantages.py does the same with the reward of the episode
                     turn.reward = 0.0
                 return StopReason.MAX_NEW_TOKENS if budget == self.max_new_tokens else StopReason.CONTEXT_FULL

@@ -26,7 +26,8 @@ from vlmrl.orchestrator.rollout import rendering_fence, stop_reason_of
 from vlmrl.orchestrator.stream import Drawn, PassWatch
 from vlmrl.rendering.renderer import Renderer
 from vlmrl.tasks.base import FromRow, NoProblem, Problem, Task
-from vlmrl.tasks.border import NoDemonstrationsError, get_demonstration, get_num_rows, get_problem
+from vlmrl.tasks.border import get_num_rows, get_problem
+from vlmrl.tasks.demonstrations import NoDemonstrationsError, get_demonstration
 from vlmrl.types import (
     BoolArray,
     DropReason,

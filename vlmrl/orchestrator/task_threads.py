@@ -1,6 +1,6 @@
 """Run the task's code in threads. `vlmrl.tasks.border` checks what it returns.
 
-    event loop ─▶ TaskThreads.run(partial(step_env, env, text)) ─▶ daemon thread ─▶ Reply or TaskCodeError
+    event loop ─▶ TaskThreads.run(call) ─▶ daemon thread ─▶ result or TaskCodeError
 
 The task's code may block, hang or raise. None of these stops the event loop or another rollout. The fence around the
 task's code is in `vlmrl.tasks.border`, so an exception that is no `UserFault` is a bug of ours and ends the run.
@@ -14,7 +14,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, TypeAlias, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeAlias, TypeVar
+
+from vlmrl.errors import TaskError
 
 T = TypeVar("T")
 
@@ -24,8 +27,29 @@ TASK_THREADS = 32
 TASK_THREAD_PATIENCE_S = 0.01
 """Seconds after which other threads take over the remaining calls of a round."""
 
-Calls: TypeAlias = deque[tuple[Callable[[], Any], asyncio.Future[Any]]]
-"""Calls of one round that no thread has taken yet, each with the future of its result."""
+
+@dataclass(eq=False)
+class Call(Generic[T]):
+    """One call of the task's code."""
+
+    function: Callable[[], T]
+    future: asyncio.Future[T]
+    """Its result. Done when the call has returned, however long that takes: wait for it with `asyncio.wait`, because to
+    await it would cancel it with the waiting task."""
+    queued: float
+    """`time.monotonic()` when it was made."""
+    started: float | None = None
+    """`time.monotonic()` when a thread took it."""
+    ended: float | None = None
+    """`time.monotonic()` when it returned."""
+    outcome: Any = None
+    """What it returned or raised."""
+    is_given_up: bool = False
+    """Whether nothing waits for it any more."""
+
+
+Calls: TypeAlias = deque[Call[Any]]
+"""Calls of one round that no thread has taken yet."""
 
 
 class TaskThreads:
@@ -36,23 +60,38 @@ class TaskThreads:
     `TASK_THREAD_PATIENCE_S`, the env is slow, and one further thread per remaining call starts, up to `TASK_THREADS`.
 
     The threads are daemons, which the standard library's pools do not offer: code that hangs must not keep an
-    interrupted run from ending.
+    interrupted run from ending. A call that never returns costs its thread. When the last thread is lost, every call
+    that waits for one gets a `TaskError`.
     """
 
     def __init__(self) -> None:
         self._waiting: Calls = deque()
         self._busy = 0
+        self._lost = 0  # threads whose call was given up
         self._queue: deque[Calls] = deque()  # rounds that wait for a free thread
 
     def run(self, call: Callable[[], T]) -> asyncio.Future[T]:
-        """Return the future result of `call`. An exception in `call` becomes the future's: a `UserFault` where the
-        user's code failed behind its fence, and any other one is a bug of ours, which ends the run."""
+        """Return the future result of `call`. An exception in it becomes the future's: a `UserFault` where the user's
+        code failed behind its fence, and any other one is a bug of ours, which ends the run."""
+        return self.begin(call).future
+
+    def begin(self, call: Callable[[], T]) -> Call[T]:
+        """The same as `run`, with the times of the call."""
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
+        begun = Call(call, loop.create_future(), queued=time.monotonic())
         if not self._waiting:
             loop.call_soon(self._start_round)
-        self._waiting.append((call, future))
-        return future
+        self._waiting.append(begun)
+        return begun
+
+    def give_up(self, call: Call[Any]) -> None:
+        """Stop waiting for a call that has started. Its thread is lost until the call returns."""
+        assert call.started is not None
+        assert not call.future.done()
+        call.is_given_up = True
+        self._lost += 1
+        while self._lost == TASK_THREADS and self._queue:
+            self._refuse(self._queue.popleft())
 
     def _start_round(self) -> None:
         calls, self._waiting = self._waiting, deque()
@@ -65,22 +104,25 @@ class TaskThreads:
 
     def _start_thread(self, calls: Calls) -> None:
         """Start a thread that works on `calls`, or queue them until one of `TASK_THREADS` is free."""
+        if self._lost == TASK_THREADS:
+            self._refuse(calls)
+            return
         if self._busy == TASK_THREADS:
             self._queue.append(calls)
             return
         loop = asyncio.get_running_loop()
-        taken = _Taken()
+        taken = _Taken(until=time.monotonic() + TASK_THREAD_PATIENCE_S)
 
         def work() -> None:
             try:
                 taken.work_on(calls)
             finally:  # whatever ends this thread, the calls that it took are answered
                 with contextlib.suppress(RuntimeError):  # the run was interrupted and its event loop is closed
-                    loop.call_soon_threadsafe(deliver)
+                    loop.call_soon_threadsafe(end)
 
-        def deliver() -> None:
+        def end() -> None:
             self._busy -= 1
-            taken.deliver()
+            self._lost -= taken.end()
             if calls:
                 self._queue.append(calls)
             if self._queue:
@@ -92,43 +134,60 @@ class TaskThreads:
             if self._busy:
                 self._queue.append(calls)  # a busy one takes over
             while calls and not self._busy:
-                _answer(calls.popleft()[1], error)
+                _answer(calls.popleft().future, error)
             return
         self._busy += 1
+        # A call that hangs must not keep the results of those that its thread took before it.
+        loop.call_later(TASK_THREAD_PATIENCE_S, taken.deliver)
+
+    def _refuse(self, calls: Calls) -> None:
+        error = TaskError(
+            f"{TASK_THREADS} calls of the task's code have not returned within task.timeout_s, so no thread is left "
+            "to call it: set task.workers=process, whose workers are replaced when they hang, or make the calls return"
+        )
+        while calls:
+            _answer(calls.popleft().future, error)
 
 
 class _Taken:
-    """The calls that one thread has taken, and their outcomes: a result, or the exception."""
+    """The calls that one thread has taken."""
 
-    def __init__(self) -> None:
-        self._futures: list[asyncio.Future[Any]] = []
-        self._outcomes: list[Any] = []
+    def __init__(self, until: float) -> None:
+        self._until = until
+        self._calls: list[Call[Any]] = []
 
     def work_on(self, calls: Calls) -> None:
         """Take calls and run them until none is left or `TASK_THREAD_PATIENCE_S` has passed, so that results which are
         ready are delivered."""
-        until = time.monotonic() + TASK_THREAD_PATIENCE_S
-        while calls and (not self._futures or time.monotonic() < until):
+        while calls and (not self._calls or time.monotonic() < self._until):
             try:
-                call, future = calls.popleft()
+                call = calls.popleft()
             except IndexError:  # another thread took the last one
                 break
-            self._futures.append(future)
+            self._calls.append(call)
+            call.started = time.monotonic()
             try:
-                self._outcomes.append(call())
+                call.outcome = call.function()
             except BaseException as error:  # noqa: BLE001 — it is raised where the result is awaited
-                self._outcomes.append(error)
+                call.outcome = error
+            call.ended = time.monotonic()
 
     def deliver(self) -> None:
-        """Set the futures, in the thread of the event loop."""
-        lost = RuntimeError("the thread that ran the task's code ended before its result")
-        missing = len(self._futures) - len(self._outcomes)
-        for future, outcome in zip(self._futures, [*self._outcomes, *[lost] * missing], strict=True):
-            _answer(future, outcome)
+        """Set the futures of the calls that have returned, in the thread of the event loop."""
+        for call in self._calls:
+            if call.ended is not None:
+                _answer(call.future, call.outcome)
+
+    def end(self) -> bool:
+        """Set the futures of all calls, once the thread has ended. Returns whether one of them had been given up."""
+        self.deliver()
+        for call in self._calls:
+            _answer(call.future, RuntimeError("the thread that ran the task's code ended before its result"))
+        return any(call.is_given_up for call in self._calls)
 
 
 def _answer(future: asyncio.Future[Any], outcome: Any) -> None:
-    if future.done():  # cancelled in the meantime
+    if future.done():  # delivered before, or cancelled in the meantime
         return
     if isinstance(outcome, StopIteration):  # a future refuses it
         outcome = RuntimeError(repr(outcome))

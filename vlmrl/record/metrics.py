@@ -151,6 +151,9 @@ STEP_KEYS: dict[str, StepKey] = {
     "rollouts/replayed": _sometimes(
         "rollouts", "Rollouts that were played again because a server was lost. Steps with one; no faults."
     ),
+    "env/reset_ms": _sometimes("ms", "Mean time of a call of an env's reset. Steps that made an env."),
+    "env/step_ms": _sometimes("ms", "Mean time of a call of an env's step. Steps that sampled an answer."),
+    "env/queue_ms": _sometimes("ms", "Mean time that such a call waited for a free thread or worker process."),
     "bridge_break_rate": StepKey("share of turns", "Later turns whose prompt could not extend the turn before."),
     "history_cut_rate": _sometimes(
         "share of turns", "Later turns whose env replaced the conversation (`Reply.history`). Steps with one."

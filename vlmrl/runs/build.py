@@ -49,6 +49,7 @@ from vlmrl.models.trial import code_of, try_policy
 from vlmrl.monitor.monitor import Monitor
 from vlmrl.orchestrator.best import BestWatch
 from vlmrl.orchestrator.curriculum import Curriculum
+from vlmrl.orchestrator.envs.make import make_envs
 from vlmrl.orchestrator.evaluation import Evaluator
 from vlmrl.orchestrator.rollout import RolloutRunner
 from vlmrl.orchestrator.scoring import Scorer, is_scored
@@ -259,8 +260,9 @@ def build_run(config: RunConfig, run_dir: RunDir, monitor: Monitor, rank_group: 
     ensure_certified(config, checkpoint, policy, renderer, run_dir, monitor)
     trainer = make_trainer(config, policy, texts, renderer.banned_token_ids, rank_group)
     engine, weight_sync = make_engine(config, folder, policy, trainer, run_dir, monitor)
+    envs = make_envs(config.task, task)
     runner = RolloutRunner(
-        task=task,
+        envs=envs,
         renderer=renderer,
         engine=engine,
         seed=config.seed,
@@ -270,7 +272,7 @@ def build_run(config: RunConfig, run_dir: RunDir, monitor: Monitor, rank_group: 
         truncated=config.algorithm.truncated,
         scorer=Scorer.of(config.reward, config.task, TaskThreads().run),
     )
-    problems = ProblemSource.of(config, config.task, task, renderer, monitor)
+    problems = ProblemSource.of(config, config.task, envs, renderer, monitor)
     num_rows = get_num_rows(task, "train")
     held_out = FixedProblems(problems.stream("eval", "eval", once=True))
     return Run(

@@ -32,5 +32,5 @@ def data_of(run: Run) -> dict[str, str]:
         f"set {player.name}, {fact}": text
         for player in run.evaluator.sets
         if sets[player.name].task is not None
-        for fact, text in data_table_of(player.runner.task).items()
+        for fact, text in data_table_of(player.runner.envs.task).items()
     }

@@ -11,6 +11,7 @@ from vlmrl.config.reward import ExtractConfig, RewardConfig
 from vlmrl.config.run import RunConfig
 from vlmrl.config.task import TaskConfig
 from vlmrl.monitor.monitor import Monitor
+from vlmrl.orchestrator.envs.make import make_envs
 from vlmrl.orchestrator.eval_sets import SetPlayer
 from vlmrl.orchestrator.rollout import RolloutRunner
 from vlmrl.orchestrator.scoring import Scorer, is_scored
@@ -51,8 +52,9 @@ def _player(
         with keys_at(f"{key}.task"):
             task = load_task(task_config, seed=config.seed)
         scorer = Scorer.of(config.reward, task_config, TaskThreads().run, f"{key}.task")
-        problems = ProblemSource.of(config, task_config, task, runner.renderer, monitor)
-        runner = dataclasses.replace(runner, task=task, scorer=scorer, max_turns=task_config.max_turns)
+        envs = make_envs(task_config, task)
+        problems = ProblemSource.of(config, task_config, envs, runner.renderer, monitor)
+        runner = dataclasses.replace(runner, envs=envs, scorer=scorer, max_turns=task_config.max_turns)
     runner = dataclasses.replace(
         runner,
         max_new_tokens=own.max_new_tokens or orchestrator.max_new_tokens,

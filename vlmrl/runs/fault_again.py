@@ -30,9 +30,10 @@ from vlmrl.record.run_dir import RunDir
 from vlmrl.rendering.renderer import Renderer
 from vlmrl.rewards.base import Attempt
 from vlmrl.runs.build import build_renderer
-from vlmrl.tasks.base import NoProblem, Problem, Split, Task
-from vlmrl.tasks.border import get_num_rows, get_problem, get_reference, open_env, step_env
+from vlmrl.tasks.base import NoProblem, Problem, Split, StepInfo, Task
+from vlmrl.tasks.border import get_num_rows, get_problem, get_reference
 from vlmrl.tasks.loading import load_task, tokenizer_texts
+from vlmrl.tasks.open_env import OpenEnv, finished
 from vlmrl.types import Image, Message, Prompt, Rollout, StopReason
 
 SHOWN_CHARACTERS = 200
@@ -161,28 +162,30 @@ async def _play_rollout(
     print(f'problem("{split}", {index}): {problem_id}')
     if fault["problem_id"] not in (problem_id, f"{split}[{index}]"):
         print(f"(the run recorded problem {fault['problem_id']} here, so the task or its data have changed)")
-    env, messages = open_env(task, problem)
-    history = list(messages)
-    _show("reset()", messages)
-    prompt = await _first_turn(renderer, messages)
-    for number, turn in enumerate(turns, 1):
-        print(f"answer {number}: {_short(turn['text'])}")
-        reply = step_env(env, turn["text"])
-        print(f"step(): reward={reply.reward:g}, turn_reward={reply.turn_reward:g}, done={reply.done}")
-        if reply.done or number == len(turns):
-            break
-        if reply.history is not None:
-            _show("the conversation starts over:", reply.history)
-            history = list(reply.history)
-            prompt = await _first_turn(renderer, reply.history)
-            continue
-        _show("", reply.messages)
-        history.append(Message.of("assistant", turn["text"]))
-        if renderer is not None and prompt is not None:
-            completion = np.array(turn["completion_ids"], np.int64)
-            with rendering_fence():
-                prompt, _ = await renderer.next_turn(prompt, completion, history, reply.messages)
-        history.extend(reply.messages)
+    with OpenEnv(task, problem) as env:
+        messages = finished(env.reset())
+        history = list(messages)
+        _show("reset()", messages)
+        prompt = await _first_turn(renderer, messages)
+        for number, turn in enumerate(turns, 1):
+            print(f"answer {number}: {_short(turn['text'])}")
+            info = StepInfo(number, len(turn["completion_ids"]), is_cut=turn["finish_reason"] == "length")
+            reply = finished(env.step(turn["text"], info))
+            print(f"step(): reward={reply.reward:g}, turn_reward={reply.turn_reward:g}, done={reply.done}")
+            if reply.done or number == len(turns):
+                break
+            if reply.history is not None:
+                _show("the conversation starts over:", reply.history)
+                history = list(reply.history)
+                prompt = await _first_turn(renderer, reply.history)
+                continue
+            _show("", reply.messages)
+            history.append(Message.of("assistant", turn["text"]))
+            if renderer is not None and prompt is not None:
+                completion = np.array(turn["completion_ids"], np.int64)
+                with rendering_fence():
+                    prompt, _ = await renderer.next_turn(prompt, completion, history, reply.messages)
+            history.extend(reply.messages)
     if recorded is not None and turns:
         await _score(config, recorded, problem, history, prompt)
 

@@ -12,13 +12,14 @@ from vlmrl.errors import ConfigError
 from vlmrl.monitor.monitor import Monitor
 from vlmrl.orchestrator.bad_rows import BadRowWatch
 from vlmrl.orchestrator.curriculum import Curriculum
+from vlmrl.orchestrator.envs.base import Envs
 from vlmrl.orchestrator.fit import PromptCheck
 from vlmrl.orchestrator.stream import Chooser, Indices, ProblemStream
 from vlmrl.record.difficulty import DIFFICULTY, Attempts, Difficulty
 from vlmrl.record.pass_rates import PASS_RATES, read_pass_rates
 from vlmrl.record.step_log import Phase
 from vlmrl.rendering.renderer import Renderer
-from vlmrl.tasks.base import Split, Task
+from vlmrl.tasks.base import Split
 from vlmrl.tasks.border import get_num_rows
 
 
@@ -27,18 +28,18 @@ class ProblemSource:
     """The problems of one task of a run."""
 
     config: RunConfig
-    task: Task
+    envs: Envs
     renderer: Renderer
     monitor: Monitor
     bad_rows: BadRowWatch
 
     @classmethod
     def of(
-        cls, config: RunConfig, task_config: TaskConfig, task: Task, renderer: Renderer, monitor: Monitor
+        cls, config: RunConfig, task_config: TaskConfig, envs: Envs, renderer: Renderer, monitor: Monitor
     ) -> ProblemSource:
-        """The problems of `task`, whose settings are `task_config`."""
+        """The problems of a task, whose settings are `task_config`."""
         policy, rate = task_config.bad_rows, task_config.max_bad_row_rate
-        return cls(config, task, renderer, monitor, BadRowWatch(policy, rate, config.output_dir, monitor.bad_rows))
+        return cls(config, envs, renderer, monitor, BadRowWatch(policy, rate, config.output_dir, monitor.bad_rows))
 
     def stream(
         self,
@@ -50,15 +51,16 @@ class ProblemSource:
         chooser: Chooser | None = None,
     ) -> ProblemStream:
         """A sequence of problems, whose bad rows are recorded under `phase`."""
+        task = self.envs.task
         check = PromptCheck(
-            self.task,
+            self.envs,
             self.renderer,
             max_model_len(self.config),
             limit_of(self.config),
-            has_rows=get_num_rows(self.task, split) is not None,
+            has_rows=get_num_rows(task, split) is not None,
         )
         return ProblemStream(
-            self.task,
+            task,
             split,
             indices or Indices(),
             once=once,

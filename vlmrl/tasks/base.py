@@ -64,8 +64,12 @@ The contract:
   whenever it is called, in any order and in any process, because a resumed run and the siblings of a group rely on it.
   So use no global random state and no `hash()` of a string.
 - The training and the evaluation split share no problem.
-- Envs share no mutable state. The envs of a group run at the same time in worker threads; an env may block. The pixels
-  of an `Image` are read before the env is called again, so show a new frame as a new `Image`.
+- Envs share no mutable state. The envs of a group run at the same time, in threads or in worker processes
+  (`task.workers`); an env may block. The pixels of an `Image` are read before the env is called again, so show a new
+  frame as a new `Image`.
+- `close` is called once, however the episode ends: it is done, a budget cuts it, its code raises, or the run is
+  interrupted. A call that runs too long (`task.timeout_s`) ends the rollout as `task_timeout`; its env is closed when
+  the call returns.
 - `problem` raises `NotInSplit` or `BadRow` where the split has no problem at an index; the run goes on with the next
   index. A task with a finite number of rows says so in `num_rows`.
 - An exception ends only the rollout in which it is raised, as `task_error`. A reward that is not a finite number ends
@@ -202,8 +206,36 @@ class Reply:
     which is trained on as a sample of its own and counted in `history_cut_rate`. Ignored when `done`."""
 
 
+@dataclass(frozen=True)
+class StepInfo:
+    """What an env may know of a completion besides its text.
+
+    >>> class Brief:
+    ...     def step(self, completion: str, info: StepInfo) -> Reply:
+    ...         return Reply(done=True, reward=0.0 if info.is_cut else 1 - info.num_tokens / 100)
+    >>> Brief().step("red", StepInfo(turn=1, num_tokens=2, is_cut=False)).reward
+    0.98
+    """
+
+    turn: int
+    """The turn's number in the episode; the first is 1."""
+    num_tokens: int
+    """Tokens of the completion, with the one that ends it."""
+    is_cut: bool
+    """Whether the completion has no end, because its token budget or the context ran out."""
+
+    @staticmethod
+    def of_text(completion: str, turn: int) -> StepInfo:
+        """The info of a text that no policy has sampled, for checks of a task: one token per character."""
+        return StepInfo(turn, len(completion), is_cut=False)
+
+
 class Env(Protocol):
     """One attempt at one problem. It is used once: one `reset`, then `step` until it says done.
+
+    `reset` and `step` may be `async`. Two things are optional, so an env without them is an `Env`, too: `step` may have
+    a second parameter called `info`, which gets a `StepInfo`, and the env may have a method `close()`, `async` or not,
+    that releases what the env holds.
 
     >>> def play(env: Env, policy) -> float:
     ...     messages = env.reset()
@@ -256,8 +288,8 @@ class Task(Protocol):
         """
         return None
 
-    def env(self, problem: Any) -> Env:
-        """A new env for a problem that `problem` returned."""
+    def env(self, problem: Any) -> Any:  # an `Env`; no type says that its methods may be `async`
+        """A new `Env` for a problem that `problem` returned."""
         ...
 
     def demonstration(self, problem: Any, *, random_answers: bool, seed: int) -> tuple[Message, ...]:

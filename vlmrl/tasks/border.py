@@ -1,7 +1,9 @@
 """Where values of a user's task enter vlmrl: each is checked once, and only plain values go on.
 
-    task.problem ─▶ get_problem ─▶ problem, id    task.demonstration ─▶ get_demonstration ─▶ messages
-    env.reset    ─▶ open_env ─▶ env, messages     env.step           ─▶ step_env          ─▶ Reply
+    task.problem ─▶ get_problem ─▶ problem, id    env.reset ─▶ checked_prompt ─▶ messages
+    task.num_rows ─▶ get_num_rows ─▶ int          env.step  ─▶ checked_reply  ─▶ Reply
+
+open_env.py calls envs, and demonstrations.py makes demonstrations; both use the checks of this file.
 
 A run and the check (`vlmrl.tasks.check`) judge by the same functions, `checked_*`: what a run would refuse, the check
 reports in the same words. A `str` subclass (`np.str_`, `StrEnum`) becomes a `str`, a numpy number a `float`, so
@@ -13,7 +15,6 @@ Everything here may raise `TaskCodeError`, which costs one rollout (or one demon
 
 from __future__ import annotations
 
-import itertools
 import math
 import numbers
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import numpy as np
 
 from vlmrl.errors import UserFault, fenced, safe_repr, safe_text
-from vlmrl.tasks.base import BadRow, Env, NoProblem, NotInSplit, Problem, Reference, Reply, Split, Task
+from vlmrl.tasks.base import BadRow, NoProblem, NotInSplit, Problem, Reference, Reply, Split, Task
 from vlmrl.types import Image, Message, StopReason, Text
 
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
@@ -47,8 +48,10 @@ class BadRewardError(TaskCodeError):
     stop_reason: ClassVar[StopReason] = StopReason.BAD_REWARD
 
 
-class NoDemonstrationsError(TaskCodeError):
-    """The task does not define `demonstration`; the text is that of its NotImplementedError."""
+class TaskTimeoutError(TaskCodeError):
+    """A call of the task's code did not return within `task.timeout_s`."""
+
+    stop_reason: ClassVar[StopReason] = StopReason.TASK_TIMEOUT
 
 
 # ── calls of the task ───────────────────────────────────────────────────────────────────────────────────────
@@ -84,63 +87,6 @@ def get_reference(problem: Any) -> tuple[Any, Mapping[str, Any]] | None:
         answer, columns = problem.answer, problem.columns
     _check(isinstance(columns, Mapping), f"the problem's columns are {_kind(columns)}, not a dict")
     return answer, columns
-
-
-def open_env(task: Task, problem: Problem) -> tuple[Env, tuple[Message, ...]]:
-    """`task.env` and its first messages."""
-    with fenced("env()", TaskCodeError):
-        env = task.env(problem)
-    with fenced("reset()", TaskCodeError):
-        return env, checked_prompt("reset()", env.reset())
-
-
-def step_env(env: Env, text: str) -> Reply:
-    """`env.step`, with rewards and metrics as plain floats."""
-    with fenced("step()", TaskCodeError):
-        return checked_reply("step()", env.step(text))
-
-
-def get_demonstration(
-    task: Task, problem: Problem, *, random_answers: bool, seed: int
-) -> tuple[tuple[Message, ...], int]:
-    """`task.demonstration`, and how many of its messages the prompt already gives.
-
-    Assistant messages in that part (few-shot examples) are not the policy's, so they are nothing to learn. Where there
-    may be any, `reset` of a new env tells. Raises `NoDemonstrationsError` where the task does not define
-    `demonstration`, and `NoProblem` where it does.
-    """
-    absent: NoProblem | None = None
-    with fenced("demonstration()", TaskCodeError):
-        try:
-            messages = task.demonstration(problem, random_answers=random_answers, seed=seed)
-        except NotImplementedError as error:
-            raise NoDemonstrationsError(str(error) or "demonstration() raised NotImplementedError") from None
-        except NoProblem as error:
-            absent = checked_absence("demonstration()", error)
-        else:
-            messages = checked_messages("demonstration()", messages, ANY_ROLE)
-    if absent is not None:
-        raise absent
-    roles = [message.role for message in messages]
-    given = 0
-    if roles[-1] != "assistant" or roles.count("assistant") > 1:
-        given = _equal_messages(messages, open_env(task, problem)[1])
-    _check(
-        "assistant" in roles[given:],
-        "demonstration() has no answer, because no assistant message follows the messages of reset(), so there is "
-        "nothing to learn: end it with an assistant message",
-    )
-    return messages, given
-
-
-def _equal_messages(messages: tuple[Message, ...], prompt: tuple[Message, ...]) -> int:
-    """How many messages at the start of two conversations are equal, apart from the pixels of their images."""
-
-    def content(message: Message) -> tuple[object, ...]:
-        return (message.role, *(part.text if isinstance(part, Text) else None for part in message.content))
-
-    pairs = itertools.takewhile(lambda pair: content(pair[0]) == content(pair[1]), zip(messages, prompt, strict=False))
-    return sum(1 for _ in pairs)
 
 
 # ── checks, which a run and vlmrl.tasks.check share ─────────────────────────────────────────────────────────

@@ -13,7 +13,7 @@ from vlmrl.config.import_paths import import_named, user_code
 from vlmrl.config.model import Init, ModelConfig
 from vlmrl.config.task import TaskConfig
 from vlmrl.errors import ConfigError, UserFault, fenced
-from vlmrl.tasks.base import Env, HasDataTable, Split, Task
+from vlmrl.tasks.base import HasDataTable, Split, Task
 from vlmrl.tasks.border import TaskCodeError, checked_texts, get_num_rows
 from vlmrl.types import Message
 
@@ -81,7 +81,7 @@ class FirstExamples(Task):
         rows = get_num_rows(self._task, split)
         return rows if split == "eval" else min(self._count, rows or self._count)
 
-    def env(self, problem: Any) -> Env:
+    def env(self, problem: Any) -> Any:
         return self._task.env(problem)
 
     def demonstration(self, problem: Any, *, random_answers: bool, seed: int) -> tuple[Message, ...]:

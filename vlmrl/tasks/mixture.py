@@ -25,7 +25,7 @@ from typing import Any
 
 from vlmrl.config.task import MixtureConfig
 from vlmrl.errors import ConfigError
-from vlmrl.tasks.base import BadRow, Env, FromRow, NotInSplit, Problem, Reference, Split, Task
+from vlmrl.tasks.base import BadRow, FromRow, NotInSplit, Problem, Reference, Split, Task
 from vlmrl.tasks.border import get_num_rows
 from vlmrl.tasks.loading import data_table_of, load_task, texts_of
 from vlmrl.types import Message
@@ -134,7 +134,7 @@ class MixtureTask(Task):
             return None
         return sum(finite) if split == "eval" else self._training.length_with(finite)
 
-    def env(self, problem: MixedProblem) -> Env:
+    def env(self, problem: MixedProblem) -> Any:
         return self._tasks[problem.task].env(problem.problem)
 
     def demonstration(self, problem: MixedProblem, *, random_answers: bool, seed: int) -> tuple[Message, ...]:

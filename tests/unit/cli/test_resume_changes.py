@@ -54,7 +54,7 @@ POLICIES = {
     # A researcher's choice, from this step on.
     "noted": """
         model.dtype model.vlm.renderers model.vlm.min_pixels model.vlm.max_pixels model.vlm.image_settings
-        task.args task.max_turns task.num_examples task.credit
+        task.args task.max_turns task.num_examples task.credit task.timeout_s
         task.curriculum.pass_at task.curriculum.solved task.curriculum.hopeless task.curriculum.rest
         task.curriculum.low task.curriculum.high task.curriculum.outside task.curriculum.start_from
         task.weights

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vlmrl.orchestrator.envs.threads import ThreadEnvs
 from vlmrl.orchestrator.fit import PromptCheck
 from vlmrl.orchestrator.stream import ProblemStream
 from vlmrl.rendering.images import ImageError
@@ -95,7 +96,7 @@ class Scripted:
 
 def make(renderer: Scripted, has_rows: bool = True) -> PromptCheck:
     made: Any = renderer
-    return PromptCheck(Rows(), made, LIMIT, f"trainer.seq_len={LIMIT}", has_rows)
+    return PromptCheck(ThreadEnvs(Rows()), made, LIMIT, f"trainer.seq_len={LIMIT}", has_rows)
 
 
 def found(check: PromptCheck, problem: Any) -> BadRow | None:

@@ -13,21 +13,19 @@ import numpy as np
 import pytest
 
 from vlmrl.errors import UserFault
-from vlmrl.tasks.base import BadRow, NoProblem, NotInSplit, Reply
+from vlmrl.tasks.base import BadRow, NoProblem, NotInSplit, Reply, StepInfo
 from vlmrl.tasks.border import (
     BadRewardError,
-    NoDemonstrationsError,
     TaskCodeError,
     checked_id,
     checked_messages,
     checked_prompt,
     checked_reply,
-    get_demonstration,
     get_num_rows,
     get_problem,
-    open_env,
-    step_env,
 )
+from vlmrl.tasks.demonstrations import NoDemonstrationsError, get_demonstration
+from vlmrl.tasks.open_env import OpenEnv
 from vlmrl.types import Image, Message, StopReason, Text
 
 
@@ -252,8 +250,8 @@ def test_whatever_a_task_does_is_a_fault_with_a_text(act: Callable[[], Any]) -> 
     task: Any = Hostile(act)
     for call in (
         lambda: get_problem(task, "train", 0),
-        lambda: open_env(task, task),
-        lambda: step_env(task, "x"),
+        lambda: OpenEnv(task, task).reset(),
+        lambda: OpenEnv(task, task).step("x", StepInfo.of_text("x", 1)),
         lambda: get_demonstration(task, task, random_answers=True, seed=0),
     ):
         with pytest.raises(UserFault) as caught:

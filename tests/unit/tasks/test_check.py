@@ -800,7 +800,7 @@ class CanvasOfAll(Counting):
         (SurrogateText, "messages", "a text of a user message of reset() of train 0 has the lone surrogate"),
         (SurrogateId, "ids", 'problem("train", 0).id has the lone surrogate'),
         (RaisesUnspeakable, "runs", "step() of train 0, nonsense, turn 1 raised UnspeakableError"),
-        (Exits, "runs", "env() or reset() of train 0 raised SystemExit: 0"),
+        (Exits, "runs", "reset() of train 0 raised SystemExit: 0"),
         (UnspeakableValues, "messages", "messages raised ZeroDivisionError"),
         (UnspeakableId, "ids", 'problem("train", 0).id is <a '),
         (CanvasOfAll, "siblings", "share an image, and one of them has drawn on it"),

@@ -18,8 +18,9 @@ from vlmrl.errors import UserFault
 from vlmrl.models.families.base import Family, ImageBounds
 from vlmrl.preflight.estimate.sizes import CHARACTERS_PER_TOKEN, TURN_FRAME
 from vlmrl.rendering.images import decode
-from vlmrl.tasks.base import BadRow, NoProblem, Split, Task
-from vlmrl.tasks.border import get_problem, open_env, step_env
+from vlmrl.tasks.base import BadRow, NoProblem, Split, StepInfo, Task
+from vlmrl.tasks.border import get_problem
+from vlmrl.tasks.open_env import OpenEnv, finished
 from vlmrl.types import Image, Message
 
 
@@ -87,18 +88,19 @@ def play(task: Task, max_turns: int, split: Split = "train") -> tuple[EpisodeEst
 
 def _played(task: Task, split: Split, index: int, max_turns: int) -> EpisodeEstimate:
     problem, _ = get_problem(task, split, index)
-    env, first = open_env(task, problem)
-    conversations = [(list(first), 1)]
-    for _ in range(max_turns - 1):
-        reply = step_env(env, "")
-        if reply.done:
-            break
-        if reply.history is not None:
-            answers = sum(message.role == "assistant" for message in reply.history)
-            conversations.append((list(reply.history), answers + 1))
-        else:
-            messages, turns = conversations[-1]
-            conversations[-1] = ([*messages, *reply.messages], turns + 1)
+    with OpenEnv(task, problem) as env:
+        first = finished(env.reset())
+        conversations = [(list(first), 1)]
+        for turn in range(1, max_turns):
+            reply = finished(env.step("", StepInfo.of_text("", turn)))
+            if reply.done:
+                break
+            if reply.history is not None:
+                answers = sum(message.role == "assistant" for message in reply.history)
+                conversations.append((list(reply.history), answers + 1))
+            else:
+                messages, turns = conversations[-1]
+                conversations[-1] = ([*messages, *reply.messages], turns + 1)
     found = [
         EpisodeEstimate(turns, tuple(_images(messages)), sum(map(len, _texts(messages))), len(conversations))
         for messages, turns in conversations

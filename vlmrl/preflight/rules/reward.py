@@ -16,6 +16,9 @@ NEED_NO_ANSWER = (FormatTerm, ImportedTerm, JudgeTerm)
 OF_THE_RUN = ("max_fault_rate", "bad_rows", "max_bad_row_rate")
 """Settings of a task that hold for the run as a whole."""
 
+OF_EACH_TASK = ("timeout_s",)
+"""Settings that say how the envs of one task run."""
+
 
 def all_tasks(config: RunConfig) -> dict[str, TaskConfig]:
     """Key → config of the run's task and of the tasks that evaluation sets have of their own."""
@@ -58,6 +61,12 @@ def mixture_has_tasks(config: RunConfig) -> None:
             raise ConfigError(
                 f"{key}.tasks names no task, so task=mixture has no problem: add each, +task@{key}.tasks.<name>=dataset"
             )
+        for field in OF_EACH_TASK:
+            if (value := getattr(mixture, field)) != getattr(TaskConfig(), field):
+                raise ConfigError(
+                    f"{key}.{field}={value} has no effect, because each task of a mixture runs its own envs: set "
+                    f"{key}.tasks.<name>.{field}"
+                )
         for name, own in mixture.tasks.items():
             if isinstance(own, MixtureConfig):
                 raise ConfigError(

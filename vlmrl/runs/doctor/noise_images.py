@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from vlmrl.runs.doctor.evidence import images_of, with_images
-from vlmrl.tasks.base import Env, Problem, Reply, Split, Task
+from vlmrl.tasks.base import Problem, Reply, Split, StepInfo, Task
 from vlmrl.tasks.border import get_num_rows
+from vlmrl.tasks.open_env import OpenEnv, finished
 from vlmrl.types import Image, Message
 
 SIZES = ((96, 64), (64, 160), (45, 100))
@@ -54,9 +55,10 @@ class NoiseTask:
         rows = get_num_rows(self._task, split)
         return None if rows is None else 2 * rows
 
-    def env(self, problem: NoiseProblem) -> Env:
-        env = self._task.env(problem.problem)
-        return env if problem.seed is None else NoiseEnv(env, problem.seed)
+    def env(self, problem: NoiseProblem) -> Any:
+        if problem.seed is None:
+            return self._task.env(problem.problem)
+        return NoiseEnv(OpenEnv(self._task, problem.problem), problem.seed)
 
     def demonstration(self, problem: NoiseProblem, *, random_answers: bool, seed: int) -> tuple[Message, ...]:
         return self._task.demonstration(problem.problem, random_answers=random_answers, seed=seed)
@@ -68,15 +70,15 @@ class NoiseTask:
 class NoiseEnv:
     """An env that shows noise in place of its images."""
 
-    def __init__(self, env: Env, seed: int) -> None:
+    def __init__(self, env: OpenEnv, seed: int) -> None:
         self._env = env
         self._noise = noise(seed)
 
     def reset(self) -> tuple[Message, ...]:
-        return self._in_noise(self._env.reset())
+        return self._in_noise(finished(self._env.reset()))
 
-    def step(self, completion: str) -> Reply:
-        reply = self._env.step(completion)
+    def step(self, completion: str, info: StepInfo) -> Reply:
+        reply = finished(self._env.step(completion, info))
         return Reply(
             turn_reward=reply.turn_reward,
             done=reply.done,
@@ -85,6 +87,9 @@ class NoiseEnv:
             metrics=reply.metrics,
             history=None if reply.history is None else self._in_noise(reply.history),
         )
+
+    def close(self) -> None:
+        finished(self._env.close())
 
     def _in_noise(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
         changed: list[Message] = []

@@ -12,6 +12,7 @@ import numpy as np
 from vlmrl.config.run import RunConfig
 from vlmrl.config.task import most_turns
 from vlmrl.models.policy import Policy
+from vlmrl.orchestrator.envs.threads import ThreadEnvs
 from vlmrl.orchestrator.rollout import RolloutRunner, sampling_seed
 from vlmrl.orchestrator.samples import make_samples
 from vlmrl.orchestrator.stream import Drawn, ProblemStream
@@ -135,7 +136,7 @@ class Playing:
     def _runner(self, renderer: Renderer, engine: InferenceEngine) -> RolloutRunner:
         config = self.config
         return RolloutRunner(
-            task=NoiseTask(self.task),
+            envs=ThreadEnvs(NoiseTask(self.task)),
             renderer=renderer,
             engine=engine,
             seed=config.seed,

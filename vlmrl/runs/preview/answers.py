@@ -9,6 +9,7 @@ from pathlib import Path
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import VlmrlError
 from vlmrl.inference.embedded.engine import EmbeddedEngine
+from vlmrl.orchestrator.envs.make import make_envs
 from vlmrl.orchestrator.rollout import RolloutRunner
 from vlmrl.orchestrator.scoring import Scorer
 from vlmrl.orchestrator.stream import Drawn
@@ -46,7 +47,7 @@ async def answers_now(
         return [], f"the model cannot be loaded: {error}"
     engine = EmbeddedEngine(policy, lambda: 0, config.inference.max_model_len)
     runner = RolloutRunner(
-        task=task,
+        envs=make_envs(config.task, task),
         renderer=renderer,
         engine=engine,
         seed=config.seed,

@@ -27,8 +27,8 @@ from vlmrl.orchestrator.task_threads import TaskThreads
 from vlmrl.rewards.base import Attempt
 from vlmrl.rewards.extract import last_boxed, last_tagged
 from vlmrl.runs.preview.seen import SeenProblem
-from vlmrl.tasks.base import Task
-from vlmrl.tasks.border import open_env, step_env
+from vlmrl.tasks.base import StepInfo, Task
+from vlmrl.tasks.open_env import OpenEnv, finished
 
 OWN = "the task's own reward"
 """Stands for the reward of a task that scores itself, next to the names of terms."""
@@ -120,11 +120,12 @@ class Grader:
         demonstration = seen.demonstration or ()
         answers = demonstration if demonstration and text == demonstration[-1] else (text,)
         try:
-            env, _ = open_env(self._task, seen.problem)
-            for answer in answers:
-                reply = step_env(env, answer)
-                if reply.done:
-                    break
+            with OpenEnv(self._task, seen.problem) as env:
+                finished(env.reset())
+                for turn, answer in enumerate(answers, 1):
+                    reply = finished(env.step(answer, StepInfo.of_text(answer, turn)))
+                    if reply.done:
+                        break
         except UserFault as fault:
             faults.append(fault.text)
             return None

@@ -24,8 +24,10 @@ from vlmrl.rendering.renderer import Renderer
 from vlmrl.runs.preview.grading import Graded, Grader
 from vlmrl.runs.preview.seen import Refused, SeenProblem
 from vlmrl.tasks.base import BadRow, FromRow, NoProblem, Problem, Split, Task
-from vlmrl.tasks.border import get_demonstration, get_num_rows, get_problem, get_reference, open_env
+from vlmrl.tasks.border import get_num_rows, get_problem, get_reference
+from vlmrl.tasks.demonstrations import get_demonstration
 from vlmrl.tasks.mixture import MixedProblem
+from vlmrl.tasks.open_env import OpenEnv, finished
 from vlmrl.types import Image, Message, Text, check_placeholders
 
 LOOKED_AT_PER_PROBLEM = 20
@@ -151,7 +153,8 @@ async def see(
     task: Task, renderer: Renderer, problem: Problem, problem_id: str, split: Split, index: int, *, keep: bool
 ) -> SeenProblem:
     """Render a problem; `keep` its pixels. Raises `UserFault`."""
-    _, messages = open_env(task, problem)
+    with OpenEnv(task, problem) as env:
+        messages = finished(env.reset())
     with rendering_fence():
         prompt = await renderer.first_turn(messages)
         check_placeholders(len(prompt.token_ids), prompt.placeholders, prompt.images)

@@ -13,9 +13,10 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from vlmrl.errors import UserFault, fenced
 from vlmrl.rendering.images import decode, image_hash
-from vlmrl.tasks.base import NoProblem, Reply, Split, Task
+from vlmrl.tasks.base import NoProblem, Reply, Split, StepInfo, Task
 from vlmrl.tasks.border import checked_absence
 from vlmrl.tasks.loading import texts_of
+from vlmrl.tasks.open_env import OpenEnv, finished
 from vlmrl.types import Image, Message, Text
 
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -177,8 +178,8 @@ def observe(task: Any, problems: int, max_turns: int) -> Observed:
                     observed.problems[split][number].prompt_again = observed.problems[split][number].prompt
                     continue
                 where = f"reset() of {split} {index}, made a second time,"
-                with fenced(where):
-                    observed.problems[split][number].prompt_again = observed.look(task.env(problem).reset(), where)
+                with fenced(where), UncheckedEnv(task, problem, f" of {split} {index}, made a second time,") as env:
+                    observed.problems[split][number].prompt_again = observed.look(finished(env.reset()), where)
         _problem(task, "train", FAR_INDEX)
     except UserFault as fault:
         observed.raised = fault.text
@@ -224,10 +225,9 @@ def _see(observed: Observed, split: Split, index: int) -> Seen:
     task, look = observed.task, observed.look
     problem, name, _ = _problem(task, split, index)
     where = f"{split} {index}"
-    with fenced(f"env() or reset() of {where}"):
-        env = task.env(problem)
-        prompt = look(env.reset(), f"the first env of {where}")
-    seen = Seen(where, name, env, prompt, None)
+    with fenced(f"playing {where}"), UncheckedEnv(task, problem, f" of {where}") as env:
+        prompt = look(finished(env.reset()), f"the first env of {where}")
+    seen = Seen(where, name, env.env, prompt, None)
     scripts = {"nonsense": NONSENSE * math.ceil(observed.max_turns / len(NONSENSE))}
     for correct in (True, False):
         for seed in (0,) if correct else (*SEEDS, SEEDS[0]):
@@ -256,17 +256,29 @@ def _see(observed: Observed, split: Split, index: int) -> Seen:
 def _play(observed: Observed, problem: Any, where: str, answers: tuple[str, ...]) -> ObservedEpisode:
     """Play one episode: give the answers, then repeat the last one, until the env is done or `max_turns` is reached."""
     who = f"the env of {where}"
-    with fenced(f"env() or reset() of {where}"):
-        env = observed.task.env(problem)
-        episode = ObservedEpisode(where, env, observed.look(env.reset(), who), answers, [])
-    for turn in range(observed.max_turns if answers else 0):
-        with fenced(f"step() of {where}, turn {turn + 1}"):
-            reply = env.step(answers[min(turn, len(answers) - 1)])
+    with fenced(f"playing {where}"), UncheckedEnv(observed.task, problem, f" of {where}") as env:
+        episode = ObservedEpisode(where, env.env, observed.look(finished(env.reset()), who), answers, [])
+        for turn in range(observed.max_turns if answers else 0):
+            answer = answers[min(turn, len(answers) - 1)]
+            env.of = f" of {where}, turn {turn + 1}"
+            reply = finished(env.step(answer, StepInfo.of_text(answer, turn + 1)))
             episode.replies.append(reply)
             if not isinstance(reply, Reply) or reply.done:
                 break
             observed.look(reply.messages if reply.history is None else reply.history, who)
     return episode
+
+
+class UncheckedEnv(OpenEnv):
+    """An env whose values are kept as they are, for the rules to judge."""
+
+    @staticmethod
+    def check_prompt(where: str, messages: Any) -> Any:
+        return messages
+
+    @staticmethod
+    def check_reply(where: str, reply: Any) -> Any:
+        return reply
 
 
 def defines_texts(task: Any) -> bool:

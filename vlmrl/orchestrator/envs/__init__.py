@@ -1,0 +1,4 @@
+"""Where the envs of a run live: in threads of the run (threads.py), or in worker processes.
+
+RolloutRunner ─▶ Envs.new(problem) ─▶ EnvHandle: reset, step, …, end      of any kind (base.py)
+"""
