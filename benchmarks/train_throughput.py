@@ -228,8 +228,8 @@ def packed_step(
     done = Step(Work(), totals.tokens, 0.0, len(share.passes))
     losses, pairs = [], []
     for batch in pack_share(share, packing, policy.positions, policy.device, kernel, policy.rules):
-        logprobs, _ = loss_logprobs(policy, batch, 1.0)
-        tokens = LossTokens(logprobs, batch.inference_logprobs, batch.advantages, batch.sample_index)
+        logprobs, entropies = loss_logprobs(policy, batch, 1.0)
+        tokens = LossTokens(logprobs, batch.inference_logprobs, batch.advantages, batch.sample_index, entropies)
         loss = policy_loss(tokens, totals, AlgorithmConfig()).loss
         loss.backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
@@ -263,6 +263,7 @@ def padded_step(policy: Policy, samples: Sequence[TrainingSample], budget: int) 
             sampled,
             advantages,
             torch.cat([torch.full((int(s.loss_mask.sum()),), i) for i, s in enumerate(chunk)]).to(policy.device),
+            entropies=torch.zeros_like(sampled),  # no loss here uses them
         )
         loss = policy_loss(tokens, totals, AlgorithmConfig()).loss
         loss.backward()  # type: ignore[no-untyped-call]

@@ -149,6 +149,7 @@ EXCHANGED = {
     "python -m vlmrl algorithm.advantage=my_losses:brief algorithm.args.fee=0.1": (
         f"python -m vlmrl algorithm.advantage=my_losses:brief algorithm.args.fee=0.1 {LESS}"
     ),
+    "python -m vlmrl algorithm.entropy_coef=0.01": f"python -m vlmrl algorithm.entropy_coef=0.01 {LESS}",
     "python -m vlmrl algorithm.credit=return algorithm.discount=0.9": (
         f"python -m vlmrl algorithm.credit=return algorithm.discount=0.9 {LESS}"
     ),

@@ -7,6 +7,7 @@ matters. Its text tokens are the ids 0 to 255.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,8 +140,17 @@ def plain_logits(model: Any, token_ids: IntArray, types: IntArray, images: tuple
 def plain_logprobs(model: Any, sample: TrainingSample) -> Tensor:
     """float32 [loss tokens] of one sample, with gradient, by transformers alone."""
     logits = plain_logits(model, sample.token_ids, sample.mm_token_type_ids, sample.images)
-    where = torch.from_numpy(np.flatnonzero(sample.loss_mask))
-    return torch.log_softmax(logits, -1)[where - 1, torch.from_numpy(sample.token_ids)[where]]
+    return plain_tokens(logits, sample)[0]
+
+
+def plain_tokens(logits: Tensor, sample: TrainingSample, banned: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+    """Logprobs and entropies (nats) of the loss tokens of one sample, with gradient, by log_softmax over the tokens
+    that are not banned. `logits` [L, vocabulary]."""
+    where = np.flatnonzero(sample.loss_mask)
+    allowed = np.setdiff1d(np.arange(logits.shape[-1]), banned)
+    log_p = torch.log_softmax(logits[where - 1][:, allowed], -1)
+    targets = np.searchsorted(allowed, sample.token_ids[where])
+    return log_p[np.arange(len(where)), targets], -(log_p.exp() * log_p).sum(-1)
 
 
 def blocks_of(plan: TreePlan, window: int | None = None) -> Blocks:

@@ -158,6 +158,11 @@ class AlgorithmConfig:
     """Ratios below 1 − `clip_low` get no gradient where the advantage is negative."""
     clip_high: float = setting(0.28, on_resume=Resume.noted, low=0, high=math.inf, outside="it clips every ratio")
     """Ratios above 1 + `clip_high` get no gradient where the advantage is positive (clip-higher, DAPO)."""
+    entropy_coef: float = setting(
+        0.0, on_resume=Resume.noted, low=0, high=100, outside="the policy would learn to be certain, or nothing else"
+    )
+    """Weight of the entropy bonus: the loss is lower by this times the mean entropy of the loss tokens, in nats, so
+    that the policy goes on exploring (A3C). 0.01 is a usual value; 0 is no bonus."""
     importance_correction: ImportanceCorrection = setting(ImportanceCorrection.own, on_resume=Resume.noted)
     """How the loss corrects for stale and mismatched tokens."""
     importance_cap: float = setting(

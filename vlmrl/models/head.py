@@ -9,7 +9,11 @@ backward pass computes the same logits again (4 products of U × H × V instead 
 any dtype of the weights: the product of two bfloat16 numbers is exact in float32, so a tensor core's product with
 float32 sums equals the product of the weights cast to float32, at the speed of bfloat16.
 
-Left out: the gradient of the entropy, which is a metric and not a term of the loss.
+The gradient of the entropy needs no product more: with the logits z of a row and H = −Σ_j p_j log p_j,
+
+    ∂ log p_k / ∂z_j = [j = k] − p_j          ∂H / ∂z_j = −p_j (log p_j + H)
+
+so the backward pass adds it to the gradient of the logits that it has anyway, where a loss uses the entropy.
 """
 
 from __future__ import annotations
@@ -41,8 +45,8 @@ def token_logprobs(
     temperature: float,
     logit_map: LogitMap = IDENTITY,
 ) -> tuple[Tensor, Tensor]:
-    """Natural-log probabilities of `targets` under the distributions of `hidden` → float32 [N], with gradients to
-    `hidden` and `weight`; entropies of the distributions in nats, float32 [U], without gradients.
+    """Natural-log probabilities of `targets` under the distributions of `hidden` → float32 [N], and the entropies of
+    the distributions in nats, float32 [U]; both with gradients to `hidden` and `weight`.
 
     hidden float [U, H]; weight float [V, H]; bias float [V] without gradient, or None; banned bool [V], True where the
     probability is 0; entry int64 [N], the row of `hidden` that predicts each target; targets int64 [N]; the temperature
@@ -85,20 +89,23 @@ class _TokenLogprobs(torch.autograd.Function):
         largest, total, moment, at_target = found
         log_total = total.log()
         logsumexp = largest + log_total
-        ctx.save_for_backward(hidden, weight, bias, banned, entry, targets, logsumexp)
-        ctx.temperature, ctx.logit_map = temperature, logit_map
         entropies = log_total - moment / total
-        ctx.mark_non_differentiable(entropies)
+        ctx.save_for_backward(hidden, weight, bias, banned, entry, targets, logsumexp, entropies)
+        ctx.temperature, ctx.logit_map = temperature, logit_map
+        ctx.set_materialize_grads(False)  # None, and no work, where the loss uses one output alone
         return at_target - logsumexp[entry], entropies
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, banned, entry, targets, logsumexp = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor | None, entropy_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, banned, entry, targets, logsumexp, entropies = ctx.saved_tensors
+        if grad is None:
+            grad = torch.zeros_like(targets, dtype=torch.float32)
         row_grad = torch.zeros_like(logsumexp).index_add_(0, entry, grad)
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         dtype = hidden.dtype if hidden.dtype == weight.dtype else torch.float32
         row_grad, grad = row_grad / ctx.temperature, grad / ctx.temperature
+        of_entropy = None if entropy_grad is None else (entropies, entropy_grad / ctx.temperature)
         for columns in _chunks(len(hidden), len(weight)):
             logits = _logits(hidden, weight, bias, columns)
             gradient = _compiled_on_gpu(hidden.device, _logit_gradient)(
@@ -111,6 +118,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 logsumexp,
                 row_grad,
                 grad,
+                of_entropy,
                 dtype,
             )
             if grad_hidden is not None:
@@ -177,13 +185,20 @@ def _logit_gradient(
     logsumexp: Tensor,
     row_grad: Tensor,
     grad: Tensor,
+    of_entropy: tuple[Tensor, Tensor] | None,
     dtype: torch.dtype,
 ) -> Tensor:
     """The gradient of `logits`, `dtype` [U, columns]: Σ grad of the row's targets in that column − p · Σ grad of all
-    targets of the row. `row_grad` is the second sum; it and `grad` are already divided by the temperature."""
+    targets of the row. `row_grad` is the second sum. `of_entropy`: entropies [U] and their gradients [U], which add
+    −p (log p + entropy) · gradient. All gradients are already divided by the temperature."""
     mapped = logit_map(logits)
-    logits = (mapped / temperature).masked_fill(banned, float("-inf"))
-    gradient = -row_grad[:, None] * (logits - logsumexp[:, None]).exp()
+    logprobs = (mapped / temperature).masked_fill(banned, float("-inf")) - logsumexp[:, None]
+    slope = row_grad[:, None]
+    if of_entropy is not None:
+        entropies, entropy_grad = of_entropy
+        surprise = logprobs.masked_fill(banned, 0.0) + entropies[:, None]  # a banned token has p = 0 and log p = −inf
+        slope = slope + entropy_grad[:, None] * surprise
+    gradient = -slope * logprobs.exp()
     inside = (targets >= 0) & (targets < logits.shape[1])
     columns = targets.clamp(0, logits.shape[1] - 1)
     gradient = gradient.index_put((entry, columns), torch.where(inside, grad, 0.0), accumulate=True)

@@ -215,7 +215,7 @@ class Policy:
     def token_logprobs(
         self, hidden: Tensor, entry: Tensor, targets: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
-        """Logprobs float32 [N] of `targets` under the same distribution, with gradient, and entropies float32 [U]
+        """Logprobs float32 [N] of `targets` under the same distribution and entropies float32 [U], both with gradient
         (head.py). Row `entry` of `hidden` [U, hidden size] predicts each target. Never holds a full row of logits."""
         head = self.model.get_output_embeddings()
         bias = None if head.bias is None else head.bias.detach()

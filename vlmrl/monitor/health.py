@@ -179,7 +179,7 @@ def _entropy(recent: Sequence[Record]) -> str | None:
     return (
         f"The entropy has been below {MIN_ENTROPY:g} nats for {WINDOW} steps although the task is not solved, so the "
         "policy no longer explores. Resume from an earlier checkpoint with a lower trainer.learning_rate, a larger "
-        "orchestrator.group_size or a higher algorithm.clip_high."
+        "orchestrator.group_size, a higher algorithm.clip_high or a higher algorithm.entropy_coef."
     )
 
 

@@ -94,7 +94,10 @@ STEP_KEYS: dict[str, StepKey] = {
     ),
     "eval/<set>/task/<key>": _sometimes("the task's", "Mean of a task metric; with `_greedy`, of greedy rollouts."),
     "eval/<set>/rollouts/replayed": _sometimes("rollouts", "As `eval/rollouts/replayed`, of the set."),
-    "loss": StepKey("loss", "The loss before the step, demonstrations of trainer.warmup.rl_weight not included."),
+    "loss": StepKey(
+        "loss",
+        "The loss before the step, with algorithm.entropy_coef, without demonstrations of trainer.warmup.rl_weight.",
+    ),
     "grad_norm": StepKey("loss", "L2 norm of the gradient of all trainable parameters, before clipping."),
     "learning_rate": _sometimes("1", "Learning rate of the step. Steps that trained on something."),
     "entropy": StepKey("nats per token", "Mean entropy of the trainer's distribution at the loss tokens."),

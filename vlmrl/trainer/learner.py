@@ -222,6 +222,7 @@ class Learner:
                 inference_logprobs=batch.inference_logprobs,
                 advantages=batch.advantages,
                 sample_index=batch.sample_index,
+                entropies=entropies,
             )
             output = policy_loss(tokens, totals, self._algorithm)
             _backward(self._loss_scale.factor * output.loss)
@@ -272,8 +273,8 @@ class Learner:
 
 
 def loss_logprobs(policy: Policy, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
-    """One forward pass over a micro-batch → float32 [N] logprobs of its loss tokens, with gradient, and float32 [U]
-    entropies (nats) of the distributions they were sampled from, without gradient."""
+    """One forward pass over a micro-batch → float32 [N] logprobs of its loss tokens, and float32 [N] entropies (nats)
+    of the distributions they were sampled from, both with gradient."""
     # The vision tower runs first in every pass. Otherwise the ranks of a sharded model would gather the weights of the
     # tower and of the layers in different orders.
     idle = [policy.encode_images([image]) for image in batch.idle_images]
@@ -287,7 +288,7 @@ def loss_logprobs(policy: Policy, batch: MicroBatch, temperature: float) -> tupl
     unused = [level.float().sum() for features in idle if features is not None for level in features.levels]
     if unused:
         logprobs = logprobs + 0.0 * torch.stack(unused).sum()
-    return logprobs, entropies
+    return logprobs, entropies[batch.entry]
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -1,6 +1,6 @@
 """The losses of `algorithm.loss`, on the loss tokens of one micro-batch.
 
-    LossTokens (logprobs, inference_logprobs, advantages) ─▶ importance correction ─▶ loss ─▶ LossOutput
+    LossTokens (logprobs, …, advantages) ─▶ importance correction ─▶ loss ─▶ entropy bonus ─▶ LossOutput
 
 Symbols: N loss tokens of the micro-batch, S samples of the whole batch, T loss tokens of the whole batch, π the policy
 that is trained, μ the policy that sampled, A the advantage, r = π/μ the importance ratio of a token, sg(x) the value of
@@ -56,7 +56,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class LossTokens:
-    """The loss tokens of one micro-batch, flat. N ≥ 1; all four on one device."""
+    """The loss tokens of one micro-batch, flat. N ≥ 1; all on one device."""
 
     logprobs: Tensor
     """float32 or float64 [N]; log π, natural, with gradient."""
@@ -66,6 +66,8 @@ class LossTokens:
     """float [N]."""
     sample_index: Tensor
     """int64 [N]; the sample of the token. Equal numbers mean the same sample; the numbers themselves mean nothing."""
+    entropies: Tensor
+    """float [N]; entropy of π where the token was sampled, in nats, with gradient."""
 
 
 @dataclass(frozen=True)
@@ -253,7 +255,21 @@ def _metric(name: str, value: Any, loss: Tensor) -> Tensor | float:
 
 
 def policy_loss(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> LossOutput:
-    """The loss `algorithm.loss` under `algorithm.importance_correction` (see the table at the top of this file)."""
+    """The loss `algorithm.loss` under `algorithm.importance_correction` (see the table at the top of this file), minus
+    the entropy bonus:
+
+        L − β/T Σ_t H_t        H_t: entropy of π where token t was sampled, β: `algorithm.entropy_coef`
+
+    The bonus is that of A3C (arXiv 1602.01783, end of section 4). It is the mean over the batch's tokens, whatever the
+    loss divides by, so that β means the same with every loss: how much advantage a nat of entropy is worth.
+    """
+    output = _corrected_loss(tokens, totals, config)
+    if config.entropy_coef == 0:
+        return output
+    return replace(output, loss=output.loss - config.entropy_coef * tokens.entropies.sum() / totals.tokens)
+
+
+def _corrected_loss(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> LossOutput:
     loss = loss_function(config.loss)
     if config.importance_correction is ImportanceCorrection.own:
         return loss(tokens, totals, config)

@@ -38,9 +38,8 @@ class PassResult:
 
     @staticmethod
     def detached(batch: MicroBatch, output: LossOutput, logprobs: Tensor, entropies: Tensor) -> PassResult:
-        """`entropies` [U] has one entry per row of `batch.loss_rows`, as the head returns them."""
         output = replace(output, loss=output.loss.detach())
-        return PassResult(batch, output, logprobs.detach(), entropies[batch.entry])
+        return PassResult(batch, output, logprobs.detach(), entropies.detach())
 
     def scalars(self) -> tuple[Scalars, Scalars, Scalars]:
         """The scalars of the pass itself, and `sums` and `maxima` of its `LossOutput`."""

@@ -75,7 +75,7 @@ POLICIES = {
         reward.terms.*.high reward.terms.*.max_tokens reward.terms.*.temperature reward.terms.*.on_failure
         reward.terms.*.extra_body
         algorithm.loss algorithm.advantage algorithm.args algorithm.credit algorithm.compare algorithm.discount
-        algorithm.truncated
+        algorithm.truncated algorithm.entropy_coef
         algorithm.clip_low algorithm.clip_high algorithm.importance_correction algorithm.importance_cap
         algorithm.filters.gibberish algorithm.filters.rare_from algorithm.filters.rare_logprob_offset
         algorithm.filters.repetition algorithm.filters.repetition_window algorithm.filters.repetition_probability

@@ -106,6 +106,7 @@ TOKENS = LossTokens(
     inference_logprobs=torch.tensor([-1.0, -2.5]),
     advantages=torch.tensor([1.0, -0.5]),
     sample_index=torch.tensor([0, 0]),
+    entropies=torch.tensor([0.5, 1.5]),
 )
 TOTALS = BatchTotals(tokens=2, samples=1, max_new_tokens=8)
 

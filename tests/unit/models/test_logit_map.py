@@ -69,15 +69,19 @@ def test_logprobs_and_gradients_are_those_of_mapped_logits(mapping: LogitMap) ->
     banned[4] = True
     found = [x.detach().clone().requires_grad_() for x in (hidden, head.weight)]
     bias = head.bias.detach()
-    logprobs, _ = token_logprobs(found[0], found[1], bias, banned, entry, targets, 0.7, mapping)
+    logprobs, entropies = token_logprobs(found[0], found[1], bias, banned, entry, targets, 0.7, mapping)
     wanted = [x.detach().double().requires_grad_() for x in (hidden, head.weight)]
     logits = (wanted[0] @ wanted[1].T + bias.double()) * mapping.scale
     if mapping.cap is not None:
         logits = torch.tanh(logits / mapping.cap) * mapping.cap
-    expected = torch.log_softmax((logits / 0.7).masked_fill(banned, -torch.inf), -1)[entry, targets]
+    log_p = torch.log_softmax((logits / 0.7).masked_fill(banned, -torch.inf), -1)
+    expected, allowed = log_p[entry, targets], log_p[:, ~banned]
+    uncertain = -(allowed.exp() * allowed).sum(-1)
     torch.testing.assert_close(logprobs.double(), expected, rtol=1e-5, atol=1e-6)
-    (logprobs * torch.arange(1.0, 5.0)).sum().backward()  # type: ignore[no-untyped-call]
-    (expected * torch.arange(1.0, 5.0)).sum().backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(entropies.double(), uncertain, rtol=1e-5, atol=1e-6)
+    for one, other in ((logprobs, entropies), (expected, uncertain)):
+        loss = (one * torch.arange(1.0, 5.0)).sum() - (other * torch.arange(1.0, 8.0)).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
     for mine, theirs in zip(found, wanted, strict=True):
         assert mine.grad is not None
         assert theirs.grad is not None

@@ -60,9 +60,9 @@ def computed(
     found, rows = [torch.empty(0)] * len(samples), 0
     kernel = policy.kernel(shared=packing is Packing.tree)
     for batch in pack(samples, packing, 16384, policy.positions, policy.device, kernel=kernel, rules=policy.rules):
-        logprobs, _ = loss_logprobs(policy, batch, 1.0)
-        tokens = LossTokens(logprobs, batch.inference_logprobs, batch.advantages, batch.sample_index)
-        policy_loss(tokens, totals, AlgorithmConfig()).loss.backward()  # type: ignore[no-untyped-call]
+        logprobs, entropies = loss_logprobs(policy, batch, 1.0)
+        tokens = LossTokens(logprobs, batch.inference_logprobs, batch.advantages, batch.sample_index, entropies)
+        policy_loss(tokens, totals, AlgorithmConfig(entropy_coef=0.1)).loss.backward()  # type: ignore[no-untyped-call]
         rows += len(batch.token_ids)
         for index in set(batch.sample_index.tolist()):
             found[index] = logprobs.detach()[batch.sample_index == index]

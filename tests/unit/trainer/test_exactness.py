@@ -26,7 +26,7 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
 )
 
-from support.helpers import Part, Sampled, image, plain_logprobs, sample
+from support.helpers import Part, Sampled, image, plain_logits, plain_tokens, sample
 from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.trainer import Packing
 from vlmrl.models.blocks import checkpoint_blocks, compile_blocks
@@ -40,6 +40,8 @@ from vlmrl.types import TrainingSample
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5
 """Relative error of float32 results."""
+ALGORITHM = AlgorithmConfig(entropy_coef=0.2)
+"""With a bonus, so that the gradient of the entropies is compared as well as that of the logprobs."""
 
 SYSTEM = list(range(40, 70))
 IMAGES = [image(1, 1), image(2, 3), image(3, 1), image(4, 2), image(2, 3, seed=1)]
@@ -75,19 +77,24 @@ def totals_of(samples: Sequence[TrainingSample]) -> BatchTotals:
     return BatchTotals(int(sum(s.loss_mask.sum() for s in samples)), len(samples), max_new_tokens=8)
 
 
+def logits_of(model: Any, each: TrainingSample) -> Tensor:
+    return plain_logits(model, each.token_ids, each.mm_token_type_ids, each.images)
+
+
 def one_by_one(model: Any, samples: Sequence[TrainingSample]) -> Numbers:
     """Results of plain transformers, with its own attention and positions, and pixels as its own input."""
     losses, found = [], []
     for index, each in enumerate(samples):
-        logprobs = plain_logprobs(model, each)
+        logprobs, entropies = plain_tokens(logits_of(model, each), each)
         mask = torch.from_numpy(each.loss_mask)
         tokens = LossTokens(
             logprobs,
             torch.from_numpy(each.inference_logprobs)[mask],
             torch.from_numpy(each.advantages)[mask],
             torch.full((len(logprobs),), index),
+            entropies,
         )
-        loss = policy_loss(tokens, totals_of(samples), AlgorithmConfig()).loss
+        loss = policy_loss(tokens, totals_of(samples), ALGORITHM).loss
         loss.backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
         found.append(logprobs.detach())
@@ -99,9 +106,9 @@ def packed(policy: Policy, samples: Sequence[TrainingSample], packing: Packing, 
     for batch in pack(
         samples, packing, budget, policy.positions, CPU, kernel=policy.kernel(shared=True), rules=policy.rules
     ):
-        logprobs, _ = loss_logprobs(policy, batch, 1.0)
-        tokens = LossTokens(logprobs, batch.inference_logprobs, batch.advantages, batch.sample_index)
-        loss = policy_loss(tokens, totals_of(samples), AlgorithmConfig()).loss
+        logprobs, entropies = loss_logprobs(policy, batch, 1.0)
+        tokens = LossTokens(logprobs, batch.inference_logprobs, batch.advantages, batch.sample_index, entropies)
+        loss = policy_loss(tokens, totals_of(samples), ALGORITHM).loss
         loss.backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
         for index in set(batch.sample_index.tolist()):
@@ -209,12 +216,11 @@ def test_a_text_only_model() -> None:
 
     def plain(model: Any, each: TrainingSample) -> Tensor:
         ids = torch.from_numpy(each.token_ids)
-        where = torch.from_numpy(each.loss_mask.nonzero()[0])
-        logprobs: Tensor = torch.log_softmax(model(input_ids=ids[None]).logits[0], -1)
-        return logprobs[where - 1, ids[where]]
+        logits: Tensor = model(input_ids=ids[None]).logits[0]
+        return logits
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(globals(), "plain_logprobs", plain)
+        patch.setitem(globals(), "logits_of", plain)
         wanted = one_by_one(other, samples)
     assert_same(packed(Policy(model, position_function("sequential"), []), samples, Packing.tree, 4096), wanted)
 

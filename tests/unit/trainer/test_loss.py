@@ -7,7 +7,7 @@ differences in the first are the gradient that autograd must return.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -105,6 +105,7 @@ def random_tokens(seed: int, *, per_token_advantages: bool = True) -> LossTokens
         inference_logprobs=torch.tensor(mu, dtype=torch.float64),
         advantages=torch.tensor(advantages, dtype=torch.float64),
         sample_index=torch.tensor(sample),
+        entropies=torch.tensor(rng.exponential(1.0, n), requires_grad=True),
     )
 
 
@@ -129,9 +130,7 @@ def gradient(output: LossOutput, tokens: LossTokens) -> Array:
 
 
 def part(tokens: LossTokens, keep: torch.Tensor) -> LossTokens:
-    return LossTokens(
-        tokens.logprobs[keep], tokens.inference_logprobs[keep], tokens.advantages[keep], tokens.sample_index[keep]
-    )
+    return LossTokens(**{field.name: getattr(tokens, field.name)[keep] for field in fields(tokens)})
 
 
 def test_every_loss_of_the_config_has_its_function() -> None:
@@ -193,7 +192,7 @@ def test_metrics_equal_those_of_a_loop(loss: Loss) -> None:
 @pytest.mark.parametrize("loss", Loss)
 def test_on_policy_every_loss_is_the_policy_gradient_of_its_normalization(loss: Loss) -> None:
     tokens = random_tokens(1)
-    on_policy = LossTokens(tokens.logprobs, tokens.logprobs.detach(), tokens.advantages, tokens.sample_index)
+    on_policy = replace(tokens, inference_logprobs=tokens.logprobs.detach())
     totals = totals_of(tokens)
     sample = tokens.sample_index.numpy()
     lengths = np.array([(sample == i).sum() for i in sample])
@@ -283,10 +282,29 @@ def test_metrics_of_a_correction_add_up_over_micro_batches(correction: Importanc
         assert parts[0].sums[key] + parts[1].sums[key] == pytest.approx(value)
 
 
+@pytest.mark.parametrize("loss", Loss)
+@pytest.mark.parametrize("correction", ImportanceCorrection)
+def test_the_entropy_bonus_is_a_mean_over_the_batch_whatever_the_loss(
+    loss: Loss, correction: ImportanceCorrection
+) -> None:
+    tokens = random_tokens(3)
+    totals, config = totals_of(tokens), corrected(loss, correction)
+    without, with_bonus = (policy_loss(tokens, totals, replace(config, entropy_coef=coef)) for coef in (0.0, 0.3))
+    entropies = tokens.entropies.detach().numpy()
+    assert with_bonus.loss.item() == pytest.approx(without.loss.item() - 0.3 * entropies.mean(), rel=1e-12)
+    (found,) = torch.autograd.grad(with_bonus.loss, tokens.entropies, retain_graph=True)
+    np.testing.assert_allclose(found.numpy(), -0.3 / len(entropies), rtol=1e-12)
+    assert (gradient(with_bonus, tokens) == gradient(without, tokens)).all()
+    assert with_bonus.sums.keys() == without.sums.keys()
+    first = torch.isin(tokens.sample_index, torch.tensor([3, 8]))
+    parts = [policy_loss(part(tokens, keep), totals, replace(config, entropy_coef=0.3)) for keep in (first, ~first)]
+    torch.testing.assert_close(parts[0].loss + parts[1].loss, with_bonus.loss)
+
+
 @pytest.mark.parametrize("correction", CORRECTIONS)
 def test_a_ratio_that_overflows_does_not_break_a_correction(correction: ImportanceCorrection) -> None:
     logprobs = torch.tensor([-0.1, -1.0], requires_grad=True)
-    tokens = LossTokens(logprobs, torch.tensor([-200.0, -1.0]), torch.ones(2), torch.zeros(2).long())
+    tokens = LossTokens(logprobs, torch.tensor([-200.0, -1.0]), torch.ones(2), torch.zeros(2).long(), torch.ones(2))
     output = policy_loss(tokens, BatchTotals(tokens=2, samples=1, max_new_tokens=2), corrected(Loss.grpo, correction))
     assert np.isfinite(gradient(output, tokens)).all()
 
@@ -295,7 +313,8 @@ def test_clipping_is_asymmetric_and_takes_the_gradient_of_the_advantages_own_sid
     ratios = torch.tensor([1.27, 1.29, 0.81, 0.79, 1.29, 0.79], dtype=torch.float64)
     advantages = torch.tensor([1.0, 1.0, -1.0, -1.0, -1.0, 1.0], dtype=torch.float64)
     logprobs = (ratios.log() - 2.0).requires_grad_()
-    tokens = LossTokens(logprobs, torch.full((6,), -2.0, dtype=torch.float64), advantages, torch.zeros(6).long())
+    before = torch.full((6,), -2.0, dtype=torch.float64)
+    tokens = LossTokens(logprobs, before, advantages, torch.zeros(6).long(), torch.ones(6))
 
     output = grpo(tokens, BatchTotals(tokens=6, samples=1, max_new_tokens=6), CONFIG)
 
@@ -329,6 +348,7 @@ def test_float32_stays_float32(loss: Loss) -> None:
         tokens.inference_logprobs.float(),
         tokens.advantages.float(),
         tokens.sample_index,
+        tokens.entropies.float(),
     )
     output = LOSSES[loss](single, totals_of(tokens), CONFIG)
     assert output.loss.dtype == torch.float32

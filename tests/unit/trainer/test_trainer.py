@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from support.helpers import BANNED, VISION_START, Sampled, plain_logits, plain_logprobs, sample
+from support.helpers import BANNED, VISION_START, Sampled, plain_logits, plain_logprobs, plain_tokens, sample
 from support.learning import batch, demonstrations
 from vlmrl.config.algorithm import AlgorithmConfig, Loss
 from vlmrl.config.trainer import Decay, Packing, SFTConfig, TrainerConfig
@@ -67,34 +67,31 @@ def assert_weights(model: Any, wanted: dict[str, Tensor], tolerance: float = 0.0
 
 
 def reference_steps(
-    model: Any, batches: list[list[TrainingSample]], rl_weight: float, banned: list[int]
+    model: Any, batches: list[list[TrainingSample]], rl_weight: float, banned: list[int], entropy_coef: float
 ) -> list[tuple[float, float]]:
     """AdamW (arXiv 1711.05101, algorithm 2) on the loss of samples one by one → (loss, gradient norm) of each step."""
     c, algorithm, reference = CONFIG, AlgorithmConfig(), []
-    allowed = [i for i in range(model.config.text_config.vocab_size) if i not in banned]
     parameters = list(model.parameters())
     mean, square = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
 
-    def logprobs_of(samples: list[TrainingSample]) -> Tensor:
-        logprobs = []
-        for s in samples:
-            where = np.flatnonzero(s.loss_mask)
-            logits = plain_logits(model, s.token_ids, s.mm_token_type_ids, s.images)[where - 1]
-            log_p = torch.full_like(logits, torch.nan)
-            log_p[:, allowed] = torch.log_softmax(logits[:, allowed], -1)
-            logprobs.append(log_p[torch.arange(len(where)), s.token_ids[where]])
-        return torch.cat(logprobs)
+    def tokens_of(samples: list[TrainingSample]) -> tuple[Tensor, Tensor]:
+        logits = [plain_logits(model, s.token_ids, s.mm_token_type_ids, s.images) for s in samples]
+        found = [plain_tokens(each, s, banned) for each, s in zip(logits, samples, strict=True)]
+        logprobs, entropies = zip(*found, strict=True)
+        return torch.cat(logprobs), torch.cat(entropies)
 
     for t, samples in enumerate(batches):
+        logprobs, entropies = tokens_of(samples)
         tokens = LossTokens(
-            logprobs=logprobs_of(samples),
+            logprobs=logprobs,
             inference_logprobs=torch.cat([torch.from_numpy(s.inference_logprobs[s.loss_mask]) for s in samples]),
             advantages=torch.cat([torch.from_numpy(s.advantages[s.loss_mask]) for s in samples]),
             sample_index=torch.cat([torch.full((int(s.loss_mask.sum()),), i) for i, s in enumerate(samples)]),
+            entropies=entropies,
         )
         totals = BatchTotals(tokens=len(tokens.logprobs), samples=len(samples), max_new_tokens=4)
-        loss = LOSSES[algorithm.loss](tokens, totals, algorithm).loss
-        demonstrated = -rl_weight * learning_rate(c, t) / c.learning_rate * logprobs_of(demonstrations()).mean()
+        loss = LOSSES[algorithm.loss](tokens, totals, algorithm).loss - entropy_coef * entropies.mean()
+        demonstrated = -rl_weight * learning_rate(c, t) / c.learning_rate * tokens_of(demonstrations())[0].mean()
         gradients = torch.autograd.grad(loss + demonstrated, parameters)
         norm = math.sqrt(sum(float((g**2).sum()) for g in gradients))
         lr = learning_rate(c, t)
@@ -110,15 +107,17 @@ def reference_steps(
     return reference
 
 
-@pytest.mark.parametrize(("rl_weight", "banned"), [(0.0, []), (0.3, BANNED)])
+@pytest.mark.parametrize(
+    ("rl_weight", "banned", "entropy_coef"), [(0.0, [], 0.0), (0.3, BANNED, 0.0), (0.0, BANNED, 0.3)]
+)
 def test_steps_are_those_of_a_plain_adamw_on_the_same_loss(
-    tiny_model: Callable[[], Any], rl_weight: float, banned: list[int]
+    tiny_model: Callable[[], Any], rl_weight: float, banned: list[int], entropy_coef: float
 ) -> None:
     config = replace(CONFIG, warmup=SFTConfig(rl_weight=rl_weight))
     batches = [batch(), batch()[:4], batch()[2:]]
     plain, model = tiny_model(), tiny_model()
-    wanted = reference_steps(plain, batches, rl_weight, banned)
-    trainer = learner(model, config, banned=banned)
+    wanted = reference_steps(plain, batches, rl_weight, banned, entropy_coef)
+    trainer = learner(model, config, algorithm=AlgorithmConfig(entropy_coef=entropy_coef), banned=banned)
     assert trainer.version == 0
     for t, (samples, (loss, norm)) in enumerate(zip(batches, wanted, strict=True)):
         result = trainer.train_step(samples, demonstrations() if rl_weight else ())
@@ -139,7 +138,7 @@ def test_a_step_depends_neither_on_packing_nor_on_the_budget(tiny_model: Callabl
     for packing, budget in ((Packing.none, 1), (Packing.varlen, 80), (Packing.tree, 50), (Packing.tree, 16384)):
         model = tiny_model()
         config = replace(CONFIG, packing=packing, micro_batch_tokens=budget)
-        result = learner(model, config, algorithm=AlgorithmConfig(loss=loss)).train_step(batch())
+        result = learner(model, config, algorithm=AlgorithmConfig(loss=loss, entropy_coef=0.3)).train_step(batch())
         outcomes.append((result.metrics, weights(model), result.tokens))
     reference, wanted, tokens = outcomes[0]
     assert [m["micro_batches"] for m, *_ in outcomes[::3]] == [8, 1]
