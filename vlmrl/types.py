@@ -457,7 +457,7 @@ class Rollout:
     traceback: str | None = None
     """The formatted traceback, for faults whose code raised."""
     replayed: int = 0
-    """How often it was played again because a server of the run was lost."""
+    """How often it was played again because a server of the run or a worker process of envs was lost."""
     rewards: dict[str, float | None] = field(default_factory=dict)
     """The value of each reward term by its name, before its weight; None where it abstains. Empty without terms, and
     where the rollout was not scored."""

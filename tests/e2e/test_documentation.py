@@ -169,6 +169,9 @@ EXCHANGED = {
     "python -m vlmrl task.curriculum.low=0.2 task.curriculum.high=0.8": (
         f"python -m vlmrl task.curriculum.low=0.2 task.curriculum.high=0.8 {LESS}"
     ),
+    "python -m vlmrl --config-dir conf experiment=my_task task.workers=process task.timeout_s=30": (
+        f"python -m vlmrl --config-dir conf experiment=my_task task.workers=process task.timeout_s=30 {LESS}"
+    ),
     "python -m vlmrl --config-dir conf experiment=my_task": (
         f"python -m vlmrl --config-dir conf experiment=my_task {LESS}"
     ),

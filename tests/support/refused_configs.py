@@ -89,6 +89,8 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     ((*MIXTURE, "++task.weights.a=-1"), "task.weights.a=-1.0 gives the task no share"),
     ((*MIXTURE, "++task.weights.a=nan"), "task.weights.a=nan gives the task no share"),
     ((*MIXTURE, "task.tasks.a.max_fault_rate=0.5"), "task.tasks.a.max_fault_rate has no effect, .* set task.max_fau"),
+    (("task.num_workers=4",), "task.num_workers=4 has no effect with task.workers=thread, .* set task.workers=process"),
+    ((*MIXTURE, "task.workers=process"), "task.workers=process has no effect, .* set task.tasks.<name>.workers"),
     ((*MIXTURE, "task.timeout_s=5"), r"task.timeout_s=5.0 has no effect, .* set task.tasks.<name>.timeout_s"),
     ((*MIXTURE, "task.tasks.a.image_size=40"), "task.tasks.a.image_size=40 is not a multiple of 32, .*: set task.ta"),
     ((*MIXTURE, "task.max_turns=2"), "task.max_turns=2 is out of range, .* each task keeps its own"),

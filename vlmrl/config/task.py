@@ -13,6 +13,16 @@ from vlmrl.config.fields import SMALLEST, Resume, setting
 from vlmrl.config.reward import RewardConfig
 
 
+class Workers(Enum):
+    """Where the envs of a task run."""
+
+    thread = "thread"
+    """In threads of the run: 32 calls at the same time, and any number of `async` ones."""
+    process = "process"
+    """In worker processes, one call at a time in each. For envs that keep Python busy or may crash: they use all cores,
+    and a crash costs one rollout."""
+
+
 class BadRows(Enum):
     """What happens at a row that cannot be used: no answer, a missing or broken image, a prompt that is too long."""
 
@@ -68,6 +78,12 @@ class TaskConfig:
     )
     """Seconds that a call of an env's `reset` or `step` may take. A call that takes longer ends its rollout as
     `task_timeout`. None sets no limit."""
+    workers: Workers = setting(Workers.thread, on_resume=Resume.free)
+    """Where the envs run: in threads of the run, or in worker processes."""
+    num_workers: int | None = setting(
+        None, on_resume=Resume.free, low=1, high=4096, outside="no process would run the envs"
+    )
+    """Number of worker processes with `task.workers=process`. None starts one per core."""
     num_examples: int | None = setting(
         None, on_resume=Resume.noted, low=1, high=10**12, outside="there is no problem to train on"
     )

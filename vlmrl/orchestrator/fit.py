@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vlmrl.errors import UserFault
-from vlmrl.orchestrator.envs.base import Envs
+from vlmrl.orchestrator.envs.base import EnvLostError, Envs
 from vlmrl.orchestrator.rollout import rendering_fence
 from vlmrl.rendering.renderer import Renderer
 from vlmrl.tasks.base import BadRow, FromRow, Problem
@@ -38,7 +38,7 @@ class PromptCheck:
         env = self.envs.new(problem)
         try:
             messages = await env.reset()
-        except TaskCodeError:
+        except (TaskCodeError, EnvLostError):
             return  # the task's code failed, not the row: the rollouts record it
         finally:
             env.end()

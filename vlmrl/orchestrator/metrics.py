@@ -106,8 +106,8 @@ def has_reward(rollout: Rollout) -> bool:
 
 
 def replay_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """`rollouts/replayed`: how often a rollout was played again because a server of the run was lost. Empty where none
-    was."""
+    """`rollouts/replayed`: how often a rollout was played again because a server of the run or a worker process of
+    envs was lost. Empty where none was."""
     replayed = sum(rollout.replayed for rollout in rollouts)
     return {"rollouts/replayed": float(replayed)} if replayed else {}
 

@@ -11,7 +11,8 @@ and data are handled behind three fences: the task's code in `vlmrl.tasks.border
 Whatever else is raised is a bug of ours and ends the run. All rollouts of a call run in one event loop; the envs run
 elsewhere (vlmrl/orchestrator/envs). However a rollout ends, its env is closed.
 
-A rollout that a server of the run took with it is played again, with the same seeds (`EngineLostError`). Left out on
+A rollout that a server of the run or another rollout's crash took with it is played again, with the same seeds
+(`EngineLostError`, `EnvLostError`). Left out on
 purpose: retries of faults (they are counted in the metrics, not hidden).
 """
 
@@ -26,7 +27,7 @@ from dataclasses import dataclass, field
 
 from vlmrl.config.algorithm import Truncated
 from vlmrl.errors import EngineError, EngineLostError, UserFault, fenced, safe_text
-from vlmrl.orchestrator.envs.base import EnvHandle, Envs
+from vlmrl.orchestrator.envs.base import EnvHandle, EnvLostError, Envs
 from vlmrl.orchestrator.scoring import Scorer
 from vlmrl.orchestrator.stream import Drawn
 from vlmrl.rendering.renderer import ImageError, Renderer
@@ -162,15 +163,19 @@ class RolloutRunner:
     async def _play_until_served(
         self, rollout: Rollout, problem: Problem, session: EngineSession, temperature: float
     ) -> StopReason:
-        """`_play`, and again from the start where a server of the run was lost with one of its requests."""
+        """`_play`, and again from the start where a server of the run was lost with one of its requests, or a worker
+        process with its env."""
+        envs_lost = 0
         while True:
             try:
                 return await self._play(rollout, problem, session, temperature)
             except EngineLostError:
-                if rollout.replayed == MAX_REPLAYS:
+                if rollout.replayed - envs_lost == MAX_REPLAYS:
                     raise
-                rollout.replayed += 1
-                rollout.turns, rollout.reward, rollout.metrics = [], 0.0, {}
+            except EnvLostError:  # as often as it takes: each time, another rollout was charged with it
+                envs_lost += 1
+            rollout.replayed += 1
+            rollout.turns, rollout.reward, rollout.metrics = [], 0.0, {}
 
     async def _play(self, rollout: Rollout, problem: Problem, session: EngineSession, temperature: float) -> StopReason:
         """Fill turns, reward and metrics of `rollout`; return why it ended. Its env is closed in the background."""

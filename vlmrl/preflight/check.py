@@ -105,6 +105,7 @@ RULES: tuple[Rule, ...] = (
     _of_config(reward.mixture_has_tasks),
     _of_config(reward.answers_are_scored),
     _of_config(reward.terms_have_effect),
+    _of_config(task.workers_are_processes),
     _of_config(task.squares_fill_tokens),
     _of_config(task.answer_fits),
     _of_config(task.episode_has_room),

@@ -152,7 +152,8 @@ STEP_KEYS: dict[str, StepKey] = {
     "rollouts/stop/<reason>": _sometimes("rollouts", "Rollouts by their end (`StopReason`). Reasons that occurred."),
     "rollouts/filtered/<filter>": _sometimes("rollouts", "Rollouts that a filter matched. Filters that are enabled."),
     "rollouts/replayed": _sometimes(
-        "rollouts", "Rollouts that were played again because a server was lost. Steps with one; no faults."
+        "rollouts",
+        "Rollouts that were played again because a server or an env worker was lost. Steps with one; no faults.",
     ),
     "env/reset_ms": _sometimes("ms", "Mean time of a call of an env's reset. Steps that made an env."),
     "env/step_ms": _sometimes("ms", "Mean time of a call of an env's step. Steps that sampled an answer."),

@@ -260,7 +260,7 @@ def build_run(config: RunConfig, run_dir: RunDir, monitor: Monitor, rank_group: 
     ensure_certified(config, checkpoint, policy, renderer, run_dir, monitor)
     trainer = make_trainer(config, policy, texts, renderer.banned_token_ids, rank_group)
     engine, weight_sync = make_engine(config, folder, policy, trainer, run_dir, monitor)
-    envs = make_envs(config.task, task)
+    envs = make_envs(config.task, task, seed=config.seed, logs=run_dir.logs)
     runner = RolloutRunner(
         envs=envs,
         renderer=renderer,
@@ -293,7 +293,7 @@ def build_run(config: RunConfig, run_dir: RunDir, monitor: Monitor, rank_group: 
             runner,
             held_out,
             config.orchestrator.temperature,
-            sets=make_set_players(config, runner, problems, monitor),
+            sets=make_set_players(config, runner, problems, monitor, run_dir.logs),
             best=BestWatch(config.trainer.keep_best, config.trainer.patience),
         ),
         checkpoints=Checkpoints(RunDir(config.output_dir).checkpoints, config.trainer.keep_checkpoints),

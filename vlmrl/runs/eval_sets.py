@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 from vlmrl.config.eval_set import EvalSet
 from vlmrl.config.inference import VllmConfig
@@ -27,22 +28,28 @@ QUEUED_BY_SERVERS = 4096
 
 
 def make_set_players(
-    config: RunConfig, runner: RolloutRunner, problems: ProblemSource, monitor: Monitor
+    config: RunConfig, runner: RolloutRunner, problems: ProblemSource, monitor: Monitor, logs: Path
 ) -> tuple[SetPlayer, ...]:
     """One player per set whose answers are scored, in the order of the config. `runner` and `problems` are those of the
-    run's task.
+    run's task, `logs` is the run's folder of logs.
 
     Raises ConfigError where the task or a reward of a set cannot be made.
     """
     return tuple(
-        _player(name, each, config, runner, problems, monitor)
+        _player(name, each, config, runner, problems, monitor, logs)
         for name, each in config.orchestrator.eval.sets.items()
         if is_scored(config.reward, each.own_task or config.task)
     )
 
 
 def _player(
-    name: str, own: EvalSet, config: RunConfig, runner: RolloutRunner, problems: ProblemSource, monitor: Monitor
+    name: str,
+    own: EvalSet,
+    config: RunConfig,
+    runner: RolloutRunner,
+    problems: ProblemSource,
+    monitor: Monitor,
+    logs: Path,
 ) -> SetPlayer:
     key = f"orchestrator.eval.sets.{name}"
     task_config = config.task
@@ -52,7 +59,7 @@ def _player(
         with keys_at(f"{key}.task"):
             task = load_task(task_config, seed=config.seed)
         scorer = Scorer.of(config.reward, task_config, TaskThreads().run, f"{key}.task")
-        envs = make_envs(task_config, task)
+        envs = make_envs(task_config, task, seed=config.seed, logs=logs / name)
         problems = ProblemSource.of(config, task_config, envs, runner.renderer, monitor)
         runner = dataclasses.replace(runner, envs=envs, scorer=scorer, max_turns=task_config.max_turns)
     runner = dataclasses.replace(

@@ -172,6 +172,7 @@ async def carry_out(run: Run, mode: RunMode) -> tuple[ExitReason, float | None]:
             raise
         finally:
             try:
+                await stop_envs(run)
                 await run.engine.stop()
             finally:
                 run.weight_sync.close()
@@ -183,6 +184,12 @@ async def carry_out(run: Run, mode: RunMode) -> tuple[ExitReason, float | None]:
             hurries=lambda: run.stop.number is not None and not was_asked,
         )
     return reason, objective
+
+
+async def stop_envs(run: Run) -> None:
+    """Close the envs that are left, and end the worker processes of all tasks."""
+    runners = (run.evaluator.runner, *(player.runner for player in run.evaluator.sets))
+    await asyncio.gather(*(envs.stop() for envs in {runner.envs for runner in runners}))
 
 
 def restore(run: Run, mode: RunMode) -> None:

@@ -100,6 +100,7 @@ POLICIES = {
     "free": """
         mode dry_run resume
         model.device
+        task.workers task.num_workers
         task.max_fault_rate task.fetch task.bad_rows task.max_bad_row_rate
         reward.terms.*.workers reward.terms.*.url reward.terms.*.api_key_env reward.terms.*.concurrency
         reward.terms.*.retries reward.terms.*.cache

@@ -28,6 +28,11 @@ CLOSE_PATIENCE_S = 5.0
 are still running, too, because their envs are closed after them."""
 
 
+class EnvLostError(Exception):
+    """An env ended with a worker process that another rollout's call ended. The rollout is played again from its start,
+    with another env."""
+
+
 class EnvHandle(Protocol):
     """One env, from the rollout's side."""
 
@@ -35,11 +40,11 @@ class EnvHandle(Protocol):
     """Where the time of its calls went."""
 
     async def reset(self) -> tuple[Message, ...]:
-        """Make the env and return its first messages. Raises `TaskCodeError`."""
+        """Make the env and return its first messages. Raises `TaskCodeError` and `EnvLostError`."""
         ...
 
     async def step(self, text: str, info: StepInfo) -> Reply:
-        """The reply to a completion. Raises `TaskCodeError`."""
+        """The reply to a completion. Raises `TaskCodeError` and `EnvLostError`."""
         ...
 
     def end(self) -> None:

@@ -1,21 +1,28 @@
-"""Make the envs of a task as its config says (`task.timeout_s`), those of a mixture task by task."""
+"""Make the envs of a task as its config says (`task.workers`, `task.timeout_s`), those of a mixture task by task."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from pathlib import Path
 
-from vlmrl.config.task import MixtureConfig, TaskConfig
+from vlmrl.config.task import MixtureConfig, TaskConfig, Workers
 from vlmrl.orchestrator.envs.base import EnvHandle, Envs
+from vlmrl.orchestrator.envs.processes import ProcessEnvs
 from vlmrl.orchestrator.envs.threads import ThreadEnvs
 from vlmrl.tasks.base import Problem, Task
 from vlmrl.tasks.mixture import MixedProblem
 
 
-def make_envs(config: TaskConfig, task: Task) -> Envs:
-    """The envs of `task`, which was made from `config`."""
+def make_envs(config: TaskConfig, task: Task, *, seed: int, logs: Path | None = None) -> Envs:
+    """The envs of `task`, which was made from `config` and `seed`. `logs` is the folder of what worker processes print;
+    None for the streams of the run."""
     if isinstance(config, MixtureConfig):
-        return MixedEnvs(task, {name: make_envs(own, task) for name, own in config.tasks.items()})
+        folder = (lambda name: None) if logs is None else logs.joinpath
+        by_name = {name: make_envs(own, task, seed=seed, logs=folder(name)) for name, own in config.tasks.items()}
+        return MixedEnvs(task, by_name)
+    if config.workers is Workers.process:
+        return ProcessEnvs(config, task, seed, logs)
     return ThreadEnvs(task, config.timeout_s)
 
 

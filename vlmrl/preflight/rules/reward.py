@@ -7,7 +7,7 @@ from vlmrl.config.fields import NAME
 from vlmrl.config.gymnasium import GymnasiumConfig
 from vlmrl.config.reward import TERMS, FormatTerm, ImportedTerm, JudgeTerm, RewardConfig
 from vlmrl.config.run import Mode, RunConfig
-from vlmrl.config.task import ColorCodewordConfig, MixtureConfig, TaskConfig, tasks_of
+from vlmrl.config.task import ColorCodewordConfig, MixtureConfig, TaskConfig, Workers, tasks_of
 from vlmrl.errors import ConfigError
 
 NEED_NO_ANSWER = (FormatTerm, ImportedTerm, JudgeTerm)
@@ -16,7 +16,7 @@ NEED_NO_ANSWER = (FormatTerm, ImportedTerm, JudgeTerm)
 OF_THE_RUN = ("max_fault_rate", "bad_rows", "max_bad_row_rate")
 """Settings of a task that hold for the run as a whole."""
 
-OF_EACH_TASK = ("timeout_s",)
+OF_EACH_TASK = ("timeout_s", "workers", "num_workers")
 """Settings that say how the envs of one task run."""
 
 
@@ -63,8 +63,9 @@ def mixture_has_tasks(config: RunConfig) -> None:
             )
         for field in OF_EACH_TASK:
             if (value := getattr(mixture, field)) != getattr(TaskConfig(), field):
+                shown = value.name if isinstance(value, Workers) else value
                 raise ConfigError(
-                    f"{key}.{field}={value} has no effect, because each task of a mixture runs its own envs: set "
+                    f"{key}.{field}={shown} has no effect, because each task of a mixture runs its own envs: set "
                     f"{key}.tasks.<name>.{field}"
                 )
         for name, own in mixture.tasks.items():

@@ -1,4 +1,4 @@
-"""color_codeword: its images, answers and rewards fit the model, the lengths and the target."""
+"""Tasks: where their envs run; color_codeword's images, answers and rewards fit the model and the lengths."""
 
 from __future__ import annotations
 
@@ -7,14 +7,27 @@ import math
 from vlmrl.config.gymnasium import GymnasiumConfig
 from vlmrl.config.reward import RewardConfig
 from vlmrl.config.run import Mode, RunConfig
-from vlmrl.config.task import ColorCodewordConfig, tasks_of
+from vlmrl.config.task import ColorCodewordConfig, Workers, tasks_of
 from vlmrl.errors import ConfigError
 from vlmrl.models.families import family_of
 from vlmrl.preflight.estimate.sizes import TURN_FRAME
+from vlmrl.preflight.rules.reward import all_tasks
 from vlmrl.preflight.site import Site
 
 PLAYING = (Mode.rl, Mode.sft, Mode.eval, Mode.doctor)
 """Modes that show a task's problems to the model."""
+
+
+def workers_are_processes(config: RunConfig) -> None:
+    """A number of workers belongs to worker processes."""
+    for key, whole in all_tasks(config).items():
+        for own_key, own in tasks_of(whole, key).items():
+            if own.num_workers is not None and own.workers is Workers.thread:
+                raise ConfigError(
+                    f"{own_key}.num_workers={own.num_workers} has no effect with {own_key}.workers=thread, so the envs "
+                    f"would run in threads of the run: set {own_key}.workers=process, or leave {own_key}.num_workers "
+                    "out"
+                )
 
 
 def squares_fill_tokens(config: RunConfig) -> None:

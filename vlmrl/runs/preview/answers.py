@@ -46,8 +46,9 @@ async def answers_now(
     except (VlmrlError, OSError) as error:
         return [], f"the model cannot be loaded: {error}"
     engine = EmbeddedEngine(policy, lambda: 0, config.inference.max_model_len)
+    envs = make_envs(config.task, task, seed=config.seed)
     runner = RolloutRunner(
-        envs=make_envs(config.task, task),
+        envs=envs,
         renderer=renderer,
         engine=engine,
         seed=config.seed,
@@ -67,6 +68,7 @@ async def answers_now(
             temperature=config.orchestrator.temperature,
         )
     finally:
+        await envs.stop()
         await engine.stop()
     return [_answered(rollout) for group in groups for rollout in group.rollouts], ""
 

@@ -7,22 +7,16 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from support.counted_envs import KINDS, CountedTask, counts
-from support.lockstep import CharRenderer, LockstepEngine, Policy
+from support.counted_envs import KINDS, counted, counts, play, played, runner_of
 from vlmrl import StepInfo
 from vlmrl.errors import EngineError, TaskError
-from vlmrl.orchestrator.envs.base import Envs
 from vlmrl.orchestrator.envs.threads import ThreadEnvs
-from vlmrl.orchestrator.rollout import RolloutRunner
-from vlmrl.orchestrator.stream import ProblemStream
 from vlmrl.orchestrator.task_threads import TASK_THREADS
-from vlmrl.types import Group, Rollout
 
 pytestmark = pytest.mark.usefixtures("no_warnings")
 
@@ -33,43 +27,6 @@ def no_warnings() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
-
-
-def counted(folder: Path, *kinds: str) -> CountedTask:
-    return CountedTask(SimpleNamespace(args={"events": str(folder)} | ({"kinds": kinds} if kinds else {})), seed=0)
-
-
-def answer(rollout_id: str, prompt: str) -> str:
-    """Completions of eight tokens are cut; of kind `full` the second prompt fills the context."""
-    return "a long answer" if prompt.startswith("user:cut") else "yes"
-
-
-def runner_of(envs: Envs, policy: Policy = answer) -> RolloutRunner:
-    return RolloutRunner(
-        envs=envs,
-        renderer=CharRenderer(),
-        engine=LockstepEngine(policy, 64),
-        seed=0,
-        max_turns=3,
-        max_new_tokens=8,
-        max_model_len=64,
-    )
-
-
-async def played(runner: RolloutRunner, problems: Sequence[int], group_size: int = 2) -> list[Group]:
-    async with asyncio.timeout(60):
-        return await runner.run_groups(
-            split="train",
-            step=1,
-            problems=await ProblemStream(runner.envs.task, "train").again(problems),
-            group_size=group_size,
-            temperature=1.0,
-        )
-
-
-def play(envs: Envs, problems: Sequence[int], group_size: int = 2, policy: Policy = answer) -> list[Rollout]:
-    groups = asyncio.run(played(runner_of(envs, policy), problems, group_size))
-    return [rollout for group in groups for rollout in group.rollouts]
 
 
 def env_threads(folder: Path, *kinds: str, timeout_s: float | None = None) -> ThreadEnvs:

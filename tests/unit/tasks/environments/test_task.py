@@ -9,8 +9,9 @@ import pytest
 from support.environments import GRID, LAKE, LAKES, task_of
 from vlmrl.rendering.images import image_hash
 from vlmrl.tasks.base import NotInSplit
-from vlmrl.tasks.border import NoDemonstrationsError, TaskCodeError, get_demonstration
+from vlmrl.tasks.border import TaskCodeError
 from vlmrl.tasks.check import check_task
+from vlmrl.tasks.demonstrations import NoDemonstrationsError, get_demonstration
 from vlmrl.tasks.environments import starts
 from vlmrl.tasks.environments.starts import Starts
 from vlmrl.tasks.environments.task import GymnasiumTask, Start
