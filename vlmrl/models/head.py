@@ -192,16 +192,18 @@ def _logit_gradient(
     targets of the row. `row_grad` is the second sum. `of_entropy`: entropies [U] and their gradients [U], which add
     −p (log p + entropy) · gradient. All gradients are already divided by the temperature."""
     mapped = logit_map(logits)
-    logprobs = (mapped / temperature).masked_fill(banned, float("-inf")) - logsumexp[:, None]
-    slope = row_grad[:, None]
+    # In place, because each tensor here is as large as a chunk of logits.
+    logprobs = (mapped / temperature).masked_fill_(banned, float("-inf")).sub_(logsumexp[:, None])
+    gradient = logprobs.exp()
+    slope = -row_grad[:, None]
     if of_entropy is not None:
         entropies, entropy_grad = of_entropy
-        surprise = logprobs.masked_fill(banned, 0.0) + entropies[:, None]  # a banned token has p = 0 and log p = −inf
-        slope = slope + entropy_grad[:, None] * surprise
-    gradient = -slope * logprobs.exp()
+        logprobs.masked_fill_(banned, 0.0)  # their probability is 0, and 0 · −inf would be NaN
+        slope = logprobs.add_(entropies[:, None]).mul_(-entropy_grad[:, None]).add_(slope)
+    gradient.mul_(slope)
     inside = (targets >= 0) & (targets < logits.shape[1])
     columns = targets.clamp(0, logits.shape[1] - 1)
-    gradient = gradient.index_put((entry, columns), torch.where(inside, grad, 0.0), accumulate=True)
+    gradient.index_put_((entry, columns), torch.where(inside, grad, 0.0), accumulate=True)
     return logit_map.multiply_by_slope(gradient, mapped).to(dtype)
 
 

@@ -162,3 +162,11 @@ def test_memory_is_flat_in_the_vocabulary(output: int, monkeypatch: pytest.Monke
     assert small >= 64 * 1024 * 4, "the measure sees a chunk of logits"
     assert large <= 1.01 * small
     assert peak(64 * 1024, lambda *args: plain(*args)[0]) > 7 * peak(8 * 1024, lambda *args: plain(*args)[0])
+
+
+def test_the_gradient_of_the_entropies_takes_no_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "MAX_LOGITS", 64 * 1024)
+    logprobs, both = (
+        peak(16 * 1024, lambda *args, used=used: torch.cat(token_logprobs(*args)[:used])) for used in (1, 2)
+    )
+    assert both <= 1.01 * logprobs
