@@ -28,6 +28,10 @@ from vlmrl.types import TrainingSample, mm_token_type_ids
 CONFIG = replace(TRAINER, learning_rate=1e-2, eps=1e-2, max_grad_norm=0.5, micro_batch_tokens=60)
 
 
+ALGORITHM = AlgorithmConfig(entropy_coef=0.1)
+"""With a bonus, so that the gradient of the entropies is summed over the ranks, too."""
+
+
 @dataclass(frozen=True)
 class Case:
     """What is trained, and how the weights are held."""
@@ -79,7 +83,7 @@ def trainer_of(case: str, folder: str, rank_group: RankGroup | None) -> LocalTra
     def own() -> LocalTrainer:
         family, config = CASES[case].of(folder)
         return LocalTrainer(
-            family.policy(), config, AlgorithmConfig(), temperature=1.0, max_new_tokens=8, rank_group=rank_group
+            family.policy(), config, ALGORITHM, temperature=1.0, max_new_tokens=8, rank_group=rank_group
         )
 
     if rank_group is None:
@@ -100,7 +104,7 @@ class BuildLearner(Command[Follower, None]):
     def _learner(self) -> Learner:
         family, config = CASES[self.case].of(self.folder)
         ranks = torch.distributed.get_world_size()
-        return Learner(family.policy(), config, AlgorithmConfig(), temperature=1.0, max_new_tokens=8, ranks=ranks)
+        return Learner(family.policy(), config, ALGORITHM, temperature=1.0, max_new_tokens=8, ranks=ranks)
 
 
 def step(trainer: LocalTrainer, samples: list[TrainingSample]) -> dict[str, np.ndarray]:
