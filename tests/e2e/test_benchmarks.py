@@ -28,6 +28,7 @@ SMALL_IMAGES = "--groups 2 --group-size 2 --image-size 64 --new-tokens 8"
 REHEARSALS = {
     "dataset_start.py": "--rows 60,300 --rounds 1",
     "digits.py": "--seeds 0 trainer.max_steps=2 trainer.warmup.steps=2 orchestrator.eval.problems=4",
+    "env_workers.py": "--draw-ms 0.05 --groups 2 --group-size 2 --turns 2 --rounds 1",
     "families.py": "--families gemma3,qwen3 --columns embedded,packing,resume,export,fsdp2,image_tokens --out out",
     "families_gpu.py": "--size tiny --device cpu --shapes codeword --steps 1 --groups 1",
     "families_learn.py": (
