@@ -59,6 +59,9 @@ AS_WRITTEN = (
     "python -m vlmrl mode=eval resume=outputs/latest",
     "python -m vlmrl mode=report 'runs=[outputs/a,outputs/b]'",
     "python -m vlmrl mode=compare 'runs=[outputs/a,outputs/b]'",
+    "python -m vlmrl mode=check task=gymnasium task.env_id=CartPole-v1",
+    "python -m vlmrl mode=check task=gymnasium task.env_id=my_games:ThreePushes-v0 task.actions=[left,none,right]",
+    "python -m vlmrl mode=check task=gymnasium task.env_id=my_games:ThreePushes-v0 task.shaping=my_games:upright",
     "python -m vlmrl init my_task",
     "python -m vlmrl init my_task && cd my_task",
     "python -m vlmrl.tasks.check my_task:MyTask args.level=3",
@@ -72,7 +75,10 @@ DIGITS = "task.path=rows.jsonl task.eval_path=null"
 PREVIEW = "python -m vlmrl mode=preview task=dataset task.path=rows.jsonl reward=exact"
 FEWER = "preview.problems=20 preview.answers=1"
 
-MODULES = (("my_losses", "your_loss.md"), ("my_rewards", "rewards.md"), ("my_renderers", "renderers.md"))
+MODULES = (
+    *(("my_losses", "your_loss.md"), ("my_rewards", "rewards.md"), ("my_renderers", "renderers.md")),
+    ("my_games", "environments.md"),
+)
 """A module of the user's own → the page that shows its code."""
 
 TRIED = "model.name=smolvlm trainer=scratch monitor.wandb.mode=disabled"
@@ -136,6 +142,21 @@ EXCHANGED = {
     "python -m vlmrl task=dataset task.path=rows.jsonl reward=exact": (
         f"python -m vlmrl task=dataset task.path=rows.jsonl reward=exact {LESS}"
     ),
+    "python -m vlmrl task=gymnasium task.env_id=FrozenLake-v1 +task.env_kwargs.is_slippery=false "
+    "task.actions=[left,down,right,up]": (
+        "python -m vlmrl task=gymnasium task.env_id=FrozenLake-v1 +task.env_kwargs.is_slippery=false "
+        f"task.actions=[left,down,right,up] trainer.seq_len=2048 {LESS}"
+    ),
+    "python -m vlmrl task=gymnasium task.env_id=CliffWalking-v1 "
+    "task.prompt='{{ frame }} Walk to the cookie. One of: {{ actions }}'": (
+        "python -m vlmrl task=gymnasium task.env_id=CliffWalking-v1 "
+        f"task.prompt='{{{{ frame }}}} Walk to the cookie. One of: {{{{ actions }}}}' task.frame_size=64 {LESS}"
+    ),
+    "python -m vlmrl experiment=minigrid_tiny": f"python -m vlmrl experiment=minigrid_tiny {LESS}",
+    "python -m vlmrl experiment=minigrid_tiny task.noise=true": (
+        f"python -m vlmrl experiment=minigrid_tiny task.noise=true {LESS}"
+    ),
+    "python -m vlmrl experiment=frozenlake_tiny": f"python -m vlmrl experiment=frozenlake_tiny {LESS}",
     "python -m vlmrl algorithm=rloo seed=1": f"python -m vlmrl algorithm=rloo seed=1 {LESS}",
     "python -m vlmrl experiment=color_codeword_tiny task.max_turns=3 trainer.max_steps=600": (
         f"python -m vlmrl experiment=color_codeword_tiny task.max_turns=3 {LESS}"

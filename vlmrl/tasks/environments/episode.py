@@ -45,10 +45,10 @@ class Episode:
         self._game = game
         self._seed = seed
         self._simulator: Simulator | None = None
+        self._observed: Observed = (None, {})
+        self._past: tuple[Taken, ...] = ()
         self._shown: list[Shown] = []
-        """What was shown in each turn."""
-        self._first = 0
-        """The turn with which the present conversation begins, counted from 0."""
+        """What is shown in the present conversation, turn by turn."""
         self._return = 0.0
         self._penalties = 0.0
 
@@ -60,23 +60,36 @@ class Episode:
 
     def reset(self) -> tuple[Message, ...]:
         self._simulator = Simulator(self._game.config)
-        observed = self._simulator.reset(self._seed)
-        self._shown = [self._look(observed, ())]
-        return self._game.prompts.opening(self._shown[0])
+        self._observed = self._simulator.reset(self._seed)
+        return self.start_over()
 
     def step(self, completion: str) -> Reply:
-        number = self._game.actions.parse(completion)
+        if self.take(completion):
+            return self._reply()
+        stands_still = self._past[-1].action is None and not self._game.config.noise
+        image = self._shown[-1].image if stands_still else self._drawn()
+        self._shown.append(Shown(image, *self._observed, self._past))
+        limit = self._game.config.history
+        if limit is None or len(self._shown) <= limit:
+            return replace(self._reply(), done=False, messages=(self._game.prompts.later(self._shown[-1]),))
+        self._shown = self._shown[-limit:]
+        return replace(self._reply(), done=False, history=self._conversation())
+
+    def take(self, completion: str) -> bool:
+        """Take the action that an answer names, without a look at the outcome. Returns whether the episode is over."""
+        config, number = self._game.config, self._game.actions.parse(completion)
         if number is None:
-            return self._go_on_without_action(completion)
-        potential = self._game.potential(self.simulator.unwrapped)
-        observed, reward, is_over = self.simulator.step(number)
-        self._return += reward
-        shaped = reward + self._game.potential(self.simulator.unwrapped) - potential
-        past = (*self._shown[-1].past, Taken(completion, self._game.actions.name(number), shaped))
-        if is_over or self._is_last_turn:
-            return self._reply(past, done=True)
-        self._shown.append(self._look(observed, past))
-        return self._reply(past, done=False)
+            self._penalties += config.invalid_reward
+            is_over = config.invalid is InvalidAnswer.end
+            taken = Taken(completion, None, config.invalid_reward)
+        else:
+            potential = self._game.potential(self.simulator.unwrapped)
+            self._observed, reward, is_over = self.simulator.step(number)
+            self._return += reward
+            shaped = reward + self._game.potential(self.simulator.unwrapped) - potential
+            taken = Taken(completion, self._game.actions.name(number), shaped)
+        self._past = (*self._past, taken)
+        return is_over or len(self._past) == config.max_turns
 
     def close(self) -> None:
         if self._simulator is not None:
@@ -84,61 +97,40 @@ class Episode:
 
     def start_over(self) -> tuple[Message, ...]:
         """Begin a conversation with the present turn, and return its messages."""
-        self._first = len(self._shown) - 1
+        self._shown = [Shown(self._drawn(), *self._observed, self._past)]
         return self._conversation()
 
-    def _go_on_without_action(self, completion: str) -> Reply:
-        config, last = self._game.config, self._shown[-1]
-        self._penalties += config.invalid_reward
-        past = (*last.past, Taken(completion, None, config.invalid_reward))
-        if config.invalid is InvalidAnswer.end or self._is_last_turn:
-            return self._reply(past, done=True)
-        image = self._noise(last.image.source, len(past)) if config.noise else last.image
-        self._shown.append(replace(last, past=past, image=image))
-        return self._reply(past, done=False)
-
-    @property
-    def _is_last_turn(self) -> bool:
-        return len(self._shown) == self._game.config.max_turns
-
-    def _reply(self, past: tuple[Taken, ...], *, done: bool) -> Reply:
-        reply = Reply(
-            turn_reward=past[-1].reward,
-            done=done,
+    def _reply(self) -> Reply:
+        """The reply that ends the episode here."""
+        return Reply(
+            turn_reward=self._past[-1].reward,
+            done=True,
             reward=self._return + self._penalties,
-            metrics=self._metrics(past),
+            metrics=self._metrics(),
         )
-        if done:
-            return reply
-        limit = self._game.config.history
-        if limit is None or len(self._shown) - self._first <= limit:
-            return replace(reply, messages=(self._game.prompts.later(self._shown[-1]),))
-        self._first = len(self._shown) - limit
-        return replace(reply, history=self._conversation())
 
     def _conversation(self) -> tuple[Message, ...]:
-        """The messages from the turn `_first` on, with the answers in between."""
-        first, *later = self._shown[self._first :]
+        """The messages of what is shown, with the answers in between."""
+        first, *later = self._shown
         messages = list(self._game.prompts.opening(first))
         for shown in later:
             messages += [Message.of("assistant", shown.last.answer), self._game.prompts.later(shown)]
         return tuple(messages)
 
-    def _metrics(self, past: tuple[Taken, ...]) -> dict[str, float]:
+    def _metrics(self) -> dict[str, float]:
         metrics = {
             "return": self._return,
-            "turns": float(len(past)),
-            "invalid": sum(taken.action is None for taken in past) / len(past),
+            "turns": float(len(self._past)),
+            "invalid": sum(taken.action is None for taken in self._past) / len(self._past),
         }
         success_at = self._game.config.success_at
         return metrics if success_at is None else metrics | {"success": float(self._return >= success_at)}
 
-    def _look(self, observed: Observed, past: tuple[Taken, ...]) -> Shown:
+    def _drawn(self) -> Image:
+        """The frame now. With `task.noise`, noise of its size that depends on the seed and the turn alone, so that it
+        says nothing about the state."""
         frame = self.simulator.frame()
-        image = self._noise(frame, len(past)) if self._game.config.noise else Image(frame)
-        return Shown(image, *observed, past)
-
-    def _noise(self, frame: Any, turn: int) -> Image:
-        """Noise of the frame's size. It depends on the seed and the turn alone, so it says nothing about the state."""
-        draw = np.random.default_rng((self._seed, turn))
-        return Image(draw.integers(0, 256, np.shape(frame), np.uint8))
+        if self._game.config.noise:
+            draw = np.random.default_rng((self._seed, len(self._past)))
+            frame = draw.integers(0, 256, frame.shape, np.uint8)
+        return Image(frame)

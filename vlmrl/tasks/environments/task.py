@@ -101,7 +101,7 @@ class GymnasiumTask(Task):
         try:
             messages = episode.reset()
             for turn in range(first):
-                if episode.step(before(turn, episode)).done:
+                if episode.take(before(turn, episode)):
                     break
             else:
                 return self._conversation(episode, episode.start_over() if first else messages, first, choose)
