@@ -27,8 +27,8 @@ class Compare(Enum):
     turn = "turn"
     """The t-th turns of the siblings, whatever they saw."""
     state = "state"
-    """Turns in which the policy was shown the same, whenever that was. A turn in which no sibling was shown the same is
-    compared by its number."""
+    """Turns in which the policy was shown the same images (the same text, where there are none), whenever that was. A
+    turn in which no sibling was shown the same is compared by its number."""
 
 
 class Advantage(StrEnum):

@@ -35,7 +35,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlmrl.config.algorithm import AlgorithmConfig, Compare, Credit, Truncated
-from vlmrl.types import BoolArray, DropReason, FloatArray, Group, Image, IntArray, Rollout, Turn
+from vlmrl.types import BoolArray, DropReason, FloatArray, Group, Image, IntArray, Rollout, Text, Turn
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,20 +128,18 @@ def comparisons(siblings: Sequence[Rollout], config: AlgorithmConfig) -> list[Co
     return [each for each in (*by_state, *by_turn) if each.learns.any()]
 
 
-def shown(turn: Turn) -> tuple[object, ...]:
-    """What the policy is shown in a turn: texts and images of the messages since its last answer, images by the hash of
-    their pixels. Two turns are in the same state where these are equal.
+def shown(turn: Turn) -> tuple[str, ...]:
+    """What the policy is shown in a turn: the images of the messages since its last answer, by the hash of their
+    pixels; where there are none, the texts. Two turns are in the same state where these are equal.
 
-    A text that counts turns, or repeats the last move, makes a state of its own of every turn.
+    Texts next to an image do not count: they often tell the turn's number or the moves so far, which would make a state
+    of its own of every turn. Where such a text does matter, the comparison is coarser, as that by turns is.
     """
     answers = [number for number, message in enumerate(turn.messages) if message.role == "assistant"]
-    new = turn.messages[answers[-1] + 1 if answers else 0 :]
-    pictures = sum(isinstance(part, Image) for message in new for part in message.content)
-    hashes = iter(turn.prompt.images[len(turn.prompt.images) - pictures :])  # the newest messages end the prompt
-    return tuple(
-        (message.role, *(next(hashes).hash if isinstance(part, Image) else (part.text,) for part in message.content))
-        for message in new
-    )
+    new = [part for message in turn.messages[answers[-1] + 1 if answers else 0 :] for part in message.content]
+    count = sum(isinstance(part, Image) for part in new)
+    images = turn.prompt.images[len(turn.prompt.images) - count :]  # the newest messages end the prompt
+    return tuple(image.hash for image in images) or tuple(part.text for part in new if isinstance(part, Text))
 
 
 def credit_metrics(groups: Sequence[Group], config: AlgorithmConfig) -> dict[str, float]:
