@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from support.counted_envs import KINDS, config_of, counted, counts, play, played, runner_of
+from support.counted_envs import KINDS, counts
+from support.played_envs import config_of, counted, play, played, runner_of
 from vlmrl import Image, ImportedTaskConfig, Message, Reply
 from vlmrl.errors import TaskError
 from vlmrl.orchestrator.envs.processes import ProcessEnvs
@@ -180,7 +181,7 @@ def test_workers_close_their_envs_and_end_when_the_run_is_killed(tmp_path: Path)
     code = f"""
 import asyncio, os, signal
 from pathlib import Path
-from support.counted_envs import config_of, counted
+from support.played_envs import config_of, counted
 from vlmrl.orchestrator.envs.processes import ProcessEnvs
 
 async def main():

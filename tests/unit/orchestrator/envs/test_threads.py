@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from support.counted_envs import KINDS, counted, counts, play, played, runner_of
+from support.counted_envs import KINDS, counts
+from support.played_envs import counted, play, played, runner_of
 from vlmrl import StepInfo
 from vlmrl.errors import EngineError, TaskError
 from vlmrl.orchestrator.envs.threads import ThreadEnvs
