@@ -18,9 +18,9 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -30,7 +30,7 @@ from vlmrl.config.task import TaskConfig
 from vlmrl.errors import TaskError
 from vlmrl.orchestrator.envs.base import CLOSE_PATIENCE_S, EnvLostError, timed_out
 from vlmrl.orchestrator.envs.shared_pixels import SharedPixels, take_pixels
-from vlmrl.orchestrator.envs.worker_program import READY, Answer, Request, work
+from vlmrl.orchestrator.envs.worker_program import FOR_THE_RUN, READY, Answer, Request, work
 from vlmrl.tasks.border import TaskCodeError
 
 START_TIMEOUT_S = 300.0
@@ -83,6 +83,7 @@ class Worker:
         self._charged: dict[int, str] = {}  # an env → why the process ended after its last call
         self._last = -1  # the env that was called last
         self._is_over = False
+        self._sent: Sequence[WorkerCall] = ()  # the last batch
         self._thread = threading.Thread(target=self._serve, name="env worker", daemon=True)
         self._thread.start()
 
@@ -108,12 +109,24 @@ class Worker:
             process.kill()
 
     def _serve(self) -> None:
+        """Work until `stop`. A bug of ours becomes the outcome of every call, so it ends the run."""
+        try:
+            self._work()
+        except Exception as error:  # noqa: BLE001 — raised where the calls are awaited
+            self.kill()
+            for each in self._sent:
+                answer(each, error)
+            while (call := self._queue.get()) is not None:
+                answer(call, error)
+
+    def _work(self) -> None:
         """Send what is queued and hand on the answers, until `stop`."""
         left: list[WorkerCall] = []  # calls that the last process had not begun
         while True:
             batch = left or self._queued()
             if batch is None:
                 break
+            self._sent = batch
             self._notice_death()
             due = [call for call in batch if self._is_due(call)]
             left = self._exchange(due) if due else []
@@ -237,7 +250,16 @@ class Worker:
         self._pipe, theirs = settings.context.Pipe()
         arguments = (theirs, self._pixels, settings.config, settings.seed, settings.log)
         self._process = settings.context.Process(target=work, args=arguments, name="vlmrl env worker")
-        self._process.start()
+        try:
+            resource_tracker.ensure_running()  # it unblocks SIGINT and SIGTERM when it starts
+            with blocked(FOR_THE_RUN):
+                self._process.start()
+        except OSError as error:
+            self._process = None
+            raise TaskError(
+                f"task.workers=process: a worker process could not be started ({error}), so no env can be played: "
+                "free memory and processes, or set task.num_workers to a lower number"
+            ) from error
         theirs.close()
         why = f"it was not ready within {START_TIMEOUT_S:g} s"
         try:
@@ -252,6 +274,16 @@ class Worker:
                 f"task.workers=process: a worker process could not make the task, so no env can be played: {why}: "
                 "correct it, or set task.workers=thread"
             )
+
+
+@contextlib.contextmanager
+def blocked(signals: Sequence[signal.Signals]) -> Iterator[None]:
+    """Block signals in this thread, and in a process that it starts in the block."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def answer(call: WorkerCall, outcome: Any) -> None:

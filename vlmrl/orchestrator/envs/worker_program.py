@@ -3,9 +3,9 @@
     pipe ─▶ [Request, …] ─▶ OpenEnv ─▶ Answer ─▶ pipe          pixels: shared_pixels.py
 
 The process is forked from a server that has imported this module and no user's code (`multiprocessing`'s forkserver),
-so it starts in milliseconds, and has none of the run's threads, locks and GPU memory. It ignores Ctrl-C and SIGTERM,
-which a terminal or a batch system sends to every process: the run decides when its envs are closed. The process ends
-when the run closes the pipe, or a few seconds after the run has died.
+so it starts in milliseconds, and has none of the run's threads, locks and GPU memory. It does nothing at the signals
+that a terminal or a batch system sends to every process (`FOR_THE_RUN`): the run decides when its envs are closed. The
+process ends when the run closes the pipe, or a few seconds after the run has died.
 """
 
 from __future__ import annotations
@@ -32,6 +32,12 @@ from vlmrl.tasks.base import StepInfo, Task
 from vlmrl.tasks.border import TaskCodeError
 from vlmrl.tasks.loading import load_task
 from vlmrl.tasks.open_env import OpenEnv, finished
+
+FOR_THE_RUN = (
+    *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU),
+    *(signal.SIGUSR1, signal.SIGUSR2),
+)
+"""Signals that ask a run to stop. The server that workers are forked from is started with them blocked."""
 
 ORPHAN_PATIENCE_S = 5.0
 """Seconds that a worker may live after its run has died, in which it closes its envs."""
@@ -72,8 +78,10 @@ READY = "ready"
 
 def work(pipe: connection.Connection, pixels: SharedPixels, config: TaskConfig, seed: int, log: Path | None) -> None:
     """Answer requests until the pipe is closed."""
-    for ignored in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(ignored, signal.SIG_IGN)
+    for number in FOR_THE_RUN:
+        # A handler and not SIG_IGN, which programs that an env starts would inherit: terminate() would not end them.
+        signal.signal(number, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FOR_THE_RUN)
     if log is not None:
         write_to(log)
     faulthandler.enable()

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from support.counted_envs import KINDS, counts
 from support.played_envs import config_of, counted, play, played, runner_of
 from vlmrl import Image, ImportedTaskConfig, Message, Reply
 from vlmrl.errors import TaskError
+from vlmrl.orchestrator.envs import worker as worker_module
 from vlmrl.orchestrator.envs.processes import ProcessEnvs
 from vlmrl.orchestrator.envs.shared_pixels import SharedPixels, put_pixels, take_pixels
 from vlmrl.orchestrator.envs.threads import ThreadEnvs
+from vlmrl.orchestrator.envs.worker_program import FOR_THE_RUN
 from vlmrl.types import Group, Rollout, StopReason
 
 
@@ -148,6 +151,38 @@ def test_an_interrupted_run_ends_although_a_worker_hangs(tmp_path: Path) -> None
         return time.monotonic() - started
 
     assert asyncio.run(main()) < 40
+
+
+def test_signals_to_every_process_leave_the_workers_and_their_server_alive(tmp_path: Path) -> None:
+    envs = env_processes(tmp_path, "done")
+    reached: list[int] = []
+
+    def policy(rollout_id: str, prompt: str) -> str:
+        if "and now?" in prompt and not reached:
+            processes = [worker._process for worker in envs._workers]
+            reached.extend(process.pid for process in processes if process is not None and process.pid is not None)
+            reached.append(forkserver._forkserver._forkserver_pid)  # type: ignore[attr-defined]
+            for pid in reached:
+                for number in FOR_THE_RUN:
+                    os.kill(pid, number)
+            time.sleep(0.2)  # time to die
+        return "yes"
+
+    async def main() -> list[Group]:
+        try:
+            return await played(runner_of(envs, policy), [0, 0, 0], 1)
+        finally:
+            await envs.stop()
+
+    rollouts = [rollout for group in asyncio.run(main()) for rollout in group.rollouts]
+    assert len(reached) == 3
+    assert [(rollout.stop_reason.value, rollout.replayed) for rollout in rollouts] == [("terminated", 0)] * 3
+
+
+def test_a_bug_in_the_thread_of_a_worker_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module, "take_pixels", lambda value, shared: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        played_in(env_processes(tmp_path, "done"), [0, 0])
 
 
 # ── workers that cannot start, problems that cannot be sent ─────────────────────────────────────────────────

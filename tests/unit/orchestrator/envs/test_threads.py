@@ -117,10 +117,12 @@ def test_step_is_told_tokens_cut_and_turn(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["hangs", "hangs in reset", "async hangs"])
 def test_a_call_that_takes_too_long_ends_its_rollout_alone(tmp_path: Path, kind: str) -> None:
-    rollouts = play(env_threads(tmp_path, kind, "done", timeout_s=0.3), (0, 1, 1), group_size=1)
-    assert [rollout.stop_reason.value for rollout in rollouts] == ["task_timeout", "terminated", "terminated"]
+    rollouts = play(env_threads(tmp_path, "done", kind, timeout_s=0.3), (0, 0, 1, 0), group_size=1)
+    ends = [rollout.stop_reason.value for rollout in rollouts]
+    # The first two were taken by the thread whose next call hangs.
+    assert ends == ["terminated", "terminated", "task_timeout", "terminated"]
     called = "reset()" if kind == "hangs in reset" else "step()"
-    assert str(rollouts[0].error).startswith(f"{called} did not return within task.timeout_s=0.3, so")
+    assert str(rollouts[2].error).startswith(f"{called} did not return within task.timeout_s=0.3, so")
     opened, closed = counts(tmp_path)
     hung = [name for name in opened if name.startswith(kind)]
     assert sorted(opened - closed) == ([] if kind == "async hangs" else hung), "it is closed when its call returns"
