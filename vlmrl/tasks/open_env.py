@@ -61,7 +61,6 @@ class OpenEnv:
         with fenced(f"env(){of}", TaskCodeError):
             self.env: Any = task.env(problem)
         self.of = of
-        self._is_closed = False
 
     def __enter__(self) -> OpenEnv:
         return self
@@ -89,10 +88,7 @@ class OpenEnv:
             return _checked(where, step(text, info=info) if takes_info(step) else step(text), self.check_reply)
 
     def close(self) -> Awaited[None] | None:
-        """Call `env.close`, where the env has it, unless this was done before."""
-        if self._is_closed:
-            return None
-        self._is_closed = True
+        """Call `env.close`, where the env has it."""
         where = f"close(){self.of}"
         with fenced(where, TaskCodeError):
             close = getattr(self.env, "close", None)

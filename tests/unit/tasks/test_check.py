@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import io
 import itertools
@@ -19,7 +20,7 @@ import pytest
 from PIL import Image as PILImage
 
 import vlmrl
-from vlmrl import BadRow, Env, Image, Message, NotInSplit, Reply, Split, Task, Text
+from vlmrl import BadRow, Env, Image, Message, NotInSplit, Reply, Split, StepInfo, Task, Text
 from vlmrl.config.task import ColorCodewordConfig, ImportedTaskConfig
 from vlmrl.errors import ConfigError
 from vlmrl.tasks.check import check_task, command, find, print_findings
@@ -112,6 +113,40 @@ class Forgetful(Counting):
         prompt = CountingEnv(problem).reset()
         second = Message.of("user", "And one more dot?")
         return (prompt[0], prompt[1] if drawn.random() < 0.5 else second, answer)
+
+
+class AwaitedEnv:
+    """All that an env may do: its methods are `async`, `step` takes an info, and it is closed."""
+
+    def __init__(self, problem: Dots, closed: list[int]) -> None:
+        self.env, self.closed = CountingEnv(problem), closed
+
+    async def reset(self) -> tuple[Message, ...]:
+        await asyncio.sleep(0)
+        return self.env.reset()
+
+    async def step(self, completion: str, info: StepInfo) -> Reply:
+        assert info == StepInfo(self.env.turn + 1, len(completion), is_cut=False)
+        return self.env.step(completion)
+
+    async def close(self) -> None:
+        self.closed[-1] += 1
+
+
+class AwaitedTask(Counting):
+    def __init__(self) -> None:
+        super().__init__()
+        self.closed: list[int] = []
+
+    def env(self, problem: Dots) -> Any:
+        self.closed.append(0)
+        return AwaitedEnv(problem, self.closed)
+
+
+def test_envs_may_be_async_take_an_info_and_are_closed() -> None:
+    task = AwaitedTask()
+    assert check_task(task, max_turns=MAX_TURNS) == []
+    assert set(task.closed) == {1}
 
 
 class OtherImages(Counting):
@@ -712,6 +747,16 @@ class RaisesUnspeakable(WithEnv):
         raise UnspeakableError
 
 
+class UnclosableEnv(CountingEnv):
+    def close(self) -> None:
+        raise OSError("the browser is gone")
+
+
+class CloseRaises(Counting):
+    def env(self, problem: Dots) -> Env:
+        return UnclosableEnv(problem)
+
+
 class Exits(WithEnv):
     def change_prompt(self, prompt: tuple[Message, ...]) -> Any:
         raise SystemExit(0)
@@ -776,6 +821,7 @@ class CanvasOfAll(Counting):
             'problem("train", 1099511627776) raised IndexError: range object index out of range (',
         ),
         (StepRaises, "runs", "step() of train 0, nonsense, turn 1 raised ValueError: invalid literal for int()"),
+        (CloseRaises, "runs", "close() of train 0 raised OSError: the browser is gone ("),
         (StepNotImplemented, "runs", "turn 1 raised NotImplementedError: later (" + __file__),
         (
             DemonstrationRaises,
