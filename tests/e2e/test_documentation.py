@@ -66,6 +66,7 @@ AS_WRITTEN = (
     "python -m vlmrl init my_task && cd my_task",
     "python -m vlmrl.tasks.check my_task:MyTask args.level=3",
     "python -m vlmrl mode=check task=my_task:MyTask task.args.level=3",
+    "python -m vlmrl mode=check task=my_remote:Pages",
     "python -m pytest",
 )
 
@@ -77,7 +78,7 @@ FEWER = "preview.problems=20 preview.answers=1"
 
 MODULES = (
     *(("my_losses", "your_loss.md"), ("my_rewards", "rewards.md"), ("my_renderers", "renderers.md")),
-    ("my_games", "environments.md"),
+    *(("my_games", "environments.md"), ("my_remote", "your_task.md")),
 )
 """A module of the user's own → the page that shows its code."""
 
