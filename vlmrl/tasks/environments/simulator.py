@@ -123,6 +123,7 @@ def check(config: GymnasiumConfig) -> Any:
     It also imports what draws the frames in this one thread: threads that import pygame at once find half of it.
     """
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # frames are drawn in memory; without a screen, SDL complains
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # it greets on the run's own screen
     named = f"task.env_id={config.env_id}"
     try:
         with fenced(f"gymnasium.make({config.env_id!r}, **{config.env_kwargs})"):
