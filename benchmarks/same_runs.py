@@ -4,9 +4,9 @@
 
 OLD and NEW are the Python interpreters of two virtual environments, each with one version of vlmrl installed. The two
 sides of a case run side by side, each in a folder and with a cache of its own. Compared are all lines of metrics.jsonl
-and supervised.jsonl without what depends on the clock and the machine (`time/`, `throughput/`, `memory/`), all records
-of rollouts/ without their seconds, and the names of the images, which are hashes of their pixels. `--short` ends each
-run after three steps.
+and supervised.jsonl without what depends on the clock and the machine (`time/`, `env/`, `throughput/`, `memory/`), all
+records of rollouts/ without their seconds, and the names of the images, which are hashes of their pixels. `--short`
+ends each run after three steps.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CASES: dict[str, tuple[str, ...]] = {
 }
 QUIET = ("monitor.wandb.mode=disabled", "monitor.live=false")
 SHORT = ("trainer.max_steps=3", "trainer.warmup.steps=5", "orchestrator.eval.every=2")
-VOLATILE = ("time/", "throughput/", "memory/")
+VOLATILE = ("time/", "env/", "throughput/", "memory/")
 
 
 def main() -> None:

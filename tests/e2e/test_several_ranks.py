@@ -20,7 +20,7 @@ REPLICATED = "trainer.sharding=none"
 """For the embedded engine, which samples from whole weights."""
 STEP_4 = 6
 """A problem of the fourth step: two groups a step."""
-DIVIDED = ("tokens/packed", "micro_batches", "images/", "memory/", "time/", "throughput/", "inference/")
+DIVIDED = ("tokens/packed", "micro_batches", "images/", "memory/", "time/", "env/", "throughput/", "inference/")
 """What depends on how a batch is divided."""
 
 

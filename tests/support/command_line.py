@@ -51,7 +51,7 @@ KEYS = {
 }
 """What every command finds in its environment and must not write down; nobody's."""
 
-VOLATILE = ("time/", "throughput/", "memory/")
+VOLATILE = ("time/", "env/", "throughput/", "memory/")
 """What two equal runs may differ in."""
 
 PATIENCE = 400.0
