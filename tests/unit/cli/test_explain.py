@@ -40,7 +40,7 @@ def test_one_key_from_schema_to_command_line() -> None:
         (["inference.max_model_len"], "= 1024 .* from schema 1024 → inference/embedded.yaml \\${trainer.seq_len}"),
         (
             ["algorithm.credit"],
-            "= turn .* turn: Each turn's own reward, .* schema episode → config.yaml \\${task.credit}",
+            "= turn .* turn: Each turn's own reward\\. .* schema episode → config.yaml \\${task.credit}",
         ),
         (["trainer.warmup.steps"], "= 100 .* from schema 0 → experiment/color_codeword_tiny.yaml 100"),
         (["trainer.betas", "trainer.betas=[0.8,0.9]"], r"= \[0.8,0.9\] .* → override \[0.8,0.9\]"),
