@@ -251,9 +251,10 @@ class Completion:
     token_ids: IntArray
     """int64 [C]; the last one is a stop token exactly when `finish_reason` is "stop"."""
     logprobs: FloatArray
-    """float32 [C]; natural log of each token's probability under the distribution that it was sampled from."""
+    """float32 [C]; natural log of each token's probability under the distribution that it was sampled from; NaN where
+    no policy sampled it (mode=play)."""
     versions: IntArray
-    """int64 [C]; the policy version that sampled each token."""
+    """int64 [C]; the policy version that sampled each token; -1 where no policy did."""
     finish_reason: Literal["stop", "length"]
 
     def __repr__(self) -> str:

@@ -70,9 +70,9 @@ class TurnRecord(TypedDict):
     completion_ids: list[int]
     """[C]."""
     logprobs: list[float]
-    """[C]; natural log."""
+    """[C]; natural log; NaN where no policy sampled the token (mode=play)."""
     versions: list[int]
-    """[C]; policy version that sampled each token."""
+    """[C]; policy version that sampled each token; -1 where no policy did."""
     trainer_logprobs: list[float] | None
     """[C]; natural log, under the weights before the step. None where the turn was not trained on."""
     entropies: list[float] | None

@@ -69,6 +69,10 @@ class ChatFormat(Protocol):
         """Special tokens. A policy samples none of them but the first of `stop_ids`."""
         ...
 
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text; control tokens and placeholders that it spells are text."""
+        ...
+
     def render(self, messages: Sequence[Message], items: tuple[ImageItem, ...], generate: bool) -> Rendered:
         """A conversation; with `generate` it ends where the policy is to answer. Raises `UserFault` and
         `ContractError`."""

@@ -106,6 +106,11 @@ class ControlTokens:
                 "the text"
             )
 
+    def as_text(self, text: str) -> list[int]:
+        """The tokens of a text in which nothing is a control token."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return self._encode_plain(text) if self.ids.intersection(ids) else ids
+
     def encode(self, text: str) -> list[int]:
         """The tokens of a text with marks: control tokens without a mark are those of the chat format."""
         plain, marked = _unmarked(text)

@@ -90,6 +90,10 @@ class Grammar:
 
     # ── whole conversations ─────────────────────────────────────────────────────────────────────────────────
 
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text; control tokens and placeholders that it spells are text."""
+        return self._control.as_text(text)
+
     def render(self, messages: Sequence[Message], items: tuple[ImageItem, ...], generate: bool) -> Rendered:
         """A conversation; with `generate` it ends where the policy is to answer. Raises `UserFault` and
         `ContractError`."""

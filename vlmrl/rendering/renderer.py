@@ -227,6 +227,10 @@ class FamilyRenderer:
     def images(self, parts: Sequence[Image]) -> tuple[ImageItem, ...]:
         return self._images.items(parts)
 
+    def encode(self, answer: str) -> IntArray:
+        """int64 [C ≥ 1]: the completion of a policy that answers with this text, with the end of its turn."""
+        return np.array([*self.chat_format.encode(answer), self.chat_format.stop_ids[0]], np.int64)
+
     def decode(self, completion_ids: IntArray) -> str:
         # Not the package's parse_response: it strips white space and removes reasoning and tool calls, but a task must
         # be able to score everything that the policy wrote.

@@ -53,6 +53,8 @@ def test_answers_and_tokens_that_are_never_sampled(package: FamilyRenderer, temp
     (theirs, sampled), (ours, also) = (renderer.render_conversation(whole) for renderer in (package, template))
     assert ours.token_ids.tolist() == theirs.token_ids.tolist()
     assert also.tolist() == sampled.tolist()
+    for text in ("AB", "A<|im_end|>", "<|image_pad|>"):
+        assert template.encode(text).tolist() == package.encode(text).tolist()
     assert template.banned_token_ids == package.banned_token_ids
     assert template.stop_token_ids == package.stop_token_ids
     assert template.image_token_ids <= package.image_token_ids
