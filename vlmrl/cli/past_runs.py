@@ -353,10 +353,10 @@ def replayed(arguments: list[str]) -> DictConfig:
             overrides.append(text)
     run_dir = RunDir(folder_of(named["run"]))
     config = typed(run_dir.read_config(key="run"))
-    if config.mode is not Mode.rl:
+    if config.mode not in (Mode.rl, Mode.play):
         raise ConfigError(
             f"run={named['run']} was a run of mode={config.mode.name}, which records no batch of rollouts: "
-            "name a run of mode=rl"
+            "name a run of mode=rl or mode=play"
         )
     if chosen:
         register_schemas()

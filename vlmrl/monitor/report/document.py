@@ -138,7 +138,8 @@ class Rollouts:
             "reward": turn["reward"],
             "advantage": turn["advantage"],
             # Old records have no trainer_logprobs. There, every training rollout that was not dropped was trained on.
-            "learned": trainer is not None or (record["split"] == "train" and record["dropped"] is None),
+            "learned": trainer is not None
+            or (record["split"] == "train" and record["dropped"] is None and min(turn["versions"], default=0) >= 0),
         }
 
     def _prompt(self, turn: TurnRecord) -> int:

@@ -28,7 +28,9 @@ def refuse_batch(run_dir: RunDir, step: int) -> None:
     """Raise `ConfigError` where `run_dir` does not hold the batch of `step` or the weights that learned from it."""
     recorded = run_dir.rollouts_steps("step")
     kept = run_dir.checkpoint_steps()
-    possible = [each for each in recorded if each == 1 or each - 1 in kept]
+    # No policy sampled what a player of mode=play answered, so its replay needs no weights.
+    is_played = run_dir.config.exists() and run_dir.read_config(key="run").get("mode") == Mode.play.name
+    possible = [each for each in recorded if each == 1 or each - 1 in kept or is_played]
     remedy = f"set step={' or '.join(map(str, possible[-8:]))}" if possible else "set run= to another run"
     from vlmrl.record.disk_bound import read_deleted
 

@@ -16,7 +16,7 @@ logprobs of the tokens that it draws are compared with the trainer's of the same
 
 The same code on the same device gives the same bits: the batch is what the loop handed over, in its order, so the
 engine and the trainer form the same batches again. Left out on purpose: the update of the weights (a resumed run
-repeats it), evaluations, and tokens that other policy versions sampled.
+repeats it), evaluations, and tokens that other policy versions sampled, or that no policy did (mode=play).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from itertools import groupby
 import numpy as np
 
 from vlmrl.config.parse import parse, typed
-from vlmrl.config.run import RunConfig
+from vlmrl.config.run import Mode, RunConfig
 from vlmrl.orchestrator.interruption import stopped_before
 from vlmrl.orchestrator.loop import ExitReason
 from vlmrl.orchestrator.rollout import sampling_seed
@@ -64,12 +64,14 @@ async def replay_batch(run: Run) -> ExitReason:
     """Compare one recorded batch with what today's code makes of it. Raises `ParityError` where they differ by more
     than rounding, after the table is shown and written."""
     recorded, step = replayed_batch(run.config)
-    weights = await _load_weights(run, recorded, step)
+    recorded_config = parse(typed(recorded.read_config(key="run")))
+    weights: str | None = "none, because no policy sampled the batch"
+    if recorded_config.mode is not Mode.play:
+        weights = await _load_weights(run, recorded, step)
     if weights is None:
         return "interrupted"
     run.monitor.phase("replay")
-    await run.weight_sync.publish(step - 1)
-    recorded_config = parse(typed(recorded.read_config(key="run")))
+    await run.weight_sync.publish(run.trainer.version)
     replay = Replay(
         recorded=recorded,
         step=step,
@@ -215,7 +217,7 @@ class Replay:
     def _scored(self, rollouts: Sequence[Rollout]) -> list[ScoredTurn]:
         """The turns that were trained on, by the trainer then and today. The samples are those of the step, so they
         pack as they did."""
-        trained_on = [rollout for rollout in rollouts if rollout.dropped is None]
+        trained_on = [rollout for rollout in rollouts if rollout.dropped is None and is_sampled(rollout)]
         samples = [(rollout, sample) for rollout in trained_on for sample in make_samples(rollout)]
         branches = [
             list(branch) for rollout in trained_on for _, branch in groupby(_numbered(rollout), lambda n: n[1].branch)
@@ -236,6 +238,11 @@ class Replay:
             ScoredTurn(each.rollout, each.number, each.today.token_ids, by_trainer, each.today.logprobs)
             for each, by_trainer in zip(resampled, self.trainer.logprobs(samples), strict=True)
         ]
+
+
+def is_sampled(rollout: Rollout) -> bool:
+    """Whether a policy sampled it, and no player of mode=play gave its answers."""
+    return all((turn.completion.versions >= 0).all() for turn in rollout.turns)
 
 
 def _numbered(rollout: Rollout) -> list[tuple[int, Turn]]:
