@@ -159,6 +159,12 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
         ("model=qwen3vl", "model.init=random", "model/size=2b", "model.vlm.family=polar_vl"),
         "model.init=random cannot build model.vlm.family=polar_vl",
     ),
+    (("mode=play", "play.policy=randm"), r"play.policy=randm is neither one of person, random nor .* mean random\?"),
+    (("mode=play", "play.policy=their_games:nobody"), "play.policy=their_games:nobody names a module that does not"),
+    (
+        ("mode=play", "play.policy=os.path:join"),
+        r"play.policy=os.path:join cannot be called with messages and env alone",
+    ),
     (("export.folder=there",), "export.folder=there has no effect with mode=rl"),
     (("mode=export",), "mode=export has no resume="),
     (

@@ -3,11 +3,12 @@
     DictConfig ─▶ parse ─▶ fill ─▶ RunConfig ─┬─ dry_run=true ─▶ print the plan
                                       ├─ mode=check ─▶ tasks/check.py
                                       ├─ mode=preview ─▶ runs/preview/
+                                      ├─ mode=play ─▶ runs/play/
                                       ├─ mode=compare ─▶ sweep/compare.py
                                       ├─ a server's Slurm task ─▶ runs/serve_slurm
                                       └─ else ─▶ check this machine ─▶ runs.lifecycle.execute
 
-Torch is imported only in the last two branches.
+Torch is imported only in mode=preview, mode=play and the last two branches.
 """
 
 from __future__ import annotations
@@ -52,10 +53,8 @@ def start(config: DictConfig, judge_changes: Callable[[], Sequence[str]] = list)
     if run_config.mode is Mode.compare:
         compare_runs(run_config)
         return None
-    if run_config.mode is Mode.preview:
-        from vlmrl.runs.preview.preview import preview
-
-        if (code := preview(run_config)) != 0:
+    if (code := answer_without_weights(run_config)) is not None:
+        if code != 0:
             raise SystemExit(code)
         return None
     if isinstance(run_config.inference, VllmConfig):
@@ -159,6 +158,20 @@ def answer_without_a_run(config: RunConfig, found: Sequence[str] = ()) -> int | 
         print_lines(found)
         print(dry_run(config))
         return 0
+    return None
+
+
+def answer_without_weights(config: RunConfig) -> int | None:
+    """Run `mode=preview` or `mode=play`, which need a renderer and no engine, and return the exit code; None for other
+    modes. Raises VlmrlError."""
+    if config.mode is Mode.preview:
+        from vlmrl.runs.preview.preview import preview
+
+        return preview(config)
+    if config.mode is Mode.play:
+        from vlmrl.runs.play.play import play
+
+        return play(config)
     return None
 
 

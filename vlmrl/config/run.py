@@ -23,6 +23,7 @@ from vlmrl.config.inference import EmbeddedConfig, InferenceConfig, VllmConfig
 from vlmrl.config.model import ModelConfig
 from vlmrl.config.monitor import MonitorConfig
 from vlmrl.config.orchestrator import OrchestratorConfig
+from vlmrl.config.play import PlayConfig
 from vlmrl.config.preview import PreviewConfig
 from vlmrl.config.reward import TERMS, RewardConfig
 from vlmrl.config.sweep import SweepConfig
@@ -53,6 +54,9 @@ class Mode(Enum):
     """Look before you train: show the first problems as the model sees them, what the rewards say of the reference
     answers, and what is wrong with the data; writes preview.html. `row=417` shows one row and scores typed answers,
     `full=true` looks at all rows. Needs no GPU; exit code 1 where something was found."""
+    play = "play"
+    """Play episodes yourself, or let a scripted policy play them (`play.policy`): show what the policy would see, and
+    the rewards. Loads no weights; records the rollouts and writes the report. Exit code 1 where an episode failed."""
     doctor = "doctor"
     """Send a few problems through renderer, engine and trainer and compare what each saw. Use it before a long run."""
     replay = "replay"
@@ -127,6 +131,8 @@ class RunConfig:
     """Where mode=export writes."""
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     """How much mode=preview looks at."""
+    play: PlayConfig = field(default_factory=PlayConfig)
+    """Who plays with mode=play, and what."""
     sweep: SweepConfig = field(default_factory=SweepConfig)
     """What a sweep does with its earlier jobs. The sweeps themselves are in sweeps/ (`+sweep=<name>`)."""
 

@@ -95,6 +95,7 @@ RULES: tuple[Rule, ...] = (
     _of_config(mode.past_run_is_read),
     _of_config(mode.export_folder_has_effect),
     _of_config(mode.mode_has_work),
+    _of_config(mode.player_is_known),
     _of_config(evaluation.evaluation_has_work),
     _of_config(evaluation.sets_have_names),
     _of_config(evaluation.sets_are_played),

@@ -12,6 +12,7 @@
         rollouts/eval_000012.parquet  every evaluation rollout after step 12, sampled and greedy
         deleted_rollouts.json         which of them monitor.max_rollouts_mib has deleted; absent while none is
         images/<hash>.png             each distinct image once
+        seen/                         mode=play: images as the processor made them
         tokens.jsonl                  the spelling of every token in rollouts/
         checkpoints/step_000020/      weights, optimizer and random state after step 20
         checkpoints/best.json         step, metric and value of the best checkpoint, with trainer.keep_best
@@ -115,6 +116,7 @@ class RunDir:
         self.rollouts = self.path / "rollouts"
         self.deleted_rollouts = self.path / "deleted_rollouts.json"
         self.images = self.path / "images"
+        self.seen = self.path / "seen"
         self.tokens = self.path / "tokens.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.best_checkpoint = self.checkpoints / BEST_CHECKPOINT

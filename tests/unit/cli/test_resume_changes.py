@@ -33,7 +33,7 @@ from vlmrl.record.run_dir import RunDir
 POLICIES = {
     # The run's identity, and what other modes read.
     "refused": """
-        row full preview.problems preview.answers
+        row full preview.problems preview.answers play.policy play.split play.problem play.episodes
         seed run step rollout runs against output_dir
         model.init model.name
         model.vlm.family model.vlm.positions model.vlm.image_token

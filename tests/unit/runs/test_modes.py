@@ -23,7 +23,7 @@ def run_mode(mode: Mode) -> RunMode:
 
 
 def test_every_mode_has_a_row_or_is_answered_by_the_command_line() -> None:
-    assert set(Mode) - set(MODES) == {Mode.check, Mode.compare, Mode.faults, Mode.preview, Mode.report}
+    assert set(Mode) - set(MODES) == {Mode.check, Mode.compare, Mode.faults, Mode.play, Mode.preview, Mode.report}
 
 
 def test_only_training_saves_and_its_checkpoints_are_named_after_its_steps() -> None:

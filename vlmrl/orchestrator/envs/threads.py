@@ -58,6 +58,12 @@ class ThreadEnv:
         self._is_given_up = False
         self._is_ended = False
 
+    @property
+    def users(self) -> Any:
+        """The env that the task made, after `reset`."""
+        assert self._env is not None, "an env is reset before it is looked at"
+        return self._env.env
+
     async def reset(self) -> tuple[Message, ...]:
         def make() -> tuple[Message, ...] | Awaited[tuple[Message, ...]]:
             self._env = OpenEnv(self._envs.task, self._problem)

@@ -35,6 +35,10 @@ def imports_resolve(config: RunConfig) -> None:
         from vlmrl.orchestrator.advantages import estimator_named
 
         estimator_named(config.algorithm.advantage)
+    if config.mode is Mode.play and is_import_path(config.play.policy):
+        from vlmrl.tasks.scripted import ScriptedPolicy
+
+        ScriptedPolicy(config.play.policy)
     renderer = config.orchestrator.renderer
     if renderer is not None and is_import_path(renderer.name):
         from vlmrl.rendering.package import Renderers

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vlmrl.config.import_paths import is_import_path
+from vlmrl.config.keys import did_you_mean
+from vlmrl.config.play import Player
 from vlmrl.config.run import Mode, RunConfig
 from vlmrl.errors import ConfigError
 
@@ -74,6 +77,16 @@ def export_folder_has_effect(config: RunConfig) -> None:
         raise ConfigError(
             f"export.folder={config.export.folder} has no effect with mode={config.mode.name}, so no checkpoint would "
             "be written there: set mode=export, or drop export.folder"
+        )
+
+
+def player_is_known(config: RunConfig) -> None:
+    """Somebody answers with mode=play."""
+    policy = config.play.policy
+    if policy not in [*Player] and not is_import_path(policy):
+        raise ConfigError(
+            f"play.policy={policy} is neither one of {', '.join(Player)} nor an import path, so nothing would answer: "
+            f"set play.policy=person, or play.policy=my_module:my_policy{did_you_mean(policy, [*Player])}"
         )
 
 

@@ -41,7 +41,8 @@ async def show_row(config: RunConfig, task: Task, parts: RenderingParts, run_dir
     print(f"{seen.problem_id} ({seen.split} split, {seen.tokens} tokens, {seen.image_tokens} of images)")
     for name, value in seen.columns.items():
         print(f"  {name}: {safe_repr(value)[:LONGEST_CELL]}")
-    print_prompt(seen, parts.tokenizer, longest=100_000)
+    assert seen.prompt is not None, "it was seen with keep=True"
+    print_prompt(seen.prompt, parts.tokenizer, longest=100_000)
     grader = Grader(config, task)
     graded = await grader.grade(seen)
     print_worth(seen, graded)

@@ -18,14 +18,14 @@ class Piece:
     text: str
 
 
-def pieces_of(prompt: Prompt, tokenizer: Any) -> list[Piece]:
-    """The prompt in order. Each placeholder is one piece, `<image: 4 tokens, 64 × 64>`."""
+def pieces_of(prompt: Prompt, tokenizer: Any, start: int = 0) -> list[Piece]:
+    """The prompt in order, from token `start` on. Each placeholder is one piece, `<image: 4 tokens, 64 × 64>`."""
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     sizes = {image.hash: image for image in prompt.images}
     pieces: list[Piece] = []
     ids = prompt.token_ids.tolist()
-    at = 0
-    for placeholder in prompt.placeholders:
+    at = start
+    for placeholder in (each for each in prompt.placeholders if each.offset >= start):
         pieces += _text(ids[at : placeholder.offset], special, tokenizer)
         image = sizes[placeholder.hash]
         width, height = image.processed_size or (image.pixels.shape[1], image.pixels.shape[0])

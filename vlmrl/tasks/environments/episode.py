@@ -58,6 +58,11 @@ class Episode:
         assert self._simulator is not None, "reset() comes first"
         return self._simulator
 
+    def answer_of(self, action: Any) -> str:
+        """The answer that takes an action, which is given by name or by number. Raises ValueError for one of
+        neither."""
+        return self._game.actions.name(self._game.actions.number_of(action))
+
     def reset(self) -> tuple[Message, ...]:
         self._simulator = Simulator(self._game.config)
         self._observed = self._simulator.reset(self._seed)

@@ -124,8 +124,7 @@ class GymnasiumTask(Task):
 
     def _experts_choice(self, turn: int, episode: Episode) -> str:
         assert self._expert is not None
-        actions = self._game.actions
-        return actions.name(actions.number_of(self._expert(episode.simulator.unwrapped)))
+        return episode.answer_of(self._expert(episode.simulator.unwrapped))
 
     def _first_hash(self, seed: int) -> str:
         """The hash of the first frame with a seed."""
