@@ -487,7 +487,7 @@ def test_the_theme_can_be_changed_and_is_remembered(browser: Any, made_page: Pat
         dark = tab.page.evaluate(ground)
         assert dark != light
         tab.page.reload()
-        tab.page.wait_for_function("document.documentElement.dataset.ready")
+        tab.page.locator("html[data-ready]").wait_for(state="attached")
         assert tab.page.evaluate(ground) == dark
 
 

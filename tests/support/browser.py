@@ -60,7 +60,8 @@ class Tab:
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(f"{file.as_uri()}{place}")
         if draws_itself:
-            self.page.wait_for_function("document.documentElement.dataset.ready")
+            # Not wait_for_function: while it polls it evaluates a text, which the page's security policy forbids.
+            self.page.locator("html[data-ready]").wait_for(state="attached")
 
     def __enter__(self) -> Tab:
         return self
