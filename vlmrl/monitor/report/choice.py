@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vlmrl.config.run import Mode
 from vlmrl.record.metrics import EVAL_SAMPLED, Record
 from vlmrl.record.run_dir import RunDir
 
@@ -50,6 +51,8 @@ class Shape:
     def of(config: Mapping[str, Any]) -> Shape:
         """The numbers of a run's config, which has dotted keys. Raises KeyError where they are none."""
         groups = config["orchestrator.groups_per_step"], config["orchestrator.group_size"]
+        if config.get("mode") == Mode.play.name:  # each step is one episode
+            groups = 1, 1
         sizes = evaluation_sizes(config)
         numbers = [*groups, *(number for size in sizes.values() for number in size)]
         if not all(isinstance(number, int) and number >= 0 for number in numbers) or 0 in groups:

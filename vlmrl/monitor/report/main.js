@@ -41,6 +41,8 @@ const KEYS = [
   ["j  k", "next and previous rollout"],
   ["J  K", "next and previous group"],
   ["g", "siblings side by side, or one rollout"],
+  ["p", "play or pause the film of an episode"],
+  [",  .", "one frame of the film back or on"],
   ["m", "prompts as messages, or token by token"],
   ["c", "colour tokens by the next value"],
   ["/", "search"],
@@ -69,6 +71,9 @@ const IN_ROLLOUTS = {
   ArrowLeft: () => move(-1),
   ArrowDown: () => move(1, true),
   ArrowUp: () => move(-1, true),
+  p: () => view.film?.toggle(),
+  ",": () => view.film?.step(-1),
+  ".": () => view.film?.step(1),
   g: () => flip("siblings"),
   m: () => flip("tokens"),
   c: nextTint,
@@ -124,7 +129,8 @@ function begin() {
     if (document.body.dataset.view === "curves") drawCurves();
   });
   const named = location.hash.slice(1).split("?")[0];
-  openView(VIEWS[named] ? named : "curves");
+  const hasCurves = RUNS.some((run) => Object.keys(run.metrics).length || Object.keys(run.supervised).length);
+  openView(VIEWS[named] ? named : hasCurves || RUNS.every((run) => !run.rollouts.length) ? "curves" : "rollouts");
   // Two frames later everything is drawn.
   requestAnimationFrame(() => requestAnimationFrame(() => (document.documentElement.dataset.ready = Math.round(performance.now()))));
 }

@@ -26,11 +26,11 @@ from vlmrl.record.run_dir import RunDir
 
 FILES = Path(__file__).parent
 SCRIPTS = (
-    *("vendor/uPlot.iife.min.js", "base.js", "chart.js", "sections.js", "curves.js", "tokens.js"),
-    *("rollouts.js", "config.js", "main.js"),
+    *("vendor/uPlot.iife.min.js", "base.js", "chart.js", "sections.js", "curves.js", "film.js"),
+    *("tokens.js", "rollouts.js", "config.js", "main.js"),
 )
 """Files of the page's scripts, in the order in which they run."""
-STYLES = ("vendor/uPlot.min.css", "page.css")
+STYLES = ("vendor/uPlot.min.css", "page.css", "film.css")
 
 
 def write_report(runs: Mapping[str, RunDir], target: Path, defaults: Mapping[str, Any]) -> None:

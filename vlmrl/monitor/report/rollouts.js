@@ -18,7 +18,8 @@ function collect() {
   for (const run of RUNS) {
     for (const rollout of run.rollouts) {
       rollout.run = run;
-      for (const turn of rollout.turns) turn.trained = rollout.split === "train";
+      // In mode=play no policy sampled the tokens: their version is -1.
+      for (const turn of rollout.turns) turn.trained = rollout.split === "train" && run.columns.versions[turn.at] >= 0;
       all.push(rollout);
     }
   }

@@ -13,7 +13,7 @@ const TINTS = {
   advantage: {
     label: "advantage", title: "advantage of the turn", unit: "", diverging: true,
     of: (c, t, turn) => (turn.trained ? turn.advantage : NaN),
-    none: "Held-out rollouts have no advantage.",
+    none: "Held-out rollouts, and those of mode=play, have no advantage.",
   },
   entropy: {
     label: "entropy", title: "entropy of the trainer's distribution at the token", unit: "nats",
@@ -62,6 +62,8 @@ function show(rollout) {
 
 function draw() {
   view.legend.replaceChildren(...legend());
+  view.film?.pause();
+  view.film = null;
   const rollout = state.chosen;
   if (!rollout) {
     view.detail.replaceChildren(el("p", { class: "empty" }, all.length ? "No rollout matches the filters." : nothing()));
@@ -106,7 +108,7 @@ function headline(rollout) {
       fact("stop reason", rollout.stop),
       rollout.filtered.length > 0 && fact("matching filters", rollout.filtered.join(", ")),
       fact("step", fmt.count(rollout.step)),
-      fact("policy version", [...versions].sort((a, b) => a - b).join(", ") || "–"),
+      fact("policy version", [...versions].filter((version) => version >= 0).sort((a, b) => a - b).join(", ") || "–"),
       fact("tokens", last ? `${fmt.count(promptLength(rollout.run, last))} + ${fmt.count(sampled)}` : "–"),
       fact("time", fmt.seconds(rollout.seconds))),
   ];
@@ -117,11 +119,14 @@ const shortened = (text, most = 120) => (text.length > most ? `${text.slice(0, m
 const promptLength = (run, turn) => turn.offset + run.prompts[turn.prompt].count;
 
 function single(rollout) {
+  const turns = rollout.turns.map((turn, index) => turnOf(rollout, turn, index));
+  view.film = hasFilm(rollout) ? filmOf(rollout, turns) : null;
   return [
     ...headline(rollout),
     !rollout.turns.length && el("p", { class: "empty" }, "This rollout ended before its first completion."),
-    rollout.turns.map((turn, index) => turnOf(rollout, turn, index)),
-  ].flat().filter(Boolean);
+    view.film?.element,
+    ...turns,
+  ].filter(Boolean);
 }
 
 const FORKS = {
@@ -139,25 +144,28 @@ function turnOf(rollout, turn, index) {
       el("div", { class: "said" }, completion(rollout, turn),
         el("div", { class: "scored" },
           el("span", {}, "turn reward ", el("b", {}, fmt.number(turn.reward, 3))),
-          rollout.split === "train" && el("span", {}, "advantage ", el("b", {}, fmt.signed(turn.advantage))),
+          turn.trained && el("span", {}, "advantage ", el("b", {}, fmt.signed(turn.advantage))),
           turn.finish === "length" && el("span", { class: "cut" }, "cut by the token budget"),
           !learned(turn) && el("span", {}, "no loss")))));
 }
 
 const learned = (turn) => turn.learned;
 
-// The image of a placeholder or a message. Small images are enlarged without smoothing.
-function picture(hash, { small = false, place = null } = {}) {
+// Pixels of the longer side to which small images are enlarged, and to which large ones are reduced.
+const ROOM = { small: [32, 40], message: [72, 320], film: [256, 384] };
+
+// The image of a placeholder, a message or a film. Small images are enlarged without smoothing.
+function picture(hash, { room = "message", place = null } = {}) {
   const image = DATA.images[hash];
   if (!image) {
     return el("span", { class: "lost" }, hash ? `image ${hash.slice(0, 8)}… is missing in images/` : "an image that is not in the prompt");
   }
   const size = Math.max(image.width, image.height);
-  const room = small ? 40 : 320;
-  const zoom = size < 96 ? Math.max(1, Math.floor((small ? 32 : 72) / size)) : Math.min(1, room / size);
+  const [enlarged, reduced] = ROOM[room];
+  const zoom = size < 96 || size <= enlarged / 2 ? Math.max(1, Math.floor(enlarged / size)) : Math.min(1, reduced / size);
   const made = el("img", {
     src: image.src, alt: `image ${hash.slice(0, 8)}, ${image.width} × ${image.height} pixels`,
-    class: size < 96 ? "pixels" : "", data: { hash },
+    class: size < 96 || zoom > 1 ? "pixels" : "", data: { hash },
     style: { width: `${Math.round(image.width * zoom)}px`, height: `${Math.round(image.height * zoom)}px` },
     title: [`${image.width} × ${image.height} pixels`, place && `${place[1]} token${place[1] > 1 ? "s" : ""} from position ${place[0]}`,
       `images/${hash}.png`, !image.whole && "reduced in size; the file has all pixels"].filter(Boolean).join("\n"),
@@ -189,7 +197,7 @@ function promptTokens(run, turn) {
     const [offset, length, hash, gaps] = places[0] ?? [];
     if (offset === turn.offset + t) {
       places.shift();
-      made.push(el("span", { class: "placeholder" }, picture(hash, { small: true, place: [offset, length] }),
+      made.push(el("span", { class: "placeholder" }, picture(hash, { room: "small", place: [offset, length] }),
         el("small", {}, `${spell(run, run.columns.prompts[prompt.at + t])} × ${gaps.reduce((features, [, tokens]) => features - tokens, length)}`)));
       t += length;
       continue;
@@ -369,7 +377,7 @@ function card(rollout, openingShown) {
     rollout.error && el("pre", { class: "note bad" }, rollout.error),
     rollout.turns.map((turn, index) => el("div", { class: "cardturn" },
       (index > 0 || !openingShown) && rollout.run.prompts[turn.prompt].placeholders.length > 0 && el("div", { class: "thumbs" },
-        rollout.run.prompts[turn.prompt].placeholders.map(([offset, length, hash]) => picture(hash, { small: true, place: [offset, length] }))),
+        rollout.run.prompts[turn.prompt].placeholders.map(([offset, length, hash]) => picture(hash, { room: "small", place: [offset, length] }))),
       completion(rollout, turn),
       rollout.split === "train" && el("small", { class: "muted" }, fmt.signed(turn.advantage)))));
   return made;
