@@ -399,8 +399,8 @@ class Turn:
     """0-based; grows by one where the prompt could not extend the turn before it (bridge break), and where the env
     replaced the conversation (`starts_over`)."""
     reward: float
-    """This turn's own reward, usually in [0, 1]; 0.0 where the task scores only the whole episode, and where the
-    completion was truncated and `algorithm.truncated=zero`."""
+    """This turn's own reward, usually in [0, 1]; 0.0 where the task scores only the whole episode, and at most 0.0
+    where the completion was truncated and `algorithm.truncated=zero`."""
     advantage: float = 0.0
     """Filled by advantages.py; one float per turn, broadcast over the completion's tokens."""
     learned: TokenMetrics | None = None
@@ -441,7 +441,8 @@ class Rollout:
     """0-based index in its group."""
     turns: list[Turn]
     reward: float
-    """The episode's reward; 0.0 for a fault, and in training for a cut answer with `algorithm.truncated=zero`."""
+    """The episode's reward; 0.0 for a fault, and at most 0.0 in training for a cut answer with
+    `algorithm.truncated=zero`."""
     metrics: dict[str, float]
     """The task's own metrics, e.g. `share_correct`; averaged over rollouts as `task/<key>`."""
     stop_reason: StopReason

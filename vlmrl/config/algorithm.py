@@ -68,7 +68,8 @@ class Truncated(Enum):
     keeps its reward, also where the episode then ends for want of turns or of room for the next prompt."""
 
     zero = "zero"
-    """Nothing: the reward of the turn and of the episode are 0. A reward would teach the policy to ramble."""
+    """Nothing: a reward of the turn or of the episode that is above 0 becomes 0. It would teach the policy to ramble.
+    One that is below 0 stays: rambling must not be the way around a penalty."""
     keep = "keep"
     """What the task says."""
     mask = "mask"

@@ -118,7 +118,7 @@ def estimator_named(name: str) -> Estimator:
 
 
 def assign_advantages(group: Group, config: AlgorithmConfig) -> None:
-    """Fill `turn.advantage` of every rollout and `group.compares_equal`, and set the reward of a cut answer to 0 where
+    """Fill `turn.advantage` of every rollout and `group.compares_equal`, and pay a cut answer no reward above 0 where
     `truncated=zero`, in place.
 
     credit.py says which rewards are compared. Faults get 0.0; so do cut answers with `truncated=mask`.
@@ -127,7 +127,8 @@ def assign_advantages(group: Group, config: AlgorithmConfig) -> None:
         for turn in rollout.turns:
             turn.advantage = 0.0
         if rollout.is_cut and config.truncated is Truncated.zero:
-            rollout.turns[-1].reward = rollout.reward = 0.0
+            rollout.turns[-1].reward = min(rollout.turns[-1].reward, 0.0)
+            rollout.reward = min(rollout.reward, 0.0)
     siblings = siblings_of(group, config)
     compared = comparisons(siblings, config)
     group.compares_equal = len(siblings) > 1 and all(each.rewards.min() == each.rewards.max() for each in compared)

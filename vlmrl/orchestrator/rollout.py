@@ -220,7 +220,7 @@ class RolloutRunner:
             turn.reward, rollout.reward, rollout.metrics = reply.turn_reward, reply.reward, reply.metrics
             if is_cut:
                 if self.truncated is Truncated.zero:  # advantages.py does the same with the reward of the episode
-                    turn.reward = 0.0
+                    turn.reward = min(turn.reward, 0.0)
                 return StopReason.MAX_NEW_TOKENS if budget == self.max_new_tokens else StopReason.CONTEXT_FULL
             if reply.done:
                 return StopReason.TERMINATED

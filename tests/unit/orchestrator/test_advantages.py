@@ -294,6 +294,15 @@ def test_a_cut_answer_is_paid_the_same_under_every_credit(
     assert group.rollouts[2].reward == (0.0 if truncated is Truncated.zero else 1.0)
 
 
+@pytest.mark.parametrize("truncated", [Truncated.zero, Truncated.keep])
+def test_a_cut_answer_is_no_way_around_a_penalty(truncated: Truncated) -> None:
+    group = with_a_cut_answer()
+    group.rollouts[2].reward = group.rollouts[2].turns[-1].reward = -1.0
+    assign_advantages(group, AlgorithmConfig(advantage=Advantage.group_centered, truncated=truncated))
+    assert (group.rollouts[2].reward, group.rollouts[2].turns[-1].reward) == (-1.0, -1.0)
+    assert [r.turns[-1].advantage for r in group.rollouts] == pytest.approx([1.0, 0.0, -1.0])
+
+
 @pytest.mark.parametrize("stop_reason", [StopReason.MAX_TURNS, StopReason.CONTEXT_FULL])
 @pytest.mark.parametrize("truncated", Truncated)
 def test_a_whole_answer_keeps_its_reward_however_the_episode_ended(

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -258,12 +258,17 @@ def test_the_context_cuts_completions_and_never_prompts(
     assert rollout.error is None
 
 
-@pytest.mark.parametrize(("truncated", "reward"), [("zero", 0.0), ("keep", 0.25), ("mask", 0.25)])
-def test_the_record_has_what_a_cut_turn_is_paid(truncated: str, reward: float) -> None:
-    runner = make_runner(ScriptedTask(endless), max_new_tokens=3)
+@pytest.mark.parametrize(
+    ("truncated", "reward", "paid"),
+    [("zero", 0.25, 0.0), ("zero", -0.25, -0.25), ("keep", 0.25, 0.25), ("mask", 0.25, 0.25)],
+)
+def test_the_record_has_what_a_cut_turn_is_paid(truncated: str, reward: float, paid: float) -> None:
+    runner = make_runner(
+        ScriptedTask(lambda turn, said: replace(endless(turn, said), turn_reward=reward)), max_new_tokens=3
+    )
     runner.truncated = Truncated(truncated)
     rollout = play_one(runner)
-    assert (rollout.stop_reason, rollout.turns[-1].reward) == (StopReason.MAX_NEW_TOKENS, reward)
+    assert (rollout.stop_reason, rollout.turns[-1].reward) == (StopReason.MAX_NEW_TOKENS, paid)
 
 
 def test_a_completion_that_just_fits_is_not_cut() -> None:

@@ -120,7 +120,7 @@ async def _play(config: RunConfig, task: Task, parts: RenderingParts, record: Re
             screen.begin(number, split, drawn[0].index)
             (group,) = await runner.run_groups(split=split, step=number, problems=drawn, group_size=1, temperature=1.0)
             (rollout,) = group.rollouts
-            unpaid = rollout.is_cut and config.algorithm.truncated is Truncated.zero
+            unpaid = rollout.is_cut and config.algorithm.truncated is Truncated.zero and rollout.reward > 0
             screen.end(rollout, is_left=engine.is_left, is_cut_unpaid=unpaid)
             record.episode(number, rollout, is_left=engine.is_left)
             rollouts.append(rollout)
