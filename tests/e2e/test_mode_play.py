@@ -64,9 +64,10 @@ def counted(events: Path, *kinds: str) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def games(home: Home, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two games of the expert, on held-out lakes."""
+    """Two games of the expert, on held-out lakes. The processor makes 96 pixels of the 100 of a frame."""
     run = tmp_path_factory.mktemp("games") / "run"
-    ended = home.vlmrl(*LAKES, EXPERT, "play.split=eval", "play.episodes=2", f"hydra.run.dir={run}")
+    chosen = ("play.split=eval", "play.episodes=2", "task.frame_size=100")
+    ended = home.vlmrl(*LAKES, EXPERT, *chosen, f"hydra.run.dir={run}")
     assert (ended.code, ended.err) == (0, "")
     assert "2 episodes: reward 1.000 on average, from 1 to 1" in ended.out
     return run
@@ -85,13 +86,14 @@ def test_a_scripted_policy_is_paid_and_recorded(games: Path) -> None:
 
 
 def test_images_are_written_as_the_processor_made_them(games: Path) -> None:
-    """A frame of 128 pixels stays as it is; its pixels come back from patches."""
     rollout = recorded(games)[0]
     for number, turn in enumerate(rollout["turns"], 1):
         (_, _, hash, _) = turn["placeholders"][-1]
-        seen = np.array(PIL.Image.open(games / f"seen/episode_001_turn_{number:03d}_image_1.png")).astype(int)
-        frame = np.array(PIL.Image.open(games / f"images/{hash}.png")).astype(int)
-        assert np.abs(seen - frame).max() <= 1
+        frame = PIL.Image.open(games / f"images/{hash}.png")
+        seen = PIL.Image.open(games / f"seen/episode_001_turn_{number:03d}_image_1.png")
+        assert (frame.size, seen.size) == ((100, 100), (96, 96))
+        expected = np.array(frame.resize(seen.size, PIL.Image.Resampling.BICUBIC)).astype(int)
+        assert np.abs(np.array(seen) - expected).mean() < 2
 
 
 def test_a_replay_renders_the_same_prompts(home: Home, games: Path) -> None:
@@ -131,6 +133,18 @@ def test_the_end_of_the_input_leaves_and_closes_the_env(home: Home, tmp_path: Pa
     assert [len(rollout["turns"]) for rollout in recorded(tmp_path / "run")] == [1]
     assert summary(tmp_path / "run")["exit_reason"] == "interrupted"
     assert not (tmp_path / "run/faults.jsonl").exists()
+
+
+def test_nothing_typed_leaves_no_rollout_and_cannot_be_resumed(home: Home, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    ended = home.vlmrl(*counted(tmp_path / "events", "done", "max_turns"), "play.episodes=5")
+    assert (ended.code, ended.err) == (0, "")
+    assert "the player left after 0 turns" in ended.out
+    assert list((run / "rollouts").iterdir()) == []
+    opened, closed = counts(tmp_path / "events")
+    assert opened == closed
+    again = home.vlmrl(f"resume={run}")
+    assert (again.code, "whose episodes are over" in again.err) == (2, True)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])

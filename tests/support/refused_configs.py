@@ -159,6 +159,7 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
         ("model=qwen3vl", "model.init=random", "model/size=2b", "model.vlm.family=polar_vl"),
         "model.init=random cannot build model.vlm.family=polar_vl",
     ),
+    (("mode=play", "resume=/runs/mine"), "resume=/runs/mine names a run of mode=play, whose episodes are over"),
     (("mode=play", "play.policy=randm"), r"play.policy=randm is neither one of person, random nor .* mean random\?"),
     (("mode=play", "play.policy=their_games:nobody"), "play.policy=their_games:nobody names a module that does not"),
     (

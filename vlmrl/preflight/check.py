@@ -92,6 +92,7 @@ RULES: tuple[Rule, ...] = (
     _of_site(slurm.weights_cross_nodes, Stage.submitted, Stage.here),
     _of_config(learning.filters_can_find),
     _of_config(mode.past_run_is_named),
+    _of_config(mode.episodes_are_new),
     _of_config(mode.past_run_is_read),
     _of_config(mode.export_folder_has_effect),
     _of_config(mode.mode_has_work),

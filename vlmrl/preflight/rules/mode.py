@@ -80,6 +80,15 @@ def export_folder_has_effect(config: RunConfig) -> None:
         )
 
 
+def episodes_are_new(config: RunConfig) -> None:
+    """A run of mode=play is not continued."""
+    if config.mode is Mode.play and config.resume is not None:
+        raise ConfigError(
+            f"resume={config.resume} names a run of mode=play, whose episodes are over, so nothing can be continued: "
+            "drop resume= and start a new run with mode=play"
+        )
+
+
 def player_is_known(config: RunConfig) -> None:
     """Somebody answers with mode=play."""
     policy = config.play.policy

@@ -38,6 +38,7 @@ from vlmrl.runs.problems import max_model_len
 from vlmrl.runs.stopping import Stop, stopping_on_signals
 from vlmrl.tasks.base import Split, Task
 from vlmrl.tasks.loading import load_task, tokenizer_texts
+from vlmrl.tasks.mixture import MixedProblem
 from vlmrl.trainer.loop_state import Cursor
 from vlmrl.types import DropReason, Rollout
 
@@ -65,7 +66,7 @@ def play(config: RunConfig) -> int:
         if config.monitor.report:
             written = ReportWriter(run_dir).finish()
             print(f"\nreport  {run_dir.report}" if written else NO_REPORT)
-    return int(any(rollout.stop_reason.is_fault for rollout in rollouts[: len(rollouts) - is_left]))
+    return int(any(rollout.stop_reason.is_fault for rollout in rollouts))
 
 
 class Record:
@@ -92,9 +93,9 @@ class Record:
 
 
 async def _play(config: RunConfig, task: Task, parts: RenderingParts, record: Record) -> tuple[list[Rollout], bool]:
-    """The rollouts, and whether the player left the last one."""
+    """The rollouts that came to their end, and whether the player left one after them."""
     stop, split = Stop(), _split(config)
-    screen = Screen(parts, record.run_dir.seen, most_turns(config.task))
+    screen, max_turns = Screen(parts, record.run_dir.seen), most_turns(config.task)
     envs = WatchedEnvs(config.task, task, screen)
     engine = PlayerEngine(_player(config, task, stop), envs, parts.renderer.encode, screen)
     runner = RolloutRunner(
@@ -102,7 +103,7 @@ async def _play(config: RunConfig, task: Task, parts: RenderingParts, record: Re
         renderer=parts.renderer,
         engine=engine,
         seed=config.seed,
-        max_turns=most_turns(config.task),
+        max_turns=max_turns,
         max_new_tokens=config.orchestrator.max_new_tokens,
         max_model_len=max_model_len(config),
         truncated=config.algorithm.truncated,
@@ -117,13 +118,17 @@ async def _play(config: RunConfig, task: Task, parts: RenderingParts, record: Re
             if not drawn:
                 print(f"\nthe split has no more problems after {len(rollouts)} episodes")
                 break
-            screen.begin(number, split, drawn[0].index)
+            problem = drawn[0].problem
+            own_turns = problem.max_turns if isinstance(problem, MixedProblem) else max_turns
+            screen.begin(number, split, drawn[0].index, own_turns)
             (group,) = await runner.run_groups(split=split, step=number, problems=drawn, group_size=1, temperature=1.0)
             (rollout,) = group.rollouts
             unpaid = rollout.is_cut and config.algorithm.truncated is Truncated.zero and rollout.reward > 0
             screen.end(rollout, is_left=engine.is_left, is_cut_unpaid=unpaid)
-            record.episode(number, rollout, is_left=engine.is_left)
-            rollouts.append(rollout)
+            if rollout.turns or not engine.is_left:
+                record.episode(number, rollout, is_left=engine.is_left)
+            if not engine.is_left:
+                rollouts.append(rollout)
         await envs.stop()
     if len(rollouts) > 1:
         screen.summary(rollouts)

@@ -30,15 +30,16 @@ LONGEST_ANSWER = 500
 class Screen:
     """Prints an episode, and writes the images that the policy sees into a folder."""
 
-    def __init__(self, parts: RenderingParts, folder: Path, max_turns: int) -> None:
+    def __init__(self, parts: RenderingParts, folder: Path) -> None:
         self._parts = parts
         self._folder = folder
-        self._max_turns = max_turns
         self._episode = ""
+        self._max_turns = 1
 
-    def begin(self, episode: int, split: Split, index: int) -> None:
-        """An episode begins. The problem's id comes at the end, because it may be the answer."""
+    def begin(self, episode: int, split: Split, index: int, max_turns: int) -> None:
+        """An episode of at most `max_turns` begins. The problem's id comes at the end, because it may be the answer."""
         self._episode = f"episode_{episode:03d}"
+        self._max_turns = max_turns
         print(f'\nepisode {episode}: problem("{split}", {index})')
 
     def prompt(self, prompt: Prompt, turn: int, num_known: int | None) -> None:
@@ -47,7 +48,7 @@ class Screen:
         new = len(prompt.token_ids) - (num_known or 0)
         print(f"\nturn {turn} of at most {self._max_turns}: {len(prompt.token_ids)} tokens, {new} of them new")
         if num_known is None:
-            print("  (a new branch: the policy sees only this, and not the turns before it)")
+            print("  (a new branch: this is all that the policy sees)")
         print_prompt(prompt, self._parts.tokenizer, LONGEST, num_known or 0)
         shown = zip(prompt.placeholders, prompt.images, strict=True)
         images = [image for place, image in shown if place.offset >= (num_known or 0)]
