@@ -175,6 +175,7 @@ def test_the_shell_completes(installed: Installed) -> None:
     assert "complete -o nospace -o default -F hydra_bash_completion vlmrl" in installed.run(
         "vlmrl", "-sc", "install=bash"
     )
-    assert completed("vlmrl task=") == ["task=color_codeword", "task=dataset", "task=imported", "task=mixture"]
+    tasks = ("color_codeword", "dataset", "gymnasium", "imported", "mixture")
+    assert completed("vlmrl task=") == [f"task={name}" for name in tasks]
     assert completed("vlmrl experiment=color_codeword_4") == ["experiment=color_codeword_4b"]
     assert completed("vlmrl trainer.learn") == ["trainer.learning_rate="]
