@@ -120,7 +120,16 @@ def test_a_person_types_answers(home: Home, tmp_path: Path) -> None:
     assert "answered 'down' (" in ended.out
     assert "This was none of: left, down, right, up" in ended.out, "the env's words in the third prompt"
     assert re.search(r"turn 3 of at most 10: (\d+) tokens, \d+ of them new", ended.out)
-    assert "training pays 0: algorithm.truncated=zero" in ended.out
+    assert "training pays 0" not in ended.out, "its reward is 0 already"
+
+
+def test_a_cut_answer_is_not_paid_in_training(home: Home, tmp_path: Path) -> None:
+    """The env pays each turn 1."""
+    settings = (*counted(tmp_path / "events", "done"), "orchestrator.max_new_tokens=4")
+    ended = home.vlmrl("and now? and now?\n", "ends", *settings, code=("-c", TYPED))
+    assert (ended.code, ended.err) == (0, "")
+    assert "(4 tokens, cut by the budget of tokens)" in ended.out
+    assert "reward 1 (the last answer is cut, so training pays 0: algorithm.truncated=zero)" in ended.out
 
 
 def test_the_end_of_the_input_leaves_and_closes_the_env(home: Home, tmp_path: Path) -> None:
