@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from families_curves import Curve, draw
+from curves import Curve, draw
 
 from vlmrl.config.task import ColorCodewordConfig
 from vlmrl.record.metrics import EVAL_GREEDY, EVAL_SAMPLED, Record, read_metrics

@@ -20,7 +20,7 @@ REHEARSAL_TIMEOUT_S = 500.0
 
 HELPERS = (
     *("family_cells.py", "family_export.py", "family_image.py", "family_runs.py", "family_task.py"),
-    *("families_curves.py", "large_family.py", "training_batches.py", "trl_side.py"),
+    *("curves.py", "large_family.py", "training_batches.py", "trl_side.py"),
 )
 """Files of benchmarks/ that others import or start."""
 
@@ -29,6 +29,10 @@ REHEARSALS = {
     "dataset_start.py": "--rows 60,300 --rounds 1",
     "digits.py": "--seeds 0 trainer.max_steps=2 trainer.warmup.steps=2 orchestrator.eval.problems=4",
     "env_workers.py": "--draw-ms 0.05 --groups 2 --group-size 2 --turns 2 --rounds 1",
+    "environments.py": (
+        "--goals right,one_lake --seeds 0 --controls 0 --curves curves.svg trainer.max_steps=1 trainer.warmup.steps=1 "
+        "orchestrator.eval.problems=2 orchestrator.groups_per_step=1 orchestrator.group_size=4 monitor.report=false"
+    ),
     "families.py": "--families gemma3,qwen3 --columns embedded,packing,resume,export,fsdp2,image_tokens --out out",
     "families_gpu.py": "--size tiny --device cpu --shapes codeword --steps 1 --groups 1",
     "families_learn.py": (

@@ -15,7 +15,11 @@ ENV_ID = Form(
     r"(?=.*\S)[^\x00-\x1f\x7f]*", "the id of an environment, such as FrozenLake-v1", "there is nothing to play"
 )
 
-ACTION = Form(r"\S(?:[^\x00-\x1f\x7f]*\S)?", "a name of one line", "no answer would be that action")
+ACTION = Form(
+    r"[^\s\x00-\x1f\x7f](?:[^\x00-\x1f\x7f]*[^\s\x00-\x1f\x7f])?",
+    "a name of one line",
+    "no answer would be that action",
+)
 
 
 class InvalidAnswer(Enum):

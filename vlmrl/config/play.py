@@ -29,6 +29,6 @@ class PlayConfig:
     split: EvalSplit = setting(EvalSplit.train, on_resume=Resume.refused)
     """The split whose problems are played."""
     problem: int = setting(0, on_resume=Resume.refused, low=0, high=10**15, outside="there is no such problem")
-    """The first problem, counted in the split from 0; each episode plays the next one."""
+    """How many problems of the split are passed over before the first one; each episode plays the next one."""
     episodes: int = setting(1, on_resume=Resume.refused, low=1, high=10**5, outside="nothing is played")
-    """How many episodes are played, one after the other."""
+    """How many problems are played, an episode each, one after the other."""

@@ -138,6 +138,7 @@ def test_free_form_keys() -> None:
         "reward.terms.*.args",
         "reward.terms.*.extra_body",
         "task.args",
+        "task.env_kwargs",
         "task.weights",
     ]
 

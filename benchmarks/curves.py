@@ -1,4 +1,4 @@
-"""Curves of benchmarks/families_learn.py as an SVG, one panel per model, without a library for plots."""
+"""Curves of held-out rewards as an SVG, one panel per table row, without a library for plots."""
 
 from __future__ import annotations
 
