@@ -12,7 +12,6 @@ has the last evaluation, on all 297 held-out digits, and the processor seconds o
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+
+from timed_command import processor_seconds
 
 from vlmrl.record.metrics import EVAL_GREEDY, EVAL_SAMPLED, read_metrics
 
@@ -52,16 +53,10 @@ class Measured:
 def measure(folder: Path, run: Run) -> Measured:
     """Run the command. Raises RuntimeError where it fails."""
     output = folder / run.name.split(":")[0].replace(" ", "")
-    command = [sys.executable, "-m", "vlmrl", "experiment=digits_tiny", f"hydra.run.dir={output}", "monitor.live=false"]
-    repository = str(Path(__file__).parents[1])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (repository, os.environ.get("PYTHONPATH"))))}
-    process = subprocess.Popen([*command, *run.overrides], cwd=folder, stdout=subprocess.DEVNULL, env=environment)
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"the {run.name} ended with {process.returncode}")
+    settings = ("experiment=digits_tiny", f"hydra.run.dir={output}", "monitor.live=false")
+    seconds = processor_seconds([*settings, *run.overrides], f"the {run.name}", folder)
     last = [line for line in read_metrics(output / "metrics.jsonl") if EVAL_SAMPLED in line][-1]
-    return Measured(last[EVAL_SAMPLED], last[EVAL_GREEDY], used.ru_utime + used.ru_stime)
+    return Measured(last[EVAL_SAMPLED], last[EVAL_GREEDY], seconds)
 
 
 def measure_all(seeds: list[int], jobs: int, overrides: list[str]) -> None:

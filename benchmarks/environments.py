@@ -20,18 +20,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from curves import Curve, draw
+from timed_command import processor_seconds
 
 from vlmrl.record.metrics import Record, read_metrics
 
-REPOSITORY = Path(__file__).parents[1]
 SETTINGS = ("monitor.live=false", "monitor.wandb.mode=disabled")
 MEASURED = "measured.json"
 """In the folder of a run that has ended: the processor seconds of its command, in user and system mode."""
@@ -76,16 +73,10 @@ def measure(folder: Path, name: str, seed: int, is_control: bool, overrides: lis
     if (run / MEASURED).exists():
         return
     shutil.rmtree(run, ignore_errors=True)
-    command = [sys.executable, "-m", "vlmrl", *SETTINGS, *GOALS[name], f"seed={seed}", f"hydra.run.dir={run}"]
+    chosen = [*SETTINGS, *GOALS[name], f"seed={seed}", f"hydra.run.dir={run}"]
     if is_control:
-        command += ["task.noise=true", *_steps_of(run_of(folder, name, seed, is_control=False))]
-    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-    process = subprocess.Popen([*command, *overrides], stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": path})
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{run.name} ended with {process.returncode}")
-    (run / MEASURED).write_text(json.dumps(used.ru_utime + used.ru_stime))
+        chosen += ["task.noise=true", *_steps_of(run_of(folder, name, seed, is_control=False))]
+    (run / MEASURED).write_text(json.dumps(processor_seconds([*chosen, *overrides], run.name)))
 
 
 def _steps_of(run: Path) -> list[str]:

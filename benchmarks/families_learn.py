@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,12 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from curves import Curve, draw
+from timed_command import REPOSITORY, processor_seconds
 
 from vlmrl.config.task import ColorCodewordConfig
 from vlmrl.record.metrics import EVAL_GREEDY, EVAL_SAMPLED, Record, read_metrics
 from vlmrl.tasks.color_codeword import ColorCodeword
 
-REPOSITORY = Path(__file__).parents[1]
 WEIGHT_STD = 0.08
 """`model.tiny.initializer_range`."""
 MEASURED = "measured.json"
@@ -147,16 +145,9 @@ def measure(folder: Path, name: str, seed: int, is_control: bool, overrides: lis
         checkpoint = folder / "checkpoints" / f"{name}_{seed}"
         build_checkpoint(model, checkpoint, seed)
         chosen = ["model=auto", f"model.name={checkpoint.absolute()}", "trainer=scratch"]
-    command = [sys.executable, "-m", "vlmrl", *SETTINGS, *chosen, f"seed={seed}", f"hydra.run.dir={run}", *overrides]
-    command += ["task.shuffle_images=true"] if is_control else []
-    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"PYTHONPATH": path}
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{run.name} ended with {process.returncode}")
-    (run / MEASURED).write_text(json.dumps(used.ru_utime + used.ru_stime))
+    chosen += [f"seed={seed}", f"hydra.run.dir={run}", *overrides]
+    chosen += ["task.shuffle_images=true"] if is_control else []
+    (run / MEASURED).write_text(json.dumps(processor_seconds([*SETTINGS, *chosen], run.name)))
 
 
 def report(folder: Path, curves: Path | None) -> None:

@@ -20,7 +20,7 @@ REHEARSAL_TIMEOUT_S = 500.0
 
 HELPERS = (
     *("family_cells.py", "family_export.py", "family_image.py", "family_runs.py", "family_task.py"),
-    *("curves.py", "large_family.py", "training_batches.py", "trl_side.py"),
+    *("curves.py", "large_family.py", "timed_command.py", "training_batches.py", "trl_side.py"),
 )
 """Files of benchmarks/ that others import or start."""
 
