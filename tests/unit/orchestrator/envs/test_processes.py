@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 from support.counted_envs import KINDS, counts
-from support.played_envs import config_of, counted, play, played, runner_of
+from support.lockstep import Policy
+from support.played_envs import answer, config_of, counted, play, played, runner_of
 from vlmrl import Image, ImportedTaskConfig, Message, Reply
 from vlmrl.errors import TaskError
 from vlmrl.orchestrator.envs import worker as worker_module
@@ -34,10 +35,12 @@ def env_processes(folder: Path, *kinds: str, workers: int = 2, **settings: Any) 
     return ProcessEnvs(config, counted(folder, *kinds), seed=0, logs=folder.with_name("logs"))
 
 
-def played_in(envs: ProcessEnvs, problems: Sequence[int], group_size: int = 1) -> list[Rollout]:
+def played_in(
+    envs: ProcessEnvs, problems: Sequence[int], group_size: int = 1, policy: Policy = answer
+) -> list[Rollout]:
     async def main() -> list[Group]:
         try:
-            return await played(runner_of(envs), problems, group_size)
+            return await played(runner_of(envs, policy), problems, group_size)
         finally:
             await envs.stop()
 
@@ -110,13 +113,7 @@ def test_a_process_that_dies_between_two_calls_costs_the_env_that_it_called_last
             worker._process.join()
         return "yes"
 
-    async def main() -> list[Group]:
-        try:
-            return await played(runner_of(envs, policy), [0, 0, 0], 1)
-        finally:
-            await envs.stop()
-
-    rollouts = [rollout for group in asyncio.run(main()) for rollout in group.rollouts]
+    rollouts = played_in(envs, [0, 0, 0], policy=policy)
     assert sorted(rollout.stop_reason.value for rollout in rollouts) == ["task_error", "terminated", "terminated"]
     (lost,) = (rollout for rollout in rollouts if rollout.stop_reason is StopReason.TASK_ERROR)
     assert str(lost.error).startswith("its worker process ended after its call, with SIGKILL")
@@ -168,13 +165,7 @@ def test_signals_to_every_process_leave_the_workers_and_their_server_alive(tmp_p
             time.sleep(0.2)  # time to die
         return "yes"
 
-    async def main() -> list[Group]:
-        try:
-            return await played(runner_of(envs, policy), [0, 0, 0], 1)
-        finally:
-            await envs.stop()
-
-    rollouts = [rollout for group in asyncio.run(main()) for rollout in group.rollouts]
+    rollouts = played_in(envs, [0, 0, 0], policy=policy)
     assert len(reached) == 3
     assert [(rollout.stop_reason.value, rollout.replayed) for rollout in rollouts] == [("terminated", 0)] * 3
 
