@@ -161,6 +161,16 @@ EXCHANGED = {
     "python -m vlmrl experiment=minigrid_tiny task.noise=true": (
         f"python -m vlmrl experiment=minigrid_tiny task.noise=true {LESS}"
     ),
+    "python -m vlmrl experiment=minigrid_tiny task.env_id=minigrid:MiniGrid-Empty-Random-6x6-v0 task.frame_size=96 "
+    "task.max_turns=12": (
+        "python -m vlmrl experiment=minigrid_tiny task.env_id=minigrid:MiniGrid-Empty-Random-6x6-v0 task.frame_size=96 "
+        f"task.max_turns=12 {LESS}"
+    ),
+    "python -m vlmrl experiment=minigrid_tiny trainer.warmup.demonstrations=correct "
+    "trainer.warmup.learning_rate=1.5e-3": (
+        "python -m vlmrl experiment=minigrid_tiny trainer.warmup.demonstrations=correct "
+        f"trainer.warmup.learning_rate=1.5e-3 {LESS}"
+    ),
     "python -m vlmrl experiment=frozenlake_tiny": f"python -m vlmrl experiment=frozenlake_tiny {LESS}",
     "python -m vlmrl algorithm=rloo seed=1": f"python -m vlmrl algorithm=rloo seed=1 {LESS}",
     "python -m vlmrl experiment=color_codeword_tiny task.max_turns=3 trainer.max_steps=600": (
