@@ -212,6 +212,7 @@ def restore(run: Run, mode: RunMode) -> None:
         run.saved = run.begun = run.progress
         if mode.continues_run(run.config):
             restore_position(run, state)
+            run.checkpoints.tidy(run.restored_step, state.best)
     if mode.continues_run(run.config):
         # Not earlier: an override that does not fit the checkpoint would stay in config.yaml.
         run.run_dir.write_config(run.config)

@@ -80,8 +80,7 @@ class Checkpoints:
         self.finish()
         partial = self._folder / f"partial_{step:06d}"
         try:
-            for left_behind in self._folder.glob("partial_*"):  # left by a process that was killed
-                _remove(left_behind)
+            self._remove_leftovers()
             partial.mkdir(parents=True)
             loop_state.write(partial / "loop.json")
             written = trainer.save(str(partial))
@@ -89,6 +88,22 @@ class Checkpoints:
             raise self._cannot_be_written(step, error) from error
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending = self._background.submit(self._complete, step, partial, written, loop_state.best)
+
+    def tidy(self, step: int, best: Best | None) -> None:
+        """Finish what a process that was killed had begun after its checkpoint was complete: delete checkpoints that
+        are half written, half deleted or beyond `keep`, and write best.json. The checkpoint of `step` stays.
+
+        A run that continues may have no further step to save, so this is not left to `save`. Raises `CheckpointError`
+        where a file cannot be written or deleted.
+        """
+        try:
+            self._remove_leftovers()
+            self._keep_newest(best, step)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._folder} cannot be changed, so the run stops, since it could not save a checkpoint either: "
+                f"{error}"
+            ) from error
 
     def check(self) -> None:
         """Raise `CheckpointError` if writing the current checkpoint has failed by now; return at once otherwise."""
@@ -117,16 +132,25 @@ class Checkpoints:
             partial.rename(self.path(step))
             if replaced is not None:
                 _remove(replaced)
-            if best is not None:
-                self._note_best(best)
-            for old in self.steps()[: -self._keep]:
-                if best is None or old != best.step:
-                    _remove(self._set_aside(old))
+            self._keep_newest(best, step)
         except (OSError, SafetensorError) as error:
             raise self._cannot_be_written(step, error) from error
         except CheckpointException as error:
             of_a_rank, _ = next(iter(error.failures.values()))
             raise self._cannot_be_written(step, of_a_rank) from error
+
+    def _remove_leftovers(self) -> None:
+        """Delete what processes that were killed left under a temporary name."""
+        for left_behind in self._folder.glob("partial_*"):
+            _remove(left_behind)
+
+    def _keep_newest(self, best: Best | None, step: int) -> None:
+        """Delete checkpoints beyond `keep`, except the best one and the one of `step`."""
+        if best is not None:
+            self._note_best(best)
+        for old in self.steps()[: -self._keep]:
+            if old != step and (best is None or old != best.step):
+                _remove(self._set_aside(old))
 
     def _note_best(self, best: Best) -> None:
         """Write best.json where it does not say this yet, before any older checkpoint is deleted."""

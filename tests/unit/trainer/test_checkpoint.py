@@ -17,7 +17,7 @@ from support.checkpoints import FILES, MODEL, OPTIMIZER, Learner, refuse_warning
 from vlmrl.errors import CheckpointError, NonFiniteLossError
 from vlmrl.trainer.checkpoint import Checkpoints
 from vlmrl.trainer.checkpoint_files import stored_tensors
-from vlmrl.trainer.loop_state import Cursor, LoopState
+from vlmrl.trainer.loop_state import Best, Cursor, LoopState
 
 # ── what comes back ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -260,6 +260,33 @@ def test_killed_at_any_moment(step: int, tmp_path: Path) -> None:
             break
     assert {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"} <= set(KILLER.seen)
     assert operations > 10
+
+
+def test_killed_after_the_last_checkpoint_was_complete(tmp_path: Path) -> None:
+    """A run that was killed at its end has nothing left to save when it continues; `tidy` finishes what was begun."""
+    best, ended = Best("reward/mean", 1, 0.5), 0
+    for operations in range(100):
+        folder = tmp_path / str(operations)
+        checkpoints = saved(folder, 1, 2, 3, keep=2)
+        try:
+            with KILLER.after(operations):
+                save(checkpoints, 4, Learner(), LoopState(best=Best("reward/mean", 4, 0.75)))
+        except (Killed, CheckpointError):
+            if 4 in checkpoints.steps():
+                ended += 1
+                checkpoints.tidy(4, Best("reward/mean", 4, 0.75))
+                assert checkpoints.steps() == [3, 4]
+                assert sorted(path.name for path in folder.iterdir()) == ["best.json", "step_000003", "step_000004"]
+                assert json.loads((folder / "best.json").read_bytes())["step"] == 4
+            else:
+                checkpoints.tidy(3, None)
+                assert sorted(path.name for path in folder.iterdir()) == ["step_000002", "step_000003"]
+        else:
+            break
+    assert ended >= 3, "before best.json, and before, amid and after an old one is deleted"
+    kept = saved(tmp_path / "kept", 1, 2, 3, 4, keep=4)
+    Checkpoints(tmp_path / "kept", 1).tidy(2, best)
+    assert kept.steps() == [1, 2, 4], "the best one, the one that the run continues from, the newest"
 
 
 def checked(checkpoints: Checkpoints) -> None:
