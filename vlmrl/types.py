@@ -284,9 +284,10 @@ class InferenceEngine(Protocol):
         """Stop the engine and every process that it started. May be called twice."""
         ...
 
-    def session(self, rollout_id: str) -> EngineSession:
-        """Open the session of a rollout. An engine may wait with a batch until every open session has sent a request
-        or closed."""
+    def session(self, rollout_id: str, *, is_awaited: bool = True) -> EngineSession:
+        """Open the session of a rollout. An engine may wait with a batch until every awaited open session has sent a
+        request or closed. A session whose requests come from a foreign program is not awaited, because the program may
+        take any time between two requests; its requests may overlap."""
         ...
 
     def metrics(self) -> dict[str, float]:

@@ -87,8 +87,8 @@ class TamperingEngine:
     async def stop(self) -> None:
         await self._engine.stop()
 
-    def session(self, rollout_id: str) -> TamperingSession:
-        return TamperingSession(self, self._engine.session(rollout_id))
+    def session(self, rollout_id: str, *, is_awaited: bool = True) -> TamperingSession:
+        return TamperingSession(self, self._engine.session(rollout_id, is_awaited=is_awaited))
 
     def metrics(self) -> dict[str, float]:
         return self._engine.metrics()

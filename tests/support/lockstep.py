@@ -128,7 +128,7 @@ class LockstepEngine:
     def metrics(self) -> dict[str, float]:
         return {}
 
-    def session(self, rollout_id: str) -> EngineSession:
+    def session(self, rollout_id: str, *, is_awaited: bool = True) -> EngineSession:
         assert rollout_id not in self.open
         self.open.append(rollout_id)
         return LockstepSession(self, rollout_id)

@@ -1,6 +1,6 @@
 """`inference=embedded`: the policy generates in the trainer's own process, from the trainer's own weights.
 
-    sessions ──▶ wait until every open session has a pending request ──▶ one batch:
+    sessions ──▶ wait until every awaited session has a pending request ──▶ one batch:
         prefill   (prefill.py)    the new tokens of all distinct prompts, as one prefix tree over the KV cache
         decode    (decoding.py)   one row per distinct continuation: requests that sampled the same tokens so far
                                   share a row
@@ -12,6 +12,11 @@ Sampling (sampling.py) takes one uniform number per token from the request's own
 on the other requests of the batch. A batch is formed from the open sessions, never after a time limit. So runs repeat
 bit for bit.
 
+Sessions of foreign programs are not awaited (`session(…, is_awaited=False)`): a program may take any time between two
+requests, and waiting for all of them would never end where two wait for each other. While some of them have no request,
+a batch starts once no request has come for a short time (quiet.py), so that programs that were answered together come
+back together.
+
 This is the reference engine for tests, and the default engine because it needs only torch. Left out on purpose:
 preemption, chunked prefill, and a limit on the size of the KV cache.
 """
@@ -19,6 +24,7 @@ preemption, chunked prefill, and a limit on the size of the KV cache.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +33,7 @@ from torch import Tensor
 
 from vlmrl.errors import EngineError
 from vlmrl.inference.embedded.generator import Generator
+from vlmrl.inference.embedded.quiet import QuietTime
 from vlmrl.inference.embedded.requests import Request, SessionCache
 from vlmrl.models.attention.prefix_tree import sort_key
 from vlmrl.models.lora import merged
@@ -34,10 +41,15 @@ from vlmrl.models.policy import Policy
 from vlmrl.types import Completion, Prompt, SamplingParams
 
 
+CACHE_PER_SESSION = 4
+"""Slots of the KV cache per session that is not awaited, in units of `max_model_len`: room for some branches."""
+
+
 @dataclass(eq=False)
 class _Pending:
     """A request that waits for its batch, and the future that gets its completion."""
 
+    session: EmbeddedSession
     request: Request
     future: asyncio.Future[Completion]
 
@@ -45,8 +57,9 @@ class _Pending:
 class EmbeddedSession:
     """One rollout's session; implements `vlmrl.types.EngineSession`."""
 
-    def __init__(self, engine: EmbeddedEngine) -> None:
+    def __init__(self, engine: EmbeddedEngine, is_awaited: bool) -> None:
         self._engine = engine
+        self.is_awaited = is_awaited
         self.cache = SessionCache()
 
     async def __aenter__(self) -> EmbeddedSession:
@@ -74,6 +87,7 @@ class EmbeddedEngine:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="embedded-engine")
         self._generator = Generator(policy)
         self._running = False
+        self._quiet = QuietTime(self._run)
 
     async def start(self) -> None:
         """Do nothing: the policy is in this process already."""
@@ -82,9 +96,9 @@ class EmbeddedEngine:
         """Wait for the batch in progress, if any. May be called twice."""
         self._executor.shutdown(wait=True)
 
-    def session(self, rollout_id: str) -> EmbeddedSession:
-        """Open a session. The next batch waits until it has a pending request or is closed."""
-        session = EmbeddedSession(self)
+    def session(self, rollout_id: str, *, is_awaited: bool = True) -> EmbeddedSession:
+        """Open a session. If it is awaited, the next batch waits until it has a pending request or is closed."""
+        session = EmbeddedSession(self, is_awaited)
         self._sessions.add(session)
         return session
 
@@ -120,29 +134,43 @@ class EmbeddedEngine:
                 f"inference.max_model_len={self._max_model_len}"
             )
         future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
-        self._pending.append(_Pending(Request(prompt, sampling, session.cache), future))
+        self._pending.append(_Pending(session, Request(prompt, sampling, session.cache), future))
         self._maybe_run()
         return await future
 
     def _maybe_run(self) -> None:
-        """Start a batch if none is running and every open session has a pending request."""
-        if self._running or len(self._pending) < len(self._sessions):
+        """Start a batch if none is running and every awaited session has a pending request: at once where the other
+        sessions have one, too, else after a quiet time."""
+        self._forget_cancelled()
+        asking = {pending.session for pending in self._pending}
+        silent = self._sessions - asking
+        if self._running or not asking or any(session.is_awaited for session in silent):
+            self._quiet.stop()
+        elif silent:
+            self._quiet.begin()
+        else:
+            self._run()
+
+    def _run(self) -> None:
+        """Start a batch of the pending requests."""
+        self._quiet.stop()
+        self._forget_cancelled()
+        if not self._pending:
             return
-        # The request of a cancelled rollout must not count for a session that has not sent its request yet.
-        self._pending = [pending for pending in self._pending if not pending.future.done()]
-        if not self._pending or len(self._pending) < len(self._sessions):
-            return
+        self._bound_cache()
         # Sort by content: the order of arrival depends on threads, and the order of rows changes the last bit.
         batch, self._pending = self._pending, []
         batch.sort(key=lambda p: (sort_key(p.request.prompt.token_ids), p.request.sampling.seed))
         self._running = True
         requests = [pending.request for pending in batch]
+        started = time.monotonic()
         task = asyncio.get_running_loop().run_in_executor(
             self._executor, self._generator.run, requests, self._version()
         )
 
         def deliver(done: asyncio.Future[list[Completion]]) -> None:
             self._running = False
+            self._quiet.note_batch(time.monotonic() - started)
             error = done.exception()
             for i, pending in enumerate(batch):
                 if pending.future.done():
@@ -155,3 +183,16 @@ class EmbeddedEngine:
             self._maybe_run()
 
         task.add_done_callback(deliver)
+
+    def _forget_cancelled(self) -> None:
+        """Drop requests of cancelled rollouts: they must not count for a session that has not sent its request yet."""
+        self._pending = [pending for pending in self._pending if not pending.future.done()]
+
+    def _bound_cache(self) -> None:
+        """Clear the KV cache where sessions that are not awaited have filled it: a server of foreign programs may never
+        be without an open session."""
+        limit = CACHE_PER_SESSION * self._max_model_len * len(self._sessions)
+        if self._generator.cached_slots > limit and not any(session.is_awaited for session in self._sessions):
+            self._generator.clear_cache()
+            for session in self._sessions:
+                session.cache.last_turn = None

@@ -26,6 +26,11 @@ class Generator:
         counters, self._counters = self._counters, dict.fromkeys(self._counters, 0.0)
         return counters
 
+    @property
+    def cached_slots(self) -> int:
+        """Slots of the KV cache that are in use."""
+        return self._model.kv_cache.used
+
     def clear_cache(self) -> None:
         """Have the next batch start with empty caches."""
         self._model.clear()

@@ -14,6 +14,11 @@ class KVCache:
         self.pool = KVPool(0)
         self._used = 0
 
+    @property
+    def used(self) -> int:
+        """Slots that were handed out."""
+        return self._used
+
     def clear(self) -> None:
         """Reuse all slots from the first one on."""
         self._used = 0

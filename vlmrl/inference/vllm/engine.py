@@ -180,7 +180,7 @@ class VllmEngine:
         await asyncio.gather(*(client.close() for client in self._retired))
         self._retired.clear()
 
-    def session(self, rollout_id: str) -> VllmSession:
+    def session(self, rollout_id: str, *, is_awaited: bool = True) -> VllmSession:
         """Open a session. Its first request chooses a replica."""
         return VllmSession(self, rollout_id)
 

@@ -99,8 +99,8 @@ class WatchedEngine:
     async def stop(self) -> None:
         """Do nothing: the run stops the engine."""
 
-    def session(self, rollout_id: str) -> _WatchedSession:
-        return _WatchedSession(self._engine.session(rollout_id), self.requests)
+    def session(self, rollout_id: str, *, is_awaited: bool = True) -> _WatchedSession:
+        return _WatchedSession(self._engine.session(rollout_id, is_awaited=is_awaited), self.requests)
 
     def metrics(self) -> dict[str, float]:
         return self._engine.metrics()
@@ -141,7 +141,7 @@ class ScriptedEngine:
     async def stop(self) -> None:
         """Do nothing."""
 
-    def session(self, rollout_id: str) -> ScriptedEngine:
+    def session(self, rollout_id: str, *, is_awaited: bool = True) -> ScriptedEngine:
         return self
 
     async def __aenter__(self) -> ScriptedEngine:

@@ -39,7 +39,7 @@ class PlayerEngine:
     async def stop(self) -> None:
         """There is nothing to stop."""
 
-    def session(self, rollout_id: str) -> PlayerSession:
+    def session(self, rollout_id: str, *, is_awaited: bool = True) -> PlayerSession:
         return PlayerSession(self)
 
     def metrics(self) -> dict[str, float]:

@@ -406,6 +406,86 @@ def test_a_batch_waits_until_every_open_session_has_a_request_or_is_closed(polic
     asyncio.run(main())
 
 
+def test_sessions_of_programs_do_not_wait_for_each_other(policy: Policy) -> None:
+    """Two programs that play in turns: each sends its next request only after the other's answer."""
+
+    async def main() -> None:
+        engine = engine_of(policy)
+        async with engine.session("a", is_awaited=False) as a, engine.session("b", is_awaited=False) as b:
+            for seed in range(3):
+                assert len((await a.generate(FIRST, params(seed))).token_ids)
+                assert len((await b.generate(FIRST, params(seed))).token_ids)
+
+    asyncio.run(main())
+
+
+def test_programs_that_ask_together_share_a_batch(policy: Policy) -> None:
+    async def main() -> None:
+        engine = engine_of(policy)
+        sessions = [engine.session(name, is_awaited=False) for name in "abcd"]
+        engine.session("e", is_awaited=False)
+        asking = []
+        for session in sessions[:3]:
+            asking.append(asyncio.create_task(session.generate(FIRST, params(1))))
+            await settle()
+        assert not any(each.done() for each in asking), "the quiet time is not over"
+        await asyncio.gather(*asking)
+        assert engine.metrics()["inference/rows_prefill"] == len(FIRST.token_ids)
+
+    asyncio.run(main())
+
+
+def test_requests_of_one_program_may_overlap(policy: Policy) -> None:
+    async def main() -> None:
+        engine = engine_of(policy)
+        async with engine.session("a", is_awaited=False) as session:
+            both = await asyncio.gather(*(session.generate(FIRST, params(seed)) for seed in (1, 2)))
+            alone = [await session.generate(FIRST, params(seed)) for seed in (1, 2)]
+            assert [each.token_ids.tolist() for each in both] == [each.token_ids.tolist() for each in alone]
+
+    asyncio.run(main())
+
+
+def test_a_program_waits_for_a_session_that_is_awaited(policy: Policy) -> None:
+    async def main() -> None:
+        engine = engine_of(policy)
+        task, program = engine.session("a"), engine.session("b", is_awaited=False)
+        asking = asyncio.create_task(program.generate(FIRST, params(1)))
+        await asyncio.sleep(0.1)  # far longer than the first quiet time
+        assert not asking.done()
+        await asyncio.gather(asking, task.generate(FIRST, params(2)))
+
+    asyncio.run(main())
+
+
+def test_the_kv_cache_of_programs_is_bounded(policy: Policy) -> None:
+    """A server of foreign programs may never be without an open session."""
+
+    async def main() -> tuple[list[list[int]], int]:
+        engine = EmbeddedEngine(policy, lambda: 0, max_model_len=30)
+        engine.session("idle", is_awaited=False)
+        said, most = [], 0
+        async with engine.session("a", is_awaited=False) as session:
+            for seed in range(60):
+                asked = prompt([seed, 1, 2, 3, 4, 5, 6, 7])
+                completion = await session.generate(asked, params(seed))
+                more = await session.generate(extended(asked, completion.token_ids, [8, 9]), params(seed))
+                said.append([*completion.token_ids.tolist(), *more.token_ids.tolist()])
+                most = max(most, engine._generator.cached_slots)
+        return said, most
+
+    async def fresh(seed: int) -> list[int]:
+        asked = prompt([seed, 1, 2, 3, 4, 5, 6, 7])
+        async with engine_of(policy).session("a") as session:
+            completion = await session.generate(asked, params(seed))
+            more = await session.generate(extended(asked, completion.token_ids, [8, 9]), params(seed))
+        return [*completion.token_ids.tolist(), *more.token_ids.tolist()]
+
+    said, most = asyncio.run(main())
+    assert most <= 4 * 30 * 2 + 30
+    assert said == [asyncio.run(fresh(seed)) for seed in range(60)]
+
+
 def test_a_cancelled_request_neither_stalls_the_batch_nor_joins_it(policy: Policy) -> None:
     async def main() -> None:
         engine = engine_of(policy)
