@@ -9,7 +9,7 @@ where it does not apply. Letters: L tokens of a sample, P tokens of a prompt, C 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -51,11 +51,67 @@ Part: TypeAlias = Text | Image
 
 
 @dataclass(frozen=True)
+class ToolSpec:
+    """A tool that a policy may call, as the prompt describes it."""
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any] = field(hash=False)
+    """The JSON schema of the arguments: `{"type": "object", "properties": {…}, "required": […]}`."""
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """One call of a tool, parsed from an answer.
+
+    >>> ToolCall("zoom", {"image": 1, "box": [0, 0, 8, 8]}).name
+    'zoom'
+    """
+
+    name: str
+    arguments: Mapping[str, Any] = field(hash=False)
+    """The arguments by name: a JSON object."""
+    id: str = ""
+    """Names the call where a chat format or a client does; empty elsewhere."""
+
+
+@dataclass(frozen=True)
+class BrokenCall:
+    """A tool call that an answer began and that cannot be read."""
+
+    text: str
+    """What the policy wrote."""
+    reason: str
+    """What is wrong with it, as the end of a sentence: `is not valid JSON`."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A completion in its parts: what it says, its reasoning, and the tools that it calls."""
+
+    text: str
+    """The text outside of reasoning and tool calls."""
+    reasoning: str = ""
+    """The text inside of the family's reasoning tags; empty where there is none."""
+    calls: tuple[ToolCall, ...] = ()
+    broken: tuple[BrokenCall, ...] = ()
+
+
+@dataclass(frozen=True)
 class Message:
     """One message of a conversation. `content` keeps the order of text and images."""
 
     role: Literal["system", "user", "assistant", "tool"]
     content: tuple[Part, ...]
+    tool_calls: tuple[ToolCall, ...] = ()
+    """Calls of an assistant message, which the chat format writes behind its text. Empty where `content` holds the
+    text of the calls, as the messages of a rollout do: what a policy wrote is never written in another way."""
+    tool_call_id: str = ""
+    """The `ToolCall.id` that a tool message replies to."""
+    name: str = ""
+    """The tool whose result a tool message holds."""
+    reasoning: str = ""
+    """Reasoning of an assistant message, which some chat formats write before its text."""
 
     @staticmethod
     def of(role: Literal["system", "user", "assistant", "tool"], *parts: Part | str) -> Message:
@@ -410,6 +466,8 @@ class Turn:
     starts_over: bool = False
     """Whether the env replaced the conversation before it (`Reply.history`). Then a new branch begins, and `messages`
     is all of its prompt."""
+    tools: tuple[ToolSpec, ...] = ()
+    """The tools that its prompt describes."""
 
     def __repr__(self) -> str:
         return f"Turn({self.prompt}, {self.completion}, reward={self.reward})"

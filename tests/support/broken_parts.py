@@ -18,6 +18,7 @@ from vlmrl.models.policy import Policy
 from vlmrl.rendering.renderer import Renderer
 from vlmrl.runs.build import Run
 from vlmrl.types import (
+    Answer,
     BoolArray,
     Completion,
     EngineSession,
@@ -28,6 +29,7 @@ from vlmrl.types import (
     Message,
     Prompt,
     SamplingParams,
+    ToolSpec,
     WeightComparison,
 )
 
@@ -153,14 +155,19 @@ class TamperingRenderer:
     def image_token_ids(self) -> frozenset[int]:
         return self._renderer.image_token_ids
 
-    async def first_turn(self, messages: Sequence[Message]) -> Prompt:
-        return self._changed(await self._renderer.first_turn(self._messages(messages)))
+    async def first_turn(self, messages: Sequence[Message], tools: Sequence[ToolSpec] = ()) -> Prompt:
+        return self._changed(await self._renderer.first_turn(self._messages(messages), tools))
 
     async def next_turn(
-        self, previous: Prompt, completion_ids: IntArray, history: Sequence[Message], new_messages: Sequence[Message]
+        self,
+        previous: Prompt,
+        completion_ids: IntArray,
+        history: Sequence[Message],
+        new_messages: Sequence[Message],
+        tools: Sequence[ToolSpec] = (),
     ) -> tuple[Prompt, bool]:
         _, original = self._original[id(previous)]
-        prompt, bridged = await self._renderer.next_turn(original, completion_ids, history, new_messages)
+        prompt, bridged = await self._renderer.next_turn(original, completion_ids, history, new_messages, tools)
         return self._changed(prompt), bridged
 
     def _changed(self, prompt: Prompt) -> Prompt:
@@ -174,8 +181,16 @@ class TamperingRenderer:
     def decode(self, completion_ids: IntArray) -> str:
         return self._renderer.decode(completion_ids)
 
-    def render_conversation(self, messages: Sequence[Message], given: int = 0) -> tuple[Prompt, BoolArray]:
-        return self._renderer.render_conversation(messages, given)
+    def parse(self, completion_ids: IntArray, tools: Sequence[ToolSpec] = (), prompt: Prompt | None = None) -> Answer:
+        return self._renderer.parse(completion_ids, tools, prompt)
+
+    def check_tools(self) -> None:
+        self._renderer.check_tools()
+
+    def render_conversation(
+        self, messages: Sequence[Message], given: int = 0, tools: Sequence[ToolSpec] = ()
+    ) -> tuple[Prompt, BoolArray]:
+        return self._renderer.render_conversation(messages, given, tools)
 
 
 def shifted(prompt: Prompt) -> Prompt:

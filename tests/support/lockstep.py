@@ -18,6 +18,7 @@ import numpy as np
 from vlmrl.errors import EngineError
 from vlmrl.rendering.images import ImageError, decode, image_hash
 from vlmrl.types import (
+    Answer,
     BoolArray,
     Completion,
     EngineSession,
@@ -29,6 +30,7 @@ from vlmrl.types import (
     Prompt,
     SamplingParams,
     Text,
+    ToolSpec,
 )
 
 IMAGE, END = ord("#"), ord("$")
@@ -46,11 +48,16 @@ class CharRenderer:
         self.bridges = bridges
         self.histories: list[list[Message]] = []
 
-    async def first_turn(self, messages: Sequence[Message]) -> Prompt:
+    async def first_turn(self, messages: Sequence[Message], tools: Sequence[ToolSpec] = ()) -> Prompt:
         return self._append(Prompt(np.zeros(0, np.int64), (), ()), messages)
 
     async def next_turn(
-        self, previous: Prompt, completion_ids: IntArray, history: Sequence[Message], new_messages: Sequence[Message]
+        self,
+        previous: Prompt,
+        completion_ids: IntArray,
+        history: Sequence[Message],
+        new_messages: Sequence[Message],
+        tools: Sequence[ToolSpec] = (),
     ) -> tuple[Prompt, bool]:
         self.histories.append(list(history))
         if not self.bridges:
@@ -64,7 +71,15 @@ class CharRenderer:
     def decode(self, completion_ids: IntArray) -> str:
         return "".join(chr(i) for i in completion_ids if i != END)
 
-    def render_conversation(self, messages: Sequence[Message], given: int = 0) -> tuple[Prompt, BoolArray]:
+    def parse(self, completion_ids: IntArray, tools: Sequence[ToolSpec] = (), prompt: Prompt | None = None) -> Answer:
+        return Answer(self.decode(completion_ids))
+
+    def check_tools(self) -> None:
+        """Every tool can be used."""
+
+    def render_conversation(
+        self, messages: Sequence[Message], given: int = 0, tools: Sequence[ToolSpec] = ()
+    ) -> tuple[Prompt, BoolArray]:
         raise AssertionError("rollouts do not render demonstrations")
 
     def _append(self, prompt: Prompt, messages: Sequence[Message]) -> Prompt:

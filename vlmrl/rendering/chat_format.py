@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from vlmrl.types import ImageItem, IntArray, Message, Placeholder, Prompt
+from vlmrl.types import Answer, ImageItem, IntArray, Message, Placeholder, Prompt, ToolSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,9 +73,20 @@ class ChatFormat(Protocol):
         """The tokens of a text; control tokens and placeholders that it spells are text."""
         ...
 
-    def render(self, messages: Sequence[Message], items: tuple[ImageItem, ...], generate: bool) -> Rendered:
-        """A conversation; with `generate` it ends where the policy is to answer. Raises `UserFault` and
-        `ContractError`."""
+    def render(
+        self,
+        messages: Sequence[Message],
+        items: tuple[ImageItem, ...],
+        generate: bool,
+        tools: Sequence[ToolSpec] = (),
+    ) -> Rendered:
+        """A conversation; with `generate` it ends where the policy is to answer. `tools` are described as the family
+        does it. Raises `UserFault` and `ContractError`."""
+        ...
+
+    def parse(self, completion_ids: IntArray, tools: Sequence[ToolSpec], prompt: Prompt | None) -> Answer:
+        """The parts of a completion. `prompt` is the one that it was sampled for, where that is known: it tells whether
+        the completion begins inside of reasoning. Raises nothing for what a policy samples."""
         ...
 
     def bridge(
@@ -85,6 +96,7 @@ class ChatFormat(Protocol):
         history: Sequence[Message],
         new_messages: Sequence[Message],
         new_items: tuple[ImageItem, ...],
+        tools: Sequence[ToolSpec] = (),
     ) -> Rendered | None:
         """What comes after `previous` and the completion; None where the format does not allow to extend them.
         `history` is everything before `new_messages`, the answer included. Raises `UserFault` and `ContractError`."""

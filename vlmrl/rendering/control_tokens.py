@@ -18,10 +18,12 @@ import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
-from vlmrl.types import ContractError, Message, Part, Text
+from vlmrl.rendering.tool_calls import map_message, map_tool, texts_beside
+from vlmrl.types import ContractError, Message, Part, Text, ToolSpec
 
 MARK = "\ufdd0"
 """Stands before a control token that is text. Unicode reserves this code point for use inside a program; a text that
@@ -47,25 +49,47 @@ class ControlTokens:
 
     def mark(self, messages: Sequence[Message]) -> tuple[list[Message], bool]:
         """The messages with marks, and whether a text spells a control token."""
-        texts = ["".join(_texts(message)) for message in messages]
+        texts = [*("".join(_texts(message)) for message in messages), *texts_beside(messages)]
         spelled = any(self._marked.search(text) for text in texts)
         if not spelled and not any(MARK in text for text in texts):
             return list(messages), False
-        return [Message(message.role, self._mark_parts(message.content)) for message in messages], spelled
+        return [
+            map_message(replace(message, content=self._mark_parts(message.content)), self._mark_text)
+            for message in messages
+        ], spelled
+
+    def mark_tools(self, tools: Sequence[ToolSpec]) -> tuple[tuple[ToolSpec, ...], bool]:
+        """The tools with marks, and whether one of their texts spells a control token."""
+        texts = texts_beside((), tools)
+        spelled = any(self._marked.search(text) for text in texts)
+        return tuple(map_tool(tool, self._mark_text) for tool in tools), spelled
 
     def without(self, messages: Iterable[Message]) -> list[Message]:
         """The messages with another word in place of each control token that they spell, to count the others."""
         return [
-            Message(
-                message.role,
-                tuple(
-                    part
-                    for is_text, run in groupby(message.content, lambda part: isinstance(part, Text))
-                    for part in ([Text(self._marked.sub("x", "".join(_texts(run))))] if is_text else run)
+            map_message(
+                replace(
+                    message,
+                    content=tuple(
+                        part
+                        for is_text, run in groupby(message.content, lambda part: isinstance(part, Text))
+                        for part in ([Text(self._without_text("".join(_texts(run))))] if is_text else run)
+                    ),
                 ),
+                self._without_text,
             )
             for message in messages
         ]
+
+    def tools_without(self, tools: Iterable[ToolSpec]) -> tuple[ToolSpec, ...]:
+        """The tools with another word in place of each control token that they spell."""
+        return tuple(map_tool(tool, self._without_text) for tool in tools)
+
+    def _without_text(self, text: str) -> str:
+        return self._marked.sub("x", text)
+
+    def _mark_text(self, text: str) -> str:
+        return "".join(part.text for part in self._mark_parts((Text(text),)) if isinstance(part, Text))
 
     def _mark_parts(self, parts: tuple[Part, ...]) -> tuple[Part, ...]:
         """A control token may be spelled by several texts in a row, so the marks are found in the whole of them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -20,7 +20,10 @@ class MemoTokenizer:
     which takes longer than the rest of a render.
     """
 
-    def __init__(self, tokenizer: Any, control: ControlTokens | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, control: ControlTokens | None = None, call_tokens: Collection[int] = frozenset()
+    ) -> None:
+        """`call_tokens`: special tokens of tool calls, which are part of an answer's text."""
         self.name_or_path: str = tokenizer.name_or_path
         self.unk_token_id: int | None = tokenizer.unk_token_id
         self.eos_token_id: int | None = tokenizer.eos_token_id
@@ -43,6 +46,8 @@ class MemoTokenizer:
             return text
 
         self._encode, self._decode = encode, decode
+        self._call_tokens = frozenset(call_tokens)
+        self._left_out = frozenset(tokenizer.all_special_ids).difference(call_tokens) if call_tokens else frozenset()
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return list(self._encode(text, add_special_tokens))
@@ -51,5 +56,7 @@ class MemoTokenizer:
         return self._decode(tuple(token_ids), skip_special_tokens)
 
     def text(self, token_ids: tuple[int, ...]) -> str:
-        """The text of token ids, without special tokens."""
+        """The text of token ids, without special tokens, but with those of tool calls."""
+        if self._call_tokens.intersection(token_ids):
+            return self._decode(tuple(id for id in token_ids if id not in self._left_out), False)
         return self._decode(token_ids, True)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 
 from vlmrl.caches.lru import ByteLRU
-from vlmrl.types import ContractError, Image, Message, Part, Text
+from vlmrl.types import ContractError, Image, Message, Part, Text, ToolCall
 
 STRUCTURES_BYTES = 4 << 20
 """Structures of conversations that are remembered: roles and kinds of parts."""
 
 
 class MessageCheck:
-    """Whether a message is in the tokens depends on roles and kinds of parts only, so a conversation with a word of its
-    own in each text is rendered once per structure. What a chat format strips from an assistant message (earlier
-    thinking) is not looked for."""
+    """Whether a message is in the tokens depends on roles, kinds of parts and numbers of tool calls only, so a
+    conversation with a word of its own in each text and in each tool call is rendered once per structure. What a chat
+    format strips from an assistant message (earlier thinking) is not looked for."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -38,8 +39,11 @@ class MessageCheck:
 
 
 def structure(messages: Sequence[Message]) -> tuple[Hashable, ...]:
-    """Roles and kinds of parts."""
-    return tuple((m.role, *(isinstance(part, Text) for part in m.content)) for m in messages)
+    """Roles, kinds of parts, and what a message has besides its parts."""
+    return tuple(
+        (m.role, len(m.tool_calls), bool(m.reasoning), bool(m.name), *(isinstance(part, Text) for part in m.content))
+        for m in messages
+    )
 
 
 def num_bytes(messages: Sequence[Message]) -> int:
@@ -48,18 +52,19 @@ def num_bytes(messages: Sequence[Message]) -> int:
 
 
 def words_of(messages: Sequence[Message]) -> tuple[list[list[str]], list[Message]]:
-    """(The words of each message, the same conversation with a word in place of each text)."""
+    """(The words of each message, the same conversation with a word in place of each text and of each tool call)."""
     words: list[list[str]] = []
     probe = []
     for message in messages:
         of_message: list[str] = []
-        parts: list[Part] = []
-        for part in message.content or (Text(""),):
-            if isinstance(part, Image):
-                parts.append(part)
-                continue
+
+        def word(of_message: list[str] = of_message) -> str:
             of_message.append(f"w{sum(map(len, words)) + len(of_message):05d}w")
-            parts.append(Text(of_message[-1]))
+            return of_message[-1]
+
+        content = message.content if message.content or message.tool_calls else (Text(""),)
+        parts: list[Part] = [part if isinstance(part, Image) else Text(word()) for part in content]
+        calls = tuple(ToolCall(word(), {word(): word()}, call.id) for call in message.tool_calls)
         words.append(of_message)
-        probe.append(Message(message.role, tuple(parts)))
+        probe.append(replace(message, content=tuple(parts), tool_calls=calls))
     return words, probe

@@ -7,13 +7,14 @@ processes pixels, and nothing in the package is patched.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
 from PIL import Image as PILImage
 
-from vlmrl.types import Image, ImageItem, Message, Prompt, Text
+from vlmrl.rendering.tool_calls import fields_key, message_fields, tools_key
+from vlmrl.types import Image, ImageItem, Message, Prompt, Text, ToolSpec
 
 
 def images_of(messages: Iterable[Message]) -> list[Image]:
@@ -21,14 +22,19 @@ def images_of(messages: Iterable[Message]) -> list[Image]:
     return [part for message in messages for part in message.content if isinstance(part, Image)]
 
 
-def content_key(messages: Iterable[Message], items: Iterable[ImageItem]) -> Hashable:
-    """A key that is equal for equal roles, texts and pixels. `items` are the processed images of the messages.
+def content_key(messages: Iterable[Message], items: Iterable[ImageItem], tools: Sequence[ToolSpec] = ()) -> Hashable:
+    """A key that is equal for equal roles, texts, pixels, tool calls and tools. `items` are the processed images of the
+    messages.
 
     A text stands for itself, an image is the 1-tuple of its hash.
     """
     hashes = iter([(item.hash,) for item in items])
-    return tuple(
-        (message.role, tuple(part.text if isinstance(part, Text) else next(hashes) for part in message.content))
+    return tools_key(tools), tuple(
+        (
+            message.role,
+            tuple(part.text if isinstance(part, Text) else next(hashes) for part in message.content),
+            fields_key(message),
+        )
         for message in messages
     )
 
@@ -47,7 +53,7 @@ def to_package(messages: Iterable[Message], items: Iterable[ImageItem]) -> list[
         ]
         if all(isinstance(part, Text) for part in message.content):
             content = "".join(part["text"] for part in content if isinstance(part, dict))
-        converted.append({"role": message.role, "content": content})
+        converted.append({"role": message.role, "content": content, **message_fields(message)})
     return converted
 
 

@@ -20,6 +20,10 @@ class OwnRenderer(Protocol):
     """What a renderer of the user's own has. Messages are `{"role", "content"}`; `content` is a text, or a list of
     `{"type": "text", "text"}` and `{"type": "image", "image"}`.
 
+    For tools (`tool=`) it also has `parse_response(token_ids, *, tools, prompt_ids=None)`, which returns a
+    `renderers.ParsedResponse`, and `render` and `bridge_to_next_turn` take `tools=[{"type": "function", …}]`; messages
+    may then have `tool_calls`, `tool_call_id`, `name` and `reasoning_content`.
+
     `render` and `bridge_to_next_turn` return `renderers.RenderedTokens`: `token_ids`, `sampled_mask` and
     `message_indices` by token (empty where they are not known), and for images `multi_modal_data` with placeholders and
     what `processor(images=[image], return_tensors="np")` returned for each image, unchanged.

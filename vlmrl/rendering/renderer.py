@@ -18,7 +18,10 @@ The `renderers` package knows the token grammar of each model family. The module
     renderer.py         memoized renders (sibling rollouts share prompts), the contract between tokens and pixels
                         asserted on every prompt, and the tokens that may not be sampled
 
-Left out on purpose: tool specifications and tool calls as structure (they are text here), video.
+    tool_calls.py       tools and calls between our records and the chat formats'
+    tool_check.py       whether a chat format can be used with tools; template/call_grammar.py reads a template's calls
+
+Left out on purpose: video.
 """
 
 from __future__ import annotations
@@ -42,7 +45,9 @@ from vlmrl.rendering.messages import content_key, images_of
 from vlmrl.rendering.processors import PlaceholderTokens, ProcessedSize, ProcessImage, untold_size
 from vlmrl.rendering.template.image_text import ProcessWithText
 from vlmrl.rendering.template.template_format import TemplateFormat
+from vlmrl.rendering.tool_check import tool_problem
 from vlmrl.types import (
+    Answer,
     BoolArray,
     ContractError,
     Image,
@@ -51,6 +56,7 @@ from vlmrl.types import (
     Message,
     Placeholder,
     Prompt,
+    ToolSpec,
     check_placeholders,
 )
 
@@ -79,8 +85,9 @@ class Renderer(Protocol):
         """Placeholder tokens. A sample in which the policy sampled one is unusable."""
         ...
 
-    async def first_turn(self, messages: Sequence[Message]) -> Prompt:
-        """The prompt of a conversation. Raises `UserFault` (`ImageError`) and `ContractError`."""
+    async def first_turn(self, messages: Sequence[Message], tools: Sequence[ToolSpec] = ()) -> Prompt:
+        """The prompt of a conversation, which describes `tools`. Raises `UserFault` (`ImageError`) and
+        `ContractError`."""
         ...
 
     async def next_turn(
@@ -89,8 +96,10 @@ class Renderer(Protocol):
         completion_ids: IntArray,
         history: Sequence[Message],
         new_messages: Sequence[Message],
+        tools: Sequence[ToolSpec] = (),
     ) -> tuple[Prompt, bool]:
         """The prompt after a completion. `history` is everything before `new_messages`, assistant texts included.
+        `tools` are those of the first turn.
 
         True: bridged, that is, the prompt begins with `previous` and `completion_ids` (int64 [C]). False: the whole
         conversation was rendered again and a new branch begins. Raises `UserFault` (`ImageError`) and `ContractError`.
@@ -103,10 +112,21 @@ class Renderer(Protocol):
         ...
 
     def decode(self, completion_ids: IntArray) -> str:
-        """The text of a completion, without special tokens."""
+        """The text of a completion, without special tokens, but with those that write a tool call."""
         ...
 
-    def render_conversation(self, messages: Sequence[Message], given: int = 0) -> tuple[Prompt, BoolArray]:
+    def parse(self, completion_ids: IntArray, tools: Sequence[ToolSpec] = (), prompt: Prompt | None = None) -> Answer:
+        """The parts of a completion: text, reasoning and tool calls. `prompt` is the one that it was sampled for, where
+        that is known. What cannot be read is a `BrokenCall`."""
+        ...
+
+    def check_tools(self) -> None:
+        """Raise `ConfigError` where the chat format cannot describe tools, or where its calls cannot be read."""
+        ...
+
+    def render_conversation(
+        self, messages: Sequence[Message], given: int = 0, tools: Sequence[ToolSpec] = ()
+    ) -> tuple[Prompt, BoolArray]:
         """A whole conversation with assistant turns, and bool [P]: True on tokens that a policy would have sampled, in
         messages after the first `given` ones.
 
@@ -180,6 +200,8 @@ class FamilyRenderer:
         self._bridges: ByteLRU[Hashable, Rendered | None] = ByteLRU(MEMO_BYTES)
         self._digests: WeakKeyDictionary[Prompt, bytes] = WeakKeyDictionary()
         """Prompts that a bridge made → digest of their tokens."""
+        self._tool_problem: str | None = None
+        """Why tools cannot be used; empty where they can, None before it is known."""
 
         _check_vocabulary(chat_format, vocabulary, vocab_size)
         # The first stop token closes a turn in the family's chat format. The others end a document: ban them.
@@ -207,8 +229,8 @@ class FamilyRenderer:
         """Process one image, to see whether all can be served (`ImageStore.try_image`)."""
         self._images.try_image(encodes)
 
-    async def first_turn(self, messages: Sequence[Message]) -> Prompt:
-        return self._render(messages, await self._images.items_async(images_of(messages)))
+    async def first_turn(self, messages: Sequence[Message], tools: Sequence[ToolSpec] = ()) -> Prompt:
+        return self._render(messages, await self._images.items_async(images_of(messages)), tools)
 
     async def next_turn(
         self,
@@ -216,13 +238,14 @@ class FamilyRenderer:
         completion_ids: IntArray,
         history: Sequence[Message],
         new_messages: Sequence[Message],
+        tools: Sequence[ToolSpec] = (),
     ) -> tuple[Prompt, bool]:
         new_items = await self._images.items_async(images_of(new_messages))
-        bridged = self._bridge(previous, completion_ids, history, new_messages, new_items)
+        bridged = self._bridge(previous, completion_ids, history, new_messages, new_items, tools)
         if bridged is not None:
             return bridged, True
         messages = [*history, *new_messages]
-        return self._render(messages, await self._images.items_async(images_of(messages))), False
+        return self._render(messages, await self._images.items_async(images_of(messages)), tools), False
 
     def images(self, parts: Sequence[Image]) -> tuple[ImageItem, ...]:
         return self._images.items(parts)
@@ -232,13 +255,28 @@ class FamilyRenderer:
         return np.array([*self.chat_format.encode(answer), self.chat_format.stop_ids[0]], np.int64)
 
     def decode(self, completion_ids: IntArray) -> str:
-        # Not the package's parse_response: it strips white space and removes reasoning and tool calls, but a task must
-        # be able to score everything that the policy wrote.
+        # Not the text of `parse`: it strips white space and removes reasoning and tool calls, but a task must be able
+        # to score everything that the policy wrote.
         return self._tokenizer.text(tuple(completion_ids.tolist()))
 
-    def render_conversation(self, messages: Sequence[Message], given: int = 0) -> tuple[Prompt, BoolArray]:
+    def parse(self, completion_ids: IntArray, tools: Sequence[ToolSpec] = (), prompt: Prompt | None = None) -> Answer:
+        return self.chat_format.parse(completion_ids, tools, prompt)
+
+    def check_tools(self) -> None:
+        if self._tool_problem is None:
+            self._tool_problem = tool_problem(self.chat_format)
+        if self._tool_problem:
+            raise ConfigError(
+                f"the chat format {self.chat_format.name} of this checkpoint cannot be used with tools: "
+                f"{self._tool_problem}. Set tool=[], or choose another model or renderer (orchestrator.renderer.name)"
+            )
+
+    def render_conversation(
+        self, messages: Sequence[Message], given: int = 0, tools: Sequence[ToolSpec] = ()
+    ) -> tuple[Prompt, BoolArray]:
+        self._check_given(tools)
         items = self._images.items(images_of(messages))
-        rendered = self.chat_format.render(messages, items, generate=False)
+        rendered = self.chat_format.render(messages, items, generate=False, tools=tools)
         if not rendered.sampled_mask:
             raise ConfigError(
                 f"orchestrator.renderer.name={self.chat_format.name} does not report which tokens a policy samples, so "
@@ -261,11 +299,20 @@ class FamilyRenderer:
                 "inside an answer, so it cannot be learned: remove it from the text"
             )
 
-    def _render(self, messages: Sequence[Message], items: tuple[ImageItem, ...]) -> Prompt:
-        def render() -> Rendered:
-            return self.chat_format.render(messages, items, generate=True)
+    def _check_given(self, tools: Sequence[ToolSpec]) -> None:
+        """Raise `UserFault` where there are tools and the chat format cannot be used with them."""
+        if tools:
+            try:
+                self.check_tools()
+            except ConfigError as error:
+                raise UserFault(str(error)) from error
 
-        rendered = self._renders.get_or_make(content_key(messages, items), render, _num_bytes)
+    def _render(self, messages: Sequence[Message], items: tuple[ImageItem, ...], tools: Sequence[ToolSpec]) -> Prompt:
+        def render() -> Rendered:
+            self._check_given(tools)
+            return self.chat_format.render(messages, items, generate=True, tools=tools)
+
+        rendered = self._renders.get_or_make(content_key(messages, items, tools), render, _num_bytes)
         return _prompt(rendered.token_ids, rendered.placeholders, items)
 
     def _bridge(
@@ -275,6 +322,7 @@ class FamilyRenderer:
         history: Sequence[Message],
         new_messages: Sequence[Message],
         new_items: tuple[ImageItem, ...],
+        tools: Sequence[ToolSpec],
     ) -> Prompt | None:
         """The prompt that extends `previous` and the completion; None where the family's grammar does not allow one.
 
@@ -282,10 +330,10 @@ class FamilyRenderer:
         """
 
         def bridge() -> Rendered | None:
-            return self.chat_format.bridge(previous, completion_ids, history, new_messages, new_items)
+            return self.chat_format.bridge(previous, completion_ids, history, new_messages, new_items, tools)
 
         digest = _digest(self._digests.get(previous) or _digest(b"", previous.token_ids), completion_ids)
-        key = (digest, len(completion_ids), content_key(new_messages, new_items))
+        key = (digest, len(completion_ids), content_key(new_messages, new_items, tools))
         added = self._bridges.get_or_make(key, bridge, _num_bytes)
         if added is None:
             return None

@@ -15,6 +15,7 @@ Everything here may raise `TaskCodeError`, which costs one rollout (or one demon
 
 from __future__ import annotations
 
+import json
 import math
 import numbers
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ import numpy as np
 
 from vlmrl.errors import UserFault, fenced, safe_repr, safe_text
 from vlmrl.tasks.base import BadRow, NoProblem, NotInSplit, Problem, Reference, Reply, Split, Task
-from vlmrl.types import Image, Message, StopReason, Text
+from vlmrl.types import Image, Message, StopReason, Text, ToolCall
 
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
 
@@ -186,7 +187,42 @@ def _checked_message(where: str, message: Message, roles: tuple[Role, ...]) -> M
         isinstance(message.content, tuple) and all(isinstance(part, (Text, Image)) for part in message.content),
         f"{where} returned a {role} message with {_kind(message.content)}, not a tuple of Text and Image",
     )
-    return Message(role, tuple(_checked_part(where, role, part) for part in message.content))
+    content = tuple(_checked_part(where, role, part) for part in message.content)
+    beside = {
+        name: _plain(f"{name} of a {role} message of {where}", _text(where, name, getattr(message, name)))
+        for name in ("tool_call_id", "name", "reasoning")
+    }
+    return Message(role, content, _checked_calls(where, role, message.tool_calls), **beside)
+
+
+def _checked_calls(where: str, role: Role, calls: Any) -> tuple[ToolCall, ...]:
+    _check(
+        isinstance(calls, tuple) and all(isinstance(call, ToolCall) for call in calls),
+        f"{where} returned a {role} message with tool_calls={safe_repr(calls)}, not a tuple of ToolCall",
+    )
+    return tuple(_checked_call(where, call) for call in calls)
+
+
+def _checked_call(where: str, call: ToolCall) -> ToolCall:
+    """The call with plain texts and numbers."""
+    _check(
+        isinstance(call.name, str) and isinstance(call.id, str) and isinstance(call.arguments, Mapping),
+        f"{where} returned {safe_repr(call)}, whose name and id are not texts, or whose arguments are no mapping",
+    )
+    try:
+        text = json.dumps([call.name, dict(call.arguments), call.id], ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TaskCodeError(
+            f"{where} returned a tool call whose arguments are not JSON ({safe_text(error)}): {safe_repr(call)}"
+        ) from None
+    return ToolCall(*json.loads(text))
+
+
+def _text(where: str, name: str, value: Any) -> str:
+    _check(isinstance(value, str), f"{where} returned a message with {name}={safe_repr(value)}, not a str")
+    text: str = value
+    return text
 
 
 def _checked_part(where: str, role: Role, part: Text | Image) -> Text | Image:

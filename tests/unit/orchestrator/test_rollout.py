@@ -43,6 +43,7 @@ from vlmrl.types import (
     Rollout,
     StopReason,
     Text,
+    ToolSpec,
 )
 
 HI = (Message.of("user", "hi"),)
@@ -491,8 +492,8 @@ def test_an_engines_error_for_one_request_ends_that_rollout_alone() -> None:
 
 
 class ImageLosingRenderer(CharRenderer):
-    async def first_turn(self, messages: Sequence[Message]) -> Prompt:
-        prompt = await super().first_turn(messages)
+    async def first_turn(self, messages: Sequence[Message], tools: Sequence[ToolSpec] = ()) -> Prompt:
+        prompt = await super().first_turn(messages, tools)
         return Prompt(prompt.token_ids, prompt.placeholders, ())
 
 
@@ -500,7 +501,7 @@ class RetokenizingRenderer(CharRenderer):
     """Claims to extend a prompt, but renders the completion again without its last token."""
 
     async def next_turn(self, *conversation: Any) -> tuple[Prompt, bool]:
-        _, _, history, new_messages = conversation
+        _, _, history, new_messages, *_ = conversation
         return await self.first_turn([*history, *new_messages]), True
 
 

@@ -26,7 +26,7 @@ from vlmrl.tasks.border import (
 )
 from vlmrl.tasks.demonstrations import NoDemonstrationsError, get_demonstration
 from vlmrl.tasks.open_env import OpenEnv
-from vlmrl.types import Image, Message, StopReason, Text
+from vlmrl.types import Image, Message, StopReason, Text, ToolCall
 
 
 class Name(enum.StrEnum):
@@ -70,6 +70,38 @@ def test_every_text_becomes_a_plain_str(text: str) -> None:
     found = [checked_id("problem('train', 0)", text), part.text, *checked_reply("step()", reply(text)).metrics]
     assert [type(one) for one in found] == [str] * 3
     assert all(one.encode() == str.__str__(text).encode() for one in found)
+
+
+def test_what_a_message_has_besides_its_content_is_kept_and_made_plain() -> None:
+    call = ToolCall(Evil("zoom"), {Name.accuracy: (1, Evil("x"))}, "1")
+    given = (
+        Message("assistant", (), (call,), reasoning=Evil("small")),
+        Message("tool", (Text("x"),), tool_call_id=np.str_("1"), name=Evil("zoom")),
+    )
+    called, result = checked_messages("reset()", given, ("assistant", "tool"))
+    assert called == Message("assistant", (), (ToolCall("zoom", {"accuracy": [1, "x"]}, "1"),), reasoning="small")
+    assert result == Message("tool", (Text("x"),), tool_call_id="1", name="zoom")
+    assert [type(each) for each in (called.reasoning, result.name, called.tool_calls[0].name)] == [str] * 3
+
+
+@pytest.mark.parametrize(
+    ("beside", "problem"),
+    [
+        ({"tool_calls": ["zoom"]}, "not a tuple of ToolCall"),
+        ({"tool_calls": ("zoom",)}, "not a tuple of ToolCall"),
+        ({"tool_calls": (ToolCall("zoom", {"a": float("nan")}),)}, "are not JSON"),
+        ({"tool_calls": (ToolCall("zoom", {"a": {1, 2}}),)}, "are not JSON"),
+        ({"tool_calls": (ToolCall("zoom", {"a": SURROGATES[0]}),)}, "are not JSON"),
+        ({"tool_calls": (ToolCall("zoom", "a"),)}, "arguments are no mapping"),  # type: ignore[arg-type]
+        ({"tool_calls": (ToolCall(1, {}),)}, "not texts"),  # type: ignore[arg-type]
+        ({"name": 1}, "name=1, not a str"),
+        ({"tool_call_id": None}, "tool_call_id=None, not a str"),
+        ({"reasoning": SURROGATES[1]}, "lone surrogate"),
+    ],
+)
+def test_what_cannot_be_rendered_beside_the_content_is_refused(beside: dict[str, Any], problem: str) -> None:
+    with pytest.raises(TaskCodeError, match=problem):
+        checked_messages("reset()", (Message("user", (Text("x"),), **beside),), ("user",))
 
 
 def reply(metric: Any = "m", **changes: Any) -> Reply:

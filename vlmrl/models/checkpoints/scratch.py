@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-BUILDER_VERSION = 1
+BUILDER_VERSION = 2
 """Raise it when this file writes other bytes for the same config and texts: old caches are then not found."""
 
 BPE_MERGES = 128

@@ -22,7 +22,7 @@ from vlmrl.models.families.base import CheckpointRecipe
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-BUILDER_VERSION = 1
+BUILDER_VERSION = 2
 """Raise it when this file writes other bytes for the same config and texts: old caches are then not found."""
 
 VOCAB_MULTIPLE = 64

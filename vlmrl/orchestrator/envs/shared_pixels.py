@@ -22,7 +22,7 @@ import numpy as np
 
 from vlmrl.rendering.images import Pixels, decode
 from vlmrl.tasks.base import Reply
-from vlmrl.types import Image, Message
+from vlmrl.types import Image
 
 SMALLEST_BYTES = 1 << 20
 """Size of the file when the first image is put into it; it doubles until the images of a batch fit."""
@@ -107,9 +107,9 @@ def _with_sources(value: Any, change: Callable[[Any], Any]) -> Any:
         history = None if value.history is None else _with_sources(value.history, change)
         return replace(value, messages=_with_sources(value.messages, change), history=history)
     return tuple(
-        Message(
-            message.role,
-            tuple(Image(change(part.source)) if isinstance(part, Image) else part for part in message.content),
+        replace(
+            message,
+            content=tuple(Image(change(part.source)) if isinstance(part, Image) else part for part in message.content),
         )
         for message in value
     )

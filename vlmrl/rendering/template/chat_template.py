@@ -9,7 +9,8 @@ from itertools import groupby
 from typing import Any
 
 from vlmrl.errors import ConfigError
-from vlmrl.types import Image, Message, Part, Text
+from vlmrl.rendering.tool_calls import message_fields, tool_entries
+from vlmrl.types import Image, Message, Part, Text, ToolSpec
 
 TODAY = datetime(2025, 1, 1)
 """What a template takes for today's date. A date that moves would make a resumed run, a replay and two machines differ;
@@ -44,12 +45,14 @@ class ChatTemplate:
                 f"would change nothing: its variables are {', '.join(sorted(self.variables))}"
             )
         self._options = dict(options)
-        self._in_parts: dict[str, bool] = {}
+        self._in_parts: dict[tuple[str, bool, bool], bool] = {}
 
-    def text(self, messages: Sequence[Message], *, generate: bool, today: datetime = TODAY) -> str:
+    def text(
+        self, messages: Sequence[Message], *, generate: bool, today: datetime = TODAY, tools: Sequence[ToolSpec] = ()
+    ) -> str:
         """The text of a conversation; with `generate` it ends where the policy is to answer. Raises whatever the
         template raises."""
-        return self._render([self._content(message) for message in messages], generate, today)
+        return self._render([self._content(message, tools) for message in messages], generate, today, tools)
 
     def check_images(self, placeholder: str) -> None:
         """Raise `ConfigError` where the template writes no placeholder for an image of a question. What the template
@@ -66,8 +69,12 @@ class ChatTemplate:
                 "renderer"
             )
 
-    def _render(self, chat: list[dict[str, Any]], generate: bool, today: datetime) -> str:
+    def _render(
+        self, chat: list[dict[str, Any]], generate: bool, today: datetime, tools: Sequence[ToolSpec] = ()
+    ) -> str:
         extra = dict(self._options)
+        if tools:
+            extra["tools"] = tool_entries(tools)
         if FROZEN_NOW in self.variables:
             extra[FROZEN_NOW] = today.strftime
         # By the tokenizer: a processor's own method does the same to text, but may ask for its video processor first.
@@ -76,35 +83,41 @@ class ChatTemplate:
         )
         return text
 
-    def _content(self, message: Message) -> dict[str, Any]:
+    def _content(self, message: Message, tools: Sequence[ToolSpec]) -> dict[str, Any]:
         """The message as templates take it. Texts in a row are one text."""
         runs = [(is_text, list(run)) for is_text, run in groupby(message.content, lambda part: isinstance(part, Text))]
         has_images = any(isinstance(part, Image) for part in message.content)
-        if not has_images and not self._takes_parts(message.role):
-            return {"role": message.role, "content": "".join(_joined(run) for _, run in runs)}
+        fields = message_fields(message)
+        # Templates ask `if message.content` before a tool call, and a list of one empty part counts as content.
+        is_bare_call = not message.content and bool(message.tool_calls)
+        if is_bare_call or (not has_images and not self._takes_parts(message, tools)):
+            return {"role": message.role, "content": "".join(_joined(run) for _, run in runs), **fields}
         parts: list[dict[str, str]] = []
         for is_text, run in runs:
             parts += [{"type": "text", "text": _joined(run)}] if is_text else [{"type": "image"}] * len(run)
-        return {"role": message.role, "content": parts or [{"type": "text", "text": ""}]}
+        return {"role": message.role, "content": parts or [{"type": "text", "text": ""}], **fields}
 
-    def _takes_parts(self, role: str) -> bool:
-        """Whether the template reads messages of this role as a list of parts. Some read only one string, and some
+    def _takes_parts(self, message: Message, tools: Sequence[ToolSpec]) -> bool:
+        """Whether the template reads messages of this kind as a list of parts. Some read only one string, and some
         write the list itself, brackets included."""
-        if role not in self._in_parts:
+        kind = (message.role, bool(message.tool_calls), bool(tools))
+        if kind not in self._in_parts:
             forms = (True, False) if self._takes_images else (False, True)
-            self._in_parts[role] = next((form for form in forms if self._reads(role, form)), self._takes_images)
-        return self._in_parts[role]
+            reads = (form for form in forms if self._reads(message.role, form, message_fields(message), tools))
+            self._in_parts[kind] = next(reads, self._takes_images)
+        return self._in_parts[kind]
 
-    def _reads(self, role: str, parts: bool) -> bool:
+    def _reads(self, role: str, parts: bool, fields: dict[str, Any], tools: Sequence[ToolSpec]) -> bool:
         before = {"assistant": ["user"], "tool": ["user", "assistant"]}.get(role, [])
         after = {"system": ["user"], "assistant": ["user"]}.get(role, [])
 
         def say(role: str, word: str) -> dict[str, Any]:
             return {"role": role, "content": [{"type": "text", "text": word}] if parts else word}
 
-        chat = [*(say(each, "x") for each in before), say(role, WORD), *(say(each, "y") for each in after)]
+        this = {**say(role, WORD), **fields}
+        chat = [*(say(each, "x") for each in before), this, *(say(each, "y") for each in after)]
         try:
-            text = self._render(chat, True, TODAY)
+            text = self._render(chat, True, TODAY, tools)
         except Exception:  # noqa: BLE001 — a template may raise anything about a form that it does not read
             return False
         return WORD in text and f"'text': '{WORD}'" not in text

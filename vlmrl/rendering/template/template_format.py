@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,10 +28,12 @@ from vlmrl.rendering.control_tokens import ControlTokens
 from vlmrl.rendering.memo_tokenizer import MemoTokenizer
 from vlmrl.rendering.message_check import STRUCTURES_BYTES, MessageCheck, num_bytes, structure, words_of
 from vlmrl.rendering.template.answers import find_answers
+from vlmrl.rendering.template.call_grammar import CLOSE, OPEN, THINK, ReadCall, grammar_of, parse_answer
 from vlmrl.rendering.template.chat_template import WORD, ChatTemplate
 from vlmrl.rendering.template.encoder import Encoder
 from vlmrl.rendering.template.surprises import Turns, find_surprises
-from vlmrl.types import ContractError, ImageItem, IntArray, Message, Prompt, Text
+from vlmrl.rendering.tool_calls import PROBE, PROBE_TOOL, texts_beside
+from vlmrl.types import Answer, ContractError, ImageItem, IntArray, Message, Prompt, Text, ToolSpec
 
 ANSWERS_TOLD_APART = 3
 """From this many answers on, the structure of a conversation counts as the same."""
@@ -76,11 +79,16 @@ class TemplateFormat:
         special.update(tokenizer.all_special_ids)
         # Some templates write special tokens around an answer, which a policy has to sample as well (Aya Vision).
         self.special = special - set(self._encoder.encode(self.turns.sampled_prefix + self.closing))
+        self._read_call = self._call_grammar()
+        tags = OPEN + CLOSE if self._read_call is not None else ""
+        self.call_tokens = self.special.intersection(self._encoder.encode(tags)) - {*self.stop_ids, *self.image_tokens}
+        self.special -= self.call_tokens
+        special -= self.call_tokens
         control = special | {*self.stop_ids, *self.image_tokens} | self._turn_openers()
         self._control = ControlTokens(tokenizer, control, self.image_tokens)
         if not parse_control_tokens:
             self._encoder.control = self._control
-        self.tokenizer = MemoTokenizer(tokenizer, self._encoder.control)
+        self.tokenizer = MemoTokenizer(tokenizer, self._encoder.control, self.call_tokens)
         self.surprises = find_surprises(self._template, self.turns, placeholder)
         """What the template does beyond writing the messages down, as sentences for people."""
         self._lock = threading.RLock()
@@ -119,36 +127,58 @@ class TemplateFormat:
         ids = self._encoder.encode(self.turns.tail + self.turns.prompt + self.turns.head)
         return {id for id in ids if self._encoder.is_added(id) and str(self._raw.convert_ids_to_tokens(id)).strip()}
 
+    def _call_grammar(self) -> ReadCall | None:
+        """The grammar in which the template writes tool calls; None where it writes none, or in an unknown way."""
+        try:
+            return grammar_of(self._template.text(PROBE, generate=False, tools=(PROBE_TOOL,)))
+        except Exception:  # noqa: BLE001 — a template may raise anything about tools
+            return None
+
     # ── whole conversations ─────────────────────────────────────────────────────────────────────────────────
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text; control tokens and placeholders that it spells are text."""
         return self._control.as_text(text)
 
-    def render(self, messages: Sequence[Message], items: tuple[ImageItem, ...], generate: bool) -> Rendered:
+    def render(
+        self,
+        messages: Sequence[Message],
+        items: tuple[ImageItem, ...],
+        generate: bool,
+        tools: Sequence[ToolSpec] = (),
+    ) -> Rendered:
         """A conversation; with `generate` it ends where the policy is to answer. Raises `UserFault` and
         `ContractError`."""
-        self._check_spelling(messages)
-        marked, spelled = self._marked(self._as_written(messages) if generate else messages)
+        self._check_spelling(messages, tools)
+        marked, marked_tools, spelled = self._marked(self._as_written(messages) if generate else messages, tools)
         with self._asking():
-            text = self._template.text(marked, generate=generate)
+            text = self._template.text(marked, generate=generate, tools=marked_tools)
             owners: list[int] = []
             if generate:
                 ids = self._encoder.encode_whole(text, items)
             else:
-                ids, owners = self._with_answers(marked, text, items)
+                ids, owners = self._with_answers(marked, text, items, marked_tools)
             if spelled:
-                neutral = self._template.text(self._control.without(marked), generate=generate)
+                others = self._control.tools_without(marked_tools)
+                neutral = self._template.text(self._control.without(marked), generate=generate, tools=others)
                 self._control.check_same(ids, self._encoder.encode_whole(neutral, items), self.name)
         made = _rendered(ids, self._encoder, items, 0, owners)
-        self._messages.check(f"render {generate}", messages, partial(self._text_of, generate))
+        self._messages.check(f"render {generate} {len(tools)}", messages, partial(self._text_of, generate, tools=tools))
         return made
 
+    def parse(self, completion_ids: IntArray, tools: Sequence[ToolSpec], prompt: Prompt | None) -> Answer:
+        """The parts of a completion; `prompt` is not needed, because the template begins every answer alike."""
+        text = self.tokenizer.text(tuple(completion_ids.tolist()))
+        if self._read_call is None:
+            return Answer(text.strip())
+        is_thinking = self.turns.prompt.rstrip().endswith(THINK)
+        return parse_answer(text, self._read_call, tools, is_thinking=is_thinking)
+
     def _with_answers(
-        self, messages: Sequence[Message], text: str, items: tuple[ImageItem, ...]
+        self, messages: Sequence[Message], text: str, items: tuple[ImageItem, ...], tools: Sequence[ToolSpec]
     ) -> tuple[list[int], list[int]]:
         """(token ids, the message of each that a policy would have sampled, −1 for the others)."""
-        answers = find_answers(messages, text, self._template.text, self.closing)
+        answers = find_answers(messages, text, partial(self._template.text, tools=tools), self.closing)
         is_open = bool(answers) and messages[-1].role == "assistant" and not answers[-1].is_closed
         if is_open:  # the template closes a turn with what opens the next one; a policy closes it itself
             text = text[: answers[-1].end]
@@ -172,9 +202,9 @@ class TemplateFormat:
             message_of.append(answers[-1].message)
         return ids, message_of
 
-    def _text_of(self, generate: bool, messages: Sequence[Message]) -> str:
+    def _text_of(self, generate: bool, messages: Sequence[Message], tools: Sequence[ToolSpec] = ()) -> str:
         with self._asking():
-            return self._template.text(messages, generate=generate)
+            return self._template.text(messages, generate=generate, tools=tools)
 
     # ── bridges ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -185,41 +215,50 @@ class TemplateFormat:
         history: Sequence[Message],
         new_messages: Sequence[Message],
         new_items: tuple[ImageItem, ...],
+        tools: Sequence[ToolSpec] = (),
     ) -> Rendered | None:
         """What comes after `previous` and the completion; None where a render of the whole conversation is not its
         continuation. Raises `UserFault` and `ContractError`."""
         self._check_spelling(new_messages)
-        marked, spelled = self._marked(new_messages)
+        marked, _, spelled = self._marked(new_messages, ())
         last = int(completion_ids[-1])
         with self._asking():
-            added = self._added(history, marked, last)
+            added = self._added(history, marked, last, tools)
             if added is None:
                 return None
             ids = self._encoder.encode_after(last, self._encoder.expand(added, new_items))
             if spelled:
-                neutral = self._added(history, self._control.without(new_messages), last)
+                neutral = self._added(history, self._control.without(new_messages), last, tools)
                 without = self._encoder.encode_after(last, self._encoder.expand(neutral or "", new_items))
                 self._control.check_same(ids, without, self.name)
         known = np.concatenate([previous.token_ids, completion_ids])
 
         def continues() -> bool:
             with self._asking():
-                earlier, _ = self._marked(self._as_written(history))
-                whole = self._template.text([*earlier, *marked], generate=True)
+                earlier, marked_tools, _ = self._marked(self._as_written(history), tools)
+                whole = self._template.text([*earlier, *marked], generate=True, tools=marked_tools)
+                if any(message.tool_calls or message.reasoning for message in history):
+                    # The template writes calls in its own way, which need not be the policy's: only what is around
+                    # the answer can be compared.
+                    before = self._template.text(earlier[:-1], generate=True, tools=marked_tools)
+                    tail = added if last not in self.stop_ids else self.closing + added
+                    return whole.startswith(before) and whole.endswith(tail)
                 return self._is_continuation(whole, known, ids, (*previous.images, *new_items))
 
-        key = self._structure(known, completion_ids, history, new_messages)
+        key = (len(tools), self._structure(known, completion_ids, history, new_messages))
         if not self._continues.get_or_make(key, continues, lambda _: num_bytes(new_messages)):
             return None
         short = [*_head(history), Message.of("assistant", WORD), *new_messages]
-        self._messages.check("bridge", short, partial(self._text_of, True))
+        self._messages.check(f"bridge {len(tools)}", short, partial(self._text_of, True, tools=tools))
         return _rendered(ids, self._encoder, new_items, len(known))
 
-    def _added(self, history: Sequence[Message], new_messages: Sequence[Message], last: int) -> str | None:
+    def _added(
+        self, history: Sequence[Message], new_messages: Sequence[Message], last: int, tools: Sequence[ToolSpec]
+    ) -> str | None:
         """What the template writes between an answer that ended with token `last` and the next one. None where it does
         not close a turn with that token."""
         _, head = words_of(_head(history))
-        text = self._template.text([*head, Message.of("assistant", WORD), *new_messages], generate=True)
+        text = self._template.text([*head, Message.of("assistant", WORD), *new_messages], generate=True, tools=tools)
         _, word, added = text.partition(WORD)
         if not word:
             return None
@@ -249,7 +288,7 @@ class TemplateFormat:
         text = "".join(part.text for part in history[-1].content if isinstance(part, Text)) if history else ""
         return (
             min(len(answers), ANSWERS_TOLD_APART),
-            (structure(_head(history)), structure(between), structure(new_messages)),
+            (structure(_head(history)), structure(between), structure(history[-1:]), structure(new_messages)),
             int(completion_ids[-1]) if int(completion_ids[-1]) in self.stop_ids else None,
             (not text, text != text.lstrip(), text != text.rstrip()),
             self._encoder.added_in(known),
@@ -262,7 +301,7 @@ class TemplateFormat:
             first = message.content[0] if message.content else None
             if message.role == "assistant" and isinstance(first, Text) and self.turns.sampled_prefix:
                 own = Text(first.text.removeprefix(self.turns.sampled_prefix))
-                message = Message("assistant", (own, *message.content[1:]))
+                message = replace(message, content=(own, *message.content[1:]))
             made.append(message)
         return made
 
@@ -280,16 +319,21 @@ class TemplateFormat:
         if contract is not None:
             raise contract
 
-    def _marked(self, messages: Sequence[Message]) -> tuple[Sequence[Message], bool]:
+    def _marked(
+        self, messages: Sequence[Message], tools: Sequence[ToolSpec]
+    ) -> tuple[Sequence[Message], Sequence[ToolSpec], bool]:
+        """Messages and tools with marks, and whether one of them spells a control token."""
         if self._encoder.control is None:
-            return messages, False
+            return messages, tools, False
         with fenced("the texts of the messages cannot be read: they", UserFault):
-            return self._control.mark(messages)
+            marked, in_messages = self._control.mark(messages)
+            marked_tools, in_tools = self._control.mark_tools(tools)
+            return marked, marked_tools, in_messages or in_tools
 
-    def _check_spelling(self, messages: Sequence[Message]) -> None:
+    def _check_spelling(self, messages: Sequence[Message], tools: Sequence[ToolSpec] = ()) -> None:
         """A text that spells a placeholder was most likely formatted for another tool."""
-        for message in messages:
-            text = "".join(part.text for part in message.content if isinstance(part, Text))
+        texts = ["".join(part.text for part in each.content if isinstance(part, Text)) for each in messages]
+        for text in (*texts, *texts_beside(messages, tools)):
             for token in self._placeholders:
                 if token in text:
                     raise ContractError(f"a message's text must not spell the image token ({token})")

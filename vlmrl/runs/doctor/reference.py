@@ -18,8 +18,9 @@ from vlmrl.models.families import family_of
 from vlmrl.rendering.renderer import renderer_name
 from vlmrl.rendering.template.chat_template import TODAY, ChatTemplate
 from vlmrl.rendering.template.image_text import OF_TEXT
+from vlmrl.rendering.tool_calls import message_fields, texts_beside, tool_entries
 from vlmrl.runs.doctor.evidence import images_of
-from vlmrl.types import ImageItem, Message, Text
+from vlmrl.types import ImageItem, Message, Text, ToolSpec
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,14 @@ class Reference:
         token_id: int = self.tokenizer.convert_tokens_to_ids(self.image_token)
         return token_id
 
-    def token_ids(self, messages: Sequence[Message], images: Sequence[ImageItem]) -> list[int]:
+    def token_ids(
+        self, messages: Sequence[Message], images: Sequence[ImageItem], tools: Sequence[ToolSpec] = ()
+    ) -> list[int]:
         """The chat template's token ids for a conversation that the policy is to continue.
 
         Each image token is repeated as often as the image processor's grid says.
         """
-        ids = self._template_ids(messages)
+        ids = self._template_ids(messages, tools)
         image_token_id = self.image_token_id
         if not images or image_token_id is None or ids.count(image_token_id) != len(images):
             return ids  # where the counts differ, the comparison that follows finds it
@@ -57,21 +60,23 @@ class Reference:
         counts = (grid.prod() // self.image_processor.merge_size**2 for grid in grids)
         return [id for token in ids for id in [token] * (int(next(counts)) if token == image_token_id else 1)]
 
-    def _template_ids(self, messages: Sequence[Message]) -> list[int]:
+    def _template_ids(self, messages: Sequence[Message], tools: Sequence[ToolSpec]) -> list[int]:
         """The chat template's token ids, with one image token per image."""
+        settings = {**self.variables, "tools": tool_entries(tools)}
         special = {token.content: id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         special.pop(self.image_token or "", None)
         texts = "".join(part.text for message in messages for part in message.content if isinstance(part, Text))
+        texts += "".join(texts_beside(messages, tools))
         if self.parse_control_tokens or not any(name in texts for name in special):
             ids: list[int] = self.tokenizer.apply_chat_template(
-                _chat(messages), add_generation_prompt=True, tokenize=True, return_dict=False, **self.variables
+                _chat(messages), add_generation_prompt=True, tokenize=True, return_dict=False, **settings
             )
             return ids
         # The template is filled with a private character for each control token that a text spells, so that the
         # control tokens of the result are the template's own; the pieces between them are tokenized as text.
         private = {name: chr(0xF0000 + number) for number, name in enumerate(special)}
         filled: str = self.tokenizer.apply_chat_template(
-            _replaced(_chat(messages), private), add_generation_prompt=True, tokenize=False, **self.variables
+            _replaced(_chat(messages), private), add_generation_prompt=True, tokenize=False, **settings
         )
         ids = []
         own = [*special, *([self.image_token] if self.image_token else [])]
@@ -101,12 +106,14 @@ class ProcessorReference(Reference):
 
     processor: Any = None
 
-    def token_ids(self, messages: Sequence[Message], images: Sequence[ImageItem]) -> list[int]:
+    def token_ids(
+        self, messages: Sequence[Message], images: Sequence[ImageItem], tools: Sequence[ToolSpec] = ()
+    ) -> list[int]:
         """The processor's token ids for the conversation with its images.
 
         Where it makes other tokens of an image in the company of others, each image's own tokens are put in place.
         """
-        filled = ChatTemplate(self.tokenizer, self.processor, self.variables).text(messages, generate=True)
+        filled = ChatTemplate(self.tokenizer, self.processor, self.variables).text(messages, generate=True, tools=tools)
         pictures = [PILImage.fromarray(image.pixels) for image in images]
         ids = self._tokenized(filled, pictures)
         if sum(id == self.image_token_id for id in ids) == sum(image.num_tokens for image in images):
@@ -193,6 +200,7 @@ def _chat(messages: Sequence[Message]) -> list[dict[str, Any]]:
                 {"type": "text", "text": part.text} if isinstance(part, Text) else {"type": "image"}
                 for part in message.content
             ],
+            **message_fields(message),
         }
         for message in messages
     ]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from vlmrl.runs.doctor.reference import Reference
 from vlmrl.runs.verdicts import Verdict, failed, judged, not_visible
-from vlmrl.types import Message, Prompt, Rollout
+from vlmrl.types import Message, Rollout, Turn
 
 SHOWN_TOKENS = 8
 """Tokens from the first difference on that a finding spells out."""
@@ -31,18 +31,19 @@ def later_turns(name: str, reference: Reference, rollouts: Sequence[Rollout]) ->
     return _token_ids(name, reference, later)
 
 
-def _conversation(rollout: Rollout, turns: int) -> tuple[str, list[Message], Prompt]:
-    """(where it is from, the messages up to the prompt of turn `turns` (from 1), that prompt)."""
+def _conversation(rollout: Rollout, turns: int) -> tuple[str, list[Message], Turn]:
+    """(where it is from, the messages up to the prompt of turn `turns` (from 1), that turn)."""
     last = rollout.turns[turns - 1]
     messages = [*rollout.messages_before(turns - 1), *last.messages]
-    return f"problem {rollout.problem_id}, turn {turns}", messages, last.prompt
+    return f"problem {rollout.problem_id}, turn {turns}", messages, last
 
 
-def _token_ids(name: str, reference: Reference, conversations: Sequence[tuple[str, list[Message], Prompt]]) -> Verdict:
+def _token_ids(name: str, reference: Reference, conversations: Sequence[tuple[str, list[Message], Turn]]) -> Verdict:
     if not reference.tokenizer.chat_template:
         return not_visible(name, "the checkpoint has no chat template")
-    for where, messages, prompt in conversations:
-        theirs, ours = reference.token_ids(messages, prompt.images), prompt.token_ids.tolist()
+    for where, messages, turn in conversations:
+        theirs = reference.token_ids(messages, turn.prompt.images, turn.tools)
+        ours = turn.prompt.token_ids.tolist()
         if ours != theirs:
             at = next(
                 (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
@@ -53,6 +54,6 @@ def _token_ids(name: str, reference: Reference, conversations: Sequence[tuple[st
                 f"{where}: the renderer made {len(ours)} tokens, the chat template {len(theirs)}; from token {at} on "
                 f"the renderer has {shown[0]!r}, the chat template {shown[1]!r}",
             )
-    tokens = sum(len(prompt.token_ids) for _, _, prompt in conversations)
+    tokens = sum(len(turn.prompt.token_ids) for _, _, turn in conversations)
     finding = f"{len(conversations)} prompts of {tokens} tokens are the chat template's"
     return judged(name, True, finding, prompts=len(conversations), tokens=tokens)

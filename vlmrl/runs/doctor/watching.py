@@ -21,6 +21,7 @@ from vlmrl.rendering.images import decode
 from vlmrl.rendering.renderer import Renderer
 from vlmrl.runs.doctor.evidence import RenderedTurn, images_of, with_images
 from vlmrl.types import (
+    Answer,
     BoolArray,
     Completion,
     EngineSession,
@@ -31,6 +32,7 @@ from vlmrl.types import (
     Message,
     Prompt,
     SamplingParams,
+    ToolSpec,
 )
 
 
@@ -53,17 +55,22 @@ class WatchedRenderer:
     def image_token_ids(self) -> frozenset[int]:
         return self._renderer.image_token_ids
 
-    async def first_turn(self, messages: Sequence[Message]) -> Prompt:
+    async def first_turn(self, messages: Sequence[Message], tools: Sequence[ToolSpec] = ()) -> Prompt:
         seen = _decoded(messages)
-        prompt = await self._renderer.first_turn(messages)
+        prompt = await self._renderer.first_turn(messages, tools)
         self.rendered.append(RenderedTurn(seen, prompt, is_first=True))
         return prompt
 
     async def next_turn(
-        self, previous: Prompt, completion_ids: IntArray, history: Sequence[Message], new_messages: Sequence[Message]
+        self,
+        previous: Prompt,
+        completion_ids: IntArray,
+        history: Sequence[Message],
+        new_messages: Sequence[Message],
+        tools: Sequence[ToolSpec] = (),
     ) -> tuple[Prompt, bool]:
         seen = _decoded(new_messages)
-        prompt, bridged = await self._renderer.next_turn(previous, completion_ids, history, new_messages)
+        prompt, bridged = await self._renderer.next_turn(previous, completion_ids, history, new_messages, tools)
         self.rendered.append(RenderedTurn(seen, prompt, is_first=False))
         return prompt, bridged
 
@@ -73,8 +80,16 @@ class WatchedRenderer:
     def decode(self, completion_ids: IntArray) -> str:
         return self._renderer.decode(completion_ids)
 
-    def render_conversation(self, messages: Sequence[Message], given: int = 0) -> tuple[Prompt, BoolArray]:
-        return self._renderer.render_conversation(messages, given)
+    def parse(self, completion_ids: IntArray, tools: Sequence[ToolSpec] = (), prompt: Prompt | None = None) -> Answer:
+        return self._renderer.parse(completion_ids, tools, prompt)
+
+    def check_tools(self) -> None:
+        self._renderer.check_tools()
+
+    def render_conversation(
+        self, messages: Sequence[Message], given: int = 0, tools: Sequence[ToolSpec] = ()
+    ) -> tuple[Prompt, BoolArray]:
+        return self._renderer.render_conversation(messages, given, tools)
 
 
 def _decoded(messages: Sequence[Message]) -> tuple[Message, ...]:

@@ -135,9 +135,12 @@ class Observed:
                 yield "history", where, reply.history
 
     def content(self, messages: Iterable[Message]) -> list[tuple[Any, ...]]:
-        """Roles, texts and image hashes: two conversations are equal if these are equal."""
+        """Roles, tool calls, texts and image hashes: two conversations are equal if these are equal."""
         return [
-            (message.role, *(part.text if isinstance(part, Text) else self.pixels[part] for part in message.content))
+            (
+                *(message.role, message.tool_calls, message.tool_call_id, message.name, message.reasoning),
+                *(part.text if isinstance(part, Text) else self.pixels[part] for part in message.content),
+            )
             for message in messages
         ]
 
