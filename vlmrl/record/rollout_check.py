@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vlmrl.record.files import is_number
+from vlmrl.record.tool_fields import FIELDS, is_fields, is_tools
 
 MAX_INT64 = 2**63 - 1
 """Largest token id, offset and policy version that an array can store."""
@@ -33,7 +34,7 @@ def _is_turn(turn: Any, previous: Mapping[str, Any] | None) -> bool:
     count = len(turn["completion_ids"])
     if len(turn["logprobs"]) != count or len(turn["versions"]) != count:
         return False
-    if not isinstance(turn.get("starts_over", False), bool):
+    if not isinstance(turn.get("starts_over", False), bool) or not is_tools(turn.get("tools", [])):
         return False
     for name in ("trainer_logprobs", "entropies"):  # old records lack them
         value = turn.get(name)
@@ -48,6 +49,7 @@ def _is_message(message: Any) -> bool:
         and isinstance(message.get("role"), str)
         and isinstance(message.get("content"), list)
         and all(map(_is_part, message["content"]))
+        and is_fields([{name: message[name] for name in FIELDS if name in message}], 1)
     )
 
 

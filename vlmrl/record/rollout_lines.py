@@ -46,6 +46,7 @@ def _completed(record: dict[str, Any]) -> dict[str, Any]:
     """The record with the keys that later versions record."""
     for turn in record["turns"]:
         turn.setdefault("starts_over", False)
+        turn.setdefault("tools", [])
         turn.setdefault("trainer_logprobs", None)
         turn.setdefault("entropies", None)
     return {"filtered": [], "task": "", "rewards": {}, "reference": None, **record}

@@ -23,6 +23,7 @@ from vlmrl.record import rollout_schema as columns
 from vlmrl.record.checksum import is_whole
 from vlmrl.record.files import open_regular
 from vlmrl.record.rollout_check import is_rollout
+from vlmrl.record.tool_fields import is_fields, read_json
 
 Report: TypeAlias = Callable[[str, str], None]
 """Called with the place of a damage ("rollout 3 of <path>") and its reason."""
@@ -40,7 +41,7 @@ LONGEST_REASON = 300
 MAY_BE_NULL = frozenset(
     (
         *("dropped", "error", "reference", "rewards[].value", "metrics[].value", "messages[].content[].text"),
-        *("images[]", "turns[].trainer_logprobs", "turns[].entropies"),
+        *("images[]", "turns[].trainer_logprobs", "turns[].entropies", "turns[].tools", "turns[].message_fields"),
     )
 )
 """Where a row may have no value."""
@@ -105,13 +106,15 @@ def _opened(file: Any) -> pq.ParquetFile:
         if not any(map(kind.equals, known)):
             raise _Damaged(f"column {field.name} has the type {safe_text(kind)[:LONGEST_REASON]}")
         expected |= columns.leaves(field.name, kind).keys()
-    if missing := expected - {metadata.schema.column(i).path for i in range(metadata.num_columns)}:
+    present = {metadata.schema.column(i).path for i in range(metadata.num_columns)}
+    if missing := expected - present:
         raise _Damaged(f"it has no column {min(missing)}")
     with _arrow_errors():
         return pq.ParquetFile(
             file,
             metadata=metadata,
-            read_dictionary=columns.STRINGS,  # a text that many rows share is in memory once
+            # A text that many rows share is in memory once. An older file lacks some columns.
+            read_dictionary=[path for path in columns.STRINGS if path in present],
             page_checksum_verification=True,  # of files that another program has written
         )
 
@@ -223,11 +226,13 @@ def _turns(row: dict[str, Any]) -> list[dict[str, Any]] | None:
     for turn in row["turns"]:
         new = list(islice(messages, max(turn.pop("new_messages"), 0)))
         answer = next(messages, None)
-        if answer is None or len(answer["content"]) != 1:
+        fields = read_json(turn.pop("message_fields", None), [{}] * len(new))
+        if answer is None or len(answer["content"]) != 1 or not is_fields(fields, len(new)):
             return None
+        turn["tools"] = read_json(turn.get("tools"), [])
         turn["messages"] = [
-            {"role": message["role"], "content": [_part(part, images) for part in message["content"]]}
-            for message in new
+            {"role": message["role"], "content": [_part(part, images) for part in message["content"]], **beside}
+            for message, beside in zip(new, fields, strict=True)
         ]
         turn.setdefault("starts_over", False)
         turn["text"] = answer["content"][0]["text"]

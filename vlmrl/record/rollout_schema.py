@@ -8,12 +8,17 @@
     seconds      double
     messages     [{role, content: [{type, text}]}]     the whole conversation, the policy's answers included
     images       [string]    ../images/<hash>.png of each {"type": "image"} part, in order
-    turns        [{branch, starts_over, new_messages, prompt_offset, prompt_token_ids, placeholders, …}]
+    turns        [{branch, starts_over, tools, message_fields, new_messages, prompt_offset, prompt_token_ids, …}]
 
 `rewards` and `metrics` are lists of pairs, because `datasets` has no maps, and because a struct would have other fields
 in every run. `messages` and `images` are the form that TRL, `datasets` and `task=dataset` take, so a run's own answers
 can be trained on. Turn k adds `turns[k].new_messages` messages and then its answer, the next `assistant` message. With
 `turns[k].starts_over`, these messages take the place of all before them: the policy saw nothing else.
+
+`turns[k].tools` are the tools that the prompt describes, as JSON: `[{name, description, parameters}]`.
+`turns[k].message_fields` is what its new messages have besides role and content, as a JSON list with an object per
+message: `tool_calls`, `tool_call_id`, `name`, `reasoning`. Both are null where there is none. They stand here and not
+in `messages`, whose form other programs read.
 
 Within a branch nothing is stored twice. `prompt_offset` is the number of tokens that a turn's prompt shares with the
 turn before it (that turn's prompt and completion); the turn stores only the prompt tokens and placeholders from there
@@ -78,8 +83,9 @@ def _turn(placeholder: Any, **later: Any) -> Any:
     )
 
 
-TURN = _turn(PLACEHOLDER, starts_over=pa.bool_())
+TURN = _turn(PLACEHOLDER, starts_over=pa.bool_(), tools=pa.string(), message_fields=pa.string())
 OLD_TURNS = (
+    _list(_turn(PLACEHOLDER, starts_over=pa.bool_())),  # written before there were tools
     _list(_turn(PLACEHOLDER)),  # written before an env could replace the conversation
     _list(_turn(_struct(offset=pa.int32(), length=pa.int32(), hash=pa.string()))),  # … before placeholders had gaps
 )

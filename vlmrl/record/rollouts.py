@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 import orjson
@@ -48,9 +48,31 @@ class PartRecord(TypedDict, total=False):
     hash: str | None
 
 
+class ToolRecord(TypedDict):
+    """A tool that a prompt describes (`vlmrl.types.ToolSpec`)."""
+
+    name: str
+    description: str
+    parameters: dict[str, Any]
+
+
+class CallRecord(TypedDict):
+    """A tool call of a message (`vlmrl.types.ToolCall`)."""
+
+    name: str
+    arguments: dict[str, Any]
+    id: str
+
+
 class MessageRecord(TypedDict):
+    """The keys after `content` are absent where they are empty."""
+
     role: str
     content: list[PartRecord]
+    tool_calls: NotRequired[list[CallRecord]]
+    tool_call_id: NotRequired[str]
+    name: NotRequired[str]
+    reasoning: NotRequired[str]
 
 
 class TurnRecord(TypedDict):
@@ -59,6 +81,8 @@ class TurnRecord(TypedDict):
     branch: int
     starts_over: bool
     """Whether the env replaced the conversation, so that `messages` is all of the prompt."""
+    tools: list[ToolRecord]
+    """The tools that the prompt describes."""
     messages: list[MessageRecord]
     prompt_offset: int
     """Number of tokens shared with the turn before."""

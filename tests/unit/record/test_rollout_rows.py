@@ -19,7 +19,8 @@ from vlmrl.record import rollout_rows, rollout_table
 from vlmrl.record.rollout_schema import OLD_TURNS, SCHEMA
 from vlmrl.record.rollout_table import encode, reference_text
 from vlmrl.record.rollouts import RolloutRecord, read_rollouts
-from vlmrl.types import TokenMetrics
+from vlmrl.record.tool_fields import message_of, tools_of
+from vlmrl.types import Message, Text, TokenMetrics, ToolCall, ToolSpec
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_every_bit_of_a_float_comes_back(tmp_path: Path) -> None:
         assert np.array_equal(found, np.concatenate([wanted, wanted])), name
 
 
-@pytest.mark.parametrize("kind", OLD_TURNS, ids=["before starts_over", "before gaps"])
+@pytest.mark.parametrize("kind", OLD_TURNS, ids=["before tools", "before starts_over", "before gaps"])
 def test_an_older_file_lacks_columns(path: Path, kind: Any) -> None:
     whole, _ = read(path)
     rows = pq.read_table(path).to_pylist()
@@ -69,6 +70,64 @@ def test_a_turn_that_starts_over_is_marked(tmp_path: Path) -> None:
     path.write_bytes(encode(1, {"train": [made]}))
     (record,), said = read(path)
     assert ([turn["starts_over"] for turn in record["turns"]], said) == ([False, True], [])
+
+
+def test_tools_and_calls_come_back(tmp_path: Path) -> None:
+    made = rollout()
+    tool = ToolSpec("zoom", "Enlarge “it”.", {"type": "object", "properties": {"image": {"type": "integer"}}})
+    call = ToolCall("zoom", {"image": 1, "box": [0, 0.5]}, "call_1")
+    called = Message("assistant", (Text("I look."),), (call,), reasoning="small")
+    result = Message("tool", (Text("enlarged"),), tool_call_id="call_1", name="zoom")
+    made.turns[1].tools, made.turns[1].messages = (tool,), [called, result]
+    path = tmp_path / "step_000001.parquet"
+    path.write_bytes(encode(1, {"train": [made]}))
+    (record,), said = read(path)
+    assert said == []
+    before, turn = record["turns"]
+    assert before["tools"] == []
+    assert set(before["messages"][0]) == {"role", "content"}
+    assert tools_of(turn["tools"]) == (tool,)
+    assert turn["messages"] == [
+        {
+            "role": "assistant",
+            "content": [{"type": "text", "text": "I look."}],
+            "tool_calls": [{"name": "zoom", "arguments": {"image": 1, "box": [0, 0.5]}, "id": "call_1"}],
+            "reasoning": "small",
+        },
+        {
+            "role": "tool",
+            "content": [{"type": "text", "text": "enlarged"}],
+            "tool_call_id": "call_1",
+            "name": "zoom",
+        },
+    ]
+    assert message_of("assistant", called.content, turn["messages"][0]) == called
+    assert message_of("tool", result.content, turn["messages"][1]) == result
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("tools", "{"),
+        ("tools", '{"name": "zoom"}'),
+        ("tools", '[{"name": "zoom", "description": 1, "parameters": {}}]'),
+        ("message_fields", "["),
+        ("message_fields", "[{}, {}]"),
+        ("message_fields", '[{"name": 1}]'),
+        ("message_fields", '[{"tool_calls": [{"name": "zoom", "arguments": [], "id": ""}]}]'),
+        ("message_fields", '[{"content": []}]'),
+    ],
+)
+def test_tools_that_no_run_wrote_are_damage(tmp_path: Path, name: str, text: str) -> None:
+    path = tmp_path / "step_000001.parquet"
+    path.write_bytes(encode(1, {"train": [rollout()]}))
+    rows = pq.read_table(path).to_pylist()
+    rows[0]["turns"][1][name] = text
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), path)
+    records, said = read(path)
+    assert records == []
+    assert len(said) == 1
+    assert "no run wrote it" in said[0]
 
 
 def test_only_the_wanted_rollouts_come(path: Path) -> None:

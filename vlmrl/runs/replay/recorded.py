@@ -21,6 +21,7 @@ from vlmrl.errors import VlmrlError
 from vlmrl.record.files import read_errors
 from vlmrl.record.rollouts import RolloutRecord, TurnRecord, mm_kwargs_digests, read_rollouts, recorded_digests
 from vlmrl.record.run_dir import RunDir
+from vlmrl.record.tool_fields import message_of, tools_of
 from vlmrl.rendering.images import ImageError
 from vlmrl.rendering.renderer import Renderer
 from vlmrl.types import (
@@ -132,6 +133,7 @@ def _turn(record: TurnRecord, images: Mapping[str, RecordedImage]) -> Turn:
         messages=[_message(message, images) for message in record["messages"]],
         branch=record["branch"],
         starts_over=record["starts_over"],
+        tools=tools_of(record["tools"]),
         reward=record["reward"],
         advantage=record["advantage"],
         learned=None
@@ -151,7 +153,7 @@ def _message(record: Mapping[str, object], images: Mapping[str, RecordedImage]) 
             parts.append(Image(images[part["hash"]].item.pixels))
     role = record["role"]
     assert role in ("system", "user", "assistant", "tool")
-    return Message(role, tuple(parts))
+    return message_of(role, tuple(parts), record)
 
 
 def fits(rollout: Rollout) -> bool:

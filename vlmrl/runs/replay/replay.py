@@ -174,11 +174,11 @@ class Replay:
         for rollout in rollouts:
             for number, turn in enumerate(rollout.turns):
                 if number == 0 or turn.starts_over:
-                    prompt = await self.renderer.first_turn(turn.messages)
+                    prompt = await self.renderer.first_turn(turn.messages, turn.tools)
                 else:
                     before, history = rollout.turns[number - 1], rollout.messages_before(number)
                     prompt, _ = await self.renderer.next_turn(
-                        before.prompt, before.completion.token_ids, history, turn.messages
+                        before.prompt, before.completion.token_ids, history, turn.messages, turn.tools
                     )
                 rerendered.append(RerenderedTurn(rollout, number, prompt))
         return rerendered
