@@ -298,6 +298,9 @@ class SamplingParams:
     logprobs of that distribution, and a token outside of a truncated one would have an importance ratio of infinity."""
     top_k: int = 0
     """A token can be sampled if it is at least as probable as the k-th most probable one. 0 keeps every token."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the completion: it ends with the token that completes one of them in its text. The token and all
+    before it belong to the completion, as they were sampled. None of them is empty."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -305,13 +308,17 @@ class Completion:
     """The tokens that the engine sampled for one prompt. C ≥ 1."""
 
     token_ids: IntArray
-    """int64 [C]; the last one is a stop token exactly when `finish_reason` is "stop"."""
+    """int64 [C]; where `finish_reason` is "stop", the last one is a stop token, or it completes the stop string `stop`.
+    The last token may go on behind that string."""
     logprobs: FloatArray
     """float32 [C]; natural log of each token's probability under the distribution that it was sampled from; NaN where
     no policy sampled it (mode=play)."""
     versions: IntArray
     """int64 [C]; the policy version that sampled each token; -1 where no policy did."""
     finish_reason: Literal["stop", "length"]
+    """"stop": by a stop token or a stop string. "length": the token budget ran out before either."""
+    stop: str | None = None
+    """The stop string that ended it; None where a stop token or the budget did."""
 
     def __repr__(self) -> str:
         return f"Completion({len(self.token_ids)} tokens, {self.finish_reason!r})"
@@ -448,7 +455,7 @@ class Turn:
     prompt: Prompt
     completion: Completion
     text: str
-    """The completion's text without special tokens; the task scored this text."""
+    """The completion's text without special tokens, up to the stop string that ended it; the task scored this text."""
     messages: list[Message]
     """The messages that are new in this turn's prompt: system and user messages in the first turn, the env's reply in
     later ones."""

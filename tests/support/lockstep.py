@@ -16,6 +16,7 @@ from typing import TypeAlias
 import numpy as np
 
 from vlmrl.errors import EngineError
+from vlmrl.inference.stop_strings import find_stop
 from vlmrl.rendering.images import ImageError, decode, image_hash
 from vlmrl.types import (
     Answer,
@@ -163,12 +164,15 @@ class LockstepEngine:
                 future.set_exception(error)
                 continue
             ids = np.array([*map(ord, said), END][: sampling.max_new_tokens], np.int64)
+            found = find_stop(ids, sampling.stop, sampling.stop_token_ids, CharRenderer().decode)
+            ids, stop = (ids, None) if found is None else (ids[: found[0]], found[1])
             future.set_result(
                 Completion(
                     token_ids=ids,
                     logprobs=np.full(len(ids), -1.0, np.float32),
                     versions=np.zeros(len(ids), np.int64),
-                    finish_reason="stop" if ids[-1] == END else "length",
+                    finish_reason="stop" if ids[-1] == END or stop is not None else "length",
+                    stop=stop,
                 )
             )
 

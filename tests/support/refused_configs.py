@@ -7,6 +7,8 @@ JUDGE = ("reward=judge", "reward.terms.judge.url=http://127.0.0.1:1/v1", "reward
 MIXTURE = ("task=mixture", "+task@task.tasks.a=color_codeword")
 
 REFUSED: list[tuple[tuple[str, ...], str]] = [
+    ((f"orchestrator.stop=[{','.join('abcdefghijklmnopq')}]",), "orchestrator.stop has 17 texts, .* remove all but 16"),
+    (("orchestrator.stop=['']",), "orchestrator.stop='' cannot be used, .* every answer would end at its first token"),
     (("orchestrator/renderer=none",), "renderer=null leaves .*=qwen3vl_tiny .*image tokens and pixels: set .*=auto$"),
     (("~orchestrator/renderer",), "orchestrator.renderer=null leaves model.name=qwen3vl_tiny without a renderer"),
     (("orchestrator.renderer.name=qwen3",), "name=qwen3 does not serve model.vlm.family=qwen3_vl, .* one of qwen3-vl"),

@@ -17,6 +17,14 @@ RENDERER = Form(
     "there is no renderer of that name",
 )
 
+STOP = Form(
+    r"[^\ufffd]+",
+    "text that is not empty, without the character U+FFFD of broken text",
+    "every answer would end at its first token, or none would",
+)
+MAX_STOP = 16
+"""Most texts of `orchestrator.stop`."""
+
 
 @dataclass
 class RendererConfig:
@@ -74,6 +82,10 @@ class OrchestratorConfig:
     """Rollouts per problem, which are compared with each other."""
     max_new_tokens: int = setting(64, on_resume=Resume.noted, low=1, high=2**24, outside="the policy cannot answer")
     """The most tokens of a completion."""
+    stop: list[str] = setting([], on_resume=Resume.noted, form=STOP)
+    """Texts that end a completion, at most 16: it ends with the token that completes one of them, and the task sees the
+    text before it. All tokens are learned as they were sampled. For formats that end a turn without the model's own end
+    of turn, such as `stop=['Observation:']`."""
     temperature: float = setting(
         1.0,
         on_resume=Resume.noted,

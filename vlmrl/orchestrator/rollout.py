@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 
 from vlmrl.config.algorithm import Truncated
 from vlmrl.errors import EngineError, EngineLostError, UserFault, fenced, safe_text
+from vlmrl.inference.stop_strings import text_before
 from vlmrl.orchestrator.envs.base import EnvHandle, EnvLostError, Envs
 from vlmrl.orchestrator.scoring import Scorer
 from vlmrl.orchestrator.stream import Drawn
@@ -77,6 +78,8 @@ class RolloutRunner:
     """As in `SamplingParams`; below 1 in evaluation sets only."""
     top_k: int = 0
     """As in `SamplingParams`; above 0 in evaluation sets only."""
+    stop: tuple[str, ...] = ()
+    """As in `SamplingParams`: `orchestrator.stop`."""
 
     async def run_groups(
         self,
@@ -209,9 +212,11 @@ class RolloutRunner:
                 # A greedy answer is the most probable token of the whole distribution.
                 top_p=self.top_p if temperature > 0 else 1.0,
                 top_k=self.top_k if temperature > 0 else 0,
+                stop=self.stop,
             )
             completion = await session.generate(prompt, sampling)
-            text = self.renderer.decode(completion.token_ids)
+            written = self.renderer.decode(completion.token_ids)
+            text = text_before(written, completion.stop)
             turn = Turn(prompt, completion, text, list(new_messages), branch, reward=0.0, starts_over=starts_over)
             # Before the task scores it: if the task raises, its author needs to see this turn in the record.
             rollout.turns.append(turn)
@@ -228,7 +233,8 @@ class RolloutRunner:
                 return StopReason.MAX_TURNS
             starts_over = reply.history is not None
             new_messages = reply.messages if reply.history is None else reply.history
-            history = [] if starts_over else [*history, Message.of("assistant", text)]
+            # A stop string stays in the conversation: its tokens were sampled, and the next prompt has them.
+            history = [] if starts_over else [*history, Message.of("assistant", written)]
             prompt, bridged = await self._next_prompt(turn, len(rollout.turns), history, new_messages)
             history.extend(new_messages)
             branch = branch if bridged else branch + 1

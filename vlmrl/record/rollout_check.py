@@ -36,6 +36,8 @@ def _is_turn(turn: Any, previous: Mapping[str, Any] | None) -> bool:
         return False
     if not isinstance(turn.get("starts_over", False), bool) or not is_tools(turn.get("tools", [])):
         return False
+    if not _is_text_or_none(turn.get("stop")):
+        return False
     for name in ("trainer_logprobs", "entropies"):  # old records lack them
         value = turn.get(name)
         if value is not None and not (_numbers(value) and len(value) == count):

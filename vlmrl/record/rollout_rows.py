@@ -42,6 +42,7 @@ MAY_BE_NULL = frozenset(
     (
         *("dropped", "error", "reference", "rewards[].value", "metrics[].value", "messages[].content[].text"),
         *("images[]", "turns[].trainer_logprobs", "turns[].entropies", "turns[].tools", "turns[].message_fields"),
+        "turns[].stop",
     )
 )
 """Where a row may have no value."""
@@ -235,6 +236,7 @@ def _turns(row: dict[str, Any]) -> list[dict[str, Any]] | None:
             for message, beside in zip(new, fields, strict=True)
         ]
         turn.setdefault("starts_over", False)
+        turn.setdefault("stop", None)
         turn["text"] = answer["content"][0]["text"]
         turn["placeholders"] = [
             [place["offset"], place["length"], place["hash"], [list(gap.values()) for gap in place.get("gaps", ())]]

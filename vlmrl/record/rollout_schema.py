@@ -83,10 +83,12 @@ def _turn(placeholder: Any, **later: Any) -> Any:
     )
 
 
-TURN = _turn(PLACEHOLDER, starts_over=pa.bool_(), tools=pa.string(), message_fields=pa.string())
+TURN = _turn(PLACEHOLDER, starts_over=pa.bool_(), tools=pa.string(), message_fields=pa.string(), stop=pa.string())
 OLD_TURNS = (
-    _list(_turn(PLACEHOLDER, starts_over=pa.bool_())),  # written before there were tools
-    _list(_turn(PLACEHOLDER)),  # written before an env could replace the conversation
+    # written before a completion could end by a stop string
+    _list(_turn(PLACEHOLDER, starts_over=pa.bool_(), tools=pa.string(), message_fields=pa.string())),
+    _list(_turn(PLACEHOLDER, starts_over=pa.bool_())),  # … before there were tools
+    _list(_turn(PLACEHOLDER)),  # … before an env could replace the conversation
     _list(_turn(_struct(offset=pa.int32(), length=pa.int32(), hash=pa.string()))),  # … before placeholders had gaps
 )
 """Types of the column `turns` in older files."""

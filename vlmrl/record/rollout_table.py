@@ -203,6 +203,7 @@ def _turns(pairs: list[tuple[Turn | None, Turn | None]]) -> pa.Array:
         pa.array([turn.starts_over for turn in turns], pa.bool_()),
         _texts(tools_text(turn.tools) for turn in turns),
         _texts(fields_text(turn.messages) for turn in turns),
+        _texts(turn.completion.stop for turn in turns),
         pa.array([len(turn.messages) for turn in turns], pa.int32()),
         pa.array(offsets, pa.int32()),
         _arrays(token_ids, pa.int32()),

@@ -102,6 +102,8 @@ class TurnRecord(TypedDict):
     entropies: list[float] | None
     """[C]; entropy of the trainer's distribution in nats. None where the turn was not trained on."""
     finish_reason: Literal["stop", "length"]
+    stop: str | None
+    """The stop string that ended the completion; None where a stop token or the token budget did."""
     text: str
     reward: float
     advantage: float

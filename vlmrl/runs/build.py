@@ -19,18 +19,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.model import Init, ModelConfig
 from vlmrl.config.orchestrator import TEMPLATE, EvalConfig, RendererConfig
 from vlmrl.config.run import RunConfig
 from vlmrl.config.task import most_turns
-from vlmrl.config.weight_sync import CudaIpcSyncConfig, FolderSyncConfig, NcclSyncConfig
-from vlmrl.inference.embedded.engine import EmbeddedEngine
-from vlmrl.inference.vllm.engine import VllmEngine
 from vlmrl.models.blocks import prepare_blocks
-from vlmrl.models.checkpoints.image_size import size_settings
 from vlmrl.models.checkpoints.load import (
     load_eos_ids,
     load_image_processor,
@@ -39,7 +34,6 @@ from vlmrl.models.checkpoints.load import (
     load_tokenizer,
     resolve_checkpoint,
 )
-from vlmrl.models.checkpoints.published import published_weights
 from vlmrl.models.checkpoints.scratch import write_weights
 from vlmrl.models.families import family_of
 from vlmrl.models.image_encoder import encodes
@@ -61,6 +55,7 @@ from vlmrl.record.logs import MainLog
 from vlmrl.record.run_dir import RunDir
 from vlmrl.rendering.renderer import FamilyRenderer, Renderer, make_renderer, renderer_name
 from vlmrl.runs.doctor.short import ensure_certified
+from vlmrl.runs.engines import make_engine
 from vlmrl.runs.eval_sets import make_set_players
 from vlmrl.runs.fence import files_of
 from vlmrl.runs.position import Cursors, Position
@@ -74,11 +69,6 @@ from vlmrl.trainer.commands import Follower
 from vlmrl.trainer.learner import Learner
 from vlmrl.trainer.trainer import LocalTrainer
 from vlmrl.types import ImageItem, InferenceEngine, WeightSync
-from vlmrl.weight_sync.cuda_ipc import CudaIpcSync
-from vlmrl.weight_sync.folder import FolderSync
-from vlmrl.weight_sync.gpu import WEIGHT_TRANSFERS
-from vlmrl.weight_sync.in_process import InProcessSync
-from vlmrl.weight_sync.nccl import NcclSync
 
 log = logging.getLogger(__name__)
 
@@ -259,7 +249,7 @@ def build_run(config: RunConfig, run_dir: RunDir, monitor: Monitor, rank_group: 
     # Before the trainer, which may divide the weights among the ranks.
     ensure_certified(config, checkpoint, policy, renderer, run_dir, monitor)
     trainer = make_trainer(config, policy, texts, renderer.banned_token_ids, rank_group)
-    engine, weight_sync = make_engine(config, folder, policy, trainer, run_dir, monitor)
+    engine, weight_sync = make_engine(config, folder, policy, trainer, renderer, run_dir, monitor)
     envs = make_envs(config.task, task, seed=config.seed, logs=run_dir.logs)
     runner = RolloutRunner(
         envs=envs,
@@ -270,6 +260,7 @@ def build_run(config: RunConfig, run_dir: RunDir, monitor: Monitor, rank_group: 
         max_new_tokens=config.orchestrator.max_new_tokens,
         max_model_len=max_model_len(config),
         truncated=config.algorithm.truncated,
+        stop=tuple(config.orchestrator.stop),
         scorer=Scorer.of(config.reward, config.task, TaskThreads().run),
     )
     problems = ProblemSource.of(config, config.task, envs, renderer, monitor)
@@ -366,35 +357,3 @@ def _build_renderer(config: RunConfig, settings: RendererConfig, folder: Path, m
         lambda image: family.processed_pixels(image.mm_kwargs, image_processor),
         renderer.surprises,
     )
-
-
-def make_engine(
-    config: RunConfig, folder: Path, policy: Policy, trainer: LocalTrainer, run_dir: RunDir, monitor: Monitor
-) -> tuple[InferenceEngine, WeightSync]:
-    """The inference engine and the weight sync that publishes the trainer's weights to it. vLLM servers load the
-    checkpoint in `folder`."""
-    if not isinstance(config.inference, VllmConfig):
-        engine = EmbeddedEngine(policy, lambda: trainer.version, config.inference.max_model_len)
-        return engine, InProcessSync(lambda: trainer.version, trainer.weights, engine.weights)
-    sync = config.weight_sync
-    transfer = WEIGHT_TRANSFERS.get(sync.kind)
-    servers = VllmEngine(
-        config.inference,
-        folder,
-        run_dir.logs,
-        monitor.status,
-        monitor.warn,
-        transfer,
-        size_settings(config.model.vlm),
-        policy.logit_map.scale,
-    )
-
-    def weights() -> dict[str, Tensor]:
-        return published_weights(policy.model, trainer.weights())
-
-    if isinstance(sync, NcclSyncConfig):
-        return servers, NcclSync(servers, weights, sync)
-    if isinstance(sync, CudaIpcSyncConfig):
-        return servers, CudaIpcSync(servers, weights, sync)
-    assert isinstance(sync, FolderSyncConfig), "preflight refuses a weight sync that vLLM servers cannot receive"
-    return servers, FolderSync(servers, weights, sync)

@@ -180,9 +180,12 @@ async def _play_rollout(
                 prompt = await _first_turn(renderer, reply.history)
                 continue
             _show("", reply.messages)
-            history.append(Message.of("assistant", turn["text"]))
+            completion = np.array(turn["completion_ids"], np.int64)
+            written = turn["text"]
+            if renderer is not None and turn.get("stop") is not None:
+                written = renderer.decode(completion)
+            history.append(Message.of("assistant", written))
             if renderer is not None and prompt is not None:
-                completion = np.array(turn["completion_ids"], np.int64)
                 with rendering_fence():
                     prompt, _ = await renderer.next_turn(prompt, completion, history, reply.messages)
             history.extend(reply.messages)

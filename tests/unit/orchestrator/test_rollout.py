@@ -110,8 +110,10 @@ def make_runner(
     max_model_len: int = 10_000,
     scorer: Scorer | None = None,
     timeout_s: float | None = None,
+    stop: tuple[str, ...] = (),
 ) -> RolloutRunner:
     return RolloutRunner(
+        stop=stop,
         scorer=scorer or Scorer(),
         envs=ThreadEnvs(task, timeout_s),
         renderer=renderer or CharRenderer(),
@@ -270,6 +272,26 @@ def test_the_record_has_what_a_cut_turn_is_paid(truncated: str, reward: float, p
     runner.truncated = Truncated(truncated)
     rollout = play_one(runner)
     assert (rollout.stop_reason, rollout.turns[-1].reward) == (StopReason.MAX_NEW_TOKENS, paid)
+
+
+@pytest.mark.parametrize("budget", [7, 80], ids=["at its last token", "before its end"])
+def test_a_stop_string_ends_a_turn_and_not_the_episode(budget: int) -> None:
+    """The task sees the text before it. The next prompt keeps what was sampled, so that both turns are one sample."""
+    renderer = CharRenderer()
+    said = {1: "ask now", 2: "a.now."}
+    task = ScriptedTask(lambda turn, text: replace(two_turns(turn, text), messages=user("?") if turn == 0 else ()))
+    policy: Policy = lambda _, prompt: said[prompt.count(">")]  # noqa: E731
+    runner = make_runner(task, policy=policy, renderer=renderer, max_new_tokens=budget, stop=("now", "."))
+    rollout = play_one(runner)
+    first, second = rollout.turns
+    assert (first.text, second.text) == ("ask ", "a")
+    assert [(t.completion.finish_reason, t.completion.stop) for t in rollout.turns] == [("stop", "now"), ("stop", ".")]
+    assert [len(t.completion.token_ids) for t in rollout.turns] == [7, 2]
+    assert text_of(second.prompt) == "user:hi>ask nowuser:?>"
+    assert [[m.content for m in history] for history in renderer.histories] == [[(Text("hi"),), (Text("ask now"),)]]
+    assert (rollout.stop_reason, rollout.is_cut, rollout.num_branches) == (StopReason.TERMINATED, False, 1)
+    (sample,) = make_samples(rollout)
+    assert "".join(map(chr, sample.token_ids[sample.loss_mask])) == "ask nowa."
 
 
 def test_a_completion_that_just_fits_is_not_cut() -> None:

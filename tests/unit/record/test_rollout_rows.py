@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def test_every_bit_of_a_float_comes_back(tmp_path: Path) -> None:
         assert np.array_equal(found, np.concatenate([wanted, wanted])), name
 
 
-@pytest.mark.parametrize("kind", OLD_TURNS, ids=["before tools", "before starts_over", "before gaps"])
+@pytest.mark.parametrize("kind", OLD_TURNS, ids=["before stop", "before tools", "before starts_over", "before gaps"])
 def test_an_older_file_lacks_columns(path: Path, kind: Any) -> None:
     whole, _ = read(path)
     rows = pq.read_table(path).to_pylist()
@@ -61,6 +62,15 @@ def test_an_older_file_lacks_columns(path: Path, kind: Any) -> None:
     assert read(path) == (whole, [])
     assert {turn["starts_over"] for record in whole for turn in record["turns"]} == {False}
     assert {place[3] for record in whole for turn in record["turns"] for place in turn["placeholders"]} == {()}
+
+
+def test_the_stop_string_that_ended_a_completion_is_recorded(tmp_path: Path) -> None:
+    made = rollout()
+    made.turns[0].completion = replace(made.turns[0].completion, stop="Observation:")
+    path = tmp_path / "step_000001.parquet"
+    path.write_bytes(encode(1, {"train": [made]}))
+    (record,), said = read(path)
+    assert (said, [turn["stop"] for turn in record["turns"]]) == ([], ["Observation:", None])
 
 
 def test_a_turn_that_starts_over_is_marked(tmp_path: Path) -> None:

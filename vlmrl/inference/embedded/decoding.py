@@ -17,6 +17,7 @@ from vlmrl.inference.embedded.cached_policy import CachedPolicy
 from vlmrl.inference.embedded.prefill import DistinctPrompt, Prefilled
 from vlmrl.inference.embedded.requests import CachedTurn, Request
 from vlmrl.inference.embedded.sampling import sample_tokens, uniform_numbers
+from vlmrl.inference.stop_strings import StopFinder, TextOf
 from vlmrl.models.attention.fused import FusedPlan
 from vlmrl.models.attention.plan import (
     Blocks,
@@ -35,7 +36,7 @@ from vlmrl.types import Completion, FloatArray, IntArray
 class _Sequence:
     """One request while its completion is sampled."""
 
-    def __init__(self, request: Request, prompt: int) -> None:
+    def __init__(self, request: Request, prompt: int, text_of: TextOf | None) -> None:
         self.request = request
         self.prompt = prompt
         """Index of its prompt."""
@@ -43,6 +44,12 @@ class _Sequence:
         self.uniforms = uniform_numbers(request.sampling)
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
+        self.stop: str | None = None
+        """The stop string that ended the completion."""
+        self._finder: StopFinder | None = None
+        if request.sampling.stop:
+            assert text_of is not None, "a request with stop strings needs an engine that was given `text_of`"
+            self._finder = StopFinder(request.sampling.stop, text_of)
         self.last_branch: _Branch | None = None
         """The branch that sampled the last token; None while the completion is not finished."""
 
@@ -50,8 +57,15 @@ class _Sequence:
         """Append a token that `branch` sampled."""
         self.token_ids.append(token)
         self.logprobs.append(logprob)
-        if token in self.stop_token_ids or len(self.token_ids) == self.request.sampling.max_new_tokens:
+        if token not in self.stop_token_ids and self._finder is not None:
+            self.stop = self._finder.add(token)
+        if self.is_stopped or len(self.token_ids) == self.request.sampling.max_new_tokens:
             self.last_branch = branch
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether its last token is a stop token, or completes a stop string."""
+        return self.stop is not None or self.token_ids[-1] in self.stop_token_ids
 
     @property
     def is_finished(self) -> bool:
@@ -79,12 +93,14 @@ def decode(
     prompts: Sequence[DistinctPrompt],
     request_prompt: Sequence[int],
     prefilled: Prefilled,
+    text_of: TextOf | None = None,
 ) -> tuple[list[Completion], int]:
     """Sample one completion per request, in order → the completions, and the number of rows that were computed.
 
-    `request_prompt` has the index of each request's prompt. Leaves a `CachedTurn` in each request's session.
+    `request_prompt` has the index of each request's prompt. `text_of` is needed for stop strings only. Leaves a
+    `CachedTurn` in each request's session.
     """
-    sequences = [_Sequence(request, prompt) for request, prompt in zip(requests, request_prompt, strict=True)]
+    sequences = [_Sequence(request, prompt, text_of) for request, prompt in zip(requests, request_prompt, strict=True)]
     chain = _SharedChain(prompts, prefilled.segments, request_prompt)
     branches = [_Branch(prompt, states=states) for prompt, states in enumerate(prefilled.states)]
     for sequence in sequences:
@@ -198,7 +214,8 @@ def _finish(sequence: _Sequence, version: int, prompts: Sequence[DistinctPrompt]
         token_ids=token_ids,
         logprobs=np.array(sequence.logprobs, dtype=np.float32),
         versions=np.full(len(token_ids), version, dtype=np.int64),
-        finish_reason="stop" if sequence.token_ids[-1] in sequence.stop_token_ids else "length",
+        finish_reason="stop" if sequence.is_stopped else "length",
+        stop=sequence.stop,
     )
 
 

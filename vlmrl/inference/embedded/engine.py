@@ -35,11 +35,11 @@ from vlmrl.errors import EngineError
 from vlmrl.inference.embedded.generator import Generator
 from vlmrl.inference.embedded.quiet import QuietTime
 from vlmrl.inference.embedded.requests import Request, SessionCache
+from vlmrl.inference.stop_strings import TextOf
 from vlmrl.models.attention.prefix_tree import sort_key
 from vlmrl.models.lora import merged
 from vlmrl.models.policy import Policy
 from vlmrl.types import Completion, Prompt, SamplingParams
-
 
 CACHE_PER_SESSION = 4
 """Slots of the KV cache per session that is not awaited, in units of `max_model_len`: room for some branches."""
@@ -76,16 +76,18 @@ class EmbeddedSession:
 class EmbeddedEngine:
     """Runs the requests of all open sessions in one batch at a time; implements `vlmrl.types.InferenceEngine`."""
 
-    def __init__(self, policy: Policy, version: Callable[[], int], max_model_len: int) -> None:
+    def __init__(
+        self, policy: Policy, version: Callable[[], int], max_model_len: int, text_of: TextOf | None = None
+    ) -> None:
         """`version` returns the policy version of the weights that `policy` holds now; `max_model_len` limits prompt
-        plus completion, in tokens."""
+        plus completion, in tokens; `text_of` is the renderer's `decode`, which only stop strings need."""
         self._policy = policy
         self._version = version
         self._max_model_len = max_model_len
         self._sessions: set[EmbeddedSession] = set()
         self._pending: list[_Pending] = []
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="embedded-engine")
-        self._generator = Generator(policy)
+        self._generator = Generator(policy, text_of)
         self._running = False
         self._quiet = QuietTime(self._run)
 

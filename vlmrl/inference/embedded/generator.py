@@ -10,6 +10,7 @@ from vlmrl.inference.embedded.cached_policy import CachedPolicy
 from vlmrl.inference.embedded.decoding import decode
 from vlmrl.inference.embedded.prefill import distinct_prompts, prefill
 from vlmrl.inference.embedded.requests import Request
+from vlmrl.inference.stop_strings import TextOf
 from vlmrl.models.policy import Policy
 from vlmrl.types import Completion
 
@@ -17,7 +18,9 @@ from vlmrl.types import Completion
 class Generator:
     """Samples the completions of one batch after another, in one thread."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, text_of: TextOf | None = None) -> None:
+        """`text_of` is needed for stop strings only."""
+        self._text_of = text_of
         self._model = CachedPolicy(policy)
         self._counters = {"inference/rows_prefill": 0.0, "inference/rows_decode": 0.0}
 
@@ -42,6 +45,6 @@ class Generator:
         prompts, request_prompt = distinct_prompts(self._model, requests)
         prefilled, rows = prefill(self._model, prompts)
         self._counters["inference/rows_prefill"] += rows
-        completions, rows = decode(self._model, version, requests, prompts, request_prompt, prefilled)
+        completions, rows = decode(self._model, version, requests, prompts, request_prompt, prefilled, self._text_of)
         self._counters["inference/rows_decode"] += rows
         return completions

@@ -220,7 +220,7 @@ class VllmClient(ControlClient):
                     if self._takes_pictures(prompt):
                         end = end_of(last, self._written[last.hash])
                     prefix = Prompt(prompt.token_ids[:end], prompt.placeholders[:shown], prompt.images[:shown])
-                    one_token = replace(sampling, max_new_tokens=1, temperature=0.0)
+                    one_token = replace(sampling, max_new_tokens=1, temperature=0.0, stop=())
                     if await self._request(rollout_id, prefix, data, one_token) is None:
                         return False
                 self._held.update(new)

@@ -24,14 +24,15 @@ from typing import Any
 
 from vlmrl.config.inference import VllmConfig
 from vlmrl.errors import EngineError, EngineLostError, VlmrlError
-from vlmrl.inference.vllm import old_vllm, progress
+from vlmrl.inference.stop_strings import TextOf
+from vlmrl.inference.vllm import progress
 from vlmrl.inference.vllm.arguments import WeightTransfer
 from vlmrl.inference.vllm.client import ImageEncoder, VllmClient
+from vlmrl.inference.vllm.completions import completion_of
 from vlmrl.inference.vllm.control import ServerLostError
 from vlmrl.inference.vllm.server import HEALTH_POLL_S, VllmServer
 from vlmrl.inference.vllm.settings import check_settings
 from vlmrl.inference.vllm.slurm_servers import Announced, announced, find_servers
-from vlmrl.inference.vllm.wire import Answer
 from vlmrl.types import Completion, Prompt, SamplingParams
 
 SETTLE_S = 0.2
@@ -113,11 +114,13 @@ class VllmEngine:
         weight_transfer: WeightTransfer | None = None,
         image_sizes: Mapping[str, Any] = MappingProxyType({}),
         logit_scale: float | None = None,
+        text_of: TextOf | None = None,
     ) -> None:
         """`checkpoint` is a folder; `log_folder` gets `vllm_<replica>.log`; `on_progress` is called with a line about
         every half second while servers start, `warn` with a line for each server that has died; `weight_transfer` as
         for `VllmServer`; `image_sizes`: what the run sets of the image processor (`image_size.size_settings`);
-        `logit_scale` as for `check_settings`."""
+        `logit_scale` as for `check_settings`; `text_of` is the renderer's `decode`, which only stop strings need."""
+        self._text_of = text_of
         self._logit_scale = logit_scale
         self._config = config
         self._encoder = ImageEncoder(config.dtype, image_sizes)
@@ -245,7 +248,7 @@ class VllmEngine:
                     self._counts["inference/retries"] += 1
                     await self._settle(replica, client)
                 continue
-            return _completion(session.rollout_id, answer, version, sampling)
+            return completion_of(session.rollout_id, answer, version, sampling, self._text_of)
         raise EngineLostError(
             f"rollout {session.rollout_id}: its request was lost {self._config.max_retries + 1} times, the limit that "
             f"inference.max_retries={self._config.max_retries} sets; the last error was: {lost}"
@@ -381,17 +384,3 @@ class VllmEngine:
         async with self._changed:
             replica.is_ready = is_ready
             self._changed.notify_all()
-
-
-def _completion(rollout_id: str, answer: Answer, version: int, sampling: SamplingParams) -> Completion:
-    """`version` is the server's policy version when the request was sent: the oldest that a token can have."""
-    versions = answer.versions
-    if versions is None:
-        versions = old_vllm.versions_of_request(len(answer.token_ids), version)
-    stopped = int(answer.token_ids[-1]) in sampling.stop_token_ids
-    if answer.finish_reason != ("stop" if stopped else "length"):
-        raise EngineError(
-            f"rollout {rollout_id}: the server reports finish_reason={answer.finish_reason}, but the last token is "
-            f"{answer.token_ids[-1]} and the stop tokens are {sampling.stop_token_ids}"
-        )
-    return Completion(answer.token_ids, answer.logprobs, versions, "stop" if stopped else "length")

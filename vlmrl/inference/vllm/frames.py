@@ -54,6 +54,7 @@ def request_header(
         "seed": sampling.seed,
         "max_tokens": sampling.max_new_tokens,
         "stop_token_ids": sampling.stop_token_ids,
+        "stop": sampling.stop,
         "banned": _runs(sampling.banned_token_ids),
         "images": [[p.hash, p.offset, p.length, p.gaps] for p in placeholders],
         "is_whole": is_whole,
@@ -142,7 +143,7 @@ def check_request(header: Mapping[str, Any]) -> None:
     beyond 64 bits into a float.
 
     >>> params = {"seed": 0, "max_tokens": 2, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
-    >>> params |= {"stop_token_ids": [9], "banned": []}
+    >>> params |= {"stop_token_ids": [9], "stop": [], "banned": []}
     >>> good = {"request_id": "a/1", "token_ids": [3, 4], "images": [], "is_whole": True, **params}
     >>> check_request(good)
     >>> check_request(good | {"seed": 1.5})
@@ -169,6 +170,8 @@ def check_request(header: Mapping[str, Any]) -> None:
             end = start + count
         if not isinstance(hash, str):
             raise ValueError(f"{hash!r} is no hash of an image")
+    if not all(isinstance(each, str) and each for each in header["stop"]):
+        raise ValueError(f"stop={header['stop']!r} are not all texts that are not empty")
     if not isinstance(header["request_id"], str):
         raise ValueError(f"request_id={header['request_id']!r} is no text")
     if not isinstance(header["temperature"], float | int) or not 0 <= header["temperature"] < math.inf:

@@ -13,7 +13,7 @@ To drop the support, delete this file and what its importers do with it:
     inference/vllm/arguments.py         server flags
     inference/vllm/wire.py              `output_kind`, the shape of logprobs
     inference/vllm/client.py            a completion without tokens
-    inference/vllm/engine.py            versions of a completion
+    inference/vllm/completions.py       versions of a completion
     inference/vllm/in_server/route.py   a completion without tokens, versions of a completion
     weight_sync/servers.py              the weight version
     weight_sync/vllm_transfer.py        the senders, and the version that chooses them

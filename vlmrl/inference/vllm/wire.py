@@ -124,7 +124,10 @@ def _body(
             "logit_bias": _logit_bias(sampling.banned_token_ids),
             # 0 gives the logprob of the sampled token without those of the most probable tokens.
             "logprobs": 0,
-            "detokenize": False,
+            # The server finds stop strings in the text. Only the tokens of its answer are read, so they may stay there.
+            "detokenize": bool(sampling.stop),
+            "stop": sampling.stop,
+            "include_stop_str_in_output": True,
             **old_vllm.SAMPLING_PARAMS,
         },
         **images,

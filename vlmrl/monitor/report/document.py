@@ -134,6 +134,7 @@ class Rollouts:
             "branch": turn["branch"],
             "starts_over": turn["starts_over"],
             "finish": turn["finish_reason"],
+            "stop": turn.get("stop"),
             "text": turn["text"],
             "reward": turn["reward"],
             "advantage": turn["advantage"],

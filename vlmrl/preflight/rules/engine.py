@@ -9,12 +9,23 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from vlmrl.config.inference import VllmConfig
+from vlmrl.config.orchestrator import MAX_STOP
 from vlmrl.config.run import RunConfig, group_of, schemas_of
 from vlmrl.config.weight_sync import FolderSyncConfig
 from vlmrl.errors import ConfigError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 """Hosts in `inference.urls` that are certainly this one."""
+
+
+def stop_strings_are_few(config: RunConfig) -> None:
+    """The engine looks for every stop string after every token."""
+    stop = config.orchestrator.stop
+    if len(stop) > MAX_STOP:
+        raise ConfigError(
+            f"orchestrator.stop has {len(stop)} texts, and each of them is looked for after every token, so sampling "
+            f"would slow down: remove all but {MAX_STOP}"
+        )
 
 
 def kinds_are_chosen(config: RunConfig) -> None:

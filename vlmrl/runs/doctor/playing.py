@@ -143,6 +143,7 @@ class Playing:
             max_turns=MAX_TURNS if self.is_whole else min(most_turns(config.task), MAX_TURNS),
             max_new_tokens=min(config.orchestrator.max_new_tokens, MAX_NEW_TOKENS),
             max_model_len=self._max_model_len,
+            stop=tuple(config.orchestrator.stop),
         )
 
 

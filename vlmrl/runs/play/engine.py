@@ -6,15 +6,15 @@ reply  ◀─ WatchedEnv.step ◀─ the env ◀──────────�
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from vlmrl.errors import EngineError, safe_text
+from vlmrl.inference.stop_strings import find_stop
+from vlmrl.rendering.renderer import FamilyRenderer
 from vlmrl.runs.play.envs import WatchedEnvs
 from vlmrl.runs.play.players import Player
 from vlmrl.runs.play.screen import Screen
-from vlmrl.types import Completion, IntArray, Prompt, SamplingParams, extends
+from vlmrl.types import Completion, Prompt, SamplingParams, extends
 
 
 class PlayerLeftError(EngineError):
@@ -24,11 +24,10 @@ class PlayerLeftError(EngineError):
 class PlayerEngine:
     """An `InferenceEngine` that asks a player."""
 
-    def __init__(self, player: Player, envs: WatchedEnvs, encode: Callable[[str], IntArray], screen: Screen) -> None:
-        """`encode` gives the tokens of an answer, with the end of its turn."""
+    def __init__(self, player: Player, envs: WatchedEnvs, renderer: FamilyRenderer, screen: Screen) -> None:
         self.player = player
         self.envs = envs
-        self.encode = encode
+        self.renderer = renderer
         self.screen = screen
         self.is_left = False
         """Whether the player has left."""
@@ -61,8 +60,8 @@ class PlayerSession:
         """There is nothing to close."""
 
     async def generate(self, prompt: Prompt, sampling: SamplingParams) -> Completion:
-        """What the player answers, cut to the budget of tokens. Raises `PlayerLeftError`, and `UserFault` for a
-        scripted policy that fails."""
+        """What the player answers, cut to the budget of tokens and at a stop string. Raises `PlayerLeftError`, and
+        `UserFault` for a scripted policy that fails."""
         engine = self._engine
         assert engine.envs.played is not None, "a prompt comes from an env"
         engine.screen.prompt(prompt, self._turns + 1, self._num_known(prompt))
@@ -72,14 +71,18 @@ class PlayerSession:
             turns = f"{self._turns} turn{'' if self._turns == 1 else 's'}"
             raise PlayerLeftError(f"the player left after {turns}, so the episode has no reward")
         self._turns += 1
-        ids = engine.encode(safe_text(text))
+        ids = engine.renderer.encode(safe_text(text))
         is_cut = len(ids) > sampling.max_new_tokens
-        ids = ids[: sampling.max_new_tokens]
+        ids, stop = ids[: sampling.max_new_tokens], None
+        if found := find_stop(ids, sampling.stop, sampling.stop_token_ids, engine.renderer.decode):
+            count, stop = found
+            ids, is_cut = ids[:count], False
         completion = Completion(
             token_ids=ids,
             logprobs=np.full(len(ids), np.nan, np.float32),
             versions=np.full(len(ids), -1),
             finish_reason="length" if is_cut else "stop",
+            stop=stop,
         )
         engine.screen.answer(completion)
         self._before = prompt, completion

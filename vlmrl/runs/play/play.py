@@ -97,7 +97,7 @@ async def _play(config: RunConfig, task: Task, parts: RenderingParts, record: Re
     stop, split = Stop(), _split(config)
     screen, max_turns = Screen(parts, record.run_dir.seen), most_turns(config.task)
     envs = WatchedEnvs(config.task, task, screen)
-    engine = PlayerEngine(_player(config, task, stop), envs, parts.renderer.encode, screen)
+    engine = PlayerEngine(_player(config, task, stop), envs, parts.renderer, screen)
     runner = RolloutRunner(
         envs=envs,
         renderer=parts.renderer,
@@ -107,6 +107,7 @@ async def _play(config: RunConfig, task: Task, parts: RenderingParts, record: Re
         max_new_tokens=config.orchestrator.max_new_tokens,
         max_model_len=max_model_len(config),
         truncated=config.algorithm.truncated,
+        stop=tuple(config.orchestrator.stop),
         scorer=Scorer.of(config.reward, config.task, TaskThreads().run),
     )
     problems = ProblemStream(task, split, Indices(Cursor(config.play.problem)), once=True)

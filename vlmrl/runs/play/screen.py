@@ -11,6 +11,7 @@ import numpy as np
 import PIL.Image
 
 from vlmrl.errors import safe_repr
+from vlmrl.inference.stop_strings import text_before
 from vlmrl.record.files import disk_errors
 from vlmrl.runs.build import RenderingParts
 from vlmrl.runs.preview.screen import is_colored, plain, print_prompt
@@ -65,8 +66,9 @@ class Screen:
 
     def answer(self, completion: Completion) -> None:
         """Print what the task will score."""
-        text = self._parts.renderer.decode(completion.token_ids)
+        text = text_before(self._parts.renderer.decode(completion.token_ids), completion.stop)
         cut = ", cut by the budget of tokens" if completion.finish_reason == "length" else ""
+        cut += f", ended by {safe_repr(completion.stop)}" if completion.stop is not None else ""
         print(f"  answered {safe_repr(text):.{LONGEST_ANSWER}} ({len(completion.token_ids)} tokens{cut})")
 
     def reply(self, reply: Reply) -> None:

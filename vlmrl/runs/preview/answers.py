@@ -45,7 +45,7 @@ async def answers_now(
         policy = make_policy(config, model, renderer.banned_token_ids)
     except (VlmrlError, OSError) as error:
         return [], f"the model cannot be loaded: {error}"
-    engine = EmbeddedEngine(policy, lambda: 0, config.inference.max_model_len)
+    engine = EmbeddedEngine(policy, lambda: 0, config.inference.max_model_len, renderer.decode)
     envs = make_envs(config.task, task, seed=config.seed)
     runner = RolloutRunner(
         envs=envs,
@@ -56,6 +56,7 @@ async def answers_now(
         max_new_tokens=config.orchestrator.max_new_tokens,
         max_model_len=min(config.inference.max_model_len, config.trainer.seq_len),
         truncated=config.algorithm.truncated,
+        stop=tuple(config.orchestrator.stop),
         scorer=Scorer.of(config.reward, config.task, TaskThreads().run),
     )
     await engine.start()

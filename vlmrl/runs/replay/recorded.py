@@ -124,6 +124,7 @@ def _turn(record: TurnRecord, images: Mapping[str, RecordedImage]) -> Turn:
         np.array(record["logprobs"], np.float32),
         np.array(record["versions"], np.int64),
         record["finish_reason"],
+        record.get("stop"),
     )
     learned, entropies = record.get("trainer_logprobs"), record.get("entropies")
     return Turn(

@@ -138,10 +138,11 @@ class Replay:
         records = await asyncio.to_thread(load_records, self.recorded, self.step)
         images = await asyncio.to_thread(load_images, self.recorded, records, self.renderer)
         rollouts = [rollout_of(record, images) for record in records]
+        written = [self._as_written(rollout) for rollout in rollouts]
         verdicts = [
             comparisons.pictures(pictures, images, rollouts),
             comparisons.tensors(tensors, images, rollouts),
-            comparisons.prompts(prompts, await self._rerendered(rollouts), spelling),
+            comparisons.prompts(prompts, await self._rerendered(written), spelling),
         ]
         if not all(fits(rollout) for rollout in rollouts):
             why = "an image takes another number of tokens than was recorded"
@@ -167,6 +168,12 @@ class Replay:
         self.status("replay: the trainer's logprobs")
         scored = await asyncio.to_thread(self._scored, rollouts)
         return [*verdicts, comparisons.logprobs(of_trainer, scored, self._rounding, spelling)]
+
+    def _as_written(self, rollout: Rollout) -> Rollout:
+        """The rollout with the whole text of its answers, as the prompts of later turns have it: what a task saw ends
+        before a stop string."""
+        turns = [replace(turn, text=self.renderer.decode(turn.completion.token_ids)) for turn in rollout.turns]
+        return replace(rollout, turns=turns) if any(turn.completion.stop for turn in turns) else rollout
 
     async def _rerendered(self, rollouts: Sequence[Rollout]) -> list[RerenderedTurn]:
         """Every prompt, rendered again from its messages and, in turns that go on, the recorded turn before it."""
@@ -210,6 +217,8 @@ class Replay:
                     stop_token_ids=self.renderer.stop_token_ids,
                     banned_token_ids=self.renderer.banned_token_ids,
                     seed=sampling_seed(self.config.seed, rollout.rollout_id, number),
+                    # Of its stop strings, only the one that ended it had an effect.
+                    stop=() if turn.completion.stop is None else (turn.completion.stop,),
                 )
                 played.append(ResampledTurn(rollout, number, await session.generate(turn.prompt, sampling)))
         return played

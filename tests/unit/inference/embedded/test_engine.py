@@ -238,6 +238,44 @@ def test_a_stop_token_ends_the_completion_and_is_part_of_it(policy: Policy) -> N
     assert cut[0][1].finish_reason == "stop"
 
 
+def spelled(token_ids: IntArray) -> str:
+    return "".join(f"<{token}>" for token in token_ids if token != END)
+
+
+def test_a_stop_string_ends_the_completion_at_the_token_that_completes_it(policy: Policy) -> None:
+    """The tokens and their logprobs are those of a completion that goes on, bit for bit."""
+    first = prompt(SYSTEM, image(2, 2), [1])
+    free = params(3, stops=(END,), max_new_tokens=9)
+    ((_, whole),) = play(engine_of(policy), [Episode(first, (), free)])[0]
+    assert len(whole.token_ids) == 9, "the test needs a completion that no stop token ends"
+    a, b, c = whole.token_ids[3:6].tolist()
+    assert [a, b, c] not in (whole.token_ids[:3].tolist(), whole.token_ids[2:5].tolist())
+    wanted = {
+        f"<{a}><{b}><{c}>": (6, f"<{a}><{b}><{c}>"),
+        f"<{a}><{b}": (5, f"<{a}><{b}"),
+        "nowhere": (9, None),
+    }
+    engine = EmbeddedEngine(policy, lambda: 0, MAX_MODEL_LEN, spelled)
+    asked = [Episode(first, (), replace(free, stop=(stop, "nowhere"))) for stop in wanted]
+    asked.append(Episode(first, (), replace(free, stop=(f"<{a}><{b}><{c}>",), max_new_tokens=6)))
+    found = [completion for ((_, completion),) in play(engine, asked)]
+    for completion, (count, stop) in zip(found, [*wanted.values(), (6, f"<{a}><{b}><{c}>")], strict=True):
+        assert completion.token_ids.tolist() == whole.token_ids[:count].tolist()
+        assert completion.logprobs.tolist() == whole.logprobs[:count].tolist()
+        assert (completion.stop, completion.finish_reason) == (stop, "length" if stop is None else "stop")
+
+
+def test_a_turn_after_a_stop_string_samples_from_what_was_sampled(policy: Policy) -> None:
+    """The cache of the turn before holds the tokens up to the one that completed the stop string."""
+    (free,) = play(engine_of(policy), group(1, max_new_tokens=6))
+    stop = f"<{free[0][1].token_ids[2]}>"
+    engine = EmbeddedEngine(policy, lambda: 0, MAX_MODEL_LEN, spelled)
+    cut = [replace(each, sampling=replace(each.sampling, stop=(stop,))) for each in group(1, max_new_tokens=6)]
+    (turns,) = play(engine, cut)
+    assert turns[0][1].stop == stop
+    np.testing.assert_allclose(logprobs_of(turns), trainer_logprobs(policy, [turns]), atol=CLOSE, rtol=0)
+
+
 def test_each_request_keeps_its_own_budget_temperature_and_stops(policy: Policy) -> None:
     first = prompt(SYSTEM, image(2, 2), [1])
     wanted = [

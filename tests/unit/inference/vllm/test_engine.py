@@ -32,6 +32,7 @@ from vlmrl.config.inference import VllmConfig
 from vlmrl.config.model import Dtype
 from vlmrl.config.weight_sync import FolderSyncConfig
 from vlmrl.errors import EngineError
+from vlmrl.inference.embedded.engine import EmbeddedEngine
 from vlmrl.inference.vllm import old_vllm
 from vlmrl.inference.vllm.engine import Replica, VllmEngine
 from vlmrl.inference.vllm.relay import Relay
@@ -90,7 +91,7 @@ def servers(do: Do[Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[E
     config = VllmConfig(dtype=Dtype.float32, replicas=2, max_restarts=1)
     lines: list[str] = []
     logs = tmp_path_factory.mktemp("logs")
-    engine = VllmEngine(config, tiny.folder, logs, lines.append, lines.append)
+    engine = VllmEngine(config, tiny.folder, logs, lines.append, lines.append, text_of=tiny.renderer.decode)
     do(engine.start())
     assert any(line.startswith("vLLM server 1: ") for line in lines)
     assert (logs / "vllm_0.log").stat().st_size > 0
@@ -219,6 +220,51 @@ def test_sampling_follows_its_params(servers: Engine, do: Do[Any]) -> None:
     assert (stopped.token_ids.tolist(), stopped.finish_reason) == ([first], "stop")
     endless = do(servers.ask(prompt, tiny.endless(0, 40)))
     assert (len(endless.token_ids), endless.finish_reason) == (40, "length")
+
+
+@pytest.mark.parametrize("has_route", [True, False], ids=["the run's endpoint", "vLLM's own endpoint"])
+def test_a_stop_string_ends_both_engines_completions_at_the_same_token(
+    servers: Engine, do: Do[Any], has_route: bool
+) -> None:
+    """Greedy, because the engines draw other tokens from one seed. The stop strings are parts of what is sampled: one
+    over two tokens, one inside a token, one that ends at the budget, one that is never reached."""
+    tiny = servers.tiny
+    do(servers.publish())
+    embedded = EmbeddedEngine(tiny.policy, lambda: 0, 512, tiny.renderer.decode)
+    prompt = do(tiny.prompt(3))
+    free = replace(tiny.endless(0, 40), temperature=0.0)
+    whole = do(servers.ask(prompt, free))
+    text = tiny.renderer.decode(whole.token_ids)
+    texts = [tiny.renderer.decode(whole.token_ids[:count]) for count in range(41)]
+    place = next(n for n in range(12, 40) if len(texts[n]) > len(texts[n - 1]) > len(texts[n - 2]))
+    over_two = texts[place][len(texts[place - 2]) :]
+    cases = {
+        (over_two,): next(n for n in range(41) if over_two in texts[n]),
+        (texts[place][-1], over_two): next(n for n in range(41) if texts[place][-1] in texts[n]),
+        ("never reached", text[-2:]): next(n for n in range(41) if text[-2:] in texts[n]),
+        ("never reached",): 40,
+    }
+
+    async def ask_embedded(sampling: SamplingParams) -> Completion:
+        async with embedded.session("r") as session:
+            return await session.generate(prompt, sampling)
+
+    for replica in servers.engine.replicas:
+        assert replica.client is not None
+        replica.client.has_route = has_route
+    try:
+        for stop, count in cases.items():
+            theirs = do(servers.ask(prompt, replace(free, stop=stop)))
+            ours = do(ask_embedded(replace(free, stop=stop)))
+            assert theirs.token_ids.tolist() == ours.token_ids.tolist() == whole.token_ids[:count].tolist()
+            assert (theirs.stop, theirs.finish_reason) == (ours.stop, ours.finish_reason)
+            assert ours.finish_reason == ("length" if stop == ("never reached",) else "stop")
+            assert len(theirs.logprobs) == len(theirs.versions) == count
+            np.testing.assert_allclose(theirs.logprobs, ours.logprobs, atol=1e-4, rtol=0)
+    finally:
+        for replica in servers.engine.replicas:
+            assert replica.client is not None
+            replica.client.has_route = True
 
 
 LONG = 800

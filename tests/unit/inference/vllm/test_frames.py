@@ -17,6 +17,7 @@ GOOD: dict[str, Any] = {
     "seed": 2**64 - 1,
     "max_tokens": 2,
     "stop_token_ids": [2],
+    "stop": ["END"],
     "banned": [[3, 5]],
     "images": [["h", 1, 2, []]],
     "is_whole": True,
@@ -28,6 +29,7 @@ def test_requests_of_the_run_are_taken() -> None:
         {},
         {"images": [["h", 0, 4, [[1, 2]]]]},
         {"stop_token_ids": []},
+        {"stop": []},
         {"images": []},
         {"temperature": 0},
         {"seed": 0},
@@ -46,6 +48,7 @@ def test_requests_of_the_run_are_taken() -> None:
         *({"top_k": value} for value in (-1, 1.5, 2**31, "a", None)),
         *({"token_ids": value} for value in ([5, 6.5], [2.0**70], ["a"], [-1], [[1], [2]])),
         *({"stop_token_ids": value} for value in ([2.5], [-1], [2**31])),
+        *({"stop": value} for value in ([""], [5], ["a", ""])),
         *({"banned": value} for value in ([[0.5, 2]], [[5, 3]], [[-1, 2]], [[1, 2, 3]])),
         *(
             {"images": value}

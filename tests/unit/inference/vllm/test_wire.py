@@ -32,7 +32,14 @@ from vlmrl.models import broken_wheels
 from vlmrl.types import ImageItem, Placeholder, SamplingParams
 
 SAMPLING = SamplingParams(
-    max_new_tokens=5, temperature=0.7, stop_token_ids=(9,), banned_token_ids=(3, 4), seed=2**64 - 1, top_p=0.9, top_k=5
+    max_new_tokens=5,
+    temperature=0.7,
+    stop_token_ids=(9,),
+    banned_token_ids=(3, 4),
+    seed=2**64 - 1,
+    top_p=0.9,
+    top_k=5,
+    stop=("END", "\n"),
 )
 
 
@@ -123,6 +130,7 @@ def test_a_request_passes_through_vllms_own_model(vllm: Any) -> None:
     assert (params.temperature, params.max_tokens, params.seed) == (0.7, 5, 2**64 - 1)
     assert (params.top_p, params.top_k) == (0.9, 5)
     assert params.stop_token_ids == [9]
+    assert (params.stop, params.detokenize) == (["END", "\n"], True)
     assert params.ignore_eos
     assert params.logit_bias == {3: BANNED_BIAS, 4: BANNED_BIAS}
     assert params.logprobs == 0

@@ -11,7 +11,7 @@ work without it.
 
 The engine processes requests in the order in which they are added, and caches their images. So a later request may
 refer to an image of an earlier one by its hash. Left out on purpose: everything that a rollout does not use (several
-samples per request, LoRA, stop strings).
+samples per request, LoRA).
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ async def _frame(engine: Any, number: int, header: Mapping[str, Any], outputs: A
 def _sampling_params(header: Mapping[str, Any], vocabulary: int) -> Any:
     stops, banned = tuple(header["stop_token_ids"]), tuple(map(tuple, header["banned"]))
     shape = (header["temperature"], header["top_p"], header["top_k"])
-    params = copy(_sampling(shape, header["max_tokens"], stops, banned, vocabulary))
+    params = copy(_sampling(shape, header["max_tokens"], stops, tuple(header["stop"]), banned, vocabulary))
     params.seed = header["seed"]
     return params
 
@@ -177,11 +177,13 @@ def _sampling(
     shape: tuple[float, float, int],
     max_tokens: int,
     stops: tuple[int, ...],
+    texts: tuple[str, ...],
     banned: tuple[tuple[int, int], ...],
     vocabulary: int,
 ) -> Any:
     """The sampling parameters that a run's requests share. Cached, because vLLM would process the hundreds of banned
-    tokens again for each request, which would take longer than everything else. `shape`: temperature, top_p, top_k."""
+    tokens again for each request, which would take longer than everything else. `shape`: temperature, top_p, top_k.
+    `texts`: stop strings, which the server finds in the text. Only the tokens are read, so it may keep them there."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -193,10 +195,12 @@ def _sampling(
         seed=0,  # `_sampling_params` sets the request's own
         max_tokens=max_tokens,
         stop_token_ids=list(stops),
+        stop=list(texts),
+        include_stop_str_in_output=True,
         ignore_eos=True,
         logprobs=0,
         flat_logprobs=True,
-        detokenize=False,
+        detokenize=bool(texts),
         output_kind=RequestOutputKind.FINAL_ONLY,
         skip_clone=True,
         **_ban(banned, vocabulary),
