@@ -44,6 +44,9 @@ from vlmrl.types import Completion, Prompt, SamplingParams
 CACHE_PER_SESSION = 4
 """Slots of the KV cache per session that is not awaited, in units of `max_model_len`: room for some branches."""
 
+CACHED_SESSIONS = 64
+"""Sessions that are not awaited and have room in the KV cache although they are idle."""
+
 
 @dataclass(eq=False)
 class _Pending:
@@ -90,6 +93,8 @@ class EmbeddedEngine:
         self._generator = Generator(policy, text_of)
         self._running = False
         self._quiet = QuietTime(self._run)
+        self._largest_batch = 0
+        """Requests of the largest batch since the KV cache was empty."""
 
     async def start(self) -> None:
         """Do nothing: the policy is in this process already."""
@@ -193,8 +198,11 @@ class EmbeddedEngine:
     def _bound_cache(self) -> None:
         """Clear the KV cache where sessions that are not awaited have filled it: a server of foreign programs may never
         be without an open session."""
-        limit = CACHE_PER_SESSION * self._max_model_len * len(self._sessions)
+        self._largest_batch = max(self._largest_batch, len(self._pending))
+        sessions = max(self._largest_batch, min(len(self._sessions), CACHED_SESSIONS))
+        limit = CACHE_PER_SESSION * self._max_model_len * sessions
         if self._generator.cached_slots > limit and not any(session.is_awaited for session in self._sessions):
+            self._largest_batch = 0
             self._generator.clear_cache()
             for session in self._sessions:
                 session.cache.last_turn = None

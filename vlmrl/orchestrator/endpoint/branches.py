@@ -1,0 +1,76 @@
+"""From the requests of a session to the branches of its rollout.
+
+    request 0 ─ answer 0 ─▶ request 1 ─ answer 1 ─▶ request 3 …     branch 0: each prompt extends the turn before it
+                    └─────▶ request 2 ─ answer 2                    branch 1: forks from answer 0
+    request 4 ─ answer 4                                            branch 2: another agent's conversation
+
+A fork's prompt holds tokens that were sampled in the branch it forks from. They are environment tokens there: each
+answer is one turn of one branch, so every sampled token enters the loss once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from vlmrl.types import Message, Turn
+
+
+@dataclass(eq=False)
+class Node:
+    """A request that was answered."""
+
+    number: int
+    """Of the request in its session, from 0."""
+    turn: Turn
+    """Its `branch` is filled when the session closes; its `messages` are those after the parent's answer, or all."""
+    history: tuple[Message, ...]
+    """The messages before `turn.messages`, with answers as they were sampled; empty without a parent."""
+    parent: Node | None
+    """The answer that its conversation extends."""
+    is_bridged: bool
+    """Whether its prompt begins with the parent's tokens. False with a parent: a bridge break."""
+    children: list[Node] = field(default_factory=list)
+
+    @property
+    def conversation(self) -> tuple[Message, ...]:
+        """Everything up to its answer, which is the text that was sampled."""
+        return (*self.history, *self.turn.messages, Message.of("assistant", self.turn.text))
+
+
+def turns_of(nodes: Sequence[Node]) -> list[Turn]:
+    """The turns of a rollout, ordered by branch.
+
+    The first bridged child of a turn continues its branch. Every other child and every conversation of its own is a
+    branch of its own, whose first turn has all messages of its prompt (`starts_over`). Only a bridge break at the end
+    of a branch does not start over: it follows the turn that it could not extend, as in any rollout.
+    """
+    turns: list[Turn] = []
+    placed: set[int] = set()
+    for first in sorted(nodes, key=lambda node: node.number):
+        if id(first) in placed:
+            continue
+        chain: Node | None = first
+        follows = False
+        while chain is not None:
+            branch = turns[-1].branch + 1 if turns else 0
+            for number, node in enumerate(_chain(chain)):
+                placed.add(id(node))
+                starts_over = number == 0 and not follows and bool(turns)
+                messages = [*node.history, *node.turn.messages] if starts_over else node.turn.messages
+                turns.append(replace(node.turn, branch=branch, messages=messages, starts_over=starts_over))
+                last = node
+            chain = _first(child for child in last.children if not child.is_bridged)
+            follows = True
+    return turns
+
+
+def _chain(node: Node | None) -> Iterator[Node]:
+    """A node, its first bridged child, that one's first bridged child, …"""
+    while node is not None:
+        yield node
+        node = _first(child for child in node.children if child.is_bridged)
+
+
+def _first(nodes: Iterable[Node]) -> Node | None:
+    return min(nodes, key=lambda node: node.number, default=None)
