@@ -294,8 +294,10 @@ class SamplingParams:
     """Nucleus sampling (arXiv 1904.09751), after the temperature and `top_k`: a token can be sampled if the tokens that
     are more probable have less than `top_p` of the probability together. 1.0 keeps every token.
 
-    Only evaluation sets use this and `top_k`. Training samples from the whole distribution: the trainer computes the
-    logprobs of that distribution, and a token outside of a truncated one would have an importance ratio of infinity."""
+    Evaluation sets use this and `top_k`, and clients that choose their own sampling. The run itself samples from the
+    whole distribution to train: the trainer computes the logprobs of that distribution, and a token outside of a
+    truncated one would have an importance ratio of infinity. So a client's truncated turns are not learned
+    (`TurnSampling`)."""
     top_k: int = 0
     """A token can be sampled if it is at least as probable as the k-th most probable one. 0 keeps every token."""
     stop: tuple[str, ...] = ()
@@ -322,6 +324,23 @@ class Completion:
 
     def __repr__(self) -> str:
         return f"Completion({len(self.token_ids)} tokens, {self.finish_reason!r})"
+
+
+@dataclass(frozen=True)
+class TurnSampling:
+    """How a completion was sampled, where a client wanted it otherwise than the run samples."""
+
+    temperature: float
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    """None: the seed that follows from the run's seed, the rollout and the turn (`sampling_seed`)."""
+
+    @property
+    def is_learnable(self) -> bool:
+        """Whether every token had a probability above 0, as the trainer's distribution has it. Greedy decoding and a
+        truncated distribution rule tokens out: their importance ratio would be infinite."""
+        return self.temperature > 0 and self.top_p == 1 and self.top_k == 0
 
 
 class EngineSession(Protocol):
@@ -475,6 +494,13 @@ class Turn:
     is all of its prompt."""
     tools: tuple[ToolSpec, ...] = ()
     """The tools that its prompt describes."""
+    sampling: TurnSampling | None = None
+    """How it was sampled where that differs from the run's own sampling. None: as the run samples."""
+
+    @property
+    def is_learnable(self) -> bool:
+        """Whether the loss can have its tokens (`TurnSampling.is_learnable`)."""
+        return self.sampling is None or self.sampling.is_learnable
 
     def __repr__(self) -> str:
         return f"Turn({self.prompt}, {self.completion}, reward={self.reward})"
@@ -614,6 +640,9 @@ class TrainingSample:
     """int64 [L]; policy version that sampled the token; -1 where loss_mask is False."""
     placeholders: tuple[Placeholder, ...]
     images: tuple[ImageItem, ...]
+    temperatures: FloatArray | None = None
+    """float32 [L]; the temperature above 0 that the token was sampled at. NaN for the run's own temperature, and where
+    loss_mask is False. None: the run's own for all tokens."""
 
     def __post_init__(self) -> None:
         length = len(self.token_ids)

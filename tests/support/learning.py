@@ -59,6 +59,8 @@ class Case:
     freeze_language: bool = False
     images: bool = True
     """Whether samples of the batch have images."""
+    own_temperatures: bool = False
+    """Whether turns were sampled at temperatures of their own."""
     shown: bool = True
     """Whether a demonstration has an image, where `images` is set."""
     text_first: bool = False
@@ -77,6 +79,8 @@ CASES = {
     "frozen": Case(micro_batch_tokens=60, freeze_vision=True),
     "tower alone": Case(packing=Packing.none, freeze_language=True),
     "tower alone, last pass of text": Case(packing=Packing.none, freeze_language=True, shown=False),
+    "own temperatures": Case(micro_batch_tokens=60, own_temperatures=True),
+    "own temperatures, replicated": Case(micro_batch_tokens=60, own_temperatures=True, sharding=Sharding.none),
     "text": Case(micro_batch_tokens=60, images=False),
     "replicated": Case(micro_batch_tokens=60, sharding=Sharding.none),
     "replicated one by one": Case(packing=Packing.none, sharding=Sharding.none),
@@ -109,8 +113,9 @@ CASES = {
 }
 
 
-def batch(images: bool = True) -> list[TrainingSample]:
-    """Two groups: some samples have two turns, one occurs twice, one has no images."""
+def batch(images: bool = True, own_temperatures: bool = False) -> list[TrainingSample]:
+    """Two groups: some samples have two turns, one occurs twice, one has no images. With `own_temperatures`, tokens
+    that siblings share were sampled at several temperatures, and the last two samples at the run's."""
     shown: Callable[[int, int], Part] = image if images else lambda rows, columns: [rows, columns]
     samples = []
     for group in range(2):
@@ -120,6 +125,12 @@ def batch(images: bool = True) -> list[TrainingSample]:
             samples.append(sample(f"{group}/{i}", *opening, Sampled([2, i, END]), *last, seed=10 * group + i))
     samples.append(replace(samples[1], rollout_id="again"))
     samples.append(sample("text", SYSTEM, Sampled([1, 2])))
+    if own_temperatures:
+        given = (0.5, 2.0, np.nan, 0.5, 1.5, 1.5, 0.8)
+        for i, temperature in enumerate(given):
+            of_tokens = np.where(samples[i].loss_mask, temperature, np.nan).astype(np.float32)
+            samples[i] = replace(samples[i], temperatures=of_tokens)
+        samples.append(replace(samples[0], rollout_id="at the run's", temperatures=None))
     return samples
 
 
@@ -189,22 +200,22 @@ def counted(*names: str) -> Any:
 def steps(trainer: LocalTrainer, name: str, number: int = 2) -> dict[str, np.ndarray]:
     """Metrics of each step, with the number of collectives that gathered weights and reduced gradients; then the
     logprobs of every sample, and the weights."""
-    images = CASES[name].images
+    images, own = CASES[name].images, CASES[name].own_temperatures
     demonstrated = demonstrations(images and CASES[name].shown)
     found: dict[str, np.ndarray] = {}
     found["units"] = np.array(1 + len(blocks(trainer._learner.policy.model)))
-    trainer.logprobs(batch(images))  # must not leave gathered weights or counts behind for the step
+    trainer.logprobs(batch(images, own))  # must not leave gathered weights or counts behind for the step
     for _ in range(number):
         with (
             counted("all_gather_single", "all_gather_into_tensor") as gathers,
             counted("reduce_scatter_single", "reduce_scatter_tensor") as reductions,
         ):
-            result = trainer.train_step(batch(images), demonstrated)
+            result = trainer.train_step(batch(images, own), demonstrated)
         found[f"{result.version}/{COLLECTIVES}"] = np.array([gathers.call_count, reductions.call_count])
         for key, value in result.metrics.items():
             found[f"{result.version}/{key}"] = np.array(value)
         found[f"{result.version}/entropies"] = np.concatenate([tokens.entropies for tokens in result.tokens])
-    found["logprobs"] = np.concatenate(trainer.logprobs(batch(images)))
+    found["logprobs"] = np.concatenate(trainer.logprobs(batch(images, own)))
     for key, weight in trainer.weights().items():
         found[f"weights/{key}"] = weight.detach().float().numpy()
     return found

@@ -42,7 +42,7 @@ def token_logprobs(
     banned: Tensor,
     entry: Tensor,
     targets: Tensor,
-    temperature: float,
+    temperature: float | Tensor,
     logit_map: LogitMap = IDENTITY,
 ) -> tuple[Tensor, Tensor]:
     """Natural-log probabilities of `targets` under the distributions of `hidden` → float32 [N], and the entropies of
@@ -50,7 +50,7 @@ def token_logprobs(
 
     hidden float [U, H]; weight float [V, H]; bias float [V] without gradient, or None; banned bool [V], True where the
     probability is 0; entry int64 [N], the row of `hidden` that predicts each target; targets int64 [N]; the temperature
-    is above 0; `logit_map` changes the logits before that.
+    is above 0, one number or float32 [U]; `logit_map` changes the logits before that.
 
     >>> hidden, weight = torch.eye(2), torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
     >>> rows, targets = torch.tensor([0, 0, 1]), torch.tensor([1, 2, 2])
@@ -74,17 +74,18 @@ class _TokenLogprobs(torch.autograd.Function):
         banned: Tensor,
         entry: Tensor,
         targets: Tensor,
-        temperature: float,
+        temperature: float | Tensor,
         logit_map: LogitMap,
     ) -> tuple[Tensor, Tensor]:
         rows = len(hidden)
+        divisor = temperature[:, None] if isinstance(temperature, Tensor) else temperature
         largest = torch.full((rows,), torch.finfo(torch.float32).min, device=hidden.device)
         zero, at_target = torch.zeros_like(largest), torch.zeros_like(targets, dtype=torch.float32)
         found: Columns = (largest, zero, zero, at_target)
         for columns in _chunks(rows, len(weight)):
             logits = _logits(hidden, weight, bias, columns)
             found = _compiled_on_gpu(hidden.device, _add_columns)(
-                logits, banned[columns], entry, targets - columns.start, temperature, logit_map, *found
+                logits, banned[columns], entry, targets - columns.start, divisor, logit_map, *found
             )
         largest, total, moment, at_target = found
         log_total = total.log()
@@ -104,8 +105,11 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         dtype = hidden.dtype if hidden.dtype == weight.dtype else torch.float32
-        row_grad, grad = row_grad / ctx.temperature, grad / ctx.temperature
-        of_entropy = None if entropy_grad is None else (entropies, entropy_grad / ctx.temperature)
+        divisor = of_rows = of_targets = ctx.temperature
+        if isinstance(of_rows, Tensor):
+            divisor, of_targets = of_rows[:, None], of_rows[entry]
+        row_grad, grad = row_grad / of_rows, grad / of_targets
+        of_entropy = None if entropy_grad is None else (entropies, entropy_grad / of_rows)
         for columns in _chunks(len(hidden), len(weight)):
             logits = _logits(hidden, weight, bias, columns)
             gradient = _compiled_on_gpu(hidden.device, _logit_gradient)(
@@ -113,7 +117,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 banned[columns],
                 entry,
                 targets - columns.start,
-                ctx.temperature,
+                divisor,
                 ctx.logit_map,
                 logsumexp,
                 row_grad,
@@ -154,7 +158,7 @@ def _add_columns(
     banned: Tensor,
     entry: Tensor,
     targets: Tensor,
-    temperature: float,
+    temperature: float | Tensor,
     logit_map: LogitMap,
     largest: Tensor,
     total: Tensor,
@@ -162,7 +166,7 @@ def _add_columns(
     at_target: Tensor,
 ) -> Columns:
     """Add the columns of `logits` to the running sums. `targets` count from the first of these columns and may lie
-    outside them."""
+    outside them; the temperature is one number or float32 [U, 1]."""
     logits = (logit_map(logits) / temperature).masked_fill(banned, float("-inf"))
     new = torch.maximum(largest, logits.amax(-1))
     below = logits - new[:, None]
@@ -180,7 +184,7 @@ def _logit_gradient(
     banned: Tensor,
     entry: Tensor,
     targets: Tensor,
-    temperature: float,
+    temperature: float | Tensor,
     logit_map: LogitMap,
     logsumexp: Tensor,
     row_grad: Tensor,
@@ -190,7 +194,8 @@ def _logit_gradient(
 ) -> Tensor:
     """The gradient of `logits`, `dtype` [U, columns]: Σ grad of the row's targets in that column − p · Σ grad of all
     targets of the row. `row_grad` is the second sum. `of_entropy`: entropies [U] and their gradients [U], which add
-    −p (log p + entropy) · gradient. All gradients are already divided by the temperature."""
+    −p (log p + entropy) · gradient. All gradients are already divided by the temperature, which is one number or
+    float32 [U, 1]."""
     mapped = logit_map(logits)
     # In place, because each tensor here is as large as a chunk of logits.
     logprobs = (mapped / temperature).masked_fill_(banned, float("-inf")).sub_(logsumexp[:, None])

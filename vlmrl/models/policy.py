@@ -213,13 +213,14 @@ class Policy:
         return torch.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)
 
     def token_logprobs(
-        self, hidden: Tensor, entry: Tensor, targets: Tensor, temperature: float
+        self, hidden: Tensor, entry: Tensor, targets: Tensor, temperature: float | Tensor
     ) -> tuple[Tensor, Tensor]:
         """Logprobs float32 [N] of `targets` under the same distribution and entropies float32 [U], both with gradient
-        (head.py). Row `entry` of `hidden` [U, hidden size] predicts each target. Never holds a full row of logits."""
+        (head.py). Row `entry` of `hidden` [U, hidden size] predicts each target; each row may have a temperature of its
+        own, float32 [U] above 0. Never holds a full row of logits."""
+        if not isinstance(temperature, Tensor):
+            temperature = temperature or 1.0
         head = self.model.get_output_embeddings()
         bias = None if head.bias is None else head.bias.detach()
         with torch.autocast(hidden.device.type, enabled=False):
-            return token_logprobs(
-                hidden, head.weight, bias, self.banned, entry, targets, temperature or 1.0, self.logit_map
-            )
+            return token_logprobs(hidden, head.weight, bias, self.banned, entry, targets, temperature, self.logit_map)

@@ -60,6 +60,7 @@ def rollout_metrics(groups: Sequence[Group], filters: FilterConfig) -> dict[str,
     return (
         metrics
         | history_metrics(rollouts)
+        | client_metrics(rollouts)
         | env_metrics(rollouts)
         | replay_metrics(rollouts)
         | mean_rewards(sound)
@@ -110,6 +111,19 @@ def replay_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     envs was lost. Empty where none was."""
     replayed = sum(rollout.replayed for rollout in rollouts)
     return {"rollouts/replayed": float(replayed)} if replayed else {}
+
+
+def client_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """`tokens/client_sampled` and `tokens/unlearnable`: tokens that a client sampled in its own way, and those of them
+    that cannot be learned from (`Turn.is_learnable`). Empty where there are none."""
+    turns = [turn for rollout in rollouts for turn in rollout.turns if turn.sampling is not None]
+    if not turns:
+        return {}
+    lengths = [(len(turn.completion.token_ids), turn.is_learnable) for turn in turns]
+    return {
+        "tokens/client_sampled": float(sum(length for length, _ in lengths)),
+        "tokens/unlearnable": float(sum(length for length, is_learnable in lengths if not is_learnable)),
+    }
 
 
 def env_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:

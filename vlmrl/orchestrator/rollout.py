@@ -29,6 +29,7 @@ from vlmrl.config.algorithm import Truncated
 from vlmrl.errors import EngineError, EngineLostError, UserFault, fenced, safe_text
 from vlmrl.inference.stop_strings import text_before
 from vlmrl.orchestrator.envs.base import EnvHandle, EnvLostError, Envs
+from vlmrl.orchestrator.sampling import OwnSampling
 from vlmrl.orchestrator.scoring import Scorer
 from vlmrl.orchestrator.stream import Drawn
 from vlmrl.rendering.renderer import ImageError, Renderer
@@ -44,7 +45,6 @@ from vlmrl.types import (
     Message,
     Prompt,
     Rollout,
-    SamplingParams,
     StopReason,
     Turn,
     check_placeholders,
@@ -197,23 +197,21 @@ class RolloutRunner:
         with rendering_fence():
             prompt = await self.renderer.first_turn(new_messages)
             check_placeholders(len(prompt.token_ids), prompt.placeholders, prompt.images)
+        own = OwnSampling(
+            temperature,
+            self.renderer.stop_token_ids,
+            self.renderer.banned_token_ids,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            stop=self.stop,
+        )
         branch, starts_over = 0, False
         while True:
             # Only the completion's budget shrinks. A prompt is never cut, so its placeholders stay whole.
             budget = min(self.max_new_tokens, self.max_model_len - len(prompt.token_ids))
             if budget < 1:
                 return StopReason.CONTEXT_FULL
-            sampling = SamplingParams(
-                max_new_tokens=budget,
-                temperature=temperature,
-                stop_token_ids=self.renderer.stop_token_ids,
-                banned_token_ids=self.renderer.banned_token_ids,
-                seed=sampling_seed(self.seed, rollout.rollout_id, len(rollout.turns)),
-                # A greedy answer is the most probable token of the whole distribution.
-                top_p=self.top_p if temperature > 0 else 1.0,
-                top_k=self.top_k if temperature > 0 else 0,
-                stop=self.stop,
-            )
+            sampling = own.params(budget, sampling_seed(self.seed, rollout.rollout_id, len(rollout.turns)))
             completion = await session.generate(prompt, sampling)
             written = self.renderer.decode(completion.token_ids)
             text = text_before(written, completion.stop)

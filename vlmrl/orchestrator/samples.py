@@ -8,6 +8,10 @@ Where the renderer could not extend a prompt (bridge break), a new branch starts
 history again. Earlier completions are environment tokens there; each one is trained on once, in the branch where it was
 sampled. The loss mask follows from positions, never from token ids, so a sampled image token cannot be confused with a
 placeholder.
+
+A client may sample a turn its own way (`Turn.sampling`). Its tokens keep their own temperature, which the trainer uses
+for them. A turn that was decoded greedily or from a truncated distribution cannot be learned from: its tokens are like
+those of the environment. A branch without any other turn makes no sample.
 """
 
 from __future__ import annotations
@@ -27,25 +31,28 @@ def make_samples(rollout: Rollout) -> list[TrainingSample]:
     dropped and that each later prompt of a branch starts with the prompt and the completion before it.
     """
     assert rollout.dropped is None, f"{rollout.rollout_id} was dropped ({rollout.dropped}) and must not be trained on"
-    return [_branch_sample(rollout.rollout_id, turns) for turns in _branches(rollout)]
+    return [_branch_sample(rollout.rollout_id, turns) for turns in learned_branches(rollout)]
 
 
 def note_learned(rollouts: Iterable[Rollout], metrics: Sequence[TokenMetrics]) -> None:
-    """Set `Turn.learned` of each turn that was trained on to the trainer's metrics of its tokens.
+    """Set `Turn.learned` of each turn that was trained on to the trainer's metrics of its tokens. Turns that cannot be
+    learned from have none.
 
     `metrics` has one entry per sample that `make_samples` made of the rollouts, in order; dropped rollouts have none.
     """
-    branches = (turns for rollout in rollouts if rollout.dropped is None for turns in _branches(rollout))
+    branches = (turns for rollout in rollouts if rollout.dropped is None for turns in learned_branches(rollout))
     for turns, found in zip(branches, metrics, strict=True):
         start = 0
-        for turn in turns:
+        for turn in filter(lambda turn: turn.is_learnable, turns):
             part = slice(start, start := start + len(turn.completion.token_ids))
             turn.learned = TokenMetrics(found.trainer_logprobs[part], found.entropies[part])
         assert start == len(found.entropies), f"{start} tokens were sampled, but {len(found.entropies)} have metrics"
 
 
-def _branches(rollout: Rollout) -> list[list[Turn]]:
-    return [list(turns) for _, turns in groupby(rollout.turns, lambda turn: turn.branch)]
+def learned_branches(rollout: Rollout) -> list[list[Turn]]:
+    """The turns of each branch in which at least one can be learned from."""
+    branches = [list(turns) for _, turns in groupby(rollout.turns, lambda turn: turn.branch)]
+    return [turns for turns in branches if any(turn.is_learnable for turn in turns)]
 
 
 def _branch_sample(rollout_id: str, turns: list[Turn]) -> TrainingSample:
@@ -60,13 +67,18 @@ def _branch_sample(rollout_id: str, turns: list[Turn]) -> TrainingSample:
     advantages = np.zeros(length, np.float32)
     inference_logprobs = np.zeros(length, np.float32)
     versions = np.full(length, -1, np.int64)
+    temperatures = np.full(length, np.nan, np.float32)
     for turn in turns:
+        if not turn.is_learnable:
+            continue
         start = len(turn.prompt.token_ids)
         sampled = slice(start, start + len(turn.completion.token_ids))
         loss_mask[sampled] = True
         advantages[sampled] = turn.advantage
         inference_logprobs[sampled] = turn.completion.logprobs
         versions[sampled] = turn.completion.versions
+        if turn.sampling is not None:
+            temperatures[sampled] = turn.sampling.temperature
     return TrainingSample(
         rollout_id=rollout_id,
         token_ids=token_ids,
@@ -77,4 +89,5 @@ def _branch_sample(rollout_id: str, turns: list[Turn]) -> TrainingSample:
         versions=versions,
         placeholders=prompt.placeholders,
         images=prompt.images,
+        temperatures=None if np.isnan(temperatures).all() else temperatures,
     )

@@ -164,6 +164,13 @@ STEP_KEYS: dict[str, StepKey] = {
     ),
     "tokens/prompt": StepKey("tokens", "Sum of the prompt lengths of all turns; shared prefixes count in every turn."),
     "tokens/completion": StepKey("tokens", "Tokens that the policy sampled."),
+    "tokens/client_sampled": _sometimes(
+        "tokens", "Of tokens/completion, those that a client sampled in its own way. Steps with such a token."
+    ),
+    "tokens/unlearnable": _sometimes(
+        "tokens",
+        "Of tokens/client_sampled, those decoded greedily or with top_p or top_k, without loss.",
+    ),
     "tokens/trained": StepKey("tokens", "Loss tokens of the step."),
     "tokens/packed": StepKey("tokens", "Tokens that the trainer computed, each shared prefix once."),
     "tokens/unpacked": _sometimes("tokens", "Tokens of the samples one by one. Steps that trained on something."),

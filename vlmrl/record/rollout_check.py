@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vlmrl.record.files import is_number
+from vlmrl.record.sampling_text import is_sampling
 from vlmrl.record.tool_fields import FIELDS, is_fields, is_tools
 
 MAX_INT64 = 2**63 - 1
@@ -36,7 +37,7 @@ def _is_turn(turn: Any, previous: Mapping[str, Any] | None) -> bool:
         return False
     if not isinstance(turn.get("starts_over", False), bool) or not is_tools(turn.get("tools", [])):
         return False
-    if not _is_text_or_none(turn.get("stop")):
+    if not _is_text_or_none(turn.get("stop")) or not is_sampling(turn.get("sampling")):
         return False
     for name in ("trainer_logprobs", "entropies"):  # old records lack them
         value = turn.get(name)

@@ -48,6 +48,7 @@ def _completed(record: dict[str, Any]) -> dict[str, Any]:
         turn.setdefault("starts_over", False)
         turn.setdefault("tools", [])
         turn.setdefault("stop", None)
+        turn.setdefault("sampling", None)
         turn.setdefault("trainer_logprobs", None)
         turn.setdefault("entropies", None)
     return {"filtered": [], "task": "", "rewards": {}, "reference": None, **record}

@@ -42,7 +42,7 @@ MAY_BE_NULL = frozenset(
     (
         *("dropped", "error", "reference", "rewards[].value", "metrics[].value", "messages[].content[].text"),
         *("images[]", "turns[].trainer_logprobs", "turns[].entropies", "turns[].tools", "turns[].message_fields"),
-        "turns[].stop",
+        *("turns[].stop", "turns[].sampling"),
     )
 )
 """Where a row may have no value."""
@@ -237,6 +237,10 @@ def _turns(row: dict[str, Any]) -> list[dict[str, Any]] | None:
         ]
         turn.setdefault("starts_over", False)
         turn.setdefault("stop", None)
+        sampling = turn.get("sampling")
+        turn["sampling"] = read_json(sampling, None)
+        if (sampling is None) is not (turn["sampling"] is None):
+            return None
         turn["text"] = answer["content"][0]["text"]
         turn["placeholders"] = [
             [place["offset"], place["length"], place["hash"], [list(gap.values()) for gap in place.get("gaps", ())]]

@@ -83,10 +83,10 @@ def _turn(placeholder: Any, **later: Any) -> Any:
     )
 
 
-TURN = _turn(PLACEHOLDER, starts_over=pa.bool_(), tools=pa.string(), message_fields=pa.string(), stop=pa.string())
+_TOOLS = {"starts_over": pa.bool_(), "tools": pa.string(), "message_fields": pa.string()}
+TURN = _turn(PLACEHOLDER, **_TOOLS, stop=pa.string(), sampling=pa.string())
 OLD_TURNS = (
-    # written before a completion could end by a stop string
-    _list(_turn(PLACEHOLDER, starts_over=pa.bool_(), tools=pa.string(), message_fields=pa.string())),
+    _list(_turn(PLACEHOLDER, **_TOOLS)),  # written before a stop string or a client could decide about a completion
     _list(_turn(PLACEHOLDER, starts_over=pa.bool_())),  # … before there were tools
     _list(_turn(PLACEHOLDER)),  # … before an env could replace the conversation
     _list(_turn(_struct(offset=pa.int32(), length=pa.int32(), hash=pa.string()))),  # … before placeholders had gaps

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from vlmrl.errors import safe_text
 from vlmrl.record import rollout_schema as columns
 from vlmrl.record.checksum import with_checksum
+from vlmrl.record.sampling_text import sampling_text
 from vlmrl.record.tool_fields import fields_text, tools_text
 from vlmrl.types import Image, Message, Rollout, Text, Turn, extends
 
@@ -204,6 +205,7 @@ def _turns(pairs: list[tuple[Turn | None, Turn | None]]) -> pa.Array:
         _texts(tools_text(turn.tools) for turn in turns),
         _texts(fields_text(turn.messages) for turn in turns),
         _texts(turn.completion.stop for turn in turns),
+        _texts(sampling_text(turn.sampling) for turn in turns),
         pa.array([len(turn.messages) for turn in turns], pa.int32()),
         pa.array(offsets, pa.int32()),
         _arrays(token_ids, pa.int32()),

@@ -104,6 +104,8 @@ class TurnRecord(TypedDict):
     finish_reason: Literal["stop", "length"]
     stop: str | None
     """The stop string that ended the completion; None where a stop token or the token budget did."""
+    sampling: dict[str, Any] | None
+    """The fields of `vlmrl.types.TurnSampling`; None where it was sampled as the run samples."""
     text: str
     reward: float
     advantage: float

@@ -274,16 +274,20 @@ class Learner:
 
 def loss_logprobs(policy: Policy, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
     """One forward pass over a micro-batch → float32 [N] logprobs of its loss tokens, and float32 [N] entropies (nats)
-    of the distributions they were sampled from, both with gradient."""
+    of the distributions they were sampled from, both with gradient. `temperature` is the run's, for tokens that have
+    none of their own."""
     # The vision tower runs first in every pass. Otherwise the ranks of a sharded model would gather the weights of the
     # tower and of the layers in different orders.
     idle = [policy.encode_images([image]) for image in batch.idle_images]
     features = policy.encode_images(batch.images)
+    divisor: float | Tensor = temperature
+    if batch.temperatures is not None:
+        divisor = torch.where(batch.temperatures.isnan(), temperature, batch.temperatures)
     hidden = policy.hidden_states(
         batch.token_ids, batch.position_ids, batch.mm_token_type_ids, batch.plan, features, batch.feature_rows
     )
     logprobs, entropies = policy.token_logprobs(
-        hidden.index_select(0, batch.loss_rows), batch.entry, batch.targets, temperature
+        hidden.index_select(0, batch.loss_rows), batch.entry, batch.targets, divisor
     )
     unused = [level.float().sum() for features in idle if features is not None for level in features.levels]
     if unused:

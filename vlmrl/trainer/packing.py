@@ -27,7 +27,7 @@ from vlmrl.models.families.positions import PositionFunction
 from vlmrl.models.features import to_device
 from vlmrl.models.image_encoder import alike
 from vlmrl.trainer.shares import Share, divide
-from vlmrl.types import ImageItem, IntArray, Placeholder, TrainingSample
+from vlmrl.types import FloatArray, ImageItem, IntArray, Placeholder, TrainingSample
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +46,8 @@ class MicroBatch:
     """int64 [placeholder rows]; for each placeholder row, in row order, the index of its image feature."""
     plan: TreePlan
     loss_rows: Tensor
-    """int64 [U]; rows whose hidden state predicts a loss token (the row before that token)."""
+    """int64 [U]; rows whose hidden state predicts a loss token (the row before that token). A row whose tokens were
+    sampled at several temperatures stands here once for each."""
     entry: Tensor
     """int64 [N]; index into `loss_rows`."""
     targets: Tensor
@@ -59,6 +60,8 @@ class MicroBatch:
     """int64 [N]; policy version that sampled the token."""
     sample_index: Tensor
     """int64 [N]; index of the sample in the share."""
+    temperatures: Tensor | None = None
+    """float32 [U]; the temperature that a row's tokens were sampled at, NaN for the run's. None: the run's for all."""
     is_filler: bool = False
     """The micro-batch only keeps this rank in step with the others; its loss counts as zero."""
     idle_images: tuple[ImageItem, ...] = ()
@@ -139,7 +142,7 @@ def _micro_batch(
         for equal, rows in zip(members, tree.rows, strict=True)
         for index in equal
     ]
-    loss_rows, entry = np.unique(np.concatenate([loss.rows for loss in losses]), return_inverse=True)
+    loss_rows, entry, temperatures = _loss_rows(losses)
     segments = []
     for parent, start, end in tree.segments:
         rows = np.arange(start, end)
@@ -160,6 +163,7 @@ def _micro_batch(
         feature_rows=tensor(feature_rows),
         plan=make_plan(kernel, segments, device, rules),
         loss_rows=tensor(loss_rows),
+        temperatures=None if temperatures is None else tensor(temperatures),
         entry=tensor(entry),
         targets=gather(lambda sample: sample.token_ids),
         inference_logprobs=gather(lambda sample: sample.inference_logprobs),
@@ -167,6 +171,23 @@ def _micro_batch(
         versions=gather(lambda sample: sample.versions),
         sample_index=tensor(np.concatenate([np.full(len(loss.where), loss.index) for loss in losses])),
     )
+
+
+def _loss_rows(losses: Sequence[_SampleLoss]) -> tuple[IntArray, IntArray, FloatArray | None]:
+    """`loss_rows`, `entry` and `temperatures` of a micro-batch."""
+    rows = np.concatenate([loss.rows for loss in losses])
+    if all(loss.sample.temperatures is None for loss in losses):
+        return *np.unique(rows, return_inverse=True), None
+    given = np.concatenate([_temperatures(loss) for loss in losses])
+    own, which = np.unique(given, return_inverse=True)  # all NaN count as equal
+    pairs, entry = np.unique(rows * len(own) + which, return_inverse=True)
+    return pairs // len(own), entry, own[pairs % len(own)]
+
+
+def _temperatures(loss: _SampleLoss) -> FloatArray:
+    """float32 [n]; of the loss tokens, NaN for the run's temperature."""
+    given = loss.sample.temperatures
+    return np.full(len(loss.where), np.nan, np.float32) if given is None else given[loss.where]
 
 
 def _row_contents(

@@ -31,7 +31,13 @@ def problem(seed: int, rows: int, tokens: int, vocabulary: int, banned: int) -> 
 
 
 def plain(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, banned: Tensor, entry: Tensor, targets: Tensor, t: float
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    banned: Tensor,
+    entry: Tensor,
+    targets: Tensor,
+    t: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The same values by log_softmax over the whole vocabulary, in float64."""
     logits = hidden.double() @ weight.double().T + (0 if bias is None else bias.double())
@@ -46,7 +52,7 @@ def plain(
     rows=st.integers(1, 9),
     tokens=st.integers(1, 20),
     vocabulary=st.sampled_from([5, 128, 300, 700]),
-    temperature=st.sampled_from([0.3, 1.0, 2.5]),
+    temperature=st.sampled_from([0.3, 1.0, 2.5, None]),
     with_bias=st.booleans(),
     used=st.sampled_from([(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)]),
     data=st.data(),
@@ -56,12 +62,13 @@ def test_values_and_gradients_are_those_of_log_softmax(
     rows: int,
     tokens: int,
     vocabulary: int,
-    temperature: float,
+    temperature: float | None,
     with_bias: bool,
     used: tuple[float, float],
     data: st.DataObject,
 ) -> None:
-    """`used`: factors on logprobs and entropies in the loss. One that is 0 is left out of the graph."""
+    """`used`: factors on logprobs and entropies in the loss. One that is 0 is left out of the graph. Without a
+    `temperature`, each row has its own."""
     banned = data.draw(st.integers(0, vocabulary - 1))
     hidden, weight, bias, forbidden, entry, targets = problem(seed, rows, tokens, vocabulary, banned)
     chosen = bias if with_bias else None
@@ -69,6 +76,8 @@ def test_values_and_gradients_are_those_of_log_softmax(
     wanted = [x.clone().double().requires_grad_() for x in (hidden, weight)]
     random = torch.Generator().manual_seed(seed)
     weights = torch.randn(tokens, generator=random), torch.randn(rows, generator=random)
+    own = torch.tensor([0.3, 1.0, 2.5])[torch.randint(3, (rows,), generator=random)]
+    divisor = own if temperature is None else temperature
 
     def loss_of(*values: Tensor) -> Tensor:
         terms = [(w.to(v.dtype) * v).sum() for w, v, part in zip(weights, values, used, strict=True) if part]
@@ -76,9 +85,10 @@ def test_values_and_gradients_are_those_of_log_softmax(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(head, "MAX_LOGITS", rows * 128)  # chunks of 128 columns
-        logprobs, entropies = token_logprobs(found[0], found[1], chosen, forbidden, entry, targets, temperature)
+        logprobs, entropies = token_logprobs(found[0], found[1], chosen, forbidden, entry, targets, divisor)
         loss_of(logprobs, entropies).backward()  # type: ignore[no-untyped-call]
-    reference, reference_entropies = plain(wanted[0], wanted[1], chosen, forbidden, entry, targets, temperature)
+    divisors = own.double()[:, None] if temperature is None else temperature
+    reference, reference_entropies = plain(wanted[0], wanted[1], chosen, forbidden, entry, targets, divisors)
     loss_of(reference, reference_entropies).backward()  # type: ignore[no-untyped-call]
     assert logprobs.dtype is entropies.dtype is torch.float32
     torch.testing.assert_close(logprobs.double(), reference, rtol=1e-5, atol=2e-5)
@@ -86,7 +96,7 @@ def test_values_and_gradients_are_those_of_log_softmax(
     for mine, theirs in zip(found, wanted, strict=True):
         assert mine.grad is not None
         assert theirs.grad is not None
-        torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-4, atol=2e-4 / temperature)
+        torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-4, atol=2e-4 / (temperature or 0.3))
 
 
 def test_bfloat16_is_multiplied_as_float32() -> None:

@@ -19,6 +19,7 @@ from vlmrl.types import (
     TokenMetrics,
     TrainingSample,
     Turn,
+    TurnSampling,
 )
 
 
@@ -144,6 +145,31 @@ def test_dtypes_and_an_example() -> None:
         assert getattr(sample, name).dtype == np.int64, name
     assert sample.loss_mask.dtype == np.bool_
     assert sample.advantages.dtype == sample.inference_logprobs.dtype == np.float32
+
+
+def test_a_client_s_turns_keep_their_temperature_and_truncated_ones_have_no_loss() -> None:
+    """Three turns of one branch: as the run samples, at temperature 0.5, and with top_k. Then two branches that make no
+    sample: greedy, and at the run's temperature with top_p."""
+    prompts = [extended(EMPTY, [5], [])]
+    for sampled in ([7, END], [6, END], [9, END], [4, END]):
+        prompts.append(extended(prompts[-1], [*sampled, 8], []))
+    turns = [turn(prompt, [7, END], 0, number) for number, prompt in enumerate(prompts[:1])]
+    turns.append(replace(turn(prompts[1], [6, END], 0, 1), sampling=TurnSampling(0.5)))
+    turns.append(replace(turn(prompts[2], [9, END], 0, 2), sampling=TurnSampling(0.5, top_k=3)))
+    turns.append(replace(turn(prompts[3], [4, END], 1, 3), sampling=TurnSampling(0.0)))
+    turns.append(replace(turn(prompts[4], [3, END], 2, 4), sampling=TurnSampling(1.0, top_p=0.9)))
+    played = rollout(turns)
+    (sample,) = make_samples(played)
+    assert sample.token_ids.tolist() == [5, 7, END, 8, 6, END, 8, 9, END]
+    assert sample.loss_mask.tolist() == [False, True, True, False, True, True, False, False, False]
+    assert sample.temperatures is not None
+    assert sample.temperatures.dtype == np.float32
+    assert np.array_equal(sample.temperatures, [np.nan] * 4 + [0.5] * 2 + [np.nan] * 3, equal_nan=True)
+    for array, absent in ((sample.advantages, 0), (sample.inference_logprobs, 0), (sample.versions, -1)):
+        assert (array[~sample.loss_mask] == absent).all()
+    metrics = TokenMetrics(np.array([1, 2, 3, 4], np.float32), np.array([5, 6, 7, 8], np.float32))
+    note_learned([played], [metrics])
+    assert [made.learned and made.learned.entropies.tolist() for made in turns] == [[5, 6], [7, 8], None, None, None]
 
 
 def test_a_branch_whose_prompt_does_not_extend_is_an_assertion_error() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from vlmrl.record.rollout_schema import OLD_TURNS, SCHEMA
 from vlmrl.record.rollout_table import encode, reference_text
 from vlmrl.record.rollouts import RolloutRecord, read_rollouts
 from vlmrl.record.tool_fields import message_of, tools_of
-from vlmrl.types import Message, Text, TokenMetrics, ToolCall, ToolSpec
+from vlmrl.types import Message, Text, TokenMetrics, ToolCall, ToolSpec, TurnSampling
 
 
 @pytest.fixture
@@ -71,6 +71,39 @@ def test_the_stop_string_that_ended_a_completion_is_recorded(tmp_path: Path) -> 
     path.write_bytes(encode(1, {"train": [made]}))
     (record,), said = read(path)
     assert (said, [turn["stop"] for turn in record["turns"]]) == ([], ["Observation:", None])
+
+
+@pytest.mark.parametrize("sampling", [TurnSampling(0.7, 0.9, 5, 2**63 - 1), TurnSampling(0.0), None])
+def test_how_a_client_sampled_a_turn_is_recorded(tmp_path: Path, sampling: TurnSampling | None) -> None:
+    made = rollout()
+    made.turns[0].sampling = sampling
+    path = tmp_path / "step_000001.parquet"
+    path.write_bytes(encode(1, {"train": [made]}))
+    (record,), said = read(path)
+    (found, other), wanted = (turn["sampling"] for turn in record["turns"]), sampling and asdict(sampling)
+    assert (said, found, other) == ([], wanted, None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no JSON",
+        "[]",
+        '{"temperature":0.5,"top_p":1.0,"top_k":0}',
+        '{"temperature":-1,"top_p":1.0,"top_k":0,"seed":null}',
+        '{"temperature":0.5,"top_p":1.0,"top_k":0.5,"seed":null}',
+        '{"temperature":0.5,"top_p":2.0,"top_k":0,"seed":null}',
+        '{"temperature":0.5,"top_p":1.0,"top_k":0,"seed":-1}',
+    ],
+)
+def test_a_sampling_that_no_run_wrote_is_damage(path: Path, text: str) -> None:
+    def change(rows: list[dict[str, Any]]) -> None:
+        rows[0]["turns"][0]["sampling"] = text
+
+    edit(path, change)
+    records, said = read(path)
+    assert len(records) == 7
+    assert "no run wrote it" in said[0]
 
 
 def test_a_turn_that_starts_over_is_marked(tmp_path: Path) -> None:

@@ -329,6 +329,58 @@ def test_logprobs_are_of_the_distribution_that_was_sampled_from(
         np.testing.assert_allclose(mine, wanted.numpy(), rtol=1e-5, atol=1e-5)
 
 
+def own_divisors(s: TrainingSample, run: float) -> np.ndarray:
+    """float64 [loss tokens, 1]; the temperature of each loss token."""
+    own = np.full(len(s.token_ids), np.nan) if s.temperatures is None else s.temperatures.astype(np.float64)
+    return np.where(np.isnan(own), run, own)[s.loss_mask, None]
+
+
+@pytest.mark.parametrize("packing", [Packing.tree, Packing.varlen, Packing.none])
+def test_each_token_has_the_temperature_that_it_was_sampled_at(tiny_model: Callable[[], Any], packing: Packing) -> None:
+    """Siblings that share the row before their first token, and equal samples at several temperatures, against
+    log_softmax of the samples one by one; and the same without their temperatures, which is caught."""
+    samples, model = batch(own_temperatures=True), tiny_model()
+    trainer = learner(model, replace(CONFIG, packing=packing), temperature=0.7, banned=BANNED)
+    wanted, entropies = [], []
+    for s in samples:
+        with torch.no_grad():
+            logits = plain_logits(tiny_model(), s.token_ids, s.mm_token_type_ids, s.images)
+        where = np.flatnonzero(s.loss_mask)
+        logits[:, BANNED] = -torch.inf
+        log_p = torch.log_softmax(logits[where - 1] / torch.from_numpy(own_divisors(s, 0.7)), -1)
+        wanted.append(log_p[np.arange(len(where)), s.token_ids[where]].numpy())
+        entropies.append(-(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(-1).numpy())
+    for mine, theirs in zip(trainer.logprobs(samples), wanted, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
+    step = trainer.train_step(samples)
+    for tokens, theirs, other in zip(step.tokens, wanted, entropies, strict=True):
+        np.testing.assert_allclose(tokens.trainer_logprobs, theirs, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(tokens.entropies, other, rtol=1e-5, atol=1e-5)
+    lost = learner(tiny_model(), replace(CONFIG, packing=packing), temperature=0.7, banned=BANNED)
+    without = lost.logprobs([replace(s, temperatures=None) for s in samples])
+    assert max(np.abs(a - b).max() for a, b in zip(without, wanted, strict=True)) > 0.05
+
+
+def test_the_gradient_of_mixed_temperatures_is_that_of_the_samples_one_by_one(tiny_model: Callable[[], Any]) -> None:
+    shared, alone = tiny_model(), tiny_model()
+    for model, packing in ((shared, Packing.tree), (alone, Packing.none)):
+        learner(model, replace(CONFIG, packing=packing)).train_step(batch(own_temperatures=True))
+    assert_weights(shared, weights(alone), tolerance=1e-6)
+    lost = tiny_model()
+    learner(lost).train_step([replace(s, temperatures=None) for s in batch(own_temperatures=True)])
+    with pytest.raises(AssertionError, match="is off by"):
+        assert_weights(lost, weights(alone), tolerance=1e-6)
+
+
+def test_the_runs_own_temperature_gives_the_same_bits_however_it_is_stated(tiny_model: Callable[[], Any]) -> None:
+    """Tokens without a temperature of their own, and a batch in which no sample has any."""
+    samples = batch()
+    stated = [replace(s, temperatures=np.full(len(s.token_ids), np.nan, np.float32)) for s in samples]
+    found = [learner(tiny_model(), temperature=0.5).logprobs(each) for each in (samples, stated)]
+    for plain, marked in zip(*found, strict=True):
+        np.testing.assert_array_equal(plain, marked)
+
+
 def test_supervised_steps_lower_the_loss_and_are_no_policy_versions(tiny_model: Callable[[], Any]) -> None:
     samples, model = batch(), tiny_model()
     with torch.no_grad():

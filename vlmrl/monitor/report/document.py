@@ -135,6 +135,7 @@ class Rollouts:
             "starts_over": turn["starts_over"],
             "finish": turn["finish_reason"],
             "stop": turn.get("stop"),
+            "sampling": turn.get("sampling"),
             "text": turn["text"],
             "reward": turn["reward"],
             "advantage": turn["advantage"],

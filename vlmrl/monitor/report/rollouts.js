@@ -247,7 +247,7 @@ function saveMatching() {
           prompt_token_ids: [...c.prompts.subarray(prompt.at, prompt.at + prompt.count)], placeholders: prompt.placeholders,
           completion_ids: numbers(c.ids, turn), logprobs: numbers(c.engine, turn), versions: numbers(c.versions, turn),
           trainer_logprobs: numbersOrNull(c.trainer, turn), entropies: numbersOrNull(c.entropy, turn),
-          finish_reason: turn.finish, stop: turn.stop, text: turn.text, reward: turn.reward, advantage: turn.advantage,
+          finish_reason: turn.finish, stop: turn.stop, sampling: turn.sampling, text: turn.text, reward: turn.reward, advantage: turn.advantage,
         };
       }),
     });

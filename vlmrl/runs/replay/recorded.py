@@ -37,6 +37,7 @@ from vlmrl.types import (
     Text,
     TokenMetrics,
     Turn,
+    TurnSampling,
 )
 
 
@@ -134,6 +135,7 @@ def _turn(record: TurnRecord, images: Mapping[str, RecordedImage]) -> Turn:
         messages=[_message(message, images) for message in record["messages"]],
         branch=record["branch"],
         starts_over=record["starts_over"],
+        sampling=None if (sampling := record.get("sampling")) is None else TurnSampling(**sampling),
         tools=tools_of(record["tools"]),
         reward=record["reward"],
         advantage=record["advantage"],

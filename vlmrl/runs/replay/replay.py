@@ -25,7 +25,6 @@ import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 
 import numpy as np
 
@@ -34,7 +33,8 @@ from vlmrl.config.run import Mode, RunConfig
 from vlmrl.orchestrator.interruption import stopped_before
 from vlmrl.orchestrator.loop import ExitReason
 from vlmrl.orchestrator.rollout import sampling_seed
-from vlmrl.orchestrator.samples import make_samples
+from vlmrl.orchestrator.samples import learned_branches, make_samples
+from vlmrl.orchestrator.sampling import OwnSampling
 from vlmrl.record.run_dir import RunDir
 from vlmrl.record.tokens import read_spellings
 from vlmrl.rendering.renderer import Renderer
@@ -204,24 +204,38 @@ class Replay:
 
     async def _play(self, rollout: Rollout, session: EngineSession, closing: AsyncExitStack) -> list[ResampledTurn]:
         """The rollout's turns up to the first token of another version. Closes the session by `closing`."""
-        orchestrator, played = self.config.orchestrator, []
+        played: list[ResampledTurn] = []
         async with closing:
             for number, turn in enumerate(rollout.turns):
                 if (turn.completion.versions != self.step - 1).any():
                     break
-                sampling = SamplingParams(
-                    max_new_tokens=min(
-                        orchestrator.max_new_tokens, self.config.inference.max_model_len - len(turn.prompt.token_ids)
-                    ),
-                    temperature=orchestrator.temperature,
-                    stop_token_ids=self.renderer.stop_token_ids,
-                    banned_token_ids=self.renderer.banned_token_ids,
-                    seed=sampling_seed(self.config.seed, rollout.rollout_id, number),
-                    # Of its stop strings, only the one that ended it had an effect.
-                    stop=() if turn.completion.stop is None else (turn.completion.stop,),
-                )
+                sampling = self._sampling(turn, sampling_seed(self.config.seed, rollout.rollout_id, number))
                 played.append(ResampledTurn(rollout, number, await session.generate(turn.prompt, sampling)))
         return played
+
+    def _sampling(self, turn: Turn, seed: int) -> SamplingParams:
+        """How the turn was sampled. `seed`: the one that the run gives the turn."""
+        completion, room = turn.completion, self.config.inference.max_model_len - len(turn.prompt.token_ids)
+        own = OwnSampling(
+            self.config.orchestrator.temperature,
+            self.renderer.stop_token_ids,
+            self.renderer.banned_token_ids,
+            # Of its stop strings, only the one that ended it had an effect.
+            stop=() if completion.stop is None else (completion.stop,),
+        )
+        budget = min(self.config.orchestrator.max_new_tokens, room)
+        if completion.finish_reason == "length":  # which may be a client's own limit
+            budget = len(completion.token_ids)
+        client = turn.sampling
+        if client is None:
+            return own.params(budget, seed)
+        return own.params(
+            budget,
+            seed if client.seed is None else client.seed,
+            temperature=client.temperature,
+            top_p=client.top_p,
+            top_k=client.top_k,
+        )
 
     def _scored(self, rollouts: Sequence[Rollout]) -> list[ScoredTurn]:
         """The turns that were trained on, by the trainer then and today. The samples are those of the step, so they
@@ -229,7 +243,9 @@ class Replay:
         trained_on = [rollout for rollout in rollouts if rollout.dropped is None and is_sampled(rollout)]
         samples = [(rollout, sample) for rollout in trained_on for sample in make_samples(rollout)]
         branches = [
-            list(branch) for rollout in trained_on for _, branch in groupby(_numbered(rollout), lambda n: n[1].branch)
+            [(rollout.turns.index(turn), turn) for turn in turns if turn.is_learnable]
+            for rollout in trained_on
+            for turns in learned_branches(rollout)
         ]
         scored = []
         today = self.trainer.logprobs([sample for _, sample in samples])
@@ -242,6 +258,7 @@ class Replay:
 
     def _scored_by_both(self, resampled: Sequence[ResampledTurn]) -> list[ScoredTurn]:
         """The tokens that the engine sampled today, by the trainer and by the engine."""
+        resampled = [each for each in resampled if each.turn.is_learnable]
         samples = [_sample_of(each) for each in resampled]
         return [
             ScoredTurn(each.rollout, each.number, each.today.token_ids, by_trainer, each.today.logprobs)
@@ -252,10 +269,6 @@ class Replay:
 def is_sampled(rollout: Rollout) -> bool:
     """Whether a policy sampled it, and no player of mode=play gave its answers."""
     return all((turn.completion.versions >= 0).all() for turn in rollout.turns)
-
-
-def _numbered(rollout: Rollout) -> list[tuple[int, Turn]]:
-    return list(enumerate(rollout.turns))
 
 
 def _up_to_first_difference(each: ResampledTurn) -> ScoredTurn:

@@ -238,6 +238,35 @@ def test_a_stop_token_ends_the_completion_and_is_part_of_it(policy: Policy) -> N
     assert cut[0][1].finish_reason == "stop"
 
 
+def test_two_temperatures_in_one_batch_are_learned_as_they_were_sampled(policy: Policy) -> None:
+    """Siblings of one prompt at three temperatures: the trainer's logprobs are the engine's. With the temperatures of
+    other siblings they are not."""
+    given = [1.0, 0.5, 2.0, 0.5, 1.0, 2.0]
+    asked = group(6, max_new_tokens=6)
+    asked = [
+        replace(each, sampling=replace(each.sampling, temperature=t)) for each, t in zip(asked, given, strict=True)
+    ]
+    turns = play(engine_of(policy), asked)
+    trainer = LocalTrainer(
+        policy, TrainerConfig(learning_rate=1.5e-3), AlgorithmConfig(), temperature=1.0, max_new_tokens=6
+    )
+
+    def kl(temperatures: Sequence[float]) -> float:
+        samples = []
+        for each, temperature in zip(turns, temperatures, strict=True):
+            sample = sample_of(each)
+            own = np.where(sample.loss_mask & (temperature != 1), temperature, np.nan).astype(np.float32)
+            samples.append(replace(sample, temperatures=own))
+        found, sampled = (
+            np.concatenate(trainer.logprobs(samples)),
+            np.concatenate([logprobs_of(each) for each in turns]),
+        )
+        return float(mismatch_kl(torch.from_numpy(found), torch.from_numpy(sampled))[0]) / len(found)
+
+    assert kl(given) < 1e-10
+    assert kl(given[1:] + given[:1]) > 1e-3
+
+
 def spelled(token_ids: IntArray) -> str:
     return "".join(f"<{token}>" for token in token_ids if token != END)
 
