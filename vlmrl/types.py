@@ -522,6 +522,24 @@ class EnvTime:
     """Seconds that these calls waited for a free thread or worker process."""
 
 
+@dataclass
+class ToolUse:
+    """The tool calls of a rollout."""
+
+    calls: int = 0
+    """Calls, also those that could not be run."""
+    broken: int = 0
+    """Calls that could not be run: not readable, of no tool, or with arguments that do not fit."""
+    errors: int = 0
+    """Calls whose tool raised, returned something of a wrong form, or took too long."""
+    timeouts: int = 0
+    """Those of `errors` that took too long."""
+    seconds: float = 0.0
+    """Wall-clock seconds in which the rollout waited for its calls."""
+    by_name: dict[str, int] = field(default_factory=dict)
+    """Tool → its calls."""
+
+
 @dataclass(eq=False)
 class Rollout:
     """One episode, complete or not, with the reason why it ended."""
@@ -561,6 +579,8 @@ class Rollout:
     """The answer of the data, where the problem has one (`vlmrl.tasks.base.Reference`)."""
     env_time: EnvTime = field(default_factory=EnvTime)
     """Where the env's time went; all zero for a rollout that was read from a file."""
+    tool_use: ToolUse | None = None
+    """Its tool calls; None in a run without tools, and for a rollout that was read from a file."""
 
     def __repr__(self) -> str:
         return f"Rollout({self.rollout_id!r}, {len(self.turns)} turns, {self.stop_reason})"

@@ -155,7 +155,7 @@ class TamperingRenderer:
     def image_token_ids(self) -> frozenset[int]:
         return self._renderer.image_token_ids
 
-    async def first_turn(self, messages: Sequence[Message], tools: Sequence[ToolSpec] = ()) -> Prompt:
+    async def first_turn(self, messages: Sequence[Message], tools: Sequence[ToolSpec] | None = None) -> Prompt:
         return self._changed(await self._renderer.first_turn(self._messages(messages), tools))
 
     async def next_turn(
@@ -164,7 +164,7 @@ class TamperingRenderer:
         completion_ids: IntArray,
         history: Sequence[Message],
         new_messages: Sequence[Message],
-        tools: Sequence[ToolSpec] = (),
+        tools: Sequence[ToolSpec] | None = None,
     ) -> tuple[Prompt, bool]:
         _, original = self._original[id(previous)]
         prompt, bridged = await self._renderer.next_turn(original, completion_ids, history, new_messages, tools)
@@ -188,7 +188,7 @@ class TamperingRenderer:
         self._renderer.check_tools()
 
     def render_conversation(
-        self, messages: Sequence[Message], given: int = 0, tools: Sequence[ToolSpec] = ()
+        self, messages: Sequence[Message], given: int = 0, tools: Sequence[ToolSpec] | None = None
     ) -> tuple[Prompt, BoolArray]:
         return self._renderer.render_conversation(messages, given, tools)
 

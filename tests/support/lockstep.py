@@ -49,7 +49,7 @@ class CharRenderer:
         self.bridges = bridges
         self.histories: list[list[Message]] = []
 
-    async def first_turn(self, messages: Sequence[Message], tools: Sequence[ToolSpec] = ()) -> Prompt:
+    async def first_turn(self, messages: Sequence[Message], tools: Sequence[ToolSpec] | None = None) -> Prompt:
         return self._append(Prompt(np.zeros(0, np.int64), (), ()), messages)
 
     async def next_turn(
@@ -58,7 +58,7 @@ class CharRenderer:
         completion_ids: IntArray,
         history: Sequence[Message],
         new_messages: Sequence[Message],
-        tools: Sequence[ToolSpec] = (),
+        tools: Sequence[ToolSpec] | None = None,
     ) -> tuple[Prompt, bool]:
         self.histories.append(list(history))
         if not self.bridges:
@@ -79,7 +79,7 @@ class CharRenderer:
         """Every tool can be used."""
 
     def render_conversation(
-        self, messages: Sequence[Message], given: int = 0, tools: Sequence[ToolSpec] = ()
+        self, messages: Sequence[Message], given: int = 0, tools: Sequence[ToolSpec] | None = None
     ) -> tuple[Prompt, BoolArray]:
         raise AssertionError("rollouts do not render demonstrations")
 

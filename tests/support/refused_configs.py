@@ -230,6 +230,16 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     ((*JUDGE, "reward.terms.judge.url='http://me:pw@h/v1'"), "reward.terms.judge.url looks like a secret"),
     ((*JUDGE, "reward.terms.judge.api_key_env=sk-Abc123"), "judge.api_key_env=.* the name of an environment variable"),
     ((*JUDGE, "reward.terms.judge.url='http://h/v1?x=1'"), "judge.url=.* without user and query"),
+    (
+        ("task=dataset", "task.path=rows.jsonl", "reward=exact", "tool=[zoom]"),
+        r"task.max_turns=1 leaves no turn for the answer after a call of tool=\[zoom\], .* set task.max_turns=4",
+    ),
+    (
+        ("task=dataset", "task.path=rows.jsonl", "reward=exact", "task.max_turns=4"),
+        r"task.max_turns=4 has no effect without tools, .* set task.max_turns=1, or choose tool=\[zoom\]",
+    ),
+    (("tool=[no_module:fn]",), "tool.fn.target=no_module:fn names a module that does not exist"),
+    (("tool=[zoom]", "tool.zoom.size=4"), "tool.zoom.size=4 .* no processor takes an image of that size"),
     (("+trainer.pace=1",), "trainer.pace: there is no such key"),
     (("+pace=1",), "pace: there is no such key"),
     (("~inference",), "inference has no value"),

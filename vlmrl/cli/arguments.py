@@ -22,7 +22,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlmrl.cli.conf_files import OF_IMPORTS, OF_SEVERAL, distinct
+from vlmrl.cli.conf_files import ENTRIES, OF_IMPORTS, OF_SEVERAL, distinct
 from vlmrl.cli.words import QUOTED, folders_in, parsed, parses
 from vlmrl.config.conf_folder import CONF
 from vlmrl.config.field_docs import FieldDoc
@@ -46,6 +46,12 @@ NO_PLAIN_TEXT = re.compile(
 HYDRA_TEXT = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.name")
 """Keys of Hydra's own whose value is text."""
 
+EXAMPLES = {
+    "reward": ", e.g. reward=[exact] reward.terms.exact.weight=0.5",
+    "tool": ", e.g. tool=[zoom] tool.zoom.size=448",
+}
+"""Group → how keys of its options are set by themselves."""
+
 MULTIRUN = ("--multirun", "-m")
 
 
@@ -65,20 +71,22 @@ def rewrite(arguments: list[str]) -> list[str]:
     arguments = sorted(arguments, key=lambda argument: bool(re.match(r"~|[^-].*=", argument)))
     is_multirun = any(argument in MULTIRUN for argument in arguments)
     texts = [text for argument in arguments for text in _rewritten(argument, is_multirun=is_multirun)]
-    if is_multirun and any(len(split(text.partition("=")[2])) > 1 for text in texts if text.startswith("reward=")):
-        texts = [_in_each_job(text) for text in texts]
+    for group, place in ENTRIES.items():
+        chosen = (text.partition("=")[2] for text in texts if text.startswith(f"{group}="))
+        if is_multirun and any(len(split(choices)) > 1 for choices in chosen):
+            texts = [_in_each_job(text, place) for text in texts]
     return texts
 
 
-def _in_each_job(text: str) -> str:
-    """Where a sweep chooses the reward terms, Hydra composes a config without any first, in which their keys do not
-    exist. As the only value of a sweep, a key is set in each job alone.
+def _in_each_job(text: str, place: str) -> str:
+    """Where a sweep chooses the entries of `place`, Hydra composes a config without any first, in which their keys do
+    not exist. As the only value of a sweep, a key is set in each job alone.
 
-    >>> [_in_each_job(f"reward.terms.exact.{text}") for text in ("weight=0.5", "weight=1,2")]
+    >>> [_in_each_job(f"reward.terms.exact.{text}", "reward.terms") for text in ("weight=0.5", "weight=1,2")]
     ['reward.terms.exact.weight=choice(0.5)', 'reward.terms.exact.weight=1,2']
     """
     key, _, value = text.partition("=")
-    if not key.lstrip("+").startswith("reward.terms.") or parsed(text) is ...:
+    if not key.lstrip("+").startswith(f"{place}.") or parsed(text) is ...:
         return text
     return f"{key}=choice({value})"
 
@@ -152,7 +160,7 @@ def _choice(group: str, key: str, text: str) -> str:
     if text.startswith("{"):
         raise ConfigError(
             f"{key}={text} is no list of options of {group}: write {key}=[<option>,<option>], and set the keys of each "
-            "by themselves" + (", e.g. reward=[exact] reward.terms.exact.weight=0.5" if group == "reward" else "")
+            "by themselves" + EXAMPLES.get(group, "")
         )
     if not (text.startswith("[") and text.endswith("]")):
         return _option(text)

@@ -29,11 +29,14 @@ from vlmrl.config.keys import all_settings
 from vlmrl.config.parse import escaped
 from vlmrl.errors import ConfigError
 
-OF_IMPORTS = ("task", "reward")
+OF_IMPORTS = ("task", "reward", "tool")
 """Groups whose options may be import paths."""
 
-OF_SEVERAL = ("reward", "monitor/logger", "experiment")
+OF_SEVERAL = ("reward", "tool", "monitor/logger", "experiment")
 """Groups that take several options, `group=[a,b]`."""
+
+ENTRIES = {"reward": "reward.terms", "tool": "tool"}
+"""Group whose options are entries of a dictionary → the key of the dictionary."""
 
 FREE_FORM = ("args", "extra_args", "hydra")
 """Keys of a YAML file below which no key is one of ours."""
@@ -57,7 +60,7 @@ class ConfFiles(FileConfigSource):
         if not super().is_config(config_path) and (option := imported_option(config_path)) is not None:
             group, target, name = option
             content = {"defaults": [f"/schema/{group}/imported@_here_", "_self_"], "target": escaped(target)}
-            package = f"reward.terms.{name}" if group == "reward" else None
+            package = f"{ENTRIES[group]}.{name}" if group in ENTRIES else None
             return ConfigResult(self.provider, self.full_path(), OmegaConf.create(content), {"package": package})
         file = f"{self.path}/{self._normalize_file_name(config_path)}"
         with open(file, encoding="utf-8") as stream:
@@ -107,10 +110,10 @@ def distinct(group: str, given: str, options: Sequence[str]) -> list[str]:
             name = next(f"{name}_{count}" for count in itertools.count(2) if f"{name}_{count}" not in names)
             option = f"{option}@{name}"
         elif name in names:
-            second = f"write one of them, or +{group}@{group}.terms.second={option} for a second one"
+            second = f"write one of them, or +{group}@{ENTRIES.get(group)}.second={option} for a second one"
             raise ConfigError(
                 f"{given} names {option} twice, and equal names would be one: "
-                + (second if group == "reward" else "write it once")
+                + (second if group in ENTRIES else "write it once")
             )
         names.append(name)
         targets.append(target)

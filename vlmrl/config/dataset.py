@@ -51,10 +51,9 @@ class DatasetConfig(TaskConfig):
     """Rows of files or of a hub data set."""
     target: str = setting("vlmrl.tasks.dataset.task:DatasetTask", on_resume=Resume.refused)
     """The built-in class."""
-    max_turns: int = setting(
-        1, on_resume=Resume.noted, low=1, high=1, outside="a row has one prompt and one answer, so no turn follows"
-    )
-    """The turns of an episode: a row is one prompt and its answer."""
+    max_turns: int = setting(1, on_resume=Resume.noted, low=1, high=10**5, outside="an episode has no turn")
+    """The turns of an episode: a row is one prompt and its answer, and with `tool=` each turn that calls a tool comes
+    on top."""
     path: Any = setting(MISSING, on_resume=Resume.noted)
     """Where the rows are: a file (.jsonl, .json, .csv, .parquet), a pattern of files, a folder of `save_to_disk`, a hub
     id such as `hiyouga/geometry3k`, or a list of these. What exists on this machine wins over a hub id."""

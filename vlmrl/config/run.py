@@ -28,6 +28,7 @@ from vlmrl.config.preview import PreviewConfig
 from vlmrl.config.reward import TERMS, RewardConfig
 from vlmrl.config.sweep import SweepConfig
 from vlmrl.config.task import ColorCodewordConfig, ImportedTaskConfig, MixtureConfig, TaskConfig
+from vlmrl.config.tool import TOOLS, ToolConfig
 from vlmrl.config.trainer import TrainerConfig
 from vlmrl.config.weight_sync import (
     CudaIpcSyncConfig,
@@ -115,6 +116,8 @@ class RunConfig:
     """What the policy learns."""
     reward: RewardConfig = field(default_factory=RewardConfig)
     """What an answer is worth, besides what the task itself says."""
+    tool: dict[str, ToolConfig] = field(default_factory=dict)
+    """The tools that the policy may call before it answers, by their names."""
     orchestrator: OrchestratorConfig = MISSING
     """Rollouts and the loop."""
     algorithm: AlgorithmConfig = MISSING
@@ -146,6 +149,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "imported": ImportedTaskConfig,
     },
     "reward": {**TERMS},
+    "tool": {**TOOLS},
     "inference": {"embedded": EmbeddedConfig, "vllm": VllmConfig},
     "weight_sync": {
         "in_process": InProcessSyncConfig,
@@ -156,7 +160,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
 }
 """Mixed groups, whose options differ in their fields: group → `kind` → schema. A schema's `kind` is its default."""
 
-PLACED = {"reward.terms.*": "reward", "orchestrator.eval.sets.*": "eval_set"}
+PLACED = {"reward.terms.*": "reward", "tool.*": "tool", "orchestrator.eval.sets.*": "eval_set"}
 """Groups whose options stand elsewhere than under the group's own name: place → group. `*` is the name of an entry."""
 
 

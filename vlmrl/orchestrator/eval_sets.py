@@ -15,7 +15,14 @@ from dataclasses import dataclass
 from vlmrl.config.eval_set import EvalSet
 from vlmrl.errors import ConfigError, UserFault
 from vlmrl.orchestrator.eval_scores import by_value, scores, shown_value
-from vlmrl.orchestrator.metrics import by_task, mean_rewards, mean_task_metrics, replay_metrics, task_means
+from vlmrl.orchestrator.metrics import (
+    by_task,
+    mean_rewards,
+    mean_task_metrics,
+    replay_metrics,
+    task_means,
+    tool_metrics,
+)
 from vlmrl.orchestrator.rollout import RolloutRunner
 from vlmrl.orchestrator.stream import Drawn, FixedProblems
 from vlmrl.record.evaluation import Asked, SetResult
@@ -135,6 +142,7 @@ class SetPlayer:
             if rollouts:
                 yield f"truncated{suffix}", sum(each.stop_reason.is_truncated for each in rollouts) / len(rollouts)
             means = mean_rewards(rollouts) | mean_task_metrics(rollouts) | by_task(rollouts, task_means)
+            means |= tool_metrics(rollouts)
             for key, average in means.items():
                 yield f"{key}{suffix}", average
         both = [*sampled, *greedy]

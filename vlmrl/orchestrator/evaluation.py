@@ -13,7 +13,15 @@ from vlmrl.config.orchestrator import EvalConfig
 from vlmrl.orchestrator.best import BestWatch
 from vlmrl.orchestrator.eval_scores import scores
 from vlmrl.orchestrator.eval_sets import SetPlayer, asked_of
-from vlmrl.orchestrator.metrics import by_task, mean_reward, mean_rewards, mean_task_metrics, replay_metrics, task_means
+from vlmrl.orchestrator.metrics import (
+    by_task,
+    mean_reward,
+    mean_rewards,
+    mean_task_metrics,
+    replay_metrics,
+    task_means,
+    tool_metrics,
+)
 from vlmrl.orchestrator.rollout import RolloutRunner
 from vlmrl.orchestrator.stream import FixedProblems
 from vlmrl.record.evaluation import MAIN, SetResult
@@ -118,6 +126,7 @@ def _main_metrics(rewards: tuple[float, float], played: Mapping[str, Sequence[Ro
     metrics = {"eval/reward": rewards[0], "eval/reward_greedy": rewards[1]}
     for kind, suffix in (("sampled", ""), ("greedy", "_greedy")):
         means = mean_rewards(played[kind]) | mean_task_metrics(played[kind]) | by_task(played[kind], task_means)
+        means |= tool_metrics(played[kind])
         metrics |= {f"eval/{key}{suffix}": value for key, value in means.items()}
     both = [*played["sampled"], *played["greedy"]]
     return metrics | {f"eval/{key}": value for key, value in replay_metrics(both).items()}

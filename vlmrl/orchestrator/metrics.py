@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 
 import numpy as np
 
@@ -46,6 +47,7 @@ def rollout_metrics(groups: Sequence[Group], filters: FilterConfig) -> dict[str,
         "rollouts/total": float(len(rollouts)),
         "rollouts/dropped": float(sum(dropped.values())),
         "bridge_break_rate": bridge_break_rate(rollouts),
+        "turns/bridged": float(bridged_turns(rollouts)),
         "tokens/prompt": float(sum(len(turn.prompt.token_ids) for turn in turns)),
         "tokens/completion": float(sum(len(turn.completion.token_ids) for turn in turns)),
         "images/distinct": float(len({image.hash for turn in turns for image in turn.prompt.images})),
@@ -62,6 +64,7 @@ def rollout_metrics(groups: Sequence[Group], filters: FilterConfig) -> dict[str,
         | history_metrics(rollouts)
         | client_metrics(rollouts)
         | env_metrics(rollouts)
+        | tool_metrics(rollouts)
         | replay_metrics(rollouts)
         | mean_rewards(sound)
         | mean_task_metrics(sound)
@@ -147,6 +150,29 @@ def bridge_break_rate(rollouts: Sequence[Rollout]) -> float:
     """
     forks = sum(max(0, rollout.num_branches - 1) for rollout in rollouts)
     return (forks - _num_starting_over(rollouts)) / max(1, _num_later_turns(rollouts))
+
+
+def bridged_turns(rollouts: Sequence[Rollout]) -> int:
+    """Number of later turns whose prompt extends the turn before it, token for token."""
+    return sum(later.branch == turn.branch for rollout in rollouts for turn, later in pairwise(rollout.turns))
+
+
+def tool_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """`tools/…`: tool calls per rollout, and shares of the calls. Empty in a run without tools."""
+    uses = [rollout.tool_use for rollout in rollouts if rollout.tool_use is not None]
+    if not uses:
+        return {}
+    calls = sum(use.calls for use in uses)
+    shares = {"broken": sum(use.broken for use in uses), "errors": sum(use.errors for use in uses)}
+    names = sorted({name for use in uses for name in use.by_name})
+    return {
+        "tools/calls": calls / len(uses),
+        "tools/rollouts": sum(use.calls > 0 for use in uses) / len(uses),
+        **{f"tools/{name}": count / max(1, calls) for name, count in shares.items()},
+        "tools/timeouts": float(sum(use.timeouts for use in uses)),
+        "tools/seconds": sum(use.seconds for use in uses) / max(1, calls),
+        **{f"tools/calls/{name}": sum(use.by_name.get(name, 0) for use in uses) / len(uses) for name in names},
+    }
 
 
 def history_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:

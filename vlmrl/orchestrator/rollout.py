@@ -2,6 +2,7 @@
 
     reset ─▶ prompt ─▶ generate ─▶ decode ─▶ step ─▶ done? ──────────▶ rollout
                 ▲                                      │ no
+                │                                      │    (toolbox.py replies to an answer with tool calls)
                 ├── next_turn ◀── reply's messages ◀───┤
                 └── first_turn ◀─ reply's history ◀────┘   a new branch
 
@@ -32,9 +33,10 @@ from vlmrl.orchestrator.envs.base import EnvHandle, EnvLostError, Envs
 from vlmrl.orchestrator.sampling import OwnSampling
 from vlmrl.orchestrator.scoring import Scorer
 from vlmrl.orchestrator.stream import Drawn
+from vlmrl.orchestrator.toolbox import Toolbox
 from vlmrl.rendering.renderer import ImageError, Renderer
 from vlmrl.rewards.base import RewardError
-from vlmrl.tasks.base import Problem, Split, StepInfo
+from vlmrl.tasks.base import Problem, Reply, Split, StepInfo
 from vlmrl.tasks.border import TaskCodeError, get_reference
 from vlmrl.tasks.mixture import MixedProblem
 from vlmrl.types import (
@@ -46,6 +48,7 @@ from vlmrl.types import (
     Prompt,
     Rollout,
     StopReason,
+    ToolUse,
     Turn,
     check_placeholders,
     extends,
@@ -80,6 +83,8 @@ class RolloutRunner:
     """As in `SamplingParams`; above 0 in evaluation sets only."""
     stop: tuple[str, ...] = ()
     """As in `SamplingParams`: `orchestrator.stop`."""
+    tools: Toolbox | None = None
+    """The tools that the policy may call; None without any."""
 
     async def run_groups(
         self,
@@ -184,6 +189,7 @@ class RolloutRunner:
         """Fill turns, reward and metrics of `rollout`; return why it ended. Its env is closed in the background."""
         env = self.envs.new(problem)
         rollout.env_time = env.time
+        rollout.tool_use = None if self.tools is None else ToolUse()
         try:
             return await self._play_env(env, rollout, problem, session, temperature)
         finally:
@@ -194,8 +200,9 @@ class RolloutRunner:
     ) -> StopReason:
         new_messages = await env.reset()
         history = list(new_messages)
+        tools = () if self.tools is None else self.tools.specs
         with rendering_fence():
-            prompt = await self.renderer.first_turn(new_messages)
+            prompt = await self.renderer.first_turn(new_messages, tools)
             check_placeholders(len(prompt.token_ids), prompt.placeholders, prompt.images)
         own = OwnSampling(
             temperature,
@@ -215,11 +222,13 @@ class RolloutRunner:
             completion = await session.generate(prompt, sampling)
             written = self.renderer.decode(completion.token_ids)
             text = text_before(written, completion.stop)
-            turn = Turn(prompt, completion, text, list(new_messages), branch, reward=0.0, starts_over=starts_over)
+            turn = Turn(prompt, completion, text, list(new_messages), branch, 0.0, starts_over=starts_over, tools=tools)
             # Before the task scores it: if the task raises, its author needs to see this turn in the record.
             rollout.turns.append(turn)
             is_cut = completion.finish_reason == "length"
-            reply = await env.step(text, StepInfo(len(rollout.turns), len(completion.token_ids), is_cut))
+            answer = None if self.tools is None else self.renderer.parse(completion.token_ids, tools, prompt)
+            info = StepInfo(len(rollout.turns), len(completion.token_ids), is_cut, answer)
+            reply = await self._reply(env, rollout, info)
             turn.reward, rollout.reward, rollout.metrics = reply.turn_reward, reply.reward, reply.metrics
             if is_cut:
                 if self.truncated is Truncated.zero:  # advantages.py does the same with the reward of the episode
@@ -237,6 +246,17 @@ class RolloutRunner:
             history.extend(new_messages)
             branch = branch if bridged else branch + 1
 
+    async def _reply(self, env: EnvHandle, rollout: Rollout, info: StepInfo) -> Reply:
+        """What the last turn of `rollout` gets: the results of its tool calls, or what the env says of its answer. The
+        env gets an answer that was cut, because it is the last one."""
+        answer, turn = info.answer, rollout.turns[-1]
+        if answer is None or info.is_cut or not (answer.calls or answer.broken):
+            return await env.step(turn.text, info)
+        assert self.tools is not None, "answers are parsed where there are tools"
+        assert rollout.tool_use is not None, "a rollout with tools counts its calls"
+        messages = await self.tools.reply(answer, turn.prompt, rollout.tool_use, turn.text)
+        return Reply(messages=messages, reward=rollout.reward, metrics=rollout.metrics)
+
     async def _next_prompt(
         self, turn: Turn, number: int, history: Sequence[Message], new_messages: Sequence[Message]
     ) -> tuple[Prompt, bool]:
@@ -244,10 +264,10 @@ class RolloutRunner:
         conversation starts over."""
         with rendering_fence():
             if not history:
-                prompt, bridged = await self.renderer.first_turn(new_messages), False
+                prompt, bridged = await self.renderer.first_turn(new_messages, turn.tools), False
             else:
                 prompt, bridged = await self.renderer.next_turn(
-                    turn.prompt, turn.completion.token_ids, history, new_messages
+                    turn.prompt, turn.completion.token_ids, history, new_messages, turn.tools
                 )
             if bridged and not extends(prompt, turn.prompt, turn.completion.token_ids):
                 raise ContractError(f"the prompt of turn {number} does not extend the turn before it")

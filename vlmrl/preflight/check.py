@@ -35,6 +35,7 @@ from vlmrl.preflight.rules import (
     secrecy,
     slurm,
     task,
+    tool,
     transfer,
 )
 from vlmrl.preflight.site import Site, Submission, submitted_site, this_site
@@ -113,6 +114,7 @@ RULES: tuple[Rule, ...] = (
     _of_config(task.answer_fits),
     _of_config(task.episode_has_room),
     _of_config(task.target_is_a_reward),
+    _of_config(tool.calls_leave_a_turn),
     _of_config(model.random_has_size),
     _of_config(model.something_learns),
     _of_config(model.tiny_is_a_model),
@@ -120,6 +122,7 @@ RULES: tuple[Rule, ...] = (
     _of_site(packages.packages_are_installed, Stage.here),
     _of_site(model.renderer_exists, Stage.here),
     _of_site(task.images_are_seen, Stage.here),
+    _of_site(tool.tools_have_images, Stage.here),
     _of_site(past_run.batch_was_recorded, Stage.here),
     _of_site(past_run.older_certificate_is_there, Stage.here),
     _of_site(past_run.export_folder_is_free, Stage.here),

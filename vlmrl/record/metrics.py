@@ -159,6 +159,19 @@ STEP_KEYS: dict[str, StepKey] = {
     "env/step_ms": _sometimes("ms", "Mean time of a call of an env's step. Steps that sampled an answer."),
     "env/queue_ms": _sometimes("ms", "Mean time that such a call waited for a free thread or worker process."),
     "bridge_break_rate": StepKey("share of turns", "Later turns whose prompt could not extend the turn before."),
+    "turns/bridged": StepKey("turns", "Later turns whose prompt extends the turn before, token for token."),
+    "tools/calls": _sometimes("calls per rollout", "Tool calls, also those that could not be run. Runs with tools."),
+    "tools/calls/<tool>": _sometimes("calls per rollout", "The same of one tool."),
+    "tools/rollouts": _sometimes("share", "Rollouts with a tool call. Runs with tools."),
+    "tools/broken": _sometimes(
+        "share of calls",
+        "Calls that could not be run: unreadable, of no tool, or with wrong arguments.",
+    ),
+    "tools/errors": _sometimes("share of calls", "Calls whose tool raised or took too long. Runs with tools."),
+    "tools/timeouts": _sometimes("calls", "Calls that took longer than `tool.<name>.timeout_s`. Runs with tools."),
+    "tools/seconds": _sometimes("s", "Time that a call took, on average. Runs with tools."),
+    "eval/tools/<key>": _sometimes("as above", "The tools/… keys of the held-out rollouts, sampled."),
+    "eval/tools/<key>_greedy": _sometimes("as above", "The same, greedy decoding."),
     "history_cut_rate": _sometimes(
         "share of turns", "Later turns whose env replaced the conversation (`Reply.history`). Steps with one."
     ),

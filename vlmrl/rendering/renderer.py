@@ -85,9 +85,9 @@ class Renderer(Protocol):
         """Placeholder tokens. A sample in which the policy sampled one is unusable."""
         ...
 
-    async def first_turn(self, messages: Sequence[Message], tools: Sequence[ToolSpec] = ()) -> Prompt:
-        """The prompt of a conversation, which describes `tools`. Raises `UserFault` (`ImageError`) and
-        `ContractError`."""
+    async def first_turn(self, messages: Sequence[Message], tools: Sequence[ToolSpec] | None = None) -> Prompt:
+        """The prompt of a conversation, which describes `tools`; None describes those of the run. Raises `UserFault`
+        (`ImageError`) and `ContractError`."""
         ...
 
     async def next_turn(
@@ -96,7 +96,7 @@ class Renderer(Protocol):
         completion_ids: IntArray,
         history: Sequence[Message],
         new_messages: Sequence[Message],
-        tools: Sequence[ToolSpec] = (),
+        tools: Sequence[ToolSpec] | None = None,
     ) -> tuple[Prompt, bool]:
         """The prompt after a completion. `history` is everything before `new_messages`, assistant texts included.
         `tools` are those of the first turn.
@@ -125,7 +125,7 @@ class Renderer(Protocol):
         ...
 
     def render_conversation(
-        self, messages: Sequence[Message], given: int = 0, tools: Sequence[ToolSpec] = ()
+        self, messages: Sequence[Message], given: int = 0, tools: Sequence[ToolSpec] | None = None
     ) -> tuple[Prompt, BoolArray]:
         """A whole conversation with assistant turns, and bool [P]: True on tokens that a policy would have sampled, in
         messages after the first `given` ones.
@@ -200,6 +200,8 @@ class FamilyRenderer:
         self._bridges: ByteLRU[Hashable, Rendered | None] = ByteLRU(MEMO_BYTES)
         self._digests: WeakKeyDictionary[Prompt, bytes] = WeakKeyDictionary()
         """Prompts that a bridge made → digest of their tokens."""
+        self.tools: tuple[ToolSpec, ...] = ()
+        """The tools of the run, which prompts describe unless others are given."""
         self._tool_problem: str | None = None
         """Why tools cannot be used; empty where they can, None before it is known."""
 
@@ -229,8 +231,8 @@ class FamilyRenderer:
         """Process one image, to see whether all can be served (`ImageStore.try_image`)."""
         self._images.try_image(encodes)
 
-    async def first_turn(self, messages: Sequence[Message], tools: Sequence[ToolSpec] = ()) -> Prompt:
-        return self._render(messages, await self._images.items_async(images_of(messages)), tools)
+    async def first_turn(self, messages: Sequence[Message], tools: Sequence[ToolSpec] | None = None) -> Prompt:
+        return self._render(messages, await self._images.items_async(images_of(messages)), self._given(tools))
 
     async def next_turn(
         self,
@@ -238,8 +240,9 @@ class FamilyRenderer:
         completion_ids: IntArray,
         history: Sequence[Message],
         new_messages: Sequence[Message],
-        tools: Sequence[ToolSpec] = (),
+        tools: Sequence[ToolSpec] | None = None,
     ) -> tuple[Prompt, bool]:
+        tools = self._given(tools)
         new_items = await self._images.items_async(images_of(new_messages))
         bridged = self._bridge(previous, completion_ids, history, new_messages, new_items, tools)
         if bridged is not None:
@@ -272,8 +275,9 @@ class FamilyRenderer:
             )
 
     def render_conversation(
-        self, messages: Sequence[Message], given: int = 0, tools: Sequence[ToolSpec] = ()
+        self, messages: Sequence[Message], given: int = 0, tools: Sequence[ToolSpec] | None = None
     ) -> tuple[Prompt, BoolArray]:
+        tools = self._given(tools)
         self._check_given(tools)
         items = self._images.items(images_of(messages))
         rendered = self.chat_format.render(messages, items, generate=False, tools=tools)
@@ -298,6 +302,9 @@ class FamilyRenderer:
                 f"an assistant message contains the special token {safe_repr(token)}, which a policy cannot sample "
                 "inside an answer, so it cannot be learned: remove it from the text"
             )
+
+    def _given(self, tools: Sequence[ToolSpec] | None) -> Sequence[ToolSpec]:
+        return self.tools if tools is None else tools
 
     def _check_given(self, tools: Sequence[ToolSpec]) -> None:
         """Raise `UserFault` where there are tools and the chat format cannot be used with them."""

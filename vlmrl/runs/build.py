@@ -22,7 +22,7 @@ import torch
 
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.model import Init, ModelConfig
-from vlmrl.config.orchestrator import TEMPLATE, EvalConfig, RendererConfig
+from vlmrl.config.orchestrator import TEMPLATE, RendererConfig
 from vlmrl.config.run import RunConfig
 from vlmrl.config.task import most_turns
 from vlmrl.models.blocks import prepare_blocks
@@ -46,7 +46,7 @@ from vlmrl.orchestrator.curriculum import Curriculum
 from vlmrl.orchestrator.envs.make import make_envs
 from vlmrl.orchestrator.evaluation import Evaluator
 from vlmrl.orchestrator.rollout import RolloutRunner
-from vlmrl.orchestrator.scoring import Scorer, is_scored
+from vlmrl.orchestrator.scoring import Scorer
 from vlmrl.orchestrator.stream import FixedProblems
 from vlmrl.orchestrator.task_threads import TaskThreads
 from vlmrl.ranks.commands import Command
@@ -56,14 +56,15 @@ from vlmrl.record.run_dir import RunDir
 from vlmrl.rendering.renderer import FamilyRenderer, Renderer, make_renderer, renderer_name
 from vlmrl.runs.doctor.short import ensure_certified
 from vlmrl.runs.engines import make_engine
-from vlmrl.runs.eval_sets import make_set_players
+from vlmrl.runs.eval_sets import make_set_players, scored_evaluation
 from vlmrl.runs.fence import files_of
 from vlmrl.runs.position import Cursors, Position
 from vlmrl.runs.problems import ProblemSource, make_curriculum, max_model_len, steps_of
 from vlmrl.runs.stopping import Stop
+from vlmrl.runs.tools import describe_tools, make_toolbox, texts_of_run
 from vlmrl.tasks.base import Task
 from vlmrl.tasks.border import get_num_rows
-from vlmrl.tasks.loading import load_task, tokenizer_texts
+from vlmrl.tasks.loading import load_task
 from vlmrl.trainer.checkpoint import Checkpoints
 from vlmrl.trainer.commands import Follower
 from vlmrl.trainer.learner import Learner
@@ -239,7 +240,7 @@ def build_run(config: RunConfig, run_dir: RunDir, monitor: Monitor, rank_group: 
     """Build every part of a run; the engine is not started yet."""
     seed_process(config)
     task = load_task(config.task, seed=config.seed)
-    texts = tokenizer_texts(config.model, task)
+    texts = texts_of_run(config, task)
     folder = checkpoint = resolve_checkpoint(config.model, texts)
     model = make_model(config, folder, rank_group)
     renderer = make_run_renderer(config, folder, model, monitor)
@@ -262,6 +263,7 @@ def build_run(config: RunConfig, run_dir: RunDir, monitor: Monitor, rank_group: 
         truncated=config.algorithm.truncated,
         stop=tuple(config.orchestrator.stop),
         scorer=Scorer.of(config.reward, config.task, TaskThreads().run),
+        tools=make_toolbox(config),
     )
     problems = ProblemSource.of(config, config.task, envs, renderer, monitor)
     num_rows = get_num_rows(task, "train")
@@ -280,7 +282,7 @@ def build_run(config: RunConfig, run_dir: RunDir, monitor: Monitor, rank_group: 
         engine=engine,
         weight_sync=weight_sync,
         evaluator=Evaluator(
-            _scored_evaluation(config),
+            scored_evaluation(config),
             runner,
             held_out,
             config.orchestrator.temperature,
@@ -290,12 +292,6 @@ def build_run(config: RunConfig, run_dir: RunDir, monitor: Monitor, rank_group: 
         checkpoints=Checkpoints(RunDir(config.output_dir).checkpoints, config.trainer.keep_checkpoints),
         rank_group=rank_group,
     )
-
-
-def _scored_evaluation(config: RunConfig) -> EvalConfig:
-    """The main evaluation; without problems where nothing scores the answers (mode=sft on data without reward=)."""
-    evaluation = config.orchestrator.eval
-    return evaluation if is_scored(config.reward, config.task) else dataclasses.replace(evaluation, problems=0)
 
 
 def make_run_renderer(config: RunConfig, folder: Path, model: Any, monitor: Monitor) -> Renderer:
@@ -351,6 +347,7 @@ def _build_renderer(config: RunConfig, settings: RendererConfig, folder: Path, m
     )
     if vlm is not None and model is not None:
         renderer.try_image(lambda images: encodes(model, images))
+    describe_tools(renderer, config)
     return RenderingParts(
         renderer,
         tokenizer,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vlmrl.config.eval_set import EvalSet
 from vlmrl.config.inference import VllmConfig
+from vlmrl.config.orchestrator import EvalConfig
 from vlmrl.config.reward import ExtractConfig, RewardConfig
 from vlmrl.config.run import RunConfig
 from vlmrl.config.task import TaskConfig
@@ -25,6 +26,12 @@ from vlmrl.tasks.mixture import keys_at
 
 QUEUED_BY_SERVERS = 4096
 """Rollouts that are played at the same time with vLLM, whose servers queue what does not fit."""
+
+
+def scored_evaluation(config: RunConfig) -> EvalConfig:
+    """The main evaluation; without problems where nothing scores the answers (mode=sft on data without reward=)."""
+    evaluation = config.orchestrator.eval
+    return evaluation if is_scored(config.reward, config.task) else dataclasses.replace(evaluation, problems=0)
 
 
 def make_set_players(

@@ -27,7 +27,8 @@ from vlmrl.models.checkpoints.load import HUB_FILES, load_model, resolve_checkpo
 from vlmrl.models.lora import merged, select_trainable
 from vlmrl.record.run_dir import RunDir
 from vlmrl.runs.build import seed_process
-from vlmrl.tasks.loading import load_task, tokenizer_texts
+from vlmrl.runs.tools import texts_of_run
+from vlmrl.tasks.loading import load_task
 from vlmrl.trainer.checkpoint import Checkpoints
 from vlmrl.trainer.training_state import load_weights
 
@@ -63,7 +64,7 @@ def export_checkpoint(config: RunConfig, warn: Callable[[str], None]) -> Path:
     seed_process(config)
     # A model that is built here has a tokenizer made of the task's words.
     is_built = config.model.tiny is not None or config.model.init is Init.random
-    texts = tokenizer_texts(config.model, load_task(config.task, seed=config.seed)) if is_built else ()
+    texts = texts_of_run(config, load_task(config.task, seed=config.seed)) if is_built else ()
     source = resolve_checkpoint(config.model, texts)
     model: Any = load_model(source, config.model)
     select_trainable(model, config.model)

@@ -23,18 +23,20 @@ from vlmrl.orchestrator.rollout import rendering_fence, stop_reason_of
 from vlmrl.orchestrator.scoring import Scorer, seen_images
 from vlmrl.orchestrator.supervised import demonstrate, first_index
 from vlmrl.orchestrator.task_threads import TaskThreads
+from vlmrl.orchestrator.toolbox import Toolbox
 from vlmrl.record.disk_bound import read_deleted
 from vlmrl.record.faults import FaultRecord
-from vlmrl.record.rollouts import RolloutRecord, read_rollouts
+from vlmrl.record.rollouts import RolloutRecord, TurnRecord, read_rollouts
 from vlmrl.record.run_dir import RunDir
 from vlmrl.rendering.renderer import Renderer
 from vlmrl.rewards.base import Attempt
 from vlmrl.runs.build import build_renderer
-from vlmrl.tasks.base import NoProblem, Problem, Split, StepInfo, Task
+from vlmrl.runs.tools import make_toolbox, texts_of_run
+from vlmrl.tasks.base import NoProblem, Problem, Reply, Split, StepInfo, Task
 from vlmrl.tasks.border import get_num_rows, get_problem, get_reference
-from vlmrl.tasks.loading import load_task, tokenizer_texts
+from vlmrl.tasks.loading import load_task
 from vlmrl.tasks.open_env import OpenEnv, finished
-from vlmrl.types import Image, Message, Prompt, Rollout, StopReason
+from vlmrl.types import Image, Message, Prompt, Rollout, StopReason, ToolUse
 
 SHOWN_CHARACTERS = 200
 """Characters of a text that a line shows."""
@@ -106,7 +108,7 @@ def _made_task(config: RunConfig) -> Task:
 def _renderer(config: RunConfig, task: Task) -> Renderer | None:
     """The run's renderer, without its model; None, with a note, where its tokenizer cannot be had."""
     try:
-        folder = resolve_checkpoint(config.model, tokenizer_texts(config.model, task))
+        folder = resolve_checkpoint(config.model, texts_of_run(config, task))
         return build_renderer(config, folder).renderer
     except (VlmrlError, OSError) as error:
         print(f"(messages are not rendered: {error})")
@@ -167,10 +169,12 @@ async def _play_rollout(
         history = list(messages)
         _show("reset()", messages)
         prompt = await _first_turn(renderer, messages)
+        toolbox = make_toolbox(config)
         for number, turn in enumerate(turns, 1):
             print(f"answer {number}: {_short(turn['text'])}")
+            results = await _results(toolbox, renderer, prompt, turn)
             info = StepInfo(number, len(turn["completion_ids"]), is_cut=turn["finish_reason"] == "length")
-            reply = finished(env.step(turn["text"], info))
+            reply = Reply(messages=results) if results else finished(env.step(turn["text"], info))
             print(f"step(): reward={reply.reward:g}, turn_reward={reply.turn_reward:g}, done={reply.done}")
             if reply.done or number == len(turns):
                 break
@@ -216,6 +220,18 @@ async def _score(
         print(f"reward/{name}: {'abstains' if value is None else f'{value:g}'}")
     if verdict.fault is not None:
         raise verdict.fault
+
+
+async def _results(
+    toolbox: Toolbox | None, renderer: Renderer | None, prompt: Prompt | None, turn: TurnRecord
+) -> tuple[Message, ...]:
+    """The results of the tool calls of an answer; empty where it has none. Without a prompt no call can be read."""
+    if toolbox is None or renderer is None or prompt is None or turn["finish_reason"] == "length":
+        return ()
+    answer = renderer.parse(np.array(turn["completion_ids"], np.int64), toolbox.specs, prompt)
+    if not (answer.calls or answer.broken):
+        return ()
+    return await toolbox.reply(answer, prompt, ToolUse())
 
 
 async def _first_turn(renderer: Renderer | None, messages: tuple[Message, ...]) -> Prompt | None:

@@ -25,7 +25,8 @@ from vlmrl.inference.vllm.server import VllmServer, visible_devices
 from vlmrl.inference.vllm.slurm_servers import announce, announcement
 from vlmrl.models.checkpoints.load import resolve_checkpoint
 from vlmrl.ranks import slurm
-from vlmrl.tasks.loading import load_task, tokenizer_texts
+from vlmrl.runs.tools import texts_of_run
+from vlmrl.tasks.loading import load_task
 from vlmrl.weight_sync.gpu import WEIGHT_TRANSFERS
 
 
@@ -43,7 +44,7 @@ def serve(config: RunConfig, index: int) -> None:
     run = Path(config.output_dir)
     path = announcement(run, index)
     try:
-        texts = tokenizer_texts(config.model, load_task(config.task, seed=config.seed))
+        texts = texts_of_run(config, load_task(config.task, seed=config.seed))
         checkpoint = resolve_checkpoint(config.model, texts)
         server = VllmServer(
             config.inference,

@@ -26,8 +26,8 @@ scores it, for one or several turns. A complete task, whose policy has to say ho
     >>>
     >>> class Brightness(Task):
     ...     def __init__(self, config, *, seed: int) -> None:
-    ...         if config.max_turns != 1:
-    ...             raise ConfigError(f"task.max_turns={config.max_turns}: this task has one turn: set it to 1")
+    ...         if config.args:
+    ...             raise ConfigError(f"task.args={config.args}: this task has no settings: leave them out")
     ...
     ...     def problem(self, split: Split, index: int) -> Problem:
     ...         return Square(split, index)
@@ -74,7 +74,8 @@ The contract:
   index. A task with a finite number of rows says so in `num_rows`.
 - An exception ends only the rollout in which it is raised, as `task_error`. A reward that is not a finite number ends
   the rollout as `bad_reward`. An exception in `demonstration` costs that demonstration.
-- An episode is done within `task.max_turns` turns, whatever the policy answers. An episode that is not done by then, or
+- An episode is done within `task.max_turns` turns (with `tool=`, the turns that call a tool count, and `step` sees none
+  of them), whatever the policy answers. An episode that is not done by then, or
   that spends its token budget or the context before, is cut off without another call of the env: `reward` and `metrics`
   of the last Reply count. An answer that is itself cut is paid by `algorithm.truncated`: 0, unless the run says else.
 """
@@ -85,7 +86,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
-from vlmrl.types import Message
+from vlmrl.types import Answer, Message
 
 Split: TypeAlias = Literal["train", "eval"]
 
@@ -223,6 +224,8 @@ class StepInfo:
     """Tokens of the completion, with the one that ends it."""
     is_cut: bool
     """Whether the completion has no end, because its token budget or the context ran out."""
+    answer: Answer | None = None
+    """The completion in its parts: text, reasoning and tool calls. None in a run without tools."""
 
     @staticmethod
     def of_text(completion: str, turn: int) -> StepInfo:

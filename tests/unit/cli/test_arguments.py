@@ -17,6 +17,7 @@ from vlmrl.config.dataset import DatasetConfig
 from vlmrl.config.parse import parse, tree_of, typed
 from vlmrl.config.reward import ImportedTerm
 from vlmrl.config.task import ColorCodewordConfig, MixtureConfig
+from vlmrl.config.tool import ImportedTool
 from vlmrl.errors import ConfigError
 
 
@@ -89,6 +90,42 @@ def test_only_text_keys_are_quoted() -> None:
         assert rewrite([f"{key}=a=b"]) == [f"{key}=a=b"]
     assert rewrite(["seed=[1"]) == ["seed=[1"], "left to Hydra, which says what is wrong"
     assert as_text("model.name", '"quoted already, {}"', is_multirun=False) == '"quoted already, {}"'
+
+
+# ── tools ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        (("tool=[]",), {}),
+        (("tool=zoom",), {"zoom": "zoom"}),
+        (("+tool=[zoom]",), {"zoom": "zoom"}),
+        (("tool=[zoom,my_module:fn]", "tool.zoom.size=64"), {"zoom": "zoom", "fn": "my_module:fn"}),
+        (("tool=[a:fn,b:fn,t.py:fn]", "tool.fn.args.level=3"), {"fn": "a:fn", "fn_2": "b:fn", "fn_3": "HERE/t.py:fn"}),
+        (("tool=[zoom]", "+tool@tool.closer=zoom", "tool.closer.size=32"), {"zoom": "zoom", "closer": "zoom"}),
+        (("tool=[imported]", "tool.imported.target=t.py:fn"), {"imported": "HERE/t.py:fn"}),
+    ],
+)
+def test_tools(
+    overrides: tuple[str, ...],
+    wanted: dict[str, str],
+    composed: Callable[..., DictConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tools = parse(composed(*rewrite([*overrides]))).tool
+    found = {name: tool.target if isinstance(tool, ImportedTool) else tool.kind for name, tool in tools.items()}
+    assert found == {name: text.replace("HERE", str(tmp_path)) for name, text in wanted.items()}
+
+
+def test_a_sweep_over_tools_sets_their_keys_in_each_job() -> None:
+    assert rewrite(["--multirun", "tool=[zoom],[]", "tool.zoom.size=64"]) == [
+        "--multirun",
+        "tool=[zoom],[]",
+        "tool.zoom.size=choice(64)",
+    ]
 
 
 # ── rewards ─────────────────────────────────────────────────────────────────────────────────────────────────

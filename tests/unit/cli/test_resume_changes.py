@@ -48,6 +48,7 @@ POLICIES = {
         task.kind task.target task.images_per_turn task.image_size task.shuffle_images task.holdout_one_in
         task.eval_fraction task.env_id task.env_kwargs task.noise
         reward.terms.*.kind reward.terms.*.target
+        tool.*.kind tool.*.target tool.*.description tool.*.coordinates
         inference.kind weight_sync.kind
         trainer.optimizer
     """,
@@ -74,6 +75,7 @@ POLICIES = {
         reward.terms.*.timeout_s reward.terms.*.model reward.terms.*.prompt reward.terms.*.images reward.terms.*.low
         reward.terms.*.high reward.terms.*.max_tokens reward.terms.*.temperature reward.terms.*.on_failure
         reward.terms.*.extra_body
+        tool.*.timeout_s tool.*.size tool.*.args
         algorithm.loss algorithm.advantage algorithm.args algorithm.credit algorithm.compare algorithm.discount
         algorithm.truncated algorithm.entropy_coef
         algorithm.clip_low algorithm.clip_high algorithm.importance_correction algorithm.importance_cap
@@ -132,6 +134,10 @@ RUNS = {
         *("task=dataset", "task.path=rows.jsonl", f"reward=[{','.join(TERMS)}]"),
         *("reward.terms.imported.target=a.b:fn", "reward.terms.format.presets=[boxed]"),
         *("reward.terms.judge.url=http://127.0.0.1:8000/v1", "reward.terms.judge.model=judge"),
+    ),
+    "tools": (
+        *("task=dataset", "task.path=rows.jsonl", "task.max_turns=3", "reward=exact", "tool=[zoom,imported]"),
+        "tool.imported.target=a.b:fn",
     ),
     "environment": ("task=gymnasium", "task.env_id=FrozenLake-v1"),
     "sets": (

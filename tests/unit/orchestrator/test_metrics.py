@@ -71,6 +71,7 @@ def test_every_metric() -> None:
         "rollouts/stop/max_new_tokens": 1,
         "rollouts/stop/context_full": 1,
         "bridge_break_rate": 0.5,
+        "turns/bridged": 1,
         "tokens/prompt": 10 + 20 + 10 + 21 + 10 + 8,
         "tokens/completion": 2 + 3 + 2 + 4 + 5 + 1,
         "images/distinct": 3,

@@ -514,7 +514,7 @@ def test_an_engines_error_for_one_request_ends_that_rollout_alone() -> None:
 
 
 class ImageLosingRenderer(CharRenderer):
-    async def first_turn(self, messages: Sequence[Message], tools: Sequence[ToolSpec] = ()) -> Prompt:
+    async def first_turn(self, messages: Sequence[Message], tools: Sequence[ToolSpec] | None = None) -> Prompt:
         prompt = await super().first_turn(messages, tools)
         return Prompt(prompt.token_ids, prompt.placeholders, ())
 

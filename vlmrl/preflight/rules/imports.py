@@ -1,4 +1,4 @@
-"""The task, the loss, the advantage function and the renderer that are named by an import path can be imported."""
+"""What is named by an import path can be imported: task, rewards, tools, loss, advantage function and renderer."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def imports_resolve(config: RunConfig) -> None:
     from vlmrl.rewards.loading import load_terms
     from vlmrl.tasks.loading import find_task
     from vlmrl.tasks.mixture import keys_at
+    from vlmrl.tools.loading import load_tools
 
     for key, task in all_tasks(config).items():
         for own_key, own in {key: task, **tasks_of(task, key)}.items():
@@ -27,6 +28,7 @@ def imports_resolve(config: RunConfig) -> None:
                 find_task(own)
             load_terms(own.reward, refused_to_run, f"{own_key}.reward")
     load_terms(config.reward, refused_to_run)
+    load_tools(config.tool)
     if is_import_path(config.algorithm.loss):
         from vlmrl.trainer.loss import loss_function
 

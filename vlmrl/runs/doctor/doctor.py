@@ -48,9 +48,9 @@ from vlmrl.runs.doctor.reference import reference_of
 from vlmrl.runs.doctor.rollouts import rollouts, versions
 from vlmrl.runs.doctor.tokens import first_turns, later_turns
 from vlmrl.runs.doctor.weights import change_weights, update, weights
+from vlmrl.runs.tools import example_completion, make_toolbox, texts_of_run
 from vlmrl.runs.verdicts import Verdict, as_table, conclude, not_visible
-from vlmrl.tasks.loading import tokenizer_texts
-from vlmrl.types import Group, StepResult
+from vlmrl.types import Group, IntArray, StepResult
 
 log = logging.getLogger(__name__)
 
@@ -124,10 +124,11 @@ class Doctor:
         self._run = run
         self.groups: dict[int, list[Group]] = {}
         """Policy version → its rollouts, for the record."""
-        self.folder = resolve_checkpoint(config.model, tokenizer_texts(config.model, run.task))
+        self.folder = resolve_checkpoint(config.model, texts_of_run(config, run.task))
         """Of the checkpoint."""
         self._reference = reference_of(config, self.folder)
-        self._playing = Playing(config, run.task, run.renderer)
+        self._tools = make_toolbox(config)
+        self._playing = Playing(config, run.task, run.renderer, tools=self._tools)
         self._comparing = Comparing(config, run.policy, run.trainer)
 
     async def examine(self) -> list[Verdict]:
@@ -149,12 +150,18 @@ class Doctor:
             why = f"not reached after {name!r}"
         return verdicts + [not_visible(name, why) for name in CHECKS[len(verdicts) :]]
 
+    def _scripted_answer(self) -> IntArray:
+        """The answer to every turn where only the renderer is checked. With tools it calls one, so that later turns
+        show its results."""
+        if self._tools is not None:
+            return example_completion(self._run.renderer, self._tools)
+        return np.array(self._reference.tokenizer.encode(ANSWER, add_special_tokens=False), np.int64)
+
     async def _examine(self, judge: Callable[..., Awaitable[None]]) -> None:
         """Judge every check, in the order of `CHECKS`."""
         run, image_token_id = self._run, self._reference.image_token_id
         run.monitor.status("doctor: prompts and pixels against transformers")
-        answer = self._reference.tokenizer.encode(ANSWER, add_special_tokens=False)
-        scripted = await self._playing.scripted(np.array(answer, np.int64))
+        scripted = await self._playing.scripted(self._scripted_answer())
         await judge(first_turns, self._reference, scripted)
         await judge(later_turns, self._reference, scripted)
         await judge(pixels, self._reference, scripted)

@@ -16,6 +16,7 @@ from vlmrl.orchestrator.envs.threads import ThreadEnvs
 from vlmrl.orchestrator.rollout import RolloutRunner, sampling_seed
 from vlmrl.orchestrator.samples import make_samples
 from vlmrl.orchestrator.stream import Drawn, ProblemStream
+from vlmrl.orchestrator.toolbox import Toolbox
 from vlmrl.rendering.renderer import Renderer
 from vlmrl.runs.doctor.evidence import Evidence, images_of, with_images
 from vlmrl.runs.doctor.noise_images import NoiseTask
@@ -56,6 +57,8 @@ class Playing:
     problems: int = PROBLEMS
     is_whole: bool = False
     """Whether episodes are played without the run's limits of turns and context."""
+    tools: Toolbox | None = None
+    """The tools of the run."""
 
     async def scripted(self, answer: IntArray) -> list[Rollout]:
         """One rollout per problem in which the answer to every turn is `answer`, int64 [C] without a stop token."""
@@ -144,6 +147,7 @@ class Playing:
             max_new_tokens=min(config.orchestrator.max_new_tokens, MAX_NEW_TOKENS),
             max_model_len=self._max_model_len,
             stop=tuple(config.orchestrator.stop),
+            tools=self.tools,
         )
 
 

@@ -55,7 +55,7 @@ class WatchedRenderer:
     def image_token_ids(self) -> frozenset[int]:
         return self._renderer.image_token_ids
 
-    async def first_turn(self, messages: Sequence[Message], tools: Sequence[ToolSpec] = ()) -> Prompt:
+    async def first_turn(self, messages: Sequence[Message], tools: Sequence[ToolSpec] | None = None) -> Prompt:
         seen = _decoded(messages)
         prompt = await self._renderer.first_turn(messages, tools)
         self.rendered.append(RenderedTurn(seen, prompt, is_first=True))
@@ -67,7 +67,7 @@ class WatchedRenderer:
         completion_ids: IntArray,
         history: Sequence[Message],
         new_messages: Sequence[Message],
-        tools: Sequence[ToolSpec] = (),
+        tools: Sequence[ToolSpec] | None = None,
     ) -> tuple[Prompt, bool]:
         seen = _decoded(new_messages)
         prompt, bridged = await self._renderer.next_turn(previous, completion_ids, history, new_messages, tools)
@@ -87,7 +87,7 @@ class WatchedRenderer:
         self._renderer.check_tools()
 
     def render_conversation(
-        self, messages: Sequence[Message], given: int = 0, tools: Sequence[ToolSpec] = ()
+        self, messages: Sequence[Message], given: int = 0, tools: Sequence[ToolSpec] | None = None
     ) -> tuple[Prompt, BoolArray]:
         return self._renderer.render_conversation(messages, given, tools)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from vlmrl.config.task import MixtureConfig, TaskConfig
 from vlmrl.orchestrator.envs.threads import ThreadEnv, ThreadEnvs
+from vlmrl.orchestrator.toolbox import Toolbox
 from vlmrl.runs.play.screen import Screen
 from vlmrl.tasks.base import Problem, Reply, StepInfo, Task
 from vlmrl.tasks.mixture import MixedProblem
-from vlmrl.types import Message
+from vlmrl.tools.base import Tool
+from vlmrl.types import Answer, Message, Prompt, ToolUse
 
 
 class WatchedEnvs(ThreadEnvs):
@@ -27,6 +29,22 @@ class WatchedEnvs(ThreadEnvs):
         self.timeout_s = own.timeout_s
         self.played = WatchedEnv(self, problem)
         return self.played
+
+
+class WatchedToolbox(Toolbox):
+    """Tools whose results are shown, and stand in the conversation of the env that is being played."""
+
+    def __init__(self, tools: tuple[Tool, ...], envs: WatchedEnvs, screen: Screen) -> None:
+        super().__init__(tools)
+        self._envs = envs
+        self._screen = screen
+
+    async def reply(self, answer: Answer, prompt: Prompt, use: ToolUse, text: str = "") -> tuple[Message, ...]:
+        messages = await super().reply(answer, prompt, use, text)
+        if (played := self._envs.played) is not None:
+            played.messages = (*played.messages, Message.of("assistant", text), *messages)
+        self._screen.results(messages)
+        return messages
 
 
 class WatchedEnv(ThreadEnv):

@@ -31,13 +31,14 @@ from vlmrl.record.rollouts import RolloutRecorder
 from vlmrl.record.run_dir import RunDir
 from vlmrl.runs.build import RenderingParts, build_renderer
 from vlmrl.runs.play.engine import PlayerEngine
-from vlmrl.runs.play.envs import WatchedEnvs
+from vlmrl.runs.play.envs import WatchedEnvs, WatchedToolbox
 from vlmrl.runs.play.players import Person, Player, RandomPlayer, Script
 from vlmrl.runs.play.screen import Screen
 from vlmrl.runs.problems import max_model_len
 from vlmrl.runs.stopping import Stop, stopping_on_signals
+from vlmrl.runs.tools import make_toolbox, texts_of_run
 from vlmrl.tasks.base import Split, Task
-from vlmrl.tasks.loading import load_task, tokenizer_texts
+from vlmrl.tasks.loading import load_task
 from vlmrl.tasks.mixture import MixedProblem
 from vlmrl.trainer.loop_state import Cursor
 from vlmrl.types import DropReason, Rollout
@@ -46,7 +47,7 @@ from vlmrl.types import DropReason, Rollout
 def play(config: RunConfig) -> int:
     """Play the episodes of `config.play`; returns the exit code, 1 where one of them failed. Raises VlmrlError."""
     task = load_task(config.task, seed=config.seed)
-    parts = build_renderer(config, resolve_checkpoint(config.model, tokenizer_texts(config.model, task)))
+    parts = build_renderer(config, resolve_checkpoint(config.model, texts_of_run(config, task)))
     run_dir = RunDir(config.output_dir)
     with run_dir.lock(config.mode.name):
         run_dir.create()
@@ -109,6 +110,7 @@ async def _play(config: RunConfig, task: Task, parts: RenderingParts, record: Re
         truncated=config.algorithm.truncated,
         stop=tuple(config.orchestrator.stop),
         scorer=Scorer.of(config.reward, config.task, TaskThreads().run),
+        tools=None if (toolbox := make_toolbox(config)) is None else WatchedToolbox(toolbox.tools, envs, screen),
     )
     problems = ProblemStream(task, split, Indices(Cursor(config.play.problem)), once=True)
     rollouts: list[Rollout] = []

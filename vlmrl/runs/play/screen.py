@@ -16,7 +16,7 @@ from vlmrl.record.files import disk_errors
 from vlmrl.runs.build import RenderingParts
 from vlmrl.runs.preview.screen import is_colored, plain, print_prompt
 from vlmrl.tasks.base import Reply, Split
-from vlmrl.types import Completion, Prompt, Rollout
+from vlmrl.types import Completion, Message, Prompt, Rollout, Text
 
 LONGEST = 100_000
 """Characters of a prompt on the screen."""
@@ -70,6 +70,12 @@ class Screen:
         cut = ", cut by the budget of tokens" if completion.finish_reason == "length" else ""
         cut += f", ended by {safe_repr(completion.stop)}" if completion.stop is not None else ""
         print(f"  answered {safe_repr(text):.{LONGEST_ANSWER}} ({len(completion.token_ids)} tokens{cut})")
+
+    def results(self, messages: Sequence[Message]) -> None:
+        """Print what the tools reply to an answer."""
+        for message in messages:
+            parts = [safe_repr(part.text) if isinstance(part, Text) else "an image" for part in message.content]
+            print(f"  tool {plain(message.name)}: {', '.join(parts):.{LONGEST_ANSWER}}")
 
     def reply(self, reply: Reply) -> None:
         """Print what the task says of an answer."""

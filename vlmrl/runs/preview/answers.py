@@ -17,6 +17,7 @@ from vlmrl.orchestrator.task_threads import TaskThreads
 from vlmrl.rendering.renderer import Renderer
 from vlmrl.runs.build import make_model, make_policy, seed_process
 from vlmrl.runs.preview.seen import SeenProblem
+from vlmrl.runs.tools import make_toolbox
 from vlmrl.tasks.base import Task
 from vlmrl.types import Rollout
 
@@ -58,6 +59,7 @@ async def answers_now(
         truncated=config.algorithm.truncated,
         stop=tuple(config.orchestrator.stop),
         scorer=Scorer.of(config.reward, config.task, TaskThreads().run),
+        tools=make_toolbox(config),
     )
     await engine.start()
     try:

@@ -32,9 +32,10 @@ from vlmrl.runs.preview.result import Preview
 from vlmrl.runs.preview.sample import Looker, Sample
 from vlmrl.runs.preview.screen import print_preview
 from vlmrl.runs.preview.summary import write_json
+from vlmrl.runs.tools import texts_of_run
 from vlmrl.tasks.base import Split, Task
 from vlmrl.tasks.border import get_num_rows
-from vlmrl.tasks.loading import data_table_of, load_task, tokenizer_texts
+from vlmrl.tasks.loading import data_table_of, load_task
 
 SHOWN = 8
 """Problems of the page, with pictures and tokens."""
@@ -46,7 +47,7 @@ PROGRESS_EVERY_S = 5.0
 def preview(config: RunConfig) -> int:
     """Show the preview of a run and return the exit code. Raises ConfigError."""
     task = load_task(config.task, seed=config.seed)
-    folder = resolve_checkpoint(config.model, tokenizer_texts(config.model, task))
+    folder = resolve_checkpoint(config.model, texts_of_run(config, task))
     parts = build_renderer(config, folder)
     if config.row is not None:
         return asyncio.run(show_row(config, task, parts, RunDir(config.output_dir)))
