@@ -43,8 +43,8 @@ REASONING = re.compile(r"^\((.*?)\)")
 class ChatRenderer(CharRenderer):
     """Answers are `(reasoning)text<tool {"argument": 1}>`; tools stand in front of the prompt as `[name]`."""
 
-    async def first_turn(self, messages: Sequence[Message], tools: Sequence[ToolSpec] = ()) -> Prompt:
-        head = np.array([ord(each) for tool in tools for each in f"[{tool.name}]"], np.int64)
+    async def first_turn(self, messages: Sequence[Message], tools: Sequence[ToolSpec] | None = None) -> Prompt:
+        head = np.array([ord(each) for tool in tools or () for each in f"[{tool.name}]"], np.int64)
         return self._append(Prompt(head, (), ()), decoded(messages))
 
     async def next_turn(
@@ -53,7 +53,7 @@ class ChatRenderer(CharRenderer):
         completion_ids: IntArray,
         history: Sequence[Message],
         new_messages: Sequence[Message],
-        tools: Sequence[ToolSpec] = (),
+        tools: Sequence[ToolSpec] | None = None,
     ) -> tuple[Prompt, bool]:
         self.histories.append(list(history))
         if not self.bridges:
