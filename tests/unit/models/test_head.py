@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -114,6 +115,23 @@ def test_bfloat16_is_multiplied_as_float32() -> None:
         assert theirs.grad is not None
         assert mine.grad.dtype is torch.bfloat16
         assert float((mine.grad.float() - theirs.grad).norm() / theirs.grad.norm()) < 0.01
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # which tracing reads of a view
+@pytest.mark.parametrize("temperature", [0.7, torch.tensor([0.3, 1.0, 2.5, 0.3, 1.0, 2.5])], ids=["one", "per row"])
+def test_what_a_gpu_compiles_computes_the_same(monkeypatch: pytest.MonkeyPatch, temperature: float | Tensor) -> None:
+    """The same graphs, traced for all sizes, by a back-end that needs no compiler."""
+    compiled = cache(lambda function: torch.compile(function, dynamic=True, backend="eager"))
+    hidden, weight, bias, forbidden, entry, targets = problem(3, 6, 12, 700, 50)
+    found = []
+    for functions in (lambda device, function: function, lambda device, function: compiled(function)):
+        monkeypatch.setattr(head, "_compiled_on_gpu", functions)
+        learned = [x.clone().requires_grad_() for x in (hidden, weight)]
+        logprobs, entropies = token_logprobs(learned[0], learned[1], bias, forbidden, entry, targets, temperature)
+        (logprobs.sum() + entropies.sum()).backward()  # type: ignore[no-untyped-call]
+        found.append([logprobs, entropies, *(x.grad for x in learned)])
+    for eager, traced in zip(*found, strict=True):
+        torch.testing.assert_close(traced, eager, rtol=1e-6, atol=1e-6)
 
 
 def test_a_frozen_head_or_frozen_hidden_states_get_no_gradient() -> None:
