@@ -16,11 +16,12 @@ The text has no special tokens, so a stop string cannot name one: the renderer's
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 import numpy as np
 
-from vlmrl.types import IntArray
+from vlmrl.types import Answer, IntArray
 
 TextOf: TypeAlias = Callable[[IntArray], str]
 """The text of token ids without special tokens: `Renderer.decode`."""
@@ -51,6 +52,19 @@ def text_before(text: str, stop: str | None) -> str:
     ('Thought: ', 'Thought: ')
     """
     return text if stop is None else text.partition(stop)[0]
+
+
+def answer_before(answer: Answer, stop: str | None) -> Answer:
+    """A parsed answer without the stop string that ended it and what stands behind it.
+
+    >>> answer_before(Answer("look. Observation: x", "hm"), "Observation:")
+    Answer(text='look. ', reasoning='hm', calls=(), broken=())
+    """
+    if stop is None:
+        return answer
+    broken = tuple(replace(each, text=text_before(each.text, stop)) for each in answer.broken)
+    text, reasoning = text_before(answer.text, stop), text_before(answer.reasoning, stop)
+    return replace(answer, text=text, reasoning=reasoning, broken=broken)
 
 
 class StopFinder:

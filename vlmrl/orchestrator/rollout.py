@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 
 from vlmrl.config.algorithm import Truncated
 from vlmrl.errors import EngineError, EngineLostError, UserFault, fenced, safe_text
-from vlmrl.inference.stop_strings import text_before
+from vlmrl.inference.stop_strings import answer_before, text_before
 from vlmrl.orchestrator.envs.base import EnvHandle, EnvLostError, Envs
 from vlmrl.orchestrator.sampling import OwnSampling
 from vlmrl.orchestrator.scoring import Scorer
@@ -226,7 +226,10 @@ class RolloutRunner:
             # Before the task scores it: if the task raises, its author needs to see this turn in the record.
             rollout.turns.append(turn)
             is_cut = completion.finish_reason == "length"
-            answer = None if self.tools is None else self.renderer.parse(completion.token_ids, tools, prompt)
+            answer = None
+            if self.tools is not None:
+                parsed = self.renderer.parse(completion.token_ids, tools, prompt)
+                answer = answer_before(parsed, completion.stop)
             info = StepInfo(len(rollout.turns), len(completion.token_ids), is_cut, answer)
             reply = await self._reply(env, rollout, info)
             turn.reward, rollout.reward, rollout.metrics = reply.turn_reward, reply.reward, reply.metrics

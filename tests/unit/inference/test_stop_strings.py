@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from vlmrl.inference.stop_strings import StopFinder, find_stop, text_before
-from vlmrl.types import IntArray
+from vlmrl.inference.stop_strings import StopFinder, answer_before, find_stop, text_before
+from vlmrl.types import Answer, BrokenCall, IntArray, ToolCall
 
 PIECES = {
     1: b"Th",
@@ -63,6 +63,17 @@ def test_the_first_token_that_completes_a_stop_string_ends_the_completion(
 def test_the_task_sees_the_text_before_the_stop_string() -> None:
     assert text_before(text_of(np.array([1, 2, 3, 4, 5])), "Observation:") == "Thought: "
     assert text_before(text_of(np.array([1, 2])), None) == "Thought"
+
+
+def test_a_parsed_answer_ends_before_the_stop_string() -> None:
+    """Wherever the stop string stands: in the text, in reasoning that was not closed, or in a call."""
+    call = ToolCall("zoom", {"image": 1})
+    answer = Answer("see END it", "why", (call,), (BrokenCall("<tool_call>{END", "it is not closed"),))
+    assert answer_before(answer, "END") == Answer(
+        "see ", "why", (call,), (BrokenCall("<tool_call>{", "it is not closed"),)
+    )
+    assert answer_before(Answer("", "why END"), "END") == Answer("", "why ")
+    assert answer_before(answer, None) is answer
 
 
 @pytest.mark.parametrize("length", [50, 400])
