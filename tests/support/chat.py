@@ -17,6 +17,7 @@ from PIL import Image as PILImage
 
 from support.lockstep import END, CharRenderer, text_of
 from vlmrl.errors import EngineError
+from vlmrl.inference.stop_strings import find_stop
 from vlmrl.orchestrator.endpoint.images import DataImages
 from vlmrl.orchestrator.endpoint.request import ChatRequest, read_request
 from vlmrl.orchestrator.endpoint.session import Budgets, ChatSession
@@ -99,11 +100,13 @@ class ScriptedSession:
     script: Callable[[str], str]
     gate: asyncio.Event | None = None
     asked: list[tuple[str, SamplingParams]] = field(default_factory=list)
+    on_close: Callable[[], None] = lambda: None
 
     async def __aenter__(self) -> ScriptedSession:
         return self
 
-    async def __aexit__(self, *exc: object) -> None: ...
+    async def __aexit__(self, *exc: object) -> None:
+        self.on_close()
 
     async def generate(self, prompt: Prompt, sampling: SamplingParams) -> Completion:
         self.asked.append((text_of(prompt), sampling))
@@ -113,12 +116,37 @@ class ScriptedSession:
         if said == "engine error":
             raise EngineError("the server of replica 0 has died")
         ids = np.array([*map(ord, said), END][: sampling.max_new_tokens], np.int64)
+        found = find_stop(ids, sampling.stop, sampling.stop_token_ids, lambda ids: "".join(map(chr, ids)))
+        if found is not None:
+            ids = ids[: found[0]]
         return Completion(
             token_ids=ids,
             logprobs=np.full(len(ids), -0.5, np.float32),
             versions=np.zeros(len(ids), np.int64),
-            finish_reason="stop" if ids[-1] == END else "length",
+            finish_reason="stop" if ids[-1] == END or found is not None else "length",
+            stop=None if found is None else found[1],
         )
+
+
+class ScriptedEngine:
+    """An `InferenceEngine` whose sessions answer with `script(prompt)`, after `gate` where one is set."""
+
+    def __init__(self, script: Callable[[str], str]) -> None:
+        self.script = script
+        self.gate: asyncio.Event | None = None
+        self.open: list[str] = []
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def session(self, rollout_id: str, *, is_awaited: bool = True) -> ScriptedSession:
+        assert not is_awaited, "the engine would wait for a foreign program"
+        self.open.append(rollout_id)
+        return ScriptedSession(self.script, self.gate, on_close=lambda: self.open.remove(rollout_id))
 
 
 def chat_session(
@@ -134,7 +162,7 @@ def chat_session(
     """A session with scripted parts."""
 
     def sampling(request: ChatRequest, budget: int, number: int) -> SamplingParams:
-        return SamplingParams(budget, 1.0, (END,), (), sampling_seed(0, name, number))
+        return SamplingParams(budget, 1.0, (END,), (), sampling_seed(0, name, number), stop=request.stop)
 
     budgets = Budgets(max_turns, max_new_tokens, max_model_len)
     return ChatSession(name, renderer or ChatRenderer(), engine or ScriptedSession(script), sampling, budgets)

@@ -22,6 +22,8 @@ class Node:
 
     number: int
     """Of the request in its session, from 0."""
+    written: str
+    """The text of its answer as it was sampled, with the stop string that ended it."""
     turn: Turn
     """Its `branch` is filled when the session closes; its `messages` are those after the parent's answer, or all."""
     history: tuple[Message, ...]
@@ -35,7 +37,7 @@ class Node:
     @property
     def conversation(self) -> tuple[Message, ...]:
         """Everything up to its answer, which is the text that was sampled."""
-        return (*self.history, *self.turn.messages, Message.of("assistant", self.turn.text))
+        return (*self.history, *self.turn.messages, Message.of("assistant", self.written))
 
 
 def turns_of(nodes: Sequence[Node]) -> list[Turn]:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vlmrl.errors import ConfigError, EngineError, UserFault, safe_text
+from vlmrl.inference.stop_strings import text_before
 from vlmrl.orchestrator.endpoint.branches import Node, turns_of
 from vlmrl.orchestrator.endpoint.conversation import Conversation, conversation_of, extended
 from vlmrl.orchestrator.endpoint.refusal import RefusedError
@@ -168,6 +169,8 @@ class ChatSession:
 
     async def _answer(self, request: ChatRequest, conversation: Conversation) -> ChatAnswer:
         try:
+            if request.tools:
+                self._check_tools()
             with rendering_fence():
                 prepared = await self._prepared(request, conversation)
             return await self._sampled(request, conversation, prepared)
@@ -196,10 +199,13 @@ class ChatSession:
         own = min(budgets.max_new_tokens, request.max_tokens or budgets.max_new_tokens)
         number, self._numbered = self._numbered, self._numbered + 1
         completion = await self._engine.generate(prompt, self._sampling(request, min(own, room), number))
-        text = self._renderer.decode(completion.token_ids)
-        message = sent_message(self._renderer.parse(completion.token_ids, request.tools, prompt), number)
+        written = self._renderer.decode(completion.token_ids)
+        answer = self._renderer.parse(completion.token_ids, request.tools, prompt)
+        message = sent_message(answer, completion.stop, number)
+        text = text_before(written, completion.stop)
         turn = Turn(prompt, completion, text, list(prepared.new), branch=0, reward=0.0, tools=request.tools)
-        self._keep(Node(number, turn, prepared.history, prepared.parent, prepared.is_bridged), conversation, message)
+        node = Node(number, written, turn, prepared.history, prepared.parent, prepared.is_bridged)
+        self._keep(node, conversation, message)
         self.fault, self.stop_reason = None, None
         if completion.finish_reason == "length":
             self.stop_reason = StopReason.MAX_NEW_TOKENS if own <= room else StopReason.CONTEXT_FULL
@@ -224,8 +230,6 @@ class ChatSession:
 
     async def _prepared(self, request: ChatRequest, conversation: Conversation) -> Prepared:
         """The prompt of a request: bridged where it extends an earlier one. Raises `UserFault` and `ContractError`."""
-        if request.tools:
-            self._check_tools()
         parent, known = self._extended_by(request, conversation)
         made = None if parent is None else await self._bridged(request, parent, request.messages[known:])
         if made is None:
@@ -249,6 +253,7 @@ class ChatSession:
         try:
             self._renderer.check_tools()
         except ConfigError as error:
+            self._counts["refused"] += 1
             raise RefusedError(str(error), param="tools") from None
 
     def _extended_by(self, request: ChatRequest, conversation: Conversation) -> tuple[Node | None, int]:
@@ -322,13 +327,14 @@ def _retrieve(task: asyncio.Task[ChatAnswer]) -> None:
         task.exception()
 
 
-def sent_message(answer: Answer, number: int) -> Message:
-    """An answer as the client gets it. Calls without an id get one, which is unique in the session."""
+def sent_message(answer: Answer, stop: str | None, number: int) -> Message:
+    """An answer as the client gets it: its text ends before the stop string that ended it. Calls without an id get one,
+    which is unique in the session."""
     calls = tuple(
         ToolCall(call.name, call.arguments, call.id or f"call_{number}_{index}")
         for index, call in enumerate(answer.calls)
     )
-    text = answer.text + "".join(each.text for each in answer.broken)
+    text = text_before(answer.text + "".join(each.text for each in answer.broken), stop)
     return Message(
         "assistant", Message.of("assistant", text).content if text else (), tool_calls=calls, reasoning=answer.reasoning
     )

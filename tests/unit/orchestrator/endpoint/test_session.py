@@ -11,7 +11,7 @@ import pytest
 
 from support.chat import ZOOM, ChatRenderer, ScriptedSession, asked, assistant, chat_session, picture, user
 from support.lockstep import END, text_of
-from vlmrl.errors import EngineError
+from vlmrl.errors import ConfigError, EngineError
 from vlmrl.orchestrator.endpoint.refusal import RefusedError
 from vlmrl.orchestrator.endpoint.session import ChatAnswer, ChatSession
 from vlmrl.orchestrator.metrics import bridge_break_rate, history_metrics
@@ -391,6 +391,31 @@ def test_a_broken_call_stays_in_the_text_and_can_be_answered() -> None:
     assert (said(first), first.message.tool_calls) == ("see <zoom {>", ())
     answers(session, asked(user("hi"), assistant(said(first)), user("that is no JSON"), tools=[ZOOM]))
     assert [turn.branch for turn in session.close()] == [0, 0]
+
+
+def test_a_stop_string_ends_the_answer_and_stays_in_the_tokens() -> None:
+    session = chat_session(lambda prompt: "think.Observation: x" if "go on" not in prompt else "b")
+    first, _ = answers(
+        session,
+        asked(user("hi"), stop=["Observation:"]),
+        asked(user("hi"), assistant("think."), user("go on"), stop=["Observation:"]),
+    )
+    assert (said(first), first.completion.finish_reason) == ("think.", "stop")
+    turns = session.close()
+    assert prompts(turns)[1] == (0, "user:hi>think.Observation:user:go on>")
+    assert [turn.text for turn in turns] == ["think.", "b"]
+    assert learned(turns) == ["think.Observation:b$"]
+
+
+def test_tools_that_the_chat_format_cannot_describe_are_refused() -> None:
+    class Plain(ChatRenderer):
+        def check_tools(self) -> None:
+            raise ConfigError("the chat format cannot be used with tools")
+
+    session = chat_session(letters(), renderer=Plain())
+    error = refused(session, asked(user("hi"), tools=[ZOOM]))
+    assert (error.status, error.param) == (400, "tools")
+    assert said(answers(session, asked(user("hi")))[0]) == "a"
 
 
 def test_the_text_of_a_turn_is_all_that_was_sampled() -> None:
