@@ -77,6 +77,8 @@ AS_WRITTEN = (
 DIGITS = "task.path=rows.jsonl task.eval_path=null"
 """In place of the digits, which a command before it writes."""
 
+SERVE = "python -m vlmrl mode=serve"
+
 PREVIEW = "python -m vlmrl mode=preview task=dataset task.path=rows.jsonl reward=exact"
 FEWER = "preview.problems=20 preview.answers=1"
 
@@ -133,6 +135,9 @@ EXCHANGED = {
     "python -m vlmrl mode=eval model=qwen3vl model.name=path/to/hf_folder": (
         f"python -m vlmrl mode=eval dry_run=true {TINY}"
     ),
+    # what does not end by itself (test_mode_serve.py serves a model)
+    f"{SERVE} model=auto model.name=Qwen/Qwen3-VL-2B-Instruct inference=vllm": f"{SERVE} {TINY} dry_run=true",
+    f"{SERVE} resume=outputs/latest": f"{SERVE} resume=outputs/latest dry_run=true",
     PREVIEW: f"{PREVIEW} {FEWER}",
     f"{PREVIEW} row=2": f"{PREVIEW} row=2 {FEWER}",
     f"{PREVIEW} full=true": f"{PREVIEW} full=true {FEWER}",
@@ -407,11 +412,11 @@ def test_each_listed_command_is_documented() -> None:
 
 
 def test_python_of_the_documentation_is_run() -> None:
-    """The template's own tests run it, the commands about losses and rewards above run theirs, and
-    test_rollouts_as_data.py those about a run."""
+    """The template's own tests run it, the commands about losses and rewards above run theirs, test_rollouts_as_data.py
+    those about a run, and test_mode_serve.py that of the endpoint."""
     template = TEMPLATE.read_text()
     others = {page for page, block in blocks("python") if block != template}
-    assert others == {*(page for _, page in MODULES), "reading_a_run.md"}
+    assert others == {*(page for _, page in MODULES), "reading_a_run.md", "endpoint.md"}
     assert [page for page, block in blocks("python") if block == template] == ["README.md", "your_task.md"]
 
 

@@ -304,7 +304,10 @@ def test_patience_and_the_best_checkpoint_survive_resumes(runs: Scenarios) -> No
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("resume={run}/checkpoints/best",), "is one checkpoint of a run, which can be evaluated and exported only"),
+        (
+            ("resume={run}/checkpoints/best",),
+            "one checkpoint of a run, which can only be evaluated, served and exported",
+        ),
         (("resume={run}/checkpoints/step_000001", "mode=eval"), "names no checkpoint of .*: choose one of step_"),
     ],
 )

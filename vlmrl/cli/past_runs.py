@@ -31,7 +31,7 @@ from vlmrl.cli.words import folders_in
 from vlmrl.config.conf_folder import CONF
 from vlmrl.config.keys import is_free_form, known_keys
 from vlmrl.config.parse import parse, typed
-from vlmrl.config.run import Mode
+from vlmrl.config.run import READ_A_CHECKPOINT, Mode
 from vlmrl.errors import ConfigError
 from vlmrl.preflight.rules.mode import REPLAY_HAS_NO_BATCH
 from vlmrl.record.files import read_errors, read_json
@@ -156,15 +156,16 @@ def resumed(arguments: list[str]) -> tuple[DictConfig, Callable[[], list[str]]]:
     add_sets(config, sets)
     choose(config, [text for text in overrides if is_choice(text)])
     override(config, [text for text in overrides if not is_choice(text)])
-    if config.mode not in (mode, Mode.eval, Mode.export):
+    if config.mode not in (mode, *READ_A_CHECKPOINT):
         raise ConfigError(
             f"mode={config.mode.name} cannot continue resume={folder}, because its steps would be mixed with those of "
             f"mode={mode.name}: remove mode=, or start a new run without resume="
         )
-    if step is not None and config.mode not in (Mode.eval, Mode.export):
+    if step is not None and config.mode not in READ_A_CHECKPOINT:
         raise ConfigError(
-            f"resume={folder} is one checkpoint of a run, which can be evaluated and exported only, because the files "
-            f"of the run are those of its newest step: add mode=eval or mode=export, or set resume={run_dir.path}"
+            f"resume={folder} is one checkpoint of a run, which can only be evaluated, served and exported, because "
+            "the files of the run are those of its newest step: add mode=eval, mode=serve or mode=export, or set "
+            f"resume={run_dir.path}"
         )
     config.step = step
     # An evaluation or an export adds no step to the run, so it may use other values.

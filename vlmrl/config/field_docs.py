@@ -115,6 +115,7 @@ UNITS = (
         "units of the reference",
         "score of the judge",
         "the gradient's unit",
+        "port",
     ),
 )
 """Units of numbers, in the words of the docstrings; the docstring of every number names one of them."""

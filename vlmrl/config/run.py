@@ -26,6 +26,7 @@ from vlmrl.config.orchestrator import OrchestratorConfig
 from vlmrl.config.play import PlayConfig
 from vlmrl.config.preview import PreviewConfig
 from vlmrl.config.reward import TERMS, RewardConfig
+from vlmrl.config.serve import ServeConfig
 from vlmrl.config.sweep import SweepConfig
 from vlmrl.config.task import ColorCodewordConfig, ImportedTaskConfig, MixtureConfig, TaskConfig
 from vlmrl.config.tool import TOOLS, ToolConfig
@@ -58,6 +59,9 @@ class Mode(Enum):
     play = "play"
     """Play episodes yourself, or let a scripted policy play them (`play.policy`): show what the policy would see, and
     the rewards. Loads no weights; records the rollouts and writes the report. Exit code 1 where an episode failed."""
+    serve = "serve"
+    """Serve the policy, or with `resume` a checkpoint of a run, behind an OpenAI-style chat endpoint until Ctrl-C, for
+    other people's harnesses and for trying it by hand; see the group `serve`. Records each conversation."""
     doctor = "doctor"
     """Send a few problems through renderer, engine and trainer and compare what each saw. Use it before a long run."""
     replay = "replay"
@@ -75,12 +79,16 @@ class Mode(Enum):
     torch."""
 
 
+READ_A_CHECKPOINT = (Mode.eval, Mode.export, Mode.serve)
+"""Modes that read a checkpoint of the run in `resume`, and add no step to it."""
+
+
 @dataclass
 class RunConfig:
     """One run."""
 
     mode: Mode = setting(Mode.rl, on_resume=Resume.free)
-    """What the command does. A resumed run keeps its mode, or is evaluated or exported."""
+    """What the command does. A resumed run keeps its mode, or is evaluated, served or exported."""
     seed: int = setting(0, on_resume=Resume.refused, low=0, high=LARGEST_SEED, outside="it seeds no generator")
     """Seed of problems, sampling and everything else that is random, except the weights of the tiny checkpoint
     (`model.tiny.seed`)."""
@@ -89,13 +97,14 @@ class RunConfig:
     exit code 0 or 2."""
     resume: str | None = setting(None, on_resume=Resume.free)
     """Folder of a run to continue. The run uses its own config.yaml, with the overrides of single values on top. For
-    mode=eval and mode=export also a checkpoint of it: `<run>/checkpoints/step_000020` or `<run>/checkpoints/best`."""
+    mode=eval, mode=serve and mode=export also a checkpoint of it: `<run>/checkpoints/step_000020` or
+    `<run>/checkpoints/best`."""
     run: str | None = setting(None, on_resume=Resume.refused)
     """mode=replay, mode=report, mode=faults: folder of the run. A replay uses the run's config.yaml, with overrides of
     values, engine and weight sync on top."""
     step: int | None = setting(None, on_resume=Resume.refused, low=0, high=10**9, outside="there is no such step")
-    """mode=replay: the batch to replay, counted in optimizer steps from 1. mode=eval and mode=export: the step of the
-    checkpoint that `resume=<run>/checkpoints/step_000020` names, null for the newest."""
+    """mode=replay: the batch to replay, counted in optimizer steps from 1. mode=eval, mode=serve, mode=export: the step
+    of the checkpoint that `resume=<run>/checkpoints/step_000020` names, null for the newest."""
     against: str | None = setting(None, on_resume=Resume.refused)
     """mode=doctor: an older certificate (a doctor.json, or the folder of its run). The doctor shows what has changed
     since: versions, files, settings, verdicts, and numbers beyond rounding."""
@@ -136,6 +145,8 @@ class RunConfig:
     """How much mode=preview looks at."""
     play: PlayConfig = field(default_factory=PlayConfig)
     """Who plays with mode=play, and what."""
+    serve: ServeConfig = field(default_factory=ServeConfig)
+    """Where mode=serve listens."""
     sweep: SweepConfig = field(default_factory=SweepConfig)
     """What a sweep does with its earlier jobs. The sweeps themselves are in sweeps/ (`+sweep=<name>`)."""
 

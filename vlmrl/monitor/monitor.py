@@ -144,11 +144,13 @@ class Monitor:
 
     # ── before the first step ───────────────────────────────────────────────────────────────────────────────
 
-    def table(self, title: str, lines: Mapping[str, str]) -> None:
-        """Print a table that stays on the screen, e.g. "plan": {"rollouts per step": "8 groups × 32 = 256"}."""
+    def table(self, title: str, lines: Mapping[str, str], hidden: Sequence[str] = ()) -> None:
+        """Print a table that stays on the screen, e.g. "plan": {"rollouts per step": "8 groups × 32 = 256"}. Lines
+        whose keys are `hidden` are secrets, which are not logged."""
         self._progress.table(title, lines)
         for key, value in lines.items():
-            log.info("%s: %s: %s", title, key, value)
+            if key not in hidden:
+                log.info("%s: %s: %s", title, key, value)
 
     def expect(self, total_steps: int) -> None:
         """Set the RL steps of the whole run, for the progress bar, once the task has said how many rows it has."""

@@ -23,6 +23,7 @@
         replay/step_000021/           mode=replay: a run directory of its own, with the table in replay.json
         export/step_000020/           mode=export: the model as a Hugging Face folder
         doctor.json                   mode=doctor, or a short certificate: versions, checkpoint, settings, verdicts
+        serve.json                    mode=serve, while it serves: address and key, for their owner only
         summary.json                  final metrics, wall-clock time, exit reason
         overrides.json                a job of a sweep: its overrides (vlmrl/cli/sweep)
         .lock                         while a process writes here: its pid, host, mode and start (lock.py)

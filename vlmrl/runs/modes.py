@@ -17,6 +17,7 @@ from vlmrl.runs.doctor.doctor import examine
 from vlmrl.runs.evaluate import evaluate
 from vlmrl.runs.export import export
 from vlmrl.runs.replay.replay import replay_batch
+from vlmrl.runs.serve import serve
 from vlmrl.runs.sft import sft
 from vlmrl.runs.train import train
 
@@ -66,6 +67,7 @@ MODES: Mapping[Mode, RunMode | ModeWithoutRun] = {
         "stopped before the evaluation was complete: start it again",
         folder_in_resumed_run="eval",
     ),
+    Mode.serve: RunMode(serve, "stopped before the model was served: start it again", folder_in_resumed_run="serve"),
     Mode.doctor: RunMode(examine, "stopped before the doctor was done: start it again"),
     Mode.replay: RunMode(
         replay_batch,

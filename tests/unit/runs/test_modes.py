@@ -44,7 +44,7 @@ def test_an_interrupted_run_says_how_to_go_on() -> None:
         assert said == f"stopped after supervised step 5 {remedy}"
     said = run_mode(Mode.rl).interrupted.format(progress=Progress(2, 5, 0), folder="/runs/{a}")
     assert said == f"stopped after step 2 {remedy}"
-    for mode in (Mode.eval, Mode.doctor, Mode.replay):
+    for mode in (Mode.eval, Mode.serve, Mode.doctor, Mode.replay):
         assert run_mode(mode).interrupted.format(progress=warm_up, folder="/runs").endswith(": start it again")
 
 

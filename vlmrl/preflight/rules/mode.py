@@ -7,7 +7,7 @@ from pathlib import Path
 from vlmrl.config.import_paths import is_import_path
 from vlmrl.config.keys import did_you_mean
 from vlmrl.config.play import Player
-from vlmrl.config.run import Mode, RunConfig
+from vlmrl.config.run import READ_A_CHECKPOINT, Mode, RunConfig
 from vlmrl.errors import ConfigError
 
 REPLAY_HAS_NO_BATCH = (
@@ -57,7 +57,7 @@ def past_run_is_read(config: RunConfig) -> None:
         )
     for key, value, modes in (
         ("run", config.run, (Mode.replay,)),
-        ("step", config.step, (Mode.replay, Mode.eval, Mode.export) if config.resume else (Mode.replay,)),
+        ("step", config.step, (Mode.replay, *READ_A_CHECKPOINT) if config.resume else (Mode.replay,)),
         ("rollout", config.rollout, (Mode.faults,)),
         ("row", config.row, (Mode.preview,)),
         ("full", "true" if config.full else None, (Mode.preview,)),

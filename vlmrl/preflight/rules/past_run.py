@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmrl.config.run import Mode, RunConfig
+from vlmrl.config.run import READ_A_CHECKPOINT, Mode, RunConfig
 from vlmrl.errors import ConfigError
 from vlmrl.preflight.site import Site
 
@@ -54,8 +54,8 @@ def refuse_batch(run_dir: RunDir, step: int) -> None:
 
 
 def record_can_go_on(config: RunConfig, site: Site) -> None:
-    """`resume=`: the run recorded its rollouts as this version does. It may be evaluated and exported in any case."""
-    if config.resume is None or config.mode in (Mode.eval, Mode.export):
+    """`resume=`: the run recorded its rollouts as this version does. Other modes only read a checkpoint of it."""
+    if config.resume is None or config.mode in READ_A_CHECKPOINT:
         return
     from vlmrl.record.run_dir import RunDir
 
