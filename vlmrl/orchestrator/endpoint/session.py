@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vlmrl.errors import ConfigError, EngineError, UserFault, safe_text
-from vlmrl.inference.stop_strings import text_before
+from vlmrl.inference.stop_strings import answer_before, text_before
 from vlmrl.orchestrator.endpoint.branches import Node, turns_of
 from vlmrl.orchestrator.endpoint.conversation import Conversation, conversation_of, extended
 from vlmrl.orchestrator.endpoint.refusal import RefusedError
@@ -138,6 +138,18 @@ class ChatSession:
 
         A caller that is cancelled, because its client has left, leaves the answer to be sampled: the turn is kept.
         """
+        try:
+            return await self._found(request)
+        except RefusedError as error:
+            self.refuse(error)
+            raise
+
+    def refuse(self, error: RefusedError) -> None:
+        """Count a request that was refused, here or before it reached `answer`."""
+        self._counts["refused"] += 1
+
+    async def _found(self, request: ChatRequest) -> ChatAnswer:
+        """The answer to a request: that of an equal request, or a new one."""
         self._refuse_if_over()
         self._counts["requests"] += 1
         try:
@@ -162,10 +174,6 @@ class ChatSession:
             if self.is_closed and task.cancelled():
                 raise self._over() from None
             raise
-
-    def refuse(self, error: RefusedError) -> None:
-        """Count a request that was refused before it reached `answer`."""
-        self._counts["refused"] += 1
 
     async def _answer(self, request: ChatRequest, conversation: Conversation) -> ChatAnswer:
         try:
@@ -197,11 +205,13 @@ class ChatSession:
                 f"{budgets.max_model_len}: shorten it",
             )
         own = min(budgets.max_new_tokens, request.max_tokens or budgets.max_new_tokens)
-        number, self._numbered = self._numbered, self._numbered + 1
-        completion = await self._engine.generate(prompt, self._sampling(request, min(own, room), number))
+        number = self._numbered
+        sampling = self._sampling(request, min(own, room), number)
+        self._numbered += 1
+        completion = await self._engine.generate(prompt, sampling)
         written = self._renderer.decode(completion.token_ids)
         answer = self._renderer.parse(completion.token_ids, request.tools, prompt)
-        message = sent_message(answer, completion.stop, number)
+        message = sent_message(answer_before(answer, completion.stop), number)
         text = text_before(written, completion.stop)
         turn = Turn(prompt, completion, text, list(prepared.new), branch=0, reward=0.0, tools=request.tools)
         node = Node(number, written, turn, prepared.history, prepared.parent, prepared.is_bridged)
@@ -253,7 +263,6 @@ class ChatSession:
         try:
             self._renderer.check_tools()
         except ConfigError as error:
-            self._counts["refused"] += 1
             raise RefusedError(str(error), param="tools") from None
 
     def _extended_by(self, request: ChatRequest, conversation: Conversation) -> tuple[Node | None, int]:
@@ -299,21 +308,17 @@ class ChatSession:
         if self.is_closed:
             raise self._over()
         if isinstance(self.fault, EngineError):
-            self._counts["refused"] += 1
             raise RefusedError(f"this rollout has failed: {safe_text(self.fault)}", status=503)
 
     def _over(self) -> RefusedError:
-        self._counts["refused"] += 1
         return RefusedError("this session is closed, because its rollout is over", status=409, code="session_closed")
 
     def _used_up(self, reason: StopReason, message: str) -> RefusedError:
-        self._counts["refused"] += 1
         self.stop_reason = reason
         code = "context_length_exceeded" if reason is StopReason.CONTEXT_FULL else reason.value
         return RefusedError(message, param="messages", code=code)
 
     def _faulty(self, error: UserFault | EngineError | ContractError) -> RefusedError:
-        self._counts["refused"] += 1
         self.fault, self.stop_reason = error, stop_reason_of(error)
         if isinstance(error, EngineError):
             return RefusedError(f"the engine failed: {safe_text(error)}", status=503)
@@ -327,14 +332,13 @@ def _retrieve(task: asyncio.Task[ChatAnswer]) -> None:
         task.exception()
 
 
-def sent_message(answer: Answer, stop: str | None, number: int) -> Message:
-    """An answer as the client gets it: its text ends before the stop string that ended it. Calls without an id get one,
-    which is unique in the session."""
+def sent_message(answer: Answer, number: int) -> Message:
+    """An answer as the client gets it. Calls without an id get one, which is unique in the session."""
     calls = tuple(
         ToolCall(call.name, call.arguments, call.id or f"call_{number}_{index}")
         for index, call in enumerate(answer.calls)
     )
-    text = text_before(answer.text + "".join(each.text for each in answer.broken), stop)
+    text = answer.text + "".join(each.text for each in answer.broken)
     return Message(
         "assistant", Message.of("assistant", text).content if text else (), tool_calls=calls, reasoning=answer.reasoning
     )
