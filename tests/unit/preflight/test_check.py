@@ -36,6 +36,7 @@ NOT_ALONE = {
     "task=mixture": "task.tasks names no task",
     "reward=imported": "reward.terms.imported.target has no value",
     "reward=judge": "reward.terms.judge.model has no value",
+    "tool=imported": "tool.imported.target has no value",
     **dict.fromkeys(
         (f"reward={kind}" for kind in TERMS if kind not in ("imported", "judge")),
         "algorithm.credit=turn trains each turn on the rewards that the task gives to turns",
@@ -71,6 +72,7 @@ def test_options_are_those_that_the_groups_are_meant_to_have() -> None:
             "model/vlm",
             "task",
             "reward",
+            "tool",
             "eval_set",
             "orchestrator",
             "orchestrator/renderer",
