@@ -34,6 +34,7 @@ from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer
 from vlmrl.models.checkpoints.tiny import ensure_tiny_checkpoint
 from vlmrl.models.families import family_of
 from vlmrl.orchestrator.envs.make import make_envs
+from vlmrl.orchestrator.programs.chat import EndpointOfRun
 from vlmrl.orchestrator.rollout import RolloutRunner
 from vlmrl.orchestrator.stream import ProblemStream
 from vlmrl.rendering.renderer import Renderer, make_renderer
@@ -124,7 +125,7 @@ async def measure(
         num_workers=args.workers if workers is Workers.process else None,
     )
     task = Drawing(config, seed=0)
-    envs, renderer = make_envs(config, task, seed=0), tiny_renderer()
+    envs, renderer = make_envs(config, task, EndpointOfRun("policy", temperature=1.0), seed=0), tiny_renderer()
     runner = RolloutRunner(
         envs=envs,
         renderer=renderer,

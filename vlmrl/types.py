@@ -540,6 +540,14 @@ class ToolUse:
     """Tool → its calls."""
 
 
+@dataclass(frozen=True)
+class Printed:
+    """The ends of what a program printed while it played a rollout."""
+
+    stdout: str
+    stderr: str
+
+
 @dataclass(eq=False)
 class Rollout:
     """One episode, complete or not, with the reason why it ended."""
@@ -581,6 +589,8 @@ class Rollout:
     """Where the env's time went; all zero for a rollout that was read from a file."""
     tool_use: ToolUse | None = None
     """Its tool calls; None in a run without tools, and for a rollout that was read from a file."""
+    printed: Printed | None = None
+    """What the program that played it has printed (task=program); None where no program did."""
 
     def __repr__(self) -> str:
         return f"Rollout({self.rollout_id!r}, {len(self.turns)} turns, {self.stop_reason})"

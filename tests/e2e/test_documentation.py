@@ -84,7 +84,7 @@ FEWER = "preview.problems=20 preview.answers=1"
 
 MODULES = (
     *(("my_losses", "your_loss.md"), ("my_rewards", "rewards.md"), ("my_renderers", "renderers.md")),
-    *(("my_games", "environments.md"), ("my_remote", "your_task.md")),
+    *(("my_games", "environments.md"), ("my_remote", "your_task.md"), ("my_agent", "programs.md")),
 )
 """A module of the user's own → the page that shows its code."""
 
@@ -221,6 +221,10 @@ EXCHANGED = {
     "trainer.warmup.steps=100 trainer.warmup.demonstrations=correct": (
         "python -m vlmrl mode=sft task=dataset task.path=outputs/latest/rollouts trainer.warmup.steps=2 "
         f"trainer.warmup.batch_size=2 trainer.warmup.demonstrations=correct {TINY} monitor.wandb.mode=disabled"
+    ),
+    "python -m vlmrl model=qwen3vl task=program task.command='python my_agent.py' task.reuse=true": (
+        f"python -m vlmrl {TINY} task=program task.command='python my_agent.py' task.reuse=true task.processes=2 "
+        f"\"task.texts=['Which letter?','A B C']\" {LESS} trainer.warmup.steps=0"
     ),
     "python -m vlmrl mode=doctor": "python -m vlmrl mode=doctor monitor.wandb.mode=disabled",
     "python -m vlmrl mode=doctor against=outputs/before/doctor.json": (

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 JUDGE = ("reward=judge", "reward.terms.judge.url=http://127.0.0.1:1/v1", "reward.terms.judge.model=m")
 
+PROGRAM = ("task=program", "task.command='sh agent.sh'", "algorithm.credit=episode", "trainer.warmup.steps=0")
+
 MIXTURE = ("task=mixture", "+task@task.tasks.a=color_codeword")
 
 REFUSED: list[tuple[tuple[str, ...], str]] = [
@@ -139,6 +141,30 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     (("trainer.betas=[0.9]",), r"trainer.betas=\[0.9\] does not have two numbers"),
     (("task=imported", "task.target=counting"), "task.target=counting is not of the form package.module:Class"),
     (("task=imported", "task.target=a..b:C"), "task.target=a..b:C is not of the form"),
+    (("task=program",), "task.command has no value, so the run cannot start: set task.command="),
+    ((*PROGRAM, "task.command='sh \\'agent'"), "task.command=sh 'agent cannot be split into words .No closing quota"),
+    ((*PROGRAM, "mode=check"), "mode=check calls the env of a task, .*task.kind=program .*: set mode=eval"),
+    ((*PROGRAM, "mode=play"), "mode=play calls the env of a task"),
+    ((*PROGRAM, "mode=preview"), "mode=preview calls the env of a task"),
+    ((*PROGRAM, "tool=[zoom]"), r"tool=.zoom. has no effect on task.kind=program, .*: set tool=\[\]"),
+    ((*PROGRAM, "task.workers=process"), "task.workers=process has no effect on task=program, .*set task.processes"),
+    ((*PROGRAM, "task.num_workers=2"), "task.num_workers=2 has no effect"),
+    (
+        (*PROGRAM, "task.reuse=true", "task.result=file"),
+        "task.result=file does not work with task.reuse=true, .*=last_line",
+    ),
+    ((*PROGRAM, "task.result=none"), "task.result=none has no reward of its own, .* choose reward=exact"),
+    ((*PROGRAM, "task.rows=0:5"), "task.rows says which rows are used and how, and task.path names none"),
+    ((*PROGRAM, "task.columns.answer=a"), "task.columns says which rows are used"),
+    ((*PROGRAM, "algorithm.credit=turn"), "algorithm.credit=turn trains each turn on a reward of its own, and a prog"),
+    (
+        (*PROGRAM, "trainer.warmup.steps=5"),
+        "trainer.warmup.steps=5 needs demonstrations, and task.kind=program",
+    ),
+    (
+        (*MIXTURE, "+task@task.tasks.b=program", "task.tasks.b.command=x", "task.tasks.b.num_workers=2"),
+        "task.tasks.b.num_workers=2 has no effect",
+    ),
     (("task=gymnasium",), "task.env_id has no value, so the run cannot start: set task.env_id="),
     (
         ("task=gymnasium", "task.env_id=FrozenLake-v1", "reward=exact"),

@@ -58,7 +58,10 @@ def test_a_group_of_the_root_has_a_folder_of_conf_and_an_owner() -> None:
             assert list((CONF / field.name).glob("*.yaml")), f"conf/{field.name}/ has no option"
             for schema in (field.schema, *SCHEMAS.get(field.name, {}).values()):
                 owner = Path(inspect.getfile(schema)).relative_to(PACKAGE).as_posix()
-                owners = (f"config/{field.name}.py", "config/dataset.py", "config/gymnasium.py")
+                owners = (
+                    f"config/{field.name}.py",
+                    *(f"config/{name}.py" for name in ("dataset", "gymnasium", "program")),
+                )
                 assert owner in owners, f"{schema} of {field.name}: {owner}"
 
 

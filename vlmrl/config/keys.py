@@ -93,7 +93,7 @@ def values_at(key: str) -> list[FieldDoc]:
     """The fields that a dotted key names: of every schema that may stand there. Empty for a group.
 
     >>> [field.name for field in values_at("task.args.level")], values_at("task")
-    (['args'], [])
+    (['args', 'args'], [])
     """
     return list(_values(RunConfig, key.split(".")))
 

@@ -25,6 +25,7 @@ from vlmrl.config.monitor import MonitorConfig
 from vlmrl.config.orchestrator import OrchestratorConfig
 from vlmrl.config.play import PlayConfig
 from vlmrl.config.preview import PreviewConfig
+from vlmrl.config.program import ProgramConfig
 from vlmrl.config.reward import TERMS, RewardConfig
 from vlmrl.config.serve import ServeConfig
 from vlmrl.config.sweep import SweepConfig
@@ -158,6 +159,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "gymnasium": GymnasiumConfig,
         "mixture": MixtureConfig,
         "imported": ImportedTaskConfig,
+        "program": ProgramConfig,
     },
     "reward": {**TERMS},
     "tool": {**TOOLS},
@@ -181,7 +183,7 @@ def schemas_of(base: type) -> dict[str, type]:
     It goes by type and not by name, so it also finds a mixed group that lies deeper than in the root.
 
     >>> list(schemas_of(TaskConfig)), schemas_of(ModelConfig)
-    (['color_codeword', 'dataset', 'gymnasium', 'mixture', 'imported'], {})
+    (['color_codeword', 'dataset', 'gymnasium', 'mixture', 'imported', 'program'], {})
     """
     group = group_of(base)
     return SCHEMAS[group] if group is not None else {}

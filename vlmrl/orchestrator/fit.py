@@ -3,7 +3,8 @@
 The prompt is rendered once for this. The renderer keeps the result, so that the siblings of the group render it again
 at no cost. Without this check the whole group would be played and dropped.
 
-Left out on purpose: problems that know no row. They are made by code, whose faults are recorded per rollout.
+Left out on purpose: rows that a program plays, which makes the prompts, and problems that know no row. The latter are
+made by code, whose faults are recorded per rollout.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vlmrl.errors import UserFault
-from vlmrl.orchestrator.envs.base import EnvLostError, Envs
+from vlmrl.orchestrator.envs.base import EnvLostError, Envs, ProgramHandle
 from vlmrl.orchestrator.rollout import rendering_fence
 from vlmrl.rendering.renderer import Renderer
 from vlmrl.tasks.base import BadRow, FromRow, Problem
@@ -36,6 +37,8 @@ class PromptCheck:
         if not self.has_rows and not isinstance(problem, FromRow):
             return
         env = self.envs.new(problem)
+        if isinstance(env, ProgramHandle):
+            return  # the program makes the prompt
         try:
             messages = await env.reset()
         except (TaskCodeError, EnvLostError):

@@ -6,6 +6,9 @@
                 ├── next_turn ◀── reply's messages ◀───┤
                 └── first_turn ◀─ reply's history ◀────┘   a new branch
 
+A rollout that a program plays (task=program) has no env: the program sends prompts to the chat endpoint and reads the
+answers there (vlmrl/orchestrator/programs). What the policy sampled becomes the same turns.
+
 An error in one rollout becomes its `stop_reason`, `error` and `traceback`; the other rollouts go on. The user's code
 and data are handled behind three fences: the task's code in `vlmrl.tasks.border`, the task's messages in
 `rendering_fence`, and reward functions in scoring.py, which scores each group once its siblings have been played.
@@ -25,11 +28,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 from vlmrl.config.algorithm import Truncated
 from vlmrl.errors import EngineError, EngineLostError, UserFault, fenced, safe_text
 from vlmrl.inference.stop_strings import answer_before, text_before
-from vlmrl.orchestrator.envs.base import EnvHandle, EnvLostError, Envs
+from vlmrl.orchestrator.envs.base import EnvHandle, EnvLostError, Envs, ProgramHandle, Seat
 from vlmrl.orchestrator.sampling import OwnSampling
 from vlmrl.orchestrator.scoring import Scorer
 from vlmrl.orchestrator.stream import Drawn
@@ -39,6 +43,7 @@ from vlmrl.rewards.base import RewardError
 from vlmrl.tasks.base import Problem, Reply, Split, StepInfo
 from vlmrl.tasks.border import TaskCodeError, get_reference
 from vlmrl.tasks.mixture import MixedProblem
+from vlmrl.tasks.programs.problems import played_outside
 from vlmrl.types import (
     ContractError,
     EngineSession,
@@ -119,9 +124,13 @@ class RolloutRunner:
         ]
         async with AsyncExitStack() as scope:
             sessions: dict[str, tuple[EngineSession, AsyncExitStack]] = {}
-            for rollout in (rollout for group in groups for rollout in group.rollouts):
+            for rollout, drawn in (
+                (each, drawn) for group, drawn in zip(groups, problems, strict=True) for each in group.rollouts
+            ):
                 closing = await scope.enter_async_context(AsyncExitStack())
-                session = await closing.enter_async_context(self.engine.session(rollout.rollout_id))
+                # A program may take any time between two requests, so no batch waits for it.
+                opened = self.engine.session(rollout.rollout_id, is_awaited=played_outside(drawn.problem) is None)
+                session = await closing.enter_async_context(opened)
                 sessions[rollout.rollout_id] = session, closing
             try:
                 async with asyncio.TaskGroup() as playing:
@@ -191,6 +200,8 @@ class RolloutRunner:
         rollout.env_time = env.time
         rollout.tool_use = None if self.tools is None else ToolUse()
         try:
+            if isinstance(env, ProgramHandle):
+                return await env.play(rollout, self._seat(rollout, problem, session, temperature))
             return await self._play_env(env, rollout, problem, session, temperature)
         finally:
             env.end()
@@ -204,14 +215,7 @@ class RolloutRunner:
         with rendering_fence():
             prompt = await self.renderer.first_turn(new_messages, tools)
             check_placeholders(len(prompt.token_ids), prompt.placeholders, prompt.images)
-        own = OwnSampling(
-            temperature,
-            self.renderer.stop_token_ids,
-            self.renderer.banned_token_ids,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            stop=self.stop,
-        )
+        own = self._own_sampling(temperature)
         branch, starts_over = 0, False
         while True:
             # Only the completion's budget shrinks. A prompt is never cut, so its placeholders stay whole.
@@ -239,7 +243,7 @@ class RolloutRunner:
                 return StopReason.MAX_NEW_TOKENS if budget == self.max_new_tokens else StopReason.CONTEXT_FULL
             if reply.done:
                 return StopReason.TERMINATED
-            if len(rollout.turns) == (problem.max_turns if isinstance(problem, MixedProblem) else self.max_turns):
+            if len(rollout.turns) == self._most_turns(problem):
                 return StopReason.MAX_TURNS
             starts_over = reply.history is not None
             new_messages = reply.messages if reply.history is None else reply.history
@@ -259,6 +263,32 @@ class RolloutRunner:
         assert rollout.tool_use is not None, "a rollout with tools counts its calls"
         messages = await self.tools.reply(answer, turn.prompt, rollout.tool_use, turn.text)
         return Reply(messages=messages, reward=rollout.reward, metrics=rollout.metrics)
+
+    def _own_sampling(self, temperature: float) -> OwnSampling:
+        """How the run samples."""
+        return OwnSampling(
+            temperature,
+            self.renderer.stop_token_ids,
+            self.renderer.banned_token_ids,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            stop=self.stop,
+        )
+
+    def _seat(self, rollout: Rollout, problem: Problem, session: EngineSession, temperature: float) -> Seat:
+        """What a program plays with."""
+        return Seat(
+            self.renderer,
+            session,
+            self._own_sampling(temperature),
+            partial(sampling_seed, self.seed, rollout.rollout_id),
+            self._most_turns(problem),
+            self.max_new_tokens,
+            self.max_model_len,
+        )
+
+    def _most_turns(self, problem: Problem) -> int:
+        return problem.max_turns if isinstance(problem, MixedProblem) else self.max_turns
 
     async def _next_prompt(
         self, turn: Turn, number: int, history: Sequence[Message], new_messages: Sequence[Message]

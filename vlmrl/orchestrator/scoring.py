@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vlmrl.config.program import ProgramConfig, scores_itself
 from vlmrl.config.reward import RewardConfig
 from vlmrl.config.task import MixtureConfig, TaskConfig, tasks_of
 from vlmrl.errors import UserFault, fenced, safe_repr
@@ -40,6 +41,9 @@ class Scheme:
     """Factor on the task's own reward."""
     is_scored: bool = True
     """False: no term scores the rollouts, and the task does not either."""
+    by_terms_alone: bool | None = None
+    """Whether the task pays nothing itself. None: that depends on the problem, of which a `Reference` has no reward of
+    its own."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,9 @@ class Verdict:
 
 
 def is_scored(reward: RewardConfig, task: TaskConfig) -> bool:
-    """Whether anything says how good an answer is: a reward term, or a task that scores itself, as all but data sets
-    do."""
+    """Whether anything says how good an answer is: a reward term, or a task that scores itself."""
     return any(
-        own.kind != "dataset" or own.reward.terms or task.reward.terms or reward.terms
-        for own in tasks_of(task).values()
+        scores_itself(own) or own.reward.terms or task.reward.terms or reward.terms for own in tasks_of(task).values()
     )
 
 
@@ -77,12 +79,17 @@ class Scorer:
         """The scorer of the task at `key`. The task's own terms replace those of `reward`. Raises ConfigError."""
 
         def scheme_of(own: TaskConfig, own_key: str) -> Scheme | None:
+            alone = not scores_itself(own) if isinstance(own, ProgramConfig) else None
             if own.reward.terms:
-                return Scheme(load_terms(own.reward, run_blocking, f"{own_key}.reward"), own.reward.task_weight)
-            return None if is_scored(shared_reward, own) else Scheme(is_scored=False)
+                terms = load_terms(own.reward, run_blocking, f"{own_key}.reward")
+                return Scheme(terms, own.reward.task_weight, by_terms_alone=alone)
+            if not is_scored(shared_reward, own):
+                return Scheme(is_scored=False)
+            return None if alone is None else dataclasses.replace(run_scheme, by_terms_alone=alone)
 
         shared_reward = task.reward if task.reward.terms else reward
-        shared = scheme_of(task, key) or Scheme(load_terms(reward, run_blocking), reward.task_weight)
+        run_scheme = Scheme(load_terms(reward, run_blocking), reward.task_weight)
+        shared = scheme_of(task, key) or run_scheme
         tasks = task.tasks if isinstance(task, MixtureConfig) else {}
         schemes = {name: scheme_of(own, f"{key}.tasks.{name}") for name, own in tasks.items()}
         return Scorer(shared, {name: scheme for name, scheme in schemes.items() if scheme is not None})
@@ -109,7 +116,8 @@ class Scorer:
                 record_fault(rollout, fault)
             return
         for rollout, verdict in zip(played, await self.judge(played[0].task, attempts), strict=True):
-            _pay(rollout, verdict, scheme, is_scored_by_terms=reference is not None)
+            alone = reference is not None if scheme.by_terms_alone is None else scheme.by_terms_alone
+            _pay(rollout, verdict, scheme, is_scored_by_terms=alone)
 
     async def judge(self, task: str, attempts: Sequence[Attempt]) -> list[Verdict]:
         """What the terms of `task` (the name in a mixture, or empty) say of the siblings of one group. All terms work

@@ -19,7 +19,7 @@ MAX_INT64 = 2**63 - 1
 
 def is_rollout(record: Any) -> bool:
     """Whether `record` has the keys and types of `vlmrl.record.rollouts.RolloutRecord`; more keys are allowed."""
-    if not _has(record, ROLLOUT):
+    if not _has(record, ROLLOUT) or not all(_is_text_or_none(record.get(name)) for name in ("stdout", "stderr")):
         return False
     previous: Mapping[str, Any] | None = None
     for turn in record["turns"]:

@@ -51,4 +51,4 @@ def _completed(record: dict[str, Any]) -> dict[str, Any]:
         turn.setdefault("sampling", None)
         turn.setdefault("trainer_logprobs", None)
         turn.setdefault("entropies", None)
-    return {"filtered": [], "task": "", "rewards": {}, "reference": None, **record}
+    return {"filtered": [], "task": "", "rewards": {}, "reference": None, "stdout": None, "stderr": None, **record}

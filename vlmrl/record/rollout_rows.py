@@ -40,7 +40,16 @@ LONGEST_REASON = 300
 
 MAY_BE_NULL = frozenset(
     (
-        *("dropped", "error", "reference", "rewards[].value", "metrics[].value", "messages[].content[].text"),
+        *(
+            "dropped",
+            "error",
+            "stdout",
+            "stderr",
+            "reference",
+            "rewards[].value",
+            "metrics[].value",
+            "messages[].content[].text",
+        ),
         *("images[]", "turns[].trainer_logprobs", "turns[].entropies", "turns[].tools", "turns[].message_fields"),
         *("turns[].stop", "turns[].sampling"),
     )
@@ -100,6 +109,8 @@ def _opened(file: Any) -> pq.ParquetFile:
     expected: set[str] = set()
     for field in columns.SCHEMA:
         index = found.get_field_index(field.name)
+        if index < 0 and field.name in columns.LATER and field.name not in found.names:
+            continue
         if index < 0:
             raise _Damaged(f"it has no column {field.name}, or several")
         kind = found.field(index).type
@@ -131,7 +142,8 @@ def _read_group(
     if not any(map(wanted, ids)):
         return
     row = 0
-    batches = parquet.iter_batches(BATCH_ROWS, [group], columns.SCHEMA.names, use_threads=False)
+    names = [name for name in columns.SCHEMA.names if name in parquet.schema_arrow.names]
+    batches = parquet.iter_batches(BATCH_ROWS, [group], names, use_threads=False)
     while row < len(ids):
         with _arrow_errors():
             batch = next(batches, None)
@@ -178,7 +190,8 @@ def _rows(batch: pa.RecordBatch, numbers: list[int]) -> list[dict[str, Any]]:
     with _arrow_errors():
         batch.validate(full=True)
         batch = batch.take(pa.array(numbers, pa.int64()))
-        made = {name: _column(batch.column(name), name) for name in columns.SCHEMA.names}
+        made = {name: _column(batch.column(name), name) for name in batch.schema.names}
+        made |= {name: [None] * len(numbers) for name in columns.LATER - made.keys()}
     return [dict(zip(made, row, strict=True)) for row in zip(*made.values(), strict=True)]
 
 

@@ -4,6 +4,7 @@
     step         int32       split: string, task: string, problem_id: string, index: int32
     reward       double      rewards: [{name, value}], reference: string
     stop_reason  string      dropped: string or null, filtered: [string], error: string or null
+    stdout       string or null: the end of what a program printed (task=program)     stderr: string or null
     metrics      [{name, value}]
     seconds      double
     messages     [{role, content: [{type, text}]}]     the whole conversation, the policy's answers included
@@ -107,6 +108,8 @@ SCHEMA = pa.schema(
         "dropped": pa.string(),
         "filtered": _list(pa.string()),
         "error": pa.string(),
+        "stdout": pa.string(),
+        "stderr": pa.string(),
         "metrics": PAIRS,
         "seconds": pa.float64(),
         "messages": _list(MESSAGE),
@@ -114,6 +117,8 @@ SCHEMA = pa.schema(
         "turns": _list(TURN),
     }
 )
+LATER = frozenset({"stdout", "stderr"})
+"""Columns that older files lack. They are null where they are missing."""
 
 SPLIT_BYTES = tuple(f"turns.list.element.{name}.list.element" for name in ("logprobs", "trainer_logprobs", "entropies"))
 """Paths of the columns that are stored byte by byte: their values differ from token to token."""

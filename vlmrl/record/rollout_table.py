@@ -80,6 +80,8 @@ def _table(step: int, rows: Sequence[tuple[str, Rollout]]) -> pa.Table:
         "dropped": _texts(rollout.dropped and rollout.dropped.value for rollout in rollouts),
         "filtered": _lists([rollout.filtered for rollout in rollouts], lambda all: _texts(each.value for each in all)),
         "error": _texts(rollout.error for rollout in rollouts),
+        "stdout": _texts(None if rollout.printed is None else rollout.printed.stdout for rollout in rollouts),
+        "stderr": _texts(None if rollout.printed is None else rollout.printed.stderr for rollout in rollouts),
         "metrics": _pairs([rollout.metrics for rollout in rollouts]),
         "seconds": pa.array([rollout.seconds for rollout in rollouts], pa.float64()),
         "messages": _lists([_conversation(rollout) for rollout in rollouts], _messages),

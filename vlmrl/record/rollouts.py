@@ -134,6 +134,10 @@ class RolloutRecord(TypedDict):
     dropped: str | None
     """A value of `DropReason`; None where the rollout was trained on."""
     error: str | None
+    stdout: str | None
+    """The end of what the program printed that played it (task=program); None where no program did."""
+    stderr: str | None
+    """The same of its standard error."""
     seconds: float
     turns: list[TurnRecord]
 

@@ -45,6 +45,7 @@ from vlmrl.orchestrator.best import BestWatch
 from vlmrl.orchestrator.curriculum import Curriculum
 from vlmrl.orchestrator.envs.make import make_envs
 from vlmrl.orchestrator.evaluation import Evaluator
+from vlmrl.orchestrator.programs.chat import EndpointOfRun
 from vlmrl.orchestrator.rollout import RolloutRunner
 from vlmrl.orchestrator.scoring import Scorer
 from vlmrl.orchestrator.stream import FixedProblems
@@ -251,7 +252,7 @@ def build_run(config: RunConfig, run_dir: RunDir, monitor: Monitor, rank_group: 
     ensure_certified(config, checkpoint, policy, renderer, run_dir, monitor)
     trainer = make_trainer(config, policy, texts, renderer.banned_token_ids, rank_group)
     engine, weight_sync = make_engine(config, folder, policy, trainer, renderer, run_dir, monitor)
-    envs = make_envs(config.task, task, seed=config.seed, logs=run_dir.logs)
+    envs = make_envs(config.task, task, EndpointOfRun.of(config), seed=config.seed, logs=run_dir.logs)
     runner = RolloutRunner(
         envs=envs,
         renderer=renderer,

@@ -15,6 +15,7 @@ from vlmrl.config.task import TaskConfig
 from vlmrl.monitor.monitor import Monitor
 from vlmrl.orchestrator.envs.make import make_envs
 from vlmrl.orchestrator.eval_sets import SetPlayer
+from vlmrl.orchestrator.programs.chat import EndpointOfRun
 from vlmrl.orchestrator.rollout import RolloutRunner
 from vlmrl.orchestrator.scoring import Scorer, is_scored
 from vlmrl.orchestrator.stream import FixedProblems
@@ -66,7 +67,8 @@ def _player(
         with keys_at(f"{key}.task"):
             task = load_task(task_config, seed=config.seed)
         scorer = Scorer.of(config.reward, task_config, TaskThreads().run, f"{key}.task")
-        envs = make_envs(task_config, task, seed=config.seed, logs=logs / name)
+        endpoint = EndpointOfRun.of(config)
+        envs = make_envs(task_config, task, endpoint, seed=config.seed, logs=logs / name)
         problems = ProblemSource.of(config, task_config, envs, runner.renderer, monitor)
         runner = dataclasses.replace(runner, envs=envs, scorer=scorer, max_turns=task_config.max_turns)
     runner = dataclasses.replace(

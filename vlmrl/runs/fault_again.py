@@ -36,6 +36,7 @@ from vlmrl.tasks.base import NoProblem, Problem, Reply, Split, StepInfo, Task
 from vlmrl.tasks.border import get_num_rows, get_problem, get_reference
 from vlmrl.tasks.loading import load_task
 from vlmrl.tasks.open_env import OpenEnv, finished
+from vlmrl.tasks.programs.problems import played_outside
 from vlmrl.types import Image, Message, Prompt, Rollout, StopReason, ToolUse
 
 SHOWN_CHARACTERS = 200
@@ -164,6 +165,11 @@ async def _play_rollout(
     print(f'problem("{split}", {index}): {problem_id}')
     if fault["problem_id"] not in (problem_id, f"{split}[{index}]"):
         print(f"(the run recorded problem {fault['problem_id']} here, so the task or its data have changed)")
+    if played_outside(problem) is not None:
+        raise ConfigError(
+            f"rollout={fault['rollout_id']} was played by a program, which asks a policy, and no model is loaded here, "
+            "so it cannot be played again: python -m vlmrl mode=report run=<run> shows what the program printed"
+        )
     with OpenEnv(task, problem) as env:
         messages = finished(env.reset())
         history = list(messages)

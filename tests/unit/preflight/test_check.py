@@ -33,6 +33,7 @@ NOT_ALONE = {
     "task=imported": "task.target has no value",
     "task=dataset": "task.path has no value",
     "task=gymnasium": "task.env_id has no value",
+    "task=program": "task.command has no value",
     "task=mixture": "task.tasks names no task",
     "reward=imported": "reward.terms.imported.target has no value",
     "reward=judge": "reward.terms.judge.model has no value",

@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from support.refused_configs import REFUSED
+from support.refused_configs import PROGRAM, REFUSED
 from vlmrl.cli.recipe import with_recipe
 from vlmrl.cli.schemas import register_schemas
 from vlmrl.config.conf_folder import CONF, PACKAGE
@@ -73,6 +73,7 @@ def later_refusals(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tu
         patch.setattr(installed, "is_installed", lambda package: False)
         yield refused(Stage.here, Site(), "inference=vllm")
     monkeypatch.setattr(installed, "is_installed", lambda package: True)
+    yield refused(Stage.here, Site(), *PROGRAM, "task.command=no-such-program")
     yield refused(Stage.here, Site(), "mode=replay", f"run={folder}", "step=3")
     yield refused(Stage.here, Site(), "mode=doctor", f"against={folder}")
     yield refused(Stage.here, Site(), "mode=export", f"resume={folder}", f"export.folder={folder}")

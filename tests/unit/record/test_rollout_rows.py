@@ -21,7 +21,7 @@ from vlmrl.record.rollout_schema import OLD_TURNS, SCHEMA
 from vlmrl.record.rollout_table import encode, reference_text
 from vlmrl.record.rollouts import RolloutRecord, read_rollouts
 from vlmrl.record.tool_fields import message_of, tools_of
-from vlmrl.types import Message, Text, TokenMetrics, ToolCall, ToolSpec, TurnSampling
+from vlmrl.types import Message, Printed, Text, TokenMetrics, ToolCall, ToolSpec, TurnSampling
 
 
 @pytest.fixture
@@ -104,6 +104,23 @@ def test_a_sampling_that_no_run_wrote_is_damage(path: Path, text: str) -> None:
     records, said = read(path)
     assert len(records) == 7
     assert "no run wrote it" in said[0]
+
+
+def test_an_older_file_has_no_output_of_programs(path: Path) -> None:
+    whole, _ = read(path)
+    table = pq.read_table(path)
+    pq.write_table(table.drop_columns(["stdout", "stderr"]), path)
+    assert read(path) == (whole, [])
+    assert {(record["stdout"], record["stderr"]) for record in whole} == {(None, None)}
+
+
+def test_the_output_of_a_program_comes_back(tmp_path: Path) -> None:
+    made = rollout()
+    made.printed = Printed("1\n", "a warning \udcff")
+    path = tmp_path / "step_000001.parquet"
+    path.write_bytes(encode(1, {"train": [made]}))
+    (record,), said = read(path)
+    assert (record["stdout"], record["stderr"], said) == ("1\n", "a warning \\udcff", [])
 
 
 def test_a_turn_that_starts_over_is_marked(tmp_path: Path) -> None:

@@ -111,6 +111,8 @@ class Rollouts:
                 "dropped": record["dropped"],
                 "filtered": record.get("filtered", []),
                 "error": record["error"],
+                "stdout": record.get("stdout"),
+                "stderr": record.get("stderr"),
                 "seconds": record["seconds"],
                 "turns": [self._turn(turn, record) for turn in record["turns"]],
             }

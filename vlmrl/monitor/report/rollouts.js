@@ -239,7 +239,8 @@ function saveMatching() {
       rollout_id: rollout.id, problem_id: rollout.problem, step: rollout.step, split: rollout.split, task: rollout.task,
       index: rollout.index, reward: rollout.reward, rewards: rollout.rewards, reference: rollout.reference, metrics: rollout.metrics,
       stop_reason: rollout.stop, dropped: rollout.dropped,
-      filtered: rollout.filtered, error: rollout.error, seconds: rollout.seconds,
+      filtered: rollout.filtered, error: rollout.error, stdout: rollout.stdout, stderr: rollout.stderr,
+      seconds: rollout.seconds,
       turns: rollout.turns.map((turn) => {
         const prompt = run.prompts[turn.prompt];
         return {

@@ -53,6 +53,11 @@ const isSpecial = (text) => /^<\|.*\|>$/s.test(text) || /^<[a-z/_]+>$/.test(text
 
 // ── one rollout ─────────────────────────────────────────────────────────────────────────────────────────────
 
+// What the program printed that played the rollout.
+const printed = (rollout) => [["standard output", rollout.stdout], ["standard error", rollout.stderr]]
+  .filter(([, text]) => text)
+  .map(([name, text]) => el("details", { class: "more" }, el("summary", {}, name), el("pre", { class: "note" }, text)));
+
 function show(rollout) {
   state.chosen = rollout;
   mark();
@@ -100,6 +105,7 @@ function headline(rollout) {
       rollout.dropped && el("span", { class: "pill bad", title: DROPPED[rollout.dropped] ?? "" }, `dropped: ${rollout.dropped}`)),
     rollout.dropped && el("p", { class: "note bad" }, `Not trained on: ${DROPPED[rollout.dropped] ?? rollout.dropped}.`),
     rollout.error && el("pre", { class: "note bad" }, rollout.error),
+    printed(rollout),
     el("div", { class: "facts" },
       fact("reward", fmt.number(rollout.reward, 4)),
       Object.entries(rollout.rewards).map(([name, value]) => fact(`reward/${name}`, value === null ? "abstains" : fmt.number(value, 4))),

@@ -7,6 +7,8 @@
     await envs.settle()                  the envs that were ended are closed
     await envs.stop()                    the end of the run
 
+A rollout that a program plays has a `ProgramHandle` instead, which fills the rollout by itself.
+
 An env is closed exactly once, however its rollout ends. Only a call that never returns keeps its env from that.
 """
 
@@ -14,12 +16,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
-from typing import Any, Protocol
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
+from vlmrl.orchestrator.sampling import OwnSampling
+from vlmrl.rendering.renderer import Renderer
 from vlmrl.tasks.base import Problem, Reply, StepInfo, Task
 from vlmrl.tasks.border import TaskCodeError, TaskTimeoutError
-from vlmrl.types import EnvTime, Message
+from vlmrl.types import EngineSession, EnvTime, Message, Rollout, StopReason
 
 log = logging.getLogger(__name__)
 
@@ -52,13 +57,49 @@ class EnvHandle(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Seat:
+    """What plays with a rollout that a program plays: the policy and its budgets."""
+
+    renderer: Renderer
+    engine: EngineSession
+    sampling: OwnSampling
+    """How the run samples."""
+    seed: Callable[[int], int]
+    """Number of the answer in the rollout → its seed."""
+    max_turns: int
+    """Most answers of the rollout."""
+    max_new_tokens: int
+    """Most tokens of an answer."""
+    max_model_len: int
+    """Most tokens of prompt plus answer."""
+
+
+@runtime_checkable
+class ProgramHandle(Protocol):
+    """One rollout that a program plays: it sends its prompts to the chat endpoint, in place of an env that is called
+    (vlmrl/orchestrator/programs)."""
+
+    time: EnvTime
+    """Where the time of the program went."""
+
+    async def play(self, rollout: Rollout, seat: Seat) -> StopReason:
+        """Fill turns, reward and metrics of `rollout`; return why it ended. Raises `UserFault`, `EngineError` and
+        `EnvLostError`."""
+        ...
+
+    def end(self) -> None:
+        """As in `EnvHandle`."""
+        ...
+
+
 class Envs(Protocol):
     """The envs of one task."""
 
     task: Task
 
-    def new(self, problem: Problem) -> EnvHandle:
-        """A handle of a new env, which its `reset` makes."""
+    def new(self, problem: Problem) -> EnvHandle | ProgramHandle:
+        """A handle of a new env, which its `reset` makes, or of a program that plays the problem."""
         ...
 
     async def settle(self) -> None:

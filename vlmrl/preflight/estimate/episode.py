@@ -6,6 +6,9 @@ The family counts the vision tokens of an image exactly (for Qwen3-VL, one token
 processor has rounded and scaled the sides), and 2 tokens enclose them. A chat template puts about 10 tokens around the
 messages of a turn. A token of a large vocabulary holds about 4 characters of English; one of the tiny model's few
 hundred tokens, which are trained on the task's own words, holds 2.
+
+A program that plays its problem itself (task=program) is not started for this. The images and texts of its rows count,
+and its own prompts do not.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from vlmrl.rendering.images import decode
 from vlmrl.tasks.base import BadRow, NoProblem, Split, StepInfo, Task
 from vlmrl.tasks.border import get_problem
 from vlmrl.tasks.open_env import OpenEnv, finished
+from vlmrl.tasks.programs.problems import played_outside
 from vlmrl.types import Image, Message
 
 
@@ -88,6 +92,9 @@ def play(task: Task, max_turns: int, split: Split = "train") -> tuple[EpisodeEst
 
 def _played(task: Task, split: Split, index: int, max_turns: int) -> EpisodeEstimate:
     problem, _ = get_problem(task, split, index)
+    if (outside := played_outside(problem)) is not None:
+        messages = list(outside.messages)
+        return EpisodeEstimate(max_turns, tuple(_images(messages)), sum(map(len, _texts(messages))))
     with OpenEnv(task, problem) as env:
         first = finished(env.reset())
         conversations = [(list(first), 1)]

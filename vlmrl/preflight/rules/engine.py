@@ -31,8 +31,7 @@ def stop_strings_are_few(config: RunConfig) -> None:
 def kinds_are_chosen(config: RunConfig) -> None:
     """`kind` comes from the option of its group and is not typed by hand."""
     for key, node in mixed_nodes(config):
-        base = type(node) if schemas_of(type(node)) else type(node).__base__
-        assert base is not None
+        base = next(each for each in (type(node), *type(node).__bases__) if group_of(each) is not None)
         group, schemas = group_of(base), schemas_of(base)
         if schemas.get(node.kind) is not type(node):
             choice = group if group == key else f"+{group}@{key}"

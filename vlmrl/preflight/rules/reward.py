@@ -5,6 +5,7 @@ from __future__ import annotations
 from vlmrl.config.algorithm import Credit
 from vlmrl.config.fields import NAME
 from vlmrl.config.gymnasium import GymnasiumConfig
+from vlmrl.config.program import ProgramConfig, scores_itself
 from vlmrl.config.reward import TERMS, FormatTerm, ImportedTerm, JudgeTerm, RewardConfig
 from vlmrl.config.run import Mode, RunConfig
 from vlmrl.config.task import ColorCodewordConfig, MixtureConfig, TaskConfig, Workers, tasks_of
@@ -94,25 +95,26 @@ def mixture_has_tasks(config: RunConfig) -> None:
 
 
 def answers_are_scored(config: RunConfig) -> None:
-    """A data set has reward terms, and not all of their weights are 0."""
+    """A task that does not score itself has reward terms, and not all of their weights are 0."""
     if config.mode not in (Mode.rl, Mode.eval, Mode.replay):
         return
     for key, whole in all_tasks(config).items():
         for own_key, own in tasks_of(whole, key).items():
             reward_key, reward = rewards_of(config, whole, own, own_key)
-            if own.kind == "dataset" and not reward.terms:
+            if not scores_itself(own) and not reward.terms:
+                unpaid = f"{own_key}.result=none" if isinstance(own, ProgramConfig) else f"{own_key}.kind=dataset"
                 where = "reward=exact" if own_key == "task" else f"+reward@{own_key}.reward.terms.exact=exact"
                 raise ConfigError(
-                    f"{own_key}.kind=dataset has no reward of its own, and reward names no term, so no answer could be "
+                    f"{unpaid} has no reward of its own, and reward names no term, so no answer could be "
                     f"scored: choose {where}, or another of {', '.join(TERMS)}"
                 )
             weights = [term.weight for term in reward.terms.values()]
-            if own.kind != "dataset":
+            if scores_itself(own):
                 weights.append(reward.task_weight)
             if not any(weights):
                 raise ConfigError(
                     f"{reward_key} has no weight but 0, so every reward would be 0: set a weight in {reward_key}.terms"
-                    + ("" if own.kind == "dataset" else f", or {reward_key}.task_weight=1")
+                    + ("" if not scores_itself(own) else f", or {reward_key}.task_weight=1")
                 )
 
 

@@ -29,7 +29,7 @@ def calls_leave_a_turn(config: RunConfig) -> None:
                     f"tool=[{','.join(config.tool)}], so no answer that used a tool could be scored: set "
                     f"{own_key}.max_turns=4 (three calls and the answer), or tool=[]"
                 )
-            if isinstance(own, DatasetConfig) and not config.tool and own.max_turns > 1:
+            if own.kind == DatasetConfig.kind and not config.tool and own.max_turns > 1:
                 raise ConfigError(
                     f"{own_key}.max_turns={own.max_turns} has no effect without tools, because a row has one prompt "
                     f"and one answer, so no turn follows: set {own_key}.max_turns=1, or choose tool=[zoom]"

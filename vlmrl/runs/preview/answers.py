@@ -10,6 +10,7 @@ from vlmrl.config.run import RunConfig
 from vlmrl.errors import VlmrlError
 from vlmrl.inference.embedded.engine import EmbeddedEngine
 from vlmrl.orchestrator.envs.make import make_envs
+from vlmrl.orchestrator.programs.chat import EndpointOfRun
 from vlmrl.orchestrator.rollout import RolloutRunner
 from vlmrl.orchestrator.scoring import Scorer
 from vlmrl.orchestrator.stream import Drawn
@@ -47,7 +48,7 @@ async def answers_now(
     except (VlmrlError, OSError) as error:
         return [], f"the model cannot be loaded: {error}"
     engine = EmbeddedEngine(policy, lambda: 0, config.inference.max_model_len, renderer.decode)
-    envs = make_envs(config.task, task, seed=config.seed)
+    envs = make_envs(config.task, task, EndpointOfRun.of(config), seed=config.seed)
     runner = RolloutRunner(
         envs=envs,
         renderer=renderer,

@@ -1,0 +1,1 @@
+"""Programs of the user's that play rollouts through the chat endpoint."""

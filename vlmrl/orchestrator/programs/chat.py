@@ -1,0 +1,160 @@
+"""One rollout through the chat endpoint: open a session, let a program play, and take the turns.
+
+    Seat ─▶ ChatSession ─▶ Endpoint.open ─▶ address ─▶ the program plays ─▶ Result
+                 └──────────── close ─▶ turns ─────────────────────────────────┴─▶ rollout, StopReason
+
+A program that is refused an answer often ends with an error of its own. So an engine that failed, an image that cannot
+be read and a budget that is used up are recorded in place of that error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from vlmrl.config.run import RunConfig
+from vlmrl.errors import EngineError
+from vlmrl.orchestrator.endpoint.refusal import RefusedError
+from vlmrl.orchestrator.endpoint.request import ChatRequest
+from vlmrl.orchestrator.endpoint.server import Endpoint, SessionAddress
+from vlmrl.orchestrator.endpoint.session import Budgets, ChatAnswer, ChatSession, MakeSampling
+from vlmrl.orchestrator.envs.base import Seat
+from vlmrl.orchestrator.programs.results import UNPAID, Result
+from vlmrl.rendering.images import ImageError, decode, image_hash
+from vlmrl.rendering.renderer import Renderer
+from vlmrl.tasks.border import TaskCodeError, TaskTimeoutError
+from vlmrl.types import EngineSession, Image, Message, Rollout, SamplingParams, StopReason
+
+Play = Callable[[SessionAddress], Awaitable[Result]]
+"""Lets a program play with the session at an address. Raises `TaskCodeError`."""
+
+
+class EndpointOfRun:
+    """The endpoint of a run, which starts with the first program."""
+
+    def __init__(self, model: str, *, temperature: float) -> None:
+        """`model` is the name in the answers; `temperature` is the run's own (`Endpoint`)."""
+        self.endpoint = Endpoint(model, temperature=temperature)
+        self._starting = asyncio.Lock()
+
+    @staticmethod
+    def of(config: RunConfig) -> EndpointOfRun:
+        """The endpoint of a run with this config."""
+        return EndpointOfRun(config.model.name, temperature=config.orchestrator.temperature)
+
+    async def open(self, session: ChatSession) -> SessionAddress:
+        """Serve a session until it is closed. Raises OSError where this machine has no port left."""
+        async with self._starting:
+            if self.endpoint.failure is None:
+                await self.endpoint.start()
+        return self.endpoint.open(session)
+
+    async def stop(self) -> None:
+        """Close every connection. May be called twice, and without a start."""
+        await self.endpoint.stop()
+
+    async def unless_failed(self, playing: Awaitable[Result]) -> Result:
+        """The result of a program; raises the endpoint's own error where that comes first, because it ends the run."""
+        task = asyncio.ensure_future(playing)
+        failure = self.endpoint.failure
+        assert failure is not None, "a session was opened"
+        waiting: set[asyncio.Future[Any]] = {task, failure}
+        try:
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                failure.result()
+            return await task
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task})
+
+
+async def play_by_chat(
+    rollout: Rollout, seat: Seat, endpoint: EndpointOfRun, play: Play, *, noise: bool = False
+) -> StopReason:
+    """Fill turns, reward and metrics of `rollout`; return why it ended. With `noise` the policy sees noise in place of
+    every image. Raises `UserFault` and `EngineError`."""
+
+    def sampling(request: ChatRequest, budget: int, number: int) -> SamplingParams:
+        try:
+            return seat.sampling.params(budget, seat.seed(number), stop=request.stop)
+        except ValueError as error:  # a stop string that ends no answer
+            raise RefusedError(str(error), param="stop") from None
+
+    kind = NoiseSession if noise else ChatSession
+    budgets = Budgets(seat.max_turns, seat.max_new_tokens, seat.max_model_len)
+    chat = kind(rollout.rollout_id, seat.renderer, seat.engine, sampling, budgets)
+    fault: TaskCodeError | None = None
+    result = UNPAID
+    try:
+        result = await endpoint.unless_failed(play(await endpoint.open(chat)))
+    except TaskCodeError as error:
+        fault = error
+    finally:
+        rollout.turns = chat.close()
+    if chat.failure is not None:
+        raise chat.failure
+    rollout.reward, rollout.metrics = result.reward, result.metrics
+    return ending(chat, fault)
+
+
+def ending(chat: ChatSession, fault: TaskCodeError | None) -> StopReason:
+    """Why a rollout ended, from its session and the program's own fault. Raises `UserFault` and `EngineError`."""
+    if isinstance(chat.fault, EngineError):
+        raise chat.fault
+    reason = chat.stop_reason
+    if fault is None:
+        return reason if reason is not None and reason.is_truncated else StopReason.TERMINATED
+    if reason in (StopReason.MAX_TURNS, StopReason.CONTEXT_FULL) and not isinstance(fault, TaskTimeoutError):
+        return reason
+    raise fault if chat.fault is None or isinstance(fault, TaskTimeoutError) else chat.fault
+
+
+class NoiseSession(ChatSession):
+    """A session that shows noise in place of every image of the program's."""
+
+    def __init__(
+        self,
+        rollout_id: str,
+        renderer: Renderer,
+        engine: EngineSession,
+        sampling: MakeSampling,
+        budgets: Budgets,
+    ) -> None:
+        super().__init__(rollout_id, renderer, engine, sampling, budgets)
+        self._by_pixels: dict[str, Image] = {}
+        self._by_image: dict[Image, Image] = {}  # so that an image is decoded once
+        self._lock = asyncio.Lock()
+
+    async def answer(self, request: ChatRequest) -> ChatAnswer:
+        try:
+            async with self._lock:
+                messages = await asyncio.to_thread(self._in_noise, request.messages)
+        except ImageError:  # the session says so
+            messages = request.messages
+        return await super().answer(replace(request, messages=messages))
+
+    def _in_noise(self, messages: Sequence[Message]) -> tuple[Message, ...]:
+        return tuple(
+            replace(
+                message,
+                content=tuple(self._noise_for(part) if isinstance(part, Image) else part for part in message.content),
+            )
+            for message in messages
+        )
+
+    def _noise_for(self, image: Image) -> Image:
+        """Noise of the image's size. It depends on the rollout and on which image of it this is, and on no pixel."""
+        if image not in self._by_image:
+            pixels = decode(image.source)
+            name = f"noise/{self.rollout_id}/{len(self._by_pixels)}"
+            seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
+            noise = Image(np.random.default_rng(seed).integers(0, 256, pixels.shape, np.uint8))
+            self._by_image[image] = self._by_pixels.setdefault(image_hash(pixels), noise)
+        return self._by_image[image]

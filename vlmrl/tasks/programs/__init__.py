@@ -1,0 +1,1 @@
+"""Tasks whose episodes are played by programs outside of the run."""
