@@ -330,7 +330,8 @@ class Completion:
 class TurnSampling:
     """How a completion was sampled, where a client wanted it otherwise than the run samples."""
 
-    temperature: float
+    temperature: float | None = None
+    """None: the run's own."""
     top_p: float = 1.0
     top_k: int = 0
     seed: int | None = None
@@ -340,7 +341,12 @@ class TurnSampling:
     def is_learnable(self) -> bool:
         """Whether every token had a probability above 0, as the trainer's distribution has it. Greedy decoding and a
         truncated distribution rule tokens out: their importance ratio would be infinite."""
-        return self.temperature > 0 and self.top_p == 1 and self.top_k == 0
+        return self.temperature != 0 and self.top_p == 1 and self.top_k == 0
+
+    @property
+    def reshapes(self) -> bool:
+        """Whether the tokens came from another distribution than the run's, and not only from another seed."""
+        return self.temperature is not None or self.top_p != 1 or self.top_k != 0
 
 
 class EngineSession(Protocol):

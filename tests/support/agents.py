@@ -82,6 +82,7 @@ def play(
     engine: DirectEngine | None = None,
     max_turns: int = 5,
     max_model_len: int = 1000,
+    temperature: float = 1.0,
     renderer: Any = None,
     during: Callable[[ProgramEnvs], Any] | None = None,
     **settings: Any,
@@ -106,7 +107,7 @@ def play(
             step=1,
             problems=await ProblemStream(task, "train").again(problems),
             group_size=group_size,
-            temperature=1.0,
+            temperature=temperature,
         )
         try:
             async with asyncio.timeout(120):

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,10 @@ from vlmrl.errors import EngineError
 from vlmrl.inference.stop_strings import find_stop
 from vlmrl.orchestrator.endpoint.images import DataImages
 from vlmrl.orchestrator.endpoint.request import ChatRequest, read_request
+from vlmrl.orchestrator.endpoint.sampling import SessionSampling
 from vlmrl.orchestrator.endpoint.session import Budgets, ChatSession
 from vlmrl.orchestrator.rollout import sampling_seed
+from vlmrl.orchestrator.sampling import OwnSampling
 from vlmrl.rendering.images import decode, image_hash
 from vlmrl.types import (
     Answer,
@@ -160,10 +163,7 @@ def chat_session(
     name: str = "train/000001/00/00",
 ) -> ChatSession:
     """A session with scripted parts."""
-
-    def sampling(request: ChatRequest, budget: int, number: int) -> SamplingParams:
-        return SamplingParams(budget, 1.0, (END,), (), sampling_seed(0, name, number), stop=request.stop)
-
+    sampling = SessionSampling(OwnSampling(1.0, (END,), ()), partial(sampling_seed, 0, name), client_samples=True)
     budgets = Budgets(max_turns, max_new_tokens, max_model_len)
     return ChatSession(name, renderer or ChatRenderer(), engine or ScriptedSession(script), sampling, budgets)
 
@@ -174,6 +174,11 @@ IMAGES = DataImages()
 def asked(*messages: dict[str, Any], **body: Any) -> ChatRequest:
     """A parsed request of a client that leaves sampling to the run."""
     return read_request({"messages": list(messages), **body}, IMAGES, client_samples=False, temperature=1.0)
+
+
+def asked_otherwise(*messages: dict[str, Any], **body: Any) -> ChatRequest:
+    """A parsed request of a client that may sample in its own way."""
+    return read_request({"messages": list(messages), **body}, IMAGES, client_samples=True, temperature=1.0)
 
 
 def user(*content: str | dict[str, Any]) -> dict[str, Any]:

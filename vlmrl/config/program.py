@@ -27,6 +27,16 @@ class ProgramResult(Enum):
     """From reward terms alone (`reward=exact`), which score the last answer. The output of the program is not read."""
 
 
+class ProgramSampling(Enum):
+    """Who decides how the policy's answers are sampled."""
+
+    run = "run"
+    """The run. A request that asks for another temperature, top_p, top_k or seed is refused."""
+    client = "client"
+    """The program, where it says so. Each turn is learned at its own temperature. Turns that were sampled greedily or
+    with top_p or top_k cannot be learned from: they have no loss."""
+
+
 @dataclass
 class ProgramConfig(DatasetConfig, TaskConfig):  # the base of a mixed group is a direct base of its schemas
     """A program plays each rollout: `task=program task.command='python agent.py'`."""
@@ -52,6 +62,8 @@ class ProgramConfig(DatasetConfig, TaskConfig):  # the base of a mixed group is 
     """The most processes of the program that run at the same time."""
     result: ProgramResult = setting(ProgramResult.last_line, on_resume=Resume.noted)
     """Where the reward of an episode comes from."""
+    sampling: ProgramSampling = setting(ProgramSampling.run, on_resume=Resume.noted)
+    """Who decides how the policy's answers are sampled. The greedy evaluation is greedy either way."""
     path: Any = setting(None, on_resume=Resume.noted)
     """Rows whose questions, pictures and answers are handed to the program, as with task=dataset. null: the program
     gets a number, from which it makes a problem of its own."""

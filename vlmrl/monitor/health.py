@@ -21,6 +21,8 @@ MAX_DROPPED = 0.2
 """Largest share of dropped rollouts without a warning."""
 MAX_CUT = 0.5
 """Largest share of rollouts ended by a token budget without a warning."""
+MAX_UNLEARNABLE = 0.5
+"""Largest share of sampled tokens without a loss, because of how a client sampled them, without a warning."""
 MAX_MISMATCH_KL_EXACT = 1e-3
 """Nats. Limit of `mismatch_kl/max` where engine and trainer compute in float32 and differ only by rounding."""
 MAX_MISMATCH_KL = 0.05
@@ -63,6 +65,7 @@ def warnings_for(history: Sequence[Record], *, exact: bool, credit: Credit = Cre
         _no_signal(recent, credit),
         _dropped(recent),
         _cut(recent),
+        _unlearnable(recent),
         _mismatch(lines, exact),
         _entropy(recent),
         _blind(lines),
@@ -140,6 +143,16 @@ def _cut(recent: Sequence[Record]) -> str | None:
     return (
         f"Most rollouts are cut by {budget} before they end, and a cut turn gets no reward: raise {what}, or ask for "
         "shorter answers in the prompt."
+    )
+
+
+def _unlearnable(recent: Sequence[Record]) -> str | None:
+    unlearnable, sampled = sum(_values(recent, "tokens/unlearnable")), sum(_values(recent, "tokens/completion"))
+    if unlearnable <= MAX_UNLEARNABLE * sampled:
+        return None
+    return (
+        f"More than {MAX_UNLEARNABLE:.0%} of the sampled tokens have no loss, because the program samples them "
+        "greedily, or with top_p or top_k. Have it send a temperature alone, or set task.sampling=run."
     )
 
 

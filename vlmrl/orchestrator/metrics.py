@@ -119,7 +119,7 @@ def replay_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
 def client_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     """`tokens/client_sampled` and `tokens/unlearnable`: tokens that a client sampled in its own way, and those of them
     that cannot be learned from (`Turn.is_learnable`). Empty where there are none."""
-    turns = [turn for rollout in rollouts for turn in rollout.turns if turn.sampling is not None]
+    turns = [turn for rollout in rollouts for turn in rollout.turns if turn.sampling and turn.sampling.reshapes]
     if not turns:
         return {}
     lengths = [(len(turn.completion.token_ids), turn.is_learnable) for turn in turns]

@@ -77,7 +77,7 @@ def _branch_sample(rollout_id: str, turns: list[Turn]) -> TrainingSample:
         advantages[sampled] = turn.advantage
         inference_logprobs[sampled] = turn.completion.logprobs
         versions[sampled] = turn.completion.versions
-        if turn.sampling is not None:
+        if turn.sampling is not None and turn.sampling.temperature is not None:
             temperatures[sampled] = turn.sampling.temperature
     return TrainingSample(
         rollout_id=rollout_id,

@@ -10,7 +10,7 @@ at. A completion that was decoded greedily or from a truncated distribution is n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vlmrl.inference.stop_strings import INCOMPLETE
 from vlmrl.types import SamplingParams, TurnSampling
@@ -82,7 +82,11 @@ class OwnSampling:
         >>> own.differs(own.params(8, 5, temperature=1.0), 5)
         """
         own = self.params(params.max_new_tokens, seed)
-        wanted = (params.temperature, params.top_p, params.top_k)
-        if wanted == (own.temperature, own.top_p, own.top_k) and params.seed == seed:
+        if params == replace(own, stop=params.stop):
             return None
-        return TurnSampling(*wanted, seed=None if params.seed == seed else params.seed)
+        return TurnSampling(
+            None if params.temperature == own.temperature else params.temperature,
+            params.top_p,
+            params.top_k,
+            None if params.seed == seed else params.seed,
+        )

@@ -28,8 +28,7 @@ def is_sampling(value: Any) -> bool:
         return False
     temperature, top_p, top_k, seed = (value[name] for name in ("temperature", "top_p", "top_k", "seed"))
     return (
-        is_number(temperature)
-        and temperature >= 0
+        (temperature is None or (is_number(temperature) and temperature >= 0))
         and is_number(top_p)
         and 0 < top_p <= 1
         and type(top_k) is int

@@ -15,6 +15,7 @@ import os
 import secrets
 from collections.abc import Coroutine
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,9 @@ import orjson
 from vlmrl.errors import ConfigError
 from vlmrl.monitor.monitor import Monitor
 from vlmrl.orchestrator.endpoint.lobby import ConversationLobby
-from vlmrl.orchestrator.endpoint.refusal import RefusedError
-from vlmrl.orchestrator.endpoint.request import ChatRequest
+from vlmrl.orchestrator.endpoint.sampling import SessionSampling
 from vlmrl.orchestrator.endpoint.server import HOST, Endpoint
-from vlmrl.orchestrator.endpoint.session import Budgets, MakeSampling
+from vlmrl.orchestrator.endpoint.session import Budgets
 from vlmrl.orchestrator.interruption import stopped_before
 from vlmrl.orchestrator.loop import ExitReason
 from vlmrl.orchestrator.rollout import sampling_seed
@@ -34,7 +34,7 @@ from vlmrl.orchestrator.sampling import OwnSampling
 from vlmrl.record.files import disk_errors
 from vlmrl.runs.build import Run
 from vlmrl.runs.problems import max_model_len
-from vlmrl.types import Group, SamplingParams
+from vlmrl.types import Group
 
 ENDLESS = 2**31
 """Turns of a conversation without a limit."""
@@ -59,7 +59,6 @@ async def serve(run: Run) -> ExitReason:
     endpoint = Endpoint(
         config.model.name,
         temperature=config.orchestrator.temperature,
-        client_samples=True,
         port=config.serve.port,
         lobby=lobby,
     )
@@ -121,24 +120,16 @@ class _Record:
             self.monitor.record(self.step, [Group(rollout.problem_id, [rollout]) for rollout in rollouts])
 
 
-def _sampling(run: Run, rollout_id: str) -> MakeSampling:
+def _sampling(run: Run, rollout_id: str) -> SessionSampling:
     """The client's sampling, and where it does not say, the run's."""
-    settings = run.config.orchestrator
+    config = run.config
     own = OwnSampling(
-        settings.temperature, run.renderer.stop_token_ids, run.renderer.banned_token_ids, stop=tuple(settings.stop)
+        config.orchestrator.temperature,
+        run.renderer.stop_token_ids,
+        run.renderer.banned_token_ids,
+        stop=tuple(config.orchestrator.stop),
     )
-
-    def make(request: ChatRequest, budget: int, number: int) -> SamplingParams:
-        wish = request.sampling
-        seed = sampling_seed(run.config.seed, rollout_id, number) if wish.seed is None else wish.seed
-        try:
-            return own.params(
-                budget, seed, temperature=wish.temperature, top_p=wish.top_p, top_k=wish.top_k, stop=request.stop
-            )
-        except ValueError as error:
-            raise RefusedError(f"{error}, so no answer is sampled") from None
-
-    return make
+    return SessionSampling(own, partial(sampling_seed, config.seed, rollout_id), client_samples=True)
 
 
 def _write_address(path: Path, base_url: str, key: str) -> None:

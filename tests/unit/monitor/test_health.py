@@ -99,6 +99,13 @@ def test_answers_that_are_cut(reason: str, remedy: str) -> None:
     assert said(lines[1:]) == [], "early in a run, a few steps may have long answers"
 
 
+@pytest.mark.parametrize(("unlearnable", "warned"), [(50.0, False), (51.0, True)])
+def test_tokens_that_cannot_be_learned_from(unlearnable: float, warned: bool) -> None:
+    texts = said(history(tokens__completion=100.0, tokens__unlearnable=unlearnable))
+    assert bool(texts) is warned
+    assert all("or set task.sampling=run" in text for text in texts)
+
+
 def test_in_float32_a_token_that_differs_counts_at_the_newest_step() -> None:
     assert "mismatch_kl/max above 0.001" in said(history(mismatch_kl__max=2e-3))[0]
     assert said(history(mismatch_kl__max=2e-3), exact=False) == [], "bfloat16 alone makes such a mismatch"

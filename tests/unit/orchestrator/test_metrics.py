@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from vlmrl.config.algorithm import FilterConfig, FilterMode
-from vlmrl.orchestrator.metrics import mean_task_metrics, rollout_metrics, throughput_metrics
-from vlmrl.types import Completion, DropReason, Group, ImageItem, Placeholder, Prompt, Rollout, StopReason, Turn
+from vlmrl.orchestrator.metrics import client_metrics, mean_task_metrics, rollout_metrics, throughput_metrics
+from vlmrl.types import (
+    Completion,
+    DropReason,
+    Group,
+    ImageItem,
+    Placeholder,
+    Prompt,
+    Rollout,
+    StopReason,
+    Turn,
+    TurnSampling,
+)
 
 
 def image(name: str) -> ImageItem:
@@ -33,6 +45,15 @@ def rollout(
 ) -> Rollout:
     filtered = (dropped,) if dropped is DropReason.ZERO_ADVANTAGE else ()
     return Rollout("r", "p", 0, list(turns), reward, metrics, stop, filtered=filtered, dropped=dropped)
+
+
+def test_tokens_that_a_client_sampled_in_its_own_way_are_counted() -> None:
+    """2 tokens of the run's own, 3 with another seed alone, 4 at another temperature, 5 greedy and 6 with top_k."""
+    given = [None, TurnSampling(seed=3), TurnSampling(0.5), TurnSampling(0.0), TurnSampling(top_k=3)]
+    turns = [replace(turn(10, tokens), sampling=sampling) for tokens, sampling in zip(range(2, 7), given, strict=True)]
+    counted = {"tokens/client_sampled": 4.0 + 5.0 + 6.0, "tokens/unlearnable": 5.0 + 6.0}
+    assert client_metrics([rollout(1.0, *turns[:3]), rollout(0.0, *turns[3:])]) == counted
+    assert client_metrics([rollout(1.0, *turns[:2])]) == {}
 
 
 GROUPS = [

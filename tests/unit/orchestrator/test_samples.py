@@ -172,6 +172,14 @@ def test_a_client_s_turns_keep_their_temperature_and_truncated_ones_have_no_loss
     assert [made.learned and made.learned.entropies.tolist() for made in turns] == [[5, 6], [7, 8], None, None, None]
 
 
+def test_a_seed_of_its_own_leaves_a_turn_at_the_runs_temperature() -> None:
+    (sample,) = make_samples(
+        rollout([replace(turn(extended(EMPTY, [5], []), [7, END], 0), sampling=TurnSampling(seed=3))])
+    )
+    assert sample.temperatures is None
+    assert sample.loss_mask.tolist() == [False, True, True]
+
+
 def test_a_branch_whose_prompt_does_not_extend_is_an_assertion_error() -> None:
     first = extended(EMPTY, [5], [])
     other = extended(EMPTY, [5, 6, END, 8], [])

@@ -24,8 +24,8 @@ def test_the_run_samples_in_its_own_way() -> None:
     [
         ({"temperature": 0.8}, None),
         ({"temperature": 0.5}, TurnSampling(0.5, 1.0, 50)),
-        ({"top_p": 0.9}, TurnSampling(0.8, 0.9, 50)),
-        ({"top_k": 0}, TurnSampling(0.8, 1.0, 0)),
+        ({"top_p": 0.9}, TurnSampling(None, 0.9, 50)),
+        ({"top_k": 0}, TurnSampling(None, 1.0, 0)),
         ({"temperature": 0.0, "top_p": 0.9}, TurnSampling(0.0, 1.0, 0)),
         ({"stop": ["END", "x"]}, None),
     ],
@@ -38,7 +38,7 @@ def test_what_a_client_changes_is_noted(asked: dict[str, Any], found: TurnSampli
 
 
 def test_another_seed_is_noted() -> None:
-    assert OWN.differs(OWN.params(16, 7), SEED) == TurnSampling(0.8, 1.0, 50, seed=7)
+    assert OWN.differs(OWN.params(16, 7), SEED) == TurnSampling(None, 1.0, 50, seed=7)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +60,7 @@ def test_a_value_that_cannot_be_sampled_with_is_refused(asked: dict[str, Any]) -
     [
         (TurnSampling(0.5), True),
         (TurnSampling(2.0, seed=3), True),
+        (TurnSampling(seed=3), True),
         (TurnSampling(0.0), False),
         (TurnSampling(1.0, top_p=0.99), False),
         (TurnSampling(1.0, top_k=100), False),

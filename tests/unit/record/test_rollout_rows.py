@@ -73,7 +73,7 @@ def test_the_stop_string_that_ended_a_completion_is_recorded(tmp_path: Path) -> 
     assert (said, [turn["stop"] for turn in record["turns"]]) == ([], ["Observation:", None])
 
 
-@pytest.mark.parametrize("sampling", [TurnSampling(0.7, 0.9, 5, 2**63 - 1), TurnSampling(0.0), None])
+@pytest.mark.parametrize("sampling", [TurnSampling(0.7, 0.9, 5, 2**63 - 1), TurnSampling(0.0), TurnSampling(), None])
 def test_how_a_client_sampled_a_turn_is_recorded(tmp_path: Path, sampling: TurnSampling | None) -> None:
     made = rollout()
     made.turns[0].sampling = sampling

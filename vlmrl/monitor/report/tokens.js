@@ -152,7 +152,7 @@ function turnOf(rollout, turn, index) {
           el("span", {}, "turn reward ", el("b", {}, fmt.number(turn.reward, 3))),
           turn.trained && el("span", {}, "advantage ", el("b", {}, fmt.signed(turn.advantage))),
           turn.finish === "length" && el("span", { class: "cut" }, "cut by the token budget"),
-          turn.sampling != null && el("span", {}, "sampled at temperature ", el("b", {}, fmt.number(turn.sampling.temperature, 3))),
+          turn.sampling?.temperature != null && el("span", {}, "sampled at temperature ", el("b", {}, fmt.number(turn.sampling.temperature, 3))),
           turn.stop != null && el("span", {}, "ended by ", el("b", {}, JSON.stringify(turn.stop))),
           !learned(turn) && el("span", {}, "no loss")))));
 }

@@ -10,10 +10,10 @@ answer is one turn of one branch, so every sampled token enters the loss once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from vlmrl.types import Message, Turn
+from vlmrl.types import Message, SamplingParams, Turn, TurnSampling
 
 
 @dataclass(eq=False)
@@ -22,6 +22,8 @@ class Node:
 
     number: int
     """Of the request in its session, from 0."""
+    params: SamplingParams
+    """How its answer was sampled."""
     written: str
     """The text of its answer as it was sampled, with the stop string that ended it."""
     turn: Turn
@@ -40,8 +42,9 @@ class Node:
         return (*self.history, *self.turn.messages, Message.of("assistant", self.written))
 
 
-def turns_of(nodes: Sequence[Node]) -> list[Turn]:
-    """The turns of a rollout, ordered by branch.
+def turns_of(nodes: Sequence[Node], noted: Callable[[SamplingParams, int], TurnSampling | None]) -> list[Turn]:
+    """The turns of a rollout, ordered by branch. `noted`: how a turn was sampled, and its place in the rollout → its
+    `Turn.sampling`.
 
     The first bridged child of a turn continues its branch. Every other child and every conversation of its own is a
     branch of its own, whose first turn has all messages of its prompt (`starts_over`). Only a bridge break at the end
@@ -60,7 +63,9 @@ def turns_of(nodes: Sequence[Node]) -> list[Turn]:
                 placed.add(id(node))
                 starts_over = number == 0 and not follows and bool(turns)
                 messages = [*node.history, *node.turn.messages] if starts_over else node.turn.messages
-                turns.append(replace(node.turn, branch=branch, messages=messages, starts_over=starts_over))
+                sampling = noted(node.params, len(turns))
+                turn = replace(node.turn, branch=branch, messages=messages, starts_over=starts_over, sampling=sampling)
+                turns.append(turn)
                 last = node
             chain = _first(child for child in last.children if not child.is_bridged)
             follows = True

@@ -20,14 +20,15 @@ from vlmrl.errors import UserFault, safe_text
 from vlmrl.orchestrator.endpoint.conversation import conversation_of
 from vlmrl.orchestrator.endpoint.refusal import RefusedError
 from vlmrl.orchestrator.endpoint.request import ChatRequest
-from vlmrl.orchestrator.endpoint.session import Budgets, ChatSession, MakeSampling
+from vlmrl.orchestrator.endpoint.sampling import SessionSampling
+from vlmrl.orchestrator.endpoint.session import Budgets, ChatSession
 from vlmrl.rendering.renderer import Renderer
 from vlmrl.types import DropReason, InferenceEngine, Rollout, StopReason
 
 MAX_NAME = 200
 """Longest X-Session-ID, in characters."""
 
-MakeSessionSampling = Callable[[str], MakeSampling]
+MakeSessionSampling = Callable[[str], SessionSampling]
 """Rollout id → how the answers of its session are sampled."""
 
 

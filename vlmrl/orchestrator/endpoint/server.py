@@ -81,21 +81,20 @@ class Endpoint:
         model: str,
         *,
         temperature: float,
-        client_samples: bool = False,
         port: int = 0,
         lobby: Lobby | None = None,
         max_body_bytes: int = MAX_BODY_BYTES,
         header_patience_s: float = HEADER_PATIENCE_S,
         body_patience_s: float = BODY_PATIENCE_S,
     ) -> None:
-        """`model` is the name in the answers; `port` 0 takes a free one. `client_samples` and `temperature`: see
-        `read_request`."""
+        """`model` is the name in the answers; `port` 0 takes a free one; `temperature` as for `read_request`. The
+        sessions say whether a client's sampling is taken; at the `lobby` it is."""
         self.model = model
         self.port = port
         self.images = DataImages()
         self.failure: asyncio.Future[None] | None = None
         """Gets the error that ends the run, such as an engine that is gone or a bug."""
-        self._temperature, self._client_samples = temperature, client_samples
+        self._temperature = temperature
         self._lobby = lobby
         self._max_body_bytes = max_body_bytes
         self._header_patience_s, self._body_patience_s = header_patience_s, body_patience_s
@@ -208,7 +207,8 @@ class Endpoint:
         if http.method != "POST":
             raise RefusedError(f"{http.method} is not served here: use POST", status=405)
         try:
-            request = await self._read(http)
+            client_samples = find.client_samples if isinstance(find, ChatSession) else True
+            request = await self._read(http, client_samples=client_samples)
         except RefusedError as error:
             if isinstance(find, ChatSession):
                 find.refuse(error)
@@ -244,7 +244,7 @@ class Endpoint:
         assert self._lobby is not None
         return self._lobby
 
-    async def _read(self, http: web.BaseRequest) -> ChatRequest:
+    async def _read(self, http: web.BaseRequest, *, client_samples: bool) -> ChatRequest:
         """The request in a body. Raises `RefusedError`."""
         limit = self._max_body_bytes
         too_large = RefusedError(f"the body is larger than {limit} bytes: send smaller images", status=413)
@@ -262,15 +262,15 @@ class Endpoint:
         except web.RequestPayloadError as error:
             raise RefusedError(f"the body cannot be read: {error}") from None
         if len(body) > LARGE_BODY_BYTES:
-            return await asyncio.to_thread(self._parse, bytes(body))
-        return self._parse(bytes(body))
+            return await asyncio.to_thread(self._parse, bytes(body), client_samples)
+        return self._parse(bytes(body), client_samples)
 
-    def _parse(self, body: bytes) -> ChatRequest:
+    def _parse(self, body: bytes, client_samples: bool) -> ChatRequest:
         try:
             value = orjson.loads(body)
         except orjson.JSONDecodeError as error:
             raise RefusedError(f"the body is no JSON: {error}") from None
-        return read_request(value, self.images, client_samples=self._client_samples, temperature=self._temperature)
+        return read_request(value, self.images, client_samples=client_samples, temperature=self._temperature)
 
 
 def _parsed_path(path: str) -> tuple[str | None, str]:

@@ -18,7 +18,7 @@ import asyncio
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vlmrl.errors import ConfigError, EngineError, UserFault, safe_text
@@ -27,6 +27,7 @@ from vlmrl.orchestrator.endpoint.branches import Node, turns_of
 from vlmrl.orchestrator.endpoint.conversation import Conversation, conversation_of, extended
 from vlmrl.orchestrator.endpoint.refusal import RefusedError
 from vlmrl.orchestrator.endpoint.request import ChatRequest
+from vlmrl.orchestrator.endpoint.sampling import SessionSampling
 from vlmrl.orchestrator.rollout import rendering_fence, stop_reason_of
 from vlmrl.rendering.renderer import Renderer
 from vlmrl.types import (
@@ -38,16 +39,12 @@ from vlmrl.types import (
     ImageItem,
     Message,
     Prompt,
-    SamplingParams,
     StopReason,
     ToolCall,
     Turn,
     check_placeholders,
     extends,
 )
-
-MakeSampling = Callable[[ChatRequest, int, int], SamplingParams]
-"""(request, token budget, number of the request in its session) → how its answer is sampled."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +97,7 @@ class ChatSession:
         rollout_id: str,
         renderer: Renderer,
         engine: EngineSession,
-        sampling: MakeSampling,
+        sampling: SessionSampling,
         budgets: Budgets,
         *,
         samples_again: bool = False,
@@ -130,6 +127,11 @@ class ChatSession:
         """What went wrong with the last request."""
         self.failure: Exception | None = None
         """An error that this rollout did not cause, such as an engine that is gone. It ends the run."""
+
+    @property
+    def client_samples(self) -> bool:
+        """As in `SessionSampling`."""
+        return self._sampling.client_samples
 
     # ── requests ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -206,15 +208,15 @@ class ChatSession:
             )
         own = min(budgets.max_new_tokens, request.max_tokens or budgets.max_new_tokens)
         number = self._numbered
-        sampling = self._sampling(request, min(own, room), number)
+        params = self._sampling.params(request, min(own, room), number)
         self._numbered += 1
-        completion = await self._engine.generate(prompt, sampling)
+        completion = await self._engine.generate(prompt, params)
         written = self._renderer.decode(completion.token_ids)
         answer = self._renderer.parse(completion.token_ids, request.tools, prompt)
         message = sent_message(answer_before(answer, completion.stop), number)
         text = text_before(written, completion.stop)
         turn = Turn(prompt, completion, text, list(prepared.new), branch=0, reward=0.0, tools=request.tools)
-        node = Node(number, written, turn, prepared.history, prepared.parent, prepared.is_bridged)
+        node = Node(number, params, written, turn, prepared.history, prepared.parent, prepared.is_bridged)
         self._keep(node, conversation, message)
         self.fault, self.stop_reason = None, None
         if completion.finish_reason == "length":
@@ -286,7 +288,7 @@ class ChatSession:
         self.is_closed = True
         for task in self._answers.values():
             task.cancel()
-        return turns_of(self._nodes)
+        return turns_of(self._nodes, self._sampling.noted)
 
     @property
     def is_busy(self) -> bool:

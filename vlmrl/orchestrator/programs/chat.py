@@ -19,16 +19,16 @@ import numpy as np
 
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import EngineError
-from vlmrl.orchestrator.endpoint.refusal import RefusedError
 from vlmrl.orchestrator.endpoint.request import ChatRequest
+from vlmrl.orchestrator.endpoint.sampling import SessionSampling
 from vlmrl.orchestrator.endpoint.server import Endpoint, SessionAddress
-from vlmrl.orchestrator.endpoint.session import Budgets, ChatAnswer, ChatSession, MakeSampling
+from vlmrl.orchestrator.endpoint.session import Budgets, ChatAnswer, ChatSession
 from vlmrl.orchestrator.envs.base import Seat
 from vlmrl.orchestrator.programs.results import UNPAID, Result
 from vlmrl.rendering.images import ImageError, decode, image_hash
 from vlmrl.rendering.renderer import Renderer
 from vlmrl.tasks.border import TaskCodeError, TaskTimeoutError
-from vlmrl.types import EngineSession, Image, Message, Rollout, SamplingParams, StopReason
+from vlmrl.types import EngineSession, Image, Message, Rollout, StopReason
 
 Play = Callable[[SessionAddress], Awaitable[Result]]
 """Lets a program play with the session at an address. Raises `TaskCodeError`."""
@@ -76,17 +76,17 @@ class EndpointOfRun:
 
 
 async def play_by_chat(
-    rollout: Rollout, seat: Seat, endpoint: EndpointOfRun, play: Play, *, noise: bool = False
+    rollout: Rollout,
+    seat: Seat,
+    endpoint: EndpointOfRun,
+    play: Play,
+    *,
+    noise: bool = False,
+    client_samples: bool = False,
 ) -> StopReason:
     """Fill turns, reward and metrics of `rollout`; return why it ended. With `noise` the policy sees noise in place of
-    every image. Raises `UserFault` and `EngineError`."""
-
-    def sampling(request: ChatRequest, budget: int, number: int) -> SamplingParams:
-        try:
-            return seat.sampling.params(budget, seat.seed(number), stop=request.stop)
-        except ValueError as error:  # a stop string that ends no answer
-            raise RefusedError(str(error), param="stop") from None
-
+    every image. `client_samples`: `SessionSampling`. Raises `UserFault` and `EngineError`."""
+    sampling = SessionSampling(seat.sampling, seat.seed, client_samples)
     kind = NoiseSession if noise else ChatSession
     budgets = Budgets(seat.max_turns, seat.max_new_tokens, seat.max_model_len)
     chat = kind(rollout.rollout_id, seat.renderer, seat.engine, sampling, budgets)
@@ -124,7 +124,7 @@ class NoiseSession(ChatSession):
         rollout_id: str,
         renderer: Renderer,
         engine: EngineSession,
-        sampling: MakeSampling,
+        sampling: SessionSampling,
         budgets: Budgets,
     ) -> None:
         super().__init__(rollout_id, renderer, engine, sampling, budgets)

@@ -22,7 +22,7 @@ from typing import Any
 
 import orjson
 
-from vlmrl.config.program import ProgramConfig, ProgramResult
+from vlmrl.config.program import ProgramConfig, ProgramResult, ProgramSampling
 from vlmrl.errors import fenced
 from vlmrl.orchestrator.endpoint.server import SessionAddress
 from vlmrl.orchestrator.envs.base import Closing, Seat
@@ -125,7 +125,14 @@ class Program:
             self.time.queue_s += started - queued
             self.time.resets += 1
             try:
-                return await play_by_chat(rollout, seat, self._envs.endpoint, self._play, noise=self._envs.config.noise)
+                return await play_by_chat(
+                    rollout,
+                    seat,
+                    self._envs.endpoint,
+                    self._play,
+                    noise=self._envs.config.noise,
+                    client_samples=self._envs.config.sampling is ProgramSampling.client,
+                )
             finally:
                 rollout.printed = self.printed
                 self.time.reset_s += time.monotonic() - started

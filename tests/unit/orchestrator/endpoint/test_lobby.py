@@ -14,14 +14,16 @@ from vlmrl.errors import EngineError
 from vlmrl.orchestrator.endpoint.lobby import ConversationLobby
 from vlmrl.orchestrator.endpoint.refusal import RefusedError
 from vlmrl.orchestrator.endpoint.request import ChatRequest
-from vlmrl.orchestrator.endpoint.session import Budgets, MakeSampling
-from vlmrl.types import DropReason, Rollout, SamplingParams, StopReason
+from vlmrl.orchestrator.endpoint.sampling import SessionSampling
+from vlmrl.orchestrator.endpoint.session import Budgets
+from vlmrl.orchestrator.sampling import OwnSampling
+from vlmrl.types import DropReason, Rollout, StopReason
 
 HI = user("hi")
 
 
-def sampling(rollout_id: str) -> MakeSampling:
-    return lambda request, budget, number: SamplingParams(budget, 1.0, (END,), (), number)
+def sampling(rollout_id: str) -> SessionSampling:
+    return SessionSampling(OwnSampling(1.0, (END,), ()), seed=lambda number: number)
 
 
 def lobby(script: Callable[[str], str] = lambda prompt: "ok", idle_s: float = 60.0) -> ConversationLobby:

@@ -9,7 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from support.chat import ZOOM, ChatRenderer, ScriptedSession, asked, assistant, chat_session, picture, user
+from support.chat import (
+    ZOOM,
+    ChatRenderer,
+    ScriptedSession,
+    asked,
+    asked_otherwise,
+    assistant,
+    chat_session,
+    picture,
+    user,
+)
 from support.lockstep import END, text_of
 from vlmrl.errors import ConfigError, EngineError
 from vlmrl.orchestrator.endpoint.refusal import RefusedError
@@ -17,7 +27,7 @@ from vlmrl.orchestrator.endpoint.session import ChatAnswer, ChatSession
 from vlmrl.orchestrator.metrics import bridge_break_rate, history_metrics
 from vlmrl.orchestrator.rollout import sampling_seed
 from vlmrl.orchestrator.samples import make_samples
-from vlmrl.types import Rollout, StopReason, Text, Turn
+from vlmrl.types import Rollout, StopReason, Text, Turn, TurnSampling
 
 
 def answers(session: ChatSession, *requests: Any) -> list[ChatAnswer]:
@@ -354,6 +364,36 @@ def test_seeds_follow_the_number_of_the_request() -> None:
     assert [sampling.seed for _, sampling in engine.asked] == [
         sampling_seed(0, "train/000001/00/00", number) for number in (0, 1)
     ]
+
+
+def test_a_turn_says_how_its_client_sampled_it() -> None:
+    """The run's own temperature is nothing to note. A seed is, where it does not follow from the turn's place: the fork
+    of the second request is a branch of its own behind the third, which goes on from the first."""
+    engine = ScriptedSession(letters())
+    session = chat_session(engine=engine)
+    first = [user("one"), assistant("a")]
+    answers(session, asked_otherwise(user("one"), temperature=0.5, top_k=3))
+    answers(session, asked_otherwise(user("two"), temperature=1.0))
+    answers(session, asked_otherwise(*first, user("more"), temperature=0, top_p=0.5))
+    answers(session, asked_otherwise(*first, user("less"), seed=7))
+    assert [params.temperature for _, params in engine.asked] == [0.5, 1.0, 0.0, 1.0]
+    turns = session.close()
+    assert [turn.text for turn in turns] == ["a", "c", "b", "d"]
+    own = [sampling_seed(0, "train/000001/00/00", number) for number in range(4)]
+    assert [turn.sampling for turn in turns] == [
+        TurnSampling(0.5, top_k=3),
+        TurnSampling(0.0, seed=own[2]),
+        TurnSampling(seed=own[1]),
+        TurnSampling(seed=7),
+    ]
+    assert [turn.is_learnable for turn in turns] == [False, False, True, True]
+
+
+def test_a_temperature_that_cannot_be_sampled_with_is_refused() -> None:
+    session = chat_session()
+    error = refused(session, asked_otherwise(user("hi"), temperature=1e-12))
+    assert (error.status, "temperature=1e-12 is neither 0" in error.message) == (400, True)
+    assert answers(session, asked_otherwise(user("hi"), temperature=0.25)), "the session goes on"
 
 
 def test_an_engine_error_is_told_and_ends_the_session() -> None:

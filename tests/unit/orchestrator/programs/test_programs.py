@@ -17,13 +17,15 @@ import pytest
 from support.agents import MANY, ONE, DirectEngine, ProgramResult, play
 from support.chat import ChatRenderer
 from support.lockstep import text_of
-from vlmrl.config.program import ProgramConfig
+from vlmrl.config.program import ProgramConfig, ProgramSampling
 from vlmrl.errors import EngineError, EngineLostError
 from vlmrl.orchestrator.programs.programs import ProgramEnvs, environment
+from vlmrl.orchestrator.rollout import sampling_seed
+from vlmrl.orchestrator.samples import make_samples
 from vlmrl.orchestrator.scoring import attempt_of
 from vlmrl.rewards.base import Attempt
 from vlmrl.tasks.programs.problems import data_url
-from vlmrl.types import Rollout, StopReason
+from vlmrl.types import Rollout, StopReason, TurnSampling
 
 TWO_TURNS = """
 first = user("How many?")
@@ -226,6 +228,44 @@ def test_stop_strings_of_the_program_end_answers_and_broken_ones_are_refused() -
     assert (rollout.stop_reason, rollout.reward) == (StopReason.TERMINATED, 0.4)
     (session,) = engine.sessions
     assert [sampling.stop for _, sampling in session.asked] == [("END",)]
+
+
+OWN_SAMPLING = (
+    ONE
+    + """
+answer = ask(problem, user('a'), temperature=0.5, seed=7)
+ask(problem, user('a'), answer, user('b'), temperature=1, top_p=0.9)
+print(1)
+"""
+)
+
+
+def test_a_program_may_choose_how_its_turns_are_sampled() -> None:
+    """The first turn is learned at its own temperature, the second one has no loss."""
+    engine = DirectEngine()
+    rollout = only(play(OWN_SAMPLING, engine=engine, sampling=ProgramSampling.client))
+    (session,) = engine.sessions
+    asked = [(params.temperature, params.top_p, params.seed) for _, params in session.asked]
+    assert asked == [(0.5, 1.0, 7), (1.0, 0.9, sampling_seed(0, "train/000001/00/00", 1))]
+    assert [turn.sampling for turn in rollout.turns] == [TurnSampling(0.5, seed=7), TurnSampling(top_p=0.9)]
+    (sample,) = make_samples(rollout)
+    assert sample.temperatures is not None
+    assert set(sample.temperatures[sample.loss_mask].tolist()) == {0.5}
+    assert sample.loss_mask.sum() == len(rollout.turns[0].completion.token_ids)
+
+
+def test_a_greedy_evaluation_stays_greedy() -> None:
+    engine = DirectEngine()
+    rollout = only(play(OWN_SAMPLING, engine=engine, temperature=0.0, sampling=ProgramSampling.client))
+    (session,) = engine.sessions
+    assert [(params.temperature, params.top_p) for _, params in session.asked] == [(0.0, 1.0)] * 2
+    assert [turn.sampling for turn in rollout.turns] == [None, None]
+
+
+def test_by_default_a_program_that_chooses_how_to_sample_is_refused() -> None:
+    rollout = only(play(OWN_SAMPLING))
+    assert (rollout.turns, rollout.stop_reason) == ([], StopReason.TASK_ERROR)
+    assert "400" in str(rollout.error)
 
 
 # ── processes that are used again ───────────────────────────────────────────────────────────────────────────
