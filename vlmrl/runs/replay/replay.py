@@ -46,7 +46,17 @@ from vlmrl.runs.replay.recorded import fits, load_images, load_records, replayed
 from vlmrl.runs.sft import take_supervised_steps
 from vlmrl.runs.verdicts import State, Verdict, as_table, conclude, not_visible
 from vlmrl.trainer.checkpoint import Checkpoints
-from vlmrl.types import EngineSession, InferenceEngine, Rollout, SamplingParams, Trainer, TrainingSample, Turn
+from vlmrl.types import (
+    EngineSession,
+    InferenceEngine,
+    Prompt,
+    Rollout,
+    SamplingParams,
+    Trainer,
+    TrainingSample,
+    Turn,
+    extends,
+)
 
 COMPARISONS = ("pictures", "tensors", "prompts", "completions", "logprobs, engine", "logprobs, trainer")
 """Names of the comparisons, in the order of the table."""
@@ -176,19 +186,26 @@ class Replay:
         return replace(rollout, turns=turns) if any(turn.completion.stop for turn in turns) else rollout
 
     async def _rerendered(self, rollouts: Sequence[Rollout]) -> list[RerenderedTurn]:
-        """Every prompt, rendered again from its messages and, in turns that go on, the recorded turn before it."""
-        rerendered = []
-        for rollout in rollouts:
-            for number, turn in enumerate(rollout.turns):
-                if number == 0 or turn.starts_over:
-                    prompt = await self.renderer.first_turn(turn.messages, turn.tools)
-                else:
-                    before, history = rollout.turns[number - 1], rollout.messages_before(number)
-                    prompt, _ = await self.renderer.next_turn(
-                        before.prompt, before.completion.token_ids, history, turn.messages, turn.tools
-                    )
-                rerendered.append(RerenderedTurn(rollout, number, prompt))
-        return rerendered
+        """Every prompt, rendered again from its messages and, in turns that go on, the recorded tokens before it."""
+        return [
+            RerenderedTurn(rollout, number, await self._prompt_of(rollout, number))
+            for rollout in rollouts
+            for number in range(len(rollout.turns))
+        ]
+
+    async def _prompt_of(self, rollout: Rollout, number: int) -> Prompt:
+        """The prompt of turn `number`, rendered again."""
+        turn = rollout.turns[number]
+        before, history, new = None, rollout.messages_before(number), turn.messages
+        if number and not turn.starts_over:
+            before = rollout.turns[number - 1]
+        elif (fork := forked_from(rollout, number)) is not None:
+            before, known = fork
+            history, new = new[:known], new[known:]
+        if before is None:
+            return await self.renderer.first_turn(turn.messages, turn.tools)
+        prompt, _ = await self.renderer.next_turn(before.prompt, before.completion.token_ids, history, new, turn.tools)
+        return prompt
 
     async def _resampled(self, rollouts: Sequence[Rollout]) -> list[ResampledTurn]:
         """Every completion that this replay's weights sampled, sampled again, in the order of the batch."""
@@ -264,6 +281,21 @@ class Replay:
             ScoredTurn(each.rollout, each.number, each.today.token_ids, by_trainer, each.today.logprobs)
             for each, by_trainer in zip(resampled, self.trainer.logprobs(samples), strict=True)
         ]
+
+
+def forked_from(rollout: Rollout, number: int) -> tuple[Turn, int] | None:
+    """The earlier turn whose tokens the prompt of turn `number` begins with although it starts over, and how many of
+    its messages they are: a program may go on from an answer in two ways. None for a prompt that was rendered whole."""
+    turn = rollout.turns[number]
+    found = []
+    for place, before in enumerate(rollout.turns[:number]):
+        known = len(rollout.messages_before(place)) + len(before.messages) + 1
+        if known < len(turn.messages) and extends(turn.prompt, before.prompt, before.completion.token_ids):
+            found.append((known, place))
+    if not found:
+        return None
+    known, place = max(found)
+    return rollout.turns[place], known
 
 
 def is_sampled(rollout: Rollout) -> bool:
