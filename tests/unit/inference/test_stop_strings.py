@@ -76,10 +76,9 @@ def test_a_parsed_answer_ends_before_the_stop_string() -> None:
     assert answer_before(answer, None) is answer
 
 
-@pytest.mark.parametrize("length", [50, 400])
-def test_a_long_completion_is_not_decoded_again_at_every_token(length: int) -> None:
+def test_a_long_completion_is_not_decoded_again_at_every_token() -> None:
     """A stop string is found wherever it begins in what is decoded, and few tokens are decoded at a time."""
-    for before in range(length - 40, length):
+    for before in range(250):
         sizes: list[int] = []
 
         def counted(token_ids: IntArray, sizes: list[int] = sizes) -> str:

@@ -294,6 +294,18 @@ def test_a_stop_string_ends_the_completion_at_the_token_that_completes_it(policy
         assert (completion.stop, completion.finish_reason) == (stop, "length" if stop is None else "stop")
 
 
+def test_a_stop_token_counts_before_the_stop_string_that_it_would_complete(policy: Policy) -> None:
+    first = prompt(SYSTEM, image(2, 2), [1])
+    ((_, whole),) = play(engine_of(policy), [Episode(first, (), params(3, stops=(), max_new_tokens=6))])[0]
+    last = int(whole.token_ids[3])
+    assert last not in whole.token_ids[:3]
+    engine = EmbeddedEngine(policy, lambda: 0, MAX_MODEL_LEN, spelled)
+    sampling = replace(params(3, stops=(last,), max_new_tokens=6), stop=(f"<{last}>",))
+    ((_, ended),) = play(engine, [Episode(first, (), sampling)])[0]
+    assert ended.token_ids.tolist() == whole.token_ids[:4].tolist()
+    assert (ended.finish_reason, ended.stop) == ("stop", None)
+
+
 def test_a_turn_after_a_stop_string_samples_from_what_was_sampled(policy: Policy) -> None:
     """The cache of the turn before holds the tokens up to the one that completed the stop string."""
     (free,) = play(engine_of(policy), group(1, max_new_tokens=6))
