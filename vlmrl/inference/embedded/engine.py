@@ -63,6 +63,8 @@ class EmbeddedSession:
     def __init__(self, engine: EmbeddedEngine, is_awaited: bool) -> None:
         self._engine = engine
         self.is_awaited = is_awaited
+        self.missed_since = time.monotonic()
+        """When it was opened, or got its last answer."""
         self.cache = SessionCache()
 
     async def __aenter__(self) -> EmbeddedSession:
@@ -154,7 +156,9 @@ class EmbeddedEngine:
         if self._running or not asking or any(session.is_awaited for session in silent):
             self._quiet.stop()
         elif silent:
-            self._quiet.begin()
+            now = time.monotonic()
+            missing = sum(now - session.missed_since < self._quiet.patience_s for session in silent)
+            self._quiet.begin(missing / (missing + len(asking)))
         else:
             self._run()
 
@@ -180,6 +184,7 @@ class EmbeddedEngine:
             self._quiet.note_batch(time.monotonic() - started)
             error = done.exception()
             for i, pending in enumerate(batch):
+                pending.session.missed_since = time.monotonic()
                 if pending.future.done():
                     continue
                 if error is not None:

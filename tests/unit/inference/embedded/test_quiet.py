@@ -31,19 +31,23 @@ def clock() -> Clock:
     return Clock()
 
 
-def begun(clock: Clock, quiet: QuietTime) -> Callable[[], None]:
+def begun(clock: Clock, quiet: QuietTime, missing: float = 0.0) -> Callable[[], None]:
     async def begin() -> None:
-        quiet.begin()
+        quiet.begin(missing)
 
     return lambda: clock.run_until_complete(begin())
 
 
-@pytest.mark.parametrize(("batch_s", "quiet_s"), [(0.0, 0.002), (1.0, 0.03), (60.0, 0.05)])
-def test_a_batch_starts_after_a_share_of_the_last_one(clock: Clock, batch_s: float, quiet_s: float) -> None:
+@pytest.mark.parametrize(
+    ("batch_s", "missing", "quiet_s"), [(0.0, 1.0, 0.002), (1.0, 0.0, 0.02), (1.0, 0.5, 0.145), (10.0, 1.0, 2.7)]
+)
+def test_a_batch_starts_after_a_share_of_the_last_one(
+    clock: Clock, batch_s: float, missing: float, quiet_s: float
+) -> None:
     runs: list[float] = []
     quiet = QuietTime(lambda: runs.append(clock.now))
     quiet.note_batch(batch_s)
-    begun(clock, quiet)()
+    begun(clock, quiet, missing)()
     clock.move(quiet_s * 0.99)
     assert runs == []
     clock.move(quiet_s * 0.02)
@@ -58,8 +62,8 @@ def test_each_request_begins_it_again_up_to_a_limit(clock: Clock) -> None:
     request = begun(clock, quiet)
     while not runs:
         request()
-        clock.move(0.02)
-    assert runs == [pytest.approx(0.26)]  # a quarter of the last batch, and up to one step of this test
+        clock.move(0.015)
+    assert runs == [pytest.approx(0.51)]  # half of the last batch, and up to one step of this test
     clock.close()
 
 
