@@ -28,6 +28,7 @@ SMALL_IMAGES = "--groups 2 --group-size 2 --image-size 64 --new-tokens 8"
 REHEARSALS = {
     "dataset_start.py": "--rows 60,300 --rounds 1",
     "digits.py": "--seeds 0 trainer.max_steps=2 trainer.warmup.steps=2 orchestrator.eval.problems=4",
+    "endpoint.py": "--sessions 2 --turns 2 --new-tokens 4 --rounds 1 --requests 2",
     "env_workers.py": "--draw-ms 0.05 --groups 2 --group-size 2 --turns 2 --rounds 1",
     "environments.py": (
         "--goals right,one_lake --seeds 0 --controls 0 --curves curves.svg trainer.max_steps=1 trainer.warmup.steps=1 "
