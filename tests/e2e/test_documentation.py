@@ -66,6 +66,7 @@ AS_WRITTEN = (
     "python -m vlmrl mode=play task=my_task:MyTask play.policy=random play.episodes=20",
     "python -m vlmrl mode=play task=gymnasium task.env_id=CartPole-v1 task.actions=[left,right]",
     "python -m vlmrl mode=play experiment=frozenlake_tiny task.shaping=my_games:distance 'play.policy=${task.expert}'",
+    "python -m vlmrl mode=play task=dataset task.path=rows.jsonl reward=exact tool=[zoom] task.max_turns=4",
     "python -m vlmrl init my_task",
     "python -m vlmrl init my_task && cd my_task",
     "python -m vlmrl.tasks.check my_task:MyTask args.level=3",
@@ -78,6 +79,7 @@ DIGITS = "task.path=rows.jsonl task.eval_path=null"
 """In place of the digits, which a command before it writes."""
 
 SERVE = "python -m vlmrl mode=serve"
+ZOOMING = "task=dataset task.path=rows.jsonl reward=exact tool=[zoom] task.max_turns=4"
 
 PREVIEW = "python -m vlmrl mode=preview task=dataset task.path=rows.jsonl reward=exact"
 FEWER = "preview.problems=20 preview.answers=1"
@@ -85,6 +87,7 @@ FEWER = "preview.problems=20 preview.answers=1"
 MODULES = (
     *(("my_losses", "your_loss.md"), ("my_rewards", "rewards.md"), ("my_renderers", "renderers.md")),
     *(("my_games", "environments.md"), ("my_remote", "your_task.md"), ("my_agent", "programs.md")),
+    ("my_tools", "tools.md"),
 )
 """A module of the user's own → the page that shows its code."""
 
@@ -148,6 +151,16 @@ EXCHANGED = {
     "python -m vlmrl experiment=digits_tiny": f"python -m vlmrl experiment=digits_tiny {DIGITS} {LESS}",
     "python -m vlmrl experiment=digits_tiny task.shuffle_images=true": (
         f"python -m vlmrl experiment=digits_tiny {DIGITS} task.shuffle_images=true {LESS}"
+    ),
+    f"python -m vlmrl {ZOOMING}": f"python -m vlmrl {ZOOMING} {LESS}",
+    f"python -m vlmrl mode=preview {ZOOMING}": f"python -m vlmrl mode=preview {ZOOMING} {FEWER}",
+    f"python -m vlmrl mode=doctor {ZOOMING}": f"python -m vlmrl mode=doctor {ZOOMING} monitor.wandb.mode=disabled",
+    f"python -m vlmrl {ZOOMING.replace('zoom', 'zoom,my_tools:brightness')}": (
+        f"python -m vlmrl {ZOOMING.replace('zoom', 'zoom,my_tools:brightness')} {LESS}"
+    ),
+    "python -m vlmrl experiment=small_print_tiny": f"python -m vlmrl experiment=small_print_tiny {LESS}",
+    "python -m vlmrl experiment=small_print_tiny tool=[] task.max_turns=1 task.demonstrated_zooms=0": (
+        f"python -m vlmrl experiment=small_print_tiny tool=[] task.max_turns=1 task.demonstrated_zooms=0 {LESS}"
     ),
     "python -m vlmrl task=dataset task.path=rows.jsonl reward=exact": (
         f"python -m vlmrl task=dataset task.path=rows.jsonl reward=exact {LESS}"

@@ -264,6 +264,10 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
         ("task=dataset", "task.path=rows.jsonl", "reward=exact", "task.max_turns=4"),
         r"task.max_turns=4 has no effect without tools, .* set task.max_turns=1, or choose tool=\[zoom\]",
     ),
+    (
+        ("task=small_print", "task.demonstrated_zooms=1"),
+        r"task.demonstrated_zooms=1 shows calls of zoom in thousandths, .* choose tool=\[zoom\]",
+    ),
     (("tool=[no_module:fn]",), "tool.fn.target=no_module:fn names a module that does not exist"),
     (("tool=[zoom]", "tool.zoom.size=4"), "tool.zoom.size=4 .* no processor takes an image of that size"),
     (("+trainer.pace=1",), "trainer.pace: there is no such key"),

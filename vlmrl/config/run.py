@@ -28,6 +28,7 @@ from vlmrl.config.preview import PreviewConfig
 from vlmrl.config.program import ProgramConfig
 from vlmrl.config.reward import TERMS, RewardConfig
 from vlmrl.config.serve import ServeConfig
+from vlmrl.config.small_print import SmallPrintConfig
 from vlmrl.config.sweep import SweepConfig
 from vlmrl.config.task import ColorCodewordConfig, ImportedTaskConfig, MixtureConfig, TaskConfig
 from vlmrl.config.tool import TOOLS, ToolConfig
@@ -157,6 +158,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "color_codeword": ColorCodewordConfig,
         "dataset": DatasetConfig,
         "gymnasium": GymnasiumConfig,
+        "small_print": SmallPrintConfig,
         "mixture": MixtureConfig,
         "imported": ImportedTaskConfig,
         "program": ProgramConfig,
@@ -183,7 +185,7 @@ def schemas_of(base: type) -> dict[str, type]:
     It goes by type and not by name, so it also finds a mixed group that lies deeper than in the root.
 
     >>> list(schemas_of(TaskConfig)), schemas_of(ModelConfig)
-    (['color_codeword', 'dataset', 'gymnasium', 'mixture', 'imported', 'program'], {})
+    (['color_codeword', 'dataset', 'gymnasium', 'small_print', 'mixture', 'imported', 'program'], {})
     """
     group = group_of(base)
     return SCHEMAS[group] if group is not None else {}

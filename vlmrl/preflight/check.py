@@ -122,6 +122,7 @@ RULES: tuple[Rule, ...] = (
     _of_config(task.episode_has_room),
     _of_config(task.target_is_a_reward),
     _of_config(tool.calls_leave_a_turn),
+    _of_config(tool.demonstrated_calls_exist),
     _of_config(model.random_has_size),
     _of_config(model.something_learns),
     _of_config(model.tiny_is_a_model),

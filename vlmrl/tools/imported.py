@@ -49,8 +49,8 @@ class Imported:
         names = inspect.signature(function).parameters
         if stray := [each for each in config.args if each not in names]:
             raise ConfigError(
-                f"{key}.args.{stray[0]} is no parameter of {config.target}, so it would have no effect: remove it, or "
-                "correct its name"
+                f"{key}.args.{stray[0]} names no parameter of {config.target}, so no call could use it: leave it out, "
+                f"or write one of {', '.join(names) or 'none'}"
             )
         description = config.description or description_of(function)
         if not description:

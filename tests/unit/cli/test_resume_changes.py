@@ -48,7 +48,7 @@ POLICIES = {
         task.kind task.target task.images_per_turn task.image_size task.shuffle_images task.holdout_one_in
         task.eval_fraction task.env_id task.env_kwargs task.noise
         reward.terms.*.kind reward.terms.*.target
-        tool.*.kind tool.*.target tool.*.description tool.*.coordinates
+        tool.*.kind tool.*.target tool.*.description tool.*.coordinates task.places
         inference.kind weight_sync.kind
         trainer.optimizer
     """,
@@ -75,7 +75,7 @@ POLICIES = {
         reward.terms.*.timeout_s reward.terms.*.model reward.terms.*.prompt reward.terms.*.images reward.terms.*.low
         reward.terms.*.high reward.terms.*.max_tokens reward.terms.*.temperature reward.terms.*.on_failure
         reward.terms.*.extra_body
-        tool.*.timeout_s tool.*.size tool.*.args
+        tool.*.timeout_s tool.*.size tool.*.args task.demonstrated_zooms
         algorithm.loss algorithm.advantage algorithm.args algorithm.credit algorithm.compare algorithm.discount
         algorithm.truncated algorithm.entropy_coef
         algorithm.clip_low algorithm.clip_high algorithm.importance_correction algorithm.importance_cap
@@ -139,6 +139,7 @@ RUNS = {
         *("task=dataset", "task.path=rows.jsonl", "task.max_turns=3", "reward=exact", "tool=[zoom,imported]"),
         "tool.imported.target=a.b:fn",
     ),
+    "small_print": ("task=small_print",),
     "environment": ("task=gymnasium", "task.env_id=FrozenLake-v1"),
     "sets": (
         *("+eval_set@orchestrator.eval.sets.ood=default", "+task@orchestrator.eval.sets.ood.task=dataset"),

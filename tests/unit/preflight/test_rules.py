@@ -94,6 +94,10 @@ def later_refusals(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tu
         yield refused(Stage.here, Site(), "model=qwen3vl", "model.init=random", "model/size=2b", *NCCL)
     yield refused(Stage.here, Site(), "~model/vlm", "orchestrator.renderer.name=no-such-renderer")
     yield refused(Stage.here, Site(), "model=qwen3vl", "~model/vlm", "orchestrator.renderer.name=qwen3")
+    text_only = ("model=qwen3vl", "~model/vlm", "orchestrator.renderer.name=qwen3", "model.device=cpu")
+    yield refused(
+        Stage.here, Site(), *text_only, "task=imported", "task.target=a.b:C", "task.max_turns=2", "tool=[zoom]"
+    )
 
 
 NCCL = ("inference=vllm", "weight_sync=nccl", "inference.urls=[http://127.0.0.1:1]")
@@ -137,6 +141,7 @@ ELSEWHERE = {
     "config/import_paths.py": "import paths, for the rule and for a task's own check",
     "rewards": "what a term and the user's function are",
     "tasks": "what the user's class is, and a task's own settings",
+    "tools": "what a tool and the user's function are",
     "trainer/loss.py": "what the user's function returned",
     "orchestrator/advantages.py": "what the user's function returned",
     "orchestrator/eval_sets.py": "columns of a set's problems",

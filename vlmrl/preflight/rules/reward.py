@@ -8,6 +8,7 @@ from vlmrl.config.gymnasium import GymnasiumConfig
 from vlmrl.config.program import ProgramConfig, scores_itself
 from vlmrl.config.reward import TERMS, FormatTerm, ImportedTerm, JudgeTerm, RewardConfig
 from vlmrl.config.run import Mode, RunConfig
+from vlmrl.config.small_print import SmallPrintConfig
 from vlmrl.config.task import ColorCodewordConfig, MixtureConfig, TaskConfig, Workers, tasks_of
 from vlmrl.errors import ConfigError
 
@@ -128,7 +129,7 @@ def terms_have_effect(config: RunConfig) -> None:
                 f"to turns, and the terms of {reward_key} score whole episodes, so they would have no effect: set "
                 "algorithm.credit=episode, or leave the terms out (reward=[])"
             )
-        if isinstance(config.task, ColorCodewordConfig | GymnasiumConfig):
+        if isinstance(config.task, ColorCodewordConfig | GymnasiumConfig | SmallPrintConfig):
             for name, term in reward.terms.items():
                 if not isinstance(term, NEED_NO_ANSWER):
                     raise ConfigError(

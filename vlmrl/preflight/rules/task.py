@@ -7,6 +7,7 @@ import math
 from vlmrl.config.gymnasium import GymnasiumConfig
 from vlmrl.config.reward import RewardConfig
 from vlmrl.config.run import Mode, RunConfig
+from vlmrl.config.small_print import SmallPrintConfig
 from vlmrl.config.task import ColorCodewordConfig, Workers, tasks_of
 from vlmrl.errors import ConfigError
 from vlmrl.models.families import family_of
@@ -49,7 +50,7 @@ def images_are_seen(config: RunConfig, site: Site) -> None:
     if config.model.vlm is not None or config.mode not in PLAYING:
         return
     for key, task in tasks_of(config.task).items():
-        if isinstance(task, ColorCodewordConfig | GymnasiumConfig):
+        if isinstance(task, ColorCodewordConfig | GymnasiumConfig | SmallPrintConfig):
             raise ConfigError(
                 f"{key}.kind={task.kind} shows images, and model.name={config.model.name} is a text-only model "
                 "(model.vlm=null), so every rollout would fail: choose a task of texts, such as task=dataset "

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from vlmrl.config.dataset import DatasetConfig
 from vlmrl.config.run import Mode, RunConfig
+from vlmrl.config.small_print import SmallPrintConfig
 from vlmrl.config.task import MixtureConfig, tasks_of
-from vlmrl.config.tool import ZoomTool
+from vlmrl.config.tool import Coordinates, ZoomTool
 from vlmrl.errors import ConfigError
 from vlmrl.preflight.rules.reward import all_tasks
 from vlmrl.preflight.site import Site
@@ -34,6 +35,19 @@ def calls_leave_a_turn(config: RunConfig) -> None:
                     f"{own_key}.max_turns={own.max_turns} has no effect without tools, because a row has one prompt "
                     f"and one answer, so no turn follows: set {own_key}.max_turns=1, or choose tool=[zoom]"
                 )
+
+
+def demonstrated_calls_exist(config: RunConfig) -> None:
+    """The calls in the demonstrations of task=small_print are calls of a tool that the run has."""
+    zoom = config.tool.get("zoom")
+    fits = isinstance(zoom, ZoomTool) and zoom.coordinates is Coordinates.thousandths
+    for key, task in tasks_of(config.task).items():
+        if isinstance(task, SmallPrintConfig) and task.demonstrated_zooms and not fits:
+            raise ConfigError(
+                f"{key}.demonstrated_zooms={task.demonstrated_zooms} shows calls of zoom in thousandths, and "
+                f"tool=[{','.join(config.tool)}] has no such tool, so supervised steps would teach calls that fail: "
+                f"choose tool=[zoom], or set {key}.demonstrated_zooms=0"
+            )
 
 
 def tools_have_images(config: RunConfig, site: Site) -> None:

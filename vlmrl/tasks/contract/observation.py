@@ -241,6 +241,7 @@ def _see(observed: Observed, split: Split, index: int) -> Seen:
                     seen.has_no_demonstration = isinstance(error, NoProblem)
                     break  # allowed: a warm-up needs one kind of answers only, and not from every problem
                 look(made, f"demonstration() of {where}")
+                made = without_calls(made)
             if correct:
                 seen.demonstration = made
             else:
@@ -313,3 +314,16 @@ def text_of(message: Message) -> str:
     """The text of a message; "" if it is malformed, which the rule `messages` reports."""
     parts = message.content if isinstance(message.content, tuple) else ()
     return "".join(part.text for part in parts if isinstance(part, Text) and isinstance(part.text, str))
+
+
+def without_calls(messages: Any) -> Any:
+    """A demonstration without its tool calls and their results, which the env never sees."""
+    if not is_conversation(messages):
+        return messages
+    kept: list[Message] = []
+    is_call = False
+    for message in messages:
+        is_call = bool(message.tool_calls) or (is_call and message.role == "tool")
+        if not is_call:
+            kept.append(message)
+    return tuple(kept)
