@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,11 +41,12 @@ from vlmrl.models.checkpoints.load import load_image_processor, load_model, load
 from vlmrl.models.checkpoints.tiny import ensure_tiny_checkpoint
 from vlmrl.models.families import family_of
 from vlmrl.models.policy import Policy
-from vlmrl.orchestrator.endpoint.request import ChatRequest
+from vlmrl.orchestrator.endpoint.sampling import SessionSampling
 from vlmrl.orchestrator.endpoint.server import Endpoint
 from vlmrl.orchestrator.endpoint.session import Budgets, ChatSession
 from vlmrl.orchestrator.envs.threads import ThreadEnvs
 from vlmrl.orchestrator.rollout import RolloutRunner, sampling_seed
+from vlmrl.orchestrator.sampling import OwnSampling
 from vlmrl.orchestrator.stream import ProblemStream
 from vlmrl.rendering.renderer import Renderer, make_renderer
 from vlmrl.types import Completion, EngineSession, InferenceEngine, Prompt, SamplingParams
@@ -175,10 +177,8 @@ async def as_task(renderer: Renderer, engine: WholeAnswers, args: argparse.Names
 
 
 def chat_session(renderer: Renderer, engine: EngineSession, name: str, new_tokens: int) -> ChatSession:
-    def sampling(request: ChatRequest, budget: int, number: int) -> SamplingParams:
-        seed = sampling_seed(0, name, number)
-        return SamplingParams(budget, 1.0, renderer.stop_token_ids, renderer.banned_token_ids, seed)
-
+    own = OwnSampling(1.0, renderer.stop_token_ids, renderer.banned_token_ids)
+    sampling = SessionSampling(own, partial(sampling_seed, 0, name))
     return ChatSession(name, renderer, engine, sampling, Budgets(10**6, new_tokens, MAX_MODEL_LEN))
 
 
