@@ -58,3 +58,25 @@ def test_stop_strings_that_cannot_be_found_are_refused(home: Home, tmp_path: Pat
     ended = home.vlmrl(f"orchestrator.stop={value}", f"hydra.run.dir={tmp_path / 'refused'}")
     assert ended.code == 2
     assert ended.err.startswith(f"error: {words}"), ended.err
+
+
+def test_a_player_s_answer_ends_at_a_stop_string(home: Home) -> None:
+    (home.path / "speaker.py").write_text("def answer():\n    return 'look. Observation: red'\n")
+    run = home.path / "outputs" / "spoken"
+    ended = home.vlmrl(
+        *(
+            "mode=play",
+            "play.policy=speaker:answer",
+            "orchestrator.stop=['Observation:']",
+            "orchestrator.max_new_tokens=64",
+        ),
+        "monitor.report=false",
+        f"hydra.run.dir={run}",
+    )
+    assert (ended.code, ended.err) == (0, "")
+    assert "answered 'look. ' (" in ended.out
+    assert "ended by 'Observation:')" in ended.out
+    (record,) = read_rollouts(next((run / "rollouts").iterdir()))
+    assert {(turn["text"], turn["stop"], turn["finish_reason"]) for turn in record["turns"]} == {
+        ("look. ", "Observation:", "stop")
+    }
