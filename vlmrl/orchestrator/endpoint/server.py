@@ -250,6 +250,8 @@ class Endpoint:
         too_large = RefusedError(f"the body is larger than {limit} bytes: send smaller images", status=413)
         if (http.content_length or 0) > limit:
             raise too_large
+        if http.headers.get("Expect", "").lower() == "100-continue" and http.transport is not None:
+            http.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")  # curl waits a second for it before a large body
         body = bytearray()
         try:
             async with asyncio.timeout(self._body_patience_s):

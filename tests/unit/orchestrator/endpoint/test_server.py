@@ -230,6 +230,26 @@ def test_garbage_is_answered_and_the_next_client_is_served() -> None:
     asyncio.run(main())
 
 
+def test_a_client_that_asks_first_is_told_to_go_on() -> None:
+    """curl sends `Expect: 100-continue` before a large body, and waits for the answer."""
+
+    async def main() -> None:
+        async with serving(max_body_bytes=2000) as endpoint:
+            address = endpoint.open(chat_session(letters()))
+            head, _, body = http({"messages": [HI]}, address, headers="Expect: 100-continue\r\n").partition(b"\r\n\r\n")
+            reader, writer = await asyncio.open_connection("127.0.0.1", endpoint.port)
+            writer.write(head + b"\r\n\r\n")
+            assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+            writer.write(body)
+            status, _, answer = await response(reader)
+            assert content((status, json.loads(answer))) == "a"
+            writer.close()
+            large = http(b"x" * 3000, address, headers="Expect: 100-continue\r\n").partition(b"\r\n\r\n")[0]
+            assert (await exchanged(endpoint, large + b"\r\n\r\n"))[0] == 413
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("is_declared", [True, False])
 def test_a_huge_body_is_refused(is_declared: bool) -> None:
     async def main() -> None:
