@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vlmrl.tasks.base import BadRow, Env, NotInSplit, Problem, Reply, Split, StepInfo, Task
     from vlmrl.tasks.check import check_task
     from vlmrl.trainer.loss import BatchTotals, LossFunction, LossOutput, LossTokens
-    from vlmrl.types import FloatArray, Image, Message, Text
+    from vlmrl.types import FloatArray, Image, Message, Text, ToolCall
 
     __version__: str
 
@@ -48,6 +48,7 @@ __all__ = [
     "StepInfo",
     "Task",
     "Text",
+    "ToolCall",
     "__version__",
     "check_task",
 ]
@@ -62,7 +63,7 @@ _HOMES = {
     "vlmrl.tasks.base": ("BadRow", "Env", "NotInSplit", "Problem", "Reply", "Split", "StepInfo", "Task"),
     "vlmrl.tasks.check": ("check_task",),
     "vlmrl.trainer.loss": ("BatchTotals", "LossFunction", "LossOutput", "LossTokens"),
-    "vlmrl.types": ("FloatArray", "Image", "Message", "Text"),
+    "vlmrl.types": ("FloatArray", "Image", "Message", "Text", "ToolCall"),
 }
 """Module → the public names that it defines."""
 

@@ -47,6 +47,11 @@ REHEARSALS = {
     "refill.py": "--steps 1 --seeds 0",
     "rollout_throughput.py": f"--rounds 1 --turns 1 {SMALL_IMAGES}",
     "same_runs.py": f"{sys.executable} {sys.executable} --short --cases default",
+    "small_print.py": (
+        "--seeds 0 --controls 0 --curves curves.svg trainer.max_steps=1 trainer.warmup.steps=1 "
+        "trainer.warmup.batch_size=1 orchestrator.eval.problems=2 orchestrator.groups_per_step=1 "
+        "orchestrator.group_size=2 monitor.report=false"
+    ),
     "train_cpu.py": "--rounds 1 --warmup-steps 3",
     "train_throughput.py": (
         "--sizes tiny --device cpu --shapes codeword --rows tree,varlen-eager,padded --steps 1 --groups 1"
