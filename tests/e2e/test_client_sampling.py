@@ -8,6 +8,7 @@ import pytest
 
 from support.agents import CLIENT
 from support.command_line import SHORT, Home
+from vlmrl.inference.vllm.server import vllm_version
 from vlmrl.record.metrics import read_metrics
 from vlmrl.record.rollouts import TurnRecord, read_rollouts
 
@@ -45,15 +46,31 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     return Home(folder)
 
 
+TASK = (
+    *("task=program", "task.command='python agents.py'", "task.texts=['Which letter?','A B C']"),
+    *("task.sampling=client", "task.reuse=true", "task.max_turns=4"),
+    *(*SHORT, "trainer.warmup.steps=0", "trainer.warmup.rl_weight=0", "trainer.max_steps=2"),
+)
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(vllm_version() is None, reason="vLLM is not installed")
+@pytest.mark.timeout(900)
+def test_vllm_samples_each_turn_at_its_own_temperature(home: Home) -> None:
+    run = home.made("vllm", (*TASK, "inference=vllm"))
+    steps = [line for line in read_metrics(run / "metrics.jsonl") if "mismatch_kl/mean" in line]
+    assert len(steps) == 2
+    for step, line in enumerate(steps, 1):
+        turns = [
+            turn for record in read_rollouts(run / f"rollouts/step_{step:06d}.parquet") for turn in record["turns"]
+        ]
+        assert {temperature(turn) for turn in turns} == {0.0, 0.7, 1.4}
+        assert {turn["stop"] for turn in turns} <= {None, "C"}
+        assert line["mismatch_kl/mean"] < 1e-8
+
+
 def test_turns_at_several_temperatures_are_learned_and_replayed(home: Home) -> None:
-    run = home.made(
-        "agents",
-        (
-            *("task=program", "task.command='python agents.py'", "task.texts=['Which letter?','A B C']"),
-            *("task.sampling=client", "task.reuse=true", "task.max_turns=4"),
-            *(*SHORT, "trainer.warmup.steps=0", "trainer.warmup.rl_weight=0", "trainer.max_steps=2"),
-        ),
-    )
+    run = home.made("agents", TASK)
     steps = [line for line in read_metrics(run / "metrics.jsonl") if "mismatch_kl/mean" in line]
     assert len(steps) == 2
     for step, line in enumerate(steps, 1):
