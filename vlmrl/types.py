@@ -546,6 +546,22 @@ class ToolUse:
     """Tool → its calls."""
 
 
+@dataclass
+class ChatUse:
+    """How the requests of a rollout went that a foreign program played."""
+
+    requests: int = 0
+    """All of them."""
+    repeated: int = 0
+    """Those that got the answer of an equal request before them."""
+    refused: int = 0
+    """Those that got no answer: malformed, too long, after the last turn, or failed."""
+    bridged: int = 0
+    """Those whose prompt extends the sampled tokens of an earlier answer."""
+    breaks: int = 0
+    """Those that continue an answer, whose tokens could not be extended."""
+
+
 @dataclass(frozen=True)
 class Printed:
     """The ends of what a program printed while it played a rollout."""
@@ -595,6 +611,8 @@ class Rollout:
     """Where the env's time went; all zero for a rollout that was read from a file."""
     tool_use: ToolUse | None = None
     """Its tool calls; None in a run without tools, and for a rollout that was read from a file."""
+    chat_use: ChatUse | None = None
+    """Its requests, where a foreign program played it; None for a rollout that was read from a file."""
     printed: Printed | None = None
     """What the program that played it has printed (task=program); None where no program did."""
 

@@ -65,6 +65,7 @@ def rollout_metrics(groups: Sequence[Group], filters: FilterConfig) -> dict[str,
         | client_metrics(rollouts)
         | env_metrics(rollouts)
         | tool_metrics(rollouts)
+        | chat_metrics(rollouts)
         | replay_metrics(rollouts)
         | mean_rewards(sound)
         | mean_task_metrics(sound)
@@ -173,6 +174,13 @@ def tool_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
         "tools/seconds": sum(use.seconds for use in uses) / max(1, calls),
         **{f"tools/calls/{name}": sum(use.by_name.get(name, 0) for use in uses) / len(uses) for name in names},
     }
+
+
+def chat_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """`endpoint/…`: the requests of foreign programs. Empty where no program played."""
+    uses = [rollout.chat_use for rollout in rollouts if rollout.chat_use is not None]
+    names = ("requests", "repeated", "refused", "bridged", "breaks")
+    return {f"endpoint/{name}": float(sum(getattr(use, name) for use in uses)) for name in names} if uses else {}
 
 
 def history_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:

@@ -170,6 +170,11 @@ STEP_KEYS: dict[str, StepKey] = {
     "tools/errors": _sometimes("share of calls", "Calls whose tool raised or took too long. Runs with tools."),
     "tools/timeouts": _sometimes("calls", "Calls that took longer than `tool.<name>.timeout_s`. Runs with tools."),
     "tools/seconds": _sometimes("s", "Time that a call took, on average. Runs with tools."),
+    "endpoint/requests": _sometimes("requests", "Chat requests of programs. Runs in which programs play."),
+    "endpoint/repeated": _sometimes("requests", "Those that got the answer of an equal request before them."),
+    "endpoint/refused": _sometimes("requests", "Those without an answer: malformed, too long, or after the last turn."),
+    "endpoint/bridged": _sometimes("requests", "Those whose prompt extends the sampled tokens of an earlier answer."),
+    "endpoint/breaks": _sometimes("requests", "Those that continue an answer whose tokens could not be extended."),
     "eval/tools/<key>": _sometimes("as above", "The tools/… keys of the held-out rollouts, sampled."),
     "eval/tools/<key>_greedy": _sometimes("as above", "The same, greedy decoding."),
     "history_cut_rate": _sometimes(

@@ -9,8 +9,15 @@ import numpy as np
 import pytest
 
 from vlmrl.config.algorithm import FilterConfig, FilterMode
-from vlmrl.orchestrator.metrics import client_metrics, mean_task_metrics, rollout_metrics, throughput_metrics
+from vlmrl.orchestrator.metrics import (
+    chat_metrics,
+    client_metrics,
+    mean_task_metrics,
+    rollout_metrics,
+    throughput_metrics,
+)
 from vlmrl.types import (
+    ChatUse,
     Completion,
     DropReason,
     Group,
@@ -125,3 +132,19 @@ def test_task_metrics_are_means_over_the_rollouts_that_report_them() -> None:
     rollouts = [rollout(0, a=1.0, b=4.0), rollout(0, a=2.0), rollout(0)]
     assert mean_task_metrics(rollouts) == {"task/a": 1.5, "task/b": 4.0}
     assert mean_task_metrics([]) == {}
+
+
+def test_the_requests_of_programs_are_added_up() -> None:
+    played = [
+        replace(rollout(0.0), chat_use=ChatUse(requests=5, repeated=1, refused=1, bridged=2, breaks=0)),
+        replace(rollout(0.0), chat_use=ChatUse(requests=3, bridged=1, breaks=1)),
+        rollout(0.0),
+    ]
+    assert chat_metrics(played) == {
+        "endpoint/requests": 8.0,
+        "endpoint/repeated": 1.0,
+        "endpoint/refused": 1.0,
+        "endpoint/bridged": 3.0,
+        "endpoint/breaks": 1.0,
+    }
+    assert chat_metrics([rollout(0.0)]) == {}

@@ -132,6 +132,12 @@ class Endpoint:
         await self._http.shutdown(CLOSE_PATIENCE_S)
         await self._listener.wait_closed()
         self._listener = None
+        if any(counts := self.metrics().values()):
+            log.warning(
+                "requests that belong to no session: %d without the right key, %d that are no HTTP, %d not finished in "
+                "time",
+                *counts,
+            )
         if self.failure is not None and not self.failure.done():
             self.failure.cancel()
 

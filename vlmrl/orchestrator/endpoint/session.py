@@ -17,9 +17,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from vlmrl.errors import ConfigError, EngineError, UserFault, safe_text
 from vlmrl.inference.stop_strings import answer_before, text_before
@@ -32,6 +31,7 @@ from vlmrl.orchestrator.rollout import rendering_fence, stop_reason_of
 from vlmrl.rendering.renderer import Renderer
 from vlmrl.types import (
     Answer,
+    ChatUse,
     Completion,
     ContractError,
     EngineSession,
@@ -116,7 +116,8 @@ class ChatSession:
         self._answers: dict[bytes, asyncio.Task[ChatAnswer]] = {}
         """Digest of a request → its answer."""
         self._items: dict[Image, ImageItem] = {}
-        self._counts: Counter[str] = Counter()
+        self.use = ChatUse()
+        """How its requests went."""
         self._samples_again = samples_again
         self._numbered = 0
         self.is_closed = False
@@ -148,12 +149,12 @@ class ChatSession:
 
     def refuse(self, error: RefusedError) -> None:
         """Count a request that was refused, here or before it reached `answer`."""
-        self._counts["refused"] += 1
+        self.use.refused += 1
 
     async def _found(self, request: ChatRequest) -> ChatAnswer:
         """The answer to a request: that of an equal request, or a new one."""
         self._refuse_if_over()
-        self._counts["requests"] += 1
+        self.use.requests += 1
         try:
             conversation = await conversation_of(request, self._renderer, self._items)
         except UserFault as error:
@@ -161,10 +162,10 @@ class ChatSession:
         self._refuse_if_over()
         key = conversation.request
         if self._samples_again:
-            key += self._counts["requests"].to_bytes(8)
+            key += self.use.requests.to_bytes(8)
         task = self._answers.get(key)
         if task is not None:
-            self._counts["repeated"] += 1
+            self.use.repeated += 1
         else:
             self._items.update(zip(images_of(request.messages), conversation.items, strict=True))
             task = asyncio.create_task(self._answer(request, conversation))
@@ -236,7 +237,10 @@ class ChatSession:
         self._after[extended(conversation.digests[-1], message)] = node
         if node.parent is not None:
             node.parent.children.append(node)
-            self._counts["bridged" if node.is_bridged else "breaks"] += 1
+            if node.is_bridged:
+                self.use.bridged += 1
+            else:
+                self.use.breaks += 1
 
     # ── prompts ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -301,10 +305,8 @@ class ChatSession:
         return next((count for count in range(len(digests), 0, -1) if digests[count - 1] in self._after), 0)
 
     def metrics(self) -> dict[str, float]:
-        """How the requests went: `endpoint/requests`, and of them `…/repeated`, `…/refused`, `…/bridged` (the prompt
-        extends the sampled tokens) and `…/breaks` (it could not)."""
-        names = ("requests", "repeated", "refused", "bridged", "breaks")
-        return {f"endpoint/{name}": float(self._counts[name]) for name in names}
+        """`use` as metrics of a rollout: `endpoint/requests`, …"""
+        return {f"endpoint/{name}": float(count) for name, count in asdict(self.use).items()}
 
     def _refuse_if_over(self) -> None:
         if self.is_closed:

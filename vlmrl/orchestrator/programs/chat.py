@@ -97,7 +97,7 @@ async def play_by_chat(
     except TaskCodeError as error:
         fault = error
     finally:
-        rollout.turns = chat.close()
+        rollout.turns, rollout.chat_use = chat.close(), chat.use
     if chat.failure is not None:
         raise chat.failure
     rollout.reward, rollout.metrics = result.reward, result.metrics

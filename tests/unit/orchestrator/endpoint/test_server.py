@@ -406,6 +406,19 @@ def test_a_closed_session_is_refused_and_forgotten() -> None:
     asyncio.run(main())
 
 
+def test_requests_of_no_session_are_logged_at_the_end(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        async with serving() as endpoint:
+            address = endpoint.open(chat_session())
+            await exchanged(endpoint, http({"messages": [HI]}, address, key="wrong"))
+            await exchanged(endpoint, b"garbage\r\n\r\n")
+
+    asyncio.run(main())
+    assert [record.getMessage() for record in caplog.records] == [
+        "requests that belong to no session: 1 without the right key, 1 that are no HTTP, 0 not finished in time"
+    ]
+
+
 def test_stop_closes_what_is_open() -> None:
     async def main() -> None:
         endpoint = Endpoint("tiny", temperature=1.0)

@@ -25,7 +25,7 @@ from vlmrl.orchestrator.samples import make_samples
 from vlmrl.orchestrator.scoring import attempt_of
 from vlmrl.rewards.base import Attempt
 from vlmrl.tasks.programs.problems import data_url
-from vlmrl.types import Rollout, StopReason, TurnSampling
+from vlmrl.types import ChatUse, Rollout, StopReason, TurnSampling
 
 TWO_TURNS = """
 first = user("How many?")
@@ -53,6 +53,7 @@ def test_the_turns_are_the_requests_and_the_reward_is_the_last_line() -> None:
     assert [text_of(turn.prompt) for turn in rollout.turns] == ["user:How many?>", "user:How many?>yes$user:Sure?>"]
     assert [(turn.branch, turn.text) for turn in rollout.turns] == [(0, "yes"), (0, "yes")]
     assert rollout.problem_id == "train 0"
+    assert rollout.chat_use == ChatUse(requests=2, bridged=1)
     assert rollout.printed is not None
     assert rollout.printed.stdout == 'note\n{"reward": 0.5, "metrics": {"asked": 2}}\n'
     assert engine.awaited == [False], "no batch waits for a program"
