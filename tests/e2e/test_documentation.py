@@ -239,6 +239,10 @@ EXCHANGED = {
         f"python -m vlmrl {TINY} task=program task.command='python my_agent.py' task.reuse=true task.processes=2 "
         f"\"task.texts=['Which letter?','A B C']\" {LESS} trainer.warmup.steps=0"
     ),
+    # verifiers has an environment of its own (tests/unit/orchestrator/programs/test_episodes.py)
+    "python -m vlmrl model=qwen3vl task=verifiers task.env=my_env task.python=venv/bin/python": (
+        "python -m vlmrl --cfg job model=qwen3vl task=verifiers task.env=my_env task.python=venv/bin/python"
+    ),
     "python -m vlmrl mode=doctor": "python -m vlmrl mode=doctor monitor.wandb.mode=disabled",
     "python -m vlmrl mode=doctor against=outputs/before/doctor.json": (
         "python -m vlmrl mode=doctor against=outputs/before/doctor.json dry_run=true"

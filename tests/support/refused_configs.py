@@ -6,6 +6,8 @@ JUDGE = ("reward=judge", "reward.terms.judge.url=http://127.0.0.1:1/v1", "reward
 
 PROGRAM = ("task=program", "task.command='sh agent.sh'", "algorithm.credit=episode", "trainer.warmup.steps=0")
 
+VERIFIERS = ("task=verifiers", "task.env=mine", "algorithm.credit=episode", "trainer.warmup.steps=0")
+
 MIXTURE = ("task=mixture", "+task@task.tasks.a=color_codeword")
 
 REFUSED: list[tuple[tuple[str, ...], str]] = [
@@ -165,6 +167,12 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
         (*MIXTURE, "+task@task.tasks.b=program", "task.tasks.b.command=x", "task.tasks.b.num_workers=2"),
         "task.tasks.b.num_workers=2 has no effect",
     ),
+    (("task=verifiers",), "task.env has no value, so the run cannot start: set task.env="),
+    ((*VERIFIERS, "mode=check"), "mode=check calls the env of a task, .*task.kind=verifiers"),
+    ((*VERIFIERS, "tool=[zoom]"), "tool=.zoom. has no effect on task.kind=verifiers"),
+    ((*VERIFIERS, "task.num_workers=2"), "task.num_workers=2 has no effect on task=verifiers, .*set task.episodes"),
+    ((*VERIFIERS, "algorithm.credit=turn"), "algorithm.credit=turn trains each turn on a reward of its own"),
+    ((*VERIFIERS, "trainer.warmup.steps=5"), "warmup.steps=5 needs demonstrations, and task.kind=verifiers has none"),
     (("task=gymnasium",), "task.env_id has no value, so the run cannot start: set task.env_id="),
     (
         ("task=gymnasium", "task.env_id=FrozenLake-v1", "reward=exact"),

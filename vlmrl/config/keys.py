@@ -92,8 +92,8 @@ def settings_at(key: str) -> list[Setting]:
 def values_at(key: str) -> list[FieldDoc]:
     """The fields that a dotted key names: of every schema that may stand there. Empty for a group.
 
-    >>> [field.name for field in values_at("task.args.level")], values_at("task")
-    (['args', 'args'], [])
+    >>> {field.name for field in values_at("task.args.level")}, values_at("task")
+    ({'args'}, [])
     """
     return list(_values(RunConfig, key.split(".")))
 

@@ -33,6 +33,7 @@ from vlmrl.config.sweep import SweepConfig
 from vlmrl.config.task import ColorCodewordConfig, ImportedTaskConfig, MixtureConfig, TaskConfig
 from vlmrl.config.tool import TOOLS, ToolConfig
 from vlmrl.config.trainer import TrainerConfig
+from vlmrl.config.verifiers import VerifiersConfig
 from vlmrl.config.weight_sync import (
     CudaIpcSyncConfig,
     FolderSyncConfig,
@@ -162,6 +163,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "mixture": MixtureConfig,
         "imported": ImportedTaskConfig,
         "program": ProgramConfig,
+        "verifiers": VerifiersConfig,
     },
     "reward": {**TERMS},
     "tool": {**TOOLS},
@@ -185,7 +187,7 @@ def schemas_of(base: type) -> dict[str, type]:
     It goes by type and not by name, so it also finds a mixed group that lies deeper than in the root.
 
     >>> list(schemas_of(TaskConfig)), schemas_of(ModelConfig)
-    (['color_codeword', 'dataset', 'gymnasium', 'small_print', 'mixture', 'imported', 'program'], {})
+    (['color_codeword', 'dataset', 'gymnasium', 'small_print', 'mixture', 'imported', 'program', 'verifiers'], {})
     """
     group = group_of(base)
     return SCHEMAS[group] if group is not None else {}

@@ -206,7 +206,7 @@ def _finite(what: str, value: Any) -> float:
 
 def _pay(rollout: Rollout, verdict: Verdict, scheme: Scheme, *, is_scored_by_terms: bool) -> None:
     """Set the reward of a rollout. `is_scored_by_terms`: its problem has no reward of its own."""
-    rollout.rewards = verdict.values
+    rollout.rewards = rollout.rewards | verdict.values
     if verdict.fault is not None:
         record_fault(rollout, verdict.fault)
         return

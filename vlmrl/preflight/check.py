@@ -113,6 +113,7 @@ RULES: tuple[Rule, ...] = (
     _of_config(program.programs_have_a_mode),
     _of_config(program.programs_bring_their_tools),
     _of_config(program.programs_are_commands),
+    _of_config(program.workers_are_the_programs),
     _of_config(program.program_settings_have_effect),
     _of_config(program.programs_are_paid_by_episode),
     _of_config(program.programs_have_demonstrations),

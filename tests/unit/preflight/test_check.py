@@ -34,6 +34,7 @@ NOT_ALONE = {
     "task=dataset": "task.path has no value",
     "task=gymnasium": "task.env_id has no value",
     "task=program": "task.command has no value",
+    "task=verifiers": "task.env has no value",
     "task=mixture": "task.tasks names no task",
     "reward=imported": "reward.terms.imported.target has no value",
     "reward=judge": "reward.terms.judge.model has no value",

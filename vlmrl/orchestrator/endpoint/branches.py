@@ -34,6 +34,8 @@ class Node:
     """The answer that its conversation extends."""
     is_bridged: bool
     """Whether its prompt begins with the parent's tokens. False with a parent: a bridge break."""
+    lane: str = ""
+    """As in `ChatRequest`."""
     children: list[Node] = field(default_factory=list)
 
     @property

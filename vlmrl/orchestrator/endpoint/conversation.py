@@ -53,16 +53,16 @@ async def conversation_of(request: ChatRequest, renderer: Renderer, known: Mappi
     found = dict(known)
     if new:
         found.update(zip(new, await asyncio.to_thread(renderer.images, new), strict=True))
-    digests, digest = [], tools_digest(request.tools)
+    digests, digest = [], tools_digest(request.tools, request.lane)
     for message in request.messages:
         digest = extended(digest, message, [found[part].hash for part in message.content if isinstance(part, Image)])
         digests.append(digest)
     return Conversation(tuple(digests), _request_digest(digest, request), tuple(found[part] for part in parts))
 
 
-def tools_digest(tools: Sequence[ToolSpec]) -> bytes:
+def tools_digest(tools: Sequence[ToolSpec], lane: str = "") -> bytes:
     """The digest of a conversation without messages."""
-    return _digest(b"", [[tool.name, tool.description, canonical(tool.parameters)] for tool in tools])
+    return _digest(lane.encode(), [[tool.name, tool.description, canonical(tool.parameters)] for tool in tools])
 
 
 def canonical(value: Any) -> str:

@@ -74,6 +74,9 @@ class ChatRequest:
     """With `stream`, send the token counts in a last chunk."""
     logprobs: bool = False
     sampling: ClientSampling = field(default_factory=ClientSampling)
+    lane: str = ""
+    """The header X-Session-ID of a request to a session's base URL: which of a program's agents asks. Requests of two
+    lanes are two requests, and a lane is never bridged from another."""
     tag: str = ""
     """`user` and `metadata` of the request: requests with other values are other requests."""
 

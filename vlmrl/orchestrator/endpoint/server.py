@@ -15,7 +15,7 @@ import hmac
 import logging
 import secrets
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import orjson
@@ -222,6 +222,8 @@ class Endpoint:
         session = (
             find if isinstance(find, ChatSession) else await find.session(http.headers.get("X-Session-ID"), request)
         )
+        if id is not None and (lane := http.headers.get("X-Session-ID")):
+            request = replace(request, lane=lane)
         answer = await session.answer(request)
         if not request.stream:
             return _json(answers.response(answer, request, self.model))

@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 
 from vlmrl.errors import ConfigError, EngineError, UserFault, safe_text
@@ -217,7 +217,7 @@ class ChatSession:
         message = sent_message(answer_before(answer, completion.stop), number)
         text = text_before(written, completion.stop)
         turn = Turn(prompt, completion, text, list(prepared.new), branch=0, reward=0.0, tools=request.tools)
-        node = Node(number, params, written, turn, prepared.history, prepared.parent, prepared.is_bridged)
+        node = Node(number, params, written, turn, prepared.history, prepared.parent, prepared.is_bridged, request.lane)
         self._keep(node, conversation, message)
         self.fault, self.stop_reason = None, None
         if completion.finish_reason == "length":
@@ -286,13 +286,14 @@ class ChatSession:
 
     # ── the end ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    def close(self) -> list[Turn]:
-        """End the rollout: its turns, ordered by branch. Requests that are still sampled, and later ones, are refused.
-        May be called twice."""
+    def close(self, lanes: Collection[str] | None = None) -> list[Turn]:
+        """End the rollout: its turns, ordered by branch; only those of `lanes` where they are given
+        (`ChatRequest.lane`). Requests that are still sampled, and later ones, are refused. May be called twice."""
         self.is_closed = True
         for task in self._answers.values():
             task.cancel()
-        return turns_of(self._nodes, self._sampling.noted)
+        nodes = [node for node in self._nodes if lanes is None or node.lane in lanes]
+        return turns_of(nodes, self._sampling.noted)
 
     @property
     def is_busy(self) -> bool:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from vlmrl.config.program import ProgramConfig
 from vlmrl.config.task import MixtureConfig, TaskConfig, Workers
+from vlmrl.config.verifiers import VerifiersConfig
 from vlmrl.orchestrator.envs.base import EnvHandle, Envs, ProgramHandle
 from vlmrl.orchestrator.envs.processes import ProcessEnvs
 from vlmrl.orchestrator.envs.threads import ThreadEnvs
 from vlmrl.orchestrator.programs.chat import EndpointOfRun
+from vlmrl.orchestrator.programs.episodes import VerifiersEnvs
 from vlmrl.orchestrator.programs.programs import ProgramEnvs
 from vlmrl.tasks.base import Problem, Task
 from vlmrl.tasks.mixture import MixedProblem
@@ -28,6 +30,8 @@ def make_envs(config: TaskConfig, task: Task, endpoint: EndpointOfRun, *, seed: 
         return MixedEnvs(task, by_name)
     if isinstance(config, ProgramConfig):
         return ProgramEnvs(config, task, endpoint)
+    if isinstance(config, VerifiersConfig):
+        return VerifiersEnvs(config, task, endpoint)
     if config.workers is Workers.process:
         return ProcessEnvs(config, task, seed, logs)
     return ThreadEnvs(task, config.timeout_s)

@@ -97,10 +97,10 @@ async def play_by_chat(
     except TaskCodeError as error:
         fault = error
     finally:
-        rollout.turns, rollout.chat_use = chat.close(), chat.use
+        rollout.turns, rollout.chat_use = chat.close(result.lanes), chat.use
     if chat.failure is not None:
         raise chat.failure
-    rollout.reward, rollout.metrics = result.reward, result.metrics
+    rollout.reward, rollout.metrics, rollout.rewards = result.reward, result.metrics, dict(result.rewards)
     return ending(chat, fault)
 
 

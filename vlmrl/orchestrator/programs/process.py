@@ -24,7 +24,10 @@ from vlmrl.orchestrator.programs import guard
 from vlmrl.types import Printed
 
 KEPT_BYTES = 16 << 10
-"""How much of the end of a stream is kept. A longer line is cut at its beginning."""
+"""How much of the end of a stream is kept."""
+
+LONGEST_LINE = 16 << 20
+"""Bytes of a JSON line. Of a longer line only the end is kept, which is no JSON."""
 
 CHUNK_BYTES = 1 << 16
 
@@ -50,9 +53,15 @@ class Tail:
         if len(self.kept) > KEPT_BYTES:
             del self.kept[:-KEPT_BYTES]
             self.is_cut = True
-        *lines, rest = (bytes(self.line) + chunk).split(b"\n")
-        self.line = bytearray(rest[-KEPT_BYTES:])
-        return [line[-KEPT_BYTES:] for line in lines]
+        first, *rest = chunk.split(b"\n")
+        self.line += first
+        if len(self.line) > LONGEST_LINE:
+            del self.line[:-LONGEST_LINE]
+        if not rest:
+            return []
+        lines = [bytes(self.line), *rest[:-1]]
+        self.line = bytearray(rest[-1])
+        return lines
 
     @property
     def text(self) -> str:

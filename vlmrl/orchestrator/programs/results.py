@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
@@ -26,6 +26,10 @@ class Result:
 
     reward: float
     metrics: dict[str, float]
+    rewards: dict[str, float] = field(default_factory=dict)
+    """The parts of the reward by name; empty where the program tells none."""
+    lanes: frozenset[str] | None = None
+    """The lanes of requests (`ChatRequest.lane`) that are trained on; None for all."""
 
 
 UNPAID = Result(0.0, {})
@@ -37,7 +41,7 @@ def result_in(text: str, where: str) -> Result:
     program reports an error.
 
     >>> result_in('{"reward": 1, "metrics": {"steps": 3}}', "its last line")
-    Result(reward=1.0, metrics={'steps': 3.0})
+    Result(reward=1.0, metrics={'steps': 3.0}, rewards={}, lanes=None)
     >>> result_in("done", "its end")
     Traceback (most recent call last):
     vlmrl.tasks.border.BadRewardError: its end is 'done', which is neither a number nor a JSON object with a reward

@@ -12,6 +12,7 @@ from vlmrl.config.dataset import DatasetConfig
 from vlmrl.config.program import ProgramConfig, ProgramResult
 from vlmrl.config.run import Mode, RunConfig
 from vlmrl.config.task import Workers, tasks_of
+from vlmrl.config.verifiers import VerifiersConfig
 from vlmrl.errors import ConfigError
 from vlmrl.preflight.rules.reward import all_tasks
 from vlmrl.preflight.site import Site
@@ -20,19 +21,24 @@ WITHOUT_PROGRAMS = (Mode.check, Mode.play, Mode.preview)
 """Modes that call a task's envs themselves."""
 
 
-def programs_of(config: RunConfig) -> Iterator[tuple[str, ProgramConfig]]:
-    """Key and config of every task that a program plays, those of mixtures and of evaluation sets too."""
+def played_outside_of(config: RunConfig) -> Iterator[tuple[str, ProgramConfig | VerifiersConfig]]:
+    """Key and config of every task that is played outside of the run, those of mixtures and of evaluation sets too."""
     for key, whole in all_tasks(config).items():
         for own_key, own in tasks_of(whole, key).items():
-            if isinstance(own, ProgramConfig):
+            if isinstance(own, ProgramConfig | VerifiersConfig):
                 yield own_key, own
+
+
+def programs_of(config: RunConfig) -> Iterator[tuple[str, ProgramConfig]]:
+    """Those of task=program."""
+    return ((key, own) for key, own in played_outside_of(config) if isinstance(own, ProgramConfig))
 
 
 def programs_have_a_mode(config: RunConfig) -> None:
     """Modes that call envs have none to call."""
     if config.mode not in WITHOUT_PROGRAMS:
         return
-    for key, own in programs_of(config):
+    for key, own in played_outside_of(config):
         raise ConfigError(
             f"mode={config.mode.name} calls the env of a task, and the episodes of {key}.kind={own.kind} are played by "
             "a program, so there is nothing to call: set mode=eval orchestrator.eval.problems=2 to see the program "
@@ -42,7 +48,7 @@ def programs_have_a_mode(config: RunConfig) -> None:
 
 def programs_bring_their_tools(config: RunConfig) -> None:
     """The run's tools are offered to policies that answer an env."""
-    for key, own in programs_of(config):
+    for key, own in played_outside_of(config):
         if config.tool:
             raise ConfigError(
                 f"tool=[{','.join(config.tool)}] has no effect on {key}.kind={own.kind}, because a program says in its "
@@ -77,17 +83,23 @@ def programs_are_here(config: RunConfig, site: Site) -> None:
             )
 
 
-def program_settings_have_effect(config: RunConfig) -> None:
-    """Settings that only envs and rows have are not set for a program without them."""
-    for key, own in programs_of(config):
+def workers_are_the_programs(config: RunConfig) -> None:
+    """Settings of envs have no effect where there are none."""
+    for key, own in played_outside_of(config):
         set_for_envs = f"workers={own.workers.name}" if own.workers is not Workers.thread else ""
         if own.num_workers is not None:
             set_for_envs = f"num_workers={own.num_workers}"
         if set_for_envs:
+            ours = "processes" if isinstance(own, ProgramConfig) else "episodes"
             raise ConfigError(
                 f"{key}.{set_for_envs} has no effect on task={own.kind}, whose program runs in processes of its own: "
-                f"leave it out, and set {key}.processes"
+                f"leave it out, and set {key}.{ours}"
             )
+
+
+def program_settings_have_effect(config: RunConfig) -> None:
+    """Settings of rows are not set for a program without rows."""
+    for key, own in programs_of(config):
         if own.reuse and own.result is ProgramResult.file:
             raise ConfigError(
                 f"{key}.result=file does not work with {key}.reuse=true, because the process goes on after a problem "
@@ -114,7 +126,7 @@ def programs_are_paid_by_episode(config: RunConfig) -> None:
     """A program's reward is that of the episode."""
     if config.mode is not Mode.rl or config.algorithm.credit is Credit.episode:
         return
-    for key, own in programs_of(config):
+    for key, own in played_outside_of(config):
         raise ConfigError(
             f"algorithm.credit={config.algorithm.credit.name} trains each turn on a reward of its own, and a program "
             f"({key}.kind={own.kind}) pays whole episodes, so nothing would be learned: set algorithm.credit=episode"
@@ -126,8 +138,9 @@ def programs_have_demonstrations(config: RunConfig) -> None:
     if config.trainer.warmup.steps == 0 or config.mode not in (Mode.rl, Mode.sft):
         return
     for key, own in tasks_of(config.task).items():
-        if isinstance(own, ProgramConfig) and own.path is None:
+        if isinstance(own, VerifiersConfig) or (isinstance(own, ProgramConfig) and own.path is None):
+            without = f" without {key}.path" if isinstance(own, ProgramConfig) else ""
             raise ConfigError(
-                f"trainer.warmup.steps={config.trainer.warmup.steps} needs demonstrations, and {key}.kind={own.kind} "
-                f"without {key}.path has none, because the program makes its problems: set trainer.warmup.steps=0"
+                f"trainer.warmup.steps={config.trainer.warmup.steps} needs demonstrations, and {key}.kind={own.kind}"
+                f"{without} has none, because the problems are made outside of the run: set trainer.warmup.steps=0"
             )

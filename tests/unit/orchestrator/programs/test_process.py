@@ -221,6 +221,8 @@ def test_a_tail_joins_lines_across_chunks_and_says_where_it_was_cut() -> None:
     tail = Tail()
     assert [tail.feed(chunk) for chunk in (b"a", b"b\nc", b"\nd\n", b"e")] == [[], [b"ab"], [b"c", b"d"], []]
     assert (tail.text, bytes(tail.line)) == ("ab\nc\nd\ne", b"e")
+    assert tail.feed(b"y" * KEPT_BYTES) == []
+    assert tail.feed(b"y\n") == [b"e" + b"y" * (KEPT_BYTES + 1)], "a long line is whole, although the text is cut"
     tail.feed(b"z" * KEPT_BYTES)
     assert tail.text == "…" + "z" * KEPT_BYTES
     assert Tail().text == ""
