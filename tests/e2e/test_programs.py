@@ -94,6 +94,14 @@ def test_a_run_is_recorded_replayed_and_continued(home: Home) -> None:
     assert not [each for each in psutil.process_iter(["cmdline"]) if "my_agent.py" in (each.info["cmdline"] or [])]
 
 
+def test_the_doctor_plays_the_program_as_it_is_and_in_noise(home: Home) -> None:
+    ended = home.vlmrl(f"hydra.run.dir={home.path / 'outputs/doctor'}", "mode=doctor", *TASK, "task.reuse=true")
+    assert ended.code == 0, ended.out + ended.err
+    found = json.loads((home.path / "outputs/doctor/doctor.json").read_bytes())["checks"]
+    assert {line["verdict"] for line in found} == {"ok"}, found
+    assert "18 rollouts, 36 turns" in ended.out
+
+
 def test_rows_are_handed_to_the_program_and_scored_by_terms(home: Home) -> None:
     (home.path / "rows.jsonl").write_text(
         "".join(json.dumps({"problem": f"Say {i % 3} in row {i}", "answer": str(i % 3)}) + "\n" for i in range(40))

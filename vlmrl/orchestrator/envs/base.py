@@ -82,6 +82,8 @@ class ProgramHandle(Protocol):
 
     time: EnvTime
     """Where the time of the program went."""
+    noise: bool
+    """Whether the policy sees noise in place of every image; may be set before `play`."""
 
     async def play(self, rollout: Rollout, seat: Seat) -> StopReason:
         """Fill turns, reward and metrics of `rollout`; return why it ended. Raises `UserFault`, `EngineError` and

@@ -142,6 +142,7 @@ class Episode:
 
     def __init__(self, envs: VerifiersEnvs, problem: PlayedOutside) -> None:
         self.time = EnvTime()
+        self.noise = envs.config.noise
         self._envs = envs
         self._problem = problem
 
@@ -158,7 +159,7 @@ class Episode:
                     seat,
                     self._envs.endpoint,
                     self._play,
-                    noise=self._envs.config.noise,
+                    noise=self.noise,
                     client_samples=self._envs.config.sampling is ProgramSampling.client,
                 )
             finally:

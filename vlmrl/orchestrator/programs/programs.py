@@ -114,6 +114,7 @@ class Program:
         self.time = EnvTime()
         self.printed: Printed | None = None
         """The end of what the program printed while it played."""
+        self.noise = envs.config.noise
         self._envs = envs
         self._problem = problem
 
@@ -130,7 +131,7 @@ class Program:
                     seat,
                     self._envs.endpoint,
                     self._play,
-                    noise=self._envs.config.noise,
+                    noise=self.noise,
                     client_samples=self._envs.config.sampling is ProgramSampling.client,
                 )
             finally:

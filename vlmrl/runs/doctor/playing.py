@@ -12,12 +12,12 @@ import numpy as np
 from vlmrl.config.run import RunConfig
 from vlmrl.config.task import most_turns
 from vlmrl.models.policy import Policy
-from vlmrl.orchestrator.envs.threads import ThreadEnvs
 from vlmrl.orchestrator.rollout import RolloutRunner, sampling_seed
 from vlmrl.orchestrator.samples import make_samples
 from vlmrl.orchestrator.stream import Drawn, ProblemStream
 from vlmrl.orchestrator.toolbox import Toolbox
 from vlmrl.rendering.renderer import Renderer
+from vlmrl.runs.doctor.envs import DoctorEnvs
 from vlmrl.runs.doctor.evidence import Evidence, images_of, with_images
 from vlmrl.runs.doctor.noise_images import NoiseTask
 from vlmrl.runs.doctor.watching import ScriptedEngine, WatchedEngine, WatchedRenderer, watched_rows
@@ -63,9 +63,13 @@ class Playing:
     async def scripted(self, answer: IntArray) -> list[Rollout]:
         """One rollout per problem in which the answer to every turn is `answer`, int64 [C] without a stop token."""
         engine = ScriptedEngine(np.append(answer, self.renderer.stop_token_ids[0]))
-        groups = await self._runner(self.renderer, engine).run_groups(
-            split="train", step=0, problems=await self._problems(), group_size=1, temperature=0.0
-        )
+        runner = self._runner(self.renderer, engine)
+        try:
+            groups = await runner.run_groups(
+                split="train", step=0, problems=await self._problems(), group_size=1, temperature=0.0
+            )
+        finally:
+            await runner.envs.stop()
         return [rollout for group in groups for rollout in group.rollouts]
 
     async def sampled(self, engine: InferenceEngine, version: int, policy: Policy) -> Evidence:
@@ -73,15 +77,18 @@ class Playing:
         renderer, watched = WatchedRenderer(self.renderer), WatchedEngine(engine)
         runner = self._runner(renderer, watched)
         groups: list[Group] = []
-        with watched_rows(policy) as rows:
-            for size, temperature in ((SIBLINGS, self.config.orchestrator.temperature), (1, 0.0)):
-                groups += await runner.run_groups(
-                    split="train",
-                    step=version,
-                    problems=await self._problems(),
-                    group_size=size,
-                    temperature=temperature,
-                )
+        try:
+            with watched_rows(policy) as rows:
+                for size, temperature in ((SIBLINGS, self.config.orchestrator.temperature), (1, 0.0)):
+                    groups += await runner.run_groups(
+                        split="train",
+                        step=version,
+                        problems=await self._problems(),
+                        group_size=size,
+                        temperature=temperature,
+                    )
+        finally:
+            await runner.envs.stop()
         return Evidence(groups, renderer.rendered, watched.requests, rows.distinct())
 
     async def answered(self, engine: InferenceEngine, prompts: Sequence[Prompt]) -> list[TrainingSample]:
@@ -139,7 +146,7 @@ class Playing:
     def _runner(self, renderer: Renderer, engine: InferenceEngine) -> RolloutRunner:
         config = self.config
         return RolloutRunner(
-            envs=ThreadEnvs(NoiseTask(self.task)),
+            envs=DoctorEnvs(config, self.task),
             renderer=renderer,
             engine=engine,
             seed=config.seed,
