@@ -204,12 +204,13 @@ def _finish(sequence: _Sequence, version: int, prompts: Sequence[DistinctPrompt]
     """The completion of a finished request; its session keeps the turn."""
     assert sequence.last_branch is not None
     token_ids = np.array(sequence.token_ids, dtype=np.int64)
-    sequence.request.session.last_turn = CachedTurn(
+    cached = CachedTurn(
         version,
         np.concatenate([prompts[sequence.prompt].keys, token_ids[:-1]]),
         np.concatenate([prefilled.slots[sequence.prompt], np.array(sequence.last_branch.slots, dtype=np.int64)]),
         sequence.last_branch.states,
     )
+    sequence.request.session.add(cached)
     return Completion(
         token_ids=token_ids,
         logprobs=np.array(sequence.logprobs, dtype=np.float32),

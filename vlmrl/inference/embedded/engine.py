@@ -44,6 +44,9 @@ from vlmrl.types import Completion, Prompt, SamplingParams
 CACHE_PER_SESSION = 4
 """Slots of the KV cache per session that is not awaited, in units of `max_model_len`: room for some branches."""
 
+CONVERSATIONS = 4
+"""Conversations of a session that is not awaited whose ends stay in the KV cache: those of its agents."""
+
 CACHED_SESSIONS = 64
 """Sessions that are not awaited and have room in the KV cache although they are idle."""
 
@@ -65,7 +68,7 @@ class EmbeddedSession:
         self.is_awaited = is_awaited
         self.missed_since = time.monotonic()
         """When it was opened, or got its last answer."""
-        self.cache = SessionCache()
+        self.cache = SessionCache(most=1 if is_awaited else CONVERSATIONS)
 
     async def __aenter__(self) -> EmbeddedSession:
         return self
@@ -210,4 +213,4 @@ class EmbeddedEngine:
             self._largest_batch = 0
             self._generator.clear_cache()
             for session in self._sessions:
-                session.cache.last_turn = None
+                session.cache.clear()

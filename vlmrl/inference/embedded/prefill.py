@@ -72,13 +72,13 @@ def distinct_prompts(model: CachedPolicy, requests: Sequence[Request]) -> tuple[
             key = seen[id(prompt)] = sort_key(keys)
             by_key.setdefault(key, DistinctPrompt(prompt, keys))
         distinct = by_key[key]
-        last_turn = request.session.last_turn
-        if last_turn is not None and last_turn.version == model.version and len(last_turn.keys) > distinct.cached:
-            n = min(len(last_turn.keys), len(distinct.keys) - 1)
-            is_whole = n == len(last_turn.keys) or not model.policy.is_recurrent
-            if is_whole and np.array_equal(last_turn.keys[:n], distinct.keys[:n]):
-                distinct.cached, distinct.cached_slots = n, last_turn.slots[:n]
-                distinct.cached_states = last_turn.states
+        for turn in request.session.turns:
+            if turn.version != model.version or len(turn.keys) <= distinct.cached:
+                continue
+            n = min(len(turn.keys), len(distinct.keys) - 1)
+            is_whole = n == len(turn.keys) or not model.policy.is_recurrent
+            if is_whole and np.array_equal(turn.keys[:n], distinct.keys[:n]):
+                distinct.cached, distinct.cached_slots, distinct.cached_states = n, turn.slots[:n], turn.states
         requested.append(key)
     order = {key: i for i, key in enumerate(sorted(by_key))}
     return [by_key[key] for key in order], [order[key] for key in requested]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from vlmrl.models.attention.recurrent import PrefixStates
 from vlmrl.types import IntArray, Prompt, SamplingParams
@@ -10,7 +12,7 @@ from vlmrl.types import IntArray, Prompt, SamplingParams
 
 @dataclass(frozen=True, eq=False)
 class CachedTurn:
-    """Entries of the KV cache that a session's last turn wrote or read."""
+    """Entries of the KV cache that a turn of a session wrote or read."""
 
     version: int
     """Policy version of the cache they are in."""
@@ -27,7 +29,23 @@ class CachedTurn:
 class SessionCache:
     """What a session keeps between its turns."""
 
-    last_turn: CachedTurn | None = None
+    most: int = 1
+    """How many turns it keeps. A foreign program may hold several conversations, whose turns come in any order."""
+    turns: list[CachedTurn] = field(default_factory=list)
+    """The last ones, the newest at the end."""
+
+    def add(self, turn: CachedTurn) -> None:
+        """Keep a turn, in place of the one that it extends."""
+        kept = [each for each in self.turns if not _extends(turn, each)] if self.most > 1 else []
+        self.turns = [*kept, turn][-self.most :]
+
+    def clear(self) -> None:
+        """Forget all turns."""
+        self.turns = []
+
+
+def _extends(turn: CachedTurn, before: CachedTurn) -> bool:
+    return np.array_equal(turn.keys[: len(before.keys)], before.keys)
 
 
 @dataclass(frozen=True, eq=False)

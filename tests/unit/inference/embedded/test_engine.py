@@ -525,6 +525,24 @@ def test_requests_of_one_program_may_overlap(policy: Policy) -> None:
     asyncio.run(main())
 
 
+def test_agents_of_one_program_each_go_on_from_the_cache(policy: Policy) -> None:
+    async def main() -> list[tuple[int, int]]:
+        engine = engine_of(policy)
+        computed = []
+        async with engine.session("a", is_awaited=False) as session:
+            conversations = [prompt([agent, 1, 2, 3, 4, 5, 6, 7]) for agent in range(3)]
+            for seed in range(3):
+                for agent, asked in enumerate(conversations):
+                    completion = await session.generate(asked, params(seed))
+                    rows = int(engine.metrics()["inference/rows_prefill"])
+                    conversations[agent] = extended(asked, completion.token_ids, [8, 9])
+                    computed.append((seed, rows))
+        return computed
+
+    # The whole prompt once; then the last token of the answer, which was never an input, and the two after it.
+    assert asyncio.run(main()) == [(0, 8)] * 3 + [(1, 3)] * 3 + [(2, 3)] * 3
+
+
 def test_a_program_waits_for_a_session_that_is_awaited(policy: Policy) -> None:
     async def main() -> None:
         engine = engine_of(policy)
