@@ -498,9 +498,13 @@ def test_sessions_of_programs_do_not_wait_for_each_other(policy: Policy) -> None
     asyncio.run(main())
 
 
-def test_programs_that_ask_together_share_a_batch(policy: Policy) -> None:
+def test_programs_that_ask_together_share_a_batch(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test says when the quiet time is over."""
+    begun: list[float] = []
+
     async def main() -> None:
         engine = engine_of(policy)
+        monkeypatch.setattr(engine._quiet, "begin", begun.append)
         sessions = [engine.session(name, is_awaited=False) for name in "abcd"]
         engine.session("e", is_awaited=False)
         asking = []
@@ -508,6 +512,8 @@ def test_programs_that_ask_together_share_a_batch(policy: Policy) -> None:
             asking.append(asyncio.create_task(session.generate(FIRST, params(1))))
             await settle()
         assert not any(each.done() for each in asking), "the quiet time is not over"
+        assert begun == [0.0] * 3, "no session is missing before the first batch"
+        engine._run()
         await asyncio.gather(*asking)
         assert engine.metrics()["inference/rows_prefill"] == len(FIRST.token_ids)
 
