@@ -163,6 +163,7 @@ ELSEWHERE = {
     "weight_sync/folder.py": "a folder on the disk",
     "monitor/report/document.py": "a folder on the disk",
     "runs/lifecycle.py": "checkpoints on the disk",
+    "runs/serve.py": "a port of this machine that is taken",
     "runs/fault_again.py": "faults on the disk",
 }
 """Where a `ConfigError` may be raised outside of preflight/rules, and what it is about there."""

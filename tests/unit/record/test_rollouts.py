@@ -73,6 +73,8 @@ def test_every_field_comes_back(run_dir: RunDir) -> None:
         "filtered": ["repetition", "zero_advantage"],
         "dropped": "stale",
         "error": None,
+        "stdout": None,
+        "stderr": None,
         "seconds": 0.25,
     }
     assert record["turns"][0]["finish_reason"] == "stop"
