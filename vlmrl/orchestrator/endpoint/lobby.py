@@ -41,7 +41,7 @@ class _Conversation:
     name: str
     started: float
     used: float
-    """When its last request came, on the monotonic clock."""
+    """When its last request came, by the clock of the lobby."""
 
 
 class ConversationLobby:
@@ -55,10 +55,11 @@ class ConversationLobby:
         sampling: MakeSessionSampling,
         budgets: Budgets,
         idle_s: float,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.key = key
         self._renderer, self._engine, self._sampling, self._budgets = renderer, engine, sampling, budgets
-        self._idle_s = idle_s
+        self._idle_s, self._clock = idle_s, clock
         self._open: dict[str, _Conversation] = {}
         """By rollout id."""
         self._named: dict[str, _Conversation] = {}
@@ -76,7 +77,7 @@ class ConversationLobby:
         found = self._named.get(name) if name is not None else await self._extended_by(request)
         if found is None:
             found = await self._new(name)
-        found.used = time.monotonic()
+        found.used = self._clock()
         return found.session
 
     async def _extended_by(self, request: ChatRequest) -> _Conversation | None:
@@ -98,7 +99,7 @@ class ConversationLobby:
         closing = AsyncExitStack()
         engine = await closing.enter_async_context(self._engine.session(id, is_awaited=False))
         session = ChatSession(id, self._renderer, engine, self._sampling(id), self._budgets, samples_again=True)
-        now = time.monotonic()
+        now = self._clock()
         made = self._open[id] = _Conversation(session, closing, name or id, now, now)
         if name is not None:
             self._named[name] = made
@@ -106,7 +107,7 @@ class ConversationLobby:
 
     async def finished(self, *, everything: bool = False) -> list[Rollout]:
         """Close the conversations that are over, or all, and return them as rollouts without a reward."""
-        now = time.monotonic()
+        now = self._clock()
         over = [
             (id, each)
             for id, each in self._open.items()

@@ -26,9 +26,21 @@ def sampling(rollout_id: str) -> SessionSampling:
     return SessionSampling(OwnSampling(1.0, (END,), ()), seed=lambda number: number)
 
 
-def lobby(script: Callable[[str], str] = lambda prompt: "ok", idle_s: float = 60.0) -> ConversationLobby:
+class Clock:
+    """The time of a lobby, which the test sets."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def lobby(script: Callable[[str], str] = lambda prompt: "ok", clock: Clock | None = None) -> ConversationLobby:
+    """Conversations are over after a minute."""
     budgets = Budgets(max_turns=100, max_new_tokens=20, max_model_len=200)
-    return ConversationLobby("key", ChatRenderer(), ScriptedEngine(script), sampling, budgets, idle_s)
+    clock = Clock() if clock is None else clock
+    return ConversationLobby("key", ChatRenderer(), ScriptedEngine(script), sampling, budgets, 60.0, clock)
 
 
 async def told(lobby: ConversationLobby, request: ChatRequest, name: str | None = None) -> str:
@@ -92,11 +104,14 @@ def test_a_name_chooses_the_session() -> None:
 
 def test_conversations_that_are_idle_are_over() -> None:
     async def main() -> None:
-        made = lobby(idle_s=0.01)
+        clock = Clock()
+        made = lobby(clock=clock)
         first = await told(made, asked(HI), "a")
-        await asyncio.sleep(0.02)
+        clock.now = 60.0
+        assert await made.finished() == []
+        clock.now = 61.0
         (rollout,) = await made.finished()
-        assert (rollout.rollout_id, len(rollout.turns), len(made)) == (first, 1, 0)
+        assert (rollout.rollout_id, len(rollout.turns), rollout.seconds, len(made)) == (first, 1, 61.0, 0)
         assert await told(made, asked(HI), "a") != first
         assert await made.finished() == []
         assert len(await made.finished(everything=True)) == 1
@@ -106,16 +121,18 @@ def test_conversations_that_are_idle_are_over() -> None:
 
 def test_a_conversation_that_is_being_sampled_is_not_idle() -> None:
     async def main() -> None:
-        made = lobby(idle_s=0.01)
+        clock = Clock()
+        made = lobby(clock=clock)
         assert isinstance(made._engine, ScriptedEngine)
         made._engine.gate = asyncio.Event()
         session = await made.session(None, asked(HI))
         pending = asyncio.create_task(session.answer(asked(HI)))
-        await asyncio.sleep(0.02)
+        while not session.is_busy:
+            await asyncio.sleep(0)
+        clock.now = 61.0
         assert await made.finished() == []
         made._engine.gate.set()
         await pending
-        await asyncio.sleep(0.02)
         assert len(await made.finished()) == 1
 
     asyncio.run(main())

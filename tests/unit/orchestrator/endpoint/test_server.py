@@ -298,13 +298,13 @@ def test_headers_that_never_end_are_given_up(sent: bytes) -> None:
 
 def test_a_connection_serves_many_requests_and_its_patience_begins_again() -> None:
     async def main() -> None:
-        async with serving(header_patience_s=0.2) as endpoint:
+        async with serving(header_patience_s=1.5) as endpoint:
             gate = asyncio.Event()
             engine = ScriptedSession(letters(), gate=gate)
             address = endpoint.open(chat_session(engine=engine))
             reader, writer = await asyncio.open_connection("127.0.0.1", endpoint.port)
             writer.write(http({"messages": [HI]}, address))
-            await asyncio.sleep(0.4)  # longer than the patience: the answer takes its time
+            await asyncio.sleep(2.0)  # longer than the patience: the answer takes its time
             gate.set()
             assert (await response(reader))[0] == 200
             writer.write(http({"messages": [user("again")]}, address))
