@@ -82,6 +82,7 @@ def play(
     engine: DirectEngine | None = None,
     max_turns: int = 5,
     max_model_len: int = 1000,
+    max_new_tokens: int = 8,
     temperature: float = 1.0,
     renderer: Any = None,
     during: Callable[[ProgramEnvs], Any] | None = None,
@@ -99,7 +100,7 @@ def play(
             engine=engine or DirectEngine(),
             seed=0,
             max_turns=max_turns,
-            max_new_tokens=8,
+            max_new_tokens=max_new_tokens,
             max_model_len=max_model_len,
         )
         playing = runner.run_groups(

@@ -20,7 +20,7 @@ from vlmrl.tasks.loading import load_task
 from vlmrl.types import Rollout
 
 PYTHON = os.environ.get("VLMRL_VERIFIERS_PYTHON")
-ENVS = Path(__file__).with_name("verifiers_envs")
+ENVS = Path(__file__).with_name("other_packages")
 
 needs_verifiers = pytest.mark.skipif(
     PYTHON is None, reason="VLMRL_VERIFIERS_PYTHON does not name the Python of an environment with verifiers"
