@@ -7,8 +7,8 @@
     zoom      experiment=small_print_tiny
     control   the same without the tool: tool=[] task.max_turns=1 task.demonstrated_zooms=0
 
-The shares of right answers are those of held-out problems. Chance is 0.25. The bridged turns are those
-of all training rollouts of a run; each shows the result of a call.
+The rewards are those of held-out problems: the share of right answers, less that of answers which are none of the four
+letters. Chance is 0.25. The bridged turns are those of all training rollouts of a run; each shows the result of a call.
 
 A run that has ended is not made again, so the benchmark can be interrupted; delete its folder to repeat it.
 """
@@ -30,7 +30,7 @@ MEASURED = "measured.json"
 """In the folder of a run that has ended: the processor seconds of its command, in user and system mode."""
 KINDS = {"zoom": (), "control": ("tool=[]", "task.max_turns=1", "task.demonstrated_zooms=0")}
 """Kind of run → overrides of the experiment."""
-SAMPLED, GREEDY = "eval/task/correct", "eval/task/correct_greedy"
+SAMPLED, GREEDY = "eval/reward", "eval/reward_greedy"
 COLUMNS = ("run", "RL steps", "before", "sampled", "greedy", "bridged turns", "breaks", "calls", "processor s")
 
 
