@@ -29,8 +29,11 @@ def without_encoding(source: str) -> Iterator[int]:
 
 
 def is_text(call: ast.Call, name: str) -> bool:
-    """Whether the call opens a text file: its mode has no `b`. `os.open` and `PIL.Image.open` have no such mode."""
+    """Whether the call opens a text file: its mode has no `b`. `os.open` and `PIL.Image.open` have no such mode, and an
+    `Endpoint` opens sessions."""
     owner = call.func.value if isinstance(call.func, ast.Attribute) else None
+    if (owner.attr if isinstance(owner, ast.Attribute) else getattr(owner, "id", "")) == "endpoint":
+        return False
     if isinstance(owner, ast.Name) and name == "open" and owner.id in ("os", "webbrowser", "PILImage", "Image"):
         return False
     if isinstance(owner, ast.Attribute) and owner.attr == "Image":
@@ -54,7 +57,14 @@ def test_a_call_without_encoding_is_found(line: str) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["p.read_text(encoding='utf-8')", "p.open('rb')", "open(p, mode='ab')", "os.open(p, 0)", "PIL.Image.open(p)"],
+    [
+        "p.read_text(encoding='utf-8')",
+        "p.open('rb')",
+        "open(p, mode='ab')",
+        "os.open(p, 0)",
+        "PIL.Image.open(p)",
+        "self.endpoint.open(s)",
+    ],
 )
 def test_other_calls_are_not(line: str) -> None:
     assert list(without_encoding(line)) == []

@@ -18,8 +18,8 @@ RENDERER = Form(
 )
 
 STOP = Form(
-    r"[^\ufffd]+",
-    "text that is not empty, without the character U+FFFD of broken text",
+    r"[^\x00\x7f\ufffd]+",
+    "text that is not empty, without the characters NUL, DEL and U+FFFD (of broken text)",
     "every answer would end at its first token, or none would",
 )
 MAX_STOP = 16

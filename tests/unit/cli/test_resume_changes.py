@@ -33,7 +33,7 @@ from vlmrl.record.run_dir import RunDir
 POLICIES = {
     # The run's identity, and what other modes read.
     "refused": """
-        row full preview.problems preview.answers play.policy play.split play.problem play.episodes
+        row full preview.problems preview.answers play.policy play.split play.problem play.episodes task.env
         seed run step rollout runs against output_dir
         model.init model.name
         model.vlm.family model.vlm.positions model.vlm.image_token
@@ -65,6 +65,7 @@ POLICIES = {
         task.image_root task.system_prompt task.template
         task.actions task.prompt task.reply task.history task.frame_size task.frame_skip task.shaping task.expert
         task.invalid task.invalid_reward task.success_at
+        task.command task.reuse task.result task.sampling task.texts
         reward.task_weight reward.extract.kind reward.extract.tag reward.extract.pattern
         reward.terms.*.weight reward.terms.*.ignore_case reward.terms.*.ignore_spaces
         reward.terms.*.ignore_punctuation reward.terms.*.options reward.terms.*.first_index
@@ -83,7 +84,7 @@ POLICIES = {
         algorithm.filters.repetition algorithm.filters.repetition_window algorithm.filters.repetition_probability
         algorithm.filters.zero_advantage algorithm.refill.budget
         orchestrator.renderer.name orchestrator.renderer.options orchestrator.renderer.parse_control_tokens
-        orchestrator.groups_per_step
+        orchestrator.groups_per_step orchestrator.stop
         orchestrator.group_size orchestrator.max_new_tokens
         orchestrator.temperature orchestrator.max_staleness
         orchestrator.eval.every orchestrator.eval.problems orchestrator.eval.target orchestrator.eval.consecutive
@@ -102,7 +103,7 @@ POLICIES = {
     "free": """
         mode dry_run resume
         model.device
-        task.workers task.num_workers
+        task.workers task.num_workers task.processes task.python task.episodes
         task.max_fault_rate task.fetch task.bad_rows task.max_bad_row_rate
         reward.terms.*.workers reward.terms.*.url reward.terms.*.api_key_env reward.terms.*.concurrency
         reward.terms.*.retries reward.terms.*.cache
@@ -117,7 +118,7 @@ POLICIES = {
         monitor.live monitor.record_rollouts monitor.max_rollouts_mib monitor.vision_gap_every monitor.report
         monitor.wandb.mode monitor.wandb.project monitor.wandb.name monitor.wandb.group monitor.wandb.rollouts
         monitor.wandb.checkpoints monitor.tensorboard.enabled monitor.tensorboard.rollouts
-        export.folder sweep.retry_failed
+        export.folder sweep.retry_failed serve.port serve.api_key_env serve.idle_s
     """,
 }
 EXPECTED = {key: Resume[policy] for policy, keys in POLICIES.items() for key in keys.split()}
@@ -140,6 +141,8 @@ RUNS = {
         "tool.imported.target=a.b:fn",
     ),
     "small_print": ("task=small_print",),
+    "program": ("task=program", "task.command=python agent.py"),
+    "verifiers": ("task=verifiers", "task.env=a_taskset"),
     "environment": ("task=gymnasium", "task.env_id=FrozenLake-v1"),
     "sets": (
         *("+eval_set@orchestrator.eval.sets.ood=default", "+task@orchestrator.eval.sets.ood.task=dataset"),

@@ -106,7 +106,7 @@ def kill_descendants(program: subprocess.Popen[bytes]) -> None:
 
 def children() -> Iterator[int]:
     """The direct children of this process; those of a killed child become its children in turn."""
-    with contextlib.suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children") as file:
+    with contextlib.suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
         yield from map(int, file.read().split())
 
 

@@ -180,7 +180,7 @@ class Program:
         if file is None:
             return result_in(last_line(printed.stdout), "the program's last line")
         with fenced(f"reading {RESULT_FILE}", TaskCodeError):
-            text = Path(file).read_text(errors="replace")
+            text = Path(file).read_text(encoding="utf-8", errors="replace")
         return result_in(text, RESULT_FILE)
 
     async def _next_result(self, process: GuardedProcess, line: bytes) -> Result:

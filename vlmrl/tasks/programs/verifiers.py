@@ -85,7 +85,7 @@ class VerifiersTask(Task):
 def worker_command(config: VerifiersConfig) -> list[str]:
     """The command of a worker. The program is given as text, so that Python looks for packages in the folder from which
     the run was started, and not next to the program."""
-    source = Path(__file__).with_name("verifiers_worker.py").read_text()
+    source = Path(__file__).with_name("verifiers_worker.py").read_text(encoding="utf-8")
     return [config.python or sys.executable, "-u", "-c", source]
 
 

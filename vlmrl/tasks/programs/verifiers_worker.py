@@ -65,7 +65,7 @@ def made(config: dict[str, Any]) -> Any:
 
 async def main() -> None:
     """Answer requests until standard input closes."""
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
     def answer(**fields: Any) -> None:
