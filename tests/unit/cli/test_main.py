@@ -156,7 +156,7 @@ def test_refused(arguments: list[str], messages: list[str], vlmrl: Callable[...,
         (
             ["task=null"],
             "a run needs one: choose task=<one of color_codeword, dataset, gymnasium, imported, mixture, program, "
-            "verifiers>",
+            "small_print, verifiers>",
         ),
         (["hydra.run.dirr=x"], "hydra.run.dirr: there is no such key"),
         (["algorithm=rloo,a.b:c"], "algorithm=rloo,a.b:c mixes import paths with names of options"),

@@ -146,7 +146,6 @@ ELSEWHERE = {
     "orchestrator/advantages.py": "what the user's function returned",
     "orchestrator/eval_sets.py": "columns of a set's problems",
     "runs/preview": "rows that the data does not have",
-    "runs/serve.py": "a port that is taken",
     "runs/problems.py": "a task without a number of rows, and a file on the disk",
     "record/hub_commits.py": "a file on the disk",
     "record/pass_rates.py": "a file on the disk",

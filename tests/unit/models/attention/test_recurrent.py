@@ -284,8 +284,8 @@ def test_kernels_of_a_package_compute_what_they_can(monkeypatch: pytest.MonkeyPa
 
 
 def test_heads_that_forget_fast_lose_no_digits() -> None:
-    """In a chunk whose decays sum to -480, float32 sums would give those near 1 an error of 1e-5. What is left, 0.7e-6 to 1.1e-6
-    by processor, is the rounding of the values themselves."""
+    """In a chunk whose decays sum to -480, float32 sums would give those near 1 an error of 1e-5. What is
+    left, up to 1.1e-6 by processor, is the rounding of the values themselves."""
     policy = Policy(text_model("qwen3_5_text").float(), position_function("sequential"), [])
     assert policy.is_recurrent  # the functions of transformers' module are wrapped
     rule = sys.modules[Qwen3_5GatedDeltaNet.__module__].torch_chunk_gated_delta_rule
