@@ -28,6 +28,7 @@ from vlmrl.orchestrator.endpoint.refusal import RefusedError
 from vlmrl.orchestrator.endpoint.request import ChatRequest
 from vlmrl.orchestrator.endpoint.sampling import SessionSampling
 from vlmrl.orchestrator.rollout import rendering_fence, stop_reason_of
+from vlmrl.rendering.messages import images_of
 from vlmrl.rendering.renderer import Renderer
 from vlmrl.types import (
     Answer,
@@ -347,8 +348,3 @@ def sent_message(answer: Answer, number: int) -> Message:
     return Message(
         "assistant", Message.of("assistant", text).content if text else (), tool_calls=calls, reasoning=answer.reasoning
     )
-
-
-def images_of(messages: Sequence[Message]) -> list[Image]:
-    """The image parts, in order."""
-    return [part for message in messages for part in message.content if isinstance(part, Image)]
