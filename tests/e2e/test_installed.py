@@ -175,7 +175,10 @@ def test_the_shell_completes(installed: Installed) -> None:
     assert "complete -o nospace -o default -F hydra_bash_completion vlmrl" in installed.run(
         "vlmrl", "-sc", "install=bash"
     )
-    tasks = ("color_codeword", "dataset", "gymnasium", "imported", "mixture")
+    tasks = (
+        *("color_codeword", "dataset", "gymnasium", "imported", "mixture"),
+        *("program", "small_print", "verifiers"),
+    )
     assert completed("vlmrl task=") == [f"task={name}" for name in tasks]
     assert completed("vlmrl experiment=color_codeword_4") == ["experiment=color_codeword_4b"]
     assert completed("vlmrl trainer.learn") == ["trainer.learning_rate="]
