@@ -155,9 +155,10 @@ def test_signals_to_every_process_leave_the_workers_and_their_server_alive(tmp_p
     reached: list[int] = []
 
     def policy(rollout_id: str, prompt: str) -> str:
-        if "and now?" in prompt and not reached:
-            processes = [worker._process for worker in envs._workers]
-            reached.extend(process.pid for process in processes if process is not None and process.pid is not None)
+        processes = [worker._process for worker in envs._workers]
+        started = [process.pid for process in processes if process is not None and process.pid is not None]
+        if "and now?" in prompt and not reached and len(started) == 2:  # on a busy machine, one starts later
+            reached.extend(started)
             reached.append(forkserver._forkserver._forkserver_pid)  # type: ignore[attr-defined]
             for pid in reached:
                 for number in FOR_THE_RUN:
