@@ -133,12 +133,15 @@ def _sampling(run: Run, rollout_id: str) -> SessionSampling:
 
 
 def _write_address(path: Path, base_url: str, key: str) -> None:
-    """Write where the model is served and the key, for programs on this machine; only the owner can read it."""
+    """Write where the model is served and the key, for programs on this machine; only the owner can read it. The file
+    is there as a whole or not at all, because a program may wait for it."""
+    written = path.with_name(f".{path.name}")
     with disk_errors(path):
-        path.unlink(missing_ok=True)
+        written.unlink(missing_ok=True)
         content = orjson.dumps({"base_url": base_url, "api_key": key, "pid": os.getpid()}, option=orjson.OPT_INDENT_2)
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        with open(os.open(written, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(content + b"\n")
+        written.replace(path)
 
 
 def _show(run: Run, endpoint: Endpoint, key: str, address: Path) -> None:
