@@ -6,7 +6,6 @@ import asyncio
 import base64
 import io
 import json
-import os
 import re
 import signal
 import socket
@@ -90,13 +89,13 @@ def server(home: Home, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
         made.process.kill()
 
 
-def test_the_snippet_of_the_documentation(server: Served, tmp_path: Path) -> None:
+def test_the_snippet_of_the_documentation(server: Served, home: Home, tmp_path: Path) -> None:
     page = (REPOSITORY / "docs/endpoint.md").read_text()
     (code,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     (tmp_path / "outputs").mkdir()
     (tmp_path / "outputs/latest").symlink_to(server.run)
     PIL.Image.new("RGB", (32, 32), "red").save(tmp_path / "picture.png")
-    process = start("-c", code, cwd=tmp_path, environment={**os.environ})
+    process = start("-c", code, cwd=tmp_path, environment=home.environment)
     out, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, err) == (0, "")
     assert out.strip()
