@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Sequence
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +30,7 @@ from vlmrl.orchestrator.programs.results import UNPAID, Result
 from vlmrl.rendering.images import ImageError, decode, image_hash
 from vlmrl.rendering.renderer import Renderer
 from vlmrl.tasks.border import TaskCodeError, TaskTimeoutError
-from vlmrl.types import EngineSession, Image, Message, Rollout, StopReason
+from vlmrl.types import EngineSession, EnvTime, Image, Message, Rollout, StopReason
 
 Play = Callable[[SessionAddress], Awaitable[Result]]
 """Lets a program play with the session at an address. Raises `TaskCodeError`."""
@@ -73,6 +75,20 @@ class EndpointOfRun:
             if not task.done():
                 task.cancel()
                 await asyncio.wait({task})
+
+
+@asynccontextmanager
+async def in_slot(slots: asyncio.Semaphore, spent: EnvTime) -> AsyncIterator[None]:
+    """Play inside the block once a slot is free. The wait and the time of the block are added to `spent`."""
+    queued = time.monotonic()
+    async with slots:
+        started = time.monotonic()
+        spent.queue_s += started - queued
+        spent.resets += 1
+        try:
+            yield
+        finally:
+            spent.reset_s += time.monotonic() - started
 
 
 async def play_by_chat(

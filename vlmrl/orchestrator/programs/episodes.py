@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import itertools
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ from vlmrl.config.verifiers import VerifiersConfig
 from vlmrl.errors import fenced, safe_text
 from vlmrl.orchestrator.endpoint.server import SessionAddress
 from vlmrl.orchestrator.envs.base import Seat
-from vlmrl.orchestrator.programs.chat import EndpointOfRun, play_by_chat
+from vlmrl.orchestrator.programs.chat import EndpointOfRun, in_slot, play_by_chat
 from vlmrl.orchestrator.programs.process import GuardedProcess, end_in_words
 from vlmrl.orchestrator.programs.programs import environment, said
 from vlmrl.orchestrator.programs.results import Result
@@ -148,22 +147,15 @@ class Episode:
 
     async def play(self, rollout: Rollout, seat: Seat) -> StopReason:
         """See `ProgramHandle.play`."""
-        queued = time.monotonic()
-        async with self._envs.slots:
-            started = time.monotonic()
-            self.time.queue_s += started - queued
-            self.time.resets += 1
-            try:
-                return await play_by_chat(
-                    rollout,
-                    seat,
-                    self._envs.endpoint,
-                    self._play,
-                    noise=self.noise,
-                    client_samples=self._envs.config.sampling is ProgramSampling.client,
-                )
-            finally:
-                self.time.reset_s += time.monotonic() - started
+        async with in_slot(self._envs.slots, self.time):
+            return await play_by_chat(
+                rollout,
+                seat,
+                self._envs.endpoint,
+                self._play,
+                noise=self.noise,
+                client_samples=self._envs.config.sampling is ProgramSampling.client,
+            )
 
     def end(self) -> None:
         """Nothing is left: `play` has ended its episode, also where it was cancelled."""

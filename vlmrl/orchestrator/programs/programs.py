@@ -14,7 +14,6 @@ import asyncio
 import os
 import shlex
 import tempfile
-import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -26,7 +25,7 @@ from vlmrl.config.program import ProgramConfig, ProgramResult, ProgramSampling
 from vlmrl.errors import fenced
 from vlmrl.orchestrator.endpoint.server import SessionAddress
 from vlmrl.orchestrator.envs.base import Closing, Seat
-from vlmrl.orchestrator.programs.chat import EndpointOfRun, play_by_chat
+from vlmrl.orchestrator.programs.chat import EndpointOfRun, in_slot, play_by_chat
 from vlmrl.orchestrator.programs.process import GuardedProcess, end_in_words, last_lines
 from vlmrl.orchestrator.programs.results import UNPAID, Result, last_line, result_in
 from vlmrl.tasks.base import Problem, Task
@@ -120,11 +119,7 @@ class Program:
 
     async def play(self, rollout: Rollout, seat: Seat) -> StopReason:
         """See `ProgramHandle.play`."""
-        queued = time.monotonic()
-        async with self._envs.slots:
-            started = time.monotonic()
-            self.time.queue_s += started - queued
-            self.time.resets += 1
+        async with in_slot(self._envs.slots, self.time):
             try:
                 return await play_by_chat(
                     rollout,
@@ -136,7 +131,6 @@ class Program:
                 )
             finally:
                 rollout.printed = self.printed
-                self.time.reset_s += time.monotonic() - started
 
     def end(self) -> None:
         """Nothing is left: `play` has ended its process, also where it was cancelled."""
