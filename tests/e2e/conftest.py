@@ -14,17 +14,23 @@ from support.browser import opened_browser
 from support.command_line import SHORT, Ended, Home
 
 
-@pytest.fixture(scope="session")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
-    """Where all commands run; what one builds in the cache serves the others."""
-    path = tmp_path_factory.mktemp("home")
+def a_home(tmp_path_factory: pytest.TempPathFactory, name: str) -> Home:
+    """A folder with tasks of one's own; what a command builds in the cache serves those in other homes too."""
+    path = tmp_path_factory.mktemp(name)
     shutil.copy(TESTS / "support/their_tasks.py", path)
-    return Home(path)
+    return Home(path, cache=tmp_path_factory.getbasetemp() / "cache")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    """Where the commands of a module run, so that no two modules give their runs one folder."""
+    return a_home(tmp_path_factory, "home")
 
 
 @pytest.fixture(scope="session")
-def finished(home: Home) -> tuple[Path, Ended]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
     """A short run of the default task that nothing disturbed, with its page; Weights & Biases gets checkpoints too."""
+    home = a_home(tmp_path_factory, "finished")
     run = home.path / "first/outputs/finished"
     wandb = ("monitor.wandb.mode=offline", "monitor.wandb.checkpoints=true")
     ended = home.vlmrl(*SHORT, *wandb, "monitor.report=true", f"hydra.run.dir={run}")

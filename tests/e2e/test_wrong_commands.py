@@ -122,7 +122,7 @@ def test_a_plan_names_a_wrong_family(home: Home, tiny_folder: Path) -> None:
 @pytest.mark.parametrize("cache", ["file", "/proc/x", "file/below"])
 def test_a_cache_that_cannot_be_used(cache: str, home: Home, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    place = HomeWith(tmp_path, {"VLMRL_CACHE": cache if cache.startswith("/") else str(tmp_path / cache)})
+    place = HomeWith(tmp_path, variables={"VLMRL_CACHE": cache if cache.startswith("/") else str(tmp_path / cache)})
     message = refused(place, "trainer.max_steps=1", "hydra.run.dir=outputs/here")
     assert f"{cache}, which cannot be used (" in message
     assert "set the variable VLMRL_CACHE to a folder" in message

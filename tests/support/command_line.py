@@ -97,13 +97,15 @@ class Home:
     """A user's own folder, with tasks of their own in it; the runs go there."""
 
     path: Path
+    cache: Path | None = None
+    """Where commands cache what they build; None: in a folder of `path`."""
 
     @property
     def environment(self) -> dict[str, str]:
         return {
             **os.environ,
             "PYTHONPATH": str(REPOSITORY),
-            "VLMRL_CACHE": str(self.path / "cache"),
+            "VLMRL_CACHE": str(self.cache or self.path / "cache"),
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
             "HF_HOME": str(self.path / "empty"),
