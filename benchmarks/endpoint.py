@@ -3,11 +3,11 @@
     python benchmarks/endpoint.py [--sessions 64 --turns 3 --new-tokens 128 --rounds 3 --requests 100]
 
     task        RolloutRunner ─▶ embedded engine
-    endpoint    a process with the `openai` package ─▶ HTTP ─▶ ChatSession ─▶ the same engine
+    endpoint    processes with the `openai` package ─▶ HTTP ─▶ ChatSession ─▶ the same engine
 
 An episode has some turns, each with a new image and a text. Nothing ends an answer early, so both sides sample the same
 number of tokens. The sides take turns after a round that warms up; the clock runs from the first request to the last
-answer. The client is one process, as the program of a user would be, and shares the machine's cores with the engine.
+answer. The client shares the machine's cores with the engine. It is one process, or several as `task.processes` allows.
 
 Milliseconds per request: one session, answers of one token, one request after the other. The engine's own time is
 measured around its `generate`; the rest is the endpoint, HTTP and the client.
@@ -24,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -205,9 +205,9 @@ class Client:
 
 
 async def as_program(
-    renderer: Renderer, engine: WholeAnswers, args: argparse.Namespace, client: Client
+    renderer: Renderer, engine: WholeAnswers, args: argparse.Namespace, clients: Sequence[Client]
 ) -> tuple[float, int]:
-    """(seconds, tokens) of all episodes; the seconds are the client's."""
+    """(seconds, tokens) of all episodes, which the clients share; the seconds are those of the slowest client."""
     endpoint = Endpoint("tiny", temperature=1.0)
     await endpoint.start()
     opened, addresses = [], []
@@ -216,18 +216,19 @@ async def as_program(
         opened.append(engine.session(name, is_awaited=False))
         session = chat_session(renderer, opened[-1], name, args.new_tokens)
         addresses.append((endpoint.open(session), session))
-    played = await client.do(
-        kind="play",
-        turns=args.turns,
-        sessions=[[address.base_url, address.api_key] for address, _ in addresses],
+    numbered = [(number, address.base_url, address.api_key) for number, (address, _) in enumerate(addresses)]
+    jobs = (
+        client.do(kind="play", turns=args.turns, sessions=numbered[place :: len(clients)])
+        for place, client in enumerate(clients)
     )
+    played = await asyncio.gather(*jobs)
     turns = [turn for _, session in addresses for turn in session.close()]
     assert not any(turn.starts_over for turn in turns), "a conversation was not recognized"
     assert len(turns) == args.sessions * args.turns
     for each in opened:
         await each.__aexit__()
     await endpoint.stop()
-    return played["seconds"], sum(len(turn.completion.token_ids) for turn in turns)
+    return max(each["seconds"] for each in played), sum(len(turn.completion.token_ids) for turn in turns)
 
 
 async def latency(renderer: Renderer, engine: WholeAnswers, args: argparse.Namespace, client: Client) -> dict[str, Any]:
@@ -266,21 +267,21 @@ def client_main() -> None:
 
     import openai
 
-    async def play(sessions: list[list[str]], turns: int) -> float:
-        images = [[image_part(number, turn) for turn in range(turns)] for number in range(len(sessions))]
-        async with openai.AsyncOpenAI(base_url=sessions[0][0], api_key=sessions[0][1], timeout=600) as shared:
-            clients = [shared.with_options(base_url=url, api_key=key) for url, key in sessions]
+    async def play(sessions: list[tuple[int, str, str]], turns: int) -> float:
+        images = {number: [image_part(number, turn) for turn in range(turns)] for number, *_ in sessions}
+        async with openai.AsyncOpenAI(base_url=sessions[0][1], api_key=sessions[0][2], timeout=600) as shared:
 
-            async def episode(number: int) -> None:
+            async def episode(number: int, url: str, key: str) -> None:
+                client = shared.with_options(base_url=url, api_key=key)
                 messages: list[Any] = []
                 for turn in range(turns):
                     content = [{"type": "text", "text": QUESTION}, images[number][turn]]
                     messages.append({"role": "user", "content": content})
-                    answer = await clients[number].chat.completions.create(model="tiny", messages=messages)
+                    answer = await client.chat.completions.create(model="tiny", messages=messages)
                     messages.append({"role": "assistant", "content": answer.choices[0].message.content})
 
             started = time.perf_counter()
-            await asyncio.gather(*map(episode, range(len(sessions))))
+            await asyncio.gather(*(episode(*session) for session in sessions))
             return time.perf_counter() - started
 
     def timed(job: dict[str, Any]) -> list[float]:
@@ -316,25 +317,28 @@ def client_main() -> None:
 
 async def measure(args: argparse.Namespace) -> None:
     renderer, engine = parts()
-    client = Client()
+    clients = [Client() for _ in range(max(args.processes))]
+    sides = {f"endpoint, processes: {number}": clients[:number] for number in args.processes}
     try:
-        rounds: dict[str, list[tuple[float, int]]] = {"task": [], "endpoint": []}
+        rounds: dict[str, list[tuple[float, int]]] = {"task": [], **{side: [] for side in sides}}
         for _ in range(args.rounds + 1):
             rounds["task"].append(await as_task(renderer, engine, args))
-            rounds["endpoint"].append(await as_program(renderer, engine, args, client))
-        found = await latency(renderer, engine, args, client)
+            for side, chosen in sides.items():
+                rounds[side].append(await as_program(renderer, engine, args, chosen))
+        found = await latency(renderer, engine, args, clients[0])
     finally:
-        client.close()
+        for client in clients:
+            client.close()
         await engine.stop()
     print(f"{args.sessions} episodes × {args.turns} turns × {args.new_tokens} tokens, {args.rounds} rounds")
-    print("| side | new tokens/s, median | min – max |\n|---|---|---|")
-    medians = {}
+    print("| side | new tokens/s, median | min – max | of the task |\n|---|---|---|---|")
+    medians: dict[str, float] = {}
     for side, measured in rounds.items():
         rates = sorted(tokens / seconds for seconds, tokens in measured[1:])
         medians[side] = statistics.median(rates)
-        print(f"| {side} | {medians[side]:,.0f} | {rates[0]:,.0f} – {rates[-1]:,.0f} |")
-    print(f"\nendpoint / task: {medians['endpoint'] / medians['task']:.3f}\n")
-    print("| client | ms per request | of it the engine | the rest |\n|---|---|---|---|")
+        share = medians[side] / medians["task"]
+        print(f"| {side} | {medians[side]:,.0f} | {rates[0]:,.0f} – {rates[-1]:,.0f} | {share:.3f} |")
+    print("\n| client | ms per request | of it the engine | the rest |\n|---|---|---|---|")
     for kind, (total, own) in found.items():
         print(f"| {kind} | {total:.2f} | {own:.2f} | {total - own:.2f} |")
 
@@ -346,6 +350,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="of the client")
     parser.add_argument("--requests", type=int, default=100)
     args = parser.parse_args()
     if args.client:
