@@ -6,12 +6,13 @@ The two runs that learn take minutes each; they are what a release must show, an
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
@@ -55,6 +56,19 @@ def engines(process: psutil.Process) -> list[psutil.Process]:
         if "vllm.entrypoints.openai.api_server" in command(child)
         and "vlmrl.inference.vllm.in_server.supervisor" not in command(child)
     ]
+
+
+SHARED = Path("/dev/shm")
+
+
+def mapped(processes: list[psutil.Process]) -> set[int]:
+    """Inodes of the files of shared memory that they have mapped."""
+    found = set()
+    for process in processes:
+        with suppress(OSError):
+            lines = Path(f"/proc/{process.pid}/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+            found |= {int(line.split()[4]) for line in lines if f" {SHARED}/" in line}
+    return found
 
 
 def sums(run: Path, key: str) -> float:
@@ -109,9 +123,12 @@ def test_a_run_survives_its_servers_and_leaves_nothing(
     """In one run's life: a thief waits for every start, the engine hangs, a supervisor is killed, and the run is
     killed. Then it resumes."""
     run = home.path / "outputs/survives"
-    shared = set(os.listdir("/dev/shm"))
+    weights = Path(tempfile.mkdtemp(dir=SHARED))
+    request.addfinalizer(lambda: shutil.rmtree(weights))
+    shared: set[int] = set()  # other runs have files there too
     changed = ("orchestrator.max_staleness=1", "trainer.max_steps=60", "orchestrator.eval.every=0")
-    arguments = (*SHORT, "inference=vllm", "inference.request_timeout_s=10", *changed)
+    engine_settings = ("inference=vllm", "inference.request_timeout_s=10", f"weight_sync.root={weights}")
+    arguments = (*SHORT, *engine_settings, *changed)
     is_root = os.geteuid() == 0
     command = [sys.executable, "-c", THIEF if is_root else "", str(home.path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as thief, ExitStack() as ending:
@@ -122,6 +139,7 @@ def test_a_run_survives_its_servers_and_leaves_nothing(
             before = steps_of(run)
             until(lambda: process.poll() is not None or steps_of(run) >= before + 3, what, STARTED_S, 0.05)
             assert process.poll() is None, process.communicate()
+            shared.update(mapped(psutil.Process(process.pid).children(recursive=True)))
 
         request.addfinalizer(process.kill)
         go_on("the third step")
@@ -142,7 +160,9 @@ def test_a_run_survives_its_servers_and_leaves_nothing(
         process.communicate()
         _, alive = psutil.wait_procs(below, timeout=200)
         assert alive == []
-        assert set(os.listdir("/dev/shm")) - shared == set()
+        assert len(shared) >= 3, "each of three servers had semaphores at least"
+        assert [entry.name for entry in os.scandir(SHARED) if entry.inode() in shared] == []
+        assert list(weights.iterdir()) == []
         assert [
             path.name for path in short_tmpdir.iterdir() if not path.name.startswith(("tmp", "torchinductor"))
         ] == []
