@@ -14,13 +14,14 @@ import pytest
 
 from support.command_line import REPOSITORY
 from support.processes import start
+from support.verifiers_here import PYTHON
 
 BENCHMARKS = REPOSITORY / "benchmarks"
 REHEARSAL_TIMEOUT_S = 500.0
 
 HELPERS = (
     *("family_cells.py", "family_export.py", "family_image.py", "family_runs.py", "family_task.py"),
-    *("curves.py", "large_family.py", "timed_command.py", "training_batches.py", "trl_side.py"),
+    *("cards_task.py", "curves.py", "large_family.py", "timed_command.py", "training_batches.py", "trl_side.py"),
 )
 """Files of benchmarks/ that others import or start."""
 
@@ -58,6 +59,11 @@ REHEARSALS = {
     ),
     "trl_gpu.py": "--size tiny --device cpu --shapes codeword --steps 3 --groups 1 --trl-micro-batches 8",
     "trl_step.py": f"--trl-python {sys.executable} --rounds 1 --steps 3 --warmup-steps 3",
+    "verifiers_tools.py": (
+        "--python VERIFIERS --seeds 0 --curves curves.svg trainer.max_steps=1 trainer.warmup.steps=2 "
+        "trainer.warmup.batch_size=2 orchestrator.eval.problems=2 orchestrator.groups_per_step=1 "
+        "orchestrator.group_size=2"
+    ),
     "vision_gap.py": "trainer.max_steps=2 trainer.warmup.steps=3",
     "weight_sync.py": (
         "--checkpoint TINY --dtype float32 --transports folder --rounds 1 --requests 4 --new-tokens 16 --image-size 64 "
@@ -65,7 +71,8 @@ REHEARSALS = {
     ),
     "wrong_configs.py": "--first 3",
 }
-"""Script → arguments; TINY is the folder of a tiny checkpoint, RUN that of a finished run."""
+"""Script → arguments; TINY is the folder of a tiny checkpoint, RUN that of a finished run, VERIFIERS the Python of an
+environment with verifiers."""
 
 NEEDS = {
     "mismatch.py": "vllm",
@@ -83,7 +90,10 @@ def test_a_benchmark_runs_at_a_small_size(script: str, tiny_folder: Path, never_
     needed = NEEDS.get(script)
     if needed is not None and find_spec(needed) is None:
         pytest.skip(f"{needed} is not installed")
-    arguments = REHEARSALS[script].replace("TINY", str(tiny_folder)).replace("RUN", str(never_stopped)).split()
+    if script == "verifiers_tools.py" and PYTHON is None:
+        pytest.skip("VLMRL_VERIFIERS_PYTHON does not name the Python of an environment with verifiers")
+    places = {"TINY": str(tiny_folder), "RUN": str(never_stopped), "VERIFIERS": str(PYTHON)}
+    arguments = [places.get(word, word) for word in REHEARSALS[script].split()]
     ranks = ("-m", "torch.distributed.run", "--nproc-per-node=2") if script == "fsdp_scaling.py" else ()
     environment = os.environ | {
         "PYTHONPATH": str(REPOSITORY),

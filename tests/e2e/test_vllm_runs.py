@@ -130,7 +130,7 @@ def test_a_run_survives_its_servers_and_leaves_nothing(
     engine_settings = ("inference=vllm", "inference.request_timeout_s=10", f"weight_sync.root={weights}")
     arguments = (*SHORT, *engine_settings, *changed)
     is_root = os.geteuid() == 0
-    command = [sys.executable, "-c", THIEF if is_root else "", str(home.path)]
+    command = [sys.executable, "-c", THIEF if is_root else "", str(home.cache)]  # where the model of a server is
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as thief, ExitStack() as ending:
         ending.callback(thief.kill)  # also where an assertion fails: leaving the block waits for it
         process = home.start(*arguments, f"hydra.run.dir={run}", cold=True)  # a warm process may know another TMPDIR

@@ -448,7 +448,7 @@ def test_a_killed_servers_turns_are_sent_again_and_it_restarts_with_the_current_
 
         async def episodes(kill: psutil.Process) -> list[Completion]:
             before = await generated(servers)
-            asked = [asyncio.create_task(servers.ask(p, tiny.endless(i, 300))) for i, p in enumerate(prompts)]
+            asked = [asyncio.create_task(servers.ask(p, tiny.endless(i, 900))) for i, p in enumerate(prompts)]
             while await generated(servers) < before + 100:
                 await asyncio.sleep(0.01)
             kill.kill()
@@ -471,7 +471,7 @@ def test_a_killed_servers_turns_are_sent_again_and_it_restarts_with_the_current_
 
     async def episodes_on(replica: Replica, kill: psutil.Process) -> list[Completion]:
         prompts = [await tiny.prompt(50 + i) for i in range(8)]
-        asked = [asyncio.create_task(servers.ask(p, tiny.endless(i, 300))) for i, p in enumerate(prompts)]
+        asked = [asyncio.create_task(servers.ask(p, tiny.endless(i, 900))) for i, p in enumerate(prompts)]
         assert replica.client is not None
         kill.kill()
         return await asyncio.gather(*asked)

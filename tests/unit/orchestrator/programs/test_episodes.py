@@ -68,6 +68,25 @@ def test_a_tool_that_returns_a_picture_extends_the_conversation() -> None:
     assert [int(image.pixels[0, 0, 0]) for image in second.prompt.images] == [200, 70]
 
 
+def test_one_tool_server_gives_pictures_to_all_episodes() -> None:
+    """A card is drawn at each call, and the reward is for the letter of the card that the episode was shown."""
+
+    def policy(prompt: str) -> str:
+        return "A" if prompt.count("#") == 1 else "<card_tools_draw {}>"
+
+    rollouts = play(config_of("vf_cards"), 2, group_size=6, engine=DirectEngine(policy))
+    reds = []
+    for rollout in rollouts:
+        assert (rollout.stop_reason, rollout.error) == (StopReason.TERMINATED, None)
+        first, second = rollout.turns
+        assert (first.branch, second.branch) == (0, 0)
+        assert text_of(second.prompt).startswith(text_of(first.prompt) + "<card_tools_draw {}>$")
+        (card,) = second.prompt.images
+        reds.append(float(card.pixels[0, 0, 0] == 255))
+    assert [rollout.reward for rollout in rollouts] == reds, "A is the red one"
+    assert 0 < sum(reds) < len(reds)
+
+
 def test_an_episode_that_fails_costs_its_rollout() -> None:
     """The harness of one task raises."""
     task = load_task(config_of("vf_squares"), seed=0)
