@@ -443,6 +443,7 @@ def test_a_killed_servers_turns_are_sent_again_and_it_restarts_with_the_current_
     first, second = engine.replicas
 
     async def scenario() -> None:
+        await servers.publish()
         prompts = [await tiny.prompt(50 + i) for i in range(8)]
         engine.metrics()
 
