@@ -40,8 +40,10 @@ def play(
     renderer: Any = None,
     max_turns: int = 8,
     max_new_tokens: int = 60,
+    times: int = 1,
 ) -> list[Rollout]:
-    """The rollouts of the first tasks, after which no worker is left."""
+    """The rollouts of the first tasks, after which no worker is left. They are played so many `times`, one after the
+    other, and the last ones count."""
 
     async def main() -> list[Rollout]:
         task = load_task(config, seed=0)
@@ -58,9 +60,10 @@ def play(
         problems = await ProblemStream(task, "train").draw(1, count)
         try:
             async with asyncio.timeout(400):
-                groups = await runner.run_groups(
-                    split="train", step=1, problems=problems, group_size=group_size, temperature=1.0
-                )
+                for step in range(times):
+                    groups = await runner.run_groups(
+                        split="train", step=step + 1, problems=problems, group_size=group_size, temperature=1.0
+                    )
         finally:
             await envs.stop()
         return [rollout for group in groups for rollout in group.rollouts]

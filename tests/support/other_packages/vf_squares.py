@@ -1,11 +1,12 @@
 """An environment of verifiers whose own harness talks to the policy: name the colours of squares, one after another.
 
-With `raises` the harness fails at that task.
+With `raises` the harness fails at that task; with `counts`, HTTP clients that are alive are counted.
 """
 
 from __future__ import annotations
 
 import base64
+import gc
 import io
 import random
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import verifiers.v1 as vf
 from openai import AsyncOpenAI
 from PIL import Image
+from verifiers.v1.clients.eval import EvalClient
 from verifiers.v1.runtimes import ProgramResult
 
 __all__ = ["SquaresHarness", "SquaresTaskset"]
@@ -30,6 +32,7 @@ def picture(letter: str) -> dict[str, Any]:
 class SquaresData(vf.TaskData):
     letters: str
     raises: bool = False
+    counts: bool = False
 
 
 class SquaresTask(vf.Task[SquaresData]):
@@ -40,6 +43,11 @@ class SquaresTask(vf.Task[SquaresData]):
         return sum(answer.strip() == letter for answer, letter in pairs) / len(self.data.letters)
 
     @vf.metric
+    async def clients(self, trace: vf.Trace) -> float:
+        """How many of the worker's HTTP clients are alive; 0 unless the config wants to know."""
+        return float(sum(isinstance(each, EvalClient) for each in gc.get_objects())) if self.data.counts else 0.0
+
+    @vf.metric
     async def answers(self, trace: vf.Trace) -> float:
         return float(trace.num_turns)
 
@@ -48,6 +56,7 @@ class SquaresConfig(vf.TasksetConfig):
     turns: int = 2
     count: int = 200
     raises: int | None = None
+    counts: bool = False
 
 
 class SquaresTaskset(vf.Taskset[SquaresTask, SquaresConfig]):
@@ -56,7 +65,8 @@ class SquaresTaskset(vf.Taskset[SquaresTask, SquaresConfig]):
         for index in range(self.config.count):
             letters = "".join(draw.choice("ABC") for _ in range(self.config.turns))
             raises = index == self.config.raises
-            yield SquaresTask(SquaresData(prompt="Name the squares.", letters=letters, raises=raises), self.config.task)
+            data = SquaresData(prompt="Name the squares.", letters=letters, raises=raises, counts=self.config.counts)
+            yield SquaresTask(data, self.config.task)
 
 
 class SquaresHarnessConfig(vf.HarnessConfig):

@@ -25,7 +25,9 @@ from functools import partial
 from typing import Any
 
 import verifiers.v1 as vf
+from verifiers.v1.clients import resolve_client
 from verifiers.v1.configs.agent import agent_config_fields
+from verifiers.v1.interception.server import InterceptionServer
 from verifiers.v1.runtimes import SubprocessConfig
 from verifiers.v1.utils.loaders import load_environment, resolve_env_config
 
@@ -63,8 +65,27 @@ def made(config: dict[str, Any]) -> Any:
     return load_environment(resolved.model_copy(update=local))
 
 
+def close_clients_with_their_episodes() -> None:
+    """Verifiers keeps one HTTP client per endpoint, about 1 MB, until the environment ends. Here every episode has an
+    endpoint of its own, so an episode's clients are closed when it ends."""
+    unregister = InterceptionServer.unregister
+    closing: set[asyncio.Task[None]] = set()
+
+    def unregister_and_close(server: Any, model_secret: str, state_secret: str) -> None:
+        session = server.sessions.get(model_secret)
+        unregister(server, model_secret, state_secret)
+        if session is not None and session.client is not None:
+            task = asyncio.get_running_loop().create_task(session.client.close())
+            closing.add(task)
+            task.add_done_callback(closing.discard)
+
+    InterceptionServer._client = lambda server, config: resolve_client(config)
+    InterceptionServer.unregister = unregister_and_close
+
+
 async def main() -> None:
     """Answer requests until standard input closes."""
+    close_clients_with_their_episodes()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 

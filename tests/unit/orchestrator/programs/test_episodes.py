@@ -40,7 +40,7 @@ def test_turns_rewards_and_metrics_are_those_of_the_environment() -> None:
         ], "bridged from the sampled tokens, although the client has stripped the answer"
         assert {turn.branch for turn in rollout.turns} == {0}
         assert rollout.rewards == {"right": rollout.reward}
-        assert rollout.metrics == {"answers": 2.0}
+        assert rollout.metrics == {"answers": 2.0, "clients": 0.0}
         red = [[int(image.pixels[0, 0, 0]) == 255 for image in turn.prompt.images] for turn in rollout.turns]
         assert rollout.reward == sum(red[-1]) / 2, "A is the red one"
     assert children() == []
@@ -85,6 +85,14 @@ def test_one_tool_server_gives_pictures_to_all_episodes() -> None:
         reds.append(float(card.pixels[0, 0, 0] == 255))
     assert [rollout.reward for rollout in rollouts] == reds, "A is the red one"
     assert 0 < sum(reds) < len(reds)
+
+
+def test_an_episodes_http_clients_end_with_it() -> None:
+    """Else each would hold a megabyte until the run ends."""
+    args = {"taskset": {"counts": True}}
+    rollouts = play(config_of("vf_squares", args=args), 5, engine=DirectEngine(lambda prompt: "A"), times=4)
+    assert {rollout.error for rollout in rollouts} == {None}
+    assert all(1 <= rollout.metrics["clients"] <= 5 for rollout in rollouts), "those of 15 episodes before are gone"
 
 
 def test_an_episode_that_fails_costs_its_rollout() -> None:
