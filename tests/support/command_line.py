@@ -102,13 +102,14 @@ class Home:
 
     @property
     def environment(self) -> dict[str, str]:
+        cache = self.cache or self.path / "cache"
         return {
             **os.environ,
             "PYTHONPATH": str(REPOSITORY),
-            "VLMRL_CACHE": str(self.cache or self.path / "cache"),
+            "VLMRL_CACHE": str(cache),
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
-            "HF_HOME": str(self.path / "empty"),
+            "HF_HOME": str(cache.with_name("empty")),  # equal for homes that share a cache: see `READ_AT_IMPORT`
             **KEYS,
         }
 

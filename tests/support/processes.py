@@ -183,6 +183,12 @@ class _Server:
                 else:
                     self._early[message["pid"]] = message["code"]
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no process of it runs."""
+        with self._answered:
+            return not self._started
+
     def close(self) -> None:
         """End the server; processes that still run go on."""
         self._connection.shutdown(socket.SHUT_RDWR)
@@ -191,11 +197,21 @@ class _Server:
         self._connection.close()
 
 
+MOST_SERVERS = 6
+"""Servers that are kept; each holds about 330 MB."""
+
 _servers: dict[frozenset[tuple[str, str]], _Server] = {}
+"""By what they have read from the environment; the one that was asked last is last."""
 
 
 def _server(environment: Mapping[str, str]) -> _Server:
     read = frozenset((name, value) for name, value in environment.items() if READ_AT_IMPORT.match(name))
     if read not in _servers:
+        idle = [key for key, server in _servers.items() if server.is_idle]
+        for key in idle[: max(0, len(_servers) + 1 - MOST_SERVERS)]:
+            server = _servers.pop(key)
+            atexit.unregister(server.close)
+            server.close()
         _servers[read] = _Server(environment)
+    _servers[read] = _servers.pop(read)
     return _servers[read]
