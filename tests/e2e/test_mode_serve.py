@@ -130,6 +130,8 @@ def test_a_conversation_with_images(server: Served) -> None:
     assert again.choices[0].message.content == greedy.choices[0].message.content
     stopped_text = stopped(server, signal.SIGINT)
     assert "finished after step" in stopped_text
+    assert "Asked to stop: what was recorded is kept." in stopped_text
+    assert "optimizer steps" not in stopped_text, "it makes none"
     conversation = next(each for each in recorded(server.run) if len(each["turns"]) == 2)
     one, two = conversation["turns"]
     known = one["prompt_token_ids"] + one["completion_ids"]

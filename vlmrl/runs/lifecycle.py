@@ -91,7 +91,7 @@ def lead_run(config: RunConfig, mode: RunMode, notes: Sequence[str], rank_group:
             with same_data(config, run_dir) as hub_commits:
                 run = build_run(config, run_dir, monitor, rank_group)
             monitor.expect(run.steps)
-            monitor.table("plan", plan_table(run))
+            monitor.table("plan", model_table(run) if config.mode is Mode.serve else plan_table(run))
             if data := data_of(run):
                 monitor.table("data", data)
                 monitor.data = {"data": data} | ({"hub_commits": hub_commits} if hub_commits else {})
@@ -150,7 +150,7 @@ async def carry_out(run: Run, mode: RunMode) -> tuple[ExitReason, float | None]:
     with ExitStack() as handlers:
         try:
             await run.engine.start()
-            handlers.enter_context(stopping_on_signals(run.stop, run.monitor.warn))
+            handlers.enter_context(stopping_on_signals(run.stop, run.monitor.warn, mode.checkpoint_step is not None))
             with rank_lost(run.rank_group) as lost:
                 restore(run, mode)
                 work = asyncio.create_task(mode.run(run))
@@ -269,17 +269,25 @@ def save_after(error: BaseException, run: Run, mode: RunMode) -> None:
         error.add_note(f"While saving: {second}")
 
 
+def model_table(run: Run) -> dict[str, str]:
+    """The model, for the screen."""
+    config = run.config
+    parameters = sum(p.numel() for p in run.policy.model.parameters())
+    trainable = sum(p.numel() for p in run.policy.model.parameters() if p.requires_grad)
+    return {
+        "model": f"{config.model.name}: {parameters:,} parameters, {trainable:,} trainable, {config.model.dtype.value} "
+        f"on {run.policy.device}" + ("" if run.rank_group is None else f", {run.rank_group.size} ranks"),
+    }
+
+
 def plan_table(run: Run) -> dict[str, str]:
     """What the numbers of the config add up to, for the screen."""
     config, orchestrator, warmup = run.config, run.config.orchestrator, run.config.trainer.warmup
     rollouts = orchestrator.groups_per_step * orchestrator.group_size
     supervised = run.steps if config.mode is Mode.sft else warmup.steps
-    parameters = sum(p.numel() for p in run.policy.model.parameters())
-    trainable = sum(p.numel() for p in run.policy.model.parameters() if p.requires_grad)
     target, consecutive = orchestrator.eval.target, orchestrator.eval.consecutive
     return {
-        "model": f"{config.model.name}: {parameters:,} parameters, {trainable:,} trainable, {config.model.dtype.value} "
-        f"on {run.policy.device}" + ("" if run.rank_group is None else f", {run.rank_group.size} ranks"),
+        **model_table(run),
         "task": f"{config.task.target.rpartition(':')[2]}, up to {most_turns(config.task)} turns",
         "rollouts per step": f"{orchestrator.groups_per_step} groups × {orchestrator.group_size} = {rollouts}",
         "tokens per rollout": f"up to {run.evaluator.runner.max_model_len}, {orchestrator.max_new_tokens} new per turn",

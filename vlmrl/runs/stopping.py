@@ -43,8 +43,9 @@ class Stop(asyncio.Event):
 
 
 @contextmanager
-def stopping_on_signals(stop: Stop, warn: Callable[[str], None]) -> Iterator[None]:
-    """Handle the signals (see the top of this file) inside the block; the first one sets `stop`."""
+def stopping_on_signals(stop: Stop, warn: Callable[[str], None], saves: bool = True) -> Iterator[None]:
+    """Handle the signals (see the top of this file) inside the block; the first one sets `stop`. `saves`: whether the
+    block makes steps, and saves the last one before it ends."""
     loop = asyncio.get_running_loop()
     is_slurm = slurm.in_step()
     queue_signals = slurm.QUEUE_SIGNALS if is_slurm else ()
@@ -52,7 +53,8 @@ def stopping_on_signals(stop: Stop, warn: Callable[[str], None]) -> Iterator[Non
     urgent = (signal.SIGINT, signal.SIGTERM)
 
     def set_stop() -> None:
-        warn("Asked to stop: the step in progress is finished and saved. A second Ctrl-C ends the run at once.")
+        what = "the step in progress is finished and saved" if saves else "what was recorded is kept"
+        warn(f"Asked to stop: {what}. A second Ctrl-C ends the run at once.")
         stop.set()
 
     def first(number: int, frame: FrameType | None) -> None:
