@@ -495,6 +495,9 @@ class Turn:
     learned: TokenMetrics | None = None
     """Filled by samples.py after the step: the trainer's logprobs and entropies of the C tokens of the completion. None
     where the turn was not trained on."""
+    reference_logprobs: FloatArray | None = None
+    """float32 [C]; natural log of the reference's probability of each token of the completion, filled by
+    orchestrator/reference.py. None in a run without a reference, and where the turn cannot be learned from."""
     starts_over: bool = False
     """Whether the env replaced the conversation before it (`Reply.history`). Then a new branch begins, and `messages`
     is all of its prompt."""
@@ -697,6 +700,9 @@ class TrainingSample:
     temperatures: FloatArray | None = None
     """float32 [L]; the temperature above 0 that the token was sampled at. NaN for the run's own temperature, and where
     loss_mask is False. None: the run's own for all tokens."""
+    reference_logprobs: FloatArray | None = None
+    """float32 [L]; natural log of the reference's probability of the token; 0.0 where loss_mask is False. None: not
+    scored by a reference."""
 
     def __post_init__(self) -> None:
         length = len(self.token_ids)
@@ -760,6 +766,10 @@ class Trainer(Protocol):
     def logprobs(self, samples: Sequence[TrainingSample]) -> list[FloatArray]:
         """For each sample, float32 [loss tokens]: natural log of the probability of its loss tokens under the current
         weights. Does not change the weights."""
+        ...
+
+    def reference_logprobs(self, samples: Sequence[TrainingSample]) -> list[FloatArray]:
+        """As `logprobs`, under the reference; only in a run that has one."""
         ...
 
     def save(self, folder: str) -> Future[None]:

@@ -54,6 +54,9 @@ class Learner:
     def logprobs(self, samples: Sequence[TrainingSample]) -> list[FloatArray]:
         raise AssertionError("a checkpoint scores nothing")
 
+    def reference_logprobs(self, samples: Sequence[TrainingSample]) -> list[FloatArray]:
+        raise AssertionError("a checkpoint scores nothing")
+
     def save(self, folder: str) -> Future[None]:
         broken = not_finite(self.parameters())
         if broken is not None:

@@ -21,6 +21,7 @@ from vlmrl.orchestrator.loop import ExitReason, Loop
 from vlmrl.trainer.trainer import EMPTY_STEP
 from vlmrl.types import (
     Completion,
+    FloatArray,
     Group,
     Prompt,
     Rollout,
@@ -83,6 +84,9 @@ class World:
     learned: list[list[TrainingSample]] = field(default_factory=list)
     demonstrated: list[Sequence[TrainingSample]] = field(default_factory=list)
     scored: list[tuple[int, int, int]] = field(default_factory=list)
+    has_reference: bool = False
+    """Whether the trainer has a reference; it finds each token less likely, by half a nat."""
+    referred: list[Sequence[TrainingSample]] = field(default_factory=list)
     metrics_of: dict[int, dict[str, float]] = field(default_factory=dict)
     open_batches: set[int] = field(default_factory=set)
     most_open: int = 0
@@ -149,6 +153,11 @@ class World:
             for s in samples
         ]
         return StepResult(self.version, dict.fromkeys((*EMPTY_STEP, "memory/peak_bytes"), 0.0), figures)
+
+    def reference_logprobs(self, samples: Sequence[TrainingSample]) -> list[FloatArray]:
+        self.happens(f"score {self.version + 1}")
+        self.referred.append(samples)
+        return [sample.inference_logprobs[sample.loss_mask] - 0.5 for sample in samples]
 
     async def demonstrations(self, step: int) -> list[TrainingSample]:
         if f"demonstrations {step}" in {*self.during, *self.failing}:
@@ -233,6 +242,7 @@ class World:
                 checkpoint=self.checkpoint,
                 demonstrations=self.demonstrations,
                 vision_gap=self.vision_gap,
+                has_reference=self.has_reference,
                 stop=self.stop,
             )
             try:

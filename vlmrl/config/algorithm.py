@@ -37,6 +37,7 @@ class Advantage(StrEnum):
     group_normalized = "group_normalized"
     group_centered = "group_centered"
     leave_one_out = "leave_one_out"
+    none = "none"
 
 
 class Loss(StrEnum):
@@ -75,6 +76,46 @@ class Truncated(Enum):
     mask = "mask"
     """The rollout is left out of training, and out of the rewards that its siblings are compared with: a task cannot
     know what half an answer is worth."""
+
+
+class KLEstimator(StrEnum):
+    """How the loss estimates KL(π ‖ reference) from one sampled token, with d = log reference − log π (Schulman,
+    "Approximating KL Divergence", 2020). As a term of the loss they differ in what their gradient is in expectation,
+    where the tokens are on-policy (arXiv 2506.09477)."""
+
+    k1 = "k1"
+    """−d. Its gradient is zero in expectation, so as a loss it teaches nothing; as a penalty of the reward
+    (`algorithm.kl.reward`), where no gradient goes through it, it is the right one."""
+    k2 = "k2"
+    """d² / 2. Its value is biased, its gradient is that of KL(π ‖ reference)."""
+    k3 = "k3"
+    """exp(d) − d − 1, GRPO's term (arXiv 2402.03300, eq. 4). Its value is unbiased and never negative, its gradient is
+    that of KL(reference ‖ π)."""
+
+
+@dataclass
+class KLConfig:
+    """What the distance to the reference (`reference=`) costs. Each number is a factor; 0 is no cost. All of them use
+    the distribution that was sampled from: its temperature, and no banned tokens."""
+
+    loss: float = setting(0.0, on_resume=Resume.noted, low=0, high=10**6, outside="it pulls away from the reference")
+    """A term of the loss: this times the mean of `estimator` over the batch's tokens, with gradient. GRPO has 0.04."""
+    estimator: KLEstimator = setting(KLEstimator.k3, on_resume=Resume.noted)
+    """The estimator of that term."""
+    reward: float = setting(0.0, on_resume=Resume.noted, low=0, high=10**6, outside="it pulls away from the reference")
+    """A penalty: this times the sum of log μ − log reference over the tokens of what is rewarded (`credit`: the episode
+    or the turn) is taken off its reward before rewards are compared; μ is the sampler. Rewards in the metrics and in
+    the record are those of the task."""
+    advantage: float = setting(
+        0.0, on_resume=Resume.noted, low=0, high=10**6, outside="the policy would leave the reference"
+    )
+    """On-policy distillation: each token's advantage is lower by this times log μ − log reference, so that the loss
+    descends KL(π ‖ reference) token by token. With `algorithm.advantage=none` nothing else is learned."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything costs something."""
+        return bool(self.loss or self.reward or self.advantage)
 
 
 class FilterMode(Enum):
@@ -172,6 +213,8 @@ class AlgorithmConfig:
     """For `truncated` and `masked`: ratios above it are cut; `masked` also cuts ratios below 1 / `importance_cap`. The
     default of 2 is that of truncated importance sampling for engines that round differently; the ratios of fresh
     tokens are within a percent of 1."""
+    kl: KLConfig = field(default_factory=KLConfig)
+    """What the distance to the reference costs."""
     filters: FilterConfig = field(default_factory=FilterConfig)
     """Degenerate rollouts: count them or leave them out of training."""
     refill: RefillConfig = field(default_factory=RefillConfig)

@@ -26,6 +26,13 @@ from vlmrl.config.orchestrator import OrchestratorConfig
 from vlmrl.config.play import PlayConfig
 from vlmrl.config.preview import PreviewConfig
 from vlmrl.config.program import ProgramConfig
+from vlmrl.config.reference import (
+    EmaReferenceConfig,
+    FolderReferenceConfig,
+    InitialReferenceConfig,
+    NoReferenceConfig,
+    ReferenceConfig,
+)
 from vlmrl.config.reward import TERMS, RewardConfig
 from vlmrl.config.serve import ServeConfig
 from vlmrl.config.small_print import SmallPrintConfig
@@ -134,6 +141,8 @@ class RunConfig:
     """Rollouts and the loop."""
     algorithm: AlgorithmConfig = MISSING
     """From rewards to a loss."""
+    reference: ReferenceConfig = field(default_factory=NoReferenceConfig)
+    """A second model that scores what the policy samples: to stay near it, or to learn from it (`algorithm.kl`)."""
     inference: InferenceConfig = MISSING
     """The engine that samples."""
     trainer: TrainerConfig = MISSING
@@ -153,6 +162,16 @@ class RunConfig:
     sweep: SweepConfig = field(default_factory=SweepConfig)
     """What a sweep does with its earlier jobs. The sweeps themselves are in sweeps/ (`+sweep=<name>`)."""
 
+    @property
+    def reference_is_policy(self) -> bool:
+        """Whether the reference is the policy without its LoRA adapters, so that there is no second copy."""
+        return (
+            isinstance(self.reference, InitialReferenceConfig)
+            and self.model.lora is not None
+            and not self.trainer.warmup.steps
+            and not self.reference.refresh_every
+        )
+
 
 SCHEMAS: dict[str, dict[str, type]] = {
     "task": {
@@ -167,6 +186,12 @@ SCHEMAS: dict[str, dict[str, type]] = {
     },
     "reward": {**TERMS},
     "tool": {**TOOLS},
+    "reference": {
+        "none": NoReferenceConfig,
+        "initial": InitialReferenceConfig,
+        "folder": FolderReferenceConfig,
+        "ema": EmaReferenceConfig,
+    },
     "inference": {"embedded": EmbeddedConfig, "vllm": VllmConfig},
     "weight_sync": {
         "in_process": InProcessSyncConfig,

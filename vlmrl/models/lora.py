@@ -7,6 +7,7 @@ Left out on purpose: adapters that an engine loads as adapters, dropout.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -61,6 +62,20 @@ def add_adapters(model: Any, config: LoraConfig) -> None:
         lora_dropout=0.0,
     )
     peft.inject_adapter_in_model(settings, model, adapter_name=ADAPTER)
+
+
+@contextlib.contextmanager
+def without_adapters(model: Any) -> Iterator[None]:
+    """Inside the block, the model computes what it computes without its adapters: their factor is 0."""
+    layers = [module for module in model.modules() if ADAPTER in getattr(module, "scaling", ())]
+    factors = [layer.scaling[ADAPTER] for layer in layers]
+    try:
+        for layer in layers:
+            layer.scaling[ADAPTER] = 0.0
+        yield
+    finally:
+        for layer, factor in zip(layers, factors, strict=True):
+            layer.scaling[ADAPTER] = factor
 
 
 def merged(model: Any, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Iterator[tuple[str, Tensor]]:

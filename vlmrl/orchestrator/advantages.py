@@ -68,10 +68,20 @@ def leave_one_out(rewards: FloatArray) -> FloatArray:
     return (_centered(rewards) * (len(rewards) / max(1, len(rewards) - 1))).astype(np.float32)
 
 
+def none(rewards: FloatArray) -> FloatArray:
+    """0 for every reward: rewards teach nothing (distillation, `algorithm.kl.advantage`).
+
+    >>> none(np.array([1, 0], np.float32)).tolist()
+    [0.0, 0.0]
+    """
+    return np.zeros(len(rewards), np.float32)
+
+
 OF_REWARDS: dict[str, Callable[[FloatArray], FloatArray]] = {
     Advantage.group_normalized: group_normalized,
     Advantage.group_centered: group_centered,
     Advantage.leave_one_out: leave_one_out,
+    Advantage.none: none,
 }
 """The built-in ways need the rewards alone: float32 [N] → float32 [N]. An estimator of your own may call them."""
 

@@ -8,6 +8,8 @@
     turn       r_t
     return     R_t = r_t + γ r_{t+1} + γ² r_{t+2} + …
 
+With `algorithm.kl.reward`, what the distance to the reference costs is taken off each of these rewards before.
+
 A return leaves out the rewards before its turn, which the turn could not change (Sutton and Barto, 2nd edition, section
 3.3). `algorithm.compare` says which turns are compared:
 
@@ -29,7 +31,7 @@ Example: what three siblings are shown in three turns, and what is compared with
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,12 +112,13 @@ def comparisons(siblings: Sequence[Rollout], config: AlgorithmConfig) -> list[Co
     """The sets of rewards that `algorithm.credit` and `algorithm.compare` compare. Every turn of every sibling learns
     from exactly one of them, by itself or as a part of its episode. Empty where there are no siblings."""
     if config.credit is Credit.episode:
-        episodes = [Judged(index, -1, rollout.reward) for index, rollout in enumerate(siblings)]
+        rewards = [rollout.reward - _penalty(rollout.turns, config) for rollout in siblings]
+        episodes = [Judged(index, -1, reward) for index, reward in enumerate(rewards)]
         return [_comparison(siblings, episodes, Compare.turn)] if episodes else []
     at_turn: dict[int, list[Judged]] = defaultdict(list)
     in_state: dict[object, list[Judged]] = defaultdict(list)
     for index, rollout in enumerate(siblings):
-        rewards = [turn.reward for turn in rollout.turns]
+        rewards = [turn.reward - _penalty([turn], config) for turn in rollout.turns]
         for t, reward in enumerate(rewards if config.credit is Credit.turn else returns(rewards, config.discount)):
             judged = Judged(index, t, reward)
             at_turn[t].append(judged)
@@ -126,6 +129,31 @@ def comparisons(siblings: Sequence[Rollout], config: AlgorithmConfig) -> list[Co
     by_state = [_comparison(siblings, turns, Compare.state) for turns in met]
     by_turn = [_comparison(siblings, turns, Compare.turn, found) for turns in at_turn.values()]
     return [each for each in (*by_state, *by_turn) if each.learns.any()]
+
+
+def kl_to_reference(turns: Iterable[Turn]) -> float:
+    """Σ log μ − log reference over the tokens of the turns that a reference has scored, in nats: the k1 estimate of
+    KL(μ ‖ reference), where μ is the sampler."""
+    return float(
+        sum(
+            (turn.completion.logprobs.astype(np.float64) - turn.reference_logprobs).sum()
+            for turn in turns
+            if turn.reference_logprobs is not None
+        )
+    )
+
+
+def _penalty(turns: Sequence[Turn], config: AlgorithmConfig) -> float:
+    """What the distance to the reference takes off the reward of these turns."""
+    return config.kl.reward * kl_to_reference(turns) if config.kl.reward else 0.0
+
+
+def reference_metrics(rollouts: Sequence[Rollout], config: AlgorithmConfig) -> dict[str, float]:
+    """`reward/kl_penalty`: the mean over the rollouts of what is taken off their rewards. Empty without
+    `algorithm.kl.reward`."""
+    if not config.kl.reward:
+        return {}
+    return {"reward/kl_penalty": sum(_penalty(rollout.turns, config) for rollout in rollouts) / max(1, len(rollouts))}
 
 
 def shown(turn: Turn) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.orchestrator import OrchestratorConfig
 from vlmrl.errors import NonFiniteLossError
 from vlmrl.orchestrator.advantages import assign_advantages, mark_dropped
-from vlmrl.orchestrator.credit import credit_metrics
+from vlmrl.orchestrator.credit import credit_metrics, reference_metrics
 from vlmrl.orchestrator.evaluation import Evaluator
 from vlmrl.orchestrator.faults import FaultWatch
 from vlmrl.orchestrator.filters import find_filtered
@@ -37,7 +37,7 @@ from vlmrl.orchestrator.metrics import Overlap, rollout_metrics, throughput_metr
 from vlmrl.orchestrator.recorder import Recorder
 from vlmrl.orchestrator.refill import refill_metrics, sample_groups
 from vlmrl.orchestrator.rollout import RolloutRunner
-from vlmrl.orchestrator.samples import make_samples, note_learned
+from vlmrl.orchestrator.samples import make_samples, note_learned, note_reference
 from vlmrl.orchestrator.stream import Drawn, ProblemStream
 from vlmrl.types import Group, InferenceEngine, Trainer, TrainingSample, WeightSync
 
@@ -68,6 +68,8 @@ class Loop:
     """Returns the supervised samples that join a step's batch; empty without `trainer.warmup.rl_weight`."""
     vision_gap: Callable[[int, list[TrainingSample]], dict[str, float]]
     """Returns the metrics of the blind control on a step's samples; empty where it is not due."""
+    has_reference: bool
+    """Whether the trainer has a second model, which scores what was sampled."""
     stop: asyncio.Event
     """Set by Ctrl-C: the loop ends before the next step is trained, and an evaluation is cut short."""
     faults: FaultWatch = field(default_factory=FaultWatch)
@@ -140,11 +142,13 @@ class Loop:
         after it."""
         rolled_out = time.perf_counter()
         version, image_tokens = self.trainer.version, self.runner.renderer.image_token_ids
+        reference = await self.score_by_reference(groups)
         for group in groups:
             assign_advantages(group, self.algorithm)
             find_filtered(group, self.algorithm.filters, self.vocab_size)
             mark_dropped(group, self.algorithm, image_tokens, version, self.config.max_staleness)
-        samples = [s for group in groups for r in group.rollouts if r.dropped is None for s in make_samples(r)]
+        kl = self.algorithm.kl.advantage
+        samples = [s for group in groups for r in group.rollouts if r.dropped is None for s in make_samples(r, kl)]
         gap = await asyncio.to_thread(self.vision_gap, step, samples)
         prepared = time.perf_counter()
         demonstrations = asyncio.create_task(self.demonstrations(step))
@@ -170,7 +174,7 @@ class Loop:
                 "policy_version": float(result.version),
                 **(rollout_metrics(groups, self.algorithm.filters) | credit_metrics(groups, self.algorithm)),
                 **(refill_metrics(groups, self.config.groups_per_step, self.algorithm) | self.problems.metrics(step)),
-                **(result.metrics | gap),
+                **(result.metrics | reference | gap),
                 **self.engine.metrics(),
                 **throughput_metrics(groups, seconds=synced - started),
                 **(time_metrics(started, rolled_out, prepared, trained, synced) | self._overlap.metrics(step)),
@@ -181,6 +185,17 @@ class Loop:
             return False
         self.checkpoint(step)
         return True
+
+    async def score_by_reference(self, groups: list[Group]) -> dict[str, float]:
+        """Let the reference score what was sampled, before rewards are compared → `time/reference`, in seconds. Empty
+        without a reference."""
+        if not self.has_reference:
+            return {}
+        started = time.perf_counter()
+        played = [r for group in groups for r in group.rollouts if not r.stop_reason.is_fault and r.dropped is None]
+        samples = [sample for rollout in played for sample in make_samples(rollout)]
+        note_reference(played, await asyncio.to_thread(self.trainer.reference_logprobs, samples))
+        return {"time/reference": time.perf_counter() - started, **reference_metrics(played, self.algorithm)}
 
     async def evaluate(self, step: int) -> bool:
         """Evaluate the weights after `step` on held-out problems. Returns False if the run was told to stop before."""

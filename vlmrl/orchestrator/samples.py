@@ -21,17 +21,18 @@ from itertools import groupby, pairwise
 
 import numpy as np
 
-from vlmrl.types import Rollout, TokenMetrics, TrainingSample, Turn, extends, mm_token_type_ids
+from vlmrl.types import FloatArray, Rollout, TokenMetrics, TrainingSample, Turn, extends, mm_token_type_ids
 
 
-def make_samples(rollout: Rollout) -> list[TrainingSample]:
-    """Make one sample per branch of a rollout, in the order of its branches.
+def make_samples(rollout: Rollout, kl_advantage: float = 0.0) -> list[TrainingSample]:
+    """Make one sample per branch of a rollout, in the order of its branches. Where a reference has scored its tokens,
+    each token's advantage is lower by `kl_advantage` × (log μ − log reference), `algorithm.kl.advantage`.
 
     Raises `ContractError` where placeholders and images of a prompt do not match. Asserts that the rollout is not
     dropped and that each later prompt of a branch starts with the prompt and the completion before it.
     """
     assert rollout.dropped is None, f"{rollout.rollout_id} was dropped ({rollout.dropped}) and must not be trained on"
-    return [_branch_sample(rollout.rollout_id, turns) for turns in learned_branches(rollout)]
+    return [_branch_sample(rollout.rollout_id, turns, kl_advantage) for turns in learned_branches(rollout)]
 
 
 def note_learned(rollouts: Iterable[Rollout], metrics: Sequence[TokenMetrics]) -> None:
@@ -49,13 +50,24 @@ def note_learned(rollouts: Iterable[Rollout], metrics: Sequence[TokenMetrics]) -
         assert start == len(found.entropies), f"{start} tokens were sampled, but {len(found.entropies)} have metrics"
 
 
+def note_reference(rollouts: Iterable[Rollout], logprobs: Sequence[FloatArray]) -> None:
+    """Set `Turn.reference_logprobs` of each turn that can be learned from. `logprobs` has one entry per sample that
+    `make_samples` made of the rollouts, in order: float32 [loss tokens]."""
+    branches = (turns for rollout in rollouts for turns in learned_branches(rollout))
+    for turns, found in zip(branches, logprobs, strict=True):
+        start = 0
+        for turn in filter(lambda turn: turn.is_learnable, turns):
+            turn.reference_logprobs = found[start : (start := start + len(turn.completion.token_ids))]
+        assert start == len(found), f"{start} tokens were sampled, but {len(found)} were scored"
+
+
 def learned_branches(rollout: Rollout) -> list[list[Turn]]:
     """The turns of each branch in which at least one can be learned from."""
     branches = [list(turns) for _, turns in groupby(rollout.turns, lambda turn: turn.branch)]
     return [turns for turns in branches if any(turn.is_learnable for turn in turns)]
 
 
-def _branch_sample(rollout_id: str, turns: list[Turn]) -> TrainingSample:
+def _branch_sample(rollout_id: str, turns: list[Turn], kl_advantage: float) -> TrainingSample:
     for turn, later in pairwise(turns):
         assert extends(later.prompt, turn.prompt, turn.completion.token_ids), (
             f"{rollout_id}: a prompt of branch {turn.branch} does not start with the turn before it"
@@ -68,6 +80,8 @@ def _branch_sample(rollout_id: str, turns: list[Turn]) -> TrainingSample:
     inference_logprobs = np.zeros(length, np.float32)
     versions = np.full(length, -1, np.int64)
     temperatures = np.full(length, np.nan, np.float32)
+    is_scored = all(turn.reference_logprobs is not None for turn in turns if turn.is_learnable)
+    reference_logprobs = np.zeros(length, np.float32) if is_scored else None
     for turn in turns:
         if not turn.is_learnable:
             continue
@@ -77,6 +91,9 @@ def _branch_sample(rollout_id: str, turns: list[Turn]) -> TrainingSample:
         advantages[sampled] = turn.advantage
         inference_logprobs[sampled] = turn.completion.logprobs
         versions[sampled] = turn.completion.versions
+        if reference_logprobs is not None and turn.reference_logprobs is not None:
+            reference_logprobs[sampled] = turn.reference_logprobs
+            advantages[sampled] -= kl_advantage * (turn.completion.logprobs - turn.reference_logprobs)
         if turn.sampling is not None and turn.sampling.temperature is not None:
             temperatures[sampled] = turn.sampling.temperature
     return TrainingSample(
@@ -89,5 +106,6 @@ def _branch_sample(rollout_id: str, turns: list[Turn]) -> TrainingSample:
         versions=versions,
         placeholders=prompt.placeholders,
         images=prompt.images,
+        reference_logprobs=reference_logprobs,
         temperatures=None if np.isnan(temperatures).all() else temperatures,
     )

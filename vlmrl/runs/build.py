@@ -61,6 +61,7 @@ from vlmrl.runs.eval_sets import make_set_players, scored_evaluation
 from vlmrl.runs.fence import files_of
 from vlmrl.runs.position import Cursors, Position
 from vlmrl.runs.problems import ProblemSource, make_curriculum, max_model_len, steps_of
+from vlmrl.runs.reference import make_reference
 from vlmrl.runs.stopping import Stop
 from vlmrl.runs.tools import describe_tools, make_toolbox, texts_of_run
 from vlmrl.tasks.base import Task
@@ -177,14 +178,19 @@ def make_policy(config: RunConfig, model: Any, banned_token_ids: Sequence[int]) 
 def make_trainer(
     config: RunConfig,
     policy: Policy,
+    folder: Path,
     texts: tuple[str, ...],
     banned_token_ids: Sequence[int],
     rank_group: RankGroup | None,
 ) -> LocalTrainer:
-    """Rank 0's trainer. The other ranks build their learners at the same time (`BuildLearner`)."""
+    """Rank 0's trainer. The other ranks build their learners at the same time (`BuildLearner`). `folder`: the policy's
+    checkpoint."""
 
     def own() -> LocalTrainer:
-        return LocalTrainer(policy, config.trainer, config.algorithm, **_sampling(config), rank_group=rank_group)
+        reference = make_reference(config, on_own_device(config.model, rank_group), folder, policy, banned_token_ids)
+        return LocalTrainer(
+            policy, config.trainer, config.algorithm, **_sampling(config), rank_group=rank_group, reference=reference
+        )
 
     if rank_group is None:
         return own()
@@ -208,10 +214,18 @@ class RunFollower(Follower):
         self._log.enter_context(MainLog(logs / f"rank_{self._rank_group.rank}.log"))
         log.info("rank %d of %d is process %d", self._rank_group.rank, self._rank_group.size, os.getpid())
         seed_process(config)
-        model = make_model(config, resolve_checkpoint(config.model, texts), self._rank_group)
+        folder = resolve_checkpoint(config.model, texts)
+        model = make_model(config, folder, self._rank_group)
         policy = make_policy(config, model, banned_token_ids)
-        ranks = self._rank_group.size
-        return Learner(policy, config.trainer, config.algorithm, **_sampling(config), ranks=ranks)
+        placed = on_own_device(config.model, self._rank_group)
+        return Learner(
+            policy,
+            config.trainer,
+            config.algorithm,
+            **_sampling(config),
+            ranks=self._rank_group.size,
+            reference=make_reference(config, placed, folder, policy, banned_token_ids),
+        )
 
 
 @dataclass(frozen=True)
@@ -250,7 +264,7 @@ def build_run(config: RunConfig, run_dir: RunDir, monitor: Monitor, rank_group: 
     policy = make_policy(config, model, renderer.banned_token_ids)
     # Before the trainer, which may divide the weights among the ranks.
     ensure_certified(config, checkpoint, policy, renderer, run_dir, monitor)
-    trainer = make_trainer(config, policy, texts, renderer.banned_token_ids, rank_group)
+    trainer = make_trainer(config, policy, checkpoint, texts, renderer.banned_token_ids, rank_group)
     engine, weight_sync = make_engine(config, folder, policy, trainer, renderer, run_dir, monitor)
     envs = make_envs(config.task, task, EndpointOfRun.of(config), seed=config.seed, logs=run_dir.logs)
     runner = RolloutRunner(

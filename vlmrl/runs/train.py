@@ -13,6 +13,7 @@ from vlmrl.orchestrator.supervised import AFTER_WARMUP, demonstrate
 from vlmrl.orchestrator.task_threads import TaskThreads
 from vlmrl.orchestrator.vision_gap import VisionGap
 from vlmrl.runs.build import Run
+from vlmrl.runs.reference import has_reference
 from vlmrl.runs.saving import save_if_due
 from vlmrl.runs.sft import note, take_supervised_steps
 from vlmrl.types import TrainingSample
@@ -42,6 +43,7 @@ async def train(run: Run) -> ExitReason:
         checkpoint=lambda step: save_if_due(run, step),
         demonstrations=lambda step: demonstrations(run, step, threads),
         vision_gap=VisionGap(config.monitor.vision_gap_every, run.renderer, run.trainer),
+        has_reference=has_reference(config),
         stop=run.stop,
         faults=FaultWatch(config.task.max_fault_rate, run=config.output_dir),
     ).run()

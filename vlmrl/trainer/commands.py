@@ -66,6 +66,16 @@ class Logprobs(Command[Follower, list[FloatArray]]):
         return worker.learner.logprobs(self.share)
 
 
+@dataclass(frozen=True, eq=False)
+class ReferenceLogprobs(Command[Follower, list[FloatArray]]):
+    """As `Logprobs`, under the reference."""
+
+    share: Share
+
+    def run(self, worker: Follower) -> list[FloatArray]:
+        return worker.learner.reference_logprobs(self.share)
+
+
 @dataclass(frozen=True)
 class GiveWeights(Command[Follower, None]):
     """Take part in gathering the whole weights on rank 0."""

@@ -35,6 +35,7 @@ from vlmrl.trainer.loss import BatchTotals, LossOutput, LossTokens, policy_loss,
 from vlmrl.trainer.optimizer import LossScale, make_optimizer, set_learning_rate
 from vlmrl.trainer.outcome import Outcome, PassResult
 from vlmrl.trainer.packing import MicroBatch, pack_share
+from vlmrl.trainer.reference import Reference
 from vlmrl.trainer.shares import Share
 from vlmrl.trainer.training_state import begin_to_save, not_finite, restore
 from vlmrl.trainer.weights import PlainWeights, ShardedWeights
@@ -69,6 +70,7 @@ class Learner:
         temperature: float,
         max_new_tokens: int,
         ranks: int = 1,
+        reference: Reference | None = None,
     ) -> None:
         """With several ranks, torch.distributed must be initialized, and all ranks must call this at the same time."""
         self.policy = policy
@@ -77,6 +79,9 @@ class Learner:
         self._temperature = temperature
         self.max_new_tokens = max_new_tokens
         self._ranks = ranks
+        self._reference = reference
+        self._has_begun = False
+        """Whether the reference has seen the weights with which reinforcement learning begins."""
         self._loss_scale = LossScale(next(policy.model.parameters()).dtype)
         self._weights: PlainWeights | ShardedWeights
         if ranks > 1 and config.sharding is not Sharding.none:
@@ -116,6 +121,8 @@ class Learner:
             outcome.stepped = True
             self.version += share is not None
             self.supervised_steps += share is None
+            if self._reference is not None and share is not None and self._reference.reads(self.version):
+                self._reference.note_step(self.version, self._weights.whole())
         optimizer.zero_grad()
         outcome.peak_bytes = peak_bytes(self.policy.device)
         outcome.loss_scale = self._loss_scale.factor
@@ -129,10 +136,23 @@ class Learner:
 
     def logprobs(self, share: Share) -> list[FloatArray]:
         """Natural-log probabilities of each sample's loss tokens, float32 [loss tokens of the sample]."""
+        return self._logprobs_by(self.policy, share)
+
+    def reference_logprobs(self, share: Share) -> list[FloatArray]:
+        """As `logprobs`, under the reference. Before the first step the reference is shown the policy's weights."""
+        assert self._reference is not None
+        if self.version == 0 and not self._has_begun and self._reference.reads(0):
+            self._reference.begin(self._weights.whole())
+        self._has_begun = True
+        with self._reference.scoring() as policy:
+            return self._logprobs_by(policy, share)
+
+    def _logprobs_by(self, policy: Policy, share: Share) -> list[FloatArray]:
+        """The logprobs of `policy`, which may be the reference's."""
         found = [np.empty(0, np.float32)] * len(share.samples)
         with torch.no_grad():
-            for batch, is_last in self._pack(share):
-                logprobs = self._logprobs(batch, is_last=is_last)[0].cpu().numpy()
+            for batch, is_last in self._pack(share, policy):
+                logprobs = self._logprobs(batch, is_last=is_last, policy=policy)[0].cpu().numpy()
                 sample_index = batch.sample_index.cpu().numpy()
                 for index in [] if batch.is_filler else np.unique(sample_index):
                     found[index] = logprobs[sample_index == index]
@@ -165,6 +185,7 @@ class Learner:
             weights.trainable(),
             self._counters,
             self._checkpoint_group,
+            reference=self._reference_state,
         )
 
     def load(self, folder: str) -> str | None:
@@ -177,16 +198,28 @@ class Learner:
         wrong = None
         try:
             counters = restore(
-                Path(folder), weights.state(), self._optimizer, weights.trainable(), list(self._counters), group
+                Path(folder),
+                weights.state(),
+                self._optimizer,
+                weights.trainable(),
+                list(self._counters),
+                group,
+                reference=self._reference_state,
             )
         except CheckpointError as error:
             wrong = str(error)
         if self._any_rank(wrong is not None):
             return wrong or ""
         weights.publish()
+        if self._reference is not None:
+            self._reference.restored()
         self.version, self.supervised_steps = counters["version"], counters["supervised_steps"]
         self._loss_scale.state = counters
         return None
+
+    @property
+    def _reference_state(self) -> dict[str, Tensor]:
+        return {} if self._reference is None else self._reference.state()
 
     @property
     def _counters(self) -> dict[str, int]:
@@ -223,6 +256,7 @@ class Learner:
                 advantages=batch.advantages,
                 sample_index=batch.sample_index,
                 entropies=entropies,
+                reference_logprobs=batch.reference_logprobs,
             )
             output = policy_loss(tokens, totals, self._algorithm)
             _backward(self._loss_scale.factor * output.loss)
@@ -242,15 +276,17 @@ class Learner:
             results.append(PassResult.detached(batch, LossOutput(part), logprobs, entropies))
         outcome.add_supervised(results, share)
 
-    def _pack(self, share: Share) -> Iterator[tuple[MicroBatch, bool]]:
-        """Each micro-batch, and whether it is the last."""
-        policy, packing = self.policy, self.config.packing
+    def _pack(self, share: Share, policy: Policy | None = None) -> Iterator[tuple[MicroBatch, bool]]:
+        """Each micro-batch, planned for `policy` (by default the one that learns), and whether it is the last."""
+        policy, packing = policy or self.policy, self.config.packing
         kernel = policy.kernel(shared=packing is Packing.tree)
         batches = pack_share(share, packing, policy.positions, policy.device, kernel, policy.rules)
         for number, batch in enumerate(batches, 1):
             yield batch, number == len(share.passes)
 
-    def _logprobs(self, batch: MicroBatch, *, is_last: bool) -> tuple[Tensor, Tensor]:
+    def _logprobs(self, batch: MicroBatch, *, is_last: bool, policy: Policy | None = None) -> tuple[Tensor, Tensor]:
+        if policy is not None and policy is not self.policy:  # it holds its weights whole
+            return loss_logprobs(policy, batch, self._temperature)
         return self._weights.compute(lambda: loss_logprobs(self.policy, batch, self._temperature), last=is_last)
 
     def _clip(self) -> float:

@@ -1,6 +1,7 @@
 """The losses of `algorithm.loss`, on the loss tokens of one micro-batch.
 
-    LossTokens (logprobs, …, advantages) ─▶ importance correction ─▶ loss ─▶ entropy bonus ─▶ LossOutput
+    LossTokens (logprobs, …, advantages) ─▶ importance correction ─▶ loss ─▶ entropy bonus ─▶ distance to the reference
+                                                                                             ─▶ LossOutput
 
 Symbols: N loss tokens of the micro-batch, S samples of the whole batch, T loss tokens of the whole batch, π the policy
 that is trained, μ the policy that sampled, A the advantage, r = π/μ the importance ratio of a token, sg(x) the value of
@@ -31,7 +32,9 @@ Your own loss has the signature `LossFunction`, like those here, and is named by
 
     python -m vlmrl algorithm=my_package.my_module:my_loss algorithm.args.scale=0.5
 
-Left out on purpose: a penalty towards a reference policy, and several optimizer steps per batch.
+In a run with a reference (`reference=`), `tokens.reference_logprobs` are its logprobs, for your own loss too.
+
+Left out on purpose: several optimizer steps per batch.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from vlmrl.config.algorithm import AlgorithmConfig, ImportanceCorrection, Loss
+from vlmrl.config.algorithm import AlgorithmConfig, ImportanceCorrection, KLEstimator, Loss
 from vlmrl.config.import_paths import assert_takes, import_named
 from vlmrl.errors import ConfigError, UserFault, fenced, safe_repr, safe_text
 
@@ -68,6 +71,8 @@ class LossTokens:
     """int64 [N]; the sample of the token. Equal numbers mean the same sample; the numbers themselves mean nothing."""
     entropies: Tensor
     """float [N]; entropy of π where the token was sampled, in nats, with gradient."""
+    reference_logprobs: Tensor | None = None
+    """float [N]; log of the reference's probability of the token, natural, without gradient. None: no reference."""
 
 
 @dataclass(frozen=True)
@@ -256,17 +261,43 @@ def _metric(name: str, value: Any, loss: Tensor) -> Tensor | float:
 
 def policy_loss(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> LossOutput:
     """The loss `algorithm.loss` under `algorithm.importance_correction` (see the table at the top of this file), minus
-    the entropy bonus:
+    the entropy bonus, plus the distance to the reference:
 
-        L − β/T Σ_t H_t        H_t: entropy of π where token t was sampled, β: `algorithm.entropy_coef`
+        L − β/T Σ_t H_t + κ/T Σ_t k_t
 
-    The bonus is that of A3C (arXiv 1602.01783, end of section 4). It is the mean over the batch's tokens, whatever the
-    loss divides by, so that β means the same with every loss: how much advantage a nat of entropy is worth.
+        H_t: entropy of π where token t was sampled, β: `algorithm.entropy_coef`
+        k_t: `reference_kl` of token t, by the estimator `algorithm.kl.estimator`, κ: `algorithm.kl.loss`
+
+    The bonus is that of A3C (arXiv 1602.01783, end of section 4), the distance that of GRPO (arXiv 2402.03300, eq. 3).
+    Both are means over the batch's tokens, whatever the loss divides by, so that β and κ mean the same with every loss:
+    how much advantage a nat is worth.
     """
     output = _corrected_loss(tokens, totals, config)
-    if config.entropy_coef == 0:
-        return output
-    return replace(output, loss=output.loss - config.entropy_coef * tokens.entropies.sum() / totals.tokens)
+    loss = output.loss
+    if config.entropy_coef != 0:
+        loss = loss - config.entropy_coef * tokens.entropies.sum() / totals.tokens
+    if config.kl.loss != 0:
+        assert tokens.reference_logprobs is not None, "preflight refuses algorithm.kl without a reference"
+        distance = reference_kl(tokens.logprobs, tokens.reference_logprobs, config.kl.estimator)
+        loss = loss + config.kl.loss * distance.sum() / totals.tokens
+    return replace(output, loss=loss)
+
+
+def reference_kl(logprobs: Tensor, reference_logprobs: Tensor, estimator: KLEstimator) -> Tensor:
+    """KL(π ‖ reference), estimated from each of N tokens that π sampled: float [N], in nats (`KLEstimator`).
+
+    >>> pi, reference = torch.tensor([0.5]).log(), torch.tensor([0.25]).log()
+    >>> [round(float(reference_kl(pi, reference, each)), 4) for each in KLEstimator]
+    [0.6931, 0.2402, 0.1931]
+    """
+    d = reference_logprobs - logprobs
+    match estimator:
+        case KLEstimator.k1:
+            return -d
+        case KLEstimator.k2:
+            return d.square() / 2
+        case KLEstimator.k3:
+            return torch.expm1(d) - d
 
 
 def _corrected_loss(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> LossOutput:

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmrl.trainer.loss import LossOutput, mismatch_kl
+from vlmrl.config.algorithm import KLEstimator
+from vlmrl.trainer.loss import LossOutput, mismatch_kl, reference_kl
 from vlmrl.trainer.packing import MicroBatch
 from vlmrl.trainer.shares import Share
 from vlmrl.types import TokenMetrics
@@ -45,6 +46,9 @@ class PassResult:
         """The scalars of the pass itself, and `sums` and `maxima` of its `LossOutput`."""
         total, largest = mismatch_kl(self.logprobs, self.batch.inference_logprobs)
         own: Scalars = {"loss": self.output.loss, "entropy": self.entropies.sum()}
+        if self.batch.reference_logprobs is not None:
+            distance = reference_kl(self.logprobs.double(), self.batch.reference_logprobs.double(), KLEstimator.k3)
+            own["reference_kl"] = distance.clamp_min(0.0).sum()
         return own | {"kl_sum": total, "kl_max": largest}, self.output.sums, self.output.maxima
 
 
@@ -59,6 +63,8 @@ class Outcome:
     kl_sum: float = 0.0
     """Of `mismatch_kl`, in nats, over the loss tokens."""
     kl_max: float = 0.0
+    reference_kl: float | None = None
+    """k3 of KL(π ‖ reference), in nats, summed over the loss tokens; None where no reference has scored them."""
     sums: dict[str, float] = field(default_factory=dict)
     """`LossOutput.sums`, summed over the micro-batches."""
     maxima: dict[str, float] = field(default_factory=dict)
@@ -94,6 +100,8 @@ class Outcome:
             self.entropy += own["entropy"]
             self.kl_sum += own["kl_sum"]
             self.kl_max = max(self.kl_max, own["kl_max"])
+            if "reference_kl" in own:
+                self.reference_kl = (self.reference_kl or 0.0) + own["reference_kl"]
             for key, value in sums.items():
                 self.sums[key] = self.sums.get(key, 0.0) + value
             for key, value in maxima.items():

@@ -62,6 +62,8 @@ class MicroBatch:
     """int64 [N]; index of the sample in the share."""
     temperatures: Tensor | None = None
     """float32 [U]; the temperature that a row's tokens were sampled at, NaN for the run's. None: the run's for all."""
+    reference_logprobs: Tensor | None = None
+    """float32 [N]; natural log of the reference's probability. None: not scored by a reference."""
     is_filler: bool = False
     """The micro-batch only keeps this rank in step with the others; its loss counts as zero."""
     idle_images: tuple[ImageItem, ...] = ()
@@ -152,6 +154,8 @@ def _micro_batch(
     def tensor(array: np.ndarray) -> Tensor:
         return to_device(array, device)
 
+    is_scored = all(loss.sample.reference_logprobs is not None for loss in losses)
+
     def gather(values: Callable[[TrainingSample], np.ndarray]) -> Tensor:
         return tensor(np.concatenate([values(loss.sample)[loss.where] for loss in losses]))
 
@@ -169,8 +173,14 @@ def _micro_batch(
         inference_logprobs=gather(lambda sample: sample.inference_logprobs),
         advantages=gather(lambda sample: sample.advantages),
         versions=gather(lambda sample: sample.versions),
+        reference_logprobs=gather(_reference_logprobs) if is_scored else None,
         sample_index=tensor(np.concatenate([np.full(len(loss.where), loss.index) for loss in losses])),
     )
+
+
+def _reference_logprobs(sample: TrainingSample) -> FloatArray:
+    assert sample.reference_logprobs is not None
+    return sample.reference_logprobs
 
 
 def _loss_rows(losses: Sequence[_SampleLoss]) -> tuple[IntArray, IntArray, FloatArray | None]:

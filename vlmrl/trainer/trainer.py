@@ -21,11 +21,12 @@ from vlmrl.errors import CheckpointError, NonFiniteLossError
 from vlmrl.models.policy import Policy
 from vlmrl.ranks.commands import Command
 from vlmrl.ranks.rank_group import RankGroup
-from vlmrl.trainer.commands import Follower, GiveWeights, Learn, Load, Logprobs, Save, Skip
+from vlmrl.trainer.commands import Follower, GiveWeights, Learn, Load, Logprobs, ReferenceLogprobs, Save, Skip
 from vlmrl.trainer.learner import Learner, StepSettings
 from vlmrl.trainer.loss import BatchTotals, loss_metrics
 from vlmrl.trainer.optimizer import learning_rate
 from vlmrl.trainer.outcome import Outcome
+from vlmrl.trainer.reference import Reference
 from vlmrl.trainer.shares import Share, divide, without_pictures
 from vlmrl.types import FloatArray, IntArray, StepResult, TrainingSample
 
@@ -62,6 +63,7 @@ class LocalTrainer:
         temperature: float,
         max_new_tokens: int,
         rank_group: RankGroup | None = None,
+        reference: Reference | None = None,
     ) -> None:
         """The other ranks of `rank_group` must build their learners at the same time (`Follower.build`)."""
         self.is_between_steps = True
@@ -70,7 +72,13 @@ class LocalTrainer:
         self._config = config
         self._ranks = 1 if rank_group is None else rank_group.size
         self._learner = Learner(
-            policy, config, algorithm, temperature=temperature, max_new_tokens=max_new_tokens, ranks=self._ranks
+            policy,
+            config,
+            algorithm,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            ranks=self._ranks,
+            reference=reference,
         )
 
     @property
@@ -150,6 +158,17 @@ class LocalTrainer:
         shares = self._divide(samples)
         own, others = self._together(
             [Logprobs(without_pictures(share)) for share in shares[1:]], lambda: self._learner.logprobs(shares[0])
+        )
+        return _in_batch_order(shares, [own, *others])
+
+    def reference_logprobs(self, samples: Sequence[TrainingSample]) -> list[FloatArray]:
+        """See `vlmrl.types.Trainer.reference_logprobs`."""
+        if not samples:
+            return []
+        shares = self._divide(samples)
+        own, others = self._together(
+            [ReferenceLogprobs(without_pictures(share)) for share in shares[1:]],
+            lambda: self._learner.reference_logprobs(shares[0]),
         )
         return _in_batch_order(shares, [own, *others])
 
@@ -254,6 +273,7 @@ def _step_metrics(
         "entropy": sum(outcome.entropy for outcome in outcomes) / totals.tokens,
         "mismatch_kl/mean": sum(outcome.kl_sum for outcome in outcomes) / totals.tokens,
         "mismatch_kl/max": max(outcome.kl_max for outcome in outcomes),
+        **_reference_metrics(outcomes, totals.tokens),
         "staleness/mean": float(staleness.mean()),
         "staleness/max": float(staleness.max()),
         "tokens/trained": float(totals.tokens),
@@ -265,6 +285,12 @@ def _step_metrics(
         "loss_scale": float(outcomes[0].loss_scale),
         **loss_metrics(sums, maxima, totals.tokens),
     }
+
+
+def _reference_metrics(outcomes: Sequence[Outcome], tokens: int) -> dict[str, float]:
+    """`reference_kl/mean`, where a reference has scored the batch."""
+    sums = [outcome.reference_kl for outcome in outcomes if outcome.reference_kl is not None]
+    return {"reference_kl/mean": sum(sums) / tokens} if sums else {}
 
 
 def _in_batch_order(shares: Sequence[Share], by_rank: Sequence[Sequence[T]]) -> list[T]:

@@ -42,7 +42,10 @@ TRAINABLE = "trainable"
 
 WEIGHT_DTYPES = ("F32", "BF16", "F16")
 
-MODEL_FILE, OPTIMIZER_FILE = 1, 2
+REFERENCE = "reference"
+"""Stands before the names of the reference's tensors, `reference/<weight>`."""
+
+MODEL_FILE, OPTIMIZER_FILE, REFERENCE_FILE = 1, 2, 3
 
 
 def not_finite(weights: Mapping[str, Tensor]) -> str | None:
@@ -57,9 +60,12 @@ def begin_to_save(
     trainable: Iterable[str],
     counters: Mapping[str, int],
     process_group: Any = None,
+    *,
+    reference: Mapping[str, Tensor] | None = None,
 ) -> Future[None]:
     """Copy the state and begin to write it into `folder`, which exists: the tensors and state.json. `trainable` are the
-    names of the weights that the optimizer changes.
+    names of the weights that the optimizer changes, `reference` the tensors of the reference that are not in its
+    checkpoint.
 
     The future ends when all ranks have written. All ranks of `process_group` call this, and nothing else may use that
     group. Raises OSError; the future may raise OSError or torch's `CheckpointException`.
@@ -72,14 +78,17 @@ def begin_to_save(
         for average, value in optimizer.state.get(weight, {}).items():
             averages[f"{average}/{name}"] = _as_float(value)
     optimizer_state = {**averages, RANDOM: torch.get_rng_state()}
+    referred = _named(reference)
     writer = HuggingFaceStorageWriter(
         str(folder),
-        fqn_to_index_mapping=dict.fromkeys(weights, MODEL_FILE) | dict.fromkeys(optimizer_state, OPTIMIZER_FILE),
+        fqn_to_index_mapping=dict.fromkeys(weights, MODEL_FILE)
+        | dict.fromkeys(optimizer_state, OPTIMIZER_FILE)
+        | dict.fromkeys(referred, REFERENCE_FILE),
         save_distributed=True,
     )
     if process_group is None or process_group.rank() == 0:
         (folder / "state.json").write_text(json.dumps({**counters, TRAINABLE: sorted(trainable)}), encoding="utf-8")
-    state = {name: weight.detach() for name, weight in weights.items()} | optimizer_state
+    state = {name: weight.detach() for name, weight in weights.items()} | optimizer_state | referred
     _silence_single_process_warning()
     saved: Any = async_save(state, storage_writer=writer, process_group=process_group)
     future: Future[None] = saved
@@ -93,9 +102,11 @@ def restore(
     trainable: Mapping[str, Tensor],
     counters: Sequence[str],
     process_group: Any = None,
+    *,
+    reference: Mapping[str, Tensor] | None = None,
 ) -> dict[str, int]:
-    """Restore what `begin_to_save` wrote into `weights` and `optimizer` → the counters of the given names. `trainable`
-    are the weights that the optimizer changes.
+    """Restore what `begin_to_save` wrote into `weights`, `optimizer` and `reference` → the counters of the given names.
+    `trainable` are the weights that the optimizer changes.
 
     Raises `CheckpointError`: before anything is changed, where the checkpoint is incomplete or belongs to another model
     or run; later, where its values cannot be continued from (NaN).
@@ -107,6 +118,9 @@ def restore(
     _check_trainable(folder, set(optimized), set(trainable), complete=False)
     if names is not None:
         _check_trainable(folder, names, set(trainable), complete=True)
+    referred = _named(reference)
+    for name, tensor in referred.items():
+        _check_kind(folder, there, name, tuple(tensor.shape), WEIGHT_DTYPES)
     random_state = torch.get_rng_state()
     _check_kind(folder, there, RANDOM, tuple(random_state.shape), ("U8",))
     averages = {
@@ -115,7 +129,7 @@ def restore(
         if name in optimized
         for average in AVERAGES
     }
-    state = {name: weight.detach() for name, weight in weights.items()} | averages | {RANDOM: random_state}
+    state = {name: weight.detach() for name, weight in weights.items()} | averages | {RANDOM: random_state} | referred
     _read(folder, state, process_group)
     _check_values(folder, weights, averages)
     optimizer.state.clear()
@@ -177,7 +191,7 @@ def _optimized(folder: Path, there: Mapping[str, StoredTensor], trainable: Mappi
     found: dict[str, set[str]] = {}
     for key in there:
         average, is_average, name = key.partition("/")
-        if is_average:
+        if is_average and average != REFERENCE:
             found.setdefault(name, set()).add(average)
     for name, averages in found.items():
         if averages != set(AVERAGES):
@@ -228,6 +242,11 @@ def _check_values(folder: Path, weights: Mapping[str, Tensor], averages: Mapping
         broken = broken or (None if sound.all() else name)
     if broken is not None:
         raise CheckpointError(f"{folder} cannot be continued from: {broken} holds values that are not finite")
+
+
+def _named(reference: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The tensors of the reference, by their names in the checkpoint."""
+    return {f"{REFERENCE}/{name}": tensor.detach() for name, tensor in (reference or {}).items()}
 
 
 # ── tensors ─────────────────────────────────────────────────────────────────────────────────────────────────

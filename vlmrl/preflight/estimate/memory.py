@@ -6,6 +6,8 @@
                  + weight in the model's dtype and gradient 4 on the GPU, with trainer.sharding=optimizer
     frozen       the other parameters × weight in the model's dtype (model.lora, model.vlm.freeze_*), and
                  trainer.feature_cache_mib where the vision tower is among them
+    reference    parameters × weight in reference.dtype, unless it is the policy without its adapters or is offloaded;
+                 reference=ema keeps a float32 average besides, where that is not the dtype
     in transit   parameters × weight in the engine's dtype, for weight_sync=nccl and cuda_ipc
     activations  tokens of a micro-batch × layers × bytes
                  × (8 hidden + 2 (heads + 2 kv_heads) head_dim + 4 intermediate)
@@ -29,7 +31,8 @@ from typing import TYPE_CHECKING
 
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.model import EVERY_LINEAR_LAYER, Dtype, LoraConfig
-from vlmrl.config.run import RunConfig
+from vlmrl.config.reference import CopyConfig, EmaReferenceConfig
+from vlmrl.config.run import Mode, RunConfig
 from vlmrl.config.trainer import Optimizer, Sharding
 from vlmrl.models.families import family_of
 from vlmrl.preflight.estimate.sizes import Sizes, TextSizes
@@ -53,6 +56,8 @@ class TrainerMemory:
     learning: int
     """Weights, gradients and averages of the trainable parameters, on the rank's device."""
     frozen: int
+    reference: int
+    """Weights of the second model."""
     in_transit: int
     activations: int | None
     """None where the model's layers are not known."""
@@ -62,7 +67,7 @@ class TrainerMemory:
     @property
     def fixed(self) -> int:
         """Bytes that the device holds from the first step to the last."""
-        return self.learning + self.frozen + self.in_transit
+        return self.learning + self.frozen + self.reference + self.in_transit
 
 
 def trainer_memory(config: RunConfig, sizes: Sizes, rows: int, loss_tokens: int, ranks: int) -> TrainerMemory | None:
@@ -80,10 +85,24 @@ def trainer_memory(config: RunConfig, sizes: Sizes, rows: int, loss_tokens: int,
     return TrainerMemory(
         learning=math.ceil(learns * on_device),
         frozen=frozen * weight + cache,
+        reference=reference_bytes(config, sizes.parameters),
         in_transit=in_transit,
         activations=activations,
         on_host=math.ceil(learns * on_host),
     )
+
+
+def reference_bytes(config: RunConfig, parameters: int) -> int:
+    """Bytes of the reference's weights on each rank's device. A teacher from a folder counts as one of the policy's
+    size."""
+    chosen = config.reference
+    if config.mode is not Mode.rl or not isinstance(chosen, CopyConfig) or config.reference_is_policy:
+        return 0
+    if chosen.offload and config.model.device != "cpu":
+        return 0
+    dtype = config.model.dtype if chosen.dtype is Dtype.auto else chosen.dtype
+    averages = 4 if isinstance(chosen, EmaReferenceConfig) and dtype is not Dtype.float32 else 0
+    return parameters * (BYTES[dtype] + averages)
 
 
 def vision_is_frozen(config: RunConfig) -> bool:
