@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from support import helpers
 from support.helpers import END, Part, Sampled, image, sample
-from vlmrl.config.algorithm import AlgorithmConfig
+from vlmrl.config.algorithm import AlgorithmConfig, KLConfig
 from vlmrl.config.model import LoraConfig
 from vlmrl.config.trainer import Optimizer, Packing, SFTConfig, Sharding, TrainerConfig
 from vlmrl.models.blocks import blocks, prepare_blocks
@@ -32,6 +32,7 @@ from vlmrl.trainer.checkpoint import Checkpoints
 from vlmrl.trainer.commands import Follower
 from vlmrl.trainer.learner import Learner
 from vlmrl.trainer.loop_state import LoopState
+from vlmrl.trainer.reference import FrozenCopy
 from vlmrl.trainer.trainer import LocalTrainer
 from vlmrl.types import TrainingSample
 
@@ -65,6 +66,8 @@ class Case:
     """Whether a demonstration has an image, where `images` is set."""
     text_first: bool = False
     """Whether the batch before a checkpoint (`continued`) has no image, so that the vision tower had no gradient."""
+    referred: bool = False
+    """Whether a moving average of the policy is the reference, and the loss has the distance to it."""
     recomputed: bool = False
     lora: bool = False
     dtype: torch.dtype = torch.float32
@@ -81,6 +84,10 @@ CASES = {
     "tower alone, last pass of text": Case(packing=Packing.none, freeze_language=True, shown=False),
     "own temperatures": Case(micro_batch_tokens=60, own_temperatures=True),
     "own temperatures, replicated": Case(micro_batch_tokens=60, own_temperatures=True, sharding=Sharding.none),
+    "referred": Case(micro_batch_tokens=60, referred=True),
+    "referred, replicated": Case(micro_batch_tokens=60, referred=True, sharding=Sharding.none),
+    "referred, kept whole": Case(micro_batch_tokens=60, referred=True, sharding=Sharding.optimizer),
+    "referred, one by one": Case(packing=Packing.none, referred=True),
     "text": Case(micro_batch_tokens=60, images=False),
     "replicated": Case(micro_batch_tokens=60, sharding=Sharding.none),
     "replicated one by one": Case(packing=Packing.none, sharding=Sharding.none),
@@ -162,12 +169,45 @@ def parts(folder: str, name: str) -> tuple[Policy, TrainerConfig]:
     return Policy(model, position_function("mrope", 2), []), config
 
 
+def algorithm_of(name: str) -> AlgorithmConfig:
+    return AlgorithmConfig(kl=KLConfig(loss=0.3 if CASES[name].referred else 0.0))
+
+
+def reference_of(folder: str, name: str) -> FrozenCopy | None:
+    """The reference of a case, which starts from other weights than the policy's and takes those first."""
+    if not CASES[name].referred:
+        return None
+    model: Any = load_model(Path(folder), helpers.TINY)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    return FrozenCopy(Policy(model, position_function("mrope", 2), []), offload=False, begins=True, decay=0.5)
+
+
+def scored(trainer: LocalTrainer, samples: list[TrainingSample]) -> list[TrainingSample]:
+    """The samples, with the logprobs of the trainer's reference."""
+    found = []
+    for each, logprobs in zip(samples, trainer.reference_logprobs(samples), strict=True):
+        whole = np.zeros(len(each.token_ids), np.float32)
+        whole[each.loss_mask] = logprobs
+        found.append(replace(each, reference_logprobs=whole))
+    return found
+
+
 def learner(folder: str, name: str, rank_group: RankGroup | None) -> LocalTrainer:
     """The trainer of a case: on rank 0 of `rank_group`, or in a run of one process."""
 
     def own() -> LocalTrainer:
         policy, config = parts(folder, name)
-        return LocalTrainer(policy, config, AlgorithmConfig(), temperature=1.0, max_new_tokens=4, rank_group=rank_group)
+        return LocalTrainer(
+            policy,
+            config,
+            algorithm_of(name),
+            temperature=1.0,
+            max_new_tokens=4,
+            rank_group=rank_group,
+            reference=reference_of(folder, name),
+        )
 
     if rank_group is None:
         return own()
@@ -187,7 +227,15 @@ class BuildLearner(Command[Follower, None]):
     def _learner(self) -> Learner:
         policy, config = parts(self.folder, self.name)
         ranks = torch.distributed.get_world_size()
-        return Learner(policy, config, AlgorithmConfig(), temperature=1.0, max_new_tokens=4, ranks=ranks)
+        return Learner(
+            policy,
+            config,
+            algorithm_of(self.name),
+            temperature=1.0,
+            max_new_tokens=4,
+            ranks=ranks,
+            reference=reference_of(self.folder, self.name),
+        )
 
 
 def counted(*names: str) -> Any:
@@ -206,11 +254,14 @@ def steps(trainer: LocalTrainer, name: str, number: int = 2) -> dict[str, np.nda
     found["units"] = np.array(1 + len(blocks(trainer._learner.policy.model)))
     trainer.logprobs(batch(images, own))  # must not leave gathered weights or counts behind for the step
     for _ in range(number):
+        samples = batch(images, own)
+        if CASES[name].referred:
+            samples = scored(trainer, samples)
         with (
             counted("all_gather_single", "all_gather_into_tensor") as gathers,
             counted("reduce_scatter_single", "reduce_scatter_tensor") as reductions,
         ):
-            result = trainer.train_step(batch(images, own), demonstrated)
+            result = trainer.train_step(samples, demonstrated)
         found[f"{result.version}/{COLLECTIVES}"] = np.array([gathers.call_count, reductions.call_count])
         for key, value in result.metrics.items():
             found[f"{result.version}/{key}"] = np.array(value)
@@ -227,7 +278,8 @@ def continued(trainer: LocalTrainer, name: str, checkpoints: str) -> dict[str, n
     restored = place.load_newest(trainer, print)
     if restored is None:
         shown = CASES[name].images and not CASES[name].text_first
-        trainer.train_step(batch(shown), demonstrations(shown))
+        samples = batch(shown)
+        trainer.train_step(scored(trainer, samples) if CASES[name].referred else samples, demonstrations(shown))
         place.save(trainer.version, trainer, LoopState())
         place.finish()
     return steps(trainer, name, 1)

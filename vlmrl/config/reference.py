@@ -14,8 +14,8 @@ from vlmrl.config.model import Dtype
 class ReferenceConfig:
     """What every choice of a reference has."""
 
-    kind: str = setting(MISSING, on_resume=Resume.refused)
-    """The choice; set by the option that `reference=` chooses."""
+    kind: str = setting("none", on_resume=Resume.refused)
+    """The choice; set by the option that `reference=` chooses. Runs of older versions have none."""
 
 
 @dataclass
@@ -46,7 +46,7 @@ class InitialReferenceConfig(ReferenceConfig, CopyConfig):
     kind: str = setting("initial", on_resume=Resume.refused)
     """`initial` keeps the policy near what it was."""
     refresh_every: int = setting(0, on_resume=Resume.noted, low=0, high=10**9, outside="it counts no steps")
-    """Take the policy's weights anew after so many steps; 0 never does."""
+    """Take the policy's weights anew after so many optimizer steps; 0 never does."""
 
 
 @dataclass
@@ -66,5 +66,5 @@ class EmaReferenceConfig(ReferenceConfig, CopyConfig):
     kind: str = setting("ema", on_resume=Resume.refused)
     """`ema` is a reference that follows the policy slowly."""
     decay: float = setting(0.99, on_resume=Resume.noted, low=0, high=1, outside="it is no average")
-    """After each step the average is `decay` × itself + (1 − `decay`) × the policy's weights: 0.99 looks back about 100
-    steps."""
+    """The share of itself that the average keeps at each optimizer step; the rest comes from the policy's weights. 0.99
+    looks back about 100 steps."""

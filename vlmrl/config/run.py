@@ -141,7 +141,7 @@ class RunConfig:
     """Rollouts and the loop."""
     algorithm: AlgorithmConfig = MISSING
     """From rewards to a loss."""
-    reference: ReferenceConfig = field(default_factory=NoReferenceConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     """A second model that scores what the policy samples: to stay near it, or to learn from it (`algorithm.kl`)."""
     inference: InferenceConfig = MISSING
     """The engine that samples."""

@@ -67,7 +67,7 @@ def add_adapters(model: Any, config: LoraConfig) -> None:
 @contextlib.contextmanager
 def without_adapters(model: Any) -> Iterator[None]:
     """Inside the block, the model computes what it computes without its adapters: their factor is 0."""
-    layers = [module for module in model.modules() if ADAPTER in getattr(module, "scaling", ())]
+    layers = [module for module in model.modules() if ADAPTER in getattr(module, "lora_A", ())]
     factors = [layer.scaling[ADAPTER] for layer in layers]
     try:
         for layer in layers:

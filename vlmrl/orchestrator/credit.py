@@ -149,11 +149,13 @@ def _penalty(turns: Sequence[Turn], config: AlgorithmConfig) -> float:
 
 
 def reference_metrics(rollouts: Sequence[Rollout], config: AlgorithmConfig) -> dict[str, float]:
-    """`reward/kl_penalty`: the mean over the rollouts of what is taken off their rewards. Empty without
+    """`reference_kl/penalty`: the mean over the rollouts of what is taken off their rewards. Empty without
     `algorithm.kl.reward`."""
     if not config.kl.reward:
         return {}
-    return {"reward/kl_penalty": sum(_penalty(rollout.turns, config) for rollout in rollouts) / max(1, len(rollouts))}
+    return {
+        "reference_kl/penalty": sum(_penalty(rollout.turns, config) for rollout in rollouts) / max(1, len(rollouts))
+    }
 
 
 def shown(turn: Turn) -> tuple[str, ...]:

@@ -96,11 +96,19 @@ STEP_KEYS: dict[str, StepKey] = {
     "eval/<set>/rollouts/replayed": _sometimes("rollouts", "As `eval/rollouts/replayed`, of the set."),
     "loss": StepKey(
         "loss",
-        "The loss before the step, with algorithm.entropy_coef, without demonstrations of trainer.warmup.rl_weight.",
+        "The loss before the step, with algorithm.entropy_coef and algorithm.kl.loss, without demonstrations.",
     ),
     "grad_norm": StepKey("loss", "L2 norm of the gradient of all trainable parameters, before clipping."),
     "learning_rate": _sometimes("1", "Learning rate of the step. Steps that trained on something."),
     "entropy": StepKey("nats per token", "Mean entropy of the trainer's distribution at the loss tokens."),
+    "reference_kl/mean": _sometimes(
+        "nats per token",
+        "Mean of exp(d) - d - 1 over the loss tokens before the step; d = reference - trainer logprob. Runs with "
+        "reference=.",
+    ),
+    "reference_kl/penalty": _sometimes(
+        "reward", "What the distance to the reference takes off a rollout's reward, on average. algorithm.kl.reward."
+    ),
     "mismatch_kl/mean": StepKey(
         "nats per token",
         "Mean of r - log r - 1 over the loss tokens before the step; log r = trainer - inference logprob.",
@@ -212,6 +220,7 @@ STEP_KEYS: dict[str, StepKey] = {
     "eval/wire/<key>": _sometimes("as above", "The wire/… keys, counted during the evaluation."),
     "time/step": StepKey("s", "Wall-clock time of the step, without evaluation and checkpoint."),
     "time/rollout": StepKey("s", "Time that the trainer waited for the step's rollouts."),
+    "time/reference": _sometimes("s", "Time in which the reference scored the batch, a part of the preparation."),
     "time/train": StepKey("s", "Time of forward, backward and optimizer."),
     "time/sync": StepKey("s", "Time to publish the new weights to the engine."),
     "time/vision_gap": _sometimes("s", "Time of the blind control. Steps with vision_gap/blank."),

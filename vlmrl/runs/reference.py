@@ -13,7 +13,6 @@ from vlmrl.config.reference import (
     EmaReferenceConfig,
     FolderReferenceConfig,
     InitialReferenceConfig,
-    NoReferenceConfig,
 )
 from vlmrl.config.run import Mode, RunConfig
 from vlmrl.errors import ConfigError
@@ -26,7 +25,7 @@ from vlmrl.trainer.reference import FrozenCopy, Reference, WithoutAdapters
 
 def has_reference(config: RunConfig) -> bool:
     """Whether a run has a second model."""
-    return config.mode is Mode.rl and not isinstance(config.reference, NoReferenceConfig)
+    return config.mode is Mode.rl and isinstance(config.reference, CopyConfig)
 
 
 def make_reference(

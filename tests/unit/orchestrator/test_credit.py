@@ -13,11 +13,19 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from support.tiny_renderer import MODEL, PLACEHOLDER_TOKENS, first, following
-from vlmrl.config.algorithm import Advantage, AlgorithmConfig, Compare, Credit
+from vlmrl.config.algorithm import Advantage, AlgorithmConfig, Compare, Credit, KLConfig
 from vlmrl.config.orchestrator import RendererConfig
 from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer
 from vlmrl.orchestrator.advantages import assign_advantages, group_normalized
-from vlmrl.orchestrator.credit import Comparison, comparisons, credit_metrics, returns, shown
+from vlmrl.orchestrator.credit import (
+    Comparison,
+    comparisons,
+    credit_metrics,
+    kl_to_reference,
+    reference_metrics,
+    returns,
+    shown,
+)
 from vlmrl.rendering.renderer import make_renderer
 from vlmrl.types import Completion, FloatArray, Group, Image, Message, Prompt, Rollout, StopReason, Turn
 
@@ -243,3 +251,36 @@ def test_what_an_estimator_sees() -> None:
     assert later.rollouts == [first]
     assert later.siblings == (first, second)
     assert later.rewards.dtype == np.float32
+
+
+# ── the distance to the reference ───────────────────────────────────────────────────────────────────────────
+
+
+def scored(made: Turn, *below: float) -> Turn:
+    """A turn whose tokens the reference finds less likely than the sampler did, by so many nats."""
+    made.reference_logprobs = made.completion.logprobs - np.array(below, np.float32)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("credit", "expected"),
+    [
+        (Credit.episode, [[3.0 - 0.5 * 3.5, 4.0]]),
+        (Credit.turn, [[1.0 - 0.5 * 3.0, 4.0], [2.0 - 0.5 * 0.5]]),
+        (Credit["return"], [[3.0 - 0.5 * 3.5, 4.0], [2.0 - 0.5 * 0.5]]),
+    ],
+)
+def test_the_distance_of_what_is_rewarded_is_taken_off_its_reward(credit: Credit, expected: list[list[float]]) -> None:
+    turns = [scored(turn(1.0, 2), 1.0, 2.0), scored(turn(2.0, 3), 0.5, 0.25, -0.25)]
+    first = Rollout("a", "p", 0, turns, 3.0, {}, StopReason.TERMINATED)
+    second = Rollout("b", "p", 1, [scored(turn(4.0), 0.0)], 4.0, {}, StopReason.TERMINATED)
+    config = AlgorithmConfig(credit=credit, kl=KLConfig(reward=0.5))
+    assert [each.rewards.tolist() for each in comparisons([first, second], config)] == expected
+    assert (first.reward, [each.reward for each in turns]) == (3.0, [1.0, 2.0]), "the record keeps the task's rewards"
+    assert kl_to_reference(turns) == pytest.approx(3.5)
+    assert reference_metrics([first, second], config) == {"reference_kl/penalty": pytest.approx(0.875)}
+    assert reference_metrics([first, second], AlgorithmConfig()) == {}
+
+
+def test_a_turn_that_nobody_scored_costs_nothing() -> None:
+    assert kl_to_reference([turn(1.0, 2)]) == 0.0

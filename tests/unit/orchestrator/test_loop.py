@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.loop_world import GROUPS, SIBLINGS, World, indices_of
-from vlmrl.config.algorithm import AlgorithmConfig, FilterConfig, FilterMode, RefillConfig
+from vlmrl.config.algorithm import AlgorithmConfig, FilterConfig, FilterMode, KLConfig, RefillConfig
 from vlmrl.errors import NonFiniteLossError, TaskError
 from vlmrl.orchestrator.best import BestWatch
 from vlmrl.record.metrics import missing_keys
@@ -401,3 +402,28 @@ def test_the_demonstrations_of_a_step_go_to_the_trainer_with_it() -> None:
     world = World()
     world.run(steps=3)
     assert world.demonstrated == [[], world.learned[0][:2], world.learned[1][:3]]
+
+
+def test_the_reference_scores_a_batch_before_its_rewards_are_compared() -> None:
+    """The reference of `World` finds each token half a nat less likely than the sampler did."""
+    learned = []
+    for kl in (0.0, 3.0):
+        world = World(has_reference=True)
+        algorithm = AlgorithmConfig(kl=KLConfig(advantage=kl))
+        assert world.run(steps=2, algorithm=algorithm) == "finished"
+        named = ("train", "score", "learn", "publish")
+        order = [event for event in world.events if event.split()[0] in named]
+        assert order == ["publish 0", *(f"{event} {step}" for step in (1, 2) for event in named)]
+        learned.append(world.learned)
+        assert "time/reference" in world.metrics_of[1]
+    for without, with_kl in zip(*(itertools.chain.from_iterable(each) for each in learned), strict=True):
+        assert with_kl.reference_logprobs is not None
+        lower = np.where(without.loss_mask, 1.5, 0.0)
+        np.testing.assert_allclose(with_kl.advantages, without.advantages - lower, atol=1e-6)
+
+
+def test_without_a_reference_nothing_is_scored() -> None:
+    world = World()
+    world.run(steps=1)
+    assert not any(event.startswith("score") for event in world.events)
+    assert world.learned[0][0].reference_logprobs is None

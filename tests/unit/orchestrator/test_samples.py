@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.prompt_builders import EMPTY, END, IMAGE, IMAGES, PAD, extended
-from vlmrl.orchestrator.samples import make_samples, note_learned
+from vlmrl.orchestrator.samples import make_samples, note_learned, note_reference
 from vlmrl.types import (
     Completion,
     ContractError,
@@ -201,3 +201,22 @@ def test_a_missing_image_is_a_contract_error() -> None:
     prompt = replace(extended(EMPTY, [5], [IMAGES[1]]), images=())
     with pytest.raises(ContractError, match="1 placeholders but 0 images"):
         make_samples(rollout([turn(prompt, [END], 0)]))
+
+
+@given(st.lists(rollouts(), max_size=3))
+def test_what_the_reference_finds_goes_to_its_turns_and_into_the_samples(played: list[Rollout]) -> None:
+    """With `kl_advantage`, each token's advantage is lower by that times log μ − log reference."""
+    samples = [sample for each in played for sample in make_samples(each)]
+    assert all(sample.reference_logprobs is None for sample in samples)
+    note_reference(played, [(s.inference_logprobs - s.token_ids)[s.loss_mask].astype(np.float32) for s in samples])
+    for each in played:
+        for made in each.turns:
+            assert made.reference_logprobs is not None
+            wanted = (made.completion.logprobs - made.completion.token_ids).astype(np.float32)
+            np.testing.assert_array_equal(made.reference_logprobs, wanted)
+        for sample, before in zip(make_samples(each, 0.5), make_samples(each), strict=True):
+            assert sample.reference_logprobs is not None
+            assert not sample.reference_logprobs[~sample.loss_mask].any()
+            distance = sample.inference_logprobs - sample.reference_logprobs
+            np.testing.assert_allclose(distance, np.where(sample.loss_mask, sample.token_ids, 0), atol=1e-5)
+            np.testing.assert_allclose(sample.advantages, before.advantages - 0.5 * distance, atol=1e-5)

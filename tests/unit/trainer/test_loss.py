@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from vlmrl.config.algorithm import AlgorithmConfig, ImportanceCorrection, Loss
+from vlmrl.config.algorithm import AlgorithmConfig, ImportanceCorrection, KLConfig, KLEstimator, Loss
 from vlmrl.trainer.loss import (
     LOSSES,
     BatchTotals,
@@ -28,6 +28,7 @@ from vlmrl.trainer.loss import (
     loss_metrics,
     mismatch_kl,
     policy_loss,
+    reference_kl,
     supervised,
 )
 
@@ -106,6 +107,7 @@ def random_tokens(seed: int, *, per_token_advantages: bool = True) -> LossTokens
         advantages=torch.tensor(advantages, dtype=torch.float64),
         sample_index=torch.tensor(sample),
         entropies=torch.tensor(rng.exponential(1.0, n), requires_grad=True),
+        reference_logprobs=torch.tensor(mu + rng.normal(0.0, 0.7, n), dtype=torch.float64),
     )
 
 
@@ -383,3 +385,93 @@ def test_mismatch_kl_of_a_float32_rounding_is_not_lost_in_subtraction() -> None:
     total, largest = mismatch_kl(trainer, inference)
 
     assert total == largest == pytest.approx(step**2 / 2, rel=1e-6)
+
+
+# ── the distance to a reference ─────────────────────────────────────────────────────────────────────────────
+
+
+def distance_reference(logp: Array, ref: Array, estimator: KLEstimator, totals: BatchTotals) -> float:
+    """Mean over the tokens of the estimators in Schulman, "Approximating KL Divergence", of KL(π ‖ reference)."""
+    total = 0.0
+    for p, q in zip(np.exp(logp), np.exp(ref), strict=True):
+        r = q / p
+        total += {"k1": -np.log(r), "k2": 0.5 * np.log(r) ** 2, "k3": (r - 1) - np.log(r)}[estimator.value]
+    return total / totals.tokens
+
+
+def assert_distance(loss: Callable[[LossTokens, BatchTotals, AlgorithmConfig], LossOutput], each: KLEstimator) -> None:
+    """The loss with the term is the loss without it, plus the factor times the reference."""
+    for seed in range(3):
+        tokens = random_tokens(seed)
+        totals, (logp, _, _, _) = totals_of(tokens), numpy_of(tokens)
+        assert tokens.reference_logprobs is not None
+        ref = tokens.reference_logprobs.numpy()
+        config = replace(CONFIG, kl=KLConfig(loss=0.3, estimator=each))
+        found, without = loss(tokens, totals, config), policy_loss(tokens, totals, CONFIG)
+        wanted = 0.3 * distance_reference(logp, ref, each, totals)
+        np.testing.assert_allclose((found.loss - without.loss).item(), wanted, rtol=1e-9, atol=1e-12)
+        slope = finite_differences(lambda x: 0.3 * distance_reference(x, ref, each, totals), logp)  # noqa: B023
+        np.testing.assert_allclose(gradient(found, tokens) - gradient(without, tokens), slope, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("estimator", KLEstimator)
+def test_the_distance_to_the_reference_is_its_formula(estimator: KLEstimator) -> None:
+    assert_distance(policy_loss, estimator)
+
+
+MISTAKES: dict[str, Callable[[torch.Tensor, torch.Tensor, KLEstimator], torch.Tensor]] = {
+    "sign": lambda p, q, each: -reference_kl(p, q, each),
+    "the other way round": lambda p, q, each: reference_kl(q, p, each),
+    "a token late": lambda p, q, each: reference_kl(p, q.roll(1), each),
+    "wrong divisor": lambda p, q, each: reference_kl(p, q, each) * len(p) / 5,
+}
+
+
+NO_MISTAKES = {("the other way round", KLEstimator.k2), ("a token late", KLEstimator.k1)}
+"""A square has no direction, and a sum of differences no order."""
+
+
+@pytest.mark.parametrize(
+    ("mistake", "estimator"),
+    [(mistake, each) for mistake in MISTAKES for each in KLEstimator if (mistake, each) not in NO_MISTAKES],
+)
+def test_a_mistake_in_the_distance_is_found(
+    mistake: str, estimator: KLEstimator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlmrl.trainer.loss.reference_kl", MISTAKES[mistake])
+    with pytest.raises(AssertionError):
+        assert_distance(policy_loss, estimator)
+
+
+def test_the_expected_gradient_of_each_estimator_is_what_the_config_says() -> None:
+    """Exactly, over all tokens of a small vocabulary: k1 none, k2 KL(π ‖ reference), k3 KL(reference ‖ π)."""
+    random = np.random.default_rng(0)
+    logits = torch.tensor(random.normal(size=6), requires_grad=True)
+    reference = torch.log_softmax(torch.tensor(random.normal(size=6)), 0)
+
+    def slope(value: torch.Tensor) -> Array:
+        (found,) = torch.autograd.grad(value, logits)
+        return found.numpy()
+
+    def policy() -> torch.Tensor:
+        return torch.log_softmax(logits, 0)
+
+    def expected(estimator: KLEstimator) -> Array:
+        """Σ_v π(v) ∇ k(v): tokens are sampled from π, without gradient through the sampling."""
+        return slope((policy().detach().exp() * reference_kl(policy(), reference, estimator)).sum())
+
+    forward = slope((reference.exp() * (reference - policy())).sum())
+    backward = slope((policy().exp() * (policy() - reference)).sum())
+    np.testing.assert_allclose(expected(KLEstimator.k1), 0.0, atol=1e-15)
+    np.testing.assert_allclose(expected(KLEstimator.k2), backward, rtol=1e-12)
+    np.testing.assert_allclose(expected(KLEstimator.k3), forward, rtol=1e-12)
+    assert np.abs(forward - backward).max() > 0.01
+
+
+def test_the_values_of_k1_and_k3_are_unbiased() -> None:
+    random = np.random.default_rng(1)
+    policy, reference = (torch.log_softmax(torch.tensor(random.normal(size=6)), 0) for _ in range(2))
+    exact = float((policy.exp() * (policy - reference)).sum())
+    for estimator in (KLEstimator.k1, KLEstimator.k3):
+        value = float((policy.exp() * reference_kl(policy, reference, estimator)).sum())
+        assert value == pytest.approx(exact, rel=1e-12)

@@ -190,6 +190,21 @@ def test_a_tower_that_had_no_gradient_before_the_checkpoint(tiny_folder: Path, t
         assert_same(again[case], never_stopped, tolerance=1e-5)
 
 
+def test_any_number_of_ranks_goes_on_with_the_reference(tiny_folder: Path, tmp_path: Path) -> None:
+    by_one, by_two = str(tmp_path / "by one"), str(tmp_path / "by two")
+
+    def one_process(checkpoints: str) -> Found:
+        return learning.continued(learning.learner(str(tiny_folder), "referred", None), "referred", checkpoints)
+
+    never_stopped = one_process(by_one)
+    assert never_stopped["2/reference_kl/mean"] > 1e-4
+    assert_same(one_process(by_one), never_stopped, tolerance=0.0)
+    two = by_ranks(2, tiny_folder, tmp_path / "2", f"referred@{by_one}", f"referred, kept whole@{by_two}")
+    assert_same(two["referred"], never_stopped, tolerance=1e-5)
+    assert_same(two["referred, kept whole"], never_stopped, tolerance=1e-5)
+    assert_same(one_process(by_two), never_stopped, tolerance=1e-5)
+
+
 @pytest.mark.parametrize("case", ["text first, in bfloat16", "text first, adapters"])
 def test_a_tower_without_gradient_in_one_process(case: str, tiny_folder: Path, tmp_path: Path) -> None:
     if CASES[case].lora:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vlmrl.config.algorithm import Advantage, FilterMode
-from vlmrl.config.reference import FolderReferenceConfig, NoReferenceConfig
+from vlmrl.config.reference import CopyConfig, FolderReferenceConfig
 from vlmrl.config.run import Mode, RunConfig
 from vlmrl.errors import ConfigError
 from vlmrl.preflight.site import Site
@@ -14,7 +14,7 @@ from vlmrl.preflight.site import Site
 def reference_is_there(config: RunConfig) -> None:
     """What costs distance to a reference has one."""
     kl = config.algorithm.kl
-    if config.mode is Mode.rl and kl.is_on and isinstance(config.reference, NoReferenceConfig):
+    if config.mode is Mode.rl and kl.is_on and not isinstance(config.reference, CopyConfig):
         name = next(name for name in ("loss", "reward", "advantage") if getattr(kl, name))
         raise ConfigError(
             f"algorithm.kl.{name}={getattr(kl, name)} needs a second model, and reference=none is none: set "
