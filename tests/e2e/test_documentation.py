@@ -203,6 +203,20 @@ EXCHANGED = {
     "python -m vlmrl algorithm.advantage=my_losses:brief algorithm.args.fee=0.1": (
         f"python -m vlmrl algorithm.advantage=my_losses:brief algorithm.args.fee=0.1 {LESS}"
     ),
+    "python -m vlmrl reference=initial algorithm.kl.loss=0.04": (
+        f"python -m vlmrl reference=initial algorithm.kl.loss=0.04 {LESS}"
+    ),
+    "python -m vlmrl reference=ema reference.decay=0.99 algorithm.kl.reward=0.01": (
+        f"python -m vlmrl reference=ema reference.decay=0.99 algorithm.kl.reward=0.01 {LESS}"
+    ),
+    "python -m vlmrl hydra.run.dir=outputs/teacher": f"python -m vlmrl hydra.run.dir=outputs/teacher {LESS}",
+    "python -m vlmrl mode=export resume=outputs/teacher export.folder=outputs/teacher_model": (
+        "python -m vlmrl mode=export resume=outputs/a export.folder=outputs/teacher_model"
+    ),
+    # the command before it, by the order of the alphabet, comes later
+    "python -m vlmrl experiment=distill_tiny reference.folder=outputs/teacher_model": (
+        "python -m vlmrl experiment=distill_tiny reference.folder=outputs/teacher_model dry_run=true"
+    ),
     "python -m vlmrl algorithm.entropy_coef=0.01": f"python -m vlmrl algorithm.entropy_coef=0.01 {LESS}",
     "python -m vlmrl algorithm.credit=return algorithm.discount=0.9": (
         f"python -m vlmrl algorithm.credit=return algorithm.discount=0.9 {LESS}"

@@ -56,6 +56,19 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
         ("algorithm=rloo", "orchestrator.group_size=1"),
         "group_size=1 .*=leave_one_out would be 0",
     ),
+    (("algorithm.kl.reward=0.1",), r"kl.reward=0.1 needs a second model, and reference=none .* set reference=initial"),
+    (
+        ("algorithm.advantage=none",),
+        "algorithm.advantage=none with algorithm.kl.advantage=0 .* nothing would be learned: set .*kl.advantage=1",
+    ),
+    (
+        ("reference=initial", "algorithm.kl.advantage=1", "algorithm.refill.budget=2"),
+        r"algorithm.refill.budget=2 drops groups .* with algorithm.kl.advantage=1.0 .*set .*zero_advantage=none",
+    ),
+    (
+        ("reference=ema", "algorithm.kl.advantage=1", "algorithm.filters.zero_advantage=drop"),
+        r"algorithm.filters.zero_advantage=drop drops groups .* have a gradient too",
+    ),
     (("algorithm.loss=gpro",), "algorithm.loss=gpro is neither one of grpo, .*=my_package.*; did you mean grpo"),
     (("algorithm.advantage=mine",), "algorithm.advantage=mine is neither one of group_normalized, "),
     (

@@ -49,7 +49,7 @@ POLICIES = {
         task.eval_fraction task.env_id task.env_kwargs task.noise
         reward.terms.*.kind reward.terms.*.target
         tool.*.kind tool.*.target tool.*.description tool.*.coordinates task.places
-        inference.kind weight_sync.kind
+        inference.kind weight_sync.kind reference.kind reference.dtype reference.folder
         trainer.optimizer
     """,
     # A researcher's choice, from this step on.
@@ -79,6 +79,8 @@ POLICIES = {
         tool.*.timeout_s tool.*.size tool.*.args task.demonstrated_zooms
         algorithm.loss algorithm.advantage algorithm.args algorithm.credit algorithm.compare algorithm.discount
         algorithm.truncated algorithm.entropy_coef
+        algorithm.kl.loss algorithm.kl.estimator algorithm.kl.reward algorithm.kl.advantage
+        reference.refresh_every reference.decay
         algorithm.clip_low algorithm.clip_high algorithm.importance_correction algorithm.importance_cap
         algorithm.filters.gibberish algorithm.filters.rare_from algorithm.filters.rare_logprob_offset
         algorithm.filters.repetition algorithm.filters.repetition_window algorithm.filters.repetition_probability
@@ -114,7 +116,7 @@ POLICIES = {
         trainer.packing trainer.micro_batch_tokens trainer.sharding trainer.cpu_offload trainer.compile
         trainer.activation_checkpointing trainer.feature_cache_mib trainer.threads trainer.checkpoint_every
         trainer.keep_checkpoints
-        weight_sync.root weight_sync.verify
+        weight_sync.root weight_sync.verify reference.offload
         monitor.live monitor.record_rollouts monitor.max_rollouts_mib monitor.vision_gap_every monitor.report
         monitor.wandb.mode monitor.wandb.project monitor.wandb.name monitor.wandb.group monitor.wandb.rollouts
         monitor.wandb.checkpoints monitor.tensorboard.enabled monitor.tensorboard.rollouts
@@ -143,6 +145,9 @@ RUNS = {
     "small_print": ("task=small_print",),
     "program": ("task=program", "task.command=python agent.py"),
     "verifiers": ("task=verifiers", "task.env=a_taskset"),
+    "initial": ("reference=initial",),
+    "teacher": ("reference=folder", "reference.folder=teacher"),
+    "average": ("reference=ema",),
     "environment": ("task=gymnasium", "task.env_id=FrozenLake-v1"),
     "sets": (
         *("+eval_set@orchestrator.eval.sets.ood=default", "+task@orchestrator.eval.sets.ood.task=dataset"),

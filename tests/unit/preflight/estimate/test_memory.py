@@ -9,7 +9,7 @@ import pytest
 
 from support import helpers
 from vlmrl.config.run import RunConfig
-from vlmrl.preflight.estimate.memory import learning_bytes, learning_parameters, trainer_memory
+from vlmrl.preflight.estimate.memory import learning_bytes, learning_parameters, reference_bytes, trainer_memory
 from vlmrl.preflight.estimate.sizes import Sizes, find_sizes
 
 
@@ -97,3 +97,24 @@ def test_recomputed_layers_keep_their_inputs_alone(run_config: Callable[..., Run
 
     assert activations() == pytest.approx(45e9, rel=0.01)
     assert activations("trainer.activation_checkpointing=true") == pytest.approx(3.4e9, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "bytes_each"),
+    [
+        ((), 0),
+        (("reference=initial",), 2),
+        (("reference=initial", "reference.dtype=float32"), 4),
+        (("reference=ema",), 2 + 4),
+        (("reference=ema", "reference.dtype=float32"), 4),
+        (("reference=initial", "reference.offload=true"), 0),
+        (("reference=initial", "model/lora=all_linear"), 0),
+        (("reference=initial", "model/lora=all_linear", "reference.refresh_every=10"), 2),
+        (("reference=initial", "mode=sft"), 0),
+    ],
+)
+def test_the_weights_of_the_reference(
+    overrides: tuple[str, ...], bytes_each: int, run_config: Callable[..., RunConfig]
+) -> None:
+    config = run_config("model=qwen3vl", "model.dtype=bfloat16", "model.device=cuda", *overrides)
+    assert reference_bytes(config, 1000) == 1000 * bytes_each
