@@ -74,6 +74,7 @@ def later_refusals(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tu
         yield refused(Stage.here, Site(), "inference=vllm")
     monkeypatch.setattr(installed, "is_installed", lambda package: True)
     yield refused(Stage.here, Site(), *PROGRAM, "task.command=no-such-program")
+    yield refused(Stage.here, Site(), "reference=folder", f"reference.folder={folder}")
     yield refused(Stage.here, Site(), "mode=replay", f"run={folder}", "step=3")
     yield refused(Stage.here, Site(), "mode=doctor", f"against={folder}")
     yield refused(Stage.here, Site(), "mode=export", f"resume={folder}", f"export.folder={folder}")
@@ -163,6 +164,7 @@ ELSEWHERE = {
     "weight_sync/folder.py": "a folder on the disk",
     "monitor/report/document.py": "a folder on the disk",
     "runs/lifecycle.py": "checkpoints on the disk",
+    "runs/reference.py": "the tokens of the reference's checkpoint",
     "runs/serve.py": "a port of this machine that is taken",
     "runs/fault_again.py": "faults on the disk",
 }
