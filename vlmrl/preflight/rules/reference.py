@@ -51,6 +51,6 @@ def reference_folder_is_there(config: RunConfig, site: Site) -> None:
     chosen = config.reference
     if isinstance(chosen, FolderReferenceConfig) and not (Path(chosen.folder) / "config.json").is_file():
         raise ConfigError(
-            f"reference.folder={chosen.folder} holds no config.json, so no reference can be loaded from it: name a "
-            "folder that mode=export or transformers has written"
+            f"reference.folder={chosen.folder} holds no config.json, so no reference can be loaded from it: set "
+            "reference.folder to a folder that mode=export or transformers has written"
         )
