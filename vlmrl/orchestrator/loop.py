@@ -8,8 +8,8 @@
 
 One loop serves on-policy and asynchronous runs. The rollouts of step s start as soon as the policy has made
 s − 1 − max_staleness steps. So no token is older than max_staleness steps when the trainer learns from it, and at most
-max_staleness + 1 batches exist at a time. With max_staleness=0, rolling out, learning and publishing take turns. In a run
-with a second model (`reference=`), learning begins with its scores, before rewards are compared.
+max_staleness + 1 batches exist at a time. With max_staleness=0, rolling out, learning and publishing take turns. With a
+second model (`reference=`), learning begins with its scores, before rewards are compared.
 
 Left out on purpose: faults of one rollout (rollout.py), a run whose rollouts all fail (faults.py), and all output
 (recorder.py).
