@@ -160,9 +160,7 @@ def test_without_adapters_it_is_the_model_before_the_first_step(tiny_model: Make
     )
 
 
-@pytest.mark.parametrize(
-    "settings", [{"begins": True}, {"begins": True, "decay": 0.5}, {"begins": True, "refresh_every": 2}]
-)
+@pytest.mark.parametrize("settings", [{}, {"decay": 0.5}, {"refresh_every": 2}])
 def test_a_checkpoint_continues_as_if_it_had_not_stopped(
     settings: dict[str, Any], tiny_model: Make, tmp_path: Path
 ) -> None:
