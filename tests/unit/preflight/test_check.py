@@ -38,6 +38,8 @@ NOT_ALONE = {
     "task=mixture": "task.tasks names no task",
     "reward=imported": "reward.terms.imported.target has no value",
     "reward=judge": "reward.terms.judge.model has no value",
+    "reference=folder": "reference.folder has no value",
+    "experiment=distill_tiny": "reference.folder has no value",
     "tool=imported": "tool.imported.target has no value",
     **dict.fromkeys(
         (f"reward={kind}" for kind in TERMS if kind not in ("imported", "judge")),
@@ -78,6 +80,7 @@ def test_options_are_those_that_the_groups_are_meant_to_have() -> None:
             "eval_set",
             "orchestrator",
             "orchestrator/renderer",
+            "reference",
             "algorithm",
             "inference",
         ),
