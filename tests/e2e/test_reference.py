@@ -62,3 +62,12 @@ def test_a_teacher_with_other_tokens_is_refused(home: Home, teacher: Path) -> No
     nothing = home.vlmrl(*SHORT, *DISTILL, f"reference.folder={home.path}", "hydra.run.dir=outputs/nothing")
     assert nothing.code == 2
     assert "holds no config.json, so no reference can be loaded from it" in nothing.err
+
+
+def test_the_doctor_and_a_replay_need_no_second_model(home: Home) -> None:
+    ended = home.vlmrl("mode=doctor", "experiment=color_codeword_tiny", *AVERAGE, "monitor.wandb.mode=disabled")
+    assert ended.code == 0, ended.out
+    run = home.made("replayed", (*SHORT, *AVERAGE, "trainer.max_steps=2"))
+    replayed = home.vlmrl("mode=replay", f"run={run}", "step=1")
+    assert replayed.code == 0, replayed.out
+    assert "logprobs, trainer  same" in replayed.out

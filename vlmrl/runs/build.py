@@ -61,7 +61,7 @@ from vlmrl.runs.eval_sets import make_set_players, scored_evaluation
 from vlmrl.runs.fence import files_of
 from vlmrl.runs.position import Cursors, Position
 from vlmrl.runs.problems import ProblemSource, make_curriculum, max_model_len, steps_of
-from vlmrl.runs.reference import make_reference
+from vlmrl.runs.reference import make_reference, scored_algorithm
 from vlmrl.runs.stopping import Stop
 from vlmrl.runs.tools import describe_tools, make_toolbox, texts_of_run
 from vlmrl.tasks.base import Task
@@ -188,8 +188,9 @@ def make_trainer(
 
     def own() -> LocalTrainer:
         reference = make_reference(config, on_own_device(config.model, rank_group), folder, policy, banned_token_ids)
+        algorithm = scored_algorithm(config)
         return LocalTrainer(
-            policy, config.trainer, config.algorithm, **_sampling(config), rank_group=rank_group, reference=reference
+            policy, config.trainer, algorithm, **_sampling(config), rank_group=rank_group, reference=reference
         )
 
     if rank_group is None:
@@ -221,7 +222,7 @@ class RunFollower(Follower):
         return Learner(
             policy,
             config.trainer,
-            config.algorithm,
+            scored_algorithm(config),
             **_sampling(config),
             ranks=self._rank_group.size,
             reference=make_reference(config, placed, folder, policy, banned_token_ids),

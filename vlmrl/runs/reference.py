@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vlmrl.config.algorithm import AlgorithmConfig, KLConfig
 from vlmrl.config.model import Dtype, Init, ModelConfig
 from vlmrl.config.reference import (
     CopyConfig,
@@ -26,6 +27,12 @@ from vlmrl.trainer.reference import FrozenCopy, Reference, WithoutAdapters
 def has_reference(config: RunConfig) -> bool:
     """Whether a run has a second model."""
     return config.mode is Mode.rl and isinstance(config.reference, CopyConfig)
+
+
+def scored_algorithm(config: RunConfig) -> AlgorithmConfig:
+    """The algorithm as the trainer of this run can follow it: nothing costs distance to a reference that is not there,
+    as in a doctor's single step."""
+    return config.algorithm if has_reference(config) else dataclasses.replace(config.algorithm, kl=KLConfig())
 
 
 def make_reference(
