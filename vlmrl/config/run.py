@@ -162,6 +162,10 @@ class RunConfig:
     sweep: SweepConfig = field(default_factory=SweepConfig)
     """What a sweep does with its earlier jobs. The sweeps themselves are in sweeps/ (`+sweep=<name>`)."""
 
+    def __post_init__(self) -> None:
+        if type(self.reference) is ReferenceConfig:  # the config of a run that is older than references names none
+            self.reference = NoReferenceConfig()
+
     @property
     def reference_is_policy(self) -> bool:
         """Whether the reference is the policy without its LoRA adapters, so that there is no second copy."""
