@@ -672,7 +672,7 @@ class Group:
     """What `Task.problem` returned; None where that failed, and for a recorded group."""
     compares_equal: bool = False
     """Filled by advantages.py: whether all rewards that were compared with each other are equal, so that there is
-    nothing to learn from. False where fewer than two rollouts count."""
+    nothing to learn from. False where fewer than two rollouts count, and with `algorithm.advantage=none`."""
 
 
 # ── samples ─────────────────────────────────────────────────────────────────────────────────────────────────

@@ -141,7 +141,8 @@ def assign_advantages(group: Group, config: AlgorithmConfig) -> None:
             rollout.reward = min(rollout.reward, 0.0)
     siblings = siblings_of(group, config)
     compared = comparisons(siblings, config)
-    group.compares_equal = len(siblings) > 1 and all(each.rewards.min() == each.rewards.max() for each in compared)
+    is_equal = len(siblings) > 1 and all(each.rewards.min() == each.rewards.max() for each in compared)
+    group.compares_equal = is_equal and config.advantage != Advantage.none
     estimator = estimator_named(config.advantage)
     for each in compared:
         for place, advantage in enumerate(estimator(each, config).tolist()):

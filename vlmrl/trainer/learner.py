@@ -139,9 +139,9 @@ class Learner:
         return self._logprobs_by(self.policy, share)
 
     def reference_logprobs(self, share: Share) -> list[FloatArray]:
-        """As `logprobs`, under the reference. Before the first step the reference is shown the policy's weights."""
+        """As `logprobs`, under the reference, which is shown the policy's weights before it scores the first batch."""
         assert self._reference is not None
-        if self.version == 0 and not self._has_begun and self._reference.reads(0):
+        if not self._has_begun and self._reference.reads(0):
             self._reference.begin(self._weights.whole())
         self._has_begun = True
         with self._reference.scoring() as policy:
@@ -214,6 +214,7 @@ class Learner:
         if self._reference is not None:
             self._reference.restored()
         self.version, self.supervised_steps = counters["version"], counters["supervised_steps"]
+        self._has_begun = self.version > 0
         self._loss_scale.state = counters
         return None
 

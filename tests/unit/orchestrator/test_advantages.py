@@ -313,3 +313,12 @@ def test_a_whole_answer_keeps_its_reward_however_the_episode_ended(
     assign_advantages(group, config)
     mark_dropped(group, config, {IMAGE_TOKEN}, version=0, max_staleness=0)
     assert [(r.turns[0].advantage, r.dropped) for r in group.rollouts] == [(0.5, None), (-0.5, None)]
+
+
+def test_without_an_advantage_equal_rewards_are_no_news() -> None:
+    """With `algorithm.advantage=none` rewards teach nothing, so the monitor need not warn that they are equal."""
+    for advantage, expected in (("group_centered", True), ("none", False)):
+        group = scored((1.0, [1.0]), (1.0, [1.0]))
+        assign_advantages(group, AlgorithmConfig(advantage=advantage))
+        assert group.compares_equal is expected
+        assert {turn.advantage for rollout in group.rollouts for turn in rollout.turns} == {0.0}

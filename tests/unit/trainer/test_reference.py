@@ -126,6 +126,17 @@ def test_it_takes_the_policys_weights_before_the_first_step_and_at_each_refresh(
         assert_equal(*held[3])
 
 
+def test_it_takes_them_later_where_the_first_step_had_no_samples(tiny_model: Make) -> None:
+    copy = FrozenCopy(policy_of(other(tiny_model())), offload=False, begins=True)
+    policy = policy_of(tiny_model())
+    trainer = trainer_of(policy, copy)
+    assert trainer.reference_logprobs([]) == []
+    trainer.train_step([])
+    assert trainer.version == 1
+    trainer.reference_logprobs(batch())
+    assert_equal(weights(copy.policy.model), weights(policy.model))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_moving_average_is_that_of_numpy(dtype: torch.dtype, tiny_model: Make) -> None:
     copy = FrozenCopy(policy_of(other(tiny_model()).to(dtype)), offload=False, begins=True, decay=0.9)
