@@ -122,7 +122,7 @@ class Learner:
             self.version += share is not None
             self.supervised_steps += share is None
             if self._reference is not None and share is not None and self._reference.reads(self.version):
-                self._reference.note_step(self.version, self._weights.whole())
+                self._reference.follow(self.version, self._weights.whole())
         optimizer.zero_grad()
         outcome.peak_bytes = peak_bytes(self.policy.device)
         outcome.loss_scale = self._loss_scale.factor
@@ -142,7 +142,7 @@ class Learner:
         """As `logprobs`, under the reference, which is shown the policy's weights before it scores the first batch."""
         assert self._reference is not None
         if not self._has_begun and self._reference.reads(0):
-            self._reference.begin(self._weights.whole())
+            self._reference.follow(0, self._weights.whole())
         self._has_begun = True
         with self._reference.scoring() as policy:
             return self._logprobs_by(policy, share)

@@ -32,17 +32,13 @@ class Reference(Protocol):
         """Inside the block, the policy that the context gives computes the reference's logprobs."""
         ...
 
-    def begin(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """The first step of reinforcement learning begins with `weights`, the policy's whole tensors by name; a method
-        that does not need them leaves them unread."""
-        ...
-
-    def note_step(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Step `version` has led to `weights`, as for `begin`."""
-        ...
-
     def reads(self, version: int) -> bool:
-        """Whether `note_step` (`begin` for version 0) reads the weights, so that all ranks must gather them."""
+        """Whether it follows the weights that step `version` has led to; 0: those before the first step."""
+        ...
+
+    def follow(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Read these weights, the policy's whole tensors by name. Called where `reads` says so, by all ranks at the
+        same time."""
         ...
 
     def state(self) -> dict[str, Tensor]:
@@ -66,12 +62,10 @@ class WithoutAdapters:
         with without_adapters(self._policy.model):
             yield self._policy
 
-    def begin(self, weights: Iterable[tuple[str, Tensor]]) -> None: ...
-
-    def note_step(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None: ...
-
     def reads(self, version: int) -> bool:
         return False
+
+    def follow(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None: ...
 
     def state(self) -> dict[str, Tensor]:
         return {}
@@ -113,14 +107,6 @@ class FrozenCopy:
         finally:
             self.policy.model.to("cpu")
 
-    def begin(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        if self._begins:
-            self._move(weights, 1.0)
-
-    def note_step(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
-        if self.reads(version):
-            self._move(weights, 1.0 if self._decay is None else 1.0 - self._decay)
-
     def reads(self, version: int) -> bool:
         if version == 0:
             return self._begins
@@ -135,8 +121,9 @@ class FrozenCopy:
             self._parameters[name].data.copy_(average)
 
     @torch.no_grad()
-    def _move(self, weights: Iterable[tuple[str, Tensor]], share: float) -> None:
-        """Move every tensor by `share` of its way to the policy's."""
+    def follow(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Move every tensor by a share of its way to the policy's: all of it, or 1 − `decay` after a step."""
+        share = 1.0 if version == 0 or self._decay is None else 1.0 - self._decay
         moved = set()
         for name, weight in weights:
             own = self._averages.get(name, self._parameters[name])
