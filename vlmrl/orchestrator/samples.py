@@ -16,7 +16,7 @@ those of the environment. A branch without any other turn makes no sample.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, pairwise
 
 import numpy as np
@@ -43,11 +43,8 @@ def note_learned(rollouts: Iterable[Rollout], metrics: Sequence[TokenMetrics]) -
     """
     branches = (turns for rollout in rollouts if rollout.dropped is None for turns in learned_branches(rollout))
     for turns, found in zip(branches, metrics, strict=True):
-        start = 0
-        for turn in filter(lambda turn: turn.is_learnable, turns):
-            part = slice(start, start := start + len(turn.completion.token_ids))
+        for turn, part in _parts(turns, len(found.entropies)):
             turn.learned = TokenMetrics(found.trainer_logprobs[part], found.entropies[part])
-        assert start == len(found.entropies), f"{start} tokens were sampled, but {len(found.entropies)} have metrics"
 
 
 def note_reference(rollouts: Iterable[Rollout], logprobs: Sequence[FloatArray]) -> None:
@@ -55,10 +52,16 @@ def note_reference(rollouts: Iterable[Rollout], logprobs: Sequence[FloatArray]) 
     `make_samples` made of the rollouts, in order: float32 [loss tokens]."""
     branches = (turns for rollout in rollouts for turns in learned_branches(rollout))
     for turns, found in zip(branches, logprobs, strict=True):
-        start = 0
-        for turn in filter(lambda turn: turn.is_learnable, turns):
-            turn.reference_logprobs = found[start : (start := start + len(turn.completion.token_ids))]
-        assert start == len(found), f"{start} tokens were sampled, but {len(found)} were scored"
+        for turn, part in _parts(turns, len(found)):
+            turn.reference_logprobs = found[part]
+
+
+def _parts(turns: Sequence[Turn], count: int) -> Iterator[tuple[Turn, slice]]:
+    """Each turn of a branch that can be learned from, and its part of the `count` loss tokens of the sample."""
+    start = 0
+    for turn in filter(lambda turn: turn.is_learnable, turns):
+        yield turn, slice(start, start := start + len(turn.completion.token_ids))
+    assert start == count, f"{start} tokens were sampled, but {count} have values"
 
 
 def learned_branches(rollout: Rollout) -> list[list[Turn]]:
