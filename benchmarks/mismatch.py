@@ -38,7 +38,7 @@ from vlmrl.models.families import family_of
 from vlmrl.models.families.positions import position_function
 from vlmrl.models.policy import Policy
 from vlmrl.rendering.renderer import Renderer, make_renderer
-from vlmrl.trainer.loss import mismatch_kl
+from vlmrl.trainer.objective import mismatch_kl
 from vlmrl.trainer.trainer import LocalTrainer
 from vlmrl.types import Completion, Image, Message, Prompt, SamplingParams, TrainingSample, mm_token_type_ids
 from vlmrl.weight_sync.folder import FolderSync

@@ -31,7 +31,8 @@ from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.trainer import Packing, Sharding, TrainerConfig
 from vlmrl.errors import CheckpointError
 from vlmrl.models.policy import Policy
-from vlmrl.trainer.loss import BatchTotals, LossOutput, LossTokens, policy_loss, supervised
+from vlmrl.trainer.loss import BatchTotals, LossOutput, LossTokens
+from vlmrl.trainer.objective import policy_loss, supervised
 from vlmrl.trainer.optimizer import LossScale, make_optimizer, set_learning_rate
 from vlmrl.trainer.outcome import Outcome, PassResult
 from vlmrl.trainer.packing import MicroBatch, pack_share

@@ -1,26 +1,11 @@
 """The losses of `algorithm.loss`, on the loss tokens of one micro-batch.
 
-    LossTokens (logprobs, …, advantages) ─▶ importance correction ─▶ loss ─▶ entropy bonus ─▶ distance to the reference
-                                                                                             ─▶ LossOutput
+    LossTokens (logprobs, …, advantages) ─▶ loss ─▶ LossOutput                 objective.py adds what goes around it
 
 Symbols: N loss tokens of the micro-batch, S samples of the whole batch, T loss tokens of the whole batch, π the policy
 that is trained, μ the policy that sampled, A the advantage, r = π/μ the importance ratio of a token, sg(x) the value of
 x without its gradient. Every loss is divided by sizes of the whole batch (`BatchTotals`), so the sum over micro-batches
 and ranks is the batch's loss, however its samples were divided; a single sample is never divided.
-
-Ratios are taken against the sampler's own logprobs, so they also correct for staleness and for the rounding of the
-engine. `algorithm.importance_correction` chooses how, in the same way for every loss. w is a weight on the token's
-advantage, without gradient:
-
-    own          the loss of the paper: its ratio is r, and its clip is the correction
-    truncated    w = min(r, C)                        C is `importance_cap`. The ratio in the loss is π / sg(π): 1 in
-    masked       w = r if 1/C ≤ r ≤ C else 0          value, with the gradient of log π. Each batch gets only one step,
-    none         w = 1                                so only the difference to the sampler is left to correct
-
-Decoupled PPO splits the ratio into π / π_old and π_old / μ (arXiv 2110.00641; AReaL, arXiv 2505.24298). Truncating the
-second factor is truncated importance sampling (Yao et al., 2025); masking it is IcePop (arXiv 2510.18855).
-
-    r = 0.3  1.0  1.7  5.0,  C = 2:    truncated w = 0.3  1.0  1.7  2.0    masked w = 0  1.0  1.7  0    none w = 1 1 1 1
 
 Your own loss has the signature `LossFunction`, like those here, and is named by its import path:
 
@@ -33,8 +18,6 @@ Your own loss has the signature `LossFunction`, like those here, and is named by
     python -m vlmrl algorithm=my_package.my_module:my_loss algorithm.args.scale=0.5
 
 In a run with a reference (`reference=`), `tokens.reference_logprobs` are its logprobs, for your own loss too.
-
-Left out on purpose: several optimizer steps per batch.
 """
 
 from __future__ import annotations
@@ -43,14 +26,14 @@ import functools
 import inspect
 import logging
 import numbers
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from vlmrl.config.algorithm import AlgorithmConfig, ImportanceCorrection, KLEstimator, Loss
+from vlmrl.config.algorithm import AlgorithmConfig, Loss
 from vlmrl.config.import_paths import assert_takes, import_named
 from vlmrl.errors import ConfigError, UserFault, fenced, safe_repr, safe_text
 
@@ -117,7 +100,7 @@ def grpo(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> Lo
     """
     ratio = torch.exp(tokens.logprobs - tokens.inference_logprobs)
     objective, clipped = _clipped_objective(ratio, tokens.advantages, config)
-    return LossOutput(-objective.sum() / totals.tokens, *_ratio_metrics(ratio, clipped))
+    return LossOutput(-objective.sum() / totals.tokens, *ratio_metrics(ratio, clipped))
 
 
 def dr_grpo(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> LossOutput:
@@ -130,7 +113,7 @@ def dr_grpo(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) ->
     """
     ratio = torch.exp(tokens.logprobs - tokens.inference_logprobs)
     objective, clipped = _clipped_objective(ratio, tokens.advantages, config)
-    return LossOutput(-objective.sum() / (totals.samples * totals.max_new_tokens), *_ratio_metrics(ratio, clipped))
+    return LossOutput(-objective.sum() / (totals.samples * totals.max_new_tokens), *ratio_metrics(ratio, clipped))
 
 
 def dapo(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> LossOutput:
@@ -155,7 +138,7 @@ def rloo(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> Lo
     ratio = torch.exp(tokens.logprobs.detach() - tokens.inference_logprobs)
     objective = ratio * tokens.advantages * tokens.logprobs
     return LossOutput(
-        -objective.sum() / totals.samples, *_ratio_metrics(ratio, torch.zeros_like(ratio, dtype=torch.bool))
+        -objective.sum() / totals.samples, *ratio_metrics(ratio, torch.zeros_like(ratio, dtype=torch.bool))
     )
 
 
@@ -175,7 +158,7 @@ def gspo(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> Lo
     mean_log_ratio = torch.zeros_like(length).index_add_(0, sample, log_ratio) / length
     ratio = torch.exp(mean_log_ratio[sample] + tokens.logprobs - tokens.logprobs.detach())
     objective, clipped = _clipped_objective(ratio, tokens.advantages, config)
-    return LossOutput(-(objective / length[sample]).sum() / totals.samples, *_ratio_metrics(ratio, clipped))
+    return LossOutput(-(objective / length[sample]).sum() / totals.samples, *ratio_metrics(ratio, clipped))
 
 
 def cispo(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> LossOutput:
@@ -189,7 +172,7 @@ def cispo(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> L
     ratio = torch.exp(tokens.logprobs.detach() - tokens.inference_logprobs)
     weight = ratio.clamp(1.0 - config.clip_low, 1.0 + config.clip_high)
     objective = weight * tokens.advantages * tokens.logprobs
-    return LossOutput(-objective.sum() / totals.tokens, *_ratio_metrics(ratio, weight != ratio))
+    return LossOutput(-objective.sum() / totals.tokens, *ratio_metrics(ratio, weight != ratio))
 
 
 LOSSES: dict[str, LossFunction] = {
@@ -259,130 +242,6 @@ def _metric(name: str, value: Any, loss: Tensor) -> Tensor | float:
     raise UserFault(f"its metric {name} is {safe_repr(value)}, which is neither a number nor a scalar tensor")
 
 
-def policy_loss(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> LossOutput:
-    """The loss `algorithm.loss` under `algorithm.importance_correction` (see the table at the top of this file), minus
-    the entropy bonus, plus the distance to the reference:
-
-        L − β/T Σ_t H_t + κ/T Σ_t k_t
-
-        H_t: entropy of π where token t was sampled, β: `algorithm.entropy_coef`
-        k_t: `reference_kl` of token t, by the estimator `algorithm.kl.estimator`, κ: `algorithm.kl.loss`
-
-    The bonus is that of A3C (arXiv 1602.01783, end of section 4), the distance that of GRPO (arXiv 2402.03300, eq. 3).
-    Both are means over the batch's tokens, whatever the loss divides by, so that β and κ mean the same with every loss:
-    how much advantage a nat is worth.
-    """
-    output = _corrected_loss(tokens, totals, config)
-    loss = output.loss
-    if config.entropy_coef != 0:
-        loss = loss - config.entropy_coef * tokens.entropies.sum() / totals.tokens
-    if config.kl.loss != 0:
-        assert tokens.reference_logprobs is not None, "preflight refuses algorithm.kl without a reference"
-        distance = reference_kl(tokens.logprobs, tokens.reference_logprobs, config.kl.estimator)
-        loss = loss + config.kl.loss * distance.sum() / totals.tokens
-    return replace(output, loss=loss)
-
-
-def reference_kl(logprobs: Tensor, reference_logprobs: Tensor, estimator: KLEstimator) -> Tensor:
-    """KL(π ‖ reference), estimated from each of N tokens that π sampled: float [N], in nats (`KLEstimator`).
-
-    >>> pi, reference = torch.tensor([0.5]).log(), torch.tensor([0.25]).log()
-    >>> [round(float(reference_kl(pi, reference, each)), 4) for each in KLEstimator]
-    [0.6931, 0.2402, 0.1931]
-    """
-    d = reference_logprobs - logprobs
-    match estimator:
-        case KLEstimator.k1:
-            return -d
-        case KLEstimator.k2:
-            return d.square() / 2
-        case KLEstimator.k3:
-            return torch.expm1(d) - d
-
-
-def _corrected_loss(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> LossOutput:
-    loss = loss_function(config.loss)
-    if config.importance_correction is ImportanceCorrection.own:
-        return loss(tokens, totals, config)
-    frozen = tokens.logprobs.detach()
-    ratio = torch.exp(frozen - tokens.inference_logprobs)
-    weight = importance_weight(ratio, config)
-    output = loss(
-        replace(tokens, inference_logprobs=frozen, advantages=tokens.advantages * weight),
-        totals,
-        config,
-    )
-    sums, maxima = _ratio_metrics(ratio, torch.zeros_like(ratio, dtype=torch.bool))
-    sums |= {
-        "importance/cut_fraction": (weight != ratio).sum(),
-        "importance/weight_mean": weight.sum(),
-        "importance/weight_squared": weight.square().sum(),
-    }
-    return LossOutput(output.loss, sums, maxima)
-
-
-def importance_weight(ratio: Tensor, config: AlgorithmConfig) -> Tensor:
-    """The weight of each token, float [N] ≥ 0, from its ratio π/μ.
-
-    >>> masked = AlgorithmConfig(importance_correction=ImportanceCorrection.masked, importance_cap=2.0)
-    >>> importance_weight(torch.tensor([0.25, 1.0, 1.5, 8.0]), masked)
-    tensor([0.0000, 1.0000, 1.5000, 0.0000])
-    """
-    cap = config.importance_cap
-    match config.importance_correction:
-        case ImportanceCorrection.truncated:
-            return ratio.clamp_max(cap)
-        case ImportanceCorrection.masked:
-            return torch.where((ratio >= 1 / cap) & (ratio <= cap), ratio, 0.0)
-        case ImportanceCorrection.none:
-            return torch.ones_like(ratio)
-        case ImportanceCorrection.own:
-            raise AssertionError("with this setting the loss uses its own ratio, and no weight")
-
-
-def loss_metrics(sums: Mapping[str, float], maxima: Mapping[str, float], tokens: int) -> dict[str, float]:
-    """The batch's metrics, from `sums` and `maxima` combined over its micro-batches. `tokens`: T.
-
-    `importance/ess` is the effective sample size divided by the number of tokens, (Σ w)² / (T Σ w²), in (0, 1]
-    (Kish, 1965).
-
-    >>> loss_metrics({"importance/weight_mean": 3.0, "importance/weight_squared": 5.0}, {}, tokens=2)
-    {'importance/weight_mean': 1.5, 'importance/ess': 0.9}
-    """
-    metrics = {key: value / tokens for key, value in sums.items()}
-    squared = metrics.pop("importance/weight_squared", None)
-    if squared is not None:
-        metrics["importance/ess"] = metrics["importance/weight_mean"] ** 2 / squared if squared else 0.0
-    return metrics | dict(maxima)
-
-
-def supervised(logprobs: Tensor, total_tokens: int) -> Tensor:
-    """Negative log-likelihood per token: −1/T Σ_t log π_t, in nats; a scalar. `logprobs` [N] are of one micro-batch,
-    `total_tokens` is T, the loss tokens of the whole batch.
-
-    >>> supervised(torch.tensor([0.5, 0.25]).log(), total_tokens=2)
-    tensor(1.0397)
-    """
-    return -logprobs.sum() / total_tokens
-
-
-def mismatch_kl(trainer_logprobs: Tensor, inference_logprobs: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum and maximum over N ≥ 1 tokens of r − log r − 1, where log r = trainer − inference logprob. In nats, never
-    negative. Scalars, float64.
-
-    This is the k3 estimator of KL(sampler ‖ trainer) (Schulman, "Approximating KL Divergence", 2020). It is computed in
-    float64 and as expm1(log r) − log r, because it has to resolve differences that a float32 subtraction rounds to 0.
-
-    >>> total, largest = mismatch_kl(torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -1.5]))
-    >>> round(float(total), 6), round(float(largest), 6)
-    (0.148721, 0.148721)
-    """
-    log_ratio = trainer_logprobs.detach().double() - inference_logprobs.double()
-    # Rounding may turn a zero into −1e-33.
-    k3 = (torch.expm1(log_ratio) - log_ratio).clamp_min(0.0)
-    return k3.sum(), k3.max()
-
-
 def _clipped_objective(ratio: Tensor, advantages: Tensor, config: AlgorithmConfig) -> tuple[Tensor, Tensor]:
     """min(r A, clip(r) A) [N] (PPO, arXiv 1707.06347, eq. 7), and bool [N]: where clipping removes the gradient."""
     low, high = 1.0 - config.clip_low, 1.0 + config.clip_high
@@ -391,6 +250,6 @@ def _clipped_objective(ratio: Tensor, advantages: Tensor, config: AlgorithmConfi
     return objective, clipped
 
 
-def _ratio_metrics(ratio: Tensor, clipped: Tensor) -> tuple[dict[str, Tensor | float], dict[str, Tensor | float]]:
+def ratio_metrics(ratio: Tensor, clipped: Tensor) -> tuple[dict[str, Tensor | float], dict[str, Tensor | float]]:
     """`sums` and `maxima` of `LossOutput` for ratios [N] and the bool mask `clipped` [N]."""
     return {"clip_fraction": clipped.sum(), "ratio/mean": ratio.detach().sum()}, {"ratio/max": ratio.detach().max()}

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from vlmrl.config.algorithm import KLEstimator
-from vlmrl.trainer.loss import LossOutput, mismatch_kl, reference_kl
+from vlmrl.trainer.loss import LossOutput
+from vlmrl.trainer.objective import mismatch_kl, reference_kl
 from vlmrl.trainer.packing import MicroBatch
 from vlmrl.trainer.shares import Share
 from vlmrl.types import TokenMetrics

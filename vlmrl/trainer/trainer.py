@@ -23,7 +23,8 @@ from vlmrl.ranks.commands import Command
 from vlmrl.ranks.rank_group import RankGroup
 from vlmrl.trainer.commands import Follower, GiveWeights, Learn, Load, Logprobs, ReferenceLogprobs, Save, Skip
 from vlmrl.trainer.learner import Learner, StepSettings
-from vlmrl.trainer.loss import BatchTotals, loss_metrics
+from vlmrl.trainer.loss import BatchTotals
+from vlmrl.trainer.objective import loss_metrics
 from vlmrl.trainer.optimizer import learning_rate
 from vlmrl.trainer.outcome import Outcome
 from vlmrl.trainer.reference import Reference

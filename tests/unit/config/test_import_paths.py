@@ -20,7 +20,8 @@ from vlmrl.errors import ConfigError
 from vlmrl.orchestrator.advantages import assign_advantages, estimator_named
 from vlmrl.orchestrator.credit import Comparison, comparisons
 from vlmrl.preflight.rules.imports import imports_resolve
-from vlmrl.trainer.loss import BatchTotals, LossTokens, loss_function, policy_loss
+from vlmrl.trainer.loss import BatchTotals, LossTokens, loss_function
+from vlmrl.trainer.objective import policy_loss
 from vlmrl.types import Completion, Group, Prompt, Rollout, StopReason, Turn
 
 ALGORITHM = """

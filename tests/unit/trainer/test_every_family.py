@@ -20,7 +20,8 @@ from vlmrl.inference.embedded.engine import EmbeddedEngine
 from vlmrl.models.image_encoder import image_parameters
 from vlmrl.models.policy import Policy
 from vlmrl.trainer.learner import loss_logprobs
-from vlmrl.trainer.loss import BatchTotals, LossTokens, policy_loss
+from vlmrl.trainer.loss import BatchTotals, LossTokens
+from vlmrl.trainer.objective import policy_loss
 from vlmrl.trainer.packing import pack
 from vlmrl.trainer.trainer import LocalTrainer
 from vlmrl.types import Completion, Prompt, SamplingParams, TrainingSample, mm_token_type_ids

@@ -25,12 +25,8 @@ from vlmrl.trainer.loss import (
     LossTokens,
     grpo,
     gspo,
-    loss_metrics,
-    mismatch_kl,
-    policy_loss,
-    reference_kl,
-    supervised,
 )
+from vlmrl.trainer.objective import loss_metrics, mismatch_kl, policy_loss, reference_kl, supervised
 
 Array: TypeAlias = NDArray[np.float64]
 Reference: TypeAlias = Callable[[Array, Array, Array, Array, NDArray[np.int64], BatchTotals], float]
@@ -438,7 +434,7 @@ NO_MISTAKES = {("the other way round", KLEstimator.k2), ("a token late", KLEstim
 def test_a_mistake_in_the_distance_is_found(
     mistake: str, estimator: KLEstimator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vlmrl.trainer.loss.reference_kl", MISTAKES[mistake])
+    monkeypatch.setattr("vlmrl.trainer.objective.reference_kl", MISTAKES[mistake])
     with pytest.raises(AssertionError):
         assert_distance(policy_loss, estimator)
 

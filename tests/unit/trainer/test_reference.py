@@ -204,7 +204,7 @@ def test_a_loss_of_ones_own_reads_its_logprobs(tiny_model: Make, monkeypatch: py
         seen.append(tokens.reference_logprobs)
         return LossOutput(-(tokens.advantages * tokens.logprobs).sum() / totals.tokens)
 
-    monkeypatch.setattr("vlmrl.trainer.loss.loss_function", lambda name: mine)
+    monkeypatch.setattr("vlmrl.trainer.objective.loss_function", lambda name: mine)
     trainer = trainer_of(policy_of(tiny_model()), FrozenCopy(policy_of(other(tiny_model())), offload=False))
     samples = scored(trainer, batch())
     trainer.train_step(samples)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from vlmrl.runs.verdicts import Verdict, judged
-from vlmrl.trainer.loss import mismatch_kl
+from vlmrl.trainer.objective import mismatch_kl
 from vlmrl.types import FloatArray
 
 ROUNDING_FACTOR = 5.0

@@ -20,7 +20,7 @@ from vlmrl.errors import EngineError
 from vlmrl.inference.embedded.engine import EmbeddedEngine
 from vlmrl.models.families.positions import position_function
 from vlmrl.models.policy import Policy
-from vlmrl.trainer.loss import mismatch_kl
+from vlmrl.trainer.objective import mismatch_kl
 from vlmrl.trainer.trainer import LocalTrainer
 from vlmrl.types import (
     Completion,
