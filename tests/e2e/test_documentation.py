@@ -217,6 +217,7 @@ EXCHANGED = {
     "python -m vlmrl experiment=distill_tiny reference.folder=outputs/teacher_model": (
         "python -m vlmrl experiment=distill_tiny reference.folder=outputs/teacher_model dry_run=true"
     ),
+    "python -m vlmrl algorithm.overlong.tokens=4": f"python -m vlmrl algorithm.overlong.tokens=4 {LESS}",
     "python -m vlmrl algorithm.entropy_coef=0.01": f"python -m vlmrl algorithm.entropy_coef=0.01 {LESS}",
     "python -m vlmrl algorithm.credit=return algorithm.discount=0.9": (
         f"python -m vlmrl algorithm.credit=return algorithm.discount=0.9 {LESS}"

@@ -56,6 +56,26 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
         ("algorithm=rloo", "orchestrator.group_size=1"),
         "group_size=1 .*=leave_one_out would be 0",
     ),
+    (
+        ("algorithm.overlong.penalty=0.5",),
+        r"algorithm.overlong.penalty=0.5 has no effect with algorithm.overlong.tokens=0, .*: set .*overlong.tokens",
+    ),
+    (
+        ("algorithm.overlong.longest=5",),
+        r"algorithm.overlong.longest=5 has no effect with algorithm.overlong.tokens=0",
+    ),
+    (
+        ("algorithm.overlong.tokens=2", "algorithm.overlong.longest=11"),
+        r"overlong.longest=11 is longer than orchestrator.max_new_tokens=10, .* set algorithm.overlong.longest=10",
+    ),
+    (
+        ("algorithm.overlong.tokens=10",),
+        r"overlong.tokens=10 is not below orchestrator.max_new_tokens=10, .* set algorithm.overlong.tokens=2$",
+    ),
+    (
+        ("algorithm.overlong.tokens=8", "algorithm.overlong.longest=8"),
+        r"overlong.tokens=8 is not below algorithm.overlong.longest=8, so every answer would be punished",
+    ),
     (("algorithm.kl.reward=0.1",), r"kl.reward=0.1 needs a second model, and reference=none .* set reference=initial"),
     (
         ("algorithm.advantage=none",),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, StrEnum
 from typing import Any
 
@@ -118,6 +118,32 @@ class KLConfig:
         return bool(self.loss or self.reward or self.advantage)
 
 
+@dataclass
+class OverlongConfig:
+    """The soft overlong punishment of DAPO (arXiv 2503.14476, eq. 13): what a long answer loses before rewards are
+    compared, whether it ends or is cut. Rewards in the metrics and in the record are those of the task."""
+
+    tokens: int = setting(
+        0, on_resume=Resume.noted, low=0, high=2**24, outside="it is not a number of tokens (0 is no punishment)"
+    )
+    """L_cache, a number of tokens: an answer with more than `longest` − `tokens` of them loses a part of `penalty` that
+    grows linearly, to all of it at `longest`. 0 is no punishment. The paper has 4,096 of 20,480."""
+    longest: int | None = setting(
+        None, on_resume=Resume.noted, low=1, high=2**24, outside="no answer is shorter than that"
+    )
+    """L_max, in tokens: the length from which on an answer loses all of `penalty`. null: that of
+    `orchestrator.max_new_tokens`."""
+    penalty: float = setting(
+        1.0, on_resume=Resume.noted, low=SMALLEST, high=10**6, outside="a long answer loses nothing, or gains"
+    )
+    """What an answer of `longest` tokens loses, as reward. The paper has 1, with rewards of −1 and 1."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether long answers lose something."""
+        return self.tokens > 0
+
+
 class FilterMode(Enum):
     """What a filter does with the rollouts it finds. (Not called `off`, which YAML reads as a boolean.)"""
 
@@ -195,7 +221,10 @@ class AlgorithmConfig:
     discount: float = setting(1.0, on_resume=Resume.noted, low=0, high=1, outside="it is not a discount factor")
     """For `credit=return`: the weight of a reward that comes one turn later; 0.9 counts the third reward 0.81 times."""
     truncated: Truncated = setting(Truncated.zero, on_resume=Resume.noted)
-    """What a cut answer is paid in training, the same with every `credit`. An evaluation counts what the task says."""
+    """What a cut answer is paid in training, the same with every `credit`. An evaluation counts what the task says.
+    `overlong` also punishes long answers that end."""
+    overlong: OverlongConfig = field(default_factory=OverlongConfig)
+    """What a long answer loses."""
     clip_low: float = setting(0.2, on_resume=Resume.noted, low=0, high=1, outside="it clips no ratio or every one")
     """Ratios below 1 − `clip_low` get no gradient where the advantage is negative."""
     clip_high: float = setting(0.28, on_resume=Resume.noted, low=0, high=math.inf, outside="it clips every ratio")
@@ -219,3 +248,12 @@ class AlgorithmConfig:
     """Degenerate rollouts: count them or leave them out of training."""
     refill: RefillConfig = field(default_factory=RefillConfig)
     """Sample further groups in place of those without a gradient."""
+
+    def for_answers_up_to(self, max_new_tokens: int) -> AlgorithmConfig:
+        """The same with `overlong.longest` filled in, for a run whose answers have at most so many tokens.
+
+        >>> AlgorithmConfig().for_answers_up_to(64).overlong.longest
+        64
+        """
+        longest = self.overlong.longest
+        return replace(self, overlong=replace(self.overlong, longest=max_new_tokens if longest is None else longest))

@@ -5,7 +5,8 @@
 Letters: N rewards that are compared with each other. A rollout counts as a sibling if it is not a fault, has at least
 one turn, and has a reward (it is not dropped as `no_reward`). A rollout that is dropped for what it sampled (a stray
 image token, staleness) was played and rewarded, so it still counts. A rollout whose last answer was cut is paid 0 or
-what the task says, or does not count (`algorithm.truncated`).
+what the task says, or does not count (`algorithm.truncated`). Distances and lengths take something off a reward where
+`algorithm.kl.reward` and `algorithm.overlong` say so (credit.py).
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@
     turn       r_t
     return     R_t = r_t + γ r_{t+1} + γ² r_{t+2} + …
 
-With `algorithm.kl.reward`, what the distance to the reference costs is taken off each of these rewards before.
+With `algorithm.kl.reward`, what the distance to the reference costs is taken off each of these rewards before, and
+with `algorithm.overlong.tokens` what the length of the answers costs (`overlong_share`).
 
 A return leaves out the rewards before its turn, which the turn could not change (Sutton and Barto, 2nd edition, section
 3.3). `algorithm.compare` says which turns are compared:
@@ -36,7 +37,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlmrl.config.algorithm import AlgorithmConfig, Compare, Credit, Truncated
+from vlmrl.config.algorithm import AlgorithmConfig, Compare, Credit, OverlongConfig, Truncated
 from vlmrl.types import BoolArray, DropReason, FloatArray, Group, Image, IntArray, Rollout, Text, Turn
 
 
@@ -144,8 +145,26 @@ def kl_to_reference(turns: Iterable[Turn]) -> float:
 
 
 def _penalty(turns: Sequence[Turn], config: AlgorithmConfig) -> float:
-    """What the distance to the reference takes off the reward of these turns."""
-    return config.kl.reward * kl_to_reference(turns) if config.kl.reward else 0.0
+    """What the distance to the reference and the length of the answers take off the reward of these turns."""
+    distance = config.kl.reward * kl_to_reference(turns) if config.kl.reward else 0.0
+    return distance + config.overlong.penalty * overlong_share(turns, config.overlong)
+
+
+def overlong_share(turns: Iterable[Turn], config: OverlongConfig) -> float:
+    """−R_length of DAPO (arXiv 2503.14476, eq. 13), added up over the turns' answers; 0.0 where it is off. With L_max =
+    `longest` and L_cache = `tokens`, an answer of n tokens has
+
+        0                             n ≤ L_max − L_cache
+        (n − L_max + L_cache)/L_cache          n ≤ L_max
+        1                                      n > L_max
+
+    It counts the tokens that the policy sampled, the one that ends the answer included.
+    """
+    if not config.is_on:
+        return 0.0
+    assert config.longest is not None, "a run fills it in (AlgorithmConfig.for_answers_up_to)"
+    over = [len(turn.completion.token_ids) - config.longest + config.tokens for turn in turns]
+    return sum(min(max(each, 0), config.tokens) / config.tokens for each in over)
 
 
 def reference_metrics(rollouts: Sequence[Rollout], config: AlgorithmConfig) -> dict[str, float]:
@@ -153,8 +172,20 @@ def reference_metrics(rollouts: Sequence[Rollout], config: AlgorithmConfig) -> d
     `algorithm.kl.reward`."""
     if not config.kl.reward:
         return {}
+    distances = [kl_to_reference(rollout.turns) for rollout in rollouts]
+    return {"reference_kl/penalty": config.kl.reward * sum(distances) / max(1, len(rollouts))}
+
+
+def overlong_metrics(groups: Sequence[Group], config: AlgorithmConfig) -> dict[str, float]:
+    """`overlong/penalty`, the mean over the siblings of what the length of their answers takes off their rewards, and
+    `overlong/share`, the share of their answers that lose something. Empty without `algorithm.overlong.tokens`."""
+    if not config.overlong.is_on:
+        return {}
+    siblings = [rollout for group in groups for rollout in siblings_of(group, config)]
+    shares = [overlong_share([turn], config.overlong) for rollout in siblings for turn in rollout.turns]
     return {
-        "reference_kl/penalty": sum(_penalty(rollout.turns, config) for rollout in rollouts) / max(1, len(rollouts))
+        "overlong/penalty": config.overlong.penalty * sum(shares) / max(1, len(siblings)),
+        "overlong/share": sum(share > 0 for share in shares) / max(1, len(shares)),
     }
 
 
@@ -173,12 +204,14 @@ def shown(turn: Turn) -> tuple[str, ...]:
 
 
 def credit_metrics(groups: Sequence[Group], config: AlgorithmConfig) -> dict[str, float]:
-    """`credit/same_state`: the share of turns that were compared in the same state. Empty unless `compare=state`."""
+    """`credit/same_state`, the share of turns that were compared in the same state, unless `compare=turn`; and
+    `overlong_metrics`."""
+    overlong = overlong_metrics(groups, config)
     if config.compare is not Compare.state:
-        return {}
+        return overlong
     found = [each for group in groups for each in comparisons(siblings_of(group, config), config)]
     by_state = sum(int(each.learns.sum()) for each in found if each.by is Compare.state)
-    return {"credit/same_state": by_state / max(1, sum(int(each.learns.sum()) for each in found))}
+    return {"credit/same_state": by_state / max(1, sum(int(each.learns.sum()) for each in found)), **overlong}
 
 
 def returns(rewards: Sequence[float], discount: float) -> list[float]:

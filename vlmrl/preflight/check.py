@@ -96,6 +96,7 @@ RULES: tuple[Rule, ...] = (
     _of_site(ranks.ranks_work_together, Stage.composed, Stage.submitted, Stage.here),
     _of_site(slurm.weights_cross_nodes, Stage.submitted, Stage.here),
     _of_config(learning.filters_can_find),
+    _of_config(learning.overlong_answers_exist),
     _of_config(engine.stop_strings_are_few),
     _of_config(mode.past_run_is_named),
     _of_config(mode.episodes_are_new),

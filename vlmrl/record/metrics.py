@@ -109,6 +109,10 @@ STEP_KEYS: dict[str, StepKey] = {
     "reference_kl/penalty": _sometimes(
         "reward", "What the distance to the reference takes off a rollout's reward, on average. algorithm.kl.reward."
     ),
+    "overlong/penalty": _sometimes(
+        "reward", "What the length of its answers takes off a rollout's reward, on average. algorithm.overlong.tokens."
+    ),
+    "overlong/share": _sometimes("share of answers", "Answers that lose something. algorithm.overlong.tokens."),
     "mismatch_kl/mean": StepKey(
         "nats per token",
         "Mean of r - log r - 1 over the loss tokens before the step; log r = trainer - inference logprob.",

@@ -30,7 +30,7 @@ async def train(run: Run) -> ExitReason:
     embeddings: Any = run.policy.model.get_input_embeddings()
     return await Loop(
         config=config.orchestrator,
-        algorithm=config.algorithm,
+        algorithm=config.algorithm.for_answers_up_to(config.orchestrator.max_new_tokens),
         length=Length(problems, run.steps, config.trainer.max_epochs),
         vocab_size=embeddings.num_embeddings,
         runner=run.evaluator.runner,

@@ -79,6 +79,7 @@ POLICIES = {
         tool.*.timeout_s tool.*.size tool.*.args task.demonstrated_zooms
         algorithm.loss algorithm.advantage algorithm.args algorithm.credit algorithm.compare algorithm.discount
         algorithm.truncated algorithm.entropy_coef
+        algorithm.overlong.tokens algorithm.overlong.longest algorithm.overlong.penalty
         algorithm.kl.loss algorithm.kl.estimator algorithm.kl.reward algorithm.kl.advantage
         reference.refresh_every reference.decay
         algorithm.clip_low algorithm.clip_high algorithm.importance_correction algorithm.importance_cap

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from support.tiny_renderer import MODEL, PLACEHOLDER_TOKENS, first, following
-from vlmrl.config.algorithm import Advantage, AlgorithmConfig, Compare, Credit, KLConfig
+from vlmrl.config.algorithm import Advantage, AlgorithmConfig, Compare, Credit, KLConfig, OverlongConfig, Truncated
 from vlmrl.config.orchestrator import RendererConfig
 from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer
 from vlmrl.orchestrator.advantages import assign_advantages, group_normalized
@@ -22,6 +23,7 @@ from vlmrl.orchestrator.credit import (
     comparisons,
     credit_metrics,
     kl_to_reference,
+    overlong_share,
     reference_metrics,
     returns,
     shown,
@@ -284,3 +286,84 @@ def test_the_distance_of_what_is_rewarded_is_taken_off_its_reward(credit: Credit
 
 def test_a_turn_that_nobody_scored_costs_nothing() -> None:
     assert kl_to_reference([turn(1.0, 2)]) == 0.0
+
+
+# ── long answers ────────────────────────────────────────────────────────────────────────────────────────────
+
+# R_length of arXiv 2503.14476, eq. 13, by hand for L_max = 20 and L_cache = 4: tokens → reward.
+BY_HAND = {1: 0.0, 15: 0.0, 16: 0.0, 17: -0.25, 18: -0.5, 19: -0.75, 20: -1.0, 21: -1.0, 99: -1.0}
+
+
+def lengths_disagree(share: Callable[[Sequence[Turn], OverlongConfig], float]) -> list[int]:
+    """The lengths at which a function differs from the table."""
+    config = OverlongConfig(tokens=4, longest=20)
+    return [n for n, reward in BY_HAND.items() if share([turn(0.0, n)], config) != pytest.approx(-reward)]
+
+
+def test_the_punishment_of_a_length_is_that_of_the_paper() -> None:
+    assert lengths_disagree(overlong_share) == []
+    assert overlong_share([turn(0.0, 17), turn(0.0, 20), turn(0.0, 3)], OverlongConfig(tokens=4, longest=20)) == 1.25
+    assert overlong_share([turn(0.0, 99)], OverlongConfig()) == 0.0
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        lambda n, longest, tokens: (longest - tokens - n) / tokens,  # sign
+        lambda n, longest, tokens: (n + 1 - longest + tokens) / tokens,  # off by one
+        lambda n, longest, tokens: (n - longest + tokens) / longest,  # wrong normalization
+    ],
+)
+def test_the_table_finds_a_wrong_punishment(planted: Callable[[int, int, int], float]) -> None:
+    def wrong(turns: Sequence[Turn], config: OverlongConfig) -> float:
+        return min(max(planted(len(turns[0].completion.token_ids), 20, config.tokens), 0.0), 1.0)
+
+    assert lengths_disagree(wrong)
+
+
+@pytest.mark.parametrize(
+    ("credit", "expected"),
+    [
+        (Credit.episode, [[3.0 - 2.0 * 1.25, 4.0]]),
+        (Credit.turn, [[1.0 - 2.0 * 0.25, 4.0], [2.0 - 2.0 * 1.0]]),
+        (Credit["return"], [[(1.0 - 2.0 * 0.25) + 0.5 * (2.0 - 2.0 * 1.0), 4.0], [2.0 - 2.0 * 1.0]]),
+    ],
+)
+def test_the_length_of_what_is_rewarded_is_taken_off_its_reward(credit: Credit, expected: list[list[float]]) -> None:
+    turns = [turn(1.0, 17), turn(2.0, 20)]
+    first = Rollout("a", "p", 0, turns, 3.0, {}, StopReason.TERMINATED)
+    second = Rollout("b", "p", 1, [turn(4.0, 16)], 4.0, {}, StopReason.TERMINATED)
+    config = AlgorithmConfig(credit=credit, discount=0.5, overlong=OverlongConfig(tokens=4, penalty=2.0))
+    config = config.for_answers_up_to(20)
+    assert [each.rewards.tolist() for each in comparisons([first, second], config)] == expected
+    assert (first.reward, [each.reward for each in turns]) == (3.0, [1.0, 2.0]), "the record keeps the task's rewards"
+    metrics = {"overlong/penalty": pytest.approx(2.0 * 1.25 / 2), "overlong/share": pytest.approx(2 / 3)}
+    assert credit_metrics([Group("p", [first, second])], config) == metrics
+    assert credit_metrics([Group("p", [first, second])], AlgorithmConfig()) == {}
+
+
+@pytest.mark.parametrize(
+    ("truncated", "expected"),
+    [
+        (Truncated.keep, [1.0 - 0.0, 1.0 - 0.5, 1.0 - 1.0]),
+        (Truncated.zero, [1.0 - 0.0, 1.0 - 0.5, 0.0 - 1.0]),
+        (Truncated.mask, [1.0 - 0.0, 1.0 - 0.5]),
+    ],
+)
+def test_long_answers_are_punished_and_cut_ones_paid_as_before(truncated: Truncated, expected: list[float]) -> None:
+    """One answer is short, one is long and ends, one is cut at `max_new_tokens`; the task pays each of them 1."""
+    group = Group("p", [Rollout(str(n), "p", 0, [turn(1.0, n)], 1.0, {}, StopReason.TERMINATED) for n in (5, 18, 20)])
+    cut = group.rollouts[2].turns[0]
+    cut.completion = replace(cut.completion, finish_reason="length")
+    overlong = OverlongConfig(tokens=4)
+    config = AlgorithmConfig(truncated=truncated, overlong=overlong, advantage=Advantage.group_centered)
+    assign_advantages(group, config.for_answers_up_to(20))
+    centered = [reward - np.mean(expected) for reward in expected]
+    found = [each.turns[0].advantage for each in group.rollouts]
+    assert found == pytest.approx(centered + [0.0] * (3 - len(expected)))
+
+
+def test_a_length_of_ones_own_stays() -> None:
+    config = AlgorithmConfig(overlong=OverlongConfig(tokens=4, longest=12))
+    assert config.for_answers_up_to(20).overlong.longest == 12
+    assert config.for_answers_up_to(20) == config

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vlmrl.config.algorithm import Advantage, Compare, Credit, FilterMode, Loss
+from vlmrl.config.algorithm import Advantage, Compare, Credit, FilterMode, Loss, OverlongConfig
 from vlmrl.config.import_paths import is_import_path
 from vlmrl.config.keys import did_you_mean
 from vlmrl.config.run import Mode, RunConfig
@@ -56,6 +56,35 @@ def credit_settings_have_effect(config: RunConfig) -> None:
         raise ConfigError(
             "algorithm.compare=state has no effect with algorithm.credit=episode, which compares whole episodes: set "
             "algorithm.credit=return (or turn), or algorithm.compare=turn"
+        )
+
+
+def overlong_answers_exist(config: RunConfig) -> None:
+    """The punishment of long answers reaches some answers and not all of them."""
+    overlong, budget = config.algorithm.overlong, config.orchestrator.max_new_tokens
+    if config.mode is not Mode.rl:
+        return
+    if not overlong.is_on:
+        for name in ("longest", "penalty"):
+            value, default = getattr(overlong, name), getattr(OverlongConfig(), name)
+            if value != default:
+                raise ConfigError(
+                    f"algorithm.overlong.{name}={value} has no effect with algorithm.overlong.tokens=0, which punishes "
+                    "no length: set algorithm.overlong.tokens to the number of tokens over which the punishment grows, "
+                    f"or drop algorithm.overlong.{name}"
+                )
+        return
+    if overlong.longest is not None and overlong.longest > budget:
+        raise ConfigError(
+            f"algorithm.overlong.longest={overlong.longest} is longer than orchestrator.max_new_tokens={budget}, so no "
+            f"answer would reach the whole penalty: set algorithm.overlong.longest={budget} or less"
+        )
+    longest = budget if overlong.longest is None else overlong.longest
+    if overlong.tokens >= longest:
+        name = "orchestrator.max_new_tokens" if overlong.longest is None else "algorithm.overlong.longest"
+        raise ConfigError(
+            f"algorithm.overlong.tokens={overlong.tokens} is not below {name}={longest}, so every answer would be "
+            f"punished for its length: set algorithm.overlong.tokens={max(1, longest // 5)}"
         )
 
 
