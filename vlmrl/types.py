@@ -491,7 +491,8 @@ class Turn:
     """This turn's own reward, usually in [0, 1]; 0.0 where the task scores only the whole episode, and at most 0.0
     where the completion was truncated and `algorithm.truncated=zero`."""
     advantage: float = 0.0
-    """Filled by advantages.py; one float per turn, broadcast over the completion's tokens."""
+    """Filled by advantages.py, weighted by vision_advantage.py; one float per turn, broadcast over the completion's
+    tokens."""
     learned: TokenMetrics | None = None
     """Filled by samples.py after the step: the trainer's logprobs and entropies of the C tokens of the completion. None
     where the turn was not trained on."""

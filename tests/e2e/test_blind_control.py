@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from support.command_line import Home, Scenarios, summary
-from vlmrl.monitor.health import MIN_GAP
+from vlmrl.config.monitor import MonitorConfig
 from vlmrl.record.metrics import read_metrics
+
+MIN_GAP = MonitorConfig().blind_gap
 
 pytestmark = pytest.mark.slow
 
@@ -19,6 +21,7 @@ ONE_SQUARE = (
     "orchestrator.eval.every=0",
     "trainer.warmup.learning_rate=5e-3",
     "monitor.wandb.mode=disabled",
+    *("monitor.blind_guard=stop", "monitor.blind_controls=4"),
 )
 
 
@@ -71,14 +74,17 @@ def test_a_policy_that_reads_the_squares_shows_a_clear_gap(runs: Scenarios) -> N
     assert len(gaps(run)) == 6
     assert min(min(both) for both in gaps(run)) > 1.0
     assert looks_away(run) == []
+    assert summary(run)["exit_reason"] == "finished"
 
 
-def test_a_policy_whose_pixels_are_zeroed_shows_none_and_the_run_warns(runs: Scenarios) -> None:
+def test_a_policy_whose_pixels_are_zeroed_shows_none_and_the_run_is_stopped(runs: Scenarios) -> None:
     run = runs["blind"]
     rewards = [line["reward/mean"] for line in read_metrics(run / "metrics.jsonl")]
     assert rewards[-1] > 0.6 > 0.3 > rewards[0], "it learns, and not from the images"
     assert len(gaps(run)) == 4
     assert all(abs(shuffled) < MIN_GAP for _, shuffled in gaps(run))
     assert all(abs(blank) < 5 * MIN_GAP for blank, _ in gaps(run))
+    assert (summary(run)["exit_reason"], summary(run)["step"]) == ("blind", 16), "the fourth control decides"
+    assert (run / "checkpoints/step_000016").is_dir()
     (text,) = looks_away(run)
     assert text in (run / "logs/main.log").read_text()

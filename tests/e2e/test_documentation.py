@@ -13,7 +13,6 @@ import re
 import shlex
 import shutil
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 
@@ -24,7 +23,7 @@ from vlmrl.config.keys import known_keys
 from vlmrl.record.metrics import STEP_KEYS, step_key
 from vlmrl.types import StopReason
 
-PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 TEMPLATE = REPOSITORY / "vlmrl/cli/template/my_task.py"
 
 LESS = " ".join(SHORT)
@@ -217,6 +216,10 @@ EXCHANGED = {
     "python -m vlmrl experiment=distill_tiny reference.folder=outputs/teacher_model": (
         "python -m vlmrl experiment=distill_tiny reference.folder=outputs/teacher_model dry_run=true"
     ),
+    "python -m vlmrl algorithm.vision_advantage.weight=1": (
+        f"python -m vlmrl algorithm.vision_advantage.weight=1 {LESS}"
+    ),
+    "python -m vlmrl monitor.blind_guard=stop": "python -m vlmrl monitor.blind_guard=stop dry_run=true",
     "python -m vlmrl algorithm.overlong.tokens=4": f"python -m vlmrl algorithm.overlong.tokens=4 {LESS}",
     "python -m vlmrl algorithm.entropy_coef=0.01": f"python -m vlmrl algorithm.entropy_coef=0.01 {LESS}",
     "python -m vlmrl algorithm.credit=return algorithm.discount=0.9": (
@@ -495,9 +498,9 @@ def test_every_link_leads_somewhere() -> None:
 
 def test_every_page_is_in_the_navigation() -> None:
     navigation = (REPOSITORY / "mkdocs.yml").read_text().partition("nav:")[2]
-    assert {Path(name).name for name in re.findall(r"\S+\.md", navigation)} == {
-        page.name for page in (REPOSITORY / "docs").glob("*.md")
-    }
+    docs = REPOSITORY / "docs"
+    pages = {page.relative_to(docs).as_posix() for page in docs.rglob("*.md")}
+    assert set(re.findall(r"\S+\.md", navigation)) == pages
 
 
 def test_the_constraints_pin_versions_and_name_no_place() -> None:

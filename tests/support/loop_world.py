@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from support.drawn_problems import NumberedProblems
+from support.rollout_builders import prompt
 from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.orchestrator import EvalConfig, OrchestratorConfig
 from vlmrl.orchestrator.best import BestWatch
@@ -23,7 +24,6 @@ from vlmrl.types import (
     Completion,
     FloatArray,
     Group,
-    Prompt,
     Rollout,
     StepResult,
     StopReason,
@@ -49,11 +49,13 @@ def constant(_: str) -> int:
     return 3
 
 
-def rollout(name: str, index: int, versions: Sequence[int], reward: float, problem_index: int) -> Rollout:
-    """One turn, one token per entry of `versions`."""
+def rollout(
+    name: str, index: int, versions: Sequence[int], reward: float, problem_index: int, shades: Sequence[int] = ()
+) -> Rollout:
+    """One turn, one token per entry of `versions`, after images of these shades."""
     n = len(versions)
     completion = Completion(np.arange(n), np.full(n, -1.0, np.float32), np.array(versions, np.int64), "stop")
-    turn = Turn(Prompt(np.array([1, 2, 3]), (), ()), completion, "", [], branch=0, reward=reward)
+    turn = Turn(prompt([1, 2, 3], [*shades]), completion, "", [], branch=0, reward=reward)
     return Rollout(
         f"{name}/{index}",
         name,
@@ -87,6 +89,10 @@ class World:
     has_reference: bool = False
     """Whether the trainer has a reference; it finds each token less likely, by half a nat."""
     referred: list[Sequence[TrainingSample]] = field(default_factory=list)
+    has_images: bool = False
+    """Whether each problem shows an image of its own."""
+    is_blind: dict[int, bool] = field(default_factory=dict)
+    """Whether the reward rises blind after a step."""
     metrics_of: dict[int, dict[str, float]] = field(default_factory=dict)
     open_batches: set[int] = field(default_factory=set)
     most_open: int = 0
@@ -127,6 +133,7 @@ class World:
                         [start, self.published],
                         self.reward_for(kind, drawn.index, i),
                         problem_index=drawn.index,
+                        shades=[drawn.index % 256] if self.has_images else [],
                     )
                     for i in range(asked["group_size"])
                 ],
@@ -159,6 +166,11 @@ class World:
         self.referred.append(samples)
         return [sample.inference_logprobs[sample.loss_mask] - 0.5 for sample in samples]
 
+    def logprobs(self, samples: Sequence[TrainingSample]) -> list[FloatArray]:
+        """With other images, the tokens of odd siblings are half a nat less likely."""
+        assert threading.current_thread() is not threading.main_thread(), "scoring must not block the event loop"
+        return [s.inference_logprobs[s.loss_mask] - 0.5 * (int(s.rollout_id[-1]) % 2) for s in samples]
+
     async def demonstrations(self, step: int) -> list[TrainingSample]:
         if f"demonstrations {step}" in {*self.during, *self.failing}:
             self.happens(f"demonstrations {step}")
@@ -186,6 +198,10 @@ class World:
         self.metrics_of[step] = dict(metrics)
         self.recorded[step] = [group.rollouts[0].problem_index for group in groups]
         self.happens(f"step {step}")
+
+    @property
+    def ends_blind(self) -> bool:
+        return self.is_blind.get(self.version, False)
 
     def record(self, step: int, groups: Sequence[Group]) -> None:
         self.happens(f"record {step}")

@@ -76,6 +76,33 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
         ("algorithm.overlong.tokens=8", "algorithm.overlong.longest=8"),
         r"overlong.tokens=8 is not below algorithm.overlong.longest=8, so every answer would be punished",
     ),
+    (
+        ("algorithm.vision_advantage.cap=1",),
+        r"vision_advantage.cap=1.0 has no effect with algorithm.vision_advantage.weight=0, .*: set .*weight=1",
+    ),
+    (
+        ("algorithm.vision_advantage.weight=1", "~model/vlm", "orchestrator.renderer.name=qwen3"),
+        r"vision_advantage.weight=1.0 compares answers with and without .* model.vlm=null has none: set .*weight=0",
+    ),
+    (
+        ("monitor.blind_guard=stop", "~model/vlm", "orchestrator.renderer.name=qwen3"),
+        r"monitor.blind_guard=stop reads .* model.vlm=null there are no images, .*: set monitor.blind_guard=none",
+    ),
+    (
+        ("algorithm.vision_advantage.weight=1", "orchestrator.groups_per_step=1"),
+        r"vision_advantage.weight=1.0 takes the images of another problem .*groups_per_step=1 is the only one",
+    ),
+    (
+        (
+            *("algorithm.vision_advantage.weight=1", "algorithm.advantage=none", "algorithm.kl.advantage=1"),
+            "reference=initial",
+        ),
+        r"vision_advantage.weight=1.0 weights the advantages of rewards, and algorithm.advantage=none makes them all 0",
+    ),
+    (
+        ("monitor.blind_guard=stop", "monitor.vision_gap_every=0"),
+        r"monitor.blind_guard=stop reads .* monitor.vision_gap_every=0 makes none, .* set monitor.vision_gap_every=10",
+    ),
     (("algorithm.kl.reward=0.1",), r"kl.reward=0.1 needs a second model, and reference=none .* set reference=initial"),
     (
         ("algorithm.advantage=none",),

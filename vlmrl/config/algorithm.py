@@ -136,12 +136,32 @@ class OverlongConfig:
     penalty: float = setting(
         1.0, on_resume=Resume.noted, low=SMALLEST, high=10**6, outside="a long answer loses nothing, or gains"
     )
-    """What an answer of `longest` tokens loses, as reward. The paper has 1, with rewards of −1 and 1."""
+    """The reward that an answer of `longest` tokens loses. The paper has 1, with rewards of −1 and 1."""
 
     @property
     def is_on(self) -> bool:
         """Whether long answers lose something."""
         return self.tokens > 0
+
+
+@dataclass
+class VisionAdvantageConfig:
+    """Looking as a signal: each turn's advantage is weighted by how much less likely its answer is with the images of
+    another problem, its gap in nats per token (`vlmrl.orchestrator.vision_advantage` has the formula)."""
+
+    weight: float = setting(
+        0.0, on_resume=Resume.noted, low=0, high=10**4, outside="answers that look would be reinforced less"
+    )
+    """The weight of looking: a gap of one nat per token adds this to the factor 1; then all factors are divided by
+    their mean. 0 is off, and above 0 each step scores its samples once more, without gradient."""
+    cap: float = setting(2.0, on_resume=Resume.noted, low=SMALLEST, high=10**4, outside="no gap would have a weight")
+    """The largest gap that counts, in nats per token: above it an answer is read off the image. A gap below 0 counts
+    as 0."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether advantages are weighted."""
+        return self.weight > 0
 
 
 class FilterMode(Enum):
@@ -225,6 +245,8 @@ class AlgorithmConfig:
     `overlong` also punishes long answers that end."""
     overlong: OverlongConfig = field(default_factory=OverlongConfig)
     """What a long answer loses."""
+    vision_advantage: VisionAdvantageConfig = field(default_factory=VisionAdvantageConfig)
+    """Weights on the advantages of answers that depend on their images."""
     clip_low: float = setting(0.2, on_resume=Resume.noted, low=0, high=1, outside="it clips no ratio or every one")
     """Ratios below 1 − `clip_low` get no gradient where the advantage is negative."""
     clip_high: float = setting(0.28, on_resume=Resume.noted, low=0, high=math.inf, outside="it clips every ratio")

@@ -90,6 +90,7 @@ def _fields_of(schema: type) -> Iterator[FieldDoc]:
 
 UNITS = (
     *("optimizer steps", "tokens", "turns", "problems", "rollouts", "conversations", "evaluations", "checkpoints"),
+    "blind controls",
     *(
         "images",
         "frames",

@@ -17,6 +17,18 @@ class WandbMode(Enum):
     online = "online"
 
 
+class BlindGuard(Enum):
+    """What happens when the reward rises although the policy ignores its images. (Not called `off`, which YAML reads as
+    a boolean.)"""
+
+    none = "none"
+    """Nothing."""
+    warn = "warn"
+    """A warning, once, in the log, in report.html and in summary.json."""
+    stop = "stop"
+    """The same, and the run ends after the step and saves it: `exit_reason` is `blind`, the exit code 0."""
+
+
 @dataclass
 class WandbConfig:
     """Weights & Biases logging."""
@@ -70,6 +82,23 @@ class MonitorConfig:
     )
     """Optimizer steps between two blind controls, which compare the policy's answers with and without its images
     (vision_gap/… in metrics.jsonl). The first step has one. 0: never."""
+    blind_guard: BlindGuard = setting(BlindGuard.warn, on_resume=Resume.free)
+    """What happens when the reward rises blind: over the newest 200 steps, `reward/mean` has risen by `blind_rise` or
+    more, and the last `blind_controls` blind controls all found a gap below `blind_gap`."""
+    blind_rise: float = setting(
+        0.05, on_resume=Resume.free, low=0, high=10**9, outside="a reward that falls would count as a rise"
+    )
+    """For `blind_guard`: the rise of the mean reward that counts, from the first five of these steps to the last
+    five. Raise it for tasks whose answers have a format to learn first, which needs no eyes."""
+    blind_gap: float = setting(
+        0.01, on_resume=Resume.free, low=0, high=10**4, outside="it is not a gap that a policy can have"
+    )
+    """For `blind_guard`: the gap in nats per token below which a policy does not look. `vision_gap/shuffled` where the
+    step has it, else `vision_gap/blank`."""
+    blind_controls: int = setting(
+        2, on_resume=Resume.free, low=1, high=20, outside="no row of controls is that long in 200 steps"
+    )
+    """For `blind_guard`: how many blind controls in a row must find no gap."""
     report: bool = setting(True, on_resume=Resume.free)
     """Write report.html after each evaluation and at the end, in a separate process."""
     wandb: WandbConfig = field(default_factory=WandbConfig)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vlmrl.config.algorithm import Credit
+from vlmrl.config.monitor import BlindGuard, MonitorConfig
 from vlmrl.record.metrics import Record
 
 EQUAL_COMPARED = "groups/equal_compared"
@@ -36,20 +37,21 @@ MIN_ENTROPY = 0.01
 """Nats per token. Entropy below which the policy no longer explores."""
 SOLVED = 0.9
 """`reward/mean` from which a low entropy is expected."""
-MIN_GAP = 0.01
-"""Nats per token. Measured: within 0.004 of 0 where every image is black; above 0.5 once the policy uses its images."""
-GAPS = 2
-"""Blind controls in a row that must find no gap."""
-MIN_CLIMB = 0.05
-"""Rise of `reward/mean` that counts as learning."""
 STARVED = 0.8
 """Share of the step time for which one side must wait for the other."""
 
 
-def warnings_for(history: Sequence[Record], *, exact: bool, credit: Credit = Credit.episode) -> list[str]:
+def warnings_for(
+    history: Sequence[Record],
+    *,
+    exact: bool,
+    credit: Credit = Credit.episode,
+    config: MonitorConfig | None = None,
+) -> list[str]:
     """The problems that the newest lines show; empty where there are none.
 
-    `exact`: engine and trainer both compute in float32. `credit`: which rewards the advantages compare. A line that
+    `exact`: engine and trainer both compute in float32. `credit`: which rewards the advantages compare. `config`: the
+    limits of the guard against blind learning, by default those of a run that sets none. A line that
     lacks a key (step 0, or a null) neither raises nor clears the warnings that use it. Rollouts dropped as
     `zero_advantage` do not count as dropped.
 
@@ -68,7 +70,8 @@ def warnings_for(history: Sequence[Record], *, exact: bool, credit: Credit = Cre
         _unlearnable(recent),
         _mismatch(lines, exact),
         _entropy(recent),
-        _blind(lines),
+        _blind(lines, config or MonitorConfig()),
+        _unmeasured(recent),
         _starved(recent),
     )
     return [text for text in checks if text is not None]
@@ -196,24 +199,44 @@ def _entropy(recent: Sequence[Record]) -> str | None:
     )
 
 
-def _blind(lines: Sequence[Record]) -> str | None:
-    """Uses `vision_gap/shuffled` where it exists: a grey image is new to the policy and may change its answers just
-    because of that."""
+def is_blind(history: Sequence[Record], config: MonitorConfig) -> bool:
+    """Whether the reward rises although the policy ignores its images, by the limits of `monitor.blind_guard`.
+
+    It reads `vision_gap/shuffled` where it exists: a grey image is new to the policy and may change its answers just
+    because of that. Measured: within 0.004 nats per token of 0 where every image is black; above 0.5 once the policy
+    uses its images."""
+    lines = [record for record in history if record["step"] > 0]
     gaps = [
         max(_values([record], "vision_gap/shuffled") or _values([record], "vision_gap/blank"))
         for record in lines
         if record.get("vision_gap/blank") is not None
     ]
     rewards = _values(lines, "reward/mean")
-    if len(gaps) < GAPS or max(gaps[-GAPS:]) >= MIN_GAP or len(rewards) < 2 * WINDOW:
-        return None
-    if _mean(rewards[-WINDOW:]) - _mean(rewards[:WINDOW]) < MIN_CLIMB:
+    controls = config.blind_controls
+    if len(gaps) < controls or max(gaps[-controls:]) >= config.blind_gap or len(rewards) < 2 * WINDOW:
+        return False
+    return _mean(rewards[-WINDOW:]) - _mean(rewards[:WINDOW]) >= config.blind_rise
+
+
+def _blind(lines: Sequence[Record], config: MonitorConfig) -> str | None:
+    if config.blind_guard is BlindGuard.none or not is_blind(lines, config):
         return None
     return (
         f"The reward rises, but the policy ignores its images: other images would not change its answers (vision_gap "
-        f"below {MIN_GAP:g} nats per token). Check that the images are not blank or broken (look at images/), that the "
-        "prompt does not contain the answer, that no answer is right so often that guessing pays, and that problems "
-        "have different images. Run mode=doctor to check that the pixels arrive."
+        f"below {config.blind_gap:g} nats per token). Check that the images are not blank or broken (look at images/), "
+        "that the prompt does not contain the answer, that no answer is right so often that guessing pays, and that "
+        "problems have different images. Run mode=doctor to check that the pixels arrive."
+    )
+
+
+def _unmeasured(recent: Sequence[Record]) -> str | None:
+    shares = _values(recent, "vision_advantage/measured")
+    if len(shares) < WINDOW or max(shares) > 0:
+        return None
+    return (
+        f"For {WINDOW} steps, algorithm.vision_advantage.weight has had no effect: no turn saw images that have a "
+        "replacement of the same size in another problem of the step. Raise orchestrator.groups_per_step, bring the "
+        "images to one size, or set algorithm.vision_advantage.weight=0."
     )
 
 

@@ -26,23 +26,23 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from vlmrl.config.algorithm import Credit
-from vlmrl.config.monitor import MonitorConfig
+from vlmrl.config.monitor import BlindGuard, MonitorConfig
 from vlmrl.errors import VlmrlError, format_error, headline
+from vlmrl.monitor.closing import closing_table, readable
 from vlmrl.monitor.glimpse import SHOWN, pick
-from vlmrl.monitor.health import EQUAL_COMPARED, HISTORY, warnings_for
+from vlmrl.monitor.health import EQUAL_COMPARED, HISTORY, is_blind, warnings_for
 from vlmrl.monitor.loggers import Loggers
-from vlmrl.monitor.progress import PHASES, Progress, duration
+from vlmrl.monitor.progress import PHASES, Progress
 from vlmrl.monitor.report.background import ReportWriter
 from vlmrl.monitor.screen import lost_streams
 from vlmrl.monitor.tensorboard_logger import TensorboardLogger
 from vlmrl.monitor.wandb_logger import WandbLogger
-from vlmrl.record.bad_rows import BadRowLog, BadRowRecord, read_bad_rows
+from vlmrl.record.bad_rows import BadRowLog, BadRowRecord
 from vlmrl.record.faults import FaultLog, FaultRecord, faults_of
 from vlmrl.record.files import disk_errors
 from vlmrl.record.in_place import Folders
 from vlmrl.record.logs import MainLog
 from vlmrl.record.metrics import (
-    DEMONSTRATION_LOSS,
     ELAPSED,
     EVAL_GREEDY,
     EVAL_SAMPLED,
@@ -219,7 +219,7 @@ class Monitor:
         self._bad_rows.write(rows)
         self.warn(
             "Some rows of the data cannot be used and are passed over: python -m vlmrl mode=faults "
-            f"run={_readable(self._run_dir.path)} lists them."
+            f"run={readable(self._run_dir.path)} lists them."
         )
 
     def step(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group]) -> None:
@@ -240,11 +240,16 @@ class Monitor:
         self._trained_on = [group.rollouts[0] for group in groups]
         self._progress.rollouts(f"rollouts of step {step}", pick(groups))
         self._progress.step(step, self._history[-1])
-        for text in warnings_for(self._history, exact=self._exact, credit=self._credit):
+        for text in warnings_for(self._history, exact=self._exact, credit=self._credit, config=self._config):
             self.warn(text)
         self._note_lost_screen()
         self.recorded = self.recorded._replace(steps=self.recorded.steps + 1)
         self._keep_in_place()
+
+    @property
+    def ends_blind(self) -> bool:
+        """Whether `monitor.blind_guard=stop` ends the run: the reward rises although the policy ignores its images."""
+        return self._config.blind_guard is BlindGuard.stop and is_blind(self._history, self._config)
 
     def record(self, step: int, groups: Sequence[Group]) -> None:
         """Record only the rollouts of a step, after which the run ends with an error."""
@@ -343,37 +348,19 @@ class Monitor:
             }
         )
         self._progress.stop()
-        closing = {
-            "ended": f"{exit_reason} after step {last.get('step', 0)} and {duration(self._elapsed())}",
-            "reward": _shown(last.get("reward/mean")),
-            "held-out": self._held_out(last),
-            "folder": _readable(self._run_dir.path),
-        }
-        if rows := read_bad_rows(self._run_dir.bad_rows):
-            command = f"python -m vlmrl mode=faults run={closing['folder']}"
-            closing["bad rows"] = f"{len(rows)} were passed over: {command} lists them"
+        closing = closing_table(self._run_dir, exit_reason, self._elapsed(), last, self._evaluation)
         log.info("finished: %s", exit_reason)
         self._note_lost_screen()
         try:
             self._recorder.flush()
             if self._report is not None and not self._report.finish(hurries):
-                text = NO_REPORT_IN_A_HURRY.format(folder=_readable(self._run_dir.path)) if hurries() else NO_REPORT
+                text = NO_REPORT_IN_A_HURRY.format(folder=readable(self._run_dir.path)) if hurries() else NO_REPORT
                 self._progress.warn(text)
                 log.warning(text)
             elif self._report is not None:
-                closing["report"] = _readable(self._run_dir.report)
+                closing["report"] = readable(self._run_dir.report)
         finally:
             self._progress.table("run", closing)
-
-    def _held_out(self, last: Mapping[str, Any]) -> str:
-        """The held-out rewards and loss of the newest evaluation, for people."""
-        loss = last.get(DEMONSTRATION_LOSS)
-        rewards = (
-            f"sampled {_shown(self._evaluation.get(EVAL_SAMPLED))}, greedy {_shown(self._evaluation.get(EVAL_GREEDY))}"
-        )
-        if loss is None:
-            return rewards
-        return f"{rewards}, loss {loss:.3f}" if self._evaluation else f"loss {loss:.3f}"
 
     def _elapsed(self) -> float:
         return self._elapsed_before + time.monotonic() - self._entered
@@ -385,12 +372,3 @@ class Monitor:
 
 def _has_no_advantage(group: Group) -> bool:
     return all(turn.advantage == 0.0 for rollout in group.rollouts for turn in rollout.turns)
-
-
-def _shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _readable(path: Path) -> str:
-    here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

@@ -40,10 +40,12 @@ from vlmrl.orchestrator.refill import refill_metrics, sample_groups
 from vlmrl.orchestrator.rollout import RolloutRunner
 from vlmrl.orchestrator.samples import make_samples, note_learned, note_reference
 from vlmrl.orchestrator.stream import Drawn, ProblemStream
+from vlmrl.orchestrator.vision_advantage import weigh_by_vision
 from vlmrl.types import Group, InferenceEngine, Trainer, TrainingSample, WeightSync
 
-ExitReason = Literal["finished", "target_reached", "no_improvement", "interrupted"]
-"""`no_improvement`: `trainer.patience` evaluations in a row were no better than the best one."""
+ExitReason = Literal["finished", "target_reached", "no_improvement", "blind", "interrupted"]
+"""`no_improvement`: `trainer.patience` evaluations in a row were no better than the best one. `blind`: the reward rises
+although the policy ignores its images, and `monitor.blind_guard=stop`."""
 
 
 @dataclass(eq=False)
@@ -91,7 +93,7 @@ class Loop:
                 self.checkpoint(first)
         try:
             for step in range(first + 1, length.max_steps + 1):
-                if self.evaluator.reached_target or self.evaluator.best.is_exhausted or length.is_last(step - 1):
+                if self._is_over or length.is_last(step - 1):
                     break
                 started = time.perf_counter()
                 if (groups := await self.next_batch(step)) is None:
@@ -102,12 +104,19 @@ class Loop:
                 return "target_reached"
             if self.evaluator.best.is_exhausted:
                 return "no_improvement"
+            if self.recorder.ends_blind:
+                return "blind"
             self.faults.finish()
             return "finished"
         finally:
             for task in self._pending.values():
                 task.cancel()
             await asyncio.gather(*self._pending.values(), return_exceptions=True)
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether the run ends before its last step."""
+        return self.evaluator.reached_target or self.evaluator.best.is_exhausted or self.recorder.ends_blind
 
     async def next_batch(self, step: int) -> list[Group] | None:
         """Wait for the groups of `step`, after starting every later batch that max_staleness allows. None when the run
@@ -148,6 +157,7 @@ class Loop:
             assign_advantages(group, self.algorithm)
             find_filtered(group, self.algorithm.filters, self.vocab_size)
             mark_dropped(group, self.algorithm, image_tokens, version, self.config.max_staleness)
+        looks = await asyncio.to_thread(weigh_by_vision, groups, self.trainer, self.algorithm.vision_advantage)
         kl = self.algorithm.kl.advantage
         samples = [s for group in groups for r in group.rollouts if r.dropped is None for s in make_samples(r, kl)]
         gap = await asyncio.to_thread(self.vision_gap, step, samples)
@@ -175,7 +185,7 @@ class Loop:
                 "policy_version": float(result.version),
                 **(rollout_metrics(groups, self.algorithm.filters) | credit_metrics(groups, self.algorithm)),
                 **(refill_metrics(groups, self.config.groups_per_step, self.algorithm) | self.problems.metrics(step)),
-                **(result.metrics | reference | gap),
+                **(result.metrics | reference | looks | gap),
                 **self.engine.metrics(),
                 **throughput_metrics(groups, seconds=synced - started),
                 **(time_metrics(started, rolled_out, prepared, trained, synced) | self._overlap.metrics(step)),

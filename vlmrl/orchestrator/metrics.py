@@ -2,7 +2,7 @@
 
 Times of a step, with rollouts and training at the same time where `max_staleness` allows it:
 
-    time/step            = time/rollout + (blind control) + time/train + time/sync
+    time/step            = time/rollout + (what is scored before it) + time/train + time/sync
     time/rollout         how long the trainer waited for this step's rollouts; all of their time in an on-policy run
     time/rollout_span    from the start of this step's rollouts to the end of the last one
     time/engine_idle     how long no training rollout was running, because the engine waited for the trainer
@@ -229,8 +229,8 @@ def throughput_metrics(groups: Sequence[Group], seconds: float) -> dict[str, flo
 def time_metrics(started: float, rolled_out: float, prepared: float, trained: float, synced: float) -> dict[str, float]:
     """Seconds of a step and of its phases, from clock readings at the end of each phase.
 
-    Between `rolled_out` and `prepared` the samples are made, and the blind control is measured where it is due
-    (`time/vision_gap`).
+    Between `rolled_out` and `prepared` the samples are made and scored, where a run does so: by a reference
+    (`time/reference`), with other images (`time/vision_advantage`), and by the blind control (`time/vision_gap`).
 
     >>> time_metrics(0.0, 1.0, 1.5, 3.5, 4.0)
     {'time/step': 4.0, 'time/rollout': 1.0, 'time/train': 2.0, 'time/sync': 0.5}

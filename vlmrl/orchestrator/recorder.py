@@ -22,6 +22,12 @@ class Recorder(Protocol):
         faults."""
         ...
 
+    @property
+    def ends_blind(self) -> bool:
+        """Whether the run ends because its reward rises although the policy ignores its images
+        (`monitor.blind_guard=stop`), by the steps that are recorded."""
+        ...
+
     def record(self, step: int, groups: Sequence[Group]) -> None:
         """Record only the rollouts of a step that failed, so that an error message can refer to them."""
         ...

@@ -43,7 +43,7 @@ def note_learned(rollouts: Iterable[Rollout], metrics: Sequence[TokenMetrics]) -
     """
     branches = (turns for rollout in rollouts if rollout.dropped is None for turns in learned_branches(rollout))
     for turns, found in zip(branches, metrics, strict=True):
-        for turn, part in _parts(turns, len(found.entropies)):
+        for turn, part in parts_of(turns, len(found.entropies)):
             turn.learned = TokenMetrics(found.trainer_logprobs[part], found.entropies[part])
 
 
@@ -52,11 +52,11 @@ def note_reference(rollouts: Iterable[Rollout], logprobs: Sequence[FloatArray]) 
     `make_samples` made of the rollouts, in order: float32 [loss tokens]."""
     branches = (turns for rollout in rollouts for turns in learned_branches(rollout))
     for turns, found in zip(branches, logprobs, strict=True):
-        for turn, part in _parts(turns, len(found)):
+        for turn, part in parts_of(turns, len(found)):
             turn.reference_logprobs = found[part]
 
 
-def _parts(turns: Sequence[Turn], count: int) -> Iterator[tuple[Turn, slice]]:
+def parts_of(turns: Sequence[Turn], count: int) -> Iterator[tuple[Turn, slice]]:
     """Each turn of a branch that can be learned from, and its part of the `count` loss tokens of the sample."""
     start = 0
     for turn in filter(lambda turn: turn.is_learnable, turns):

@@ -17,8 +17,9 @@ processor's normalized space would be a different colour for every model family.
 the same processed layout (grid). If several fit, one with different pixels is drawn; if none fits, the sample is left
 out of `shuffled`.
 
-The gap is measured before the step, with the weights before their update. Left out on purpose: masking
-only some patches, and a loss term that rewards looking (a control that is optimized is no control any more).
+The gap is measured before the step, with the weights before their update. `algorithm.vision_advantage` weights
+advantages by the same gap (vision_advantage.py). Left out on purpose: masking only some patches, and a loss term that
+rewards looking, because a control that is optimized is no control any more.
 """
 
 from __future__ import annotations
@@ -116,23 +117,50 @@ def shuffle_images(
 ) -> Iterator[tuple[int, TrainingSample]]:
     """Yield (index in `chosen`, the sample with images of other groups of `batch`) for each sample that has a
     replacement for every image. The draw depends only on the sample's rollout id, so a repeated step is identical."""
-    shown: dict[Layout, dict[str, tuple[ImageItem, set[str]]]] = {}
-    for sample in batch:
-        for image in sample.images:
-            shown.setdefault(layout(image), {}).setdefault(image.hash, (image, set()))[1].add(group_of(sample))
+    others = OtherImages(batch)
     for index, sample in enumerate(chosen):
         draw = random.Random(sample.rollout_id)
-        images = []
-        for image in sample.images:
-            others = [
-                other for other, groups in shown[layout(image)].values() if groups - {group_of(sample)}
-            ]  # in the order of the batch
-            # Fall back to the same pixels only if every other problem shows them too: then they carry no information.
-            others = [other for other in others if other.hash != image.hash] or others
-            if others:
-                images.append(draw.choice(others))
+        images = [draw.choice(found) for image in sample.images if (found := others.of(image, group_of(sample)))]
         if len(images) == len(sample.images):
             yield index, with_images(sample, images)
+
+
+def swap_images(
+    chosen: Sequence[TrainingSample], batch: Sequence[TrainingSample]
+) -> Iterator[tuple[int, TrainingSample]]:
+    """As `shuffle_images`, for the samples that have images; the same image has the same replacement in all samples of
+    a group, so that siblings share their prefixes as before."""
+    others = OtherImages(batch)
+    drawn: dict[tuple[str, str], ImageItem | None] = {}
+    for index, sample in enumerate(chosen):
+        group = group_of(sample)
+        images = []
+        for image in sample.images:
+            if (group, image.hash) not in drawn:
+                found = others.of(image, group)
+                drawn[group, image.hash] = random.Random(f"{group}/{image.hash}").choice(found) if found else None
+            if (other := drawn[group, image.hash]) is not None:
+                images.append(other)
+        if images and len(images) == len(sample.images):
+            yield index, with_images(sample, images)
+
+
+class OtherImages:
+    """The images of a batch that can replace each other."""
+
+    def __init__(self, batch: Sequence[TrainingSample]) -> None:
+        self._shown: dict[Layout, dict[str, tuple[ImageItem, set[str]]]] = {}
+        """Layout → hash → the image, and the groups that show it."""
+        for sample in batch:
+            for image in sample.images:
+                same = self._shown.setdefault(layout(image), {})
+                same.setdefault(image.hash, (image, set()))[1].add(group_of(sample))
+
+    def of(self, image: ImageItem, group: str) -> list[ImageItem]:
+        """What can replace an image of the batch in a sample of `group`, in the order of the batch."""
+        others = [other for other, groups in self._shown[layout(image)].values() if groups - {group}]
+        # Fall back to the same pixels only if every other problem shows them too: then they carry no information.
+        return [other for other in others if other.hash != image.hash] or others
 
 
 def group_of(sample: TrainingSample) -> str:

@@ -97,6 +97,8 @@ RULES: tuple[Rule, ...] = (
     _of_site(slurm.weights_cross_nodes, Stage.submitted, Stage.here),
     _of_config(learning.filters_can_find),
     _of_config(learning.overlong_answers_exist),
+    _of_config(learning.looking_is_measured),
+    _of_config(learning.guard_has_controls),
     _of_config(engine.stop_strings_are_few),
     _of_config(mode.past_run_is_named),
     _of_config(mode.episodes_are_new),

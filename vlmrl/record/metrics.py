@@ -141,6 +141,17 @@ STEP_KEYS: dict[str, StepKey] = {
     "vision_gap/shuffled": _sometimes(
         "nats per token", "The same against images of other problems. Where the step has images of the same size."
     ),
+    "vision_advantage/gap": _sometimes(
+        "nats per token",
+        "Mean gap of the weighted turns: how much less likely an answer is with the images of another problem. "
+        "algorithm.vision_advantage.",
+    ),
+    "vision_advantage/spread": _sometimes(
+        "1", "Standard deviation of the weights, whose mean is 1. algorithm.vision_advantage."
+    ),
+    "vision_advantage/measured": _sometimes(
+        "share of turns", "Turns with an advantage whose gap was measured. algorithm.vision_advantage."
+    ),
     "staleness/mean": StepKey("steps", "Mean staleness of the loss tokens: training version minus sampling version."),
     "staleness/max": StepKey("steps", "Largest staleness of a loss token."),
     "credit/same_state": _sometimes(
@@ -225,6 +236,9 @@ STEP_KEYS: dict[str, StepKey] = {
     "time/step": StepKey("s", "Wall-clock time of the step, without evaluation and checkpoint."),
     "time/rollout": StepKey("s", "Time that the trainer waited for the step's rollouts."),
     "time/reference": _sometimes("s", "Time in which the reference scored the batch, a part of the preparation."),
+    "time/vision_advantage": _sometimes(
+        "s", "Time in which the batch was scored with other images, a part of the preparation."
+    ),
     "time/train": StepKey("s", "Time of forward, backward and optimizer."),
     "time/sync": StepKey("s", "Time to publish the new weights to the engine."),
     "time/vision_gap": _sometimes("s", "Time of the blind control. Steps with vision_gap/blank."),

@@ -80,6 +80,7 @@ POLICIES = {
         algorithm.loss algorithm.advantage algorithm.args algorithm.credit algorithm.compare algorithm.discount
         algorithm.truncated algorithm.entropy_coef
         algorithm.overlong.tokens algorithm.overlong.longest algorithm.overlong.penalty
+        algorithm.vision_advantage.weight algorithm.vision_advantage.cap
         algorithm.kl.loss algorithm.kl.estimator algorithm.kl.reward algorithm.kl.advantage
         reference.refresh_every reference.decay
         algorithm.clip_low algorithm.clip_high algorithm.importance_correction algorithm.importance_cap
@@ -119,6 +120,7 @@ POLICIES = {
         trainer.keep_checkpoints
         weight_sync.root weight_sync.verify reference.offload
         monitor.live monitor.record_rollouts monitor.max_rollouts_mib monitor.vision_gap_every monitor.report
+        monitor.blind_guard monitor.blind_rise monitor.blind_gap monitor.blind_controls
         monitor.wandb.mode monitor.wandb.project monitor.wandb.name monitor.wandb.group monitor.wandb.rollouts
         monitor.wandb.checkpoints monitor.tensorboard.enabled monitor.tensorboard.rollouts
         export.folder sweep.retry_failed serve.port serve.api_key_env serve.idle_s

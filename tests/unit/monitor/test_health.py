@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from vlmrl.config.algorithm import Credit
-from vlmrl.monitor.health import HISTORY, REMEDIES, WINDOW, warnings_for
+from vlmrl.config.monitor import BlindGuard, MonitorConfig
+from vlmrl.monitor.health import HISTORY, REMEDIES, WINDOW, is_blind, warnings_for
 from vlmrl.record.metrics import Record
 from vlmrl.types import DropReason
 
@@ -182,6 +185,32 @@ def test_a_policy_that_begins_to_look_clears_it() -> None:
     lines = climbing(blank=0.0, shuffled=0.0)
     lines[-5]["vision_gap/shuffled"] = 0.4
     assert said(lines) == []
+
+
+@pytest.mark.parametrize(
+    ("limits", "is_found"),
+    [
+        (MonitorConfig(), True),
+        (MonitorConfig(blind_rise=0.3), False),
+        (MonitorConfig(blind_rise=0.2), True),
+        (MonitorConfig(blind_gap=0.004), False),
+        (MonitorConfig(blind_controls=4), True),
+        (MonitorConfig(blind_controls=5), False),
+    ],
+)
+def test_the_limits_of_the_guard(limits: MonitorConfig, is_found: bool) -> None:
+    """From 0.145 in the first five steps to 0.37 in the last: a rise of 0.225. Four controls, each of 0.005 nats."""
+    lines = climbing(blank=0.3, shuffled=0.005)
+    assert is_blind(lines, limits) is is_found
+    assert (warnings_for(lines, exact=True, config=limits) != []) is is_found
+    silent = replace(limits, blind_guard=BlindGuard.none)
+    assert warnings_for(lines, exact=True, config=silent) == []
+
+
+def test_a_weight_that_reaches_no_turn() -> None:
+    (text,) = said(history(vision_advantage__measured=0.0))
+    assert "algorithm.vision_advantage.weight has had no effect" in text
+    assert said(history(vision_advantage__measured=0.1)) == []
 
 
 # ── waiting times ──────────────────────────────────────────────────────────────────────────────────────────

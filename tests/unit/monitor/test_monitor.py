@@ -18,7 +18,7 @@ import vlmrl
 from support import TESTS
 from support.rollout_builders import group, rollout
 from vlmrl.config.algorithm import Credit
-from vlmrl.config.monitor import MonitorConfig, WandbConfig, WandbMode
+from vlmrl.config.monitor import BlindGuard, MonitorConfig, WandbConfig, WandbMode
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import LONGEST_TEXT, LONGEST_TRACEBACK, VlmrlError
 from vlmrl.monitor.monitor import Monitor
@@ -48,9 +48,15 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     return made
 
 
-def monitor_of(run_dir: RunDir, *, record_rollouts: bool = True, report: bool = False) -> Monitor:
+def monitor_of(
+    run_dir: RunDir,
+    *,
+    record_rollouts: bool = True,
+    report: bool = False,
+    blind_guard: BlindGuard = BlindGuard.warn,
+) -> Monitor:
     wandb = WandbConfig(mode=WandbMode.disabled)
-    config = MonitorConfig(record_rollouts=record_rollouts, report=report, wandb=wandb)
+    config = MonitorConfig(record_rollouts=record_rollouts, report=report, wandb=wandb, blind_guard=blind_guard)
     return Monitor(config, run_dir, total_steps=3, exact=True, credit=Credit.episode)
 
 
@@ -163,6 +169,29 @@ def test_many_groups_without_a_signal_are_a_warning_said_once(
     assert text.startswith("For 5 steps, the rewards that algorithm.credit=episode compares")
     assert capsys.readouterr().out.count(f"warning: {text}\n") == 1
     assert run_dir.main_log.read_text().count(f"WARNING vlmrl.monitor.monitor: {text}\n") == 1
+
+
+@pytest.mark.parametrize("guard", BlindGuard)
+def test_the_guard_against_blind_learning(run_dir: RunDir, guard: BlindGuard) -> None:
+    """The reward rises by 0.05 a step while both blind controls find nothing; a process that resumes it knows that."""
+    with monitor_of(run_dir, record_rollouts=False, blind_guard=guard) as monitor:
+        for step in range(1, 12):
+            gap = {"vision_gap/blank": 0.001} if step in (1, 6) else {}
+            assert not monitor.ends_blind
+            healthy = {"mismatch_kl/mean": 0.0, "mismatch_kl/max": 0.0, "time/step": 4.0}
+            monitor.step(step, METRICS | healthy | gap | {"reward/mean": 0.05 * step}, [])
+            if monitor.ends_blind:
+                break
+        assert step == (10 if guard is BlindGuard.stop else 11)
+        monitor.finish("finished", {})
+    summary = run_dir.read_summary()
+    assert summary is not None
+    said = [text for text in summary["warnings"] if text.startswith("The reward rises, but the policy ignores")]
+    assert len(said) == (guard is not BlindGuard.none)
+    with monitor_of(run_dir, record_rollouts=False, blind_guard=guard) as resumed:
+        resumed.resume_at(step, supervised_steps=0)
+        assert resumed.ends_blind == (guard is BlindGuard.stop)
+        resumed.finish("finished", {})
 
 
 def test_libraries_log_to_the_file_and_not_on_the_screen(run_dir: RunDir, capsys: pytest.CaptureFixture[str]) -> None:

@@ -252,6 +252,16 @@ def test_patience_ends_a_run_that_no_longer_improves() -> None:
     assert next(event for event in world.events if event.startswith("checkpoint")) == "checkpoint 0"
 
 
+def test_a_run_that_learns_blind_ends_after_the_step_that_shows_it() -> None:
+    world = World(is_blind={3: True})
+    assert world.run(steps=20, every=2, max_staleness=1) == "blind"
+    assert world.version == 3
+    assert world.events[-1] == "checkpoint 3"
+    resumed = World(version=3, is_blind={3: True})
+    assert resumed.run(steps=20, every=2, history=[(0.0, 0.0), (0.1, 0.1)]) == "blind"
+    assert resumed.events == ["publish 3"]
+
+
 def test_a_resumed_run_without_patience_left_does_nothing() -> None:
     world = World(version=4)
     best = BestWatch("eval/reward", 2, Best("eval/reward", 0, 0.9, evaluations_since=2))

@@ -61,6 +61,7 @@ const keysOf = (wanted) => {
 const STATES = {
   finished: ["finished", "good"],
   target_reached: ["target reached", "good"],
+  blind: ["stopped: the reward rose blind", "bad"],
   interrupted: ["interrupted", "fair"],
   error: ["ended with an error", "bad"],
 };

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from vlmrl.config.algorithm import Advantage, Compare, Credit, FilterMode, Loss, OverlongConfig
+from vlmrl.config.algorithm import Advantage, Compare, Credit, FilterMode, Loss, OverlongConfig, VisionAdvantageConfig
 from vlmrl.config.import_paths import is_import_path
 from vlmrl.config.keys import did_you_mean
+from vlmrl.config.monitor import BlindGuard
 from vlmrl.config.run import Mode, RunConfig
 from vlmrl.errors import ConfigError
 
@@ -85,6 +86,54 @@ def overlong_answers_exist(config: RunConfig) -> None:
         raise ConfigError(
             f"algorithm.overlong.tokens={overlong.tokens} is not below {name}={longest}, so every answer would be "
             f"punished for its length: set algorithm.overlong.tokens={max(1, longest // 5)}"
+        )
+
+
+def looking_is_measured(config: RunConfig) -> None:
+    """There are images to look at, and others in the same step to replace them."""
+    looking, groups = config.algorithm.vision_advantage, config.orchestrator.groups_per_step
+    if config.mode is not Mode.rl:
+        return
+    if not looking.is_on:
+        if looking.cap != VisionAdvantageConfig().cap:
+            raise ConfigError(
+                f"algorithm.vision_advantage.cap={looking.cap} has no effect with algorithm.vision_advantage.weight=0, "
+                "which weights nothing: set algorithm.vision_advantage.weight=1, or drop "
+                "algorithm.vision_advantage.cap"
+            )
+        return
+    weight = f"algorithm.vision_advantage.weight={looking.weight}"
+    if config.model.vlm is None:
+        raise ConfigError(
+            f"{weight} compares answers with and without their images, and model.vlm=null has none: set "
+            "algorithm.vision_advantage.weight=0"
+        )
+    if groups < 2:
+        raise ConfigError(
+            f"{weight} takes the images of another problem of the step, and orchestrator.groups_per_step={groups} is "
+            "the only one: set orchestrator.groups_per_step=2 or more"
+        )
+    if config.algorithm.advantage == Advantage.none:
+        raise ConfigError(
+            f"{weight} weights the advantages of rewards, and algorithm.advantage=none makes them all 0: set "
+            "algorithm.vision_advantage.weight=0"
+        )
+
+
+def guard_has_controls(config: RunConfig) -> None:
+    """A run that is to end when it learns blind measures whether it does."""
+    monitor = config.monitor
+    if config.mode is not Mode.rl or monitor.blind_guard is not BlindGuard.stop:
+        return
+    if monitor.vision_gap_every == 0:
+        raise ConfigError(
+            "monitor.blind_guard=stop reads the blind control, and monitor.vision_gap_every=0 makes none, so the run "
+            "would never be stopped: set monitor.vision_gap_every=10, or monitor.blind_guard=none"
+        )
+    if config.model.vlm is None:
+        raise ConfigError(
+            "monitor.blind_guard=stop reads the blind control, and with model.vlm=null there are no images, so the run "
+            "would never be stopped: set monitor.blind_guard=none"
         )
 
 

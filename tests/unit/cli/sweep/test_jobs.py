@@ -60,6 +60,7 @@ SUMMARIES = {
     "error": State.failed,
     "finished": State.finished,
     "target_reached": State.finished,
+    "blind": State.finished,
 }
 """Exit reason → state."""
 
