@@ -704,6 +704,9 @@ class TrainingSample:
     reference_logprobs: FloatArray | None = None
     """float32 [L]; natural log of the reference's probability of the token; 0.0 where loss_mask is False. None: not
     scored by a reference."""
+    old_logprobs: FloatArray | None = None
+    """float32 [L]; natural log of the token's probability under the trainer's weights before the first optimizer step
+    on the batch; 0.0 where loss_mask is False. None: not recorded, as before that step."""
 
     def __post_init__(self) -> None:
         length = len(self.token_ids)
@@ -736,7 +739,7 @@ class TokenMetrics:
 
 @dataclass(frozen=True)
 class StepResult:
-    """The result of one optimizer step."""
+    """The result of one RL step: the optimizer steps on one batch."""
 
     version: int
     """Policy version after the step."""
@@ -751,16 +754,17 @@ class Trainer(Protocol):
 
     @property
     def version(self) -> int:
-        """Optimizer steps contained in the weights."""
+        """RL steps contained in the weights; each has one batch and one or more optimizer steps."""
         ...
 
     def train_step(
         self, samples: list[TrainingSample], demonstrations: Sequence[TrainingSample] = (), steps: float | None = None
     ) -> StepResult:
-        """Take one optimizer step on `samples` and on supervised `demonstrations`, at `trainer.warmup.rl_weight`. The
-        learning rate decays over `steps`, by default over `trainer.max_steps`.
+        """Take the optimizer steps of one batch (`algorithm.epochs`, `algorithm.minibatches`) on `samples` and on
+        supervised `demonstrations`, at `trainer.warmup.rl_weight`. The learning rate decays over `steps`, by default
+        over `trainer.max_steps`.
 
-        Raises `NonFiniteLossError` before the weights change.
+        Raises `NonFiniteLossError` before an optimizer step changes the weights.
         """
         ...
 

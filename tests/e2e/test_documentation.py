@@ -202,6 +202,9 @@ EXCHANGED = {
     "python -m vlmrl algorithm.advantage=my_losses:brief algorithm.args.fee=0.1": (
         f"python -m vlmrl algorithm.advantage=my_losses:brief algorithm.args.fee=0.1 {LESS}"
     ),
+    "python -m vlmrl algorithm.epochs=2 algorithm.minibatches=4 algorithm.target_kl=0.1": (
+        "python -m vlmrl algorithm.epochs=2 algorithm.minibatches=4 algorithm.target_kl=0.1 dry_run=true"
+    ),
     "python -m vlmrl reference=initial algorithm.kl.loss=0.04": (
         f"python -m vlmrl reference=initial algorithm.kl.loss=0.04 {LESS}"
     ),

@@ -69,6 +69,9 @@ class Case:
     referred: bool = False
     """Whether a moving average of the policy is the reference, and the loss has the distance to it."""
     recomputed: bool = False
+    epochs: int = 1
+    """Passes over a batch, each in so many minibatches."""
+    target_kl: float | None = None
     lora: bool = False
     dtype: torch.dtype = torch.float32
     optimizer: Optimizer = Optimizer.adamw
@@ -88,6 +91,11 @@ CASES = {
     "referred, replicated": Case(micro_batch_tokens=60, referred=True, sharding=Sharding.none),
     "referred, kept whole": Case(micro_batch_tokens=60, referred=True, sharding=Sharding.optimizer),
     "referred, one by one": Case(packing=Packing.none, referred=True),
+    "epochs": Case(micro_batch_tokens=60, epochs=2),
+    "epochs, replicated": Case(micro_batch_tokens=60, epochs=2, sharding=Sharding.none),
+    "epochs, kept whole": Case(micro_batch_tokens=60, epochs=2, sharding=Sharding.optimizer),
+    "epochs, ended early": Case(packing=Packing.none, epochs=2, target_kl=3.0),
+    "epochs, ended early, kept whole": Case(epochs=2, target_kl=3.0, sharding=Sharding.optimizer),
     "text": Case(micro_batch_tokens=60, images=False),
     "replicated": Case(micro_batch_tokens=60, sharding=Sharding.none),
     "replicated one by one": Case(packing=Packing.none, sharding=Sharding.none),
@@ -170,7 +178,13 @@ def parts(folder: str, name: str) -> tuple[Policy, TrainerConfig]:
 
 
 def algorithm_of(name: str) -> AlgorithmConfig:
-    return AlgorithmConfig(kl=KLConfig(loss=0.3 if CASES[name].referred else 0.0))
+    case = CASES[name]
+    return AlgorithmConfig(
+        kl=KLConfig(loss=0.3 if case.referred else 0.0),
+        epochs=case.epochs,
+        minibatches=case.epochs,
+        target_kl=case.target_kl,
+    )
 
 
 def reference_of(folder: str, name: str) -> FrozenCopy | None:

@@ -103,6 +103,16 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
         ("monitor.blind_guard=stop", "monitor.vision_gap_every=0"),
         r"monitor.blind_guard=stop reads .* monitor.vision_gap_every=0 makes none, .* set monitor.vision_gap_every=10",
     ),
+    (
+        ("algorithm.minibatches=289",),
+        "algorithm.minibatches=289 is above the 288 rollouts of a step .* set algorithm.minibatches=288 or less",
+    ),
+    (("algorithm.target_kl=0.1",), "algorithm.target_kl=0.1 has no effect with algorithm.epochs=1 .* set algorithm.ep"),
+    (
+        ("algorithm=cispo", "algorithm.clip_dual=3"),
+        "algorithm.clip_dual=3.0 has no effect with algorithm.loss=cispo, .* set algorithm.loss=grpo, or ",
+    ),
+    (("algorithm.clip_dual=1",), "algorithm.clip_dual=1.0 is out of range .*above 1"),
     (("algorithm.kl.reward=0.1",), r"kl.reward=0.1 needs a second model, and reference=none .* set reference=initial"),
     (
         ("algorithm.advantage=none",),

@@ -264,6 +264,26 @@ class AlgorithmConfig:
     """For `truncated` and `masked`: ratios above it are cut; `masked` also cuts ratios below 1 / `importance_cap`. The
     default of 2 is that of truncated importance sampling for engines that round differently; the ratios of fresh
     tokens are within a percent of 1."""
+    clip_dual: float | None = setting(
+        None,
+        on_resume=Resume.noted,
+        low=math.nextafter(1.0, 2.0),
+        high=math.inf,
+        outside="it would bound ratios that PPO's clip lets pass",
+    )
+    """Dual clip (arXiv 1912.09729, eq. 5), for the losses that clip: where the advantage is negative, a token counts at
+    most this times its advantage, however large its ratio is. 3 is the paper's value; null is no such bound."""
+    epochs: int = setting(1, on_resume=Resume.noted, low=1, high=1000, outside="a batch is not learned from")
+    """Passes over the batch of a step (PPO's K, arXiv 1707.06347). Whatever it is, a step is one batch for
+    `trainer.max_steps`, the learning rate, checkpoints, staleness and the policy version."""
+    minibatches: int = setting(1, on_resume=Resume.noted, low=1, high=2**16, outside="a pass makes no optimizer step")
+    """Optimizer steps of a pass, which divides the batch into as many parts, each time in a new random order. The
+    siblings of a prompt stay together where there are enough prompts."""
+    target_kl: float | None = setting(
+        None, on_resume=Resume.noted, low=SMALLEST, high=10**6, outside="a batch is never learned from twice"
+    )
+    """In nats per token. Where the tokens of an optimizer step have a KL(π_old ‖ π) above it, that step and the rest of
+    the batch's are left out. π_old: the policy before the batch. null makes them all."""
     kl: KLConfig = field(default_factory=KLConfig)
     """What the distance to the reference costs."""
     filters: FilterConfig = field(default_factory=FilterConfig)

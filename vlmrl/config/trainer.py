@@ -93,7 +93,7 @@ class TrainerConfig:
     """The trainer: it computes the loss and updates the weights."""
 
     max_steps: int = setting(400, on_resume=Resume.noted, low=1, high=10**9, outside="nothing is learned")
-    """Optimizer steps of RL."""
+    """Optimizer steps of RL, or batches where each has several of them (`algorithm.epochs`, `minibatches`)."""
     max_epochs: float | None = setting(
         None, on_resume=Resume.noted, low=SMALLEST, high=10**6, outside="nothing is learned"
     )

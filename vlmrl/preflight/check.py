@@ -111,6 +111,7 @@ RULES: tuple[Rule, ...] = (
     _of_config(evaluation.sets_are_played),
     _of_config(evaluation.best_is_measured),
     _of_config(learning.optimizer_fits),
+    _of_config(learning.optimizer_steps_are_made),
     _of_config(learning.credit_settings_have_effect),
     _of_config(reward.names_can_be_keys),
     _of_config(reward.mixture_has_tasks),

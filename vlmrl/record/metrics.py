@@ -53,8 +53,8 @@ def _sometimes(unit: str, meaning: str) -> StepKey:
 
 
 STEP_KEYS: dict[str, StepKey] = {
-    "step": StepKey("steps", "Optimizer step of the line. 0 is the evaluation before the first step."),
-    "policy_version": StepKey("steps", "Optimizer steps that the published weights contain."),
+    "step": StepKey("steps", "RL step of the line: one batch. 0 is the evaluation before the first step."),
+    "policy_version": StepKey("steps", "RL steps that the published weights contain."),
     "reward/mean": StepKey("reward", "Mean reward of the step's rollouts; faults and no_reward do not count."),
     "reward/std": StepKey("reward", "Population standard deviation of these rewards."),
     "eval/reward": _sometimes("reward", "Mean held-out reward, sampled; faults count as 0. Steps with an evaluation."),
@@ -96,9 +96,10 @@ STEP_KEYS: dict[str, StepKey] = {
     "eval/<set>/rollouts/replayed": _sometimes("rollouts", "As `eval/rollouts/replayed`, of the set."),
     "loss": StepKey(
         "loss",
-        "The loss before the step, with algorithm.entropy_coef and algorithm.kl.loss, without demonstrations.",
+        "The loss of the first pass over the batch, with algorithm.entropy_coef and algorithm.kl.loss, without "
+        "demonstrations.",
     ),
-    "grad_norm": StepKey("loss", "L2 norm of the gradient of all trainable parameters, before clipping."),
+    "grad_norm": StepKey("loss", "L2 norm of the gradient before clipping; mean over the batch's optimizer steps."),
     "learning_rate": _sometimes("1", "Learning rate of the step. Steps that trained on something."),
     "entropy": StepKey("nats per token", "Mean entropy of the trainer's distribution at the loss tokens."),
     "reference_kl/mean": _sometimes(
@@ -127,6 +128,13 @@ STEP_KEYS: dict[str, StepKey] = {
     "clip_fraction": _sometimes("share of tokens", "Loss tokens whose gradient the loss clipped. Losses with a ratio."),
     "ratio/mean": _sometimes("1", "Mean importance ratio, trainer over engine. Losses with a ratio."),
     "ratio/max": _sometimes("1", "Largest importance ratio. Losses with a ratio."),
+    "last_epoch/<key>": _sometimes("the key's", "The loss's metrics in the last pass over the batch. Several epochs."),
+    "optimizer_steps": _sometimes("steps", "Optimizer steps on the batch. With algorithm.epochs or minibatches."),
+    "epochs": _sometimes("passes", "Passes over the batch, fewer where algorithm.target_kl ended them. As above."),
+    "policy_kl/mean": _sometimes(
+        "nats per token",
+        "KL(old policy, policy): mean of r - log r - 1 at the last minibatch; log r = logprob - old logprob. As above.",
+    ),
     "importance/cut_fraction": _sometimes(
         "share of tokens", "Loss tokens whose weight is not the ratio. algorithm.importance_correction is not `own`."
     ),

@@ -190,7 +190,13 @@ def make_trainer(
         reference = make_reference(config, on_own_device(config.model, rank_group), folder, policy, banned_token_ids)
         algorithm = scored_algorithm(config)
         return LocalTrainer(
-            policy, config.trainer, algorithm, **_sampling(config), rank_group=rank_group, reference=reference
+            policy,
+            config.trainer,
+            algorithm,
+            **_sampling(config),
+            rank_group=rank_group,
+            reference=reference,
+            seed=config.seed,
         )
 
     if rank_group is None:

@@ -13,7 +13,7 @@ from vlmrl.ranks.commands import Command
 from vlmrl.trainer.learner import Learner, StepSettings
 from vlmrl.trainer.outcome import Outcome
 from vlmrl.trainer.shares import Share
-from vlmrl.types import FloatArray
+from vlmrl.types import FloatArray, TokenMetrics
 
 
 class Follower:
@@ -57,18 +57,18 @@ class Skip(Command[Follower, int]):
 
 
 @dataclass(frozen=True, eq=False)
-class Logprobs(Command[Follower, list[FloatArray]]):
-    """Compute logprobs of the loss tokens: float32 [loss tokens] per sample of `share`."""
+class ScoreTokens(Command[Follower, list[TokenMetrics]]):
+    """Compute logprobs and entropies of the loss tokens of each sample of `share`."""
 
     share: Share
 
-    def run(self, worker: Follower) -> list[FloatArray]:
-        return worker.learner.logprobs(self.share)
+    def run(self, worker: Follower) -> list[TokenMetrics]:
+        return worker.learner.token_metrics(self.share)
 
 
 @dataclass(frozen=True, eq=False)
 class ReferenceLogprobs(Command[Follower, list[FloatArray]]):
-    """As `Logprobs`, under the reference."""
+    """Compute logprobs of the loss tokens under the reference: float32 [loss tokens] per sample of `share`."""
 
     share: Share
 

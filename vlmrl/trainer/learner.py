@@ -40,7 +40,7 @@ from vlmrl.trainer.reference import Reference
 from vlmrl.trainer.shares import Share
 from vlmrl.trainer.training_state import begin_to_save, not_finite, restore
 from vlmrl.trainer.weights import PlainWeights, ShardedWeights
-from vlmrl.types import FloatArray
+from vlmrl.types import FloatArray, TokenMetrics
 
 CHECKPOINT_TIMEOUT = timedelta(hours=2)
 """How much longer one rank may take to write its part of a checkpoint than another."""
@@ -57,6 +57,11 @@ class StepSettings:
     demonstration_weight: float
     """Factor of the demonstrations' loss."""
     learning_rate: float
+    largest_kl: float | None = None
+    """The step is left out, and with it the rest of its batch, where KL(π_old ‖ π) of its tokens is above this, in nats
+    per token."""
+    ends_batch: bool = True
+    """Whether it is the last optimizer step on its batch."""
 
 
 class Learner:
@@ -102,7 +107,8 @@ class Learner:
         return make_optimizer(self.config, list(self._weights.trainable().values()))
 
     def learn(self, share: Share | None, demonstrations: Share | None, step: StepSettings) -> Outcome:
-        """One optimizer step. Where a loss or the gradient is not finite, no weight changes and the outcome says so."""
+        """One optimizer step. Where a loss or the gradient is not finite, or the policy has moved too far on this batch
+        (`largest_kl`), no weight changes and the outcome says so."""
         optimizer = self._optimizer  # creates the float32 weights before there is a gradient for them
         while True:
             outcome = self._passes(share, demonstrations, step)
@@ -110,6 +116,10 @@ class Learner:
                 optimizer.zero_grad()
                 return outcome
             self._weights.sum_gradients()
+            if step.largest_kl is not None and step.totals is not None:
+                outcome.moved_too_far = self._sum(outcome.policy_kl or 0.0) > step.largest_kl * step.totals.tokens
+            if outcome.moved_too_far:
+                break
             outcome.grad_norm = self._clip()
             if math.isfinite(outcome.grad_norm) or not self._loss_scale.shrink():
                 break
@@ -120,14 +130,19 @@ class Learner:
             self._weights.publish()
             self._loss_scale.keep()
             outcome.stepped = True
-            self.version += share is not None
-            self.supervised_steps += share is None
-            if self._reference is not None and share is not None and self._reference.reads(self.version):
-                self._reference.follow(self.version, self._weights.whole())
         optimizer.zero_grad()
+        if outcome.moved_too_far or (outcome.stepped and step.ends_batch):
+            self._count_step(supervised=share is None)
         outcome.peak_bytes = peak_bytes(self.policy.device)
         outcome.loss_scale = self._loss_scale.factor
         return outcome
+
+    def _count_step(self, *, supervised: bool) -> None:
+        """Count a step after its last optimizer step, and let the reference follow an RL step."""
+        self.version += not supervised
+        self.supervised_steps += supervised
+        if self._reference is not None and not supervised and self._reference.reads(self.version):
+            self._reference.follow(self.version, self._weights.whole())
 
     def skip(self, *, supervised: bool = False) -> int:
         """Count a step that had no samples → `peak_bytes`."""
@@ -135,9 +150,9 @@ class Learner:
         self.supervised_steps += supervised
         return peak_bytes(self.policy.device)
 
-    def logprobs(self, share: Share) -> list[FloatArray]:
-        """Natural-log probabilities of each sample's loss tokens, float32 [loss tokens of the sample]."""
-        return self._logprobs_by(self.policy, share)
+    def token_metrics(self, share: Share) -> list[TokenMetrics]:
+        """Of each sample's loss tokens, without changing anything."""
+        return self._tokens_by(self.policy, share)
 
     def reference_logprobs(self, share: Share) -> list[FloatArray]:
         """As `logprobs`, under the reference, which is shown the policy's weights before it scores the first batch."""
@@ -146,17 +161,17 @@ class Learner:
             self._reference.follow(0, self._weights.whole())
         self._has_begun = True
         with self._reference.scoring() as policy:
-            return self._logprobs_by(policy, share)
+            return [tokens.trainer_logprobs for tokens in self._tokens_by(policy, share)]
 
-    def _logprobs_by(self, policy: Policy, share: Share) -> list[FloatArray]:
-        """The logprobs of `policy`, which may be the reference's."""
-        found = [np.empty(0, np.float32)] * len(share.samples)
+    def _tokens_by(self, policy: Policy, share: Share) -> list[TokenMetrics]:
+        """The metrics of `policy`, which may be the reference's."""
+        found = [TokenMetrics(np.empty(0, np.float32), np.empty(0, np.float32))] * len(share.samples)
         with torch.no_grad():
             for batch, is_last in self._pack(share, policy):
-                logprobs = self._logprobs(batch, is_last=is_last, policy=policy)[0].cpu().numpy()
+                tokens = torch.stack(self._logprobs(batch, is_last=is_last, policy=policy)).float().cpu().numpy()
                 sample_index = batch.sample_index.cpu().numpy()
                 for index in [] if batch.is_filler else np.unique(sample_index):
-                    found[index] = logprobs[sample_index == index]
+                    found[index] = TokenMetrics(*tokens[:, sample_index == index])
         return found
 
     def whole_weights(self) -> dict[str, Tensor]:
@@ -259,6 +274,7 @@ class Learner:
                 sample_index=batch.sample_index,
                 entropies=entropies,
                 reference_logprobs=batch.reference_logprobs,
+                recorded_logprobs=batch.old_logprobs,
             )
             output = policy_loss(tokens, totals, self._algorithm)
             _backward(self._loss_scale.factor * output.loss)
@@ -300,6 +316,14 @@ class Learner:
                     tensor.grad.div_(self._loss_scale.factor)
         norm = torch.nn.utils.clip_grad_norm_(trainable, self.config.max_grad_norm)
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def _sum(self, here: float) -> float:
+        """The sum of `here` over the ranks, the same on all of them; all ranks call this at the same time."""
+        if self._ranks == 1:
+            return here
+        total = torch.tensor(here, dtype=torch.float64)
+        dist.all_reduce(total)
+        return float(total)
 
     def _any_rank(self, here: bool) -> bool:
         """Whether `here` is true on any rank; all ranks call this at the same time."""

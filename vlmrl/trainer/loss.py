@@ -17,7 +17,8 @@ Your own loss has the signature `LossFunction`, like those here, and is named by
 
     python -m vlmrl algorithm=my_package.my_module:my_loss algorithm.args.scale=0.5
 
-In a run with a reference (`reference=`), `tokens.reference_logprobs` are its logprobs, for your own loss too.
+In a run with a reference (`reference=`), `tokens.reference_logprobs` are its logprobs, for your own loss too, and
+`tokens.old_logprobs` are those of π_old, the policy before the batch (`algorithm.epochs`, `algorithm.minibatches`).
 """
 
 from __future__ import annotations
@@ -56,6 +57,14 @@ class LossTokens:
     """float [N]; entropy of π where the token was sampled, in nats, with gradient."""
     reference_logprobs: Tensor | None = None
     """float [N]; log of the reference's probability of the token, natural, without gradient. None: no reference."""
+    recorded_logprobs: Tensor | None = None
+    """float [N]; what `old_logprobs` is in the later optimizer steps of a batch. None: this is the first one."""
+
+    @property
+    def old_logprobs(self) -> Tensor:
+        """float [N]; log π_old, natural, without gradient. π_old is the policy before the first optimizer step on the
+        batch, as the trainer computes it; in that step it is π itself."""
+        return self.logprobs.detach() if self.recorded_logprobs is None else self.recorded_logprobs
 
 
 @dataclass(frozen=True)
@@ -243,10 +252,17 @@ def _metric(name: str, value: Any, loss: Tensor) -> Tensor | float:
 
 
 def _clipped_objective(ratio: Tensor, advantages: Tensor, config: AlgorithmConfig) -> tuple[Tensor, Tensor]:
-    """min(r A, clip(r) A) [N] (PPO, arXiv 1707.06347, eq. 7), and bool [N]: where clipping removes the gradient."""
+    """min(r A, clip(r) A) [N] (PPO, arXiv 1707.06347, eq. 7), and bool [N]: where clipping removes the gradient.
+
+    With `clip_dual` c it is max(min(r A, clip(r) A), c A) where A < 0 (dual clip, arXiv 1912.09729, eq. 5).
+    """
     low, high = 1.0 - config.clip_low, 1.0 + config.clip_high
     objective = torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
     clipped = ((ratio > high) & (advantages > 0)) | ((ratio < low) & (advantages < 0))
+    if config.clip_dual is not None:
+        bound = config.clip_dual * advantages
+        is_bounded = (advantages < 0) & (objective < bound)
+        objective, clipped = torch.where(is_bounded, bound, objective), clipped | is_bounded
     return objective, clipped
 
 

@@ -4,21 +4,21 @@
 
 Symbols: those of loss.py.
 
-Ratios are taken against the sampler's own logprobs, so they also correct for staleness and for the rounding of the
-engine. `algorithm.importance_correction` chooses how, in the same way for every loss. w is a weight on the token's
-advantage, without gradient:
+PPO's ratio is taken against the policy that collected the data (arXiv 1707.06347, section 3). Here two policies have a
+claim to that: μ, which sampled, and π_old, the trainer's policy before the first optimizer step on the batch. They
+differ by staleness and by the rounding of the engine. `algorithm.importance_correction` chooses, in the same way for
+every loss. w is a weight on the token's advantage, without gradient, and m = π_old/μ:
 
-    own          the loss of the paper: its ratio is r, and its clip is the correction
-    truncated    w = min(r, C)                        C is `importance_cap`. The ratio in the loss is π / sg(π): 1 in
-    masked       w = r if 1/C ≤ r ≤ C else 0          value, with the gradient of log π. Each batch gets only one step,
-    none         w = 1                                so only the difference to the sampler is left to correct
+    own          the ratio in the loss is r = π/μ, and its clip is the only correction
+    truncated    w = min(m, C)                        the ratio in the loss is π/π_old, and its clip bounds how far
+    masked       w = m if 1/C ≤ m ≤ C else 0          the optimizer steps on the batch lead; in the first of them it
+    none         w = 1                                is 1 in value. C is `importance_cap`
 
-Decoupled PPO splits the ratio into π / π_old and π_old / μ (arXiv 2110.00641; AReaL, arXiv 2505.24298). Truncating the
-second factor is truncated importance sampling (Yao et al., 2025); masking it is IcePop (arXiv 2510.18855).
+The last three are decoupled PPO, which splits the ratio into π/π_old and π_old/μ (arXiv 2110.00641; AReaL, arXiv
+2505.24298). Truncating the second factor is truncated importance sampling (Yao et al., 2025); masking it is IcePop
+(arXiv 2510.18855).
 
-    r = 0.3  1.0  1.7  5.0,  C = 2:    truncated w = 0.3  1.0  1.7  2.0    masked w = 0  1.0  1.7  0    none w = 1 1 1 1
-
-Left out on purpose: several optimizer steps per batch.
+    m = 0.3  1.0  1.7  5.0,  C = 2:    truncated w = 0.3  1.0  1.7  2.0    masked w = 0  1.0  1.7  0    none w = 1 1 1 1
 """
 
 from __future__ import annotations
@@ -78,17 +78,15 @@ def _corrected_loss(tokens: LossTokens, totals: BatchTotals, config: AlgorithmCo
     loss = loss_function(config.loss)
     if config.importance_correction is ImportanceCorrection.own:
         return loss(tokens, totals, config)
-    frozen = tokens.logprobs.detach()
-    ratio = torch.exp(frozen - tokens.inference_logprobs)
-    weight = importance_weight(ratio, config)
-    output = loss(
-        replace(tokens, inference_logprobs=frozen, advantages=tokens.advantages * weight),
-        totals,
-        config,
-    )
+    old = tokens.old_logprobs
+    mismatch = torch.exp(old - tokens.inference_logprobs)
+    weight = importance_weight(mismatch, config)
+    output = loss(replace(tokens, inference_logprobs=old, advantages=tokens.advantages * weight), totals, config)
+    ratio = torch.exp(tokens.logprobs.detach() - tokens.inference_logprobs)
     sums, maxima = ratio_metrics(ratio, torch.zeros_like(ratio, dtype=torch.bool))
     sums |= {
-        "importance/cut_fraction": (weight != ratio).sum(),
+        "clip_fraction": output.sums.get("clip_fraction", 0.0),
+        "importance/cut_fraction": (weight != mismatch).sum(),
         "importance/weight_mean": weight.sum(),
         "importance/weight_squared": weight.square().sum(),
     }
@@ -96,7 +94,7 @@ def _corrected_loss(tokens: LossTokens, totals: BatchTotals, config: AlgorithmCo
 
 
 def importance_weight(ratio: Tensor, config: AlgorithmConfig) -> Tensor:
-    """The weight of each token, float [N] ≥ 0, from its ratio π/μ.
+    """The weight of each token, float [N] ≥ 0, from its ratio π_old/μ.
 
     >>> masked = AlgorithmConfig(importance_correction=ImportanceCorrection.masked, importance_cap=2.0)
     >>> importance_weight(torch.tensor([0.25, 1.0, 1.5, 8.0]), masked)

@@ -50,6 +50,8 @@ class PassResult:
         if self.batch.reference_logprobs is not None:
             distance = reference_kl(self.logprobs.double(), self.batch.reference_logprobs.double(), KLEstimator.k3)
             own["reference_kl"] = distance.clamp_min(0.0).sum()
+        if self.batch.old_logprobs is not None:
+            own["policy_kl"], _ = mismatch_kl(self.logprobs, self.batch.old_logprobs)
         return own | {"kl_sum": total, "kl_max": largest}, self.output.sums, self.output.maxima
 
 
@@ -66,6 +68,8 @@ class Outcome:
     kl_max: float = 0.0
     reference_kl: float | None = None
     """k3 of KL(π ‖ reference), in nats, summed over the loss tokens; None where no reference has scored them."""
+    policy_kl: float | None = None
+    """k3 of KL(π_old ‖ π), in nats, summed over the loss tokens; None in the first optimizer step of a batch."""
     sums: dict[str, float] = field(default_factory=dict)
     """`LossOutput.sums`, summed over the micro-batches."""
     maxima: dict[str, float] = field(default_factory=dict)
@@ -90,6 +94,8 @@ class Outcome:
     """Whether `broken` names single samples rather than a whole micro-batch."""
     loss_scale: int = 1
     """`LossScale.factor` after the step."""
+    moved_too_far: bool = False
+    """Whether the step was left out because of `StepSettings.largest_kl`; the same on all ranks."""
     stepped: bool = False
     """Whether the weights were changed; the same on all ranks."""
 
@@ -103,6 +109,8 @@ class Outcome:
             self.kl_max = max(self.kl_max, own["kl_max"])
             if "reference_kl" in own:
                 self.reference_kl = (self.reference_kl or 0.0) + own["reference_kl"]
+            if "policy_kl" in own:
+                self.policy_kl = (self.policy_kl or 0.0) + own["policy_kl"]
             for key, value in sums.items():
                 self.sums[key] = self.sums.get(key, 0.0) + value
             for key, value in maxima.items():

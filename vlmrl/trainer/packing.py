@@ -64,6 +64,8 @@ class MicroBatch:
     """float32 [U]; the temperature that a row's tokens were sampled at, NaN for the run's. None: the run's for all."""
     reference_logprobs: Tensor | None = None
     """float32 [N]; natural log of the reference's probability. None: not scored by a reference."""
+    old_logprobs: Tensor | None = None
+    """float32 [N]; natural log of the probability under the weights before the batch. None: not recorded."""
     is_filler: bool = False
     """The micro-batch only keeps this rank in step with the others; its loss counts as zero."""
     idle_images: tuple[ImageItem, ...] = ()
@@ -155,6 +157,7 @@ def _micro_batch(
         return to_device(array, device)
 
     is_scored = all(loss.sample.reference_logprobs is not None for loss in losses)
+    is_recorded = all(loss.sample.old_logprobs is not None for loss in losses)
 
     def gather(values: Callable[[TrainingSample], np.ndarray]) -> Tensor:
         return tensor(np.concatenate([values(loss.sample)[loss.where] for loss in losses]))
@@ -174,6 +177,7 @@ def _micro_batch(
         advantages=gather(lambda sample: sample.advantages),
         versions=gather(lambda sample: sample.versions),
         reference_logprobs=gather(_reference_logprobs) if is_scored else None,
+        old_logprobs=gather(_old_logprobs) if is_recorded else None,
         sample_index=tensor(np.concatenate([np.full(len(loss.where), loss.index) for loss in losses])),
     )
 
@@ -181,6 +185,11 @@ def _micro_batch(
 def _reference_logprobs(sample: TrainingSample) -> FloatArray:
     assert sample.reference_logprobs is not None
     return sample.reference_logprobs
+
+
+def _old_logprobs(sample: TrainingSample) -> FloatArray:
+    assert sample.old_logprobs is not None
+    return sample.old_logprobs
 
 
 def _loss_rows(losses: Sequence[_SampleLoss]) -> tuple[IntArray, IntArray, FloatArray | None]:

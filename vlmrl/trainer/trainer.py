@@ -2,7 +2,8 @@
 
     samples ─▶ divide ─▶ one Share per rank ─▶ Learner.learn on all ranks at once ─▶ one Outcome per rank ─▶ StepResult
 
-The number of ranks does not change what is learned, since losses are normalized by the sizes of the whole batch and
+A batch has one optimizer step or several (epochs.py), each of a part of it that is divided like this. The number of
+ranks does not change what is learned, since losses are normalized by the sizes of the whole batch and
 gradients are summed over the ranks.
 """
 
@@ -21,15 +22,16 @@ from vlmrl.errors import CheckpointError, NonFiniteLossError
 from vlmrl.models.policy import Policy
 from vlmrl.ranks.commands import Command
 from vlmrl.ranks.rank_group import RankGroup
-from vlmrl.trainer.commands import Follower, GiveWeights, Learn, Load, Logprobs, ReferenceLogprobs, Save, Skip
+from vlmrl.trainer.commands import Follower, GiveWeights, Learn, Load, ReferenceLogprobs, Save, ScoreTokens, Skip
+from vlmrl.trainer.epochs import optimizer_steps, with_old_logprobs
 from vlmrl.trainer.learner import Learner, StepSettings
 from vlmrl.trainer.loss import BatchTotals
-from vlmrl.trainer.objective import loss_metrics
 from vlmrl.trainer.optimizer import learning_rate
 from vlmrl.trainer.outcome import Outcome
 from vlmrl.trainer.reference import Reference
 from vlmrl.trainer.shares import Share, divide, without_pictures
-from vlmrl.types import FloatArray, IntArray, StepResult, TrainingSample
+from vlmrl.trainer.step_metrics import OptimizerStep, epoch_metrics, step_metrics
+from vlmrl.types import FloatArray, StepResult, TokenMetrics, TrainingSample
 
 AnswerT = TypeVar("AnswerT")
 OwnT = TypeVar("OwnT")
@@ -65,10 +67,15 @@ class LocalTrainer:
         max_new_tokens: int,
         rank_group: RankGroup | None = None,
         reference: Reference | None = None,
+        seed: int = 0,
     ) -> None:
-        """The other ranks of `rank_group` must build their learners at the same time (`Follower.build`)."""
+        """The other ranks of `rank_group` must build their learners at the same time (`Follower.build`). `seed`: of the
+        order in which the optimizer steps on a batch take its samples."""
         self.is_between_steps = True
-        """False while an optimizer step is made, and after one that failed half-way: such weights must not be saved."""
+        """False while the optimizer steps on a batch are made, and after one of them failed that had changed
+        weights or followed one that had: such weights must not be saved."""
+        self._seed = seed
+        self._algorithm = algorithm
         self._rank_group = rank_group
         self._config = config
         self._ranks = 1 if rank_group is None else rank_group.size
@@ -107,33 +114,43 @@ class LocalTrainer:
         """One RL step on `samples`, with the loss of `demonstrations` added at its weight. The learning rate decays
         over `steps`, by default `trainer.max_steps`.
 
-        Raises `NonFiniteLossError` before the weights are touched. Without samples (every rollout was dropped) the
+        Raises `NonFiniteLossError` before the optimizer step that is not finite touches the weights; where others were
+        made on the batch before it, `is_between_steps` stays False. Without samples (every rollout was dropped) the
         weights stay as they are and the step still counts.
         """
         if not samples:
             own, others = self._together([Skip()] * (self._ranks - 1), self._learner.skip)
             peak = float(max([own, *others]))
             return StepResult(self.version, dict.fromkeys(EMPTY_STEP, 0.0) | {"memory/peak_bytes": peak})
-        totals = BatchTotals(
-            tokens=_loss_tokens(samples),
-            samples=len(samples),
-            max_new_tokens=self._learner.max_new_tokens,
-        )
         rate = learning_rate(self._config, self.version, steps)
-        step = StepSettings(
-            totals=totals,
-            demonstrated_tokens=_loss_tokens(demonstrations),
-            demonstration_weight=self._config.warmup.rl_weight * rate / self._config.learning_rate,
-            learning_rate=rate,
-        )
         staleness = self.version - np.concatenate([sample.versions[sample.loss_mask] for sample in samples])
-        shares = self._divide(samples)
-        outcomes = self._learn(shares, self._divide(demonstrations), step, samples)
-        return StepResult(
-            version=self.version,
-            metrics=_step_metrics(samples, staleness, outcomes, totals, rate),
-            tokens=_in_batch_order(shares, [outcome.tokens for outcome in outcomes]),
-        )
+        parts = optimizer_steps(samples, len(demonstrations), self._algorithm, seed=self._seed, version=self.version)
+        # Where the first optimizer step has the whole batch, its own forward pass records π_old.
+        recorded = self._token_metrics(samples) if len(parts[0].samples) < len(samples) else None
+        before, made = recorded, list[OptimizerStep]()
+        for part in parts:
+            chosen = [samples[i] for i in part.samples]
+            if before is not None:
+                old = [before[i].trainer_logprobs for i in part.samples]
+                chosen = [with_old_logprobs(*pair) for pair in zip(chosen, old, strict=True)]
+            demonstrated = [demonstrations[i] for i in part.demonstrations]
+            totals = BatchTotals(_loss_tokens(chosen), len(chosen), self._learner.max_new_tokens)
+            step = StepSettings(
+                totals=totals,
+                demonstrated_tokens=_loss_tokens(demonstrated),
+                demonstration_weight=self._config.warmup.rl_weight * rate / self._config.learning_rate,
+                learning_rate=rate,
+                largest_kl=self._algorithm.target_kl if made else None,
+                ends_batch=part.is_last,
+            )
+            shares = self._divide(chosen)
+            outcomes = self._learn(shares, self._divide(demonstrated), step, chosen, earlier=len(made))
+            made.append(OptimizerStep(part.epoch, chosen, totals, outcomes))
+            before = before or _in_batch_order(shares, [outcome.tokens for outcome in outcomes])
+            if not made[-1].is_made:
+                break
+        metrics = step_metrics(samples, made, recorded, staleness, rate) | epoch_metrics(made, self._algorithm)
+        return StepResult(self.version, metrics, before or ())
 
     def supervised_step(self, samples: list[TrainingSample], lr: float) -> dict[str, float]:
         """One step on the mean negative log-likelihood of the samples' loss tokens → `loss` (nats per token),
@@ -154,13 +171,7 @@ class LocalTrainer:
 
     def logprobs(self, samples: Sequence[TrainingSample]) -> list[FloatArray]:
         """See `vlmrl.types.Trainer.logprobs`."""
-        if not samples:
-            return []
-        shares = self._divide(samples)
-        own, others = self._together(
-            [Logprobs(without_pictures(share)) for share in shares[1:]], lambda: self._learner.logprobs(shares[0])
-        )
-        return _in_batch_order(shares, [own, *others])
+        return [tokens.trainer_logprobs for tokens in self._token_metrics(samples)] if samples else []
 
     def reference_logprobs(self, samples: Sequence[TrainingSample]) -> list[FloatArray]:
         """See `vlmrl.types.Trainer.reference_logprobs`."""
@@ -204,10 +215,25 @@ class LocalTrainer:
             tower_waits=self._ranks > 1 and self._learner.policy.tower_learns,
         )
 
+    def _token_metrics(self, samples: Sequence[TrainingSample]) -> list[TokenMetrics]:
+        """Of each of at least one sample, without changing anything."""
+        shares = self._divide(samples)
+        own, others = self._together(
+            [ScoreTokens(without_pictures(share)) for share in shares[1:]],
+            lambda: self._learner.token_metrics(shares[0]),
+        )
+        return _in_batch_order(shares, [own, *others])
+
     def _learn(
-        self, shares: list[Share], demonstrations: list[Share], step: StepSettings, samples: Sequence[TrainingSample]
+        self,
+        shares: list[Share],
+        demonstrations: list[Share],
+        step: StepSettings,
+        samples: Sequence[TrainingSample],
+        earlier: int = 0,
     ) -> list[Outcome]:
-        """Make one optimizer step on all ranks → their outcomes by rank. Raises `NonFiniteLossError`."""
+        """Make one optimizer step on all ranks, after `earlier` ones on the same batch → their outcomes by rank. Raises
+        `NonFiniteLossError`."""
         nothing: list[Share | None] = [None] * self._ranks
         (share, demonstrated), *others = zip(shares or nothing, demonstrations or nothing, strict=True)
         self.is_between_steps = False
@@ -215,23 +241,11 @@ class LocalTrainer:
             [Learn(_to_send(share), _to_send(demonstrated), step) for share, demonstrated in others],
             lambda: self._learner.learn(share, demonstrated, step),
         )
-        self.is_between_steps = True  # where an outcome is not finite, no rank has changed its weights
-        outcomes = [own, *answers]
-        broken = next((outcome.broken_loss for outcome in outcomes if outcome.broken_loss is not None), None)
-        if broken is not None:
-            exact = any(outcome.names_are_exact for outcome in outcomes)
-            named = [name for outcome in outcomes if outcome.names_are_exact is exact for name in outcome.broken]
-            raise NonFiniteLossError(
-                f"The loss is {broken} at version {self.version}, so the weights were not changed. Samples "
-                f"{'with a logprob or advantage that is not finite' if exact else 'of the micro-batch'}: "
-                f"{_listed(named)}"
-            )
-        if not outcomes[0].stepped:
-            raise NonFiniteLossError(
-                f"The gradient norm is {outcomes[0].grad_norm} at version {self.version}, so the weights were not "
-                f"changed. Samples of the batch: {_listed([sample.rollout_id for sample in samples])}"
-            )
-        return outcomes
+        if own.stepped or own.moved_too_far:
+            self.is_between_steps = step.ends_batch or own.moved_too_far
+            return [own, *answers]
+        self.is_between_steps = not earlier  # no rank has changed its weights in this optimizer step
+        raise _not_finite([own, *answers], samples, self.version, earlier)
 
     def _together(
         self, commands: Sequence[Command[Follower, AnswerT]], own: Callable[[], OwnT]
@@ -240,58 +254,34 @@ class LocalTrainer:
         return (own(), []) if self._rank_group is None else self._rank_group.together(commands, own)
 
 
+def _not_finite(
+    outcomes: Sequence[Outcome], samples: Sequence[TrainingSample], version: int, earlier: int
+) -> NonFiniteLossError:
+    """The error of an optimizer step that no rank has made, after `earlier` ones on its batch."""
+    place = f"at version {version}" + (f", in optimizer step {earlier + 1} of its batch" if earlier else "")
+    consequence = "so the weights were not changed"
+    if earlier:
+        consequence = "so the weights contain a part of the batch and are not saved"
+    broken = next((outcome.broken_loss for outcome in outcomes if outcome.broken_loss is not None), None)
+    if broken is None:
+        return NonFiniteLossError(
+            f"The gradient norm is {outcomes[0].grad_norm} {place}, {consequence}. Samples of the batch: "
+            f"{_listed([sample.rollout_id for sample in samples])}"
+        )
+    exact = any(outcome.names_are_exact for outcome in outcomes)
+    named = [name for outcome in outcomes if outcome.names_are_exact is exact for name in outcome.broken]
+    return NonFiniteLossError(
+        f"The loss is {broken} {place}, {consequence}. Samples "
+        f"{'with a logprob or advantage that is not finite' if exact else 'of the micro-batch'}: {_listed(named)}"
+    )
+
+
 def _to_send(share: Share | None) -> Share | None:
     return None if share is None else without_pictures(share)
 
 
 def _loss_tokens(samples: Sequence[TrainingSample]) -> int:
     return int(sum(sample.loss_mask.sum() for sample in samples))
-
-
-def _step_metrics(
-    samples: Sequence[TrainingSample],
-    staleness: IntArray,
-    outcomes: Sequence[Outcome],
-    totals: BatchTotals,
-    learning_rate: float,
-) -> dict[str, float]:
-    """The metrics of an RL step, from the outcomes of all ranks. `staleness` is int64 [loss tokens of the batch]."""
-    sums: dict[str, float] = {}
-    maxima: dict[str, float] = {}
-    images: dict[str, float] = {}
-    for outcome in outcomes:
-        for key, value in outcome.sums.items():
-            sums[key] = sums.get(key, 0.0) + value
-        for key, value in outcome.maxima.items():
-            maxima[key] = max(maxima.get(key, value), value)
-        for key, value in outcome.images.items():
-            images[key] = images.get(key, 0.0) + value
-    return {
-        "loss": sum(outcome.loss for outcome in outcomes),
-        "grad_norm": outcomes[0].grad_norm,
-        "learning_rate": learning_rate,
-        "demonstration_loss": sum(outcome.demonstration_loss for outcome in outcomes),
-        "entropy": sum(outcome.entropy for outcome in outcomes) / totals.tokens,
-        "mismatch_kl/mean": sum(outcome.kl_sum for outcome in outcomes) / totals.tokens,
-        "mismatch_kl/max": max(outcome.kl_max for outcome in outcomes),
-        **_reference_metrics(outcomes, totals.tokens),
-        "staleness/mean": float(staleness.mean()),
-        "staleness/max": float(staleness.max()),
-        "tokens/trained": float(totals.tokens),
-        "tokens/packed": float(sum(outcome.rows for outcome in outcomes)),
-        "tokens/unpacked": float(sum(len(sample.token_ids) for sample in samples)),
-        **images,
-        "micro_batches": float(sum(outcome.micro_batches for outcome in outcomes)),
-        "memory/peak_bytes": float(max(outcome.peak_bytes for outcome in outcomes)),
-        "loss_scale": float(outcomes[0].loss_scale),
-        **loss_metrics(sums, maxima, totals.tokens),
-    }
-
-
-def _reference_metrics(outcomes: Sequence[Outcome], tokens: int) -> dict[str, float]:
-    """`reference_kl/mean`, where a reference has scored the batch."""
-    sums = [outcome.reference_kl for outcome in outcomes if outcome.reference_kl is not None]
-    return {"reference_kl/mean": sum(sums) / tokens} if sums else {}
 
 
 def _in_batch_order(shares: Sequence[Share], by_rank: Sequence[Sequence[T]]) -> list[T]:

@@ -81,6 +81,7 @@ POLICIES = {
         algorithm.truncated algorithm.entropy_coef
         algorithm.overlong.tokens algorithm.overlong.longest algorithm.overlong.penalty
         algorithm.vision_advantage.weight algorithm.vision_advantage.cap
+        algorithm.epochs algorithm.minibatches algorithm.target_kl algorithm.clip_dual
         algorithm.kl.loss algorithm.kl.estimator algorithm.kl.reward algorithm.kl.advantage
         reference.refresh_every reference.decay
         algorithm.clip_low algorithm.clip_high algorithm.importance_correction algorithm.importance_cap

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from vlmrl.config.algorithm import AlgorithmConfig, ImportanceCorrection, KLConfig, KLEstimator, Loss
+from vlmrl.trainer import loss as loss_module
 from vlmrl.trainer.loss import (
     LOSSES,
     BatchTotals,
@@ -128,7 +129,9 @@ def gradient(output: LossOutput, tokens: LossTokens) -> Array:
 
 
 def part(tokens: LossTokens, keep: torch.Tensor) -> LossTokens:
-    return LossTokens(**{field.name: getattr(tokens, field.name)[keep] for field in fields(tokens)})
+    found: dict[str, Any] = {field.name: getattr(tokens, field.name) for field in fields(tokens)}
+    chosen: dict[str, Any] = {name: None if each is None else each[keep] for name, each in found.items()}
+    return LossTokens(**chosen)
 
 
 def test_every_loss_of_the_config_has_its_function() -> None:
@@ -249,6 +252,125 @@ def test_a_correction_weighs_the_on_policy_gradient(loss: Loss, correction: Impo
     assert metrics["importance/ess"] == pytest.approx(weight.sum() ** 2 / (len(weight) * (weight**2).sum()))
     assert (metrics["ratio/mean"], metrics["ratio/max"]) == pytest.approx((ratio.mean(), ratio.max()))
     assert np.mean(weight != ratio) > 0, "no weight is cut, so the test shows nothing"
+
+
+def decoupled_reference(logp: Array, old: Array, mu: Array, adv: Array, correction: ImportanceCorrection) -> float:
+    """Decoupled PPO (arXiv 2110.00641, eq. 12), token by token, with the weights of the table in objective.py."""
+    terms = [
+        clipped_term(np.exp(logp[t] - old[t]), weight_reference(np.exp(old[t] - mu[t]), correction) * adv[t])
+        for t in range(len(logp))
+    ]
+    return -sum(terms) / len(logp)
+
+
+def assert_decoupled(correction: ImportanceCorrection) -> None:
+    tokens = random_tokens(4)
+    old = tokens.inference_logprobs + torch.tensor(np.random.default_rng(4).normal(0, 0.4, len(tokens.logprobs)))
+    tokens, config = replace(tokens, recorded_logprobs=old), corrected(Loss.grpo, correction)
+    logp, mu, adv, _ = numpy_of(tokens)
+
+    output = policy_loss(tokens, totals_of(tokens), config)
+
+    wanted = decoupled_reference(logp, old.numpy(), mu, adv, correction)
+    np.testing.assert_allclose(output.loss.item(), wanted, rtol=1e-12)
+    slope = finite_differences(lambda x: decoupled_reference(x, old.numpy(), mu, adv, correction), logp)
+    np.testing.assert_allclose(gradient(output, tokens), slope, rtol=1e-5, atol=1e-8)
+    ratio = np.exp(logp - old.numpy())
+    weight = np.array([weight_reference(m, correction) for m in np.exp(old.numpy() - mu)])
+    clipped = ((ratio > 1 + CONFIG.clip_high) & (weight * adv > 0)) | (
+        (ratio < 1 - CONFIG.clip_low) & (weight * adv < 0)
+    )
+    assert output.sums["clip_fraction"] == clipped.sum() > 0
+    assert output.sums["importance/weight_mean"] == pytest.approx(weight.sum())
+    assert output.sums["ratio/mean"] == pytest.approx(np.exp(logp - mu).sum())
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
+def test_after_the_first_optimizer_step_a_correction_is_decoupled_ppo(correction: ImportanceCorrection) -> None:
+    assert_decoupled(correction)
+
+
+DECOUPLED_MISTAKES: dict[str, Callable[[LossTokens], torch.Tensor]] = {
+    "the sampler": lambda tokens: tokens.inference_logprobs,
+    "the policy itself": lambda tokens: tokens.logprobs.detach(),
+    "a token late": lambda tokens: torch.roll(tokens.recorded_logprobs, 1),  # type: ignore[arg-type]
+    "sign": lambda tokens: -tokens.recorded_logprobs,  # type: ignore[operator]
+}
+
+
+@pytest.mark.parametrize("mistake", DECOUPLED_MISTAKES)
+def test_a_wrong_old_policy_is_found(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LossTokens, "old_logprobs", property(DECOUPLED_MISTAKES[mistake]))
+    with pytest.raises(AssertionError):
+        assert_decoupled(ImportanceCorrection.truncated)
+
+
+def dual_clip_reference(ratio: float, advantage: float, c: float) -> float:
+    """arXiv 1912.09729, eq. 5, for A < 0; PPO's objective elsewhere."""
+    plain = clipped_term(ratio, advantage)
+    return max(plain, c * advantage) if advantage < 0 else plain
+
+
+def assert_dual_clip(loss: Loss) -> None:
+    config = replace(CONFIG, loss=loss, clip_dual=1.5)
+    tokens = random_tokens(1)
+    totals = totals_of(tokens)
+    logp, mu, adv, sample = numpy_of(tokens)
+
+    def reference(x: Array) -> float:
+        found = 0.0
+        for t in range(len(x)):
+            mine = np.flatnonzero(sample == sample[t])
+            sequence = np.exp(np.mean((logp - mu)[mine])) * np.exp(x[t] - logp[t])
+            ratio = sequence if loss is Loss.gspo else np.exp(x[t] - mu[t])
+            divisor = {
+                Loss.gspo: len(mine) * totals.samples,
+                Loss.dr_grpo: totals.samples * totals.max_new_tokens,
+            }.get(loss, totals.tokens)
+            found -= dual_clip_reference(ratio, adv[t], 1.5) / divisor
+        return found
+
+    output, plain = policy_loss(tokens, totals, config), policy_loss(tokens, totals, replace(config, clip_dual=None))
+    np.testing.assert_allclose(output.loss.item(), reference(logp), rtol=1e-12)
+    np.testing.assert_allclose(gradient(output, tokens), finite_differences(reference, logp), rtol=1e-5, atol=1e-8)
+    assert (output.sums["clip_fraction"] > plain.sums["clip_fraction"]) == (output.loss.item() != plain.loss.item())
+    assert loss is Loss.gspo or output.loss.item() < plain.loss.item()
+
+
+@pytest.mark.parametrize("loss", [Loss.grpo, Loss.dapo, Loss.dr_grpo, Loss.gspo])
+def test_dual_clip_bounds_what_a_negative_advantage_costs(loss: Loss) -> None:
+    assert_dual_clip(loss)
+
+
+def with_dual(bound: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], *, everywhere: bool = False) -> Any:
+    """The clipped objective with a wrong dual clip."""
+    right = loss_module._clipped_objective
+
+    def wrong(
+        ratio: torch.Tensor, advantages: torch.Tensor, config: AlgorithmConfig
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        objective, clipped = right(ratio, advantages, replace(config, clip_dual=None))
+        if config.clip_dual is None:
+            return objective, clipped
+        applies = (advantages < 0) | everywhere
+        return torch.where(applies, torch.maximum(objective, bound(advantages, ratio)), objective), clipped
+
+    return wrong
+
+
+DUAL_MISTAKES = {
+    "sign": with_dual(lambda advantages, ratio: -1.5 * advantages),
+    "of the ratio": with_dual(lambda advantages, ratio: 1.5 * ratio * advantages),
+    "of all advantages": with_dual(lambda advantages, ratio: 1.5 * advantages, everywhere=True),
+    "of the clip": with_dual(lambda advantages, ratio: 1.28 * advantages),
+}
+
+
+@pytest.mark.parametrize("mistake", DUAL_MISTAKES)
+def test_a_mistake_in_dual_clip_is_found(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "_clipped_objective", DUAL_MISTAKES[mistake])
+    with pytest.raises(AssertionError):
+        assert_dual_clip(Loss.grpo)
 
 
 @pytest.mark.parametrize("loss", Loss)

@@ -137,6 +137,31 @@ def guard_has_controls(config: RunConfig) -> None:
         )
 
 
+def optimizer_steps_are_made(config: RunConfig) -> None:
+    """A batch can be divided into its minibatches, and what concerns later optimizer steps has some."""
+    algorithm, orchestrator = config.algorithm, config.orchestrator
+    if config.mode is not Mode.rl:
+        return
+    rollouts = orchestrator.groups_per_step * orchestrator.group_size
+    if algorithm.minibatches > rollouts:
+        raise ConfigError(
+            f"algorithm.minibatches={algorithm.minibatches} is above the {rollouts} rollouts of a step "
+            f"(orchestrator.groups_per_step={orchestrator.groups_per_step}, orchestrator.group_size="
+            f"{orchestrator.group_size}), so a minibatch would be empty: set algorithm.minibatches={rollouts} or less"
+        )
+    if algorithm.target_kl is not None and algorithm.epochs == algorithm.minibatches == 1:
+        raise ConfigError(
+            f"algorithm.target_kl={algorithm.target_kl} has no effect with algorithm.epochs=1 and "
+            "algorithm.minibatches=1, where a batch has one optimizer step: set algorithm.epochs=2, or "
+            "algorithm.target_kl=null"
+        )
+    if algorithm.clip_dual is not None and algorithm.loss in (Loss.rloo, Loss.cispo):
+        raise ConfigError(
+            f"algorithm.clip_dual={algorithm.clip_dual} has no effect with algorithm.loss={algorithm.loss}, which does "
+            f"not take the smaller of two objectives: set algorithm.loss={Loss.grpo.value}, or algorithm.clip_dual=null"
+        )
+
+
 def filters_can_find(config: RunConfig) -> None:
     """A repetition of the filter's length fits in a completion."""
     filters, longest = config.algorithm.filters, config.orchestrator.max_new_tokens
