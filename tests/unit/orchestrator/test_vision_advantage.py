@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from support.loop_world import World
 from support.rollout_builders import image, prompt, rollout
 from vlmrl.config.algorithm import AlgorithmConfig, VisionAdvantageConfig
+from vlmrl.models.attention.prefix_tree import ImageKeys, common_prefix
 from vlmrl.orchestrator.samples import make_samples
 from vlmrl.orchestrator.vision_advantage import weigh_by_vision, weights
 from vlmrl.orchestrator.vision_gap import group_of, swap_images
@@ -178,9 +180,17 @@ def test_siblings_go_on_sharing_their_prefix() -> None:
     assert len({each[:2] for each in replaced}) == len(replaced) == 5, (
         "10, 20 and 30 in one group, 40 and 50 in the other"
     )
+    assert shared_tokens(swapped) >= shared_tokens(samples) > 0
     shown = {0: {10, 20, 30}, 1: {40, 50}}
     for group, _, new_hash in replaced:
         assert new_hash in {image(shade).hash for shade in shown[1 - int(group[-2:])]}
+
+
+def shared_tokens(samples: Sequence[TrainingSample]) -> int:
+    """Tokens that siblings have in common with the sibling before them: what the prefix tree computes once."""
+    keys = ImageKeys()
+    own = [(group_of(sample), keys.keys(sample.token_ids, sample.placeholders)) for sample in samples]
+    return sum(common_prefix(a, b) for (group, a), (other, b) in itertools.pairwise(own) if group == other)
 
 
 def test_the_loop_learns_from_the_weighted_advantages() -> None:
