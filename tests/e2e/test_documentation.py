@@ -47,6 +47,9 @@ AS_WRITTEN = (
     "python -m vlmrl mode=faults run=outputs/latest",
     "python -m vlmrl explain trainer",
     "python -m vlmrl explain algorithm.clip_high algorithm=dapo",
+    "python -m vlmrl explain algorithm",
+    "python -m vlmrl explain algorithm algorithm=cispo algorithm.importance_correction=masked "
+    "algorithm.entropy_coef=0.01",
     "python -m vlmrl --cfg job",
     "python -m vlmrl dry_run=true experiment=color_codeword_4b",
     "python -m vlmrl dry_run=true model=qwen3vl model/size=8b inference=vllm",

@@ -3,6 +3,7 @@
     python -m vlmrl explain                                        the groups, their options, what is chosen
     python -m vlmrl explain trainer model=qwen3vl                  every key of a group under these choices
     python -m vlmrl explain trainer.learning_rate learning_rate    one key; all keys of that name
+    python -m vlmrl explain algorithm                              the loss as an equation, then the group's keys
 
 A value comes from one of three places; a later one wins: the schema's default, the YAML files in the order of Hydra's
 defaults list, and the overrides on the command line. The documentation is read from the schemas (config/field_docs.py).
@@ -25,6 +26,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from vlmrl.cli.arguments import groups as option_folders
+from vlmrl.cli.equation import Minimized, equation
 from vlmrl.config.field_docs import FieldDoc, fields_of, summary_of, unit_of
 from vlmrl.config.keys import groups_at, unknown_key
 from vlmrl.config.ranges import range_text
@@ -242,6 +244,9 @@ def _group(key: str, composition: Composition, found: Mapping[str, FieldDoc]) ->
         if group in composition.options:
             yield from _wrapped(f"options: {', '.join(composition.options[group])}", "  ")
         yield ""
+        if group == "algorithm":
+            yield from equation(Minimized.of(composition.config))
+            yield ""
     prefix = f"{key}." if key else ""
     for name, field in found.items():
         if name.startswith(prefix) and name.count(".") == prefix.count(".") and name != key:
