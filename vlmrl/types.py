@@ -473,6 +473,29 @@ class DropReason(StrEnum):
     """Every advantage of its group is zero, so there is no gradient."""
 
 
+@dataclass(frozen=True, eq=False)
+class TopTokens:
+    """The k tokens that a model finds most likely in each of n places. All other tokens together are the *tail*."""
+
+    ids: NDArray[np.int32]
+    """int32 [n, k]; the most likely first."""
+    logprobs: FloatArray
+    """float32 [n, k + 1]; natural log of their probabilities, and in the last column of that of the tail. The
+    probabilities of a row sum to 1."""
+
+    def __getitem__(self, part: slice | NDArray[Any]) -> TopTokens:
+        """Those of some of the places."""
+        return TopTokens(self.ids[part], self.logprobs[part])
+
+    @staticmethod
+    def joined(parts: Sequence[TopTokens]) -> TopTokens:
+        """Those of the places of all parts, one after another."""
+        return TopTokens(np.concatenate([p.ids for p in parts]), np.concatenate([p.logprobs for p in parts]))
+
+    def __repr__(self) -> str:
+        return f"TopTokens{self.ids.shape}"
+
+
 @dataclass(eq=False)
 class Turn:
     """One exchange of an episode: prompt, completion, and the task's reward for it."""
@@ -498,7 +521,10 @@ class Turn:
     where the turn was not trained on."""
     reference_logprobs: FloatArray | None = None
     """float32 [C]; natural log of the reference's probability of each token of the completion, filled by
-    orchestrator/reference.py. None in a run without a reference, and where the turn cannot be learned from."""
+    orchestrator/samples.py. None in a run without a reference, and where the turn cannot be learned from."""
+    reference_top: TopTokens | None = None
+    """The tokens that the reference finds most likely in each of the C places; None also with
+    `algorithm.distill.top_k=0`."""
     starts_over: bool = False
     """Whether the env replaced the conversation before it (`Reply.history`). Then a new branch begins, and `messages`
     is all of its prompt."""
@@ -707,6 +733,8 @@ class TrainingSample:
     old_logprobs: FloatArray | None = None
     """float32 [L]; natural log of the token's probability under the trainer's weights before the first optimizer step
     on the batch; 0.0 where loss_mask is False. None: not recorded, as before that step."""
+    reference_top: TopTokens | None = None
+    """The tokens that the reference finds most likely in the place of each loss token. None: not asked for."""
 
     def __post_init__(self) -> None:
         length = len(self.token_ids)
@@ -714,6 +742,8 @@ class TrainingSample:
             value = getattr(self, f.name)
             if isinstance(value, np.ndarray):
                 assert value.shape == (length,), f"{f.name} has shape {value.shape}, not ({length},)"
+        if self.reference_top is not None:
+            assert len(self.reference_top.ids) == self.loss_mask.sum(), "one row per loss token"
         check_placeholders(length, self.placeholders, self.images)
 
     def __repr__(self) -> str:
@@ -735,6 +765,20 @@ class TokenMetrics:
 
     def __repr__(self) -> str:
         return f"TokenMetrics({len(self.entropies)} tokens)"
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceScores:
+    """What the reference (`reference=`) says about N loss tokens."""
+
+    logprobs: FloatArray
+    """float32 [N]; natural log of its probability of the token, with the temperature and the banned tokens of
+    sampling applied."""
+    top: TopTokens | None = None
+    """The tokens that it finds most likely in these places; None with `algorithm.distill.top_k=0`."""
+
+    def __repr__(self) -> str:
+        return f"ReferenceScores({len(self.logprobs)} tokens)"
 
 
 @dataclass(frozen=True)
@@ -773,8 +817,8 @@ class Trainer(Protocol):
         weights. Does not change the weights."""
         ...
 
-    def reference_logprobs(self, samples: Sequence[TrainingSample]) -> list[FloatArray]:
-        """As `logprobs`, under the reference; only in a run that has one."""
+    def reference_scores(self, samples: Sequence[TrainingSample]) -> list[ReferenceScores]:
+        """The scores of the reference for each sample's loss tokens; only in a run that has a reference."""
         ...
 
     def save(self, folder: str) -> Future[None]:

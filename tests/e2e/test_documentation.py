@@ -227,6 +227,11 @@ EXCHANGED = {
     ),
     "python -m vlmrl monitor.blind_guard=stop": "python -m vlmrl monitor.blind_guard=stop dry_run=true",
     "python -m vlmrl algorithm.overlong.tokens=4": f"python -m vlmrl algorithm.overlong.tokens=4 {LESS}",
+    "python -m vlmrl experiment=distill_tiny reference.folder=outputs/teacher_model algorithm.kl.advantage=0 "
+    "algorithm.distill.top_k=32 algorithm.distill.weight=1": (
+        "python -m vlmrl experiment=distill_tiny reference.folder=outputs/teacher_model algorithm.kl.advantage=0 "
+        "algorithm.distill.top_k=32 algorithm.distill.weight=1 dry_run=true"
+    ),
     "python -m vlmrl algorithm.entropy_coef=0.01": f"python -m vlmrl algorithm.entropy_coef=0.01 {LESS}",
     "python -m vlmrl algorithm.credit=return algorithm.discount=0.9": (
         f"python -m vlmrl algorithm.credit=return algorithm.discount=0.9 {LESS}"

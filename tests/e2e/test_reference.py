@@ -15,6 +15,7 @@ pytestmark = pytest.mark.slow
 
 AVERAGE = (
     *("reference=ema", "reference.decay=0.5", "algorithm.kl.loss=0.1", "algorithm.kl.reward=0.01"),
+    *("algorithm.distill.top_k=8", "algorithm.distill.weight=0.1"),
     "trainer.decay=constant",  # else the rate depends on the last step
 )
 DISTILL = (
@@ -30,6 +31,7 @@ def test_a_run_that_stopped_goes_on_with_its_average(home: Home) -> None:
     kls = [line["reference_kl/mean"] for line in steady(whole / "metrics.jsonl") if line["step"] > 0]
     assert kls[0] == 0.0, "the average begins as the policy after the warm-up"
     assert all(kl > 0 for kl in kls[1:])
+    assert all(line["distill/divergence"] > 0 for line in steady(whole / "metrics.jsonl") if line["step"] > 1)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from vlmrl.trainer.checkpoint import Checkpoints
 from vlmrl.trainer.checkpoint_files import hashes
 from vlmrl.trainer.loop_state import LoopState
 from vlmrl.trainer.training_state import begin_to_save, not_finite, restore
-from vlmrl.types import FloatArray, StepResult, TrainingSample
+from vlmrl.types import FloatArray, ReferenceScores, StepResult, TrainingSample
 
 MODEL, OPTIMIZER = (f"shard-00001-model-0000{part}-of-00002.safetensors" for part in (1, 2))
 FILES = (MODEL, OPTIMIZER, "state.json", "loop.json", "sha256.json")
@@ -54,7 +54,7 @@ class Learner:
     def logprobs(self, samples: Sequence[TrainingSample]) -> list[FloatArray]:
         raise AssertionError("a checkpoint scores nothing")
 
-    def reference_logprobs(self, samples: Sequence[TrainingSample]) -> list[FloatArray]:
+    def reference_scores(self, samples: Sequence[TrainingSample]) -> list[ReferenceScores]:
         raise AssertionError("a checkpoint scores nothing")
 
     def save(self, folder: str) -> Future[None]:

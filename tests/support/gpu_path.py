@@ -17,7 +17,7 @@ from support.families.loading import load_processor
 from support.families.prompts import prompt_and_batch
 from vlmrl.config.trainer import Packing
 from vlmrl.models.policy import Policy
-from vlmrl.trainer.learner import loss_logprobs
+from vlmrl.trainer.forward import loss_logprobs
 from vlmrl.trainer.packing import pack
 from vlmrl.types import Prompt, TrainingSample, mm_token_type_ids
 

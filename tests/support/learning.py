@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from support import helpers
 from support.helpers import END, Part, Sampled, image, sample
-from vlmrl.config.algorithm import AlgorithmConfig, KLConfig
+from vlmrl.config.algorithm import AlgorithmConfig, DistillConfig, Divergence, KLConfig
 from vlmrl.config.model import LoraConfig
 from vlmrl.config.trainer import Optimizer, Packing, SFTConfig, Sharding, TrainerConfig
 from vlmrl.models.blocks import blocks, prepare_blocks
@@ -68,6 +68,8 @@ class Case:
     """Whether the batch before a checkpoint (`continued`) has no image, so that the vision tower had no gradient."""
     referred: bool = False
     """Whether a moving average of the policy is the reference, and the loss has the distance to it."""
+    top_k: int = 0
+    """Tokens that the reference reports; above 0 the loss also has the divergence from it."""
     recomputed: bool = False
     epochs: int = 1
     """Passes over a batch, each in so many minibatches."""
@@ -96,6 +98,8 @@ CASES = {
     "epochs, kept whole": Case(micro_batch_tokens=60, epochs=2, sharding=Sharding.optimizer),
     "epochs, ended early": Case(packing=Packing.none, epochs=2, target_kl=3.0),
     "epochs, ended early, kept whole": Case(epochs=2, target_kl=3.0, sharding=Sharding.optimizer),
+    "distilled": Case(micro_batch_tokens=60, referred=True, top_k=5, own_temperatures=True),
+    "distilled, kept whole": Case(micro_batch_tokens=60, referred=True, top_k=5, sharding=Sharding.optimizer),
     "text": Case(micro_batch_tokens=60, images=False),
     "replicated": Case(micro_batch_tokens=60, sharding=Sharding.none),
     "replicated one by one": Case(packing=Packing.none, sharding=Sharding.none),
@@ -179,8 +183,10 @@ def parts(folder: str, name: str) -> tuple[Policy, TrainerConfig]:
 
 def algorithm_of(name: str) -> AlgorithmConfig:
     case = CASES[name]
+    distill = DistillConfig(top_k=case.top_k, weight=0.5 if case.top_k else 0.0, divergence=Divergence.jensen_shannon)
     return AlgorithmConfig(
         kl=KLConfig(loss=0.3 if case.referred else 0.0),
+        distill=distill,
         epochs=case.epochs,
         minibatches=case.epochs,
         target_kl=case.target_kl,
@@ -199,12 +205,12 @@ def reference_of(folder: str, name: str) -> FrozenCopy | None:
 
 
 def scored(trainer: LocalTrainer, samples: list[TrainingSample]) -> list[TrainingSample]:
-    """The samples, with the logprobs of the trainer's reference."""
+    """The samples, with the scores of the trainer's reference."""
     found = []
-    for each, logprobs in zip(samples, trainer.reference_logprobs(samples), strict=True):
+    for each, scores in zip(samples, trainer.reference_scores(samples), strict=True):
         whole = np.zeros(len(each.token_ids), np.float32)
-        whole[each.loss_mask] = logprobs
-        found.append(replace(each, reference_logprobs=whole))
+        whole[each.loss_mask] = scores.logprobs
+        found.append(replace(each, reference_logprobs=whole, reference_top=scores.top))
     return found
 
 

@@ -24,6 +24,7 @@ from vlmrl.types import (
     Completion,
     FloatArray,
     Group,
+    ReferenceScores,
     Rollout,
     StepResult,
     StopReason,
@@ -161,10 +162,10 @@ class World:
         ]
         return StepResult(self.version, dict.fromkeys((*EMPTY_STEP, "memory/peak_bytes"), 0.0), figures)
 
-    def reference_logprobs(self, samples: Sequence[TrainingSample]) -> list[FloatArray]:
+    def reference_scores(self, samples: Sequence[TrainingSample]) -> list[ReferenceScores]:
         self.happens(f"score {self.version + 1}")
         self.referred.append(samples)
-        return [sample.inference_logprobs[sample.loss_mask] - 0.5 for sample in samples]
+        return [ReferenceScores(sample.inference_logprobs[sample.loss_mask] - 0.5) for sample in samples]
 
     def logprobs(self, samples: Sequence[TrainingSample]) -> list[FloatArray]:
         """With other images, the tokens of odd siblings are half a nat less likely."""

@@ -119,6 +119,18 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
         "algorithm.advantage=none with algorithm.kl.advantage=0 .* nothing would be learned: set .*kl.advantage=1",
     ),
     (
+        ("algorithm.distill.top_k=8",),
+        r"algorithm.distill.top_k=8 needs a second model, .* or algorithm.distill.top_k=0",
+    ),
+    (
+        ("reference=initial", "algorithm.distill.weight=1"),
+        r"distill.weight=1.0 compares .* algorithm.distill.top_k=0 reports none: set algorithm.distill.top_k=32",
+    ),
+    (
+        ("reference=initial", "algorithm.distill.weight=1", "algorithm.distill.top_k=8", "algorithm.refill.budget=2"),
+        r"algorithm.refill.budget=2 drops groups .* with algorithm.distill.weight=1.0 .*set .*zero_advantage=none",
+    ),
+    (
         ("reference=initial", "algorithm.kl.advantage=1", "algorithm.refill.budget=2"),
         r"algorithm.refill.budget=2 drops groups .* with algorithm.kl.advantage=1.0 .*set .*zero_advantage=none",
     ),

@@ -164,6 +164,37 @@ class VisionAdvantageConfig:
         return self.weight > 0
 
 
+class Divergence(StrEnum):
+    """How far the policy π is from its teacher q where a token was sampled (`vlmrl.trainer.distill` has formulas)."""
+
+    forward = "forward"
+    """KL(q ‖ π): the policy learns to do all that the teacher does."""
+    reverse = "reverse"
+    """KL(π ‖ q): it learns to leave out what the teacher would not do."""
+    jensen_shannon = "jensen_shannon"
+    """GKD's generalized Jensen–Shannon divergence, between the two (arXiv 2306.13649, eq. 1)."""
+
+
+@dataclass
+class DistillConfig:
+    """Distillation from the whole distributions of the reference, in place of its probability of the sampled token
+    alone (`algorithm.kl.advantage`)."""
+
+    top_k: int = setting(0, on_resume=Resume.noted, low=0, high=2**20, outside="it counts no tokens")
+    """Tokens that the reference reports in each place: its most likely ones, and all others as one more outcome. They
+    also reach a loss of your own. Each loss token takes 8 · `top_k` bytes of the host's memory; 0 reports none."""
+    weight: float = setting(0.0, on_resume=Resume.noted, low=0, high=10**6, outside="it pulls away from the reference")
+    """A term of the loss: this times the mean of `divergence` over the batch's tokens, with gradient. With
+    `algorithm.advantage=none` nothing else is learned. 0 is no term."""
+    divergence: Divergence = setting(Divergence.reverse, on_resume=Resume.noted)
+    """The divergence of that term."""
+    beta: float = setting(
+        0.5, on_resume=Resume.noted, low=SMALLEST, high=1 - 2**-53, outside="the mixture is one of the two"
+    )
+    """For `jensen_shannon`: the teacher's share of the mixture, as in GKD. Towards 0 it becomes β times the forward KL,
+    towards 1 it becomes 1 − β times the reverse one."""
+
+
 class FilterMode(Enum):
     """What a filter does with the rollouts it finds. (Not called `off`, which YAML reads as a boolean.)"""
 
@@ -286,6 +317,8 @@ class AlgorithmConfig:
     the batch's are left out. π_old: the policy before the batch. null makes them all."""
     kl: KLConfig = field(default_factory=KLConfig)
     """What the distance to the reference costs."""
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    """Distillation from the whole distributions of the reference."""
     filters: FilterConfig = field(default_factory=FilterConfig)
     """Degenerate rollouts: count them or leave them out of training."""
     refill: RefillConfig = field(default_factory=RefillConfig)

@@ -14,6 +14,12 @@ The gradient of the entropy needs no product more: with the logits z of a row an
     ∂ log p_k / ∂z_j = [j = k] − p_j          ∂H / ∂z_j = −p_j (log p_j + H)
 
 so the backward pass adds it to the gradient of the logits that it has anyway, where a loss uses the entropy.
+
+Distillation compares the distributions of two models at the k most likely tokens of one of them (top_tokens.py). Both
+come from the same chunks: `most_likely` finds the tokens, and `token_logprobs` has the logprobs of given ones, with
+gradient. With S the given tokens of a row and q = Σ_{j ∉ S} p_j its tail,
+
+    ∂ log q / ∂z_j = [j ∉ S] p_j / q − p_j
 """
 
 from __future__ import annotations
@@ -25,6 +31,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from vlmrl.models import top_tokens
 from vlmrl.models.logit_map import IDENTITY, LogitMap
 
 MAX_LOGITS = 1 << 26
@@ -58,10 +65,70 @@ def token_logprobs(
     >>> torch.log_softmax(hidden @ weight.T, -1)[rows, targets], logprobs
     (tensor([-0.5514, -1.5514, -0.2395]), tensor([-0.5514, -1.5514, -0.2395]))
     """
-    out: tuple[Tensor, Tensor] = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, banned, entry, targets, temperature, logit_map
+    out: tuple[Tensor, Tensor, None] = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, banned, entry, targets, temperature, logit_map, None
+    )
+    return out[:2]
+
+
+def token_and_top_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    banned: Tensor,
+    entry: Tensor,
+    targets: Tensor,
+    temperature: float | Tensor,
+    logit_map: LogitMap,
+    top_ids: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `token_logprobs`, and float32 [U, k + 1], with gradient: the logprobs of the tokens `top_ids` of each row, and
+    in the last column that of all other tokens together. `top_ids` int64 [U, k]; those of a row are distinct, and none
+    is banned."""
+    out: tuple[Tensor, Tensor, Tensor] = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, banned, entry, targets, temperature, logit_map, top_ids
     )
     return out
+
+
+@torch.no_grad()
+def most_likely(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    banned: Tensor,
+    entry: Tensor,
+    targets: Tensor,
+    temperature: float | Tensor,
+    logit_map: LogitMap,
+    k: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logprobs float32 [N] as those of `token_logprobs`; the k most likely tokens of each row, int64 [U, k], the most
+    likely first; and float32 [U, k + 1], their logprobs and that of all other tokens together. Without gradient. At
+    least k tokens must not be banned.
+
+    >>> hidden, weight = torch.eye(2), torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
+    >>> none, one, targets = torch.zeros(3, dtype=torch.bool), torch.tensor([0]), torch.tensor([1])
+    >>> logprobs, ids, top = most_likely(hidden, weight, None, none, one, targets, 1.0, IDENTITY, 1)
+    >>> ids, top.exp()
+    (tensor([[1],
+            [2]]), tensor([[0.5761, 0.4239],
+            [0.7870, 0.2130]]))
+    """
+    divisor = temperature[:, None] if isinstance(temperature, Tensor) else temperature
+    found = _no_columns(hidden, targets)
+    likely = top_tokens.nothing_yet(len(hidden), hidden.device)
+    for columns in _chunks(len(hidden), len(weight)):
+        logits = _logits(hidden, weight, bias, columns)
+        found = _compiled_on_gpu(hidden.device, _add_columns)(
+            logits, banned[columns], entry, targets - columns.start, divisor, logit_map, *found
+        )
+        final = _compiled_on_gpu(hidden.device, _final_logits)(logits, banned[columns], divisor, logit_map)
+        likely = top_tokens.keep_most_likely(final, columns.start, k, *likely)
+    largest, total, _, at_target = found
+    logsumexp = largest + total.log()
+    ids, values, rest = likely
+    return at_target - logsumexp[entry], ids, top_tokens.as_logprobs(values, rest, logsumexp)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -76,29 +143,39 @@ class _TokenLogprobs(torch.autograd.Function):
         targets: Tensor,
         temperature: float | Tensor,
         logit_map: LogitMap,
-    ) -> tuple[Tensor, Tensor]:
-        rows = len(hidden)
+        top_ids: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         divisor = temperature[:, None] if isinstance(temperature, Tensor) else temperature
-        largest = torch.full((rows,), torch.finfo(torch.float32).min, device=hidden.device)
-        zero, at_target = torch.zeros_like(largest), torch.zeros_like(targets, dtype=torch.float32)
-        found: Columns = (largest, zero, zero, at_target)
-        for columns in _chunks(rows, len(weight)):
+        found = _no_columns(hidden, targets)
+        given: tuple[Tensor, Tensor] | None = None
+        if top_ids is not None:
+            nothing = torch.full((len(hidden),), float("-inf"), device=hidden.device)
+            given = torch.zeros_like(top_ids, dtype=torch.float32), nothing
+        for columns in _chunks(len(hidden), len(weight)):
             logits = _logits(hidden, weight, bias, columns)
             found = _compiled_on_gpu(hidden.device, _add_columns)(
                 logits, banned[columns], entry, targets - columns.start, divisor, logit_map, *found
             )
+            if top_ids is not None and given is not None:
+                given = _compiled_on_gpu(hidden.device, _add_given_columns)(
+                    logits, banned[columns], top_ids - columns.start, divisor, logit_map, *given
+                )
         largest, total, moment, at_target = found
         log_total = total.log()
         logsumexp = largest + log_total
         entropies = log_total - moment / total
-        ctx.save_for_backward(hidden, weight, bias, banned, entry, targets, logsumexp, entropies)
+        top = None if given is None else top_tokens.as_logprobs(*given, logsumexp)
+        tail = None if top is None else top[:, -1].clone()  # of its own, because an output must not be saved in part
+        ctx.save_for_backward(hidden, weight, bias, banned, entry, targets, logsumexp, entropies, top_ids, tail)
         ctx.temperature, ctx.logit_map = temperature, logit_map
         ctx.set_materialize_grads(False)  # None, and no work, where the loss uses one output alone
-        return at_target - logsumexp[entry], entropies
+        return at_target - logsumexp[entry], entropies, top
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, entropy_grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, banned, entry, targets, logsumexp, entropies = ctx.saved_tensors
+    def backward(
+        ctx: Any, grad: Tensor | None, entropy_grad: Tensor | None, top_grad: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, banned, entry, targets, logsumexp, entropies, top_ids, tail = ctx.saved_tensors
         if grad is None:
             grad = torch.zeros_like(targets, dtype=torch.float32)
         row_grad = torch.zeros_like(logsumexp).index_add_(0, entry, grad)
@@ -110,6 +187,10 @@ class _TokenLogprobs(torch.autograd.Function):
             divisor, of_targets = of_rows[:, None], of_rows[entry]
         row_grad, grad = row_grad / of_rows, grad / of_targets
         of_entropy = None if entropy_grad is None else (entropies, entropy_grad / of_rows)
+        if top_grad is not None:
+            top_grad = top_grad / divisor
+            top_grad[:, -1].masked_fill_(tail <= top_tokens.SMALLEST_TAIL, 0.0)  # there the tail is a constant
+            row_grad = row_grad + top_grad.sum(-1)
         for columns in _chunks(len(hidden), len(weight)):
             logits = _logits(hidden, weight, bias, columns)
             gradient = _compiled_on_gpu(hidden.device, _logit_gradient)(
@@ -123,6 +204,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 row_grad,
                 grad,
                 of_entropy,
+                None if top_grad is None else (top_ids - columns.start, tail, top_grad),
                 dtype,
             )
             if grad_hidden is not None:
@@ -131,7 +213,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 grad_weight[columns] = _product(gradient.t(), hidden)
         if grad_hidden is not None:
             grad_hidden = grad_hidden.to(hidden.dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None, None
 
 
 def _chunks(rows: int, vocabulary: int) -> list[slice]:
@@ -153,6 +235,31 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: slice)
     return logits if bias is None else logits + bias[columns].float()
 
 
+def _no_columns(hidden: Tensor, targets: Tensor) -> Columns:
+    """`Columns` before the first chunk."""
+    largest = torch.full((len(hidden),), torch.finfo(torch.float32).min, device=hidden.device)
+    zero = torch.zeros_like(largest)
+    return largest, zero, zero, torch.zeros_like(targets, dtype=torch.float32)
+
+
+def _final_logits(logits: Tensor, banned: Tensor, temperature: float | Tensor, logit_map: LogitMap) -> Tensor:
+    """The logits that probabilities are computed from."""
+    return (logit_map(logits) / temperature).masked_fill(banned, float("-inf"))
+
+
+def _add_given_columns(
+    logits: Tensor,
+    banned: Tensor,
+    columns: Tensor,
+    temperature: float | Tensor,
+    logit_map: LogitMap,
+    values: Tensor,
+    rest: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`top_tokens.add_given` on logits that are not final yet."""
+    return top_tokens.add_given(_final_logits(logits, banned, temperature, logit_map), columns, values, rest)
+
+
 def _add_columns(
     logits: Tensor,
     banned: Tensor,
@@ -167,7 +274,7 @@ def _add_columns(
 ) -> Columns:
     """Add the columns of `logits` to the running sums. `targets` count from the first of these columns and may lie
     outside them; the temperature is one number or float32 [U, 1]."""
-    logits = (logit_map(logits) / temperature).masked_fill(banned, float("-inf"))
+    logits = _final_logits(logits, banned, temperature, logit_map)
     new = torch.maximum(largest, logits.amax(-1))
     below = logits - new[:, None]
     exponentials = below.exp()
@@ -190,22 +297,30 @@ def _logit_gradient(
     row_grad: Tensor,
     grad: Tensor,
     of_entropy: tuple[Tensor, Tensor] | None,
+    of_top: tuple[Tensor, Tensor, Tensor] | None,
     dtype: torch.dtype,
 ) -> Tensor:
     """The gradient of `logits`, `dtype` [U, columns]: Σ grad of the row's targets in that column − p · Σ grad of all
-    targets of the row. `row_grad` is the second sum. `of_entropy`: entropies [U] and their gradients [U], which add
-    −p (log p + entropy) · gradient. All gradients are already divided by the temperature, which is one number or
-    float32 [U, 1]."""
+    targets of the row. `row_grad` is the second sum, with the gradients of `of_top`. `of_entropy`: entropies [U] and
+    their gradients [U], which add −p (log p + entropy) · gradient. `of_top`: columns [U, k] of given tokens, logprobs
+    [U] of the tail and gradients [U, k + 1]. All gradients are already divided by the temperature, which is one number
+    or float32 [U, 1]."""
     mapped = logit_map(logits)
     # In place, because each tensor here is as large as a chunk of logits.
     logprobs = (mapped / temperature).masked_fill_(banned, float("-inf")).sub_(logsumexp[:, None])
     gradient = logprobs.exp()
+    in_tail = None
+    if of_top is not None:
+        top_columns, tail, top_grad = of_top
+        in_tail = top_tokens.without(logprobs, top_columns).sub_(tail[:, None]).exp_().mul_(top_grad[:, -1:])
     slope = -row_grad[:, None]
     if of_entropy is not None:
         entropies, entropy_grad = of_entropy
         logprobs.masked_fill_(banned, 0.0)  # their probability is 0, and 0 · −inf would be NaN
         slope = logprobs.add_(entropies[:, None]).mul_(-entropy_grad[:, None]).add_(slope)
     gradient.mul_(slope)
+    if of_top is not None and in_tail is not None:
+        top_tokens.add_to_columns(gradient.add_(in_tail), top_columns, top_grad[:, :-1])
     inside = (targets >= 0) & (targets < logits.shape[1])
     columns = targets.clamp(0, logits.shape[1] - 1)
     gradient.index_put_((entry, columns), torch.where(inside, grad, 0.0), accumulate=True)

@@ -29,7 +29,7 @@ from vlmrl.models.attention.tree import ATTENTION_NAME, tree_attention_forward
 from vlmrl.models.blocks import uncompiled_in_inference
 from vlmrl.models.families.positions import PositionFunction
 from vlmrl.models.features import FeatureCache, ImageFeatures, Levels, first_features
-from vlmrl.models.head import token_logprobs
+from vlmrl.models.head import most_likely, token_and_top_logprobs, token_logprobs
 from vlmrl.models.image_encoder import ImageEncoder
 from vlmrl.models.logit_map import logit_map
 from vlmrl.types import ImageItem
@@ -218,9 +218,30 @@ class Policy:
         """Logprobs float32 [N] of `targets` under the same distribution and entropies float32 [U], both with gradient
         (head.py). Row `entry` of `hidden` [U, hidden size] predicts each target; each row may have a temperature of its
         own, float32 [U] above 0. Never holds a full row of logits."""
-        if not isinstance(temperature, Tensor):
-            temperature = temperature or 1.0
+        with torch.autocast(hidden.device.type, enabled=False):
+            return token_logprobs(*self._head(hidden, entry, targets, temperature), self.logit_map)
+
+    def token_and_top_logprobs(
+        self, hidden: Tensor, entry: Tensor, targets: Tensor, temperature: float | Tensor, top_ids: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `token_logprobs`, and the logprobs of the tokens `top_ids` int64 [U, k] of each row and of all its others
+        together, float32 [U, k + 1], with gradient."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return token_and_top_logprobs(*self._head(hidden, entry, targets, temperature), self.logit_map, top_ids)
+
+    def most_likely(
+        self, hidden: Tensor, entry: Tensor, targets: Tensor, temperature: float | Tensor, k: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Logprobs of `targets` as those of `token_logprobs`, the `k` most likely tokens of each row, int64 [U, k], and
+        their logprobs and that of all others together, float32 [U, k + 1]. Without gradient."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return most_likely(*self._head(hidden, entry, targets, temperature), self.logit_map, k)
+
+    def _head(
+        self, hidden: Tensor, entry: Tensor, targets: Tensor, temperature: float | Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, float | Tensor]:
+        """What the functions of head.py take first."""
         head = self.model.get_output_embeddings()
         bias = None if head.bias is None else head.bias.detach()
-        with torch.autocast(hidden.device.type, enabled=False):
-            return token_logprobs(hidden, head.weight, bias, self.banned, entry, targets, temperature, self.logit_map)
+        divisor = temperature if isinstance(temperature, Tensor) else temperature or 1.0
+        return hidden, head.weight, bias, self.banned, entry, targets, divisor

@@ -205,7 +205,7 @@ class Loop:
         started = time.perf_counter()
         played = [r for group in groups for r in group.rollouts if not r.stop_reason.is_fault and r.dropped is None]
         samples = [sample for rollout in played for sample in make_samples(rollout)]
-        note_reference(played, await asyncio.to_thread(self.trainer.reference_logprobs, samples))
+        note_reference(played, await asyncio.to_thread(self.trainer.reference_scores, samples))
         return {"time/reference": time.perf_counter() - started, **reference_metrics(played, self.algorithm)}
 
     async def evaluate(self, step: int) -> bool:

@@ -21,7 +21,16 @@ from itertools import groupby, pairwise
 
 import numpy as np
 
-from vlmrl.types import FloatArray, Rollout, TokenMetrics, TrainingSample, Turn, extends, mm_token_type_ids
+from vlmrl.types import (
+    ReferenceScores,
+    Rollout,
+    TokenMetrics,
+    TopTokens,
+    TrainingSample,
+    Turn,
+    extends,
+    mm_token_type_ids,
+)
 
 
 def make_samples(rollout: Rollout, kl_advantage: float = 0.0) -> list[TrainingSample]:
@@ -47,13 +56,14 @@ def note_learned(rollouts: Iterable[Rollout], metrics: Sequence[TokenMetrics]) -
             turn.learned = TokenMetrics(found.trainer_logprobs[part], found.entropies[part])
 
 
-def note_reference(rollouts: Iterable[Rollout], logprobs: Sequence[FloatArray]) -> None:
-    """Set `Turn.reference_logprobs` of each turn that can be learned from. `logprobs` has one entry per sample that
-    `make_samples` made of the rollouts, in order: float32 [loss tokens]."""
+def note_reference(rollouts: Iterable[Rollout], scores: Sequence[ReferenceScores]) -> None:
+    """Set `reference_logprobs` and `reference_top` of each turn that can be learned from. `scores` has one entry per
+    sample that `make_samples` made of the rollouts, in order."""
     branches = (turns for rollout in rollouts for turns in learned_branches(rollout))
-    for turns, found in zip(branches, logprobs, strict=True):
-        for turn, part in parts_of(turns, len(found)):
-            turn.reference_logprobs = found[part]
+    for turns, found in zip(branches, scores, strict=True):
+        for turn, part in parts_of(turns, len(found.logprobs)):
+            turn.reference_logprobs = found.logprobs[part]
+            turn.reference_top = None if found.top is None else found.top[part]
 
 
 def parts_of(turns: Sequence[Turn], count: int) -> Iterator[tuple[Turn, slice]]:
@@ -85,9 +95,9 @@ def _branch_sample(rollout_id: str, turns: list[Turn], kl_advantage: float) -> T
     temperatures = np.full(length, np.nan, np.float32)
     is_scored = all(turn.reference_logprobs is not None for turn in turns if turn.is_learnable)
     reference_logprobs = np.zeros(length, np.float32) if is_scored else None
-    for turn in turns:
-        if not turn.is_learnable:
-            continue
+    learnable = [turn for turn in turns if turn.is_learnable]
+    tops = [turn.reference_top for turn in learnable if turn.reference_top is not None]
+    for turn in learnable:
         start = len(turn.prompt.token_ids)
         sampled = slice(start, start + len(turn.completion.token_ids))
         loss_mask[sampled] = True
@@ -110,5 +120,6 @@ def _branch_sample(rollout_id: str, turns: list[Turn], kl_advantage: float) -> T
         placeholders=prompt.placeholders,
         images=prompt.images,
         reference_logprobs=reference_logprobs,
+        reference_top=TopTokens.joined(tops) if len(tops) == len(learnable) else None,
         temperatures=None if np.isnan(temperatures).all() else temperatures,
     )

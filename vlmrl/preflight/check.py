@@ -90,6 +90,7 @@ RULES: tuple[Rule, ...] = (
     _of_config(learning.groups_have_siblings),
     _of_config(learning.batches_are_learned_from),
     _of_config(reference.reference_is_there),
+    _of_config(reference.distributions_are_reported),
     _of_config(reference.something_is_learned),
     _of_site(slurm.servers_have_tasks, Stage.submitted),
     _of_site(slurm.some_task_trains, Stage.submitted),

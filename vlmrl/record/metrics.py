@@ -96,7 +96,7 @@ STEP_KEYS: dict[str, StepKey] = {
     "eval/<set>/rollouts/replayed": _sometimes("rollouts", "As `eval/rollouts/replayed`, of the set."),
     "loss": StepKey(
         "loss",
-        "The loss of the first pass over the batch, with algorithm.entropy_coef and algorithm.kl.loss, without "
+        "The loss of the first pass over the batch, with algorithm.entropy_coef, kl.loss and distill.weight, without "
         "demonstrations.",
     ),
     "grad_norm": StepKey("loss", "L2 norm of the gradient before clipping; mean over the batch's optimizer steps."),
@@ -114,6 +114,13 @@ STEP_KEYS: dict[str, StepKey] = {
         "reward", "What the length of its answers takes off a rollout's reward, on average. algorithm.overlong.tokens."
     ),
     "overlong/share": _sometimes("share of answers", "Answers that lose something. algorithm.overlong.tokens."),
+    "distill/divergence": _sometimes(
+        "nats per token",
+        "Mean of algorithm.distill.divergence over the loss tokens before the step. Runs with algorithm.distill.top_k.",
+    ),
+    "distill/tail": _sometimes(
+        "probability", "What the reference leaves on average to tokens that are not among its algorithm.distill.top_k."
+    ),
     "mismatch_kl/mean": StepKey(
         "nats per token",
         "Mean of r - log r - 1 over the loss tokens before the step; log r = trainer - inference logprob.",

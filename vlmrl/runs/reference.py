@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmrl.config.algorithm import AlgorithmConfig, KLConfig
+from vlmrl.config.algorithm import AlgorithmConfig, DistillConfig, KLConfig
 from vlmrl.config.model import Dtype, Init, ModelConfig
 from vlmrl.config.reference import (
     CopyConfig,
@@ -32,18 +32,21 @@ def has_reference(config: RunConfig) -> bool:
 def scored_algorithm(config: RunConfig) -> AlgorithmConfig:
     """The algorithm as the trainer of this run can follow it: nothing costs distance to a reference that is not there,
     as in a doctor's single step."""
-    return config.algorithm if has_reference(config) else dataclasses.replace(config.algorithm, kl=KLConfig())
+    if has_reference(config):
+        return config.algorithm
+    return dataclasses.replace(config.algorithm, kl=KLConfig(), distill=DistillConfig())
 
 
 def make_reference(
     config: RunConfig, model: ModelConfig, folder: Path, policy: Policy, banned_token_ids: Sequence[int]
 ) -> Reference | None:
     """The reference of this rank; None in a run without one. `model` is the config of the policy's model on this rank,
-    `folder` its checkpoint. Raises `ConfigError` where the folder of a reference holds another vocabulary, and
-    `ModelError` where it does not load."""
+    `folder` its checkpoint. Raises `ConfigError` where the folder of a reference holds another vocabulary or the
+    vocabulary is smaller than `algorithm.distill.top_k`, and `ModelError` where the reference does not load."""
     chosen = config.reference
     if not has_reference(config):
         return None
+    _assert_enough_tokens(config, policy)
     if config.reference_is_policy:
         return WithoutAdapters(policy)
     assert isinstance(chosen, CopyConfig)
@@ -69,6 +72,16 @@ def make_reference(
             return FrozenCopy(second, offload=chosen.offload, begins=True, decay=chosen.decay)
         case _:
             return FrozenCopy(second, offload=chosen.offload)
+
+
+def _assert_enough_tokens(config: RunConfig, policy: Policy) -> None:
+    """Raise `ConfigError` where the policy can sample fewer tokens than the reference is to report."""
+    top_k, tokens = config.algorithm.distill.top_k, int((~policy.banned).sum())
+    if top_k > tokens:
+        raise ConfigError(
+            f"algorithm.distill.top_k={top_k} is more than the {tokens} tokens that the policy can sample, so the "
+            f"reference could not report so many: set algorithm.distill.top_k={tokens} for all of them, or less"
+        )
 
 
 def _assert_same_vocabulary(folder: str, own: Path) -> None:

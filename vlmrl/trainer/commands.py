@@ -13,7 +13,7 @@ from vlmrl.ranks.commands import Command
 from vlmrl.trainer.learner import Learner, StepSettings
 from vlmrl.trainer.outcome import Outcome
 from vlmrl.trainer.shares import Share
-from vlmrl.types import FloatArray, TokenMetrics
+from vlmrl.types import ReferenceScores, TokenMetrics
 
 
 class Follower:
@@ -67,13 +67,13 @@ class ScoreTokens(Command[Follower, list[TokenMetrics]]):
 
 
 @dataclass(frozen=True, eq=False)
-class ReferenceLogprobs(Command[Follower, list[FloatArray]]):
-    """Compute logprobs of the loss tokens under the reference: float32 [loss tokens] per sample of `share`."""
+class ScoreByReference(Command[Follower, list[ReferenceScores]]):
+    """Compute the reference's scores of the loss tokens of each sample of `share`."""
 
     share: Share
 
-    def run(self, worker: Follower) -> list[FloatArray]:
-        return worker.learner.reference_logprobs(self.share)
+    def run(self, worker: Follower) -> list[ReferenceScores]:
+        return worker.learner.reference_scores(self.share)
 
 
 @dataclass(frozen=True)

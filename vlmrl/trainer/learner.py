@@ -15,12 +15,13 @@ from __future__ import annotations
 import math
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.trainer import Packing, Sharding, TrainerConfig
 from vlmrl.errors import CheckpointError
 from vlmrl.models.policy import Policy
+from vlmrl.trainer.forward import loss_and_top_logprobs, loss_logprobs, most_likely_tokens
 from vlmrl.trainer.loss import BatchTotals, LossOutput, LossTokens
 from vlmrl.trainer.objective import policy_loss, supervised
 from vlmrl.trainer.optimizer import LossScale, make_optimizer, set_learning_rate
@@ -40,7 +42,9 @@ from vlmrl.trainer.reference import Reference
 from vlmrl.trainer.shares import Share
 from vlmrl.trainer.training_state import begin_to_save, not_finite, restore
 from vlmrl.trainer.weights import PlainWeights, ShardedWeights
-from vlmrl.types import FloatArray, TokenMetrics
+from vlmrl.types import BoolArray, ReferenceScores, TokenMetrics, TopTokens
+
+T = TypeVar("T")
 
 CHECKPOINT_TIMEOUT = timedelta(hours=2)
 """How much longer one rank may take to write its part of a checkpoint than another."""
@@ -152,27 +156,40 @@ class Learner:
 
     def token_metrics(self, share: Share) -> list[TokenMetrics]:
         """Of each sample's loss tokens, without changing anything."""
-        return self._tokens_by(self.policy, share)
+        found = [TokenMetrics(np.empty(0, np.float32), np.empty(0, np.float32))] * len(share.samples)
+        with torch.no_grad():
+            for batch, is_last in self._pack(share):
+                values = torch.stack(self._logprobs(batch, is_last=is_last)).float().cpu().numpy()
+                for index, tokens in _by_sample(batch):
+                    found[index] = TokenMetrics(*values[:, tokens])
+        return found
 
-    def reference_logprobs(self, share: Share) -> list[FloatArray]:
-        """As `logprobs`, under the reference, which is shown the policy's weights before it scores the first batch."""
+    def reference_scores(self, share: Share) -> list[ReferenceScores]:
+        """The reference's scores of each sample's loss tokens. It is shown the policy's weights before it scores the
+        first batch."""
         assert self._reference is not None
         if not self._has_begun and self._reference.reads(0):
             self._reference.follow(0, self._weights.whole())
         self._has_begun = True
-        with self._reference.scoring() as policy:
-            return [tokens.trainer_logprobs for tokens in self._tokens_by(policy, share)]
-
-    def _tokens_by(self, policy: Policy, share: Share) -> list[TokenMetrics]:
-        """The metrics of `policy`, which may be the reference's."""
-        found = [TokenMetrics(np.empty(0, np.float32), np.empty(0, np.float32))] * len(share.samples)
-        with torch.no_grad():
+        found = [ReferenceScores(np.empty(0, np.float32))] * len(share.samples)
+        with self._reference.scoring() as policy, torch.no_grad():
             for batch, is_last in self._pack(share, policy):
-                tokens = torch.stack(self._logprobs(batch, is_last=is_last, policy=policy)).float().cpu().numpy()
-                sample_index = batch.sample_index.cpu().numpy()
-                for index in [] if batch.is_filler else np.unique(sample_index):
-                    found[index] = TokenMetrics(*tokens[:, sample_index == index])
+                scores = self._scores(batch, policy, is_last=is_last)
+                for index, tokens in _by_sample(batch):
+                    top = None if scores.top is None else scores.top[tokens]
+                    found[index] = ReferenceScores(scores.logprobs[tokens], top)
         return found
+
+    def _scores(self, batch: MicroBatch, policy: Policy, *, is_last: bool) -> ReferenceScores:
+        """The scores of a reference, `policy`, for all loss tokens of a micro-batch."""
+        k = self._algorithm.distill.top_k
+        if not k:
+            return ReferenceScores(self._logprobs(batch, is_last=is_last, policy=policy)[0].cpu().numpy())
+        logprobs, ids, top = self._compute(
+            lambda policy: most_likely_tokens(policy, batch, self._temperature, k), is_last=is_last, policy=policy
+        )
+        of_rows = TopTokens(ids.int().cpu().numpy(), top.cpu().numpy())
+        return ReferenceScores(logprobs.cpu().numpy(), of_rows[batch.entry.cpu().numpy()])
 
     def whole_weights(self) -> dict[str, Tensor]:
         """The whole tensors that the forward pass computes with, by name. While one rank calls this, all other ranks
@@ -263,7 +280,7 @@ class Learner:
         for batch, ends_share in self._pack(share):
             outcome.rows += len(batch.token_ids)
             outcome.micro_batches += 1
-            logprobs, entropies = self._logprobs(batch, is_last=is_last and ends_share)
+            logprobs, entropies, top = self._policy_scores(batch, is_last=is_last and ends_share)
             if batch.is_filler:
                 _backward(0.0 * logprobs.sum())
                 continue
@@ -275,6 +292,9 @@ class Learner:
                 entropies=entropies,
                 reference_logprobs=batch.reference_logprobs,
                 recorded_logprobs=batch.old_logprobs,
+                reference_top_ids=_of_tokens(batch.reference_top_ids, batch),
+                reference_top_logprobs=_of_tokens(batch.reference_top_logprobs, batch),
+                top_logprobs=_of_tokens(top, batch),
             )
             output = policy_loss(tokens, totals, self._algorithm)
             _backward(self._loss_scale.factor * output.loss)
@@ -303,9 +323,24 @@ class Learner:
             yield batch, number == len(share.passes)
 
     def _logprobs(self, batch: MicroBatch, *, is_last: bool, policy: Policy | None = None) -> tuple[Tensor, Tensor]:
+        return self._compute(
+            lambda policy: loss_logprobs(policy, batch, self._temperature), is_last=is_last, policy=policy
+        )
+
+    def _policy_scores(self, batch: MicroBatch, *, is_last: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Logprobs and entropies [N] of the policy that learns, and its logprobs [U, k + 1] of the reference's most
+        likely tokens, where the batch has them."""
+        if batch.reference_top_ids is None:
+            return *self._logprobs(batch, is_last=is_last), None
+        return self._compute(
+            lambda policy: loss_and_top_logprobs(policy, batch, self._temperature), is_last=is_last, policy=None
+        )
+
+    def _compute(self, function: Callable[[Policy], T], *, is_last: bool, policy: Policy | None) -> T:
+        """Run a forward pass of `policy`, by default of the one that learns."""
         if policy is not None and policy is not self.policy:  # it holds its weights whole
-            return loss_logprobs(policy, batch, self._temperature)
-        return self._weights.compute(lambda: loss_logprobs(self.policy, batch, self._temperature), last=is_last)
+            return function(policy)
+        return self._weights.compute(lambda: function(self.policy), last=is_last)
 
     def _clip(self) -> float:
         """Undo the loss scale and clip the gradient → its L2 norm before clipping."""
@@ -334,35 +369,24 @@ class Learner:
         return bool(anywhere)
 
 
-def loss_logprobs(policy: Policy, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
-    """One forward pass over a micro-batch → float32 [N] logprobs of its loss tokens, and float32 [N] entropies (nats)
-    of the distributions they were sampled from, both with gradient. `temperature` is the run's, for tokens that have
-    none of their own."""
-    # The vision tower runs first in every pass. Otherwise the ranks of a sharded model would gather the weights of the
-    # tower and of the layers in different orders.
-    idle = [policy.encode_images([image]) for image in batch.idle_images]
-    features = policy.encode_images(batch.images)
-    divisor: float | Tensor = temperature
-    if batch.temperatures is not None:
-        divisor = torch.where(batch.temperatures.isnan(), temperature, batch.temperatures)
-    hidden = policy.hidden_states(
-        batch.token_ids, batch.position_ids, batch.mm_token_type_ids, batch.plan, features, batch.feature_rows
-    )
-    logprobs, entropies = policy.token_logprobs(
-        hidden.index_select(0, batch.loss_rows), batch.entry, batch.targets, divisor
-    )
-    unused = [level.float().sum() for features in idle if features is not None for level in features.levels]
-    if unused:
-        logprobs = logprobs + 0.0 * torch.stack(unused).sum()
-    return logprobs, entropies[batch.entry]
-
-
 def peak_bytes(device: torch.device) -> int:
     """Peak memory so far, in bytes: what torch allocated on the GPU, or without a GPU what this process occupied."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _by_sample(batch: MicroBatch) -> Iterator[tuple[int, BoolArray]]:
+    """Each sample of a micro-batch, as an index into the share, and which of the N loss tokens are its: bool [N]."""
+    sample_index = batch.sample_index.cpu().numpy()
+    for index in [] if batch.is_filler else np.unique(sample_index):
+        yield int(index), sample_index == index
+
+
+def _of_tokens(of_rows: Tensor | None, batch: MicroBatch) -> Tensor | None:
+    """[U, …] → [N, …]: of each loss token, what its row has."""
+    return None if of_rows is None else of_rows[batch.entry]
 
 
 def _backward(loss: Tensor) -> None:

@@ -17,8 +17,9 @@ Your own loss has the signature `LossFunction`, like those here, and is named by
 
     python -m vlmrl algorithm=my_package.my_module:my_loss algorithm.args.scale=0.5
 
-In a run with a reference (`reference=`), `tokens.reference_logprobs` are its logprobs, for your own loss too, and
-`tokens.old_logprobs` are those of π_old, the policy before the batch (`algorithm.epochs`, `algorithm.minibatches`).
+In a run with a reference (`reference=`), `tokens.reference_logprobs` are its logprobs, for your own loss too, and with
+`algorithm.distill.top_k` its most likely tokens and the policy's logprobs of them. `tokens.old_logprobs` are those of
+π_old, the policy before the batch (`algorithm.epochs`, `algorithm.minibatches`).
 """
 
 from __future__ import annotations
@@ -57,6 +58,14 @@ class LossTokens:
     """float [N]; entropy of π where the token was sampled, in nats, with gradient."""
     reference_logprobs: Tensor | None = None
     """float [N]; log of the reference's probability of the token, natural, without gradient. None: no reference."""
+    reference_top_ids: Tensor | None = None
+    """int64 [N, k]; the tokens that the reference finds most likely in the token's place, the most likely first. k is
+    `algorithm.distill.top_k`; None where that is 0."""
+    reference_top_logprobs: Tensor | None = None
+    """float [N, k + 1]; log of the reference's probabilities of these tokens, natural, without gradient. The last
+    column is the probability of all other tokens together, so the probabilities of a row sum to 1."""
+    top_logprobs: Tensor | None = None
+    """float [N, k + 1]; the same of π, with gradient: of the reference's tokens, and of all others together."""
     recorded_logprobs: Tensor | None = None
     """float [N]; what `old_logprobs` is in the later optimizer steps of a batch. None: this is the first one."""
 

@@ -1,6 +1,6 @@
 """What a micro-batch is learned by: the loss under its importance correction, and the terms beside it.
 
-    LossTokens ─▶ importance correction ─▶ loss ─▶ entropy bonus ─▶ distance to the reference ─▶ LossOutput
+    LossTokens ─▶ importance correction ─▶ loss ─▶ entropy bonus ─▶ distances to the reference ─▶ LossOutput
 
 Symbols: those of loss.py.
 
@@ -30,21 +30,23 @@ import torch
 from torch import Tensor
 
 from vlmrl.config.algorithm import AlgorithmConfig, ImportanceCorrection, KLEstimator
+from vlmrl.trainer.distill import divergence
 from vlmrl.trainer.loss import BatchTotals, LossOutput, LossTokens, loss_function, ratio_metrics
 
 
 def policy_loss(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> LossOutput:
     """The loss `algorithm.loss` under `algorithm.importance_correction` (see the table at the top of this file), minus
-    the entropy bonus, plus the distance to the reference:
+    the entropy bonus, plus the distance to the reference and the divergence from it:
 
-        L − β/T Σ_t H_t + κ/T Σ_t k_t
+        L − β/T Σ_t H_t + κ/T Σ_t k_t + ω/T Σ_t D_t
 
         H_t: entropy of π where token t was sampled, β: `algorithm.entropy_coef`
         k_t: `reference_kl` of token t, by the estimator `algorithm.kl.estimator`, κ: `algorithm.kl.loss`
+        D_t: `divergence` at token t (distill.py), ω: `algorithm.distill.weight`
 
     The bonus is that of A3C (arXiv 1602.01783, end of section 4), the distance that of GRPO (arXiv 2402.03300, eq. 3).
-    Both are means over the batch's tokens, whatever the loss divides by, so that β and κ mean the same with every loss:
-    how much advantage a nat is worth.
+    All are means over the batch's tokens, whatever the loss divides by, so that β, κ and ω mean the same with every
+    loss: how much advantage a nat is worth.
     """
     output = _corrected_loss(tokens, totals, config)
     loss = output.loss
@@ -54,7 +56,15 @@ def policy_loss(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig
         assert tokens.reference_logprobs is not None, "preflight refuses algorithm.kl without a reference"
         distance = reference_kl(tokens.logprobs, tokens.reference_logprobs, config.kl.estimator)
         loss = loss + config.kl.loss * distance.sum() / totals.tokens
-    return replace(output, loss=loss)
+    sums = output.sums
+    if tokens.reference_top_logprobs is not None:
+        assert tokens.top_logprobs is not None
+        divergences = divergence(tokens.reference_top_logprobs, tokens.top_logprobs, config.distill)
+        if config.distill.weight != 0:
+            loss = loss + config.distill.weight * divergences.sum() / totals.tokens
+        in_tail = tokens.reference_top_logprobs[:, -1].exp()
+        sums = sums | {"distill/divergence": divergences.detach().sum(), "distill/tail": in_tail.sum()}
+    return replace(output, loss=loss, sums=sums)
 
 
 def reference_kl(logprobs: Tensor, reference_logprobs: Tensor, estimator: KLEstimator) -> Tensor:

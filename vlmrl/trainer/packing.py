@@ -27,7 +27,7 @@ from vlmrl.models.families.positions import PositionFunction
 from vlmrl.models.features import to_device
 from vlmrl.models.image_encoder import alike
 from vlmrl.trainer.shares import Share, divide
-from vlmrl.types import FloatArray, ImageItem, IntArray, Placeholder, TrainingSample
+from vlmrl.types import FloatArray, ImageItem, IntArray, Placeholder, TopTokens, TrainingSample
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +66,10 @@ class MicroBatch:
     """float32 [N]; natural log of the reference's probability. None: not scored by a reference."""
     old_logprobs: Tensor | None = None
     """float32 [N]; natural log of the probability under the weights before the batch. None: not recorded."""
+    reference_top_ids: Tensor | None = None
+    """int64 [U, k]; the tokens that the reference finds most likely after the row. None: not asked for."""
+    reference_top_logprobs: Tensor | None = None
+    """float32 [U, k + 1]; natural log of its probabilities of these tokens, and of all others together."""
     is_filler: bool = False
     """The micro-batch only keeps this rank in step with the others; its loss counts as zero."""
     idle_images: tuple[ImageItem, ...] = ()
@@ -162,6 +166,7 @@ def _micro_batch(
     def gather(values: Callable[[TrainingSample], np.ndarray]) -> Tensor:
         return tensor(np.concatenate([values(loss.sample)[loss.where] for loss in losses]))
 
+    top_ids, top_logprobs = _reference_top(losses, entry) or (None, None)
     return MicroBatch(
         token_ids=tensor(token_ids),
         position_ids=tensor(position_ids),
@@ -178,6 +183,8 @@ def _micro_batch(
         versions=gather(lambda sample: sample.versions),
         reference_logprobs=gather(_reference_logprobs) if is_scored else None,
         old_logprobs=gather(_old_logprobs) if is_recorded else None,
+        reference_top_ids=None if top_ids is None else tensor(top_ids),
+        reference_top_logprobs=None if top_logprobs is None else tensor(top_logprobs),
         sample_index=tensor(np.concatenate([np.full(len(loss.where), loss.index) for loss in losses])),
     )
 
@@ -190,6 +197,17 @@ def _reference_logprobs(sample: TrainingSample) -> FloatArray:
 def _old_logprobs(sample: TrainingSample) -> FloatArray:
     assert sample.old_logprobs is not None
     return sample.old_logprobs
+
+
+def _reference_top(losses: Sequence[_SampleLoss], entry: IntArray) -> tuple[IntArray, FloatArray] | None:
+    """`reference_top_ids` and `reference_top_logprobs` of a micro-batch. Samples that share a row have the same, so
+    each row takes those of the first."""
+    tops = [loss.sample.reference_top for loss in losses if loss.sample.reference_top is not None]
+    if len(tops) < len(losses):
+        return None
+    _, first = np.unique(entry, return_index=True)
+    joined = TopTokens.joined(tops)
+    return joined.ids[first].astype(np.int64), joined.logprobs[first]
 
 
 def _loss_rows(losses: Sequence[_SampleLoss]) -> tuple[IntArray, IntArray, FloatArray | None]:

@@ -1,6 +1,6 @@
 """The second model of a run on one rank: its logprobs of what the policy sampled (`reference=`).
 
-    share ─▶ the trainer's own packing ─▶ one forward pass of the reference, without gradient ─▶ logprobs
+    share ─▶ the trainer's own packing ─▶ one forward pass of the reference, without gradient ─▶ logprobs, top tokens
 
 Each distinct token of the prefix tree is computed once, as in the trainer's passes. The logprobs are those of the
 distribution that was sampled from: the same temperature, and no banned tokens.

@@ -22,7 +22,7 @@ from vlmrl.errors import CheckpointError, NonFiniteLossError
 from vlmrl.models.policy import Policy
 from vlmrl.ranks.commands import Command
 from vlmrl.ranks.rank_group import RankGroup
-from vlmrl.trainer.commands import Follower, GiveWeights, Learn, Load, ReferenceLogprobs, Save, ScoreTokens, Skip
+from vlmrl.trainer.commands import Follower, GiveWeights, Learn, Load, Save, ScoreByReference, ScoreTokens, Skip
 from vlmrl.trainer.epochs import optimizer_steps, with_old_logprobs
 from vlmrl.trainer.learner import Learner, StepSettings
 from vlmrl.trainer.loss import BatchTotals
@@ -31,7 +31,7 @@ from vlmrl.trainer.outcome import Outcome
 from vlmrl.trainer.reference import Reference
 from vlmrl.trainer.shares import Share, divide, without_pictures
 from vlmrl.trainer.step_metrics import OptimizerStep, epoch_metrics, step_metrics
-from vlmrl.types import FloatArray, StepResult, TokenMetrics, TrainingSample
+from vlmrl.types import FloatArray, ReferenceScores, StepResult, TokenMetrics, TrainingSample
 
 AnswerT = TypeVar("AnswerT")
 OwnT = TypeVar("OwnT")
@@ -173,14 +173,14 @@ class LocalTrainer:
         """See `vlmrl.types.Trainer.logprobs`."""
         return [tokens.trainer_logprobs for tokens in self._token_metrics(samples)] if samples else []
 
-    def reference_logprobs(self, samples: Sequence[TrainingSample]) -> list[FloatArray]:
-        """See `vlmrl.types.Trainer.reference_logprobs`."""
+    def reference_scores(self, samples: Sequence[TrainingSample]) -> list[ReferenceScores]:
+        """See `vlmrl.types.Trainer.reference_scores`."""
         if not samples:
             return []
         shares = self._divide(samples)
         own, others = self._together(
-            [ReferenceLogprobs(without_pictures(share)) for share in shares[1:]],
-            lambda: self._learner.reference_logprobs(shares[0]),
+            [ScoreByReference(without_pictures(share)) for share in shares[1:]],
+            lambda: self._learner.reference_scores(shares[0]),
         )
         return _in_batch_order(shares, [own, *others])
 

@@ -83,6 +83,7 @@ POLICIES = {
         algorithm.vision_advantage.weight algorithm.vision_advantage.cap
         algorithm.epochs algorithm.minibatches algorithm.target_kl algorithm.clip_dual
         algorithm.kl.loss algorithm.kl.estimator algorithm.kl.reward algorithm.kl.advantage
+        algorithm.distill.top_k algorithm.distill.weight algorithm.distill.divergence algorithm.distill.beta
         reference.refresh_every reference.decay
         algorithm.clip_low algorithm.clip_high algorithm.importance_correction algorithm.importance_cap
         algorithm.filters.gibberish algorithm.filters.rare_from algorithm.filters.rare_logprob_offset

@@ -19,7 +19,7 @@ from vlmrl.config.trainer import Packing
 from vlmrl.models.attention import plan as tree_plan
 from vlmrl.models.families.positions import position_function
 from vlmrl.models.policy import Policy
-from vlmrl.trainer.learner import loss_logprobs
+from vlmrl.trainer.forward import loss_logprobs
 from vlmrl.trainer.packing import pack
 from vlmrl.types import TrainingSample
 

@@ -13,10 +13,14 @@ from vlmrl.types import (
     Completion,
     ContractError,
     DropReason,
+    FloatArray,
+    IntArray,
     Prompt,
+    ReferenceScores,
     Rollout,
     StopReason,
     TokenMetrics,
+    TopTokens,
     TrainingSample,
     Turn,
     TurnSampling,
@@ -203,20 +207,34 @@ def test_a_missing_image_is_a_contract_error() -> None:
         make_samples(rollout([turn(prompt, [END], 0)]))
 
 
+def scores(token_ids: IntArray, logprobs: FloatArray) -> ReferenceScores:
+    """What a reference says that finds the token itself and its successor most likely."""
+    ids = np.stack([token_ids, token_ids + 1], axis=1).astype(np.int32)
+    top = TopTokens(ids, np.full((len(ids), 3), -np.log(3), np.float32))
+    return ReferenceScores((logprobs - token_ids).astype(np.float32), top)
+
+
 @given(st.lists(rollouts(), max_size=3))
 def test_what_the_reference_finds_goes_to_its_turns_and_into_the_samples(played: list[Rollout]) -> None:
-    """With `kl_advantage`, each token's advantage is lower by that times log μ − log reference."""
+    """With `kl_advantage`, each token's advantage is lower by that times log μ − log reference. The top tokens of a
+    sample are those of its turns, one after another."""
     samples = [sample for each in played for sample in make_samples(each)]
     assert all(sample.reference_logprobs is None for sample in samples)
-    note_reference(played, [(s.inference_logprobs - s.token_ids)[s.loss_mask].astype(np.float32) for s in samples])
+    assert all(sample.reference_top is None for sample in samples)
+    note_reference(played, [scores(s.token_ids[s.loss_mask], s.inference_logprobs[s.loss_mask]) for s in samples])
     for each in played:
         for made in each.turns:
             assert made.reference_logprobs is not None
             wanted = (made.completion.logprobs - made.completion.token_ids).astype(np.float32)
             np.testing.assert_array_equal(made.reference_logprobs, wanted)
+            assert made.reference_top is not None
+            np.testing.assert_array_equal(made.reference_top.ids[:, 1], made.completion.token_ids + 1)
         for sample, before in zip(make_samples(each, 0.5), make_samples(each), strict=True):
             assert sample.reference_logprobs is not None
             assert not sample.reference_logprobs[~sample.loss_mask].any()
+            assert sample.reference_top is not None
+            np.testing.assert_array_equal(sample.reference_top.ids[:, 0], sample.token_ids[sample.loss_mask])
+            assert sample.reference_top.logprobs.shape == (sample.loss_mask.sum(), 3)
             distance = sample.inference_logprobs - sample.reference_logprobs
             np.testing.assert_allclose(distance, np.where(sample.loss_mask, sample.token_ids, 0), atol=1e-5)
             np.testing.assert_allclose(sample.advantages, before.advantages - 0.5 * distance, atol=1e-5)

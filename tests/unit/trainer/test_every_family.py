@@ -19,7 +19,7 @@ from vlmrl.config.trainer import Packing
 from vlmrl.inference.embedded.engine import EmbeddedEngine
 from vlmrl.models.image_encoder import image_parameters
 from vlmrl.models.policy import Policy
-from vlmrl.trainer.learner import loss_logprobs
+from vlmrl.trainer.forward import loss_logprobs
 from vlmrl.trainer.loss import BatchTotals, LossTokens
 from vlmrl.trainer.objective import policy_loss
 from vlmrl.trainer.packing import pack

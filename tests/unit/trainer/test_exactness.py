@@ -32,7 +32,7 @@ from vlmrl.config.trainer import Packing
 from vlmrl.models.blocks import checkpoint_blocks, compile_blocks
 from vlmrl.models.families.positions import position_function
 from vlmrl.models.policy import Policy
-from vlmrl.trainer.learner import loss_logprobs
+from vlmrl.trainer.forward import loss_logprobs
 from vlmrl.trainer.loss import BatchTotals, LossTokens
 from vlmrl.trainer.objective import policy_loss
 from vlmrl.trainer.packing import pack

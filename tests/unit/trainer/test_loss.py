@@ -105,6 +105,9 @@ def random_tokens(seed: int, *, per_token_advantages: bool = True) -> LossTokens
         sample_index=torch.tensor(sample),
         entropies=torch.tensor(rng.exponential(1.0, n), requires_grad=True),
         reference_logprobs=torch.tensor(mu + rng.normal(0.0, 0.7, n), dtype=torch.float64),
+        reference_top_ids=torch.tensor([[4, 2]] * n),
+        reference_top_logprobs=torch.tensor(np.log(rng.dirichlet(np.ones(3), n))),
+        top_logprobs=torch.tensor(np.log(rng.dirichlet(np.ones(3), n)), requires_grad=True),
     )
 
 

@@ -23,6 +23,7 @@ from vlmrl.models.policy import Policy
 from vlmrl.trainer.loss import LossOutput
 from vlmrl.trainer.reference import FrozenCopy, Reference, WithoutAdapters
 from vlmrl.trainer.trainer import LocalTrainer
+from vlmrl.types import FloatArray
 
 CONFIG = TrainerConfig(max_steps=10, learning_rate=1e-2, eps=1e-2, max_grad_norm=0.5)
 Make = Callable[[], Any]
@@ -45,6 +46,11 @@ def trainer_of(
     return LocalTrainer(policy, config, algorithm, temperature=temperature, max_new_tokens=4, reference=reference)
 
 
+def logprobs_of(trainer: LocalTrainer) -> list[FloatArray]:
+    """The reference's logprobs of the loss tokens of each sample."""
+    return [scores.logprobs for scores in trainer.reference_scores(batch())]
+
+
 def other(model: Any, seed: int = 1) -> Any:
     """A model with other weights."""
     generator = torch.Generator().manual_seed(seed)
@@ -65,7 +71,7 @@ def test_it_scores_as_transformers_does(packing: Packing, tiny_model: Make) -> N
     trainer = trainer_of(
         policy_of(tiny_model()), FrozenCopy(policy_of(other(tiny_model())), offload=False), packing=packing
     )
-    for sample, found in zip(batch(), trainer.reference_logprobs(batch()), strict=True):
+    for sample, found in zip(batch(), logprobs_of(trainer), strict=True):
         logits = plain_logits(teacher, sample.token_ids, sample.mm_token_type_ids, sample.images) / 0.7
         wanted = plain_tokens(logits, sample, BANNED)[0].detach().numpy()
         np.testing.assert_allclose(found, wanted, atol=2e-5)
@@ -130,10 +136,10 @@ def test_it_takes_them_later_where_the_first_step_had_no_samples(tiny_model: Mak
     copy = FrozenCopy(policy_of(other(tiny_model())), offload=False, begins=True)
     policy = policy_of(tiny_model())
     trainer = trainer_of(policy, copy)
-    assert trainer.reference_logprobs([]) == []
+    assert trainer.reference_scores([]) == []
     trainer.train_step([])
     assert trainer.version == 1
-    trainer.reference_logprobs(batch())
+    trainer.reference_scores(batch())
     assert_equal(weights(copy.policy.model), weights(policy.model))
 
 
@@ -160,11 +166,11 @@ def test_without_adapters_it_is_the_model_before_the_first_step(tiny_model: Make
     add_adapters(model, LoraConfig(rank=4))
     policy = policy_of(model)
     trainer = trainer_of(policy, WithoutAdapters(policy))
-    first = trainer.reference_logprobs(batch())
+    first = logprobs_of(trainer)
     for _ in range(3):
         result = trainer.train_step(scored(trainer, batch()))
     assert result.metrics["reference_kl/mean"] > 0
-    for then, now in zip(first, trainer.reference_logprobs(batch()), strict=True):
+    for then, now in zip(first, logprobs_of(trainer), strict=True):
         assert np.array_equal(then, now)
     assert any(not np.array_equal(then, now) for then, now in zip(first, trainer.logprobs(batch()), strict=True)), (
         "the adapters are back"
@@ -189,7 +195,7 @@ def test_a_checkpoint_continues_as_if_it_had_not_stopped(
     for each in (trainer, resumed):
         each.train_step(scored(each, batch()))
     assert_equal(weights(model), weights(again))
-    for then, now in zip(trainer.reference_logprobs(batch()), resumed.reference_logprobs(batch()), strict=True):
+    for then, now in zip(logprobs_of(trainer), logprobs_of(resumed), strict=True):
         assert np.array_equal(then, now)
 
 

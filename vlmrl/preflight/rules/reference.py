@@ -13,12 +13,30 @@ from vlmrl.preflight.site import Site
 
 def reference_is_there(config: RunConfig) -> None:
     """What costs distance to a reference has one."""
-    kl = config.algorithm.kl
-    if config.mode is Mode.rl and kl.is_on and not isinstance(config.reference, CopyConfig):
-        name = next(name for name in ("loss", "reward", "advantage") if getattr(kl, name))
+    algorithm = config.algorithm
+    asked = {
+        "kl.loss": algorithm.kl.loss,
+        "kl.reward": algorithm.kl.reward,
+        "kl.advantage": algorithm.kl.advantage,
+        "distill.weight": algorithm.distill.weight,
+        "distill.top_k": algorithm.distill.top_k,
+    }
+    key = next((key for key, value in asked.items() if value), None)
+    if config.mode is Mode.rl and key is not None and not isinstance(config.reference, CopyConfig):
         raise ConfigError(
-            f"algorithm.kl.{name}={getattr(kl, name)} needs a second model, and reference=none is none: set "
-            f"reference=initial (the policy as it was), or algorithm.kl.{name}=0"
+            f"algorithm.{key}={asked[key]} needs a second model, and reference=none is none: set "
+            f"reference=initial (the policy as it was), or algorithm.{key}=0"
+        )
+
+
+def distributions_are_reported(config: RunConfig) -> None:
+    """What compares whole distributions has them."""
+    distill = config.algorithm.distill
+    if config.mode is Mode.rl and distill.weight and not distill.top_k:
+        raise ConfigError(
+            f"algorithm.distill.weight={distill.weight} compares the policy with the most likely tokens of the "
+            "reference, and algorithm.distill.top_k=0 reports none: set algorithm.distill.top_k=32, or "
+            "algorithm.distill.weight=0"
         )
 
 
@@ -27,21 +45,24 @@ def something_is_learned(config: RunConfig) -> None:
     algorithm = config.algorithm
     if config.mode is not Mode.rl:
         return
-    if algorithm.advantage == Advantage.none and not algorithm.kl.advantage:
+    kl, distill = algorithm.kl, algorithm.distill
+    if algorithm.advantage == Advantage.none and not kl.advantage and not distill.weight:
         raise ConfigError(
-            "algorithm.advantage=none with algorithm.kl.advantage=0 gives no token an advantage, so nothing would be "
-            f"learned: set algorithm.kl.advantage=1, or algorithm.advantage={Advantage.group_normalized.value}"
+            "algorithm.advantage=none with algorithm.kl.advantage=0 gives no token an advantage, and "
+            "algorithm.distill.weight=0 nothing else, so nothing would be learned: set algorithm.kl.advantage=1, or "
+            f"algorithm.advantage={Advantage.group_normalized.value}"
         )
-    if not algorithm.kl.advantage:
+    if not kl.advantage and not distill.weight:
         return
+    teacher = f"kl.advantage={kl.advantage}" if kl.advantage else f"distill.weight={distill.weight}"
     for key, drops in (
         ("algorithm.filters.zero_advantage=drop", algorithm.filters.zero_advantage is FilterMode.drop),
         (f"algorithm.refill.budget={algorithm.refill.budget}", algorithm.refill.is_on),
     ):
         if drops:
             raise ConfigError(
-                f"{key} drops groups whose rewards are equal, but with algorithm.kl.advantage={algorithm.kl.advantage} "
-                "their tokens have a gradient too: set algorithm.filters.zero_advantage=none and "
+                f"{key} drops groups whose rewards are equal, but with algorithm.{teacher} their tokens have a "
+                "gradient too: set algorithm.filters.zero_advantage=none and "
                 "algorithm.refill.budget=1"
             )
 

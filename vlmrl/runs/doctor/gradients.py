@@ -14,7 +14,7 @@ from vlmrl.config.trainer import Packing
 from vlmrl.models.policy import Policy
 from vlmrl.runs.doctor.pixels import NO_IMAGE
 from vlmrl.runs.verdicts import Verdict, judged, not_visible
-from vlmrl.trainer.learner import loss_logprobs
+from vlmrl.trainer.forward import loss_logprobs
 from vlmrl.trainer.packing import pack
 from vlmrl.types import FloatArray, TrainingSample
 
