@@ -89,8 +89,8 @@ def equation(setting: Minimized) -> Iterator[str]:
 def _line(name: str, text: str, source: str = "") -> str:
     """One line: a symbol, what it is, and the key that says so.
 
-    >>> _line("w_t", "min(r_t, 2)", "importance_correction=truncated")
-    '    w_t = min(r_t, 2)                                         importance_correction=truncated'
+    >>> _line("w_t", "min(m_t, 2)", "importance_correction=truncated")
+    '    w_t = min(m_t, 2)                                         importance_correction=truncated'
     >>> _line("A ←", "w A")
     '    A ← w A'
     """
@@ -131,9 +131,11 @@ def _loss(setting: Minimized) -> Iterator[str]:
         longest=setting.max_new_tokens,
     )
     yield _line("L", body + "".join(terms))
+    if algorithm.clip_dual is not None and "min(" in body:
+        yield _line("min(…) ←", f"max(min(…), {number(algorithm.clip_dual)} A) where A < 0", "clip_dual")
     if loss is Loss.gspo:
-        is_own = algorithm.importance_correction is ImportanceCorrection.own
-        yield _line("s_i", f"exp(1/|i| Σ_t (log π_it − {'log μ_it' if is_own else 'sg(log π_it)'}))")
+        old = "μ" if algorithm.importance_correction is ImportanceCorrection.own else "π_old"
+        yield _line("s_i", f"exp(1/|i| Σ_t (log π_it − log {old}_it))")
         yield _line("s_it", "sg(s_i) · π_it / sg(π_it)")
 
 
@@ -147,15 +149,15 @@ def _ratio(algorithm: AlgorithmConfig) -> Iterator[str]:
     if is_own:
         return
     if has_ratio:
-        yield _line("ρ_t", "π(token) / sg(π(token)): 1, with the gradient of log π")
+        yield _line("ρ_t", "π(token) / π_old(token)")
     weight = {
-        ImportanceCorrection.truncated: f"min(r_t, {cap})",
-        ImportanceCorrection.masked: f"r_t if {number(1 / algorithm.importance_cap)} ≤ r_t ≤ {cap}, else 0",
+        ImportanceCorrection.truncated: f"min(m_t, {cap})",
+        ImportanceCorrection.masked: f"m_t if {number(1 / algorithm.importance_cap)} ≤ m_t ≤ {cap}, else 0",
         ImportanceCorrection.none: "1",
     }[correction]
     yield _line("w_t", weight, f"importance_correction={correction.name}")
     if correction is not ImportanceCorrection.none:
-        yield _line("r_t", "sg(π(token) / μ(token))")
+        yield _line("m_t", "π_old(token) / μ(token)")
 
 
 def _terms(setting: Minimized) -> Iterator[str]:
@@ -224,4 +226,16 @@ def _batch(algorithm: AlgorithmConfig) -> Iterator[str]:
     if algorithm.refill.is_on:
         yield _line("", f"a step plays up to {algorithm.refill.budget} times its groups until all have one", "refill")
     yield _line("π, μ", "the policy that is trained, and the one that sampled")
+    steps = algorithm.epochs * algorithm.minibatches
+    if algorithm.importance_correction is not ImportanceCorrection.own or algorithm.target_kl is not None:
+        only = "" if steps > 1 else ": π itself, so ρ = 1 with the gradient of log π"
+        yield _line("π_old", f"π before the batch{only}")
+    if steps > 1:
+        yield _line(
+            "",
+            f"{steps} optimizer steps per batch: {algorithm.epochs} × {algorithm.minibatches}",
+            "epochs × minibatches",
+        )
+    if algorithm.target_kl is not None:
+        yield _line("", f"a batch ends where KL(π_old ‖ π) > {number(algorithm.target_kl)} nats per token", "target_kl")
     yield _line("sg(x)", "the value of x without its gradient")

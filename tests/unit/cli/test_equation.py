@@ -82,8 +82,8 @@ def test_every_loss_and_correction_shows_its_numbers(loss: Loss, correction: Imp
     assert ("−1/(S · 64)" in text) == (loss is Loss.dr_grpo)
     corrected = {
         ImportanceCorrection.own: "",
-        ImportanceCorrection.truncated: "w_t = min(r_t, 4) importance_correction=truncated",
-        ImportanceCorrection.masked: "w_t = r_t if 0.25 ≤ r_t ≤ 4, else 0 importance_correction=masked",
+        ImportanceCorrection.truncated: "w_t = min(m_t, 4) importance_correction=truncated",
+        ImportanceCorrection.masked: "w_t = m_t if 0.25 ≤ m_t ≤ 4, else 0 importance_correction=masked",
         ImportanceCorrection.none: "w_t = 1 importance_correction=none",
     }[correction]
     assert corrected in text
@@ -91,7 +91,7 @@ def test_every_loss_and_correction_shows_its_numbers(loss: Loss, correction: Imp
     assert ("w_t" in text) == ("A_t ← w_t A_t" in text) == (not is_own)
     assert ("importance_correction=own" in text) == (is_own and loss is not Loss.gspo)
     if loss is Loss.gspo:
-        assert ("sg(log π_it)" in text) == (not is_own)
+        assert ("log π_old_it" in text) == (not is_own)
     else:
         assert ("ρ_t" in text) == (not is_own)
 
@@ -128,6 +128,19 @@ def test_the_page_of_an_algorithm_has_its_equation(loss: Loss) -> None:
                 "L = −1/T Σ_t min(r_t A_t, clip(r_t, 0.8, 1.28) A_t) − 0.01 · 1/T Σ_t H_t + 0.04 · 1/T Σ_t k_t",
                 "k_t = d² / 2 kl.loss, kl.estimator=k2",
             ],
+        ),
+        (
+            AlgorithmConfig(epochs=3, minibatches=4, target_kl=0.05, clip_dual=3.0),
+            [
+                "min(…) ← max(min(…), 3 A) where A < 0 clip_dual",
+                "12 optimizer steps per batch: 3 × 4 epochs × minibatches",
+                "a batch ends where KL(π_old ‖ π) > 0.05 nats per token target_kl",
+                "π_old = π before the batch\n",
+            ],
+        ),
+        (
+            AlgorithmConfig(loss=Loss.rloo, importance_correction=ImportanceCorrection.masked, clip_dual=3.0),
+            ["ρ_t = π(token) / π_old(token)", "π_old = π before the batch: π itself, so ρ = 1"],
         ),
         (
             AlgorithmConfig(kl=KLConfig(reward=0.1, advantage=0.5)),
