@@ -9,7 +9,7 @@ where it does not apply. Letters: L tokens of a sample, P tokens of a prompt, C 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -291,18 +291,103 @@ class SamplingParams:
     seed: int
     """In [0, 2**63). Same seed, prompt and weights give the same completion, whatever else is in the batch."""
     top_p: float = 1.0
-    """Nucleus sampling (arXiv 1904.09751), after the temperature and `top_k`: a token can be sampled if the tokens that
-    are more probable have less than `top_p` of the probability together. 1.0 keeps every token.
-
-    Evaluation sets use this and `top_k`, and clients that choose their own sampling. The run itself samples from the
-    whole distribution to train: the trainer computes the logprobs of that distribution, and a token outside of a
-    truncated one would have an importance ratio of infinity. So a client's truncated turns are not learned
-    (`TurnSampling`)."""
+    """Nucleus sampling (arXiv 1904.09751), after the temperature, `min_p` and `top_k`: a token can be sampled if the
+    tokens that are more probable have less than `top_p` of the probability together. 1.0 keeps every token."""
     top_k: int = 0
     """A token can be sampled if it is at least as probable as the k-th most probable one. 0 keeps every token."""
     stop: tuple[str, ...] = ()
     """Texts that end the completion: it ends with the token that completes one of them in its text. The token and all
     before it belong to the completion, as they were sampled. None of them is empty."""
+    min_p: float = 0.0
+    """A token can be sampled if it is at least `min_p` times as probable as the most probable one (arXiv 2407.01082),
+    after the temperature and before `top_k` and `top_p`, as in vLLM. 0.0 keeps every token."""
+    reports_support: bool = False
+    """Whether the completion says for each token from which tokens it was sampled (`Completion.supports`), which is
+    what training from a truncated distribution needs. At most `MAX_SUPPORT` tokens are kept then."""
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens are ruled out. Greedy decoding has no distribution to truncate."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+
+MAX_SUPPORT = 1024
+"""Most tokens of a recorded support, apart from ties: where `top_p` and `min_p` alone would keep more, these are the
+most probable ones, as with `top_k`. A sampled token then takes at most 4 KiB in memory."""
+
+
+@dataclass(frozen=True, eq=False)
+class Supports:
+    """For each of n tokens, the tokens that it was sampled from: its support. K is the sum of their sizes.
+
+    Example: the first token was one of 3 and 7, the second was sampled from the whole vocabulary, the third from 5.
+
+    >>> supports = Supports.of([[3, 7], [], [5]])
+    >>> supports.token_ids.tolist(), supports.offsets.tolist(), supports.sizes.tolist()
+    ([3, 7, 5], [0, 2, 2, 3], [2, 0, 1])
+    """
+
+    token_ids: NDArray[np.int32]
+    """int32 [K]; one support after the other, each in ascending order and without repetition."""
+    offsets: IntArray
+    """int64 [n + 1]; the support of token t is `token_ids[offsets[t] : offsets[t + 1]]`. An empty one stands for the
+    whole vocabulary."""
+
+    @staticmethod
+    def of(supports: Iterable[Sequence[int] | NDArray[np.integer]]) -> Supports:
+        """The record of one support per token."""
+        arrays = [np.asarray(support, np.int32) for support in supports]
+        ids = np.concatenate([np.empty(0, np.int32), *arrays])
+        return Supports(ids, np.cumsum([0, *map(len, arrays)], dtype=np.int64))
+
+    @staticmethod
+    def joined(parts: Iterable[Supports]) -> Supports:
+        """The supports of the tokens of all parts, one after another."""
+        known = list(parts)
+        sizes = np.concatenate([np.zeros(1, np.int64), *(each.sizes for each in known)])
+        return Supports(np.concatenate([np.empty(0, np.int32), *(each.token_ids for each in known)]), sizes.cumsum())
+
+    @property
+    def sizes(self) -> IntArray:
+        """int64 [n]; 0 for the whole vocabulary."""
+        return np.diff(self.offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __repr__(self) -> str:
+        return f"Supports({len(self)} tokens, {len(self.token_ids)} ids)"
+
+    def take(self, where: IntArray) -> Supports:
+        """The supports of the tokens `where`, int64 [m] → m supports.
+
+        >>> Supports.of([[3, 7], [], [5]]).take(np.array([2, 0])).token_ids.tolist()
+        [5, 3, 7]
+        """
+        sizes = self.sizes[where]
+        offsets = np.concatenate([np.zeros(1, np.int64), sizes.cumsum()])
+        index = np.repeat(self.offsets[where] - offsets[:-1], sizes) + np.arange(offsets[-1])
+        return Supports(self.token_ids[index], offsets)
+
+    def positions(self, token_ids: IntArray) -> IntArray:
+        """For each of the n `token_ids`, int64 [n], its place in `self.token_ids` inside of its own support; −1 where
+        the support is empty. Raises `ContractError` where a support lacks its token.
+
+        >>> Supports.of([[3, 7], [], [5]]).positions(np.array([7, 1, 5])).tolist()
+        [1, -1, 2]
+        """
+        owner = np.repeat(np.arange(len(self)), self.sizes)
+        (found,) = np.nonzero(self.token_ids == token_ids[owner])
+        places = np.full(len(self), -1, np.int64)
+        places[owner[found]] = found
+        missing = np.flatnonzero((places < 0) & (self.sizes > 0))
+        if len(missing):
+            first = int(missing[0])
+            raise ContractError(
+                f"token {int(token_ids[first])} at index {first} is none of the {int(self.sizes[first])} tokens that "
+                "it was sampled from"
+            )
+        return places
 
 
 @dataclass(frozen=True, eq=False)
@@ -321,6 +406,9 @@ class Completion:
     """"stop": by a stop token or a stop string. "length": the token budget ran out before either."""
     stop: str | None = None
     """The stop string that ended it; None where a stop token or the budget did."""
+    supports: Supports | None = None
+    """From which tokens each of the C tokens was sampled. None: from the whole vocabulary, or not reported
+    (`SamplingParams.reports_support`)."""
 
     def __repr__(self) -> str:
         return f"Completion({len(self.token_ids)} tokens, {self.finish_reason!r})"
@@ -338,15 +426,18 @@ class TurnSampling:
     """None: the seed that follows from the run's seed, the rollout and the turn (`sampling_seed`)."""
 
     @property
-    def is_learnable(self) -> bool:
-        """Whether every token had a probability above 0, as the trainer's distribution has it. Greedy decoding and a
-        truncated distribution rule tokens out: their importance ratio would be infinite."""
-        return self.temperature != 0 and self.top_p == 1 and self.top_k == 0
+    def is_greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def truncates(self) -> bool:
+        """Whether tokens were ruled out by `top_p` or `top_k`, which are those of the turn."""
+        return self.top_p != 1 or self.top_k != 0
 
     @property
     def reshapes(self) -> bool:
-        """Whether the tokens came from another distribution than the run's, and not only from another seed."""
-        return self.temperature is not None or self.top_p != 1 or self.top_k != 0
+        """Whether the tokens may have come from another distribution than the run's, and not only from another seed."""
+        return self.temperature is not None or self.truncates
 
 
 class EngineSession(Protocol):
@@ -535,8 +626,12 @@ class Turn:
 
     @property
     def is_learnable(self) -> bool:
-        """Whether the loss can have its tokens (`TurnSampling.is_learnable`)."""
-        return self.sampling is None or self.sampling.is_learnable
+        """Whether the loss can have its tokens. Greedy decoding rules all other tokens out, so nothing can be learned
+        from what it gives. A truncated distribution can be learned where its supports are recorded; elsewhere the ratio
+        of a token's probability under the trainer and under the sampler would be that of two distributions."""
+        if self.sampling is None:
+            return True
+        return not self.sampling.is_greedy and (not self.sampling.truncates or self.completion.supports is not None)
 
     def __repr__(self) -> str:
         return f"Turn({self.prompt}, {self.completion}, reward={self.reward})"
@@ -735,9 +830,14 @@ class TrainingSample:
     on the batch; 0.0 where loss_mask is False. None: not recorded, as before that step."""
     reference_top: TopTokens | None = None
     """The tokens that the reference finds most likely in the place of each loss token. None: not asked for."""
+    supports: Supports | None = None
+    """L supports: from which tokens each token was sampled; an empty one for the whole vocabulary, and where loss_mask
+    is False. Then every logprob of the token, also the trainer's and the reference's, is that of the distribution over
+    its support. None: the whole vocabulary for all tokens."""
 
     def __post_init__(self) -> None:
         length = len(self.token_ids)
+        assert self.supports is None or len(self.supports) == length, f"{self.supports} do not fit {length} tokens"
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if isinstance(value, np.ndarray):
@@ -758,8 +858,8 @@ class TokenMetrics:
     """The trainer's metrics of N loss tokens, computed with the weights before the step."""
 
     trainer_logprobs: FloatArray
-    """float32 [N]; natural log of the token's probability under the trainer's distribution, with the temperature and
-    the banned tokens of sampling applied."""
+    """float32 [N]; natural log of the token's probability under the trainer's distribution, with the temperature, the
+    banned tokens and the supports of sampling applied."""
     entropies: FloatArray
     """float32 [N]; entropy of that distribution, in nats."""
 

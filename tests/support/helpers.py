@@ -8,7 +8,7 @@ matters. Its text tokens are the ids 0 to 255.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor
 from vlmrl.config.model import ModelConfig, TinyConfig, VLMConfig
 from vlmrl.models.attention.plan import Blocks, TreePlan
 from vlmrl.models.families.qwen3_vl import ATOMIC_TOKENS, SPECIAL_TOKENS
-from vlmrl.types import ImageItem, IntArray, Placeholder, Prompt, TrainingSample, mm_token_type_ids
+from vlmrl.types import ImageItem, IntArray, Placeholder, Prompt, Supports, TrainingSample, mm_token_type_ids
 
 TINY = ModelConfig(
     name="tiny",
@@ -121,6 +121,17 @@ def sample(name: str, *parts: Part, seed: int = 0) -> TrainingSample:
     )
 
 
+def with_supports(sample: TrainingSample, seed: int, vocabulary: int = 150) -> TrainingSample:
+    """The sample as if two of three tokens had been sampled from 2 to 7 tokens each, and the others from all."""
+    random = np.random.default_rng(seed)
+    supports = [np.empty(0, np.int64)] * len(sample.token_ids)
+    for place, where in enumerate(np.flatnonzero(sample.loss_mask), seed):
+        if place % 3:
+            others = random.integers(0, vocabulary, 1 + random.integers(6))
+            supports[where] = np.union1d(others, sample.token_ids[where])
+    return replace(sample, supports=Supports.of(supports))
+
+
 def plain_logits(model: Any, token_ids: IntArray, types: IntArray, images: tuple[ImageItem, ...]) -> Tensor:
     """float32 [L, vocabulary] by transformers alone: its own positions and attention, pixels as `pixel_values`."""
     pixels = {
@@ -145,8 +156,17 @@ def plain_logprobs(model: Any, sample: TrainingSample) -> Tensor:
 
 def plain_tokens(logits: Tensor, sample: TrainingSample, banned: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
     """Logprobs and entropies (nats) of the loss tokens of one sample, with gradient, by log_softmax over the tokens
-    that are not banned. `logits` [L, vocabulary]."""
+    that are not banned, or over the token's support. `logits` [L, vocabulary]."""
     where = np.flatnonzero(sample.loss_mask)
+    if sample.supports is not None:
+        of_tokens = []
+        for place in where:
+            kept = sample.supports.token_ids[slice(*sample.supports.offsets[place : place + 2])]
+            log_p = torch.log_softmax(logits[place - 1][kept if len(kept) else slice(None)], -1)
+            target = list(kept).index(sample.token_ids[place]) if len(kept) else sample.token_ids[place]
+            of_tokens.append((log_p[target], -(log_p.exp() * log_p).sum()))
+        logprobs, entropies = zip(*of_tokens, strict=True)
+        return torch.stack(logprobs), torch.stack(entropies)
     allowed = np.setdiff1d(np.arange(logits.shape[-1]), banned)
     log_p = torch.log_softmax(logits[where - 1][:, allowed], -1)
     targets = np.searchsorted(allowed, sample.token_ids[where])

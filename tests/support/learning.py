@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from support import helpers
-from support.helpers import END, Part, Sampled, image, sample
+from support.helpers import END, Part, Sampled, image, sample, with_supports
 from vlmrl.config.algorithm import AlgorithmConfig, DistillConfig, Divergence, KLConfig
 from vlmrl.config.model import LoraConfig
 from vlmrl.config.trainer import Optimizer, Packing, SFTConfig, Sharding, TrainerConfig
@@ -61,7 +61,7 @@ class Case:
     images: bool = True
     """Whether samples of the batch have images."""
     own_temperatures: bool = False
-    """Whether turns were sampled at temperatures of their own."""
+    """Whether turns were sampled at temperatures of their own, and tokens from supports of their own."""
     shown: bool = True
     """Whether a demonstration has an image, where `images` is set."""
     text_first: bool = False
@@ -134,7 +134,8 @@ CASES = {
 
 def batch(images: bool = True, own_temperatures: bool = False) -> list[TrainingSample]:
     """Two groups: some samples have two turns, one occurs twice, one has no images. With `own_temperatures`, tokens
-    that siblings share were sampled at several temperatures, and the last two samples at the run's."""
+    that siblings share were sampled at several temperatures and from several supports, and the last two samples as the
+    run samples."""
     shown: Callable[[int, int], Part] = image if images else lambda rows, columns: [rows, columns]
     samples = []
     for group in range(2):
@@ -148,8 +149,8 @@ def batch(images: bool = True, own_temperatures: bool = False) -> list[TrainingS
         given = (0.5, 2.0, np.nan, 0.5, 1.5, 1.5, 0.8)
         for i, temperature in enumerate(given):
             of_tokens = np.where(samples[i].loss_mask, temperature, np.nan).astype(np.float32)
-            samples[i] = replace(samples[i], temperatures=of_tokens)
-        samples.append(replace(samples[0], rollout_id="at the run's", temperatures=None))
+            samples[i] = replace(with_supports(samples[i], i), temperatures=of_tokens)
+        samples.append(replace(samples[0], rollout_id="at the run's", temperatures=None, supports=None))
     return samples
 
 

@@ -44,6 +44,11 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
         ("model=qwen3vl", "task.images_per_turn=9"),
         r"seq_len=1024 is too short for .*images_per_turn=9 images of 64 tokens each .* 1210 tokens, .*=2048",
     ),
+    (
+        ("inference=vllm", "orchestrator.top_p=0.9"),
+        "top_p=0.9 rules .*=vllm does not report .* set orchestrator.top_p=1",
+    ),
+    (("orchestrator.top_k=2000",), "top_k=2000 is out of range, .* the records of what each token is sampled"),
     (("orchestrator.max_staleness=1",), "orchestrator.max_staleness=1 lets .* inference=embedded"),
     (
         ("inference.max_model_len=1023",),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlmrl.config.eval_set import EvalSet
-from vlmrl.config.fields import Form, Resume, setting
+from vlmrl.config.fields import SMALLEST, Form, Resume, setting
 
 TEMPLATE = "template"
 """The name of the renderer that is made of the checkpoint's chat template and processor."""
@@ -94,6 +94,24 @@ class OrchestratorConfig:
         outside="training samples greedily and the rollouts of a group do not differ",
     )
     """Divisor of the logits in training and in the sampled evaluation; the trainer's logprobs use the same."""
+    top_k: int = setting(
+        0,
+        on_resume=Resume.noted,
+        low=0,
+        high=1024,
+        outside="the records of what each token is sampled from fill the memory",
+    )
+    """Sample from so many most probable tokens, and from those that are as probable as the last of them; 0 samples from
+    all. As `temperature`, this and the next two keys hold in training and in the main evaluation's sampled answers.
+    What is sampled from is what is learned: the engine reports the tokens that each token was sampled from, and the
+    trainer, the reference and the controls compute their logprobs over these."""
+    top_p: float = setting(1.0, on_resume=Resume.noted, low=SMALLEST, high=1, outside="no token can be sampled")
+    """Sample from the fewest most probable tokens whose probability sums to at least this (arXiv 1904.09751), among
+    those that `min_p` and `top_k` keep; 1 samples from all. In training from at most 1,024 tokens, if this or `min_p`
+    is set without `top_k`."""
+    min_p: float = setting(0.0, on_resume=Resume.noted, low=0, high=1, outside="no token can be sampled")
+    """Sample from the tokens that are at least so many times as probable as the most probable one (arXiv 2407.01082); 0
+    samples from all."""
     max_staleness: int = setting(0, on_resume=Resume.noted, low=0, high=10**5, outside="every token is too old")
     """Optimizer steps that the weights which sampled a token may lie behind the weights that learn from it. 0 is
     on-policy."""

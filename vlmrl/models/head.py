@@ -118,7 +118,7 @@ def most_likely(
     divisor = temperature[:, None] if isinstance(temperature, Tensor) else temperature
     found = _no_columns(hidden, targets)
     likely = top_tokens.nothing_yet(len(hidden), hidden.device)
-    for columns in _chunks(len(hidden), len(weight)):
+    for columns in chunks(len(hidden), len(weight)):
         logits = _logits(hidden, weight, bias, columns)
         found = _compiled_on_gpu(hidden.device, _add_columns)(
             logits, banned[columns], entry, targets - columns.start, divisor, logit_map, *found
@@ -151,7 +151,7 @@ class _TokenLogprobs(torch.autograd.Function):
         if top_ids is not None:
             nothing = torch.full((len(hidden),), float("-inf"), device=hidden.device)
             given = torch.zeros_like(top_ids, dtype=torch.float32), nothing
-        for columns in _chunks(len(hidden), len(weight)):
+        for columns in chunks(len(hidden), len(weight)):
             logits = _logits(hidden, weight, bias, columns)
             found = _compiled_on_gpu(hidden.device, _add_columns)(
                 logits, banned[columns], entry, targets - columns.start, divisor, logit_map, *found
@@ -191,7 +191,7 @@ class _TokenLogprobs(torch.autograd.Function):
             top_grad = top_grad / divisor
             top_grad[:, -1].masked_fill_(tail <= top_tokens.SMALLEST_TAIL, 0.0)  # there the tail is a constant
             row_grad = row_grad + top_grad.sum(-1)
-        for columns in _chunks(len(hidden), len(weight)):
+        for columns in chunks(len(hidden), len(weight)):
             logits = _logits(hidden, weight, bias, columns)
             gradient = _compiled_on_gpu(hidden.device, _logit_gradient)(
                 logits,
@@ -208,21 +208,21 @@ class _TokenLogprobs(torch.autograd.Function):
                 dtype,
             )
             if grad_hidden is not None:
-                grad_hidden += _product(gradient, weight[columns])
+                grad_hidden += product(gradient, weight[columns])
             if grad_weight is not None:
-                grad_weight[columns] = _product(gradient.t(), hidden)
+                grad_weight[columns] = product(gradient.t(), hidden)
         if grad_hidden is not None:
             grad_hidden = grad_hidden.to(hidden.dtype)
         return grad_hidden, grad_weight, None, None, None, None, None, None, None
 
 
-def _chunks(rows: int, vocabulary: int) -> list[slice]:
+def chunks(rows: int, vocabulary: int) -> list[slice]:
     """Chunks of the vocabulary's columns, sized so that `rows` × columns is at most `MAX_LOGITS`; at least 128 wide."""
     width = max(128, MAX_LOGITS // max(1, rows) // 128 * 128)
     return [slice(start, min(start + width, vocabulary)) for start in range(0, vocabulary, width)]
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def product(a: Tensor, b: Tensor) -> Tensor:
     """a [n, k] @ b [k, m] with sums in float32 → float32 [n, m]."""
     if a.is_cuda and a.dtype == b.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
@@ -231,7 +231,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: slice) -> Tensor:
     """float32 [U, columns], before the model's map, the mask of banned tokens and the division by the temperature."""
-    logits = _product(hidden, weight[columns].t())
+    logits = product(hidden, weight[columns].t())
     return logits if bias is None else logits + bias[columns].float()
 
 

@@ -32,6 +32,7 @@ from vlmrl.models.features import FeatureCache, ImageFeatures, Levels, first_fea
 from vlmrl.models.head import most_likely, token_and_top_logprobs, token_logprobs
 from vlmrl.models.image_encoder import ImageEncoder
 from vlmrl.models.logit_map import logit_map
+from vlmrl.models.supports import PackedSupports, support_logprobs
 from vlmrl.types import ImageItem
 
 AttentionInterface.register(ATTENTION_NAME, tree_attention_forward)
@@ -245,3 +246,23 @@ class Policy:
         bias = None if head.bias is None else head.bias.detach()
         divisor = temperature if isinstance(temperature, Tensor) else temperature or 1.0
         return hidden, head.weight, bias, self.banned, entry, targets, divisor
+
+    def support_logprobs(
+        self,
+        hidden: Tensor,
+        entry: Tensor,
+        targets: Tensor,
+        temperature: float | Tensor,
+        supports: PackedSupports,
+    ) -> tuple[Tensor, Tensor]:
+        """As `token_logprobs`, where some of the N tokens were sampled from a truncated distribution: logprobs and
+        entropies, float32 [N] each, of the distributions over their supports (supports.py)."""
+        _, weight, bias, *_, divisor = self._head(hidden, entry, targets, temperature)
+        with torch.autocast(hidden.device.type, enabled=False):
+            logprobs, entropies = support_logprobs(hidden, weight, bias, supports, entry, divisor, self.logit_map)
+        if supports.whole is None:
+            return logprobs, entropies
+        rows = entry[supports.whole]
+        of_whole, entropy_of_row = self.token_logprobs(hidden, rows, targets[supports.whole], temperature)
+        order = torch.cat([supports.truncated, supports.whole]).argsort()
+        return torch.cat([logprobs, of_whole])[order], torch.cat([entropies, entropy_of_row[rows]])[order]

@@ -155,7 +155,8 @@ def _unlearnable(recent: Sequence[Record]) -> str | None:
         return None
     return (
         f"More than {MAX_UNLEARNABLE:.0%} of the sampled tokens have no loss, because the program samples them "
-        "greedily, or with top_p or top_k. Have it send a temperature alone, or set task.sampling=run."
+        "greedily, or with a top_p or top_k of which the engine does not report what it keeps. Have it send a "
+        "temperature alone, or set task.sampling=run."
     )
 
 

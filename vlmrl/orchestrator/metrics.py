@@ -63,6 +63,7 @@ def rollout_metrics(groups: Sequence[Group], filters: FilterConfig) -> dict[str,
         metrics
         | history_metrics(rollouts)
         | client_metrics(rollouts)
+        | support_metrics(rollouts)
         | env_metrics(rollouts)
         | tool_metrics(rollouts)
         | chat_metrics(rollouts)
@@ -128,6 +129,14 @@ def client_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
         "tokens/client_sampled": float(sum(length for length, _ in lengths)),
         "tokens/unlearnable": float(sum(length for length, is_learnable in lengths if not is_learnable)),
     }
+
+
+def support_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """`support/mean`: from how many tokens a token was sampled, on average over those that were sampled from a
+    truncated distribution. Empty where none was."""
+    turns = [turn for rollout in rollouts for turn in rollout.turns]
+    sizes = [turn.completion.supports.sizes for turn in turns if turn.completion.supports is not None]
+    return {"support/mean": float(np.concatenate(sizes).mean())} if sizes else {}
 
 
 def env_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:

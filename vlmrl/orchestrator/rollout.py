@@ -34,7 +34,7 @@ from vlmrl.config.algorithm import Truncated
 from vlmrl.errors import EngineError, EngineLostError, UserFault, fenced, safe_text
 from vlmrl.inference.stop_strings import answer_before, text_before
 from vlmrl.orchestrator.envs.base import EnvHandle, EnvLostError, Envs, ProgramHandle, Seat
-from vlmrl.orchestrator.sampling import OwnSampling
+from vlmrl.orchestrator.sampling import WHOLE, OwnSampling, Truncation
 from vlmrl.orchestrator.scoring import Scorer
 from vlmrl.orchestrator.stream import Drawn
 from vlmrl.orchestrator.toolbox import Toolbox
@@ -82,10 +82,8 @@ class RolloutRunner:
     """What a cut answer is paid."""
     scorer: Scorer = field(default_factory=Scorer)
     """The reward terms; by default none, so that a rollout keeps the task's own reward."""
-    top_p: float = 1.0
-    """As in `SamplingParams`; below 1 in evaluation sets only."""
-    top_k: int = 0
-    """As in `SamplingParams`; above 0 in evaluation sets only."""
+    truncation: Truncation = WHOLE
+    """Which tokens are sampled from; an evaluation set has its own."""
     stop: tuple[str, ...] = ()
     """As in `SamplingParams`: `orchestrator.stop`."""
     tools: Toolbox | None = None
@@ -270,8 +268,7 @@ class RolloutRunner:
             temperature,
             self.renderer.stop_token_ids,
             self.renderer.banned_token_ids,
-            top_p=self.top_p,
-            top_k=self.top_k,
+            self.truncation,
             stop=self.stop,
         )
 

@@ -10,8 +10,9 @@ sampled. The loss mask follows from positions, never from token ids, so a sample
 placeholder.
 
 A client may sample a turn its own way (`Turn.sampling`). Its tokens keep their own temperature, which the trainer uses
-for them. A turn that was decoded greedily or from a truncated distribution cannot be learned from: its tokens are like
-those of the environment. A branch without any other turn makes no sample.
+for them. Tokens that were sampled from a truncated distribution keep their supports, over which the trainer computes
+their logprobs. A turn that was decoded greedily, or from a truncated distribution whose supports are not known, cannot
+be learned from: its tokens are like those of the environment. A branch without any other turn makes no sample.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import numpy as np
 from vlmrl.types import (
     ReferenceScores,
     Rollout,
+    Supports,
     TokenMetrics,
     TopTokens,
     TrainingSample,
@@ -122,4 +124,21 @@ def _branch_sample(rollout_id: str, turns: list[Turn], kl_advantage: float) -> T
         reference_logprobs=reference_logprobs,
         reference_top=TopTokens.joined(tops) if len(tops) == len(learnable) else None,
         temperatures=None if np.isnan(temperatures).all() else temperatures,
+        supports=_supports(length, turns),
     )
+
+
+def _supports(length: int, turns: Sequence[Turn]) -> Supports | None:
+    """The supports of the `length` tokens of a branch; None where no token that can be learned from has one."""
+    known = [
+        (len(turn.prompt.token_ids), turn.completion.supports)
+        for turn in turns
+        if turn.is_learnable and turn.completion.supports is not None
+    ]
+    if not known:
+        return None
+    sizes = np.zeros(length, np.int64)
+    for start, supports in known:
+        sizes[start : start + len(supports)] = supports.sizes
+    token_ids = np.concatenate([supports.token_ids for _, supports in known])
+    return Supports(token_ids, np.concatenate([np.zeros(1, np.int64), sizes.cumsum()]))

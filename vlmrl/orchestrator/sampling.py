@@ -4,7 +4,8 @@
                               └▶ differs(params, seed) ─▶ Turn.sampling ─▶ record, samples, trainer
 
 What is learned is what was sampled: the trainer computes each token's logprob at the temperature that it was sampled
-at. A completion that was decoded greedily or from a truncated distribution is not learned (`Turn.is_learnable`).
+at, and over the tokens that it was sampled from (`Completion.supports`). A completion that was decoded greedily, or
+from a truncated distribution whose supports the engine does not report, is not learned (`Turn.is_learnable`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from vlmrl.config.run import RunConfig
 from vlmrl.inference.stop_strings import INCOMPLETE
 from vlmrl.types import SamplingParams, TurnSampling
 
@@ -20,14 +22,39 @@ LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 1e-9, 1e6
 
 
 @dataclass(frozen=True)
+class Truncation:
+    """Which tokens a run samples from. The fields are those of `SamplingParams`."""
+
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    reports_support: bool = False
+    """Whether the engine reports from which tokens each token of a truncated distribution was sampled."""
+
+    @staticmethod
+    def of(config: RunConfig, *, reports_support: bool = False) -> Truncation:
+        """As the run samples."""
+        own = config.orchestrator
+        return Truncation(own.top_p, own.top_k, own.min_p, reports_support)
+
+    @staticmethod
+    def learned(config: RunConfig) -> Truncation:
+        """As the run samples what it learns from."""
+        return Truncation.of(config, reports_support=config.inference.kind == "embedded")
+
+
+WHOLE = Truncation()
+"""Every token can be sampled."""
+
+
+@dataclass(frozen=True)
 class OwnSampling:
-    """How the run samples. The fields are those of `SamplingParams`."""
+    """How the run samples."""
 
     temperature: float
     stop_token_ids: tuple[int, ...]
     banned_token_ids: tuple[int, ...]
-    top_p: float = 1.0
-    top_k: int = 0
+    truncation: Truncation = WHOLE
     stop: tuple[str, ...] = ()
 
     def params(
@@ -61,16 +88,19 @@ class OwnSampling:
         if not all(stop) or any(INCOMPLETE in each for each in stop):
             raise ValueError("a stop string is empty or has the character U+FFFD of broken text, so it ends no answer")
         is_greedy = chosen == 0  # a greedy answer has the most probable token of the whole distribution
-        return SamplingParams(
+        own = self.truncation
+        params = SamplingParams(
             max_new_tokens=max_new_tokens,
             temperature=chosen,
             stop_token_ids=self.stop_token_ids,
             banned_token_ids=self.banned_token_ids,
             seed=seed,
-            top_p=1.0 if is_greedy else self.top_p if top_p is None else top_p,
-            top_k=0 if is_greedy else self.top_k if top_k is None else top_k,
+            top_p=1.0 if is_greedy else own.top_p if top_p is None else top_p,
+            top_k=0 if is_greedy else own.top_k if top_k is None else top_k,
             stop=tuple(dict.fromkeys((*self.stop, *stop))),
+            min_p=0.0 if is_greedy else own.min_p,
         )
+        return replace(params, reports_support=own.reports_support and params.truncates)
 
     def differs(self, params: SamplingParams, seed: int) -> TurnSampling | None:
         """What `params` do otherwise than the run; None where they do not. `seed` is the one that the run gives the

@@ -225,7 +225,12 @@ STEP_KEYS: dict[str, StepKey] = {
     ),
     "tokens/unlearnable": _sometimes(
         "tokens",
-        "Of tokens/client_sampled, those decoded greedily or with top_p or top_k, without loss.",
+        "Of tokens/client_sampled, those without loss: decoded greedily, or with top_p or top_k where the engine does "
+        "not report from which tokens it sampled.",
+    ),
+    "support/mean": _sometimes(
+        "tokens",
+        "From how many tokens a token was sampled, over those of a truncated distribution. Steps with such a token.",
     ),
     "tokens/trained": StepKey("tokens", "Loss tokens of the step."),
     "tokens/packed": StepKey("tokens", "Tokens that the trainer computed, each shared prefix once."),

@@ -39,11 +39,26 @@ def _is_turn(turn: Any, previous: Mapping[str, Any] | None) -> bool:
         return False
     if not _is_text_or_none(turn.get("stop")) or not is_sampling(turn.get("sampling")):
         return False
+    if not _are_supports(turn.get("support_sizes"), turn.get("support_ids"), count):
+        return False
     for name in ("trainer_logprobs", "entropies"):  # old records lack them
         value = turn.get(name)
         if value is not None and not (_numbers(value) and len(value) == count):
             return False
     return all(_is_message(message) for message in turn["messages"])
+
+
+def _are_supports(sizes: Any, ids: Any, count: int) -> bool:
+    """Whether these are the supports of `count` tokens; both are None without any, and old records lack them."""
+    if sizes is None or ids is None:
+        return sizes is None and ids is None
+    return (
+        _counts(sizes)
+        and _counts(ids)
+        and len(sizes) == count
+        and min(sizes, default=0) >= 0
+        and sum(sizes) == len(ids)
+    )
 
 
 def _is_message(message: Any) -> bool:

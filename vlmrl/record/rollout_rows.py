@@ -32,8 +32,9 @@ BATCH_ROWS = 64
 """Rollouts that are in memory at once."""
 MAX_ROW_GROUP_ROWS = 2**20
 MAX_ROW_GROUP_BYTES = 2**30
-MAX_COLUMN_VALUES = 2**24
-"""Most values of one column in a row group; a run ends a row group with the rollout that reaches 2^20 tokens."""
+MAX_COLUMN_VALUES = 2**26
+"""Most values of one column in a row group; a run ends a row group with the rollout that reaches 2^20 tokens, those of
+its supports included, and a completion of 2^16 tokens may have supports of 2^10 each."""
 MAX_FOOTER_BYTES = 2**26
 LONGEST_REASON = 300
 """Characters of a reason that pyarrow gives."""
@@ -51,7 +52,7 @@ MAY_BE_NULL = frozenset(
             "messages[].content[].text",
         ),
         *("images[]", "turns[].trainer_logprobs", "turns[].entropies", "turns[].tools", "turns[].message_fields"),
-        *("turns[].stop", "turns[].sampling"),
+        *("turns[].stop", "turns[].sampling", "turns[].support_sizes", "turns[].support_ids"),
     )
 )
 """Where a row may have no value."""
@@ -249,7 +250,7 @@ def _turns(row: dict[str, Any]) -> list[dict[str, Any]] | None:
             for message, beside in zip(new, fields, strict=True)
         ]
         turn.setdefault("starts_over", False)
-        turn.setdefault("stop", None)
+        turn |= {name: turn.get(name) for name in ("stop", "support_sizes", "support_ids")}
         sampling = turn.get("sampling")
         turn["sampling"] = read_json(sampling, None)
         if (sampling is None) is not (turn["sampling"] is None):

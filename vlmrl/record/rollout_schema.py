@@ -30,6 +30,10 @@ on. The first turn of a branch stores everything, with `prompt_offset` 0. Offset
     turn 1   prompt [5, 9, 9, 7, 1, 2, 6, 9, 9]
              → prompt_offset 6, prompt_token_ids [6, 9, 9], placeholders [(7, 2, "cd…", [])]
 
+`support_sizes` and `support_ids` are null for a turn that was sampled from the whole vocabulary. Otherwise completion
+token t was sampled from `support_sizes[t]` tokens, which stand one support after the other in `support_ids`. They are
+stored because another batch or machine rounds logits differently, and a token at the edge would be in or out.
+
 The last part of a placeholder is its gaps: {start, length} of each run of tokens in it that are not image tokens.
 
 Siblings share their first prompt. It is stored plainly, row after row: zstd replaces every repetition within a column
@@ -85,9 +89,12 @@ def _turn(placeholder: Any, **later: Any) -> Any:
 
 
 _TOOLS = {"starts_over": pa.bool_(), "tools": pa.string(), "message_fields": pa.string()}
-TURN = _turn(PLACEHOLDER, **_TOOLS, stop=pa.string(), sampling=pa.string())
+_ENDS = {"stop": pa.string(), "sampling": pa.string()}
+_SUPPORTS = {"support_sizes": _list(pa.int32()), "support_ids": _list(pa.int32())}
+TURN = _turn(PLACEHOLDER, **_TOOLS, **_ENDS, **_SUPPORTS)
 OLD_TURNS = (
-    _list(_turn(PLACEHOLDER, **_TOOLS)),  # written before a stop string or a client could decide about a completion
+    _list(_turn(PLACEHOLDER, **_TOOLS, **_ENDS)),  # written before a run could learn from a truncated distribution
+    _list(_turn(PLACEHOLDER, **_TOOLS)),  # … before a stop string or a client could decide about a completion
     _list(_turn(PLACEHOLDER, starts_over=pa.bool_())),  # … before there were tools
     _list(_turn(PLACEHOLDER)),  # … before an env could replace the conversation
     _list(_turn(_struct(offset=pa.int32(), length=pa.int32(), hash=pa.string()))),  # … before placeholders had gaps

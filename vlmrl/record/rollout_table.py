@@ -59,6 +59,8 @@ def _row_groups(rollouts: Sequence[Rollout]) -> list[int]:
     ends, tokens = [0], 0
     for row, rollout in enumerate(rollouts, 1):
         tokens += sum(len(turn.prompt.token_ids) + len(turn.completion.token_ids) for turn in rollout.turns)
+        supports = [turn.completion.supports for turn in rollout.turns if turn.completion.supports is not None]
+        tokens += sum(len(each.token_ids) for each in supports)
         if tokens >= ROW_GROUP_TOKENS or row == len(rollouts):
             ends, tokens = [*ends, row], 0
     return ends
@@ -199,6 +201,7 @@ def _turns(pairs: list[tuple[Turn | None, Turn | None]]) -> pa.Array:
         [place for place in turn.prompt.placeholders if place.offset >= offset]
         for turn, offset in zip(turns, offsets, strict=True)
     ]
+    supports = [turn.completion.supports for turn in turns]
     token_ids = [turn.prompt.token_ids[offset:] for turn, offset in zip(turns, offsets, strict=True)]
     return _struct(
         columns.TURN,
@@ -208,6 +211,8 @@ def _turns(pairs: list[tuple[Turn | None, Turn | None]]) -> pa.Array:
         _texts(fields_text(turn.messages) for turn in turns),
         _texts(turn.completion.stop for turn in turns),
         _texts(sampling_text(turn.sampling) for turn in turns),
+        _arrays([None if each is None else each.sizes for each in supports], pa.int32()),
+        _arrays([None if each is None else each.token_ids for each in supports], pa.int32()),
         pa.array([len(turn.messages) for turn in turns], pa.int32()),
         pa.array(offsets, pa.int32()),
         _arrays(token_ids, pa.int32()),

@@ -106,6 +106,11 @@ class TurnRecord(TypedDict):
     """The stop string that ended the completion; None where a stop token or the token budget did."""
     sampling: dict[str, Any] | None
     """The fields of `vlmrl.types.TurnSampling`; None where it was sampled as the run samples."""
+    support_sizes: list[int] | None
+    """[C]; from how many tokens each token was sampled, 0 for the whole vocabulary. None: all from the whole
+    vocabulary."""
+    support_ids: list[int] | None
+    """[sum of `support_sizes`]; these tokens, one support after the other."""
     text: str
     reward: float
     advantage: float

@@ -47,6 +47,7 @@ from vlmrl.orchestrator.envs.make import make_envs
 from vlmrl.orchestrator.evaluation import Evaluator
 from vlmrl.orchestrator.programs.chat import EndpointOfRun
 from vlmrl.orchestrator.rollout import RolloutRunner
+from vlmrl.orchestrator.sampling import Truncation
 from vlmrl.orchestrator.scoring import Scorer
 from vlmrl.orchestrator.stream import FixedProblems
 from vlmrl.orchestrator.task_threads import TaskThreads
@@ -283,6 +284,7 @@ def build_run(config: RunConfig, run_dir: RunDir, monitor: Monitor, rank_group: 
         max_new_tokens=config.orchestrator.max_new_tokens,
         max_model_len=max_model_len(config),
         truncated=config.algorithm.truncated,
+        truncation=Truncation.of(config),
         stop=tuple(config.orchestrator.stop),
         scorer=Scorer.of(config.reward, config.task, TaskThreads().run),
         tools=make_toolbox(config),

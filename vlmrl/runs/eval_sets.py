@@ -17,6 +17,7 @@ from vlmrl.orchestrator.envs.make import make_envs
 from vlmrl.orchestrator.eval_sets import SetPlayer
 from vlmrl.orchestrator.programs.chat import EndpointOfRun
 from vlmrl.orchestrator.rollout import RolloutRunner
+from vlmrl.orchestrator.sampling import Truncation
 from vlmrl.orchestrator.scoring import Scorer, is_scored
 from vlmrl.orchestrator.stream import FixedProblems
 from vlmrl.orchestrator.task_threads import TaskThreads
@@ -74,8 +75,7 @@ def _player(
     runner = dataclasses.replace(
         runner,
         max_new_tokens=own.max_new_tokens or orchestrator.max_new_tokens,
-        top_p=own.top_p,
-        top_k=own.top_k,
+        truncation=Truncation(own.top_p, own.top_k),
     )
     return SetPlayer(
         name=name,

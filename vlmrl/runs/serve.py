@@ -30,7 +30,7 @@ from vlmrl.orchestrator.endpoint.session import Budgets
 from vlmrl.orchestrator.interruption import stopped_before
 from vlmrl.orchestrator.loop import ExitReason
 from vlmrl.orchestrator.rollout import sampling_seed
-from vlmrl.orchestrator.sampling import OwnSampling
+from vlmrl.orchestrator.sampling import OwnSampling, Truncation
 from vlmrl.record.files import disk_errors
 from vlmrl.runs.build import Run
 from vlmrl.runs.problems import max_model_len
@@ -127,6 +127,7 @@ def _sampling(run: Run, rollout_id: str) -> SessionSampling:
         config.orchestrator.temperature,
         run.renderer.stop_token_ids,
         run.renderer.banned_token_ids,
+        Truncation.of(config),
         stop=tuple(config.orchestrator.stop),
     )
     return SessionSampling(own, partial(sampling_seed, config.seed, rollout_id), client_samples=True)

@@ -9,6 +9,7 @@ from typing import Any
 from vlmrl.orchestrator.faults import FaultWatch
 from vlmrl.orchestrator.length import Length
 from vlmrl.orchestrator.loop import ExitReason, Loop
+from vlmrl.orchestrator.sampling import Truncation
 from vlmrl.orchestrator.supervised import AFTER_WARMUP, demonstrate
 from vlmrl.orchestrator.task_threads import TaskThreads
 from vlmrl.orchestrator.vision_gap import VisionGap
@@ -33,7 +34,7 @@ async def train(run: Run) -> ExitReason:
         algorithm=config.algorithm.for_answers_up_to(config.orchestrator.max_new_tokens),
         length=Length(problems, run.steps, config.trainer.max_epochs),
         vocab_size=embeddings.num_embeddings,
-        runner=run.evaluator.runner,
+        runner=dataclasses.replace(run.evaluator.runner, truncation=Truncation.learned(config)),
         engine=run.engine,
         trainer=run.trainer,
         weight_sync=run.weight_sync,

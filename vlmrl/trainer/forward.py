@@ -18,19 +18,25 @@ def loss_logprobs(policy: Policy, batch: MicroBatch, temperature: float) -> tupl
     """float32 [N] logprobs of the loss tokens, and float32 [N] entropies (nats) of the distributions they were sampled
     from, both with gradient."""
     hidden, divisor, unused = _loss_hidden(policy, batch, temperature)
-    logprobs, entropies = policy.token_logprobs(hidden, batch.entry, batch.targets, divisor)
-    return logprobs + unused, entropies[batch.entry]
+    if batch.supports is not None:
+        logprobs, entropies = policy.support_logprobs(hidden, batch.entry, batch.targets, divisor, batch.supports)
+        return logprobs + unused, entropies
+    logprobs, of_rows = policy.token_logprobs(hidden, batch.entry, batch.targets, divisor)
+    return logprobs + unused, of_rows[batch.entry]
 
 
 def loss_and_top_logprobs(policy: Policy, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """As `loss_logprobs`, and float32 [U, k + 1] with gradient: the logprobs of the batch's `reference_top_ids` and of
-    all other tokens together."""
+    all other tokens together. These are of the whole distribution, also where the tokens have supports."""
     assert batch.reference_top_ids is not None
     hidden, divisor, unused = _loss_hidden(policy, batch, temperature)
-    logprobs, entropies, top = policy.token_and_top_logprobs(
+    logprobs, of_rows, top = policy.token_and_top_logprobs(
         hidden, batch.entry, batch.targets, divisor, batch.reference_top_ids
     )
-    return logprobs + unused, entropies[batch.entry], top
+    if batch.supports is not None:
+        logprobs, entropies = policy.support_logprobs(hidden, batch.entry, batch.targets, divisor, batch.supports)
+        return logprobs + unused, entropies, top
+    return logprobs + unused, of_rows[batch.entry], top
 
 
 def most_likely_tokens(policy: Policy, batch: MicroBatch, temperature: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,6 +44,8 @@ def most_likely_tokens(policy: Policy, batch: MicroBatch, temperature: float, k:
     [U, k + 1], their logprobs and that of all other tokens together. Without gradient."""
     hidden, divisor, unused = _loss_hidden(policy, batch, temperature)
     logprobs, ids, top = policy.most_likely(hidden, batch.entry, batch.targets, divisor, k)
+    if batch.supports is not None:
+        logprobs, _ = policy.support_logprobs(hidden, batch.entry, batch.targets, divisor, batch.supports)
     return logprobs + unused, ids, top
 
 

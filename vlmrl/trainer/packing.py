@@ -26,8 +26,9 @@ from vlmrl.models.attention.rules import CAUSAL, AttentionRules
 from vlmrl.models.families.positions import PositionFunction
 from vlmrl.models.features import to_device
 from vlmrl.models.image_encoder import alike
+from vlmrl.models.supports import PackedSupports
 from vlmrl.trainer.shares import Share, divide
-from vlmrl.types import FloatArray, ImageItem, IntArray, Placeholder, TopTokens, TrainingSample
+from vlmrl.types import FloatArray, ImageItem, IntArray, Placeholder, Supports, TopTokens, TrainingSample
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +71,8 @@ class MicroBatch:
     """int64 [U, k]; the tokens that the reference finds most likely after the row. None: not asked for."""
     reference_top_logprobs: Tensor | None = None
     """float32 [U, k + 1]; natural log of its probabilities of these tokens, and of all others together."""
+    supports: PackedSupports | None = None
+    """From which tokens the loss tokens were sampled. None: all from the whole vocabulary."""
     is_filler: bool = False
     """The micro-batch only keeps this rank in step with the others; its loss counts as zero."""
     idle_images: tuple[ImageItem, ...] = ()
@@ -167,6 +170,7 @@ def _micro_batch(
         return tensor(np.concatenate([values(loss.sample)[loss.where] for loss in losses]))
 
     top_ids, top_logprobs = _reference_top(losses, entry) or (None, None)
+    targets = np.concatenate([loss.sample.token_ids[loss.where] for loss in losses])
     return MicroBatch(
         token_ids=tensor(token_ids),
         position_ids=tensor(position_ids),
@@ -177,7 +181,7 @@ def _micro_batch(
         loss_rows=tensor(loss_rows),
         temperatures=None if temperatures is None else tensor(temperatures),
         entry=tensor(entry),
-        targets=gather(lambda sample: sample.token_ids),
+        targets=tensor(targets),
         inference_logprobs=gather(lambda sample: sample.inference_logprobs),
         advantages=gather(lambda sample: sample.advantages),
         versions=gather(lambda sample: sample.versions),
@@ -185,6 +189,7 @@ def _micro_batch(
         old_logprobs=gather(_old_logprobs) if is_recorded else None,
         reference_top_ids=None if top_ids is None else tensor(top_ids),
         reference_top_logprobs=None if top_logprobs is None else tensor(top_logprobs),
+        supports=_packed_supports(losses, targets, device),
         sample_index=tensor(np.concatenate([np.full(len(loss.where), loss.index) for loss in losses])),
     )
 
@@ -225,6 +230,19 @@ def _temperatures(loss: _SampleLoss) -> FloatArray:
     """float32 [n]; of the loss tokens, NaN for the run's temperature."""
     given = loss.sample.temperatures
     return np.full(len(loss.where), np.nan, np.float32) if given is None else given[loss.where]
+
+
+def _packed_supports(losses: Sequence[_SampleLoss], targets: IntArray, device: torch.device) -> PackedSupports | None:
+    """The supports of the N loss tokens, which sampled `targets`."""
+    if all(loss.sample.supports is None for loss in losses):
+        return None
+    return PackedSupports.of(Supports.joined(map(_supports, losses)), targets, device)
+
+
+def _supports(loss: _SampleLoss) -> Supports:
+    """Of the n loss tokens."""
+    supports = loss.sample.supports
+    return Supports.of([()] * len(loss.where)) if supports is None else supports.take(loss.where)
 
 
 def _row_contents(

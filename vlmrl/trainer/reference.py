@@ -3,7 +3,7 @@
     share ─▶ the trainer's own packing ─▶ one forward pass of the reference, without gradient ─▶ logprobs, top tokens
 
 Each distinct token of the prefix tree is computed once, as in the trainer's passes. The logprobs are those of the
-distribution that was sampled from: the same temperature, and no banned tokens.
+distribution that was sampled from: the same temperature, the same supports, and no banned tokens.
 
 Every rank holds a whole reference and scores its own share. A copy that follows the policy (`FrozenCopy.follow`) reads
 the whole weights, which all ranks gather together.

@@ -92,7 +92,7 @@ POLICIES = {
         orchestrator.renderer.name orchestrator.renderer.options orchestrator.renderer.parse_control_tokens
         orchestrator.groups_per_step orchestrator.stop
         orchestrator.group_size orchestrator.max_new_tokens
-        orchestrator.temperature orchestrator.max_staleness
+        orchestrator.temperature orchestrator.top_k orchestrator.top_p orchestrator.min_p orchestrator.max_staleness
         orchestrator.eval.every orchestrator.eval.problems orchestrator.eval.target orchestrator.eval.consecutive
         orchestrator.eval.sets.*.split orchestrator.eval.sets.*.problems orchestrator.eval.sets.*.samples
         orchestrator.eval.sets.*.greedy orchestrator.eval.sets.*.temperature orchestrator.eval.sets.*.top_p

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
-from vlmrl.orchestrator.sampling import OwnSampling
-from vlmrl.types import SamplingParams, TurnSampling
+from vlmrl.orchestrator.sampling import OwnSampling, Truncation
+from vlmrl.types import Completion, Prompt, SamplingParams, Supports, Turn, TurnSampling
 
-OWN = OwnSampling(0.8, (9,), (3, 4), top_k=50, stop=("END",))
+OWN = OwnSampling(0.8, (9,), (3, 4), Truncation(top_k=50), stop=("END",))
 SEED = 5
 
 
@@ -55,16 +56,32 @@ def test_a_value_that_cannot_be_sampled_with_is_refused(asked: dict[str, Any]) -
         OWN.params(16, SEED, **asked)
 
 
+def test_an_engine_reports_the_supports_of_what_is_truncated() -> None:
+    truncation = Truncation(top_p=0.9, min_p=0.05, reports_support=True)
+    own = OwnSampling(1.0, (9,), (), truncation)
+    assert (own.params(16, SEED).min_p, own.params(16, SEED).reports_support) == (0.05, True)
+    greedy = own.params(16, SEED, temperature=0)
+    assert (greedy.top_p, greedy.min_p, greedy.reports_support) == (1.0, 0.0, False)
+    free = OwnSampling(1.0, (9,), (), Truncation(reports_support=True))
+    assert [free.params(16, SEED, top_p=top_p).reports_support for top_p in (None, 1.0, 0.9)] == [False, False, True]
+
+
 @pytest.mark.parametrize(
-    ("sampling", "learnable"),
+    ("sampling", "without", "with_supports"),
     [
-        (TurnSampling(0.5), True),
-        (TurnSampling(2.0, seed=3), True),
-        (TurnSampling(seed=3), True),
-        (TurnSampling(0.0), False),
-        (TurnSampling(1.0, top_p=0.99), False),
-        (TurnSampling(1.0, top_k=100), False),
+        (None, True, True),
+        (TurnSampling(0.5), True, True),
+        (TurnSampling(2.0, seed=3), True, True),
+        (TurnSampling(seed=3), True, True),
+        (TurnSampling(0.0), False, False),
+        (TurnSampling(1.0, top_p=0.99), False, True),
+        (TurnSampling(1.0, top_k=100), False, True),
     ],
 )
-def test_only_the_whole_distribution_is_learned_from(sampling: TurnSampling, learnable: bool) -> None:
-    assert sampling.is_learnable is learnable
+def test_a_truncated_distribution_is_learned_from_where_its_supports_are_known(
+    sampling: TurnSampling | None, without: bool, with_supports: bool
+) -> None:
+    for supports, expected in ((None, without), (Supports.of([[4, 9]]), with_supports)):
+        completion = Completion(np.array([4]), np.zeros(1, np.float32), np.zeros(1, np.int64), "stop", None, supports)
+        turn = Turn(Prompt(np.array([1]), (), ()), completion, "", [], 0, 0.0, sampling=sampling)
+        assert turn.is_learnable is expected

@@ -21,7 +21,7 @@ from vlmrl.record.rollout_schema import OLD_TURNS, SCHEMA
 from vlmrl.record.rollout_table import encode, reference_text
 from vlmrl.record.rollouts import RolloutRecord, read_rollouts
 from vlmrl.record.tool_fields import message_of, tools_of
-from vlmrl.types import Message, Printed, Text, TokenMetrics, ToolCall, ToolSpec, TurnSampling
+from vlmrl.types import Message, Printed, Supports, Text, TokenMetrics, ToolCall, ToolSpec, TurnSampling
 
 
 @pytest.fixture
@@ -53,7 +53,9 @@ def test_every_bit_of_a_float_comes_back(tmp_path: Path) -> None:
         assert np.array_equal(found, np.concatenate([wanted, wanted])), name
 
 
-@pytest.mark.parametrize("kind", OLD_TURNS, ids=["before stop", "before tools", "before starts_over", "before gaps"])
+@pytest.mark.parametrize(
+    "kind", OLD_TURNS, ids=["before supports", "before stop", "before tools", "before starts_over", "before gaps"]
+)
 def test_an_older_file_lacks_columns(path: Path, kind: Any) -> None:
     whole, _ = read(path)
     rows = pq.read_table(path).to_pylist()
@@ -71,6 +73,33 @@ def test_the_stop_string_that_ended_a_completion_is_recorded(tmp_path: Path) -> 
     path.write_bytes(encode(1, {"train": [made]}))
     (record,), said = read(path)
     assert (said, [turn["stop"] for turn in record["turns"]]) == ([], ["Observation:", None])
+
+
+def test_from_which_tokens_a_token_was_sampled_is_recorded(tmp_path: Path) -> None:
+    """Sizes and ids, of which a size of 0 stands for the whole vocabulary; null for a turn without."""
+    made = rollout(tokens=3)
+    made.turns[0].completion = replace(made.turns[0].completion, supports=Supports.of([[5, 70000], [], [9]]))
+    path = tmp_path / "step_000001.parquet"
+    path.write_bytes(encode(1, {"train": [made]}))
+    (record,), said = read(path)
+    found = [(turn["support_sizes"], turn["support_ids"]) for turn in record["turns"]]
+    assert (said, found) == ([], [([2, 0, 1], [5, 70000, 9]), (None, None)])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ids"), [([2, 0], [5, 6]), ([2, 0, 1], [5, 6]), ([3, -1, 1], [5, 6, 7]), ([1, 1, 1], None)]
+)
+def test_supports_that_no_run_wrote_are_damage(tmp_path: Path, sizes: list[int], ids: list[int] | None) -> None:
+    path = tmp_path / "step_000001.parquet"
+    path.write_bytes(encode(1, {"train": [rollout(tokens=3)]}))
+
+    def change(rows: list[dict[str, Any]]) -> None:
+        rows[0]["turns"][0] |= {"support_sizes": sizes, "support_ids": ids}
+
+    edit(path, change)
+    found, (sentence,) = read(path)
+    assert not found
+    assert "no run wrote it" in sentence
 
 
 @pytest.mark.parametrize("sampling", [TurnSampling(0.7, 0.9, 5, 2**63 - 1), TurnSampling(0.0), TurnSampling(), None])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,7 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
 )
 
-from support.helpers import Part, Sampled, image, plain_logits, plain_tokens, sample
+from support.helpers import Part, Sampled, image, plain_logits, plain_tokens, sample, with_supports
 from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.trainer import Packing
 from vlmrl.models.blocks import checkpoint_blocks, compile_blocks
@@ -164,6 +165,14 @@ FORKS: list[tuple[Part, ...]] = [
 
 def forks() -> list[TrainingSample]:
     return [sample(str(i), *parts, seed=i) for i, parts in enumerate(FORKS)]
+
+
+@pytest.mark.parametrize("packing", Packing)
+def test_siblings_of_different_supports(tiny_policy: Policy, reference: Any, packing: Packing) -> None:
+    """Siblings share rows, and each token's distribution is over its own support."""
+    samples = [with_supports(each, seed) for seed, each in enumerate(forks())]
+    samples.append(replace(with_supports(samples[0], 7), rollout_id="again"))
+    assert_same(packed(tiny_policy, samples, packing, 16384), one_by_one(reference, samples))
 
 
 def test_layers_that_are_recomputed(tiny_model: Callable[[], Any], reference: Any) -> None:

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vlmrl.inference.embedded.cached_policy import CachedPolicy
 from vlmrl.inference.embedded.prefill import DistinctPrompt, Prefilled
 from vlmrl.inference.embedded.requests import CachedTurn, Request
-from vlmrl.inference.embedded.sampling import sample_tokens, uniform_numbers
+from vlmrl.inference.embedded.sampling import SampledToken, sample_tokens, uniform_numbers
 from vlmrl.inference.stop_strings import StopFinder, TextOf
 from vlmrl.models.attention.fused import FusedPlan
 from vlmrl.models.attention.plan import (
@@ -30,7 +31,7 @@ from vlmrl.models.attention.plan import (
 )
 from vlmrl.models.attention.prefix_tree import Segment, depths
 from vlmrl.models.attention.recurrent import PrefixStates, plan_states
-from vlmrl.types import Completion, FloatArray, IntArray
+from vlmrl.types import Completion, IntArray, Supports
 
 
 class _Sequence:
@@ -44,6 +45,8 @@ class _Sequence:
         self.uniforms = uniform_numbers(request.sampling)
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
+        self.supports: list[NDArray[np.int32]] = []
+        """One per token; none where they are not reported."""
         self.stop: str | None = None
         """The stop string that ended the completion."""
         self._finder: StopFinder | None = None
@@ -53,10 +56,13 @@ class _Sequence:
         self.last_branch: _Branch | None = None
         """The branch that sampled the last token; None while the completion is not finished."""
 
-    def add(self, token: int, logprob: float, branch: _Branch) -> None:
+    def add(self, sampled: SampledToken, branch: _Branch) -> None:
         """Append a token that `branch` sampled."""
+        token = sampled.token
         self.token_ids.append(token)
-        self.logprobs.append(logprob)
+        self.logprobs.append(sampled.logprob)
+        if sampled.support is not None:
+            self.supports.append(sampled.support)
         if token not in self.stop_token_ids and self._finder is not None:
             self.stop = self._finder.add(token)
         if self.is_stopped or len(self.token_ids) == self.request.sampling.max_new_tokens:
@@ -107,8 +113,7 @@ def decode(
         branches[sequence.prompt].sequences.append(sequence)
     hidden, rows = prefilled.hidden, 0
     for step in range(max(request.sampling.max_new_tokens for request in requests)):
-        tokens, logprobs = _sample(model, branches, hidden, step)
-        branches, branch_tokens = _split(branches, tokens, logprobs)
+        branches, branch_tokens = _split(branches, _sample(model, branches, hidden, step))
         if not branches:
             break
         hidden = _forward(model, branches, branch_tokens, prompts, chain, step)
@@ -116,28 +121,27 @@ def decode(
     return [_finish(sequence, version, prompts, prefilled) for sequence in sequences], rows
 
 
-def _sample(model: CachedPolicy, branches: Sequence[_Branch], hidden: Tensor, step: int) -> tuple[IntArray, FloatArray]:
-    """Token and logprob of each unfinished request, in the order of `branches` and their sequences."""
+def _sample(model: CachedPolicy, branches: Sequence[_Branch], hidden: Tensor, step: int) -> list[SampledToken]:
+    """The next token of each unfinished request, in the order of `branches` and their sequences."""
     order = [sequence for branch in branches for sequence in branch.sequences]
     row = np.repeat(np.arange(len(branches)), [len(branch.sequences) for branch in branches])
     params = [sequence.request.sampling for sequence in order]
     return sample_tokens(model, hidden, row, params, [sequence.uniforms[step] for sequence in order])
 
 
-def _split(branches: Sequence[_Branch], tokens: IntArray, logprobs: FloatArray) -> tuple[list[_Branch], list[int]]:
+def _split(branches: Sequence[_Branch], sampled: Sequence[SampledToken]) -> tuple[list[_Branch], list[int]]:
     """Append the sampled tokens to the requests → the branches of the unfinished ones, and the token of each branch."""
     children: list[_Branch] = []
     child_tokens: list[int] = []
-    position = 0
+    tokens = iter(sampled)
     for branch in branches:
         by_token: dict[int, _Branch] = {}
         for sequence in branch.sequences:
-            token = int(tokens[position])
-            sequence.add(token, float(logprobs[position]), branch)
-            position += 1
+            each = next(tokens)
+            sequence.add(each, branch)
             if not sequence.is_finished:
                 child = _Branch(branch.prompt, branch.slots, states=branch.states)
-                by_token.setdefault(token, child).sequences.append(sequence)
+                by_token.setdefault(each.token, child).sequences.append(sequence)
         for token, child in sorted(by_token.items()):
             children.append(child)
             child_tokens.append(token)
@@ -217,6 +221,7 @@ def _finish(sequence: _Sequence, version: int, prompts: Sequence[DistinctPrompt]
         versions=np.full(len(token_ids), version, dtype=np.int64),
         finish_reason="stop" if sequence.is_stopped else "length",
         stop=sequence.stop,
+        supports=Supports.of(sequence.supports) if sequence.supports else None,
     )
 
 

@@ -121,6 +121,20 @@ def embedded_is_on_policy(config: RunConfig) -> None:
         )
 
 
+def supports_are_reported(config: RunConfig) -> None:
+    """The engine says from which tokens of a truncated distribution it sampled."""
+    own = config.orchestrator
+    if config.inference.kind == "embedded":
+        return
+    for key, value, neutral in (("top_k", own.top_k, 0), ("top_p", own.top_p, 1), ("min_p", own.min_p, 0)):
+        if value != neutral:
+            raise ConfigError(
+                f"orchestrator.{key}={value} rules tokens out, and inference={config.inference.kind} does not report "
+                "which, so the trainer could not compute the probabilities that were sampled from: set "
+                f"orchestrator.{key}={neutral}, or inference=embedded"
+            )
+
+
 def context_holds_samples(config: RunConfig) -> None:
     """Engine and model can hold the longest sample, and a prompt fits next to a completion."""
     seq_len = config.trainer.seq_len

@@ -28,6 +28,9 @@ from vlmrl.runs.verdicts import Verdict
 PACKAGES = ("vlmrl", "torch", "transformers", "tokenizers", "renderers", "numpy", "pillow", "safetensors")
 """Packages whose version may change what a check finds."""
 
+SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+"""Keys of `orchestrator` that shape the distribution."""
+
 WHOLE_BYTES = 64 << 20
 """Files up to this size are read whole for their digest."""
 SAMPLES = 64
@@ -91,7 +94,7 @@ def settings(config: RunConfig, policy: Policy) -> dict[str, Any]:
         "engine": config.inference.kind,
         "engine_dtype": engine_dtype(config).value,
         "weight_sync": config.weight_sync.kind,
-        "temperature": config.orchestrator.temperature,
+        **{name: getattr(config.orchestrator, name) for name in SAMPLING},
     }
 
 

@@ -14,7 +14,7 @@ from vlmrl.config.trainer import Packing
 from vlmrl.models.policy import Policy
 from vlmrl.runs.doctor.evidence import Evidence, engine_logprobs
 from vlmrl.runs.doctor.gradients import FLOAT32_GRADIENT, GradientDifference, gradient
-from vlmrl.runs.doctor.logprobs import FLOAT32, ROUNDING_FACTOR, Bound, LogprobDifference
+from vlmrl.runs.doctor.logprobs import FLOAT32, ROUNDING_FACTOR, Bound, LogprobDifference, over_supports
 from vlmrl.runs.doctor.pixels import InvertedPixels
 from vlmrl.runs.doctor.playing import MAX_NEW_TOKENS
 from vlmrl.runs.doctor.weights import weights_in
@@ -49,19 +49,20 @@ class Comparing:
         return np.concatenate([np.empty(0, np.float32), *found])
 
     def greedy_logprobs(self, samples: Sequence[TrainingSample]) -> list[FloatArray]:
-        """Per sample float32 [loss tokens], at temperature 1."""
-        return self._greedy.logprobs(samples)
+        """Per sample float32 [loss tokens], at temperature 1 and over the whole vocabulary."""
+        return self._greedy.logprobs([dataclasses.replace(sample, supports=None) for sample in samples])
 
     def with_engine(self, evidence: Evidence) -> LogprobDifference:
         """The trainer's logprobs against the engine's."""
-        return LogprobDifference.between(
+        found = LogprobDifference.between(
             self.logprobs(evidence.sampled, evidence.greedy), engine_logprobs(evidence.samples)
         )
+        return dataclasses.replace(found, compared=over_supports(evidence.samples))
 
     def one_by_one(self, samples: Sequence[TrainingSample]) -> LogprobDifference:
         """The logprobs of the samples as the run packs them, against those of one forward pass per sample."""
         alone = self.trainer_of(0.0, Packing.none).logprobs(samples)
-        return LogprobDifference.between(np.concatenate(self.greedy_logprobs(samples)), np.concatenate(alone))
+        return LogprobDifference.between(np.concatenate(self._greedy.logprobs(samples)), np.concatenate(alone))
 
     def bound(self, sampled: Sequence[TrainingSample], greedy: Sequence[TrainingSample] = ()) -> Bound:
         """The largest difference between two computations that rounding explains.

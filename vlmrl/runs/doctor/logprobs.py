@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from vlmrl.runs.verdicts import Verdict, judged
 from vlmrl.trainer.objective import mismatch_kl
-from vlmrl.types import FloatArray
+from vlmrl.types import FloatArray, TrainingSample
 
 ROUNDING_FACTOR = 5.0
 """In bfloat16, mismatch_kl between engine and trainer may be this many times the mismatch_kl of the trainer's own
@@ -30,6 +31,8 @@ class LogprobDifference:
     """Mean |difference|, nats."""
     max: float
     """Largest |difference|, nats."""
+    compared: str = ""
+    """What was compared, in words before the number of tokens."""
 
     @staticmethod
     def between(trainer: FloatArray, other: FloatArray) -> LogprobDifference:
@@ -68,11 +71,18 @@ FLOAT32 = Bound(1e-8, 1e-4)
 """In float32. Measured with the tiny models of 25 families: 1e-13 and 1e-5, for the embedded engine and for vLLM."""
 
 
+def over_supports(samples: Sequence[TrainingSample]) -> str:
+    """Which of the loss tokens were sampled from a truncated distribution, in words; empty where none was."""
+    known = [sample.supports.sizes for sample in samples if sample.supports is not None]
+    sizes = np.concatenate([np.zeros(0, np.int64), *(each[each > 0] for each in known)])
+    return f"{len(sizes)} over supports of {sizes.mean():.1f} tokens on average, of " if len(sizes) else ""
+
+
 def logprobs(name: str, found: LogprobDifference, bound: Bound, compared: str = "") -> Verdict:
     """Two computations give the sampled tokens the same probability, up to rounding: the difference keeps `bound`.
     `compared` says of what, where it is not all samples."""
     apart = f"mismatch_kl {found.kl:.1e}, |delta| mean {found.mean:.1e} max {found.max:.1e}"
-    finding = f"{compared}{found.tokens} tokens: {apart}"
+    finding = f"{compared or found.compared}{found.tokens} tokens: {apart}"
     return judged(
         name,
         bound.holds(found),

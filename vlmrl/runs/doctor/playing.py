@@ -14,6 +14,7 @@ from vlmrl.config.task import most_turns
 from vlmrl.models.policy import Policy
 from vlmrl.orchestrator.rollout import RolloutRunner, sampling_seed
 from vlmrl.orchestrator.samples import make_samples
+from vlmrl.orchestrator.sampling import OwnSampling, Truncation
 from vlmrl.orchestrator.stream import Drawn, ProblemStream
 from vlmrl.orchestrator.toolbox import Toolbox
 from vlmrl.rendering.renderer import Renderer
@@ -29,7 +30,6 @@ from vlmrl.types import (
     Message,
     Prompt,
     Rollout,
-    SamplingParams,
     StopReason,
     TrainingSample,
     Turn,
@@ -95,6 +95,12 @@ class Playing:
         """A training sample for each prompt with one completion that `engine` samples."""
         config, renderer = self.config, self.renderer
         limit = min(config.orchestrator.max_new_tokens, MAX_NEW_TOKENS)
+        own = OwnSampling(
+            config.orchestrator.temperature,
+            renderer.stop_token_ids,
+            renderer.banned_token_ids,
+            Truncation.learned(config),
+        )
         async with AsyncExitStack() as stack:
             names = [f"doctor/images/{i:02d}" for i in range(len(prompts))]
             # All sessions are open before the first request: an engine may wait for every open session to ask.
@@ -103,12 +109,8 @@ class Playing:
                 *(
                     session.generate(
                         prompt,
-                        SamplingParams(
-                            max_new_tokens=min(limit, self._max_model_len - len(prompt.token_ids)),
-                            temperature=config.orchestrator.temperature,
-                            stop_token_ids=renderer.stop_token_ids,
-                            banned_token_ids=renderer.banned_token_ids,
-                            seed=sampling_seed(config.seed, name, 0),
+                        own.params(
+                            min(limit, self._max_model_len - len(prompt.token_ids)), sampling_seed(config.seed, name, 0)
                         ),
                     )
                     for session, prompt, name in zip(sessions, prompts, names, strict=True)
@@ -153,6 +155,7 @@ class Playing:
             max_turns=MAX_TURNS if self.is_whole else min(most_turns(config.task), MAX_TURNS),
             max_new_tokens=min(config.orchestrator.max_new_tokens, MAX_NEW_TOKENS),
             max_model_len=self._max_model_len,
+            truncation=Truncation.learned(config),
             stop=tuple(config.orchestrator.stop),
             tools=self.tools,
         )

@@ -35,7 +35,7 @@ from vlmrl.preflight.auto_model import known_families
 from vlmrl.record.files import read_json
 from vlmrl.record.run_dir import RunDir, is_certificate
 from vlmrl.rendering.renderer import Renderer
-from vlmrl.runs.doctor.certificate import certificate
+from vlmrl.runs.doctor.certificate import SAMPLING, certificate
 from vlmrl.runs.doctor.comparing import Comparing, inverted_samples
 from vlmrl.runs.doctor.judging import verdict_of
 from vlmrl.runs.doctor.logprobs import FLOAT32, ROUNDING_FACTOR, logprobs
@@ -56,7 +56,7 @@ ANSWERS = ("A", "B B")
 
 PROBLEMS = 2
 
-ENGINE_SETTINGS = ("engine", "engine_dtype", "weight_sync", "temperature")
+ENGINE_SETTINGS = ("engine", "engine_dtype", "weight_sync", *SAMPLING)
 """Settings on which the short certificate does not depend."""
 
 

@@ -12,6 +12,7 @@ from vlmrl.inference.embedded.engine import EmbeddedEngine
 from vlmrl.orchestrator.envs.make import make_envs
 from vlmrl.orchestrator.programs.chat import EndpointOfRun
 from vlmrl.orchestrator.rollout import RolloutRunner
+from vlmrl.orchestrator.sampling import Truncation
 from vlmrl.orchestrator.scoring import Scorer
 from vlmrl.orchestrator.stream import Drawn
 from vlmrl.orchestrator.task_threads import TaskThreads
@@ -58,6 +59,7 @@ async def answers_now(
         max_new_tokens=config.orchestrator.max_new_tokens,
         max_model_len=min(config.inference.max_model_len, config.trainer.seq_len),
         truncated=config.algorithm.truncated,
+        truncation=Truncation.of(config),
         stop=tuple(config.orchestrator.stop),
         scorer=Scorer.of(config.reward, config.task, TaskThreads().run),
         tools=make_toolbox(config),

@@ -34,6 +34,7 @@ from vlmrl.types import (
     Prompt,
     Rollout,
     StopReason,
+    Supports,
     Text,
     TokenMetrics,
     Turn,
@@ -126,6 +127,7 @@ def _turn(record: TurnRecord, images: Mapping[str, RecordedImage]) -> Turn:
         np.array(record["versions"], np.int64),
         record["finish_reason"],
         record.get("stop"),
+        _supports(record),
     )
     learned, entropies = record.get("trainer_logprobs"), record.get("entropies")
     return Turn(
@@ -143,6 +145,13 @@ def _turn(record: TurnRecord, images: Mapping[str, RecordedImage]) -> Turn:
         if learned is None or entropies is None
         else TokenMetrics(np.array(learned, np.float32), np.array(entropies, np.float32)),
     )
+
+
+def _supports(record: TurnRecord) -> Supports | None:
+    sizes, ids = record["support_sizes"], record["support_ids"]
+    if sizes is None or ids is None:
+        return None
+    return Supports(np.array(ids, np.int32), np.cumsum([0, *sizes], dtype=np.int64))
 
 
 def _message(record: Mapping[str, object], images: Mapping[str, RecordedImage]) -> Message:

@@ -34,7 +34,7 @@ from vlmrl.orchestrator.interruption import stopped_before
 from vlmrl.orchestrator.loop import ExitReason
 from vlmrl.orchestrator.rollout import sampling_seed
 from vlmrl.orchestrator.samples import learned_branches, make_samples
-from vlmrl.orchestrator.sampling import OwnSampling
+from vlmrl.orchestrator.sampling import OwnSampling, Truncation
 from vlmrl.record.run_dir import RunDir
 from vlmrl.record.tokens import read_spellings
 from vlmrl.rendering.renderer import Renderer
@@ -237,6 +237,7 @@ class Replay:
             self.config.orchestrator.temperature,
             self.renderer.stop_token_ids,
             self.renderer.banned_token_ids,
+            Truncation.learned(self.config),
             # Of its stop strings, only the one that ended it had an effect.
             stop=() if completion.stop is None else (completion.stop,),
         )

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import vlmrl.inference.embedded.sampling as embedded_sampling
 from support.helpers import BANNED, END, TEXT_TOKENS, Part, extended, image, plain_logits, prompt
 from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.trainer import TrainerConfig
@@ -24,12 +25,14 @@ from vlmrl.trainer.objective import mismatch_kl
 from vlmrl.trainer.trainer import LocalTrainer
 from vlmrl.types import (
     Completion,
+    ContractError,
     FloatArray,
     ImageItem,
     IntArray,
     Placeholder,
     Prompt,
     SamplingParams,
+    Supports,
     TrainingSample,
     mm_token_type_ids,
 )
@@ -104,9 +107,12 @@ def sample_of(turns: Turns, name: str = "s") -> TrainingSample:
     last, completion = turns[-1]
     ids = np.concatenate([last.token_ids, completion.token_ids])
     mask, logprobs = np.zeros(len(ids), np.bool_), np.zeros(len(ids), np.float32)
+    supports = [np.empty(0, np.int32)] * len(ids)
     for asked, said in turns:
         here = slice(len(asked.token_ids), len(asked.token_ids) + len(said.token_ids))
         mask[here], logprobs[here] = True, said.logprobs
+        if said.supports is not None:
+            supports[here] = np.split(said.supports.token_ids, said.supports.offsets[1:-1])
     return TrainingSample(
         rollout_id=name,
         token_ids=ids,
@@ -117,6 +123,7 @@ def sample_of(turns: Turns, name: str = "s") -> TrainingSample:
         versions=np.where(mask, 0, -1),
         placeholders=last.placeholders,
         images=last.images,
+        supports=Supports.of(supports),
     )
 
 
@@ -226,6 +233,47 @@ def test_a_truncated_request_next_to_others(
     found = [(int(c.token_ids[0]), float(c.logprobs[0])) for ((_, c),) in turns[200:]]
     assert all(logprob == pytest.approx(expected[token], abs=1e-4) for token, logprob in found)
     assert len({token for token, _ in found}) > 1
+
+
+def test_what_is_truncated_is_learned_as_it_was_sampled(policy: Policy, tiny_model: Callable[[], Any]) -> None:
+    """Each token comes with the tokens that it was sampled from, and the trainer's logprobs over them are the
+    engine's. Over those of the next token, or over the whole vocabulary, they are not."""
+    shape: dict[str, Any] = {"top_k": 9, "top_p": 0.8, "min_p": 0.05, "reports_support": True}
+    asked = [replace(each, sampling=replace(each.sampling, **shape)) for each in group(4)]
+    turns = play(engine_of(policy), asked)
+    probabilities = plain_distribution(tiny_model(), asked[0].first)
+    kept = np.flatnonzero(probabilities >= 0.05 * probabilities.max())
+    kept = kept[np.argsort(-probabilities[kept])][:9]
+    shares = probabilities[kept] / probabilities[kept].sum()
+    expected = kept[np.cumsum(shares) - shares < 0.8]
+    first = turns[0][0][1]
+    assert first.supports is not None
+    assert first.supports.token_ids[: first.supports.offsets[1]].tolist() == sorted(expected)
+    assert first.logprobs[0] == pytest.approx(np.log(probabilities[first.token_ids[0]] / probabilities[expected].sum()))
+    engine = np.concatenate([completion.logprobs for each in turns for _, completion in each])
+    samples = [sample_of(each) for each in turns]
+    trainer = LocalTrainer(policy, TrainerConfig(), AlgorithmConfig(), temperature=1.0, max_new_tokens=6)
+    np.testing.assert_allclose(np.concatenate(trainer.logprobs(samples)), engine, atol=1e-5)
+    whole = trainer.logprobs([replace(each, supports=None) for each in samples])
+    assert np.abs(np.concatenate(whole) - engine).max() > 1e-2
+    with pytest.raises(ContractError, match="that it was sampled from"):
+        trainer.logprobs([replace(each, supports=shifted(each.supports)) for each in samples])
+
+
+def shifted(supports: Supports | None) -> Supports:
+    """Each token with the support of the next one."""
+    assert supports is not None
+    return supports.take(np.roll(np.arange(len(supports)), -1))
+
+
+def test_supports_have_a_bound(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where `top_p` alone keeps nearly all tokens, the most probable ones are kept."""
+    monkeypatch.setattr(embedded_sampling, "MAX_SUPPORT", 20)
+    (episode,) = group(1)
+    shape = replace(episode.sampling, top_p=0.9999, reports_support=True)
+    ((_, completion), *_) = play(engine_of(policy), [replace(episode, sampling=shape)])[0]
+    assert completion.supports is not None
+    assert completion.supports.sizes.tolist() == [20] * len(completion.token_ids)
 
 
 def test_a_stop_token_ends_the_completion_and_is_part_of_it(policy: Policy) -> None:
