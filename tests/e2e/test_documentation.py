@@ -232,6 +232,17 @@ EXCHANGED = {
         "python -m vlmrl experiment=distill_tiny reference.folder=outputs/teacher_model algorithm.kl.advantage=0 "
         "algorithm.distill.top_k=32 algorithm.distill.weight=1 dry_run=true"
     ),
+    "python -m vlmrl trainer.decay=wsd trainer.decay_share=0.25": (
+        "python -m vlmrl trainer.decay=wsd trainer.decay_share=0.25 dry_run=true"
+    ),
+    "python -m vlmrl trainer.part_rates.vision_tower=0.1 trainer.part_rates.projector=0.5": (
+        f"python -m vlmrl trainer.part_rates.vision_tower=0.1 trainer.part_rates.projector=0.5 {LESS}"
+    ),
+    # packages that this step of CI does not have (tests/e2e/test_adapters.py)
+    "python -m vlmrl model/lora=all_linear model.lora.parts=[vision_tower,projector,language_model]": (
+        "python -m vlmrl model/lora=all_linear model.lora.parts=[vision_tower,projector,language_model] dry_run=true"
+    ),
+    "python -m vlmrl model/lora=nf4": "python -m vlmrl model/lora=nf4 dry_run=true",
     "python -m vlmrl algorithm.entropy_coef=0.01": f"python -m vlmrl algorithm.entropy_coef=0.01 {LESS}",
     "python -m vlmrl algorithm.credit=return algorithm.discount=0.9": (
         f"python -m vlmrl algorithm.credit=return algorithm.discount=0.9 {LESS}"

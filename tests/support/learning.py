@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,7 +20,8 @@ from support import helpers
 from support.helpers import END, Part, Sampled, image, sample, with_supports
 from vlmrl.config.algorithm import AlgorithmConfig, DistillConfig, Divergence, KLConfig
 from vlmrl.config.model import LoraConfig
-from vlmrl.config.trainer import Optimizer, Packing, SFTConfig, Sharding, TrainerConfig
+from vlmrl.config.model import Part as ModelPart
+from vlmrl.config.trainer import Optimizer, Packing, PartRatesConfig, SFTConfig, Sharding, TrainerConfig
 from vlmrl.models.blocks import blocks, prepare_blocks
 from vlmrl.models.checkpoints.load import load_model
 from vlmrl.models.families.positions import position_function
@@ -46,6 +47,7 @@ CONFIG = TrainerConfig(
     warmup=SFTConfig(rl_weight=0.3),
 )
 COLLECTIVES = "collectives"
+EVERYWHERE = (ModelPart.vision_tower, ModelPart.projector, ModelPart.language_model)
 SYSTEM = list(range(100, 120))
 
 
@@ -75,6 +77,9 @@ class Case:
     """Passes over a batch, each in so many minibatches."""
     target_kl: float | None = None
     lora: bool = False
+    adapted: tuple[ModelPart, ...] = (ModelPart.language_model,)
+    """The parts that get adapters, with `lora`."""
+    rates: PartRatesConfig = field(default_factory=PartRatesConfig)
     dtype: torch.dtype = torch.float32
     optimizer: Optimizer = Optimizer.adamw
 
@@ -114,6 +119,9 @@ CASES = {
         packing=Packing.none, freeze_language=True, shown=False, sharding=Sharding.optimizer
     ),
     "kept whole, adapters": Case(micro_batch_tokens=60, lora=True, sharding=Sharding.optimizer),
+    "adapters everywhere": Case(micro_batch_tokens=60, lora=True, adapted=EVERYWHERE),
+    "adapters everywhere, one by one": Case(packing=Packing.none, lora=True, adapted=EVERYWHERE),
+    "own rates": Case(micro_batch_tokens=60, rates=PartRatesConfig(vision_tower=0.1, projector=3, language_model=0.5)),
     "kept whole in bfloat16": Case(micro_batch_tokens=60, sharding=Sharding.optimizer, dtype=torch.bfloat16),
     "kept whole in float16": Case(micro_batch_tokens=60, sharding=Sharding.optimizer, dtype=torch.float16),
     "bfloat16": Case(micro_batch_tokens=60, dtype=torch.bfloat16),
@@ -170,7 +178,7 @@ def parts(folder: str, name: str) -> tuple[Policy, TrainerConfig]:
     model.base_model.visual.requires_grad_(not case.freeze_vision)
     if case.lora:
         torch.manual_seed(0)
-        add_adapters(model, LoraConfig(rank=4))
+        add_adapters(model, LoraConfig(rank=4, parts=list(case.adapted)))
     prepare_blocks(model, compiled=False, recomputed=case.recomputed)
     config = replace(
         CONFIG,
@@ -178,6 +186,7 @@ def parts(folder: str, name: str) -> tuple[Policy, TrainerConfig]:
         micro_batch_tokens=case.micro_batch_tokens,
         sharding=case.sharding,
         optimizer=case.optimizer,
+        part_rates=case.rates,
     )
     return Policy(model, position_function("mrope", 2), []), config
 

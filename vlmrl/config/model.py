@@ -15,7 +15,7 @@ NO_MODEL = "there is no such model"
 
 
 EVERY_LINEAR_LAYER = "all"
-"""In `model.lora.targets`: every linear layer of the language model, whatever its name."""
+"""In `model.lora.targets`: every linear layer, whatever its name."""
 
 
 class Init(Enum):
@@ -37,6 +37,18 @@ class Dtype(Enum):
     float16 = "float16"
     """Three bits more precision than bfloat16 in the same time, so sampler and trainer differ eight times less. The
     trainer scales its loss for it. Activations above 65504 become infinite, and some pretrained models have them."""
+
+
+class Part(Enum):
+    """A part of the model."""
+
+    vision_tower = "vision_tower"
+    projector = "projector"
+    """What leads from the vision tower to the language model; transformers also calls it merger or connector."""
+    language_model = "language_model"
+    """Embedding, layers and last norm. A head that is tied to the embedding is one tensor with it."""
+    head = "head"
+    """A head of its own (`tie_word_embeddings: false`)."""
 
 
 @dataclass
@@ -123,9 +135,19 @@ class SizeConfig:
     """`vision_config`."""
 
 
+class BaseDtype(Enum):
+    """Number format of the linear layers that adapters stand next to."""
+
+    auto = "auto"
+    """That of the model (`model.dtype`)."""
+    nf4 = "nf4"
+    """Every linear layer of the language model in 4.5 bits a weight (QLoRA, arXiv 2305.14314; bitsandbytes). The layer
+    computes in `model.dtype`. Sampler and exported model have the same rounded weights."""
+
+
 @dataclass
 class LoraConfig:
-    """Low-rank adapters (LoRA) next to linear layers of the language model; nothing else is trained."""
+    """Low-rank adapters (LoRA) next to linear layers; nothing else is trained."""
 
     rank: int = setting(16, on_resume=Resume.refused, low=1, high=2**16, outside="an adapter has no column")
     """Rank of the product B A: columns of B and rows of A."""
@@ -134,8 +156,13 @@ class LoraConfig:
     )
     """The weight of an adapter is alpha / rank."""
     targets: list[str] = setting([EVERY_LINEAR_LAYER], on_resume=Resume.refused, form=NAME)
-    """Last parts of the names of the layers that get adapters, such as `q_proj`; `all` is every linear layer. The
-    experts of a mixture are not linear layers and get none."""
+    """Last parts of the names of the layers that get adapters, such as `q_proj`; `all` is every linear layer of
+    `parts`. The experts of a mixture are not linear layers and get none."""
+    parts: list[Part] = setting([Part.language_model], on_resume=Resume.refused)
+    """Parts of the model whose linear layers get adapters. The vision tower and the projector may be among them, the
+    head may not."""
+    base_dtype: BaseDtype = setting(BaseDtype.auto, on_resume=Resume.refused)
+    """Number format of the frozen layers of the language model."""
 
 
 @dataclass

@@ -49,6 +49,10 @@ class Decay(Enum):
     constant = "constant"
     linear = "linear"
     cosine = "cosine"
+    wsd = "wsd"
+    """Warm-up, stable, decay (arXiv 2404.06395): constant, and over the last `decay_share` of the steps down as
+    1 − sqrt (arXiv 2405.18392, eq. 1, which ends lower there than a linear decay). A run that is resumed before that
+    part can be given more steps, as if they had been meant from the start."""
 
 
 class Demonstrations(Enum):
@@ -58,6 +62,24 @@ class Demonstrations(Enum):
     """Random answers in the right format: they teach the format and nothing about the pixels."""
     correct = "correct"
     """The task's true answers. (Not called `true`, which YAML and the command line read as a boolean.)"""
+
+
+FROZEN_INSTEAD = "the part would not learn (model.vlm.freeze_vision and freeze_language freeze parts)"
+
+
+@dataclass
+class PartRatesConfig:
+    """Factors of the learning rate, one for each part of the model. A part is frozen with `model.vlm.freeze_*` and not
+    here. The names of the fields are those of `Part`."""
+
+    vision_tower: float = setting(1.0, on_resume=Resume.noted, low=SMALLEST, high=10**6, outside=FROZEN_INSTEAD)
+    """Factor for the vision tower, without its projector."""
+    projector: float = setting(1.0, on_resume=Resume.noted, low=SMALLEST, high=10**6, outside=FROZEN_INSTEAD)
+    """Factor for what leads from the vision tower to the language model (merger, connector)."""
+    language_model: float = setting(1.0, on_resume=Resume.noted, low=SMALLEST, high=10**6, outside=FROZEN_INSTEAD)
+    """Factor for the embedding, the layers and the last norm. A head that is tied to the embedding belongs here."""
+    head: float = setting(1.0, on_resume=Resume.noted, low=SMALLEST, high=10**6, outside=FROZEN_INSTEAD)
+    """Factor for a head that is not tied to the embedding."""
 
 
 @dataclass
@@ -124,6 +146,8 @@ class TrainerConfig:
     """Bytes, in MiB, of image features to keep on the trainer's device; used only where the vision tower is frozen."""
     learning_rate: float = setting(1e-6, on_resume=Resume.noted, low=SMALLEST, high=100, outside="nothing is learned")
     """Highest step size of AdamW. The default suits pretrained weights; the option of `model` sets its own."""
+    part_rates: PartRatesConfig = field(default_factory=PartRatesConfig)
+    """Factors of `learning_rate`, and of `warmup.learning_rate`, for the parts of the model."""
     lr_warmup_steps: int = setting(0, on_resume=Resume.noted, low=0, high=10**9, outside="it is not a number of steps")
     """Optimizer steps over which the learning rate rises linearly from 0."""
     decay: Decay = setting(Decay.linear, on_resume=Resume.noted)
@@ -132,6 +156,10 @@ class TrainerConfig:
         0.1, on_resume=Resume.noted, low=0, high=1, outside="the decay ends below 0 or above its start"
     )
     """Share of `learning_rate` at which the decay ends."""
+    decay_share: float = setting(
+        0.2, on_resume=Resume.noted, low=SMALLEST, high=1, outside="no step decays or more than all of them"
+    )
+    """With `decay=wsd`, the share of the steps after the warm-up that decays."""
     betas: tuple[float, float] = setting(
         (0.9, 0.95), on_resume=Resume.noted, low=0, high=1 - 2**-53, outside="an average of AdamW never changes"
     )

@@ -39,6 +39,12 @@ def image_parameters(model: Any) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if id(parameter) not in others]
 
 
+def image_tower(model: Any) -> Any:
+    """The module that is the vision tower; None where transformers names none."""
+    tower = model.get_encoder(modality="image")
+    return None if tower is model else tower
+
+
 def encodes(model: Any, images: Sequence[ImageItem]) -> bool:
     """Whether `model` makes as many features of these images as they have image tokens."""
     with torch.inference_mode():
@@ -56,8 +62,7 @@ class ImageEncoder:
         """Raises `ModelError` for a model whose decoder looks at images in another way than through features that take
         the place of tokens."""
         self._model = model.base_model
-        tower = model.get_encoder(modality="image")
-        self._tower: Any = None if tower is model else tower
+        self._tower: Any = image_tower(model)
         encode = getattr(self._model, "get_image_features", None)
         self._takes = set(inspect.signature(encode).parameters) if encode is not None else set()
         self._forward_takes = set(inspect.signature(self._model.forward).parameters)

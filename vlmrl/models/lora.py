@@ -2,6 +2,7 @@
 
 LoRA (arXiv 2106.09685) by PEFT computes W x + (alpha / rank) B A x, with trainable A and B and a frozen W. Engines get
 W + (alpha / rank) B A in place of each W, under W's name (`merged`), so neither they nor weight sync know of adapters.
+W may be held in 4 bits (nf4.py).
 Left out on purpose: adapters that an engine loads as adapters, dropout.
 """
 
@@ -14,19 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmrl.config.model import EVERY_LINEAR_LAYER, LoraConfig, ModelConfig
+from vlmrl.config.model import EVERY_LINEAR_LAYER, BaseDtype, LoraConfig, ModelConfig
 from vlmrl.errors import ConfigError
 from vlmrl.models.image_encoder import image_parameters
+from vlmrl.models.nf4 import Nf4Linear, fits
+from vlmrl.models.parts import part_of_each
 
 ADAPTER = "default"
 """PEFT's name of the one adapter."""
 
 
-def select_trainable(model: Any, config: ModelConfig) -> None:
-    """Add adapters, or freeze what `model.vlm.freeze_*` says, in place. Raises `ConfigError` where adapters have no
-    layer to be added to."""
+def select_trainable(model: Any, config: ModelConfig, device: torch.device | None = None) -> None:
+    """Add adapters, or freeze what `model.vlm.freeze_*` says, in place. Layers that are held in 4 bits go to `device`
+    one after the other, by default where they are. Raises `ConfigError` where adapters have no layer to be added to."""
     if config.lora is not None:
         add_adapters(model, config.lora)
+        if is_quantized(config):
+            quantize(model, device)
     elif config.vlm is not None and (config.vlm.freeze_vision or config.vlm.freeze_language):
         if config.vlm.freeze_language:
             model.requires_grad_(False)
@@ -34,27 +39,35 @@ def select_trainable(model: Any, config: ModelConfig) -> None:
             parameter.requires_grad_(not config.vlm.freeze_vision)
 
 
+def is_quantized(config: ModelConfig) -> bool:
+    """Whether frozen layers are held in 4 bits."""
+    return config.lora is not None and config.lora.base_dtype is BaseDtype.nf4
+
+
 def add_adapters(model: Any, config: LoraConfig) -> None:
-    """Add adapters to the linear layers of the language model that `config` names; only adapters are trainable then.
+    """Add adapters to the linear layers that `config` names; only adapters are trainable then.
 
     B starts at 0, so the model's outputs do not change at first. Raises `ConfigError` where no layer has such a name.
     """
     import peft
 
-    language_model = model.base_model.get_decoder()
-    prefix = next(name for name, module in model.named_modules() if module is language_model)
-    targets = [
-        name
-        for name, module in model.named_modules()
-        if name.startswith(f"{prefix}.")
-        and (EVERY_LINEAR_LAYER in config.targets or name.rpartition(".")[2] in config.targets)
-        and type(module) is torch.nn.Linear  # a subclass may return something else (the router of Llama 4)
-    ]
-    if not targets:
-        raise ConfigError(
-            f"model.lora.targets={list(config.targets)} names no linear layer of {type(model).__name__}'s language "
-            "model, so there would be nothing to train: name layers that it has, e.g. [q_proj, v_proj]"
-        )
+    part_of = part_of_each(model)
+    targets = []
+    for part in config.parts:
+        found = [
+            name
+            for name, module in model.named_modules()
+            if type(module) is torch.nn.Linear  # a subclass may return something else (the router of Llama 4)
+            and part_of.get(f"{name}.weight") is part
+            and (EVERY_LINEAR_LAYER in config.targets or name.rpartition(".")[2] in config.targets)
+        ]
+        if not found:
+            raise ConfigError(
+                f"model.lora.targets={list(config.targets)} names no linear layer of {type(model).__name__}'s "
+                f"{part.value.replace('_', ' ')}, so there would be nothing to train: name layers that it has, e.g. "
+                f"[q_proj, v_proj], or drop {part.value} from model.lora.parts"
+            )
+        targets += found
     settings = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
@@ -62,6 +75,15 @@ def add_adapters(model: Any, config: LoraConfig) -> None:
         lora_dropout=0.0,
     )
     peft.inject_adapter_in_model(settings, model, adapter_name=ADAPTER)
+
+
+def quantize(model: Any, device: torch.device | None = None) -> None:
+    """Hold every frozen linear layer of the language model in 4 bits, on `device`, by default where it is. The head is
+    none of them, as its rows are also the embedding's in many models."""
+    for module in list(model.base_model.get_decoder().modules()):
+        for name, layer in list(module.named_children()):
+            if fits(layer) and not layer.weight.requires_grad:
+                setattr(module, name, Nf4Linear(layer, device))
 
 
 @contextlib.contextmanager
@@ -79,7 +101,8 @@ def without_adapters(model: Any) -> Iterator[None]:
 
 
 def merged(model: Any, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield the model's tensors by their names in a checkpoint, with adapters merged. A tied head is not repeated.
+    """Yield the model's tensors by their names in a checkpoint, with adapters merged, and weights of 4 bits in the
+    dtype that their layer computes in. A tied head is not repeated.
 
     A tensor without an adapter is yielded itself, not a copy. `whole` gathers a tensor of which this rank holds a
     slice; then every rank must consume the whole iterator.
@@ -91,11 +114,20 @@ def merged(model: Any, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor
             continue
         if not base:
             yield name, whole(parameter)
-            continue
-        layer: Any = modules[path]
-        tensor = whole(parameter)
-        if leaf == "weight":
-            a, b = (whole(matrices[ADAPTER].weight).float() for matrices in (layer.lora_A, layer.lora_B))
-            with torch.no_grad():
-                tensor = (tensor.float() + layer.scaling[ADAPTER] * (b @ a)).to(tensor.dtype)
-        yield f"{path}.{leaf}", tensor
+        else:
+            tensor = whole(parameter)
+            yield f"{path}.{leaf}", _with_adapter(tensor, modules[path], whole) if leaf == "weight" else tensor
+    for name, module in modules.items():
+        if isinstance(module, Nf4Linear):
+            path, base, _ = f"{name}.".rpartition(".base_layer.")
+            if base:
+                yield f"{path}.weight", _with_adapter(module.weight, modules[path], whole)
+            else:
+                yield f"{name}.weight", module.weight
+
+
+def _with_adapter(weight: Tensor, layer: Any, whole: Callable[[Tensor], Tensor]) -> Tensor:
+    a, b = (whole(matrices[ADAPTER].weight).float() for matrices in (layer.lora_A, layer.lora_B))
+    with torch.no_grad():
+        tensor: Tensor = (weight.float() + layer.scaling[ADAPTER] * (b @ a)).to(weight.dtype)
+        return tensor

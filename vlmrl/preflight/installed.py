@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from vlmrl.config.gymnasium import GymnasiumConfig
 from vlmrl.config.inference import VllmConfig
+from vlmrl.config.model import BaseDtype
 from vlmrl.config.monitor import WandbMode
 from vlmrl.config.run import RunConfig
 from vlmrl.config.task import tasks_of
@@ -75,6 +76,14 @@ def needs(config: RunConfig) -> Iterator[Need]:
     """The optional packages that `config` needs, installed or not."""
     if config.model.lora is not None:
         yield Need("peft", "model.lora", "there are no adapters to train", pip_line("lora"), "drop it with ~model/lora")
+        if config.model.lora.base_dtype is BaseDtype.nf4:
+            yield Need(
+                "bitsandbytes",
+                "model.lora.base_dtype=nf4",
+                "layers cannot be held in 4 bits",
+                pip_line("4bit"),
+                "set model.lora.base_dtype=auto",
+            )
     if config.trainer.optimizer is Optimizer.adamw_8bit:
         yield Need(
             "torchao",

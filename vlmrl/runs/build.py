@@ -33,11 +33,13 @@ from vlmrl.models.checkpoints.load import (
     load_processor,
     load_tokenizer,
     resolve_checkpoint,
+    resolve_device,
 )
 from vlmrl.models.checkpoints.scratch import write_weights
 from vlmrl.models.families import family_of
 from vlmrl.models.image_encoder import encodes
-from vlmrl.models.lora import select_trainable
+from vlmrl.models.lora import is_quantized, select_trainable
+from vlmrl.models.parts import part_of_each
 from vlmrl.models.policy import Policy
 from vlmrl.models.trial import code_of, try_policy
 from vlmrl.monitor.monitor import Monitor
@@ -71,6 +73,7 @@ from vlmrl.tasks.loading import load_task
 from vlmrl.trainer.checkpoint import Checkpoints
 from vlmrl.trainer.commands import Follower
 from vlmrl.trainer.learner import Learner
+from vlmrl.trainer.optimizer import assert_rates_reach
 from vlmrl.trainer.trainer import LocalTrainer
 from vlmrl.types import ImageItem, InferenceEngine, WeightSync
 
@@ -159,9 +162,16 @@ def seed_process(config: RunConfig) -> None:
 
 def make_model(config: RunConfig, folder: Path, rank_group: RankGroup | None) -> Any:
     """Load the checkpoint in `folder` onto this rank's device, select its trainable parameters, prepare its layers."""
-    model: Any = load_model(folder, on_own_device(config.model, rank_group))
+    placed = on_own_device(config.model, rank_group)
+    device = resolve_device(placed)
+    if is_quantized(config.model) and not (placed.init is Init.random and placed.tiny is None):
+        placed = dataclasses.replace(placed, device="cpu")  # a layer reaches the device in 4 bits
+    model: Any = load_model(folder, placed)
     torch.manual_seed(config.seed)  # again, so that new LoRA adapters start equal on every rank
-    select_trainable(model, config.model)
+    select_trainable(model, config.model, device)
+    model.to(device)
+    part_of = part_of_each(model)
+    assert_rates_reach(config.trainer, (part_of[name] for name, p in model.named_parameters() if p.requires_grad))
     prepare_blocks(model, compiled=config.trainer.compile is True, recomputed=config.trainer.activation_checkpointing)
     return model
 

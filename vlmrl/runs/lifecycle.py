@@ -21,6 +21,7 @@ from vlmrl.config.parse import parse, typed
 from vlmrl.config.run import Mode, RunConfig
 from vlmrl.config.task import most_turns
 from vlmrl.errors import CheckpointError, ConfigError, Interrupted, RankError, VlmrlError
+from vlmrl.models.nf4 import in_4_bits
 from vlmrl.monitor.monitor import Monitor
 from vlmrl.orchestrator.interruption import stopped_before
 from vlmrl.orchestrator.loop import ExitReason
@@ -272,7 +273,7 @@ def save_after(error: BaseException, run: Run, mode: RunMode) -> None:
 def model_table(run: Run) -> dict[str, str]:
     """The model, for the screen."""
     config = run.config
-    parameters = sum(p.numel() for p in run.policy.model.parameters())
+    parameters = sum(p.numel() for p in run.policy.model.parameters()) + in_4_bits(run.policy.model)
     trainable = sum(p.numel() for p in run.policy.model.parameters() if p.requires_grad)
     return {
         "model": f"{config.model.name}: {parameters:,} parameters, {trainable:,} trainable, {config.model.dtype.value} "

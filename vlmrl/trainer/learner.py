@@ -31,6 +31,7 @@ from torch import Tensor
 from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.trainer import Packing, Sharding, TrainerConfig
 from vlmrl.errors import CheckpointError
+from vlmrl.models.parts import part_of_each
 from vlmrl.models.policy import Policy
 from vlmrl.trainer.forward import loss_and_top_logprobs, loss_logprobs, most_likely_tokens
 from vlmrl.trainer.loss import BatchTotals, LossOutput, LossTokens
@@ -108,7 +109,7 @@ class Learner:
     @cached_property
     def _optimizer(self) -> torch.optim.Optimizer:
         """Built for the first step: until then there is no float32 copy of the weights either."""
-        return make_optimizer(self.config, list(self._weights.trainable().values()))
+        return make_optimizer(self.config, self._weights.trainable(), part_of_each(self.policy.model))
 
     def learn(self, share: Share | None, demonstrations: Share | None, step: StepSettings) -> Outcome:
         """One optimizer step. Where a loss or the gradient is not finite, or the policy has moved too far on this batch

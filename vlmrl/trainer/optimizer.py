@@ -14,13 +14,15 @@ needs bfloat16.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vlmrl.config.model import Part
 from vlmrl.config.trainer import Decay, Optimizer, TrainerConfig
+from vlmrl.errors import ConfigError
 
 FIRST_LOSS_SCALE = 2**16
 LARGEST_LOSS_SCALE = 2**24
@@ -40,25 +42,38 @@ def learning_rate(config: TrainerConfig, step: int, steps: float | None = None) 
         return config.learning_rate * (step + 1) / config.lr_warmup_steps
     last = config.max_steps if steps is None else steps
     progress = min(1.0, (step - config.lr_warmup_steps) / max(1, last - config.lr_warmup_steps))
+    decayed = max(0.0, 1.0 - (1.0 - progress) / config.decay_share)  # of the part of `wsd` that decays
     floor = config.min_lr_ratio
     share = {
         Decay.constant: 1.0,
         Decay.linear: 1.0 - (1.0 - floor) * progress,
         Decay.cosine: floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress)),
+        Decay.wsd: floor + (1.0 - floor) * (1.0 - math.sqrt(decayed)),
     }[config.decay]
     return config.learning_rate * share
 
 
-def make_optimizer(config: TrainerConfig, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-    """Build the optimizer that `trainer.optimizer` names, over float32 parameters. Weight decay leaves out biases
-    and the scales of norms (one dimension), as Hugging Face's Trainer does: a decayed scale shrinks a whole layer."""
+FACTOR = "factor"
+"""The key of an optimizer's group of weights that holds the group's factor of the learning rate."""
+
+
+def make_optimizer(
+    config: TrainerConfig, parameters: Mapping[str, Tensor], part_of: Mapping[str, Part] | None = None
+) -> torch.optim.Optimizer:
+    """Build the optimizer that `trainer.optimizer` names, over float32 parameters by name. Weight decay leaves out
+    biases and the scales of norms (one dimension), as Hugging Face's Trainer does: a decayed scale shrinks a whole
+    layer. `part_of` says to which part of the model each parameter belongs, for `trainer.part_rates`; a name that it
+    lacks is learned at the learning rate itself."""
     settings: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "eps": config.eps}
-    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
-    vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
-    groups = [
-        {"params": of_group, "weight_decay": decay}
-        for of_group, decay in ((matrices, config.weight_decay), (vectors, 0.0))
-        if of_group
+    members: dict[tuple[float, float], list[Tensor]] = {}
+    for name, parameter in parameters.items():
+        part = (part_of or {}).get(name)
+        factor = 1.0 if part is None else getattr(config.part_rates, part.value)
+        decay = config.weight_decay if parameter.ndim > 1 else 0.0
+        members.setdefault((factor, decay), []).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": of_group, "weight_decay": decay, "lr": config.learning_rate * factor, FACTOR: factor}
+        for (factor, decay), of_group in members.items()
     ]
     if config.optimizer is Optimizer.adamw:
         return torch.optim.AdamW(groups, **settings, fused=True)
@@ -68,13 +83,27 @@ def make_optimizer(config: TrainerConfig, parameters: Sequence[Tensor]) -> torch
     return optimizer
 
 
+def assert_rates_reach(config: TrainerConfig, trainable: Iterable[Part]) -> None:
+    """Raise `ConfigError` where a factor of `trainer.part_rates` is set for a part that has no trainable weights."""
+    there = set(trainable)
+    for part in Part:
+        factor = getattr(config.part_rates, part.value)
+        if factor != 1 and part not in there:
+            tied = " (a head that is tied to the embedding belongs to language_model)" if part is Part.head else ""
+            raise ConfigError(
+                f"trainer.part_rates.{part.value}={factor} has no effect, because this model has no trainable weights "
+                f"of that part{tied}: set trainer.part_rates.{part.value}=1; parts that learn: "
+                f"{', '.join(each.value for each in Part if each in there)}"
+            )
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of the next step."""
+    """Set the learning rate of the next step; a group of weights with a factor of its own gets it times that."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):  # torchao recompiles its step for every new Python number
-            group["lr"].fill_(rate)
+            group["lr"].fill_(rate * group[FACTOR])
         else:
-            group["lr"] = rate
+            group["lr"] = rate * group[FACTOR]
 
 
 class LossScale:

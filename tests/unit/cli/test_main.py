@@ -152,7 +152,7 @@ def test_refused(arguments: list[str], messages: list[str], vlmrl: Callable[...,
             ["experiment=null"],
             "is not how Hydra leaves a group out: write ~experiment or experiment=[]",
         ),
-        (["model/lora=null"], "write ~model/lora or model/lora=[], or choose model/lora=<one of all_linear>"),
+        (["model/lora=null"], "write ~model/lora or model/lora=[], or choose model/lora=<one of all_linear, nf4>"),
         (
             ["task=null"],
             "a run needs one: choose task=<one of color_codeword, dataset, gymnasium, imported, mixture, program, "

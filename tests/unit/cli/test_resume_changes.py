@@ -39,7 +39,7 @@ POLICIES = {
         model.vlm.family model.vlm.positions model.vlm.image_token
         model.vlm.freeze_vision model.vlm.freeze_language
         model.size.name model.size.tie_word_embeddings model.size.text model.size.vision
-        model.lora.rank model.lora.alpha model.lora.targets
+        model.lora.rank model.lora.alpha model.lora.targets model.lora.parts model.lora.base_dtype
         model.tiny.hidden_size model.tiny.intermediate_size model.tiny.num_hidden_layers
         model.tiny.num_attention_heads model.tiny.num_key_value_heads model.tiny.head_dim model.tiny.vision_depth
         model.tiny.vision_hidden_size model.tiny.vision_intermediate_size model.tiny.vision_num_heads
@@ -100,7 +100,9 @@ POLICIES = {
         orchestrator.eval.sets.*.pass_at orchestrator.eval.sets.*.every
         inference.max_model_len inference.dtype inference.extra_args
         trainer.max_steps trainer.max_epochs trainer.seq_len trainer.learning_rate trainer.lr_warmup_steps trainer.decay
-        trainer.min_lr_ratio trainer.betas trainer.eps trainer.weight_decay trainer.max_grad_norm
+        trainer.min_lr_ratio trainer.decay_share trainer.part_rates.vision_tower trainer.part_rates.projector
+        trainer.part_rates.language_model trainer.part_rates.head
+        trainer.betas trainer.eps trainer.weight_decay trainer.max_grad_norm
         trainer.warmup.steps trainer.warmup.batch_size trainer.warmup.learning_rate trainer.warmup.demonstrations
         trainer.warmup.rl_weight trainer.warmup.rl_batch_size
         trainer.keep_best trainer.patience

@@ -11,9 +11,10 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from support.helpers import TINY, Sampled, image, plain_logprobs, sample
-from vlmrl.config.model import LoraConfig, ModelConfig, VLMConfig
+from vlmrl.config.model import LoraConfig, ModelConfig, Part, VLMConfig
 from vlmrl.errors import ConfigError
-from vlmrl.models.lora import add_adapters, merged, select_trainable
+from vlmrl.models.lora import add_adapters, merged, select_trainable, without_adapters
+from vlmrl.models.parts import part_of_each
 
 SAMPLE = sample("a", [1, 2], image(2, 3), Sampled([4, 5, 6]))
 
@@ -98,10 +99,52 @@ def test_every_linear_layer_of_the_language_model_by_default(
     assert {id(module.base_layer) for module in adapted.values()} == linear
 
 
+EVERYWHERE = [Part.vision_tower, Part.projector, Part.language_model]
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma4", "glm4v", "idefics3"])
+def test_vision_tower_and_projector_get_adapters(family_folder: Callable[[str], Path], family: str) -> None:
+    """All of their linear layers and no other one. The features of images change with the adapters."""
+    pytest.importorskip("peft")
+    auto: Any = AutoModelForImageTextToText
+    model = auto.from_pretrained(family_folder(family))
+    part_of = part_of_each(model)
+    for parts in ([Part.vision_tower], [Part.projector, Part.vision_tower]):
+        model = auto.from_pretrained(family_folder(family))
+        linear = {
+            name
+            for name, module in model.named_modules()
+            if type(module) is torch.nn.Linear and part_of.get(f"{name}.weight") in parts
+        }
+        add_adapters(model, LoraConfig(rank=3, parts=parts))
+        assert {name for name, module in model.named_modules() if hasattr(module, "lora_A")} == linear
+        assert {part_of_each(model)[name] for name, p in model.named_parameters() if p.requires_grad} == set(parts)
+
+
+def test_merged_adapters_of_every_part(tiny_model: Callable[[], Any]) -> None:
+    pytest.importorskip("peft")
+    model, plain = tiny_model(), tiny_model()
+    add_adapters(model, LoraConfig(rank=3, parts=EVERYWHERE))
+    before = plain_logprobs(model, SAMPLE)
+    torch.testing.assert_close(before, plain_logprobs(plain, SAMPLE))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name and "visual" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    wanted = plain_logprobs(model, SAMPLE)
+    assert float((wanted - before).detach().abs().max()) > 0.01
+    with torch.no_grad():
+        for name, tensor in merged(model):
+            plain.get_parameter(name).copy_(tensor)
+    torch.testing.assert_close(plain_logprobs(plain, SAMPLE), wanted, rtol=1e-4, atol=1e-5)
+    with without_adapters(model):
+        torch.testing.assert_close(plain_logprobs(model, SAMPLE), before)
+
+
 def test_names_that_no_layer_has(tiny_model: Callable[[], Any]) -> None:
     pytest.importorskip("peft")
     with pytest.raises(ConfigError, match=r"model\.lora\.targets=\['qkv'\] names no linear layer"):
         add_adapters(tiny_model(), LoraConfig(targets=["qkv"]))  # the vision tower has one
+    add_adapters(tiny_model(), LoraConfig(targets=["qkv"], parts=[Part.vision_tower]))
 
 
 @pytest.mark.parametrize(("vision", "language"), [(True, False), (False, True), (False, False)])

@@ -93,9 +93,12 @@ def test_what_is_kept_whole_is_gathered_once_a_step_and_reduced_once(case: str, 
 
 def test_ranks_learn_adapters(tiny_folder: Path, tmp_path: Path, alone: Callable[[str], Found]) -> None:
     pytest.importorskip("peft")
-    case = "kept whole, adapters"
-    found = by_ranks(2, tiny_folder, tmp_path, case)[case]
+    case, everywhere = "kept whole, adapters", "adapters everywhere"
+    ranks = by_ranks(2, tiny_folder, tmp_path, case, everywhere)
+    found = ranks[case]
     assert_same(found, alone(case), tolerance=1e-5)
+    assert_same(ranks[everywhere], alone(everywhere), tolerance=1e-5)
+    assert_same(alone(f"{everywhere}, one by one"), alone(everywhere), tolerance=1e-5)
     gathered, reduced = found["2/collectives"]
     assert 0 < reduced <= gathered <= found["units"]
 

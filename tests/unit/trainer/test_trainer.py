@@ -299,12 +299,30 @@ def test_a_gradient_that_is_not_finite_stops_the_step(tiny_model: Callable[[], A
         (Decay.constant, [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
         (Decay.linear, [0.25, 0.5, 0.75, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2]),
         (Decay.cosine, [0.25, 0.5, 0.75, 1.0, 1.0, 0.8828, 0.6, 0.3172, 0.2]),
+        (Decay.wsd, [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 0.4343, 0.2]),
     ],
 )
 def test_the_learning_rate_rises_then_decays_to_its_floor(decay: Decay, wanted: list[float]) -> None:
-    config = TrainerConfig(max_steps=8, learning_rate=2.0, lr_warmup_steps=4, decay=decay, min_lr_ratio=0.2)
+    config = TrainerConfig(
+        max_steps=8, learning_rate=2.0, lr_warmup_steps=4, decay=decay, min_lr_ratio=0.2, decay_share=0.5
+    )
     assert [round(learning_rate(config, step) / 2, 4) for step in range(9)] == wanted
     assert learning_rate(config, 100) == learning_rate(config, 8)
+
+
+def wsd_of_the_paper(n: int, steps: int, warmup: int, decaying: int) -> float:
+    """arXiv 2405.18392, eq. 1, with f = 1 − sqrt; `n` counts the steps from 0, where it gives the share of the peak."""
+    if n < warmup:
+        return (n + 1) / warmup  # a first step at rate 0 would be lost
+    return 1.0 if n < steps - decaying else float(1 - np.sqrt((n - (steps - decaying)) / decaying))
+
+
+def test_warm_up_stable_decay_is_the_papers() -> None:
+    config = TrainerConfig(
+        max_steps=50, learning_rate=1.0, lr_warmup_steps=10, decay=Decay.wsd, min_lr_ratio=0.0, decay_share=0.25
+    )
+    wanted = [wsd_of_the_paper(step, 50, 10, 10) for step in range(51)]
+    np.testing.assert_allclose([learning_rate(config, step) for step in range(51)], wanted, atol=1e-7)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])

@@ -40,8 +40,10 @@ class CachedPolicy:
             self.image_keys = ImageKeys()
 
     def clear(self) -> None:
-        """Have the next `use_version` clear all caches."""
+        """Have the next `use_version` clear all caches, and give their memory to the trainer."""
         self.version = -1
+        self.kv_cache.release()
+        self._features.clear()
 
     def forward(
         self,

@@ -23,6 +23,11 @@ class KVCache:
         """Reuse all slots from the first one on."""
         self._used = 0
 
+    def release(self) -> None:
+        """Give the memory of all slots back."""
+        self.clear()
+        self.pool = KVPool(0)
+
     def allocate(self, slots: int) -> int:
         """Reserve `slots` consecutive slots and return the first. A full pool is copied into one of twice the size."""
         first = self._used

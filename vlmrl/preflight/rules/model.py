@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vlmrl.config.import_paths import is_import_path
-from vlmrl.config.model import Init, SizeConfig
+from vlmrl.config.model import Init, Part, SizeConfig
 from vlmrl.config.orchestrator import TEMPLATE
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import ConfigError
@@ -169,6 +169,8 @@ def something_learns(config: RunConfig) -> None:
             "model.lora.targets=[] gives no layer an adapter, so nothing would learn: set "
             "model.lora.targets=[q_proj,v_proj], or leave it out"
         )
+    if lora is not None:
+        _adapted_parts_exist(lora.parts, has_images=vlm is not None)
     if vlm is None or not (vlm.freeze_vision or vlm.freeze_language):
         return
     if vlm.freeze_vision and vlm.freeze_language:
@@ -179,8 +181,27 @@ def something_learns(config: RunConfig) -> None:
     if lora is not None:
         key = "model.vlm.freeze_vision" if vlm.freeze_vision else "model.vlm.freeze_language"
         raise ConfigError(
-            f"{key}=true has no effect with model.lora, which freezes everything but the language model's adapters: "
+            f"{key}=true has no effect with model.lora, which freezes everything but the adapters of model.lora.parts: "
             f"set {key}=false"
+        )
+
+
+def _adapted_parts_exist(parts: list[Part], *, has_images: bool) -> None:
+    """Raise `ConfigError` for parts that can have no adapters."""
+    shown = f"model.lora.parts=[{','.join(part.value for part in parts)}]"
+    if not parts:
+        raise ConfigError(
+            f"{shown} gives no part adapters, so nothing would learn: set model.lora.parts=[language_model]"
+        )
+    if Part.head in parts:
+        raise ConfigError(
+            f"{shown} names the head, which gets no adapters, because logprobs are computed from its weight itself: "
+            "drop head from model.lora.parts"
+        )
+    if not has_images and set(parts) != {Part.language_model}:
+        raise ConfigError(
+            f"{shown} names parts that a model without images (model.vlm=null) does not have: set "
+            "model.lora.parts=[language_model]"
         )
 
 

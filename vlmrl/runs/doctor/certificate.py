@@ -19,6 +19,7 @@ from vlmrl.config.model import ModelConfig
 from vlmrl.config.run import RunConfig
 from vlmrl.models.attention.rules import AttentionRule
 from vlmrl.models.checkpoints.load import HUB_FILES
+from vlmrl.models.lora import is_quantized
 from vlmrl.models.policy import Policy
 from vlmrl.record.run_dir import git_state, package_version
 from vlmrl.rendering.renderer import renderer_name
@@ -90,7 +91,7 @@ def settings(config: RunConfig, policy: Policy) -> dict[str, Any]:
         "attention": list(_attention(policy)),
         "adapters": config.model.lora is not None,
         "device": policy.device.type,
-        "dtype": config.model.dtype.value,
+        "dtype": config.model.dtype.value + (" on nf4" if is_quantized(config.model) else ""),
         "engine": config.inference.kind,
         "engine_dtype": engine_dtype(config).value,
         "weight_sync": config.weight_sync.kind,

@@ -27,8 +27,8 @@ def test_what_learns_holds_what_was_said(
     config = run_config(f"model.dtype={dtype}", f"trainer.cpu_offload={offload}", "model.device=cpu")
     model = tiny_model().to(getattr(torch, dtype))
     weights = PlainWeights(model, offload=offload, ranks=1)
+    optimizer = make_optimizer(config.trainer, weights.trainable())
     learning = list(weights.trainable().values())
-    optimizer = make_optimizer(config.trainer, learning)
     for parameter in model.parameters():
         parameter.sum().backward()
     optimizer.step()

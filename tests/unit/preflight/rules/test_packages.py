@@ -16,6 +16,7 @@ from vlmrl.preflight.site import Site
 @pytest.mark.parametrize(
     ("overrides", "package", "message"),
     [
+        (("model/lora=nf4",), "bitsandbytes", r"base_dtype=nf4 needs the package bitsandbytes.*'vlmrl\[4bit\]', or"),
         (("model/lora=all_linear",), "peft", r"^model\.lora needs the package peft.*pip install 'vlmrl\[lora\]', or"),
         (
             ("trainer.optimizer=adamw_8bit",),
