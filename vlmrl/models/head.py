@@ -229,10 +229,16 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a.float(), b.float())
 
 
+def float_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """float32 [U, V], before the model's map, the mask of banned tokens and the division by the temperature. A GPU
+    makes no copy of the weight in float32."""
+    logits = product(hidden, weight.t())
+    return logits if bias is None else logits + bias.float()
+
+
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: slice) -> Tensor:
-    """float32 [U, columns], before the model's map, the mask of banned tokens and the division by the temperature."""
-    logits = product(hidden, weight[columns].t())
-    return logits if bias is None else logits + bias[columns].float()
+    """The logits of some columns, float32 [U, columns]."""
+    return float_logits(hidden, weight[columns], None if bias is None else bias[columns])
 
 
 def _no_columns(hidden: Tensor, targets: Tensor) -> Columns:

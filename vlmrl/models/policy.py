@@ -29,7 +29,7 @@ from vlmrl.models.attention.tree import ATTENTION_NAME, tree_attention_forward
 from vlmrl.models.blocks import uncompiled_in_inference
 from vlmrl.models.families.positions import PositionFunction
 from vlmrl.models.features import FeatureCache, ImageFeatures, Levels, first_features
-from vlmrl.models.head import most_likely, token_and_top_logprobs, token_logprobs
+from vlmrl.models.head import float_logits, most_likely, token_and_top_logprobs, token_logprobs
 from vlmrl.models.image_encoder import ImageEncoder
 from vlmrl.models.logit_map import logit_map
 from vlmrl.models.supports import PackedSupports, support_logprobs
@@ -209,7 +209,7 @@ class Policy:
         head = self.model.get_output_embeddings()
         # In float32, for any dtype of the weights and under autocast: a rounded logit moves every probability.
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = self.logit_map(torch.nn.functional.linear(hidden.float(), head.weight.float(), head.bias))
+            logits = self.logit_map(float_logits(hidden, head.weight, head.bias))
         logits = logits.masked_fill(self.banned, float("-inf"))
         return torch.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)
 
