@@ -84,8 +84,13 @@ def test_forward_and_backward_are_those_of_the_rounded_weight() -> None:
 
 def test_no_copy_of_the_weight_is_kept_for_the_backward_pass() -> None:
     kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
     quantized = Nf4Linear(layer_of(64, 64, bias=False))
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         quantized(torch.randn(3, 64, requires_grad=True))
     assert sum(tensor.nbytes for tensor in kept) < 64 * 64
 

@@ -4,15 +4,20 @@
                  host with trainer.cpu_offload, a slice of them on each rank with trainer.sharding=full or optimizer;
                  + weight in the model's dtype, where that is not float32 and the ranks hold no slices;
                  + weight in the model's dtype and gradient 4 on the GPU, with trainer.sharding=optimizer
-    frozen       the other parameters × weight in the model's dtype (model.lora, model.vlm.freeze_*), and
-                 trainer.feature_cache_mib where the vision tower is among them
+    frozen       the other parameters × weight in the model's dtype (model.lora, model.vlm.freeze_*), or 4.5 bits for
+                 the language model's linear layers (model.lora.base_dtype=nf4), and trainer.feature_cache_mib where
+                 the vision tower is among them
     reference    parameters × weight in reference.dtype, unless it is the policy without its adapters or is offloaded;
                  reference=ema keeps a float32 average besides, where that is not the dtype
     in transit   parameters × weight in the engine's dtype, for weight_sync=nccl and cuda_ipc
     activations  tokens of a micro-batch × layers × bytes
                  × (8 hidden + 2 (heads + 2 kv_heads) head_dim + 4 intermediate)
                  + 4 × 256 MiB for the chunks of logits, less where there are fewer logits;
-                 with trainer.activation_checkpointing, `hidden` of every layer and the rest of one layer
+                 with trainer.activation_checkpointing, `hidden` of every layer, and either the rest of one layer with
+                 its gradients or the logits, which do not exist at the same time
+    engine       with inference=embedded and while it samples: slots of the KV cache × 2 × layers × kv_heads × head_dim
+                 × bytes, for which the cache doubles when it is full, + 48 bytes per logit of the tokens that are
+                 sampled at a time; it is gone before the passes of a step, so the larger of the two counts
     server       gpu_memory_utilization × the GPU, which holds parameters × weight / tensor_parallel_size, and
                  KV cache of 2 × layers × kv_heads × head_dim × bytes for each token
     pixels       distinct images alive × width × height × (bytes per pixel that the processor makes + 3)
@@ -30,7 +35,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vlmrl.config.inference import VllmConfig
-from vlmrl.config.model import EVERY_LINEAR_LAYER, Dtype, LoraConfig
+from vlmrl.config.model import EVERY_LINEAR_LAYER, BaseDtype, Dtype, LoraConfig, Part
 from vlmrl.config.reference import CopyConfig, EmaReferenceConfig
 from vlmrl.config.run import Mode, RunConfig
 from vlmrl.config.trainer import Optimizer, Sharding
@@ -44,6 +49,16 @@ BYTES = {Dtype.float32: 4, Dtype.bfloat16: 2, Dtype.float16: 2}
 
 LOGITS_BYTES = 256 << 20
 """Bytes of logits that the head computes at a time (models/head.py)."""
+
+NF4_BYTES = 0.5 + 4 / 64
+"""Bytes of a weight in 4 bits: half a byte, and a float32 magnitude for each block of 64 (models/nf4.py)."""
+
+BYTES_PER_LOGIT = 48
+"""Of the tokens that the embedded engine samples at a time: logits and logprobs in float32, and the cumulative
+distribution in float64, with what comes between them (inference/embedded/sampling.py)."""
+
+FIRST_CAPACITY_SLOTS = 4096
+"""The smallest KV cache of the embedded engine (inference/embedded/kv_cache.py)."""
 
 SERVER_BYTES = 3 * 10**9
 """What a vLLM server needs besides weights and KV cache: activations, CUDA graphs, the CUDA context."""
@@ -60,7 +75,10 @@ class TrainerMemory:
     """Weights of the second model."""
     in_transit: int
     activations: int | None
-    """None where the model's layers are not known."""
+    """Of a micro-batch; None where the model's layers are not known."""
+    engine: int | None
+    """KV cache and probabilities of the embedded engine while it samples a step's rollouts; 0 for servers, None where
+    the layers are not known."""
     on_host: int
     """The part of the trainable parameters' bytes that is in the host's memory."""
 
@@ -69,9 +87,32 @@ class TrainerMemory:
         """Bytes that the device holds from the first step to the last."""
         return self.learning + self.frozen + self.reference + self.in_transit
 
+    @property
+    def peak(self) -> int | None:
+        """The most bytes on the device at a time; None where the layers are not known."""
+        if self.activations is None or self.engine is None:
+            return None
+        return self.fixed + max(self.activations, self.engine)
 
-def trainer_memory(config: RunConfig, sizes: Sizes, rows: int, loss_tokens: int, ranks: int) -> TrainerMemory | None:
-    """Memory for a micro-batch of `rows` tokens with `loss_tokens` loss tokens; None where the model is unknown."""
+
+@dataclass(frozen=True)
+class StepTokens:
+    """Tokens of a step, as the plan estimates them (plan.py)."""
+
+    rows: int
+    """Of a micro-batch, packed."""
+    loss_tokens: int
+    """Of a micro-batch."""
+    prompts: int = 0
+    """Of the step's distinct first prompts: what the engine prefills at once."""
+    rollouts: int = 0
+    """Rows of the whole step as a prefix tree: what the engine's KV cache holds in the end."""
+    sampled_at_a_time: int = 0
+    """Rollouts of the step."""
+
+
+def trainer_memory(config: RunConfig, sizes: Sizes, step: StepTokens, ranks: int) -> TrainerMemory | None:
+    """Memory of a rank; None where the model is unknown."""
     if sizes.parameters is None:
         return None
     weight = BYTES[config.model.dtype]
@@ -81,13 +122,15 @@ def trainer_memory(config: RunConfig, sizes: Sizes, rows: int, loss_tokens: int,
     on_device, on_host = learning_bytes(config, ranks)
     learns, frozen = learning_parameters(config, sizes)
     cache = config.trainer.feature_cache_mib << 20 if vision_is_frozen(config) else 0
-    activations = None if sizes.text is None else _activations(config, sizes.text, rows, loss_tokens)
+    activations = None if sizes.text is None else _activations(config, sizes.text, step)
+    in_4_bits = quantized_parameters(config, sizes.text)
     return TrainerMemory(
         learning=math.ceil(learns * on_device),
-        frozen=frozen * weight + cache,
+        frozen=math.ceil((frozen - in_4_bits) * weight + in_4_bits * NF4_BYTES) + cache,
         reference=reference_bytes(config, sizes.parameters),
         in_transit=in_transit,
         activations=activations,
+        engine=None if sizes.text is None else engine_bytes(config, sizes.text, step),
         on_host=math.ceil(learns * on_host),
     )
 
@@ -108,7 +151,9 @@ def reference_bytes(config: RunConfig, parameters: int) -> int:
 def vision_is_frozen(config: RunConfig) -> bool:
     """Whether there is a vision tower that is not trained."""
     vlm = config.model.vlm
-    return vlm is not None and (vlm.freeze_vision or config.model.lora is not None)
+    lora = config.model.lora
+    adapted = lora is not None and not set(lora.parts) <= {Part.language_model}
+    return vlm is not None and (vlm.freeze_vision or (lora is not None and not adapted))
 
 
 def learning_parameters(config: RunConfig, sizes: Sizes) -> tuple[int, int]:
@@ -123,26 +168,44 @@ def learning_parameters(config: RunConfig, sizes: Sizes) -> tuple[int, int]:
 
 
 def adapter_parameters(lora: LoraConfig, text: TextSizes | None) -> int:
-    """rank × (columns + rows), summed over the linear layers with an adapter; 0 where the layers are unknown.
+    """rank × (columns + rows), summed over the language model's linear layers with an adapter; 0 where the layers are
+    unknown. Adapters of the vision tower and of the projector are left out: they are less than a tenth of the others.
 
     >>> text = TextSizes(layers=2, hidden=64, intermediate=128, heads=4, kv_heads=2, head_dim=32, vocabulary=448)
     >>> adapter_parameters(LoraConfig(rank=4, targets=["q_proj", "down_proj"]), text)
     3072
     """
-    if text is None:
+    if text is None or Part.language_model not in lora.parts:
         return 0
+    shapes = _linear_layers(text)
+    names = shapes if EVERY_LINEAR_LAYER in lora.targets else lora.targets
+    return sum(text.layers * lora.rank * sum(shapes.get(name, (0, 0))) for name in names)
+
+
+def quantized_parameters(config: RunConfig, text: TextSizes | None) -> int:
+    """How many weights are held in 4 bits; 0 where the layers are unknown."""
+    lora = config.model.lora
+    if text is None or lora is None or lora.base_dtype is not BaseDtype.nf4:
+        return 0
+    return text.layers * sum(columns * rows for columns, rows in _linear_layers(text).values())
+
+
+def _linear_layers(text: TextSizes) -> dict[str, tuple[int, int]]:
+    """The linear layers of one layer of the language model: columns and rows, by name. Experts are none."""
     queries, keys = text.heads * text.head_dim, text.kv_heads * text.head_dim
-    shapes = {
+    layers = {
         "q_proj": (text.hidden, queries),
         "k_proj": (text.hidden, keys),
         "v_proj": (text.hidden, keys),
         "o_proj": (queries, text.hidden),
+    }
+    if text.has_experts:
+        return layers
+    return layers | {
         "gate_proj": (text.hidden, text.intermediate),
         "up_proj": (text.hidden, text.intermediate),
         "down_proj": (text.intermediate, text.hidden),
     }
-    names = shapes if EVERY_LINEAR_LAYER in lora.targets else lora.targets
-    return sum(text.layers * lora.rank * sum(shapes.get(name, (0, 0))) for name in names)
 
 
 def learning_bytes(config: RunConfig, ranks: int) -> tuple[float, float]:
@@ -161,10 +224,25 @@ def learning_bytes(config: RunConfig, ranks: int) -> tuple[float, float]:
     return (computed_with, learning) if offloaded else (computed_with + learning, 0)
 
 
-def _activations(config: RunConfig, text: TextSizes, rows: int, loss_tokens: int) -> int:
+def _activations(config: RunConfig, text: TextSizes, step: StepTokens) -> int:
+    of_row = BYTES[config.model.dtype] * step.rows
     layer = 8 * text.hidden + 2 * (text.heads + 2 * text.kv_heads) * text.head_dim + 4 * text.intermediate
-    kept = text.layers * text.hidden + layer if config.trainer.activation_checkpointing else text.layers * layer
-    return rows * BYTES[config.model.dtype] * kept + min(loss_tokens * text.vocabulary * 4, LOGITS_BYTES) * 4
+    logits = min(step.loss_tokens * text.vocabulary * 4, LOGITS_BYTES) * 4
+    if not config.trainer.activation_checkpointing:
+        return of_row * text.layers * layer + logits
+    gradients = 2 * text.hidden + 3 * text.intermediate
+    return of_row * text.layers * text.hidden + max(of_row * (layer + gradients), logits)
+
+
+def engine_bytes(config: RunConfig, text: TextSizes, step: StepTokens) -> int:
+    """What the embedded engine holds for the rollouts of a step."""
+    if isinstance(config.inference, VllmConfig):
+        return 0
+    slots, before = max(FIRST_CAPACITY_SLOTS, 2 * step.prompts), 0
+    while slots < step.rollouts:
+        slots, before = 2 * (slots + 1), slots
+    slot = 2 * text.layers * text.kv_heads * text.head_dim * BYTES[config.model.dtype]
+    return (slots + before) * slot + BYTES_PER_LOGIT * step.sampled_at_a_time * text.vocabulary
 
 
 @dataclass(frozen=True)

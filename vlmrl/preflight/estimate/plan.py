@@ -19,7 +19,7 @@ from vlmrl.config.trainer import Packing
 from vlmrl.errors import ConfigError, UserFault
 from vlmrl.models.families import family_of
 from vlmrl.preflight.estimate.episode import SAMPLES, EpisodeEstimate, play
-from vlmrl.preflight.estimate.memory import pixel_bytes, server_memory, trainer_memory
+from vlmrl.preflight.estimate.memory import StepTokens, pixel_bytes, server_memory, trainer_memory
 from vlmrl.preflight.estimate.sizes import CHARACTERS_PER_TOKEN, TINY_CHARACTERS_PER_TOKEN, Sizes, find_sizes
 from vlmrl.preflight.installed import missing
 from vlmrl.preflight.machine import Machine, find_machine
@@ -176,10 +176,25 @@ def step_tokens(config: RunConfig, sizes: Sizes, episode: EpisodeEstimate) -> tu
     return rows, rollouts * (episode.turns + further) * o.max_new_tokens
 
 
-def _memory(config: RunConfig, sizes: Sizes, episode: EpisodeEstimate, ranks: int) -> Iterator[tuple[str, str]]:
+def tokens_of_micro_batch(config: RunConfig, sizes: Sizes, episode: EpisodeEstimate) -> StepTokens:
+    """What decides over the memory of a step."""
+    o = config.orchestrator
     rows, loss_tokens = step_tokens(config, sizes, episode)
     share = min(1.0, config.trainer.micro_batch_tokens / rows)
-    trainer = trainer_memory(config, sizes, math.ceil(share * rows), math.ceil(share * loss_tokens), ranks)
+    length, rollouts = longest_episode(config, sizes, episode), o.groups_per_step * o.group_size
+    prompt = (length - episode.turns * o.max_new_tokens) // episode.turns
+    prompts = o.groups_per_step * prompt
+    return StepTokens(
+        rows=math.ceil(share * rows),
+        loss_tokens=math.ceil(share * loss_tokens),
+        prompts=prompts,
+        rollouts=prompts + rollouts * (length - prompt + (episode.conversations - 1) * length),
+        sampled_at_a_time=rollouts,
+    )
+
+
+def _memory(config: RunConfig, sizes: Sizes, episode: EpisodeEstimate, ranks: int) -> Iterator[tuple[str, str]]:
+    trainer = trainer_memory(config, sizes, tokens_of_micro_batch(config, sizes, episode), ranks)
     if trainer is not None:
         active = "unknown" if trainer.activations is None else size(trainer.activations)
         yield (
@@ -187,6 +202,8 @@ def _memory(config: RunConfig, sizes: Sizes, episode: EpisodeEstimate, ranks: in
             f"about {size(trainer.fixed)} a rank + {active} of activations (estimate)"
             + (f"; {size(trainer.in_transit)} of it are weights in transit" if trainer.in_transit else ""),
         )
+        if trainer.engine and trainer.peak is not None:
+            yield "", f"or + {size(trainer.engine)} of the engine while it samples: a peak of {size(trainer.peak)}"
         if trainer.on_host:
             yield "", f"and {size(trainer.on_host)} of the host's, where AdamW runs (trainer.cpu_offload)"
     if isinstance(config.inference, VllmConfig):

@@ -42,6 +42,8 @@ class TextSizes:
     kv_heads: int
     head_dim: int
     vocabulary: int
+    has_experts: bool = False
+    """Whether the MLP is a mixture of experts."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ def from_numbers(numbers: Mapping[str, Any], source: str, family: Family, image_
             kv_heads=text["num_key_value_heads"],
             head_dim=_head_dim(text),
             vocabulary=text["vocab_size"],
+            has_experts=bool(text.get("num_experts")),
         )
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):  # another family's, or no numbers
         return Sizes(source, None, None, None, image_bounds)

@@ -9,7 +9,7 @@ from vlmrl.config.inference import VllmConfig
 from vlmrl.config.run import Mode, RunConfig
 from vlmrl.config.trainer import Optimizer
 from vlmrl.errors import ConfigError
-from vlmrl.preflight.estimate.memory import SERVER_BYTES, server_memory, trainer_memory
+from vlmrl.preflight.estimate.memory import SERVER_BYTES, StepTokens, server_memory, trainer_memory
 from vlmrl.preflight.estimate.sizes import Sizes, find_sizes
 from vlmrl.preflight.machine import Gpu, Machine
 from vlmrl.preflight.places import GIB, gpus_needed, processes
@@ -62,7 +62,7 @@ def _refuse_count(config: RunConfig, own: VllmConfig | None, gpus: int, ranks: i
 
 def _refuse_trainer(config: RunConfig, sizes: Sizes, gpu: Gpu, share: float, ranks: int) -> None:
     """`share` of the GPU belongs to vLLM's servers."""
-    trainer = trainer_memory(config, sizes, rows=0, loss_tokens=0, ranks=ranks)
+    trainer = trainer_memory(config, sizes, StepTokens(0, 0), ranks)
     if trainer is None or trainer.fixed <= (1 - share) * gpu.memory:
         return
     servers = f", {share:.0%} of it for vLLM (inference.gpu_memory_utilization)" if share else ""
@@ -77,7 +77,7 @@ def _refuse_trainer(config: RunConfig, sizes: Sizes, gpu: Gpu, share: float, ran
 
 
 def _refuse_host(config: RunConfig, sizes: Sizes, machine: Machine, ranks: int) -> None:
-    trainer = trainer_memory(config, sizes, rows=0, loss_tokens=0, ranks=ranks)
+    trainer = trainer_memory(config, sizes, StepTokens(0, 0), ranks)
     needed = trainer.on_host * machine.ranks if trainer is not None else 0
     if needed > machine.memory:
         raise ConfigError(

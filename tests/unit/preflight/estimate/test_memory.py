@@ -9,7 +9,15 @@ import pytest
 
 from support import helpers
 from vlmrl.config.run import RunConfig
-from vlmrl.preflight.estimate.memory import learning_bytes, learning_parameters, reference_bytes, trainer_memory
+from vlmrl.preflight.estimate.memory import (
+    StepTokens,
+    engine_bytes,
+    learning_bytes,
+    learning_parameters,
+    quantized_parameters,
+    reference_bytes,
+    trainer_memory,
+)
 from vlmrl.preflight.estimate.sizes import Sizes, find_sizes
 
 
@@ -36,7 +44,7 @@ def test_what_learns_holds_what_was_said(
     gradients = [tensor.grad for tensor in learning if tensor.grad is not None]
     held = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *learning, *gradients, *averages)}
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    memory = trainer_memory(config, Sizes("a test", parameters, 0, None, None), rows=0, loss_tokens=0, ranks=1)
+    memory = trainer_memory(config, Sizes("a test", parameters, 0, None, None), StepTokens(0, 0), ranks=1)
     assert memory is not None
     assert memory.on_host == 0, "nothing moves where the model is on a CPU"
     assert memory.fixed == pytest.approx(sum(held.values()), rel=0.01)
@@ -90,13 +98,57 @@ def test_adapters_are_counted_exactly(run_config: Callable[..., RunConfig], tiny
 def test_recomputed_layers_keep_their_inputs_alone(run_config: Callable[..., RunConfig]) -> None:
     def activations(*overrides: str) -> int:
         config = run_config("model=qwen3vl", "model/size=2b", *overrides)
-        memory = trainer_memory(config, find_sizes(config.model), rows=16384, loss_tokens=0, ranks=1)
+        memory = trainer_memory(config, find_sizes(config.model), StepTokens(16384, 0), ranks=1)
         assert memory is not None
         assert memory.activations is not None
         return memory.activations
 
     assert activations() == pytest.approx(45e9, rel=0.01)
-    assert activations("trainer.activation_checkpointing=true") == pytest.approx(3.4e9, rel=0.1)
+    assert activations("trainer.activation_checkpointing=true") == pytest.approx(3.8e9, rel=0.1)
+
+
+def test_a_base_in_4_bits_is_counted_exactly(
+    run_config: Callable[..., RunConfig], tiny_model: Callable[[], Any]
+) -> None:
+    pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    from vlmrl.models.lora import select_trainable
+    from vlmrl.models.nf4 import Nf4Linear, in_4_bits
+
+    config = run_config("model/lora=nf4", "trainer.feature_cache_mib=0")
+    config.model.tiny = helpers.TINY.tiny
+    model = tiny_model()
+    select_trainable(model, config.model)
+    sizes = find_sizes(config.model)
+    assert quantized_parameters(config, sizes.text) == in_4_bits(model)
+    held = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    held += sum(b.nbytes for module in model.modules() if isinstance(module, Nf4Linear) for b in module.buffers())
+    memory = trainer_memory(config, sizes, StepTokens(0, 0), ranks=1)
+    assert memory is not None
+    assert memory.frozen == held
+
+
+def test_the_cache_of_the_embedded_engine(run_config: Callable[..., RunConfig]) -> None:
+    """The pool doubles when it is full, and the old one is copied into the new one."""
+    from vlmrl.inference.embedded.kv_cache import KVCache
+
+    config = run_config("model=qwen3vl", "inference=embedded")
+    text = find_sizes(config.model).text
+    assert text is not None
+    per_slot = 2 * text.layers * text.kv_heads * text.head_dim * 2
+    for prompts, decoded, at_a_time in ((10_000, 9_000, 1), (1_000, 9_000, 1), (1_000, 9_000, 0)):
+        cache, most = KVCache(), 0
+        cache.allocate(prompts)
+        for _ in range(decoded):
+            before = cache.pool.capacity
+            cache.allocate(1)
+            grew = cache.pool.capacity != before
+            most = max(most, cache.pool.capacity + (before if grew else 0))
+        step = StepTokens(0, 0, prompts, prompts + decoded, at_a_time)
+        assert engine_bytes(config, text, step) == max(most, cache.pool.capacity) * per_slot + (
+            48 * at_a_time * text.vocabulary
+        )
+    assert engine_bytes(run_config("inference=vllm"), text, step) == 0
 
 
 @pytest.mark.parametrize(
