@@ -21,7 +21,15 @@ REHEARSAL_TIMEOUT_S = 500.0
 
 HELPERS = (
     *("family_cells.py", "family_export.py", "family_image.py", "family_runs.py", "family_task.py"),
-    *("cards_task.py", "curves.py", "large_family.py", "timed_command.py", "training_batches.py", "trl_side.py"),
+    *(
+        "cards_task.py",
+        "curves.py",
+        "large_family.py",
+        "noise_task.py",
+        "timed_command.py",
+        "training_batches.py",
+        "trl_side.py",
+    ),
 )
 """Files of benchmarks/ that others import or start."""
 
@@ -43,6 +51,7 @@ REHEARSALS = {
     ),
     "fsdp_scaling.py": "--size tiny --device cpu --shape codeword --rows alone,full,optimizer --steps 1 --groups 1",
     "kills.py": "--kills 2",
+    "memory_4bit.py": "--sizes tiny --device cpu --rows nf4 --steps 2 trainer.optimizer=adamw",
     "mismatch.py": f"--checkpoint TINY --dtype float32 --engines default {SMALL_IMAGES}",
     "rollout_bytes.py": "--run RUN --answer-tokens 20",
     "looking.py": "--steps 1 --seeds 0 --weights 0,1 trainer.warmup.steps=1 orchestrator.eval.problems=9",
@@ -76,6 +85,7 @@ REHEARSALS = {
 environment with verifiers."""
 
 NEEDS = {
+    "memory_4bit.py": "bitsandbytes",
     "mismatch.py": "vllm",
     "rollout_throughput.py": "vllm",
     "weight_sync.py": "vllm",
