@@ -29,6 +29,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 REPOSITORY = Path(__file__).parents[1]
 sys.path[:0] = [str(REPOSITORY)]
@@ -175,11 +176,11 @@ def child(folder: Path, limit_gib: float, overrides: list[str]) -> None:
         (folder / "known.json").write_text(json.dumps(known | {"limit": limit}))
         return model
 
-    build.make_model = make_model
     sys.argv = ["vlmrl", *overrides]
     from vlmrl.__main__ import run
 
-    run()
+    with patch.object(build, "make_model", make_model):
+        run()
 
 
 def estimated(config: Any) -> float:

@@ -13,6 +13,8 @@ from typing import Any
 from torch import nn
 
 from vlmrl.config.model import Part
+from vlmrl.config.trainer import PartRatesConfig
+from vlmrl.errors import ConfigError
 from vlmrl.models.image_encoder import image_parameters, image_tower
 
 PROJECTOR_IN_TOWER = "merger"
@@ -33,6 +35,21 @@ def part_of_each(model: Any) -> dict[str, Part]:
         else:
             found[name] = Part.head if id(parameter) in of_head else Part.language_model
     return found
+
+
+def assert_rates_reach(rates: PartRatesConfig, model: Any) -> None:
+    """Raise `ConfigError` where a factor of `trainer.part_rates` is set for a part that has no trainable weights."""
+    part_of = part_of_each(model)
+    there = {part_of[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for part in Part:
+        factor = getattr(rates, part.value)
+        if factor != 1 and part not in there:
+            tied = " (a head that is tied to the embedding belongs to language_model)" if part is Part.head else ""
+            raise ConfigError(
+                f"trainer.part_rates.{part.value}={factor} has no effect, because this model has no trainable weights "
+                f"of that part{tied}: set trainer.part_rates.{part.value}=1; parts that learn: "
+                f"{', '.join(each.value for each in Part if each in there)}"
+            )
 
 
 def _tower_parameters(model: Any) -> set[int]:

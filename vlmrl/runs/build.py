@@ -39,7 +39,7 @@ from vlmrl.models.checkpoints.scratch import write_weights
 from vlmrl.models.families import family_of
 from vlmrl.models.image_encoder import encodes
 from vlmrl.models.lora import is_quantized, select_trainable
-from vlmrl.models.parts import part_of_each
+from vlmrl.models.parts import assert_rates_reach
 from vlmrl.models.policy import Policy
 from vlmrl.models.trial import code_of, try_policy
 from vlmrl.monitor.monitor import Monitor
@@ -73,7 +73,6 @@ from vlmrl.tasks.loading import load_task
 from vlmrl.trainer.checkpoint import Checkpoints
 from vlmrl.trainer.commands import Follower
 from vlmrl.trainer.learner import Learner
-from vlmrl.trainer.optimizer import assert_rates_reach
 from vlmrl.trainer.trainer import LocalTrainer
 from vlmrl.types import ImageItem, InferenceEngine, WeightSync
 
@@ -170,8 +169,7 @@ def make_model(config: RunConfig, folder: Path, rank_group: RankGroup | None) ->
     torch.manual_seed(config.seed)  # again, so that new LoRA adapters start equal on every rank
     select_trainable(model, config.model, device)
     model.to(device)
-    part_of = part_of_each(model)
-    assert_rates_reach(config.trainer, (part_of[name] for name, p in model.named_parameters() if p.requires_grad))
+    assert_rates_reach(config.trainer.part_rates, model)
     prepare_blocks(model, compiled=config.trainer.compile is True, recomputed=config.trainer.activation_checkpointing)
     return model
 

@@ -14,7 +14,7 @@ needs bfloat16.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from torch import Tensor
 
 from vlmrl.config.model import Part
 from vlmrl.config.trainer import Decay, Optimizer, TrainerConfig
-from vlmrl.errors import ConfigError
 
 FIRST_LOSS_SCALE = 2**16
 LARGEST_LOSS_SCALE = 2**24
@@ -81,20 +80,6 @@ def make_optimizer(
 
     optimizer: torch.optim.Optimizer = AdamW8bit(groups, **settings)
     return optimizer
-
-
-def assert_rates_reach(config: TrainerConfig, trainable: Iterable[Part]) -> None:
-    """Raise `ConfigError` where a factor of `trainer.part_rates` is set for a part that has no trainable weights."""
-    there = set(trainable)
-    for part in Part:
-        factor = getattr(config.part_rates, part.value)
-        if factor != 1 and part not in there:
-            tied = " (a head that is tied to the embedding belongs to language_model)" if part is Part.head else ""
-            raise ConfigError(
-                f"trainer.part_rates.{part.value}={factor} has no effect, because this model has no trainable weights "
-                f"of that part{tied}: set trainer.part_rates.{part.value}=1; parts that learn: "
-                f"{', '.join(each.value for each in Part if each in there)}"
-            )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

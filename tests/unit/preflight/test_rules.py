@@ -158,7 +158,7 @@ ELSEWHERE = {
     "models/checkpoints/facts.py": "what the checkpoint's files say",
     "preflight/auto_model.py": "what is read from the checkpoint before the rules",
     "models/lora.py": "layers of the loaded model",
-    "trainer/optimizer.py": "parts of the loaded model",
+    "models/parts.py": "parts of the loaded model",
     "ranks": "variables of the launcher",
     "record/run_dir.py": "a folder on the disk",
     "record/lock.py": "another process in the folder",
