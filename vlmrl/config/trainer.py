@@ -73,13 +73,13 @@ class PartRatesConfig:
     here. The names of the fields are those of `Part`."""
 
     vision_tower: float = setting(1.0, on_resume=Resume.noted, low=SMALLEST, high=10**6, outside=FROZEN_INSTEAD)
-    """Factor for the vision tower, without its projector."""
+    """The vision tower, without its projector, learns at so many times the learning rate."""
     projector: float = setting(1.0, on_resume=Resume.noted, low=SMALLEST, high=10**6, outside=FROZEN_INSTEAD)
-    """Factor for what leads from the vision tower to the language model (merger, connector)."""
+    """What leads from the tower to the language model (merger, connector) learns at so many times the learning rate."""
     language_model: float = setting(1.0, on_resume=Resume.noted, low=SMALLEST, high=10**6, outside=FROZEN_INSTEAD)
-    """Factor for the embedding, the layers and the last norm. A head that is tied to the embedding belongs here."""
+    """Embedding, layers and last norm, and a head that is tied to the embedding: so many times the learning rate."""
     head: float = setting(1.0, on_resume=Resume.noted, low=SMALLEST, high=10**6, outside=FROZEN_INSTEAD)
-    """Factor for a head that is not tied to the embedding."""
+    """A head of its own, not tied to the embedding: so many times the learning rate."""
 
 
 @dataclass
