@@ -54,7 +54,7 @@ REHEARSALS = {
     "memory_4bit.py": "--sizes tiny --device cpu --rows nf4 --steps 2 trainer.optimizer=adamw",
     "mismatch.py": f"--checkpoint TINY --dtype float32 --engines default {SMALL_IMAGES}",
     "rollout_bytes.py": "--run RUN --answer-tokens 20",
-    "looking.py": "--steps 1 --seeds 0 --weights 0,1 trainer.warmup.steps=1 orchestrator.eval.problems=9",
+    "looking.py": "--steps 1 --seeds 0 --weights 1 trainer.warmup.steps=1 orchestrator.eval.problems=9",
     "refill.py": "--steps 1 --seeds 0",
     "rollout_throughput.py": f"--rounds 1 --turns 1 {SMALL_IMAGES}",
     "same_runs.py": f"{sys.executable} {sys.executable} --short --cases default",

@@ -4,20 +4,43 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from support.helpers import BANNED, MERGE, TINY
 from support.loop_world import World
 from support.rollout_builders import image, prompt, rollout
 from vlmrl.config.algorithm import AlgorithmConfig, VisionAdvantageConfig
+from vlmrl.config.orchestrator import RendererConfig
+from vlmrl.config.trainer import Packing, TrainerConfig
 from vlmrl.models.attention.prefix_tree import ImageKeys, common_prefix
+from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer
+from vlmrl.models.families import family_of
+from vlmrl.models.families.positions import position_function
+from vlmrl.models.policy import Policy
 from vlmrl.orchestrator.samples import make_samples
 from vlmrl.orchestrator.vision_advantage import weigh_by_vision, weights
 from vlmrl.orchestrator.vision_gap import group_of, swap_images
-from vlmrl.types import Completion, DropReason, FloatArray, Group, ImageItem, Rollout, StopReason, TrainingSample, Turn
+from vlmrl.rendering.renderer import Renderer, make_renderer
+from vlmrl.trainer.trainer import LocalTrainer
+from vlmrl.types import (
+    Completion,
+    DropReason,
+    FloatArray,
+    Group,
+    Image,
+    ImageItem,
+    Message,
+    Prompt,
+    Rollout,
+    StopReason,
+    TrainingSample,
+    Turn,
+)
 
 
 def nats(token: int, shown: ImageItem) -> float:
@@ -206,3 +229,49 @@ def test_the_loop_learns_from_the_weighted_advantages() -> None:
         factor = (2.0 if int(plain.rollout_id[-1]) % 2 else 1.0) / (4 / 3)
         np.testing.assert_allclose(weighted.advantages, factor * plain.advantages, rtol=1e-5)
         assert plain.advantages.any()
+
+
+# ── through the real renderer and policy ────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("packing", Packing)
+def test_the_gaps_of_the_real_policy_are_those_one_by_one(
+    packing: Packing, tiny_folder: Path, tiny_model: Callable[[], Any]
+) -> None:
+    """Three problems with two answers each, packed together; expected are samples that are scored alone."""
+    model = tiny_model()
+    renderer: Renderer = make_renderer(
+        RendererConfig(),
+        TINY,
+        load_tokenizer(tiny_folder),
+        load_image_processor(tiny_folder),
+        model.get_input_embeddings().num_embeddings,
+        family_of(TINY.vlm).placeholder_tokens,
+    )
+    policy = Policy(model, position_function("mrope", MERGE), BANNED)
+    settings = TrainerConfig(packing=packing)
+    trainer = LocalTrainer(policy, settings, AlgorithmConfig(), temperature=1.0, max_new_tokens=4)
+
+    def answered(group: int, index: int, answer: str) -> Rollout:
+        pixels = np.random.default_rng(group).integers(0, 256, (32, 64, 3), np.uint8)
+        asked = Message.of("user", "a", Image(pixels))
+        whole, is_sampled = renderer.render_conversation((asked, Message.of("assistant", answer)))
+        start = int(is_sampled.argmax())
+        tokens = whole.token_ids[start : int(is_sampled.sum()) + start]
+        made = Prompt(whole.token_ids[:start], whole.placeholders, whole.images)
+        sampled = Completion(tokens, np.zeros(len(tokens), np.float32), np.zeros(len(tokens), np.int64), "stop")
+        one = played(group, index, Turn(made, sampled, answer, [asked], branch=0, reward=0.0, advantage=1.0))
+        (found,) = trainer.logprobs(make_samples(one))
+        one.turns[0].completion = replace(sampled, logprobs=found)
+        return one
+
+    groups = [Group(str(g), [answered(g, 0, "abc"), answered(g, 1, "ca")]) for g in range(3)]
+    samples = [sample for group in groups for each in group.rollouts for sample in make_samples(each)]
+    own = [float(trainer.logprobs([sample])[0].mean()) for sample in samples]
+    other = [float(trainer.logprobs([sample])[0].mean()) for _, sample in swap_images(samples, samples)]
+    gaps = np.array(own, np.float64) - np.array(other)
+    assert np.abs(gaps).max() > 1e-4, "the model does react to pixels"
+    config = VisionAdvantageConfig(weight=1000.0, cap=1.0)
+    weigh_by_vision(groups, trainer, config)
+    factors = 1 + 1000 * np.clip(gaps, 0, 1)
+    assert advantages_of(groups) == pytest.approx((factors / factors.mean()).tolist(), rel=2e-3)
