@@ -60,6 +60,8 @@ class Minimized:
 
     is_supervised: bool = False
     """mode=sft."""
+    sampled: str = "temperature=1"
+    """What the sampler does to a distribution: `temperature=1, top_k=20`."""
 
     @classmethod
     def of(cls, config: DictConfig) -> Minimized:
@@ -68,6 +70,7 @@ class Minimized:
         return cls(
             algorithm=cast("AlgorithmConfig", OmegaConf.to_object(config.algorithm)),
             max_new_tokens=config.orchestrator.max_new_tokens,
+            sampled=_sampled(config.orchestrator),
             demonstrations=warmup.rl_weight if warmup.steps else 0.0,
             is_supervised=config.mode is Mode.sft,
         )
@@ -83,7 +86,7 @@ def equation(setting: Minimized) -> Iterator[str]:
     yield from _terms(setting)
     yield from _advantage(setting.algorithm)
     yield from _reward(setting)
-    yield from _batch(setting.algorithm)
+    yield from _batch(setting.algorithm, setting.sampled)
 
 
 def _line(name: str, text: str, source: str = "") -> str:
@@ -97,6 +100,13 @@ def _line(name: str, text: str, source: str = "") -> str:
     sign = "=" if name and not name.endswith("←") else ""
     left = " ".join(part for part in (name, sign, text) if part)
     return f"    {left:<57} {source}".rstrip()
+
+
+def _sampled(config: DictConfig) -> str:
+    """The keys of `orchestrator` that say from which distribution tokens are sampled."""
+    off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    cuts = [f"{key}={number(config[key])}" for key, none in off.items() if config[key] != none]
+    return ", ".join([f"temperature={number(config.temperature)}", *cuts])
 
 
 def number(value: float) -> str:
@@ -219,13 +229,13 @@ def _reward(setting: Minimized) -> Iterator[str]:
         yield _line(f"{r} ←", f"{r} − {number(overlong.penalty)} · {part}, n tokens", "overlong, for each answer")
 
 
-def _batch(algorithm: AlgorithmConfig) -> Iterator[str]:
+def _batch(algorithm: AlgorithmConfig, sampled: str) -> Iterator[str]:
     """What the sums run over."""
     drops = algorithm.filters.zero_advantage is FilterMode.drop or algorithm.refill.is_on
     yield _line("T, S", "loss tokens and samples of the batch" + (", of groups whose A differ" if drops else ""))
     if algorithm.refill.is_on:
         yield _line("", f"a step plays up to {algorithm.refill.budget} times its groups until all have one", "refill")
-    yield _line("π, μ", "the policy that is trained, and the one that sampled")
+    yield _line("π, μ", "the policy that is trained, and the one that sampled", sampled)
     steps = algorithm.epochs * algorithm.minibatches
     if algorithm.importance_correction is not ImportanceCorrection.own or algorithm.target_kl is not None:
         only = "" if steps > 1 else ": π itself, so ρ = 1 with the gradient of log π"

@@ -64,7 +64,7 @@ def test_the_default_run() -> None:
         "    R = reward of the turn, among the same turns of siblings  credit=turn\n"
         "    R ← min(R, 0) for a cut answer                            truncated=zero\n"
         "    T, S = loss tokens and samples of the batch\n"
-        "    π, μ = the policy that is trained, and the one that sampled\n"
+        "    π, μ = the policy that is trained, and the one that sampled temperature=1\n"
         "    sg(x) = the value of x without its gradient\n"
         "\n"
         "algorithm.loss = grpo\n"
@@ -191,6 +191,13 @@ def test_what_goes_around_the_loss(config: AlgorithmConfig, expected: Sequence[s
     for each in expected:
         assert each in text
     assert "D =" not in text
+
+
+def test_what_is_sampled_from() -> None:
+    register_schemas()
+    cuts = ["orchestrator.temperature=0.7", "orchestrator.top_k=20", "orchestrator.min_p=0.05"]
+    text = explanation(with_recipe(["algorithm", *cuts]), CONF)
+    assert "the one that sampled temperature=0.7, top_k=20, min_p=0.05\n" in text
 
 
 def test_a_supervised_run_has_no_rewards() -> None:
