@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vlmrl.orchestrator.advantages import Estimator
     from vlmrl.orchestrator.credit import Comparison
     from vlmrl.rewards.base import Attempt
-    from vlmrl.tasks.base import BadRow, Env, NotInSplit, Problem, Reply, Split, StepInfo, Task
+    from vlmrl.tasks.base import BadRow, Env, NotInSplit, Preference, Problem, Reply, Split, StepInfo, Task
     from vlmrl.tasks.check import check_task
     from vlmrl.trainer.loss import BatchTotals, LossFunction, LossOutput, LossTokens
     from vlmrl.types import FloatArray, Image, Message, Text, ToolCall
@@ -42,6 +42,7 @@ __all__ = [
     "LossTokens",
     "Message",
     "NotInSplit",
+    "Preference",
     "Problem",
     "Reply",
     "Split",
@@ -60,7 +61,7 @@ _HOMES = {
     "vlmrl.orchestrator.advantages": ("Estimator",),
     "vlmrl.orchestrator.credit": ("Comparison",),
     "vlmrl.rewards.base": ("Attempt",),
-    "vlmrl.tasks.base": ("BadRow", "Env", "NotInSplit", "Problem", "Reply", "Split", "StepInfo", "Task"),
+    "vlmrl.tasks.base": ("BadRow", "Env", "NotInSplit", "Preference", "Problem", "Reply", "Split", "StepInfo", "Task"),
     "vlmrl.tasks.check": ("check_task",),
     "vlmrl.trainer.loss": ("BatchTotals", "LossFunction", "LossOutput", "LossTokens"),
     "vlmrl.types": ("FloatArray", "Image", "Message", "Text", "ToolCall"),

@@ -850,6 +850,23 @@ class TrainingSample:
         return f"TrainingSample({self.rollout_id!r}, {len(self.token_ids)} tokens)"
 
 
+@dataclass(frozen=True, eq=False)
+class PreferencePair:
+    """Two answers to one prompt, one better than the other. An answer is one sample, or one per branch of its
+    rollout."""
+
+    pair_id: str
+    chosen: tuple[TrainingSample, ...]
+    """The better answer."""
+    rejected: tuple[TrainingSample, ...]
+    """The worse answer."""
+
+    @property
+    def samples(self) -> tuple[TrainingSample, ...]:
+        """Both answers."""
+        return (*self.chosen, *self.rejected)
+
+
 # ── trainer ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 

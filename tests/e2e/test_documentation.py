@@ -96,6 +96,8 @@ MODULES = (
 TRIED = "model.name=smolvlm trainer=scratch monitor.wandb.mode=disabled"
 """In place of a checkpoint of one's own."""
 
+OF_PAIRS = "trainer.max_steps=1 orchestrator.eval.problems=2 monitor.wandb.mode=disabled"
+
 EXCHANGED = {
     # a checkpoint of one's own, and the rows of all families (test_benchmarks.py rehearses them)
     "python -m vlmrl model=auto model.name=path/to/checkpoint task=color_codeword": (
@@ -243,6 +245,21 @@ EXCHANGED = {
         "python -m vlmrl model/lora=all_linear model.lora.parts=[vision_tower,projector,language_model] dry_run=true"
     ),
     "python -m vlmrl model/lora=nf4": "python -m vlmrl model/lora=nf4 dry_run=true",
+    "python -m vlmrl mode=dpo task=dataset task.path=pairs.jsonl model=qwen3vl": (
+        f"python -m vlmrl mode=dpo task=dataset task.path=pairs.jsonl {TINY} {OF_PAIRS}"
+    ),
+    "python -m vlmrl mode=dpo task=dataset task.path=pairs.jsonl trainer.keep_best=eval/dpo/accuracy "
+    "trainer.patience=3": (
+        "python -m vlmrl mode=dpo task=dataset task.path=pairs.jsonl trainer.keep_best=eval/dpo/accuracy "
+        f"trainer.patience=3 {OF_PAIRS} dry_run=true"
+    ),
+    "python -m vlmrl hydra.run.dir=outputs/sampled": "python -m vlmrl hydra.run.dir=outputs/sampled dry_run=true",
+    "python -m vlmrl mode=export resume=outputs/sampled export.folder=outputs/sampled_model": (
+        "python -m vlmrl mode=export resume=outputs/a export.folder=outputs/sampled_model"
+    ),
+    # test_dpo.py learns from the rollouts of a run
+    "python -m vlmrl mode=dpo dpo.from_run=outputs/sampled model=qwen3vl model.name=outputs/sampled_model "
+    "task=color_codeword": (f"python -m vlmrl mode=dpo dpo.from_run=outputs/a {TINY} task=color_codeword dry_run=true"),
     "python -m vlmrl algorithm.entropy_coef=0.01": f"python -m vlmrl algorithm.entropy_coef=0.01 {LESS}",
     "python -m vlmrl algorithm.credit=return algorithm.discount=0.9": (
         f"python -m vlmrl algorithm.credit=return algorithm.discount=0.9 {LESS}"
@@ -439,6 +456,8 @@ def documented(home: Home, finished: object) -> Home:
         (home.path / f"{module}.py").write_text(code)
     rows = ({"question": f"What is {row} + 1?", "answer": str(row + 1)} for row in range(60))
     (home.path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    pairs = ({"question": f"What is {row} + 1?", "chosen": str(row + 1), "rejected": str(row)} for row in range(60))
+    (home.path / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in pairs))
     for layout in LAYOUTS:
         layout.write(home.path / "layouts" / layout.name)
     for family in ("smolvlm", "qwen3"):

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from support import helpers
 from support.helpers import END, Part, Sampled, image, sample, with_supports
 from vlmrl.config.algorithm import AlgorithmConfig, DistillConfig, Divergence, KLConfig
+from vlmrl.config.dpo import DPOConfig
 from vlmrl.config.model import LoraConfig
 from vlmrl.config.model import Part as ModelPart
 from vlmrl.config.trainer import Optimizer, Packing, PartRatesConfig, SFTConfig, Sharding, TrainerConfig
@@ -27,15 +28,17 @@ from vlmrl.models.checkpoints.load import load_model
 from vlmrl.models.families.positions import position_function
 from vlmrl.models.lora import add_adapters
 from vlmrl.models.policy import Policy
+from vlmrl.orchestrator.preferences import learn_pairs
 from vlmrl.ranks.commands import Command
 from vlmrl.ranks.rank_group import RankGroup, follow, init_from_environment
 from vlmrl.trainer.checkpoint import Checkpoints
 from vlmrl.trainer.commands import Follower
 from vlmrl.trainer.learner import Learner
 from vlmrl.trainer.loop_state import LoopState
+from vlmrl.trainer.preference import WEIGHTED_LOGPROBS
 from vlmrl.trainer.reference import FrozenCopy
 from vlmrl.trainer.trainer import LocalTrainer
-from vlmrl.types import TrainingSample
+from vlmrl.types import PreferencePair, StepResult, TrainingSample
 
 CONFIG = TrainerConfig(
     max_steps=10,
@@ -46,6 +49,7 @@ CONFIG = TrainerConfig(
     max_grad_norm=0.5,
     warmup=SFTConfig(rl_weight=0.3),
 )
+PAIR_LOSS = DPOConfig(beta=0.3, label_smoothing=0.1, sft_weight=0.2)
 COLLECTIVES = "collectives"
 EVERYWHERE = (ModelPart.vision_tower, ModelPart.projector, ModelPart.language_model)
 SYSTEM = list(range(100, 120))
@@ -72,6 +76,8 @@ class Case:
     """Whether a moving average of the policy is the reference, and the loss has the distance to it."""
     top_k: int = 0
     """Tokens that the reference reports; above 0 the loss also has the divergence from it."""
+    paired: bool = False
+    """Whether the steps learn from preference pairs (mode=dpo), against the policy before the first step."""
     recomputed: bool = False
     epochs: int = 1
     """Passes over a batch, each in so many minibatches."""
@@ -105,6 +111,9 @@ CASES = {
     "epochs, ended early, kept whole": Case(epochs=2, target_kl=3.0, sharding=Sharding.optimizer),
     "distilled": Case(micro_batch_tokens=60, referred=True, top_k=5, own_temperatures=True),
     "distilled, kept whole": Case(micro_batch_tokens=60, referred=True, top_k=5, sharding=Sharding.optimizer),
+    "pairs": Case(micro_batch_tokens=60, paired=True),
+    "pairs, replicated": Case(micro_batch_tokens=60, paired=True, sharding=Sharding.none),
+    "pairs, one by one": Case(packing=Packing.none, paired=True),
     "text": Case(micro_batch_tokens=60, images=False),
     "replicated": Case(micro_batch_tokens=60, sharding=Sharding.none),
     "replicated one by one": Case(packing=Packing.none, sharding=Sharding.none),
@@ -162,6 +171,16 @@ def batch(images: bool = True, own_temperatures: bool = False) -> list[TrainingS
     return samples
 
 
+def pairs() -> list[PreferencePair]:
+    """Three pairs. Two share their prompt and its images; the better answer of one is a rollout of two branches."""
+    samples = batch()
+    return [
+        PreferencePair("0", (samples[0],), (samples[1],)),
+        PreferencePair("1", (samples[3], samples[5]), (samples[4],)),
+        PreferencePair("2", (samples[2],), (samples[0],)),
+    ]
+
+
 def demonstrations(shown: bool = True) -> list[TrainingSample]:
     """Two demonstrations; the second has an image."""
     part: Part = image(1, 1) if shown else [7]
@@ -194,6 +213,8 @@ def parts(folder: str, name: str) -> tuple[Policy, TrainerConfig]:
 def algorithm_of(name: str) -> AlgorithmConfig:
     case = CASES[name]
     distill = DistillConfig(top_k=case.top_k, weight=0.5 if case.top_k else 0.0, divergence=Divergence.jensen_shannon)
+    if case.paired:
+        return AlgorithmConfig(loss=WEIGHTED_LOGPROBS)
     return AlgorithmConfig(
         kl=KLConfig(loss=0.3 if case.referred else 0.0),
         distill=distill,
@@ -205,13 +226,14 @@ def algorithm_of(name: str) -> AlgorithmConfig:
 
 def reference_of(folder: str, name: str) -> FrozenCopy | None:
     """The reference of a case, which starts from other weights than the policy's and takes those first."""
-    if not CASES[name].referred:
+    if not (CASES[name].referred or CASES[name].paired):
         return None
     model: Any = load_model(Path(folder), helpers.TINY)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    return FrozenCopy(Policy(model, position_function("mrope", 2), []), offload=False, begins=True, decay=0.5)
+    decay = 0.5 if CASES[name].referred else None
+    return FrozenCopy(Policy(model, position_function("mrope", 2), []), offload=False, begins=True, decay=decay)
 
 
 def scored(trainer: LocalTrainer, samples: list[TrainingSample]) -> list[TrainingSample]:
@@ -291,11 +313,15 @@ def steps(trainer: LocalTrainer, name: str, number: int = 2) -> dict[str, np.nda
             counted("all_gather_single", "all_gather_into_tensor") as gathers,
             counted("reduce_scatter_single", "reduce_scatter_tensor") as reductions,
         ):
-            result = trainer.train_step(samples, demonstrated)
+            if CASES[name].paired:
+                result = StepResult(trainer.version + 1, learn_pairs(trainer, pairs(), PAIR_LOSS))
+            else:
+                result = trainer.train_step(samples, demonstrated)
         found[f"{result.version}/{COLLECTIVES}"] = np.array([gathers.call_count, reductions.call_count])
         for key, value in result.metrics.items():
             found[f"{result.version}/{key}"] = np.array(value)
-        found[f"{result.version}/entropies"] = np.concatenate([tokens.entropies for tokens in result.tokens])
+        if result.tokens:
+            found[f"{result.version}/entropies"] = np.concatenate([tokens.entropies for tokens in result.tokens])
     found["logprobs"] = np.concatenate(trainer.logprobs(batch(images, own)))
     for key, weight in trainer.weights().items():
         found[f"weights/{key}"] = weight.detach().float().numpy()
@@ -309,7 +335,10 @@ def continued(trainer: LocalTrainer, name: str, checkpoints: str) -> dict[str, n
     if restored is None:
         shown = CASES[name].images and not CASES[name].text_first
         samples = batch(shown)
-        trainer.train_step(scored(trainer, samples) if CASES[name].referred else samples, demonstrations(shown))
+        if CASES[name].paired:
+            learn_pairs(trainer, pairs(), PAIR_LOSS)
+        else:
+            trainer.train_step(scored(trainer, samples) if CASES[name].referred else samples, demonstrations(shown))
         place.save(trainer.version, trainer, LoopState())
         place.finish()
     return steps(trainer, name, 1)

@@ -118,6 +118,20 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
         "algorithm.clip_dual=3.0 has no effect with algorithm.loss=cispo, .* set algorithm.loss=grpo, or ",
     ),
     (("algorithm.clip_dual=1",), "algorithm.clip_dual=1.0 is out of range .*above 1"),
+    (("mode=dpo",), "dpo.from_run=null takes .* task.kind=color_codeword has none, .* or choose task=dataset"),
+    (("dpo.from_run=outputs/a",), "dpo.from_run=outputs/a has no effect with mode=rl, .* set mode=dpo"),
+    (
+        ("mode=dpo", "dpo.from_run=a", "dpo.loss=ipo", "dpo.label_smoothing=0.1"),
+        "label_smoothing=0.1 has no effect with dpo.loss=ipo",
+    ),
+    (
+        ("mode=dpo", "dpo.from_run=a", "trainer.keep_best=eval/dpo/acuracy"),
+        "eval/dpo/acuracy is no metric .* did you mean eval/dpo/accuracy",
+    ),
+    (
+        ("mode=dpo", "task=dataset", "task.path=a.jsonl", "trainer.keep_best=eval/reward"),
+        "keep_best=eval/reward is no metric of this run's evaluations, .* choose one of eval/dpo/accuracy",
+    ),
     (("algorithm.kl.reward=0.1",), r"kl.reward=0.1 needs a second model, and reference=none .* set reference=initial"),
     (
         ("algorithm.advantage=none",),

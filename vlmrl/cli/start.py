@@ -87,7 +87,11 @@ def notes_on_unread(config: RunConfig) -> list[str]:
     why = {Mode.check: "it checks the task alone", Mode.compare: "it reads what the runs have recorded"}.get(
         config.mode
     )
-    if config.mode is Mode.sft and not config.orchestrator.eval.problems and not config.orchestrator.eval.sets:
+    if (
+        config.mode in (Mode.sft, Mode.dpo)
+        and not config.orchestrator.eval.problems
+        and not config.orchestrator.eval.sets
+    ):
         why = "it scores no answer with orchestrator.eval.problems=0"
     if why is not None and config.reward.terms:
         terms = ", ".join(config.reward.terms)

@@ -40,7 +40,13 @@ class ColumnsConfig:
     no other."""
     demonstration: str | None = setting(None, on_resume=Resume.noted)
     """What the assistant says in supervised steps with `trainer.warmup.demonstrations=correct`, for example a worked
-    solution. null: the answer as it is written, or the last assistant turn of `messages`."""
+    solution. null: the answer as it is written, or the last assistant turn of `messages`; the better answer of a data
+    set that has nothing else."""
+    chosen: str | None = setting(None, on_resume=Resume.noted)
+    """The better answer of a pair (mode=dpo): a text, or messages that end with it, of which those before it are the
+    prompt. null: it is recognized; with `messages` and a worse answer only, their last assistant turn."""
+    rejected: str | None = setting(None, on_resume=Resume.noted)
+    """The worse answer of a pair, in the same form."""
 
 
 @dataclass

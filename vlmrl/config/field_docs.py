@@ -91,6 +91,7 @@ def _fields_of(schema: type) -> Iterator[FieldDoc]:
 UNITS = (
     *("optimizer steps", "tokens", "turns", "problems", "rollouts", "conversations", "evaluations", "checkpoints"),
     "blind controls",
+    "pairs",
     *(
         "images",
         "frames",

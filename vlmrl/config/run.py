@@ -16,6 +16,7 @@ from omegaconf import MISSING
 
 from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.dataset import DatasetConfig
+from vlmrl.config.dpo import DPOConfig
 from vlmrl.config.export import ExportConfig
 from vlmrl.config.fields import ANY_TEXT, LARGEST_SEED, Resume, setting
 from vlmrl.config.gymnasium import GymnasiumConfig
@@ -57,6 +58,9 @@ class Mode(Enum):
     """Reinforcement learning, after a supervised warm-up where `trainer.warmup.steps` is above 0."""
     sft = "sft"
     """Supervised learning only: `trainer.warmup` is the whole run."""
+    dpo = "dpo"
+    """Learn from pairs of a better and a worse answer (`dpo`), from rows of a data set or from the rollouts that a run
+    has recorded, after a supervised warm-up where `trainer.warmup.steps` is above 0."""
     eval = "eval"
     """Evaluate the policy on held-out problems and stop."""
     check = "check"
@@ -88,6 +92,9 @@ class Mode(Enum):
     """Write the page of one run, or of several side by side. Takes `run=` or `runs=` and nothing else; needs no
     torch."""
 
+
+LEARN = (Mode.rl, Mode.sft, Mode.dpo)
+"""Modes that change weights, save them, and can be continued."""
 
 READ_A_CHECKPOINT = (Mode.eval, Mode.export, Mode.serve)
 """Modes that read a checkpoint of the run in `resume`, and add no step to it."""
@@ -143,6 +150,8 @@ class RunConfig:
     """From rewards to a loss."""
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     """A second model that scores what the policy samples: to stay near it, or to learn from it (`algorithm.kl`)."""
+    dpo: DPOConfig = field(default_factory=DPOConfig)
+    """Pairs of answers, and what they cost (mode=dpo)."""
     inference: InferenceConfig = MISSING
     """The engine that samples."""
     trainer: TrainerConfig = MISSING
@@ -165,6 +174,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if type(self.reference) is ReferenceConfig:  # the config of a run that is older than references names none
             self.reference = NoReferenceConfig()
+        if self.mode is Mode.dpo and isinstance(self.reference, NoReferenceConfig):  # its loss needs one
+            self.reference = InitialReferenceConfig()
 
     @property
     def reference_is_policy(self) -> bool:

@@ -222,8 +222,9 @@ class Monitor:
             f"run={readable(self._run_dir.path)} lists them."
         )
 
-    def step(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group]) -> None:
+    def step(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group] | None) -> None:
         """Record one optimizer step: a line of metrics.jsonl, and a file of its rollouts, which must not change again.
+        None: the step has none, because it learns from pairs.
 
         Adds `groups/zero_advantage` and `time/elapsed` to the metrics.
         """
@@ -233,12 +234,14 @@ class Monitor:
         self._metrics.write(record)
         self._loggers.start()
         self._loggers.log(record)
-        self.record(step, groups)
+        if groups is not None:
+            self.record(step, groups)
         self._history.append(dict(self._metrics.last or record))  # as written: numbers that are not finite are None
         if groups:
             self._history[-1][EQUAL_COMPARED] = sum(group.compares_equal for group in groups) / len(groups)
-        self._trained_on = [group.rollouts[0] for group in groups]
-        self._progress.rollouts(f"rollouts of step {step}", pick(groups))
+        if groups is not None:
+            self._trained_on = [group.rollouts[0] for group in groups]
+            self._progress.rollouts(f"rollouts of step {step}", pick(groups))
         self._progress.step(step, self._history[-1])
         for text in warnings_for(self._history, exact=self._exact, credit=self._credit, config=self._config):
             self.warn(text)

@@ -22,11 +22,11 @@ from rich.table import Table
 from rich.text import Text
 
 from vlmrl.monitor.glimpse import ROWS, Glimpse
-from vlmrl.record.metrics import DEMONSTRATION_LOSS, EVAL_GREEDY, EVAL_SAMPLED, Record
+from vlmrl.record.metrics import DEMONSTRATION_LOSS, EVAL_GREEDY, EVAL_SAMPLED, PAIR_ACCURACY, Record
 from vlmrl.record.splits import set_rewards
 from vlmrl.types import Rollout
 
-PHASES = ("preparing", "doctor", "warm-up", "rl", "eval", "serve", "replay")
+PHASES = ("preparing", "doctor", "warm-up", "rl", "dpo", "eval", "serve", "replay")
 
 REFRESH_EVERY_S = 0.25
 """Seconds between two drawings of the live view."""
@@ -150,10 +150,18 @@ class Progress:
         self._times.append((self._clock(), step))
         if metrics.get("reward/mean") is not None:
             self._rewards.append(metrics["reward/mean"])
-        self._news(
-            f"step {step}/{self._total} | reward {_number(metrics.get('reward/mean'), '.3f')}"
+        what = (
+            f"reward {_number(metrics.get('reward/mean'), '.3f')}"
             f" | mismatch_kl {_number(metrics.get('mismatch_kl/mean'), '.1e')}"
             f" | {_thousands(metrics.get('throughput/tokens_per_s'))} tokens/s"
+        )
+        if "dpo/accuracy" in metrics:
+            what = (
+                f"loss {_number(metrics.get('loss'), '.3f')} | accuracy {_number(metrics['dpo/accuracy'], '.2f')}"
+                f" | margin {_number(metrics['dpo/margin'], '.3f')}"
+            )
+        self._news(
+            f"step {step}/{self._total} | {what}"
             f" | {_number(metrics.get('time/step'), '.2f')} s/step ({_time_split(metrics)})"
             f" | ETA {self._eta()}",
             always=step == self._total,
@@ -166,6 +174,8 @@ class Progress:
         main = f" | sampled {_number(metrics.get(EVAL_SAMPLED), '.3f')}"
         main += f" | greedy {_number(metrics.get(EVAL_GREEDY), '.3f')}"
         loss = f" | held-out loss {metrics[DEMONSTRATION_LOSS]:.3f}" if DEMONSTRATION_LOSS in metrics else ""
+        if PAIR_ACCURACY in metrics:
+            loss += f" | held-out pairs {metrics[PAIR_ACCURACY]:.3f}"
         sets = set_rewards(metrics)
         of_sets = "".join(f" | {name} {value:.3f}" for name, value in sets.items())
         is_main = EVAL_SAMPLED in metrics or not (sets or loss)

@@ -77,13 +77,14 @@ class Evaluator:
             return False
         return all(min(both) >= target for both in last)
 
-    async def run(self, step: int, last_step: int | None = None) -> Evaluated:
+    async def run(self, step: int, last_step: int | None = None, also: Mapping[str, float] | None = None) -> Evaluated:
         """Evaluate the weights after `step`: everything, or with `last_step`, the last step of the run, what is due.
+        Metrics of this evaluation that were measured elsewhere (`also`) are part of it.
 
         May be cancelled: the history knows only whole evaluations.
         """
         self.is_unfinished = True
-        metrics: dict[str, float] = {}
+        metrics: dict[str, float] = dict(also or {})
         rollouts: dict[RecordedSplit, Sequence[Rollout]] = {}
         results: list[SetResult] = []
         rewards: tuple[float, float] | None = None

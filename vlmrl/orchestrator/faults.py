@@ -40,7 +40,7 @@ class FaultWatch:
     run: str = "outputs/latest"
     """The run's folder, for the command in the message."""
     watched: str = "rollout"
-    """What is watched: "rollout" or "demonstration", for the message."""
+    """What is watched: "rollout", "demonstration" or "pair", for the message."""
     _recent: deque[list[Rollout]] = field(init=False, default_factory=lambda: deque(maxlen=WATCHED_STEPS))
     _first: int = field(init=False, default=1)
     """The first step that was counted; above 1 in a resumed run."""

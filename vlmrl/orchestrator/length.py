@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
-from vlmrl.orchestrator.stream import ProblemStream
+
+class HasPasses(Protocol):
+    """What a run learns from."""
+
+    def passes(self, step: int) -> float | None:
+        """Passes over it that the weights after `step` have learned from; None where it is endless."""
+        ...
 
 
 @dataclass(frozen=True)
 class Length:
     """The length of a run, in steps or in passes."""
 
-    problems: ProblemStream
+    problems: HasPasses
     max_steps: int
     """The most steps; with `max_epochs`, as many as the passes have if no row is passed over."""
     max_epochs: float | None = None

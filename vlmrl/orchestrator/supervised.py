@@ -47,20 +47,26 @@ AFTER_WARMUP = 1 << 20
 
 
 @dataclass(frozen=True)
-class Demonstrated:
-    """The demonstrations of one step."""
+class Made:
+    """What the task has given for one step, without sampling."""
 
-    samples: list[TrainingSample] = field(default_factory=list)
-    """Those that can be learned from."""
     rollouts: list[Rollout] = field(default_factory=list)
-    """All of them, without turns: which problem each belongs to, and the faults."""
+    """All of it, without turns: which problem each belongs to, and the faults."""
     absent: list[tuple[int, NoProblem]] = field(default_factory=list)
-    """Indices that were passed over, because they have no problem or the problem has no demonstration."""
+    """Indices that were passed over, because they have no problem or the problem gives nothing to learn."""
 
     @property
     def faults(self) -> list[Rollout]:
         """Those that the user's code or data does not allow to be learned from."""
         return [rollout for rollout in self.rollouts if rollout.stop_reason.is_fault]
+
+
+@dataclass(frozen=True)
+class Demonstrated(Made):
+    """The demonstrations of one step."""
+
+    samples: list[TrainingSample] = field(default_factory=list)
+    """Those that can be learned from."""
 
 
 def first_index(num_rows: int | None) -> int:
@@ -101,7 +107,7 @@ def demonstrate(
             rollout.stop_reason, rollout.dropped = stop_reason_of(fault), DropReason.FAULT
             rollout.error, rollout.traceback = fault.text, fault.traceback
         else:
-            made.samples.append(_sample(rollout.rollout_id, prompt, learned))
+            made.samples.append(supervised_sample(rollout.rollout_id, prompt, learned))
         watch.found()
         made.rollouts.append(rollout)
         if len(made.rollouts) == config.batch_size:
@@ -117,7 +123,7 @@ def _demonstration(
     random_answers = config.demonstrations is Demonstrations.random
     messages, given = get_demonstration(task, problem, random_answers=random_answers, seed=seed)
     try:
-        prompt, learned = _rendered(renderer, messages, given)
+        prompt, learned = rendered(renderer, messages, given)
     except UserFault as fault:
         if is_row:
             raise bad_row(problem, fault.text) from None
@@ -147,7 +153,7 @@ def held_out(
             )
         except (NoDemonstrationsError, NoProblem, UserFault):
             continue
-        samples.append(_sample(f"sft-eval/{number:03d}", prompt, learned))
+        samples.append(supervised_sample(f"sft-eval/{number:03d}", prompt, learned))
     return samples
 
 
@@ -163,9 +169,10 @@ def demonstration_seed(seed: int, number: int) -> int:
     return int.from_bytes(digest, "big")
 
 
-def _rendered(renderer: Renderer, messages: tuple[Message, ...], given: int) -> tuple[Prompt, BoolArray]:
-    """Prompt, and bool [P]: the tokens with a loss. Raises `UserFault`, and `ConfigError` where no demonstration can be
-    rendered."""
+def rendered(renderer: Renderer, messages: tuple[Message, ...], given: int) -> tuple[Prompt, BoolArray]:
+    """A conversation as a prompt, and bool [P]: the tokens with a loss, in answers after the first `given` messages.
+
+    Raises `UserFault`, and `ConfigError` where no conversation can be rendered."""
     refused: ConfigError | None = None
     with rendering_fence():
         try:
@@ -176,7 +183,8 @@ def _rendered(renderer: Renderer, messages: tuple[Message, ...], given: int) -> 
     raise refused
 
 
-def _sample(rollout_id: str, prompt: Prompt, learned: BoolArray) -> TrainingSample:
+def supervised_sample(rollout_id: str, prompt: Prompt, learned: BoolArray) -> TrainingSample:
+    """A rendered conversation as a sample; `learned` is bool [P], the tokens with a loss."""
     length = len(prompt.token_ids)
     return TrainingSample(
         rollout_id=rollout_id,

@@ -34,6 +34,7 @@ Record: TypeAlias = dict[str, Any]
 EVAL_SAMPLED = "eval/reward"
 EVAL_GREEDY = "eval/reward_greedy"
 DEMONSTRATION_LOSS = "eval/demonstration_loss"
+PAIR_ACCURACY = "eval/dpo/accuracy"
 ELAPSED = "time/elapsed"
 ZERO_ADVANTAGE = "groups/zero_advantage"
 
@@ -102,6 +103,19 @@ STEP_KEYS: dict[str, StepKey] = {
     "grad_norm": StepKey("loss", "L2 norm of the gradient before clipping; mean over the batch's optimizer steps."),
     "learning_rate": _sometimes("1", "Learning rate of the step. Steps that trained on something."),
     "entropy": StepKey("nats per token", "Mean entropy of the trainer's distribution at the loss tokens."),
+    "dpo/pairs": _sometimes("pairs", "Pairs that the step learned from. mode=dpo, as the other dpo/… keys."),
+    "dpo/accuracy": _sometimes(
+        "share of pairs", "Pairs whose better answer has the higher implicit reward; equal ones count half."
+    ),
+    "dpo/margin": _sometimes("1", "Mean difference of the implicit rewards, better minus worse answer."),
+    "dpo/chosen_reward": _sometimes(
+        "1", "Mean implicit reward of the better answers: beta (log policy - log reference), before the step."
+    ),
+    "dpo/rejected_reward": _sometimes("1", "The same of the worse answers."),
+    "dpo/chosen_logprob": _sometimes("nats per answer", "Mean logprob of the better answers, before the step."),
+    "dpo/rejected_logprob": _sometimes("nats per answer", "The same of the worse answers."),
+    "eval/dpo/loss": _sometimes("loss", "The loss of held-out pairs; nothing is learned from them. mode=dpo."),
+    "eval/dpo/<key>": _sometimes("as above", "The dpo/… keys of held-out pairs."),
     "reference_kl/mean": _sometimes(
         "nats per token",
         "Mean of exp(d) - d - 1 over the loss tokens before the step; d = reference - trainer logprob. Runs with "

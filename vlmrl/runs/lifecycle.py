@@ -285,18 +285,24 @@ def plan_table(run: Run) -> dict[str, str]:
     """What the numbers of the config add up to, for the screen."""
     config, orchestrator, warmup = run.config, run.config.orchestrator, run.config.trainer.warmup
     rollouts = orchestrator.groups_per_step * orchestrator.group_size
+    then, per_step = f"{rollouts} rollouts", f"{orchestrator.groups_per_step} groups × {orchestrator.group_size}"
+    steps = {"rollouts per step": f"{per_step} = {rollouts}"}
+    algorithm = f"{config.algorithm.loss}, {config.algorithm.advantage} advantages, credit by "
+    algorithm += config.algorithm.credit.value
+    if config.mode is Mode.dpo:
+        steps, then = {}, f"{config.dpo.batch_size} pairs"
+        algorithm = f"dpo, {config.dpo.loss.value} loss, beta {config.dpo.beta:g}, reference={config.reference.kind}"
     supervised = run.steps if config.mode is Mode.sft else warmup.steps
     target, consecutive = orchestrator.eval.target, orchestrator.eval.consecutive
     return {
         **model_table(run),
         "task": f"{config.task.target.rpartition(':')[2]}, up to {most_turns(config.task)} turns",
-        "rollouts per step": f"{orchestrator.groups_per_step} groups × {orchestrator.group_size} = {rollouts}",
+        **steps,
         "tokens per rollout": f"up to {run.evaluator.runner.max_model_len}, {orchestrator.max_new_tokens} new per turn",
         "optimizer steps": f"{supervised} supervised × {warmup.batch_size} conversations"
-        + ("" if config.mode is Mode.sft else f", then {run.steps} × {rollouts} rollouts")
+        + ("" if config.mode is Mode.sft else f", then {run.steps} × {then}")
         + ("" if config.trainer.max_epochs is None else f" ({config.trainer.max_epochs:g} passes over the rows)"),
-        "algorithm": f"{config.algorithm.loss}, {config.algorithm.advantage} advantages, credit by "
-        f"{config.algorithm.credit.value}",
+        "algorithm": algorithm,
         "evaluation": f"{orchestrator.eval.problems} held-out problems, sampled and greedy, every "
         f"{orchestrator.eval.every} steps"
         + ("" if target is None else f"; done at {target} {consecutive} times in a row"),

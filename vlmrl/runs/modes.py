@@ -14,6 +14,7 @@ from vlmrl.config.run import Mode, RunConfig
 from vlmrl.orchestrator.loop import ExitReason
 from vlmrl.runs.build import Progress, Run
 from vlmrl.runs.doctor.doctor import examine
+from vlmrl.runs.dpo import dpo
 from vlmrl.runs.evaluate import evaluate
 from vlmrl.runs.export import export
 from vlmrl.runs.replay.replay import replay_batch
@@ -62,6 +63,7 @@ class ModeWithoutRun:
 MODES: Mapping[Mode, RunMode | ModeWithoutRun] = {
     Mode.rl: RunMode(train, CONTINUE, lambda progress: progress.policy_version),
     Mode.sft: RunMode(sft, CONTINUE, lambda progress: progress.supervised_steps),
+    Mode.dpo: RunMode(dpo, CONTINUE, lambda progress: progress.policy_version),
     Mode.eval: RunMode(
         evaluate,
         "stopped before the evaluation was complete: start it again",

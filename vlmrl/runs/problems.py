@@ -93,6 +93,8 @@ def steps_of(config: RunConfig, num_rows: int | None) -> int:
     supervised, epochs = config.mode is Mode.sft, config.trainer.max_epochs
     if epochs is None:
         return config.trainer.warmup.steps if supervised else config.trainer.max_steps
+    if config.mode is Mode.dpo and config.dpo.from_run is not None and num_rows is None:
+        return config.trainer.max_steps  # until the recorded pairs have been counted (runs/dpo.py)
     if num_rows is None:
         steps = "trainer.warmup.steps" if supervised else "trainer.max_steps"
         raise ConfigError(
@@ -100,7 +102,9 @@ def steps_of(config: RunConfig, num_rows: int | None) -> int:
             f"{config.task.target} are endless, so no pass over them would end: set {steps} instead, or define "
             "num_rows(split) in the task"
         )
-    per_step = config.trainer.warmup.batch_size if supervised else config.orchestrator.groups_per_step
+    per_step = config.dpo.batch_size if config.mode is Mode.dpo else config.orchestrator.groups_per_step
+    if supervised:
+        per_step = config.trainer.warmup.batch_size
     return math.ceil(epochs * num_rows / per_step)
 
 

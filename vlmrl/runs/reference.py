@@ -21,17 +21,20 @@ from vlmrl.models.blocks import prepare_blocks
 from vlmrl.models.checkpoints.load import load_model, load_tokenizer
 from vlmrl.models.families import family_of
 from vlmrl.models.policy import Policy
+from vlmrl.trainer.preference import WEIGHTED_LOGPROBS
 from vlmrl.trainer.reference import FrozenCopy, Reference, WithoutAdapters
 
 
 def has_reference(config: RunConfig) -> bool:
     """Whether a run has a second model."""
-    return config.mode is Mode.rl and isinstance(config.reference, CopyConfig)
+    return config.mode in (Mode.rl, Mode.dpo) and isinstance(config.reference, CopyConfig)
 
 
 def scored_algorithm(config: RunConfig) -> AlgorithmConfig:
     """The algorithm as the trainer of this run can follow it: nothing costs distance to a reference that is not there,
-    as in a doctor's single step."""
+    as in a doctor's single step. With mode=dpo it is the part of the loss of pairs that has a gradient."""
+    if config.mode is Mode.dpo:
+        return AlgorithmConfig(loss=WEIGHTED_LOGPROBS)
     if has_reference(config):
         return config.algorithm
     return dataclasses.replace(config.algorithm, kl=KLConfig(), distill=DistillConfig())

@@ -12,7 +12,7 @@ from vlmrl.config.run import Mode
 from vlmrl.orchestrator.faults import FaultWatch
 from vlmrl.orchestrator.interruption import stopped_before
 from vlmrl.orchestrator.loop import ExitReason
-from vlmrl.orchestrator.supervised import Demonstrated, demonstrate, held_out, loss_of
+from vlmrl.orchestrator.supervised import Demonstrated, Made, demonstrate, held_out, loss_of
 from vlmrl.orchestrator.task_threads import TaskThreads
 from vlmrl.record.faults import faults_of
 from vlmrl.record.metrics import DEMONSTRATION_LOSS
@@ -130,8 +130,8 @@ async def demonstrations_of(run: Run, step: int, threads: TaskThreads) -> Demons
     )
 
 
-def note(run: Run, step: int, phase: Phase, made: Demonstrated) -> None:
-    """Record the demonstrations that failed, and the rows without one, before `step` was taken.
+def note(run: Run, step: int, phase: Phase, made: Made) -> None:
+    """Record the demonstrations or pairs that failed, and the rows without one, before `step` was taken.
 
     Raises `BadRowsError` where the settings say that the run stops there.
     """
@@ -142,6 +142,7 @@ def note(run: Run, step: int, phase: Phase, made: Demonstrated) -> None:
         return
     run.monitor.faults([{**fault, "split": "train"} for fault in faults_of(step, phase, made.faults)])
     run.monitor.warn(
-        "Some demonstrations failed and were left out: python -m vlmrl mode=faults "
+        f"Some {'pairs' if run.config.mode is Mode.dpo and phase == 'rl' else 'demonstrations'} failed and were left "
+        "out: python -m vlmrl mode=faults "
         f"run={run.config.output_dir} lists them."
     )

@@ -95,7 +95,8 @@ class NoProblem(Exception):  # noqa: N818 — not an error: the run goes on with
     """`Task.problem` raises it where the split has no problem at this index. The run takes the next index instead, so
     no rollout is lost.
 
-    `Task.demonstration` may raise it too: the problem has no demonstration, and the next one is taken instead.
+    `Task.demonstration` and `Task.preference` may raise it too: the problem has no demonstration, or no pair, and the
+    next one is taken instead.
     """
 
 
@@ -231,6 +232,34 @@ class StepInfo:
     def of_text(completion: str, turn: int) -> StepInfo:
         """The info of a text that no policy has sampled, for checks of a task: one token per character."""
         return StepInfo(turn, len(completion), is_cut=False)
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A pair of answers to one prompt, for mode=dpo.
+
+    >>> from vlmrl import Message, Preference
+    >>> pair = Preference((Message.of("user", "1 + 1?"),), Message.of("assistant", "2"), Message.of("assistant", "3"))
+    >>> pair.chosen.role
+    'assistant'
+    """
+
+    prompt: tuple[Message, ...]
+    """What both answer; it ends with a user or tool message. Its assistant messages have no loss."""
+    chosen: Message
+    """The better answer, an assistant message."""
+    rejected: Message
+    """The worse answer, an assistant message."""
+
+
+@runtime_checkable
+class HasPreferences(Protocol):
+    """A task with pairs of answers, for mode=dpo. task=dataset is one, where a column holds worse answers."""
+
+    def preference(self, problem: Any) -> Preference:
+        """A better and a worse answer to a problem that `problem` returned. Raises `BadRow` where the row has none that
+        can be used."""
+        ...
 
 
 class Env(Protocol):

@@ -25,9 +25,10 @@ from typing import Any
 
 from vlmrl.config.task import MixtureConfig
 from vlmrl.errors import ConfigError
-from vlmrl.tasks.base import BadRow, FromRow, NotInSplit, Problem, Reference, Split, Task
+from vlmrl.tasks.base import BadRow, FromRow, NotInSplit, Preference, Problem, Reference, Split, Task
 from vlmrl.tasks.border import get_num_rows
 from vlmrl.tasks.loading import data_table_of, load_task, texts_of
+from vlmrl.tasks.preferences import preference_of
 from vlmrl.types import Message
 
 LONGEST_PERIOD = 4096
@@ -140,6 +141,10 @@ class MixtureTask(Task):
     def demonstration(self, problem: MixedProblem, *, random_answers: bool, seed: int) -> tuple[Message, ...]:
         with keys_at(f"task.tasks.{problem.task}"):
             return self._tasks[problem.task].demonstration(problem.problem, random_answers=random_answers, seed=seed)
+
+    def preference(self, problem: MixedProblem) -> Preference:
+        with keys_at(f"task.tasks.{problem.task}"):
+            return preference_of(self._tasks[problem.task], problem.problem)
 
     def texts(self) -> tuple[str, ...]:
         """The texts of all tasks, so that a tokenizer that is made here knows the words of each."""

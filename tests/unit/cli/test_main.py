@@ -103,7 +103,7 @@ def vlmrl(tmp_path: Path, their_modules: Path) -> Callable[..., Ended]:
             ["trainer.learning_rat: there is no such key", "did you mean trainer.learning_rate"],
         ),
         (["trainer.max_steps=many"], ["trainer.max_steps: Value 'many'", "Integer"]),
-        (["mode=train"], ["mode: Invalid value 'train'", "rl, sft, eval, check, preview, play, serve, doctor"]),
+        (["mode=train"], ["mode: Invalid value 'train'", "rl, sft, dpo, eval, check, preview, play, serve, doctor"]),
         (
             ["model=qwen3vl_tin"],
             ["model=qwen3vl_tin: model has only auto, qwen3vl, qwen3vl_moe", "did you mean qwen3vl_tiny?"],

@@ -49,6 +49,7 @@ POLICIES = {
         task.eval_fraction task.env_id task.env_kwargs task.noise
         reward.terms.*.kind reward.terms.*.target
         tool.*.kind tool.*.target tool.*.description tool.*.coordinates task.places
+        dpo.from_run dpo.eval_fraction
         inference.kind weight_sync.kind reference.kind reference.dtype reference.folder
         trainer.optimizer
     """,
@@ -62,6 +63,7 @@ POLICIES = {
         task.path task.name task.split task.revision task.rows task.eval_path task.eval_split
         task.columns.prompt task.columns.messages task.columns.images task.columns.answer task.columns.choices
         task.columns.system task.columns.boxes task.columns.demonstration
+        task.columns.chosen task.columns.rejected
         task.image_root task.system_prompt task.template
         task.actions task.prompt task.reply task.history task.frame_size task.frame_skip task.shaping task.expert
         task.invalid task.invalid_reward task.success_at
@@ -85,6 +87,7 @@ POLICIES = {
         algorithm.kl.loss algorithm.kl.estimator algorithm.kl.reward algorithm.kl.advantage
         algorithm.distill.top_k algorithm.distill.weight algorithm.distill.divergence algorithm.distill.beta
         reference.refresh_every reference.decay
+        dpo.batch_size dpo.loss dpo.beta dpo.label_smoothing dpo.length_normalized dpo.sft_weight
         algorithm.clip_low algorithm.clip_high algorithm.importance_correction algorithm.importance_cap
         algorithm.filters.gibberish algorithm.filters.rare_from algorithm.filters.rare_logprob_offset
         algorithm.filters.repetition algorithm.filters.repetition_window algorithm.filters.repetition_probability

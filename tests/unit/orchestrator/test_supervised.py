@@ -253,7 +253,7 @@ def test_a_bug_of_ours_is_not_a_fault_of_the_task(renderer: Renderer, monkeypatc
     def slip(*_: Any, **__: Any) -> None:
         raise AssertionError("planted")
 
-    monkeypatch.setattr("vlmrl.orchestrator.supervised._sample", slip)
+    monkeypatch.setattr("vlmrl.orchestrator.supervised.supervised_sample", slip)
     with pytest.raises(AssertionError, match="planted"):
         made_by(Recording(), renderer)
 

@@ -81,6 +81,7 @@ def test_options_are_those_that_the_groups_are_meant_to_have() -> None:
             "orchestrator",
             "orchestrator/renderer",
             "reference",
+            "dpo",
             "algorithm",
             "inference",
         ),

@@ -77,6 +77,7 @@ def later_refusals(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tu
     yield refused(Stage.here, Site(), "reference=folder", f"reference.folder={folder}")
     yield refused(Stage.here, Site(), "mode=replay", f"run={folder}", "step=3")
     yield refused(Stage.here, Site(), "mode=doctor", f"against={folder}")
+    yield refused(Stage.here, Site(), "mode=dpo", f"dpo.from_run={folder}")
     yield refused(Stage.here, Site(), "mode=export", f"resume={folder}", f"export.folder={folder}")
     (folder / "older/rollouts").mkdir(parents=True)
     (folder / "older/rollouts/step_000001.jsonl").touch()
@@ -147,6 +148,7 @@ ELSEWHERE = {
     "orchestrator/advantages.py": "what the user's function returned",
     "orchestrator/eval_sets.py": "columns of a set's problems",
     "runs/preview": "rows that the data does not have",
+    "runs/recorded_pairs.py": "what a run has recorded",
     "runs/problems.py": "a task without a number of rows, and a file on the disk",
     "record/hub_commits.py": "a file on the disk",
     "record/pass_rates.py": "a file on the disk",

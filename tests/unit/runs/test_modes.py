@@ -33,13 +33,13 @@ def test_only_training_saves_and_its_checkpoints_are_named_after_its_steps() -> 
         for mode, row in MODES.items()
         if isinstance(row, RunMode) and row.checkpoint_step is not None
     }
-    assert named == {Mode.rl: 3, Mode.sft: 5}
+    assert named == {Mode.rl: 3, Mode.sft: 5, Mode.dpo: 3}
 
 
 def test_an_interrupted_run_says_how_to_go_on() -> None:
     warm_up = Progress(policy_version=0, supervised_steps=5, evaluations=0)
     remedy = "and saved: continue with python -m vlmrl resume=/runs/{a}"
-    for mode in (Mode.rl, Mode.sft):
+    for mode in (Mode.rl, Mode.sft, Mode.dpo):
         said = run_mode(mode).interrupted.format(progress=warm_up, folder="/runs/{a}")
         assert said == f"stopped after supervised step 5 {remedy}"
     said = run_mode(Mode.rl).interrupted.format(progress=Progress(2, 5, 0), folder="/runs/{a}")

@@ -203,7 +203,13 @@ def test_any_number_of_ranks_goes_on_with_the_reference(tiny_folder: Path, tmp_p
     never_stopped = one_process(by_one)
     assert never_stopped["2/reference_kl/mean"] > 1e-4
     assert_same(one_process(by_one), never_stopped, tolerance=0.0)
-    two = by_ranks(2, tiny_folder, tmp_path / "2", f"referred@{by_one}", f"referred, kept whole@{by_two}")
+    pairs = learning.continued(learning.learner(str(tiny_folder), "pairs", None), "pairs", str(tmp_path / "pairs"))
+    assert pairs["2/dpo/margin"] > 1e-4
+    two = by_ranks(
+        *(2, tiny_folder, tmp_path / "2"),
+        *(f"referred@{by_one}", f"referred, kept whole@{by_two}", f"pairs@{tmp_path / 'pairs'}"),
+    )
+    assert_same(two["pairs"], pairs, tolerance=1e-5)
     assert_same(two["referred"], never_stopped, tolerance=1e-5)
     assert_same(two["referred, kept whole"], never_stopped, tolerance=1e-5)
     assert_same(one_process(by_two), never_stopped, tolerance=1e-5)

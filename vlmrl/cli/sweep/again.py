@@ -10,11 +10,8 @@ from collections.abc import Callable, Sequence
 from omegaconf import DictConfig
 
 from vlmrl.cli.sweep.jobs import State, of_the_job, state_of
-from vlmrl.config.run import Mode
+from vlmrl.config.run import LEARN
 from vlmrl.record.run_dir import RunDir
-
-RESUMABLE = (Mode.rl, Mode.sft)
-"""Modes that write checkpoints. Jobs of other modes start from the beginning."""
 
 
 def run_what_is_left(
@@ -36,7 +33,7 @@ def run_what_is_left(
         if state is State.failed and not config.sweep.retry_failed:
             print(f"{run_dir.name}: skipped, it failed before (sweep.retry_failed=false): {summary.get('error')}")
             return None
-        if state is not State.new and config.mode in RESUMABLE:
+        if state is not State.new and config.mode in LEARN:
             print(f"{run_dir.name}: continues, it was {state.value} before")
             config.resume = str(run_dir.path)
         run_dir.write_overrides(of_the_job(overrides))

@@ -139,7 +139,7 @@ def reference_bytes(config: RunConfig, parameters: int) -> int:
     """Bytes of the reference's weights on each rank's device. A teacher from a folder counts as one of the policy's
     size."""
     chosen = config.reference
-    if config.mode is not Mode.rl or not isinstance(chosen, CopyConfig) or config.reference_is_policy:
+    if config.mode not in (Mode.rl, Mode.dpo) or not isinstance(chosen, CopyConfig) or config.reference_is_policy:
         return 0
     if chosen.offload and config.model.device != "cpu":
         return 0

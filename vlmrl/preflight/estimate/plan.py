@@ -117,10 +117,10 @@ def _model(config: RunConfig, sizes: Sizes) -> Iterator[tuple[str, str]]:
         f"{config.task.target}, up to {most_turns(config.task)} turns"
         + (f", {config.task.num_examples} training problems" if config.task.num_examples is not None else ""),
     )
-    yield (
-        "algorithm",
-        f"{config.algorithm.loss}, {config.algorithm.advantage}, credit by {config.algorithm.credit.value}",
-    )
+    algorithm = f"{config.algorithm.loss}, {config.algorithm.advantage}, credit by {config.algorithm.credit.value}"
+    if config.mode is Mode.dpo:
+        algorithm = f"dpo, {config.dpo.loss.value} loss, beta {config.dpo.beta:g}, reference={config.reference.kind}"
+    yield "algorithm", algorithm
 
 
 def _arithmetic(config: RunConfig, ranks: int) -> Iterator[tuple[str, str]]:
@@ -129,6 +129,10 @@ def _arithmetic(config: RunConfig, ranks: int) -> Iterator[tuple[str, str]]:
     supervised = f"{t.warmup.steps} supervised × {t.warmup.batch_size} conversations"
     if config.mode is Mode.sft:
         yield "optimizer steps", supervised
+        return
+    if config.mode is Mode.dpo:
+        before = f"{supervised}, then " if t.warmup.steps else ""
+        yield "optimizer steps", f"{before}{t.max_steps} × {config.dpo.batch_size} pairs"
         return
     yield (
         "rollouts per step",

@@ -8,9 +8,15 @@ from collections.abc import Iterator
 from vlmrl.config.eval_set import EvalSet, ks
 from vlmrl.config.fields import NAME
 from vlmrl.config.keys import did_you_mean
+from vlmrl.config.program import scores_itself
 from vlmrl.config.run import Mode, RunConfig
+from vlmrl.config.task import tasks_of
 from vlmrl.errors import ConfigError
+from vlmrl.preflight.rules.reward import rewards_of
 from vlmrl.record.splits import RESERVED
+
+PAIR_METRICS = ("accuracy", "loss", "margin", "chosen_reward", "rejected_reward", "chosen_logprob", "rejected_logprob")
+"""What is measured of held-out pairs, `eval/dpo/…`."""
 
 
 def evaluation_has_work(config: RunConfig) -> None:
@@ -70,7 +76,7 @@ def best_is_measured(config: RunConfig) -> None:
                 "trainer.keep_best=eval/reward, or drop trainer.patience"
             )
         return
-    if config.mode is not Mode.rl:
+    if config.mode not in (Mode.rl, Mode.dpo):
         if config.mode is Mode.sft:
             raise ConfigError(
                 f"trainer.keep_best={metric} has no effect with mode=sft, which evaluates once, at its end, so there "
@@ -91,11 +97,21 @@ def best_is_measured(config: RunConfig) -> None:
 def _metrics(config: RunConfig) -> Iterator[str]:
     """The metrics of the evaluations during training; `<name>` stands for any name."""
     evaluation = config.orchestrator.eval
-    if evaluation.every and evaluation.problems:
+    if evaluation.every and evaluation.problems and config.mode is Mode.dpo:
+        yield from (f"eval/dpo/{key}" for key in PAIR_METRICS)
+    if evaluation.every and evaluation.problems and _is_scored(config):
         yield from ("eval/reward", "eval/reward_greedy", "eval/reward/<name>", "eval/task/<name>")
     for name, each in evaluation.sets.items():
         if evaluation.every or each.every:
             yield from (f"eval/{name}/{metric}" for metric in _set_metrics(each))
+
+
+def _is_scored(config: RunConfig) -> bool:
+    """Whether something says what an answer to the run's task is worth; with mode=rl something does."""
+    return config.mode is Mode.rl or any(
+        scores_itself(own) or rewards_of(config, config.task, own, key)[1].terms
+        for key, own in tasks_of(config.task).items()
+    )
 
 
 def _set_metrics(each: EvalSet) -> Iterator[str]:

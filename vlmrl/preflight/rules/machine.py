@@ -6,7 +6,7 @@ Where no GPU is visible nothing is known about the machine that the run is meant
 from __future__ import annotations
 
 from vlmrl.config.inference import VllmConfig
-from vlmrl.config.run import Mode, RunConfig
+from vlmrl.config.run import LEARN, Mode, RunConfig
 from vlmrl.config.trainer import Optimizer
 from vlmrl.errors import ConfigError
 from vlmrl.preflight.estimate.memory import SERVER_BYTES, StepTokens, server_memory, trainer_memory
@@ -39,9 +39,9 @@ def refuse_machine(config: RunConfig, machine: Machine, sizes: Sizes, ranks: int
             )
         if own and servers:
             _refuse_server(own, sizes, gpu.memory)
-        if len(here) > servers and config.mode in (Mode.rl, Mode.sft):
+        if len(here) > servers and config.mode in LEARN:
             _refuse_trainer(config, sizes, gpu, share, ranks)
-    if config.mode in (Mode.rl, Mode.sft):
+    if config.mode in LEARN:
         _refuse_host(config, sizes, machine, ranks)
 
 

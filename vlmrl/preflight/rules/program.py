@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from vlmrl.config.algorithm import Credit
 from vlmrl.config.dataset import DatasetConfig
 from vlmrl.config.program import ProgramConfig, ProgramResult
-from vlmrl.config.run import Mode, RunConfig
+from vlmrl.config.run import LEARN, Mode, RunConfig
 from vlmrl.config.task import Workers, tasks_of
 from vlmrl.config.verifiers import VerifiersConfig
 from vlmrl.errors import ConfigError
@@ -135,7 +135,7 @@ def programs_are_paid_by_episode(config: RunConfig) -> None:
 
 def programs_have_demonstrations(config: RunConfig) -> None:
     """Supervised steps have conversations to learn from."""
-    if config.trainer.warmup.steps == 0 or config.mode not in (Mode.rl, Mode.sft):
+    if config.trainer.warmup.steps == 0 or config.mode not in LEARN:
         return
     for key, own in tasks_of(config.task).items():
         if isinstance(own, VerifiersConfig) or (isinstance(own, ProgramConfig) and own.path is None):

@@ -19,9 +19,10 @@ def ranks_work_together(config: RunConfig, site: Site) -> None:
             "torchrun or srun"
         )
     evaluation = config.orchestrator.eval
-    samples = config.mode is not Mode.sft or evaluation.problems > 0 or bool(evaluation.sets)
+    only_evaluates = config.mode in (Mode.sft, Mode.dpo)
+    samples = not only_evaluates or evaluation.problems > 0 or bool(evaluation.sets)
     if samples and config.inference.kind == "embedded" and config.trainer.sharding is not Sharding.none:
-        remedies = "orchestrator.eval.problems=0, " if config.mode is Mode.sft else ""
+        remedies = "orchestrator.eval.problems=0, " if only_evaluates else ""
         raise ConfigError(
             f"trainer.sharding={config.trainer.sharding.value} leaves each of {ranks} a slice of the weights, so "
             "inference=embedded, which samples from rank 0's weights, would lack the rest: set trainer.sharding=none, "

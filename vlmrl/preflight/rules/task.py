@@ -6,7 +6,7 @@ import math
 
 from vlmrl.config.gymnasium import GymnasiumConfig
 from vlmrl.config.reward import RewardConfig
-from vlmrl.config.run import Mode, RunConfig
+from vlmrl.config.run import LEARN, Mode, RunConfig
 from vlmrl.config.small_print import SmallPrintConfig
 from vlmrl.config.task import ColorCodewordConfig, Workers, tasks_of
 from vlmrl.errors import ConfigError
@@ -15,7 +15,7 @@ from vlmrl.preflight.estimate.sizes import TURN_FRAME
 from vlmrl.preflight.rules.reward import all_tasks
 from vlmrl.preflight.site import Site
 
-PLAYING = (Mode.rl, Mode.sft, Mode.eval, Mode.doctor)
+PLAYING = (*LEARN, Mode.eval, Mode.doctor)
 """Modes that show a task's problems to the model."""
 
 

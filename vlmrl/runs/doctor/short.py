@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from vlmrl.config.run import Mode, RunConfig
+from vlmrl.config.run import LEARN, Mode, RunConfig
 from vlmrl.models.checkpoints.built_folders import cache_folder
 from vlmrl.models.policy import Policy
 from vlmrl.monitor.monitor import Monitor
@@ -97,11 +97,7 @@ def ensure_certified(
 def needs_certificate(config: RunConfig) -> bool:
     """Whether a run of this config first tries its model: one with images, of a family without a file of its own."""
     vlm = config.model.vlm
-    return (
-        config.mode in (Mode.rl, Mode.sft, Mode.eval, Mode.serve)
-        and vlm is not None
-        and vlm.family not in known_families()
-    )
+    return config.mode in (*LEARN, Mode.eval, Mode.serve) and vlm is not None and vlm.family not in known_families()
 
 
 class ShortCertificate:

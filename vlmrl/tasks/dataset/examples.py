@@ -181,7 +181,7 @@ class Drafting:
             return boxes[0] if len(boxes) == 1 else boxes
         sources = [f"the column {column}" for column in (layout.answer, layout.boxes) if column is not None]
         sources += ["a last assistant turn"] if layout.messages is not None else []
-        if sources:
+        if sources and layout.rejected is None:  # a pair of answers has no other
             raise Unusable(f"the row has no answer in {' or '.join(sources)}, so it cannot be scored: fill it")
         return None
 

@@ -3,8 +3,7 @@
     columns, a few rows ──▶ candidates per role, best names first ──▶ do two of equal rank say the same? ──▶ Layout
                                                                        no: refused, with the key that decides
 
-The tables below hold the names of the layouts that are in use: verl, EasyR1, R1-V, TRL, ms-swift, LLaMA-Factory,
-VLM-R1, OpenAI messages, VQA data sets of lmms-eval, The Cauldron. Upper and lower case and `-`, `_` do not count.
+column_names.py holds the names of the layouts that are in use. Upper and lower case and `-`, `_` do not count.
 
 A role that `task.columns.<role>` sets is not recognized. Nothing goes by the name of a data set.
 """
@@ -20,37 +19,20 @@ from typing import Any
 from vlmrl.config.dataset import ColumnsConfig
 from vlmrl.errors import ConfigError
 from vlmrl.tasks.dataset.agreement import same_answer, same_question, same_text
+from vlmrl.tasks.dataset.column_names import (
+    ANSWERS,
+    BOXES,
+    CHOICES,
+    CHOSEN,
+    IMAGES,
+    MESSAGES,
+    PROMPTS,
+    REJECTED,
+    ROLE_KEYS,
+    SYSTEM,
+)
 from vlmrl.tasks.dataset.columns import as_list, is_missing, leaves, nearest, plain, short, unwrapped, value_at
 from vlmrl.tasks.dataset.rows import ColumnType
-
-PROMPTS = (("prompt", "question", "problem", "query", "instruction", "user_prompt"), ("input", "text", "user"))
-"""Names of the question, by rank: a name of a later group counts only where no earlier one is there."""
-
-MESSAGES = (("messages", "conversations", "conversation", "dialog", "dialogue", "chat"), ("texts",))
-ANSWERS = (
-    ("reward_model.ground_truth",),
-    (
-        *("answer", "answers", "ground_truth", "gt_answer", "gt", "label", "labels", "target", "reference"),
-        *("reference_answer", "correct_answer", "final_answer", "expected_answer", "golden_answers", "gold"),
-        *("correct_choice_idx", "correct_choice", "correct_option", "correct", "answer_idx", "answer_index"),
-        *("multiple_choice_answer", "answer_key", "answerkey"),
-    ),
-    ("solution", "output", "response", "completion"),
-)
-CHOICES = (("choices", "options"), ("candidates", "answer_choices", "multiple_choices"))
-SYSTEM = (("system", "system_prompt"),)
-BOXES = (("objects",), ("bbox", "bboxes", "boxes", "box", "bounding_box", "bounding_boxes", "bbox_2d"))
-IMAGES = (
-    ("images", "image"),
-    (
-        *("image_urls", "image_url", "image_path", "image_paths", "image_file", "image_files", "image_bytes"),
-        *("image_base64", "img", "imgs", "img_path", "picture", "pictures", "photo", "decoded_image", "png", "jpg"),
-        *("jpeg", "webp", "media", "filepath", "file_name", "filename"),
-    ),
-)
-
-ROLE_KEYS = (("role", "content"), ("from", "value"), ("user", "assistant"), ("human", "assistant"))
-"""The fields of a message: OpenAI, sharegpt, and pairs as in The Cauldron and in ms-swift's sharegpt."""
 
 _OPTION_NAME = re.compile(r"(?:option|choice)?_?([a-h])")
 _NUMBERED_IMAGE = re.compile(r"(?:image|img)_?(\d+)")
@@ -75,6 +57,10 @@ class Layout:
     """Alpaca's `input`, which stands below the instruction."""
     history: str | None = None
     """Earlier turns of a text prompt, as pairs of question and answer (alpaca)."""
+    chosen: str | None = None
+    """The better answer of a pair."""
+    rejected: str | None = None
+    """The worse answer of a pair."""
     passed_over: tuple[tuple[str, str], ...] = ()
     """Role and column of what was not taken, because another name has a higher rank or says the same."""
 
@@ -95,7 +81,10 @@ class Layout:
         return table
 
 
-ROLES = ["messages", "prompt", "input", "history", "system", "images", "choices", "boxes", "answer", "demonstration"]
+ROLES = [
+    *("messages", "prompt", "input", "history", "system", "images", "choices", "boxes", "answer", "demonstration"),
+    *("chosen", "rejected"),
+]
 """The roles of a layout, in the order in which the screen shows them."""
 
 
@@ -149,6 +138,13 @@ class _Search:
         choices = self._several("choices", self._choices)
         answer = self._answer(choices)
         parts = self._alpaca(prompt)
+        chosen = self._one("chosen", CHOSEN, same_text)
+        rejected = self._one("rejected", REJECTED, same_text)
+        if prompt is None and messages is None and chosen is not None and self._is_conversation(chosen):
+            messages = chosen
+        demonstration = self._set("demonstration")
+        if demonstration is None and answer is None and rejected is not None:
+            demonstration = chosen
         return Layout(
             prompt=prompt,
             messages=messages,
@@ -157,9 +153,11 @@ class _Search:
             choices=choices,
             system=self._one("system", SYSTEM, same_text),
             boxes=self._one("boxes", BOXES, same_text),
-            demonstration=self._set("demonstration"),
+            demonstration=demonstration,
             input=parts.get("input"),
             history=parts.get("history"),
+            chosen=chosen,
+            rejected=rejected,
             passed_over=tuple(self.passed_over),
         )
 

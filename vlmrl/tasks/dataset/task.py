@@ -9,6 +9,7 @@
     conversation.py     turns, markers, boxes           images.py, fetch.py  pixels
     template.py         task.template                   examples.py          all of these, for one row
     demonstrations.py   random answers                  probe.py             what the first rows tell
+    preferences.py      the better and the worse answer
 
 An index of the training split is a row of a shuffled epoch; one of the evaluation split is a row in the order of the
 file. A row whose text and pixels belong to the other split is passed over. So nothing scans the data, and a bad row
@@ -26,12 +27,13 @@ from typing import Any
 from vlmrl.config.dataset import DatasetConfig
 from vlmrl.errors import ConfigError, fenced
 from vlmrl.rendering.images import Pixels, image_hash
-from vlmrl.tasks.base import BadRow, NotInSplit, Reply, Split, Task
+from vlmrl.tasks.base import BadRow, NotInSplit, Preference, Reply, Split, Task
 from vlmrl.tasks.dataset.columns import Unusable
 from vlmrl.tasks.dataset.conversation import Placed
 from vlmrl.tasks.dataset.demonstrations import random_answer
 from vlmrl.tasks.dataset.examples import Example, example_of
 from vlmrl.tasks.dataset.order import shuffled
+from vlmrl.tasks.dataset.preferences import answers_of_pair
 from vlmrl.tasks.dataset.probe import Pool, answers_of, form_in, open_pool, place_of, texts_in
 from vlmrl.tasks.dataset.split import belongs_to_eval, content_hash
 from vlmrl.types import Image, Message, Text
@@ -163,6 +165,20 @@ class DatasetTask(Task):
                 )
             raise BadRow("the row has no demonstration: fill its column, or leave the row out")
         return (*problem.messages, Message.of("assistant", problem.demonstration))
+
+    def preference(self, problem: DatasetProblem) -> Preference:
+        """The prompt with the better and the worse answer of the row."""
+        layout = self._pools["train"].layout
+        if layout.rejected is None:
+            raise NotImplementedError(
+                "no column is known to hold the worse answer of a pair, so there is nothing to compare: set "
+                "task.columns.chosen and task.columns.rejected"
+            )
+        try:
+            chosen, rejected = answers_of_pair(layout, problem.columns, problem.demonstration)
+        except Unusable as error:
+            raise BadRow(error.text, source=problem.source, row=problem.row) from None
+        return Preference(problem.messages, Message.of("assistant", chosen), Message.of("assistant", rejected))
 
     def texts(self) -> tuple[str, ...]:
         return texts_in(self._pools["train"])
