@@ -21,14 +21,14 @@ for line in sys.stdin:
     problem = json.loads(line)
     first = user("Which letter?")
     said = ask(problem, first, temperature=0.7)
-    ask(problem, user("And you?"), temperature=1.4)
+    ask(problem, user("And you?"), temperature=1.4, top_k=5)
     more = ask(problem, first, said, user("Sure?"), temperature=1.4, stop=["C"])
     ask(problem, first, said, user("No?"), temperature=0)
     print(json.dumps({"reward": len(more["content"]) % 3}), flush=True)
 """
 )
 """Two agents. The first one goes on after the second has asked, so places of turns are not numbers of requests; then it
-forks from its first answer and decodes greedily."""
+forks from its first answer and decodes greedily. The second one samples from five tokens."""
 
 
 def temperature(turn: TurnRecord) -> float | None:
@@ -66,6 +66,7 @@ def test_vllm_samples_each_turn_at_its_own_temperature(home: Home) -> None:
         ]
         assert {temperature(turn) for turn in turns} == {0.0, 0.7, 1.4}
         assert {turn["stop"] for turn in turns} <= {None, "C"}
+        assert line["support/mean"] == 5
         assert line["mismatch_kl/mean"] < 1e-8
 
 
@@ -87,5 +88,7 @@ def test_turns_at_several_temperatures_are_learned_and_replayed(home: Home) -> N
         assert line["tokens/trained"] == line["tokens/completion"] - greedy
         assert line["mismatch_kl/mean"] < 1e-10, "the trainer computes each token at its own temperature"
         assert {turn["trainer_logprobs"] is None for turn in whole[3::4]} == {True}
+        assert line["support/mean"] == 5
+        assert [turn["support_sizes"] is not None for turn in whole] == [False, False, True, False] * (len(whole) // 4)
     ended = home.vlmrl("mode=replay", f"run={run}", "step=1")
     assert (ended.code, ended.err) == (0, ""), ended.out

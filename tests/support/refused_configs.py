@@ -46,7 +46,7 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     ),
     (
         ("inference=vllm", "orchestrator.top_p=0.9"),
-        "top_p=0.9 rules .*=vllm does not report .* set orchestrator.top_p=1",
+        "top_p=0.9 keeps any number of tokens, .* set orchestrator.top_k=50 as well",
     ),
     (("orchestrator.top_k=2000",), "top_k=2000 is out of range, .* the records of what each token is sampled"),
     (("orchestrator.max_staleness=1",), "orchestrator.max_staleness=1 lets .* inference=embedded"),

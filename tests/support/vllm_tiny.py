@@ -25,7 +25,7 @@ from vlmrl.models.families.positions import position_function
 from vlmrl.models.policy import Policy
 from vlmrl.rendering.renderer import Renderer, make_renderer
 from vlmrl.trainer.trainer import LocalTrainer
-from vlmrl.types import Completion, Image, Message, Prompt, SamplingParams, TrainingSample, mm_token_type_ids
+from vlmrl.types import Completion, Image, Message, Prompt, SamplingParams, Supports, TrainingSample, mm_token_type_ids
 
 CONFIG = ModelConfig(
     name="tiny",
@@ -101,6 +101,9 @@ class Tiny:
         )
         token_ids = np.concatenate([prompt.token_ids, completion.token_ids])
         length, sampled = len(token_ids), np.arange(len(token_ids)) >= len(prompt.token_ids)
+        supports = None
+        if completion.supports is not None:
+            supports = Supports.joined([Supports.of([()] * len(prompt.token_ids)), completion.supports])
         sample = TrainingSample(
             rollout_id="r",
             token_ids=token_ids,
@@ -111,6 +114,7 @@ class Tiny:
             versions=np.where(sampled, 0, -1),
             placeholders=prompt.placeholders,
             images=prompt.images,
+            supports=supports,
         )
         (found,) = trainer.logprobs([sample])
         return found

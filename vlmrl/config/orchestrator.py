@@ -111,7 +111,8 @@ class OrchestratorConfig:
     is set without `top_k`."""
     min_p: float = setting(0.0, on_resume=Resume.noted, low=0, high=1, outside="no token can be sampled")
     """Sample from the tokens that are at least so many times as probable as the most probable one (arXiv 2407.01082); 0
-    samples from all."""
+    samples from all. With inference=vllm this and `top_p` need `top_k` as well, because vLLM reports a given number of
+    tokens."""
     max_staleness: int = setting(0, on_resume=Resume.noted, low=0, high=10**5, outside="every token is too old")
     """Optimizer steps that the weights which sampled a token may lie behind the weights that learn from it. 0 is
     on-policy."""

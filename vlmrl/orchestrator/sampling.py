@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from vlmrl.config.inference import VllmConfig
 from vlmrl.config.run import RunConfig
 from vlmrl.inference.stop_strings import INCOMPLETE
-from vlmrl.types import SamplingParams, TurnSampling
+from vlmrl.types import MAX_SUPPORT, SamplingParams, TurnSampling
 
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 1e-9, 1e6
 """The range of a temperature above 0, as that of `orchestrator.temperature`."""
@@ -28,19 +29,28 @@ class Truncation:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
-    reports_support: bool = False
-    """Whether the engine reports from which tokens each token of a truncated distribution was sampled."""
+    reported: int | None = 0
+    """The largest `top_k` of which the engine reports from which tokens it sampled; 0: it reports nothing. None: it
+    does so for every truncated distribution."""
 
     @staticmethod
-    def of(config: RunConfig, *, reports_support: bool = False) -> Truncation:
-        """As the run samples."""
+    def of(config: RunConfig) -> Truncation:
+        """As the run samples, without a report."""
         own = config.orchestrator
-        return Truncation(own.top_p, own.top_k, own.min_p, reports_support)
+        return Truncation(own.top_p, own.top_k, own.min_p)
 
     @staticmethod
     def learned(config: RunConfig) -> Truncation:
         """As the run samples what it learns from."""
-        return Truncation.of(config, reports_support=config.inference.kind == "embedded")
+        engine, whole = config.inference, Truncation.of(config)
+        if not isinstance(engine, VllmConfig):
+            return replace(whole, reported=None)
+        # Of a server that the run did not start, only what the run needs is known (`check_settings`).
+        return replace(whole, reported=whole.top_k if engine.urls else MAX_SUPPORT)
+
+    def reports(self, params: SamplingParams) -> bool:
+        """Whether the engine reports from which tokens it samples with `params`."""
+        return params.truncates and (self.reported is None or 0 < params.top_k <= self.reported)
 
 
 WHOLE = Truncation()
@@ -100,7 +110,7 @@ class OwnSampling:
             stop=tuple(dict.fromkeys((*self.stop, *stop))),
             min_p=0.0 if is_greedy else own.min_p,
         )
-        return replace(params, reports_support=own.reports_support and params.truncates)
+        return replace(params, reports_support=own.reports(params))
 
     def differs(self, params: SamplingParams, seed: int) -> TurnSampling | None:
         """What `params` do otherwise than the run; None where they do not. `seed` is the one that the run gives the

@@ -53,6 +53,7 @@ def make_engine(
         size_settings(config.model.vlm),
         policy.logit_map.scale,
         renderer.decode,
+        config.orchestrator.top_k,
     )
 
     def weights() -> dict[str, Tensor]:

@@ -57,13 +57,19 @@ def test_a_value_that_cannot_be_sampled_with_is_refused(asked: dict[str, Any]) -
 
 
 def test_an_engine_reports_the_supports_of_what_is_truncated() -> None:
-    truncation = Truncation(top_p=0.9, min_p=0.05, reports_support=True)
+    truncation = Truncation(top_p=0.9, min_p=0.05, reported=None)
     own = OwnSampling(1.0, (9,), (), truncation)
     assert (own.params(16, SEED).min_p, own.params(16, SEED).reports_support) == (0.05, True)
     greedy = own.params(16, SEED, temperature=0)
     assert (greedy.top_p, greedy.min_p, greedy.reports_support) == (1.0, 0.0, False)
-    free = OwnSampling(1.0, (9,), (), Truncation(reports_support=True))
+    free = OwnSampling(1.0, (9,), (), Truncation(reported=None))
     assert [free.params(16, SEED, top_p=top_p).reports_support for top_p in (None, 1.0, 0.9)] == [False, False, True]
+
+
+def test_an_engine_may_report_the_supports_of_top_k_alone() -> None:
+    own = OwnSampling(1.0, (9,), (), Truncation(reported=50))
+    asked = ({"top_k": 50}, {"top_k": 5, "top_p": 0.9}, {"top_k": 51}, {"top_p": 0.9}, {"temperature": 0, "top_k": 5})
+    assert [own.params(16, SEED, **each).reports_support for each in asked] == [True, True, False, False, False]
 
 
 @pytest.mark.parametrize(

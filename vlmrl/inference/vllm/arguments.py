@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.model import Dtype
 from vlmrl.inference.vllm import old_vllm
+from vlmrl.inference.vllm.reported_supports import MOST_LOGPROBS
 
 WeightTransfer: TypeAlias = Literal["nccl", "ipc"]
 """vLLM's names for its engines that receive weights from a trainer's GPU."""
@@ -75,6 +76,7 @@ def server_arguments(
         "data_parallel_size": config.data_parallel_size,
         "gpu_memory_utilization": config.gpu_memory_utilization,
         "enforce_eager": config.enforce_eager or on_cpu,
+        "max_logprobs": MOST_LOGPROBS,
         "middleware": "vlmrl.inference.vllm.in_server.guard.RequireKey",
         **SERVER_FLAGS,
         **(old_vllm.SERVER_FLAGS if old_vllm.is_old(version) else NEW_FLAGS),

@@ -220,7 +220,7 @@ class VllmClient(ControlClient):
                     if self._takes_pictures(prompt):
                         end = end_of(last, self._written[last.hash])
                     prefix = Prompt(prompt.token_ids[:end], prompt.placeholders[:shown], prompt.images[:shown])
-                    one_token = replace(sampling, max_new_tokens=1, temperature=0.0, stop=())
+                    one_token = replace(sampling, max_new_tokens=1, temperature=0.0, stop=(), reports_support=False)
                     if await self._request(rollout_id, prefix, data, one_token) is None:
                         return False
                 self._held.update(new)
@@ -330,6 +330,11 @@ class VllmClient(ControlClient):
                 f"rollout {rollout_id}: {self.name} takes at most {MAX_LISTED_TOKENS} banned tokens, but {banned} "
                 "tokens of the vocabulary are not the tokenizer's: set inference.urls=[], so that the run starts "
                 "servers itself"
+            )
+        if sampling.reports_support:
+            raise EngineError(
+                f"rollout {rollout_id}: {self.name} does not report from which tokens it samples: start it with "
+                f"{ROUTE_FLAG}, or set inference.urls=[], so that the run starts servers itself"
             )
         takes_pictures = self._takes_pictures(prompt)
         if takes_pictures:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+import numpy as np
+
 from vlmrl.errors import EngineError
 from vlmrl.inference.stop_strings import TextOf, find_stop
 from vlmrl.inference.vllm import old_vllm
@@ -27,7 +31,8 @@ def completion_of(
         found = find_stop(answer.token_ids, sampling.stop, sampling.stop_token_ids, text_of)
     if found is not None:
         count, stop = found
-        return Completion(answer.token_ids[:count], answer.logprobs[:count], versions[:count], "stop", stop)
+        supports = None if answer.supports is None else answer.supports.take(np.arange(count))
+        return Completion(answer.token_ids[:count], answer.logprobs[:count], versions[:count], "stop", stop, supports)
     stopped = int(answer.token_ids[-1]) in sampling.stop_token_ids
     if answer.finish_reason != ("stop" if stopped else "length"):
         strings = f", and its text has none of the stop strings {list(sampling.stop)}" if sampling.stop else ""
@@ -35,4 +40,5 @@ def completion_of(
             f"rollout {rollout_id}: the server reports finish_reason={answer.finish_reason}, but the last token is "
             f"{answer.token_ids[-1]} and the stop tokens are {sampling.stop_token_ids}{strings}"
         )
-    return Completion(answer.token_ids, answer.logprobs, versions, "stop" if stopped else "length")
+    reason: Literal["stop", "length"] = "stop" if stopped else "length"
+    return Completion(answer.token_ids, answer.logprobs, versions, reason, supports=answer.supports)

@@ -115,13 +115,14 @@ class VllmEngine:
         image_sizes: Mapping[str, Any] = MappingProxyType({}),
         logit_scale: float | None = None,
         text_of: TextOf | None = None,
+        top_k: int = 0,
     ) -> None:
         """`checkpoint` is a folder; `log_folder` gets `vllm_<replica>.log`; `on_progress` is called with a line about
         every half second while servers start, `warn` with a line for each server that has died; `weight_transfer` as
         for `VllmServer`; `image_sizes`: what the run sets of the image processor (`image_size.size_settings`);
-        `logit_scale` as for `check_settings`; `text_of` is the renderer's `decode`, which only stop strings need."""
+        `logit_scale` and `top_k` as for `check_settings`; `text_of` is the renderer's `decode`, for stop strings."""
         self._text_of = text_of
-        self._logit_scale = logit_scale
+        self._logit_scale, self._top_k = logit_scale, top_k
         self._config = config
         self._encoder = ImageEncoder(config.dtype, image_sizes)
         self._run = log_folder.parent
@@ -329,7 +330,7 @@ class VllmEngine:
             await server.launch()
             replica.client = client = self._client(replica.name, LOCAL_URL, server.api_key, server.socket)
             await server.wait_healthy(client.is_healthy, self._on_progress)
-        await check_settings(client, self._config, self._logit_scale)
+        await check_settings(client, self._config, self._logit_scale, self._top_k)
 
     async def _reach(self, replica: Replica) -> VllmClient:
         """Wait until a server that the run did not start is healthy → its client."""

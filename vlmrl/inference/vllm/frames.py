@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import orjson
 
+from vlmrl.inference.vllm.reported_supports import MOST_LOGPROBS, reported
 from vlmrl.inference.vllm.wire import Answer, WireError, checked, versions_of_tokens
-from vlmrl.types import IntArray, Placeholder, SamplingParams
+from vlmrl.types import IntArray, Placeholder, SamplingParams, Supports
 
 ROUTE = "/vlmrl/generate"
 
@@ -51,6 +52,8 @@ def request_header(
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "reported": reported(sampling),
         "seed": sampling.seed,
         "max_tokens": sampling.max_new_tokens,
         "stop_token_ids": sampling.stop_token_ids,
@@ -129,20 +132,25 @@ class Response:
         try:
             count: int = self.header["tokens"]
             token_ids = np.frombuffer(self.data[: 8 * count], np.int64)
-            logprobs = np.frombuffer(self.data[8 * count :], np.float32)
+            logprobs = np.frombuffer(self.data[8 * count : 12 * count], np.float32)
+            supports = None
+            if self.header["has_supports"]:
+                sizes = np.frombuffer(self.data[12 * count : 16 * count], np.int32)
+                ids = np.frombuffer(self.data[16 * count :], np.int32)
+                supports = Supports(ids, np.cumsum([0, *sizes], dtype=np.int64))
             spans = self.header["versions"]
             versions = None if spans is None else versions_of_tokens((int(v), start, end) for v, start, end in spans)
             finish_reason: str = self.header["finish_reason"]
         except (KeyError, TypeError, ValueError) as error:
             raise WireError(f"{type(error).__name__}: {error}; the header is {str(self.header)[:200]}") from error
-        return checked(Answer(token_ids, logprobs, versions, finish_reason))
+        return checked(Answer(token_ids, logprobs, versions, finish_reason, supports=supports))
 
 
 def check_request(header: Mapping[str, Any]) -> None:
     """Raise `ValueError` for values that vLLM does not check and its engine would die of, or hang: JSON turns an int
     beyond 64 bits into a float.
 
-    >>> params = {"seed": 0, "max_tokens": 2, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    >>> params = {"seed": 0, "max_tokens": 2, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0, "reported": 0}
     >>> params |= {"stop_token_ids": [9], "stop": [], "banned": []}
     >>> good = {"request_id": "a/1", "token_ids": [3, 4], "images": [], "is_whole": True, **params}
     >>> check_request(good)
@@ -151,7 +159,8 @@ def check_request(header: Mapping[str, Any]) -> None:
     ...
     ValueError: seed=1.5 is no integer from 0 to 18446744073709551615
     """
-    for name, low, high in (("seed", 0, 2**64 - 1), ("max_tokens", 1, _INT32), ("top_k", 0, _INT32)):
+    bounds = (("seed", 0, 2**64 - 1), ("max_tokens", 1, _INT32), ("top_k", 0, _INT32), ("reported", 0, MOST_LOGPROBS))
+    for name, low, high in bounds:
         _check_int(name, header[name], low, high)
     for name in ("token_ids", "stop_token_ids"):
         tokens = np.asarray(header[name])
@@ -178,6 +187,8 @@ def check_request(header: Mapping[str, Any]) -> None:
         raise ValueError(f"temperature={header['temperature']!r} is no number from 0")
     if not isinstance(header["top_p"], float | int) or not 0 < header["top_p"] <= 1:
         raise ValueError(f"top_p={header['top_p']!r} is no number above 0 and at most 1")
+    if not isinstance(header["min_p"], float | int) or not 0 <= header["min_p"] <= 1:
+        raise ValueError(f"min_p={header['min_p']!r} is no number from 0 to 1")
 
 
 def _check_int(name: str, value: Any, low: int, high: int) -> None:
@@ -191,6 +202,7 @@ def pack_answer(
     logprobs: list[float],
     versions: list[tuple[str, int, int]] | None,
     finish_reason: str,
+    supports: Supports | None = None,
 ) -> bytes:
     """The frame that answers request `number` of a batch; each of `versions` is (version, first token, end)."""
     header = {
@@ -199,8 +211,12 @@ def pack_answer(
         "tokens": len(token_ids),
         "versions": versions,
         "finish_reason": finish_reason,
+        "has_supports": supports is not None,
     }
-    return _framed(header, np.array(token_ids, np.int64).tobytes(), np.array(logprobs, np.float32).tobytes())
+    data = [np.array(token_ids, np.int64).tobytes(), np.array(logprobs, np.float32).tobytes()]
+    if supports is not None:
+        data += [supports.sizes.astype(np.int32).tobytes(), supports.token_ids.tobytes()]
+    return _framed(header, *data)
 
 
 def pack_error(number: int, status: int, error: str) -> bytes:

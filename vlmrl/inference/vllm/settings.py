@@ -14,11 +14,15 @@ from vlmrl.inference.vllm.arguments import NEW_FLAGS, SERVER_FLAGS, command_line
 from vlmrl.inference.vllm.client import ROUTE_FLAG, VllmClient
 from vlmrl.inference.vllm.frames import ROUTE
 from vlmrl.inference.vllm.image_fields import ImageFields
+from vlmrl.inference.vllm.reported_supports import TIES
 
 
-async def check_settings(client: VllmClient, config: VllmConfig, logit_scale: float | None = None) -> None:
+async def check_settings(
+    client: VllmClient, config: VllmConfig, logit_scale: float | None = None, top_k: int = 0
+) -> None:
     """Read a server's settings into `client`. Raises `EngineError` where the trainer cannot use its samples.
-    `logit_scale`: what the trainer's model multiplies its logits by; None where it is not known."""
+    `logit_scale`: what the trainer's model multiplies its logits by; None where it is not known. `top_k`: that of the
+    run; 0 where it samples from the whole distribution."""
     try:
         (settings, *_) = await client.call_workers("vlmrl_settings")
     except EngineError as error:
@@ -54,6 +58,16 @@ async def check_settings(client: VllmClient, config: VllmConfig, logit_scale: fl
     client.image_fields = None if settings["images"] is None else ImageFields.of(settings["images"])
     client.keeps_images = settings["keeps_images"]
     client.has_route = await client.call("GET", ROUTE, optional=True) is not None
+    if top_k and not client.has_route:
+        raise EngineError(
+            f"{client.name} does not report from which tokens orchestrator.top_k={top_k} samples: start it with "
+            f"{ROUTE_FLAG}"
+        )
+    if top_k and settings["max_logprobs"] != -1 and settings["max_logprobs"] < top_k + TIES:
+        raise EngineError(
+            f"{client.name} runs with max_logprobs={settings['max_logprobs']}, so it does not report from which tokens "
+            f"orchestrator.top_k={top_k} samples: start it with --max-logprobs {top_k + TIES}"
+        )
 
 
 def other_scale(settings: Mapping[str, Any], logit_scale: float | None) -> Iterator[str]:

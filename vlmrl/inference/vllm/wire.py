@@ -29,7 +29,7 @@ import orjson
 from vlmrl.config.model import Dtype
 from vlmrl.inference.vllm import old_vllm
 from vlmrl.inference.vllm.image_fields import ImageField, ImageFields, TensorDigest, picture_document
-from vlmrl.types import FloatArray, ImageItem, IntArray, Placeholder, SamplingParams
+from vlmrl.types import FloatArray, ImageItem, IntArray, Placeholder, SamplingParams, Supports
 
 BANNED_BIAS = -1e30
 """Added to the logits of banned tokens, because JSON has no −inf. vLLM samples in float32, where the result is equal: a
@@ -59,6 +59,8 @@ class Answer:
     """`stop`, `length` or `abort`."""
     prompt_token_ids: IntArray | None = None
     """int64 [P]; the prompt that the server computed with. None where it was not asked for."""
+    supports: Supports | None = None
+    """From which tokens each of the C tokens was sampled. None where it was not asked for."""
 
 
 # ── request ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -314,6 +316,8 @@ def checked(answer: Answer) -> Answer:
         raise WireError(f"there are {len(answer.logprobs)} logprobs for {count} tokens")
     if answer.versions is not None and len(answer.versions) != count:
         raise WireError(f"there are weight versions of {len(answer.versions)} tokens for {count} tokens")
+    if answer.supports is not None and len(answer.supports) != count:
+        raise WireError(f"there are supports of {len(answer.supports)} tokens for {count} tokens")
     if not (np.isfinite(answer.logprobs).all() and (answer.logprobs > MISSING_LOGPROB).all()):
         raise WireError(f"one of the logprobs {answer.logprobs.tolist()} is missing or not a number")
     return answer

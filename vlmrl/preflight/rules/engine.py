@@ -124,14 +124,14 @@ def embedded_is_on_policy(config: RunConfig) -> None:
 def supports_are_reported(config: RunConfig) -> None:
     """The engine says from which tokens of a truncated distribution it sampled."""
     own = config.orchestrator
-    if config.inference.kind == "embedded":
+    if not isinstance(config.inference, VllmConfig) or own.top_k:
         return
-    for key, value, neutral in (("top_k", own.top_k, 0), ("top_p", own.top_p, 1), ("min_p", own.min_p, 0)):
+    for key, value, neutral in (("top_p", own.top_p, 1), ("min_p", own.min_p, 0)):
         if value != neutral:
             raise ConfigError(
-                f"orchestrator.{key}={value} rules tokens out, and inference={config.inference.kind} does not report "
-                "which, so the trainer could not compute the probabilities that were sampled from: set "
-                f"orchestrator.{key}={neutral}, or inference=embedded"
+                f"orchestrator.{key}={value} keeps any number of tokens, and vLLM reports only a given number of the "
+                "most probable ones, so the trainer could not compute the probabilities that were sampled from: set "
+                f"orchestrator.top_k=50 as well, or orchestrator.{key}={neutral}, or inference=embedded"
             )
 
 

@@ -189,6 +189,9 @@ def test_the_engine_gets_every_sampling_parameter_and_image_token() -> None:
     assert (params.seed, params.stop_token_ids, params.ignore_eos) == (2**63 - 1, [9], True)
     assert (params.logprobs, params.flat_logprobs, params.skip_clone) == (0, True, True)
     assert params.logit_bias.keys() == {3, 4}
+    reporting = _sampling_params(header | {"min_p": 0.25, "reported": 13}, vocabulary=100)
+    assert (reporting.min_p, reporting.logprobs) == (0.25, 13)
+    assert _sampling_params(header | {"reported": 130}, vocabulary=100).logprobs == 100
     made = _engine_input(header, {"ab": vllm("multimodal.inputs", "MultiModalKwargsItem").dummy()})
     assert made["prompt_token_ids"] == list(range(8))
     assert made["mm_hashes"] == {"image": ["ab"]}

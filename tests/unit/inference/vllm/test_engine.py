@@ -214,6 +214,16 @@ def test_sampling_follows_its_params(servers: Engine, do: Do[Any]) -> None:
         else:
             assert 1 < len(whole) <= top_k
 
+    # Where the support is asked for, the trainer's logprobs over it are the server's, and it is what top_k keeps.
+    shape = replace(tiny.sampling(0), top_k=5, top_p=0.9, min_p=0.05, reports_support=True)
+    for number, each in enumerate((shape, replace(shape, top_p=1.0, min_p=0.0), replace(shape, top_k=1))):
+        found = do(servers.ask(prompt, each))
+        assert found.supports is not None
+        sizes = found.supports.sizes
+        assert [sizes.max() <= 5, set(sizes.tolist()) == {5}, set(sizes.tolist()) == {1}][number]
+        servers.assert_parity(prompt, found)
+        assert found.logprobs.any() == (number < 2)
+
     # With its first token as stop token, the completion ends there, and the token is part of it.
     first = int(sampled[0].token_ids[0])
     stopped = do(servers.ask(prompt, replace(tiny.sampling(0), stop_token_ids=(first,))))

@@ -31,12 +31,13 @@ GOOD: dict[str, Any] = {
     "quantization": None,
     "max_model_len": 1024,
     "logprobs_mode": "processed_logprobs",
+    "max_logprobs": 20,
     "mm_device_do_normalize": False,
     "keeps_images": True,
 }
 
 
-def check(has_route: bool, **changes: Any) -> VllmClient:
+def check(has_route: bool, top_k: int = 0, **changes: Any) -> VllmClient:
     """A server of `inference.urls` that reports `GOOD` with `changes`, after the run has checked it."""
 
     async def answer(request: httpx.Request) -> httpx.Response:
@@ -47,7 +48,7 @@ def check(has_route: bool, **changes: Any) -> VllmClient:
 
     encoder = ImageEncoder(Dtype.bfloat16)
     client = VllmClient("there", "http://there", None, encoder, Counter(), 60.0, httpx.MockTransport(answer))
-    asyncio.run(check_settings(client, VllmConfig(dtype=Dtype.bfloat16)))
+    asyncio.run(check_settings(client, VllmConfig(dtype=Dtype.bfloat16), top_k=top_k))
     return client
 
 
@@ -79,6 +80,15 @@ def test_what_a_server_reports_decides_how_images_are_sent(has_route: bool) -> N
 def test_a_server_that_would_differ_from_the_trainer_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(EngineError, match=message):
         check(has_route=False, **change)
+
+
+def test_a_server_that_cannot_report_what_it_samples_from_is_refused() -> None:
+    check(has_route=True, top_k=12)
+    check(has_route=True, top_k=1024, max_logprobs=-1)
+    with pytest.raises(EngineError, match=r"max_logprobs=20, .*top_k=13 samples: start it with --max-logprobs 21"):
+        check(has_route=True, top_k=13)
+    with pytest.raises(EngineError, match=r"does not report from which tokens .*top_k=12 samples: start it with --mid"):
+        check(has_route=False, top_k=12)
 
 
 def test_a_server_without_vlmrl_is_told_how_to_start() -> None:

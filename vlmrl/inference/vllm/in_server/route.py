@@ -22,10 +22,13 @@ from copy import copy
 from functools import lru_cache
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from vlmrl.caches.lru import ByteLRU
 from vlmrl.inference.vllm import old_vllm
 from vlmrl.inference.vllm.frames import FORGOTTEN, ROUTE, check_request, pack_answer, pack_error, unpack_batch
 from vlmrl.inference.vllm.in_server.items import ItemMaker
+from vlmrl.inference.vllm.reported_supports import supports_of
 from vlmrl.inference.vllm.wire import BANNED_BIAS, MAX_LISTED_TOKENS
 
 Scope: TypeAlias = MutableMapping[str, Any]
@@ -159,22 +162,31 @@ async def _frame(engine: Any, number: int, header: Mapping[str, Any], outputs: A
         return pack_error(number, FORGOTTEN, "no token")
     spans = old_vllm.weight_versions(completion)
     versions = None if spans is None else [_span(span) for span in spans]
-    logprobs = completion.logprobs
-    assert list(logprobs.token_ids) == tokens, "vLLM gives one logprob per token, that of the token itself"
-    return pack_answer(number, tokens, logprobs.logprobs, versions, completion.finish_reason or "abort")
+    # For each token: the token itself, then the most probable ones that the request asks for.
+    width = max(1, len(completion.logprobs.token_ids) // max(1, len(tokens)))
+    ids = np.array(completion.logprobs.token_ids, np.int64).reshape(len(tokens), width)
+    logprobs = np.array(completion.logprobs.logprobs, np.float32).reshape(len(tokens), width)
+    assert ids[:, 0].tolist() == tokens, "vLLM gives the logprob of each token itself first"
+    try:
+        supports = supports_of(ids, logprobs) if header["reported"] else None
+    except ValueError as error:
+        return pack_error(number, 400, str(error))
+    return pack_answer(number, tokens, logprobs[:, 0].tolist(), versions, completion.finish_reason or "abort", supports)
 
 
 def _sampling_params(header: Mapping[str, Any], vocabulary: int) -> Any:
     stops, banned = tuple(header["stop_token_ids"]), tuple(map(tuple, header["banned"]))
-    shape = (header["temperature"], header["top_p"], header["top_k"])
-    params = copy(_sampling(shape, header["max_tokens"], stops, tuple(header["stop"]), banned, vocabulary))
+    shape = (header["temperature"], header["top_p"], header["top_k"], header["min_p"])
+    reported = min(header["reported"], vocabulary)
+    params = copy(_sampling(shape, reported, header["max_tokens"], stops, tuple(header["stop"]), banned, vocabulary))
     params.seed = header["seed"]
     return params
 
 
 @lru_cache(maxsize=16)
 def _sampling(
-    shape: tuple[float, float, int],
+    shape: tuple[float, float, int, float],
+    reported: int,
     max_tokens: int,
     stops: tuple[int, ...],
     texts: tuple[str, ...],
@@ -182,23 +194,25 @@ def _sampling(
     vocabulary: int,
 ) -> Any:
     """The sampling parameters that a run's requests share. Cached, because vLLM would process the hundreds of banned
-    tokens again for each request, which would take longer than everything else. `shape`: temperature, top_p, top_k.
+    tokens again for each request, which would take longer than everything else. `shape`: temperature, top_p, top_k,
+    min_p. `reported`: most probable tokens whose logprobs are reported besides that of the sampled token.
     `texts`: stop strings, which the server finds in the text. Only the tokens are read, so it may keep them there."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    temperature, top_p, top_k = shape
+    temperature, top_p, top_k, min_p = shape
     return SamplingParams(
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
+        min_p=min_p,
         seed=0,  # `_sampling_params` sets the request's own
         max_tokens=max_tokens,
         stop_token_ids=list(stops),
         stop=list(texts),
         include_stop_str_in_output=True,
         ignore_eos=True,
-        logprobs=0,
+        logprobs=reported,
         flat_logprobs=True,
         detokenize=bool(texts),
         output_kind=RequestOutputKind.FINAL_ONLY,

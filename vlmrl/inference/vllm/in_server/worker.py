@@ -71,6 +71,7 @@ class WorkerInspector:
             "quantization": model.quantization,
             "max_model_len": model.max_model_len,
             "logprobs_mode": model.logprobs_mode,
+            "max_logprobs": model.max_logprobs,
             "mm_device_do_normalize": bool(getattr(images, "mm_device_do_normalize", False)),
             # Otherwise the engine has no image cache of its own, and it dies of a request with an image by its hash.
             "keeps_images": images is not None
