@@ -106,13 +106,15 @@ class OrchestratorConfig:
     What is sampled from is what is learned: the engine reports the tokens that each token was sampled from, and the
     trainer, the reference and the controls compute their logprobs over these."""
     top_p: float = setting(1.0, on_resume=Resume.noted, low=SMALLEST, high=1, outside="no token can be sampled")
-    """Sample from the fewest most probable tokens whose probability sums to at least this (arXiv 1904.09751), among
-    those that `min_p` and `top_k` keep; 1 samples from all. In training from at most 1,024 tokens, if this or `min_p`
-    is set without `top_k`."""
-    min_p: float = setting(0.0, on_resume=Resume.noted, low=0, high=1, outside="no token can be sampled")
-    """Sample from the tokens that are at least so many times as probable as the most probable one (arXiv 2407.01082); 0
-    samples from all. With inference=vllm this and `top_p` need `top_k` as well, because vLLM reports a given number of
-    tokens."""
+    """Nucleus sampling (arXiv 1904.09751), by the share of the probability that is kept: sample from the fewest most
+    probable tokens that have at least this together, among those that `min_p` and `top_k` keep; 1 samples from all. In
+    training from at most 1,024 tokens, if this or `min_p` is set without `top_k`."""
+    min_p: float = setting(
+        0.0, on_resume=Resume.noted, low=0, high=1, outside="it is not a part of the largest probability"
+    )
+    """The smallest probability (arXiv 2407.01082), as a part of the largest: sample from the tokens that are at least
+    so many times as probable as the most probable one; 0 samples from all. With inference=vllm this and `top_p` need
+    `top_k` as well, because vLLM reports a given number of tokens."""
     max_staleness: int = setting(0, on_resume=Resume.noted, low=0, high=10**5, outside="every token is too old")
     """Optimizer steps that the weights which sampled a token may lie behind the weights that learn from it. 0 is
     on-policy."""
