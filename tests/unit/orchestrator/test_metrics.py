@@ -14,6 +14,7 @@ from vlmrl.orchestrator.metrics import (
     client_metrics,
     mean_task_metrics,
     rollout_metrics,
+    support_metrics,
     throughput_metrics,
 )
 from vlmrl.types import (
@@ -26,6 +27,7 @@ from vlmrl.types import (
     Prompt,
     Rollout,
     StopReason,
+    Supports,
     Turn,
     TurnSampling,
 )
@@ -61,6 +63,14 @@ def test_tokens_that_a_client_sampled_in_its_own_way_are_counted() -> None:
     counted = {"tokens/client_sampled": 4.0 + 5.0 + 6.0, "tokens/unlearnable": 5.0 + 6.0}
     assert client_metrics([rollout(1.0, *turns[:3]), rollout(0.0, *turns[3:])]) == counted
     assert client_metrics([rollout(1.0, *turns[:2])]) == {}
+
+
+def test_the_mean_size_of_supports_is_that_of_all_tokens_that_have_one() -> None:
+    known = turn(10, 2), turn(10, 1), turn(10, 4)
+    for each, supports in zip(known, ([[1, 2, 3], [4]], [[5, 6]]), strict=False):
+        each.completion = replace(each.completion, supports=Supports.of(supports))
+    assert support_metrics([rollout(1.0, *known[:2]), rollout(0.0, known[2])]) == {"support/mean": 2.0}
+    assert support_metrics([rollout(0.0, known[2])]) == {}
 
 
 GROUPS = [

@@ -19,6 +19,7 @@ from vlmrl.types import (
     ReferenceScores,
     Rollout,
     StopReason,
+    Supports,
     TokenMetrics,
     TopTokens,
     TrainingSample,
@@ -174,6 +175,21 @@ def test_a_client_s_turns_keep_their_temperature_and_truncated_ones_have_no_loss
     metrics = TokenMetrics(np.array([1, 2, 3, 4], np.float32), np.array([5, 6, 7, 8], np.float32))
     note_learned([played], [metrics])
     assert [made.learned and made.learned.entropies.tolist() for made in turns] == [[5, 6], [7, 8], None, None, None]
+
+
+def test_truncated_turns_are_learned_where_their_supports_are_known() -> None:
+    """Two turns of one branch: with top_k and its supports, then from the whole vocabulary."""
+    first = extended(EMPTY, [5], [])
+    truncated = turn(first, [7, END], 0)
+    truncated.completion = replace(truncated.completion, supports=Supports.of([[3, 7], [END]]))
+    turns = [replace(truncated, sampling=TurnSampling(top_k=2))]
+    turns.append(turn(extended(first, [7, END, 8], []), [6, END], 0, 1))
+    (sample,) = make_samples(rollout(turns))
+    assert sample.loss_mask.tolist() == [False, True, True, False, True, True]
+    assert sample.supports is not None
+    assert sample.supports.sizes.tolist() == [0, 2, 1, 0, 0, 0]
+    assert sample.supports.token_ids.tolist() == [3, 7, END]
+    assert sample.supports.token_ids.dtype == np.int32
 
 
 def test_a_seed_of_its_own_leaves_a_turn_at_the_runs_temperature() -> None:

@@ -118,6 +118,7 @@ def _body(
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
+            "min_p": sampling.min_p,
             "seed": sampling.seed,
             "max_tokens": sampling.max_new_tokens,
             "stop_token_ids": sampling.stop_token_ids,

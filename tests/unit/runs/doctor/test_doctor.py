@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ from vlmrl.runs.build import Run, build_run
 from vlmrl.runs.doctor.doctor import CHECKS, CONSEQUENCE, Doctor
 from vlmrl.runs.doctor.weights import add_noise, weights_in
 from vlmrl.runs.verdicts import State, Verdict, conclude
-from vlmrl.types import Completion, ImageItem
+from vlmrl.types import Completion, ImageItem, Supports
 from vlmrl.weight_sync.folder import FolderSync
 
 AFTER_THE_SYNC = {"weights", "logprobs, version 1"}
@@ -301,6 +302,33 @@ def test_an_engine_whose_logprobs_are_of_another_temperature(build: Callable[...
         run.engine, completion=lambda c: dataclasses.replace(c, logprobs=c.logprobs * np.float32(0.5))
     )
     run.engine = raw
+    assert failed(run) == ENGINE_APART
+
+
+TRUNCATED = ("orchestrator.top_k=5", "orchestrator.top_p=0.9", "orchestrator.min_p=0.05")
+
+
+def test_a_truncated_distribution(build: Callable[..., Run]) -> None:
+    lines = examine(build(*TRUNCATED))
+    assert those(lines, State.OK) == set(CHECKS), lines
+    assert re.match(
+        r"\d+ over supports of [45]\.\d tokens on average, of \d+ tokens: ", lines["logprobs, version 0"].finding
+    )
+
+
+def test_an_engine_that_leaves_a_token_out_of_its_supports(build: Callable[..., Run]) -> None:
+    def one_short(completion: Completion) -> Completion:
+        if completion.supports is None:
+            return completion
+        supports = np.split(completion.supports.token_ids, completion.supports.offsets[1:-1])
+        kept = [
+            np.delete(each, int(np.flatnonzero(each != token)[0])) if len(each) > 1 else each
+            for each, token in zip(supports, completion.token_ids, strict=True)
+        ]
+        return dataclasses.replace(completion, supports=Supports.of(kept))
+
+    run = build(*TRUNCATED)
+    run.engine = TamperingEngine(run.engine, completion=one_short)
     assert failed(run) == ENGINE_APART
 
 
