@@ -23,6 +23,7 @@ from vlmrl.config.algorithm import (
     Loss,
     Truncated,
 )
+from vlmrl.config.dpo import DPOConfig, PreferenceLoss
 from vlmrl.config.run import Mode
 
 LOSSES = {
@@ -60,6 +61,8 @@ class Minimized:
 
     is_supervised: bool = False
     """mode=sft."""
+    pairs: DPOConfig | None = None
+    """With mode=dpo: what a pair of answers costs."""
     sampled: str = "temperature=1"
     """What the sampler does to a distribution: `temperature=1, top_k=20`."""
 
@@ -73,6 +76,7 @@ class Minimized:
             sampled=_sampled(config.orchestrator),
             demonstrations=warmup.rl_weight if warmup.steps else 0.0,
             is_supervised=config.mode is Mode.sft,
+            pairs=cast("DPOConfig", OmegaConf.to_object(config.dpo)) if config.mode is Mode.dpo else None,
         )
 
 
@@ -80,6 +84,9 @@ def equation(setting: Minimized) -> Iterator[str]:
     """The lines: the loss, then each symbol in it."""
     if setting.is_supervised:
         yield _line("L", "−1/T Σ_t log π_t of the demonstrations", "mode=sft; algorithm has no effect")
+        return
+    if setting.pairs is not None:
+        yield from _pairs(setting.pairs)
         return
     yield from _loss(setting)
     yield from _ratio(setting.algorithm)
@@ -100,6 +107,22 @@ def _line(name: str, text: str, source: str = "") -> str:
     sign = "=" if name and not name.endswith("←") else ""
     left = " ".join(part for part in (name, sign, text) if part)
     return f"    {left:<57} {source}".rstrip()
+
+
+def _pairs(dpo: DPOConfig) -> Iterator[str]:
+    """The loss of pairs of answers (trainer/preference.py)."""
+    beta, wrong = number(dpo.beta), dpo.label_smoothing
+    if dpo.loss is PreferenceLoss.ipo:
+        loss = f"1/P Σ (h − {number(1 / (2 * dpo.beta))})²"
+    elif wrong:
+        loss = f"−1/P Σ ({number(1 - wrong)} log σ({beta} h) + {number(wrong)} log σ(−{beta} h))"
+    else:
+        loss = f"−1/P Σ log σ({beta} h)"
+    more = f" − {number(dpo.sft_weight)} · 1/P Σ log π(w) / |w|" if dpo.sft_weight else ""
+    yield _line("L", loss + more, "mode=dpo; algorithm has no effect")
+    yield _line("h", "log π(w) − log reference(w) − (log π(l) − log reference(l))")
+    yield _line("", f"{'means' if dpo.length_normalized else 'sums'} over the tokens of an answer", "length_normalized")
+    yield _line("P", "pairs of the batch; w: the better answer, l: the worse one; |w|: its tokens")
 
 
 def _sampled(config: DictConfig) -> str:

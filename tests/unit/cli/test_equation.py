@@ -205,3 +205,22 @@ def test_a_supervised_run_has_no_rewards() -> None:
     assert [" ".join(line.split()) for line in found] == [
         "L = −1/T Σ_t log π_t of the demonstrations mode=sft; algorithm has no effect"
     ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ((), "L = −1/P Σ log σ(0.1 h) mode=dpo; algorithm has no effect"),
+        (("dpo.label_smoothing=0.25",), "L = −1/P Σ (0.75 log σ(0.1 h) + 0.25 log σ(−0.1 h)) mode=dpo"),
+        (
+            ("dpo.loss=ipo", "dpo.beta=0.25", "dpo.sft_weight=0.5"),
+            "L = 1/P Σ (h − 2)² − 0.5 · 1/P Σ log π(w) / |w| mode=",
+        ),
+        (("dpo.length_normalized=true",), "means over the tokens of an answer"),
+    ],
+)
+def test_a_run_on_pairs(overrides: Sequence[str], expected: str) -> None:
+    register_schemas()
+    text = " ".join(explanation(with_recipe(["algorithm", "mode=dpo", *overrides]), CONF).split())
+    assert expected in text
+    assert "A_t" not in text
