@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=1e9, help="no further run is begun after this")
+    parser.add_argument("--run-seconds", type=float, default=1e9, help="a run is ended after this")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments, overrides = parser.parse_known_args()
     if arguments.child is not None:
@@ -114,12 +115,12 @@ def measure(arguments: argparse.Namespace, size: str, row: str, folder: Path, ov
         process = subprocess.Popen(
             command, cwd=folder, env=os.environ | {"PYTHONPATH": path}, stdout=log, stderr=subprocess.STDOUT
         )
-        lines = steps_of(folder / "run/metrics.jsonl", arguments.steps, process)
+        lines = steps_of(folder / "run/metrics.jsonl", arguments.steps, process, arguments.run_seconds)
         process.kill()
         process.wait()
     known = json.loads((folder / "known.json").read_text()) if (folder / "known.json").is_file() else {}
     limit = "none" if not known.get("limit") else f"{known['limit'] / GIB:.0f}"
-    if len(lines) < arguments.steps:
+    if len(lines) < min(2, arguments.steps):
         said = " ".join((folder / "log").read_text(errors="replace").split())[-600:]
         return f"| {size} | {row} | {limit} | {known.get('estimate', 0) / GIB:.1f} | ended: {said} |"
     peak = max(line["memory/peak_bytes"] for line in lines)
@@ -136,11 +137,12 @@ def measure(arguments: argparse.Namespace, size: str, row: str, folder: Path, ov
     )
 
 
-def steps_of(metrics: Path, steps: int, process: subprocess.Popen[bytes]) -> list[dict[str, float]]:
-    """The lines of the first `steps` steps; fewer where the run ends before."""
+def steps_of(metrics: Path, steps: int, process: subprocess.Popen[bytes], seconds: float) -> list[dict[str, float]]:
+    """The lines of the first `steps` steps; fewer where the run ends before, or takes longer than `seconds`."""
     lines: list[dict[str, float]] = []
+    end = time.perf_counter() + seconds
     while len(lines) < steps:
-        has_ended = process.poll() is not None
+        has_ended = process.poll() is not None or time.perf_counter() > end
         if metrics.is_file():
             whole = metrics.read_bytes().rpartition(b"\n")[0].splitlines()
             lines = [line for line in map(json.loads, whole) if "memory/peak_bytes" in line][:steps]
