@@ -244,6 +244,10 @@ EXCHANGED = {
     "python -m vlmrl model/lora=all_linear model.lora.parts=[vision_tower,projector,language_model]": (
         "python -m vlmrl model/lora=all_linear model.lora.parts=[vision_tower,projector,language_model] dry_run=true"
     ),
+    "python -m vlmrl trainer.ema=0.99": "python -m vlmrl trainer.ema=0.99 dry_run=true",
+    "python -m vlmrl mode=export resume=outputs/latest export.weights=average": (
+        "python -m vlmrl mode=export resume=outputs/latest"
+    ),
     "python -m vlmrl model/lora=nf4": "python -m vlmrl model/lora=nf4 dry_run=true",
     "python -m vlmrl mode=dpo task=dataset task.path=pairs.jsonl model=qwen3vl": (
         f"python -m vlmrl mode=dpo task=dataset task.path=pairs.jsonl {TINY} {OF_PAIRS}"

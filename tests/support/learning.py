@@ -86,6 +86,7 @@ class Case:
     adapted: tuple[ModelPart, ...] = (ModelPart.language_model,)
     """The parts that get adapters, with `lora`."""
     rates: PartRatesConfig = field(default_factory=PartRatesConfig)
+    ema: float | None = None
     dtype: torch.dtype = torch.float32
     optimizer: Optimizer = Optimizer.adamw
 
@@ -100,9 +101,9 @@ CASES = {
     "tower alone, last pass of text": Case(packing=Packing.none, freeze_language=True, shown=False),
     "own temperatures": Case(micro_batch_tokens=60, own_temperatures=True),
     "own temperatures, replicated": Case(micro_batch_tokens=60, own_temperatures=True, sharding=Sharding.none),
-    "referred": Case(micro_batch_tokens=60, referred=True),
+    "referred": Case(micro_batch_tokens=60, referred=True, ema=0.5),
     "referred, replicated": Case(micro_batch_tokens=60, referred=True, sharding=Sharding.none),
-    "referred, kept whole": Case(micro_batch_tokens=60, referred=True, sharding=Sharding.optimizer),
+    "referred, kept whole": Case(micro_batch_tokens=60, referred=True, ema=0.5, sharding=Sharding.optimizer),
     "referred, one by one": Case(packing=Packing.none, referred=True),
     "epochs": Case(micro_batch_tokens=60, epochs=2),
     "epochs, replicated": Case(micro_batch_tokens=60, epochs=2, sharding=Sharding.none),
@@ -206,6 +207,7 @@ def parts(folder: str, name: str) -> tuple[Policy, TrainerConfig]:
         sharding=case.sharding,
         optimizer=case.optimizer,
         part_rates=case.rates,
+        ema=case.ema,
     )
     return Policy(model, position_function("mrope", 2), []), config
 

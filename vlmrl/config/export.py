@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 from vlmrl.config.fields import Resume, setting
+
+
+class ExportedWeights(Enum):
+    """Which weights of a checkpoint are exported."""
+
+    policy = "policy"
+    """Those that the policy sampled with."""
+    average = "average"
+    """Their moving average (`trainer.ema`)."""
 
 
 @dataclass
@@ -13,3 +23,5 @@ class ExportConfig:
 
     folder: str | None = setting(None, on_resume=Resume.free)
     """The folder to write; None is `export/step_000020` in the run's folder. It must not exist yet."""
+    weights: ExportedWeights = setting(ExportedWeights.policy, on_resume=Resume.free)
+    """The policy's weights, or their moving average."""

@@ -171,6 +171,10 @@ class TrainerConfig:
     weight_decay: float = setting(0.0, on_resume=Resume.noted, low=0, high=10**4, outside="weights grow on their own")
     """Share of a weight that AdamW subtracts at a step, times the learning rate (decoupled). Biases and the scales of
     norms do not decay."""
+    ema: float | None = setting(None, on_resume=Resume.noted, low=0, high=1 - 2**-53, outside="it is no average")
+    """The share of itself that a moving average of the weights keeps at each optimizer step, supervised ones too: 0.99
+    looks back about 100 steps. The average is kept in float32 beside the weights and saved in checkpoints; `mode=export
+    export.weights=average` writes it. null keeps none."""
     max_grad_norm: float = setting(
         1.0, on_resume=Resume.noted, low=1e-12, high=math.inf, outside="every gradient is scaled to nothing"
     )

@@ -80,6 +80,7 @@ class Policy:
         self.rules = attention_rules(type(model), self.config)
         """Which tokens attend to which, per layer."""
         self._decoder = model.base_model.get_decoder()
+        self._layers_learn = any(parameter.requires_grad for parameter in self._decoder.parameters())
         kinds = enumerate(getattr(text, "layer_types", None) or ())
         stateful = {index: kind for index, kind in kinds if self.rules.of_layer(index) is None}
         self.is_recurrent = share_states(self._decoder, text.hidden_size, stateful)
@@ -176,6 +177,10 @@ class Policy:
         # The id of an image token may lie outside the vocabulary (Gemma 3). Its embedding is replaced below.
         ids = token_ids.masked_fill(mm_token_type_ids != 0, 0) if is_shown else token_ids
         rows = self.model.get_input_embeddings()(ids)
+        if self._layers_learn and self.tower_learns and torch.is_grad_enabled() and not rows.requires_grad:
+            # Next to a frozen embedding, the first layer has a gradient for its input only where an image is shown.
+            # FSDP reduces a layer's gradients when it gets there, and the ranks must reduce in the same order.
+            rows.requires_grad_()
         extra: dict[str, Any] = {}
         if self._takes_layer_inputs:
             extra["per_layer_inputs"] = self._layer_inputs(token_ids, mm_token_type_ids != 0)

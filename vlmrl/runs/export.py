@@ -1,6 +1,7 @@
 """`mode=export`: write a checkpoint of a run as a Hugging Face folder.
 
     the checkpoint's weights (trainable ones in float32) ─▶ the model's dtype ─▶ model.safetensors, config.json
+        or their moving averages (export.weights=average)
     the folder that the run started from ─▶ tokenizer, chat template, processor, generation_config.json, byte for byte
 
 transformers and vLLM then load what the policy sampled with, LoRA adapters merged. The folder appears complete or not
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+from vlmrl.config.export import ExportedWeights
 from vlmrl.config.model import Init
 from vlmrl.config.run import Mode, RunConfig
 from vlmrl.errors import CheckpointError
@@ -42,10 +44,12 @@ class _Weights:
     """Loads a checkpoint's weights into `model`, without an optimizer."""
 
     model: Any
+    averaged: bool
+    """Whether to load the moving averages of the weights in their place."""
 
     def load(self, folder: str) -> None:
-        """Load the weights as `vlmrl.types.Trainer.load` does; ignore the optimizer's state."""
-        load_weights(Path(folder), dict(self.model.named_parameters()))
+        """Load the weights as `vlmrl.types.Trainer.load` does; ignore the rest of the optimizer's state."""
+        load_weights(Path(folder), dict(self.model.named_parameters()), averaged=self.averaged)
 
 
 def export(config: RunConfig) -> None:
@@ -68,7 +72,8 @@ def export_checkpoint(config: RunConfig, warn: Callable[[str], None]) -> Path:
     source = resolve_checkpoint(config.model, texts)
     model: Any = load_model(source, config.model)
     select_trainable(model, config.model)
-    found = checkpoints.load_chosen(config.step, _Weights(model), warn)
+    averaged = config.export.weights is ExportedWeights.average
+    found = checkpoints.load_chosen(config.step, _Weights(model, averaged), warn)
     if found is None:
         raise CheckpointError(f"{run_dir.path} has no checkpoint to export")
     if config.model.lora is not None:

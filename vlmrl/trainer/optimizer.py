@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vlmrl.config.model import Part
 from vlmrl.config.trainer import Decay, Optimizer, TrainerConfig
+from vlmrl.trainer.averages import DECAY, follow_step
 
 FIRST_LOSS_SCALE = 2**16
 LARGEST_LOSS_SCALE = 2**24
@@ -71,14 +72,24 @@ def make_optimizer(
         decay = config.weight_decay if parameter.ndim > 1 else 0.0
         members.setdefault((factor, decay), []).append(parameter)
     groups: list[dict[str, Any]] = [
-        {"params": of_group, "weight_decay": decay, "lr": config.learning_rate * factor, FACTOR: factor}
+        {
+            "params": of_group,
+            "weight_decay": decay,
+            "lr": config.learning_rate * factor,
+            FACTOR: factor,
+            DECAY: config.ema,
+        }
         for (factor, decay), of_group in members.items()
     ]
+    optimizer: torch.optim.Optimizer
     if config.optimizer is Optimizer.adamw:
-        return torch.optim.AdamW(groups, **settings, fused=True)
-    from torchao.optim import AdamW8bit
+        optimizer = torch.optim.AdamW(groups, **settings, fused=True)
+    else:
+        from torchao.optim import AdamW8bit
 
-    optimizer: torch.optim.Optimizer = AdamW8bit(groups, **settings)
+        optimizer = AdamW8bit(groups, **settings)
+    if config.ema is not None:
+        optimizer.register_step_post_hook(follow_step)
     return optimizer
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from vlmrl.models.lora import without_adapters
 from vlmrl.models.policy import Policy
+from vlmrl.trainer.averages import move
 
 
 class Reference(Protocol):
@@ -127,10 +128,7 @@ class FrozenCopy:
         moved = set()
         for name, weight in weights:
             own = self._averages.get(name, self._parameters[name])
-            if share == 1.0:
-                own.copy_(weight)
-            else:
-                own.lerp_(weight.to(own.device, own.dtype), share)
+            move(own, weight, share)
             if name in self._averages:
                 self._parameters[name].copy_(own)
             moved.add(name)

@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from vlmrl.errors import CheckpointError
+from vlmrl.trainer.averages import AVERAGE, DECAY, local
 from vlmrl.trainer.checkpoint_files import StoredTensor, is_count, read_object, stored_tensors
 
 RANDOM = "torch_random_state"
@@ -50,7 +51,7 @@ MODEL_FILE, OPTIMIZER_FILE, REFERENCE_FILE = 1, 2, 3
 
 def not_finite(weights: Mapping[str, Tensor]) -> str | None:
     """The name of the first weight whose values on this rank are not all finite; None where all are finite."""
-    return next((name for name, weight in weights.items() if not torch.isfinite(_local(weight)).all()), None)
+    return next((name for name, weight in weights.items() if not torch.isfinite(local(weight)).all()), None)
 
 
 def begin_to_save(
@@ -129,6 +130,12 @@ def restore(
         if name in optimized
         for average in AVERAGES
     }
+    if optimizer.param_groups[0].get(DECAY) is not None:
+        averages |= {
+            f"{AVERAGE}/{name}": torch.zeros_like(trainable[name])
+            for name in optimized
+            if name in trainable and f"{AVERAGE}/{name}" in there
+        }
     state = {name: weight.detach() for name, weight in weights.items()} | averages | {RANDOM: random_state} | referred
     _read(folder, state, process_group)
     _check_values(folder, weights, averages)
@@ -141,6 +148,8 @@ def restore(
             "exp_avg": _kept(optimizer, weight, mean, signed=True),
             "exp_avg_sq": _kept(optimizer, weight, square, signed=False),
         }
+        if f"{AVERAGE}/{name}" in averages:
+            optimizer.state[weight][AVERAGE] = averages[f"{AVERAGE}/{name}"].detach()
     try:
         torch.set_rng_state(random_state)
     except RuntimeError as error:
@@ -148,11 +157,16 @@ def restore(
     return counted
 
 
-def load_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
-    """Restore only the weights. Raises `CheckpointError` where the checkpoint is incomplete, belongs to another model,
-    or holds a weight that is not finite."""
-    _check_weights(folder, stored_tensors(folder), weights, set())
-    _read(folder, {name: weight.detach() for name, weight in weights.items()}, None)
+def load_weights(folder: Path, weights: Mapping[str, Tensor], *, averaged: bool = False) -> None:
+    """Restore only the weights, or with `averaged` their moving averages where they have some: the others have never
+    changed. Raises `CheckpointError` where the checkpoint is incomplete, belongs to another model, has no averages, or
+    holds a weight that is not finite."""
+    there = stored_tensors(folder)
+    _check_weights(folder, there, weights, set())
+    names = {name: f"{AVERAGE}/{name}" if averaged and f"{AVERAGE}/{name}" in there else name for name in weights}
+    if averaged and all(name == stored for name, stored in names.items()):
+        raise CheckpointError(f"{folder} has no averages of weights: its run had no trainer.ema, or made no step")
+    _read(folder, {names[name]: weight.detach() for name, weight in weights.items()}, None)
     _check_values(folder, weights, {})
 
 
@@ -194,11 +208,11 @@ def _optimized(folder: Path, there: Mapping[str, StoredTensor], trainable: Mappi
         if is_average and average != REFERENCE:
             found.setdefault(name, set()).add(average)
     for name, averages in found.items():
-        if averages != set(AVERAGES):
+        if averages - {AVERAGE} != set(AVERAGES):
             raise CheckpointError(f"{folder} is not a complete checkpoint (it has {sorted(averages)} of {name})")
         if name in trainable:
             _check_kind(folder, there, f"step/{name}", (1,), ("F32",))
-            for average in AVERAGES[1:]:
+            for average in (*AVERAGES[1:], *(averages & {AVERAGE})):
                 _check_kind(folder, there, f"{average}/{name}", tuple(trainable[name].shape), ("F32",))
     return [name for name in trainable if name in found] + sorted(found.keys() - trainable.keys())
 
@@ -237,7 +251,7 @@ def _check_values(folder: Path, weights: Mapping[str, Tensor], averages: Mapping
     infinite: AdamW then leaves that weight alone."""
     broken = not_finite(weights)
     for name, tensor in averages.items():
-        values = _local(tensor)
+        values = local(tensor)
         sound = values >= 0 if name.startswith(NEVER_NEGATIVE) else ~torch.isnan(values)
         broken = broken or (None if sound.all() else name)
     if broken is not None:
@@ -274,25 +288,17 @@ def _silence_single_process_warning() -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's slice, without gradient."""
-    found: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return found.detach()
-
-
 def _as_float(average: Tensor) -> Tensor:
     """The form that is written: [1] for a scalar, float32 for an average that is kept in 8 bits."""
     from torch.distributed.tensor import DTensor
 
-    local = _local(average)
-    if hasattr(local, "codes"):  # torchao's tensor of 8 bits
-        local = local.dequantize()
+    here = local(average)
+    if hasattr(here, "codes"):  # torchao's tensor of 8 bits
+        here = here.dequantize()
         if not isinstance(average, DTensor):
-            return local
+            return here
         mesh, placements = average.device_mesh, average.placements
-        return DTensor.from_local(
-            local, mesh, placements, run_check=False, shape=average.shape, stride=average.stride()
-        )
+        return DTensor.from_local(here, mesh, placements, run_check=False, shape=average.shape, stride=average.stride())
     return average.reshape(1) if average.dim() == 0 else average
 
 

@@ -104,7 +104,7 @@ POLICIES = {
         inference.max_model_len inference.dtype inference.extra_args
         trainer.max_steps trainer.max_epochs trainer.seq_len trainer.learning_rate trainer.lr_warmup_steps trainer.decay
         trainer.min_lr_ratio trainer.decay_share trainer.part_rates.vision_tower trainer.part_rates.projector
-        trainer.part_rates.language_model trainer.part_rates.head
+        trainer.part_rates.language_model trainer.part_rates.head trainer.ema
         trainer.betas trainer.eps trainer.weight_decay trainer.max_grad_norm
         trainer.warmup.steps trainer.warmup.batch_size trainer.warmup.learning_rate trainer.warmup.demonstrations
         trainer.warmup.rl_weight trainer.warmup.rl_batch_size
@@ -130,7 +130,7 @@ POLICIES = {
         monitor.blind_guard monitor.blind_rise monitor.blind_gap monitor.blind_controls
         monitor.wandb.mode monitor.wandb.project monitor.wandb.name monitor.wandb.group monitor.wandb.rollouts
         monitor.wandb.checkpoints monitor.tensorboard.enabled monitor.tensorboard.rollouts
-        export.folder sweep.retry_failed serve.port serve.api_key_env serve.idle_s
+        export.folder export.weights sweep.retry_failed serve.port serve.api_key_env serve.idle_s
     """,
 }
 EXPECTED = {key: Resume[policy] for policy, keys in POLICIES.items() for key in keys.split()}

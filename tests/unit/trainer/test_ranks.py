@@ -19,6 +19,7 @@ from support.learning import CASES
 from support.ranks import ended, start
 from vlmrl.config.trainer import Sharding
 from vlmrl.trainer.checkpoint_files import stored_tensors
+from vlmrl.trainer.training_state import load_weights
 
 EXACT = [
     name for name, case in CASES.items() if not ("float16" in name or "bits" in name or case.lora or case.text_first)
@@ -213,6 +214,13 @@ def test_any_number_of_ranks_goes_on_with_the_reference(tiny_folder: Path, tmp_p
     assert_same(two["referred"], never_stopped, tolerance=1e-5)
     assert_same(two["referred, kept whole"], never_stopped, tolerance=1e-5)
     assert_same(one_process(by_two), never_stopped, tolerance=1e-5)
+    averages = []
+    for folder in (by_one, by_two):
+        model = learning.parts(str(tiny_folder), "referred")[0].model
+        load_weights(Path(folder) / "step_000001", dict(model.named_parameters()), averaged=True)
+        averages.append(dict(model.named_parameters()))
+    for name, average in averages[0].items():
+        torch.testing.assert_close(averages[1][name], average, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", ["text first, in bfloat16", "text first, adapters"])

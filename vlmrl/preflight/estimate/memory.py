@@ -1,7 +1,8 @@
 """Estimate the bytes that a run holds on the trainer's GPUs, on the servers' GPUs and on the host, by these formulas:
 
-    learning     trainable parameters × (float32 weight 4 + gradient 4 + AdamW's averages 8, or 2 in 8 bits), on the
-                 host with trainer.cpu_offload, a slice of them on each rank with trainer.sharding=full or optimizer;
+    learning     trainable parameters × (float32 weight 4 + gradient 4 + AdamW's averages 8, or 2 in 8 bits, + 4 for the
+                 average of trainer.ema), on the host with trainer.cpu_offload, a slice of them on each rank with
+                 trainer.sharding=full or optimizer;
                  + weight in the model's dtype, where that is not float32 and the ranks hold no slices;
                  + weight in the model's dtype and gradient 4 on the GPU, with trainer.sharding=optimizer
     frozen       the other parameters × weight in the model's dtype (model.lora, model.vlm.freeze_*), or 4.5 bits for
@@ -217,7 +218,8 @@ def learning_bytes(config: RunConfig, ranks: int) -> tuple[float, float]:
     sharded = ranks > 1 and trainer.sharding is not Sharding.none
     kept_whole = sharded and trainer.sharding is Sharding.optimizer
     offloaded = trainer.cpu_offload and config.model.device != "cpu"
-    learning = (4 + 4 + (8 if trainer.optimizer is Optimizer.adamw else 2)) / (ranks if sharded else 1)
+    averages = (8 if trainer.optimizer is Optimizer.adamw else 2) + (0 if trainer.ema is None else 4)
+    learning = (4 + 4 + averages) / (ranks if sharded else 1)
     computed_with = 0 if sharded or (weight == 4 and not offloaded) else weight
     if kept_whole:
         computed_with = weight + 4

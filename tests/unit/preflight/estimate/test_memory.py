@@ -56,6 +56,7 @@ def test_slices_and_eight_bits(run_config: Callable[..., RunConfig]) -> None:
 
     assert bytes_of() == (2 + 16, 0)
     assert bytes_of("trainer.optimizer=adamw_8bit") == (2 + 10, 0)
+    assert bytes_of("trainer.ema=0.99") == (2 + 16 + 4, 0)
     assert bytes_of("trainer.cpu_offload=true") == (2, 16)
     assert bytes_of(ranks=4) == (4, 0)
     assert bytes_of("trainer.sharding=none", ranks=4) == (18, 0)
