@@ -96,6 +96,7 @@ MODULES = (
 TRIED = "model.name=smolvlm trainer=scratch monitor.wandb.mode=disabled"
 """In place of a checkpoint of one's own."""
 
+OF_ROWS = "trainer.warmup.batch_size=4 orchestrator.eval.problems=2 monitor.wandb.mode=disabled"
 OF_PAIRS = "trainer.max_steps=1 orchestrator.eval.problems=2 monitor.wandb.mode=disabled"
 
 EXCHANGED = {
@@ -249,6 +250,16 @@ EXCHANGED = {
         "python -m vlmrl mode=export resume=outputs/latest"
     ),
     "python -m vlmrl model/lora=nf4": "python -m vlmrl model/lora=nf4 dry_run=true",
+    "python -m vlmrl mode=sft task=dataset task.path=rows.jsonl model=qwen3vl "
+    "trainer.warmup.demonstrations=correct trainer.warmup.steps=1000 trainer.warmup.learning_rate=1e-5": (
+        f"python -m vlmrl mode=sft task=dataset task.path=rows.jsonl {TINY} trainer.warmup.demonstrations=correct "
+        f"trainer.warmup.steps=1 {OF_ROWS}"
+    ),
+    "python -m vlmrl mode=sft task=dataset task.path=rows.jsonl trainer.warmup.demonstrations=correct "
+    "trainer.max_epochs=20 trainer.keep_best=eval/demonstration_loss trainer.patience=3": (
+        "python -m vlmrl mode=sft task=dataset task.path=rows.jsonl trainer.warmup.demonstrations=correct "
+        f"trainer.max_epochs=20 trainer.keep_best=eval/demonstration_loss trainer.patience=3 {OF_ROWS} dry_run=true"
+    ),
     "python -m vlmrl mode=dpo task=dataset task.path=pairs.jsonl model=qwen3vl": (
         f"python -m vlmrl mode=dpo task=dataset task.path=pairs.jsonl {TINY} {OF_PAIRS}"
     ),

@@ -114,7 +114,6 @@ CASES = {
     "distilled, kept whole": Case(micro_batch_tokens=60, referred=True, top_k=5, sharding=Sharding.optimizer),
     "pairs": Case(micro_batch_tokens=60, paired=True),
     "pairs, replicated": Case(micro_batch_tokens=60, paired=True, sharding=Sharding.none),
-    "pairs, one by one": Case(packing=Packing.none, paired=True),
     "text": Case(micro_batch_tokens=60, images=False),
     "replicated": Case(micro_batch_tokens=60, sharding=Sharding.none),
     "replicated one by one": Case(packing=Packing.none, sharding=Sharding.none),

@@ -238,7 +238,14 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
         ("orchestrator.eval.every=0", "trainer.keep_best=eval/reward"),
         "keep_best=eval/reward has no value, because the run makes no evaluation",
     ),
-    (("mode=sft", "trainer.keep_best=eval/reward"), "keep_best=eval/reward has no effect with mode=sft"),
+    (
+        ("mode=sft", "trainer.keep_best=eval/reward"),
+        "keep_best=eval/reward is no metric .* choose one of eval/demonstration_loss$",
+    ),
+    (
+        ("mode=sft", "trainer.keep_best=eval/demonstration_loss", "orchestrator.eval.every=0"),
+        "keep_best=eval/demonstration_loss has no value, because the run makes no evaluation while it trains",
+    ),
     (("trainer.lr_warmup_steps=401",), "trainer.lr_warmup_steps=401 is longer than trainer.max_steps=400"),
     (("orchestrator.temperature=1e-40",), "orchestrator.temperature=1e-40"),
     (("trainer.betas=[0.9]",), r"trainer.betas=\[0.9\] does not have two numbers"),

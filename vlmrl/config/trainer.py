@@ -196,7 +196,8 @@ class TrainerConfig:
     keep_best: str | None = setting(None, on_resume=Resume.noted, form=METRIC)
     """A metric of the evaluations, e.g. `eval/reward` or `eval/ood/pass@8`. An evaluation with a better value than all
     before saves a checkpoint, which is kept; checkpoints/best.json names it. Larger is better, except for a metric
-    named `loss` or `…_loss`; of equal values the earlier counts. null keeps the newest only."""
+    named `loss` or `…_loss`; of equal values the earlier counts. With mode=sft it is `eval/demonstration_loss`, with
+    mode=dpo also `eval/dpo/accuracy` and the like. null keeps the newest only."""
     patience: int | None = setting(
         None, on_resume=Resume.noted, low=1, high=10**9, outside="the run ends at its first evaluation"
     )

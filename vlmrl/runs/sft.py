@@ -1,5 +1,5 @@
-"""`mode=sft`: supervised steps with a held-out loss, then one evaluation. `mode=rl` and `mode=replay` take the same
-steps as a warm-up."""
+"""`mode=sft`: supervised steps with a held-out loss, which may end them early, then one evaluation. `mode=rl`,
+`mode=dpo` and `mode=replay` take the same steps as a warm-up."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ async def sft(run: Run) -> ExitReason:
     if not await take_supervised_steps(run, last, save_on_the_way, held_out_loss.when_due):
         return "interrupted"
     rollouts = await evaluate_after(run, run.trainer.supervised_steps, await held_out_loss.measure())
-    return "interrupted" if rollouts is None else "finished"
+    if rollouts is None:
+        return "interrupted"
+    return "no_improvement" if run.evaluator.best.is_exhausted else "finished"
 
 
 @dataclass(eq=False)
@@ -47,9 +49,14 @@ class HeldOutLoss:
     _samples: list[TrainingSample] | None = None
 
     async def when_due(self, step: int) -> dict[str, float]:
-        """The loss after supervised step `step`; empty where `orchestrator.eval.every` does not ask for it."""
+        """The loss after supervised step `step`, which counts for `trainer.keep_best` and `trainer.patience`; empty
+        where `orchestrator.eval.every` does not ask for it."""
         every, last = self.run.config.orchestrator.eval.every, self.run.steps
-        return await self.measure() if every > 0 and (step % every == 0 or step == last) else {}
+        if every == 0 or not (step % every == 0 or step == last):
+            return {}
+        measured = await self.measure()
+        self.run.evaluator.best.note(step, measured)
+        return measured
 
     async def measure(self) -> dict[str, float]:
         """The loss of the weights as they are; empty where no held-out problem has a demonstration."""
@@ -73,8 +80,9 @@ async def take_supervised_steps(
     after_step: Callable[[int], None] | None = None,
     more_metrics: Callable[[int], Awaitable[dict[str, float]]] = no_metrics,
 ) -> bool:
-    """Take the supervised steps (`trainer.warmup`) until step `last` that the weights do not contain yet; with mode=sft
-    and `trainer.max_epochs`, until so many passes over the rows are made.
+    """Take the supervised steps (`trainer.warmup`) until step `last` that the weights do not contain yet. With mode=sft
+    they end after the passes of `trainer.max_epochs`, and where the held-out loss no longer falls
+    (`trainer.patience`).
 
     A demonstration that fails is recorded, and the step goes on with the others. `after_step` is called with the number
     of each step, from 1, and so is `more_metrics`, whose result joins the step's line in supervised.jsonl. Returns
@@ -88,7 +96,7 @@ async def take_supervised_steps(
     watch = FaultWatch(run.config.task.max_fault_rate, run.config.output_dir, "demonstration")
     threads = TaskThreads()
     for step in range(run.trainer.supervised_steps + 1, last + 1):
-        if run.config.mode is Mode.sft and is_over(run, step - 1):
+        if run.config.mode is Mode.sft and (is_over(run, step - 1) or run.evaluator.best.is_exhausted):
             break
         making = asyncio.create_task(demonstrations_of(run, step, threads))
         if await stopped_before(making, run.stop):

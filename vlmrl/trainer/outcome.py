@@ -61,6 +61,9 @@ class Outcome:
 
     loss: float = 0.0
     demonstration_loss: float = 0.0
+    demonstration_rows: int = 0
+    """Rows that the forward passes over the demonstrations computed."""
+    demonstration_passes: int = 0
     entropy: float = 0.0
     """Nats, summed over the loss tokens."""
     kl_sum: float = 0.0
@@ -120,6 +123,8 @@ class Outcome:
     def add_supervised(self, results: Sequence[PassResult], share: Share) -> None:
         """Add the results of all passes over the demonstrations."""
         self._note_broken(results, share)
+        self.demonstration_rows = sum(len(each.batch.token_ids) for each in results)
+        self.demonstration_passes = len(results)
         losses = _read([({"loss": each.output.loss},) for each in results])
         self.demonstration_loss = sum(own["loss"] for (own,) in losses)
 

@@ -154,8 +154,9 @@ class LocalTrainer:
 
     def supervised_step(self, samples: list[TrainingSample], lr: float) -> dict[str, float]:
         """One step on the mean negative log-likelihood of the samples' loss tokens → `loss` (nats per token),
-        `grad_norm`, `learning_rate`. It does not count as a policy version. Without samples (every demonstration was
-        left out) the weights stay as they are and the step still counts. Raises `NonFiniteLossError`."""
+        `grad_norm`, `learning_rate`, and sizes of the packed samples. It does not count as a policy version. Without
+        samples (every demonstration was left out) the weights stay as they are and the step still counts. Raises
+        `NonFiniteLossError`."""
         if not samples:
             self._together([Skip(supervised=True)] * (self._ranks - 1), lambda: self._learner.skip(supervised=True))
             return {"loss": 0.0, "grad_norm": 0.0, "learning_rate": lr}
@@ -167,7 +168,15 @@ class LocalTrainer:
         )
         outcomes = self._learn([], self._divide(samples), step, samples)
         loss = sum(outcome.demonstration_loss for outcome in outcomes)
-        return {"loss": loss, "grad_norm": outcomes[0].grad_norm, "learning_rate": lr}
+        return {
+            "loss": loss,
+            "grad_norm": outcomes[0].grad_norm,
+            "learning_rate": lr,
+            "tokens/trained": float(step.demonstrated_tokens),
+            "tokens/packed": float(sum(outcome.demonstration_rows for outcome in outcomes)),
+            "tokens/unpacked": float(sum(len(sample.token_ids) for sample in samples)),
+            "micro_batches": float(sum(outcome.demonstration_passes for outcome in outcomes)),
+        }
 
     def logprobs(self, samples: Sequence[TrainingSample]) -> list[FloatArray]:
         """See `vlmrl.types.Trainer.logprobs`."""

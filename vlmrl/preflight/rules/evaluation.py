@@ -9,7 +9,7 @@ from vlmrl.config.eval_set import EvalSet, ks
 from vlmrl.config.fields import NAME
 from vlmrl.config.keys import did_you_mean
 from vlmrl.config.program import scores_itself
-from vlmrl.config.run import Mode, RunConfig
+from vlmrl.config.run import LEARN, Mode, RunConfig
 from vlmrl.config.task import tasks_of
 from vlmrl.errors import ConfigError
 from vlmrl.preflight.rules.reward import rewards_of
@@ -76,12 +76,7 @@ def best_is_measured(config: RunConfig) -> None:
                 "trainer.keep_best=eval/reward, or drop trainer.patience"
             )
         return
-    if config.mode not in (Mode.rl, Mode.dpo):
-        if config.mode is Mode.sft:
-            raise ConfigError(
-                f"trainer.keep_best={metric} has no effect with mode=sft, which evaluates once, at its end, so there "
-                "is nothing to choose from: drop trainer.keep_best"
-            )
+    if config.mode not in LEARN:
         return
     known = list(_metrics(config))
     if not any(re.fullmatch(re.escape(each).replace("<name>", ".+"), metric) for each in known):
@@ -97,6 +92,9 @@ def best_is_measured(config: RunConfig) -> None:
 def _metrics(config: RunConfig) -> Iterator[str]:
     """The metrics of the evaluations during training; `<name>` stands for any name."""
     evaluation = config.orchestrator.eval
+    if config.mode is Mode.sft:  # it plays held-out problems once, at its end
+        yield from ["eval/demonstration_loss"] * (evaluation.every > 0 and evaluation.problems > 0)
+        return
     if evaluation.every and evaluation.problems and config.mode is Mode.dpo:
         yield from (f"eval/dpo/{key}" for key in PAIR_METRICS)
     if evaluation.every and evaluation.problems and _is_scored(config):
