@@ -239,8 +239,8 @@ STEP_KEYS: dict[str, StepKey] = {
     ),
     "tokens/unlearnable": _sometimes(
         "tokens",
-        "Of tokens/client_sampled, those without loss: decoded greedily, or with top_p or top_k where the engine does "
-        "not report from which tokens it sampled.",
+        "Of tokens/client_sampled, those without loss: greedy ones, and truncated ones whose support the engine does "
+        "not report.",
     ),
     "support/mean": _sometimes(
         "tokens",
