@@ -22,7 +22,7 @@ from support.report_runs import config_of, noise, one_rollout, one_turn, ordinar
 from vlmrl.cli.main import main
 from vlmrl.cli.past_runs import default_config
 from vlmrl.monitor.report.page import write_report
-from vlmrl.record.metrics import read_metrics
+from vlmrl.record.metrics import MetricsLog, read_metrics
 from vlmrl.record.rollouts import RolloutRecord, RolloutRecorder, read_rollouts
 from vlmrl.record.run_dir import RunDir
 from vlmrl.types import DropReason, Rollout, StopReason
@@ -232,6 +232,20 @@ def test_evaluation_sets_stand_apart(browser: Any, tmp_path: Path) -> None:
         assert keys == [f"held-out{name}/0{problem}" for name in (" ood", "") for problem in range(3)]
         tab.page.get_by_title("Held-out problems, greedy").click()
         assert {id.split("/")[0] for id in tab.shown()} == {"eval-greedy", "eval_ood-greedy"}
+
+
+def test_a_run_that_learns_from_pairs_has_their_curves(browser: Any, tmp_path: Path) -> None:
+    """Its steps have no rollouts, so no time in which they were sampled."""
+    run_dir = record(tmp_path / "pairs", config_of("mode=dpo", "dpo.from_run=outputs/a"), [])
+    log = MetricsLog(run_dir.metrics)
+    for step in range(1, 9):
+        times = {"time/step": 2.0, "time/train": 1.5}
+        log.write({"step": step, "loss": 1 / step, "dpo/accuracy": 0.5, "dpo/margin": 0.1 * step, **times})
+    log.close()
+    assert main(["mode=report", f"run={run_dir.path}"]) == 0
+    with Tab(browser, run_dir.report, "#curves") as tab:
+        titles = tab.page.locator("h3").all_inner_texts()
+        assert {"Pairs with the better answer ahead", "Implicit rewards of pairs", "Loss", "Time per step"} <= {*titles}
 
 
 def test_a_dropped_rollout_says_why(browser: Any, made_page: Path) -> None:

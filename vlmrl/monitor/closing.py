@@ -8,7 +8,7 @@ from typing import Any
 
 from vlmrl.monitor.progress import duration
 from vlmrl.record.bad_rows import read_bad_rows
-from vlmrl.record.metrics import DEMONSTRATION_LOSS, EVAL_GREEDY, EVAL_SAMPLED
+from vlmrl.record.metrics import DEMONSTRATION_LOSS, EVAL_GREEDY, EVAL_SAMPLED, PAIR_ACCURACY
 from vlmrl.record.run_dir import RunDir
 
 
@@ -36,12 +36,11 @@ def readable(path: Path) -> str:
 
 
 def _held_out(last: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
-    """The held-out rewards and loss of the newest evaluation, for people."""
-    loss = last.get(DEMONSTRATION_LOSS)
+    """The held-out rewards, loss and accuracy on pairs of the newest evaluation, for people."""
+    loss, pairs = last.get(DEMONSTRATION_LOSS), last.get(PAIR_ACCURACY)
     rewards = f"sampled {_shown(evaluation.get(EVAL_SAMPLED))}, greedy {_shown(evaluation.get(EVAL_GREEDY))}"
-    if loss is None:
-        return rewards
-    return f"{rewards}, loss {loss:.3f}" if evaluation else f"loss {loss:.3f}"
+    others = ([] if loss is None else [f"loss {loss:.3f}"]) + ([] if pairs is None else [f"pairs {pairs:.3f}"])
+    return ", ".join([rewards, *others] if evaluation or not others else others)
 
 
 def _shown(value: float | None) -> str:

@@ -8,6 +8,15 @@ const CHARTS = [
     ["eval/reward", "held-out, sampled", named("sampled")],
     ["eval/reward_greedy", "held-out, greedy", named("greedy")],
   ], { wide: true, points: 1, target: "orchestrator.eval.target" }],
+  ["Pairs with the better answer ahead", "share of pairs", [
+    ["dpo/accuracy", "training", named("training")],
+    ["eval/dpo/accuracy", "held-out", named("sampled")],
+  ]],
+  ["Implicit rewards of pairs", "", [
+    ["dpo/chosen_reward", "better answers"],
+    ["dpo/rejected_reward", "worse answers"],
+    ["dpo/margin", "difference"],
+  ]],
   ["Mismatch of engine and trainer", "nats", [["mismatch_kl/mean", "mean"], ["mismatch_kl/max", "max"]], { log: true }],
   ["Vision gap", "nats per token", [["vision_gap/blank", "with grey images"], ["vision_gap/shuffled", "with other images"]],
     { spans: true }],
@@ -21,7 +30,7 @@ const CHARTS = [
   ["Throughput", "tokens / s", [["throughput/tokens_per_s", "prompts and completions"]]],
   ["Memory", "GiB", [["memory/peak_bytes", "peak"]], { scale: 2 ** -30 }],
   ["Staleness", "optimizer steps", [["staleness/mean", "mean"], ["staleness/max", "max"]]],
-  ["Loss", "", [["loss", "loss"]]],
+  ["Loss", "", [["loss", "loss"], ["eval/dpo/loss", "held-out pairs"]]],
   ["Gradient norm", "", [["grad_norm", "before clipping"]]],
   ["Stop reasons", "rollouts", "rollouts/stop/", { stacked: true }],
   ["Dropped rollouts", "rollouts", "rollouts/dropped/", { stacked: true }],
@@ -34,7 +43,9 @@ function prepare(run) {
   const m = run.metrics;
   if (m["time/step"]) {
     m["time/other"] = m["time/step"].map((whole, i) =>
-      known(whole) ? Math.max(0, whole - m["time/rollout"][i] - m["time/train"][i] - m["time/sync"][i]) : null,
+      known(whole)
+        ? ["rollout", "train", "sync"].reduce((rest, part) => Math.max(0, rest - (m[`time/${part}`]?.[i] ?? 0)), whole)
+        : null,
     );
     const share = Math.max(...m["time/other"].map((value, i) => (known(value) ? value / m["time/step"][i] : 0)));
     if (share < 0.01) delete m["time/other"];
