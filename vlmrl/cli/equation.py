@@ -17,6 +17,7 @@ from vlmrl.config.algorithm import (
     AlgorithmConfig,
     Compare,
     Credit,
+    Divergence,
     FilterMode,
     ImportanceCorrection,
     KLEstimator,
@@ -47,6 +48,13 @@ ESTIMATORS = {
     KLEstimator.k1: "−d",
     KLEstimator.k2: "d² / 2",
     KLEstimator.k3: "exp(d) − d − 1",
+}
+
+
+DIVERGENCES = {
+    Divergence.forward: "KL(q ‖ π)",
+    Divergence.reverse: "KL(π ‖ q)",
+    Divergence.jensen_shannon: "{beta} KL(q ‖ m) + {rest} KL(π ‖ m)",
 }
 
 
@@ -148,6 +156,8 @@ def _loss(setting: Minimized) -> Iterator[str]:
         terms.append(f" − {number(algorithm.entropy_coef)} · 1/T Σ_t H_t")
     if algorithm.kl.loss:
         terms.append(f" + {number(algorithm.kl.loss)} · 1/T Σ_t k_t")
+    if algorithm.distill.weight:
+        terms.append(f" + {number(algorithm.distill.weight)} · 1/T Σ_t D_t")
     if setting.demonstrations:
         terms.append(f" + {number(setting.demonstrations)} · η/η_max · D")
     known = [each for each in Loss if each == algorithm.loss]
@@ -201,6 +211,14 @@ def _terms(setting: Minimized) -> Iterator[str]:
     if algorithm.kl.loss:
         yield _line("k_t", ESTIMATORS[algorithm.kl.estimator], f"kl.loss, kl.estimator={algorithm.kl.estimator}")
         yield _line("d", "log reference − log π of token t")
+    if algorithm.distill.weight:
+        distill = algorithm.distill
+        beta, rest = number(distill.beta), number(1 - distill.beta)
+        source = f"distill.weight, distill.divergence={distill.divergence}"
+        yield _line("D_t", DIVERGENCES[distill.divergence].format(beta=beta, rest=rest), source)
+        if distill.divergence is Divergence.jensen_shannon:
+            yield _line("m", f"{beta} q + {rest} π", "distill.beta")
+        yield _line("q", f"the reference, at its {distill.top_k} most likely tokens and all others as one")
     if setting.demonstrations:
         yield _line("D", "−1/T' Σ_t log π_t of the step's demonstrations", "trainer.warmup.rl_weight")
         yield _line("η", "the learning rate of the step, η_max: its highest")

@@ -18,6 +18,8 @@ from vlmrl.config.algorithm import (
     AlgorithmConfig,
     Compare,
     Credit,
+    DistillConfig,
+    Divergence,
     FilterConfig,
     FilterMode,
     ImportanceCorrection,
@@ -141,6 +143,15 @@ def test_the_page_of_an_algorithm_has_its_equation(loss: Loss) -> None:
         (
             AlgorithmConfig(loss=Loss.rloo, importance_correction=ImportanceCorrection.masked, clip_dual=3.0),
             ["ρ_t = π(token) / π_old(token)", "π_old = π before the batch: π itself, so ρ = 1"],
+        ),
+        (
+            AlgorithmConfig(distill=DistillConfig(8, 0.5, Divergence.jensen_shannon, beta=0.1)),
+            [
+                " + 0.5 · 1/T Σ_t D_t",
+                "D_t = 0.1 KL(q ‖ m) + 0.9 KL(π ‖ m) distill.weight, distill.divergence=jensen_shannon",
+                "m = 0.1 q + 0.9 π distill.beta",
+                "q = the reference, at its 8 most likely tokens and all others as one",
+            ],
         ),
         (
             AlgorithmConfig(kl=KLConfig(reward=0.1, advantage=0.5)),
