@@ -102,33 +102,34 @@ def most_likely(
     temperature: float | Tensor,
     logit_map: LogitMap,
     k: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Logprobs float32 [N] as those of `token_logprobs`; the k most likely tokens of each row, int64 [U, k], the most
-    likely first; and float32 [U, k + 1], their logprobs and that of all other tokens together. Without gradient. At
-    least k tokens must not be banned.
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Logprobs float32 [N] as those of `token_logprobs`, at less cost: without gradient and entropies. With k > 0 also
+    the k most likely tokens of each row, int64 [U, k], the most likely first, and float32 [U, k + 1], their logprobs
+    and that of all other tokens together. At least k tokens must not be banned.
 
     >>> hidden, weight = torch.eye(2), torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
     >>> none, one, targets = torch.zeros(3, dtype=torch.bool), torch.tensor([0]), torch.tensor([1])
-    >>> logprobs, ids, top = most_likely(hidden, weight, None, none, one, targets, 1.0, IDENTITY, 1)
+    >>> logprobs, (ids, top) = most_likely(hidden, weight, None, none, one, targets, 1.0, IDENTITY, 1)
     >>> ids, top.exp()
     (tensor([[1],
             [2]]), tensor([[0.5761, 0.4239],
             [0.7870, 0.2130]]))
     """
     divisor = temperature[:, None] if isinstance(temperature, Tensor) else temperature
-    found = _no_columns(hidden, targets)
+    largest, total, _, at_target = _no_columns(hidden, targets)
+    found = largest, total, at_target
     likely = top_tokens.nothing_yet(len(hidden), hidden.device)
     for columns in chunks(len(hidden), len(weight)):
         logits = _logits(hidden, weight, bias, columns)
-        found = _compiled_on_gpu(hidden.device, _add_columns)(
-            logits, banned[columns], entry, targets - columns.start, divisor, logit_map, *found
-        )
         final = _compiled_on_gpu(hidden.device, _final_logits)(logits, banned[columns], divisor, logit_map)
-        likely = top_tokens.keep_most_likely(final, columns.start, k, *likely)
-    largest, total, _, at_target = found
+        found = _compiled_on_gpu(hidden.device, _add_final)(final, entry, targets - columns.start, *found)
+        if k:
+            likely = top_tokens.keep_most_likely(final, columns.start, k, *likely)
+    largest, total, at_target = found
     logsumexp = largest + total.log()
     ids, values, rest = likely
-    return at_target - logsumexp[entry], ids, top_tokens.as_logprobs(values, rest, logsumexp)
+    top = (ids, top_tokens.as_logprobs(values, rest, logsumexp)) if k else None
+    return at_target - logsumexp[entry], top
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -251,6 +252,17 @@ def _no_columns(hidden: Tensor, targets: Tensor) -> Columns:
 def _final_logits(logits: Tensor, banned: Tensor, temperature: float | Tensor, logit_map: LogitMap) -> Tensor:
     """The logits that probabilities are computed from."""
     return (logit_map(logits) / temperature).masked_fill(banned, float("-inf"))
+
+
+def _add_final(
+    logits: Tensor, entry: Tensor, targets: Tensor, largest: Tensor, total: Tensor, at_target: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_add_columns`, of final logits and without what only the entropies need."""
+    new = torch.maximum(largest, logits.amax(-1))
+    total = (largest - new).exp() * total + (logits - new[:, None]).exp().sum(-1)
+    inside = (targets >= 0) & (targets < logits.shape[1])
+    picked = logits[entry, targets.clamp(0, logits.shape[1] - 1)]
+    return new, total, torch.where(inside, picked, at_target)
 
 
 def _add_given_columns(

@@ -237,9 +237,9 @@ class Policy:
 
     def most_likely(
         self, hidden: Tensor, entry: Tensor, targets: Tensor, temperature: float | Tensor, k: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Logprobs of `targets` as those of `token_logprobs`, the `k` most likely tokens of each row, int64 [U, k], and
-        their logprobs and that of all others together, float32 [U, k + 1]. Without gradient."""
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Logprobs of `targets` as those of `token_logprobs`, without gradient. With k > 0 also the k most likely
+        tokens of each row, int64 [U, k], and their logprobs and that of all others together, float32 [U, k + 1]."""
         with torch.autocast(hidden.device.type, enabled=False):
             return most_likely(*self._head(hidden, entry, targets, temperature), self.logit_map, k)
 

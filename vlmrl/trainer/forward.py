@@ -39,14 +39,16 @@ def loss_and_top_logprobs(policy: Policy, batch: MicroBatch, temperature: float)
     return logprobs + unused, of_rows[batch.entry], top
 
 
-def most_likely_tokens(policy: Policy, batch: MicroBatch, temperature: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """float32 [N] logprobs of the loss tokens; int64 [U, k], the most likely tokens of each row; and float32
-    [U, k + 1], their logprobs and that of all other tokens together. Without gradient."""
+def scores_without_gradient(
+    policy: Policy, batch: MicroBatch, temperature: float, k: int
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """float32 [N] logprobs of the loss tokens. With k > 0 also int64 [U, k], the most likely tokens of each row, and
+    float32 [U, k + 1], their logprobs and that of all other tokens together, of the whole distribution."""
     hidden, divisor, unused = _loss_hidden(policy, batch, temperature)
-    logprobs, ids, top = policy.most_likely(hidden, batch.entry, batch.targets, divisor, k)
+    logprobs, top = policy.most_likely(hidden, batch.entry, batch.targets, divisor, k)
     if batch.supports is not None:
         logprobs, _ = policy.support_logprobs(hidden, batch.entry, batch.targets, divisor, batch.supports)
-    return logprobs + unused, ids, top
+    return logprobs + unused, top
 
 
 def _loss_hidden(

@@ -33,7 +33,7 @@ from vlmrl.config.trainer import Packing, Sharding, TrainerConfig
 from vlmrl.errors import CheckpointError
 from vlmrl.models.parts import part_of_each
 from vlmrl.models.policy import Policy
-from vlmrl.trainer.forward import loss_and_top_logprobs, loss_logprobs, most_likely_tokens
+from vlmrl.trainer.forward import loss_and_top_logprobs, loss_logprobs, scores_without_gradient
 from vlmrl.trainer.loss import BatchTotals, LossOutput, LossTokens
 from vlmrl.trainer.objective import policy_loss, supervised
 from vlmrl.trainer.optimizer import LossScale, make_optimizer, set_learning_rate
@@ -184,11 +184,12 @@ class Learner:
     def _scores(self, batch: MicroBatch, policy: Policy, *, is_last: bool) -> ReferenceScores:
         """The scores of a reference, `policy`, for all loss tokens of a micro-batch."""
         k = self._algorithm.distill.top_k
-        if not k:
-            return ReferenceScores(self._logprobs(batch, is_last=is_last, policy=policy)[0].cpu().numpy())
-        logprobs, ids, top = self._compute(
-            lambda policy: most_likely_tokens(policy, batch, self._temperature, k), is_last=is_last, policy=policy
+        logprobs, found = self._compute(
+            lambda policy: scores_without_gradient(policy, batch, self._temperature, k), is_last=is_last, policy=policy
         )
+        if found is None:
+            return ReferenceScores(logprobs.cpu().numpy())
+        ids, top = found
         of_rows = TopTokens(ids.int().cpu().numpy(), top.cpu().numpy())
         return ReferenceScores(logprobs.cpu().numpy(), of_rows[batch.entry.cpu().numpy()])
 
@@ -323,21 +324,17 @@ class Learner:
         for number, batch in enumerate(batches, 1):
             yield batch, number == len(share.passes)
 
-    def _logprobs(self, batch: MicroBatch, *, is_last: bool, policy: Policy | None = None) -> tuple[Tensor, Tensor]:
-        return self._compute(
-            lambda policy: loss_logprobs(policy, batch, self._temperature), is_last=is_last, policy=policy
-        )
+    def _logprobs(self, batch: MicroBatch, *, is_last: bool) -> tuple[Tensor, Tensor]:
+        return self._compute(lambda policy: loss_logprobs(policy, batch, self._temperature), is_last=is_last)
 
     def _policy_scores(self, batch: MicroBatch, *, is_last: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """Logprobs and entropies [N] of the policy that learns, and its logprobs [U, k + 1] of the reference's most
         likely tokens, where the batch has them."""
         if batch.reference_top_ids is None:
             return *self._logprobs(batch, is_last=is_last), None
-        return self._compute(
-            lambda policy: loss_and_top_logprobs(policy, batch, self._temperature), is_last=is_last, policy=None
-        )
+        return self._compute(lambda policy: loss_and_top_logprobs(policy, batch, self._temperature), is_last=is_last)
 
-    def _compute(self, function: Callable[[Policy], T], *, is_last: bool, policy: Policy | None) -> T:
+    def _compute(self, function: Callable[[Policy], T], *, is_last: bool, policy: Policy | None = None) -> T:
         """Run a forward pass of `policy`, by default of the one that learns."""
         if policy is not None and policy is not self.policy:  # it holds its weights whole
             return function(policy)

@@ -48,6 +48,13 @@ def with_tail(logprobs: Tensor, ids: Tensor) -> Tensor:
     return torch.cat([logprobs.gather(1, ids), tail], dim=1)
 
 
+def top_of(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The most likely tokens and their logprobs."""
+    top = most_likely(*arguments)[1]
+    assert top is not None
+    return top
+
+
 @pytest.fixture
 def chunks_of_128(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head, "MAX_LOGITS", 128)
@@ -58,7 +65,8 @@ def chunks_of_128(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_most_likely_tokens_are_those_of_the_whole_row(k: int, to_logits: LogitMap, chunks_of_128: None) -> None:
     for seed in range(4):
         hidden, weight, bias, banned, entry, targets, own = problem(seed, rows=6, banned=40)
-        logprobs, ids, top = most_likely(hidden, weight, bias, banned, entry, targets, own, to_logits, k)
+        logprobs = most_likely(hidden, weight, bias, banned, entry, targets, own, to_logits, k)[0]
+        ids, top = top_of(hidden, weight, bias, banned, entry, targets, own, to_logits, k)
         wanted = whole(hidden, weight, bias, banned, own, to_logits)
         assert (ids == wanted.topk(k).indices).all()
         assert not banned[ids].any()
@@ -66,6 +74,9 @@ def test_the_most_likely_tokens_are_those_of_the_whole_row(k: int, to_logits: Lo
         torch.testing.assert_close(top.exp().sum(-1), torch.ones(6), rtol=1e-5, atol=0)
         same = token_logprobs(hidden, weight, bias, banned, entry, targets, own, to_logits)[0]
         assert torch.equal(logprobs, same)
+        alone, nothing = most_likely(hidden, weight, bias, banned, entry, targets, own, to_logits, 0)
+        assert nothing is None
+        assert torch.equal(alone, same)
 
 
 @settings(max_examples=12)
@@ -102,7 +113,7 @@ def test_a_tail_below_the_rounding_of_one_is_exact() -> None:
     weight = torch.tensor([[20.0], [19.0], [0.0], [0.0]])
     hidden, none = torch.ones(1, 1), torch.zeros(4, dtype=torch.bool)
     where = torch.zeros(1, dtype=torch.long)
-    _, ids, top = most_likely(hidden, weight, None, none, where, where, 1.0, IDENTITY, 2)
+    ids, top = top_of(hidden, weight, None, none, where, where, 1.0, IDENTITY, 2)
     given_top = token_and_top_logprobs(hidden, weight, None, none, where, where, 1.0, IDENTITY, ids)[2]
     wanted = 2 / torch.tensor([20.0, 19.0, 0, 0]).double().exp().sum()
     for each in (top, given_top):
@@ -111,10 +122,10 @@ def test_a_tail_below_the_rounding_of_one_is_exact() -> None:
 
 def test_bfloat16_is_multiplied_as_float32(chunks_of_128: None) -> None:
     hidden, weight, bias, banned, entry, targets, own = problem(1, rows=6, banned=40, dtype=torch.bfloat16)
-    _, ids, top = most_likely(hidden, weight, bias, banned, entry, targets, own, IDENTITY, 5)
-    again = most_likely(hidden.float(), weight.float(), bias, banned, entry, targets, own, IDENTITY, 5)
-    assert torch.equal(ids, again[1])
-    assert torch.equal(top, again[2])
+    ids, top = top_of(hidden, weight, bias, banned, entry, targets, own, IDENTITY, 5)
+    again = top_of(hidden.float(), weight.float(), bias, banned, entry, targets, own, IDENTITY, 5)
+    assert torch.equal(ids, again[0])
+    assert torch.equal(top, again[1])
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # which tracing reads of a view
@@ -125,7 +136,7 @@ def test_what_a_gpu_compiles_computes_the_same(monkeypatch: pytest.MonkeyPatch) 
     found = []
     for functions in (lambda device, function: function, lambda device, function: compiled(function)):
         monkeypatch.setattr(head, "_compiled_on_gpu", functions)
-        _, ids, likely = most_likely(hidden, weight, bias, banned, entry, targets, own, IDENTITY, 9)
+        ids, likely = top_of(hidden, weight, bias, banned, entry, targets, own, IDENTITY, 9)
         learned = [x.clone().requires_grad_() for x in (hidden, weight)]
         top = token_and_top_logprobs(learned[0], learned[1], bias, banned, entry, targets, own, IDENTITY, ids)[2]
         top.square().sum().backward()  # type: ignore[no-untyped-call]

@@ -89,7 +89,9 @@ def tokens_of(q: Array, p: Array, k: int) -> LossTokens:
     rows = torch.arange(TOKENS)
     teacher, policy = torch.tensor(np.log(q)), torch.tensor(np.log(p), requires_grad=True)
     parts = (head.double(), None, none, rows, rows % VOCABULARY, 1.0, IDENTITY)
-    _, ids, top = most_likely(teacher, *parts, k)
+    found = most_likely(teacher, *parts, k)[1]
+    assert found is not None
+    ids, top = found
     logprobs, entropies, own = token_and_top_logprobs(policy, *parts, ids)
     return LossTokens(
         logprobs=logprobs,
@@ -197,7 +199,9 @@ def test_values_and_gradients_are_those_of_trl(beta: float) -> None:
     rows, none = torch.arange(2), torch.zeros(5, dtype=torch.bool)
     policy = torch.tensor(POLICY, requires_grad=True)
     parts = (torch.eye(5), None, none, rows, rows, 0.7, IDENTITY)
-    _, ids, top = most_likely(torch.tensor(TEACHER), *parts, 5)
+    likely = most_likely(torch.tensor(TEACHER), *parts, 5)[1]
+    assert likely is not None
+    ids, top = likely
     found = divergence(top, token_and_top_logprobs(policy, *parts, ids)[2], config)
     (slope,) = torch.autograd.grad(found.sum(), policy)
     values, gradient = OF_TRL[beta]

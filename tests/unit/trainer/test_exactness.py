@@ -33,7 +33,7 @@ from vlmrl.config.trainer import Packing
 from vlmrl.models.blocks import checkpoint_blocks, compile_blocks
 from vlmrl.models.families.positions import position_function
 from vlmrl.models.policy import Policy
-from vlmrl.trainer.forward import loss_and_top_logprobs, loss_logprobs, most_likely_tokens
+from vlmrl.trainer.forward import loss_and_top_logprobs, loss_logprobs, scores_without_gradient
 from vlmrl.trainer.loss import BatchTotals, LossTokens
 from vlmrl.trainer.objective import policy_loss
 from vlmrl.trainer.packing import pack
@@ -181,13 +181,16 @@ def test_the_top_tokens_of_a_teacher_are_of_the_whole_distribution(tiny_policy: 
     (batch,) = pack(samples, Packing.tree, 16384, tiny_policy.positions, CPU)
     whole = replace(batch, supports=None)
     with torch.no_grad():
-        found, ids, _ = most_likely_tokens(tiny_policy, batch, 1.0, 3)
-        _, wanted_ids, wanted_top = most_likely_tokens(tiny_policy, whole, 1.0, 3)
+        found, likely = scores_without_gradient(tiny_policy, batch, 1.0, 3)
+        wanted = scores_without_gradient(tiny_policy, whole, 1.0, 3)[1]
+        assert likely is not None
+        assert wanted is not None
+        ids = likely[0]
         expected = loss_logprobs(tiny_policy, batch, 1.0)
         of_whole, _ = loss_logprobs(tiny_policy, whole, 1.0)
         *learned, top = loss_and_top_logprobs(tiny_policy, replace(batch, reference_top_ids=ids), 1.0)
-    assert torch.equal(ids, wanted_ids)
-    torch.testing.assert_close(top, wanted_top)
+    assert torch.equal(ids, wanted[0])
+    torch.testing.assert_close(top, wanted[1])
     torch.testing.assert_close(found, expected[0])
     torch.testing.assert_close(tuple(learned), expected)
     assert float((expected[0] - of_whole).abs().max()) > 0.1
