@@ -55,6 +55,7 @@ REHEARSALS = {
     "mismatch.py": f"--checkpoint TINY --dtype float32 --engines default {SMALL_IMAGES}",
     "rollout_bytes.py": "--run RUN --answer-tokens 20",
     "looking.py": "--steps 1 --seeds 0 --weights 1 trainer.warmup.steps=1 orchestrator.eval.problems=9",
+    "references.py": "--sizes tiny --device cpu --shapes codeword --steps 1 --groups 1",
     "refill.py": "--steps 1 --seeds 0",
     "rollout_throughput.py": f"--rounds 1 --turns 1 {SMALL_IMAGES}",
     "same_runs.py": f"{sys.executable} {sys.executable} --short --cases default",
