@@ -9,7 +9,7 @@ from html import escape
 WIDTH, HEIGHT = 250, 150
 """Of a panel's axes, in pixels."""
 MARGIN = 34
-COLORS = ("#4269d0", "#efb118", "#3ca951", "#ff725c", "#6cc5b0")
+COLORS = ("#4269d0", "#efb118", "#3ca951", "#ff725c", "#6cc5b0", "#9c6b4e")
 
 
 @dataclass(frozen=True)
@@ -18,13 +18,14 @@ class Curve:
 
     label: str
     points: Sequence[tuple[int, float]]
-    """(optimizer step, reward from 0 to 1)."""
+    """(optimizer step, or whatever `draw` is told, and reward from 0 to 1)."""
     is_control: bool
 
 
-def draw(panels: Mapping[str, Sequence[Curve]]) -> str:
-    """An SVG of the panels side by side, with the same axes."""
-    most = max([1, *(step for curves in panels.values() for curve in curves for step, _ in curve.points)])
+def draw(panels: Mapping[str, Sequence[Curve]], unit: str | None = None) -> str:
+    """An SVG of the panels side by side. By default points are at optimizer steps, and all panels have the same axes;
+    with another unit, each panel has its own."""
+    steps = [step for curves in panels.values() for curve in curves for step, _ in curve.points]
     width, height = len(panels) * (WIDTH + MARGIN) + MARGIN, HEIGHT + 3 * MARGIN
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
@@ -32,11 +33,12 @@ def draw(panels: Mapping[str, Sequence[Curve]]) -> str:
         f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
     ]
     for number, (title, curves) in enumerate(panels.items()):
-        parts += _panel(MARGIN + number * (WIDTH + MARGIN), title, curves, most)
+        own = steps if unit is None else [step for curve in curves for step, _ in curve.points]
+        parts += _panel(MARGIN + number * (WIDTH + MARGIN), title, curves, max([1, *own]), unit)
     return "\n".join([*parts, "</svg>\n"])
 
 
-def _panel(left: int, title: str, curves: Sequence[Curve], most: int) -> list[str]:
+def _panel(left: int, title: str, curves: Sequence[Curve], most: int, unit: str | None) -> list[str]:
     top, bottom = MARGIN, MARGIN + HEIGHT
     parts = [f'<text x="{left}" y="{top - 12}" font-weight="bold">{escape(title)}</text>']
     for reward in (0.0, 0.5, 1.0):
@@ -46,7 +48,8 @@ def _panel(left: int, title: str, curves: Sequence[Curve], most: int) -> list[st
     for step in (0, most):
         anchor = "start" if step == 0 else "end"
         x = left + step / most * WIDTH
-        parts.append(f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="{anchor}">step {step}</text>')
+        label = f"step {step}" if unit is None else f"{step:,} {unit}"
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="{anchor}">{label}</text>')
     for number, curve in enumerate(curves):
         color = "#888888" if curve.is_control else COLORS[number % len(COLORS)]
         dashes = ' stroke-dasharray="4 3"' if curve.is_control else ""

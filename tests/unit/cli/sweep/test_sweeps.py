@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from vlmrl.config.conf_folder import CONF
 from vlmrl.config.run import RunConfig
 
 SWEEPS = sorted(path.stem for path in (CONF / "sweep").glob("*.yaml"))
-JOBS = {"algorithms": 12, "learning_rate": 6, "seeds": 5, "staleness": 12}
+JOBS = {"algorithms": 12, "arena": 90, "learning_rate": 6, "seeds": 5, "staleness": 12}
 """Sweep → jobs; one that a sweeper makes up on its way is not among them."""
 
 
@@ -51,3 +53,13 @@ def test_the_command_line_outranks_a_sweep() -> None:
     jobs = jobs_of("algorithms", "seed=3", "algorithm=grpo,rloo", "trainer.max_steps=7")
     assert list(jobs) == [f"algorithm={name},seed=3,trainer.max_steps=7" for name in ("grpo", "rloo")]
     assert {config.seed for config in jobs.values()} == {3}
+
+
+@pytest.mark.parametrize("experiment", ["arena_color_codeword", "arena_digits", "arena_room"])
+def test_the_arena_compares_options_as_they_are(experiment: str, run_config: Callable[..., RunConfig]) -> None:
+    jobs = jobs_of("arena", f"experiment={experiment}", "trainer.learning_rate=4e-4", "seed=0")
+    assert len(jobs) == 5
+    for config in jobs.values():
+        alone = run_config(f"algorithm={config.algorithm.loss}").algorithm
+        assert config.algorithm == replace(alone, credit=config.task.credit)  # which rewards there are is the task's
+    assert len({config.trainer.max_steps for config in jobs.values()}) == 1
