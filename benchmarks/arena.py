@@ -6,8 +6,9 @@
     python benchmarks/arena.py --curves arena.svg
 
 Each finished run is one line of arena.jsonl, which is committed: what ran (task, algorithm, learning rate, seed, a hash
-of its config), where (processor, torch), and its held-out rewards over the tokens that it had sampled. A run that is
-there already is not taken in again. Tables and curves are made from the lines alone.
+of its config), where (processor, torch), and its held-out rewards over the tokens that it had sampled. A job that ran
+again with another config replaces its line; one that is there already is not taken in again. Tables and curves are made
+from the lines alone.
 
 A task's runs are compared at equal sampled tokens: the fewest that any of its runs sampled in all.
 """
@@ -57,8 +58,9 @@ class Line:
     """Of each evaluation: sampled tokens so far, held-out reward sampled, and greedy."""
 
     @property
-    def key(self) -> tuple[str, int]:
-        return self.config, self.seed
+    def job(self) -> tuple[str, str, float, int]:
+        """What the sweep calls it."""
+        return self.task, self.algorithm, self.learning_rate, self.seed
 
     def score(self, tokens: float) -> float:
         """Held-out reward, sampled: the mean of the last evaluations within so many sampled tokens."""
@@ -97,17 +99,15 @@ def line_of(run: Path, overrides: dict[str, str], machine: str) -> Line | None:
 
 def take_in(sweep: Path, path: Path, machine: str) -> list[Line]:
     """All lines, those of newly finished jobs in the folder of the sweep included."""
-    lines = read(path)
-    known = {line.key for line in lines}
+    lines = {line.job: line for line in read(path)}
     for config in sorted(sweep.glob("*/config.yaml")):
         overrides = dict(each.split("=", 1) for each in RunDir(config.parent).read_overrides() or ())
         line = line_of(config.parent, overrides, machine)
-        if line is not None and line.key not in known:
-            known.add(line.key)
-            lines.append(line)
-    lines.sort(key=lambda line: (line.task, line.algorithm, line.learning_rate, line.seed))
-    path.write_text("".join(json.dumps(asdict(line)) + "\n" for line in lines))
-    return lines
+        if line is not None and (line.job not in lines or lines[line.job].config != line.config):
+            lines[line.job] = line
+    found = [lines[job] for job in sorted(lines)]
+    path.write_text("".join(json.dumps(asdict(line)) + "\n" for line in found))
+    return found
 
 
 def tables(lines: Sequence[Line]) -> Iterable[str]:

@@ -16,7 +16,7 @@ read, at the speed of a copy: the keys and values of its way.
 
 `--offline CHECKPOINT` then gives the same shapes to `vllm.LLM.generate` (a model of that architecture, text prompts of
 random ids that it has not seen, n = siblings, graphs, prefix cache), in a process of its own: the whole call with its
-prefill, the median of three rounds. `TRITON_INTERPRET=1` rehearses the kernels on a CPU.
+prefill, the median of three rounds. On a CPU, torch does what the kernels do, in the same parts.
 """
 
 from __future__ import annotations
@@ -33,8 +33,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 ROWS = 16
@@ -91,88 +89,6 @@ class Shape:
 # ── attention in two parts ──────────────────────────────────────────────────────────────────────────────────
 
 
-@triton.jit
-def _prefix_part(
-    query, keys, values, out, lse, scale, prompt, siblings, rows, splits,
-    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    """The siblings of one group against a part of their prompt, for one key head. `keys`, `values` [groups, K, prompt,
-    D]; `query` [rows, H, D]; `out` float32 [splits, rows, H, D], `lse` float32 [splits, rows, H]."""
-    G: tl.constexpr = H // K
-    group, head, split = tl.program_id(0) // K, tl.program_id(0) % K, tl.program_id(1)
-    entry = tl.program_id(2) * M + tl.arange(0, M)
-    row, own_head = group * siblings + entry // G, head * G + entry % G
-    inside = entry < siblings * G
-    d = tl.arange(0, D)
-    q = tl.load(query + (row * H + own_head)[:, None] * D + d[None, :], mask=inside[:, None], other=0.0)
-    part = tl.cdiv(tl.cdiv(prompt, splits), N) * N
-    start, end = split * part, tl.minimum(split * part + part, prompt)
-    base = (group * K + head).to(tl.int64) * prompt * D
-    largest = tl.full([M], float("-inf"), tl.float32)
-    total = tl.zeros([M], tl.float32)
-    sums = tl.zeros([M, D], tl.float32)
-    for first in range(start, end, N):
-        n = first + tl.arange(0, N)
-        here = n < end
-        k = tl.load(keys + base + n[None, :] * D + d[:, None], mask=here[None, :], other=0.0)
-        scores = tl.where(here[None, :], tl.dot(q, k, out_dtype=tl.float32) * scale, float("-inf"))
-        new = tl.maximum(largest, tl.max(scores, 1))
-        weights = tl.exp2(scores - new[:, None])
-        shrunk = tl.exp2(largest - new)
-        v = tl.load(values + base + n[:, None] * D + d[None, :], mask=here[:, None], other=0.0)
-        sums = sums * shrunk[:, None] + tl.dot(weights.to(v.dtype), v, out_dtype=tl.float32)
-        total = total * shrunk + tl.sum(weights, 1)
-        largest = new
-    place = (split * rows + row) * H + own_head
-    tl.store(lse + place, tl.where(total > 0, largest + tl.log2(total), float("-inf")), mask=inside)
-    tl.store(out + place[:, None] * D + d[None, :], sums / tl.maximum(total, 1e-30)[:, None], mask=inside[:, None])
-
-
-@triton.jit
-def _own_part(
-    query, keys, values, lengths, part_out, part_lse, out, scale, capacity, rows, splits,
-    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    """One row against its own tokens, for one key head, merged with `splits` parts of its prompt. `keys`, `values`
-    [rows, K, capacity, D]; `lengths` int32 [1]; `out` [rows, H, D]."""
-    G: tl.constexpr = H // K
-    row, head = tl.program_id(0), tl.program_id(1)
-    entry = tl.arange(0, M)
-    inside = entry < G
-    own_head = head * G + entry
-    d = tl.arange(0, D)
-    q = tl.load(query + (row * H + own_head)[:, None] * D + d[None, :], mask=inside[:, None], other=0.0)
-    length = tl.load(lengths)
-    base = (row * K + head).to(tl.int64) * capacity * D
-    largest = tl.full([M], float("-inf"), tl.float32)
-    total = tl.zeros([M], tl.float32)
-    sums = tl.zeros([M, D], tl.float32)
-    for first in range(0, length, N):
-        n = first + tl.arange(0, N)
-        here = n < length
-        k = tl.load(keys + base + n[None, :] * D + d[:, None], mask=here[None, :], other=0.0)
-        scores = tl.where(here[None, :], tl.dot(q, k, out_dtype=tl.float32) * scale, float("-inf"))
-        new = tl.maximum(largest, tl.max(scores, 1))
-        weights = tl.exp2(scores - new[:, None])
-        shrunk = tl.exp2(largest - new)
-        v = tl.load(values + base + n[:, None] * D + d[None, :], mask=here[:, None], other=0.0)
-        sums = sums * shrunk[:, None] + tl.dot(weights.to(v.dtype), v, out_dtype=tl.float32)
-        total = total * shrunk + tl.sum(weights, 1)
-        largest = new
-    for split in range(splits):
-        place = (split * rows + row) * H + own_head
-        other = tl.load(part_lse + place, mask=inside, other=float("-inf"))
-        o = tl.load(part_out + place[:, None] * D + d[None, :], mask=inside[:, None], other=0.0)
-        new = tl.maximum(largest, other)
-        shrunk, weight = tl.exp2(largest - new), tl.exp2(other - new)
-        sums = sums * shrunk[:, None] + o * weight[:, None]
-        total = total * shrunk + weight
-        largest = new
-    place = row * H + own_head
-    merged = sums / total[:, None]
-    tl.store(out + place[:, None] * D + d[None, :], merged.to(q.dtype), mask=inside[:, None])
-
-
 class Attention:
     """Attention of one layer over random keys and values."""
 
@@ -193,22 +109,47 @@ class Attention:
 
     def __call__(self, query: Tensor, length: Tensor) -> Tensor:
         """query [rows, heads, d], length int32 [1] → [rows, heads, d]."""
+        return self._by_kernels(query, length) if query.is_cuda else self._by_torch(query, int(length))
+
+    def _by_kernels(self, query: Tensor, length: Tensor) -> Tensor:
+        from shared_prefix_kernels import own_part, prefix_part
+
         size, shape = self.size, self.shape
         H, K, D = size.heads, size.kv_heads, size.head_size
         if self.splits:
             entries = shape.siblings * (H // K)
-            rows = min(128, max(ROWS, triton.next_power_of_2(entries)))
-            grid = (shape.groups * K, self.splits, triton.cdiv(entries, rows))
-            _prefix_part[grid](
+            rows = min(128, max(ROWS, 1 << (entries - 1).bit_length()))
+            grid = (shape.groups * K, self.splits, -(-entries // rows))
+            prefix_part[grid](
                 query, *self.shared, self.part_out, self.part_lse, self.scale, shape.prompt, shape.siblings,
                 shape.rows, self.splits, H, K, D, rows, KEYS, num_warps=4,
             )  # fmt: skip
         out = torch.empty_like(query)
-        _own_part[(shape.rows, K)](
+        own_part[(shape.rows, K)](
             query, *self.own, length, self.part_out, self.part_lse, out, self.scale, self.own[0].shape[2],
             shape.rows, self.splits, H, K, D, ROWS, KEYS, num_warps=4,
         )  # fmt: skip
         return out
+
+    def _by_torch(self, query: Tensor, length: int) -> Tensor:
+        """The same parts and the same merging, for a machine without a GPU."""
+        shape, d = self.shape, self.size.head_size
+        by_group = query.view(shape.groups, shape.siblings, self.size.kv_heads, -1, d)
+        parts = []
+        if self.splits:
+            keys, values = self.shared
+            scores = torch.einsum("gskhd,gknd->gskhn", by_group, keys) * self.scale
+            for part in scores.split(-(-shape.prompt // self.splits), -1):
+                first = sum(each[2] for each in parts)
+                found = torch.einsum("gskhn,gknd->gskhd", *_weights(part, values[:, :, first : first + part.shape[-1]]))
+                parts.append((found.flatten(0, 1), _lse(part).flatten(0, 1), part.shape[-1]))
+        own = query.view(shape.rows, self.size.kv_heads, -1, d)
+        scores = torch.einsum("rkhd,rknd->rkhn", own, self.own[0][:, :, :length]) * self.scale
+        found = torch.einsum("rkhn,rknd->rkhd", *_weights(scores, self.own[1][:, :, :length]))
+        parts.append((found, _lse(scores), length))
+        lse = torch.stack([each for _, each, _ in parts])
+        weights = torch.exp2(lse - (lse * math.log(2)).logsumexp(0) / math.log(2))
+        return (torch.stack([out for out, _, _ in parts]) * weights[..., None]).sum(0).view_as(query)
 
     def bytes_read(self, new: float) -> float:
         """Bytes of keys and values that have to be read, with `new` tokens in each own part."""
@@ -228,6 +169,15 @@ class Attention:
         )
         scores = torch.einsum("bhd,bhnd->bhn", query.double(), keys) / math.sqrt(self.size.head_size)
         return torch.einsum("bhn,bhnd->bhd", scores.softmax(-1), values)
+
+
+def _weights(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    return (scores * math.log(2)).softmax(-1), values
+
+
+def _lse(scores: Tensor) -> Tensor:
+    """Log-sum-exp to the base 2 over the keys."""
+    return (scores * math.log(2)).logsumexp(-1) / math.log(2)
 
 
 def check(size: Size, shape: Shape, device: str, dtype: torch.dtype, splits: int) -> dict[str, float]:
@@ -445,8 +395,8 @@ def main() -> None:
     size = SIZES[args.size]
     torch.manual_seed(0)
     speed = copy_speed(args.device)
-    print(f"{torch.cuda.get_device_name() if args.device == 'cuda' else 'cpu'}, torch {torch.__version__}, "
-          f"triton {triton.__version__}; a copy moves {speed / 1e12:.2f} TB/s")  # fmt: skip
+    print(f"{torch.cuda.get_device_name() if args.device == 'cuda' else 'cpu'}, torch {torch.__version__}; "
+          f"a copy moves {speed / 1e12:.2f} TB/s")  # fmt: skip
     print("| shape | way | step ms | tokens/s | attention ms | read ms | share | largest error |")
     print("|---|---|---|---|---|---|---|---|")
     for shape in shapes:

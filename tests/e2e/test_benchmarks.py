@@ -25,6 +25,7 @@ HELPERS = (
         "cards_task.py",
         "curves.py",
         "large_family.py",
+        "shared_prefix_kernels.py",
         "noise_task.py",
         "timed_command.py",
         "training_batches.py",
@@ -35,6 +36,7 @@ HELPERS = (
 
 SMALL_IMAGES = "--groups 2 --group-size 2 --image-size 64 --new-tokens 8"
 REHEARSALS = {
+    "arena.py": "--curves curves.svg",
     "dataset_start.py": "--rows 60,300 --rounds 1",
     "digits.py": "--seeds 0 trainer.max_steps=2 trainer.warmup.steps=2 orchestrator.eval.problems=4",
     "endpoint.py": "--sessions 2 --turns 2 --new-tokens 4 --rounds 1 --requests 2",
@@ -59,6 +61,7 @@ REHEARSALS = {
     "refill.py": "--steps 1 --seeds 0",
     "rollout_throughput.py": f"--rounds 1 --turns 1 {SMALL_IMAGES}",
     "same_runs.py": f"{sys.executable} {sys.executable} --short --cases default",
+    "shared_prefix.py": "--size tiny --device cpu --shapes 2x5x37x16,3x1x9x7",
     "small_print.py": (
         "--seeds 0 --controls 0 --curves curves.svg trainer.max_steps=1 trainer.warmup.steps=1 "
         "trainer.warmup.batch_size=1 orchestrator.eval.problems=2 orchestrator.groups_per_step=1 "
