@@ -135,11 +135,11 @@ class Attention:
         """The same parts and the same merging, for a machine without a GPU."""
         shape, d = self.shape, self.size.head_size
         by_group = query.view(shape.groups, shape.siblings, self.size.kv_heads, -1, d)
-        parts = []
+        parts: list[tuple[Tensor, Tensor, int]] = []
         if self.splits:
             keys, values = self.shared
             scores = torch.einsum("gskhd,gknd->gskhn", by_group, keys) * self.scale
-            for part in scores.split(-(-shape.prompt // self.splits), -1):
+            for part in scores.chunk(self.splits, -1):
                 first = sum(each[2] for each in parts)
                 found = torch.einsum("gskhn,gknd->gskhd", *_weights(part, values[:, :, first : first + part.shape[-1]]))
                 parts.append((found.flatten(0, 1), _lse(part).flatten(0, 1), part.shape[-1]))
@@ -149,7 +149,8 @@ class Attention:
         parts.append((found, _lse(scores), length))
         lse = torch.stack([each for _, each, _ in parts])
         weights = torch.exp2(lse - (lse * math.log(2)).logsumexp(0) / math.log(2))
-        return (torch.stack([out for out, _, _ in parts]) * weights[..., None]).sum(0).view_as(query)
+        merged: Tensor = (torch.stack([out for out, _, _ in parts]) * weights[..., None]).sum(0)
+        return merged.view_as(query)
 
     def bytes_read(self, new: float) -> float:
         """Bytes of keys and values that have to be read, with `new` tokens in each own part."""
@@ -208,7 +209,8 @@ class Decoder:
         self.size, self.way, self.rows = size, way, shape.rows
 
         def weights(*dims: int) -> Tensor:
-            return torch.randn(*dims, device=device, dtype=dtype) * dims[-1] ** -0.5
+            scale: float = dims[-1] ** -0.5
+            return torch.randn(*dims, device=device, dtype=dtype) * scale
 
         q, kv = size.heads * size.head_size, size.kv_heads * size.head_size
         self.layers = [
@@ -301,7 +303,7 @@ def seconds(run: Callable[[], object], device: str) -> float:
     if device == "cpu":
         run()
         return 1.0
-    side = torch.cuda.Stream()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
@@ -310,9 +312,9 @@ def seconds(run: Callable[[], object], device: str) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    times = []
+    times: list[float] = []
     for _ in range(TIMED_STEPS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         graph.replay()
         end.record()
