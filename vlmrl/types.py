@@ -623,6 +623,14 @@ class Turn:
     """The tools that its prompt describes."""
     sampling: TurnSampling | None = None
     """How it was sampled where that differs from the run's own sampling. None: as the run samples."""
+    token_advantages: FloatArray | None = None
+    """float32 [C]; the advantage of each token of the completion, filled by gae.py; `advantage` is their mean. None:
+    `advantage` is that of each."""
+    returns: FloatArray | None = None
+    """float32 [C]; what the value head is to predict before each token, filled by gae.py. None without it."""
+    before: TokenMetrics | None = None
+    """The trainer's metrics of the C tokens before the step, with values, filled by samples.py where advantages need
+    them (`algorithm.advantage=gae`). None elsewhere, and where the turn cannot be learned from."""
 
     @property
     def is_learnable(self) -> bool:
@@ -825,9 +833,12 @@ class TrainingSample:
     reference_logprobs: FloatArray | None = None
     """float32 [L]; natural log of the reference's probability of the token; 0.0 where loss_mask is False. None: not
     scored by a reference."""
-    old_logprobs: FloatArray | None = None
-    """float32 [L]; natural log of the token's probability under the trainer's weights before the first optimizer step
-    on the batch; 0.0 where loss_mask is False. None: not recorded, as before that step."""
+    before: TokenMetrics | None = None
+    """The trainer's metrics of the loss tokens, in order, with the weights before the first optimizer step on the
+    batch. None: not recorded, as before that step."""
+    returns: FloatArray | None = None
+    """float32 [L]; what the value head is to predict (`algorithm.advantage=gae`); 0.0 where loss_mask is False. None:
+    no value is learned."""
     reference_top: TopTokens | None = None
     """The tokens that the reference finds most likely in the place of each loss token. None: not asked for."""
     supports: Supports | None = None
@@ -879,6 +890,24 @@ class TokenMetrics:
     banned tokens and the supports of sampling applied."""
     entropies: FloatArray
     """float32 [N]; entropy of that distribution, in nats."""
+    values: FloatArray | None = None
+    """float32 [N]; the value of the state before the token, in units of the reward. None: the policy has no value
+    head."""
+
+    def __getitem__(self, part: slice) -> TokenMetrics:
+        """Those of some of the tokens."""
+        values = None if self.values is None else self.values[part]
+        return TokenMetrics(self.trainer_logprobs[part], self.entropies[part], values)
+
+    @staticmethod
+    def joined(parts: Sequence[TokenMetrics]) -> TokenMetrics:
+        """Those of the tokens of at least one part, one after another."""
+        values = [part.values for part in parts if part.values is not None]
+        return TokenMetrics(
+            np.concatenate([part.trainer_logprobs for part in parts]),
+            np.concatenate([part.entropies for part in parts]),
+            np.concatenate(values) if len(values) == len(parts) else None,
+        )
 
     def __repr__(self) -> str:
         return f"TokenMetrics({len(self.entropies)} tokens)"
@@ -932,6 +961,11 @@ class Trainer(Protocol):
     def logprobs(self, samples: Sequence[TrainingSample]) -> list[FloatArray]:
         """For each sample, float32 [loss tokens]: natural log of the probability of its loss tokens under the current
         weights. Does not change the weights."""
+        ...
+
+    def token_metrics(self, samples: Sequence[TrainingSample]) -> list[TokenMetrics]:
+        """The metrics of each sample's loss tokens under the current weights, with values where the policy has a value
+        head. Does not change the weights."""
         ...
 
     def reference_scores(self, samples: Sequence[TrainingSample]) -> list[ReferenceScores]:

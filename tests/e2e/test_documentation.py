@@ -208,6 +208,11 @@ EXCHANGED = {
     "python -m vlmrl algorithm.advantage=my_losses:brief algorithm.args.fee=0.1": (
         f"python -m vlmrl algorithm.advantage=my_losses:brief algorithm.args.fee=0.1 {LESS}"
     ),
+    "python -m vlmrl algorithm=ppo": "python -m vlmrl algorithm=ppo dry_run=true",
+    "python -m vlmrl algorithm=ppo algorithm.credit=return algorithm.discount=0.9 algorithm.gae.level=turn": (
+        "python -m vlmrl algorithm=ppo algorithm.credit=return algorithm.discount=0.9 algorithm.gae.level=turn "
+        "dry_run=true"
+    ),
     "python -m vlmrl algorithm.epochs=2 algorithm.minibatches=4 algorithm.target_kl=0.1": (
         "python -m vlmrl algorithm.epochs=2 algorithm.minibatches=4 algorithm.target_kl=0.1 dry_run=true"
     ),

@@ -18,7 +18,7 @@ from vlmrl.trainer.checkpoint import Checkpoints
 from vlmrl.trainer.checkpoint_files import hashes
 from vlmrl.trainer.loop_state import LoopState
 from vlmrl.trainer.training_state import begin_to_save, not_finite, restore
-from vlmrl.types import FloatArray, ReferenceScores, StepResult, TrainingSample
+from vlmrl.types import FloatArray, ReferenceScores, StepResult, TokenMetrics, TrainingSample
 
 MODEL, OPTIMIZER = (f"shard-00001-model-0000{part}-of-00002.safetensors" for part in (1, 2))
 FILES = (MODEL, OPTIMIZER, "state.json", "loop.json", "sha256.json")
@@ -52,6 +52,9 @@ class Learner:
         return StepResult(self.version)
 
     def logprobs(self, samples: Sequence[TrainingSample]) -> list[FloatArray]:
+        raise AssertionError("a checkpoint scores nothing")
+
+    def token_metrics(self, samples: Sequence[TrainingSample]) -> list[TokenMetrics]:
         raise AssertionError("a checkpoint scores nothing")
 
     def reference_scores(self, samples: Sequence[TrainingSample]) -> list[ReferenceScores]:

@@ -18,7 +18,8 @@ import torch.distributed as dist
 
 from support import helpers
 from support.helpers import END, Part, Sampled, image, sample, with_supports
-from vlmrl.config.algorithm import AlgorithmConfig, DistillConfig, Divergence, KLConfig
+from vlmrl.config.algorithm import Advantage, AlgorithmConfig, DistillConfig, Divergence, KLConfig
+from vlmrl.config.critic import ValueConfig
 from vlmrl.config.dpo import DPOConfig
 from vlmrl.config.model import LoraConfig
 from vlmrl.config.model import Part as ModelPart
@@ -82,6 +83,8 @@ class Case:
     epochs: int = 1
     """Passes over a batch, each in so many minibatches."""
     target_kl: float | None = None
+    critic: bool = False
+    """Whether advantages come from a value head, which learns too."""
     lora: bool = False
     adapted: tuple[ModelPart, ...] = (ModelPart.language_model,)
     """The parts that get adapters, with `lora`."""
@@ -106,14 +109,15 @@ CASES = {
     "referred, kept whole": Case(micro_batch_tokens=60, referred=True, ema=0.5, sharding=Sharding.optimizer),
     "referred, one by one": Case(packing=Packing.none, referred=True),
     "epochs": Case(micro_batch_tokens=60, epochs=2),
-    "epochs, replicated": Case(micro_batch_tokens=60, epochs=2, sharding=Sharding.none),
-    "epochs, kept whole": Case(micro_batch_tokens=60, epochs=2, sharding=Sharding.optimizer),
-    "epochs, ended early": Case(packing=Packing.none, epochs=2, target_kl=3.0),
     "epochs, ended early, kept whole": Case(epochs=2, target_kl=3.0, sharding=Sharding.optimizer),
     "distilled": Case(micro_batch_tokens=60, referred=True, top_k=5, own_temperatures=True),
     "distilled, kept whole": Case(micro_batch_tokens=60, referred=True, top_k=5, sharding=Sharding.optimizer),
     "pairs": Case(micro_batch_tokens=60, paired=True),
     "pairs, replicated": Case(micro_batch_tokens=60, paired=True, sharding=Sharding.none),
+    "critic": Case(micro_batch_tokens=60, critic=True, epochs=2),
+    "critic, replicated": Case(micro_batch_tokens=60, critic=True, epochs=2, sharding=Sharding.none),
+    "critic, kept whole": Case(micro_batch_tokens=60, critic=True, sharding=Sharding.optimizer),
+    "critic, tower alone": Case(packing=Packing.none, critic=True, freeze_language=True),
     "text": Case(micro_batch_tokens=60, images=False),
     "replicated": Case(micro_batch_tokens=60, sharding=Sharding.none),
     "replicated one by one": Case(packing=Packing.none, sharding=Sharding.none),
@@ -222,6 +226,8 @@ def algorithm_of(name: str) -> AlgorithmConfig:
         epochs=case.epochs,
         minibatches=case.epochs,
         target_kl=case.target_kl,
+        advantage=Advantage.gae if case.critic else Advantage.group_normalized,
+        value=ValueConfig(coef=0.5),
     )
 
 
@@ -245,6 +251,25 @@ def scored(trainer: LocalTrainer, samples: list[TrainingSample]) -> list[Trainin
         whole[each.loss_mask] = scores.logprobs
         found.append(replace(each, reference_logprobs=whole, reference_top=scores.top))
     return found
+
+
+def judged(trainer: LocalTrainer, samples: list[TrainingSample], target: float | None = None) -> list[TrainingSample]:
+    """The samples, with the trainer's own metrics and values before the step, and with returns that differ from the
+    values by the advantages, or that are all `target`."""
+    found = []
+    for each, before in zip(samples, trainer.token_metrics(samples), strict=True):
+        assert before.values is not None
+        returns = np.zeros(len(each.token_ids), np.float32)
+        returns[each.loss_mask] = before.values + each.advantages[each.loss_mask] if target is None else target
+        found.append(replace(each, before=before, returns=returns))
+    return found
+
+
+def prepared(trainer: LocalTrainer, samples: list[TrainingSample], name: str) -> list[TrainingSample]:
+    """The samples as a step of the case takes them."""
+    if CASES[name].referred:
+        samples = scored(trainer, samples)
+    return judged(trainer, samples) if CASES[name].critic else samples
 
 
 def learner(folder: str, name: str, rank_group: RankGroup | None) -> LocalTrainer:
@@ -307,9 +332,7 @@ def steps(trainer: LocalTrainer, name: str, number: int = 2) -> dict[str, np.nda
     found["units"] = np.array(1 + len(blocks(trainer._learner.policy.model)))
     trainer.logprobs(batch(images, own))  # must not leave gathered weights or counts behind for the step
     for _ in range(number):
-        samples = batch(images, own)
-        if CASES[name].referred:
-            samples = scored(trainer, samples)
+        samples = prepared(trainer, batch(images, own), name)
         with (
             counted("all_gather_single", "all_gather_into_tensor") as gathers,
             counted("reduce_scatter_single", "reduce_scatter_tensor") as reductions,
@@ -335,11 +358,10 @@ def continued(trainer: LocalTrainer, name: str, checkpoints: str) -> dict[str, n
     restored = place.load_newest(trainer, print)
     if restored is None:
         shown = CASES[name].images and not CASES[name].text_first
-        samples = batch(shown)
         if CASES[name].paired:
             learn_pairs(trainer, pairs(), PAIR_LOSS)
         else:
-            trainer.train_step(scored(trainer, samples) if CASES[name].referred else samples, demonstrations(shown))
+            trainer.train_step(prepared(trainer, batch(shown), name), demonstrations(shown))
         place.save(trainer.version, trainer, LoopState())
         place.finish()
     return steps(trainer, name, 1)

@@ -117,6 +117,27 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
         ("algorithm=cispo", "algorithm.clip_dual=3"),
         "algorithm.clip_dual=3.0 has no effect with algorithm.loss=cispo, .* set algorithm.loss=grpo, or ",
     ),
+    (
+        ("algorithm.gae.lam=0.9",),
+        "algorithm.gae.lam=0.9 has no effect with algorithm.advantage=group_normalized, .* set algorithm.advantage=gae",
+    ),
+    (("algorithm=ppo", "algorithm.refill.budget=2"), "algorithm.refill.budget=2 leaves out .* set .*refill.budget=1"),
+    (
+        ("algorithm=ppo", "algorithm.credit=return", "algorithm.compare=state"),
+        "algorithm.compare=state has no effect with algorithm.advantage=gae, .* set algorithm.compare=turn",
+    ),
+    (
+        ("algorithm=ppo", "algorithm.vision_advantage.weight=1"),
+        "algorithm.vision_advantage.weight=1.0 weights turns, .* set algorithm.vision_advantage.weight=0",
+    ),
+    (
+        ("algorithm=ppo", "algorithm.gae.level=turn", "algorithm.gae.gamma=0.9"),
+        "algorithm.gae.gamma=0.9 discounts from token to token, .* set algorithm.gae.gamma=1",
+    ),
+    (
+        ("algorithm=ppo", "algorithm.gae.level=turn"),
+        "algorithm.gae.lam=0.95 has no effect with algorithm.gae.level=turn and algorithm.credit=turn, .* set .*lam=1",
+    ),
     (("algorithm.clip_dual=1",), "algorithm.clip_dual=1.0 is out of range .*above 1"),
     (("mode=dpo",), "dpo.from_run=null takes .* task.kind=color_codeword has none, .* or choose task=dataset"),
     (("dpo.from_run=outputs/a",), "dpo.from_run=outputs/a has no effect with mode=rl, .* set mode=dpo"),

@@ -24,11 +24,13 @@ from vlmrl.config.algorithm import (
     Loss,
     Truncated,
 )
+from vlmrl.config.critic import GAELevel
 from vlmrl.config.dpo import DPOConfig, PreferenceLoss
 from vlmrl.config.run import Mode
 
 LOSSES = {
     Loss.grpo: "−1/T Σ_t min({r}_t A_t, clip({r}_t, {low}, {high}) A_t)",
+    Loss.ppo: "−1/T Σ_t min({r}_t A_t, clip({r}_t, {low}, {high}) A_t)",
     Loss.dr_grpo: "−1/(S · {longest}) Σ_t min({r}_t A_t, clip({r}_t, {low}, {high}) A_t)",
     Loss.dapo: "−1/T Σ_t min({r}_t A_t, clip({r}_t, {low}, {high}) A_t)",
     Loss.rloo: "−1/S Σ_i Σ_t sg({r}_it) A_it log π_it",
@@ -42,6 +44,7 @@ ADVANTAGES = {
     Advantage.group_centered: "R − mean(R)",
     Advantage.leave_one_out: "R − mean of the others' R",
     Advantage.none: "0: rewards teach nothing",
+    Advantage.gae: "δ_t + {lam} d_t A_{t+1}",
 }
 
 ESTIMATORS = {
@@ -160,6 +163,8 @@ def _loss(setting: Minimized) -> Iterator[str]:
         terms.append(f" + {number(algorithm.distill.weight)} · 1/T Σ_t D_t")
     if setting.demonstrations:
         terms.append(f" + {number(setting.demonstrations)} · η/η_max · D")
+    if algorithm.advantage == Advantage.gae:
+        terms.append(f" + {number(algorithm.value.coef)} · L_V")
     known = [each for each in Loss if each == algorithm.loss]
     if not known:
         yield _line("L", f"{algorithm.loss}(tokens, totals, config)" + "".join(terms), "a loss of your own")
@@ -219,6 +224,13 @@ def _terms(setting: Minimized) -> Iterator[str]:
         if distill.divergence is Divergence.jensen_shannon:
             yield _line("m", f"{beta} q + {rest} π", "distill.beta")
         yield _line("q", f"the reference, at its {distill.top_k} most likely tokens and all others as one")
+    if algorithm.advantage == Advantage.gae:
+        near, clip = "(V_t − R_t)²", algorithm.value.clip
+        if clip is not None:
+            near = f"max({near}, (V_old,t + clip(V_t − V_old,t, ±{number(clip)}) − R_t)²)"
+        yield _line("L_V", f"1/2T Σ_t {near}", "value")
+        yield _line("V_t", "the value before token t, by the policy's own value head; V_old: before the batch")
+        yield _line("R_t", "A_t + V_old,t")
     if setting.demonstrations:
         yield _line("D", "−1/T' Σ_t log π_t of the step's demonstrations", "trainer.warmup.rl_weight")
         yield _line("η", "the learning rate of the step, η_max: its highest")
@@ -228,7 +240,11 @@ def _advantage(algorithm: AlgorithmConfig) -> Iterator[str]:
     name = algorithm.advantage
     known = [each for each in Advantage if each == name]
     text = ADVANTAGES[known[0]] if known else f"{name}(compared, config)"
+    if name == Advantage.gae:
+        text = text.replace("{lam}", number(algorithm.gae.lam))
     yield _line("A_t", text, f"advantage={name}" if known else "an advantage of your own")
+    if name == Advantage.gae:
+        yield from _value_errors(algorithm)
     if algorithm.vision_advantage.is_on:
         looking = algorithm.vision_advantage
         yield _line("A_t ←", "A_t · v / mean(v), for turns with images", "vision_advantage")
@@ -238,6 +254,19 @@ def _advantage(algorithm: AlgorithmConfig) -> Iterator[str]:
         yield _line("A_t ←", f"A_t − {number(algorithm.kl.advantage)} · (log μ_t − log reference_t)", "kl.advantage")
     if algorithm.importance_correction is not ImportanceCorrection.own:
         yield _line("A_t ←", "w_t A_t")
+
+
+def _value_errors(algorithm: AlgorithmConfig) -> Iterator[str]:
+    """What an advantage from a value function is made of."""
+    action = "the turn" if algorithm.gae.level is GAELevel.turn else "the token"
+    later = {Credit.episode: 1.0, Credit.turn: 0.0, Credit["return"]: algorithm.discount}[algorithm.credit]
+    gamma = algorithm.gae.gamma
+    yield _line("δ_t", "r_t + d_t V_{t+1} − V_t, by V_old", f"gae.level={algorithm.gae.level.name}")
+    yield _line("r_t", f"R, where {action} ends what is rewarded, else 0")
+    between = f"{number(gamma * later)} to the next turn, 0 at the end"
+    yield _line("d_t", between if algorithm.gae.level is GAELevel.turn else f"{number(gamma)}, {between}", "gae.gamma")
+    if algorithm.gae.whiten:
+        yield _line("A_t ←", "(A_t − mean(A)) / std(A) of the batch", "gae.whiten")
 
 
 def _reward(setting: Minimized) -> Iterator[str]:
@@ -250,7 +279,9 @@ def _reward(setting: Minimized) -> Iterator[str]:
         among = "among turns that saw the same"
     else:
         among = "among the same turns of siblings"
-    if credit is Credit["return"]:
+    if algorithm.advantage == Advantage.gae:
+        r, among = "R", "from which the value is subtracted"
+    if credit is Credit["return"] and algorithm.advantage != Advantage.gae:
         yield _line("R", f"r + {number(algorithm.discount)} · R of the next turn, {among}", "credit=return")
     of = "the episode" if credit is Credit.episode else "the turn"
     yield _line(r, f"reward of {of}" + (f", {among}" if r == "R" else ""), f"credit={credit.name}" if r == "R" else "")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum, StrEnum
 from typing import Any
 
+from vlmrl.config.critic import GAEConfig, ValueConfig
 from vlmrl.config.fields import SMALLEST, Resume, setting
 
 
@@ -38,12 +39,15 @@ class Advantage(StrEnum):
     group_centered = "group_centered"
     leave_one_out = "leave_one_out"
     none = "none"
+    gae = "gae"
+    """From a value function, and from no sibling (`vlmrl.orchestrator.gae`)."""
 
 
 class Loss(StrEnum):
     """The built-in losses of a token (`vlmrl.trainer.loss`)."""
 
     grpo = "grpo"
+    ppo = "ppo"
     dr_grpo = "dr_grpo"
     dapo = "dapo"
     rloo = "rloo"
@@ -315,6 +319,10 @@ class AlgorithmConfig:
     )
     """In nats per token. Where the tokens of an optimizer step have a KL(π_old ‖ π) above it, that step and the rest of
     the batch's are left out. π_old: the policy before the batch. null makes them all."""
+    gae: GAEConfig = field(default_factory=GAEConfig)
+    """Advantages from a value function."""
+    value: ValueConfig = field(default_factory=ValueConfig)
+    """How the value function is learned."""
     kl: KLConfig = field(default_factory=KLConfig)
     """What the distance to the reference costs."""
     distill: DistillConfig = field(default_factory=DistillConfig)

@@ -77,7 +77,8 @@ class PartRatesConfig:
     projector: float = setting(1.0, on_resume=Resume.noted, low=SMALLEST, high=10**6, outside=FROZEN_INSTEAD)
     """What leads from the tower to the language model (merger, connector) learns at so many times the learning rate."""
     language_model: float = setting(1.0, on_resume=Resume.noted, low=SMALLEST, high=10**6, outside=FROZEN_INSTEAD)
-    """Embedding, layers and last norm, and a head that is tied to the embedding: so many times the learning rate."""
+    """Embedding, layers and last norm, a head that is tied to the embedding, and the value head of
+    `algorithm.advantage=gae`: so many times the learning rate."""
     head: float = setting(1.0, on_resume=Resume.noted, low=SMALLEST, high=10**6, outside=FROZEN_INSTEAD)
     """A head of its own, not tied to the embedding: so many times the learning rate."""
 

@@ -26,6 +26,7 @@ from vlmrl.config.import_paths import assert_takes, import_named
 from vlmrl.errors import ConfigError, UserFault, fenced, safe_repr
 from vlmrl.orchestrator.credit import Comparison, comparisons, is_masked, siblings_of
 from vlmrl.orchestrator.filters import filters_in
+from vlmrl.orchestrator.gae import assign_gae
 from vlmrl.types import DropReason, FloatArray, Group, Rollout
 
 log = logging.getLogger(__name__)
@@ -132,15 +133,19 @@ def assign_advantages(group: Group, config: AlgorithmConfig) -> None:
     """Fill `turn.advantage` of every rollout and `group.compares_equal`, and pay a cut answer no reward above 0 where
     `truncated=zero`, in place.
 
-    credit.py says which rewards are compared. Faults get 0.0; so do cut answers with `truncated=mask`.
+    credit.py says which rewards are compared; with `algorithm.advantage=gae` none are (gae.py). Faults get 0.0; so do
+    cut answers with `truncated=mask`.
     """
     for rollout in group.rollouts:
         for turn in rollout.turns:
-            turn.advantage = 0.0
+            turn.advantage, turn.token_advantages, turn.returns = 0.0, None, None
         if rollout.is_cut and config.truncated is Truncated.zero:
             rollout.turns[-1].reward = min(rollout.turns[-1].reward, 0.0)
             rollout.reward = min(rollout.reward, 0.0)
     siblings = siblings_of(group, config)
+    if config.advantage == Advantage.gae:
+        assign_gae(siblings, config)
+        return
     compared = comparisons(siblings, config)
     is_equal = len(siblings) > 1 and all(each.rewards.min() == each.rewards.max() for each in compared)
     group.compares_equal = is_equal and config.advantage != Advantage.none

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-from vlmrl.config.algorithm import AlgorithmConfig
+from vlmrl.config.algorithm import Advantage, AlgorithmConfig
 from vlmrl.config.orchestrator import OrchestratorConfig
 from vlmrl.errors import NonFiniteLossError
 from vlmrl.orchestrator.advantages import assign_advantages, mark_dropped
@@ -32,16 +32,17 @@ from vlmrl.orchestrator.credit import credit_metrics, reference_metrics
 from vlmrl.orchestrator.evaluation import Evaluator
 from vlmrl.orchestrator.faults import FaultWatch
 from vlmrl.orchestrator.filters import find_filtered
+from vlmrl.orchestrator.gae import whiten
 from vlmrl.orchestrator.interruption import stopped_before
 from vlmrl.orchestrator.length import Length
 from vlmrl.orchestrator.metrics import Overlap, rollout_metrics, throughput_metrics, time_metrics
 from vlmrl.orchestrator.recorder import Recorder
 from vlmrl.orchestrator.refill import refill_metrics, sample_groups
 from vlmrl.orchestrator.rollout import RolloutRunner
-from vlmrl.orchestrator.samples import make_samples, note_learned, note_reference
+from vlmrl.orchestrator.samples import make_samples, note_before, note_learned, note_reference
 from vlmrl.orchestrator.stream import Drawn, ProblemStream
 from vlmrl.orchestrator.vision_advantage import weigh_by_vision
-from vlmrl.types import Group, InferenceEngine, Trainer, TrainingSample, WeightSync
+from vlmrl.types import Group, InferenceEngine, Rollout, Trainer, TrainingSample, WeightSync
 
 ExitReason = Literal["finished", "target_reached", "no_improvement", "blind", "interrupted"]
 """`no_improvement`: `trainer.patience` evaluations in a row were no better than the best one. `blind`: the reward rises
@@ -152,11 +153,12 @@ class Loop:
         after it."""
         rolled_out = time.perf_counter()
         version, image_tokens = self.trainer.version, self.runner.renderer.image_token_ids
-        reference = await self.score_by_reference(groups)
+        scored = await self.score_by_reference(groups) | await self.estimate_values(groups)
         for group in groups:
             assign_advantages(group, self.algorithm)
             find_filtered(group, self.algorithm.filters, self.vocab_size)
             mark_dropped(group, self.algorithm, image_tokens, version, self.config.max_staleness)
+        whiten(groups, self.algorithm)
         looks = await asyncio.to_thread(weigh_by_vision, groups, self.trainer, self.algorithm.vision_advantage)
         kl = self.algorithm.kl.advantage
         samples = [s for group in groups for r in group.rollouts if r.dropped is None for s in make_samples(r, kl)]
@@ -185,7 +187,7 @@ class Loop:
                 "policy_version": float(result.version),
                 **(rollout_metrics(groups, self.algorithm.filters) | credit_metrics(groups, self.algorithm)),
                 **(refill_metrics(groups, self.config.groups_per_step, self.algorithm) | self.problems.metrics(step)),
-                **(result.metrics | reference | looks | gap),
+                **(result.metrics | scored | looks | gap),
                 **self.engine.metrics(),
                 **throughput_metrics(groups, seconds=synced - started),
                 **(time_metrics(started, rolled_out, prepared, trained, synced) | self._overlap.metrics(step)),
@@ -203,10 +205,19 @@ class Loop:
         if not self.has_reference:
             return {}
         started = time.perf_counter()
-        played = [r for group in groups for r in group.rollouts if not r.stop_reason.is_fault and r.dropped is None]
-        samples = [sample for rollout in played for sample in make_samples(rollout)]
+        played, samples = _played(groups)
         note_reference(played, await asyncio.to_thread(self.trainer.reference_scores, samples))
         return {"time/reference": time.perf_counter() - started, **reference_metrics(played, self.algorithm)}
+
+    async def estimate_values(self, groups: list[Group]) -> dict[str, float]:
+        """Let the trainer's value head judge what was sampled, before advantages are computed from its values →
+        `time/values`, in seconds. Empty unless `algorithm.advantage=gae`."""
+        if self.algorithm.advantage != Advantage.gae:
+            return {}
+        started = time.perf_counter()
+        played, samples = _played(groups)
+        note_before(played, await asyncio.to_thread(self.trainer.token_metrics, samples))
+        return {"time/values": time.perf_counter() - started}
 
     async def evaluate(self, step: int) -> bool:
         """Evaluate the weights after `step` on held-out problems. Returns False if the run was told to stop before."""
@@ -219,3 +230,9 @@ class Loop:
         self.recorder.evaluation(step, evaluated.metrics | counters, evaluated.rollouts)
         self._overlap.reset_idle()
         return True
+
+
+def _played(groups: list[Group]) -> tuple[list[Rollout], list[TrainingSample]]:
+    """The rollouts that may be learned from, before it is decided which are dropped, and their samples."""
+    played = [r for group in groups for r in group.rollouts if not r.stop_reason.is_fault and r.dropped is None]
+    return played, [sample for rollout in played for sample in make_samples(rollout)]

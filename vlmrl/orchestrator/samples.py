@@ -68,6 +68,15 @@ def note_reference(rollouts: Iterable[Rollout], scores: Sequence[ReferenceScores
             turn.reference_top = None if found.top is None else found.top[part]
 
 
+def note_before(rollouts: Iterable[Rollout], metrics: Sequence[TokenMetrics]) -> None:
+    """Set `Turn.before` of each turn that can be learned from. `metrics` has one entry per sample that `make_samples`
+    made of the rollouts, in order."""
+    branches = (turns for rollout in rollouts for turns in learned_branches(rollout))
+    for turns, found in zip(branches, metrics, strict=True):
+        for turn, part in parts_of(turns, len(found.entropies)):
+            turn.before = found[part]
+
+
 def parts_of(turns: Sequence[Turn], count: int) -> Iterator[tuple[Turn, slice]]:
     """Each turn of a branch that can be learned from, and its part of the `count` loss tokens of the sample."""
     start = 0
@@ -99,13 +108,17 @@ def _branch_sample(rollout_id: str, turns: list[Turn], kl_advantage: float) -> T
     reference_logprobs = np.zeros(length, np.float32) if is_scored else None
     learnable = [turn for turn in turns if turn.is_learnable]
     tops = [turn.reference_top for turn in learnable if turn.reference_top is not None]
+    before = [turn.before for turn in learnable if turn.before is not None]
+    returns = np.zeros(length, np.float32) if all(turn.returns is not None for turn in learnable) else None
     for turn in learnable:
         start = len(turn.prompt.token_ids)
         sampled = slice(start, start + len(turn.completion.token_ids))
         loss_mask[sampled] = True
-        advantages[sampled] = turn.advantage
+        advantages[sampled] = turn.advantage if turn.token_advantages is None else turn.token_advantages
         inference_logprobs[sampled] = turn.completion.logprobs
         versions[sampled] = turn.completion.versions
+        if returns is not None and turn.returns is not None:
+            returns[sampled] = turn.returns
         if reference_logprobs is not None and turn.reference_logprobs is not None:
             reference_logprobs[sampled] = turn.reference_logprobs
             advantages[sampled] -= kl_advantage * (turn.completion.logprobs - turn.reference_logprobs)
@@ -125,6 +138,8 @@ def _branch_sample(rollout_id: str, turns: list[Turn], kl_advantage: float) -> T
         reference_top=TopTokens.joined(tops) if len(tops) == len(learnable) else None,
         temperatures=None if np.isnan(temperatures).all() else temperatures,
         supports=_supports(length, turns),
+        before=TokenMetrics.joined(before) if len(before) == len(learnable) else None,
+        returns=returns,
     )
 
 

@@ -20,6 +20,7 @@ from enum import Enum
 from vlmrl.config.run import RunConfig
 from vlmrl.preflight.rules import (
     checkpoint,
+    critic,
     engine,
     evaluation,
     imports,
@@ -117,6 +118,8 @@ RULES: tuple[Rule, ...] = (
     _of_config(evaluation.best_is_measured),
     _of_config(learning.optimizer_fits),
     _of_config(learning.optimizer_steps_are_made),
+    _of_config(critic.value_settings_have_effect),
+    _of_config(critic.values_are_of_tokens),
     _of_config(learning.credit_settings_have_effect),
     _of_config(reward.names_can_be_keys),
     _of_config(reward.mixture_has_tasks),

@@ -149,6 +149,13 @@ STEP_KEYS: dict[str, StepKey] = {
     "clip_fraction": _sometimes("share of tokens", "Loss tokens whose gradient the loss clipped. Losses with a ratio."),
     "ratio/mean": _sometimes("1", "Mean importance ratio, trainer over engine. Losses with a ratio."),
     "ratio/max": _sometimes("1", "Largest importance ratio. Losses with a ratio."),
+    "value/loss": _sometimes("reward²", "Mean loss of the value head, of the first pass. algorithm.advantage=gae."),
+    "value/clip_fraction": _sometimes("share of tokens", "Loss tokens whose value the clip holds. As above."),
+    "value/explained_variance": _sometimes(
+        "1", "1 - Var(return - value) / Var(return), before the step: 1 is perfect, 0 as good as a constant. As above."
+    ),
+    "value/mean": _sometimes("reward", "Mean value of the loss tokens before the step. As above."),
+    "value/return_mean": _sometimes("reward", "Mean of what these values are to be. As above."),
     "last_epoch/<key>": _sometimes("the key's", "The loss's metrics in the last pass over the batch. Several epochs."),
     "optimizer_steps": _sometimes("steps", "Optimizer steps on the batch. With algorithm.epochs or minibatches."),
     "epochs": _sometimes("passes", "Passes over the batch, fewer where algorithm.target_kl ended them. As above."),
@@ -270,6 +277,7 @@ STEP_KEYS: dict[str, StepKey] = {
     "time/step": StepKey("s", "Wall-clock time of the step, without evaluation and checkpoint."),
     "time/rollout": StepKey("s", "Time that the trainer waited for the step's rollouts."),
     "time/reference": _sometimes("s", "Time in which the reference scored the batch, a part of the preparation."),
+    "time/values": _sometimes("s", "Scoring by the value head. algorithm.advantage=gae."),
     "time/vision_advantage": _sometimes(
         "s", "Time in which the batch was scored with other images, a part of the preparation."
     ),

@@ -13,12 +13,12 @@ Left out on purpose: resuming between two optimizer steps of a batch. A checkpoi
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from vlmrl.config.algorithm import AlgorithmConfig
-from vlmrl.types import FloatArray, TrainingSample
+from vlmrl.types import TrainingSample
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,3 @@ def shuffled_parts(groups: Sequence[Hashable], count: int, random: np.random.Gen
         parts.append(sorted(index for unit in units[start:place] for index in unit))
         start = place
     return parts
-
-
-def with_old_logprobs(sample: TrainingSample, logprobs: FloatArray) -> TrainingSample:
-    """The sample with `logprobs`, float32 [loss tokens], as those of π_old."""
-    whole = np.zeros(len(sample.token_ids), np.float32)
-    whole[sample.loss_mask] = logprobs
-    return replace(sample, old_logprobs=whole)

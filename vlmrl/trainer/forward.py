@@ -1,16 +1,20 @@
 """One forward pass over a micro-batch, up to the scores of its loss tokens.
 
-    encode images ─▶ hidden states of all rows ─▶ the rows with a loss ─▶ logprobs, entropies, top tokens
+    encode images ─▶ hidden states of all rows ─▶ the rows with a loss ─▶ logprobs, entropies, top tokens, values
 
 `temperature` is everywhere the run's, for tokens that have none of their own.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from vlmrl.models.policy import Policy
+from vlmrl.models.value_head import values
+from vlmrl.trainer.loss import LossTokens
 from vlmrl.trainer.packing import MicroBatch
 
 
@@ -18,25 +22,64 @@ def loss_logprobs(policy: Policy, batch: MicroBatch, temperature: float) -> tupl
     """float32 [N] logprobs of the loss tokens, and float32 [N] entropies (nats) of the distributions they were sampled
     from, both with gradient."""
     hidden, divisor, unused = _loss_hidden(policy, batch, temperature)
-    if batch.supports is not None:
-        logprobs, entropies = policy.support_logprobs(hidden, batch.entry, batch.targets, divisor, batch.supports)
-        return logprobs + unused, entropies
-    logprobs, of_rows = policy.token_logprobs(hidden, batch.entry, batch.targets, divisor)
-    return logprobs + unused, of_rows[batch.entry]
+    logprobs, entropies = _token_logprobs(policy, batch, hidden, divisor)
+    return logprobs + unused, entropies
 
 
-def loss_and_top_logprobs(policy: Policy, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """As `loss_logprobs`, and float32 [U, k + 1] with gradient: the logprobs of the batch's `reference_top_ids` and of
-    all other tokens together. These are of the whole distribution, also where the tokens have supports."""
-    assert batch.reference_top_ids is not None
+@dataclass(frozen=True, eq=False)
+class PolicyScores:
+    """What the policy that learns says about the N loss tokens of a micro-batch, with gradient."""
+
+    logprobs: Tensor
+    """float32 [N]; as those of `loss_logprobs`."""
+    entropies: Tensor
+    """float32 [N]; nats."""
+    top_logprobs: Tensor | None = None
+    """float32 [N, k + 1]; of the batch's `reference_top_ids` and of all other tokens together, where the batch has
+    them. These are of the whole distribution, also where the tokens have supports."""
+    values: Tensor | None = None
+    """float32 [N]; the value before each token, where values are learned."""
+
+    @property
+    def zero(self) -> Tensor:
+        """A scalar 0 whose gradient, which is zero, reaches all that a loss of these tokens would reach."""
+        values = 0.0 if self.values is None else self.values.sum()
+        return 0.0 * (self.logprobs.sum() + values)
+
+    def loss_tokens(self, batch: MicroBatch) -> LossTokens:
+        """Together with what the micro-batch brings."""
+        return LossTokens(
+            logprobs=self.logprobs,
+            inference_logprobs=batch.inference_logprobs,
+            advantages=batch.advantages,
+            sample_index=batch.sample_index,
+            entropies=self.entropies,
+            reference_logprobs=batch.reference_logprobs,
+            recorded_logprobs=batch.old_logprobs,
+            reference_top_ids=_of_tokens(batch.reference_top_ids, batch),
+            reference_top_logprobs=_of_tokens(batch.reference_top_logprobs, batch),
+            top_logprobs=self.top_logprobs,
+            values=self.values,
+            old_values=batch.old_values,
+            returns=batch.returns,
+        )
+
+
+def policy_scores(policy: Policy, batch: MicroBatch, temperature: float, *, with_values: bool) -> PolicyScores:
+    """All that the loss reads of the policy that learns, from one forward pass."""
     hidden, divisor, unused = _loss_hidden(policy, batch, temperature)
-    logprobs, of_rows, top = policy.token_and_top_logprobs(
-        hidden, batch.entry, batch.targets, divisor, batch.reference_top_ids
-    )
-    if batch.supports is not None:
-        logprobs, entropies = policy.support_logprobs(hidden, batch.entry, batch.targets, divisor, batch.supports)
-        return logprobs + unused, entropies, top
-    return logprobs + unused, of_rows[batch.entry], top
+    top = None
+    if batch.reference_top_ids is None:
+        logprobs, entropies = _token_logprobs(policy, batch, hidden, divisor)
+    else:
+        logprobs, of_rows, top = policy.token_and_top_logprobs(
+            hidden, batch.entry, batch.targets, divisor, batch.reference_top_ids
+        )
+        entropies = of_rows[batch.entry]
+        if batch.supports is not None:
+            logprobs, entropies = policy.support_logprobs(hidden, batch.entry, batch.targets, divisor, batch.supports)
+    found = values(policy.model, hidden)[batch.entry] if with_values else None
+    return PolicyScores(logprobs + unused, entropies, _of_tokens(top, batch), found)
 
 
 def scores_without_gradient(
@@ -49,6 +92,21 @@ def scores_without_gradient(
     if batch.supports is not None:
         logprobs, _ = policy.support_logprobs(hidden, batch.entry, batch.targets, divisor, batch.supports)
     return logprobs + unused, top
+
+
+def _token_logprobs(
+    policy: Policy, batch: MicroBatch, hidden: Tensor, divisor: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """float32 [N] each: logprobs and entropies of the loss tokens, from the hidden states of their rows."""
+    if batch.supports is not None:
+        return policy.support_logprobs(hidden, batch.entry, batch.targets, divisor, batch.supports)
+    logprobs, of_rows = policy.token_logprobs(hidden, batch.entry, batch.targets, divisor)
+    return logprobs, of_rows[batch.entry]
+
+
+def _of_tokens(of_rows: Tensor | None, batch: MicroBatch) -> Tensor | None:
+    """[U, …] → [N, …]: of each loss token, what its row has."""
+    return None if of_rows is None else of_rows[batch.entry]
 
 
 def _loss_hidden(

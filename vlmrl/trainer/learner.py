@@ -17,7 +17,7 @@ import resource
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -28,13 +28,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vlmrl.config.algorithm import AlgorithmConfig
+from vlmrl.config.algorithm import Advantage, AlgorithmConfig
 from vlmrl.config.trainer import Packing, Sharding, TrainerConfig
 from vlmrl.errors import CheckpointError
 from vlmrl.models.parts import part_of_each
 from vlmrl.models.policy import Policy
-from vlmrl.trainer.forward import loss_and_top_logprobs, loss_logprobs, scores_without_gradient
-from vlmrl.trainer.loss import BatchTotals, LossOutput, LossTokens
+from vlmrl.models.value_head import add_value_head
+from vlmrl.trainer.forward import PolicyScores, loss_logprobs, policy_scores, scores_without_gradient
+from vlmrl.trainer.loss import BatchTotals, LossOutput
 from vlmrl.trainer.objective import policy_loss, supervised
 from vlmrl.trainer.optimizer import LossScale, make_optimizer, set_learning_rate
 from vlmrl.trainer.outcome import Outcome, PassResult
@@ -67,6 +68,8 @@ class StepSettings:
     per token."""
     ends_batch: bool = True
     """Whether it is the last optimizer step on its batch."""
+    learns_values: bool = False
+    """Whether its samples have returns, from which the value head learns."""
 
 
 class Learner:
@@ -93,6 +96,9 @@ class Learner:
         self._reference = reference
         self._has_begun = False
         """Whether the reference has seen the weights with which reinforcement learning begins."""
+        self._has_values = algorithm.advantage == Advantage.gae
+        if self._has_values:
+            add_value_head(policy.model, policy.device)
         self._loss_scale = LossScale(next(policy.model.parameters()).dtype)
         self._weights: PlainWeights | ShardedWeights
         if ranks > 1 and config.sharding is not Sharding.none:
@@ -160,9 +166,12 @@ class Learner:
         found = [TokenMetrics(np.empty(0, np.float32), np.empty(0, np.float32))] * len(share.samples)
         with torch.no_grad():
             for batch, is_last in self._pack(share):
-                values = torch.stack(self._logprobs(batch, is_last=is_last)).float().cpu().numpy()
+                plain = replace(batch, reference_top_ids=None)
+                scores = self._policy_scores(plain, is_last=is_last, with_values=self._has_values)
+                kinds = [scores.logprobs, scores.entropies, *([] if scores.values is None else [scores.values])]
+                numbers = torch.stack(kinds).float().cpu().numpy()
                 for index, tokens in _by_sample(batch):
-                    found[index] = TokenMetrics(*values[:, tokens])
+                    found[index] = TokenMetrics(*numbers[:, tokens])
         return found
 
     def reference_scores(self, share: Share) -> list[ReferenceScores]:
@@ -269,38 +278,26 @@ class Learner:
         self.policy.take_image_counters()  # reset: the engine, or a step that failed, may have counted images
         outcome = Outcome()
         if share is not None:
-            assert step.totals is not None
-            self._backward_policy(share, step.totals, outcome, is_last=demonstrations is None)
+            self._backward_policy(share, step, outcome, is_last=demonstrations is None)
         outcome.images = self.policy.take_image_counters()
         if demonstrations is not None:
             self._backward_supervised(demonstrations, step, outcome)
         return outcome
 
-    def _backward_policy(self, share: Share, totals: BatchTotals, outcome: Outcome, *, is_last: bool) -> None:
+    def _backward_policy(self, share: Share, step: StepSettings, outcome: Outcome, *, is_last: bool) -> None:
         """Add the gradient of the policy loss. `is_last`: the step has no passes after these."""
+        assert step.totals is not None
         results: list[PassResult] = []
         for batch, ends_share in self._pack(share):
             outcome.rows += len(batch.token_ids)
             outcome.micro_batches += 1
-            logprobs, entropies, top = self._policy_scores(batch, is_last=is_last and ends_share)
+            scores = self._policy_scores(batch, is_last=is_last and ends_share, with_values=step.learns_values)
             if batch.is_filler:
-                _backward(0.0 * logprobs.sum())
+                _backward(scores.zero)
                 continue
-            tokens = LossTokens(
-                logprobs=logprobs,
-                inference_logprobs=batch.inference_logprobs,
-                advantages=batch.advantages,
-                sample_index=batch.sample_index,
-                entropies=entropies,
-                reference_logprobs=batch.reference_logprobs,
-                recorded_logprobs=batch.old_logprobs,
-                reference_top_ids=_of_tokens(batch.reference_top_ids, batch),
-                reference_top_logprobs=_of_tokens(batch.reference_top_logprobs, batch),
-                top_logprobs=_of_tokens(top, batch),
-            )
-            output = policy_loss(tokens, totals, self._algorithm)
+            output = policy_loss(scores.loss_tokens(batch), step.totals, self._algorithm)
             _backward(self._loss_scale.factor * output.loss)
-            results.append(PassResult.detached(batch, output, logprobs, entropies))
+            results.append(PassResult.detached(batch, output, scores.logprobs, scores.entropies))
         outcome.add_policy(results, share)
 
     def _backward_supervised(self, share: Share, step: StepSettings, outcome: Outcome) -> None:
@@ -327,12 +324,11 @@ class Learner:
     def _logprobs(self, batch: MicroBatch, *, is_last: bool) -> tuple[Tensor, Tensor]:
         return self._compute(lambda policy: loss_logprobs(policy, batch, self._temperature), is_last=is_last)
 
-    def _policy_scores(self, batch: MicroBatch, *, is_last: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Logprobs and entropies [N] of the policy that learns, and its logprobs [U, k + 1] of the reference's most
-        likely tokens, where the batch has them."""
-        if batch.reference_top_ids is None:
-            return *self._logprobs(batch, is_last=is_last), None
-        return self._compute(lambda policy: loss_and_top_logprobs(policy, batch, self._temperature), is_last=is_last)
+    def _policy_scores(self, batch: MicroBatch, *, is_last: bool, with_values: bool) -> PolicyScores:
+        """The scores of the policy that learns."""
+        return self._compute(
+            lambda policy: policy_scores(policy, batch, self._temperature, with_values=with_values), is_last=is_last
+        )
 
     def _compute(self, function: Callable[[Policy], T], *, is_last: bool, policy: Policy | None = None) -> T:
         """Run a forward pass of `policy`, by default of the one that learns."""
@@ -380,11 +376,6 @@ def _by_sample(batch: MicroBatch) -> Iterator[tuple[int, BoolArray]]:
     sample_index = batch.sample_index.cpu().numpy()
     for index in [] if batch.is_filler else np.unique(sample_index):
         yield int(index), sample_index == index
-
-
-def _of_tokens(of_rows: Tensor | None, batch: MicroBatch) -> Tensor | None:
-    """[U, …] → [N, …]: of each loss token, what its row has."""
-    return None if of_rows is None else of_rows[batch.entry]
 
 
 def _backward(loss: Tensor) -> None:

@@ -69,6 +69,14 @@ class LossTokens:
     recorded_logprobs: Tensor | None = None
     """float [N]; what `old_logprobs` is in the later optimizer steps of a batch. None: this is the first one."""
 
+    values: Tensor | None = None
+    """float [N]; the value of the state before the token, in units of the reward, with gradient. None: no value head
+    (`algorithm.advantage=gae`)."""
+    old_values: Tensor | None = None
+    """float [N]; the same before the first optimizer step on the batch, without gradient."""
+    returns: Tensor | None = None
+    """float [N]; what `values` are to be."""
+
     @property
     def old_logprobs(self) -> Tensor:
         """float [N]; log π_old, natural, without gradient. π_old is the policy before the first optimizer step on the
@@ -119,6 +127,17 @@ def grpo(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> Lo
     ratio = torch.exp(tokens.logprobs - tokens.inference_logprobs)
     objective, clipped = _clipped_objective(ratio, tokens.advantages, config)
     return LossOutput(-objective.sum() / totals.tokens, *ratio_metrics(ratio, clipped))
+
+
+def ppo(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> LossOutput:
+    """PPO, proximal policy optimization: the clipped objective (arXiv 1707.06347, eq. 7), per token.
+
+        L = −1/T Σ_t min(r_t A_t, clip(r_t, 1 − clip_low, 1 + clip_high) A_t)
+
+    The formula is that of `grpo`, with advantages from a value function (`algorithm.advantage=gae`); the paper's other
+    terms, the value loss and the entropy bonus, are in objective.py.
+    """
+    return grpo(tokens, totals, config)
 
 
 def dr_grpo(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> LossOutput:
@@ -195,6 +214,7 @@ def cispo(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> L
 
 LOSSES: dict[str, LossFunction] = {
     Loss.grpo: grpo,
+    Loss.ppo: ppo,
     Loss.dr_grpo: dr_grpo,
     Loss.dapo: dapo,
     Loss.rloo: rloo,

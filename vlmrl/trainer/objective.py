@@ -1,6 +1,6 @@
 """What a micro-batch is learned by: the loss under its importance correction, and the terms beside it.
 
-    LossTokens ─▶ importance correction ─▶ loss ─▶ entropy bonus ─▶ distances to the reference ─▶ LossOutput
+    LossTokens ─▶ importance correction ─▶ loss ─▶ entropy bonus ─▶ distances to the reference ─▶ value ─▶ LossOutput
 
 Symbols: those of loss.py.
 
@@ -30,19 +30,21 @@ import torch
 from torch import Tensor
 
 from vlmrl.config.algorithm import AlgorithmConfig, ImportanceCorrection, KLEstimator
+from vlmrl.trainer.critic import value_losses
 from vlmrl.trainer.distill import divergence
 from vlmrl.trainer.loss import BatchTotals, LossOutput, LossTokens, loss_function, ratio_metrics
 
 
 def policy_loss(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig) -> LossOutput:
     """The loss `algorithm.loss` under `algorithm.importance_correction` (see the table at the top of this file), minus
-    the entropy bonus, plus the distance to the reference and the divergence from it:
+    the entropy bonus, plus the distance to the reference, the divergence from it and the loss of the value head:
 
-        L − β/T Σ_t H_t + κ/T Σ_t k_t + ω/T Σ_t D_t
+        L − β/T Σ_t H_t + κ/T Σ_t k_t + ω/T Σ_t D_t + c L_V
 
         H_t: entropy of π where token t was sampled, β: `algorithm.entropy_coef`
         k_t: `reference_kl` of token t, by the estimator `algorithm.kl.estimator`, κ: `algorithm.kl.loss`
         D_t: `divergence` at token t (distill.py), ω: `algorithm.distill.weight`
+        L_V: a mean over the tokens (critic.py) with `algorithm.advantage=gae`, c: `algorithm.value.coef`
 
     The bonus is that of A3C (arXiv 1602.01783, end of section 4), the distance that of GRPO (arXiv 2402.03300, eq. 3).
     All are means over the batch's tokens, whatever the loss divides by, so that β, κ and ω mean the same with every
@@ -64,6 +66,12 @@ def policy_loss(tokens: LossTokens, totals: BatchTotals, config: AlgorithmConfig
             loss = loss + config.distill.weight * divergences.sum() / totals.tokens
         in_tail = tokens.reference_top_logprobs[:, -1].exp()
         sums = sums | {"distill/divergence": divergences.detach().sum(), "distill/tail": in_tail.sum()}
+    if tokens.values is not None:
+        assert tokens.old_values is not None
+        assert tokens.returns is not None
+        losses, clipped = value_losses(tokens.values, tokens.old_values, tokens.returns, config.value.clip)
+        loss = loss + config.value.coef * losses.sum() / totals.tokens
+        sums = sums | {"value/loss": losses.detach().sum(), "value/clip_fraction": clipped.sum()}
     return replace(output, loss=loss, sums=sums)
 
 

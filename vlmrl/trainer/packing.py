@@ -28,7 +28,7 @@ from vlmrl.models.features import to_device
 from vlmrl.models.image_encoder import alike
 from vlmrl.models.supports import PackedSupports
 from vlmrl.trainer.shares import Share, divide
-from vlmrl.types import FloatArray, ImageItem, IntArray, Placeholder, Supports, TopTokens, TrainingSample
+from vlmrl.types import FloatArray, ImageItem, IntArray, Placeholder, Supports, TokenMetrics, TopTokens, TrainingSample
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +67,10 @@ class MicroBatch:
     """float32 [N]; natural log of the reference's probability. None: not scored by a reference."""
     old_logprobs: Tensor | None = None
     """float32 [N]; natural log of the probability under the weights before the batch. None: not recorded."""
+    old_values: Tensor | None = None
+    """float32 [N]; the value before the token, under the weights before the batch. None: no value is learned."""
+    returns: Tensor | None = None
+    """float32 [N]; what that value is to be. None: no value is learned."""
     reference_top_ids: Tensor | None = None
     """int64 [U, k]; the tokens that the reference finds most likely after the row. None: not asked for."""
     reference_top_logprobs: Tensor | None = None
@@ -164,7 +168,10 @@ def _micro_batch(
         return to_device(array, device)
 
     is_scored = all(loss.sample.reference_logprobs is not None for loss in losses)
-    is_recorded = all(loss.sample.old_logprobs is not None for loss in losses)
+    before = [loss.sample.before for loss in losses if loss.sample.before is not None]
+    recorded = TokenMetrics.joined(before) if len(before) == len(losses) else None
+    old_values = None if recorded is None else recorded.values
+    has_returns = all(loss.sample.returns is not None for loss in losses)
 
     def gather(values: Callable[[TrainingSample], np.ndarray]) -> Tensor:
         return tensor(np.concatenate([values(loss.sample)[loss.where] for loss in losses]))
@@ -186,7 +193,9 @@ def _micro_batch(
         advantages=gather(lambda sample: sample.advantages),
         versions=gather(lambda sample: sample.versions),
         reference_logprobs=gather(_reference_logprobs) if is_scored else None,
-        old_logprobs=gather(_old_logprobs) if is_recorded else None,
+        old_logprobs=None if recorded is None else tensor(recorded.trainer_logprobs),
+        old_values=None if old_values is None else tensor(old_values),
+        returns=gather(_returns) if has_returns else None,
         reference_top_ids=None if top_ids is None else tensor(top_ids),
         reference_top_logprobs=None if top_logprobs is None else tensor(top_logprobs),
         supports=_packed_supports(losses, targets, device),
@@ -199,9 +208,9 @@ def _reference_logprobs(sample: TrainingSample) -> FloatArray:
     return sample.reference_logprobs
 
 
-def _old_logprobs(sample: TrainingSample) -> FloatArray:
-    assert sample.old_logprobs is not None
-    return sample.old_logprobs
+def _returns(sample: TrainingSample) -> FloatArray:
+    assert sample.returns is not None
+    return sample.returns
 
 
 def _reference_top(losses: Sequence[_SampleLoss], entry: IntArray) -> tuple[IntArray, FloatArray] | None:

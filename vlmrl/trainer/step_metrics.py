@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from vlmrl.config.algorithm import AlgorithmConfig, KLEstimator
+from vlmrl.trainer.critic import value_metrics
 from vlmrl.trainer.loss import BatchTotals
 from vlmrl.trainer.objective import loss_metrics, mismatch_kl, reference_kl
 from vlmrl.trainer.outcome import Outcome
@@ -70,6 +71,7 @@ def step_metrics(
         "micro_batches": float(sum(outcome.micro_batches for outcome in outcomes)),
         "memory/peak_bytes": float(max(outcome.peak_bytes for outcome in outcomes)),
         "loss_scale": float(steps[-1].outcomes[0].loss_scale),
+        **value_metrics(samples),
         **_loss_metrics(first),
     }
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
@@ -23,7 +24,7 @@ from vlmrl.models.policy import Policy
 from vlmrl.ranks.commands import Command
 from vlmrl.ranks.rank_group import RankGroup
 from vlmrl.trainer.commands import Follower, GiveWeights, Learn, Load, Save, ScoreByReference, ScoreTokens, Skip
-from vlmrl.trainer.epochs import optimizer_steps, with_old_logprobs
+from vlmrl.trainer.epochs import optimizer_steps
 from vlmrl.trainer.learner import Learner, StepSettings
 from vlmrl.trainer.loss import BatchTotals
 from vlmrl.trainer.optimizer import learning_rate
@@ -126,13 +127,15 @@ class LocalTrainer:
         staleness = self.version - np.concatenate([sample.versions[sample.loss_mask] for sample in samples])
         parts = optimizer_steps(samples, len(demonstrations), self._algorithm, seed=self._seed, version=self.version)
         # Where the first optimizer step has the whole batch, its own forward pass records π_old.
-        recorded = self._token_metrics(samples) if len(parts[0].samples) < len(samples) else None
+        found = [each.before for each in samples if each.before is not None]
+        recorded = found if len(found) == len(samples) else None
+        if recorded is None and len(parts[0].samples) < len(samples):
+            recorded = self.token_metrics(samples)
         before, made = recorded, list[OptimizerStep]()
         for part in parts:
             chosen = [samples[i] for i in part.samples]
             if before is not None:
-                old = [before[i].trainer_logprobs for i in part.samples]
-                chosen = [with_old_logprobs(*pair) for pair in zip(chosen, old, strict=True)]
+                chosen = [replace(samples[i], before=before[i]) for i in part.samples]
             demonstrated = [demonstrations[i] for i in part.demonstrations]
             totals = BatchTotals(_loss_tokens(chosen), len(chosen), self._learner.max_new_tokens)
             step = StepSettings(
@@ -142,6 +145,7 @@ class LocalTrainer:
                 learning_rate=rate,
                 largest_kl=self._algorithm.target_kl if made else None,
                 ends_batch=part.is_last,
+                learns_values=all(sample.returns is not None for sample in chosen),
             )
             shares = self._divide(chosen)
             outcomes = self._learn(shares, self._divide(demonstrated), step, chosen, earlier=len(made))
@@ -180,7 +184,18 @@ class LocalTrainer:
 
     def logprobs(self, samples: Sequence[TrainingSample]) -> list[FloatArray]:
         """See `vlmrl.types.Trainer.logprobs`."""
-        return [tokens.trainer_logprobs for tokens in self._token_metrics(samples)] if samples else []
+        return [tokens.trainer_logprobs for tokens in self.token_metrics(samples)]
+
+    def token_metrics(self, samples: Sequence[TrainingSample]) -> list[TokenMetrics]:
+        """See `vlmrl.types.Trainer.token_metrics`."""
+        if not samples:
+            return []
+        shares = self._divide(samples)
+        own, others = self._together(
+            [ScoreTokens(without_pictures(share)) for share in shares[1:]],
+            lambda: self._learner.token_metrics(shares[0]),
+        )
+        return _in_batch_order(shares, [own, *others])
 
     def reference_scores(self, samples: Sequence[TrainingSample]) -> list[ReferenceScores]:
         """See `vlmrl.types.Trainer.reference_scores`."""
@@ -223,15 +238,6 @@ class LocalTrainer:
             ranks=self._ranks,
             tower_waits=self._ranks > 1 and self._learner.policy.tower_learns,
         )
-
-    def _token_metrics(self, samples: Sequence[TrainingSample]) -> list[TokenMetrics]:
-        """Of each of at least one sample, without changing anything."""
-        shares = self._divide(samples)
-        own, others = self._together(
-            [ScoreTokens(without_pictures(share)) for share in shares[1:]],
-            lambda: self._learner.token_metrics(shares[0]),
-        )
-        return _in_batch_order(shares, [own, *others])
 
     def _learn(
         self,

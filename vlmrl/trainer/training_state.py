@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from vlmrl.errors import CheckpointError
+from vlmrl.models.value_head import is_of_value_head
 from vlmrl.trainer.averages import AVERAGE, DECAY, local
 from vlmrl.trainer.checkpoint_files import StoredTensor, is_count, read_object, stored_tensors
 
@@ -161,7 +162,7 @@ def load_weights(folder: Path, weights: Mapping[str, Tensor], *, averaged: bool 
     """Restore only the weights, or with `averaged` their moving averages where they have some: the others have never
     changed. Raises `CheckpointError` where the checkpoint is incomplete, belongs to another model, has no averages, or
     holds a weight that is not finite."""
-    there = stored_tensors(folder)
+    there = {name: stored for name, stored in stored_tensors(folder).items() if not is_of_value_head(name)}
     _check_weights(folder, there, weights, set())
     names = {name: f"{AVERAGE}/{name}" if averaged and f"{AVERAGE}/{name}" in there else name for name in weights}
     if averaged and all(name == stored for name, stored in names.items()):
@@ -191,6 +192,12 @@ def _check_weights(
     folder: Path, there: Mapping[str, StoredTensor], weights: Mapping[str, Tensor], trainable: set[str]
 ) -> None:
     names = {name for name in there if "/" not in name and name != RANDOM}
+    if any(map(is_of_value_head, names)) is not any(map(is_of_value_head, weights)):
+        has, lacks = ("has a", "has none") if any(map(is_of_value_head, names)) else ("has no", "has one")
+        raise CheckpointError(
+            f"{folder} {has} value head and this run {lacks} (algorithm.advantage=gae): resume it with its own "
+            "algorithm.advantage"
+        )
     if names != set(weights):
         raise CheckpointError(
             f"{folder} belongs to another model: it has {sorted(names - set(weights))[:3]}, which this model has not, "

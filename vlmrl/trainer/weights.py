@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from vlmrl.models.blocks import blocks
 from vlmrl.models.image_encoder import image_parameters
 from vlmrl.models.lora import merged
+from vlmrl.models.value_head import is_of_value_head, value_head
 
 T = TypeVar("T")
 
@@ -88,7 +89,7 @@ class PlainWeights:
     def whole(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors that the forward pass computes with, by name, one after the other. They are copies only where
         LoRA adapters are merged into them."""
-        yield from merged(self._model)
+        yield from _without_value_head(merged(self._model))
 
 
 def _add_to_master_gradient(master: nn.Parameter, parameter: Tensor) -> None:
@@ -136,14 +137,16 @@ class ShardedWeights:
         }
         self._root = _Root(model)
         self._units: list[Any] = []
-        for module in [*blocks(model), self._root]:
+        head = value_head(model)
+        for module in [*blocks(model), *([] if head is None else [head]), self._root]:
             parameters = [p for p in module.parameters() if p not in whole]
             if not parameters:
                 continue
             for parameter in parameters:
                 if parameter.requires_grad and not isinstance(parameter, DTensor):
                     parameter.data = parameter.data.float()
-            sharded: Any = fully_shard(module, **arguments)
+            in_float32 = {"mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False)} if module is head else {}
+            sharded: Any = fully_shard(module, **(arguments | in_float32))
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)
             self._units.append(sharded)
@@ -203,7 +206,8 @@ class ShardedWeights:
     def whole(self) -> Iterator[tuple[str, Tensor]]:
         """The whole tensors in the model's dtype, by name, gathered one after the other. Every rank must iterate to the
         end."""
-        yield from merged(self._model, lambda parameter: gathered(parameter, self._device, self._dtype))
+        whole = merged(self._model, lambda parameter: gathered(parameter, self._device, self._dtype))
+        yield from _without_value_head(whole)
 
 
 class _Root(nn.Module):
@@ -231,9 +235,15 @@ def gathered(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor
     return placed.full_tensor()
 
 
+def _without_value_head(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """All but those of a value head, which the trainer alone has."""
+    return (each for each in weights if not is_of_value_head(each[0]))
+
+
 def _frozen(model: Any) -> set[nn.Parameter]:
     """The parameters that make the features of images, if all of them are frozen, and the others, if all of those
-    are."""
+    are. A value head is no part of either: it always learns."""
     of_images = set(image_parameters(model))
-    parts = (of_images, set(model.parameters()) - of_images)
+    of_head = {parameter for name, parameter in model.named_parameters() if is_of_value_head(name)}
+    parts = (of_images, set(model.parameters()) - of_images - of_head)
     return {p for part in parts if not any(each.requires_grad for each in part) for p in part}

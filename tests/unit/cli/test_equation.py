@@ -32,6 +32,7 @@ from vlmrl.config.algorithm import (
     VisionAdvantageConfig,
 )
 from vlmrl.config.conf_folder import CONF
+from vlmrl.config.critic import GAEConfig
 from vlmrl.trainer.loss import LOSSES
 
 RETURN = Credit["return"]
@@ -56,7 +57,7 @@ def test_the_default_run() -> None:
         "algorithm=grpo\n"
         "  From rewards to a loss. There is one YAML file per algorithm; the functions name paper and\n"
         "  equation.\n"
-        "  options: cispo, dapo, dr_grpo, grpo, gspo, rloo\n"
+        "  options: cispo, dapo, dr_grpo, grpo, gspo, ppo, rloo\n"
         "\n"
         "    L = −1/T Σ_t min(r_t A_t, clip(r_t, 0.8, 1.28) A_t) + 0.04 · η/η_max · D\n"
         "    r_t = π(token) / μ(token)                                 importance_correction=own\n"
@@ -138,6 +139,23 @@ def test_the_page_of_an_algorithm_has_its_equation(loss: Loss) -> None:
                 "12 optimizer steps per batch: 3 × 4 epochs × minibatches",
                 "a batch ends where KL(π_old ‖ π) > 0.05 nats per token target_kl",
                 "π_old = π before the batch\n",
+            ],
+        ),
+        (
+            AlgorithmConfig(
+                loss=Loss.ppo,
+                advantage=Advantage.gae,
+                credit=Credit["return"],
+                discount=0.5,
+                gae=GAEConfig(gamma=0.8, lam=0.9),
+            ),
+            [
+                "clip(r_t, 0.8, 1.28) A_t) + 0.1 · L_V",
+                "L_V = 1/2T Σ_t max((V_t − R_t)², (V_old,t + clip(V_t − V_old,t, ±0.2) − R_t)²) value",
+                "A_t = δ_t + 0.9 d_t A_{t+1} advantage=gae",
+                "d_t = 0.8, 0.4 to the next turn, 0 at the end gae.gamma",
+                "A_t ← (A_t − mean(A)) / std(A) of the batch gae.whiten",
+                "R = reward of the turn, from which the value is subtracted credit=return",
             ],
         ),
         (

@@ -83,6 +83,8 @@ POLICIES = {
         algorithm.truncated algorithm.entropy_coef
         algorithm.overlong.tokens algorithm.overlong.longest algorithm.overlong.penalty
         algorithm.vision_advantage.weight algorithm.vision_advantage.cap
+        algorithm.gae.level algorithm.gae.lam algorithm.gae.gamma algorithm.gae.whiten
+        algorithm.value.coef algorithm.value.clip
         algorithm.epochs algorithm.minibatches algorithm.target_kl algorithm.clip_dual
         algorithm.kl.loss algorithm.kl.estimator algorithm.kl.reward algorithm.kl.advantage
         algorithm.distill.top_k algorithm.distill.weight algorithm.distill.divergence algorithm.distill.beta

@@ -63,6 +63,7 @@ def test_pretrained_model_brings_its_own_trainer_values(run_config: Callable[...
         ("grpo", Advantage.group_normalized, (0.2, 0.28), False),
         ("dr_grpo", Advantage.group_centered, (0.2, 0.28), False),
         ("dapo", Advantage.group_normalized, (0.2, 0.28), True),
+        ("ppo", Advantage.gae, (0.2, 0.2), False),
         ("rloo", Advantage.leave_one_out, (0.2, 0.28), False),
         ("gspo", Advantage.group_normalized, (3e-4, 4e-4), False),
         ("cispo", Advantage.group_normalized, (1.0, 0.28), False),

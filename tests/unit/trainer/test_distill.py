@@ -24,7 +24,7 @@ from vlmrl.models.logit_map import IDENTITY
 from vlmrl.models.lora import add_adapters
 from vlmrl.models.policy import Policy
 from vlmrl.trainer import distill
-from vlmrl.trainer.forward import loss_and_top_logprobs
+from vlmrl.trainer.forward import policy_scores
 from vlmrl.trainer.loss import BatchTotals, LossOutput, LossTokens
 from vlmrl.trainer.objective import policy_loss
 from vlmrl.trainer.packing import pack
@@ -298,17 +298,7 @@ def test_the_gradient_of_the_tree_is_that_of_one_by_one(each: Divergence, packin
     config = AlgorithmConfig(distill=DistillConfig(top_k=6, weight=1.0, divergence=each, beta=BETA))
     total = 0.0
     for part in pack(samples, packing, 60, policy.positions, policy.device):
-        logprobs, entropies, top = loss_and_top_logprobs(policy, part, 0.7)
-        assert part.reference_top_logprobs is not None
-        tokens = LossTokens(
-            logprobs,
-            part.inference_logprobs,
-            part.advantages,
-            part.sample_index,
-            entropies,
-            reference_top_logprobs=part.reference_top_logprobs[part.entry],
-            top_logprobs=top[part.entry],
-        )
+        tokens = policy_scores(policy, part, 0.7, with_values=False).loss_tokens(part)
         loss = policy_loss(tokens, totals, config).loss
         loss.backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())

@@ -24,10 +24,10 @@ from vlmrl.config.trainer import Packing, SFTConfig, TrainerConfig
 from vlmrl.errors import NonFiniteLossError
 from vlmrl.models.families.positions import position_function
 from vlmrl.models.policy import Policy
-from vlmrl.trainer.epochs import Part, first_prompt, optimizer_steps, shuffled_parts, with_old_logprobs
+from vlmrl.trainer.epochs import Part, first_prompt, optimizer_steps, shuffled_parts
 from vlmrl.trainer.objective import mismatch_kl
 from vlmrl.trainer.trainer import LocalTrainer
-from vlmrl.types import TrainingSample
+from vlmrl.types import TokenMetrics, TrainingSample
 
 Make = Callable[[], Any]
 
@@ -296,18 +296,19 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(tiny_folder: Path, tmp_path: Pat
 # ── planted mistakes ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def shifted(sample: TrainingSample, logprobs: np.ndarray) -> TrainingSample:
-    return with_old_logprobs(sample, np.roll(logprobs, 1))
+def shifted(sample: TrainingSample, before: TokenMetrics) -> TrainingSample:
+    return replace(sample, before=replace(before, trainer_logprobs=np.roll(before.trainer_logprobs, 1)))
 
 
-def of_the_sampler(sample: TrainingSample, logprobs: np.ndarray) -> TrainingSample:
-    return with_old_logprobs(sample, sample.inference_logprobs[sample.loss_mask])
+def of_the_sampler(sample: TrainingSample, before: TokenMetrics) -> TrainingSample:
+    sampled = sample.inference_logprobs[sample.loss_mask]
+    return replace(sample, before=replace(before, trainer_logprobs=sampled))
 
 
 MISTAKES: dict[str, tuple[str, Any]] = {
-    "old logprobs a token late": ("vlmrl.trainer.trainer.with_old_logprobs", shifted),
-    "old logprobs of the sampler": ("vlmrl.trainer.trainer.with_old_logprobs", of_the_sampler),
-    "old logprobs of the step itself": ("vlmrl.trainer.trainer.with_old_logprobs", lambda sample, logprobs: sample),
+    "old logprobs a token late": ("vlmrl.trainer.trainer.replace", shifted),
+    "old logprobs of the sampler": ("vlmrl.trainer.trainer.replace", of_the_sampler),
+    "old logprobs of the step itself": ("vlmrl.trainer.trainer.replace", lambda sample, before: sample),
     "normalized by the batch": ("vlmrl.trainer.trainer._loss_tokens", lambda samples: 26),
 }
 

@@ -83,6 +83,7 @@ def cispo_reference(
 
 REFERENCES: dict[Loss, Reference] = {
     Loss.grpo: grpo_reference,
+    Loss.ppo: grpo_reference,
     Loss.dr_grpo: dr_grpo_reference,
     Loss.dapo: grpo_reference,
     Loss.rloo: rloo_reference,
@@ -202,6 +203,7 @@ def test_on_policy_every_loss_is_the_policy_gradient_of_its_normalization(loss: 
     lengths = np.array([(sample == i).sum() for i in sample])
     divisor = {
         Loss.grpo: totals.tokens,
+        Loss.ppo: totals.tokens,
         Loss.dapo: totals.tokens,
         Loss.cispo: totals.tokens,
         Loss.dr_grpo: totals.samples * totals.max_new_tokens,

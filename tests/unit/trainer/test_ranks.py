@@ -78,7 +78,10 @@ def test_ranks_learn_what_one_process_learns(case: str, ranks: dict[str, Found],
     assert CASES[case].target_kl is None or 1 < wanted["2/optimizer_steps"] < 4, "it ends too early, or not at all"
 
 
-@pytest.mark.parametrize("case", [n for n in EXACT if CASES[n].sharding is Sharding.optimizer and CASES[n].epochs == 1])
+@pytest.mark.parametrize(
+    "case",
+    [n for n in EXACT if CASES[n].sharding is Sharding.optimizer and CASES[n].epochs == 1 and not CASES[n].critic],
+)
 def test_what_is_kept_whole_is_gathered_once_a_step_and_reduced_once(case: str, ranks: dict[str, Found]) -> None:
     found = ranks[case]
     for step in (1, 2):

@@ -25,7 +25,7 @@ def algorithm_is_known(config: RunConfig) -> None:
 
 def groups_have_siblings(config: RunConfig) -> None:
     """Every way to compute an advantage from rewards compares a rollout with its siblings."""
-    if config.orchestrator.group_size < 2 and config.algorithm.advantage != Advantage.none:
+    if config.orchestrator.group_size < 2 and config.algorithm.advantage not in (Advantage.none, Advantage.gae):
         raise ConfigError(
             f"orchestrator.group_size={config.orchestrator.group_size} leaves a rollout without a sibling, so "
             f"algorithm.advantage={config.algorithm.advantage} would be 0 everywhere: set orchestrator.group_size=2 or "
