@@ -292,6 +292,7 @@ def plan_table(run: Run) -> dict[str, str]:
     if config.mode is Mode.dpo:
         steps, then = {}, f"{config.dpo.batch_size} pairs"
         algorithm = f"dpo, {config.dpo.loss.value} loss, beta {config.dpo.beta:g}, reference={config.reference.kind}"
+    are_counted = config.dpo.from_run is None or config.trainer.max_epochs is None  # recorded pairs are read later
     supervised = run.steps if config.mode is Mode.sft else warmup.steps
     target, consecutive = orchestrator.eval.target, orchestrator.eval.consecutive
     return {
@@ -300,7 +301,7 @@ def plan_table(run: Run) -> dict[str, str]:
         **steps,
         "tokens per rollout": f"up to {run.evaluator.runner.max_model_len}, {orchestrator.max_new_tokens} new per turn",
         "optimizer steps": f"{supervised} supervised × {warmup.batch_size} conversations"
-        + ("" if config.mode is Mode.sft else f", then {run.steps} × {then}")
+        + ("" if config.mode is Mode.sft else f", then {f'{run.steps} × {then}' if are_counted else f'{then} a step'}")
         + ("" if config.trainer.max_epochs is None else f" ({config.trainer.max_epochs:g} passes over the rows)"),
         "algorithm": algorithm,
         "evaluation": f"{orchestrator.eval.problems} held-out problems, sampled and greedy, every "
