@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vlmrl.models import head
-from vlmrl.models.head import token_logprobs
+from vlmrl.models.head import most_likely, token_and_top_logprobs, token_logprobs
+from vlmrl.models.logit_map import IDENTITY
 
 
 def problem(seed: int, rows: int, tokens: int, vocabulary: int, banned: int) -> Any:
@@ -190,6 +191,24 @@ def test_memory_is_flat_in_the_vocabulary(output: int, monkeypatch: pytest.Monke
     assert small >= 64 * 1024 * 4, "the measure sees a chunk of logits"
     assert large <= 1.01 * small
     assert peak(64 * 1024, lambda *args: plain(*args)[0]) > 7 * peak(8 * 1024, lambda *args: plain(*args)[0])
+
+
+@pytest.mark.parametrize("output", ["most likely", "given"])
+def test_memory_of_top_tokens_is_flat_in_the_vocabulary(output: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.arange(32).expand(64, 32)
+
+    def top(*args: Any) -> Tensor:
+        given: Any = token_and_top_logprobs
+        found: Any = most_likely
+        if output == "given":
+            values: Tensor = given(*args, IDENTITY, ids)[2]
+            return values
+        both: Tensor = token_logprobs(*args)[0] + found(*args, IDENTITY, 32)[0]
+        return both
+
+    monkeypatch.setattr(head, "MAX_LOGITS", 64 * 1024)
+    small, large = (peak(size, top) for size in (8 * 1024, 64 * 1024))
+    assert large <= 1.01 * small
 
 
 def test_the_gradient_of_the_entropies_takes_no_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

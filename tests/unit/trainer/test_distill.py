@@ -192,8 +192,7 @@ OF_TRL: dict[float, tuple[list[float], list[list[float]]]] = {
 reverse one."""
 
 
-@pytest.mark.parametrize("beta", OF_TRL)
-def test_values_and_gradients_are_those_of_trl(beta: float) -> None:
+def assert_as_trl(beta: float) -> None:
     each = {0.0: Divergence.forward, 1.0: Divergence.reverse}.get(beta, Divergence.jensen_shannon)
     config = DistillConfig(divergence=each, beta=beta or 0.5)
     rows, none = torch.arange(2), torch.zeros(5, dtype=torch.bool)
@@ -202,11 +201,23 @@ def test_values_and_gradients_are_those_of_trl(beta: float) -> None:
     likely = most_likely(torch.tensor(TEACHER), *parts, 5)[1]
     assert likely is not None
     ids, top = likely
-    found = divergence(top, token_and_top_logprobs(policy, *parts, ids)[2], config)
+    found = distill.divergence(top, token_and_top_logprobs(policy, *parts, ids)[2], config)
     (slope,) = torch.autograd.grad(found.sum(), policy)
     values, gradient = OF_TRL[beta]
     np.testing.assert_allclose(found.detach(), values, rtol=1e-5)
     np.testing.assert_allclose(slope, gradient, atol=1e-6)
+
+
+@pytest.mark.parametrize("beta", OF_TRL)
+def test_values_and_gradients_are_those_of_trl(beta: float) -> None:
+    assert_as_trl(beta)
+
+
+@pytest.mark.parametrize("mistake", ["sign", "the other way round", "a token late", "wrong divisor"])
+def test_a_mistake_next_to_trl_is_found(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distill, "divergence", MISTAKES[mistake])
+    with pytest.raises(AssertionError):
+        assert_as_trl(0.1)
 
 
 # ── on the tree ─────────────────────────────────────────────────────────────────────────────────────────────
