@@ -242,6 +242,17 @@ def test_rollouts_give_way_where_the_terminal_is_low(height: int, fit: int) -> N
 # ── plain lines ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_steps_on_pairs_show_what_pairs_have() -> None:
+    progress, clock, lines = plain()
+    clock.now += LINE_EVERY_S
+    progress.step(1, {"loss": 0.5, "dpo/accuracy": 0.75, "dpo/margin": 0.25, "time/step": 2.0, "time/train": 1.0})
+    progress.evaluation(1, {"eval/dpo/accuracy": 0.875})
+    assert lines() == [
+        "step 1/400 | loss 0.500 | accuracy 0.75 | margin 0.250 | 2.00 s/step (train 50%) | ETA -",
+        "evaluation after step 1 | held-out pairs 0.875",
+    ]
+
+
 def test_no_terminal_gets_plain_lines() -> None:
     progress, clock, lines = plain()
     assert not progress.is_live

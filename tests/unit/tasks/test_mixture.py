@@ -20,6 +20,8 @@ from vlmrl.tasks.border import get_num_rows
 from vlmrl.tasks.check import check_task, print_findings
 from vlmrl.tasks.color_codeword import ColorCodeword
 from vlmrl.tasks.mixture import LONGEST_PERIOD, MixtureTask, Pattern, Rounds, whole_numbers
+from vlmrl.tasks.preferences import NoPreferencesError, get_preference
+from vlmrl.types import Message
 
 WEIGHTS = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=5)
 
@@ -145,6 +147,20 @@ def is_held_out(task: MixtureTask, row: int) -> bool:
     except NotInSplit:
         return False
     return True
+
+
+def test_pairs_are_those_of_the_tasks(tmp_path: Path, task: MixtureTask) -> None:
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"question": f"{n}?", "chosen": "yes", "rejected": "no"}) + "\n" for n in range(9))
+    )
+    asked = DatasetConfig(path=str(rows), eval_fraction=0.0)
+    mixture = MixtureTask(MixtureConfig(tasks={"asked": asked, "again": asked}), seed=0)
+    for index in range(4):
+        pair = get_preference(mixture, mixture.problem("train", index))
+        assert (pair.chosen, pair.rejected) == (Message.of("assistant", "yes"), Message.of("assistant", "no"))
+    with pytest.raises(NoPreferencesError, match=r"set task.columns.chosen"):
+        get_preference(task, next(task.problem("train", n) for n in range(9) if found_at(task, n).startswith("sums")))
 
 
 def test_num_rows(task: MixtureTask, config: MixtureConfig) -> None:
