@@ -152,7 +152,8 @@ STEP_KEYS: dict[str, StepKey] = {
     "value/loss": _sometimes("reward²", "Mean loss of the value head, of the first pass. algorithm.advantage=gae."),
     "value/clip_fraction": _sometimes("share of tokens", "Loss tokens whose value the clip holds. As above."),
     "value/explained_variance": _sometimes(
-        "1", "1 - Var(return - value) / Var(return), before the step: 1 is perfect, 0 as good as a constant. As above."
+        "1",
+        "Explained variance, 1 - Var(return - value) / Var(return): 1 is perfect, 0 as good as a constant. As above.",
     ),
     "value/mean": _sometimes("reward", "Mean value of the loss tokens before the step. As above."),
     "value/return_mean": _sometimes("reward", "Mean of what these values are to be. As above."),

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.loop_world import GROUPS, SIBLINGS, World, indices_of
-from vlmrl.config.algorithm import AlgorithmConfig, FilterConfig, FilterMode, KLConfig, RefillConfig
+from vlmrl.config.algorithm import Advantage, AlgorithmConfig, FilterConfig, FilterMode, KLConfig, Loss, RefillConfig
+from vlmrl.config.critic import GAEConfig
 from vlmrl.errors import NonFiniteLossError, TaskError
 from vlmrl.orchestrator.best import BestWatch
 from vlmrl.record.metrics import missing_keys
@@ -430,6 +432,27 @@ def test_the_reference_scores_a_batch_before_its_rewards_are_compared() -> None:
         assert with_kl.reference_logprobs is not None
         lower = np.where(without.loss_mask, 1.5, 0.0)
         np.testing.assert_allclose(with_kl.advantages, without.advantages - lower, atol=1e-6)
+
+
+def test_values_come_before_advantages_and_advantages_are_whitened_over_the_step() -> None:
+    """Each value of `World` is 0.25; with λ = 1 an advantage is the return minus it, and rewards are 0, 1, 0."""
+    world = World()
+    algorithm = AlgorithmConfig(loss=Loss.ppo, advantage=Advantage.gae, gae=GAEConfig(whiten=False))
+    assert world.run(steps=2, algorithm=algorithm) == "finished"
+    named = ("train", "values", "learn", "publish")
+    order = [event for event in world.events if event.split()[0] in named]
+    assert order == ["publish 0", *(f"{event} {step}" for step in (1, 2) for event in named)]
+    assert "time/values" in world.metrics_of[1]
+    for sample, reward in zip(world.learned[0], [0.0, 1.0, 0.0] * GROUPS, strict=True):
+        np.testing.assert_allclose(sample.advantages[sample.loss_mask], reward - 0.25)
+        assert sample.before is not None
+        assert sample.returns is not None
+        np.testing.assert_allclose(sample.returns[sample.loss_mask], reward)
+    again = World()
+    again.run(steps=1, algorithm=replace(algorithm, gae=GAEConfig(whiten=True)))
+    whitened = np.concatenate([sample.advantages[sample.loss_mask] for sample in again.learned[0]])
+    assert whitened.mean() == pytest.approx(0.0, abs=1e-6)
+    assert whitened.std(ddof=1) == pytest.approx(1.0, rel=1e-5)
 
 
 def test_without_a_reference_nothing_is_scored() -> None:
