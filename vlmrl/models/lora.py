@@ -20,6 +20,7 @@ from vlmrl.errors import ConfigError
 from vlmrl.models.image_encoder import image_parameters
 from vlmrl.models.nf4 import Nf4Linear, fits
 from vlmrl.models.parts import part_of_each
+from vlmrl.models.value_head import is_of_value_head
 
 ADAPTER = "default"
 """PEFT's name of the one adapter."""
@@ -102,7 +103,8 @@ def without_adapters(model: Any) -> Iterator[None]:
 
 def merged(model: Any, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Iterator[tuple[str, Tensor]]:
     """Yield the model's tensors by their names in a checkpoint, with adapters merged, and weights of 4 bits in the
-    dtype that their layer computes in. A tied head is not repeated.
+    dtype that their layer computes in. A tied head is not repeated, and a value head, which the trainer alone has, is
+    left out.
 
     A tensor without an adapter is yielded itself, not a copy. `whole` gathers a tensor of which this rank holds a
     slice; then every rank must consume the whole iterator.
@@ -110,7 +112,7 @@ def merged(model: Any, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor
     modules = dict(model.named_modules())
     for name, parameter in model.named_parameters():
         path, base, leaf = name.rpartition(".base_layer.")
-        if ".lora_A." in name or ".lora_B." in name:
+        if ".lora_A." in name or ".lora_B." in name or is_of_value_head(name):
             continue
         if not base:
             yield name, whole(parameter)

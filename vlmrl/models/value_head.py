@@ -4,7 +4,7 @@
 
 It is a module of the model, so that the optimizer, the slices of sharded weights and checkpoints have it as they have
 the rest, also next to LoRA adapters. It begins at zero: before the first step every value is 0. Engines, references and
-exported folders do not get it (`weights.py`, `training_state.py`).
+exported folders do not get it (`vlmrl.models.lora.merged`).
 """
 
 from __future__ import annotations

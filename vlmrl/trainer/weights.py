@@ -89,7 +89,7 @@ class PlainWeights:
     def whole(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors that the forward pass computes with, by name, one after the other. They are copies only where
         LoRA adapters are merged into them."""
-        yield from _without_value_head(merged(self._model))
+        yield from merged(self._model)
 
 
 def _add_to_master_gradient(master: nn.Parameter, parameter: Tensor) -> None:
@@ -206,8 +206,7 @@ class ShardedWeights:
     def whole(self) -> Iterator[tuple[str, Tensor]]:
         """The whole tensors in the model's dtype, by name, gathered one after the other. Every rank must iterate to the
         end."""
-        whole = merged(self._model, lambda parameter: gathered(parameter, self._device, self._dtype))
-        yield from _without_value_head(whole)
+        yield from merged(self._model, lambda parameter: gathered(parameter, self._device, self._dtype))
 
 
 class _Root(nn.Module):
@@ -233,11 +232,6 @@ def gathered(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor
         local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )
     return placed.full_tensor()
-
-
-def _without_value_head(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """All but those of a value head, which the trainer alone has."""
-    return (each for each in weights if not is_of_value_head(each[0]))
 
 
 def _frozen(model: Any) -> set[nn.Parameter]:

@@ -22,7 +22,7 @@ from vlmrl.config.model import LoraConfig
 from vlmrl.config.trainer import Packing, TrainerConfig
 from vlmrl.errors import CheckpointError
 from vlmrl.models.families.positions import position_function
-from vlmrl.models.lora import add_adapters
+from vlmrl.models.lora import add_adapters, merged
 from vlmrl.models.policy import Policy
 from vlmrl.trainer import critic as module
 from vlmrl.trainer import objective
@@ -149,7 +149,9 @@ def test_it_begins_at_zero_and_no_one_else_has_it(tiny_model: Make) -> None:
     for each in trainer.token_metrics(batch()):
         assert each.values is not None
         assert (each.values == 0).all()
-    assert trainer.weights().keys() == dict(tiny_model().named_parameters()).keys()
+    names = dict(tiny_model().named_parameters()).keys()
+    assert trainer.weights().keys() == names
+    assert dict(merged(model)).keys() == names, "what the embedded engine has"
     assert model.value_head.weight.dtype is torch.float32
 
 
