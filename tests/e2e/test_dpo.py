@@ -16,7 +16,7 @@ from vlmrl.record.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 
-QUIET = ("monitor.report=false", "monitor.wandb.mode=disabled", "orchestrator.eval.every=10")
+QUIET = ("monitor.report=false", "monitor.wandb.mode=disabled", "orchestrator.eval.every=6")
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "white": (240, 240, 240)}
 
 
@@ -47,21 +47,21 @@ def colours(home: Home) -> Path:
 
 def test_pictures_decide_which_answer_is_better(home: Home, colours: Path) -> None:
     settings: tuple[str, ...] = ("mode=dpo", "task=dataset", f"task.path={colours}", "model=qwen3vl_tiny", *QUIET)
-    settings += ("trainer.max_steps=20", "trainer.checkpoint_every=10", "trainer.keep_best=eval/dpo/accuracy")
+    settings += ("trainer.max_steps=12", "trainer.checkpoint_every=6", "trainer.keep_best=eval/dpo/accuracy")
     run = home.made("colours", settings)
     accuracies = evaluations(run, "eval/dpo/accuracy")
     assert accuracies[0] == 0.5, "the policy is its reference"
     assert accuracies[-1] > 0.9
     assert evaluations(run, "eval/dpo/loss")[0] == pytest.approx(math.log(2), rel=1e-6)
     lines = steady(run / "metrics.jsonl")
-    assert [line["policy_version"] for line in lines[1:]] == list(range(1, 21))
+    assert [line["policy_version"] for line in lines[1:]] == list(range(1, 13))
     assert all(line["dpo/pairs"] == 32 and line["tokens/packed"] < line["tokens/unpacked"] for line in lines[1:])
     assert not [key for key in lines[-1] if key.startswith(("mismatch_kl", "staleness", "reward/"))]
     assert not list((run / "rollouts").glob("step_*")), "nothing is sampled to learn from"
     resumed = home.copy(run, "colours_resumed")
-    shutil.rmtree(resumed / "checkpoints/step_000020")
+    shutil.rmtree(resumed / "checkpoints/step_000012")
     assert home.vlmrl(f"resume={resumed}").code == 0
-    assert steady(resumed / "metrics.jsonl") == lines, "steps 11 to 20 are made again, bit for bit"
+    assert steady(resumed / "metrics.jsonl") == lines, "steps 7 to 12 are made again, bit for bit"
 
 
 def test_the_rollouts_of_a_run_are_compared(home: Home, colours: Path) -> None:
@@ -75,7 +75,7 @@ def test_the_rollouts_of_a_run_are_compared(home: Home, colours: Path) -> None:
     sampling += ("trainer.max_steps=2", "orchestrator.groups_per_step=64", "orchestrator.eval.problems=0")
     tiny = ("model=qwen3vl_tiny", "orchestrator.max_new_tokens=8", *rows)
     sampled = home.made("sampled", (*tiny, *sampling, "orchestrator.eval.every=0"))
-    learning = ("mode=dpo", f"dpo.from_run={sampled}", "trainer.max_steps=20", "orchestrator.eval.problems=24")
+    learning = ("mode=dpo", f"dpo.from_run={sampled}", "trainer.max_steps=12", "orchestrator.eval.problems=24")
     run = home.made("compared", (*tiny, *learning))
     accuracies = evaluations(run, "eval/dpo/accuracy")
     assert accuracies[0] == 0.5
