@@ -114,7 +114,7 @@ CASES = {
     "distilled, kept whole": Case(micro_batch_tokens=60, referred=True, top_k=5, sharding=Sharding.optimizer),
     "pairs": Case(micro_batch_tokens=60, paired=True),
     "pairs, replicated": Case(micro_batch_tokens=60, paired=True, sharding=Sharding.none),
-    "critic": Case(micro_batch_tokens=60, critic=True, epochs=2),
+    "critic": Case(micro_batch_tokens=60, critic=True, epochs=2, ema=0.5),
     "critic, replicated": Case(micro_batch_tokens=60, critic=True, epochs=2, sharding=Sharding.none),
     "critic, kept whole": Case(micro_batch_tokens=60, critic=True, sharding=Sharding.optimizer),
     "critic, tower alone": Case(packing=Packing.none, critic=True, freeze_language=True),

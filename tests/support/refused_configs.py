@@ -138,7 +138,7 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
         ("algorithm=ppo", "algorithm.gae.level=turn"),
         "algorithm.gae.lam=0.95 has no effect with algorithm.gae.level=turn and algorithm.credit=turn, .* set .*lam=1",
     ),
-    (("algorithm.clip_dual=1",), "algorithm.clip_dual=1.0 is out of range .*above 1"),
+    (("algorithm.clip_dual=1",), "algorithm.clip_dual=1.0 is out of range, .*above 1"),
     (("mode=dpo",), "dpo.from_run=null takes .* task.kind=color_codeword has none, .* or choose task=dataset"),
     (("dpo.from_run=outputs/a",), "dpo.from_run=outputs/a has no effect with mode=rl, .* set mode=dpo"),
     (
