@@ -10,7 +10,7 @@ from pathlib import Path
 
 from support import TESTS, processes
 
-TIMEOUT_S = 120.0
+TIMEOUT_S = 600.0
 """Seconds after which ranks count as hanging."""
 
 
