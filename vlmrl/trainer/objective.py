@@ -102,13 +102,15 @@ def _corrected_loss(tokens: LossTokens, totals: BatchTotals, config: AlgorithmCo
     output = loss(replace(tokens, inference_logprobs=old, advantages=tokens.advantages * weight), totals, config)
     ratio = torch.exp(tokens.logprobs.detach() - tokens.inference_logprobs)
     sums, maxima = ratio_metrics(ratio, torch.zeros_like(ratio, dtype=torch.bool))
-    sums |= {
+    sums = {
+        **output.sums,
+        **sums,
         "clip_fraction": output.sums.get("clip_fraction", 0.0),
         "importance/cut_fraction": (weight != mismatch).sum(),
         "importance/weight_mean": weight.sum(),
         "importance/weight_squared": weight.square().sum(),
     }
-    return LossOutput(output.loss, sums, maxima)
+    return LossOutput(output.loss, sums, output.maxima | maxima)
 
 
 def importance_weight(ratio: Tensor, config: AlgorithmConfig) -> Tensor:

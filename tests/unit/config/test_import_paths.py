@@ -143,6 +143,8 @@ def test_it_is_corrected_as_the_built_in_ones_are() -> None:
     )
     output = policy_loss(TOKENS, TOTALS, config)
     assert output.loss.item() == pytest.approx(-(1.0 * -1.0 + 1.2 * -0.5 * -2.0) / 2), "weights 1 and min(e^½, 1.2)"
+    assert output.sums["my/figure"] == 2.0, "what it reports stays beside what is reported of the weights"
+    assert float(output.sums["importance/weight_mean"]) == pytest.approx(1 + 1.2)
 
 
 def test_an_advantage_of_the_users_own() -> None:

@@ -20,7 +20,7 @@ from vlmrl.config.run import RunConfig
 from vlmrl.trainer.loss import LOSSES
 
 SWEEPS = sorted(path.stem for path in (CONF / "sweep").glob("*.yaml"))
-JOBS = {"algorithms": 12, "learning_rate": 6, "seeds": 5, "staleness": 12}
+JOBS = {"algorithms": 14, "learning_rate": 6, "seeds": 5, "staleness": 12}
 """Sweep → jobs; one that a sweeper makes up on its way is not among them, nor the arena, which is
 looked at in parts."""
 
