@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from support.helpers import Part, Sampled, image, plain_logits, plain_tokens, sample, with_supports
-from vlmrl.config.algorithm import AlgorithmConfig
+from vlmrl.config.algorithm import AlgorithmConfig, Loss
 from vlmrl.config.trainer import Packing
 from vlmrl.models.blocks import checkpoint_blocks, compile_blocks
 from vlmrl.models.families.positions import position_function
@@ -103,14 +103,20 @@ def one_by_one(model: Any, samples: Sequence[TrainingSample]) -> Numbers:
     return Numbers(model, found, torch.stack(losses).sum())
 
 
-def packed(policy: Policy, samples: Sequence[TrainingSample], packing: Packing, budget: int) -> Numbers:
+def packed(
+    policy: Policy,
+    samples: Sequence[TrainingSample],
+    packing: Packing,
+    budget: int,
+    algorithm: AlgorithmConfig = ALGORITHM,
+) -> Numbers:
     losses, found = [], [torch.empty(0)] * len(samples)
     for batch in pack(
         samples, packing, budget, policy.positions, CPU, kernel=policy.kernel(shared=True), rules=policy.rules
     ):
         logprobs, entropies = loss_logprobs(policy, batch, 1.0)
         tokens = LossTokens(logprobs, batch.inference_logprobs, batch.advantages, batch.sample_index, entropies)
-        loss = policy_loss(tokens, totals_of(samples), ALGORITHM).loss
+        loss = policy_loss(tokens, totals_of(samples), algorithm).loss
         loss.backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
         for index in set(batch.sample_index.tolist()):
@@ -165,6 +171,18 @@ FORKS: list[tuple[Part, ...]] = [
 
 def forks() -> list[TrainingSample]:
     return [sample(str(i), *parts, seed=i) for i, parts in enumerate(FORKS)]
+
+
+@pytest.mark.parametrize("packing", Packing)
+@pytest.mark.parametrize("loss", Loss)
+def test_branches_that_are_there_twice_change_no_gradient(tiny_policy: Policy, loss: Loss, packing: Packing) -> None:
+    """Losses are means, over tokens or samples: what is there twice as often weighs the same."""
+    algorithm = AlgorithmConfig(loss=loss)
+    twice = [*forks(), *(replace(each, rollout_id=f"{each.rollout_id}/again") for each in forks())]
+    once = packed(tiny_policy, forks(), packing, 16384, algorithm)
+    found = packed(tiny_policy, twice, packing, 16384, algorithm)
+    once.logprobs *= 2
+    assert_same(found, once)
 
 
 @pytest.mark.parametrize("packing", Packing)
