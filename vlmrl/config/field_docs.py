@@ -56,7 +56,7 @@ def fields_of(schema: type) -> tuple[FieldDoc, ...]:
     >>> from vlmrl.config.trainer import TrainerConfig
     >>> field = next(field for field in fields_of(TrainerConfig) if field.name == "decay")
     >>> field.type_text, field.doc
-    ('one of constant, linear, cosine', 'How the learning rate falls from there to `max_steps`.')
+    ('one of constant, linear, cosine, wsd', 'How the learning rate falls from there to `max_steps`.')
     """
     return tuple(_fields_of(schema))
 

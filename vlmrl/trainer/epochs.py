@@ -67,7 +67,7 @@ def shuffled_parts(groups: Sequence[Hashable], count: int, random: np.random.Gen
     empty only where there are fewer items than parts.
 
     >>> shuffled_parts("aaabbbccc", 2, np.random.default_rng(0))
-    [[3, 4, 5], [0, 1, 2, 6, 7, 8]]
+    [[6, 7, 8], [0, 1, 2, 3, 4, 5]]
     >>> [len(part) for part in shuffled_parts("aaabbbccc", 5, np.random.default_rng(0))]
     [2, 2, 1, 2, 2]
     """
