@@ -49,6 +49,8 @@ def _completed(record: dict[str, Any]) -> dict[str, Any]:
         turn.setdefault("tools", [])
         turn.setdefault("stop", None)
         turn.setdefault("sampling", None)
+        turn.setdefault("support_sizes", None)
+        turn.setdefault("support_ids", None)
         turn.setdefault("trainer_logprobs", None)
         turn.setdefault("entropies", None)
     return {"filtered": [], "task": "", "rewards": {}, "reference": None, "stdout": None, "stderr": None, **record}
