@@ -303,7 +303,7 @@ class AlgorithmConfig:
         None,
         on_resume=Resume.noted,
         low=math.nextafter(1.0, 2.0),
-        high=math.inf,
+        high=10**6,
         outside="it would bound ratios that PPO's clip lets pass",
     )
     """Dual clip (arXiv 1912.09729, eq. 5), for the losses that clip: where the advantage is negative, a token counts at
