@@ -18,17 +18,15 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from vlmrl.config.dpo import DPOConfig
-from vlmrl.errors import TaskError, UserFault
+from vlmrl.errors import UserFault
 from vlmrl.orchestrator.fit import bad_row, too_long
-from vlmrl.orchestrator.rollout import stop_reason_of
-from vlmrl.orchestrator.stream import Drawn, PassWatch
-from vlmrl.orchestrator.supervised import Made, rendered, supervised_sample
+from vlmrl.orchestrator.stream import Drawn
+from vlmrl.orchestrator.supervised import Made, rendered, supervised_sample, take_problems
 from vlmrl.rendering.renderer import Renderer
-from vlmrl.tasks.base import FromRow, NoProblem, Problem, Task
-from vlmrl.tasks.border import get_num_rows, get_problem
+from vlmrl.tasks.base import NoProblem, Problem, Task
 from vlmrl.tasks.preferences import NoPreferencesError, get_preference
 from vlmrl.trainer.preference import Doubles, PairLogprobs, PairLoss, preference_loss
-from vlmrl.types import DropReason, FloatArray, PreferencePair, Rollout, Trainer, TrainingSample
+from vlmrl.types import FloatArray, PreferencePair, Trainer, TrainingSample
 
 OF_SAMPLING = ("mismatch_kl/", "staleness/", "demonstration_loss", "reference_kl/", "policy_kl/")
 """Metrics of a step that mean nothing where no policy has sampled the answers."""
@@ -60,28 +58,11 @@ class PairMaker:
         Raises `TaskError` where the task has no pairs, `BadRowsError` where a whole pass over the rows has none.
         """
         made = PairBatch()
-        num_rows = get_num_rows(self.task, "train")
-        watch = PassWatch("train", num_rows)
-        for index in indices:
-            rollout = Rollout.unplayed(f"dpo/{step:06d}/{len(made.rollouts):03d}", "train", index, len(made.rollouts))
-            try:
-                problem, rollout.problem_id = get_problem(self.task, "train", index)
-                pair = self.pair(rollout.rollout_id, problem, num_rows is not None or isinstance(problem, FromRow))
-            except NoPreferencesError as error:
-                raise TaskError(error.text) from error
-            except NoProblem as absent:
-                made.absent.append((index, absent))
-                watch.passed_over(absent)
-                continue
-            except UserFault as fault:
-                rollout.stop_reason, rollout.dropped = stop_reason_of(fault), DropReason.FAULT
-                rollout.error, rollout.traceback = fault.text, fault.traceback
-            else:
-                made.pairs.append(pair)
-            watch.found()
-            made.rollouts.append(rollout)
-            if len(made.rollouts) == count:
-                break
+
+        def take(pair_id: str, index: int, problem: Problem, is_row: bool) -> None:
+            made.pairs.append(self.pair(pair_id, problem, is_row))
+
+        take_problems(self.task, made, indices, count, f"dpo/{step:06d}", take, NoPreferencesError)
         return made
 
     def held_out(self, drawn: Sequence[Drawn]) -> list[PreferencePair]:

@@ -14,7 +14,7 @@ prompt. In RL they have no loss either.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -88,16 +88,43 @@ def demonstrate(
     `ConfigError` where the renderer cannot render any.
     """
     made = Demonstrated()
+    first = first_index(get_num_rows(task, "train"))
+
+    def take(sample_id: str, index: int, problem: Problem, is_row: bool) -> None:
+        own_seed = demonstration_seed(seed, index - first)
+        prompt, learned = _demonstration(task, renderer, config, problem, own_seed, seq_len, is_row)
+        made.samples.append(supervised_sample(sample_id, prompt, learned))
+
+    indices = (first + number for number in numbers)
+    take_problems(task, made, indices, config.batch_size, f"sft/{step:06d}", take, NoDemonstrationsError)
+    return made
+
+
+def take_problems(
+    task: Task,
+    made: Made,
+    indices: Iterable[int],
+    count: int,
+    prefix: str,
+    take: Callable[[str, int, Problem, bool], None],
+    missing: type[UserFault],
+) -> None:
+    """Add to `made` what `take` makes of training problems, in the order of `indices`, until there are `count`
+    rollouts. They are named `<prefix>/000` and so on. `take` gets the rollout's id, the index, the problem, and whether
+    it is a row.
+
+    Where `take` raises `missing`, the task gives nothing of this kind: `TaskError`. `BadRowsError` where a whole pass
+    over the rows gives nothing.
+    """
     num_rows = get_num_rows(task, "train")
     watch = PassWatch("train", num_rows)
-    for number in numbers:
-        index, i = first_index(num_rows) + number, len(made.rollouts)
-        rollout = Rollout.unplayed(f"sft/{step:06d}/{i:03d}", "train", index, i)
+    for index in indices:
+        number = len(made.rollouts)
+        rollout = Rollout.unplayed(f"{prefix}/{number:03d}", "train", index, number)
         try:
             problem, rollout.problem_id = get_problem(task, "train", index)
-            own_seed, is_row = demonstration_seed(seed, number), num_rows is not None or isinstance(problem, FromRow)
-            prompt, learned = _demonstration(task, renderer, config, problem, own_seed, seq_len, is_row)
-        except NoDemonstrationsError as error:
+            take(rollout.rollout_id, index, problem, num_rows is not None or isinstance(problem, FromRow))
+        except missing as error:
             raise TaskError(error.text) from error
         except NoProblem as absent:
             made.absent.append((index, absent))
@@ -106,13 +133,10 @@ def demonstrate(
         except UserFault as fault:
             rollout.stop_reason, rollout.dropped = stop_reason_of(fault), DropReason.FAULT
             rollout.error, rollout.traceback = fault.text, fault.traceback
-        else:
-            made.samples.append(supervised_sample(rollout.rollout_id, prompt, learned))
         watch.found()
         made.rollouts.append(rollout)
-        if len(made.rollouts) == config.batch_size:
+        if len(made.rollouts) == count:
             break
-    return made
 
 
 def _demonstration(
