@@ -302,6 +302,7 @@ def test_steps_raise_the_better_answers(tiny_model: Make) -> None:
 
 
 def test_with_adapters_the_reference_is_the_model_without_them(tiny_model: Make) -> None:
+    pytest.importorskip("peft")
     torch.manual_seed(0)
     model = tiny_model()
     add_adapters(model, LoraConfig(rank=4))
