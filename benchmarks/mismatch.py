@@ -120,7 +120,7 @@ def as_sample(index: int, prompt: Prompt, completion: Completion) -> TrainingSam
         inference_logprobs=logprobs,
         versions=np.where(sampled, 0, -1),
         placeholders=prompt.placeholders,
-        images=prompt.images,
+        mm_items=prompt.mm_items,
     )
 
 

@@ -237,7 +237,7 @@ def packed_step(
         pairs.append((batch.position_ids[0] + 1).sum())
         done.work.rows += len(batch.token_ids)
         done.work.head_rows += len(batch.loss_rows)
-        done.work.images = [*done.work.images, *(len(i.mm_kwargs["pixel_values"]) for i in batch.images)]
+        done.work.images = [*done.work.images, *(len(i.mm_kwargs["pixel_values"]) for i in batch.mm_items)]
     done.loss, done.work.pairs = float(torch.stack(losses).sum()), int(torch.stack(pairs).sum())
     return done
 
@@ -285,7 +285,7 @@ def _padded_logprobs(policy: Policy, chunk: Sequence[TrainingSample]) -> tuple[T
         rows = [np.pad(array, (0, longest - len(array))) for array in arrays]
         return torch.from_numpy(np.stack(rows)).to(policy.device)
 
-    images = [image for sample in chunk for image in sample.images]
+    images = [image for sample in chunk for image in sample.mm_items]
     pixels = {
         name: torch.from_numpy(np.concatenate([image.mm_kwargs[name] for image in images])).to(policy.device)
         for name in images[0].mm_kwargs

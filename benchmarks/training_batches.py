@@ -138,7 +138,7 @@ def _answers(shape: Shape, renderer: Renderer, vocabulary: int, group: int, size
     rendered = []
     for _ in range(size):
         ids = np.concatenate([prompt.token_ids[:start], random.choice(allowed, shape.new_tokens)])
-        whole = type(prompt)(ids, prompt.placeholders, prompt.images)
+        whole = type(prompt)(ids, prompt.placeholders, prompt.mm_items)
         rendered.append((whole, np.arange(len(ids)) >= start))
     return rendered
 
@@ -155,7 +155,7 @@ def _sample(group: int, index: int, prompt: Any, sampled: np.ndarray) -> Trainin
         inference_logprobs=np.where(sampled, -11.0, 0).astype(np.float32),
         versions=np.where(sampled, 0, -1),
         placeholders=prompt.placeholders,
-        images=prompt.images,
+        mm_items=prompt.mm_items,
     )
 
 

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import pairwise
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,9 @@ from numpy.typing import NDArray
 IntArray: TypeAlias = NDArray[np.int64]
 FloatArray: TypeAlias = NDArray[np.float32]
 BoolArray: TypeAlias = NDArray[np.bool_]
+
+
+Modality: TypeAlias = Literal["image", "video"]
 
 
 # ── messages ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -41,13 +44,38 @@ class Image:
     `source` is a `PIL.Image.Image`, a uint8 array [H, W, 3], encoded bytes (PNG, JPEG, …) or the path of a file.
     """
 
+    modality: ClassVar[Modality] = "image"
+
     source: Any
 
     def __repr__(self) -> str:
         return f"Image({type(self.source).__name__})"
 
 
-Part: TypeAlias = Text | Image
+@dataclass(frozen=True, eq=False)
+class Video:
+    """A video part of a message as the task supplies it, before its frames are chosen, decoded and hashed.
+
+    `source` is the path of a video file, its encoded bytes (MP4, WebM, …), a uint8 array [T, H, W, 3], or a sequence of
+    T frames of one size, each of which is anything that `Image.source` may be. Without `fps` and `times`, the frames of
+    an array or of a sequence are taken for sampled already: all of them are shown, one every 1 / `model.vlm.video.fps`
+    seconds.
+    """
+
+    modality: ClassVar[Modality] = "video"
+
+    source: Any
+    fps: float | None = None
+    """Frames per second of an array or of a sequence, from which frames are sampled as from a file."""
+    times: Sequence[float] | None = None
+    """For an array or a sequence: when each of its frames is shown, in seconds, ascending. All of them are shown, and
+    `fps` is how many they are a second."""
+
+    def __repr__(self) -> str:
+        return f"Video({type(self.source).__name__})"
+
+
+Part: TypeAlias = Text | Image | Video
 
 
 @dataclass(frozen=True)
@@ -99,7 +127,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Message:
-    """One message of a conversation. `content` keeps the order of text and images."""
+    """One message of a conversation. `content` keeps the order of texts, images and videos."""
 
     role: Literal["system", "user", "assistant", "tool"]
     content: tuple[Part, ...]
@@ -115,7 +143,7 @@ class Message:
 
     @staticmethod
     def of(role: Literal["system", "user", "assistant", "tool"], *parts: Part | str) -> Message:
-        """Make a message from texts and images: `Message.of("user", "Which colour? ", Image(pil))`."""
+        """Make a message from its parts: `Message.of("user", "Which colour? ", Image(pil))`."""
         return Message(role, tuple(Text(part) if isinstance(part, str) else part for part in parts))
 
 
@@ -125,6 +153,8 @@ class Message:
 @dataclass(frozen=True, eq=False)
 class ImageItem:
     """One distinct image, decoded and processed once. There is one object per `hash` and process."""
+
+    modality: ClassVar[Modality] = "image"
 
     hash: str
     """SHA-256 of the RGB bytes and the size; the first 32 hex characters."""
@@ -147,18 +177,53 @@ class ImageItem:
         return f"ImageItem({self.hash!r}, {self.num_tokens} tokens)"
 
 
+@dataclass(frozen=True, eq=False)
+class VideoItem:
+    """One distinct video, sampled, decoded and processed once. There is one object per `hash` and process."""
+
+    modality: ClassVar[Modality] = "video"
+
+    hash: str
+    """SHA-256 of the hashes of its frames and of their times; the first 32 hex characters."""
+    frames: NDArray[np.uint8]
+    """uint8 [T, H, W, 3]; the sampled frames, RGB as decoded."""
+    times: NDArray[np.float64]
+    """float64 [T]; when each frame is shown, in seconds from the beginning of the video, ascending."""
+    rate: float
+    """Sampled frames per second, on average over the video."""
+    frame_hashes: tuple[str, ...]
+    """The image hash of each of the T frames, by which records keep it: images/<hash>.png."""
+    mm_kwargs: dict[str, np.ndarray]
+    """The processor's outputs, as those of `ImageItem`: `pixel_values_videos` float32 [patches, patch_dim] and
+    `video_grid_thw` int64 [1, 3] for Qwen-VL."""
+    num_tokens: int
+    """Number of video tokens, which is the number of video features."""
+    processed_size: tuple[int, int] | None = None
+    """(width, height) in pixels of each frame as the vision tower sees it; None where the family does not tell."""
+    replacement: str = ""
+    """The text that the checkpoint's processor writes in place of the video: video tokens, and for some families the
+    time of each frame between them."""
+
+    def __repr__(self) -> str:
+        return f"VideoItem({self.hash!r}, {len(self.frames)} frames, {self.num_tokens} tokens)"
+
+
+MMItem: TypeAlias = ImageItem | VideoItem
+"""What a placeholder stands for."""
+
+
 @dataclass(frozen=True)
 class Placeholder:
-    """The tokens that stand for one image, from its first image token to its last: `token_ids[offset : offset +
-    length]`.
+    """The tokens that stand for one image or video, from its first image (video) token to its last: `token_ids[offset :
+    offset + length]`.
 
-    Some families write row breaks or tile tags between the image tokens of one image. `gaps` are these runs. Every
-    other token of a placeholder gets one image feature.
+    Some families write row breaks or tile tags between the image tokens of one image, or times between the frames of a
+    video. `gaps` are these runs. Every other token of a placeholder gets one feature.
 
     Example: two rows of two image tokens (9) with a row break (8) between them, `[5, 9, 9, 8, 9, 9, 7]`.
 
     >>> place = Placeholder(1, 5, "ab", gaps=((2, 1),))
-    >>> place.num_features, place.is_image.tolist()
+    >>> place.num_features, place.has_feature.tolist()
     (4, [True, True, False, True, True])
     """
 
@@ -166,16 +231,17 @@ class Placeholder:
     length: int
     hash: str
     gaps: tuple[tuple[int, int], ...] = ()
-    """(start relative to `offset`, length) of each run of tokens that are not image tokens, in ascending order."""
+    """(start relative to `offset`, length) of each run of tokens that get no feature, in ascending order."""
+    modality: Modality = "image"
 
     @property
     def num_features(self) -> int:
-        """Number of image tokens, without the gaps. Equals `ImageItem.num_tokens`."""
+        """Number of tokens that get a feature, without the gaps. Equals `num_tokens` of the item."""
         return self.length - sum(length for _, length in self.gaps)
 
     @property
-    def is_image(self) -> BoolArray:
-        """bool [length]; True on image tokens, False in gaps."""
+    def has_feature(self) -> BoolArray:
+        """bool [length]; True on image and video tokens, False in gaps."""
         marks = np.ones(self.length, np.bool_)
         for start, length in self.gaps:
             marks[start : start + length] = False
@@ -186,22 +252,33 @@ class Placeholder:
 class Prompt:
     """A rendered conversation. Engine and trainer receive the same object, unchanged.
 
-    Contract, asserted by `check_placeholders`: `placeholders[i]` belongs to `images[i]`, has `images[i].num_tokens`
-    image tokens, and placeholders are in ascending order without overlap. An image that is shown twice has two
-    placeholders, and its `ImageItem` is listed twice.
+    Contract, asserted by `check_placeholders`: `placeholders[i]` belongs to `mm_items[i]`, has `mm_items[i].num_tokens`
+    tokens that get a feature, and placeholders are in ascending order without overlap. An image that is shown twice has
+    two placeholders, and its `ImageItem` is listed twice.
     """
 
     token_ids: IntArray
     """int64 [P]."""
     placeholders: tuple[Placeholder, ...]
-    images: tuple[ImageItem, ...]
+    mm_items: tuple[MMItem, ...]
+
+    @property
+    def images(self) -> tuple[ImageItem, ...]:
+        """The images among the items."""
+        return tuple(item for item in self.mm_items if isinstance(item, ImageItem))
+
+    @property
+    def videos(self) -> tuple[VideoItem, ...]:
+        """The videos among the items."""
+        return tuple(item for item in self.mm_items if isinstance(item, VideoItem))
 
     def __repr__(self) -> str:
-        return f"Prompt({len(self.token_ids)} tokens, {len(self.images)} images)"
+        videos = f", {len(self.videos)} videos" if self.videos else ""
+        return f"Prompt({len(self.token_ids)} tokens, {len(self.images)} images{videos})"
 
 
 def extends(prompt: Prompt, previous: Prompt, completion_ids: IntArray) -> bool:
-    """Whether `prompt` continues an earlier turn: it begins with the tokens and images of `previous`, then
+    """Whether `prompt` continues an earlier turn: it begins with the tokens and items of `previous`, then
     `completion_ids` (int64 [C]) as plain tokens. Only then can both turns be one training sample.
 
     >>> previous = Prompt(np.array([1, 2]), (), ())
@@ -209,39 +286,41 @@ def extends(prompt: Prompt, previous: Prompt, completion_ids: IntArray) -> bool:
     True
     """
     start, end = len(previous.token_ids), len(previous.token_ids) + len(completion_ids)
-    images = len(previous.placeholders)
+    shown = len(previous.placeholders)
     return (
         np.array_equal(prompt.token_ids[:start], previous.token_ids)
         and np.array_equal(prompt.token_ids[start:end], completion_ids)
-        and prompt.placeholders[:images] == previous.placeholders
-        and all(placeholder.offset >= end for placeholder in prompt.placeholders[images:])
+        and prompt.placeholders[:shown] == previous.placeholders
+        and all(placeholder.offset >= end for placeholder in prompt.placeholders[shown:])
     )
 
 
 class ContractError(AssertionError):
-    """Placeholder tokens and images do not match."""
+    """Placeholder tokens and items do not match."""
 
 
-def check_placeholders(length: int, placeholders: tuple[Placeholder, ...], images: tuple[ImageItem, ...]) -> None:
+def check_placeholders(length: int, placeholders: tuple[Placeholder, ...], items: tuple[MMItem, ...]) -> None:
     """Check the contract of `Prompt` for a sequence of `length` tokens. Raises `ContractError`.
 
     >>> check_placeholders(9, (Placeholder(5, 1, "ab"),), ())
     Traceback (most recent call last):
-    vlmrl.types.ContractError: 1 placeholders but 0 images
+    vlmrl.types.ContractError: 1 placeholders but 0 images and videos
     """
-    if len(placeholders) != len(images):
-        raise ContractError(f"{len(placeholders)} placeholders but {len(images)} images")
+    if len(placeholders) != len(items):
+        raise ContractError(f"{len(placeholders)} placeholders but {len(items)} images and videos")
     end = 0
-    for placeholder, image in zip(placeholders, images, strict=True):
-        if placeholder.hash != image.hash:
+    for placeholder, item in zip(placeholders, items, strict=True):
+        kind = item.modality
+        if (placeholder.hash, placeholder.modality) != (item.hash, kind):
             raise ContractError(
-                f"placeholder at {placeholder.offset} belongs to image {placeholder.hash}, not to {image.hash}"
+                f"placeholder at {placeholder.offset} belongs to {placeholder.modality} {placeholder.hash}, not to "
+                f"{kind} {item.hash}"
             )
         _check_gaps(placeholder)
-        if placeholder.num_features != image.num_tokens:
+        if placeholder.num_features != item.num_tokens:
             raise ContractError(
-                f"placeholder at {placeholder.offset} has {placeholder.num_features} image tokens, "
-                f"but image {image.hash} has {image.num_tokens} features"
+                f"placeholder at {placeholder.offset} has {placeholder.num_features} {kind} tokens, "
+                f"but {kind} {item.hash} has {item.num_tokens} features"
             )
         if placeholder.offset < end or placeholder.offset + placeholder.length > length:
             raise ContractError(
@@ -251,26 +330,33 @@ def check_placeholders(length: int, placeholders: tuple[Placeholder, ...], image
 
 
 def _check_gaps(placeholder: Placeholder) -> None:
-    """Check that gaps are in ascending order, do not touch, and lie between image tokens. Raises `ContractError`."""
+    """Check that gaps are in ascending order, do not touch, and lie between tokens with a feature. Raises
+    `ContractError`."""
     end = 0
     for start, length in placeholder.gaps:
         if length < 1 or start <= end or start + length >= placeholder.length:
             raise ContractError(
                 f"placeholder at {placeholder.offset}+{placeholder.length} has a gap at {start}+{length}, which does "
-                "not lie between two of its image tokens"
+                f"not lie between two of its {placeholder.modality} tokens"
             )
         end = start + length
 
 
+TOKEN_TYPES: Mapping[Modality, int] = {"image": 1, "video": 2}
+"""Values of `mm_token_type_ids`; 0 is text."""
+
+
 def mm_token_type_ids(length: int, placeholders: tuple[Placeholder, ...]) -> IntArray:
-    """int64 [length]; 1 on image tokens, 0 elsewhere. Derived from placeholders and gaps, never from token ids.
+    """int64 [length]; 1 on image tokens, 2 on video tokens, 0 elsewhere. Derived from placeholders and gaps, never from
+    token ids.
 
     >>> mm_token_type_ids(7, (Placeholder(1, 5, "ab", gaps=((2, 1),)),)).tolist()
     [0, 1, 1, 0, 1, 1, 0]
     """
     types = np.zeros(length, np.int64)
     for placeholder in placeholders:
-        types[placeholder.offset : placeholder.offset + placeholder.length] = placeholder.is_image
+        marks = TOKEN_TYPES[placeholder.modality] * placeholder.has_feature
+        types[placeholder.offset : placeholder.offset + placeholder.length] = marks
     return types
 
 
@@ -816,7 +902,7 @@ class TrainingSample:
     token_ids: IntArray
     """int64 [L]; the branch's last prompt followed by its last completion."""
     mm_token_type_ids: IntArray
-    """int64 [L]; 0 text, 1 image; derived from the placeholders."""
+    """int64 [L]; 0 text, 1 image, 2 video; derived from the placeholders."""
     loss_mask: BoolArray
     """bool [L]; True on tokens that this policy sampled in this branch, never on environment tokens."""
     advantages: FloatArray
@@ -826,7 +912,7 @@ class TrainingSample:
     versions: IntArray
     """int64 [L]; policy version that sampled the token; -1 where loss_mask is False."""
     placeholders: tuple[Placeholder, ...]
-    images: tuple[ImageItem, ...]
+    mm_items: tuple[MMItem, ...]
     temperatures: FloatArray | None = None
     """float32 [L]; the temperature above 0 that the token was sampled at. NaN for the run's own temperature, and where
     loss_mask is False. None: the run's own for all tokens."""
@@ -846,6 +932,11 @@ class TrainingSample:
     is False. Then every logprob of the token, also the trainer's and the reference's, is that of the distribution over
     its support. None: the whole vocabulary for all tokens."""
 
+    @property
+    def images(self) -> tuple[ImageItem, ...]:
+        """The images among the items."""
+        return tuple(item for item in self.mm_items if isinstance(item, ImageItem))
+
     def __post_init__(self) -> None:
         length = len(self.token_ids)
         assert self.supports is None or len(self.supports) == length, f"{self.supports} do not fit {length} tokens"
@@ -855,7 +946,7 @@ class TrainingSample:
                 assert value.shape == (length,), f"{f.name} has shape {value.shape}, not ({length},)"
         if self.reference_top is not None:
             assert len(self.reference_top.ids) == self.loss_mask.sum(), "one row per loss token"
-        check_placeholders(length, self.placeholders, self.images)
+        check_placeholders(length, self.placeholders, self.mm_items)
 
     def __repr__(self) -> str:
         return f"TrainingSample({self.rollout_id!r}, {len(self.token_ids)} tokens)"

@@ -44,7 +44,7 @@ def starting_over() -> list[Turn]:
     image = [Message.of("user", "was ", Image(FRAMES[0].pixels)), Message.of("assistant", "left"), *fresh.messages]
     place = dataclasses.replace(fresh.prompt.placeholders[0], offset=0, hash=FRAMES[0].hash)
     prompt = dataclasses.replace(
-        fresh.prompt, placeholders=(place, *fresh.prompt.placeholders), images=(FRAMES[0], *fresh.prompt.images)
+        fresh.prompt, placeholders=(place, *fresh.prompt.placeholders), mm_items=(FRAMES[0], *fresh.prompt.images)
     )
     return [first, dataclasses.replace(second, prompt=prompt, messages=image, branch=1, starts_over=True)]
 

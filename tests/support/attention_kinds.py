@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor
 
 from support.helpers import Sampled
-from vlmrl.types import ImageItem, IntArray, Placeholder, Prompt, TrainingSample, mm_token_type_ids
+from vlmrl.types import ImageItem, IntArray, MMItem, Placeholder, Prompt, TrainingSample, mm_token_type_ids
 
 families: Any = transformers  # transformers does not annotate its constructors
 
@@ -139,21 +139,21 @@ def image(name: str, number: int) -> ImageItem:
     return ImageItem(f"{name}/{number}", np.zeros((1, 1, 3), np.uint8), kwargs, tokens)
 
 
-Part = list[int] | ImageItem | Sampled
+Part = list[int] | MMItem | Sampled
 
 
-def _joined(parts: tuple[Part, ...]) -> tuple[IntArray, list[bool], tuple[Placeholder, ...], tuple[ImageItem, ...]]:
+def _joined(parts: tuple[Part, ...]) -> tuple[IntArray, list[bool], tuple[Placeholder, ...], tuple[MMItem, ...]]:
     ids: list[int] = []
     sampled: list[bool] = []
     placeholders = []
     for part in parts:
-        if isinstance(part, ImageItem):
+        if isinstance(part, MMItem):
             placeholders.append(Placeholder(len(ids), part.num_tokens, part.hash))
             ids += [IMAGE] * part.num_tokens
         else:
             ids += part.token_ids if isinstance(part, Sampled) else part
         sampled += [isinstance(part, Sampled)] * (len(ids) - len(sampled))
-    images = tuple(part for part in parts if isinstance(part, ImageItem))
+    images = tuple(part for part in parts if isinstance(part, MMItem))
     return np.array(ids, np.int64), sampled, tuple(placeholders), images
 
 
@@ -177,11 +177,11 @@ def sample(name: str, *parts: Part) -> TrainingSample:
         inference_logprobs=np.where(mask, -1, 0).astype(np.float32),
         versions=np.where(mask, 0, -1),
         placeholders=placeholders,
-        images=images,
+        mm_items=images,
     )
 
 
-def plain_logits(model: Any, ids: IntArray, types: IntArray, images: tuple[ImageItem, ...]) -> Tensor:
+def plain_logits(model: Any, ids: IntArray, types: IntArray, images: tuple[MMItem, ...]) -> Tensor:
     """[L, vocabulary] in the model's dtype by transformers alone, with its own masks and its eager attention."""
     model.set_attn_implementation("eager")
     given: dict[str, Any] = {}

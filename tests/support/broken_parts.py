@@ -27,9 +27,11 @@ from vlmrl.types import (
     InferenceEngine,
     IntArray,
     Message,
+    MMItem,
     Prompt,
     SamplingParams,
     ToolSpec,
+    Video,
     WeightComparison,
 )
 
@@ -120,7 +122,7 @@ def with_pixels(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Prompt]
             image, mm_kwargs=image.mm_kwargs | {"pixel_values": change(image.mm_kwargs["pixel_values"])}
         )
 
-    return lambda prompt: dataclasses.replace(prompt, images=tuple(map(changed, prompt.images)))
+    return lambda prompt: dataclasses.replace(prompt, mm_items=tuple(map(changed, prompt.images)))
 
 
 def refuses(prompt: Prompt) -> Prompt:
@@ -175,8 +177,8 @@ class TamperingRenderer:
         self._original[id(changed)] = changed, prompt  # held, so that its id is nobody else's
         return changed
 
-    def images(self, parts: Sequence[Image]) -> tuple[ImageItem, ...]:
-        return self._renderer.images(parts)
+    def items(self, parts: Sequence[Image | Video]) -> tuple[MMItem, ...]:
+        return self._renderer.items(parts)
 
     def decode(self, completion_ids: IntArray) -> str:
         return self._renderer.decode(completion_ids)

@@ -34,10 +34,12 @@ from vlmrl.types import (
     ImageItem,
     IntArray,
     Message,
+    MMItem,
     Prompt,
     SamplingParams,
     ToolCall,
     ToolSpec,
+    Video,
 )
 
 CALL = re.compile(r"<(\w+) (.*?)>")
@@ -62,10 +64,10 @@ class ChatRenderer(CharRenderer):
         self.histories.append(list(history))
         if not self.bridges:
             return await self.first_turn([*history, *new_messages], tools), False
-        known = Prompt(np.concatenate([previous.token_ids, completion_ids]), previous.placeholders, previous.images)
+        known = Prompt(np.concatenate([previous.token_ids, completion_ids]), previous.placeholders, previous.mm_items)
         return self._append(known, decoded(new_messages)), True
 
-    def images(self, parts: Sequence[Image]) -> tuple[ImageItem, ...]:
+    def items(self, parts: Sequence[Image | Video]) -> tuple[MMItem, ...]:
         pixels = [decode(part.source) for part in parts]
         return tuple(ImageItem(image_hash(each), each, {}, 1) for each in pixels)
 

@@ -133,7 +133,7 @@ def _sample(prompt: Prompt, tail: Sequence[int]) -> TrainingSample:
         inference_logprobs=np.where(mask, -1, 0).astype(np.float32),
         versions=np.where(mask, 0, -1),
         placeholders=prompt.placeholders,
-        images=prompt.images,
+        mm_items=prompt.mm_items,
     )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from vlmrl.config.model import ModelConfig, TinyConfig, VLMConfig
 from vlmrl.models.attention.plan import Blocks, TreePlan
 from vlmrl.models.families.qwen3_vl import ATOMIC_TOKENS, SPECIAL_TOKENS
-from vlmrl.types import ImageItem, IntArray, Placeholder, Prompt, Supports, TrainingSample, mm_token_type_ids
+from vlmrl.types import ImageItem, IntArray, MMItem, Placeholder, Prompt, Supports, TrainingSample, mm_token_type_ids
 
 TINY = ModelConfig(
     name="tiny",
@@ -66,15 +66,15 @@ class Sampled:
     token_ids: list[int]
 
 
-Part = int | list[int] | ImageItem | Sampled
+Part = int | list[int] | MMItem | Sampled
 
 
-def _flatten(parts: tuple[Part, ...]) -> tuple[IntArray, list[bool], list[Placeholder], list[ImageItem]]:
+def _flatten(parts: tuple[Part, ...]) -> tuple[IntArray, list[bool], list[Placeholder], list[MMItem]]:
     ids: list[int] = []
     sampled: list[bool] = []
     placeholders, images = [], []
     for part in parts:
-        if isinstance(part, ImageItem):
+        if isinstance(part, MMItem):
             placeholders.append(Placeholder(len(ids) + 1, part.num_tokens, part.hash))
             images.append(part)
             ids += [VISION_START, *[IMAGE_PAD] * part.num_tokens, VISION_END]
@@ -117,7 +117,7 @@ def sample(name: str, *parts: Part, seed: int = 0) -> TrainingSample:
         inference_logprobs=np.where(mask, -random.exponential(size=len(ids)) - 3, 0).astype(np.float32),
         versions=np.where(mask, random.integers(0, 3, len(ids)), -1),
         placeholders=tuple(placeholders),
-        images=tuple(images),
+        mm_items=tuple(images),
     )
 
 
@@ -132,7 +132,7 @@ def with_supports(sample: TrainingSample, seed: int, vocabulary: int = 150) -> T
     return replace(sample, supports=Supports.of(supports))
 
 
-def plain_logits(model: Any, token_ids: IntArray, types: IntArray, images: tuple[ImageItem, ...]) -> Tensor:
+def plain_logits(model: Any, token_ids: IntArray, types: IntArray, images: tuple[MMItem, ...]) -> Tensor:
     """float32 [L, vocabulary] by transformers alone: its own positions and attention, pixels as `pixel_values`."""
     pixels = {
         name: torch.from_numpy(np.concatenate([item.mm_kwargs[name] for item in images]))
@@ -150,7 +150,7 @@ def plain_logits(model: Any, token_ids: IntArray, types: IntArray, images: tuple
 
 def plain_logprobs(model: Any, sample: TrainingSample) -> Tensor:
     """float32 [loss tokens] of one sample, with gradient, by transformers alone."""
-    logits = plain_logits(model, sample.token_ids, sample.mm_token_type_ids, sample.images)
+    logits = plain_logits(model, sample.token_ids, sample.mm_token_type_ids, sample.mm_items)
     return plain_tokens(logits, sample)[0]
 
 

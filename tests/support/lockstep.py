@@ -27,11 +27,13 @@ from vlmrl.types import (
     ImageItem,
     IntArray,
     Message,
+    MMItem,
     Placeholder,
     Prompt,
     SamplingParams,
     Text,
     ToolSpec,
+    Video,
 )
 
 IMAGE, END = ord("#"), ord("$")
@@ -64,9 +66,9 @@ class CharRenderer:
         if not self.bridges:
             return await self.first_turn([*history, *new_messages]), False
         token_ids = np.concatenate([previous.token_ids, completion_ids])
-        return self._append(Prompt(token_ids, previous.placeholders, previous.images), new_messages), True
+        return self._append(Prompt(token_ids, previous.placeholders, previous.mm_items), new_messages), True
 
-    def images(self, parts: Sequence[Image]) -> tuple[ImageItem, ...]:
+    def items(self, parts: Sequence[Image | Video]) -> tuple[MMItem, ...]:
         raise AssertionError("rollouts take images from prompts")
 
     def decode(self, completion_ids: IntArray) -> str:

@@ -94,5 +94,5 @@ def ids_of(inputs: Any) -> list[int]:
 
 def image_positions(prompt: Prompt) -> IntArray:
     """Positions of the tokens that get image features, by the placeholders."""
-    places = [place.offset + np.flatnonzero(place.is_image) for place in prompt.placeholders]
+    places = [place.offset + np.flatnonzero(place.has_feature) for place in prompt.placeholders]
     return np.concatenate([np.empty(0, np.int64), *places])

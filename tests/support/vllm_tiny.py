@@ -113,7 +113,7 @@ class Tiny:
             inference_logprobs=np.zeros(length, np.float32),
             versions=np.where(sampled, 0, -1),
             placeholders=prompt.placeholders,
-            images=prompt.images,
+            mm_items=prompt.mm_items,
             supports=supports,
         )
         (found,) = trainer.logprobs([sample])

@@ -38,7 +38,7 @@ NEXT = extended(PREVIOUS, [7, IMAGE, END], [IMAGES[0]])
         ("half of the completion", extended(PREVIOUS, [7], []), False),
         ("another completion", extended(PREVIOUS, [8, IMAGE, END], []), False),
         ("another prompt", extended(EMPTY, [6], [IMAGES[0]]), False),
-        ("a lost image", replace(NEXT, placeholders=NEXT.placeholders[1:], images=NEXT.images[1:]), False),
+        ("a lost image", replace(NEXT, placeholders=NEXT.placeholders[1:], mm_items=NEXT.images[1:]), False),
         (
             "a sampled image token taken for an image",
             replace(NEXT, placeholders=(PREVIOUS.placeholders[0], Placeholder(4, 1, "hash-1"))),

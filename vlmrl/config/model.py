@@ -52,6 +52,40 @@ class Part(Enum):
 
 
 @dataclass
+class VideoConfig:
+    """Videos of a VLM family: how a video is sampled, and how large it may be."""
+
+    token: str = setting(MISSING, on_resume=Resume.refused)
+    """The placeholder token of a video, as the tokenizer spells it."""
+    fps: float = setting(
+        2.0, on_resume=Resume.noted, low=1e-3, high=1000, outside="no frame or every frame would be shown"
+    )
+    """Frames per second that are shown of a video, by the rule of the checkpoint's own video processor. A video that
+    comes sampled already shows one every 1 / `fps` seconds."""
+    num_frames: int | None = setting(
+        None, on_resume=Resume.noted, low=2, high=2**16, outside="a video of one frame shows no time"
+    )
+    """If set, so many frames are shown of each video, at even distances, instead of `fps` a second."""
+    max_frames: int = setting(
+        64, on_resume=Resume.noted, low=2, high=2**16, outside="a video of one frame shows no time"
+    )
+    """Frame budget per video. A video that has more at `fps` is refused, and ends its rollout."""
+    max_episode_frames: int = setting(
+        256, on_resume=Resume.noted, low=2, high=2**20, outside="a video of one frame shows no time"
+    )
+    """Frame budget per episode: all frames of all videos in a prompt."""
+    min_pixels: int | None = setting(
+        None, on_resume=Resume.noted, low=1, high=2**31, outside="no video has so many pixels"
+    )
+    """Videos with fewer pixels are scaled up to this. Qwen3-VL counts the pixels of all frames, Qwen2-VL and Qwen2.5-VL
+    those of each frame. None is the checkpoint's own bound."""
+    max_pixels: int | None = setting(
+        None, on_resume=Resume.noted, low=1, high=2**31, outside="no video has so many pixels"
+    )
+    """Videos with more pixels, counted in the same way, are scaled down to this. None is the checkpoint's own bound."""
+
+
+@dataclass
 class VLMConfig:
     """What a VLM family needs beyond tokens. A new family is one YAML file in `conf/model/vlm/`."""
 
@@ -75,6 +109,8 @@ class VLMConfig:
     """Images with more pixels are scaled down to this area. None is the checkpoint's own bound."""
     image_settings: dict[str, Any] = setting({}, on_resume=Resume.noted, free_form=True)
     """Other settings of the checkpoint's image processor, such as `size`, `max_patches` or `do_image_splitting`."""
+    video: VideoConfig | None = None
+    """If set, the family takes videos, with `orchestrator/renderer=template`."""
     freeze_vision: bool = setting(False, on_resume=Resume.refused)
     """Do not train the vision tower; train the language model only."""
     freeze_language: bool = setting(False, on_resume=Resume.refused)

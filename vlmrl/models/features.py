@@ -1,5 +1,5 @@
-"""Image features, which are the vision tower's output per distinct image; their cache; and arrays on their way to the
-device."""
+"""Vision features, which are the vision tower's output per distinct image or video; their cache; and arrays on their
+way to the device."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ import torch
 from torch import Tensor
 
 from vlmrl.caches.lru import ByteLRU
-from vlmrl.types import ImageItem
+from vlmrl.types import MMItem
 
 Levels: TypeAlias = list[Tensor]
 """float [features, hidden] each: the features that replace the placeholders, then the deepstack levels, if any."""
 
 
 @dataclass(frozen=True, eq=False)
-class ImageFeatures:
-    """Features of the distinct images of a pass. F is the sum of their `num_tokens`."""
+class VisionFeatures:
+    """Features of the distinct images and videos of a pass. F is the sum of their `num_tokens`."""
 
     levels: Levels
     """float [F, hidden] each."""
     first: dict[str, int]
-    """Image hash → index of its first feature."""
+    """Hash of an item → index of its first feature."""
 
 
-def first_features(images: Sequence[ImageItem]) -> dict[str, int]:
-    """`ImageFeatures.first` for images whose features follow each other."""
+def first_features(items: Sequence[MMItem]) -> dict[str, int]:
+    """`VisionFeatures.first` for items whose features follow each other."""
     first, total = {}, 0
-    for image in images:
-        first[image.hash] = total
-        total += image.num_tokens
+    for item in items:
+        first[item.hash] = total
+        total += item.num_tokens
     return first
 
 
 class FeatureCache:
-    """Features of the most recently used images, up to `limit_bytes`; None for no limit.
+    """Features of the most recently used images and videos, up to `limit_bytes`; None for no limit.
 
     All of them belong to one version of the vision tower's weights: another version clears the cache.
     """
@@ -54,30 +54,30 @@ class FeatureCache:
         return self._entries.num_bytes
 
     def encode(
-        self, images: Sequence[ImageItem], version: int, encode: Callable[[Sequence[ImageItem]], Levels]
-    ) -> tuple[ImageFeatures, int]:
-        """Features of `images` (distinct, one or more), and how many of the images had to be encoded.
+        self, items: Sequence[MMItem], version: int, encode: Callable[[Sequence[MMItem]], Levels]
+    ) -> tuple[VisionFeatures, int]:
+        """Features of `items` (distinct, one or more), and how many of the items had to be encoded.
 
-        `encode` returns the levels of the images that it is given. It is called at most once, with the images that are
+        `encode` returns the levels of the items that it is given. It is called at most once, with the items that are
         not in the cache.
         """
         if version != self._version:
             self._version = version
             self._entries.clear()
-        kept = {image.hash: self._entries.get(image.hash) for image in images}
+        kept = {item.hash: self._entries.get(item.hash) for item in items}
         found = {hash: levels for hash, levels in kept.items() if levels is not None}
-        missing = [image for image in images if image.hash not in found]
+        missing = [item for item in items if item.hash not in found]
         if missing:
-            lengths = [image.num_tokens for image in missing]
+            lengths = [item.num_tokens for item in missing]
             parts = [torch.split(level, lengths) for level in encode(missing)]
-            for image, own in zip(missing, zip(*parts, strict=True), strict=True):
-                found[image.hash] = list(own)
+            for item, own in zip(missing, zip(*parts, strict=True), strict=True):
+                found[item.hash] = list(own)
                 num_bytes = sum(level.nbytes for level in own)
                 if num_bytes <= self._entries.limit_bytes:
                     # A view of a larger tensor would keep all of that tensor alive.
-                    self._entries.put(image.hash, [level.clone() for level in own], num_bytes)
-        levels = [torch.cat(level) for level in zip(*(found[image.hash] for image in images), strict=True)]
-        return ImageFeatures(levels, first_features(images)), len(missing)
+                    self._entries.put(item.hash, [level.clone() for level in own], num_bytes)
+        levels = [torch.cat(level) for level in zip(*(found[item.hash] for item in items), strict=True)]
+        return VisionFeatures(levels, first_features(items)), len(missing)
 
     def clear(self) -> None:
         """Remove all features."""

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from vlmrl.config.model import EVERY_LINEAR_LAYER, BaseDtype, LoraConfig, ModelConfig
 from vlmrl.errors import ConfigError
-from vlmrl.models.image_encoder import image_parameters
 from vlmrl.models.nf4 import Nf4Linear, fits
 from vlmrl.models.parts import part_of_each
 from vlmrl.models.value_head import is_of_value_head
+from vlmrl.models.vision_encoder import image_parameters
 
 ADAPTER = "default"
 """PEFT's name of the one adapter."""

@@ -15,7 +15,7 @@ from torch import nn
 from vlmrl.config.model import Part
 from vlmrl.config.trainer import PartRatesConfig
 from vlmrl.errors import ConfigError
-from vlmrl.models.image_encoder import image_parameters, image_tower
+from vlmrl.models.vision_encoder import image_parameters, image_tower
 
 PROJECTOR_IN_TOWER = "merger"
 """In the names of the modules of a tower that lead from its layers to the language model."""

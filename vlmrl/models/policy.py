@@ -1,9 +1,9 @@
 """The policy of trainer and embedded engine: `forward(token_ids, position_ids, mm_token_type_ids, **mm_kwargs)`.
 
-Nothing here names a model family. Images are passed under the forward names that the renderer gave them (`mm_kwargs`),
-the model's own `get_image_features` encodes them, and its own layers run with our attention plugged in. Images are
-encoded separately from the tokens: each distinct image of a pass is encoded once, its features are placed wherever it
-is shown, and the gradient is the sum over those places.
+Nothing here names a model family. Images and videos are passed under the forward names that the renderer gave them
+(`mm_kwargs`), the model's own `get_image_features` and `get_video_features` encode them, and its own layers run with
+our attention plugged in. They are encoded separately from the tokens: each distinct item of a pass is encoded once, its
+features are placed wherever it is shown, and the gradient is the sum over those places.
 
 No forward or backward pass synchronizes with the GPU: what depends only on sizes is computed on the host, and features
 are placed by row numbers. transformers places them by a mask, which must be counted first and leaves the GPU idle a
@@ -28,12 +28,12 @@ from vlmrl.models.attention.rules import attention_rules
 from vlmrl.models.attention.tree import ATTENTION_NAME, tree_attention_forward
 from vlmrl.models.blocks import uncompiled_in_inference
 from vlmrl.models.families.positions import PositionFunction
-from vlmrl.models.features import FeatureCache, ImageFeatures, Levels, first_features
+from vlmrl.models.features import FeatureCache, Levels, VisionFeatures, first_features
 from vlmrl.models.head import float_logits, most_likely, token_and_top_logprobs, token_logprobs
-from vlmrl.models.image_encoder import ImageEncoder
 from vlmrl.models.logit_map import logit_map
 from vlmrl.models.supports import PackedSupports, support_logprobs
-from vlmrl.types import ImageItem
+from vlmrl.models.vision_encoder import VisionEncoder
+from vlmrl.types import MMItem
 
 AttentionInterface.register(ATTENTION_NAME, tree_attention_forward)
 AttentionInterface.register(VISION_ATTENTION, vision_attention_forward)
@@ -102,7 +102,7 @@ class Policy:
         # With MRoPE, rows without images may still come after images, so they too need all four positions.
         self._mrope = "mrope_section" in (getattr(text, "rope_parameters", None) or {})
         text._attn_implementation = ATTENTION_NAME
-        self._images = ImageEncoder(model)
+        self._vision = VisionEncoder(model)
         self.banned = torch.zeros(len(model.get_output_embeddings().weight), dtype=torch.bool, device=self.device)
         """bool [vocabulary]; True for tokens that have probability 0."""
         self.banned[sorted(banned_token_ids)] = True
@@ -112,7 +112,7 @@ class Policy:
     @property
     def tower_learns(self) -> bool:
         """Whether what makes the features of images has trainable parameters."""
-        return self._images.learns
+        return self._vision.learns
 
     @property
     def _is_fused(self) -> bool:
@@ -125,31 +125,31 @@ class Policy:
             return Kernel.blocks
         return Kernel.varlen if self._fits_varlen and not shared else Kernel.flex
 
-    def encode_images(self, images: Sequence[ImageItem]) -> ImageFeatures | None:
-        """Run the vision tower once over `images`, which must be distinct. A frozen tower encodes only the images whose
-        features are not cached. None for no images."""
-        if not images:
+    def encode_items(self, items: Sequence[MMItem]) -> VisionFeatures | None:
+        """Run the vision tower once over images and videos, which must be distinct. A frozen tower encodes only those
+        whose features are not cached. None for no items."""
+        if not items:
             return None
-        if self._images.is_there and not self.tower_learns:
+        if self._vision.is_there and not self.tower_learns:
             # Cached features are used outside the engine's inference mode, whose tensors no backward pass may touch.
             with torch.inference_mode(False), torch.no_grad():
-                features, encoded = self._cache.encode(images, self._images.version, self._encode)
+                features, encoded = self._cache.encode(items, self._vision.version, self._encode)
         else:
-            features, encoded = ImageFeatures(self._encode(images), first_features(images)), len(images)
+            features, encoded = VisionFeatures(self._encode(items), first_features(items)), len(items)
         self._encoded += encoded
-        self._reused += len(images) - encoded
+        self._reused += len(items) - encoded
         return features
 
     def take_image_counters(self) -> dict[str, float]:
-        """`images/encoded` and `images/cached` since the last call: images that the vision tower encoded, and images
-        whose features were cached. `images/cache_bytes`: bytes of the cached features now."""
+        """`images/encoded` and `images/cached` since the last call: images and videos that the vision tower encoded,
+        and those whose features were cached. `images/cache_bytes`: bytes of the cached features now."""
         counters = {"images/encoded": self._encoded, "images/cached": self._reused, "images/cache_bytes": 0}
         counters["images/cache_bytes"] = self._cache.num_bytes
         self._encoded, self._reused = 0, 0
         return {name: float(value) for name, value in counters.items()}
 
-    def _encode(self, images: Sequence[ImageItem]) -> Levels:
-        levels = self._images.encode(images, self.device, fused=self._is_fused)
+    def _encode(self, items: Sequence[MMItem]) -> Levels:
+        levels = self._vision.encode(items, self.device, fused=self._is_fused)
         if len(levels) > 1 and not self._takes_levels:
             raise ModelError(
                 f"{type(self._decoder).__name__}.forward takes no deepstack_visual_embeds, so {len(levels) - 1} of the "
@@ -164,7 +164,7 @@ class Policy:
         position_ids: Tensor,
         mm_token_type_ids: Tensor,
         plan: TreePlan,
-        features: ImageFeatures | None,
+        features: VisionFeatures | None,
         feature_rows: Tensor,
     ) -> Tensor:
         """One pass over T rows → float [T, hidden], after the final norm.

@@ -48,7 +48,7 @@ class PromptCheck:
         try:
             with rendering_fence():
                 prompt = await self.renderer.first_turn(messages)
-                check_placeholders(len(prompt.token_ids), prompt.placeholders, prompt.images)
+                check_placeholders(len(prompt.token_ids), prompt.placeholders, prompt.mm_items)
         except UserFault as fault:
             raise bad_row(problem, fault.text) from None
         if len(prompt.token_ids) >= self.max_model_len:

@@ -212,7 +212,7 @@ class RolloutRunner:
         tools = () if self.tools is None else self.tools.specs
         with rendering_fence():
             prompt = await self.renderer.first_turn(new_messages, tools)
-            check_placeholders(len(prompt.token_ids), prompt.placeholders, prompt.images)
+            check_placeholders(len(prompt.token_ids), prompt.placeholders, prompt.mm_items)
         own = self._own_sampling(temperature)
         branch, starts_over = 0, False
         while True:
@@ -301,7 +301,7 @@ class RolloutRunner:
                 )
             if bridged and not extends(prompt, turn.prompt, turn.completion.token_ids):
                 raise ContractError(f"the prompt of turn {number} does not extend the turn before it")
-            check_placeholders(len(prompt.token_ids), prompt.placeholders, prompt.images)
+            check_placeholders(len(prompt.token_ids), prompt.placeholders, prompt.mm_items)
         return prompt, bridged
 
 

@@ -133,7 +133,7 @@ def _branch_sample(rollout_id: str, turns: list[Turn], kl_advantage: float) -> T
         inference_logprobs=inference_logprobs,
         versions=versions,
         placeholders=prompt.placeholders,
-        images=prompt.images,
+        mm_items=prompt.mm_items,
         reference_logprobs=reference_logprobs,
         reference_top=TopTokens.joined(tops) if len(tops) == len(learnable) else None,
         temperatures=None if np.isnan(temperatures).all() else temperatures,

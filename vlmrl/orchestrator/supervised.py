@@ -219,5 +219,5 @@ def supervised_sample(rollout_id: str, prompt: Prompt, learned: BoolArray) -> Tr
         inference_logprobs=np.zeros(length, np.float32),
         versions=np.where(learned, 0, -1),
         placeholders=prompt.placeholders,
-        images=prompt.images,
+        mm_items=prompt.mm_items,
     )

@@ -33,7 +33,7 @@ from typing import TypeAlias
 import numpy as np
 
 from vlmrl.rendering.renderer import Renderer
-from vlmrl.types import Image, ImageItem, Trainer, TrainingSample
+from vlmrl.types import Image, ImageItem, MMItem, Trainer, TrainingSample, Video
 
 SAMPLES = 8
 """How many samples of the step are scored again, at even distances. Each costs three short forward passes."""
@@ -62,7 +62,7 @@ class VisionGap:
         if self.every == 0 or (step - 1) % self.every:
             return {}
         started = time.perf_counter()
-        with_image = [sample for sample in samples if sample.images and sample.loss_mask.any()]
+        with_image = [sample for sample in samples if sample.mm_items and sample.loss_mask.any()]
         if not with_image:
             return {}
         real = evenly(with_image, SAMPLES)
@@ -82,8 +82,14 @@ class VisionGap:
         return {**metrics, "time/vision_gap": time.perf_counter() - started}
 
     def _blanked(self, sample: TrainingSample) -> TrainingSample:
-        pictures = [Image(np.full(image.pixels.shape, GREY, np.uint8)) for image in sample.images]
-        return with_images(sample, self.renderer.images(pictures))
+        return with_items(sample, self.renderer.items([_grey(item) for item in sample.mm_items]))
+
+
+def _grey(item: MMItem) -> Image | Video:
+    """What is shown in place of an item: grey pixels of its size, at its times."""
+    if isinstance(item, ImageItem):
+        return Image(np.full(item.pixels.shape, GREY, np.uint8))
+    return Video(np.full(item.frames.shape, GREY, np.uint8), item.rate, item.times.tolist())
 
 
 def evenly(samples: Sequence[TrainingSample], count: int) -> list[TrainingSample]:
@@ -93,23 +99,22 @@ def evenly(samples: Sequence[TrainingSample], count: int) -> list[TrainingSample
     return [samples[int(place)] for place in places]
 
 
-def with_images(sample: TrainingSample, images: Sequence[ImageItem]) -> TrainingSample:
-    """The same sample with other images. Raises `ContractError` where an image has another number of tokens."""
-    placeholders = tuple(
-        replace(place, hash=image.hash) for place, image in zip(sample.placeholders, images, strict=True)
-    )
-    return replace(sample, placeholders=placeholders, images=tuple(images))
+def with_items(sample: TrainingSample, items: Sequence[MMItem]) -> TrainingSample:
+    """The same sample with other images and videos. Raises `ContractError` where one has another number of tokens."""
+    placeholders = tuple(replace(place, hash=item.hash) for place, item in zip(sample.placeholders, items, strict=True))
+    return replace(sample, placeholders=placeholders, mm_items=tuple(items))
 
 
-def layout(image: ImageItem) -> Layout:
-    """A key that is equal for images with the same processed shapes, the same grid and the same tokens. Integer arrays
-    (such as `image_grid_thw`) describe the grid, so their values count; float arrays hold pixels, so only their shapes
-    do. The replacement counts, because 2 × 3 and 3 × 2 tiles may have the same shapes and other tile tags."""
+def layout(item: MMItem) -> Layout:
+    """A key that is equal for images (videos) with the same processed shapes, the same grid and the same tokens.
+    Integer arrays (such as `image_grid_thw`) describe the grid, so their values count; float arrays hold pixels, so
+    only their shapes do. The replacement counts, because 2 × 3 and 3 × 2 tiles may have the same shapes and other tile
+    tags, and two videos of one size may have frames at other times."""
     arrays = (
         (name, array.shape, array.tobytes() if np.issubdtype(array.dtype, np.integer) else None)
-        for name, array in sorted(image.mm_kwargs.items())
+        for name, array in sorted(item.mm_kwargs.items())
     )
-    return ((image.replacement, (image.num_tokens,), None), *arrays)
+    return ((item.replacement, (item.num_tokens,), None), *arrays)
 
 
 def shuffle_images(
@@ -120,9 +125,9 @@ def shuffle_images(
     others = OtherImages(batch)
     for index, sample in enumerate(chosen):
         draw = random.Random(sample.rollout_id)
-        images = [draw.choice(found) for image in sample.images if (found := others.of(image, group_of(sample)))]
-        if len(images) == len(sample.images):
-            yield index, with_images(sample, images)
+        images = [draw.choice(found) for image in sample.mm_items if (found := others.of(image, group_of(sample)))]
+        if len(images) == len(sample.mm_items):
+            yield index, with_items(sample, images)
 
 
 def swap_images(
@@ -131,32 +136,32 @@ def swap_images(
     """As `shuffle_images`, for the samples that have images; the same image has the same replacement in all samples of
     a group, so that siblings share their prefixes as before."""
     others = OtherImages(batch)
-    drawn: dict[tuple[str, str], ImageItem | None] = {}
+    drawn: dict[tuple[str, str], MMItem | None] = {}
     for index, sample in enumerate(chosen):
         group = group_of(sample)
         images = []
-        for image in sample.images:
+        for image in sample.mm_items:
             if (group, image.hash) not in drawn:
                 found = others.of(image, group)
                 drawn[group, image.hash] = random.Random(f"{group}/{image.hash}").choice(found) if found else None
             if (other := drawn[group, image.hash]) is not None:
                 images.append(other)
-        if images and len(images) == len(sample.images):
-            yield index, with_images(sample, images)
+        if images and len(images) == len(sample.mm_items):
+            yield index, with_items(sample, images)
 
 
 class OtherImages:
     """The images of a batch that can replace each other."""
 
     def __init__(self, batch: Sequence[TrainingSample]) -> None:
-        self._shown: dict[Layout, dict[str, tuple[ImageItem, set[str]]]] = {}
+        self._shown: dict[Layout, dict[str, tuple[MMItem, set[str]]]] = {}
         """Layout → hash → the image, and the groups that show it."""
         for sample in batch:
-            for image in sample.images:
+            for image in sample.mm_items:
                 same = self._shown.setdefault(layout(image), {})
                 same.setdefault(image.hash, (image, set()))[1].add(group_of(sample))
 
-    def of(self, image: ImageItem, group: str) -> list[ImageItem]:
+    def of(self, image: MMItem, group: str) -> list[MMItem]:
         """What can replace an image of the batch in a sample of `group`, in the order of the batch."""
         others = [other for other, groups in self._shown[layout(image)].values() if groups - {group}]
         # Fall back to the same pixels only if every other problem shows them too: then they carry no information.

@@ -21,7 +21,7 @@ from vlmrl.record import rollout_schema as columns
 from vlmrl.record.checksum import with_checksum
 from vlmrl.record.sampling_text import sampling_text
 from vlmrl.record.tool_fields import fields_text, tools_text
-from vlmrl.types import Image, Message, Rollout, Text, Turn, extends
+from vlmrl.types import Image, Message, Part, Rollout, Text, Turn, extends
 
 LEVEL = 3
 """Of zstd."""
@@ -188,7 +188,7 @@ def _messages(messages: list[Message]) -> pa.Array:
     return _struct(columns.MESSAGE, _texts(message.role for message in messages), contents)
 
 
-def _parts(parts: list[Text | Image]) -> pa.Array:
+def _parts(parts: list[Part]) -> pa.Array:
     kinds = _texts("text" if isinstance(part, Text) else "image" for part in parts)
     return _struct(columns.PART, kinds, _texts(part.text if isinstance(part, Text) else None for part in parts))
 

@@ -34,7 +34,7 @@ from vlmrl.record.rollout_lines import read_lines
 from vlmrl.record.run_dir import RecordKind, RunDir
 from vlmrl.record.splits import RecordedSplit
 from vlmrl.record.tokens import TokenSpellings
-from vlmrl.types import ImageItem, Rollout
+from vlmrl.types import ImageItem, MMItem, Rollout
 
 MAX_QUEUED_FILES = 4
 """Files that may wait for the disk. With that many waiting, `write` blocks until the oldest is written."""
@@ -230,8 +230,8 @@ DIGESTS = "vlmrl:mm_kwargs"
 """Keyword of the PNG text chunk that holds `mm_kwargs_digests`."""
 
 
-def mm_kwargs_digests(image: ImageItem) -> dict[str, str]:
-    """Name → dtype, shape and start of the SHA-256 of each processor output of an image. mode=replay compares them with
+def mm_kwargs_digests(item: MMItem) -> dict[str, str]:
+    """Name → dtype, shape and start of the SHA-256 of each processor output of an item. mode=replay compares them with
     those of the installed processor.
 
     >>> grid = np.array([[1, 2, 2]])
@@ -240,7 +240,7 @@ def mm_kwargs_digests(image: ImageItem) -> dict[str, str]:
     """
     return {
         name: f"{array.dtype}{list(array.shape)} {hashlib.sha256(array.tobytes()).hexdigest()[:16]}"
-        for name, array in sorted(image.mm_kwargs.items())
+        for name, array in sorted(item.mm_kwargs.items())
     }
 
 

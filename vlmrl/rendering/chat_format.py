@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from vlmrl.types import Answer, ImageItem, IntArray, Message, Placeholder, Prompt, ToolSpec
+from vlmrl.types import Answer, IntArray, Message, MMItem, Placeholder, Prompt, ToolSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +76,7 @@ class ChatFormat(Protocol):
     def render(
         self,
         messages: Sequence[Message],
-        items: tuple[ImageItem, ...],
+        items: tuple[MMItem, ...],
         generate: bool,
         tools: Sequence[ToolSpec] = (),
     ) -> Rendered:
@@ -95,7 +95,7 @@ class ChatFormat(Protocol):
         completion_ids: IntArray,
         history: Sequence[Message],
         new_messages: Sequence[Message],
-        new_items: tuple[ImageItem, ...],
+        new_items: tuple[MMItem, ...],
         tools: Sequence[ToolSpec] = (),
     ) -> Rendered | None:
         """What comes after `previous` and the completion; None where the format does not allow to extend them.

@@ -36,9 +36,9 @@ from vlmrl.types import (
     Answer,
     BrokenCall,
     ContractError,
-    ImageItem,
     IntArray,
     Message,
+    MMItem,
     Placeholder,
     Prompt,
     ToolCall,
@@ -131,7 +131,7 @@ class Grammar:
     def render(
         self,
         messages: Sequence[Message],
-        items: tuple[ImageItem, ...],
+        items: tuple[MMItem, ...],
         generate: bool,
         tools: Sequence[ToolSpec] = (),
     ) -> Rendered:
@@ -173,7 +173,7 @@ class Grammar:
         completion_ids: IntArray,
         history: Sequence[Message],
         new_messages: Sequence[Message],
-        new_items: tuple[ImageItem, ...],
+        new_items: tuple[MMItem, ...],
         tools: Sequence[ToolSpec] = (),
     ) -> Rendered | None:
         """What comes after `previous` and the completion; None where the family's grammar does not allow to extend
@@ -201,11 +201,11 @@ class Grammar:
         begin: int,
         completion_ids: IntArray,
         new_messages: Sequence[Message],
-        new_items: tuple[ImageItem, ...],
+        new_items: tuple[MMItem, ...],
         tools: Sequence[ToolSpec],
     ) -> Rendered | None:
         """`bridge` from token `begin` of the previous prompt on; its images are handed over where it is 0."""
-        prompt_ids, images = previous.token_ids[begin:].tolist(), () if begin else previous.images
+        prompt_ids, images = previous.token_ids[begin:].tolist(), () if begin else previous.mm_items
         known = [*prompt_ids, *completion_ids.tolist()]
 
         def extended(messages: Sequence[Message]) -> Any:
@@ -266,7 +266,7 @@ class Grammar:
             marked_tools, in_tools = self._control.mark_tools(tools)
             return marked, marked_tools, in_messages or in_tools
 
-    def _checked(self, rendered: Any, items: tuple[ImageItem, ...], begin: int, offset: int) -> Rendered:
+    def _checked(self, rendered: Any, items: tuple[MMItem, ...], begin: int, offset: int) -> Rendered:
         """Tokens and placeholders from token `begin` on, where the package wrote; `offset` tokens stand before those
         that it was given.
 

@@ -14,15 +14,15 @@ from typing import Any
 from PIL import Image as PILImage
 
 from vlmrl.rendering.tool_calls import fields_key, message_fields, tools_key
-from vlmrl.types import Image, ImageItem, Message, Prompt, Text, ToolSpec
+from vlmrl.types import Image, Message, MMItem, Prompt, Text, ToolSpec, Video
 
 
-def images_of(messages: Iterable[Message]) -> list[Image]:
-    """The image parts of a conversation, in order."""
-    return [part for message in messages for part in message.content if isinstance(part, Image)]
+def shown_in(messages: Iterable[Message]) -> list[Image | Video]:
+    """The images and videos of a conversation, in order."""
+    return [part for message in messages for part in message.content if not isinstance(part, Text)]
 
 
-def content_key(messages: Iterable[Message], items: Iterable[ImageItem], tools: Sequence[ToolSpec] = ()) -> Hashable:
+def content_key(messages: Iterable[Message], items: Iterable[MMItem], tools: Sequence[ToolSpec] = ()) -> Hashable:
     """A key that is equal for equal roles, texts, pixels, tool calls and tools. `items` are the processed images of the
     messages.
 
@@ -39,7 +39,7 @@ def content_key(messages: Iterable[Message], items: Iterable[ImageItem], tools: 
     )
 
 
-def to_package(messages: Iterable[Message], items: Iterable[ImageItem]) -> list[dict[str, Any]]:
+def to_package(messages: Iterable[Message], items: Iterable[MMItem]) -> list[dict[str, Any]]:
     """The package's messages, with a stand-in for each image. A message without images becomes one string, which every
     family accepts."""
     remaining = iter(items)

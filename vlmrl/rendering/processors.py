@@ -9,8 +9,9 @@ import numpy as np
 from PIL import Image as PILImage
 
 from vlmrl.errors import fenced
-from vlmrl.rendering.image_store import ImageStore, Processed
+from vlmrl.rendering.image_store import ImageStore
 from vlmrl.rendering.images import ImageError, Pixels
+from vlmrl.rendering.item_store import Processed
 from vlmrl.rendering.messages import hash_of_stand_in
 
 PlaceholderTokens: TypeAlias = Callable[[Mapping[str, np.ndarray], Any], int]

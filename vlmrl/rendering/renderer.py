@@ -20,8 +20,8 @@ The `renderers` package knows the token grammar of each model family. The module
 
     tool_calls.py       tools and calls between our records and the chat formats'
     tool_check.py       whether a chat format can be used with tools; template/call_grammar.py reads a template's calls
-
-Left out on purpose: video.
+    videos.py           the frames of a video, however it is handed in
+    item_store.py       what the stores of images and videos (video_store.py) share
 """
 
 from __future__ import annotations
@@ -41,11 +41,14 @@ from vlmrl.rendering.chat_format import ChatFormat, Rendered
 from vlmrl.rendering.grammar import Grammar
 from vlmrl.rendering.image_store import ImageStore
 from vlmrl.rendering.images import ImageError
-from vlmrl.rendering.messages import content_key, images_of
+from vlmrl.rendering.item_store import ItemStores
+from vlmrl.rendering.messages import content_key, shown_in
 from vlmrl.rendering.processors import PlaceholderTokens, ProcessedSize, ProcessImage, untold_size
 from vlmrl.rendering.template.image_text import ProcessWithText
 from vlmrl.rendering.template.template_format import TemplateFormat
+from vlmrl.rendering.template.video_text import ProcessVideoWithText
 from vlmrl.rendering.tool_check import tool_problem
+from vlmrl.rendering.video_store import VideoStore
 from vlmrl.types import (
     Answer,
     BoolArray,
@@ -54,9 +57,12 @@ from vlmrl.types import (
     ImageItem,
     IntArray,
     Message,
+    MMItem,
+    Modality,
     Placeholder,
     Prompt,
     ToolSpec,
+    Video,
     check_placeholders,
 )
 
@@ -106,9 +112,9 @@ class Renderer(Protocol):
         """
         ...
 
-    def images(self, parts: Sequence[Image]) -> tuple[ImageItem, ...]:
-        """The processed images, one per part, as prompts hold them. Blocks while new ones are processed. Raises
-        `ImageError`."""
+    def items(self, parts: Sequence[Image | Video]) -> tuple[MMItem, ...]:
+        """The processed images and videos, one per part, as prompts hold them. Blocks while new ones are processed.
+        Raises `ImageError`."""
         ...
 
     def decode(self, completion_ids: IntArray) -> str:
@@ -157,6 +163,7 @@ def make_renderer(
     processed_size: ProcessedSize = untold_size,
     *,
     processor: Any = None,
+    load_video_processor: Callable[[], Any] | None = None,
     eos_ids: Sequence[int] = (),
 ) -> FamilyRenderer:
     """The renderer of a model.
@@ -165,8 +172,9 @@ def make_renderer(
     text-only model. `placeholder_tokens` and `processed_size` are the family's (`family_of(model.vlm)`); without the
     second, the sizes of processed images are not known. `preflight` has refused names that the package does not have.
 
-    The renderer `template` takes the whole `processor` (None for a text-only model), and `eos_ids` of
-    generation_config.json. Raises `ConfigError` for a template or a processor that it cannot use.
+    The renderer `template` takes the whole `processor` (None for a text-only model), which gets its video processor
+    from `load_video_processor` when the first video is shown, and `eos_ids` of generation_config.json. Raises
+    `ConfigError` for a template or a processor that it cannot use.
     """
     name = renderer_name(config, model)
     process = ProcessImage(image_processor, placeholder_tokens, processed_size)
@@ -174,26 +182,41 @@ def make_renderer(
     if name != TEMPLATE:
         images = ImageStore(process, process.processed_size)
         grammar = Grammar(name, tokenizer, image_processor, images, config.parse_control_tokens, config.options)
-        return FamilyRenderer(grammar, images, vocabulary, vocab_size)
-    image_token = model.vlm.image_token if model.vlm is not None else None
-    chat_format = TemplateFormat(
-        tokenizer, processor, image_token, eos_ids, config.options, config.parse_control_tokens
-    )
-    if processor is None:
-        return FamilyRenderer(chat_format, ImageStore(process), vocabulary, vocab_size)
-    with_text = ProcessWithText(
-        processor, tokenizer.convert_tokens_to_ids(image_token), model.vlm.image_settings if model.vlm else {}
-    )
+        videos = VideoStore(None, refusal=f"the renderer {name} makes no videos: set orchestrator/renderer=template")
+        return FamilyRenderer(grammar, images, videos, vocabulary, vocab_size)
+    vlm = model.vlm
+    tokens: dict[Modality, str] = {} if vlm is None else {"image": vlm.image_token}
+    if vlm is not None and vlm.video is not None:
+        tokens["video"] = vlm.video.token
+    chat_format = TemplateFormat(tokenizer, processor, tokens, eos_ids, config.options, config.parse_control_tokens)
+    if processor is None or vlm is None:
+        videos = VideoStore(None, refusal="a text-only model was shown a video")
+        return FamilyRenderer(chat_format, ImageStore(process), videos, vocabulary, vocab_size)
+    with_text = ProcessWithText(processor, tokenizer.convert_tokens_to_ids(vlm.image_token), vlm.image_settings)
     chat_format.surprises += tuple(filter(None, [with_text.surprise()]))
-    return FamilyRenderer(chat_format, ImageStore(with_text, process.processed_size), vocabulary, vocab_size)
+    refusal = f"vlmrl makes no videos for model.vlm.family={vlm.family}: show frames as images, or choose another model"
+    process_video = None
+    if vlm.video is not None and load_video_processor is not None:
+        video_id = tokenizer.convert_tokens_to_ids(vlm.video.token)
+        process_video = ProcessVideoWithText(processor, load_video_processor, vlm.video, video_id)
+    videos = VideoStore(process_video, process.processed_size, refusal)
+    return FamilyRenderer(chat_format, ImageStore(with_text, process.processed_size), videos, vocabulary, vocab_size)
 
 
 class FamilyRenderer:
     """`Renderer` on a chat format. The event loop and other threads may use it at the same time."""
 
-    def __init__(self, chat_format: ChatFormat, images: ImageStore, vocabulary: Iterable[int], vocab_size: int) -> None:
+    def __init__(
+        self,
+        chat_format: ChatFormat,
+        images: ImageStore,
+        videos: VideoStore,
+        vocabulary: Iterable[int],
+        vocab_size: int,
+    ) -> None:
         """`vocabulary` are the ids that the tokenizer knows, `vocab_size` is the number of rows of the embedding."""
         self._images = images
+        self._stores = ItemStores(images, videos)
         self.chat_format = chat_format
         self._tokenizer = chat_format.tokenizer
         self._renders: ByteLRU[Hashable, Rendered] = ByteLRU(MEMO_BYTES)
@@ -232,7 +255,7 @@ class FamilyRenderer:
         self._images.try_image(encodes)
 
     async def first_turn(self, messages: Sequence[Message], tools: Sequence[ToolSpec] | None = None) -> Prompt:
-        return self._render(messages, await self._images.items_async(images_of(messages)), self._given(tools))
+        return self._render(messages, await self._stores.items_async(shown_in(messages)), self._given(tools))
 
     async def next_turn(
         self,
@@ -243,15 +266,15 @@ class FamilyRenderer:
         tools: Sequence[ToolSpec] | None = None,
     ) -> tuple[Prompt, bool]:
         tools = self._given(tools)
-        new_items = await self._images.items_async(images_of(new_messages))
+        new_items = await self._stores.items_async(shown_in(new_messages))
         bridged = self._bridge(previous, completion_ids, history, new_messages, new_items, tools)
         if bridged is not None:
             return bridged, True
         messages = [*history, *new_messages]
-        return self._render(messages, await self._images.items_async(images_of(messages)), tools), False
+        return self._render(messages, await self._stores.items_async(shown_in(messages)), tools), False
 
-    def images(self, parts: Sequence[Image]) -> tuple[ImageItem, ...]:
-        return self._images.items(parts)
+    def items(self, parts: Sequence[Image | Video]) -> tuple[MMItem, ...]:
+        return self._stores.items(parts)
 
     def encode(self, answer: str) -> IntArray:
         """int64 [C ≥ 1]: the completion of a policy that answers with this text, with the end of its turn."""
@@ -279,7 +302,7 @@ class FamilyRenderer:
     ) -> tuple[Prompt, BoolArray]:
         tools = self._given(tools)
         self._check_given(tools)
-        items = self._images.items(images_of(messages))
+        items = self._stores.items(shown_in(messages))
         rendered = self.chat_format.render(messages, items, generate=False, tools=tools)
         if not rendered.sampled_mask:
             raise ConfigError(
@@ -314,7 +337,7 @@ class FamilyRenderer:
             except ConfigError as error:
                 raise UserFault(str(error)) from error
 
-    def _render(self, messages: Sequence[Message], items: tuple[ImageItem, ...], tools: Sequence[ToolSpec]) -> Prompt:
+    def _render(self, messages: Sequence[Message], items: tuple[MMItem, ...], tools: Sequence[ToolSpec]) -> Prompt:
         def render() -> Rendered:
             self._check_given(tools)
             return self.chat_format.render(messages, items, generate=True, tools=tools)
@@ -328,7 +351,7 @@ class FamilyRenderer:
         completion_ids: IntArray,
         history: Sequence[Message],
         new_messages: Sequence[Message],
-        new_items: tuple[ImageItem, ...],
+        new_items: tuple[MMItem, ...],
         tools: Sequence[ToolSpec],
     ) -> Prompt | None:
         """The prompt that extends `previous` and the completion; None where the family's grammar does not allow one.
@@ -349,7 +372,7 @@ class FamilyRenderer:
         check_placeholders(len(token_ids), added.placeholders, new_items)
         if any(placeholder.offset < len(token_ids) - len(added.token_ids) for placeholder in added.placeholders):
             raise ContractError("a bridge moved the placeholders of the turns before it")
-        prompt = Prompt(token_ids, previous.placeholders + added.placeholders, previous.images + new_items)
+        prompt = Prompt(token_ids, previous.placeholders + added.placeholders, previous.mm_items + new_items)
         self._digests[prompt] = _digest(digest, added.token_ids)
         return prompt
 
@@ -377,7 +400,7 @@ def _num_bytes(rendered: Rendered | None) -> int:
     return 1024 + (rendered.token_ids.nbytes + len(rendered.sampled_mask) if rendered is not None else 0)
 
 
-def _prompt(token_ids: IntArray, placeholders: tuple[Placeholder, ...], images: tuple[ImageItem, ...]) -> Prompt:
+def _prompt(token_ids: IntArray, placeholders: tuple[Placeholder, ...], items: tuple[MMItem, ...]) -> Prompt:
     """A prompt whose contract is asserted."""
-    check_placeholders(len(token_ids), placeholders, images)
-    return Prompt(token_ids, placeholders, images)
+    check_placeholders(len(token_ids), placeholders, items)
+    return Prompt(token_ids, placeholders, items)

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 
 from vlmrl.config.inference import VllmConfig
-from vlmrl.config.model import Init, ModelConfig
+from vlmrl.config.model import Init, ModelConfig, VLMConfig
 from vlmrl.config.orchestrator import TEMPLATE, RendererConfig
 from vlmrl.config.run import RunConfig
 from vlmrl.config.task import most_turns
@@ -32,16 +33,17 @@ from vlmrl.models.checkpoints.load import (
     load_model,
     load_processor,
     load_tokenizer,
+    load_video_processor,
     resolve_checkpoint,
     resolve_device,
 )
 from vlmrl.models.checkpoints.scratch import write_weights
 from vlmrl.models.families import family_of
-from vlmrl.models.image_encoder import encodes
 from vlmrl.models.lora import is_quantized, select_trainable
 from vlmrl.models.parts import assert_rates_reach
 from vlmrl.models.policy import Policy
 from vlmrl.models.trial import code_of, try_policy
+from vlmrl.models.vision_encoder import encodes
 from vlmrl.monitor.monitor import Monitor
 from vlmrl.orchestrator.best import BestWatch
 from vlmrl.orchestrator.curriculum import Curriculum
@@ -357,6 +359,12 @@ def build_renderer(config: RunConfig, folder: Path, model: Any = None) -> Render
         return _build_renderer(config, settings, folder, model)
 
 
+def _load_video_processor(folder: Path, vlm: VLMConfig | None) -> Any:
+    assert vlm is not None, "a text-only model takes no videos"
+    assert vlm.video is not None, "the renderer refuses videos of other families"
+    return load_video_processor(folder, vlm.video)
+
+
 def _build_renderer(config: RunConfig, settings: RendererConfig, folder: Path, model: Any) -> RenderingParts:
     tokenizer = load_tokenizer(folder)
     by_template = renderer_name(settings, config.model) == TEMPLATE
@@ -375,6 +383,7 @@ def _build_renderer(config: RunConfig, settings: RendererConfig, folder: Path, m
         family.placeholder_tokens,
         family.processed_size,
         processor=processor,
+        load_video_processor=partial(_load_video_processor, folder, vlm),
         eos_ids=load_eos_ids(folder) if by_template else (),
     )
     if vlm is not None and model is not None:

@@ -37,7 +37,7 @@ from vlmrl.tasks.border import get_num_rows, get_problem, get_reference
 from vlmrl.tasks.loading import load_task
 from vlmrl.tasks.open_env import OpenEnv, finished
 from vlmrl.tasks.programs.problems import played_outside
-from vlmrl.types import Image, Message, Prompt, Rollout, StopReason, ToolUse
+from vlmrl.types import Message, Prompt, Rollout, StopReason, Text, ToolUse
 
 SHOWN_CHARACTERS = 200
 """Characters of a text that a line shows."""
@@ -249,7 +249,7 @@ async def _first_turn(renderer: Renderer | None, messages: tuple[Message, ...]) 
 
 def _show(source: str, messages: Sequence[Message]) -> None:
     for message in messages:
-        parts = ["<image>" if isinstance(part, Image) else part.text for part in message.content]
+        parts = [part.text if isinstance(part, Text) else f"<{part.modality}>" for part in message.content]
         print(f"{source or '  next'} {message.role}: {_short(' '.join(parts))}")
 
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from vlmrl.errors import UserFault, fenced, safe_repr, safe_text
 from vlmrl.tasks.base import BadRow, NoProblem, NotInSplit, Problem, Reference, Reply, Split, Task
-from vlmrl.types import Image, Message, StopReason, Text, ToolCall
+from vlmrl.types import Image, Message, Part, StopReason, Text, ToolCall, Video
 
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
 
@@ -184,8 +184,8 @@ def _checked_message(where: str, message: Message, roles: tuple[Role, ...]) -> M
         allowed = " or ".join(roles)
         raise TaskCodeError(f"{where} returned a message of role {safe_repr(message.role)}, not {allowed}")
     _check(
-        isinstance(message.content, tuple) and all(isinstance(part, (Text, Image)) for part in message.content),
-        f"{where} returned a {role} message with {_kind(message.content)}, not a tuple of Text and Image",
+        isinstance(message.content, tuple) and all(isinstance(part, (Text, Image, Video)) for part in message.content),
+        f"{where} returned a {role} message with {_kind(message.content)}, not a tuple of Text, Image and Video",
     )
     content = tuple(_checked_part(where, role, part) for part in message.content)
     beside = {
@@ -225,8 +225,8 @@ def _text(where: str, name: str, value: Any) -> str:
     return text
 
 
-def _checked_part(where: str, role: Role, part: Text | Image) -> Text | Image:
-    if isinstance(part, Image):
+def _checked_part(where: str, role: Role, part: Part) -> Part:
+    if isinstance(part, Image | Video):
         return part  # its pixels are decoded, and judged, by the renderer
     text: Any = part.text
     _check(

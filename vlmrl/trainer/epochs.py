@@ -56,7 +56,7 @@ def optimizer_steps(
 def first_prompt(sample: TrainingSample) -> Hashable:
     """What the policy had seen before it sampled its first token of the sample: token ids and images."""
     length = int(sample.loss_mask.argmax())
-    pairs = zip(sample.placeholders, sample.images, strict=True)
+    pairs = zip(sample.placeholders, sample.mm_items, strict=True)
     return sample.token_ids[:length].tobytes(), *(image.hash for where, image in pairs if where.offset < length)
 
 

@@ -113,11 +113,11 @@ def _loss_hidden(
     policy: Policy, batch: MicroBatch, temperature: float
 ) -> tuple[Tensor, float | Tensor, float | Tensor]:
     """Hidden states [U, hidden size] of the rows with a loss; their temperature, one number or float32 [U]; and a zero
-    that depends on what the batch's `idle_images` computed."""
+    that depends on what the batch's `idle_items` computed."""
     # The vision tower runs first in every pass. Otherwise the ranks of a sharded model would gather the weights of the
     # tower and of the layers in different orders.
-    idle = [policy.encode_images([image]) for image in batch.idle_images]
-    features = policy.encode_images(batch.images)
+    idle = [policy.encode_items([item]) for item in batch.idle_items]
+    features = policy.encode_items(batch.mm_items)
     divisor: float | Tensor = temperature
     if batch.temperatures is not None:
         divisor = torch.where(batch.temperatures.isnan(), temperature, batch.temperatures)

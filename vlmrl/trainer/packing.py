@@ -25,10 +25,10 @@ from vlmrl.models.attention.prefix_tree import ImageKeys, PrefixTree, Segment, b
 from vlmrl.models.attention.rules import CAUSAL, AttentionRules
 from vlmrl.models.families.positions import PositionFunction
 from vlmrl.models.features import to_device
-from vlmrl.models.image_encoder import alike
 from vlmrl.models.supports import PackedSupports
+from vlmrl.models.vision_encoder import alike
 from vlmrl.trainer.shares import Share, divide
-from vlmrl.types import FloatArray, ImageItem, IntArray, Placeholder, Supports, TokenMetrics, TopTokens, TrainingSample
+from vlmrl.types import FloatArray, IntArray, MMItem, Placeholder, Supports, TokenMetrics, TopTokens, TrainingSample
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +40,9 @@ class MicroBatch:
     position_ids: Tensor
     """int64 [4, T]; each row's position in its own sample: text, then MRoPE time, height, width."""
     mm_token_type_ids: Tensor
-    """int64 [T]; 0 text, 1 image."""
-    images: tuple[ImageItem, ...]
-    """Each distinct image once."""
+    """int64 [T]; 0 text, 1 image, 2 video."""
+    mm_items: tuple[MMItem, ...]
+    """Each distinct image and video once."""
     feature_rows: Tensor
     """int64 [placeholder rows]; for each placeholder row, in row order, the index of its image feature."""
     plan: TreePlan
@@ -79,7 +79,7 @@ class MicroBatch:
     """From which tokens the loss tokens were sampled. None: all from the whole vocabulary."""
     is_filler: bool = False
     """The micro-batch only keeps this rank in step with the others; its loss counts as zero."""
-    idle_images: tuple[ImageItem, ...] = ()
+    idle_items: tuple[MMItem, ...] = ()
     """Where another rank's micro-batch runs the vision tower more often: each of these images is sent through the tower
     on its own, and the features are not used."""
 
@@ -111,9 +111,9 @@ def pack_share(
     for members, tower_calls in zip(share.passes, share.tower_calls, strict=True):
         samples, packed = (share.samples, members) if members else ([share.filler], [[0]])
         batch = _micro_batch(samples, packed, packing, positions, device, kernel, rules)
-        missing = max(0, tower_calls - len(alike(batch.images)))
-        idle = () if share.filler_image is None else missing * (share.filler_image,)
-        yield replace(batch, is_filler=not members, idle_images=idle)
+        missing = max(0, tower_calls - len(alike(batch.mm_items)))
+        idle = () if share.filler_item is None else missing * (share.filler_item,)
+        yield replace(batch, is_filler=not members, idle_items=idle)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +151,7 @@ def _micro_batch(
     keys = [image_keys.keys(sample.token_ids, sample.placeholders) for sample in distinct]
     tree = build_tree(keys, share=packing is Packing.tree)
     token_ids, position_ids, mm_token_type_ids = _row_contents(distinct, tree, positions)
-    images, feature_rows = _image_features(distinct, tree)
+    mm_items, feature_rows = _features(distinct, tree)
     losses = [
         _SampleLoss.of(samples[index], index, rows)
         for equal, rows in zip(members, tree.rows, strict=True)
@@ -182,7 +182,7 @@ def _micro_batch(
         token_ids=tensor(token_ids),
         position_ids=tensor(position_ids),
         mm_token_type_ids=tensor(mm_token_type_ids),
-        images=images,
+        mm_items=mm_items,
         feature_rows=tensor(feature_rows),
         plan=make_plan(kernel, segments, device, rules),
         loss_rows=tensor(loss_rows),
@@ -269,28 +269,28 @@ def _row_contents(
         mm_token_type_ids[added] = sample.mm_token_type_ids[new_from:]
         shape = len(sample.token_ids), sample.placeholders
         if shape not in known:
-            known[shape] = positions(len(sample.token_ids), sample.placeholders, sample.images)
+            known[shape] = positions(len(sample.token_ids), sample.placeholders, sample.mm_items)
         # A position depends on the prefix alone, so shared rows have the same positions in every sample.
         position_ids[:, added] = known[shape][:, new_from:]
     return token_ids, position_ids, mm_token_type_ids
 
 
-def _image_features(samples: Sequence[TrainingSample], tree: PrefixTree) -> tuple[tuple[ImageItem, ...], IntArray]:
-    """Each distinct image once, and for each placeholder row, in row order, the index of its feature (int64) where the
-    features of all these images stand one after another."""
-    images: dict[str, ImageItem] = {}
-    shown: dict[int, ImageItem] = {}
-    """First row of a placeholder → its image."""
+def _features(samples: Sequence[TrainingSample], tree: PrefixTree) -> tuple[tuple[MMItem, ...], IntArray]:
+    """Each distinct image and video once, and for each placeholder row, in row order, the index of its feature (int64)
+    where the features of all these items stand one after another."""
+    items: dict[str, MMItem] = {}
+    shown: dict[int, MMItem] = {}
+    """First row of a placeholder → its item."""
     for sample, rows in zip(samples, tree.rows, strict=True):
-        for placeholder, image in zip(sample.placeholders, sample.images, strict=True):
-            images.setdefault(image.hash, image)
-            shown.setdefault(int(rows[placeholder.offset]), images[image.hash])
+        for placeholder, item in zip(sample.placeholders, sample.mm_items, strict=True):
+            items.setdefault(item.hash, item)
+            shown.setdefault(int(rows[placeholder.offset]), items[item.hash])
     first_feature, total = {}, 0
-    for image in images.values():
-        first_feature[image.hash] = total
-        total += image.num_tokens
+    for item in items.values():
+        first_feature[item.hash] = total
+        total += item.num_tokens
     feature_rows = [
-        np.arange(first_feature[image.hash], first_feature[image.hash] + image.num_tokens)
-        for _, image in sorted(shown.items(), key=lambda item: item[0])
+        np.arange(first_feature[item.hash], first_feature[item.hash] + item.num_tokens)
+        for _, item in sorted(shown.items(), key=lambda pair: pair[0])
     ]
-    return tuple(images.values()), np.concatenate([np.empty(0, np.int64), *feature_rows])
+    return tuple(items.values()), np.concatenate([np.empty(0, np.int64), *feature_rows])

@@ -12,16 +12,15 @@ each forward pass. A rank that has no samples left for a pass computes a filler 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from vlmrl.config.trainer import Packing
 from vlmrl.models.attention.prefix_tree import ImageKeys, common_prefix, sort_key
-from vlmrl.models.image_encoder import alike
-from vlmrl.types import ImageItem, TrainingSample
+from vlmrl.models.vision_encoder import alike
+from vlmrl.types import ImageItem, MMItem, TrainingSample
 
 Members = tuple[tuple[int, ...], ...]
 """The samples of one micro-batch, as indices in sorted order. Samples with equal tokens and images, which are computed
@@ -48,12 +47,12 @@ class Share:
     """The micro-batches, as indices into `samples`; an empty one computes `filler`."""
     filler: TrainingSample
     """A sample of two tokens."""
-    filler_image: ImageItem | None
+    filler_item: MMItem | None
     """The image that a micro-batch sends through the vision tower where other ranks wait there for this one. None where
     no rank waits."""
     tower_calls: tuple[int, ...]
     """For each pass, how often every rank runs the vision tower: as often as the rank whose images have the most forms
-    (`vlmrl.models.image_encoder.alike`). 0 where no rank waits."""
+    (`vlmrl.models.vision_encoder.alike`). 0 where no rank waits."""
 
 
 def divide(
@@ -82,8 +81,8 @@ def divide(
     runs = [range(*bounds) for bounds in cut_for_ranks(lengths, shared, budget, ranks)]
     rows = [lengths[run[0]] + sum(lengths[i] - shared[i] for i in run[1:]) for run in runs]
     filler = _filler(samples)
-    images = [image for sample in samples for image in sample.images]
-    filler_image = min(images, key=lambda image: image.num_tokens) if tower_waits and images else None
+    items = [item for sample in samples for item in sample.mm_items]
+    filler_item = min(items, key=lambda item: item.num_tokens) if tower_waits and items else None
     dealt_to_ranks = deal(rows, ranks)
     calls = [_tower_calls([samples[distinct[place][0]] for place in run]) if tower_waits else 0 for run in runs]
     tower_calls = tuple(
@@ -102,7 +101,7 @@ def divide(
                     tuple(tuple(local[i] for i in members) for members in micro_batch) for micro_batch in passes
                 ),
                 filler=filler,
-                filler_image=filler_image,
+                filler_item=filler_item,
                 tower_calls=tower_calls,
             )
         )
@@ -110,23 +109,29 @@ def divide(
 
 
 def without_pictures(share: Share) -> Share:
-    """The share as it is sent to another rank, without the images for people (`ImageItem.pixels`), which only rank 0
-    shows. An image that several samples share stays one object, so it is sent once."""
-    images: dict[int, ImageItem] = {}
+    """The share as it is sent to another rank, without the pictures for people (`ImageItem.pixels`,
+    `VideoItem.frames`), which only rank 0 shows. An item that several samples share stays one object, so it is sent
+    once."""
+    items: dict[int, MMItem] = {}
 
-    def light(image: ImageItem) -> ImageItem:
-        return images.setdefault(id(image), dataclasses.replace(image, pixels=NO_PIXELS))
+    def light(item: MMItem) -> MMItem:
+        if id(item) not in items:
+            if isinstance(item, ImageItem):
+                items[id(item)] = replace(item, pixels=NO_PIXELS)
+            else:
+                items[id(item)] = replace(item, frames=NO_PIXELS[None])
+        return items[id(item)]
 
-    return dataclasses.replace(
+    return replace(
         share,
-        samples=tuple(dataclasses.replace(s, images=tuple(map(light, s.images))) for s in share.samples),
-        filler_image=None if share.filler_image is None else light(share.filler_image),
+        samples=tuple(replace(s, mm_items=tuple(map(light, s.mm_items))) for s in share.samples),
+        filler_item=None if share.filler_item is None else light(share.filler_item),
     )
 
 
 def _tower_calls(samples: Sequence[TrainingSample]) -> int:
     """How often the vision tower runs for a micro-batch of `samples`."""
-    return len(alike(list({image.hash: image for sample in samples for image in sample.images}.values())))
+    return len(alike(list({item.hash: item for sample in samples for item in sample.mm_items}.values())))
 
 
 def _filler(samples: Sequence[TrainingSample]) -> TrainingSample:
@@ -142,7 +147,7 @@ def _filler(samples: Sequence[TrainingSample]) -> TrainingSample:
         inference_logprobs=np.zeros(2, np.float32),
         versions=np.array([-1, 0], np.int64),
         placeholders=(),
-        images=(),
+        mm_items=(),
     )
 
 

@@ -26,9 +26,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vlmrl.models.blocks import blocks
-from vlmrl.models.image_encoder import image_parameters
 from vlmrl.models.lora import merged
 from vlmrl.models.value_head import is_of_value_head, value_head
+from vlmrl.models.vision_encoder import image_parameters
 
 T = TypeVar("T")
 

@@ -154,7 +154,7 @@ def _sample(name: str, prompt: Prompt, answer: Sequence[int], renderer: Renderer
         inference_logprobs=np.where(mask, -random.exponential(size=len(ids)) - 3, 0).astype(np.float32),
         versions=np.where(mask, 0, -1),
         placeholders=prompt.placeholders,
-        images=prompt.images,
+        mm_items=prompt.mm_items,
     )
 
 
@@ -168,10 +168,10 @@ def blank(sample: TrainingSample) -> TrainingSample:
         dataclasses.replace(
             image, hash=f"grey {image.hash}", mm_kwargs={name: grey(array) for name, array in image.mm_kwargs.items()}
         )
-        for image in sample.images
+        for image in sample.mm_items
     )
     placeholders = tuple(dataclasses.replace(place, hash=f"grey {place.hash}") for place in sample.placeholders)
-    return dataclasses.replace(sample, images=images, placeholders=placeholders)
+    return dataclasses.replace(sample, mm_items=images, placeholders=placeholders)
 
 
 Folder = Callable[[str], Path]

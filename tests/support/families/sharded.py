@@ -72,7 +72,7 @@ def batch(family: Learning) -> list[TrainingSample]:
         inference_logprobs=np.array([0, -2, -3], np.float32),
         versions=np.array([-1, 0, 0]),
         placeholders=(),
-        images=(),
+        mm_items=(),
     )
     return [*family.samples, text]
 

@@ -59,7 +59,7 @@ def one_by_one(model: Any, samples: list[TrainingSample]) -> list[Tensor]:
     """Logprobs of each sample's loss tokens by transformers; leaves gradients of their sum times the advantages."""
     found = []
     for each in samples:
-        logits = kinds.plain_logits(model, each.token_ids, each.mm_token_type_ids, each.images)
+        logits = kinds.plain_logits(model, each.token_ids, each.mm_token_type_ids, each.mm_items)
         where = torch.from_numpy(np.flatnonzero(each.loss_mask))
         logprobs = torch.log_softmax(logits, -1)[where - 1, torch.from_numpy(each.token_ids)[where]]
         loss_of(logprobs, torch.from_numpy(each.advantages)[where]).backward()  # type: ignore[no-untyped-call]

@@ -19,8 +19,8 @@ from support.families.prompts import prompt_and_batch
 from vlmrl.models.attention.plan import plan_tree
 from vlmrl.models.attention.prefix_tree import Segment, image_ends
 from vlmrl.models.families.positions import position_function
-from vlmrl.models.image_encoder import alike, image_parameters
 from vlmrl.models.policy import Policy
+from vlmrl.models.vision_encoder import alike, image_parameters
 from vlmrl.types import ImageItem, Prompt, mm_token_type_ids
 
 Folder = Callable[[str], Path]
@@ -51,12 +51,12 @@ def logprobs(policy: Policy, prompt: Prompt) -> Tensor:
     length = len(prompt.token_ids)
     rows_of_prompt, types = np.arange(length), mm_token_type_ids(length, prompt.placeholders)
     segment = Segment(-1, rows_of_prompt, rows_of_prompt, image_ends(types))
-    features = policy.encode_images(prompt.images)
+    features = policy.encode_items(prompt.images)
     assert features is not None
     rows = [np.arange(features.first[i.hash], features.first[i.hash] + i.num_tokens) for i in prompt.images]
     hidden = policy.hidden_states(
         torch.from_numpy(prompt.token_ids),
-        torch.from_numpy(policy.positions(length, prompt.placeholders, prompt.images)),
+        torch.from_numpy(policy.positions(length, prompt.placeholders, prompt.mm_items)),
         torch.from_numpy(types),
         plan_tree([segment], torch.device("cpu"), policy.rules),
         features,
@@ -108,6 +108,6 @@ def test_an_image_of_one_token(family_folder: Folder) -> None:
     kwargs = {name: outputs[name] for name in ("pixel_values", "image_sizes")}
     tokens = int((outputs["input_ids"] == model.config.image_token_id).sum())
     assert tokens == 1
-    features = policy_of(model).encode_images([ImageItem("a", np.zeros((8, 8, 3), np.uint8), kwargs, tokens)])
+    features = policy_of(model).encode_items([ImageItem("a", np.zeros((8, 8, 3), np.uint8), kwargs, tokens)])
     assert features is not None
     assert features.levels[0].shape == (1, model.config.text_config.hidden_size)

@@ -16,9 +16,9 @@ from support.helpers import image
 from vlmrl.models.families.positions import position_function
 from vlmrl.models.features import FeatureCache, Levels
 from vlmrl.models.policy import Policy
-from vlmrl.types import ImageItem
+from vlmrl.types import ImageItem, MMItem
 
-ITEMS = [image(1, 1), image(2, 1), image(2, 3), image(1, 1, seed=1)]
+ITEMS: list[MMItem] = [image(1, 1), image(2, 1), image(2, 3), image(1, 1, seed=1)]
 LEVELS, WIDTH = 2, 4
 BYTES = LEVELS * WIDTH * 4
 """Bytes of one token's features at all levels."""
@@ -31,11 +31,11 @@ class Tower:
         self.version = 0
         self.encoded: list[str] = []
 
-    def __call__(self, images: Sequence[ImageItem]) -> Levels:
-        self.encoded += [item.hash for item in images]
-        return [torch.cat([self.features(item, level) for item in images]) for level in range(LEVELS)]
+    def __call__(self, items: Sequence[MMItem]) -> Levels:
+        self.encoded += [item.hash for item in items]
+        return [torch.cat([self.features(item, level) for item in items]) for level in range(LEVELS)]
 
-    def features(self, item: ImageItem, level: int) -> Tensor:
+    def features(self, item: MMItem, level: int) -> Tensor:
         number = 1000 * self.version + 10 * ITEMS.index(item) + level
         return torch.arange(item.num_tokens)[:, None] / 100 + torch.full((item.num_tokens, WIDTH), float(number))
 
@@ -85,11 +85,11 @@ def counted(policy: Policy) -> tuple[float, float]:
 
 def test_a_frozen_tower_encodes_an_image_once(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     policy.model.model.visual.requires_grad_(False)
-    first = policy.encode_images(ITEMS[:3])
+    first = policy.encode_items(ITEMS[:3])
     assert counted(policy) == (3, 0)
     monkeypatch.setattr(policy.model.model, "get_image_features", None)  # a call would fail now
     for images in (ITEMS[:3], [ITEMS[2], ITEMS[0]]):
-        again = policy.encode_images(images)
+        again = policy.encode_items(images)
         assert first is not None
         assert again is not None
         assert counted(policy) == (0, len(images))
@@ -102,8 +102,8 @@ def test_a_frozen_tower_encodes_an_image_once(policy: Policy, monkeypatch: pytes
 def test_features_that_the_engine_encoded_serve_a_backward_pass(policy: Policy) -> None:
     policy.model.model.visual.requires_grad_(False)
     with torch.inference_mode():
-        policy.encode_images(ITEMS[:1])
-    features = policy.encode_images(ITEMS[:1])
+        policy.encode_items(ITEMS[:1])
+    features = policy.encode_items(ITEMS[:1])
     assert counted(policy) == (1, 1)
     assert features is not None
     weight = torch.ones(features.levels[0].shape[1], requires_grad=True)
@@ -114,10 +114,10 @@ def test_features_that_the_engine_encoded_serve_a_backward_pass(policy: Policy) 
 def test_weights_that_are_loaded_into_a_frozen_tower_are_another_version(policy: Policy) -> None:
     tower = policy.model.model.visual
     tower.requires_grad_(False)
-    before = policy.encode_images(ITEMS[:1])
+    before = policy.encode_items(ITEMS[:1])
     with torch.no_grad():
         tower.patch_embed.proj.weight.copy_(2 * tower.patch_embed.proj.weight)
-    after = policy.encode_images(ITEMS[:1])
+    after = policy.encode_items(ITEMS[:1])
     assert counted(policy) == (2, 0)
     assert before is not None
     assert after is not None
@@ -126,5 +126,5 @@ def test_weights_that_are_loaded_into_a_frozen_tower_are_another_version(policy:
 
 def test_a_trainable_tower_encodes_every_time(policy: Policy) -> None:
     for _ in range(2):
-        policy.encode_images(ITEMS[:2])
+        policy.encode_items(ITEMS[:2])
     assert counted(policy) == (4, 0)

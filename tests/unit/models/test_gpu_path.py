@@ -66,7 +66,7 @@ def test_kernels_of_a_gpu_compute_every_kind_of_attention(name: str) -> None:
     theirs = []
     for each in samples:
         with torch.no_grad():
-            logits = kinds.plain_logits(model, each.token_ids, each.mm_token_type_ids, each.images)
+            logits = kinds.plain_logits(model, each.token_ids, each.mm_token_type_ids, each.mm_items)
         at = torch.from_numpy(each.loss_mask.nonzero()[0])
         theirs.append(logits.log_softmax(-1)[at - 1, torch.from_numpy(each.token_ids)[at]])
     for packing in Packing:

@@ -61,7 +61,7 @@ def plan_of(length: int, rules: AttentionRules = CAUSAL) -> TreePlan:
 
 def hidden_states(policy: Policy, given: Prompt, images: Sequence[ImageItem]) -> Tensor:
     """Hidden states of one prompt; `images` are encoded in this order."""
-    features = policy.encode_images(images)
+    features = policy.encode_items(images)
     length = len(given.token_ids)
     rows = [
         np.arange(features.first[p.hash], features.first[p.hash] + p.length) for p in given.placeholders if features
@@ -69,7 +69,7 @@ def hidden_states(policy: Policy, given: Prompt, images: Sequence[ImageItem]) ->
     with torch.no_grad():
         return policy.hidden_states(
             torch.from_numpy(given.token_ids),
-            torch.from_numpy(policy.positions(length, given.placeholders, given.images)),
+            torch.from_numpy(policy.positions(length, given.placeholders, given.mm_items)),
             torch.from_numpy(mm_token_type_ids(length, given.placeholders)),
             plan_of(length, policy.rules),
             features,
@@ -112,7 +112,7 @@ def test_a_decoder_that_ignores_deepstack_levels_is_refused(tiny_model: Callable
     model.model.language_model.__class__ = OlderDecoder
     policy = Policy(model, position_function("mrope", 2), [])
     with pytest.raises(ModelError, match=r"OlderDecoder\.forward takes no deepstack_visual_embeds, so 2 of the 3"):
-        policy.encode_images([image(2, 3)])
+        policy.encode_items([image(2, 3)])
 
 
 def test_a_model_with_chunked_attention_is_refused() -> None:
@@ -194,7 +194,7 @@ def test_a_text_only_model_takes_the_same_path() -> None:
     with torch.no_grad():
         wanted = model(input_ids=ids[None]).logits[0]
         policy = Policy(model, position_function("sequential"), [])
-        assert policy.encode_images([]) is None
+        assert policy.encode_items([]) is None
         found = model.lm_head(hidden_states(policy, Prompt(ids.numpy(), (), ()), []))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
@@ -202,12 +202,12 @@ def test_a_text_only_model_takes_the_same_path() -> None:
 def test_features_are_the_images_in_order_at_every_level(policy: Policy) -> None:
     images = [image(2, 3), image(1, 1), image(3, 1)]
     with torch.no_grad():
-        together = policy.encode_images(images)
+        together = policy.encode_items(images)
         assert together is not None
         assert together.first == {images[0].hash: 0, images[1].hash: 6, images[2].hash: 7}
         assert [tuple(level.shape) for level in together.levels] == [(10, 64)] * 3, "one level and two of deepstack"
         for item in images:
-            alone = policy.encode_images([item])
+            alone = policy.encode_items([item])
             assert alone is not None
             start = together.first[item.hash]
             for mine, theirs in zip(together.levels, alone.levels, strict=True):
@@ -217,7 +217,7 @@ def test_features_are_the_images_in_order_at_every_level(policy: Policy) -> None
 def test_a_wrong_number_of_features_is_refused(policy: Policy) -> None:
     broken = ImageItem("ab", np.zeros((1, 1, 3), np.uint8), dict(image(2, 3).mm_kwargs), num_tokens=5)
     with pytest.raises(ModelError, match=r"makes \[6\] features of images that stand for \[5\] tokens"):
-        policy.encode_images([broken])
+        policy.encode_items([broken])
 
 
 def test_features_of_one_image_are_not_given_to_another(policy: Policy) -> None:
@@ -225,7 +225,7 @@ def test_features_of_one_image_are_not_given_to_another(policy: Policy) -> None:
     few = ImageItem("a", np.zeros((1, 1, 3), np.uint8), dict(image(2, 3).mm_kwargs), num_tokens=4)
     many = ImageItem("b", np.zeros((1, 1, 3), np.uint8), dict(image(2, 2).mm_kwargs), num_tokens=6)
     with pytest.raises(ModelError, match=r"makes \[6, 4\] features of images that stand for \[4, 6\] tokens"):
-        policy.encode_images([few, many])
+        policy.encode_items([few, many])
 
 
 def test_the_vision_tower_keeps_its_own_attention(policy: Policy) -> None:
@@ -266,14 +266,14 @@ def test_the_vision_tower_follows_the_dtype_of_the_moment(
 ) -> None:
     """On a GPU the doctor switches a bfloat16 policy to float32 for a while, where flash attention does not exist."""
     shown = image(2, 3)
-    expected = Policy(tiny_model(), position_function("mrope", 2), BANNED).encode_images([shown])
+    expected = Policy(tiny_model(), position_function("mrope", 2), BANNED).encode_items([shown])
     monkeypatch.setattr(Policy, "_is_fused", property(lambda policy: policy.dtype is torch.bfloat16))
     policy = Policy(tiny_model(), position_function("mrope", 2), BANNED)
     policy.dtype = torch.bfloat16  # what a policy on a GPU computes in
     with pytest.raises((RuntimeError, AssertionError, NotImplementedError)):
-        policy.encode_images([shown])  # this machine has no flash attention, so it was chosen
+        policy.encode_items([shown])  # this machine has no flash attention, so it was chosen
     policy.dtype = torch.float32
-    features = policy.encode_images([shown])
+    features = policy.encode_items([shown])
     assert features is not None
     assert expected is not None
     for level, expected_level in zip(features.levels, expected.levels, strict=True):

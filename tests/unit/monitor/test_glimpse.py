@@ -58,7 +58,7 @@ def test_images_beside_words() -> None:
 def test_of_many_images_the_last_are_shown() -> None:
     played = rollout()
     prompt = played.turns[-1].prompt
-    played.turns[-1].prompt = replace(prompt, images=(image(1),) * (MAX_IMAGES + 3))
+    played.turns[-1].prompt = replace(prompt, mm_items=(image(1),) * (MAX_IMAGES + 3))
     assert shown(played, squares=True)[0].startswith("+3 ▀▀▀▀▀▀ ")
 
 

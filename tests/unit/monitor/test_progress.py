@@ -203,7 +203,7 @@ def view_of_rollouts(
     progress.start()
     shown = [rollout(index) for index in range(3)]
     if colors == "256":  # rich caches a colour as the first console drew it
-        shown[0].turns[-1].prompt = replace(shown[0].turns[-1].prompt, images=(image(77),))
+        shown[0].turns[-1].prompt = replace(shown[0].turns[-1].prompt, mm_items=(image(77),))
     progress.rollouts("rollouts of step 7", shown)
     progress.step(7, METRICS)
     progress.stop()

@@ -48,7 +48,7 @@ def test_both_answers_share_prompt_and_image(renderer: Renderer, tokenizer: Any,
     assert len({rollout.problem_id for rollout in made.rollouts}) == 4
     for pair in made.pairs:
         (chosen,), (rejected,) = pair.chosen, pair.rejected
-        assert chosen.images[0] is rejected.images[0]
+        assert chosen.mm_items[0] is rejected.mm_items[0]
         assert chosen.placeholders == rejected.placeholders
         said = [tokenizer.decode(sample.token_ids[sample.loss_mask]) for sample in (chosen, rejected)]
         assert set(said[0].removesuffix("<|im_end|>")) == {"a"}

@@ -113,7 +113,7 @@ def test_a_sample_is_its_branchs_last_prompt_and_completion(played: Rollout) -> 
     for branch, sample in enumerate(make_samples(played)):
         last = [t for t in played.turns if t.branch == branch][-1]
         assert sample.token_ids.tolist() == last.prompt.token_ids.tolist() + last.completion.token_ids.tolist()
-        assert (sample.placeholders, sample.images) == (last.prompt.placeholders, last.prompt.images)
+        assert (sample.placeholders, sample.mm_items) == (last.prompt.placeholders, last.prompt.mm_items)
         assert sample.rollout_id == played.rollout_id
 
 
@@ -218,7 +218,7 @@ def test_a_rollout_without_turns_has_no_samples() -> None:
 
 
 def test_a_missing_image_is_a_contract_error() -> None:
-    prompt = replace(extended(EMPTY, [5], [IMAGES[1]]), images=())
+    prompt = replace(extended(EMPTY, [5], [IMAGES[1]]), mm_items=())
     with pytest.raises(ContractError, match="1 placeholders but 0 images"):
         make_samples(rollout([turn(prompt, [END], 0)]))
 

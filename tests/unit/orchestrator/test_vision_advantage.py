@@ -198,7 +198,7 @@ def test_siblings_go_on_sharing_their_prefix() -> None:
     replaced = {
         (group_of(old), before.hash, after.hash)
         for old, new in zip(samples, swapped, strict=True)
-        for before, after in zip(old.images, new.images, strict=True)
+        for before, after in zip(old.mm_items, new.mm_items, strict=True)
     }
     assert len({each[:2] for each in replaced}) == len(replaced) == 5, (
         "10, 20 and 30 in one group, 40 and 50 in the other"
@@ -258,7 +258,7 @@ def test_the_gaps_of_the_real_policy_are_those_one_by_one(
         whole, is_sampled = renderer.render_conversation((asked, Message.of("assistant", answer)))
         start = int(is_sampled.argmax())
         tokens = whole.token_ids[start : int(is_sampled.sum()) + start]
-        made = Prompt(whole.token_ids[:start], whole.placeholders, whole.images)
+        made = Prompt(whole.token_ids[:start], whole.placeholders, whole.mm_items)
         sampled = Completion(tokens, np.zeros(len(tokens), np.float32), np.zeros(len(tokens), np.int64), "stop")
         one = played(group, index, Turn(made, sampled, answer, [asked], branch=0, reward=0.0, advantage=1.0))
         (found,) = trainer.logprobs(make_samples(one))

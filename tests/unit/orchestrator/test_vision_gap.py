@@ -23,7 +23,7 @@ from vlmrl.models.policy import Policy
 from vlmrl.orchestrator.vision_gap import GREY, SAMPLES, VisionGap, evenly, group_of, layout, shuffle_images
 from vlmrl.rendering.renderer import Renderer, make_renderer
 from vlmrl.trainer.trainer import LocalTrainer
-from vlmrl.types import FloatArray, Image, ImageItem, Message, TrainingSample, mm_token_type_ids
+from vlmrl.types import FloatArray, Image, Message, MMItem, TrainingSample, Video, mm_token_type_ids
 
 GREY_ITEM = replace(image(1, 1, 99), hash="grey")
 
@@ -38,16 +38,16 @@ class Neighbours:
 
     worth: dict[str, float]
     asked: list[list[TrainingSample]] = field(default_factory=list)
-    pictures: list[Image] = field(default_factory=list)
+    pictures: list[Image | Video] = field(default_factory=list)
 
-    def images(self, parts: Sequence[Image]) -> tuple[ImageItem, ...]:
+    def items(self, parts: Sequence[Image | Video]) -> tuple[MMItem, ...]:
         self.pictures += parts
         return (GREY_ITEM,) * len(parts)
 
     def logprobs(self, samples: Sequence[TrainingSample]) -> list[FloatArray]:
         self.asked.append(list(samples))
         return [
-            np.full(int(s.loss_mask.sum()), sum(self.worth.get(i.hash, 0.0) for i in s.images), np.float32)
+            np.full(int(s.loss_mask.sum()), sum(self.worth.get(i.hash, 0.0) for i in s.mm_items), np.float32)
             for s in samples
         ]
 
@@ -109,7 +109,7 @@ def test_samples_are_drawn_evenly() -> None:
 def stand_ins(batch: list[TrainingSample], index: int = 0) -> list[str] | None:
     """The images that replace those of the sample."""
     found = dict(shuffle_images([batch[index]], batch))
-    return [each.hash for each in found[0].images] if found else None
+    return [each.hash for each in found[0].mm_items] if found else None
 
 
 def test_replacements_have_the_same_grid() -> None:
@@ -173,16 +173,16 @@ def test_a_blank_image_is_grey_in_the_processors_own_space(tiny_folder: Path, ti
                 inference_logprobs=np.zeros(length, np.float32),
                 versions=np.where(sampled, 0, -1),
                 placeholders=prompt.placeholders,
-                images=prompt.images,
+                mm_items=prompt.mm_items,
             )
         )
     gap = VisionGap(1, renderer, trainer)
     found = gap(1, samples)
-    (grey,) = renderer.images([Image(np.full((32, 64, 3), GREY, np.uint8))])
+    (grey,) = renderer.items([Image(np.full((32, 64, 3), GREY, np.uint8))])
     assert abs(grey.mm_kwargs["pixel_values"]).max() < 0.01, "mid-grey is the middle of what the processor makes"
-    assert layout(grey) == layout(samples[0].images[0])
+    assert layout(grey) == layout(samples[0].mm_items[0])
     blank = [gap._blanked(sample) for sample in samples]
-    assert {each.images for each in blank} == {(grey,)}
+    assert {each.mm_items for each in blank} == {(grey,)}
     (real, other) = (np.concatenate([trainer.logprobs([s])[0] for s in batch]) for batch in (samples, blank))
     assert found["vision_gap/blank"] == pytest.approx(float((real - other).mean()), abs=1e-5)
     shuffled = [each for _, each in shuffle_images(samples, samples)]

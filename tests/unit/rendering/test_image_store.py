@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image as PILImage
 
-from vlmrl.rendering.image_store import ImageStore, Processed
+from vlmrl.rendering.image_store import ImageStore
 from vlmrl.rendering.images import ImageError, Pixels, decode
+from vlmrl.rendering.item_store import Processed
 from vlmrl.types import Image
 
 
@@ -131,7 +132,7 @@ def test_a_failure_reaches_every_caller_and_is_not_remembered() -> None:
 
 def test_unreferenced_images_are_evicted_above_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     process = Process()
-    monkeypatch.setattr("vlmrl.rendering.image_store.RECENT_BYTES", 4 * 5 * 8 * 8 * 3)  # four of 8 × 8, uint8 + float32
+    monkeypatch.setattr("vlmrl.rendering.item_store.RECENT_BYTES", 4 * 5 * 8 * 8 * 3)  # four of 8 × 8, uint8 + float32
     store = ImageStore(process)
     parts = [Image(picture(8, 8, seed)) for seed in range(8)]
     held = store.items(parts[:1])

@@ -20,7 +20,7 @@ from vlmrl.errors import ConfigError
 from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer
 from vlmrl.models.families import family_of
 from vlmrl.rendering.renderer import ImageError, Renderer, make_renderer, renderer_name
-from vlmrl.types import ContractError, Image, IntArray, Message, Prompt, Text, check_placeholders
+from vlmrl.types import ContractError, Image, ImageItem, IntArray, Message, Prompt, Text, check_placeholders
 
 SIZES = [(32, 32), (64, 32), (32, 96), (100, 45), (200, 70), (9, 3)]
 """Width × height in pixels; the last three are resized."""
@@ -182,7 +182,7 @@ def test_a_bridge_keeps_what_was_sampled_token_for_token(renderer: Renderer, tok
     before = [*previous.token_ids, *sampled]
     assert prompt.token_ids[: len(before)].tolist() == before
     assert prompt.placeholders[:2] == previous.placeholders
-    assert prompt.images[:2] == previous.images
+    assert prompt.images[:2] == previous.mm_items
     assert [p.length for p in prompt.placeholders] == [1, 2, 4]
     added = tokenizer.decode(prompt.token_ids[len(before) :])
     expected = "\n<|im_start|>user\nSquares:<|vision_start|>" + 4 * "<|image_pad|>"
@@ -399,7 +399,7 @@ def test_a_renderer_from_a_folder_of_the_users_own(folder: Path, tmp_path: Path)
     tokenizer, processor = load_tokenizer(own), load_image_processor(own)
     renderer = make_renderer(RendererConfig(), MODEL, tokenizer, processor, VOCAB_SIZE, PLACEHOLDER_TOKENS)
     prompt = first(renderer, conversation(2, 2))
-    check_placeholders(len(prompt.token_ids), prompt.placeholders, prompt.images)
+    check_placeholders(len(prompt.token_ids), prompt.placeholders, prompt.mm_items)
     assert len(prompt.images) == 4
 
 
@@ -416,9 +416,10 @@ def test_the_size_of_a_processed_image(tokenizer: Any, image_processor: Any, wid
         family.placeholder_tokens,
         family.processed_size,
     )
-    (item,) = renderer.images([Image(np.zeros((height, width, 3), np.uint8))])
+    (item,) = renderer.items([Image(np.zeros((height, width, 3), np.uint8))])
     assert item.processed_size is not None
     patches = len(item.mm_kwargs["pixel_values"])
     assert item.processed_size[0] * item.processed_size[1] == patches * image_processor.patch_size**2
     assert (item.processed_size[0] > item.processed_size[1]) == (width > height)
+    assert isinstance(item, ImageItem)
     assert item.pixels.shape[:2] == (height, width)

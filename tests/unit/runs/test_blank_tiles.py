@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from support.families.learning import learning
-from vlmrl.models.image_encoder import encodes
+from vlmrl.models.vision_encoder import encodes
 from vlmrl.rendering.images import ImageError
 from vlmrl.runs.build import build_renderer
 from vlmrl.types import Image
@@ -39,16 +39,16 @@ def test_a_dropped_tile_costs_its_image(name: str, black_is_zero: Callable[[str]
     renderer = build_renderer(made.config, made.folder, made.model).renderer
     for picture, words in ((BLACK, "5 of its 5 tiles"), (HALF, "2 of its 5 tiles")):
         with pytest.raises(ImageError, match=words):
-            renderer.images([Image(picture)])
+            renderer.items([Image(picture)])
         # The model does drop them: so says its own get_image_features.
         unchecked = build_renderer(made.config, made.folder).renderer
-        assert not encodes(made.model, unchecked.images([Image(picture), Image(HALF + 1)]))
-    (item,) = renderer.images([Image(BLACK + 1)])
+        assert not encodes(made.model, unchecked.items([Image(picture), Image(HALF + 1)]))
+    (item,) = renderer.items([Image(BLACK + 1)])
     assert encodes(made.model, [item])
 
 
 def test_other_families_see_black(black_is_zero: Callable[[str], Path]) -> None:
     made = learning(black_is_zero("llava_next"))
-    items = build_renderer(made.config, made.folder, made.model).renderer.images([Image(BLACK), Image(HALF)])
+    items = build_renderer(made.config, made.folder, made.model).renderer.items([Image(BLACK), Image(HALF)])
     assert not any(item.mm_kwargs["pixel_values"][:, -1].all() for item in items[:1])
     assert encodes(made.model, items)

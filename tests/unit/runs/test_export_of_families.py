@@ -73,7 +73,7 @@ def test_transformers_loads_what_was_learned(name: str, family_folder: Folder, t
     again = learning(folder)
     for one, other in zip(again.samples, family.samples, strict=True):
         assert np.array_equal(one.token_ids, other.token_ids)
-        assert [image.hash for image in one.images] == [image.hash for image in other.images]
+        assert [image.hash for image in one.mm_items] == [image.hash for image in other.mm_items]
     ours, theirs = (np.concatenate(each.logprobs(list(family.samples))) for each in (trainer, again.trainer()))
     assert np.array_equal(ours, theirs)
 

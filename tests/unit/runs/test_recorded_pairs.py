@@ -135,7 +135,7 @@ def test_samples_are_those_that_the_run_learned_from(run_folder: Path, renderer:
                 np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name), err_msg=name)
             assert found.placeholders == wanted.placeholders
             assert found.loss_mask.sum() == 8, "the sampled tokens of both turns"
-            for one, other in zip(found.images, wanted.images, strict=True):
+            for one, other in zip(found.mm_items, wanted.mm_items, strict=True):
                 assert all(np.array_equal(one.mm_kwargs[key], other.mm_kwargs[key]) for key in other.mm_kwargs)
 
 

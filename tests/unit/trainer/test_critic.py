@@ -122,7 +122,7 @@ def plain_values(model: Any, sample: TrainingSample) -> Array:
     from support.helpers import plain_logits
 
     with torch.no_grad():
-        plain_logits(model, sample.token_ids, sample.mm_token_type_ids, sample.images)
+        plain_logits(model, sample.token_ids, sample.mm_token_type_ids, sample.mm_items)
         handle.remove()
         rows = heard[-1][0][np.flatnonzero(sample.loss_mask) - 1]
         return model.value_head(rows)[:, 0].double().numpy()  # type: ignore[no-any-return]

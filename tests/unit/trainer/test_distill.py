@@ -267,7 +267,7 @@ def plain_divergence(teacher: Any, policy: Any, samples: list[TrainingSample], e
         temperature = torch.tensor(np.where(np.isnan(own), 0.7, own))[:, None]
         q, p = (
             torch.log_softmax(
-                plain_logits(model, s.token_ids, s.mm_token_type_ids, s.images)[where - 1].double()[:, allowed]
+                plain_logits(model, s.token_ids, s.mm_token_type_ids, s.mm_items)[where - 1].double()[:, allowed]
                 / temperature,
                 -1,
             )

@@ -99,7 +99,7 @@ def test_siblings_have_their_prompt_in_common() -> None:
     assert len({*prompts}) == 3, "two groups, and one sample that has no image"
     other = replace(batch()[0].images[0], hash="another")
     places = (replace(batch()[0].placeholders[0], hash="another"), *batch()[0].placeholders[1:])
-    changed = replace(batch()[0], images=(other, *batch()[0].images[1:]), placeholders=places)
+    changed = replace(batch()[0], mm_items=(other, *batch()[0].images[1:]), placeholders=places)
     assert first_prompt(changed) != prompts[0]
 
 
@@ -107,7 +107,7 @@ def test_siblings_have_their_prompt_in_common() -> None:
 
 
 def logprobs_of(model: Any, samples: Sequence[TrainingSample]) -> list[Tensor]:
-    return [plain_tokens(plain_logits(model, s.token_ids, s.mm_token_type_ids, s.images), s)[0] for s in samples]
+    return [plain_tokens(plain_logits(model, s.token_ids, s.mm_token_type_ids, s.mm_items), s)[0] for s in samples]
 
 
 def reference_steps(model: Any, samples: list[TrainingSample], parts: list[Part], algorithm: AlgorithmConfig) -> float:

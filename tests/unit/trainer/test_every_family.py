@@ -17,8 +17,8 @@ from support.families.learning import LEARNING, Folder, Learning, blank, learnin
 from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.trainer import Packing
 from vlmrl.inference.embedded.engine import EmbeddedEngine
-from vlmrl.models.image_encoder import image_parameters
 from vlmrl.models.policy import Policy
+from vlmrl.models.vision_encoder import image_parameters
 from vlmrl.trainer.forward import loss_logprobs
 from vlmrl.trainer.loss import BatchTotals, LossTokens
 from vlmrl.trainer.objective import policy_loss
@@ -197,7 +197,7 @@ def test_the_embedded_engine_samples_what_the_trainer_learns(family: Learning) -
     engine = EmbeddedEngine(trainer._learner.policy, lambda: trainer.version, 1024)
     source = family.samples[0]
     length = len(source.token_ids) - 2
-    prompt = Prompt(source.token_ids[:length], source.placeholders, source.images)
+    prompt = Prompt(source.token_ids[:length], source.placeholders, source.mm_items)
 
     async def generate() -> Completion:
         async with engine.session("0") as session:

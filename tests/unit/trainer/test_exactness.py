@@ -80,7 +80,7 @@ def totals_of(samples: Sequence[TrainingSample]) -> BatchTotals:
 
 
 def logits_of(model: Any, each: TrainingSample) -> Tensor:
-    return plain_logits(model, each.token_ids, each.mm_token_type_ids, each.images)
+    return plain_logits(model, each.token_ids, each.mm_token_type_ids, each.mm_items)
 
 
 def one_by_one(model: Any, samples: Sequence[TrainingSample]) -> Numbers:

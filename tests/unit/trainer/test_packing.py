@@ -133,8 +133,8 @@ def test_each_loss_is_predicted_from_its_own_sample_s_prefix_and_nothing_else(
 
 
 def features_by_row(batch: MicroBatch) -> dict[int, tuple[str, int]]:
-    """Placeholder row → (image, index of its feature). The features of `batch.images` follow one another."""
-    feature = [(item.hash, k) for item in batch.images for k in range(item.num_tokens)]
+    """Placeholder row → (image, index of its feature). The features of `batch.mm_items` follow one another."""
+    feature = [(item.hash, k) for item in batch.mm_items for k in range(item.num_tokens)]
     rows = np.flatnonzero(batch.mm_token_type_ids.numpy())
     return {int(row): feature[f] for row, f in zip(rows, batch.feature_rows.tolist(), strict=True)}
 
@@ -147,7 +147,7 @@ def test_no_image_is_lost_or_doubled_and_the_budget_holds(
     packed = pack(samples, packing, budget, positions, CPU)
     for batch in packed:
         members = [samples[i] for i in sorted(set(batch.sample_index.tolist()))]
-        assert sorted(item.hash for item in batch.images) == sorted({p.hash for s in members for p in s.placeholders})
+        assert sorted(item.hash for item in batch.mm_items) == sorted({p.hash for s in members for p in s.placeholders})
         lengths = [len(member.token_ids) for member in members]
         distinct = {identity(member) for member in members}
         if packing is Packing.tree:
@@ -277,7 +277,7 @@ def gradients_of(model: Any) -> dict[str, Tensor]:
 def packed_numbers(policy: Policy, samples: list[TrainingSample], packed: list[MicroBatch]) -> Numbers:
     logprobs = [torch.empty(0)] * len(samples)
     for batch in packed:
-        features = policy.encode_images(batch.images)
+        features = policy.encode_items(batch.mm_items)
         hidden = policy.hidden_states(
             batch.token_ids, batch.position_ids, batch.mm_token_type_ids, batch.plan, features, batch.feature_rows
         )

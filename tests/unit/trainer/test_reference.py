@@ -72,7 +72,7 @@ def test_it_scores_as_transformers_does(packing: Packing, tiny_model: Make) -> N
         policy_of(tiny_model()), FrozenCopy(policy_of(other(tiny_model())), offload=False), packing=packing
     )
     for sample, found in zip(batch(), logprobs_of(trainer), strict=True):
-        logits = plain_logits(teacher, sample.token_ids, sample.mm_token_type_ids, sample.images) / 0.7
+        logits = plain_logits(teacher, sample.token_ids, sample.mm_token_type_ids, sample.mm_items) / 0.7
         wanted = plain_tokens(logits, sample, BANNED)[0].detach().numpy()
         np.testing.assert_allclose(found, wanted, atol=2e-5)
 

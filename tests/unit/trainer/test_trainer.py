@@ -75,7 +75,7 @@ def reference_steps(
     mean, square = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
 
     def tokens_of(samples: list[TrainingSample]) -> tuple[Tensor, Tensor]:
-        logits = [plain_logits(model, s.token_ids, s.mm_token_type_ids, s.images) for s in samples]
+        logits = [plain_logits(model, s.token_ids, s.mm_token_type_ids, s.mm_items) for s in samples]
         found = [plain_tokens(each, s, banned) for each, s in zip(logits, samples, strict=True)]
         logprobs, entropies = zip(*found, strict=True)
         return torch.cat(logprobs), torch.cat(entropies)
@@ -164,7 +164,7 @@ def test_the_metrics_of_a_step(tiny_model: Callable[[], Any]) -> None:
         logprobs = torch.cat([plain_logprobs(plain, s) for s in samples]).double()
         entropies = []
         for s in samples:
-            log_p = torch.log_softmax(plain_logits(plain, s.token_ids, s.mm_token_type_ids, s.images), -1).double()
+            log_p = torch.log_softmax(plain_logits(plain, s.token_ids, s.mm_token_type_ids, s.mm_items), -1).double()
             entropies.append(-(log_p.exp() * log_p).sum(-1)[np.flatnonzero(s.loss_mask) - 1])
     log_ratio = logprobs - torch.cat([torch.from_numpy(s.inference_logprobs[s.loss_mask]) for s in samples])
     kl = log_ratio.exp() - 1 - log_ratio
@@ -185,7 +185,7 @@ def test_the_metrics_of_a_step(tiny_model: Callable[[], Any]) -> None:
     assert metrics["tokens/trained"] == len(logprobs)
     assert metrics["tokens/unpacked"] == sum(len(s.token_ids) for s in samples)
     assert metrics["tokens/packed"] < metrics["tokens/unpacked"] / 2
-    assert metrics["images/encoded"] == len({item.hash for s in samples for item in s.images})
+    assert metrics["images/encoded"] == len({item.hash for s in samples for item in s.mm_items})
 
 
 def test_an_empty_batch_is_a_step_that_changes_nothing(tiny_model: Callable[[], Any]) -> None:
@@ -219,11 +219,11 @@ def with_nan(sample: TrainingSample, field: str) -> TrainingSample:
 
 
 def with_broken_image(sample: TrainingSample) -> TrainingSample:
-    pixels = np.full_like(sample.images[0].mm_kwargs["pixel_values"], np.nan)
+    pixels = np.full_like(sample.mm_items[0].mm_kwargs["pixel_values"], np.nan)
     item = sample.images[0]
     broken = ImageItem("broken", item.pixels, {**item.mm_kwargs, "pixel_values": pixels}, item.num_tokens)
     placeholders = (replace(sample.placeholders[0], hash="broken"), *sample.placeholders[1:])
-    return replace(sample, images=(broken, *sample.images[1:]), placeholders=placeholders)
+    return replace(sample, mm_items=(broken, *sample.mm_items[1:]), placeholders=placeholders)
 
 
 BREAK: dict[str, Callable[[TrainingSample], TrainingSample]] = {
@@ -336,7 +336,7 @@ def test_logprobs_are_of_the_distribution_that_was_sampled_from(
     plain = tiny_model()
     for s, mine in zip([*samples, stray], found, strict=True):
         with torch.no_grad():
-            logits = plain_logits(plain, s.token_ids, s.mm_token_type_ids, s.images) if s is not stray else None
+            logits = plain_logits(plain, s.token_ids, s.mm_token_type_ids, s.mm_items) if s is not stray else None
         if logits is None:
             assert mine[1] == -np.inf
             assert np.isfinite(mine[[0, 2]]).all()
@@ -363,7 +363,7 @@ def test_each_token_has_the_temperature_that_it_was_sampled_at(tiny_model: Calla
     wanted, entropies = [], []
     for s in samples:
         with torch.no_grad():
-            logits = plain_logits(tiny_model(), s.token_ids, s.mm_token_type_ids, s.images)
+            logits = plain_logits(tiny_model(), s.token_ids, s.mm_token_type_ids, s.mm_items)
         where = np.flatnonzero(s.loss_mask)
         logits[:, BANNED] = -torch.inf
         log_p = torch.log_softmax(logits[where - 1] / torch.from_numpy(own_divisors(s, 0.7)), -1)

@@ -11,9 +11,9 @@ from torch import Tensor
 from vlmrl.inference.embedded.kv_cache import KVCache
 from vlmrl.models.attention.plan import TreePlan
 from vlmrl.models.attention.prefix_tree import ImageKeys
-from vlmrl.models.features import FeatureCache, ImageFeatures, Levels, to_device
+from vlmrl.models.features import FeatureCache, Levels, VisionFeatures, to_device
 from vlmrl.models.policy import Policy
-from vlmrl.types import ImageItem
+from vlmrl.types import MMItem
 
 
 class CachedPolicy:
@@ -50,7 +50,7 @@ class CachedPolicy:
         token_ids: np.ndarray,
         position_ids: np.ndarray,
         mm_token_type_ids: np.ndarray,
-        images: Sequence[ImageItem],
+        images: Sequence[MMItem],
         plan: TreePlan,
         first_slot: int,
     ) -> Tensor:
@@ -75,14 +75,14 @@ class CachedPolicy:
             to_device(np.concatenate(feature_rows), self.device),
         )
 
-    def _encode(self, images: Sequence[ImageItem]) -> ImageFeatures | None:
+    def _encode(self, images: Sequence[MMItem]) -> VisionFeatures | None:
         """Features of the distinct images. Each image is encoded once per policy version. None for no images."""
         if not images:
             return None
         distinct = list({image.hash: image for image in images}.values())
         return self._features.encode(distinct, self.version, self._encode_levels)[0]
 
-    def _encode_levels(self, images: Sequence[ImageItem]) -> Levels:
-        features = self.policy.encode_images(images)
+    def _encode_levels(self, images: Sequence[MMItem]) -> Levels:
+        features = self.policy.encode_items(images)
         assert features is not None, "the cache asks for at least one image"
         return features.levels

@@ -17,7 +17,7 @@ from vlmrl.inference.embedded.requests import Request
 from vlmrl.models.attention.plan import plan_tree
 from vlmrl.models.attention.prefix_tree import PrefixTree, Segment, build_tree, image_ends, sort_key
 from vlmrl.models.attention.recurrent import PrefixStates, StatePlan, plan_states
-from vlmrl.types import ImageItem, IntArray, Prompt, mm_token_type_ids
+from vlmrl.types import IntArray, MMItem, Prompt, mm_token_type_ids
 
 
 @dataclass(eq=False)
@@ -113,7 +113,7 @@ def prefill(model: CachedPolicy, prompts: Sequence[DistinctPrompt]) -> tuple[Pre
         plan.states = _plan_states(segments, cached_states, prompts, model.device)
     last_rows = np.array([row[nodes[-1]] for nodes in tree.rows])
     hidden = model.forward(
-        inputs.token_ids, inputs.position_ids, inputs.mm_token_type_ids, inputs.images, plan, first_slot
+        inputs.token_ids, inputs.position_ids, inputs.mm_token_type_ids, inputs.mm_items, plan, first_slot
     )
     slots = [slot[nodes] for nodes in tree.rows]
     after = [{} if plan.states is None else plan.states.ends[prompt.segment] for prompt in prompts]
@@ -167,7 +167,7 @@ class _Inputs:
     """int64 [4, T]."""
     mm_token_type_ids: IntArray
     """int64 [T]."""
-    images: list[ImageItem]
+    mm_items: list[MMItem]
     """In the order of their placeholders in the rows."""
 
 
@@ -178,24 +178,24 @@ def _inputs(
     token_ids = np.empty(num_rows, np.int64)
     position_ids = np.empty((4, num_rows), np.int64)
     types = np.empty(num_rows, np.int64)
-    shown: dict[int, ImageItem] = {}
+    shown: dict[int, MMItem] = {}
     for prompt, nodes, start in zip(prompts, tree.rows, tree.new_from, strict=True):
         source = prompt.prompt
         rows = row[nodes[start:]]
         fresh = rows >= 0
         length = len(source.token_ids)
-        positions = model.policy.positions(length, source.placeholders, source.images)
+        positions = model.policy.positions(length, source.placeholders, source.mm_items)
         prompt.next_position = positions[1:, -1].max() + 1
         prompt.next_text_position = length
         token_ids[rows[fresh]] = source.token_ids[start:][fresh]
         position_ids[:, rows[fresh]] = positions[:, start:][:, fresh]
         types[rows[fresh]] = mm_token_type_ids(length, source.placeholders)[start:][fresh]
-        for placeholder, image in zip(source.placeholders, source.images, strict=True):
+        for placeholder, item in zip(source.placeholders, source.mm_items, strict=True):
             first = int(row[nodes[placeholder.offset]])
             if first >= 0:
-                shown.setdefault(first, image)
-    images = [image for _, image in sorted(shown.items(), key=lambda item: item[0])]
-    return _Inputs(token_ids, position_ids, types, images)
+                shown.setdefault(first, item)
+    mm_items = [item for _, item in sorted(shown.items(), key=lambda pair: pair[0])]
+    return _Inputs(token_ids, position_ids, types, mm_items)
 
 
 def _cut_segments(

@@ -38,7 +38,7 @@ class ImageKeys:
         for run in _neighbors(placeholders):
             number = self._numbers.setdefault(tuple(p.hash for p in run), len(self._numbers))
             for p in run:
-                keys[p.offset : p.offset + p.length][p.is_image] = -1 - number
+                keys[p.offset : p.offset + p.length][p.has_feature] = -1 - number
         return keys
 
 

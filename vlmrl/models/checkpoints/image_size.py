@@ -1,4 +1,5 @@
-"""Sizes of images: `model.vlm.min_pixels`, `max_pixels` and `image_settings` on a checkpoint's image processor.
+"""Sizes of images and videos: `model.vlm.min_pixels`, `max_pixels`, `image_settings` and `video` on a checkpoint's
+processors.
 
 The renderer alone processes images, so engine and trainer get what these settings make. A vLLM server that makes images
 again from pictures gets the settings with each of them (`inference/vllm/image_fields.py`).
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmrl.config.model import VLMConfig
+from vlmrl.config.model import VideoConfig, VLMConfig
 from vlmrl.errors import ConfigError, headline
 
 AREA = ("shortest_edge", "longest_edge")
@@ -56,6 +57,26 @@ def resized(image_processor: Any, vlm: VLMConfig) -> Any:
         f"model.vlm.max_pixels and min_pixels do not bound {type(image_processor).__name__}, which has other settings "
         f"for the size of an image (size={size}): set these in model.vlm.image_settings instead"
     )
+
+
+def resized_video(video_processor: Any, config: VideoConfig) -> Any:
+    """The video processor with the sizes of `model.vlm.video`. Raises `ConfigError` for a processor without them."""
+    bounds = {AREA[0]: config.min_pixels, AREA[1]: config.max_pixels}
+    given = {key: value for key, value in bounds.items() if value is not None}
+    if not given:
+        return video_processor
+    size = video_processor.to_dict().get("size")
+    if not isinstance(size, dict) or not set(AREA) <= size.keys():
+        raise ConfigError(
+            f"model.vlm.video.min_pixels and max_pixels do not bound {type(video_processor).__name__}, which has other "
+            f"settings for the size of a video (size={size}): leave them null"
+        )
+    if (least := {**size, **given}[AREA[0]]) > (most := {**size, **given}[AREA[1]]):
+        raise ConfigError(
+            f"the least pixels of a video, {least}, are above the most, {most}, so no video has an allowed size: set "
+            "both model.vlm.video.min_pixels and model.vlm.video.max_pixels"
+        )
+    return type(video_processor)(**{**video_processor.to_dict(), "size": {**size, **given}})
 
 
 def _changed(image_processor: Any, settings: dict[str, Any]) -> Any:

@@ -1,9 +1,7 @@
-"""Tokenizer, chat template and image processor of a checkpoint that is made here, so that nothing is downloaded.
+"""Tokenizer, chat template and processors of a checkpoint that is made here, so that nothing is downloaded.
 
 The family's recipe (`models/families`) says which tokens, template and processor; the vocabulary is trained on the
 task's own words.
-
-Left out on purpose: the settings of the video processor, because no video is on the path.
 """
 
 from __future__ import annotations
@@ -75,6 +73,7 @@ def write_text_files(
     # `size` holds areas in pixels, although its keys speak of edges.
     size = {"shortest_edge": bounds.least, "longest_edge": bounds.most}
     write_json(folder / "preprocessor_config.json", {**recipe.preprocessor_config, "size": size})
+    write_json(folder / "video_preprocessor_config.json", {**recipe.video_preprocessor_config, "size": size})
     ids = tokenizer.get_vocab()
     end_of_text, end_of_turn = ids[recipe.end_of_text], ids[recipe.end_of_turn]
     write_json(

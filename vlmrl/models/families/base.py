@@ -51,6 +51,8 @@ class CheckpointRecipe:
     """In Jinja."""
     preprocessor_config: Mapping[str, Any]
     """preprocessor_config.json without `size`, which holds the bounds of an image."""
+    video_preprocessor_config: Mapping[str, Any]
+    """video_preprocessor_config.json without `size`, which holds the same bounds, here of all frames of a video."""
     made_here: ImageBounds
     """Bounds that the image processor of a checkpoint with `model.init=random` has."""
     tiny: ImageBounds | None
@@ -99,7 +101,8 @@ class Family:
         if self.vlm is None:
             return position_function("sequential")
         vision = getattr(model_config, "vision_config", None)
-        return position_function(self.vlm.positions, getattr(vision, "spatial_merge_size", 1))
+        merge, per_second = (getattr(vision, name, 1) for name in ("spatial_merge_size", "tokens_per_second"))
+        return position_function(self.vlm.positions, merge, per_second)
 
     def placeholder_tokens(self, mm_kwargs: Mapping[str, np.ndarray], image_processor: Any) -> int:
         """Placeholder tokens of one image, from the processor's output: `image_grid_thw` counts patches, of which

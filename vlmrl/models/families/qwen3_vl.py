@@ -58,6 +58,7 @@ CHAT_TEMPLATE = """\
 {%- else -%}
 {%- for part in content -%}
 {%- if part.type == 'image' or 'image' in part or 'image_url' in part -%}<|vision_start|><|image_pad|><|vision_end|>
+{%- elif part.type == 'video' or 'video' in part -%}<|vision_start|><|video_pad|><|vision_end|>
 {%- elif 'text' in part -%}{{ part.text }}
 {%- endif -%}
 {%- endfor -%}
@@ -100,7 +101,7 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
 """
-"""The published template without its video."""
+"""The published template, in fewer words."""
 
 RECIPE = CheckpointRecipe(
     architecture="Qwen3VLForConditionalGeneration",
@@ -126,6 +127,16 @@ RECIPE = CheckpointRecipe(
         "temporal_patch_size": TEMPORAL_PATCH_SIZE,
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
+    },
+    video_preprocessor_config={
+        "video_processor_type": "Qwen3VLVideoProcessor",
+        "processor_class": "Qwen3VLProcessor",
+        "patch_size": PATCH_SIZE,
+        "merge_size": MERGE_SIZE,
+        "temporal_patch_size": TEMPORAL_PATCH_SIZE,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "cap_pixels_per_frame": False,
     },
     # One token to 16,384 tokens, the upper bound of the released checkpoints; a tiny checkpoint allows 1,024 tokens.
     made_here=ImageBounds(TOKEN_PIXELS**2, 16 * 1024 * 1024),

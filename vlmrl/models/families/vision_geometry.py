@@ -22,17 +22,19 @@ from transformers.vision_utils import (
 
 from vlmrl.models.features import to_device
 
-SIZES = "image_grid_thw"
-"""The `mm_kwargs` name of int64 [images, 3]: time, height and width of each image in patches."""
+SIZES = ("image_grid_thw", "video_grid_thw")
+"""The `mm_kwargs` names of int64 [items, 3]: time, height and width of each image or video in patches."""
 
 
 def tower_arguments(tower: Any, sizes: Mapping[str, Tensor], device: torch.device) -> dict[str, Any]:
-    """Arguments of `get_image_features` apart from pixels: `sizes` (the integers of `mm_kwargs`, on the host) and what
-    is derived from them. A tower that derives other quantities gets only `sizes`, on its device."""
+    """Arguments of `get_image_features` and `get_video_features` apart from pixels: `sizes` (the integers of
+    `mm_kwargs`, on the host) and what is derived from them. A tower that derives other quantities gets only `sizes`, on
+    its device."""
     # A tower with `interpolation_mode` derives exactly these: bounds, positions, and the grid's indices and weights.
-    if SIZES not in sizes or not hasattr(tower, "interpolation_mode"):
+    grids = [sizes[name] for name in SIZES if name in sizes]
+    if not grids or not hasattr(tower, "interpolation_mode"):
         return {name: to_device(tensor.numpy(), device) for name, tensor in sizes.items()}
-    grid, merge = sizes[SIZES], tower.spatial_merge_size
+    (grid,), merge = grids, tower.spatial_merge_size
     bounds, longest = get_vision_attention_seqlens(grid, tower.config)
     indices, weights = get_vision_interpolation_indices_and_weights(
         grid,

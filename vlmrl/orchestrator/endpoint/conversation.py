@@ -25,8 +25,9 @@ from typing import Any
 import orjson
 
 from vlmrl.orchestrator.endpoint.request import ChatRequest
+from vlmrl.rendering.messages import shown_in
 from vlmrl.rendering.renderer import Renderer
-from vlmrl.types import Image, ImageItem, Message, ToolSpec
+from vlmrl.types import Image, Message, MMItem, Text, ToolSpec, Video
 
 DIGEST_BYTES = 16
 
@@ -39,23 +40,25 @@ class Conversation:
     """One per message: of the tools, and of the messages up to it."""
     request: bytes
     """Of the whole request. A repeated request has the same."""
-    items: tuple[ImageItem, ...]
+    items: tuple[MMItem, ...]
     """The images of its messages, kept alive as long as the conversation is."""
 
 
-async def conversation_of(request: ChatRequest, renderer: Renderer, known: Mapping[Image, ImageItem]) -> Conversation:
+async def conversation_of(
+    request: ChatRequest, renderer: Renderer, known: Mapping[Image | Video, MMItem]
+) -> Conversation:
     """The conversation of a request. `known` are images of earlier requests, which need not be looked up again.
 
     Raises `ImageError` for an image that cannot be read.
     """
-    parts = [part for message in request.messages for part in message.content if isinstance(part, Image)]
+    parts = shown_in(request.messages)
     new = [part for part in dict.fromkeys(parts) if part not in known]
     found = dict(known)
     if new:
-        found.update(zip(new, await asyncio.to_thread(renderer.images, new), strict=True))
+        found.update(zip(new, await asyncio.to_thread(renderer.items, new), strict=True))
     digests, digest = [], tools_digest(request.tools, request.lane)
     for message in request.messages:
-        digest = extended(digest, message, [found[part].hash for part in message.content if isinstance(part, Image)])
+        digest = extended(digest, message, [found[part].hash for part in shown_in([message])])
         digests.append(digest)
     return Conversation(tuple(digests), _request_digest(digest, request), tuple(found[part] for part in parts))
 
@@ -99,7 +102,7 @@ def extended(digest: bytes, message: Message, hashes: Sequence[str] = ()) -> byt
     remaining = iter(hashes)
     parts: list[Any] = []
     for part in message.content:
-        if isinstance(part, Image):
+        if not isinstance(part, Text):
             parts.append([next(remaining)])
         elif parts and isinstance(parts[-1], str):
             parts[-1] += part.text

@@ -28,7 +28,7 @@ from vlmrl.orchestrator.endpoint.refusal import RefusedError
 from vlmrl.orchestrator.endpoint.request import ChatRequest
 from vlmrl.orchestrator.endpoint.sampling import SessionSampling
 from vlmrl.orchestrator.rollout import rendering_fence, stop_reason_of
-from vlmrl.rendering.messages import images_of
+from vlmrl.rendering.messages import shown_in
 from vlmrl.rendering.renderer import Renderer
 from vlmrl.types import (
     Answer,
@@ -37,12 +37,13 @@ from vlmrl.types import (
     ContractError,
     EngineSession,
     Image,
-    ImageItem,
     Message,
+    MMItem,
     Prompt,
     StopReason,
     ToolCall,
     Turn,
+    Video,
     check_placeholders,
     extends,
 )
@@ -116,7 +117,7 @@ class ChatSession:
         """Digest of a conversation that ends with an answer → the request that got it."""
         self._answers: dict[bytes, asyncio.Task[ChatAnswer]] = {}
         """Digest of a request → its answer."""
-        self._items: dict[Image, ImageItem] = {}
+        self._items: dict[Image | Video, MMItem] = {}
         self.use = ChatUse()
         """How its requests went."""
         self._samples_again = samples_again
@@ -168,7 +169,7 @@ class ChatSession:
         if task is not None:
             self.use.repeated += 1
         else:
-            self._items.update(zip(images_of(request.messages), conversation.items, strict=True))
+            self._items.update(zip(shown_in(request.messages), conversation.items, strict=True))
             task = asyncio.create_task(self._answer(request, conversation))
             task.add_done_callback(_retrieve)
             self._answers[key] = task
@@ -252,7 +253,7 @@ class ChatSession:
         if made is None:
             prompt = await self._renderer.first_turn(request.messages, request.tools)
             made = Prepared(prompt, request.messages[:known], request.messages[known:], parent, is_bridged=False)
-        check_placeholders(len(made.prompt.token_ids), made.prompt.placeholders, made.prompt.images)
+        check_placeholders(len(made.prompt.token_ids), made.prompt.placeholders, made.prompt.mm_items)
         return made
 
     async def _bridged(self, request: ChatRequest, parent: Node, new: Sequence[Message]) -> Prepared | None:

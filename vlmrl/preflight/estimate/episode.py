@@ -25,7 +25,7 @@ from vlmrl.tasks.base import BadRow, NoProblem, Split, StepInfo, Task
 from vlmrl.tasks.border import get_problem
 from vlmrl.tasks.open_env import OpenEnv, finished
 from vlmrl.tasks.programs.problems import played_outside
-from vlmrl.types import Image, Message
+from vlmrl.types import Image, Message, Text
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _images(messages: list[Message]) -> list[tuple[int, int]]:
 
 
 def _texts(messages: list[Message]) -> list[str]:
-    return [part.text for message in messages for part in message.content if not isinstance(part, Image)]
+    return [part.text for message in messages for part in message.content if isinstance(part, Text)]
 
 
 def _size(source: Any) -> tuple[int, int]:

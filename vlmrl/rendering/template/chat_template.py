@@ -1,4 +1,4 @@
-"""The checkpoint's chat template as text: messages in, one string out, with one placeholder per image."""
+"""The checkpoint's chat template as text: messages in, one string out, with one placeholder per image and video."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from vlmrl.errors import ConfigError
 from vlmrl.rendering.tool_calls import message_fields, tool_entries
-from vlmrl.types import Image, Message, Part, Text, ToolSpec
+from vlmrl.types import Message, Modality, Part, Text, ToolSpec
 
 TODAY = datetime(2025, 1, 1)
 """What a template takes for today's date. A date that moves would make a resumed run, a replay and two machines differ;
@@ -18,6 +18,8 @@ TODAY = datetime(2025, 1, 1)
 
 FROZEN_NOW = "frozen_strftime_now"
 """Takes the place of `strftime_now`, with which a template asks for the date."""
+
+ARTICLES: Mapping[Modality, str] = {"image": "an image", "video": "a video"}
 
 WORD = "w99999w"
 """A text that no template writes by itself, and no probe of messages."""
@@ -54,19 +56,19 @@ class ChatTemplate:
         template raises."""
         return self._render([self._content(message, tools) for message in messages], generate, today, tools)
 
-    def check_images(self, placeholder: str) -> None:
-        """Raise `ConfigError` where the template writes no placeholder for an image of a question. What the template
-        raises is left to those that look at whole conversations."""
-        chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": WORD}]}]
+    def check_items(self, kind: Modality, placeholder: str) -> None:
+        """Raise `ConfigError` where the template writes no placeholder for an image (a video) of a question. What the
+        template raises is left to those that look at whole conversations."""
+        chat = [{"role": "user", "content": [{"type": kind}, {"type": "text", "text": WORD}]}]
         try:
             text = self._render(chat, True, TODAY)
         except Exception:  # noqa: BLE001 — a template may raise anything
             return
         if WORD in text and placeholder not in text:
             raise ConfigError(
-                f"the checkpoint's chat template writes no {placeholder} for an image of a question, so the policy "
-                "would not see it: use the chat_template.jinja that belongs to the checkpoint, or choose another "
-                "renderer"
+                f"the checkpoint's chat template writes no {placeholder} for {ARTICLES[kind]} of a question, so the "
+                "policy would not see it: use the chat_template.jinja that belongs to the checkpoint, or choose "
+                "another renderer"
             )
 
     def _render(
@@ -85,16 +87,17 @@ class ChatTemplate:
 
     def _content(self, message: Message, tools: Sequence[ToolSpec]) -> dict[str, Any]:
         """The message as templates take it. Texts in a row are one text."""
-        runs = [(is_text, list(run)) for is_text, run in groupby(message.content, lambda part: isinstance(part, Text))]
-        has_images = any(isinstance(part, Image) for part in message.content)
+        runs = [list(run) for _, run in groupby(message.content, lambda part: isinstance(part, Text))]
+        shows = any(not isinstance(part, Text) for part in message.content)
         fields = message_fields(message)
         # Templates ask `if message.content` before a tool call, and a list of one empty part counts as content.
         is_bare_call = not message.content and bool(message.tool_calls)
-        if is_bare_call or (not has_images and not self._takes_parts(message, tools)):
-            return {"role": message.role, "content": "".join(_joined(run) for _, run in runs), **fields}
+        if is_bare_call or (not shows and not self._takes_parts(message, tools)):
+            return {"role": message.role, "content": "".join(map(_joined, runs)), **fields}
         parts: list[dict[str, str]] = []
-        for is_text, run in runs:
-            parts += [{"type": "text", "text": _joined(run)}] if is_text else [{"type": "image"}] * len(run)
+        for run in runs:
+            shown = [{"type": str(part.modality)} for part in run if not isinstance(part, Text)]
+            parts += shown or [{"type": "text", "text": _joined(run)}]
         return {"role": message.role, "content": parts or [{"type": "text", "text": ""}], **fields}
 
     def _takes_parts(self, message: Message, tools: Sequence[ToolSpec]) -> bool:

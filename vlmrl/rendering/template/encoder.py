@@ -1,14 +1,14 @@
-"""Text of a chat template to token ids, with the images in it.
+"""Text of a chat template to token ids, with the images and videos in it.
 
     "…<|image_pad|>…" ─expand─▶ "…<|image_pad|><|image_pad|><|image_pad|>…" ─encode─▶ ids ─place─▶ placeholders
 
-An image's replacement is put in as text and tokenized together with what is around it. Ids that are spliced in differ
-where newlines merge (Gemma 3).
+The replacement of an image or video is put in as text and tokenized together with what is around it. Ids that are
+spliced in differ where newlines merge (Gemma 3).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -16,17 +16,20 @@ import numpy as np
 
 from vlmrl.errors import ConfigError
 from vlmrl.rendering.control_tokens import MARK, ControlTokens
-from vlmrl.types import ContractError, ImageItem, IntArray, Placeholder
+from vlmrl.types import ContractError, IntArray, MMItem, Modality, Placeholder
 
 
 class Encoder:
     """Tokenizes what one chat template writes."""
 
-    def __init__(self, tokenizer: Any, processor: Any, image_token_id: int | None) -> None:
-        """`processor` and `image_token_id` are None for a text-only model. Raises `ConfigError`."""
+    def __init__(self, tokenizer: Any, processor: Any, feature_ids: Mapping[Modality, int]) -> None:
+        """`processor` is None for a text-only model. `feature_ids` are the tokens that get the features of images and
+        videos, for the kinds that the model takes. Raises `ConfigError`."""
         self._tokenizer = tokenizer
         self._processor = processor
-        self._image_token_id = image_token_id
+        self._feature_ids = feature_ids
+        self.written: dict[Modality, str] = {kind: getattr(processor, f"{kind}_token") for kind in feature_ids}
+        """What the template writes in place of an item of each kind."""
         self.control: ControlTokens | None = None
         """Set once the control tokens are known; None reads all that a text spells as control tokens."""
         self._begin = _added_by(processor, tokenizer) if processor is not None else ()
@@ -35,23 +38,27 @@ class Encoder:
 
     # ── text ────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def expand(self, text: str, items: Sequence[ImageItem]) -> str:
-        """The text with the replacement of each image in place of its placeholder. Raises `ContractError` where there
-        are more or fewer placeholders."""
-        if self._processor is None:
+    def expand(self, text: str, items: Sequence[MMItem]) -> str:
+        """The text with the replacement of each image and video in place of its placeholder. Raises `ContractError`
+        where there are more or fewer placeholders."""
+        replacements: dict[str, list[str]] = {}
+        for kind, written in self.written.items():
+            own = [item.replacement for item in items if item.modality == kind]
+            if (found := text.count(written)) != len(own):
+                raise ContractError(
+                    f"{len(own)} {kind}s went into the chat template and {found} came out: check whether it allows "
+                    f"{kind}s in messages of that role, and that no text spells the {kind} token"
+                )
+            if own:
+                replacements[f"{kind}s_replacements"] = own
+        if not replacements:
             return text
-        found = text.count(self._processor.image_token)
-        if found != len(items):
-            raise ContractError(
-                f"{len(items)} images went into the chat template and {found} came out: check whether it allows images "
-                "in messages of that role, and that no text spells the image token"
-            )
-        if not items:
-            return text
-        made, _ = self._processor.get_text_with_replacements(
-            [text], images_replacements=[item.replacement for item in items]
-        )
+        made, _ = self._processor.get_text_with_replacements([text], **replacements)
         return str(made[0])
+
+    def count(self, text: str) -> int:
+        """How many images and videos stand in what the template wrote."""
+        return sum(text.count(written) for written in self.written.values())
 
     def begin(self, text: str) -> tuple[int, ...]:
         """The tokens that the tokenizer itself puts before `text`: none where the template has written them."""
@@ -69,7 +76,7 @@ class Encoder:
             return self.control.encode(text)
         return ids
 
-    def encode_whole(self, text: str, items: Sequence[ImageItem]) -> list[int]:
+    def encode_whole(self, text: str, items: Sequence[MMItem]) -> list[int]:
         """The tokens of a whole conversation, whose placeholders are not expanded yet."""
         return [*self.begin(text), *self.encode(self.expand(text, items))]
 
@@ -111,25 +118,27 @@ class Encoder:
 
     # ── placeholders ────────────────────────────────────────────────────────────────────────────────────────
 
-    def place(self, ids: Sequence[int], items: Sequence[ImageItem], offset: int) -> tuple[Placeholder, ...]:
+    def place(self, ids: Sequence[int], items: Sequence[MMItem], offset: int) -> tuple[Placeholder, ...]:
         """The placeholders of `items` in `ids`, which stand from token `offset` on: from the first to the last image
-        token of each, with gaps where other tokens stand between them. Raises `ContractError`."""
-        places = np.flatnonzero(
-            np.asarray(ids, np.int64) == (-1 if self._image_token_id is None else self._image_token_id)
-        )
-        expected = sum(item.num_tokens for item in items)
-        if len(places) != expected:
-            raise ContractError(
-                f"{len(places)} image tokens but {expected} placeholder positions: a message's text must not spell "
-                "the image token"
-            )
-        placeholders, begin = [], 0
+        (video) token of each, with gaps where other tokens stand between them. Raises `ContractError`."""
+        given = np.asarray(ids, np.int64)
+        remaining: dict[Modality, IntArray] = {}
+        for kind, id in self._feature_ids.items():
+            remaining[kind] = np.flatnonzero(given == id)
+            expected = sum(item.num_tokens for item in items if item.modality == kind)
+            if len(remaining[kind]) != expected:
+                raise ContractError(
+                    f"{len(remaining[kind])} {kind} tokens but {expected} placeholder positions: a message's text must "
+                    f"not spell the {kind} token"
+                )
+        placeholders = []
         for item in items:
-            own = places[begin : begin + item.num_tokens]
-            begin += item.num_tokens
+            own, rest = np.split(remaining[item.modality], [item.num_tokens])
+            remaining[item.modality] = rest
             jumps = np.flatnonzero(np.diff(own) > 1)
             gaps = tuple((int(own[at] + 1 - own[0]), int(own[at + 1] - own[at] - 1)) for at in jumps)
-            placeholders.append(Placeholder(offset + int(own[0]), int(own[-1] - own[0]) + 1, item.hash, gaps))
+            length = int(own[-1] - own[0]) + 1
+            placeholders.append(Placeholder(offset + int(own[0]), length, item.hash, gaps, item.modality))
         return tuple(placeholders)
 
 

@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image as PILImage
 
 from vlmrl.errors import ConfigError, fenced
-from vlmrl.rendering.image_store import Processed
 from vlmrl.rendering.images import ImageError, Pixels
+from vlmrl.rendering.item_store import Processed
 
 OF_TEXT = frozenset(
     {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels", "text_replacement_offsets"}
@@ -61,7 +61,7 @@ class ProcessWithText:
                 f"an image of {width} × {height} becomes {replacement[:80]!r}, which has no token of id "
                 f"{self._image_token_id} (model.vlm.image_token): set that to the token that gets the image's features"
             )
-        mm_kwargs = {name: _array(value) for name, value in output.items() if name not in OF_TEXT}
+        mm_kwargs = {name: as_array(value) for name, value in output.items() if name not in OF_TEXT}
         return Processed(
             {name: array for name, array in mm_kwargs.items() if array is not None}, num_tokens, replacement
         )
@@ -124,7 +124,7 @@ class ProcessWithText:
         return text
 
 
-def _array(value: Any) -> np.ndarray | None:
+def as_array(value: Any) -> np.ndarray | None:
     """The value as an array; None for what is no number."""
     array = np.ascontiguousarray(value)
     return array if np.issubdtype(array.dtype, np.number) or array.dtype == np.bool_ else None

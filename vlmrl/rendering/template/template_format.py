@@ -33,10 +33,17 @@ from vlmrl.rendering.template.chat_template import WORD, ChatTemplate
 from vlmrl.rendering.template.encoder import Encoder
 from vlmrl.rendering.template.surprises import Turns, find_surprises
 from vlmrl.rendering.tool_calls import PROBE, PROBE_TOOL, texts_beside
-from vlmrl.types import Answer, ContractError, ImageItem, IntArray, Message, Prompt, Text, ToolSpec
+from vlmrl.types import Answer, ContractError, IntArray, Message, MMItem, Modality, Prompt, Text, ToolSpec
 
 ANSWERS_TOLD_APART = 3
 """From this many answers on, the structure of a conversation counts as the same."""
+
+
+FEATURE_KEYS: Mapping[Modality, tuple[str, str]] = {
+    "image": ("image_token", "an image's features"),
+    "video": ("video.token", "a video's features"),
+}
+"""Kind → key under `model.vlm` of the token that gets its features, and what these are called in messages."""
 
 
 class TemplateFormat:
@@ -48,29 +55,31 @@ class TemplateFormat:
         self,
         tokenizer: Any,
         processor: Any,
-        image_token: str | None,
+        feature_tokens: Mapping[Modality, str],
         eos_ids: Sequence[int],
         options: Mapping[str, Any],
         parse_control_tokens: bool,
     ) -> None:
-        """`processor` and `image_token` (the token that gets an image's features) are None for a text-only model.
-        `eos_ids` are those of generation_config.json. Raises `ConfigError`."""
+        """`processor` is None for a text-only model. `feature_tokens` are the tokens that get the features of images
+        and videos, for the kinds that the model takes. `eos_ids` are those of generation_config.json. Raises
+        `ConfigError`."""
         self._raw = tokenizer
         self._template = ChatTemplate(tokenizer, processor, options)
-        if processor is not None:
-            self._template.check_images(processor.image_token)
-        placeholder = processor.image_token if processor is not None else None
-        spelled = [token for token in (image_token, placeholder) if token is not None]
-        self._placeholders = tuple(spelled)
-        vocabulary = tokenizer.get_vocab()  # what a template writes for an image need not be a token (Ovis 2)
-        self.image_tokens = frozenset(vocabulary[token] for token in spelled if token in vocabulary)
-        if image_token is not None and image_token not in vocabulary:
-            raise ConfigError(
-                f"model.vlm.image_token={image_token} is no token of the checkpoint's tokenizer, so no token would get "
-                "an image's features: set it to the token of image_token_id in config.json"
-            )
-        image_token_id = None if image_token is None else vocabulary[image_token]
-        self._encoder = Encoder(tokenizer, processor, image_token_id)
+        vocabulary = tokenizer.get_vocab()
+        for kind, token in feature_tokens.items():
+            if token not in vocabulary:
+                key, features = FEATURE_KEYS[kind]
+                raise ConfigError(
+                    f"model.vlm.{key}={token} is no token of the checkpoint's tokenizer, so no token would get "
+                    f"{features}: set it to the token of {kind}_token_id in config.json"
+                )
+        feature_ids = {kind: vocabulary[token] for kind, token in feature_tokens.items()}
+        self._encoder = Encoder(tokenizer, processor, feature_ids)
+        for kind, written in self._encoder.written.items():
+            self._template.check_items(kind, written)
+        self._spelled = (*feature_tokens.items(), *self._encoder.written.items())
+        # What a template writes for an image need not be a token (Ovis 2).
+        self.image_tokens = frozenset(vocabulary[token] for _, token in self._spelled if token in vocabulary)
         self.turns = Turns.of(self._template)
         self.stop_ids = self._stop_ids(eos_ids)
         self.closing = self._closing_text()
@@ -89,7 +98,7 @@ class TemplateFormat:
         if not parse_control_tokens:
             self._encoder.control = self._control
         self.tokenizer = MemoTokenizer(tokenizer, self._encoder.control, self.call_tokens)
-        self.surprises = find_surprises(self._template, self.turns, placeholder)
+        self.surprises = find_surprises(self._template, self.turns, self._encoder.written.get("image"))
         """What the template does beyond writing the messages down, as sentences for people."""
         self._lock = threading.RLock()
         self._messages = MessageCheck(self.name)
@@ -143,7 +152,7 @@ class TemplateFormat:
     def render(
         self,
         messages: Sequence[Message],
-        items: tuple[ImageItem, ...],
+        items: tuple[MMItem, ...],
         generate: bool,
         tools: Sequence[ToolSpec] = (),
     ) -> Rendered:
@@ -175,7 +184,7 @@ class TemplateFormat:
         return parse_answer(text, self._read_call, tools, is_thinking=is_thinking)
 
     def _with_answers(
-        self, messages: Sequence[Message], text: str, items: tuple[ImageItem, ...], tools: Sequence[ToolSpec]
+        self, messages: Sequence[Message], text: str, items: tuple[MMItem, ...], tools: Sequence[ToolSpec]
     ) -> tuple[list[int], list[int]]:
         """(token ids, the message of each that a policy would have sampled, −1 for the others)."""
         answers = find_answers(messages, text, partial(self._template.text, tools=tools), self.closing)
@@ -190,7 +199,7 @@ class TemplateFormat:
         used = 0
         for begin, end in zip(cuts, [*cuts[1:], len(text)], strict=True):
             part = text[begin:end]
-            shown = sum(part.count(token) for token in self._placeholders[-1:])
+            shown = self._encoder.count(part)
             parts.append(self._encoder.expand(part, items[used : used + shown]))
             used += shown
         ids, message_of = [*self._encoder.begin(text)], [-1 for _ in self._encoder.begin(text)]
@@ -214,7 +223,7 @@ class TemplateFormat:
         completion_ids: IntArray,
         history: Sequence[Message],
         new_messages: Sequence[Message],
-        new_items: tuple[ImageItem, ...],
+        new_items: tuple[MMItem, ...],
         tools: Sequence[ToolSpec] = (),
     ) -> Rendered | None:
         """What comes after `previous` and the completion; None where a render of the whole conversation is not its
@@ -243,7 +252,7 @@ class TemplateFormat:
                     before = self._template.text(earlier[:-1], generate=True, tools=marked_tools)
                     tail = added if last not in self.stop_ids else self.closing + added
                     return whole.startswith(before) and whole.endswith(tail)
-                return self._is_continuation(whole, known, ids, (*previous.images, *new_items))
+                return self._is_continuation(whole, known, ids, (*previous.mm_items, *new_items))
 
         key = (len(tools), self._structure(known, completion_ids, history, new_messages))
         if not self._continues.get_or_make(key, continues, lambda _: num_bytes(new_messages)):
@@ -266,9 +275,9 @@ class TemplateFormat:
             return added if last not in self.stop_ids else None
         return added.removeprefix(self.closing) if added.startswith(self.closing) else None
 
-    def _is_continuation(self, whole: str, known: IntArray, added: list[int], items: tuple[ImageItem, ...]) -> bool:
+    def _is_continuation(self, whole: str, known: IntArray, added: list[int], items: tuple[MMItem, ...]) -> bool:
         """Whether a whole conversation begins with the `known` tokens and goes on with the `added` ones."""
-        if self._placeholders and whole.count(self._placeholders[-1]) != len(items):
+        if self._encoder.count(whole) != len(items):
             return False
         begin = self._encoder.begin(whole)
         expanded = self._encoder.expand(whole, items)
@@ -334,9 +343,9 @@ class TemplateFormat:
         """A text that spells a placeholder was most likely formatted for another tool."""
         texts = ["".join(part.text for part in each.content if isinstance(part, Text)) for each in messages]
         for text in (*texts, *texts_beside(messages, tools)):
-            for token in self._placeholders:
+            for kind, token in self._spelled:
                 if token in text:
-                    raise ContractError(f"a message's text must not spell the image token ({token})")
+                    raise ContractError(f"a message's text must not spell the {kind} token ({token})")
 
 
 def _head(history: Sequence[Message]) -> Sequence[Message]:
@@ -348,7 +357,7 @@ def _head(history: Sequence[Message]) -> Sequence[Message]:
 def _rendered(
     ids: list[int],
     encoder: Encoder,
-    items: Sequence[ImageItem],
+    items: Sequence[MMItem],
     offset: int,
     owners: Sequence[int] = (),
 ) -> Rendered:

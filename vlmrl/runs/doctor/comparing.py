@@ -123,6 +123,6 @@ def inverted_samples(samples: Sequence[TrainingSample], prompts: Sequence[Prompt
     """The samples with the images of their inverse, which is each prompt's neighbor (`Playing.inverted`)."""
     others = [prompts[i ^ 1] for i in range(len(prompts))]
     return [
-        dataclasses.replace(sample, placeholders=prompt.placeholders, images=prompt.images)
+        dataclasses.replace(sample, placeholders=prompt.placeholders, mm_items=prompt.mm_items)
         for sample, prompt in zip(samples, others, strict=True)
     ]

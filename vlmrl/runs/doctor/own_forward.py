@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from vlmrl.models.features import to_device
-from vlmrl.models.image_encoder import alike
 from vlmrl.models.policy import Policy
 from vlmrl.models.trial import own_attention
+from vlmrl.models.vision_encoder import alike
 from vlmrl.runs.doctor.logprobs import Bound, LogprobDifference, logprobs
 from vlmrl.runs.doctor.reference import Reference
 from vlmrl.runs.verdicts import Verdict, not_visible

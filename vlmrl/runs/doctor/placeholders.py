@@ -15,7 +15,7 @@ from vlmrl.rendering.images import image_hash
 from vlmrl.runs.doctor.evidence import Evidence
 from vlmrl.runs.doctor.pixels import NO_IMAGE
 from vlmrl.runs.verdicts import Verdict, failed, judged, not_visible
-from vlmrl.types import ImageItem, Prompt, TrainingSample
+from vlmrl.types import MMItem, Prompt, TrainingSample
 
 
 def placeholders(name: str, policy: Policy, image_token_id: int | None, samples: Sequence[TrainingSample]) -> Verdict:
@@ -23,7 +23,7 @@ def placeholders(name: str, policy: Policy, image_token_id: int | None, samples:
     features all count the same, also the grids where there are any, and the marks stand at the image tokens."""
     if image_token_id is None:
         return not_visible(name, "the model is text-only")
-    images = {image.hash: image for sample in samples for image in sample.images}
+    images = {image.hash: image for sample in samples for image in sample.mm_items}
     if not images:
         return not_visible(name, NO_IMAGE)
     has_grids = all("image_grid_thw" in image.mm_kwargs for image in images.values())
@@ -39,10 +39,10 @@ def placeholders(name: str, policy: Policy, image_token_id: int | None, samples:
             "image tokens": int(is_image.sum()),
             "in placeholders": sum(placeholder.num_features for placeholder in sample.placeholders),
             "marked": int((sample.mm_token_type_ids == 1).sum()),
-            "features": sum(features[image.hash] for image in sample.images),
+            "features": sum(features[image.hash] for image in sample.mm_items),
         }
         if has_grids:
-            grids = [image.mm_kwargs["image_grid_thw"] for image in sample.images]
+            grids = [image.mm_kwargs["image_grid_thw"] for image in sample.mm_items]
             counts["by grids"] = sum(int(grid.prod()) // merge**2 for grid in grids)
         if len(set(counts.values())) > 1:
             return failed(name, f"{sample.rollout_id}: " + ", ".join(f"{n} {what}" for what, n in counts.items()))
@@ -57,10 +57,10 @@ def placeholders(name: str, policy: Policy, image_token_id: int | None, samples:
     return judged(name, True, finding, samples=len(samples), image_tokens=int(totals[0]))
 
 
-def _count_features(policy: Policy, image: ImageItem) -> int:
+def _count_features(policy: Policy, image: MMItem) -> int:
     """The vision features that the policy computes for one image, one per placeholder token."""
     with torch.no_grad():
-        encoded = policy.encode_images([image])
+        encoded = policy.encode_items([image])
     return 0 if encoded is None else int(encoded.levels[0].shape[0])
 
 

@@ -24,14 +24,14 @@ def trainer_positions(
         length = len(sample.token_ids)
         expected = np.tile(np.arange(length), (4, 1))
         if get_rope_index is not None:
-            grids = [image.mm_kwargs["image_grid_thw"] for image in sample.images]
+            grids = [image.mm_kwargs["image_grid_thw"] for image in sample.mm_items]
             theirs, _ = get_rope_index(
                 input_ids=torch.from_numpy(sample.token_ids)[None],
                 mm_token_type_ids=torch.from_numpy((sample.token_ids == image_token_id).astype(np.int64))[None],
                 image_grid_thw=torch.from_numpy(np.concatenate(grids)) if grids else None,
             )
             expected[1:] = theirs[:, 0].numpy()
-        ours = policy.positions(length, sample.placeholders, sample.images)
+        ours = policy.positions(length, sample.placeholders, sample.mm_items)
         worst = max(worst, int(np.abs(ours - expected).max()))
         tokens += length
     source = "get_rope_index" if get_rope_index is not None else "0, 1, 2, …"
@@ -50,7 +50,7 @@ def engine_positions(name: str, policy: Policy, evidence: Evidence) -> Verdict:
     whole: list[IntArray] = []
     fed: list[IntArray] = []
     for sample in evidence.samples:
-        positions = policy.positions(len(sample.token_ids), sample.placeholders, sample.images)[:k]
+        positions = policy.positions(len(sample.token_ids), sample.placeholders, sample.mm_items)[:k]
         rows = np.concatenate([sample.token_ids[None], positions]).T
         whole.append(rows)
         fed.append(rows[:-1])  # the last token was sampled and never fed

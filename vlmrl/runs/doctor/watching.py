@@ -26,13 +26,14 @@ from vlmrl.types import (
     Completion,
     EngineSession,
     Image,
-    ImageItem,
     InferenceEngine,
     IntArray,
     Message,
+    MMItem,
     Prompt,
     SamplingParams,
     ToolSpec,
+    Video,
 )
 
 
@@ -74,8 +75,8 @@ class WatchedRenderer:
         self.rendered.append(RenderedTurn(seen, prompt, is_first=False))
         return prompt, bridged
 
-    def images(self, parts: Sequence[Image]) -> tuple[ImageItem, ...]:
-        return self._renderer.images(parts)
+    def items(self, parts: Sequence[Image | Video]) -> tuple[MMItem, ...]:
+        return self._renderer.items(parts)
 
     def decode(self, completion_ids: IntArray) -> str:
         return self._renderer.decode(completion_ids)

@@ -16,7 +16,7 @@ from vlmrl.record.files import disk_errors
 from vlmrl.runs.build import RenderingParts
 from vlmrl.runs.preview.screen import is_colored, plain, print_prompt
 from vlmrl.tasks.base import Reply, Split
-from vlmrl.types import Completion, Message, Prompt, Rollout, Text
+from vlmrl.types import Completion, ImageItem, Message, Prompt, Rollout, Text
 
 LONGEST = 100_000
 """Characters of a prompt on the screen."""
@@ -51,11 +51,12 @@ class Screen:
         if num_known is None:
             print("  (a new branch: this is all that the policy sees)")
         print_prompt(prompt, self._parts.tokenizer, LONGEST, num_known or 0)
-        shown = zip(prompt.placeholders, prompt.images, strict=True)
+        shown = zip(prompt.placeholders, prompt.mm_items, strict=True)
         images = [image for place, image in shown if place.offset >= (num_known or 0)]
         for number, image in enumerate(images, 1):
-            seen = self._parts.processed_pixels(image)
-            pixels = image.pixels if seen is None else seen
+            seen = self._parts.processed_pixels(image) if isinstance(image, ImageItem) else None
+            own = image.pixels if isinstance(image, ImageItem) else np.concatenate(image.frames, axis=1)
+            pixels = own if seen is None else seen
             path = self._folder / f"{self._episode}_turn_{turn:03d}_image_{number}.png"
             with disk_errors(path):
                 path.parent.mkdir(parents=True, exist_ok=True)

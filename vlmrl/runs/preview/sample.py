@@ -157,7 +157,7 @@ async def see(
         messages = finished(env.reset())
     with rendering_fence():
         prompt = await renderer.first_turn(messages)
-        check_placeholders(len(prompt.token_ids), prompt.placeholders, prompt.images)
+        check_placeholders(len(prompt.token_ids), prompt.placeholders, prompt.mm_items)
     reference = get_reference(problem)
     return SeenProblem(
         split=split,

@@ -30,6 +30,7 @@ from vlmrl.types import (
     Image,
     ImageItem,
     Message,
+    MMItem,
     Placeholder,
     Prompt,
     Rollout,
@@ -55,7 +56,7 @@ class RecordedImage:
 
     hash: str
     """The recorded hash, which names the file."""
-    item: ImageItem
+    item: MMItem
     """Today's pixels, hash and tensors."""
     digests: Mapping[str, str] | None
     """The recorded digests of the image processor's tensors (`mm_kwargs_digests`); None where the run recorded none."""
@@ -79,7 +80,7 @@ def load_images(run_dir: RunDir, records: Sequence[RolloutRecord], renderer: Ren
     for hash in hashes:
         path = run_dir.image(hash)
         try:
-            (item,) = renderer.images([Image(path)])  # first: it refuses a pipe, whose opening may never end
+            (item,) = renderer.items([Image(path)])  # first: it refuses a pipe, whose opening may never end
             with PILImage.open(path) as picture:
                 digests = recorded_digests(picture)
         except (OSError, ImageError) as error:
@@ -162,7 +163,9 @@ def _message(record: Mapping[str, object], images: Mapping[str, RecordedImage]) 
         if part["type"] == "text":
             parts.append(Text(part["text"]))
         else:
-            parts.append(Image(images[part["hash"]].item.pixels))
+            item = images[part["hash"]].item
+            assert isinstance(item, ImageItem)
+            parts.append(Image(item.pixels))
     role = record["role"]
     assert role in ("system", "user", "assistant", "tool")
     return message_of(role, tuple(parts), record)
@@ -173,5 +176,5 @@ def fits(rollout: Rollout) -> bool:
     return all(
         place.num_features == image.num_tokens
         for turn in rollout.turns
-        for place, image in zip(turn.prompt.placeholders, turn.prompt.images, strict=True)
+        for place, image in zip(turn.prompt.placeholders, turn.prompt.mm_items, strict=True)
     )

@@ -17,7 +17,7 @@ from vlmrl.tasks.base import NoProblem, Reply, Split, StepInfo, Task
 from vlmrl.tasks.border import checked_absence
 from vlmrl.tasks.loading import texts_of
 from vlmrl.tasks.open_env import OpenEnv, finished
-from vlmrl.types import Image, Message, Text
+from vlmrl.types import Image, Message, Text, Video
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 IDS_PER_PROBLEM = 16
@@ -98,7 +98,7 @@ class Observed:
     """None if the task does not define `texts`, which only a model whose tokenizer is made here needs."""
     raised: str | None = None
     """Text of the first exception that the task raised; nothing was recorded after it."""
-    pixels: dict[Image, str | UserFault] = field(default_factory=dict)
+    pixels: dict[Image | Video, str | UserFault] = field(default_factory=dict)
     """Hash of each image, or the fault if it cannot be decoded."""
     shown: dict[int, tuple[Any, str, str]] = field(default_factory=dict)
     """By the identity of an image's source: the source itself, who showed it first, and its hash then."""

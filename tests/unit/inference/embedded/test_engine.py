@@ -29,6 +29,7 @@ from vlmrl.types import (
     FloatArray,
     ImageItem,
     IntArray,
+    MMItem,
     Placeholder,
     Prompt,
     SamplingParams,
@@ -122,7 +123,7 @@ def sample_of(turns: Turns, name: str = "s") -> TrainingSample:
         inference_logprobs=logprobs,
         versions=np.where(mask, 0, -1),
         placeholders=last.placeholders,
-        images=last.images,
+        mm_items=last.mm_items,
         supports=Supports.of(supports),
     )
 
@@ -424,13 +425,13 @@ def test_siblings_that_sampled_the_same_tokens_share_rows(policy: Policy) -> Non
 
 def test_a_distinct_image_is_encoded_once_per_version(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: list[str] = []
-    encode = policy.encode_images
+    encode = policy.encode_items
 
     def counted(images: Sequence[ImageItem]) -> Any:
         encoded.extend(item.hash for item in images)
         return encode(images)
 
-    monkeypatch.setattr(policy, "encode_images", counted)
+    monkeypatch.setattr(policy, "encode_items", counted)
     play(engine_of(policy), [*group(2), *group(2, number=1)])
     assert sorted(encoded) == sorted({image(2, 3).hash, image(3, 1).hash, image(1, 1, 0).hash, image(1, 1, 1).hash})
 
@@ -680,9 +681,9 @@ def test_a_request_during_a_batch_that_is_cancelled_is_answered(tiny_model: Call
     """The batch's only session closes while the batch runs, so no event but its end can start the next batch."""
     gate = threading.Event()
 
-    def held(length: int, placeholders: Sequence[Placeholder], images: Sequence[ImageItem]) -> IntArray:
+    def held(length: int, placeholders: Sequence[Placeholder], items: Sequence[MMItem]) -> IntArray:
         gate.wait()
-        return positions(length, placeholders, images)
+        return positions(length, placeholders, items)
 
     async def main() -> Completion:
         engine = engine_of(Policy(tiny_model(), held, BANNED))

@@ -241,12 +241,12 @@ def test_a_prompt_with_images_in_pieces(
 
 def hidden_of(policy: Policy, prompt: Prompt) -> Tensor:
     length = len(prompt.token_ids)
-    features = policy.encode_images(prompt.images)
+    features = policy.encode_items(prompt.images)
     assert features is not None
     shown = [np.arange(features.first[i.hash], features.first[i.hash] + i.num_tokens) for i in prompt.images]
     return policy.hidden_states(
         torch.from_numpy(prompt.token_ids),
-        torch.from_numpy(policy.positions(length, prompt.placeholders, prompt.images)),
+        torch.from_numpy(policy.positions(length, prompt.placeholders, prompt.mm_items)),
         torch.from_numpy(mm_token_type_ids(length, prompt.placeholders)),
         plan_tree([Segment(-1, np.arange(length), np.arange(length))], CPU),
         features,

@@ -205,7 +205,7 @@ def test_no_line_fails_unbroken(parts_of: Callable[[str], Parts], name: str) -> 
 
 
 def with_images(prompt: Prompt, images: tuple[ImageItem, ...]) -> Prompt:
-    return dataclasses.replace(prompt, images=images)
+    return dataclasses.replace(prompt, mm_items=images)
 
 
 @pytest.mark.parametrize("name", WITH_IMAGES)
@@ -261,14 +261,14 @@ def test_a_placeholder_one_short(parts_of: Callable[[str], Parts], name: str) ->
     parts = parts_of(name)
     samples = parts.evidence.samples
     sample = samples[-1]
-    (place, *places), (image, *images) = sample.placeholders, sample.images
+    (place, *places), (image, *images) = sample.placeholders, sample.mm_items
     if image.num_tokens == 1:
         pytest.skip("its images are single tokens here")
     short = (dataclasses.replace(place, length=place.length - 1), *places)
     broken = dataclasses.replace(
         sample,
         placeholders=short,
-        images=(dataclasses.replace(image, num_tokens=image.num_tokens - 1), *images),
+        mm_items=(dataclasses.replace(image, num_tokens=image.num_tokens - 1), *images),
         mm_token_type_ids=mm_token_type_ids(len(sample.token_ids), short),
     )
     assert_fails(placeholder_line(parts, [*samples[:-1], broken]))
@@ -322,7 +322,7 @@ def test_an_image_lost_in_the_engine(
 ) -> None:
     """One image of each prompt: its placeholder gets no features."""
     parts = parts_of(name)
-    encode = Policy.encode_images
+    encode = Policy.encode_items
 
     def lost(policy: Policy, images: Any) -> Any:
         features = encode(policy, images)
@@ -333,7 +333,7 @@ def test_an_image_lost_in_the_engine(
         return dataclasses.replace(features, levels=[level * kept for level in features.levels])
 
     with monkeypatch.context() as patch:
-        patch.setattr(Policy, "encode_images", lost)
+        patch.setattr(Policy, "encode_items", lost)
         samples, swapped = parts.answered(parts.run.engine)
     found = parts.comparing.inverted(samples, swapped)
     assert_fails(logprobs("logprobs, version 0", found.shown, FLOAT32))

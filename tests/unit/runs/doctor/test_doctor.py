@@ -35,7 +35,7 @@ from vlmrl.inference.vllm.server import vllm_version
 from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer, resolve_checkpoint
 from vlmrl.models.families import family_of
 from vlmrl.models.families.positions import position_function
-from vlmrl.models.features import ImageFeatures
+from vlmrl.models.features import VisionFeatures
 from vlmrl.models.policy import Policy
 from vlmrl.monitor.monitor import Monitor
 from vlmrl.record.run_dir import RunDir
@@ -402,14 +402,14 @@ def test_positions_of_another_model(run: Run) -> None:
 
 def test_a_policy_that_is_blind(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainer and engine both see nothing."""
-    encode = Policy.encode_images
+    encode = Policy.encode_items
 
-    def blind(self: Policy, images: Any) -> ImageFeatures | None:
+    def blind(self: Policy, images: Any) -> VisionFeatures | None:
         features = encode(self, images)
         assert features is not None or not images
         return features and dataclasses.replace(features, levels=[0 * level for level in features.levels])
 
-    monkeypatch.setattr(Policy, "encode_images", blind)
+    monkeypatch.setattr(Policy, "encode_items", blind)
     lines = examine(run)
     assert those(lines, State.FAILED) == {"images, trainer", "images, gradient", "logprobs, transformers"}
     assert those(lines, State.NOT_VISIBLE) == {"images, engine"}

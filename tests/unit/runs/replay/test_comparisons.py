@@ -60,7 +60,7 @@ def test_nothing_to_compare() -> None:
 
 def test_a_shorter_prompt_differs_at_its_end() -> None:
     whole = PLAYED.turns[0].prompt
-    shorter = Prompt(whole.token_ids[:-1], whole.placeholders, whole.images)
+    shorter = Prompt(whole.token_ids[:-1], whole.placeholders, whole.mm_items)
     line = prompts("prompts", [RerenderedTurn(PLAYED, 0, shorter)], spelling={})
     assert line.first == {"rollout_id": PLAYED.rollout_id, "turn": 0, "prompt_token": len(whole.token_ids) - 1}
     assert "no token is rendered today" in line.finding

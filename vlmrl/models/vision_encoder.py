@@ -1,13 +1,13 @@
-"""Images → features, by the model's own `get_image_features`.
+"""Images and videos → features, by the model's own `get_image_features` and `get_video_features`.
 
-    images, each processed alone ──▶ groups whose arrays have equal shapes behind dim 0 ──▶ one call per group
-                                 ──▶ features in the order of the images, `num_tokens` of each
+    items, each processed alone  ──▶ groups whose arrays have equal shapes behind dim 0 ──▶ one call per group
+                                 ──▶ features in the order of the items, `num_tokens` of each
 
 A processor returns other arrays for each family: patches of all sizes side by side (Qwen-VL), tiles (InternVL,
 Idefics 3), one picture of its own size (Pixtral). Arrays that agree behind their first dimension stand side by side in
 one call; a family whose pictures differ in size gets a call per size, and no picture is padded to another's size.
 
-Arrays are passed by the names that `get_image_features` takes. Integers and booleans are geometry, floats are pixels.
+Arrays are passed by the names that these methods take. Integers and booleans are geometry, floats are pixels.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from vlmrl.errors import ModelError
 from vlmrl.models.attention.fused import VISION_ATTENTION
 from vlmrl.models.blocks import uncompiled_in_inference
+from vlmrl.models.families.positions import SECONDS
 from vlmrl.models.families.vision_geometry import tower_arguments
 from vlmrl.models.features import Levels, concatenate_on
-from vlmrl.types import ImageItem
+from vlmrl.types import MMItem, Modality
 
 
 def image_parameters(model: Any) -> list[nn.Parameter]:
@@ -45,17 +46,17 @@ def image_tower(model: Any) -> Any:
     return None if tower is model else tower
 
 
-def encodes(model: Any, images: Sequence[ImageItem]) -> bool:
+def encodes(model: Any, images: Sequence[MMItem]) -> bool:
     """Whether `model` makes as many features of these images as they have image tokens."""
     with torch.inference_mode():
         try:
-            ImageEncoder(model).encode(images, model.device, fused=False)
+            VisionEncoder(model).encode(images, model.device, fused=False)
         except Exception:  # noqa: BLE001  code of any family
             return False
     return True
 
 
-class ImageEncoder:
+class VisionEncoder:
     """Encodes the images of a vision-language model."""
 
     def __init__(self, model: Any) -> None:
@@ -63,8 +64,12 @@ class ImageEncoder:
         the place of tokens."""
         self._model = model.base_model
         self._tower: Any = image_tower(model)
-        encode = getattr(self._model, "get_image_features", None)
-        self._takes = set(inspect.signature(encode).parameters) if encode is not None else set()
+        methods: dict[Modality, Any] = {
+            "image": getattr(self._model, "get_image_features", None),
+            "video": getattr(self._model, "get_video_features", None),
+        }
+        self._encode = {kind: method for kind, method in methods.items() if method is not None}
+        self._takes = {kind: set(inspect.signature(method).parameters) for kind, method in self._encode.items()}
         self._forward_takes = set(inspect.signature(self._model.forward).parameters)
         self.parameters = image_parameters(model)
         self._own_attention = None if self._tower is None else self._tower.config._attn_implementation
@@ -86,11 +91,11 @@ class ImageEncoder:
         """Changes whenever the parameters change: torch counts in-place changes."""
         return sum(parameter._version for parameter in self.parameters)
 
-    def encode(self, images: Sequence[ImageItem], device: torch.device, *, fused: bool) -> Levels:
-        """float [F, hidden] per level, the features of `images` one after another; F is the sum of their `num_tokens`.
+    def encode(self, items: Sequence[MMItem], device: torch.device, *, fused: bool) -> Levels:
+        """float [F, hidden] per level, the features of `items` one after another; F is the sum of their `num_tokens`.
 
         `fused`: with the attention kernel of fused.py, where the tower can use it. Raises `ModelError` where the model
-        makes more or fewer features than the images have tokens.
+        makes more or fewer features than the items have tokens.
         """
         if self._tower is not None:
             # Chosen at each call: the doctor computes in another dtype for a while, and flash attention has no float32.
@@ -98,27 +103,28 @@ class ImageEncoder:
             chosen = VISION_ATTENTION if fused and self._packs else self._own_attention
             self._tower.config._attn_implementation = chosen
         features: dict[int, Sequence[Tensor]] = {}
-        for members in alike(images):
-            group = [images[i] for i in members]
-            if sum(image.num_tokens for image in group) == 1:
+        for members in alike(items):
+            group = [items[i] for i in members]
+            if sum(item.num_tokens for item in group) == 1:
                 # Mistral 3 drops the first dimension of a single feature, so it is encoded next to itself.
                 levels = [level[:1] for level in self._encode_alike(2 * group, device)]
             else:
                 levels = self._encode_alike(group, device)
-            parts = zip(*(torch.split(level, [images[i].num_tokens for i in members]) for level in levels), strict=True)
+            parts = zip(*(torch.split(level, [items[i].num_tokens for i in members]) for level in levels), strict=True)
             features.update(zip(members, parts, strict=True))
-        ordered = [features[i] for i in range(len(images))]
+        ordered = [features[i] for i in range(len(items))]
         return [torch.cat(level) if len(level) > 1 else level[0] for level in zip(*ordered, strict=True)]
 
-    def _encode_alike(self, images: Sequence[ImageItem], device: torch.device) -> Levels:
-        """The features of images whose arrays can stand side by side."""
+    def _encode_alike(self, items: Sequence[MMItem], device: torch.device) -> Levels:
+        """The features of items of one kind whose arrays can stand side by side."""
+        kind = items[0].modality
         geometry: dict[str, Tensor] = {}
         pixels: dict[str, Tensor] = {}
-        for name, first in images[0].mm_kwargs.items():
-            if name not in self._takes:
+        for name, first in items[0].mm_kwargs.items():
+            if name not in self._takes[kind]:
                 self._refuse_lost(name)
                 continue
-            arrays = [image.mm_kwargs[name] for image in images]
+            arrays = [item.mm_kwargs[name] for item in items]
             # Geometry stays on the host: reading it back from the device would synchronize.
             if first.dtype.kind == "f":
                 pixels[name] = concatenate_on(arrays, device)
@@ -126,22 +132,22 @@ class ImageEncoder:
                 geometry[name] = torch.from_numpy(np.concatenate(arrays))
         arguments = tower_arguments(self._tower, geometry, device)
         with uncompiled_in_inference():
-            out = self._model.get_image_features(**pixels, **arguments, return_dict=True)
+            out = self._encode[kind](**pixels, **arguments, return_dict=True)
         levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
         joined = [_joined(level) for level in levels]
-        expected = [image.num_tokens for image in images]
+        expected = [item.num_tokens for item in items]
         for level, features in zip(levels, joined, strict=True):
             made = [len(features)] if isinstance(level, Tensor) else [part.shape[:-1].numel() for part in level]
             if made != expected and (len(made) == len(expected) or sum(made) != sum(expected)):
                 raise ModelError(
-                    f"{type(self._model).__name__} makes {made} features of images that stand for {expected} tokens, "
+                    f"{type(self._model).__name__} makes {made} features of {kind}s that stand for {expected} tokens, "
                     "so the features have no place: the checkpoint's processor and its model do not fit each other; "
                     "use the processor files that belong to the checkpoint"
                 )
         return joined
 
     def _refuse_lost(self, name: str) -> None:
-        if name in self._forward_takes:
+        if name in self._forward_takes and name != SECONDS:  # the positions have the seconds of a video
             raise ModelError(
                 f"{type(self._model).__name__} takes {name} beside the features of its images, which the policy would "
                 "not hand over, so it would see something else: choose a model whose images become features in place "
@@ -149,16 +155,16 @@ class ImageEncoder:
             )
 
 
-def alike(images: Sequence[ImageItem]) -> list[list[int]]:
-    """The indices of images whose arrays have the same names, dtypes and shapes behind dim 0, in order of appearance.
+def alike(items: Sequence[MMItem]) -> list[list[int]]:
+    """The indices of items whose arrays have the same names, dtypes and shapes behind dim 0, in order of appearance.
 
     >>> def item(*shape): return ImageItem("", np.zeros((1, 1, 3), np.uint8), {"pixel_values": np.zeros(shape)}, 1)
     >>> alike([item(8, 6), item(1, 3, 2), item(4, 6)])
     [[0, 2], [1]]
     """
     groups: dict[tuple[tuple[str, str, tuple[int, ...]], ...], list[int]] = {}
-    for index, image in enumerate(images):
-        form = tuple((name, array.dtype.str, array.shape[1:]) for name, array in image.mm_kwargs.items())
+    for index, item in enumerate(items):
+        form = tuple((name, array.dtype.str, array.shape[1:]) for name, array in item.mm_kwargs.items())
         groups.setdefault(form, []).append(index)
     return list(groups.values())
 
