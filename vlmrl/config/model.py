@@ -69,11 +69,11 @@ class VideoConfig:
     max_frames: int = setting(
         64, on_resume=Resume.noted, low=2, high=2**16, outside="a video of one frame shows no time"
     )
-    """Frame budget per video. A video that has more at `fps` is refused, and ends its rollout."""
+    """The most frames of a video. A video that has more at `fps` is refused, and ends its rollout."""
     max_episode_frames: int = setting(
         256, on_resume=Resume.noted, low=2, high=2**20, outside="a video of one frame shows no time"
     )
-    """Frame budget per episode: all frames of all videos in a prompt."""
+    """The most frames of all videos in a prompt together. An episode that shows more ends there."""
     min_pixels: int | None = setting(
         None, on_resume=Resume.noted, low=1, high=2**31, outside="no video has so many pixels"
     )

@@ -158,6 +158,7 @@ class VisionEncoder:
 def alike(items: Sequence[MMItem]) -> list[list[int]]:
     """The indices of items whose arrays have the same names, dtypes and shapes behind dim 0, in order of appearance.
 
+    >>> from vlmrl.types import ImageItem
     >>> def item(*shape): return ImageItem("", np.zeros((1, 1, 3), np.uint8), {"pixel_values": np.zeros(shape)}, 1)
     >>> alike([item(8, 6), item(1, 3, 2), item(4, 6)])
     [[0, 2], [1]]

@@ -76,7 +76,7 @@ def video_hash(frame_hashes: tuple[str, ...], times: np.ndarray, rate: float) ->
     """32 hex characters: SHA-256 of the hashes of the frames, of their times and of their rate.
 
     >>> video_hash(("4d7fc975f0b1832b9a3356b0492f265a",) * 2, np.array([0.0, 0.5]), 2.0)
-    '0'
+    '97b8ed12be54fc9479cb719d04df935a'
     """
     digest = hashlib.sha256("".join(frame_hashes).encode())
     digest.update(np.array([*times, rate], np.float64).tobytes())

@@ -62,6 +62,7 @@ def mrope(
 
     Example: two text tokens, an image of 2 × 4 patches (1 × 2 tokens after merging 2 × 2), one more text token.
 
+    >>> from vlmrl.types import ImageItem
     >>> item = ImageItem("ab", np.zeros((32, 64, 3), np.uint8), {"image_grid_thw": np.array([[1, 2, 4]])}, 2)
     >>> mrope(5, [Placeholder(2, 2, "ab")], [item], spatial_merge_size=2, tokens_per_second=1).tolist()
     [[0, 1, 2, 3, 4], [0, 1, 2, 2, 4], [0, 1, 2, 2, 4], [0, 1, 2, 3, 4]]
