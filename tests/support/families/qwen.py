@@ -1,4 +1,4 @@
-"""Qwen's families with images."""
+"""Qwen's families with images and videos."""
 
 from __future__ import annotations
 
@@ -43,6 +43,13 @@ def image_processor(patch_size: int, **norm: Any) -> dict[str, Any]:
         "size": {"shortest_edge": (4 * patch_size) ** 2, "longest_edge": (32 * patch_size) ** 2},
         **norm,
     }
+
+
+def video_processor(name: str, patch_size: int, **norm: Any) -> dict[str, Any]:
+    """video_preprocessor_config.json. `size` holds areas: of all frames for Qwen3-VL, of one for Qwen2-VL."""
+    numbers = image_processor(patch_size, **norm)
+    del numbers["image_processor_type"]
+    return {"video_processor_type": name, **numbers, "cap_pixels_per_frame": False}
 
 
 VISION: dict[str, Any] = {
@@ -130,6 +137,8 @@ QWEN2_VL = Recipe(
     image_token="<|image_pad|>",
     processor_class="Qwen2VLProcessor",
     image_processor=image_processor(14, **CLIP_NORM),
+    video_processor=video_processor("Qwen2VLVideoProcessor", 14, **CLIP_NORM),
+    video_token="<|video_pad|>",
 )
 
 QWEN2_5_VL = replace(
@@ -154,6 +163,7 @@ QWEN3_VL = replace(
     template_source=("transcribed", "PrimeIntellect-ai/renderers renderers/qwen3_vl.py"),
     processor_class="Qwen3VLProcessor",
     image_processor=image_processor(16, **HALF),
+    video_processor=video_processor("Qwen3VLVideoProcessor", 16, **HALF),
 )
 
 QWEN3_VL_MOE = replace(

@@ -41,6 +41,10 @@ class Recipe:
     processor_class: str | None = None
     image_processor: dict[str, Any] = field(default_factory=dict)
     """preprocessor_config.json."""
+    video_processor: dict[str, Any] = field(default_factory=dict)
+    """video_preprocessor_config.json; empty for a family whose videos are not shown."""
+    video_token: str | None = None
+    """The token whose positions take a video's features."""
     processor: dict[str, Any] = field(default_factory=dict)
     """Arguments of the processor's class: processor_config.json."""
     scales: Scales = field(default_factory=Scales)
@@ -65,6 +69,8 @@ def build(name: str, folder: Path, *, seed: int = 0, dtype: str = "float32", tex
     (folder / "chat_template.jinja").write_text(template.removesuffix("\n"), encoding="utf-8")
     if recipe.image_processor:
         _write(folder / "preprocessor_config.json", recipe.image_processor | _class_of(recipe))
+    if recipe.video_processor:
+        _write(folder / "video_preprocessor_config.json", recipe.video_processor | _class_of(recipe))
     if recipe.processor:
         _write(folder / "processor_config.json", recipe.processor | _class_of(recipe))
     config = _config(recipe, {**ids, "vocab_size": padded_size(tokenizer)})
