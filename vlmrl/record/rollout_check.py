@@ -7,6 +7,7 @@ and open files named after hashes, so all of this is checked here, once.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import isfinite
 from typing import Any
 
 from vlmrl.record.files import is_number
@@ -20,6 +21,8 @@ MAX_INT64 = 2**63 - 1
 def is_rollout(record: Any) -> bool:
     """Whether `record` has the keys and types of `vlmrl.record.rollouts.RolloutRecord`; more keys are allowed."""
     if not _has(record, ROLLOUT) or not all(_is_text_or_none(record.get(name)) for name in ("stdout", "stderr")):
+        return False
+    if not _are_videos(record.get("videos", {})):  # old records lack them
         return False
     previous: Mapping[str, Any] | None = None
     for turn in record["turns"]:
@@ -76,7 +79,15 @@ def _is_part(part: Any) -> bool:
         return False
     if part.get("type") == "text":
         return isinstance(part.get("text"), str)
-    return part.get("type") == "image" and (part.get("hash") is None or _is_hash(part["hash"]))
+    return part.get("type") in ("image", "video") and (part.get("hash") is None or _is_hash(part["hash"]))
+
+
+def _are_videos(value: Any) -> bool:
+    return isinstance(value, dict) and all(_is_hash(hash) and _is_video(video) for hash, video in value.items())
+
+
+def _is_video(video: Any) -> bool:
+    return _has(video, VIDEO) and len(video["frames"]) == len(video["times"]) and all(map(isfinite, video["times"]))
 
 
 def _is_hash(value: Any) -> bool:
@@ -161,6 +172,23 @@ ROLLOUT: Mapping[str, Callable[[Any], bool]] = {
     "turns": _is_list,
 }
 """Key of a rollout → what its value must be."""
+
+
+def _hashes(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_hash, value))
+
+
+def _digests(value: Any) -> bool:
+    return isinstance(value, dict) and all(_is_text(name) and _is_text(digest) for name, digest in value.items())
+
+
+VIDEO: Mapping[str, Callable[[Any], bool]] = {
+    "frames": _hashes,
+    "times": lambda value: _numbers(value) and None not in value,
+    "fps": lambda value: isinstance(value, float) and isfinite(value) and value > 0,
+    "tensors": _digests,
+}
+"""Key of a video → what its value must be."""
 
 TURN: Mapping[str, Callable[[Any], bool]] = {
     "branch": _is_count,

@@ -53,4 +53,13 @@ def _completed(record: dict[str, Any]) -> dict[str, Any]:
         turn.setdefault("support_ids", None)
         turn.setdefault("trainer_logprobs", None)
         turn.setdefault("entropies", None)
-    return {"filtered": [], "task": "", "rewards": {}, "reference": None, "stdout": None, "stderr": None, **record}
+    return {
+        "filtered": [],
+        "task": "",
+        "rewards": {},
+        "reference": None,
+        "stdout": None,
+        "stderr": None,
+        "videos": {},
+        **record,
+    }

@@ -9,7 +9,7 @@ its checksum, and each record passes `is_rollout`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import islice, pairwise
 from pathlib import Path
@@ -50,6 +50,9 @@ MAY_BE_NULL = frozenset(
             "rewards[].value",
             "metrics[].value",
             "messages[].content[].text",
+            "videos[].hash",
+            "videos[].fps",
+            "videos[].tensors",
         ),
         *("images[]", "turns[].trainer_logprobs", "turns[].entropies", "turns[].tools", "turns[].message_fields"),
         *("turns[].stop", "turns[].sampling", "turns[].support_sizes", "turns[].support_ids"),
@@ -85,17 +88,35 @@ def read_rows(path: Path, wanted: Callable[[str], bool], damaged: Report) -> Ite
 
 
 def image_hashes(path: Path) -> set[str]:
-    """The hashes of all images in the prompts of a file, as far as it can be read."""
+    """The hashes of all images, and of all frames of videos, in the prompts of a file, as far as it can be read."""
     found: set[str] = set()
     with suppress(_Damaged, OSError), open_regular(path) as file:
         parquet = _opened(file)
         for group in range(parquet.num_row_groups):
             _check_size(parquet.metadata.row_group(group))
-            with _arrow_errors():
-                turns = parquet.read_row_group(group, ["turns.list.element.placeholders.list.element.hash"]).column(0)
-                hashes = turns.combine_chunks().flatten().field(0).flatten().field(0)
-            found.update(_column(hashes, "hash"))
+            videos, hashes = [], _nested(parquet, group, "turns", "placeholders", "hash")
+            if "videos" in parquet.schema_arrow.names:
+                videos = [hash for hash in _nested(parquet, group, "videos", "hash") if hash is not None]
+                hashes += map(_hash_in, _nested(parquet, group, "videos", "frames"))
+            found |= set(hashes) - set(videos)
     return found
+
+
+def _nested(parquet: pq.ParquetFile, group: int, *names: str) -> list[Any]:
+    """All values of a column that is inside of lists of a row group, one after the other."""
+    path = ".list.element.".join(names)
+    with _arrow_errors():
+        array = parquet.read_row_group(group, [path + ".list.element" * (path not in columns.LEAVES)]).column(0)
+        array = array.combine_chunks().flatten()
+        for _ in names[1:]:
+            array = array.field(0)
+            array = array.flatten() if pa.types.is_list(array.type) else array
+    return _column(array, f"{names[0]}[].{names[-1]}")
+
+
+def _hash_in(path: str) -> str:
+    """The hash in the path of an image: ../images/<hash>.png."""
+    return path.removeprefix(columns.IMAGE_FOLDER).removesuffix(".png")
 
 
 def _opened(file: Any) -> pq.ParquetFile:
@@ -229,15 +250,20 @@ def _record(row: dict[str, Any]) -> dict[str, Any] | None:
     turns = _turns(row)
     if turns is None:
         return None
+    videos = {video["hash"]: _video(video) for video in row["videos"] or () if video["hash"] is not None}
     record = {key: value for key, value in row.items() if key not in ("messages", "images")}
-    record["turns"] = turns
+    record["turns"], record["videos"] = turns, videos
     for pairs in ("rewards", "metrics"):
         record[pairs] = {pair["name"]: pair["value"] for pair in row[pairs]}
     return record if is_rollout(record) else None
 
 
 def _turns(row: dict[str, Any]) -> list[dict[str, Any]] | None:
-    messages, images, turns = iter(row["messages"]), iter(row["images"]), []
+    messages, turns = iter(row["messages"]), []
+    hashes = {
+        "image": (path and _hash_in(path) for path in row["images"]),
+        "video": (video["hash"] for video in row["videos"] or ()),
+    }
     for turn in row["turns"]:
         new = list(islice(messages, max(turn.pop("new_messages"), 0)))
         answer = next(messages, None)
@@ -246,7 +272,7 @@ def _turns(row: dict[str, Any]) -> list[dict[str, Any]] | None:
             return None
         turn["tools"] = read_json(turn.get("tools"), [])
         turn["messages"] = [
-            {"role": message["role"], "content": [_part(part, images) for part in message["content"]], **beside}
+            {"role": message["role"], "content": [_part(part, hashes) for part in message["content"]], **beside}
             for message, beside in zip(new, fields, strict=True)
         ]
         turn.setdefault("starts_over", False)
@@ -264,8 +290,13 @@ def _turns(row: dict[str, Any]) -> list[dict[str, Any]] | None:
     return turns
 
 
-def _part(part: dict[str, Any], images: Iterator[str | None]) -> dict[str, Any]:
-    if part["type"] != "image":
+def _part(part: dict[str, Any], hashes: Mapping[str, Iterator[str | None]]) -> dict[str, Any]:
+    """`hashes`: those of the images and videos of the row, by the type of their part, in order."""
+    if part["type"] not in hashes:
         return part
-    path = next(images, None)
-    return {"type": "image", "hash": path and path.removeprefix(columns.IMAGE_FOLDER).removesuffix(".png")}
+    return {"type": part["type"], "hash": next(hashes[part["type"]], None)}
+
+
+def _video(video: dict[str, Any]) -> dict[str, Any]:
+    frames, tensors = [_hash_in(path) for path in video["frames"]], read_json(video["tensors"], None)
+    return {"frames": frames, "times": video["times"], "fps": video["fps"], "tensors": tensors}

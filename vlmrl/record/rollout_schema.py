@@ -9,11 +9,16 @@
     seconds      double
     messages     [{role, content: [{type, text}]}]     the whole conversation, the policy's answers included
     images       [string]    ../images/<hash>.png of each {"type": "image"} part, in order
+    videos       [{hash, frames, times, fps, tensors}]     each {"type": "video"} part, in order
     turns        [{branch, starts_over, tools, message_fields, new_messages, prompt_offset, prompt_token_ids, …}]
 
 `rewards` and `metrics` are lists of pairs, because `datasets` has no maps, and because a struct would have other fields
 in every run. `messages` and `images` are the form that TRL, `datasets` and `task=dataset` take, so a run's own answers
-can be trained on. Turn k adds `turns[k].new_messages` messages and then its answer, the next `assistant` message. With
+can be trained on. A video is the paths of its `frames` (../images/<hash>.png), the `times` at which they are shown in
+seconds, and its average frames per second; `tensors` is the JSON of the digests of what the processor made of it, by
+name. Both `images` and `videos` have an entry without a hash for a part that never reached a prompt.
+
+Turn k adds `turns[k].new_messages` messages and then its answer, the next `assistant` message. With
 `turns[k].starts_over`, these messages take the place of all before them: the policy saw nothing else.
 
 `turns[k].tools` are the tools that the prompt describes, as JSON: `[{name, description, parameters}]`.
@@ -34,7 +39,8 @@ on. The first turn of a branch stores everything, with `prompt_offset` 0. Offset
 token t was sampled from `support_sizes[t]` tokens, which stand one support after the other in `support_ids`. They are
 stored because another batch or machine rounds logits differently, and a token at the edge would be in or out.
 
-The last part of a placeholder is its gaps: {start, length} of each run of tokens in it that are not image tokens.
+A placeholder whose hash is that of a video in the row stands for the video, and otherwise for an image. Its last part
+is its gaps: {start, length} of each run of tokens in it that are not image (video) tokens.
 
 Siblings share their first prompt. It is stored plainly, row after row: zstd replaces every repetition within a column
 chunk by a reference of a few bytes. Floats are stored byte by byte (BYTE_STREAM_SPLIT), which keeps every bit and lets
@@ -64,6 +70,9 @@ def _struct(**fields: Any) -> Any:
 PAIRS = _list(_struct(name=pa.string(), value=pa.float64()))
 PART = _struct(type=pa.string(), text=pa.string())
 MESSAGE = _struct(role=pa.string(), content=_list(PART))
+VIDEO = _struct(
+    hash=pa.string(), frames=_list(pa.string()), times=_list(pa.float64()), fps=pa.float64(), tensors=pa.string()
+)
 GAP = _struct(start=pa.int32(), length=pa.int32())
 PLACEHOLDER = _struct(offset=pa.int32(), length=pa.int32(), hash=pa.string(), gaps=_list(GAP))
 
@@ -121,10 +130,11 @@ SCHEMA = pa.schema(
         "seconds": pa.float64(),
         "messages": _list(MESSAGE),
         "images": _list(pa.string()),
+        "videos": _list(VIDEO),
         "turns": _list(TURN),
     }
 )
-LATER = frozenset({"stdout", "stderr"})
+LATER = frozenset({"stdout", "stderr", "videos"})
 """Columns that older files lack. They are null where they are missing."""
 
 SPLIT_BYTES = tuple(f"turns.list.element.{name}.list.element" for name in ("logprobs", "trainer_logprobs", "entropies"))

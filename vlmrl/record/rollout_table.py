@@ -19,9 +19,10 @@ import pyarrow.parquet as pq
 from vlmrl.errors import safe_text
 from vlmrl.record import rollout_schema as columns
 from vlmrl.record.checksum import with_checksum
+from vlmrl.record.image_files import mm_kwargs_digests
 from vlmrl.record.sampling_text import sampling_text
 from vlmrl.record.tool_fields import fields_text, tools_text
-from vlmrl.types import Image, Message, Part, Rollout, Text, Turn, extends
+from vlmrl.types import Message, MMItem, Modality, Part, Rollout, Text, Turn, VideoItem, extends
 
 LEVEL = 3
 """Of zstd."""
@@ -88,6 +89,7 @@ def _table(step: int, rows: Sequence[tuple[str, Rollout]]) -> pa.Table:
         "seconds": pa.array([rollout.seconds for rollout in rollouts], pa.float64()),
         "messages": _lists([_conversation(rollout) for rollout in rollouts], _messages),
         "images": _lists([_image_paths(rollout) for rollout in rollouts], _texts),
+        "videos": _lists([_shown(rollout, "video") for rollout in rollouts], _videos),
         "turns": _lists([list(pairwise([None, *rollout.turns])) for rollout in rollouts], _turns),
     }
     return pa.table(made, schema=columns.SCHEMA)
@@ -117,14 +119,24 @@ def _conversation(rollout: Rollout) -> list[Message]:
 
 
 def _image_paths(rollout: Rollout) -> list[str | None]:
-    """The path of each image part of the conversation. The image parts of a turn's messages belong, in order, to the
-    last placeholders of its prompt; None for an image that never reached the prompt."""
-    paths: list[str | None] = []
+    """The path of each image part of the conversation; None for an image that never reached the prompt."""
+    return [None if item is None else _path(item.hash) for item in _shown(rollout, "image")]
+
+
+def _path(hash: str) -> str:
+    return f"{columns.IMAGE_FOLDER}{hash}.png"
+
+
+def _shown(rollout: Rollout, kind: Modality) -> list[MMItem | None]:
+    """The item of each image (video) part of the conversation. The parts of one kind in a turn's messages belong, in
+    order, to the last placeholders of that kind in its prompt; None for a part that never reached the prompt."""
+    found: list[MMItem | None] = []
     for turn in rollout.turns:
-        count = sum(isinstance(part, Image) for message in turn.messages for part in message.content)
-        shown = [f"{columns.IMAGE_FOLDER}{place.hash}.png" for place in turn.prompt.placeholders]
-        paths += [*[None] * count, *shown][len(shown) :] if count else []
-    return paths
+        parts = (part for message in turn.messages for part in message.content if not isinstance(part, Text))
+        count = sum(part.modality == kind for part in parts)
+        items = [item for item in turn.prompt.mm_items if item.modality == kind]
+        found += [*[None] * count, *items][len(items) :] if count else []
+    return found
 
 
 def shared_prefix(turn: Turn, previous: Turn | None) -> int:
@@ -189,8 +201,22 @@ def _messages(messages: list[Message]) -> pa.Array:
 
 
 def _parts(parts: list[Part]) -> pa.Array:
-    kinds = _texts("text" if isinstance(part, Text) else "image" for part in parts)
+    kinds = _texts("text" if isinstance(part, Text) else part.modality for part in parts)
     return _struct(columns.PART, kinds, _texts(part.text if isinstance(part, Text) else None for part in parts))
+
+
+def _videos(shown: list[MMItem | None]) -> pa.Array:
+    """The column of videos; an entry without a value for a part that never reached the prompt."""
+    videos = [item if isinstance(item, VideoItem) else None for item in shown]
+    digests = {video.hash: orjson.dumps(mm_kwargs_digests(video)).decode() for video in set(videos) if video}
+    return _struct(
+        columns.VIDEO,
+        _texts(video.hash if video else None for video in videos),
+        _lists([list(map(_path, video.frame_hashes)) if video else [] for video in videos], _texts),
+        _arrays([video.times if video else np.zeros(0) for video in videos], pa.float64()),
+        pa.array([video.rate if video else None for video in videos], pa.float64()),
+        _texts(digests[video.hash] if video else None for video in videos),
+    )
 
 
 def _turns(pairs: list[tuple[Turn | None, Turn | None]]) -> pa.Array:

@@ -6,16 +6,16 @@
 rollout_schema.py has the columns of a file. A file appears complete or not at all. An image is written before the
 first file that names it. Logprobs are exact float32.
 
-An image part of a message holds the hash of its image. The image parts of a turn's messages belong, in order, to the
-last placeholders of its prompt (in a branch that renders the whole conversation again, earlier placeholders belong to
-the messages of earlier turns).
+An image or video part of a message holds the hash of its item. The image parts of a turn's messages belong, in order,
+to the last image placeholders of its prompt, and video parts to the last video placeholders (in a branch that renders
+the whole conversation again, earlier placeholders belong to the messages of earlier turns).
 
-Left out on purpose: `mm_kwargs`. The processor can compute them again from the image; the PNG holds their digests.
+Left out on purpose: `mm_kwargs`. The processor can compute them again from the pictures. Their digests are in the PNG
+of an image, and in `videos` of the row for a video.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,29 +23,41 @@ from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
-import orjson
-import PIL.Image
-from PIL.PngImagePlugin import PngInfo
 
 from vlmrl.errors import VlmrlError
 from vlmrl.record.disk_bound import DiskBound
-from vlmrl.record.files import disk_errors, write_atomically, write_bytes_atomically
+from vlmrl.record.files import disk_errors, write_bytes_atomically
+from vlmrl.record.image_files import pictures_of, write_png
 from vlmrl.record.rollout_lines import read_lines
 from vlmrl.record.run_dir import RecordKind, RunDir
 from vlmrl.record.splits import RecordedSplit
 from vlmrl.record.tokens import TokenSpellings
-from vlmrl.types import ImageItem, MMItem, Rollout
+from vlmrl.types import MMItem, Rollout, VideoItem
 
 MAX_QUEUED_FILES = 4
 """Files that may wait for the disk. With that many waiting, `write` blocks until the oldest is written."""
 
 
 class PartRecord(TypedDict, total=False):
-    """`{"type": "text", "text": …}` or `{"type": "image", "hash": …}`; hash is None if the prompt lacks it."""
+    """`{"type": "text", "text": …}`, `{"type": "image", "hash": …}` or `{"type": "video", "hash": …}`; hash is None if
+    the prompt lacks it."""
 
-    type: Literal["text", "image"]
+    type: Literal["text", "image", "video"]
     text: str
     hash: str | None
+
+
+class VideoRecord(TypedDict):
+    """A video that a prompt shows (`vlmrl.types.VideoItem`); T frames."""
+
+    frames: list[str]
+    """[T]; the image hash of each frame: images/<hash>.png."""
+    times: list[float]
+    """[T]; when each frame is shown, in seconds."""
+    fps: float
+    """Frames per second, on average over the video."""
+    tensors: dict[str, str]
+    """The `mm_kwargs_digests` of the video."""
 
 
 class ToolRecord(TypedDict):
@@ -89,8 +101,8 @@ class TurnRecord(TypedDict):
     prompt_token_ids: list[int]
     """[P]; the file holds only those from `prompt_offset` on."""
     placeholders: list[tuple[int, int, str, tuple[tuple[int, int], ...]]]
-    """(offset, length, image hash, gaps) of each image in the prompt (`vlmrl.types.Placeholder`); the file holds only
-    those from `prompt_offset` on."""
+    """(offset, length, hash, gaps) of each image and video in the prompt (`vlmrl.types.Placeholder`); a hash in
+    `RolloutRecord.videos` is that of a video. The file holds only those from `prompt_offset` on."""
     completion_ids: list[int]
     """[C]."""
     logprobs: list[float]
@@ -144,6 +156,8 @@ class RolloutRecord(TypedDict):
     stderr: str | None
     """The same of its standard error."""
     seconds: float
+    videos: dict[str, VideoRecord]
+    """Hash → each distinct video in its prompts. Empty for a run from before there were videos."""
     turns: list[TurnRecord]
 
 
@@ -197,13 +211,15 @@ class RolloutRecorder:
             self._waiting.popleft().result()
 
     def _write(self, kind: RecordKind, step: int, rollouts: dict[RecordedSplit, Sequence[Rollout]]) -> None:
-        images = {image.hash: image for image in _images(each for group in rollouts.values() for each in group)}
-        for hash, image in images.items():
-            picture = self._run_dir.image(hash)
-            if not picture.exists():
-                with disk_errors(picture):
-                    picture.parent.mkdir(exist_ok=True)  # it may have been removed under the run
-                    write_png(picture, image)
+        # Images come last: where a frame has the same pixels, the PNG with the digests is written.
+        items = sorted(_items(rollouts), key=lambda item: not isinstance(item, VideoItem))
+        pictures = {hash: picture for item in items for hash, picture in pictures_of(item).items()}
+        for hash, picture in pictures.items():
+            file = self._run_dir.image(hash)
+            if not file.exists():
+                with disk_errors(file):
+                    file.parent.mkdir(exist_ok=True)  # it may have been removed under the run
+                    write_png(file, picture)
         if self._spellings is not None:
             self._spellings.add(_tokens(rollout for group in rollouts.values() for rollout in group))
         from vlmrl.record.rollout_table import encode  # pyarrow takes 0.4 s
@@ -213,48 +229,19 @@ class RolloutRecorder:
             path.parent.mkdir(exist_ok=True)
             write_bytes_atomically(path, content)
         if self._bound is not None:
-            self._bound.wrote(kind, step, images)
+            self._bound.wrote(kind, step, pictures)
 
 
-def _images(rollouts: Iterable[Rollout]) -> Iterator[ImageItem]:
-    return (image for rollout in rollouts for turn in rollout.turns for image in turn.prompt.images)
+def _items(rollouts: Mapping[RecordedSplit, Sequence[Rollout]]) -> Iterable[MMItem]:
+    """Each distinct image and video of the prompts."""
+    turns = (turn for group in rollouts.values() for rollout in group for turn in rollout.turns)
+    return {item.hash: item for turn in turns for item in turn.prompt.mm_items}.values()
 
 
 def _tokens(rollouts: Iterable[Rollout]) -> set[int]:
     turns = [turn for rollout in rollouts for turn in rollout.turns]
     arrays = [array for turn in turns for array in (turn.prompt.token_ids, turn.completion.token_ids)]
     return set(np.unique(np.concatenate(arrays)).tolist()) if arrays else set()
-
-
-DIGESTS = "vlmrl:mm_kwargs"
-"""Keyword of the PNG text chunk that holds `mm_kwargs_digests`."""
-
-
-def mm_kwargs_digests(item: MMItem) -> dict[str, str]:
-    """Name → dtype, shape and start of the SHA-256 of each processor output of an item. mode=replay compares them with
-    those of the installed processor.
-
-    >>> grid = np.array([[1, 2, 2]])
-    >>> mm_kwargs_digests(ImageItem("ab", np.zeros((32, 32, 3), np.uint8), {"image_grid_thw": grid}, 1))
-    {'image_grid_thw': 'int64[1, 3] 8e593fdee7021d9c'}
-    """
-    return {
-        name: f"{array.dtype}{list(array.shape)} {hashlib.sha256(array.tobytes()).hexdigest()[:16]}"
-        for name, array in sorted(item.mm_kwargs.items())
-    }
-
-
-def recorded_digests(picture: PIL.Image.Image) -> dict[str, str] | None:
-    """The `mm_kwargs_digests` in a PNG of a run; None where it has none."""
-    text = picture.info.get(DIGESTS)
-    return None if text is None else orjson.loads(text)
-
-
-def write_png(path: Path, image: ImageItem) -> None:
-    """Write the image as a lossless RGB PNG, with the digests of its tensors in a text chunk. Raises OSError."""
-    picture, note = PIL.Image.fromarray(image.pixels), PngInfo()
-    note.add_text(DIGESTS, orjson.dumps(mm_kwargs_digests(image)).decode())
-    write_atomically(path, lambda file: picture.save(file, format="PNG", compress_level=1, pnginfo=note))
 
 
 def read_rollouts(

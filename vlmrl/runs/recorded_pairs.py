@@ -32,7 +32,7 @@ from vlmrl.record.rollouts import RolloutRecord
 from vlmrl.record.run_dir import RunDir
 from vlmrl.rendering.renderer import Renderer
 from vlmrl.runs.build import Run
-from vlmrl.runs.replay.recorded import RecordedImage, fits, load_images, load_records, rollout_of
+from vlmrl.runs.replay.recorded import RecordedItem, fits, load_items, load_records, rollout_of
 from vlmrl.tasks.dataset.order import shuffled
 from vlmrl.types import PreferencePair, Rollout
 
@@ -175,29 +175,31 @@ class RecordedPairs:
     async def _made(self, pairs: Sequence[RecordedPair]) -> list[PreferencePair]:
         records = [record for pair in pairs for record in (pair.chosen, pair.rejected)]
         renderer = self.run.renderer
-        images = await asyncio.to_thread(load_images, self.recorded, records, renderer)
+        items = await asyncio.to_thread(load_items, self.recorded, records, renderer)
         made = []
         for pair in pairs:
-            chosen, rejected = (rollout_of(record, images) for record in (pair.chosen, pair.rejected))
-            await self._check(chosen, rejected, images, renderer)
+            chosen, rejected = (rollout_of(record, items) for record in (pair.chosen, pair.rejected))
+            await self._check(chosen, rejected, items, renderer)
             made.append(PreferencePair(pair.pair_id, tuple(make_samples(chosen)), tuple(make_samples(rejected))))
         return made
 
     async def _check(
-        self, chosen: Rollout, rejected: Rollout, images: dict[str, RecordedImage], renderer: Renderer
+        self, chosen: Rollout, rejected: Rollout, items: dict[str, RecordedItem], renderer: Renderer
     ) -> None:
         """Raise `ConfigError` where today's renderer makes other pixels, tensors or first prompts."""
         first = chosen.turns[0]
         prompt = await renderer.first_turn(first.messages, first.tools)
-        shown = {image.hash for turn in (*chosen.turns, *rejected.turns) for image in turn.prompt.images}
+        shown = {item.hash for turn in (*chosen.turns, *rejected.turns) for item in turn.prompt.mm_items}
         wrong = ""
-        for image in images.values():
-            if image.item.hash != image.hash and image.item.hash in shown:
-                wrong = f"the file {image.hash}.png holds other pixels"
-            elif image.changed_tensors and image.item.hash in shown:
-                wrong = f"{', '.join(image.changed_tensors)} of the image {image.hash} are processed in another way"
+        for item in items.values():
+            if item.other_pixels and item.item.hash in shown:
+                is_image = item.item.modality == "image"
+                wrong = f"the file {item.hash}.png holds other pixels" if is_image else f"{item.other_pixels} is other"
+            elif item.changed_tensors and item.item.hash in shown:
+                names = ", ".join(item.changed_tensors)
+                wrong = f"{names} of the {item.item.modality} {item.hash} are processed in another way"
         if not (fits(chosen) and fits(rejected)):
-            wrong = "an image takes another number of tokens"
+            wrong = "an image or video takes another number of tokens"
         elif not wrong and not np.array_equal(prompt.token_ids, first.prompt.token_ids):
             wrong = "its first prompt is rendered to other tokens"
         if wrong:

@@ -76,6 +76,7 @@ def test_every_field_comes_back(run_dir: RunDir) -> None:
         "stdout": None,
         "stderr": None,
         "seconds": 0.25,
+        "videos": {},
     }
     assert record["turns"][0]["finish_reason"] == "stop"
     assert (record["turns"][0]["trainer_logprobs"], record["turns"][0]["entropies"]) == (None, None)

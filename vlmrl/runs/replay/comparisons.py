@@ -7,12 +7,12 @@ device), not because of the input; the state is then `rounding`, and the finding
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from vlmrl.runs.replay.recorded import RecordedImage
+from vlmrl.runs.replay.recorded import RecordedItem
 from vlmrl.runs.verdicts import State, Verdict, not_visible
 from vlmrl.types import Completion, FloatArray, IntArray, Prompt, Rollout, Turn
 
@@ -41,57 +41,63 @@ def spelled(ids: IntArray, index: int, spelling: Spelling) -> str:
     return f"{id} {spelling[id]!r}" if id in spelling else str(id)
 
 
-# ── images ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── images and videos ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def pictures(name: str, images: Mapping[str, RecordedImage], rollouts: Sequence[Rollout]) -> Verdict:
-    """Each image file has the pixels whose hash is its name."""
-    changed = [image for hash, image in images.items() if image.item.hash != hash]
-    if not images:
-        return not_visible(name, "the batch shows no image")
+def pictures(name: str, items: Mapping[str, RecordedItem], rollouts: Sequence[Rollout]) -> Verdict:
+    """Each image has the pixels whose hash is the name of its file, and each video has its frames and times."""
+    changed = [item for item in items.values() if item.other_pixels]
+    if not items:
+        return not_visible(name, "the batch shows no image and no video")
+    kinds = _kinds(items.values())
     if not changed:
-        return Verdict(name, State.SAME, f"{len(images)} distinct images have the pixels that the policy saw")
+        return Verdict(name, State.SAME, f"{len(items)} distinct {kinds} have the pixels that the policy saw")
     where = _where_shown(changed[0], rollouts)
     return Verdict(
         name,
         State.DIFFERS,
-        f"{len(changed)} of {len(images)} distinct images have other pixels than the policy saw; the first is "
-        f"images/{changed[0].hash}.png, shown in {where['rollout_id']}, turn {where['turn']}",
-        first={"image": changed[0].hash, **where},
+        f"{len(changed)} of {len(items)} distinct {kinds} have other pixels than the policy saw; the first is "
+        f"{changed[0].other_pixels}, shown in {where['rollout_id']}, turn {where['turn']}",
+        first={changed[0].item.modality: changed[0].hash, **where},
         metrics={"changed": len(changed)},
     )
 
 
-def tensors(name: str, images: Mapping[str, RecordedImage], rollouts: Sequence[Rollout]) -> Verdict:
-    """Today's image processor makes tensors with the digests that were recorded."""
-    noted = [image for image in images.values() if image.digests is not None]
+def _kinds(items: Iterable[RecordedItem]) -> str:
+    """`images`, `videos`, or both."""
+    return " and ".join(sorted({f"{item.item.modality}s" for item in items}))
+
+
+def tensors(name: str, items: Mapping[str, RecordedItem], rollouts: Sequence[Rollout]) -> Verdict:
+    """Today's processor makes tensors with the digests that were recorded."""
+    noted = [item for item in items.values() if item.digests is not None]
     if not noted:
-        return not_visible(name, "the run recorded no digests of the image processor's tensors")
-    for image in noted:
-        if image.changed_tensors:
-            where = _where_shown(image, rollouts)
+        return not_visible(name, "the run recorded no digests of the processor's tensors")
+    for item in noted:
+        if item.changed_tensors:
+            where, kind = _where_shown(item, rollouts), item.item.modality
             changed = sum(bool(each.changed_tensors) for each in noted)
             return Verdict(
                 name,
                 State.DIFFERS,
-                f"the image processor makes other tensors of {changed} of {len(noted)} images; the first is "
-                f"{image.changed_tensors[0]} of image {image.hash}, shown in {where['rollout_id']}, turn "
+                f"the {kind} processor makes other tensors of {changed} of {len(noted)} {_kinds(noted)}; the first is "
+                f"{item.changed_tensors[0]} of {kind} {item.hash}, shown in {where['rollout_id']}, turn "
                 f"{where['turn']}",
-                first={"tensor": image.changed_tensors[0], "image": image.hash, **where},
+                first={"tensor": item.changed_tensors[0], kind: item.hash, **where},
                 metrics={"changed": changed},
             )
-    names = sorted({key for image in noted for key in image.item.mm_kwargs})
-    return Verdict(name, State.SAME, f"{', '.join(names)} of {len(noted)} images, by their SHA-256")
+    names = sorted({key for item in noted for key in item.item.mm_kwargs})
+    return Verdict(name, State.SAME, f"{', '.join(names)} of {len(noted)} {_kinds(noted)}, by their SHA-256")
 
 
-def _where_shown(image: RecordedImage, rollouts: Sequence[Rollout]) -> dict[str, object]:
-    """The first place in the batch that shows the image."""
+def _where_shown(item: RecordedItem, rollouts: Sequence[Rollout]) -> dict[str, object]:
+    """The first place in the batch that shows the image or video."""
     for rollout in rollouts:
         for number, turn in enumerate(rollout.turns):
             for place in turn.prompt.placeholders:
-                if place.hash == image.item.hash:
+                if place.hash == item.item.hash:
                     return {"rollout_id": rollout.rollout_id, "turn": number, "prompt_token": place.offset}
-    raise AssertionError("every image was collected from the batch")
+    raise AssertionError("every image and video was collected from the batch")
 
 
 # ── tokens ──────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,7 +1,9 @@
 """Read a step's recorded batch: rollouts/step_*.parquet and images/*.png become `Rollout`s again.
 
-    rollouts/step_000021.parquet ──────────────────────┐
-    images/<hash>.png ─ today's renderer ─▶ ImageItem ─┴─▶ Rollout, as the loop handed it to `make_samples`
+    rollouts/step_000021.parquet ───────────────────┐
+    images/<hash>.png ─ today's renderer ─▶ MMItem ─┴─▶ Rollout, as the loop handed it to `make_samples`
+
+The frames of a video are images/<hash>.png as well; which frames, and when each is shown, is in the row.
 
 The batch of step N is replayed with the weights of policy version N − 1, which the checkpoint of that name holds. A run
 saves every `trainer.checkpoint_every` steps and keeps the newest `trainer.keep_checkpoints`, so few steps can be
@@ -19,7 +21,8 @@ from PIL import Image as PILImage
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import VlmrlError
 from vlmrl.record.files import read_errors
-from vlmrl.record.rollouts import RolloutRecord, TurnRecord, mm_kwargs_digests, read_rollouts, recorded_digests
+from vlmrl.record.image_files import mm_kwargs_digests, recorded_digests
+from vlmrl.record.rollouts import RolloutRecord, TurnRecord, VideoRecord, read_rollouts
 from vlmrl.record.run_dir import RunDir
 from vlmrl.record.tool_fields import message_of, tools_of
 from vlmrl.rendering.images import ImageError
@@ -40,6 +43,7 @@ from vlmrl.types import (
     TokenMetrics,
     Turn,
     TurnSampling,
+    Video,
 )
 
 
@@ -51,42 +55,76 @@ def replayed_batch(config: RunConfig) -> tuple[RunDir, int]:
 
 
 @dataclass(frozen=True, eq=False)
-class RecordedImage:
-    """One image of the batch, and what today's code makes of its file."""
+class RecordedItem:
+    """One image or video of the batch, and what today's code makes of its files."""
 
     hash: str
-    """The recorded hash, which names the file."""
+    """The recorded hash, which names the file of an image."""
+    part: Image | Video
+    """What a message holds: the path of the image, or the paths and times of the frames."""
     item: MMItem
     """Today's pixels, hash and tensors."""
     digests: Mapping[str, str] | None
-    """The recorded digests of the image processor's tensors (`mm_kwargs_digests`); None where the run recorded none."""
+    """The recorded digests of the processor's tensors (`mm_kwargs_digests`); None where the run recorded none."""
+    frame_hashes: tuple[str, ...] = ()
+    """The recorded hashes of the frames of a video, which name their files."""
+
+    @property
+    def other_pixels(self) -> str:
+        """Which file, or what about the video, is not what the policy saw; empty where all is."""
+        if self.item.hash == self.hash:
+            return ""
+        if isinstance(self.item, ImageItem):
+            return f"images/{self.hash}.png"
+        for number, (then, now) in enumerate(zip(self.frame_hashes, self.item.frame_hashes, strict=True)):
+            if then != now:
+                return f"images/{then}.png, frame {number} of the video {self.hash}"
+        return f"the order, the times or the rate of the frames of the video {self.hash}"
 
     @property
     def changed_tensors(self) -> list[str]:
-        """Names of the tensors that today's image processor makes differently, or that only one of the two made."""
+        """Names of the tensors that today's processor makes differently, or that only one of the two made."""
         if self.digests is None:
             return []
         today = mm_kwargs_digests(self.item)
         return sorted(name for name in {*today, *self.digests} if today.get(name) != self.digests.get(name))
 
 
-def load_images(run_dir: RunDir, records: Sequence[RolloutRecord], renderer: Renderer) -> dict[str, RecordedImage]:
-    """Recorded hash → image, in the order in which the batch shows them. Raises VlmrlError where a file cannot be
-    read."""
+def load_items(run_dir: RunDir, records: Sequence[RolloutRecord], renderer: Renderer) -> dict[str, RecordedItem]:
+    """Recorded hash → image or video, in the order in which the batch shows them. Raises VlmrlError where a file cannot
+    be read."""
     hashes = dict.fromkeys(
         hash for record in records for turn in record["turns"] for _, _, hash, _ in turn["placeholders"]
     )
-    found = {}
-    for hash in hashes:
-        path = run_dir.image(hash)
-        try:
-            (item,) = renderer.items([Image(path)])  # first: it refuses a pipe, whose opening may never end
-            with PILImage.open(path) as picture:
-                digests = recorded_digests(picture)
-        except (OSError, ImageError) as error:
-            raise VlmrlError(f"{path} cannot be read, so its batch cannot be replayed: {error}") from error
-        found[hash] = RecordedImage(hash, item, digests)
-    return found
+    videos = {hash: video for record in records for hash, video in record["videos"].items()}
+    return {
+        hash: _video(run_dir, hash, videos[hash], renderer) if hash in videos else _image(run_dir, hash, renderer)
+        for hash in hashes
+    }
+
+
+def _image(run_dir: RunDir, hash: str, renderer: Renderer) -> RecordedItem:
+    path = run_dir.image(hash)
+    part = Image(path)
+    try:
+        (item,) = renderer.items([part])  # first: it refuses a pipe, whose opening may never end
+        with PILImage.open(path) as picture:
+            digests = recorded_digests(picture)
+    except (OSError, ImageError) as error:
+        raise VlmrlError(f"{path} cannot be read, so its batch cannot be replayed: {error}") from error
+    return RecordedItem(hash, part, item, digests)
+
+
+def _video(run_dir: RunDir, hash: str, video: VideoRecord, renderer: Renderer) -> RecordedItem:
+    part = Video([run_dir.image(frame) for frame in video["frames"]], fps=video["fps"], times=video["times"])
+    try:
+        (item,) = renderer.items([part])
+    except ImageError as error:
+        raise VlmrlError(
+            f"the video {hash} cannot be made of its frames in {run_dir.images}, so its batch cannot be replayed: "
+            f"{error}"
+        ) from error
+    return RecordedItem(hash, part, item, video["tensors"], tuple(video["frames"]))
 
 
 @read_errors()
@@ -95,13 +133,13 @@ def load_records(run_dir: RunDir, step: int) -> list[RolloutRecord]:
     return list(read_rollouts(run_dir.recorded_rollouts("step", step)))
 
 
-def rollout_of(record: RolloutRecord, images: Mapping[str, RecordedImage]) -> Rollout:
-    """The rollout as the loop had it, with today's images in its prompts."""
+def rollout_of(record: RolloutRecord, items: Mapping[str, RecordedItem]) -> Rollout:
+    """The rollout as the loop had it, with today's images and videos in its prompts."""
     return Rollout(
         rollout_id=record["rollout_id"],
         problem_id=record["problem_id"],
         index=record["index"],
-        turns=[_turn(turn, images) for turn in record["turns"]],
+        turns=[_turn(turn, items) for turn in record["turns"]],
         reward=record["reward"],
         metrics=record["metrics"],
         stop_reason=StopReason(record["stop_reason"]),
@@ -111,10 +149,10 @@ def rollout_of(record: RolloutRecord, images: Mapping[str, RecordedImage]) -> Ro
     )
 
 
-def _turn(record: TurnRecord, images: Mapping[str, RecordedImage]) -> Turn:
-    shown = [images[hash].item for _, _, hash, _ in record["placeholders"]]
+def _turn(record: TurnRecord, items: Mapping[str, RecordedItem]) -> Turn:
+    shown = [items[hash].item for _, _, hash, _ in record["placeholders"]]
     placeholders = tuple(
-        Placeholder(offset, length, item.hash, gaps)
+        Placeholder(offset, length, item.hash, gaps, item.modality)
         for (offset, length, _, gaps), item in zip(record["placeholders"], shown, strict=True)
     )
     prompt = Prompt(
@@ -135,7 +173,7 @@ def _turn(record: TurnRecord, images: Mapping[str, RecordedImage]) -> Turn:
         prompt=prompt,
         completion=completion,
         text=record["text"],
-        messages=[_message(message, images) for message in record["messages"]],
+        messages=[_message(message, items) for message in record["messages"]],
         branch=record["branch"],
         starts_over=record["starts_over"],
         sampling=None if (sampling := record.get("sampling")) is None else TurnSampling(**sampling),
@@ -155,26 +193,19 @@ def _supports(record: TurnRecord) -> Supports | None:
     return Supports(np.array(ids, np.int32), np.cumsum([0, *sizes], dtype=np.int64))
 
 
-def _message(record: Mapping[str, object], images: Mapping[str, RecordedImage]) -> Message:
-    parts: list[Text | Image] = []
+def _message(record: Mapping[str, object], items: Mapping[str, RecordedItem]) -> Message:
     content = record["content"]
     assert isinstance(content, list)
-    for part in content:
-        if part["type"] == "text":
-            parts.append(Text(part["text"]))
-        else:
-            item = images[part["hash"]].item
-            assert isinstance(item, ImageItem)
-            parts.append(Image(item.pixels))
+    parts = (Text(part["text"]) if part["type"] == "text" else items[part["hash"]].part for part in content)
     role = record["role"]
     assert role in ("system", "user", "assistant", "tool")
     return message_of(role, tuple(parts), record)
 
 
 def fits(rollout: Rollout) -> bool:
-    """Whether each image still has as many features as its placeholder; an image of another size would not."""
+    """Whether each image and video still has as many features as its placeholder; one of another size would not."""
     return all(
-        place.num_features == image.num_tokens
+        place.num_features == item.num_tokens
         for turn in rollout.turns
-        for place, image in zip(turn.prompt.placeholders, turn.prompt.mm_items, strict=True)
+        for place, item in zip(turn.prompt.placeholders, turn.prompt.mm_items, strict=True)
     )

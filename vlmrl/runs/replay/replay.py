@@ -42,7 +42,7 @@ from vlmrl.runs.build import Run
 from vlmrl.runs.dtypes import is_float32
 from vlmrl.runs.replay import comparisons
 from vlmrl.runs.replay.comparisons import RerenderedTurn, ResampledTurn, ScoredTurn, Spelling
-from vlmrl.runs.replay.recorded import fits, load_images, load_records, replayed_batch, rollout_of
+from vlmrl.runs.replay.recorded import fits, load_items, load_records, replayed_batch, rollout_of
 from vlmrl.runs.sft import take_supervised_steps
 from vlmrl.runs.verdicts import State, Verdict, as_table, conclude, not_visible
 from vlmrl.trainer.checkpoint import Checkpoints
@@ -146,16 +146,16 @@ class Replay:
         spelling: Spelling = read_spellings(self.recorded.tokens) if self.recorded.tokens.exists() else {}
         self.status("replay: pictures and prompts")
         records = await asyncio.to_thread(load_records, self.recorded, self.step)
-        images = await asyncio.to_thread(load_images, self.recorded, records, self.renderer)
-        rollouts = [rollout_of(record, images) for record in records]
+        items = await asyncio.to_thread(load_items, self.recorded, records, self.renderer)
+        rollouts = [rollout_of(record, items) for record in records]
         written = [self._as_written(rollout) for rollout in rollouts]
         verdicts = [
-            comparisons.pictures(pictures, images, rollouts),
-            comparisons.tensors(tensors, images, rollouts),
+            comparisons.pictures(pictures, items, rollouts),
+            comparisons.tensors(tensors, items, rollouts),
             comparisons.prompts(prompts, await self._rerendered(written), spelling),
         ]
         if not all(fits(rollout) for rollout in rollouts):
-            why = "an image takes another number of tokens than was recorded"
+            why = "an image or video takes another number of tokens than was recorded"
             return [*verdicts, *(not_visible(name, why) for name in (completions, of_engine, of_trainer))]
         self.status("replay: completions")
         resampled = await self._resampled(rollouts)

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from support.rollout_builders import image, rollout
-from vlmrl.record.rollouts import mm_kwargs_digests
+from vlmrl.record.image_files import mm_kwargs_digests
 from vlmrl.runs.replay.comparisons import RerenderedTurn, ScoredTurn, logprobs, prompts, tensors
-from vlmrl.runs.replay.recorded import RecordedImage, fits
+from vlmrl.runs.replay.recorded import RecordedItem, fits
 from vlmrl.runs.verdicts import State
-from vlmrl.types import FloatArray, ImageItem, Prompt
+from vlmrl.types import FloatArray, Image, ImageItem, Prompt
 
 PLAYED = rollout()
 
@@ -87,7 +87,7 @@ def processed(scale: float) -> ImageItem:
 )
 def test_a_processor_that_makes_other_tensors(digests: Mapping[str, str] | None, state: State, finding: str) -> None:
     item = processed(1.0)
-    line = tensors("tensors", {item.hash: RecordedImage(item.hash, item, digests)}, [PLAYED])
+    line = tensors("tensors", {item.hash: RecordedItem(item.hash, Image(item.pixels), item, digests)}, [PLAYED])
     assert line.state is state
     assert finding in line.finding
 
