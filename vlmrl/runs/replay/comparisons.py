@@ -48,7 +48,7 @@ def pictures(name: str, items: Mapping[str, RecordedItem], rollouts: Sequence[Ro
     """Each image has the pixels whose hash is the name of its file, and each video has its frames and times."""
     changed = [item for item in items.values() if item.other_pixels]
     if not items:
-        return not_visible(name, "the batch shows no image and no video")
+        return not_visible(name, "the batch shows no image or video")
     kinds = _kinds(items.values())
     if not changed:
         return Verdict(name, State.SAME, f"{len(items)} distinct {kinds} have the pixels that the policy saw")
