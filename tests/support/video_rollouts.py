@@ -13,7 +13,6 @@ from vlmrl.rendering.video_store import video_hash
 from vlmrl.types import (
     Image,
     ImageItem,
-    IntArray,
     Message,
     MMItem,
     Placeholder,
@@ -48,11 +47,10 @@ def video(seed: int, frames: np.ndarray | None = None, times: Sequence[float] = 
     return VideoItem(video_hash(hashes, shown, rate), frames, shown, rate, hashes, tensors, VIDEO_TOKENS)
 
 
-def shown(items: Sequence[MMItem], before: IntArray | None = None, known: Prompt | None = None) -> Prompt:
-    """A prompt that shows the items, one after the other; `known` and `before` are the prompt and the answer that it
-    goes on from."""
-    ids = [] if known is None else [*known.token_ids.tolist(), *(before if before is not None else ())]
-    places = [] if known is None else list(known.placeholders)
+def shown(items: Sequence[MMItem], last: Turn | None = None) -> Prompt:
+    """A prompt that shows the items, one after the other, behind the prompt and the answer of the turn before."""
+    ids = [] if last is None else [*last.prompt.token_ids.tolist(), *last.completion.token_ids.tolist()]
+    places = [] if last is None else list(last.prompt.placeholders)
     for item in items:
         ids.append(7)
         if isinstance(item, ImageItem):
@@ -61,7 +59,7 @@ def shown(items: Sequence[MMItem], before: IntArray | None = None, known: Prompt
         else:
             places.append(Placeholder(len(ids), item.num_tokens + 1, item.hash, GAP, "video"))
             ids += [VIDEO_TOKEN, VIDEO_TOKEN, 6, VIDEO_TOKEN, VIDEO_TOKEN]
-    earlier = () if known is None else known.mm_items
+    earlier = () if last is None else last.prompt.mm_items
     return Prompt(np.array(ids, np.int64), tuple(places), (*earlier, *items))
 
 
@@ -77,8 +75,7 @@ def video_rollout(*turns: Sequence[MMItem], index: int = 0, step: int = 1) -> Ro
     given = turns or ((image(10), video(1), image(20)), (video(2),))
     made: list[Turn] = []
     for number, items in enumerate(given):
-        last = made[-1] if made else None
-        prompt = shown(items, last and last.completion.token_ids, last and last.prompt)
+        prompt = shown(items, made[-1] if made else None)
         message = Message.of("user", "Which?", *map(part_of, items))
         made.append(Turn(prompt, completion([200, 201, 202], index + number), "AB", [message], 0, 0.5, -0.25))
     return Rollout(
