@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from vlmrl.config.algorithm import Truncated
-from vlmrl.errors import EngineError, EngineLostError, UserFault, fenced, safe_text
+from vlmrl.errors import EngineError, EngineLostError, ModelError, UserFault, fenced, safe_text
 from vlmrl.inference.stop_strings import answer_before, text_before
 from vlmrl.orchestrator.envs.base import EnvHandle, EnvLostError, Envs, ProgramHandle, Seat
 from vlmrl.orchestrator.sampling import WHOLE, OwnSampling, Truncation
@@ -323,12 +323,18 @@ class ContractFault(UserFault):
 @contextmanager
 def rendering_fence() -> Iterator[None]:
     """The fence around the task's messages: the renderer, the tokenizer and the image decoders read them, and may raise
-    anything for odd ones."""
+    anything for odd ones. What is missing for every message, such as a package, is no fault of one: `ModelError`
+    passes."""
+    missing: ModelError | None = None
     with fenced("rendering the messages"):
         try:
             yield
         except ContractError as error:
             raise ContractFault(str(error)) from error
+        except ModelError as error:
+            missing = error
+    if missing is not None:
+        raise missing
 
 
 def _record_fault(rollout: Rollout, error: UserFault | EngineError | ContractError) -> None:

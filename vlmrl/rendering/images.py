@@ -25,10 +25,10 @@ import re
 import stat
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, ClassVar, TypeAlias
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -62,14 +62,23 @@ _TRANSPOSED = {
 }
 """EXIF orientation → how Pillow turns the image upright."""
 
-_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
-"""What Python writes of an object without a text of its own; it differs from run to run."""
+_ADDRESS = re.compile(r" (?:at|@) 0x[0-9a-fA-F]+")
+"""What Python writes of an object without a text of its own, and FFmpeg of a decoder; it differs from run to run."""
 
 _NOT_FILES = ((stat.S_ISDIR, "folder"), (stat.S_ISFIFO, "pipe"), (stat.S_ISSOCK, "socket"))
 
 
 class ImageError(UserFault):
     """An image that cannot be decoded or processed. Ends its rollout as `image_error`; not an error of the run."""
+
+    noun: ClassVar[str] = "image"
+    """What messages call the thing that is read."""
+
+
+class VideoError(ImageError):
+    """A video that cannot be decoded or processed. Ends its rollout as `image_error`; not an error of the run."""
+
+    noun = "video"
 
 
 def decode(source: Any) -> Pixels:
@@ -119,30 +128,30 @@ def image_hash(pixels: Pixels) -> str:
 
 
 @contextmanager
-def image_errors(source: Any) -> Iterator[None]:
-    """Whatever the block raises about `source` becomes an `ImageError` that names it."""
-    name = _name(source)
+def image_errors(source: Any, fault: type[ImageError] = ImageError) -> Iterator[None]:
+    """Whatever the block raises about `source` becomes a `fault` that names it."""
+    name = _name(source, fault.noun)
     try:
-        with fenced(f"{name or 'an image'} cannot be decoded: the decoder", ImageError):
+        with fenced(f"{name or f'the {fault.noun}'} cannot be decoded: the decoder", fault):
             yield
     except ImageError as error:
         text = _ADDRESS.sub("", error.text)
         if name is not None and name not in text:
             text = f"{name}: {text}"
-        raise ImageError(text, error.traceback) from None
+        raise fault(text, error.traceback) from None
 
 
-def _name(source: Any) -> str | None:
-    """The name of an image in messages; None for one without a file or a size."""
+def _name(source: Any, noun: str) -> str | None:
+    """The name of an image or video in messages; None for one without a file or a size."""
     try:
         with fenced("the name of an image", ImageError):
             if isinstance(source, bytes):
-                return f"an encoded image of {len(source)} bytes"
+                return f"an encoded {noun} of {len(source)} bytes"
             if isinstance(source, str | Path):
-                return f"the image file {safe_text(source)}"
+                return f"the {noun} file {safe_text(source)}"
             if isinstance(source, ImageFile.ImageFile) and source.filename:
                 filename = source.filename
-                return f"the image file {safe_text(os.fsdecode(filename) if filename else filename)}"
+                return f"the {noun} file {safe_text(os.fsdecode(filename) if filename else filename)}"
     except ImageError:
         pass
     return None
@@ -181,27 +190,37 @@ def lock_of(key: object) -> _Lock:
 
 def _read(path: str | Path) -> bytes:
     """The content of a regular file of at most `MAX_FILE_BYTES`."""
-    name = f"the image file {safe_text(path)}"
+    with open_file(path, _check_bytes) as file:
+        return file.read(MAX_FILE_BYTES + 1)
+
+
+@contextmanager
+def open_file(
+    path: str | Path, check_bytes: Callable[[int], None], fault: type[ImageError] = ImageError
+) -> Iterator[BinaryIO]:
+    """A regular file, open for reading. `check_bytes` is called with its size before it is opened, and may refuse it.
+    Raises `fault`, also where the block cannot read the file."""
+    name = f"the {fault.noun} file {safe_text(path)}"
     try:
         expanded = os.path.expanduser(path)
-        _check_file(name, os.stat(expanded))  # before it is opened: to open a device may already do something
+        _check_file(name, os.stat(expanded), check_bytes, fault)  # before: to open a device may already do something
         # Without waiting: between the two lines the file may have become a pipe that nobody writes to.
         with open(os.open(expanded, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY), "rb") as file:
-            _check_file(name, os.fstat(file.fileno()))
-            return file.read(MAX_FILE_BYTES + 1)
+            _check_file(name, os.fstat(file.fileno()), check_bytes, fault)
+            yield file
     except OSError as error:
         # Not str(error), which quotes the path as it is: it may hold what cannot be written to a file.
         reason = os.strerror(error.errno) if error.errno is not None else type(error).__name__
-        raise ImageError(f"{name} cannot be read: {reason}") from error
+        raise fault(f"{name} cannot be read: {reason}") from error
     except ValueError as error:  # a NUL or a lone surrogate in the path
-        raise ImageError(f"{name} cannot be read: {safe_text(error)}") from error
+        raise fault(f"{name} cannot be read: {safe_text(error)}") from error
 
 
-def _check_file(name: str, status: os.stat_result) -> None:
+def _check_file(name: str, status: os.stat_result, check_bytes: Callable[[int], None], fault: type[ImageError]) -> None:
     if not stat.S_ISREG(status.st_mode):
         kind = next((kind for holds, kind in _NOT_FILES if holds(status.st_mode)), "device")
-        raise ImageError(f"{name} cannot be read: it is a {kind}, not a file")
-    _check_bytes(status.st_size)
+        raise fault(f"{name} cannot be read: it is a {kind}, not a file")
+    check_bytes(status.st_size)
 
 
 def _check_bytes(num_bytes: int) -> None:

@@ -20,7 +20,7 @@ The `renderers` package knows the token grammar of each model family. The module
 
     tool_calls.py       tools and calls between our records and the chat formats'
     tool_check.py       whether a chat format can be used with tools; template/call_grammar.py reads a template's calls
-    videos.py           the frames of a video, however it is handed in
+    videos.py           the frames of a video, however it is handed in; those of a file by video_files.py
     item_store.py       what the stores of images and videos (video_store.py) share
 """
 

@@ -1,20 +1,29 @@
 """The videos of one renderer: each distinct clip is processed once, and becomes one `VideoItem`.
 
-Video part ──decode──▶ Clip: frames [T, H, W, 3], times [T] ──hash──▶ known? ──process──▶ VideoItem
+    Video part ──decode──▶ Clip: frames [T, H, W, 3], times [T] ──hash──▶ known? ──process──▶ VideoItem
+
+A file is decoded once, however often and under whatever name it is shown, as long as its item is alive: it is
+recognized by its content. A file that changes while it is read is refused.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
-from vlmrl.rendering.images import image_errors, image_hash
+from vlmrl.caches.lru import ByteLRU
+from vlmrl.rendering.images import VideoError, image_errors, image_hash, lock_of
 from vlmrl.rendering.item_store import ItemStore, Processed
-from vlmrl.rendering.videos import Clip, VideoError, decode_video
+from vlmrl.rendering.video_files import check_installed, content_hash, open_video
+from vlmrl.rendering.videos import Clip, decode_file, decode_frames, is_encoded
 from vlmrl.types import IntArray, Video, VideoItem
+
+FILE_HASH_BYTES = 65536 * (32 + 32)
+"""Memory for the hashes of files: room for 65,536 pairs of SHA-256 digest and video hash."""
 
 
 class ProcessVideo(Protocol):
@@ -22,6 +31,12 @@ class ProcessVideo(Protocol):
 
     sampled_rate: float
     """Frames per second of a video that comes sampled already."""
+    max_frames: int
+    """The most frames of a video."""
+
+    def load(self) -> None:
+        """Load what videos need, before the first of them. Raises `ModelError` and `ConfigError`."""
+        ...
 
     def choose(self, total: int, rate: float) -> IntArray:
         """`ChooseFrames`."""
@@ -46,21 +61,47 @@ class VideoStore(ItemStore[Video, VideoItem]):
         self._process = process
         self._processed_size = processed_size
         self._refusal = refusal
+        self._hash_of_file: ByteLRU[bytes, str] = ByteLRU(FILE_HASH_BYTES)
 
     def _at_once(self, part: Video) -> VideoItem | None:
         return self._find(self._hash_of_part.get(part))
 
     def _item(self, part: Video) -> VideoItem:
-        if self._process is None:
-            raise VideoError(self._refusal)
-        with image_errors(part.source):
-            clip = decode_video(part, self._process.choose, self._process.sampled_rate)
-        hashes = tuple(image_hash(frame) for frame in clip.frames)
-        digest = video_hash(hashes, clip.times, clip.rate)
         process = self._process
-        item = self._intern(digest, lambda: self._made(process, digest, hashes, clip))
+        if process is None:
+            raise VideoError(self._refusal)
+        process.load()  # what is not installed is no fault of the video, so it is asked for outside of the fence
+        if is_encoded(part.source):
+            check_installed()
+        with image_errors(part.source, VideoError):
+            item = self._of_file(part, process) if is_encoded(part.source) else self._of_frames(part, process)
         self._hash_of_part[part] = item.hash
         return item
+
+    def _of_frames(self, part: Video, process: ProcessVideo) -> VideoItem:
+        clip = decode_frames(part, process.choose, process.sampled_rate, process.max_frames)
+        return self._interned(clip, process)
+
+    def _of_file(self, part: Video, process: ProcessVideo) -> VideoItem:
+        source: Any = part.source
+        with open_video(source) as file:
+            before = _status(file)
+            key = content_hash(file)
+            with lock_of(key):  # sibling rollouts open the same file, and all but one wait here
+                item = self._find(self._hash_of_file.get(key))
+                if item is not None:
+                    return item
+                clip = decode_file(part, file, process.choose, process.max_frames)
+                if _status(file) != before:
+                    raise VideoError("it changed while it was read")
+                item = self._interned(clip, process)
+                self._hash_of_file.put(key, item.hash, len(key) + len(item.hash))
+        return item
+
+    def _interned(self, clip: Clip, process: ProcessVideo) -> VideoItem:
+        hashes = tuple(image_hash(frame) for frame in clip.frames)
+        digest = video_hash(hashes, clip.times, clip.rate)
+        return self._intern(digest, lambda: self._made(process, digest, hashes, clip))
 
     def _made(self, process: ProcessVideo, digest: str, hashes: tuple[str, ...], clip: Clip) -> VideoItem:
         """The item of a clip, by the processor. Its arrays cannot be written to."""
@@ -70,6 +111,15 @@ class VideoStore(ItemStore[Video, VideoItem]):
             array.setflags(write=False)
         size = self._processed_size(mm_kwargs)
         return VideoItem(digest, clip.frames, clip.times, clip.rate, hashes, mm_kwargs, num_tokens, size, replacement)
+
+
+def _status(file: BinaryIO) -> tuple[int, int, int] | None:
+    """What changes when a file is written to; None for bytes."""
+    try:
+        status = os.fstat(file.fileno())
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def video_hash(frame_hashes: tuple[str, ...], times: np.ndarray, rate: float) -> str:

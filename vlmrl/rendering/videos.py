@@ -1,8 +1,8 @@
 """Frames of a `Video` part, whatever it is handed in as, and whatever is wrong with it.
 
-    path, bytes ──────────────────▶ when each frame is shown ─┐
-    uint8 [T, H, W, 3], T frames ─▶ i / fps ──────────────────┼─choose─▶ Clip        every fault: VideoError
-                          no fps ─▶ all are shown ────────────┘
+    path, bytes ───────────────────▶ when each frame is shown (video_files.py) ─┐
+    uint8 [T, H, W, 3], T frames ──▶ i / fps ───────────────────────────────────┼─choose─▶ Clip
+                    no fps ────────▶ all are shown ─────────────────────────────┘           every fault: VideoError
 
 The family's own rule chooses the frames (`ChooseFrames`), from how many there are and how many are shown a second.
 Frames become pixels as images do (images.py).
@@ -13,17 +13,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmrl.rendering.images import MAX_PIXELS, ImageError, decode
-from vlmrl.types import IntArray, Video
-
-
-class VideoError(ImageError):
-    """A video that cannot be decoded or processed. Ends its rollout as `image_error`; not an error of the run."""
+from vlmrl.rendering.images import VideoError, decode
+from vlmrl.rendering.video_files import ChooseFrames, check_clip, read_frames
+from vlmrl.types import Video
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,37 +35,60 @@ class Clip:
     """Frames of this clip per second, on average over the video."""
 
 
-class ChooseFrames(Protocol):
-    """The family's rule: which of `total` frames, of which `rate` are shown a second, the policy sees → int64 [T],
-    ascending. Raises `VideoError` where they are more than a prompt may hold."""
-
-    def __call__(self, total: int, rate: float) -> IntArray: ...
+def is_encoded(source: Any) -> bool:
+    """Whether the source of a video is a file or its bytes."""
+    return isinstance(source, bytes | str | Path)
 
 
-def decode_video(video: Video, choose: ChooseFrames, sampled_rate: float) -> Clip:
-    """The chosen frames of a video. `sampled_rate` is how many frames a second a video has that comes sampled already.
-    Raises `VideoError`."""
+def decode_file(video: Video, file: BinaryIO, choose: ChooseFrames, max_frames: int) -> Clip:
+    """The chosen frames of a video file. Raises `VideoError`."""
+    if video.fps is not None or video.times is not None:
+        raise VideoError("a video file says itself when its frames are shown: leave fps and times out")
+    return _checked(*read_frames(file, choose), max_frames)
+
+
+def decode_frames(video: Video, choose: ChooseFrames, sampled_rate: float, max_frames: int) -> Clip:
+    """The chosen frames of an array or of a sequence of frames. `sampled_rate` is how many frames a second a video has
+    that comes sampled already. Raises `VideoError`.
+
+    >>> clip = decode_frames(Video(np.zeros((6, 8, 8, 3), np.uint8), fps=2.0), lambda n, rate: np.arange(0, n, 2), 1, 4)
+    >>> len(clip.frames), clip.times.tolist(), clip.rate
+    (3, [0.0, 1.0, 2.0], 1.0)
+    """
     source: Any = video.source
-    if isinstance(source, bytes | str | Path):
-        raise VideoError("video files are not read yet")
-    frames = _stacked(source)
-    if video.times is not None:
-        return _checked(frames, np.array(video.times, np.float64), video.fps)
-    if video.fps is None:
-        return _checked(frames, np.arange(len(frames)) / sampled_rate, sampled_rate)
-    chosen = choose(len(frames), video.fps)
-    return _checked(frames[chosen], chosen / video.fps, len(chosen) / len(frames) * video.fps)
-
-
-def _stacked(source: Any) -> NDArray[np.uint8]:
-    """uint8 [T, H, W, 3] of an array or of a sequence of frames."""
     if not isinstance(source, np.ndarray | Sequence):
         raise VideoError(
             "a video must be a path, bytes, a uint8 array [T, H, W, 3] or a sequence of frames, not "
             f"{type(source).__name__}"
         )
-    if len(source) == 0:
+    if isinstance(source, np.ndarray) and (source.dtype != np.uint8 or source.ndim != 4 or source.shape[3] != 3):
+        raise VideoError(f"a video array must be uint8 [T, H, W, 3], not {source.dtype} {list(source.shape)}")
+    count = len(source)
+    if count == 0:
         raise VideoError("a video has no frame")
+    if count == 1:
+        raise VideoError("a video of one frame shows no time: show it as an image")
+    if video.times is None and video.fps is not None:
+        if not 0 < video.fps < np.inf:
+            raise VideoError(f"a video of fps={video.fps} has no duration")
+        chosen = choose(count, video.fps)
+        times, rate = chosen / video.fps, len(chosen) / count * video.fps
+        return _checked(_stacked([source[index] for index in chosen.tolist()]), times, rate, max_frames)
+    _check_count(count, max_frames)
+    frames = _stacked(source)
+    if video.times is None:
+        return _checked(frames, np.arange(count) / sampled_rate, sampled_rate, max_frames)
+    times = np.array(video.times, np.float64)
+    if times.shape != (count,) or not np.isfinite(times).all() or (np.diff(times) < 0).any() or times[0] < 0:
+        raise VideoError(f"the times of a video are not {count} ascending numbers of seconds")
+    span = float(times[-1] - times[0])
+    if video.fps is None and span == 0:
+        raise VideoError("all frames of a video are shown at the same time")
+    return _checked(frames, times, video.fps if video.fps is not None else (count - 1) / span, max_frames)
+
+
+def _stacked(source: Sequence[Any] | NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """uint8 [T, H, W, 3] of frames that must have one size."""
     decoded = [decode(frame) for frame in source]
     sizes = {frame.shape[:2] for frame in decoded}
     if len(sizes) > 1:
@@ -77,20 +97,22 @@ def _stacked(source: Any) -> NDArray[np.uint8]:
             f"the frames of a video have several sizes, {width} × {height} and {other_width} × {other_height}: give "
             "them one size, or show them as images"
         )
+    height, width = decoded[0].shape[:2]
+    check_clip(len(decoded), width, height)
     return np.stack(decoded)
 
 
-def _checked(frames: NDArray[np.uint8], times: NDArray[np.float64], rate: float | None) -> Clip:
-    count, height, width = frames.shape[:3]
-    if count < 2:
-        raise VideoError("a video of one frame shows no time: show it as an image")
-    if count * height * width > MAX_PIXELS:
+def _checked(frames: NDArray[np.uint8], times: NDArray[np.float64], rate: float, max_frames: int) -> Clip:
+    """A clip within the budget of a video."""
+    if len(frames) < 2:
+        raise VideoError("one frame of the video would be shown, which shows no time: raise model.vlm.video.fps")
+    _check_count(len(frames), max_frames)
+    return Clip(np.ascontiguousarray(frames), times, rate)
+
+
+def _check_count(count: int, max_frames: int) -> None:
+    if count > max_frames:
         raise VideoError(
-            f"a video of {count} frames of {width} × {height} is larger than {MAX_PIXELS} pixels in all: shrink it"
+            f"a video shows {count} frames, more than model.vlm.video.max_frames={max_frames}: show fewer of them, or "
+            "raise max_frames"
         )
-    if times.shape != (count,) or not np.isfinite(times).all() or (np.diff(times) < 0).any() or times[0] < 0:
-        raise VideoError(f"the times of a video are not {count} ascending numbers of seconds")
-    span = float(times[-1] - times[0])
-    if rate is None and span == 0:
-        raise VideoError("all frames of a video are shown at the same time")
-    return Clip(frames, times, rate if rate is not None else (count - 1) / span)

@@ -10,9 +10,10 @@ import numpy as np
 
 from vlmrl.config.model import VideoConfig
 from vlmrl.errors import fenced
+from vlmrl.rendering.images import VideoError
 from vlmrl.rendering.item_store import Processed
 from vlmrl.rendering.template.image_text import OF_TEXT, as_array
-from vlmrl.rendering.videos import Clip, VideoError
+from vlmrl.rendering.videos import Clip
 from vlmrl.types import IntArray
 
 
@@ -28,6 +29,7 @@ class ProcessVideoWithText:
         self._lock = threading.RLock()
         """A tokenizer must not be used by two threads at once."""
         self.sampled_rate = config.fps
+        self.max_frames = config.max_frames
         self.placeholder: str = processor.video_token
 
     def choose(self, total: int, rate: float) -> IntArray:
@@ -36,10 +38,11 @@ class ProcessVideoWithText:
 
         config = self._config
         wanted: dict[str, Any] = {"fps": config.fps} if config.num_frames is None else {"num_frames": config.num_frames}
-        if config.num_frames is None and total / rate * config.fps >= config.max_frames + 1:
-            seconds = total / rate
+        seconds = total / rate
+        at_rate = min(total, int(min(seconds * config.fps, 2.0**62)))
+        if config.num_frames is None and at_rate > config.max_frames:
             raise VideoError(
-                f"a video of {seconds:.4g} s has {int(seconds * config.fps)} frames at model.vlm.video.fps="
+                f"a video of {seconds:.4g} s has {at_rate} frames at model.vlm.video.fps="
                 f"{config.fps:g}, more than model.vlm.video.max_frames={config.max_frames}: shorten it, lower fps, set "
                 "num_frames, or raise max_frames"
             )
@@ -70,8 +73,12 @@ class ProcessVideoWithText:
         arrays = {name: as_array(value) for name, value in output.items() if name not in OF_TEXT}
         return Processed({name: array for name, array in arrays.items() if array is not None}, num_tokens, replacement)
 
+    def load(self) -> None:
+        """Load the video processor, if it is not loaded yet. Raises `ModelError` and `ConfigError`."""
+        self._video_processor()
+
     def _video_processor(self) -> Any:
-        """The processor's own, loaded when it is first needed. Raises `ModelError`."""
+        """The processor's own, loaded when it is first needed. Raises `ModelError` and `ConfigError`."""
         with self._lock:
             if self._processor.video_processor is None:
                 self._processor.video_processor = self._load()
