@@ -50,7 +50,7 @@ from vlmrl.inference.vllm.arguments import server_arguments, server_environment
 from vlmrl.inference.vllm.engine import VllmEngine
 from vlmrl.inference.vllm.image_fields import ImageField, ImageFields
 from vlmrl.inference.vllm.server import vllm_version
-from vlmrl.inference.vllm.wire import BANNED_BIAS, encode_image
+from vlmrl.inference.vllm.wire import BANNED_BIAS, encode_item
 from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer
 from vlmrl.models.checkpoints.tiny import ensure_tiny_checkpoint
 from vlmrl.rendering.renderer import Renderer, make_renderer
@@ -166,7 +166,7 @@ def offline(folder: Path, args: argparse.Namespace, *, one_process: bool) -> lis
 
     def of(prompt: Prompt) -> Any:
         items = [
-            decode_mm_kwargs_item(base64.b64encode(encode_image(image, config.dtype, FIELDS)).decode())
+            decode_mm_kwargs_item(base64.b64encode(encode_item(image, config.dtype, FIELDS)).decode())
             for image in prompt.images
         ]
         return mm_input(

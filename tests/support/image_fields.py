@@ -18,3 +18,13 @@ TILED = ImageFields(
     has_gaps=True,
 )
 """Idefics 3: without the batch dimension, and with a count of tiles."""
+
+QWEN2_VIDEOS = ImageFields(
+    (
+        ImageField("pixel_values_videos", "flat", False, 2),
+        ImageField("second_per_grid_ts", "batched", True, 0),
+        ImageField("video_grid_thw", "batched", True, 1),
+    ),
+    has_gaps=False,
+)
+"""Qwen2.5-VL."""

@@ -19,9 +19,10 @@ from vlmrl.config.inference import VllmConfig
 from vlmrl.config.model import Dtype
 from vlmrl.errors import EngineError
 from vlmrl.inference.vllm import old_vllm
-from vlmrl.inference.vllm.client import ImageEncoder, VllmClient
+from vlmrl.inference.vllm.client import VllmClient
 from vlmrl.inference.vllm.control import ServerLostError
 from vlmrl.inference.vllm.engine import Replica, VllmEngine
+from vlmrl.inference.vllm.item_encoder import ItemEncoder
 from vlmrl.weight_sync.gpu import GpuSync
 from vlmrl.weight_sync.vllm_transfer import Remote, bucket_bytes, ipc_sender
 
@@ -99,7 +100,7 @@ class World:
             replica.name,
             replica.name,
             None,
-            ImageEncoder(Dtype.bfloat16),
+            ItemEncoder(Dtype.bfloat16),
             Counter(),
             10.0,
             transport=httpx.MockTransport(server),

@@ -1,4 +1,5 @@
-"""The HTTP client of one vLLM server: completions, with each image's data sent once, and the calls of the weight sync.
+"""The HTTP client of one vLLM server: completions, with the data of each image and video sent once, and the calls of
+the weight sync.
 
     generate ─▶ send the data of images that the server lacks
              ─▶ send the request, with images by hash alone
@@ -26,32 +27,28 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
 import httpx
 
-from vlmrl.caches.lru import ByteLRU
-from vlmrl.config.model import Dtype
 from vlmrl.errors import EngineError
 from vlmrl.inference.vllm import old_vllm
 from vlmrl.inference.vllm.batches import CONTENT_TYPE, Batcher, BatchLostError
-from vlmrl.inference.vllm.content_parts import Written, difference, end_of, picture_url, unexpanded
+from vlmrl.inference.vllm.content_parts import Written, difference, end_of, unexpanded
 from vlmrl.inference.vllm.control import ControlClient, ServerLostError, complaint
 from vlmrl.inference.vllm.frames import FORGOTTEN, ROUTE, pack_batch, request_header
 from vlmrl.inference.vllm.image_fields import ImageFields
+from vlmrl.inference.vllm.item_encoder import ItemEncoder
 from vlmrl.inference.vllm.wire import (
     MAX_LISTED_TOKENS,
     Answer,
     WireError,
     data_size,
-    encode_image,
     encode_picture,
     parse_answer,
     picture_request_body,
     request_body,
 )
-from vlmrl.types import ImageItem, Prompt, SamplingParams
+from vlmrl.types import ImageItem, MMItem, Modality, Prompt, SamplingParams
 
 log = logging.getLogger(__name__)
 
@@ -60,47 +57,6 @@ ENDPOINT = "/inference/v1/generate"
 
 ROUTE_FLAG = "--middleware vlmrl.inference.vllm.in_server.route.Route"
 """Adds the run's own endpoint to a server that the run has not started."""
-
-ENCODED_LIMIT_BYTES = 256 * 1024**2
-"""Limit on the encoded images that are kept for the next server, or for one that has forgotten them."""
-
-
-class ImageEncoder:
-    """Encodes images for servers, and keeps the most recent results, up to `ENCODED_LIMIT_BYTES`."""
-
-    def __init__(self, dtype: Dtype, sizes: Mapping[str, Any] = MappingProxyType({})) -> None:
-        """`dtype` and `sizes` as for `wire.encode_image`."""
-        self.dtype = dtype
-        self._sizes = sizes
-        self._kept: ByteLRU[tuple[str, ImageFields | None], bytes] = ByteLRU(ENCODED_LIMIT_BYTES, keep_newest=True)
-        self._logged: set[str] = set()
-
-    async def encode(self, images: Collection[ImageItem], fields: ImageFields | None) -> dict[str, bytes]:
-        """Hash → output of `encode_image`, or without `fields` of `picture_url`, for the distinct images. Runs in a
-        thread: an image takes milliseconds."""
-        distinct = {image.hash: image for image in images}
-        kept = {hash: self._kept.get((hash, fields)) for hash in distinct}
-        encoded = {hash: data for hash, data in kept.items() if data is not None}
-        missing = [image for image in distinct.values() if image.hash not in encoded]
-        if missing:
-            self._log_form(missing[0], fields)
-            made = await asyncio.to_thread(lambda: {image.hash: self._encode(image, fields) for image in missing})
-            for hash, data in made.items():
-                self._kept.put((hash, fields), data, len(data))
-            encoded |= made
-        return encoded
-
-    def _encode(self, image: ImageItem, fields: ImageFields | None) -> bytes:
-        return picture_url(image) if fields is None else encode_image(image, self.dtype, fields, self._sizes)
-
-    def _log_form(self, image: ImageItem, fields: ImageFields | None) -> None:
-        if fields is None:
-            form = "pictures in content_parts"
-        else:
-            form = "tensors" if fields.are_tensors_of(image) else "pictures with digests"
-        if form not in self._logged:
-            self._logged.add(form)
-            log.info("images go to the servers as %s", form)
 
 
 class VllmClient(ControlClient):
@@ -111,7 +67,7 @@ class VllmClient(ControlClient):
         name: str,
         url: str,
         api_key: str | None,
-        encoder: ImageEncoder,
+        encoder: ItemEncoder,
         counts: Counter[str],
         request_timeout_s: float,
         transport: httpx.AsyncBaseTransport | None = None,
@@ -125,13 +81,15 @@ class VllmClient(ControlClient):
         """Whether the server has the run's own endpoint (`frames.ROUTE`); set by `settings.check_settings`."""
         self.image_fields: ImageFields | None = None
         """What the server's items of images consist of, None for a text model; set by `settings.check_settings`."""
+        self.video_fields: ImageFields | None = None
+        """What the server's items of videos consist of; None before the first prompt with a video."""
         self._encoder = encoder
         self._generating = 0
         self._numbers = itertools.count()
         self._held: set[str] = set()
-        """Hashes of the images whose data the server has received."""
+        """Hashes of the images and videos whose data the server has received."""
         self._sending: dict[str, asyncio.Event] = {}
-        """Hashes of the images whose data is being sent; the event is set when it has arrived or was lost."""
+        """Hashes of those whose data is being sent; the event is set when it has arrived or was lost."""
         self._batcher = Batcher(self._http, counts)
         self._written: dict[str, Written] = {}
         """Hash of each image that goes as a picture → what the server writes for it. Its tensors were compared."""
@@ -147,8 +105,10 @@ class VllmClient(ControlClient):
         # The engine would die of another one, and never answer: its own message format has 64 bits for it.
         assert isinstance(sampling.seed, int), f"seed {sampling.seed!r} is not an int"
         assert 0 <= sampling.seed < 2**64, f"seed {sampling.seed} does not fit into 64 bits"
-        if prompt.images:
+        if prompt.mm_items:
             self._check_takes(rollout_id)
+        if prompt.videos:
+            await self._check_videos(rollout_id, prompt)
         self._generating += 1
         try:
             return await self._generate(rollout_id, prompt, sampling)
@@ -163,50 +123,78 @@ class VllmClient(ControlClient):
                 "the checkpoint of model.name"
             )
 
+    async def _check_videos(self, rollout_id: str, prompt: Prompt) -> None:
+        """Raise `EngineError` where the server takes no videos, or not these."""
+        async with self._comparing:
+            if self.video_fields is None:
+                (found, *_) = await self.call_workers("vlmrl_video_fields")
+                if "error" in found:
+                    raise EngineError(
+                        f"rollout {rollout_id}: {self.name} takes no videos, because {found['error']}: set "
+                        "inference=embedded, or show the frames as images"
+                    )
+                self.video_fields = ImageFields.of(found)
+        fields = self.video_fields
+        if not all(map(fields.are_tensors_of, prompt.videos)):
+            theirs, ours = ", ".join(field.name for field in fields.fields), ", ".join(prompt.videos[0].mm_kwargs)
+            raise EngineError(
+                f"rollout {rollout_id}: vLLM makes a video of other tensors ({theirs}) than the renderer ({ours}), so "
+                f"{self.name} would see another video: set inference=embedded"
+            )
+        if not self.has_route and (fields.has_lead or self._takes_pictures(prompt)):
+            raise EngineError(
+                f"rollout {rollout_id}: {self.name} cannot be told which tokens of the prompt are those of a video: "
+                f"start it with {ROUTE_FLAG}, or set inference.urls=[], so that the run starts servers itself"
+            )
+
+    def _fields_of(self, kind: Modality) -> ImageFields | None:
+        return self.image_fields if kind == "image" else self.video_fields
+
     def _takes_pictures(self, prompt: Prompt) -> bool:
         """Whether the prompt's images go as pictures. vLLM's own endpoint takes tensors only as its items have them,
         and has no marks of image tokens: it would die of gaps between them."""
         fields = self.image_fields
         if self.has_route or fields is None:
             return False
-        has_gaps = any(placeholder.gaps for placeholder in prompt.placeholders)
+        has_gaps = any(placeholder.gaps for placeholder in prompt.placeholders if placeholder.modality == "image")
         return has_gaps or not all(map(fields.are_tensors_of, prompt.images))
 
     async def _generate(self, rollout_id: str, prompt: Prompt, sampling: SamplingParams) -> Answer:
         answer = None
         if self._takes_pictures(prompt):
             await self._compare_pictures(rollout_id, prompt.images)
-        if not prompt.images or (self.keeps_images and await self._send_new_images(rollout_id, prompt, sampling)):
+        if not prompt.mm_items or (self.keeps_images and await self._send_new_images(rollout_id, prompt, sampling)):
             answer = await self._request(rollout_id, prompt, {}, sampling)
         if answer is None:
             if self.keeps_images:
                 self._counts["wire/images_forgotten"] += 1
-                self._held.difference_update(image.hash for image in prompt.images)
-            data = await self._encode(prompt, prompt.images)
+                self._held.difference_update(item.hash for item in prompt.mm_items)
+            data = await self._encode(prompt, prompt.mm_items)
             answer = await self._request(rollout_id, prompt, data, sampling)
-            assert answer is not None, "a request with the data of all images needs no image from the server's cache"
+            assert answer is not None, "a request with the data of all its items needs none from the server's cache"
             if self.keeps_images:
-                self._held.update(image.hash for image in prompt.images)
+                self._held.update(item.hash for item in prompt.mm_items)
         return answer
 
     async def _send_new_images(self, rollout_id: str, prompt: Prompt, sampling: SamplingParams) -> bool:
-        """Send the images of the prompt that the server lacks; False if it has forgotten one in the meantime."""
+        """Send the images and videos of the prompt that the server lacks; False if it has forgotten one in the
+        meantime."""
         while True:
-            new: dict[str, ImageItem] = {}
+            new: dict[str, MMItem] = {}
             shown = 0
-            for place, image in enumerate(prompt.images, 1):
-                if image.hash in self._sending:
+            for place, item in enumerate(prompt.mm_items, 1):
+                if item.hash in self._sending:
                     break
-                if image.hash not in self._held and image.hash not in new:
-                    new[image.hash] = image
+                if item.hash not in self._held and item.hash not in new:
+                    new[item.hash] = item
                     shown = place
             else:
                 if not new:
                     return True
             if not new:
-                await self._sending[prompt.images[place - 1].hash].wait()
+                await self._sending[prompt.mm_items[place - 1].hash].wait()
                 continue
-            # No await between finding the new images and claiming them, so no other request claims the same ones. And
+            # No await between finding the new items and claiming them, so no other request claims the same ones. And
             # this request holds no claim while it waits for another, so requests cannot deadlock.
             arrived = asyncio.Event()
             self._sending.update(dict.fromkeys(new, arrived))
@@ -219,7 +207,7 @@ class VllmClient(ControlClient):
                     end = last.offset + last.length
                     if self._takes_pictures(prompt):
                         end = end_of(last, self._written[last.hash])
-                    prefix = Prompt(prompt.token_ids[:end], prompt.placeholders[:shown], prompt.images[:shown])
+                    prefix = Prompt(prompt.token_ids[:end], prompt.placeholders[:shown], prompt.mm_items[:shown])
                     one_token = replace(sampling, max_new_tokens=1, temperature=0.0, stop=(), reports_support=False)
                     if await self._request(rollout_id, prefix, data, one_token) is None:
                         return False
@@ -229,8 +217,13 @@ class VllmClient(ControlClient):
                     del self._sending[hash]
                 arrived.set()
 
-    async def _encode(self, prompt: Prompt, images: Collection[ImageItem]) -> dict[str, bytes]:
-        return await self._encoder.encode(images, None if self._takes_pictures(prompt) else self.image_fields)
+    async def _encode(self, prompt: Prompt, items: Collection[MMItem]) -> dict[str, bytes]:
+        images = [item for item in items if item.modality == "image"]
+        encoded = await self._encoder.encode(images, None if self._takes_pictures(prompt) else self.image_fields)
+        if len(images) < len(items):
+            videos = [item for item in items if item.modality == "video"]
+            encoded |= await self._encoder.encode(videos, self.video_fields)
+        return encoded
 
     async def _compare_pictures(self, rollout_id: str, images: Collection[ImageItem]) -> None:
         """Have the server's worker make each new image from its picture, and compare it with the renderer's."""
@@ -267,9 +260,9 @@ class VllmClient(ControlClient):
         self, rollout_id: str, prompt: Prompt, data: Mapping[str, bytes], sampling: SamplingParams
     ) -> Answer | None:
         """Send one request with `data`, the other images by hash → the answer; None if the server lacks an image."""
-        by_hash = [image for image in prompt.images if image.hash not in data]
-        fields = self.image_fields
-        saved = 0 if fields is None else sum(data_size(image, self._encoder.dtype, fields) for image in by_hash)
+        by_hash = [item for item in prompt.mm_items if item.hash not in data]
+        fields = [(item, self._fields_of(item.modality)) for item in by_hash]
+        saved = sum(data_size(item, self._encoder.dtype, known) for item, known in fields if known is not None)
         self._counts["wire/bytes_saved"] += saved if self.has_route else saved * 4 // 3  # base64
         self._counts["wire/images_sent"] += len(data)
         self._counts["inference/requests"] += 1
@@ -300,7 +293,11 @@ class VllmClient(ControlClient):
         has_hashes: bool,
     ) -> Answer | None:
         """Use the run's own endpoint, in a batch with the other requests of this turn of the event loop."""
-        header = request_header(request_id, prompt.token_ids, prompt.placeholders, sampling, is_whole=not has_hashes)
+        kinds: tuple[Modality, ...] = ("image", "video")
+        leads = [kind for kind in kinds if (fields := self._fields_of(kind)) is not None and fields.has_lead]
+        header = request_header(
+            request_id, prompt.token_ids, prompt.placeholders, sampling, is_whole=not has_hashes, leads=leads
+        )
         try:
             async with self._unless_given_up():
                 response = await self._batcher.send(header, data)

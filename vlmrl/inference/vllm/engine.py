@@ -27,9 +27,10 @@ from vlmrl.errors import EngineError, EngineLostError, VlmrlError
 from vlmrl.inference.stop_strings import TextOf
 from vlmrl.inference.vllm import progress
 from vlmrl.inference.vllm.arguments import WeightTransfer
-from vlmrl.inference.vllm.client import ImageEncoder, VllmClient
+from vlmrl.inference.vllm.client import VllmClient
 from vlmrl.inference.vllm.completions import completion_of
 from vlmrl.inference.vllm.control import ServerLostError
+from vlmrl.inference.vllm.item_encoder import ItemEncoder
 from vlmrl.inference.vllm.server import HEALTH_POLL_S, VllmServer
 from vlmrl.inference.vllm.settings import check_settings
 from vlmrl.inference.vllm.slurm_servers import Announced, announced, find_servers
@@ -124,7 +125,7 @@ class VllmEngine:
         self._text_of = text_of
         self._logit_scale, self._top_k = logit_scale, top_k
         self._config = config
-        self._encoder = ImageEncoder(config.dtype, image_sizes)
+        self._encoder = ItemEncoder(config.dtype, image_sizes)
         self._run = log_folder.parent
         self._on_progress = on_progress
         self._warn = warn

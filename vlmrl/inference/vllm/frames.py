@@ -22,7 +22,7 @@ import orjson
 
 from vlmrl.inference.vllm.reported_supports import MOST_LOGPROBS, reported
 from vlmrl.inference.vllm.wire import Answer, WireError, checked, versions_of_tokens
-from vlmrl.types import IntArray, Placeholder, SamplingParams, Supports
+from vlmrl.types import TOKEN_TYPES, IntArray, Modality, Placeholder, SamplingParams, Supports
 
 ROUTE = "/vlmrl/generate"
 
@@ -43,9 +43,11 @@ def request_header(
     sampling: SamplingParams,
     *,
     is_whole: bool,
+    leads: Collection[Modality] = (),
 ) -> dict[str, Any]:
-    """The header of one request of a batch. `is_whole`: the batch has the data of all the request's images, and the
-    server uses that; otherwise the server takes the images from its cache."""
+    """The header of one request of a batch. `is_whole`: the batch has the data of all the request's images and videos,
+    and the server uses that; otherwise the server takes them from its cache. `leads`: the kinds of items whose place in
+    vLLM begins one token early (`ImageFields.has_lead`)."""
     return {
         "request_id": request_id,
         "token_ids": token_ids,
@@ -59,7 +61,7 @@ def request_header(
         "stop_token_ids": sampling.stop_token_ids,
         "stop": sampling.stop,
         "banned": _runs(sampling.banned_token_ids),
-        "images": [[p.hash, p.offset, p.length, p.gaps] for p in placeholders],
+        "items": [[p.hash, p.offset, p.length, p.gaps, p.modality, int(p.modality in leads)] for p in placeholders],
         "is_whole": is_whole,
     }
 
@@ -75,7 +77,7 @@ def _runs(token_ids: tuple[int, ...]) -> orjson.Fragment:
 
 
 def pack_batch(requests: Sequence[Mapping[str, Any]], data: Mapping[str, bytes]) -> bytes:
-    """The body of a batch. `data` maps the hash of an image to the output of `wire.encode_image`. If there are no
+    """The body of a batch. `data` maps the hash of an image to the output of `wire.encode_item`. If there are no
     requests, the server only keeps the data."""
     sizes = [[hash, len(document)] for hash, document in data.items()]
     return _framed({"requests": requests, "documents": sizes}, *data.values())
@@ -86,7 +88,7 @@ class Batch:
     """A batch, as the server reads it."""
 
     requests: list[dict[str, Any]]
-    """Outputs of `request_header`; each of their `images` is [hash, offset, length, gaps], in tokens."""
+    """Outputs of `request_header`; each of their `items` is [hash, offset, length, gaps, kind, lead], in tokens."""
     documents: dict[str, memoryview]
     """Hash of an image → its data."""
 
@@ -97,8 +99,8 @@ def unpack_batch(body: bytes) -> Batch:
     >>> sampling = SamplingParams(8, 1.0, (2,), (4, 5, 6, 9), seed=7)
     >>> header = request_header("r", np.array([5, 9, 9]), [Placeholder(1, 2, "ab")], sampling, is_whole=True)
     >>> batch = unpack_batch(pack_batch([header], {"ab": b"pixels"}))
-    >>> batch.requests[0]["token_ids"], batch.requests[0]["images"], bytes(batch.documents["ab"])
-    ([5, 9, 9], [['ab', 1, 2, []]], b'pixels')
+    >>> batch.requests[0]["token_ids"], batch.requests[0]["items"], bytes(batch.documents["ab"])
+    ([5, 9, 9], [['ab', 1, 2, [], 'image', 0]], b'pixels')
     >>> batch.requests[0]["banned"]
     [[4, 7], [9, 10]]
     """
@@ -152,7 +154,7 @@ def check_request(header: Mapping[str, Any]) -> None:
 
     >>> params = {"seed": 0, "max_tokens": 2, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0, "reported": 0}
     >>> params |= {"stop_token_ids": [9], "stop": [], "banned": []}
-    >>> good = {"request_id": "a/1", "token_ids": [3, 4], "images": [], "is_whole": True, **params}
+    >>> good = {"request_id": "a/1", "token_ids": [3, 4], "items": [], "is_whole": True, **params}
     >>> check_request(good)
     >>> check_request(good | {"seed": 1.5})
     Traceback (most recent call last):
@@ -169,9 +171,12 @@ def check_request(header: Mapping[str, Any]) -> None:
     for first, end in header["banned"]:
         _check_int("banned", first, 0, _INT32)
         _check_int("banned", end, first, _INT32)
-    for hash, offset, length, gaps in header["images"]:
-        _check_int("images", offset, 0, len(header["token_ids"]))
-        _check_int("images", length, 1, len(header["token_ids"]) - offset)
+    for hash, offset, length, gaps, kind, lead in header["items"]:
+        _check_int("items", lead, 0, 1)
+        _check_int("items", offset, lead, len(header["token_ids"]))
+        _check_int("items", length, 1, len(header["token_ids"]) - offset)
+        if kind not in TOKEN_TYPES:
+            raise ValueError(f"{kind!r} is no kind of item")
         end = 0
         for start, count in gaps:  # each between two image tokens
             _check_int("gaps", start, end + 1, length - 2)

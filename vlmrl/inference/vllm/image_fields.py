@@ -1,9 +1,10 @@
 """How an image gets to a server: as the renderer's tensors, or as its picture with the digests of these tensors.
 
 vLLM's own processor of a model makes an item from a picture: tensors by name, each with its kind of field. The server
-reports what that item consists of (`in_server/worker.py`), so no table of families is needed here.
+reports what that item consists of (`in_server/worker.py`), so no table of families is needed here. A video always goes
+as tensors.
 
-    all tensors of the item are the renderer's, by name and shape,    ─▶ wire.encode_image: the tensors themselves
+    all tensors of the item are the renderer's, by name and shape,    ─▶ wire.encode_item: the tensors themselves
     and the image tokens of one image follow each other                  (Qwen-VL, GLM-V, LLaVA)
     otherwise: counts of tiles, other names, no batch dimension,      ─▶ `picture_document`: the pixels; the server
     rows or tiles of image tokens with other tokens between them         makes the item and compares digests, which
@@ -25,10 +26,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import orjson
 
-from vlmrl.types import ImageItem
+from vlmrl.types import ImageItem, MMItem
 
 MARK = b"\xc1picture"
-"""Begins a picture's document. No msgpack document begins with 0xc1, so it is not one of `wire.encode_image`."""
+"""Begins a picture's document. No msgpack document begins with 0xc1, so it is not one of `wire.encode_item`."""
 
 _LENGTH = struct.Struct("<I")
 
@@ -38,13 +39,14 @@ Gaps: TypeAlias = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class ImageField:
-    """One tensor of vLLM's item for an image."""
+    """One tensor of vLLM's item for an image or a video."""
 
     name: str
     kind: str
     """`batched`: the tensor lacks the batch dimension, and vLLM stacks the tensors of images. `flat`: its rows are not
     images, and vLLM concatenates them. `other`: anything else."""
     keep_on_cpu: bool
+    """Whether vLLM reads the tensor on the host: sizes and seconds, not pixels."""
     dims: int
     """Number of the tensor's dimensions."""
 
@@ -59,11 +61,14 @@ class ImageField:
 
 @dataclass(frozen=True)
 class ImageFields:
-    """What vLLM's processor makes of an image of the served model."""
+    """What vLLM's processor makes of an image or of a video of the served model."""
 
     fields: tuple[ImageField, ...]
     has_gaps: bool
-    """Whether other tokens stand between the image tokens of one image."""
+    """Whether other tokens stand between the image (video) tokens of one item."""
+    has_lead: bool = False
+    """Whether vLLM's place of an item begins before its first image (video) token: Qwen3-VL's model looks for the token
+    that begins each frame of a video from there on."""
 
     @staticmethod
     def of(reported: Mapping[str, Any]) -> ImageFields:
@@ -72,15 +77,17 @@ class ImageFields:
         >>> ImageFields.of({"fields": [["pixel_values", "flat", False, 2]], "has_gaps": False}).fields[0].kind
         'flat'
         """
-        return ImageFields(tuple(ImageField(*field) for field in reported["fields"]), reported["has_gaps"])
+        fields = tuple(ImageField(*field) for field in reported["fields"])
+        return ImageFields(fields, reported["has_gaps"], reported.get("has_lead", False))
 
-    def are_tensors_of(self, image: ImageItem) -> bool:
-        """Whether the renderer's tensors of `image` are all that the item consists of. Integers of the renderer may
-        be left over, because vLLM's model takes no others; floats may not."""
+    def are_tensors_of(self, image: MMItem) -> bool:
+        """Whether the renderer's tensors of `image`, which may be a video, are all that the item consists of. Integers
+        of the renderer may be left over, because vLLM's model takes no others; floats may not. Other tokens between
+        those of an image mean that vLLM makes it from tiles or rows; between those of a video there are times."""
         names = {field.name for field in self.fields}
         floats = {name for name, array in image.mm_kwargs.items() if array.dtype.kind == "f"}
         return (
-            not self.has_gaps
+            (image.modality == "video" or not self.has_gaps)
             and floats <= names
             and all(field.holds(image.mm_kwargs.get(field.name)) for field in self.fields)
         )

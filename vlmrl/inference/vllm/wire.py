@@ -29,7 +29,7 @@ import orjson
 from vlmrl.config.model import Dtype
 from vlmrl.inference.vllm import old_vllm
 from vlmrl.inference.vllm.image_fields import ImageField, ImageFields, TensorDigest, picture_document
-from vlmrl.types import FloatArray, ImageItem, IntArray, Placeholder, SamplingParams, Supports
+from vlmrl.types import FloatArray, ImageItem, IntArray, MMItem, Modality, Placeholder, SamplingParams, Supports
 
 BANNED_BIAS = -1e30
 """Added to the logits of banned tokens, because JSON has no −inf. vLLM samples in float32, where the result is equal: a
@@ -73,19 +73,24 @@ def request_body(
     data: Mapping[str, bytes],
     sampling: SamplingParams,
 ) -> bytes:
-    """The body of a request in JSON. `data` maps the hash of each image to send to the output of `encode_image`. The
-    server takes the other images of the request from its cache, by their hash."""
+    """The body of a request in JSON. `data` maps the hash of each image or video to send to the output of
+    `encode_item`. The server takes the others of the request from its cache, by their hash."""
     if not placeholders:
         return _body(request_id, token_ids, sampling, {})
+    kinds: dict[Modality, list[Placeholder]] = {}
+    for placeholder in placeholders:
+        kinds.setdefault(placeholder.modality, []).append(placeholder)
     features = {
-        "mm_hashes": {"image": [placeholder.hash for placeholder in placeholders]},
+        "mm_hashes": {kind: [p.hash for p in places] for kind, places in kinds.items()},
         # without `is_embed`, so the client sends placeholders with gaps in another way
-        "mm_placeholders": {"image": [{"offset": p.offset, "length": p.length} for p in placeholders]},
+        "mm_placeholders": {
+            kind: [{"offset": p.offset, "length": p.length} for p in places] for kind, places in kinds.items()
+        },
         "kwargs_data": {
-            "image": [
-                orjson.Fragment(b'"%b"' % base64.b64encode(data[p.hash])) if p.hash in data else None
-                for p in placeholders
+            kind: [
+                orjson.Fragment(b'"%b"' % base64.b64encode(data[p.hash])) if p.hash in data else None for p in places
             ]
+            for kind, places in kinds.items()
         },
     }
     return _body(request_id, token_ids, sampling, {"features": features})
@@ -144,13 +149,14 @@ def _logit_bias(banned: tuple[int, ...]) -> orjson.Fragment:
     return orjson.Fragment(orjson.dumps({str(token): BANNED_BIAS for token in banned}))
 
 
-def encode_image(
-    image: ImageItem, dtype: Dtype, fields: ImageFields, sizes: Mapping[str, Any] = MappingProxyType({})
+def encode_item(
+    image: MMItem, dtype: Dtype, fields: ImageFields, sizes: Mapping[str, Any] = MappingProxyType({})
 ) -> bytes:
-    """An image's data, with floats in `dtype`: vLLM's msgpack document of the renderer's tensors where vLLM's item of
-    the image consists of these, otherwise its picture with their digests and with `sizes` (`image_fields`)."""
+    """The data of an image or a video, with floats in `dtype`: vLLM's msgpack document of the renderer's tensors where
+    vLLM's item consists of these, otherwise an image's picture with their digests and with `sizes` (`image_fields`)."""
     if fields.are_tensors_of(image):
         return _msgpack({field.name: _element(image.mm_kwargs[field.name], dtype, field) for field in fields.fields})
+    assert isinstance(image, ImageItem), "the client refuses a video whose tensors are not vLLM's"
     return encode_picture(image, dtype, sizes)
 
 
@@ -163,9 +169,9 @@ def encode_picture(image: ImageItem, dtype: Dtype, sizes: Mapping[str, Any] = Ma
     return picture_document(image, tensors, sizes)
 
 
-def data_size(image: ImageItem, dtype: Dtype, fields: ImageFields) -> int:
-    """Size of `encode_image`'s output in bytes, without its few hundred bytes of names."""
-    if not fields.are_tensors_of(image):
+def data_size(image: MMItem, dtype: Dtype, fields: ImageFields) -> int:
+    """Size of `encode_item`'s output in bytes, without its few hundred bytes of names."""
+    if isinstance(image, ImageItem) and not fields.are_tensors_of(image):
         return image.pixels.nbytes
     widths = {"f": 4 if dtype is Dtype.float32 else 2}
     arrays = [image.mm_kwargs[field.name] for field in fields.fields]
@@ -179,7 +185,8 @@ def _element(array: np.ndarray, dtype: Dtype, field: ImageField) -> dict[str, An
     else:
         array = array[0]
         kind = ("batched", {"keep_on_cpu": field.keep_on_cpu})
-    name, raw = _tensor_bytes(array, dtype)
+    # Positions are counted with the seconds of a video, which bfloat16 would round.
+    name, raw = _tensor_bytes(array, Dtype.float32 if field.keep_on_cpu else dtype)
     return {"data": (name, array.shape, raw), "field": kind}
 
 

@@ -9,20 +9,22 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import httpx
 import numpy as np
 import orjson
 import pytest
 
-from support.image_fields import QWEN, TILED
+from support.image_fields import QWEN, QWEN2_VIDEOS, TILED
 from vlmrl.config.model import Dtype
 from vlmrl.errors import EngineError
-from vlmrl.inference.vllm.client import ImageEncoder, VllmClient
+from vlmrl.inference.vllm.client import VllmClient
 from vlmrl.inference.vllm.control import ServerLostError
+from vlmrl.inference.vllm.image_fields import ImageFields
+from vlmrl.inference.vllm.item_encoder import ItemEncoder
 from vlmrl.inference.vllm.wire import Answer
-from vlmrl.types import ImageItem, Placeholder, Prompt, SamplingParams
+from vlmrl.types import ImageItem, Placeholder, Prompt, SamplingParams, VideoItem
 
 SAMPLING = SamplingParams(max_new_tokens=2, temperature=1.0, stop_token_ids=(9,), banned_token_ids=(), seed=0)
 HttpResponse: TypeAlias = httpx.Response
@@ -79,7 +81,7 @@ FORGOTTEN = [
 
 
 def client_of(handler: Handler, timeout_s: float = 60.0) -> VllmClient:
-    encoder = ImageEncoder(Dtype.float32)
+    encoder = ItemEncoder(Dtype.float32)
     client = VllmClient(
         "server", "http://server", "key", encoder, Counter(), timeout_s, transport=httpx.MockTransport(handler)
     )
@@ -300,9 +302,9 @@ def test_the_health_check_does_not_send_the_key() -> None:
 def test_encoded_images_are_kept_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         images = prompt("a", "b", "c").images
-        size = len((await ImageEncoder(Dtype.float32).encode(images[:1], QWEN))["a"])
-        monkeypatch.setattr("vlmrl.inference.vllm.client.ENCODED_LIMIT_BYTES", 2 * size)
-        encoder = ImageEncoder(Dtype.float32)
+        size = len((await ItemEncoder(Dtype.float32).encode(images[:1], QWEN))["a"])
+        monkeypatch.setattr("vlmrl.inference.vllm.item_encoder.ENCODED_LIMIT_BYTES", 2 * size)
+        encoder = ItemEncoder(Dtype.float32)
         encoded = await encoder.encode(images, QWEN)
         again = await encoder.encode(images[2:], QWEN)
         assert again["c"] is encoded["c"]
@@ -428,3 +430,77 @@ def test_a_prompt_that_the_server_would_write_otherwise_is_not_sent() -> None:
     with pytest.raises(EngineError, match=r"would write another prompt .* \[60\] before .* vLLM writes \[50\]"):
         asyncio.run(picture_client(server).generate("train/000001/00/00", merged, SAMPLING))
     assert not server.requests
+
+
+# ── videos ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def film_prompt(**more: np.ndarray) -> Prompt:
+    """A video of two times two tokens, and an image."""
+    image = prompt("a").mm_items[0]
+    kwargs = {"pixel_values_videos": np.ones((16, 6), np.float32), "video_grid_thw": np.array([[2, 2, 4]]), **more}
+    frames, times = np.zeros((4, 32, 64, 3), np.uint8), np.arange(4) / 2
+    film = VideoItem("film", frames, times, 2.0, ("x",) * 4, kwargs, 4)
+    places = (Placeholder(1, 4, "film", modality="video"), Placeholder(6, 1, "a"))
+    return Prompt(np.arange(8), places, (film, image))
+
+
+SECONDS = {"second_per_grid_ts": np.array([1.0])}
+
+
+class VideoServer:
+    """vLLM's own endpoint; workers report `fields`."""
+
+    def __init__(self, **fields: Any) -> None:
+        self.fields = fields
+        self.asked = 0
+        self.features: list[Any] = []
+
+    async def __call__(self, request: httpx.Request) -> HttpResponse:
+        body = orjson.loads(request.content)
+        if request.url.path == "/collective_rpc":
+            assert body["method"] == "vlmrl_video_fields"
+            self.asked += 1
+            return httpx.Response(200, json={"results": [self.fields]})
+        self.features.append(body["features"])
+        return sampled(5, 9)
+
+
+def reported(fields: ImageFields) -> dict[str, Any]:
+    listed = [[field.name, field.kind, field.keep_on_cpu, field.dims] for field in fields.fields]
+    return {"fields": listed, "has_gaps": fields.has_gaps, "has_lead": fields.has_lead}
+
+
+def test_a_video_is_sent_once_next_to_an_image() -> None:
+    async def scenario() -> None:
+        server = VideoServer(**reported(QWEN2_VIDEOS))
+        client = client_of(server)
+        for _ in range(2):
+            await client.generate("r", film_prompt(**SECONDS), SAMPLING)
+        assert server.asked == 1
+        sent = [
+            {kind: [data is not None for data in f["kwargs_data"][kind]] for kind in f["kwargs_data"]}
+            for f in server.features
+        ]
+        with_data, by_hash = {"video": [True], "image": [True]}, {"video": [False], "image": [False]}
+        assert sent == [with_data, by_hash, by_hash]
+        assert server.features[0]["mm_hashes"] == {"video": ["film"], "image": ["a"]}
+        assert server.features[0]["mm_placeholders"]["video"] == [{"offset": 1, "length": 4}]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("fields", "shown", "reason"),
+    [
+        ({"error": "its --limit-mm-per-prompt allows none"}, SECONDS, "takes no videos, because its --limit-mm"),
+        (reported(QWEN2_VIDEOS), {}, "makes a video of other tensors"),
+        (reported(replace(QWEN2_VIDEOS, has_lead=True)), SECONDS, "cannot be told which tokens .* --middleware"),
+    ],
+)
+def test_a_video_that_a_server_cannot_show_is_refused(
+    fields: dict[str, Any], shown: dict[str, np.ndarray], reason: str
+) -> None:
+    client = client_of(VideoServer(**fields))
+    with pytest.raises(EngineError, match=reason):
+        asyncio.run(client.generate("r", film_prompt(**shown), SAMPLING))

@@ -26,7 +26,7 @@ from vlmrl.inference.vllm.arguments import NEW_FLAGS, SERVER_FLAGS, command_line
 from vlmrl.inference.vllm.client import ENDPOINT, ROUTE_FLAG
 from vlmrl.inference.vllm.frames import ROUTE, request_header
 from vlmrl.inference.vllm.server import vllm_version
-from vlmrl.inference.vllm.wire import encode_image, parse_answer, picture_request_body, request_body
+from vlmrl.inference.vllm.wire import encode_item, parse_answer, picture_request_body, request_body
 from vlmrl.models import broken_wheels
 from vlmrl.types import ImageItem, Placeholder, SamplingParams
 
@@ -44,7 +44,7 @@ IMAGE = ImageItem(
     1,
 )
 PLACEHOLDERS = (Placeholder(1, 1, "ab"), Placeholder(3, 1, "held"))
-DATA = {"ab": encode_image(IMAGE, Dtype.float32, QWEN)}
+DATA = {"ab": encode_item(IMAGE, Dtype.float32, QWEN)}
 PROTOCOL = "entrypoints.scale_out.token_in_token_out.protocol"
 
 
@@ -197,6 +197,60 @@ def test_the_engine_gets_every_sampling_parameter_and_image_token() -> None:
     assert made["mm_hashes"] == {"image": ["ab"]}
     (range_,) = made["mm_placeholders"]["image"]
     assert (range_.offset, range_.length, range_.is_embed.tolist()) == (1, 4, [True, True, False, True])
+
+
+def test_the_engine_gets_videos_and_images_by_their_kinds() -> None:
+    """A video of Qwen3-VL begins one token early for vLLM, whose model looks for the begin of each frame from there."""
+    from vlmrl.inference.vllm.in_server.route import _engine_input
+
+    places = [Placeholder(2, 5, "film", ((1, 3),), "video"), Placeholder(8, 1, "ab")]
+    header = request_header("r", np.arange(10), places, SAMPLING, is_whole=True, leads=["video"])
+    made = _engine_input(orjson.loads(orjson.dumps(header, option=orjson.OPT_SERIALIZE_NUMPY)), {})
+    assert made["mm_hashes"] == {"video": ["film"], "image": ["ab"]}
+    (film,), (image,) = made["mm_placeholders"]["video"], made["mm_placeholders"]["image"]
+    assert (film.offset, film.length, film.is_embed.tolist()) == (1, 6, [False, True, False, False, False, True])
+    assert (image.offset, image.length, image.is_embed) == (8, 1, None)
+
+
+@pytest.mark.parametrize("frames", [2, 5])
+def test_positions_in_the_server_are_the_trainers(frames: int) -> None:
+    """vLLM's own are the same up to the end of a video, and after a short one. After a long one they go on from its
+    last frame, which the doctored model does not."""
+    from types import SimpleNamespace
+
+    import torch
+
+    from vlmrl.inference.vllm.in_server.positions import count_as_the_trainer, rotary_positions
+
+    elem, batched = (
+        vllm("multimodal.inputs", "MultiModalFieldElem"),
+        vllm("multimodal.inputs", "MultiModalBatchedField"),
+    )
+
+    def feature(kind: str, offset: int, grid: list[int], **more: Any) -> Any:
+        data = {f"{kind}_grid_thw": torch.tensor(grid), **more}
+        item = vllm("multimodal.inputs", "MultiModalKwargsItem")({k: elem(v, batched()) for k, v in data.items()})
+        place = vllm("multimodal.inputs", "PlaceholderRange")(offset, grid[0] * grid[1] * grid[2] // 4)
+        return vllm("multimodal.inputs", "MultiModalFeatureSpec")(item, kind, "", place)
+
+    film = feature("video", 3, [frames, 4, 6], second_per_grid_ts=torch.tensor(0.5))
+    features = [feature("image", 5 + 6 * frames, [1, 4, 4]), film]
+    config = SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2, tokens_per_second=2))
+    model_class: Any = vllm("model_executor.models.qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration")
+    model = SimpleNamespace(config=config)
+    model.iter_mm_grid_thw = lambda features: model_class.iter_mm_grid_thw(model, features)
+    length = 6 * frames + 12
+    theirs, behind = model_class.get_mrope_input_positions(model, list(range(length)), features)
+    end = 3 + 6 * frames
+    ours = rotary_positions(length, features, 2, 2)
+    np.testing.assert_array_equal(ours[:, :end], theirs.numpy()[:, :end])
+    assert np.array_equal(ours, theirs.numpy()) == (frames == 2)
+    model.get_mrope_input_positions = None
+    count_as_the_trainer(model, config)
+    made, ours_behind = model.get_mrope_input_positions(list(range(length)), features)
+    np.testing.assert_array_equal(made.numpy(), ours)
+    assert ours_behind + length == ours[:, -1].max() + 1
+    assert (ours_behind == behind) == (frames == 2)
 
 
 def test_a_worker_can_have_the_runs_methods() -> None:

@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 import torch
 
+from support.families import FAMILIES
+from support.families.clips import MESSAGES, ByTransformers, video_renderer, vlm_of
 from support.families.loading import load_processor
 from support.families.prompts import prompt_and_batch
 from vlmrl.config.inference import VllmConfig
@@ -105,6 +107,8 @@ async def serve(name: str, folder: Path, logs: Path) -> None:
             await refuses_other_places(engine, prompt)
             if find_spec("torchvision") is not None:
                 await refuses_other_rounding(engine, prompt)
+        if FAMILIES[name].video_processor:
+            await computes_videos(engine, model, name, folder, bound)
         if name in RESIZED:
             processor.image_processor = resized(processor.image_processor, sized(name))
             prompt, batch = prompt_and_batch(name, processor, image_token)
@@ -114,6 +118,36 @@ async def serve(name: str, folder: Path, logs: Path) -> None:
     finally:
         await engine.stop()
         sync.close()
+
+
+async def computes_videos(engine: VllmEngine, model: Any, name: str, folder: Path, bound: float) -> None:
+    """Two videos and an image in one prompt: first with their data, then by their hashes, then to a server that has
+    lost them. Other frames, and another place of the first frame, are seen."""
+    client = engine.replicas[0].client
+    assert client is not None
+    prompt = await video_renderer(folder, vlm_of(name)).first_turn(MESSAGES)
+    batch = ByTransformers.of(folder).inputs(MESSAGES)
+    banned = [model.config.image_token_id, model.config.video_token_id]
+    engine.metrics()
+    for sent, forgotten in ((3, 0), (0, 0), (3, 1)):
+        if forgotten:
+            await client.call("POST", "/reset_mm_cache")
+        assert await distance(engine, model, prompt, batch, banned) <= bound
+        assert images_sent(engine) == (sent, forgotten)
+    (first, *others), (place, *places) = prompt.videos[:1] + prompt.mm_items[1:], prompt.placeholders
+    pixels = first.mm_kwargs["pixel_values_videos"]
+    swapped = np.roll(pixels, len(pixels) // int(first.mm_kwargs["video_grid_thw"][0, 0]), 0)
+    other = replace(first, hash="swapped", mm_kwargs={**first.mm_kwargs, "pixel_values_videos": swapped})
+    wrong = Prompt(prompt.token_ids, (replace(place, hash="swapped"), *places), (other, *others))
+    assert await distance(engine, model, wrong, batch, banned) > LOST
+    fields = client.video_fields
+    assert fields is not None
+    client.has_route = False
+    if fields.has_lead:
+        await refuses(engine, prompt, "cannot be told which tokens of the prompt are those of a video")
+    else:
+        assert await distance(engine, model, prompt, batch, banned) <= bound
+    client.has_route = True
 
 
 @pytest.mark.parametrize("name", ["mistral3", pytest.param("idefics3", marks=pytest.mark.benchmark)])
@@ -220,17 +254,21 @@ async def same_as_transformers(
     return completion
 
 
-async def distance(engine: VllmEngine, model: Any, prompt: Prompt, batch: Mapping[str, Any], image_token: int) -> float:
+async def distance(
+    engine: VllmEngine, model: Any, prompt: Prompt, batch: Mapping[str, Any], image_token: int | list[int]
+) -> float:
     """The largest |difference| of a logprob from transformers, and in bfloat16 the mean."""
     _, apart = await compared(engine, model, prompt, batch, image_token)
     return float(apart.mean() if engine.config.dtype is Dtype.bfloat16 else apart.max())
 
 
 async def compared(
-    engine: VllmEngine, model: Any, prompt: Prompt, batch: Mapping[str, Any], image_token: int
+    engine: VllmEngine, model: Any, prompt: Prompt, batch: Mapping[str, Any], image_token: int | list[int]
 ) -> tuple[Completion, Any]:
-    """Sample, and compare with transformers' own forward of `batch` and the completion: |difference| per token."""
-    completion = await sample(engine, prompt, (image_token,))
+    """Sample without `image_token`, or any of a list, and compare with transformers' own forward of `batch` and the
+    completion: |difference| per token."""
+    banned = tuple(image_token) if isinstance(image_token, list) else (image_token,)
+    completion = await sample(engine, prompt, banned)
     sampled = torch.from_numpy(completion.token_ids.copy())
     grown = dict(batch) | {
         key: torch.cat([batch[key], fill[None].to(batch[key].dtype)], 1)

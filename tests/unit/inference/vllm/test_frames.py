@@ -21,7 +21,7 @@ GOOD: dict[str, Any] = {
     "stop_token_ids": [2],
     "stop": ["END"],
     "banned": [[3, 5]],
-    "images": [["h", 1, 2, []]],
+    "items": [["h", 1, 2, [], "image", 0]],
     "is_whole": True,
 }
 
@@ -29,10 +29,11 @@ GOOD: dict[str, Any] = {
 def test_requests_of_the_run_are_taken() -> None:
     cases: list[dict[str, Any]] = [
         {},
-        {"images": [["h", 0, 4, [[1, 2]]]]},
+        {"items": [["h", 0, 4, [[1, 2]], "image", 0]]},
+        {"items": [["h", 1, 3, [[1, 1]], "video", 1]]},
         {"stop_token_ids": []},
         {"stop": []},
-        {"images": []},
+        {"items": []},
         {"temperature": 0},
         {"seed": 0},
     ]
@@ -54,13 +55,12 @@ def test_requests_of_the_run_are_taken() -> None:
         *({"stop_token_ids": value} for value in ([2.5], [-1], [2**31])),
         *({"stop": value} for value in ([""], [5], ["a", ""])),
         *({"banned": value} for value in ([[0.5, 2]], [[5, 3]], [[-1, 2]], [[1, 2, 3]])),
+        *({"items": [["h", offset, length, [], "image", 0]]} for offset, length in ((-1, 1), (0.5, 1), (0, 0), (3, 2))),
+        {"items": [[5, 0, 1, [], "image", 0]]},
+        {"items": [["h", 0, 1, [], "audio", 0]]},
+        *({"items": [["h", 0, 1, [], "video", lead]]} for lead in (1, -1, 2, "a")),
         *(
-            {"images": value}
-            for value in ([["h", -1, 1, []]], [["h", 0.5, 1, []]], [["h", 0, 0, []]], [["h", 3, 2, []]])
-        ),
-        {"images": [[5, 0, 1, []]]},
-        *(
-            {"images": [["h", 0, 4, gaps]]}
+            {"items": [["h", 0, 4, gaps, "image", 0]]}
             for gaps in ([[0, 1]], [[1, 3]], [[3, 1]], [[1, 1], [2, 1]], [[1, 0]], [[1.5, 1]])
         ),
         {"request_id": 5},

@@ -14,7 +14,8 @@ import pytest
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.model import Dtype
 from vlmrl.errors import EngineError
-from vlmrl.inference.vllm.client import ImageEncoder, VllmClient
+from vlmrl.inference.vllm.client import VllmClient
+from vlmrl.inference.vllm.item_encoder import ItemEncoder
 from vlmrl.inference.vllm.settings import check_settings
 
 GOOD: dict[str, Any] = {
@@ -46,7 +47,7 @@ def check(has_route: bool, top_k: int = 0, **changes: Any) -> VllmClient:
             return httpx.Response(200, json={"results": [GOOD | changes]})
         return httpx.Response(200 if has_route else 404, json={})
 
-    encoder = ImageEncoder(Dtype.bfloat16)
+    encoder = ItemEncoder(Dtype.bfloat16)
     client = VllmClient("there", "http://there", None, encoder, Counter(), 60.0, httpx.MockTransport(answer))
     asyncio.run(check_settings(client, VllmConfig(dtype=Dtype.bfloat16), top_k=top_k))
     return client
@@ -96,7 +97,7 @@ def test_a_server_without_vlmrl_is_told_how_to_start() -> None:
         return httpx.Response(404, json={"error": {"message": "Not Found"}})
 
     client = VllmClient(
-        "there", "http://there", None, ImageEncoder(Dtype.bfloat16), Counter(), 60.0, httpx.MockTransport(answer)
+        "there", "http://there", None, ItemEncoder(Dtype.bfloat16), Counter(), 60.0, httpx.MockTransport(answer)
     )
     with pytest.raises(EngineError, match="vllm serve ") as error:
         asyncio.run(check_settings(client, VllmConfig(dtype=Dtype.bfloat16)))

@@ -23,7 +23,7 @@ from vlmrl.inference.vllm.wire import (
     BANNED_BIAS,
     WireError,
     data_size,
-    encode_image,
+    encode_item,
     parse_answer,
     request_body,
     to_bfloat16,
@@ -103,7 +103,7 @@ def test_data_of_an_image_is_what_vllms_own_encoder_writes(
         {name: theirs[name] for name in item.mm_kwargs}
     )  # the order of names differs between versions
 
-    ours = base64.b64encode(encode_image(item, dtype, QWEN)).decode()
+    ours = base64.b64encode(encode_item(item, dtype, QWEN)).decode()
     assert ours == encode(theirs)
     decoded = decode(ours)
     assert torch.equal(decoded["pixel_values"].data, pixels)
@@ -116,7 +116,7 @@ def test_a_request_passes_through_vllms_own_model(vllm: Any) -> None:
     request_type = vllm("entrypoints.scale_out.token_in_token_out.protocol", "GenerateRequest")
     first, second = image(2, 2, hash="first"), image(2, 4, hash="second")
     placeholders = (Placeholder(1, 1, "first"), Placeholder(3, 2, "second"), Placeholder(6, 1, "first"))
-    data = {"second": encode_image(second, Dtype.bfloat16, QWEN)}
+    data = {"second": encode_item(second, Dtype.bfloat16, QWEN)}
     token_ids = np.arange(8)
 
     request = request_type.model_validate_json(request_body("train/1/2", token_ids, placeholders, data, SAMPLING))
@@ -135,7 +135,7 @@ def test_a_request_passes_through_vllms_own_model(vllm: Any) -> None:
     assert params.logit_bias == {3: BANNED_BIAS, 4: BANNED_BIAS}
     assert params.logprobs == 0
     assert params.output_kind is vllm("sampling_params", "RequestOutputKind").FINAL_ONLY
-    assert len(encode_image(first, Dtype.float32, QWEN)) > data_size(first, Dtype.float32, QWEN)
+    assert len(encode_item(first, Dtype.float32, QWEN)) > data_size(first, Dtype.float32, QWEN)
 
 
 def test_a_text_prompt_has_no_features() -> None:
@@ -146,14 +146,14 @@ def test_a_text_prompt_has_no_features() -> None:
 @pytest.mark.parametrize("dtype", [Dtype.float32, Dtype.bfloat16, Dtype.float16])
 def test_data_size_is_the_size_of_the_data(dtype: Dtype) -> None:
     item = image(4, 6)
-    encoded = encode_image(item, dtype, QWEN)
+    encoded = encode_item(item, dtype, QWEN)
     assert 0 <= len(encoded) - data_size(item, dtype, QWEN) < 300
     assert len(encoded) > item.mm_kwargs["pixel_values"].size * (4 if dtype is Dtype.float32 else 2)
 
 
 def test_an_image_of_which_vllm_makes_other_tensors_is_sent_as_its_picture() -> None:
     tiled = image(2, 2)
-    document = encode_image(tiled, Dtype.bfloat16, TILED)
+    document = encode_item(tiled, Dtype.bfloat16, TILED)
     picture = unpack_picture(document)
     assert is_picture(memoryview(document))
     np.testing.assert_array_equal(picture.pixels, tiled.pixels)

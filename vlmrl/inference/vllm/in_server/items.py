@@ -79,10 +79,10 @@ class ItemMaker:
         self._layouts.put(hash, place, 1)
         return item
 
-    def check_layouts(self, images: Iterable[Any]) -> None:
+    def check_layouts(self, items: Iterable[Any]) -> None:
         """Raise `ValueError` where an image tokens' places are not those that vLLM's processor has for its picture;
-        `images` as in `frames.request_header`. The engine would put features at the wrong tokens."""
-        for hash, _, length, gaps in images:
+        `items` as in `frames.request_header`. The engine would put features at the wrong tokens."""
+        for hash, _, length, gaps, *_ in items:
             known = self._layouts.get(hash)
             if known is not None and known != (length, tuple(map(tuple, gaps))):
                 raise ValueError(
@@ -104,6 +104,23 @@ class ServedImages:
         fields = [[name, _kind(part), part.field.keep_on_cpu, _dims(part.data)] for name, part in item.items()]
         self.reported: dict[str, Any] = {"fields": fields, "has_gaps": bool(gaps)}
         """What items consist of, for `image_fields.ImageFields.of`."""
+
+    def video_fields(self) -> dict[str, Any]:
+        """What items of videos consist of, for `image_fields.ImageFields.of`. Lists of times are left out: vLLM's model
+        reads them only where it prunes videos. Raises what vLLM raises for a model without videos."""
+        frames = (np.arange(4 * PROBE_SIZE[0] * PROBE_SIZE[1] * 3) % 251).astype(np.uint8).reshape(4, *PROBE_SIZE, 3)
+        times = {"fps": 2.0, "duration": 2.0, "total_num_frames": 4, "frames_indices": [0, 1, 2, 3]}
+        metadata = {**times, "video_backend": "opencv", "do_sample_frames": False}
+        text = self._processor.dummy_inputs.get_dummy_text({"video": 1})
+        made = self._processor(text, self._processor.info.parse_mm_data({"video": [(frames, metadata)]}))
+        marks = _marks(made["mm_placeholders"]["video"][0])
+        item = made["mm_kwargs"]["video"][0]
+        fields = [[name, _kind(part), part.field.keep_on_cpu, _dims(part.data)] for name, part in item.items()]
+        return {
+            "fields": [field for field in fields if field[3] >= 0],
+            "has_gaps": bool(layout(marks)[1]),
+            "has_lead": not marks[0],
+        }
 
     def compare(self, document: bytes) -> dict[str, Any]:
         """Make an image from a picture, as vLLM's own endpoint would, and compare it with the renderer's → what is

@@ -77,8 +77,8 @@ class Route:
             for number, header in enumerate(batch.requests):
                 try:
                     check_request(header)
-                    self._maker.check_layouts(header["images"])
-                    shown = items if header["is_whole"] else self._waiting.take(header["images"])
+                    self._maker.check_layouts(header["items"])
+                    shown = items if header["is_whole"] else self._waiting.take(header["items"])
                     outputs = await engine.add_request(
                         header["request_id"],
                         _engine_input(header, shown),
@@ -104,7 +104,7 @@ class WaitingImages:
 
     >>> waiting = WaitingImages(limit_bytes=5)
     >>> waiting.add({"a": ("A", 3), "b": ("B", 2), "c": ("C", 1)})
-    >>> waiting.take([["b", 0, 1, []], ["c", 1, 1, []], ["a", 2, 1, []]]), waiting.take([["b", 0, 1, []]])
+    >>> waiting.take([["b", 0, 1], ["c", 1, 1], ["a", 2, 1]]), waiting.take([["b", 0, 1]])
     ({'b': 'B', 'c': 'C'}, {})
     """
 
@@ -116,9 +116,9 @@ class WaitingImages:
         for hash, (item, num_bytes) in items.items():
             self._items.put(hash, item, num_bytes)
 
-    def take(self, images: list[list[Any]]) -> dict[str, Any]:
-        """Remove the items of `images` ([hash, offset, length, gaps] each) that are here → hash to item."""
-        hashes = dict.fromkeys(hash for hash, *_ in images)
+    def take(self, shown: list[list[Any]]) -> dict[str, Any]:
+        """Remove the items of `shown` (as in `frames.Batch.requests`) that are here → hash to item."""
+        hashes = dict.fromkeys(hash for hash, *_ in shown)
         return {hash: self._items.pop(hash) for hash in hashes if hash in self._items}
 
 
@@ -241,35 +241,40 @@ def _ban(banned: tuple[tuple[int, int], ...], vocabulary: int) -> dict[str, Any]
 
 
 def _engine_input(header: Mapping[str, Any], items: Mapping[str, Any]) -> Any:
-    """vLLM's input for a request. It refers to images that are not in `items` by their hash."""
+    """vLLM's input for a request. It refers to images and videos that are not in `items` by their hash."""
     from vllm.inputs import mm_input, tokens_input
     from vllm.multimodal.inputs import MultiModalKwargsItems
 
-    images = header["images"]
-    if not images:
+    if not header["items"]:
         return tokens_input(prompt_token_ids=header["token_ids"])
-    for hash, *_ in images:
-        if isinstance(items.get(hash), ValueError):
-            raise items[hash]
+    kinds: dict[str, list[list[Any]]] = {}
+    for item in header["items"]:
+        if isinstance(items.get(item[0]), ValueError):
+            raise items[item[0]]
+        kinds.setdefault(item[4], []).append(item)
     return mm_input(
         prompt_token_ids=header["token_ids"],
-        mm_kwargs=MultiModalKwargsItems({"image": [items.get(hash) for hash, *_ in images]}),
-        mm_hashes={"image": [hash for hash, *_ in images]},
-        mm_placeholders={"image": [_range(offset, length, gaps) for _, offset, length, gaps in images]},
+        mm_kwargs=MultiModalKwargsItems(
+            {kind: [items.get(hash) for hash, *_ in shown] for kind, shown in kinds.items()}
+        ),
+        mm_hashes={kind: [hash for hash, *_ in shown] for kind, shown in kinds.items()},
+        mm_placeholders={kind: [place_of(*each) for each in shown] for kind, shown in kinds.items()},
     )
 
 
-def _range(offset: int, length: int, gaps: list[list[int]]) -> Any:
-    """vLLM's place of an image, with marks of its image tokens where there are gaps between them."""
+def place_of(hash: str, offset: int, length: int, gaps: list[list[int]], kind: str, lead: int) -> Any:
+    """vLLM's place of an image or a video, with marks of the tokens that get its features where others stand between
+    them, or `lead` tokens before them."""
     import torch
     from vllm.multimodal.inputs import PlaceholderRange
 
-    if not gaps:
+    if not gaps and not lead:
         return PlaceholderRange(offset, length)
-    marks = torch.ones(length, dtype=torch.bool)
+    marks = torch.ones(lead + length, dtype=torch.bool)
+    marks[:lead] = False
     for start, count in gaps:
-        marks[start : start + count] = False
-    return PlaceholderRange(offset, length, is_embed=marks)
+        marks[lead + start : lead + start + count] = False
+    return PlaceholderRange(offset - lead, lead + length, is_embed=marks)
 
 
 def _span(span: Any) -> tuple[str, int, int]:

@@ -34,6 +34,7 @@ from vllm.platforms import current_platform
 
 from vlmrl.inference.vllm.in_server.experts import Piece, Shapes, expert_pieces, has_experts, repack
 from vlmrl.inference.vllm.in_server.items import ServedImages, takes_images
+from vlmrl.inference.vllm.in_server.positions import count_as_the_trainer
 from vlmrl.inference.vllm.in_server.unused_layers import is_behind_last_layer, layer_counts
 from vlmrl.models.digests import Slice, digest
 
@@ -88,6 +89,22 @@ class WorkerInspector:
         # vLLM's processor would look for its files.
         model = copy(self.vllm_config.model_config)
         return ServedImages(model) if takes_images(model) else None
+
+    def vlmrl_video_fields(self) -> dict[str, Any]:
+        """What `ServedImages.video_fields` returns, or {"error": why the server takes no videos}. From then on, tokens
+        after a video have the trainer's positions (positions.py)."""
+        multimodal = self.vllm_config.model_config.multimodal_config
+        if self.vlmrl_images is None or multimodal.get_limit_per_prompt("video") == 0:
+            return {"error": "its --limit-mm-per-prompt allows none"}
+        if multimodal.is_multimodal_pruning_enabled():
+            return {"error": "it leaves out tokens of videos: start it without --video-pruning-rate"}
+        try:
+            fields = self.vlmrl_images.video_fields()
+        except Exception as error:  # noqa: BLE001  code of any model
+            return {"error": f"vLLM's processor made none of a test video ({type(error).__name__}: {error})"}
+        if not fields["has_lead"]:
+            count_as_the_trainer(self.model_runner.get_model(), self.vllm_config.model_config.hf_config)
+        return fields
 
     def vlmrl_compare_images(self, documents: Mapping[str, str]) -> dict[str, Any]:
         """Hash → what `ServedImages.compare` returns, or {"error": why the image differs}. `documents`: hash → output
