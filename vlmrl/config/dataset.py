@@ -1,4 +1,4 @@
-"""`task=dataset`: problems from files of questions, pictures and answers, without code."""
+"""`task=dataset`: problems from files of questions, pictures, videos and answers, without code."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ class ColumnsConfig:
     turns before it are the prompt."""
     images: Any = setting(None, on_resume=Resume.noted)
     """The pictures, one or a list per row; `[image_1,image_2]` takes several columns, `[]` shows none."""
+    videos: Any = setting(None, on_resume=Resume.noted)
+    """The videos, one or a list per row; a list of frames is one video. `[]` shows none."""
     answer: str | None = setting(None, on_resume=Resume.noted)
     """What rewards compare an answer with: a text, a number, a list of accepted answers, boxes, or the number or letter
     of a choice."""
@@ -84,13 +86,19 @@ class DatasetConfig(TaskConfig):
     """Which column plays which part."""
     image_root: str | None = setting(None, on_resume=Resume.noted)
     """Folder from which the paths of images start; null: the folder of the file that names them."""
+    video_root: str | None = setting(None, on_resume=Resume.noted)
+    """Folder from which the paths of videos and of their frames start; null: the folder of the file that names them."""
+    ignore_video_settings: bool = setting(False, on_resume=Resume.noted)
+    """Ignore what rows set for their videos (`fps`, `nframes`, `max_pixels` …): `model.vlm.video` decides for all.
+    Otherwise rows that set any of it are bad rows."""
     fetch: bool = setting(False, on_resume=Resume.free)
-    """Download images that are http(s) URLs, once; they are kept in `~/.cache/vlmrl/images`. Otherwise rows with URLs
-    are bad rows."""
+    """Download images and videos that are http(s) URLs, once; they are kept in `~/.cache/vlmrl/images` and `videos`.
+    Otherwise rows with URLs are bad rows."""
     system_prompt: str | None = setting(None, on_resume=Resume.noted, form=PROSE)
     """The system message of every prompt. It replaces that of a row."""
     template: str | None = setting(None, on_resume=Resume.noted, form=PROSE)
     """The text of the user's message as a Jinja template, inline or the path of a file. It sees every column by its
-    name, and `content`: the text without a template. `{{ image }}` or `<image>` marks where an image stands."""
+    name, and `content`: the text without a template. `{{ image }}` or `<image>` marks where an image stands, and `{{
+    video }}` or `<video>` where a video does."""
     shuffle_images: bool = setting(False, on_resume=Resume.refused)
-    """Blind control: show the images of another row. Only what the texts alone say can be learned then."""
+    """Blind control: show the images and videos of another row. Only what the texts alone say can be learned then."""

@@ -61,10 +61,10 @@ POLICIES = {
         task.curriculum.low task.curriculum.high task.curriculum.outside task.curriculum.start_from
         task.weights
         task.path task.name task.split task.revision task.rows task.eval_path task.eval_split
-        task.columns.prompt task.columns.messages task.columns.images task.columns.answer task.columns.choices
-        task.columns.system task.columns.boxes task.columns.demonstration
+        task.columns.prompt task.columns.messages task.columns.images task.columns.videos task.columns.answer
+        task.columns.choices task.columns.system task.columns.boxes task.columns.demonstration
         task.columns.chosen task.columns.rejected
-        task.image_root task.system_prompt task.template
+        task.image_root task.video_root task.ignore_video_settings task.system_prompt task.template
         task.actions task.prompt task.reply task.history task.frame_size task.frame_skip task.shaping task.expert
         task.invalid task.invalid_reward task.success_at
         task.command task.reuse task.result task.sampling task.texts

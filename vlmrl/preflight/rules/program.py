@@ -117,7 +117,7 @@ def program_settings_have_effect(config: RunConfig) -> None:
 
 OF_ROWS = {field.name for field in dataclasses.fields(DatasetConfig)} & {
     *("name", "split", "revision", "rows", "eval_path", "eval_split", "eval_fraction", "columns", "image_root"),
-    *("fetch", "system_prompt", "template", "shuffle_images"),
+    *("video_root", "ignore_video_settings", "fetch", "system_prompt", "template", "shuffle_images"),
 }
 """Settings of a data set."""
 

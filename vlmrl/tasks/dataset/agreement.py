@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from vlmrl.tasks.dataset.columns import as_list, plain, unwrapped
+from vlmrl.tasks.dataset.columns import Unusable, as_list, plain, unwrapped
+from vlmrl.tasks.dataset.videos import cells_of
 
 
 def same_text(a: Any, b: Any) -> bool:
@@ -18,10 +19,23 @@ def flat_text(value: Any) -> str:
 
 
 def same_question(a: Any, b: Any) -> bool:
-    """Whether two columns ask the same: equal texts, apart from markers of images."""
-    return re.sub(r"<image(?:[ _-]?\d+)?>", "", flat_text(a)).strip() == (
-        re.sub(r"<image(?:[ _-]?\d+)?>", "", flat_text(b)).strip()
+    """Whether two columns ask the same: equal texts, apart from markers of images and videos."""
+    return re.sub(r"<(?:image|video)(?:[ _-]?\d+)?>", "", flat_text(a)).strip() == (
+        re.sub(r"<(?:image|video)(?:[ _-]?\d+)?>", "", flat_text(b)).strip()
     )
+
+
+def same_videos(a: Any, b: Any) -> bool:
+    """Whether two columns name the same video files.
+
+    >>> same_videos("a.mp4", ["a.mp4"]), same_videos("a.mp4", "b.mp4")
+    (True, False)
+    """
+    try:
+        ones, others = ([flat_text(cell.source) for cell in cells_of(value)] for value in (a, b))
+    except Unusable:
+        return True  # the row is refused when it is drawn
+    return ones == others
 
 
 def same_answer(a: Any, b: Any) -> bool:

@@ -33,6 +33,13 @@ IMAGES = (
         *("jpeg", "webp", "media", "filepath", "file_name", "filename"),
     ),
 )
+VIDEOS = (
+    ("videos", "video"),
+    (
+        *("video_path", "video_paths", "video_file", "video_files", "video_url", "video_urls", "video_bytes", "mp4"),
+        *("webm", "video_name", "video_filename", "clip", "clips", "clip_path"),
+    ),
+)
 
 ROLE_KEYS = (("role", "content"), ("from", "value"), ("user", "assistant"), ("human", "assistant"))
 """The fields of a message: OpenAI, sharegpt, and pairs as in The Cauldron and in ms-swift's sharegpt."""

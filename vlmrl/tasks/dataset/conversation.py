@@ -1,10 +1,11 @@
-"""From a row to the turns of a conversation, with a place for every image.
+"""From a row to the turns of a conversation, with a place for every image and video.
 
-    prompt text, or list of messages ──▶ turns of text and slots ──template──▶ … ──place_images──▶ turns with pixels
+    prompt text, or list of messages ──▶ turns of text and slots ──template──▶ … ──place_media──▶ turns with pixels
 
-A **slot** is where an image stands. Lists of parts (`{"type": "image"}`, `image_url`) give slots; otherwise the markers
-`<image>` in the texts do. Slots without an image of their own take those of the image columns, in order. Without any
-slot the images come first in the first user message. Any other number is `Unusable`.
+A **slot** is where an image or a video stands. Lists of parts (`{"type": "image"}`, `image_url`, `video`) give slots;
+otherwise the markers `<image>` and `<video>` in the texts do. Slots without an image (video) of their own take those of
+the image (video) columns, in order. Without any slot for images they come first in the first user message, and then the
+videos, if these have none. Any other number is `Unusable`.
 
 Text that spells a control token of a model stays text: the renderer sees to it.
 """
@@ -17,8 +18,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from vlmrl.rendering.images import Pixels
 from vlmrl.tasks.dataset.columns import Unusable, as_json, as_list, as_text, is_missing, number_text, parsed, short
+from vlmrl.types import Modality
 
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
 
@@ -30,21 +31,22 @@ ROLES: dict[str, Role] = {
 }
 """What data sets call a role → ours."""
 
-MARKER = "<image>"
-"""Marks where an image stands."""
+MARKERS: dict[Modality, str] = {"image": "<image>", "video": "<video>"}
+"""Mark where an image and a video stand."""
 
-_MARKER = re.compile(r"<image(?:[ _-]?(\d{1,3}))?>")
+_MARKER = re.compile(r"<(?P<modality>image|video)(?:[ _-]?(?P<number>\d{1,3}))?>")
 _BOX_MARKER = re.compile(r"<bbox>|<ref-object>")
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A place of an image."""
+    """A place of an image or a video."""
 
     cell: Any = None
-    """The image, where the message holds it itself; None: it comes from the columns of images."""
+    """The image or video, where the message holds it itself; None: it comes from the columns."""
     number: int | None = None
-    """Which image of the columns, from 0; None: the next one."""
+    """Which image or video of the columns, from 0; None: the next one."""
+    modality: Modality = "image"
 
 
 Piece: TypeAlias = str | Slot
@@ -52,7 +54,7 @@ Piece: TypeAlias = str | Slot
 
 @dataclass(frozen=True)
 class Turn:
-    """One message before its images are placed."""
+    """One message before its images and videos are placed."""
 
     role: Role
     pieces: tuple[Piece, ...]
@@ -62,7 +64,7 @@ class Turn:
     @property
     def text(self) -> str:
         """The text, with a marker for each slot."""
-        return "".join(piece if isinstance(piece, str) else MARKER for piece in self.pieces)
+        return "".join(piece if isinstance(piece, str) else MARKERS[piece.modality] for piece in self.pieces)
 
 
 # ── turns ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -135,8 +137,10 @@ def _piece(part: Mapping[str, Any], column: str) -> Piece:
     kind = str(filled.get("type", "")).lower()
     if kind in ("text", "input_text", "output_text") or (not kind and "text" in filled):
         return as_text(filled.get("text", filled.get("content", "")))
-    if kind.startswith(("video", "audio", "input_audio")):
-        raise Unusable(f"the column {column} has a part of type {kind}, and only text and images are read")
+    if kind.startswith(("audio", "input_audio")):
+        raise Unusable(f"the column {column} has a part of type {kind}, and only text, images and videos are read")
+    if kind in ("video", "video_url", "input_video") or "video_url" in filled or "video" in filled:
+        return _video_slot(filled)
     if kind in ("image", "image_url", "input_image") or "image_url" in filled or "image" in filled:
         number = filled.pop("image") if isinstance(filled.get("image"), int) else filled.get("index")
         cell = {name: value for name, value in filled.items() if name not in ("type", "index", "text", "detail")}
@@ -145,6 +149,16 @@ def _piece(part: Mapping[str, Any], column: str) -> Piece:
             cell = {name: value for name, value in source.items() if name in ("data", "url")}
         return Slot(_image_cell(cell), int(number) if isinstance(number, int) and not cell else None)
     raise Unusable(f"the column {column} has the part {short(part)}, whose type is not known")
+
+
+def _video_slot(filled: Mapping[str, Any]) -> Slot:
+    """`{"type": "video", "video": …, "fps": …}`, `{"type": "video_url", "video_url": {"url": …}}`, or `{"type":
+    "video"}`, whose video is in a column."""
+    number = filled.get("index")
+    cell = {name: value for name, value in filled.items() if name not in ("type", "index", "text", "detail")}
+    if not any(not is_missing(value) for value in cell.values()):
+        return Slot(None, int(number) if isinstance(number, int) else None, "video")
+    return Slot(cell, None, "video")
 
 
 def _image_cell(cell: Mapping[str, Any]) -> Any:
@@ -159,27 +173,28 @@ def with_markers(turns: Sequence[Turn]) -> list[Turn]:
     texts are left as they are. Assistant turns are text."""
     if any(isinstance(piece, Slot) for turn in turns for piece in turn.pieces):
         return list(turns)
-    shown: set[int] = set()
+    shown: set[tuple[str, int]] = set()
     return [
         turn if turn.role == "assistant" else dataclasses.replace(turn, pieces=tuple(_split(turn.text, shown)))
         for turn in turns
     ]
 
 
-def _split(text: str, shown: set[int]) -> Iterator[Piece]:
+def _split(text: str, shown: set[tuple[str, int]]) -> Iterator[Piece]:
     """A text as texts and slots. `<image 2>` (MMMU) is image number 2, shown where it is named first; `shown` collects
     the numbers."""
     end = 0
     for found in _MARKER.finditer(text):
-        number = None if found[1] is None else int(found[1]) - 1
-        if number is not None and number in shown:
+        modality: Modality = "image" if found["modality"] == "image" else "video"
+        number = None if found["number"] is None else int(found["number"]) - 1
+        if number is not None and (modality, number) in shown:
             continue
         if found.start() > end:
             yield text[end : found.start()]
         end = found.end()
         if number is not None:
-            shown.add(number)
-        yield Slot(number=number)
+            shown.add((modality, number))
+        yield Slot(number=number, modality=modality)
     if end < len(text):
         yield text[end:]
 
@@ -243,71 +258,3 @@ def _box_text(box: Any) -> str:
     '[90.9, 160.8, 135, 212]'
     """
     return f"[{', '.join(number_text(number) for number in as_list(box))}]"
-
-
-# ── images in their places ──────────────────────────────────────────────────────────────────────────────────
-
-
-Placed: TypeAlias = tuple[Role, tuple[str | Pixels, ...]]
-"""Role, and texts and pixels in order."""
-
-
-def check_markers(turns: Sequence[Turn], images: int) -> None:
-    """Raise `Unusable` unless `images` images of the columns fit into the slots of the turns."""
-    slots = [piece for turn in turns for piece in turn.pieces if isinstance(piece, Slot)]
-    empty = [slot for slot in slots if slot.cell is None]
-    numbers = [slot.number for slot in empty if slot.number is not None]
-    if not empty:
-        if slots and images:
-            raise Unusable(
-                f"the messages hold {len(slots)} images themselves, and the columns of images {images} more without a "
-                "place: remove one of them, or set task.columns.images=[]"
-            )
-        return
-    if numbers and len(numbers) == len(empty):
-        if max(numbers) >= images:
-            raise Unusable(
-                f"the text names image {max(numbers) + 1}, but the row has {images}, so it is not clear what it shows: "
-                "correct the row"
-            )
-    elif len(empty) != images:
-        raise Unusable(
-            f"the prompt has {_count(len(empty), 'place')} for images (<image>) and the row {_count(images, 'image')}, "
-            "so it is not clear which stands where: correct the row"
-        )
-
-
-def _count(number: int, noun: str) -> str:
-    """
-    >>> _count(1, "image"), _count(2, "image")
-    ('1 image', '2 images')
-    """
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def place_images(turns: Sequence[Turn], images: Sequence[Pixels], own: Sequence[Pixels]) -> list[Placed]:
-    """The turns with pixels: `own` in the slots that hold an image themselves, `images` in the others, each list in
-    order. Images without a slot come first in the first user message. `check_markers` has held."""
-    inline, rest = iter(own), list(range(len(images)))
-    numbers = {piece.number for turn in turns for piece in turn.pieces if isinstance(piece, Slot)} - {None}
-    unnumbered = iter([index for index in rest if index not in numbers])
-    has_places = any(isinstance(piece, Slot) and piece.cell is None for turn in turns for piece in turn.pieces)
-    taken: set[int] = set()
-
-    def pixels_of(slot: Slot) -> Pixels:
-        if slot.cell is not None:
-            return next(inline)
-        index = slot.number if slot.number is not None else next(unnumbered)
-        taken.add(index)
-        return images[index]
-
-    placed = [
-        (
-            turn.role,
-            tuple(pixels_of(piece) if isinstance(piece, Slot) else piece for piece in turn.pieces if piece != ""),
-        )
-        for turn in turns
-    ]
-    first = [images[index] for index in rest if index not in taken] if numbers or not has_places else []
-    at = next((number for number, (role, _) in enumerate(placed) if role == "user"), 0)
-    return [(role, (*first, *pieces) if number == at else pieces) for number, (role, pieces) in enumerate(placed)]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlmrl.rendering.images import Pixels
+from vlmrl.tasks.dataset.column_kinds import is_conversation
 from vlmrl.tasks.dataset.columns import (
     Unusable,
     as_json,
@@ -27,19 +28,27 @@ from vlmrl.tasks.dataset.columns import (
     value_at,
 )
 from vlmrl.tasks.dataset.conversation import (
-    Placed,
     Slot,
     Turn,
     boxes_of,
-    check_markers,
-    place_images,
     turns_of,
     with_boxes,
     with_markers,
 )
-from vlmrl.tasks.dataset.images import ImageReader, Place, flat
-from vlmrl.tasks.dataset.layouts import Layout, is_conversation
+from vlmrl.tasks.dataset.files import Place
+from vlmrl.tasks.dataset.images import ImageReader, flat
+from vlmrl.tasks.dataset.layouts import Layout
+from vlmrl.tasks.dataset.placing import (
+    MODALITIES,
+    Placed,
+    check_markers,
+    image_markers_as_videos,
+    place_media,
+    slots_of,
+)
 from vlmrl.tasks.dataset.template import PromptTemplate
+from vlmrl.tasks.dataset.videos import LoadedVideo, Media, VideoCell, VideoReader, cells_of
+from vlmrl.types import Modality
 
 
 @dataclass(frozen=True)
@@ -53,8 +62,10 @@ class Draft:
     """The prompt; it ends with a turn that the policy answers."""
     cells: tuple[Any, ...]
     """The images of the image columns, one by one."""
+    videos: tuple[VideoCell, ...]
+    """The videos of the video columns, one by one."""
     own: tuple[Any, ...]
-    """The images that messages hold themselves, one by one."""
+    """The images and videos (`VideoCell`) that messages hold themselves, one by one."""
     answer: Any
     """What rewards compare with; None where the data set has no answers."""
     demonstration: str | None
@@ -75,34 +86,30 @@ class Drafting:
     """The names of the classes, where the answer is the number of one (`ClassLabel` of `datasets`)."""
 
     def draft(self, row: Mapping[str, Any]) -> Draft:
-        """The text of a row. Decodes no image. Raises `Unusable`."""
+        """The text of a row. Decodes no image and no video. Raises `Unusable`."""
         layout = self.layout
         options = options_of(row, layout.choices) if layout.choices else []
         cells = tuple(cell for column in layout.images for cell in flat(value_at(row, column)))
+        videos = tuple(cell for column in layout.videos for cell in cells_of(value_at(row, column)))
+        counts: dict[Modality, int] = {"image": len(cells), "video": len(videos)}
         turns = self._turns(row, options)
         if layout.boxes is not None:
             turns = with_boxes(turns, value_at(row, layout.boxes), layout.boxes)
         said = turns.pop() if turns and turns[-1].role == "assistant" else None
         question = tuple(turn.text for turn in turns if turn.role not in ("system", "assistant"))
         if self.template is not None:
-            turns = self._templated(row, turns, len(cells))
+            turns = self._templated(row, turns, counts)
             if layout.prompt is None and layout.messages is None:
                 question = (turns[-1].text,)
-        turns = with_markers(self._with_system(row, turns))
-        _check_prompt(turns, cells)
-        check_markers(turns, len(cells))
-        own = tuple(
-            cell
-            for turn in turns
-            for piece in turn.pieces
-            if isinstance(piece, Slot) and piece.cell is not None
-            for cell in _single(piece.cell)
-        )
+        turns = image_markers_as_videos(with_markers(self._with_system(row, turns)), counts)
+        _check_prompt(turns, has_media=any(counts.values()))
+        check_markers(turns, counts)
         return Draft(
             question=question,
             turns=tuple(turns),
             cells=cells,
-            own=own,
+            videos=videos,
+            own=tuple(_single(slot) for slot in slots_of(turns) if slot.cell is not None),
             answer=self._answer(row, options, said),
             demonstration=self._demonstration(row, options, said),
             options=tuple(options),
@@ -129,21 +136,24 @@ class Drafting:
             turns += [Turn("user", (as_text(question),)), Turn("assistant", (as_text(answer),))]
         return [*turns, _with_options(Turn("user", (text,)), options)]
 
-    def _templated(self, row: Mapping[str, Any], turns: list[Turn], images: int) -> list[Turn]:
-        """The turns with the template's text in the last one. Slots of that turn keep their images, in order."""
+    def _templated(self, row: Mapping[str, Any], turns: list[Turn], counts: Mapping[Modality, int]) -> list[Turn]:
+        """The turns with the template's text in the last one. Slots of that turn keep their images and videos, in
+        order."""
         assert self.template is not None
         last = turns[-1] if turns else Turn("user", ())
-        slots = [piece for piece in last.pieces if isinstance(piece, Slot)]
-        text = self.template.render(row, last.text, len(slots) or images, self.layout.images)
+        slots = slots_of([last])
+        held: dict[Modality, int] = {modality: len(slots_of([last], modality)) for modality in MODALITIES}
+        columns: dict[Modality, tuple[str, ...]] = {"image": self.layout.images, "video": self.layout.videos}
+        text = self.template.render(row, last.text, {m: held[m] or counts[m] for m in MODALITIES}, columns)
         made = Turn(last.role, (text,))
         if slots:
             (made,) = with_markers([made])
-            places = [piece for piece in made.pieces if isinstance(piece, Slot)]
+            places = slots_of([made])
             if not places:
                 made = Turn(last.role, (*slots, text))
-            elif len(places) != len(slots):
+            elif [slot.modality for slot in places] != [slot.modality for slot in slots]:
                 raise Unusable(
-                    f"task.template shows {len(places)} images and the message {len(slots)}, so it is not clear which "
+                    f"task.template shows {_named(places)} and the message {_named(slots)}, so it is not clear which "
                     "stands where: correct the template"
                 )
             else:
@@ -217,11 +227,23 @@ def _said_in(value: Any, column: str) -> str | None:
     return as_json(value)
 
 
-def _single(cell: Any) -> list[Any]:
-    found = list(flat(cell))
+def _single(slot: Slot) -> Any:
+    """The image or the video (`VideoCell`) that a part of a message holds."""
+    found = list(flat(slot.cell) if slot.modality == "image" else cells_of(slot.cell))
     if len(found) != 1:
-        raise Unusable(f"an image part of a message holds {len(found)} images: give each a part of its own")
-    return found
+        kind = slot.modality
+        article = "an" if kind == "image" else "a"
+        raise Unusable(f"{article} {kind} part of a message holds {len(found)} {kind}s: give each a part of its own")
+    return found[0]
+
+
+def _named(slots: Sequence[Slot]) -> str:
+    """
+    >>> _named([Slot(), Slot(modality="video")]), _named([])
+    ('1 images and 1 videos', '0 images')
+    """
+    videos = sum(slot.modality == "video" for slot in slots)
+    return f"{len(slots) - videos} images" + (f" and {videos} videos" if videos else "")
 
 
 def _with_options(turn: Turn, options: Sequence[str]) -> Turn:
@@ -233,12 +255,12 @@ def _with_options(turn: Turn, options: Sequence[str]) -> Turn:
     return dataclasses.replace(turn, pieces=(*turn.pieces, end + lettered_lines(options)))
 
 
-def _check_prompt(turns: Sequence[Turn], cells: Sequence[Any]) -> None:
+def _check_prompt(turns: Sequence[Turn], *, has_media: bool) -> None:
     if not turns or turns[-1].role not in ("user", "tool"):
         last = f"its last message is of role {turns[-1].role}" if turns else "no message comes before the answer"
         raise Unusable(f"the prompt does not end with a user message, so there is nothing to answer: {last}")
     said = any(turn.text.strip() for turn in turns if turn.role in ("user", "tool"))
-    if not said and not (cells and any(turn.text.strip() for turn in turns)):
+    if not said and not (has_media and any(turn.text.strip() for turn in turns)):
         raise Unusable("the prompt is empty, so there is nothing to answer: fill its column, or leave the row out")
 
 
@@ -249,27 +271,51 @@ class Example:
     draft: Draft
     images: tuple[Pixels, ...]
     """Of the image columns."""
-    own: tuple[Pixels, ...]
+    videos: tuple[LoadedVideo, ...]
+    """Of the video columns."""
+    own: tuple[Media, ...]
     """Of the messages themselves."""
 
     @property
-    def pixels(self) -> tuple[Pixels, ...]:
-        """All images, in an order that is a function of the row."""
-        return self.own + self.images
+    def media(self) -> tuple[Media, ...]:
+        """All images and videos, in an order that is a function of the row."""
+        return (*self.own, *self.images, *self.videos)
 
-    def placed(self, shown: tuple[Pixels, ...] | None = None) -> list[Placed]:
-        """The prompt with its images, or with others of the same number (`shown`, in the order of `pixels`)."""
-        own, images = self.own, self.images
-        if shown is not None:
-            own, images = shown[: len(own)], shown[len(own) :]
-        return place_images(self.draft.turns, images, own)
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        """What each of `media` is."""
+        return tuple("video" if isinstance(each, LoadedVideo) else "image" for each in self.media)
+
+    def placed(self, shown: tuple[Media, ...] | None = None) -> list[Placed]:
+        """The prompt with its images and videos, or with others of the same number and `modalities` (`shown`, in the
+        order of `media`)."""
+        media = self.media if shown is None else shown
+        own, rest = media[: len(self.own)], media[len(self.own) :]
+        columns: dict[Modality, tuple[Media, ...]] = {
+            "image": rest[: len(self.images)],
+            "video": rest[len(self.images) :],
+        }
+        return place_media(self.draft.turns, columns, own)
 
 
-def example_of(drafting: Drafting, images: ImageReader, row: Mapping[str, Any], place: Place) -> Example:
-    """Read a row and decode its images. Raises `Unusable`."""
+@dataclass(frozen=True)
+class Readers:
+    """What reads the images and videos of a data set. Thread-safe."""
+
+    images: ImageReader
+    videos: VideoReader
+
+    def media(self, cell: Any, place: Place) -> list[Media]:
+        """The images of a cell, or the video of a `VideoCell`. Raises `Unusable`."""
+        return [self.videos.load(cell, place)] if isinstance(cell, VideoCell) else [*self.images.pixels(cell, place)]
+
+
+def example_of(drafting: Drafting, readers: Readers, row: Mapping[str, Any], place: Place) -> Example:
+    """Read a row, decode its images and look at its videos. Raises `Unusable`."""
     draft = drafting.draft(row)
     return Example(
         draft,
-        tuple(pixels for cell in draft.cells for pixels in images.pixels(cell, place)),
-        tuple(pixels for cell in draft.own for pixels in images.pixels(cell, place)),
+        images=tuple(pixels for cell in draft.cells for pixels in readers.images.pixels(cell, place)),
+        videos=tuple(readers.videos.load(cell, place) for cell in draft.videos),
+        own=tuple(media for cell in draft.own for media in readers.media(cell, place)),
     )

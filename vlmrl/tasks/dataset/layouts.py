@@ -18,7 +18,8 @@ from typing import Any
 
 from vlmrl.config.dataset import ColumnsConfig
 from vlmrl.errors import ConfigError
-from vlmrl.tasks.dataset.agreement import same_answer, same_question, same_text
+from vlmrl.tasks.dataset.agreement import same_answer, same_question, same_text, same_videos
+from vlmrl.tasks.dataset.column_kinds import folded, holds_image, is_conversation, is_video, names_videos, shown_type
 from vlmrl.tasks.dataset.column_names import (
     ANSWERS,
     BOXES,
@@ -30,8 +31,9 @@ from vlmrl.tasks.dataset.column_names import (
     REJECTED,
     ROLE_KEYS,
     SYSTEM,
+    VIDEOS,
 )
-from vlmrl.tasks.dataset.columns import as_list, is_missing, leaves, nearest, plain, short, unwrapped, value_at
+from vlmrl.tasks.dataset.columns import is_missing, leaves, nearest, short, unwrapped, value_at
 from vlmrl.tasks.dataset.rows import ColumnType
 
 _OPTION_NAME = re.compile(r"(?:option|choice)?_?([a-h])")
@@ -47,6 +49,7 @@ class Layout:
     messages: str | None = None
     """A conversation, or a prompt that is a list of messages."""
     images: tuple[str, ...] = ()
+    videos: tuple[str, ...] = ()
     answer: str | None = None
     choices: tuple[str, ...] = ()
     """One column with a list, or a column per option."""
@@ -75,15 +78,15 @@ class Layout:
             value = getattr(self, role)
             names = [value] if isinstance(value, str) else list(value or ())
             if names or role in ("images", "answer"):
-                kinds = [f"{name} ({_shown(columns[name])})" if name in columns else name for name in names]
+                kinds = [f"{name} ({shown_type(columns[name], role)})" if name in columns else name for name in names]
                 others = [column for of, column in self.passed_over if of == role]
                 table[role] = (", ".join(kinds) or "none") + (f"; not {', '.join(others)}" if others else "")
         return table
 
 
 ROLES = [
-    *("messages", "prompt", "input", "history", "system", "images", "choices", "boxes", "answer", "demonstration"),
-    *("chosen", "rejected"),
+    *("messages", "prompt", "input", "history", "system", "images", "videos", "choices", "boxes", "answer"),
+    *("demonstration", "chosen", "rejected"),
 ]
 """The roles of a layout, in the order in which the screen shows them."""
 
@@ -138,6 +141,8 @@ class _Search:
         choices = self._several("choices", self._choices)
         answer = self._answer(choices)
         parts = self._alpaca(prompt)
+        videos = self._several("videos", self._videos)
+        self.taken.update(videos)
         chosen = self._one("chosen", CHOSEN, same_text)
         rejected = self._one("rejected", REJECTED, same_text)
         if prompt is None and messages is None and chosen is not None and self._is_conversation(chosen):
@@ -149,6 +154,7 @@ class _Search:
             prompt=prompt,
             messages=messages,
             images=self._several("images", self._images),
+            videos=videos,
             answer=answer,
             choices=choices,
             system=self._one("system", SYSTEM, same_text),
@@ -245,7 +251,7 @@ class _Search:
         return tuple(letters[letter] for letter in "abcdefgh"[:count]) if count >= 2 else ()
 
     def _images(self) -> tuple[str, ...]:
-        typed = [name for name, kind in self.columns.items() if _holds_image(kind)]
+        typed = [name for name, kind in self.columns.items() if holds_image(kind) and name not in self.taken]
         named = [name for names in IMAGES for name in self._known(names) if self._may_hold_image(name)]
         numbered = sorted(
             (int(number[1]), column)
@@ -263,6 +269,18 @@ class _Search:
         return () if found is None else (found,)
 
     def _may_hold_image(self, name: str) -> bool:
+        return self._may_hold_media(name) and not is_video(self.columns[name]) and not names_videos(self.rows, name)
+
+    def _videos(self) -> tuple[str, ...]:
+        """The columns of videos: by type, else by name, else one for files whose cells name video files."""
+        typed = [name for name, kind in self.columns.items() if is_video(kind)]
+        named = self._first(VIDEOS, self._may_hold_media)
+        files = [name for name in self._known(IMAGES[-1]) if names_videos(self.rows, name)]
+        candidates = [name for name in named if name in typed] or typed or named or files
+        found = self._agreed("videos", candidates, same_videos)
+        return () if found is None else (found,)
+
+    def _may_hold_media(self, name: str) -> bool:
         return self.columns[name].kind not in ("integer", "number", "boolean", "time", "null")
 
     # ── candidates ──────────────────────────────────────────────────────────────────────────────────────────
@@ -351,36 +369,3 @@ class _Search:
                 found = found.item
             found = found.fields.get(name) if found is not None else None
         return found
-
-
-def folded(name: str) -> str:
-    """A column's name without the differences that do not count.
-
-    >>> folded("Ground-Truth"), folded("reward_model.ground_truth")
-    ('ground_truth', 'reward_model.ground_truth')
-    """
-    return re.sub(r"[^a-z0-9.]+", "_", name.strip().lower()).strip("_")
-
-
-def is_conversation(value: Any) -> bool:
-    """Whether a value is a list of messages.
-
-    >>> is_conversation([{"from": "human", "value": "Hi"}]), is_conversation(["Hi"]), is_conversation("Hi")
-    (True, False, False)
-    """
-    items = as_list(value) if isinstance(value, str | list | tuple) else as_list(plain(value))
-    return bool(items) and all(
-        isinstance(item, Mapping) and any(set(keys) <= set(item) for keys in ROLE_KEYS) for item in items
-    )
-
-
-def _shown(kind: ColumnType) -> str:
-    """A type as it is printed; a struct in which `datasets` stores an image is one."""
-    return str(kind).replace("struct {bytes: bytes, path: text}", "image")
-
-
-def _holds_image(kind: ColumnType) -> bool:
-    """Whether the file says that a column holds images, or it has the form in which `datasets` stores them."""
-    while kind.kind == "list" and kind.item is not None:
-        kind = kind.item
-    return kind.is_image or kind.kind == "bytes" or (kind.kind == "struct" and {"bytes", "path"} <= set(kind.fields))

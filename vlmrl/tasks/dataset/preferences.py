@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from vlmrl.tasks.dataset.column_kinds import is_conversation
 from vlmrl.tasks.dataset.columns import Unusable, as_text, is_missing, read, value_at
 from vlmrl.tasks.dataset.conversation import Turn, turns_of
-from vlmrl.tasks.dataset.layouts import Layout, is_conversation
+from vlmrl.tasks.dataset.layouts import Layout
 
 
 def answers_of_pair(layout: Layout, row: Mapping[str, Any], said: str | None) -> tuple[str, str]:

@@ -20,12 +20,14 @@ from vlmrl.rendering.images import image_hash
 from vlmrl.tasks.base import BadRow, Split
 from vlmrl.tasks.dataset.columns import Unusable, is_missing, options_of, plain, value_at
 from vlmrl.tasks.dataset.demonstrations import NumberBetween, OneOf, Wrapped, form_of
-from vlmrl.tasks.dataset.examples import Draft, Drafting
-from vlmrl.tasks.dataset.images import ImageReader, Place
+from vlmrl.tasks.dataset.examples import Draft, Drafting, Readers
+from vlmrl.tasks.dataset.files import Place
+from vlmrl.tasks.dataset.images import ImageReader
 from vlmrl.tasks.dataset.layouts import Layout, recognize
 from vlmrl.tasks.dataset.rows import Rows
 from vlmrl.tasks.dataset.sources.opening import open_rows
 from vlmrl.tasks.dataset.template import PromptTemplate
+from vlmrl.tasks.dataset.videos import VideoReader
 
 LOOKED_AT = 16
 """Rows at the front by which two readings of the columns are compared."""
@@ -50,7 +52,7 @@ class Pool:
     rows: Rows
     layout: Layout
     drafting: Drafting
-    images: ImageReader
+    readers: Readers
 
     @property
     def has_demonstrations(self) -> bool:
@@ -87,10 +89,8 @@ class Pool:
 def open_pool(config: DatasetConfig, split: Split) -> Pool:
     """Open the rows of a split and recognize their columns. Raises ConfigError."""
     rows = _open(config, split)
-    images = ImageReader(
-        root=None if config.image_root is None else Path(config.image_root).expanduser().absolute(),
-        fetch=config.fetch,
-    )
+    images = ImageReader(_root(config.image_root), config.fetch)
+    videos = VideoReader(_root(config.video_root), config.fetch, config.ignore_video_settings)
     looked_at = _first_rows(rows)
     template = None if config.template is None else PromptTemplate(config.template, "task.template")
 
@@ -108,7 +108,12 @@ def open_pool(config: DatasetConfig, split: Split) -> Pool:
         template.check(list(rows.columns))
     first_index = _first_index(layout, [row for row, _ in looked_at])
     labels = rows.columns[layout.answer].labels if layout.answer is not None and layout.answer in rows.columns else ()
-    return Pool(rows, layout, Drafting(layout, config.system_prompt, template, first_index, labels), images)
+    drafting = Drafting(layout, config.system_prompt, template, first_index, labels)
+    return Pool(rows, layout, drafting, Readers(images, videos))
+
+
+def _root(path: str | None) -> Path | None:
+    return None if path is None else Path(path).expanduser().absolute()
 
 
 def _open(config: DatasetConfig, split: Split) -> Rows:

@@ -27,6 +27,8 @@ class ColumnType:
     """Of a struct: the type of each field."""
     is_image: bool = False
     """The file says that this is an image (`Image` of Hugging Face `datasets`): a struct {bytes, path}."""
+    is_video: bool = False
+    """The file says that this is a video (`Video` of `datasets`): a struct {bytes, path}."""
     labels: tuple[str, ...] = ()
     """The file has names for the integers of this column (`ClassLabel` of `datasets`): the name of 0, of 1, …"""
 
@@ -34,6 +36,8 @@ class ColumnType:
         """As it is printed: `list of struct {bytes: bytes, path: text}`."""
         if self.is_image:
             return "image"
+        if self.is_video:
+            return "video"
         if self.kind == "list" and self.item is not None:
             return f"list of {self.item}"
         if self.kind == "struct":

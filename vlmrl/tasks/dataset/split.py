@@ -5,6 +5,9 @@ every seed agrees, and two rows that ask the same thing are always on the same s
 order they stand. Neither a path nor a row number goes into the hash, and pixels are hashed as decoded, so moving files
 and packing images another way (PNG for BMP) change nothing.
 
+Of a video file the bytes are hashed, since decoding all of it for each draw would cost seconds: a copy that was encoded
+again is another video. A list of frames is hashed as decoded.
+
 Left out on purpose: the answer (two rows with one question and two answers are a leak as well) and the system prompt
 and template of the run (changing a prompt must not move rows from one side to the other).
 """
@@ -15,14 +18,14 @@ import unicodedata
 from collections.abc import Iterable
 from hashlib import blake2b
 
-from vlmrl.rendering.images import Pixels, image_hash
+from vlmrl.tasks.dataset.videos import LoadedVideo, Media, media_hash
 
 
-def content_hash(texts: Iterable[str], pixels: Iterable[Pixels]) -> str:
-    """32 hex characters: blake2b of a row's question and images, each in order.
+def content_hash(texts: Iterable[str], media: Iterable[Media]) -> str:
+    """32 hex characters: blake2b of a row's question, and of its images and videos, each in order.
 
     `texts` are the texts of the question as they stand in the row, before any template, one for each message. Their
-    Unicode form and their white space do not count. `pixels` are uint8 [H, W, 3].
+    Unicode form and their white space do not count. Images are uint8 [H, W, 3].
 
     >>> content_hash(["How many?"], []) == content_hash(["How  many? "], [])
     True
@@ -34,8 +37,9 @@ def content_hash(texts: Iterable[str], pixels: Iterable[Pixels]) -> str:
         words = " ".join(unicodedata.normalize("NFC", text).split())
         data = words.encode("utf-8", "surrogatepass")
         digest.update(b"text %d:" % len(data) + data)
-    for image in pixels:
-        digest.update(b"image " + image_hash(image).encode())
+    for each in media:
+        kind = b"video " if isinstance(each, LoadedVideo) else b"image "
+        digest.update(kind + media_hash(each).encode())
     return digest.hexdigest()
 
 

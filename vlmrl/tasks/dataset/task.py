@@ -1,4 +1,4 @@
-"""`task=dataset`: problems from rows of questions, pictures and answers, without code.
+"""`task=dataset`: problems from rows of questions, pictures, videos and answers, without code.
 
     index ─order─▶ row number ─Rows─▶ cells ─layout─▶ Example ─membership─▶ DatasetProblem
                                         │                  └─ other split ──▶ NotInSplit
@@ -6,7 +6,8 @@
 
     sources/, rows.py   files and hubs, as rows         order.py, split.py   which row is drawn, which is held out
     layouts.py          which column plays which part   columns.py           values of cells
-    conversation.py     turns, markers, boxes           images.py, fetch.py  pixels
+    conversation.py     turns, markers, boxes           placing.py           images and videos in their places
+    files.py, fetch.py  what a cell names               images.py, videos.py pixels
     template.py         task.template                   examples.py          all of these, for one row
     demonstrations.py   random answers                  probe.py             what the first rows tell
     preferences.py      the better and the worse answer
@@ -26,23 +27,23 @@ from typing import Any
 
 from vlmrl.config.dataset import DatasetConfig
 from vlmrl.errors import ConfigError, fenced
-from vlmrl.rendering.images import Pixels, image_hash
 from vlmrl.tasks.base import BadRow, NotInSplit, Preference, Reply, Split, Task
 from vlmrl.tasks.dataset.columns import Unusable
-from vlmrl.tasks.dataset.conversation import Placed
 from vlmrl.tasks.dataset.demonstrations import random_answer
 from vlmrl.tasks.dataset.examples import Example, example_of
 from vlmrl.tasks.dataset.order import shuffled
+from vlmrl.tasks.dataset.placing import Placed
 from vlmrl.tasks.dataset.preferences import answers_of_pair
 from vlmrl.tasks.dataset.probe import Pool, answers_of, form_in, open_pool, place_of, texts_in
 from vlmrl.tasks.dataset.split import belongs_to_eval, content_hash
-from vlmrl.types import Image, Message, Text
+from vlmrl.tasks.dataset.videos import LoadedVideo, Media, media_hash
+from vlmrl.types import Image, Message, Modality, Part, Text
 
 DEFAULT_EVAL_FRACTION = 0.1
 """Share of the rows that is held out where the config names no other evaluation."""
 
 SHUFFLE_TRIES = 64
-"""Rows that the blind control looks at to find as many images as a row has."""
+"""Rows that the blind control looks at to find as many images and videos as a row has."""
 
 _UNKNOWN, _TRAIN, _EVAL = 0, 1, 2
 
@@ -127,7 +128,7 @@ class DatasetTask(Task):
         try:
             cells = pool.rows.row(row)
             with fenced("reading the row", Unusable):  # the data may hold anything
-                example = example_of(pool.drafting, pool.images, cells, place_of(pool.rows, row))
+                example = example_of(pool.drafting, pool.readers, cells, place_of(pool.rows, row))
         except (Unusable, BadRow) as error:
             reason = error.text if isinstance(error, Unusable) else error.reason
             if split == "eval" and self._is_one:  # a row that cannot be read has no membership; training reports it
@@ -135,7 +136,7 @@ class DatasetTask(Task):
             raise BadRow(reason, source=source, row=number) from None
         self._check_membership(split, row, example)
         try:
-            shown = self._other_images(split, row, len(example.pixels)) if self._config.shuffle_images else None
+            shown = self._other_media(split, row, example.modalities) if self._config.shuffle_images else None
             placed = example.placed(shown)
         except Unusable as error:
             raise BadRow(error.text, source=source, row=number) from None
@@ -210,17 +211,17 @@ class DatasetTask(Task):
     def _check_membership(self, split: Split, row: int, example: Example) -> None:
         if not self._is_one or not self._fraction:
             return
-        content = content_hash(example.draft.question, example.pixels)
+        content = content_hash(example.draft.question, example.media)
         self._membership[row] = _EVAL if belongs_to_eval(content, self._fraction) else _TRAIN
         self._check_known_membership(split, row)
 
-    def _other_images(self, split: Split, row: int, count: int) -> tuple[Pixels, ...] | None:
-        """The images of another row that has as many. Raises `Unusable` where none is found.
+    def _other_media(self, split: Split, row: int, modalities: tuple[Modality, ...]) -> tuple[Media, ...] | None:
+        """The images and videos of another row that has as many. Raises `Unusable` where none is found.
 
         A row with equal pixels may be chosen. Were it avoided, the picture would tell which answers are wrong: with two
         pictures in all, it would tell the right one.
         """
-        if not count:
+        if not modalities:
             return None
         pool = self._pools[split]
         for attempt in range(SHUFFLE_TRIES):
@@ -230,13 +231,15 @@ class DatasetTask(Task):
                 continue
             try:
                 with fenced("reading the row", Unusable):
-                    found = example_of(pool.drafting, pool.images, pool.rows.row(other), place_of(pool.rows, other))
+                    found = example_of(pool.drafting, pool.readers, pool.rows.row(other), place_of(pool.rows, other))
             except (Unusable, BadRow):
                 continue
-            if len(found.pixels) == count:
-                return found.pixels
+            if found.modalities == modalities:
+                return found.media
+        videos = modalities.count("video")
+        counted = f"{len(modalities) - videos} images" + (f" and {videos} videos" if videos else "")
         raise Unusable(
-            f"none of {SHUFFLE_TRIES} other rows has {count} images, so task.shuffle_images has nothing to show: set "
+            f"none of {SHUFFLE_TRIES} other rows has {counted}, so task.shuffle_images has nothing to show: set "
             "task.shuffle_images=false"
         )
 
@@ -256,14 +259,20 @@ def _fraction(config: DatasetConfig) -> float:
 
 def _message(placed: Placed) -> Message:
     role, pieces = placed
-    return Message(role, tuple(Text(piece) if isinstance(piece, str) else Image(piece) for piece in pieces))
+    return Message(role, tuple(_part(piece) for piece in pieces))
+
+
+def _part(piece: str | Media) -> Part:
+    if isinstance(piece, str):
+        return Text(piece)
+    return piece.part if isinstance(piece, LoadedVideo) else Image(piece)
 
 
 def _digest(placed: list[Placed]) -> str:
-    """8 hex characters of roles, texts and pixels."""
+    """8 hex characters of roles, texts, pixels and videos."""
     digest = hashlib.blake2b(digest_size=4)
     for role, pieces in placed:
         for piece in (role, *pieces):
-            text = piece if isinstance(piece, str) else image_hash(piece)
+            text = piece if isinstance(piece, str) else media_hash(piece)
             digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
     return digest.hexdigest()

@@ -5,7 +5,8 @@
 
 A template sees every column by its name (`columns["odd name"]` for names that are no identifiers), and `content`: the
 text that the prompt would have without a template, as in EasyR1's `format_prompt` files. `{{ image }}` and
-`{{ images }}` become the marker `<image>`, once per image, also where columns of these names hold bytes.
+`{{ images }}` become the marker `<image>`, once per image, also where columns of these names hold bytes;
+`{{ video }}` and `{{ videos }}` become `<video>` in the same way.
 
 A name that no row has is refused before the run, with its place; what fails for one row costs that row.
 """
@@ -17,8 +18,9 @@ from typing import Any
 
 from vlmrl.errors import ConfigError, safe_text
 from vlmrl.tasks.dataset.columns import Unusable, nearest, plain
-from vlmrl.tasks.dataset.conversation import MARKER
+from vlmrl.tasks.dataset.conversation import MARKERS
 from vlmrl.tasks.template import Template, line_of
+from vlmrl.types import Modality
 
 CONTENT = "content"
 """The name of the text without a template."""
@@ -28,7 +30,7 @@ LONGEST_PROMPT = 1 << 22
 
 
 class Markers(list[str]):
-    """The markers of a row's images: a list for templates that loop, and a text for those that print it."""
+    """The markers of a row's images, or videos: a list for templates that loop, and a text for those that print it."""
 
     def __str__(self) -> str:
         return "".join(self)
@@ -43,20 +45,24 @@ class PromptTemplate(Template):
     def check(self, known: Sequence[str]) -> None:
         """Raise ConfigError where the template needs a name that is no column."""
         for name in sorted(self.names):
-            if name not in (*known, CONTENT, "image", "images", "columns"):
+            if name not in (*known, CONTENT, "image", "images", "video", "videos", "columns"):
                 raise ConfigError(
                     f"{self.key} uses {name} ({self.place_of(name)}), which is no column, so no prompt can be made: "
                     f"{nearest(name, known)}"
                 )
 
-    def render(self, row: Mapping[str, Any], content: str, images: int, image_columns: Sequence[str]) -> str:
-        """The text of one row. Raises `Unusable`."""
-        markers = Markers([MARKER] * images)
-        values = {name: plain(value) for name, value in row.items()}
-        names = {CONTENT: content, "image": markers, "images": markers, **values}
-        names |= {
-            name: markers for name in ("image", "images", *image_columns) if name in image_columns or name not in row
-        }
+    def render(
+        self,
+        row: Mapping[str, Any],
+        content: str,
+        counts: Mapping[Modality, int],
+        columns: Mapping[Modality, Sequence[str]],
+    ) -> str:
+        """The text of one row, which has `counts` images and videos, in `columns`. Raises `Unusable`."""
+        names: dict[str, Any] = {CONTENT: content, **{name: plain(value) for name, value in row.items()}}
+        for modality, count in counts.items():
+            markers, held = Markers([MARKERS[modality]] * count), columns[modality]
+            names |= {name: markers for name in (modality, f"{modality}s", *held) if name in held or name not in row}
         try:
             made = self.fill({**names, "columns": names})
         except Exception as error:  # noqa: BLE001 — the template is the user's code

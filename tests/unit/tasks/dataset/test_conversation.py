@@ -115,7 +115,7 @@ def test_parts(row: dict[str, Any], prompt: str, tmp_path: Path) -> None:
             parts({"type": "image", "image": "img/1.png"}) | {"images": ["img/1.png"]},
             "and the columns of images 1 more",
         ),
-        (parts({"type": "video", "video": "a.mp4"}), "a part of type video, and only text and images are read"),
+        (parts({"type": "audio", "audio": "a.wav"}), "a part of type audio, and only text, images and videos are read"),
         (parts({"type": "thing"}), "whose type is not known"),
         (parts({"type": "image", "image": ["img/1.png", "img/2.png"]}), "holds 2 images: give each a part of its own"),
         ({"messages": [ASK, {"role": "alien", "content": "x"}]}, "a message of role 'alien', which is none of"),

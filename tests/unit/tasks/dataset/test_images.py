@@ -19,7 +19,8 @@ from support.row_files import png
 from vlmrl.tasks.dataset import fetch
 from vlmrl.tasks.dataset.columns import Unusable
 from vlmrl.tasks.dataset.fetch import fetched
-from vlmrl.tasks.dataset.images import ImageReader, Place
+from vlmrl.tasks.dataset.files import Place
+from vlmrl.tasks.dataset.images import ImageReader
 
 BASE64 = base64.b64encode(png(50)).decode()
 

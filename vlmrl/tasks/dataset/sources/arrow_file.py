@@ -72,23 +72,23 @@ class ArrowReader:
 
 
 class TableReader:
-    """Rows of a `pyarrow.Table` that `datasets` has made, mapped into memory. Its images may be files in the cache of
-    `datasets` or in an archive there (`zip://1.png::/cache/train.zip`)."""
+    """Rows of a `pyarrow.Table` that `datasets` has made, mapped into memory. Its images and videos may be files in the
+    cache of `datasets` or in an archive there (`zip://1.png::/cache/train.zip`)."""
 
     def __init__(self, table: Any) -> None:
         self._table = table
         self.columns: Mapping[str, ColumnType] = schema_types(Path(), table.schema)
-        self._images = [name for name, kind in self.columns.items() if kind.is_image]
+        self._media = [name for name, kind in self.columns.items() if kind.is_image or kind.is_video]
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
 
     def row(self, index: int) -> dict[str, Any]:
         row = row_of(self._table, index)
-        for name in self._images:
-            image = row[name]
-            if image is not None and image["bytes"] is None and image["path"] is not None:
-                row[name] = {"bytes": _content(image["path"]), "path": None}
+        for name in self._media:
+            cell = row[name]
+            if cell is not None and cell["bytes"] is None and cell["path"] is not None:
+                row[name] = {"bytes": _content(cell["path"]), "path": None}
         return row
 
 
@@ -102,7 +102,7 @@ def _content(path: str) -> bytes:
             return content
     except UserFault as fault:
         raise UnreadableRow(
-            f"the image {path.partition('::')[0]} cannot be read ({fault.text}): download it again"
+            f"the file {path.partition('::')[0]} cannot be read ({fault.text}): download it again"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Rows and column types of Arrow tables, with what Hugging Face `datasets` noted in the schema: images and labels."""
+"""Rows and column types of Arrow tables, with what `datasets` noted in the schema: images, videos and labels."""
 
 from __future__ import annotations
 
@@ -83,6 +83,8 @@ def _with_feature(kind: ColumnType, feature: Any) -> ColumnType:
     if not isinstance(feature, dict):
         return kind
     name = feature.get("_type")
+    if name == "Video":
+        return ColumnType(kind.kind, fields=kind.fields, is_video=True)
     if name == "Image":
         return ColumnType(kind.kind, fields=kind.fields, is_image=True)
     if name == "ClassLabel" and isinstance(labels := feature.get("names"), list):

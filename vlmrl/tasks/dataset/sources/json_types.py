@@ -60,10 +60,11 @@ def merged(one: ColumnType, other: ColumnType) -> ColumnType:
         return ColumnType("number")
     if one.kind != other.kind:
         return ColumnType("mixed")
+    is_image, is_video = one.is_image or other.is_image, one.is_video or other.is_video
     if one.kind == "list":
         return ColumnType("list", item=merged(one.item or _NULL, other.item or _NULL))
     if one.kind == "struct":
         names = {**one.fields, **other.fields}
         fields = {name: merged(one.fields.get(name, _NULL), other.fields.get(name, _NULL)) for name in names}
-        return ColumnType("struct", fields=fields, is_image=one.is_image or other.is_image)
-    return ColumnType(one.kind, is_image=one.is_image or other.is_image, labels=one.labels or other.labels)
+        return ColumnType("struct", fields=fields, is_image=is_image, is_video=is_video)
+    return ColumnType(one.kind, is_image=is_image, is_video=is_video, labels=one.labels or other.labels)
