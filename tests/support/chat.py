@@ -19,7 +19,7 @@ from PIL import Image as PILImage
 from support.lockstep import END, CharRenderer, text_of
 from vlmrl.errors import EngineError
 from vlmrl.inference.stop_strings import find_stop
-from vlmrl.orchestrator.endpoint.images import DataImages
+from vlmrl.orchestrator.endpoint.media import DataMedia
 from vlmrl.orchestrator.endpoint.request import ChatRequest, read_request
 from vlmrl.orchestrator.endpoint.sampling import SessionSampling
 from vlmrl.orchestrator.endpoint.session import Budgets, ChatSession
@@ -170,7 +170,7 @@ def chat_session(
     return ChatSession(name, renderer or ChatRenderer(), engine or ScriptedSession(script), sampling, budgets)
 
 
-IMAGES = DataImages()
+IMAGES = DataMedia()
 
 
 def asked(*messages: dict[str, Any], **body: Any) -> ChatRequest:

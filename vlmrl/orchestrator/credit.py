@@ -38,7 +38,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlmrl.config.algorithm import AlgorithmConfig, Compare, Credit, OverlongConfig, Truncated
-from vlmrl.types import BoolArray, DropReason, FloatArray, Group, Image, IntArray, Rollout, Text, Turn
+from vlmrl.types import BoolArray, DropReason, FloatArray, Group, IntArray, Rollout, Text, Turn
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,17 +190,17 @@ def overlong_metrics(groups: Sequence[Group], config: AlgorithmConfig) -> dict[s
 
 
 def shown(turn: Turn) -> tuple[str, ...]:
-    """What the policy is shown in a turn: the images of the messages since its last answer, by the hash of their
-    pixels; where there are none, the texts. Two turns are in the same state where these are equal.
+    """What the policy is shown in a turn: the images and videos of the messages since its last answer, by the hash of
+    their pixels; where there are none, the texts. Two turns are in the same state where these are equal.
 
     Texts next to an image do not count: they often tell the turn's number or the moves so far, which would make a state
     of its own of every turn. Where such a text does matter, the comparison is coarser, as that by turns is.
     """
     answers = [number for number, message in enumerate(turn.messages) if message.role == "assistant"]
     new = [part for message in turn.messages[answers[-1] + 1 if answers else 0 :] for part in message.content]
-    count = sum(isinstance(part, Image) for part in new)
-    images = turn.prompt.images[len(turn.prompt.images) - count :]  # the newest messages end the prompt
-    return tuple(image.hash for image in images) or tuple(part.text for part in new if isinstance(part, Text))
+    count = sum(not isinstance(part, Text) for part in new)
+    items = turn.prompt.mm_items[len(turn.prompt.mm_items) - count :]  # the newest messages end the prompt
+    return tuple(item.hash for item in items) or tuple(part.text for part in new if isinstance(part, Text))
 
 
 def credit_metrics(groups: Sequence[Group], config: AlgorithmConfig) -> dict[str, float]:

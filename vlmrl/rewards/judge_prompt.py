@@ -10,9 +10,7 @@ reward that cannot be, on held-out problems, and read the rollouts with the best
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +20,7 @@ from vlmrl.config.reward import JudgeTerm
 from vlmrl.errors import ConfigError, headline, safe_text
 from vlmrl.rewards.base import Attempt, RewardError
 from vlmrl.rewards.extract import SEARCH_TIMEOUT_S, compiled, timed_out
-from vlmrl.types import Image, Message, Text
+from vlmrl.types import Message, Text
 
 DEFAULT_PROMPT = """\
 You grade the answer that another model gave to a question{% if images %} about the images above{% endif %}.
@@ -98,7 +96,8 @@ def question_of(prompt: Sequence[Message]) -> str:
     """
     asked = [message for message in prompt if message.role != "system"]
     texts = [
-        "".join(part.text if isinstance(part, Text) else "<image>" for part in message.content) for message in asked
+        "".join(part.text if isinstance(part, Text) else f"<{part.modality}>" for part in message.content)
+        for message in asked
     ]
     if len(asked) == 1:
         return texts[0]
@@ -106,19 +105,11 @@ def question_of(prompt: Sequence[Message]) -> str:
 
 
 def image_parts(prompt: Sequence[Message]) -> list[dict[str, Any]]:
-    """The images of a prompt as parts of a chat request: PNG data URLs, upright, in original size. Raises
-    `ImageError`."""
-    from PIL import Image as PILImage
+    """The images and videos of a prompt as parts of a chat request: images as PNG data URLs, upright, in original size;
+    videos as `video_url`. Raises `ImageError`."""
+    from vlmrl.rendering.data_urls import part_of
 
-    from vlmrl.rendering.images import decode
-
-    parts: list[dict[str, Any]] = []
-    for image in (part for message in prompt for part in message.content if isinstance(part, Image)):
-        png = io.BytesIO()
-        PILImage.fromarray(decode(image.source)).save(png, "PNG", compress_level=1)
-        url = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
-        parts.append({"type": "image_url", "image_url": {"url": url}})
-    return parts
+    return [part_of(part) for message in prompt for part in message.content if not isinstance(part, Text)]
 
 
 def score_parser(term: JudgeTerm, key: str) -> Callable[[str], float]:

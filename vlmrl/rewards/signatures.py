@@ -172,9 +172,11 @@ def _as_messages(attempts: Sequence[Attempt]) -> dict[str, Any]:
 
 
 def _as_dict(message: Message) -> dict[str, Any]:
-    """A message as chat templates take it: its content is a text, or a list of parts where it has images."""
+    """A message as chat templates take it: its content is a text, or a list of parts where it has images or
+    videos."""
     parts = [
-        {"type": "text", "text": part.text} if isinstance(part, Text) else {"type": "image"} for part in message.content
+        {"type": "text", "text": part.text} if isinstance(part, Text) else {"type": part.modality}
+        for part in message.content
     ]
     is_text = all(isinstance(part, Text) for part in message.content)
     return {"role": message.role, "content": _text_of([message]) if is_text else parts}

@@ -6,6 +6,7 @@ reasoning, and encode images again. So conversations are compared by their parse
     roles               equal
     text                equal; of the assistant's, without white space around it
     images              equal pixels (`ImageItem.hash`)
+    videos              equal frames and times (`VideoItem.hash`)
     tool calls          equal names and equal arguments as JSON; their ids may differ
     reasoning           not compared
 

@@ -7,21 +7,21 @@ from typing import Any
 
 import orjson
 
-from vlmrl.orchestrator.endpoint.images import DataImages
-from vlmrl.orchestrator.endpoint.reading import items, mapping, quoted, text
+from vlmrl.orchestrator.endpoint.media import DataMedia
+from vlmrl.orchestrator.endpoint.reading import items, mapping, number, quoted, text
 from vlmrl.orchestrator.endpoint.refusal import RefusedError
-from vlmrl.types import Message, Part, Text, ToolCall, ToolSpec
+from vlmrl.types import Message, Part, Text, ToolCall, ToolSpec, Video
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 """A client's role → ours."""
 
 
-def read_messages(value: Any, images: DataImages) -> tuple[Message, ...]:
+def read_messages(value: Any, media: DataMedia) -> tuple[Message, ...]:
     """The messages of a request; the last one is not the assistant's. Raises `RefusedError`."""
     if not value:
         raise RefusedError("messages is empty, so there is nothing to answer", param="messages")
     messages = [
-        _message(mapping(each, f"messages[{index}]"), f"messages[{index}]", images)
+        _message(mapping(each, f"messages[{index}]"), f"messages[{index}]", media)
         for index, each in enumerate(items(value, "messages"))
     ]
     if messages[-1].role == "assistant":
@@ -58,14 +58,14 @@ def read_tools(value: Any) -> tuple[ToolSpec, ...]:
     return tuple(tools)
 
 
-def _message(given: dict[str, Any], place: str, images: DataImages) -> Message:
+def _message(given: dict[str, Any], place: str, media: DataMedia) -> Message:
     role = given.get("role")
     known = ROLES.get(role) if isinstance(role, str) else None
     if known is None:
         raise RefusedError(
             f"{place}.role is {quoted(role)}: it must be system, developer, user, assistant or tool", param=place
         )
-    content = _content(given.get("content"), place, images)
+    content = _content(given.get("content"), place, media)
     calls: tuple[ToolCall, ...] = ()
     reasoning = ""
     if known == "assistant":
@@ -83,18 +83,18 @@ def _message(given: dict[str, Any], place: str, images: DataImages) -> Message:
     )
 
 
-def _content(value: Any, place: str, images: DataImages) -> tuple[Part, ...]:
+def _content(value: Any, place: str, media: DataMedia) -> tuple[Part, ...]:
     if value is None:
         return ()
     if isinstance(value, str):
         return (Text(value),)
     return tuple(
-        _part(mapping(each, f"{place}.content[{index}]"), f"{place}.content[{index}]", images)
+        _part(mapping(each, f"{place}.content[{index}]"), f"{place}.content[{index}]", media)
         for index, each in enumerate(items(value, f"{place}.content"))
     )
 
 
-def _part(given: dict[str, Any], place: str, images: DataImages) -> Part:
+def _part(given: dict[str, Any], place: str, media: DataMedia) -> Part:
     match given.get("type"):
         case "text":
             return Text(text(given.get("text"), f"{place}.text"))
@@ -102,11 +102,33 @@ def _part(given: dict[str, Any], place: str, images: DataImages) -> Part:
             url = given.get("image_url")
             if isinstance(url, dict):
                 url = url.get("url")
-            return images.part(text(url, f"{place}.image_url.url"), f"{place}.image_url.url")
+            return media.image(text(url, f"{place}.image_url.url"), f"{place}.image_url.url")
+        case "video_url":
+            return _video(given.get("video_url"), f"{place}.video_url", media)
         case kind:
             raise RefusedError(
-                f"{place}.type is {quoted(kind)}, and the policy reads only text and image_url", param=place
+                f"{place}.type is {quoted(kind)}, and the policy reads only text, image_url and video_url", param=place
             )
+
+
+def _video(given: Any, place: str, media: DataMedia) -> Video:
+    """`{"url": …}`, or the URL alone. Frames may come with `fps` or `times`, as those of `Video`."""
+    if not isinstance(given, dict):
+        return media.video(text(given, f"{place}.url"), f"{place}.url")
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in given:
+        if name not in ("url", "fps", "times", "detail"):
+            raise RefusedError(
+                f"{place}.{quoted(name)} is not known here, and a run samples and scales all videos alike "
+                "(model.vlm.video): leave it out",
+                param=place,
+            )
+    fps = number(given, "fps", 1e-3, 1e6) if "fps" in given else None
+    times = None
+    if "times" in given:
+        stamps = [{"times": each} for each in items(given["times"], f"{place}.times")]
+        times = tuple(number(each, "times", 0.0, 1e6) for each in stamps)
+    return media.video(text(given.get("url"), f"{place}.url"), f"{place}.url", fps=fps, times=times)
 
 
 def _calls(value: Any, place: str) -> tuple[ToolCall, ...]:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlmrl.orchestrator.endpoint.images import DataImages
+from vlmrl.orchestrator.endpoint.media import DataMedia
 from vlmrl.orchestrator.endpoint.messages import read_messages, read_tools
 from vlmrl.orchestrator.endpoint.reading import flag, mapping, number, quoted, texts, whole
 from vlmrl.orchestrator.endpoint.refusal import RefusedError
@@ -81,13 +81,13 @@ class ChatRequest:
     """`user` and `metadata` of the request: requests with other values are other requests."""
 
 
-def read_request(body: Any, images: DataImages, *, client_samples: bool, temperature: float) -> ChatRequest:
+def read_request(body: Any, media: DataMedia, *, client_samples: bool, temperature: float) -> ChatRequest:
     """The request of a parsed JSON body. Raises `RefusedError`.
 
     `client_samples`: whether a client's temperature, top_p, top_k and seed are taken. Otherwise they are refused,
     except for values that the run samples with anyway: its own `temperature`, and the whole distribution.
 
-    >>> read_request({"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}, DataImages(),
+    >>> read_request({"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}, DataMedia(),
     ...     client_samples=False, temperature=1.0).max_tokens
     5
     """
@@ -98,7 +98,7 @@ def read_request(body: Any, images: DataImages, *, client_samples: bool, tempera
     tools = read_tools(given.get("tools", []))
     options = mapping(given.get("stream_options", {}), "stream_options")
     return ChatRequest(
-        messages=read_messages(given.get("messages"), images),
+        messages=read_messages(given.get("messages"), media),
         tools=() if given.get("tool_choice") == "none" else tools,
         stop=_stop(given.get("stop", [])),
         max_tokens=_max_tokens(given),

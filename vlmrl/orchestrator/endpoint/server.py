@@ -22,7 +22,7 @@ import orjson
 from aiohttp import web
 
 from vlmrl.orchestrator.endpoint import answers
-from vlmrl.orchestrator.endpoint.images import DataImages
+from vlmrl.orchestrator.endpoint.media import DataMedia
 from vlmrl.orchestrator.endpoint.refusal import RefusedError
 from vlmrl.orchestrator.endpoint.request import ChatRequest, read_request
 from vlmrl.orchestrator.endpoint.session import ChatSession
@@ -91,7 +91,7 @@ class Endpoint:
         sessions say whether a client's sampling is taken; at the `lobby` it is."""
         self.model = model
         self.port = port
-        self.images = DataImages()
+        self.media = DataMedia()
         self.failure: asyncio.Future[None] | None = None
         """Gets the error that ends the run, such as an engine that is gone or a bug."""
         self._temperature = temperature
@@ -255,7 +255,7 @@ class Endpoint:
     async def _read(self, http: web.BaseRequest, *, client_samples: bool) -> ChatRequest:
         """The request in a body. Raises `RefusedError`."""
         limit = self._max_body_bytes
-        too_large = RefusedError(f"the body is larger than {limit} bytes: send smaller images", status=413)
+        too_large = RefusedError(f"the body is larger than {limit} bytes: send smaller images and videos", status=413)
         if (http.content_length or 0) > limit:
             raise too_large
         if http.headers.get("Expect", "").lower() == "100-continue" and http.transport is not None:
@@ -280,7 +280,7 @@ class Endpoint:
             value = orjson.loads(body)
         except orjson.JSONDecodeError as error:
             raise RefusedError(f"the body is no JSON: {error}") from None
-        return read_request(value, self.images, client_samples=client_samples, temperature=self._temperature)
+        return read_request(value, self.media, client_samples=client_samples, temperature=self._temperature)
 
 
 def _parsed_path(path: str) -> tuple[str | None, str]:

@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import EngineError
@@ -30,7 +31,7 @@ from vlmrl.orchestrator.programs.results import UNPAID, Result
 from vlmrl.rendering.images import ImageError, decode, image_hash
 from vlmrl.rendering.renderer import Renderer
 from vlmrl.tasks.border import TaskCodeError, TaskTimeoutError
-from vlmrl.types import EngineSession, EnvTime, Image, Message, Rollout, StopReason
+from vlmrl.types import EngineSession, EnvTime, Image, Message, Rollout, StopReason, Text, Video, VideoItem
 
 Play = Callable[[SessionAddress], Awaitable[Result]]
 """Lets a program play with the session at an address. Raises `TaskCodeError`."""
@@ -133,7 +134,7 @@ def ending(chat: ChatSession, fault: TaskCodeError | None) -> StopReason:
 
 
 class NoiseSession(ChatSession):
-    """A session that shows noise in place of every image of the program's."""
+    """A session that shows noise in place of every image and video of the program's."""
 
     def __init__(
         self,
@@ -146,6 +147,8 @@ class NoiseSession(ChatSession):
         super().__init__(rollout_id, renderer, engine, sampling, budgets)
         self._by_pixels: dict[str, Image] = {}
         self._by_image: dict[Image, Image] = {}  # so that an image is decoded once
+        self._by_clip: dict[str, Video] = {}
+        self._by_video: dict[Video, Video] = {}
         self._lock = asyncio.Lock()
 
     async def answer(self, request: ChatRequest) -> ChatAnswer:
@@ -160,17 +163,32 @@ class NoiseSession(ChatSession):
         return tuple(
             replace(
                 message,
-                content=tuple(self._noise_for(part) if isinstance(part, Image) else part for part in message.content),
+                content=tuple(part if isinstance(part, Text) else self._noise_for(part) for part in message.content),
             )
             for message in messages
         )
 
-    def _noise_for(self, image: Image) -> Image:
-        """Noise of the image's size. It depends on the rollout and on which image of it this is, and on no pixel."""
+    def _noise_for(self, part: Image | Video) -> Image | Video:
+        """Noise of the size of an image or a video. It depends on the rollout and on which image or video of it this
+        is, and on no pixel."""
+        return self._noise_for_video(part) if isinstance(part, Video) else self._noise_for_image(part)
+
+    def _noise_for_image(self, image: Image) -> Image:
         if image not in self._by_image:
             pixels = decode(image.source)
-            name = f"noise/{self.rollout_id}/{len(self._by_pixels)}"
-            seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
-            noise = Image(np.random.default_rng(seed).integers(0, 256, pixels.shape, np.uint8))
+            noise = Image(self._noise(f"{len(self._by_pixels)}", pixels.shape))
             self._by_image[image] = self._by_pixels.setdefault(image_hash(pixels), noise)
         return self._by_image[image]
+
+    def _noise_for_video(self, video: Video) -> Video:
+        if video not in self._by_video:
+            (item,) = self._renderer.items([video])
+            assert isinstance(item, VideoItem)
+            frames = self._noise(f"video/{len(self._by_clip)}", item.frames.shape)
+            noise = Video(frames, fps=item.rate, times=tuple(item.times.tolist()))
+            self._by_video[video] = self._by_clip.setdefault(item.hash, noise)
+        return self._by_video[video]
+
+    def _noise(self, name: str, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        digest = hashlib.blake2b(f"noise/{self.rollout_id}/{name}".encode(), digest_size=8).digest()
+        return np.random.default_rng(int.from_bytes(digest, "big")).integers(0, 256, shape, np.uint8)

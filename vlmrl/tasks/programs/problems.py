@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import orjson
-import PIL.Image
 
-from vlmrl.rendering.images import decode
+from vlmrl.rendering.data_urls import part_of
 from vlmrl.tasks.dataset.task import DatasetProblem
-from vlmrl.types import Image, Message
+from vlmrl.types import Message, Part, Text
 
 
 class PlayedOutside:
@@ -80,7 +76,8 @@ class RowProblem(PlayedOutside):
 
 
 def chat_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages in the form of the chat API, with images as data URLs (PNG, which keeps every pixel).
+    """Messages in the form of the chat API, with images and videos as data URLs (PNG, which keeps every
+    pixel; a video file as it is).
 
     >>> chat_messages([Message.of("user", "Which digit?")])
     [{'role': 'user', 'content': [{'type': 'text', 'text': 'Which digit?'}]}]
@@ -88,17 +85,8 @@ def chat_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return [{"role": message.role, "content": [_part(part) for part in message.content]} for message in messages]
 
 
-def data_url(pixels: np.ndarray) -> str:
-    """The PNG of uint8 [H, W, 3] as a data URL."""
-    file = io.BytesIO()
-    PIL.Image.fromarray(pixels).save(file, "PNG", compress_level=1)
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def _part(part: Any) -> dict[str, Any]:
-    if isinstance(part, Image):
-        return {"type": "image_url", "image_url": {"url": data_url(decode(part.source))}}
-    return {"type": "text", "text": part.text}
+def _part(part: Part) -> dict[str, Any]:
+    return {"type": "text", "text": part.text} if isinstance(part, Text) else part_of(part)
 
 
 def _is_plain(value: Any) -> bool:

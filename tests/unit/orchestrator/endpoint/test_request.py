@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from support.chat import ZOOM, asked, assistant, picture, user
-from vlmrl.orchestrator.endpoint.images import DataImages
+from vlmrl.orchestrator.endpoint.media import DataMedia
 from vlmrl.orchestrator.endpoint.refusal import RefusedError
 from vlmrl.orchestrator.endpoint.request import ClientSampling, read_request
 from vlmrl.types import Image, Message, Text, ToolCall, ToolSpec
@@ -18,7 +18,7 @@ HI = user("hi")
 def told(body: Any, **settings: Any) -> RefusedError:
     """The refusal of a body."""
     with pytest.raises(RefusedError) as error:
-        read_request(body, DataImages(), **{"client_samples": False, "temperature": 1.0, **settings})
+        read_request(body, DataMedia(), **{"client_samples": False, "temperature": 1.0, **settings})
     return error.value
 
 
@@ -83,7 +83,11 @@ def test_base64_with_line_breaks_is_read() -> None:
         ({"messages": [{"role": "user"}]}, "messages[0]", "content is missing"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "a list is expected"),
         ({"messages": [HI, assistant("so")]}, "messages", "not continued here"),
-        ({"messages": [user({"type": "input_audio"})]}, "messages[0].content[0]", "reads only text and image_url"),
+        (
+            {"messages": [user({"type": "input_audio"})]},
+            "messages[0].content[0]",
+            "reads only text, image_url and video_url",
+        ),
         ({"messages": [user({"type": "text"})]}, "messages[0].content[0].text", "a string is expected"),
         (
             {"messages": [user({"type": "image_url", "image_url": {"url": "https://host/a.png"}})]},
@@ -148,7 +152,7 @@ def test_refusals(body: Any, param: str | None, words: str) -> None:
 
 def test_a_clients_sampling_is_taken_where_it_may_be() -> None:
     body = {"messages": [HI], "temperature": 0, "top_p": 0.9, "top_k": -1, "seed": 5}
-    request = read_request(body, DataImages(), client_samples=True, temperature=1.0)
+    request = read_request(body, DataMedia(), client_samples=True, temperature=1.0)
     assert request.sampling == ClientSampling(temperature=0.0, top_p=0.9, top_k=0, seed=5)
 
 

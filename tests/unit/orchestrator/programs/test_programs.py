@@ -23,8 +23,8 @@ from vlmrl.orchestrator.programs.programs import ProgramEnvs, environment
 from vlmrl.orchestrator.rollout import sampling_seed
 from vlmrl.orchestrator.samples import make_samples
 from vlmrl.orchestrator.scoring import attempt_of
+from vlmrl.rendering.data_urls import png_url
 from vlmrl.rewards.base import Attempt
-from vlmrl.tasks.programs.problems import data_url
 from vlmrl.types import ChatUse, Rollout, StopReason, TurnSampling
 
 TWO_TURNS = """
@@ -387,7 +387,7 @@ def test_the_environment_keeps_what_the_run_has(monkeypatch: pytest.MonkeyPatch)
 
 # ── images ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-PICTURES = [data_url(np.full((2, 3, 3), value, np.uint8)) for value in (10, 200)]
+PICTURES = [png_url(np.full((2, 3, 3), value, np.uint8)) for value in (10, 200)]
 SEES = (
     ONE
     + f"""

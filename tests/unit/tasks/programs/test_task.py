@@ -14,10 +14,11 @@ import PIL.Image
 import pytest
 
 from vlmrl.config.program import ProgramConfig
+from vlmrl.rendering.data_urls import png_url
 from vlmrl.tasks.base import Reference
 from vlmrl.tasks.loading import load_task
 from vlmrl.tasks.mixture import MixedProblem
-from vlmrl.tasks.programs.problems import chat_messages, data_url, played_outside
+from vlmrl.tasks.programs.problems import chat_messages, played_outside
 from vlmrl.tasks.programs.task import ProgramTask
 from vlmrl.types import Image, Message
 
@@ -120,4 +121,4 @@ def test_a_problem_of_a_mixture_has_it_inside_and_others_have_none() -> None:
 def test_messages_keep_the_order_of_text_and_images() -> None:
     (message,) = chat_messages([Message.of("user", "a", Image(PIXELS), "b")])
     assert [part["type"] for part in message["content"]] == ["text", "image_url", "text"]
-    assert message["content"][1]["image_url"]["url"] == data_url(PIXELS)
+    assert message["content"][1]["image_url"]["url"] == png_url(PIXELS)
