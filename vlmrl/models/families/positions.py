@@ -15,7 +15,7 @@ import numpy as np
 from vlmrl.types import IntArray, MMItem, Placeholder
 
 SECONDS = "second_per_grid_ts"
-"""The `mm_kwargs` name of float64 [1]: seconds between two frames of a video as the vision tower sees them. Families
+"""The `mm_kwargs` name of float32 [1]: seconds between two frames of a video as the vision tower sees them. Families
 that have it space the frames' positions by it; the vision tower does not take it."""
 
 

@@ -70,7 +70,7 @@ class ProcessVideoWithText:
             replacement = str(output["text_replacement_offsets"][0][0]["replacement"])
         if num_tokens == 0:
             raise VideoError(f"{what} becomes {replacement[:80]!r}, which has no token of id {self._video_token_id}")
-        arrays = {name: as_array(value) for name, value in output.items() if name not in OF_TEXT}
+        arrays = {name: _as_in_torch(as_array(value)) for name, value in output.items() if name not in OF_TEXT}
         return Processed({name: array for name, array in arrays.items() if array is not None}, num_tokens, replacement)
 
     def load(self) -> None:
@@ -83,6 +83,11 @@ class ProcessVideoWithText:
             if self._processor.video_processor is None:
                 self._processor.video_processor = self._load()
             return self._processor.video_processor
+
+
+def _as_in_torch(array: np.ndarray | None) -> np.ndarray | None:
+    """Numbers as `return_tensors="pt"` gives them to the model: Qwen2.5-VL's seconds are Python floats."""
+    return array.astype(np.float32) if array is not None and array.dtype == np.float64 else array
 
 
 def _metadata(clip: Clip) -> Any:
