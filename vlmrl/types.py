@@ -272,6 +272,11 @@ class Prompt:
         """The videos among the items."""
         return tuple(item for item in self.mm_items if isinstance(item, VideoItem))
 
+    @property
+    def num_frames(self) -> int:
+        """Frames of all its videos together; those of a video that is shown twice count twice."""
+        return sum(len(video.frames) for video in self.videos)
+
     def __repr__(self) -> str:
         videos = f", {len(self.videos)} videos" if self.videos else ""
         return f"Prompt({len(self.token_ids)} tokens, {len(self.images)} images{videos})"
@@ -593,7 +598,7 @@ class WeightSync(Protocol):
 
 
 class StopReason(StrEnum):
-    """Why a rollout ended: terminated (the first), truncated (the next three) or a fault (the rest)."""
+    """Why a rollout ended: terminated (the first), truncated (the next four) or a fault (the rest)."""
 
     TERMINATED = "terminated"
     """The task ended the episode."""
@@ -603,8 +608,11 @@ class StopReason(StrEnum):
     """A completion reached its token budget; it is the last turn."""
     CONTEXT_FULL = "context_full"
     """The next prompt (or prompt and completion) does not fit in the context; earlier turns are kept."""
+    FRAMES_FULL = "frames_full"
+    """The videos of the next prompt have more frames than `model.vlm.video.max_episode_frames`; earlier turns are
+    kept."""
     IMAGE_ERROR = "image_error"
-    """An image cannot be decoded or processed."""
+    """An image or a video cannot be decoded or processed."""
     TASK_ERROR = "task_error"
     """The task's code raised."""
     TASK_TIMEOUT = "task_timeout"
@@ -620,7 +628,12 @@ class StopReason(StrEnum):
 
     @property
     def is_truncated(self) -> bool:
-        return self in (StopReason.MAX_TURNS, StopReason.MAX_NEW_TOKENS, StopReason.CONTEXT_FULL)
+        return self in (
+            StopReason.MAX_TURNS,
+            StopReason.MAX_NEW_TOKENS,
+            StopReason.CONTEXT_FULL,
+            StopReason.FRAMES_FULL,
+        )
 
     @property
     def is_fault(self) -> bool:

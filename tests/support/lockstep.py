@@ -34,6 +34,7 @@ from vlmrl.types import (
     Text,
     ToolSpec,
     Video,
+    VideoItem,
 )
 
 IMAGE, END = ord("#"), ord("$")
@@ -41,7 +42,8 @@ BROKEN = "broken"
 
 
 class CharRenderer:
-    """`Renderer` in characters. An `Image.source` is its number of features, `BROKEN`, or an array with one feature."""
+    """`Renderer` in characters. An `Image.source` is its number of features, `BROKEN`, or an array with one feature; a
+    `Video.source` is its number of frames."""
 
     stop_token_ids = (END,)
     banned_token_ids = (IMAGE,)
@@ -86,12 +88,20 @@ class CharRenderer:
         raise AssertionError("rollouts do not render demonstrations")
 
     def _append(self, prompt: Prompt, messages: Sequence[Message]) -> Prompt:
-        ids, placeholders, images = prompt.token_ids.tolist(), list(prompt.placeholders), list(prompt.images)
+        ids, placeholders, items = prompt.token_ids.tolist(), list(prompt.placeholders), list(prompt.mm_items)
         for message in messages:
             ids += map(ord, f"{message.role}:")
             for part in message.content:
                 if isinstance(part, Text):
                     ids += map(ord, part.text)
+                    continue
+                item: MMItem
+                if isinstance(part, Video):
+                    frames, times = np.zeros((part.source, 1, 1, 3), np.uint8), np.arange(part.source, dtype=np.float64)
+                    item = VideoItem(f"hash-{part.source}", frames, times, 1.0, ("",) * part.source, {}, 1)
+                    placeholders.append(Placeholder(len(ids), 1, item.hash, modality="video"))
+                    items.append(item)
+                    ids.append(IMAGE)
                     continue
                 if isinstance(part.source, str):
                     raise ImageError("an image is broken")
@@ -101,9 +111,9 @@ class CharRenderer:
                 else:
                     item = ImageItem(f"hash-{part.source}", np.zeros((1, 1, 3), np.uint8), {}, part.source)
                 placeholders.append(Placeholder(len(ids), item.num_tokens, item.hash))
-                images.append(item)
+                items.append(item)
                 ids += [IMAGE] * item.num_tokens
-        return Prompt(np.array([*ids, ord(">")], np.int64), tuple(placeholders), tuple(images))
+        return Prompt(np.array([*ids, ord(">")], np.int64), tuple(placeholders), tuple(items))
 
 
 Policy: TypeAlias = Callable[[str, str], str]

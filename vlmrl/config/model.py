@@ -226,3 +226,8 @@ class ModelConfig:
     """If set, adapters are trained and the model stays as it is."""
     tiny: TinyConfig | None = None
     """If set, the run builds a small checkpoint instead of loading one."""
+
+
+def most_frames(model: ModelConfig) -> int | None:
+    """Frames that all videos of a prompt may have together; None for a model without videos."""
+    return model.vlm.video.max_episode_frames if model.vlm is not None and model.vlm.video is not None else None

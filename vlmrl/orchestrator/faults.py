@@ -23,6 +23,12 @@ WATCHED_STEPS = 3
 the message comes while somebody is still watching."""
 
 NO_ROOM = "the first prompt leaves no room for an answer: raise trainer.seq_len"
+TOO_MANY_FRAMES = (
+    "the videos of the first prompt have too many frames: raise model.vlm.video.max_episode_frames, or lower "
+    "model.vlm.video.fps"
+)
+EMPTY_BECAUSE = {StopReason.FRAMES_FULL: TOO_MANY_FRAMES}
+"""Why nothing was sampled, for reasons other than `NO_ROOM`."""
 NO_SCORE = (
     "every reward term abstained, as most do where a row has no answer: set task.columns.answer, or add a term that "
     "needs none, such as reward=format"
@@ -115,7 +121,7 @@ def _most_frequent(failed: Sequence[Rollout]) -> tuple[str, str]:
         [
             (DropReason.NO_REWARD.value, NO_SCORE)
             if rollout.dropped is DropReason.NO_REWARD
-            else (rollout.stop_reason, rollout.error or NO_ROOM)
+            else (rollout.stop_reason, rollout.error or EMPTY_BECAUSE.get(rollout.stop_reason, NO_ROOM))
             for rollout in failed
         ]
     )

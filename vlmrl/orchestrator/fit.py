@@ -1,4 +1,5 @@
-"""Find rows whose prompt cannot be played, when they are drawn: too long, or with an image that is missing or broken.
+"""Find rows whose prompt cannot be played, when they are drawn: too long, with too many frames, or with an image or a
+video that is missing or broken.
 
 The prompt is rendered once for this. The renderer keeps the result, so that the siblings of the group render it again
 at no cost. Without this check the whole group would be played and dropped.
@@ -31,9 +32,11 @@ class PromptCheck:
     """The setting that `max_model_len` comes from, e.g. `trainer.seq_len=1024`."""
     has_rows: bool
     """Whether every problem of the task comes from a row, because it has `num_rows`."""
+    max_frames: int | None = None
+    """Most frames of all videos of a prompt together; None for no limit."""
 
     async def __call__(self, problem: Problem) -> None:
-        """Raise `BadRow` where the prompt cannot be rendered or leaves no room for an answer."""
+        """Raise `BadRow` where the prompt cannot be rendered, has too many frames, or leaves no room for an answer."""
         if not self.has_rows and not isinstance(problem, FromRow):
             return
         env = self.envs.new(problem)
@@ -51,6 +54,8 @@ class PromptCheck:
                 check_placeholders(len(prompt.token_ids), prompt.placeholders, prompt.mm_items)
         except UserFault as fault:
             raise bad_row(problem, fault.text) from None
+        if self.max_frames is not None and prompt.num_frames > self.max_frames:
+            raise bad_row(problem, too_many_frames(prompt.num_frames, self.max_frames))
         if len(prompt.token_ids) >= self.max_model_len:
             raise bad_row(problem, too_long(prompt, "prompt", self.limit, "which leaves no room for an answer"))
 
@@ -74,3 +79,15 @@ def too_long(prompt: Prompt, what: str, limit: str, consequence: str) -> str:
     is_images = 2 * images > len(prompt.token_ids)
     remedy = f"raise it, or {'show smaller images (model.vlm.max_pixels)' if is_images else f'shorten the {what}'}"
     return f"its {what} has {len(prompt.token_ids)} tokens{of_images}, {consequence} in {limit}: {remedy}"
+
+
+def too_many_frames(frames: int, most: int) -> str:
+    """The sentence about videos with too many frames.
+
+    >>> too_many_frames(300, 256)[:74]
+    'its videos have 300 frames, more than model.vlm.video.max_episode_frames=2'
+    """
+    return (
+        f"its videos have {frames} frames, more than model.vlm.video.max_episode_frames={most}: raise it, or lower "
+        "model.vlm.video.fps"
+    )

@@ -78,6 +78,8 @@ class RolloutRunner:
     """Most tokens of a completion; fewer where the context has less room."""
     max_model_len: int
     """Most tokens of prompt plus completion."""
+    max_frames: int | None = None
+    """Most frames of all videos of a prompt together; None for no limit."""
     truncated: Truncated = Truncated.zero
     """What a cut answer is paid."""
     scorer: Scorer = field(default_factory=Scorer)
@@ -216,6 +218,8 @@ class RolloutRunner:
         own = self._own_sampling(temperature)
         branch, starts_over = 0, False
         while True:
+            if self.max_frames is not None and prompt.num_frames > self.max_frames:
+                return StopReason.FRAMES_FULL
             # Only the completion's budget shrinks. A prompt is never cut, so its placeholders stay whole.
             budget = min(self.max_new_tokens, self.max_model_len - len(prompt.token_ids))
             if budget < 1:
@@ -282,6 +286,7 @@ class RolloutRunner:
             self._most_turns(problem),
             self.max_new_tokens,
             self.max_model_len,
+            self.max_frames,
         )
 
     def _most_turns(self, problem: Problem) -> int:

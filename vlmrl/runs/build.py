@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from vlmrl.config.inference import VllmConfig
-from vlmrl.config.model import Init, ModelConfig, VLMConfig
+from vlmrl.config.model import Init, ModelConfig, VLMConfig, most_frames
 from vlmrl.config.orchestrator import TEMPLATE, RendererConfig
 from vlmrl.config.run import RunConfig
 from vlmrl.config.task import most_turns
@@ -293,6 +293,7 @@ def build_run(config: RunConfig, run_dir: RunDir, monitor: Monitor, rank_group: 
         max_turns=most_turns(config.task),
         max_new_tokens=config.orchestrator.max_new_tokens,
         max_model_len=max_model_len(config),
+        max_frames=most_frames(config.model),
         truncated=config.algorithm.truncated,
         truncation=Truncation.of(config),
         stop=tuple(config.orchestrator.stop),

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from vlmrl.config.model import most_frames
 from vlmrl.config.run import Mode, RunConfig
 from vlmrl.config.task import TaskConfig
 from vlmrl.errors import ConfigError
@@ -58,6 +59,7 @@ class ProblemSource:
             max_model_len(self.config),
             limit_of(self.config),
             has_rows=get_num_rows(task, split) is not None,
+            max_frames=most_frames(self.config.model),
         )
         return ProblemStream(
             task,

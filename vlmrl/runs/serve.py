@@ -21,6 +21,7 @@ from typing import Any
 
 import orjson
 
+from vlmrl.config.model import most_frames
 from vlmrl.errors import ConfigError
 from vlmrl.monitor.monitor import Monitor
 from vlmrl.orchestrator.endpoint.lobby import ConversationLobby
@@ -52,7 +53,7 @@ async def serve(run: Run) -> ExitReason:
     run.monitor.phase("serve")
     await run.weight_sync.publish(run.trainer.version)
     key = os.environ.get(config.serve.api_key_env) or f"vlmrl-{secrets.token_urlsafe(NEW_KEY_BYTES)}"
-    budgets = Budgets(ENDLESS, config.orchestrator.max_new_tokens, max_model_len(config))
+    budgets = Budgets(ENDLESS, config.orchestrator.max_new_tokens, max_model_len(config), most_frames(config.model))
     lobby = ConversationLobby(
         key, run.renderer, run.engine, lambda id: _sampling(run, id), budgets, config.serve.idle_s
     )

@@ -30,6 +30,7 @@ def step(*ends: tuple[StopReason, DropReason | None], error: str | None = None) 
 
 RAISED = (StopReason.TASK_ERROR, DropReason.FAULT)
 TOO_LONG = (StopReason.CONTEXT_FULL, DropReason.EMPTY)
+TOO_MANY_FRAMES = (StopReason.FRAMES_FULL, DropReason.EMPTY)
 LOST = (StopReason.ENGINE_ERROR, DropReason.FAULT)
 NOT_SCORED = (StopReason.TERMINATED, DropReason.NO_REWARD)
 PLAYED = (StopReason.TERMINATED, None)
@@ -47,6 +48,11 @@ PLAYED = (StopReason.TERMINATED, None)
             step(TOO_LONG, TOO_LONG),
             TooManyFaultsError,
             r"\(4 of 5\) they ended as context_full: the first prompt leaves no room",
+        ),
+        (
+            step(TOO_MANY_FRAMES, TOO_MANY_FRAMES, TOO_MANY_FRAMES),
+            TooManyFaultsError,
+            r"\(3 of 6\) they ended as frames_full: the videos of the first prompt have too many frames",
         ),
         (
             step(NOT_SCORED, NOT_SCORED, NOT_SCORED),

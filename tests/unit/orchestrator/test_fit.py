@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from vlmrl.orchestrator.fit import PromptCheck
 from vlmrl.orchestrator.stream import ProblemStream
 from vlmrl.rendering.images import ImageError
 from vlmrl.tasks.base import BadRow, Problem, Reply, Task
-from vlmrl.types import Image, ImageItem, Message, Placeholder, Prompt, Text
+from vlmrl.types import Image, ImageItem, Message, Placeholder, Prompt, Text, VideoItem
 
 LIMIT = 10
 FEATURES = 4
@@ -136,6 +136,22 @@ def test_the_remedy_names_what_is_long(text: str, pictures: int, remedy: str) ->
     begin, end = remedy.split(".*")
     assert bad.reason.startswith(begin)
     assert bad.reason.endswith(end)
+
+
+def test_videos_with_too_many_frames_are_a_bad_row() -> None:
+    class Watched(Scripted):
+        async def first_turn(self, messages: Sequence[Message]) -> Prompt:
+            frames, times = np.zeros((6, 1, 1, 3), np.uint8), np.arange(6, dtype=np.float64)
+            item = VideoItem("0", frames, times, 1.0, ("",) * 6, {}, 1)
+            return Prompt(np.zeros(2, np.int64), (Placeholder(0, 1, "0", modality="video"),), (item,))
+
+    assert found(replace(make(Watched()), max_frames=6), row("x")) is None
+    bad = found(replace(make(Watched()), max_frames=5), row("x"))
+    assert bad is not None
+    assert bad.reason == (
+        "its videos have 6 frames, more than model.vlm.video.max_episode_frames=5: raise it, or lower "
+        "model.vlm.video.fps"
+    )
 
 
 def test_an_image_that_cannot_be_processed_is_a_bad_row() -> None:

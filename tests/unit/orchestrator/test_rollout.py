@@ -44,6 +44,7 @@ from vlmrl.types import (
     StopReason,
     Text,
     ToolSpec,
+    Video,
 )
 
 HI = (Message.of("user", "hi"),)
@@ -259,6 +260,36 @@ def test_the_context_cuts_completions_and_never_prompts(
     assert (rollout.stop_reason, [turn.text for turn in rollout.turns]) == (stop_reason, texts)
     assert rollout.reward == (0.5 if texts else 0.0)
     assert rollout.error is None
+
+
+@pytest.mark.parametrize(
+    ("max_frames", "bridges", "stop_reason", "turns"),
+    [
+        (None, True, StopReason.TERMINATED, 3),
+        (9, True, StopReason.TERMINATED, 3),
+        (8, True, StopReason.FRAMES_FULL, 2),
+        (6, False, StopReason.FRAMES_FULL, 2),
+        (5, True, StopReason.FRAMES_FULL, 1),
+        (2, True, StopReason.FRAMES_FULL, 0),
+    ],
+)
+def test_more_frames_than_an_episode_may_show_end_it(
+    max_frames: int | None, bridges: bool, stop_reason: StopReason, turns: int
+) -> None:
+    """Each prompt shows three frames more, and the last one nine. What was earned before is kept."""
+    video: Any = Video(3)
+
+    def step(turn: int, said: str) -> Reply:
+        return Reply(messages=(Message.of("user", video),), reward=float(turn + 1), done=turn == 2)
+
+    task = ScriptedTask(step, (Message.of("user", video),))
+    runner = make_runner(task, renderer=CharRenderer(bridges=bridges))
+    runner.max_frames = max_frames
+    rollout = play_one(runner)
+    assert (rollout.stop_reason, len(rollout.turns), rollout.reward) == (stop_reason, turns, float(turns))
+    assert rollout.error is None
+    assert [turn.prompt.num_frames for turn in rollout.turns] == [3, 6, 9][:turns]
+    assert stop_reason.is_truncated == (stop_reason is StopReason.FRAMES_FULL)
 
 
 @pytest.mark.parametrize(
@@ -530,7 +561,7 @@ class RetokenizingRenderer(CharRenderer):
 @pytest.mark.parametrize(
     ("renderer", "turns", "error"),
     [
-        (ImageLosingRenderer(), 0, "1 placeholders but 0 images"),
+        (ImageLosingRenderer(), 0, "1 placeholders but 0 images and videos"),
         (RetokenizingRenderer(), 1, "the prompt of turn 1 does not extend the turn before it"),
     ],
 )

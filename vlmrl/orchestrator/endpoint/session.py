@@ -59,6 +59,8 @@ class Budgets:
     """Most tokens of an answer. A client's `max_tokens` can only lower it."""
     max_model_len: int
     """Most tokens of prompt plus answer."""
+    max_frames: int | None = None
+    """Most frames of all videos of a prompt together; None for no limit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,8 +126,8 @@ class ChatSession:
         self._numbered = 0
         self.is_closed = False
         self.stop_reason: StopReason | None = None
-        """Why the last request got no whole answer: `max_turns`, `context_full`, `max_new_tokens`, or a fault. None
-        where it did."""
+        """Why the last request got no whole answer: `max_turns`, `context_full`, `frames_full`, `max_new_tokens`, or a
+        fault. None where it did."""
         self.fault: UserFault | EngineError | ContractError | None = None
         """What went wrong with the last request."""
         self.failure: Exception | None = None
@@ -201,6 +203,12 @@ class ChatSession:
         if self._numbered == budgets.max_turns:
             raise self._used_up(
                 StopReason.MAX_TURNS, f"this rollout has used all of its {budgets.max_turns} answers, so it is over"
+            )
+        if budgets.max_frames is not None and prompt.num_frames > budgets.max_frames:
+            raise self._used_up(
+                StopReason.FRAMES_FULL,
+                f"the videos of the conversation have {prompt.num_frames} frames, and they may have "
+                f"{budgets.max_frames}: show fewer of them",
             )
         room = budgets.max_model_len - len(prompt.token_ids)
         if room < 1:

@@ -73,6 +73,8 @@ class Seat:
     """Most tokens of an answer."""
     max_model_len: int
     """Most tokens of prompt plus answer."""
+    max_frames: int | None = None
+    """Most frames of all videos of a prompt together; None for no limit."""
 
 
 @runtime_checkable

@@ -105,7 +105,7 @@ async def play_by_chat(
     every image. `client_samples`: `SessionSampling`. Raises `UserFault` and `EngineError`."""
     sampling = SessionSampling(seat.sampling, seat.seed, client_samples)
     kind = NoiseSession if noise else ChatSession
-    budgets = Budgets(seat.max_turns, seat.max_new_tokens, seat.max_model_len)
+    budgets = Budgets(seat.max_turns, seat.max_new_tokens, seat.max_model_len, seat.max_frames)
     chat = kind(rollout.rollout_id, seat.renderer, seat.engine, sampling, budgets)
     fault: TaskCodeError | None = None
     result = UNPAID
@@ -128,7 +128,8 @@ def ending(chat: ChatSession, fault: TaskCodeError | None) -> StopReason:
     reason = chat.stop_reason
     if fault is None:
         return reason if reason is not None and reason.is_truncated else StopReason.TERMINATED
-    if reason in (StopReason.MAX_TURNS, StopReason.CONTEXT_FULL) and not isinstance(fault, TaskTimeoutError):
+    is_used_up = reason in (StopReason.MAX_TURNS, StopReason.CONTEXT_FULL, StopReason.FRAMES_FULL)
+    if reason is not None and is_used_up and not isinstance(fault, TaskTimeoutError):
         return reason
     raise fault if chat.fault is None or isinstance(fault, TaskTimeoutError) else chat.fault
 

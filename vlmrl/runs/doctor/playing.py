@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack
 
 import numpy as np
 
+from vlmrl.config.model import most_frames
 from vlmrl.config.run import RunConfig
 from vlmrl.config.task import most_turns
 from vlmrl.models.policy import Policy
@@ -155,6 +156,7 @@ class Playing:
             max_turns=MAX_TURNS if self.is_whole else min(most_turns(config.task), MAX_TURNS),
             max_new_tokens=min(config.orchestrator.max_new_tokens, MAX_NEW_TOKENS),
             max_model_len=self._max_model_len,
+            max_frames=most_frames(config.model),
             truncation=Truncation.learned(config),
             stop=tuple(config.orchestrator.stop),
             tools=self.tools,

@@ -15,6 +15,7 @@ import time
 from contextlib import closing
 
 from vlmrl.config.algorithm import Truncated
+from vlmrl.config.model import most_frames
 from vlmrl.config.play import Player as PlayerName
 from vlmrl.config.run import RunConfig
 from vlmrl.config.task import most_turns
@@ -107,6 +108,7 @@ async def _play(config: RunConfig, task: Task, parts: RenderingParts, record: Re
         max_turns=max_turns,
         max_new_tokens=config.orchestrator.max_new_tokens,
         max_model_len=max_model_len(config),
+        max_frames=most_frames(config.model),
         truncated=config.algorithm.truncated,
         stop=tuple(config.orchestrator.stop),
         scorer=Scorer.of(config.reward, config.task, TaskThreads().run),

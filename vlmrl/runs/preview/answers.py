@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vlmrl.config.model import most_frames
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import VlmrlError
 from vlmrl.inference.embedded.engine import EmbeddedEngine
@@ -58,6 +59,7 @@ async def answers_now(
         max_turns=config.task.max_turns,
         max_new_tokens=config.orchestrator.max_new_tokens,
         max_model_len=min(config.inference.max_model_len, config.trainer.seq_len),
+        max_frames=most_frames(config.model),
         truncated=config.algorithm.truncated,
         truncation=Truncation.of(config),
         stop=tuple(config.orchestrator.stop),

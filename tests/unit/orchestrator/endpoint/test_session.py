@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from vlmrl.orchestrator.endpoint.session import ChatAnswer, ChatSession
 from vlmrl.orchestrator.metrics import bridge_break_rate, history_metrics
 from vlmrl.orchestrator.rollout import sampling_seed
 from vlmrl.orchestrator.samples import make_samples
-from vlmrl.types import Rollout, StopReason, Text, Turn, TurnSampling
+from vlmrl.types import Message, Rollout, StopReason, Text, Turn, TurnSampling, Video, VideoItem
 
 
 def answers(session: ChatSession, *requests: Any) -> list[ChatAnswer]:
@@ -325,6 +326,24 @@ def test_the_turn_budget_ends_in_a_refusal_and_a_repeated_request_is_still_answe
     assert session.stop_reason is StopReason.MAX_TURNS
     assert said(answers(session, asked(user("hi")))[0]) == "a"
     assert learned(session.close()) == ["a$"]
+
+
+def test_too_many_frames_are_refused_and_fewer_go_on() -> None:
+    class Filmed(ChatRenderer):
+        def items(self, parts: Sequence[Any]) -> tuple[Any, ...]:
+            frames, times = np.zeros((3, 1, 1, 3), np.uint8), np.arange(3, dtype=np.float64)
+            return tuple(VideoItem("hash-3", frames, times, 1.0, ("",) * 3, {}, 1) for _ in parts)
+
+    def shown(count: int) -> Any:
+        return replace(asked(user("hi")), messages=(Message("user", (Video(3),) * count),))
+
+    session = chat_session(letters(), renderer=Filmed())
+    session._budgets = replace(session._budgets, max_frames=5)
+    assert said(answers(session, shown(1))[0]) == "a"
+    error = refused(session, shown(2))
+    assert (error.status, error.code, error.param) == (400, "frames_full", "messages")
+    assert "have 6 frames, and they may have 5" in str(error)
+    assert session.stop_reason is StopReason.FRAMES_FULL
 
 
 def test_a_full_context_is_refused_and_a_shorter_request_goes_on() -> None:
