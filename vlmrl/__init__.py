@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vlmrl.tasks.base import BadRow, Env, NotInSplit, Preference, Problem, Reply, Split, StepInfo, Task
     from vlmrl.tasks.check import check_task
     from vlmrl.trainer.loss import BatchTotals, LossFunction, LossOutput, LossTokens
-    from vlmrl.types import FloatArray, Image, Message, Text, ToolCall
+    from vlmrl.types import FloatArray, Image, Message, Text, ToolCall, Video
 
     __version__: str
 
@@ -50,6 +50,7 @@ __all__ = [
     "Task",
     "Text",
     "ToolCall",
+    "Video",
     "__version__",
     "check_task",
 ]
@@ -64,7 +65,7 @@ _HOMES = {
     "vlmrl.tasks.base": ("BadRow", "Env", "NotInSplit", "Preference", "Problem", "Reply", "Split", "StepInfo", "Task"),
     "vlmrl.tasks.check": ("check_task",),
     "vlmrl.trainer.loss": ("BatchTotals", "LossFunction", "LossOutput", "LossTokens"),
-    "vlmrl.types": ("FloatArray", "Image", "Message", "Text", "ToolCall"),
+    "vlmrl.types": ("FloatArray", "Image", "Message", "Text", "ToolCall", "Video"),
 }
 """Module → the public names that it defines."""
 

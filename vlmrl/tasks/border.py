@@ -19,6 +19,7 @@ import json
 import math
 import numbers
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
@@ -32,6 +33,9 @@ Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
 ANY_ROLE: tuple[Role, ...] = ("system", "user", "assistant", "tool")
 ANSWERED_ROLES: tuple[Role, ...] = ("user", "tool")
 """Roles of messages that a policy answers: the last one of a prompt, and all that `step` returns."""
+
+MOST_FRAMES = 1 << 16
+"""The most times of a video."""
 
 LARGEST_REWARD = float(np.finfo(np.float32).max)
 """Rewards are stored as float32, where a larger one would be infinite."""
@@ -169,7 +173,8 @@ def _checked_history(where: str, reply: Reply) -> tuple[Message, ...]:
 
 
 def checked_messages(where: str, messages: Any, roles: tuple[Role, ...]) -> tuple[Message, ...]:
-    """Messages of these roles, at least one, with plain texts. Images are kept as they are."""
+    """Messages of these roles, at least one, with plain texts. Images are kept as they are; of videos, `fps` and
+    `times` become plain numbers."""
     _check(
         isinstance(messages, tuple) and all(isinstance(message, Message) for message in messages),
         f"{where} returned {_kind(messages)}, not a tuple of Message",
@@ -226,7 +231,9 @@ def _text(where: str, name: str, value: Any) -> str:
 
 
 def _checked_part(where: str, role: Role, part: Part) -> Part:
-    if isinstance(part, Image | Video):
+    if isinstance(part, Video):
+        return _checked_video(where, role, part)
+    if isinstance(part, Image):
         return part  # its pixels are decoded, and judged, by the renderer
     text: Any = part.text
     _check(
@@ -235,6 +242,49 @@ def _checked_part(where: str, role: Role, part: Part) -> Part:
     )
     plain = _plain(f"a text of a {role} message of {where}", text)
     return part if plain is text else Text(plain)
+
+
+def _checked_video(where: str, role: Role, video: Video) -> Video:
+    """The video with plain numbers; its frames are decoded, and judged, by the renderer. A renderer knows the parts it
+    has seen by identity, so one that is plain already is returned as it is."""
+    source, fps, times = video.source, video.fps, video.times
+    what = f"{where} returned a {role} message with a video"
+    plain_fps = None if fps is None else _seconds(f"{what} whose fps", fps)
+    _check(
+        plain_fps is None or plain_fps > 0,
+        f"{what} of fps={safe_repr(fps)}: it must be above 0, or None for frames that are all shown",
+    )
+    plain_times = None
+    if times is not None:
+        _check(
+            isinstance(times, (list, tuple, np.ndarray)) and len(times) <= MOST_FRAMES,
+            f"{what} whose times are {_kind(times)}, not a list of at most {MOST_FRAMES} numbers of seconds",
+        )
+        plain_times = tuple(_seconds(f"{what}, of whose times one", each) for each in times)
+        _check(
+            all(low <= high for low, high in pairwise((0.0, *plain_times))),
+            f"{what} whose times are not ascending from 0: {_short_list(plain_times)}",
+        )
+    is_plain = type(video) is Video and type(fps) in (int, float, type(None)) and type(times) in (tuple, type(None))
+    return video if is_plain else Video(source, fps=plain_fps, times=plain_times)
+
+
+def _seconds(what: str, value: Any) -> float:
+    """A finite number."""
+    number = math.nan
+    if isinstance(value, numbers.Real):
+        with fenced(f"float() of {what}", TaskCodeError):
+            number = float(value)
+    _check(math.isfinite(number), f"{what} is {safe_repr(value)}, not a finite number")
+    return number
+
+
+def _short_list(values: tuple[float, ...]) -> str:
+    """
+    >>> _short_list((0.0, 2.0, 1.0)), _short_list(tuple(map(float, range(9))))
+    ('[0, 2, 1]', '[0, 1, 2, 3, 4, …]')
+    """
+    return f"[{', '.join(f'{value:g}' for value in values[:5])}{', …' if len(values) > 5 else ''}]"
 
 
 def _plain(what: str, text: str) -> str:

@@ -26,7 +26,7 @@ from vlmrl.tasks.border import (
 )
 from vlmrl.tasks.demonstrations import NoDemonstrationsError, get_demonstration
 from vlmrl.tasks.open_env import OpenEnv
-from vlmrl.types import Image, Message, StopReason, Text, ToolCall
+from vlmrl.types import Image, Message, StopReason, Text, ToolCall, Video
 
 
 class Name(enum.StrEnum):
@@ -205,6 +205,60 @@ def test_images_are_handed_on_as_they_are() -> None:
     image = Image(object())
     (message,) = checked_prompt("reset()", (Message("user", (image, Text("?"))),))
     assert message.content[0] is image
+
+
+def video_of(part: Any) -> Video:
+    (message,) = checked_prompt("reset()", (Message("user", (part, Text("?"))),))
+    found = message.content[0]
+    assert type(found) is Video
+    return found
+
+
+class EvilVideo(Video):
+    """A video whose own methods raise."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("repr")
+
+    def __hash__(self) -> int:
+        raise RuntimeError("hash")
+
+
+def test_videos_become_plain_and_plain_ones_are_handed_on_as_they_are() -> None:
+    source = object()
+    for plain in (Video(source), Video(source, fps=8.0), Video(source, times=(0.0, 0.5)), Video(source, fps=8)):
+        assert video_of(plain) is plain
+    rate: Any = np.float32(8)
+    stamps: Any = np.array([0, 0.5])
+    made = video_of(EvilVideo(source, fps=rate, times=stamps))
+    assert made.source is source
+    assert (type(made.fps), made.fps, made.times) == (float, 8.0, (0.0, 0.5))
+    times: Any = [Fraction(1, 2), np.int64(1)]
+    assert video_of(Video(source, times=times)).times == (0.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("part", "problem"),
+    [
+        (Video("a.mp4", fps=math.nan), "video whose fps is nan, not a finite number"),
+        (Video("a.mp4", fps=math.inf), "video whose fps is inf, not a finite number"),
+        (Video("a.mp4", fps="8"), "video whose fps is '8', not a finite number"),  # type: ignore[arg-type]
+        (Video("a.mp4", fps=-8.0), "video of fps=-8.0: it must be above 0"),
+        (Video("a.mp4", fps=0), "video of fps=0: it must be above 0"),
+        (Video("a.mp4", fps=EvilNumber(8)), "float() of reset() returned a user message with a video whose fps raised"),
+        (Video("a.mp4", times=(0.0, math.nan)), "of whose times one is nan"),
+        (Video("a.mp4", times=("0", "1")), "of whose times one is '0'"),  # type: ignore[arg-type]
+        (Video("a.mp4", times=(1.0, 0.5)), "whose times are not ascending from 0: [1, 0.5]"),
+        (Video("a.mp4", times=(-1.0, 0.5)), "whose times are not ascending from 0: [-1, 0.5]"),
+        (Video("a.mp4", times=0.5), "whose times are a float, not a list of at most 65536"),  # type: ignore[arg-type]
+        (Video("a.mp4", times=iter([0.0])), "whose times are a list_iterator, not"),  # type: ignore[arg-type]
+        (Video("a.mp4", times=[0.0] * 65537), "not a list of at most 65536 numbers"),
+    ],
+)
+def test_videos_that_are_refused(part: Video, problem: str) -> None:
+    with pytest.raises(TaskCodeError) as fault:
+        video_of(part)
+    assert problem in fault.value.text
 
 
 class Hostile:

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image as PILImage
 
 import vlmrl
-from vlmrl import BadRow, Env, Image, Message, NotInSplit, Reply, Split, StepInfo, Task, Text
+from vlmrl import BadRow, Env, Image, Message, NotInSplit, Reply, Split, StepInfo, Task, Text, Video
 from vlmrl.config.task import ColorCodewordConfig, ImportedTaskConfig
 from vlmrl.errors import ConfigError
 from vlmrl.tasks.check import check_task, command, find, print_findings
@@ -505,6 +505,40 @@ class NoImage(BadImage):
     source = 3
 
 
+class BadVideo(BadImage):
+    """A video of one frame."""
+
+    source: Any = np.zeros((1, 8, 8, 3), np.uint8)
+
+    def env(self, problem: Dots) -> Env:
+        return WithParts(problem, (Video(self.source),))
+
+
+class MissingVideo(BadVideo):
+    source = "no_such_file.mp4"
+
+
+class NoVideo(BadVideo):
+    source = 3
+
+
+class LateVideo(Counting):
+    def env(self, problem: Dots) -> Env:
+        return WithParts(problem, (Video(np.zeros((2, 8, 8, 3), np.uint8), times=(1.0, 0.0)),))
+
+
+class TurnedVideo(Counting):
+    """Each env of a problem shows the frames in the next of `orders`."""
+
+    def __init__(self, orders: tuple[int, ...]) -> None:
+        super().__init__()
+        self.orders = itertools.cycle(orders)
+
+    def env(self, problem: Dots) -> Env:
+        frames = np.arange(2 * 8 * 8 * 3, dtype=np.uint8).reshape(2, 8, 8, 3)
+        return WithParts(problem, (Video(frames[:: next(self.orders)]),))
+
+
 class NumericIds(Counting):
     def problem(self, split: Split, index: int) -> Dots:
         problem = super().problem(split, index)
@@ -805,6 +839,13 @@ class CanvasOfAll(Counting):
         return Drawing(self.canvas)
 
 
+def test_two_videos_are_equal_where_their_frames_are_in_one_order() -> None:
+    told = "deterministic: train 0 has another prompt the second time"
+    one, other = (check_task(TurnedVideo(orders), max_turns=MAX_TURNS) for orders in ((1,), (1, -1)))
+    assert not any(violation.startswith(told) for violation in one)
+    assert any(violation.startswith(told) for violation in other)
+
+
 @pytest.mark.parametrize(
     ("broken", "rule", "message"),
     [
@@ -859,7 +900,7 @@ class CanvasOfAll(Counting):
         (PromptEndsWithAssistant, "messages", "reset() of train 0 does not end with a user message"),
         (UnknownRole, "messages", "a message of role 'human', not system or user or assistant or tool"),
         (EmptyContent, "messages", "reset() of train 0 returned a user message without content"),
-        (ContentIsText, "messages", "returned a user message with a str, not a tuple of Text and Image"),
+        (ContentIsText, "messages", "returned a user message with a str, not a tuple of Text, Image and Video"),
         (PartIsPicture, "messages", "returned a user message with a tuple of Image, not"),
         (ReplyOfAssistant, "messages", "turn 1 returned a message of role 'assistant', not user or tool"),
         (HistoryAndMessages, "messages", "turn 1 returned both history and messages"),
@@ -869,6 +910,13 @@ class CanvasOfAll(Counting):
         (MissingFile, "images", "the image file no_such_file.png cannot be read"),
         (FloatImage, "images", "an image array must be uint8 [H, W, 3], not float32 [8, 8, 3]"),
         (GreyImage, "images", "an image array must be uint8 [H, W, 3], not uint8 [8, 8]"),
+        (BadVideo, "images", "reset() of train 0: a video of one frame shows no time"),
+        (
+            NoVideo,
+            "images",
+            "a video must be a path, bytes, a uint8 array [T, H, W, 3] or a sequence of frames, not int",
+        ),
+        (LateVideo, "messages", "whose times are not ascending from 0: [1, 0]"),
         (EmptyImage, "images", "0 × 4 pixels"),
         (NoImage, "images", "an image must be a PIL image, a uint8 array, bytes or a path, not int"),
         (NumericIds, "ids", 'problem("train", 0).id is 14, not a str'),

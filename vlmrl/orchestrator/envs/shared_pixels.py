@@ -3,6 +3,8 @@
     worker: Image(source) ─▶ decode ─▶ SharedPixels.put ─▶ InShared ─── pipe ───▶ run: SharedPixels.take ─▶ Image(array)
                                             └──────── memory of both ────────────────────┘
 
+A video goes frame by frame; a file of one is read by the run.
+
 The memory is an anonymous file (memfd): it has no name, so nothing is left behind when a process is killed, and it does
 not count against /dev/shm, which is 64 MB in a container. Both processes take turns: the run has taken the pixels of
 all answers before it sends the next requests, so a worker starts at the front again with each batch.
@@ -12,20 +14,24 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import reduction
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vlmrl.rendering.images import Pixels, decode
+from vlmrl.rendering.images import Pixels, VideoError, decode
+from vlmrl.rendering.videos import is_encoded
 from vlmrl.tasks.base import Reply
-from vlmrl.types import Image
+from vlmrl.types import Image, Text, Video
 
 SMALLEST_BYTES = 1 << 20
 """Size of the file when the first image is put into it; it doubles until the images of a batch fit."""
+
+
+MAX_VIDEO_BYTES = 1 << 30
+"""The most bytes of all frames of one video."""
 
 
 @dataclass(frozen=True)
@@ -87,29 +93,56 @@ def _of_duplicate(fd: Any) -> SharedPixels:
 def put_pixels(value: Any, shared: SharedPixels) -> Any:
     """A Reply or a tuple of messages with `InShared` in place of pixels. Raises `ImageError`."""
 
-    def place(source: Any) -> Any:
-        return source if isinstance(source, bytes | str | Path) else shared.put(decode(source))
+    def place(part: Image | Video) -> Image | Video:
+        source: Any = part.source
+        if is_encoded(source):
+            return part
+        if isinstance(part, Image):
+            return Image(shared.put(decode(source)))
+        return Video(_put_frames(source, shared), fps=part.fps, times=part.times)
 
-    return _with_sources(value, place)
+    return _with_parts(value, place)
+
+
+def _put_frames(frames: Any, shared: SharedPixels) -> tuple[InShared, ...]:
+    """The frames of a video, one by one. Raises `ImageError`."""
+    if not isinstance(frames, np.ndarray | Sequence):
+        raise VideoError(
+            f"a video must be a path, bytes, a uint8 array [T, H, W, 3] or a sequence of frames, not "
+            f"{type(frames).__name__}"
+        )
+    placed, size = [], 0
+    for frame in frames:
+        pixels = decode(frame)
+        size += pixels.nbytes
+        if size > MAX_VIDEO_BYTES:
+            raise VideoError(
+                f"the frames of a video have more than {MAX_VIDEO_BYTES >> 20} MiB, too many to hand over from a "
+                "worker process: show fewer or smaller ones, or hand over a file"
+            )
+        placed.append(shared.put(pixels))
+    return tuple(placed)
 
 
 def take_pixels(value: Any, shared: SharedPixels) -> Any:
     """The same with arrays in place of `InShared`."""
 
-    def pixels(source: Any) -> Any:
-        return shared.take(source) if isinstance(source, InShared) else source
+    def taken(part: Image | Video) -> Image | Video:
+        source: Any = part.source
+        if is_encoded(source):
+            return part
+        if isinstance(part, Image):
+            return Image(shared.take(source))
+        return Video(tuple(shared.take(frame) for frame in source), fps=part.fps, times=part.times)
 
-    return _with_sources(value, pixels)
+    return _with_parts(value, taken)
 
 
-def _with_sources(value: Any, change: Callable[[Any], Any]) -> Any:
+def _with_parts(value: Any, change: Callable[[Image | Video], Image | Video]) -> Any:
     if isinstance(value, Reply):
-        history = None if value.history is None else _with_sources(value.history, change)
-        return replace(value, messages=_with_sources(value.messages, change), history=history)
+        history = None if value.history is None else _with_parts(value.history, change)
+        return replace(value, messages=_with_parts(value.messages, change), history=history)
     return tuple(
-        replace(
-            message,
-            content=tuple(Image(change(part.source)) if isinstance(part, Image) else part for part in message.content),
-        )
+        replace(message, content=tuple(part if isinstance(part, Text) else change(part) for part in message.content))
         for message in value
     )

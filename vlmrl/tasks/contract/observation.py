@@ -1,7 +1,8 @@
 """Make problems and play episodes of a task, and record everything that it returns, for rules.py to judge.
 
-Returned values are kept unchanged, whatever they are. Only images are decoded at once, by the decoder of the data path,
-because an env may draw its next frame over the last one. The task's code runs inside the fence of `vlmrl.errors`.
+Returned values are kept unchanged, whatever they are. Only images and videos are decoded at once, by the decoders of
+the data path, because an env may draw its next frame over the last one. The task's code runs inside the fence of
+`vlmrl.errors`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from vlmrl.errors import UserFault, fenced
 from vlmrl.rendering.images import decode, image_hash
+from vlmrl.rendering.video_content import video_content
 from vlmrl.tasks.base import NoProblem, Reply, Split, StepInfo, Task
 from vlmrl.tasks.border import checked_absence
 from vlmrl.tasks.loading import texts_of
@@ -99,11 +101,11 @@ class Observed:
     raised: str | None = None
     """Text of the first exception that the task raised; nothing was recorded after it."""
     pixels: dict[Image | Video, str | UserFault] = field(default_factory=dict)
-    """Hash of each image, or the fault if it cannot be decoded."""
+    """Hash of each image and video, or the fault if it cannot be decoded."""
     shown: dict[int, tuple[Any, str, str]] = field(default_factory=dict)
-    """By the identity of an image's source: the source itself, who showed it first, and its hash then."""
+    """By the identity of the source of an image or video: the source itself, who showed it first, and its hash then."""
     drawn_over: list[str] = field(default_factory=list)
-    """Images that two envs share and one of them changed."""
+    """Images and videos that two envs share and one of them changed."""
 
     def all_problems(self) -> Iterator[Seen]:
         for split in SPLITS:
@@ -145,22 +147,25 @@ class Observed:
         ]
 
     def look(self, messages: Any, who: str) -> Any:
-        """Decode the images of messages that the task has just returned; returns the messages. `who` names the env."""
+        """Decode the images and videos of messages that the task has just returned; returns the messages. `who` names
+        the env."""
         for message in messages if is_conversation(messages) else ():
             for part in message.content if isinstance(message.content, tuple) else ():
-                if isinstance(part, Image) and part not in self.pixels:
+                if isinstance(part, Image | Video) and part not in self.pixels:
+                    kind = "an image" if isinstance(part, Image) else "a video"
                     try:
-                        with fenced("decoding an image"):
-                            self.pixels[part] = self._hash(part.source, who)
+                        with fenced(f"decoding {kind}"):
+                            self.pixels[part] = self._hash(part, kind, who)
                     except UserFault as fault:
                         self.pixels[part] = fault
         return messages
 
-    def _hash(self, source: Any, who: str) -> str:
-        found = image_hash(decode(source))
+    def _hash(self, part: Image | Video, kind: str, who: str) -> str:
+        source: Any = part.source
+        found = image_hash(decode(source)) if isinstance(part, Image) else video_content(part)
         _, first, before = self.shown.setdefault(id(source), (source, who, found))
         if before != found and first != who:
-            self.drawn_over.append(f"{first} and {who} share an image, and one of them has drawn on it")
+            self.drawn_over.append(f"{first} and {who} share {kind}, and one of them has drawn on it")
         return found
 
 

@@ -34,7 +34,7 @@ from vlmrl.tasks.contract.observation import (
     text_of,
 )
 from vlmrl.tasks.loading import missing_methods
-from vlmrl.types import Image, Message, Text
+from vlmrl.types import Message, Text
 
 Violations: TypeAlias = Iterator[str]
 
@@ -98,7 +98,7 @@ def is_speechless(reply: Any) -> bool:
 
 def images(observed: Observed) -> Violations:
     for source, where, conversation in observed.all_conversations():
-        for part in (part for message in conversation for part in message.content if isinstance(part, Image)):
+        for part in (part for message in conversation for part in message.content if not isinstance(part, Text)):
             found = observed.pixels[part]
             if isinstance(found, UserFault):
                 yield f"{source}() of {where}: {found.text}"

@@ -13,7 +13,6 @@ list of frames, `sample_fps` or `fps` says how many of them are shown a second, 
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,13 +25,13 @@ from PIL import Image as PILImage
 
 from vlmrl.caches.lru import ByteLRU
 from vlmrl.errors import ModelError
-from vlmrl.rendering.images import ImageError, Pixels, VideoError, image_errors, image_hash
-from vlmrl.rendering.video_files import MAX_CLIP_PIXELS, check_installed, content_hash, open_video, read_frames
-from vlmrl.rendering.videos import decode_frames
+from vlmrl.rendering.images import ImageError, Pixels, image_hash
+from vlmrl.rendering.video_content import video_content
+from vlmrl.rendering.video_files import MAX_CLIP_PIXELS
 from vlmrl.tasks.dataset.columns import Unusable, as_list, is_missing, parsed, plain, short
 from vlmrl.tasks.dataset.files import MAGIC, Files, Place
 from vlmrl.tasks.dataset.images import ImageReader
-from vlmrl.types import IntArray, Video
+from vlmrl.types import Video
 
 CONTENT_KEYS = (
     *("bytes", "video", "video_url", "frames", "url", "data", "base64", "path", "file", "file_name", "filename"),
@@ -235,13 +234,8 @@ class VideoReader:
             if len(frames) * found[0].shape[0] * found[0].shape[1] > MAX_CLIP_PIXELS:
                 raise Unusable(f"the frames of a video have more than {MAX_CLIP_PIXELS} pixels in all: shrink them")
         times = None if rate is None else tuple(number / rate for number in range(len(frames)))
-        try:
-            clip = decode_frames(Video(frames, times=times), _first_two, 1.0, len(frames))
-        except ImageError as error:
-            raise _broken(error) from None
-        digest = hashlib.sha256("".join(map(image_hash, clip.frames)).encode())
-        digest.update(repr(times).encode())
-        return LoadedVideo(Video(clip.frames, times=times), digest.hexdigest()[:32])
+        part = Video(frames, times=times)
+        return LoadedVideo(part, _looked_at(part))
 
     def _of_file(self, source: bytes | Path) -> LoadedVideo:
         """A file that was looked at before is recognized by its path, size and time."""
@@ -249,33 +243,20 @@ class VideoReader:
         key = None if state is None else (str(source), state.st_size, state.st_mtime_ns)
         digest = None if key is None else self.known.get(key)
         if digest is None:
-            digest = _looked_at(source)
+            digest = _looked_at(Video(source))
             if key is not None:
                 self.known.put(key, digest, 64 + len(key[0]))
         return LoadedVideo(Video(source), digest)
 
 
-def _looked_at(source: bytes | Path) -> str:
-    """The hash of a file whose first two frames can be decoded. Raises `Unusable`."""
+def _looked_at(part: Video) -> str:
+    """The hash of a video that can be shown. Raises `Unusable`."""
     try:
-        check_installed()
-    except ModelError as error:
+        return video_content(part)
+    except ModelError as error:  # PyAV is missing
         raise Unusable(str(error)) from None
-    try:
-        with image_errors(source, VideoError), open_video(source) as file:
-            digest = content_hash(file).hex()[:32]
-            read_frames(file, _first_two)
     except ImageError as error:
-        raise _broken(error) from None
-    return digest
-
-
-def _broken(error: ImageError) -> Unusable:
-    return Unusable(f"{error.text}: repair or remove the video")
-
-
-def _first_two(total: int, rate: float) -> IntArray:
-    return np.arange(min(total, 2))
+        raise Unusable(f"{error.text}: repair or remove the video") from None
 
 
 def _rate(cell: VideoCell) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -20,13 +21,15 @@ import pytest
 from support.counted_envs import KINDS, counts
 from support.lockstep import Policy
 from support.played_envs import answer, config_of, counted, play, played, runner_of
-from vlmrl import Image, ImportedTaskConfig, Message, Reply
+from vlmrl import Image, ImportedTaskConfig, Message, Reply, Video
 from vlmrl.errors import TaskError
+from vlmrl.orchestrator.envs import shared_pixels
 from vlmrl.orchestrator.envs import worker as worker_module
 from vlmrl.orchestrator.envs.processes import ProcessEnvs
 from vlmrl.orchestrator.envs.shared_pixels import SharedPixels, put_pixels, take_pixels
 from vlmrl.orchestrator.envs.threads import ThreadEnvs
 from vlmrl.orchestrator.envs.worker_program import FOR_THE_RUN
+from vlmrl.rendering.images import VideoError
 from vlmrl.types import Group, Rollout, StopReason
 
 
@@ -255,5 +258,34 @@ def test_pixels_keep_their_bytes_whatever_the_order_and_the_size() -> None:
             sources = [part.source for part in found.content if isinstance(part, Image)]
             assert all(np.array_equal(a, b) for a, b in zip(sources[:4], shown, strict=True))
             assert sources[4:] == [b"PNG", "a.png"]
+    ours.close()
+    theirs.close()
+
+
+def test_videos_keep_their_frames_rate_and_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = SharedPixels()
+    ours = SharedPixels(os.dup(theirs._fd))
+    frames = np.random.default_rng(0).integers(0, 256, (5, 40, 30, 3), np.uint8)
+    backwards = frames[::-1]
+    message = Message.of(
+        "user",
+        *(Video(frames, fps=2.0), Image(frames[0]), Video(backwards, times=(0.0, 1.0, 1.5, 2.0, 9.0))),
+        *("?", Video(list(frames[:2])), Video("a.mp4"), Video(b"MP4")),
+    )
+    for _ in range(2):
+        theirs.clear()
+        (found,) = take_pixels(pickle.loads(pickle.dumps(put_pixels((message,), theirs))), ours)
+        first, picture, second, _, short, *files = found.content
+        assert np.array_equal(first.source, frames)
+        assert np.array_equal(picture.source, frames[0])
+        assert np.array_equal(second.source, backwards)
+        assert np.array_equal(short.source, frames[:2])
+        assert (first.fps, first.times, second.fps, second.times) == (2.0, None, None, (0.0, 1.0, 1.5, 2.0, 9.0))
+        assert [part.source for part in files] == ["a.mp4", b"MP4"]
+    monkeypatch.setattr(shared_pixels, "MAX_VIDEO_BYTES", frames.nbytes - 1)
+    with pytest.raises(VideoError, match="too many to hand over from a worker process"):
+        put_pixels((message,), theirs)
+    with pytest.raises(VideoError, match="not int"):
+        put_pixels((Message.of("user", Video(3)),), theirs)
     ours.close()
     theirs.close()
