@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmrl.config.conf_folder import CONF
 from vlmrl.config.inference import VllmConfig
-from vlmrl.config.model import Dtype, Init, ModelConfig, VLMConfig
+from vlmrl.config.model import Dtype, Init, ModelConfig, VideoConfig, VLMConfig
 from vlmrl.config.orchestrator import TEMPLATE
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import ConfigError
@@ -87,6 +87,8 @@ def _filled(model: ModelConfig, facts: Facts) -> tuple[VLMConfig | None, list[st
             f"{where}, and it has no {' or '.join(IMAGE_TOKEN_KEYS)} that tokenizer.json spells, so no placeholder "
             "would be found: set model.vlm.image_token=<the token that stands for an image>"
         )
+    if fields.get("family") and model.vlm.video is None and known.get("video") is not None:
+        fields["video"] = VideoConfig(**known["video"])  # no checkpoint says it
     vlm = dataclasses.replace(model.vlm, **fields)
     source = f"conf/model/vlm has its family: model/vlm={_file_of(facts.family)}" if known else "as model/vlm=<file>"
     return vlm, [f"{where}; {source}", *_as_yaml(vlm)]
@@ -116,6 +118,8 @@ def _as_yaml(vlm: VLMConfig) -> list[str]:
     import yaml
 
     fields = {name: getattr(vlm, name) for name in FOUND}
+    if vlm.video is not None:
+        fields["video"] = {"token": vlm.video.token}
     text = yaml.safe_dump(fields, sort_keys=False, default_flow_style=None, allow_unicode=True, width=1000)
     return [f"    {line}" for line in text.splitlines()]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vlmrl.config.model import Dtype
+from vlmrl.config.model import Dtype, VideoConfig
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import ConfigError
 from vlmrl.preflight.auto_model import fill_model, known_families
@@ -90,6 +90,15 @@ def test_an_image_token_that_nothing_spells_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=r"no image_token_id or image_token_index .* set model.vlm.image_token="):
         filled(run_config, checkpoint(UNKNOWN, {6: "no"}))
+
+
+def test_a_known_family_takes_its_videos(run_config: Callable[..., RunConfig], checkpoint: Callable[..., str]) -> None:
+    """By its file in conf/model/vlm, because no file of a checkpoint names the token."""
+    content = {**UNKNOWN, "model_type": "qwen2_5_vl"}
+    config, notes = filled(run_config, checkpoint(content))
+    assert config.model.vlm is not None
+    assert config.model.vlm.video == VideoConfig("<|video_pad|>")
+    assert any("video: {token: <|video_pad|>}" in note for note in notes)
 
 
 def test_no_vision_tower_is_a_text_only_model(

@@ -159,7 +159,7 @@ class Doctor:
 
     async def _examine(self, judge: Callable[..., Awaitable[None]]) -> None:
         """Judge every check, in the order of `CHECKS`."""
-        run, image_token_id = self._run, self._reference.image_token_id
+        run, feature_ids = self._run, self._reference.feature_ids
         run.monitor.status("doctor: prompts and pixels against transformers")
         scripted = await self._playing.scripted(self._scripted_answer())
         await judge(first_turns, self._reference, scripted)
@@ -172,9 +172,9 @@ class Doctor:
         await judge(rollouts, before)
         if not before.samples:
             return
-        await judge(placeholders, run.policy, image_token_id, before.samples)
+        await judge(placeholders, run.policy, feature_ids, before.samples)
         await judge(image_hashes, before, await self._playing.shown_twice(before))
-        await judge(trainer_positions, run.policy, image_token_id, before.samples)
+        await judge(trainer_positions, run.policy, feature_ids, before.samples)
         await judge(engine_positions, run.policy, before)
         bound = await asyncio.to_thread(self._comparing.bound, before.sampled, before.greedy)
         await judge(logprobs, await asyncio.to_thread(self._comparing.with_engine, before), bound)

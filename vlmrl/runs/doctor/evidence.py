@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from vlmrl.orchestrator.samples import make_samples
 from vlmrl.rendering.images import image_hash
-from vlmrl.types import FloatArray, Group, Image, IntArray, Message, Part, Prompt, Rollout, TrainingSample
+from vlmrl.types import FloatArray, Group, Image, IntArray, Message, Part, Prompt, Rollout, Text, TrainingSample, Video
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +18,8 @@ class RenderedTurn:
     """One prompt that the renderer made, and the messages it was made from."""
 
     messages: tuple[Message, ...]
-    """The new messages of this turn. Their images are arrays of pixels, decoded before the renderer saw them."""
+    """The new messages of this turn. Their images are arrays of pixels, and so are the frames of their videos, decoded
+    before the renderer saw them. Videos that came as files have the frames and times that the renderer chose."""
     prompt: Prompt
     is_first: bool
     """Whether the prompt is of a first turn."""
@@ -27,7 +27,12 @@ class RenderedTurn:
     @property
     def hashes(self) -> tuple[str, ...]:
         """Hashes of the new images, in order."""
-        return tuple(image_hash(part.source) for part in images_of(self.messages))
+        return tuple(image_hash(part.source) for part in media_of(self.messages) if isinstance(part, Image))
+
+    @property
+    def videos(self) -> tuple[Video, ...]:
+        """The new videos, in order."""
+        return tuple(part for part in media_of(self.messages) if isinstance(part, Video))
 
 
 @dataclass(eq=False)
@@ -60,11 +65,11 @@ class Evidence:
         return {rollout.rollout_id for group in self.groups if group.problem_id in chosen for rollout in group.rollouts}
 
     def openings(self) -> list[tuple[Message, ...]]:
-        """The distinct messages of first turns that show an image."""
+        """The distinct messages of first turns that show an image or a video."""
         found = {
-            (turn.prompt.token_ids.tobytes(), turn.hashes): turn.messages
+            (turn.prompt.token_ids.tobytes(), tuple(item.hash for item in turn.prompt.mm_items)): turn.messages
             for turn in self.rendered
-            if turn.is_first and turn.prompt.images
+            if turn.is_first and turn.prompt.mm_items
         }
         return list(found.values())
 
@@ -83,17 +88,17 @@ def _samples(rollout: Rollout) -> list[TrainingSample]:
     return make_samples(rollout) if rollout.turns else []
 
 
-def images_of(messages: Sequence[Message]) -> list[Image]:
-    """The images in the messages, in order."""
-    return [part for message in messages for part in message.content if isinstance(part, Image)]
+def media_of(messages: Sequence[Message]) -> list[Image | Video]:
+    """The images and videos in the messages, in order."""
+    return [part for message in messages for part in message.content if not isinstance(part, Text)]
 
 
-def with_images(messages: Sequence[Message], sources: Sequence[Any]) -> tuple[Message, ...]:
-    """The messages with `sources` in place of their images, in order."""
-    remaining = iter(sources)
+def with_media(messages: Sequence[Message], media: Iterable[Image | Video]) -> tuple[Message, ...]:
+    """The messages with `media` in place of their images and videos, in order."""
+    remaining = iter(media)
 
     def replaced(part: Part) -> Part:
-        return Image(next(remaining)) if isinstance(part, Image) else part
+        return part if isinstance(part, Text) else next(remaining)
 
     return tuple(dataclasses.replace(m, content=tuple(map(replaced, m.content))) for m in messages)
 

@@ -1,10 +1,11 @@
-"""The task's problems, each once as it is and once with noise in place of its images.
+"""The task's problems, each once as it is and once with noise in place of its images and videos.
 
 A task's own images can hide a fault: a square of one colour looks the same with its patches in any order, an image of
 one token has only one position, and images of equal size have equal grids. So every odd problem shows noise in several
-sizes instead: no two parts of it are equal, no size is square, and the processor rescales the last one.
+sizes instead: no two parts of it are equal, no size is square, and the processor rescales the last one. A video
+becomes an odd number of noise frames at times of unequal distances, because frames that follow each other look alike.
 
-Left out on purpose: adding images where the task shows none.
+Left out on purpose: adding images or videos where the task shows none.
 """
 
 from __future__ import annotations
@@ -16,26 +17,29 @@ from typing import Any
 
 import numpy as np
 
-from vlmrl.runs.doctor.evidence import images_of, with_images
+from vlmrl.runs.doctor.evidence import media_of, with_media
 from vlmrl.tasks.base import Problem, Reply, Split, StepInfo, Task
 from vlmrl.tasks.border import get_num_rows
 from vlmrl.tasks.open_env import OpenEnv, finished
-from vlmrl.types import Image, Message
+from vlmrl.types import Image, Message, Video
 
 SIZES = ((96, 64), (64, 160), (45, 100))
 """Height × width in pixels. Small, because the run chose its context length for the task's own images."""
 
 NOISE_PER_MESSAGE = 2
-"""Images of a message that become noise; the others stay."""
+"""Images and videos of a message that become noise; the others stay."""
+
+VIDEO_TIMES = (0.0, 0.25, 1.0, 1.5, 3.0)
+"""Seconds at which the frames of a noise video are shown."""
 
 
 @dataclass(frozen=True)
 class NoiseProblem:
-    """A problem of the task, with its own images or with noise."""
+    """A problem of the task, with its own images and videos or with noise."""
 
     problem: Problem
     seed: int | None
-    """Seed of the noise; None: the task's own images."""
+    """Seed of the noise; None: the task's own images and videos."""
 
     @property
     def id(self) -> str:
@@ -68,7 +72,7 @@ class NoiseTask:
 
 
 class NoiseEnv:
-    """An env that shows noise in place of its images."""
+    """An env that shows noise in place of its images and videos."""
 
     def __init__(self, env: OpenEnv, seed: int) -> None:
         self._env = env
@@ -94,10 +98,17 @@ class NoiseEnv:
     def _in_noise(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
         changed: list[Message] = []
         for message in messages:
-            sources: list[Any] = [part.source for part in images_of([message])]
-            sources[:NOISE_PER_MESSAGE] = [next(self._noise) for _ in sources[:NOISE_PER_MESSAGE]]
-            changed += with_images([message], sources)
+            media = media_of([message])
+            media[:NOISE_PER_MESSAGE] = [_in_noise(part, next(self._noise)) for part in media[:NOISE_PER_MESSAGE]]
+            changed += with_media([message], media)
         return tuple(changed)
+
+
+def _in_noise(part: Image | Video, first: np.ndarray) -> Image | Video:
+    """An image or a video of noise; `first` is the image, or the first frame of the video."""
+    if isinstance(part, Image):
+        return Image(first)
+    return Video([np.roll(first, number, (0, 1, 2)) for number in range(len(VIDEO_TIMES))], times=VIDEO_TIMES)
 
 
 class TwoTurns:

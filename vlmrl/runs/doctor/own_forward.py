@@ -17,13 +17,13 @@ from vlmrl.models.vision_encoder import alike
 from vlmrl.runs.doctor.logprobs import Bound, LogprobDifference, logprobs
 from vlmrl.runs.doctor.reference import Reference
 from vlmrl.runs.verdicts import Verdict, not_visible
-from vlmrl.types import FloatArray, ImageItem, TrainingSample
+from vlmrl.types import FloatArray, ImageItem, MMItem, TrainingSample, VideoItem
 
 LONGEST = 2048
 """Tokens of the longest sequence that is compared: transformers' own attention takes memory with its square."""
 
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
-"""The names under which a model's forward takes 1 for image tokens and 0 for others."""
+"""The names under which a model's forward takes 1 for image tokens, 2 for video tokens and 0 for others."""
 
 
 def own_forward(
@@ -38,33 +38,40 @@ def own_forward(
     with its own attention, positions and masks.
 
     `trainer` has per sample float32 [loss tokens] at temperature 1. Samples of more than `LONGEST` tokens are left out,
-    and those whose images of several sizes the processor makes other tokens of when it pads them together.
+    and those whose images of several sizes the processor makes other tokens of when it pads them together. Videos of
+    several sizes are never padded.
     """
     inputs = {
-        i: images
+        i: arrays
         for i, sample in enumerate(samples)
-        if len(sample.token_ids) <= LONGEST and (images := _images(reference, sample.images)) is not None
+        if len(sample.token_ids) <= LONGEST and (arrays := _arrays(reference, sample.mm_items)) is not None
     }
     if not inputs:
-        return not_visible(name, f"no sample has {LONGEST} tokens or fewer and images that the model takes together")
+        return not_visible(name, f"no sample has {LONGEST} tokens or fewer, and images or videos that the model takes")
     with own_attention(policy), torch.no_grad():
-        theirs = np.concatenate([_logprobs(policy, samples[i], images) for i, images in inputs.items()])
+        theirs = np.concatenate([_logprobs(policy, samples[i], arrays) for i, arrays in inputs.items()])
     found = LogprobDifference.between(np.concatenate([trainer[i] for i in inputs]), theirs)
     return logprobs(name, found, bound, f"{len(inputs)} of {len(samples)} sequences one by one, ")
 
 
-def _images(reference: Reference, images: Sequence[ImageItem]) -> dict[str, np.ndarray] | None:
-    """The arrays of all images of a sample, by the names of the model's forward; None where there are none together.
+def _arrays(reference: Reference, items: Sequence[MMItem]) -> dict[str, np.ndarray] | None:
+    """The arrays of all images and videos of a sample, by the names of the model's forward; None where there are none
+    together.
 
     Arrays of one form stand side by side. Those of several forms are padded by the processor, which sees all images.
     """
-    if len(alike(images)) > 1:
-        return reference.process_together(images)
-    names = images[0].mm_kwargs if images else ()
-    return {name: np.concatenate([image.mm_kwargs[name] for image in images]) for name in names}
+    images = [item for item in items if isinstance(item, ImageItem)]
+    videos = [item for item in items if isinstance(item, VideoItem)]
+    together = reference.process_together(images) if len(alike(images)) > 1 else _side_by_side(images)
+    return None if together is None else together | _side_by_side(videos)
 
 
-def _logprobs(policy: Policy, sample: TrainingSample, images: Mapping[str, np.ndarray]) -> FloatArray:
+def _side_by_side(items: Sequence[MMItem]) -> dict[str, np.ndarray]:
+    names = items[0].mm_kwargs if items else ()
+    return {name: np.concatenate([item.mm_kwargs[name] for item in items]) for name in names}
+
+
+def _logprobs(policy: Policy, sample: TrainingSample, arrays: Mapping[str, np.ndarray]) -> FloatArray:
     """float32 [loss tokens] of one sample, at temperature 1, by the model's own forward."""
     device = policy.device
     token_ids = to_device(sample.token_ids[None], device)
@@ -72,7 +79,7 @@ def _logprobs(policy: Policy, sample: TrainingSample, images: Mapping[str, np.nd
     takes = inspect.signature(policy.model.forward).parameters
     types = to_device(sample.mm_token_type_ids[None], device)
     inputs |= {kind: types for kind in TOKEN_TYPES if kind in takes}
-    inputs |= {kwarg: to_device(array, device) for kwarg, array in images.items() if kwarg in takes}
+    inputs |= {kwarg: to_device(array, device) for kwarg, array in arrays.items() if kwarg in takes}
     logits: Tensor = policy.model(**inputs, use_cache=False).logits[0].float()
     at = np.flatnonzero(sample.loss_mask)
     rows = logits[to_device(at - 1, device)].masked_fill(policy.banned, float("-inf"))

@@ -2,43 +2,57 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from vlmrl.models.families.positions import SECONDS
 from vlmrl.runs.doctor.logprobs import Bound, LogprobDifference
 from vlmrl.runs.doctor.reference import Reference
 from vlmrl.runs.verdicts import Verdict, failed, judged, not_visible
-from vlmrl.types import Rollout
+from vlmrl.types import Modality, Rollout
 
-NO_IMAGE = "no problem shows an image"
+NO_IMAGE = "no problem shows an image or a video"
 
 
 def pixels(name: str, reference: Reference, rollouts: Sequence[Rollout]) -> Verdict:
-    """The renderer's pixels and sizes are the processor's, byte for byte."""
+    """The renderer's pixels and sizes are the processor's, byte for byte, of images and of videos."""
     if reference.image_processor is None:
         return not_visible(name, "the model is text-only")
-    distinct = {image.hash: image for r in rollouts for turn in r.turns for image in turn.prompt.images}
+    distinct = {item.hash: item for r in rollouts for turn in r.turns for item in turn.prompt.mm_items}
     if not distinct:
         return not_visible(name, NO_IMAGE)
     names: set[str] = set()
-    for image in distinct.values():
-        for key, array in reference.process(image).items():
+    for item in distinct.values():
+        for key, array in reference.process(item).items():
             names.add(key)
-            ours = image.mm_kwargs.get(key)
-            if ours is None or ours.dtype != array.dtype or ours.tobytes() != np.ascontiguousarray(array).tobytes():
-                return failed(name, _difference(key, ours, array))
-    finding = f"{', '.join(sorted(names))} of {len(distinct)} images are the image processor's, byte for byte"
-    return judged(name, True, finding, images=len(distinct))
+            ours = item.mm_kwargs.get(key)
+            if ours is None or not _is_same(key, ours, np.ascontiguousarray(array)):
+                return failed(name, _difference(item.modality, key, ours, array))
+    counts = Counter(item.modality for item in distinct.values())
+    shown = " and ".join(f"{number} {kind}s" for kind, number in sorted(counts.items()))
+    processors = " and ".join(f"the {kind} processor's" for kind in sorted(counts))
+    finding = f"{', '.join(sorted(names))} of {shown} are {processors}, byte for byte"
+    numbers = {f"{kind}s": number for kind, number in counts.items()}
+    return judged(name, True, finding, "", **{"images": 0, **numbers})
 
 
-def _difference(key: str, ours: np.ndarray | None, theirs: np.ndarray) -> str:
+def _is_same(key: str, ours: np.ndarray, theirs: np.ndarray) -> bool:
+    """Whether two arrays are equal, byte for byte. The seconds between frames are a quotient, which the processor
+    returns with the precision of the tensors that it is asked for."""
+    if key == SECONDS and ours.shape == theirs.shape:
+        return bool(np.allclose(ours, theirs, rtol=np.finfo(np.float32).eps, atol=0))
+    return ours.dtype == theirs.dtype and ours.shape == theirs.shape and ours.tobytes() == theirs.tobytes()
+
+
+def _difference(kind: Modality, key: str, ours: np.ndarray | None, theirs: np.ndarray) -> str:
     if ours is None:
-        return f"{key}: the image processor makes {theirs.dtype} {list(theirs.shape)} of it, the renderer nothing"
+        return f"{key}: the {kind} processor makes {theirs.dtype} {list(theirs.shape)} of it, the renderer nothing"
     apart = float(np.abs(ours - theirs).max()) if ours.shape == theirs.shape else float("nan")
     return (
-        f"{key}: the renderer made {ours.dtype} {list(ours.shape)}, the image processor {theirs.dtype} "
+        f"{key}: the renderer made {ours.dtype} {list(ours.shape)}, the {kind} processor {theirs.dtype} "
         f"{list(theirs.shape)}, max |delta| {apart:.3g}"
     )
 

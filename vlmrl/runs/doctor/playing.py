@@ -20,12 +20,13 @@ from vlmrl.orchestrator.stream import Drawn, ProblemStream
 from vlmrl.orchestrator.toolbox import Toolbox
 from vlmrl.rendering.renderer import Renderer
 from vlmrl.runs.doctor.envs import DoctorEnvs
-from vlmrl.runs.doctor.evidence import Evidence, images_of, with_images
+from vlmrl.runs.doctor.evidence import Evidence, media_of, with_media
 from vlmrl.runs.doctor.noise_images import NoiseTask
 from vlmrl.runs.doctor.watching import ScriptedEngine, WatchedEngine, WatchedRenderer, watched_rows
 from vlmrl.tasks.base import Task
 from vlmrl.types import (
     Group,
+    Image,
     InferenceEngine,
     IntArray,
     Message,
@@ -34,6 +35,7 @@ from vlmrl.types import (
     StopReason,
     TrainingSample,
     Turn,
+    Video,
 )
 
 PROBLEMS = 6
@@ -124,17 +126,17 @@ class Playing:
         return samples
 
     async def shown_twice(self, evidence: Evidence) -> Prompt | None:
-        """A first prompt in which one image stands at two places; None where no first turn shows an image."""
+        """A first prompt in which one image or video stands at two places; None where no first turn shows any."""
         openings = evidence.openings()
-        return await self.renderer.first_turn(_first_image_twice(openings[0])) if openings else None
+        return await self.renderer.first_turn(_first_twice(openings[0])) if openings else None
 
     async def inverted(self, openings: Sequence[Sequence[Message]]) -> list[Prompt]:
         """Each opening as a prompt, followed by the prompt with its pixels inverted, whose tokens are equal. Where a
-        turn has several images, the first of them is shown twice."""
+        turn has several images, or several videos, the first of them is shown twice."""
         shown: list[Prompt] = []
         for opening in openings:
-            messages = _first_image_twice(opening) if len(images_of(opening)) > 1 else opening
-            inverted = with_images(messages, [255 - part.source for part in images_of(messages)])
+            messages = opening if (twins := _twins(opening)) is None else with_media(opening, twins)
+            inverted = with_media(messages, [_inverted(part) for part in media_of(messages)])
             shown += [await self.renderer.first_turn(messages), await self.renderer.first_turn(inverted)]
         return shown
 
@@ -163,9 +165,29 @@ class Playing:
         )
 
 
-def _first_image_twice(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """The messages with their first image also in place of the second, or behind the first where there is only one."""
-    sources = [part.source for part in images_of(messages)]
-    if len(sources) > 1:
-        return with_images(messages, [sources[0], sources[0], *sources[2:]])
-    return tuple(dataclasses.replace(m, content=(*m.content, *images_of([m]))) for m in messages)
+def _inverted(part: Image | Video) -> Image | Video:
+    """The same pixels, inverted; the frames of a video at the same times."""
+    return dataclasses.replace(part, source=255 - part.source)
+
+
+def _first_twice(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """The messages with their first image or video also in place of the second of its kind, or behind the first where
+    no kind has two."""
+    if (twins := _twins(messages)) is not None:
+        return with_media(messages, twins)
+    first = media_of(messages)[0]
+    return tuple(
+        dataclasses.replace(message, content=(*message.content, first)) if first in message.content else message
+        for message in messages
+    )
+
+
+def _twins(messages: Sequence[Message]) -> list[Image | Video] | None:
+    """The images and videos, with the first of a kind also in place of the second; None where no kind has two."""
+    media = media_of(messages)
+    for kind in (Image, Video):
+        places = [place for place, part in enumerate(media) if isinstance(part, kind)]
+        if len(places) > 1:
+            media[places[1]] = media[places[0]]
+            return media
+    return None

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
+from vlmrl.models.families.positions import SECONDS
 from vlmrl.models.policy import Policy
 from vlmrl.runs.doctor.evidence import Evidence
 from vlmrl.runs.verdicts import Verdict, judged, not_visible
-from vlmrl.types import IntArray, TrainingSample
+from vlmrl.types import TOKEN_TYPES, IntArray, Modality, TrainingSample
 
 
 def trainer_positions(
-    name: str, policy: Policy, image_token_id: int | None, samples: Sequence[TrainingSample]
+    name: str, policy: Policy, feature_ids: Mapping[Modality, int], samples: Sequence[TrainingSample]
 ) -> Verdict:
-    """The trainer's positions equal those of transformers' `get_rope_index`, which finds the images by the token ids
-    alone; 0, 1, 2, … for a model without that function."""
+    """The trainer's positions equal those of transformers' `get_rope_index`, which finds images and videos by the token
+    ids alone; 0, 1, 2, … for a model without that function. `feature_ids`: the tokens that get the features of each
+    kind."""
     get_rope_index = getattr(policy.model.base_model, "get_rope_index", None)
     worst, tokens = 0, 0
     for sample in samples:
         length = len(sample.token_ids)
         expected = np.tile(np.arange(length), (4, 1))
         if get_rope_index is not None:
-            grids = [image.mm_kwargs["image_grid_thw"] for image in sample.mm_items]
+            types = np.zeros(length, np.int64)
+            for kind, id in feature_ids.items():
+                types[sample.token_ids == id] = TOKEN_TYPES[kind]
             theirs, _ = get_rope_index(
                 input_ids=torch.from_numpy(sample.token_ids)[None],
-                mm_token_type_ids=torch.from_numpy((sample.token_ids == image_token_id).astype(np.int64))[None],
-                image_grid_thw=torch.from_numpy(np.concatenate(grids)) if grids else None,
+                mm_token_type_ids=torch.from_numpy(types)[None],
+                **_geometry(sample),
             )
             expected[1:] = theirs[:, 0].numpy()
         ours = policy.positions(length, sample.placeholders, sample.mm_items)
@@ -37,6 +41,16 @@ def trainer_positions(
     source = "get_rope_index" if get_rope_index is not None else "0, 1, 2, …"
     finding = f"{len(samples)} samples, {tokens} tokens: max |delta| {worst} from {source}"
     return judged(name, worst == 0, finding, "0", max_delta=worst, tokens=tokens)
+
+
+def _geometry(sample: TrainingSample) -> dict[str, torch.Tensor]:
+    """The grids of the sample's images and videos, and the seconds between frames, by the names of `get_rope_index`."""
+    found: dict[str, list[np.ndarray]] = {}
+    for item in sample.mm_items:
+        for name in (f"{item.modality}_grid_thw", SECONDS):
+            if name in item.mm_kwargs:
+                found.setdefault(name, []).append(item.mm_kwargs[name])
+    return {name: torch.from_numpy(np.concatenate(arrays)) for name, arrays in found.items()}
 
 
 def engine_positions(name: str, policy: Policy, evidence: Evidence) -> Verdict:

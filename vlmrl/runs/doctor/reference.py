@@ -1,26 +1,34 @@
-"""What transformers itself makes of messages: token ids by the chat template, pixels by the image processor."""
+"""What transformers itself makes of messages: token ids by the chat template, pixels by the processors of images and
+videos."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image as PILImage
 
 from vlmrl.config.orchestrator import TEMPLATE
 from vlmrl.config.run import RunConfig
-from vlmrl.models.checkpoints.load import load_image_processor, load_processor, load_tokenizer
+from vlmrl.models.checkpoints.load import (
+    load_image_processor,
+    load_processor,
+    load_tokenizer,
+    load_video_processor,
+)
 from vlmrl.models.families import family_of
 from vlmrl.rendering.renderer import renderer_name
 from vlmrl.rendering.template.chat_template import TODAY, ChatTemplate
 from vlmrl.rendering.template.image_text import OF_TEXT
 from vlmrl.rendering.tool_calls import message_fields, texts_beside, tool_entries
-from vlmrl.runs.doctor.evidence import images_of
-from vlmrl.types import ImageItem, Message, Text, ToolSpec
+from vlmrl.runs.doctor.evidence import media_of
+from vlmrl.types import ImageItem, Message, MMItem, Modality, Text, ToolSpec, VideoItem
 
 
 @dataclass(frozen=True)
@@ -36,27 +44,28 @@ class Reference:
     """`orchestrator.renderer.parse_control_tokens`: whether a text that spells control tokens becomes them."""
     variables: Mapping[str, Any] = field(default_factory=dict)
     """Variables of the chat template that the renderer sets (`orchestrator.renderer.options`, the date)."""
+    video_token: str | None = None
+    """The placeholder token's text of videos; None for a model or a renderer without videos."""
 
     @property
-    def image_token_id(self) -> int | None:
-        """The placeholder token's id; None for a text-only model."""
-        if self.image_token is None:
-            return None
-        token_id: int = self.tokenizer.convert_tokens_to_ids(self.image_token)
-        return token_id
+    def feature_ids(self) -> dict[Modality, int]:
+        """The tokens that get the features of images and of videos, for the kinds that the model takes."""
+        texts: dict[Modality, str | None] = {"image": self.image_token, "video": self.video_token}
+        return {kind: self.tokenizer.convert_tokens_to_ids(text) for kind, text in texts.items() if text is not None}
 
     def token_ids(
-        self, messages: Sequence[Message], images: Sequence[ImageItem], tools: Sequence[ToolSpec] = ()
+        self, messages: Sequence[Message], items: Sequence[MMItem], tools: Sequence[ToolSpec] = ()
     ) -> list[int]:
         """The chat template's token ids for a conversation that the policy is to continue.
 
-        Each image token is repeated as often as the image processor's grid says.
+        Each image token is repeated as often as the image processor's grid says. Only the renderer `template` makes
+        videos (`ProcessorReference`).
         """
         ids = self._template_ids(messages, tools)
-        image_token_id = self.image_token_id
-        if not images or image_token_id is None or ids.count(image_token_id) != len(images):
+        image_token_id = self.feature_ids.get("image")
+        if not items or image_token_id is None or ids.count(image_token_id) != len(items):
             return ids  # where the counts differ, the comparison that follows finds it
-        grids = (self.process(image)["image_grid_thw"] for image in images)
+        grids = (self.process(item)["image_grid_thw"] for item in items)
         counts = (grid.prod() // self.image_processor.merge_size**2 for grid in grids)
         return [id for token in ids for id in [token] * (int(next(counts)) if token == image_token_id else 1)]
 
@@ -90,9 +99,10 @@ class Reference:
                 ids += self.tokenizer.encode(piece, add_special_tokens=False, split_special_tokens=True)
         return ids
 
-    def process(self, image: ImageItem) -> dict[str, np.ndarray]:
-        """The image processor's output for one decoded image."""
-        return dict(self.image_processor(images=[PILImage.fromarray(image.pixels)], return_tensors="np"))
+    def process(self, item: MMItem) -> dict[str, np.ndarray]:
+        """The processor's output for one decoded image or video."""
+        assert isinstance(item, ImageItem), "this renderer makes no videos"
+        return dict(self.image_processor(images=[PILImage.fromarray(item.pixels)], return_tensors="np"))
 
     def process_together(self, images: Sequence[ImageItem]) -> dict[str, np.ndarray] | None:
         """The processor's output for several images at once, in one array per name; None where it makes other tokens of
@@ -105,42 +115,61 @@ class ProcessorReference(Reference):
     """transformers' whole processor, for checkpoints whose prompts are made from their own chat template."""
 
     processor: Any = None
+    load_videos: Callable[[], Any] | None = None
+    """Makes the checkpoint's video processor; None for a model without videos."""
 
     def token_ids(
-        self, messages: Sequence[Message], images: Sequence[ImageItem], tools: Sequence[ToolSpec] = ()
+        self, messages: Sequence[Message], items: Sequence[MMItem], tools: Sequence[ToolSpec] = ()
     ) -> list[int]:
-        """The processor's token ids for the conversation with its images.
+        """The processor's token ids for the conversation with its images and videos.
 
         Where it makes other tokens of an image in the company of others, each image's own tokens are put in place.
         """
         filled = ChatTemplate(self.tokenizer, self.processor, self.variables).text(messages, generate=True, tools=tools)
-        pictures = [PILImage.fromarray(image.pixels) for image in images]
-        ids = self._tokenized(filled, pictures)
-        if sum(id == self.image_token_id for id in ids) == sum(image.num_tokens for image in images):
+        ids = self._tokenized(filled, items)
+        if all(ids.count(id) == _num_tokens(items, kind) for kind, id in self.feature_ids.items()):
             return ids
-        before, *after = filled.split(self.processor.image_token)
-        alone = [self.processor(**self._inputs(self.processor.image_token, [picture])) for picture in pictures]
+        written = [getattr(self.processor, f"{kind}_token") for kind in self.feature_ids]
+        before, *after = re.split("|".join(map(re.escape, written)), filled)
+        alone = [self.processor(**self._alone(item)) for item in items]
         texts = [each["text_replacement_offsets"][0][0]["replacement"] for each in alone]
         whole = before + "".join(text + rest for text, rest in zip(texts, after, strict=True))
         return list(self.tokenizer(whole, add_special_tokens=not self._begins(whole))["input_ids"])
 
-    def process(self, image: ImageItem) -> dict[str, np.ndarray]:
-        return _arrays(self.processor(**self._inputs(self.processor.image_token, [PILImage.fromarray(image.pixels)])))
+    def process(self, item: MMItem) -> dict[str, np.ndarray]:
+        return _arrays(self.processor(**self._alone(item)))
 
     def process_together(self, images: Sequence[ImageItem]) -> dict[str, np.ndarray] | None:
-        pictures = [PILImage.fromarray(image.pixels) for image in images]
-        outputs = self.processor(**self._inputs(self.processor.image_token * len(images), pictures))
-        made = sum(id == self.image_token_id for id in np.asarray(outputs["input_ids"])[0])
-        return _arrays(outputs) if made == sum(image.num_tokens for image in images) else None
+        outputs = self.processor(**self._inputs(self.processor.image_token * len(images), images))
+        made = np.asarray(outputs["input_ids"])[0].tolist().count(self.feature_ids["image"])
+        return _arrays(outputs) if made == _num_tokens(images, "image") else None
 
-    def _tokenized(self, text: str, pictures: Sequence[PILImage.Image]) -> list[int]:
-        inputs = self._inputs(text, pictures) if pictures else {"text": [text]}
+    def _tokenized(self, text: str, items: Sequence[MMItem]) -> list[int]:
+        inputs = self._inputs(text, items) if items else {"text": [text]}
         outputs = self.processor(**inputs, add_special_tokens=not self._begins(text))
         return [int(id) for id in np.asarray(outputs["input_ids"])[0]]
 
-    def _inputs(self, text: str, pictures: Sequence[PILImage.Image]) -> dict[str, Any]:
-        arrays = {"return_tensors": "np", "return_text_replacement_offsets": True}
-        return {"text": [text], "images": [list(pictures)], **arrays}
+    def _alone(self, item: MMItem) -> dict[str, Any]:
+        """The processor's inputs for one image or video and its placeholder."""
+        return self._inputs(getattr(self.processor, f"{item.modality}_token"), [item])
+
+    def _inputs(self, text: str, items: Sequence[MMItem]) -> dict[str, Any]:
+        inputs: dict[str, Any] = {"return_tensors": "np", "return_text_replacement_offsets": True, "text": [text]}
+        images = [PILImage.fromarray(item.pixels) for item in items if isinstance(item, ImageItem)]
+        videos = [item for item in items if isinstance(item, VideoItem)]
+        if images:
+            inputs["images"] = [images]
+        if videos:
+            from transformers import video_utils
+
+            metadata: Any = video_utils.VideoMetadata
+            if self.processor.video_processor is None and self.load_videos is not None:
+                self.processor.video_processor = self.load_videos()
+            # Of a video of one frame a second, so that an index is a time.
+            told = [metadata(len(v.times) / v.rate, fps=1.0, frames_indices=v.times.tolist()) for v in videos]
+            inputs["videos"] = [torch.tensor(video.frames).permute(0, 3, 1, 2) for video in videos]
+            inputs["videos_kwargs"] = {"do_sample_frames": False, "video_metadata": told}
+        return inputs
 
     def _begins(self, text: str) -> bool:
         """Whether the template has written the token that begins a text, as transformers' own method asks."""
@@ -160,12 +189,20 @@ def reference_of(config: RunConfig, folder: Path) -> Reference:
     if by_template:
         processor = load_processor(folder, model.vlm)
         own = (processor.tokenizer, processor.image_processor)
-        return ProcessorReference(*own, token, parse, settings.options, processor)
+        video = model.vlm.video
+        load = None if video is None else partial(load_video_processor, folder, video)
+        video_token = None if video is None else video.token
+        return ProcessorReference(*own, token, parse, settings.options, video_token, processor, load)
     return Reference(load_tokenizer(folder), load_image_processor(folder, model.vlm), token, parse)
 
 
+def _num_tokens(items: Sequence[MMItem], kind: Modality) -> int:
+    """How many tokens the renderer has counted for the items of a kind."""
+    return sum(item.num_tokens for item in items if item.modality == kind)
+
+
 def _arrays(outputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """What a processor made of images, without what it made of the text."""
+    """What a processor made of images and videos, without what it made of the text."""
     arrays = {name: np.ascontiguousarray(outputs[name]) for name in outputs if name not in OF_TEXT}
     return {name: array for name, array in arrays.items() if array.dtype != np.object_}
 
@@ -195,7 +232,7 @@ def _chat(messages: Sequence[Message]) -> list[dict[str, Any]]:
         {
             "role": message.role,
             "content": "".join(part.text for part in message.content if isinstance(part, Text))
-            if not images_of([message])
+            if not media_of([message])
             else [
                 {"type": "text", "text": part.text} if isinstance(part, Text) else {"type": "image"}
                 for part in message.content

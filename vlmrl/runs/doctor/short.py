@@ -112,7 +112,7 @@ class ShortCertificate:
     def verdicts(self) -> list[Verdict]:
         """One verdict per check."""
         rollouts = [rollout for answer in ANSWERS for rollout in self._rollouts(answer)]
-        reference, policy, id = self._reference, self._policy, self._reference.image_token_id
+        reference, policy, ids = self._reference, self._policy, self._reference.feature_ids
         verdicts = [
             verdict_of("token ids, first turns", first_turns, reference, rollouts),
             verdict_of("token ids, later turns", later_turns, reference, rollouts),
@@ -121,8 +121,8 @@ class ShortCertificate:
         samples = [sample for rollout in rollouts if rollout.turns for sample in make_samples(rollout)]
         if samples:
             verdicts += [
-                verdict_of("placeholders", placeholders, policy, id, samples),
-                verdict_of("positions, trainer", trainer_positions, policy, id, samples),
+                verdict_of("placeholders", placeholders, policy, ids, samples),
+                verdict_of("positions, trainer", trainer_positions, policy, ids, samples),
                 verdict_of("logprobs, transformers", self._transformers, samples),
                 verdict_of("logprobs, one by one", self._one_by_one, samples),
                 verdict_of("images, trainer", self._images, [tuple(rollouts[0].turns[0].messages)]),

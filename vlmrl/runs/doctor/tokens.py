@@ -42,7 +42,7 @@ def _token_ids(name: str, reference: Reference, conversations: Sequence[tuple[st
     if not reference.tokenizer.chat_template:
         return not_visible(name, "the checkpoint has no chat template")
     for where, messages, turn in conversations:
-        theirs = reference.token_ids(messages, turn.prompt.images, turn.tools)
+        theirs = reference.token_ids(messages, turn.prompt.mm_items, turn.tools)
         ours = turn.prompt.token_ids.tolist()
         if ours != theirs:
             at = next(

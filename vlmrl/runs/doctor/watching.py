@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 from vlmrl.models.policy import Policy
 from vlmrl.rendering.images import decode
 from vlmrl.rendering.renderer import Renderer
-from vlmrl.runs.doctor.evidence import RenderedTurn, images_of, with_images
+from vlmrl.runs.doctor.evidence import RenderedTurn, media_of, with_media
 from vlmrl.types import (
     Answer,
     BoolArray,
@@ -59,7 +60,7 @@ class WatchedRenderer:
     async def first_turn(self, messages: Sequence[Message], tools: Sequence[ToolSpec] | None = None) -> Prompt:
         seen = _decoded(messages)
         prompt = await self._renderer.first_turn(messages, tools)
-        self.rendered.append(RenderedTurn(seen, prompt, is_first=True))
+        self.rendered.append(RenderedTurn(_with_read_files(seen, prompt), prompt, is_first=True))
         return prompt
 
     async def next_turn(
@@ -72,7 +73,7 @@ class WatchedRenderer:
     ) -> tuple[Prompt, bool]:
         seen = _decoded(new_messages)
         prompt, bridged = await self._renderer.next_turn(previous, completion_ids, history, new_messages, tools)
-        self.rendered.append(RenderedTurn(seen, prompt, is_first=False))
+        self.rendered.append(RenderedTurn(_with_read_files(seen, prompt), prompt, is_first=False))
         return prompt, bridged
 
     def items(self, parts: Sequence[Image | Video]) -> tuple[MMItem, ...]:
@@ -94,8 +95,34 @@ class WatchedRenderer:
 
 
 def _decoded(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """The messages with their images decoded now, because an env may draw on them later. Raises `ImageError`."""
-    return with_images(messages, [decode(part.source) for part in images_of(messages)])
+    """The messages with their images and frames decoded now, because an env may draw on them later. Raises
+    `ImageError`."""
+    return with_media(messages, map(_decoded_part, media_of(messages)))
+
+
+def _decoded_part(part: Image | Video) -> Image | Video:
+    if isinstance(part, Image):
+        return Image(decode(part.source))
+    if _is_file(part):
+        return part
+    frames = [decode(frame) for frame in part.source]
+    # The renderer refuses what does not fit together.
+    return Video(np.stack(frames), part.fps, part.times) if len({f.shape for f in frames}) == 1 else part
+
+
+def _is_file(part: Image | Video) -> bool:
+    return isinstance(part.source, str | bytes | Path)
+
+
+def _with_read_files(messages: tuple[Message, ...], prompt: Prompt) -> tuple[Message, ...]:
+    """The messages, whose files of videos are replaced by the frames that the renderer has read from them."""
+    media = media_of(messages)
+    videos = [part for part in media if isinstance(part, Video)]
+    items = prompt.videos[len(prompt.videos) - len(videos) :]
+    read = {
+        id(part): Video(item.frames, item.rate, item.times.tolist()) for part, item in zip(videos, items, strict=True)
+    }
+    return with_media(messages, [read[id(part)] if _is_file(part) else part for part in media])
 
 
 class WatchedEngine:

@@ -284,7 +284,7 @@ def test_an_engine_that_takes_one_image_for_another(run: Run) -> None:
             dataclasses.replace(image, mm_kwargs=old.mm_kwargs)
             for image, old in zip(prompt.images, images, strict=True)
         )
-        return dataclasses.replace(prompt, images=pixels)
+        return dataclasses.replace(prompt, mm_items=pixels)
 
     run.engine = TamperingEngine(run.engine, first_seen)
     assert "images, engine" in failed(run)
