@@ -317,6 +317,14 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
         "max_new_tokens=8 is too short .* = 8 letters, .* set orchestrator.max_new_tokens=9 or more",
     ),
     (("model.tiny.num_key_value_heads=3",), "model.tiny.num_attention_heads=4 .* num_key_value_heads=3"),
+    (
+        ("model.vlm.video.num_frames=65",),
+        r"num_frames=65 is more than model\.vlm\.video\.max_frames=64, so every video .*max_frames=65, or",
+    ),
+    (
+        ("model.vlm.video.max_frames=257",),
+        r"max_frames=257 is more than model\.vlm\.video\.max_episode_frames=256, so .*max_episode_frames=257 or",
+    ),
     (("model.vlm.positions=rope",), "model.vlm.positions=rope names no position function.* mrope, sequential"),
     (("model.vlm.freeze_vision=true", "model.vlm.freeze_language=true"), "freeze the whole model"),
     (("model/lora=all_linear", "model.vlm.freeze_language=true"), "freeze_language=true has no effect with model.lora"),

@@ -83,6 +83,7 @@ RULES: tuple[Rule, ...] = (
     _of_config(model.image_token_is_known),
     _of_config(model.size_is_numbers),
     _of_config(numbers.numbers_in_range),
+    _of_config(model.frame_budgets_fit),
     _of_config(engine.kinds_are_chosen),
     _of_config(engine.servers_have_one_place),
     _of_config(engine.weights_reach_engine),

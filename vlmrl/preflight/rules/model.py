@@ -75,6 +75,25 @@ def renderer_exists(config: RunConfig, site: Site) -> None:
     package_config(name, renderer.options, "model.vlm.renderers" if renderer.name == "auto" else KEY)
 
 
+def frame_budgets_fit(config: RunConfig) -> None:
+    """A video may have the frames that are shown of it, and an episode those of one video."""
+    video = config.model.vlm.video if config.model.vlm is not None else None
+    if video is None:
+        return
+    if video.num_frames is not None and video.num_frames > video.max_frames:
+        raise ConfigError(
+            f"model.vlm.video.num_frames={video.num_frames} is more than model.vlm.video.max_frames="
+            f"{video.max_frames}, so every video would be refused: set model.vlm.video.max_frames={video.num_frames}, "
+            "or show fewer frames"
+        )
+    if video.max_frames > video.max_episode_frames:
+        raise ConfigError(
+            f"model.vlm.video.max_frames={video.max_frames} is more than model.vlm.video.max_episode_frames="
+            f"{video.max_episode_frames}, so a video of that length would end its episode before the first answer: set "
+            f"model.vlm.video.max_episode_frames={video.max_frames} or lower model.vlm.video.max_frames"
+        )
+
+
 def positions_are_known(config: RunConfig) -> None:
     """`model.vlm.positions` names a position function."""
     vlm = config.model.vlm
