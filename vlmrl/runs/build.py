@@ -55,6 +55,7 @@ from vlmrl.orchestrator.sampling import Truncation
 from vlmrl.orchestrator.scoring import Scorer
 from vlmrl.orchestrator.stream import FixedProblems
 from vlmrl.orchestrator.task_threads import TaskThreads
+from vlmrl.preflight.rules.video_rows import rows_are_shown
 from vlmrl.ranks.commands import Command
 from vlmrl.ranks.rank_group import RankGroup
 from vlmrl.record.logs import MainLog
@@ -273,6 +274,7 @@ def build_run(config: RunConfig, run_dir: RunDir, monitor: Monitor, rank_group: 
     """Build every part of a run; the engine is not started yet."""
     seed_process(config)
     task = load_task(config.task, seed=config.seed)
+    rows_are_shown(config, task)
     texts = texts_of_run(config, task)
     folder = checkpoint = resolve_checkpoint(config.model, texts)
     model = make_model(config, folder, rank_group)

@@ -21,6 +21,7 @@ from vlmrl.orchestrator.sampling import Truncation
 from vlmrl.orchestrator.scoring import Scorer, is_scored
 from vlmrl.orchestrator.stream import FixedProblems
 from vlmrl.orchestrator.task_threads import TaskThreads
+from vlmrl.preflight.rules.video_rows import rows_are_shown
 from vlmrl.rewards.extract import extractor, last_boxed, last_tagged
 from vlmrl.runs.problems import ProblemSource
 from vlmrl.tasks.loading import load_task
@@ -67,6 +68,7 @@ def _player(
         task_config = own.own_task
         with keys_at(f"{key}.task"):
             task = load_task(task_config, seed=config.seed)
+            rows_are_shown(config, task)
         scorer = Scorer.of(config.reward, task_config, TaskThreads().run, f"{key}.task")
         endpoint = EndpointOfRun.of(config)
         envs = make_envs(task_config, task, endpoint, seed=config.seed, logs=logs / name)

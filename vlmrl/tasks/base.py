@@ -173,6 +173,15 @@ class HasDataTable(Protocol):
         ...
 
 
+@runtime_checkable
+class HasVideos(Protocol):
+    """A task that knows whether its rows show videos."""
+
+    def shows_videos(self) -> bool:
+        """Whether any of a few rows shows one."""
+        ...
+
+
 @dataclass(frozen=True)
 class Reply:
     """The env's answer to one completion.

@@ -13,7 +13,7 @@ from vlmrl.config.import_paths import import_named, user_code
 from vlmrl.config.model import Init, ModelConfig
 from vlmrl.config.task import TaskConfig
 from vlmrl.errors import ConfigError, UserFault, fenced
-from vlmrl.tasks.base import HasDataTable, Split, Task
+from vlmrl.tasks.base import HasDataTable, HasVideos, Split, Task
 from vlmrl.tasks.border import TaskCodeError, checked_texts, get_num_rows
 from vlmrl.types import Message
 
@@ -93,10 +93,18 @@ class FirstExamples(Task):
     def data_table(self) -> dict[str, str]:
         return data_table_of(self._task)
 
+    def shows_videos(self) -> bool:
+        return shows_videos(self._task)
+
 
 def data_table_of(task: Task) -> dict[str, str]:
     """What the task has read, one line per fact; empty where it does not tell."""
     return task.data_table() if isinstance(task, HasDataTable) else {}
+
+
+def shows_videos(task: Task) -> bool:
+    """Whether a task is known to have rows that show videos."""
+    return isinstance(task, HasVideos) and task.shows_videos()
 
 
 def missing_methods(task_class: type) -> list[str]:

@@ -27,7 +27,7 @@ from vlmrl.config.task import MixtureConfig
 from vlmrl.errors import ConfigError
 from vlmrl.tasks.base import BadRow, FromRow, NotInSplit, Preference, Problem, Reference, Split, Task
 from vlmrl.tasks.border import get_num_rows
-from vlmrl.tasks.loading import data_table_of, load_task, texts_of
+from vlmrl.tasks.loading import data_table_of, load_task, shows_videos, texts_of
 from vlmrl.tasks.preferences import preference_of
 from vlmrl.types import Message
 
@@ -155,6 +155,10 @@ class MixtureTask(Task):
         return {
             f"{name} {fact}": text for name, task in self._tasks.items() for fact, text in data_table_of(task).items()
         }
+
+    def shows_videos(self) -> bool:
+        """Whether rows of any task show videos."""
+        return any(shows_videos(task) for task in self._tasks.values())
 
 
 class HeldOut:

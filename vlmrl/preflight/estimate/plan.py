@@ -27,6 +27,7 @@ from vlmrl.preflight.places import GIB, gpus_needed, processes, uses_gpus
 from vlmrl.preflight.rules.checkpoint import refuse_family
 from vlmrl.preflight.rules.machine import refuse_machine
 from vlmrl.preflight.rules.task import images_are_seen
+from vlmrl.preflight.rules.video_rows import rows_are_shown
 from vlmrl.preflight.settle import COMPILES_NOTHING
 from vlmrl.preflight.site import this_site
 from vlmrl.ranks.place import find_place
@@ -45,6 +46,7 @@ def dry_run(config: RunConfig) -> str:
     refuse_family(config.model)
     images_are_seen(config, this_site())
     task = load_task(config.task, seed=config.seed)
+    rows_are_shown(config, task)
     episode, wrong = _longest_of_tasks(config.task, task)
     sets = {name: each for name, each in config.orchestrator.eval.sets.items() if each.own_task is not None}
     of_sets = {name: _play_set(f"orchestrator.eval.sets.{name}.task", each, config.seed) for name, each in sets.items()}

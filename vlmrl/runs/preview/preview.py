@@ -20,6 +20,7 @@ from vlmrl.config.run import RunConfig
 from vlmrl.config.task import MixtureConfig
 from vlmrl.errors import ConfigError
 from vlmrl.models.checkpoints.load import resolve_checkpoint
+from vlmrl.preflight.rules.video_rows import rows_are_shown
 from vlmrl.record.run_dir import RunDir
 from vlmrl.runs.build import RenderingParts, build_renderer
 from vlmrl.runs.preview.answers import answers_now
@@ -47,6 +48,7 @@ PROGRESS_EVERY_S = 5.0
 def preview(config: RunConfig) -> int:
     """Show the preview of a run and return the exit code. Raises ConfigError."""
     task = load_task(config.task, seed=config.seed)
+    rows_are_shown(config, task)
     folder = resolve_checkpoint(config.model, texts_of_run(config, task))
     parts = build_renderer(config, folder)
     if config.row is not None:

@@ -72,6 +72,11 @@ class Draft:
     """What the assistant says; None where no column has it."""
     options: tuple[str, ...]
 
+    @property
+    def shows_videos(self) -> bool:
+        """Whether the prompt shows a video."""
+        return bool(self.videos) or any(isinstance(cell, VideoCell) for cell in self.own)
+
 
 @dataclass(frozen=True)
 class Drafting:

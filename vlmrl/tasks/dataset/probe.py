@@ -59,6 +59,11 @@ class Pool:
         """Whether any of the first rows says what the assistant says."""
         return any(draft.demonstration is not None for draft in self.drafts(LOOKED_AT))
 
+    @property
+    def shows_videos(self) -> bool:
+        """Whether any of a few rows shows a video."""
+        return any(draft.shows_videos for draft in self.drafts(LOOKED_AT))
+
     def table(self) -> dict[str, str]:
         """What was opened and recognized: the number of rows, and the columns of each role."""
         table = {"rows": f"{len(self.rows):,} of {self.rows.origin}"} | self.layout.table(self.rows.columns)

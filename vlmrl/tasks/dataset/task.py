@@ -109,6 +109,10 @@ class DatasetTask(Task):
             held_out = {f"evaluation {role}": text for role, text in self._pools["eval"].table().items()}
         return self._pools["train"].table() | held_out
 
+    def shows_videos(self) -> bool:
+        """Whether any of a few rows shows a video."""
+        return any(pool.shows_videos for pool in self._pools.values())
+
     def num_rows(self, split: Split) -> int:
         return len(self._pools[split].rows)
 

@@ -1,0 +1,61 @@
+"""Rows with videos have a model that takes them, a renderer that makes them, and the packages that read them.
+
+The columns of a data set are known when it is opened, so `rows_are_shown` is called with the loaded task, before the
+model is loaded. A column that `task.columns.videos` names is known before: `video_columns_are_shown`.
+"""
+
+from __future__ import annotations
+
+from vlmrl.config.dataset import DatasetConfig
+from vlmrl.config.orchestrator import TEMPLATE
+from vlmrl.config.program import ProgramConfig
+from vlmrl.config.run import RunConfig
+from vlmrl.config.task import tasks_of
+from vlmrl.errors import ConfigError
+from vlmrl.preflight.installed import Need, is_installed, pip_line
+from vlmrl.preflight.rules.task import PLAYING
+from vlmrl.preflight.site import Site
+from vlmrl.tasks.base import Task
+from vlmrl.tasks.loading import shows_videos
+
+
+def video_columns_are_shown(config: RunConfig, site: Site) -> None:
+    """Columns that are named for videos are shown."""
+    if config.mode not in PLAYING:
+        return
+    for key, task in tasks_of(config.task).items():
+        if isinstance(task, DatasetConfig) and not isinstance(task, ProgramConfig) and task.columns.videos:
+            _refuse(config, f"{key}.columns.videos={task.columns.videos} shows videos")
+
+
+def rows_are_shown(config: RunConfig, task: Task, key: str = "task") -> None:
+    """Refuse a task whose rows show videos, where the run cannot show them. `key` is that of its settings."""
+    if not shows_videos(task):
+        return
+    remedy = f"or leave the videos out with {key}.columns.videos=[]"
+    _refuse(config, f"the rows of {key}.path show videos", remedy)
+    for package in ("av", "torchvision"):
+        if not is_installed(package):
+            need = Need(package, f"{key}.path with videos", "no video can be shown", pip_line("video"), remedy[3:])
+            raise ConfigError(need.message())
+
+
+def _refuse(config: RunConfig, what: str, remedy: str = "or leave the videos out") -> None:
+    vlm, renderer = config.model.vlm, config.orchestrator.renderer
+    if vlm is None:
+        raise ConfigError(
+            f"{what}, and model.name={config.model.name} is a text-only model (model.vlm=null), so every rollout would "
+            f"fail: choose a model that takes videos, such as model=qwen3vl, {remedy}"
+        )
+    if vlm.video is None:
+        raise ConfigError(
+            f"{what}, and model.vlm.family={vlm.family} takes none (model.vlm.video=null), so every rollout would "
+            f"fail: choose a model that takes videos, such as model=qwen3vl, {remedy}"
+        )
+    assert renderer is not None, "preflight refuses a run without a renderer"
+    name = vlm.renderers[0] if renderer.name == "auto" else renderer.name
+    if name != TEMPLATE:
+        raise ConfigError(
+            f"{what}, and orchestrator.renderer.name={renderer.name} makes none, so every rollout would fail: set "
+            f"orchestrator/renderer=template, {remedy}"
+        )
