@@ -10,6 +10,7 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from vlmrl.config.dataset import DatasetConfig
 from vlmrl.config.gymnasium import GymnasiumConfig
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.model import BaseDtype
@@ -99,6 +100,14 @@ def needs(config: RunConfig) -> Iterator[Need]:
             "there is no environment to play",
             pip_line("gymnasium"),
             "choose another task",
+        )
+    if any(isinstance(task, DatasetConfig) and task.columns.videos for task in tasks_of(config.task).values()):
+        yield Need(
+            "torchvision",
+            "task.columns.videos",
+            "no video can be shown",
+            pip_line("video"),
+            "set task.columns.videos=[]",
         )
     if isinstance(config.inference, VllmConfig):
         yield from _needs_of_vllm(config, config.inference)

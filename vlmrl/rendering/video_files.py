@@ -207,7 +207,7 @@ def _timeline(file: BinaryIO) -> Timeline:
     if packets < stated:
         raise VideoError(f"its header states {stated} frames and it has {packets}: it is cut off")
     if len(stamps) < 2:
-        raise VideoError(f"it has {len(stamps)} frames, which show no time: show it as an image")
+        raise VideoError("it has one frame, which shows no time: show it as an image" if stamps else "it has no frame")
     if any(stamp is None for stamp in stamps):
         if average <= 0:
             raise VideoError("it does not say when its frames are shown: convert it to MP4")

@@ -109,6 +109,20 @@ def test_the_times_of_a_container_are_rounded_and_do_not_make_a_rate_variable() 
     np.testing.assert_allclose(clip.times, np.arange(40) / 30, rtol=1e-3)
 
 
+def test_a_frame_of_vp8_that_is_never_shown_does_not_count() -> None:
+    """The bit after the version says whether a frame is shown (RFC 6386, section 9.1); here of the third."""
+    av = pytest.importorskip("av")
+    data = encoded(moving(8), kind=("webm", "libvpx", "yuv420p"))
+    with av.open(io.BytesIO(data)) as container:
+        packets = [bytes(packet) for packet in container.demux(video=0) if packet.size]
+    third = packets[2]
+    assert third[0] & 0x10
+    assert data.count(third) == 1
+    hidden = data.replace(third, bytes([third[0] & ~0x10]) + third[1:])
+    whole, cut = read(data), read(hidden, lambda total, rate: np.arange(total))
+    assert {frame.tobytes() for frame in cut.frames} == {f.tobytes() for k, f in enumerate(whole.frames) if k != 2}
+
+
 def test_times_begin_at_the_first_frame() -> None:
     clip = read(encoded(moving(5), stamps=[700, 800, 900, 1000, 1100]))
     np.testing.assert_allclose(clip.times, np.arange(5) / 10, atol=1e-9)
@@ -144,7 +158,7 @@ def test_only_frames_up_to_the_last_chosen_one_are_decoded(monkeypatch: pytest.M
 
 def test_a_video_of_one_frame_is_refused() -> None:
     with pytest.raises(
-        VideoError, match=r"an encoded video of \d+ bytes: it has 1 frames, which show no time: show it"
+        VideoError, match=r"an encoded video of \d+ bytes: it has one frame, which shows no time: show it"
     ):
         read(encoded(moving(1)))
     with pytest.raises(VideoError, match="one frame of the video would be shown"):

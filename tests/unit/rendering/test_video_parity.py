@@ -20,8 +20,11 @@ from numpy.typing import NDArray
 
 from support.families.clips import FPS, ByTransformers, video_renderer, vlm_of
 from support.video_files import encoded, moving
+from vlmrl.errors import ModelError
 from vlmrl.models.families import family_of
-from vlmrl.rendering import item_store, video_store, videos
+from vlmrl.orchestrator.rollout import rendering_fence
+from vlmrl.rendering import item_store, video_files, video_store, videos
+from vlmrl.rendering.images import VideoError
 from vlmrl.rendering.renderer import FamilyRenderer
 from vlmrl.types import Message, Prompt, Video, VideoItem, mm_token_type_ids
 
@@ -184,6 +187,33 @@ def test_a_file_is_decoded_once_for_all_siblings(case: Case, tmp_path: Path, mon
     (other,) = case.renderer.items([Video(tmp_path / "a.mkv")])
     assert other.hash != items[0].hash
     assert len(decoded) == 2
+
+
+@ONE_FAMILY
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.mkv"
+    path.write_bytes(encoded(moving(8, seed=5)))
+    real = videos.decode_file
+
+    def changed(*args: Any) -> Any:
+        path.write_bytes(path.read_bytes() + b"more")
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(video_store, "decode_file", changed)
+        with pytest.raises(VideoError, match=r"the video file .*a\.mkv: it changed while it was read"):
+            case.renderer.items([Video(path)])
+    assert len(case.renderer.items([Video(path)])[0].mm_kwargs) == 2
+
+
+@ONE_FAMILY
+def test_without_pyav_no_rollout_is_charged(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error that ends the run, also out of the fence around the messages."""
+    monkeypatch.setattr(video_files, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"pip install 'vlmrl\[video\]'"), rendering_fence():
+        case.prompt(Video(b"a file"))
 
 
 @ONE_FAMILY

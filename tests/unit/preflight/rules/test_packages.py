@@ -31,6 +31,11 @@ from vlmrl.preflight.site import Site
             r"weight_sync=nccl needs the package vllm.*in the version of the servers",
         ),
         (
+            ("task=dataset", "task.path=rows.jsonl", "task.columns.videos=clip"),
+            "torchvision",
+            r"^task\.columns\.videos needs the package torchvision.*no video can be shown.*'vlmrl\[video\]', or set",
+        ),
+        (
             ("monitor.wandb.mode=online",),
             "wandb",
             r"monitor\.wandb\.mode=online needs the package wandb.*'vlmrl\[wandb\]', or set .*=disabled",
