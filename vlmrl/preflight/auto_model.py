@@ -1,6 +1,7 @@
 """`model=auto`: what the checkpoint says fills what the user left open, after composing and before checking.
 
     model.vlm.<field>=auto   the family's file in conf/model/vlm, where there is one; else the checkpoint's own files
+    model.vlm.video          null for a family whose file has no videos
     model.vlm                null for a checkpoint without a vision tower
     model.dtype=auto         the checkpoint's own on a GPU, float32 on a CPU; inference.dtype=auto likewise
     orchestrator.renderer    `template` for a text-only model for which none is set
@@ -69,7 +70,8 @@ def known_families() -> dict[str, dict[str, Any]]:
 
 
 def _open_fields(vlm: VLMConfig) -> list[str]:
-    return [name for name in FOUND if getattr(vlm, name) in (AUTO, [AUTO])]
+    fields = [name for name in FOUND if getattr(vlm, name) in (AUTO, [AUTO])]
+    return [*fields, "video.token"] if vlm.video is not None and vlm.video.token == AUTO else fields
 
 
 def _filled(model: ModelConfig, facts: Facts) -> tuple[VLMConfig | None, list[str]]:
@@ -79,7 +81,7 @@ def _filled(model: ModelConfig, facts: Facts) -> tuple[VLMConfig | None, list[st
     if not facts.has_images:
         return None, [f"{where}, without a vision tower, so it is a text-only model (as ~model/vlm would say)"]
     known = known_families().get(facts.family, {})
-    fields = {name: _found(name, facts, known) for name in _open_fields(model.vlm)}
+    fields = {name: _found(name, facts, known) for name in _open_fields(model.vlm) if name in FOUND}
     if fields.get("image_token", "") is None:
         from vlmrl.models.checkpoints.facts import IMAGE_TOKEN_KEYS
 
@@ -87,9 +89,7 @@ def _filled(model: ModelConfig, facts: Facts) -> tuple[VLMConfig | None, list[st
             f"{where}, and it has no {' or '.join(IMAGE_TOKEN_KEYS)} that tokenizer.json spells, so no placeholder "
             "would be found: set model.vlm.image_token=<the token that stands for an image>"
         )
-    if fields.get("family") and model.vlm.video is None and known.get("video") is not None:
-        fields["video"] = VideoConfig(**known["video"])  # no checkpoint says it
-    vlm = dataclasses.replace(model.vlm, **fields)
+    vlm = dataclasses.replace(model.vlm, **fields, video=_video(model.vlm, facts, known))
     source = f"conf/model/vlm has its family: model/vlm={_file_of(facts.family)}" if known else "as model/vlm=<file>"
     return vlm, [f"{where}; {source}", *_as_yaml(vlm)]
 
@@ -104,6 +104,16 @@ def _found(name: str, facts: Facts, known: Mapping[str, Any]) -> Any:
         "positions": facts.positions,
         "image_token": facts.image_token,
     }[name]
+
+
+def _video(vlm: VLMConfig, facts: Facts, known: Mapping[str, Any]) -> VideoConfig | None:
+    """`model.vlm.video` with the checkpoint's own token. None for a family whose file in conf/model/vlm has no videos,
+    and for a checkpoint without a token for them."""
+    if vlm.video is None or vlm.video.token != AUTO:
+        return vlm.video
+    if "video" not in known or facts.video_token is None:
+        return None
+    return dataclasses.replace(vlm.video, token=facts.video_token)
 
 
 def _file_of(family: str) -> str:

@@ -75,6 +75,38 @@ def test_an_unknown_family_is_read_from_its_files(
     ]
 
 
+QWEN = {
+    "model_type": "qwen3_vl",
+    "image_token_id": 7,
+    "video_token_id": 8,
+    "vision_config": {},
+    "text_config": {},
+}
+
+
+def test_videos_have_the_token_of_the_checkpoint(
+    run_config: Callable[..., RunConfig], checkpoint: Callable[..., str]
+) -> None:
+    name = checkpoint(QWEN, {7: "<|image_pad|>", 8: "<film>"})
+    config, notes = filled(run_config, name, "model.vlm.video.fps=1")
+    assert config.model.vlm is not None
+    assert config.model.vlm.video == VideoConfig(token="<film>", fps=1.0)
+    assert "    video: {token: <film>}" in notes
+    config, _ = filled(run_config, name, "model.vlm.video=null")
+    assert config.model.vlm is not None
+    assert config.model.vlm.video is None
+
+
+@pytest.mark.parametrize("config", [QWEN | {"video_token_id": 9}, GEMMA | {"video_token_id": 8}, GEMMA])
+def test_no_videos_without_a_token_or_a_family_that_has_them(
+    run_config: Callable[..., RunConfig], checkpoint: Callable[..., str], config: dict[str, Any]
+) -> None:
+    found, notes = filled(run_config, checkpoint(config, {7: "<image_soft_token>", 8: "<film>"}))
+    assert found.model.vlm is not None
+    assert found.model.vlm.video is None
+    assert not any("video:" in note for note in notes)
+
+
 def test_what_the_user_set_stays(run_config: Callable[..., RunConfig], checkpoint: Callable[..., str]) -> None:
     name = checkpoint(UNKNOWN)  # no token of this id: not looked for
     config, _ = filled(
@@ -90,15 +122,6 @@ def test_an_image_token_that_nothing_spells_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=r"no image_token_id or image_token_index .* set model.vlm.image_token="):
         filled(run_config, checkpoint(UNKNOWN, {6: "no"}))
-
-
-def test_a_known_family_takes_its_videos(run_config: Callable[..., RunConfig], checkpoint: Callable[..., str]) -> None:
-    """By its file in conf/model/vlm, because no file of a checkpoint names the token."""
-    content = {**UNKNOWN, "model_type": "qwen2_5_vl"}
-    config, notes = filled(run_config, checkpoint(content))
-    assert config.model.vlm is not None
-    assert config.model.vlm.video == VideoConfig("<|video_pad|>")
-    assert any("video: {token: <|video_pad|>}" in note for note in notes)
 
 
 def test_no_vision_tower_is_a_text_only_model(

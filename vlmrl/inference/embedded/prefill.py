@@ -184,11 +184,12 @@ def _inputs(
         rows = row[nodes[start:]]
         fresh = rows >= 0
         length = len(source.token_ids)
-        positions = model.policy.positions(length, source.placeholders, source.mm_items)
-        prompt.next_position = positions[1:, -1].max() + 1
+        positions = model.policy.positions(length + 1, source.placeholders, source.mm_items)
+        # Behind a video that ends the prompt, the next text has not the largest position of its frames, plus one.
+        prompt.next_position = positions[1:, -1].max()
         prompt.next_text_position = length
         token_ids[rows[fresh]] = source.token_ids[start:][fresh]
-        position_ids[:, rows[fresh]] = positions[:, start:][:, fresh]
+        position_ids[:, rows[fresh]] = positions[:, start:length][:, fresh]
         types[rows[fresh]] = mm_token_type_ids(length, source.placeholders)[start:][fresh]
         for placeholder, item in zip(source.placeholders, source.mm_items, strict=True):
             first = int(row[nodes[placeholder.offset]])

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, before it is loaded: its family, its image token, its positions, its dtype.
+"""What a checkpoint says of itself, before it is loaded: its family, its image and video tokens, positions, dtype.
 
 Reads config.json and, for the spelling of the image token, tokenizer.json. Imports no torch.
 """
@@ -31,6 +31,8 @@ class Facts:
     """Whether it has a vision tower whose features take the place of tokens."""
     image_token: str | None
     """The placeholder token, as the tokenizer spells it; None where config.json names none, and for text only."""
+    video_token: str | None
+    """The placeholder token of a video, as the tokenizer spells it; None where config.json names none."""
     positions: str
     """`mrope` where config.json divides the rotary frequencies among time, height and width, else `sequential`."""
     dtype: str | None
@@ -57,11 +59,13 @@ def read_facts(name: str) -> Facts:
             "config.json has a vision_config, or train its language model alone with ~model/vlm"
         )
     ids = [config[key] for key in IMAGE_TOKEN_KEYS if isinstance(config.get(key), int)]
+    video_id = config.get("video_token_id")
     dtype = next((str(found) for found in _values(config, ("dtype", "torch_dtype")) if found), None)
     return Facts(
         family=family,
         has_images=has_images,
         image_token=_spelling(name, ids[0]) if has_images and ids else None,
+        video_token=_spelling(name, video_id) if has_images and isinstance(video_id, int) else None,
         positions="mrope" if any(True for _ in _values(config, ("mrope_section",))) else "sequential",
         dtype=dtype.removeprefix("torch.") if dtype is not None else None,
     )
