@@ -35,9 +35,9 @@ TINY = ModelConfig(
 )
 
 TEXT_TOKENS = 256
-VISION_START, VISION_END, IMAGE_PAD, END = (
+VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD, END = (
     TEXT_TOKENS + SPECIAL_TOKENS.index(token)
-    for token in ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|im_end|>")
+    for token in ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|im_end|>")
 )
 MERGE = 2
 """Patches per side of one image token."""
@@ -75,9 +75,10 @@ def _flatten(parts: tuple[Part, ...]) -> tuple[IntArray, list[bool], list[Placeh
     placeholders, images = [], []
     for part in parts:
         if isinstance(part, MMItem):
-            placeholders.append(Placeholder(len(ids) + 1, part.num_tokens, part.hash))
+            placeholders.append(Placeholder(len(ids) + 1, part.num_tokens, part.hash, modality=part.modality))
             images.append(part)
-            ids += [VISION_START, *[IMAGE_PAD] * part.num_tokens, VISION_END]
+            pad = IMAGE_PAD if part.modality == "image" else VIDEO_PAD
+            ids += [VISION_START, *[pad] * part.num_tokens, VISION_END]
         elif isinstance(part, Sampled):
             ids += part.token_ids
         else:
@@ -98,8 +99,8 @@ def extended(before: Prompt, completion: IntArray, *parts: Part) -> Prompt:
     start = len(before.token_ids) + len(completion)
     return Prompt(
         np.concatenate([before.token_ids, completion, more.token_ids]),
-        (*before.placeholders, *(Placeholder(start + p.offset, p.length, p.hash) for p in more.placeholders)),
-        (*before.images, *more.images),
+        (*before.placeholders, *(replace(p, offset=start + p.offset) for p in more.placeholders)),
+        (*before.mm_items, *more.mm_items),
     )
 
 

@@ -1,15 +1,21 @@
 """The blind control: measure how much the policy's answers depend on its images.
 
-    a step's samples ─▶ SAMPLES of them ─┬─ unchanged ────────────────┐
-                                         ├─ every image mid-grey ─────┼─▶ trainer.logprobs ─▶ nats per token
-                                         └─ images of other problems ─┘
+    a step's samples ─▶ SAMPLES of them ─┬─ unchanged ──────────────────────┐
+                                         ├─ every image mid-grey ───────────┼─▶ trainer.logprobs ─▶ nats per token
+                                         ├─ images of other problems ───────┤
+                                         ├─ frames of videos in other order ┤
+                                         └─ first frame of videos only ─────┘
 
-    vision_gap/blank     mean logprob of the loss tokens with the real images, minus that with grey images
-    vision_gap/shuffled  mean logprob with the real images, minus that with images of other problems of the step
+    vision_gap/blank        mean logprob of the loss tokens with the real images, minus that with grey images
+    vision_gap/shuffled     mean logprob with the real images, minus that with images of other problems of the step
+    vision_gap/order        mean logprob with the real videos, minus that with their frames in another order
+    vision_gap/first_frame  mean logprob with the real videos, minus that with the first frame in place of all
 
 The tokens were sampled with the real images, so each gap estimates KL(with ‖ without images) per token. It is 0 for a
 policy that ignores its images, and grows with their influence on the answer. `blank` shows whether the policy uses the
 images at all. `shuffled` shows whether their content matters; it uses images like those that the policy was trained on.
+A video counts as an image there. `order` and `first_frame` show whether time matters: they are 0 for a policy that
+looks at the frames of a video one by one.
 
 Only the pixels change; token ids, placeholders and positions stay those of the sample. A blank image has the same
 height and width in mid-grey, RGB (128, 128, 128), and passes through the renderer like any other. (Zeros in the
@@ -26,14 +32,14 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
 
 from vlmrl.rendering.renderer import Renderer
-from vlmrl.types import Image, ImageItem, MMItem, Trainer, TrainingSample, Video
+from vlmrl.types import Image, ImageItem, IntArray, MMItem, Trainer, TrainingSample, Video, VideoItem
 
 SAMPLES = 8
 """How many samples of the step are scored again, at even distances. Each costs three short forward passes."""
@@ -57,7 +63,8 @@ class VisionGap:
         """Measure the gap on the samples of `step` (1-based), before they are trained on.
 
         Returns `vision_gap/…` in nats per token and `time/vision_gap` in seconds; empty where the control is not due
-        or no sample has an image. `vision_gap/shuffled` is missing where no sample has replacements for its images.
+        or no sample has an image. `vision_gap/shuffled` is missing where no sample has replacements for its images,
+        `vision_gap/order` and `vision_gap/first_frame` where none has a video.
         """
         if self.every == 0 or (step - 1) % self.every:
             return {}
@@ -66,20 +73,37 @@ class VisionGap:
         if not with_image:
             return {}
         real = evenly(with_image, SAMPLES)
-        blank = [self._blanked(sample) for sample in real]
-        shuffled = list(shuffle_images(real, with_image))
-        scored = self.trainer.logprobs([*real, *blank, *(sample for _, sample in shuffled)])
-        mean = [float(logprobs.mean()) for logprobs in scored]
-        tokens = [len(logprobs) for logprobs in scored[: len(real)]]
-
-        def gap(pairs: Sequence[tuple[int, int]]) -> float:
-            """(index of a real sample, index of its counterpart) pairs → the gap, averaged over their tokens."""
-            return float(np.average([mean[a] - mean[b] for a, b in pairs], weights=[tokens[a] for a, _ in pairs]))
-
-        metrics = {"vision_gap/blank": gap([(i, len(real) + i) for i in range(len(real))])}
-        if shuffled:
-            metrics["vision_gap/shuffled"] = gap([(i, 2 * len(real) + j) for j, (i, _) in enumerate(shuffled)])
+        controls: dict[str, list[tuple[int, TrainingSample]]] = {
+            "blank": [(index, self._blanked(sample)) for index, sample in enumerate(real)],
+            "shuffled": list(shuffle_images(real, with_image)),
+            "order": list(self._with_frames(real, _another_order)),
+            "first_frame": list(self._with_frames(real, lambda video, draw: np.zeros(len(video.frames), np.int64))),
+        }
+        changed = [sample for pairs in controls.values() for _, sample in pairs]
+        scored = self.trainer.logprobs([*real, *changed])
+        of_changed = iter(scored[len(real) :])
+        metrics = {}
+        for name, pairs in controls.items():
+            gaps = [scored[index].mean() - next(of_changed).mean() for index, _ in pairs]
+            if gaps:
+                tokens = [len(scored[index]) for index, _ in pairs]
+                metrics[f"vision_gap/{name}"] = float(np.average(gaps, weights=tokens))
         return {**metrics, "time/vision_gap": time.perf_counter() - started}
+
+    def _with_frames(
+        self, samples: Sequence[TrainingSample], choose: Callable[[VideoItem, random.Random], IntArray]
+    ) -> Iterator[tuple[int, TrainingSample]]:
+        """Yield (index in `samples`, the sample with other frames at the same times) for each sample that shows a
+        video. `choose` returns which frame is shown in the place of each. The draw depends only on the rollout id."""
+        for index, sample in enumerate(samples):
+            videos = [item for item in sample.mm_items if isinstance(item, VideoItem)]
+            if not videos:
+                continue
+            draw = random.Random(sample.rollout_id)
+            chosen = [(video, video.frames[choose(video, draw)]) for video in videos]
+            made = iter(self.renderer.items([Video(each, of.rate, of.times.tolist()) for of, each in chosen]))
+            items = [next(made) if isinstance(item, VideoItem) else item for item in sample.mm_items]
+            yield index, with_items(sample, items)
 
     def _blanked(self, sample: TrainingSample) -> TrainingSample:
         return with_items(sample, self.renderer.items([_grey(item) for item in sample.mm_items]))
@@ -90,6 +114,14 @@ def _grey(item: MMItem) -> Image | Video:
     if isinstance(item, ImageItem):
         return Image(np.full(item.pixels.shape, GREY, np.uint8))
     return Video(np.full(item.frames.shape, GREY, np.uint8), item.rate, item.times.tolist())
+
+
+def _another_order(video: VideoItem, draw: random.Random) -> IntArray:
+    """int64 [T]; the frames in another order than theirs."""
+    places = list(range(len(video.frames)))
+    while (order := draw.sample(places, len(places))) == places:
+        pass
+    return np.array(order, np.int64)
 
 
 def evenly(samples: Sequence[TrainingSample], count: int) -> list[TrainingSample]:

@@ -178,6 +178,12 @@ STEP_KEYS: dict[str, StepKey] = {
     "vision_gap/shuffled": _sometimes(
         "nats per token", "The same against images of other problems. Where the step has images of the same size."
     ),
+    "vision_gap/order": _sometimes(
+        "nats per token", "The same against the frames of the videos in another order. Steps with videos."
+    ),
+    "vision_gap/first_frame": _sometimes(
+        "nats per token", "The same against the first frame of each video in place of all. Steps with videos."
+    ),
     "vision_advantage/gap": _sometimes(
         "nats per token",
         "Mean gap of the weighted turns: how much less likely an answer is with the images of another problem. "

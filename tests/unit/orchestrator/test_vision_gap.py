@@ -23,7 +23,7 @@ from vlmrl.models.policy import Policy
 from vlmrl.orchestrator.vision_gap import GREY, SAMPLES, VisionGap, evenly, group_of, layout, shuffle_images
 from vlmrl.rendering.renderer import Renderer, make_renderer
 from vlmrl.trainer.trainer import LocalTrainer
-from vlmrl.types import FloatArray, Image, Message, MMItem, TrainingSample, Video, mm_token_type_ids
+from vlmrl.types import FloatArray, Image, Message, MMItem, TrainingSample, Video, VideoItem, mm_token_type_ids
 
 GREY_ITEM = replace(image(1, 1, 99), hash="grey")
 
@@ -137,6 +137,70 @@ def test_a_repeated_step_draws_the_same_images() -> None:
     batch = [named(g, 0, *(image(1, 1, 10 * g + i) for i in range(4)), Sampled([5])) for g in range(5)]
     assert stand_ins(batch) == stand_ins(batch)
     assert len({tuple(stand_ins(batch, i) or ()) for i in range(5)}) == 5
+
+
+# ── videos ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def clip(*levels: int) -> VideoItem:
+    """A video of one pixel a frame, which has these levels; frame i is shown after i seconds."""
+    frames = np.array(levels, np.uint8).reshape(-1, 1, 1, 1).repeat(3, axis=3)
+    times = np.arange(len(levels), dtype=np.float64)
+    return VideoItem(str(levels), frames, times, 1.0, (), {"pixel_values_videos": np.zeros((1, 1))}, 1)
+
+
+@dataclass(eq=False)
+class Watchers(Neighbours):
+    """As `Neighbours`; a video adds the level of its last frame, in nats."""
+
+    def items(self, parts: Sequence[Image | Video]) -> tuple[MMItem, ...]:
+        self.pictures += parts
+        return tuple(
+            clip(*part.source[:, 0, 0, 0].tolist()) if isinstance(part, Video) else GREY_ITEM for part in parts
+        )
+
+    def logprobs(self, samples: Sequence[TrainingSample]) -> list[FloatArray]:
+        self.asked.append(list(samples))
+        last = [sum(float(i.frames[-1, 0, 0, 0]) for i in s.mm_items if isinstance(i, VideoItem)) for s in samples]
+        return [np.full(int(s.loss_mask.sum()), nats, np.float32) for s, nats in zip(samples, last, strict=True)]
+
+
+def test_gaps_of_videos_say_whether_time_matters() -> None:
+    """Two frames have one other order. Last frames 7 and 2, so other order takes 7 - 1 and 2 - 4, as the first frame
+    alone does; the other video of the step takes 7 - 2 and 2 - 7. Samples of one and of three tokens."""
+    world = Watchers({})
+    found = gap_of(world)(1, [named(0, 0, clip(1, 7), Sampled([5])), named(1, 0, clip(4, 2), Sampled([5, 6, 7]))])
+    assert found.pop("time/vision_gap") > 0
+    assert found == pytest.approx(
+        {
+            "vision_gap/blank": (7 - GREY + 3 * (2 - GREY)) / 4,
+            "vision_gap/shuffled": (5 - 3 * 5) / 4,
+            "vision_gap/order": (6 - 3 * 2) / 4,
+            "vision_gap/first_frame": (6 - 3 * 2) / 4,
+        }
+    )
+
+
+def test_frames_change_their_order_and_nothing_else() -> None:
+    world = Watchers({})
+    both = named(0, 0, RED, clip(1, 2, 3, 4, 5), clip(6, 7, 8), Sampled([5]))
+    again = [gap_of(world)(1, [both]) for _ in range(2)]
+    assert (
+        again[0].keys()
+        == again[1].keys()
+        == {f"vision_gap/{n}" for n in ("blank", "order", "first_frame")} | {"time/vision_gap"}
+    )
+    for _, _, order, first in world.asked:
+        assert order.images == first.images == (RED,)
+        videos = [item for item in order.mm_items if isinstance(item, VideoItem)]
+        levels = [item.frames[:, 0, 0, 0].tolist() for item in videos]
+        assert [sorted(each) for each in levels] == [[1, 2, 3, 4, 5], [6, 7, 8]]
+        assert levels != [[1, 2, 3, 4, 5], [6, 7, 8]]
+        assert [item.times.tolist() for item in videos] == [[0, 1, 2, 3, 4], [0, 1, 2]]
+        assert [item.hash for item in first.mm_items] == [RED.hash, "(1, 1, 1, 1, 1)", "(6, 6, 6)"]
+        np.testing.assert_array_equal(order.token_ids, both.token_ids)
+    one, other = ([item.hash for item in asked[2].mm_items] for asked in world.asked)
+    assert one == other, "a repeated step draws the same order"
 
 
 # ── through the real renderer and policy ────────────────────────────────────────────────────────────────────

@@ -18,8 +18,12 @@ const CHARTS = [
     ["dpo/margin", "difference"],
   ]],
   ["Mismatch of engine and trainer", "nats", [["mismatch_kl/mean", "mean"], ["mismatch_kl/max", "max"]], { log: true }],
-  ["Vision gap", "nats per token", [["vision_gap/blank", "with grey images"], ["vision_gap/shuffled", "with other images"]],
-    { spans: true }],
+  ["Vision gap", "nats per token", [
+    ["vision_gap/blank", "with grey images"],
+    ["vision_gap/shuffled", "with other images"],
+    ["vision_gap/order", "with frames in another order"],
+    ["vision_gap/first_frame", "with the first frame only"],
+  ], { spans: true }],
   ["Entropy", "nats per token", [["entropy", "mean"]]],
   ["Time per step", "s", [
     ["time/rollout", "rollout"],
