@@ -163,6 +163,13 @@ EXCHANGED = {
     f"python -m vlmrl {ZOOMING.replace('zoom', 'zoom,my_tools:brightness')}": (
         f"python -m vlmrl {ZOOMING.replace('zoom', 'zoom,my_tools:brightness')} {LESS}"
     ),
+    "python -m vlmrl experiment=clip_tiny": f"python -m vlmrl experiment=clip_tiny {LESS}",
+    "python -m vlmrl experiment=clip_tiny task.frames=shuffled": (
+        f"python -m vlmrl experiment=clip_tiny task.frames=shuffled {LESS}"
+    ),
+    "python -m vlmrl experiment=clip_tiny task.frames=first": (
+        f"python -m vlmrl experiment=clip_tiny task.frames=first {LESS}"
+    ),
     "python -m vlmrl experiment=small_print_tiny": f"python -m vlmrl experiment=small_print_tiny {LESS}",
     "python -m vlmrl experiment=small_print_tiny tool=[] task.max_turns=1 task.demonstrated_zooms=0": (
         f"python -m vlmrl experiment=small_print_tiny tool=[] task.max_turns=1 task.demonstrated_zooms=0 {LESS}"
@@ -445,6 +452,7 @@ PLUGINS = {
     "hydra/launcher=slurm": "hydra_plugins.hydra_submitit_launcher",
     "hydra/launcher=joblib": "hydra_plugins.hydra_joblib_launcher",
     "+sweep=optuna": "hydra_plugins.hydra_optuna_sweeper",
+    "experiment=clip_tiny": "torchvision",
 }
 """Part of a command → the package of an extra that it needs; skipped where that is not installed."""
 

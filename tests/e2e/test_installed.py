@@ -176,7 +176,7 @@ def test_the_shell_completes(installed: Installed) -> None:
         "vlmrl", "-sc", "install=bash"
     )
     tasks = (
-        *("color_codeword", "dataset", "gymnasium", "imported", "mixture"),
+        *("clip_direction", "color_codeword", "dataset", "gymnasium", "imported", "mixture"),
         *("program", "small_print", "verifiers"),
     )
     assert completed("vlmrl task=") == [f"task={name}" for name in tasks]

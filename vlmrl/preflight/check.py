@@ -41,7 +41,7 @@ from vlmrl.preflight.rules import (
     task,
     tool,
     transfer,
-    video_rows,
+    video,
 )
 from vlmrl.preflight.site import Site, Submission, submitted_site, this_site
 
@@ -148,7 +148,7 @@ RULES: tuple[Rule, ...] = (
     _of_site(packages.packages_are_installed, Stage.here),
     _of_site(model.renderer_exists, Stage.here),
     _of_site(task.images_are_seen, Stage.here),
-    _of_site(video_rows.video_columns_are_shown, Stage.here),
+    _of_config(video.videos_are_shown),
     _of_site(tool.tools_have_images, Stage.here),
     _of_site(program.programs_are_here, Stage.here),
     _of_site(reference.reference_folder_is_there, Stage.here),

@@ -10,6 +10,7 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from vlmrl.config.clip_direction import ClipDirectionConfig
 from vlmrl.config.dataset import DatasetConfig
 from vlmrl.config.gymnasium import GymnasiumConfig
 from vlmrl.config.inference import VllmConfig
@@ -108,6 +109,14 @@ def needs(config: RunConfig) -> Iterator[Need]:
             "no video can be shown",
             pip_line("video"),
             "set task.columns.videos=[]",
+        )
+    if any(isinstance(task, ClipDirectionConfig) for task in tasks_of(config.task).values()):
+        yield Need(
+            "torchvision",
+            "task=clip_direction",
+            "transformers cannot process a video",
+            pip_line("video"),
+            "choose a task without videos",
         )
     if isinstance(config.inference, VllmConfig):
         yield from _needs_of_vllm(config, config.inference)

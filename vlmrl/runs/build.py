@@ -55,7 +55,7 @@ from vlmrl.orchestrator.sampling import Truncation
 from vlmrl.orchestrator.scoring import Scorer
 from vlmrl.orchestrator.stream import FixedProblems
 from vlmrl.orchestrator.task_threads import TaskThreads
-from vlmrl.preflight.rules.video_rows import rows_are_shown
+from vlmrl.preflight.rules.video import rows_are_shown
 from vlmrl.ranks.commands import Command
 from vlmrl.ranks.rank_group import RankGroup
 from vlmrl.record.logs import MainLog

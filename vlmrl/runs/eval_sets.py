@@ -21,7 +21,7 @@ from vlmrl.orchestrator.sampling import Truncation
 from vlmrl.orchestrator.scoring import Scorer, is_scored
 from vlmrl.orchestrator.stream import FixedProblems
 from vlmrl.orchestrator.task_threads import TaskThreads
-from vlmrl.preflight.rules.video_rows import rows_are_shown
+from vlmrl.preflight.rules.video import rows_are_shown
 from vlmrl.rewards.extract import extractor, last_boxed, last_tagged
 from vlmrl.runs.problems import ProblemSource
 from vlmrl.tasks.loading import load_task

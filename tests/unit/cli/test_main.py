@@ -155,8 +155,8 @@ def test_refused(arguments: list[str], messages: list[str], vlmrl: Callable[...,
         (["model/lora=null"], "write ~model/lora or model/lora=[], or choose model/lora=<one of all_linear, nf4>"),
         (
             ["task=null"],
-            "a run needs one: choose task=<one of color_codeword, dataset, gymnasium, imported, mixture, program, "
-            "small_print, verifiers>",
+            "a run needs one: choose task=<one of clip_direction, color_codeword, dataset, gymnasium, imported, "
+            "mixture, program, small_print, verifiers>",
         ),
         (["hydra.run.dirr=x"], "hydra.run.dirr: there is no such key"),
         (["algorithm=rloo,a.b:c"], "algorithm=rloo,a.b:c mixes import paths with names of options"),

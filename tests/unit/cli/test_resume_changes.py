@@ -155,6 +155,7 @@ RUNS = {
         "tool.imported.target=a.b:fn",
     ),
     "small_print": ("task=small_print",),
+    "clip_direction": ("experiment=clip_tiny",),
     "program": ("task=program", "task.command=python agent.py"),
     "verifiers": ("task=verifiers", "task.env=a_taskset"),
     "initial": ("reference=initial",),

@@ -31,6 +31,7 @@ OPTIONS = sorted(
 NOT_ALONE = {
     "orchestrator/renderer=none": "orchestrator.renderer=null leaves",
     "task=imported": "task.target has no value",
+    "task=clip_direction": "orchestrator.renderer.name=auto makes none",
     "task=dataset": "task.path has no value",
     "task=gymnasium": "task.env_id has no value",
     "task=program": "task.command has no value",

@@ -27,7 +27,7 @@ from vlmrl.preflight.places import GIB, gpus_needed, processes, uses_gpus
 from vlmrl.preflight.rules.checkpoint import refuse_family
 from vlmrl.preflight.rules.machine import refuse_machine
 from vlmrl.preflight.rules.task import images_are_seen
-from vlmrl.preflight.rules.video_rows import rows_are_shown
+from vlmrl.preflight.rules.video import rows_are_shown
 from vlmrl.preflight.settle import COMPILES_NOTHING
 from vlmrl.preflight.site import this_site
 from vlmrl.ranks.place import find_place

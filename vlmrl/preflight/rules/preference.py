@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vlmrl.config.clip_direction import ClipDirectionConfig
 from vlmrl.config.dpo import PreferenceLoss
 from vlmrl.config.gymnasium import GymnasiumConfig
 from vlmrl.config.program import ProgramConfig
@@ -12,7 +13,14 @@ from vlmrl.config.verifiers import VerifiersConfig
 from vlmrl.errors import ConfigError
 from vlmrl.preflight.site import Site
 
-WITHOUT_PAIRS = (ColorCodewordConfig, GymnasiumConfig, SmallPrintConfig, ProgramConfig, VerifiersConfig)
+WITHOUT_PAIRS = (
+    ClipDirectionConfig,
+    ColorCodewordConfig,
+    GymnasiumConfig,
+    SmallPrintConfig,
+    ProgramConfig,
+    VerifiersConfig,
+)
 """Tasks that know no worse answers."""
 
 

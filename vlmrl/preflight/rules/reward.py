@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vlmrl.config.algorithm import Credit
+from vlmrl.config.clip_direction import ClipDirectionConfig
 from vlmrl.config.fields import NAME
 from vlmrl.config.gymnasium import GymnasiumConfig
 from vlmrl.config.program import ProgramConfig, scores_itself
@@ -129,7 +130,7 @@ def terms_have_effect(config: RunConfig) -> None:
                 f"to turns, and the terms of {reward_key} score whole episodes, so they would have no effect: set "
                 "algorithm.credit=episode, or leave the terms out (reward=[])"
             )
-        if isinstance(config.task, ColorCodewordConfig | GymnasiumConfig | SmallPrintConfig):
+        if isinstance(config.task, ColorCodewordConfig | ClipDirectionConfig | GymnasiumConfig | SmallPrintConfig):
             for name, term in reward.terms.items():
                 if not isinstance(term, NEED_NO_ANSWER):
                     raise ConfigError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from vlmrl.config.clip_direction import ClipDirectionConfig
 from vlmrl.config.gymnasium import GymnasiumConfig
 from vlmrl.config.reward import RewardConfig
 from vlmrl.config.run import LEARN, Mode, RunConfig
@@ -50,7 +51,7 @@ def images_are_seen(config: RunConfig, site: Site) -> None:
     if config.model.vlm is not None or config.mode not in PLAYING:
         return
     for key, task in tasks_of(config.task).items():
-        if isinstance(task, ColorCodewordConfig | GymnasiumConfig | SmallPrintConfig):
+        if isinstance(task, ColorCodewordConfig | ClipDirectionConfig | GymnasiumConfig | SmallPrintConfig):
             raise ConfigError(
                 f"{key}.kind={task.kind} shows images, and model.name={config.model.name} is a text-only model "
                 "(model.vlm=null), so every rollout would fail: choose a task of texts, such as task=dataset "

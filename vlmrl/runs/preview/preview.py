@@ -20,7 +20,7 @@ from vlmrl.config.run import RunConfig
 from vlmrl.config.task import MixtureConfig
 from vlmrl.errors import ConfigError
 from vlmrl.models.checkpoints.load import resolve_checkpoint
-from vlmrl.preflight.rules.video_rows import rows_are_shown
+from vlmrl.preflight.rules.video import rows_are_shown
 from vlmrl.record.run_dir import RunDir
 from vlmrl.runs.build import RenderingParts, build_renderer
 from vlmrl.runs.preview.answers import answers_now

@@ -12,7 +12,7 @@ from support.row_files import task_of
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import ConfigError
 from vlmrl.preflight import installed
-from vlmrl.preflight.rules.video_rows import rows_are_shown
+from vlmrl.preflight.rules.video import rows_are_shown
 from vlmrl.tasks.loading import FirstExamples
 
 FRAMES = ["img/1.png", "img/2.png"]
@@ -32,7 +32,7 @@ TEMPLATE = (
 
 @pytest.fixture
 def all_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlmrl.preflight.rules.video_rows.is_installed", lambda package: True)
+    monkeypatch.setattr("vlmrl.preflight.rules.video.is_installed", lambda package: True)
 
 
 @pytest.mark.usefixtures("all_installed")
@@ -61,7 +61,7 @@ def test_rows_without_videos_need_nothing(run_config: Callable[..., RunConfig], 
 def test_missing_packages_are_named(
     package: str, run_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vlmrl.preflight.rules.video_rows.is_installed", lambda name: name != package)
+    monkeypatch.setattr("vlmrl.preflight.rules.video.is_installed", lambda name: name != package)
     assert installed.pip_line("video") == "pip install 'vlmrl[video]'"
     with pytest.raises(ConfigError, match=rf"needs the package {package}, .*: pip install 'vlmrl\[video\]', or leave"):
         rows_are_shown(run_config(*TEMPLATE), task_of(tmp_path, ROWS["a column"]))

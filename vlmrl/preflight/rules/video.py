@@ -1,11 +1,13 @@
-"""Rows with videos have a model that takes them, a renderer that makes them, and the packages that read them.
+"""Tasks with videos have a model that takes them, a renderer that makes them, and the packages that read them.
 
 The columns of a data set are known when it is opened, so `rows_are_shown` is called with the loaded task, before the
-model is loaded. A column that `task.columns.videos` names is known before: `video_columns_are_shown`.
+model is loaded. A column that `task.columns.videos` names is known before, and so are the videos of
+task=clip_direction: `videos_are_shown`.
 """
 
 from __future__ import annotations
 
+from vlmrl.config.clip_direction import ClipDirectionConfig
 from vlmrl.config.dataset import DatasetConfig
 from vlmrl.config.orchestrator import TEMPLATE
 from vlmrl.config.program import ProgramConfig
@@ -14,18 +16,19 @@ from vlmrl.config.task import tasks_of
 from vlmrl.errors import ConfigError
 from vlmrl.preflight.installed import Need, is_installed, pip_line
 from vlmrl.preflight.rules.task import PLAYING
-from vlmrl.preflight.site import Site
 from vlmrl.tasks.base import Task
 from vlmrl.tasks.loading import shows_videos
 
 
-def video_columns_are_shown(config: RunConfig, site: Site) -> None:
-    """Columns that are named for videos are shown."""
+def videos_are_shown(config: RunConfig) -> None:
+    """Videos that a task is known to show before it is loaded can be shown."""
     if config.mode not in PLAYING:
         return
     for key, task in tasks_of(config.task).items():
         if isinstance(task, DatasetConfig) and not isinstance(task, ProgramConfig) and task.columns.videos:
             _refuse(config, f"{key}.columns.videos={task.columns.videos} shows videos")
+        if isinstance(task, ClipDirectionConfig):
+            _refuse(config, f"{key}.kind={task.kind} shows videos", "or choose another task")
 
 
 def rows_are_shown(config: RunConfig, task: Task, key: str = "task") -> None:

@@ -1,0 +1,95 @@
+"""clip_direction: what the frames of a clip say of its answer without their order, and the task's contract."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from vlmrl.config.clip_direction import ClipDirectionConfig, Frames
+from vlmrl.errors import ConfigError
+from vlmrl.rendering.images import image_hash
+from vlmrl.tasks.check import check_task
+from vlmrl.tasks.clip_direction import COLORS, WAYS, Clip, ClipDirection, all_clips, draw, video
+from vlmrl.types import Video
+
+SIZE = 32
+GREY = (128, 128, 128)
+
+
+def frames_of(clip: Clip) -> Counter[str]:
+    return Counter(image_hash(frame) for frame in draw(clip, SIZE))
+
+
+def place(frame: np.ndarray, color: str, axis: int) -> int:
+    """Where the square begins along the axis, in quarters of a frame: its first row or column behind a grey one."""
+    mask = (frame == COLORS[color][1]).all(-1).any(1 - axis)
+    (begin,) = [at for at in range(SIZE) if mask[at] and not mask[at - 1]]
+    return begin * 4 // SIZE
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_square_moves_its_way_and_changes_its_color_once(way: str) -> None:
+    """By hand: right and down add a quarter of the frame each time, left and up take one away."""
+    axis, step = {"L": (1, -1), "R": (1, 1), "U": (0, -1), "D": (0, 1)}[way]
+    frames = draw(Clip(way, "2", "3", start=1, lane=3), SIZE)
+    assert frames.shape == (9, SIZE, SIZE, 3)
+    assert {tuple(pixel) for pixel in frames[0].reshape(-1, 3)} == {GREY}
+    for number, color in enumerate("22223333"):
+        frame = frames[1 + number]
+        assert {tuple(pixel) for pixel in frame.reshape(-1, 3)} == {GREY, COLORS[color][1]}
+        assert place(frame, color, axis) == (1 + step * number) % 4
+        assert place(frame, color, 1 - axis) == 3
+
+
+def test_the_frames_without_their_order_fit_four_answers() -> None:
+    """The same frames in reverse order, and with the colors exchanged: so no policy without time beats one in four."""
+    answers: dict[frozenset[tuple[str, int]], set[str]] = {}
+    for clip in all_clips(4):
+        answers.setdefault(frozenset(frames_of(clip).items()), set()).add(clip.answer)
+    assert {len(found) for found in answers.values()} == {4}
+    assert all(len({each[0] for each in found}) == len({each[1] for each in found}) == 2 for found in answers.values())
+
+
+def test_the_controls_show_what_they_say() -> None:
+    clip = Clip("L", "1", "4", 0, 2)
+    whole, shuffled, first = (video(clip, SIZE, shown).source for shown in Frames)
+    assert Counter(map(image_hash, shuffled)) == Counter(map(image_hash, whole))
+    assert not np.array_equal(shuffled, whole)
+    assert first.shape == whole.shape
+    assert (first == 128).all()
+
+
+def test_training_asks_for_every_answer_as_often_and_never_for_a_held_out_clip() -> None:
+    task = ClipDirection(ClipDirectionConfig(), seed=3)
+    clips = [task.problem("train", index) for index in range(160)]
+    assert set(Counter(clip.answer for clip in clips).values()) == {10}
+    held_out = {task.problem("eval", index).id for index in range(768)}
+    assert 60 < len(held_out) < 140  # an eighth of 768
+    assert not held_out & {clip.id for clip in clips}
+    other = ClipDirection(ClipDirectionConfig(), seed=4)
+    assert [other.problem("eval", index) for index in range(9)] == [task.problem("eval", index) for index in range(9)]
+    assert [other.problem("train", index) for index in range(9)] != clips[:9]
+
+
+def test_an_episode_asks_twice_and_shows_the_clip_once() -> None:
+    task = ClipDirection(ClipDirectionConfig(), seed=0)
+    env = task.env(Clip("U", "3", "1", 0, 0))
+    (opening,) = env.reset()
+    assert [type(part) for part in opening.content][1:] == [Video]
+    reply = env.step("U")
+    assert (reply.turn_reward, reply.done, reply.reward) == (1.0, False, 0.0)
+    last = env.step("It was blue: 3")
+    assert (last.turn_reward, last.done, last.reward) == (1.0, True, 1.0)
+    assert last.metrics == {"exact_match": 1.0, "way": 1.0, "first_color": 1.0}
+
+
+def test_it_keeps_the_contract_of_tasks() -> None:
+    task = ClipDirection(ClipDirectionConfig(), seed=0)
+    assert check_task(task, max_turns=2) == []
+
+
+def test_a_frame_that_the_square_cannot_cross_in_quarters_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"task.frame_size=30 is no multiple of 4, .* set it to 32"):
+        ClipDirection(ClipDirectionConfig(frame_size=30), seed=0)
