@@ -45,6 +45,11 @@ REHEARSALS = {
         "--goals right,one_lake --seeds 0 --controls 0 --curves curves.svg trainer.max_steps=1 trainer.warmup.steps=1 "
         "orchestrator.eval.problems=2 orchestrator.groups_per_step=1 orchestrator.group_size=4 monitor.report=false"
     ),
+    "clip_direction.py": (
+        "--seeds 0 --controls 0 --curves curves.svg trainer.max_steps=1 trainer.warmup.steps=1 "
+        "trainer.warmup.batch_size=1 orchestrator.eval.problems=2 orchestrator.groups_per_step=1 "
+        "orchestrator.group_size=2 monitor.report=false"
+    ),
     "epochs.py": "--epochs 1,2 --seeds 0 --steps 1 trainer.warmup.steps=1 orchestrator.eval.problems=9",
     "families.py": "--families gemma3,qwen3 --columns embedded,packing,resume,export,fsdp2,image_tokens --out out",
     "families_gpu.py": "--size tiny --device cpu --shapes codeword --steps 1 --groups 1",
@@ -90,6 +95,7 @@ REHEARSALS = {
 environment with verifiers."""
 
 NEEDS = {
+    "clip_direction.py": "torchvision",
     "memory_4bit.py": "bitsandbytes",
     "mismatch.py": "vllm",
     "rollout_throughput.py": "vllm",
