@@ -158,7 +158,7 @@ def _opened(file: BinaryIO) -> Iterator[tuple[Any, Any]]:
         container = av.open(_Nameless(file), options=options, **more)
     except av.FFmpegError as error:
         raise VideoError(
-            f"it is in no format that is read here, such as MP4, WebM, MKV, AVI or GIF ({error.strerror})"
+            f"it is damaged, or it is in no format that is read here, such as MP4, WebM, MKV or GIF ({error.strerror})"
         ) from None
     with container:
         if not container.streams.video:
