@@ -15,6 +15,7 @@ The `renderers` package knows the token grammar of each model family. The module
     chat_format.py      what follows is built on: tokens of a conversation, and what comes after an answer
     grammar.py          … by the package, each render and bridge checked: images, control tokens, messages
     template/           … by the checkpoint's own chat template and processor, for families that the package lacks
+    interface.py        what the rest of the program calls
     renderer.py         memoized renders (sibling rollouts share prompts), the contract between tokens and pixels
                         asserted on every prompt, and the tokens that may not be sampled
 
@@ -28,7 +29,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -41,6 +42,7 @@ from vlmrl.rendering.chat_format import ChatFormat, Rendered
 from vlmrl.rendering.grammar import Grammar
 from vlmrl.rendering.image_store import ImageStore
 from vlmrl.rendering.images import ImageError
+from vlmrl.rendering.interface import Renderer
 from vlmrl.rendering.item_store import ItemStores
 from vlmrl.rendering.messages import content_key, shown_in
 from vlmrl.rendering.processors import PlaceholderTokens, ProcessedSize, ProcessImage, untold_size
@@ -70,76 +72,6 @@ __all__ = ["FamilyRenderer", "ImageError", "Renderer", "make_renderer", "rendere
 
 MEMO_BYTES = 64 << 20
 """Renders, and as many bytes of bridges, that are kept for the sibling rollouts of a few steps. Tokens only."""
-
-
-class Renderer(Protocol):
-    """Messages to tokens and pixels, and completions back to text."""
-
-    @property
-    def stop_token_ids(self) -> tuple[int, ...]:
-        """A completion ends when one of these is sampled."""
-        ...
-
-    @property
-    def banned_token_ids(self) -> tuple[int, ...]:
-        """Tokens that must never be sampled: every special token except the end of turn, and ids that the tokenizer
-        does not know."""
-        ...
-
-    @property
-    def image_token_ids(self) -> frozenset[int]:
-        """Placeholder tokens. A sample in which the policy sampled one is unusable."""
-        ...
-
-    async def first_turn(self, messages: Sequence[Message], tools: Sequence[ToolSpec] | None = None) -> Prompt:
-        """The prompt of a conversation, which describes `tools`; None describes those of the run. Raises `UserFault`
-        (`ImageError`) and `ContractError`."""
-        ...
-
-    async def next_turn(
-        self,
-        previous: Prompt,
-        completion_ids: IntArray,
-        history: Sequence[Message],
-        new_messages: Sequence[Message],
-        tools: Sequence[ToolSpec] | None = None,
-    ) -> tuple[Prompt, bool]:
-        """The prompt after a completion. `history` is everything before `new_messages`, assistant texts included.
-        `tools` are those of the first turn.
-
-        True: bridged, that is, the prompt begins with `previous` and `completion_ids` (int64 [C]). False: the whole
-        conversation was rendered again and a new branch begins. Raises `UserFault` (`ImageError`) and `ContractError`.
-        """
-        ...
-
-    def items(self, parts: Sequence[Image | Video]) -> tuple[MMItem, ...]:
-        """The processed images and videos, one per part, as prompts hold them. Blocks while new ones are processed.
-        Raises `ImageError`."""
-        ...
-
-    def decode(self, completion_ids: IntArray) -> str:
-        """The text of a completion, without special tokens, but with those that write a tool call."""
-        ...
-
-    def parse(self, completion_ids: IntArray, tools: Sequence[ToolSpec] = (), prompt: Prompt | None = None) -> Answer:
-        """The parts of a completion: text, reasoning and tool calls. `prompt` is the one that it was sampled for, where
-        that is known. What cannot be read is a `BrokenCall`."""
-        ...
-
-    def check_tools(self) -> None:
-        """Raise `ConfigError` where the chat format cannot describe tools, or where its calls cannot be read."""
-        ...
-
-    def render_conversation(
-        self, messages: Sequence[Message], given: int = 0, tools: Sequence[ToolSpec] | None = None
-    ) -> tuple[Prompt, BoolArray]:
-        """A whole conversation with assistant turns, and bool [P]: True on tokens that a policy would have sampled, in
-        messages after the first `given` ones.
-
-        Blocks while new images are processed. Raises `UserFault` (also `ImageError`, and where one of these tokens can
-        never be sampled) and `ContractError`.
-        """
-        ...
 
 
 def renderer_name(config: RendererConfig, model: ModelConfig) -> str:
