@@ -60,7 +60,7 @@ def report(folder: Path, curves: Path | None) -> None:
             evaluated = [line for line in lines if line.get(EVALUATED[0]) is not None]
             last = [evaluated[-1][name] for name in EVALUATED]
             gaps = [[line[name] for line in lines if line.get(name) is not None] for name in GAPS]
-            mismatch = max((line["mismatch_kl/mean"] for line in lines if line.get("mismatch_kl/mean") is not None))
+            mismatch = max(line["mismatch_kl/mean"] for line in lines if line.get("mismatch_kl/mean") is not None)
             cells = [label, str(lines[-1]["step"]), f"{evaluated[0][EVALUATED[0]]:.3f}"]
             cells += [f"{share:.3f}" for share in last]
             cells += [f"{found[-1]:.2f}" if found else "" for found in gaps]
