@@ -48,6 +48,7 @@ class ClipEnv:
     def __init__(self, index: int) -> None:
         self.index = index
         self.turns = 0
+        self.total = 0.0
 
     def reset(self) -> tuple[Message, ...]:
         frames = clip(self.index, 9)
@@ -57,10 +58,11 @@ class ClipEnv:
     def step(self, completion: str) -> Reply:
         self.turns += 1
         reward = float(completion == ("right" if self.index % 2 else "left"))
+        self.total += reward / 2
         if self.turns == 2:
-            return Reply(turn_reward=reward, done=True)
+            return Reply(turn_reward=reward, done=True, reward=self.total)
         question = Message.of("user", "And now? ", Video(clip(self.index + 101, 4), times=TIMES))
-        return Reply(turn_reward=reward, messages=(question,))
+        return Reply(turn_reward=reward, reward=self.total, messages=(question,))
 
 
 class MovingClips:
@@ -70,7 +72,7 @@ class MovingClips:
         """Problems depend on their index alone."""
 
     def problem(self, split: str, index: int) -> Clip:
-        return Clip(index)
+        return Clip(index + (1000 if split == "eval" else 0))
 
     def env(self, problem: Clip) -> ClipEnv:
         return ClipEnv(problem.index)

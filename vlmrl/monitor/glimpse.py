@@ -5,8 +5,9 @@
     ▀▀▀▀▀▀ ▀▀▀▀▀▀   › FEDC
 
 A terminal cell shows two pixels, one above the other: an upper half block in one colour on a background in another.
-With fewer than 256 colours, the sizes of the images are shown as text instead. Left out on purpose: sixel and other
-image protocols, because the view is redrawn in place and cannot draw over such images. report.html shows the pixels.
+A video is shown by its first, middle and last frame. With fewer than 256 colours, the sizes are shown as text instead.
+Left out on purpose: sixel and other image protocols, because the view is redrawn in place and cannot draw over such
+images. report.html shows the pixels.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from vlmrl.types import Group, ImageItem, Rollout
+from vlmrl.rendering.filmstrip import described, shown_frames
+from vlmrl.types import Group, ImageItem, MMItem, Rollout
 
 SHOWN = 3
 """Rollouts that are shown of a step."""
@@ -31,7 +33,9 @@ ROWS = 3
 MAX_COLUMNS = 12
 """Largest width of an image, one pixel to a column."""
 MAX_IMAGES = 4
-"""Images per rollout; the last ones are shown."""
+"""Images and videos per rollout; the last ones are shown."""
+VIDEO_FRAMES = 3
+"""Frames of a video."""
 MAX_THUMBNAILS = 256
 """Thumbnails that are cached; then the cache is cleared."""
 
@@ -63,28 +67,36 @@ class Glimpse:
         return grid
 
     def _images(self, rollout: Rollout) -> RenderableType:
-        images = rollout.turns[-1].prompt.images if rollout.turns else ()
+        items = rollout.turns[-1].prompt.mm_items if rollout.turns else ()
         if not self._squares:
-            return Text("\n".join(size_of(image) for image in images[-ROWS:]), style="dim")
+            return Text("\n".join(size_of(item) for item in items[-ROWS:]), style="dim")
         row = Table.grid(padding=(0, 1, 0, 0))
-        hidden = len(images) - MAX_IMAGES
+        hidden = len(items) - MAX_IMAGES
         parts: list[RenderableType] = [Text(f"+{hidden}", style="dim")] if hidden > 0 else []
-        row.add_row(*parts, *(self._thumbnail(image) for image in images[-MAX_IMAGES:]))
+        row.add_row(*parts, *(each for item in items[-MAX_IMAGES:] for each in self._thumbnails_of(item)))
         return row
 
-    def _thumbnail(self, image: ImageItem) -> Text:
-        if image.hash not in self._thumbnails:
+    def _thumbnails_of(self, item: MMItem) -> list[Text]:
+        """One for an image, some for a video."""
+        if isinstance(item, ImageItem):
+            return [self._thumbnail(item.hash, item.pixels)]
+        places = shown_frames(len(item.frames), VIDEO_FRAMES)
+        return [self._thumbnail(item.frame_hashes[place], item.frames[place]) for place in places]
+
+    def _thumbnail(self, hash: str, pixels: np.ndarray) -> Text:
+        if hash not in self._thumbnails:
             if len(self._thumbnails) >= MAX_THUMBNAILS:
                 self._thumbnails.clear()
-            self._thumbnails[image.hash] = thumbnail(image)
-        return self._thumbnails[image.hash]
+            self._thumbnails[hash] = thumbnail(pixels)
+        return self._thumbnails[hash]
 
 
-def thumbnail(image: ImageItem) -> Text:
-    """The image as `ROWS` lines of half blocks. Keeps its proportions unless `MAX_COLUMNS` limits its width."""
-    height, width = image.pixels.shape[:2]
+def thumbnail(shown: np.ndarray) -> Text:
+    """An image (uint8 [H, W, 3]) as `ROWS` lines of half blocks. Keeps its proportions unless `MAX_COLUMNS` limits its
+    width."""
+    height, width = shown.shape[:2]
     columns = max(1, min(MAX_COLUMNS, round(2 * ROWS * width / height)))
-    small = PIL.Image.fromarray(image.pixels).resize((columns, 2 * ROWS), PIL.Image.Resampling.BOX)
+    small = PIL.Image.fromarray(shown).resize((columns, 2 * ROWS), PIL.Image.Resampling.BOX)
     pixels = np.asarray(small)
     text = Text()
     for row in range(ROWS):
@@ -95,9 +107,11 @@ def thumbnail(image: ImageItem) -> Text:
     return text
 
 
-def size_of(image: ImageItem) -> str:
-    """The size of an image as text, e.g. `[image 32 × 48]`."""
-    height, width = image.pixels.shape[:2]
+def size_of(item: MMItem) -> str:
+    """The size of an image or a video as text, e.g. `[image 32 × 48]`."""
+    if not isinstance(item, ImageItem):
+        return f"[video {described(item)}]"
+    height, width = item.pixels.shape[:2]
     return f"[image {width} × {height}]"
 
 

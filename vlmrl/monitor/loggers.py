@@ -19,7 +19,8 @@ import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
-from vlmrl.types import ImageItem, Rollout
+from vlmrl.rendering.filmstrip import filmstrip
+from vlmrl.types import ImageItem, MMItem, Rollout
 
 MAX_HEIGHT = 256
 """Pixels; taller images are scaled down for the strip."""
@@ -157,9 +158,10 @@ class Loggers:
 # ── how a rollout is shown ──────────────────────────────────────────────────────────────────────────────────
 
 
-def strip(images: Sequence[ImageItem]) -> NDArray[np.uint8]:
-    """At least one image, side by side on white: uint8 [H, W, 3], H at most `MAX_HEIGHT`."""
-    pictures = [PIL.Image.fromarray(image.pixels) for image in images]
+def strip(items: Sequence[MMItem]) -> NDArray[np.uint8]:
+    """At least one image or video, side by side on white: uint8 [H, W, 3], H at most `MAX_HEIGHT`. A video is shown as
+    a filmstrip."""
+    pictures = [PIL.Image.fromarray(item.pixels if isinstance(item, ImageItem) else filmstrip(item)) for item in items]
     for picture in pictures:
         picture.thumbnail((picture.width, MAX_HEIGHT))
     width = sum(picture.width for picture in pictures) + GAP * (len(pictures) - 1)
@@ -171,9 +173,9 @@ def strip(images: Sequence[ImageItem]) -> NDArray[np.uint8]:
     return np.asarray(canvas)
 
 
-def last_images(rollout: Rollout) -> Sequence[ImageItem]:
-    """All images of the last prompt of a rollout."""
-    return rollout.turns[-1].prompt.images if rollout.turns else ()
+def last_items(rollout: Rollout) -> Sequence[MMItem]:
+    """All images and videos of the last prompt of a rollout."""
+    return rollout.turns[-1].prompt.mm_items if rollout.turns else ()
 
 
 def said(rollout: Rollout) -> str:

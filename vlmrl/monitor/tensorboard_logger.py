@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from vlmrl.config.monitor import TensorboardConfig
 from vlmrl.config.parse import literal
 from vlmrl.config.secrets import redacted
-from vlmrl.monitor.loggers import BackgroundLogger, last_images, said, strip
+from vlmrl.monitor.loggers import BackgroundLogger, last_items, said, strip
 from vlmrl.record.run_dir import RunDir
 from vlmrl.types import Rollout
 
@@ -76,8 +76,8 @@ class TensorboardLogger(BackgroundLogger):
         for kind, rollout in named:
             numbers[kind] = numbers.get(kind, 0) + 1
             tag = f"rollouts, {kind}/{numbers[kind]}"
-            if images := last_images(rollout):
-                writer.add_image(tag, strip(images), step, dataformats="HWC")
+            if items := last_items(rollout):
+                writer.add_image(tag, strip(items), step, dataformats="HWC")
             writer.add_text(tag, as_markdown(rollout), step)
         writer.flush()
 

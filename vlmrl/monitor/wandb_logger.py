@@ -28,7 +28,7 @@ from vlmrl.config.monitor import WandbConfig, WandbMode
 from vlmrl.config.parse import literal
 from vlmrl.config.secrets import redacted
 from vlmrl.errors import VlmrlError
-from vlmrl.monitor.loggers import BackgroundLogger, last_images, said, strip
+from vlmrl.monitor.loggers import BackgroundLogger, last_items, said, strip
 from vlmrl.record.files import write_bytes_atomically
 from vlmrl.record.run_dir import RunDir
 from vlmrl.types import Rollout
@@ -36,7 +36,7 @@ from vlmrl.types import Rollout
 FLUSH_EVERY_S = 1.0
 """A killed run loses at most this many seconds of wandb's own file (metrics.jsonl loses nothing)."""
 COLUMNS = ("kind", "rollout", "problem", "images", "said", "reward", "stop_reason", "dropped")
-"""Columns of the table of rollouts; `images` shows all images of the last prompt side by side."""
+"""Columns of the table of rollouts; `images` shows all images and videos of the last prompt side by side."""
 
 
 def settle_wandb(config: WandbConfig) -> WandbConfig:
@@ -130,12 +130,12 @@ class WandbLogger(BackgroundLogger):
 
         table = wandb.Table(columns=list(COLUMNS))
         for kind, rollout in named:
-            images = last_images(rollout)
+            items = last_items(rollout)
             table.add_data(
                 kind,
                 rollout.rollout_id,
                 rollout.problem_id,
-                wandb.Image(strip(images)) if images else None,
+                wandb.Image(strip(items)) if items else None,
                 said(rollout),
                 rollout.reward,
                 str(rollout.stop_reason),

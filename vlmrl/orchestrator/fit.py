@@ -74,11 +74,17 @@ def too_long(prompt: Prompt, what: str, limit: str, consequence: str) -> str:
     >>> too_long(Prompt(np.zeros(9, np.int64), (), ()), "prompt", "trainer.seq_len=8", "which leaves no room")
     'its prompt has 9 tokens, which leaves no room in trainer.seq_len=8: raise it, or shorten the prompt'
     """
-    images = sum(placeholder.num_features for placeholder in prompt.placeholders)
-    of_images = f" ({images} of them of images)" if images else ""
-    is_images = 2 * images > len(prompt.token_ids)
-    remedy = f"raise it, or {'show smaller images (model.vlm.max_pixels)' if is_images else f'shorten the {what}'}"
-    return f"its {what} has {len(prompt.token_ids)} tokens{of_images}, {consequence} in {limit}: {remedy}"
+    counts = {"images": 0, "videos": 0}
+    for placeholder in prompt.placeholders:
+        counts[f"{placeholder.modality}s"] += placeholder.num_features
+    shown = " and ".join(f"{count} of them of {kind}" for kind, count in counts.items() if count)
+    remedy = f"shorten the {what}"
+    if 2 * sum(counts.values()) > len(prompt.token_ids):
+        remedy = "show smaller images (model.vlm.max_pixels)"
+        if counts["videos"] > counts["images"]:
+            remedy = "show fewer or smaller frames (model.vlm.video.fps, model.vlm.video.max_pixels)"
+    of_items = f" ({shown})" if shown else ""
+    return f"its {what} has {len(prompt.token_ids)} tokens{of_items}, {consequence} in {limit}: raise it, or {remedy}"
 
 
 def too_many_frames(frames: int, most: int) -> str:

@@ -52,6 +52,9 @@ def rollout_metrics(groups: Sequence[Group], filters: FilterConfig) -> dict[str,
         "tokens/completion": float(sum(len(turn.completion.token_ids) for turn in turns)),
         "images/distinct": float(len({image.hash for turn in turns for image in turn.prompt.images})),
     }
+    if videos := {video.hash: video for turn in turns for video in turn.prompt.videos}:
+        metrics["videos/distinct"] = float(len(videos))
+        metrics["videos/frames"] = float(sum(len(video.frames) for video in videos.values()))
     metrics |= {f"rollouts/dropped/{reason}": float(count) for reason, count in sorted(dropped.items())}
     stops = Counter(rollout.stop_reason for rollout in rollouts)
     metrics |= {f"rollouts/stop/{reason}": float(count) for reason, count in sorted(stops.items())}

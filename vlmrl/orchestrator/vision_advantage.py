@@ -54,7 +54,7 @@ def weigh_by_vision(groups: Sequence[Group], trainer: Trainer, config: VisionAdv
     turns, gaps = [], []
     for (place, _), logprobs in zip(swapped, scored, strict=True):
         for turn, part in parts_of(branches[learned[place]], len(logprobs)):
-            if turn.prompt.images and _has_advantage(turn):
+            if turn.prompt.mm_items and _has_advantage(turn):
                 turns.append(turn)
                 gaps.append(float(np.mean(turn.completion.logprobs.astype(np.float64) - logprobs[part])))
     factors = weights(np.array(gaps, np.float32), config)

@@ -265,6 +265,8 @@ STEP_KEYS: dict[str, StepKey] = {
     "tokens/unpacked": _sometimes("tokens", "Tokens of the samples one by one. Steps that trained on something."),
     "micro_batches": _sometimes("micro-batches", "Forward and backward passes. Steps that trained on something."),
     "images/distinct": StepKey("images", "Distinct images of the step's rollouts."),
+    "videos/distinct": _sometimes("videos", "Distinct videos of the step's rollouts. Steps that show one."),
+    "videos/frames": _sometimes("frames", "Frames of these videos together. Steps that show one."),
     "images/encoded": _sometimes("images", "Images that the trainer's vision tower encoded. Models with images."),
     "images/cached": _sometimes("images", "Images whose features came from the trainer's cache. Models with images."),
     "images/cache_bytes": _sometimes("bytes", "Size of the trainer's feature cache. Models with images."),

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
 
 from vlmrl.errors import UserFault, fenced
-from vlmrl.types import Message, StopReason
+from vlmrl.types import Message, StopReason, Video
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,12 @@ class Attempt:
     """The images of the prompt, in order."""
     completion_ids: tuple[int, ...] = ()
     """The token ids of the last answer, special tokens included."""
+
+    @property
+    def shows_any(self) -> bool:
+        """Whether the prompt shows an image or a video."""
+        parts = (part for message in self.prompt for part in message.content)
+        return bool(self.images) or any(isinstance(part, Video) for part in parts)
 
 
 @dataclass(frozen=True)

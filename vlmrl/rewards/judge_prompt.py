@@ -71,7 +71,7 @@ def judge_prompt(term: JudgeTerm, key: str) -> Callable[[Attempt], str]:
                 completion=completion,
                 reference=attempt.reference,
                 columns=attempt.columns,
-                images=bool(term.images and attempt.images),
+                images=term.images and attempt.shows_any,
                 low=f"{term.low:g}",
                 high=f"{term.high:g}",
                 mark=f"=== {hashlib.sha256(safe_text(attempt.completion).encode()).hexdigest()[:16]} ===",

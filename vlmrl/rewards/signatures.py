@@ -143,7 +143,7 @@ def _reward_input(attempt: Attempt) -> dict[str, Any]:
 def _trl(attempts: Sequence[Attempt]) -> Arguments:
     """Prompts and completions as messages, which is how TRL gives them for a data set of conversations or images, and
     as texts where the row's `prompt` is a text and there are no images. Columns are lists, too."""
-    is_text = isinstance(attempts[0].columns.get("prompt"), str) and not attempts[0].images
+    is_text = isinstance(attempts[0].columns.get("prompt"), str) and not attempts[0].shows_any
     return _trl_columns(attempts) | (_as_texts(attempts) if is_text else _as_messages(attempts))
 
 

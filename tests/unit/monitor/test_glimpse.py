@@ -30,7 +30,7 @@ def test_a_thumbnail_has_the_colours_of_the_image() -> None:
     """Red above, blue below: the middle one of three lines has both colours."""
     pixels = np.zeros((60, 60, 3), np.uint8)
     pixels[:30, :, 0], pixels[30:, :, 2] = 255, 255
-    text = thumbnail(picture(pixels))
+    text = thumbnail(pixels)
     lines = text.split("\n")
     assert [line.plain for line in lines] == ["▀" * 2 * ROWS] * ROWS
     colours = [line.spans[0].style for line in lines]
@@ -42,7 +42,7 @@ def test_a_thumbnail_has_the_colours_of_the_image() -> None:
     ("height", "width", "columns"), [(64, 64, 6), (64, 128, 12), (10, 1000, MAX_COLUMNS), (1000, 10, 1), (1, 1, 6)]
 )
 def test_it_keeps_its_proportions(height: int, width: int, columns: int) -> None:
-    lines = thumbnail(picture(np.zeros((height, width, 3), np.uint8))).plain.split("\n")
+    lines = thumbnail(np.zeros((height, width, 3), np.uint8)).plain.split("\n")
     assert [len(line) for line in lines] == [columns] * ROWS
 
 

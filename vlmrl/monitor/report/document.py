@@ -2,6 +2,7 @@
 
     {"generated": "2026-03-01 12:00", "defaults": {key: value},
      "images": {hash: {"src": "data:image/png;base64,…", "width": 32, "height": 32, "whole": true}},
+     "videos": {hash: {"frames": [hash, …], "times": [seconds, …], "count": frames, "fps": 2.0}},
      "runs": [{"name", "path", "state", "summary", "environment", "config": {key: value}, "doctor",
                "metrics": {key: [value per line or null]}, "supervised": …,
                "sets": [{"name", "scores": {score: key}, "by": [[column, [[value, key], …]], …]}],
@@ -47,6 +48,7 @@ from vlmrl.monitor.report.bad_rows import bad_rows
 from vlmrl.monitor.report.choice import Choice, Shape, choose, evaluation_rollouts, evaluation_sizes
 from vlmrl.monitor.report.named_sets import named_sets
 from vlmrl.monitor.report.pictures import Pictures
+from vlmrl.monitor.report.videos import frames_of, shown
 from vlmrl.record.disk_bound import read_deleted
 from vlmrl.record.metrics import Record, read_metrics
 from vlmrl.record.rollouts import RolloutRecord, TurnRecord, read_rollouts
@@ -85,6 +87,7 @@ class Rollouts:
     trainer: array[float] = field(default_factory=lambda: array("f"))
     entropy: array[float] = field(default_factory=lambda: array("f"))
     hashes: dict[str, None] = field(default_factory=dict)
+    videos: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -94,6 +97,7 @@ class Rollouts:
     def add(self, record: RolloutRecord) -> None:
         """Add a recorded rollout."""
         label, step, group, _ = record["rollout_id"].split("/")  # `read_groups` leaves out other ids
+        self.videos |= shown(record["videos"])
         self.rollouts.append(
             {
                 "id": record["rollout_id"],
@@ -348,7 +352,7 @@ def document(named: Mapping[str, RunDir], defaults: Mapping[str, Any]) -> dict[s
         gathered = [_gather(run, runs, wanted // len(runs)) for run in runs]
         images: dict[str, dict[str, Any]] = {}
         for run, rollouts in zip(runs, gathered, strict=True):
-            images |= pictures.of(run.run_dir, rollouts.hashes)
+            images |= pictures.of(run.run_dir, [*rollouts.hashes, *frames_of(rollouts.videos)])
         tokens = sum(rollouts.num_tokens for rollouts in gathered)
         size = sum(len(image["src"]) for image in images.values())
         if (tokens <= MAX_TOKENS and size <= MAX_IMAGE_BYTES) or wanted < 2 * len(runs):
@@ -358,6 +362,7 @@ def document(named: Mapping[str, RunDir], defaults: Mapping[str, Any]) -> dict[s
         "generated": time.strftime("%Y-%m-%d %H:%M:%S"),
         "defaults": flat(defaults),
         "images": images,
+        "videos": {hash: video for rollouts in gathered for hash, video in rollouts.videos.items()},
         "runs": [run.document(rollouts) for run, rollouts in zip(runs, gathered, strict=True)],
     }
 

@@ -181,18 +181,38 @@ function picture(hash, { room = "message", place = null } = {}) {
   return made;
 }
 
+// Seconds under a frame.
+const seconds = (time) => `${fmt.number(time, 4)} s`;
+
+// The filmstrip of a video: its frames side by side, with the time of each under it. `places` of its tokens, as of `picture`.
+function filmstrip(hash, { room = "message", place = null } = {}) {
+  const video = DATA.videos[hash];
+  if (!video) return el("span", { class: "lost" }, "a video that is not in the prompt");
+  const size = [`${video.count} frames, ${fmt.number(video.fps, 3)} a second`, place && `${tokensOf(place)} tokens from position ${place[0]}`]
+    .filter(Boolean).join("\n");
+  return el("span", { class: `filmstrip ${room}`, title: size, data: { hash } },
+    video.frames.map((frame, at) => el("span", { class: "still" }, picture(frame, { room: "small" }), el("small", {}, seconds(video.times[at])))),
+    video.count > video.frames.length && el("small", { class: "muted" }, `${video.frames.length} of ${video.count} frames`));
+}
+
+// Tokens of a placeholder that get a feature: all but its gaps.
+const tokensOf = ([, length, , gaps]) => (gaps ?? []).reduce((features, [, tokens]) => features - tokens, length);
+
+// What a placeholder shows.
+const shownAt = (place, options) => (DATA.videos[place[2]] ? filmstrip : picture)(place[2], { ...options, place });
+
 function messages(run, turn) {
   const places = run.prompts[turn.prompt].placeholders;
   const said = run.messages[turn.messages];
-  const images = said.flatMap((message) => message.content).filter((part) => part.type === "image").length;
-  const own = places.slice(places.length - images);
+  const count = said.flatMap((message) => message.content).filter((part) => part.type !== "text").length;
+  const own = places.slice(places.length - count);
   let next = 0;
   return said.map((message) => el("div", { class: `message ${message.role}` },
     el("div", { class: "role" }, message.role),
     el("div", { class: "said" }, message.content.map((part) => {
       if (part.type === "text") return el("span", { class: "text" }, part.text);
-      const place = images === own.length ? own[next++] : null;
-      return picture(part.hash, { place });
+      const place = count === own.length ? own[next++] : null;
+      return (part.type === "video" ? filmstrip : picture)(part.hash, { place });
     }))));
 }
 
@@ -202,11 +222,11 @@ function promptTokens(run, turn) {
   let t = 0;
   const places = [...prompt.placeholders];
   while (t < prompt.count) {
-    const [offset, length, hash, gaps] = places[0] ?? [];
+    const [offset, length, hash] = places[0] ?? [];
     if (offset === turn.offset + t) {
-      places.shift();
-      made.push(el("span", { class: "placeholder" }, picture(hash, { room: "small", place: [offset, length] }),
-        el("small", {}, `${spell(run, run.columns.prompts[prompt.at + t])} × ${gaps.reduce((features, [, tokens]) => features - tokens, length)}`)));
+      const place = places.shift();
+      made.push(el("span", { class: `placeholder${DATA.videos[hash] ? " video" : ""}` }, shownAt(place, { room: "small" }),
+        el("small", {}, `${spell(run, run.columns.prompts[prompt.at + t])} × ${tokensOf(place)}`)));
       t += length;
       continue;
     }
@@ -385,7 +405,7 @@ function card(rollout, openingShown) {
     rollout.error && el("pre", { class: "note bad" }, rollout.error),
     rollout.turns.map((turn, index) => el("div", { class: "cardturn" },
       (index > 0 || !openingShown) && rollout.run.prompts[turn.prompt].placeholders.length > 0 && el("div", { class: "thumbs" },
-        rollout.run.prompts[turn.prompt].placeholders.map(([offset, length, hash]) => picture(hash, { room: "small", place: [offset, length] }))),
+        rollout.run.prompts[turn.prompt].placeholders.map((place) => shownAt(place, { room: "small" }))),
       completion(rollout, turn),
       rollout.split === "train" && el("small", { class: "muted" }, fmt.signed(turn.advantage)))));
   return made;

@@ -1,4 +1,4 @@
-"""What mode=play prints: the prompts as the policy gets them, their images, the answers and what came of them."""
+"""What mode=play prints: the prompts as the policy gets them, their images and videos, and what came of the answers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import PIL.Image
 from vlmrl.errors import safe_repr
 from vlmrl.inference.stop_strings import text_before
 from vlmrl.record.files import disk_errors
+from vlmrl.rendering.filmstrip import described, filmstrip
 from vlmrl.runs.build import RenderingParts
 from vlmrl.runs.preview.screen import is_colored, plain, print_prompt
 from vlmrl.tasks.base import Reply, Split
-from vlmrl.types import Completion, ImageItem, Message, Prompt, Rollout, Text
+from vlmrl.types import Completion, ImageItem, Message, MMItem, Prompt, Rollout, Text
 
 LONGEST = 100_000
 """Characters of a prompt on the screen."""
@@ -29,7 +30,7 @@ LONGEST_ANSWER = 500
 
 
 class Screen:
-    """Prints an episode, and writes the images that the policy sees into a folder."""
+    """Prints an episode, and writes the images and videos that the policy sees into a folder."""
 
     def __init__(self, parts: RenderingParts, folder: Path) -> None:
         self._parts = parts
@@ -52,18 +53,27 @@ class Screen:
             print("  (a new branch: this is all that the policy sees)")
         print_prompt(prompt, self._parts.tokenizer, LONGEST, num_known or 0)
         shown = zip(prompt.placeholders, prompt.mm_items, strict=True)
-        images = [image for place, image in shown if place.offset >= (num_known or 0)]
-        for number, image in enumerate(images, 1):
-            seen = self._parts.processed_pixels(image) if isinstance(image, ImageItem) else None
-            own = image.pixels if isinstance(image, ImageItem) else np.concatenate(image.frames, axis=1)
-            pixels = own if seen is None else seen
-            path = self._folder / f"{self._episode}_turn_{turn:03d}_image_{number}.png"
-            with disk_errors(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                PIL.Image.fromarray(pixels).save(path)
-            print(f"  image {number}: {path}" + ("" if seen is not None else " (as it came, before the processor)"))
-            if is_colored():
-                print(half_blocks(pixels, min(WIDEST, shutil.get_terminal_size().columns - 4)))
+        numbers: Counter[str] = Counter()
+        for item in (item for place, item in shown if place.offset >= (num_known or 0)):
+            numbers[item.modality] += 1
+            self._show(item, numbers[item.modality], turn)
+
+    def _show(self, item: MMItem, number: int, turn: int) -> None:
+        """Write an image as the policy sees it, or a video as a filmstrip, and name the file."""
+        kind = item.modality
+        if isinstance(item, ImageItem):
+            seen = self._parts.processed_pixels(item)
+            pixels, note = (item.pixels, " (as it came, before the processor)") if seen is None else (seen, "")
+        else:
+            pixels = filmstrip(item)
+            note = f" ({described(item)}, in {item.num_tokens} tokens; as they came, before the processor)"
+        path = self._folder / f"{self._episode}_turn_{turn:03d}_{kind}_{number}.png"
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            PIL.Image.fromarray(pixels).save(path)
+        print(f"  {kind} {number}: {path}{note}")
+        if is_colored():
+            print(half_blocks(pixels, min(WIDEST, shutil.get_terminal_size().columns - 4)))
 
     def answer(self, completion: Completion) -> None:
         """Print what the task will score."""

@@ -308,7 +308,7 @@ def _answers(seen: Seen) -> Iterator[Finding]:
 
 def _images(seen: Seen) -> Iterator[Finding]:
     """Rows have pictures, and no prompt shows one."""
-    if seen.config.model.vlm is None or any(each.images for each in seen.problems):
+    if seen.config.model.vlm is None or any(each.images or each.frames for each in seen.problems):
         return
     columns = {
         name

@@ -38,7 +38,7 @@ async def show_row(config: RunConfig, task: Task, parts: RenderingParts, run_dir
     except (BadRow, UserFault) as fault:
         print(f"row {row} cannot be used: {fault}")
         return 1
-    print(f"{seen.problem_id} ({seen.split} split, {seen.tokens} tokens, {seen.image_tokens} of images)")
+    print(f"{seen.problem_id} ({seen.split} split, {seen.tokens} tokens, {seen.image_tokens} of {seen.kinds_shown})")
     for name, value in seen.columns.items():
         print(f"  {name}: {safe_repr(value)[:LONGEST_CELL]}")
     assert seen.prompt is not None, "it was seen with keep=True"

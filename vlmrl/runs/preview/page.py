@@ -18,6 +18,7 @@ import PIL.Image
 
 from vlmrl.errors import safe_repr, safe_text
 from vlmrl.record.files import disk_errors, write_bytes_atomically
+from vlmrl.rendering.filmstrip import described, filmstrip
 from vlmrl.runs.build import RenderingParts
 from vlmrl.runs.preview.grading import Graded
 from vlmrl.runs.preview.result import Preview
@@ -26,7 +27,7 @@ from vlmrl.runs.preview.screen import counted
 from vlmrl.runs.preview.seen import SeenProblem
 from vlmrl.runs.preview.spelling import pieces_of
 from vlmrl.runs.preview.summary import shared
-from vlmrl.types import ImageItem
+from vlmrl.types import ImageItem, MMItem, VideoItem
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -35,6 +36,9 @@ BARS = 24
 
 LONGEST_SIDE = 512
 """Pixels per side of a picture on the page."""
+
+LONGEST_FILM = 2048
+"""Pixels of the width of a filmstrip, whose times must stay readable."""
 
 LISTED_REASONS = 50
 """Reasons of refused rows that the page lists."""
@@ -57,9 +61,10 @@ def write_page(path: Path, seen: Preview) -> None:
             "Sizes",
             f"<p>{_of_sample(samples)}</p><div class=histograms>"
             + histogram("prompt tokens", [number for each in counts for number in each.tokens])
-            + histogram("image tokens per prompt", [number for each in counts for number in each.image_tokens])
+            + histogram("image, video tokens per prompt", [number for each in counts for number in each.image_tokens])
             + histogram("image width, pixels", [number for each in counts for number in each.widths])
             + histogram("image height, pixels", [number for each in counts for number in each.heights])
+            + histogram("frames per video", [number for each in counts for number in each.frames])
             + "</div>",
         ),
         _copies(seen),
@@ -124,12 +129,12 @@ def histogram(title: str, numbers: Sequence[int]) -> str:
 def card(problem: SeenProblem, graded: Graded | None, parts: RenderingParts) -> str:
     """One problem: pictures, the prompt as tokens, the reference and what it is worth."""
     assert problem.prompt is not None, "only problems with a prompt are shown"
-    pictures = "".join(_pictures(image, parts) for image in problem.prompt.images)
+    pictures = "".join(_pictures(item, parts) for item in problem.prompt.mm_items)
     tokens = "".join(
         f'<span class="{piece.kind}">{_escaped(piece.text)}</span>'
         for piece in pieces_of(problem.prompt, parts.tokenizer)
     )
-    facts = [("tokens", f"{problem.tokens:,}, {problem.image_tokens:,} of them of images")]
+    facts = [("tokens", f"{problem.tokens:,}, {problem.image_tokens:,} of them of {problem.kinds_shown}")]
     if problem.is_reference:
         facts.append(("reference", safe_repr(problem.reference)[:SHOWN_CELL]))
     if problem.demonstration:
@@ -202,8 +207,20 @@ def _answers(seen: Preview) -> str:
     return section("What the model answers now", table(rows))
 
 
-def _pictures(image: ImageItem, parts: RenderingParts) -> str:
-    """The picture of the row, and the one that the image processor made of it."""
+def _pictures(item: MMItem, parts: RenderingParts) -> str:
+    """The picture of the row, and the one that the image processor made of it; the filmstrip of a video."""
+    return _film(item) if isinstance(item, VideoItem) else _image(item, parts)
+
+
+def _film(video: VideoItem) -> str:
+    height, width = video.frames.shape[1:3]
+    seen_width, seen_height = video.processed_size or (width, height)
+    said = f"{described(video)}, each seen as {seen_width} × {seen_height}, in {video.num_tokens} tokens"
+    strip = _picture(filmstrip(video), LONGEST_FILM)
+    return f"<figure>{strip}<figcaption>{said}</figcaption></figure>"
+
+
+def _image(image: ImageItem, parts: RenderingParts) -> str:
     height, width = image.pixels.shape[:2]
     seen_width, seen_height = image.processed_size or (width, height)
     said = f"{width} × {height}, seen as {seen_width} × {seen_height} in {image.num_tokens} tokens"
@@ -212,10 +229,10 @@ def _pictures(image: ImageItem, parts: RenderingParts) -> str:
     return f"<figure>{shown}<figcaption>{said}</figcaption></figure>"
 
 
-def _picture(pixels: np.ndarray) -> str:
-    """uint8 [H, W, 3] as an `img` of at most `LONGEST_SIDE` pixels per side."""
+def _picture(pixels: np.ndarray, longest: int = LONGEST_SIDE) -> str:
+    """uint8 [H, W, 3] as an `img` of at most `longest` pixels per side."""
     picture = PIL.Image.fromarray(pixels)
-    picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    picture.thumbnail((longest, longest))
     file = io.BytesIO()
     picture.save(file, format="PNG")
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'

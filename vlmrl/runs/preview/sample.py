@@ -28,7 +28,7 @@ from vlmrl.tasks.border import get_num_rows, get_problem, get_reference
 from vlmrl.tasks.demonstrations import get_demonstration
 from vlmrl.tasks.mixture import MixedProblem
 from vlmrl.tasks.open_env import OpenEnv, finished
-from vlmrl.types import Image, Message, Text, check_placeholders
+from vlmrl.types import Message, Text, check_placeholders
 
 LOOKED_AT_PER_PROBLEM = 20
 """Indices that a sample looks at for each problem that it wants, where most rows belong to the other split."""
@@ -48,9 +48,12 @@ class Counts:
     tokens: array[int] = field(default_factory=lambda: array("I"))
     """Tokens of each prompt."""
     image_tokens: array[int] = field(default_factory=lambda: array("I"))
+    """Tokens of the images and videos of each prompt."""
     widths: array[int] = field(default_factory=lambda: array("I"))
     """Pixels of each image as the row has it."""
     heights: array[int] = field(default_factory=lambda: array("I"))
+    frames: array[int] = field(default_factory=lambda: array("I"))
+    """Frames of each video."""
     by_text: Counter[str] = field(default_factory=Counter)
     """Digest of the texts → problems that have them."""
     by_pixels: Counter[str] = field(default_factory=Counter)
@@ -64,6 +67,7 @@ class Counts:
         self.image_tokens.append(seen.image_tokens)
         self.widths.extend(image.width for image in seen.images)
         self.heights.extend(image.height for image in seen.images)
+        self.frames.extend(seen.frames)
         self.by_text[seen.text_key] += 1
         if seen.pixel_key:
             self.by_pixels[seen.pixel_key] += 1
@@ -174,7 +178,8 @@ async def see(
         image_tokens=sum(placeholder.num_features for placeholder in prompt.placeholders),
         images=seen_images(prompt),
         text_key=_digest(part.text for message in messages for part in message.content if isinstance(part, Text)),
-        pixel_key=_digest(image.hash for image in prompt.images) if prompt.images else "",
+        frames=tuple(len(video.frames) for video in prompt.videos),
+        pixel_key=_digest(item.hash for item in prompt.mm_items) if prompt.mm_items else "",
         problem=problem,
         prompt=prompt if keep else None,
     )
@@ -195,8 +200,7 @@ def _demonstration(task: Task, problem: Problem) -> tuple[str, ...] | None:
 
 def _without_pixels(messages: tuple[Message, ...]) -> tuple[Message, ...]:
     return tuple(
-        Message(message.role, tuple(part for part in message.content if not isinstance(part, Image)))
-        for message in messages
+        Message(message.role, tuple(part for part in message.content if isinstance(part, Text))) for message in messages
     )
 
 

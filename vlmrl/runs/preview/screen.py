@@ -50,7 +50,7 @@ def print_preview(seen: Preview, run_dir: RunDir) -> None:
 
 def print_problem(problem: SeenProblem, graded: Graded | None, seen: Preview) -> None:
     """Print one problem as the model sees it, and what its reference is worth."""
-    print(f"\n{plain(problem.problem_id)} ({problem.tokens} tokens, {problem.image_tokens} of images)")
+    print(f"\n{plain(problem.problem_id)} ({problem.tokens} tokens, {problem.image_tokens} of {problem.kinds_shown})")
     assert problem.prompt is not None, "only problems with a prompt are printed"
     print_prompt(problem.prompt, seen.parts.tokenizer)
     print_worth(problem, graded)

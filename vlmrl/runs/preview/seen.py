@@ -23,7 +23,7 @@ class SeenProblem:
     row: int | None
     """The row in its file, where it has one."""
     messages: tuple[Message, ...]
-    """The prompt. Its images are kept only where `prompt` is."""
+    """The prompt. Its images and videos are kept only where `prompt` is."""
     is_reference: bool
     """Whether the problem says what the right answer is."""
     reference: Any
@@ -32,14 +32,23 @@ class SeenProblem:
     """What the assistant says in a demonstration, turn by turn; None where there is none."""
     tokens: int
     image_tokens: int
+    """Tokens of images and videos."""
     images: tuple[SeenImage, ...]
+    frames: tuple[int, ...]
+    """Frames of each video."""
     text_key: str
     """Digest of the prompt's texts."""
     pixel_key: str
-    """Digest of its pixels; empty without images."""
+    """Digest of its pixels; empty without images and videos."""
     problem: Problem
     prompt: Prompt | None
     """Tokens and pixels; only of the problems that are shown."""
+
+    @property
+    def kinds_shown(self) -> str:
+        """`images`, `videos`, or both."""
+        kinds = [kind for kind, shown in (("images", self.images), ("videos", self.frames)) if shown]
+        return " and ".join(kinds) or "images"
 
     @property
     def key(self) -> str:

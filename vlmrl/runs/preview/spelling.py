@@ -1,4 +1,4 @@
-"""Token ids as text in which control tokens can be seen, and each image is one word."""
+"""Token ids as text in which control tokens can be seen, and each image or video is one word."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from vlmrl.types import Prompt
+from vlmrl.types import ImageItem, MMItem, Prompt, VideoItem
 
 
 @dataclass(frozen=True)
@@ -14,31 +14,40 @@ class Piece:
     """A part of a prompt."""
 
     kind: str
-    """`text`, `control` or `image`."""
+    """`text`, `control`, `image` or `video`."""
     text: str
 
 
 def pieces_of(prompt: Prompt, tokenizer: Any, start: int = 0) -> list[Piece]:
-    """The prompt in order, from token `start` on. Each placeholder is one piece, `<image: 4 tokens, 64 × 64>`."""
+    """The prompt in order, from token `start` on. Each placeholder is one piece, `<image: 4 tokens, 64 × 64>` or
+    `<video: 24 tokens, 8 frames of 64 × 64>`, with the times that some families write between the frames."""
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    sizes = {image.hash: image for image in prompt.images}
     pieces: list[Piece] = []
     ids = prompt.token_ids.tolist()
     at = start
-    for placeholder in (each for each in prompt.placeholders if each.offset >= start):
+    for placeholder, item in zip(prompt.placeholders, prompt.mm_items, strict=True):
+        if placeholder.offset < start:
+            continue
         pieces += _text(ids[at : placeholder.offset], special, tokenizer)
-        image = sizes[placeholder.hash]
-        width, height = image.processed_size or (image.pixels.shape[1], image.pixels.shape[0])
-        pieces.append(Piece("image", f"<image: {placeholder.num_features} tokens, {width} × {height}>"))
+        kind = item.modality
+        pieces.append(Piece(kind, f"<{kind}: {placeholder.num_features} tokens, {_size(item)}>"))
         at = placeholder.offset + placeholder.length
     return pieces + _text(ids[at:], special, tokenizer)
 
 
+def _size(item: MMItem) -> str:
+    """The size that the policy sees, where the family tells it."""
+    pixels = item.pixels if isinstance(item, ImageItem) else item.frames[0]
+    width, height = item.processed_size or (pixels.shape[1], pixels.shape[0])
+    frames = f"{len(item.frames)} frames of " if isinstance(item, VideoItem) else ""
+    return f"{frames}{width} × {height}"
+
+
 def control_spellings(tokenizer: Any) -> re.Pattern[str]:
-    """What only a control token or an image looks like in the pieces of a prompt."""
+    """What only a control token, an image or a video looks like in the pieces of a prompt."""
     names = {*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())}
     spelled = sorted((re.escape(name) for name in names if len(name) > 1), key=len, reverse=True)
-    return re.compile("|".join([*spelled, r"<image: \d+ tokens"]))
+    return re.compile("|".join([*spelled, r"<(?:image|video): \d+ tokens"]))
 
 
 def broken_spelling(text: str, spellings: re.Pattern[str]) -> str:
