@@ -6,6 +6,7 @@ import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -87,3 +88,16 @@ def test_preview_and_play_show_filmstrips(home: Home, run: Path) -> None:
     for kind, _, path in named:
         with PIL.Image.open(path) as picture:
             assert picture.width > 3 * 96 if kind == "video" else picture.width == 96
+
+
+def test_the_documented_lines_make_the_clips_again(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (REPOSITORY / "docs/video.md").read_text().partition("## What a run leaves of its videos")[2]
+    block = page.partition("```python\n")[2].partition("```")[0]
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs/latest").symlink_to(run)
+    monkeypatch.chdir(tmp_path)
+    made: dict[str, Any] = {}
+    exec(block, made)
+    shown = made["video"]["frames"]
+    assert [Path(path).stem for path in made["frames"]] == [Path(path).stem for path in shown]
+    assert all(Path(path).exists() for path in made["frames"])
