@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from support.command_line import Ended, Home, Scenarios, summary
 from support.layout_fixtures import LAYOUTS, Layout
+from support.video_files import encoded, moving
 from vlmrl.record.metrics import read_metrics
 from vlmrl.record.rollouts import read_rollouts
 
@@ -142,3 +145,73 @@ def test_a_column_that_does_not_exist_is_refused(home: Home) -> None:
     assert (ended.code, ended.err.count("\n")) == (2, 1)
     assert "task.columns.answer=anser: there is no such column" in ended.err
     assert "did you mean answer?" in ended.err
+
+
+# ── videos ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+WITH_VIDEOS = ("orchestrator/renderer=template", "model.vlm.video.fps=2", "task.eval_fraction=0.5")
+
+
+@pytest.fixture(scope="module")
+def clips(home: Home) -> tuple[Path, Ended, Ended]:
+    """A run on rows of ms-swift, with a missing file in row 3, and its own rollouts as data of a second one."""
+    if not all(map(find_spec, ("av", "torchvision"))):  # they are the commands', not this process's
+        pytest.skip("av and torchvision are not installed")
+    folder = home.path / "clips"
+    folder.mkdir()
+    for number in range(8):
+        (folder / f"{number}.mkv").write_bytes(encoded(moving(10, seed=number), rate=4))
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "Which is <video>?"},
+                {"role": "assistant", "content": str(number)},
+            ],
+            "videos": [f"{number}.mkv" if number != 3 else "none.mkv"],
+        }
+        for number in range(8)
+    ]
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    run = home.path / "outputs/clips"
+    start = ("task=dataset", f"task.path={path}", "reward=exact", *TINY, *WITH_VIDEOS, "trainer.max_steps=4")
+    ended = home.vlmrl(*start, f"hydra.run.dir={run}")
+    again = home.vlmrl(
+        *("task=dataset", f"task.path={run}/rollouts", "reward=exact", *TINY, *WITH_VIDEOS),
+        f"hydra.run.dir={home.path}/outputs/clips_again",
+    )
+    return run, ended, again
+
+
+def video_hashes(run: Path) -> set[str]:
+    tables = [pq.read_table(path, columns=["videos"]) for path in sorted((run / "rollouts").glob("*.parquet"))]
+    return {video["hash"] for table in tables for row in table.to_pylist() for video in row["videos"]}
+
+
+def test_videos_of_rows_are_shown_and_bad_ones_cost_themselves(clips: tuple[Path, Ended, Ended]) -> None:
+    run, ended, _ = clips
+    assert ended.code == 0, ended.err
+    assert "videos      videos (list of text)" in ended.out
+    lines = (run / "bad_rows.jsonl").read_text("utf-8").splitlines()
+    found = {line["row"]: line["reason"] for line in map(json.loads, lines)}
+    assert list(found) == [3]
+    assert "none.mkv does not exist: set task.video_root" in found[3]
+    (record, *_) = read_rollouts(run / "rollouts/step_000001.parquet")
+    assert len(record["turns"][0]["placeholders"]) == 1
+    assert len(video_hashes(run)) >= 3, "each row shows a video of its own"
+
+
+def test_rollouts_with_videos_are_a_data_set_of_the_same_videos(clips: tuple[Path, Ended, Ended], home: Home) -> None:
+    run, _, again = clips
+    assert again.code == 0, again.err
+    shown = video_hashes(home.path / "outputs/clips_again")
+    assert shown
+    assert shown <= video_hashes(run), "frames, times and rates are those that were recorded"
+
+
+def test_videos_without_a_renderer_for_them_are_refused_before_the_run(
+    clips: tuple[Path, Ended, Ended], home: Home
+) -> None:
+    ended = home.vlmrl("task=dataset", f"task.path={home.path}/clips/rows.jsonl", "reward=exact", "dry_run=true")
+    assert ended.code == 2
+    assert "set orchestrator/renderer=template" in ended.err

@@ -8,7 +8,8 @@ the prompt is rendered (`vlmrl.rendering.videos`). Whatever is wrong with a cell
 
 Rows may set how their video is sampled and scaled (`fps`, `nframes`, `max_pixels` …, as in qwen-vl-utils). A run treats
 all videos alike, by `model.vlm.video`: these are refused by name, or ignored with `task.ignore_video_settings`. For a
-list of frames, `sample_fps` or `fps` says how many of them are shown a second, and is honoured.
+list of frames, `sample_fps` or `fps` says how many of them are shown a second, and `times` when each is shown, as in
+the rollouts of a run; these are honoured.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ SETTINGS = (
 )
 """How a row's video is sampled and scaled, by the names of qwen-vl-utils, verl and ms-swift."""
 
+TIMES = "times"
+"""The seconds at which the frames of a list are shown."""
+
 CUTS = ("video_start", "video_end", "start_time", "end_time")
 """Seconds of a part of a video."""
 
@@ -67,7 +71,7 @@ class VideoCell:
     source: Any
     """A path or URL as text, encoded bytes, an array, or a tuple of frames, which are cells of images."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """What the row sets for it, by the names of `SETTINGS` and `CUTS`."""
+    """What the row sets for it, by the names of `SETTINGS`, `CUTS` and `TIMES`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +127,7 @@ def cells_of(cell: Any, settings: Mapping[str, Any] | None = None) -> Iterator[V
 
 
 def _of_struct(cell: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[VideoCell]:
-    own = {name: cell[name] for name in (*SETTINGS, *CUTS) if not is_missing(cell.get(name))}
+    own = {name: cell[name] for name in (*SETTINGS, *CUTS, TIMES) if not is_missing(cell.get(name))}
     found = next((cell[key] for key in CONTENT_KEYS if cell.get(key) is not None), None)
     if found is None and any(value is not None for value in cell.values()):
         raise Unusable(f"a video is a struct of {', '.join(map(str, cell))}, and none of them is known to hold it")
@@ -199,7 +203,7 @@ class VideoReader:
         self._check_settings(cell)
         source = cell.source
         if isinstance(source, tuple | np.ndarray):
-            return self._of_frames(source, _rate(cell), place)
+            return self._of_frames(source, cell, place)
         if isinstance(source, str):
             source = Files("video", self.root, "task.video_root", self.fetch).content(source, place)
         return self._of_file(source)
@@ -212,7 +216,7 @@ class VideoReader:
                     f"the row shows a part of its video only ({name}={short(value)}), and videos are shown from their "
                     "beginning to their end: cut the file"
                 )
-            if self.ignores_settings or (is_sampled and name in ("fps", "sample_fps", "raw_fps")):
+            if self.ignores_settings or (is_sampled and name in ("fps", "sample_fps", "raw_fps", TIMES)):
                 continue
             key = {"nframes": "num_frames", "sample_fps": "fps"}.get(name, name)
             fits = key in ("fps", "num_frames", "max_frames", "min_pixels", "max_pixels")
@@ -222,8 +226,8 @@ class VideoReader:
                 f"{remedy}task.ignore_video_settings=true"
             )
 
-    def _of_frames(self, source: Any, rate: float | None, place: Place) -> LoadedVideo:
-        """A video of frames that are sampled already, `rate` of them a second."""
+    def _of_frames(self, source: Any, cell: VideoCell, place: Place) -> LoadedVideo:
+        """A video of frames that are sampled already."""
         reader = ImageReader(self.root, self.fetch, "task.video_root")
         frames: list[Pixels] = []
         for number, frame in enumerate(source):
@@ -233,8 +237,10 @@ class VideoReader:
             frames += found
             if len(frames) * found[0].shape[0] * found[0].shape[1] > MAX_CLIP_PIXELS:
                 raise Unusable(f"the frames of a video have more than {MAX_CLIP_PIXELS} pixels in all: shrink them")
-        times = None if rate is None else tuple(number / rate for number in range(len(frames)))
-        part = Video(frames, times=times)
+        rate, times = _rate(cell), _times(cell)
+        if rate is not None and times is None:
+            times, rate = tuple(number / rate for number in range(len(frames))), None
+        part = Video(frames, fps=rate, times=times)
         return LoadedVideo(part, _looked_at(part))
 
     def _of_file(self, source: bytes | Path) -> LoadedVideo:
@@ -272,3 +278,13 @@ def _rate(cell: VideoCell) -> float | None:
     if not 1e-3 <= rate <= 1e6:
         raise Unusable(f"the row sets {name}={short(value)} for its frames, which is no number of frames a second")
     return rate
+
+
+def _times(cell: VideoCell) -> tuple[float, ...] | None:
+    """When the frames of a list are shown; None where the row does not say. Raises `Unusable`."""
+    if TIMES not in cell.settings:
+        return None
+    try:
+        return tuple(float(time) for time in as_list(cell.settings[TIMES]))
+    except (TypeError, ValueError):
+        raise Unusable(f"the row sets times={short(cell.settings[TIMES])}, which are no numbers of seconds") from None

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from support.row_files import first, png, task_of, written
+from support.video_files import encoded
 from vlmrl.config.dataset import DatasetConfig
 from vlmrl.errors import ConfigError
 from vlmrl.tasks.base import BadRow, NotInSplit
@@ -60,16 +59,7 @@ def refused(folder: Path, row: dict[str, Any], **settings: Any) -> str:
 
 def mp4(shade: int, count: int = 4) -> bytes:
     """A grey video of four frames a second."""
-    av = pytest.importorskip("av")
-    data = io.BytesIO()
-    with av.open(data, "w", format="mp4") as container:
-        stream = container.add_stream("mpeg4", rate=Fraction(4))
-        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
-        for _ in range(count):
-            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), shade, np.uint8), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return data.getvalue()
+    return encoded(np.full((count, 32, 32, 3), shade, np.uint8), rate=4, kind=("mp4", "mpeg4", "yuv420p"))
 
 
 # ── cells ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -211,6 +201,19 @@ def test_the_rate_of_frames_is_honoured(tmp_path: Path) -> None:
     assert video.times is None
 
 
+def test_the_times_of_frames_are_honoured_as_a_run_records_them(tmp_path: Path) -> None:
+    cell = {"hash": "ab", "frames": FRAMES, "times": [0.0, 0.5, 2.0], "fps": 1.5, "tensors": "{}"}
+    (video,) = videos(first(tmp_path, {"question": "q", "videos": [cell], "answer": "a"}))
+    assert (video.times, video.fps, shades(video.source)) == ((0.0, 0.5, 2.0), 1.5, "123")
+    ids = {
+        first(tmp_path, {"question": "q", "videos": [cell | change], "answer": "a"}).id
+        for change in ({}, {"times": [0.0, 0.5, 2.1]}, {"fps": 1.0})
+    }
+    assert len(ids) == 3
+    for times, said in (([0.0, 2.0, 1.0], "not 3 ascending numbers"), ([0.0, 1.0], "not 3"), (["x"], "no numbers of")):
+        assert said in refused(tmp_path, {"question": "q", "videos": [cell | {"times": times}], "answer": "a"})
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [
@@ -340,12 +343,12 @@ def test_the_forms_of_a_file_are_one_video(tmp_path: Path) -> None:
     """A path, bytes, `datasets`' struct, base64 and a data URL, in JSON and in Parquet as `datasets` writes it."""
     data = mp4(100)
     (tmp_path / "a.mp4").write_bytes(data)
-    encoded = base64.b64encode(data).decode()
+    text = base64.b64encode(data).decode()
     cells = [
         "a.mp4",
         str(tmp_path / "a.mp4"),
-        encoded,
-        f"data:video/mp4;base64,{encoded}",
+        text,
+        f"data:video/mp4;base64,{text}",
         {"bytes": None, "path": "a.mp4"},
     ]
     found = [first(tmp_path, {"question": "q", "video": cell, "answer": "a"}) for cell in cells]
