@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import random
+import tracemalloc
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -151,6 +153,25 @@ def test_only_frames_up_to_the_last_chosen_one_are_decoded(monkeypatch: pytest.M
         data = data[:at] + b"\xff" + data[at + 1 :]
     assert len(read(data, lambda total, rate: np.array([1, 8])).frames) == 2
     assert made == [1, 8]
+
+
+def test_a_large_file_is_not_read_into_memory(tmp_path: Path) -> None:
+    """An MP4 with 100 MB of padding behind it."""
+    path, padding = tmp_path / "large.mp4", 100_000_000
+    data = encoded(moving(6), kind=H264)
+    path.write_bytes(data + padding.to_bytes(4, "big") + b"free")
+    os.truncate(path, len(data) + padding)
+    tracemalloc.start()
+    try:
+        with open_video(path) as file:
+            digest = video_files.content_hash(file)
+        clip = read(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 10_000_000
+    np.testing.assert_array_equal(clip.frames, read(data).frames)
+    assert digest == hashlib.sha256(path.read_bytes()).digest()
 
 
 # ── faults ──────────────────────────────────────────────────────────────────────────────────────────────────

@@ -105,6 +105,40 @@ def test_random_arrays_are_those_of_transformers(case: Case) -> None:
     for frames, rate in clips():
         prompt, inputs = case.prompt(Video(frames, fps=rate)), by_transformers(case, frames, rate)
         assert not case.wrong(prompt, inputs), (frames.shape, rate)
+        (item,) = prompt.videos
+        assert item.processed_size is not None
+        edge = 2 * case.model.config.vision_config.patch_size
+        width, height = item.processed_size
+        assert item.num_tokens == -(-len(item.frames) // 2) * (height // edge) * (width // edge)  # docs/video.md
+
+
+def test_a_fixed_number_of_frames_is_chosen_as_by_transformers(
+    case: Case, family_folder: Callable[[str], Path]
+) -> None:
+    from transformers.video_utils import VideoMetadata
+
+    frames = moving(31, 28, 28)
+    name = case.model.config.model_type
+    for count in (6, 9, 30):  # Qwen2-VL and Qwen2.5-VL take an even number
+        vlm = vlm_of(name)
+        assert vlm.video is not None
+        renderer = video_renderer(family_folder(name), replace(vlm, video=replace(vlm.video, num_frames=count)))
+        (item,) = renderer.items([Video(frames, fps=10.0)])
+        chosen = case.reference.processor.video_processor.sample_frames(VideoMetadata(31, fps=10.0), num_frames=count)
+        assert isinstance(item, VideoItem)
+        np.testing.assert_array_equal(item.frames, frames[np.asarray(chosen)])
+        np.testing.assert_array_equal(item.times, np.asarray(chosen) / 10)
+
+
+def test_a_long_video_is_refused_and_a_slow_one_is_not(case: Case) -> None:
+    """64 frames are allowed: 40 s have 80 of them at 2 a second, if the video has so many."""
+    with pytest.raises(VideoError, match=r"a video of 40 s has 80 frames at model\.vlm\.video\.fps=2, more than model"):
+        case.renderer.items([Video(moving(400, 4, 4), fps=10.0)])
+    with pytest.raises(VideoError, match=r"shows 65 frames, more than model\.vlm\.video\.max_frames=64"):
+        case.renderer.items([Video(moving(65, 28, 28))])
+    (item,) = case.renderer.items([Video(moving(10, 28, 28), fps=0.25)])
+    assert isinstance(item, VideoItem)
+    assert item.times.tolist() == list(range(0, 40, 4))
 
 
 def test_random_files_are_those_of_transformers(case: Case, tmp_path: Path) -> None:

@@ -110,9 +110,11 @@ class Family:
         return int(mm_kwargs["image_grid_thw"].prod()) // int(image_processor.merge_size) ** 2
 
     def processed_size(self, mm_kwargs: Mapping[str, np.ndarray], image_processor: Any) -> tuple[int, int] | None:
-        """(width, height) in pixels of one image after the processor resized it: `image_grid_thw` counts patches of
-        `patch_size`² pixels. None where the processor does not tell."""
-        grid, patch_size = mm_kwargs.get("image_grid_thw"), getattr(image_processor, "patch_size", None)
+        """(width, height) in pixels of one image, or of each frame of one video, after the processor resized it:
+        `image_grid_thw` and `video_grid_thw` count patches of `patch_size`² pixels. None where the processor does not
+        tell."""
+        grid = mm_kwargs.get("image_grid_thw", mm_kwargs.get("video_grid_thw"))
+        patch_size = getattr(image_processor, "patch_size", None)
         if grid is None or not isinstance(patch_size, int):
             return None
         _, rows, columns = (int(count) for count in grid[0])
