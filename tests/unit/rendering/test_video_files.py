@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import random
+import struct
 import tracemalloc
 from collections.abc import Iterator
 from fractions import Fraction
@@ -123,6 +124,20 @@ def test_a_frame_of_vp8_that_is_never_shown_does_not_count() -> None:
     hidden = data.replace(third, bytes([third[0] & ~0x10]) + third[1:])
     whole, cut = read(data), read(hidden, lambda total, rate: np.arange(total))
     assert {frame.tobytes() for frame in cut.frames} == {f.tobytes() for k, f in enumerate(whole.frames) if k != 2}
+
+
+@pytest.mark.parametrize("cut", [5, 6])
+def test_what_a_player_cut_off_is_not_shown(cut: int) -> None:
+    """Phones trim a video in its edit list (`elst`: duration in ms, start in ticks of 1/10240 s) and keep the frames
+    that the others refer to."""
+    data = bytearray(encoded(moving(20), kind=H264))
+    entry = data.index(b"elst") + 12
+    duration, start = struct.unpack(">Ii", data[entry : entry + 8])
+    whole = read(bytes(data))
+    data[entry : entry + 8] = struct.pack(">Ii", duration - 100 * cut, start + 1024 * cut)
+    clip = read(bytes(data))
+    np.testing.assert_array_equal(clip.frames, whole.frames[cut:])
+    np.testing.assert_allclose(clip.times, np.arange(20 - cut) / 10)
 
 
 def test_times_begin_at_the_first_frame() -> None:
