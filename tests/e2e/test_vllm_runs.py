@@ -219,13 +219,15 @@ def test_what_is_done_about_stale_tokens_is_seen_in_the_metrics(home: Home, corr
 @pytest.mark.parametrize("staleness", [0, 2])
 @pytest.mark.timeout(1800)
 def test_the_task_is_learned(home: Home, request: pytest.FixtureRequest, staleness: int) -> None:
-    """On policy it is sampled by two servers, of which one is killed on the way."""
+    """On policy it is sampled by two servers, of which one is killed on the way. Half of the held-out codewords are
+    enough to tell: one in 6,561 is right by chance, and the second half takes as long again."""
     run = home.path / f"outputs/learned_{staleness}"
     replicas = 1 if staleness else 2
     process = home.start(
         "inference=vllm",
         f"inference.replicas={replicas}",
         f"orchestrator.max_staleness={staleness}",
+        "orchestrator.eval.target=0.5",
         "monitor.wandb.mode=disabled",
         f"hydra.run.dir={run}",
     )
@@ -240,7 +242,7 @@ def test_the_task_is_learned(home: Home, request: pytest.FixtureRequest, stalene
     assert (process.returncode, err) == (0, "")
     found = summary(run)
     assert found["exit_reason"] == "target_reached"
-    assert min(found["eval/reward"], found["eval/reward_greedy"]) >= 0.95
+    assert min(found["eval/reward"], found["eval/reward_greedy"]) >= 0.5
     lines = [line for line in read_metrics(run / "metrics.jsonl") if line["step"]]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     assert max(line["staleness/max"] for line in lines) == staleness
