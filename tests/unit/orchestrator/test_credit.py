@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from support.tiny_renderer import MODEL, PLACEHOLDER_TOKENS, first, following
+from support.video_rollouts import video, video_rollout
 from vlmrl.config.algorithm import Advantage, AlgorithmConfig, Compare, Credit, KLConfig, OverlongConfig, Truncated
 from vlmrl.config.orchestrator import RendererConfig
 from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer
@@ -367,3 +368,12 @@ def test_a_length_of_ones_own_stays() -> None:
     config = AlgorithmConfig(overlong=OverlongConfig(tokens=4, longest=12))
     assert config.for_answers_up_to(20).overlong.longest == 12
     assert config.for_answers_up_to(20) == config
+
+
+def test_turns_that_show_a_video_are_in_its_state() -> None:
+    """The state is the video's hash, not the text next to it, and not the images of the turns before."""
+    turns = video_rollout().turns
+    assert shown(turns[0]) == tuple(item.hash for item in turns[0].prompt.mm_items)
+    assert shown(turns[1]) == (video(2).hash,)
+    backwards = video(2, video(2).frames[::-1])
+    assert shown(video_rollout((backwards,)).turns[0]) != shown(turns[1])

@@ -6,6 +6,7 @@ The foreign functions have the parameters, the results and the structure of publ
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import sys
 import threading
@@ -19,7 +20,7 @@ from vlmrl.config.reward import ImportedTerm
 from vlmrl.errors import ConfigError, UserFault
 from vlmrl.rewards.base import Attempt, RewardError, Score, Scored, SeenImage
 from vlmrl.rewards.imported import imported
-from vlmrl.types import Image, Message, StopReason
+from vlmrl.types import Image, Message, StopReason, Video
 
 T = TypeVar("T")
 
@@ -197,6 +198,19 @@ def test_what_trl_gives(scored: Any) -> None:
     assert given["source"] == ["web", "web"]
     assert given["solution"] == ["5", "5"]
     assert "prompt" not in given
+
+
+def test_trl_functions_see_that_a_video_is_shown(scored: Any) -> None:
+    given: list[Any] = []
+
+    def fn(prompts: Any, completions: Any, **kwargs: Any) -> list[float]:
+        given.append(prompts[0][0]["content"])
+        return [0.0] * len(completions)
+
+    (attempt,) = attempts("a")
+    shown = (Message.of("user", Video("a.mp4"), "Which way?"),)
+    scored(fn, [dataclasses.replace(attempt, prompt=shown)])
+    assert given == [[{"type": "video"}, {"type": "text", "text": "Which way?"}]]
 
 
 def test_texts_where_trl_gives_texts(scored: Any) -> None:

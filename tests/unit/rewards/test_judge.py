@@ -27,7 +27,7 @@ from vlmrl.rewards import judge_client
 from vlmrl.rewards.base import Attempt, Score, Scored, SeenImage
 from vlmrl.rewards.judge import JudgeReward
 from vlmrl.rewards.judge_prompt import score_parser
-from vlmrl.types import Image, Message
+from vlmrl.types import Image, Message, Video
 
 T = TypeVar("T")
 KEY = "my-own-key/+42"
@@ -131,6 +131,19 @@ def test_a_judge_sees_question_images_answer_and_reference(serve: Callable[..., 
     assert all(part in text["text"] for part in ("Which color? <image>", "\nred\n", "blue", "from 0 (wrong) to 10"))
     assert "Be brief" not in text["text"]
     assert server.keys == [f"Bearer {KEY}"]
+
+
+def test_a_judge_sees_the_frames_of_a_video_in_order(serve: Callable[..., Server]) -> None:
+    server = serve(says("Score: 7"))
+    frames = np.arange(54, dtype=np.uint8).reshape(2, 3, 3, 3)
+    prompt = (Message.of("user", "Which way? ", Video(frames, times=(0.0, 0.5))),)
+    score(judge(server), Attempt("r", "p", prompt, "left", "left", None, {}, ()))
+    clip, text = server.requests[0]["messages"][0]["content"]
+    assert (clip["type"], clip["video_url"]["times"]) == ("video_url", [0.0, 0.5])
+    sent = clip["video_url"]["url"].removeprefix("data:video/jpeg;base64,").split(",")
+    pixels = [np.asarray(PILImage.open(io.BytesIO(base64.b64decode(each)))) for each in sent]
+    assert np.array_equal(pixels, frames)
+    assert "Which way? <video>" in text["text"]
 
 
 def test_without_images_and_without_a_key(serve: Callable[..., Server]) -> None:

@@ -27,13 +27,14 @@ from typing import Any
 from vlmrl.errors import ConfigError, UserFault, fenced
 from vlmrl.tasks.dataset.sources.reader import Reader, suffix_of
 from vlmrl.tasks.dataset.sources.repository import Chosen, choose, choose_name, may_hold_rows
+from vlmrl.tasks.dataset.videos import FILE_ENDINGS
 
 LISTING_TIMEOUT_S = 15.0
 """How long the hub may take to list the files of a data set."""
 
 _HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?", re.ASCII)
 _SHARD = re.compile(r"(.*)(\d{5})-of-(\d{5})(.*)")
-_IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 _COMMITS: ContextVar[dict[str, str]] = ContextVar("commits")
@@ -88,7 +89,7 @@ def download(repo: str, *, config: str | None, split: str | None, revision: str 
             place = api.hf_hub_download(repo, "README.md", repo_type="dataset", revision=revision)
             readme = Path(place).read_text(encoding="utf-8", errors="replace")
         chosen = choose(files, readme, config=config, split=split, where=repo)
-        wanted = [*chosen.files, *_images_of(chosen, files)]
+        wanted = [*chosen.files, *_media_of(chosen, files)]
         folder = api.snapshot_download(
             repo, repo_type="dataset", revision=revision, allow_patterns=[glob.escape(file) for file in wanted]
         )
@@ -101,8 +102,8 @@ def download(repo: str, *, config: str | None, split: str | None, revision: str 
 
 
 def _built(repo: str, config: str | None, split: str | None, commit: str) -> Reader:
-    """The rows that `datasets` makes of a repository: a folder of images, tar files. It executes no code of the
-    repository. Raises `ConfigError`."""
+    """The rows that `datasets` makes of a repository: folders of images or videos, tar files. It executes no code of
+    the repository. Raises `ConfigError`."""
     import datasets
 
     from vlmrl.tasks.dataset.sources.arrow_file import TableReader
@@ -121,13 +122,13 @@ def _built(repo: str, config: str | None, split: str | None, commit: str) -> Rea
         ) from None
 
 
-def _images_of(chosen: Chosen, files: list[str]) -> list[str]:
-    """Image files to which rows of text refer by path: those below the folders of the data files."""
+def _media_of(chosen: Chosen, files: list[str]) -> list[str]:
+    """Images and videos to which rows of text refer by path: those below the folders of the data files."""
     if suffix_of(chosen.files[0]) in (".parquet", ".arrow"):
         return []
     folders = {file.rpartition("/")[0] for file in chosen.files}
     below = tuple(f"{folder}/" if folder else "" for folder in folders)
-    return [file for file in files if file.lower().endswith(_IMAGES) and file.startswith(below)]
+    return [file for file in files if file.lower().endswith((*_PICTURES, *FILE_ENDINGS)) and file.startswith(below)]
 
 
 def _listing(repo: str, revision: str | None) -> tuple[str, list[str]]:

@@ -18,12 +18,13 @@ import pytest
 from huggingface_hub import constants
 
 from support.loopback_hub import LoopbackHub
+from support.video_files import encoded, moving
 from vlmrl.config.dataset import ColumnsConfig, DatasetConfig
 from vlmrl.errors import ConfigError
 from vlmrl.tasks.dataset.sources.hub import same_commits
 from vlmrl.tasks.dataset.sources.opening import open_rows
 from vlmrl.tasks.dataset.task import DatasetTask
-from vlmrl.types import Image, Text
+from vlmrl.types import Image, Text, Video
 
 README = b"""---
 license: mit
@@ -236,6 +237,15 @@ def test_pictures_that_rows_of_text_name_come_along(hub: LoopbackHub) -> None:
     assert (Path(folder) / "a/1.png").read_bytes() == b"pixels"
 
 
+def test_videos_that_rows_of_text_name_come_along(hub: LoopbackHub) -> None:
+    hub.commit("someone/rows", {"train.jsonl": b'{"q": "1", "video": "a/1.MP4"}', "a/1.MP4": b"frames", "a/1.wav": b""})
+    rows = open_rows("someone/rows")
+    folder = rows.folder(0)
+    assert folder is not None
+    assert (Path(folder) / "a/1.MP4").read_bytes() == b"frames"
+    assert not (Path(folder) / "a/1.wav").exists()
+
+
 # ── repositories without files of rows, which `datasets` reads ──────────────────────────────────────────────
 
 
@@ -313,6 +323,29 @@ def test_pictures_of_a_repository_are_rows(kind: str, hub: LoopbackHub) -> None:
         assert isinstance(text, Text)
         seen.append((image.source[0, 0, 0] // 10, text.text, problem.answer))
     assert seen == [(number, "Which?", str(number)) for number in range(3)]
+
+
+def clips() -> dict[str, bytes]:
+    return {f"{n}.mp4": encoded(moving(3, seed=n), rate=4, kind=("mp4", "mpeg4", "yuv420p")) for n in range(2)}
+
+
+@pytest.mark.usefixtures("_fresh_datasets")
+@pytest.mark.parametrize("kind", ["a folder", "a webdataset"])
+def test_videos_of_a_repository_are_rows(kind: str, hub: LoopbackHub) -> None:
+    lines = b"".join(b'{"file_name": "%d.mp4", "question": "Which?", "answer": "%d"}\n' % (n, n) for n in range(2))
+    asked = {f"{n}.json": b'{"question": "Which?", "answer": "%d"}' % n for n in range(2)}
+    files = {f"train/{name}": content for name, content in (clips() | {"metadata.jsonl": lines}).items()}
+    columns = ColumnsConfig()
+    if kind == "a webdataset":
+        files = {"data/train-000.tar": tar(dict(sorted((clips() | asked).items())))}
+        columns = ColumnsConfig(prompt="json.question", answer="json.answer")
+    hub.commit("someone/clips", files)
+    task = DatasetTask(DatasetConfig(path="someone/clips", eval_fraction=0.0, columns=columns), seed=0)
+    for row, content in enumerate(clips().values()):
+        problem = task.problem_of_row("train", row)
+        (video,) = [part for part in problem.messages[0].content if isinstance(part, Video)]
+        source = video.source if isinstance(video.source, bytes) else Path(video.source).read_bytes()
+        assert (source, problem.answer) == (content, str(row))
 
 
 @pytest.mark.usefixtures("_fresh_datasets")
