@@ -359,6 +359,15 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
         "another family .*=qwen3vl_moe",
     ),
     (("model.vlm.image_token=inf",), "model.vlm.image_token=inf is no image token of .*: set it to <.image_pad.>"),
+    (("model.vlm.video.token='<film>'",), "model.vlm.video.token=<film> is no video token of .*: set it to <.video_pad.>"),
+    (
+        ("model.vlm.family=llava", "model.tiny=null", "model.name=x"),
+        "family=llava is not known to have videos here, .*: set model.vlm.video=null and show",
+    ),
+    (
+        ("model.vlm.video.min_pixels=2048", "model.vlm.video.max_pixels=1024"),
+        "video.min_pixels=2048 is above model.vlm.video.max_pixels=1024",
+    ),
     (("model=qwen3vl", "model.size.text.hidden_size=abc"), "hidden_size=abc is no size .* whole number from 1 to"),
     (("model=qwen3vl", "model.size.vision.depth=1e20"), r"model.size.vision.depth=1e\+20 is no size"),
     (("model=qwen3vl", "model.size.text.rms_norm_eps=null"), "rms_norm_eps=None is no size"),

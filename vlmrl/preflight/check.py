@@ -42,6 +42,7 @@ from vlmrl.preflight.rules import (
     tool,
     transfer,
     video,
+    video_family,
 )
 from vlmrl.preflight.site import Site, Submission, submitted_site, this_site
 
@@ -144,6 +145,8 @@ RULES: tuple[Rule, ...] = (
     _of_config(model.random_has_size),
     _of_config(model.something_learns),
     _of_config(model.tiny_is_a_model),
+    _of_config(video_family.family_has_videos),
+    _of_config(video_family.video_sizes_are_possible),
     _of_config(imports.imports_resolve),
     _of_site(packages.packages_are_installed, Stage.here),
     _of_site(model.renderer_exists, Stage.here),
