@@ -359,7 +359,10 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
         "another family .*=qwen3vl_moe",
     ),
     (("model.vlm.image_token=inf",), "model.vlm.image_token=inf is no image token of .*: set it to <.image_pad.>"),
-    (("model.vlm.video.token='<film>'",), "model.vlm.video.token=<film> is no video token of .*: set it to <.video_pad.>"),
+    (
+        ("model.vlm.video.token='<film>'",),
+        "model.vlm.video.token=<film> is no video token of .*: set it to <.video_pad.>",
+    ),
     (
         ("model.vlm.family=llava", "model.tiny=null", "model.name=x"),
         "family=llava is not known to have videos here, .*: set model.vlm.video=null and show",

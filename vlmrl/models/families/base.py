@@ -73,6 +73,11 @@ class Family:
     released_bounds: ImageBounds | None = None
     """Bounds of an image in the checkpoints that the family's authors released. None where they are not known. A family
     that states them also overrides `image_tokens`."""
+    released_video_bounds: ImageBounds | None = None
+    """Bounds of a video, counted as the video processor does, in the checkpoints that the family's authors released.
+    None where they are not known. A family that states them also overrides `video_tokens`."""
+    writes_times: bool = False
+    """Whether the prompt has a time as text before each grid of a video's patches, and a marker around each grid."""
     recipe: CheckpointRecipe | None = None
     """None: no checkpoint of this family can be made here (`model.tiny`, `model.init=random`)."""
 
@@ -140,6 +145,22 @@ class Family:
     def image_tokens(self, width: int, height: int, bounds: ImageBounds) -> int:
         """Placeholder tokens of an image of width × height pixels. Only for a family that knows its `token_pixels`."""
         raise NotImplementedError(f"model.vlm.family={self.name} has no formula for the tokens of an image")
+
+    def video_bounds(self, model: ModelConfig) -> ImageBounds | None:
+        """Bounds of a video, as far as the configuration tells; None where they are not known, or without videos."""
+        video = None if self.vlm is None else self.vlm.video
+        if video is None or self.released_video_bounds is None:
+            return None
+        bounds = self.released_video_bounds
+        if self.recipe is not None and model.tiny is not None:
+            bounds = self.recipe.tiny or bounds
+        elif self.recipe is not None and model.init is Init.random:
+            bounds = self.recipe.made_here
+        return ImageBounds(video.min_pixels or bounds.least, video.max_pixels or bounds.most)
+
+    def video_tokens(self, frames: int, width: int, height: int, bounds: ImageBounds) -> int:
+        """Placeholder tokens of a video. Only for a family that states its `released_video_bounds`."""
+        raise NotImplementedError(f"model.vlm.family={self.name} has no formula for the tokens of a video")
 
     def vision_parameters(self, vision: Mapping[str, Any]) -> int | None:
         """Parameters of the vision tower of a `vision_config`; None where there is no formula. Raises `KeyError` where

@@ -150,6 +150,8 @@ class Qwen3VL(Family):
     token_pixels = TOKEN_PIXELS
     processed_bytes_per_pixel = 3 * TEMPORAL_PATCH_SIZE * 4
     released_bounds = ImageBounds(256 * 256, 16 * 1024 * 1024)
+    released_video_bounds = ImageBounds(4096, 25165824)
+    writes_times = True
     recipe: CheckpointRecipe | None = RECIPE
 
     def image_tokens(self, width: int, height: int, bounds: ImageBounds) -> int:
@@ -169,6 +171,26 @@ class Qwen3VL(Family):
             scale = math.sqrt(bounds.least / (height * width))
             rounded = [math.ceil(s * scale / TOKEN_PIXELS) * TOKEN_PIXELS for s in (height, width)]
         return math.prod(rounded) // TOKEN_PIXELS**2
+
+    def video_tokens(self, frames: int, width: int, height: int, bounds: ImageBounds) -> int:
+        """As `image_tokens` for the area of all frames together; each pair of frames is one grid of tokens.
+
+        >>> family = Qwen3VL(None)
+        >>> [family.video_tokens(8, *size, ImageBounds(4096, 25165824)) for size in ((64, 96), (640, 480))]
+        [24, 1200]
+        """
+        if min(height, width) < TOKEN_PIXELS:
+            scale = max(TOKEN_PIXELS / height, TOKEN_PIXELS / width)
+            height, width = int(height * scale), int(width * scale)
+        shown = round(frames / TEMPORAL_PATCH_SIZE) * TEMPORAL_PATCH_SIZE
+        rounded = [round(side / TOKEN_PIXELS) * TOKEN_PIXELS for side in (height, width)]
+        if shown * math.prod(rounded) > bounds.most:
+            scale = math.sqrt(frames * height * width / bounds.most)
+            rounded = [max(TOKEN_PIXELS, math.floor(s / scale / TOKEN_PIXELS) * TOKEN_PIXELS) for s in (height, width)]
+        elif shown * math.prod(rounded) < bounds.least:
+            scale = math.sqrt(bounds.least / (frames * height * width))
+            rounded = [math.ceil(s * scale / TOKEN_PIXELS) * TOKEN_PIXELS for s in (height, width)]
+        return math.ceil(frames / TEMPORAL_PATCH_SIZE) * math.prod(rounded) // TOKEN_PIXELS**2
 
     def vision_parameters(self, vision: Mapping[str, Any]) -> int:
         """Patches, positions, blocks with biases, and a merger for the output and for each deepstack level."""

@@ -268,9 +268,11 @@ def server_memory(config: VllmConfig, sizes: Sizes) -> ServerMemory | None:
 
 
 def pixel_bytes(config: RunConfig, episode: EpisodeEstimate) -> int:
-    """Bytes of the images that may be alive at once: those of the batches ahead and of an evaluation, all distinct."""
+    """Bytes of the images and videos that may be alive at once: those of the batches ahead and of an evaluation, all
+    distinct."""
     problems = (config.orchestrator.max_staleness + 1) * config.orchestrator.groups_per_step
     problems += config.orchestrator.eval.problems
     per_pixel = 3 + family_of(config.model.vlm).processed_bytes_per_pixel
-    one = sum(width * height * per_pixel for width, height in episode.images)
-    return problems * one
+    # A frame of a video is half of a grid of patches, and an image is a grid of its own with its pixels twice.
+    videos = sum(math.prod(video) for video in episode.videos) * (3 + 12)
+    return problems * (sum(width * height * per_pixel for width, height in episode.images) + videos)

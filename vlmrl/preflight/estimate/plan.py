@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from vlmrl.config.dataset import DatasetConfig
 from vlmrl.config.eval_set import EvalSet
 from vlmrl.config.inference import VllmConfig
-from vlmrl.config.model import Dtype
+from vlmrl.config.model import Dtype, VideoConfig
 from vlmrl.config.run import Mode, RunConfig
 from vlmrl.config.task import MixtureConfig, TaskConfig, most_turns, tasks_of
 from vlmrl.config.trainer import Packing
@@ -47,9 +47,12 @@ def dry_run(config: RunConfig) -> str:
     images_are_seen(config, this_site())
     task = load_task(config.task, seed=config.seed)
     rows_are_shown(config, task)
-    episode, wrong = _longest_of_tasks(config.task, task)
+    video = None if config.model.vlm is None else config.model.vlm.video
+    episode, wrong = _longest_of_tasks(config.task, task, video)
     sets = {name: each for name, each in config.orchestrator.eval.sets.items() if each.own_task is not None}
-    of_sets = {name: _play_set(f"orchestrator.eval.sets.{name}.task", each, config.seed) for name, each in sets.items()}
+    of_sets = {
+        name: _play_set(f"orchestrator.eval.sets.{name}.task", each, config.seed, video) for name, each in sets.items()
+    }
     if machine.gpus and config.model.device != "cpu":
         refuse_machine(config, machine, sizes, ranks)
     rows = [
@@ -72,11 +75,13 @@ def dry_run(config: RunConfig) -> str:
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
 
 
-def _play(key: str, config: TaskConfig, task: Task, split: Split = "train") -> tuple[EpisodeEstimate, list[str]]:
+def _play(
+    key: str, config: TaskConfig, task: Task, video: VideoConfig | None, split: Split = "train"
+) -> tuple[EpisodeEstimate, list[str]]:
     """`play`; raises `ConfigError` where none of the first problems of the task at `key` can be played."""
     with keys_at(key):
         try:
-            return play(task, config.max_turns, split)
+            return play(task, config.max_turns, split, video)
         except UserFault as fault:
             given = f"task.path={config.path}" if isinstance(config, DatasetConfig) else f"task.target={config.target}"
             raise ConfigError(
@@ -85,7 +90,7 @@ def _play(key: str, config: TaskConfig, task: Task, split: Split = "train") -> t
             ) from None
 
 
-def _play_set(key: str, own: EvalSet, seed: int) -> tuple[dict[str, str], list[str]]:
+def _play_set(key: str, own: EvalSet, seed: int, video: VideoConfig | None) -> tuple[dict[str, str], list[str]]:
     """What the task of an evaluation set has read, and what is wrong with its first problems. Raises `ConfigError`."""
     config = own.own_task
     assert config is not None, "only sets with a task of their own are played"
@@ -96,17 +101,17 @@ def _play_set(key: str, own: EvalSet, seed: int) -> tuple[dict[str, str], list[s
     notes = [
         note
         for each, one in configs.items()
-        for note in _play(each, one, tasks.get(each.rpartition(".")[2], task), own.split.value)[1]
+        for note in _play(each, one, tasks.get(each.rpartition(".")[2], task), video, own.split.value)[1]
     ]
     return data_table_of(task), notes
 
 
-def _longest_of_tasks(config: TaskConfig, task: Task) -> tuple[EpisodeEstimate, list[str]]:
+def _longest_of_tasks(config: TaskConfig, task: Task, video: VideoConfig | None) -> tuple[EpisodeEstimate, list[str]]:
     """The first episode of the task; of a mixture, that with the most pixels and text among those of its tasks."""
     if not isinstance(config, MixtureConfig) or not isinstance(task, MixtureTask):
-        return _play("task", config, task)
-    played = [_play(f"task.tasks.{name}", config.tasks[name], own) for name, own in task.tasks.items()]
-    pixels = [sum(width * height for width, height in found.images) for found, _ in played]
+        return _play("task", config, task, video)
+    played = [_play(f"task.tasks.{name}", config.tasks[name], own, video) for name, own in task.tasks.items()]
+    pixels = [found.pixels for found, _ in played]
     episode = max(zip(pixels, played, strict=True), key=lambda pair: (pair[0], pair[1][0].characters))[1][0]
     return episode, [note for _, notes_of_task in played for note in notes_of_task]
 
@@ -154,7 +159,9 @@ def _arithmetic(config: RunConfig, ranks: int) -> Iterator[tuple[str, str]]:
 def _tokens(config: RunConfig, sizes: Sizes, episode: EpisodeEstimate, ranks: int) -> Iterator[tuple[str, str]]:
     o, t = config.orchestrator, config.trainer
     longest = longest_episode(config, sizes, episode)
-    shown = f"{len(episode.images)} images, {episode.characters} characters, {episode.turns} × {o.max_new_tokens} new"
+    videos = f"{len(episode.videos)} videos, " if episode.videos else ""
+    shown = f"{len(episode.images)} images, {videos}{episode.characters} characters"
+    shown += f", {episode.turns} × {o.max_new_tokens} new"
     yield "tokens per episode", f"up to about {longest} of {t.seq_len} (estimate: {shown})"
     rows, loss_tokens = step_tokens(config, sizes, episode)
     passes = math.ceil(rows / ranks / t.micro_batch_tokens)
@@ -167,7 +174,9 @@ def longest_episode(config: RunConfig, sizes: Sizes, episode: EpisodeEstimate) -
     """Tokens of the longest episode that the budgets allow; episode.py explains the estimate."""
     per_token = TINY_CHARACTERS_PER_TOKEN if config.model.tiny is not None else CHARACTERS_PER_TOKEN
     family = family_of(config.model.vlm)
-    return episode.tokens(config.orchestrator.max_new_tokens, family, sizes.image_bounds, per_token)
+    return episode.tokens(
+        config.orchestrator.max_new_tokens, family, sizes.image_bounds, per_token, family.video_bounds(config.model)
+    )
 
 
 def step_tokens(config: RunConfig, sizes: Sizes, episode: EpisodeEstimate) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as PILImage
 
+from support.families.clips import MESSAGES, video_renderer, vlm_of
 from vlmrl.config.orchestrator import RendererConfig
 from vlmrl.config.run import RunConfig
 from vlmrl.config.task import ColorCodewordConfig
@@ -23,7 +25,7 @@ from vlmrl.models.checkpoints.load import load_image_processor, load_tokenizer, 
 from vlmrl.models.families.base import ImageBounds
 from vlmrl.models.families.qwen3_vl import Qwen3VL
 from vlmrl.preflight.estimate.episode import SAMPLES, EpisodeEstimate, play
-from vlmrl.preflight.estimate.sizes import TINY_CHARACTERS_PER_TOKEN
+from vlmrl.preflight.estimate.sizes import TINY_CHARACTERS_PER_TOKEN, TURN_FRAME
 from vlmrl.rendering.renderer import make_renderer
 from vlmrl.tasks.base import BadRow, NotInSplit, Reply
 from vlmrl.tasks.loading import load_task
@@ -68,6 +70,37 @@ def test_what_is_said_to_be_the_longest_is_longer_than_what_the_renderer_makes(
     prompt, mask = renderer.render_conversation(conversation)
     real = len(prompt.token_ids)
     assert real <= episode.tokens(int(mask.sum()), FAMILY, TINY_PIXELS, TINY_CHARACTERS_PER_TOKEN) <= 2 * real
+
+
+@settings(max_examples=30)
+@given(frames=st.integers(2, 40), height=st.integers(8, 700), width=st.integers(8, 700))
+def test_tokens_of_a_video(frames: int, height: int, width: int) -> None:
+    """As transformers scales it. 20 frames of 320 × 320 pixels are just below the bound."""
+    pytest.importorskip("torchvision")
+    from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
+
+    bounds = ImageBounds(4096, 1 << 21)
+    rows, columns = smart_resize(frames, height, width, 2, 32, bounds.least, bounds.most)
+    expected = (frames + 1) // 2 * rows * columns // 32**2
+    assert FAMILY.video_tokens(frames, width, height, bounds) == expected
+
+
+def test_an_episode_with_videos_is_as_long_as_its_prompt(family_folder: Callable[[str], Path]) -> None:
+    """Two videos and an image. Without text, 2 tokens enclose each of them, and each pair of frames has 3 more. The
+    tiny tokenizer writes a time in 13 tokens."""
+    pytest.importorskip("torchvision")
+    vlm = vlm_of("qwen3_vl")
+    prompt = asyncio.run(video_renderer(family_folder("qwen3_vl"), vlm).first_turn(MESSAGES))
+    task: Any = OneTurn([MESSAGES[0].content])
+    episode, _ = play(task, 1, video=vlm.video)
+    assert episode.videos == tuple((len(v.frames), v.frames.shape[2], v.frames.shape[1]) for v in prompt.videos)
+    bounds = ImageBounds(64**2, 512**2)  # of the tiny checkpoint
+    pairs = sum(int(video.mm_kwargs["video_grid_thw"][0, 0]) for video in prompt.videos)
+    features = sum(place.num_features for place in prompt.placeholders)
+    bare = episode.tokens(0, FAMILY, bounds, 10**9, bounds)
+    assert bare == features + 2 * 3 + (2 + 1) * pairs + TURN_FRAME + 1
+    assert len(prompt.token_ids) <= episode.tokens(0, FAMILY, bounds, 1, bounds) <= 2 * len(prompt.token_ids)
+    assert play(task, 1)[0].videos == ()
 
 
 @pytest.mark.parametrize(
