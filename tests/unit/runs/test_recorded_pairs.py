@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image as PILImage
 
+from support.families.clips import MESSAGES, video_renderer, vlm_of
 from support.helpers import TINY
 from vlmrl.config.dpo import DPOConfig
 from vlmrl.config.orchestrator import RendererConfig
@@ -212,3 +213,39 @@ def test_a_prompt_that_is_rendered_otherwise_is_refused(
     monkeypatch.setattr(renderer, "first_turn", other)
     with pytest.raises(ConfigError, match="its first prompt is rendered to other tokens than was recorded"):
         batch_of(pairs)
+
+
+def test_clips_are_learned_from_as_they_were_shown(family_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """Two videos and a picture, made again from their frames; a frame with other pixels is refused by its file."""
+    pytest.importorskip("torchvision")
+    own = video_renderer(family_folder("qwen3_vl"), vlm_of("qwen3_vl"))
+    prompt = asyncio.run(own.first_turn(MESSAGES))
+    played = []
+    for index, reward in enumerate((0.0, 1.0)):
+        sampled = Completion(
+            np.array([65 + index, own.stop_token_ids[0]]), np.zeros(2, np.float32), np.zeros(2, np.int64), "stop"
+        )
+        turn = Turn(prompt, sampled, own.decode(sampled.token_ids), MESSAGES, 0, 0.0)
+        rollout_id = f"train/000001/00/{index:02d}"
+        played.append(Rollout(rollout_id, "clips", index, [turn], reward, {}, StopReason.TERMINATED))
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.create()
+    recorder = RolloutRecorder(run_dir)
+    recorder.write(1, {"train": played})
+    recorder.close()
+
+    (pair,) = batch_of(pairs_of(run_dir.path, own, batch_size=1)).pairs
+    for (found,), wanted in ((pair.chosen, played[1]), (pair.rejected, played[0])):
+        (sample,) = make_samples(wanted)
+        np.testing.assert_array_equal(found.token_ids, sample.token_ids)
+        np.testing.assert_array_equal(found.mm_token_type_ids, sample.mm_token_type_ids)
+        assert found.placeholders == sample.placeholders
+        for one, other in zip(found.mm_items, sample.mm_items, strict=True):
+            assert one.mm_kwargs.keys() == other.mm_kwargs.keys()
+            assert all(np.array_equal(one.mm_kwargs[key], other.mm_kwargs[key]) for key in other.mm_kwargs)
+
+    first, second, *_ = prompt.videos[0].frame_hashes
+    run_dir.image(first).write_bytes(run_dir.image(second).read_bytes())
+    again = video_renderer(family_folder("qwen3_vl"), vlm_of("qwen3_vl"))
+    with pytest.raises(ConfigError, match=rf"images/{first}.png, frame 0 of the video \w+ is other than was recorded"):
+        batch_of(pairs_of(run_dir.path, again, batch_size=1))
