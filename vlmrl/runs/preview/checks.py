@@ -94,13 +94,13 @@ def _missing_images(seen: Seen) -> Iterator[Finding]:
         return
     looked_at = sum(sample.looked_at for sample in seen.samples.values())
     if missing.candidate is not None:
-        remedy = f"{missing.candidate} has it: set task.image_root={missing.candidate}"
+        remedy = f"{missing.candidate} has it: set task.{missing.kind}_root={missing.candidate}"
     else:
-        remedy = "set task.image_root to the folder from which the paths start"
+        remedy = f"set task.{missing.kind}_root to the folder from which the paths start"
     yield Finding(
         Code.IMAGES_MISSING,
-        f"the images of {missing.count} of {looked_at} rows are not where the rows say ({missing.first}), so these "
-        f"rows are left out: {remedy}",
+        f"the {missing.kind}s of {missing.count} of {looked_at} rows are not where the rows say ({missing.first}), so "
+        f"these rows are left out: {remedy}",
         missing.rows[:SHOWN_ROWS],
     )
 

@@ -1,20 +1,21 @@
-"""Rows whose images are not found, and the folder in which they are."""
+"""Rows whose images or videos are not found, and the folder in which they are."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from vlmrl.runs.preview.seen import Refused
+from vlmrl.types import Modality
 
-NOT_FOUND = re.compile(r"the image file (.+) does not exist: set task\.image_root", re.DOTALL)
-"""How a row says that its image is not there (tasks/dataset/images.py)."""
+NOT_FOUND = re.compile(r"the (?:image|video) file (.+) does not exist: set task\.(image|video)_root", re.DOTALL)
+"""How a row says that its image or video is not there (tasks/dataset/files.py)."""
 
 LARGEST_SEARCH = 2000
-"""Folders that are searched for the images."""
+"""Folders that are searched for the files."""
 
 DEEPEST_SEARCH = 3
 """Levels of folders below the data."""
@@ -22,7 +23,9 @@ DEEPEST_SEARCH = 3
 
 @dataclass(frozen=True)
 class ImagesNotFound:
-    """Rows that are refused because an image is not where they say."""
+    """Rows that are refused because an image, or a video, is not where they say."""
+
+    kind: Modality
 
     count: int
     rows: tuple[str, ...]
@@ -33,21 +36,25 @@ class ImagesNotFound:
     """A folder from which the same path exists; None where none was found."""
 
 
-def images_not_found(refused: Sequence[Refused], start: Path | None, data: Path) -> ImagesNotFound | None:
-    """The rows of `refused` without their images, and where the images may be.
+def images_not_found(
+    refused: Sequence[Refused], starts: Mapping[Modality, Path | None], data: Path
+) -> ImagesNotFound | None:
+    """The rows of `refused` without their images, and where the images may be; or those without their videos, where the
+    first of them lacks a video.
 
-    `start` is `task.image_root` and `data` the folder of the data, from which paths start without one. None where every
-    image was found.
+    `starts` are `task.image_root` and `task.video_root`, and `data` is the folder of the data, from which paths start
+    without one. None where every image and video was found.
     """
-    missing = [
-        (each, found[1].strip("'\"")) for each in refused if (found := NOT_FOUND.search(each.reason)) is not None
-    ]
-    if not missing:
+    found = [(each, match) for each in refused if (match := NOT_FOUND.search(each.reason)) is not None]
+    if not found:
         return None
-    path = Path(missing[0][1])
+    kind: Modality = "image" if found[0][1][2] == "image" else "video"
+    missing = [(each, match[1].strip("'\"")) for each, match in found if match[2] == kind]
+    path, start = Path(missing[0][1]), starts[kind]
     begun = data if start is None else start
     as_written = path.relative_to(begun) if path.is_relative_to(begun) else path
     return ImagesNotFound(
+        kind=kind,
         count=len(missing),
         rows=tuple(f"{each.source}:{each.row}" for each, _ in missing),
         first=str(path),

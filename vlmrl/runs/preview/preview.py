@@ -37,6 +37,7 @@ from vlmrl.runs.tools import texts_of_run
 from vlmrl.tasks.base import Split, Task
 from vlmrl.tasks.border import get_num_rows
 from vlmrl.tasks.loading import data_table_of, load_task
+from vlmrl.types import Modality
 
 SHOWN = 8
 """Problems of the page, with pictures and tokens."""
@@ -82,16 +83,17 @@ async def _look_at(config: RunConfig, task: Task, parts: RenderingParts, folder:
     return Preview(config, data_table_of(task), samples, answers, reason, findings, parts)
 
 
-def _folders(config: RunConfig) -> tuple[Path | None, Path]:
-    """`task.image_root`, and the folder of the data; those of the first data set of a mixture."""
+def _folders(config: RunConfig) -> tuple[dict[Modality, Path | None], Path]:
+    """`task.image_root` and `task.video_root`, and the folder of the data; those of the first data set of a mixture."""
     tasks = config.task.tasks.values() if isinstance(config.task, MixtureConfig) else [config.task]
     task = next((each for each in tasks if isinstance(each, DatasetConfig)), None)
     if task is None:
-        return None, Path.cwd()
+        return {"image": None, "video": None}, Path.cwd()
     first = task.path[0] if isinstance(task.path, list) and task.path else task.path
     path = Path(str(first)).expanduser().absolute()
-    root = None if task.image_root is None else Path(task.image_root).expanduser().absolute()
-    return root, path if path.is_dir() else path.parent
+    roots: dict[Modality, str | None] = {"image": task.image_root, "video": task.video_root}
+    starts = {kind: None if root is None else Path(root).expanduser().absolute() for kind, root in roots.items()}
+    return starts, path if path.is_dir() else path.parent
 
 
 class ScanProgress:

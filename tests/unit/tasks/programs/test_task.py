@@ -20,7 +20,7 @@ from vlmrl.tasks.loading import load_task
 from vlmrl.tasks.mixture import MixedProblem
 from vlmrl.tasks.programs.problems import chat_messages, played_outside
 from vlmrl.tasks.programs.task import ProgramTask
-from vlmrl.types import Image, Message
+from vlmrl.types import Image, Message, Video
 
 PIXELS = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
 
@@ -116,6 +116,18 @@ def test_a_problem_of_a_mixture_has_it_inside_and_others_have_none() -> None:
     assert played_outside(told) is told
     assert played_outside(MixedProblem("web", 3, object())) is None  # type: ignore[arg-type]
     assert played_outside(None) is None
+
+
+def test_a_program_is_sent_videos_as_files_and_as_frames(tmp_path: Path) -> None:
+    clip = tmp_path / "a.webm"
+    clip.write_bytes(b"webm")
+    frames = np.stack([PIXELS, PIXELS[::-1]])
+    (message,) = chat_messages([Message.of("user", Video(clip), "or", Video(b"mp4"), Video(frames, fps=2.0))])
+    file, _, content, sampled = message["content"]
+    assert file["video_url"]["url"] == f"data:video/webm;base64,{base64.b64encode(b'webm').decode()}"
+    assert content["video_url"]["url"] == f"data:video/mp4;base64,{base64.b64encode(b'mp4').decode()}"
+    urls = [png_url(frame).partition(",")[2] for frame in frames]
+    assert sampled["video_url"] == {"url": f"data:video/jpeg;base64,{','.join(urls)}", "fps": 2.0}
 
 
 def test_messages_keep_the_order_of_text_and_images() -> None:
