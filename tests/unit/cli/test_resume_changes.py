@@ -36,7 +36,7 @@ POLICIES = {
         row full preview.problems preview.answers play.policy play.split play.problem play.episodes task.env
         seed run step rollout runs against output_dir
         model.init model.name
-        model.vlm.family model.vlm.positions model.vlm.image_token
+        model.vlm.family model.vlm.positions model.vlm.image_token model.vlm.video.token
         model.vlm.freeze_vision model.vlm.freeze_language
         model.size.name model.size.tie_word_embeddings model.size.text model.size.vision
         model.lora.rank model.lora.alpha model.lora.targets model.lora.parts model.lora.base_dtype
@@ -46,7 +46,7 @@ POLICIES = {
         model.tiny.deepstack_visual_indexes model.tiny.bpe_merges model.tiny.max_position_embeddings
         model.tiny.initializer_range model.tiny.seed
         task.kind task.target task.images_per_turn task.image_size task.shuffle_images task.holdout_one_in
-        task.eval_fraction task.env_id task.env_kwargs task.noise
+        task.eval_fraction task.env_id task.env_kwargs task.noise task.frames task.colors
         reward.terms.*.kind reward.terms.*.target
         tool.*.kind tool.*.target tool.*.description tool.*.coordinates task.places
         dpo.from_run dpo.eval_fraction
@@ -56,6 +56,8 @@ POLICIES = {
     # A researcher's choice, from this step on.
     "noted": """
         model.dtype model.vlm.renderers model.vlm.min_pixels model.vlm.max_pixels model.vlm.image_settings
+        model.vlm.video.fps model.vlm.video.num_frames model.vlm.video.max_frames model.vlm.video.max_episode_frames
+        model.vlm.video.min_pixels model.vlm.video.max_pixels
         task.args task.max_turns task.num_examples task.credit task.timeout_s
         task.curriculum.pass_at task.curriculum.solved task.curriculum.hopeless task.curriculum.rest
         task.curriculum.low task.curriculum.high task.curriculum.outside task.curriculum.start_from
