@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from support.rollout_builders import image
 from support.video_rollouts import TIMES, VIDEO_TOKEN, frames_of, video, video_rollout
 from vlmrl.cli.past_runs import default_config
 from vlmrl.monitor.report.page import write_report
+from vlmrl.record.rollouts import read_rollouts
+from vlmrl.record.run_dir import RunDir
 from vlmrl.rendering.images import image_hash
 
 pytestmark = in_chromium
@@ -23,13 +26,18 @@ LONG = video(5, frames_of(5, 40), [number / 4 for number in range(40)])
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     config = config_of("orchestrator.groups_per_step=1", "orchestrator.group_size=2")
     rollouts = [video_rollout(), video_rollout((LONG,), index=1)]
     names = {VIDEO_TOKEN: "<|video_pad|>"}
     run = record(tmp_path_factory.mktemp("clips") / "run", config, [(1, rollouts)], names=names)
     write_report({run.name: run}, run.report, default_config())
-    return run.report
+    return run
+
+
+@pytest.fixture(scope="module")
+def page(run_dir: RunDir) -> Path:
+    return run_dir.report
 
 
 def strips(tab: Tab, where: str) -> list[tuple[str, list[str], list[str]]]:
@@ -80,3 +88,13 @@ def test_a_long_video_shows_some_of_its_frames(browser: Any, page: Path) -> None
         assert "12 of 40 frames" in tab.texts(".filmstrip > small")
         tab.page.keyboard.press("g")
         assert len(strips(tab, ".detail")) >= 2, "siblings show theirs"
+
+
+def test_downloaded_rollouts_have_their_videos(browser: Any, run_dir: RunDir) -> None:
+    records = {each["rollout_id"]: each for each in read_rollouts(run_dir.rollouts_file("step", 1))}
+    with Tab(browser, run_dir.report, "#rollouts") as tab:
+        kept = [json.loads(line) for line in tab.download("JSONL").splitlines()]
+    assert len(kept) == len(records) == 2
+    for each in kept:
+        assert each["videos"] == records[each["rollout_id"]]["videos"]
+        assert list(each["videos"]) == list(records[each["rollout_id"]]["videos"])

@@ -2,7 +2,7 @@
 
     {"generated": "2026-03-01 12:00", "defaults": {key: value},
      "images": {hash: {"src": "data:image/png;base64,…", "width": 32, "height": 32, "whole": true}},
-     "videos": {hash: {"frames": [hash, …], "times": [seconds, …], "count": frames, "fps": 2.0}},
+     "videos": {hash: {"frames": [hash, …], "times": [seconds, …], "fps": 2.0, "tensors", "shown": [index, …]}},
      "runs": [{"name", "path", "state", "summary", "environment", "config": {key: value}, "doctor",
                "metrics": {key: [value per line or null]}, "supervised": …,
                "sets": [{"name", "scores": {score: key}, "by": [[column, [[value, key], …]], …]}],

@@ -240,7 +240,7 @@ function saveMatching() {
       index: rollout.index, reward: rollout.reward, rewards: rollout.rewards, reference: rollout.reference, metrics: rollout.metrics,
       stop_reason: rollout.stop, dropped: rollout.dropped,
       filtered: rollout.filtered, error: rollout.error, stdout: rollout.stdout, stderr: rollout.stderr,
-      seconds: rollout.seconds,
+      seconds: rollout.seconds, videos: videosOf(rollout),
       turns: rollout.turns.map((turn) => {
         const prompt = run.prompts[turn.prompt];
         return {

@@ -188,11 +188,22 @@ const seconds = (time) => `${fmt.number(time, 4)} s`;
 function filmstrip(hash, { room = "message", place = null } = {}) {
   const video = DATA.videos[hash];
   if (!video) return el("span", { class: "lost" }, "a video that is not in the prompt");
-  const size = [`${video.count} frames, ${fmt.number(video.fps, 3)} a second`, place && `${tokensOf(place)} tokens from position ${place[0]}`]
+  const count = video.frames.length;
+  const size = [`${count} frames, ${fmt.number(video.fps, 3)} a second`, place && `${tokensOf(place)} tokens from position ${place[0]}`]
     .filter(Boolean).join("\n");
   return el("span", { class: `filmstrip ${room}`, title: size, data: { hash } },
-    video.frames.map((frame, at) => el("span", { class: "still" }, picture(frame, { room: "small" }), el("small", {}, seconds(video.times[at])))),
-    video.count > video.frames.length && el("small", { class: "muted" }, `${video.frames.length} of ${video.count} frames`));
+    video.shown.map((at) => el("span", { class: "still" }, picture(video.frames[at], { room: "small" }), el("small", {}, seconds(video.times[at])))),
+    count > video.shown.length && el("small", { class: "muted" }, `${video.shown.length} of ${count} frames`));
+}
+
+// The videos of a rollout as rollouts/ has them: by hash, in the order in which they are shown.
+function videosOf({ run, turns }) {
+  const parts = turns.flatMap((turn) => run.messages[turn.messages]).flatMap((message) => message.content);
+  const hashes = parts.filter((part) => part.type === "video" && part.hash).map((part) => part.hash);
+  return Object.fromEntries(hashes.map((hash) => {
+    const { frames, times, fps, tensors } = DATA.videos[hash];
+    return [hash, { frames, times, fps, tensors }];
+  }));
 }
 
 // Tokens of a placeholder that get a feature: all but its gaps.
