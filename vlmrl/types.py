@@ -1038,7 +1038,7 @@ class StepResult:
     version: int
     """Policy version after the step."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """`loss`, `grad_norm`, `entropy`, `mismatch_kl/mean`, …; record/metrics.py explains each key."""
+    """`loss`, `grad_norm`, `entropy`, `mismatch_kl/mean`, …; record/step_keys.py explains each key."""
     tokens: Sequence[TokenMetrics] = field(default=(), compare=False)
     """One per sample, in the order of the samples; its arrays are in the order of the sample's loss tokens."""
 

@@ -20,7 +20,7 @@ from support.command_line import REPOSITORY, SHORT, Home
 from support.families import build
 from support.layout_fixtures import LAYOUTS
 from vlmrl.config.keys import known_keys
-from vlmrl.record.metrics import STEP_KEYS, step_key
+from vlmrl.record.step_keys import STEP_KEYS, step_key
 from vlmrl.types import StopReason
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]

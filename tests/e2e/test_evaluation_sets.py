@@ -15,9 +15,10 @@ import orjson
 import pytest
 
 from support.command_line import SHORT, Ended, Gate, Home, Scenarios, assert_same_run, summary
-from vlmrl.record.metrics import read_metrics, step_key
+from vlmrl.record.metrics import read_metrics
 from vlmrl.record.pass_rates import read_pass_rates
 from vlmrl.record.rollouts import read_rollouts
+from vlmrl.record.step_keys import step_key
 
 pytestmark = pytest.mark.slow
 

@@ -22,8 +22,9 @@ from support.command_line import (
     summary,
 )
 from vlmrl.orchestrator.supervised import FIRST_PROBLEM
-from vlmrl.record.metrics import missing_keys, read_metrics
+from vlmrl.record.metrics import read_metrics
 from vlmrl.record.run_dir import RunDir
+from vlmrl.record.step_keys import missing_keys
 
 pytestmark = pytest.mark.slow
 

@@ -15,8 +15,9 @@ from support import TESTS
 from support.command_line import Ended, Home, Scenarios
 from support.judge_server import Server, says
 from vlmrl.record.faults import read_faults
-from vlmrl.record.metrics import read_metrics, step_key
+from vlmrl.record.metrics import read_metrics
 from vlmrl.record.rollouts import RolloutRecord, read_rollouts
+from vlmrl.record.step_keys import step_key
 
 pytestmark = pytest.mark.slow
 

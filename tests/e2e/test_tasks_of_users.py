@@ -12,7 +12,8 @@ import pytest
 from support.command_line import SHORT, Ended, Home, Scenarios, steady_rollouts, summary
 from support.their_tasks import KINDS
 from vlmrl.record.faults import read_faults
-from vlmrl.record.metrics import missing_keys, read_metrics
+from vlmrl.record.metrics import read_metrics
+from vlmrl.record.step_keys import missing_keys
 
 pytestmark = pytest.mark.slow
 

@@ -15,8 +15,9 @@ from support.command_line import KEYS, Ended, keys_found, steady_rollouts, summa
 from support.configs import checked
 from vlmrl.config.parse import typed
 from vlmrl.config.run import RunConfig
-from vlmrl.record.metrics import STEP_KEYS, missing_keys, read_metrics, step_key
+from vlmrl.record.metrics import read_metrics
 from vlmrl.record.run_dir import RunDir
+from vlmrl.record.step_keys import STEP_KEYS, missing_keys, step_key
 from vlmrl.types import StopReason
 
 pytestmark = pytest.mark.slow

@@ -15,9 +15,10 @@ from vlmrl.cli.recipe import with_recipe
 from vlmrl.cli.schemas import register_schemas
 from vlmrl.config.conf_folder import CONF
 from vlmrl.config.run import RunConfig
-from vlmrl.record.metrics import REQUIRED_KEYS, MetricsLog
+from vlmrl.record.metrics import MetricsLog
 from vlmrl.record.rollouts import RolloutRecorder
 from vlmrl.record.run_dir import RunDir
+from vlmrl.record.step_keys import REQUIRED_KEYS
 from vlmrl.types import (
     Completion,
     DropReason,

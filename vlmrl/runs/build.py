@@ -33,11 +33,11 @@ from vlmrl.models.checkpoints.load import (
     load_model,
     load_processor,
     load_tokenizer,
-    load_video_processor,
     resolve_checkpoint,
     resolve_device,
 )
 from vlmrl.models.checkpoints.scratch import write_weights
+from vlmrl.models.checkpoints.video_processor import load_video_processor
 from vlmrl.models.families import family_of
 from vlmrl.models.lora import is_quantized, select_trainable
 from vlmrl.models.parts import assert_rates_reach

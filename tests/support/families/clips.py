@@ -13,7 +13,8 @@ from PIL.Image import fromarray
 from support.families import FAMILIES
 from vlmrl.config.model import ModelConfig, VideoConfig, VLMConfig
 from vlmrl.config.orchestrator import RendererConfig
-from vlmrl.models.checkpoints.load import load_eos_ids, load_processor, load_tokenizer, load_video_processor
+from vlmrl.models.checkpoints.load import load_eos_ids, load_processor, load_tokenizer
+from vlmrl.models.checkpoints.video_processor import load_video_processor
 from vlmrl.models.families import family_of
 from vlmrl.rendering.renderer import FamilyRenderer, make_renderer
 from vlmrl.types import Image, Message, Text, Video

@@ -22,9 +22,10 @@ from vlmrl.config.monitor import BlindGuard, MonitorConfig, WandbConfig, WandbMo
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import LONGEST_TEXT, LONGEST_TRACEBACK, VlmrlError
 from vlmrl.monitor.monitor import Monitor
-from vlmrl.record.metrics import REQUIRED_KEYS, missing_keys, read_metrics
+from vlmrl.record.metrics import read_metrics
 from vlmrl.record.rollouts import read_rollouts
 from vlmrl.record.run_dir import RunDir
+from vlmrl.record.step_keys import REQUIRED_KEYS, missing_keys
 from vlmrl.types import Group
 
 METRICS = {**dict.fromkeys(REQUIRED_KEYS[1:], 1.0), "mismatch_kl/max": 0.0, "rollouts/dropped": 0.0}

@@ -19,7 +19,7 @@ from vlmrl.config.algorithm import Advantage, AlgorithmConfig, FilterConfig, Fil
 from vlmrl.config.critic import GAEConfig
 from vlmrl.errors import NonFiniteLossError, TaskError
 from vlmrl.orchestrator.best import BestWatch
-from vlmrl.record.metrics import missing_keys
+from vlmrl.record.step_keys import missing_keys
 from vlmrl.trainer.loop_state import Best, Cursor
 from vlmrl.types import (
     DropReason,

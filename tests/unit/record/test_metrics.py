@@ -11,7 +11,8 @@ import pytest
 
 import vlmrl
 from vlmrl.errors import VlmrlError
-from vlmrl.record.metrics import REQUIRED_KEYS, STEP_KEYS, MetricsLog, missing_keys, read_metrics
+from vlmrl.record.metrics import MetricsLog, read_metrics
+from vlmrl.record.step_keys import REQUIRED_KEYS, STEP_KEYS, missing_keys
 
 
 def log_of_steps(path: Path, *steps: int) -> MetricsLog:

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from vlmrl.config.model import Init, ModelConfig, VideoConfig, VLMConfig
+from vlmrl.config.model import Init, ModelConfig, VLMConfig
 from vlmrl.errors import ModelError, headline
-from vlmrl.models.checkpoints.image_size import resized, resized_video
+from vlmrl.models.checkpoints.image_size import resized
 from vlmrl.models.checkpoints.other_formats import other_format, other_tokenizer
 from vlmrl.models.checkpoints.processor import make_processor
 from vlmrl.models.checkpoints.published import keep_published_layout
@@ -186,28 +186,6 @@ def load_image_processor(folder: Path, vlm: VLMConfig | None = None) -> BaseImag
             "preprocessor_config.json that belongs to the checkpoint"
         ) from error
     return processor if vlm is None else resized(processor, vlm)
-
-
-def load_video_processor(folder: Path, config: VideoConfig) -> Any:
-    """The video processor of `folder`, with the sizes that `config` sets. Raises `ModelError` where it does not load,
-    and `ConfigError` for sizes that it does not have."""
-    missing = [name for name in ("torchvision",) if find_spec(name) is None]
-    if missing:
-        raise ModelError(
-            f"transformers makes videos with {missing[0]}, which is not installed, so no video could be processed: "
-            "pip install 'vlmrl[video]'"
-        )
-    from transformers import AutoVideoProcessor
-
-    auto: Any = AutoVideoProcessor
-    try:
-        processor = auto.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # code of any family, over files that may hold anything
-        raise ModelError(
-            f"the video processor of {folder} does not load ({headline(error).partition('. ')[0]}): use the "
-            "video_preprocessor_config.json that belongs to the checkpoint"
-        ) from error
-    return resized_video(processor, config)
 
 
 def load_processor(folder: Path, vlm: VLMConfig | None = None) -> Any:

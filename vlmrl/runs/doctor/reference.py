@@ -20,8 +20,8 @@ from vlmrl.models.checkpoints.load import (
     load_image_processor,
     load_processor,
     load_tokenizer,
-    load_video_processor,
 )
+from vlmrl.models.checkpoints.video_processor import load_video_processor
 from vlmrl.models.families import family_of
 from vlmrl.rendering.renderer import renderer_name
 from vlmrl.rendering.template.chat_template import TODAY, ChatTemplate
