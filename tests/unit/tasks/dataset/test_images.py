@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 from PIL import Image as PILImage
 
+from support import video_files
 from support.row_files import png
 from vlmrl.tasks.dataset import fetch
 from vlmrl.tasks.dataset.columns import Unusable
 from vlmrl.tasks.dataset.fetch import fetched
 from vlmrl.tasks.dataset.files import Place
 from vlmrl.tasks.dataset.images import ImageReader
+from vlmrl.tasks.dataset.videos import VideoReader, cells_of
 
 BASE64 = base64.b64encode(png(50)).decode()
 
@@ -193,6 +195,22 @@ def test_an_image_is_downloaded_once(site: Site, tmp_path: Path) -> None:
     assert site.asked == ["/a.png"]
     (kept,) = (tmp_path / "cache/images").iterdir()
     assert kept.read_bytes() == png(50), "and no half-written file beside it"
+
+
+def test_videos_and_their_frames_are_downloaded_once(site: Site, tmp_path: Path) -> None:
+    data = video_files.encoded(video_files.moving(3), rate=4)
+    site.pages |= {"/a.mkv": (200, {}, data), "/1.png": (200, {}, png(50)), "/2.png": (200, {}, png(60))}
+    place, reader = Place(str(tmp_path)), VideoReader(None, fetch=True)
+    for _ in range(2):
+        (file,) = cells_of(f"{site.url}/a.mkv")
+        assert reader.load(file, place).part.source == data
+        (frames,) = cells_of([f"{site.url}/1.png?size=8", f"{site.url}/2.png"])
+        site.pages["/1.png?size=8"] = site.pages["/1.png"]
+        assert [int(frame[0, 0, 0]) for frame in reader.load(frames, place).part.source] == [50, 60]
+    assert site.asked == ["/a.mkv", "/1.png?size=8", "/2.png"]
+    site.pages["/b.mkv"] = (404, {}, b"")
+    with pytest.raises(Unusable, match=r"the video '.*b.mkv' cannot be downloaded: HTTP status 404"):
+        reader.load(next(cells_of(f"{site.url}/b.mkv")), place)
 
 
 def test_redirects(site: Site, tmp_path: Path) -> None:
