@@ -73,6 +73,9 @@ class GymnasiumConfig(TaskConfig):
     """Pixels of the longer side, to which a frame is scaled. null: as the environment draws it."""
     frame_skip: int = setting(1, on_resume=Resume.noted, low=1, high=10**5, outside="an action is not taken")
     """How many times an action is repeated. Its rewards are added, and the last frame is shown."""
+    film: bool = setting(False, on_resume=Resume.noted)
+    """Show what an action does as a video, from the frame before it to the last one: `frame_skip` + 1 frames, in place
+    of the last one alone. The first turn of an episode and one without an action show the present frame as an image."""
     shaping: str | None = setting(None, on_resume=Resume.noted, imports=True)
     """Import path of a function from the environment to a number, the potential of its state. A turn's own reward is
     increased by what the potential grows; the episode's reward is not."""

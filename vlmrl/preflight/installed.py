@@ -110,6 +110,14 @@ def needs(config: RunConfig) -> Iterator[Need]:
             pip_line("video"),
             "set task.columns.videos=[]",
         )
+    if any(isinstance(task, GymnasiumConfig) and task.film for task in tasks_of(config.task).values()):
+        yield Need(
+            "torchvision",
+            "task.film=true",
+            "transformers cannot process a video",
+            pip_line("video"),
+            "set task.film=false",
+        )
     if any(isinstance(task, ClipDirectionConfig) for task in tasks_of(config.task).values()):
         yield Need(
             "torchvision",

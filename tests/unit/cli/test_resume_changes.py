@@ -67,7 +67,8 @@ POLICIES = {
         task.columns.choices task.columns.system task.columns.boxes task.columns.demonstration
         task.columns.chosen task.columns.rejected
         task.image_root task.video_root task.ignore_video_settings task.system_prompt task.template
-        task.actions task.prompt task.reply task.history task.frame_size task.frame_skip task.shaping task.expert
+        task.actions task.prompt task.reply task.history task.frame_size task.frame_skip task.film task.shaping
+        task.expert
         task.invalid task.invalid_reward task.success_at
         task.command task.reuse task.result task.sampling task.texts
         reward.task_weight reward.extract.kind reward.extract.tag reward.extract.pattern

@@ -12,7 +12,7 @@ from support.row_files import task_of
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import ConfigError
 from vlmrl.preflight import installed
-from vlmrl.preflight.rules.video import rows_are_shown
+from vlmrl.preflight.rules.video import rows_are_shown, videos_are_shown
 from vlmrl.tasks.loading import FirstExamples
 
 FRAMES = ["img/1.png", "img/2.png"]
@@ -65,3 +65,21 @@ def test_missing_packages_are_named(
     assert installed.pip_line("video") == "pip install 'vlmrl[video]'"
     with pytest.raises(ConfigError, match=rf"needs the package {package}, .*: pip install 'vlmrl\[video\]', or leave"):
         rows_are_shown(run_config(*TEMPLATE), task_of(tmp_path, ROWS["a column"]))
+
+
+GAME = ("task=gymnasium", "task.env_id=CartPole-v1", "task.film=true", "model=qwen3vl_tiny")
+
+
+def test_a_film_needs_what_shows_videos(run_config: Callable[..., RunConfig]) -> None:
+    shown = (*GAME, "orchestrator/renderer=template")
+    videos_are_shown(run_config(*shown))
+    videos_are_shown(run_config(*GAME, "task.film=false"))
+    for changes, words in (
+        (GAME, "task.film=true shows videos, and .*renderer.name=auto makes none, .* or set task.film=false"),
+        ((*shown, "task.frame_skip=64"), "a video of 65 frames .*max_frames=64, .* set task.frame_skip=63"),
+        ((*shown, "model.vlm.video=null"), "task.film=true shows videos, and model.vlm.family=qwen3_vl takes none"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            videos_are_shown(run_config(*changes))
+    videos_are_shown(run_config(*shown, "task.frame_skip=63"))
+    assert "torchvision" in [need.package for need in installed.needs(run_config(*shown))]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from vlmrl.config.clip_direction import ClipDirectionConfig
 from vlmrl.config.dataset import DatasetConfig
+from vlmrl.config.gymnasium import GymnasiumConfig
 from vlmrl.config.orchestrator import TEMPLATE
 from vlmrl.config.program import ProgramConfig
 from vlmrl.config.run import RunConfig
@@ -27,8 +28,24 @@ def videos_are_shown(config: RunConfig) -> None:
     for key, task in tasks_of(config.task).items():
         if isinstance(task, DatasetConfig) and not isinstance(task, ProgramConfig) and task.columns.videos:
             _refuse(config, f"{key}.columns.videos={task.columns.videos} shows videos")
+        if isinstance(task, GymnasiumConfig) and task.film:
+            _refuse(config, f"{key}.film=true shows videos", f"or set {key}.film=false")
+            _film_fits(config, key, task)
         if isinstance(task, ClipDirectionConfig):
             _refuse(config, f"{key}.kind={task.kind} shows videos", "or choose another task")
+
+
+def _film_fits(config: RunConfig, key: str, task: GymnasiumConfig) -> None:
+    """The frames of an action are no more than a video may have."""
+    assert config.model.vlm is not None
+    assert config.model.vlm.video is not None, "refused before"
+    most = config.model.vlm.video.max_frames
+    if task.frame_skip + 1 > most:
+        raise ConfigError(
+            f"{key}.frame_skip={task.frame_skip} makes a video of {task.frame_skip + 1} frames with {key}.film=true, "
+            f"more than model.vlm.video.max_frames={most}, so every episode would fail: set "
+            f"{key}.frame_skip={most - 1}, or raise max_frames"
+        )
 
 
 def rows_are_shown(config: RunConfig, task: Task, key: str = "task") -> None:

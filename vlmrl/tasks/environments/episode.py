@@ -23,7 +23,7 @@ from vlmrl.tasks.base import Reply
 from vlmrl.tasks.environments.actions import Actions
 from vlmrl.tasks.environments.prompts import Prompts, Shown, Taken
 from vlmrl.tasks.environments.simulator import Observed, Simulator
-from vlmrl.types import Image, Message
+from vlmrl.types import Image, Message, Video
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ class Episode:
     def step(self, completion: str) -> Reply:
         if self.take(completion):
             return self._reply()
-        stands_still = self._past[-1].action is None and not self._game.config.noise
-        image = self._shown[-1].image if stands_still else self._drawn()
-        self._shown.append(Shown(image, *self._observed, self._past))
+        stands_still = self._past[-1].action is None and not (self._game.config.noise or self._game.config.film)
+        picture = self._shown[-1].picture if stands_still else self._drawn()
+        self._shown.append(Shown(picture, *self._observed, self._past))
         limit = self._game.config.history
         if limit is None or len(self._shown) <= limit:
             return replace(self._reply(), done=False, messages=(self._game.prompts.later(self._shown[-1]),))
@@ -131,11 +131,12 @@ class Episode:
         success_at = self._game.config.success_at
         return metrics if success_at is None else metrics | {"success": float(self._return >= success_at)}
 
-    def _drawn(self) -> Image:
-        """The frame now. With `task.noise`, noise of its size that depends on the seed and the turn alone, so that it
-        says nothing about the state."""
-        frame = self.simulator.frame()
+    def _drawn(self) -> Image | Video:
+        """The frame now; with `task.film` and after an action, the frames of that action. With `task.noise`, noise of
+        their size that depends on the seed and the turn alone, so that it says nothing about the state."""
+        has_film = bool(self._past) and self._past[-1].action is not None and bool(self.simulator.film)
+        pixels = np.stack(self.simulator.film) if has_film else self.simulator.frame()
         if self._game.config.noise:
             draw = np.random.default_rng((self._seed, len(self._past)))
-            frame = draw.integers(0, 256, frame.shape, np.uint8)
-        return Image(frame)
+            pixels = draw.integers(0, 256, pixels.shape, np.uint8)
+        return Video(pixels) if has_film else Image(pixels)

@@ -15,7 +15,7 @@ from typing import Any
 from vlmrl.config.gymnasium import GymnasiumConfig
 from vlmrl.errors import ConfigError
 from vlmrl.tasks.template import Template
-from vlmrl.types import Image, Message
+from vlmrl.types import Image, Message, Video
 
 FRAME = "\x00frame\x00"
 """Stands for the frame in a filled template. No environment's text contains it."""
@@ -54,7 +54,7 @@ NOTHING = Taken("", "none", 0.0)
 class Shown:
     """What the policy is shown in one turn."""
 
-    image: Image
+    picture: Image | Video
     observation: Any
     info: dict[str, Any]
     past: tuple[Taken, ...]
@@ -104,7 +104,7 @@ class Prompts:
             raise ValueError(f"{template.key} shows the frame {len(after)} times in turn {shown.turn}, and not once")
         parts = [text for text in (before.strip(), after[0].strip()) if text]
         place = 1 if before.strip() else 0
-        return Message.of("user", *parts[:place], shown.image, *parts[place:])
+        return Message.of("user", *parts[:place], shown.picture, *parts[place:])
 
 
 def instruction_in(observation: Any) -> str:

@@ -41,6 +41,9 @@ class Simulator:
 
         self._frame_size = config.frame_size
         self._frame_skip = config.frame_skip
+        self._films = config.film
+        self.film: tuple[Frame, ...] = ()
+        """The frames of the last action, from the one before it; empty without `task.film`."""
         self._is_open = True
         with _DRAWING:
             self._env: Any = gymnasium.make(
@@ -71,11 +74,15 @@ class Simulator:
     def step(self, action: int) -> tuple[Observed, float, bool]:
         """Take an action `frame_skip` times: what is observed then, the sum of the rewards, and whether it is over."""
         total = 0.0
+        film = [self.frame()] if self._films else []
         for _ in range(self._frame_skip):
             observation, reward, terminated, truncated, info = self._env.step(action)
             total += float(reward)
+            if self._films:
+                film.append(self.frame())
             if is_over := bool(terminated or truncated):
                 break
+        self.film = tuple(film)
         return (observation, dict(info)), total, is_over
 
     def raw_frame(self) -> Frame:

@@ -14,7 +14,7 @@ from vlmrl.errors import ConfigError
 from vlmrl.tasks.environments.episode import Episode
 from vlmrl.tasks.environments.simulator import scaled
 from vlmrl.tasks.environments.task import Start
-from vlmrl.types import Image, Message, Text
+from vlmrl.types import Image, Message, Text, Video
 
 COUNTER: dict[str, Any] = {"env_id": "support.environments:Counter-v0"}
 
@@ -191,6 +191,46 @@ def test_a_frame_is_scaled_to_its_longer_side() -> None:
         [0, 0, 1, 1],
         [0, 0, 1, 1],
     ]
+
+
+def film(messages: tuple[Message, ...]) -> list[int]:
+    """The counts that the frames of a video show; their pixels' red."""
+    (video,) = [part for part in messages[-1].content if isinstance(part, Video)]
+    source: Any = video.source
+    assert (video.fps, video.times) == (None, None), "all of them are shown"
+    return source[:, 0, 0, 0].tolist()  # type: ignore[no-any-return]
+
+
+def test_a_film_shows_an_action_from_the_frame_before_it_to_the_last() -> None:
+    episode, first = opened(**COUNTER, film=True, frame_skip=3)
+    assert frames(first)[0][0, 0, 0] == 0, "the first turn shows an image"
+    assert film(episode.step("1").messages) == [0, 1, 2, 3]
+    assert film(episode.step("0").messages) == [3, 4, 5, 6]
+    still = episode.step("nonsense").messages
+    assert [frame[0, 0, 0] for frame in frames(still)] == [6], "without an action, the present frame is an image"
+    assert film(episode.step("1").messages) == [6, 7, 8, 9]
+    assert episode.step("2").done
+    episode.close()
+
+
+def test_a_film_of_the_last_turns_stays_in_the_conversation_that_starts_over() -> None:
+    episode, _ = opened(**COUNTER, film=True, history=1)
+    episode.step("1")
+    reply = episode.step("1")
+    assert reply.history is not None
+    assert film(reply.history) == [1, 2]
+    episode.close()
+
+
+def test_a_film_is_noise_in_the_blind_control() -> None:
+    def shown(*answers: str) -> list[bytes]:
+        episode, _ = opened(**COUNTER, film=True, noise=True)
+        found = [episode.step(answer).messages[-1].content for answer in answers]
+        episode.close()
+        return [part.source.tobytes() for content in found for part in content if isinstance(part, Video)]
+
+    assert shown("0", "1") == shown("1", "0")
+    assert len({*shown("0", "1")}) == 2
 
 
 def test_noise_depends_on_the_seed_and_the_turn_alone() -> None:
