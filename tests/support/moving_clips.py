@@ -74,6 +74,9 @@ class MovingClips:
     def problem(self, split: str, index: int) -> Clip:
         return Clip(index + (1000 if split == "eval" else 0))
 
+    def num_rows(self, split: str) -> int | None:
+        return None
+
     def env(self, problem: Clip) -> ClipEnv:
         return ClipEnv(problem.index)
 

@@ -43,8 +43,9 @@ class Tool(Protocol):
 
     def call(self, arguments: Mapping[str, Any], images: Sequence[Pixels]) -> Any:
         """The result of a call, or an awaitable of it; `parts_of` says what it may be. `images` are all images shown so
-        far, uint8 [H, W, 3], the first one first; they must not be changed. Raises `BadCallError` for arguments that do
-        not fit, and may raise anything else for a failure of its own. May block."""
+        far, uint8 [H, W, 3], the first one first, without the frames of videos; they must not be changed. Raises
+        `BadCallError` for arguments that do not fit, and may raise anything else for a failure of its own. May block.
+        """
         ...
 
 

@@ -18,7 +18,7 @@ class DoctorEnvs:
     """`Envs` of a `NoiseTask`. `task.workers` has no effect: an env that is called is called in this process."""
 
     def __init__(self, config: RunConfig, task: Task) -> None:
-        self.task: Task = NoiseTask(task)
+        self.task: Task = NoiseTask(task, config.model.vlm)
         self._called = ThreadEnvs(self.task)
         self._outside = make_envs(config.task, task, EndpointOfRun.of(config), seed=config.seed)
 

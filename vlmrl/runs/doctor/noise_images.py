@@ -10,13 +10,14 @@ Left out on purpose: adding images or videos where the task shows none.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 import numpy as np
 
+from vlmrl.config.model import VLMConfig
 from vlmrl.runs.doctor.evidence import media_of, with_media
 from vlmrl.tasks.base import Problem, Reply, Split, StepInfo, Task
 from vlmrl.tasks.border import get_num_rows
@@ -49,8 +50,11 @@ class NoiseProblem:
 class NoiseTask:
     """A `Task` whose problem 2i is the given task's problem i, and whose problem 2i + 1 is the same in noise."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, vlm: VLMConfig | None = None) -> None:
+        """`vlm` bounds the frames of a noise video."""
         self._task = task
+        most = len(VIDEO_TIMES) if vlm is None or vlm.video is None else vlm.video.max_frames
+        self._times = VIDEO_TIMES[:most]
 
     def problem(self, split: Split, index: int) -> NoiseProblem:
         return NoiseProblem(self._task.problem(split, index // 2), seed=index if index % 2 else None)
@@ -62,7 +66,7 @@ class NoiseTask:
     def env(self, problem: NoiseProblem) -> Any:
         if problem.seed is None:
             return self._task.env(problem.problem)
-        return NoiseEnv(OpenEnv(self._task, problem.problem), problem.seed)
+        return NoiseEnv(OpenEnv(self._task, problem.problem), problem.seed, self._times)
 
     def demonstration(self, problem: NoiseProblem, *, random_answers: bool, seed: int) -> tuple[Message, ...]:
         return self._task.demonstration(problem.problem, random_answers=random_answers, seed=seed)
@@ -74,9 +78,11 @@ class NoiseTask:
 class NoiseEnv:
     """An env that shows noise in place of its images and videos."""
 
-    def __init__(self, env: OpenEnv, seed: int) -> None:
+    def __init__(self, env: OpenEnv, seed: int, times: Sequence[float]) -> None:
+        """`times`: seconds at which the frames of a noise video are shown."""
         self._env = env
         self._noise = noise(seed)
+        self._times = times
 
     def reset(self) -> tuple[Message, ...]:
         return self._in_noise(finished(self._env.reset()))
@@ -99,16 +105,18 @@ class NoiseEnv:
         changed: list[Message] = []
         for message in messages:
             media = media_of([message])
-            media[:NOISE_PER_MESSAGE] = [_in_noise(part, next(self._noise)) for part in media[:NOISE_PER_MESSAGE]]
+            media[:NOISE_PER_MESSAGE] = [
+                _in_noise(part, next(self._noise), self._times) for part in media[:NOISE_PER_MESSAGE]
+            ]
             changed += with_media([message], media)
         return tuple(changed)
 
 
-def _in_noise(part: Image | Video, first: np.ndarray) -> Image | Video:
+def _in_noise(part: Image | Video, first: np.ndarray, times: Sequence[float]) -> Image | Video:
     """An image or a video of noise; `first` is the image, or the first frame of the video."""
     if isinstance(part, Image):
         return Image(first)
-    return Video([np.roll(first, number, (0, 1, 2)) for number in range(len(VIDEO_TIMES))], times=VIDEO_TIMES)
+    return Video([np.roll(first, number, (0, 1, 2)) for number in range(len(times))], times=times)
 
 
 class TwoTurns:

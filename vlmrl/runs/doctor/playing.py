@@ -146,7 +146,7 @@ class Playing:
 
     async def _problems(self) -> list[Drawn]:
         """The task's first problems, each as it is and in noise."""
-        return await ProblemStream(NoiseTask(self.task), "train").draw(0, self.problems)
+        return await ProblemStream(NoiseTask(self.task, self.config.model.vlm), "train").draw(0, self.problems)
 
     def _runner(self, renderer: Renderer, engine: InferenceEngine) -> RolloutRunner:
         config = self.config

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from support.families.clips import frames, video_renderer, vlm_of
+from support.moving_clips import ClipsConfig, MovingClips
 from support.video_files import encoded
+from vlmrl.runs.doctor.noise_images import NoiseTask
 from vlmrl.runs.doctor.placeholders import shown_otherwise
 from vlmrl.runs.doctor.watching import WatchedRenderer
 from vlmrl.types import Image, Message, Video
@@ -47,3 +50,16 @@ def test_a_file_has_the_frames_that_were_read(renderer: WatchedRenderer, tmp_pat
     assert given.times == [0, 1, 2, 4]
     for part, item in zip(turn.videos, turn.prompt.videos, strict=True):
         assert shown_otherwise(part, item) is None
+
+
+@pytest.mark.parametrize(("most", "shown"), [(2, 2), (3, 3), (64, 5)])
+def test_a_noise_video_is_within_the_runs_budget(most: int, shown: int) -> None:
+    vlm = vlm_of("qwen3_vl")
+    assert vlm.video is not None
+    task = NoiseTask(MovingClips(ClipsConfig(), seed=0), replace(vlm, video=replace(vlm.video, max_frames=most)))
+    own, in_noise = (task.env(task.problem("train", index)).reset()[0] for index in (0, 1))
+    assert [type(part) for part in own.content] == [type(part) for part in in_noise.content]
+    (video,) = (part for part in in_noise.content if isinstance(part, Video))
+    assert len(video.source) == len(video.times or ()) == shown
+    frames_shown = [frame.tobytes() for frame in video.source]
+    assert len(set(frames_shown)) == shown, "no two frames are equal"
