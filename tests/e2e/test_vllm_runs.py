@@ -216,6 +216,21 @@ def test_what_is_done_about_stale_tokens_is_seen_in_the_metrics(home: Home, corr
         assert min(line["importance/ess"] for line in stale) < 1.0
 
 
+@pytest.mark.benchmark  # unit/inference/vllm/test_families.py has the same server, with direct requests
+def test_a_run_with_videos(home: Home) -> None:
+    """Each clip goes over the wire once, for a group of siblings with two turns, and is the trainer's."""
+    run = home.path / "outputs/clips"
+    short = ("trainer.max_steps=3", "trainer.warmup.steps=2", "orchestrator.eval.every=0")
+    groups = ("orchestrator.groups_per_step=4", "orchestrator.group_size=8")
+    ended = home.vlmrl("experiment=clip_tiny", "inference=vllm", *short, *groups, f"hydra.run.dir={run}")
+    assert (ended.code, ended.err) == (0, "")
+    lines = [line for line in read_metrics(run / "metrics.jsonl") if line["step"]]
+    assert len(lines) == 3
+    assert max(line["mismatch_kl/mean"] for line in lines) <= 1e-8
+    assert all(line["wire/images_sent"] <= 4 for line in lines)
+    assert all(line["wire/bytes_saved"] > line["wire/bytes_sent"] for line in lines)
+
+
 @pytest.mark.parametrize("staleness", [0, 2])
 @pytest.mark.timeout(1800)
 def test_the_task_is_learned(home: Home, request: pytest.FixtureRequest, staleness: int) -> None:

@@ -249,9 +249,11 @@ STEP_KEYS: dict[str, StepKey] = {
     "inference/restarts": _sometimes("servers", "Servers that were started again. inference=vllm."),
     "inference/timeouts": _sometimes("servers", "Servers that hung: they made no progress. inference=vllm."),
     "wire/bytes_sent": StepKey("bytes", "Request bodies sent to the servers; 0 with inference=embedded."),
-    "wire/bytes_saved": _sometimes("bytes", "What sending every image with every request would add. inference=vllm."),
-    "wire/images_sent": _sometimes("images", "Images sent to the servers. inference=vllm."),
-    "wire/images_forgotten": _sometimes("requests", "Requests whose image a server had evicted. inference=vllm."),
+    "wire/bytes_saved": _sometimes("bytes", "What sending all images and videos each time would add. inference=vllm."),
+    "wire/images_sent": _sometimes("images", "Images and videos sent to the servers. inference=vllm."),
+    "wire/images_forgotten": _sometimes(
+        "requests", "Requests whose image or video a server had evicted. inference=vllm."
+    ),
     "eval/inference/<key>": _sometimes("as above", "The inference/… keys, counted during the evaluation."),
     "eval/rollouts/replayed": _sometimes("rollouts", "The same, of an evaluation."),
     "eval/wire/<key>": _sometimes("as above", "The wire/… keys, counted during the evaluation."),

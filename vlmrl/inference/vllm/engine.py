@@ -195,7 +195,7 @@ class VllmEngine:
         `wire/bytes_sent`: size of the request bodies; `wire/bytes_saved`: what sending every image with every request
         would have added; `wire/images_sent`; `wire/images_forgotten`: requests for which the server lacked an image;
         `inference/requests`; `inference/retries`: lost turns that were sent again; `inference/restarts`;
-        `inference/timeouts`: servers that hung.
+        `inference/timeouts`: servers that hung. Videos count as images.
         """
         wire = ("wire/bytes_sent", "wire/bytes_saved", "wire/images_sent", "wire/images_forgotten")
         faults = ("inference/requests", "inference/retries", "inference/restarts", "inference/timeouts")

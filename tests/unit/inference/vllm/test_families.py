@@ -132,14 +132,16 @@ async def computes_videos(engine: VllmEngine, model: Any, name: str, folder: Pat
     for sent, forgotten in ((3, 0), (0, 0), (3, 1)):
         if forgotten:
             await client.call("POST", "/reset_mm_cache")
-        assert await distance(engine, model, prompt, batch, banned) <= bound
+        apart = await distance(engine, model, prompt, batch, banned)
+        assert apart <= bound
         assert images_sent(engine) == (sent, forgotten)
     (first, *others), (place, *places) = prompt.videos[:1] + prompt.mm_items[1:], prompt.placeholders
     pixels = first.mm_kwargs["pixel_values_videos"]
     swapped = np.roll(pixels, len(pixels) // int(first.mm_kwargs["video_grid_thw"][0, 0]), 0)
     other = replace(first, hash="swapped", mm_kwargs={**first.mm_kwargs, "pixel_values_videos": swapped})
     wrong = Prompt(prompt.token_ids, (replace(place, hash="swapped"), *places), (other, *others))
-    assert await distance(engine, model, wrong, batch, banned) > LOST
+    # In bfloat16 it is 0.045 next to 0.028 of rounding (Qwen3.5 with experts).
+    assert await distance(engine, model, wrong, batch, banned) > max(LOST, 1.2 * apart)
     fields = client.video_fields
     assert fields is not None
     client.has_route = False
