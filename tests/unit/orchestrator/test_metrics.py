@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from support.video_rollouts import frames_of, video, video_rollout
 from vlmrl.config.algorithm import FilterConfig, FilterMode
 from vlmrl.orchestrator.metrics import (
     chat_metrics,
@@ -158,3 +159,12 @@ def test_the_requests_of_programs_are_added_up() -> None:
         "endpoint/breaks": 1.0,
     }
     assert chat_metrics([rollout(0.0)]) == {}
+
+
+def test_distinct_videos_and_their_frames_are_counted() -> None:
+    """Siblings show the same; frames that two videos share count in each."""
+    group = Group("p", [video_rollout(index=index) for index in range(2)])
+    backwards = Group("q", [video_rollout((video(1, frames_of(1)[::-1]),))])
+    found = rollout_metrics([group, backwards], FilterConfig())
+    assert (found["videos/distinct"], found["videos/frames"], found["images/distinct"]) == (3, 12, 2)
+    assert not [key for key in rollout_metrics(GROUPS, FilterConfig()) if key.startswith("videos/")]

@@ -14,6 +14,7 @@ import pytest
 from support.helpers import BANNED, MERGE, TINY
 from support.loop_world import World
 from support.rollout_builders import image, prompt, rollout
+from support.video_rollouts import video, video_rollout
 from vlmrl.config.algorithm import AlgorithmConfig, VisionAdvantageConfig
 from vlmrl.config.orchestrator import RendererConfig
 from vlmrl.config.trainer import Packing, TrainerConfig
@@ -275,3 +276,28 @@ def test_the_gaps_of_the_real_policy_are_those_one_by_one(
     weigh_by_vision(groups, trainer, config)
     factors = 1 + 1000 * np.clip(gaps, 0, 1)
     assert advantages_of(groups) == pytest.approx((factors / factors.mean()).tolist(), rel=2e-3)
+
+
+def test_turns_that_show_videos_only_are_weighted_too() -> None:
+    """Each clip is exchanged for that of the other group, which makes the second answer a nat less likely."""
+    groups = []
+    for number, seed in enumerate((1, 2)):
+        made = replace(video_rollout((video(seed),)), rollout_id=f"train/000001/{number:02d}/00")
+        made.turns[0].advantage = 1.0
+        groups.append(Group(f"p{number}", [made]))
+    asked: list[TrainingSample] = []
+
+    class Lower:
+        def logprobs(self, samples: Sequence[TrainingSample]) -> list[FloatArray]:
+            asked.extend(samples)
+            return [
+                sample.inference_logprobs[sample.loss_mask] - (1.0 if i else 0.0) for i, sample in enumerate(samples)
+            ]
+
+    trainer: Any = Lower()
+    found = weigh_by_vision(groups, trainer, CONFIG)
+    assert [sample.mm_items[0].hash for sample in asked] == [video(2).hash, video(1).hash]
+    assert found["vision_advantage/measured"] == 1.0
+    assert found["vision_advantage/gap"] == pytest.approx(0.5)
+    first, second = (group.rollouts[0].turns[0].advantage for group in groups)
+    assert (first, second) == pytest.approx((1 / 1.375, 1.75 / 1.375))
