@@ -55,6 +55,10 @@ class Case:
     family: Learning
     renderer: FamilyRenderer
 
+    @property
+    def in_depth(self) -> bool:
+        return self.family.folder.name in IN_DEPTH
+
     def trainer(self, family: Learning, packing: Packing = Packing.tree) -> LocalTrainer:
         config = TrainerConfig(learning_rate=1e-3, eps=1e-4, packing=packing)
         return LocalTrainer(family.policy(), config, AlgorithmConfig(), temperature=1.0, max_new_tokens=8)
@@ -129,25 +133,26 @@ def engine_of(trainer: LocalTrainer) -> EmbeddedEngine:
 
 
 def test_the_engine_samples_what_the_trainer_learns(case: Case) -> None:
-    """Before a step and after it, in both packings; and a film with two frames exchanged is another one."""
+    """Before a step and after it, in all packings; and a film with two frames exchanged is another one."""
     trainer = case.trainer(case.family)
     for _ in range(2):
         played = asyncio.run(play(case, engine_of(trainer)))
         samples = samples_of(played)
         assert mismatch(trainer, played, samples) <= IN_FLOAT32
-        alone = case.trainer(case.family, Packing.none)
-        alone._learner.policy.model.load_state_dict(trainer._learner.policy.model.state_dict())
-        assert mismatch(alone, played, samples) <= IN_FLOAT32
+        for packing in (Packing.varlen, Packing.none) if case.in_depth else (Packing.none,):
+            other = case.trainer(case.family, packing)
+            other._learner.policy.model.load_state_dict(trainer._learner.policy.model.state_dict())
+            assert mismatch(other, played, samples) <= IN_FLOAT32
         assert mismatch(trainer, played, [exchanged(sample) for sample in samples]) > 1e3 * IN_FLOAT32
         assert trainer.train_step(samples).metrics["grad_norm"] > 1e-3
 
 
 @pytest.mark.parametrize("how", ["freeze_vision", "adapted"])
 def test_a_frozen_tower_and_adapters(case: Case, how: str) -> None:
+    if not case.in_depth:
+        pytest.skip("families of each kind are enough")
     if how == "adapted":
         pytest.importorskip("peft")
-    if case.family.folder.name not in IN_DEPTH:
-        pytest.skip("families of each kind are enough")
     trainer = case.trainer(case.family.adapted() if how == "adapted" else case.family.frozen(freeze_vision=True))
     played = asyncio.run(play(case, engine_of(trainer)))
     samples = samples_of(played)
