@@ -73,8 +73,6 @@ def later_refusals(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tu
         patch.setattr(installed, "is_installed", lambda package: False)
         yield refused(Stage.here, Site(), "inference=vllm")
     monkeypatch.setattr(installed, "is_installed", lambda package: True)
-    rows = ("task=dataset", "task.path=rows.jsonl", "reward=exact")
-    yield refused(Stage.here, Site(), *rows, "task.columns.videos=clip")
     yield refused(Stage.here, Site(), *PROGRAM, "task.command=no-such-program")
     yield refused(Stage.here, Site(), "reference=folder", f"reference.folder={folder}")
     yield refused(Stage.here, Site(), "mode=replay", f"run={folder}", "step=3")
