@@ -318,6 +318,10 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     ),
     (("model.tiny.num_key_value_heads=3",), "model.tiny.num_attention_heads=4 .* num_key_value_heads=3"),
     (
+        ("task=dataset", "task.path=rows.jsonl", "reward=exact", "task.columns.videos=clip"),
+        r"columns\.videos=clip shows videos, and orchestrator\.renderer\.name=auto makes none, .*=template, or leave",
+    ),
+    (
         ("model.vlm.video.num_frames=65",),
         r"num_frames=65 is more than model\.vlm\.video\.max_frames=64, so every video .*max_frames=65, or",
     ),

@@ -33,7 +33,7 @@ class ClipDirectionConfig(TaskConfig):
     """Turns of an episode: two questions about one clip."""
     credit: Credit = setting(Credit.turn, on_resume=Resume.noted)
     """Each answer has a reward of its own."""
-    frame_size: int = setting(32, on_resume=Resume.noted, low=16, high=2**11, outside="a frame shows no square")
+    clip_size: int = setting(32, on_resume=Resume.refused, low=16, high=2**11, outside="a frame shows no square")
     """Pixels per side of a frame; a multiple of 4."""
     colors: int = setting(4, on_resume=Resume.refused, low=2, high=4, outside="there are four colors")
     """Number of colors that squares have; each clip shows two."""

@@ -182,13 +182,13 @@ class ClipDirection(Task):
     """
 
     def __init__(self, config: ClipDirectionConfig, *, seed: int) -> None:
-        if config.frame_size % PLACES:
+        if config.clip_size % PLACES:
             raise ConfigError(
-                f"task.frame_size={config.frame_size} is no multiple of {PLACES}, so the square would not go around in "
-                f"{PLACES} steps: set it to {-(-config.frame_size // PLACES) * PLACES}"
+                f"task.clip_size={config.clip_size} is no multiple of {PLACES}, so the square would not go around in "
+                f"{PLACES} steps: set it to {-(-config.clip_size // PLACES) * PLACES}"
             )
         self._seed = seed
-        self._size = config.frame_size
+        self._size = config.clip_size
         self._frames = config.frames
         one_in = config.holdout_one_in
         clips = all_clips(config.colors)

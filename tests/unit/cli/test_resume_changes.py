@@ -46,7 +46,7 @@ POLICIES = {
         model.tiny.deepstack_visual_indexes model.tiny.bpe_merges model.tiny.max_position_embeddings
         model.tiny.initializer_range model.tiny.seed
         task.kind task.target task.images_per_turn task.image_size task.shuffle_images task.holdout_one_in
-        task.eval_fraction task.env_id task.env_kwargs task.noise task.frames task.colors
+        task.eval_fraction task.env_id task.env_kwargs task.noise task.frames task.colors task.clip_size
         reward.terms.*.kind reward.terms.*.target
         tool.*.kind tool.*.target tool.*.description tool.*.coordinates task.places
         dpo.from_run dpo.eval_fraction

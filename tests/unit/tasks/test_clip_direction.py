@@ -91,5 +91,5 @@ def test_it_keeps_the_contract_of_tasks() -> None:
 
 
 def test_a_frame_that_the_square_cannot_cross_in_quarters_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"task.frame_size=30 is no multiple of 4, .* set it to 32"):
-        ClipDirection(ClipDirectionConfig(frame_size=30), seed=0)
+    with pytest.raises(ConfigError, match=r"task.clip_size=30 is no multiple of 4, .* set it to 32"):
+        ClipDirection(ClipDirectionConfig(clip_size=30), seed=0)
