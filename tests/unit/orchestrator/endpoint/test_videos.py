@@ -14,6 +14,7 @@ import pytest
 
 from support.chat import ScriptedSession, asked, assistant, user
 from support.families.clips import frames, video_renderer, vlm_of
+from support.packages import needs_videos
 from support.row_files import png
 from vlmrl.orchestrator.endpoint.media import DataMedia
 from vlmrl.orchestrator.endpoint.refusal import RefusedError
@@ -115,7 +116,7 @@ OTHER = Video(frames(2, 6, 56, 56), fps=2.0)
 
 @pytest.fixture(scope="module")
 def renderer(family_folder: Callable[[str], Path]) -> FamilyRenderer:
-    pytest.importorskip("torchvision")
+    needs_videos()
     return video_renderer(family_folder("qwen3_vl"), vlm_of("qwen3_vl"))
 
 

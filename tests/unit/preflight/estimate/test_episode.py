@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from support.families.clips import MESSAGES, video_renderer, vlm_of
+from support.packages import needs_videos
 from vlmrl.config.orchestrator import RendererConfig
 from vlmrl.config.run import RunConfig
 from vlmrl.config.task import ColorCodewordConfig
@@ -76,7 +77,7 @@ def test_what_is_said_to_be_the_longest_is_longer_than_what_the_renderer_makes(
 @given(frames=st.integers(2, 40), height=st.integers(8, 700), width=st.integers(8, 700))
 def test_tokens_of_a_video(frames: int, height: int, width: int) -> None:
     """As transformers scales it. 20 frames of 320 × 320 pixels are just below the bound."""
-    pytest.importorskip("torchvision")
+    needs_videos()
     from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
 
     bounds = ImageBounds(4096, 1 << 21)
@@ -88,7 +89,7 @@ def test_tokens_of_a_video(frames: int, height: int, width: int) -> None:
 def test_an_episode_with_videos_is_as_long_as_its_prompt(family_folder: Callable[[str], Path]) -> None:
     """Two videos and an image. Without text, 2 tokens enclose each of them, and each pair of frames has 3 more. The
     tiny tokenizer writes a time in 13 tokens."""
-    pytest.importorskip("torchvision")
+    needs_videos()
     vlm = vlm_of("qwen3_vl")
     prompt = asyncio.run(video_renderer(family_folder("qwen3_vl"), vlm).first_turn(MESSAGES))
     task: Any = OneTurn([MESSAGES[0].content])

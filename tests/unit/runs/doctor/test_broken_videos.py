@@ -30,6 +30,7 @@ from support.doctor_parts import (
     position_line,
     transformers_line,
 )
+from support.packages import needs_videos
 from vlmrl.models.families.positions import SECONDS
 from vlmrl.rendering.images import image_hash
 from vlmrl.rendering.video_store import video_hash
@@ -44,7 +45,7 @@ TASK = ("task=imported", "task.target=support.moving_clips:MovingClips", "task.m
 def parts(
     request: pytest.FixtureRequest, family_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Parts]:
-    pytest.importorskip("torchvision")
+    needs_videos()
     threads = torch.get_num_threads()
     composed = config_of(family_folder(request.param), *TASK, "orchestrator/renderer=template")
     yield collected(composed, tmp_path_factory.mktemp(request.param))

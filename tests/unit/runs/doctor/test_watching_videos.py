@@ -12,6 +12,7 @@ import pytest
 
 from support.families.clips import frames, video_renderer, vlm_of
 from support.moving_clips import ClipsConfig, MovingClips
+from support.packages import needs_videos
 from support.video_files import encoded
 from vlmrl.runs.doctor.noise_images import NoiseTask
 from vlmrl.runs.doctor.placeholders import shown_otherwise
@@ -21,7 +22,7 @@ from vlmrl.types import Image, Message, Video
 
 @pytest.fixture
 def renderer(family_folder: Callable[[str], Path]) -> WatchedRenderer:
-    pytest.importorskip("torchvision")
+    needs_videos()
     return WatchedRenderer(video_renderer(family_folder("qwen3_vl"), vlm_of("qwen3_vl")))
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from support.families.clips import MESSAGES, video_renderer, vlm_of
+from support.packages import needs_videos
 from support.rollout_builders import completion
 from support.rollout_files import edit
 from vlmrl.errors import VlmrlError
@@ -26,7 +27,7 @@ from vlmrl.types import Rollout, StopReason, Turn, VideoItem
 
 @pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
 def renderer(request: pytest.FixtureRequest, family_folder: Callable[[str], Path]) -> FamilyRenderer:
-    pytest.importorskip("torchvision")
+    needs_videos()
     return video_renderer(family_folder(request.param), vlm_of(request.param))
 
 
