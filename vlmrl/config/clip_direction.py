@@ -34,7 +34,7 @@ class ClipDirectionConfig(TaskConfig):
     credit: Credit = setting(Credit.turn, on_resume=Resume.noted)
     """Each answer has a reward of its own."""
     clip_size: int = setting(32, on_resume=Resume.refused, low=16, high=2**11, outside="a frame shows no square")
-    """Pixels per side of a frame; a multiple of 4."""
+    """Pixels per side of a frame."""
     colors: int = setting(4, on_resume=Resume.refused, low=2, high=4, outside="there are four colors")
     """Number of colors that squares have; each clip shows two."""
     frames: Frames = setting(Frames.all, on_resume=Resume.refused)
