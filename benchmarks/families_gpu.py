@@ -35,7 +35,7 @@ from large_family import LARGE, LOGIT_SCALE, REPOSITORY, random_model, write, wr
 from train_throughput import Step, packed_step
 from training_batches import SHAPES, make_batch
 
-from vlmrl.config.model import Dtype, ModelConfig, VLMConfig
+from vlmrl.config.model import Dtype, ModelConfig, VideoConfig, VLMConfig
 from vlmrl.config.orchestrator import TEMPLATE, RendererConfig
 from vlmrl.config.trainer import Packing
 from vlmrl.models.blocks import compile_blocks
@@ -138,7 +138,9 @@ class Steps:
                 print(f"| {self.family} | {shape} | {row} | {figures}", flush=True)
 
     def policy_and_renderer(self) -> tuple[Policy, Renderer]:
-        vlm = VLMConfig(**known_families()[self.family])
+        fields = known_families()[self.family]
+        video = VideoConfig(**fields["video"]) if "video" in fields else None
+        vlm = VLMConfig(**{**fields, "video": video})
         config = ModelConfig(name=str(self.folder), dtype=Dtype.float32, device=self.arguments.device, vlm=vlm)
         if self.arguments.size == "tiny":
             model: Any = load_model(self.folder, config)

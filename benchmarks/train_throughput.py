@@ -1,6 +1,6 @@
 """Rollout tokens trained per second on one GPU: tree and varlen packing beside a padded batch, in one run.
 
-    python benchmarks/train_throughput.py [--sizes 2b,4b] [--shapes codeword,image,images] [--rows ROW,…]
+    python benchmarks/train_throughput.py [--sizes 2b,4b] [--shapes codeword,image,images,clip,stills] [--rows ROW,…]
     python benchmarks/train_throughput.py --sizes tiny --device cpu        rehearsal: the numbers mean nothing
 
 A step is forward and backward over a whole batch in micro-batches, packing on the host and the transfer of pixels
@@ -34,7 +34,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
-from training_batches import SHAPES, Shape, Work, make_batch, model_config, policy_of, step_flops
+from training_batches import SHAPES, Shape, Work, make_batch, model_config, patches_of, policy_of, step_flops
 
 from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.model import Dtype
@@ -237,7 +237,7 @@ def packed_step(
         pairs.append((batch.position_ids[0] + 1).sum())
         done.work.rows += len(batch.token_ids)
         done.work.head_rows += len(batch.loss_rows)
-        done.work.images = [*done.work.images, *(len(i.mm_kwargs["pixel_values"]) for i in batch.mm_items)]
+        done.work.images = [*done.work.images, *(n for item in batch.mm_items for n in patches_of(item))]
     done.loss, done.work.pairs = float(torch.stack(losses).sum()), int(torch.stack(pairs).sum())
     return done
 
@@ -304,7 +304,7 @@ def _padded_logprobs(policy: Policy, chunk: Sequence[TrainingSample]) -> tuple[T
         rows=ids.numel(),
         pairs=len(chunk) * longest * (longest + 1) // 2,
         head_rows=out.logits.shape[0] * out.logits.shape[1],
-        images=[len(image.mm_kwargs["pixel_values"]) for image in images],
+        images=[count for image in images for count in patches_of(image)],
     )
     mask = padded([sample.loss_mask for sample in chunk])[:, first:]
     return log_probs.gather(-1, ids[:, first:, None])[..., 0], mask, work

@@ -6,12 +6,15 @@ Samples come by the product's own path (renderer, image processor) from prompts 
     codeword   color_codeword: two turns of two 32-pixel squares, answers of random letters
     image      one image of 1024 × 1024 pixels, a line of text, 256 new tokens
     images     six images of 448 × 448 pixels with a line of text each, 1024 new tokens
+    clip       one video of 64 frames of 256 × 256 pixels, 256 new tokens; eight in a batch
+    stills     as many tokens as in `clip`, as images: 32 of 256 × 256 pixels
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +30,16 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image as PILImage
 
-from vlmrl.config.model import Dtype, Init, ModelConfig, SizeConfig, VLMConfig
-from vlmrl.config.orchestrator import RendererConfig
+from vlmrl.config.model import Dtype, Init, ModelConfig, SizeConfig, VideoConfig, VLMConfig
+from vlmrl.config.orchestrator import TEMPLATE, RendererConfig
 from vlmrl.config.task import ColorCodewordConfig
-from vlmrl.models.checkpoints.load import load_image_processor, load_model, load_tokenizer, resolve_checkpoint
+from vlmrl.models.checkpoints.load import load_eos_ids, load_model, load_processor, load_tokenizer, resolve_checkpoint
+from vlmrl.models.checkpoints.video_processor import load_video_processor
 from vlmrl.models.families.positions import position_function
 from vlmrl.models.policy import Policy
 from vlmrl.rendering.renderer import Renderer, make_renderer
 from vlmrl.tasks.color_codeword import ColorCodeword
-from vlmrl.types import Image, Message, TrainingSample, mm_token_type_ids
+from vlmrl.types import Image, Message, MMItem, TrainingSample, Video, mm_token_type_ids
 
 CONF = Path(__file__).parent.parent / "conf" / "model"
 MERGE = 2
@@ -53,12 +57,16 @@ class Shape:
     """0: color_codeword decides."""
     groups: int
     """Of 16 rollouts in a batch."""
+    frames: int = 0
+    """If above 0, one video of so many frames is shown in place of images."""
 
 
 SHAPES = {
     "codeword": Shape(images=4, side=32, new_tokens=0, groups=32),
     "image": Shape(images=1, side=1024, new_tokens=256, groups=4),
     "images": Shape(images=6, side=448, new_tokens=1024, groups=2),
+    "clip": Shape(images=0, side=256, new_tokens=256, groups=8, frames=64),
+    "stills": Shape(images=32, side=256, new_tokens=256, groups=8),
 }
 
 
@@ -78,7 +86,7 @@ def model_config(size: str, dtype: Dtype, device: str) -> ModelConfig:
         name=numbers["name"],
         dtype=dtype,
         device=device,
-        vlm=VLMConfig(**family),
+        vlm=VLMConfig(**{**family, "video": VideoConfig(**family["video"])}),
         size=SizeConfig(**numbers),
     )
 
@@ -88,9 +96,15 @@ def task() -> ColorCodeword:
 
 
 def renderer_of(config: ModelConfig, folder: Path, vocabulary: int) -> Renderer:
-    tokenizer, processor = load_tokenizer(folder), load_image_processor(folder)
+    assert config.vlm is not None
+    assert config.vlm.video is not None
+    tokenizer, processor = load_tokenizer(folder), load_processor(folder, config.vlm)
     return make_renderer(
-        RendererConfig(), config, tokenizer, processor, vocabulary, family_of(config.vlm).placeholder_tokens
+        *(RendererConfig(name=TEMPLATE), config, tokenizer, processor.image_processor, vocabulary),
+        family_of(config.vlm).placeholder_tokens,
+        processor=processor,
+        load_video_processor=partial(load_video_processor, folder, config.vlm.video),
+        eos_ids=load_eos_ids(folder),
     )
 
 
@@ -127,6 +141,9 @@ def _conversations(shape: Shape, renderer: Renderer, vocabulary: int, group: int
 def _answers(shape: Shape, renderer: Renderer, vocabulary: int, group: int, size: int) -> list[Any]:
     random = np.random.default_rng(group)
     parts: list[Any] = []
+    if shape.frames:
+        frames = random.integers(0, 256, (shape.frames, shape.side, shape.side, 3), np.uint8)
+        parts.append(Video(frames, times=[number / 2 for number in range(shape.frames)]))
     for number in range(shape.images):
         noise = random.integers(0, 256, (shape.side, shape.side, 3), np.uint8)
         parts += [f"Image {number}: ", Image(PILImage.fromarray(noise))]
@@ -173,7 +190,13 @@ class Work:
     head_rows: int = 0
     """Positions whose logits were computed."""
     images: Sequence[int] = ()
-    """Patches of each image that went through the tower, as often as it did."""
+    """Patches of each image, or of each pair of a video's frames, that went through the tower, as often as it did."""
+
+
+def patches_of(item: MMItem) -> list[int]:
+    """Patches that attend to each other in the vision tower: those of an image, or of each pair of a video's frames."""
+    pairs, rows, columns = (int(count) for count in item.mm_kwargs[f"{item.modality}_grid_thw"][0])
+    return [rows * columns] * pairs
 
 
 def step_flops(model: Any, work: Work) -> float:

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from support.command_line import SHORT, Home, summary, until
+from support.command_line import REPOSITORY, SHORT, Home, summary, until
 from vlmrl.inference.vllm.server import vllm_version
 from vlmrl.record.metrics import read_metrics
 from vlmrl.record.rollouts import read_rollouts
@@ -218,16 +218,24 @@ def test_what_is_done_about_stale_tokens_is_seen_in_the_metrics(home: Home, corr
 
 @pytest.mark.benchmark  # unit/inference/vllm/test_families.py has the same server, with direct requests
 def test_a_run_with_videos(home: Home) -> None:
-    """Each clip goes over the wire once, for a group of siblings with two turns, and is the trainer's."""
+    """Two videos, and in every second problem an image beside the first: each goes over the wire once, for a group of
+    siblings with two turns, and is the trainer's."""
     run = home.path / "outputs/clips"
-    short = ("trainer.max_steps=3", "trainer.warmup.steps=2", "orchestrator.eval.every=0")
-    groups = ("orchestrator.groups_per_step=4", "orchestrator.group_size=8")
-    ended = home.vlmrl("experiment=clip_tiny", "inference=vllm", *short, *groups, f"hydra.run.dir={run}")
+    task = f"task={REPOSITORY}/tests/support/moving_clips.py:MovingClips"
+    clips = ("model=qwen3vl_tiny", "orchestrator/renderer=template", task, "task.max_turns=2")
+    short = (
+        "trainer.max_steps=3",
+        "trainer.warmup.steps=2",
+        "orchestrator.eval.every=0",
+        "monitor.wandb.mode=disabled",
+    )
+    groups = ("orchestrator.groups_per_step=4", "orchestrator.group_size=8", "orchestrator.max_new_tokens=8")
+    ended = home.vlmrl("inference=vllm", *clips, *short, *groups, f"hydra.run.dir={run}")
     assert (ended.code, ended.err) == (0, "")
     lines = [line for line in read_metrics(run / "metrics.jsonl") if line["step"]]
     assert len(lines) == 3
     assert max(line["mismatch_kl/mean"] for line in lines) <= 1e-8
-    assert all(line["wire/images_sent"] <= 4 for line in lines)
+    assert all(line["wire/images_sent"] <= 4 * 2 + 2 for line in lines)
     assert all(line["wire/bytes_saved"] > line["wire/bytes_sent"] for line in lines)
 
 

@@ -11,6 +11,7 @@ tokenizer does not know are never sampled. Left out on purpose: the load-balanci
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +56,7 @@ def ensure_architecture(config: ModelConfig, texts: tuple[str, ...]) -> Path:
             dtype=config.dtype.value,
         ).save_pretrained(folder)
 
-    key: list[Any] = [BUILDER_VERSION, family.name, config.dtype.value, list(texts)]
+    key: list[Any] = [BUILDER_VERSION, asdict(recipe), family.name, config.dtype.value, list(texts)]
     key += [
         dict(size.text),
         dict(size.vision),

@@ -9,6 +9,7 @@ Nothing here imports torch unless the checkpoint has to be built.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,7 @@ def ensure_tiny_checkpoint(config: ModelConfig, texts: tuple[str, ...]) -> Path:
         numbers["text_config"] |= text_ids
         _write_weights(_write_config(folder, family.name, recipe, numbers | ids), sizes, folder)
 
-    key = [BUILDER_VERSION, _plain(sizes), list(texts), version("transformers"), version("tokenizers")]
+    key = [BUILDER_VERSION, asdict(recipe), _plain(sizes), list(texts), version("transformers"), version("tokenizers")]
     return built("tiny", key, build)
 
 
