@@ -33,7 +33,8 @@ def encoded(
     av = pytest.importorskip("av")
     container, codec, pixels = kind
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format=container) as output:
+    # Without this flag a container gets a random name, so the same frames would be another file each time.
+    with av.open(buffer, "w", format=container, options={"fflags": "bitexact"}) as output:
         stream: Any = output.add_stream(codec, rate=rate if stamps is None else 1000, options=options or {})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = pixels
