@@ -19,6 +19,10 @@ from vlmrl.cli.schemas import register_schemas
 from vlmrl.config.conf_folder import CONF
 from vlmrl.config.parse import parse
 from vlmrl.config.run import RunConfig
+from vlmrl.models import broken_wheels
+
+# Before any test module imports transformers, which looks once for the packages that it works around.
+broken_wheels.install()
 
 # A shell without job control starts what runs in its background with SIGINT and SIGQUIT ignored, and nohup with SIGHUP.
 # A run leaves signals alone that its starter ignores, so the tests of signals would wait for ever.
