@@ -98,6 +98,29 @@ def needs(config: RunConfig) -> Iterator[Need]:
             pip_line("8bit"),
             "set trainer.optimizer=adamw",
         )
+    yield from _needs_of_tasks(config)
+    if isinstance(config.inference, VllmConfig):
+        yield from _needs_of_vllm(config, config.inference)
+    mode = config.monitor.wandb.mode
+    if mode in (WandbMode.offline, WandbMode.online):
+        yield Need(
+            "wandb",
+            f"monitor.wandb.mode={mode.value}",
+            "nothing can be logged to Weights & Biases",
+            pip_line("wandb"),
+            "set monitor.wandb.mode=disabled",
+        )
+    if config.monitor.tensorboard.enabled:
+        yield Need(
+            "tensorboard",
+            "monitor.tensorboard.enabled=true",
+            "no event files can be written",
+            pip_line("tensorboard"),
+            "leave tensorboard out of monitor/logger=",
+        )
+
+
+def _needs_of_tasks(config: RunConfig) -> Iterator[Need]:
     if any(isinstance(task, GymnasiumConfig) for task in tasks_of(config.task).values()):
         yield Need(
             "gymnasium",
@@ -129,25 +152,6 @@ def needs(config: RunConfig) -> Iterator[Need]:
             "transformers cannot process a video",
             pip_line("video"),
             "choose a task without videos",
-        )
-    if isinstance(config.inference, VllmConfig):
-        yield from _needs_of_vllm(config, config.inference)
-    mode = config.monitor.wandb.mode
-    if mode in (WandbMode.offline, WandbMode.online):
-        yield Need(
-            "wandb",
-            f"monitor.wandb.mode={mode.value}",
-            "nothing can be logged to Weights & Biases",
-            pip_line("wandb"),
-            "set monitor.wandb.mode=disabled",
-        )
-    if config.monitor.tensorboard.enabled:
-        yield Need(
-            "tensorboard",
-            "monitor.tensorboard.enabled=true",
-            "no event files can be written",
-            pip_line("tensorboard"),
-            "leave tensorboard out of monitor/logger=",
         )
 
 
