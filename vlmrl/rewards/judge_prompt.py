@@ -91,6 +91,7 @@ def _template_text(prompt: str | None) -> str:
 def question_of(prompt: Sequence[Message]) -> str:
     """The conversation before the answer as text, without system messages; roles are named where there are several.
 
+    >>> from vlmrl.types import Image
     >>> question_of([Message.of("system", "Be brief."), Message.of("user", "Which color? ", Image("a.png"))])
     'Which color? <image>'
     """

@@ -7,6 +7,8 @@ task=clip_direction: `videos_are_shown`.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from vlmrl.config.clip_direction import ClipDirectionConfig
 from vlmrl.config.dataset import DatasetConfig
 from vlmrl.config.gymnasium import GymnasiumConfig
@@ -17,8 +19,9 @@ from vlmrl.config.task import tasks_of
 from vlmrl.errors import ConfigError
 from vlmrl.preflight.installed import Need, is_installed, pip_line
 from vlmrl.preflight.rules.task import PLAYING
-from vlmrl.tasks.base import Task
-from vlmrl.tasks.loading import shows_videos
+
+if TYPE_CHECKING:  # numpy alone takes a tenth of the half second that a refusal may take
+    from vlmrl.tasks.base import Task
 
 
 def videos_are_shown(config: RunConfig) -> None:
@@ -50,6 +53,8 @@ def _film_fits(config: RunConfig, key: str, task: GymnasiumConfig) -> None:
 
 def rows_are_shown(config: RunConfig, task: Task, key: str = "task") -> None:
     """Refuse a task whose rows show videos, where the run cannot show them. `key` is that of its settings."""
+    from vlmrl.tasks.loading import shows_videos
+
     if not shows_videos(task):
         return
     remedy = f"or leave the videos out with {key}.columns.videos=[]"
