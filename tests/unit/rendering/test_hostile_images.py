@@ -17,6 +17,7 @@ import pytest
 from PIL import ExifTags, ImageFile
 from PIL import Image as PILImage
 
+from support.mutations import mutated
 from vlmrl.rendering.images import MAX_FILE_BYTES, MAX_PIXELS, ImageError, decode
 from vlmrl.rendering.processors import ProcessImage
 
@@ -41,26 +42,6 @@ def whole_images() -> dict[tuple[str, str], bytes]:
                 continue  # this format does not hold this mode
             found[format, mode] = buffer.getvalue()
     return found
-
-
-def mutated(data: bytes, rng: random.Random) -> bytes:
-    changed = bytearray(data)
-    for _ in range(rng.choice((1, 1, 2, 4, 16))):
-        if not changed:
-            break
-        at = rng.randrange(len(changed))
-        match rng.randrange(5):
-            case 0:
-                changed[at] ^= 1 << rng.randrange(8)
-            case 1:
-                changed[at] = rng.choice((0, 127, 128, 255))
-            case 2:
-                del changed[at : at + rng.randrange(1, 9)]
-            case 3:
-                changed[at:at] = rng.randbytes(rng.randrange(1, 9))
-            case _:
-                del changed[at:]
-    return bytes(changed)
 
 
 def fuzz(mutations: int, seed: int) -> None:

@@ -18,6 +18,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 
+from support.mutations import mutated
 from support.video_files import LOSSLESS, encoded, moving
 from vlmrl.errors import ModelError
 from vlmrl.rendering import video_files
@@ -297,22 +298,6 @@ def test_too_many_frames_and_too_long_a_video(monkeypatch: pytest.MonkeyPatch) -
 def test_what_a_file_says_itself_is_not_said_again() -> None:
     with pytest.raises(VideoError, match="a video file says itself when its frames are shown"):
         read(encoded(moving(5)), fps=3.0)
-
-
-def mutated(data: bytes, rng: random.Random) -> bytes:
-    changed = bytearray(data)
-    for _ in range(rng.choice((1, 4, 16))):
-        at = rng.randrange(len(changed))
-        match rng.randrange(4):
-            case 0:
-                changed[at] ^= 1 << rng.randrange(8)
-            case 1:
-                changed[at] = rng.choice((0, 127, 128, 255))
-            case 2:
-                del changed[at : at + rng.randrange(1, 9)]
-            case _:
-                changed[at:at] = rng.randbytes(rng.randrange(1, 9))
-    return bytes(changed)
 
 
 def test_no_mutated_video_escapes_the_fence() -> None:
