@@ -19,9 +19,9 @@ from vlmrl.inference.embedded.prefill import DistinctPrompt, Prefilled
 from vlmrl.inference.embedded.requests import CachedTurn, Request
 from vlmrl.inference.embedded.sampling import SampledToken, sample_tokens, uniform_numbers
 from vlmrl.inference.stop_strings import StopFinder, TextOf
-from vlmrl.models.attention.fused import FusedPlan
 from vlmrl.models.attention.plan import (
     Blocks,
+    LayerPlan,
     Path,
     SharedBlock,
     TreePlan,
@@ -182,7 +182,7 @@ def _plan(
     row_depths = np.array([len(prompts[b.prompt].keys) + step for b in branches])
     paths = [np.concatenate([chain.private_slots[b.prompt], np.array(b.slots, dtype=np.int64)]) for b in branches]
     planned: dict[int | None, Blocks] = {}
-    by_window: dict[int | None, Blocks | FusedPlan] = {}
+    by_window: dict[int | None, LayerPlan] = {}
     for rule in model.policy.rules.distinct:
         window = None if rule.window is None or row_depths.max() < rule.window else rule.window
         if window not in planned:

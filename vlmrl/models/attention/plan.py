@@ -20,12 +20,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vlmrl.errors import ModelError
+from vlmrl.models.attention.decode import DecodeRows
 from vlmrl.models.attention.fused import FusedPlan, Kernel, plan_flex, plan_varlen
 from vlmrl.models.attention.prefix_tree import Segment, depths
 from vlmrl.models.attention.recurrent import StatePlan
@@ -81,6 +83,10 @@ class Blocks:
     local: list[LocalBlock]
 
 
+LayerPlan: TypeAlias = Blocks | FusedPlan | DecodeRows
+"""What one layer needs of the plan of a pass."""
+
+
 class KVPool:
     """Keys and values of the embedded engine, per call of attention in a pass, `capacity` slots each. The trainer has
     no pool: its rows are the slots.
@@ -102,6 +108,13 @@ class KVPool:
             kept[:, first_slot : first_slot + new.shape[1]] = new
         return self.calls[call]
 
+    def write_rows(self, call: int, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write key and value [kv_heads, n, head size] to `slots`, int64 [n] → all of the call's. The slots may be
+        anywhere, so no address depends on them; the call has written others before."""
+        for kept, new in zip(self.calls[call], (key, value), strict=True):
+            kept.index_copy_(1, slots, new)
+        return self.calls[call]
+
     def grown(self, capacity: int, used: int) -> KVPool:
         """A pool of `capacity` slots with the content of the first `used` slots of this one."""
         pool = KVPool(capacity)
@@ -119,11 +132,14 @@ class TreePlan:
 
     rules: AttentionRules
     """The rules that the pass was planned for."""
-    by_window: dict[int | None, Blocks | FusedPlan]
-    """The window of a rule → its blocks, or the plan of a single kernel for a pass without a pool."""
+    by_window: dict[int | None, LayerPlan]
+    """The window of a rule → its blocks, or the plan of a single kernel for a pass without a pool, or of a decode
+    step."""
     pool: KVPool | None = None
     first_slot: int = 0
     """The slot in the pool of the pass's first row: row r has slot `first_slot + r`."""
+    row_slots: Tensor | None = None
+    """int64 [T]; the slot in the pool of each row of a decode step, which do not follow each other; else None."""
     segments: Sequence[Segment] = ()
     """The segments of a trainer's pass, for layers that carry a state."""
     states: StatePlan | None = None
@@ -135,6 +151,8 @@ class TreePlan:
         """Write the keys and values of the next call into the pool → all that the call has there."""
         assert self.pool is not None
         self.calls += 1
+        if self.row_slots is not None:
+            return self.pool.write_rows(self.calls - 1, self.row_slots, key, value)
         return self.pool.write(self.calls - 1, self.first_slot, key, value)
 
 
@@ -243,7 +261,7 @@ def plan_tree(segments: Sequence[Segment], device: torch.device, rules: Attentio
     """The plan of one forward pass over `segments` (depth-first order; rows in the same order)."""
     deepest = max(depth + len(segment.slots) for depth, segment in zip(depths(segments), segments, strict=True))
     planned: dict[AttentionRule, Blocks] = {}
-    by_window: dict[int | None, Blocks | FusedPlan] = {}
+    by_window: dict[int | None, LayerPlan] = {}
     for rule in rules.distinct:
         effective = replace(rule, window=None) if rule.window is not None and deepest <= rule.window else rule
         if effective not in planned:

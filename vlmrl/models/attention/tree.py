@@ -7,7 +7,8 @@ gradient of a shared key is the sum over the branches that attended to it.
 
 A soft cap c (Gemma 2) turns a score s into c · tanh(s / c) before the mask.
 
-On a GPU in half precision, the trainer's rows go through one kernel instead (fused.py).
+On a GPU in half precision, the trainer's rows go through one kernel instead (fused.py). The decode steps of the
+embedded engine on a GPU have tables of fixed sizes instead of blocks (decode.py).
 
 Left out: dropout, attention sinks, biases. `tree_attention_forward` refuses them by name.
 """
@@ -20,8 +21,9 @@ import torch
 from torch import Tensor
 
 from vlmrl.errors import ModelError
-from vlmrl.models.attention.fused import FusedPlan, attend_fused
-from vlmrl.models.attention.plan import Blocks, LocalBlock, SharedBlock, TreePlan
+from vlmrl.models.attention.decode import DecodeRows, attend_decode
+from vlmrl.models.attention.fused import attend_fused
+from vlmrl.models.attention.plan import Blocks, LayerPlan, LocalBlock, SharedBlock, TreePlan
 from vlmrl.models.old_torch import outside_of_compiled_layers
 
 ATTENTION_NAME = "vlmrl_tree"
@@ -221,6 +223,8 @@ def tree_attention_forward(
     _refuse_unknown(module, is_causal, others)
     plan = _plan_of_layer(module, tree_plan, sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(plan, DecodeRows):
+        return _attend_decode(query[0], key[0], value[0], tree_plan, plan, scale, softcap)[None], None
     if not isinstance(plan, Blocks):
         return attend_fused(query, key, value, plan, scale, softcap), None
     q, k, v = query[0].contiguous(), key[0].contiguous(), value[0].contiguous()
@@ -231,7 +235,16 @@ def tree_attention_forward(
     return out.transpose(0, 1).contiguous().unsqueeze(0), None  # some families take a view of it
 
 
-def _plan_of_layer(module: Any, plan: TreePlan, window: int | None) -> Blocks | FusedPlan:
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _attend_decode(
+    query: Tensor, key: Tensor, value: Tensor, tree_plan: TreePlan, plan: DecodeRows, scale: float, cap: float | None
+) -> Tensor:
+    """Attention of a decode step → [T, H, E]. Never compiled with its layer: the pool and the number of the call differ
+    from layer to layer, and each would be compiled again."""
+    return attend_decode(query, *tree_plan.write(key, value), plan, scale, cap)
+
+
+def _plan_of_layer(module: Any, plan: TreePlan, window: int | None) -> LayerPlan:
     """The plan for a layer whose attention was called with `window`.
 
     A compiled layer must not read its number: it would be compiled again for each layer. So the window is compared with
