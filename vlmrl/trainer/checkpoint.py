@@ -4,13 +4,15 @@
                                                    trainable ones in float32, frozen ones in the model's dtype
     shard-00001-model-00002-of-00002.safetensors   rank 0's slices of the optimizer's averages, `<average>/<weight>`,
                                                    and torch's random state (sampling has its own seeds)
-    shard-00002-…                                  the slices of rank 1
+    shard-00002-…                                  the slices of rank 1; of both kinds as many files as their size asks
+                                                   for (shard_writer.py)
     state.json                                     step counters, the loss scale, names of the trainable parameters
     loop.json                                      the evaluations, and the position in the data (loop_state.py)
     sha256.json                                    the hash of each file above, written last
 
 Each file states which part of a tensor it holds, so any number of ranks can load what any other number wrote
-(training_state.py). The state is copied into the host's memory and written from there while the next steps run.
+(training_state.py). The state is copied into the host's memory and written from there while the next steps run
+(tensor_files.py).
 
 A checkpoint is written under a temporary name and renamed when it is complete; it is renamed again before it is
 deleted; and its hashes are checked before anything is loaded (checkpoint_files.py). So an incomplete or damaged folder
@@ -36,7 +38,7 @@ from safetensors import SafetensorError
 from vlmrl.errors import CheckpointError
 from vlmrl.record.files import write_bytes_atomically
 from vlmrl.record.run_dir import BEST_CHECKPOINT
-from vlmrl.trainer.checkpoint_files import HASHES, check_hashes, hashes
+from vlmrl.trainer.checkpoint_files import check_hashes, hash_the_rest
 from vlmrl.trainer.loop_state import Best, LoopState
 from vlmrl.types import Trainer
 
@@ -124,7 +126,7 @@ class Checkpoints:
 
         try:
             written.result()
-            (partial / HASHES).write_text(json.dumps(hashes(partial), indent=1), encoding="utf-8")
+            hash_the_rest(partial)
             for path in partial.iterdir():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())

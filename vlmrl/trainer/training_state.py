@@ -4,8 +4,8 @@
     averages, random state ─────▶ shard-00001-model-00002-of-00002.safetensors ─┼─▶ weights, optimizer, counters
     counters, trainable names ──▶ state.json ───────────────────────────────────┘
 
-torch.distributed.checkpoint writes and reads the tensors: each rank its own slices, in as many files as there were
-ranks, for any number of ranks that load them.
+torch.distributed.checkpoint shares out the tensors among the ranks and reads them: each rank writes its own slices
+(shard_writer.py), for any number of ranks that load them.
 
 AdamW makes its averages for a parameter when that parameter gets its first gradient; a vision tower has none until the
 run has seen an image. So the averages do not tell what was trainable: state.json lists the names. A parameter without
@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from vlmrl.errors import CheckpointError
 from vlmrl.models.value_head import is_of_value_head
 from vlmrl.trainer.averages import AVERAGE, DECAY, local
 from vlmrl.trainer.checkpoint_files import StoredTensor, is_count, read_object, stored_tensors
+from vlmrl.trainer.shard_writer import ShardWriter, parts, room_for_copies, stand_in
 
 RANDOM = "torch_random_state"
 """Name of the CPU generator's state, uint8 [5056]."""
@@ -47,8 +48,6 @@ WEIGHT_DTYPES = ("F32", "BF16", "F16")
 REFERENCE = "reference"
 """Stands before the names of the reference's tensors, `reference/<weight>`."""
 
-MODEL_FILE, OPTIMIZER_FILE, REFERENCE_FILE = 1, 2, 3
-
 
 def not_finite(weights: Mapping[str, Tensor]) -> str | None:
     """The name of the first weight whose values on this rank are not all finite; None where all are finite."""
@@ -65,36 +64,33 @@ def begin_to_save(
     *,
     reference: Mapping[str, Tensor] | None = None,
 ) -> Future[None]:
-    """Copy the state and begin to write it into `folder`, which exists: the tensors and state.json. `trainable` are the
-    names of the weights that the optimizer changes, `reference` the tensors of the reference that are not in its
-    checkpoint.
+    """Copy the state and begin to write it into `folder`, which exists: the tensors, their hashes and state.json.
+    `trainable` are the names of the weights that the optimizer changes, `reference` the tensors of the reference that
+    are not in its checkpoint.
 
-    The future ends when all ranks have written. All ranks of `process_group` call this, and nothing else may use that
-    group. Raises OSError; the future may raise OSError or torch's `CheckpointException`.
+    Returns once the copy is made: at the speed of the copy where the host has memory for it, otherwise when what there
+    is no memory for is written. The future ends when all ranks have written. All ranks of `process_group` call this,
+    and nothing else may use that group. Raises OSError; the future may raise OSError or torch's `CheckpointException`.
     """
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-    from torch.distributed.checkpoint.state_dict_saver import async_save
-
     averages: dict[str, Tensor] = {}
     for name, weight in weights.items():
         for average, value in optimizer.state.get(weight, {}).items():
             averages[f"{average}/{name}"] = _as_float(value)
-    optimizer_state = {**averages, RANDOM: torch.get_rng_state()}
-    referred = _named(reference)
-    writer = HuggingFaceStorageWriter(
-        str(folder),
-        fqn_to_index_mapping=dict.fromkeys(weights, MODEL_FILE)
-        | dict.fromkeys(optimizer_state, OPTIMIZER_FILE)
-        | dict.fromkeys(referred, REFERENCE_FILE),
-        save_distributed=True,
-    )
+    groups = (weights, {**averages, RANDOM: torch.get_rng_state()}, _named(reference))
+    ranks = 1 if process_group is None else process_group.size()
+    state = {name: tensor.detach() for group in groups for name, tensor in group.items()}
+    writer = ShardWriter(folder, state, parts(groups, ranks), room_for_copies(ranks))
+    stand_ins = {name: stand_in(tensor) for name, tensor in state.items()}
     if process_group is None or process_group.rank() == 0:
         (folder / "state.json").write_text(json.dumps({**counters, TRAINABLE: sorted(trainable)}), encoding="utf-8")
-    state = {name: weight.detach() for name, weight in weights.items()} | optimizer_state | referred
-    _silence_single_process_warning()
-    saved: Any = async_save(state, storage_writer=writer, process_group=process_group)
-    future: Future[None] = saved
-    return future
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()  # the threads that copy are not in line behind this one's kernels
+    thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-state")
+    saved = thread.submit(_write, stand_ins, writer, process_group)
+    thread.shutdown(wait=False)
+    saved.add_done_callback(lambda _: writer.copied.set())
+    writer.copied.wait()
+    return saved
 
 
 def restore(
@@ -271,6 +267,15 @@ def _named(reference: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
 
 
 # ── tensors ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _write(state: dict[str, Tensor], writer: ShardWriter, process_group: Any) -> None:
+    """Share out the tensors that `state` stands for among the ranks, and write them. Raises OSError and torch's
+    `CheckpointException`."""
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    _silence_single_process_warning()
+    save(state, storage_writer=writer, process_group=process_group, no_dist=process_group is None)
 
 
 def _read(folder: Path, state: dict[str, Tensor], process_group: Any) -> None:
