@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from vlmrl.models.attention.fused import VISION_ATTENTION, Kernel, fits_flash, v
 from vlmrl.models.attention.plan import TreePlan
 from vlmrl.models.attention.recurrent import share_states
 from vlmrl.models.attention.rules import attention_rules
-from vlmrl.models.attention.tree import ATTENTION_NAME, tree_attention_forward
+from vlmrl.models.attention.tree import ATTENTION_NAME, DECODE_ATTENTION_NAME, tree_attention_forward
 from vlmrl.models.blocks import uncompiled_in_inference
 from vlmrl.models.families.positions import PositionFunction
 from vlmrl.models.features import FeatureCache, Levels, VisionFeatures, first_features
@@ -36,6 +37,10 @@ from vlmrl.models.vision_encoder import VisionEncoder
 from vlmrl.types import MMItem
 
 AttentionInterface.register(ATTENTION_NAME, tree_attention_forward)
+AttentionInterface.register(
+    DECODE_ATTENTION_NAME,
+    torch.compiler.disable(tree_attention_forward),  # type: ignore[no-untyped-call]
+)
 AttentionInterface.register(VISION_ATTENTION, vision_attention_forward)
 
 
@@ -190,7 +195,8 @@ class Policy:
             rows = rows.index_copy(0, shown, first.to(rows.dtype))
             if others:
                 extra |= {"visual_pos_masks": shown, "deepstack_visual_embeds": others}
-        with uncompiled_in_inference():
+        # A decode step of fixed sizes is compiled, or not, by who runs it.
+        with uncompiled_in_inference() if plan.row_slots is None else nullcontext():
             out = self._decoder(
                 inputs_embeds=rows[None],
                 position_ids=position_ids[:, None, :] if self._mrope else position_ids[:1],
@@ -217,6 +223,14 @@ class Policy:
             logits = self.logit_map(float_logits(hidden, head.weight, head.bias))
         logits = logits.masked_fill(self.banned, float("-inf"))
         return torch.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)
+
+    def sampling_logits(self, hidden: Tensor, temperature: Tensor) -> Tensor:
+        """Logits float32 [n, vocabulary] whose softmax is the distribution of `log_probs`, in one array of that size.
+        `temperature` float32 [n] is above 0."""
+        head = self.model.get_output_embeddings()
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = self.logit_map.apply_(float_logits(hidden, head.weight, head.bias))
+        return logits.masked_fill_(self.banned, float("-inf")).div_(temperature[:, None])
 
     def token_logprobs(
         self, hidden: Tensor, entry: Tensor, targets: Tensor, temperature: float | Tensor

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlmrl.inference.embedded.cached_policy import CachedPolicy
+from vlmrl.inference.embedded.completions import Sampled, finish
 from vlmrl.inference.embedded.prefill import DistinctPrompt, Prefilled
-from vlmrl.inference.embedded.requests import CachedTurn, Request
+from vlmrl.inference.embedded.requests import Request
 from vlmrl.inference.embedded.sampling import SampledToken, sample_tokens, uniform_numbers
 from vlmrl.inference.stop_strings import StopFinder, TextOf
 from vlmrl.models.attention.plan import (
@@ -31,7 +32,7 @@ from vlmrl.models.attention.plan import (
 )
 from vlmrl.models.attention.prefix_tree import Segment, depths
 from vlmrl.models.attention.recurrent import PrefixStates, plan_states
-from vlmrl.types import Completion, IntArray, Supports
+from vlmrl.types import Completion, IntArray
 
 
 class _Sequence:
@@ -207,22 +208,17 @@ def _plan(
 def _finish(sequence: _Sequence, version: int, prompts: Sequence[DistinctPrompt], prefilled: Prefilled) -> Completion:
     """The completion of a finished request; its session keeps the turn."""
     assert sequence.last_branch is not None
-    token_ids = np.array(sequence.token_ids, dtype=np.int64)
-    cached = CachedTurn(
-        version,
-        np.concatenate([prompts[sequence.prompt].keys, token_ids[:-1]]),
-        np.concatenate([prefilled.slots[sequence.prompt], np.array(sequence.last_branch.slots, dtype=np.int64)]),
-        sequence.last_branch.states,
-    )
-    sequence.request.session.add(cached)
-    return Completion(
-        token_ids=token_ids,
+    sampled = Sampled(
+        token_ids=np.array(sequence.token_ids, dtype=np.int64),
         logprobs=np.array(sequence.logprobs, dtype=np.float32),
-        versions=np.full(len(token_ids), version, dtype=np.int64),
-        finish_reason="stop" if sequence.is_stopped else "length",
+        supports=sequence.supports,
         stop=sequence.stop,
-        supports=Supports.of(sequence.supports) if sequence.supports else None,
+        is_stopped=sequence.is_stopped,
+        slots=np.array(sequence.last_branch.slots, dtype=np.int64),
+        states=sequence.last_branch.states,
     )
+    prompt = sequence.prompt
+    return finish(sequence.request, version, prompts[prompt], prefilled.slots[prompt], sampled)
 
 
 class _SharedChain:

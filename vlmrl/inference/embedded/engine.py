@@ -4,6 +4,7 @@
         prefill   (prefill.py)    the new tokens of all distinct prompts, as one prefix tree over the KV cache
         decode    (decoding.py)   one row per distinct continuation: requests that sampled the same tokens so far
                                   share a row
+                  (row_decoding.py) on a GPU: one row per request, siblings read their prompt once, CUDA graphs
 
 The KV cache (kv_cache.py) holds the keys and values of one policy version. A session's next turn starts from the cache
 entries of its last turn.
@@ -17,8 +18,8 @@ requests, and waiting for all of them would never end where two wait for each ot
 a batch starts once no request has come for a short time (quiet.py), so that programs that were answered together come
 back together.
 
-This is the reference engine for tests, and the default engine because it needs only torch. Left out on purpose:
-preemption, chunked prefill, and a limit on the size of the KV cache.
+On a CPU this is the reference engine for tests. It is the default engine because it needs only torch. Left out on
+purpose: preemption, chunked prefill, and a limit on the size of the KV cache.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -10,9 +11,21 @@ from vlmrl.inference.embedded.cached_policy import CachedPolicy
 from vlmrl.inference.embedded.decoding import decode
 from vlmrl.inference.embedded.prefill import distinct_prompts, prefill
 from vlmrl.inference.embedded.requests import Request
+from vlmrl.inference.embedded.row_decoding import RowDecoder
 from vlmrl.inference.stop_strings import TextOf
 from vlmrl.models.policy import Policy
 from vlmrl.types import Completion
+
+_log = logging.getLogger(__name__)
+
+
+def decodes_by_rows(policy: Policy) -> bool:
+    """Whether row_decoding.py decodes, not decoding.py: on a GPU, unless layers carry a state."""
+    if policy.device.type != "cuda":
+        return False
+    if policy.is_recurrent:
+        _log.info("layers of this model carry a state, so the embedded engine decodes it without CUDA graphs")
+    return not policy.is_recurrent
 
 
 class Generator:
@@ -22,6 +35,8 @@ class Generator:
         """`text_of` is needed for stop strings only."""
         self._text_of = text_of
         self._model = CachedPolicy(policy)
+        self._rows = RowDecoder(self._model, text_of) if decodes_by_rows(policy) else None
+        """Decodes in place of `decode`, which stays the reference."""
         self._counters = {"inference/rows_prefill": 0.0, "inference/rows_decode": 0.0}
 
     def take_counters(self) -> dict[str, float]:
@@ -37,6 +52,8 @@ class Generator:
     def clear_cache(self) -> None:
         """Have the next batch start with empty caches."""
         self._model.clear()
+        if self._rows is not None:
+            self._rows.release()
 
     @torch.inference_mode()
     def run(self, requests: Sequence[Request], version: int) -> list[Completion]:
@@ -45,6 +62,11 @@ class Generator:
         prompts, request_prompt = distinct_prompts(self._model, requests)
         prefilled, rows = prefill(self._model, prompts)
         self._counters["inference/rows_prefill"] += rows
-        completions, rows = decode(self._model, version, requests, prompts, request_prompt, prefilled, self._text_of)
+        if self._rows is not None:
+            completions, rows = self._rows.decode(version, requests, prompts, request_prompt, prefilled)
+        else:
+            completions, rows = decode(
+                self._model, version, requests, prompts, request_prompt, prefilled, self._text_of
+            )
         self._counters["inference/rows_decode"] += rows
         return completions

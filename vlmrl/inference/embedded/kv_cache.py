@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from vlmrl.models.attention.plan import KVPool
+from vlmrl.types import IntArray
 
 FIRST_CAPACITY_SLOTS = 4096
 
 
 class KVCache:
-    """Hands out slots of a `KVPool` in ascending order. It grows when it is full, and is cleared only as a whole."""
+    """Hands out slots of a `KVPool` in ascending order. It grows when it is full, and is cleared as a whole."""
 
     def __init__(self) -> None:
         self.pool = KVPool(0)
         self._used = 0
+        self._returned = np.empty(0, np.int64)
+        """Slots that `take` hands out again."""
 
     @property
     def used(self) -> int:
-        """Slots that were handed out."""
-        return self._used
+        """Slots that were handed out and did not come back."""
+        return self._used - len(self._returned)
 
     def clear(self) -> None:
         """Reuse all slots from the first one on."""
         self._used = 0
+        self._returned = np.empty(0, np.int64)
 
     def release(self) -> None:
         """Give the memory of all slots back."""
@@ -35,3 +41,13 @@ class KVCache:
         if self._used > self.pool.capacity:
             self.pool = self.pool.grown(max(FIRST_CAPACITY_SLOTS, 2 * self._used), first)
         return first
+
+    def take(self, slots: int) -> IntArray:
+        """Reserve `slots` slots that need not follow each other → int64 [slots]. Those that came back go first."""
+        found, self._returned = self._returned[:slots], self._returned[slots:]
+        missing = slots - len(found)
+        return np.concatenate([found, self.allocate(missing) + np.arange(missing)])
+
+    def give_back(self, slots: IntArray) -> None:
+        """Have `take` hand out `slots` again."""
+        self._returned = np.concatenate([self._returned, slots])

@@ -44,7 +44,7 @@ def sample_tokens(
     tokens = np.empty(len(row), np.int64)
     chosen = np.empty(len(row), np.float32)
     supports: list[NDArray[np.int32] | None] = [None] * len(row)
-    shapes = [_shape(each) for each in params]
+    shapes = [shape_of(each) for each in params]
     for shape in set(shapes):
         members = np.array([i for i, other in enumerate(shapes) if other == shape])
         log_probs = model.policy.log_probs(hidden, shape.temperature)
@@ -62,24 +62,29 @@ def sample_tokens(
         tokens[members] = picked
         chosen[members] = log_probs[torch.from_numpy(row[members]), torch.from_numpy(picked)].cpu().numpy()
         if shape.reports_support:
-            of_rows = _supports(log_probs)
+            of_rows = supports_of(log_probs)
             for i in members:
                 supports[i] = of_rows[row[i]]
     if not np.isfinite(chosen).all():
-        raise NonFiniteLossError(
-            f"the policy of version {model.version} gives probabilities that are not finite, so it cannot sample: "
-            + (
-                "continue from an earlier checkpoint with a lower trainer.learning_rate"
-                if model.version
-                else "no RL step has changed it yet, so check the checkpoint's weights, orchestrator.temperature and, "
-                "after a warm-up, trainer.warmup.learning_rate"
-            )
-        )
+        raise not_finite(model.version)
     return [SampledToken(*each) for each in zip(tokens.tolist(), chosen.tolist(), supports, strict=True)]
 
 
+def not_finite(version: int) -> NonFiniteLossError:
+    """The error for probabilities that are NaN or infinite."""
+    return NonFiniteLossError(
+        f"the policy of version {version} gives probabilities that are not finite, so it cannot sample: "
+        + (
+            "continue from an earlier checkpoint with a lower trainer.learning_rate"
+            if version
+            else "no RL step has changed it yet, so check the checkpoint's weights, orchestrator.temperature and, "
+            "after a warm-up, trainer.warmup.learning_rate"
+        )
+    )
+
+
 @dataclass(frozen=True)
-class _Shape:
+class Shape:
     """The distribution of a request: requests of one shape are sampled together."""
 
     temperature: float
@@ -88,14 +93,20 @@ class _Shape:
     min_p: float
     reports_support: bool
 
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens are ruled out."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
-def _shape(params: SamplingParams) -> _Shape:
+
+def shape_of(params: SamplingParams) -> Shape:
+    """The distribution of a request."""
     reports = params.reports_support and params.truncates
     top_k = min(params.top_k or MAX_SUPPORT, MAX_SUPPORT) if reports else params.top_k
-    return _Shape(params.temperature, top_k, params.top_p, params.min_p, reports)
+    return Shape(params.temperature, top_k, params.top_p, params.min_p, reports)
 
 
-def _supports(log_probs: Tensor) -> list[NDArray[np.int32]]:
+def supports_of(log_probs: Tensor) -> list[NDArray[np.int32]]:
     """Of each row of a truncated distribution [rows, vocabulary], the tokens that can be sampled."""
     rows, tokens = (log_probs > float("-inf")).nonzero(as_tuple=True)
     ends = rows.bincount(minlength=len(log_probs)).cumsum(0)[:-1]

@@ -78,7 +78,7 @@ def attend_decode(
 
     With `softcap` c a score s becomes c · tanh(s / c). Computed in float32 also for half precision.
     """
-    if query.is_cuda and _has_triton():
+    if query.is_cuda and has_triton():
         from vlmrl.models.attention.decode_kernels import attend_by_kernels
 
         return attend_by_kernels(query, key, value, plan, scale, softcap)
@@ -86,7 +86,8 @@ def attend_decode(
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether Triton is installed, which comes with torch for CUDA on Linux."""
     return importlib.util.find_spec("triton") is not None
 
 

@@ -28,6 +28,10 @@ from vlmrl.models.old_torch import outside_of_compiled_layers
 
 ATTENTION_NAME = "vlmrl_tree"
 
+DECODE_ATTENTION_NAME = "vlmrl_decode"
+"""The same function, which is never compiled with its layer: in a decode step, the pool and the number of the call
+differ from layer to layer, and each layer would be compiled again."""
+
 
 def _merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
     """Merge one block's normalized output into the running output, in place."""
@@ -224,7 +228,7 @@ def tree_attention_forward(
     plan = _plan_of_layer(module, tree_plan, sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(plan, DecodeRows):
-        return _attend_decode(query[0], key[0], value[0], tree_plan, plan, scale, softcap)[None], None
+        return attend_decode(query[0], *tree_plan.write(key[0], value[0]), plan, scale, softcap)[None], None
     if not isinstance(plan, Blocks):
         return attend_fused(query, key, value, plan, scale, softcap), None
     q, k, v = query[0].contiguous(), key[0].contiguous(), value[0].contiguous()
@@ -233,15 +237,6 @@ def tree_attention_forward(
     with torch.autocast(q.device.type, enabled=False):
         out: Tensor = _attend(q, k, v, plan, scale, softcap)
     return out.transpose(0, 1).contiguous().unsqueeze(0), None  # some families take a view of it
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _attend_decode(
-    query: Tensor, key: Tensor, value: Tensor, tree_plan: TreePlan, plan: DecodeRows, scale: float, cap: float | None
-) -> Tensor:
-    """Attention of a decode step → [T, H, E]. Never compiled with its layer: the pool and the number of the call differ
-    from layer to layer, and each would be compiled again."""
-    return attend_decode(query, *tree_plan.write(key, value), plan, scale, cap)
 
 
 def _plan_of_layer(module: Any, plan: TreePlan, window: int | None) -> LayerPlan:

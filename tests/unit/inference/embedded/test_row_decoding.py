@@ -1,0 +1,292 @@
+"""The decoder for GPUs, run on the CPU without graphs, against the reference: equal tokens at equal seeds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from support import attention_kinds as kinds
+from support.helpers import BANNED, END, extended, image, prompt
+from vlmrl.errors import NonFiniteLossError
+from vlmrl.inference.embedded import generator
+from vlmrl.inference.embedded.decode_state import DecodeState
+from vlmrl.inference.embedded.device_sampling import Draw, draw_tokens
+from vlmrl.inference.embedded.engine import EmbeddedEngine
+from vlmrl.inference.embedded.kv_cache import KVCache
+from vlmrl.inference.embedded.row_decoding import WHOLE, RowDecoder
+from vlmrl.inference.embedded.sampling import Shape
+from vlmrl.inference.embedded.shared_prefixes import SharedPrefixes
+from vlmrl.models.families.positions import position_function
+from vlmrl.models.policy import Policy
+from vlmrl.types import Completion, IntArray, Prompt, SamplingParams
+
+CLOSE = 1e-5
+"""Nats."""
+
+SYSTEM = list(range(40, 70))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def policy(tiny_model: Callable[[], Any]) -> Policy:
+    return Policy(tiny_model(), position_function("mrope", 2), BANNED)
+
+
+def params(seed: int, tokens: int = 6, **others: Any) -> SamplingParams:
+    plain = SamplingParams(tokens, temperature=1.0, stop_token_ids=(END,), banned_token_ids=(), seed=seed)
+    return replace(plain, **others)
+
+
+Turn = tuple[Prompt, Completion]
+
+
+def play(
+    policy: Policy, asked: Sequence[tuple[Prompt, SamplingParams]], turns: int, by_rows: bool, patch: pytest.MonkeyPatch
+) -> tuple[list[list[Turn]], EmbeddedEngine]:
+    """Conversations of some turns; the replies between them have an image where the first prompt has one."""
+    patch.setattr(generator, "decodes_by_rows", lambda _: by_rows)
+    engine = EmbeddedEngine(policy, lambda: 0, 2048, lambda ids: "".join(f"<{token}>" for token in ids))
+
+    async def one(session: Any, first: Prompt, sampling: SamplingParams) -> list[Turn]:
+        found: list[Turn] = []
+        async with session:
+            for turn in range(turns):
+                said = await session.generate(first, replace(sampling, seed=sampling.seed + turn))
+                found.append((first, said))
+                reply = [[9, 8], image(3, 1), 7] if first.mm_items else [[9, 8, 7]]
+                first = extended(first, said.token_ids, *reply)
+        return found
+
+    async def everything() -> list[list[Turn]]:
+        sessions = [engine.session(str(number)) for number in range(len(asked))]
+        return await asyncio.gather(*(one(session, *each) for session, each in zip(sessions, asked, strict=True)))
+
+    return asyncio.run(everything()), engine
+
+
+def assert_same(
+    policy: Policy, asked: Sequence[tuple[Prompt, SamplingParams]], patch: pytest.MonkeyPatch, turns: int = 1
+) -> list[list[Turn]]:
+    """Both decoders give the same completions → those of the reference."""
+    wanted, _ = play(policy, asked, turns, False, patch)
+    found, engine = play(policy, asked, turns, True, patch)
+    assert isinstance(engine._generator._rows, RowDecoder)
+    for theirs, ours in zip(wanted, found, strict=True):
+        for (_, expected), (_, said) in zip(theirs, ours, strict=True):
+            assert said.token_ids.tolist() == expected.token_ids.tolist()
+            np.testing.assert_allclose(said.logprobs, expected.logprobs, atol=CLOSE, rtol=0)
+            assert (said.finish_reason, said.stop) == (expected.finish_reason, expected.stop)
+            assert (said.supports is None) == (expected.supports is None)
+            if said.supports is not None and expected.supports is not None:
+                assert said.supports.token_ids.tolist() == expected.supports.token_ids.tolist()
+                assert said.supports.offsets.tolist() == expected.supports.offsets.tolist()
+    return wanted
+
+
+def groups(sizes: Sequence[int], **others: Any) -> list[tuple[Prompt, SamplingParams]]:
+    return [
+        (
+            prompt(SYSTEM, [number], image(2, 3), [5], image(1, 1, number), [7] * (number + 1)),
+            params(1000 * number + 10 * i, **others),
+        )
+        for number, size in enumerate(sizes)
+        for i in range(size)
+    ]
+
+
+def test_groups_of_1_5_and_16_over_turns_with_images(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    levels: list[int] = []
+    prepare = RowDecoder._prepare
+
+    def spy(self: RowDecoder, *args: Any) -> Any:
+        kind = prepare(self, *args)
+        levels.append(kind.levels)
+        return kind
+
+    monkeypatch.setattr(RowDecoder, "_prepare", spy)
+    wanted = assert_same(policy, groups([1, 5, 16]), monkeypatch, turns=3)
+    assert max(levels) == 2, "the system prompt and a group's own prompt"
+    assert len({str(said.token_ids) for turns in wanted for _, said in turns}) > 40, "siblings must differ"
+
+
+def test_an_answer_of_1_token_next_to_one_of_512(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    hidden = RowDecoder._hidden
+    monkeypatch.setattr(RowDecoder, "_hidden", lambda self, kind: sizes.append(kind.rows) or hidden(self, kind))  # type: ignore[func-returns-value]
+    (first, sampling), *others = groups([7], stop_token_ids=())
+    asked = [
+        (first, replace(sampling, max_new_tokens=512)),
+        *((a, replace(b, max_new_tokens=1)) for a, b in others[:3]),
+    ]
+    asked += [(a, replace(b, max_new_tokens=40)) for a, b in others[3:]]
+    assert_same(policy, asked, monkeypatch)
+    assert sizes == [4] * 48 + [2] * 463, "rows leave when their results have been read"
+
+
+def test_siblings_that_finish_at_the_first_token(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = groups([8], stop_token_ids=())
+    first = {int(turns[0][1].token_ids[0]) for turns in assert_same(policy, asked, monkeypatch)}
+    some = tuple(sorted(first))[: len(first) // 2]
+    ended = assert_same(policy, [(a, replace(b, stop_token_ids=(END, *some))) for a, b in asked], monkeypatch, turns=2)
+    lengths = [len(turns[0][1].token_ids) for turns in ended]
+    assert 0 < lengths.count(1) < len(lengths)
+    alone = [(a, replace(b, max_new_tokens=1)) for a, b in asked]
+    assert_same(policy, alone, monkeypatch, turns=2)
+
+
+def test_temperatures_truncations_and_stops_side_by_side(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    (first, _), *_ = groups([1])
+    shapes: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.5},
+        {"temperature": 0.0},
+        {"top_k": 4},
+        {"top_p": 0.5, "temperature": 1.5},
+        {"min_p": 0.1},
+        {"top_k": 9, "top_p": 0.8, "min_p": 0.05, "reports_support": True},
+        {"top_p": 0.9, "reports_support": True, "temperature": 0.7},
+        {"temperature": 0.0, "top_k": 3, "reports_support": True},
+    ]
+    asked = [(first, params(i, 20, stop_token_ids=(), **shape)) for i, shape in enumerate(shapes * 2)]
+    wanted = assert_same(policy, asked, monkeypatch, turns=2)
+    texts = [[f"<{token}>" for token in turns[0][1].token_ids] for turns in wanted]
+    stops = ["".join(text[k : k + 2]) for k, text in enumerate(texts[:9])]
+    assert_same(
+        policy, [(a, replace(b, stop=(stops[i % 9], "none"))) for i, (a, b) in enumerate(asked)], monkeypatch, 2
+    )
+
+
+@pytest.mark.parametrize(("name", "window"), [("gemma3", 12), ("gemma4", 7), ("gemma2", 64)])
+def test_families_with_windows_and_soft_caps(name: str, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = Policy(kinds.build(name, window), position_function("sequential"), [kinds.IMAGE])
+    shown = [kinds.image(name, 1)] if name in kinds.SEE_IMAGES else []
+    asked = [
+        (kinds.prompt([*range(1, 31), number], *shown, [8]), params(10 * i + number, 24, stop_token_ids=(3,)))
+        for number in range(2)
+        for i in range(6)
+    ]
+    wanted = assert_same(policy, asked, monkeypatch)
+    assert max(len(turns[0][1].token_ids) for turns in wanted) > 16
+
+
+def test_the_comparison_finds_a_row_at_another_place(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted mistakes: a shared part that one row does not read, and rows that leave in the wrong order."""
+    table = SharedPrefixes.table
+
+    def without_a_row(self: SharedPrefixes, row_prompts: IntArray) -> Any:
+        found = table(self, row_prompts)
+        found[-1, 1] -= 1
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SharedPrefixes, "table", without_a_row)
+        with pytest.raises(AssertionError):
+            assert_same(policy, groups([5]), patch)
+    asked = [(a, replace(b, max_new_tokens=6 if i % 2 else 60)) for i, (a, b) in enumerate(groups([4, 4]))]
+    assert_same(policy, asked, monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(DecodeState, "keep", lambda self, kept: None)
+        with pytest.raises(AssertionError):
+            assert_same(policy, asked, patch)
+
+
+def test_probabilities_that_are_not_finite_are_an_error(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.no_grad():
+        policy.model.get_output_embeddings().weight[5] = float("nan")
+    with pytest.raises(NonFiniteLossError, match="version 0"):
+        play(policy, groups([2]), 1, True, monkeypatch)
+
+
+# ── sampling ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("vocabulary", [50, 128, 1000])
+def test_a_token_is_drawn_by_the_inverse_of_the_cumulative_distribution(vocabulary: int) -> None:
+    rows = 300
+    generator_ = torch.Generator().manual_seed(vocabulary)
+    logits = torch.randn(rows, vocabulary, generator=generator_) * torch.logspace(-1, 1, rows)[:, None]
+    logits[:, :10] = logits[:, -7:] = -torch.inf
+    uniforms = torch.rand(rows, generator=generator_, dtype=torch.float64)
+    uniforms[:2], uniforms[2:4] = 0.0, 1.0 - 2.0**-53
+    how = Draw(uniforms, torch.zeros(rows, dtype=torch.bool), torch.zeros(rows, dtype=torch.int64), [WHOLE], False)
+    tokens, logprobs, supports = draw_tokens(logits.clone(), how)
+    probabilities = torch.softmax(logits.double(), -1)
+    cumulative = probabilities.cumsum(-1)
+    below = torch.cat([torch.zeros(rows, 1, dtype=torch.float64), cumulative], -1).gather(1, tokens[:, None])[:, 0]
+    assert (below <= uniforms + 1e-6).all()
+    assert (uniforms <= cumulative.gather(1, tokens[:, None])[:, 0] + 1e-6).all()
+    assert (tokens >= 10).all()
+    assert (tokens < vocabulary - 7).all()
+    np.testing.assert_allclose(logprobs, probabilities.gather(1, tokens[:, None])[:, 0].log(), atol=2e-6)
+    assert supports == []
+
+
+def test_truncations_of_one_batch_do_not_mix() -> None:
+    logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]] * 4).log()
+    shapes = [WHOLE, Shape(1.0, 2, 1.0, 0.0, True)]
+    how = Draw(
+        torch.tensor([0.9, 0.9, 0.1, 0.9], dtype=torch.float64),
+        torch.tensor([False, False, False, True]),
+        torch.tensor([0, 1, 1, 0]),
+        shapes,
+        True,
+    )
+    tokens, logprobs, supports = draw_tokens(logits, how)
+    assert tokens.tolist() == [3, 1, 0, 0]
+    np.testing.assert_allclose(logprobs.exp(), [0.125, 1 / 3, 2 / 3, 0.5], rtol=1e-6)
+    assert [None if each is None else each.tolist() for each in supports] == [None, [0, 1], [0, 1], None]
+
+
+# ── the KV cache ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_slots_behind_an_answer_are_taken_again() -> None:
+    cache = KVCache()
+    assert cache.take(5).tolist() == [0, 1, 2, 3, 4]
+    cache.give_back(np.array([1, 3]))
+    assert cache.used == 3
+    assert cache.take(3).tolist() == [1, 3, 5]
+    assert cache.allocate(2) == 6
+    cache.clear()
+    assert cache.take(2).tolist() == [0, 1]
+
+
+def test_short_answers_leave_their_slots_to_later_turns(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two turns of at most 200 tokens that end after one hold no slot of the other 199."""
+    (first, sampling), *_ = groups([1], stop_token_ids=tuple(range(300)))
+    most = 0
+    clear = KVCache.clear
+
+    def spy(self: KVCache) -> None:
+        nonlocal most
+        most = max(most, self.used)
+        clear(self)
+
+    monkeypatch.setattr(KVCache, "clear", spy)
+    ((_, (last, said)),), _ = play(policy, [(first, replace(sampling, max_new_tokens=200))], 2, True, monkeypatch)
+    assert len(said.token_ids) == 1
+    assert most == len(last.token_ids)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_on_a_gpu_with_graphs(
+    tiny_model: Callable[[], Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = Policy(tiny_model().to("cuda", dtype), position_function("mrope", 2), BANNED)
+    asked = groups([1, 5, 16], tokens=40)
+    wanted, _ = play(policy, asked, 2, False, monkeypatch)
+    found, _ = play(policy, asked, 2, True, monkeypatch)
+    pairs = [(a, b) for x, y in zip(wanted, found, strict=True) for (_, a), (_, b) in zip(x, y, strict=True)]
+    equal = np.mean([a.token_ids.tolist() == b.token_ids.tolist() for a, b in pairs])
+    assert equal > (0.95 if dtype is torch.float32 else 0.5)

@@ -1,0 +1,120 @@
+"""Sampling one token per row on the device, from the same uniform numbers as sampling.py and without a copy of the
+logits.
+
+    logits [rows, vocabulary]
+      └─▶ probability of each chunk of 128 tokens ─▶ the chunk in which the cumulative distribution passes the uniform
+          number ─▶ the token in that chunk
+
+No size depends on the contents of a tensor and nothing waits for the device, so a decode step with its sampling is one
+CUDA graph. The exceptions are supports that are reported: their sizes are unknown before, so they are read at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vlmrl.inference.embedded.sampling import Shape, supports_of, truncated
+
+_OfLogits: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+CHUNK = 128
+"""Tokens of a chunk of the vocabulary."""
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """How R rows are sampled."""
+
+    uniforms: Tensor
+    """float64 [R] in [0, 1)."""
+    is_greedy: Tensor
+    """bool [R]; True where the most probable token is taken."""
+    shape: Tensor
+    """int64 [R]; index in `shapes` of the row's truncation."""
+    shapes: Sequence[Shape]
+    """The distinct truncations; their temperature is not read."""
+    has_greedy: bool
+    """Whether a row may be greedy."""
+
+
+def draw_tokens(logits: Tensor, how: Draw) -> tuple[Tensor, Tensor, list[NDArray[np.int32] | None]]:
+    """Sample from `logits` float32 [R, vocabulary], already divided by the temperature, with banned tokens −inf.
+
+    → tokens int64 [R]; their natural-log probabilities float32 [R] under the distribution that they were drawn from;
+    and the supports of the rows that report theirs (empty where no row does).
+    """
+    supports: list[NDArray[np.int32] | None] = []
+    lse, masses = _on_gpu(logits.device, _chunk_masses)(logits)
+    if len(how.shapes) == 1 and not how.shapes[0].truncates:
+        token, logprob = _invert(logits, lse, masses, how.uniforms)
+    else:
+        token = torch.zeros_like(how.shape)
+        logprob = torch.zeros_like(logits[:, 0])
+        for number, shape in enumerate(how.shapes):
+            if shape.truncates:
+                log_probs = truncated(logits - lse, shape.top_k, shape.top_p, shape.min_p)
+                found = _invert(log_probs, *_on_gpu(logits.device, _chunk_masses)(log_probs), how.uniforms)
+                if shape.reports_support:
+                    supports = supports or [None] * len(logits)
+                    known = supports_of(log_probs)
+                    for row in (how.shape == number).nonzero()[:, 0].tolist():
+                        supports[row] = known[row]
+            else:
+                found = _invert(logits, lse, masses, how.uniforms)
+            is_mine = how.shape == number
+            token, logprob = torch.where(is_mine, found[0], token), torch.where(is_mine, found[1], logprob)
+    if how.has_greedy:
+        best = logits.argmax(-1)
+        token = torch.where(how.is_greedy, best, token)
+        logprob = torch.where(how.is_greedy, (logits.gather(1, best[:, None]) - lse)[:, 0], logprob)
+    return token, logprob, supports
+
+
+def _chunk_masses(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp float32 [R, 1], and the probability of each chunk of the vocabulary, float64 [R, chunks]."""
+    lse = logits.logsumexp(-1, keepdim=True)
+    probabilities = (logits - lse).double().exp()
+    whole = logits.shape[1] // CHUNK * CHUNK
+    masses = probabilities[:, :whole].reshape(len(logits), -1, CHUNK).sum(-1)
+    if whole < logits.shape[1]:
+        masses = torch.cat([masses, probabilities[:, whole:].sum(-1, keepdim=True)], -1)
+    return lse, masses
+
+
+def _invert(logits: Tensor, lse: Tensor, masses: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """The first token whose cumulative probability exceeds the uniform number, and its logprob. The last token with a
+    probability takes the rounding error."""
+    vocabulary = logits.shape[1]
+    below = masses.cumsum(-1)
+    total = below[:, -1:]
+    target = uniforms[:, None] * total
+    chunk = torch.minimum((below <= target).sum(-1, keepdim=True), (below < total).sum(-1, keepdim=True))
+    chunk = chunk.clamp(max=below.shape[1] - 1)  # past the end only for NaN, which the host refuses
+    left = target - (below.gather(1, chunk) - masses.gather(1, chunk))
+    place = torch.arange(CHUNK, device=logits.device)
+    columns = chunk * CHUNK + place
+    logprobs = logits.gather(1, columns.clamp(max=vocabulary - 1)) - lse
+    probabilities = logprobs.double().exp().masked_fill(columns >= vocabulary, 0.0)
+    found = (probabilities.cumsum(-1) <= left).sum(-1, keepdim=True)
+    found = torch.minimum(found, ((probabilities > 0) * place).amax(-1, keepdim=True))
+    return columns.gather(1, found)[:, 0], logprobs.gather(1, found)[:, 0]
+
+
+def _on_gpu(
+    device: torch.device, function: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`function`, compiled on a GPU: one pass over the logits, and no array of their size."""
+    return _compiled(function) if device.type == "cuda" else function
+
+
+@cache
+def _compiled(function: _OfLogits) -> _OfLogits:
+    return torch.compile(function, dynamic=True)

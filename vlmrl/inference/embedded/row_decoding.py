@@ -1,0 +1,317 @@
+"""Decoding on a GPU: one row per request, a step of fixed sizes, and a look at the results every 16 steps.
+
+    state (decode_state.py) ─▶ embed ▶ layers ▶ norm ▶ head ▶ sample ─▶ state      one CUDA graph (step_graphs.py)
+        every READ_EVERY steps: tokens and logprobs to the host; finished rows leave, and if the others fit into a
+        smaller size, they move to the front
+
+Siblings read the keys and values of their prompt once (shared_prefixes.py, models/attention/decode.py). Each sampled
+token is drawn by the same uniform number as in decoding.py, which stays the reference: with float32 on a CPU the tokens
+are the same. There, requests that have sampled the same tokens share a row; here each has its own.
+
+Left out on purpose: models whose layers carry a state (models/attention/recurrent.py). Their states are objects per
+row, not tensors at fixed addresses, so decoding.py decodes them on a GPU, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vlmrl.inference.embedded.cached_policy import CachedPolicy
+from vlmrl.inference.embedded.completions import finish
+from vlmrl.inference.embedded.decode_state import DecodeState, Room
+from vlmrl.inference.embedded.device_sampling import Draw, draw_tokens
+from vlmrl.inference.embedded.prefill import DistinctPrompt, Prefilled
+from vlmrl.inference.embedded.requests import Request
+from vlmrl.inference.embedded.sampled_row import SampledRow
+from vlmrl.inference.embedded.sampling import Shape, not_finite, shape_of
+from vlmrl.inference.embedded.shared_prefixes import SharedPrefixes
+from vlmrl.inference.embedded.step_graphs import CompiledLayers, StepGraphs
+from vlmrl.inference.stop_strings import TextOf
+from vlmrl.models.attention.decode import DecodeRows, has_triton
+from vlmrl.models.attention.plan import TreePlan
+from vlmrl.models.blocks import uncompiled_in_inference
+from vlmrl.types import Completion
+
+READ_EVERY = 16
+"""Steps between two readings. A reading waits for the device, some 0.1 ms; a row that ends is computed for up to this
+many steps more."""
+
+WHOLE = Shape(1.0, 0, 1.0, 0.0, False)
+"""The whole vocabulary."""
+
+
+def row_sizes(rows: int) -> int:
+    """The size of a step for `rows` rows: a power of two, or one and a half of it. Each size is a CUDA graph. At least
+    2, because layers would be compiled again for 1.
+
+    >>> [row_sizes(n) for n in (1, 3, 7, 33, 80, 130, 256)]
+    [2, 4, 8, 48, 96, 192, 256]
+    """
+    power = max(2, _power(rows))
+    return power * 3 // 4 if power >= 32 and rows <= power * 3 // 4 else power
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What decides about the work of a step and its addresses, besides its tensors."""
+
+    rows: int
+    shapes: tuple[Shape, ...]
+    has_greedy: bool
+    windows: tuple[int | None, ...]
+    """Per rule of the model, its window; None where no row is as deep."""
+    levels: int
+    most_rows: int
+    most_keys: int
+
+    @property
+    def reports_supports(self) -> bool:
+        return any(shape.reports_support for shape in self.shapes)
+
+
+class RowDecoder:
+    """Decodes the batches of one policy."""
+
+    def __init__(self, model: CachedPolicy, text_of: TextOf | None = None) -> None:
+        """`text_of` is needed for stop strings only."""
+        self._model, self._text_of = model, text_of
+        self._graphs = StepGraphs(model.device)
+        self._state: DecodeState | None = None
+        self._pool: object = None
+        """The KV pool whose addresses the graphs hold."""
+        self._layers: CompiledLayers | None = None
+        if model.device.type == "cuda" and has_triton():
+            self._layers = CompiledLayers(model.policy.model.base_model.get_decoder())
+        self._supports: list[list[NDArray[np.int32] | None]] = []
+        """Per step since the last reading, the support of each row; empty lists where none is reported."""
+
+    def release(self) -> None:
+        """Give the memory of the steps to the trainer."""
+        self._graphs.clear()
+        self._state, self._pool = None, None
+
+    def decode(
+        self,
+        version: int,
+        requests: Sequence[Request],
+        prompts: Sequence[DistinctPrompt],
+        request_prompt: Sequence[int],
+        prefilled: Prefilled,
+    ) -> tuple[list[Completion], int]:
+        """See `decoding.decode`. The rows that it counts are those of tokens that belong to a completion."""
+        cache = self._model.kv_cache
+        order = np.argsort(request_prompt, kind="stable").tolist()
+        rows = [
+            SampledRow(
+                requests[number],
+                number,
+                request_prompt[number],
+                cache.take(requests[number].sampling.max_new_tokens - 1),
+                self._text_of,
+            )
+            for number in order
+        ]
+        unread = cache.take(1)
+        shared = SharedPrefixes(prompts, prefilled.segments, [row.prompt for row in rows])
+        with self._running():
+            self._sample_all(rows, prompts, shared, prefilled, int(unread[0]))
+        cache.give_back(np.concatenate([unread, *(row.unused_slots for row in rows)]))
+        found: list[Completion | None] = [None] * len(requests)
+        for row in rows:
+            prompt = prompts[row.prompt]
+            found[row.number] = finish(row.request, version, prompt, prefilled.slots[row.prompt], row.sampled())
+        return [each for each in found if each is not None], sum(row.length - 1 for row in rows)
+
+    def _running(self) -> AbstractContextManager[None]:
+        """Layers as the steps run them: compiled for them on a GPU, else as they are."""
+        return uncompiled_in_inference() if self._layers is None else self._layers.running()
+
+    def _sample_all(
+        self,
+        rows: list[SampledRow],
+        prompts: Sequence[DistinctPrompt],
+        shared: SharedPrefixes,
+        prefilled: Prefilled,
+        unread: int,
+    ) -> None:
+        """Sample until all rows are finished."""
+        kind = self._prepare(rows, prompts, shared, unread)
+        first = prefilled.hidden[torch.tensor([row.prompt for row in rows], device=prefilled.hidden.device)]
+        padding = first.new_zeros(kind.rows - len(rows), first.shape[1])
+        self._sample(torch.cat([first, padding]), kind)
+        rows = self._read(rows, 1)
+        while rows:
+            if row_sizes(len(rows)) < kind.rows:
+                kind = replace(kind, rows=row_sizes(len(rows)))
+                self._move(rows, shared, kind.rows)
+            steps = min(READ_EVERY, max(row.request.sampling.max_new_tokens - row.length for row in rows))
+            for _ in range(steps):
+                self._step(kind)
+            rows = self._read(rows, steps)
+
+    def _prepare(
+        self, rows: Sequence[SampledRow], prompts: Sequence[DistinctPrompt], shared: SharedPrefixes, unread: int
+    ) -> _Kind:
+        """Fill the tensors for the batch, before its first token is sampled."""
+        shapes = [_truncation(row.request) for row in rows]
+        distinct = tuple(dict.fromkeys(shapes))
+        own = [np.concatenate([shared.private[row.prompt], row.slots]) for row in rows]
+        table = shared.table(np.array([row.prompt for row in rows]))
+        size = row_sizes(len(rows))
+        state = self._roomy_state(
+            Room(
+                rows=size,
+                own=max(map(len, own)) + 1,
+                new=max(len(row.uniforms) for row in rows),
+                stop_ids=max(1, *(len(row.request.sampling.stop_token_ids) for row in rows)),
+                segments=max(1, len(table)),
+                segment_slots=max(1, len(shared.slots)),
+                steps=READ_EVERY,
+            )
+        )
+        params = [row.request.sampling for row in rows]
+        state.unread_slot.fill_(unread)
+        state.rows.own_slots.zero_()
+        state.empty_rows(0, size)
+        at = np.array([[prompts[row.prompt].next_text_position, prompts[row.prompt].next_position] for row in rows])
+        state.fill("position", at[:, [0, 1, 1, 1]] - 1)
+        state.fill("depth", np.array([len(prompts[row.prompt].keys) - 1 for row in rows], np.int32))
+        state.fill("private", np.array([len(shared.private[row.prompt]) for row in rows]))
+        state.fill("alive", np.ones(len(rows), np.bool_))
+        state.fill("limit", np.array([each.max_new_tokens for each in params]))
+        state.fill("temperature", np.array([each.temperature or 1.0 for each in params], np.float32))
+        state.fill("is_greedy", np.array([each.temperature == 0 for each in params]))
+        state.fill("shape", np.array([distinct.index(shape) for shape in shapes]))
+        state.fill("own_slots", _padded(own, 0).astype(np.int32))
+        state.fill("stop_ids", _padded([np.array(each.stop_token_ids, np.int64) for each in params], -1))
+        state.fill("uniforms", _padded([row.uniforms for row in rows], 0.0))
+        state.segment_slots[: len(shared.slots)].copy_(torch.from_numpy(shared.slots))
+        state.set_segments(table)
+        deepest = max(len(prompts[row.prompt].keys) + row.request.sampling.max_new_tokens for row in rows)
+        for index, row in enumerate(rows):
+            row.at = index
+        return _Kind(
+            rows=size,
+            shapes=distinct,
+            has_greedy=any(each.temperature == 0 for each in params),
+            windows=tuple(
+                None if rule.window is None or deepest <= rule.window else rule.window
+                for rule in self._model.policy.rules.distinct
+            ),
+            levels=shared.levels,
+            most_rows=_power(int((table[:, 1] - table[:, 0]).max(initial=1))),
+            most_keys=_power(max(1, shared.most_keys)),
+        )
+
+    def _roomy_state(self, room: Room) -> DecodeState:
+        """The tensors, with room for a batch. Graphs that hold other addresses are dropped."""
+        pool = self._model.kv_cache.pool
+        have = self._state.room if self._state is not None else room
+        if self._state is None or have.with_at_least(room) != have:
+            self._graphs.clear()
+            self._state = DecodeState(have.with_at_least(room), self._model.device)
+        if pool is not self._pool:
+            self._graphs.clear()
+            self._pool = pool
+        return self._state
+
+    def _move(self, rows: Sequence[SampledRow], shared: SharedPrefixes, size: int) -> None:
+        """Move `rows`, which are not finished, to the front of a step of `size` rows."""
+        assert self._state is not None
+        self._state.keep(np.array([row.at for row in rows]))
+        self._state.empty_rows(len(rows), size)
+        self._state.set_segments(shared.table(np.array([row.prompt for row in rows])))
+        for index, row in enumerate(rows):
+            row.at = index
+
+    def _step(self, kind: _Kind) -> None:
+        """Compute the newest tokens and sample the next ones."""
+        if kind.reports_supports:  # sizes of supports are read at once, which no graph can do
+            self._sample(self._hidden(kind), kind)
+        else:
+            self._graphs.run(kind, lambda: self._sample(self._hidden(kind), kind))
+
+    def _hidden(self, kind: _Kind) -> Tensor:
+        """The hidden states of the newest tokens, float [R, hidden]."""
+        assert self._state is not None
+        policy, state, size = self._model.policy, self._state, kind.rows
+        tables = state.tables(size, kind.levels, kind.most_rows, kind.most_keys)
+        rules = zip(policy.rules.distinct, kind.windows, strict=True)
+        plan = TreePlan(
+            policy.rules,
+            {rule.window: DecodeRows(tables, window) for rule, window in rules},
+            self._model.kv_cache.pool,
+            row_slots=state.rows.slot[:size],
+        )
+        nothing = state.types[:0]
+        rows = state.rows
+        return policy.hidden_states(
+            rows.token[:size], rows.position[:size].t(), state.types[:size], plan, None, nothing
+        )
+
+    def _sample(self, hidden: Tensor, kind: _Kind) -> None:
+        """Draw a token per row from hidden states float [R, hidden], and advance the rows that go on."""
+        assert self._state is not None
+        state, rows, size = self._state, self._state.rows, kind.rows
+        count, alive = rows.count[:size], rows.alive[:size]
+        uniforms = rows.uniforms[:size].gather(1, count.clamp(max=state.room.new - 1)[:, None])[:, 0]
+        how = Draw(uniforms, rows.is_greedy[:size], rows.shape[:size], kind.shapes, kind.has_greedy)
+        logits = self._model.policy.sampling_logits(hidden, rows.temperature[:size])
+        token, logprob, supports = draw_tokens(logits, how)
+        self._supports.append(supports)
+        state.sampled[:, :size].index_copy_(0, state.steps, token[None])
+        state.logprobs[:, :size].index_copy_(0, state.steps, logprob[None])
+        state.steps.add_(1)
+        count.add_(alive)
+        alive.logical_and_((rows.stop_ids[:size] != token[:, None]).all(1)).logical_and_(count < rows.limit[:size])
+        rows.token[:size].copy_(torch.where(alive, token, 0))
+        rows.position[:size].add_(alive[:, None])
+        rows.depth[:size].add_(alive)
+        rows.own_length[:size].copy_(torch.where(alive, rows.private[:size] + count, 1))
+        last = rows.own_slots[:size].gather(1, (rows.own_length[:size] - 1)[:, None].long())[:, 0]
+        rows.slot[:size].copy_(torch.where(alive, last, state.unread_slot))
+
+    def _read(self, rows: Sequence[SampledRow], steps: int) -> list[SampledRow]:
+        """Hand the results of the last `steps` steps to `rows` → those that are not finished.
+
+        Raises `NonFiniteLossError` where a probability is NaN or infinite.
+        """
+        assert self._state is not None
+        token_ids, logprobs = (
+            each[:steps].t().cpu().numpy().copy() for each in (self._state.sampled, self._state.logprobs)
+        )
+        self._state.steps.zero_()
+        supports, self._supports = self._supports[-steps:], []
+        for row in rows:
+            own = [of_step[row.at] for of_step in supports if of_step]
+            kept = row.add(token_ids[row.at], logprobs[row.at], own)
+            if not np.isfinite(kept).all():
+                raise not_finite(self._model.version)
+        return [row for row in rows if not row.is_finished]
+
+
+def _truncation(request: Request) -> Shape:
+    """How the request truncates its distribution; one for all temperatures."""
+    shape = shape_of(request.sampling)
+    return replace(shape, temperature=1.0) if shape.truncates else WHOLE
+
+
+def _padded(arrays: Sequence[NDArray[Any]], value: float) -> NDArray[Any]:
+    """[n, longest] of `arrays`, filled up with `value`."""
+    found = np.full((len(arrays), max(1, *map(len, arrays))), value, arrays[0].dtype)
+    for row, array in zip(found, arrays, strict=True):
+        row[: len(array)] = array
+    return found
+
+
+def _power(number: int) -> int:
+    """The next power of two."""
+    return 1 << (number - 1).bit_length()

@@ -1,0 +1,98 @@
+"""Decode steps as CUDA graphs: one launch per step in place of thousands, with the layers compiled.
+
+    first step of a kind     run as it is, which compiles the layers and prepares the libraries' work spaces
+    second step              captured, then replayed
+    later steps              replayed
+
+A graph holds addresses, not tensors. So the graphs are dropped with the tensors of the steps, and with the KV pool,
+whose memory the trainer gets. Capturing again takes a tenth of a second. On a CPU every step runs as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from vlmrl.models.attention.tree import DECODE_ATTENTION_NAME
+from vlmrl.models.blocks import blocks
+
+_log = logging.getLogger(__name__)
+
+
+class StepGraphs:
+    """Runs steps, each kind of which always does the same work on the same addresses."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
+        """Kind of step → its graph; None after its first step."""
+        self._captures = device.type == "cuda"
+        self._memory: Any = torch.cuda.graph_pool_handle() if self._captures else None
+        """Of all graphs: they never run at once, and nothing that they allocate is read after them."""
+
+    def clear(self) -> None:
+        """Drop all graphs: their addresses are no longer valid."""
+        self._graphs.clear()
+
+    def run(self, kind: Hashable, step: Callable[[], None]) -> None:
+        """Run `step` or replay its graph."""
+        if not self._captures:
+            step()
+        elif kind not in self._graphs:
+            step()
+            self._graphs[kind] = None
+        else:
+            graph = self._graphs[kind] or self._capture(step)
+            if graph is None:
+                step()
+            else:
+                self._graphs[kind] = graph
+                graph.replay()
+
+    def _capture(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+        """The graph of `step`, which is not run; None for a model that cannot be captured."""
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        try:
+            # Thread-local: other threads, as that of the trainer's metrics, may use the device meanwhile.
+            with torch.cuda.graph(graph, self._memory, stream, "thread_local"):
+                step()
+        except RuntimeError as error:  # code of any family may wait for the device
+            _log.warning("decode steps of this model cannot be captured as CUDA graphs, so they are slower: %s", error)
+            self._captures = False
+            return None
+        return graph
+
+
+class CompiledLayers:
+    """The layers of a decoder, compiled for decode steps of all sizes."""
+
+    def __init__(self, decoder: Any) -> None:
+        self._layers = blocks(decoder)
+        self._compiled = [torch.compile(layer.forward, dynamic=True) for layer in self._layers]
+        self._config = decoder.config
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """The layers run compiled, apart from their attention. What the trainer has compiled of them stays apart: its
+        passes have other plans."""
+        before = [(vars(layer).get("forward"), layer._compiled_call_impl) for layer in self._layers]
+        attention = self._config._attn_implementation
+        for layer, function in zip(self._layers, self._compiled, strict=True):
+            layer.forward, layer._compiled_call_impl = function, None
+        self._config._attn_implementation = DECODE_ATTENTION_NAME
+        try:
+            yield
+        finally:
+            self._config._attn_implementation = attention
+            for layer, (forward, call) in zip(self._layers, before, strict=True):
+                layer._compiled_call_impl = call
+                if forward is None:
+                    del layer.forward
+                else:
+                    layer.forward = forward
