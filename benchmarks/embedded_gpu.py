@@ -1,0 +1,339 @@
+"""The embedded engine on a GPU: how fast groups of siblings are sampled, how exactly, and how soon.
+
+    python benchmarks/embedded_gpu.py [--size 2b] [--parts exact,rate,equal,mismatch,start]
+    python benchmarks/embedded_gpu.py --parts rate,offline --checkpoint DIR      beside LLM.generate, the same model
+    python benchmarks/embedded_gpu.py --size tiny --device cpu --shapes 2x5x37x16 --rounds 1      rehearsal
+
+A shape is groups × siblings × prompt × new tokens. Prompts are random text tokens that no side has seen. Weights are
+random, with every logit multiplied by `--logit-scale`, so that distributions are as peaky as a trained model's; or they
+are those of the Qwen3-VL in `--checkpoint`.
+
+    exact      attention of a decode step against one softmax in float64, at each shape's sizes
+    rate       sampled tokens per second of whole calls, prefill included; one warm-up, then the median of the rounds
+    offline    the same shapes by `vllm.LLM.generate` (benchmarks/shared_prefix.py), in a process of its own
+    equal      the share of completions at equal seeds that the fast decoder and the reference decoder agree on, and of
+               their tokens before the first difference, with at most `--compare-tokens` new tokens
+    mismatch   mismatch_kl/mean of sampler against trainer in float16
+    start      seconds from `python -m vlmrl` to the first finished rollout, twice: the second run finds compiled code
+    profile    the kernels that a batch of the first shape spends most time in
+
+On a CPU the fast decoder runs without graphs and without compiled layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+from noise_task import Look, Noise
+from shared_prefix import SIZES, Shape
+
+from vlmrl import Env, Reply
+
+REPOSITORY = Path(__file__).parents[1]
+FIRST = "VLMRL_FIRST_ROLLOUT"
+"""Environment variable: the file that the first finished rollout makes."""
+
+START = (
+    "task=imported",
+    "task.target=embedded_gpu:Timed",
+    "inference=embedded",
+    "orchestrator.groups_per_step=2",
+    "orchestrator.group_size=8",
+    "orchestrator.max_new_tokens=64",
+    "orchestrator.eval.every=0",
+    "trainer.max_steps=1",
+    "trainer.checkpoint_every=0",
+    "monitor.live=false",
+    "monitor.report=false",
+    "monitor.vision_gap_every=0",
+    "monitor.wandb.mode=disabled",
+)
+"""The run whose first rollout is waited for."""
+
+
+class _TimedLook(Look):
+    def step(self, completion: str) -> Reply:
+        Path(os.environ[FIRST]).touch()
+        return super().step(completion)
+
+
+class Timed(Noise):
+    """The task of the part `start`."""
+
+    def env(self, problem: Any) -> Env:
+        return _TimedLook(problem)
+
+
+# ── sampling ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def made(args: argparse.Namespace, dtype: str) -> Any:
+    """The policy, with its logits scaled."""
+    import torch
+    from training_batches import model_config, policy_of
+
+    from vlmrl.config.model import Dtype, Init
+
+    config = model_config(args.size, Dtype(dtype), args.device)
+    if args.checkpoint is not None:
+        config = replace(config, init=Init.pretrained, name=str(args.checkpoint), size=None)
+    policy, _ = policy_of(config)
+    with torch.no_grad():
+        policy.model.base_model.get_decoder().norm.weight.mul_(args.logit_scale)
+    return policy
+
+
+def prompts_of(shape: Shape, seed: int, vocabulary: int) -> list[Any]:
+    """One prompt of random tokens per group."""
+    from vlmrl.types import Prompt
+
+    random = np.random.default_rng(seed)
+    return [Prompt(random.integers(10, vocabulary // 2, shape.prompt), (), ()) for _ in range(shape.groups)]
+
+
+def sampled(policy: Any, shape: Shape, seed: int) -> tuple[list[tuple[Any, Any]], float]:
+    """Prompt and completion of every sibling, and the seconds that they took."""
+    from vlmrl.inference.embedded.engine import EmbeddedEngine
+    from vlmrl.types import SamplingParams
+
+    engine = EmbeddedEngine(policy, lambda: 0, shape.prompt + shape.new)
+
+    async def one(session: Any, prompt: Any, number: int) -> tuple[Any, Any]:
+        async with session:
+            sampling = SamplingParams(shape.new, 1.0, (), (), seed * 100_000 + number)
+            return prompt, await session.generate(prompt, sampling)
+
+    async def batch() -> list[tuple[Any, Any]]:
+        prompts = prompts_of(shape, seed, len(policy.banned))
+        asked = [prompt for prompt in prompts for _ in range(shape.siblings)]
+        sessions = [engine.session(str(number)) for number in range(len(asked))]
+        pairs = enumerate(zip(sessions, asked, strict=True))
+        return list(await asyncio.gather(*(one(session, prompt, number) for number, (session, prompt) in pairs)))
+
+    started = time.perf_counter()
+    found = asyncio.run(batch())
+    seconds = time.perf_counter() - started
+    asyncio.run(engine.stop())
+    return found, seconds
+
+
+def decoder(*, fast: bool) -> Any:
+    """Choose the decoder of the engines that are made inside."""
+    return patch("vlmrl.inference.embedded.generator.decodes_by_rows", lambda policy: fast)
+
+
+def rate(args: argparse.Namespace, shapes: Sequence[Shape]) -> None:
+    """Sampled tokens per second."""
+    import torch
+
+    print("\n| shape | decoder | tokens/s | rounds | first call s | peak GiB |\n|---|---|---|---|---|---|", flush=True)
+    policy = made(args, args.dtype)
+    for shape in shapes:
+        with decoder(fast=True):
+            _, first = sampled(policy, shape, 1)
+            rates = []
+            for number in range(args.rounds):
+                found, seconds = sampled(policy, shape, 2 + number)
+                rates.append(sum(len(said.token_ids) for _, said in found) / seconds)
+        peak = torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else float("nan")
+        span = f"{min(rates):,.0f} to {max(rates):,.0f}"
+        print(
+            f"| {shape} | embedded | {statistics.median(rates):,.0f} | {span} | {first:.2f} | {peak:.1f} |", flush=True
+        )
+
+
+def equal(args: argparse.Namespace, shapes: Sequence[Shape]) -> None:
+    """The share of equal completions."""
+    print("\n| shape | number format | equal completions | equal tokens |\n|---|---|---|---|", flush=True)
+    for dtype in dict.fromkeys((args.dtype, "float32")):
+        policy = made(args, dtype)
+        for whole in shapes:
+            shape = replace(whole, new=min(whole.new, args.compare_tokens))
+            found = []
+            for fast in (True, False):
+                with decoder(fast=fast):
+                    found.append([said.token_ids for _, said in sampled(policy, shape, 1)[0]])
+            alike = [int(np.logical_and.accumulate(a == b).sum()) for a, b in zip(*found, strict=True)]
+            completions, tokens = np.mean(np.array(alike) == shape.new), np.sum(alike) / (len(alike) * shape.new)
+            print(f"| {shape} | {dtype} | {completions:.1%} | {tokens:.1%} |", flush=True)
+        free(policy)
+
+
+def free(policy: Any) -> None:
+    import torch
+
+    policy.model.to("meta")
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def mismatch(args: argparse.Namespace, shapes: Sequence[Shape]) -> None:
+    """mismatch_kl of sampler against trainer."""
+    import torch
+    from mismatch import as_sample
+
+    from vlmrl.config.algorithm import AlgorithmConfig
+    from vlmrl.config.trainer import TrainerConfig
+    from vlmrl.trainer.objective import mismatch_kl
+    from vlmrl.trainer.trainer import LocalTrainer
+
+    print("\n| shape | number format | logits × | mismatch_kl/mean | mean difference | tokens |", flush=True)
+    print("|---|---|---|---|---|---|", flush=True)
+    dtype = "float16" if args.device == "cuda" else "float32"
+    policy = made(args, dtype)
+    config = TrainerConfig(learning_rate=1e-6, micro_batch_tokens=8192)
+    trainer = LocalTrainer(policy, config, AlgorithmConfig(), temperature=1.0, max_new_tokens=args.compare_tokens)
+    for whole in shapes:
+        shape = replace(whole, new=min(whole.new, args.compare_tokens))
+        with decoder(fast=True):
+            pairs, _ = sampled(policy, shape, 1)
+        samples = [as_sample(number, *pair) for number, pair in enumerate(pairs)]
+        ours = torch.from_numpy(np.concatenate([said.logprobs for _, said in pairs]))
+        theirs = torch.from_numpy(np.concatenate(trainer.logprobs(samples)))
+        mean, difference = float(mismatch_kl(theirs, ours)[0]) / len(ours), float((theirs - ours).abs().mean())
+        print(f"| {shape} | {dtype} | {args.logit_scale:g} | {mean:.2e} | {difference:.2e} | {len(ours)} |", flush=True)
+
+
+def profile(args: argparse.Namespace, shapes: Sequence[Shape]) -> None:
+    """A table of kernels, the longest first."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    policy, on_gpu = made(args, args.dtype), args.device == "cuda"
+    with decoder(fast=True):
+        sampled(policy, shapes[0], 1)
+        with profiler(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as found:
+            sampled(policy, shapes[0], 2)
+    order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+    print("\n" + found.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=70), flush=True)
+
+
+# ── attention ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def exact(args: argparse.Namespace, shapes: Sequence[Shape]) -> None:
+    """Attention of two groups against one softmax in float64, in units of the output's root mean square."""
+    import torch
+
+    print("\n| shape | number format | largest error |\n|---|---|---|", flush=True)
+    formats = (torch.bfloat16, torch.float16, torch.float32) if args.device == "cuda" else (torch.float32,)
+    for shape in shapes:
+        for dtype in formats:
+            worst = max(error(args, shape, new, dtype) for new in (1, max(1, shape.new // 3), shape.new))
+            print(f"| {shape} | {str(dtype).removeprefix('torch.')} | {worst:.1e} |", flush=True)
+
+
+def error(args: argparse.Namespace, shape: Shape, new: int, dtype: Any) -> float:
+    """The largest error with `new` tokens in each own part."""
+    import torch
+
+    from vlmrl.models.attention.decode import DecodeRows, DecodeTables, attend_decode
+
+    size, groups = SIZES[args.size], min(2, shape.groups)
+    rows, shared = groups * shape.siblings, groups * shape.prompt
+    make: dict[str, Any] = {"device": args.device, "dtype": torch.int32}
+    slots = torch.randperm(shared + rows * new, device=args.device, dtype=torch.int32)
+    own = slots[shared:].view(rows, new)
+    segments = [
+        [group * shape.siblings, (group + 1) * shape.siblings, group * shape.prompt, shape.prompt, 0, 0]
+        for group in range(groups)
+    ]
+    tables = DecodeTables(
+        own_slots=own,
+        own_length=torch.full((rows,), new, **make),
+        depth=torch.full((rows,), shape.prompt + new - 1, **make),
+        segment_slots=slots[:shared],
+        segments=torch.tensor(segments, **make),
+        levels=1,
+        most_rows=shape.siblings,
+        most_keys=shape.prompt,
+    )
+    d, share = size.head_size, size.heads // size.kv_heads
+    query = torch.randn(size.heads, rows, d, device=args.device, dtype=dtype)
+    key, value = (torch.randn(size.kv_heads, len(slots), d, device=args.device, dtype=dtype) for _ in range(2))
+    found = attend_decode(query, key, value, DecodeRows(tables, None), d**-0.5).double()
+    worst, squares = 0.0, 0.0
+    for row in range(rows):
+        group = row // shape.siblings
+        path = torch.cat([slots[group * shape.prompt : (group + 1) * shape.prompt], own[row]]).long()
+        keys, values = (x[:, path].double().repeat_interleave(share, 0) for x in (key, value))
+        weights = torch.softmax(torch.einsum("hd,hnd->hn", query[:, row].double(), keys) * d**-0.5, -1)
+        wanted = torch.einsum("hn,hnd->hd", weights, values)
+        worst = max(worst, float((found[row] - wanted).abs().max()))
+        squares += float(wanted.square().mean()) / rows
+    return float(worst / squares**0.5)
+
+
+# ── the start ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def start(args: argparse.Namespace) -> None:
+    """Seconds to the first rollout, of a first run and of one that finds its compiled code."""
+    chosen = (
+        ("model=qwen3vl_tiny", "+task.args.side=64", "model.device=cpu")
+        if args.size == "tiny"
+        else ("model=qwen3vl", f"model/size={args.size}", "model.init=random", "+task.args.side=448")
+    )
+    print("\n| run | seconds to the first rollout |\n|---|---|", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for number in ("first", "second")[: args.starts]:
+            touched = Path(folder, number)
+            environment = os.environ | {
+                FIRST: str(touched),
+                "PYTHONPATH": os.pathsep.join([str(REPOSITORY / "benchmarks"), str(REPOSITORY)]),
+            }
+            command = [sys.executable, "-m", "vlmrl", *START, *chosen, f"hydra.run.dir={folder}/run_{number}"]
+            started = time.perf_counter()
+            with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
+                while not touched.exists() and run.poll() is None:
+                    time.sleep(0.05)
+                seconds = time.perf_counter() - started
+                _, errors = run.communicate()
+            if run.returncode:
+                raise SystemExit(errors.decode())
+            print(f"| {number} | {seconds:.1f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default="16x16x1043x512,32x8x256x512,256x1x1043x512,51x5x777x512")
+    parser.add_argument("--parts", default="exact,rate,equal,mismatch,start")
+    parser.add_argument("--size", default="2b", choices=SIZES)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", default="", help="bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--logit-scale", type=float, default=20.0)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--compare-tokens", type=int, default=64)
+    parser.add_argument("--starts", type=int, default=2)
+    parser.add_argument("--checkpoint", type=Path)
+    args = parser.parse_args()
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    shapes, parts = [Shape.of(each) for each in args.shapes.split(",")], args.parts.split(",")
+    if "offline" in parts:  # first, because vLLM takes its share of an empty GPU
+        command = [sys.executable, str(REPOSITORY / "benchmarks" / "shared_prefix.py"), "--only-offline"]
+        print("| shape | side | tokens/s | of three rounds |\n|---|---|---|---|", flush=True)
+        subprocess.run([*command, "--offline", str(args.checkpoint), "--shapes", args.shapes], check=True)
+    for name, part in {"exact": exact, "rate": rate, "equal": equal, "mismatch": mismatch, "profile": profile}.items():
+        if name in parts:
+            part(args, shapes)
+    if "start" in parts:
+        start(args)
+
+
+if __name__ == "__main__":
+    main()
