@@ -2,16 +2,22 @@
 
 Neither changes results beyond the rounding of fused kernels. Layers are found by the base class that transformers gives
 them in every family.
+
+Layers of one class share the compiled code, and it serves all sizes (compiling.py): micro-batches differ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from vlmrl.models.attention.fused import SHORT_PASS_ROWS
+from vlmrl.models.compiling import for_all_sizes
 
 
 def blocks(model: Any) -> list[Any]:
@@ -28,9 +34,29 @@ def prepare_blocks(model: Any, *, compiled: bool, recomputed: bool) -> None:
 
 
 def compile_blocks(model: Any) -> None:
-    """`torch.compile` each layer, for all sizes: micro-batches differ. Layers of one class share the compiled code."""
+    """Compile each layer at its first call, for all sizes above `SHORT_PASS_ROWS`."""
     for block in blocks(model):
-        block.compile(dynamic=True)
+        block._compiled_call_impl = _by_rows(block._call_impl)  # which `torch.nn.Module.compile` sets too
+
+
+def has_compiled_blocks(model: Any) -> bool:
+    """Whether `compile_blocks` was called for the model."""
+    return any(block._compiled_call_impl is not None for block in blocks(model))
+
+
+def _by_rows(layer: Callable[..., Any]) -> Callable[..., Any]:
+    """Choose by the rows, so that a recomputed layer takes the same code in the backward pass."""
+    compiled = for_all_sizes(layer)
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        hidden_states: Tensor = arguments[0] if arguments else next(iter(named.values()))
+        if hidden_states.shape[:-1].numel() <= SHORT_PASS_ROWS:
+            return layer(*arguments, **named)
+        if arguments and hidden_states._is_view():  # the first layer's only: it would be compiled once more for views
+            arguments = (hidden_states.clone(), *arguments[1:])
+        return compiled(*arguments, **named)
+
+    return call
 
 
 def checkpoint_blocks(model: Any) -> None:

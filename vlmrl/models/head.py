@@ -24,14 +24,13 @@ gradient. With S the given tokens of a row and q = Σ_{j ∉ S} p_j its tail,
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from vlmrl.models import top_tokens
+from vlmrl.models import compiling, top_tokens
+from vlmrl.models.compiling import compiled_on_gpu
 from vlmrl.models.logit_map import IDENTITY, LogitMap
 
 MAX_LOGITS = 1 << 26
@@ -115,14 +114,14 @@ def most_likely(
             [2]]), tensor([[0.5761, 0.4239],
             [0.7870, 0.2130]]))
     """
-    divisor = temperature[:, None] if isinstance(temperature, Tensor) else temperature
+    divisor = _divisor(temperature, hidden)
     largest, total, _, at_target = _no_columns(hidden, targets)
     found = largest, total, at_target
     likely = top_tokens.nothing_yet(len(hidden), hidden.device)
     for columns in chunks(len(hidden), len(weight)):
         logits = _logits(hidden, weight, bias, columns)
-        final = _compiled_on_gpu(hidden.device, _final_logits)(logits, banned[columns], divisor, logit_map)
-        found = _compiled_on_gpu(hidden.device, _add_final)(final, entry, targets - columns.start, *found)
+        final = _final_logits(logits, banned[columns].clone(), divisor, logit_map)
+        found = _add_final(final, entry, targets - columns.start, *found)
         if k:
             likely = top_tokens.keep_most_likely(final, columns.start, k, *likely)
     largest, total, at_target = found
@@ -146,7 +145,7 @@ class _TokenLogprobs(torch.autograd.Function):
         logit_map: LogitMap,
         top_ids: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        divisor = temperature[:, None] if isinstance(temperature, Tensor) else temperature
+        divisor = _divisor(temperature, hidden)
         found = _no_columns(hidden, targets)
         given: tuple[Tensor, Tensor] | None = None
         if top_ids is not None:
@@ -154,12 +153,12 @@ class _TokenLogprobs(torch.autograd.Function):
             given = torch.zeros_like(top_ids, dtype=torch.float32), nothing
         for columns in chunks(len(hidden), len(weight)):
             logits = _logits(hidden, weight, bias, columns)
-            found = _compiled_on_gpu(hidden.device, _add_columns)(
-                logits, banned[columns], entry, targets - columns.start, divisor, logit_map, *found
+            found = _add_columns(
+                logits, banned[columns].clone(), entry, targets - columns.start, divisor, logit_map, *found
             )
             if top_ids is not None and given is not None:
-                given = _compiled_on_gpu(hidden.device, _add_given_columns)(
-                    logits, banned[columns], top_ids - columns.start, divisor, logit_map, *given
+                given = _add_given_columns(
+                    logits, banned[columns].clone(), top_ids - columns.start, divisor, logit_map, *given
                 )
         largest, total, moment, at_target = found
         log_total = total.log()
@@ -183,9 +182,10 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         dtype = hidden.dtype if hidden.dtype == weight.dtype else torch.float32
-        divisor = of_rows = of_targets = ctx.temperature
+        divisor = _divisor(ctx.temperature, hidden)
+        of_rows = of_targets = ctx.temperature
         if isinstance(of_rows, Tensor):
-            divisor, of_targets = of_rows[:, None], of_rows[entry]
+            of_targets = of_rows[entry]
         row_grad, grad = row_grad / of_rows, grad / of_targets
         of_entropy = None if entropy_grad is None else (entropies, entropy_grad / of_rows)
         if top_grad is not None:
@@ -194,9 +194,9 @@ class _TokenLogprobs(torch.autograd.Function):
             row_grad = row_grad + top_grad.sum(-1)
         for columns in chunks(len(hidden), len(weight)):
             logits = _logits(hidden, weight, bias, columns)
-            gradient = _compiled_on_gpu(hidden.device, _logit_gradient)(
+            gradient = _logit_gradient(
                 logits,
-                banned[columns],
+                banned[columns].clone(),
                 entry,
                 targets - columns.start,
                 divisor,
@@ -245,15 +245,28 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: slice)
 def _no_columns(hidden: Tensor, targets: Tensor) -> Columns:
     """`Columns` before the first chunk."""
     largest = torch.full((len(hidden),), torch.finfo(torch.float32).min, device=hidden.device)
-    zero = torch.zeros_like(largest)
-    return largest, zero, zero, torch.zeros_like(targets, dtype=torch.float32)
+    # The sums are two tensors: one that is passed twice would be compiled as such, and then again for two.
+    return largest, torch.zeros_like(largest), torch.zeros_like(largest), torch.zeros_like(targets, dtype=torch.float32)
 
 
-def _final_logits(logits: Tensor, banned: Tensor, temperature: float | Tensor, logit_map: LogitMap) -> Tensor:
+def _divisor(temperature: float | Tensor, hidden: Tensor) -> float | Tensor:
+    """The temperature as one number or float32 [U, 1]; where functions are compiled always the latter and never a view,
+    so that micro-batches with and without temperatures of their own run the same code."""
+    if compiling.compiles_on(hidden.device):
+        of_rows = torch.empty(len(hidden), 1, device=hidden.device)
+        return of_rows.copy_(temperature[:, None]) if isinstance(temperature, Tensor) else of_rows.fill_(temperature)
+    return temperature[:, None] if isinstance(temperature, Tensor) else temperature
+
+
+def _final(logits: Tensor, banned: Tensor, temperature: float | Tensor, logit_map: LogitMap) -> Tensor:
     """The logits that probabilities are computed from."""
     return (logit_map(logits) / temperature).masked_fill(banned, float("-inf"))
 
 
+_final_logits = compiled_on_gpu(_final)
+
+
+@compiled_on_gpu
 def _add_final(
     logits: Tensor, entry: Tensor, targets: Tensor, largest: Tensor, total: Tensor, at_target: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -265,6 +278,7 @@ def _add_final(
     return new, total, torch.where(inside, picked, at_target)
 
 
+@compiled_on_gpu
 def _add_given_columns(
     logits: Tensor,
     banned: Tensor,
@@ -275,9 +289,10 @@ def _add_given_columns(
     rest: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """`top_tokens.add_given` on logits that are not final yet."""
-    return top_tokens.add_given(_final_logits(logits, banned, temperature, logit_map), columns, values, rest)
+    return top_tokens.add_given(_final(logits, banned, temperature, logit_map), columns, values, rest)
 
 
+@compiled_on_gpu
 def _add_columns(
     logits: Tensor,
     banned: Tensor,
@@ -292,7 +307,7 @@ def _add_columns(
 ) -> Columns:
     """Add the columns of `logits` to the running sums. `targets` count from the first of these columns and may lie
     outside them; the temperature is one number or float32 [U, 1]."""
-    logits = _final_logits(logits, banned, temperature, logit_map)
+    logits = _final(logits, banned, temperature, logit_map)
     new = torch.maximum(largest, logits.amax(-1))
     below = logits - new[:, None]
     exponentials = below.exp()
@@ -304,6 +319,7 @@ def _add_columns(
     return new, total, moment, torch.where(inside, picked, at_target)
 
 
+@compiled_on_gpu
 def _logit_gradient(
     logits: Tensor,
     banned: Tensor,
@@ -343,13 +359,3 @@ def _logit_gradient(
     columns = targets.clamp(0, logits.shape[1] - 1)
     gradient.index_put_((entry, columns), torch.where(inside, grad, 0.0), accumulate=True)
     return logit_map.multiply_by_slope(gradient, mapped).to(dtype)
-
-
-def _compiled_on_gpu(device: torch.device, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` itself on a CPU. On a GPU compiled for all sizes: a few passes over the logits instead of ten."""
-    return _compiled(function) if device.type == "cuda" else function
-
-
-@cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True)

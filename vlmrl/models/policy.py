@@ -22,7 +22,14 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from vlmrl.errors import ModelError
-from vlmrl.models.attention.fused import VISION_ATTENTION, Kernel, fits_flash, vision_attention_forward
+from vlmrl.models.attention.fused import (
+    VISION_ATTENTION,
+    VISION_ATTENTION_BY_IMAGE,
+    Kernel,
+    fits_flash,
+    vision_attention_by_image,
+    vision_attention_forward,
+)
 from vlmrl.models.attention.plan import TreePlan
 from vlmrl.models.attention.recurrent import share_states
 from vlmrl.models.attention.rules import attention_rules
@@ -42,6 +49,7 @@ AttentionInterface.register(
     torch.compiler.disable(tree_attention_forward),  # type: ignore[no-untyped-call]
 )
 AttentionInterface.register(VISION_ATTENTION, vision_attention_forward)
+AttentionInterface.register(VISION_ATTENTION_BY_IMAGE, vision_attention_by_image)
 
 
 def _arguments(module: Any) -> set[str]:

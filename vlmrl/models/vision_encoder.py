@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from vlmrl.errors import ModelError
-from vlmrl.models.attention.fused import VISION_ATTENTION
-from vlmrl.models.blocks import uncompiled_in_inference
+from vlmrl.models.attention.fused import VISION_ATTENTION, VISION_ATTENTION_BY_IMAGE
+from vlmrl.models.blocks import has_compiled_blocks, uncompiled_in_inference
 from vlmrl.models.families.positions import SECONDS
 from vlmrl.models.families.vision_geometry import tower_arguments
 from vlmrl.models.features import Levels, concatenate_on
@@ -100,8 +100,9 @@ class VisionEncoder:
         if self._tower is not None:
             # Chosen at each call: the doctor computes in another dtype for a while, and flash attention has no float32.
             # Without it the tower keeps torch's own attention, image by image.
-            chosen = VISION_ATTENTION if fused and self._packs else self._own_attention
-            self._tower.config._attn_implementation = chosen
+            by_image = VISION_ATTENTION_BY_IMAGE if has_compiled_blocks(self._tower) else self._own_attention
+            chosen = VISION_ATTENTION if fused else by_image
+            self._tower.config._attn_implementation = chosen if self._packs else self._own_attention
         features: dict[int, Sequence[Tensor]] = {}
         for members in alike(items):
             group = [items[i] for i in members]

@@ -19,9 +19,9 @@ from support import gpu_path as path
 from support.attention_kinds import Part, image, sample
 from support.helpers import Sampled
 from vlmrl.config.trainer import Packing
-from vlmrl.models.attention import fused
+from vlmrl.models import blocks
+from vlmrl.models.attention import fused, plan
 from vlmrl.models.attention.fused import Kernel, fits_flash
-from vlmrl.models.blocks import compile_blocks
 from vlmrl.models.families.positions import position_function
 from vlmrl.models.policy import Policy
 from vlmrl.types import TrainingSample
@@ -36,6 +36,7 @@ BY_FLEX = {"gemma2", "gemma3", "gemma4_vision"}
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "varlen_attn", path.flash_by_definition)
     monkeypatch.setattr(Policy, "_is_fused", True)
+    monkeypatch.setattr(plan, "SHORT_PASS_ROWS", 0)
 
 
 def samples_of(name: str) -> list[TrainingSample]:
@@ -120,8 +121,10 @@ def gradient_error(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 @pytest.mark.filterwarnings("ignore")  # the compiler's own warnings
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3", "gemma4_vision", "qwen3_5", "idefics3"])
-def test_families_on_a_gpu(family_folder: Folder, name: str, compiled: bool) -> None:
+def test_families_on_a_gpu(family_folder: Folder, name: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32 they are transformers' eager attention, in bfloat16 about as far from it as transformers' own."""
+    for module in (plan, blocks):
+        monkeypatch.setattr(module, "SHORT_PASS_ROWS", 0)
     agree_with_transformers(family_folder(name), name, "cuda", compiled=compiled)
 
 
@@ -137,7 +140,7 @@ def agree_with_transformers(folder: Path, name: str, device: str, *, compiled: b
         for packing in Packing:
             model = path.load(folder, device, dtype)
             if compiled:
-                compile_blocks(model)
+                blocks.compile_blocks(model)
             mine = path.logprobs_of(policy_of(model), made.samples, packing, backward=True)
             assert largest(mine, wanted) <= logprob_bound, (dtype, packing)
             assert gradient_error(path.gradients_of(model), wanted_gradients) <= gradient_bound, (dtype, packing)

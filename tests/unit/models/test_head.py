@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from support.compiling import compile_as_on_a_gpu
 from vlmrl.models import head
 from vlmrl.models.head import most_likely, token_and_top_logprobs, token_logprobs
 from vlmrl.models.logit_map import IDENTITY
@@ -122,11 +122,11 @@ def test_bfloat16_is_multiplied_as_float32() -> None:
 @pytest.mark.parametrize("temperature", [0.7, torch.tensor([0.3, 1.0, 2.5, 0.3, 1.0, 2.5])], ids=["one", "per row"])
 def test_what_a_gpu_compiles_computes_the_same(monkeypatch: pytest.MonkeyPatch, temperature: float | Tensor) -> None:
     """The same graphs, traced for all sizes, by a back-end that needs no compiler."""
-    compiled = cache(lambda function: torch.compile(function, dynamic=True, backend="eager"))
     hidden, weight, bias, forbidden, entry, targets = problem(3, 6, 12, 700, 50)
     found = []
-    for functions in (lambda device, function: function, lambda device, function: compiled(function)):
-        monkeypatch.setattr(head, "_compiled_on_gpu", functions)
+    for is_compiled in (False, True):
+        if is_compiled:
+            compile_as_on_a_gpu(monkeypatch)
         learned = [x.clone().requires_grad_() for x in (hidden, weight)]
         logprobs, entropies = token_logprobs(learned[0], learned[1], bias, forbidden, entry, targets, temperature)
         (logprobs.sum() + entropies.sum()).backward()  # type: ignore[no-untyped-call]

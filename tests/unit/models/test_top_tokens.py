@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from support.compiling import compile_as_on_a_gpu
 from vlmrl.models import head
 from vlmrl.models.head import most_likely, token_and_top_logprobs, token_logprobs
 from vlmrl.models.logit_map import IDENTITY, LogitMap
@@ -130,12 +130,12 @@ def test_bfloat16_is_multiplied_as_float32(chunks_of_128: None) -> None:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # which tracing reads of a view
 def test_what_a_gpu_compiles_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = cache(lambda function: torch.compile(function, dynamic=True, backend="eager"))
     hidden, weight, bias, banned, entry, targets, own = problem(3, rows=6, banned=40)
     monkeypatch.setattr(head, "MAX_LOGITS", 6 * 128)
     found = []
-    for functions in (lambda device, function: function, lambda device, function: compiled(function)):
-        monkeypatch.setattr(head, "_compiled_on_gpu", functions)
+    for is_compiled in (False, True):
+        if is_compiled:
+            compile_as_on_a_gpu(monkeypatch)
         ids, likely = top_of(hidden, weight, bias, banned, entry, targets, own, IDENTITY, 9)
         learned = [x.clone().requires_grad_() for x in (hidden, weight)]
         top = token_and_top_logprobs(learned[0], learned[1], bias, banned, entry, targets, own, IDENTITY, ids)[2]

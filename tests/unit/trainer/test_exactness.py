@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -30,6 +29,7 @@ from transformers import (
 from support.helpers import Part, Sampled, image, plain_logits, plain_tokens, sample, with_supports
 from vlmrl.config.algorithm import AlgorithmConfig, Loss
 from vlmrl.config.trainer import Packing
+from vlmrl.models import blocks, compiling
 from vlmrl.models.blocks import checkpoint_blocks, compile_blocks
 from vlmrl.models.families.positions import position_function
 from vlmrl.models.policy import Policy
@@ -230,7 +230,8 @@ def test_layers_that_are_compiled(
     tiny_model: Callable[[], Any], reference: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One graph serves all sizes. Layers are traced and differentiated; the minute of code generation is skipped."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(compiling, "COMPILER", {"backend": "aot_eager"})
+    monkeypatch.setattr(blocks, "SHORT_PASS_ROWS", 0)
     counters = torch._dynamo.utils.counters
     counters.clear()
     policy = Policy(tiny_model(), position_function("mrope", 2), [])

@@ -24,9 +24,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
 
 from vlmrl.models.attention.prefix_tree import Segment, depths
 from vlmrl.models.attention.rules import AttentionRule
+from vlmrl.models.compiling import for_all_sizes
 from vlmrl.models.features import to_device
 from vlmrl.models.old_torch import FLEX_KERNEL_OPTIONS, VARLEN_OPTIONS
 
@@ -59,6 +61,10 @@ FusedPlan: TypeAlias = BlockMask | Sequences
 FLEX_BLOCK = 128
 """Rows per side of a sparsity block of FlexAttention; its own default."""
 
+SHORT_PASS_ROWS = FLEX_BLOCK
+"""A pass of at most as many rows runs without FlexAttention and in layers that are not compiled. torch would compile
+all of it once more: FlexAttention has other code below 128 rows, and a single block is a size of 1."""
+
 FLASH_HEAD_SIZE = 256
 """Largest size of a head that flash attention has kernels for."""
 
@@ -66,9 +72,9 @@ LARGE_HEAD_OPTIONS: dict[str, Any] = {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 32, "fwd
 """Tiles of FlexAttention's forward pass for larger heads (Gemma 4 has 512). Its own choice for them needs 257 KiB of
 shared memory, and a block on an H100 has 227."""
 
-VISION_ATTENTION = "vlmrl_flash_varlen"
-"""Name in transformers' registry. Only because it contains `flash`, a vision tower hands all images to attention in one
-call instead of one by one."""
+VISION_ATTENTION, VISION_ATTENTION_BY_IMAGE = "vlmrl_flash_varlen", "vlmrl_flash_by_image"
+"""Names in transformers' registry. Only because they contain `flash`, a vision tower hands all images to attention in
+one call instead of one by one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,6 +241,29 @@ def vision_attention_forward(
     return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, window=(-1, -1)), None
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def vision_attention_by_image(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    *,
+    cu_seq_lens_q: Tensor,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """As `vision_attention_forward`, for any dtype and device: torch's own attention, image by image. A compiled layer
+    calls it as it is. transformers' own loop over images would be compiled again for each number of images."""
+    assert attention_mask is None, "the bounds replace the mask"
+    assert dropout == 0.0, "attention dropout is not supported"
+    lengths = cu_seq_lens_q.diff().tolist()
+    images = zip(*(torch.split(x, lengths, dim=2) for x in (query, key, value)), strict=True)
+    outputs = [scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2) for q, k, v in images]
+    return torch.cat(outputs, dim=1), None
+
+
 def _varlen(
     query: Tensor,
     key: Tensor,
@@ -254,5 +283,5 @@ def _varlen(
 @cache
 def _compiled_flex_attention() -> Callable[..., Tensor]:
     """FlexAttention, compiled once for all lengths."""
-    compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=True)
+    compiled: Callable[..., Tensor] = for_all_sizes(flex_attention)
     return compiled

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from vlmrl.errors import ModelError
 from vlmrl.models.attention.decode import DecodeRows
-from vlmrl.models.attention.fused import FusedPlan, Kernel, plan_flex, plan_varlen
+from vlmrl.models.attention.fused import SHORT_PASS_ROWS, FusedPlan, Kernel, plan_flex, plan_varlen
 from vlmrl.models.attention.prefix_tree import Segment, depths
 from vlmrl.models.attention.recurrent import StatePlan
 from vlmrl.models.attention.rules import CAUSAL, AttentionRule, AttentionRules
@@ -321,8 +321,10 @@ def _paths(segment: Segment, path: IntArray, rule: AttentionRule) -> list[Path]:
 def make_plan(
     kernel: Kernel, segments: Sequence[Segment], device: torch.device, rules: AttentionRules = CAUSAL
 ) -> TreePlan:
-    """The plan of a trainer's pass: its slots are its own rows."""
-    if kernel is Kernel.blocks:
+    """The plan of a trainer's pass: its slots are its own rows. A short pass is planned for blocks in place of
+    FlexAttention."""
+    is_short = sum(len(segment.rows) for segment in segments) <= SHORT_PASS_ROWS
+    if kernel is Kernel.blocks or (kernel is Kernel.flex and is_short):
         return plan_tree(segments, device, rules)
     plan = partial(plan_flex if kernel is Kernel.flex else plan_varlen, segments, device)
     return TreePlan(rules, {rule.window: plan(rule) for rule in rules.distinct}, segments=segments)

@@ -24,7 +24,6 @@ from vlmrl.errors import ModelError
 from vlmrl.models.attention.decode import DecodeRows, attend_decode
 from vlmrl.models.attention.fused import attend_fused
 from vlmrl.models.attention.plan import Blocks, LayerPlan, LocalBlock, SharedBlock, TreePlan
-from vlmrl.models.old_torch import outside_of_compiled_layers
 
 ATTENTION_NAME = "vlmrl_tree"
 
@@ -146,7 +145,12 @@ class _TreeAttention(torch.autograd.Function):
         return grad_q.mul_(ctx.scale).to(dtype), grad_k.to(dtype), grad_v.to(dtype), None, None, None
 
 
-_attend = outside_of_compiled_layers(_TreeAttention.apply)
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scale: float, softcap: float | None) -> Tensor:
+    """A compiled layer calls this as it is: it would be compiled again for each number of blocks."""
+    with torch.autocast(q.device.type, enabled=False):
+        out: Tensor = _TreeAttention.apply(q, k, v, blocks, scale, softcap)  # type: ignore[no-untyped-call]
+    return out
 
 
 def _exponentiate(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -234,8 +238,7 @@ def tree_attention_forward(
     q, k, v = query[0].contiguous(), key[0].contiguous(), value[0].contiguous()
     if tree_plan.pool is not None:
         k, v = tree_plan.write(k, v)
-    with torch.autocast(q.device.type, enabled=False):
-        out: Tensor = _attend(q, k, v, plan, scale, softcap)
+    out: Tensor = _attend(q, k, v, plan, scale, softcap)
     return out.transpose(0, 1).contiguous().unsqueeze(0), None  # some families take a view of it
 
 

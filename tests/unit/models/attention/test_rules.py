@@ -37,6 +37,7 @@ from support.attention_trees import (
 from support.helpers import blocks_of, seen
 from vlmrl.errors import ModelError
 from vlmrl.models.attention import fused as fused_attention
+from vlmrl.models.attention import plan as plan_module
 from vlmrl.models.attention import plan as tree_plan
 from vlmrl.models.attention.fused import Kernel, Sequences
 from vlmrl.models.attention.plan import KVPool, make_plan, plan_tree
@@ -46,6 +47,12 @@ from vlmrl.models.attention.tree import tree_attention_forward
 from vlmrl.types import Placeholder
 
 RULES = st.builds(AttentionRule, st.sampled_from([None, 1, 2, 3, 5, 8, 20]), st.booleans())
+
+
+@pytest.fixture(autouse=True)
+def no_pass_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlexAttention for the few rows of these tests, too."""
+    monkeypatch.setattr(plan_module, "SHORT_PASS_ROWS", 0)
 
 
 @st.composite

@@ -28,10 +28,17 @@ from support.attention_trees import (
 from support.helpers import blocks_of, seen
 from vlmrl.errors import ModelError
 from vlmrl.models.attention import fused as fused_attention
+from vlmrl.models.attention import plan as plan_module
 from vlmrl.models.attention.fused import Kernel, Sequences, plan_flex
 from vlmrl.models.attention.plan import KVPool, make_plan, plan_tree
 from vlmrl.models.attention.prefix_tree import Segment, image_ends
 from vlmrl.models.attention.rules import AttentionRule, AttentionRules
+
+
+@pytest.fixture(autouse=True)
+def no_pass_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlexAttention for the few rows of these tests, too."""
+    monkeypatch.setattr(plan_module, "SHORT_PASS_ROWS", 0)
 
 
 @given(trees(pool=True), st.sampled_from(THRESHOLDS))
