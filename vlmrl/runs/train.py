@@ -25,11 +25,16 @@ async def train(run: Run) -> ExitReason:
     if run.trainer.version == 0 and not await take_supervised_steps(run, run.config.trainer.warmup.steps):
         return "interrupted"
     run.monitor.phase("rl")
+    return await loop_of(run).run()
+
+
+def loop_of(run: Run) -> Loop:
+    """The training loop over the parts of a run."""
     config = run.config
     threads = TaskThreads()
     problems = run.problems.stream("rl", "train", indices=run.position.rl, chooser=run.curriculum)
     embeddings: Any = run.policy.model.get_input_embeddings()
-    return await Loop(
+    return Loop(
         config=config.orchestrator,
         algorithm=config.algorithm.for_answers_up_to(config.orchestrator.max_new_tokens),
         length=Length(problems, run.steps, config.trainer.max_epochs),
@@ -47,7 +52,7 @@ async def train(run: Run) -> ExitReason:
         has_reference=has_reference(config),
         stop=run.stop,
         faults=FaultWatch(config.task.max_fault_rate, run=config.output_dir),
-    ).run()
+    )
 
 
 async def demonstrations(run: Run, step: int, threads: TaskThreads) -> list[TrainingSample]:
