@@ -327,6 +327,14 @@ EXCHANGED = {
     "python -m vlmrl model=qwen3vl task=verifiers task.env=my_env task.python=venv/bin/python": (
         "python -m vlmrl --cfg job model=qwen3vl task=verifiers task.env=my_env task.python=venv/bin/python"
     ),
+    "python -m vlmrl mode=bench": (
+        "python -m vlmrl mode=bench bench.warmup_steps=1 bench.steps=1 orchestrator.groups_per_step=2 "
+        "orchestrator.group_size=4"
+    ),
+    "python -m vlmrl mode=bench model=qwen3vl inference=vllm": f"python -m vlmrl mode=bench {TINY} dry_run=true",
+    "python -m vlmrl mode=bench model=qwen3vl model.init=random task=my_task:MyTask": (
+        f"python -m vlmrl mode=bench {TINY} task=my_task:MyTask dry_run=true"
+    ),
     "python -m vlmrl mode=doctor": "python -m vlmrl mode=doctor monitor.wandb.mode=disabled",
     "python -m vlmrl mode=doctor against=outputs/before/doctor.json": (
         "python -m vlmrl mode=doctor against=outputs/before/doctor.json dry_run=true"

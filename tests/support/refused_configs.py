@@ -337,6 +337,9 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
         "model.init=random cannot build model.vlm.family=polar_vl",
     ),
     (("mode=play", "resume=/runs/mine"), "resume=/runs/mine names a run of mode=play, whose episodes are over"),
+    (("mode=bench", "resume=/runs/mine"), "resume=/runs/mine names a run of mode=bench, whose steps are over"),
+    (("mode=bench", "bench.steps=0"), "bench.steps=0 .* nothing is measured"),
+    (("mode=bench", "task=program", "task.command=x", "algorithm.credit=turn"), "algorithm.credit=turn"),
     (("mode=play", "play.policy=randm"), r"play.policy=randm is neither one of person, random nor .* mean random\?"),
     (("mode=play", "play.policy=their_games:nobody"), "play.policy=their_games:nobody names a module that does not"),
     (

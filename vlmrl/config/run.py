@@ -15,6 +15,7 @@ from enum import Enum
 from omegaconf import MISSING
 
 from vlmrl.config.algorithm import AlgorithmConfig
+from vlmrl.config.bench import BenchConfig
 from vlmrl.config.clip_direction import ClipDirectionConfig
 from vlmrl.config.dataset import DatasetConfig
 from vlmrl.config.dpo import DPOConfig
@@ -79,6 +80,9 @@ class Mode(Enum):
     other people's harnesses and for trying it by hand; see the group `serve`. Records each conversation."""
     doctor = "doctor"
     """Send a few problems through renderer, engine and trainer and compare what each saw. Use it before a long run."""
+    bench = "bench"
+    """Take a few steps of the run as it is, and show how fast they are beside what this machine could do, what bounds
+    them, and what to set. Saves no checkpoint; see the group `bench`."""
     replay = "replay"
     """Send a recorded batch (`run`, `step`) through today's code and show where it differs: a table, and
     replay.json."""
@@ -96,6 +100,9 @@ class Mode(Enum):
 
 LEARN = (Mode.rl, Mode.sft, Mode.dpo)
 """Modes that change weights, save them, and can be continued."""
+
+BY_REWARD = (Mode.rl, Mode.bench)
+"""Modes that roll out and learn from rewards."""
 
 READ_A_CHECKPOINT = (Mode.eval, Mode.export, Mode.serve)
 """Modes that read a checkpoint of the run in `resume`, and add no step to it."""
@@ -167,6 +174,8 @@ class RunConfig:
     """How much mode=preview looks at."""
     play: PlayConfig = field(default_factory=PlayConfig)
     """Who plays with mode=play, and what."""
+    bench: BenchConfig = field(default_factory=BenchConfig)
+    """How many steps mode=bench takes."""
     serve: ServeConfig = field(default_factory=ServeConfig)
     """Where mode=serve listens."""
     sweep: SweepConfig = field(default_factory=SweepConfig)

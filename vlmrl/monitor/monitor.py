@@ -160,7 +160,7 @@ class Monitor:
         """Set the current phase, one of `PHASES`."""
         assert name in PHASES, name
         self._main_log.take_over()  # handlers of libraries that were imported meanwhile
-        if name not in ("preparing", "doctor", "replay"):
+        if name not in ("preparing", "doctor", "bench", "replay"):
             # Not earlier: importing their packages would slow down the main thread's imports.
             self._loggers.start()
         self._progress.phase(name)

@@ -26,7 +26,7 @@ from vlmrl.record.metrics import DEMONSTRATION_LOSS, EVAL_GREEDY, EVAL_SAMPLED, 
 from vlmrl.record.splits import set_rewards
 from vlmrl.types import Rollout
 
-PHASES = ("preparing", "doctor", "warm-up", "rl", "dpo", "eval", "serve", "replay")
+PHASES = ("preparing", "doctor", "warm-up", "rl", "dpo", "eval", "serve", "bench", "replay")
 
 REFRESH_EVERY_S = 0.25
 """Seconds between two drawings of the live view."""

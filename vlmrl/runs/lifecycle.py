@@ -67,6 +67,7 @@ def lead(config: RunConfig, rank_group: RankGroup | None) -> float | None:
         mode.run(dataclasses.replace(config, model=dataclasses.replace(config.model, device=mode.device)))
         return None
     config, notes = settle(config)
+    config = mode.settings(config)
     with run_dir_of(config, mode).lock(config.mode.name):
         return lead_run(config, mode, notes, rank_group)
 
@@ -92,7 +93,7 @@ def lead_run(config: RunConfig, mode: RunMode, notes: Sequence[str], rank_group:
             with same_data(config, run_dir) as hub_commits:
                 run = build_run(config, run_dir, monitor, rank_group)
             monitor.expect(run.steps)
-            monitor.table("plan", model_table(run) if config.mode is Mode.serve else plan_table(run))
+            monitor.table("plan", plan_table(run))
             if data := data_of(run):
                 monitor.table("data", data)
                 monitor.data = {"data": data} | ({"hub_commits": hub_commits} if hub_commits else {})
@@ -284,6 +285,8 @@ def model_table(run: Run) -> dict[str, str]:
 def plan_table(run: Run) -> dict[str, str]:
     """What the numbers of the config add up to, for the screen."""
     config, orchestrator, warmup = run.config, run.config.orchestrator, run.config.trainer.warmup
+    if config.mode in (Mode.serve, Mode.bench):  # they take no step, or other steps
+        return model_table(run)
     rollouts = orchestrator.groups_per_step * orchestrator.group_size
     then, per_step = f"{rollouts} rollouts", f"{orchestrator.groups_per_step} groups × {orchestrator.group_size}"
     steps = {"rollouts per step": f"{per_step} = {rollouts}"}

@@ -12,6 +12,7 @@ from typing import Any
 
 from vlmrl.config.run import Mode, RunConfig
 from vlmrl.orchestrator.loop import ExitReason
+from vlmrl.runs.bench.bench import bench, bench_settings
 from vlmrl.runs.build import Progress, Run
 from vlmrl.runs.doctor.doctor import examine
 from vlmrl.runs.dpo import dpo
@@ -42,6 +43,9 @@ class RunMode:
     """Whether output_dir always lies inside a past run's folder: it may exist already, and `latest` does not point at
     it."""
 
+    settings: Callable[[RunConfig], RunConfig] = lambda config: config
+    """Replaces settings of a checked config that the mode does not use; config.yaml has the result."""
+
     def reads_past_run(self, config: RunConfig) -> bool:
         """Whether the run writes next to a past run's own files instead of starting or continuing a run."""
         return self.is_inside_past_run or (config.resume is not None and self.folder_in_resumed_run != "")
@@ -71,6 +75,7 @@ MODES: Mapping[Mode, RunMode | ModeWithoutRun] = {
     ),
     Mode.serve: RunMode(serve, "stopped before the model was served: start it again", folder_in_resumed_run="serve"),
     Mode.doctor: RunMode(examine, "stopped before the doctor was done: start it again"),
+    Mode.bench: RunMode(bench, "stopped before the bench was done: start it again", settings=bench_settings),
     Mode.replay: RunMode(
         replay_batch,
         "stopped before the replay was complete: start it again",

@@ -15,7 +15,7 @@ from vlmrl.config.reference import (
     FolderReferenceConfig,
     InitialReferenceConfig,
 )
-from vlmrl.config.run import Mode, RunConfig
+from vlmrl.config.run import BY_REWARD, Mode, RunConfig
 from vlmrl.errors import ConfigError
 from vlmrl.models.blocks import prepare_blocks
 from vlmrl.models.checkpoints.load import load_model, load_tokenizer
@@ -27,7 +27,7 @@ from vlmrl.trainer.reference import FrozenCopy, Reference, WithoutAdapters
 
 def has_reference(config: RunConfig) -> bool:
     """Whether a run has a second model."""
-    return config.mode in (Mode.rl, Mode.dpo) and isinstance(config.reference, CopyConfig)
+    return config.mode in (*BY_REWARD, Mode.dpo) and isinstance(config.reference, CopyConfig)
 
 
 def scored_algorithm(config: RunConfig) -> AlgorithmConfig:

@@ -34,6 +34,7 @@ POLICIES = {
     # The run's identity, and what other modes read.
     "refused": """
         row full preview.problems preview.answers play.policy play.split play.problem play.episodes task.env
+        bench.warmup_steps bench.steps
         seed run step rollout runs against output_dir
         model.init model.name
         model.vlm.family model.vlm.positions model.vlm.image_token model.vlm.video.token

@@ -86,7 +86,8 @@ def test_options_are_those_that_the_groups_are_meant_to_have() -> None:
             "algorithm",
             "inference",
         ),
-        *("trainer", "weight_sync", "monitor", "monitor/logger", "export", "preview", "play", "serve", "experiment"),
+        *("trainer", "weight_sync", "monitor", "monitor/logger", "export", "preview", "play", "serve", "bench"),
+        "experiment",
         *("hydra/help", "hydra/launcher"),
     }
 

@@ -44,7 +44,7 @@ def test_an_interrupted_run_says_how_to_go_on() -> None:
         assert said == f"stopped after supervised step 5 {remedy}"
     said = run_mode(Mode.rl).interrupted.format(progress=Progress(2, 5, 0), folder="/runs/{a}")
     assert said == f"stopped after step 2 {remedy}"
-    for mode in (Mode.eval, Mode.serve, Mode.doctor, Mode.replay):
+    for mode in (Mode.eval, Mode.serve, Mode.doctor, Mode.bench, Mode.replay):
         assert run_mode(mode).interrupted.format(progress=warm_up, folder="/runs").endswith(": start it again")
 
 
@@ -59,7 +59,7 @@ def at(run_config: Callable[..., RunConfig], tmp_path: Path) -> Callable[..., Ru
     return config
 
 
-@pytest.mark.parametrize("mode", [Mode.rl, Mode.sft, Mode.eval, Mode.doctor])
+@pytest.mark.parametrize("mode", [Mode.rl, Mode.sft, Mode.eval, Mode.doctor, Mode.bench])
 def test_a_new_run_writes_its_config_and_latest_points_at_it(mode: Mode, at: Callable[..., RunConfig]) -> None:
     run_dir = open_run_dir(at(mode), run_mode(mode))
     assert run_dir.read_config().mode == mode.name

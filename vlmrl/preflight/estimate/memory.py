@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.model import EVERY_LINEAR_LAYER, BaseDtype, Dtype, LoraConfig, Part
 from vlmrl.config.reference import CopyConfig, EmaReferenceConfig
-from vlmrl.config.run import Mode, RunConfig
+from vlmrl.config.run import BY_REWARD, Mode, RunConfig
 from vlmrl.config.trainer import Optimizer, Sharding
 from vlmrl.models.families import family_of
 from vlmrl.preflight.estimate.sizes import Sizes, TextSizes
@@ -140,7 +140,7 @@ def reference_bytes(config: RunConfig, parameters: int) -> int:
     """Bytes of the reference's weights on each rank's device. A teacher from a folder counts as one of the policy's
     size."""
     chosen = config.reference
-    if config.mode not in (Mode.rl, Mode.dpo) or not isinstance(chosen, CopyConfig) or config.reference_is_policy:
+    if config.mode not in (*BY_REWARD, Mode.dpo) or not isinstance(chosen, CopyConfig) or config.reference_is_policy:
         return 0
     if chosen.offload and config.model.device != "cpu":
         return 0

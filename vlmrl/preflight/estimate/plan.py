@@ -19,7 +19,7 @@ from vlmrl.config.trainer import Packing
 from vlmrl.errors import ConfigError, UserFault
 from vlmrl.models.families import family_of
 from vlmrl.preflight.estimate.episode import SAMPLES, EpisodeEstimate, play
-from vlmrl.preflight.estimate.memory import StepTokens, pixel_bytes, server_memory, trainer_memory
+from vlmrl.preflight.estimate.memory import StepTokens, TrainerMemory, pixel_bytes, server_memory, trainer_memory
 from vlmrl.preflight.estimate.sizes import CHARACTERS_PER_TOKEN, TINY_CHARACTERS_PER_TOKEN, Sizes, find_sizes
 from vlmrl.preflight.installed import missing
 from vlmrl.preflight.machine import Machine, find_machine
@@ -73,6 +73,15 @@ def dry_run(config: RunConfig) -> str:
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def planned_memory(config: RunConfig, task: Task, ranks: int) -> TrainerMemory | None:
+    """What `dry_run` estimates for the trainer; None where the model's sizes are not known. Raises `ConfigError` where
+    no problem of the task can be played."""
+    sizes = find_sizes(config.model)
+    video = None if config.model.vlm is None else config.model.vlm.video
+    episode, _ = _longest_of_tasks(config.task, task, video)
+    return trainer_memory(config, sizes, tokens_of_micro_batch(config, sizes, episode), ranks)
 
 
 def _play(
@@ -146,6 +155,12 @@ def _arithmetic(config: RunConfig, ranks: int) -> Iterator[tuple[str, str]]:
         f"{o.groups_per_step} groups × {o.group_size} = {rollouts}"
         + (f", {math.ceil(rollouts / ranks)} for each of {ranks} ranks" if ranks > 1 else ""),
     )
+    if config.mode is Mode.bench:
+        yield (
+            "optimizer steps",
+            f"{config.bench.warmup(o.max_staleness)} that warm up, {config.bench.steps} that are measured",
+        )
+        return
     yield "optimizer steps", (f"{supervised}, then " if t.warmup.steps else "") + f"{t.max_steps} × {rollouts} rollouts"
     yield (
         "policy",

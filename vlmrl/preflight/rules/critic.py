@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from vlmrl.config.algorithm import Advantage, Compare, Credit, FilterMode
 from vlmrl.config.critic import GAEConfig, GAELevel, ValueConfig
-from vlmrl.config.run import Mode, RunConfig
+from vlmrl.config.run import BY_REWARD, RunConfig
 from vlmrl.errors import ConfigError
 
 
 def value_settings_have_effect(config: RunConfig) -> None:
     """What only a value function reads is left alone without one."""
     algorithm = config.algorithm
-    if config.mode is not Mode.rl or algorithm.advantage == Advantage.gae:
+    if config.mode not in BY_REWARD or algorithm.advantage == Advantage.gae:
         return
     for group, default in (("gae", GAEConfig()), ("value", ValueConfig())):
         chosen = getattr(algorithm, group)
@@ -27,7 +27,7 @@ def value_settings_have_effect(config: RunConfig) -> None:
 def values_are_of_tokens(config: RunConfig) -> None:
     """What works on groups or on turns is off where each token has an advantage from a value function."""
     algorithm = config.algorithm
-    if config.mode is not Mode.rl or algorithm.advantage != Advantage.gae:
+    if config.mode not in BY_REWARD or algorithm.advantage != Advantage.gae:
         return
     for setting, is_on, remedy in (
         ("filters.zero_advantage=drop", algorithm.filters.zero_advantage is FilterMode.drop, "none"),

@@ -6,7 +6,7 @@ from vlmrl.config.algorithm import Advantage, Compare, Credit, FilterMode, Loss,
 from vlmrl.config.import_paths import is_import_path
 from vlmrl.config.keys import did_you_mean
 from vlmrl.config.monitor import BlindGuard
-from vlmrl.config.run import Mode, RunConfig
+from vlmrl.config.run import BY_REWARD, RunConfig
 from vlmrl.errors import ConfigError
 
 
@@ -36,7 +36,7 @@ def groups_have_siblings(config: RunConfig) -> None:
 def batches_are_learned_from(config: RunConfig) -> None:
     """Staleness is shorter than the run."""
     staleness, steps = config.orchestrator.max_staleness, config.trainer.max_steps
-    if config.mode is Mode.rl and staleness >= steps:
+    if config.mode in BY_REWARD and staleness >= steps:
         raise ConfigError(
             f"orchestrator.max_staleness={staleness} is not below trainer.max_steps={steps}, so the whole run would be "
             "sampled before anything is learned: lower orchestrator.max_staleness"
@@ -46,7 +46,7 @@ def batches_are_learned_from(config: RunConfig) -> None:
 def credit_settings_have_effect(config: RunConfig) -> None:
     """What only one kind of credit reads is left alone with the others."""
     algorithm, credit = config.algorithm, config.algorithm.credit
-    if config.mode is not Mode.rl:
+    if config.mode not in BY_REWARD:
         return
     if algorithm.discount != 1 and credit is not Credit["return"]:
         raise ConfigError(
@@ -63,7 +63,7 @@ def credit_settings_have_effect(config: RunConfig) -> None:
 def overlong_answers_exist(config: RunConfig) -> None:
     """The punishment of long answers reaches some answers and not all of them."""
     overlong, budget = config.algorithm.overlong, config.orchestrator.max_new_tokens
-    if config.mode is not Mode.rl:
+    if config.mode not in BY_REWARD:
         return
     if not overlong.is_on:
         for name in ("longest", "penalty"):
@@ -92,7 +92,7 @@ def overlong_answers_exist(config: RunConfig) -> None:
 def looking_is_measured(config: RunConfig) -> None:
     """There are images to look at, and others in the same step to replace them."""
     looking, groups = config.algorithm.vision_advantage, config.orchestrator.groups_per_step
-    if config.mode is not Mode.rl:
+    if config.mode not in BY_REWARD:
         return
     if not looking.is_on:
         if looking.cap != VisionAdvantageConfig().cap:
@@ -123,7 +123,7 @@ def looking_is_measured(config: RunConfig) -> None:
 def guard_has_controls(config: RunConfig) -> None:
     """A run that is to end when it learns blind measures whether it does."""
     monitor = config.monitor
-    if config.mode is not Mode.rl or monitor.blind_guard is not BlindGuard.stop:
+    if config.mode not in BY_REWARD or monitor.blind_guard is not BlindGuard.stop:
         return
     if monitor.vision_gap_every == 0:
         raise ConfigError(
@@ -140,7 +140,7 @@ def guard_has_controls(config: RunConfig) -> None:
 def optimizer_steps_are_made(config: RunConfig) -> None:
     """A batch can be divided into its minibatches, and what concerns later optimizer steps has some."""
     algorithm, orchestrator = config.algorithm, config.orchestrator
-    if config.mode is not Mode.rl:
+    if config.mode not in BY_REWARD:
         return
     rollouts = orchestrator.groups_per_step * orchestrator.group_size
     if algorithm.minibatches > rollouts:

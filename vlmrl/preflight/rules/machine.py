@@ -39,9 +39,9 @@ def refuse_machine(config: RunConfig, machine: Machine, sizes: Sizes, ranks: int
             )
         if own and servers:
             _refuse_server(own, sizes, gpu.memory)
-        if len(here) > servers and config.mode in LEARN:
+        if len(here) > servers and config.mode in (*LEARN, Mode.bench):
             _refuse_trainer(config, sizes, gpu, share, ranks)
-    if config.mode in LEARN:
+    if config.mode in (*LEARN, Mode.bench):
         _refuse_host(config, sizes, machine, ranks)
 
 

@@ -81,11 +81,12 @@ def export_folder_has_effect(config: RunConfig) -> None:
 
 
 def episodes_are_new(config: RunConfig) -> None:
-    """A run of mode=play is not continued."""
-    if config.mode is Mode.play and config.resume is not None:
+    """A run of mode=play or mode=bench is not continued: neither saves anything."""
+    if config.mode in (Mode.play, Mode.bench) and config.resume is not None:
+        mode, over = f"mode={config.mode.name}", "episodes" if config.mode is Mode.play else "steps"
         raise ConfigError(
-            f"resume={config.resume} names a run of mode=play, whose episodes are over, so nothing can be continued: "
-            "drop resume= and start a new run with mode=play"
+            f"resume={config.resume} names a run of {mode}, whose {over} are over, so nothing can be continued: "
+            f"drop resume= and start a new run with {mode}"
         )
 
 

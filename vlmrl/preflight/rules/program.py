@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from vlmrl.config.algorithm import Credit
 from vlmrl.config.dataset import DatasetConfig
 from vlmrl.config.program import ProgramConfig, ProgramResult
-from vlmrl.config.run import LEARN, Mode, RunConfig
+from vlmrl.config.run import BY_REWARD, LEARN, Mode, RunConfig
 from vlmrl.config.task import Workers, tasks_of
 from vlmrl.config.verifiers import VerifiersConfig
 from vlmrl.errors import ConfigError
@@ -72,7 +72,7 @@ def programs_are_commands(config: RunConfig) -> None:
 
 def programs_are_here(config: RunConfig, site: Site) -> None:
     """The program is on this machine."""
-    if config.mode not in (Mode.rl, Mode.eval, Mode.doctor) or site.serves:
+    if config.mode not in (*BY_REWARD, Mode.eval, Mode.doctor) or site.serves:
         return
     for key, own in programs_of(config):
         program = shlex.split(own.command)[0]
@@ -124,7 +124,7 @@ OF_ROWS = {field.name for field in dataclasses.fields(DatasetConfig)} & {
 
 def programs_are_paid_by_episode(config: RunConfig) -> None:
     """A program's reward is that of the episode."""
-    if config.mode is not Mode.rl or config.algorithm.credit is Credit.episode:
+    if config.mode not in BY_REWARD or config.algorithm.credit is Credit.episode:
         return
     for key, own in played_outside_of(config):
         raise ConfigError(

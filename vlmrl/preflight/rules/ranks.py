@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vlmrl.config.run import Mode, RunConfig
+from vlmrl.config.run import BY_REWARD, Mode, RunConfig
 from vlmrl.config.trainer import Sharding
 from vlmrl.errors import ConfigError
 from vlmrl.preflight.site import Site
@@ -34,7 +34,7 @@ def ranks_work_together(config: RunConfig, site: Site) -> None:
             "which gives each rank its own, and choose the GPUs by CUDA_VISIBLE_DEVICES"
         )
     rollouts = config.orchestrator.groups_per_step * config.orchestrator.group_size
-    if config.mode is Mode.rl and rollouts < site.ranks:
+    if config.mode in BY_REWARD and rollouts < site.ranks:
         raise ConfigError(
             f"orchestrator.groups_per_step={config.orchestrator.groups_per_step} × orchestrator.group_size="
             f"{config.orchestrator.group_size} are {rollouts} rollouts per step for {ranks}, so some ranks would have "

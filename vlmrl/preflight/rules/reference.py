@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vlmrl.config.algorithm import Advantage, FilterMode
 from vlmrl.config.reference import CopyConfig, FolderReferenceConfig
-from vlmrl.config.run import Mode, RunConfig
+from vlmrl.config.run import BY_REWARD, RunConfig
 from vlmrl.errors import ConfigError
 from vlmrl.preflight.site import Site
 
@@ -22,7 +22,7 @@ def reference_is_there(config: RunConfig) -> None:
         "distill.top_k": algorithm.distill.top_k,
     }
     key = next((key for key, value in asked.items() if value), None)
-    if config.mode is Mode.rl and key is not None and not isinstance(config.reference, CopyConfig):
+    if config.mode in BY_REWARD and key is not None and not isinstance(config.reference, CopyConfig):
         raise ConfigError(
             f"algorithm.{key}={asked[key]} needs a second model, and reference=none is none: set "
             f"reference=initial (the policy as it was), or algorithm.{key}=0"
@@ -32,7 +32,7 @@ def reference_is_there(config: RunConfig) -> None:
 def distributions_are_reported(config: RunConfig) -> None:
     """What compares whole distributions has them."""
     distill = config.algorithm.distill
-    if config.mode is Mode.rl and distill.weight and not distill.top_k:
+    if config.mode in BY_REWARD and distill.weight and not distill.top_k:
         raise ConfigError(
             f"algorithm.distill.weight={distill.weight} compares the policy with the most likely tokens of the "
             "reference, and algorithm.distill.top_k=0 reports none: set algorithm.distill.top_k=32, or "
@@ -43,7 +43,7 @@ def distributions_are_reported(config: RunConfig) -> None:
 def something_is_learned(config: RunConfig) -> None:
     """Where rewards teach nothing, the reference does, and its tokens are not left out as those of equal rewards."""
     algorithm = config.algorithm
-    if config.mode is not Mode.rl:
+    if config.mode not in BY_REWARD:
         return
     kl, distill = algorithm.kl, algorithm.distill
     if algorithm.advantage == Advantage.none and not kl.advantage and not distill.weight:

@@ -8,7 +8,7 @@ from vlmrl.config.fields import NAME
 from vlmrl.config.gymnasium import GymnasiumConfig
 from vlmrl.config.program import ProgramConfig, scores_itself
 from vlmrl.config.reward import TERMS, FormatTerm, ImportedTerm, JudgeTerm, RewardConfig
-from vlmrl.config.run import Mode, RunConfig
+from vlmrl.config.run import BY_REWARD, Mode, RunConfig
 from vlmrl.config.small_print import SmallPrintConfig
 from vlmrl.config.task import ColorCodewordConfig, MixtureConfig, TaskConfig, Workers, tasks_of
 from vlmrl.errors import ConfigError
@@ -98,7 +98,7 @@ def mixture_has_tasks(config: RunConfig) -> None:
 
 def answers_are_scored(config: RunConfig) -> None:
     """A task that does not score itself has reward terms, and not all of their weights are 0."""
-    if config.mode not in (Mode.rl, Mode.eval, Mode.replay):
+    if config.mode not in (*BY_REWARD, Mode.eval, Mode.replay):
         return
     for key, whole in all_tasks(config).items():
         for own_key, own in tasks_of(whole, key).items():
@@ -124,7 +124,7 @@ def terms_have_effect(config: RunConfig) -> None:
     """Reward terms score whole episodes, and most compare with an answer that the task gives."""
     for own_key, own in tasks_of(config.task).items():
         reward_key, reward = rewards_of(config, config.task, own, own_key)
-        if reward.terms and config.algorithm.credit is not Credit.episode and config.mode is Mode.rl:
+        if reward.terms and config.algorithm.credit is not Credit.episode and config.mode in BY_REWARD:
             raise ConfigError(
                 f"algorithm.credit={config.algorithm.credit.name} trains each turn on the rewards that the task gives "
                 f"to turns, and the terms of {reward_key} score whole episodes, so they would have no effect: set "

@@ -16,7 +16,7 @@ from vlmrl.preflight.estimate.sizes import TURN_FRAME
 from vlmrl.preflight.rules.reward import all_tasks
 from vlmrl.preflight.site import Site
 
-PLAYING = (*LEARN, Mode.eval, Mode.doctor)
+PLAYING = (*LEARN, Mode.eval, Mode.doctor, Mode.bench)
 """Modes that show a task's problems to the model."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vlmrl.config.dataset import DatasetConfig
-from vlmrl.config.run import Mode, RunConfig
+from vlmrl.config.run import BY_REWARD, Mode, RunConfig
 from vlmrl.config.small_print import SmallPrintConfig
 from vlmrl.config.task import MixtureConfig, tasks_of
 from vlmrl.config.tool import Coordinates, ZoomTool
@@ -11,7 +11,7 @@ from vlmrl.errors import ConfigError
 from vlmrl.preflight.rules.reward import all_tasks
 from vlmrl.preflight.site import Site
 
-PLAYING = (Mode.rl, Mode.eval, Mode.play, Mode.doctor)
+PLAYING = (*BY_REWARD, Mode.eval, Mode.play, Mode.doctor)
 """Modes in which tools are called."""
 
 LEAST_TURNS = 2

@@ -97,7 +97,11 @@ def ensure_certified(
 def needs_certificate(config: RunConfig) -> bool:
     """Whether a run of this config first tries its model: one with images, of a family without a file of its own."""
     vlm = config.model.vlm
-    return config.mode in (*LEARN, Mode.eval, Mode.serve) and vlm is not None and vlm.family not in known_families()
+    return (
+        config.mode in (*LEARN, Mode.eval, Mode.serve, Mode.bench)
+        and vlm is not None
+        and vlm.family not in known_families()
+    )
 
 
 class ShortCertificate:

@@ -1,0 +1,322 @@
+"""What a person could set to make a step faster: one small rule per piece of advice.
+
+A rule looks at `Measured` and returns an `Advice` with the seconds of a step that it is about, or None. Its settings
+are key=value, as on the command line; they exist, and preflight accepts them next to the run's own
+(tests/unit/runs/bench/test_advice.py composes each). Where memory decides, a rule compares what was measured with what
+the plan estimates for the other setting. A rule advises nothing that changes what is learned, except how stale the
+rollouts are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from vlmrl.config.inference import VllmConfig
+from vlmrl.config.program import ProgramConfig
+from vlmrl.config.task import MixtureConfig, Workers
+from vlmrl.config.trainer import Packing, Sharding
+from vlmrl.config.verifiers import VerifiersConfig
+from vlmrl.config.weight_sync import CudaIpcSyncConfig, FolderSyncConfig, InProcessSyncConfig, NcclSyncConfig
+from vlmrl.preflight.estimate.memory import learning_bytes
+from vlmrl.runs.bench.activity import DRAWING, RENDERING, SAMPLING, SCORING, TASK
+from vlmrl.runs.bench.measured import Measured
+
+STANDS_OUT = 0.1
+"""A part of a step below this share is left alone."""
+
+FULL = 0.9
+"""Share of the trainer's memory that advice may fill: the allocator needs the rest."""
+
+LARGEST_FACTOR = 8
+"""The most that a micro-batch is advised to grow at a time."""
+
+COMPILED = 1 / 3
+"""Share of a training step that compiling the layers saves on a GPU (docs/performance.md)."""
+
+RECOMPUTED = 1 / 4
+"""Share of a training step that computes layers again, with trainer.activation_checkpointing: a third of the rest."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A piece of advice."""
+
+    seconds: float
+    """Of a step: the part that it is about, not what it will save."""
+    finding: str
+    """A sentence with the number that convinced us."""
+    settings: tuple[str, ...]
+    """`key=value` each. Empty where no key helps."""
+
+
+def advice_for(found: Measured) -> list[Advice]:
+    """All advice for a run, the largest part of its step first."""
+    made = [advice for rule in RULES if (advice := rule(found)) is not None]
+    return sorted(made, key=lambda advice: -advice.seconds)
+
+
+def _percent(found: Measured, seconds: float) -> str:
+    return f"{found.share(seconds):.0%} of a step"
+
+
+def _stands_out(found: Measured, seconds: float) -> bool:
+    return found.share(seconds) >= STANDS_OUT
+
+
+# ── sampler and trainer ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def sample_and_train_at_once(found: Measured) -> Advice | None:
+    """Servers and the trainer take turns in an on-policy run, so each waits for the other."""
+    saved = min(found.rollouts, found.times.training)
+    if found.is_asynchronous or not isinstance(found.config.inference, VllmConfig) or not _stands_out(found, saved):
+        return None
+    if found.memory.server_share or found.config.trainer.max_steps < 2:  # one GPU does one thing at a time
+        return None
+    return Advice(
+        saved,
+        f"rollouts and training take turns, and at once they would save up to {_percent(found, saved)}",
+        ("orchestrator.max_staleness=1",),
+    )
+
+
+def roll_out_further_ahead(found: Measured) -> Advice | None:
+    """The servers of an asynchronous run wait for the trainer, although the trainer waits for them too."""
+    idle, waiting = found.times.idle, found.times.waiting
+    if not found.is_asynchronous or not (_stands_out(found, idle) and _stands_out(found, waiting)):
+        return None
+    staleness = found.config.orchestrator.max_staleness + 1
+    if staleness >= found.config.trainer.max_steps:
+        return None
+    return Advice(
+        idle,
+        f"the engine has no rollout for {_percent(found, idle)}, and the trainer then waits for rollouts",
+        (f"orchestrator.max_staleness={staleness}",),
+    )
+
+
+def use_spare_gpus(found: Measured) -> Advice | None:
+    """Sampling bounds the step, and the machine has GPUs that nothing uses."""
+    own = found.config.inference
+    if not isinstance(own, VllmConfig) or not own.starts_servers:
+        return None
+    spare = found.spare_gpus // (own.tensor_parallel_size * own.data_parallel_size)
+    seconds = found.times.waiting if found.is_asynchronous else found.times.kinds[SAMPLING]
+    if not spare or not _stands_out(found, seconds):
+        return None
+    return Advice(
+        seconds,
+        f"the trainer waits for rollouts for {_percent(found, seconds)}, and {found.spare_gpus} GPUs are not used",
+        (f"inference.replicas={own.replicas + spare}",),
+    )
+
+
+def use_decode_graphs(found: Measured) -> Advice | None:
+    """Servers on GPUs decode without CUDA graphs."""
+    own, seconds = found.config.inference, found.times.kinds[SAMPLING]
+    if not isinstance(own, VllmConfig) or not own.enforce_eager or not found.memory.is_gpu or not own.starts_servers:
+        return None
+    if not _stands_out(found, seconds):
+        return None
+    return Advice(
+        seconds,
+        f"sampling takes {_percent(found, seconds)}, and the servers use neither CUDA graphs nor compilation",
+        ("inference.enforce_eager=false",),
+    )
+
+
+# ── the trainer ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def larger_micro_batches(found: Measured) -> Advice | None:
+    """Several micro-batches a step, while the GPU has room for larger ones."""
+    planned, trainer, memory = found.memory.planned, found.config.trainer, found.memory
+    if not memory.is_gpu or planned is None or not planned.activations or found.tokens.micro_batches <= found.ranks:
+        return None
+    if trainer.packing is Packing.none or not _stands_out(found, found.times.training):
+        return None
+    factor = 1
+    while factor < LARGEST_FACTOR and memory.peak + (2 * factor - 1) * planned.activations <= FULL * memory.room:
+        factor *= 2
+    if factor == 1:
+        return None
+    return Advice(
+        found.times.training,
+        f"training takes {_percent(found, found.times.training)} in {found.tokens.micro_batches:.0f} micro-batches, "
+        f"and {_gib(memory.room - memory.peak)} of the trainer's {_gib(memory.room)} are free",
+        (f"trainer.micro_batch_tokens={factor * trainer.micro_batch_tokens}",),
+    )
+
+
+def adamw_on_the_gpu(found: Measured) -> Advice | None:
+    """AdamW runs on the host, and its numbers would fit on the GPU."""
+    trainer, training = found.config.trainer, found.times.training
+    if not trainer.cpu_offload or not found.memory.is_gpu or not _stands_out(found, training):
+        return None
+    more = _more_bytes(found, cpu_offload=False)
+    if more is None or found.memory.peak + more > FULL * found.memory.room:
+        return None
+    return Advice(
+        training,
+        f"training takes {_percent(found, training)} with AdamW on the host, whose {_gib(more)} would fit on the GPU",
+        ("trainer.cpu_offload=false",),
+    )
+
+
+def keep_activations(found: Measured) -> Advice | None:
+    """Layers are computed twice, and what that saves would fit."""
+    planned, trainer = found.memory.planned, found.config.trainer
+    seconds = RECOMPUTED * found.times.training
+    if not trainer.activation_checkpointing or planned is None or not _stands_out(found, seconds):
+        return None
+    if found.memory.kept_activations is None or planned.activations is None:
+        return None
+    more = found.memory.kept_activations - planned.activations
+    if found.memory.peak + more > FULL * found.memory.room:
+        return None
+    return Advice(
+        seconds,
+        f"about {_percent(found, seconds)} computes layers again, and keeping their {_gib(more)} would fit",
+        ("trainer.activation_checkpointing=false",),
+    )
+
+
+def compile_layers(found: Measured) -> Advice | None:
+    """Layers run uncompiled on a GPU."""
+    seconds = COMPILED * found.times.training
+    if found.config.trainer.compile or not found.memory.is_gpu or not _stands_out(found, seconds):
+        return None
+    return Advice(
+        seconds,
+        f"training takes {_percent(found, found.times.training)} with layers that are not compiled, which usually "
+        "takes a third off it",
+        ("trainer.compile=true",),
+    )
+
+
+def share_prefixes(found: Measured) -> Advice | None:
+    """Samples share prefixes, and the trainer computes them once per sample."""
+    tokens = found.tokens
+    if found.config.trainer.packing is Packing.tree or not tokens.rows:
+        return None
+    saved = found.times.training * (1 - tokens.tree_rows / tokens.rows)
+    if not _stands_out(found, saved):
+        return None
+    return Advice(
+        saved,
+        f"the trainer computes {tokens.rows:,.0f} rows a step, and {tokens.tree_rows:,.0f} if each prefix were "
+        "computed once",
+        ("trainer.packing=tree",),
+    )
+
+
+def gather_once_a_step(found: Measured) -> Advice | None:
+    """Weights are gathered in every micro-batch, and whole they would fit on each GPU."""
+    trainer, training = found.config.trainer, found.times.training
+    is_sharded = found.ranks > 1 and trainer.sharding is Sharding.full
+    if not is_sharded or not found.memory.is_gpu or not _stands_out(found, training):
+        return None
+    more = _more_bytes(found, sharding=Sharding.optimizer)
+    if more is None or found.memory.peak + more > FULL * found.memory.room:
+        return None
+    return Advice(
+        training,
+        f"training takes {_percent(found, training)} on {found.ranks} ranks that gather the weights in every "
+        f"micro-batch, and {_gib(more)} more on each would keep them",
+        ("trainer.sharding=optimizer",),
+    )
+
+
+def _more_bytes(found: Measured, **trainer: object) -> float | None:
+    """Bytes that the trainer's device holds more with other settings of the trainer; None where that is not known."""
+    config, learns = found.config, found.memory.trainable
+    changed = dataclasses.replace(config.trainer, **trainer)  # type: ignore[arg-type]
+    after = dataclasses.replace(config, trainer=changed)
+    return learns * (learning_bytes(after, found.ranks)[0] - learning_bytes(config, found.ranks)[0])
+
+
+# ── everything else ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def task_in_processes(found: Measured) -> Advice | None:
+    """Sampling waits for the task's code."""
+    task, seconds = found.config.task, found.times.kinds[TASK]
+    if isinstance(task, ProgramConfig | VerifiersConfig | MixtureConfig) or not _stands_out(found, seconds):
+        return None
+    waits = f"the task's code keeps the engine waiting for {_percent(found, seconds)}"
+    if task.workers is Workers.thread:
+        if found.cores < 2:
+            return None
+        why = "in threads, of which one at a time runs Python; processes help where its code computes and does not wait"
+        return Advice(seconds, f"{waits}, {why}", ("task.workers=process",))
+    if task.num_workers is None or found.env_queue < STANDS_OUT:
+        return None
+    return Advice(
+        seconds,
+        f"{waits}, and its calls wait for a free worker for {found.env_queue:.0%} of their time",
+        (f"task.num_workers={2 * task.num_workers}",),
+    )
+
+
+def faster_weight_sync(found: Measured) -> Advice | None:
+    """Publishing the weights takes a large part of a step."""
+    sync, seconds = found.config.weight_sync, found.times.syncing
+    if isinstance(sync, InProcessSyncConfig) or not _stands_out(found, seconds):
+        return None
+    finding = f"publishing the weights takes {_percent(found, seconds)}"
+    if isinstance(sync, FolderSyncConfig | NcclSyncConfig | CudaIpcSyncConfig) and sync.verify:
+        return Advice(seconds, f"{finding}, and every weight is compared", ("weight_sync.verify=false",))
+    own = found.config.inference
+    if not isinstance(sync, FolderSyncConfig) or not found.memory.is_gpu or not isinstance(own, VllmConfig):
+        return None
+    if own.starts_servers and found.memory.server_share and own.replicas * own.tensor_parallel_size == 1:
+        return Advice(seconds, f"{finding}, through a folder", ("weight_sync=cuda_ipc",))
+    if not found.memory.server_share:
+        return Advice(seconds, f"{finding}, through a folder", ("weight_sync=nccl",))
+    return None
+
+
+def slow_drawing(found: Measured) -> Advice | None:
+    """Making the problems takes a large part of a step. No key makes the task's own `problem` faster."""
+    return _without_a_key(found, DRAWING, "drawing problems, the task's own code and data,")
+
+
+def slow_rendering(found: Measured) -> Advice | None:
+    """Making prompts takes a large part of a step."""
+    return _without_a_key(found, RENDERING, "rendering, mostly processing images,")
+
+
+def slow_rewards(found: Measured) -> Advice | None:
+    """Scoring takes a large part of a step."""
+    return _without_a_key(found, SCORING, "scoring by the reward terms")
+
+
+def _without_a_key(found: Measured, kind: str, what: str) -> Advice | None:
+    seconds = found.times.kinds[kind]
+    return Advice(seconds, f"{what} takes {_percent(found, seconds)}", ()) if _stands_out(found, seconds) else None
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB"
+
+
+RULES: Sequence[Callable[[Measured], Advice | None]] = (
+    sample_and_train_at_once,
+    roll_out_further_ahead,
+    use_spare_gpus,
+    use_decode_graphs,
+    larger_micro_batches,
+    adamw_on_the_gpu,
+    keep_activations,
+    compile_layers,
+    share_prefixes,
+    gather_once_a_step,
+    task_in_processes,
+    faster_weight_sync,
+    slow_drawing,
+    slow_rendering,
+    slow_rewards,
+)
+"""All rules."""

@@ -1,0 +1,194 @@
+"""`mode=bench`: a few steps of the run as it is, and how fast they are beside what this machine could do.
+
+    speeds of a product and a copy ─▶ steps that warm up ─▶ measured steps ─▶ Measured ─▶ table, bench.json, verdict
+
+Everything is the run's own: task, renderer, engine, trainer, weight sync, ranks. `bench_settings` turns off what is no
+part of a usual step (evaluations, the blind control, W&B, the report), and what depends on rewards, which random
+weights do not get: every rollout is trained on, with the advantages that it has. The cost of a step does not depend on
+their values, so groups whose rewards are all equal cost what others do. No supervised warm-up is taken and no
+checkpoint is written. The weights that a bench changes are gone with the process.
+
+Random weights end no answer by themselves. With them every answer counts as ended at its token budget, so that episodes
+go on to their last turn: the step is as long as it can be. Real weights answer as they do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import orjson
+import torch
+
+from vlmrl.config.algorithm import FilterMode, Truncated
+from vlmrl.config.model import Init
+from vlmrl.config.monitor import BlindGuard, WandbMode
+from vlmrl.config.run import RunConfig
+from vlmrl.monitor.monitor import Monitor
+from vlmrl.orchestrator.length import Length
+from vlmrl.orchestrator.loop import ExitReason
+from vlmrl.record.bad_rows import BadRowRecord
+from vlmrl.record.faults import FaultRecord
+from vlmrl.record.files import disk_errors, write_bytes_atomically
+from vlmrl.record.splits import RecordedSplit
+from vlmrl.runs.bench.activity import ENGINE_GOES_ON, ENGINE_WAITS, Activity, TimedEngine, time_drawing, timed
+from vlmrl.runs.bench.advice import advice_for
+from vlmrl.runs.bench.limits import measure_speeds
+from vlmrl.runs.bench.measured import StepRecord
+from vlmrl.runs.bench.summary import Batch, Taken, measured_of
+from vlmrl.runs.bench.table import as_json, limit_rows, part_rows, verdict_rows
+from vlmrl.runs.build import Run
+from vlmrl.runs.train import loop_of
+from vlmrl.types import Group, Rollout, StepResult, Trainer, TrainingSample
+
+BENCH_JSON = "bench.json"
+"""In the run's folder: everything that the tables show, for programs."""
+
+
+def bench_settings(config: RunConfig) -> RunConfig:
+    """`config` without what is no part of a usual step, and with every rollout trained on."""
+    algorithm, monitor = config.algorithm, config.monitor
+    cut = Truncated.zero if algorithm.truncated is Truncated.mask else algorithm.truncated
+    return dataclasses.replace(
+        config,
+        algorithm=dataclasses.replace(
+            algorithm,
+            truncated=cut,
+            filters=dataclasses.replace(algorithm.filters, zero_advantage=FilterMode.none),
+            refill=dataclasses.replace(algorithm.refill, budget=1),
+        ),
+        orchestrator=dataclasses.replace(
+            config.orchestrator,
+            eval=dataclasses.replace(config.orchestrator.eval, every=0, target=None, sets={}),
+        ),
+        trainer=dataclasses.replace(config.trainer, max_epochs=None, keep_best=None, patience=None),
+        monitor=dataclasses.replace(
+            monitor,
+            vision_gap_every=0,
+            blind_guard=BlindGuard.none,
+            report=False,
+            wandb=dataclasses.replace(monitor.wandb, mode=WandbMode.disabled),
+            tensorboard=dataclasses.replace(monitor.tensorboard, enabled=False),
+        ),
+    )
+
+
+async def bench(run: Run) -> ExitReason:
+    """Take the steps, show the tables, and write bench.json."""
+    monitor, config = run.monitor, run.config
+    monitor.phase("bench")
+    device = run.policy.device
+    speeds = measure_speeds(device, run.policy.dtype)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    activity = Activity(ENGINE_WAITS if config.inference.kind == "embedded" else ENGINE_GOES_ON)
+    engine = TimedEngine(run.engine, activity, ends_answers=has_random_weights(config))
+    recorder, trainer = _Recorder(monitor, activity), _Trainer(run.trainer)
+    warmup = config.bench.warmup(config.orchestrator.max_staleness)
+    last = warmup + config.bench.steps
+    monitor.expect(last)
+    monitor.table("bench", {"steps": f"{warmup} that warm up, then {config.bench.steps} that are measured"})
+    reason = await _take_steps(run, last, engine, recorder, trainer)
+    if reason != "finished":
+        return reason
+    monitor.status("bench: counting what the steps computed")
+    taken = Taken(recorder.steps[warmup - 1], recorder.steps[warmup:], trainer.batches[warmup:], engine)
+    found = measured_of(run, speeds, taken)
+    advice = advice_for(found)
+    monitor.table("where a step goes", part_rows(found))
+    monitor.table("beside what this machine could do", limit_rows(found))
+    monitor.table("verdict", verdict_rows(found, advice))
+    _write(run.run_dir.path / BENCH_JSON, as_json(found, advice))
+    return reason
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    with disk_errors(path):
+        write_bytes_atomically(path, orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+
+
+def has_random_weights(config: RunConfig) -> bool:
+    """Whether the policy has learned nothing yet."""
+    return config.model.tiny is not None or config.model.init is Init.random
+
+
+async def _take_steps(run: Run, last: int, engine: TimedEngine, recorder: _Recorder, trainer: _Trainer) -> ExitReason:
+    """Run the run's own loop up to step `last`, with its parts timed and nothing saved."""
+    loop = loop_of(run)
+    time_drawing(loop.problems, engine.activity)
+    ahead = run.config.orchestrator.max_staleness
+    return await dataclasses.replace(
+        loop,
+        length=_MoreAhead(loop.problems, last + ahead, last=last),
+        runner=timed(loop.runner, engine),
+        engine=engine,
+        trainer=cast("Trainer", trainer),
+        recorder=recorder,
+        checkpoint=lambda step: None,
+    ).run()
+
+
+@dataclass(frozen=True)
+class _MoreAhead(Length):
+    """Ends after `last`, while batches of later steps roll out: without them the engine would run empty during the last
+    measured steps."""
+
+    last: int = 0
+
+    def is_last(self, step: int) -> bool:
+        return step >= self.last
+
+
+class _Trainer:
+    """The run's trainer. It keeps the samples of each step, whose work is counted after the last one."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self.batches: list[Batch] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._trainer, name)
+
+    def train_step(
+        self, samples: list[TrainingSample], demonstrations: Sequence[TrainingSample] = (), steps: float | None = None
+    ) -> StepResult:
+        self.batches.append(Batch(self._trainer.version, samples))
+        return self._trainer.train_step(samples, demonstrations, steps)
+
+
+@dataclass(eq=False)
+class _Recorder:
+    """The run's monitor, which records each step; it is timed."""
+
+    monitor: Monitor
+    activity: Activity
+    steps: list[StepRecord] = field(default_factory=list)
+
+    def step(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group]) -> None:
+        began = time.perf_counter()
+        self.monitor.step(step, metrics, groups)
+        ended = time.perf_counter()
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        self.steps.append(StepRecord(metrics, rollouts, ended - began, ended, self.activity.seconds()))
+
+    @property
+    def ends_blind(self) -> bool:
+        return False
+
+    def record(self, step: int, groups: Sequence[Group]) -> None:
+        self.monitor.record(step, groups)
+
+    def evaluation(
+        self, step: int, metrics: Mapping[str, float], rollouts: Mapping[RecordedSplit, Sequence[Rollout]]
+    ) -> None:
+        self.monitor.evaluation(step, metrics, rollouts)
+
+    def faults(self, faults: Sequence[FaultRecord]) -> None:
+        self.monitor.faults(faults)
+
+    def bad_rows(self, rows: Sequence[BadRowRecord]) -> None:
+        self.monitor.bad_rows(rows)
