@@ -1,10 +1,11 @@
 """Record every rollout, dropped ones too: rollouts/*.parquet, images/*.png and tokens.jsonl.
 
-    Monitor ─▶ RolloutRecorder ─ queue ─▶ background thread ─▶ images ─▶ rollout_table.py ─▶ one file per step
+    Monitor ─▶ RolloutRecorder ─ queue ─▶ one thread ─▶ images, several at once ─▶ rollout_table.py ─▶ a file per step
     report, replay, faults ◀─ read_rollouts ◀─ rollout_rows.py (*.parquet) or rollout_lines.py (*.jsonl, older runs)
 
 rollout_schema.py has the columns of a file. A file appears complete or not at all. An image is written before the
-first file that names it. Logprobs are exact float32.
+first file that names it. Logprobs are exact float32. What waits in the queue is lost with a run that is killed, and
+made again when it continues: a checkpoint is saved only after the queue is empty.
 
 An image or video part of a message holds the hash of its item. The image parts of a turn's messages belong, in order,
 to the last image placeholders of its prompt, and video parts to the last video placeholders (in a branch that renders
@@ -16,9 +17,11 @@ of an image, and in `videos` of the row for a video.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
@@ -32,10 +35,20 @@ from vlmrl.record.rollout_lines import read_lines
 from vlmrl.record.run_dir import RecordKind, RunDir
 from vlmrl.record.splits import RecordedSplit
 from vlmrl.record.tokens import TokenSpellings
-from vlmrl.types import MMItem, Rollout, VideoItem
+from vlmrl.types import ImageItem, MMItem, Rollout, VideoItem
 
-MAX_QUEUED_FILES = 4
-"""Files that may wait for the disk. With that many waiting, `write` blocks until the oldest is written."""
+log = logging.getLogger(__name__)
+
+MAX_QUEUED_FILES = 32
+"""Files that may wait. With that many waiting, `write` blocks until the oldest is written."""
+
+MAX_QUEUED_BYTES = 2**32
+"""Bytes of pixels and tensors that waiting files may keep in memory. `write` blocks while more would wait; a file that
+is larger by itself waits alone. 4 GiB are some 160 pictures of a megapixel with their patches in float32."""
+
+ENCODING_THREADS = 4
+"""Images that are compressed at once. A PNG of a megapixel takes 0.1 to 0.2 s, nearly all of it inside Pillow, where
+other threads go on."""
 
 
 class PartRecord(TypedDict, total=False):
@@ -162,14 +175,17 @@ class RolloutRecord(TypedDict):
 
 
 class RolloutRecorder:
-    """Writes files of rollouts in the order of the calls, in one thread with a bounded queue."""
+    """Writes files of rollouts in the order of the calls, in the background with a bounded queue."""
 
     def __init__(self, run_dir: RunDir, max_mib: int | None = None) -> None:
         """`max_mib`: `monitor.max_rollouts_mib`."""
         self._run_dir = run_dir
         self._bound = None if max_mib is None else DiskBound(run_dir, max_mib)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recorder")
-        self._waiting: deque[Future[None]] = deque()
+        self._encoders = ThreadPoolExecutor(ENCODING_THREADS, thread_name_prefix="recorder-images")
+        self._waiting: deque[tuple[Future[None], int]] = deque()
+        """The files that are not known to be written, with the bytes that each keeps in memory."""
+        self._waited_s = 0.0
         self._spellings: TokenSpellings | None = None
 
     def spell_with(self, tokenizer: Any) -> None:
@@ -187,39 +203,67 @@ class RolloutRecorder:
     def write(self, step: int, rollouts: Mapping[RecordedSplit, Sequence[Rollout]]) -> None:
         """Record the rollouts of a step in one file: {"train": …}, or {"eval_sampled": …, "eval_greedy": …}.
 
-        Returns at once unless `MAX_QUEUED_FILES` files wait. The rollouts must not change after the call. Raises
-        VlmrlError when an earlier file could not be written.
+        Returns at once unless `MAX_QUEUED_FILES` files or `MAX_QUEUED_BYTES` wait; that the run had to wait is in the
+        log. The rollouts must not change after the call. Raises VlmrlError when an earlier file could not be written.
         """
         kind: RecordKind = "step" if "train" in rollouts else "eval"
         assert kind == "eval" or len(rollouts) == 1, f"one file for {list(rollouts)}"
-        self._collect(leave=MAX_QUEUED_FILES - 1)
-        self._waiting.append(self._thread.submit(self._write, kind, step, dict(rollouts)))
+        size = sum(_size(item) for item in _items(rollouts))
+        self._make_room(size)
+        self._waiting.append((self._thread.submit(self._write, kind, step, dict(rollouts)), size))
 
     def flush(self) -> None:
         """Wait until everything is on the disk. Raises VlmrlError where a file could not be written."""
-        self._collect(leave=0)
+        while self._waiting:
+            self._collect()
 
     def close(self) -> None:
-        """Flush and end the thread. Raises VlmrlError like `flush`."""
+        """Flush and end the threads. Raises VlmrlError like `flush`."""
         try:
             self.flush()
         finally:
             self._thread.shutdown()
+            self._encoders.shutdown()
+            if self._waited_s:
+                log.info("the run waited %.1f s for rollouts/ and images/ to be written", self._waited_s)
+                self._waited_s = 0.0
 
-    def _collect(self, leave: int) -> None:
-        while self._waiting and (len(self._waiting) > leave or self._waiting[0].done()):
-            self._waiting.popleft().result()
+    def _make_room(self, size: int) -> None:
+        """Wait until a file that keeps `size` bytes may wait as well. Raises VlmrlError like `flush`."""
+        while self._waiting and self._waiting[0][0].done():
+            self._collect()
+        if not self._is_full(size):
+            return
+        if not self._waited_s:
+            log.warning(
+                "the run waits for %s: pictures come faster than they are compressed and written. A faster disk, more "
+                "cores or smaller images help",
+                self._run_dir.images,
+            )
+        begun = time.monotonic()
+        try:
+            while self._is_full(size):
+                self._collect()
+        finally:
+            self._waited_s += time.monotonic() - begun
+
+    def _is_full(self, size: int) -> bool:
+        held = sum(held for _, held in self._waiting)
+        return bool(self._waiting) and (len(self._waiting) >= MAX_QUEUED_FILES or held + size > MAX_QUEUED_BYTES)
+
+    def _collect(self) -> None:
+        """Wait for the oldest file. Raises VlmrlError where it could not be written."""
+        written, _ = self._waiting.popleft()
+        written.result()
 
     def _write(self, kind: RecordKind, step: int, rollouts: dict[RecordedSplit, Sequence[Rollout]]) -> None:
         # Images come last: where a frame has the same pixels, the PNG with the digests is written.
         items = sorted(_items(rollouts), key=lambda item: not isinstance(item, VideoItem))
         pictures = {hash: picture for item in items for hash, picture in pictures_of(item).items()}
-        for hash, picture in pictures.items():
-            file = self._run_dir.image(hash)
-            if not file.exists():
-                with disk_errors(file):
-                    file.parent.mkdir(exist_ok=True)  # it may have been removed under the run
-                    write_png(file, picture)
+        images = [self._encoders.submit(self._write_image, hash, picture) for hash, picture in pictures.items()]
+        wait(images)  # all of them, also where one fails: no later file may write the same image meanwhile
+        for image in images:
+            image.result()
         if self._spellings is not None:
             self._spellings.add(_tokens(rollout for group in rollouts.values() for rollout in group))
         from vlmrl.record.rollout_table import encode  # pyarrow takes 0.4 s
@@ -230,6 +274,27 @@ class RolloutRecorder:
             write_bytes_atomically(path, content)
         if self._bound is not None:
             self._bound.wrote(kind, step, pictures)
+
+    def _write_image(self, hash: str, picture: ImageItem | np.ndarray) -> None:
+        file = self._run_dir.image(hash)
+        if not file.exists():
+            with disk_errors(file):
+                file.parent.mkdir(exist_ok=True)  # it may have been removed under the run
+                write_png(file, picture)
+
+
+def _size(item: MMItem) -> int:
+    """Bytes of an item's pixels and tensors.
+
+    >>> patches = {"pixel_values": np.zeros((4, 6), np.float32)}
+    >>> _size(ImageItem("ab", np.zeros((8, 8, 3), np.uint8), patches, 1))
+    288
+    >>> frames, times = np.zeros((2, 8, 8, 3), np.uint8), np.arange(2.0)
+    >>> _size(VideoItem("ab", frames, times, 1.0, ("c", "d"), {"pixel_values_videos": patches["pixel_values"]}, 1))
+    480
+    """
+    pixels = item.pixels if isinstance(item, ImageItem) else item.frames
+    return sum(array.nbytes for array in (pixels, *item.mm_kwargs.values()))
 
 
 def _items(rollouts: Mapping[RecordedSplit, Sequence[Rollout]]) -> Iterable[MMItem]:

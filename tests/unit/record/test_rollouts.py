@@ -4,7 +4,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +19,12 @@ import vlmrl
 from support import TESTS
 from support.rollout_builders import completion, group, image, prompt, rollout, turn
 from vlmrl.errors import VlmrlError
+from vlmrl.record import rollouts
+from vlmrl.record.image_files import write_png
 from vlmrl.record.rollout_table import encode
 from vlmrl.record.rollouts import MAX_QUEUED_FILES, RolloutRecord, RolloutRecorder, read_rollouts
 from vlmrl.record.run_dir import RunDir
-from vlmrl.types import DropReason, Image, Message, Prompt, Rollout, StopReason, TokenMetrics, Turn
+from vlmrl.types import DropReason, Image, ImageItem, Message, Prompt, Rollout, StopReason, TokenMetrics, Turn
 
 
 @pytest.fixture
@@ -220,31 +221,114 @@ def test_any_conversation_comes_back(script: list[tuple[list[int], list[int], li
     assert_exact(record, made_rollout)
 
 
-class GatedRollouts(list[Rollout]):
-    """Rollouts that cannot be read before the gate opens, which simulates a slow disk."""
+class SlowPictures:
+    """A disk that writes no picture before `opened` is set."""
 
-    def __init__(self, gate: threading.Event) -> None:
-        super().__init__([rollout()])
-        self.gate = gate
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.opened = threading.Event()
+        self.begun = threading.Semaphore(0)
+        write = write_png
 
-    def __iter__(self) -> Iterator[Rollout]:
-        assert self.gate.wait(60)
-        return super().__iter__()
+        def gated(path: Path, picture: ImageItem | np.ndarray) -> None:
+            self.begun.release()
+            assert self.opened.wait(60)
+            write(path, picture)
+
+        monkeypatch.setattr(rollouts, "write_png", gated)
 
 
-def test_a_slow_disk_holds_the_caller_back(run_dir: RunDir) -> None:
-    gate = threading.Event()
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> SlowPictures:
+    return SlowPictures(monkeypatch)
+
+
+def shown(shade: int) -> Rollout:
+    """A rollout that shows one picture."""
+    return Rollout(f"id{shade}", "problem", 0, [turn(prompt([1], [shade]), [2])], 0.0, {}, StopReason.TERMINATED)
+
+
+def blocks(recorder: RolloutRecorder, step: int, slow: SlowPictures) -> None:
+    """Record a step, which must wait for the disk, and open the disk."""
+    with ThreadPoolExecutor(1) as caller:
+        blocked = caller.submit(recorder.write, step, {"train": [shown(step)]})
+        assert slow.begun.acquire(timeout=60)
+        with pytest.raises(TimeoutError):
+            blocked.result(0.1)
+        slow.opened.set()
+        blocked.result(60)
+
+
+def assert_recorded(run_dir: RunDir, steps: range) -> None:
+    """Every step has its picture and its rollout, and the files were written in the order of the steps."""
+    written_at = []
+    for step in steps:
+        (record,) = read_rollouts(run_dir.rollouts_file("step", step))
+        assert record["rollout_id"] == f"id{step}"
+        with PIL.Image.open(run_dir.image(image(step).hash)) as picture:
+            assert np.array_equal(np.asarray(picture), image(step).pixels)
+        written_at.append(run_dir.rollouts_file("step", step).stat().st_mtime_ns)
+    assert written_at == sorted(written_at)
+
+
+def test_slow_pictures_do_not_hold_the_caller_back(
+    run_dir: RunDir, slow: SlowPictures, caplog: pytest.LogCaptureFixture
+) -> None:
     recorder = RolloutRecorder(run_dir)
     for step in range(MAX_QUEUED_FILES):
-        recorder.write(step, {"train": GatedRollouts(gate)})  # returns although nothing can be written yet
-    with ThreadPoolExecutor(1) as caller:
-        blocked = caller.submit(recorder.write, MAX_QUEUED_FILES, {"train": [rollout()]})
-        assert not blocked.done()
-        assert not list(run_dir.rollouts.iterdir())
-        gate.set()
-        blocked.result(60)
+        recorder.write(step, {"train": [shown(step)]})  # returns although no picture can be written yet
+    assert slow.begun.acquire(timeout=60)
+    assert not list(run_dir.rollouts.iterdir()), "a picture comes before the file that names it"
+    assert not caplog.records
+    slow.opened.set()
     recorder.close()
-    assert len(list(run_dir.rollouts.iterdir())) == MAX_QUEUED_FILES + 1
+    assert_recorded(run_dir, range(MAX_QUEUED_FILES))
+
+
+def test_a_slow_disk_holds_the_caller_back_when_many_files_wait(
+    run_dir: RunDir, slow: SlowPictures, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder = RolloutRecorder(run_dir)
+    for step in range(MAX_QUEUED_FILES):
+        recorder.write(step, {"train": [shown(step)]})
+    blocks(recorder, MAX_QUEUED_FILES, slow)
+    recorder.close()
+    assert_recorded(run_dir, range(MAX_QUEUED_FILES + 1))
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert f"the run waits for {run_dir.images}" in caplog.text
+
+
+@pytest.mark.parametrize("fits", [1, 3])
+def test_a_slow_disk_holds_the_caller_back_when_memory_is_full(
+    fits: int, run_dir: RunDir, slow: SlowPictures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first picture waits whatever its size; then pixels and tensors count."""
+    size = image(1).pixels.nbytes + sum(array.nbytes for array in image(1).mm_kwargs.values())
+    monkeypatch.setattr(rollouts, "MAX_QUEUED_BYTES", size * fits if fits > 1 else 1)
+    recorder = RolloutRecorder(run_dir)
+    for step in range(fits):
+        recorder.write(step, {"train": [shown(step)]})
+    blocks(recorder, fits, slow)
+    recorder.close()
+    assert_recorded(run_dir, range(fits + 1))
+
+
+def test_pictures_are_compressed_side_by_side(run_dir: RunDir, slow: SlowPictures) -> None:
+    recorder = RolloutRecorder(run_dir)
+    recorder.write(1, {"train": group(3).rollouts})
+    for _ in range(3):  # of three distinct pictures, while none of them can end
+        assert slow.begun.acquire(timeout=60)
+    slow.opened.set()
+    recorder.close()
+    assert len(list(run_dir.images.iterdir())) == 3
+
+
+def test_a_picture_that_cannot_be_written_is_named(run_dir: RunDir) -> None:
+    recorder = RolloutRecorder(run_dir)
+    run_dir.image(image(20).hash).with_name(f".{image(20).hash}.png.tmp").mkdir()
+    recorder.write(1, {"train": group(3).rollouts})
+    with pytest.raises(VlmrlError, match=rf"images/{image(20).hash}\.png cannot be written \(Is a directory"):
+        recorder.close()
+    assert not list(run_dir.rollouts.iterdir())
 
 
 def test_a_disk_error_is_raised_with_the_path(run_dir: RunDir) -> None:
@@ -307,11 +391,11 @@ for step in range(1, 10_000):
         [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=Path(vlmrl.__file__).parents[1]
     ) as process:
         assert process.stdout is not None
-        while process.stdout.readline() != "12\n":
+        while process.stdout.readline() != f"{MAX_QUEUED_FILES + 8}\n":
             assert process.poll() is None
         process.kill()
     files = sorted((tmp_path / "run/rollouts").glob("step_*.parquet"))
-    assert len(files) >= 12 - MAX_QUEUED_FILES
+    assert len(files) >= 8
     assert [len(list(read_rollouts(path))) for path in files] == [200] * len(files)
 
 
