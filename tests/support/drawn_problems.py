@@ -20,6 +20,7 @@ class NumberedProblems:
     def __init__(self, first: int = 0, split: str = "train", num_rows: int | None = None) -> None:
         self.indices = Indices(Cursor(first))
         self.split = split
+        self.chooser = None
         self.num_rows = num_rows
 
     async def draw(self, step: int, count: int) -> list[Drawn]:

@@ -19,6 +19,7 @@ from vlmrl.orchestrator.best import BestWatch
 from vlmrl.orchestrator.evaluation import Evaluator
 from vlmrl.orchestrator.length import Length
 from vlmrl.orchestrator.loop import ExitReason, Loop
+from vlmrl.orchestrator.stream import Drawn
 from vlmrl.trainer.trainer import EMPTY_STEP
 from vlmrl.types import (
     Completion,
@@ -94,6 +95,10 @@ class World:
     """Whether each problem shows an image of its own."""
     is_blind: dict[int, bool] = field(default_factory=dict)
     """Whether the reward rises blind after a step."""
+    opened: list[int] = field(default_factory=list)
+    """Indices of the problems whose groups were opened ahead, in order."""
+    discarded: list[int] = field(default_factory=list)
+    """Those that were opened and not played."""
     metrics_of: dict[int, dict[str, float]] = field(default_factory=dict)
     open_batches: set[int] = field(default_factory=set)
     most_open: int = 0
@@ -113,6 +118,13 @@ class World:
 
     # runner
     renderer = SimpleNamespace(image_token_ids=(99,))
+
+    def open(self, drawn: Drawn, group_size: int) -> Drawn:
+        self.opened.append(drawn.index)
+        return drawn
+
+    async def discard(self, problems: Sequence[Drawn]) -> None:
+        self.discarded += [drawn.index for drawn in problems]
 
     async def run_groups(self, **asked: Any) -> list[Group]:
         self.asked.append(asked)
@@ -235,8 +247,10 @@ class World:
         best: BestWatch | None = None,
         max_epochs: float | None = None,
         stream: Any = None,
+        runner: Any = None,
     ) -> ExitReason:
-        """Run the loop from `version` on. `stream`: a `ProblemStream` in place of the numbered problems."""
+        """Run the loop from `version` on. `stream`: a `ProblemStream` in place of the numbered problems. `runner`: one
+        that plays, in place of this one."""
 
         async def main() -> ExitReason:
             neighbour: Any = self
@@ -255,7 +269,7 @@ class World:
                 algorithm=algorithm or AlgorithmConfig(),
                 length=Length(problems, steps, max_epochs),
                 vocab_size=100,
-                runner=neighbour,
+                runner=runner or neighbour,
                 engine=neighbour,
                 trainer=neighbour,
                 weight_sync=neighbour,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from vlmrl.errors import UserFault
 from vlmrl.orchestrator.envs.base import EnvLostError, Envs, ProgramHandle
-from vlmrl.orchestrator.rollout import rendering_fence
+from vlmrl.orchestrator.fences import rendering_fence
 from vlmrl.rendering.renderer import Renderer
 from vlmrl.tasks.base import BadRow, FromRow, Problem
 from vlmrl.tasks.border import TaskCodeError

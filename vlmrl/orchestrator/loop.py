@@ -6,10 +6,12 @@
                           + versions   reason
             └──────────── roll_out(step) ────────┘└─────── learn(step) ──────────────┘└─ publish ─┘
 
-One loop serves on-policy and asynchronous runs. The rollouts of step s start as soon as the policy has made
-s − 1 − max_staleness steps. So no token is older than max_staleness steps when the trainer learns from it, and at most
-max_staleness + 1 batches exist at a time. With max_staleness=0, rolling out, learning and publishing take turns. With a
-second model (`reference=`), learning begins with its scores, before rewards are compared.
+One loop serves on-policy and asynchronous runs. The groups of all steps are one stream. A group of step s starts when
+the policy has made s − 1 − max_staleness steps, so no token is older than max_staleness steps when the trainer learns
+from it. With max_staleness=0, rolling out, learning and publishing take turns. Above 0, max_staleness batches of
+rollouts play at a time, and a group starts as others end (admission.py). What does not depend on the weights (problems,
+envs, prompts, and their images on the way to the servers) is made ahead, while the step before is learned (opening.py).
+With a second model (`reference=`), learning begins with its scores, before rewards are compared.
 
 Left out on purpose: faults of one rollout (rollout.py), a run whose rollouts all fail (faults.py), and all output
 (recorder.py).
@@ -21,12 +23,12 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal
 
 from vlmrl.config.algorithm import Advantage, AlgorithmConfig
 from vlmrl.config.orchestrator import OrchestratorConfig
 from vlmrl.errors import NonFiniteLossError
+from vlmrl.orchestrator.admission import Admission
 from vlmrl.orchestrator.advantages import assign_advantages, mark_dropped
 from vlmrl.orchestrator.credit import credit_metrics, reference_metrics
 from vlmrl.orchestrator.evaluation import Evaluator
@@ -78,7 +80,13 @@ class Loop:
     """Set by Ctrl-C: the loop ends before the next step is trained, and an evaluation is cut short."""
     faults: FaultWatch = field(default_factory=FaultWatch)
     _pending: dict[int, asyncio.Task[list[Group]]] = field(default_factory=dict)
+    _opening: dict[int, asyncio.Task[list[Drawn]]] = field(default_factory=dict)
+    """Step → the problems of its first groups, opened ahead."""
     _overlap: Overlap = field(default_factory=Overlap)
+
+    def __post_init__(self) -> None:
+        places = self.config.max_staleness * self.config.groups_per_step * self.config.group_size
+        self._admission = Admission(places) if places else None
 
     async def run(self) -> ExitReason:
         """Run the steps from the trainer's version to the last one; return why the loop ended. Raises as
@@ -110,9 +118,17 @@ class Loop:
             self.faults.finish()
             return "finished"
         finally:
-            for task in self._pending.values():
-                task.cancel()
-            await asyncio.gather(*self._pending.values(), return_exceptions=True)
+            await self._abandon()
+
+    async def _abandon(self) -> None:
+        """Cancel the rollouts that are playing, and close the envs that were opened ahead."""
+        under_way = *self._pending.values(), *self._opening.values()
+        for task in under_way:
+            task.cancel()
+        await asyncio.gather(*under_way, return_exceptions=True)
+        for opening in self._opening.values():
+            if not opening.cancelled() and opening.exception() is None:
+                await self.runner.discard(opening.result())
 
     @property
     def _is_over(self) -> bool:
@@ -130,8 +146,25 @@ class Loop:
         stopped.cancel()
         return None if self.stop.is_set() else await self._pending.pop(step)
 
+    def open_ahead(self, step: int) -> None:
+        """Begin to draw and open the first groups of `step`, unless the run ends before it, or a curriculum chooses
+        its problems by rewards that are not known yet."""
+        if step <= self.length.max_steps and self.problems.chooser is None:
+            self._opening[step] = asyncio.create_task(self._open(step))
+
+    async def _open(self, step: int) -> list[Drawn]:
+        drawn = await self.problems.draw(step, self.config.groups_per_step)
+        return [self.runner.open(each, self.config.group_size) for each in drawn]
+
     async def roll_out(self, step: int) -> list[Group]:
         """task → renderer → inference → rollout: play the groups of one step."""
+
+        async def draw(count: int) -> list[Drawn]:
+            if (opening := self._opening.get(step)) is None:
+                return await self.problems.draw(step, count)
+            drawn = await opening
+            del self._opening[step]  # not before, so that a run that ends meanwhile closes the envs
+            return drawn
 
         async def play(problems: list[Drawn], first_group: int) -> list[Group]:
             return await self.runner.run_groups(
@@ -141,10 +174,10 @@ class Loop:
                 group_size=self.config.group_size,
                 temperature=self.config.temperature,
                 first_group=first_group,
+                admission=self._admission,
             )
 
         with self._overlap.rolling_out(step):
-            draw = partial(self.problems.draw, step)
             return await sample_groups(self.config.groups_per_step, self.algorithm, draw, play)
 
     async def learn(self, step: int, groups: list[Group], started: float) -> bool:
@@ -152,6 +185,7 @@ class Loop:
         the run was told to stop while the task's code made demonstrations, before the step, or played an evaluation
         after it."""
         rolled_out = time.perf_counter()
+        self.open_ahead(step + 1 + self.config.max_staleness)
         version, image_tokens = self.trainer.version, self.runner.renderer.image_token_ids
         scored = await self.score_by_reference(groups) | await self.estimate_values(groups)
         for group in groups:

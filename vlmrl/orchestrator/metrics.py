@@ -4,7 +4,7 @@ Times of a step, with rollouts and training at the same time where `max_stalenes
 
     time/step            = time/rollout + (what is scored before it) + time/train + time/sync
     time/rollout         how long the trainer waited for this step's rollouts; all of their time in an on-policy run
-    time/rollout_span    from the start of this step's rollouts to the end of the last one
+    time/rollout_span    from when this step's rollouts may start to the end of the last one
     time/engine_idle     how long no training rollout was running, because the engine waited for the trainer
 
 If rollouts are the bottleneck, time/engine_idle is near 0. If training is, time/rollout is near 0.

@@ -11,13 +11,13 @@ answers there (vlmrl/orchestrator/programs). What the policy sampled becomes the
 
 An error in one rollout becomes its `stop_reason`, `error` and `traceback`; the other rollouts go on. The user's code
 and data are handled behind three fences: the task's code in `vlmrl.tasks.border`, the task's messages in
-`rendering_fence`, and reward functions in scoring.py, which scores each group once its siblings have been played.
+fences.py, and reward functions in scoring.py, which scores each group once its siblings have been played.
 Whatever else is raised is a bug of ours and ends the run. All rollouts of a call run in one event loop; the envs run
 elsewhere (vlmrl/orchestrator/envs). However a rollout ends, its env is closed.
 
 A rollout that a server of the run or another rollout's crash took with it is played again, with the same seeds
-(`EngineLostError`, `EnvLostError`). Left out on
-purpose: retries of faults (they are counted in the metrics, not hidden).
+(`EngineLostError`, `EnvLostError`). Left out on purpose: retries of faults (they are counted in the metrics, not
+hidden).
 """
 
 from __future__ import annotations
@@ -25,23 +25,25 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from vlmrl.config.algorithm import Truncated
-from vlmrl.errors import EngineError, EngineLostError, ModelError, UserFault, fenced, safe_text
+from vlmrl.errors import EngineError, EngineLostError, UserFault
 from vlmrl.inference.stop_strings import answer_before, text_before
+from vlmrl.orchestrator.admission import Admission, Place
 from vlmrl.orchestrator.envs.base import EnvHandle, EnvLostError, Envs, ProgramHandle, Seat
+from vlmrl.orchestrator.fences import record_fault, rendering_fence
+from vlmrl.orchestrator.opening import FirstTurn, Opening
 from vlmrl.orchestrator.sampling import WHOLE, OwnSampling, Truncation
 from vlmrl.orchestrator.scoring import Scorer
 from vlmrl.orchestrator.stream import Drawn
 from vlmrl.orchestrator.toolbox import Toolbox
-from vlmrl.rendering.renderer import ImageError, Renderer
-from vlmrl.rewards.base import RewardError
+from vlmrl.rendering.renderer import Renderer
 from vlmrl.tasks.base import Problem, Reply, Split, StepInfo
-from vlmrl.tasks.border import TaskCodeError, get_reference
+from vlmrl.tasks.border import get_reference
 from vlmrl.tasks.mixture import MixedProblem
 from vlmrl.tasks.programs.problems import played_outside
 from vlmrl.types import (
@@ -90,6 +92,8 @@ class RolloutRunner:
     """As in `SamplingParams`: `orchestrator.stop`."""
     tools: Toolbox | None = None
     """The tools that the policy may call; None without any."""
+    prefetch: Callable[[Prompt], Awaitable[None]] | None = None
+    """Sends the images of a prompt to the engine before its request; None for an engine in this process."""
 
     async def run_groups(
         self,
@@ -101,8 +105,10 @@ class RolloutRunner:
         temperature: float,
         first_group: int = 0,
         label: str | None = None,
+        admission: Admission | None = None,
     ) -> list[Group]:
-        """Play one group of `group_size` siblings per problem, all at once. Groups are in the order of `problems`.
+        """Play one group of `group_size` siblings per problem: all at once, or each as soon as `admission` has places
+        for it. Groups are in the order of `problems`, whose openings are used up.
 
         A rollout's id is `<label>/<step>/<group>/<index>`, with `<label>-greedy` where `temperature=0.0`; the label is
         the split unless another is given, and groups are numbered from `first_group`. All sessions are opened before
@@ -134,17 +140,68 @@ class RolloutRunner:
                 sessions[rollout.rollout_id] = session, closing
             try:
                 async with asyncio.TaskGroup() as playing:
-                    for group, drawn in zip(groups, problems, strict=True):
-                        siblings = [
-                            playing.create_task(self._run(rollout, drawn, *sessions[rollout.rollout_id], temperature))
-                            for rollout in group.rollouts
-                        ]
-                        playing.create_task(self._score(group, siblings))
+                    for number, (group, drawn) in enumerate(zip(groups, problems, strict=True), start=first_group):
+                        place = None if admission is None else admission.place(step, number, group_size)
+                        playing.create_task(self._play_group(group, drawn, sessions, temperature, place))
             except ExceptionGroup as errors:
                 raise errors.exceptions[0] from None  # the engine failed: every rollout of the batch has this error
             finally:
-                await self.envs.settle()
+                await self.discard(problems)
         return groups
+
+    def open(self, drawn: Drawn, group_size: int) -> Drawn:
+        """Begin to reset the envs of a group, to render their first prompts and to send their images ahead, in the
+        background → the problem with its openings. Faults are raised when the group is played. A program cannot be
+        opened, because it sends its prompts itself."""
+        problem = drawn.problem
+        if problem is None or played_outside(problem) is not None:
+            return drawn
+        openings: list[Opening] = []
+        for _ in range(group_size):
+            env = self.envs.new(problem)
+            assert not isinstance(env, ProgramHandle), "its problem says that a program plays it"
+            openings.append(Opening(env, asyncio.create_task(self._open(env))))
+        return replace(drawn, openings=tuple(openings))
+
+    async def discard(self, problems: Sequence[Drawn]) -> None:
+        """Close the envs of groups that were opened, where their rollouts have not done so, and wait for envs that are
+        being closed."""
+        await asyncio.gather(*(opening.discard() for drawn in problems for opening in drawn.openings))
+        await self.envs.settle()
+
+    async def _open(self, env: EnvHandle) -> FirstTurn:
+        first_turn = await self._first_turn(env)
+        if self.prefetch is not None:
+            await self.prefetch(first_turn[1])
+        return first_turn
+
+    async def _first_turn(self, env: EnvHandle) -> FirstTurn:
+        messages = await env.reset()
+        with rendering_fence():
+            prompt = await self.renderer.first_turn(messages, () if self.tools is None else self.tools.specs)
+            check_placeholders(len(prompt.token_ids), prompt.placeholders, prompt.mm_items)
+        return messages, prompt
+
+    async def _play_group(
+        self,
+        group: Group,
+        drawn: Drawn,
+        sessions: Mapping[str, tuple[EngineSession, AsyncExitStack]],
+        temperature: float,
+        place: Place | None,
+    ) -> None:
+        """Play the siblings of a group once it has a place, and score them while others are still playing."""
+        if place is not None:
+            await place.enter()
+        try:
+            async with asyncio.TaskGroup() as playing:
+                for rollout in group.rollouts:
+                    task = playing.create_task(self._run(rollout, drawn, *sessions[rollout.rollout_id], temperature))
+                    if place is not None:
+                        task.add_done_callback(place.leave)
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        await self.scorer.score(group)
 
     async def _run(
         self,
@@ -166,55 +223,69 @@ class RolloutRunner:
                     rollout.task = drawn.problem.task
                 if (reference := get_reference(drawn.problem)) is not None:
                     rollout.reference = reference[0]
-                rollout.stop_reason = await self._play_until_served(rollout, drawn.problem, session, temperature)
+                opening = drawn.openings[rollout.index] if drawn.openings else None
+                rollout.stop_reason = await self._play_until_served(
+                    rollout, drawn.problem, session, temperature, opening
+                )
             except (UserFault, EngineError, ContractError) as error:
-                _record_fault(rollout, error)
+                record_fault(rollout, error)
         rollout.seconds = time.perf_counter() - started
 
-    async def _score(self, group: Group, siblings: Sequence[asyncio.Task[None]]) -> None:
-        """Score a group once its siblings have been played, while others are still playing."""
-        await asyncio.wait(siblings)
-        if not any(each.cancelled() or each.exception() for each in siblings):  # the engine failed: the run ends
-            await self.scorer.score(group)
-
     async def _play_until_served(
-        self, rollout: Rollout, problem: Problem, session: EngineSession, temperature: float
+        self,
+        rollout: Rollout,
+        problem: Problem,
+        session: EngineSession,
+        temperature: float,
+        opening: Opening | None,
     ) -> StopReason:
         """`_play`, and again from the start where a server of the run was lost with one of its requests, or a worker
         process with its env."""
         envs_lost = 0
         while True:
             try:
-                return await self._play(rollout, problem, session, temperature)
+                return await self._play(rollout, problem, session, temperature, opening)
             except EngineLostError:
                 if rollout.replayed - envs_lost == MAX_REPLAYS:
                     raise
             except EnvLostError:  # as often as it takes: each time, another rollout was charged with it
                 envs_lost += 1
             rollout.replayed += 1
+            opening = None
             rollout.turns, rollout.reward, rollout.metrics = [], 0.0, {}
 
-    async def _play(self, rollout: Rollout, problem: Problem, session: EngineSession, temperature: float) -> StopReason:
+    async def _play(
+        self,
+        rollout: Rollout,
+        problem: Problem,
+        session: EngineSession,
+        temperature: float,
+        opening: Opening | None,
+    ) -> StopReason:
         """Fill turns, reward and metrics of `rollout`; return why it ended. Its env is closed in the background."""
-        env = self.envs.new(problem)
+        env = self.envs.new(problem) if opening is None else opening.env
         rollout.env_time = env.time
         rollout.tool_use = None if self.tools is None else ToolUse()
         try:
             if isinstance(env, ProgramHandle):
                 return await env.play(rollout, self._seat(rollout, problem, session, temperature))
-            return await self._play_env(env, rollout, problem, session, temperature)
+            first_turn = self._first_turn(env) if opening is None else opening.first_turn
+            return await self._play_env(env, first_turn, rollout, problem, session, temperature)
         finally:
             env.end()
 
     async def _play_env(
-        self, env: EnvHandle, rollout: Rollout, problem: Problem, session: EngineSession, temperature: float
+        self,
+        env: EnvHandle,
+        first_turn: Awaitable[FirstTurn],
+        rollout: Rollout,
+        problem: Problem,
+        session: EngineSession,
+        temperature: float,
     ) -> StopReason:
-        new_messages = await env.reset()
+        new_messages, prompt = await first_turn
         history = list(new_messages)
         tools = () if self.tools is None else self.tools.specs
-        with rendering_fence():
-            prompt = await self.renderer.first_turn(new_messages, tools)
-            check_placeholders(len(prompt.token_ids), prompt.placeholders, prompt.mm_items)
         own = self._own_sampling(temperature)
         branch, starts_over = 0, False
         while True:
@@ -319,44 +390,3 @@ def sampling_seed(run_seed: int, rollout_id: str, turn: int) -> int:
     """
     digest = hashlib.blake2b(f"{run_seed}/{rollout_id}/{turn}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
-
-
-class ContractFault(UserFault):
-    """The task's messages cannot be rendered so that placeholder tokens and images match."""
-
-
-@contextmanager
-def rendering_fence() -> Iterator[None]:
-    """The fence around the task's messages: the renderer, the tokenizer and the image decoders read them, and may raise
-    anything for odd ones. What is missing for every message, such as a package, is no fault of one: `ModelError`
-    passes."""
-    missing: ModelError | None = None
-    with fenced("rendering the messages"):
-        try:
-            yield
-        except ContractError as error:
-            raise ContractFault(str(error)) from error
-        except ModelError as error:
-            missing = error
-    if missing is not None:
-        raise missing
-
-
-def _record_fault(rollout: Rollout, error: UserFault | EngineError | ContractError) -> None:
-    rollout.stop_reason = stop_reason_of(error)
-    rollout.error = error.text if isinstance(error, UserFault) else safe_text(error)
-    rollout.traceback = error.traceback if isinstance(error, UserFault) else None
-    rollout.reward = 0.0
-
-
-def stop_reason_of(error: UserFault | EngineError | ContractError) -> StopReason:
-    """The reason under which a fault is recorded."""
-    if isinstance(error, TaskCodeError | RewardError):
-        return error.stop_reason
-    if isinstance(error, ImageError):
-        return StopReason.IMAGE_ERROR
-    if isinstance(error, EngineError):
-        return StopReason.ENGINE_ERROR
-    if isinstance(error, (ContractError, ContractFault)):
-        return StopReason.CONTRACT
-    return StopReason.TASK_ERROR

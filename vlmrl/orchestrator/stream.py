@@ -27,6 +27,7 @@ from typing import Protocol
 
 from vlmrl.errors import BadRowsError, UserFault
 from vlmrl.orchestrator.bad_rows import BadRowWatch
+from vlmrl.orchestrator.opening import Opening
 from vlmrl.orchestrator.task_threads import TaskThreads
 from vlmrl.record.faults import fault_kind
 from vlmrl.record.step_log import Phase
@@ -53,6 +54,8 @@ class Drawn:
     problem: Problem | None
     fault: UserFault | None = None
     """Not None: the group is not played, and each of its rollouts records this fault."""
+    openings: tuple[Opening, ...] = ()
+    """One per sibling where the group was opened ahead."""
 
 
 class Indices:

@@ -21,8 +21,8 @@ import numpy as np
 
 from vlmrl.config.trainer import Demonstrations, SFTConfig
 from vlmrl.errors import ConfigError, TaskError, UserFault
+from vlmrl.orchestrator.fences import rendering_fence, stop_reason_of
 from vlmrl.orchestrator.fit import bad_row, too_long
-from vlmrl.orchestrator.rollout import rendering_fence, stop_reason_of
 from vlmrl.orchestrator.stream import Drawn, PassWatch
 from vlmrl.rendering.renderer import Renderer
 from vlmrl.tasks.base import FromRow, NoProblem, Problem, Task

@@ -267,7 +267,7 @@ STEP_KEYS: dict[str, StepKey] = {
     "time/train": StepKey("s", "Time of forward, backward and optimizer."),
     "time/sync": StepKey("s", "Time to publish the new weights to the engine."),
     "time/vision_gap": _sometimes("s", "Time of the blind control. Steps with vision_gap/blank."),
-    "time/rollout_span": _sometimes("s", "Time from the start of the step's rollouts to their end."),
+    "time/rollout_span": _sometimes("s", "Time from when the step's rollouts may start to the end of the last one."),
     "time/engine_idle": _sometimes("s", "Time in which no training rollout ran."),
     "time/elapsed": _sometimes("s", "Wall-clock time of the run so far, segments before a resume included."),
     "throughput/tokens_per_s": StepKey("tokens/s", "Tokens of the rollouts, each once, over time/step."),

@@ -19,7 +19,7 @@ import numpy as np
 from vlmrl.config.run import RunConfig
 from vlmrl.errors import ConfigError, UserFault, VlmrlError, fenced
 from vlmrl.models.checkpoints.load import resolve_checkpoint
-from vlmrl.orchestrator.rollout import rendering_fence, stop_reason_of
+from vlmrl.orchestrator.fences import rendering_fence, stop_reason_of
 from vlmrl.orchestrator.scoring import Scorer, seen_images
 from vlmrl.orchestrator.supervised import demonstrate, first_index
 from vlmrl.orchestrator.task_threads import TaskThreads

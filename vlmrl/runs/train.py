@@ -6,6 +6,7 @@ import dataclasses
 from functools import partial
 from typing import Any
 
+from vlmrl.inference.vllm.engine import VllmEngine
 from vlmrl.orchestrator.faults import FaultWatch
 from vlmrl.orchestrator.length import Length
 from vlmrl.orchestrator.loop import ExitReason, Loop
@@ -39,7 +40,11 @@ def loop_of(run: Run) -> Loop:
         algorithm=config.algorithm.for_answers_up_to(config.orchestrator.max_new_tokens),
         length=Length(problems, run.steps, config.trainer.max_epochs),
         vocab_size=embeddings.num_embeddings,
-        runner=dataclasses.replace(run.evaluator.runner, truncation=Truncation.learned(config)),
+        runner=dataclasses.replace(
+            run.evaluator.runner,
+            truncation=Truncation.learned(config),
+            prefetch=run.engine.prefetch if isinstance(run.engine, VllmEngine) else None,
+        ),
         engine=run.engine,
         trainer=run.trainer,
         weight_sync=run.weight_sync,

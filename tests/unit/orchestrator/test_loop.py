@@ -7,6 +7,7 @@ import itertools
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from support.drawn_problems import NumberedProblems
 from support.loop_world import GROUPS, SIBLINGS, World, indices_of
 from vlmrl.config.algorithm import Advantage, AlgorithmConfig, FilterConfig, FilterMode, KLConfig, Loss, RefillConfig
 from vlmrl.config.critic import GAEConfig
@@ -154,6 +156,39 @@ def test_stale_rollouts_are_dropped_and_counted() -> None:
     world.run(steps=2)
     assert world.learned == [[], []]
     assert world.metrics_of[2][f"rollouts/dropped/{DropReason.STALE}"] == GROUPS * SIBLINGS
+
+
+@pytest.mark.parametrize("max_staleness", [0, 2])
+def test_the_first_groups_of_a_step_are_opened_while_the_step_before_is_learned(max_staleness: int) -> None:
+    world = World()
+    opened_at: dict[int, list[int]] = {}
+    world.during["step 2"] = lambda: opened_at.update({2: list(world.opened)})
+    assert world.run(steps=6, max_staleness=max_staleness) == "finished"
+    first = (1 + max_staleness) * GROUPS
+    assert world.opened == list(range(first, 6 * GROUPS)), "each once, in order, and none after the last step"
+    assert opened_at[2][-1] >= first + 2 * GROUPS - 1
+    assert not world.discarded
+    assert [indices_of(asked) for asked in world.asked] == [[2 * step, 2 * step + 1] for step in range(6)]
+
+
+def test_groups_that_a_curriculum_chooses_are_not_opened_ahead() -> None:
+    """Which problems a step plays rests on the rewards of the step before."""
+    world = World()
+    stream = NumberedProblems()
+    stream.chooser = SimpleNamespace()  # type: ignore[assignment]
+    assert world.run(steps=3, stream=stream) == "finished"
+    assert not world.opened
+
+
+def test_what_was_opened_for_a_step_that_is_not_played_is_discarded() -> None:
+    world = World()
+    world.during["learn 2"] = lambda: world.stop.set()
+    assert world.run(steps=5) == "interrupted"
+    assert world.opened == [2, 3, 4, 5]
+    assert world.events[-1] == "train 3", "its rollouts had begun, so they close their envs themselves"
+    ended = World(reward=lambda kind, index: 1.0)
+    assert ended.run(steps=5, every=1, target=1.0, history=[(1.0, 1.0)]) == "target_reached"
+    assert ended.discarded == ended.opened == [2, 3]
 
 
 # ── ends ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from support.lockstep import BROKEN, CharRenderer, LockstepEngine, Policy, text_of
 from vlmrl.config.algorithm import Truncated
 from vlmrl.errors import EngineError, EngineLostError, UserFault
-from vlmrl.orchestrator import rollout as rollout_module
+from vlmrl.orchestrator import fences
 from vlmrl.orchestrator.envs.threads import ThreadEnvs
 from vlmrl.orchestrator.metrics import bridge_break_rate, history_metrics
 from vlmrl.orchestrator.rollout import MAX_REPLAYS, RolloutRunner, sampling_seed
@@ -483,7 +483,7 @@ def test_messages_that_cannot_be_rendered_cost_their_rollout_alone(
     assert good.stop_reason is StopReason.TERMINATED
 
 
-@pytest.mark.parametrize("fence", [open_env, rollout_module])
+@pytest.mark.parametrize("fence", [open_env, fences])
 def test_without_its_fence_a_fault_would_end_the_run(fence: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests above can fail."""
     monkeypatch.setattr(fence, "fenced", lambda *_: contextlib.nullcontext())

@@ -23,7 +23,7 @@ from support.packages import needs_videos
 from support.video_files import encoded, moving
 from vlmrl.errors import ModelError
 from vlmrl.models.families import family_of
-from vlmrl.orchestrator.rollout import rendering_fence
+from vlmrl.orchestrator.fences import rendering_fence
 from vlmrl.rendering import item_store, video_files, video_store, videos
 from vlmrl.rendering.images import VideoError
 from vlmrl.rendering.renderer import FamilyRenderer

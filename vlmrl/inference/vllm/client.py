@@ -38,6 +38,7 @@ from vlmrl.inference.vllm.control import ControlClient, ServerLostError, complai
 from vlmrl.inference.vllm.frames import FORGOTTEN, ROUTE, pack_batch, request_header
 from vlmrl.inference.vllm.image_fields import ImageFields
 from vlmrl.inference.vllm.item_encoder import ItemEncoder
+from vlmrl.inference.vllm.prefetched import Prefetched
 from vlmrl.inference.vllm.wire import (
     MAX_LISTED_TOKENS,
     Answer,
@@ -90,6 +91,7 @@ class VllmClient(ControlClient):
         """Hashes of the images and videos whose data the server has received."""
         self._sending: dict[str, asyncio.Event] = {}
         """Hashes of those whose data is being sent; the event is set when it has arrived or was lost."""
+        self._prefetched = Prefetched()
         self._batcher = Batcher(self._http, counts)
         self._written: dict[str, Written] = {}
         """Hash of each image that goes as a picture → what the server writes for it. Its tensors were compared."""
@@ -114,6 +116,23 @@ class VllmClient(ControlClient):
             return await self._generate(rollout_id, prompt, sampling)
         finally:
             self._generating -= 1
+
+    async def prefetch(self, prompt: Prompt) -> None:
+        """Send the images and videos of a later request that the server lacks, if `Prefetched` has room for them. Does
+        nothing for a server without the run's own endpoint. Raises `ServerLostError` and `EngineError`."""
+        if not (self.has_route and self.keeps_images) or not prompt.mm_items:
+            return
+        self._check_takes("ahead")
+        if prompt.videos:
+            await self._check_videos("ahead", prompt)
+        new = {item.hash: self._size_of(item) for item in prompt.mm_items if item.hash not in self._held}
+        if self._prefetched.take(new):
+            await self._send_new_images("ahead", prompt, None)
+
+    def _size_of(self, item: MMItem) -> int:
+        fields = self._fields_of(item.modality)
+        assert fields is not None, "the server takes such items"
+        return data_size(item, self._encoder.dtype, fields)
 
     def _check_takes(self, rollout_id: str) -> None:
         """Raise `EngineError` where the server takes no images."""
@@ -161,6 +180,7 @@ class VllmClient(ControlClient):
 
     async def _generate(self, rollout_id: str, prompt: Prompt, sampling: SamplingParams) -> Answer:
         answer = None
+        self._prefetched.use(item.hash for item in prompt.mm_items)
         if self._takes_pictures(prompt):
             await self._compare_pictures(rollout_id, prompt.images)
         if not prompt.mm_items or (self.keeps_images and await self._send_new_images(rollout_id, prompt, sampling)):
@@ -176,9 +196,9 @@ class VllmClient(ControlClient):
                 self._held.update(item.hash for item in prompt.mm_items)
         return answer
 
-    async def _send_new_images(self, rollout_id: str, prompt: Prompt, sampling: SamplingParams) -> bool:
+    async def _send_new_images(self, rollout_id: str, prompt: Prompt, sampling: SamplingParams | None) -> bool:
         """Send the images and videos of the prompt that the server lacks; False if it has forgotten one in the
-        meantime."""
+        meantime. `sampling` is needed where data goes with a request only."""
         while True:
             new: dict[str, MMItem] = {}
             shown = 0
@@ -203,6 +223,7 @@ class VllmClient(ControlClient):
                 if self.has_route:
                     await self._send_images(rollout_id, data)
                 else:
+                    assert sampling is not None, "without the run's own endpoint nothing is sent ahead"
                     last = prompt.placeholders[shown - 1]
                     end = last.offset + last.length
                     if self._takes_pictures(prompt):

@@ -256,6 +256,14 @@ class VllmEngine:
             f"inference.max_retries={self._config.max_retries} sets; the last error was: {lost}"
         )
 
+    async def prefetch(self, prompt: Prompt) -> None:
+        """Send the images of a prompt to every replica that takes requests, because siblings go to several. It reports
+        no error and tries nothing again: what a server lacks, the request itself sends."""
+        clients = [each.client for each in self.replicas if each.takes_requests and each.client is not None]
+        for error in await asyncio.gather(*(client.prefetch(prompt) for client in clients), return_exceptions=True):
+            if error is not None and not isinstance(error, EngineError | ServerLostError):
+                raise error
+
     async def _replica_of(self, session: VllmSession) -> Replica:
         """The session's replica if it is ready, otherwise the ready one with the fewest sessions. Waits until one is
         ready."""

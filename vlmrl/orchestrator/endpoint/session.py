@@ -27,7 +27,7 @@ from vlmrl.orchestrator.endpoint.conversation import Conversation, conversation_
 from vlmrl.orchestrator.endpoint.refusal import RefusedError
 from vlmrl.orchestrator.endpoint.request import ChatRequest
 from vlmrl.orchestrator.endpoint.sampling import SessionSampling
-from vlmrl.orchestrator.rollout import rendering_fence, stop_reason_of
+from vlmrl.orchestrator.fences import rendering_fence, stop_reason_of
 from vlmrl.rendering.messages import shown_in
 from vlmrl.rendering.renderer import Renderer
 from vlmrl.types import (

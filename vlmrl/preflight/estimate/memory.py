@@ -268,9 +268,9 @@ def server_memory(config: VllmConfig, sizes: Sizes) -> ServerMemory | None:
 
 
 def pixel_bytes(config: RunConfig, episode: EpisodeEstimate) -> int:
-    """Bytes of the images and videos that may be alive at once: those of the batches ahead and of an evaluation, all
-    distinct."""
-    problems = (config.orchestrator.max_staleness + 1) * config.orchestrator.groups_per_step
+    """Bytes of the images and videos that may be alive at once: those of the batches ahead, of the one that is opened
+    while a step is learned, and of an evaluation, all distinct."""
+    problems = (config.orchestrator.max_staleness + 2) * config.orchestrator.groups_per_step
     problems += config.orchestrator.eval.problems
     per_pixel = 3 + family_of(config.model.vlm).processed_bytes_per_pixel
     # A frame of a video is half of a grid of patches, and an image is a grid of its own with its pixels twice.

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from vlmrl.errors import UserFault
-from vlmrl.orchestrator.rollout import rendering_fence
+from vlmrl.orchestrator.fences import rendering_fence
 from vlmrl.orchestrator.scoring import seen_images
 from vlmrl.rendering.renderer import Renderer
 from vlmrl.runs.preview.grading import Graded, Grader
