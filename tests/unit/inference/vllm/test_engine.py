@@ -380,6 +380,30 @@ def test_each_images_data_goes_to_each_server_once(servers: Engine, do: Do[Any])
     assert engine.metrics()["wire/bytes_sent"] == 0
 
 
+def test_images_that_were_sent_ahead_survive_an_update_and_are_not_sent_again(servers: Engine, do: Do[Any]) -> None:
+    """They arrive while an update of the weights is under way, and are used after it."""
+    tiny, engine = servers.tiny, servers.engine
+
+    async def scenario() -> None:
+        prompts = [await tiny.prompt(300 + group, 400 + group) for group in range(3)]
+        engine.metrics()
+        tiny.learn_something(11)
+        await asyncio.gather(servers.publish(), *(engine.prefetch(prompt) for prompt in prompts for _ in range(4)))
+        sent = engine.metrics()
+        assert (sent["wire/images_sent"], sent["inference/requests"]) == (6 * len(engine.replicas), 0)
+        asked = [(prompt, name) for prompt in prompts for name in "abcd"]
+        completions = await asyncio.gather(
+            *(servers.ask(prompt, tiny.sampling(i), f"r/{i}/{name}") for i, (prompt, name) in enumerate(asked))
+        )
+        for (prompt, _), completion in zip(asked, completions, strict=True):
+            servers.assert_parity(prompt, completion)
+        used = engine.metrics()
+        assert (used["wire/images_sent"], used["wire/images_forgotten"]) == (0, 0)
+        assert used["inference/requests"] == len(asked)
+
+    do(scenario())
+
+
 def test_a_server_that_has_forgotten_gets_the_data_again(servers: Engine, do: Do[Any]) -> None:
     async def scenario() -> None:
         prompt = await servers.tiny.prompt(31, 32)
