@@ -15,9 +15,9 @@ included, the optimizer's step left out (it is the same for all). Rows:
     padded-compiled       the same, blocks compiled
 
 `computed` counts rows of the language model, padding too. MFU: floating-point operations of the computed rows
-(training_batches.py: matrix products alone, the vision tower's included, nothing for recomputation or masked pairs)
-over the time, against a bf16 product of 8192 × 8192 matrices timed in the same run. `loss` and `grad` (norm) are there
-to be compared: the rows of a shape are the same samples.
+as mode=bench counts them (vlmrl/runs/bench/flops.py: matrix products alone, the vision tower's included, nothing for
+recomputation or masked pairs) over the time, against a bf16 product of 8192 × 8192 matrices timed in the same run.
+`loss` and `grad` (norm) are there to be compared: the rows of a shape are the same samples.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
-from training_batches import SHAPES, Shape, Work, make_batch, model_config, patches_of, policy_of, step_flops
+from training_batches import SHAPES, Shape, make_batch, model_config, policy_of
 
 from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.model import Dtype
@@ -42,6 +42,8 @@ from vlmrl.config.trainer import Packing
 from vlmrl.models.attention.fused import Kernel
 from vlmrl.models.blocks import checkpoint_blocks, compile_blocks
 from vlmrl.models.policy import Policy
+from vlmrl.runs.bench.flops import Work, model_flops, patches_of
+from vlmrl.runs.bench.limits import product_flops
 from vlmrl.trainer.forward import loss_logprobs
 from vlmrl.trainer.loss import BatchTotals, LossTokens
 from vlmrl.trainer.objective import policy_loss
@@ -108,7 +110,7 @@ class Bench:
         self.gpu = self.device.type == "cuda"
         memory = torch.cuda.get_device_properties(0).total_memory if self.gpu else 0
         self.budget = arguments.micro_batch_tokens or (16384 if memory > 100 * 2**30 else 8192)
-        self.peak = matmul_flops(self.device)
+        self.peak = product_flops(self.device, torch.bfloat16)
 
     def run(self) -> None:
         name = torch.cuda.get_device_name(0) if self.gpu else platform.machine()
@@ -192,7 +194,7 @@ class Bench:
                 seconds.append(time.perf_counter() - began)
         median = statistics.median(seconds[1:])
         squares = [p.grad.float().square().sum() for p in policy.model.parameters() if p.grad is not None]
-        flops = step_flops(policy.model, done.work)
+        flops = model_flops(policy.model, done.work)
         peak = torch.cuda.max_memory_allocated() / 2**30 if self.gpu else 0.0
         return (
             f"{median:.3f} | {done.tokens / median:.0f} | {done.work.rows} | {done.work.rows / median:.0f} "
@@ -237,7 +239,8 @@ def packed_step(
         pairs.append((batch.position_ids[0] + 1).sum())
         done.work.rows += len(batch.token_ids)
         done.work.head_rows += len(batch.loss_rows)
-        done.work.images = [*done.work.images, *(n for item in batch.mm_items for n in patches_of(item))]
+        done.work.images += [n for item in batch.mm_items for n in patches_of(item)]
+        done.work.features += sum(item.num_tokens for item in batch.mm_items)
     done.loss, done.work.pairs = float(torch.stack(losses).sum()), int(torch.stack(pairs).sum())
     return done
 
@@ -272,7 +275,8 @@ def padded_step(policy: Policy, samples: Sequence[TrainingSample], budget: int) 
         done.work.rows += work.rows
         done.work.pairs += work.pairs
         done.work.head_rows += work.head_rows
-        done.work.images = [*done.work.images, *work.images]
+        done.work.images += work.images
+        done.work.features += work.features
     done.loss = float(torch.stack(losses).sum())
     return done
 
@@ -305,6 +309,7 @@ def _padded_logprobs(policy: Policy, chunk: Sequence[TrainingSample]) -> tuple[T
         pairs=len(chunk) * longest * (longest + 1) // 2,
         head_rows=out.logits.shape[0] * out.logits.shape[1],
         images=[count for image in images for count in patches_of(image)],
+        features=sum(image.num_tokens for image in images),
     )
     mask = padded([sample.loss_mask for sample in chunk])[:, first:]
     return log_probs.gather(-1, ids[:, first:, None])[..., 0], mask, work
@@ -341,26 +346,6 @@ class checkpointed:  # noqa: N801
     def __exit__(self, *_: object) -> None:
         if self.on:
             self.model.gradient_checkpointing_disable()
-
-
-def matmul_flops(device: torch.device) -> float:
-    """Operations per second of a large product in bfloat16, the best of ten."""
-    size = 8192 if device.type == "cuda" else 256
-    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
-    best = float("inf")
-    for _ in range(10):
-        if device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            begin.record()
-            a @ b
-            end.record()
-            torch.cuda.synchronize()
-            best = min(best, begin.elapsed_time(end) / 1000)
-        else:
-            began = time.perf_counter()
-            a @ b
-            best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
 
 
 if __name__ == "__main__":

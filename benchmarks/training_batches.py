@@ -1,4 +1,4 @@
-"""Batches of training samples for the benchmarks of the trainer, and what a forward pass over them costs.
+"""Batches of training samples for the benchmarks of the trainer.
 
 Samples come by the product's own path (renderer, image processor) from prompts that are made here; what the policy
 "sampled" is random, so that siblings differ from their first token on: the least that a prefix tree can share.
@@ -12,7 +12,6 @@ Samples come by the product's own path (renderer, image processor) from prompts 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,7 +38,7 @@ from vlmrl.models.families.positions import position_function
 from vlmrl.models.policy import Policy
 from vlmrl.rendering.renderer import Renderer, make_renderer
 from vlmrl.tasks.color_codeword import ColorCodeword
-from vlmrl.types import Image, Message, MMItem, TrainingSample, Video, mm_token_type_ids
+from vlmrl.types import Image, Message, TrainingSample, Video, mm_token_type_ids
 
 CONF = Path(__file__).parent.parent / "conf" / "model"
 MERGE = 2
@@ -174,48 +173,3 @@ def _sample(group: int, index: int, prompt: Any, sampled: np.ndarray) -> Trainin
         placeholders=prompt.placeholders,
         mm_items=prompt.mm_items,
     )
-
-
-# ── operations ──────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass
-class Work:
-    """What the forward passes over a batch computed."""
-
-    rows: int = 0
-    """Token positions of the language model."""
-    pairs: int = 0
-    """(query, key) pairs of its attention that are not masked."""
-    head_rows: int = 0
-    """Positions whose logits were computed."""
-    images: Sequence[int] = ()
-    """Patches of each image, or of each pair of a video's frames, that went through the tower, as often as it did."""
-
-
-def patches_of(item: MMItem) -> list[int]:
-    """Patches that attend to each other in the vision tower: those of an image, or of each pair of a video's frames."""
-    pairs, rows, columns = (int(count) for count in item.mm_kwargs[f"{item.modality}_grid_thw"][0])
-    return [rows * columns] * pairs
-
-
-def step_flops(model: Any, work: Work) -> float:
-    """Floating-point operations of the matrix products of a forward and backward pass over `work`, 2 per multiplication
-    and addition: each product has two in the backward pass, the patch embedding one, since pixels do not learn. Masked
-    pairs, recomputation and everything that is no product count as nothing. Without attention it is what torch's
-    FlopCounterMode counts, to the last one."""
-    config = model.config
-    text, vision = config.text_config, config.vision_config
-    counted = {"text": 0, "vision": 0, "merger": 0}
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and "lm_head" not in name:
-            part = "text" if "language_model" in name else "merger" if "merger" in name else "vision"
-            counted[part] += module.weight.numel()
-    embedding = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * vision.hidden_size
-    patches = sum(work.images)
-    flops = 2.0 * counted["text"] * work.rows
-    flops += 4.0 * text.num_hidden_layers * text.num_attention_heads * text.head_dim * work.pairs
-    flops += 2.0 * text.vocab_size * text.hidden_size * work.head_rows
-    flops += 2.0 * (counted["vision"] + embedding) * patches + 2.0 * counted["merger"] * patches / MERGE**2
-    flops += 4.0 * vision.depth * vision.hidden_size * sum(n * n for n in work.images)
-    return float(3 * flops - 2.0 * embedding * patches)

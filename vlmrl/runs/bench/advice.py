@@ -113,6 +113,24 @@ def use_spare_gpus(found: Measured) -> Advice | None:
     )
 
 
+def train_on_spare_gpus(found: Measured) -> Advice | None:
+    """Training bounds the step, and the machine has GPUs that nothing uses."""
+    training, config = found.times.training, found.config
+    samples_here = not isinstance(config.inference, VllmConfig) and config.trainer.sharding is not Sharding.none
+    bounds = not found.is_asynchronous or found.times.idle >= found.times.waiting
+    if not found.spare_gpus or samples_here or not bounds or not _stands_out(found, training):
+        return None
+    ranks = found.ranks + found.spare_gpus
+    if config.orchestrator.groups_per_step * config.orchestrator.group_size < ranks:
+        return None
+    return Advice(
+        training,
+        f"training takes {_percent(found, training)}, and {found.spare_gpus} GPUs are not used: start {ranks} ranks "
+        f"with torchrun --nproc-per-node={ranks} -m vlmrl",
+        (),
+    )
+
+
 def use_decode_graphs(found: Measured) -> Advice | None:
     """Servers on GPUs decode without CUDA graphs."""
     own, seconds = found.config.inference, found.times.kinds[SAMPLING]
@@ -278,6 +296,19 @@ def faster_weight_sync(found: Measured) -> Advice | None:
     return None
 
 
+def slow_recording(found: Measured) -> Advice | None:
+    """The loop waits until a step is recorded."""
+    seconds = found.times.recording
+    if not found.config.monitor.record_rollouts or not _stands_out(found, seconds):
+        return None
+    return Advice(
+        seconds,
+        f"the loop waits for the record for {_percent(found, seconds)}; a faster disk for hydra.run.dir helps as well, "
+        "and keeps what replay and report show",
+        ("monitor.record_rollouts=false",),
+    )
+
+
 def slow_drawing(found: Measured) -> Advice | None:
     """Making the problems takes a large part of a step. No key makes the task's own `problem` faster."""
     return _without_a_key(found, DRAWING, "drawing problems, the task's own code and data,")
@@ -306,6 +337,7 @@ RULES: Sequence[Callable[[Measured], Advice | None]] = (
     sample_and_train_at_once,
     roll_out_further_ahead,
     use_spare_gpus,
+    train_on_spare_gpus,
     use_decode_graphs,
     larger_micro_batches,
     adamw_on_the_gpu,
@@ -315,6 +347,7 @@ RULES: Sequence[Callable[[Measured], Advice | None]] = (
     gather_once_a_step,
     task_in_processes,
     faster_weight_sync,
+    slow_recording,
     slow_drawing,
     slow_rendering,
     slow_rewards,

@@ -64,11 +64,23 @@ def patches_of(item: MMItem, patch_size: int = 0) -> list[int]:
     if grid is not None:
         pairs, rows, columns = (int(count) for count in grid[0])
         return [rows * columns] * pairs
-    pixels = next((array for array in item.mm_kwargs.values() if array.dtype.kind == "f" and array.ndim >= 4), None)
-    if pixels is None or not patch_size:
+    pixels = next((array for array in item.mm_kwargs.values() if array.dtype.kind == "f" and array.ndim >= 3), None)
+    if pixels is None:
+        return []
+    if pixels.ndim == 3:  # [images or tiles, patches, numbers of a patch]
+        return [pixels.shape[1]] * pixels.shape[0]
+    if not patch_size:
         return []
     height, width = pixels.shape[-2:]
     return [(height // patch_size) * (width // patch_size)] * int(np.prod(pixels.shape[:-3]))
+
+
+def patch_size_of(model: Any) -> int:
+    """Pixels per side of a patch of the vision tower; 0 where its config does not tell."""
+    size = getattr(getattr(model.config, "vision_config", None), "patch_size", 0)
+    if isinstance(size, list | tuple):
+        size = size[0]
+    return size if isinstance(size, int) else 0
 
 
 def work_of(
@@ -152,16 +164,16 @@ def model_flops(model: Any, work: Work, *, backward: bool = True, encoded: float
     def attention(factor: float, flows: bool) -> float:
         return factor * (3 if backward and flows else 1)
 
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    layers = _attending_layers(text)
+    queries, _ = _attention_widths(model)
     flops = of("text", work.rows) + of("head", work.head_rows)
-    flops += attention(4.0 * layers * text.num_attention_heads * head_dim * work.pairs, text_learns)
+    flops += attention(4.0 * queries * work.pairs, text_learns)
     vision = getattr(model.config, "vision_config", None)
     if vision is not None and work.images:
         depth = getattr(vision, "fullatt_block_indexes", None)
         count = len(depth) if depth else int(getattr(vision, "depth", 0) or getattr(vision, "num_hidden_layers", 0))
         square = sum(patches * patches for patches in work.images)
-        of_tower = of("tower", sum(work.images)) + attention(4.0 * count * vision.hidden_size * square, tower_learns)
+        width = getattr(vision, "hidden_size", 0)
+        of_tower = of("tower", sum(work.images)) + attention(4.0 * count * width * square, tower_learns)
         flops += encoded * (of_tower + of("projector", work.features))
     return float(flops)
 
@@ -175,18 +187,30 @@ def read_bytes(model: Any, weight_bytes: int) -> float:
 
 def cache_bytes(model: Any, number_bytes: int) -> float:
     """Bytes of the keys and values of one token, at `number_bytes` bytes a number."""
-    text = model.config.get_text_config()
+    _, keys = _attention_widths(model)
+    return float(2 * keys * number_bytes)
+
+
+OUTPUT_NAMES = ("o_proj", "out_proj", "dense")
+"""What transformers calls the product behind an attention."""
+
+
+def _attention_widths(model: Any) -> tuple[int, int]:
+    """Numbers of a token's queries and of its keys, over all layers that attend to earlier tokens. They are read from
+    the layers, because in some families (Gemma 4) they differ from layer to layer."""
+    queries = keys = 0
+    for module in model.base_model.get_decoder().modules():
+        output = next((getattr(module, name) for name in OUTPUT_NAMES if hasattr(module, name)), None)
+        if output is None or not hasattr(module, "q_proj"):
+            continue
+        queries += output.in_features
+        keys += module.k_proj.out_features if getattr(module, "k_proj", None) is not None else 0
+    if queries:
+        return queries, keys
+    text = model.config.get_text_config()  # a family with one product for queries, keys and values
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    return float(2 * _attending_layers(text) * heads * head_dim * number_bytes)
-
-
-def _attending_layers(text: Any) -> int:
-    """Layers that attend to earlier tokens; others carry a state."""
-    kinds = getattr(text, "layer_types", None)
-    if not kinds:
-        return int(text.num_hidden_layers)
-    return sum("attention" in kind and kind != "linear_attention" for kind in kinds)
+    return text.num_hidden_layers * text.num_attention_heads * head_dim, text.num_hidden_layers * heads * head_dim
 
 
 def _products(model: Any, text: Any) -> tuple[dict[str, _Passes], dict[str, bool]]:

@@ -18,7 +18,7 @@ from vlmrl.preflight.estimate.plan import planned_memory
 from vlmrl.preflight.machine import Machine, find_machine
 from vlmrl.preflight.places import processes
 from vlmrl.runs.bench.activity import TimedEngine
-from vlmrl.runs.bench.flops import Work, cache_bytes, model_flops, read_bytes, work_of, work_of_step
+from vlmrl.runs.bench.flops import Work, cache_bytes, model_flops, patch_size_of, read_bytes, work_of, work_of_step
 from vlmrl.runs.bench.limits import Answer, SamplingCosts, Speeds, sampling_seconds
 from vlmrl.runs.bench.measured import Measured, Memory, StepRecord, Times, Tokens
 from vlmrl.runs.build import Run
@@ -84,13 +84,8 @@ def _work(run: Run, batch: Batch, ranks: int) -> Work:
         seed=config.seed,
         version=batch.version,
         ranks=ranks,
-        patch_size=_patch_size(run),
+        patch_size=patch_size_of(run.policy.model),
     )
-
-
-def _patch_size(run: Run) -> int:
-    size = getattr(getattr(run.policy.model.config, "vision_config", None), "patch_size", 0)
-    return size if isinstance(size, int) else 0
 
 
 def _encoded(taken: Taken) -> float:

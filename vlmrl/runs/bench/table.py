@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vlmrl.preflight.estimate.plan import size
+from vlmrl.runs.bench.activity import SAMPLING
 from vlmrl.runs.bench.advice import STANDS_OUT, Advice
 from vlmrl.runs.bench.measured import Measured
 
@@ -81,13 +82,22 @@ def _memory(found: Measured) -> str:
 def verdict_rows(found: Measured, advice: Sequence[Advice]) -> dict[str, str]:
     """What bounds the step, and what to set; the last lines of a bench."""
     name, seconds = largest(found)
-    rows = {"bounded by": f"{name}: {found.share(seconds):.0%} of a step"}
+    rows = {"bounded by": f"{name}: {found.share(seconds):.0%} of a step{_beside_its_limit(found, name)}"}
     for number, each in enumerate(advice, 1):
-        settings = " ".join(each.settings) or "no key of vlmrl makes it faster"
+        settings = " ".join(each.settings) or "(no key)"
         rows[f"{number}."] = f"{settings}: {each.finding}"
     if not advice:
         rows["set"] = f"nothing: no part above {STANDS_OUT:.0%} of a step has a setting that would make it faster"
     return rows
+
+
+def _beside_its_limit(found: Measured, part: str) -> str:
+    if part == "training":
+        return f", at {found.train_share:.1%} of what products reach on this device"
+    if part == "sampling" and found.least_sampling is not None:
+        limit = found.least_sampling / max(found.times.kinds[SAMPLING], 1e-9)
+        return f", at {limit:.1%} of what reading weights and cache allows"
+    return ""
 
 
 def largest(found: Measured) -> tuple[str, float]:

@@ -72,6 +72,20 @@ CASES = (
         ("inference.replicas=3",),
     ),
     Case(
+        "train_on_spare_gpus",
+        ASYNC,
+        change(spare_gpus=2, times=times({SAMPLING: 5.0}, waiting=0.1)),
+        change(spare_gpus=2, times=times({SAMPLING: 9.9}, waiting=5.0)),  # rollouts bound the step
+        (),
+    ),
+    Case(
+        "train_on_spare_gpus",
+        (*GPU, "trainer.sharding=none"),
+        change(spare_gpus=2),
+        change(spare_gpus=0),
+        (),
+    ),
+    Case(
         "use_decode_graphs",
         (*ASYNC, "inference.enforce_eager=true"),
         change(times=times({SAMPLING: 1.1})),
@@ -156,6 +170,13 @@ CASES = (
         change(times=times(syncing=1.1)),
         change(times=times(syncing=0.9)),
         ("weight_sync.verify=false",),
+    ),
+    Case(
+        "slow_recording",
+        (),
+        change(times=times(recording=1.1)),
+        change(times=times(recording=0.9)),
+        ("monitor.record_rollouts=false",),
     ),
     Case("slow_drawing", (), change(times=times({DRAWING: 1.1})), change(times=times({DRAWING: 0.9})), ()),
     Case("slow_rendering", (), change(times=times({RENDERING: 1.1})), change(times=times({RENDERING: 0.9})), ()),

@@ -72,10 +72,15 @@ def test_the_verdict() -> None:
     found = measured(config_of())
     advice = [Advice(3.0, "it takes 30% of a step", ("a=1", "b=2")), Advice(1.0, "it waits", ())]
     assert verdict_rows(found, advice) == {
-        "bounded by": "sampling: 50% of a step",
+        "bounded by": "sampling: 50% of a step, at 20.0% of what reading weights and cache allows",
         "1.": "a=1 b=2: it takes 30% of a step",
-        "2.": "no key of vlmrl makes it faster: it waits",
+        "2.": "(no key): it waits",
     }
+    slow = measured(config_of(), times=times(training=9.0))
+    assert (
+        verdict_rows(slow, [])["bounded by"]
+        == "training: 90% of a step, at 12.5% of what products reach on this device"
+    )
     assert verdict_rows(found, [])["set"].startswith("nothing: no part above 10% of a step")
 
 
