@@ -62,6 +62,9 @@ class Activity:
     ...         pass
     >>> {kind: seconds for kind, seconds in activity.seconds().items() if seconds}
     {'task': 1.0, 'sampling': 3.0}
+
+    The seconds while the trainer waits for rollouts are also kept apart: envs and prompts of the next step are opened
+    while it trains.
     """
 
     def __init__(self, order: Sequence[str], clock: Callable[[], float] = time.perf_counter) -> None:
@@ -69,6 +72,8 @@ class Activity:
         self._clock = clock
         self._running = dict.fromkeys(KINDS, 0)
         self._seconds = dict.fromkeys(KINDS, 0.0)
+        self._awaited = dict.fromkeys(KINDS, 0.0)
+        self._waits = False
         self._since: float | None = None
 
     @contextmanager
@@ -93,11 +98,28 @@ class Activity:
         self._add()
         return dict(self._seconds)
 
+    def awaited(self) -> dict[str, float]:
+        """The same, of the time in which the trainer waited for rollouts."""
+        self._add()
+        return dict(self._awaited)
+
+    @contextmanager
+    def trainer_waits(self) -> Iterator[None]:
+        """Enter this while the trainer waits for rollouts."""
+        self._add()
+        self._waits = True
+        try:
+            yield
+        finally:
+            self._add()
+            self._waits = False
+
     def _add(self) -> None:
         now = self._clock()
         first = next((kind for kind in self._order if self._running[kind]), None)
         if first is not None and self._since is not None:
             self._seconds[first] += now - self._since
+            self._awaited[first] += (now - self._since) * self._waits
         self._since = now
 
 

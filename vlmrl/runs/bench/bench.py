@@ -19,7 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import orjson
 import torch
@@ -30,7 +30,7 @@ from vlmrl.config.monitor import BlindGuard, WandbMode
 from vlmrl.config.run import RunConfig
 from vlmrl.monitor.monitor import Monitor
 from vlmrl.orchestrator.length import Length
-from vlmrl.orchestrator.loop import ExitReason
+from vlmrl.orchestrator.loop import ExitReason, Loop
 from vlmrl.record.bad_rows import BadRowRecord
 from vlmrl.record.faults import FaultRecord
 from vlmrl.record.files import disk_errors, write_bytes_atomically
@@ -120,22 +120,34 @@ async def _take_steps(run: Run, last: int, engine: TimedEngine, recorder: _Recor
     """Run the run's own loop up to step `last`, with its parts timed and nothing saved."""
     loop = loop_of(run)
     time_drawing(loop.problems, engine.activity)
-    ahead = run.config.orchestrator.max_staleness
-    return await dataclasses.replace(
-        loop,
-        length=_MoreAhead(loop.problems, last + ahead, last=last),
-        runner=timed(loop.runner, engine),
-        engine=engine,
-        trainer=cast("Trainer", trainer),
-        recorder=recorder,
-        checkpoint=lambda step: None,
-    ).run()
+    ahead = run.config.orchestrator.max_staleness + 1
+    changed = {
+        "length": _MoreAhead(loop.problems, last + ahead, last=last),
+        "runner": timed(loop.runner, engine),
+        "engine": engine,
+        "trainer": trainer,
+        "recorder": recorder,
+        "checkpoint": lambda step: None,
+    }
+    parts = {field.name: getattr(loop, field.name) for field in dataclasses.fields(loop) if field.init}
+    return await _TimedLoop(**{**parts, **changed}, activity=engine.activity).run()
+
+
+@dataclass(eq=False)
+class _TimedLoop(Loop):
+    """The loop, which says when the trainer waits for rollouts."""
+
+    activity: Activity = field(default_factory=lambda: Activity(ENGINE_WAITS))
+
+    async def next_batch(self, step: int) -> list[Group] | None:
+        with self.activity.trainer_waits():
+            return await super().next_batch(step)
 
 
 @dataclass(frozen=True)
 class _MoreAhead(Length):
-    """Ends after `last`, while batches of later steps roll out: without them the engine would run empty during the last
-    measured steps."""
+    """Ends after `last`, while batches of later steps roll out or are opened: without them the last measured steps
+    would have less to do than the others."""
 
     last: int = 0
 
@@ -173,7 +185,9 @@ class _Recorder:
         self.monitor.step(step, metrics, groups)
         ended = time.perf_counter()
         rollouts = [rollout for group in groups for rollout in group.rollouts]
-        self.steps.append(StepRecord(metrics, rollouts, ended - began, ended, self.activity.seconds()))
+        self.steps.append(
+            StepRecord(metrics, rollouts, ended - began, ended, self.activity.seconds(), self.activity.awaited())
+        )
 
     @property
     def ends_blind(self) -> bool:

@@ -31,6 +31,8 @@ class StepRecord:
     """When that was done, in seconds of a clock."""
     activity: Mapping[str, float]
     """`Activity.seconds` at that time."""
+    awaited: Mapping[str, float]
+    """`Activity.awaited` at that time."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,11 @@ class Times:
     recording: float
     other: float
     kinds: Mapping[str, float]
-    """Kind of `activity.KINDS` → seconds in which it was going on, on the rollouts' side."""
+    """Kind of `activity.KINDS` → seconds in which it was going on, on the rollouts' side. Of an on-policy run, those in
+    which the trainer waited for it."""
 
     @staticmethod
-    def of(before: StepRecord, steps: Sequence[StepRecord]) -> Times:
+    def of(before: StepRecord, steps: Sequence[StepRecord], *, is_asynchronous: bool) -> Times:
         """`before` is the step before the first of `steps`."""
         count = len(steps)
         step = (steps[-1].ended - before.ended) / count
@@ -62,7 +65,9 @@ class Times:
         waiting, training, syncing = mean("time/rollout"), mean("time/train"), mean("time/sync")
         preparing = max(0.0, mean("time/step") - waiting - training - syncing)
         recording = sum(each.recording_s for each in steps) / count
-        kinds = difference(steps[-1].activity, before.activity)
+        kinds = difference(steps[-1].awaited, before.awaited)
+        if is_asynchronous:
+            kinds = difference(steps[-1].activity, before.activity)
         return Times(
             step=step,
             waiting=waiting,

@@ -60,7 +60,7 @@ def measured_of(run: Run, speeds: Speeds, taken: Taken) -> Measured:
     return Measured(
         config=config,
         step_seconds=tuple(later - earlier for earlier, later in pairwise(ends)),
-        times=Times.of(taken.before, taken.steps),
+        times=Times.of(taken.before, taken.steps, is_asynchronous=config.orchestrator.max_staleness > 0),
         tokens=tokens,
         speeds=speeds,
         ranks=ranks,

@@ -61,6 +61,22 @@ def test_an_engine_that_goes_on() -> None:
     assert difference(activity.seconds(), before)[SAMPLING] == 7.0
 
 
+def test_what_the_trainer_waits_for() -> None:
+    """It waits from second 3 to 5, of which one second belongs to the task."""
+    clock = Clock()
+    activity = Activity(ENGINE_WAITS, clock)
+    activity.begin(SAMPLING)
+    activity.begin(TASK)
+    clock.now = 3.0
+    with activity.trainer_waits():
+        clock.now = 4.0
+        activity.end(TASK)
+        clock.now = 5.0
+    clock.now = 7.0
+    assert {kind: each for kind, each in activity.awaited().items() if each} == {TASK: 1.0, SAMPLING: 1.0}
+    assert {kind: each for kind, each in activity.seconds().items() if each} == {TASK: 4.0, SAMPLING: 3.0}
+
+
 def test_problems_that_are_drawn_in_threads() -> None:
     activity = Activity(ENGINE_GOES_ON)
 

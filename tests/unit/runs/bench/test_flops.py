@@ -173,7 +173,7 @@ def test_a_cached_tower_costs_nothing(tiny_model: Callable[[], Any]) -> None:
 def test_other_families(family: str, within: float, family_folder: Callable[[str], Path]) -> None:
     """Mistral 3 to the last operation; Gemma 4 has products of its own, and heads that differ from layer to layer."""
     folder = family_folder(family)
-    model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     samples = family_samples(family, folder, model.config.image_token_id).samples
     work = work_of(samples, Packing.tree, 4096, patch_size=patch_size_of(model))
     found = model_flops(model, Work(rows=work.rows, images=work.images, features=work.features))

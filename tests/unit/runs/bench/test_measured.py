@@ -12,18 +12,26 @@ from vlmrl.runs.bench.measured import StepRecord, Times
 from vlmrl.runs.bench.table import as_json, largest, limit_rows, part_rows, verdict_rows
 
 
-def record(ended: float, sampling: float, *, rollout: float = 1.0, train: float = 2.0) -> StepRecord:
+def record(
+    ended: float, sampling: float, *, rollout: float = 1.0, train: float = 2.0, opening: float = 0.0
+) -> StepRecord:
+    """A step that ended at a time, up to which engine and envs were busy for so many seconds; envs while it trained."""
     metrics = {"time/step": rollout + train + 0.75, "time/rollout": rollout, "time/train": train, "time/sync": 0.5}
-    return StepRecord(metrics, (), 0.125, ended, dict.fromkeys(KINDS, 0.0) | {SAMPLING: sampling})
+    awaited = dict.fromkeys(KINDS, 0.0) | {SAMPLING: sampling}
+    return StepRecord(metrics, (), 0.125, ended, awaited | {TASK: opening}, awaited)
 
 
 def test_the_trainer_s_side_adds_up_to_the_wall_clock() -> None:
-    found = Times.of(record(10.0, 3.0), [record(14.0, 4.0), record(20.0, 6.0, train=4.0)])
+    steps = [record(14.0, 4.0), record(20.0, 6.0, train=4.0, opening=1.0)]
+    found = Times.of(record(10.0, 3.0), steps, is_asynchronous=False)
     assert found.step == 5.0
     assert (found.waiting, found.training, found.syncing, found.preparing, found.recording) == (1, 3, 0.5, 0.25, 0.125)
     assert found.other == pytest.approx(5.0 - 1 - 3 - 0.5 - 0.25 - 0.125)
     assert found.kinds[SAMPLING] == 1.5, "the seconds before the first measured step do not count"
+    assert found.kinds[TASK] == 0, "envs that are opened while the trainer works cost an on-policy step nothing"
     assert found.idle == 3.5
+    ahead = Times.of(record(10.0, 3.0), steps, is_asynchronous=True)
+    assert (ahead.kinds[SAMPLING], ahead.kinds[TASK], ahead.idle) == (1.5, 0.5, 3.0)
 
 
 def test_the_parts_of_an_on_policy_step_add_up_to_it() -> None:
