@@ -5,7 +5,8 @@
                                                                └─▶ …
 
 The caller may change the tensors as soon as all of them are copied; that is long before the files are on the disk where
-the host has memory for the copies. Where it has not, copying goes on as fast as the disk takes what waits.
+the host has memory for the copies. Where it has not, copying goes on as fast as the disk takes what waits. On a host
+with few cores, files are written once all is copied, or no more may wait: the caller should not wait for the hashing.
 
 SHA-256 is computed one block after the other, about 1.7 GB/s on a core that has instructions for it and 0.4 GB/s on one
 that has not, so only several files at once can be hashed as fast as a disk writes.
@@ -37,7 +38,7 @@ COPYING_THREADS = 4
 WRITING_THREADS = 8
 """How many files are hashed and written at once."""
 
-CHUNK_BYTES = 2**24
+CHUNK_BYTES = 2**25
 """How much is copied, hashed and written at a time."""
 
 DTYPES = {
@@ -56,6 +57,11 @@ Chunk: TypeAlias = NDArray[np.uint8]
 
 Chunks: TypeAlias = "SimpleQueue[Future[Chunk] | None]"
 """The bytes of one file's tensors, in order; None after the last."""
+
+
+def cores() -> int:
+    """How many CPU cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass
@@ -103,6 +109,7 @@ def write_files(files: list[TensorFile], most_bytes: int, copied: Callable[[], N
         try:
             _copy_all(files, queues, waiting)
         finally:
+            waiting.may_write.set()
             for queue in queues:
                 queue.put(None)
         copied()
@@ -118,15 +125,21 @@ class _Waiting:
         self._changed = threading.Condition()
         self.has_failed = False
         """Whether a file cannot be written, so that the others need not be."""
+        self.may_write = threading.Event()
+        if cores() >= COPYING_THREADS + WRITING_THREADS:
+            self.may_write.set()
 
     def reserve(self, count: int) -> bool:
         """Wait until there is room for `count` more bytes. Returns False where a file cannot be written."""
         with self._changed:
-            self._changed.wait_for(
-                lambda: self.has_failed or not self._bytes or self._bytes + count <= self._most_bytes
-            )
+            if not self._has_room(count):
+                self.may_write.set()
+                self._changed.wait_for(lambda: self.has_failed or self._has_room(count))
             self._bytes += count
             return not self.has_failed
+
+    def _has_room(self, count: int) -> bool:
+        return not self._bytes or self._bytes + count <= self._most_bytes
 
     def release(self, count: int) -> None:
         with self._changed:
@@ -180,6 +193,7 @@ def _copy(part: Tensor, pinned: _Pinned) -> Chunk:
 def _write(path: Path, header: bytes, chunks: Chunks, waiting: _Waiting) -> str:
     """Write one file and flush it to the disk → its SHA-256. Raises OSError."""
     digest = hashlib.sha256(header)
+    waiting.may_write.wait()
     try:
         with path.open("wb") as file:
             file.write(header)

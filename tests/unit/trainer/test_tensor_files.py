@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -132,6 +133,32 @@ def test_copies_wait_for_the_disk_where_memory_is_short(tmp_path: Path, monkeypa
     gate.opened.set()
     assert len(finish()) == 12
     assert copied.is_set()
+
+
+@pytest.mark.parametrize(("cores", "most_bytes", "begun"), [(2, MANY, 0), (12, MANY, 8), (2, 5 * 8, 8)])
+@pytest.mark.timeout(60)
+def test_few_cores_copy_first(
+    cores: int, most_bytes: int, begun: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files that are begun before all is copied: none on few cores, unless memory is short."""
+    monkeypatch.setattr(tensor_files, "cores", lambda: cores)
+    monkeypatch.setattr(tensor_files, "CHUNK_BYTES", 8)
+    copy, last = tensor_files._copy, threading.Event()
+
+    def last_waits(part: Tensor, pinned: tensor_files._Pinned) -> tensor_files.Chunk:
+        if part.view(torch.int64)[0] == 11:
+            assert last.wait(30)
+        return copy(part, pinned)
+
+    monkeypatch.setattr(tensor_files, "_copy", last_waits)
+    finish = in_background(several(tmp_path, 12, 4), most_bytes, threading.Event())
+    while len(list(tmp_path.iterdir())) < begun:
+        time.sleep(0.01)
+    if not begun:
+        time.sleep(0.2)
+        assert not list(tmp_path.iterdir())
+    last.set()
+    assert len(finish()) == 12
 
 
 @pytest.mark.timeout(60)
