@@ -37,6 +37,7 @@ HELPERS = (
 SMALL_IMAGES = "--groups 2 --group-size 2 --image-size 64 --new-tokens 8"
 REHEARSALS = {
     "arena.py": "--curves curves.svg",
+    "checkpoints.py": "--gib 0.01 --tensor-mib 0.5 --repeats 1",
     "dataset_start.py": "--rows 60,300 --rounds 1",
     "digits.py": "--seeds 0 trainer.max_steps=2 trainer.warmup.steps=2 orchestrator.eval.problems=4",
     "embedded_gpu.py": (
@@ -67,6 +68,7 @@ REHEARSALS = {
     "mismatch.py": f"--checkpoint TINY --dtype float32 --engines default {SMALL_IMAGES}",
     "rollout_bytes.py": "--run RUN --answer-tokens 20",
     "looking.py": "--steps 1 --seeds 0 --weights 1 trainer.warmup.steps=1 orchestrator.eval.problems=9",
+    "recorder.py": "--pictures 3 --steps 2 --size 32 --repeats 1",
     "references.py": "--sizes tiny --device cpu --shapes codeword --steps 1 --groups 1",
     "refill.py": "--steps 1 --seeds 0",
     "rollout_throughput.py": f"--rounds 1 --turns 1 {SMALL_IMAGES}",
