@@ -32,6 +32,10 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     (("weight_sync=folder",), "weight_sync=folder does not work with inference=embedded.*=in_process"),
     (("inference=vllm", "weight_sync=in_process"), "weight_sync=in_process does not work .* set weight_sync=folder"),
     (
+        ("inference=vllm", "inference.urls=[http://127.0.0.1:8000]", "weight_sync.running_requests=keep"),
+        "running_requests=keep needs servers that the run starts.*=recompute",
+    ),
+    (
         ("inference=vllm", "inference.urls=[http://far:1]"),
         r"weight_sync.root=/dev/shm is in this host's memory, so the server http://far:1 .* or weight_sync=nccl",
     ),

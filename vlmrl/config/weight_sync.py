@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 from omegaconf import MISSING
 
@@ -25,8 +26,29 @@ class InProcessSyncConfig(WeightSyncConfig):
     """For `inference=embedded` only."""
 
 
+class RunningRequests(Enum):
+    """What a request does that runs in a server while new weights come in."""
+
+    recompute = "recompute"
+    keep = "keep"
+
+
 @dataclass
-class FolderSyncConfig(WeightSyncConfig):
+class ServerSyncConfig:
+    """What every way of weight sync to vLLM servers has besides."""
+
+    running_requests: RunningRequests = setting(RunningRequests.recompute, on_resume=Resume.free)
+    """What becomes of requests that run in a server during a weight sync. `recompute`: their keys and values are
+    computed again, so each later token is sampled from exactly the new policy. `keep`: they go on at once with the keys
+    and values of the older weights, which saves up to two seconds after each weight sync, and their later tokens come
+    from neither policy; `mismatch_kl/after_update` says how far they are from the new one. Only for servers that the
+    run starts."""
+    verify: bool = setting(False, on_resume=Resume.free)
+    """After each weight sync, compare the SHA-256 of every weight in every server with the trainer's."""
+
+
+@dataclass
+class FolderSyncConfig(WeightSyncConfig, ServerSyncConfig):
     """Weights go through a folder that trainer and servers both see: one safetensors file per version, which vLLM reads
     in place."""
 
@@ -42,19 +64,17 @@ class FolderSyncConfig(WeightSyncConfig):
 
 
 @dataclass
-class NcclSyncConfig(WeightSyncConfig):
+class NcclSyncConfig(WeightSyncConfig, ServerSyncConfig):
     """Weights go from GPU to GPU through vLLM's weight transfer, for servers on other GPUs than the trainer's, on this
     host or another. The trainer's GPU holds a second copy of the weights in `inference.dtype`, and room for two buckets
     of about half a GiB."""
 
     kind: str = setting("nccl", on_resume=Resume.refused)
     """`nccl` is the fastest way where the trainer has a GPU of its own."""
-    verify: bool = setting(False, on_resume=Resume.free)
-    """After each weight sync, compare the SHA-256 of every weight in every server with the trainer's."""
 
 
 @dataclass
-class CudaIpcSyncConfig(WeightSyncConfig):
+class CudaIpcSyncConfig(WeightSyncConfig, ServerSyncConfig):
     """Weights go through the memory of the one GPU that trainer and servers share, by vLLM's weight transfer. The GPU
     holds a third copy of the weights, in `inference.dtype`, next to the trainer's and the server's.
 
@@ -64,5 +84,3 @@ class CudaIpcSyncConfig(WeightSyncConfig):
 
     kind: str = setting("cuda_ipc", on_resume=Resume.refused)
     """`cuda_ipc` is the fastest way where trainer and servers share one GPU."""
-    verify: bool = setting(False, on_resume=Resume.free)
-    """After each weight sync, compare the SHA-256 of every weight in every server with the trainer's."""

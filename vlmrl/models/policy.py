@@ -128,6 +128,12 @@ class Policy:
         return self._vision.learns
 
     @property
+    def tower_version(self) -> int | None:
+        """A number that changes whenever the weights change that make the features of images. None where they are
+        trained, or where there are none."""
+        return self._vision.version if self._vision.is_there and not self.tower_learns else None
+
+    @property
     def _is_fused(self) -> bool:
         """Whether one kernel computes the attention of a pass (attention/fused.py)."""
         return self.device.type == "cuda" and self.dtype in (torch.bfloat16, torch.float16)

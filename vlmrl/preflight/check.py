@@ -89,6 +89,7 @@ RULES: tuple[Rule, ...] = (
     _of_config(engine.kinds_are_chosen),
     _of_config(engine.servers_have_one_place),
     _of_config(engine.weights_reach_engine),
+    _of_config(engine.kept_requests_stay_apart),
     _of_config(engine.embedded_is_on_policy),
     _of_config(engine.supports_are_reported),
     _of_config(engine.context_holds_samples),

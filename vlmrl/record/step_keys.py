@@ -114,6 +114,10 @@ STEP_KEYS: dict[str, StepKey] = {
     "mismatch_kl/max": StepKey(
         "nats", "The largest of these values, of the token on which engine and trainer differ most."
     ),
+    "mismatch_kl/after_update": _sometimes(
+        "nats per token",
+        "Mean of these values over tokens that the newest weights sampled in answers which older weights began.",
+    ),
     "demonstration_loss": _sometimes(
         "nats per token", "Negative log-likelihood of the step's demonstrations (trainer.warmup.rl_weight), else 0."
     ),

@@ -59,9 +59,12 @@ def make_engine(
     def weights() -> dict[str, Tensor]:
         return published_weights(policy.model, trainer.weights())
 
+    def tower_version() -> int | None:
+        return policy.tower_version
+
     if isinstance(sync, NcclSyncConfig):
-        return servers, NcclSync(servers, weights, sync)
+        return servers, NcclSync(servers, weights, sync, tower_version)
     if isinstance(sync, CudaIpcSyncConfig):
-        return servers, CudaIpcSync(servers, weights, sync)
+        return servers, CudaIpcSync(servers, weights, sync, tower_version)
     assert isinstance(sync, FolderSyncConfig), "preflight refuses a weight sync that vLLM servers cannot receive"
-    return servers, FolderSync(servers, weights, sync)
+    return servers, FolderSync(servers, weights, sync, tower_version)

@@ -19,7 +19,7 @@ from vlmrl.trainer.critic import value_metrics
 from vlmrl.trainer.loss import BatchTotals
 from vlmrl.trainer.objective import loss_metrics, mismatch_kl, reference_kl
 from vlmrl.trainer.outcome import Outcome
-from vlmrl.types import FloatArray, IntArray, TokenMetrics, TrainingSample
+from vlmrl.types import BoolArray, FloatArray, IntArray, TokenMetrics, TrainingSample
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +74,33 @@ def step_metrics(
         **value_metrics(samples),
         **_loss_metrics(first),
     }
+
+
+def after_update_metrics(
+    samples: Sequence[TrainingSample], before: Sequence[TokenMetrics], version: int
+) -> dict[str, float]:
+    """`mismatch_kl/after_update`: over the loss tokens that the weights of `version` sampled in completions which older
+    weights began. Empty where there are none. `before`: of each sample, under the weights of `version`."""
+    late = [_after_update(sample, version) for sample in samples]
+    if not any(mask.any() for mask in late):
+        return {}
+    trainer = np.concatenate([each.trainer_logprobs[mask] for each, mask in zip(before, late, strict=True)])
+    inference = np.concatenate(
+        [sample.inference_logprobs[sample.loss_mask][mask] for sample, mask in zip(samples, late, strict=True)]
+    )
+    total, _ = mismatch_kl(torch.from_numpy(trainer).double(), torch.from_numpy(inference).double())
+    return {"mismatch_kl/after_update": float(total) / len(trainer)}
+
+
+def _after_update(sample: TrainingSample, version: int) -> BoolArray:
+    """bool [loss tokens]: True for those of `version` behind an older token of the same completion. Loss tokens that
+    follow each other are of one completion."""
+    places = np.flatnonzero(sample.loss_mask)
+    versions = sample.versions[places]
+    begins = np.diff(places, prepend=-2) > 1
+    first = versions[np.flatnonzero(begins)][np.cumsum(begins) - 1]
+    later: BoolArray = (versions == version) & (first < version)
+    return later
 
 
 def epoch_metrics(steps: Sequence[OptimizerStep], algorithm: AlgorithmConfig) -> dict[str, float]:

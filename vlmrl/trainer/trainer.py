@@ -31,7 +31,7 @@ from vlmrl.trainer.optimizer import learning_rate
 from vlmrl.trainer.outcome import Outcome
 from vlmrl.trainer.reference import Reference
 from vlmrl.trainer.shares import Share, divide, without_pictures
-from vlmrl.trainer.step_metrics import OptimizerStep, epoch_metrics, step_metrics
+from vlmrl.trainer.step_metrics import OptimizerStep, after_update_metrics, epoch_metrics, step_metrics
 from vlmrl.types import FloatArray, ReferenceScores, StepResult, TokenMetrics, TrainingSample
 
 AnswerT = TypeVar("AnswerT")
@@ -123,9 +123,9 @@ class LocalTrainer:
             own, others = self._together([Skip()] * (self._ranks - 1), self._learner.skip)
             peak = float(max([own, *others]))
             return StepResult(self.version, dict.fromkeys(EMPTY_STEP, 0.0) | {"memory/peak_bytes": peak})
-        rate = learning_rate(self._config, self.version, steps)
-        staleness = self.version - np.concatenate([sample.versions[sample.loss_mask] for sample in samples])
-        parts = optimizer_steps(samples, len(demonstrations), self._algorithm, seed=self._seed, version=self.version)
+        rate, version = learning_rate(self._config, self.version, steps), self.version
+        staleness = version - np.concatenate([sample.versions[sample.loss_mask] for sample in samples])
+        parts = optimizer_steps(samples, len(demonstrations), self._algorithm, seed=self._seed, version=version)
         # Where the first optimizer step has the whole batch, its own forward pass records π_old.
         found = [each.before for each in samples if each.before is not None]
         recorded = found if len(found) == len(samples) else None
@@ -154,7 +154,7 @@ class LocalTrainer:
             if not made[-1].is_made:
                 break
         metrics = step_metrics(samples, made, recorded, staleness, rate) | epoch_metrics(made, self._algorithm)
-        return StepResult(self.version, metrics, before or ())
+        return StepResult(self.version, metrics | after_update_metrics(samples, before or (), version), before or ())
 
     def supervised_step(self, samples: list[TrainingSample], lr: float) -> dict[str, float]:
         """One step on the mean negative log-likelihood of the samples' loss tokens → `loss` (nats per token),

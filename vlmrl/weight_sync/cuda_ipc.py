@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor
 
-from vlmrl.config.weight_sync import CudaIpcSyncConfig
 from vlmrl.inference.vllm.client import VllmClient
-from vlmrl.inference.vllm.engine import VllmEngine
 from vlmrl.inference.vllm.server import vllm_version
 from vlmrl.weight_sync.gpu import GpuSync
 from vlmrl.weight_sync.vllm_transfer import Remote, Sender, ipc_sender
@@ -16,12 +14,6 @@ from vlmrl.weight_sync.vllm_transfer import Remote, Sender, ipc_sender
 
 class CudaIpcSync(GpuSync):
     """Weight sync for servers on the trainer's GPU."""
-
-    def __init__(
-        self, engine: VllmEngine, weights: Callable[[], Mapping[str, Tensor]], config: CudaIpcSyncConfig
-    ) -> None:
-        """`weights` as for `ServerSync`."""
-        super().__init__(engine, weights, verify=config.verify)
 
     def _open(self, remote: Remote, client: VllmClient, tensors: Mapping[str, Tensor]) -> Sender:
         version = vllm_version()

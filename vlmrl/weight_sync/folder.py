@@ -27,10 +27,14 @@ class FolderSync(ServerSync):
     """Weight sync for servers on this machine or on a shared disk. The folder is removed however the run ends."""
 
     def __init__(
-        self, engine: VllmEngine, weights: Callable[[], Mapping[str, Tensor]], config: FolderSyncConfig
+        self,
+        engine: VllmEngine,
+        weights: Callable[[], Mapping[str, Tensor]],
+        config: FolderSyncConfig,
+        tower_version: Callable[[], int | None] = lambda: None,
     ) -> None:
-        """Make a folder below `config.root`; `weights` as for `ServerSync`. Raises `ConfigError` where that fails."""
-        super().__init__(engine, weights, verify=config.verify)
+        """Make a folder below `config.root`; otherwise as `ServerSync`. Raises `ConfigError` where that fails."""
+        super().__init__(engine, weights, config, tower_version)
         try:
             self._private = PrivateFolder("weights", Path(config.root))
         except OSError as error:

@@ -24,6 +24,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from vlmrl.config.weight_sync import ServerSyncConfig
 from vlmrl.inference.vllm.arguments import WeightTransfer
 from vlmrl.inference.vllm.client import VllmClient
 from vlmrl.inference.vllm.engine import VllmEngine
@@ -37,9 +38,15 @@ WEIGHT_TRANSFERS: dict[str, WeightTransfer] = {"nccl": "nccl", "cuda_ipc": "ipc"
 class GpuSync(ServerSync):
     """Base class of the transports from the trainer's GPU to the servers' GPUs."""
 
-    def __init__(self, engine: VllmEngine, weights: Callable[[], Mapping[str, Tensor]], *, verify: bool) -> None:
-        """`weights` and `verify` as for `ServerSync`."""
-        super().__init__(engine, weights, verify=verify)
+    def __init__(
+        self,
+        engine: VllmEngine,
+        weights: Callable[[], Mapping[str, Tensor]],
+        config: ServerSyncConfig,
+        tower_version: Callable[[], int | None] = lambda: None,
+    ) -> None:
+        """As `ServerSync`."""
+        super().__init__(engine, weights, config, tower_version)
         self._tensors: Mapping[str, Tensor] = {}
         self._senders: dict[VllmClient, Sender] = {}
         self._turn = asyncio.Lock()

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 from torch import Tensor
 
-from vlmrl.config.weight_sync import NcclSyncConfig
 from vlmrl.inference.vllm.client import VllmClient
-from vlmrl.inference.vllm.engine import VllmEngine
 from vlmrl.inference.vllm.server import vllm_version
 from vlmrl.weight_sync.gpu import GpuSync
 from vlmrl.weight_sync.vllm_transfer import Remote, Sender, bucket_bytes, nccl_sender
@@ -27,10 +25,6 @@ LOOPBACK_6 = "::1"
 
 class NcclSync(GpuSync):
     """Weight sync for servers on other GPUs than the trainer's."""
-
-    def __init__(self, engine: VllmEngine, weights: Callable[[], Mapping[str, Tensor]], config: NcclSyncConfig) -> None:
-        """`weights` as for `ServerSync`."""
-        super().__init__(engine, weights, verify=config.verify)
 
     def _open(self, remote: Remote, client: VllmClient, tensors: Mapping[str, Tensor]) -> Sender:
         version = vllm_version()

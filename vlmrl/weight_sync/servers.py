@@ -4,9 +4,14 @@
 
 Requests in flight continue after the update. Their tokens so far keep the version that sampled them. The keys and
 values of the old weights are cleared and computed again, so each later token is sampled from exactly the distribution
-that the trainer computes with the new weights. The prefix cache is cleared too, and so is the scheduler's record of
-encoded images: `reload_weights` clears only the features themselves, and the engine would die of the next request with
-one of those images. The data of the images stays.
+that the trainer computes with the new weights. The prefix cache is cleared too. The data of the images stays.
+
+With `weight_sync.running_requests=keep`, requests that run keep their keys and values. Requests that are sent after the
+update never find them: each update gives the prefix cache a new key (in_server/route.py).
+
+The features of encoded images stay where what makes them is frozen. Otherwise they are cleared together with the
+scheduler's record of them: `reload_weights` clears only the features themselves, and the engine would die of the next
+request with one of those images. For the same reason they are put back after it where they stay.
 
 A transport implements `_stage` and `_transfer`. If a server dies during an update, the engine restarts it and calls
 `restore`, which publishes the newest version to it.
@@ -18,10 +23,12 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from vlmrl.config.weight_sync import RunningRequests, ServerSyncConfig
 from vlmrl.errors import EngineError
 from vlmrl.inference.vllm import old_vllm
 from vlmrl.inference.vllm.client import VllmClient
@@ -37,12 +44,22 @@ SHOWN_NAMES = 8
 class ServerSync(ABC):
     """Base class of the transports to servers; implements `vlmrl.types.WeightSync`."""
 
-    def __init__(self, engine: VllmEngine, weights: Callable[[], Mapping[str, Tensor]], *, verify: bool) -> None:
+    def __init__(
+        self,
+        engine: VllmEngine,
+        weights: Callable[[], Mapping[str, Tensor]],
+        config: ServerSyncConfig,
+        tower_version: Callable[[], int | None] = lambda: None,
+    ) -> None:
         """`weights` returns the trainer's tensors by their names in a checkpoint; `publish` calls it in a thread while
-        no training step runs. `verify` compares digests after every update."""
+        no training step runs. `tower_version`: see `Policy.tower_version`."""
         self._engine = engine
         self._weights = weights
-        self._verify = verify
+        self._tower_version = tower_version
+        self._towers: WeakKeyDictionary[VllmClient, int] = WeakKeyDictionary()
+        """The version of the vision tower that each launch of a server has, if it is frozen."""
+        self._verify = config.verify
+        self._keeps_requests = config.running_requests is RunningRequests.keep
         self._version: int | None = None
         self._lock = asyncio.Lock()
         engine.restore_with(self.restore)
@@ -119,15 +136,26 @@ class ServerSync(ABC):
         client = _client_of(replica)
         if replica.version < 0:  # the first update of this launch
             _check_names(client, await _worker_weights(client, tensors, digests=False))
+        tower = self._tower_version()
+        keeps_features = tower is not None and self._towers.get(client) == tower
         await client.call("POST", "/pause", params={"mode": "keep", "clear_cache": "false"})
+        if keeps_features:
+            await client.call_workers("vlmrl_set_features_aside")
         await self._transfer(client)
         await client.call_workers("vlmrl_repack")
-        dropped = await client.call("POST", "/reset_prefix_cache", params={"reset_running_requests": "true"})
-        if not dropped["success"]:
-            raise EngineError(
-                f"{client.name} did not reset its prefix cache, so it still has keys and values of old weights"
-            )
-        await client.call("POST", "/reset_encoder_cache")
+        keeps_requests = self._keeps_requests and replica.version >= 0
+        if not keeps_requests:
+            dropped = await client.call("POST", "/reset_prefix_cache", params={"reset_running_requests": "true"})
+            if not dropped["success"]:
+                raise EngineError(
+                    f"{client.name} did not reset its prefix cache, so it still has keys and values of old weights"
+                )
+        if keeps_features:
+            await client.call_workers("vlmrl_put_features_back")
+        else:
+            await client.call("POST", "/reset_encoder_cache")
+            if tower is not None:
+                self._towers[client] = tower
         keeps_version = await old_vllm.update_weight_version(client, version)
         if self._verify:
             await self._compare(client, version, tensors)

@@ -131,7 +131,7 @@ POLICIES = {
         trainer.packing trainer.micro_batch_tokens trainer.sharding trainer.cpu_offload trainer.compile
         trainer.activation_checkpointing trainer.feature_cache_mib trainer.threads trainer.checkpoint_every
         trainer.keep_checkpoints
-        weight_sync.root weight_sync.verify reference.offload
+        weight_sync.root weight_sync.verify weight_sync.running_requests reference.offload
         monitor.live monitor.record_rollouts monitor.max_rollouts_mib monitor.vision_gap_every monitor.report
         monitor.blind_guard monitor.blind_rise monitor.blind_gap monitor.blind_controls
         monitor.wandb.mode monitor.wandb.project monitor.wandb.name monitor.wandb.group monitor.wandb.rollouts

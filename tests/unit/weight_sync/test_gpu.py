@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.model import Dtype
+from vlmrl.config.weight_sync import NcclSyncConfig, RunningRequests
 from vlmrl.errors import EngineError
 from vlmrl.inference.vllm import old_vllm
 from vlmrl.inference.vllm.client import VllmClient
@@ -42,7 +43,7 @@ class Server:
             raise httpx.ReadError("connection reset", request=request)
         path = request.url.path
         body = orjson.loads(request.content) if request.content else {}
-        self.calls.append(path.strip("/"))
+        self.calls.append(body["method"] if path == "/collective_rpc" else path.strip("/"))
         if path == "/update_weight_version":
             self.version = body["new_version"]
         if path == "/collective_rpc":
@@ -72,7 +73,7 @@ class Wire:
 
 class Sync(GpuSync):
     def __init__(self, world: World) -> None:
-        super().__init__(world.engine, lambda: world.weights, verify=False)
+        super().__init__(world.engine, lambda: world.weights, world.config, lambda: world.tower)
         self.world = world
 
     def _open(self, remote: Remote, client: VllmClient, tensors: Mapping[str, Tensor]) -> Wire:
@@ -83,7 +84,10 @@ class Sync(GpuSync):
 class World:
     """Two servers of `inference.urls`, and the trainer's weights."""
 
-    def __init__(self) -> None:
+    def __init__(self, running_requests: RunningRequests = RunningRequests.recompute) -> None:
+        self.config = NcclSyncConfig(running_requests=running_requests)
+        self.tower: int | None = None
+        """The version of a frozen vision tower."""
         self.engine = VllmEngine(CONFIG, Path(), Path(), print, print)
         self.weights = {"w": torch.tensor([1.0, 2.0]), "tied": torch.ones(3)}
         self.weights["head"] = self.weights["tied"]
@@ -108,9 +112,9 @@ class World:
         replica.is_ready = True
 
 
-def in_world(scenario: Callable[[World], Coroutine[Any, Any, None]]) -> None:
+def in_world(scenario: Callable[[World], Coroutine[Any, Any, None]], *settings: RunningRequests) -> None:
     async def run() -> None:
-        world = World()
+        world = World(*settings)
         await scenario(world)
         world.sync.close()
         assert all(wire.is_closed for wire in world.wires)
@@ -136,6 +140,48 @@ def test_every_server_gets_every_tensor_once_in_the_engines_dtype_while_it_is_pa
             assert second.index("finish_weight_update") < second.index("reset_prefix_cache") < second.index("resume")
 
     in_world(scenario)
+
+
+def last_update(server: Server) -> list[str]:
+    """The calls of a server's last update, behind the first."""
+    return server.calls[len(server.calls) - server.calls[::-1].index("pause") - 1 :]
+
+
+def test_features_stay_where_the_tower_has_not_changed() -> None:
+    """A server that was just launched has other weights, and so has one whose tower has changed since."""
+
+    async def scenario(world: World) -> None:
+        for tower, keeps in ((7, False), (7, True), (8, False), (8, True), (None, False)):
+            world.tower = tower
+            await world.sync.publish(0)
+            for server in world.servers.values():
+                calls = last_update(server)
+                assert ("reset_encoder_cache" in calls) != keeps
+                if keeps:
+                    aside, sent, back, resumed = map(
+                        calls.index, ("vlmrl_set_features_aside", "(data)", "vlmrl_put_features_back", "resume")
+                    )
+                    assert aside < sent < back < resumed
+        world.tower = 8
+        await world.sync.publish(0)
+        (first, *_) = world.engine.replicas
+        world.begin(first)
+        await world.sync.restore(first)
+        assert "reset_encoder_cache" in last_update(world.servers[first.name])
+
+    in_world(scenario)
+
+
+@pytest.mark.parametrize("setting", RunningRequests)
+def test_running_requests_are_computed_again_or_kept(setting: RunningRequests) -> None:
+    async def scenario(world: World) -> None:
+        for version in (0, 1):
+            await world.sync.publish(version)
+            for server in world.servers.values():
+                is_reset = "reset_prefix_cache" in last_update(server)
+                assert is_reset == (version == 0 or setting is RunningRequests.recompute)
+
+    in_world(scenario, setting)
 
 
 def test_a_restarted_server_gets_the_published_weights_not_the_trainers_current_ones() -> None:

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.orchestrator import MAX_STOP
 from vlmrl.config.run import RunConfig, group_of, schemas_of
-from vlmrl.config.weight_sync import FolderSyncConfig
+from vlmrl.config.weight_sync import FolderSyncConfig, RunningRequests, ServerSyncConfig
 from vlmrl.errors import ConfigError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -109,6 +109,20 @@ def _refuse_folder_of_one_host(inference: VllmConfig, sync: FolderSyncConfig) ->
                 f"weight_sync.root={sync.root} is in this host's memory, so the server {url} would never see the "
                 "weights: set weight_sync.root to a folder that both hosts see, or weight_sync=nccl"
             )
+
+
+def kept_requests_stay_apart(config: RunConfig) -> None:
+    """Requests that are sent after a weight sync do not find the keys and values of those that run."""
+    sync = config.weight_sync
+    if not isinstance(sync, ServerSyncConfig) or sync.running_requests is RunningRequests.recompute:
+        return
+    assert isinstance(config.inference, VllmConfig), "weights_reach_engine runs before"
+    if config.inference.urls:
+        raise ConfigError(
+            f"weight_sync.running_requests=keep needs servers that the run starts: those of inference.urls="
+            f"{config.inference.urls} would also use the older weights' keys and values for new requests. Set "
+            "weight_sync.running_requests=recompute, or let the run start its servers"
+        )
 
 
 def embedded_is_on_policy(config: RunConfig) -> None:

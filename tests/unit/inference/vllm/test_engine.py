@@ -165,6 +165,34 @@ def test_logprobs_are_the_trainers_before_and_after_a_sync(servers: Engine, do: 
     do(servers.publish())
 
 
+def test_a_frozen_towers_features_outlive_a_sync(servers: Engine, do: Do[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parity where only the language model has learned. Features that are not computed again do not follow a tower that
+    has changed after all; the servers are told that it has not."""
+    tiny = servers.tiny
+    prompt = do(tiny.prompt(0, 1, 2, 3))
+    tower = {name: weight for name, weight in tiny.weights().items() if ".visual." in name}
+
+    def mismatch() -> float:
+        completion = do(servers.ask(prompt, tiny.sampling(3)))
+        return mismatch_kl(completion.logprobs, tiny.logprobs(prompt, completion))
+
+    monkeypatch.setattr(servers.sync, "_tower_version", lambda: 7)
+    do(servers.publish())
+    assert mismatch() <= 1e-8
+    before = {name: weight.clone() for name, weight in tower.items()}
+    tiny.learn_something(4)
+    after = {name: weight.clone() for name, weight in tower.items()}
+    set_weights(tiny, tiny.weights() | before)
+    do(servers.publish())
+    assert mismatch() <= 1e-8
+    set_weights(tiny, tiny.weights() | after)
+    do(servers.publish())
+    assert mismatch() > 1e-5
+    monkeypatch.setattr(servers.sync, "_tower_version", lambda: None)
+    do(servers.publish())
+    assert mismatch() <= 1e-8
+
+
 def test_logprobs_of_later_turns_are_the_trainers(servers: Engine, do: Do[Any]) -> None:
     async def episode() -> None:
         tiny, engine = servers.tiny, servers.engine
@@ -284,24 +312,33 @@ LONG = 800
 """So many new tokens that sampling them takes longer than a publish."""
 
 
-def test_requests_in_flight_survive_a_sync_and_each_token_has_its_version(servers: Engine, do: Do[Any]) -> None:
-    """Tokens before the update are sampled from the old policy and those after it from the new one, because keys and
-    values are computed again."""
+@pytest.mark.parametrize("keeps", [False, True], ids=["recompute", "keep"])
+def test_requests_in_flight_survive_a_sync_and_each_token_has_its_version(
+    keeps: bool, servers: Engine, do: Do[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens before the update are sampled from the old policy. Those after it are sampled from the new one where keys
+    and values are computed again. Where they are kept no request is computed again, later tokens are from neither
+    policy, and a request of the same prompt that comes later is the new policy's alone."""
     tiny = servers.tiny
     prompts = [do(tiny.prompt(20 + i)) for i in range(4)]
+    monkeypatch.setattr(servers.sync, "_keeps_requests", keeps)
 
-    async def scenario() -> tuple[list[Completion], dict[str, torch.Tensor]]:
+    async def scenario() -> tuple[list[Completion], dict[str, torch.Tensor], float]:
         await servers.publish()
-        before = await generated(servers)
+        before, again = await generated(servers), await counted(servers, "num_preemptions")
         asked = [asyncio.create_task(servers.ask(p, tiny.endless(i, LONG))) for i, p in enumerate(prompts)]
         while await generated(servers) < before + 100:
             await asyncio.sleep(0.01)
         old = {name: weight.clone() for name, weight in tiny.weights().items()}
-        tiny.learn_something(9)
+        tiny.learn_something(9 + keeps)
         await servers.publish()
-        return await asyncio.gather(*asked), old
+        for prompt in prompts:
+            servers.assert_parity(prompt, await servers.ask(prompt, tiny.sampling(5)))
+        completions = await asyncio.gather(*asked)
+        return completions, old, await counted(servers, "num_preemptions") - again
 
-    completions, old = do(scenario())
+    completions, old, computed_again = do(scenario())
+    assert computed_again == (0 if keeps else len(prompts))
     new = {name: weight.clone() for name, weight in tiny.weights().items()}
     expected_new = [tiny.logprobs(p, c) for p, c in zip(prompts, completions, strict=True)]
     set_weights(tiny, old)
@@ -318,8 +355,12 @@ def test_requests_in_flight_survive_a_sync_and_each_token_has_its_version(server
             assert set(completion.versions.tolist()) == {servers.version - 1}
             switch = int(np.argmax(np.abs(completion.logprobs - was) > 1e-3))
         assert 0 < switch < LONG
-        expected = np.concatenate([was[:switch], becomes[switch:]])
-        np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4, rtol=0)
+        np.testing.assert_allclose(completion.logprobs[:switch], was[:switch], atol=1e-4, rtol=0)
+        if keeps:
+            assert mismatch_kl(completion.logprobs[switch:], becomes[switch:]) > 1e-4
+            assert mismatch_kl(completion.logprobs[switch:], was[switch:]) > 1e-4
+        else:
+            np.testing.assert_allclose(completion.logprobs[switch:], becomes[switch:], atol=1e-4, rtol=0)
 
 
 def set_weights(tiny: Tiny, weights: Mapping[str, torch.Tensor]) -> None:
@@ -330,11 +371,16 @@ def set_weights(tiny: Tiny, weights: Mapping[str, torch.Tensor]) -> None:
 
 async def generated(servers: Engine) -> float:
     """Tokens that all servers together have generated so far."""
+    return await counted(servers, "generation_tokens")
+
+
+async def counted(servers: Engine, name: str) -> float:
+    """A counter of vLLM's, summed over the servers."""
     total = 0.0
     for replica in servers.engine.replicas:
         assert replica.client is not None
         text = (await replica.client._http.get("/metrics")).text
-        total += sum(float(n) for n in re.findall(r"^vllm:generation_tokens_total\{.*\} (\S+)$", text, re.MULTILINE))
+        total += sum(float(n) for n in re.findall(rf"^vllm:{name}_total\{{.*\}} (\S+)$", text, re.MULTILINE))
     return total
 
 

@@ -10,8 +10,10 @@ and calls the same methods of the engine. It runs in vLLM's process and imports 
 work without it.
 
 The engine processes requests in the order in which they are added, and caches their images. So a later request may
-refer to an image of an earlier one by its hash. Left out on purpose: everything that a rollout does not use (several
-samples per request, LoRA).
+refer to an image of an earlier one by its hash. A weight update pauses the engine, and requests that come after it do
+not share prefixes with older ones, whose keys and values may be those of the older weights.
+
+Left out on purpose: everything that a rollout does not use (several samples per request, LoRA).
 """
 
 from __future__ import annotations
@@ -47,9 +49,12 @@ class Route:
         self._app = app
         self._waiting = WaitingImages(WAITING_LIMIT_BYTES)
         self._maker = ItemMaker()
+        self._pauses = 0
+        """How often the engine was paused; part of the key of the prefix cache."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] != ROUTE:
+            self._pauses += scope["type"] == "http" and scope["path"] == "/pause"
             return await self._app(scope, receive, send)
         if scope["method"] == "GET":  # the client checks whether the endpoint exists
             return await _respond(send, b"{}")
@@ -81,7 +86,7 @@ class Route:
                     shown = items if header["is_whole"] else self._waiting.take(header["items"])
                     outputs = await engine.add_request(
                         header["request_id"],
-                        _engine_input(header, shown),
+                        _engine_input(header, shown) | {"cache_salt": f"after {self._pauses} pauses"},
                         _sampling_params(header, engine.model_config.get_vocab_size()),
                     )
                 except Exception as error:  # a malformed request, or one that vLLM refuses by a class of its own

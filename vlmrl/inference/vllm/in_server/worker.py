@@ -51,6 +51,7 @@ class WorkerInspector:
 
     model_runner: Any
     vllm_config: Any
+    _vlmrl_features: dict[str, Tensor]
 
     def vlmrl_settings(self) -> dict[str, Any]:
         """The settings that `settings.check_settings` reads."""
@@ -128,6 +129,15 @@ class WorkerInspector:
             elif has_experts(module):
                 repack(module)
 
+    def vlmrl_set_features_aside(self) -> None:
+        """Hold the features of encoded images through a weight update, which may clear them."""
+        self._vlmrl_features = dict(_features(self.model_runner))
+
+    def vlmrl_put_features_back(self) -> None:
+        """The scheduler counts on these features still."""
+        _features(self.model_runner).update(self._vlmrl_features)
+        del self._vlmrl_features
+
     def vlmrl_weights(self, shapes: dict[str, list[int]], digests: bool) -> dict[str, Any]:
         """How this worker's weights consist of the trainer's tensors, which have these `shapes` by name.
 
@@ -163,6 +173,13 @@ class WorkerInspector:
         used = {source for weight in weights.values() for source, *_ in weight["slices"]}
         unknown = [name for name in left.values() if name not in used]
         return {"unknown": unknown, "missing": missing, "weights": weights}
+
+
+def _features(model_runner: Any) -> dict[str, Tensor]:
+    """The features of encoded images, by hash. vLLM's newer model runner keeps them in an object."""
+    cache = model_runner.encoder_cache
+    found: dict[str, Tensor] = getattr(cache, "encoder_outputs", cache)
+    return found
 
 
 def _logit_scale(model: nn.Module) -> float:
