@@ -195,7 +195,9 @@ def estimated(config: Any) -> float:
 
     episode = play(load_task(config.task, seed=config.seed), config.task.max_turns)[0]
     sizes = find_sizes(config.model)
-    memory = trainer_memory(config, sizes, tokens_of_micro_batch(config, sizes, episode), ranks=1)
+    memory = trainer_memory(
+        config, sizes, tokens_of_micro_batch(config, sizes, episode), ranks=1, on_gpu=config.model.device != "cpu"
+    )
     assert memory is not None
     assert memory.peak is not None
     return float(memory.peak)

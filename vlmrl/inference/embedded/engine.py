@@ -19,7 +19,8 @@ a batch starts once no request has come for a short time (quiet.py), so that pro
 back together.
 
 On a CPU this is the reference engine for tests. It is the default engine because it needs only torch. Left out on
-purpose: preemption, chunked prefill, and a limit on the size of the KV cache.
+purpose, and there on a CPU only: prefill in several passes (prefill_chunks.py), and a limit on the size of the KV cache
+(cache_memory.py). Left out everywhere: preemption.
 """
 
 from __future__ import annotations

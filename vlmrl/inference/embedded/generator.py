@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
+from vlmrl.inference.embedded.cache_memory import CacheMemory, free_bytes
 from vlmrl.inference.embedded.cached_policy import CachedPolicy
 from vlmrl.inference.embedded.decoding import decode
 from vlmrl.inference.embedded.prefill import distinct_prompts, prefill
+from vlmrl.inference.embedded.prefill_chunks import prefill_in_passes
 from vlmrl.inference.embedded.requests import Request
 from vlmrl.inference.embedded.row_decoding import RowDecoder
 from vlmrl.inference.stop_strings import TextOf
@@ -31,12 +34,18 @@ def decodes_by_rows(policy: Policy) -> bool:
 class Generator:
     """Samples the completions of one batch after another, in one thread."""
 
-    def __init__(self, policy: Policy, text_of: TextOf | None = None) -> None:
-        """`text_of` is needed for stop strings only."""
+    def __init__(self, policy: Policy, text_of: TextOf | None = None, free: Callable[[], int] | None = None) -> None:
+        """`text_of` is needed for stop strings only. `free` returns the bytes of the GPU that are free; by default it
+        asks the device."""
         self._text_of = text_of
         self._model = CachedPolicy(policy)
-        self._rows = RowDecoder(self._model, text_of) if decodes_by_rows(policy) else None
+        self._rows: RowDecoder | None = None
         """Decodes in place of `decode`, which stays the reference."""
+        if decodes_by_rows(policy):
+            self._rows = RowDecoder(self._model, text_of)
+            self._memory = CacheMemory(
+                self._model, free or partial(free_bytes, policy.device), on_eviction=self._rows.release
+            )
         self._counters = {"inference/rows_prefill": 0.0, "inference/rows_decode": 0.0}
 
     def take_counters(self) -> dict[str, float]:
@@ -59,14 +68,45 @@ class Generator:
     def run(self, requests: Sequence[Request], version: int) -> list[Completion]:
         """Sample one completion per request, in order. `version` is the policy version of the weights."""
         self._model.use_version(version)
+        if self._rows is not None:
+            return self._run_by_rows(self._rows, requests, version)
         prompts, request_prompt = distinct_prompts(self._model, requests)
         prefilled, rows = prefill(self._model, prompts)
         self._counters["inference/rows_prefill"] += rows
-        if self._rows is not None:
-            completions, rows = self._rows.decode(version, requests, prompts, request_prompt, prefilled)
-        else:
-            completions, rows = decode(
-                self._model, version, requests, prompts, request_prompt, prefilled, self._text_of
-            )
+        completions, rows = decode(self._model, version, requests, prompts, request_prompt, prefilled, self._text_of)
+        self._counters["inference/rows_decode"] += rows
+        return completions
+
+    def _run_by_rows(self, decoder: RowDecoder, requests: Sequence[Request], version: int) -> list[Completion]:
+        """The same in as many parts as memory asks for. A part that still runs out of memory is halved."""
+        found: dict[int, Completion] = {}
+        for part in self._memory.parts(requests):
+            chosen = [requests[index] for index in part]
+            completions = self._tried(decoder, chosen, version)
+            if completions is None:
+                _log.warning("%d requests at once ran out of memory, so they are sampled in two parts", len(part))
+                self._memory.evict()
+                middle = len(part) // 2
+                completions = [
+                    *self._run_by_rows(decoder, chosen[:middle], version),
+                    *self._run_by_rows(decoder, chosen[middle:], version),
+                ]
+            found |= zip(part, completions, strict=True)
+        return [found[index] for index in range(len(requests))]
+
+    def _tried(self, decoder: RowDecoder, requests: Sequence[Request], version: int) -> list[Completion] | None:
+        """The completions; None where memory ran out, once nothing of the attempt is left."""
+        try:
+            return self._run_part(decoder, requests, version)
+        except torch.OutOfMemoryError:
+            if len(requests) == 1:
+                raise
+        return None
+
+    def _run_part(self, decoder: RowDecoder, requests: Sequence[Request], version: int) -> list[Completion]:
+        prompts, request_prompt = distinct_prompts(self._model, requests)
+        prefilled, rows = prefill_in_passes(self._model, prompts)
+        self._counters["inference/rows_prefill"] += rows
+        completions, rows = decoder.decode(version, requests, prompts, request_prompt, prefilled)
         self._counters["inference/rows_decode"] += rows
         return completions

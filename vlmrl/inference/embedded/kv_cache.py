@@ -42,6 +42,15 @@ class KVCache:
             self.pool = self.pool.grown(max(FIRST_CAPACITY_SLOTS, 2 * self._used), first)
         return first
 
+    def capacity_for(self, rows: int, others: int) -> int:
+        """The capacity at which `allocate(rows)` and then `take(others)` need no growth."""
+        return self._used + rows + max(0, others - len(self._returned))
+
+    def reserve(self, capacity: int) -> None:
+        """Have a pool of `capacity` slots or more. A larger one gets a copy of the slots in use."""
+        if capacity > self.pool.capacity:
+            self.pool = self.pool.grown(capacity, self._used) if self._used else KVPool(capacity)
+
     def take(self, slots: int) -> IntArray:
         """Reserve `slots` slots that need not follow each other → int64 [slots]. Those that came back go first."""
         found, self._returned = self._returned[:slots], self._returned[slots:]

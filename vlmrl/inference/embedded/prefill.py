@@ -104,10 +104,7 @@ def prefill(model: CachedPolicy, prompts: Sequence[DistinctPrompt]) -> tuple[Pre
     row[new] = np.arange(len(new))
 
     inputs = _inputs(model, tree, prompts, row, len(new))
-    segments, segment_of = _cut_segments(tree, slot, row, inputs.mm_token_type_ids)
-    ends = [end for _, _, end in tree.segments]
-    for prompt, nodes in zip(prompts, tree.rows, strict=True):
-        prompt.segment = segment_of[int(np.searchsorted(ends, nodes[-1], side="right"))]
+    segments = cut_segments(tree, prompts, slot, row, inputs.mm_token_type_ids)
     plan = plan_tree(segments, model.device, model.policy.rules)
     if model.policy.is_recurrent:
         plan.states = _plan_states(segments, cached_states, prompts, model.device)
@@ -199,11 +196,12 @@ def _inputs(
     return _Inputs(token_ids, position_ids, types, mm_items)
 
 
-def _cut_segments(
-    tree: PrefixTree, slot: IntArray, row: IntArray, types: IntArray
-) -> tuple[list[Segment], dict[int, int]]:
-    """Cut each segment of the tree where its cached nodes end and its new rows begin → the segments, and for each
-    segment of the tree the index of its last part. `types` int64 [rows] are the token types of the new rows."""
+def cut_segments(
+    tree: PrefixTree, prompts: Sequence[DistinctPrompt], slot: IntArray, row: IntArray, types: IntArray
+) -> list[Segment]:
+    """Cut each segment of the tree of `prompts` where its cached nodes end and its new rows begin → the segments; sets
+    the `segment` of each prompt. `slot`, `row` int64 [nodes]; row −1 for a cached node; `types` int64 [rows] are the
+    token types of the new rows."""
     segments: list[Segment] = []
     segment_of: dict[int, int] = {}
     for index, (parent, start, end) in enumerate(tree.segments):
@@ -215,4 +213,7 @@ def _cut_segments(
                 segments.append(Segment(above, slot[a:b], fresh_rows, image_ends(types[fresh_rows])))
                 above = len(segments) - 1
         segment_of[index] = above
-    return segments, segment_of
+    ends = [end for _, _, end in tree.segments]
+    for prompt, nodes in zip(prompts, tree.rows, strict=True):
+        prompt.segment = segment_of[int(np.searchsorted(ends, nodes[-1], side="right"))]
+    return segments

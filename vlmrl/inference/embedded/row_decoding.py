@@ -14,10 +14,11 @@ row, not tensors at fixed addresses, so decoding.py decodes them on a GPU, too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import ReferenceType, ref
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ from vlmrl.inference.embedded.shared_prefixes import SharedPrefixes
 from vlmrl.inference.embedded.step_graphs import CompiledLayers, StepGraphs
 from vlmrl.inference.stop_strings import TextOf
 from vlmrl.models.attention.decode import DecodeRows, has_triton
-from vlmrl.models.attention.plan import TreePlan
+from vlmrl.models.attention.plan import KVPool, TreePlan
 from vlmrl.models.blocks import uncompiled_in_inference
 from vlmrl.types import Completion
 
@@ -85,8 +86,10 @@ class RowDecoder:
         self._model, self._text_of = model, text_of
         self._graphs = StepGraphs(model.device)
         self._state: DecodeState | None = None
-        self._pool: object = None
-        """The KV pool whose addresses the graphs hold."""
+        self._version = -1
+        """Policy version whose weights the graphs read."""
+        self._pool: ReferenceType[KVPool] | None = None
+        """The KV pool whose addresses the graphs hold; weak, because its memory is given back."""
         self._layers: CompiledLayers | None = None
         if model.device.type == "cuda" and has_triton():
             self._layers = CompiledLayers(model.policy.model.base_model.get_decoder())
@@ -130,9 +133,16 @@ class RowDecoder:
             found[row.number] = finish(row.request, version, prompt, prefilled.slots[row.prompt], row.sampled())
         return [each for each in found if each is not None], sum(row.length - 1 for row in rows)
 
-    def _running(self) -> AbstractContextManager[None]:
-        """Layers as the steps run them: compiled for them on a GPU, else as they are."""
-        return uncompiled_in_inference() if self._layers is None else self._layers.running()
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Layers as the steps run them: compiled for them on a GPU, else as they are. Triton's kernels run on the
+        current device, which may be another one in a new thread."""
+        device = self._model.device
+        with (
+            torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
+            uncompiled_in_inference() if self._layers is None else self._layers.running(),
+        ):
+            yield
 
     def _sample_all(
         self,
@@ -213,14 +223,14 @@ class RowDecoder:
 
     def _roomy_state(self, room: Room) -> DecodeState:
         """The tensors, with room for a batch. Graphs that hold other addresses are dropped."""
-        pool = self._model.kv_cache.pool
+        version, pool = self._model.version, self._model.kv_cache.pool
         have = self._state.room if self._state is not None else room
         if self._state is None or have.with_at_least(room) != have:
             self._graphs.clear()
             self._state = DecodeState(have.with_at_least(room), self._model.device)
-        if pool is not self._pool:
+        if version != self._version or self._pool is None or self._pool() is not pool:
             self._graphs.clear()
-            self._pool = pool
+            self._version, self._pool = version, ref(pool)
         return self._state
 
     def _move(self, rows: Sequence[SampledRow], shared: SharedPrefixes, size: int) -> None:

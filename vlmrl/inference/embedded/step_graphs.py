@@ -62,6 +62,8 @@ class StepGraphs:
             # Thread-local: other threads, as that of the trainer's metrics, may use the device meanwhile.
             with torch.cuda.graph(graph, self._memory, stream, "thread_local"):
                 step()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # code of any family may wait for the device
             _log.warning("decode steps of this model cannot be captured as CUDA graphs, so they are slower: %s", error)
             self._captures = False

@@ -17,8 +17,10 @@
                  with trainer.activation_checkpointing, `hidden` of every layer, and either the rest of one layer with
                  its gradients or the logits, which do not exist at the same time
     engine       with inference=embedded and while it samples: slots of the KV cache × 2 × layers × kv_heads × head_dim
-                 × bytes, for which the cache doubles when it is full, + 48 bytes per logit of the tokens that are
-                 sampled at a time; it is gone before the passes of a step, so the larger of the two counts
+                 × bytes; on a GPU + 4 GB + 8 bytes per logit of the rollouts that are sampled at a time, and less where
+                 less is free, for which a batch is sampled in parts (inference/embedded/kv_plan.py); on a CPU the cache
+                 doubles when it is full, + 48 bytes per logit; it is gone before the passes of a step, so the larger of
+                 the two counts
     server       gpu_memory_utilization × the GPU, which holds parameters × weight / tensor_parallel_size, and
                  KV cache of 2 × layers × kv_heads × head_dim × bytes for each token
     pixels       distinct images alive × width × height × (bytes per pixel that the processor makes + 3)
@@ -40,6 +42,7 @@ from vlmrl.config.model import EVERY_LINEAR_LAYER, BaseDtype, Dtype, LoraConfig,
 from vlmrl.config.reference import CopyConfig, EmaReferenceConfig
 from vlmrl.config.run import BY_REWARD, Mode, RunConfig
 from vlmrl.config.trainer import Optimizer, Sharding
+from vlmrl.inference.embedded import kv_plan
 from vlmrl.models.families import family_of
 from vlmrl.preflight.estimate.sizes import Sizes, TextSizes
 
@@ -111,9 +114,17 @@ class StepTokens:
     sampled_at_a_time: int = 0
     """Rollouts of the step."""
 
+    @property
+    def slots(self) -> int:
+        """Slots of the embedded engine's KV cache on a GPU: the last token of an answer has none, and one slot is read
+        by no rollout."""
+        return self.rollouts - self.sampled_at_a_time + 1
 
-def trainer_memory(config: RunConfig, sizes: Sizes, step: StepTokens, ranks: int) -> TrainerMemory | None:
-    """Memory of a rank; None where the model is unknown."""
+
+def trainer_memory(
+    config: RunConfig, sizes: Sizes, step: StepTokens, ranks: int, *, on_gpu: bool = False
+) -> TrainerMemory | None:
+    """Memory of a rank; None where the model is unknown. `on_gpu`: whether the embedded engine samples on a GPU."""
     if sizes.parameters is None:
         return None
     weight = BYTES[config.model.dtype]
@@ -131,7 +142,7 @@ def trainer_memory(config: RunConfig, sizes: Sizes, step: StepTokens, ranks: int
         reference=reference_bytes(config, sizes.parameters),
         in_transit=in_transit,
         activations=activations,
-        engine=None if sizes.text is None else engine_bytes(config, sizes.text, step),
+        engine=None if sizes.text is None else engine_bytes(config, sizes.text, step, on_gpu=on_gpu),
         on_host=math.ceil(learns * on_host),
     )
 
@@ -236,15 +247,29 @@ def _activations(config: RunConfig, text: TextSizes, step: StepTokens) -> int:
     return of_row * text.layers * text.hidden + max(of_row * (layer + gradients), logits)
 
 
-def engine_bytes(config: RunConfig, text: TextSizes, step: StepTokens) -> int:
-    """What the embedded engine holds for the rollouts of a step."""
+def engine_bytes(config: RunConfig, text: TextSizes, step: StepTokens, *, on_gpu: bool) -> int:
+    """What the embedded engine holds for the rollouts of a step, if nothing else needs the memory."""
     if isinstance(config.inference, VllmConfig):
         return 0
+    if on_gpu:
+        working = kv_plan.working_bytes(step.sampled_at_a_time, text.vocabulary)
+        return step.slots * slot_bytes(config, text) + working
     slots, before = max(FIRST_CAPACITY_SLOTS, 2 * step.prompts), 0
     while slots < step.rollouts:
         slots, before = 2 * (slots + 1), slots
-    slot = 2 * text.layers * text.kv_heads * text.head_dim * BYTES[config.model.dtype]
-    return (slots + before) * slot + BYTES_PER_LOGIT * step.sampled_at_a_time * text.vocabulary
+    return (slots + before) * slot_bytes(config, text) + BYTES_PER_LOGIT * step.sampled_at_a_time * text.vocabulary
+
+
+def slot_bytes(config: RunConfig, text: TextSizes) -> int:
+    """Bytes of a token in the KV cache of the embedded engine."""
+    return kv_plan.slot_bytes(text.layers, text.kv_heads, text.head_dim, BYTES[config.model.dtype])
+
+
+def engine_parts(config: RunConfig, text: TextSizes, step: StepTokens, free: int) -> int:
+    """In how many parts the embedded engine samples a step with `free` bytes beside weights and optimizer state; 0
+    where its working memory alone does not fit."""
+    held = kv_plan.affordable_slots(free, slot_bytes(config, text), step.sampled_at_a_time, text.vocabulary)
+    return -(-step.slots // held) if held else 0
 
 
 @dataclass(frozen=True)

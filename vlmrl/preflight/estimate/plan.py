@@ -19,7 +19,14 @@ from vlmrl.config.trainer import Packing
 from vlmrl.errors import ConfigError, UserFault
 from vlmrl.models.families import family_of
 from vlmrl.preflight.estimate.episode import SAMPLES, EpisodeEstimate, play
-from vlmrl.preflight.estimate.memory import StepTokens, TrainerMemory, pixel_bytes, server_memory, trainer_memory
+from vlmrl.preflight.estimate.memory import (
+    StepTokens,
+    TrainerMemory,
+    engine_parts,
+    pixel_bytes,
+    server_memory,
+    trainer_memory,
+)
 from vlmrl.preflight.estimate.sizes import CHARACTERS_PER_TOKEN, TINY_CHARACTERS_PER_TOKEN, Sizes, find_sizes
 from vlmrl.preflight.installed import missing
 from vlmrl.preflight.machine import Machine, find_machine
@@ -65,7 +72,7 @@ def dry_run(config: RunConfig) -> str:
         ),
         *_arithmetic(config, ranks),
         *_tokens(config, sizes, episode, ranks),
-        *_memory(config, sizes, episode, ranks),
+        *_memory(config, machine, sizes, episode, ranks),
         *_processes(config, machine, sizes, ranks),
         *(("note", text) for text in wrong),
         *(("note", f"set {name}: {text}") for name, (_, texts) in of_sets.items() for text in texts),
@@ -81,7 +88,8 @@ def planned_memory(config: RunConfig, task: Task, ranks: int) -> TrainerMemory |
     sizes = find_sizes(config.model)
     video = None if config.model.vlm is None else config.model.vlm.video
     episode, _ = _longest_of_tasks(config.task, task, video)
-    return trainer_memory(config, sizes, tokens_of_micro_batch(config, sizes, episode), ranks)
+    on_gpu = _samples_on_gpu(config, find_machine(), sizes)
+    return trainer_memory(config, sizes, tokens_of_micro_batch(config, sizes, episode), ranks, on_gpu=on_gpu)
 
 
 def _play(
@@ -223,8 +231,11 @@ def tokens_of_micro_batch(config: RunConfig, sizes: Sizes, episode: EpisodeEstim
     )
 
 
-def _memory(config: RunConfig, sizes: Sizes, episode: EpisodeEstimate, ranks: int) -> Iterator[tuple[str, str]]:
-    trainer = trainer_memory(config, sizes, tokens_of_micro_batch(config, sizes, episode), ranks)
+def _memory(
+    config: RunConfig, machine: Machine, sizes: Sizes, episode: EpisodeEstimate, ranks: int
+) -> Iterator[tuple[str, str]]:
+    step = tokens_of_micro_batch(config, sizes, episode)
+    trainer = trainer_memory(config, sizes, step, ranks, on_gpu=_samples_on_gpu(config, machine, sizes))
     if trainer is not None:
         active = "unknown" if trainer.activations is None else size(trainer.activations)
         yield (
@@ -234,6 +245,7 @@ def _memory(config: RunConfig, sizes: Sizes, episode: EpisodeEstimate, ranks: in
         )
         if trainer.engine and trainer.peak is not None:
             yield "", f"or + {size(trainer.engine)} of the engine while it samples: a peak of {size(trainer.peak)}"
+            yield from _engine_parts(config, machine, sizes, step, trainer.fixed)
         if trainer.on_host:
             yield "", f"and {size(trainer.on_host)} of the host's, where AdamW runs (trainer.cpu_offload)"
     if isinstance(config.inference, VllmConfig):
@@ -255,6 +267,23 @@ def _memory(config: RunConfig, sizes: Sizes, episode: EpisodeEstimate, ranks: in
                 ),
             )
     yield "pixels on the host", f"up to about {size(pixel_bytes(config, episode))} (estimate)"
+
+
+def _samples_on_gpu(config: RunConfig, machine: Machine, sizes: Sizes) -> bool:
+    """Whether the embedded engine samples on a GPU: of this machine, or of the one that the run is meant for."""
+    return config.model.device != "cpu" and (bool(machine.gpus) or uses_gpus(config, sizes))
+
+
+def _engine_parts(
+    config: RunConfig, machine: Machine, sizes: Sizes, step: StepTokens, fixed: int
+) -> Iterator[tuple[str, str]]:
+    """How the embedded engine samples a step on a GPU that is smaller than the peak. `fixed`: bytes of the trainer."""
+    if sizes.text is None or not machine.gpus or config.model.device == "cpu":
+        return
+    count = engine_parts(config, sizes.text, step, machine.gpus[0].memory - fixed)
+    if count != 1:
+        how = f"in {count} parts, one after the other" if count else "not at all: take a smaller model or more GPUs"
+        yield "", f"GPU {machine.gpus[0].index} has room for less, so a step's rollouts are sampled {how}"
 
 
 def _processes(config: RunConfig, machine: Machine, sizes: Sizes, ranks: int) -> Iterator[tuple[str, str]]:

@@ -14,6 +14,7 @@ from vlmrl.preflight.estimate.episode import EpisodeEstimate
 from vlmrl.preflight.estimate.memory import (
     StepTokens,
     engine_bytes,
+    engine_parts,
     learning_bytes,
     learning_parameters,
     quantized_parameters,
@@ -149,6 +150,20 @@ def test_a_base_in_4_bits_is_counted_exactly(
     assert memory.frozen == held
 
 
+def test_the_cache_of_the_embedded_engine_on_a_gpu(run_config: Callable[..., RunConfig]) -> None:
+    """The shape of the goals on a 2B: 16 groups of 16, prompts of 1,043 tokens, answers of 512. By hand: 16 × 1,043 +
+    256 × 511 + 1 slots of 2 × 28 layers × 8 heads × 128 numbers × 2 bytes, and two arrays of 256 × 151,936 logits."""
+    config = run_config("model=qwen3vl", "model/size=2b", "inference=embedded")
+    text = find_sizes(config.model).text
+    assert text is not None
+    step = StepTokens(0, 0, prompts=16 * 1043, rollouts=16 * 1043 + 256 * 512, sampled_at_a_time=256)
+    cache, working = 147_505 * 114_688, 4 * 10**9 + 2 * 4 * 256 * 151_936
+    assert engine_bytes(config, text, step, on_gpu=True) == cache + working
+    assert engine_parts(config, text, step, round((cache + working) / 0.95) + 10**6) == 1
+    assert engine_parts(config, text, step, round((cache / 2 + working) / 0.95)) == 3
+    assert engine_parts(config, text, step, working) == 0
+
+
 def test_the_cache_of_the_embedded_engine(run_config: Callable[..., RunConfig]) -> None:
     """The pool doubles when it is full, and the old one is copied into the new one."""
     from vlmrl.inference.embedded.kv_cache import KVCache
@@ -166,10 +181,10 @@ def test_the_cache_of_the_embedded_engine(run_config: Callable[..., RunConfig]) 
             grew = cache.pool.capacity != before
             most = max(most, cache.pool.capacity + (before if grew else 0))
         step = StepTokens(0, 0, prompts, prompts + decoded, at_a_time)
-        assert engine_bytes(config, text, step) == max(most, cache.pool.capacity) * per_slot + (
+        assert engine_bytes(config, text, step, on_gpu=False) == max(most, cache.pool.capacity) * per_slot + (
             48 * at_a_time * text.vocabulary
         )
-    assert engine_bytes(run_config("inference=vllm"), text, step) == 0
+    assert engine_bytes(run_config("inference=vllm"), text, step, on_gpu=True) == 0
 
 
 @pytest.mark.parametrize(

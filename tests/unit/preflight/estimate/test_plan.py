@@ -14,9 +14,11 @@ import pytest
 
 from vlmrl.config.conf_folder import PACKAGE
 from vlmrl.config.run import RunConfig
+from vlmrl.preflight.estimate import plan
 from vlmrl.preflight.estimate.episode import EpisodeEstimate
 from vlmrl.preflight.estimate.plan import notes, step_tokens
 from vlmrl.preflight.estimate.sizes import find_sizes
+from vlmrl.preflight.machine import Gpu, Machine
 
 HEAVY = ("torch", "transformers", "renderers", "vllm", "wandb")
 
@@ -164,6 +166,29 @@ def test_notes(overrides: tuple[str, ...], fragment: str | None, run_config: Cal
 
 EPISODE = EpisodeEstimate(turns=2, images=((32, 32),) * 4, characters=178)
 """That of the default task."""
+
+
+def test_the_parts_in_which_one_gpu_samples(
+    run_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4,096 rollouts of a 2B take more than 80 GiB beside its weights and optimizer, and 16 take less."""
+    monkeypatch.setattr(plan, "find_machine", lambda: Machine((Gpu("0", "H100", 80 << 30),), 16, 128 << 30))
+
+    def said(groups: int, size: int) -> str:
+        return plan.dry_run(
+            run_config(
+                "model=qwen3vl",
+                "model/size=2b",
+                "model.init=random",
+                "inference=embedded",
+                f"orchestrator.groups_per_step={groups}",
+                f"orchestrator.group_size={size}",
+                "orchestrator.max_new_tokens=512",
+            )
+        )
+
+    assert re.search(r"GPU 0 has room for less, so a step's rollouts are sampled in \d+ parts", said(64, 64))
+    assert "has room for less" not in said(2, 8)
 
 
 def test_a_tree_holds_a_prompt_once(run_config: Callable[..., RunConfig]) -> None:

@@ -1,0 +1,70 @@
+"""Prefill in several passes, so that its memory does not grow with the batch.
+
+Prompts are sorted. Each pass computes some of them, and finds the tokens that its first prompt shares with the last
+prompt of the pass before in the KV cache. One prompt is never cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from vlmrl.inference.embedded.cached_policy import CachedPolicy
+from vlmrl.inference.embedded.prefill import DistinctPrompt, Prefilled, cut_segments, prefill
+from vlmrl.models.attention.prefix_tree import build_tree, common_prefix
+from vlmrl.types import IntArray
+
+PASS_ROWS = 16384
+"""New tokens of a pass."""
+
+PASS_PAIRS = 1 << 24
+"""(query, key) pairs of a pass, if no two prompts share a token: 1 GiB of scores in float32 with 16 heads."""
+
+
+def new_tokens(prompts: Sequence[DistinctPrompt]) -> list[int]:
+    """For each of the sorted prompts, its tokens that are neither cached nor in the prompt before it."""
+    found = []
+    for index, prompt in enumerate(prompts):
+        shared = common_prefix(prompts[index - 1].keys, prompt.keys) if index else 0
+        found.append(len(prompt.keys) - max(shared, prompt.cached))
+    return found
+
+
+def prefill_in_passes(model: CachedPolicy, prompts: Sequence[DistinctPrompt]) -> tuple[Prefilled, int]:
+    """See `prefill`; for models whose layers carry no state."""
+    passes: list[list[DistinctPrompt]] = []
+    rows = pairs = 0
+    for prompt, new in zip(prompts, new_tokens(prompts), strict=True):
+        rows, pairs = rows + new, pairs + new * len(prompt.keys)
+        if not passes or rows > PASS_ROWS or pairs > PASS_PAIRS:
+            passes.append([])
+            rows, pairs = new, new * len(prompt.keys)
+        passes[-1].append(prompt)
+    if len(passes) == 1:
+        return prefill(model, prompts)
+    hidden, slots, total = [], [], 0
+    before: tuple[DistinctPrompt, IntArray] | None = None
+    for chunk in passes:
+        if before is not None:
+            _use_cached(chunk[0], *before)
+        found, rows = prefill(model, chunk)
+        hidden.append(found.hidden)
+        slots += found.slots
+        total += rows
+        before = chunk[-1], found.slots[-1]
+    tree = build_tree([prompt.keys for prompt in prompts])
+    slot = np.empty(tree.num_rows, np.int64)
+    for nodes, of_prompt in zip(tree.rows, slots, strict=True):
+        slot[nodes] = of_prompt
+    nothing = np.empty(0, np.int64)
+    segments = cut_segments(tree, prompts, slot, np.full(tree.num_rows, -1), nothing)
+    return Prefilled(slots, torch.cat(hidden), segments, [{} for _ in prompts]), total
+
+
+def _use_cached(prompt: DistinctPrompt, before: DistinctPrompt, slots: IntArray) -> None:
+    """Let `prompt` start from what it shares with the prompt `before`, whose tokens are in `slots`."""
+    shared = min(common_prefix(before.keys, prompt.keys), len(prompt.keys) - 1)
+    if shared > prompt.cached:
+        prompt.cached, prompt.cached_slots = shared, slots[:shared]
