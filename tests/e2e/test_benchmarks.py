@@ -95,6 +95,10 @@ REHEARSALS = {
         "--checkpoint TINY --dtype float32 --transports folder --rounds 1 --requests 4 --new-tokens 16 --image-size 64 "
         "--max-model-len 512 --lead 0.1"
     ),
+    "whole_step.py": (
+        "--rows embedded --size tiny --groups 2 --group-size 2 --side 64 --new-tokens 8 --seq-len 128 --steps 1 "
+        "--repetitions 1 bench.warmup_steps=1"
+    ),
     "wrong_configs.py": "--first 3",
 }
 """Script → arguments; TINY is the folder of a tiny checkpoint, RUN that of a finished run, VERIFIERS the Python of an

@@ -84,6 +84,7 @@ async def bench(run: Run) -> ExitReason:
     device = run.policy.device
     speeds = measure_speeds(device, run.policy.dtype)
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     activity = Activity(ENGINE_WAITS if config.inference.kind == "embedded" else ENGINE_GOES_ON)
     engine = TimedEngine(run.engine, activity, ends_answers=has_random_weights(config))
