@@ -21,6 +21,7 @@ import dataclasses
 import math
 import time
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -192,36 +193,53 @@ class Rated(Say):
 
 
 class Gated(ColorCodeword):
-    """color_codeword that stops at problem `args.hold`, or in the `args.hold_round`-th round of held-out problems: it
-    writes the file `reached` in the folder `args.gate` and waits until the file `open` appears there."""
+    """color_codeword that stops at training problem `args.hold`, or in the `args.hold_round`-th round of held-out
+    problems: it writes the file `reached` in the folder `args.gate` and waits until the file `open` appears there. It
+    scores no answer to an RL problem before (a later step's problems are made ahead), and makes no supervised one."""
 
     def __init__(self, config: Any, *, seed: int) -> None:
         super().__init__(ColorCodewordConfig(max_turns=config.max_turns), seed=seed)
         self.hold: int = config.args.get("hold", -1)
         self.hold_round: int = config.args.get("hold_round", -1)
         self.rounds = 0
-        self.first = ""
+        self.first = self.held = ""
         self.gate = Path(config.args.get("gate", "."))
 
     def problem(self, split: Split, index: int) -> CodewordProblem:
-        if split == "train" and index == self.hold:
+        is_held = split == "train" and index == self.hold
+        if is_held and index >= FIRST_PROBLEM:
             self.wait()
         problem = super().problem(split, index)
+        if is_held:
+            self.held = problem.id
         if split == "eval" and index == 0:
             self.first = problem.id
         return problem
 
-    def env(self, problem: CodewordProblem) -> ColorCodewordEnv:
+    def env(self, problem: CodewordProblem) -> Any:
         if problem.id == self.first:
             self.rounds += 1
             if self.rounds == self.hold_round:
                 self.wait()
-        return super().env(problem)
+        env = super().env(problem)
+        return Held(env, self.wait) if problem.id == self.held else env
 
     def wait(self) -> None:
         (self.gate / "reached").touch()
         while not (self.gate / "open").exists():
             time.sleep(0.01)
+
+
+class Held:
+    """An env that waits before it scores an answer."""
+
+    def __init__(self, env: ColorCodewordEnv, wait: Callable[[], None]) -> None:
+        self.env, self.wait = env, wait
+        self.reset = env.reset
+
+    def step(self, completion: str) -> Reply:
+        self.wait()
+        return self.env.step(completion)
 
 
 class Blindfolded(ColorCodeword):
