@@ -66,6 +66,7 @@ def tokens(**changed: Any) -> Tokens:
         rows=144_500.0,
         unpacked=398_000.0,
         tree_rows=144_500.0,
+        distinct=144_500.0,
         micro_batches=9.0,
         largest=16_384,
     )

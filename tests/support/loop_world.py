@@ -248,9 +248,10 @@ class World:
         max_epochs: float | None = None,
         stream: Any = None,
         runner: Any = None,
+        make_loop: Callable[..., Loop] = Loop,
     ) -> ExitReason:
         """Run the loop from `version` on. `stream`: a `ProblemStream` in place of the numbered problems. `runner`: one
-        that plays, in place of this one."""
+        that plays, in place of this one. `make_loop`: what makes the loop of its parts."""
 
         async def main() -> ExitReason:
             neighbour: Any = self
@@ -262,7 +263,7 @@ class World:
             self.evaluator = Evaluator(evaluation, neighbour, held_out, 0.7, list(history), is_unfinished)
             self.evaluator.count = len(history)
             self.evaluator.best = best or BestWatch()
-            loop = Loop(
+            loop = make_loop(
                 config=OrchestratorConfig(
                     groups_per_step=GROUPS, group_size=SIBLINGS, max_staleness=max_staleness, eval=evaluation
                 ),

@@ -123,7 +123,7 @@ async def _take_steps(run: Run, last: int, engine: TimedEngine, recorder: _Recor
     time_drawing(loop.problems, engine.activity)
     ahead = run.config.orchestrator.max_staleness + 1
     changed = {
-        "length": _MoreAhead(loop.problems, last + ahead, last=last),
+        "length": MoreAhead(loop.problems, last + ahead, last=last),
         "runner": timed(loop.runner, engine),
         "engine": engine,
         "trainer": trainer,
@@ -131,11 +131,11 @@ async def _take_steps(run: Run, last: int, engine: TimedEngine, recorder: _Recor
         "checkpoint": lambda step: None,
     }
     parts = {field.name: getattr(loop, field.name) for field in dataclasses.fields(loop) if field.init}
-    return await _TimedLoop(**{**parts, **changed}, activity=engine.activity).run()
+    return await TimedLoop(**{**parts, **changed}, activity=engine.activity).run()
 
 
 @dataclass(eq=False)
-class _TimedLoop(Loop):
+class TimedLoop(Loop):
     """The loop, which says when the trainer waits for rollouts."""
 
     activity: Activity = field(default_factory=lambda: Activity(ENGINE_WAITS))
@@ -146,7 +146,7 @@ class _TimedLoop(Loop):
 
 
 @dataclass(frozen=True)
-class _MoreAhead(Length):
+class MoreAhead(Length):
     """Ends after `last`, while batches of later steps roll out or are opened: without them the last measured steps
     would have less to do than the others."""
 
@@ -169,7 +169,7 @@ class _Trainer:
     def train_step(
         self, samples: list[TrainingSample], demonstrations: Sequence[TrainingSample] = (), steps: float | None = None
     ) -> StepResult:
-        self.batches.append(Batch(self._trainer.version, samples))
+        self.batches.append(Batch(self._trainer.version, samples, demonstrations))
         return self._trainer.train_step(samples, demonstrations, steps)
 
 

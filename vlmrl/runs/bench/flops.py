@@ -48,6 +48,13 @@ class Work:
     """Rows of the largest micro-batch."""
     micro_batches: int = 0
 
+    def times(self, count: int) -> Work:
+        """The same, `count` times."""
+        work = Work()
+        for _ in range(count):
+            work.add(self)
+        return work
+
     def add(self, other: Work) -> None:
         """Add the work of another batch."""
         for name in ("rows", "pairs", "head_rows", "features", "unpacked", "micro_batches"):

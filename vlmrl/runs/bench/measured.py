@@ -100,7 +100,9 @@ class Tokens:
     unpacked: float
     """Tokens of the samples one by one."""
     tree_rows: float
-    """Rows that `trainer.packing=tree` would compute."""
+    """Rows that `trainer.packing=tree` would compute, minibatches apart."""
+    distinct: float
+    """Tokens of the samples, each shared prefix once."""
     micro_batches: float
     largest: int
     """Rows of the largest micro-batch."""

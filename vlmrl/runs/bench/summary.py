@@ -34,6 +34,8 @@ class Batch:
     version: int
     """Policy version before the step."""
     samples: Sequence[TrainingSample]
+    demonstrations: Sequence[TrainingSample] = ()
+    """Of `trainer.warmup.rl_weight`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +54,7 @@ def measured_of(run: Run, speeds: Speeds, taken: Taken) -> Measured:
     ranks = 1 if run.rank_group is None else run.rank_group.size
     batches = [batch for batch in taken.batches if batch.samples]
     works = [_work(run, batch, ranks) for batch in batches]
+    computed = works + [_demonstrated(run, batch, ranks) for batch in batches if batch.demonstrations]
     ends = [taken.before.ended, *(step.ended for step in taken.steps)]
     machine = find_machine()
     numbers = {int(step.metrics["policy_version"]) for step in taken.steps}
@@ -64,7 +67,7 @@ def measured_of(run: Run, speeds: Speeds, taken: Taken) -> Measured:
         tokens=tokens,
         speeds=speeds,
         ranks=ranks,
-        train_flops=sum(model_flops(run.policy.model, work, encoded=_encoded(taken)) for work in works) / count,
+        train_flops=sum(model_flops(run.policy.model, work, encoded=_encoded(taken)) for work in computed) / count,
         least_sampling=_least_sampling(run, answers, speeds, count),
         memory=_memory(run, taken, machine, ranks, tokens),
         cores=machine.cores,
@@ -88,6 +91,15 @@ def _work(run: Run, batch: Batch, ranks: int) -> Work:
     )
 
 
+def _demonstrated(run: Run, batch: Batch, ranks: int) -> Work:
+    """The work of the demonstrations of a step, which all optimizer steps on its batch share."""
+    trainer, patch_size = run.config.trainer, patch_size_of(run.policy.model)
+    work = work_of(
+        batch.demonstrations, trainer.packing, trainer.micro_batch_tokens, ranks=ranks, patch_size=patch_size
+    )
+    return work.times(run.config.algorithm.epochs)
+
+
 def _encoded(taken: Taken) -> float:
     """Share of the images that the trainer's tower encoded; the features of the others were cached."""
     encoded = sum(step.metrics.get("images/encoded", 0.0) for step in taken.steps)
@@ -103,9 +115,7 @@ def _tokens(
     def mean(key: str) -> float:
         return sum(step.metrics.get(key, 0.0) for step in taken.steps) / count
 
-    trees = works
-    if trainer.packing is not Packing.tree:
-        trees = [work_of(batch.samples, Packing.tree, trainer.micro_batch_tokens) for batch in batches]
+    once = [work_of(batch.samples, Packing.tree, trainer.micro_batch_tokens) for batch in batches]
     cut = sum(answer.new_tokens >= config.orchestrator.max_new_tokens for answer in answers)
     return Tokens(
         rollouts=mean("rollouts/total"),
@@ -115,7 +125,8 @@ def _tokens(
         trained=mean("tokens/trained"),
         rows=mean("tokens/packed"),
         unpacked=mean("tokens/unpacked"),
-        tree_rows=sum(work.rows for work in trees) / count,
+        tree_rows=sum(work.rows for work in once) * config.algorithm.epochs / count,
+        distinct=sum(work.rows for work in once) / count,
         micro_batches=mean("micro_batches"),
         largest=max((work.largest for work in works), default=0),
     )
@@ -169,7 +180,7 @@ def _memory(run: Run, taken: Taken, machine: Machine, ranks: int, tokens: Tokens
         trainable=sum(p.numel() for p in run.policy.model.parameters() if p.requires_grad),
         is_gpu=gpu,
         server_share=_server_share(config, machine, ranks) if gpu else 0.0,
-        cache=tokens.tree_rows * cache_bytes(run.policy.model, number),
+        cache=tokens.distinct * cache_bytes(run.policy.model, number),
     )
 
 

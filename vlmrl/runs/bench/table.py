@@ -144,6 +144,7 @@ def as_json(found: Measured, advice: Sequence[Advice]) -> dict[str, Any]:
             "rows": tokens.rows,
             "unpacked": tokens.unpacked,
             "tree_rows": tokens.tree_rows,
+            "distinct": tokens.distinct,
             "micro_batches": tokens.micro_batches,
             "largest_micro_batch": tokens.largest,
         },
