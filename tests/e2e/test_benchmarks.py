@@ -68,6 +68,7 @@ REHEARSALS = {
     "mismatch.py": f"--checkpoint TINY --dtype float32 --engines default {SMALL_IMAGES}",
     "rollout_bytes.py": "--run RUN --answer-tokens 20",
     "looking.py": "--steps 1 --seeds 0 --weights 1 trainer.warmup.steps=1 orchestrator.eval.problems=9",
+    "recompiles.py": "--size tiny --device cpu --steps 4",
     "recorder.py": "--pictures 3 --steps 2 --size 32 --repeats 1",
     "references.py": "--sizes tiny --device cpu --shapes codeword --steps 1 --groups 1",
     "refill.py": "--steps 1 --seeds 0",
