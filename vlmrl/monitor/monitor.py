@@ -318,14 +318,16 @@ class Monitor:
 
     # ── the end ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    def flush(self) -> None:
-        """Wait until everything recorded so far is on the disk. Call this before writing a checkpoint."""
+    def flush_lines(self) -> Callable[[], None]:
+        """Wait until the lines recorded so far are on the disk → a function that waits, in any thread, until rollouts
+        and images are there as well, and raises VlmrlError where they cannot be. A checkpoint needs both.
+        """
         self._metrics.flush()
         if self._supervised is not None:
             self._supervised.flush()
         self._faults.flush()
         self._bad_rows.flush()
-        self._recorder.flush()
+        return self._recorder.so_far()
 
     def finish(self, exit_reason: str, summary: Mapping[str, Any], hurries: Callable[[], bool] = lambda: False) -> None:
         """Write summary.json (`summary` and the newest metrics) and report.html, and print how the run ended.

@@ -5,7 +5,7 @@
 
 rollout_schema.py has the columns of a file. A file appears complete or not at all. An image is written before the
 first file that names it. Logprobs are exact float32. What waits in the queue is lost with a run that is killed, and
-made again when it continues: a checkpoint is saved only after the queue is empty.
+made again when it continues: a checkpoint is complete only once all that was recorded before it is on the disk.
 
 An image or video part of a message holds the hash of its item. The image parts of a turn's messages belong, in order,
 to the last image placeholders of its prompt, and video parts to the last video placeholders (in a branch that renders
@@ -22,6 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
@@ -174,6 +175,25 @@ class RolloutRecord(TypedDict):
     turns: list[TurnRecord]
 
 
+@dataclass
+class _File:
+    """A file that is not known to be written."""
+
+    written: Future[None]
+    size: int
+    """How many bytes of pixels and tensors it keeps in memory."""
+    is_reported: bool = False
+    """Whether somebody was told already that it cannot be written."""
+
+    def wait(self) -> None:
+        """Wait until it is written. Raises VlmrlError where it cannot be."""
+        try:
+            self.written.result()
+        except VlmrlError:
+            self.is_reported = True
+            raise
+
+
 class RolloutRecorder:
     """Writes files of rollouts in the order of the calls, in the background with a bounded queue."""
 
@@ -183,8 +203,7 @@ class RolloutRecorder:
         self._bound = None if max_mib is None else DiskBound(run_dir, max_mib)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recorder")
         self._encoders = ThreadPoolExecutor(ENCODING_THREADS, thread_name_prefix="recorder-images")
-        self._waiting: deque[tuple[Future[None], int]] = deque()
-        """The files that are not known to be written, with the bytes that each keeps in memory."""
+        self._waiting: deque[_File] = deque()
         self._waited_s = 0.0
         self._spellings: TokenSpellings | None = None
 
@@ -210,12 +229,23 @@ class RolloutRecorder:
         assert kind == "eval" or len(rollouts) == 1, f"one file for {list(rollouts)}"
         size = sum(_size(item) for item in _items(rollouts))
         self._make_room(size)
-        self._waiting.append((self._thread.submit(self._write, kind, step, dict(rollouts)), size))
+        self._waiting.append(_File(self._thread.submit(self._write, kind, step, dict(rollouts)), size))
 
     def flush(self) -> None:
         """Wait until everything is on the disk. Raises VlmrlError where a file could not be written."""
         while self._waiting:
             self._collect()
+
+    def so_far(self) -> Callable[[], None]:
+        """Return a function that waits, in any thread, until what is recorded so far is on the disk. It raises
+        VlmrlError where a file could not be written, of which `flush` then says nothing."""
+        files = list(self._waiting)
+
+        def wait_for_all() -> None:
+            for file in files:
+                file.wait()
+
+        return wait_for_all
 
     def close(self) -> None:
         """Flush and end the threads. Raises VlmrlError like `flush`."""
@@ -230,7 +260,7 @@ class RolloutRecorder:
 
     def _make_room(self, size: int) -> None:
         """Wait until a file that keeps `size` bytes may wait as well. Raises VlmrlError like `flush`."""
-        while self._waiting and self._waiting[0][0].done():
+        while self._waiting and self._waiting[0].written.done():
             self._collect()
         if not self._is_full(size):
             return
@@ -248,13 +278,14 @@ class RolloutRecorder:
             self._waited_s += time.monotonic() - begun
 
     def _is_full(self, size: int) -> bool:
-        held = sum(held for _, held in self._waiting)
+        held = sum(file.size for file in self._waiting)
         return bool(self._waiting) and (len(self._waiting) >= MAX_QUEUED_FILES or held + size > MAX_QUEUED_BYTES)
 
     def _collect(self) -> None:
-        """Wait for the oldest file. Raises VlmrlError where it could not be written."""
-        written, _ = self._waiting.popleft()
-        written.result()
+        """Wait for the oldest file. Raises VlmrlError where it could not be written, unless that is reported."""
+        file = self._waiting.popleft()
+        if not file.is_reported:
+            file.wait()
 
     def _write(self, kind: RecordKind, step: int, rollouts: dict[RecordedSplit, Sequence[Rollout]]) -> None:
         # Images come last: where a frame has the same pixels, the PNG with the digests is written.

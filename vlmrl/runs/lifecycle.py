@@ -268,7 +268,8 @@ def save_after(error: BaseException, run: Run, mode: RunMode) -> None:
             log.warning("%s was not finished, so no checkpoint of it is written", run.progress)
             run.checkpoints.finish()
     except VlmrlError as second:
-        error.add_note(f"While saving: {second}")
+        if second is not error:
+            error.add_note(f"While saving: {second}")
 
 
 def model_table(run: Run) -> dict[str, str]:

@@ -9,7 +9,7 @@ from vlmrl.trainer.loop_state import LoopState
 def save_if_due(run: Run, step: int) -> None:
     """Save after `step` where `trainer.checkpoint_every` divides it, or where its evaluation is the best so far.
 
-    Raises `CheckpointError` where the checkpoint before it could not be written.
+    Raises VlmrlError where the checkpoint before it, or what was recorded before that, could not be written.
     """
     run.checkpoints.check()
     every = run.config.trainer.checkpoint_every
@@ -18,11 +18,12 @@ def save_if_due(run: Run, step: int) -> None:
 
 
 def save(run: Run, step: int) -> None:
-    """Save a checkpoint called after `step`, unless the newest checkpoint already holds this progress."""
+    """Save a checkpoint called after `step`, unless the newest checkpoint already holds this progress. It is complete,
+    some time after the call, only if what the run has recorded is on the disk."""
     if run.progress == run.saved:
         return
-    run.monitor.flush()
-    run.checkpoints.save(step, run.trainer, loop_state(run))
+    recorded = run.monitor.flush_lines()
+    run.checkpoints.save(step, run.trainer, loop_state(run), recorded)
     if run.config.monitor.wandb.checkpoints:
         run.checkpoints.finish()  # W&B uploads the files, so they must be complete
         run.monitor.checkpoint(step, run.checkpoints.path(step))

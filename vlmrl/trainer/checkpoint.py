@@ -72,8 +72,14 @@ class Checkpoints:
         steps = {int(name.removeprefix("step_")) for name in names if name.removeprefix("step_").isdecimal()}
         return sorted(step for step in steps if self.path(step).name in names)
 
-    def save(self, step: int, trainer: Trainer, loop_state: LoopState) -> None:
+    def save(
+        self, step: int, trainer: Trainer, loop_state: LoopState, recorded: Callable[[], object] = lambda: None
+    ) -> None:
         """Copy the state after `step` and begin to write it. Once it is complete, delete checkpoints beyond `keep`.
+
+        `recorded` is called in the background before the checkpoint is complete. It waits until what the run has
+        recorded up to `step` is on the disk, so that a run which continues from here has all of it; where it raises, so
+        do `check` and `finish`.
 
         Waits until the previous checkpoint is written. Raises `CheckpointError` where that one or this one cannot be
         written, and `NonFiniteLossError` where a weight is not finite: such a checkpoint would replace the last one
@@ -89,7 +95,7 @@ class Checkpoints:
         except OSError as error:
             raise self._cannot_be_written(step, error) from error
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending = self._background.submit(self._complete, step, partial, written, loop_state.best)
+        self._pending = self._background.submit(self._complete, step, partial, written, loop_state.best, recorded)
 
     def tidy(self, step: int, best: Best | None) -> None:
         """Finish what a process that was killed had begun after its checkpoint was complete: delete checkpoints that
@@ -121,7 +127,9 @@ class Checkpoints:
         if pending is not None:
             pending.result()
 
-    def _complete(self, step: int, partial: Path, written: Future[None], best: Best | None) -> None:
+    def _complete(
+        self, step: int, partial: Path, written: Future[None], best: Best | None, recorded: Callable[[], object]
+    ) -> None:
         from torch.distributed.checkpoint.api import CheckpointException
 
         try:
@@ -130,6 +138,7 @@ class Checkpoints:
             for path in partial.iterdir():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
+            recorded()
             replaced = self._set_aside(step) if self.path(step).exists() else None
             partial.rename(self.path(step))
             if replaced is not None:

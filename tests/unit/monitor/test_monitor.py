@@ -151,7 +151,7 @@ def test_flush_means_on_the_disk(run_dir: RunDir) -> None:
     with monitor_of(run_dir) as monitor:
         for step in (1, 2, 3):
             monitor.step(step, METRICS, [group(100)])
-        monitor.flush()
+        monitor.flush_lines()()
         assert len(list(run_dir.rollouts.iterdir())) == 3
         monitor.finish("finished", {})
 
@@ -228,7 +228,7 @@ def test_a_page_is_written_after_an_evaluation_and_at_the_end(
     run_dir.write_config(run_config())
     with monitor_of(run_dir, report=True) as monitor:
         monitor.step(1, METRICS, [group()])
-        monitor.flush()
+        monitor.flush_lines()()
         monitor.evaluation(1, {"eval/reward": 0.5, "eval/reward_greedy": 0.75}, {})
         for _ in range(3000):
             if run_dir.report.exists():
@@ -376,7 +376,7 @@ def test_a_disk_that_fails_ends_the_run_by_name(run_dir: RunDir) -> None:
     with monitor_of(run_dir) as monitor:
         monitor.step(1, METRICS, [group()])
         with pytest.raises(VlmrlError, match=r"step_000001\.parquet cannot be written"):
-            monitor.flush()
+            monitor.flush_lines()()
 
 
 def test_the_first_trouble_is_the_one_to_report(run_dir: RunDir) -> None:

@@ -372,6 +372,37 @@ except VlmrlError as error:
     assert not (tmp_path / "run/rollouts/step_000001.parquet").exists()
 
 
+def test_what_is_recorded_so_far(run_dir: RunDir, slow: SlowPictures) -> None:
+    """The function waits for the files before it, and not for those after it."""
+    recorder = RolloutRecorder(run_dir)
+    recorder.write(1, {"train": [shown(1)]})
+    wait_for_it = recorder.so_far()
+    assert slow.begun.acquire(timeout=60)
+    with ThreadPoolExecutor(1) as other:
+        waiting = other.submit(wait_for_it)
+        with pytest.raises(TimeoutError):
+            waiting.result(0.1)
+        slow.opened.set()
+        waiting.result(60)
+        slow.opened.clear()
+        recorder.write(2, {"train": [shown(2)]})
+        wait_for_it()
+        assert not run_dir.rollouts_file("step", 2).exists()
+    slow.opened.set()
+    recorder.close()
+    assert_recorded(run_dir, range(1, 3))
+
+
+def test_a_file_that_cannot_be_written_is_reported_once(run_dir: RunDir) -> None:
+    run_dir.rollouts_file("step", 1).mkdir()
+    recorder = RolloutRecorder(run_dir)
+    recorder.write(1, {"train": [shown(1)]})
+    for _ in range(2):
+        with pytest.raises(VlmrlError, match=r"step_000001\.parquet cannot be written"):
+            recorder.so_far()()
+    recorder.close()
+
+
 def test_a_killed_run_leaves_whole_files_only(tmp_path: Path) -> None:
     script = f"""
 import sys

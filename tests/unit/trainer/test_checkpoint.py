@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from support.checkpoints import FILES, MODEL, OPTIMIZER, Learner, refuse_warning, rewrite, save, saved
-from vlmrl.errors import CheckpointError, NonFiniteLossError
+from vlmrl.errors import CheckpointError, NonFiniteLossError, VlmrlError
 from vlmrl.trainer.checkpoint import Checkpoints
 from vlmrl.trainer.checkpoint_files import stored_tensors
 from vlmrl.trainer.loop_state import Best, Cursor, LoopState
@@ -313,6 +314,34 @@ def test_a_full_disk(told: Callable[[Checkpoints], None], limit: int, tmp_path: 
     assert found[0] == 1
     save(checkpoints, 2, Learner(), LoopState())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000001", "step_000002"]
+
+
+def test_complete_only_once_the_run_has_recorded_its_steps(tmp_path: Path) -> None:
+    checkpoints, reached, recorded = saved(tmp_path, 1, keep=1), threading.Event(), threading.Event()
+
+    def wait_for_it() -> None:
+        reached.set()
+        assert recorded.wait(60)
+
+    checkpoints.save(2, Learner(), LoopState(), wait_for_it)
+    assert reached.wait(60)
+    assert checkpoints.steps() == [1]
+    recorded.set()
+    checkpoints.finish()
+    assert checkpoints.steps() == [2]
+
+
+def test_not_complete_where_the_run_cannot_record_its_steps(tmp_path: Path) -> None:
+    checkpoints, error = saved(tmp_path, 1, keep=1), VlmrlError("step_000002.parquet cannot be written")
+
+    def fail() -> None:
+        raise error
+
+    checkpoints.save(2, Learner(), LoopState(), fail)
+    with pytest.raises(VlmrlError) as caught:
+        checkpoints.finish()
+    assert caught.value is error
+    assert checkpoints.steps() == [1]
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
