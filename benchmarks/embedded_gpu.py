@@ -4,9 +4,10 @@
     python benchmarks/embedded_gpu.py --parts rate,offline --checkpoint DIR      beside LLM.generate, the same model
     python benchmarks/embedded_gpu.py --size tiny --device cpu --shapes 2x5x37x16 --rounds 1      rehearsal
 
-A shape is groups × siblings × prompt × new tokens. Prompts are random text tokens that no side has seen. Weights are
-random, with every logit multiplied by `--logit-scale`, so that distributions are as peaky as a trained model's; or they
-are those of the Qwen3-VL in `--checkpoint`.
+A shape is groups × siblings × prompt × new tokens. Prompts are random text tokens that no side has seen; with
+`--image-side 1000` they are an image of so many pixels and a question instead, one per group. Weights are random, with
+every logit multiplied by `--logit-scale`, so that distributions are as peaky as a trained model's; or they are those of
+the Qwen3-VL in `--checkpoint`.
 
     exact      attention of a decode step against one softmax in float64, at each shape's sizes
     rate       sampled tokens per second of whole calls, prefill included; one warm-up, then the median of the rounds
@@ -81,8 +82,8 @@ class Timed(Noise):
 # ── sampling ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def made(args: argparse.Namespace, dtype: str) -> Any:
-    """The policy, with its logits scaled."""
+def made(args: argparse.Namespace, dtype: str) -> tuple[Any, Any]:
+    """The policy, with its logits scaled, and its renderer."""
     import torch
     from training_batches import model_config, policy_of
 
@@ -91,26 +92,38 @@ def made(args: argparse.Namespace, dtype: str) -> Any:
     config = model_config(args.size, Dtype(dtype), args.device)
     if args.checkpoint is not None:
         config = replace(config, init=Init.pretrained, name=str(args.checkpoint), size=None)
-    policy, _ = policy_of(config)
+    policy, renderer = policy_of(config)
     with torch.no_grad():
         policy.model.base_model.get_decoder().norm.weight.mul_(args.logit_scale)
-    return policy
+    return policy, renderer if args.image_side else None
 
 
-def prompts_of(shape: Shape, seed: int, vocabulary: int) -> list[Any]:
-    """One prompt of random tokens per group."""
-    from vlmrl.types import Prompt
+def prompts_of(policy: Any, renderer: Any, shape: Shape, seed: int, side: int) -> list[Any]:
+    """One prompt per group, of random tokens or, with a renderer, with an image of noise."""
+    from vlmrl.types import Image, Message, Prompt
 
     random = np.random.default_rng(seed)
-    return [Prompt(random.integers(10, vocabulary // 2, shape.prompt), (), ()) for _ in range(shape.groups)]
+    if renderer is None:
+        return [Prompt(random.integers(10, len(policy.banned) // 2, shape.prompt), (), ()) for _ in range(shape.groups)]
+    pictures = [Image(random.integers(0, 256, (side, side, 3), np.uint8)) for _ in range(shape.groups)]
+    question = "What is to be seen in this picture? Describe every part of it."
+
+    async def rendered() -> list[Any]:
+        return [await renderer.first_turn([Message.of("user", picture, question)]) for picture in pictures]
+
+    return asyncio.run(rendered())
 
 
-def sampled(policy: Any, shape: Shape, seed: int) -> tuple[list[tuple[Any, Any]], float]:
+def sampled(
+    args: argparse.Namespace, parts: tuple[Any, Any], shape: Shape, seed: int
+) -> tuple[list[tuple[Any, Any]], float]:
     """Prompt and completion of every sibling, and the seconds that they took."""
     from vlmrl.inference.embedded.engine import EmbeddedEngine
     from vlmrl.types import SamplingParams
 
-    engine = EmbeddedEngine(policy, lambda: 0, shape.prompt + shape.new)
+    policy, renderer = parts
+    prompts = prompts_of(policy, renderer, shape, seed, args.image_side)
+    engine = EmbeddedEngine(policy, lambda: 0, max(len(each.token_ids) for each in prompts) + shape.new)
 
     async def one(session: Any, prompt: Any, number: int) -> tuple[Any, Any]:
         async with session:
@@ -118,7 +131,6 @@ def sampled(policy: Any, shape: Shape, seed: int) -> tuple[list[tuple[Any, Any]]
             return prompt, await session.generate(prompt, sampling)
 
     async def batch() -> list[tuple[Any, Any]]:
-        prompts = prompts_of(shape, seed, len(policy.banned))
         asked = [prompt for prompt in prompts for _ in range(shape.siblings)]
         sessions = [engine.session(str(number)) for number in range(len(asked))]
         pairs = enumerate(zip(sessions, asked, strict=True))
@@ -141,13 +153,13 @@ def rate(args: argparse.Namespace, shapes: Sequence[Shape]) -> None:
     import torch
 
     print("\n| shape | decoder | tokens/s | rounds | first call s | peak GiB |\n|---|---|---|---|---|---|", flush=True)
-    policy = made(args, args.dtype)
+    parts = made(args, args.dtype)
     for shape in shapes:
         with decoder(fast=True):
-            _, first = sampled(policy, shape, 1)
+            _, first = sampled(args, parts, shape, 1)
             rates = []
             for number in range(args.rounds):
-                found, seconds = sampled(policy, shape, 2 + number)
+                found, seconds = sampled(args, parts, shape, 2 + number)
                 rates.append(sum(len(said.token_ids) for _, said in found) / seconds)
         peak = torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else float("nan")
         span = f"{min(rates):,.0f} to {max(rates):,.0f}"
@@ -160,17 +172,17 @@ def equal(args: argparse.Namespace, shapes: Sequence[Shape]) -> None:
     """The share of equal completions."""
     print("\n| shape | number format | equal completions | equal tokens |\n|---|---|---|---|", flush=True)
     for dtype in dict.fromkeys((args.dtype, "float32")):
-        policy = made(args, dtype)
+        parts = made(args, dtype)
         for whole in shapes:
             shape = replace(whole, new=min(whole.new, args.compare_tokens))
             found = []
             for fast in (True, False):
                 with decoder(fast=fast):
-                    found.append([said.token_ids for _, said in sampled(policy, shape, 1)[0]])
+                    found.append([said.token_ids for _, said in sampled(args, parts, shape, 1)[0]])
             alike = [int(np.logical_and.accumulate(a == b).sum()) for a, b in zip(*found, strict=True)]
             completions, tokens = np.mean(np.array(alike) == shape.new), np.sum(alike) / (len(alike) * shape.new)
             print(f"| {shape} | {dtype} | {completions:.1%} | {tokens:.1%} |", flush=True)
-        free(policy)
+        free(parts[0])
 
 
 def free(policy: Any) -> None:
@@ -192,21 +204,28 @@ def mismatch(args: argparse.Namespace, shapes: Sequence[Shape]) -> None:
     from vlmrl.trainer.objective import mismatch_kl
     from vlmrl.trainer.trainer import LocalTrainer
 
-    print("\n| shape | number format | logits × | mismatch_kl/mean | mean difference | tokens |", flush=True)
-    print("|---|---|---|---|---|---|", flush=True)
+    print(
+        "\n| shape | number format | logits × | mismatch_kl/mean | mean difference | mean −logprob | tokens |",
+        flush=True,
+    )
+    print("|---|---|---|---|---|---|---|", flush=True)
     dtype = "float16" if args.device == "cuda" else "float32"
-    policy = made(args, dtype)
+    parts = made(args, dtype)
     config = TrainerConfig(learning_rate=1e-6, micro_batch_tokens=8192)
-    trainer = LocalTrainer(policy, config, AlgorithmConfig(), temperature=1.0, max_new_tokens=args.compare_tokens)
+    trainer = LocalTrainer(parts[0], config, AlgorithmConfig(), temperature=1.0, max_new_tokens=args.compare_tokens)
     for whole in shapes:
         shape = replace(whole, new=min(whole.new, args.compare_tokens))
         with decoder(fast=True):
-            pairs, _ = sampled(policy, shape, 1)
+            pairs, _ = sampled(args, parts, shape, 1)
         samples = [as_sample(number, *pair) for number, pair in enumerate(pairs)]
         ours = torch.from_numpy(np.concatenate([said.logprobs for _, said in pairs]))
         theirs = torch.from_numpy(np.concatenate(trainer.logprobs(samples)))
         mean, difference = float(mismatch_kl(theirs, ours)[0]) / len(ours), float((theirs - ours).abs().mean())
-        print(f"| {shape} | {dtype} | {args.logit_scale:g} | {mean:.2e} | {difference:.2e} | {len(ours)} |", flush=True)
+        print(
+            f"| {shape} | {dtype} | {args.logit_scale:g} | {mean:.2e} | {difference:.2e} | {-float(ours.mean()):.2f} "
+            f"| {len(ours)} |",
+            flush=True,
+        )
 
 
 def profile(args: argparse.Namespace, shapes: Sequence[Shape]) -> None:
@@ -214,11 +233,11 @@ def profile(args: argparse.Namespace, shapes: Sequence[Shape]) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    policy, on_gpu = made(args, args.dtype), args.device == "cuda"
+    parts, on_gpu = made(args, args.dtype), args.device == "cuda"
     with decoder(fast=True):
-        sampled(policy, shapes[0], 1)
+        sampled(args, parts, shapes[0], 1)
         with profiler(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as found:
-            sampled(policy, shapes[0], 2)
+            sampled(args, parts, shapes[0], 2)
     order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
     print("\n" + found.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=70), flush=True)
 
@@ -319,6 +338,7 @@ def main() -> None:
     parser.add_argument("--logit-scale", type=float, default=20.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compare-tokens", type=int, default=64)
+    parser.add_argument("--image-side", type=int, default=0, help="pixels; 0 for prompts of text")
     parser.add_argument("--starts", type=int, default=2)
     parser.add_argument("--checkpoint", type=Path)
     args = parser.parse_args()

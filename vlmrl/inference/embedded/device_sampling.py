@@ -11,10 +11,8 @@ CUDA graph. The exceptions are supports that are reported: their sizes are unkno
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -22,8 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlmrl.inference.embedded.sampling import Shape, supports_of, truncated
-
-_OfLogits: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
+from vlmrl.models.compiling import compiled_on_gpu
 
 CHUNK = 128
 """Tokens of a chunk of the vocabulary."""
@@ -52,7 +49,7 @@ def draw_tokens(logits: Tensor, how: Draw) -> tuple[Tensor, Tensor, list[NDArray
     and the supports of the rows that report theirs (empty where no row does).
     """
     supports: list[NDArray[np.int32] | None] = []
-    lse, masses = _on_gpu(logits.device, _chunk_masses)(logits)
+    lse, masses = _chunk_masses(logits)
     if len(how.shapes) == 1 and not how.shapes[0].truncates:
         token, logprob = _invert(logits, lse, masses, how.uniforms)
     else:
@@ -61,7 +58,7 @@ def draw_tokens(logits: Tensor, how: Draw) -> tuple[Tensor, Tensor, list[NDArray
         for number, shape in enumerate(how.shapes):
             if shape.truncates:
                 log_probs = truncated(logits - lse, shape.top_k, shape.top_p, shape.min_p)
-                found = _invert(log_probs, *_on_gpu(logits.device, _chunk_masses)(log_probs), how.uniforms)
+                found = _invert(log_probs, *_chunk_masses(log_probs), how.uniforms)
                 if shape.reports_support:
                     supports = supports or [None] * len(logits)
                     known = supports_of(log_probs)
@@ -78,8 +75,10 @@ def draw_tokens(logits: Tensor, how: Draw) -> tuple[Tensor, Tensor, list[NDArray
     return token, logprob, supports
 
 
+@compiled_on_gpu
 def _chunk_masses(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp float32 [R, 1], and the probability of each chunk of the vocabulary, float64 [R, chunks]."""
+    """Log-sum-exp float32 [R, 1], and the probability of each chunk of the vocabulary, float64 [R, chunks]. Where it is
+    compiled, it makes no array of the logits' size."""
     lse = logits.logsumexp(-1, keepdim=True)
     probabilities = (logits - lse).double().exp()
     whole = logits.shape[1] // CHUNK * CHUNK
@@ -106,15 +105,3 @@ def _invert(logits: Tensor, lse: Tensor, masses: Tensor, uniforms: Tensor) -> tu
     found = (probabilities.cumsum(-1) <= left).sum(-1, keepdim=True)
     found = torch.minimum(found, ((probabilities > 0) * place).amax(-1, keepdim=True))
     return columns.gather(1, found)[:, 0], logprobs.gather(1, found)[:, 0]
-
-
-def _on_gpu(
-    device: torch.device, function: Callable[[Tensor], tuple[Tensor, Tensor]]
-) -> Callable[..., tuple[Tensor, Tensor]]:
-    """`function`, compiled on a GPU: one pass over the logits, and no array of their size."""
-    return _compiled(function) if device.type == "cuda" else function
-
-
-@cache
-def _compiled(function: _OfLogits) -> _OfLogits:
-    return torch.compile(function, dynamic=True)

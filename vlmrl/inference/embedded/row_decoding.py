@@ -36,7 +36,7 @@ from vlmrl.inference.embedded.sampling import Shape, not_finite, shape_of
 from vlmrl.inference.embedded.shared_prefixes import SharedPrefixes
 from vlmrl.inference.embedded.step_graphs import CompiledLayers, StepGraphs
 from vlmrl.inference.stop_strings import TextOf
-from vlmrl.models.attention.decode import DecodeRows, has_triton
+from vlmrl.models.attention.decode import DecodeRows, uses_kernels
 from vlmrl.models.attention.plan import KVPool, TreePlan
 from vlmrl.models.blocks import uncompiled_in_inference
 from vlmrl.types import Completion
@@ -91,7 +91,7 @@ class RowDecoder:
         self._pool: ReferenceType[KVPool] | None = None
         """The KV pool whose addresses the graphs hold; weak, because its memory is given back."""
         self._layers: CompiledLayers | None = None
-        if model.device.type == "cuda" and has_triton():
+        if uses_kernels(model.device):  # Triton is needed for both
             self._layers = CompiledLayers(model.policy.model.base_model.get_decoder())
         self._supports: list[list[NDArray[np.int32] | None]] = []
         """Per step since the last reading, the support of each row; empty lists where none is reported."""
@@ -218,7 +218,7 @@ class RowDecoder:
             ),
             levels=shared.levels,
             most_rows=_power(int((table[:, 1] - table[:, 0]).max(initial=1))),
-            most_keys=_power(max(1, shared.most_keys)),
+            most_keys=1 if uses_kernels(self._model.device) else _power(max(1, shared.most_keys)),
         )
 
     def _roomy_state(self, room: Room) -> DecodeState:

@@ -19,6 +19,7 @@ import torch
 
 from vlmrl.models.attention.tree import DECODE_ATTENTION_NAME
 from vlmrl.models.blocks import blocks
+from vlmrl.models.compiling import for_all_sizes
 
 _log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class CompiledLayers:
 
     def __init__(self, decoder: Any) -> None:
         self._layers = blocks(decoder)
-        self._compiled = [torch.compile(layer.forward, dynamic=True) for layer in self._layers]
+        self._compiled = [for_all_sizes(layer.forward) for layer in self._layers]
         self._config = decoder.config
 
     @contextmanager

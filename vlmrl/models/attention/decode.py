@@ -50,7 +50,7 @@ class DecodeTables:
     most_rows: int
     """No segment has more rows."""
     most_keys: int
-    """No segment has more slots."""
+    """No segment has more slots. The kernels do not read it."""
 
     def first(self, rows: int) -> DecodeTables:
         """The tables of the first `rows` rows, which share the memory of these."""
@@ -78,16 +78,20 @@ def attend_decode(
 
     With `softcap` c a score s becomes c · tanh(s / c). Computed in float32 also for half precision.
     """
-    if query.is_cuda and has_triton():
+    if uses_kernels(query.device):
         from vlmrl.models.attention.decode_kernels import attend_by_kernels
 
         return attend_by_kernels(query, key, value, plan, scale, softcap)
     return attend_by_torch(query, key, value, plan, scale, softcap)
 
 
+def uses_kernels(device: torch.device) -> bool:
+    """Whether the kernels compute, and not torch. Triton comes with torch for CUDA on Linux."""
+    return device.type == "cuda" and _has_triton()
+
+
 @cache
-def has_triton() -> bool:
-    """Whether Triton is installed, which comes with torch for CUDA on Linux."""
+def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 

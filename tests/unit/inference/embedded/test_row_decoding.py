@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from vlmrl.inference.embedded.kv_cache import KVCache
 from vlmrl.inference.embedded.row_decoding import WHOLE, RowDecoder
 from vlmrl.inference.embedded.sampling import Shape
 from vlmrl.inference.embedded.shared_prefixes import SharedPrefixes
+from vlmrl.inference.embedded.step_graphs import CompiledLayers
+from vlmrl.models.blocks import blocks
 from vlmrl.models.families.positions import position_function
 from vlmrl.models.policy import Policy
 from vlmrl.types import Completion, IntArray, Prompt, SamplingParams
@@ -198,6 +201,32 @@ def test_the_comparison_finds_a_row_at_another_place(policy: Policy, monkeypatch
         patch.setattr(DecodeState, "keep", lambda self, kept: None)
         with pytest.raises(AssertionError):
             assert_same(policy, asked, patch)
+
+
+def test_compiled_layers_serve_all_sizes(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, but with the graphs run by torch itself: four of them, for all layers and all sizes of a step."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, *_: Any, **__: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    init, compiler = RowDecoder.__init__, torch.compile
+
+    def compiled(self: RowDecoder, model: Any, text_of: Any = None) -> None:
+        init(self, model, text_of)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "compile", partial(compiler, backend=backend))
+            self._layers = CompiledLayers(model.policy.model.base_model.get_decoder())
+
+    monkeypatch.setattr(RowDecoder, "__init__", compiled)
+    torch.compiler.reset()
+    asked = [(a, replace(b, max_new_tokens=2 + 17 * (i < 9) + 17 * (i < 3))) for i, (a, b) in enumerate(groups([20]))]
+    assert_same(policy, asked, monkeypatch, turns=2)
+    assert len(graphs) == 4
+    layers = blocks(policy.model)
+    assert len(layers) > 2
+    assert not any("forward" in vars(layer) for layer in layers), "the trainer's layers are as they were"
 
 
 def test_probabilities_that_are_not_finite_are_an_error(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,12 +200,51 @@ def test_the_comparison_finds_a_key_too_few() -> None:
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-def test_the_kernels_are_one_softmax() -> None:
+@pytest.mark.parametrize("how", ["interpreted", "compiled"])
+def test_the_kernels_are_one_softmax_and_compile(how: str) -> None:
     """In a process of its own, because Triton reads `TRITON_INTERPRET` when it is imported."""
     tests = Path(__file__).parents[3]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(tests), *sys.path])}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), *sys.path])}
+    environment |= {"TRITON_INTERPRET": "1"} if how == "interpreted" else {}
+    done = subprocess.run([sys.executable, __file__, how], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def compile_for_an_h100() -> None:
+    """Compile the kernels without a GPU, in half precision and for large heads, as Triton does at the first launch."""
+    import triton  # type: ignore[import-not-found]
+    from triton.backends.compiler import GPUTarget  # type: ignore[import-not-found]
+    from triton.compiler import ASTSource  # type: ignore[import-not-found]
+
+    from vlmrl.models.attention import decode_kernels as kernels
+
+    for dtype, size, capped, windowed in (("bf16", 128, False, False), ("fp16", 256, True, True)):
+        constants = {"H": 16, "K": 8, "D": size, "E": size, "DP": size, "EP": size, "M": 32, "N": 8192 // size}
+        constants |= {"CAPPED": capped, "WINDOWED": windowed}
+        pointers = {
+            "query": dtype,
+            "keys": dtype,
+            "values": dtype,
+            "out": dtype,
+            "part_out": "fp32",
+            "part_lse": "fp32",
+        }
+        pointers |= dict.fromkeys(("segments", "segment_slots", "depths", "own_slots", "lengths"), "i32")
+        for kernel in (kernels._segment_part, kernels._own_part):
+            kinds = {
+                name: "constexpr"
+                if name in constants
+                else f"*{pointers[name]}"
+                if name in pointers
+                else "fp32"
+                if name in ("scale", "cap")
+                else "i32"
+                for name in kernel.arg_names
+            }
+            values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+            made = triton.compile(ASTSource(kernel, kinds, values), target=GPUTarget("cuda", 90, 32))
+            assert made.asm["cubin"]
+            assert made.metadata.shared < 227 << 10, "shared memory of a block on an H100"
 
 
 def main() -> None:
@@ -221,4 +260,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main() if sys.argv[1] == "interpreted" else compile_for_an_h100()
