@@ -72,19 +72,32 @@ def compiles_on(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def functions_given_up() -> int:
+    """How many functions torch has compiled in as many variants as it may, and runs uncompiled from then on."""
+    return len(_warn_of_the_limit().functions)
+
+
 @functools.cache
-def _warn_of_the_limit() -> None:
+def _warn_of_the_limit() -> _LimitHandler:
     """Repeat torch's own warning in this package's log; torch's loggers do not pass it on."""
-    logging.getLogger("torch._dynamo.convert_frame").addHandler(_LimitHandler(logging.WARNING))
+    handler = _LimitHandler(logging.WARNING)
+    logging.getLogger("torch._dynamo.convert_frame").addHandler(handler)
+    return handler
 
 
 class _LimitHandler(logging.Handler):
     """Looks for torch's warning that a function has too many variants."""
 
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.functions: set[str] = set()
+
     def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
+        text = " ".join(record.getMessage().split())
         if "recompile_limit" in text or "cache_size_limit" in text:
+            function = text.partition("function: ")[2].partition(" last reason")[0]
+            self.functions.add(function or text)
             log.warning(
                 "torch has compiled a function for as many kinds of arguments as it may, and runs further kinds "
-                f"uncompiled, which is slower: {' '.join(text.split())}"
+                f"uncompiled, which is slower: {text}"
             )

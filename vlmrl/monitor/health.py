@@ -73,6 +73,7 @@ def warnings_for(
         _blind(lines, config or MonitorConfig()),
         _unmeasured(recent),
         _starved(recent),
+        _given_up(recent),
     )
     return [text for text in checks if text is not None]
 
@@ -261,3 +262,13 @@ def _starved(recent: Sequence[Record]) -> str | None:
             "trainer.micro_batch_tokens."
         )
     return None
+
+
+def _given_up(recent: Sequence[Record]) -> str | None:
+    if not _values(recent[-1:], "compile/given_up"):
+        return None
+    return (
+        "torch has compiled a function of the model for as many kinds of arguments as it may, and runs further kinds "
+        "uncompiled, which is slower: logs/main.log names it. Set trainer.compile=false if the steps have become "
+        "slower than that."
+    )

@@ -121,6 +121,9 @@ STEP_KEYS: dict[str, StepKey] = {
     "demonstration_loss": _sometimes(
         "nats per token", "Negative log-likelihood of the step's demonstrations (trainer.warmup.rl_weight), else 0."
     ),
+    "compile/given_up": _sometimes(
+        "functions", "Functions of the trainer's model that torch no longer compiles, since the start. Only above 0."
+    ),
     "loss_scale": _sometimes("1", "Factor on the loss that keeps float16 gradients in range; 1 in other formats."),
     "clip_fraction": _sometimes("share of tokens", "Loss tokens whose gradient the loss clipped. Losses with a ratio."),
     "ratio/mean": _sometimes("1", "Mean importance ratio, trainer over engine. Losses with a ratio."),

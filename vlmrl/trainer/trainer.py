@@ -20,6 +20,7 @@ from torch import Tensor
 from vlmrl.config.algorithm import AlgorithmConfig
 from vlmrl.config.trainer import TrainerConfig
 from vlmrl.errors import CheckpointError, NonFiniteLossError
+from vlmrl.models.compiling import functions_given_up
 from vlmrl.models.policy import Policy
 from vlmrl.ranks.commands import Command
 from vlmrl.ranks.rank_group import RankGroup
@@ -154,7 +155,10 @@ class LocalTrainer:
             if not made[-1].is_made:
                 break
         metrics = step_metrics(samples, made, recorded, staleness, rate) | epoch_metrics(made, self._algorithm)
-        return StepResult(self.version, metrics | after_update_metrics(samples, before or (), version), before or ())
+        metrics |= after_update_metrics(samples, before or (), version)
+        if given_up := functions_given_up():
+            metrics["compile/given_up"] = float(given_up)
+        return StepResult(self.version, metrics, before or ())
 
     def supervised_step(self, samples: list[TrainingSample], lr: float) -> dict[str, float]:
         """One step on the mean negative log-likelihood of the samples' loss tokens → `loss` (nats per token),

@@ -178,8 +178,10 @@ def test_too_many_variants_are_no_secret(caplog: pytest.LogCaptureFixture) -> No
     def add_length(x: Tensor, kind: str) -> Tensor:
         return x + len(kind)
 
+    before = compiling.functions_given_up()
     of_kind = compiling.for_all_sizes(add_length)
     for kind in range(9):
         assert float(of_kind(torch.ones(2), "x" * kind)[0]) == 1 + kind
+    assert compiling.functions_given_up() == before + 1
     (warning,) = [record.message for record in caplog.records if record.name == compiling.__name__]
     assert "runs further kinds uncompiled" in warning

@@ -242,6 +242,12 @@ def test_an_engine_is_idle_or_a_trainer_busy_without_starving_it(key: str) -> No
     assert said(lines) == []
 
 
+def test_a_function_that_torch_no_longer_compiles() -> None:
+    (text,) = said(history(compile__given_up=1.0))
+    assert "runs further kinds uncompiled" in text
+    assert "logs/main.log" in text
+
+
 # ── texts ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
