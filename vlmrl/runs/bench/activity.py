@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
-from vlmrl.orchestrator.envs.base import EnvHandle, Envs, ProgramHandle
+from vlmrl.orchestrator.envs.base import EnvHandle, Envs, ProgramHandle, Seat
 from vlmrl.orchestrator.rollout import RolloutRunner
 from vlmrl.orchestrator.scoring import Scorer
 from vlmrl.orchestrator.stream import ProblemStream
@@ -37,18 +37,22 @@ from vlmrl.types import (
     IntArray,
     Message,
     Prompt,
+    Rollout,
     SamplingParams,
+    StopReason,
     ToolSpec,
 )
 
 T = TypeVar("T")
 
 DRAWING, TASK, RENDERING, SAMPLING, SCORING = "drawing", "task", "rendering", "sampling", "scoring"
-KINDS = (DRAWING, TASK, RENDERING, SAMPLING, SCORING)
+PROGRAMS = "programs"
+"""A program plays (task=program, task=verifiers), and nothing else goes on."""
+KINDS = (DRAWING, TASK, RENDERING, SAMPLING, SCORING, PROGRAMS)
 
-ENGINE_WAITS = (TASK, RENDERING, SAMPLING, SCORING, DRAWING)
+ENGINE_WAITS = (TASK, RENDERING, SAMPLING, SCORING, DRAWING, PROGRAMS)
 """The order for an engine that samples once every rollout has a request."""
-ENGINE_GOES_ON = (SAMPLING, TASK, RENDERING, SCORING, DRAWING)
+ENGINE_GOES_ON = (SAMPLING, TASK, RENDERING, SCORING, DRAWING, PROGRAMS)
 """The order for servers, which sample while other rollouts do something else."""
 
 
@@ -138,8 +142,8 @@ class TimedThreads(TaskThreads):
 
 
 class TimedEnvs:
-    """`Envs` whose resets and steps count as the task's code. A program that plays by itself does not: its rollout
-    mostly waits for answers."""
+    """`Envs` whose resets and steps count as the task's code. A program that plays by itself counts where nothing else
+    goes on, since it mostly waits for answers."""
 
     def __init__(self, envs: Envs, activity: Activity) -> None:
         self.task = envs.task
@@ -148,7 +152,9 @@ class TimedEnvs:
 
     def new(self, problem: Problem) -> EnvHandle | ProgramHandle:
         handle = self._envs.new(problem)
-        return handle if isinstance(handle, ProgramHandle) else _TimedEnv(handle, self._activity)
+        if isinstance(handle, ProgramHandle):
+            return _TimedProgram(handle, self._activity)
+        return _TimedEnv(handle, self._activity)
 
     async def settle(self) -> None:
         await self._envs.settle()
@@ -173,6 +179,22 @@ class _TimedEnv:
 
     def end(self) -> None:
         self._env.end()
+
+
+class _TimedProgram:
+    def __init__(self, program: ProgramHandle, activity: Activity) -> None:
+        self._program = program
+        self._activity = activity
+        self.time: EnvTime = program.time
+        self.noise = program.noise
+
+    async def play(self, rollout: Rollout, seat: Seat) -> StopReason:
+        self._program.noise = self.noise
+        with self._activity.during(PROGRAMS):
+            return await self._program.play(rollout, seat)
+
+    def end(self) -> None:
+        self._program.end()
 
 
 class TimedRenderer:

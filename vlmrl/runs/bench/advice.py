@@ -14,13 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vlmrl.config.inference import VllmConfig
-from vlmrl.config.program import ProgramConfig
+from vlmrl.config.program import ProgramConfig, ProgramResult
 from vlmrl.config.task import MixtureConfig, Workers
 from vlmrl.config.trainer import Packing, Sharding
 from vlmrl.config.verifiers import VerifiersConfig
 from vlmrl.config.weight_sync import CudaIpcSyncConfig, FolderSyncConfig, InProcessSyncConfig, NcclSyncConfig
 from vlmrl.preflight.estimate.memory import learning_bytes
-from vlmrl.runs.bench.activity import DRAWING, RENDERING, SAMPLING, SCORING, TASK
+from vlmrl.runs.bench.activity import DRAWING, PROGRAMS, RENDERING, SAMPLING, SCORING, TASK
 from vlmrl.runs.bench.measured import Measured
 
 STANDS_OUT = 0.1
@@ -278,6 +278,22 @@ def task_in_processes(found: Measured) -> Advice | None:
     )
 
 
+def more_programs(found: Measured) -> Advice | None:
+    """Sampling waits for programs."""
+    task, seconds = found.config.task, found.times.kinds[PROGRAMS]
+    if not isinstance(task, ProgramConfig | VerifiersConfig) or not _stands_out(found, seconds):
+        return None
+    waits = f"nothing but programs goes on for {_percent(found, seconds)}"
+    if found.env_queue >= STANDS_OUT:
+        key, count = ("processes", task.processes) if isinstance(task, ProgramConfig) else ("episodes", task.episodes)
+        why = f"and rollouts wait for a free one for {found.env_queue:.0%} of their time"
+        return Advice(seconds, f"{waits}, {why}", (f"task.{key}={2 * count}",))
+    if isinstance(task, ProgramConfig) and not task.reuse and task.result is not ProgramResult.file:
+        why = "each rollout starts a process; a program can play one problem after another (docs/programs.md)"
+        return Advice(seconds, f"{waits}: {why}", ("task.reuse=true",))
+    return None
+
+
 def faster_weight_sync(found: Measured) -> Advice | None:
     """Publishing the weights takes a large part of a step."""
     sync, seconds = found.config.weight_sync, found.times.syncing
@@ -346,6 +362,7 @@ RULES: Sequence[Callable[[Measured], Advice | None]] = (
     share_prefixes,
     gather_once_a_step,
     task_in_processes,
+    more_programs,
     faster_weight_sync,
     slow_recording,
     slow_drawing,

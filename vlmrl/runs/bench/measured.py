@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from vlmrl.config.run import RunConfig
 from vlmrl.preflight.estimate.memory import TrainerMemory
-from vlmrl.runs.bench.activity import DRAWING, KINDS, RENDERING, SAMPLING, SCORING, TASK, difference
+from vlmrl.runs.bench.activity import DRAWING, KINDS, PROGRAMS, RENDERING, SAMPLING, SCORING, TASK, difference
 from vlmrl.runs.bench.limits import Speeds
 from vlmrl.types import Rollout
 
@@ -156,7 +156,8 @@ class Measured:
     cores: int
     """CPU cores that this process may run on."""
     env_queue: float
-    """Of the time of the task's calls, the share in which they waited for a free thread or worker."""
+    """Of the time of the task's calls and programs, the share in which they waited for a free thread, worker or
+    process."""
     has_random_weights: bool
     """Then answers counted as ended at their token budget."""
 
@@ -201,6 +202,8 @@ class Measured:
             "rendering": kinds[RENDERING],
             "reward terms": kinds[SCORING],
         }
+        if kinds[PROGRAMS]:
+            rollouts["the programs"] = kinds[PROGRAMS]
         rest = max(0.0, times.waiting - sum(kinds[kind] for kind in KINDS))
         trainer = {
             "preparing the batch": times.preparing,

@@ -11,12 +11,13 @@ import pytest
 
 from support.bench_numbers import GIB, config_of, measured, memory, times, tokens
 from vlmrl.preflight.check import Stage, check
-from vlmrl.runs.bench.activity import DRAWING, RENDERING, SAMPLING, SCORING, TASK
+from vlmrl.runs.bench.activity import DRAWING, PROGRAMS, RENDERING, SAMPLING, SCORING, TASK
 from vlmrl.runs.bench.advice import RULES, advice_for
 from vlmrl.runs.bench.measured import Measured
 
 VLLM = ("inference=vllm", "model=qwen3vl", "orchestrator.max_staleness=0")
 ASYNC = ("inference=vllm", "model=qwen3vl", "orchestrator.max_staleness=1")
+PROGRAM = ("task=program", "task.command='python agent.py'", "task.texts=[A]", "trainer.warmup.steps=0")
 GPU = ("model=qwen3vl", "trainer.compile=true")
 
 
@@ -149,6 +150,20 @@ CASES = (
         change(times=times({TASK: 1.1}), env_queue=0.2),
         change(times=times({TASK: 1.1}), env_queue=0.05),
         ("task.num_workers=6",),
+    ),
+    Case(
+        "more_programs",
+        (*PROGRAM, "task.processes=4"),
+        change(times=times({PROGRAMS: 1.1}), env_queue=0.2),
+        change(times=times({PROGRAMS: 0.9}), env_queue=0.2),
+        ("task.processes=8",),
+    ),
+    Case(
+        "more_programs",
+        PROGRAM,
+        change(times=times({PROGRAMS: 1.1}), env_queue=0.05),
+        change(times=times({PROGRAMS: 0.9}), env_queue=0.05),
+        ("task.reuse=true",),
     ),
     Case(
         "faster_weight_sync",
