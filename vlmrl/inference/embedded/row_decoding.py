@@ -295,16 +295,18 @@ class RowDecoder:
         Raises `NonFiniteLossError` where a probability is NaN or infinite.
         """
         assert self._state is not None
-        token_ids, logprobs = (
-            each[:steps].t().cpu().numpy().copy() for each in (self._state.sampled, self._state.logprobs)
-        )
-        self._state.steps.zero_()
+        state = self._state
+        token_ids, logprobs = (each[:steps].t().cpu().numpy().copy() for each in (state.sampled, state.logprobs))
+        count, alive = (each.cpu().numpy() for each in (state.rows.count, state.rows.alive))
+        state.steps.zero_()
         supports, self._supports = self._supports[-steps:], []
-        for row in rows:
-            own = [of_step[row.at] for of_step in supports if of_step]
-            kept = row.add(token_ids[row.at], logprobs[row.at], own)
-            if not np.isfinite(kept).all():
-                raise not_finite(self._model.version)
+        at = np.array([row.at for row in rows])
+        new = count[at] - np.array([row.length for row in rows])
+        if not np.isfinite(logprobs[at][np.arange(steps) < new[:, None]]).all():
+            raise not_finite(self._model.version)
+        for row, place, more in zip(rows, at.tolist(), new.tolist(), strict=True):
+            own = [of_step[place] for of_step in supports if of_step]
+            row.add(token_ids[place, :more], logprobs[place, :more], own[:more], has_ended=not alive[place])
         return [row for row in rows if not row.is_finished]
 
 

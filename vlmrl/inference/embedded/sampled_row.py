@@ -33,32 +33,35 @@ class SampledRow:
         self._logprobs: list[FloatArray] = []
         self._supports: list[NDArray[np.int32]] = []
         self._stop: str | None = None
-        self._stop_ids = np.array(request.sampling.stop_token_ids, np.int64)
+        self._stop_ids = frozenset(request.sampling.stop_token_ids)
         self._finder: StopFinder | None = None
         if request.sampling.stop:
             assert text_of is not None, "a request with stop strings needs an engine that was given `text_of`"
             self._finder = StopFinder(request.sampling.stop, text_of)
 
     def add(
-        self, token_ids: IntArray, logprobs: FloatArray, supports: Sequence[NDArray[np.int32] | None]
-    ) -> FloatArray:
-        """Append the newest tokens up to the end of the completion → the logprobs of those that belong to it."""
-        most = min(len(token_ids), self.request.sampling.max_new_tokens - self.length)
-        is_stop = np.isin(token_ids[:most], self._stop_ids)
-        end = int(is_stop.argmax()) + 1 if is_stop.any() else most
-        self._is_stopped = bool(is_stop.any())
+        self,
+        token_ids: IntArray,
+        logprobs: FloatArray,
+        supports: Sequence[NDArray[np.int32] | None],
+        *,
+        has_ended: bool,
+    ) -> None:
+        """Append the newest tokens, int64 [n], at least one, with their logprobs float32 [n]. `has_ended`: whether the
+        device has ended the completion with the last of them."""
+        end = len(token_ids)
+        self.is_finished = has_ended
+        self._is_stopped = has_ended and int(token_ids[-1]) in self._stop_ids
         if self._finder is not None:
             for index, token in enumerate(token_ids[: end - self._is_stopped].tolist()):
                 self._stop = self._finder.add(token)
                 if self._stop is not None:
-                    end, self._is_stopped = index + 1, True
+                    end, self._is_stopped, self.is_finished = index + 1, True, True
                     break
         self._token_ids.append(token_ids[:end])
         self._logprobs.append(logprobs[:end])
         self._supports += [each for each in supports[:end] if each is not None]
         self.length += end
-        self.is_finished = self._is_stopped or self.length == self.request.sampling.max_new_tokens
-        return logprobs[:end]
 
     @property
     def unused_slots(self) -> IntArray:

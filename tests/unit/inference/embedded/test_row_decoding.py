@@ -199,7 +199,7 @@ def test_the_comparison_finds_a_row_at_another_place(policy: Policy, monkeypatch
     assert_same(policy, asked, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(DecodeState, "keep", lambda self, kept: None)
-        with pytest.raises(AssertionError):
+        with pytest.raises((AssertionError, IndexError)):
             assert_same(policy, asked, patch)
 
 
@@ -307,6 +307,7 @@ def test_short_answers_leave_their_slots_to_later_turns(policy: Policy, monkeypa
     assert most == len(last.token_ids)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_on_a_gpu_with_graphs(
