@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -30,7 +30,9 @@ from vlmrl.errors import CheckpointError
 from vlmrl.models.value_head import is_of_value_head
 from vlmrl.trainer.averages import AVERAGE, DECAY, local
 from vlmrl.trainer.checkpoint_files import StoredTensor, is_count, read_object, stored_tensors
-from vlmrl.trainer.shard_writer import ShardWriter, parts, room_for_copies, stand_in
+
+if TYPE_CHECKING:
+    from vlmrl.trainer.shard_writer import ShardWriter
 
 RANDOM = "torch_random_state"
 """Name of the CPU generator's state, uint8 [5056]."""
@@ -72,6 +74,9 @@ def begin_to_save(
     is no memory for is written. The future ends when all ranks have written. All ranks of `process_group` call this,
     and nothing else may use that group. Raises OSError; the future may raise OSError or torch's `CheckpointException`.
     """
+    # torch.distributed.checkpoint takes half a second
+    from vlmrl.trainer.shard_writer import ShardWriter, parts, room_for_copies, stand_in
+
     averages: dict[str, Tensor] = {}
     for name, weight in weights.items():
         for average, value in optimizer.state.get(weight, {}).items():
@@ -281,11 +286,12 @@ def _write(state: dict[str, Tensor], writer: ShardWriter, process_group: Any) ->
 def _read(folder: Path, state: dict[str, Tensor], process_group: Any) -> None:
     """Fill the tensors of `state`. Raises `CheckpointError`."""
     from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
+    from vlmrl.trainer.shard_reader import ShardReader
+
     _silence_single_process_warning()
-    reader = HuggingFaceStorageReader(str(folder))
+    reader = ShardReader(str(folder))
     try:
         load(state, storage_reader=reader, process_group=process_group, no_dist=process_group is None)
     except (OSError, SafetensorError) as error:

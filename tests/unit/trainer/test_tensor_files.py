@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from support.checkpoints import Learner
-from vlmrl.trainer import shard_writer, tensor_files
+from vlmrl.errors import CheckpointError
+from vlmrl.trainer import shard_reader, shard_writer, tensor_files
 from vlmrl.trainer.checkpoint_files import stored_tensors
 from vlmrl.trainer.tensor_files import TensorFile, write_files
 from vlmrl.trainer.training_state import begin_to_save
@@ -291,3 +292,21 @@ def test_limits_of_a_job(
         assert shard_writer.room_for_copies(2) == 0
     monkeypatch.setattr(shard_writer, "OWN_CGROUP", tmp_path / "absent")
     assert shard_writer._left_in_cgroups() == []
+
+
+def test_an_error_of_any_file_ends_the_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the file goes away after it was checked."""
+    monkeypatch.setattr(shard_writer, "FILE_BYTES", 32)
+    learner = trained()
+    learner.save(str(tmp_path)).result()
+    names = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    opened = safetensors.safe_open
+
+    def gone(path: str, framework: str) -> object:
+        if path.endswith(names[3]):
+            raise FileNotFoundError(f"{path} is gone")
+        return opened(path, framework=framework)
+
+    monkeypatch.setattr(shard_reader, "safe_open", gone)
+    with pytest.raises(CheckpointError, match=rf"cannot be read \(.*{names[3]} is gone"):
+        Learner().load(str(tmp_path))
