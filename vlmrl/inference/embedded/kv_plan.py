@@ -16,7 +16,8 @@ LOGIT_COPIES = 2
 """Arrays of logits of all rows: one is left from the step before the capture, one belongs to the CUDA graph."""
 
 WORKING_BYTES = 4 * 10**9
-"""What a pass of prefill (prefill_chunks.py) and the attention of decode steps take besides. Not measured."""
+"""What a pass of prefill (prefill_chunks.py) and the attention of decode steps take besides, but at most a quarter of
+the free memory, because small models on small GPUs take less. Not measured."""
 
 KEPT_SHARE = 0.05
 """Share of the free memory that the KV cache leaves: large blocks do not fit into every gap."""
@@ -48,7 +49,8 @@ def affordable_slots(free: int, slot_bytes: int, rows: int, vocabulary: int) -> 
     >>> affordable_slots(80 * 10**9, 114_688, 256, 151_936)
     625077
     """
-    return max(0, int((1 - KEPT_SHARE) * free) - working_bytes(rows, vocabulary)) // slot_bytes
+    working = working_bytes(rows, vocabulary) - max(0, WORKING_BYTES - free // 4)
+    return max(0, int((1 - KEPT_SHARE) * free) - working) // slot_bytes
 
 
 def parts(prompts: Sequence[int], further: Sequence[int], new: Sequence[int], limit: int) -> list[int]:

@@ -32,19 +32,23 @@ class StepGraphs:
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
         """Kind of step → its graph; None after its first step."""
         self._captures = device.type == "cuda"
-        self._memory: Any = torch.cuda.graph_pool_handle() if self._captures else None
-        """Of all graphs: they never run at once, and nothing that they allocate is read after them."""
+        self._memory: Any = None
+        """The memory pool of all graphs: they never run at once, and nothing that they allocate is read after them."""
+        self._stream: Any = None
+        """First steps run where the others are captured, so that the work space of the library of matrix products,
+        which belongs to a stream, is not part of a graph's memory."""
 
     def clear(self) -> None:
         """Drop all graphs: their addresses are no longer valid."""
         self._graphs.clear()
+        self._memory = None  # a pool whose graphs are all gone takes no further ones
 
     def run(self, kind: Hashable, step: Callable[[], None]) -> None:
         """Run `step` or replay its graph."""
         if not self._captures:
             step()
         elif kind not in self._graphs:
-            step()
+            self._run_apart(step)
             self._graphs[kind] = None
         else:
             graph = self._graphs[kind] or self._capture(step)
@@ -54,14 +58,24 @@ class StepGraphs:
                 self._graphs[kind] = graph
                 graph.replay()
 
+    def _run_apart(self, step: Callable[[], None]) -> None:
+        """Run `step` on the stream of the captures."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        here = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(here)
+        with torch.cuda.stream(self._stream):
+            step()
+        here.wait_stream(self._stream)
+
     def _capture(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
         """The graph of `step`, which is not run; None for a model that cannot be captured."""
         graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(self._device))
+        if self._memory is None:
+            self._memory = torch.cuda.graph_pool_handle()
         try:
             # Thread-local: other threads, as that of the trainer's metrics, may use the device meanwhile.
-            with torch.cuda.graph(graph, self._memory, stream, "thread_local"):
+            with torch.cuda.graph(graph, self._memory, self._stream, "thread_local"):
                 step()
         except torch.OutOfMemoryError:
             raise

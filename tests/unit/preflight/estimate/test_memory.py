@@ -151,17 +151,17 @@ def test_a_base_in_4_bits_is_counted_exactly(
 
 
 def test_the_cache_of_the_embedded_engine_on_a_gpu(run_config: Callable[..., RunConfig]) -> None:
-    """The shape of the goals on a 2B: 16 groups of 16, prompts of 1,043 tokens, answers of 512. By hand: 16 × 1,043 +
-    256 × 511 + 1 slots of 2 × 28 layers × 8 heads × 128 numbers × 2 bytes, and two arrays of 256 × 151,936 logits."""
+    """64 groups of 16 on a 2B, with prompts of 1,043 tokens and answers of 512. By hand: 64 × 1,043 + 1,024 × 511 + 1
+    slots of 2 × 28 layers × 8 heads × 128 numbers × 2 bytes, and two arrays of 1,024 × 151,936 logits."""
     config = run_config("model=qwen3vl", "model/size=2b", "inference=embedded")
     text = find_sizes(config.model).text
     assert text is not None
-    step = StepTokens(0, 0, prompts=16 * 1043, rollouts=16 * 1043 + 256 * 512, sampled_at_a_time=256)
-    cache, working = 147_505 * 114_688, 4 * 10**9 + 2 * 4 * 256 * 151_936
+    step = StepTokens(0, 0, prompts=64 * 1043, rollouts=64 * 1043 + 1024 * 512, sampled_at_a_time=1024)
+    cache, working = 590_017 * 114_688, 4 * 10**9 + 2 * 4 * 1024 * 151_936
     assert engine_bytes(config, text, step, on_gpu=True) == cache + working
     assert engine_parts(config, text, step, round((cache + working) / 0.95) + 10**6) == 1
-    assert engine_parts(config, text, step, round((cache / 2 + working) / 0.95)) == 3
-    assert engine_parts(config, text, step, working) == 0
+    assert engine_parts(config, text, step, round((cache / 2 + working) / 0.95)) == 3, "just less than half of it"
+    assert engine_parts(config, text, step, 10**9) == 0, "less than the logits"
 
 
 def test_the_cache_of_the_embedded_engine(run_config: Callable[..., RunConfig]) -> None:
