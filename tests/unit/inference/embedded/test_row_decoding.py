@@ -6,16 +6,18 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from support import attention_kinds as kinds
 from support.helpers import BANNED, END, extended, image, prompt
 from vlmrl.errors import NonFiniteLossError
-from vlmrl.inference.embedded import generator
+from vlmrl.inference.embedded import generator, row_decoding
 from vlmrl.inference.embedded.decode_state import DecodeState
 from vlmrl.inference.embedded.device_sampling import Draw, draw_tokens
 from vlmrl.inference.embedded.engine import EmbeddedEngine
@@ -23,7 +25,7 @@ from vlmrl.inference.embedded.kv_cache import KVCache
 from vlmrl.inference.embedded.row_decoding import WHOLE, RowDecoder
 from vlmrl.inference.embedded.sampling import Shape
 from vlmrl.inference.embedded.shared_prefixes import SharedPrefixes
-from vlmrl.inference.embedded.step_graphs import CompiledLayers
+from vlmrl.inference.embedded.step_graphs import CompiledLayers, StepGraphs
 from vlmrl.models.blocks import blocks
 from vlmrl.models.families.positions import position_function
 from vlmrl.models.policy import Policy
@@ -227,6 +229,51 @@ def test_compiled_layers_serve_all_sizes(policy: Policy, monkeypatch: pytest.Mon
     layers = blocks(policy.model)
     assert len(layers) > 2
     assert not any("forward" in vars(layer) for layer in layers), "the trainer's layers are as they were"
+
+
+class _Replayed(StepGraphs):
+    """What CUDA graphs do: the operations of a kind's second step are recorded with the addresses and the numbers of
+    that moment, and later steps repeat them without any Python."""
+
+    replays = 0
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._captures = True
+
+    def _run_apart(self, step: Callable[[], None]) -> None:
+        step()
+
+    def _capture(self, step: Callable[[], None]) -> Any:
+        recorded: list[Any] = []
+
+        def replay() -> None:
+            if recorded:
+                type(self).replays += 1
+                recorded[0]()
+            else:
+                recorded.append(make_fx(step)())  # which also runs it
+
+        return SimpleNamespace(replay=replay)
+
+
+def test_a_step_that_is_replayed_is_the_same(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step depends on nothing but its tensors, over turns and in several sizes. A planted mistake: one of the tensors
+    moves to another address."""
+    monkeypatch.setattr(row_decoding, "StepGraphs", _Replayed)
+    asked = [(a, replace(b, max_new_tokens=4 if i else 22)) for i, (a, b) in enumerate(groups([2, 1]))]
+    assert_same(policy, asked, monkeypatch, turns=2)
+    assert _Replayed.replays > 20
+    sample = RowDecoder._sample
+
+    def moved(self: RowDecoder, hidden: torch.Tensor, kind: Any) -> None:
+        sample(self, hidden, kind)
+        assert self._state is not None
+        self._state.rows = replace(self._state.rows, token=self._state.rows.token.clone())
+
+    monkeypatch.setattr(RowDecoder, "_sample", moved)
+    with pytest.raises(AssertionError):
+        assert_same(policy, asked, monkeypatch)
 
 
 def test_probabilities_that_are_not_finite_are_an_error(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
