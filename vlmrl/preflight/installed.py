@@ -7,6 +7,7 @@ which finds no such option; the command line then answers with the line from her
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
@@ -67,6 +68,8 @@ def is_installed(package: str) -> bool:
         from vlmrl.inference.vllm.server import vllm_version
 
         return vllm_version() is not None
+    if sys.modules.get(package, sys) is None:  # an import of it is refused
+        return False
     # First without hooks: that of models/broken_wheels.py for torchvision imports torch.
     if PathFinder.find_spec(package) is not None:
         return True
