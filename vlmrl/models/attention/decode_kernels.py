@@ -31,6 +31,8 @@ def attend_by_kernels(
 ) -> Tensor:
     """See `attend_decode`."""
     tables = plan.tables
+    if query.stride(2) != 1:
+        query = query.contiguous()
     heads, rows, dim = query.shape
     kv_heads, dim_out = key.shape[0], value.shape[-1]
     group = heads // kv_heads
