@@ -10,7 +10,8 @@ says so. Guards that come from sizes, and what removes them:
     thresholds: with 1,024 columns, `2 <= rows <= 5119`
     FlexAttention compares its rows with 128                    short passes run uncompiled (blocks.py, plan.py)
 
-One remains on a CPU, where compiling is no default: code for sums of more than 4,096 numbers is other code.
+Two remain. A tower that takes its images as a batch (SigLIP) has one variant for a single image and one for several. On
+a CPU, where compiling is no default, code for sums of more than 4,096 numbers is other code.
 
 Callers see to two more: no tensor is passed twice, and a tensor is always a view of another one or never.
 """
