@@ -119,7 +119,7 @@ class World:
     # runner
     renderer = SimpleNamespace(image_token_ids=(99,))
 
-    def open(self, drawn: Drawn, group_size: int) -> Drawn:
+    def open_ahead(self, drawn: Drawn, group_size: int) -> Drawn:
         self.opened.append(drawn.index)
         return drawn
 

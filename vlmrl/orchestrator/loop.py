@@ -154,7 +154,7 @@ class Loop:
 
     async def _open(self, step: int) -> list[Drawn]:
         drawn = await self.problems.draw(step, self.config.groups_per_step)
-        return [self.runner.open(each, self.config.group_size) for each in drawn]
+        return [self.runner.open_ahead(each, self.config.group_size) for each in drawn]
 
     async def roll_out(self, step: int) -> list[Group]:
         """task → renderer → inference → rollout: play the groups of one step."""

@@ -149,7 +149,7 @@ class RolloutRunner:
                 await self.discard(problems)
         return groups
 
-    def open(self, drawn: Drawn, group_size: int) -> Drawn:
+    def open_ahead(self, drawn: Drawn, group_size: int) -> Drawn:
         """Begin to reset the envs of a group, to render their first prompts and to send their images ahead, in the
         background → the problem with its openings. Faults are raised when the group is played. A program cannot be
         opened, because it sends its prompts itself."""

@@ -78,11 +78,13 @@ def _left_in_cgroups() -> list[int]:
     """How many bytes each limit on this process's memory leaves it, as Slurm and containers set them (cgroup v2)."""
     left = []
     try:
-        own = next(line[3:] for line in OWN_CGROUP.read_text().splitlines() if line.startswith("0::"))
+        own = next(line[3:] for line in OWN_CGROUP.read_text(encoding="ascii").splitlines() if line.startswith("0::"))
         group = CGROUPS / own.lstrip("/")
         for folder in (group, *group.parents):
             if (folder / "memory.max").exists():
-                most, used = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))
+                most, used = (
+                    (folder / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current")
+                )
                 left += [] if most == "max" else [max(int(most) - int(used), 0)]
     except (OSError, StopIteration, ValueError):
         return left

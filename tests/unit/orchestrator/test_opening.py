@@ -54,7 +54,7 @@ def opened_and_played(envs: Envs, problems: Sequence[int], group_size: int = 2, 
 
 async def opened(runner: RolloutRunner, problems: Sequence[int], group_size: int) -> list[Drawn]:
     drawn = await ProblemStream(runner.envs.task, "train").again(problems)
-    return [runner.open(each, group_size) for each in drawn]
+    return [runner.open_ahead(each, group_size) for each in drawn]
 
 
 @pytest.mark.parametrize("workers", ["thread", "process"])
