@@ -30,6 +30,7 @@ from vlmrl.types import (
     Completion,
     DropReason,
     Image,
+    ImageItem,
     Message,
     Placeholder,
     Prompt,
@@ -119,8 +120,10 @@ def rollout_of(record: RolloutRecord) -> Rollout:
 
 def _turn(turn: TurnRecord) -> Turn:
     trainer, entropies = turn["trainer_logprobs"], turn["entropies"]
+    places = tuple(Placeholder(*place) for place in turn["placeholders"])
+    items = tuple(ImageItem(place.hash, np.zeros((1, 1, 3), np.uint8), {}, place.num_features) for place in places)
     return Turn(
-        Prompt(np.array(turn["prompt_token_ids"]), tuple(Placeholder(*place) for place in turn["placeholders"]), ()),
+        Prompt(np.array(turn["prompt_token_ids"]), places, items),
         Completion(
             np.array(turn["completion_ids"]),
             np.array(turn["logprobs"], np.float32),
@@ -167,7 +170,7 @@ def with_answers(rollout: Rollout, tokens: int, pool: Sequence[Rollout]) -> Roll
             places = [replace(place, offset=place.offset + shift) for place in turn.prompt.placeholders]
             kept = before.prompt.placeholders
             token_ids = np.concatenate([before.prompt.token_ids, before.completion.token_ids, own])
-            longer.prompt = Prompt(token_ids, (*kept, *places[len(kept) :]), ())
+            longer.prompt = Prompt(token_ids, (*kept, *places[len(kept) :]), turn.prompt.mm_items)
         turns.append(longer)
     return replace(rollout, turns=turns)
 
