@@ -257,7 +257,9 @@ STEP_KEYS: dict[str, StepKey] = {
     "inference/timeouts": _sometimes("servers", "Servers that hung: they made no progress. inference=vllm."),
     "wire/bytes_sent": StepKey("bytes", "Request bodies sent to the servers; 0 with inference=embedded."),
     "wire/bytes_saved": _sometimes("bytes", "What sending all images and videos each time would add. inference=vllm."),
-    "wire/images_sent": _sometimes("images", "Images and videos sent to the servers. inference=vllm."),
+    "wire/images_sent": _sometimes(
+        "images", "Images and videos sent to the servers, also ahead for the next step. inference=vllm."
+    ),
     "wire/images_forgotten": _sometimes(
         "requests", "Requests whose image or video a server had evicted. inference=vllm."
     ),
