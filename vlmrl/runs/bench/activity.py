@@ -27,6 +27,7 @@ from vlmrl.orchestrator.stream import ProblemStream
 from vlmrl.orchestrator.task_threads import TaskThreads
 from vlmrl.rendering.renderer import Renderer
 from vlmrl.runs.bench.limits import Answer
+from vlmrl.runs.wrapped_engine import WrappedEngine, WrappedSession
 from vlmrl.tasks.base import Problem, Reply, StepInfo
 from vlmrl.types import (
     Completion,
@@ -238,44 +239,28 @@ class TimedScorer:
             await self._scorer.score(group)
 
 
-class TimedEngine:
+class TimedEngine(WrappedEngine):
     """An engine whose requests are timed, and whose answers are noted for the limit of sampling."""
 
     def __init__(self, engine: InferenceEngine, activity: Activity, *, ends_answers: bool) -> None:
         """`ends_answers`: report every completion as stopped. Random weights end no answer by themselves, so episodes
         would never reach their second turn."""
-        self._engine = engine
+        super().__init__(engine)
         self.activity = activity
         self.ends_answers = ends_answers
         self.answers: list[Answer] = []
 
-    async def start(self) -> None:
-        """Do nothing: the run has started the engine."""
-
-    async def stop(self) -> None:
-        """Do nothing: the run stops the engine."""
-
     def session(self, rollout_id: str, *, is_awaited: bool = True) -> _TimedSession:
         return _TimedSession(self, rollout_id, self._engine.session(rollout_id, is_awaited=is_awaited))
 
-    def metrics(self) -> dict[str, float]:
-        return self._engine.metrics()
 
-
-class _TimedSession:
+class _TimedSession(WrappedSession):
     def __init__(self, engine: TimedEngine, rollout_id: str, session: EngineSession) -> None:
+        super().__init__(session)
         self._engine = engine
         self._step = rollout_id.split("/")[1]
-        self._session = session
         self._turns = 0
         self._computed = 0
-
-    async def __aenter__(self) -> _TimedSession:
-        await self._session.__aenter__()
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self._session.__aexit__(*exc)
 
     async def generate(self, prompt: Prompt, sampling: SamplingParams) -> Completion:
         with self._engine.activity.during(SAMPLING):

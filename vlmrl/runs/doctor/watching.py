@@ -21,6 +21,7 @@ from vlmrl.models.policy import Policy
 from vlmrl.rendering.images import decode
 from vlmrl.rendering.renderer import Renderer
 from vlmrl.runs.doctor.evidence import RenderedTurn, media_of, with_media
+from vlmrl.runs.wrapped_engine import WrappedEngine, WrappedSession
 from vlmrl.types import (
     Answer,
     BoolArray,
@@ -125,41 +126,24 @@ def _with_read_files(messages: tuple[Message, ...], prompt: Prompt) -> tuple[Mes
     return with_media(messages, [read[id(part)] if _is_file(part) else part for part in media])
 
 
-class WatchedEngine:
+class WatchedEngine(WrappedEngine):
     """An engine that records its requests and reports every completion as stopped.
 
     A policy that does not end its answers yet would have no second turn, and later turns bring images of their own.
-    The run starts and stops the engine inside.
     """
 
     def __init__(self, engine: InferenceEngine) -> None:
-        self._engine = engine
+        super().__init__(engine)
         self.requests: list[Prompt] = []
-
-    async def start(self) -> None:
-        """Do nothing: the run has started the engine."""
-
-    async def stop(self) -> None:
-        """Do nothing: the run stops the engine."""
 
     def session(self, rollout_id: str, *, is_awaited: bool = True) -> _WatchedSession:
         return _WatchedSession(self._engine.session(rollout_id, is_awaited=is_awaited), self.requests)
 
-    def metrics(self) -> dict[str, float]:
-        return self._engine.metrics()
 
-
-class _WatchedSession:
+class _WatchedSession(WrappedSession):
     def __init__(self, session: EngineSession, requests: list[Prompt]) -> None:
-        self._session = session
+        super().__init__(session)
         self._requests = requests
-
-    async def __aenter__(self) -> _WatchedSession:
-        await self._session.__aenter__()
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self._session.__aexit__(*exc)
 
     async def generate(self, prompt: Prompt, sampling: SamplingParams) -> Completion:
         completion = await self._session.generate(prompt, sampling)
