@@ -1,7 +1,7 @@
 """Admit groups to the engine one by one, in the order of the stream, in runs with `orchestrator.max_staleness` above 0.
 
     stream   7  8  9 │ 10  11  12        places for `limit` rollouts: 7, 8 and 9 play, 10 waits
-             ends ─▶ 8                   as soon as as many rollouts have ended as 10 has, it begins
+             ends ─▶ 8                   10 begins once enough rollouts have ended to give a place to each of its own
 
 Batches that began together would end together. Then one step of the trainer waits for two batches and the next for
 none, and the engine is empty between them (measured: steps of 5.4 s and 13.4 s in turn).

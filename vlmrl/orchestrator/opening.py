@@ -21,7 +21,7 @@ FirstTurn: TypeAlias = tuple[tuple[Message, ...], Prompt]
 
 @dataclass(frozen=True, eq=False)
 class Opening:
-    """A rollout that was opened."""
+    """A rollout whose env is reset, and whose first prompt is rendered, before the rollout begins."""
 
     env: EnvHandle
     first_turn: asyncio.Task[FirstTurn]
