@@ -76,6 +76,7 @@ class LocalTrainer:
         self.is_between_steps = True
         """False while the optimizer steps on a batch are made, and after one of them failed that had changed
         weights or followed one that had: such weights must not be saved."""
+        self._given_up_before = functions_given_up()  # by others of this process
         self._seed = seed
         self._algorithm = algorithm
         self._rank_group = rank_group
@@ -156,7 +157,7 @@ class LocalTrainer:
                 break
         metrics = step_metrics(samples, made, recorded, staleness, rate) | epoch_metrics(made, self._algorithm)
         metrics |= after_update_metrics(samples, before or (), version)
-        if given_up := functions_given_up():
+        if given_up := functions_given_up() - self._given_up_before:
             metrics["compile/given_up"] = float(given_up)
         return StepResult(self.version, metrics, before or ())
 
