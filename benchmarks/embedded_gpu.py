@@ -314,7 +314,9 @@ def start(args: argparse.Namespace) -> None:
             touched = Path(folder, number)
             environment = os.environ | {
                 FIRST: str(touched),
-                "PYTHONPATH": os.pathsep.join([str(REPOSITORY / "benchmarks"), str(REPOSITORY)]),
+                "PYTHONPATH": os.pathsep.join(
+                    [str(REPOSITORY / "benchmarks"), str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+                ),
             }
             command = [sys.executable, "-m", "vlmrl", *START, *chosen, f"hydra.run.dir={folder}/run_{number}"]
             started = time.perf_counter()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,21 +42,22 @@ def flash_by_definition(
     window_size: tuple[int, int],
     **_: Any,
 ) -> Tensor:
-    """In place of `torch.nn.attention.varlen.varlen_attn`: [T, H, D], [T, KV, D] × 2 → [T, H, D]."""
-    assert starts is starts_of_keys
-    assert starts.dtype is torch.int32  # the kernel reads nothing else
+    """In place of `torch.nn.attention.varlen.varlen_attn`: [T, H, D], [K, KV, D] × 2 → [T, H, D]. The last query of a
+    sequence is aligned with its last key."""
+    assert starts.dtype is starts_of_keys.dtype is torch.int32  # the kernel reads nothing else
     assert type(longest) is type(longest_of_keys) is int
     group = query.shape[1] // key.shape[1]
     keys, values = (x.repeat_interleave(group, 1) for x in (key, value))
     outputs = []
-    for start, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+    for (start, end), (first, last) in zip(pairwise(starts.tolist()), pairwise(starts_of_keys.tolist()), strict=True):
         assert end - start <= longest
-        row = torch.arange(end - start)
-        back = row[:, None] - row
-        before, after = (len(row) if size < 0 else size for size in window_size)
-        scores = torch.einsum("qhd,khd->hqk", query[start:end], keys[start:end]) * scale
+        assert last - first <= longest_of_keys
+        key_at = torch.arange(last - first)
+        back = key_at[len(key_at) - (end - start) :, None] - key_at
+        before, after = (len(key_at) if size < 0 else size for size in window_size)
+        scores = torch.einsum("qhd,khd->hqk", query[start:end], keys[first:last]) * scale
         scores = scores.masked_fill((back > before) | (-back > after), float("-inf"))
-        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), values[start:end]))
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), values[first:last]))
     return torch.cat(outputs)
 
 

@@ -267,6 +267,12 @@ _final_logits = compiled_on_gpu(_final)
 
 
 @compiled_on_gpu
+def finish_logits_(logits: Tensor, banned: Tensor, temperature: Tensor, logit_map: LogitMap) -> Tensor:
+    """The same in place, for logits float32 [U, V], which it returns; `temperature` is float32 [U]."""
+    return logits.copy_((logit_map(logits) / temperature[:, None]).masked_fill_(banned, float("-inf")))
+
+
+@compiled_on_gpu
 def _add_final(
     logits: Tensor, entry: Tensor, targets: Tensor, largest: Tensor, total: Tensor, at_target: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -43,16 +43,6 @@ class LogitMap:
             logits = logits * self.scale
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
-    def apply_(self, logits: Tensor) -> Tensor:
-        """The same as a call, in place.
-
-        >>> LogitMap(scale=0.5, cap=2.0).apply_(torch.tensor([0.0, 2.0, 1000.0]))
-        tensor([0.0000, 0.9242, 2.0000])
-        """
-        if self.scale != 1:
-            logits.mul_(self.scale)
-        return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
-
     def multiply_by_slope(self, gradient: Tensor, mapped: Tensor) -> Tensor:
         """The gradient before the map, from the gradient behind it and the logits behind it: d/dz = scale · (1 −
         (mapped / cap)²)."""

@@ -37,7 +37,7 @@ from vlmrl.models.attention.tree import ATTENTION_NAME, DECODE_ATTENTION_NAME, t
 from vlmrl.models.blocks import uncompiled_in_inference
 from vlmrl.models.families.positions import PositionFunction
 from vlmrl.models.features import FeatureCache, Levels, VisionFeatures, first_features
-from vlmrl.models.head import float_logits, most_likely, token_and_top_logprobs, token_logprobs
+from vlmrl.models.head import finish_logits_, float_logits, most_likely, token_and_top_logprobs, token_logprobs
 from vlmrl.models.logit_map import logit_map
 from vlmrl.models.supports import PackedSupports, support_logprobs
 from vlmrl.models.vision_encoder import VisionEncoder
@@ -243,8 +243,8 @@ class Policy:
         `temperature` float32 [n] is above 0."""
         head = self.model.get_output_embeddings()
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = self.logit_map.apply_(float_logits(hidden, head.weight, head.bias))
-        return logits.masked_fill_(self.banned, float("-inf")).div_(temperature[:, None])
+            logits = float_logits(hidden, head.weight, head.bias)
+        return finish_logits_(logits, self.banned, temperature, self.logit_map)
 
     def token_logprobs(
         self, hidden: Tensor, entry: Tensor, targets: Tensor, temperature: float | Tensor

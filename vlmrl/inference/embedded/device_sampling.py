@@ -78,14 +78,19 @@ def draw_tokens(logits: Tensor, how: Draw) -> tuple[Tensor, Tensor, list[NDArray
 @compiled_on_gpu
 def _chunk_masses(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Log-sum-exp float32 [R, 1], and the probability of each chunk of the vocabulary, float64 [R, chunks]. Where it is
-    compiled, it makes no array of the logits' size."""
-    lse = logits.logsumexp(-1, keepdim=True)
-    probabilities = (logits - lse).double().exp()
+    compiled, it reads the logits once and makes no array of their size."""
     whole = logits.shape[1] // CHUNK * CHUNK
-    masses = probabilities[:, :whole].reshape(len(logits), -1, CHUNK).sum(-1)
+    of_chunks = _log_sum_exp(logits[:, :whole].reshape(len(logits), -1, CHUNK))
     if whole < logits.shape[1]:
-        masses = torch.cat([masses, probabilities[:, whole:].sum(-1, keepdim=True)], -1)
-    return lse, masses
+        of_chunks = torch.cat([of_chunks, _log_sum_exp(logits[:, whole:])[:, None]], -1)
+    lse = of_chunks.logsumexp(-1, keepdim=True)
+    return lse.float(), (of_chunks - lse).exp()
+
+
+def _log_sum_exp(logits: Tensor) -> Tensor:
+    """float64 […] of float32 […, n]; −inf where all are −inf."""
+    largest = logits.amax(-1).clamp(min=torch.finfo(logits.dtype).min)
+    return largest.double() + (logits - largest[..., None]).exp().sum(-1).double().log()
 
 
 def _invert(logits: Tensor, lse: Tensor, masses: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vlmrl.inference.embedded.cached_policy import CachedPolicy
 from vlmrl.inference.embedded.requests import Request
-from vlmrl.models.attention.plan import plan_tree
+from vlmrl.models.attention.plan import plan_prefill
 from vlmrl.models.attention.prefix_tree import PrefixTree, Segment, build_tree, image_ends, sort_key
 from vlmrl.models.attention.recurrent import PrefixStates, StatePlan, plan_states
 from vlmrl.types import IntArray, MMItem, Prompt, mm_token_type_ids
@@ -105,7 +105,7 @@ def prefill(model: CachedPolicy, prompts: Sequence[DistinctPrompt]) -> tuple[Pre
 
     inputs = _inputs(model, tree, prompts, row, len(new))
     segments = cut_segments(tree, prompts, slot, row, inputs.mm_token_type_ids)
-    plan = plan_tree(segments, model.device, model.policy.rules)
+    plan = plan_prefill(segments, model.device, model.policy.kernel(shared=False), model.policy.rules)
     if model.policy.is_recurrent:
         plan.states = _plan_states(segments, cached_states, prompts, model.device)
     last_rows = np.array([row[nodes[-1]] for nodes in tree.rows])

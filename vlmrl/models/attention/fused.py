@@ -1,4 +1,4 @@
-"""Attention of a trainer's forward pass as one kernel on a GPU, in half precision. The rows of the pass are the keys.
+"""Attention of a forward pass as one kernel on a GPU, in half precision. The rows of a trainer's pass are the keys.
 
     flex     any prefix tree. With the rows in depth-first order, "key k is an ancestor of query q" is two comparisons,
              k ≤ q < end of the rows that descend from k's segment, so the whole tree is one block-sparse FlexAttention.
@@ -6,9 +6,11 @@
     varlen   sequences side by side that share nothing: torch's variable-length flash attention, with windows, without
              attention among an image's tokens and without soft caps, for heads of at most 256 numbers. Also used by the
              vision tower, where every patch of an image attends to every other
+    paths    the same kernel for a prefill of the embedded engine: the new rows of each segment and the keys of its
+             whole path, which are in the KV pool
 
-`plan_flex` and `plan_varlen` compute what the kernels need on the host once per micro-batch, so no layer synchronizes
-with the GPU.
+`plan_flex`, `plan_varlen` and `plan_paths` compute what the kernels need on the host once per micro-batch, so no layer
+synchronizes with the GPU.
 """
 
 from __future__ import annotations
@@ -52,6 +54,24 @@ class Sequences:
     """int32 [S + 1]; the first row of each sequence, then the number of rows."""
     longest: int
     """Rows of the longest sequence."""
+    window: int | None = None
+    """See `AttentionRule.window`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Paths:
+    """The rows of S segments, which see the keys of their paths in the KV pool."""
+
+    starts: Tensor
+    """int32 [S + 1]; the first row of each segment, then the number of rows."""
+    longest: int
+    """Rows of the longest segment."""
+    slots: Tensor
+    """int64 [K]; the slots of one path after the other. A path ends with the rows of its segment."""
+    starts_of_paths: Tensor
+    """int32 [S + 1]; the first key of each path in `slots`, then K."""
+    longest_path: int
+    """Keys of the longest path."""
     window: int | None = None
     """See `AttentionRule.window`."""
 
@@ -173,6 +193,46 @@ def plan_varlen(segments: Sequence[Segment], device: torch.device, rule: Attenti
     lengths = [len(segment.rows) for segment in segments]
     starts = to_device(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), device)
     return Sequences(starts, max(lengths), rule.window)
+
+
+MOST_PATH_KEYS = 1 << 19
+"""Keys of all paths of a pass, which are copied out of the pool for each layer: 2 GiB with 8 key heads of 128."""
+
+
+def plan_paths(segments: Sequence[Segment], device: torch.device, rule: AttentionRule) -> Paths | None:
+    """The bounds of the rows of `segments` and of their paths; segments without rows are in the KV pool already. None
+    for more keys than `MOST_PATH_KEYS`. No row may see a later one."""
+    assert not rule.image_runs, "varlen attention cannot express attention among the tokens of an image"
+    lengths, keys, paths, made = list[int](), list[int](), list[np.ndarray](), list[np.ndarray]()
+    for segment in segments:
+        above = paths[segment.parent] if segment.parent >= 0 else segment.slots[:0]
+        paths.append(np.concatenate([above, segment.slots]))
+        if len(segment.rows):
+            made.append(paths[-1])
+            lengths.append(len(segment.rows))
+            keys.append(len(paths[-1]))
+    if sum(keys) > MOST_PATH_KEYS:
+        return None
+
+    def bounds(sizes: Sequence[int]) -> Tensor:
+        return to_device(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32), device)
+
+    slots = to_device(np.concatenate(made), device)
+    return Paths(bounds(lengths), max(lengths), slots, bounds(keys), max(keys), rule.window)
+
+
+def attend_paths(query: Tensor, key: Tensor, value: Tensor, plan: Paths, scaling: float) -> Tensor:
+    """Attention of one layer: query [H, T, D], key and value [KV, capacity, D] of the pool → [T, H, D]."""
+    q = query.transpose(0, 1).contiguous()
+    k, v = (pool.index_select(1, plan.slots).transpose(0, 1).contiguous() for pool in (key, value))
+    window = (-1 if plan.window is None else plan.window - 1, 0)
+    # The last row of a segment is aligned with the last key of its path, as flash attention has it since 2.1.
+    out = varlen_attn(
+        q, k, v, plan.starts, plan.starts_of_paths, plan.longest, plan.longest_path,
+        scale=scaling, window_size=window, **VARLEN_OPTIONS,
+    )  # fmt: skip
+    assert isinstance(out, Tensor)
+    return out
 
 
 def fits_flash(decoder: torch.nn.Module) -> bool:

@@ -28,7 +28,15 @@ from torch import Tensor
 
 from vlmrl.errors import ModelError
 from vlmrl.models.attention.decode import DecodeRows
-from vlmrl.models.attention.fused import SHORT_PASS_ROWS, FusedPlan, Kernel, plan_flex, plan_varlen
+from vlmrl.models.attention.fused import (
+    SHORT_PASS_ROWS,
+    FusedPlan,
+    Kernel,
+    Paths,
+    plan_flex,
+    plan_paths,
+    plan_varlen,
+)
 from vlmrl.models.attention.prefix_tree import Segment, depths
 from vlmrl.models.attention.recurrent import StatePlan
 from vlmrl.models.attention.rules import CAUSAL, AttentionRule, AttentionRules
@@ -83,7 +91,7 @@ class Blocks:
     local: list[LocalBlock]
 
 
-LayerPlan: TypeAlias = Blocks | FusedPlan | DecodeRows
+LayerPlan: TypeAlias = Blocks | FusedPlan | Paths | DecodeRows
 """What one layer needs of the plan of a pass."""
 
 
@@ -328,3 +336,16 @@ def make_plan(
         return plan_tree(segments, device, rules)
     plan = partial(plan_flex if kernel is Kernel.flex else plan_varlen, segments, device)
     return TreePlan(rules, {rule.window: plan(rule) for rule in rules.distinct}, segments=segments)
+
+
+def plan_prefill(
+    segments: Sequence[Segment], device: torch.device, kernel: Kernel, rules: AttentionRules = CAUSAL
+) -> TreePlan:
+    """The plan of a pass of the embedded engine, whose rows also see keys that are in the pool already. `kernel` is the
+    one for separate sequences; FlexAttention has the rows alone for keys, so blocks take its place."""
+    if kernel is Kernel.varlen:
+        paths = {rule.window: plan_paths(segments, device, rule) for rule in rules.distinct}
+        found: dict[int | None, LayerPlan] = {window: each for window, each in paths.items() if each is not None}
+        if len(found) == len(paths):
+            return TreePlan(rules, found, segments=segments)
+    return plan_tree(segments, device, rules)

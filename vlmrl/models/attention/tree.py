@@ -7,8 +7,9 @@ gradient of a shared key is the sum over the branches that attended to it.
 
 A soft cap c (Gemma 2) turns a score s into c · tanh(s / c) before the mask.
 
-On a GPU in half precision, the trainer's rows go through one kernel instead (fused.py). The decode steps of the
-embedded engine on a GPU have tables of fixed sizes instead of blocks (decode.py).
+On a GPU in half precision, the trainer's rows go through one kernel instead, and so does a prefill of the embedded
+engine where flash attention has what the model needs (fused.py). The decode steps of that engine on a GPU have tables
+of fixed sizes instead of blocks (decode.py).
 
 Left out: dropout, attention sinks, biases. `tree_attention_forward` refuses them by name.
 """
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from vlmrl.errors import ModelError
 from vlmrl.models.attention.decode import DecodeRows, attend_decode
-from vlmrl.models.attention.fused import attend_fused
+from vlmrl.models.attention.fused import Paths, attend_fused, attend_paths
 from vlmrl.models.attention.plan import Blocks, LayerPlan, LocalBlock, SharedBlock, TreePlan
 
 ATTENTION_NAME = "vlmrl_tree"
@@ -233,6 +234,9 @@ def tree_attention_forward(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(plan, DecodeRows):
         return attend_decode(query[0], *tree_plan.write(key[0], value[0]), plan, scale, softcap)[None], None
+    if isinstance(plan, Paths):
+        assert softcap is None, "flash attention has no soft caps"
+        return attend_paths(query[0], *tree_plan.write(key[0], value[0]), plan, scale)[None], None
     if not isinstance(plan, Blocks):
         return attend_fused(query, key, value, plan, scale, softcap), None
     q, k, v = query[0].contiguous(), key[0].contiguous(), value[0].contiguous()

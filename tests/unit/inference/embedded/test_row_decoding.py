@@ -15,6 +15,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from support import attention_kinds as kinds
+from support import gpu_path as path
 from support.helpers import BANNED, END, extended, image, prompt
 from vlmrl.errors import NonFiniteLossError
 from vlmrl.inference.embedded import generator, row_decoding
@@ -26,6 +27,7 @@ from vlmrl.inference.embedded.row_decoding import WHOLE, RowDecoder
 from vlmrl.inference.embedded.sampling import Shape
 from vlmrl.inference.embedded.shared_prefixes import SharedPrefixes
 from vlmrl.inference.embedded.step_graphs import CompiledLayers, StepGraphs
+from vlmrl.models.attention import fused, tree
 from vlmrl.models.blocks import blocks
 from vlmrl.models.families.positions import position_function
 from vlmrl.models.policy import Policy
@@ -205,6 +207,7 @@ def test_the_comparison_finds_a_row_at_another_place(policy: Policy, monkeypatch
             assert_same(policy, asked, patch)
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler's own warnings
 def test_compiled_layers_serve_all_sizes(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, but with the graphs run by torch itself: four of them, for all layers and all sizes of a step."""
     graphs: list[Any] = []
@@ -323,6 +326,39 @@ def test_truncations_of_one_batch_do_not_mix() -> None:
     assert [None if each is None else each.tolist() for each in supports] == [None, [0, 1], [0, 1], None]
 
 
+# ── prefill ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("most_keys", [fused.MOST_PATH_KEYS, 100])
+@pytest.mark.parametrize("kind", ["qwen3_vl", "mistral", "gemma4"])
+def test_prefill_by_flash_attention(policy: Policy, kind: str, most_keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its definition in place of the kernel: first turns that share a prompt, and later ones whose turns before are in
+    the cache; with windows, too. Blocks compute what would copy too many keys."""
+    asked = groups([1, 5, 16])
+    if kind != "qwen3_vl":
+        policy = Policy(kinds.build(kind, 4), position_function("sequential"), [kinds.IMAGE])
+        asked = [
+            (kinds.prompt([*range(1, 20), number], [8] * number), params(i, stop_token_ids=(3,)))
+            for i, number in enumerate((1, 1, 1, 4, 9))
+        ]
+    wanted, _ = play(policy, asked, 3, False, monkeypatch)
+    monkeypatch.setattr(fused, "varlen_attn", path.flash_by_definition)
+    monkeypatch.setattr(fused, "MOST_PATH_KEYS", most_keys)
+    monkeypatch.setattr(Policy, "_is_fused", True)
+    plans: list[Any] = []
+    attend = fused.attend_paths
+    monkeypatch.setattr(tree, "attend_paths", lambda *a: plans.append(a[3]) or attend(*a))  # type: ignore[func-returns-value]
+    found, _ = play(policy, asked, 3, True, monkeypatch)
+    pairs = [(a, b) for x, y in zip(wanted, found, strict=True) for (_, a), (_, b) in zip(x, y, strict=True)]
+    for expected, said in pairs:
+        assert said.token_ids.tolist() == expected.token_ids.tolist()
+        np.testing.assert_allclose(said.logprobs, expected.logprobs, atol=CLOSE, rtol=0)
+    assert all(int(each.starts_of_paths[-1]) <= most_keys for each in plans)
+    if most_keys > 100:
+        assert any(each.longest < each.longest_path for each in plans), "later turns see keys in the cache"
+        assert {each.window for each in plans} == {"qwen3_vl": {None}, "mistral": {4}, "gemma4": {None, 4}}[kind]
+
+
 # ── the KV cache ────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -356,6 +392,7 @@ def test_short_answers_leave_their_slots_to_later_turns(policy: Policy, monkeypa
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore")  # the compiler's own warnings
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_on_a_gpu_with_graphs(
     tiny_model: Callable[[], Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
