@@ -57,6 +57,7 @@ START = (
     "orchestrator.max_new_tokens=64",
     "orchestrator.eval.every=0",
     "trainer.max_steps=1",
+    "trainer.lr_warmup_steps=0",
     "trainer.checkpoint_every=0",
     "monitor.live=false",
     "monitor.report=false",
@@ -201,6 +202,7 @@ def mismatch(args: argparse.Namespace, shapes: Sequence[Shape]) -> None:
 
     from vlmrl.config.algorithm import AlgorithmConfig
     from vlmrl.config.trainer import TrainerConfig
+    from vlmrl.models.blocks import compile_blocks
     from vlmrl.trainer.objective import mismatch_kl
     from vlmrl.trainer.trainer import LocalTrainer
 
@@ -211,6 +213,8 @@ def mismatch(args: argparse.Namespace, shapes: Sequence[Shape]) -> None:
     print("|---|---|---|---|---|---|---|", flush=True)
     dtype = "float16" if args.device == "cuda" else "float32"
     parts = made(args, dtype)
+    if args.device == "cuda":
+        compile_blocks(parts[0].model)  # as runs do
     config = TrainerConfig(learning_rate=1e-6, micro_batch_tokens=8192)
     trainer = LocalTrainer(parts[0], config, AlgorithmConfig(), temperature=1.0, max_new_tokens=args.compare_tokens)
     for whole in shapes:
@@ -285,7 +289,9 @@ def error(args: argparse.Namespace, shape: Shape, new: int, dtype: Any) -> float
     d, share = size.head_size, size.heads // size.kv_heads
     query = torch.randn(size.heads, rows, d, device=args.device, dtype=dtype)
     key, value = (torch.randn(size.kv_heads, len(slots), d, device=args.device, dtype=dtype) for _ in range(2))
-    found = attend_decode(query, key, value, DecodeRows(tables, None), d**-0.5).double()
+    newest = own[:, -1].long()
+    written = key[:, newest], value[:, newest]
+    found = attend_decode(query, written, (key, value), newest, DecodeRows(tables, None), d**-0.5).double()
     worst, squares = 0.0, 0.0
     for row in range(rows):
         group = row // shape.siblings

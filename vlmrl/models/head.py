@@ -258,18 +258,12 @@ def _divisor(temperature: float | Tensor, hidden: Tensor) -> float | Tensor:
     return temperature[:, None] if isinstance(temperature, Tensor) else temperature
 
 
-def _final(logits: Tensor, banned: Tensor, temperature: float | Tensor, logit_map: LogitMap) -> Tensor:
+def final_logits(logits: Tensor, banned: Tensor, temperature: float | Tensor, logit_map: LogitMap) -> Tensor:
     """The logits that probabilities are computed from."""
     return (logit_map(logits) / temperature).masked_fill(banned, float("-inf"))
 
 
-_final_logits = compiled_on_gpu(_final)
-
-
-@compiled_on_gpu
-def finish_logits_(logits: Tensor, banned: Tensor, temperature: Tensor, logit_map: LogitMap) -> Tensor:
-    """The same in place, for logits float32 [U, V], which it returns; `temperature` is float32 [U]."""
-    return logits.copy_((logit_map(logits) / temperature[:, None]).masked_fill_(banned, float("-inf")))
+_final_logits = compiled_on_gpu(final_logits)
 
 
 @compiled_on_gpu
@@ -295,7 +289,7 @@ def _add_given_columns(
     rest: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """`top_tokens.add_given` on logits that are not final yet."""
-    return top_tokens.add_given(_final(logits, banned, temperature, logit_map), columns, values, rest)
+    return top_tokens.add_given(final_logits(logits, banned, temperature, logit_map), columns, values, rest)
 
 
 @compiled_on_gpu
@@ -313,7 +307,7 @@ def _add_columns(
 ) -> Columns:
     """Add the columns of `logits` to the running sums. `targets` count from the first of these columns and may lie
     outside them; the temperature is one number or float32 [U, 1]."""
-    logits = _final(logits, banned, temperature, logit_map)
+    logits = final_logits(logits, banned, temperature, logit_map)
     new = torch.maximum(largest, logits.amax(-1))
     below = logits - new[:, None]
     exponentials = below.exp()

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -34,10 +33,9 @@ from vlmrl.models.attention.plan import TreePlan
 from vlmrl.models.attention.recurrent import share_states
 from vlmrl.models.attention.rules import attention_rules
 from vlmrl.models.attention.tree import ATTENTION_NAME, DECODE_ATTENTION_NAME, tree_attention_forward
-from vlmrl.models.blocks import uncompiled_in_inference
 from vlmrl.models.families.positions import PositionFunction
 from vlmrl.models.features import FeatureCache, Levels, VisionFeatures, first_features
-from vlmrl.models.head import finish_logits_, float_logits, most_likely, token_and_top_logprobs, token_logprobs
+from vlmrl.models.head import float_logits, most_likely, token_and_top_logprobs, token_logprobs
 from vlmrl.models.logit_map import logit_map
 from vlmrl.models.supports import PackedSupports, support_logprobs
 from vlmrl.models.vision_encoder import VisionEncoder
@@ -209,15 +207,13 @@ class Policy:
             rows = rows.index_copy(0, shown, first.to(rows.dtype))
             if others:
                 extra |= {"visual_pos_masks": shown, "deepstack_visual_embeds": others}
-        # A decode step of fixed sizes is compiled, or not, by who runs it.
-        with uncompiled_in_inference() if plan.row_slots is None else nullcontext():
-            out = self._decoder(
-                inputs_embeds=rows[None],
-                position_ids=position_ids[:, None, :] if self._mrope else position_ids[:1],
-                use_cache=False,
-                tree_plan=plan,
-                **extra,
-            )
+        out = self._decoder(
+            inputs_embeds=rows[None],
+            position_ids=position_ids[:, None, :] if self._mrope else position_ids[:1],
+            use_cache=False,
+            tree_plan=plan,
+            **extra,
+        )
         return out.last_hidden_state[0]  # type: ignore[no-any-return]
 
     def _layer_inputs(self, token_ids: Tensor, is_image: Tensor) -> Tensor:
@@ -238,13 +234,12 @@ class Policy:
         logits = logits.masked_fill(self.banned, float("-inf"))
         return torch.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)
 
-    def sampling_logits(self, hidden: Tensor, temperature: Tensor) -> Tensor:
-        """Logits float32 [n, vocabulary] whose softmax is the distribution of `log_probs`, in one array of that size.
-        `temperature` float32 [n] is above 0."""
+    def raw_logits(self, hidden: Tensor) -> Tensor:
+        """The head's own output, float32 [n, vocabulary]. With `final_logits`, the softmax of the result is the
+        distribution of `log_probs`."""
         head = self.model.get_output_embeddings()
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = float_logits(hidden, head.weight, head.bias)
-        return finish_logits_(logits, self.banned, temperature, self.logit_map)
+            return float_logits(hidden, head.weight, head.bias)
 
     def token_logprobs(
         self, hidden: Tensor, entry: Tensor, targets: Tensor, temperature: float | Tensor

@@ -21,15 +21,33 @@ from torch import Tensor
 
 from vlmrl.inference.embedded.sampling import Shape, supports_of, truncated
 from vlmrl.models.compiling import compiled_on_gpu
+from vlmrl.models.head import final_logits
+from vlmrl.models.logit_map import LogitMap
 
 CHUNK = 128
 """Tokens of a chunk of the vocabulary."""
 
 
 @dataclass(frozen=True, eq=False)
+class Final:
+    """What turns the head's output for R rows into the logits that are sampled from (`head.final_logits`)."""
+
+    banned: Tensor
+    """bool [vocabulary]."""
+    temperature: Tensor
+    """float32 [R, 1], above 0."""
+    logit_map: LogitMap
+
+    def of_columns(self, logits: Tensor, columns: Tensor) -> Tensor:
+        """The final logits of the output [R, n] at columns int64 [R, n]."""
+        return final_logits(logits, self.banned[columns], self.temperature, self.logit_map)
+
+
+@dataclass(frozen=True, eq=False)
 class Draw:
     """How R rows are sampled."""
 
+    final: Final
     uniforms: Tensor
     """float64 [R] in [0, 1)."""
     is_greedy: Tensor
@@ -43,16 +61,19 @@ class Draw:
 
 
 def draw_tokens(logits: Tensor, how: Draw) -> tuple[Tensor, Tensor, list[NDArray[np.int32] | None]]:
-    """Sample from `logits` float32 [R, vocabulary], already divided by the temperature, with banned tokens −inf.
+    """Sample from the head's output, float32 [R, vocabulary].
 
     → tokens int64 [R]; their natural-log probabilities float32 [R] under the distribution that they were drawn from;
     and the supports of the rows that report theirs (empty where no row does).
     """
     supports: list[NDArray[np.int32] | None] = []
-    lse, masses = _chunk_masses(logits)
-    if len(how.shapes) == 1 and not how.shapes[0].truncates:
-        token, logprob = _invert(logits, lse, masses, how.uniforms)
+    final = how.final
+    if len(how.shapes) == 1 and not how.shapes[0].truncates and not how.has_greedy:
+        found = _masses_of_output(logits, final.banned, final.temperature, final.logit_map)
+        token, logprob = _invert(logits, *found, how.uniforms, final)
     else:
+        logits = final_logits(logits, final.banned, final.temperature, final.logit_map)
+        lse, masses = _chunk_masses(logits)
         token = torch.zeros_like(how.shape)
         logprob = torch.zeros_like(logits[:, 0])
         for number, shape in enumerate(how.shapes):
@@ -76,9 +97,15 @@ def draw_tokens(logits: Tensor, how: Draw) -> tuple[Tensor, Tensor, list[NDArray
 
 
 @compiled_on_gpu
-def _chunk_masses(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp float32 [R, 1], and the probability of each chunk of the vocabulary, float64 [R, chunks]. Where it is
-    compiled, it reads the logits once and makes no array of their size."""
+def _masses_of_output(
+    logits: Tensor, banned: Tensor, temperature: Tensor, logit_map: LogitMap
+) -> tuple[Tensor, Tensor]:
+    """`_masses` of the final logits. Where it is compiled, it reads the output once and makes no array of its size."""
+    return _masses(final_logits(logits, banned, temperature, logit_map))
+
+
+def _masses(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp float32 [R, 1], and the probability of each chunk of the vocabulary, float64 [R, chunks]."""
     whole = logits.shape[1] // CHUNK * CHUNK
     of_chunks = _log_sum_exp(logits[:, :whole].reshape(len(logits), -1, CHUNK))
     if whole < logits.shape[1]:
@@ -93,9 +120,14 @@ def _log_sum_exp(logits: Tensor) -> Tensor:
     return largest.double() + (logits - largest[..., None]).exp().sum(-1).double().log()
 
 
-def _invert(logits: Tensor, lse: Tensor, masses: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+_chunk_masses = compiled_on_gpu(_masses)
+
+
+def _invert(
+    logits: Tensor, lse: Tensor, masses: Tensor, uniforms: Tensor, final: Final | None = None
+) -> tuple[Tensor, Tensor]:
     """The first token whose cumulative probability exceeds the uniform number, and its logprob. The last token with a
-    probability takes the rounding error."""
+    probability takes the rounding error. With `final`, `logits` are the head's output."""
     vocabulary = logits.shape[1]
     below = masses.cumsum(-1)
     total = below[:, -1:]
@@ -105,7 +137,9 @@ def _invert(logits: Tensor, lse: Tensor, masses: Tensor, uniforms: Tensor) -> tu
     left = target - (below.gather(1, chunk) - masses.gather(1, chunk))
     place = torch.arange(CHUNK, device=logits.device)
     columns = chunk * CHUNK + place
-    logprobs = logits.gather(1, columns.clamp(max=vocabulary - 1)) - lse
+    known = columns.clamp(max=vocabulary - 1)
+    chosen = logits.gather(1, known)
+    logprobs = (chosen if final is None else final.of_columns(chosen, known)) - lse
     probabilities = logprobs.double().exp().masked_fill(columns >= vocabulary, 0.0)
     found = (probabilities.cumsum(-1) <= left).sum(-1, keepdim=True)
     found = torch.minimum(found, ((probabilities > 0) * place).amax(-1, keepdim=True))

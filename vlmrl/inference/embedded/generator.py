@@ -16,6 +16,7 @@ from vlmrl.inference.embedded.prefill_chunks import prefill_in_passes
 from vlmrl.inference.embedded.requests import Request
 from vlmrl.inference.embedded.row_decoding import RowDecoder
 from vlmrl.inference.stop_strings import TextOf
+from vlmrl.models.blocks import uncompiled_in_inference
 from vlmrl.models.policy import Policy
 from vlmrl.types import Completion
 
@@ -70,11 +71,14 @@ class Generator:
         self._model.use_version(version)
         if self._rows is not None:
             return self._run_by_rows(self._rows, requests, version)
-        prompts, request_prompt = distinct_prompts(self._model, requests)
-        prefilled, rows = prefill(self._model, prompts)
-        self._counters["inference/rows_prefill"] += rows
-        completions, rows = decode(self._model, version, requests, prompts, request_prompt, prefilled, self._text_of)
-        self._counters["inference/rows_decode"] += rows
+        with uncompiled_in_inference():
+            prompts, request_prompt = distinct_prompts(self._model, requests)
+            prefilled, rows = prefill(self._model, prompts)
+            self._counters["inference/rows_prefill"] += rows
+            completions, rows = decode(
+                self._model, version, requests, prompts, request_prompt, prefilled, self._text_of
+            )
+            self._counters["inference/rows_decode"] += rows
         return completions
 
     def _run_by_rows(self, decoder: RowDecoder, requests: Sequence[Request], version: int) -> list[Completion]:
@@ -105,8 +109,9 @@ class Generator:
 
     def _run_part(self, decoder: RowDecoder, requests: Sequence[Request], version: int) -> list[Completion]:
         prompts, request_prompt = distinct_prompts(self._model, requests)
-        prefilled, rows = prefill_in_passes(self._model, prompts)
-        self._counters["inference/rows_prefill"] += rows
-        completions, rows = decoder.decode(version, requests, prompts, request_prompt, prefilled)
-        self._counters["inference/rows_decode"] += rows
+        with decoder.running():
+            prefilled, rows = prefill_in_passes(self._model, prompts)
+            self._counters["inference/rows_prefill"] += rows
+            completions, rows = decoder.decode(version, requests, prompts, request_prompt, prefilled)
+            self._counters["inference/rows_decode"] += rows
         return completions

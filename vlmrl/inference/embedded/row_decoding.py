@@ -28,7 +28,7 @@ from torch import Tensor
 from vlmrl.inference.embedded.cached_policy import CachedPolicy
 from vlmrl.inference.embedded.completions import finish
 from vlmrl.inference.embedded.decode_state import DecodeState, Room
-from vlmrl.inference.embedded.device_sampling import Draw, draw_tokens
+from vlmrl.inference.embedded.device_sampling import Draw, Final, draw_tokens
 from vlmrl.inference.embedded.prefill import DistinctPrompt, Prefilled
 from vlmrl.inference.embedded.requests import Request
 from vlmrl.inference.embedded.sampled_row import SampledRow
@@ -109,7 +109,8 @@ class RowDecoder:
         request_prompt: Sequence[int],
         prefilled: Prefilled,
     ) -> tuple[list[Completion], int]:
-        """See `decoding.decode`. The rows that it counts are those of tokens that belong to a completion."""
+        """See `decoding.decode`; inside `running`. The rows that it counts are those of tokens that belong to a
+        completion."""
         cache = self._model.kv_cache
         order = np.argsort(request_prompt, kind="stable").tolist()
         rows = [
@@ -124,8 +125,7 @@ class RowDecoder:
         ]
         unread = cache.take(1)
         shared = SharedPrefixes(prompts, prefilled.segments, [row.prompt for row in rows])
-        with self._running():
-            self._sample_all(rows, prompts, shared, prefilled, int(unread[0]))
+        self._sample_all(rows, prompts, shared, prefilled, int(unread[0]))
         cache.give_back(np.concatenate([unread, *(row.unused_slots for row in rows)]))
         found: list[Completion | None] = [None] * len(requests)
         for row in rows:
@@ -134,9 +134,10 @@ class RowDecoder:
         return [each for each in found if each is not None], sum(row.length - 1 for row in rows)
 
     @contextmanager
-    def _running(self) -> Iterator[None]:
-        """Layers as the steps run them: compiled for them on a GPU, else as they are. Triton's kernels run on the
-        current device, which may be another one in a new thread."""
+    def running(self) -> Iterator[None]:
+        """Layers as prefill and steps run them: on a GPU compiled once for both, which rounds as the trainer's compiled
+        layers do, else as they are. Triton's kernels run on the current device, which may be another one in a new
+        thread."""
         device = self._model.device
         with (
             torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
@@ -263,9 +264,8 @@ class RowDecoder:
         )
         nothing = state.types[:0]
         rows = state.rows
-        return policy.hidden_states(
-            rows.token[:size], rows.position[:size].t(), state.types[:size], plan, None, nothing
-        )
+        position = rows.position[:size].t().contiguous()  # as in a prefill, whose compiled layers these are
+        return policy.hidden_states(rows.token[:size], position, state.types[:size], plan, None, nothing)
 
     def _sample(self, hidden: Tensor, kind: _Kind) -> None:
         """Draw a token per row from hidden states float [R, hidden], and advance the rows that go on."""
@@ -273,9 +273,10 @@ class RowDecoder:
         state, rows, size = self._state, self._state.rows, kind.rows
         count, alive = rows.count[:size], rows.alive[:size]
         uniforms = rows.uniforms[:size].gather(1, count.clamp(max=state.room.new - 1)[:, None])[:, 0]
-        how = Draw(uniforms, rows.is_greedy[:size], rows.shape[:size], kind.shapes, kind.has_greedy)
-        logits = self._model.policy.sampling_logits(hidden, rows.temperature[:size])
-        token, logprob, supports = draw_tokens(logits, how)
+        policy = self._model.policy
+        final = Final(policy.banned, rows.temperature[:size, None], policy.logit_map)
+        how = Draw(final, uniforms, rows.is_greedy[:size], rows.shape[:size], kind.shapes, kind.has_greedy)
+        token, logprob, supports = draw_tokens(policy.raw_logits(hidden), how)
         self._supports.append(supports)
         state.sampled[:, :size].index_copy_(0, state.steps, token[None])
         state.logprobs[:, :size].index_copy_(0, state.steps, logprob[None])

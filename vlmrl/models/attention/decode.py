@@ -19,6 +19,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -71,18 +72,31 @@ class DecodeRows:
     """See `AttentionRule.window`."""
 
 
+KeysAndValues: TypeAlias = tuple[Tensor, Tensor]
+
+
 def attend_decode(
-    query: Tensor, key: Tensor, value: Tensor, plan: DecodeRows, scale: float, softcap: float | None = None
+    query: Tensor,
+    new: KeysAndValues,
+    pool: KeysAndValues,
+    slots: Tensor,
+    plan: DecodeRows,
+    scale: float,
+    softcap: float | None = None,
 ) -> Tensor:
-    """Attention of R rows: query [H, R, D], key [KV, slots, D], value [KV, slots, E] → [R, H, E].
+    """Write the `new` key and value of R rows, [KV, R, D] and [KV, R, E], to `slots` of the pool, int64 [R], which are
+    the last slots of the rows' own parts; then attention of query [H, R, D] to keys [KV, slots, D] and values
+    [KV, slots, E] of the pool → [R, H, E].
 
     With `softcap` c a score s becomes c · tanh(s / c). Computed in float32 also for half precision.
     """
     if uses_kernels(query.device):
         from vlmrl.models.attention.decode_kernels import attend_by_kernels
 
-        return attend_by_kernels(query, key, value, plan, scale, softcap)
-    return attend_by_torch(query, key, value, plan, scale, softcap)
+        return attend_by_kernels(query, new, pool, slots, plan, scale, softcap)
+    for kept, written in zip(pool, new, strict=True):
+        kept.index_copy_(1, slots, written)
+    return attend_by_torch(query, *pool, plan, scale, softcap)
 
 
 def uses_kernels(device: torch.device) -> bool:
@@ -98,7 +112,8 @@ def _has_triton() -> bool:
 def attend_by_torch(
     query: Tensor, key: Tensor, value: Tensor, plan: DecodeRows, scale: float, softcap: float | None = None
 ) -> Tensor:
-    """`attend_decode` on any device. No size depends on the contents of a tensor."""
+    """`attend_decode` on any device, once the new keys and values are written: key [KV, slots, D], value [KV, slots,
+    E]. No size depends on the contents of a tensor."""
     heads, rows, dim = query.shape
     kv_heads = key.shape[0]
     wide = torch.promote_types(query.dtype, torch.float32)

@@ -9,35 +9,56 @@ key is contiguous, so each look-up is followed by a read of `head size` numbers 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmrl.models.attention.decode import SPLITS, DecodeRows
+from vlmrl.models.attention.decode import SPLITS, DecodeRows, KeysAndValues
 
 LEAST_ROWS = 16
 """The least rows of a product on tensor cores."""
 
-TILE_NUMBERS = 8192
-"""Numbers of a tile of keys: 64 keys of size 128."""
 
-LOG2_E = math.log2(math.e)
+@dataclass(frozen=True)
+class Launch:
+    """How a kernel is launched; measured on an H200 with heads of 128 numbers (benchmarks/embedded_gpu.md)."""
+
+    tile: int
+    """Numbers of a tile of keys: 8192 are 64 keys of size 128."""
+    warps: int
+    stages: int
+    """Tiles that are loaded ahead, plus one."""
+
+    def keys(self, size: int) -> int:
+        """Keys of a tile, for heads of `size` numbers."""
+        return max(16, min(128, self.tile // size))
+
+
+SEGMENT = Launch(8192, 4, 3)
+OWN = Launch(8192, 4, 3)
+
+LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 def attend_by_kernels(
-    query: Tensor, key: Tensor, value: Tensor, plan: DecodeRows, scale: float, softcap: float | None
+    query: Tensor,
+    new: KeysAndValues,
+    pool: KeysAndValues,
+    slots: Tensor,
+    plan: DecodeRows,
+    scale: float,
+    softcap: float | None,
 ) -> Tensor:
     """See `attend_decode`."""
-    tables = plan.tables
-    if query.stride(2) != 1:
-        query = query.contiguous()
+    tables, (key, value) = plan.tables, pool
+    query, new_key, new_value = (x if x.stride(2) == 1 else x.contiguous() for x in (query, *new))
     heads, rows, dim = query.shape
     kv_heads, dim_out = key.shape[0], value.shape[-1]
     group = heads // kv_heads
     padded, padded_out = triton.next_power_of_2(dim), triton.next_power_of_2(dim_out)
-    tile = max(16, min(64, TILE_NUMBERS // max(padded, padded_out)))
     parts = tables.levels * SPLITS
     part_out = torch.empty(max(1, parts), rows, heads, dim_out, device=query.device)
     part_lse = torch.full((max(1, parts), rows, heads), float("-inf"), device=query.device)
@@ -45,21 +66,26 @@ def attend_by_kernels(
         scale, softcap or 0.0, plan.window or 0, rows, query.stride(1), query.stride(0), key.stride(0), value.stride(0),
     )  # fmt: skip
     shape = {
-        "H": heads, "K": kv_heads, "D": dim, "E": dim_out, "DP": max(16, padded), "EP": max(16, padded_out), "N": tile,
-        "CAPPED": softcap is not None, "WINDOWED": plan.window is not None, "num_warps": 4,
+        "H": heads, "K": kv_heads, "D": dim, "E": dim_out, "DP": max(16, padded), "EP": max(16, padded_out),
+        "CAPPED": softcap is not None, "WINDOWED": plan.window is not None,
     }  # fmt: skip
+
+    def launched(how: Launch) -> dict[str, int]:
+        return {"N": how.keys(max(padded, padded_out)), "num_warps": how.warps, "num_stages": how.stages}
+
     if parts:
         entries = tables.most_rows * group
         block = max(LEAST_ROWS, min(128 if padded <= 128 else 32, triton.next_power_of_2(entries)))
         _segment_part[(len(tables.segments) * kv_heads, SPLITS, triton.cdiv(entries, block))](
             query, key, value, tables.segments, tables.segment_slots, tables.depth, part_out, part_lse,
-            *common, SPLITS, M=block, **shape,
+            *common, SPLITS, M=block, **shape, **launched(SEGMENT),
         )  # fmt: skip
     out = torch.empty(rows, heads, dim_out, device=query.device, dtype=query.dtype)
     block = max(LEAST_ROWS, triton.next_power_of_2(group))
     _own_part[(rows, kv_heads)](
-        query, key, value, tables.own_slots, tables.own_length, part_out, part_lse, out,
-        *common, tables.own_slots.stride(0), parts, M=block, **shape,
+        query, key, value, tables.own_slots, tables.own_length, part_out, part_lse, out, new_key, new_value, slots,
+        *common, new_key.stride(1), new_key.stride(0), new_value.stride(1), new_value.stride(0),
+        tables.own_slots.stride(0), parts, M=block, **shape, **launched(OWN),
     )  # fmt: skip
     return out
 
@@ -77,7 +103,7 @@ def _add_tile(
     scores = tl.dot(q, k, out_dtype=tl.float32, input_precision="ieee") * scale
     if CAPPED:
         scores = cap * (2.0 * tl.sigmoid(2.0 * scores / cap) - 1.0)  # tanh
-    scores = tl.where(shown, scores * 1.4426950408889634, float("-inf"))
+    scores = tl.where(shown, scores * LOG2_E, float("-inf"))
     new = tl.maximum(largest, tl.max(scores, 1))
     safe = tl.where(new == float("-inf"), 0.0, new)  # an entry that sees no key yet
     weights = tl.exp2(scores - safe[:, None])
@@ -141,12 +167,14 @@ def _segment_part(
 
 @triton.jit
 def _own_part(
-    query, keys, values, own_slots, lengths, part_out, part_lse, out,
-    scale, cap, window, rows, q_row, q_head, k_head, v_head, slots_row, parts,
+    query, keys, values, own_slots, lengths, part_out, part_lse, out, new_keys, new_values, row_slots,
+    scale, cap, window, rows, q_row, q_head, k_head, v_head, new_k_row, new_k_head, new_v_row, new_v_head,
+    slots_row, parts,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    """One row against its own part, for one key head, merged with the `parts` of its segments."""
+    """One row against its own part, for one key head, merged with the `parts` of its segments. Writes the key and the
+    value of the newest token to the pool, and starts with this token, which sees itself."""
     G: tl.constexpr = H // K
     row, head = tl.program_id(0), tl.program_id(1)
     entry = tl.arange(0, M)
@@ -162,12 +190,20 @@ def _own_part(
     if WINDOWED:
         oldest = tl.maximum(length - window, 0)
     k_base, v_base = head.to(tl.int64) * k_head, head.to(tl.int64) * v_head
-    largest = tl.full([M], float("-inf"), tl.float32)
-    total = tl.zeros([M], tl.float32)
-    sums = tl.zeros([M, EP], tl.float32)
-    for first in range(oldest // N * N, length, N):
+    newest = tl.load(row_slots + row).to(tl.int64)
+    new_key = tl.load(new_keys + row * new_k_row + head * new_k_head + d, mask=d < D, other=0.0)
+    new_value = tl.load(new_values + row * new_v_row + head * new_v_head + e, mask=e < E, other=0.0)
+    tl.store(keys + k_base + newest * D + d, new_key, mask=d < D)
+    tl.store(values + v_base + newest * E + e, new_value, mask=e < E)
+    largest = tl.sum(q.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scale
+    if CAPPED:
+        largest = cap * (2.0 * tl.sigmoid(2.0 * largest / cap) - 1.0)  # tanh
+    largest = largest * LOG2_E
+    total = tl.full([M], 1.0, tl.float32)
+    sums = tl.zeros([M, EP], tl.float32) + new_value.to(tl.float32)[None, :]
+    for first in range(oldest // N * N, length - 1, N):
         n = first + tl.arange(0, N)
-        here = (n < length) & (n >= oldest)
+        here = (n < length - 1) & (n >= oldest)
         slots = tl.load(own_slots + row * slots_row + n, mask=here, other=0)
         largest, total, sums = _add_tile(
             q, keys, values, k_base, v_base, slots, here, here[None, :] & inside[:, None], largest, total, sums,

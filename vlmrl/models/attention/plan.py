@@ -116,13 +116,6 @@ class KVPool:
             kept[:, first_slot : first_slot + new.shape[1]] = new
         return self.calls[call]
 
-    def write_rows(self, call: int, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write key and value [kv_heads, n, head size] to `slots`, int64 [n] → all of the call's. The slots may be
-        anywhere, so no address depends on them; the call has written others before."""
-        for kept, new in zip(self.calls[call], (key, value), strict=True):
-            kept.index_copy_(1, slots, new)
-        return self.calls[call]
-
     def grown(self, capacity: int, used: int) -> KVPool:
         """A pool of `capacity` slots with the content of the first `used` slots of this one."""
         pool = KVPool(capacity)
@@ -159,9 +152,13 @@ class TreePlan:
         """Write the keys and values of the next call into the pool → all that the call has there."""
         assert self.pool is not None
         self.calls += 1
-        if self.row_slots is not None:
-            return self.pool.write_rows(self.calls - 1, self.row_slots, key, value)
         return self.pool.write(self.calls - 1, self.first_slot, key, value)
+
+    def next_pool(self) -> tuple[Tensor, Tensor]:
+        """Keys and values that the pool has of the next call, which has written some before."""
+        assert self.pool is not None
+        self.calls += 1
+        return self.pool.calls[self.calls - 1]
 
 
 def shared_segments(parents: Sequence[int], lengths: Sequence[int], queries: Sequence[int]) -> list[bool]:

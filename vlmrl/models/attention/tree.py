@@ -233,7 +233,9 @@ def tree_attention_forward(
     plan = _plan_of_layer(module, tree_plan, sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(plan, DecodeRows):
-        return attend_decode(query[0], *tree_plan.write(key[0], value[0]), plan, scale, softcap)[None], None
+        assert tree_plan.row_slots is not None
+        new, pool = (key[0], value[0]), tree_plan.next_pool()
+        return attend_decode(query[0], new, pool, tree_plan.row_slots, plan, scale, softcap)[None], None
     if isinstance(plan, Paths):
         assert softcap is None, "flash attention has no soft caps"
         return attend_paths(query[0], *tree_plan.write(key[0], value[0]), plan, scale)[None], None

@@ -20,7 +20,7 @@ from support.helpers import BANNED, END, extended, image, prompt
 from vlmrl.errors import NonFiniteLossError
 from vlmrl.inference.embedded import generator, row_decoding
 from vlmrl.inference.embedded.decode_state import DecodeState
-from vlmrl.inference.embedded.device_sampling import Draw, draw_tokens
+from vlmrl.inference.embedded.device_sampling import Draw, Final, draw_tokens
 from vlmrl.inference.embedded.engine import EmbeddedEngine
 from vlmrl.inference.embedded.kv_cache import KVCache
 from vlmrl.inference.embedded.row_decoding import WHOLE, RowDecoder
@@ -30,6 +30,7 @@ from vlmrl.inference.embedded.step_graphs import CompiledLayers, StepGraphs
 from vlmrl.models.attention import fused, tree
 from vlmrl.models.blocks import blocks
 from vlmrl.models.families.positions import position_function
+from vlmrl.models.logit_map import IDENTITY, LogitMap
 from vlmrl.models.policy import Policy
 from vlmrl.types import Completion, IntArray, Prompt, SamplingParams
 
@@ -293,12 +294,20 @@ def test_probabilities_that_are_not_finite_are_an_error(policy: Policy, monkeypa
 def test_a_token_is_drawn_by_the_inverse_of_the_cumulative_distribution(vocabulary: int) -> None:
     rows = 300
     generator_ = torch.Generator().manual_seed(vocabulary)
-    logits = torch.randn(rows, vocabulary, generator=generator_) * torch.logspace(-1, 1, rows)[:, None]
-    logits[:, :10] = logits[:, -7:] = -torch.inf
+    output = torch.randn(rows, vocabulary, generator=generator_)
+    banned = torch.zeros(vocabulary, dtype=torch.bool)
+    banned[:10] = banned[-7:] = True
+    temperature = torch.logspace(1, -1, rows)[:, None]
+    logits = (4 * torch.tanh(output / 4) / temperature).masked_fill(banned, -torch.inf)
     uniforms = torch.rand(rows, generator=generator_, dtype=torch.float64)
     uniforms[:2], uniforms[2:4] = 0.0, 1.0 - 2.0**-53
-    how = Draw(uniforms, torch.zeros(rows, dtype=torch.bool), torch.zeros(rows, dtype=torch.int64), [WHOLE], False)
-    tokens, logprobs, supports = draw_tokens(logits.clone(), how)
+    final = Final(banned, temperature, LogitMap(cap=4.0))
+    nobody = torch.zeros(rows, dtype=torch.bool)
+    how = Draw(final, uniforms, nobody, nobody.long(), [WHOLE], False)
+    tokens, logprobs, supports = draw_tokens(output.clone(), how)
+    slowly, slow_logprobs, _ = draw_tokens(output.clone(), replace(how, has_greedy=True))
+    assert tokens.tolist() == slowly.tolist()
+    np.testing.assert_allclose(logprobs, slow_logprobs, atol=2e-6)
     probabilities = torch.softmax(logits.double(), -1)
     cumulative = probabilities.cumsum(-1)
     below = torch.cat([torch.zeros(rows, 1, dtype=torch.float64), cumulative], -1).gather(1, tokens[:, None])[:, 0]
@@ -314,6 +323,7 @@ def test_truncations_of_one_batch_do_not_mix() -> None:
     logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]] * 4).log()
     shapes = [WHOLE, Shape(1.0, 2, 1.0, 0.0, True)]
     how = Draw(
+        Final(torch.zeros(4, dtype=torch.bool), torch.ones(4, 1), IDENTITY),
         torch.tensor([0.9, 0.9, 0.1, 0.9], dtype=torch.float64),
         torch.tensor([False, False, False, True]),
         torch.tensor([0, 1, 1, 0]),

@@ -235,6 +235,7 @@ def compile_for_an_h100() -> None:
             "part_out": "fp32",
             "part_lse": "fp32",
         }
+        pointers |= {"new_keys": dtype, "new_values": dtype, "row_slots": "i64"}
         pointers |= dict.fromkeys(("segments", "segment_slots", "depths", "own_slots", "lengths"), "i32")
         for kernel in (kernels._segment_part, kernels._own_part):
             kinds = {
@@ -264,8 +265,16 @@ def main(device: str) -> None:
         moved: dict[str, Any] = {n: x.to(device) for n, x in vars(tables).items() if isinstance(x, Tensor)}
         tables = replace(tables, **moved)
         for laid_out in (query, query.transpose(0, 1).clone().transpose(0, 1), query.mT.clone().mT):
-            found = attend_by_kernels(laid_out, key, value, DecodeRows(tables, case.window), case.scale, case.softcap)
+            newest = torch.tensor([path[-1] for path in paths], device=device)
+            pool = key.clone(), value.clone()
+            new = key[:, newest], value[:, newest].mT.contiguous().mT
+            for each in pool:
+                each[:, newest] = float("nan")  # not written yet
+            plan = DecodeRows(tables, case.window)
+            found = attend_by_kernels(laid_out, new, pool, newest, plan, case.scale, case.softcap)
             assert worst(found.cpu(), wanted) < (CLOSE if device == "cpu" else 5 * CLOSE), case.name
+            for each, written in zip(pool, (key, value), strict=True):
+                assert each[:, newest].equal(written[:, newest])
 
 
 if __name__ == "__main__":
