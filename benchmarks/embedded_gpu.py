@@ -14,7 +14,8 @@ the Qwen3-VL in `--checkpoint`.
     offline    the same shapes by `vllm.LLM.generate` (benchmarks/shared_prefix.py), in a process of its own
     equal      the share of completions at equal seeds that the fast decoder and the reference decoder agree on, and of
                their tokens before the first difference, with at most `--compare-tokens` new tokens
-    mismatch   mismatch_kl/mean of sampler against trainer in float16
+    mismatch   mismatch_kl/mean of sampler against trainer in float16, and of the trainer against itself under another
+               packing
     start      seconds from `python -m vlmrl` to the first finished rollout, twice: the second run finds compiled code
     profile    the kernels that a batch of the first shape spends most time in
 
@@ -201,33 +202,42 @@ def mismatch(args: argparse.Namespace, shapes: Sequence[Shape]) -> None:
     from mismatch import as_sample
 
     from vlmrl.config.algorithm import AlgorithmConfig
-    from vlmrl.config.trainer import TrainerConfig
+    from vlmrl.config.trainer import Packing, TrainerConfig
     from vlmrl.models.blocks import compile_blocks
     from vlmrl.trainer.objective import mismatch_kl
     from vlmrl.trainer.trainer import LocalTrainer
 
     print(
-        "\n| shape | number format | logits × | mismatch_kl/mean | mean difference | mean −logprob | tokens |",
+        "\n| shape | number format | logits × | mismatch_kl/mean | mean difference | trainer, other packing "
+        "| mean −logprob | tokens |",
         flush=True,
     )
-    print("|---|---|---|---|---|---|---|", flush=True)
+    print("|---|---|---|---|---|---|---|---|", flush=True)
     dtype = "float16" if args.device == "cuda" else "float32"
     parts = made(args, dtype)
     if args.device == "cuda":
         compile_blocks(parts[0].model)  # as runs do
     config = TrainerConfig(learning_rate=1e-6, micro_batch_tokens=8192)
-    trainer = LocalTrainer(parts[0], config, AlgorithmConfig(), temperature=1.0, max_new_tokens=args.compare_tokens)
+
+    def trainer(packing: Packing) -> LocalTrainer:
+        packed = replace(config, packing=packing)
+        return LocalTrainer(parts[0], packed, AlgorithmConfig(), temperature=1.0, max_new_tokens=args.compare_tokens)
+
+    def divergence(theirs: torch.Tensor, ours: torch.Tensor) -> float:
+        return float(mismatch_kl(theirs, ours)[0]) / len(ours)
+
+    tree, other = trainer(Packing.tree), trainer(Packing.varlen)
     for whole in shapes:
         shape = replace(whole, new=min(whole.new, args.compare_tokens))
         with decoder(fast=True):
             pairs, _ = sampled(args, parts, shape, 1)
         samples = [as_sample(number, *pair) for number, pair in enumerate(pairs)]
         ours = torch.from_numpy(np.concatenate([said.logprobs for _, said in pairs]))
-        theirs = torch.from_numpy(np.concatenate(trainer.logprobs(samples)))
-        mean, difference = float(mismatch_kl(theirs, ours)[0]) / len(ours), float((theirs - ours).abs().mean())
+        theirs, others = (torch.from_numpy(np.concatenate(each.logprobs(samples))) for each in (tree, other))
+        difference = float((theirs - ours).abs().mean())
         print(
-            f"| {shape} | {dtype} | {args.logit_scale:g} | {mean:.2e} | {difference:.2e} | {-float(ours.mean()):.2f} "
-            f"| {len(ours)} |",
+            f"| {shape} | {dtype} | {args.logit_scale:g} | {divergence(theirs, ours):.2e} | {difference:.2e} "
+            f"| {divergence(theirs, others):.2e} | {-float(ours.mean()):.2f} | {len(ours)} |",
             flush=True,
         )
 

@@ -128,7 +128,9 @@ def make_renderer(
     chat_format.surprises += tuple(filter(None, [with_text.surprise()]))
     refusal = f"vlmrl makes no videos for model.vlm.family={vlm.family}: show frames as images, or choose another model"
     process_video = None
-    if vlm.video is not None and load_video_processor is not None:
+    if chat_format.lacks_video is not None:
+        refusal = chat_format.lacks_video
+    elif vlm.video is not None and load_video_processor is not None:
         video_id = tokenizer.convert_tokens_to_ids(vlm.video.token)
         process_video = ProcessVideoWithText(processor, load_video_processor, vlm.video, video_id)
     videos = VideoStore(process_video, process.processed_size, refusal)

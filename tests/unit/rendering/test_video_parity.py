@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import shutil
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from vlmrl.orchestrator.fences import rendering_fence
 from vlmrl.rendering import item_store, video_files, video_store, videos
 from vlmrl.rendering.images import VideoError
 from vlmrl.rendering.renderer import FamilyRenderer
-from vlmrl.types import Message, Prompt, Video, VideoItem, mm_token_type_ids
+from vlmrl.types import Image, Message, Prompt, Video, VideoItem, mm_token_type_ids
 
 CLIPS = 18
 """Random clips per family."""
@@ -273,3 +274,25 @@ def test_memory_is_flat_over_a_thousand_clips(
             sizes.append(psutil.Process().memory_info().rss)
     assert sum(ref() is not None for ref in alive) <= (4 << 20) // one + 1
     assert sizes[1] - sizes[0] < 700 * one / 4  # all of them would be 130 MiB
+
+
+ONLY_IMAGES = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for c in m.content %}{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}"
+    "{{ c.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_template_for_images_alone_refuses_no_more_than_videos(
+    family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    whole = family_folder("qwen3_vl")
+    folder = Path(shutil.copytree(whole, tmp_path / "checkpoint"))
+    (folder / "chat_template.jinja").write_text(ONLY_IMAGES, "utf-8")
+    renderer = video_renderer(folder, vlm_of("qwen3_vl"))
+    picture = Image(np.zeros((56, 56, 3), np.uint8))
+    prompt = asyncio.run(renderer.first_turn([Message.of("user", picture, "What?")]))
+    assert len(prompt.mm_items) == 1
+    with pytest.raises(VideoError, match=r"writes no <\|video_pad\|> for a video of a question"):
+        asyncio.run(renderer.first_turn([Message.of("user", Video(np.zeros((4, 56, 56, 3), np.uint8), fps=2.0), "?")]))

@@ -27,7 +27,7 @@ from torch import Tensor
 SEGMENT_FIELDS = 6
 """Columns of `DecodeTables.segments`."""
 
-SPLITS = 4
+SPLITS = 2
 """Parts that a segment's keys are split into, so that few segments occupy all of a GPU."""
 
 

@@ -37,8 +37,8 @@ class Launch:
         return max(16, min(128, self.tile // size))
 
 
-SEGMENT = Launch(8192, 4, 3)
-OWN = Launch(8192, 4, 3)
+SEGMENT = Launch(8192, 2, 3)
+OWN = Launch(4096, 1, 4)
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 

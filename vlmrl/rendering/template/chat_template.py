@@ -56,20 +56,20 @@ class ChatTemplate:
         template raises."""
         return self._render([self._content(message, tools) for message in messages], generate, today, tools)
 
-    def check_items(self, kind: Modality, placeholder: str) -> None:
-        """Raise `ConfigError` where the template writes no placeholder for an image (a video) of a question. What the
-        template raises is left to those that look at whole conversations."""
+    def lack_of(self, kind: Modality, placeholder: str) -> str | None:
+        """What to say where the template writes no placeholder for an image (a video) of a question, else None. What
+        the template raises is left to those that look at whole conversations."""
         chat = [{"role": "user", "content": [{"type": kind}, {"type": "text", "text": WORD}]}]
         try:
             text = self._render(chat, True, TODAY)
         except Exception:  # noqa: BLE001 — a template may raise anything
-            return
-        if WORD in text and placeholder not in text:
-            raise ConfigError(
-                f"the checkpoint's chat template writes no {placeholder} for {ARTICLES[kind]} of a question, so the "
-                "policy would not see it: use the chat_template.jinja that belongs to the checkpoint, or choose "
-                "another renderer"
-            )
+            return None
+        if WORD not in text or placeholder in text:
+            return None
+        return (
+            f"the checkpoint's chat template writes no {placeholder} for {ARTICLES[kind]} of a question, so the policy "
+            "would not see it: use the chat_template.jinja that belongs to the checkpoint, or choose another renderer"
+        )
 
     def _render(
         self, chat: list[dict[str, Any]], generate: bool, today: datetime, tools: Sequence[ToolSpec] = ()

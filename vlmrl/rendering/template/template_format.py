@@ -75,8 +75,11 @@ class TemplateFormat:
                 )
         feature_ids = {kind: vocabulary[token] for kind, token in feature_tokens.items()}
         self._encoder = Encoder(tokenizer, processor, feature_ids)
-        for kind, written in self._encoder.written.items():
-            self._template.check_items(kind, written)
+        lacks = {kind: self._template.lack_of(kind, written) for kind, written in self._encoder.written.items()}
+        if lack := lacks.get("image"):
+            raise ConfigError(lack)
+        self.lacks_video = lacks.get("video")
+        """What to say where a video is shown that the template does not write."""
         self._spelled = (*feature_tokens.items(), *self._encoder.written.items())
         # What a template writes for an image need not be a token (Ovis 2).
         self.image_tokens = frozenset(vocabulary[token] for _, token in self._spelled if token in vocabulary)

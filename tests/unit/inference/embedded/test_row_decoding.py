@@ -407,10 +407,26 @@ def test_short_answers_leave_their_slots_to_later_turns(policy: Policy, monkeypa
 def test_on_a_gpu_with_graphs(
     tiny_model: Callable[[], Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In float16 the two round differently, so answers of 40 tokens part sooner or later; until then their
+    probabilities are close."""
     policy = Policy(tiny_model().to("cuda", dtype), position_function("mrope", 2), BANNED)
     asked = groups([1, 5, 16], tokens=40)
     wanted, _ = play(policy, asked, 2, False, monkeypatch)
     found, _ = play(policy, asked, 2, True, monkeypatch)
     pairs = [(a, b) for x, y in zip(wanted, found, strict=True) for (_, a), (_, b) in zip(x, y, strict=True)]
-    equal = np.mean([a.token_ids.tolist() == b.token_ids.tolist() for a, b in pairs])
-    assert equal > (0.95 if dtype is torch.float32 else 0.5)
+    assert_close(pairs[::2], *((0.95, 1e-4) if dtype is torch.float32 else (0.3, 0.03)))
+
+
+def assert_close(pairs: Sequence[tuple[Completion, Completion]], equal: float, nats: float) -> None:
+    """At least so many completions are equal, nearly all first tokens are, and logprobs of equal beginnings are within
+    `nats`."""
+    together = []
+    for expected, said in pairs:
+        shorter = min(len(expected.token_ids), len(said.token_ids))
+        same = np.logical_and.accumulate(expected.token_ids[:shorter] == said.token_ids[:shorter])
+        together.append(int(same.sum()))
+        ours, theirs = said.logprobs[: together[-1]], expected.logprobs[: together[-1]]
+        np.testing.assert_allclose(ours, theirs, atol=nats, rtol=0)
+    whole = [n == max(len(a.token_ids), len(b.token_ids)) for n, (a, b) in zip(together, pairs, strict=True)]
+    assert np.mean(whole) >= equal
+    assert np.mean(np.array(together) > 0) >= 0.9
