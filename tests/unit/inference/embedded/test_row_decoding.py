@@ -210,7 +210,8 @@ def test_the_comparison_finds_a_row_at_another_place(policy: Policy, monkeypatch
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own warnings
 def test_compiled_layers_serve_all_sizes(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, but with the graphs run by torch itself: four of them, for all layers and all sizes of a step."""
+    """As on a GPU, but with the graphs run by torch itself: four of them, for all layers, prefill and all sizes of a
+    step."""
     graphs: list[Any] = []
 
     def backend(graph: Any, *_: Any, **__: Any) -> Any:
@@ -229,6 +230,7 @@ def test_compiled_layers_serve_all_sizes(policy: Policy, monkeypatch: pytest.Mon
     torch.compiler.reset()
     asked = [(a, replace(b, max_new_tokens=2 + 17 * (i < 9) + 17 * (i < 3))) for i, (a, b) in enumerate(groups([20]))]
     assert_same(policy, asked, monkeypatch, turns=2)
+    assert_same(policy, [(prompt([5]), params(0))], monkeypatch)  # a prefill of one row is not compiled
     assert len(graphs) == 4
     layers = blocks(policy.model)
     assert len(layers) > 2
