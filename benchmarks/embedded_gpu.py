@@ -5,9 +5,9 @@
     python benchmarks/embedded_gpu.py --size tiny --device cpu --shapes 2x5x37x16 --rounds 1      rehearsal
 
 A shape is groups × siblings × prompt × new tokens. Prompts are random text tokens that no side has seen; with
-`--image-side 1000` they are an image of so many pixels and a question instead, one per group. Weights are random, with
-every logit multiplied by `--logit-scale`, so that distributions are as peaky as a trained model's; or they are those of
-the Qwen3-VL in `--checkpoint`.
+`--image-side 1000` they are an image of so many pixels and a question instead (`--images 32`: so many images, `--frames
+64`: a video). Weights are random, with every logit multiplied by `--logit-scale`, so that distributions are as peaky as
+a trained model's; or they are those of the Qwen3-VL in `--checkpoint`.
 
     exact      attention of a decode step against one softmax in float64, at each shape's sizes
     rate       sampled tokens per second of whole calls, prefill included; one warm-up, then the median of the rounds
@@ -100,18 +100,21 @@ def made(args: argparse.Namespace, dtype: str) -> tuple[Any, Any]:
     return policy, renderer if args.image_side else None
 
 
-def prompts_of(policy: Any, renderer: Any, shape: Shape, seed: int, side: int) -> list[Any]:
-    """One prompt per group, of random tokens or, with a renderer, with an image of noise."""
-    from vlmrl.types import Image, Message, Prompt
+def prompts_of(args: argparse.Namespace, policy: Any, renderer: Any, shape: Shape, seed: int) -> list[Any]:
+    """One prompt per group, of random tokens or, with a renderer, with images or a video of noise."""
+    from vlmrl.types import Image, Message, Prompt, Video
 
-    random = np.random.default_rng(seed)
+    random, side = np.random.default_rng(seed), args.image_side
     if renderer is None:
         return [Prompt(random.integers(10, len(policy.banned) // 2, shape.prompt), (), ()) for _ in range(shape.groups)]
-    pictures = [Image(random.integers(0, 256, (side, side, 3), np.uint8)) for _ in range(shape.groups)]
-    question = "What is to be seen in this picture? Describe every part of it."
+    question = "What is to be seen here? Describe every part of it."
+
+    def shown() -> list[Image] | list[Video]:
+        frames = random.integers(0, 256, (args.frames or args.images, side, side, 3), np.uint8)
+        return [Video(frames)] if args.frames else [Image(frame) for frame in frames]
 
     async def rendered() -> list[Any]:
-        return [await renderer.first_turn([Message.of("user", picture, question)]) for picture in pictures]
+        return [await renderer.first_turn([Message.of("user", *shown(), question)]) for _ in range(shape.groups)]
 
     return asyncio.run(rendered())
 
@@ -124,7 +127,7 @@ def sampled(
     from vlmrl.types import SamplingParams
 
     policy, renderer = parts
-    prompts = prompts_of(policy, renderer, shape, seed, args.image_side)
+    prompts = prompts_of(args, policy, renderer, shape, seed)
     engine = EmbeddedEngine(policy, lambda: 0, max(len(each.token_ids) for each in prompts) + shape.new)
 
     async def one(session: Any, prompt: Any, number: int) -> tuple[Any, Any]:
@@ -357,6 +360,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compare-tokens", type=int, default=64)
     parser.add_argument("--image-side", type=int, default=0, help="pixels; 0 for prompts of text")
+    parser.add_argument("--images", type=int, default=1, help="per prompt, with --image-side")
+    parser.add_argument("--frames", type=int, default=0, help="of one video per prompt in place of the images")
     parser.add_argument("--starts", type=int, default=2)
     parser.add_argument("--checkpoint", type=Path)
     args = parser.parse_args()
