@@ -208,14 +208,13 @@ def test_the_comparison_finds_a_row_at_another_place(policy: Policy, monkeypatch
             assert_same(policy, asked, patch)
 
 
-@pytest.mark.filterwarnings("ignore")  # the compiler's own warnings
-def test_compiled_layers_serve_all_sizes(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, but with the graphs run by torch itself: four of them, for all layers, prefill and all sizes of a
-    step."""
-    graphs: list[Any] = []
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The graphs of the layers, which are compiled as on a GPU, but run by torch itself."""
+    found: list[Any] = []
 
     def backend(graph: Any, *_: Any, **__: Any) -> Any:
-        graphs.append(graph)
+        found.append(graph)
         return graph.forward
 
     init, compiler = RowDecoder.__init__, torch.compile
@@ -228,6 +227,12 @@ def test_compiled_layers_serve_all_sizes(policy: Policy, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(RowDecoder, "__init__", compiled)
     torch.compiler.reset()
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own warnings
+def test_compiled_layers_serve_all_sizes(policy: Policy, graphs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four graphs, for all layers, prefill and all sizes of a step."""
     asked = [(a, replace(b, max_new_tokens=2 + 17 * (i < 9) + 17 * (i < 3))) for i, (a, b) in enumerate(groups([20]))]
     assert_same(policy, asked, monkeypatch, turns=2)
     assert_same(policy, [(prompt([5]), params(0))], monkeypatch)  # a prefill of one row is not compiled
@@ -235,6 +240,22 @@ def test_compiled_layers_serve_all_sizes(policy: Policy, monkeypatch: pytest.Mon
     layers = blocks(policy.model)
     assert len(layers) > 2
     assert not any("forward" in vars(layer) for layer in layers), "the trainer's layers are as they were"
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own warnings
+@pytest.mark.parametrize("name", ["gemma2", "gemma4"])
+def test_compiled_layers_of_other_kinds(name: str, graphs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows, soft caps, an input per layer: another batch, with other sizes, compiles nothing."""
+    policy = Policy(kinds.build(name, 7), position_function("sequential"), [kinds.IMAGE])
+    shown = [kinds.image(name, 1)] if name in kinds.SEE_IMAGES else []
+    made = []
+    for count, length in ((9, 30), (3, 50), (17, 11)):
+        parts: list[Any] = [[1 + i % 30 for i in range(length)], *shown, [8]]
+        asked = [(kinds.prompt(*parts), params(i, 20 - i, stop_token_ids=(3,))) for i in range(count)]
+        assert_same(policy, asked, monkeypatch)
+        made.append(len(graphs))
+    assert made[0]
+    assert made == [made[0]] * 3
 
 
 class _Replayed(StepGraphs):
