@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from support.command_line import Home, summary
+from vlmrl.inference.vllm.server import vllm_version
 from vlmrl.record.metrics import read_metrics
 from vlmrl.record.run_dir import RunDir
 
@@ -47,6 +48,23 @@ def test_a_bench_of_the_default_run(home: Home) -> None:
     assert not (run / "supervised.jsonl").exists(), "no warm-up is taken"
     config = RunDir(run).read_config()
     assert (config.orchestrator.eval.every, config.monitor.vision_gap_every) == (0, 0)
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(vllm_version() is None, reason="vLLM is not installed")
+def test_a_bench_with_servers(home: Home) -> None:
+    """The servers of a run, with its trainer and its weights; on a CPU their sampling has no limit to stand beside."""
+    run = home.path / "outputs/bench_of_servers"
+    ended = home.vlmrl("mode=bench", "inference=vllm", *FEW, f"hydra.run.dir={run}")
+    assert ended.code == 0, ended.err
+    found = json.loads((run / "bench.json").read_bytes())
+    assert sum(found["parts_s"].values()) == pytest.approx(found["step_s"]["mean"], rel=0.02)
+    assert found["parts_s"]["weight sync"] > 0
+    assert found["sampling"]["tokens_per_s"] > 0
+    assert found["sampling"]["least_s"] is None
+    assert 0 < found["whole_step"]["share"] <= 1.05
+    assert f"bounded by  {found['bounded_by']['part']}: " in ended.out
+    assert summary(run)["exit_reason"] == "finished"
 
 
 def test_a_bench_whose_task_fails_fails(home: Home) -> None:
