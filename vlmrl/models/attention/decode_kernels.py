@@ -31,14 +31,21 @@ class Launch:
     warps: int
     stages: int
     """Tiles that are loaded ahead, plus one."""
+    output: int
+    """Numbers of the output of so many warps. A larger one is shared among more, whose registers have to hold it."""
 
-    def keys(self, size: int) -> int:
-        """Keys of a tile, for heads of `size` numbers."""
-        return max(16, min(128, self.tile // size))
+    def options(self, entries: int, size: int) -> dict[str, int]:
+        """For `entries` queries and heads of `size` numbers, powers of two.
+
+        >>> SEGMENT.options(128, 128)
+        {'M': 128, 'N': 64, 'num_warps': 8, 'num_stages': 3}
+        """
+        keys, warps = max(16, min(128, self.tile // size)), self.warps * max(1, entries * size // self.output)
+        return {"M": entries, "N": keys, "num_warps": min(8, warps), "num_stages": self.stages}
 
 
-SEGMENT = Launch(8192, 2, 3)
-OWN = Launch(4096, 1, 4)
+SEGMENT = Launch(8192, 2, 3, output=32 * 128)
+OWN = Launch(4096, 1, 4, output=16 * 128)
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -69,23 +76,20 @@ def attend_by_kernels(
         "H": heads, "K": kv_heads, "D": dim, "E": dim_out, "DP": max(16, padded), "EP": max(16, padded_out),
         "CAPPED": softcap is not None, "WINDOWED": plan.window is not None,
     }  # fmt: skip
-
-    def launched(how: Launch) -> dict[str, int]:
-        return {"N": how.keys(max(padded, padded_out)), "num_warps": how.warps, "num_stages": how.stages}
-
+    size = max(16, padded, padded_out)
     if parts:
         entries = tables.most_rows * group
         block = max(LEAST_ROWS, min(128 if padded <= 128 else 32, triton.next_power_of_2(entries)))
         _segment_part[(len(tables.segments) * kv_heads, SPLITS, triton.cdiv(entries, block))](
             query, key, value, tables.segments, tables.segment_slots, tables.depth, part_out, part_lse,
-            *common, SPLITS, M=block, **shape, **launched(SEGMENT),
+            *common, SPLITS, **shape, **SEGMENT.options(block, size),
         )  # fmt: skip
     out = torch.empty(rows, heads, dim_out, device=query.device, dtype=query.dtype)
     block = max(LEAST_ROWS, triton.next_power_of_2(group))
     _own_part[(rows, kv_heads)](
         query, key, value, tables.own_slots, tables.own_length, part_out, part_lse, out, new_key, new_value, slots,
         *common, new_key.stride(1), new_key.stride(0), new_value.stride(1), new_value.stride(0),
-        tables.own_slots.stride(0), parts, M=block, **shape, **launched(OWN),
+        tables.own_slots.stride(0), parts, **shape, **OWN.options(block, size),
     )  # fmt: skip
     return out
 

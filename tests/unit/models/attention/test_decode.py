@@ -224,8 +224,11 @@ def compile_for_an_h100() -> None:
 
     from vlmrl.models.attention import decode_kernels as kernels
 
-    for dtype, size, capped, windowed in (("bf16", 128, False, False), ("fp16", 256, True, True)):
-        constants = {"H": 16, "K": 8, "D": size, "E": size, "DP": size, "EP": size, "M": 32, "N": 8192 // size}
+    for dtype, size, capped, windowed in (
+        *(("bf16", 128, False, False), ("fp16", 256, True, True), ("bf16", 512, False, True)),
+        ("fp32", 128, False, False),
+    ):
+        constants = {"H": 16, "K": 8, "D": size, "E": size, "DP": size, "EP": size}
         constants |= {"CAPPED": capped, "WINDOWED": windowed}
         pointers = {
             "query": dtype,
@@ -237,10 +240,17 @@ def compile_for_an_h100() -> None:
         }
         pointers |= {"new_keys": dtype, "new_values": dtype, "row_slots": "i64"}
         pointers |= dict.fromkeys(("segments", "segment_slots", "depths", "own_slots", "lengths"), "i32")
-        for kernel in (kernels._segment_part, kernels._own_part):
+        most = 128 if size <= 128 else 32
+        for kernel, options in (
+            (kernels._segment_part, kernels.SEGMENT.options(32, size)),
+            (kernels._segment_part, kernels.SEGMENT.options(most, size)),
+            (kernels._own_part, kernels.OWN.options(16, size)),
+        ):
+            launched = {name: options[name] for name in ("num_warps", "num_stages")}
+            fixed = constants | {name: options[name] for name in ("M", "N")}
             kinds = {
                 name: "constexpr"
-                if name in constants
+                if name in fixed
                 else f"*{pointers[name]}"
                 if name in pointers
                 else "fp32"
@@ -248,8 +258,8 @@ def compile_for_an_h100() -> None:
                 else "i32"
                 for name in kernel.arg_names
             }
-            values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-            made = triton.compile(ASTSource(kernel, kinds, values), target=GPUTarget("cuda", 90, 32))
+            values = {(kernel.arg_names.index(name),): fixed[name] for name in fixed if name in kernel.arg_names}
+            made = triton.compile(ASTSource(kernel, kinds, values), target=GPUTarget("cuda", 90, 32), options=launched)
             assert made.asm["cubin"]
             assert made.metadata.shared < 227 << 10, "shared memory of a block on an H100"
 
