@@ -13,6 +13,7 @@ import torch
 
 from vlmrl.inference.embedded.cached_policy import CachedPolicy
 from vlmrl.inference.embedded.prefill import DistinctPrompt, Prefilled, cut_segments, prefill
+from vlmrl.models.attention.fused import MOST_PATH_KEYS
 from vlmrl.models.attention.prefix_tree import build_tree, common_prefix
 from vlmrl.types import IntArray
 
@@ -21,6 +22,9 @@ PASS_ROWS = 16384
 
 PASS_PAIRS = 1 << 24
 """(query, key) pairs of a pass, if no two prompts share a token: 1 GiB of scores in float32 with 16 heads."""
+
+PASS_KEYS = MOST_PATH_KEYS // 2
+"""Tokens of the prompts of a pass, cached ones too. Segments above several prompts add their own paths to these."""
 
 
 def new_tokens(prompts: Sequence[DistinctPrompt]) -> list[int]:
@@ -35,12 +39,13 @@ def new_tokens(prompts: Sequence[DistinctPrompt]) -> list[int]:
 def prefill_in_passes(model: CachedPolicy, prompts: Sequence[DistinctPrompt]) -> tuple[Prefilled, int]:
     """See `prefill`; for models whose layers carry no state."""
     passes: list[list[DistinctPrompt]] = []
-    rows = pairs = 0
+    rows = pairs = keys = 0
     for prompt, new in zip(prompts, new_tokens(prompts), strict=True):
-        rows, pairs = rows + new, pairs + new * len(prompt.keys)
-        if not passes or rows > PASS_ROWS or pairs > PASS_PAIRS:
+        length = len(prompt.keys)
+        rows, pairs, keys = rows + new, pairs + new * length, keys + length
+        if not passes or rows > PASS_ROWS or pairs > PASS_PAIRS or keys > PASS_KEYS:
             passes.append([])
-            rows, pairs = new, new * len(prompt.keys)
+            rows, pairs, keys = new, new * length, length
         passes[-1].append(prompt)
     if len(passes) == 1:
         return prefill(model, prompts)

@@ -166,7 +166,10 @@ def test_memory_goes_back_while_the_trainer_needs_it(policy: Policy) -> None:
     assert engine._rows._pool is None
 
 
-def test_prefill_in_several_passes_is_the_same(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("limit", "size"), [("PASS_ROWS", 20), ("PASS_KEYS", 40), ("PASS_PAIRS", 1)])
+def test_prefill_in_several_passes_is_the_same(
+    policy: Policy, limit: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wanted, one, _ = run(policy, batch(), 10**6)
     passes: list[int] = []
     prefill = embedded_prefill.prefill
@@ -177,7 +180,7 @@ def test_prefill_in_several_passes_is_the_same(policy: Policy, monkeypatch: pyte
         return found
 
     monkeypatch.setattr(prefill_chunks, "prefill", counted)
-    monkeypatch.setattr(prefill_chunks, "PASS_ROWS", 20)
+    monkeypatch.setattr(prefill_chunks, limit, size)
     found, several, _ = run(policy, batch(), 10**6)
     same(found, wanted)
     assert len(passes) == 3
