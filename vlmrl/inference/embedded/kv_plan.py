@@ -17,7 +17,8 @@ LOGIT_COPIES = 2
 
 WORKING_BYTES = 4 * 10**9
 """What a pass of prefill (prefill_chunks.py) and the attention of decode steps take besides, but at most a quarter of
-the free memory, because small models on small GPUs take less. Not measured."""
+the free memory, because small models on small GPUs take less. A 2B took 1.1 GB of it on an H200, from the peaks in
+benchmarks/logs/2026-11-30_embedded_gpu.txt; larger ones take more."""
 
 KEPT_SHARE = 0.05
 """Share of the free memory that the KV cache leaves: large blocks do not fit into every gap."""
