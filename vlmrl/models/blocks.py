@@ -36,7 +36,8 @@ def prepare_blocks(model: Any, *, compiled: bool, recomputed: bool) -> None:
 def compile_blocks(model: Any) -> None:
     """Compile each layer at its first call, for all sizes above `SHORT_PASS_ROWS`."""
     for block in blocks(model):
-        block._compiled_call_impl = _by_rows(block._call_impl)  # which `torch.nn.Module.compile` sets too
+        # `torch.nn.Module.compile` sets the same.
+        block._compiled_call_impl = compiled_above(SHORT_PASS_ROWS, block._call_impl)
 
 
 def has_compiled_blocks(model: Any) -> bool:
@@ -44,13 +45,14 @@ def has_compiled_blocks(model: Any) -> bool:
     return any(block._compiled_call_impl is not None for block in blocks(model))
 
 
-def _by_rows(layer: Callable[..., Any]) -> Callable[..., Any]:
-    """Choose by the rows, so that a recomputed layer takes the same code in the backward pass."""
+def compiled_above(rows: int, layer: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer that is compiled for more than so many rows. Only the rows decide, so that a recomputed layer takes the
+    same code in the backward pass."""
     compiled = for_all_sizes(layer)
 
     def call(*arguments: Any, **named: Any) -> Any:
         hidden_states: Tensor = arguments[0] if arguments else next(iter(named.values()))
-        if hidden_states.shape[:-1].numel() <= SHORT_PASS_ROWS:
+        if hidden_states.shape[:-1].numel() <= rows:
             return layer(*arguments, **named)
         if arguments and hidden_states._is_view():  # the first layer's only: it would be compiled once more for views
             arguments = (hidden_states.clone(), *arguments[1:])

@@ -35,7 +35,7 @@ from vlmrl.models.attention.rules import attention_rules
 from vlmrl.models.attention.tree import ATTENTION_NAME, DECODE_ATTENTION_NAME, tree_attention_forward
 from vlmrl.models.families.positions import PositionFunction
 from vlmrl.models.features import FeatureCache, Levels, VisionFeatures, first_features
-from vlmrl.models.head import float_logits, most_likely, token_and_top_logprobs, token_logprobs
+from vlmrl.models.head import final_logits, float_logits, most_likely, token_and_top_logprobs, token_logprobs
 from vlmrl.models.logit_map import logit_map
 from vlmrl.models.supports import PackedSupports, support_logprobs
 from vlmrl.models.vision_encoder import VisionEncoder
@@ -227,17 +227,13 @@ class Policy:
         """Log-probabilities float32 [n, vocabulary] of the distribution that the engine samples from and the trainer
         learns: the model's own scale and soft cap, banned tokens −inf, then the division by the temperature, then
         log-softmax. `temperature=0` gives the distribution at temperature 1; greedy sampling takes its maximum."""
-        head = self.model.get_output_embeddings()
-        # In float32, for any dtype of the weights and under autocast: a rounded logit moves every probability.
-        with torch.autocast(hidden.device.type, enabled=False):
-            logits = self.logit_map(float_logits(hidden, head.weight, head.bias))
-        logits = logits.masked_fill(self.banned, float("-inf"))
-        return torch.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)
+        logits = final_logits(self.raw_logits(hidden), self.banned, temperature or 1.0, self.logit_map)
+        return torch.log_softmax(logits, dim=-1)
 
     def raw_logits(self, hidden: Tensor) -> Tensor:
-        """The head's own output, float32 [n, vocabulary]. With `final_logits`, the softmax of the result is the
-        distribution of `log_probs`."""
+        """The head's own output, float32 [n, vocabulary]; `head.final_logits` makes of it what is sampled from."""
         head = self.model.get_output_embeddings()
+        # In float32, for any dtype of the weights and under autocast: a rounded logit moves every probability.
         with torch.autocast(hidden.device.type, enabled=False):
             return float_logits(hidden, head.weight, head.bias)
 

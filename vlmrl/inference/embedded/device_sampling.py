@@ -61,7 +61,7 @@ class Draw:
 
 
 def draw_tokens(logits: Tensor, how: Draw) -> tuple[Tensor, Tensor, list[NDArray[np.int32] | None]]:
-    """Sample from the head's output, float32 [R, vocabulary].
+    """Sample from the head's output, float32 [R, vocabulary], which may be overwritten.
 
     → tokens int64 [R]; their natural-log probabilities float32 [R] under the distribution that they were drawn from;
     and the supports of the rows that report theirs (empty where no row does).
@@ -72,7 +72,7 @@ def draw_tokens(logits: Tensor, how: Draw) -> tuple[Tensor, Tensor, list[NDArray
         found = _masses_of_output(logits, final.banned, final.temperature, final.logit_map)
         token, logprob = _invert(logits, *found, how.uniforms, final)
     else:
-        logits = final_logits(logits, final.banned, final.temperature, final.logit_map)
+        logits = _finished(logits, final.banned, final.temperature, final.logit_map)
         lse, masses = _chunk_masses(logits)
         token = torch.zeros_like(how.shape)
         logprob = torch.zeros_like(logits[:, 0])
@@ -94,6 +94,12 @@ def draw_tokens(logits: Tensor, how: Draw) -> tuple[Tensor, Tensor, list[NDArray
         token = torch.where(how.is_greedy, best, token)
         logprob = torch.where(how.is_greedy, (logits.gather(1, best[:, None]) - lse)[:, 0], logprob)
     return token, logprob, supports
+
+
+@compiled_on_gpu
+def _finished(output: Tensor, banned: Tensor, temperature: Tensor, logit_map: LogitMap) -> Tensor:
+    """The final logits, in place of the output. Where it is compiled, it makes no array of their size."""
+    return output.copy_(final_logits(output, banned, temperature, logit_map))
 
 
 @compiled_on_gpu

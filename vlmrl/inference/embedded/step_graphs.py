@@ -16,11 +16,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vlmrl.models.attention.tree import DECODE_ATTENTION_NAME
-from vlmrl.models.blocks import blocks
-from vlmrl.models.compiling import for_all_sizes
+from vlmrl.models.blocks import blocks, compiled_above
 
 _log = logging.getLogger(__name__)
 
@@ -87,23 +85,13 @@ class StepGraphs:
         return graph
 
 
-def _from_two_rows(layer: Callable[..., Any]) -> Callable[..., Any]:
-    """The layer, compiled but for a single row, as which it would be compiled again."""
-    compiled = for_all_sizes(layer)
-
-    def call(*arguments: Any, **named: Any) -> Any:
-        hidden_states: Tensor = arguments[0] if arguments else next(iter(named.values()))
-        return (layer if hidden_states.shape[:-1].numel() < 2 else compiled)(*arguments, **named)
-
-    return call
-
-
 class CompiledLayers:
     """The layers of a decoder, compiled for prefill and decode steps of all sizes."""
 
     def __init__(self, decoder: Any) -> None:
         self._layers = blocks(decoder)
-        self._compiled = [_from_two_rows(layer.forward) for layer in self._layers]
+        # One row would be compiled again.
+        self._compiled = [compiled_above(1, layer.forward) for layer in self._layers]
         self._config = decoder.config
 
     @contextmanager

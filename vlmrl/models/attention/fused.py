@@ -199,10 +199,9 @@ MOST_PATH_KEYS = 1 << 19
 """Keys of all paths of a pass, which are copied out of the pool for each layer: 2 GiB with 8 key heads of 128."""
 
 
-def plan_paths(segments: Sequence[Segment], device: torch.device, rule: AttentionRule) -> Paths | None:
-    """The bounds of the rows of `segments` and of their paths; segments without rows are in the KV pool already. None
-    for more keys than `MOST_PATH_KEYS`. No row may see a later one."""
-    assert not rule.image_runs, "varlen attention cannot express attention among the tokens of an image"
+def plan_paths(segments: Sequence[Segment], device: torch.device) -> Paths | None:
+    """The bounds of the rows of `segments` and of their paths, without a window; segments without rows are in the KV
+    pool already. None for more keys than `MOST_PATH_KEYS`."""
     lengths, keys, paths, made = list[int](), list[int](), list[np.ndarray](), list[np.ndarray]()
     for segment in segments:
         above = paths[segment.parent] if segment.parent >= 0 else segment.slots[:0]
@@ -218,7 +217,7 @@ def plan_paths(segments: Sequence[Segment], device: torch.device, rule: Attentio
         return to_device(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32), device)
 
     slots = to_device(np.concatenate(made), device)
-    return Paths(bounds(lengths), max(lengths), slots, bounds(keys), max(keys), rule.window)
+    return Paths(bounds(lengths), max(lengths), slots, bounds(keys), max(keys))
 
 
 def attend_paths(query: Tensor, key: Tensor, value: Tensor, plan: Paths, scaling: float) -> Tensor:

@@ -340,9 +340,10 @@ def plan_prefill(
 ) -> TreePlan:
     """The plan of a pass of the embedded engine, whose rows also see keys that are in the pool already. `kernel` is the
     one for separate sequences; FlexAttention has the rows alone for keys, so blocks take its place."""
-    if kernel is Kernel.varlen:
-        paths = {rule.window: plan_paths(segments, device, rule) for rule in rules.distinct}
-        found: dict[int | None, LayerPlan] = {window: each for window, each in paths.items() if each is not None}
-        if len(found) == len(paths):
-            return TreePlan(rules, found, segments=segments)
-    return plan_tree(segments, device, rules)
+    paths = plan_paths(segments, device) if kernel is Kernel.varlen else None
+    if paths is None:
+        return plan_tree(segments, device, rules)
+    assert not rules.image_runs, "flash attention cannot express attention among the tokens of an image"
+    return TreePlan(
+        rules, {rule.window: replace(paths, window=rule.window) for rule in rules.distinct}, segments=segments
+    )
