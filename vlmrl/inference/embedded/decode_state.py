@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vlmrl.models.attention.decode import SEGMENT_FIELDS, DecodeTables
+from vlmrl.types import FloatArray, IntArray
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +83,29 @@ class Room:
         return Room(**found)
 
 
+@dataclass(frozen=True, eq=False)
+class Results:
+    """Copies of what some steps have sampled, on their way from the device."""
+
+    sampled: Tensor
+    """int64 [steps, R]."""
+    logprobs: Tensor
+    """float32 [steps, R]; natural-log probabilities."""
+    count: Tensor
+    """int64 [R]; see `Rows`, as after the last of the steps."""
+    alive: Tensor
+    """bool [R]; likewise."""
+    arrived: torch.cuda.Event | None
+    """None on a CPU."""
+
+    def arrays(self) -> tuple[IntArray, FloatArray, IntArray, NDArray[np.bool_]]:
+        """Tokens [R, steps], logprobs [R, steps], count and alive, as soon as they are there."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        token_ids, logprobs = (each.t().contiguous().numpy() for each in (self.sampled, self.logprobs))
+        return token_ids, logprobs, self.count.numpy(), self.alive.numpy()
+
+
 class DecodeState:
     """All tensors of a decode step for batches that fit into `room`."""
 
@@ -120,6 +145,22 @@ class DecodeState:
         """float32 [steps, R]; their natural-log probabilities."""
         self.steps = new(torch.int64, 1)
         """Steps since the last reading."""
+
+    def fetch(self, steps: int) -> Results:
+        """Copy the results of the `steps` since the last reading to the host, and count from 0 again. Waits for
+        nothing: the memory of such copies is pinned."""
+
+        def copied(tensor: Tensor) -> Tensor:
+            return tensor.to("cpu", non_blocking=True, copy=True)
+
+        tensors = self.sampled[:steps], self.logprobs[:steps], self.rows.count, self.rows.alive
+        sampled, logprobs, count, alive = map(copied, tensors)
+        self.steps.zero_()
+        arrived = None
+        if self.steps.is_cuda:
+            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived.record()
+        return Results(sampled, logprobs, count, alive, arrived)
 
     def fill(self, name: str, values: np.ndarray) -> None:
         """Set the first rows of one of the `Rows` to `values`, whose other sizes may be smaller than there is room."""

@@ -1,8 +1,8 @@
-"""Decoding on a GPU: one row per request, a step of fixed sizes, and a look at the results every 16 steps.
+"""Decoding on a GPU: one row per request, a step of fixed sizes, and a look at the results every 8 steps.
 
     state (decode_state.py) ─▶ embed ▶ layers ▶ norm ▶ head ▶ sample ─▶ state      one CUDA graph (step_graphs.py)
-        every READ_EVERY steps: tokens and logprobs to the host; finished rows leave, and if the others fit into a
-        smaller size, they move to the front
+        every READ_EVERY steps: tokens and logprobs to the host, which reads them while the next steps run; finished
+        rows leave, and if the others fit into a smaller size, they move to the front
 
 Siblings read the keys and values of their prompt once (shared_prefixes.py, models/attention/decode.py). Each sampled
 token is drawn by the same uniform number as in decoding.py, which stays the reference: with float32 on a CPU the tokens
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from vlmrl.inference.embedded.cached_policy import CachedPolicy
 from vlmrl.inference.embedded.completions import finish
-from vlmrl.inference.embedded.decode_state import DecodeState, Room
+from vlmrl.inference.embedded.decode_state import DecodeState, Results, Room
 from vlmrl.inference.embedded.device_sampling import Draw, Final, draw_tokens
 from vlmrl.inference.embedded.prefill import DistinctPrompt, Prefilled
 from vlmrl.inference.embedded.requests import Request
@@ -39,11 +39,11 @@ from vlmrl.inference.stop_strings import TextOf
 from vlmrl.models.attention.decode import DecodeRows, uses_kernels
 from vlmrl.models.attention.plan import KVPool, TreePlan
 from vlmrl.models.blocks import uncompiled_in_inference
-from vlmrl.types import Completion
+from vlmrl.types import Completion, IntArray
 
-READ_EVERY = 16
-"""Steps between two readings. A reading waits for the device, some 0.1 ms; a row that ends is computed for up to this
-many steps more."""
+READ_EVERY = 8
+"""Steps between two readings. A row that ends is computed for less than twice as many steps more: the next ones have
+begun when its end is read, so that the device never waits for the host."""
 
 WHOLE = Shape(1.0, 0, 1.0, 0.0, False)
 """The whole vocabulary."""
@@ -76,6 +76,20 @@ class _Kind:
     @property
     def reports_supports(self) -> bool:
         return any(shape.reports_support for shape in self.shapes)
+
+
+@dataclass(frozen=True, eq=False)
+class _Fetched:
+    """The results of some steps, on their way to the host."""
+
+    rows: Sequence[SampledRow]
+    """Those that the steps computed."""
+    at: IntArray
+    """int64 [n]; where each of them was."""
+    steps: int
+    results: Results
+    supports: Sequence[Sequence[NDArray[np.int32] | None]]
+    """Per step, the support of each row; empty where none is reported."""
 
 
 class RowDecoder:
@@ -158,15 +172,18 @@ class RowDecoder:
         first = prefilled.hidden[torch.tensor([row.prompt for row in rows], device=prefilled.hidden.device)]
         padding = first.new_zeros(kind.rows - len(rows), first.shape[1])
         self._sample(torch.cat([first, padding]), kind)
-        rows = self._read(rows, 1)
+        fetched = self._fetch(rows, 1)
         while rows:
-            if row_sizes(len(rows)) < kind.rows:
-                kind = replace(kind, rows=row_sizes(len(rows)))
-                self._move(rows, shared, kind.rows)
-            steps = min(READ_EVERY, max(row.request.sampling.max_new_tokens - row.length for row in rows))
+            left = max(row.request.sampling.max_new_tokens - row.length for row in rows) - fetched.steps
+            steps = min(READ_EVERY, left)
             for _ in range(steps):
                 self._step(kind)
-            rows = self._read(rows, steps)
+            ahead = self._fetch(rows, steps)
+            self._read(fetched)
+            rows, fetched = [row for row in rows if not row.is_finished], ahead
+            if rows and row_sizes(len(rows)) < kind.rows:
+                kind = replace(kind, rows=row_sizes(len(rows)))
+                self._move(rows, shared, kind.rows)
 
     def _prepare(
         self, rows: Sequence[SampledRow], prompts: Sequence[DistinctPrompt], shared: SharedPrefixes, unread: int
@@ -290,25 +307,26 @@ class RowDecoder:
         last = rows.own_slots[:size].gather(1, (rows.own_length[:size] - 1)[:, None].long())[:, 0]
         rows.slot[:size].copy_(torch.where(alive, last, state.unread_slot))
 
-    def _read(self, rows: Sequence[SampledRow], steps: int) -> list[SampledRow]:
-        """Hand the results of the last `steps` steps to `rows` → those that are not finished.
+    def _fetch(self, rows: Sequence[SampledRow], steps: int) -> _Fetched:
+        """Send the results of the last `steps` steps to the host, without waiting for them."""
+        assert self._state is not None
+        supports, self._supports = self._supports[-steps:], []
+        return _Fetched(rows, np.array([row.at for row in rows]), steps, self._state.fetch(steps), supports)
+
+    def _read(self, fetched: _Fetched) -> None:
+        """Hand the results to the rows that were not finished before.
 
         Raises `NonFiniteLossError` where a probability is NaN or infinite.
         """
-        assert self._state is not None
-        state = self._state
-        token_ids, logprobs = (each[:steps].t().cpu().numpy().copy() for each in (state.sampled, state.logprobs))
-        count, alive = (each.cpu().numpy() for each in (state.rows.count, state.rows.alive))
-        state.steps.zero_()
-        supports, self._supports = self._supports[-steps:], []
-        at = np.array([row.at for row in rows])
+        going = [index for index, row in enumerate(fetched.rows) if not row.is_finished]
+        rows, at = [fetched.rows[index] for index in going], fetched.at[going]
+        token_ids, logprobs, count, alive = fetched.results.arrays()
         new = count[at] - np.array([row.length for row in rows])
-        if not np.isfinite(logprobs[at][np.arange(steps) < new[:, None]]).all():
+        if not np.isfinite(logprobs[at][np.arange(fetched.steps) < new[:, None]]).all():
             raise not_finite(self._model.version)
         for row, place, more in zip(rows, at.tolist(), new.tolist(), strict=True):
-            own = [of_step[place] for of_step in supports if of_step]
+            own = [of_step[place] for of_step in fetched.supports if of_step]
             row.add(token_ids[place, :more], logprobs[place, :more], own[:more], has_ended=not alive[place])
-        return [row for row in rows if not row.is_finished]
 
 
 def _truncation(request: Request) -> Shape:

@@ -138,7 +138,7 @@ def test_an_answer_of_1_token_next_to_one_of_512(policy: Policy, monkeypatch: py
     ]
     asked += [(a, replace(b, max_new_tokens=40)) for a, b in others[3:]]
     assert_same(policy, asked, monkeypatch)
-    assert sizes == [4] * 48 + [2] * 463, "rows leave when their results have been read"
+    assert sizes == [8] * 8 + [4] * 40 + [2] * 463, "rows leave when their results have been read, a reading behind"
 
 
 def test_siblings_that_finish_at_the_first_token(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
