@@ -119,16 +119,22 @@ def prompts_of(args: argparse.Namespace, policy: Any, renderer: Any, shape: Shap
     return asyncio.run(rendered())
 
 
-def sampled(
-    args: argparse.Namespace, parts: tuple[Any, Any], shape: Shape, seed: int
-) -> tuple[list[tuple[Any, Any]], float]:
-    """Prompt and completion of every sibling, and the seconds that they took."""
+def engine_of(policy: Any) -> Any:
+    """An engine, which forgets all keys and values after each batch, as between the steps of a run."""
     from vlmrl.inference.embedded.engine import EmbeddedEngine
+
+    return EmbeddedEngine(policy, lambda: 0, 1 << 20)
+
+
+def sampled(
+    args: argparse.Namespace, parts: tuple[Any, Any], shape: Shape, seed: int, engine: Any = None
+) -> tuple[list[tuple[Any, Any]], float]:
+    """Prompt and completion of every sibling, and the seconds that they took; by a new engine where none is given."""
     from vlmrl.types import SamplingParams
 
     policy, renderer = parts
     prompts = prompts_of(args, policy, renderer, shape, seed)
-    engine = EmbeddedEngine(policy, lambda: 0, max(len(each.token_ids) for each in prompts) + shape.new)
+    given, engine = engine, engine or engine_of(policy)
 
     async def one(session: Any, prompt: Any, number: int) -> tuple[Any, Any]:
         async with session:
@@ -144,7 +150,8 @@ def sampled(
     started = time.perf_counter()
     found = asyncio.run(batch())
     seconds = time.perf_counter() - started
-    asyncio.run(engine.stop())
+    if given is None:
+        asyncio.run(engine.stop())
     return found, seconds
 
 
@@ -161,10 +168,11 @@ def rate(args: argparse.Namespace, shapes: Sequence[Shape]) -> None:
     parts = made(args, args.dtype)
     for shape in shapes:
         with decoder(fast=True):
-            _, first = sampled(args, parts, shape, 1)
+            engine = engine_of(parts[0])
+            _, first = sampled(args, parts, shape, 1, engine)
             rates = []
             for number in range(args.rounds):
-                found, seconds = sampled(args, parts, shape, 2 + number)
+                found, seconds = sampled(args, parts, shape, 2 + number, engine)
                 rates.append(sum(len(said.token_ids) for _, said in found) / seconds)
         peak = torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else float("nan")
         span = f"{min(rates):,.0f} to {max(rates):,.0f}"

@@ -13,15 +13,16 @@ import torch
 
 from vlmrl.inference.embedded.cached_policy import CachedPolicy
 from vlmrl.inference.embedded.prefill import DistinctPrompt, Prefilled, cut_segments, prefill
-from vlmrl.models.attention.fused import MOST_PATH_KEYS
+from vlmrl.models.attention.fused import MOST_PATH_KEYS, Kernel
 from vlmrl.models.attention.prefix_tree import build_tree, common_prefix
 from vlmrl.types import IntArray
 
-PASS_ROWS = 16384
+PASS_ROWS = 24576
 """New tokens of a pass."""
 
 PASS_PAIRS = 1 << 24
-"""(query, key) pairs of a pass, if no two prompts share a token: 1 GiB of scores in float32 with 16 heads."""
+"""(query, key) pairs of a pass, if no two prompts share a token and no kernel computes attention without scores in
+memory: 1 GiB of scores in float32 with 16 heads."""
 
 PASS_KEYS = MOST_PATH_KEYS // 2
 """Tokens of the prompts of a pass, cached ones too. Segments above several prompts add their own paths to these."""
@@ -39,11 +40,13 @@ def new_tokens(prompts: Sequence[DistinctPrompt]) -> list[int]:
 def prefill_in_passes(model: CachedPolicy, prompts: Sequence[DistinctPrompt]) -> tuple[Prefilled, int]:
     """See `prefill`; for models whose layers carry no state."""
     passes: list[list[DistinctPrompt]] = []
+    has_scores = model.policy.kernel(shared=False) is not Kernel.varlen
     rows = pairs = keys = 0
     for prompt, new in zip(prompts, new_tokens(prompts), strict=True):
         length = len(prompt.keys)
         rows, pairs, keys = rows + new, pairs + new * length, keys + length
-        if not passes or rows > PASS_ROWS or pairs > PASS_PAIRS or keys > PASS_KEYS:
+        is_full = rows > PASS_ROWS or keys > PASS_KEYS or (has_scores and pairs > PASS_PAIRS)
+        if not passes or is_full:
             passes.append([])
             rows, pairs, keys = new, new * length, length
         passes[-1].append(prompt)

@@ -265,7 +265,9 @@ class RowDecoder:
         if kind.reports_supports:  # sizes of supports are read at once, which no graph can do
             self._sample(self._hidden(kind), kind)
         else:
-            self._graphs.run(kind, lambda: self._sample(self._hidden(kind), kind))
+            assert self._state is not None
+            code = replace(kind, most_keys=0), self._state.room
+            self._graphs.run(kind, code, lambda: self._sample(self._hidden(kind), kind))
 
     def _hidden(self, kind: _Kind) -> Tensor:
         """The hidden states of the newest tokens, float [R, hidden]."""

@@ -1,11 +1,12 @@
 """Decode steps as CUDA graphs: one launch per step in place of thousands, with the layers compiled.
 
-    first step of a kind     run as it is, which compiles the layers and prepares the libraries' work spaces
-    second step              captured, then replayed
-    later steps              replayed
+    first step of some code     run as it is, which compiles the layers and prepares the libraries' work spaces
+    first step of a kind        captured, then replayed
+    later steps                 replayed
 
 A graph holds addresses, not tensors. So the graphs are dropped with the tensors of the steps, and with the KV pool,
-whose memory the trainer gets. Capturing again takes a tenth of a second. On a CPU every step runs as it is.
+whose memory the trainer gets. Capturing again takes 50 ms, as long as running a step of 28 layers as it is; so the
+latter is done once per code, not once per kind. On a CPU every step runs as it is.
 """
 
 from __future__ import annotations
@@ -28,8 +29,12 @@ class StepGraphs:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
-        """Kind of step → its graph; None after its first step."""
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        """By kind of step."""
+        self._ready: set[Hashable] = set()
+        """Codes that have run; they stay when graphs are dropped."""
+        self._refused: set[Hashable] = set()
+        """Codes whose capture has failed once."""
         self._captures = device.type == "cuda"
         self._memory: Any = None
         """The memory pool of all graphs: they never run at once, and nothing that they allocate is read after them."""
@@ -42,20 +47,21 @@ class StepGraphs:
         self._graphs.clear()
         self._memory = None  # a pool whose graphs are all gone takes no further ones
 
-    def run(self, kind: Hashable, step: Callable[[], None]) -> None:
-        """Run `step` or replay its graph."""
+    def run(self, kind: Hashable, code: Hashable, step: Callable[[], None]) -> None:
+        """Run `step` or replay its graph. `code`: what decides which code the step runs; steps of the same code and
+        another kind differ in addresses and numbers alone."""
         if not self._captures:
             step()
-        elif kind not in self._graphs:
+            return
+        graph = self._graphs.get(kind)
+        if graph is None and code in self._ready:
+            graph = self._capture(code, step)
+        if graph is None:
             self._run_apart(step)
-            self._graphs[kind] = None
+            self._ready.add(code)
         else:
-            graph = self._graphs[kind] or self._capture(step)
-            if graph is None:
-                step()
-            else:
-                self._graphs[kind] = graph
-                graph.replay()
+            self._graphs[kind] = graph
+            graph.replay()
 
     def _run_apart(self, step: Callable[[], None]) -> None:
         """Run `step` on the stream of the captures."""
@@ -67,21 +73,39 @@ class StepGraphs:
             step()
         here.wait_stream(self._stream)
 
-    def _capture(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
-        """The graph of `step`, which is not run; None for a model that cannot be captured."""
-        graph = torch.cuda.CUDAGraph()
-        if self._memory is None:
-            self._memory = torch.cuda.graph_pool_handle()
+    def _capture(self, code: Hashable, step: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+        """The graph of `step`, which is not run; None where it cannot be captured."""
         try:
-            # Thread-local: other threads, as that of the trainer's metrics, may use the device meanwhile.
-            with torch.cuda.graph(graph, self._memory, self._stream, "thread_local"):
-                step()
+            try:
+                return self._recorded(step)
+            except (
+                torch.OutOfMemoryError
+            ):  # a capture does not take the memory that other passes have left in the cache
+                torch.cuda.empty_cache()
+                return self._recorded(step)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # code of any family may wait for the device
-            _log.warning("decode steps of this model cannot be captured as CUDA graphs, so they are slower: %s", error)
-            self._captures = False
+            self._ready.discard(code)
+            if code in self._refused:
+                _log.warning("decode steps of this model cannot be captured as CUDA graphs and are slower: %s", error)
+                self._captures = False
+            self._refused.add(code)  # something of it may have been compiled just now, so it has one more try
             return None
+
+    def _recorded(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """As by `torch.cuda.graph`, which would wait for the device before, and would free the pinned memory of the
+        host, although the next images need it again."""
+        graph = torch.cuda.CUDAGraph()
+        if self._memory is None:
+            self._memory = torch.cuda.graph_pool_handle()
+        with torch.cuda.stream(self._stream):
+            # Thread-local: other threads, as that of the trainer's metrics, may use the device meanwhile.
+            graph.capture_begin(self._memory, "thread_local")
+            try:
+                step()
+            finally:
+                graph.capture_end()
         return graph
 
 

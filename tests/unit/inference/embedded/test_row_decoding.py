@@ -271,7 +271,7 @@ class _Replayed(StepGraphs):
     def _run_apart(self, step: Callable[[], None]) -> None:
         step()
 
-    def _capture(self, step: Callable[[], None]) -> Any:
+    def _capture(self, code: Any, step: Callable[[], None]) -> Any:
         recorded: list[Any] = []
 
         def replay() -> None:
