@@ -12,7 +12,7 @@ Each row is a run by the product's own command, in a process of its own: the Qwe
 backward pass. The process may take `--limit-gib` of the GPU (torch's set_per_process_memory_fraction); rows whose
 estimate is above the limit are run without it. `peak` is the largest `memory/peak_bytes` of the steps, after the
 weights are loaded; `loading` that before. `s/step` is the median without the first step. The final checkpoint is not
-written: the process is ended after its last step.
+written: the process is ended after its last step. `sampling` and `training` are the peaks of the two halves of a step.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ sys.path[:0] = [str(REPOSITORY)]
 
 GIB = 2**30
 HEAD = (
-    "| size | row | limit GiB | estimate GiB | peak GiB | estimate / peak | loading GiB | s/step | rollouts s "
+    "| size | row | limit GiB | estimate GiB | peak GiB | estimate / peak | sampling GiB | training GiB | loading GiB "
+    "| s/step | rollouts s "
     "| train s | tokens/s | mismatch | steps |"
 )
 
@@ -123,17 +124,19 @@ def measure(arguments: argparse.Namespace, size: str, row: str, folder: Path, ov
     if len(lines) < min(2, arguments.steps):
         said = " ".join((folder / "log").read_text(errors="replace").split())[-600:]
         return f"| {size} | {row} | {limit} | {known.get('estimate', 0) / GIB:.1f} | ended: {said} |"
-    peak = max(line["memory/peak_bytes"] for line in lines)
     later = lines[1:] or lines
     median = {
         key: statistics.median(line[key] for line in later) for key in ("time/step", "time/rollout_span", "time/train")
     }
-    estimate, loading = known["estimate"], known["loading"]
+    halves = json.loads((folder / "halves.json").read_text())
+    sampling, training = (halves[half] / GIB for half in ("sampling", "training"))
+    estimate, loading, peak = known["estimate"] / GIB, known["loading"] / GIB, max(sampling, training)
     tokens = statistics.median(line["throughput/tokens_per_s"] for line in later)
     return (
-        f"| {size} | {row} | {limit} | {estimate / GIB:.2f} | {peak / GIB:.2f} | {estimate / peak:.2f} "
-        f"| {loading / GIB:.2f} | {median['time/step']:.2f} | {median['time/rollout_span']:.2f} "
-        f"| {median['time/train']:.2f} | {tokens:.0f} | {lines[0]['mismatch_kl/mean']:.1e} | {len(lines)} |"
+        f"| {size} | {row} | {limit} | {estimate:.2f} | {peak:.2f} | {estimate / max(peak, 1e-9):.2f} "
+        f"| {sampling:.2f} | {training:.2f} | {loading:.2f} "
+        f"| {median['time/step']:.2f} | {median['time/rollout_span']:.2f} | {median['time/train']:.2f} "
+        f"| {tokens:.0f} | {lines[0]['mismatch_kl/mean']:.1e} | {len(lines)} |"
     )
 
 
@@ -158,6 +161,7 @@ def child(folder: Path, limit_gib: float, overrides: list[str]) -> None:
     import torch
 
     from vlmrl.runs import build
+    from vlmrl.trainer.trainer import LocalTrainer
 
     original = build.make_model
 
@@ -178,10 +182,26 @@ def child(folder: Path, limit_gib: float, overrides: list[str]) -> None:
         (folder / "known.json").write_text(json.dumps(known | {"limit": limit}))
         return model
 
+    step, halves = LocalTrainer.train_step, {"sampling": 0.0, "training": 0.0}
+
+    def count(half: str) -> None:
+        if torch.cuda.is_available():
+            halves[half] = max(halves[half], float(torch.cuda.max_memory_allocated()))
+        (folder / "halves.json").write_text(json.dumps(halves))
+
+    def train_step(self: Any, *rest: Any, **named: Any) -> Any:
+        count("sampling")
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            return step(self, *rest, **named)
+        finally:
+            count("training")
+
     sys.argv = ["vlmrl", *overrides]
     from vlmrl.__main__ import run
 
-    with patch.object(build, "make_model", make_model):
+    with patch.object(build, "make_model", make_model), patch.object(LocalTrainer, "train_step", train_step):
         run()
 
 

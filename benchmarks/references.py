@@ -124,6 +124,8 @@ def measured(
     finally:
         policy.model.requires_grad_(True)
         policy.model.zero_grad(set_to_none=True)
+        for parameter in policy.model.parameters():  # a trainer's hooks would take the gradients of the next one
+            (parameter._post_accumulate_grad_hooks or {}).clear()
 
 
 def timed(

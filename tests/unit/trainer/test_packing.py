@@ -21,8 +21,8 @@ from vlmrl.config.trainer import Packing
 from vlmrl.models.attention import plan as tree_plan
 from vlmrl.models.families.positions import position_function
 from vlmrl.models.policy import Policy
+from vlmrl.trainer.cutting import FIXED_COST_ROWS, UNEVENNESS, cut
 from vlmrl.trainer.packing import MicroBatch, pack
-from vlmrl.trainer.shares import FIXED_COST_ROWS, UNEVENNESS, cut
 from vlmrl.types import TrainingSample, mm_token_type_ids
 
 CPU = torch.device("cpu")

@@ -12,13 +12,16 @@ from collections.abc import Sequence
 
 from vlmrl.errors import EngineError
 
+PASS_ROWS = 24576
+"""New tokens of a pass of prefill."""
+
 LOGIT_COPIES = 2
 """Arrays of logits of all rows: one is left from the step before the capture, one belongs to the CUDA graph."""
 
 WORKING_BYTES = 4 * 10**9
 """What a pass of prefill (prefill_chunks.py) and the attention of decode steps take besides, but at most a quarter of
-the free memory, because small models on small GPUs take less. A 2B took 1.1 GB of it on an H200, from the peaks in
-benchmarks/logs/2026-11-30_embedded_gpu.txt; larger ones take more."""
+the free memory, because small models on small GPUs take less. It is what a pool leaves, and more than a known model
+needs: see `prefill_bytes`."""
 
 KEPT_SHARE = 0.05
 """Share of the free memory that the KV cache leaves: large blocks do not fit into every gap."""
@@ -39,9 +42,24 @@ def batch_slots(prompt_tokens: int, new_tokens: Sequence[int]) -> int:
     return prompt_tokens + sum(tokens - 1 for tokens in new_tokens) + 1
 
 
+def logits_bytes(rows: int, vocabulary: int) -> int:
+    """Bytes of the logits while `rows` rows are decoded."""
+    return LOGIT_COPIES * 4 * rows * vocabulary
+
+
+def prefill_bytes(new_tokens: int, hidden: int, intermediate: int, bytes_each: int) -> int:
+    """Bytes of a pass of prefill: the MLP of a layer and its residual stream. A 2B took 0.65 GiB for 16,384 tokens on
+    an H200.
+
+    >>> prefill_bytes(16_384, 2048, 6144, 2) / 2**30
+    0.6875
+    """
+    return min(new_tokens, PASS_ROWS) * (2 * hidden + 3 * intermediate) * bytes_each
+
+
 def working_bytes(rows: int, vocabulary: int) -> int:
-    """Bytes that decoding `rows` rows takes besides the KV cache."""
-    return WORKING_BYTES + LOGIT_COPIES * 4 * rows * vocabulary
+    """Bytes that a pool leaves for decoding `rows` rows."""
+    return WORKING_BYTES + logits_bytes(rows, vocabulary)
 
 
 def affordable_slots(free: int, slot_bytes: int, rows: int, vocabulary: int) -> int:

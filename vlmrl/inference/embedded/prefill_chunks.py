@@ -12,13 +12,11 @@ import numpy as np
 import torch
 
 from vlmrl.inference.embedded.cached_policy import CachedPolicy
+from vlmrl.inference.embedded.kv_plan import PASS_ROWS
 from vlmrl.inference.embedded.prefill import DistinctPrompt, Prefilled, cut_segments, prefill
 from vlmrl.models.attention.fused import MOST_PATH_KEYS, Kernel
 from vlmrl.models.attention.prefix_tree import build_tree, common_prefix
 from vlmrl.types import IntArray
-
-PASS_ROWS = 24576
-"""New tokens of a pass."""
 
 PASS_PAIRS = 1 << 24
 """(query, key) pairs of a pass, if no two prompts share a token and no kernel computes attention without scores in

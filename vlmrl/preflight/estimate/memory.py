@@ -17,10 +17,10 @@
                  with trainer.activation_checkpointing, `hidden` of every layer, and either the rest of one layer with
                  its gradients or the logits, which do not exist at the same time
     engine       with inference=embedded and while it samples: slots of the KV cache × 2 × layers × kv_heads × head_dim
-                 × bytes; on a GPU + 4 GB + 8 bytes per logit of the rollouts that are sampled at a time, and less where
-                 less is free, for which a batch is sampled in parts (inference/embedded/kv_plan.py); on a CPU the cache
-                 doubles when it is full, + 48 bytes per logit; it is gone before the passes of a step, so the larger of
-                 the two counts
+                 × bytes; on a GPU + the larger of 8 bytes per logit of the rollouts that are sampled at a time and
+                 new tokens of a pass of prefill × (2 hidden + 3 intermediate) × bytes; where less than that and 4 GB is
+                 free, a batch is sampled in parts (inference/embedded/kv_plan.py); on a CPU the cache doubles when it
+                 is full, + 48 bytes per logit; it is gone before the passes of a step, so the larger of the two counts
     server       gpu_memory_utilization × the GPU, which holds parameters × weight / tensor_parallel_size, and
                  KV cache of 2 × layers × kv_heads × head_dim × bytes for each token
     pixels       distinct images alive × width × height × (bytes per pixel that the processor makes + 3)
@@ -252,8 +252,10 @@ def engine_bytes(config: RunConfig, text: TextSizes, step: StepTokens, *, on_gpu
     if isinstance(config.inference, VllmConfig):
         return 0
     if on_gpu:
-        working = kv_plan.working_bytes(step.sampled_at_a_time, text.vocabulary)
-        return step.slots * slot_bytes(config, text) + working
+        weight = BYTES[config.model.dtype]
+        prefill = kv_plan.prefill_bytes(step.prompts, text.hidden, text.intermediate, weight)
+        logits = kv_plan.logits_bytes(step.sampled_at_a_time, text.vocabulary)
+        return step.slots * slot_bytes(config, text) + max(prefill, logits)
     slots, before = max(FIRST_CAPACITY_SLOTS, 2 * step.prompts), 0
     while slots < step.rollouts:
         slots, before = 2 * (slots + 1), slots

@@ -218,17 +218,34 @@ def tokens_of_micro_batch(config: RunConfig, sizes: Sizes, episode: EpisodeEstim
     """What decides over the memory of a step."""
     o = config.orchestrator
     rows, loss_tokens = step_tokens(config, sizes, episode)
-    share = min(1.0, config.trainer.micro_batch_tokens / rows)
+    largest = largest_micro_batch(config, sizes, episode)
     length, rollouts = longest_episode(config, sizes, episode), o.groups_per_step * o.group_size
     prompt = (length - episode.turns * o.max_new_tokens) // episode.turns
     prompts = o.groups_per_step * prompt
     return StepTokens(
-        rows=math.ceil(share * rows),
-        loss_tokens=math.ceil(share * loss_tokens),
+        rows=largest,
+        loss_tokens=math.ceil(loss_tokens * largest / rows),
         prompts=prompts,
         rollouts=prompts + rollouts * (length - prompt + (episode.conversations - 1) * length),
         sampled_at_a_time=rollouts,
     )
+
+
+def largest_micro_batch(config: RunConfig, sizes: Sizes, episode: EpisodeEstimate) -> int:
+    """Rows of the largest micro-batch of such a step, cut as the trainer cuts it. Less than
+    `trainer.micro_batch_tokens`, where whole groups do not fill it."""
+    from vlmrl.trainer.cutting import cut  # needs NumPy
+
+    o = config.orchestrator
+    length = longest_episode(config, sizes, episode)
+    if config.trainer.packing is Packing.none:
+        return length
+    prompt = (length - episode.turns * o.max_new_tokens) // episode.turns
+    sibling = prompt if config.trainer.packing is Packing.tree else 0
+    shared = [0, *[sibling] * (o.group_size - 1)] * o.groups_per_step
+    shared += [0] * (o.groups_per_step * o.group_size * (episode.conversations - 1))
+    bounds = cut([length] * len(shared), shared, config.trainer.micro_batch_tokens)
+    return max(length + (end - start - 1) * length - sum(shared[start + 1 : end]) for start, end in bounds)
 
 
 def _memory(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -152,13 +153,18 @@ def test_a_base_in_4_bits_is_counted_exactly(
 
 def test_the_cache_of_the_embedded_engine_on_a_gpu(run_config: Callable[..., RunConfig]) -> None:
     """64 groups of 16 on a 2B, with prompts of 1,043 tokens and answers of 512. By hand: 64 × 1,043 + 1,024 × 511 + 1
-    slots of 2 × 28 layers × 8 heads × 128 numbers × 2 bytes, and two arrays of 1,024 × 151,936 logits."""
+    slots of 2 × 28 layers × 8 heads × 128 numbers × 2 bytes, and two arrays of 1,024 × 151,936 logits, or passes of
+    24,576 tokens with 2 × 2,048 + 3 × 6,144 numbers each. A pool leaves 4 GB besides."""
     config = run_config("model=qwen3vl", "model/size=2b", "inference=embedded")
     text = find_sizes(config.model).text
     assert text is not None
     step = StepTokens(0, 0, prompts=64 * 1043, rollouts=64 * 1043 + 1024 * 512, sampled_at_a_time=1024)
     cache, working = 590_017 * 114_688, 4 * 10**9 + 2 * 4 * 1024 * 151_936
-    assert engine_bytes(config, text, step, on_gpu=True) == cache + working
+    logits, prefill = 2 * 4 * 1024 * 151_936, 24_576 * (2 * 2048 + 3 * 6144) * 2
+    assert logits > prefill
+    assert engine_bytes(config, text, step, on_gpu=True) == cache + logits
+    few = replace(step, rollouts=64 * 1043 + 64 * 512, sampled_at_a_time=64)
+    assert engine_bytes(config, text, few, on_gpu=True) == (64 * (1043 + 511) + 1) * 114_688 + prefill
     assert engine_parts(config, text, step, round((cache + working) / 0.95) + 10**6) == 1
     assert engine_parts(config, text, step, round((cache / 2 + working) / 0.95)) == 3, "just less than half of it"
     assert engine_parts(config, text, step, 10**9) == 0, "less than the logits"

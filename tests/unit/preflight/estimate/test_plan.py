@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -12,13 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from support.helpers import Sampled, sample
 from vlmrl.config.conf_folder import PACKAGE
 from vlmrl.config.run import RunConfig
 from vlmrl.preflight.estimate import plan
 from vlmrl.preflight.estimate.episode import EpisodeEstimate
-from vlmrl.preflight.estimate.plan import notes, step_tokens
+from vlmrl.preflight.estimate.plan import largest_micro_batch, longest_episode, notes, step_tokens
 from vlmrl.preflight.estimate.sizes import find_sizes
 from vlmrl.preflight.machine import Gpu, Machine
+from vlmrl.trainer.shares import Members, divide
 
 HEAVY = ("torch", "transformers", "renderers", "vllm", "wandb")
 
@@ -197,3 +200,23 @@ def test_a_tree_holds_a_prompt_once(run_config: Callable[..., RunConfig]) -> Non
     shared = (141 - 20) // 2
     assert step_tokens(apart, sizes, EPISODE) == (288 * 141, 288 * 20)
     assert step_tokens(tree, sizes, EPISODE) == (9 * shared + 288 * (141 - shared), 288 * 20)
+
+
+@pytest.mark.parametrize("packing", ["tree", "varlen", "none"])
+@pytest.mark.parametrize("budget", [150, 1000, 4000, 10**6])
+def test_the_largest_micro_batch_is_the_trainers(
+    packing: str, budget: int, run_config: Callable[..., RunConfig]
+) -> None:
+    """Episodes of 141 tokens, of which siblings share 60."""
+    config = run_config(f"trainer.packing={packing}", f"trainer.micro_batch_tokens={budget}")
+    numbers = itertools.product(range(config.orchestrator.groups_per_step), range(config.orchestrator.group_size))
+    samples = [sample("", [1 + group] * 60, Sampled([100 + sibling] * 81)) for group, sibling in numbers]
+    share = divide(samples, config.trainer.packing, budget)[0]
+
+    def rows(run: Members) -> int:
+        held = [share.samples[members[0]].token_ids for members in run]
+        prompts = {int(tokens[0]) for tokens in held} if packing == "tree" else held
+        return 60 * len(prompts) + 81 * len(held)
+
+    assert longest_episode(config, find_sizes(config.model), EPISODE) == 141
+    assert largest_micro_batch(config, find_sizes(config.model), EPISODE) == max(map(rows, share.passes))
