@@ -39,7 +39,7 @@ from vlmrl.models.policy import Policy
 from vlmrl.ranks.commands import Command
 from vlmrl.ranks.rank_group import RankGroup, follow, init_from_environment, joined_group
 from vlmrl.rendering.renderer import Renderer
-from vlmrl.runs.build import on_own_device
+from vlmrl.runs.every_rank import on_own_device
 from vlmrl.trainer.commands import Follower
 from vlmrl.trainer.learner import Learner
 from vlmrl.trainer.trainer import LocalTrainer

@@ -160,10 +160,10 @@ def child(folder: Path, limit_gib: float, overrides: list[str]) -> None:
     peak so far and the limit, in bytes, and begins to count anew."""
     import torch
 
-    from vlmrl.runs import build
+    from vlmrl.runs import build, every_rank
     from vlmrl.trainer.trainer import LocalTrainer
 
-    original = build.make_model
+    original = every_rank.make_model
 
     def make_model(config: Any, *rest: Any) -> Any:
         estimate = estimated(config)

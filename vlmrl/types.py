@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
@@ -173,6 +173,10 @@ class ImageItem:
     breaks and tile tags between them. Empty where the renderer does not use it (`orchestrator/renderer=template` does).
     """
 
+    def without_picture(self) -> ImageItem:
+        """As it is sent to another process that computes: without the pixels for people."""
+        return replace(self, pixels=np.empty((0, 0, 3), np.uint8))
+
     def __repr__(self) -> str:
         return f"ImageItem({self.hash!r}, {self.num_tokens} tokens)"
 
@@ -203,6 +207,10 @@ class VideoItem:
     replacement: str = ""
     """The text that the checkpoint's processor writes in place of the video: video tokens, and for some families the
     time of each frame between them."""
+
+    def without_picture(self) -> VideoItem:
+        """As it is sent to another process that computes: without the frames for people."""
+        return replace(self, frames=np.empty((0, 0, 0, 3), np.uint8))
 
     def __repr__(self) -> str:
         return f"VideoItem({self.hash!r}, {len(self.frames)} frames, {self.num_tokens} tokens)"

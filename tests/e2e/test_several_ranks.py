@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "vlmrl")
 REPLICATED = "trainer.sharding=none"
-"""For the embedded engine, which samples from whole weights."""
+"""A copy of the weights on each rank; by default they are sliced. Both sample on all ranks."""
 STEP_4 = 6
 """A problem of the fourth step: two groups a step."""
 DIVIDED = ("tokens/packed", "micro_batches", "images/", "memory/", "time/", "env/", "throughput/", "inference/")
@@ -52,7 +52,7 @@ def ends(home: Home, never_stopped: Path) -> Scenarios:
     def interrupted() -> tuple[Path, Ended, Ended]:
         """SIGTERM to torchrun in step 4, then on with one process."""
         run, gate = home.path / "outputs/ranks_interrupted", Gate(home.path / "gates/ranks_interrupted")
-        first = in_ranks(home, *SHORT, REPLICATED, *gate.arguments(STEP_4), f"hydra.run.dir={run}")
+        first = in_ranks(home, *SHORT, *gate.arguments(STEP_4), f"hydra.run.dir={run}")
         gate.wait(lambda: first.poll() is None)
         first.send_signal(signal.SIGTERM)
         stopped = ended(first)
@@ -69,7 +69,7 @@ def ends(home: Home, never_stopped: Path) -> Scenarios:
 
     def refused() -> list[Ended]:
         """Configurations that ranks cannot run, and one that no run can."""
-        return [ended(in_ranks(home, *arguments)) for arguments in ((), ("trainer.lr=1",))]
+        return [ended(in_ranks(home, *arguments)) for arguments in (("mode=doctor",), ("trainer.lr=1",))]
 
     return Scenarios(interrupted=interrupted, killed_1=lambda: killed(1), killed_0=lambda: killed(0), refused=refused)
 
@@ -105,11 +105,8 @@ def test_no_rank_outlives_rank_0(ends: Scenarios) -> None:
 
 
 def test_what_ranks_cannot_run_is_refused_and_all_of_them_end(ends: Scenarios) -> None:
-    sharded, unknown = ends["refused"]
-    assert sharded.code != 0
-    assert (
-        "error: trainer.sharding=full leaves each of 2 ranks a slice of the weights, so inference=embedded"
-        in sharded.err
-    )
+    alone, unknown = ends["refused"]
+    assert alone.code != 0
+    assert "error: mode=doctor runs in one process, so 2 ranks would all do the same work" in alone.err
     assert unknown.code != 0
     assert "trainer.lr: there is no such key" in unknown.err

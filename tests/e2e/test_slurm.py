@@ -165,7 +165,7 @@ def test_two_tasks_train_together(home: Home) -> None:
     """The launcher's tasks are one trainer; told that their time is over, they save, and go on together."""
     gate, folder = Gate(home.path / "gates/together"), home.path / "outputs/multirun/together"
     launcher = ("hydra/launcher=slurm", "hydra.launcher.name=together", "hydra.launcher.tasks_per_node=2")
-    choices = (*SHORT, *gate.arguments(STEP_4), "trainer.sharding=none")  # the first samples from its own weights
+    choices = (*SHORT, *gate.arguments(STEP_4))
     launched = home.start(*choices, *launcher, f"hydra.sweep.dir={folder}")
     gate.wait(lambda: launched.poll() is None)
     job = call(home, "squeue", "--noheader", "--name=together", "--format=%i").strip()

@@ -30,7 +30,7 @@ class Sharding(Enum):
     the micro-batches of a step it holds the compute weights and the summed gradients whole: weights are gathered and
     gradients summed over the ranks once per step, where `full` does both in every micro-batch."""
     none = "none"
-    """Each rank holds all weights: for a model that fits, and for inference=embedded, which samples from them."""
+    """Each rank holds all weights: for a model that fits several times over."""
 
 
 class Optimizer(Enum):

@@ -88,6 +88,8 @@ class RankGroup:
         self._working = False
         """On ranks other than 0: whether a command is not answered yet."""
         self._on_lost: Callable[[], None] | None = None
+        self._turn = threading.Lock()
+        """Held by the thread whose commands the ranks run."""
         self._losing = threading.Lock()
         self._is_lost = threading.Event()
         self._meeting = meeting = meet(place)
@@ -122,8 +124,14 @@ class RankGroup:
     ) -> tuple[OwnT, list[AnswerT]]:
         """Send `commands[r - 1]` to each rank r > 0 and call `own` meanwhile → its result, and the answers by rank.
 
-        Raises `RankError` where a rank is lost, and whatever `own` raises.
+        Calls of several threads wait for each other. Raises `RankError` where a rank is lost, and what `own` raises.
         """
+        with self._turn:
+            return self._together(commands, own)
+
+    def _together(
+        self, commands: Sequence[Command[Any, AnswerT]], own: Callable[[], OwnT]
+    ) -> tuple[OwnT, list[AnswerT]]:
         for link, command in zip(self._links, commands, strict=True):
             self._send(link, command)
         try:

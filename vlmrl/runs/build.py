@@ -1,6 +1,6 @@
 """The parts of a run, built once, in the order of the data path.
 
-    every rank    seed_process ─▶ make_model ─▶ make_policy ─▶ learner
+    every rank    seed_process ─▶ make_model ─▶ make_policy ─▶ learner      (every_rank.py)
     rank 0 only   task ─▶ checkpoint ─▶ renderer ─▶ trainer ─▶ engine and weight sync ─▶ evaluator ─▶ Run
 
 Every rank holds the model and its own learner. Rank 0 also renders, samples, scores and records.
@@ -8,41 +8,31 @@ Every rank holds the model and its own learner. Rank 0 also renders, samples, sc
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import os
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from vlmrl.config.inference import VllmConfig
-from vlmrl.config.model import Init, ModelConfig, VLMConfig, most_frames
+from vlmrl.config.model import Init, VLMConfig, most_frames
 from vlmrl.config.orchestrator import TEMPLATE, RendererConfig
 from vlmrl.config.run import RunConfig
 from vlmrl.config.task import most_turns
-from vlmrl.models.blocks import prepare_blocks
 from vlmrl.models.checkpoints.load import (
     load_eos_ids,
     load_image_processor,
-    load_model,
     load_processor,
     load_tokenizer,
     resolve_checkpoint,
-    resolve_device,
 )
 from vlmrl.models.checkpoints.scratch import write_weights
 from vlmrl.models.checkpoints.video_processor import load_video_processor
 from vlmrl.models.families import family_of
-from vlmrl.models.lora import is_quantized, select_trainable
-from vlmrl.models.parts import assert_rates_reach
 from vlmrl.models.policy import Policy
-from vlmrl.models.trial import code_of, try_policy
 from vlmrl.models.vision_encoder import encodes
 from vlmrl.monitor.monitor import Monitor
 from vlmrl.orchestrator.best import BestWatch
@@ -56,26 +46,22 @@ from vlmrl.orchestrator.scoring import Scorer
 from vlmrl.orchestrator.stream import FixedProblems
 from vlmrl.orchestrator.task_threads import TaskThreads
 from vlmrl.preflight.rules.video import rows_are_shown
-from vlmrl.ranks.commands import Command
 from vlmrl.ranks.rank_group import RankGroup
-from vlmrl.record.logs import MainLog
 from vlmrl.record.run_dir import RunDir
 from vlmrl.rendering.renderer import FamilyRenderer, Renderer, make_renderer, renderer_name
 from vlmrl.runs.doctor.short import ensure_certified
 from vlmrl.runs.engines import make_engine
 from vlmrl.runs.eval_sets import make_set_players, scored_evaluation
+from vlmrl.runs.every_rank import make_model, make_policy, make_trainer, seed_process
 from vlmrl.runs.fence import files_of
 from vlmrl.runs.position import Cursors, Position
 from vlmrl.runs.problems import ProblemSource, make_curriculum, max_model_len, steps_of
-from vlmrl.runs.reference import make_reference, scored_algorithm
 from vlmrl.runs.stopping import Stop
 from vlmrl.runs.tools import describe_tools, make_toolbox, texts_of_run
 from vlmrl.tasks.base import Task
 from vlmrl.tasks.border import get_num_rows
 from vlmrl.tasks.loading import load_task
 from vlmrl.trainer.checkpoint import Checkpoints
-from vlmrl.trainer.commands import Follower
-from vlmrl.trainer.learner import Learner
 from vlmrl.trainer.trainer import LocalTrainer
 from vlmrl.types import ImageItem, InferenceEngine, WeightSync
 
@@ -142,129 +128,6 @@ class Run:
         anything else could not be continued as if the run had never stopped."""
         done = (begun + count for begun, count in zip(self.begun, self.monitor.recorded, strict=True))
         return self.trainer.is_between_steps and self.progress == Progress(*done)
-
-
-# ── what every rank builds ──────────────────────────────────────────────────────────────────────────────────
-
-
-def on_own_device(config: ModelConfig, rank_group: RankGroup | None) -> ModelConfig:
-    """The model's config with `device` set to this rank's GPU; unchanged without a rank group or without a GPU."""
-    if rank_group is None or config.device == "cpu" or not torch.cuda.is_available():
-        return config
-    number = rank_group.place.local_rank % torch.cuda.device_count()
-    torch.cuda.set_device(number)
-    return dataclasses.replace(config, device=f"cuda:{number}")
-
-
-def seed_process(config: RunConfig) -> None:
-    """Set this process's torch threads and torch seed. Call it before anything else is built."""
-    torch.set_num_threads(config.trainer.threads)
-    torch.manual_seed(config.seed)
-
-
-def make_model(config: RunConfig, folder: Path, rank_group: RankGroup | None) -> Any:
-    """Load the checkpoint in `folder` onto this rank's device, select its trainable parameters, prepare its layers."""
-    placed = on_own_device(config.model, rank_group)
-    device = resolve_device(placed)
-    if is_quantized(config.model) and not (placed.init is Init.random and placed.tiny is None):
-        placed = dataclasses.replace(placed, device="cpu")  # a layer reaches the device in 4 bits
-    model: Any = load_model(folder, placed)
-    torch.manual_seed(config.seed)  # again, so that new LoRA adapters start equal on every rank
-    select_trainable(model, config.model, device)
-    model.to(device)
-    assert_rates_reach(config.trainer.part_rates, model)
-    prepare_blocks(model, compiled=config.trainer.compile is True, recomputed=config.trainer.activation_checkpointing)
-    return model
-
-
-def make_policy(config: RunConfig, model: Any, banned_token_ids: Sequence[int]) -> Policy:
-    """The policy that computes with `model`. It never samples `banned_token_ids`. Raises `ModelError` where it does not
-    compute what the model computes (models/trial.py)."""
-    positions = family_of(config.model.vlm).position_function(model.config)
-    with code_of(model):
-        policy = Policy(model, positions, banned_token_ids, feature_cache_bytes=config.trainer.feature_cache_mib << 20)
-    try_policy(policy)
-    return policy
-
-
-def make_trainer(
-    config: RunConfig,
-    policy: Policy,
-    folder: Path,
-    texts: tuple[str, ...],
-    banned_token_ids: Sequence[int],
-    rank_group: RankGroup | None,
-) -> LocalTrainer:
-    """Rank 0's trainer. The other ranks build their learners at the same time (`BuildLearner`). `folder`: the policy's
-    checkpoint."""
-
-    def own() -> LocalTrainer:
-        reference = make_reference(config, on_own_device(config.model, rank_group), folder, policy, banned_token_ids)
-        algorithm = scored_algorithm(config)
-        return LocalTrainer(
-            policy,
-            config.trainer,
-            algorithm,
-            **_sampling(config),
-            rank_group=rank_group,
-            reference=reference,
-            seed=config.seed,
-        )
-
-    if rank_group is None:
-        return own()
-    command = BuildLearner(config, texts, tuple(banned_token_ids))
-    return rank_group.together([command] * (rank_group.size - 1), own)[0]
-
-
-class RunFollower(Follower):
-    """The state of a rank other than 0: the learner of the current run, and that rank's log, e.g. `logs/rank_1.log`."""
-
-    def __init__(self, rank_group: RankGroup) -> None:
-        super().__init__()
-        self._rank_group = rank_group
-        self._log = ExitStack()
-
-    def make_learner(self, config: RunConfig, texts: tuple[str, ...], banned_token_ids: tuple[int, ...]) -> Learner:
-        """The learner for the run `config`. A sweep calls this once per job; the log of the job before is closed."""
-        self._log.close()
-        logs = RunDir(config.output_dir).logs
-        logs.mkdir(parents=True, exist_ok=True)
-        self._log.enter_context(MainLog(logs / f"rank_{self._rank_group.rank}.log"))
-        log.info("rank %d of %d is process %d", self._rank_group.rank, self._rank_group.size, os.getpid())
-        seed_process(config)
-        folder = resolve_checkpoint(config.model, texts)
-        model = make_model(config, folder, self._rank_group)
-        policy = make_policy(config, model, banned_token_ids)
-        placed = on_own_device(config.model, self._rank_group)
-        return Learner(
-            policy,
-            config.trainer,
-            scored_algorithm(config),
-            **_sampling(config),
-            ranks=self._rank_group.size,
-            reference=make_reference(config, placed, folder, policy, banned_token_ids),
-        )
-
-
-@dataclass(frozen=True)
-class BuildLearner(Command[RunFollower, None]):
-    """Build the learner of a run on a rank other than 0."""
-
-    config: RunConfig
-    texts: tuple[str, ...]
-    banned_token_ids: tuple[int, ...]
-
-    def run(self, worker: RunFollower) -> None:
-        worker.build(lambda: worker.make_learner(self.config, self.texts, self.banned_token_ids))
-
-
-def _sampling(config: RunConfig) -> dict[str, Any]:
-    """The sampling settings that the loss needs."""
-    return {
-        "temperature": config.orchestrator.temperature,
-        "max_new_tokens": config.orchestrator.max_new_tokens,
-    }
 
 
 # ── what rank 0 builds ──────────────────────────────────────────────────────────────────────────────────────

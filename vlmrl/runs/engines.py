@@ -8,8 +8,11 @@ from torch import Tensor
 
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.run import RunConfig
+from vlmrl.config.trainer import Sharding
 from vlmrl.config.weight_sync import CudaIpcSyncConfig, FolderSyncConfig, NcclSyncConfig
 from vlmrl.inference.embedded.engine import EmbeddedEngine
+from vlmrl.inference.embedded.generator import BatchSampler, Generator
+from vlmrl.inference.embedded.ranked import RankedGenerator
 from vlmrl.inference.vllm.engine import VllmEngine
 from vlmrl.models.checkpoints.image_size import size_settings
 from vlmrl.models.checkpoints.published import published_weights
@@ -39,7 +42,12 @@ def make_engine(
     checkpoint in `folder`."""
     if not isinstance(config.inference, VllmConfig):
         length = config.inference.max_model_len
-        engine = EmbeddedEngine(policy, lambda: trainer.version, length, renderer.decode)
+        own = Generator(policy, renderer.decode)
+        sampler: BatchSampler = own
+        if trainer.ranks > 1:
+            moves = config.trainer.sharding is not Sharding.none
+            sampler = RankedGenerator(own, trainer.ranks, trainer.sample, weights_move=moves)
+        engine = EmbeddedEngine(policy, lambda: trainer.version, length, renderer.decode, sampler)
         return engine, InProcessSync(lambda: trainer.version, trainer.weights, engine.weights)
     sync = config.weight_sync
     transfer = WEIGHT_TRANSFERS.get(sync.kind)

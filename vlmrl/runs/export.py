@@ -28,7 +28,7 @@ from vlmrl.models.checkpoints.built_folders import MANIFEST
 from vlmrl.models.checkpoints.load import HUB_FILES, load_model, resolve_checkpoint
 from vlmrl.models.lora import merged, select_trainable
 from vlmrl.record.run_dir import RunDir
-from vlmrl.runs.build import seed_process
+from vlmrl.runs.every_rank import seed_process
 from vlmrl.runs.tools import texts_of_run
 from vlmrl.tasks.loading import load_task
 from vlmrl.trainer.checkpoint import Checkpoints

@@ -30,9 +30,10 @@ from vlmrl.ranks.rank_group import RankGroup, follow, init_from_environment
 from vlmrl.record.bad_rows import read_bad_rows
 from vlmrl.record.lock import network_file_system
 from vlmrl.record.run_dir import RunDir
-from vlmrl.runs.build import Run, RunFollower, build_run
+from vlmrl.runs.build import Run, build_run
 from vlmrl.runs.data_record import data_of, same_data
 from vlmrl.runs.dtypes import is_float32
+from vlmrl.runs.every_rank import RunFollower
 from vlmrl.runs.modes import MODES, ModeWithoutRun, RunMode
 from vlmrl.runs.position import Cursors, Position
 from vlmrl.runs.saving import loop_state, save

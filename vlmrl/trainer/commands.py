@@ -27,6 +27,9 @@ class Follower:
         assert self._learner is not None, "the first command of a run builds the learner"
         return self._learner
 
+    def make_room(self) -> None:
+        """Free what the passes of the learner may need the memory of."""
+
     def build(self, make: Callable[[], Learner]) -> None:
         """Replace the learner by a new one. The old one is freed first, since two models may not fit into memory."""
         self._learner = None
@@ -43,6 +46,7 @@ class Learn(Command[Follower, Outcome]):
     step: StepSettings
 
     def run(self, worker: Follower) -> Outcome:
+        worker.make_room()
         return worker.learner.learn(self.share, self.demonstrations, self.step)
 
 
@@ -63,6 +67,7 @@ class ScoreTokens(Command[Follower, list[TokenMetrics]]):
     share: Share
 
     def run(self, worker: Follower) -> list[TokenMetrics]:
+        worker.make_room()
         return worker.learner.token_metrics(self.share)
 
 
@@ -73,6 +78,7 @@ class ScoreByReference(Command[Follower, list[ReferenceScores]]):
     share: Share
 
     def run(self, worker: Follower) -> list[ReferenceScores]:
+        worker.make_room()
         return worker.learner.reference_scores(self.share)
 
 

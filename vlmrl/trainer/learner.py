@@ -207,6 +207,10 @@ class Learner:
         call this or `give_weights`."""
         return dict(self._weights.whole())
 
+    def sample(self, function: Callable[[], T]) -> T:
+        """Call `function`, which samples from whole weights. All ranks do so at the same time."""
+        return self._weights.with_whole(function)
+
     def give_weights(self) -> None:
         """Contribute this rank's slices to `whole_weights` of another rank, and keep none of the whole tensors."""
         for _ in self._weights.whole():

@@ -21,13 +21,11 @@ from vlmrl.config.trainer import Packing
 from vlmrl.models.attention.prefix_tree import ImageKeys, common_prefix, sort_key
 from vlmrl.models.vision_encoder import alike
 from vlmrl.trainer.cutting import cut_for_ranks, deal
-from vlmrl.types import ImageItem, MMItem, TrainingSample
+from vlmrl.types import MMItem, TrainingSample
 
 Members = tuple[tuple[int, ...], ...]
 """The samples of one micro-batch, as indices in sorted order. Samples with equal tokens and images, which are computed
 only once, are in one inner tuple."""
-
-NO_PIXELS = np.empty((0, 0, 3), np.uint8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,10 +108,7 @@ def without_pictures(share: Share) -> Share:
 
     def light(item: MMItem) -> MMItem:
         if id(item) not in items:
-            if isinstance(item, ImageItem):
-                items[id(item)] = replace(item, pixels=NO_PIXELS)
-            else:
-                items[id(item)] = replace(item, frames=NO_PIXELS[None])
+            items[id(item)] = item.without_picture()
         return items[id(item)]
 
     return replace(

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -96,6 +96,11 @@ class LocalTrainer:
     def version(self) -> int:
         """RL steps contained in the weights; supervised steps do not count."""
         return self._learner.version
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks train together."""
+        return self._ranks
 
     @property
     def supervised_steps(self) -> int:
@@ -266,6 +271,11 @@ class LocalTrainer:
             return [own, *answers]
         self.is_between_steps = not earlier  # no rank has changed its weights in this optimizer step
         raise _not_finite([own, *answers], samples, self.version, earlier)
+
+    def sample(self, commands: Sequence[Command[Any, AnswerT]], own: Callable[[], OwnT]) -> tuple[OwnT, list[AnswerT]]:
+        """Run `commands`, which sample with `Learner.sample`, on the other ranks, and `own` here with whole weights →
+        its result, and the answers by rank."""
+        return self._together(commands, lambda: self._learner.sample(own))
 
     def _together(
         self, commands: Sequence[Command[Follower, AnswerT]], own: Callable[[], OwnT]

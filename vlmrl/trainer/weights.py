@@ -67,6 +67,10 @@ class PlainWeights:
         """Run a forward pass. `last`: the last of a step, or of a series of passes without gradients."""
         return function()
 
+    def with_whole(self, function: Callable[[], T]) -> T:
+        """Call `function`, which computes with whole weights."""
+        return function()
+
     def sum_gradients(self) -> None:
         """Sum the gradients over the ranks, after the last backward pass of a step."""
         if self._ranks > 1:
@@ -178,6 +182,21 @@ class ShardedWeights:
                 unit.set_reshard_after_backward(last, recurse=False)
         found: T = self._root(function)
         if last and not torch.is_grad_enabled():
+            self._slice()
+        return found
+
+    def with_whole(self, function: Callable[[], T]) -> T:
+        """Call `function` with all weights gathered. Its passes wait for no other rank, so ranks may make different
+        numbers of them. Every rank must call this."""
+        for unit in self._units:
+            unit.unshard()
+            unit.set_reshard_after_forward(False, recurse=False)
+        try:
+            found: T = self._root(function)
+        finally:
+            for unit in self._units:
+                is_sliced_again = not self._kept_whole and unit is not self._root
+                unit.set_reshard_after_forward(is_sliced_again, recurse=False)
             self._slice()
         return found
 

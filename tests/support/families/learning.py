@@ -36,7 +36,8 @@ from vlmrl.models.lora import select_trainable
 from vlmrl.models.policy import Policy
 from vlmrl.preflight.auto_model import fill_model
 from vlmrl.rendering.renderer import Renderer
-from vlmrl.runs.build import build_renderer, make_policy
+from vlmrl.runs.build import build_renderer
+from vlmrl.runs.every_rank import make_policy
 from vlmrl.trainer.trainer import LocalTrainer
 from vlmrl.types import Image, Message, Prompt, TrainingSample, mm_token_type_ids
 

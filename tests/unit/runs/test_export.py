@@ -29,7 +29,7 @@ from vlmrl.models.families import family_of
 from vlmrl.preflight.rules.past_run import export_folder_is_free
 from vlmrl.preflight.site import Site
 from vlmrl.rendering.renderer import make_renderer
-from vlmrl.runs.build import make_policy
+from vlmrl.runs.every_rank import make_policy
 from vlmrl.runs.export import export_checkpoint
 from vlmrl.tasks.loading import load_task
 from vlmrl.trainer.checkpoint import Checkpoints

@@ -5,6 +5,7 @@
         decode    (decoding.py)   one row per distinct continuation: requests that sampled the same tokens so far
                                   share a row
                   (row_decoding.py) on a GPU: one row per request, siblings read their prompt once, CUDA graphs
+        (ranked.py) in a run of several ranks: each of them samples a share of the batch
 
 The KV cache (kv_cache.py) holds the keys and values of one policy version. A session's next turn starts from the cache
 entries of its last turn.
@@ -34,7 +35,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vlmrl.errors import EngineError
-from vlmrl.inference.embedded.generator import Generator
+from vlmrl.inference.embedded.generator import BatchSampler, Generator
 from vlmrl.inference.embedded.quiet import QuietTime
 from vlmrl.inference.embedded.requests import Request, SessionCache
 from vlmrl.inference.stop_strings import TextOf
@@ -87,17 +88,23 @@ class EmbeddedEngine:
     """Runs the requests of all open sessions in one batch at a time; implements `vlmrl.types.InferenceEngine`."""
 
     def __init__(
-        self, policy: Policy, version: Callable[[], int], max_model_len: int, text_of: TextOf | None = None
+        self,
+        policy: Policy,
+        version: Callable[[], int],
+        max_model_len: int,
+        text_of: TextOf | None = None,
+        sampler: BatchSampler | None = None,
     ) -> None:
         """`version` returns the policy version of the weights that `policy` holds now; `max_model_len` limits prompt
-        plus completion, in tokens; `text_of` is the renderer's `decode`, which only stop strings need."""
+        plus completion, in tokens; `text_of` is the renderer's `decode`, which only stop strings need; `sampler` takes
+        the place of a `Generator` in this process."""
         self._policy = policy
         self._version = version
         self._max_model_len = max_model_len
         self._sessions: set[EmbeddedSession] = set()
         self._pending: list[_Pending] = []
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="embedded-engine")
-        self._generator = Generator(policy, text_of)
+        self._generator: BatchSampler = sampler or Generator(policy, text_of)
         self._running = False
         self._quiet = QuietTime(self._run)
         self._largest_batch = 0

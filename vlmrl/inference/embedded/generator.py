@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Protocol
 
 import torch
 
@@ -30,6 +31,19 @@ def decodes_by_rows(policy: Policy) -> bool:
     if policy.is_recurrent:
         _log.info("layers of this model carry a state, so the embedded engine decodes it without CUDA graphs")
     return not policy.is_recurrent
+
+
+class BatchSampler(Protocol):
+    """What the engine needs of a `Generator`, or of one per rank (ranked.py)."""
+
+    @property
+    def cached_slots(self) -> int: ...
+
+    def run(self, requests: Sequence[Request], version: int) -> list[Completion]: ...
+
+    def take_counters(self) -> dict[str, float]: ...
+
+    def clear_cache(self) -> None: ...
 
 
 class Generator:
@@ -62,6 +76,11 @@ class Generator:
     def clear_cache(self) -> None:
         """Have the next batch start with empty caches."""
         self._model.clear()
+        if self._rows is not None:
+            self._rows.release()
+
+    def forget_weights(self) -> None:
+        """Have no graph read the weights where they are now: they are about to move."""
         if self._rows is not None:
             self._rows.release()
 

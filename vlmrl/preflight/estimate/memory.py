@@ -20,7 +20,9 @@
                  × bytes; on a GPU + the larger of 8 bytes per logit of the rollouts that are sampled at a time and
                  new tokens of a pass of prefill × (2 hidden + 3 intermediate) × bytes; where less than that and 4 GB is
                  free, a batch is sampled in parts (inference/embedded/kv_plan.py); on a CPU the cache doubles when it
-                 is full, + 48 bytes per logit; it is gone before the passes of a step, so the larger of the two counts
+                 is full, + 48 bytes per logit; a rank samples its share of a batch, with parameters × bytes besides
+                 where the weights are sliced; all of it is gone before the passes of a step, so the larger of the two
+                 counts
     server       gpu_memory_utilization × the GPU, which holds parameters × weight / tensor_parallel_size, and
                  KV cache of 2 × layers × kv_heads × head_dim × bytes for each token
     pixels       distinct images alive × width × height × (bytes per pixel that the processor makes + 3)
@@ -142,7 +144,7 @@ def trainer_memory(
         reference=reference_bytes(config, sizes.parameters),
         in_transit=in_transit,
         activations=activations,
-        engine=None if sizes.text is None else engine_bytes(config, sizes.text, step, on_gpu=on_gpu),
+        engine=None if sizes.text is None else engine_bytes(config, sizes, step, ranks, on_gpu=on_gpu),
         on_host=math.ceil(learns * on_host),
     )
 
@@ -247,19 +249,22 @@ def _activations(config: RunConfig, text: TextSizes, step: StepTokens) -> int:
     return of_row * text.layers * text.hidden + max(of_row * (layer + gradients), logits)
 
 
-def engine_bytes(config: RunConfig, text: TextSizes, step: StepTokens, *, on_gpu: bool) -> int:
-    """What the embedded engine holds for the rollouts of a step, if nothing else needs the memory."""
+def engine_bytes(config: RunConfig, sizes: Sizes, step: StepTokens, ranks: int, *, on_gpu: bool) -> int:
+    """What the embedded engine holds on each rank for the rollouts of a step, if nothing else needs the memory."""
+    text = sizes.text
+    assert text is not None, "only for a model whose layers are known"
     if isinstance(config.inference, VllmConfig):
         return 0
+    rows, whole = -(-step.sampled_at_a_time // ranks), gathered_bytes(config, sizes, ranks)
     if on_gpu:
-        weight = BYTES[config.model.dtype]
-        prefill = kv_plan.prefill_bytes(step.prompts, text.hidden, text.intermediate, weight)
-        logits = kv_plan.logits_bytes(step.sampled_at_a_time, text.vocabulary)
-        return step.slots * slot_bytes(config, text) + max(prefill, logits)
-    slots, before = max(FIRST_CAPACITY_SLOTS, 2 * step.prompts), 0
-    while slots < step.rollouts:
+        weight, prompts = BYTES[config.model.dtype], -(-step.prompts // ranks)
+        prefill = kv_plan.prefill_bytes(prompts, text.hidden, text.intermediate, weight)
+        working = max(prefill, kv_plan.logits_bytes(rows, text.vocabulary))
+        return -(-step.slots // ranks) * slot_bytes(config, text) + working + whole
+    slots, before = max(FIRST_CAPACITY_SLOTS, 2 * step.prompts // ranks), 0
+    while slots < step.rollouts / ranks:
         slots, before = 2 * (slots + 1), slots
-    return (slots + before) * slot_bytes(config, text) + BYTES_PER_LOGIT * step.sampled_at_a_time * text.vocabulary
+    return (slots + before) * slot_bytes(config, text) + BYTES_PER_LOGIT * rows * text.vocabulary + whole
 
 
 def slot_bytes(config: RunConfig, text: TextSizes) -> int:
@@ -267,11 +272,20 @@ def slot_bytes(config: RunConfig, text: TextSizes) -> int:
     return kv_plan.slot_bytes(text.layers, text.kv_heads, text.head_dim, BYTES[config.model.dtype])
 
 
-def engine_parts(config: RunConfig, text: TextSizes, step: StepTokens, free: int) -> int:
-    """In how many parts the embedded engine samples a step with `free` bytes beside weights and optimizer state; 0
-    where its working memory alone does not fit."""
-    held = kv_plan.affordable_slots(free, slot_bytes(config, text), step.sampled_at_a_time, text.vocabulary)
-    return -(-step.slots // held) if held else 0
+def engine_parts(config: RunConfig, sizes: Sizes, step: StepTokens, free: int, ranks: int) -> int:
+    """In how many parts the embedded engine samples a rank's share of a step with `free` bytes beside weights and
+    optimizer state; 0 where its working memory alone does not fit."""
+    text = sizes.text
+    assert text is not None, "only for a model whose layers are known"
+    rows, left = -(-step.sampled_at_a_time // ranks), max(0, free - gathered_bytes(config, sizes, ranks))
+    held = kv_plan.affordable_slots(left, slot_bytes(config, text), rows, text.vocabulary)
+    return -(-step.slots // (ranks * held)) if held else 0
+
+
+def gathered_bytes(config: RunConfig, sizes: Sizes, ranks: int) -> int:
+    """Bytes of the whole weights that a rank gathers in order to sample; 0 where it holds them anyway."""
+    is_sliced = ranks > 1 and config.trainer.sharding is not Sharding.none
+    return (sizes.parameters or 0) * BYTES[config.model.dtype] if is_sliced else 0
 
 
 @dataclass(frozen=True)

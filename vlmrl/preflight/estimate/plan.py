@@ -262,7 +262,7 @@ def _memory(
         )
         if trainer.engine and trainer.peak is not None:
             yield "", f"or + {size(trainer.engine)} of the engine while it samples: a peak of {size(trainer.peak)}"
-            yield from _engine_parts(config, machine, sizes, step, trainer.fixed)
+            yield from _engine_parts(config, machine, sizes, step, trainer.fixed, ranks)
         if trainer.on_host:
             yield "", f"and {size(trainer.on_host)} of the host's, where AdamW runs (trainer.cpu_offload)"
     if isinstance(config.inference, VllmConfig):
@@ -292,12 +292,12 @@ def _samples_on_gpu(config: RunConfig, machine: Machine, sizes: Sizes) -> bool:
 
 
 def _engine_parts(
-    config: RunConfig, machine: Machine, sizes: Sizes, step: StepTokens, fixed: int
+    config: RunConfig, machine: Machine, sizes: Sizes, step: StepTokens, fixed: int, ranks: int
 ) -> Iterator[tuple[str, str]]:
     """How the embedded engine samples a step on a GPU that is smaller than the peak. `fixed`: bytes of the trainer."""
     if sizes.text is None or not machine.gpus or config.model.device == "cpu":
         return
-    count = engine_parts(config, sizes.text, step, machine.gpus[0].memory - fixed)
+    count = engine_parts(config, sizes, step, machine.gpus[0].memory - fixed, ranks)
     if count != 1:
         how = f"in {count} parts, one after the other" if count else "not at all: take a smaller model or more GPUs"
         yield "", f"GPU {machine.gpus[0].index} has room for less, so a step's rollouts are sampled {how}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from vlmrl.config.run import BY_REWARD, Mode, RunConfig
-from vlmrl.config.trainer import Sharding
 from vlmrl.errors import ConfigError
 from vlmrl.preflight.site import Site
 
@@ -17,16 +16,6 @@ def ranks_work_together(config: RunConfig, site: Site) -> None:
         raise ConfigError(
             f"mode={config.mode.name} runs in one process, so {ranks} would all do the same work: start it without "
             "torchrun or srun"
-        )
-    evaluation = config.orchestrator.eval
-    only_evaluates = config.mode in (Mode.sft, Mode.dpo)
-    samples = not only_evaluates or evaluation.problems > 0 or bool(evaluation.sets)
-    if samples and config.inference.kind == "embedded" and config.trainer.sharding is not Sharding.none:
-        remedies = "orchestrator.eval.problems=0, " if only_evaluates else ""
-        raise ConfigError(
-            f"trainer.sharding={config.trainer.sharding.value} leaves each of {ranks} a slice of the weights, so "
-            "inference=embedded, which samples from rank 0's weights, would lack the rest: set trainer.sharding=none, "
-            f"{remedies}or inference=vllm"
         )
     if config.model.device not in ("auto", "cuda", "cpu"):
         raise ConfigError(

@@ -116,9 +116,8 @@ def use_spare_gpus(found: Measured) -> Advice | None:
 def train_on_spare_gpus(found: Measured) -> Advice | None:
     """Training bounds the step, and the machine has GPUs that nothing uses."""
     training, config = found.times.training, found.config
-    samples_here = not isinstance(config.inference, VllmConfig) and config.trainer.sharding is not Sharding.none
     bounds = not found.is_asynchronous or found.times.idle >= found.times.waiting
-    if not found.spare_gpus or samples_here or not bounds or not _stands_out(found, training):
+    if not found.spare_gpus or not bounds or not _stands_out(found, training):
         return None
     ranks = found.ranks + found.spare_gpus
     if config.orchestrator.groups_per_step * config.orchestrator.group_size < ranks:

@@ -18,7 +18,7 @@ from vlmrl.orchestrator.scoring import Scorer
 from vlmrl.orchestrator.stream import Drawn
 from vlmrl.orchestrator.task_threads import TaskThreads
 from vlmrl.rendering.renderer import Renderer
-from vlmrl.runs.build import make_model, make_policy, seed_process
+from vlmrl.runs.every_rank import make_model, make_policy, seed_process
 from vlmrl.runs.preview.seen import SeenProblem
 from vlmrl.runs.tools import make_toolbox
 from vlmrl.tasks.base import Task

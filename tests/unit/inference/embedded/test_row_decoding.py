@@ -88,6 +88,7 @@ def assert_same(
     """Both decoders give the same completions → those of the reference."""
     wanted, _ = play(policy, asked, turns, False, patch)
     found, engine = play(policy, asked, turns, True, patch)
+    assert isinstance(engine._generator, generator.Generator)
     assert isinstance(engine._generator._rows, RowDecoder)
     for theirs, ours in zip(wanted, found, strict=True):
         for (_, expected), (_, said) in zip(theirs, ours, strict=True):

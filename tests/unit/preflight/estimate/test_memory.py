@@ -154,20 +154,27 @@ def test_a_base_in_4_bits_is_counted_exactly(
 def test_the_cache_of_the_embedded_engine_on_a_gpu(run_config: Callable[..., RunConfig]) -> None:
     """64 groups of 16 on a 2B, with prompts of 1,043 tokens and answers of 512. By hand: 64 × 1,043 + 1,024 × 511 + 1
     slots of 2 × 28 layers × 8 heads × 128 numbers × 2 bytes, and two arrays of 1,024 × 151,936 logits, or passes of
-    24,576 tokens with 2 × 2,048 + 3 × 6,144 numbers each. A pool leaves 4 GB besides."""
+    24,576 tokens with 2 × 2,048 + 3 × 6,144 numbers each. A pool leaves 4 GB besides. Of 4 ranks each has a quarter,
+    and gathers the weights if it holds slices of them."""
     config = run_config("model=qwen3vl", "model/size=2b", "inference=embedded")
-    text = find_sizes(config.model).text
+    sizes = find_sizes(config.model)
+    text = sizes.text
     assert text is not None
     step = StepTokens(0, 0, prompts=64 * 1043, rollouts=64 * 1043 + 1024 * 512, sampled_at_a_time=1024)
     cache, working = 590_017 * 114_688, 4 * 10**9 + 2 * 4 * 1024 * 151_936
     logits, prefill = 2 * 4 * 1024 * 151_936, 24_576 * (2 * 2048 + 3 * 6144) * 2
-    assert logits > prefill
-    assert engine_bytes(config, text, step, on_gpu=True) == cache + logits
+    assert logits > prefill > logits / 4
+    gathered = 2 * (sizes.parameters or 0)
+    assert engine_bytes(config, sizes, step, 1, on_gpu=True) == cache + logits
     few = replace(step, rollouts=64 * 1043 + 64 * 512, sampled_at_a_time=64)
-    assert engine_bytes(config, text, few, on_gpu=True) == (64 * (1043 + 511) + 1) * 114_688 + prefill
-    assert engine_parts(config, text, step, round((cache + working) / 0.95) + 10**6) == 1
-    assert engine_parts(config, text, step, round((cache / 2 + working) / 0.95)) == 3, "just less than half of it"
-    assert engine_parts(config, text, step, 10**9) == 0, "less than the logits"
+    assert engine_bytes(config, sizes, few, 1, on_gpu=True) == (64 * (1043 + 511) + 1) * 114_688 + prefill
+    assert engine_parts(config, sizes, step, round((cache + working) / 0.95) + 10**6, 1) == 1
+    assert engine_parts(config, sizes, step, round((cache / 2 + working) / 0.95), 1) == 3, "just less than half of it"
+    assert engine_parts(config, sizes, step, 10**9, 1) == 0, "less than the logits"
+    assert engine_bytes(config, sizes, step, 4, on_gpu=True) - gathered == -(-590_017 // 4) * 114_688 + prefill
+    assert engine_parts(config, sizes, step, round((cache / 4 + working) / 0.95) + gathered, 4) == 1
+    alike = run_config("model=qwen3vl", "model/size=2b", "inference=embedded", "trainer.sharding=none")
+    assert engine_bytes(alike, sizes, step, 4, on_gpu=True) == -(-590_017 // 4) * 114_688 + prefill
 
 
 def test_the_cache_of_the_embedded_engine(run_config: Callable[..., RunConfig]) -> None:
@@ -175,7 +182,8 @@ def test_the_cache_of_the_embedded_engine(run_config: Callable[..., RunConfig]) 
     from vlmrl.inference.embedded.kv_cache import KVCache
 
     config = run_config("model=qwen3vl", "inference=embedded")
-    text = find_sizes(config.model).text
+    sizes = find_sizes(config.model)
+    text = sizes.text
     assert text is not None
     per_slot = 2 * text.layers * text.kv_heads * text.head_dim * 2
     for prompts, decoded, at_a_time in ((10_000, 9_000, 1), (1_000, 9_000, 1), (1_000, 9_000, 0)):
@@ -187,10 +195,10 @@ def test_the_cache_of_the_embedded_engine(run_config: Callable[..., RunConfig]) 
             grew = cache.pool.capacity != before
             most = max(most, cache.pool.capacity + (before if grew else 0))
         step = StepTokens(0, 0, prompts, prompts + decoded, at_a_time)
-        assert engine_bytes(config, text, step, on_gpu=False) == max(most, cache.pool.capacity) * per_slot + (
+        assert engine_bytes(config, sizes, step, 1, on_gpu=False) == max(most, cache.pool.capacity) * per_slot + (
             48 * at_a_time * text.vocabulary
         )
-    assert engine_bytes(run_config("inference=vllm"), text, step, on_gpu=True) == 0
+    assert engine_bytes(run_config("inference=vllm"), sizes, step, 1, on_gpu=True) == 0
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ CASES = (
     ),
     Case(
         "train_on_spare_gpus",
-        (*GPU, "trainer.sharding=none"),
+        GPU,
         change(spare_gpus=2),
         change(spare_gpus=0),
         (),
