@@ -133,6 +133,7 @@ class RunFollower(Follower):
     def make_learner(self, config: RunConfig, texts: tuple[str, ...], banned_token_ids: tuple[int, ...]) -> Learner:
         """The learner for the run `config`. A sweep calls this once per job; the log of the job before is closed."""
         self._log.close()
+        self._sampler = None  # it holds the model of the job before
         logs = RunDir(config.output_dir).logs
         logs.mkdir(parents=True, exist_ok=True)
         self._log.enter_context(MainLog(logs / f"rank_{self._rank_group.rank}.log"))
@@ -141,7 +142,6 @@ class RunFollower(Follower):
         folder = resolve_checkpoint(config.model, texts)
         model = make_model(config, folder, self._rank_group)
         policy = make_policy(config, model, banned_token_ids)
-        self._sampler = None
         if not isinstance(config.inference, VllmConfig):
             moves = config.trainer.sharding is not Sharding.none
             self._sampler = RankSampler(Generator(policy), weights_move=moves)
