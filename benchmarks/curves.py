@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
+LETTER = 7.0
+"""Pixels between two letters of a label, where there is room."""
 WIDTH, HEIGHT = 250, 150
 """Of a panel's axes, in pixels."""
 MARGIN = 34
@@ -55,6 +57,7 @@ def _panel(left: int, title: str, curves: Sequence[Curve], most: int, unit: str 
         dashes = ' stroke-dasharray="4 3"' if curve.is_control else ""
         line = " ".join(f"{left + s / most * WIDTH:.1f},{bottom - r * HEIGHT:.1f}" for s, r in curve.points)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="1.8"{dashes}/>')
-        x = left + number * WIDTH / max(4, len(curves))
+        before = sum(len(each.label) + 2 for each in curves[:number])
+        x = left + before * min(LETTER, WIDTH / sum(len(each.label) + 2 for each in curves))
         parts.append(f'<text x="{x:.1f}" y="{bottom + 34}" fill="{color}">{escape(curve.label)}</text>')
     return parts
