@@ -208,7 +208,7 @@ def dealt(groups: Sequence[int], ranks: int) -> list[int]:
     for rank in range(1, ranks):
         even = rank * total / ranks
         nearest = int(bounds[np.abs(bounds - even).argmin()])
-        cuts.append(nearest if abs(nearest - even) <= total / (4 * ranks) else round(even))
+        cuts.append(nearest if abs(nearest - even) <= total / (4 * ranks) else int(even + 0.5))
     ranks_of: list[int] = np.searchsorted(cuts, np.arange(total), side="right").tolist()
     return ranks_of
 
