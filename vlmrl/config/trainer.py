@@ -30,7 +30,8 @@ class Sharding(Enum):
     the micro-batches of a step it holds the compute weights and the summed gradients whole: weights are gathered and
     gradients summed over the ranks once per step, where `full` does both in every micro-batch."""
     none = "none"
-    """Each rank holds all weights: for a model that fits several times over."""
+    """Each rank holds all weights, their gradients and the whole optimizer state: for a model that is small beside the
+    GPU."""
 
 
 class Optimizer(Enum):

@@ -76,8 +76,7 @@ class Generator:
     def clear_cache(self) -> None:
         """Have the next batch start with empty caches."""
         self._model.clear()
-        if self._rows is not None:
-            self._rows.release()
+        self.forget_weights()
 
     def forget_weights(self) -> None:
         """Have no graph read the weights where they are now: they are about to move."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Protocol, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -184,15 +185,7 @@ class RankedGenerator:
 
 def siblings(requests: Sequence[Request]) -> list[int]:
     """How many neighbors have the same prompt, group by group."""
-    sizes: list[int] = []
-    before: object = None
-    for request in requests:
-        key = _prompt_key(request)
-        if key != before:
-            sizes.append(0)
-        sizes[-1] += 1
-        before = key
-    return sizes
+    return [len(list(group)) for _, group in groupby(requests, key=_prompt_key)]
 
 
 def dealt(groups: Sequence[int], ranks: int) -> list[int]:

@@ -78,10 +78,8 @@ class StepGraphs:
         try:
             try:
                 return self._recorded(step)
-            except (
-                torch.OutOfMemoryError
-            ):  # a capture does not take the memory that other passes have left in the cache
-                torch.cuda.empty_cache()
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()  # a capture does not take what other passes have left there
                 return self._recorded(step)
         except torch.OutOfMemoryError:
             raise

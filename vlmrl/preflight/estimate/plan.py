@@ -42,6 +42,9 @@ from vlmrl.tasks.base import Split, Task
 from vlmrl.tasks.loading import data_table_of, load_task
 from vlmrl.tasks.mixture import MixtureTask, keys_at
 
+MOST_CUT = 4096
+"""Samples of a step up to which its micro-batches are cut as by the trainer, in a tenth of a second."""
+
 
 def dry_run(config: RunConfig) -> str:
     """The plan of a config that passed `Stage.composed`.
@@ -233,13 +236,15 @@ def tokens_of_micro_batch(config: RunConfig, sizes: Sizes, episode: EpisodeEstim
 
 def largest_micro_batch(config: RunConfig, sizes: Sizes, episode: EpisodeEstimate) -> int:
     """Rows of the largest micro-batch of such a step, cut as the trainer cuts it. Less than
-    `trainer.micro_batch_tokens`, where whole groups do not fill it."""
+    `trainer.micro_batch_tokens`, where whole groups do not fill it; full for a step of more than `MOST_CUT` samples."""
     from vlmrl.trainer.cutting import cut  # needs NumPy
 
     o = config.orchestrator
     length = longest_episode(config, sizes, episode)
     if config.trainer.packing is Packing.none:
         return length
+    if o.groups_per_step * o.group_size * episode.conversations > MOST_CUT:
+        return min(step_tokens(config, sizes, episode)[0], config.trainer.micro_batch_tokens)
     prompt = (length - episode.turns * o.max_new_tokens) // episode.turns
     sibling = prompt if config.trainer.packing is Packing.tree else 0
     shared = [0, *[sibling] * (o.group_size - 1)] * o.groups_per_step

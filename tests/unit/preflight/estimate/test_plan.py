@@ -220,3 +220,12 @@ def test_the_largest_micro_batch_is_the_trainers(
 
     assert longest_episode(config, find_sizes(config.model), EPISODE) == 141
     assert largest_micro_batch(config, find_sizes(config.model), EPISODE) == max(map(rows, share.passes))
+
+
+def test_a_huge_step_is_not_cut(run_config: Callable[..., RunConfig]) -> None:
+    """Cutting it would take minutes and gigabytes, so its micro-batches count as full."""
+    config = run_config("orchestrator.groups_per_step=10000000", "trainer.micro_batch_tokens=5000")
+    assert largest_micro_batch(config, find_sizes(config.model), EPISODE) == 5000
+    fits = run_config("orchestrator.groups_per_step=200", "trainer.micro_batch_tokens=10000000")
+    rows, _ = step_tokens(fits, find_sizes(fits.model), EPISODE)
+    assert largest_micro_batch(fits, find_sizes(fits.model), EPISODE) == rows
