@@ -158,11 +158,6 @@ def _micro_batch(
         for index in equal
     ]
     loss_rows, entry, temperatures = _loss_rows(losses)
-    segments = []
-    for parent, start, end in tree.segments:
-        rows = np.arange(start, end)
-        ends = image_ends(mm_token_type_ids[start:end]) if rules.image_runs else None
-        segments.append(Segment(parent, slots=rows, rows=rows, image_ends=ends))
 
     def tensor(array: np.ndarray) -> Tensor:
         return to_device(array, device)
@@ -184,7 +179,7 @@ def _micro_batch(
         mm_token_type_ids=tensor(mm_token_type_ids),
         mm_items=mm_items,
         feature_rows=tensor(feature_rows),
-        plan=make_plan(kernel, segments, device, rules),
+        plan=make_plan(kernel, _segments(tree, mm_token_type_ids, rules), device, rules),
         loss_rows=tensor(loss_rows),
         temperatures=None if temperatures is None else tensor(temperatures),
         entry=tensor(entry),
@@ -201,6 +196,16 @@ def _micro_batch(
         supports=_packed_supports(losses, targets, device),
         sample_index=tensor(np.concatenate([np.full(len(loss.where), loss.index) for loss in losses])),
     )
+
+
+def _segments(tree: PrefixTree, mm_token_type_ids: np.ndarray, rules: AttentionRules) -> list[Segment]:
+    """The segments of `tree`, each with its own rows as keys."""
+    segments = []
+    for parent, start, end in tree.segments:
+        rows = np.arange(start, end)
+        ends = image_ends(mm_token_type_ids[start:end]) if rules.image_runs else None
+        segments.append(Segment(parent, slots=rows, rows=rows, image_ends=ends))
+    return segments
 
 
 def _reference_logprobs(sample: TrainingSample) -> FloatArray:
