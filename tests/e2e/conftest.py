@@ -22,9 +22,14 @@ def a_home(tmp_path_factory: pytest.TempPathFactory, name: str) -> Home:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
-    """Where the commands of a module run, so that no two modules give their runs one folder."""
-    return a_home(tmp_path_factory, "home")
+def home(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
+    """Where the commands of a module run, so that no two modules give their runs one folder. It stays only where a test
+    failed: all of them together take gigabytes."""
+    failed = request.session.testsfailed
+    made = a_home(tmp_path_factory, "home")
+    yield made
+    if request.session.testsfailed == failed:
+        shutil.rmtree(made.path, ignore_errors=True)  # a process that a test has killed may still write
 
 
 @pytest.fixture(scope="session")
