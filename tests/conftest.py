@@ -11,12 +11,10 @@ from typing import Any
 
 import hypothesis
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
+from support.composing import compose_as_hydra
 from vlmrl.cli.recipe import with_recipe
-from vlmrl.cli.schemas import register_schemas
-from vlmrl.config.conf_folder import CONF
 from vlmrl.config.parse import parse
 from vlmrl.config.run import RunConfig
 from vlmrl.models import broken_wheels
@@ -55,9 +53,7 @@ def composed() -> Callable[..., DictConfig]:
     """`composed("model=qwen3vl", "seed=1")`: the config that the command line composes, with `output_dir`."""
 
     def compose_config(*overrides: str) -> DictConfig:
-        register_schemas()
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = compose("config", with_recipe(list(overrides)))
+        config = compose_as_hydra(*with_recipe(list(overrides)))
         config.output_dir = "outputs/test"
         return config
 

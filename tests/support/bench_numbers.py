@@ -6,11 +6,8 @@ import dataclasses
 from functools import cache
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-
+from support.composing import compose_as_hydra
 from vlmrl.cli.recipe import with_recipe
-from vlmrl.cli.schemas import register_schemas
-from vlmrl.config.conf_folder import CONF
 from vlmrl.config.parse import parse
 from vlmrl.config.run import RunConfig
 from vlmrl.preflight.estimate.memory import TrainerMemory
@@ -24,9 +21,7 @@ GIB = 1 << 30
 @cache
 def config_of(*overrides: str) -> RunConfig:
     """The config of a run, typed and not checked; not to be changed."""
-    register_schemas()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return parse(compose("config", with_recipe(["output_dir=outputs/test", *overrides])))
+    return parse(compose_as_hydra(*with_recipe(["output_dir=outputs/test", *overrides])))
 
 
 def times(kinds: dict[str, float] | None = None, **changed: float) -> Times:

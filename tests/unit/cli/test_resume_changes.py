@@ -16,6 +16,7 @@ import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from support.composing import compose_as_hydra
 from vlmrl.cli.arguments import quoted, rewrite
 from vlmrl.cli.explain import every_key, text_of
 from vlmrl.cli.past_runs import replayed, resumed
@@ -183,19 +184,11 @@ WORDS = ("mode", "resume", "run", "runs", "step", "rollout", "output_dir")
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The folders of `RUNS`, with config.yaml and nothing else."""
-    from hydra import compose, initialize_config_dir
-
-    from vlmrl.cli.schemas import register_schemas
-    from vlmrl.config.conf_folder import CONF
-
-    register_schemas()
     found = {}
     for name, overrides in RUNS.items():
         run_dir = RunDir(tmp_path_factory.mktemp(name) / "run")
         run_dir.create()
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = compose("config", [f"output_dir={run_dir.path}", *overrides])
-        run_dir.write_config(parse(config))
+        run_dir.write_config(parse(compose_as_hydra(f"output_dir={run_dir.path}", *overrides)))
         found[name] = run_dir.path
     return found
 

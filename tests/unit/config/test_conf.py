@@ -10,13 +10,11 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-from hydra import compose, initialize_config_dir
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
-from vlmrl.cli.schemas import register_schemas
+from support.composing import compose_as_hydra
 from vlmrl.config.algorithm import Advantage, Credit, FilterMode, Loss
-from vlmrl.config.conf_folder import CONF
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.keys import did_you_mean, known_keys
 from vlmrl.config.model import Dtype
@@ -232,9 +230,7 @@ def test_a_text_comes_back_from_config_yaml(text: str, texts: list[str]) -> None
 
 @functools.cache
 def default_imported_config() -> RunConfig:
-    register_schemas()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return parse(compose("config", ["task=imported", "task.target=a:B", "output_dir=/outputs/test"]))
+    return parse(compose_as_hydra("task=imported", "task.target=a:B", "output_dir=/outputs/test"))
 
 
 def example_config() -> RunConfig:
@@ -255,8 +251,8 @@ def test_a_reference_in_a_config_yaml_is_text(tmp_path: Path, monkeypatch: pytes
 
 
 def test_escaped_on_the_command_line(composed: Callable[..., DictConfig], tmp_path: Path) -> None:
-    config = parse(composed("task=imported", "task.target=a:B", r"++task.args.template='\${name} is'"))
+    config = parse(compose_as_hydra("task=imported", "task.target=a:B", r"++task.args.template='\${name} is'"))
     assert isinstance(config.task, ImportedTaskConfig)
     assert config.task.args == {"template": "${name} is"}
     with pytest.raises(ConfigError, match=r"task.args.x: Interpolation key 'name' not found, .* or write \\\$\{"):
-        parse(composed("task=imported", "task.target=a:B", "++task.args.x='${name} is'"))
+        parse(compose_as_hydra("task=imported", "task.target=a:B", "++task.args.x='${name} is'"))

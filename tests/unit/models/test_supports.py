@@ -105,7 +105,7 @@ def test_values_and_gradients_are_those_of_all_logits_masked_to_the_support(
     for mine, theirs in zip(found, wanted, strict=True):
         assert mine.grad is not None
         assert theirs.grad is not None
-        assert float((mine.grad - theirs.grad).norm()) <= 1e-6 * max(1.0, float(theirs.grad.norm()))
+        assert float((mine.grad - theirs.grad).norm()) <= 1e-5 * max(1.0, float(theirs.grad.norm()))
 
 
 def neighbour(supports: Supports, targets: Any) -> Supports:

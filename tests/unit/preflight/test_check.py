@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
+from support.composing import compose_as_hydra
 from support.configs import checked
 from support.refused_configs import MIXTURE, REFUSED
 from vlmrl.cli.recipe import RECIPE
@@ -140,11 +140,8 @@ def test_not_refused(overrides: tuple[str, ...], run_config: Callable[..., RunCo
 @pytest.fixture(scope="module")
 def default() -> dict[str, RunConfig]:
     """The default run of each engine; not to be changed."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return {
-            engine: checked(compose("config", [RECIPE, "output_dir=outputs/test", f"inference={engine}"]))
-            for engine in ("embedded", "vllm")
-        }
+    engines = ("embedded", "vllm")
+    return {name: checked(compose_as_hydra(RECIPE, "output_dir=outputs/test", f"inference={name}")) for name in engines}
 
 
 def with_key(config: RunConfig, key: str) -> str:

@@ -8,14 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from support.composing import compose_as_hydra
 from support.refused_configs import PROGRAM, REFUSED
 from vlmrl.cli.recipe import with_recipe
-from vlmrl.cli.schemas import register_schemas
-from vlmrl.config.conf_folder import CONF, PACKAGE
+from vlmrl.config.conf_folder import PACKAGE
 from vlmrl.config.keys import known_keys
 from vlmrl.config.parse import parse
 from vlmrl.config.run import RunConfig
@@ -32,10 +31,8 @@ REMEDY = re.compile(
 
 def composed_config(*overrides: str) -> RunConfig | None:
     """The typed config; None where composing or typing it fails, which no rule does."""
-    register_schemas()
     try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return parse(compose("config", with_recipe(["output_dir=outputs/test", *overrides])))
+        return parse(compose_as_hydra(*with_recipe(["output_dir=outputs/test", *overrides])))
     except (HydraException, OmegaConfBaseException, ConfigError):
         return None
 
