@@ -94,7 +94,7 @@ def messages(resumed_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
         env={**os.environ, "PYTHONPATH": str(PACKAGE.parent), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,  # a hundred and fifty starts; it waits for none of them
         check=True,
     )
     found: dict[tuple[str, ...], dict[str, str]] = {}
