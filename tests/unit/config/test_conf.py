@@ -207,7 +207,6 @@ def test_nothing_is_suggested_where_nothing_is_close() -> None:
 # ── texts with ${…} in config.yaml ──────────────────────────────────────────────────────────────────────────
 
 
-@hypothesis.settings(max_examples=40)
 @hypothesis.given(
     st.text(st.sampled_from("\\${}a:. '\"#")) | st.text(),
     st.lists(st.text(st.sampled_from("\\${}a"))),

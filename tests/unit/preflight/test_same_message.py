@@ -15,8 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from support.composing import compose_as_hydra
 from vlmrl.cli.arguments import groups
+from vlmrl.cli.recipe import RECIPE
 from vlmrl.config.conf_folder import PACKAGE
+from vlmrl.config.parse import parse
 from vlmrl.record.run_dir import RunDir
 
 BENCHMARK = runpy.run_path(str(PACKAGE.parent / "benchmarks/wrong_configs.py"))
@@ -59,18 +62,9 @@ def message_of(way: str, code: int, out: str, err: str) -> str:
 @pytest.fixture(scope="module")
 def resumed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a default run that can be resumed."""
-    from hydra import compose, initialize_config_dir
-
-    from vlmrl.cli.recipe import RECIPE
-    from vlmrl.cli.schemas import register_schemas
-    from vlmrl.config.conf_folder import CONF
-    from vlmrl.config.parse import parse
-
     run_dir = RunDir(tmp_path_factory.mktemp("resumed") / "run")
     run_dir.create()
-    register_schemas()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        run_dir.write_config(parse(compose("config", [f"output_dir={run_dir.path}", RECIPE])))
+    run_dir.write_config(parse(compose_as_hydra(f"output_dir={run_dir.path}", RECIPE)))
     return run_dir.path
 
 
