@@ -29,8 +29,8 @@ SIZES = ("image_grid_thw", "video_grid_thw")
 
 _FRAMES: ByteLRU[tuple[object, ...], dict[str, np.ndarray]] = ByteLRU(64 << 20)
 """What is derived of a frame, by its size and the tower's settings: most images have few sizes. Derived for all patches
-of a step at once, it would be work for several threads, which on a busy host wait for one another: at times 0.4 s instead
-of 0.02 for sixteen images of a megapixel."""
+of a step at once, it would be work for several threads, which wait for one another on a busy host: at times 0.4 s
+instead of 0.02 for sixteen images of a megapixel."""
 
 
 def tower_arguments(tower: Any, sizes: Mapping[str, Tensor], device: torch.device) -> dict[str, Any]:
