@@ -21,6 +21,7 @@ import hydra
 
 import vlmrl
 from vlmrl.cli.arguments import rewrite, with_quoted_words
+from vlmrl.cli.compose_once import compose_once
 from vlmrl.cli.exit_codes import JobError, report
 from vlmrl.cli.hydra_errors import composing
 from vlmrl.cli.hydra_job import CheckFirst, job
@@ -134,6 +135,7 @@ def explain(arguments: list[str]) -> None:
 def compose_and_start(arguments: list[str]) -> None:
     """Hand the command line to Hydra. Raises ConfigError where it does not compose."""
     register_schemas()
+    compose_once()
     arguments = with_quoted_words(arguments)
     sys.argv = ["vlmrl", *arguments]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import re
 import typing
 from collections.abc import Callable, Iterator
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
@@ -95,8 +96,7 @@ def typed(tree: DictConfig) -> DictConfig:
     """
     tree = _upgraded(tree)
     try:
-        config = _with_kinds(RunConfig, tree, "")
-        merged = OmegaConf.merge(config, tree)
+        merged = OmegaConf.merge(_defaults(_kinds(RunConfig, tree, "")), tree)
     except OmegaConfBaseException as error:
         raise ConfigError(
             f"config.yaml does not fit the schema ({summary(error)}), so this version of vlmrl did not write it: "
@@ -107,32 +107,52 @@ def typed(tree: DictConfig) -> DictConfig:
     return merged
 
 
-def _with_kinds(schema: type, tree: DictConfig, prefix: str) -> DictConfig:
-    """The schema with its own values, in which each group and each entry of a dictionary that `tree` has is the schema
-    that its `kind` there names."""
-    config = OmegaConf.structured(schema)
-    assert isinstance(config, DictConfig)
+class _Kinds(NamedTuple):
+    """Which schema a group of a tree has, and which ones the groups and the entries of dictionaries in it."""
+
+    schema: type
+    below: tuple[tuple[str, str | None, _Kinds], ...]
+    """Field, name of its entry (None: the field is a group itself), and what it has."""
+
+
+def _kinds(schema: type, tree: DictConfig, prefix: str) -> _Kinds:
+    """The schemas that each `kind` in the tree names. Raises ConfigError for one that there is not."""
+    below: list[tuple[str, str | None, _Kinds]] = []
     for field in fields_of(schema):
-        below = tree.get(field.name)
-        if field.schema is None or not OmegaConf.is_dict(below):
+        group = tree.get(field.name)
+        if field.schema is None or not OmegaConf.is_dict(group):
             continue
         if not field.by_name:
-            config[field.name] = _of_kind(field.schema, below, prefix + field.name)
+            below.append((field.name, None, _of_kind(field.schema, group, prefix + field.name)))
             continue
-        for name, entry in below.items():
+        for name, entry in group.items():
             if OmegaConf.is_dict(entry):
-                config[field.name][name] = _of_kind(field.schema, entry, f"{prefix}{field.name}.{name}")
-    return config
+                below.append((field.name, name, _of_kind(field.schema, entry, f"{prefix}{field.name}.{name}")))
+    return _Kinds(schema, tuple(below))
 
 
-def _of_kind(base: type, tree: DictConfig, key: str) -> DictConfig:
+def _of_kind(base: type, tree: DictConfig, key: str) -> _Kinds:
     schemas, kind = schemas_of(base), tree.get("kind")
     if schemas and kind is not None and kind not in schemas:
         raise ConfigError(
             f"config.yaml has {key}.kind={kind}, and this version of vlmrl knows only {', '.join(schemas)}: "
             "continue the run with the version that its `environment` names."
         )
-    return _with_kinds(schemas.get(kind, base), tree, f"{key}.")
+    return _kinds(schemas.get(kind, base), tree, f"{key}.")
+
+
+@functools.lru_cache(maxsize=64)
+def _defaults(kinds: _Kinds) -> DictConfig:
+    """The schemas with their own values, not to be changed. It takes five times as long as to read the file, and runs
+    that are compared have mostly the same kinds."""
+    config = OmegaConf.structured(kinds.schema)
+    assert isinstance(config, DictConfig)
+    for field, name, found in kinds.below:
+        if name is None:
+            config[field] = _defaults(found)
+        else:
+            config[field][name] = _defaults(found)
+    return config
 
 
 def tree_of(config: RunConfig) -> dict[str, Any]:
