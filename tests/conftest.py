@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,6 +37,14 @@ for number, handler in (
 # it does; `pytest --hypothesis-profile=default` looks for new ones.
 hypothesis.settings.register_profile("vlmrl", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("vlmrl")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One process per processor; none beside this one where all arguments are single files, which a new process would
+    only make slower."""
+    named = config.option.file_or_dir
+    return 0 if named and all(".py" in each for each in named) else len(os.sched_getaffinity(0))
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,5 @@
-"""Every script of benchmarks/ is rehearsed at a small size: `pytest -m benchmark`, which .ci/run calls.
+"""Every script of benchmarks/ is rehearsed at a small size: `pytest -m "benchmark and not release"`, which .ci/run
+calls, and `pytest -m benchmark` before a release.
 
 The numbers of a rehearsal mean nothing. It shows that the script still runs and prints its table.
 """
@@ -105,6 +106,13 @@ REHEARSALS = {
 """Script → arguments; TINY is the folder of a tiny checkpoint, RUN that of a finished run, VERIFIERS the Python of an
 environment with verifiers."""
 
+QUICK = {
+    *("checkpoints.py", "embedded_gpu.py", "endpoint.py", "env_workers.py", "families_gpu.py", "fsdp_scaling.py"),
+    *("memory_4bit.py", "recompiles.py", "recorder.py", "references.py", "rollout_bytes.py", "shared_prefix.py"),
+    *("train_throughput.py", "weight_sync.py", "whole_step.py", "wrong_configs.py"),
+}
+"""Scripts that are rehearsed for each change; the others start many commands or servers, and are for a release."""
+
 NEEDS = {
     "clip_direction.py": "torchvision",
     "memory_4bit.py": "bitsandbytes",
@@ -118,15 +126,23 @@ NEEDS = {
 
 
 @pytest.mark.benchmark
-@pytest.mark.parametrize("script", sorted(REHEARSALS))
-def test_a_benchmark_runs_at_a_small_size(script: str, tiny_folder: Path, never_stopped: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.release]) for name in sorted(REHEARSALS)],
+)
+def test_a_benchmark_runs_at_a_small_size(
+    script: str, tiny_folder: Path, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     needed = NEEDS.get(script)
     if needed is not None and find_spec(needed) is None:
         pytest.skip(f"{needed} is not installed")
     if script == "verifiers_tools.py" and PYTHON is None:
         pytest.skip("VLMRL_VERIFIERS_PYTHON does not name the Python of an environment with verifiers")
-    places = {"TINY": str(tiny_folder), "RUN": str(never_stopped), "VERIFIERS": str(PYTHON)}
-    arguments = [places.get(word, word) for word in REHEARSALS[script].split()]
+    arguments = REHEARSALS[script].split()
+    places = {"TINY": str(tiny_folder), "VERIFIERS": str(PYTHON)}
+    if "RUN" in arguments:
+        places["RUN"] = str(request.getfixturevalue("never_stopped"))
+    arguments = [places.get(word, word) for word in arguments]
     ranks = ("-m", "torch.distributed.run", "--nproc-per-node=2") if script == "fsdp_scaling.py" else ()
     environment = os.environ | {
         "PYTHONPATH": str(REPOSITORY),
@@ -142,6 +158,7 @@ def test_a_benchmark_runs_at_a_small_size(script: str, tiny_folder: Path, never_
 def test_every_script_is_rehearsed_and_has_its_page() -> None:
     scripts = {path.name for path in BENCHMARKS.glob("*.py")}
     assert scripts == {*REHEARSALS, *HELPERS}
+    assert REHEARSALS.keys() >= QUICK
     index = (BENCHMARKS / "README.md").read_text()
     for script in REHEARSALS:
         page = script.replace(".py", ".md")

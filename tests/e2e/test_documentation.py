@@ -16,7 +16,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from support.command_line import REPOSITORY, SHORT, Home
+from support.command_line import REPOSITORY, Home
 from support.families import build
 from support.layout_fixtures import LAYOUTS
 from vlmrl.config.keys import known_keys
@@ -26,7 +26,13 @@ from vlmrl.types import StopReason
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 TEMPLATE = REPOSITORY / "vlmrl/cli/template/my_task.py"
 
-LESS = " ".join(SHORT)
+LESS = (
+    "trainer.warmup.steps=1 trainer.warmup.batch_size=2 trainer.max_steps=1 orchestrator.groups_per_step=2 "
+    "orchestrator.group_size=2 orchestrator.max_new_tokens=8 orchestrator.eval.problems=2 orchestrator.eval.every=1 "
+    "monitor.wandb.mode=disabled monitor.report=false"
+)
+"""In place of the length of a run."""
+
 TINY = "model=qwen3vl_tiny trainer=default"
 """In place of a model that would be downloaded or needs a GPU."""
 

@@ -184,7 +184,7 @@ def test_a_run_survives_its_servers_and_leaves_nothing(
     assert max(line["staleness/max"] for line in lines.values()) == 1
 
 
-@pytest.mark.parametrize("correction", ["none", "truncated"])
+@pytest.mark.parametrize("correction", ["truncated", pytest.param("none", marks=pytest.mark.release)])
 def test_what_is_done_about_stale_tokens_is_seen_in_the_metrics(home: Home, correction: str) -> None:
     run = home.path / f"outputs/stale_{correction}"
     ended = home.vlmrl(
@@ -216,7 +216,7 @@ def test_what_is_done_about_stale_tokens_is_seen_in_the_metrics(home: Home, corr
         assert min(line["importance/ess"] for line in stale) < 1.0
 
 
-@pytest.mark.benchmark  # unit/inference/vllm/test_families.py has the same server, with direct requests
+@pytest.mark.release  # unit/inference/vllm/test_families.py has the same server, with direct requests
 def test_a_run_with_videos(home: Home) -> None:
     """Two videos, and in every second problem an image beside the first: each goes over the wire once, for a group of
     siblings with two turns, and is the trainer's."""
@@ -240,6 +240,7 @@ def test_a_run_with_videos(home: Home) -> None:
     assert all(line["wire/bytes_saved"] > line["wire/bytes_sent"] for line in lines)
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("staleness", [0, 2])
 @pytest.mark.timeout(1800)
 def test_the_task_is_learned(home: Home, request: pytest.FixtureRequest, staleness: int) -> None:

@@ -203,8 +203,10 @@ def having(folders: dict[str, Path]) -> Having:
         any_name = re.compile(re.escape(pattern).replace(r"\*", "[^.]+"))
         for folder, config in configs.items():
             for key in documented[folder]:
+                if any_name.fullmatch(key) is None:
+                    continue
                 parent = OmegaConf.select(config, key.rpartition(".")[0]) if "." in key else config
-                if any_name.fullmatch(key) and isinstance(parent, DictConfig):
+                if isinstance(parent, DictConfig):
                     value = parent[key.rpartition(".")[2]]
                     value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
                     return folder, key, documented[folder][key], value

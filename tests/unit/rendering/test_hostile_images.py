@@ -64,7 +64,7 @@ def test_no_mutated_image_escapes_the_fence() -> None:
     fuzz(2000, seed=0)
 
 
-@pytest.mark.benchmark
+@pytest.mark.release
 @pytest.mark.parametrize("seed", range(1, 5))
 def test_no_mutated_image_escapes_the_fence_long(seed: int) -> None:
     fuzz(15_000, seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,12 @@ from vlmrl.trainer.training_state import load_weights
 EXACT = [
     name for name, case in CASES.items() if not ("float16" in name or "bits" in name or case.lora or case.text_first)
 ]
+BY_FOUR = (
+    *("whole", "one by one", "frozen", "tower alone, last pass of text", "referred", "text", "replicated"),
+    *("kept whole", "kept whole one by one", "kept whole, last pass of text", "critic, kept whole", "epochs"),
+)
+"""Cases of four ranks, which differ from two in how a batch is divided and in nothing else."""
+SIZES = [(2, case) for case in EXACT] + [(4, case) for case in BY_FOUR]
 TEXT_FIRST = ("text first", "text first, replicated", "text first, kept whole")
 
 Found = dict[str, NDArray[np.float64]]
@@ -62,35 +69,48 @@ def assert_same(found: Found, wanted: Found, tolerance: float) -> None:
             assert error <= tolerance, f"{key} is off by {error} of {scale}"
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def ranks(
-    request: pytest.FixtureRequest, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Found]:
-    return by_ranks(request.param, tiny_folder, tmp_path_factory.mktemp("ranks"), *EXACT)
+@pytest.fixture(scope="module")
+def ranks(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str, Found]]:
+    """`ranks(2)`: what two ranks find, per case."""
+
+    @cache
+    def find(size: int) -> dict[str, Found]:
+        cases = [case for each, case in SIZES if each == size]
+        return by_ranks(size, tiny_folder, tmp_path_factory.mktemp("ranks"), *cases)
+
+    return find
 
 
-@pytest.mark.parametrize("case", EXACT)
-def test_ranks_learn_what_one_process_learns(case: str, ranks: dict[str, Found], alone: Callable[[str], Found]) -> None:
+@pytest.mark.parametrize(("size", "case"), SIZES)
+def test_ranks_learn_what_one_process_learns(
+    size: int, case: str, ranks: Callable[[int], dict[str, Found]], alone: Callable[[str], Found]
+) -> None:
     """Some micro-batches of some ranks are fillers, and some have no image."""
-    wanted = alone(case)
-    assert_same(ranks[case], wanted, tolerance=1e-5)
-    assert ranks[case]["2/micro_batches"] >= wanted["2/micro_batches"]
+    found, wanted = ranks(size)[case], alone(case)
+    assert_same(found, wanted, tolerance=1e-5)
+    assert found["2/micro_batches"] >= wanted["2/micro_batches"]
     assert CASES[case].target_kl is None or 1 < wanted["2/optimizer_steps"] < 4, "it ends too early, or not at all"
 
 
 @pytest.mark.parametrize(
-    "case",
-    [n for n in EXACT if CASES[n].sharding is Sharding.optimizer and CASES[n].epochs == 1 and not CASES[n].critic],
+    ("size", "case"),
+    [
+        (size, name)
+        for size, name in SIZES
+        if CASES[name].sharding is Sharding.optimizer and CASES[name].epochs == 1 and not CASES[name].critic
+    ],
 )
-def test_what_is_kept_whole_is_gathered_once_a_step_and_reduced_once(case: str, ranks: dict[str, Found]) -> None:
-    found = ranks[case]
+def test_what_is_kept_whole_is_gathered_once_a_step_and_reduced_once(
+    size: int, case: str, ranks: Callable[[int], dict[str, Found]]
+) -> None:
+    found = ranks(size)[case]
     for step in (1, 2):
         gathered, reduced = found[f"{step}/collectives"]
         assert 0 < gathered <= found["units"]
         assert 0 < reduced <= gathered, "gradients of frozen weights are not reduced"
     if case in ("kept whole", "kept whole one by one", "kept whole, last pass of text"):
         assert gathered == reduced == found["units"]
-    assert min(ranks["one by one"]["2/collectives"]) > 2 * found["units"], (
+    assert min(ranks(size)["one by one"]["2/collectives"]) > 2 * found["units"], (
         "with sharding=full each micro-batch gathers and reduces"
     )
 

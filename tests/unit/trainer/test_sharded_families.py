@@ -2,7 +2,7 @@
 
 One pair of processes goes over several cases, since starting it costs more than a case. One family of each kind is
 tested always: windows and a tied embedding, a vision tower that runs once per size, tiles, recurrent layers with
-experts, text only. The others are slow.
+experts, text only. The others are for a release.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from support.families.sharded import batch, step, trainer_of
 from support.ranks import ended, start
 
 ALWAYS = ["full=gemma3", "full=mistral3", "full=qwen3", "full=qwen3_5_moe", "frozen=smolvlm", "kept=mistral3"]
-SLOW = [f"full={name}" for name in LEARNING if f"full={name}" not in ALWAYS]
-SLOW += [f"frozen={name}" for name in ("gemma4", "mistral3", "qwen2_5_vl")]
-SLOW += [f"kept={name}" for name in ("gemma3", "llava_onevision", "qwen3", "qwen3_5_moe")]
+MORE = [f"full={name}" for name in LEARNING if f"full={name}" not in ALWAYS]
+MORE += [f"frozen={name}" for name in ("gemma4", "mistral3", "qwen2_5_vl")]
+MORE += [f"kept={name}" for name in ("gemma3", "llava_onevision", "qwen3", "qwen3_5_moe")]
 ADAPTED = [f"adapted={name}" for name in ("gemma4", "glm4v", "qwen3_5", "qwen3_vl_moe")]
 
 AT_ONCE = 8
@@ -51,19 +51,19 @@ def by_two(family_folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> C
         return {case: dict(np.load(out / f"{case.replace('=', ' ', 1)}.npz")) for case in cases}
 
     def found(case: str) -> Found:
-        cases = next(cases for cases in (ALWAYS, SLOW, ADAPTED) if case in cases)
+        cases = next(cases for cases in (ALWAYS, MORE, ADAPTED) if case in cases)
         first = cases.index(case) // AT_ONCE * AT_ONCE
         return find(tuple(cases[first : first + AT_ONCE]))[case]
 
     return found
 
 
-@pytest.mark.parametrize("case", [*ALWAYS, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)])
+@pytest.mark.parametrize("case", [*ALWAYS, *(pytest.param(case, marks=pytest.mark.release) for case in MORE)])
 def test_ranks_learn_what_one_process_learns(case: str, by_two: Callable[[str], Found], family_folder: Folder) -> None:
     assert_same(case, by_two, family_folder)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("case", ADAPTED)
 def test_ranks_learn_adapters(case: str, by_two: Callable[[str], Found], family_folder: Folder) -> None:
     pytest.importorskip("peft")

@@ -45,7 +45,7 @@ IN_BFLOAT16 = ["qwen3_5", "qwen3_5_moe"]
 QWENS = ["qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", *IN_BFLOAT16]
 AS_TENSORS = [*QWENS, "glm4v", "llava", "llava_next", "llava_onevision"]
 AS_PICTURES = ["idefics3", "smolvlm", "internvl", "mistral3", "pixtral", "gemma4"]
-IN_CI = {"llava_next", "idefics3", "qwen3_vl_moe", "qwen3_5_moe"}
+ALWAYS = {"llava_next", "idefics3", "qwen3_5_moe"}
 
 IN_FLOAT32 = 1e-4
 """Largest |difference| from transformers' logprobs in float32."""
@@ -58,7 +58,7 @@ LOST = 1e-2
 
 
 def families() -> list[Any]:
-    marks = {name: [] if name in IN_CI else [pytest.mark.benchmark] for name in AS_TENSORS + AS_PICTURES}
+    marks = {name: [] if name in ALWAYS else [pytest.mark.release] for name in AS_TENSORS + AS_PICTURES}
     return [pytest.param(name, marks=marks[name]) for name in AS_TENSORS + AS_PICTURES]
 
 
@@ -152,7 +152,7 @@ async def computes_videos(engine: VllmEngine, model: Any, name: str, folder: Pat
     client.has_route = True
 
 
-@pytest.mark.parametrize("name", ["mistral3", pytest.param("idefics3", marks=pytest.mark.benchmark)])
+@pytest.mark.parametrize("name", ["mistral3", pytest.param("idefics3", marks=pytest.mark.release)])
 def test_a_server_with_vllms_own_endpoint_alone_computes_what_transformers_does(
     name: str, family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
