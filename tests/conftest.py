@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
+# Threads of one operation wait for each other in a loop, so beside other processes they are slower than one thread.
+# OpenMP reads the variable when torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import copy
 import logging
-import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -7,7 +7,7 @@ groups; the values of single keys are put into a copy, by the function of Hydra 
 from __future__ import annotations
 
 import copy
-from functools import cache, lru_cache
+from functools import lru_cache
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -19,8 +19,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vlmrl.cli.schemas import register_schemas
 from vlmrl.config.conf_folder import CONF
-
-register_once = cache(register_schemas)
 
 
 def compose_as_hydra(*overrides: str) -> DictConfig:
@@ -45,6 +43,6 @@ def chooses(override: Override) -> bool:
 @lru_cache(maxsize=256)
 def compose_groups(overrides: tuple[str, ...]) -> DictConfig:
     """`compose("config", overrides)`; not to be changed."""
-    register_once()
+    register_schemas()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("config", list(overrides))

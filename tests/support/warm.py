@@ -6,7 +6,8 @@ Importing torch, transformers and Qwen3-VL takes four seconds of processor time,
 process has them already and is otherwise a process like any other: its own pid, environment, folder, signals and exit.
 
 A request is one JSON object and two file descriptors (standard output and standard error); the answer is the pid. When
-a process has ended, its pid and exit code follow. The server only imports; it starts no thread, so forking is safe.
+a process has ended, its pid and exit code follow. The server only imports and composes a config, which fills what Hydra
+and its parser keep in a process; it starts no thread, so forking is safe.
 """
 
 from __future__ import annotations
@@ -99,6 +100,9 @@ def main() -> None:
     for name in IMPORTED:
         importlib.import_module(name)
     del sys.modules["sklearn"]
+    from support.composing import compose_groups
+
+    compose_groups(())
     assert len(os.listdir("/proc/self/task")) == 1, "a library started a thread while it was imported"
     # What is imported lives until the end. The collector need not visit it in every process, least of all when the
     # interpreter ends, where that takes a second.

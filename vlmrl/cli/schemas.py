@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -11,9 +12,10 @@ from vlmrl.config.eval_set import EvalSet
 from vlmrl.config.run import SCHEMAS, RunConfig
 
 
+@functools.cache
 def register_schemas() -> None:
     """Put the schemas where the defaults lists of conf/ find them, `schema/run`, `schema/task/color_codeword`, …; not
-    among the groups' own files, so that they are no options."""
+    among the groups' own files, so that they are no options. A process does it once."""
     read_conf_files()
     share_store()
     store = ConfigStore.instance()

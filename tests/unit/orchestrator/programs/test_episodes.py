@@ -13,7 +13,6 @@ from support.verifiers_here import ENVS, config_of, needs_verifiers, play
 from vlmrl.errors import ConfigError
 from vlmrl.tasks.base import NotInSplit
 from vlmrl.tasks.loading import load_task
-from vlmrl.tasks.programs.verifiers import VerifiersTask
 from vlmrl.types import Rollout, StopReason
 
 pytestmark = [needs_verifiers, pytest.mark.slow]
@@ -46,6 +45,7 @@ def test_turns_rewards_and_metrics_are_those_of_the_environment() -> None:
     assert children() == []
 
 
+@pytest.mark.release
 def test_what_is_not_trainable_is_left_out_and_a_weight_counts() -> None:
     (rollout,) = play(config_of("vf_debate"), 1)
     assert len(rollout.turns) == 1, "the judge has asked too"
@@ -68,6 +68,7 @@ def test_a_tool_that_returns_a_picture_extends_the_conversation() -> None:
     assert [int(image.pixels[0, 0, 0]) for image in second.prompt.images] == [200, 70]
 
 
+@pytest.mark.release
 def test_one_tool_server_gives_pictures_to_all_episodes() -> None:
     """A card is drawn at each call, and the reward is for the letter of the card that the episode was shown."""
 
@@ -87,6 +88,7 @@ def test_one_tool_server_gives_pictures_to_all_episodes() -> None:
     assert 0 < sum(reds) < len(reds)
 
 
+@pytest.mark.release
 def test_an_episodes_http_clients_end_with_it() -> None:
     """Else each would hold a megabyte until the run ends."""
     args = {"taskset": {"counts": True}}
@@ -97,8 +99,6 @@ def test_an_episodes_http_clients_end_with_it() -> None:
 
 def test_an_episode_that_fails_costs_its_rollout() -> None:
     """The harness of one task raises."""
-    task = load_task(config_of("vf_squares"), seed=0)
-    assert isinstance(task, VerifiersTask)
     rollouts = play(config_of("vf_squares", args={"taskset": {"raises": None}}), 3)
     position = int(rollouts[1].problem_id.split()[1])
     rollouts = play(config_of("vf_squares", args={"taskset": {"raises": position}}), 3)
@@ -108,6 +108,7 @@ def test_an_episode_that_fails_costs_its_rollout() -> None:
     assert len(rollouts[1].turns) == 1
 
 
+@pytest.mark.release
 def test_a_budget_that_is_used_up_is_no_fault() -> None:
     rollouts = play(config_of("vf_squares"), 1, max_turns=1)
     assert reasons(rollouts) == ["max_turns"]
@@ -130,6 +131,7 @@ def test_an_environment_that_cannot_be_loaded_is_refused(env: str, args: dict[st
         load_task(config_of(env, args=args), seed=0)
 
 
+@pytest.mark.release
 def test_the_splits_share_no_task() -> None:
     task = load_task(config_of("vf_squares"), seed=0)
     assert task.num_rows("train") == task.num_rows("eval") == 200
