@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from vlmrl.caches.lru import ByteLRU
+from vlmrl.models.families import vision_geometry
 
 TEXT: dict[str, Any] = {
     "vocab_size": 64,
@@ -39,7 +42,18 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 class InDoublePrecision(TorchFunctionMode):
-    """Has the code of transformers compute in float64 where it asks for float32."""
+    """Has the code of transformers compute in float64 where it asks for float32. What is kept of images' sizes has the
+    precision in which it was derived, so nothing of it is shared with other tests."""
+
+    def __enter__(self) -> Self:
+        self._kept = vision_geometry._FRAMES
+        vision_geometry._FRAMES = ByteLRU(1 << 20)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
+        vision_geometry._FRAMES = self._kept
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.float:

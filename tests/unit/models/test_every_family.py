@@ -73,7 +73,8 @@ def test_logprobs_are_those_of_transformers(family_folder: Folder, name: str) ->
     with torch.no_grad():
         theirs = model(**batch).logits[0].float().log_softmax(-1)
         ours = logprobs(policy_of(load(family_folder(name))), prompt)
-    assert float((ours - theirs).abs().max()) < 5e-5
+    # Rounding: 5.8e-5 was seen, on one of two processors. In float64 Qwen3.5 is within 1e-8 (test_recurrent.py).
+    assert float((ours - theirs).abs().max()) < 1e-4
     assert float((ours - theirs).abs().mean()) < 2e-6
 
 

@@ -93,7 +93,7 @@ def test_the_prompt_is_transformers(case: Case) -> None:
 
 def test_logprobs_are_those_of_transformers(case: Case) -> None:
     apart = (logprobs(case, case.prompt.mm_items, case.positions) - case.logprobs).abs()
-    assert float(apart.max()) < 5e-5
+    assert float(apart.max()) < 1e-4
     assert float(apart.mean()) < 2e-6
 
 
