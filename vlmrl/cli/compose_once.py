@@ -1,5 +1,8 @@
-"""Hydra composes a config twice at each start: first to read `hydra.mode` in it, and again to run it. Here the second
-time is spared, a third of a second of processor time and most of what a start without a model takes."""
+"""Composes the config of a run once.
+
+Hydra composes it twice: first to read `hydra.mode` in it, and again to run it. The second time takes 0.3 of the 1.9 s
+of processor time of a start without a model.
+"""
 
 from __future__ import annotations
 

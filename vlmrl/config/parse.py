@@ -143,8 +143,8 @@ def _of_kind(base: type, tree: DictConfig, key: str) -> _Kinds:
 
 @functools.lru_cache(maxsize=64)
 def _defaults(kinds: _Kinds) -> DictConfig:
-    """The schemas with their own values, not to be changed. It takes five times as long as to read the file, and runs
-    that are compared have mostly the same kinds."""
+    """The schemas with their own values, not to be changed. Making them takes longer than reading the file, and runs
+    that are compared mostly have the same kinds."""
     config = OmegaConf.structured(kinds.schema)
     assert isinstance(config, DictConfig)
     for field, name, found in kinds.below:
