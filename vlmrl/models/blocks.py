@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlmrl.models.attention.fused import SHORT_PASS_ROWS
-from vlmrl.models.compiling import for_all_sizes
+from vlmrl.models.compiling import for_all_sizes, of_one_width
 
 
 def blocks(model: Any) -> list[Any]:
@@ -55,7 +55,10 @@ def compiled_above(rows: int, layer: Callable[..., Any]) -> Callable[..., Any]:
         if hidden_states.shape[:-1].numel() <= rows:
             return layer(*arguments, **named)
         if arguments and hidden_states._is_view():  # the first layer's only: it would be compiled once more for views
-            arguments = (hidden_states.clone(), *arguments[1:])
+            hidden_states = hidden_states.clone()
+            arguments = (hidden_states, *arguments[1:])
+        rotations = named.get("position_embeddings")
+        of_one_width(hidden_states, *(rotations if isinstance(rotations, tuple) else ()))
         return compiled(*arguments, **named)
 
     return call

@@ -14,6 +14,9 @@ Two remain. A tower that takes its images as a batch (SigLIP) has one variant fo
 a CPU, where compiling is no default, code for sums of more than 4,096 numbers is other code.
 
 Callers see to two more: no tensor is passed twice, and a tensor is always a view of another one or never.
+
+What never changes is not to be compiled for all sizes: with the width of a layer as an unknown, its code takes half as
+long again to make (`of_one_width`).
 """
 
 from __future__ import annotations
@@ -50,6 +53,12 @@ def for_all_sizes(function: F) -> F:
     return cast("F", call)
 
 
+def of_one_width(*tensors: Tensor) -> None:
+    """Have code that is compiled for `tensors` hold for their last dimension only."""
+    for tensor in tensors:
+        torch._dynamo.mark_static(tensor, tensor.dim() - 1)  # type: ignore[no-untyped-call]
+
+
 def compiled_on_gpu(function: F) -> F:
     """`function` itself on a CPU. On a GPU it is compiled for all sizes: a few passes over the logits instead of ten.
 
@@ -73,6 +82,16 @@ _compiled = functools.cache(for_all_sizes)
 def compiles_on(device: torch.device) -> bool:
     """Whether functions of this device are compiled: code for a CPU takes minutes to make."""
     return device.type == "cuda"
+
+
+def start_compilers(device: torch.device) -> None:
+    """Start torch's pool of compilers, where functions of `device` are compiled; does not wait for it. Its processes
+    take seconds to import torch. What is compiled before they have is compiled by this process, piece by piece."""
+    if compiles_on(device):
+        # Imported here, because it takes seconds, and nothing on a CPU needs it.
+        from torch._inductor.async_compile import AsyncCompile
+
+        AsyncCompile.use_process_pool()  # the first look at the pool makes it
 
 
 def functions_given_up() -> int:

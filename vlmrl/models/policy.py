@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from vlmrl.errors import ModelError
+from vlmrl.models.attention.cached import CACHED_ATTENTION_NAME, cached_attention_forward, passing
 from vlmrl.models.attention.fused import (
     VISION_ATTENTION,
     VISION_ATTENTION_BY_IMAGE,
@@ -32,7 +33,7 @@ from vlmrl.models.attention.fused import (
 from vlmrl.models.attention.plan import TreePlan
 from vlmrl.models.attention.recurrent import share_states
 from vlmrl.models.attention.rules import attention_rules
-from vlmrl.models.attention.tree import ATTENTION_NAME, DECODE_ATTENTION_NAME, tree_attention_forward
+from vlmrl.models.attention.tree import ATTENTION_NAME, tree_attention_forward
 from vlmrl.models.families.positions import PositionFunction
 from vlmrl.models.features import FeatureCache, Levels, VisionFeatures, first_features
 from vlmrl.models.head import final_logits, float_logits, most_likely, token_and_top_logprobs, token_logprobs
@@ -42,10 +43,7 @@ from vlmrl.models.vision_encoder import VisionEncoder
 from vlmrl.types import MMItem
 
 AttentionInterface.register(ATTENTION_NAME, tree_attention_forward)
-AttentionInterface.register(
-    DECODE_ATTENTION_NAME,
-    torch.compiler.disable(tree_attention_forward),  # type: ignore[no-untyped-call]
-)
+AttentionInterface.register(CACHED_ATTENTION_NAME, cached_attention_forward)
 AttentionInterface.register(VISION_ATTENTION, vision_attention_forward)
 AttentionInterface.register(VISION_ATTENTION_BY_IMAGE, vision_attention_by_image)
 
@@ -207,13 +205,14 @@ class Policy:
             rows = rows.index_copy(0, shown, first.to(rows.dtype))
             if others:
                 extra |= {"visual_pos_masks": shown, "deepstack_visual_embeds": others}
-        out = self._decoder(
-            inputs_embeds=rows[None],
-            position_ids=position_ids[:, None, :] if self._mrope else position_ids[:1],
-            use_cache=False,
-            tree_plan=plan,
-            **extra,
-        )
+        with passing(plan):
+            out = self._decoder(
+                inputs_embeds=rows[None],
+                position_ids=position_ids[:, None, :] if self._mrope else position_ids[:1],
+                use_cache=False,
+                tree_plan=plan,
+                **extra,
+            )
         return out.last_hidden_state[0]  # type: ignore[no-any-return]
 
     def _layer_inputs(self, token_ids: Tensor, is_image: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from vlmrl.inference.embedded.generator import Generator
 from vlmrl.inference.embedded.ranked import Answered, RankSampler, SampleShare
 from vlmrl.models.blocks import prepare_blocks
 from vlmrl.models.checkpoints.load import load_model, resolve_checkpoint, resolve_device
+from vlmrl.models.compiling import start_compilers
 from vlmrl.models.families import family_of
 from vlmrl.models.lora import is_quantized, select_trainable
 from vlmrl.models.parts import assert_rates_reach
@@ -60,6 +61,7 @@ def make_model(config: RunConfig, folder: Path, rank_group: RankGroup | None) ->
     """Load the checkpoint in `folder` onto this rank's device, select its trainable parameters, prepare its layers."""
     placed = on_own_device(config.model, rank_group)
     device = resolve_device(placed)
+    start_compilers(device)
     if is_quantized(config.model) and not (placed.init is Init.random and placed.tiny is None):
         placed = dataclasses.replace(placed, device="cpu")  # a layer reaches the device in 4 bits
     model: Any = load_model(folder, placed)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlmrl.inference.embedded.sampling import Shape, supports_of, truncated
-from vlmrl.models.compiling import compiled_on_gpu
+from vlmrl.models.compiling import compiled_on_gpu, of_one_width
 from vlmrl.models.head import final_logits
 from vlmrl.models.logit_map import LogitMap
 
@@ -68,6 +68,7 @@ def draw_tokens(logits: Tensor, how: Draw) -> tuple[Tensor, Tensor, list[NDArray
     """
     supports: list[NDArray[np.int32] | None] = []
     final = how.final
+    of_one_width(logits, final.banned)
     if len(how.shapes) == 1 and not how.shapes[0].truncates and not how.has_greedy:
         found = _masses_of_output(logits, final.banned, final.temperature, final.logit_map)
         token, logprob = _invert(logits, *found, how.uniforms, final)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from vlmrl.models.attention.tree import DECODE_ATTENTION_NAME
+from vlmrl.models.attention.cached import CACHED_ATTENTION_NAME
 from vlmrl.models.blocks import blocks, compiled_above
 
 _log = logging.getLogger(__name__)
@@ -118,13 +118,13 @@ class CompiledLayers:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """The layers run compiled, apart from their attention. What the trainer has compiled of them stays apart: its
+        """The layers run compiled, with their attention as one operation. What the trainer has compiled of them stays apart: its
         passes have other plans."""
         before = [(vars(layer).get("forward"), layer._compiled_call_impl) for layer in self._layers]
         attention = self._config._attn_implementation
         for layer, function in zip(self._layers, self._compiled, strict=True):
             layer.forward, layer._compiled_call_impl = function, None
-        self._config._attn_implementation = DECODE_ATTENTION_NAME
+        self._config._attn_implementation = CACHED_ATTENTION_NAME
         try:
             yield
         finally:

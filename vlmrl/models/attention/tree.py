@@ -28,10 +28,6 @@ from vlmrl.models.attention.plan import Blocks, LayerPlan, LocalBlock, SharedBlo
 
 ATTENTION_NAME = "vlmrl_tree"
 
-DECODE_ATTENTION_NAME = "vlmrl_decode"
-"""The same function, which is never compiled with its layer: in a decode step, the pool and the number of the call
-differ from layer to layer, and each layer would be compiled again."""
-
 
 def _merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
     """Merge one block's normalized output into the running output, in place."""
@@ -222,30 +218,55 @@ def tree_attention_forward(
     The rotary embedding has used the `position_ids` already. Raises `ModelError` for an argument that would change the
     result in a way that is not computed here.
     """
-    if tree_plan is None or attention_mask is not None:
-        what = "without the plan of the pass" if tree_plan is None else "with a mask of its own making"
+    plan = check_call(module, tree_plan, attention_mask, dropout, is_causal, others)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend_planned(query, key, value, plan, _plan_of_layer(module, plan, sliding_window), scale, softcap), None
+
+
+def check_call(
+    module: torch.nn.Module,
+    plan: TreePlan | None,
+    attention_mask: Tensor | None,
+    dropout: float,
+    is_causal: bool | None,
+    others: dict[str, Any],
+) -> TreePlan:
+    """The plan of a layer's call of attention. Raises `ModelError`, see `tree_attention_forward`."""
+    if plan is None or attention_mask is not None:
+        what = "without the plan of the pass" if plan is None else "with a mask of its own making"
         raise ModelError(
             f"{type(module).__name__} calls attention {what}, so the policy cannot tell which tokens attend to which: "
             "choose a model whose layers hand their arguments on and leave the mask to transformers"
         )
     assert dropout == 0.0, "attention dropout is not supported"
     _refuse_unknown(module, is_causal, others)
-    plan = _plan_of_layer(module, tree_plan, sliding_window)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return plan
+
+
+def attend_planned(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tree_plan: TreePlan,
+    plan: LayerPlan,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """Attention by `plan`, which is the layer's part of `tree_plan`; shapes as in `tree_attention_forward`."""
     if isinstance(plan, DecodeRows):
         assert tree_plan.row_slots is not None
         new, pool = (key[0], value[0]), tree_plan.next_pool()
-        return attend_decode(query[0], new, pool, tree_plan.row_slots, plan, scale, softcap)[None], None
+        return attend_decode(query[0], new, pool, tree_plan.row_slots, plan, scale, softcap)[None]
     if isinstance(plan, Paths):
         assert softcap is None, "flash attention has no soft caps"
-        return attend_paths(query[0], *tree_plan.write(key[0], value[0]), plan, scale)[None], None
+        return attend_paths(query[0], *tree_plan.write(key[0], value[0]), plan, scale)[None]
     if not isinstance(plan, Blocks):
-        return attend_fused(query, key, value, plan, scale, softcap), None
+        return attend_fused(query, key, value, plan, scale, softcap)
     q, k, v = query[0].contiguous(), key[0].contiguous(), value[0].contiguous()
     if tree_plan.pool is not None:
         k, v = tree_plan.write(k, v)
     out: Tensor = _attend(q, k, v, plan, scale, softcap)
-    return out.transpose(0, 1).contiguous().unsqueeze(0), None  # some families take a view of it
+    return out.transpose(0, 1).contiguous().unsqueeze(0)  # some families take a view of it
 
 
 def _plan_of_layer(module: Any, plan: TreePlan, window: int | None) -> LayerPlan:

@@ -233,11 +233,11 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own warnings
 def test_compiled_layers_serve_all_sizes(policy: Policy, graphs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four graphs, for all layers, prefill and all sizes of a step."""
+    """One graph, for all layers, prefill and all sizes of a step."""
     asked = [(a, replace(b, max_new_tokens=2 + 17 * (i < 9) + 17 * (i < 3))) for i, (a, b) in enumerate(groups([20]))]
     assert_same(policy, asked, monkeypatch, turns=2)
     assert_same(policy, [(prompt([5]), params(0))], monkeypatch)  # a prefill of one row is not compiled
-    assert len(graphs) == 4
+    assert len(graphs) == 1
     layers = blocks(policy.model)
     assert len(layers) > 2
     assert not any("forward" in vars(layer) for layer in layers), "the trainer's layers are as they were"
