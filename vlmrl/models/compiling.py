@@ -56,7 +56,7 @@ def for_all_sizes(function: F) -> F:
 def of_one_width(*tensors: Tensor) -> None:
     """Have code that is compiled for `tensors` hold for their last dimension only."""
     for tensor in tensors:
-        torch._dynamo.mark_static(tensor, tensor.dim() - 1)  # type: ignore[no-untyped-call]
+        torch._dynamo.mark_static(tensor, tensor.dim() - 1)
 
 
 def compiled_on_gpu(function: F) -> F:
@@ -91,7 +91,7 @@ def start_compilers(device: torch.device) -> None:
         # Imported here, because it takes seconds, and nothing on a CPU needs it.
         from torch._inductor.async_compile import AsyncCompile
 
-        AsyncCompile.use_process_pool()  # the first look at the pool makes it
+        AsyncCompile.use_process_pool()  # type: ignore[no-untyped-call]  # the first look at the pool makes it
 
 
 def functions_given_up() -> int:

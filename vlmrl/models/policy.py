@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,6 +51,25 @@ AttentionInterface.register(VISION_ATTENTION_BY_IMAGE, vision_attention_by_image
 
 def _arguments(module: Any) -> set[str]:
     return set(inspect.signature(module.forward).parameters)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Attention heads of a layer, all of one size."""
+
+    query: int
+    key: int
+    size: int
+    softcap: float | None
+    """See `tree_attention_forward`."""
+
+
+def _heads(decoder: Any, text: Any, softcap: float | None) -> Heads | None:
+    sizes = {module.head_dim for module in decoder.modules() if hasattr(module, "head_dim")}
+    query, key = (getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if len(sizes) != 1 or query is None or any(hasattr(module, "v_head_dim") for module in decoder.modules()):
+        return None
+    return Heads(query, key or query, sizes.pop(), softcap)
 
 
 class _AddFeatures:
@@ -95,8 +115,10 @@ class Policy:
         self.is_recurrent = share_states(self._decoder, text.hidden_size, stateful)
         """Whether some layers carry a state from token to token (attention/recurrent.py)."""
         self.logit_map = logit_map(model)
-        is_capped = getattr(text, "attn_logit_softcapping", None) is not None
-        self._fits_varlen = fits_flash(self._decoder) and not is_capped and not self.rules.image_runs
+        softcap = getattr(text, "attn_logit_softcapping", None)
+        self.heads = _heads(self._decoder, text, softcap)
+        """None where attention layers differ."""
+        self._fits_varlen = fits_flash(self._decoder) and softcap is None and not self.rules.image_runs
         self._takes_layer_inputs = bool(getattr(text, "hidden_size_per_layer_input", 0))
         # Deepstack: levels of features after the first are added to the outputs of the first layers.
         self._takes_levels = "deepstack_visual_embeds" in _arguments(self._decoder)

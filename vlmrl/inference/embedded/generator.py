@@ -127,6 +127,7 @@ class Generator:
 
     def _run_part(self, decoder: RowDecoder, requests: Sequence[Request], version: int) -> list[Completion]:
         prompts, request_prompt = distinct_prompts(self._model, requests)
+        decoder.compile_ahead(requests, prompts, request_prompt)
         with decoder.running():
             prefilled, rows = prefill_in_passes(self._model, prompts)
             self._counters["inference/rows_prefill"] += rows

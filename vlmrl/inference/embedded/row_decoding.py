@@ -29,11 +29,12 @@ from vlmrl.inference.embedded.cached_policy import CachedPolicy
 from vlmrl.inference.embedded.completions import finish
 from vlmrl.inference.embedded.decode_state import DecodeState, Results, Room
 from vlmrl.inference.embedded.device_sampling import Draw, Final, draw_tokens
+from vlmrl.inference.embedded.kernels_ahead import OWN_SLOTS, KernelsAhead, step_shape
 from vlmrl.inference.embedded.prefill import DistinctPrompt, Prefilled
 from vlmrl.inference.embedded.requests import Request
 from vlmrl.inference.embedded.sampled_row import SampledRow
 from vlmrl.inference.embedded.sampling import Shape, not_finite, shape_of
-from vlmrl.inference.embedded.shared_prefixes import SharedPrefixes
+from vlmrl.inference.embedded.shared_prefixes import SharedPrefixes, most_rows
 from vlmrl.inference.embedded.step_graphs import CompiledLayers, StepGraphs
 from vlmrl.inference.stop_strings import TextOf
 from vlmrl.models.attention.decode import DecodeRows, uses_kernels
@@ -105,8 +106,10 @@ class RowDecoder:
         self._pool: ReferenceType[KVPool] | None = None
         """The KV pool whose addresses the graphs hold; weak, because its memory is given back."""
         self._layers: CompiledLayers | None = None
+        self._ahead: KernelsAhead | None = None
         if uses_kernels(model.device):  # Triton is needed for both
             self._layers = CompiledLayers(model.policy.model.base_model.get_decoder())
+            self._ahead = KernelsAhead(model.policy)
         self._supports: list[list[NDArray[np.int32] | None]] = []
         """Per step since the last reading, the support of each row; empty lists where none is reported."""
 
@@ -114,6 +117,14 @@ class RowDecoder:
         """Give the memory of the steps to the trainer."""
         self._graphs.clear()
         self._state, self._pool = None, None
+
+    def compile_ahead(
+        self, requests: Sequence[Request], prompts: Sequence[DistinctPrompt], request_prompt: Sequence[int]
+    ) -> None:
+        """Call it before the prefill of a batch: compile beside it what its steps will need, if nothing has yet."""
+        if self._ahead is not None:
+            windows = self._windows(_deepest(requests, prompts, request_prompt))
+            self._ahead.begin(lambda: step_shape(prompts, request_prompt, row_sizes(len(requests)), windows))
 
     def decode(
         self,
@@ -125,6 +136,8 @@ class RowDecoder:
     ) -> tuple[list[Completion], int]:
         """See `decoding.decode`; inside `running`. The rows that it counts are those of tokens that belong to a
         completion."""
+        if self._ahead is not None:
+            self._ahead.wait()
         cache = self._model.kv_cache
         order = np.argsort(request_prompt, kind="stable").tolist()
         rows = [
@@ -197,7 +210,7 @@ class RowDecoder:
         state = self._roomy_state(
             Room(
                 rows=size,
-                own=max(map(len, own)) + 1,
+                own=OWN_SLOTS * (max(map(len, own)) // OWN_SLOTS + 1),
                 new=max(len(row.uniforms) for row in rows),
                 stop_ids=max(1, *(len(row.request.sampling.stop_token_ids) for row in rows)),
                 segments=max(1, len(table)),
@@ -223,21 +236,23 @@ class RowDecoder:
         state.fill("uniforms", _padded([row.uniforms for row in rows], 0.0))
         state.segment_slots[: len(shared.slots)].copy_(torch.from_numpy(shared.slots))
         state.set_segments(table)
-        deepest = max(len(prompts[row.prompt].keys) + row.request.sampling.max_new_tokens for row in rows)
+        deepest = _deepest([row.request for row in rows], prompts, [row.prompt for row in rows])
         for index, row in enumerate(rows):
             row.at = index
         return _Kind(
             rows=size,
             shapes=distinct,
             has_greedy=any(each.temperature == 0 for each in params),
-            windows=tuple(
-                None if rule.window is None or deepest <= rule.window else rule.window
-                for rule in self._model.policy.rules.distinct
-            ),
+            windows=self._windows(deepest),
             levels=shared.levels,
-            most_rows=_power(int((table[:, 1] - table[:, 0]).max(initial=1))),
+            most_rows=most_rows(table),
             most_keys=1 if uses_kernels(self._model.device) else _power(max(1, shared.most_keys)),
         )
+
+    def _windows(self, deepest: int) -> tuple[int | None, ...]:
+        """Per rule of the model, its window; None where no row gets deeper than it."""
+        windows = (rule.window for rule in self._model.policy.rules.distinct)
+        return tuple(None if window is None or deepest <= window else window for window in windows)
 
     def _roomy_state(self, room: Room) -> DecodeState:
         """The tensors, with room for a batch. Graphs that hold other addresses are dropped."""
@@ -329,6 +344,12 @@ class RowDecoder:
         for row, place, more in zip(rows, at.tolist(), new.tolist(), strict=True):
             own = [of_step[place] for of_step in fetched.supports if of_step]
             row.add(token_ids[place, :more], logprobs[place, :more], own[:more], has_ended=not alive[place])
+
+
+def _deepest(requests: Sequence[Request], prompts: Sequence[DistinctPrompt], request_prompt: Sequence[int]) -> int:
+    """Tokens of the longest conversation that may come about."""
+    pairs = zip(requests, request_prompt, strict=True)
+    return max(len(prompts[prompt].keys) + request.sampling.max_new_tokens for request, prompt in pairs)
 
 
 def _truncation(request: Request) -> Shape:

@@ -96,6 +96,11 @@ class SharedPrefixes:
         return found
 
 
+def most_rows(table: NDArray[np.int32]) -> int:
+    """`DecodeTables.most_rows` for the segments of `table`, a power of two: few sizes, few codes."""
+    return 1 << (int((table[:, 1] - table[:, 0]).max(initial=1)) - 1).bit_length()
+
+
 def _path(segments: Sequence[Segment], last: int) -> list[int]:
     """The segments from `last` up to its root."""
     path = []

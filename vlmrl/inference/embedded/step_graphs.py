@@ -118,8 +118,8 @@ class CompiledLayers:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """The layers run compiled, with their attention as one operation. What the trainer has compiled of them stays apart: its
-        passes have other plans."""
+        """The layers run compiled, with their attention as one operation. What the trainer has compiled of them stays
+        apart: its passes have other plans."""
         before = [(vars(layer).get("forward"), layer._compiled_call_impl) for layer in self._layers]
         attention = self._config._attn_implementation
         for layer, function in zip(self._layers, self._compiled, strict=True):

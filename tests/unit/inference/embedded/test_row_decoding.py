@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,12 +15,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from support import attention_kinds as kinds
 from support import gpu_path as path
-from support.helpers import BANNED, END, extended, image, prompt
+from support.helpers import BANNED, END, prompt
+from support.played_rows import Turn, groups, params, play
 from vlmrl.errors import NonFiniteLossError
 from vlmrl.inference.embedded import generator, row_decoding
 from vlmrl.inference.embedded.decode_state import DecodeState
 from vlmrl.inference.embedded.device_sampling import Draw, Final, draw_tokens
-from vlmrl.inference.embedded.engine import EmbeddedEngine
 from vlmrl.inference.embedded.kv_cache import KVCache
 from vlmrl.inference.embedded.row_decoding import WHOLE, RowDecoder
 from vlmrl.inference.embedded.sampling import Shape
@@ -37,8 +36,6 @@ from vlmrl.types import Completion, IntArray, Prompt, SamplingParams
 CLOSE = 1e-5
 """Nats."""
 
-SYSTEM = list(range(40, 70))
-
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
@@ -48,38 +45,6 @@ def one_thread() -> None:
 @pytest.fixture
 def policy(tiny_model: Callable[[], Any]) -> Policy:
     return Policy(tiny_model(), position_function("mrope", 2), BANNED)
-
-
-def params(seed: int, tokens: int = 6, **others: Any) -> SamplingParams:
-    plain = SamplingParams(tokens, temperature=1.0, stop_token_ids=(END,), banned_token_ids=(), seed=seed)
-    return replace(plain, **others)
-
-
-Turn = tuple[Prompt, Completion]
-
-
-def play(
-    policy: Policy, asked: Sequence[tuple[Prompt, SamplingParams]], turns: int, by_rows: bool, patch: pytest.MonkeyPatch
-) -> tuple[list[list[Turn]], EmbeddedEngine]:
-    """Conversations of some turns; the replies between them have an image where the first prompt has one."""
-    patch.setattr(generator, "decodes_by_rows", lambda _: by_rows)
-    engine = EmbeddedEngine(policy, lambda: 0, 2048, lambda ids: "".join(f"<{token}>" for token in ids))
-
-    async def one(session: Any, first: Prompt, sampling: SamplingParams) -> list[Turn]:
-        found: list[Turn] = []
-        async with session:
-            for turn in range(turns):
-                said = await session.generate(first, replace(sampling, seed=sampling.seed + turn))
-                found.append((first, said))
-                reply = [[9, 8], image(3, 1), 7] if first.mm_items else [[9, 8, 7]]
-                first = extended(first, said.token_ids, *reply)
-        return found
-
-    async def everything() -> list[list[Turn]]:
-        sessions = [engine.session(str(number)) for number in range(len(asked))]
-        return await asyncio.gather(*(one(session, *each) for session, each in zip(sessions, asked, strict=True)))
-
-    return asyncio.run(everything()), engine
 
 
 def assert_same(
@@ -100,17 +65,6 @@ def assert_same(
                 assert said.supports.token_ids.tolist() == expected.supports.token_ids.tolist()
                 assert said.supports.offsets.tolist() == expected.supports.offsets.tolist()
     return wanted
-
-
-def groups(sizes: Sequence[int], **others: Any) -> list[tuple[Prompt, SamplingParams]]:
-    return [
-        (
-            prompt(SYSTEM, [number], image(2, 3), [5], image(1, 1, number), [7] * (number + 1)),
-            params(1000 * number + 10 * i, **others),
-        )
-        for number, size in enumerate(sizes)
-        for i in range(size)
-    ]
 
 
 def test_groups_of_1_5_and_16_over_turns_with_images(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,61 @@
+"""Conversations with the embedded engine, decoded by rows or by the reference."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from support.helpers import END, extended, image, prompt
+from vlmrl.inference.embedded import generator
+from vlmrl.inference.embedded.engine import EmbeddedEngine
+from vlmrl.models.policy import Policy
+from vlmrl.types import Completion, Prompt, SamplingParams
+
+SYSTEM = list(range(40, 70))
+
+
+def params(seed: int, tokens: int = 6, **others: Any) -> SamplingParams:
+    plain = SamplingParams(tokens, temperature=1.0, stop_token_ids=(END,), banned_token_ids=(), seed=seed)
+    return replace(plain, **others)
+
+
+Turn = tuple[Prompt, Completion]
+
+
+def play(
+    policy: Policy, asked: Sequence[tuple[Prompt, SamplingParams]], turns: int, by_rows: bool, patch: pytest.MonkeyPatch
+) -> tuple[list[list[Turn]], EmbeddedEngine]:
+    """Conversations of some turns; the replies between them have an image where the first prompt has one."""
+    patch.setattr(generator, "decodes_by_rows", lambda _: by_rows)
+    engine = EmbeddedEngine(policy, lambda: 0, 2048, lambda ids: "".join(f"<{token}>" for token in ids))
+
+    async def one(session: Any, first: Prompt, sampling: SamplingParams) -> list[Turn]:
+        found: list[Turn] = []
+        async with session:
+            for turn in range(turns):
+                said = await session.generate(first, replace(sampling, seed=sampling.seed + turn))
+                found.append((first, said))
+                reply = [[9, 8], image(3, 1), 7] if first.mm_items else [[9, 8, 7]]
+                first = extended(first, said.token_ids, *reply)
+        return found
+
+    async def everything() -> list[list[Turn]]:
+        sessions = [engine.session(str(number)) for number in range(len(asked))]
+        return await asyncio.gather(*(one(session, *each) for session, each in zip(sessions, asked, strict=True)))
+
+    return asyncio.run(everything()), engine
+
+
+def groups(sizes: Sequence[int], **others: Any) -> list[tuple[Prompt, SamplingParams]]:
+    return [
+        (
+            prompt(SYSTEM, [number], image(2, 3), [5], image(1, 1, number), [7] * (number + 1)),
+            params(1000 * number + 10 * i, **others),
+        )
+        for number, size in enumerate(sizes)
+        for i in range(size)
+    ]
