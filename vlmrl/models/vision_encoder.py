@@ -26,6 +26,7 @@ from vlmrl.models.blocks import has_compiled_blocks, uncompiled_in_inference
 from vlmrl.models.families.positions import SECONDS
 from vlmrl.models.families.vision_geometry import tower_arguments
 from vlmrl.models.features import Levels, concatenate_on
+from vlmrl.models.patch_products import project_by_products
 from vlmrl.types import MMItem, Modality
 
 
@@ -64,6 +65,8 @@ class VisionEncoder:
         the place of tokens."""
         self._model = model.base_model
         self._tower: Any = image_tower(model)
+        if self._tower is not None:
+            project_by_products(self._tower)
         methods: dict[Modality, Any] = {
             "image": getattr(self._model, "get_image_features", None),
             "video": getattr(self._model, "get_video_features", None),
