@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import time
@@ -35,6 +36,8 @@ def trl(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     gpu = arguments.device == "cuda"
     for name, value in (ENVIRONMENT if gpu else ENVIRONMENT | CPU_ENVIRONMENT).items():
         os.environ.setdefault(name, value)
+    if arguments.row != "trl_vllm":  # the KV cache of `generate` grows with each token; vLLM's sleep mode forbids it
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     from trl_side import Clock, TimedGRPOTrainer  # before what it guards against
 
@@ -60,11 +63,26 @@ def trl(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             differences.extend(self._metrics["train"]["sampling/sampling_logp_difference/mean"][-1:])
             return output
 
-    class GpuClock(Clock):
+    class WritingClock(Clock):
         def on_step_end(self, *words: Any, **named: Any) -> None:
             if gpu:
                 torch.cuda.synchronize()
             super().on_step_end(*words, **named)
+            if len(self.steps) > WARMUP_STEPS:  # now already, because the row may be killed during its next step
+                part = arguments.result.with_suffix(".part")
+                part.write_text(json.dumps(measured(self.steps[WARMUP_STEPS:])))
+                part.replace(arguments.result)
+
+    def measured(steps: list[dict[str, float]]) -> dict[str, Any]:
+        return {
+            "seconds": [step["step"] for step in steps],
+            "sampling": statistics.mean(step["sampling"] for step in steps),
+            "training": statistics.mean(step["step"] - step["rollout"] for step in steps),
+            "answer": statistics.mean(step["completion"] for step in steps) / batch,
+            "prompt": statistics.mean(step["prompt"] for step in steps) / batch,
+            "peak": torch.cuda.max_memory_allocated() / 2**30 if gpu else 0.0,
+            "difference": differences,
+        }
 
     model = arguments.model or str(tiny_checkpoint())
     processor = AutoProcessor.from_pretrained(model, padding_side="left")  # type: ignore[no-untyped-call]
@@ -106,7 +124,7 @@ def trl(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     )
     if with_vllm:
         prepare_vllm(arguments, folder, processor.image_token_id)
-    clock = GpuClock()
+    clock = WritingClock()
     trainer = Timed(
         model=model,
         reward_funcs=reward,
@@ -117,16 +135,7 @@ def trl(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     )
     clock.trainer = trainer
     trainer.train()
-    steps = clock.steps[WARMUP_STEPS:]
-    return {
-        "seconds": [step["step"] for step in steps],
-        "sampling": statistics.mean(step["sampling"] for step in steps),
-        "training": statistics.mean(step["step"] - step["rollout"] for step in steps),
-        "answer": statistics.mean(step["completion"] for step in steps) / batch,
-        "prompt": statistics.mean(step["prompt"] for step in steps) / batch,
-        "peak": torch.cuda.max_memory_allocated() / 2**30 if gpu else 0.0,
-        "difference": differences,
-    }
+    return measured(clock.steps[WARMUP_STEPS:])
 
 
 def prepare_vllm(arguments: argparse.Namespace, folder: Path, image_token: int) -> None:

@@ -4,8 +4,8 @@
     python benchmarks/trl_whole_step.py --size tiny --device cpu --groups 2 …      rehearsal: the numbers mean nothing
 
 Every row has the same checkpoint, number of prompts and rollouts, images of noise (a new one for each problem), new
-tokens, AdamW, bf16, on-policy, with one optimizer step per batch. Each row is a process group of its own; one that
-fails says why, one that takes longer than `--row-limit-s` is killed, and the script goes on with the next row.
+tokens, AdamW, bf16, on-policy, with one optimizer step per batch. Each row is a process group of its own. A row that
+fails says why. A row that takes longer than `--row-limit-s` is killed; the steps that TRL took until then count.
 
     embedded, one_gpu   the rows of whole_step.py (`mode=bench`)
     trl_vllm            use_vllm, vllm_mode=colocate: vLLM in TRL's process, on the same GPU
@@ -118,7 +118,7 @@ def in_process(arguments: argparse.Namespace, row: str) -> dict[str, Any]:
         try:
             process.wait(limit_s)
         except subprocess.TimeoutExpired:
-            reason = f"was killed after {limit_s:.0f} s (--row-limit-s)"
+            reason = f"killed after {limit_s:.0f} s (--row-limit-s)"
         finally:  # vLLM may leave processes behind
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -126,12 +126,12 @@ def in_process(arguments: argparse.Namespace, row: str) -> dict[str, Any]:
         if arguments.logs:
             (arguments.logs / f"{row}.log").write_bytes(log.read_bytes())
         found = json.loads(result.read_text()) if result.exists() else {}
-        if found.get("seconds"):  # also if it did not end by itself afterwards
-            return dict(found)
-        lines = log.read_text(errors="replace").strip().splitlines()
-        print(f"{row} failed; the end of its log:", *lines[-LOG_LINES:], sep="\n", file=sys.stderr, flush=True)
         if reason:
             time.sleep(GPU_PATIENCE_S)
+        if found.get("seconds"):  # perhaps of fewer steps
+            return {**found, "note": reason} if reason else dict(found)
+        lines = log.read_text(errors="replace").strip().splitlines()
+        print(f"{row} failed; the end of its log:", *lines[-LOG_LINES:], sep="\n", file=sys.stderr, flush=True)
         reason = reason or found.get("reason") or (lines or [f"ended with exit code {process.returncode}"])[-1]
         return {"reason": reason[:REASON_CHARACTERS].replace("|", "\\|")}
 
@@ -187,6 +187,7 @@ def notes(found: dict[str, dict[str, Any]]) -> str:
     ours = [row for row in medians if row in VLMRL_ROWS]
     best = min((row for row in medians if row in TRL_ROWS), key=lambda row: medians[row], default=None)
     lines = [f"{row}: {medians[best] / medians[row]:.1f} times faster than {best}" for row in ours if best]
+    lines += [f"{row}: {len(each['seconds'])} step(s), {each['note']}" for row, each in found.items() if "note" in each]
     for row in TRL_ROWS:
         if found.get(row, {}).get("difference"):
             mean = statistics.mean(found[row]["difference"])
