@@ -146,8 +146,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             return trl(arguments, Path(folder))
     except Exception as error:
-        text = str(error).strip() or "nothing was said"
-        arguments.result.write_text(json.dumps({"reason": f"{type(error).__name__}: {text.splitlines()[-1]}"}))
+        said = [text.strip() for text in str(error).splitlines() if "For further information" not in text]  # pydantic's
+        arguments.result.write_text(json.dumps({"reason": f"{type(error).__name__}: {said[-1] if said else ''}"}))
         raise
 
 
