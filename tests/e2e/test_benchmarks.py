@@ -30,6 +30,7 @@ HELPERS = (
         "noise_task.py",
         "timed_command.py",
         "training_batches.py",
+        "trl_rows.py",
         "trl_side.py",
     ),
 )
@@ -87,6 +88,10 @@ REHEARSALS = {
     ),
     "trl_gpu.py": "--size tiny --device cpu --shapes codeword --steps 3 --groups 1 --trl-micro-batches 8",
     "trl_step.py": f"--trl-python {sys.executable} --rounds 1 --steps 3 --warmup-steps 3",
+    "trl_whole_step.py": (
+        "--rows embedded,trl_vllm,trl_continuous,trl_generate --size tiny --device cpu --groups 2 --group-size 2 "
+        "--side 64 --new-tokens 8 --seq-len 128 --steps 2 bench.warmup_steps=1"
+    ),
     "verifiers_tools.py": (
         "--python VERIFIERS --seeds 0 --curves curves.svg trainer.max_steps=1 trainer.warmup.steps=2 "
         "trainer.warmup.batch_size=2 orchestrator.eval.problems=2 orchestrator.groups_per_step=1 "
@@ -121,6 +126,7 @@ NEEDS = {
     "weight_sync.py": "vllm",
     "trl_gpu.py": "trl",
     "trl_step.py": "trl",
+    "trl_whole_step.py": "trl",
 }
 """Script → the package without which it is skipped."""
 
