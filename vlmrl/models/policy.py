@@ -65,6 +65,8 @@ class Heads:
 
 
 def _heads(decoder: Any, text: Any, softcap: float | None) -> Heads | None:
+    if getattr(text, "is_heterogeneous", False):  # transformers refuses to say one number for all layers
+        return None
     sizes = {module.head_dim for module in decoder.modules() if hasattr(module, "head_dim")}
     query, key = (getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
     if len(sizes) != 1 or query is None or any(hasattr(module, "v_head_dim") for module in decoder.modules()):

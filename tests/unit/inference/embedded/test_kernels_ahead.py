@@ -106,8 +106,8 @@ def test_a_full_gpu_leaves_it_to_the_step(policy: Policy, monkeypatch: pytest.Mo
     assert len(turn[1].token_ids)
 
 
-@pytest.mark.parametrize("name", ["gemma4", "gemma3"])
-def test_heads_of_layers(name: str) -> None:
-    """None where layers have heads of different sizes."""
-    heads = Policy(kinds.build(name, 7), position_function("sequential"), [kinds.IMAGE]).heads
-    assert (heads is None) == (name == "gemma4")
+@pytest.mark.parametrize(("name", "alike"), [("gemma3", True), ("gemma4", False), ("gemma4_vision", False)])
+def test_heads_of_layers(name: str, alike: bool) -> None:
+    """None where layers have heads of different sizes or numbers."""
+    policy = Policy(kinds.build(name, 7), position_function("sequential"), [kinds.IMAGE])
+    assert (policy.heads is not None) == alike
