@@ -114,7 +114,8 @@ def line(row: str, benches: list[dict[str, Any]]) -> str:
     """A row of the table."""
     steps = [each["step_s"]["mean"] for each in benches]
     memory = benches[-1]["memory"]
-    planned = "unknown" if memory["planned_bytes"] is None else f"{memory['planned_bytes'] / 2**30:.1f}"
+    plans = (memory["planned_bytes"], memory["planned_full_bytes"])
+    planned = "unknown" if None in plans else " – ".join(dict.fromkeys(f"{each / 2**30:.1f}" for each in plans))
     limits = [
         each["sampling"]["least_s"] / max(each["parts_s"]["sampling"], 1e-9)
         for each in benches

@@ -31,10 +31,17 @@ def times(kinds: dict[str, float] | None = None, **changed: float) -> Times:
     return Times(**{**known, "other": 0.1, **changed}, kinds=seconds)
 
 
-def memory(**changed: Any) -> Memory:
-    """A GPU of 80 GiB, of which 60 were used, 10 of them activations."""
+def memory(full: int = 10, **changed: Any) -> Memory:
+    """A GPU of 80 GiB, of which 60 were used, 10 of them activations; up to `full` GiB with full micro-batches."""
     planned = TrainerMemory(
-        learning=40 * GIB, frozen=0, reference=0, in_transit=0, activations=10 * GIB, engine=0, on_host=0
+        learning=40 * GIB,
+        frozen=0,
+        reference=0,
+        in_transit=0,
+        activations=10 * GIB,
+        full_activations=full * GIB,
+        engine=0,
+        on_host=0,
     )
     known = Memory(
         peak=60 * GIB,

@@ -36,7 +36,7 @@ that model that held all logits at once (30 GB in float32, with their softmax an
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from vlmrl.config.inference import VllmConfig
@@ -81,7 +81,9 @@ class TrainerMemory:
     """Weights of the second model."""
     in_transit: int
     activations: int | None
-    """Of a micro-batch; None where the model's layers are not known."""
+    """Of a micro-batch where every answer is as long as it may be; None where the model's layers are not known."""
+    full_activations: int | None
+    """Of a micro-batch that shorter answers fill up to `trainer.micro_batch_tokens`; None likewise."""
     engine: int | None
     """KV cache and probabilities of the embedded engine while it samples a step's rollouts; 0 for servers, None where
     the layers are not known."""
@@ -95,10 +97,19 @@ class TrainerMemory:
 
     @property
     def peak(self) -> int | None:
-        """The most bytes on the device at a time; None where the layers are not known."""
-        if self.activations is None or self.engine is None:
+        """The most bytes on the device at a time where every answer is as long as it may be; None where the layers are
+        not known."""
+        return self._peak(self.activations)
+
+    @property
+    def full_peak(self) -> int | None:
+        """The same with full micro-batches."""
+        return self._peak(self.full_activations)
+
+    def _peak(self, activations: int | None) -> int | None:
+        if activations is None or self.engine is None:
             return None
-        return self.fixed + max(self.activations, self.engine)
+        return self.fixed + max(activations, self.engine)
 
 
 @dataclass(frozen=True)
@@ -115,6 +126,8 @@ class StepTokens:
     """Rows of the whole step as a prefix tree: what the engine's KV cache holds in the end."""
     sampled_at_a_time: int = 0
     """Rollouts of the step."""
+    full_rows: int = 0
+    """Of a full micro-batch, where that is more than `rows`."""
 
     @property
     def slots(self) -> int:
@@ -136,14 +149,16 @@ def trainer_memory(
     on_device, on_host = learning_bytes(config, ranks)
     learns, frozen = learning_parameters(config, sizes)
     cache = config.trainer.feature_cache_mib << 20 if vision_is_frozen(config) else 0
-    activations = None if sizes.text is None else _activations(config, sizes.text, step)
+    rows = max(step.rows, step.full_rows)
+    full = replace(step, rows=rows, loss_tokens=math.ceil(step.loss_tokens * rows / max(1, step.rows)))
     in_4_bits = quantized_parameters(config, sizes.text)
     return TrainerMemory(
         learning=math.ceil(learns * on_device),
         frozen=math.ceil((frozen - in_4_bits) * weight + in_4_bits * NF4_BYTES) + cache,
         reference=reference_bytes(config, sizes.parameters),
         in_transit=in_transit,
-        activations=activations,
+        activations=None if sizes.text is None else _activations(config, sizes.text, step),
+        full_activations=None if sizes.text is None else _activations(config, sizes.text, full),
         engine=None if sizes.text is None else engine_bytes(config, sizes, step, ranks, on_gpu=on_gpu),
         on_host=math.ceil(learns * on_host),
     )

@@ -222,6 +222,7 @@ def tokens_of_micro_batch(config: RunConfig, sizes: Sizes, episode: EpisodeEstim
     o = config.orchestrator
     rows, loss_tokens = step_tokens(config, sizes, episode)
     largest = largest_micro_batch(config, sizes, episode)
+    budget = 0 if config.trainer.packing is Packing.none else config.trainer.micro_batch_tokens
     length, rollouts = longest_episode(config, sizes, episode), o.groups_per_step * o.group_size
     prompt = (length - episode.turns * o.max_new_tokens) // episode.turns
     prompts = o.groups_per_step * prompt
@@ -231,6 +232,7 @@ def tokens_of_micro_batch(config: RunConfig, sizes: Sizes, episode: EpisodeEstim
         prompts=prompts,
         rollouts=prompts + rollouts * (length - prompt + (episode.conversations - 1) * length),
         sampled_at_a_time=rollouts,
+        full_rows=min(rows, budget),
     )
 
 
@@ -265,6 +267,9 @@ def _memory(
             f"about {size(trainer.fixed)} a rank + {active} of activations (estimate)"
             + (f"; {size(trainer.in_transit)} of it are weights in transit" if trainer.in_transit else ""),
         )
+        if trainer.full_activations != trainer.activations and trainer.full_activations is not None:
+            full = size(trainer.full_activations)
+            yield "", f"+ {full} of activations where shorter answers fill the micro-batches"
         if trainer.engine and trainer.peak is not None:
             yield "", f"or + {size(trainer.engine)} of the engine while it samples: a peak of {size(trainer.peak)}"
             yield from _engine_parts(config, machine, sizes, step, trainer.fixed, ranks)

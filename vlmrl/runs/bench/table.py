@@ -73,10 +73,15 @@ def _memory(found: Measured) -> str:
     text = f"peak {size(memory.peak)} {where} of {size(memory.total)}"
     if memory.is_gpu:
         text += f", and {size(memory.process)} of the host"
-    if memory.planned is None or memory.planned.peak is None:
+    planned = memory.planned
+    if planned is None or planned.peak is None or planned.full_peak is None:
         return f"{text}; the plan knows no sizes of this model"
-    more = memory.peak - memory.planned.peak
-    return f"{text}; the plan says {size(memory.planned.peak)}, {size(abs(more))} {'less' if more >= 0 else 'more'}"
+    says = size(planned.peak)
+    if planned.full_peak != planned.peak:
+        says += f" to {size(planned.full_peak)}"
+    nearest = min(max(memory.peak, planned.peak), planned.full_peak)
+    more = memory.peak - nearest
+    return f"{text}; the plan says {says}" + (f", {size(abs(more))} {'less' if more > 0 else 'more'}" if more else "")
 
 
 def verdict_rows(found: Measured, advice: Sequence[Advice]) -> dict[str, str]:
@@ -156,6 +161,7 @@ def as_json(found: Measured, advice: Sequence[Advice]) -> dict[str, Any]:
             "total_bytes": memory.total,
             "process_bytes": memory.process,
             "planned_bytes": None if planned is None else planned.peak,
+            "planned_full_bytes": None if planned is None else planned.full_peak,
             "cache_bytes": memory.cache,
             "is_gpu": memory.is_gpu,
         },

@@ -14,6 +14,7 @@ from vlmrl.config.run import RunConfig
 from vlmrl.preflight.estimate.episode import EpisodeEstimate
 from vlmrl.preflight.estimate.memory import (
     StepTokens,
+    TrainerMemory,
     engine_bytes,
     engine_parts,
     learning_bytes,
@@ -128,6 +129,38 @@ def test_the_recipe_for_one_gpu_fits_next_to_its_server(run_config: Callable[...
 
     assert fits()
     assert not fits("model/size=4b")
+
+
+def test_shorter_answers_fill_the_micro_batches(run_config: Callable[..., RunConfig]) -> None:
+    """Groups of 9,235 tokens: one to a micro-batch of 16,384. On an H200 such a step, whose siblings shared the first
+    tokens of their answers, had a micro-batch of 16,254, and a peak of 74 GiB."""
+    episode = EpisodeEstimate(turns=1, images=((1000, 1000),), characters=60)
+
+    def of(*overrides: str) -> tuple[TrainerMemory, StepTokens]:
+        config = run_config(
+            *("model=qwen3vl", "model/size=2b", "model.init=random", "model.dtype=bfloat16", "model.device=cuda:0"),
+            *("orchestrator.max_new_tokens=512", "orchestrator.groups_per_step=16", "orchestrator.group_size=16"),
+            *("trainer=default", "trainer.seq_len=2048", *overrides),
+        )
+        sizes = find_sizes(config.model)
+        step = tokens_of_micro_batch(config, sizes, episode)
+        memory = trainer_memory(config, sizes, step, ranks=1, on_gpu=True)
+        assert memory is not None
+        assert memory.peak is not None
+        assert memory.full_peak is not None
+        return memory, step
+
+    memory, step = of("trainer.micro_batch_tokens=16384")
+    assert 9000 < step.rows < 9400
+    assert step.full_rows == 16384
+    assert memory.peak is not None
+    assert memory.full_peak is not None
+    assert memory.peak < 0.9 * 74 * 2**30 < memory.full_peak < 1.1 * 74 * 2**30
+    alone, step = of("trainer.packing=none")
+    assert alone.full_peak == alone.peak
+    whole, step = of("trainer.micro_batch_tokens=1000000")
+    assert step.full_rows == step.rows
+    assert whole.full_peak == whole.peak
 
 
 def test_a_base_in_4_bits_is_counted_exactly(

@@ -73,6 +73,10 @@ def test_memory_beside_the_plan() -> None:
     assert text == "peak 60 GiB of the GPU of 80 GiB, and 8.0 GiB of the host; the plan says 50 GiB, 10 GiB less"
     smaller = limit_rows(measured(config_of(), memory=memory(peak=45 * GIB)))["memory"]
     assert smaller.endswith("the plan says 50 GiB, 5.0 GiB more")
+    within = limit_rows(measured(config_of(), memory=memory(full=25)))["memory"]
+    assert within.endswith("the plan says 50 GiB to 65 GiB")
+    beyond = limit_rows(measured(config_of(), memory=memory(full=25, peak=70 * GIB)))["memory"]
+    assert beyond.endswith("the plan says 50 GiB to 65 GiB, 5.0 GiB less")
     assert "knows no sizes" in limit_rows(measured(config_of(), memory=memory(planned=None)))["memory"]
 
 
