@@ -15,8 +15,8 @@ a CPU, where compiling is no default, code for sums of more than 4,096 numbers i
 
 Callers see to two more: no tensor is passed twice, and a tensor is always a view of another one or never.
 
-What never changes is not to be compiled for all sizes: with the width of a layer as an unknown, its code takes half as
-long again to make (`of_one_width`).
+What never changes is not to be compiled for all sizes: with the width of a layer as an unknown, its code takes a third
+longer to make (`of_one_width`).
 """
 
 from __future__ import annotations

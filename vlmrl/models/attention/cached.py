@@ -1,6 +1,6 @@
 """Attention of the embedded engine's compiled layers: one operation that the compiler does not look into.
 
-So a layer is one graph, which takes a third of the time to compile that its four pieces would take, and one graph
+So a layer is one graph, which takes about half of the time to compile that its four pieces would take, and one graph
 serves all layers: what differs from layer to layer, the keys and values in the pool, is found inside, by the plan of
 the pass. An operation takes tensors and numbers only, so the plan waits outside, per thread.
 """

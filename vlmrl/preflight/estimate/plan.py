@@ -261,17 +261,17 @@ def _memory(
     step = tokens_of_micro_batch(config, sizes, episode)
     trainer = trainer_memory(config, sizes, step, ranks, on_gpu=_samples_on_gpu(config, machine, sizes))
     if trainer is not None:
-        active = "unknown" if trainer.activations is None else size(trainer.activations)
+        active = _span(trainer.activations, trainer.full_activations)
+        if trainer.activations != trainer.full_activations:
+            active = active.replace(" to ", " (longest answers) to ") + " (full micro-batches)"
         yield (
             "trainer's memory",
             f"about {size(trainer.fixed)} a rank + {active} of activations (estimate)"
             + (f"; {size(trainer.in_transit)} of it are weights in transit" if trainer.in_transit else ""),
         )
-        if trainer.full_activations != trainer.activations and trainer.full_activations is not None:
-            full = size(trainer.full_activations)
-            yield "", f"+ {full} of activations where shorter answers fill the micro-batches"
         if trainer.engine and trainer.peak is not None:
-            yield "", f"or + {size(trainer.engine)} of the engine while it samples: a peak of {size(trainer.peak)}"
+            peak = _span(trainer.peak, trainer.full_peak)
+            yield "", f"or + {size(trainer.engine)} of the engine while it samples: a peak of {peak}"
             yield from _engine_parts(config, machine, sizes, step, trainer.fixed, ranks)
         if trainer.on_host:
             yield "", f"and {size(trainer.on_host)} of the host's, where AdamW runs (trainer.cpu_offload)"
@@ -294,6 +294,12 @@ def _memory(
                 ),
             )
     yield "pixels on the host", f"up to about {size(pixel_bytes(config, episode))} (estimate)"
+
+
+def _span(low: int | None, high: int | None) -> str:
+    if low is None or high is None:
+        return "unknown"
+    return " to ".join(dict.fromkeys((size(low), size(high))))
 
 
 def _samples_on_gpu(config: RunConfig, machine: Machine, sizes: Sizes) -> bool:
