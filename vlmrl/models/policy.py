@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from vlmrl.errors import ModelError
-from vlmrl.models.attention.cached import CACHED_ATTENTION_NAME, cached_attention_forward, passing
 from vlmrl.models.attention.fused import (
     VISION_ATTENTION,
     VISION_ATTENTION_BY_IMAGE,
@@ -34,7 +32,7 @@ from vlmrl.models.attention.fused import (
 from vlmrl.models.attention.plan import TreePlan
 from vlmrl.models.attention.recurrent import share_states
 from vlmrl.models.attention.rules import attention_rules
-from vlmrl.models.attention.tree import ATTENTION_NAME, tree_attention_forward
+from vlmrl.models.attention.tree import ATTENTION_NAME, passing, tree_attention_forward
 from vlmrl.models.families.positions import PositionFunction
 from vlmrl.models.features import FeatureCache, Levels, VisionFeatures, first_features
 from vlmrl.models.head import final_logits, float_logits, most_likely, token_and_top_logprobs, token_logprobs
@@ -44,34 +42,12 @@ from vlmrl.models.vision_encoder import VisionEncoder
 from vlmrl.types import MMItem
 
 AttentionInterface.register(ATTENTION_NAME, tree_attention_forward)
-AttentionInterface.register(CACHED_ATTENTION_NAME, cached_attention_forward)
 AttentionInterface.register(VISION_ATTENTION, vision_attention_forward)
 AttentionInterface.register(VISION_ATTENTION_BY_IMAGE, vision_attention_by_image)
 
 
 def _arguments(module: Any) -> set[str]:
     return set(inspect.signature(module.forward).parameters)
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Attention heads of a layer, all of one size."""
-
-    query: int
-    key: int
-    size: int
-    softcap: float | None
-    """See `tree_attention_forward`."""
-
-
-def _heads(decoder: Any, text: Any, softcap: float | None) -> Heads | None:
-    if getattr(text, "is_heterogeneous", False):  # transformers refuses to say one number for all layers
-        return None
-    sizes = {module.head_dim for module in decoder.modules() if hasattr(module, "head_dim")}
-    query, key = (getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
-    if len(sizes) != 1 or query is None or any(hasattr(module, "v_head_dim") for module in decoder.modules()):
-        return None
-    return Heads(query, key or query, sizes.pop(), softcap)
 
 
 class _AddFeatures:
@@ -117,10 +93,8 @@ class Policy:
         self.is_recurrent = share_states(self._decoder, text.hidden_size, stateful)
         """Whether some layers carry a state from token to token (attention/recurrent.py)."""
         self.logit_map = logit_map(model)
-        softcap = getattr(text, "attn_logit_softcapping", None)
-        self.heads = _heads(self._decoder, text, softcap)
-        """None where attention layers differ."""
-        self._fits_varlen = fits_flash(self._decoder) and softcap is None and not self.rules.image_runs
+        is_capped = getattr(text, "attn_logit_softcapping", None) is not None
+        self._fits_varlen = fits_flash(self._decoder) and not is_capped and not self.rules.image_runs
         self._takes_layer_inputs = bool(getattr(text, "hidden_size_per_layer_input", 0))
         # Deepstack: levels of features after the first are added to the outputs of the first layers.
         self._takes_levels = "deepstack_visual_embeds" in _arguments(self._decoder)

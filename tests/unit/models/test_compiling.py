@@ -185,3 +185,20 @@ def test_too_many_variants_are_no_secret(caplog: pytest.LogCaptureFixture) -> No
     assert compiling.functions_given_up() == before + 1
     (warning,) = [record.message for record in caplog.records if record.name == compiling.__name__]
     assert "runs further kinds uncompiled" in warning
+
+
+def test_the_compilers_start_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU; on a CPU, whose functions are not compiled, no process starts."""
+    from torch._inductor.async_compile import AsyncCompile, shutdown_compile_workers
+
+    AsyncCompile.process_pool.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(compiling, "compiles_on", lambda device: False)
+        compiling.start_compilers(torch.device("cpu"))
+    assert not AsyncCompile.process_pool.cache_info().currsize
+    with torch._inductor.config.patch(compile_threads=2):
+        compiling.start_compilers(torch.device("cpu"))
+        assert AsyncCompile.process_pool.cache_info().currsize
+        AsyncCompile.wait_pool_ready()
+        assert AsyncCompile.use_process_pool()  # type: ignore[no-untyped-call]
+        shutdown_compile_workers()

@@ -2,7 +2,7 @@
 
 Triton compiles a kernel for the sizes of its tiles and for numbers that are multiples of 16. So what a step will launch
 is worked out from the prompts, and launched once on rows that have nothing to read. A wrong guess costs the time that
-compiling takes, nothing else.
+compiling takes.
 """
 
 from __future__ import annotations
@@ -50,6 +50,33 @@ def step_shape(
     return StepShape(rows, shared.levels, most_rows(shared.table(order)), windows)
 
 
+@dataclass(frozen=True)
+class Heads:
+    """Attention heads of a layer, all of one size."""
+
+    query: int
+    key: int
+    size: int
+    softcap: float | None
+    """See `tree_attention_forward`."""
+
+
+def heads_of(policy: Policy) -> Heads | None:
+    """The heads of every layer; None where layers differ, or where the model's config does not say."""
+    text = policy.config.get_text_config()
+    if getattr(text, "is_heterogeneous", False):  # transformers refuses to say one number for all layers
+        return None
+    modules = list(policy.model.base_model.get_decoder().modules())
+    sizes = {module.head_dim for module in modules if hasattr(module, "head_dim")}
+    query = getattr(text, "num_attention_heads", None)
+    key = getattr(text, "num_key_value_heads", None) or query
+    if len(sizes) != 1 or any(hasattr(module, "v_head_dim") for module in modules):
+        return None
+    if not (isinstance(query, int) and isinstance(key, int) and query % key == 0):
+        return None
+    return Heads(query, key, sizes.pop(), getattr(text, "attn_logit_softcapping", None))
+
+
 class KernelsAhead:
     """Compiles once, for a first batch."""
 
@@ -72,7 +99,7 @@ class KernelsAhead:
 
 def launch_once(policy: Policy, shape: StepShape) -> None:
     """Attention of a step whose rows have one key each, and whose only segment has no rows."""
-    heads = policy.heads
+    heads = heads_of(policy)
     if heads is None:
         return
     rows, device = shape.rows, policy.device

@@ -29,7 +29,7 @@ from vlmrl.inference.embedded.cached_policy import CachedPolicy
 from vlmrl.inference.embedded.completions import finish
 from vlmrl.inference.embedded.decode_state import DecodeState, Results, Room
 from vlmrl.inference.embedded.device_sampling import Draw, Final, draw_tokens
-from vlmrl.inference.embedded.kernels_ahead import OWN_SLOTS, KernelsAhead, step_shape
+from vlmrl.inference.embedded.kernels_ahead import OWN_SLOTS, KernelsAhead, StepShape, step_shape
 from vlmrl.inference.embedded.prefill import DistinctPrompt, Prefilled
 from vlmrl.inference.embedded.requests import Request
 from vlmrl.inference.embedded.sampled_row import SampledRow
@@ -122,9 +122,13 @@ class RowDecoder:
         self, requests: Sequence[Request], prompts: Sequence[DistinctPrompt], request_prompt: Sequence[int]
     ) -> None:
         """Call it before the prefill of a batch: compile beside it what its steps will need, if nothing has yet."""
-        if self._ahead is not None:
+
+        def shape() -> StepShape:
             windows = self._windows(_deepest(requests, prompts, request_prompt))
-            self._ahead.begin(lambda: step_shape(prompts, request_prompt, row_sizes(len(requests)), windows))
+            return step_shape(prompts, request_prompt, row_sizes(len(requests)), windows)
+
+        if self._ahead is not None:
+            self._ahead.begin(shape)
 
     def decode(
         self,

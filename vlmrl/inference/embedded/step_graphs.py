@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from vlmrl.models.attention.cached import CACHED_ATTENTION_NAME
 from vlmrl.models.blocks import blocks, compiled_above
 
 _log = logging.getLogger(__name__)
@@ -114,21 +113,17 @@ class CompiledLayers:
         self._layers = blocks(decoder)
         # One row would be compiled again.
         self._compiled = [compiled_above(1, layer.forward) for layer in self._layers]
-        self._config = decoder.config
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """The layers run compiled, with their attention as one operation. What the trainer has compiled of them stays
         apart: its passes have other plans."""
         before = [(vars(layer).get("forward"), layer._compiled_call_impl) for layer in self._layers]
-        attention = self._config._attn_implementation
         for layer, function in zip(self._layers, self._compiled, strict=True):
             layer.forward, layer._compiled_call_impl = function, None
-        self._config._attn_implementation = CACHED_ATTENTION_NAME
         try:
             yield
         finally:
-            self._config._attn_implementation = attention
             for layer, (forward, call) in zip(self._layers, before, strict=True):
                 layer._compiled_call_impl = call
                 if forward is None:

@@ -16,6 +16,9 @@ Left out: dropout, attention sinks, biases. `tree_attention_forward` refuses the
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -218,32 +221,56 @@ def tree_attention_forward(
     The rotary embedding has used the `position_ids` already. Raises `ModelError` for an argument that would change the
     result in a way that is not computed here.
     """
-    plan = check_call(module, tree_plan, attention_mask, dropout, is_causal, others)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend_planned(query, key, value, plan, _plan_of_layer(module, plan, sliding_window), scale, softcap), None
-
-
-def check_call(
-    module: torch.nn.Module,
-    plan: TreePlan | None,
-    attention_mask: Tensor | None,
-    dropout: float,
-    is_causal: bool | None,
-    others: dict[str, Any],
-) -> TreePlan:
-    """The plan of a layer's call of attention. Raises `ModelError`, see `tree_attention_forward`."""
-    if plan is None or attention_mask is not None:
-        what = "without the plan of the pass" if plan is None else "with a mask of its own making"
+    if tree_plan is None or attention_mask is not None:
+        what = "without the plan of the pass" if tree_plan is None else "with a mask of its own making"
         raise ModelError(
             f"{type(module).__name__} calls attention {what}, so the policy cannot tell which tokens attend to which: "
             "choose a model whose layers hand their arguments on and leave the mask to transformers"
         )
     assert dropout == 0.0, "attention dropout is not supported"
     _refuse_unknown(module, is_causal, others)
-    return plan
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if tree_plan.pool is not None and torch.compiler.is_compiling():
+        return _attend_pool(query, key, value, scale, sliding_window, softcap), None
+    plan = _plan_of_layer(module, tree_plan, sliding_window)
+    return _attend_planned(query, key, value, tree_plan, plan, scale, softcap), None
 
 
-def attend_planned(
+_passes = threading.local()
+
+
+@contextmanager
+def passing(plan: TreePlan) -> Iterator[None]:
+    """Compute a pass of `plan`, so that `_attend_pool` finds it."""
+    before = getattr(_passes, "plan", None)
+    _passes.plan = plan
+    try:
+        yield
+    finally:
+        _passes.plan = before
+
+
+@torch.library.custom_op("vlmrl::attend_pool", mutates_args=())
+def _attend_pool(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """query [1, H, T, D], key [1, KV, T, D], value [1, KV, T, E] → [1, T, H, E]; without gradient.
+
+    A compiled layer of the embedded engine calls this operation, into which the compiler does not look: the layer is
+    one graph then, and the same for all layers, although each has a pool of its own. An operation takes tensors and
+    numbers only, so the plan waits in `passing`. Nothing else in a layer reads the pool that it writes to.
+    """
+    plan: TreePlan = _passes.plan
+    return _attend_planned(query, key, value, plan, plan.by_window[window], scale, softcap)
+
+
+@_attend_pool.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float | None) -> Tensor:
+    _, heads, rows, _ = query.shape
+    return query.new_empty(1, rows, heads, value.shape[-1])
+
+
+def _attend_planned(
     query: Tensor,
     key: Tensor,
     value: Tensor,

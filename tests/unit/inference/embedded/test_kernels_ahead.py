@@ -110,4 +110,4 @@ def test_a_full_gpu_leaves_it_to_the_step(policy: Policy, monkeypatch: pytest.Mo
 def test_heads_of_layers(name: str, alike: bool) -> None:
     """None where layers have heads of different sizes or numbers."""
     policy = Policy(kinds.build(name, 7), position_function("sequential"), [kinds.IMAGE])
-    assert (policy.heads is not None) == alike
+    assert (kernels_ahead.heads_of(policy) is not None) == alike
