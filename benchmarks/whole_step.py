@@ -51,13 +51,7 @@ HEAD = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default=",".join(ROWS))
-    parser.add_argument("--size", default="2b", help="of conf/model/size, or tiny")
-    parser.add_argument("--model", help="a checkpoint's folder; default: random weights")
-    parser.add_argument("--groups", type=int, default=16)
-    parser.add_argument("--group-size", type=int, default=16)
-    parser.add_argument("--side", type=int, default=1000, help="pixels per side of an image")
-    parser.add_argument("--new-tokens", type=int, default=512)
-    parser.add_argument("--seq-len", type=int, default=2048)
+    add_shape(parser)
     parser.add_argument("--steps", type=int, default=4, help="measured steps of a bench")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--json", type=Path, help="also write every bench.json here, as one list")
@@ -82,6 +76,17 @@ def main() -> None:
         print(line(row, benches))
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1))
+
+
+def add_shape(parser: argparse.ArgumentParser) -> None:
+    """The model and the rollouts of a step, as `bench` reads them."""
+    parser.add_argument("--size", default="2b", help="of conf/model/size, or tiny")
+    parser.add_argument("--model", help="a checkpoint's folder; default: random weights")
+    parser.add_argument("--groups", type=int, default=16)
+    parser.add_argument("--group-size", type=int, default=16)
+    parser.add_argument("--side", type=int, default=1000, help="pixels per side of an image")
+    parser.add_argument("--new-tokens", type=int, default=512)
+    parser.add_argument("--seq-len", type=int, default=2048, help="longest sequence")
 
 
 def bench(arguments: argparse.Namespace, row: str, number: int, run: Path) -> dict[str, Any]:

@@ -261,16 +261,20 @@ def _memory(
     step = tokens_of_micro_batch(config, sizes, episode)
     trainer = trainer_memory(config, sizes, step, ranks, on_gpu=_samples_on_gpu(config, machine, sizes))
     if trainer is not None:
-        active = _span(trainer.activations, trainer.full_activations)
-        if trainer.activations != trainer.full_activations:
-            active = active.replace(" to ", " (longest answers) to ") + " (full micro-batches)"
+        longest, full = trainer.activations, trainer.full_activations
+        if longest is None or full is None:
+            active = "unknown"
+        elif longest == full:
+            active = size(full)
+        else:
+            active = f"{size(longest)} (longest answers) to {size(full)} (full micro-batches)"
         yield (
             "trainer's memory",
             f"about {size(trainer.fixed)} a rank + {active} of activations (estimate)"
             + (f"; {size(trainer.in_transit)} of it are weights in transit" if trainer.in_transit else ""),
         )
-        if trainer.engine and trainer.peak is not None:
-            peak = _span(trainer.peak, trainer.full_peak)
+        if trainer.engine and trainer.peak is not None and trainer.full_peak is not None:
+            peak = span(trainer.peak, trainer.full_peak)
             yield "", f"or + {size(trainer.engine)} of the engine while it samples: a peak of {peak}"
             yield from _engine_parts(config, machine, sizes, step, trainer.fixed, ranks)
         if trainer.on_host:
@@ -294,12 +298,6 @@ def _memory(
                 ),
             )
     yield "pixels on the host", f"up to about {size(pixel_bytes(config, episode))} (estimate)"
-
-
-def _span(low: int | None, high: int | None) -> str:
-    if low is None or high is None:
-        return "unknown"
-    return " to ".join(dict.fromkeys((size(low), size(high))))
 
 
 def _samples_on_gpu(config: RunConfig, machine: Machine, sizes: Sizes) -> bool:
@@ -378,6 +376,15 @@ def notes(config: RunConfig, sizes: Sizes, episode: EpisodeEstimate) -> Iterator
             f"task.num_examples={examples} is less than orchestrator.groups_per_step="
             f"{config.orchestrator.groups_per_step}, so a step holds the same problem twice"
         )
+
+
+def span(low: float, high: float) -> str:
+    """Both sizes, or the one that they are.
+
+    >>> span(60 * 2**30, 79 * 2**30), span(1024, 1024)
+    ('60 GiB to 79 GiB', '1.0 KiB')
+    """
+    return size(low) if low == high else f"{size(low)} to {size(high)}"
 
 
 def size(count: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vlmrl.preflight.estimate.plan import size
+from vlmrl.preflight.estimate.plan import size, span
 from vlmrl.runs.bench.activity import SAMPLING
 from vlmrl.runs.bench.advice import STANDS_OUT, Advice
 from vlmrl.runs.bench.measured import Measured
@@ -76,12 +76,9 @@ def _memory(found: Measured) -> str:
     planned = memory.planned
     if planned is None or planned.peak is None or planned.full_peak is None:
         return f"{text}; the plan knows no sizes of this model"
-    says = size(planned.peak)
-    if planned.full_peak != planned.peak:
-        says += f" to {size(planned.full_peak)}"
-    nearest = min(max(memory.peak, planned.peak), planned.full_peak)
-    more = memory.peak - nearest
-    return f"{text}; the plan says {says}" + (f", {size(abs(more))} {'less' if more > 0 else 'more'}" if more else "")
+    text += f"; the plan says {span(planned.peak, planned.full_peak)}"
+    more = memory.peak - min(max(memory.peak, planned.peak), planned.full_peak)
+    return text + (f", {size(abs(more))} {'less' if more > 0 else 'more'}" if more else "")
 
 
 def verdict_rows(found: Measured, advice: Sequence[Advice]) -> dict[str, str]:
