@@ -1,6 +1,6 @@
 """The whole step beside its limit, in each way to place sampler and trainer: `mode=bench` of the same shape, in turn.
 
-    python benchmarks/whole_step.py [--rows embedded,one_gpu,two_gpus] [--model FOLDER]
+    python benchmarks/whole_step.py [--rows embedded,one_gpu,two_gpus,two_ranks] [--model FOLDER]
     python benchmarks/whole_step.py --rows embedded --size tiny --groups 2 …        rehearsal: the numbers mean nothing
 
 A new image of noise for each problem, groups of siblings, answers up to `--new-tokens`; a reward by which siblings
@@ -10,6 +10,7 @@ its own, so nothing is cached from the one before.
     embedded    inference=embedded: one GPU samples and trains, from one copy of the weights
     one_gpu     vLLM beside the trainer on one GPU, weight_sync=cuda_ipc, on-policy
     two_gpus    vLLM on a GPU of its own, weight_sync=nccl, orchestrator.max_staleness=1
+    two_ranks   inference=embedded on two GPUs: each samples half of the groups and trains half of the batch, on-policy
 
 `step / least`: the share of a step that rollouts and training need as they were measured: their sum on-policy, the
 longer one with `two_gpus` (goal there: 0.85). Sampling and training stand beside the limits that docs/bench.md
@@ -41,7 +42,9 @@ ROWS = {
         *("inference=vllm", "weight_sync=nccl", "inference.gpu_memory_utilization=0.85"),
         *("orchestrator.max_staleness=1", "algorithm.importance_correction=truncated"),
     ),
+    "two_ranks": ("inference=embedded", "trainer.sharding=optimizer"),
 }
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 HEAD = (
     "| row | s/step, median | min – max | sampled tokens/s | of the limit | training, share of a product "
     "| step / least | bounded by | peak GiB | plan GiB |"
@@ -110,7 +113,8 @@ def bench(arguments: argparse.Namespace, row: str, number: int, run: Path) -> di
     ]
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": path}
-    subprocess.run([sys.executable, "-m", "vlmrl", *words], stdout=sys.stderr, env=environment, check=True)
+    launcher = TORCHRUN if row == "two_ranks" else ()
+    subprocess.run([sys.executable, *launcher, "-m", "vlmrl", *words], stdout=sys.stderr, env=environment, check=True)
     content: dict[str, Any] = json.loads((run / "bench.json").read_bytes())
     return content
 

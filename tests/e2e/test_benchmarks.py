@@ -103,8 +103,8 @@ REHEARSALS = {
         "--max-model-len 512 --lead 0.1"
     ),
     "whole_step.py": (
-        "--rows embedded --size tiny --groups 2 --group-size 2 --side 64 --new-tokens 8 --seq-len 128 --steps 1 "
-        "--repetitions 1 bench.warmup_steps=1"
+        "--rows embedded,two_ranks --size tiny --groups 2 --group-size 2 --side 64 --new-tokens 8 --seq-len 128 "
+        "--steps 1 --repetitions 1 bench.warmup_steps=1"
     ),
     "wrong_configs.py": "--first 3",
 }

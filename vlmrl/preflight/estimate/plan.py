@@ -167,10 +167,7 @@ def _arithmetic(config: RunConfig, ranks: int) -> Iterator[tuple[str, str]]:
         + (f", {math.ceil(rollouts / ranks)} for each of {ranks} ranks" if ranks > 1 else ""),
     )
     if config.mode is Mode.bench:
-        yield (
-            "optimizer steps",
-            f"{config.bench.warmup(o.max_staleness)} that warm up, {config.bench.steps} that are measured",
-        )
+        yield "optimizer steps", config.bench.in_words(o.max_staleness)
         return
     yield "optimizer steps", (f"{supervised}, then " if t.warmup.steps else "") + f"{t.max_steps} × {rollouts} rollouts"
     yield (

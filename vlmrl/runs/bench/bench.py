@@ -1,6 +1,7 @@
 """`mode=bench`: a few steps of the run as it is, and how fast they are beside what this machine could do.
 
-    speeds of a product and a copy ─▶ steps that warm up ─▶ measured steps ─▶ Measured ─▶ table, bench.json, verdict
+    speeds of a product and a copy ─▶ steps that warm up, measured steps (schedule.py) ─▶ Measured ─▶ table, bench.json,
+    verdict
 
 Everything is the run's own: task, renderer, engine, trainer, weight sync, ranks. `bench_settings` turns off what is no
 part of a usual step (evaluations, the blind control, W&B, the report), and what depends on rewards, which random
@@ -38,7 +39,8 @@ from vlmrl.record.splits import RecordedSplit
 from vlmrl.runs.bench.activity import ENGINE_GOES_ON, ENGINE_WAITS, Activity, TimedEngine, time_drawing, timed
 from vlmrl.runs.bench.advice import advice_for
 from vlmrl.runs.bench.limits import measure_speeds
-from vlmrl.runs.bench.measured import StepRecord
+from vlmrl.runs.bench.measured import StepRecord, Times
+from vlmrl.runs.bench.schedule import Schedule
 from vlmrl.runs.bench.summary import Batch, Taken, measured_of
 from vlmrl.runs.bench.table import as_json, limit_rows, part_rows, verdict_rows
 from vlmrl.runs.build import Run
@@ -88,15 +90,16 @@ async def bench(run: Run) -> ExitReason:
         torch.cuda.reset_peak_memory_stats(device)
     activity = Activity(ENGINE_WAITS if config.inference.kind == "embedded" else ENGINE_GOES_ON)
     engine = TimedEngine(run.engine, activity, ends_answers=has_random_weights(config))
-    recorder, trainer = _Recorder(monitor, activity), _Trainer(run.trainer)
-    warmup = config.bench.warmup(config.orchestrator.max_staleness)
-    last = warmup + config.bench.steps
-    monitor.expect(last)
-    monitor.table("bench", {"steps": f"{warmup} that warm up, then {config.bench.steps} that are measured"})
-    reason = await _take_steps(run, last, engine, recorder, trainer)
+    ahead = config.orchestrator.max_staleness
+    schedule = Schedule(config.bench.warmup(ahead), config.bench.steps, ahead)
+    recorder, trainer = _Recorder(monitor, activity, schedule), _Trainer(run.trainer)
+    monitor.expect(schedule.last)
+    monitor.table("bench", {"steps": config.bench.in_words(ahead)})
+    reason = await _take_steps(run, engine, recorder, trainer)
     if reason != "finished":
         return reason
     monitor.status("bench: counting what the steps computed")
+    warmup = schedule.warmup
     taken = Taken(recorder.steps[warmup - 1], recorder.steps[warmup:], trainer.batches[warmup:], engine)
     found = measured_of(run, speeds, taken)
     advice = advice_for(found)
@@ -117,13 +120,12 @@ def has_random_weights(config: RunConfig) -> bool:
     return config.model.tiny is not None or config.model.init is Init.random
 
 
-async def _take_steps(run: Run, last: int, engine: TimedEngine, recorder: _Recorder, trainer: _Trainer) -> ExitReason:
-    """Run the run's own loop up to step `last`, with its parts timed and nothing saved."""
-    loop = loop_of(run)
+async def _take_steps(run: Run, engine: TimedEngine, recorder: _Recorder, trainer: _Trainer) -> ExitReason:
+    """Run the run's own loop as long as the bench takes, with its parts timed and nothing saved."""
+    loop, schedule = loop_of(run), recorder.schedule
     time_drawing(loop.problems, engine.activity)
-    ahead = run.config.orchestrator.max_staleness + 1
     changed = {
-        "length": MoreAhead(loop.problems, last + ahead, last=last),
+        "length": MoreAhead(loop.problems, schedule.longest + schedule.max_staleness + 1, schedule=schedule),
         "runner": timed(loop.runner, engine),
         "engine": engine,
         "trainer": trainer,
@@ -147,13 +149,13 @@ class TimedLoop(Loop):
 
 @dataclass(frozen=True)
 class MoreAhead(Length):
-    """Ends after `last`, while batches of later steps roll out or are opened: without them the last measured steps
-    would have less to do than the others."""
+    """Ends after the last measured step, while batches of later steps roll out or are opened: without them the last
+    measured steps would have less to do than the others."""
 
-    last: int = 0
+    schedule: Schedule = field(kw_only=True)
 
     def is_last(self, step: int) -> bool:
-        return step >= self.last
+        return step >= self.schedule.last
 
 
 class _Trainer:
@@ -179,6 +181,7 @@ class _Recorder:
 
     monitor: Monitor
     activity: Activity
+    schedule: Schedule
     steps: list[StepRecord] = field(default_factory=list)
 
     def step(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group]) -> None:
@@ -189,6 +192,10 @@ class _Recorder:
         self.steps.append(
             StepRecord(metrics, rollouts, ended - began, ended, self.activity.seconds(), self.activity.awaited())
         )
+        if len(self.steps) > 1:
+            times = Times.of(self.steps[-2], self.steps[-1:], is_asynchronous=True)
+            self.schedule.took(step, max(times.waiting, times.idle) / times.step)
+            self.monitor.expect(self.schedule.last)
 
     @property
     def ends_blind(self) -> bool:

@@ -14,6 +14,7 @@ from vlmrl.orchestrator.loop import Loop
 from vlmrl.preflight.check import Stage, check
 from vlmrl.runs.bench.activity import ENGINE_GOES_ON, Activity
 from vlmrl.runs.bench.bench import MoreAhead, TimedLoop, bench_settings, has_random_weights
+from vlmrl.runs.bench.schedule import Schedule
 
 
 class Clock:
@@ -39,7 +40,7 @@ def test_later_batches_go_on_behind_the_last_step(max_staleness: int) -> None:
             return super().trainer_waits()
 
     def make_loop(**parts: Any) -> Loop:
-        length = MoreAhead(parts["problems"], 3 + max_staleness + 1, last=3)
+        length = MoreAhead(parts["problems"], 3 + max_staleness + 1, schedule=Schedule(1, 2, 0))
         return TimedLoop(**parts | {"length": length}, activity=Noted(ENGINE_GOES_ON, Clock()))
 
     assert world.run(max_staleness=max_staleness, make_loop=make_loop) == "finished"
